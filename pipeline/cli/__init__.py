@@ -1,1 +1,1 @@
-"""The command line: what a user may type, and one function of the product that answers it."""
+"""The command line. It parses commands, and calls one function of the product for each of them."""

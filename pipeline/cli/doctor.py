@@ -52,9 +52,9 @@ def doctor(
     """
     from pipeline.launch.preflight import preflight
 
-    found = preflight(runs, address=address, checkpoints=checkpoints)
-    print_findings(found)
-    sys.exit(any(each.state == "bad" for each in found))
+    findings = preflight(runs, address=address, checkpoints=checkpoints)
+    print_findings(findings)
+    sys.exit(any(each.state == "bad" for each in findings))
 
 
 def print_findings(found: Sequence[Finding], console: Console | None = None) -> None:

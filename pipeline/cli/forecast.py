@@ -104,10 +104,10 @@ def probe(
     from pipeline.forecast.probe import probe as probe_recipe
     from pipeline.report.forecasts import print_probe, probe_to_json
 
-    about = {"batch_size": batch, "threads": _threads("probe", cpus_per_worker)}
+    options = {"batch_size": batch, "threads": _threads("probe", cpus_per_worker)}
     _print(
         made,
-        partial(probe_recipe, **about),
+        partial(probe_recipe, **options),
         step_inputs,
         print_probe if format_ == "table" else probe_to_json,
         as_json=format_ == "json",
@@ -163,7 +163,7 @@ def sweep(
     from pipeline.report.forecasts import print_sweep
 
     limit = None if size != "auto" else "free" if memory is None else int(memory * 1e9)
-    about: dict[str, Any] = {
+    options: dict[str, Any] = {
         "steps": times,
         "batch_size": None if size == "auto" else size,
         "memory_bytes": limit,
@@ -172,7 +172,7 @@ def sweep(
     }
     _print(
         made,
-        partial(sweep_recipe, **about),
+        partial(sweep_recipe, **options),
         step_inputs,
         print_sweep if format_ == "table" else Sweep.to_json,
         as_json=format_ == "json",
@@ -249,7 +249,7 @@ def _print_errors(
     *,
     as_json: bool,
 ) -> None:
-    """Print the plan of a recipe beside what a run of it has measured."""
+    """Print the plan of a recipe beside the measurements of a run of it."""
     from pipeline.recipe.recipe import Recipe
     from pipeline.report.forecasts import errors, plan_to_json, print_plan, refuse_unless_comparable
     from pipeline.report.selection import find_run
@@ -260,18 +260,18 @@ def _print_errors(
         )
     folder = find_run(runs, name)
     refuse_unless_comparable(made, cluster, folder)
-    found = forecast(made)
-    off = errors(found, folder)
+    planned = forecast(made)
+    errors_ = errors(planned, folder)
     if as_json:
-        _print_json(plan_to_json(found, off))
+        _print_json(plan_to_json(planned, errors_))
     else:
-        print_plan(found, against=off)
+        print_plan(planned, against=errors_)
 
 
 def _print(
     made: Recipe | Suite,
     forecast: Callable[..., Any],
-    alike: Callable[[Recipe], object],
+    network_key: Callable[[Recipe], object],
     show: Callable[[Any], Any],
     *,
     as_json: bool,
@@ -280,7 +280,7 @@ def _print(
 
     Args:
         forecast: takes a recipe, and rules beside its own.
-        alike: recipes with equal keys share a network.
+        network_key: recipes with equal keys share a network.
         show: prints a forecast as a table, or returns its JSON.
     """
     from pipeline.forecast.bench import RULES, group_by_network
@@ -293,7 +293,7 @@ def _print(
             _print_json(shown)
         return
     with with_placeholder_weights(made) as recipes:
-        networks = group_by_network(recipes, alike)
+        networks = group_by_network(recipes, network_key)
         forecasts = (forecast(each, rules=(*RULES, *rules)) for each, rules in networks)
         if as_json:
             _print_json([show(each) for each in forecasts])

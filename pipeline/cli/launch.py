@@ -150,7 +150,7 @@ def launch(
     partition: Partition = None,
 ) -> None:
     """Train a recipe, or each recipe of a comparison, and print its table or its own report."""
-    _heed_signals()
+    _handle_signals()
     if name is not None:
         from pipeline.launch.prepare import named
 
@@ -169,13 +169,13 @@ def launch(
 
 
 def _cluster(params: dict[str, Any], made: Recipe | Suite) -> Cluster:
-    """The options of a launch that say where and on how much it trains."""
+    """The machines and resources of a launch, from its options."""
     from pipeline.launch.cluster import Cluster, parse_workers
     from pipeline.recipe.suite import Suite
 
     sizes, counts = parse_workers(params["workers"]), _counts("launch", params)
-    # A Ray cluster that exists has other users, and its CPUs may be half cores: there the user says
-    # how many runs train at once.
+    # An existing Ray cluster has other users, and its CPUs may be half cores. There the user sets
+    # the number of runs that train at once.
     is_ours = params["address"] in (None, "local") and not params["inline"]
     fits = isinstance(made, Suite) and is_ours and isinstance(sizes, int)
     counts.setdefault("side_by_side", "auto" if fits else 1)
@@ -190,7 +190,7 @@ def _cluster(params: dict[str, Any], made: Recipe | Suite) -> Cluster:
 
 
 def _counts(command: str, params: dict[str, Any]) -> dict[str, Any]:
-    """The options that are a number or `auto`, by the names of their fields, if they are given."""
+    """The given options whose value is a number or `auto`, by the names of their fields."""
     units = {"cpus_per_worker": "cores", "loader_threads": "threads", "side_by_side": "runs"}
     return {
         field: count_or_auto(text, option=f"{command}: --{field.replace('_', '-')}", of=unit)
@@ -279,7 +279,7 @@ def resume(
     The options from --device to --side-by-side are saved with the run; without them it continues as
     it was launched.
     """
-    _heed_signals()
+    _handle_signals()
     from pipeline.launch.cluster import OPERATIONAL, parse_workers
     from pipeline.report.selection import find_run
 
@@ -308,8 +308,8 @@ def _resume(folder: Path, *, trust: tuple[str, ...], **how: Any) -> None:
     _end_suite(resume_suite(folder, **how, trust=trust), trust, had_ended=had_ended)
 
 
-def _heed_signals() -> None:
-    """Treat SIGUSR1 and SIGHUP as Ctrl-C before and between runs. They would kill this process.
+def _handle_signals() -> None:
+    """Treat SIGUSR1 and SIGHUP as Ctrl-C before and between runs. Else they kill this process.
 
     During a run its driver handles them.
     """
@@ -331,7 +331,8 @@ def _end_run(folder: Path | None) -> None:
 def _end_suite(folder: Path | None, trust: tuple[str, ...], *, had_ended: bool = False) -> None:
     """Print the table or report of a suite, and write its page to its folder and to MLflow.
 
-    A page that was there when the suite `had_ended` stays: `report` may have added to it since.
+    `had_ended`: the suite was over before this command. An existing page is then kept, because
+    `report` may have added to it.
     """
     if folder is None:
         sys.exit(130)
@@ -356,19 +357,20 @@ def _renew_page(folder: Path, trust: tuple[str, ...], reported: Reported | None)
     from pipeline.track.connect import TrackingError
 
     try:
-        found = read_study(folder.parent, [folder.name], trust=trust, reported=reported)
-        page = write(found.study, found.place)
+        result = read_study(folder.parent, [folder.name], trust=trust, reported=reported)
+        page = write(result.study, result.place)
         print(f"page    {page}")
-        publish(found, page)
+        publish(result, page)
     except (ValueError, OSError, TrackingError) as error:  # the runs themselves are complete
-        again = command("report", folder)
-        print(f"{error}; its page is made anew, and put into MLflow, by: {again}", file=sys.stderr)
+        retry = command("report", folder)
+        print(f"{error}; its page is made anew, and put into MLflow, by: {retry}", file=sys.stderr)
 
 
 def _print_next(folder: Path, *, run: Path | None) -> None:
     """Print the next commands, to be copied.
 
-    `folder` is of a run or a suite, `run` of that run or one of its runs. None: all diverged.
+    `folder` is the folder of a run or a suite. `run` is the folder of that run, or of one run of
+    the suite; None: all runs diverged.
     """
     from pipeline.recipe.command_line import command
 

@@ -1,5 +1,5 @@
-"""Options that several commands share, and reading a recipe file with them. Nothing heavy is
-imported before it is needed.
+"""Options that several commands share, and the reading of a recipe file. Nothing heavy is imported
+before it is needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Command(TyperCommand):
-    """A command that refuses an option of one value if it is given twice: the first value would
+    """A command that refuses a repeated option if the option takes one value: the first value would
     have no effect.
     """
 
@@ -37,19 +37,19 @@ class Command(TyperCommand):
 class Commands(typer.Typer):
     """An app whose commands are instances of `Command`."""
 
-    def command(self, *args: Any, **about: Any) -> Any:
-        return super().command(*args, cls=Command, **about)
+    def command(self, *args: Any, **settings: Any) -> Any:
+        return super().command(*args, cls=Command, **settings)
 
 
-def number_option(name: str, **about: Any) -> Any:
-    """An option for a finite number. typer's ranges let `nan` pass, and `inf` if they are open."""
+def number_option(name: str, **settings: Any) -> Any:
+    """An option for a finite number. typer's ranges admit `nan`, and open ranges admit `inf`."""
 
     def finite(value: float | None) -> float | None:
         if value is not None and not math.isfinite(value):
             raise typer.BadParameter(f"it must be a finite number; got {value}")
         return value
 
-    return typer.Option(name, callback=finite, **about)
+    return typer.Option(name, callback=finite, **settings)
 
 
 RecipeFile = Annotated[

@@ -78,13 +78,13 @@ def report(
     from pipeline.report.selection import runs_dir_of
 
     runs = runs_dir_of(runs, names or [])
-    about = {"against": against, "within": within, "sweeps": sweep or [], "trust": tuple(trust)}
+    options = {"against": against, "within": within, "sweeps": sweep or [], "trust": tuple(trust)}
     say_stage("reading the runs")
-    found = read_study(runs, names or [], **about)
+    result = read_study(runs, names or [], **options)
     say_stage("drawing the page")
-    page = write(found.study, out or found.place)
+    page = write(result.study, out or result.place)
     print(page)
-    if not publish(found, page):
+    if not publish(result, page):
         print("no artifact in MLflow: these runs were launched by themselves", file=sys.stderr)
 
 

@@ -1,6 +1,6 @@
-"""`spiketrain launch --cluster`: hand the launch to a scheduler as it was typed.
+"""`spiketrain launch --cluster`: hand a launch to a scheduler, with the options that were typed.
 
-The data need not be here.
+This machine does not need the data.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _PANEL = "Launch on a cluster"
 _SLURM = Path(__file__).parents[2] / "infra" / "slurm"
 
 
-def _option(*words: str, **about: Any) -> Any:
-    return typer.Option(*words, rich_help_panel=_PANEL, **about)
+def _option(*words: str, **settings: Any) -> Any:
+    return typer.Option(*words, rich_help_panel=_PANEL, **settings)
 
 
 Where = Annotated[
@@ -77,8 +77,8 @@ def hand_over(
     Returns: False if the launch is not for a cluster.
 
     Raises:
-        ValueError: options that do not go together; what the scheduler would not take; or a recipe
-            that the launch there would refuse, as far as this is known without data.
+        ValueError: options do not fit together, the scheduler would refuse a value, or the launch
+            would refuse the recipe, as far as this is known without data.
         UserError: the scheduler did not take the job.
     """
     given = {name: value for name, value in context.params.items() if is_typed(context, name)}
@@ -98,13 +98,13 @@ def hand_over(
         needs = " and ".join(map(_dashed, required))
         got = ", ".join(map(_dashed, missing))
         raise ValueError(f"launch: --cluster {where} needs {needs}; got no {got}")
-    rendered, submit, sizes = _rendered(where, context, given, workers)
+    rendered, submit, sizes = _render(where, context, given, workers)
     _check(made, sizes, trust=trust)
     typer.echo(rendered if given.get("dry_run") else submit(rendered))
     return True
 
 
-def _rendered(
+def _render(
     where: str, context: typer.Context, given: dict[str, Any], workers: int | tuple[int, ...]
 ) -> tuple[str, Callable[[str], str], tuple[int, ...]]:
     """The text to submit, the function that submits it, and the numbers of workers."""
@@ -127,16 +127,16 @@ def _rendered(
     if where == "slurm":
         nodes, gpus = given["nodes"], given.get("gpus_per_node", 0)
         folder, partition = given.get("infra", _SLURM), given.get("partition")
-        asked = {"nodes": nodes, "gpus_per_node": gpus, "time": given["time"]}
-        command = schedulers.render_sbatch(order, folder, **asked, partition=partition)
+        resources = {"nodes": nodes, "gpus_per_node": gpus, "time": given["time"]}
+        command = schedulers.render_sbatch(order, folder, **resources, partition=partition)
         return command, schedulers.submit_sbatch, order.sizes or (nodes * max(gpus, 1),)
     return schedulers.render_ray_job(order, where), schedulers.submit_ray_job, order.sizes
 
 
 def _check(made: Recipe | Suite, sizes: tuple[int, ...], *, trust: tuple[str, ...]) -> None:
-    """Refuse here what would be refused after hours in a queue.
+    """Refuse now a recipe that would be refused after hours in a queue.
 
-    A file that a recipe begins from may exist on the cluster only.
+    A file of initial weights may exist on the cluster only.
     """
     from dataclasses import replace
 
@@ -155,7 +155,7 @@ def _check(made: Recipe | Suite, sizes: tuple[int, ...], *, trust: tuple[str, ..
 
 
 def _words(context: typer.Context) -> Iterator[str]:
-    """The words that were typed, recipes first, without the fields of the order."""
+    """The typed words, recipes first, without those that become fields of the order."""
     parameters = [each for each in context.command.params if each.name is not None]
     for parameter in sorted(parameters, key=lambda each: each.param_type_name == "option"):
         name = parameter.name or ""
@@ -176,5 +176,5 @@ def _dashed(name: str) -> str:
 
 
 def _refuse(sentence: str, names: tuple[str, ...], given: dict[str, Any]) -> None:
-    if found := [name for name in names if name in given]:
-        raise ValueError(f"launch: {sentence} {', '.join(map(_dashed, found))}")
+    if refused := [name for name in names if name in given]:
+        raise ValueError(f"launch: {sentence} {', '.join(map(_dashed, refused))}")

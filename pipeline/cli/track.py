@@ -22,12 +22,12 @@ def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
     from pipeline.track.mlflow import tracking_uri
     from pipeline.track.state import state_of
 
-    found = find_run(runs, run, suites=True)
-    uri = tracking_uri(found.parent)
+    target = find_run(runs, run, suites=True)
+    uri = tracking_uri(target.parent)
     begun = (
-        [each for each in runs_of(found).values() if state_of(each) != "new"]
-        if is_suite(found)
-        else [found]
+        [each for each in runs_of(target).values() if state_of(each) != "new"]
+        if is_suite(target)
+        else [target]
     )
     for folder in begun:
         report = sync_run(folder, uri=uri)
@@ -37,7 +37,7 @@ def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
             f" {report.already_there} were there"
         )
     if not begun:
-        print(f"{found.name}: none of its runs has begun")
+        print(f"{target.name}: none of its runs has begun")
 
 
 @commands.command(
@@ -74,7 +74,7 @@ def register(
             f" {place.address('')}"
         )
     checkpoint = verified(place, which)
-    pin(checkpoint)  # first: a run that still trains deletes old checkpoints
+    pin(checkpoint)  # before it is registered: a run that still trains deletes old checkpoints
     version = register_run(
         folder, checkpoint, name=name, alias=which, uri=tracking_uri(folder.parent)
     )

@@ -265,7 +265,7 @@ def verify(
 
 @contextmanager
 def _progress(name: str) -> Iterator[OnProgress]:
-    """Show a bar with the time left on a terminal. If too much is unreadable, list all of it."""
+    """Show a bar with the time left on a terminal. If too much is unreadable, list everything."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -313,6 +313,6 @@ def _report(manifests: list[Manifest]) -> None:
             )
 
 
-def _list_unreadable(what: str, found: list[dict[str, str]]) -> None:
-    for each in found:
-        print(f"  {what} {each['image']}: {each['reason']}", file=sys.stderr)
+def _list_unreadable(label: str, images: list[dict[str, str]]) -> None:
+    for each in images:
+        print(f"  {label} {each['image']}: {each['reason']}", file=sys.stderr)

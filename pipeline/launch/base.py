@@ -32,7 +32,7 @@ class Launcher(Protocol):
         ...
 
     def resume_options(self) -> list[str]:
-        """Options of `spiketrain resume` with which another process trains where this one does."""
+        """Options of `spiketrain resume` that make another process train on the same machines."""
         ...
 
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
@@ -86,8 +86,8 @@ def takes_gpus(device: Device, workers: int, gpus: int) -> bool:
 
 def refuse_unusable_cards(device: Device) -> None:
     """Raises: UserError if torch cannot use the GPUs of this machine and `device` is not `cpu`."""
-    if device != "cpu" and (found := unusable_gpus()) is not None:
-        raise UserError(f"launch: {found}")
+    if device != "cpu" and (problem := unusable_gpus()) is not None:
+        raise UserError(f"launch: {problem}")
 
 
 class Share(NamedTuple):
@@ -104,7 +104,7 @@ def share_of(
     cores: CountOrAuto = "auto",
     loader_threads: CountOrAuto = "auto",
 ) -> Share:
-    """Cores and loader threads of a worker. Numbers that the user has given stay.
+    """Cores and loader threads of a worker. Numbers from the user are kept.
 
     One core decodes some hundreds of JPEGs in a second, which leaves a GPU idle most of the time.
     So a worker with a GPU gets the cores of its node divided by the node's GPUs. A worker on a CPU
@@ -127,7 +127,7 @@ def cores_per_gpu(nodes: Iterable[Mapping[str, float]]) -> int:
 
 
 def loader_threads_for(cores: int) -> int:
-    """One thread per core; one thread if numba has no TBB, which several need."""
+    """One thread per core; one thread if numba has no TBB, which several threads need."""
     from pipeline.data.ffcv.tbb import require_tbb  # imports numba, which takes a second
 
     try:

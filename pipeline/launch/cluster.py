@@ -40,8 +40,8 @@ class Cluster:
     """The options of a launch. None of them belongs to the recipe."""
 
     workers: int | tuple[int, ...] = 1
-    """Processes that train together. Of several ascending numbers, the largest that there is room
-    for; it may change during the run.
+    """Processes that train together. With several ascending numbers, the largest number that there
+    is room for trains; it may change during the run.
     """
     inline: bool = False
     address: str | None = None
@@ -63,7 +63,7 @@ class Cluster:
     None: in the run's folder.
     """
     node_loss: NodeLoss = "fast"
-    """How long a node that does not answer is waited for (`ray_cluster.py`)."""
+    """How long the run waits for a node that does not answer (`ray_cluster.py`)."""
     side_by_side: int | Literal["auto"] = 1
     """Runs of a suite that train at the same time, each on cores and GPUs of its own. auto: as many
     as there is room for.
@@ -146,8 +146,8 @@ class Cluster:
     ) -> Cluster:
         """This cluster with the options of a resume; `options` are fields of OPERATIONAL.
 
-        While one worker trains in this process, Ray's options of the launch are set aside. Options
-        for Ray that the resume itself gives are refused then.
+        If one worker trains in this process, the launch's options for Ray are ignored, and options
+        for Ray in the resume are refused.
 
         Raises:
             ValueError: the run was launched on a Ray cluster, and no address is given. The address
@@ -173,12 +173,12 @@ class Cluster:
         return {"side_by_side": 1} if is_asked and self.side_by_side == "auto" else {}
 
     def resume_address(self, launched: Cluster) -> str | None:
-        """The `--address` of the command that resumes on this cluster what was `launched` so."""
+        """The `--address` of the command that resumes, on this cluster, a run of `launched`."""
         return None if launched.address is None else self.address or "local"
 
     @classmethod
     def from_json(cls, value: Any) -> Cluster:
-        """From what `dataclasses.asdict` made.
+        """The cluster that `dataclasses.asdict` turned into JSON values.
 
         Raises:
             ValueError: an unknown field, or a value that is refused.

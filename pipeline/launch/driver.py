@@ -2,7 +2,7 @@
 workers and watches them. It does not train.
 
 It holds `RUN/driver.lock`, follows the journal of the run to show progress and to fill MLflow, and
-passes on what signals ask (`signals.py`) through files in the run's folder.
+passes requests from signals (`signals.py`) to the workers through files in the run's folder.
 """
 
 import fcntl
@@ -49,7 +49,7 @@ from pipeline.train.writer_lock import PATIENCE_S, journal
 
 POLL_S = 0.25
 MLFLOW_PATIENCE_S = 30.0
-INSTANT_S = 1.0  # `spiketrain runs` takes a lock for an instant, to see whether a driver holds it
+INSTANT_S = 1.0  # `spiketrain runs` takes the lock for an instant, to check for a driver
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _STDERR = 2
 
@@ -85,8 +85,9 @@ def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
 
 
 def train_alone(job: Job, launcher: Launcher, *, address: str | None) -> Path | None:
-    """Train a run that the user has asked for alone. Returns its folder, or None if it was asked to
-    stop; then the command that resumes it is printed.
+    """Train one run on its own, not as a part of a suite. Returns its folder.
+
+    If it was asked to stop, print the command that resumes it and return None.
     """
     console, folder = new_console(), Path(job.run)
     if drive(job, launcher, console, address=address) is not None:
@@ -102,7 +103,7 @@ def say_stopped(console: Console, resume: str) -> None:
 def drive(
     job: Job, launcher: Launcher, console: Console, *, address: str | None = None
 ) -> dict[str, Any] | None:
-    """Run one job to its end. It is shown, mirrored to MLflow, and stops on signals.
+    """Run one job to its end, show it, mirror it to MLflow, and stop it on signals.
 
     Returns and raises what `Launcher.run` does. `address` is the `--address` of the command that
     resumes it.
@@ -140,8 +141,8 @@ def drive(
 
 
 def _with_checkpoint_token(job: Job, say: Callable[[str], None]) -> Job:
-    """Claim the place of the checkpoints, if that is not the run's folder, and give the job its
-    token. An earlier driver may no longer write there.
+    """Claim the place of the checkpoints, if it is not the run's folder, and give the job the
+    token. An earlier driver can then no longer write there.
     """
     if not job.checkpoints:
         return job
@@ -158,7 +159,7 @@ def _with_checkpoint_token(job: Job, say: Callable[[str], None]) -> Job:
 
 @contextmanager
 def _mirrored(folder: Path, uri: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Fill MLflow from the journal meanwhile. At the end it gets some time for the rest."""
+    """Inside, deliver the journal to MLflow. At the end, wait some time for the rest."""
     mirror = Mirror(folder, uri=uri)
     try:
         yield
@@ -171,7 +172,7 @@ def _mirrored(folder: Path, uri: str, say: Callable[[str], None]) -> Iterator[No
 
 
 def _journal_failure(folder: Path, failure: LaunchError) -> dict[str, int]:
-    """Write to the journal what ended the workers. Returns the hangs among it (`unreported_hangs`).
+    """Journal the cause of the workers' end. Returns the new hangs (`unreported_hangs`).
 
     Raises:
         UserError: a worker refused to continue, for a reason that the user can change.
@@ -202,8 +203,8 @@ def _describe_hang(hung: dict[str, int], job: Job) -> str:
 def _in_thread(
     work: Callable[[], dict[str, Any] | None], *, meanwhile: tuple[Callable[[], None], ...]
 ) -> dict[str, Any] | None:
-    """Run `work` in a daemon thread. The main thread handles signals, which would end Ray's `fit`
-    there.
+    """Run `work` in a daemon thread, while the main thread handles signals. In the main thread, a
+    signal would end Ray's `fit`.
     """
     outcome: dict[str, Any] = {}
 
@@ -229,18 +230,18 @@ def _in_thread(
 
 @contextmanager
 def driver_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder of a run or suite against every other driver, on any machine.
+    """Lock the folder of a run or suite against every other driver, on any machine.
 
-    The kernel frees the lock of a process that dies. The lock of a machine that dies stays until
-    the file system gives it up. By then a scheduler may have started the same command elsewhere.
-    So the lock names its machine: a driver on this machine is refused at once, one elsewhere is
-    waited for, up to ten minutes.
+    The kernel releases the lock of a process that dies. The lock of a machine that dies stays until
+    the file system releases it. By then a scheduler may have started the same command elsewhere.
+    So the lock names its machine. If a driver on this machine holds it, this driver is refused at
+    once. If a driver elsewhere holds it, this driver waits for up to ten minutes.
 
     Raises:
         UserError: another driver holds it.
     """
     with RunFolder(folder).driver_lock.open("a+") as handle:
-        _take(handle, folder)
+        _acquire(handle, folder)
         handle.truncate(0)
         handle.write(this_machine())
         handle.flush()
@@ -253,8 +254,8 @@ def this_machine() -> str:
     return f"{socket.gethostname()} {_BOOT.read_text().strip() if _BOOT.exists() else ''}"
 
 
-def _take(handle: IO[str], folder: Path) -> None:
-    begun, is_said = time.monotonic(), False
+def _acquire(handle: IO[str], folder: Path) -> None:
+    begun, is_printed = time.monotonic(), False
     while not _is_locked(handle):
         waited_s = time.monotonic() - begun
         if waited_s > INSTANT_S:
@@ -266,14 +267,14 @@ def _take(handle: IO[str], folder: Path) -> None:
                 raise UserError(f"{rule} this machine")
             if waited_s > PATIENCE_S:
                 raise UserError(f"{rule} {host}, which still holds it after {waited_s:.0f} s")
-            if not is_said:
+            if not is_printed:
                 print(
                     f"{folder.name}: is held by {host}: waiting for up to {PATIENCE_S:.0f} s, in"
                     " which a dead machine loses it",
                     flush=True,
                 )
-                is_said = True
-        time.sleep(0.5 if is_said else 0.05)
+                is_printed = True
+        time.sleep(0.5 if is_printed else 0.05)
 
 
 def _is_locked(handle: IO[str]) -> bool:
@@ -289,8 +290,8 @@ def _is_locked(handle: IO[str]) -> bool:
 
 
 def ignore_lost_terminal(console: Console) -> None:
-    """Let no later print on this console raise: the disk of a log may be full, the reader of a pipe
-    gone, an ssh session closed.
+    """Keep later prints on this console from raising. The disk of a log may be full, the reader of
+    a pipe gone, or an ssh session closed.
 
     The first error is reported on stderr. After that nothing is printed.
     """

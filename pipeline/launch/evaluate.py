@@ -101,8 +101,9 @@ def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...]) -> nn.M
 
 
 def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: int | None) -> None:
-    """Evaluate the whole evaluation set of each task, and print the cost of an inference of the
-    last one.
+    """Evaluate each task on its whole evaluation set, and print the accuracy.
+
+    Then print the cost of an inference of the last task.
     """
     console, steps = new_console(), time_steps or recipe.time_steps
     tasks = tasks_of(recipe)
@@ -115,7 +116,7 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
         "counts_operations": True,
         "joules": EnergyCounter(device),
     }
-    loaders, found = Loaders(tasks, recipe, recipe.split(1)), list[Evaluated]()
+    loaders, evaluated = Loaders(tasks, recipe, recipe.split(1)), list[Evaluated]()
     for index, task in enumerate(loaders.tasks):
         begun = time.monotonic()
         say_stage("evaluating; the first batch compiles what reads the data")
@@ -125,22 +126,23 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
             computing(device, recipe.precision),
         ):
             batches = inputs(val_set, steps, device)
-            found.append(evaluate(network, batches, recipe.objective.build().labels, **options))
+            evaluated.append(evaluate(network, batches, recipe.objective.build().labels, **options))
         where = f", {task.name}" if recipe.phases else ""
         say(
             console,
-            f"{name}, T = {steps}{where}): {_describe(found[-1].result)}; it took"
+            f"{name}, T = {steps}{where}): {_describe(evaluated[-1].result)}; it took"
             f" {time.monotonic() - begun:.1f} s",
         )
     if recipe.phases:
-        mean = _describe(mean_of([each.result for each in found]))
-        say(console, f"{name}, T = {steps}, mean of {counted(len(found), 'task')}): {mean}")
-    inference = found[-1].inference
+        mean = _describe(mean_of([each.result for each in evaluated]))
+        say(console, f"{name}, T = {steps}, mean of {counted(len(evaluated), 'task')}): {mean}")
+    inference = evaluated[-1].inference
     assert inference is not None, "an evaluation of one worker has samples"
     say(
         console,
         describe_inference(
-            inference.to_dict(joules_per_sample([found[-1].readings])), on_gpu=device.type == "cuda"
+            inference.to_dict(joules_per_sample([evaluated[-1].readings])),
+            on_gpu=device.type == "cuda",
         ),
     )
 

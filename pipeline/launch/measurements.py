@@ -1,7 +1,8 @@
-"""The measurements of a suite: sweeps, interleaved times and plans, each an entry beside its runs.
+"""The measurements of a suite: sweeps, interleaved times and plans. Each is an entry of the suite.
 
-They begin once all runs are over, one after another, in the process of the launch. Each result is
-written whole to a file of the suite's folder. A resume measures what has no file yet.
+They begin after all runs are over. They run one after another, in the process of the launch. Each
+result is written atomically to a file in the suite's folder. A resume makes the measurements whose
+file is missing.
 """
 
 from collections.abc import Mapping
@@ -21,66 +22,77 @@ from pipeline.track.provenance import conditions_of
 
 
 def measure_the_rest(folder: Path, suite: Suite, *, trust: tuple[str, ...]) -> None:
-    """Measure what a suite's folder lacks.
+    """Make the measurements whose files are missing in a suite's folder.
 
-    A measurement that cannot be made here has a file, too: `{"refused": why}`.
+    A measurement that is refused here also gets a file: `{"refused": why}`.
     """
     files, runs = measured_in(folder), runs_of(folder)
-    for each in suite.measurements:
-        if files[each.name].exists():
+    for measurement in suite.measurements:
+        if files[measurement.name].exists():
             continue
-        say_stage(f"measuring {each.name}")
+        say_stage(f"measuring {measurement.name}")
         try:
-            found = _measured(each, runs, trust)
+            result = _measure(measurement, runs, trust)
         except ValueError as error:
-            found = {"refused": str(error)}
-        write_json(files[each.name], found)
+            result = {"refused": str(error)}
+        write_json(files[measurement.name], result)
 
 
-def _measured(each: Measurement, runs: Mapping[str, Path], trust: tuple[str, ...]) -> Any:
-    """The result as JSON values.
+def _measure(measurement: Measurement, runs: Mapping[str, Path], trust: tuple[str, ...]) -> Any:
+    """The result of a measurement as JSON values.
 
     Raises:
         ValueError: the run that it belongs to was trained on another machine, or the function
             refuses.
     """
     recipes = [
-        of if isinstance(of, Recipe) else Recipe.read(RunFolder(runs[of]).recipe, trust=trust)
-        for of in each.of
+        recipe
+        if isinstance(recipe, Recipe)
+        else Recipe.read(RunFolder(runs[recipe]).recipe, trust=trust)
+        for recipe in measurement.of
     ]
-    on = next((_conditions(runs[of]) for of in each.of if isinstance(of, str)), None)
-    if on is not None:
-        _refuse_elsewhere(on)
-    return _FUNCTIONS[each.kind](recipes, on, **each.options)
+    conditions = next(
+        (_conditions(runs[recipe]) for recipe in measurement.of if isinstance(recipe, str)), None
+    )
+    if conditions is not None:
+        _refuse_elsewhere(conditions)
+    return _FUNCTIONS[measurement.kind](recipes, conditions, **measurement.options)
 
 
-def _sweep(recipes: list[Recipe], on: Mapping[str, Any] | None, **options: Any) -> Any:
-    """Without `steps`, at the time steps of the recipe."""
+def _sweep(recipes: list[Recipe], conditions: Mapping[str, Any] | None, **options: Any) -> Any:
+    """Costs over the time steps `steps`. By default these are the recipe's time steps alone."""
     from pipeline.forecast.sweep import sweep
 
     options = {"steps": (recipes[0].time_steps,), **options}
     return sweep(recipes[0], rules=[each.rule for each in recipes], **options).to_json()
 
 
-def _interleaved(recipes: list[Recipe], on: Mapping[str, Any] | None, **options: Any) -> Any:
-    """By the label of each rule, with as many workers, samples and threads as the run had."""
+def _interleaved(
+    recipes: list[Recipe], conditions: Mapping[str, Any] | None, **options: Any
+) -> Any:
+    """Times by the label of each rule, with the run's number of workers, samples and threads."""
     from pipeline.forecast.interleaved import measure_interleaved
 
-    on = on or {"hardware": {}}
-    about = {
-        "workers": on.get("world_size") or 1,
-        "samples": on.get("micro_batch"),
-        "threads": on["hardware"].get("threads", 1),
+    conditions = conditions or {"hardware": {}}
+    settings = {
+        "workers": conditions.get("world_size") or 1,
+        "samples": conditions.get("micro_batch"),
+        "threads": conditions["hardware"].get("threads", 1),
         **options,
     }
-    found = measure_interleaved(recipes[0], [each.rule for each in recipes], **about)
-    return {label: asdict(times) for label, times in found.items()}
+    times_of = measure_interleaved(recipes[0], [each.rule for each in recipes], **settings)
+    return {label: asdict(times) for label, times in times_of.items()}
 
 
 def _plan(
-    recipes: list[Recipe], on: Mapping[str, Any] | None, *, device: str, samples: int, workers: int
+    recipes: list[Recipe],
+    conditions: Mapping[str, Any] | None,
+    *,
+    device: str,
+    samples: int,
+    workers: int,
 ) -> Any:
-    """For `workers` cards of the table of devices."""
+    """A plan for `workers` GPUs of the device table."""
     from pipeline.forecast.devices import DEVICES
     from pipeline.forecast.plan import Cluster, plan
 
@@ -92,14 +104,16 @@ _FUNCTIONS = {"sweep": _sweep, "interleaved": _interleaved, "plan": _plan}
 
 
 def _conditions(run: Path) -> dict[str, Any]:
-    """What a run was trained on at its end: workers, micro-batch, machine, threads."""
+    """The conditions at the end of a run: workers, micro-batch, machine, threads."""
     files = RunFolder(run)
     summary = read_json(files.summary) if files.summary.exists() else {}
     return conditions_of(summary, every(files.journal, Start.kind))[-1]
 
 
-def _refuse_elsewhere(on: Mapping[str, Any]) -> None:
+def _refuse_elsewhere(conditions: Mapping[str, Any]) -> None:
     """Raises: ValueError if a run was trained on another machine, or on another of its devices."""
-    found = hardware_differences(on["hardware"] or {}, own_cores=on["own_cores"])
-    if other := [f"{name} {there}, here {here}" for name, here, there in found]:
+    differences = hardware_differences(
+        conditions["hardware"] or {}, own_cores=conditions["own_cores"]
+    )
+    if other := [f"{name} {there}, here {here}" for name, here, there in differences]:
         raise ValueError(f"the runs were trained on another machine: {'; '.join(other)}")

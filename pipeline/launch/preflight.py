@@ -1,8 +1,8 @@
-"""`spiketrain doctor`: finds what would stop a training, before it begins.
+"""`spiketrain doctor`: finds problems that would stop a training, before it begins.
 
-Each check runs on the node that it is about: versions, GPUs and their driver, the shared folders
+Each check runs on the node that it examines: versions, GPUs and their driver, the shared folders
 and their locks, reading images with FFCV. Versions and GPUs are also compared between nodes. Then
-the nodes connect to one another, and MLflow is asked.
+the nodes connect to one another, and a request is sent to MLflow.
 """
 
 import fcntl
@@ -68,7 +68,7 @@ class Store:
     """A place for runs or checkpoints: a folder, or an address such as s3://bucket/prefix."""
 
     address: str
-    marker: Marker | None = None  # The object that the driver has put there, if it could
+    marker: Marker | None = None  # The marker that the driver wrote there; None: it wrote none
 
 
 def preflight(
@@ -81,7 +81,7 @@ def preflight(
         checkpoints: the address of checkpoints, if they are not kept in the folder of runs.
 
     Raises:
-        UserError: no cluster let us in, or the address of checkpoints holds credentials.
+        UserError: no cluster accepts this process, or the address of checkpoints has credentials.
         OSError: the folder of runs cannot be made.
     """
     places = [str(runs.absolute())] + ([] if checkpoints is None else [absolute(checkpoints)])
@@ -96,16 +96,16 @@ def preflight(
         stack.enter_context(_locked(runs, stores[0].marker))
         if address in (None, "local"):  # a launch starts a cluster here
             report = examine(*stores)
-            found = [*compare([report]), *report.findings]
+            findings = [*compare([report]), *report.findings]
         else:
             stack.enter_context(Ray(workers=0, device="cpu", address=address))
-            found = [*_nodes(stores), _network(runs.absolute())]
-    return [*found, of_mlflow(tracking_uri(runs))]
+            findings = [*_nodes(stores), _network(runs.absolute())]
+    return [*findings, of_mlflow(tracking_uri(runs))]
 
 
 @contextmanager
 def _marker_in(place: str) -> Iterator[Marker | None]:
-    """A marker that nodes look for in a folder; None at an address, which is one for all nodes."""
+    """A marker that nodes look for in a folder; None for an address, which all nodes share."""
     folder = folder_of(place)
     if folder is None:
         yield None
@@ -131,13 +131,13 @@ def _locked(runs: Path, marker: Marker | None) -> Iterator[None]:
 
 @contextmanager
 def _failing(check: str, what: str, advice: str) -> Iterator[list[Finding]]:
-    """Turn an exception into a finding: missing libraries, stores and GPUs raise many kinds."""
-    found: list[Finding] = []
+    """Turn any exception into a finding: libraries, stores and GPUs raise many types."""
+    findings: list[Finding] = []
     try:
-        yield found
+        yield findings
     except Exception as error:
         text = without_secrets(f"{type(error).__name__}: {' '.join(str(error).split())}")
-        found.append(Finding(check, "bad", f"{what}: {text}", advice))
+        findings.append(Finding(check, "bad", f"{what}: {text}", advice))
 
 
 # ---------------------------------------------------------------------------------- of a cluster
@@ -233,11 +233,11 @@ def compare(reports: Sequence[NodeReport]) -> Iterator[Finding]:
     text += f", the same on {len(reports)} nodes" if len(reports) > 1 else ""
     yield from bad or [Finding("versions", "ok", text)]
 
-    well = [each for each in reports if all(found.check != "gpus" for found in each.findings)]
-    if well:
-        text = "; ".join(f"{each.name}: {', '.join(each.gpus) or 'no GPU'}" for each in well)
+    healthy = [each for each in reports if all(found.check != "gpus" for found in each.findings)]
+    if healthy:
+        text = "; ".join(f"{each.name}: {', '.join(each.gpus) or 'no GPU'}" for each in healthy)
         advice = "workers wait for the slowest GPU: train on nodes that have the same GPUs"
-        are_alike = len({each.gpus for each in well if each.gpus or each.trains}) <= 1
+        are_alike = len({each.gpus for each in healthy if each.gpus or each.trains}) <= 1
         yield Finding("gpus", "ok", text) if are_alike else Finding("gpus", "warn", text, advice)
 
 
@@ -256,7 +256,7 @@ def examine(
     """
     name = socket.gethostname()
     gpus, findings = _gpus(resources)
-    findings = [replace(each, text=f"{name}: {each.text}") for each in (*findings, *_reading())]
+    findings = [replace(each, text=f"{name}: {each.text}") for each in (*findings, *_try_reading())]
     findings.append(storage := try_store(runs))
     if storage.state == "ok" and runs.marker is not None:
         folder = Path(runs.address)
@@ -276,7 +276,7 @@ def _version(package: str) -> str:
 
 
 def _gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[Finding]]:
-    """The names of the GPUs here, and what is wrong with them."""
+    """The names of this node's GPUs, and findings about GPUs that fail."""
     if (unusable := unusable_gpus()) is not None:
         return (), [Finding("gpus", "bad", unusable.problem, unusable.advice)]
     names: list[str] = []
@@ -300,7 +300,7 @@ def _gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[
     return tuple(names), findings
 
 
-def _reading() -> list[Finding]:
+def _try_reading() -> list[Finding]:
     """Write a few images and read them as a training does: with FFCV, its library and numba."""
     advice = "infra/setup.sh builds FFCV and what it needs"
     with _failing("ffcv", "images cannot be written and read", advice) as bad:
@@ -342,10 +342,10 @@ def _read_written(shades: Sequence[int]) -> list[int]:
 
 
 def _run_lock(name: str, file: Path) -> list[Finding]:
-    """Whether this node sees the driver's lock, which keeps a second driver off a run.
+    """Whether this node sees the driver's lock, which excludes a second driver from a run.
 
-    Some storage keeps locks to each machine (Lustre mounted with localflock, NFS with local_lock,
-    some of FUSE), and some has no locks.
+    Some storage keeps locks local to each machine (Lustre mounted with localflock, NFS with
+    local_lock, some FUSE file systems), and some storage has no locks.
     """
     advice = (
         "two drivers could train one run at once: mount it with locks that all nodes share "
@@ -367,8 +367,9 @@ def _run_lock(name: str, file: Path) -> list[Finding]:
 def _nfs(name: str, folder: Path) -> Iterator[Finding]:
     """Whether `folder` lies on an NFS whose client may hide a new file.
 
-    A user asks a run to stop or to save by a file in its folder. The client may answer for up to a
-    minute (acdirmax) that it is not there, unless it is mounted with lookupcache=positive (nfs(5)).
+    A user asks a run to stop or to save by a file in its folder. The client may report for up to a
+    minute (acdirmax) that the file does not exist, unless the NFS is mounted with
+    lookupcache=positive (nfs(5)).
     """
     try:
         lines = [line.split() for line in MOUNTS.read_text().splitlines()]
@@ -428,7 +429,9 @@ def _using(address: str, node: str) -> AbstractContextManager[list[Finding]]:
 
 
 def of_mlflow(uri: str) -> Finding:
-    """A file must be writable. A server must answer, and should ask for a password."""
+    """The finding about MLflow. A file must be writable. A server must answer, and should ask for a
+    password.
+    """
     if (file := sqlite_file(uri)) is not None:
         return _of_sqlite(file)
     if not is_server(uri):
@@ -442,7 +445,7 @@ def of_mlflow(uri: str) -> Finding:
     )
     try:
         connect(uri).search_experiments(max_results=1)
-    except Exception as error:  # of MLflow, or of its transport
+    except Exception as error:  # an error of MLflow or of its transport
         return Finding("mlflow", "bad", f"{shown}: {reason(uri, error)}", advice)
     if _lets_everybody_in(uri):
         advice = "let it ask for a password: `mlflow server --app-name basic-auth` (infra/mlflow)"

@@ -44,8 +44,8 @@ def prepare(
 
     Args:
         parent, suite, family: of the suite that the run belongs to; `suite` is its folder's name.
-        adopts: continue from checkpoints in the cluster's place for them that a run of this name
-            has left, whose folder is gone.
+        adopts: continue from checkpoints of an earlier run of this name whose folder is gone. They
+            are in the cluster's place for checkpoints.
 
     Raises:
         ValueError: the data set is missing, the weights that `init` names are missing, or the name
@@ -116,9 +116,9 @@ def open_place(place: str, run: Path) -> tuple[str, list[str], Owner | None]:
         ValueError: the address cannot be opened.
     """
     address = f"{absolute(place).rstrip('/')}/{run.name}"
-    found = place_at(address, run)
+    checkpoints = place_at(address, run)
     try:
-        return address, found.names(), owner_of(found)
+        return address, checkpoints.names(), owner_of(checkpoints)
     except Exception as error:  # each store has errors of its own
         raise ValueError(
             f"launch: {address} must be open to this user; got {type(error).__name__}: {error}"
@@ -131,8 +131,8 @@ def write_job(job: Job) -> None:
 
 
 def _to_json(job: Job) -> dict[str, Any]:
-    """Trust is not saved: the user who resumes states it anew. The token belongs to one start of
-    the driver.
+    """The content of job.json. Trust is not saved: the user who resumes has to state it again. The
+    token is not saved: it belongs to one start of the driver.
     """
     return {name: value for name, value in asdict(job).items() if name not in NOT_SAVED}
 
@@ -141,8 +141,7 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
     """Read what `write_job` wrote. The folder may have been moved since.
 
     Raises:
-        ValueError: the file is missing or damaged, or its suite or its family is no name of a
-            folder.
+        ValueError: the file is missing or damaged, or its suite or family is not a folder's name.
     """
     file = RunFolder(folder).job
     fields = arguments_of(Job, read_json(file), who=str(file), besides=NOT_SAVED)
@@ -162,8 +161,8 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Write into a hidden folder, which gets its name at the end: the folder is there as a whole or
-    not at all. A process that is killed leaves at most the hidden folder.
+    """Write into a hidden folder, which gets its name at the end. The folder is complete or absent.
+    A process that is killed leaves at most the hidden folder.
 
     Raises:
         ValueError: the name is taken.
@@ -188,7 +187,7 @@ def named(runs: Path, name: str) -> Path:
     """The folder of this name in the folder of runs.
 
     Raises:
-        ValueError: the name would lead elsewhere.
+        ValueError: the name leads to another folder.
     """
     require(is_name(name), f"launch: --name must be a name in {runs}; got {name!r}")
     return runs / name

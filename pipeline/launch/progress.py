@@ -28,17 +28,17 @@ from pipeline.track.journal import Follower, Record, number
 
 
 class Shown:
-    """Shows a run while it trains, from its journal as it grows: a bar on a terminal, else lines.
+    """Shows a run while it trains, from its growing journal: a bar on a terminal, else lines.
 
-    At once it prints where the run is kept and the command that resumes it. It begins where the
-    journal in `folder` ends now. No error in here ends the training.
+    It first prints the run's folder and the command that resumes the run. It shows only events that
+    are written after its creation. None of its errors ends the training.
 
     Args:
         store: the URI of the MLflow store.
-        name: begins each line: then several runs are shown at once, and none of them has a bar.
-        also: is given the same events.
-        every: seconds between lines about steps where the console is no terminal.
-        clock: measures them.
+        name: prefix of each line, for several runs that are shown at once. They have no bar.
+        also: called with the same events.
+        every: seconds between lines about steps if the console is not a terminal.
+        clock: measures these seconds.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class Shown:
         self._say("waiting for the workers, which import torch and build the network")
 
     def look(self) -> None:
-        """Show what has come to the journal since the last call."""
+        """Show the journal's new events since the last call."""
         try:
             new = self._follower.poll()
-        except OSError as error:  # storage that is away for a moment
+        except OSError as error:  # the storage is away for a moment
             if not self._is_blind:
                 why = error.strerror or error
                 text = f"the journal cannot be read ({why}): looked for again, and training goes on"
@@ -90,7 +90,7 @@ class Shown:
         try:
             self.show([from_dict(event) for event in new])
             self._also(new)
-        except Exception as error:  # a mistake in what is shown must not cost a training
+        except Exception as error:  # an error in the display must not end a training
             self._is_broken = True
             why = f"{type(error).__name__}: {error}"
             text = f"shown no more ({why}): training goes on, and its journal has everything"
@@ -103,7 +103,7 @@ class Shown:
             self._bar = None
 
     def show(self, new: Iterable[Event]) -> None:
-        """Take new events of the journal, in order. Of steps in a row the last is drawn."""
+        """Show new events of the journal, in order. Of consecutive steps only the last is drawn."""
         for is_step, group in groupby(new, lambda event: isinstance(event, events.Step)):
             if is_step:
                 *_, step = group
@@ -112,12 +112,12 @@ class Shown:
             for event in group:
                 self._note(event)
                 if self._bar is not None and isinstance(event, events.Checkpoint):
-                    continue  # a log should show what can be resumed; a bar is enough
+                    continue  # lines about checkpoints are for logs only
                 for line in _lines(event, self._start):
                     self._say(line)
 
     def _note(self, event: Event) -> None:
-        """Keep what later lines need, and move the bar."""
+        """Keep the values that later lines need, and move the bar."""
         if isinstance(event, events.Evaluation):
             self._accuracy = _share(event.metrics["top1"]) if "top1" in event.metrics else ""
         if isinstance(event, (events.Start, events.FirstBatch)):
@@ -157,7 +157,7 @@ class Shown:
         self._say(f"step {event.step}/{total}  {'  '.join(parts)}{left}")
 
     def _fitting(self, parts: list[str], start: events.Start) -> str:
-        """As many parts as fit beside the bar: rich would cut the times that stand after them."""
+        """As many parts as fit beside the bar. Else rich would cut the times after them."""
         steps = 2 * len(str(start.total_steps)) + 1
         beside = (len(start.rule), _bar_width(self._console), steps, *2 * [len("00:00:00")])
         room = self._console.width - sum(beside) - len(beside)
@@ -166,7 +166,7 @@ class Shown:
         return "  ".join(parts)
 
     def _left(self, event: events.Step, start: events.Start) -> str:
-        """The time to the end at the speed since the first batch of this start."""
+        """The remaining time, at the mean speed since the first batch of this start."""
         done, seconds = event.step - self._since_step, event.time - self._since
         if done <= 0:
             return ""
@@ -174,7 +174,7 @@ class Shown:
         return f"  {minutes // 60}:{minutes % 60:02d}:{rest:02d} left"
 
     def _say(self, line: str, *, label: str = "", whole: Sequence[str] = ()) -> None:
-        """Above the bar, where there is one."""
+        """Print a line, above the bar if there is one."""
         say(self._console, line, label=f"{self._prefix}{label}", whole=whole)
 
 
@@ -199,7 +199,7 @@ def _bar_width(console: Console) -> int:
 
 
 def _lines(event: Event, start: events.Start | None) -> list[str]:
-    """What is printed for an event, besides steps. `start` is the newest start."""
+    """The lines for an event that is not a step. `start` is the newest start."""
     match event:
         case events.Start():
             return _start(event)
@@ -298,7 +298,11 @@ def _evaluation(event: events.Evaluation) -> list[str]:
         "firing_rate": ("firing rate", _short),
         "bwt": ("BWT", _share),
     }
-    parts = [f"{name} {of(metrics[key])}" for key, (name, of) in formats.items() if key in metrics]
+    parts = [
+        f"{name} {format_(metrics[key])}"
+        for key, (name, format_) in formats.items()
+        if key in metrics
+    ]
     done = f"step {event.step} (epoch {event.epoch + 1})"
     lines = [f"evaluation after {done}: {', '.join(parts)}"]
     tasks = [
@@ -341,15 +345,15 @@ def _soon(seconds_left: float | None) -> str:
 
 
 def _short(value: Any) -> str:
-    found = number(value)
-    return "-" if found is None else f"{found:,.0f}" if abs(found) >= 1000 else f"{found:.3g}"
+    size = number(value)
+    return "-" if size is None else f"{size:,.0f}" if abs(size) >= 1000 else f"{size:.3g}"
 
 
 def _share(value: Any) -> str:
-    found = number(value)
-    return "-" if found is None else shown(found, kind="share")
+    share = number(value)
+    return "-" if share is None else shown(share, kind="share")
 
 
 def _bytes(value: Any) -> str:
-    found = number(value)
-    return "-" if found is None else shown(found, kind="B")
+    size = number(value)
+    return "-" if size is None else shown(size, kind="B")

@@ -1,8 +1,8 @@
 """The Ray launcher: Ray Train starts one worker process per accelerator, and restarts dead workers.
 
-Ray gives processes and a process group, and nothing else. Checkpoints and metrics do not pass
-through it: what Ray 2.60 remembers of them lags behind the disk, and one truncated file loses it.
-The run's own folder counts.
+Ray provides processes and a process group, and nothing else. Checkpoints and metrics do not pass
+through it: Ray's own record of them (2.60) lags behind the disk, and one truncated file loses it.
+The run's own folder is the only record.
 """
 
 import logging
@@ -75,11 +75,11 @@ OWN_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 nowhere else (2.60).
 """
 
-ANSWER_S = 30.0  # In which each node has to answer a question
-MEETING_S = 600  # In which starting workers have to connect. No watchdog runs yet.
+ANSWER_S = 30.0  # Longest wait for a node's answer to a request
+MEETING_S = 600  # Longest wait for starting workers to connect. No watchdog runs yet.
 AFTER_WATCHDOG_S = 600
-"""How long a healthy worker waits on, after a watchdog should have ended the worker that it waits
-for.
+"""Additional time that a healthy worker waits for another one, after the watchdog should have ended
+that worker.
 """
 
 
@@ -88,8 +88,8 @@ class Ray:
     """Workers on a Ray cluster: an existing one, or one of our own on this machine."""
 
     workers: int | tuple[int, ...]
-    """Processes that train together. Of several numbers (ascending) the largest that there is room
-    for; it may change during the run.
+    """Processes that train together. With several ascending numbers, the largest number that there
+    is room for trains; it may change during the run.
     """
     address: str | None = None
     """Of an existing cluster (`auto`, `host:6379`, `ray://...`). None starts one here."""
@@ -99,8 +99,8 @@ class Ray:
     device: Device = "auto"  # Whether each worker gets a GPU (`takes_gpus`)
     max_restarts: int = 3
     """How often dead workers are restarted without progress between (`ray_trainer.py`)."""
-    node_loss: NodeLoss = "fast"  # How long a node that does not answer is waited for
-    work: Work = run  # What a worker does with its job. Benchmarks measure inside it.
+    node_loss: NodeLoss = "fast"  # How long the run waits for a node that does not answer
+    work: Work = run  # A worker calls it with its job. Benchmarks measure inside it.
 
     def __post_init__(self) -> None:
         self.sizes = self.workers if isinstance(self.workers, tuple) else (self.workers,)
@@ -185,9 +185,9 @@ class Ray:
             answers = run_on_each(
                 _unusable_cards, lambda has: int(has.get("GPU", 0)), within_s=ANSWER_S
             )
-            for found in answers:  # a node without an answer is noticed once it gets a worker
-                if isinstance(found, str):
-                    raise UserError(f"launch: {found}")
+            for answer in answers:  # a node without an answer fails later, when it gets a worker
+                if isinstance(answer, str):
+                    raise UserError(f"launch: {answer}")
 
     def _takes_gpus(self) -> bool:
         import ray
@@ -195,7 +195,7 @@ class Ray:
         return takes_gpus(self.device, self.least, int(ray.cluster_resources().get("GPU", 0)))
 
     def _share(self, *, gpus: bool) -> Share:
-        """What a worker gets on the nodes that are up now."""
+        """The share of a worker on the nodes that are up now."""
         nodes = [node["Resources"] for node in alive_nodes()] if gpus else []
         return share_of(
             nodes, gpus=gpus, cores=self.cpus_per_worker, loader_threads=self.loader_threads
@@ -265,8 +265,8 @@ class Ray:
         if gpus:
             job = replace(job, threads=share.cores, loader_threads=share.loader_threads)
         elastic = len(self.sizes) > 1
-        # The cluster is ours, or of a suite of ours that this process has joined. The nodes tell
-        # it: the address may be that of a client elsewhere.
+        # Whether the cluster is ours, or belongs to a suite of ours that this process has joined.
+        # Only the nodes show this: `address` may be that of a client elsewhere.
         alone = all(node["NodeManagerAddress"] == HOST for node in alive_nodes())
         environment = worker_environment(
             threads=share.cores, loader_threads=job.loader_threads, gpus=gpus, alone=alone
@@ -300,9 +300,9 @@ class Ray:
 
 
 def _unusable_cards(gpus: int) -> str | None:
-    """Why torch cannot use the GPUs of the node that this runs on. `gpus`: how many Ray counts."""
-    found = unusable_gpus() if gpus else None
-    return None if found is None else f"{platform.node()}: {found}"
+    """The reason why torch cannot use this node's GPUs, if any. `gpus`: the number in Ray."""
+    problem = unusable_gpus() if gpus else None
+    return None if problem is None else f"{platform.node()}: {problem}"
 
 
 def _stopped_without_workers(job: Job) -> None:

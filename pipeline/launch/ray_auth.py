@@ -1,5 +1,5 @@
-"""The token of a Ray cluster: draw one for our own cluster, show it to another one, and explain why
-a cluster did not let this process in.
+"""The token of a Ray cluster: draw a token for our own cluster, show the user's token to another
+cluster, and explain why a cluster did not accept this process.
 """
 
 import os
@@ -35,7 +35,7 @@ def _is_in_environment() -> bool:
 
 
 def refuse_silent_address(address: str) -> None:
-    """Raises: OSError within seconds if nothing listens at the address. Ray 2.60 tries for
+    """Raises: OSError within seconds if nothing listens at the address. Ray 2.60 would try for
     minutes.
     """
     host, colon, port = address.rpartition("://")[2].rpartition(":")
@@ -47,7 +47,7 @@ def refuse_silent_address(address: str) -> None:
 def captured_stderr() -> Iterator[list[str]]:
     """Capture what Ray's C++ code writes to stderr, which is one line for each attempt to join.
 
-    The lines are in the list at the end. They are also printed if no exception was raised.
+    The list has the lines after the `with` block. They are also printed if no exception was raised.
     """
     lines: list[str] = []
     kept = os.dup(2)
@@ -65,7 +65,7 @@ def captured_stderr() -> Iterator[list[str]]:
 
 
 def reason(error: Exception, stderr: Sequence[str]) -> str:
-    """Why the cluster could not be joined.
+    """The reason why the cluster could not be joined, in one line.
 
     Ray 2.60 raises "no cluster found" also if a cluster refused the token.
     """

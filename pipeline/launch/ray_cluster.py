@@ -5,12 +5,12 @@ Two profiles of node loss (`--node-loss`) say when a node that does not answer c
 exclude each other.
 
     fast       A dead node is noticed within about 4 s. The run continues with fewer workers, or
-               waits up to an hour for another node. A node whose link is cut for that long counts
-               as dead too, and Ray does not let it join again: whoever starts the nodes has to
-               restart it. For nodes that are killed: preemptible machines, autoscalers.
-    patient    A cut of half a minute or more is waited out. No node is lost, and the workers
-               continue or are restarted on the same nodes. A dead node is waited for as long,
-               before the run continues without it. For machines that stay, on an unreliable
+               waits up to an hour for another node. A node whose link is cut for about 4 s counts
+               as dead too, and Ray does not let it join again: its operator has to restart it. For
+               nodes that are killed: preemptible machines, autoscalers.
+    patient    The run waits through a cut of half a minute or more. No node is lost, and the
+               workers continue or are restarted on the same nodes. It waits as long for a dead
+               node, before it continues without it. For machines that stay, on an unreliable
                network.
 
 A profile sets two environments: `NODES` of the processes that start the cluster's nodes
@@ -71,7 +71,7 @@ def run_on_each(
     run, nodes = ray.remote(work), alive_nodes()
     options = {"num_cpus": 0, "max_retries": 0}
     tasks = [
-        run.options(**options, scheduling_strategy=_on(node)).remote(given(node["Resources"]))
+        run.options(**options, scheduling_strategy=_only_on(node)).remote(given(node["Resources"]))
         for node in nodes
     ]
     ray.wait(tasks, num_returns=len(tasks), timeout=within_s)
@@ -86,7 +86,7 @@ def alive_nodes() -> list[dict[str, Any]]:
     return sorted(nodes, key=lambda node: "node:__internal_head__" not in node["Resources"])
 
 
-def _on(node: dict[str, Any]) -> Any:
+def _only_on(node: dict[str, Any]) -> Any:
     """A scheduling strategy that allows this node only."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -122,8 +122,8 @@ def worker_environment(
     # Defaults first: passed_on() holds the user's own values.
     loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if alone else {}
     exact = EXACT if gpus else {}  # NCCL reads it when it first connects
-    # The number of GPUs that the workers have, not that this process sees. Workers without a GPU
-    # each must not use the few there are.
+    # It depends on the workers' GPUs, not on those that this process sees. If not each worker has a
+    # GPU, none of them may use the few that exist.
     no_gpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     # A worker starts in another folder. Packages that the user trusts lie beside the recipe or on
     # the path.
@@ -177,10 +177,10 @@ def innermost(error: BaseException) -> str:
 
 
 def cause(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
-    """Of workers that failed together, the rank and the error that caused the others.
+    """The rank and the error that caused the other failures, if workers failed together.
 
-    This is the lowest rank that did not fail because it lost another worker; the lowest rank if all
-    did.
+    This is the lowest rank that did not fail because it lost another worker, or the lowest rank if
+    all did.
     """
     errors = {rank: getattr(error, "cause", None) or error for rank, error in failures.items()}
     rank = min(errors, key=lambda rank: (_lost_peer(errors[rank]), rank))
@@ -188,8 +188,8 @@ def cause(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
 
 
 def _lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed, which raises a RuntimeError. A lost connection to storage raises
-    an OSError.
+    """Whether the error is that of a failed collective: a RuntimeError. A lost connection to
+    storage raises an OSError.
     """
     return isinstance(error, RuntimeError) and any(
         words in str(error).lower() for words in LOST_PEER

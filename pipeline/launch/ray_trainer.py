@@ -1,18 +1,18 @@
 """Ray's TorchTrainer with our policies for restarts and sizes, and with torch's store on loopback.
 
 A cluster that a launch starts itself must not be reachable from other machines. A setting makes Ray
-listen on loopback, the name of the interface does so for gloo and NCCL. torch's store takes no host
-(2.13) and no token, so it gets a socket that we open.
+listen on loopback. For gloo and NCCL the name of the interface does so. torch's store accepts no
+host (2.13) and no token, so it gets a socket that we open.
 
 Ray's own policies (2.60) do not fit long runs:
 
 - They count restarts over the whole run, so that a fourth death in days of training ends it.
 - They end a run whose workers find no room for two minutes. Replacing a machine may take ten.
-- They take any number of workers between two, count nodes that are gone for up to 20 s, and end
-  the workers of a run that is to grow at once.
+- They use any number of workers within a range, count a lost node for up to 20 s, and end the
+  workers at once if a run is to grow.
 
-`Restarts` counts deaths without progress. `Resizing` takes numbers that the run may have, on nodes
-that stay, and asks the run to save first.
+`Restarts` counts deaths without progress. `Resizing` uses only numbers of workers that the run may
+have, counts only nodes that stay, and asks the run to save first.
 """
 
 import os
@@ -139,10 +139,10 @@ def _set_address(port: int) -> None:
 
 PLACES_S = 3600.0  # How long workers wait for room, if a node may come back or be replaced
 LOOK_S = 10.0
-"""Between two looks at whether there is room for another number of workers. A new node has to stay
-for so long.
+"""Seconds between two checks for room for another number of workers. A new node has to stay for
+this time.
 """
-PATIENCE_S = 300.0  # For the checkpoint before a change of size. The next step may take long.
+PATIENCE_S = 300.0  # Wait for the checkpoint before a change of size. The next step may take long.
 
 
 class NoPlace(Exception):
@@ -153,11 +153,12 @@ class Restarts(DefaultFailurePolicy):
     """Ends the run in `folder` after more than `max_failures` deaths of workers without progress.
 
     Progress is a checkpoint of a later step, or a smaller micro-batch. The death that makes the
-    micro-batch smaller does not count: several workers restart for it, where a single one continues
-    by itself (worker.py). A death whose cause only the user can remove ends the run at once.
+    micro-batch smaller does not count: several workers restart after it, while a single worker
+    continues by itself (worker.py). If only the user can remove the cause of a death, the run ends
+    at once.
 
-    Workers that have started before and now find no room, because their node is gone, do not count
-    if `awaits_nodes`: they wait for up to an hour.
+    If `awaits_nodes`, workers that have started before may wait for room for up to an hour when
+    their node is gone. This does not count as a death.
     """
 
     def __init__(self, config: FailureConfig, *, folder: Path, awaits_nodes: bool) -> None:
@@ -167,7 +168,7 @@ class Restarts(DefaultFailurePolicy):
         self._micro_batch = self._read_micro_batch()
         self._start = self._first_start = self._last_start()
         self._waits: tuple[str | None, float] | None = None
-        """The start after which there was no room for the workers, and the time of that."""
+        """The last start before the workers found no room, and the time when the wait began."""
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         with suppress(OSError):  # storage is away: the journal lacks this death
@@ -190,7 +191,9 @@ class Restarts(DefaultFailurePolicy):
         return super().make_decision(training_failed_error)
 
     def _note_death(self, failures: Mapping[int, Exception] | None) -> None:
-        """Leave a note for the journal, which the workers write. Worker 0 writes its own errors."""
+        """Leave a note of the death for the next workers, which write the journal. Worker 0 writes
+        its own errors.
+        """
         if failures:
             worker, error = cause(failures)
             # Refusals and too large micro-batches have notes of their own.
@@ -213,8 +216,8 @@ class Restarts(DefaultFailurePolicy):
         return progress
 
     def _may_wait(self, failure: Any) -> bool:
-        """Whether workers still wait for room. Never before the first start: the launch has counted
-        the cores and refuses at once.
+        """Whether workers may still wait for room. They never wait before the first start: the
+        launch has counted the cores, and the run is refused at once.
         """
         if not self.awaits_nodes or self._start == self._first_start:
             return False
@@ -225,7 +228,7 @@ class Restarts(DefaultFailurePolicy):
         return time.monotonic() - self._waits[1] < PLACES_S
 
     def _last_start(self) -> str | None:
-        """An identity of the workers' last start."""
+        """A text that identifies the workers' last start."""
         event = last_event(RunFolder(self.folder).journal, Start)
         return None if event is None else f"{event.attempt} {event.time}"
 
@@ -248,7 +251,7 @@ class Resizing(ElasticScalingPolicy):
         self.sizes, self.folder, self.files = tuple(sizes), folder, RunFolder(folder)
         self._wanted: ResizeDecision | None = None
         self._asked = self._ticked = 0.0
-        self._none_since: float | None = None  # The time since which there has been no worker
+        self._none_since: float | None = None  # When the workers were gone; None: there are workers
         self._is_journalled = self._is_tried_late = False
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
@@ -267,8 +270,8 @@ class Resizing(ElasticScalingPolicy):
         """A request to stop ends the wait for nodes as if its time were over (`Restarts`).
 
         Raises:
-            NoPlace: no workers have started within an hour, whether there was room for them
-                now and then or not. Room that comes later is tried once.
+            NoPlace: no workers have started within an hour, even if there was room for them at
+                times. Room that appears later is tried once.
         """
         self._wanted = None
         decision = super().make_decision_for_non_running_worker_group()
@@ -291,7 +294,7 @@ class Resizing(ElasticScalingPolicy):
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
-        """Ask the run for a checkpoint first. The decision follows once that is there."""
+        """Ask the run for a checkpoint first. The decision follows once the checkpoint exists."""
         self._none_since = None
         if self._wanted is None:
             if time.monotonic() - self._ticked > LOOK_S / 2:
@@ -304,7 +307,7 @@ class Resizing(ElasticScalingPolicy):
             )
             if not isinstance(decision, ResizeDecision):
                 return decision
-            with suppress(OSError):  # asked for again at the next look
+            with suppress(OSError):  # the next look asks again
                 write_json(self.files.save, asdict(_leaving(worker_group_state)))
                 self._wanted, self._asked = decision, time.monotonic()
             return NoopDecision()
@@ -317,9 +320,9 @@ class Resizing(ElasticScalingPolicy):
 
 
 def _exists(file: Path, *, if_away: bool) -> bool:
-    """Whether a file exists; `if_away` while its storage does not answer.
+    """Whether a file exists; `if_away` if its storage does not answer.
 
-    An exception here would end the launch: Ray (2.60) takes it for a failure of its controller.
+    An exception here would end the launch: Ray (2.60) treats it as a failure of its controller.
     """
     try:
         return file.exists()
@@ -350,17 +353,16 @@ def no_place(workers: int) -> str:
 
 
 def needs_the_user(error: Exception) -> bool:
-    """Whether a worker died of a full disk or a missing right, which a restart would meet again."""
+    """Whether a worker died of a full disk or a missing permission. A restart would fail again."""
     failures = getattr(error, "worker_failures", None)
     if not failures:
         return False
-    _, found = cause(failures)
-    return isinstance(found, OSError) and is_permanent(found)
+    _, death = cause(failures)
+    return isinstance(death, OSError) and is_permanent(death)
 
 
 def journal_waiting(folder: Path, workers: int) -> None:
-    """Journal that no worker of the run in `folder` is left, and what it waits for. The driver
-    shows it.
+    """Journal that the run in `folder` has no workers and waits for room. The driver shows it.
 
     Raises: OSError.
     """

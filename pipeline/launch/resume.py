@@ -1,7 +1,7 @@
-"""`spiketrain resume` of one run, and `launch --or-resume`: what may change, and what is refused.
+"""`spiketrain resume` of one run, and `launch --or-resume`: allowed changes, and refusals.
 
-`launch --or-resume` continues only what was launched in the same way. `resume` takes other options
-of operation (`cluster.OPERATIONAL`), which are saved with the run or suite and hold from then on.
+`launch --or-resume` continues a run only if it was launched in the same way. `resume` accepts other
+operational options (`cluster.OPERATIONAL`). They are saved with the run or suite.
 """
 
 import json
@@ -44,7 +44,7 @@ def resume_run(
     options: Mapping[str, Any],
     trust: tuple[str, ...] = (),
 ) -> Path | None:
-    """Continue a run; `options` hold from now on. Returns its folder, or None if it was asked to
+    """Continue a run. `options` are saved with it. Returns its folder, or None if it was asked to
     stop.
     """
     if state_of(folder) == "finished":
@@ -60,7 +60,7 @@ def resume_run(
     say_stage("checking the run and where it continues")
     check_resumed(folder, cluster, launched, trust=trust)
     with driver_lock(folder):
-        pass  # refuses a second driver before a cluster is started in vain
+        pass  # a second driver is refused before it starts a cluster
     with cluster.launcher() as launcher:
         save_options(folder, [folder], options, new_console())
         job = read_job(folder, trust=trust)
@@ -97,7 +97,7 @@ def _workers_of_newest(place: Place) -> int | None:
     """
     try:
         for name in reversed(place.names()):
-            # A damaged one is moved away by the workers.
+            # The workers move a damaged checkpoint to quarantine.
             with suppress(FileNotFoundError, ValueError, KeyError):
                 return trainer_of(place, name)["world_size"]
     except OSError as error:
@@ -112,14 +112,15 @@ def refuse_unless_launched_so(
     """Refuse to continue a run or suite that was launched with another recipe or other options.
 
     Raises:
-        ValueError: what differs, as it was and as it is asked for now; or a damaged folder.
+        ValueError: the recipe or the options differ, or the folder is damaged. The message has the
+            old and the new values.
     """
     rule = f"launch: --or-resume continues {folder.name} as it was launched"
     if is_suite(folder) != isinstance(made, Suite):
         there, asked = ("a suite", "one recipe") if is_suite(folder) else ("one run", "a suite")
         raise ValueError(f"{rule}; it is {there}, and now {asked} is asked for")
-    found = list(_differences(folder, made, trust=trust))
-    require(not found, f"{rule}; its recipe differs now: {listed(found)}")
+    recipe_changes = list(_differences(folder, made, trust=trust))
+    require(not recipe_changes, f"{rule}; its recipe differs now: {listed(recipe_changes)}")
     there = (
         read_json(RunFolder(folder).cluster)
         if isinstance(made, Recipe)
@@ -155,10 +156,10 @@ def _as_read(recipe: Recipe) -> Any:
 def save_options(
     folder: Path, runs: Iterable[Path], options: Mapping[str, Any], console: Console
 ) -> None:
-    """Save fields of OPERATIONAL with the runs of `folder`, a run or a suite; print what differs.
+    """Save fields of OPERATIONAL with the runs of `folder`, a run or a suite; print the changes.
 
-    Later runs of a suite are made from its suite.json. job.json is written before cluster.json: a
-    driver killed between the two leaves cluster.json as it was, and the same command writes both
+    Later runs of a suite are made from its suite.json. job.json is written before cluster.json: if
+    a driver is killed between the two, cluster.json is unchanged, and the same command writes both
     again.
 
     Raises:

@@ -88,7 +88,7 @@ class Order:
         return self.workers if isinstance(self.workers, tuple) else (self.workers,)
 
     def option(self, name: str) -> str | None:
-        """The value of an option among the words, as a word of its own or after =; the last one."""
+        """The last value of an option among the words, `--name value` or `--name=value`."""
         value = None
         for word, after in zip(self.words, (*self.words[1:], None), strict=True):
             if word == name:
@@ -98,7 +98,7 @@ class Order:
         return value
 
     def count(self, name: str) -> int:
-        """The number that an option has among the words; 1 for `auto` and without the option.
+        """The number of an option among the words; 1 for `auto` or if the option is missing.
 
         Raises:
             ValueError: it is neither a count nor `auto`.
@@ -131,10 +131,10 @@ class Order:
 def answer_of(
     name: str, *words: str, given: str = "", environment: Mapping[str, str] | None = None
 ) -> str:
-    """Run a program and return what it prints. It is searched on PATH and beside this Python.
+    """Run a program and return its output. It is searched on PATH and beside this Python.
 
     Raises:
-        UserError: it is missing, fails, or does not answer in time.
+        UserError: the program is missing, fails, or does not answer in time.
     """
     beside = str(Path(sys.executable).parent)
     places = os.pathsep.join((os.environ.get("PATH", os.defpath), beside))
@@ -159,8 +159,8 @@ def answer_of(
         raise UserError(f"submit: {program} cannot be run: {error.strerror}") from error
     if done.returncode != 0:
         lines = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
-        said = " ".join(" ".join(lines if len(lines) < 4 else lines[-1:]).split())  # no traceback
-        raise UserError(f"submit: {name} failed with exit code {done.returncode} and said: {said}")
+        text = " ".join(" ".join(lines if len(lines) < 4 else lines[-1:]).split())  # no traceback
+        raise UserError(f"submit: {name} failed with exit code {done.returncode} and said: {text}")
     return done.stdout.strip()
 
 
@@ -182,8 +182,8 @@ def render_rayjob(order: Order, folder: Path) -> str:
     """The RayJob of a kustomize folder, with the order's name, entrypoint, image and pods, as YAML.
 
     There are as many pods as the workers need, and never fewer: the driver counts them when it
-    starts. With several numbers of workers the job begins with the pods of the smallest; Ray's
-    autoscaler adds some, up to those of the largest.
+    starts. With several numbers of workers, the job begins with the pods for the smallest number.
+    Ray's autoscaler adds pods, up to those for the largest number.
 
     Raises:
         ValueError: Kubernetes would not take the name or image; the folder has no RayJob, or is too
@@ -210,7 +210,7 @@ def render_rayjob(order: Order, folder: Path) -> str:
 
 
 def submit_rayjob(manifest: str) -> str:
-    """Apply a RayJob to kubectl's cluster and namespace. Returns what kubectl prints.
+    """Apply a RayJob to kubectl's cluster and namespace. Returns kubectl's output.
 
     A running job of that name continues, and changes apply from its next attempt. A job that has
     ended would not change (KubeRay 1.7.0), so it is refused.
@@ -237,9 +237,9 @@ def _is_fixed(image: str) -> bool:
     part = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
     host = r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::[0-9]+)?"
     version = r"(?::(?P<tag>\w[\w.-]{0,127}))?(?P<digest>@sha256:[0-9a-f]{64})?"
-    found = re.fullmatch(rf"(?:{host}/)?{part}(?:/{part})*{version}", image, re.ASCII)
-    return found is not None and (
-        found["digest"] is not None or found["tag"] not in (None, "latest")
+    match = re.fullmatch(rf"(?:{host}/)?{part}(?:/{part})*{version}", image, re.ASCII)
+    return match is not None and (
+        match["digest"] is not None or match["tag"] not in (None, "latest")
     )
 
 
@@ -257,7 +257,7 @@ def _fill_rayjob(job: dict[str, Any], order: Order, folder: Path) -> None:
     group["replicas"] = group["minReplicas"] = _pods(order, order.sizes[0], limits, most, folder)
     group["maxReplicas"] = _pods(order, order.sizes[-1], limits, most, folder)
     job["metadata"]["name"] = order.name
-    # The driver runs on the head, which has no GPU to find: the device is named.
+    # The driver runs on the head, which has no GPU, so the device is named.
     device = ("--device", "gpu" if _gpus(limits) else "cpu")
     options = () if order.option("--device") is not None else device
     job["spec"]["entrypoint"] = shlex.join(order.launch(*options))  # a shell of the head reads it
@@ -284,13 +284,13 @@ def _pods(order: Order, workers: int, limits: dict[str, Any], most: int, folder:
 
 def _cores(limits: dict[str, Any]) -> int:
     """The cores of a pod, rounded up as KubeRay does for Ray."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(limits.get("cpu", "")))
-    if found is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(limits.get("cpu", "")))
+    if match is None:
         raise ValueError(
             "k8s: a worker's limit of cpu must be a number of cores, or of thousandths with m; got"
             f" {limits.get('cpu')!r}"
         )
-    return math.ceil(float(found[1]) / (1000 if found[2] else 1))
+    return math.ceil(float(match[1]) / (1000 if match[2] else 1))
 
 
 def _gpus(limits: dict[str, Any]) -> int:

@@ -33,8 +33,8 @@ from pipeline.train.job import Job, was_stopped
 from pipeline.train.writer_lock import PATIENCE_S
 
 LEAVING_S = PATIENCE_S
-"""In which the driver of a run saves and ends after its suite was killed, and a machine that died
-loses its lock.
+"""Time in which the driver of a run saves and ends after its suite was killed, and in which a dead
+machine loses its lock.
 """
 _POLL_S = 0.25
 _PR_SET_PDEATHSIG = 1
@@ -79,8 +79,8 @@ class _SideBySide:
     console: Console
     running: dict[str, _ChildDriver] = field(default_factory=dict)
     driven_since: dict[str, float] = field(default_factory=dict)
-    """When it was noticed that another process drives a run: most likely the driver of a suite that
-    was killed, which saves its run and ends.
+    """When another process was first seen to drive a run. Most likely it is the driver of a killed
+    suite, which saves its run and ends.
     """
 
     def train(self) -> bool:
@@ -95,7 +95,9 @@ class _SideBySide:
                     if each.ended():
                         del self.running[name]
                         failed = failed or each.failure()
-                        stopped = stopped or not self.suite.is_over(name)  # the run alone was
+                        stopped = stopped or not self.suite.is_over(
+                            name
+                        )  # only this run was stopped
                 is_waiting = False
                 if not requests() and failed is None and not stopped:
                     try:
@@ -110,7 +112,7 @@ class _SideBySide:
         return not self.suite.left()
 
     def _begin_more(self) -> bool:
-        """Fill the free slots, in the suite's order. Returns whether others still drive runs.
+        """Fill the free slots, in the suite's order. Returns whether other processes drive runs.
 
         Raises: OSError or ValueError if a run cannot begin.
         """
@@ -129,7 +131,10 @@ class _SideBySide:
         return elsewhere > 0
 
     def _is_driven_elsewhere(self, name: str) -> bool:
-        """Raises: UserError if another process has driven the run for more than LEAVING_S."""
+        """Whether another process drives the run.
+
+        Raises: UserError if it has done so for more than LEAVING_S.
+        """
         run = self.suite.where[name]
         if not is_driven(run):
             self.driven_since.pop(name, None)
@@ -180,7 +185,7 @@ class _ChildDriver:
 
     def stop(self, *, at_once: bool) -> None:
         """Ask the run to save after this step; `at_once`: end it without saving."""
-        with suppress(OSError):  # storage is away: asked again at the next turn
+        with suppress(OSError):  # the storage is away: the next turn asks again
             self._files.stop.touch()
         if at_once and not self._is_terminated:
             self._is_terminated = True

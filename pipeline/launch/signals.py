@@ -1,4 +1,4 @@
-"""What signals ask of the driver of a run or a suite.
+"""Requests by signals to the driver of a run or a suite.
 
 Ctrl-C, SIGTERM     save after the current step and stop; a second one stops at once
 SIGUSR1, SIGHUP     save and stop, however often they come. A scheduler sends SIGUSR1 before its
@@ -26,9 +26,9 @@ parent that dies (Linux 6).
 
 @contextmanager
 def on_stop_signals(hear: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Meanwhile call `hear` once for each request, in the middle of what the main thread does.
+    """Inside, call `hear` once for each request. The call interrupts the main thread.
 
-    SIGHUP stays ignored if this process was started so (nohup).
+    SIGHUP stays ignored if it was ignored when this process started (nohup).
     """
     heard = -math.inf
 
@@ -72,7 +72,7 @@ class StopRequest:
                 os._exit(130)
 
     def report(self) -> None:
-        """Print what was heard, and ask again if storage did not take the file. Call it often."""
+        """Print the request, and repeat it if the storage did not take the file. Call it often."""
         if not self._by:
             return
         if not self._is_asked():
@@ -94,8 +94,8 @@ class StopRequest:
 
 @contextmanager
 def blocked_signal(number: signal.Signals) -> Iterator[None]:
-    """Processes that are started meanwhile never get this signal. This process gets it afterwards
-    at the latest.
+    """Inside, block a signal. Processes that are started inside never get it. This process gets it
+    at the end of the block at the latest.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:

@@ -43,7 +43,7 @@ def launch_suite(
 ) -> Path | None:
     """Train a suite. Returns its folder, or None if it was asked to stop.
 
-    Without a `name` it is called `stem` and the time.
+    `name` is the name of its folder. None: `stem` and the time.
     """
     launcher = cluster.launcher()
     parent = uuid.uuid4().hex
@@ -73,7 +73,7 @@ def resume_suite(
     options: Mapping[str, Any],
     trust: tuple[str, ...] = (),
 ) -> Path | None:
-    """Continue a suite; `options` hold from now on. Returns its folder, or None if it was asked to
+    """Continue a suite. `options` are saved with it. Returns its folder, or None if it was asked to
     stop.
     """
     suite_file = SuiteFile.read(folder, trust=trust)
@@ -131,7 +131,7 @@ def _train(suite: SuiteRuns, launcher: Launcher, slots: int) -> Path | None:
 
 
 def _update_cores(suite: SuiteRuns, console: Console) -> None:
-    """Let runs that have begun share cores as those do that begin now.
+    """Let runs that have begun reserve cores as the runs that begin now do.
 
     They may have begun with another number of runs side by side.
     """
@@ -147,12 +147,12 @@ def _update_cores(suite: SuiteRuns, console: Console) -> None:
 def _sync_states(suite: SuiteRuns, console: Console) -> None:
     """Deliver to MLflow the states of the suite and its runs, once no process drives them.
 
-    A process that was killed has not delivered its run's state. Between two runs MLflow has been
-    informed that the suite runs.
+    A killed process has not delivered its run's state. Between two runs MLflow still shows the
+    suite as running.
     """
     try:
         begun = {name: run for name, run in suite.where.items() if state_of(run) != "new"}
-        if not begun or not suite.left():  # the last run has delivered it
+        if not begun or not suite.left():  # the last run has delivered the state
             return
         unfinished = [run for name, run in begun.items() if not suite.is_over(name)]
         for run in unfinished or [*begun.values()][-1:]:
@@ -162,7 +162,9 @@ def _sync_states(suite: SuiteRuns, console: Console) -> None:
 
 
 def _train_in_turn(suite: SuiteRuns, launcher: Launcher, console: Console) -> bool:
-    """Returns False if the suite was asked to stop. A run that diverged counts as trained."""
+    """Train one run after another. Returns False if the suite was asked to stop. A diverged run
+    counts as trained.
+    """
     left = suite.left()
     try:
         for recipe in left:
@@ -182,7 +184,7 @@ def _train_in_turn(suite: SuiteRuns, launcher: Launcher, console: Console) -> bo
 
 
 def _measure(suite: SuiteRuns, folder: Path) -> bool:
-    """Returns False if the user stopped it."""
+    """Make the suite's measurements. Returns False if the user stopped them."""
     try:
         measure_the_rest(folder, suite.suite_file.suite, trust=suite.trust)
     except KeyboardInterrupt:
@@ -193,7 +195,7 @@ def _measure(suite: SuiteRuns, folder: Path) -> bool:
 def _check_ahead(
     suite: Suite, cluster: Cluster, *, trust: tuple[str, ...], begun: frozenset[str] = frozenset()
 ) -> None:
-    """Refuse what can be refused before any run trains.
+    """Refuse recipes that can be refused before any run trains.
 
     Each run is checked again before it begins, with the weights that it starts from.
     """
@@ -208,8 +210,8 @@ def _names(
 ) -> tuple[Path, tuple[str, ...]]:
     """The suite's folder and the names of its runs, none of which is taken.
 
-    `mark` makes the names differ from those of a suite that is launched in the same second: runs
-    get their folders later.
+    `mark` makes the names differ from those of a suite that is launched in the same second. The
+    runs get their folders only later.
     """
     if name is not None:
         refuse_taken(named(runs, name))

@@ -1,5 +1,5 @@
-"""The runs of a suite: which are left, which can begin, and the job of each once the runs that it
-depends on are over.
+"""The runs of a suite: which of them are left, which can begin, and the job of each run. A run can
+begin once the runs that it depends on are over.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class SuiteRuns:
         return [recipe for recipe in self.suite_file.suite.recipes if not self.is_over(recipe.name)]
 
     def can_begin(self, recipe: Recipe) -> bool:
-        """Whether the runs that it takes weights or a choice from are over."""
+        """Whether the runs are over from which this run takes weights or a choice."""
         return all(self.is_over(name) for name in needed(self.suite_file.suite, recipe))
 
     def job(self, recipe: Recipe) -> Job:
@@ -77,12 +77,12 @@ class SuiteRuns:
         )
 
     def _chosen(self, recipe: Recipe) -> Recipe:
-        """The recipe with the value that did best in its trials, if it has trials."""
+        """The recipe with the best value of its trials, if it has trials."""
         choice = self.suite_file.suite.choices.get(recipe.name)
         if choice is None:
             return recipe
-        taken = best({name: top1_of(self.where[name]) for name in choice.trials})
-        [trial] = [each for each in self.suite_file.suite.recipes if each.name == taken]
+        best_trial = best({name: top1_of(self.where[name]) for name in choice.trials})
+        [trial] = [each for each in self.suite_file.suite.recipes if each.name == best_trial]
         return recipe.override({choice.field: trial.value_of(choice.field)})
 
 

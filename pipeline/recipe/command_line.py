@@ -1,4 +1,4 @@
-"""Commands that are printed for the user to type. All of them are formed here."""
+"""The command lines that messages print for the user to type. All of them are built here."""
 
 import json
 import shlex
@@ -10,25 +10,32 @@ from pipeline.recipe import own_code
 from pipeline.recipe.suite import FILE as SUITE
 
 ADDRESS = "ADDRESS"
-"""stands for that of a Ray cluster, which whoever resumes has to know: a folder does not say whom a
-token is shown to
+"""placeholder for the address of a Ray cluster, which the user must type: a folder must not decide
+which host receives the token
 """
 
 
 def command(verb: str, folder: Path, *, address: str | None = None) -> str:
     """`spiketrain VERB NAME` for the folder of a run or suite, with its `--trust` words.
 
-    Those words are printed and not applied by themselves: a folder may come from somebody else, and
-    its reader decides.
+    The words are only printed, never applied automatically. A folder may come from somebody else,
+    so the user decides whom to trust.
     """
-    runs = (
+    runs_words = (
         []
         if folder.parent.absolute() == Path("runs").absolute()
         else ["--runs", str(folder.parent)]
     )
-    there = [] if address is None else ["--address", address]
+    address_words = [] if address is None else ["--address", address]
     return shlex.join(
-        ["spiketrain", verb, folder.name, *runs, *there, *trust_words(own_code.names(folder))]
+        [
+            "spiketrain",
+            verb,
+            folder.name,
+            *runs_words,
+            *address_words,
+            *trust_words(own_code.names(folder)),
+        ]
     )
 
 
@@ -51,5 +58,5 @@ def _was_on_a_cluster(folder: Path) -> bool:
             else json.loads(RunFolder(folder).cluster.read_bytes())
         )
         return cluster["address"] is not None
-    except (OSError, ValueError, KeyError, TypeError):  # damaged, which a resume says in a line
+    except (OSError, ValueError, KeyError, TypeError):  # the file is damaged; a resume reports it
         return False

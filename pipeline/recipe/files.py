@@ -15,7 +15,7 @@ from pipeline.recipe import own_code
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite, targets_of
 
-_UNNAMED = "recipe_file_"  # begins the name of a module whose file has none that can be imported
+_UNNAMED = "recipe_file_"  # prefix of the module name of a file without an importable name
 
 
 def load_recipe(path: Path) -> Recipe | Suite:
@@ -24,8 +24,8 @@ def load_recipe(path: Path) -> Recipe | Suite:
     A list of recipes becomes a suite without a report.
 
     Raises:
-        ValueError: no such file, a file without `recipe()`, or a recipe that does not fit; the
-        message names the line that wrote it.
+        ValueError: no such file, a file without `recipe()`, or an invalid recipe; the message names
+        the line of the file.
     """
     require(
         path.is_file(),
@@ -36,24 +36,26 @@ def load_recipe(path: Path) -> Recipe | Suite:
         f"recipe: must be a Python file that defines recipe(); got {path}",
     )
     try:
-        make = getattr(_module(path), "recipe", None)
-        if make is None:
+        function = getattr(_module(path), "recipe", None)
+        if function is None:
             raise ValueError(
                 "must define a function recipe() that returns a Recipe or several; it does not"
             )
-        made = make()
+        result = function()
     except (Exception, SystemExit) as error:
         text = " ".join(str(error).split())
         text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
         raise ValueError(f"{path}:{_line(error, path)} {text}") from error
-    if isinstance(made, (Recipe, Suite)):
-        return made
+    if isinstance(result, (Recipe, Suite)):
+        return result
     require(
-        isinstance(made, (list, tuple)) and made and all(isinstance(each, Recipe) for each in made),
-        f"{path}: recipe() must return a Recipe, a list of them or a Suite; got {made!r}",
+        isinstance(result, (list, tuple))
+        and result
+        and all(isinstance(each, Recipe) for each in result),
+        f"{path}: recipe() must return a Recipe, a list of them or a Suite; got {result!r}",
     )
     try:
-        return Suite(tuple(made))
+        return Suite(tuple(result))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -61,11 +63,11 @@ def load_recipe(path: Path) -> Recipe | Suite:
 def trust_of(
     made: Recipe | Suite, paths: Sequence[Path], named: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """The packages that must be trusted to read a run of these recipe files back, each once.
+    """The packages that must be trusted to read back a run of these recipe files, each once.
 
-    Candidates are the names that the user gave and the modules of the files themselves, since
-    running a file means trusting it. A candidate counts if a part or a report comes from it and
-    would be refused otherwise.
+    Candidates are the names of `--trust` and the modules of the recipe files, because running a
+    file means trusting it. A candidate counts if it defines a part or a report that is not trusted
+    by default.
 
     Args:
         named: the values of `--trust`.
@@ -90,10 +92,10 @@ def trust_of(
 
 
 def refuse_unnamed(made: Recipe | Suite, paths: Sequence[Path]) -> None:
-    """Refuse parts that a recipe file defines but that nobody could import again.
+    """Refuse parts that a recipe file defines but that cannot be imported again.
 
     Raises:
-        ValueError: the file's name is no module name, or another module has it.
+        ValueError: the file's name is not a module name, or another module has the same name.
     """
     targets = targets_of(made)
     for path in paths:
@@ -129,8 +131,8 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
 def _module(path: Path) -> ModuleType:
     """Import a recipe file under its importable name, such as `recipes.fashion.sltt`.
 
-    recipe.json then can name what the file defines. The folder of a file outside of any package is
-    appended to the path, so that the file can import modules beside it.
+    recipe.json can then name the parts that the file defines. If the file is outside of any
+    package, its folder is appended to the path, so that the file can import modules beside it.
     """
     resolved = path.resolve()
     for parent in (*resolved.parents, None):
@@ -141,15 +143,15 @@ def _module(path: Path) -> ModuleType:
         if all(part.isidentifier() for part in name.split(".")) and parent in map(
             Path, map(_absolute, sys.path)
         ):
-            found = (
+            module_spec = (
                 importlib.util.find_spec(name)
                 if "." not in name or _importable(name.rpartition(".")[0])
                 else None
             )
             if (
-                found is not None
-                and found.origin is not None
-                and Path(found.origin).resolve() == resolved
+                module_spec is not None
+                and module_spec.origin is not None
+                and Path(module_spec.origin).resolve() == resolved
             ):
                 if (
                     not (resolved.parent / "__init__.py").exists()
@@ -157,11 +159,11 @@ def _module(path: Path) -> ModuleType:
                 ):
                     sys.path.append(str(resolved.parent))
                 return importlib.import_module(name)
-    found = importlib.util.spec_from_file_location(f"{_UNNAMED}{path.stem}", path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    module_spec = importlib.util.spec_from_file_location(f"{_UNNAMED}{path.stem}", path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
     return module
 
 

@@ -190,40 +190,42 @@ def imported(name: Any, trusted: Collection[str], *, who: str = _RECIPE) -> Call
     for cut in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:cut])
         try:
-            found: Any = importlib.import_module(module_name)
+            target: Any = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if error.name is None or not (module_name + ".").startswith(error.name + "."):
-                raise  # the module is there; something that it needs is not
+                raise  # the module exists; a module that it imports does not
             continue
         for part in parts[cut:]:
             require(
-                hasattr(found, part),
+                hasattr(target, part),
                 f"{who}: {name} does not exist in this installation",
             )
-            found = getattr(found, part)
-        # `pipeline.models.teachers.cache.os.system` begins with a trusted name: what counts is
-        # where the
-        # object was defined.
-        defined = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+            target = getattr(target, part)
+        # `pipeline.models.teachers.cache.os.system` begins with a trusted name. The module that
+        # defines the object must be trusted, too.
+        defined = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
         require(
-            callable(found) and is_trusted(defined, trusted),
+            callable(target) and is_trusted(defined, trusted),
             refusal,
         )
         require(
-            _makes_parts(found),
+            _is_class_or_function(target),
             f"{who}: {name} must be a class, a class method or a function of a module; it is"
             " none of them",
         )
-        return found
+        return target
     raise ValueError(f"{who}: {name} does not exist in this installation")
 
 
-def _makes_parts(found: Any) -> bool:
-    """Whether it is a class, a class method or a function. A method could be given any `self`."""
-    if inspect.ismethod(found):
-        return isinstance(found.__self__, type)
-    return isinstance(found, type) or getattr(found, "__qualname__", "") == getattr(
-        found, "__name__", None
+def _is_class_or_function(target: Any) -> bool:
+    """Whether `target` is a class, a class method or a function of a module.
+
+    Other methods are refused: a recipe could give them any `self`.
+    """
+    if inspect.ismethod(target):
+        return isinstance(target.__self__, type)
+    return isinstance(target, type) or getattr(target, "__qualname__", "") == getattr(
+        target, "__name__", None
     )
 
 
@@ -235,8 +237,8 @@ def is_inside(name: str, trusted: Collection[str]) -> bool:
 def is_trusted(name: str, trusted: Collection[str]) -> bool:
     """Whether a dotted name may be imported.
 
-    The longest entry that the name is, or is inside of, decides. An entry that begins with `!`
-    refuses: of "pipeline.models" and "!pipeline.models.teachers" the second decides about teachers.
+    The longest entry that equals or contains the name decides. An entry that begins with `!`
+    refuses. Of "pipeline.models" and "!pipeline.models.teachers" the second decides for teachers.
     """
     entries = [each for each in trusted if is_inside(name, [each.removeprefix("!")])]
     if not entries:
@@ -254,7 +256,7 @@ def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
         kind = _kind(a)
         if kind is not None and kind == _kind(b) and a[kind] != b[kind]:
             yield name, a[kind], b[kind]
-            return  # two functions' keywords have nothing to do with each other
+            return  # the keywords of two different functions cannot be compared
         for key in dict.fromkeys([*a, *b]):
             inner = name if key == "kwargs" else f"{name}.{key}" if name else key
             yield from differing(inner, a.get(key, _ABSENT), b.get(key, _ABSENT))

@@ -1,4 +1,4 @@
-"""The user's own code that a recipe names: where it was at the launch, and how it is found again.
+"""The user's own code that a recipe names: its location at launch, and its import later.
 
 A launch writes `code.json` beside recipe.json or suite.json:
 
@@ -6,8 +6,8 @@ A launch writes `code.json` beside recipe.json or suite.json:
                "files": {"mysnn/__init__.py": "90b2...", "mysnn/nets.py": "51aa..."}}}
 
 A later command appends the folder of a package to `sys.path` only if the user trusts that package,
-because a run's folder may come from somebody else. A package that is already on the path is used
-instead, as at the launch.
+because a run's folder may come from somebody else. A package that is already on the path takes
+precedence, as at the launch.
 """
 
 import hashlib
@@ -27,27 +27,31 @@ from pipeline.recipe.json import is_inside, read_json, write_json
 from pipeline.recipe.spec import arguments_of
 
 _printed: set[tuple[str, ...]] = set()
-"""notices of this process: worker and driver are one in an inline run, and one line is enough"""
+"""notices that this process has printed: in an inline run, worker and driver share one process and
+must not both print
+"""
 
 
 @dataclass(frozen=True)
 class Package:
     """One trusted name, as it was at the launch."""
 
-    folder: str | None  # that holds it, absolute; None: it is of this installation
+    folder: str | None  # absolute folder that holds it; None: part of this installation
     files: Mapping[str, str]
-    """sha256 of each module that was imported, 16 hex digits, by its path in the folder"""
+    """sha256 (16 hex digits) of each imported module, by the module's path in the folder"""
 
 
 def needed(trust: Iterable[str], targets: Iterable[str]) -> tuple[str, ...]:
-    """The trusted names that contain one of the `targets`, without names inside of other names.
+    """The trusted names that contain one of the `targets`. A name inside another is left out.
 
     Args:
         targets: dotted names of parts.
     """
-    of = tuple(targets)
+    target_names = tuple(targets)
     wanted = [
-        name for name in dict.fromkeys(trust) if any(is_inside(target, [name]) for target in of)
+        name
+        for name in dict.fromkeys(trust)
+        if any(is_inside(target, [name]) for target in target_names)
     ]
     return tuple(
         name
@@ -57,7 +61,7 @@ def needed(trust: Iterable[str], targets: Iterable[str]) -> tuple[str, ...]:
 
 
 def note(trust: Iterable[str]) -> dict[str, Any]:
-    """The JSON that `packages` reads: the packages of these names as this process imported them."""
+    """The packages of these names as this process imported them, as JSON for `packages`."""
     return {name: asdict(_imported(name)) for name in trust}
 
 
@@ -66,8 +70,8 @@ def write(folder: Path, trust: Iterable[str]) -> None:
 
     Nothing is written if nothing is trusted.
     """
-    if found := note(trust):
-        write_json(RunFolder(folder).code, found)
+    if noted := note(trust):
+        write_json(RunFolder(folder).code, noted)
 
 
 def read(folder: Path) -> dict[str, Package]:
@@ -99,34 +103,34 @@ def packages(value: Any, *, who: str) -> dict[str, Package]:
     """
     rule = f"{who}: must name the folder and the files of each package"
     require(isinstance(value, dict), f"{rule}; got {value!r}")
-    found = {}
-    for name, about in value.items():
-        package = Package(**arguments_of(Package, about, who=f"{who}: {name}"))
+    result = {}
+    for name, fields in value.items():
+        package = Package(**arguments_of(Package, fields, who=f"{who}: {name}"))
         require(
             all(part.isidentifier() for part in name.split("."))
             and (package.folder is None or Path(package.folder).is_absolute())
             and all(isinstance(digest, str) for digest in package.files.values()),
-            f"{rule}; got {json.dumps({name: about})}",
+            f"{rule}; got {json.dumps({name: fields})}",
         )
-        found[name] = package
-    return found
+        result[name] = package
+    return result
 
 
 @contextmanager
 def on_path(noted: Mapping[str, Package], trust: Collection[str], *, of: str) -> Iterator[None]:
-    """Make trusted packages importable from where they were at the launch, inside a `with` block.
+    """Make trusted packages importable from their folders at launch, inside a `with` block.
 
-    If the code has moved or changed, one line on stderr says so, and the command goes on.
+    If the code has moved or changed, one line on stderr reports it, and the command goes on.
 
     Args:
         of: the name of the run or suite, for the messages.
 
     Raises:
-        ValueError: a package is neither there nor anywhere else on the path.
+        ValueError: a package is neither in its folder nor elsewhere on the path.
     """
     wanted = _trusted(noted, trust)
     for name, package in wanted.items():
-        _reach(name, package)
+        _add_to_path(name, package)
     try:
         yield
     finally:
@@ -135,17 +139,17 @@ def on_path(noted: Mapping[str, Package], trust: Collection[str], *, of: str) ->
 
 
 def digest(folder: Path, trust: Collection[str]) -> str:
-    """12 hex digits of the trusted packages of a run, as they are now.
+    """A digest (12 hex digits) of the current files of a run's trusted packages.
 
     Raises:
         ValueError: code.json is damaged.
     """
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name, package in sorted(_trusted(read(folder), trust).items()):
         place = _place(name, package)
         for file in package.files:
-            found.update(f"{file} {_digest(place / file)}\n".encode())
-    return found.hexdigest()[:12]
+            hasher.update(f"{file} {_digest(place / file)}\n".encode())
+    return hasher.hexdigest()[:12]
 
 
 def _trusted(noted: Mapping[str, Package], trust: Collection[str]) -> dict[str, Package]:
@@ -182,7 +186,7 @@ def _imported(name: str) -> Package:
     )
 
 
-def _reach(name: str, package: Package) -> None:
+def _add_to_path(name: str, package: Package) -> None:
     folder, top = str(package.folder), name.partition(".")[0]
     if folder not in sys.path and Path(folder).exists():
         sys.path.append(folder)
@@ -194,23 +198,23 @@ def _reach(name: str, package: Package) -> None:
     )
 
 
-def _print_if_changed(name: str, package: Package, of: str) -> None:
+def _print_if_changed(name: str, package: Package, owner: str) -> None:
     top, was, now = name.partition(".")[0], Path(str(package.folder)), _place(name, package)
     changed = [file for file, digest in package.files.items() if _digest(now / file) != digest]
     notices = (
         []
         if now.resolve() == was.resolve()
-        else [f"{top} is in {now} now, and was in {was} when {of} was launched"]
+        else [f"{top} is in {now} now, and was in {was} when {owner} was launched"]
     )
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         notices.append(
-            f"{changed[0]}{more} in {now} differs from when {of} was launched, and so may its"
+            f"{changed[0]}{more} in {now} differs from when {owner} was launched, and so may its"
             " results"
         )
-    about = (top, str(was), str(now), *changed)
-    if notices and about not in _printed:  # also by another run of the suite
-        _printed.add(about)
+    notice = (top, str(was), str(now), *changed)
+    if notices and notice not in _printed:  # another run of the suite may have printed it
+        _printed.add(notice)
         print("; ".join(notices), file=sys.stderr)
 
 
@@ -237,5 +241,5 @@ def _places(top: str) -> list[Path]:
 
 
 def _digest(file: Path) -> str:
-    """16 hex digits of a file; an empty string if there is no file."""
+    """The sha256 of a file (16 hex digits); an empty string if there is no file."""
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""

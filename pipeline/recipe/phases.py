@@ -24,10 +24,10 @@ class Phase:
 
     name: str
     data: Spec
-    """-> pipeline.data.base.Data: called with the recipe's data; pipeline.data.datasets.tasks"""
+    """called with the recipe's data -> pipeline.data.base.Data; see pipeline.data.datasets.tasks"""
     epochs: int | None = None  # None: the recipe's
     head: int | None = None
-    """which head of a multi-head classifier answers; None: the network has one for all"""
+    """index of the head of a multi-head classifier; None: the network has one head for all"""
 
     def __post_init__(self) -> None:
         require(
@@ -58,7 +58,7 @@ def check_phases(phases: Sequence[Phase]) -> None:
     """Refuse phases that do not fit together.
 
     Raises:
-        ValueError: two of one name, or heads for some and none for others.
+        ValueError: two phases have the same name, or only some phases name a head.
     """
     require(
         all(isinstance(phase, Phase) for phase in phases),
@@ -88,7 +88,7 @@ class Stretch:
 
     @property
     def end(self) -> int:
-        """The step after the last."""
+        """The step after the last step."""
         return self.first + self.steps
 
     def epoch(self, step: int) -> int:
@@ -98,7 +98,7 @@ class Stretch:
         return self.first + (epoch - self.first_epoch) * self.epoch_steps
 
     def epoch_end(self, epoch: int) -> int:
-        """The step after the last of an epoch."""
+        """The step after the last step of an epoch."""
         return min(self.epoch_start(epoch + 1), self.end)
 
 

@@ -76,22 +76,22 @@ TRUSTED = (
     "timm.optim._optim_factory.create_optimizer_v2",
 )
 """Names that recipe.json may import, see `is_trusted`. Their modules read and write no file when a
-part is built. The teachers, which read weights and keep answers, are named one by one."""
+part is built. Teachers read weights and store answers, so each of them is named."""
 
 FORMAT = 2
 
 
 class Role(enum.Flag):
-    """What a field of a recipe decides. Each field has `STUDY`, `BESIDE` or `FREE`."""
+    """The role of a recipe's field. Each field has `STUDY`, `BESIDE` or `FREE`."""
 
     STUDY = enum.auto()  # All runs of one study have the same value. The study key covers it.
     BESIDE = enum.auto()  # Runs of one study may differ in it
     FREE = enum.auto()  # It may change between two attempts of one run
     NO_STEP_COST = enum.auto()  # The time and memory of one training step do not depend on it
-    TAG = enum.auto()  # It is a tag in MLflow, by which a store can be searched
+    TAG = enum.auto()  # It is a tag in MLflow, and runs can be searched by it
 
 
-def _of(role: Role, *, least: float | None = None) -> dict[str, Any]:
+def _role(role: Role, *, least: float | None = None) -> dict[str, Any]:
     """Metadata of a field. `least` is the smallest value that is accepted."""
     return {"role": role, "least": least}
 
@@ -119,27 +119,27 @@ class _Fields:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy(_Fields):
-    """What a run does about bad batches and about workers whose weights differ."""
+    """The handling of bad batches and of workers whose weights differ."""
 
     prefix = "policy."
 
-    skip: tuple[tuple[int, int], ...] = field(default=(), metadata=_of(Role.STUDY))
-    """ranges of global batches that are not trained on, counted from 0: (first, end), end
-    excluded
+    skip: tuple[tuple[int, int], ...] = field(default=(), metadata=_role(Role.STUDY))
+    """ranges (first, end) of global batches that are not trained on; batches are counted from 0,
+    and `end` is excluded
     """
-    loss_spike: float = field(default=0.0, metadata=_of(Role.STUDY))
+    loss_spike: float = field(default=0.0, metadata=_role(Role.STUDY))
     """A batch is bad if its loss exceeds this many times the median of the task's last 64 losses.
     0: a batch is bad only if its loss or a gradient is not finite.
     """
-    max_skips: int = field(default=3, metadata=_of(Role.STUDY, least=0))
-    """bad batches in a row that are left out before the run goes back to its newest checkpoint
+    max_skips: int = field(default=3, metadata=_role(Role.STUDY, least=0))
+    """bad batches in a row that are skipped before the run goes back to its newest checkpoint
     (pipeline/train/guards/anomaly.py)
     """
-    max_rollbacks: int = field(default=2, metadata=_of(Role.FREE, least=0))
-    """times that a run goes back before it ends as diverged"""
-    replicas_every: int = field(default=500, metadata=_of(Role.FREE))
-    """steps between bitwise comparisons of the workers' weights; each checkpoint compares, too.
-    0: no comparison at all
+    max_rollbacks: int = field(default=2, metadata=_role(Role.FREE, least=0))
+    """how often a run goes back to a checkpoint before it ends as diverged"""
+    replicas_every: int = field(default=500, metadata=_role(Role.FREE))
+    """steps between bitwise comparisons of the workers' weights. The weights are also compared at
+    each checkpoint. 0: no comparison at all
     """
 
     def __post_init__(self) -> None:
@@ -157,19 +157,21 @@ class Policy(_Fields):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(_Fields):
-    """When a run is evaluated, and on how much."""
+    """When a run is evaluated, and on how many samples."""
 
     prefix = "evaluation."
 
-    every: int = field(default=1, metadata=_of(Role.STUDY | Role.NO_STEP_COST, least=0))
+    every: int = field(default=1, metadata=_role(Role.STUDY | Role.NO_STEP_COST, least=0))
     """epochs between evaluations; the last epoch is always evaluated. 0: only the last, so that the
     test set is read once
     """
-    samples: int | None = field(default=None, metadata=_of(Role.STUDY | Role.NO_STEP_COST, least=1))
+    samples: int | None = field(
+        default=None, metadata=_role(Role.STUDY | Role.NO_STEP_COST, least=1)
+    )
     """evaluate on this many samples, for smoke runs; None: on all"""
-    fidelity_every: int = field(default=0, metadata=_of(Role.BESIDE, least=0))
-    """epochs between comparisons of the rule's gradient with BPTT's on the first batch; one more at
-    the start. 0: none
+    fidelity_every: int = field(default=0, metadata=_role(Role.BESIDE, least=0))
+    """epochs between comparisons of the rule's gradient with BPTT's on the first batch. One more
+    comparison takes place at the start. 0: none
     """
 
 
@@ -179,11 +181,11 @@ class Checkpointing(_Fields):
 
     prefix = "checkpoints."
 
-    every: int = field(default=0, metadata=_of(Role.FREE, least=0))
+    every: int = field(default=0, metadata=_role(Role.FREE, least=0))
     """steps between checkpoints, besides one at the end of each epoch; 0: none"""
-    minutes: float = field(default=10.0, metadata=_of(Role.FREE, least=0))
+    minutes: float = field(default=10.0, metadata=_role(Role.FREE, least=0))
     """longest time between checkpoints, in minutes; 0: no limit"""
-    keep: int = field(default=2, metadata=_of(Role.FREE, least=1))
+    keep: int = field(default=2, metadata=_role(Role.FREE, least=1))
     """newest checkpoints that are kept, besides the best one"""
 
 
@@ -200,7 +202,7 @@ class Split:
         """The split with the fewest accumulated micro-batches of at most `most` samples.
 
         Args:
-            most: None: a worker's whole share is one micro-batch.
+            most: largest micro-batch; None: a worker's whole share is one micro-batch.
 
         Raises:
             ValueError: the batch does not divide; the message names the nearest sizes that do.
@@ -221,96 +223,96 @@ class Split:
 class Recipe(_Fields):
     """Everything that decides a run's result, and nothing about the machines that it runs on."""
 
-    name: str = field(metadata=_of(Role.BESIDE))
-    model: Spec = field(metadata=_of(Role.STUDY))
+    name: str = field(metadata=_role(Role.BESIDE))
+    model: Spec = field(metadata=_role(Role.STUDY))
     """-> torch.nn.Module that maps [T,B,...] to logits [T,B,K]"""
-    rule: Spec = field(metadata=_of(Role.BESIDE))
+    rule: Spec = field(metadata=_role(Role.BESIDE))
     """-> pipeline.rules.base.Rule, which replaces `loss.backward()`"""
-    data: Spec = field(metadata=_of(Role.STUDY))
+    data: Spec = field(metadata=_role(Role.STUDY))
     """-> pipeline.data.base.Data; with phases, the data that their tasks are made of"""
-    objective: Spec = field(metadata=_of(Role.STUDY))
+    objective: Spec = field(metadata=_role(Role.STUDY))
     """-> pipeline.train.objective.Loss: logits and targets to a scalar; with a teacher,
     pipeline.train.distillation.Distillation
     """
-    optimizer: Spec = field(metadata=_of(Role.STUDY))
+    optimizer: Spec = field(metadata=_role(Role.STUDY))
     """called with the model; timm's `create_optimizer_v2` or a function like it"""
-    schedule: Spec = field(metadata=_of(Role.STUDY | Role.NO_STEP_COST))
+    schedule: Spec = field(metadata=_role(Role.STUDY | Role.NO_STEP_COST))
     """called with the optimizer, the steps of the run (of each phase) and the steps of an epoch;
     see pipeline.train.schedule
     """
-    time_steps: int = field(metadata=_of(Role.STUDY, least=1))
-    batch_size: int = field(metadata=_of(Role.STUDY | Role.TAG, least=1))
+    time_steps: int = field(metadata=_role(Role.STUDY, least=1))
+    batch_size: int = field(metadata=_role(Role.STUDY | Role.TAG, least=1))
     """samples in one global batch, whatever the number of workers"""
-    epochs: int = field(metadata=_of(Role.STUDY | Role.NO_STEP_COST, least=1))
-    mixing: Spec | None = field(default=None, metadata=_of(Role.STUDY))
+    epochs: int = field(metadata=_role(Role.STUDY | Role.NO_STEP_COST, least=1))
+    mixing: Spec | None = field(default=None, metadata=_role(Role.STUDY))
     """-> pipeline.data.mixing.Mixing: Mixup and CutMix of the training batches; None: neither"""
-    teacher: Spec | None = field(default=None, metadata=_of(Role.STUDY))
+    teacher: Spec | None = field(default=None, metadata=_role(Role.STUDY))
     """called with the data -> pipeline.models.teachers.base.Teacher, whose answers the objective
     distils; None: labels only
     """
-    phases: tuple[Phase, ...] = field(default=(), metadata=_of(Role.STUDY))
-    """tasks that are learnt one after another; empty: the data as it is"""
-    family: str | None = field(default=None, metadata=_of(Role.BESIDE | Role.TAG))
+    phases: tuple[Phase, ...] = field(default=(), metadata=_role(Role.STUDY))
+    """tasks that are learnt one after another; empty: the data is the only task"""
+    family: str | None = field(default=None, metadata=_role(Role.BESIDE | Role.TAG))
     """the experiment in MLflow; None: the name"""
-    over_time: Literal["steps", "mean"] = field(default="steps", metadata=_of(Role.STUDY))
+    over_time: Literal["steps", "mean"] = field(default="steps", metadata=_role(Role.STUDY))
     """"steps": the mean over time of each step's loss; "mean": one loss of the mean logits"""
     micro_batch: int | None = field(
-        default=None, metadata=_of(Role.STUDY | Role.FREE | Role.TAG, least=1)
+        default=None, metadata=_role(Role.STUDY | Role.FREE | Role.TAG, least=1)
     )
     """most samples that a worker holds at a time; the gradients of a worker's share are
     accumulated. None: the whole share
     """
-    seed: int = field(default=0, metadata=_of(Role.BESIDE | Role.TAG, least=0))
+    seed: int = field(default=0, metadata=_role(Role.BESIDE | Role.TAG, least=0))
     precision: Literal["fp32", "tf32", "bf16"] = field(
-        default="fp32", metadata=_of(Role.STUDY | Role.TAG)
+        default="fp32", metadata=_role(Role.STUDY | Role.TAG)
     )
     """of matrix products and convolutions, see pipeline/core/torch_settings.py; tf32 needs an
     NVIDIA card
     """
-    clip_norm: float = field(default=0.0, metadata=_of(Role.STUDY, least=0))
+    clip_norm: float = field(default=0.0, metadata=_role(Role.STUDY, least=0))
     """largest gradient norm of a global batch; 0: no clipping"""
-    ema_decay: float = field(default=0.0, metadata=_of(Role.STUDY))
+    ema_decay: float = field(default=0.0, metadata=_role(Role.STUDY))
     """decay of a running average of the weights, such as 0.9999. The average is what is evaluated
     and published. 0: no average
     """
-    backend: Literal["deepspeed", "plain"] = field(default="deepspeed", metadata=_of(Role.STUDY))
-    zero: Literal[0, 1, 2] = field(default=0, metadata=_of(Role.STUDY | Role.TAG))
+    backend: Literal["deepspeed", "plain"] = field(default="deepspeed", metadata=_role(Role.STUDY))
+    zero: Literal[0, 1, 2] = field(default=0, metadata=_role(Role.STUDY | Role.TAG))
     """DeepSpeed's ZeRO stage"""
-    init: str | None = field(default=None, metadata=_of(Role.BESIDE | Role.FREE))
+    init: str | None = field(default=None, metadata=_role(Role.BESIDE | Role.FREE))
     """a run's folder or a weights file (.safetensors, .pt) to start from, or "@NAME" in a suite.
-    The study counts it by its content. None: from scratch
+    The study key covers its content, not its path. None: from scratch
     """
     policy: Policy = Policy()
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpointing = Checkpointing()
-    log_every: int = field(default=10, metadata=_of(Role.FREE, least=1))
+    log_every: int = field(default=10, metadata=_role(Role.FREE, least=1))
     """steps between step events in the journal"""
     stop_after: int | None = field(
-        default=None, metadata=_of(Role.STUDY | Role.NO_STEP_COST, least=1)
+        default=None, metadata=_role(Role.STUDY | Role.NO_STEP_COST, least=1)
     )
-    """end the run, or each of its phases, and the schedule after this many global batches; None:
-    after the last epoch
+    """number of global batches after which the run, or each of its phases, and the schedule end;
+    None: they end after the last epoch
     """
     protocol: Literal["shared", "trial", "tuned"] = field(
-        default="shared", metadata=_of(Role.STUDY | Role.NO_STEP_COST | Role.TAG)
+        default="shared", metadata=_role(Role.STUDY | Role.NO_STEP_COST | Role.TAG)
     )
     """"shared": all rules have the same settings; "trial": the run tries one value on a held-out
-    part; "tuned": each rule has its own best value of such trials
+    part; "tuned": each rule has its own best value, chosen by trials
     """
     tuned: tuple[str, ...] = field(
-        default=(), metadata=_of(Role.STUDY | Role.NO_STEP_COST | Role.TAG)
+        default=(), metadata=_role(Role.STUDY | Role.NO_STEP_COST | Role.TAG)
     )
-    """dotted keys of the fields that each rule has its own value of, found by the same search; the
-    study key leaves these values out
+    """dotted keys of the fields whose value is each rule's own, found by the same search. The study
+    key leaves these values out
     """
-    searched: tuple[str, ...] = field(default=(), metadata=_of(Role.STUDY | Role.NO_STEP_COST))
-    """the values that the search tried, as sorted text; part of the study key, so that rules are
-    compared only if they had the same ones
+    searched: tuple[str, ...] = field(default=(), metadata=_role(Role.STUDY | Role.NO_STEP_COST))
+    """the values that the search tried, as sorted text. They are part of the study key, so rules
+    are compared only if the same values were tried
     """
-    published: tuple[tuple[int, float], ...] = field(default=(), metadata=_of(Role.BESIDE))
+    published: tuple[tuple[int, float], ...] = field(default=(), metadata=_role(Role.BESIDE))
     """points of a published log that reports show beside the run: (epochs done, top-1 in 0..1)"""
     published_setting: tuple[tuple[str, int | float | str], ...] = field(
-        default=(), metadata=_of(Role.BESIDE)
+        default=(), metadata=_role(Role.BESIDE)
     )
     """dotted keys of this recipe with their values in the published log, such as ("time_steps", 4).
     If a run has another value, reports name the difference and do not judge the run by the log.
@@ -409,7 +411,7 @@ class Recipe(_Fields):
 
     @property
     def remedy(self) -> str:
-        """What to change where training diverges."""
+        """Advice for a diverging training, as text."""
         return remedy(self.optimizer.kwargs.get("lr"), self.clip_norm)
 
     def resolved(self) -> Recipe:
@@ -487,7 +489,7 @@ class Recipe(_Fields):
         `Role.FREE` only, and may be compared.
 
         Args:
-            inputs: content hashes of what paths point at: `data` (and `init`, if there is one).
+            inputs: content hashes of the files behind paths: `data` (and `init`, if there is one).
         """
         value = select(_written(self, paths=False), lambda role: Role.STUDY in role)
         for key in self.tuned:
@@ -585,8 +587,12 @@ def select(encoded: Mapping[str, Any], accepts: Callable[[Role], bool]) -> dict[
     groups = {name.partition(".")[0] for name in roles() if "." in name}
 
     def accepted(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        found = {name: roles().get(prefix + name) for name in fields}
-        return {name: fields[name] for name, role in found.items() if role is None or accepts(role)}
+        field_roles = {name: roles().get(prefix + name) for name in fields}
+        return {
+            name: fields[name]
+            for name, role in field_roles.items()
+            if role is None or accepts(role)
+        }
 
     return {
         name: (
@@ -597,9 +603,9 @@ def select(encoded: Mapping[str, Any], accepts: Callable[[Role], bool]) -> dict[
 
 
 def _written(fields: _Fields, *, paths: bool) -> dict[str, Any]:
-    """The JSON of fields. What is None or empty by default and left so is not written.
+    """The JSON of the fields. A field that keeps a default of None or () is not written.
 
-    So a later version can add such a field without a change of study keys.
+    A later version can therefore add such a field without a change of study keys.
     """
     return {
         each.name: (

@@ -3,7 +3,7 @@
     over_seeds(suite, 3)
         every recipe with seeds 0, 1, 2 (or from its own seed on)
     tuned(suite, "optimizer.lr", (.03, .1, .3, 1., 3.))
-        the same, and every rule with its own best of the five
+        the same recipes, and every rule with its own best of the five values
 
 Under the protocol `shared` only the rule differs. Under `tuned` every rule, the baseline included,
 gets the same values and the same number of trials. Trials never see the evaluation set: they train
@@ -67,7 +67,7 @@ def parse_search(text: str) -> tuple[str, list[Any]]:
     """
     field, _, values = text.partition("=")
     try:
-        found = ast.literal_eval(f"[{values}]")
+        parsed = ast.literal_eval(f"[{values}]")
     except (
         ValueError,
         SyntaxError,
@@ -75,12 +75,12 @@ def parse_search(text: str) -> tuple[str, list[Any]]:
         MemoryError,
         RecursionError,
     ):  # all that literal_eval may raise
-        found = []
+        parsed = []
     require(
-        field.strip() and isinstance(found, list) and found,
+        field.strip() and isinstance(parsed, list) and parsed,
         f"--tune: must look like optimizer.lr=0.03,0.1,0.3,1.0,3.0; got {text!r}",
     )
-    return field.strip(), found
+    return field.strip(), parsed
 
 
 def over_seeds(suite: Suite, count: int) -> Suite:
@@ -107,15 +107,15 @@ def tuned(
     """The suite, then trials of each value for each rule, then each recipe with its rule's best
     value.
 
-    All are evaluated after their last epoch only. Recipes that differ only in their seeds share
-    trials, which have the seed of the first.
+    All recipes are evaluated after their last epoch only. Recipes that differ only in the seed
+    share their trials, which use the seed of the first recipe.
 
     Args:
         report: prints the results, such as `pipeline.report.suite.print_protocols`; see
         `Suite`.
 
     Raises:
-        ValueError: fewer than 5 values or one twice, a recipe without the field, data without
+        ValueError: fewer than 5 values, a repeated value, a recipe without the field, data without
             `held_out`, or recipes that refer to one another.
     """
     who = f"tuned: {field}"
@@ -129,19 +129,21 @@ def tuned(
     finals: list[Recipe] = []
     choices: dict[str, Choice] = {}
     for recipe in suite.recipes:
-        if found := references(recipe):
+        if names := references(recipe):
             raise ValueError(
-                f"{who} is searched for recipes that stand alone; {recipe.name} takes '@{found[0]}'"
+                f"{who} is searched for recipes that stand alone; {recipe.name} takes '@{names[0]}'"
             )
-        but_for_its_seed = replace(recipe, name="-", seed=0).to_json()
-        tried = trials.setdefault(json.dumps(but_for_its_seed, sort_keys=True), [])
+        without_seed = replace(recipe, name="-", seed=0).to_json()
+        tried = trials.setdefault(json.dumps(without_seed, sort_keys=True), [])
         if not tried:
             tried += [_trial(recipe, field, value, search) for value in values]
-        final = replace(_read_once(recipe), name=f"{recipe.name}-tuned", protocol="tuned", **search)
+        final = replace(
+            _evaluated_once(recipe), name=f"{recipe.name}-tuned", protocol="tuned", **search
+        )
         choices[final.name] = Choice(field, tuple(trial.name for trial in tried))
         finals.append(final)
     every_trial = tuple(trial for tried in trials.values() for trial in tried)
-    shared = map(_read_once, suite.recipes)
+    shared = map(_evaluated_once, suite.recipes)
     return Suite((*shared, *every_trial, *finals), report, choices)
 
 
@@ -153,11 +155,11 @@ def _trial(recipe: Recipe, field: str, value: Any, search: Mapping[str, Any]) ->
         f" data.held_out={recipe.data.kwargs.get('held_out')}",
     )
     trial = recipe.override({field: value, "data.held_out": HELD_OUT})
-    name = f"{recipe.name}-{field.rpartition('.')[2]}-{_in_a_name(value)}"
-    return replace(_read_once(trial), name=name, protocol="trial", **search)
+    name = f"{recipe.name}-{field.rpartition('.')[2]}-{_name_part(value)}"
+    return replace(_evaluated_once(trial), name=name, protocol="trial", **search)
 
 
-def _read_once(recipe: Recipe) -> Recipe:
+def _evaluated_once(recipe: Recipe) -> Recipe:
     """The recipe evaluated after its last epoch only."""
     return recipe.override({"evaluation.every": 0})
 
@@ -167,17 +169,17 @@ def _as_text(value: Any) -> str:
     return str(float(value)) if type(value) is int else str(value)
 
 
-def _in_a_name(value: Any) -> str:
+def _name_part(value: Any) -> str:
     """The value as part of a folder's name: 0.3_0.6 for [0.3, 0.6]."""
-    return "_".join(map(_in_a_name, value)) if isinstance(value, (list, tuple)) else str(value)
+    return "_".join(map(_name_part, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _seeded(recipe: Recipe, more: int) -> Recipe:
-    def name(of: str) -> str:
-        return f"{of}-seed{more}"
+def _seeded(recipe: Recipe, offset: int) -> Recipe:
+    def name(base: str) -> str:
+        return f"{base}-seed{offset}"
 
-    followed = filled(recipe, lambda of: reference_to(name(of)))
-    return replace(followed, name=name(recipe.name), seed=recipe.seed + more)
+    followed = filled(recipe, lambda base: reference_to(name(base)))
+    return replace(followed, name=name(recipe.name), seed=recipe.seed + offset)
 
 
 def _refuse_unless_plain(suite: Suite, option: str) -> None:

@@ -95,7 +95,7 @@ def is_path(target: Callable[..., Any], key: str) -> bool:
 
 
 def reference_to(name: str) -> str:
-    """`@NAME`: the weights that recipe NAME of the same suite will have learnt."""
+    """`@NAME`, a reference to the trained weights of recipe NAME in the same suite."""
     return f"@{name}"
 
 
@@ -146,7 +146,7 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
         NameError,
         TypeError,
         AttributeError,
-    ):  # an annotation that only a type checker can resolve checks nothing here
+    ):  # only a type checker can resolve the annotation, so it is not checked here
         return {}
 
 
@@ -160,7 +160,7 @@ def arguments_of(
         besides: fields that the caller gives.
 
     Raises:
-        ValueError: no object, a missing or unknown field, or a value of another type.
+        ValueError: the value is not an object, or a field is missing, unknown or of another type.
     """
     require(isinstance(value, Mapping), f"{who}: must be an object; got {value!r}")
     hints = typing.get_type_hints(cls)

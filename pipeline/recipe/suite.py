@@ -48,15 +48,16 @@ __all__ = [
 ]
 
 Report = Callable[[Mapping[str, Path], Any], object]
-"""called with the folder of each recipe's run, all finished or diverged (pipeline/track/state.py),
-and the file of each measurement, by their names in their order, and rich's Console; prints, and may
-return JSON values, which `compare --format json` prints. Of an object `report` shows "claims", as
-in report/claims.py, and "sweeps", as `sweep --format json` prints them"""
+"""A function that prints a suite's results. Its first argument has the folder of each recipe's run
+and the file of each measurement, by name and in order; all runs have finished or diverged
+(pipeline/track/state.py). The second is rich's Console. The function may return JSON values, which
+`compare --format json` prints. If they are an object, `report` shows its "claims", as in
+report/claims.py, and its "sweeps", as `sweep --format json` prints them."""
 
 _Kind = Literal["sweep", "interleaved", "plan"]
 FILE = "suite.json"
 FORMAT = 1
-# Where a report may be defined: narrower than what a recipe is made of, of which nothing reports.
+# Packages that may define a report. They are fewer than those of parts: no part is a report.
 TRUSTED = ("recipes", "pipeline.report")
 
 
@@ -66,8 +67,8 @@ class Choice:
 
     field: str  # dotted, such as optimizer.lr
     trials: tuple[str, ...]
-    """names of earlier recipes, each with its own value of the field; of equals the first is
-    taken
+    """names of earlier recipes, each with its own value of the field; of equal results the first
+    is taken
     """
 
     def renamed(self, change: Callable[[str], str]) -> Choice:
@@ -76,17 +77,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Costs that a suite's report needs beside its runs. They are measured once all runs are over.
+    """Costs that a suite's report needs beside its runs. They are measured after all runs are over.
 
-    The result is a JSON file in the suite's folder, which a resume does not measure again.
+    The result is a JSON file in the suite's folder. A resume does not measure again.
     """
 
     name: str
     kind: _Kind
     """the function of pipeline.forecast that measures: see pipeline/launch/measurements.py"""
     of: tuple[str | Recipe, ...]
-    """names of recipes of the suite, or recipes that it does not train; the first one is measured,
-    with the rules of all
+    """names of recipes of the suite, or recipes that the suite does not train. The first recipe is
+    measured, with the rules of all
     """
     options: Mapping[str, Any] = field(default_factory=dict)
     """keywords of the function, as JSON values"""
@@ -105,12 +106,12 @@ class Measurement:
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
-        """Those that the suite does not train."""
+        """The measured recipes that the suite does not train."""
         return tuple(each for each in self.of if isinstance(each, Recipe))
 
     def to_json(self) -> dict[str, Any]:
-        of = [each if isinstance(each, str) else each.to_json() for each in self.of]
-        return {"name": self.name, "kind": self.kind, "of": of, "options": dict(self.options)}
+        recipes = [each if isinstance(each, str) else each.to_json() for each in self.of]
+        return {"name": self.name, "kind": self.kind, "of": recipes, "options": dict(self.options)}
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,9 @@ class Suite:
     recipes: tuple[Recipe, ...]
     report: Report | None = None  # None: a table for each study
     choices: Mapping[str, Choice] = field(default_factory=dict)
-    """by the name of the recipe that waits for it"""
+    """by the name of the recipe that waits for the choice"""
     measurements: tuple[Measurement, ...] = ()
-    """for the report"""
+    """costs that the report needs"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recipes", tuple(self.recipes))
@@ -185,7 +186,7 @@ class Suite:
         return replace(self, recipes=tuple(_overridden(recipe, changes) for recipe in self.recipes))
 
     def tiny(self) -> Suite:
-        """The same suite of `Recipe.tiny` recipes, without its report and what it measures."""
+        """The same suite of `Recipe.tiny` recipes, without its report and measurements."""
         names = {recipe.name: recipe.tiny().name for recipe in self.recipes}
         choices = {
             names[name]: choice.renamed(names.__getitem__) for name, choice in self.choices.items()
@@ -206,8 +207,11 @@ class Suite:
 
     @property
     def all_recipes(self) -> tuple[Recipe, ...]:
-        """Its recipes, and those that its measurements are of alone."""
-        return (*self.recipes, *(each for of in self.measurements for each in of.recipes))
+        """The recipes of the suite, and the recipes that only its measurements use."""
+        return (
+            *self.recipes,
+            *(each for measurement in self.measurements for each in measurement.recipes),
+        )
 
 
 def _overridden(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
@@ -219,14 +223,14 @@ def _overridden(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 def references(recipe: Recipe) -> tuple[str, ...]:
     """The names that a recipe refers to, each once."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
 
     def note(name: str) -> str:
-        found[name] = None
+        names[name] = None
         return reference_to(name)
 
     filled(recipe, note)
-    return tuple(found)
+    return tuple(names)
 
 
 def sources(suite: Suite) -> set[str]:
@@ -264,10 +268,10 @@ def refuse_references(recipe: Recipe) -> None:
 
 
 def targets_of(made: Recipe | Suite, *, but_trusted: bool = False) -> list[str]:
-    """The dotted names that reading it back imports: the parts of its recipes, and its report.
+    """The dotted names that are imported to read `made` back: parts of recipes and the report.
 
     Args:
-        but_trusted: without the names that need no `--trust`.
+        but_trusted: leave out the names that need no `--trust`.
     """
     is_suite = isinstance(made, Suite)
     recipes, report = (made.all_recipes, made.report) if is_suite else ((made,), None)
@@ -301,9 +305,9 @@ class SuiteFile:
 
     suite: Suite  # paths absolute, references as they were written
     runs: tuple[str, ...]  # the name of each recipe's run folder, which lies beside the suite's
-    parent: str  # what MLflow holds the runs together by: 32 hex digits
+    parent: str  # id by which MLflow groups the runs: 32 hex digits
     cluster: Mapping[str, Any]
-    """where and on how much it trains: fields of pipeline.launch.cluster.Cluster"""
+    """the machines that train it: fields of pipeline.launch.cluster.Cluster"""
 
     def to_json(self) -> dict[str, Any]:
         choices = {name: {"choice": asdict(each)} for name, each in self.suite.choices.items()}
@@ -403,12 +407,14 @@ def measured_in(folder: Path) -> dict[str, Path]:
     Raises:
         ValueError: suite.json is damaged.
     """
-    found = read_json(folder / FILE).get("measurements") or ()
+    entries = read_json(folder / FILE).get("measurements") or ()
     try:
-        return {each["name"]: folder / f"measured-{Path(each['name']).name}.json" for each in found}
+        return {
+            each["name"]: folder / f"measured-{Path(each['name']).name}.json" for each in entries
+        }
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder / FILE}: a measurement must have a name; got {found!r}"
+            f"{folder / FILE}: a measurement must have a name; got {entries!r}"
         ) from error
 
 
@@ -470,11 +476,11 @@ def _choice(value: Any) -> Choice:
 
 def _measurement(value: Any, trust: Collection[str]) -> Measurement:
     try:
-        of = tuple(
+        recipes = tuple(
             each if isinstance(each, str) else Recipe.from_json(each, trust=trust)
             for each in value["of"]
         )
-        return Measurement(**{**value, "of": of})
+        return Measurement(**{**value, "of": recipes})
     except (KeyError, TypeError) as error:
         rule = "a measurement must have name, kind, of and options"
         raise ValueError(f"{FILE}: {rule}; got {value!r}") from error

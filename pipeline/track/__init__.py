@@ -1,1 +1,1 @@
-"""Tracking: the journal a run writes (`jsonl`), and its mirror in MLflow (`mlflow`)."""
+"""Tracking: the journal of a run (`journal.py`), and its mirror in MLflow (`mlflow.py`)."""

@@ -1,12 +1,12 @@
 """A store of MLflow: its client, its errors, and the experiment and the parent of a run.
 
     experiment   the family, such as fashion: MLflow shows parents and runs within one experiment
-      parent     one launch of several recipes; its status follows from its runs', and the suite's
-                 report is its artifact
+      parent     one launch of several recipes; its status follows from the status of its runs, and
+                 the suite's report is its artifact
         child    one training run
 
-MLflow (3.17.2) makes experiments and runs in several steps. Of two callers at once both can fail,
-or both make one. So callers hold `one_at_a_time` of the folder of runs.
+MLflow (3.17.2) creates experiments and runs in several steps. If two callers do so at once, both
+can fail, or both create one. Callers therefore hold `one_at_a_time` of the folder of runs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class TrackingError(RuntimeError):
 
 
 def connect(uri: str) -> MlflowClient:
-    """The first client for an SQLite file makes the file and its schema, which takes seconds."""
+    """A client. The first one for an SQLite file creates the file and its schema, which takes
+    seconds.
+    """
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     # 3.17.2 retries 7 times with 120 s each. Here the owner of the client retries.
@@ -49,7 +51,10 @@ def connect(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
-    for name in ("mlflow", "alembic"):  # if somebody imported it before the variables were set
+    for name in (
+        "mlflow",
+        "alembic",
+    ):  # mlflow may have been imported before the variables were set
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger(name).level))
     return MlflowClient(tracking_uri=uri)
 
@@ -64,10 +69,10 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def without_password(text: str) -> str:
-    """A text without the users and passwords of the addresses in it.
+    """The text with user names and passwords removed from its addresses.
 
-    A password follows a colon, may contain an unquoted /, and ends at the last @ of the word. So an
-    address with a colon before its first / and an @ after it loses what lies between.
+    A password follows a colon, may contain an unquoted /, and ends at the last @ of the word. If an
+    address has a colon before its first / and an @ after it, everything up to the @ is removed.
     """
     return _LOGIN.sub("//", text)
 
@@ -77,10 +82,10 @@ def reason(uri: str, error: Exception) -> str:
     login = _LOGIN.search(uri)
     if login is not None and re.search("[/?#]", login[0].removeprefix("//")):
         # MLflow's client (3.17.2) ends the host there, and its error shows parts of the password.
-        said = "/ ? and # in the password of an address must be written %2F %3F and %23"
-    else:  # cut last: half an address is not known for one
-        said = (without_password(without_secrets(str(error))).strip().splitlines() or [""])[0][:300]
-    return f"{type(error).__name__}: {said}"
+        text = "/ ? and # in the password of an address must be written %2F %3F and %23"
+    else:  # cut after the secrets are removed: a truncated address would not be recognized
+        text = (without_password(without_secrets(str(error))).strip().splitlines() or [""])[0][:300]
+    return f"{type(error).__name__}: {text}"
 
 
 def one_line(uri: str, error: Exception) -> str:
@@ -107,33 +112,33 @@ RUN_TAG = "spiketrain.run_id"
 PARENT_TAG = "spiketrain.study_parent"
 KIND_TAG = "spiketrain.kind"
 PARENT_OF = "mlflow.parentRunId"
-PATIENCE_S = 120.0  # to wait for another delivery, which takes seconds unless it was stopped
+PATIENCE_S = 120.0  # wait for another delivery; a delivery takes seconds unless it was stopped
 
 
 def experiment_of(client: MlflowClient, start: Record, *, uri: str, runs_dir: Path) -> str:
-    """The id of the experiment of a run, which is made if it is missing."""
+    """The id of a run's experiment. A missing experiment is created."""
     from mlflow.exceptions import MlflowException
 
     name = str(start.get("family") or start.get("recipe") or "spiketrain")
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         try:
             return client.create_experiment(name, artifact_location=_artifacts(uri, runs_dir, name))
         except MlflowException:
-            # Made meanwhile, from another folder of runs.
-            found = client.get_experiment_by_name(name)
-            if found is None:
+            # It was created meanwhile, from another folder of runs.
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
                 raise
-    if found.lifecycle_stage != "active":
+    if experiment.lifecycle_stage != "active":
         raise TrackingError(
             f"MLflow experiment {name!r} was deleted; restore it: mlflow experiments restore"
-            f" {found.experiment_id}"
+            f" {experiment.experiment_id}"
         )
-    return found.experiment_id
+    return experiment.experiment_id
 
 
 def _artifacts(uri: str, runs_dir: Path, name: str) -> str | None:
-    """The artifacts' URI, beside a local store (whose default is the working directory)."""
+    """The URI of the artifacts: beside a local store, whose default is the working directory."""
     if is_server(uri):
         return None
     file, folder = sqlite_file(uri), name.replace("/", "-")
@@ -145,31 +150,32 @@ def _artifacts(uri: str, runs_dir: Path, name: str) -> str | None:
 
 
 def parent_of(client: MlflowClient, experiment_id: str, start: Record) -> str | None:
-    """The id of the parent of a run's suite, which is made if it is missing.
+    """The id of the parent of a run's suite. A missing parent is created.
 
-    A new one becomes the parent of all runs of the suite, as the old one may have been deleted.
+    A new parent becomes the parent of all runs of the suite: the old one may have been deleted.
     """
     uuid = start.get("study_parent")
     if not uuid:
         return None
     of_suite = f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`{KIND_TAG}` = "
-    if found := client.search_runs([experiment_id], f"{of_suite}'suite'"):
-        return found[0].info.run_id
+    if parents := client.search_runs([experiment_id], f"{of_suite}'suite'"):
+        return parents[0].info.run_id
     tags = {PARENT_TAG: str(uuid), KIND_TAG: "suite"}
     name = str(start.get("suite") or f"suite {str(uuid)[:8]}")
-    made = client.create_run(
+    parent_id = client.create_run(
         experiment_id, start_time=milliseconds(start), tags=tags, run_name=name
     ).info.run_id
     for run in client.search_runs([experiment_id], f"{of_suite}'run'"):
-        client.set_tag(run.info.run_id, PARENT_OF, made)
-    return made
+        client.set_tag(run.info.run_id, PARENT_OF, parent_id)
+    return parent_id
 
 
 def suite_of(run_dir: Path, start: Record) -> Path | None:
     """The folder of the suite that a run was launched with; None: it was launched alone.
 
     Raises:
-        TrackingError: the name in the journal, which may come from elsewhere, is no folder's name.
+        TrackingError: the name in the journal is not a folder's name. (The journal may come from
+            elsewhere.)
     """
     name = start.get("suite")
     if not name:

@@ -1,14 +1,14 @@
 """Delivers one run's journal to MLflow: each (metric, step) once, however often the process dies.
 
 There is no state file; MLflow itself holds the state. The run is found by its tag
-`spiketrain.run_id`. The newest step of a metric says how far it was delivered, because points are
-sent in the order of their steps. A journal repeats steps after a rollback; which value counts
-follows from the journal alone (`Translation`). So all deliverers send the same points from the same
-lines. Two at once send identical points, which MLflow's SQL stores keep once: run, key, step, time
-and value are their primary key.
+`spiketrain.run_id`. Points are sent in the order of their steps, so the newest step of a metric in
+MLflow shows how far the metric was delivered. A journal repeats steps after a rollback; the journal
+alone decides which value counts (`Translation`). So all deliverers send the same points from the
+same lines. Two concurrent deliverers send identical points, which MLflow's SQL stores keep once:
+run, key, step, time and value are their primary key.
 
-Which field of an event is a metric or a tag is declared by the classes in `events.py`. Events are
-read in the journal's JSON, so those of another version are delivered as far as they are understood.
+The classes in `events.py` declare which fields of an event are metrics or tags. Events are read as
+JSON, so events of another version are delivered as far as they are understood.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ _BLOCK = 4 << 20  # bytes of journal read at a time
 
 
 def read_note(run_dir: Path) -> Any:
-    """Where MLflow has the run, for people; None where the note is missing or damaged."""
+    """The location of the run in MLflow, noted for people; None if the note is missing or
+    damaged.
+    """
     try:
         return json.loads(RunFolder(run_dir).mlflow.read_text())
     except (OSError, ValueError):
@@ -58,9 +60,9 @@ def read_note(run_dir: Path) -> Any:
 
 
 class Delivery:
-    """One connection to MLflow and one reading of the journal; to be replaced after an exception.
+    """One connection to MLflow and one reading of the journal. Replace it after an exception.
 
-    `delivered` counts the points sent; `already_there` those that MLflow had before.
+    `delivered` counts the points sent; `already_there` counts the points that MLflow had before.
     """
 
     def __init__(self, run_dir: Path, *, uri: str) -> None:
@@ -69,11 +71,11 @@ class Delivery:
         self.delivered = 0
         self._uri = uri
         self._journal, self._system = Follower(self._files.journal), Follower(self._files.system)
-        # The event up to which the journal is due as an artifact, and the last one read.
+        # The event up to which the journal must be sent as an artifact, and the last event read.
         self._journal_due = self._newest = ""
         self._translation = Translation()
         self._is_open = False
-        self._parent_knows = ""  # the status of this run that its parent's follows from
+        self._parent_knows = ""  # the status of this run that its parent was last set from
 
     @property
     def run(self) -> Run:
@@ -85,10 +87,10 @@ class Delivery:
         return self._translation.already_there
 
     def advance(self, *, leaving: bool | Literal["unless driven"] = False) -> bool:
-        """Deliver what is in the journal now; False when no attempt of the run has begun.
+        """Deliver the current content of the journal. Returns False if no attempt has begun.
 
-        `leaving`: the run has no driver after this, so RUNNING becomes KILLED. With "unless driven"
-        a driver is looked for under the lock: one may have begun while another process delivered.
+        `leaving`: the run has no driver after this call, so RUNNING becomes KILLED. "unless driven"
+        checks for a driver under the lock: one may have begun while another process delivered.
         """
         with one_at_a_time(self.run_dir.parent):
             if not self._is_open and not self._open():
@@ -138,14 +140,14 @@ class Delivery:
 
     def _find_or_create(self, client: MlflowClient, experiment_id: str, start: Record) -> Run:
         uuid = str(start["run_id"])
-        found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{uuid}'")
-        if found:
-            kept, *twins = sorted(run.info.run_id for run in found)
-            for twin in twins:  # a server that hung may have made it late, after a retry
+        runs = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{uuid}'")
+        if runs:
+            kept, *twins = sorted(run.info.run_id for run in runs)
+            for twin in twins:  # a server that hung may have created it late, after a retry
                 client.delete_run(twin)
             run = client.get_run(kept)
             if self._parent_id not in (None, run.data.tags.get(PARENT_OF)):
-                # The process that made the parent died.
+                # The process that created the parent died before it set the tag.
                 client.set_tag(kept, PARENT_OF, self._parent_id)
             return run
         tags = {RUN_TAG: uuid, KIND_TAG: "run"}
@@ -164,12 +166,12 @@ class Delivery:
         params: dict[str, str] = {}
         for event in events:
             tags.update(self._translation.tags(event))
-            params = {**parameters(event), **params}  # those of the first start stay
+            params = {**parameters(event), **params}  # the first start's values stay
         tags = {key: value[:5000] for key, value in tags.items()}
         tags = {key: value for key, value in tags.items() if self._tags.get(key) != value}
-        # MLflow takes a parameter once; what a restart changed is in the tags.
+        # MLflow accepts a parameter once; the tags show the values that a restart changed.
         params = {key: value for key, value in params.items() if key not in self._params}
-        # One call: the client (3.17.2) cuts it to the limits of a request, and keeps the order.
+        # One call: the client (3.17.2) splits it to the limits of a request and keeps the order.
         self._client.log_batch(
             self._run_id,
             metrics=points,
@@ -195,9 +197,9 @@ class Delivery:
         self._parent_knows = status
 
     def _send_files(self, status: str) -> None:
-        """Send each file that is due and has changed, and behind it a tag that names its version.
+        """Send each file that is due and has changed, then a tag that names its version.
 
-        A deliverer that dies between the two has sent the file twice at worst, over itself.
+        If a deliverer dies between the two, the next one sends the same file again.
         """
         late = self._files.late_artifacts if status == "FINISHED" else ()
         versions = {
@@ -217,13 +219,13 @@ class Delivery:
 class Translation:
     """Translates one run's events, in the journal's order. The first value of a step counts.
 
-    MLflow takes no second value of a step. So an evaluation or a fidelity measurement waits for a
+    MLflow accepts no second value of a step. So an evaluation or a fidelity measurement waits for a
     checkpoint at its step or later, or for the run to finish or diverge. Until then the run may
     fail, stop, or find that the ranks' weights differ, go back and measure again. Training metrics
     of batches that are rolled back are sent and stay; a tag names their steps.
 
-    `held` has the newest step of each metric that MLflow had before; `already_there` counts the
-    points that were left out for it.
+    `held` has the newest step of each metric that MLflow had before. `already_there` counts the
+    points that were not sent because MLflow had them.
     """
 
     def __init__(self) -> None:
@@ -231,13 +233,13 @@ class Translation:
         self.already_there = 0
         self._seen: dict[str, int] = {}  # metric -> newest step read from the journal
         self._step = 0  # newest step of any event
-        self._waiting: dict[tuple[str, int], Record] = {}  # newest of each kind and step
+        self._waiting: dict[tuple[str, int], Record] = {}  # newest event of each kind and step
         self._counts: Counter[str] = Counter()
         self._rolled_back: list[str] = []
-        self._of_ends: set[str] = set()  # tags of ended attempts, which the next start empties
+        self._of_ends: set[str] = set()  # tags of ended attempts; the next start empties them
 
     def points(self, event: Record) -> Iterator[Metric]:
-        """The new metrics to send with this event: its own, or those that waited for it."""
+        """The metrics to send with this event: its own, and those that waited for it."""
         kind = kind_of(event)
         step = _integer(event.get("step"), _integer(event.get("steps"), self._step))
         if kind is not events.System:  # its steps count samples
@@ -261,7 +263,7 @@ class Translation:
         for key, value in _metrics(event):
             newest = self._seen.get(key, -1)
             if step <= newest:
-                continue  # a step that is done again after a rollback
+                continue  # a step that is repeated after a rollback
             self._seen[key] = step
             if step <= self.held.get(key, -1):
                 self.already_there += 1
@@ -287,7 +289,7 @@ class Translation:
             self._counts[name] += _integer(event.get(of), 0) if of else 1
             tags[name] = str(self._counts[name])
         if kind is events.Rollback:
-            # The steps whose training metrics are of batches that were rolled back.
+            # The steps of the batches that were rolled back. Their training metrics stay.
             first, last = _integer(event.get("to"), 0) + 1, _integer(event.get("step"), 0) + 1
             self._rolled_back.append(f"{first}-{last}")
             tags["spiketrain.rolled_back"] = ", ".join(self._rolled_back)
@@ -295,7 +297,7 @@ class Translation:
 
 
 def parameters(event: Record) -> dict[str, str]:
-    """The recipe's values, from the start of an attempt."""
+    """The recipe's values, from a start event; empty for other events."""
     if kind_of(event) is not events.Start:
         return {}
     return {_key(key): str(value)[:6000] for key, value in event.get("params", {}).items()}
@@ -316,13 +318,15 @@ def _metrics(event: Record) -> Iterator[tuple[str, float]]:
 def _numbers(
     name: str, value: Any, *, without: Collection[str] = ()
 ) -> Iterator[tuple[str, float]]:
-    """`operations.forward.additions` of a summary is `summary/operations/forward/additions`."""
+    """Metric names and numbers of a nested value, such as `summary/operations/forward/additions`
+    for `operations.forward.additions` of a summary.
+    """
     if isinstance(value, Mapping):
         for key, item in value.items():
             if key not in without:
                 yield from _numbers(f"{name}/{key}", item)
-    elif (found := number(value)) is not None:
-        yield _key(name), found
+    elif (converted := number(value)) is not None:
+        yield _key(name), converted
 
 
 def _integer(value: Any, otherwise: int) -> int:
@@ -330,5 +334,5 @@ def _integer(value: Any, otherwise: int) -> int:
 
 
 def _key(name: str) -> str:
-    """MLflow takes letters, digits and `_-. :/` in names, 250 characters."""
+    """A valid name: MLflow accepts letters, digits and `_-. :/`, and 250 characters."""
     return re.sub(r"[^\w\-. :/]", "_", str(name))[:250]

@@ -1,8 +1,8 @@
 """The events of a run's journal: one frozen dataclass for each kind.
 
-A class declares everything that depends on its kind: the fields, and what MLflow (`delivery.py`)
-and Prometheus (`exposition.py`) take from them. `Event.to_dict` and `from_dict` are the two ways to
-JSON. The name of a kind is the name of its class, with underscores: `FirstBatch` is `first_batch`.
+A class declares everything that depends on its kind: the fields, and their use in MLflow
+(`delivery.py`) and Prometheus (`exposition.py`). `Event.to_dict` and `from_dict` convert to and
+from JSON. The name of a kind is its class name with underscores: `FirstBatch` is `first_batch`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 from pipeline.recipe.recipe import Role, roles
 
 State = Literal["new", "running", "finished", "stopped", "failed", "diverged", "interrupted"]
-"""of a run"""
-Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]  # of a run in MLflow
+"""the states of a run"""
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]  # the status of a run in MLflow
 Numbers = dict[str, float]
 _TAGS_OF_RECIPE = tuple(name for name, role in roles().items() if Role.TAG in role)
-OF_NONE = -1  # the attempt of events that a launcher writes between two attempts
+OF_NONE = -1  # `attempt` of events that a launcher writes between two attempts
 KIND = "event"  # the key of the kind in the JSON form
 
 
@@ -61,24 +61,24 @@ _Use = TypeVar("_Use", Metric, Tag, Gauge, Rest)
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What every event has. The journal sets both fields when it writes the event."""
+    """The base of all events. The journal sets both fields when it writes the event."""
 
     kind: ClassVar[str] = ""
-    durable: ClassVar[bool] = False  # the write returns once the event would survive a power cut
-    sends_journal: ClassVar[bool] = False  # MLflow is sent the journal while the run goes on
-    state: ClassVar[State | None] = None  # of a run that nobody drives, after this event
+    durable: ClassVar[bool] = False  # `write` returns once the event survives a power cut
+    sends_journal: ClassVar[bool] = False  # MLflow gets the journal while the run goes on
+    state: ClassVar[State | None] = None  # of a run without a driver whose last event this is
     status: ClassVar[Status | None] = None  # in MLflow
     count_tag: ClassVar[str] = ""  # a tag of MLflow that counts these events
-    counted_field: ClassVar[str] = ""  # the field that the tag sums up in place of the events
-    fixed_tags: ClassVar[tuple[tuple[str, str], ...]] = ()  # of MLflow, set by each event
-    measures_weights: ClassVar[bool] = False  # is void if the run goes back behind its step
-    settles_weights: ClassVar[bool] = False  # the run will not go back behind its step
+    counted_field: ClassVar[str] = ""  # a field that the tag sums; empty: it counts events
+    fixed_tags: ClassVar[tuple[tuple[str, str], ...]] = ()  # MLflow tags that each event sets
+    measures_weights: ClassVar[bool] = False  # void if the run goes back to an earlier step
+    settles_weights: ClassVar[bool] = False  # the run will not go back to an earlier step
 
     time: float = 0.0  # Unix seconds
     attempt: int = OF_NONE  # number of the start, from 0
 
     def __init_subclass__(cls) -> None:
-        if not cls.__name__.startswith("_"):  # that is a base of several kinds
+        if not cls.__name__.startswith("_"):  # a base of several kinds has no kind
             cls.kind = re.sub(r"(?<=.)(?=[A-Z])", "_", cls.__name__).lower()
             KINDS[cls.kind] = cls
 
@@ -122,7 +122,9 @@ class Start(_AtStep):
     run_id: str  # unique, chosen at the launch
     recipe: Annotated[str, Tag("spiketrain.recipe"), Tag("mlflow.source.name")]  # name
     rule: Annotated[str, Tag("spiketrain.rule")]  # label of the training rule
-    study: Annotated[str, Tag("spiketrain.study")]  # hash of what makes runs comparable
+    study: Annotated[
+        str, Tag("spiketrain.study")
+    ]  # study key; runs with the same key may be compared
     study_parent: Annotated[str | None, Tag("spiketrain.study_parent")]  # shared by a suite's runs
     suite: Annotated[str | None, Tag("spiketrain.suite")]  # name of the suite's folder
     family: Annotated[str | None, Tag("spiketrain.family")]  # name of the experiment in MLflow
@@ -136,12 +138,12 @@ class Start(_AtStep):
     micro_batch: Annotated[int, Tag("spiketrain.micro_batch")]  # samples that a worker holds
     accumulation: int  # micro-batches of a worker in a global batch
     parameters: int  # trainable numbers of the network
-    steps_per_epoch: int  # global batches, of the task at hand
+    steps_per_epoch: int  # global batches of the current task
     total_steps: Annotated[
         int, Gauge("spiketrain_total_steps", "Global batches of the whole run.")
     ]  # global batches
     epochs: int  # of all tasks
-    samples: int  # of the training set of the task at hand
+    samples: int  # of the current task's training set
     dropped_per_epoch: int  # samples that do not fill a global batch
     began: float  # Unix seconds at the worker's first line of code
     time_steps: int  # T
@@ -185,7 +187,7 @@ class Probe(Event):
     """A linear classifier was fitted to the teacher's features."""
 
     teacher: str  # label
-    views: int  # augmented samples that it was fitted to
+    views: int  # augmented samples that the classifier was fitted to
     top1: float  # share in 0..1, on these views
     seconds: float  # of the fit
 
@@ -207,7 +209,7 @@ class Phase(_AtStep):
 
 @dataclass(frozen=True, kw_only=True)
 class Step(_AtStep):
-    """Training metrics since the step event before, over all workers."""
+    """Training metrics since the previous step event, over all workers."""
 
     epoch: int  # from 0, of the whole run
     metrics: Annotated[
@@ -248,7 +250,7 @@ class Evaluation(_AtStep):
 
     durable = sends_journal = measures_weights = True
 
-    epoch: int  # from 0, that ended before
+    epoch: int  # the last epoch that has ended, from 0
     samples: int  # evaluated
     metrics: Annotated[
         Numbers,
@@ -271,7 +273,7 @@ class Fidelity(_AtStep):
 
     sends_journal = measures_weights = True
 
-    epoch: int | None  # from 0, that ended before; None: at the start of the run
+    epoch: int | None  # the last epoch that has ended, from 0; None: at the start of the run
     temporal_share: Annotated[Numbers, Metric("fidelity/temporal_share")]  # 0..1, of each layer
     cosines: Annotated[dict[str, Numbers], Metric("fidelity/cosines")]  # -1..1, of each layer
 
@@ -289,7 +291,7 @@ class System(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Event):
-    """A checkpoint is whole."""
+    """A checkpoint is complete."""
 
     durable = settles_weights = True
 
@@ -305,7 +307,7 @@ class Checkpoint(Event):
         Gauge("spiketrain_checkpoint_step", "Global batches done at the newest checkpoint."),
     ]  # global batches done
     path: str  # the folder, or the address
-    stall_s: Annotated[float, Metric("checkpoint/stall_s")]  # seconds that training stood still
+    stall_s: Annotated[float, Metric("checkpoint/stall_s")]  # seconds that training was stopped
     write_s: Annotated[
         float,
         Metric("checkpoint/write_s"),
@@ -313,7 +315,7 @@ class Checkpoint(Event):
             "spiketrain_checkpoint_seconds",
             "Seconds that the newest checkpoint was written for.",
         ),
-    ]  # seconds from the save to the whole checkpoint
+    ]  # seconds from the save to the complete checkpoint
     bytes: Annotated[int, Metric("checkpoint/bytes")]  # bytes of all files
 
 
@@ -340,7 +342,7 @@ class Unwritten(_AtStep):
 
 @dataclass(frozen=True, kw_only=True)
 class Undeleted(_AtStep):
-    """A checkpoint that is no longer kept could not be deleted. The one of this step is whole."""
+    """An old checkpoint could not be deleted. The checkpoint of this step is complete."""
 
     count_tag = "spiketrain.undeleted_checkpoints"
 
@@ -352,7 +354,7 @@ class Undeleted(_AtStep):
 
 @dataclass(frozen=True, kw_only=True)
 class _BadBatch(Event):
-    """A batch was at fault."""
+    """A batch was bad."""
 
     step: int  # number of the batch, from 0
     epoch: int  # from 0
@@ -393,7 +395,7 @@ class Waiting(Event):
 
     durable = True
 
-    what: str  # that is waited for
+    what: str  # the storage or the workers that the run waits for
     most_s: float  # seconds after which the run gives up
     error: str = ""  # one line
 
@@ -418,7 +420,7 @@ class Straggler(_AtStep):
 
 @dataclass(frozen=True, kw_only=True)
 class DataWait(_AtStep):
-    """Rank 0 waits for its data for much of the time."""
+    """Rank 0 spends much of its time waiting for data."""
 
     share: float  # 0..1, of the time of a batch
     loader_threads: int  # of each worker
@@ -431,12 +433,12 @@ class Hung(Event):
     durable = True
 
     worker: int  # rank
-    stacks: str  # file with the stacks of its threads, below the run's folder
+    stacks: str  # file with the stacks of its threads, relative to the run's folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Died(Event):
-    """A worker ended with an error that it could not write itself."""
+    """A worker ended with an error that it could not write to the journal itself."""
 
     durable = True
 
@@ -462,7 +464,7 @@ class Finish(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Stopped(_AtStep):
-    """The attempt ended because somebody asked for it."""
+    """The attempt ended because a user or a scheduler asked for it."""
 
     durable = sends_journal = True
     state, status = "stopped", "KILLED"
@@ -492,7 +494,7 @@ class Failed(_Error):
 
 @dataclass(frozen=True, kw_only=True)
 class Diverged(_Error):
-    """The attempt ended because training diverged, as it would again."""
+    """The attempt ended because training diverged. It would diverge again."""
 
     settles_weights = True
     state = "diverged"
@@ -508,10 +510,10 @@ def kind_of(record: Mapping[str, Any]) -> type[Event]:
 
 
 def from_dict(record: Mapping[str, Any]) -> Event:
-    """The event of a JSON form. "nan", "inf" and "-inf" become numbers where numbers belong.
+    """The event of a JSON form. "nan", "inf" and "-inf" become numbers in numeric fields.
 
     Raises:
-        ValueError: fields are missing, or the kind does not have them; one line.
+        ValueError: a field is missing, or the kind does not have it; one line.
     """
     values = dict(record)
     name = values.pop(KIND)
@@ -524,14 +526,14 @@ def from_dict(record: Mapping[str, Any]) -> Event:
     unknown = values.keys() - own.keys()
     missing = [n for n, field in own.items() if field.default is MISSING and n not in values]
     if unknown or missing:
-        wrong = ", ".join(
+        problems = ", ".join(
             [*(f"no field {n}" for n in missing), *(f"{n} too" for n in sorted(unknown))]
         )
         raise ValueError(
-            f"journal: an event {name!r} must have the fields {', '.join(own)}; got {wrong}"
+            f"journal: an event {name!r} must have the fields {', '.join(own)}; got {problems}"
         )
     numeric = _numeric_fields(kind)
-    return kind(**{n: _finite_or_not(v) if n in numeric else v for n, v in values.items()})
+    return kind(**{n: _with_nonfinite(v) if n in numeric else v for n, v in values.items()})
 
 
 def uses(record: Mapping[str, Any], use: type[_Use]) -> Iterator[tuple[_Use, Any]]:
@@ -568,8 +570,8 @@ def _numeric_fields(kind: type[Event]) -> frozenset[str]:
     return frozenset(name for name, hint in get_type_hints(kind).items() if hint in numeric)
 
 
-def _finite_or_not(value: Any) -> Any:
-    """JSON has no numbers that are not finite: the journal writes them as text."""
+def _with_nonfinite(value: Any) -> Any:
+    """The value with "nan", "inf" and "-inf" as numbers: JSON has none that are not finite."""
     if isinstance(value, dict):
-        return {key: _finite_or_not(item) for key, item in value.items()}
+        return {key: _with_nonfinite(item) for key, item in value.items()}
     return float(value) if value in ("nan", "inf", "-inf") else value

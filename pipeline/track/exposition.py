@@ -1,6 +1,6 @@
 """The state of a run for Prometheus, in a file that node_exporter's textfile collector reads.
 
-Which field is a gauge is declared by the classes in `events.py`.
+The classes in `events.py` declare which fields are gauges.
 """
 
 import os
@@ -24,19 +24,19 @@ _LABELS = ("run", "recipe", "rule")
 
 
 def newest(events: Iterable[Record]) -> list[Record]:
-    """The last event of each kind, oldest first: all that `exposition` needs of a long journal.
+    """The last event of each kind, oldest first. `exposition` needs no other events.
 
     `newest([*newest(earlier), *later])` is `newest([*earlier, *later])`.
     """
-    found: dict[str, Record] = {}
+    latest: dict[str, Record] = {}
     for event in events:
-        found.pop(event[KIND], None)
-        found[event[KIND]] = event
-    return list(found.values())
+        latest.pop(event[KIND], None)
+        latest[event[KIND]] = event
+    return list(latest.values())
 
 
 def exposition(events: Iterable[Record]) -> str:
-    """The text for one run from its events, or the `newest` of them; empty without a start."""
+    """The text for one run, from all its events or the `newest`; empty without a start event."""
     return generate_latest(_Run(newest(events))).decode()
 
 
@@ -55,7 +55,7 @@ class _Run(Collector):
             gauge = GaugeMetricFamily(name, help_, labels=_LABELS)
             gauge.add_metric(labels, value)
             yield gauge
-        # Attempts are counted over the whole run: increase() can be asked of a counter.
+        # A counter over the whole run, so that increase() works in Prometheus.
         restarts = CounterMetricFamily(
             "spiketrain_restarts_total", "Attempts after the first.", labels=_LABELS
         )
@@ -66,18 +66,18 @@ class _Run(Collector):
             "spiketrain_state", "1 for the state that the run is in.", labels=(*_LABELS, "state")
         )
         for each in STATES:
-            is_it = each == ("running" if last is Start else last.state)
-            state.add_metric([*labels, each], float(is_it))
+            is_current = each == ("running" if last is Start else last.state)
+            state.add_metric([*labels, each], float(is_current))
         yield state
 
     def _gauges(self) -> Iterator[tuple[str, str, float]]:
         """Name, help text and value of each gauge that has a value."""
         for event in self.events:
-            for gauge, found in uses(event, Gauge):
-                value = number((found or {}).get(gauge.key) if gauge.key else found)
+            for gauge, field in uses(event, Gauge):
+                value = number((field or {}).get(gauge.key) if gauge.key else field)
                 if value is not None:
                     yield gauge.name, gauge.help, value
-        # The newest event that names a step: after a rollback it is lower than the step before.
+        # The newest event with a step. After a rollback this step is lower than before.
         for event in reversed(self.events):
             if (step := number(event.get("step"))) is not None:
                 yield "spiketrain_step", "Global batches done.", step
@@ -91,7 +91,7 @@ class _Run(Collector):
 class Exposed:
     """Keeps the file of one run up to date, in the folder that SPIKETRAIN_METRICS names.
 
-    Nothing is written where the variable is not set.
+    Nothing is written if the variable is not set.
 
     Raises:
         ValueError: there is no such folder.

@@ -1,8 +1,7 @@
 """The journal of a run: append-only JSON lines, the source of MLflow, progress bar and reports.
 
 One event is one line, `{"event": kind, "time": unix seconds, "attempt": n, ...fields}`. A process
-may be killed at any byte: readers skip what is not a whole line, and a new attempt begins on a
-fresh one.
+may be killed at any byte: readers skip incomplete lines, and a new attempt begins on a new line.
 """
 
 import errno
@@ -41,8 +40,8 @@ class NullTracker:
 class Journal:
     """Appends events to the journal at `path`, whose folder must exist.
 
-    `attempt` counts the starts of the run from 0, or is OF_NONE. Each event is one `write` with
-    O_APPEND, so lines of two writers on one host cannot mix.
+    `attempt` is the number of the start, from 0, or OF_NONE. Each event is one `write` with
+    O_APPEND, so the lines of two writers on one host cannot mix.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, attempt: int) -> None:
@@ -65,8 +64,8 @@ class Journal:
         Raises:
             ValueError: the journal is closed.
             TypeError: a field has no JSON form.
-            OSError: the disk refused (part of) the line. Readers skip it; the next event begins
-                on a new line.
+            OSError: the disk did not take the line, or only a part of it. Readers skip the part;
+                the next event begins on a new line.
         """
         event = replace(event, time=time.time(), attempt=self.attempt)
         if self._fd is None:
@@ -98,7 +97,7 @@ class Journal:
 
 
 def read(path: str | os.PathLike[str]) -> list[Record]:
-    """All whole events of a journal, in order; empty when there is no journal yet."""
+    """All complete events of a journal, in order; empty if there is no journal yet."""
     return list(_parsed(_lines(path)))
 
 
@@ -124,10 +123,10 @@ def every(path: str | os.PathLike[str], kind: str) -> list[Record]:
 
 
 def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list[Record]:
-    """As `read`, but only every `every`-th event of one kind; the other lines are not parsed.
+    """As `read`, but only every `every`-th event of one kind; skipped lines are not parsed.
 
-    The last event of that kind before one of another kind is kept too, so that curves end where
-    they ended.
+    The last event of that kind before an event of another kind is kept too, so that curves keep
+    their last point.
     """
     head, kept, count, skipped = _head(kind), list[bytes](), 0, b""
     for line in _lines(path):
@@ -149,15 +148,15 @@ def last(path: str | os.PathLike[str], *kinds: str) -> Record | None:
             if os.fstat(file.fileno()).st_size == 0:  # mmap refuses an empty file
                 return None
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                begin, found = 0, None
-                for head in heads:  # of the other kinds only a newer one counts
+                begin, newest = 0, None
+                for head in heads:  # an event of the next kind counts only if it is newer
                     at = len(text)
                     while (at := text.rfind(head, begin, at)) >= 0:
                         line = text[at : text.find(b"\n", at) + 1]
                         if (event := next(_parsed([line]), None)) is not None:
-                            begin, found = at, event
+                            begin, newest = at, event
                             break
-                return found
+                return newest
     except FileNotFoundError:
         return None
 
@@ -166,14 +165,14 @@ def last_event(path: str | os.PathLike[str], *kinds: type[E_]) -> E_ | None:
     """The newest event of these classes; see `last`.
 
     Raises:
-        ValueError: its fields are not those of its kind; one line.
+        ValueError: the event's fields are not those of its kind; one line.
     """
-    found = last(path, *(kind.kind for kind in kinds))
-    return None if found is None else cast("E_", from_dict(found))
+    newest = last(path, *(kind.kind for kind in kinds))
+    return None if newest is None else cast("E_", from_dict(newest))
 
 
 class Follower:
-    """Reads a growing journal: `poll` returns the events completed since the last one.
+    """Reads a growing journal: `poll` returns the events completed since the last poll.
 
     `offset` is a byte position. A line that began before it is skipped. After a poll that returned
     events, the attribute `offset` is the start of a line.
@@ -206,7 +205,7 @@ class Follower:
 
 
 def number(value: Any) -> float | None:
-    """The number that a JSON value stands for ("nan", "inf" and "-inf" among them), or None."""
+    """The number that a JSON value represents, "nan", "inf" and "-inf" included; else None."""
     if isinstance(value, bool):
         return None
     if isinstance(value, (int, float)):
@@ -215,7 +214,7 @@ def number(value: Any) -> float | None:
 
 
 def _lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
-    """The whole lines of a journal; none when there is no journal yet."""
+    """The complete lines of a journal; none if there is no journal yet."""
     try:
         with Path(path).open("rb") as file:
             yield from (line for line in file if line.endswith(b"}\n"))
@@ -224,12 +223,12 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
 
 
 def _head(kind: str) -> bytes:
-    """The beginning of a line of this kind: the kind is written first."""
+    """The first bytes of a line of this kind. The kind is always written first."""
     return f'{{"{KIND}": {json.dumps(kind)},'.encode()
 
 
 def _parsed(lines: Iterable[bytes]) -> Iterator[Record]:
-    """The events of lines; of parts of lines nothing.
+    """The events of the complete lines.
 
     A part of a line is not JSON: without its beginning it closes a brace that it does not open.
     """
@@ -243,7 +242,7 @@ def _parsed(lines: Iterable[bytes]) -> Iterator[Record]:
 
 
 def _plain(value: Any) -> Any:
-    """A value whose floats have a JSON form: those that are not finite as strings."""
+    """The value with its non-finite floats as strings, which JSON allows."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(float(value))
     if isinstance(value, Mapping):

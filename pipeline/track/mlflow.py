@@ -1,9 +1,9 @@
 """MLflow as a mirror of the journal, kept up to date by a thread of the driver or by `sync`.
 
-The training processes never talk to MLflow. A server that is down costs them nothing, and gets what
-it missed when it is back.
+The training processes never talk to MLflow. A server that is down does not slow them, and receives
+the missed events when it is back.
 
-What a user puts into MLflow by command: a report, a checkpoint in the model registry.
+This module also puts a report, or a checkpoint in the model registry, into MLflow by command.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LATER = "the journal keeps everything, `spiketrain sync` delivers it later"
 
 @dataclass(frozen=True, kw_only=True)
 class SyncReport:
-    """Points (one metric at one step) sent now, and found in MLflow already."""
+    """Numbers of points (one metric at one step): sent now, and already in MLflow."""
 
     delivered: int
     already_there: int
@@ -50,7 +50,7 @@ class SyncReport:
 def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
     """The absolute URI of the MLflow store: MLFLOW_TRACKING_URI, or `mlflow.db` in the folder.
 
-    MLflow resolves a relative one in the working directory, which differs in a Ray worker.
+    MLflow resolves a relative URI in the working directory, which differs in a Ray worker.
     """
     uri = (
         os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{Path(runs_dir).resolve() / 'mlflow.db'}"
@@ -61,7 +61,7 @@ def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
 
 
 def sync(run_dir: str | os.PathLike[str], *, uri: str) -> SyncReport:
-    """Deliver to MLflow the events of this run that it does not hold yet.
+    """Deliver to MLflow the events of this run that MLflow does not have yet.
 
     Raises:
         TrackingError: no attempt of the run has begun, or MLflow could not be reached or refused.
@@ -74,12 +74,12 @@ def sync(run_dir: str | os.PathLike[str], *, uri: str) -> SyncReport:
 
 
 class Mirror:
-    """Keeps MLflow in step with a run's journal from a daemon thread, until `close`.
+    """Delivers a run's journal to MLflow from a daemon thread, until `close`.
 
-    It raises nothing: failures are retried, each time later, and `warning` is the newest one in one
-    line (None: none). A journal that does not exist yet is waited for. `interval` is the seconds
-    between readings of the journal, `patience` the longest wait after failures. Meanwhile it
-    samples the machine's load (`system`).
+    It raises nothing. Failures are retried after growing waits, and `warning` is the newest failure
+    in one line (None: none). It waits for a journal that does not exist yet. `interval` is the time
+    between readings of the journal and `patience` the longest wait after a failure, in seconds. It
+    also samples the machine's load (`system`).
     """
 
     def __init__(
@@ -98,15 +98,15 @@ class Mirror:
         self._leaving = threading.Event()
         self._whole = False
         self._sampler = Sampler(self.run_dir)
-        # A daemon: a call that hangs in a dead server must not keep the driver from ending.
+        # A daemon thread: a call that waits for a dead server must not keep the driver alive.
         self._thread = threading.Thread(target=self._follow, name="mlflow-mirror", daemon=True)
         self._thread.start()
 
     def close(self, timeout: float = 30.0) -> bool:
-        """Deliver the rest and stop within `timeout` seconds; whether MLflow then has everything.
+        """Deliver the rest and stop within `timeout` seconds. Returns whether MLflow then has all.
 
-        With a server that is down it returns False soon. A run without an end in its journal is
-        marked KILLED.
+        If the server is down, it returns False soon. A run without an end in its journal is marked
+        KILLED.
         """
         self._sampler.close()
         self._leaving.set()
@@ -151,10 +151,10 @@ REPORT_DATA = "report.json"  # the content of the report as data, for the dashbo
 
 
 def log_report(page: Path, runs: Sequence[Path], *, name: str, data: str, uri: str) -> list[str]:
-    """Put an HTML page as the artifact `name` on the parents of these runs in MLflow; their ids.
+    """Put an HTML page as the artifact `name` on the parents of these runs. Returns their ids.
 
-    It replaces an older one. Runs that were launched alone have no parent. With `report.html`, a
-    suite's own, its `data` (JSON) are put beside it as `report.json`.
+    The page replaces an older one. Runs that were launched alone have no parent. If `name` is
+    `report.html`, a suite's own report, its `data` (JSON) become `report.json` beside it.
 
     Raises:
         TrackingError: MLflow could not be reached or refused; one line.
@@ -178,7 +178,7 @@ def log_report(page: Path, runs: Sequence[Path], *, name: str, data: str, uri: s
             if name == REPORT:
                 client.log_text(parent, data, REPORT_DATA)
             client.log_text(parent, page.read_text(), name)
-            set_parent_status(client, parent, suite=suite_of(run, start))  # it may be a new one
+            set_parent_status(client, parent, suite=suite_of(run, start))  # the parent may be new
         parents.append(parent)
     return parents
 
@@ -193,9 +193,9 @@ def register(
 ) -> str:
     """Make a run's checkpoint a version of the registered model `name`, and move the alias to it.
 
-    The events of the run are delivered first. A checkpoint that is a version already stays that
-    version. Nothing is uploaded: the version's tag `uri` names the checkpoint, and `pin` keeps it
-    from being pruned.
+    The events of the run are delivered first. A checkpoint that is already a version stays that
+    version. Nothing is uploaded: the version's tag `uri` names the checkpoint, and `pin` protects
+    it from pruning.
 
     Returns:
         The version.

@@ -1,8 +1,8 @@
 """The conditions that a run was trained under: workers, micro-batch, machine and loaders.
 
 A run may continue with other workers, on another machine, with other loader threads, with or
-without reserved cores, or with half the micro-batch after memory ran out. Its seconds and peaks of
-memory then belong to all of these conditions together. They compare with no single one of them.
+without reserved cores, or with half the micro-batch after memory ran out. Its times and memory
+peaks then belong to all of these conditions together and to none of them alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,43 +14,44 @@ FIELDS = ("world_size", "micro_batch", "hardware", "loader_threads", "own_cores"
 
 
 def trained_on(events: Sequence[Mapping[str, Any]], *, steps: int | None) -> list[dict[str, Any]]:
-    """The FIELDS of each start in a journal that the result depends on.
+    """The FIELDS of each start in a journal that contributed to the result.
 
-    Oldest first, each combination once. A start does not count if the next one began at its step or
-    before, as then all its steps were repeated. A start that had nothing left to train does not
-    count either. `steps` is the number of steps of the finished run; with None the run goes on, and
-    its newest start counts.
+    The oldest is first, and each combination occurs once. A start does not count if the next start
+    began at the same step or earlier: all its steps were repeated. A start without steps left to
+    train does not count either. `steps` is the number of steps of the finished run. None: the run
+    continues, and its newest start counts.
     """
     kept: list[Mapping[str, Any]] = []
     for start in (event for event in events if kind_of(event) is Start):
         kept = [*(earlier for earlier in kept if _first(earlier) < _first(start)), start]
     trained = [start for start in kept if steps is None or _first(start) < steps]
-    found: list[dict[str, Any]] = []
+    conditions: list[dict[str, Any]] = []
     for start in trained or kept[-1:]:
-        on = _fields(start)
-        if on not in found:
-            found.append(on)
-    return found
+        fields = _fields(start)
+        if fields not in conditions:
+            conditions.append(fields)
+    return conditions
 
 
 def conditions_of(
     summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]] = ()
 ) -> list[dict[str, Any]]:
-    """The conditions of a finished run: of its summary, else of its journal, else the last alone.
+    """The conditions of a finished run, from its summary, or else from its journal.
 
-    An entry that lacks a field has the value that the summary gives for the end of the run.
+    Without either, they are those at the end of the run. If an entry lacks a field, the summary's
+    value for the end of the run takes its place.
     """
-    found = summary.get("trained_on") or trained_on(events, steps=summary.get("steps"))
+    conditions = summary.get("trained_on") or trained_on(events, steps=summary.get("steps"))
     return [
-        _fields({**summary, **{name: value for name, value in on.items() if value is not None}})
-        for on in found or [{}]
+        _fields({**summary, **{name: value for name, value in fields.items() if value is not None}})
+        for fields in conditions or [{}]
     ]
 
 
 def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """FIELDS of a start or a summary. Only a start lists its reserved cores one by one."""
-    found = {name: values.get(name) for name in FIELDS}
-    return {**found, "own_cores": bool(found["own_cores"])}
+    """FIELDS of a start or a summary. `own_cores` becomes a bool: only starts list the cores."""
+    fields = {name: values.get(name) for name in FIELDS}
+    return {**fields, "own_cores": bool(fields["own_cores"])}
 
 
 def _first(start: Mapping[str, Any]) -> int:

@@ -1,6 +1,6 @@
-"""The state of a run, derived from its journal and the driver's lock: no process keeps it.
+"""The state of a run, derived from its journal and the driver's lock. No process keeps it.
 
-From the states follows which entries of a suite are done. A diverged run counts as done; a diverged
+The states determine which entries of a suite are done. A diverged run counts as done; a diverged
 trial ranks last.
 """
 
@@ -19,7 +19,7 @@ _ENDS = tuple(name for name, kind in KINDS.items() if kind.state is not None)
 
 
 def state_of(run_dir: Path) -> State:
-    """`finished` after its finish; else `running` while a driver holds the run; else its last end.
+    """`finished` after a finish event; `running` while a driver holds the run; else the last state.
 
     `interrupted`: the last attempt has no end (killed, power cut). `new`: no attempt has begun.
     """
@@ -35,7 +35,7 @@ def state_of(run_dir: Path) -> State:
 def is_driven(run_dir: Path) -> bool:
     """Whether a live process holds the flock of `driver.lock`.
 
-    This takes the lock, shared, for an instant: a driver should try for it more than once.
+    This call takes a shared lock for an instant, so a driver must try for its lock more than once.
     """
     try:
         with RunFolder(run_dir).driver_lock.open("rb") as file:
@@ -44,14 +44,14 @@ def is_driven(run_dir: Path) -> bool:
         return False
     except BlockingIOError:
         return True
-    return False  # closing the file has let the shared lock go
+    return False  # closing the file has released the shared lock
 
 
 def is_over(run: Path, *, is_needed: bool) -> bool:
     """Whether a suite has nothing left to do for a run.
 
-    A run that diverged would diverge again, so it counts as done. With `is_needed` other runs take
-    its weights, and it must have finished.
+    A run that diverged would diverge again, so it counts as done. `is_needed`: other runs take its
+    weights, so it must have finished.
     """
     return state_of(run) in (("finished",) if is_needed else ("finished", "diverged"))
 
@@ -81,6 +81,6 @@ def top1_of(run: Path) -> float | None:
 
 
 def best(top1: Mapping[str, float | None]) -> str:
-    """The name of the best trial, the first of several. One that diverged (None) ranks last."""
+    """The name of the best trial; of equal trials the first. A diverged trial (None) ranks last."""
     worth = {name: -math.inf if value is None else value for name, value in top1.items()}
     return max(worth, key=lambda name: worth[name])

@@ -1,13 +1,12 @@
 """System metrics of the driver's machine while a run trains, from MLflow's own monitors.
 
-They include all processes and all GPUs of that machine. The use of the run itself is measured by
-its workers (`pipeline.measure`).
+They include all processes and all GPUs of that machine. The workers measure the use of the run
+itself (`pipeline.measure`).
 
 MLflow's monitoring thread (3.17.2) writes to the store itself, ends for good at the first failed
-answer, and counts its steps by what the store holds. So only its monitors are used. Samples are
-appended to `RUN/system.jsonl` and delivered like everything else, with the time of the sample.
-After a
-resume the count of steps continues from the file.
+request, and takes its step count from the store. So only its monitors are used. Samples are
+appended to `RUN/system.jsonl` and delivered like other events, with the time of the sample. After a
+resume the step count continues from the file.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ class Sampler:
     """Appends a sample every `interval` seconds from a daemon thread, until `close`; raises
     nothing.
 
-    As in MLflow, MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false switches it off, and
-    MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL is the interval. The driver that holds `driver.lock`
-    samples the run.
+    As in MLflow, MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false disables it, and
+    MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL is the interval in seconds. Only the driver that holds
+    `driver.lock` samples the run.
     """
 
     def __init__(self, run_dir: Path, *, interval: float | None = None) -> None:
@@ -59,7 +58,9 @@ class Sampler:
             self._thread.join(1.0)
 
     def _sample(self) -> None:
-        if self._closing.wait(self._interval):  # a run that ended needs no imports
+        if self._closing.wait(
+            self._interval
+        ):  # the run has ended before the first sample: nothing is imported
             return
         try:
             monitors = _monitors()
@@ -69,7 +70,7 @@ class Sampler:
                 while not self._closing.wait(self._interval):
                     samples.write(System(step=step, metrics=_collect(monitors)))
                     step += 1
-        except Exception as error:  # a full disk, a card's driver that failed
+        except Exception as error:  # such as a full disk, or a failed GPU driver
             warnings.warn(
                 f"system metrics are no longer sampled: {type(error).__name__}: {error}",
                 stacklevel=1,
@@ -84,7 +85,7 @@ def _monitors() -> list[BaseMetricsMonitor]:
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
     from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-    psutil.cpu_percent()  # the first call answers 0, later ones the mean since the call before
+    psutil.cpu_percent()  # the first call returns 0, later calls the mean since the previous one
     monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
     with suppress(RuntimeError):  # no card
         monitors.append(GPUMonitor())

@@ -1,4 +1,4 @@
-"""From a job to everything that one attempt trains with: recipe -> data, network, rule, backend,
+"""Builds everything that one attempt trains with from its job: data, network, rule, backend and
 newest checkpoint.
 """
 
@@ -74,7 +74,7 @@ class Process:
     began: float  # unix seconds at the attempt's first line of work
 
     def patiently(self, act: Callable[[], T_]) -> T_:
-        """Rank 0's result of `act`, which may wait for storage that is away. Collective."""
+        """Rank 0's result of `act`, on every rank. Waits for storage that is away. Collective."""
         return patiently(
             self.ranks,
             act,
@@ -111,14 +111,14 @@ def assemble(process: Process) -> TrainContext:
     Collective.
 
     Raises:
-        UserError: something that the user has to change; every rank knows.
-        ValueError: likewise, but only this rank knows.
+        UserError: the user has to change something. Every rank raises it.
+        ValueError: the user has to change something. Only this rank raises it.
     """
     job, place, ranks, watchdog = process.job, process.place, process.ranks, process.watchdog
     watchdog.beat()
     written = _read_recipe(process)
     checkpoints = _open_checkpoints(process, written)
-    with watchdog.patient(LONGEST_S):  # rank 0 fetches and verifies, which may take as long
+    with watchdog.patient(LONGEST_S):  # rank 0 fetches and verifies, which may take this long
         checkpoint = process.patiently(lambda: _newest(checkpoints, written, job))
     decisions = process.patiently(lambda: Decisions.read(Path(job.run)))
     recipe, is_fresh = decisions.fit(written), checkpoint is None
@@ -131,7 +131,7 @@ def assemble(process: Process) -> TrainContext:
             )
         )
     world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
-    # What one machine alone can refuse comes first. No rank waits for another in it.
+    # Parts that one machine can refuse alone come first. In this step no rank waits for another.
     recipe, network, rule, loaders = ranks.all_or_raise(
         lambda: _own_parts(process, recipe, world, is_fresh=is_fresh)
     )
@@ -172,7 +172,7 @@ def assemble(process: Process) -> TrainContext:
 
 
 def _read_recipe(process: Process) -> Recipe:
-    """The run's recipe, and whether all ranks run the same code."""
+    """Read the run's recipe, and check that all ranks run the same code."""
     job, ranks = process.job, process.ranks
     folder, host = Path(job.run), socket.gethostname()
     if ranks.size > 1:
@@ -187,7 +187,7 @@ def _read_recipe(process: Process) -> Recipe:
 
 
 def _open_checkpoints(process: Process, recipe: Recipe) -> Checkpoints:
-    """The run's checkpoints. Storage that is away is waited for."""
+    """The run's checkpoints. Waits for storage that is away."""
     job, ranks, tracker, beat = process.job, process.ranks, process.tracker, process.watchdog.beat
     place = ranks.all_or_raise(
         lambda: place_at(job.checkpoints, Path(job.run), token=job.place_token)
@@ -211,23 +211,23 @@ def _open_checkpoints(process: Process, recipe: Recipe) -> Checkpoints:
 
 
 def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
-    """The checkpoint to continue from. None: the run begins at step 0, because none was saved or
-    all are in quarantine.
+    """The checkpoint to continue from. None: the run begins at step 0, because no checkpoint was
+    saved or all are in quarantine.
 
-    Decisions that it holds are written down in case the folder was lost.
+    The checkpoint's decisions are written to the run's folder, in case the folder was lost.
 
     Raises:
-        UserError: the journal knows of a checkpoint that was never found damaged, but none is
-            there. To begin anew would lose it if a disk is not mounted.
+        UserError: the journal names a checkpoint that was never found damaged, but there is no
+            checkpoint. A disk may not be mounted, and a new beginning would lose the checkpoint.
         ValueError: recipe.json is not the recipe of the checkpoint, or of the launch.
     """
-    folder, found = Path(job.run), checkpoints.newest()
-    if found is not None:
-        trainer = read_trainer(found)
+    folder, checkpoint = Path(job.run), checkpoints.newest()
+    if checkpoint is not None:
+        trainer = read_trainer(checkpoint)
         when = f"step {trainer['step']} was saved"
         _refuse_other_recipe(trainer["recipe"], recipe, trust=job.trust, when=when)
         Decisions.adopt(folder, trainer["decisions"])
-        return found
+        return checkpoint
     step = lost_step(read_events(RunFolder(folder).journal), keep=recipe.checkpoints.keep)
     if step is not None:
         raise UserError(
@@ -244,7 +244,7 @@ def _refuse_other_recipe(
 ) -> None:
     """Refuse a recipe.json that was changed since the launch or since the newest checkpoint.
 
-    Weights to begin with (`init`) count only until a checkpoint takes their place.
+    Initial weights (`init`) are compared only until there is a checkpoint.
 
     Raises:
         ValueError: the fields that differ, as they were and as they are now.
@@ -264,7 +264,7 @@ def _own_parts(
 ) -> tuple[Recipe, nn.Module, Rule, Loaders]:
     """Network, rule and data of this process, and the recipe with micro-batches that suit them.
 
-    Each of them may be refused here. Nothing here is collective.
+    Each of them may be refused here. Not collective.
     """
     job, device, sizes = process.job, process.ranks.device, process.place.possible_sizes
     check_sizes(recipe, sizes)
@@ -358,7 +358,7 @@ def _open_teaching(
 def _build_fidelity(
     recipe: Recipe, loaders: Loaders, world: World, device: torch.device
 ) -> FidelityCheck | None:
-    """Compares gradients, on rank 0 alone. The others wait for it where they next meet."""
+    """The comparison of gradients, on rank 0 alone. The others wait in their next collective."""
     if recipe.evaluation.fidelity_every == 0 or world.rank:
         return None
     with closing(loaders.train(0)) as loader, loader.epoch(0) as batches:

@@ -1,5 +1,5 @@
-"""What a recipe names, built and refused on one machine alone: network, rule, mixing, optimizer and
-schedule.
+"""Builds and checks the parts of a recipe on one machine alone: network, rule, mixing, optimizer
+and schedule.
 
 Nothing here reads a data file or speaks to another process.
 """
@@ -38,13 +38,12 @@ from pipeline.train.weights import load_start
 
 
 def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
-    """The recipe's network, once everything in the recipe was found to fit together. Needs no data
-    file.
+    """Check that everything in a recipe fits together. Returns its network. Needs no data file.
 
     `sizes` are the numbers of workers that the run may have.
 
     Raises:
-        ValueError: what does not fit.
+        ValueError: a part does not fit.
     """
     check_sizes(recipe, sizes)
     tasks = tasks_of(recipe)
@@ -54,10 +53,10 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
     check_network(network, recipe, tasks[0].data)
     check_objective(recipe.objective.build(), recipe.objective, classes=tasks[0].data.classes)
     rule = attached_rule(recipe, network, World(recipe.seed, size=sizes[-1]))
-    cut = steady(recipe, network, sizes)
-    check_accumulation(cut, rule, sizes)
+    steady_recipe = steady(recipe, network, sizes)
+    check_accumulation(steady_recipe, rule, sizes)
     for size in sizes:
-        build_mixing(recipe, cut.split(size))
+        build_mixing(recipe, steady_recipe.split(size))
     if recipe.teacher is not None:
         build_teacher(recipe, tasks[0].data)
     if recipe.evaluation.fidelity_every:
@@ -126,8 +125,8 @@ def with_placeholder_weights(suite: Suite) -> Iterator[tuple[Recipe, ...]]:
     """The recipes of a suite before its first run has trained. A file of fresh weights stands for
     each reference to another run's weights; the files are gone afterwards.
 
-    They have the names and shapes of the weights to come. So everything can be checked in advance
-    but what depends on the values.
+    The files have the names and shapes of the later weights. So everything that does not depend on
+    the values can be checked in advance.
 
     Raises:
         ValueError: a network that is referred to cannot be built.
@@ -165,7 +164,7 @@ def build_optimizer(recipe: Recipe, network: nn.Module, rule: Rule) -> torch.opt
 
 
 def spare_from_decay(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Take `parameters` out of weight decay: they get groups of their own.
+    """Exclude `parameters` from weight decay: they get parameter groups of their own.
 
     timm (1.0.31) can do this only for groups that it makes itself, by names that the outermost
     network lists in `no_weight_decay`.

@@ -1,9 +1,9 @@
-"""When a run is saved: at the steps that the recipe names, when somebody asks, and before a machine
-is taken away.
+"""When a run is saved: at the steps that the recipe names, on request, and before a machine is
+taken away.
 
-Between two batches rank 0 decides and tells the others, so that all ranks save after the same step.
-In an evaluation, which may be long, each rank looks by itself, and all ranks leave the evaluation
-for what one of them has seen.
+Between two batches rank 0 decides for all ranks, so that all ranks save after the same step. During
+an evaluation, which may be long, each rank looks for requests by itself. If one rank sees a
+request, all ranks leave the evaluation.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from pipeline.train.job import Notice
 from pipeline.train.metadata import checkpoint_metadata
 from pipeline.train.recovery import Rollback
 
-# seconds of training that an evaluation may leave unsaved; more is saved before it
+# seconds; if more training than this is unsaved, it is saved before an evaluation
 UNSAVED_S = 30.0
-MARGIN_S = 2.0  # seconds before a deadline that the last save has beside its expected time
+MARGIN_S = 2.0  # seconds between the expected end of the last save and its deadline
 
 
 class Departures:
@@ -37,11 +37,11 @@ class Departures:
 
     def __init__(self) -> None:
         self.machines: frozenset[str] = frozenset()
-        # of the last save, on the monotonic clock; None: there is no deadline, or it was made
+        # deadline of the last save, on the monotonic clock; None: no deadline, or it was saved
         self._deadline: float | None = None
 
     def is_new(self, notice: Notice | None) -> bool:
-        """Whether a notice names a machine that no notice before has named."""
+        """Whether a notice names a machine that no earlier notice has named."""
         return notice is not None and not self.machines.issuperset(notice.machines)
 
     def add(self, notice: Notice) -> None:
@@ -51,8 +51,8 @@ class Departures:
             self._deadline = deadline if self._deadline is None else min(deadline, self._deadline)
 
     def is_last_call(self, *, batch_s: float, write_s: float) -> bool:
-        """Whether a save after one more batch may come too late. Both may take twice as long as
-        before.
+        """Whether a save after one more batch may be too late. Batch and save may take twice as
+        long as before.
         """
         return (
             self._deadline is not None
@@ -69,19 +69,19 @@ class Save(NamedTuple):
 
     step: int
     score: float | None = None  # of its evaluation
-    # an epoch has ended, and its evaluation is left to the attempt that continues from here
+    # an epoch has ended; the attempt that continues from here has to evaluate it
     is_epoch_end_due: bool = False
 
 
 class Saving:
     """Saves one attempt. Every method is collective unless it says otherwise.
 
-    Checkpoints are written beside training. One counts once it is whole, which is journaled then.
-    As a context manager it ends an attempt that an exception ends.
+    Checkpoints are written while training goes on. A checkpoint counts, and is journaled, once it
+    is complete. As a context manager, it closes the checkpoints when an exception ends the attempt.
 
     Args:
-        step: the batches before the attempt.
-        state: gives the trainer's state for a checkpoint; collective.
+        step: the number of batches before the attempt.
+        state: returns the trainer's state for a checkpoint; collective.
     """
 
     def __init__(
@@ -95,10 +95,10 @@ class Saving:
         )
         self.files = RunFolder(context.job.run)
         self.departures = Departures()
-        # the save that was begun last, and when
+        # the last save that was begun, and its time
         self._last, self._last_at = Save(step), time.monotonic()
-        self._stall_s = 0.0  # seconds that training has stood still for the last save
-        self._write_s = 0.0  # seconds until the last checkpoint was whole; known to rank 0
+        self._stall_s = 0.0  # seconds that training was stopped for the last save
+        self._write_s = 0.0  # seconds until the last checkpoint was complete; known to rank 0
         self._batch_began = time.monotonic()
         # the requests that this rank looks for during an evaluation
         self._watched = (self.files.stop, self.files.save)
@@ -112,11 +112,11 @@ class Saving:
             self._report(self.checkpoints.close(error))
 
     def between_batches(self, step: int, *, last: bool) -> bool:
-        """Save if it is time or somebody asks; else compare the replicas if it is time. Whether
-        somebody asks to stop.
+        """Save if a save is due or requested. Else compare the replicas if that is due. Returns
+        whether a stop is requested.
 
-        `last`: of an epoch, which is saved after its evaluation. A request may not have the time
-        for that.
+        `last`: the batch is the last of its epoch, and the epoch is saved after its evaluation. A
+        request is answered before it, because it may not leave enough time for the evaluation.
 
         Raises:
             Rollback: the replicas differ.
@@ -125,7 +125,7 @@ class Saving:
         minutes = self.context.recipe.checkpoints.minutes
         is_due = every > 0 and step % every == 0
         batch_s = time.monotonic() - self._batch_began
-        # Each look is a question to the file server, so only rank 0 looks.
+        # Each look is a request to the file server, so only rank 0 looks.
         looks = self.ranks.rank == 0
         save_asked = looks and self.files.save.exists()
         notice = self._notice() if save_asked else self.context.place.notice()
@@ -153,7 +153,7 @@ class Saving:
         return stop_asked
 
     def before_evaluation(self, step: int) -> None:
-        """Save without a score if much training is unsaved or machines are about to go."""
+        """Save without a score if much training is unsaved or machines will be taken away."""
         self._watched = (self.files.stop, self.files.save)
         is_old = time.monotonic() - self._last_at > UNSAVED_S
         [is_due] = self.ranks.decide(
@@ -163,16 +163,14 @@ class Saving:
             self._save_before_epoch_end(step)
 
     def is_interrupted(self) -> bool:
-        """Whether this rank sees, during an evaluation, that somebody asks to stop or to save. Not
-        collective.
-        """
+        """Whether this rank sees a request to stop or to save in an evaluation. Not collective."""
         self._report(self.checkpoints.done())
         is_new = self.departures.is_new(self.context.place.notice())
         return is_new or any(file.exists() for file in self._watched)
 
     def in_evaluation(self, step: int) -> bool:
-        """Save for a request that may not have the time for the rest of the evaluation. Whether
-        somebody asks to stop.
+        """Save on a request, which may not leave enough time for the rest of the evaluation.
+        Returns whether a stop is requested.
         """
         stop_asked = bool(self.ranks.max(torch.tensor(float(self.files.stop.exists()))))
         for notice in self.ranks.all_gather_object(self._notice()):
@@ -197,8 +195,8 @@ class Saving:
         self._batch_began = time.monotonic()
 
     def wait(self, step: int) -> None:
-        """Wait until the checkpoint that is being written is whole. If it is lost and is that of
-        `step`, it is written once more.
+        """Wait until the checkpoint that is being written is complete. If it is the checkpoint of
+        `step` and is lost, it is written once more.
         """
         with self.meters.between("checkpoint"):
             with self._standing_still():
@@ -213,8 +211,8 @@ class Saving:
                 self._report(saved)
 
     def newest_step(self) -> int:
-        """The step of the newest checkpoint, once the one that is being written is whole or
-        lost.
+        """The step of the newest checkpoint. Waits until the checkpoint that is being written is
+        complete or lost.
         """
         saved, _ = self.checkpoints.settle()
         self._report(saved)
@@ -241,7 +239,7 @@ class Saving:
             self.save(step, score=None, is_epoch_end_due=True)
 
     def _answer(self, step: int) -> None:
-        """Delete the request once the checkpoint is whole: then its author ends the workers."""
+        """Delete the request once the checkpoint is complete. Its author then ends the workers."""
         self.wait(step)
         if self.ranks.rank == 0:
             self.files.save.unlink(missing_ok=True)
@@ -266,7 +264,7 @@ class Saving:
                 )
             )
         self._last, self._last_at = this, time.monotonic()
-        self._stall_s = self._last_at - began  # with the wait for the checkpoint before
+        self._stall_s = self._last_at - began  # includes the wait for the previous checkpoint
 
     @contextmanager
     def _standing_still(self) -> Iterator[None]:
@@ -275,10 +273,10 @@ class Saving:
         self._stall_s += time.monotonic() - began
 
     def _compare_replicas(self, step: int) -> None:
-        if apart := drifted(self._replicated(), self.ranks):
+        if ranks := drifted(self._replicated(), self.ranks):
             raise Rollback(
                 step - 1,
-                f"what workers {', '.join(map(str, apart))} have learnt is not what others have",
+                f"what workers {', '.join(map(str, ranks))} have learnt is not what others have",
                 skips=False,
             )
 
@@ -290,13 +288,13 @@ class Saving:
             )
 
     def _replicated(self) -> list[Tensor]:
-        """The values that every rank holds alike, bit for bit: weights, an average of them, and
-        what the rule learnt.
+        """The values that are the same on every rank, bit for bit: weights, an average of them, and
+        the rule's buffers.
         """
         return [*self.context.backend.replicated(), *self.context.rule.buffers()]
 
     def _report(self, saved: Saved | None) -> None:
-        """Journal a checkpoint that has become whole."""
+        """Journal a checkpoint that has become complete."""
         if saved is None:
             return
         self._write_s = saved.write_s
@@ -314,8 +312,8 @@ class Saving:
 
 
 def _are_finite(values: Iterable[Tensor]) -> bool:
-    """Whether all numbers are finite. They are if their minimum and maximum are; both are NaN if a
-    number is. Each device is waited for once.
+    """Whether all numbers are finite, judged by their minimum and maximum: both are NaN if a number
+    is NaN. It waits for each device once.
     """
     extremes: dict[torch.device, list[Tensor]] = {}
     for value in values:
@@ -323,4 +321,4 @@ def _are_finite(values: Iterable[Tensor]) -> bool:
             extremes.setdefault(value.device, []).append(
                 torch.stack(value.detach().aminmax()).double()
             )
-    return all(bool(torch.cat(found).isfinite().all()) for found in extremes.values())
+    return all(bool(torch.cat(parts).isfinite().all()) for parts in extremes.values())

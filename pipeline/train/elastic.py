@@ -1,18 +1,17 @@
-"""Runs whose number of workers changes while they train: what stays the same at every size, and
-what is refused.
+"""Runs whose number of workers (size) changes while they train: invariants, and refusals.
 
-Global batch, learning rate, schedule and steps stay. Row r of batch b is the same sample in the
-same view at every size, because the order depends on (seed, epoch) alone. So an epoch sees each
-sample once, whatever the sizes. Results differ by the order of sums, if nothing else depends on the
-cut:
+Global batch, learning rate, schedule and steps stay the same. Row r of batch b is the same sample
+in the same view at every size, because the order depends on (seed, epoch) alone. So an epoch sees
+each sample once at any size. Results differ only by the order of sums, if nothing else depends on
+the division of a batch. The parts that could depend on it:
 
-    norms and dropout     depend on the samples of a micro-batch. It holds the same rows at every
-                          size, those of the largest common share of a worker; only the number of
-                          micro-batches that a worker accumulates changes
+    norms and dropout     depend on the samples of a micro-batch. A micro-batch holds the same rows
+                          at every size: at most the largest common share of a worker. Only the
+                          number of micro-batches that a worker accumulates changes
     dropout               is drawn from (seed, step, first row of the micro-batch), not from a
                           stream of each rank
-    running statistics    are saved as their mean over ranks, with which all ranks of another size
-                          begin
+    running statistics    are saved as their mean over ranks. All ranks of another size begin with
+                          this mean
     a rule's own state    is averaged over ranks by every rule
 """
 
@@ -39,7 +38,7 @@ _DRAW = 0x656C6173746963  # separates these draws from a rule's
 
 
 def format_sizes(sizes: Sequence[int]) -> str:
-    """As a user writes them: 4, 2:4 or 2,4,8."""
+    """The sizes as a user writes them: 4, 2:4 or 2,4,8."""
     if len(sizes) == 1:
         return str(sizes[0])
     return (
@@ -50,7 +49,7 @@ def format_sizes(sizes: Sequence[int]) -> str:
 
 
 def check_sizes(recipe: Recipe, sizes: Sequence[int]) -> None:
-    """Whether the recipe can train with each of these numbers of workers, and change between them.
+    """Check that the recipe can train with each of these sizes, and change between them.
 
     Raises:
         ValueError: a size does not divide the global batch, or ZeRO needs one size.
@@ -83,10 +82,11 @@ def check_sizes(recipe: Recipe, sizes: Sequence[int]) -> None:
 
 def steady(recipe: Recipe, network: nn.Module, sizes: Sequence[int]) -> Recipe:
     """The recipe with micro-batches that hold the same rows at every size, if the network depends
-    on the cut.
+    on the division of a batch.
 
     Raises:
-        ValueError: statistics over all workers and accumulation: a larger size has more rows.
+        ValueError: the network has statistics over all workers, and a size needs accumulation. The
+            statistics would then cover more rows at a larger size.
     """
     if len(sizes) == 1:
         return recipe

@@ -1,5 +1,5 @@
-"""The network as it is published, evaluated on each task so far, unless somebody asks to stop or to
-save meanwhile.
+"""The evaluation of the published network on each task so far. A request to stop or to save
+interrupts it.
 """
 
 import time
@@ -14,7 +14,7 @@ from pipeline.measure.energy import EnergyCounter
 from pipeline.train.assemble import TrainContext
 from pipeline.train.evaluation import Evaluated, evaluate, inputs, share_of
 
-LOOK_S = 1.0  # seconds between two looks whether somebody asks for something
+LOOK_S = 1.0  # seconds between two looks for a request
 
 
 def evaluate_tasks(
@@ -29,24 +29,24 @@ def evaluate_tasks(
     interrupted on any rank. Collective.
 
     Args:
-        step: of the run; at each step other pages of the data are compared with their checksums.
-        is_interrupted: whether this rank knows that somebody asks to stop or to save. Each rank
-            calls it about once a second, at its own times, because ranks have different numbers of
-            batches.
+        step: the step of the run. It selects the pages of the data that are compared with their
+            checksums.
+        is_interrupted: whether this rank sees a request to stop or to save. Each rank calls it
+            about once a second, at its own times, because ranks have different numbers of batches.
     """
     recipe, ranks, network = context.recipe, context.ranks, context.backend.network
     most = share_of(recipe.evaluation.samples, ranks)
     loss_for = recipe.objective.build().labels
-    found, joules, was_interrupted = list[Evaluated](), EnergyCounter(ranks.device), False
+    evaluated, joules, was_interrupted = list[Evaluated](), EnergyCounter(ranks.device), False
 
     def until_interrupted(val_set: Loader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         nonlocal was_interrupted
-        looked = time.monotonic()
+        looked_at = time.monotonic()
         for batch in inputs(val_set, recipe.time_steps, ranks.device, most=most, epoch=step):
             context.watchdog.beat()
             yield batch
-            if time.monotonic() - looked > LOOK_S:
-                looked = time.monotonic()
+            if time.monotonic() - looked_at > LOOK_S:
+                looked_at = time.monotonic()
                 was_interrupted = is_interrupted()
                 if was_interrupted:
                     return
@@ -55,7 +55,7 @@ def evaluate_tasks(
         for index, task in enumerate(context.loaders.tasks[:tasks]):
             task.choose_head(network)
             with closing(context.loaders.val(index)) as val_set:
-                found.append(
+                evaluated.append(
                     evaluate(
                         context.backend.model,
                         until_interrupted(val_set),
@@ -69,13 +69,13 @@ def evaluate_tasks(
                 )
             if ranks.max(torch.tensor(float(was_interrupted))):
                 return None
-    return found
+    return evaluated
 
 
 @contextmanager
 def published(context: TrainContext) -> Iterator[None]:
-    """Inside, the network holds what is evaluated and published: an average of its weights if the
-    recipe asks for one, and running statistics averaged over ranks.
+    """Inside, the network holds the values that are evaluated and published: its weights, or their
+    average if the recipe asks for one, and running statistics averaged over ranks.
     """
     with context.backend.published(), context.ranks.averaged(context.backend.network):
         yield

@@ -1,6 +1,7 @@
-"""Exact evaluation over ranks: sums are reduced, nothing is padded, no sample counts twice. The
-predictions of a run's last evaluation are in `RUN/answers.npz`, so two runs that were evaluated on
-one set can be compared sample by sample.
+"""Exact evaluation over ranks: sums are reduced, nothing is padded, no sample counts twice.
+
+The predictions of a run's last evaluation are in `RUN/answers.npz`. So two runs that were evaluated
+on one set can be compared sample by sample.
 
 T time, B batch, N samples, K classes
 """
@@ -34,7 +35,7 @@ from pipeline.train.objective import Loss
 
 TOP = 5  # classes of the top-5 accuracy
 COUNTED = 64  # the most samples whose operations are counted
-# the samples whose operations a summary has
+# describes, in a summary, the samples whose operations were counted
 COUNTED_ON = "from all over the first worker's share of the evaluation set"
 
 
@@ -52,7 +53,7 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """By name, without the number of samples and what was not measured."""
+        """The measured values by name, without the number of samples."""
         return {
             name: value
             for name, value in asdict(self).items()
@@ -88,10 +89,11 @@ def evaluate(
 
     Args:
         batches: (x_TB, target_B, index_B); ranks may hold different numbers of them, or none.
-        network: the bare network inside, whose names the layers have; None: the model itself.
+        network: the bare network inside, which names the layers; None: the model itself.
         joules: the energy counter of the model's card. It is read before the first batch is read
-            and after the last answer, so without the counting of operations. None: not measured.
-        when_answered: called after the last answer, too.
+            and after the last prediction, so it excludes the counting of operations. None: not
+            measured.
+        when_answered: called after the last prediction.
 
     Raises:
         ValueError: there is no sample on any rank.
@@ -100,9 +102,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     answered = [torch.zeros(3, 0, dtype=torch.int64)]  # index, target, answer of each batch
-    sums = torch.zeros(
-        5, dtype=torch.float64
-    )  # samples, top-1 hits, loss; samples of six classes or more, top-5 hits
+    # samples, top-1 hits, loss; samples of six classes or more, top-5 hits
+    sums = torch.zeros(5, dtype=torch.float64)
     counted, largest = EvenSample(COUNTED), 1
     began = joules.read()
     with Activity(network, every=ACTIVITY_EVERY) as activity:
@@ -121,9 +122,9 @@ def evaluate(
                 loss = torch.stack([loss_of(logits_BK) for logits_BK in logits_TBK]).mean()
             best_B5 = mean_BK.topk(min(TOP, mean_BK.shape[-1])).indices
             hits_B5 = best_B5 == target_B[:, None]
-            found = [samples, float(hits_B5[:, 0].sum()), float(loss.double() * samples)]
-            found += [samples, float(hits_B5.sum())] if mean_BK.shape[-1] > TOP else [0, 0]
-            sums += torch.tensor(found, dtype=torch.float64)
+            batch_sums = [samples, float(hits_B5[:, 0].sum()), float(loss.double() * samples)]
+            batch_sums += [samples, float(hits_B5.sum())] if mean_BK.shape[-1] > TOP else [0, 0]
+            sums += torch.tensor(batch_sums, dtype=torch.float64)
             answered.append(torch.stack([index_B, target_B.cpu(), best_B5[:, 0].cpu()]))
     readings = EnergyReadings(
         card=joules.card, samples=int(sums[0]), began=began, ended=joules.read()
@@ -151,7 +152,9 @@ def evaluate(
 def _inference(
     model: nn.Module, network: nn.Module, counted: EvenSample, *, batch_size: int
 ) -> Inference:
-    """Operations, in batches no larger than those of the evaluation, which fit in memory."""
+    """The operations of an inference, counted in batches no larger than those of the evaluation,
+    which fit in memory.
+    """
     with Operations(network) as operations:
         for x_TB in counted.batches(batch_size):
             with fresh_state(model):
@@ -163,7 +166,7 @@ def _inference(
 
 
 def _over_ranks(value: Tensor, device: torch.device, how: Any) -> Tensor:
-    """A reduction of a vector on the CPU."""
+    """Reduce a vector on the CPU over ranks."""
     if world()[1] == 1:
         return value
     shared = value.to(device, copy=True)
@@ -179,10 +182,10 @@ def inputs(
     most: int | None = None,
     epoch: int = 0,
 ) -> Generator[tuple[Tensor, Tensor, Tensor]]:
-    """The batches for `evaluate`: all of this rank's, or the first `most` samples. Close it if you
-    leave early.
+    """The batches for `evaluate`: all of this rank's, or those of the first `most` samples. Close
+    the generator if you leave it early.
 
-    `epoch` does not change the samples, but which pages of the data are checked.
+    `epoch` selects the pages of the data that are checked. The samples are always the same.
     """
     left = most
     with loader.epoch(epoch) as batches:
@@ -197,12 +200,12 @@ def inputs(
 
 
 def share_of(samples: int | None, ranks: Ranks) -> int | None:
-    """How many of the first `samples` this rank evaluates; None: its whole share of the set."""
+    """This rank's number of the first `samples` of the set; None: its whole share of the set."""
     return None if samples is None else len(range(ranks.rank, samples, ranks.size))
 
 
 def mean_of(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """Over tasks, each counting as one however many samples it has; ACC is the top-1 of this."""
+    """The mean over tasks, each with the same weight. Its top-1 is ACC."""
 
     def mean(name: str) -> float:
         return sum(getattr(each, name) for each in evaluations) / len(evaluations)
@@ -221,7 +224,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Answers:
-    """int64 `[N]` each, one entry a sample."""
+    """Predictions: int64 arrays `[N]` with one entry per sample."""
 
     index: Ints  # the sample's place in the evaluation file, as `Batch.index` counts
     target: Ints
@@ -250,23 +253,23 @@ def write_answers(file: Path, shares: Sequence[Sequence[Answers]], *, tasks: boo
         )
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     with temporary.open("wb") as stream:  # a stream, as savez would add its own suffix to a name
-        # numpy's own keyword, allow_pickle, is none of them
+        # no column has the name of numpy's own keyword, allow_pickle
         np.savez(stream, **columns)  # type: ignore[arg-type]
     temporary.rename(file)
 
 
 def read_answers(file: Path) -> Answers:
-    """Raises: ValueError if the file is missing or is no such file."""
+    """Read the file of `write_answers`. Raises: ValueError if it is missing or another file."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            found = Answers(**arrays)
+            answers = Answers(**arrays)
     except FileNotFoundError:
         raise ValueError(f"answers: {file} must be there; a run writes it at its end") from None
     except (TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"answers: {file} must hold index, target and answer; it could not be read: {error}"
         ) from error
-    columns = [getattr(found, name) for name in ("index", "target", "answer", "task")]
+    columns = [getattr(answers, name) for name in ("index", "target", "answer", "task")]
     columns = [column for column in columns if column is not None]
     got = ", ".join(f"{column.dtype} {list(column.shape)}" for column in columns)
     require(
@@ -277,7 +280,7 @@ def read_answers(file: Path) -> Answers:
         len({len(column) for column in columns}) == 1,
         f"answers: {file} must hold an entry a sample in each column; got {got}",
     )
-    return found
+    return answers
 
 
 def _sorted(shares: Sequence[Answers]) -> Ints:

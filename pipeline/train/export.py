@@ -1,4 +1,4 @@
-"""A trained network as one safetensors file that describes the network itself, and the way back.
+"""Writes a trained network as one safetensors file that describes the network, and loads it again.
 
     layout      tensors
     "plain"     the network's `state_dict`; 1-bit synapses have their latent weights and can train
@@ -14,7 +14,7 @@ tensors.
 
 A packed network computes the same as the trained one up to rounding, which folding changes.
 Rounding may change a spike if a potential equals its threshold to the last bits. Another batch size
-or another machine may, too.
+or another machine may also change such a spike.
 """
 
 import copy
@@ -144,7 +144,7 @@ def is_export(file: Path) -> bool:
 
 def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str] = ()) -> nn.Module:
     """The network of a file that `export_run` wrote, in evaluation mode. The 1-bit weights of a
-    packed one are plain numbers.
+    packed network become plain numbers.
 
     `model`: the model that the file must hold; None: any.
 
@@ -157,14 +157,16 @@ def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str]
             own_code.packages(json.loads(metadata.get("code", "{}")), who="code") if trust else {}
         )
         with own_code.on_path(code, trust, of=file.name):
-            found: Spec = decode(json.loads(metadata["model"]), (*TRUSTED, *trust))
-        if model is not None and model != found:
-            raise ValueError(f"the weights must be of {model.label}; they are of {found.label}")
-        network: nn.Module = found.build()
+            written_model: Spec = decode(json.loads(metadata["model"]), (*TRUSTED, *trust))
+        if model is not None and model != written_model:
+            raise ValueError(
+                f"the weights must be of {model.label}; they are of {written_model.label}"
+            )
+        network: nn.Module = written_model.build()
         if metadata["layout"] == "packed":
             tensors = unpack(network, tensors)
-        wrong = describe_mismatch(tensors, network.state_dict())
-        require(not wrong, f"the weights must fit the model; got {wrong}")
+        mismatch = describe_mismatch(tensors, network.state_dict())
+        require(not mismatch, f"the weights must fit the model; got {mismatch}")
         network.load_state_dict(tensors)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
@@ -208,7 +210,7 @@ def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor
 
 
 def unpack(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Make the 1-bit synapses of `network` plain. Returns its `state_dict` then.
+    """Make the 1-bit synapses of `network` plain. Returns the `state_dict` for the plain network.
 
     Raises:
         ValueError: bits or scales are missing or have another shape.

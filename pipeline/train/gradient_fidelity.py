@@ -1,5 +1,5 @@
-"""Gradient fidelity while a run trains: its rule's gradient against BPTT's, on one batch, with the
-current weights.
+"""Gradient fidelity while a run trains: the rule's gradient compared with BPTT's, on one batch and
+with the current weights.
 """
 
 # T time, B batch
@@ -40,8 +40,8 @@ class FidelityCheck:
     def __call__(
         self, weights: Mapping[str, Tensor], learnt: Mapping[str, Tensor], *, step: int
     ) -> Fidelity:
-        """With the state dicts of the network and the rule. The rule draws the random numbers of
-        batch `step`.
+        """Compare with these state dicts of the network and the rule. The rule draws the random
+        numbers of batch `step`.
         """
         network = self.fresh()
         network.load_state_dict(weights)
@@ -81,7 +81,7 @@ class FidelityCheck:
             rule,
             self.x_TB,
             lambda: self.loss(self.target_B),
-            world=World(self.recipe.seed),  # of one rank: a mean over ranks would wait
+            world=World(self.recipe.seed),  # one rank: a mean over ranks would wait for the others
             over_time=self.recipe.over_time,
             learnt=learnt,
             step=step,

@@ -1,8 +1,8 @@
-"""What a worker knows of its run: values that travel to it, and messages in the run's folder.
+"""A worker's knowledge of its run: values that are sent to it, and messages in the run's folder.
 
-The driver, the workers and commands leave messages there. A worker that dies
-cannot write to the journal, which rank 0 holds. Its launcher leaves a note of the death for the
-process that opens the journal next.
+The driver, the workers and commands leave messages there. A worker that dies cannot write to the
+journal, which rank 0 holds. Its launcher leaves a note of the death for the process that opens the
+journal next.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.recipe.recipe import read_json, write_json
 
 @dataclass(frozen=True)
 class Job:
-    """One run, as its workers need to know it."""
+    """The values of one run that its workers need."""
 
     run: str  # the run's folder, absolute, on storage that every worker and the driver see
     study: str
@@ -30,7 +30,7 @@ class Job:
     commit: str
     recipe: dict[str, Any]  # the recipe of the launch as JSON, which recipe.json still has to hold
     parent: str | None = None  # shared by the runs of one suite
-    suite: str | None = None  # the name of its folder
+    suite: str | None = None  # the name of the suite's folder
     family: str | None = None  # the MLflow experiment; all runs of a suite share one
     run_id: str = ""
     resume_command: str = ""
@@ -39,12 +39,12 @@ class Job:
     loader_threads: int = 1
     # minutes without a sign of life after which a worker counts as hung; 0: never
     hang_minutes: float = 0.0
-    # of which samples the pages are compared with their checksums: data/ffcv/page_checks.py
+    # the samples whose pages are compared with their checksums: data/ffcv/page_checks.py
     verify: Literal["sampled", "full"] = "sampled"
-    # where its checkpoints are: a folder or an address; "": in the run's folder
+    # the place of its checkpoints: a folder or an address; "": in the run's folder
     checkpoints: str = ""
-    # by which its workers may write there (checkpoint/place.py); "": in the run's folder, whose
-    # locks are enough
+    # the token with which its workers may write there (checkpoint/place.py); "": the place is the
+    # run's folder, whose locks are enough
     place_token: str = ""
     own_cores: bool = False  # whether each worker on a CPU keeps to cores that no other run uses
 
@@ -77,7 +77,7 @@ def no_notice() -> Notice | None:
 
 @dataclass(frozen=True)
 class RankInfo:
-    """The place of this worker among the others. With several the process group exists."""
+    """The place of this worker among the others. If there are several, the process group exists."""
 
     rank: int = 0
     workers: int = 1
@@ -106,7 +106,7 @@ def was_stopped(run: Path) -> bool:
 
 
 def note_refusal(run: Path, error: ValueError) -> None:
-    """Leave a note of an error that one rank met and a restart would meet again."""
+    """Leave a note of an error that one rank met and that a restart would meet again."""
     write_json(RunFolder(run).refusal, {"error": str(error)})
 
 
@@ -114,7 +114,7 @@ def raise_refusal(run: Path) -> None:
     """Raise the error of `note_refusal`, if there is one. A launch or resume deletes the note.
 
     Raises:
-        UserError: it is there.
+        UserError: there is such a note.
     """
     if (file := RunFolder(run).refusal).exists():
         raise UserError(read_json(file)["error"])
@@ -125,8 +125,8 @@ def note_death(run: Path, *, worker: int, error: str) -> None:
 
 
 def read_death(run: Path) -> dict[str, Any] | None:
-    """The last death that is not in the journal yet. None if the note cannot be read, which is no
-    reason not to train.
+    """The last death that is not in the journal yet. None if the note cannot be read: the run can
+    train without it.
     """
     file = RunFolder(run).died
     with suppress(ValueError):

@@ -1,7 +1,8 @@
-"""What a run writes about itself: when an attempt starts, in each checkpoint, and at its end.
+"""The data that a run writes about itself: when an attempt starts, in each checkpoint, and at its
+end.
 
-The conditions of a run are read off what was built, so that a reader need not trust what a recipe
-leaves out.
+The conditions of a run are read from the parts that were built. So a reader need not guess what a
+recipe leaves out.
 """
 
 import os
@@ -90,8 +91,8 @@ def hardware_of(ranks: Ranks) -> dict[str, Any]:
 def rule_metrics(rule: Rule, ranks: Ranks, saved: Mapping[str, float]) -> dict[str, float]:
     """The rule's metrics of its last batch: their means over ranks. Collective.
 
-    A metric that no batch of this attempt has set has its value in `saved`, those of the checkpoint
-    that was restored, or is left out.
+    If no batch of this attempt has set a metric, its value in `saved` counts, which has the metrics
+    of the restored checkpoint. If `saved` lacks the metric, it is left out.
     """
     own = rule.metrics()
     if not own:
@@ -110,7 +111,7 @@ def checkpoint_metadata(
     is_epoch_end_due: bool,
     state: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """`trainer.json`: where the run stands after `step` steps, and whose run it is.
+    """`trainer.json`: the progress of the run after `step` steps, and the identity of the run.
 
     `is_epoch_end_due`: an epoch has ended, and its evaluation is still to come. `state` is the
     trainer's.
@@ -157,7 +158,7 @@ def summary_of(
         context.teaching,
     )
     held = asdict(held_bytes(context.backend.network, context.backend.optimizer))
-    if recipe.zero:  # what a worker would hold if it held the whole state of the optimizer
+    if recipe.zero:  # the bytes if a worker held the whole state of the optimizer
         held["optimizer"] = sum(context.ranks.all_gather_object(held["optimizer"]))
     if context.ranks.rank:
         return {}
@@ -195,7 +196,7 @@ def summary_of(
 
 
 def _has_own_cores(context: TrainContext) -> bool:
-    """A worker on a GPU has a card of its own instead."""
+    """Whether the workers have reserved cores. A worker on a GPU has a card of its own instead."""
     return context.job.own_cores and context.ranks.device.type == "cpu"
 
 
@@ -245,8 +246,8 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[Event]) -> di
 
 
 def _attempt_seconds(events: Sequence[Event], attempt: int) -> float:
-    """From the worker's first line of code to the attempt's last event. The time that a killed
-    attempt lost is included.
+    """Seconds from the worker's first line of code to the attempt's last event. The time that a
+    killed attempt lost is included.
 
     If the clock was set back between two events, no time counts between them.
     """
@@ -259,7 +260,9 @@ def _attempt_seconds(events: Sequence[Event], attempt: int) -> float:
 
 
 def _startup_seconds(events: Sequence[Event], attempt: int) -> float:
-    """If an attempt ended before its first batch, the time before its event "start"."""
+    """Seconds of the start-up of an attempt. If the attempt ended before its first batch, they are
+    the time before its event "start".
+    """
     wall = _attempt_seconds(events, attempt)
     if first_batch := _first(FirstBatch, events, attempt):
         return min(first_batch.startup_s, wall)
@@ -276,11 +279,12 @@ def _first(kind: type[E_], events: Sequence[Event], attempt: int) -> E_ | None:
 def conditions(
     network: nn.Module, rule: Rule, recipe: Recipe, device: torch.device
 ) -> dict[str, str | int]:
-    """For a summary: `none` if the network has no such part, `a, b` for parts of several kinds.
+    """The conditions of a training, for a summary. A value is `none` if the network has no such
+    part, and `a, b` for parts of several kinds.
 
     `norm_over` of a norm that is not this project's is "time" with its class, because it sees time
     steps folded into the batch. `steps_per_forward` is T for a rule that folds time into the batch,
-    1 for one that goes step by step. `exact`: see `exactness`.
+    1 for a rule that goes step by step. `exact`: see `exactness`.
     """
     modules = list(network.modules())
     return {

@@ -1,10 +1,10 @@
-"""From logits to the scalar that is minimised.
+"""The objective: a scalar of the logits that training minimises.
 
-A recipe's objective is a value. Called with the targets of one micro-batch it gives a fresh
+A recipe's objective is a value. Called with the targets of one micro-batch, it returns a new
 `loss_of`, which a rule calls on logits: once per time step in time order (`over_time="steps"`) or
 once on the mean (`"mean"`). Distillation is in distillation.py.
 
-A target is a class, int64 [B], or, of samples that were mixed, each class's share, float [B,K].
+A target is a class, int64 [B]. For mixed samples it is each class's share, float [B,K].
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class CrossEntropy:
     Args:
         label_smoothing: share of the target's probability that is spread over all classes.
         mse: weight of the regulariser on the raw logits; 0 leaves it out.
-        goal: what the regulariser pulls logits to: a constant 1 for every class, or the target as
-        shares of the classes.
+        goal: the values that the regulariser pulls logits to: a constant 1 for every class, or the
+            target as shares of the classes.
 
     Source: Meng et al. 2023 (SLTT), arXiv:2302.14311; the constant goal goes back to Deng et al.
     2022 (TET), arXiv:2202.11946."""
@@ -109,5 +109,5 @@ class CrossEntropy:
 
 
 def widened(logits: Tensor) -> Tensor:
-    """In fp32, or in float64 if they are float64."""
+    """The logits in fp32, or in float64 if they are float64."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

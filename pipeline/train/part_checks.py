@@ -1,5 +1,5 @@
-"""Whether the parts of a recipe are what the pipeline takes. One line names what is missing, before
-anything trains.
+"""Checks that the parts of a recipe have the interfaces that the pipeline needs, before anything
+trains. An error names the missing member in one line.
 
 T time, B batch, C channels, H W pixels, K classes
 """
@@ -22,7 +22,7 @@ from pipeline.spiking.state import fresh_state
 
 T_ = TypeVar("T_")
 
-# of pipeline.data.base.Data, and the keywords that each is called with
+# the methods of pipeline.data.base.Data, with the keywords that each is called with
 _DATA_METHODS: Mapping[str, tuple[str, ...]] = {
     "fingerprint": (),
     "check": (),
@@ -35,10 +35,10 @@ _fits: list[tuple[Spec, tuple[int, ...], int, int]] = []
 
 
 def build_part(what: str, part: Spec, kind: type[T_], *arguments: Any, name: str = "") -> T_:
-    """What `part` makes. `name` is that of `kind` in the message.
+    """The object that `part` builds. `name` is the name of `kind` in the message.
 
     Raises:
-        ValueError: it is not of this kind.
+        ValueError: the object is not of this kind.
     """
     value = part.build(*arguments)
     require(
@@ -61,10 +61,10 @@ def require_members(who: str, value: object, names: Sequence[str]) -> None:
 
 
 def checked_data(data: Any, part: Spec) -> Data:
-    """`data`, which `part` made. Opens no file.
+    """Check `data`, which `part` built, and return it. Opens no file.
 
     Raises:
-        ValueError: it is not as `pipeline.data.base.Data` asks.
+        ValueError: it does not implement `pipeline.data.base.Data`.
     """
     who = f"data: {part.target.__name__}"
     require_members(who, data, ("classes", "shape", *_DATA_METHODS))
@@ -89,16 +89,16 @@ def checked_data(data: Any, part: Spec) -> Data:
 
 
 def is_own(recipe: Recipe) -> bool:
-    """Whether the data is of the user's own code. Tests try what the package brings."""
+    """Whether the user's own code defines the data. Tests cover the package's own data sets."""
     parts = (recipe.data, *(phase.data for phase in recipe.phases))
     return not all(is_trusted(dotted(part.target), TRUSTED) for part in parts)
 
 
 def checked_loader(loader: Any, data: Data, method: str) -> Loader:
-    """The loader that `data.train` or `data.val` returned.
+    """Check the loader that `data.train` or `data.val` returned, and return it.
 
     Raises:
-        ValueError: it is not as `pipeline.data.base.Loader` asks.
+        ValueError: it does not implement `pipeline.data.base.Loader`.
     """
     who = f"data: what {type(data).__name__}.{method} returns"
     require_members(who, loader, ("samples", "steps_per_epoch", "epoch", "close"))
@@ -106,21 +106,21 @@ def checked_loader(loader: Any, data: Data, method: str) -> Loader:
 
 
 def fingerprint_of(data: Data) -> str:
-    """Raises: ValueError if it is no text; what the data raises."""
-    found = data.fingerprint()
+    """The fingerprint of `data`. Raises: ValueError if it is not text, and the errors of `data`."""
+    fingerprint = data.fingerprint()
     require(
-        isinstance(found, str) and bool(found),
-        f"data: {type(data).__name__}.fingerprint must return a hash as text; got {found!r}",
+        isinstance(fingerprint, str) and bool(fingerprint),
+        f"data: {type(data).__name__}.fingerprint must return a hash as text; got {fingerprint!r}",
     )
-    return found
+    return fingerprint
 
 
 def check_first_batch(loader: Loader, data: Data, method: str) -> None:
-    """Read a batch of what `data.train` or `data.val` returned.
+    """Read and check the first batch of a loader that `data.train` or `data.val` returned.
 
     Raises:
-        ValueError: sizes that are no numbers, no batch though there must be one, or what
-            `check_batch` raises.
+        ValueError: the sizes are not numbers, the first batch is missing, or `check_batch` refuses
+            it.
     """
     who = f"data: what {type(data).__name__}.{method} returns"
     require(
@@ -139,8 +139,8 @@ def check_first_batch(loader: Loader, data: Data, method: str) -> None:
 
 
 def check_batch(batch: Any, data: Data, method: str) -> None:
-    """Raises: ValueError if it is no batch of `data`: tensors of another type or shape, or labels
-    of no class.
+    """Raises: ValueError if `batch` is not a batch of `data`: tensors have another type or shape,
+    or a label is not a class.
     """
     who = f"data: a batch of {type(data).__name__}.{method}"
     require(
@@ -175,7 +175,7 @@ def check_batch(batch: Any, data: Data, method: str) -> None:
 
 
 def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
-    """Run one forward pass on the CPU, of zeros in place of samples.
+    """Run one forward pass on the CPU, with zeros in place of samples.
 
     Raises:
         ValueError: it failed, or did not map `[T,B,...]` to logits `[T,B,K]`.
@@ -183,7 +183,7 @@ def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
     key = (recipe.model, tuple(data.shape), recipe.time_steps, data.classes)
     if key in _fits:
         return
-    samples = 2 if recipe.time_steps == 1 else 1  # not T: swapped axes are found
+    samples = 2 if recipe.time_steps == 1 else 1  # different from T, to find swapped axes
     x_TB = over_steps(torch.zeros(samples, *data.shape), recipe.time_steps)
     rule = f"model: {recipe.model.target.__name__} must map [T, B, ...] to logits [T, B, K]"
     given = f"for an input of shape {list(x_TB.shape)} and {counted(data.classes, 'class')}"
@@ -193,8 +193,8 @@ def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), fresh_state(network):
             logits = network(x_TB)
     except Exception as error:  # a network of the user's own may raise anything
-        said = " ".join(str(error).split())
-        raise ValueError(f"{rule}; {given} it raised {type(error).__name__}: {said}") from error
+        text = " ".join(str(error).split())
+        raise ValueError(f"{rule}; {given} it raised {type(error).__name__}: {text}") from error
     finally:
         network.train(was_training)
     require(
@@ -220,8 +220,8 @@ def check_rule(rule: Rule, part: Spec) -> None:
 
 
 def check_objective(objective: Any, part: Spec, *, classes: int) -> None:
-    """Raises: ValueError if it is not as `pipeline.train.objective.Loss` asks, or its loss on
-    labels is no scalar.
+    """Raises: ValueError if it does not implement `pipeline.train.objective.Loss`, or its loss on
+    labels is not a scalar.
     """
     who = f"objective: {part.target.__name__}"
     require_members(who, objective, ("__call__", "labels", "remembers", "check"))
@@ -233,7 +233,7 @@ def check_objective(objective: Any, part: Spec, *, classes: int) -> None:
 
 
 def check_schedule(schedule: Callable[[int], None], part: Spec) -> None:
-    """Raises: ValueError if it is no function."""
+    """Raises: ValueError if it is not a function."""
     require(
         callable(schedule),
         f"schedule: {part.target.__name__} must make a function of the step, as"

@@ -2,7 +2,7 @@
 
     SkipBatch         the batch leaves no trace, and training takes the next one
     Rollback          the run starts again at its newest checkpoint; if batches are to blame, it
-                      leaves out those from there up to the fault
+                      skips the batches from there up to the fault
     HalveMicroBatch   memory ran out: the run starts again with half as many samples at a time
 
 `guards/anomaly.py` and `checkpointing.py` raise the first two; `worker.py` catches the others and
@@ -37,7 +37,7 @@ class StartAgain(Recovery):
 
 
 class Rollback(StartAgain):
-    """Every rank raises it. `skips`: the batches since the checkpoint are left out from now on."""
+    """Every rank raises it. `skips`: the run skips the batches since the checkpoint from now on."""
 
     def __init__(self, step: int, reason: str, *, skips: bool = True) -> None:
         super().__init__(f"batch {step}: {reason}")
@@ -45,28 +45,30 @@ class Rollback(StartAgain):
 
 
 class HalveMicroBatch(StartAgain):
-    """Raised by a run's only worker. Of several the one without memory dies, and all are started
-    again.
+    """Raised by a run's only worker. If there are several workers, the worker that runs out of
+    memory dies, and all workers are restarted.
     """
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """What recovery has decided so far. No decision is taken back."""
+    """The decisions of recovery so far. No decision is taken back."""
 
     rollbacks: int = 0
-    skipped: tuple[tuple[int, int], ...] = ()  # batches [first, end) that rollbacks left out
+    skipped: tuple[
+        tuple[int, int], ...
+    ] = ()  # batches [first, end) that are skipped after rollbacks
     # the most samples that a worker holds at a time; None: memory has not run out
     micro_batch: int | None = None
 
     @classmethod
     def read(cls, run: Path) -> Decisions:
         """Raises: UserError if a file is damaged."""
-        files, decided = RunFolder(run), cls()
+        files, decisions = RunFolder(run), cls()
         if files.skipped.exists():
             value = read_json(files.skipped)
             try:
-                decided = cls(int(value["rollbacks"]), _pairs(value["batches"]))
+                decisions = cls(int(value["rollbacks"]), _pairs(value["batches"]))
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(
                     f"{files.skipped}: must hold rollbacks and batches; got {value!r}"
@@ -75,8 +77,8 @@ class Decisions:
             value = read_json(files.micro_batch)
             if not is_count(value):
                 raise UserError(f"{files.micro_batch}: must hold a number of samples; got {value}")
-            decided = replace(decided, micro_batch=value)
-        return decided
+            decisions = replace(decisions, micro_batch=value)
+        return decisions
 
     def write(self, run: Path) -> None:
         files = RunFolder(run)
@@ -87,10 +89,10 @@ class Decisions:
 
     @classmethod
     def adopt(cls, run: Path, saved: Mapping[str, Any]) -> None:
-        """Write down what a checkpoint holds (as `asdict` gives it) and the run's folder lacks.
+        """Write the decisions of a checkpoint that the run's folder lacks into the folder.
 
-        Either may be ahead: the folder of its newest checkpoint, or the checkpoint of an old copy
-        of the folder.
+        `saved`: the decisions as `asdict` returns them. The folder may be newer than its newest
+        checkpoint, and the checkpoint may be newer than an old copy of the folder.
         """
         own = cls.read(run)
         other = cls(saved["rollbacks"], _pairs(saved["skipped"]), saved["micro_batch"])
@@ -130,12 +132,12 @@ class Decisions:
         """The decisions after memory ran out with `split`: half as many samples at a time, or the
         next fewer that the recipe takes.
 
-        `split_of` gives the split under other decisions; it raises ValueError if the recipe
-        refuses that size. The global batch stays. Results differ by the order of sums, unless
-        something looks at a whole micro-batch, as batch norm does.
+        `split_of` returns the split under other decisions; it raises ValueError if the recipe
+        refuses that size. The global batch stays the same. Results differ only by the order of
+        sums, unless a module depends on the whole micro-batch, as batch norm does.
 
         Raises:
-            ValueError: no smaller micro-batch is possible. The other ranks do not know of it.
+            ValueError: no smaller micro-batch is possible. Only this rank raises it.
         """
         had, refusal = split.micro_batch, None
         for samples in range(had // 2, 0, -1):
@@ -144,7 +146,7 @@ class Decisions:
                 if split_of(halved).micro_batch == samples:  # else it does not divide the batch
                     return halved
             except ValueError as error:
-                refusal = refusal or error  # of the largest
+                refusal = refusal or error  # the error for the largest size
         held = "one sample" if had == 1 else f"{had} samples"
         why = f", and fewer cannot be taken: {refusal}" if refusal else ""
         raise ValueError(

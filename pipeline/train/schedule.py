@@ -1,8 +1,9 @@
 """Schedules of the learning rate. `Schedule(step)` sets the rate as a function of the step, so
 a resume needs no state.
 
-Each is made with the optimizer, the global batches of the run (or of a phase), and those of one
-epoch. timm's schedulers do the arithmetic. DeepSpeed gets no schedule: it would count steps itself.
+Each is made with the optimizer, the number of global batches of the run (or of a phase), and that
+of one epoch. timm's schedulers do the arithmetic. DeepSpeed gets no schedule: it would count steps
+itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,21 +34,21 @@ def cosine(
     by: Literal["step", "epoch"] = "step",
     starts: Literal["at_once", "after_warmup"] = "at_once",
 ) -> Schedule:
-    """Half a cosine from the optimizer's learning rate down to `floor`, behind a linear warm-up
+    """Half a cosine from the optimizer's learning rate down to `floor`, after a linear warm-up
     from 0.
 
         rate[s] = floor + (lr - floor) / 2 * (1 + cos(pi * (s - s0) / (steps - s0)))
 
     Args:
         warmup: share of the run spent warming up, in 0..1.
-        floor: the learning rate that the cosine ends in.
-        by: "epoch" keeps s at the first step of its epoch, as code does that sets the rate once an
+        floor: the learning rate at the end of the cosine.
+        by: "epoch" keeps s at the first step of its epoch, like code that sets the rate once per
             epoch. The warm-up goes by step in both cases.
         starts: "at_once" has s0 = 0: the cosine begins during the warm-up; "after_warmup" has s0
             at the end of the warm-up.
 
     Raises:
-        ValueError: a share outside 0..1, or another word.
+        ValueError: a share is outside 0..1, or `by` or `starts` is another word.
     """
     require(by in ("step", "epoch"), f"cosine: by must be 'step' or 'epoch'; got {by!r}")
     require(

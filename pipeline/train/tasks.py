@@ -1,5 +1,5 @@
-"""The tasks of a run: their data, and the accuracy on each after each. A recipe without phases is
-one task.
+"""The tasks of a run: their data, and the accuracy on each task after each task. A recipe without
+phases is one task.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Task:
     name: str
     data: Data
     epochs: int
-    head: int | None = None  # the head of the network that answers; None: it has one head
+    head: int | None = None  # the head of the network for this task; None: the network has one head
 
     def choose_head(self, network: nn.Module) -> None:
         """Select the task's head, if the network has several.
@@ -39,7 +39,7 @@ class Task:
 
 
 def tasks_of(recipe: Recipe, *, one_in: int = 0) -> tuple[Task, ...]:
-    """In the order of training. Opens no file. `one_in`: see `data.base.with_page_checks`."""
+    """The tasks in training order. Opens no file. `one_in`: see `data.base.with_page_checks`."""
     data = with_page_checks(build_data(recipe), one_in)
     if not recipe.phases:
         return (Task(name=recipe.name, data=data, epochs=recipe.epochs),)
@@ -58,7 +58,7 @@ def build_data(recipe: Recipe) -> Data:
     """The recipe's data. Opens no file.
 
     Raises:
-        ValueError: it is not as `pipeline.data.base.Data` asks.
+        ValueError: it does not implement `pipeline.data.base.Data`.
     """
     return checked_data(recipe.data.build(), recipe.data)
 
@@ -112,7 +112,9 @@ class Loaders:
         return checked_loader(data.val(**self._sizes), data, "val")
 
     def _measured(self, task: int) -> tuple[int, int]:
-        """Opens both sets for an instant, so that errors are found before anything is trained."""
+        """Samples and global batches of an epoch. Opens both sets for an instant, to find errors
+        before anything is trained.
+        """
         with closing(self.train(task)) as train_set, closing(self.val(task)) as val_set:
             if self._tries_batches:
                 check_first_batch(train_set, self.tasks[task].data, "train")
@@ -122,8 +124,8 @@ class Loaders:
 
 @dataclass
 class Learnt:
-    """After each task: top-1 on it and on those before it (the accuracy matrix), and the rule's
-    metrics.
+    """The results after each task: top-1 on this task and on the earlier ones (the accuracy
+    matrix), and the rule's metrics.
     """
 
     rows: list[list[float]] = field(default_factory=list)
@@ -134,8 +136,8 @@ class Learnt:
         self.rule_metrics.append(rule_metrics)
 
     def forgotten(self, row: Sequence[float]) -> float | None:
-        """BWT (backward transfer): how much better `row`, top-1 on the tasks so far, is on earlier
-        tasks than directly after each.
+        """BWT (backward transfer): the mean gain in top-1 on an earlier task, from directly after
+        the task until now. `row`: top-1 on the tasks so far.
 
             1/(k-1) sum_{i<k} (row[i] - rows[i][i]),      None for the first task
 
@@ -145,13 +147,13 @@ class Learnt:
         return sum(gains) / len(gains) if gains else None
 
     def metrics(self, row: Sequence[float], tasks: Sequence[Task]) -> dict[str, float]:
-        """For the journal, of an evaluation on the tasks so far."""
-        found = {f"top1_{task.name}": top1 for task, top1 in zip(tasks, row, strict=False)}
+        """The metrics of an evaluation on the tasks so far, for the journal."""
+        values = {f"top1_{task.name}": top1 for task, top1 in zip(tasks, row, strict=False)}
         bwt = self.forgotten(row)
-        return found if bwt is None else {**found, "bwt": bwt}
+        return values if bwt is None else {**values, "bwt": bwt}
 
     def summary(self, tasks: Sequence[Task]) -> dict[str, Any]:
-        """ACC is the mean of the last row. Shares in 0..1, BWT in -1..1."""
+        """Entries of a summary. ACC is the mean of the last row. Shares in 0..1, BWT in -1..1."""
         last = self.rows[-1]
         return {
             "accuracy_matrix": self.rows,

@@ -1,8 +1,8 @@
 """The teacher of a run in one of its processes: built, its probe fitted, its accuracy measured, its
 answers cached.
 
-Results about a teacher are stored under a key of all that decides them, in the folder of its cache
-or, without a cache, in the run's folder. So a resume neither fits nor evaluates again.
+Results of a teacher are stored under a key of everything that determines them, in the folder of its
+cache or, without a cache, in the run's folder. So a resume neither fits nor evaluates again.
 
 B batch, K classes, N samples, D features
 """
@@ -42,7 +42,7 @@ TOGETHER = 32  # images whose features are computed at a time
 
 @dataclass(frozen=True, kw_only=True)
 class Teaching:
-    """Answers for a micro-batch, from the cache or the teacher."""
+    """The teacher's answers for a micro-batch, from the cache or the teacher itself."""
 
     teacher: Teacher
     accuracy: Evaluation
@@ -50,7 +50,7 @@ class Teaching:
 
     @property
     def bytes(self) -> int:
-        """Of its weights and statistics."""
+        """Bytes of the teacher's weights and statistics."""
         return bytes_of((*self.teacher.parameters(), *self.teacher.buffers()))
 
     def __call__(self, x_B: Tensor, index_B: Tensor, epoch: int) -> Tensor:
@@ -62,15 +62,15 @@ class Teaching:
         """
         if self.kept is None:
             return self.teacher(x_B)
-        found_BK = self.kept.find(epoch, index_B)
-        if found_BK is not None:
-            return found_BK.to(x_B.device)
+        cached_BK = self.kept.find(epoch, index_B)
+        if cached_BK is not None:
+            return cached_BK.to(x_B.device)
         return self.kept.add(epoch, index_B, self.teacher(x_B))
 
 
 def build_teacher(recipe: Recipe, data: Data) -> Teacher:
-    """The recipe's teacher with its weights. The random numbers of the student's weights are not
-    touched.
+    """The recipe's teacher with its weights. The random numbers for the student's weights stay the
+    same.
 
     Raises:
         ValueError: teacher and recipe do not fit together.
@@ -109,7 +109,7 @@ def open_teaching(
     tracker: Tracker,
     threads: int,
 ) -> Teaching:
-    """Everything that comes before the first question. Collective. `steps` are the global batches
+    """Prepare the teacher for the first batch. Collective. `steps` is the number of global batches
     of the whole run.
     """
 
@@ -143,7 +143,7 @@ def open_teaching(
 
 
 def _place(recipe: Recipe, data: Data, teacher: Teacher, folder: Path) -> Path:
-    """The folder of what is known about this teacher on this data set."""
+    """The folder of stored results of this teacher on this data set."""
     probe = None if teacher.probe is None else asdict(teacher.probe)
     key = {
         "data": data.fingerprint(),
@@ -160,7 +160,9 @@ def _place(recipe: Recipe, data: Data, teacher: Teacher, folder: Path) -> Path:
 def _fitted(
     teacher: Teacher, probe: Probe, data: Data, place: Path, tracker: Tracker, threads: int
 ) -> dict[str, Tensor]:
-    """The head's weights: kept ones, or fitted and kept now. For rank 0."""
+    """The head's weights. They are read if they were stored before, else fitted and stored. For
+    rank 0.
+    """
     if kept := sorted(place.glob("probe-*.safetensors")):
         require(
             _sha256(kept[0]).startswith(kept[0].stem.removeprefix("probe-")),
@@ -184,11 +186,11 @@ def _fitted(
 
 
 def _features(teacher: Teacher, probe: Probe, data: Data, threads: int) -> tuple[Tensor, Tensor]:
-    """Of the probe's views of the training part: one of each sample, in one epoch after another
-    until there are enough.
+    """Features and targets of the probe's views of the training part: one view of each sample per
+    epoch, for as many epochs as are needed.
     """
     device = next(teacher.parameters()).device
-    # Batches of one, so that no rest of an epoch is left out.
+    # Batches of one sample, so that no sample at the end of an epoch is dropped.
     loader = data.train(
         seed=probe.seed, rank=0, world=1, batch_size=1, micro_batch=1, threads=threads
     )
@@ -213,7 +215,7 @@ def _sha256(file: Path) -> str:
 
 
 class _AsNetwork(nn.Module):
-    """The teacher as `evaluate` takes networks, at one time step."""
+    """The teacher as a network with one time step, for `evaluate`."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
@@ -232,8 +234,8 @@ def _accuracy(
     ranks: Ranks,
     threads: int,
 ) -> Evaluation:
-    """The teacher's own, on the samples that the student is evaluated on. It is kept in `place`.
-    Collective.
+    """The teacher's accuracy on the samples that the student is evaluated on. It is stored in
+    `place`. Collective.
     """
     limit = recipe.evaluation.samples
     file = place / ("accuracy.json" if limit is None else f"accuracy-{limit}.json")

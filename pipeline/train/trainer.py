@@ -37,7 +37,7 @@ from pipeline.train.recovery import Rollback, is_in
 from pipeline.train.tasks import Learnt
 
 MOST_DATA_WAIT = 0.2  # share of the time of steady batches; a longer wait for data is reported
-STEADY_ENOUGH = 50  # batches before that is judged
+STEADY_ENOUGH = 50  # steady batches before the wait is judged
 
 
 class StopAsked(Exception):
@@ -83,7 +83,7 @@ class Trainer:
     # ------------------------------------------------------------------------- the training program
 
     def run(self) -> dict[str, Any] | None:
-        """Train to the end. The summary (on rank 0), or None if somebody asked to stop.
+        """Train to the end. Returns the summary (on rank 0), or None if a stop was requested.
 
         Raises:
             Rollback: the run has to start again at its newest checkpoint; on every rank.
@@ -113,7 +113,9 @@ class Trainer:
         self.stretch = stretch = stretch_at(self.context.stretches, self.step)
         with closing(self.context.loaders.train(stretch.index)) as train_set:
             self.tasks[stretch.index].choose_head(self.backend.network)
-            if self.step == stretch.first:  # its checkpoint was saved before this task began
+            if (
+                self.step == stretch.first
+            ):  # a checkpoint of this step was saved before the task began
                 self._begin_task()
             while self.step < stretch.end:
                 epoch = stretch.epoch(self.step)
@@ -198,7 +200,7 @@ class Trainer:
             )
 
     def _between_batches(self, epoch: int, *, last: bool) -> None:
-        """Log, save and compare replicas where it is time.
+        """Log, save and compare replicas, each if it is due.
 
         Raises:
             StopAsked: the run is saved.
@@ -210,10 +212,10 @@ class Trainer:
             raise StopAsked
 
     def _end_epoch(self, epoch: int) -> None:
-        """Evaluate, compare gradients and save, each where it is time.
+        """Evaluate, compare gradients and save, each if it is due.
 
-        The checkpoint has the score of the evaluation. One without a score comes before the
-        evaluation if much training is unsaved.
+        The checkpoint has the score of the evaluation. If much training is unsaved, a checkpoint
+        without a score is written before the evaluation.
         """
         stretch, score, every = self.stretch, None, self.recipe.evaluation.every
         is_learnt = self.step == stretch.end
@@ -222,7 +224,7 @@ class Trainer:
             self.saving.before_evaluation(self.step)
             with self.meters.between("evaluation"):
                 results = self._evaluate()
-            # With tasks to come the mean is one of other tasks, and cannot rank checkpoints.
+            # Before the last task, the mean is over fewer tasks and cannot rank checkpoints.
             self.result = mean_of(results)
             score = self.result.top1 if stretch.index + 1 == len(self.tasks) else None
             self._report_evaluation(epoch, self.result, results)
@@ -237,21 +239,21 @@ class Trainer:
 
         Raises:
             StopAsked: the run is saved.
-            Rollback: a loss is not finite. Finite weights can answer with numbers that are not.
+            Rollback: a loss is not finite. Finite weights can still give such a loss.
         """
-        found = None
-        while found is None:
-            found = evaluate_tasks(
+        evaluated = None
+        while evaluated is None:
+            evaluated = evaluate_tasks(
                 self.context,
                 step=self.step,
                 tasks=self.stretch.index + 1,
                 counts_operations=self.step == self.steps,
                 is_interrupted=self.saving.is_interrupted,
             )
-            if found is None and self.saving.in_evaluation(self.step):
+            if evaluated is None and self.saving.in_evaluation(self.step):
                 raise StopAsked
-        self.evaluated = found
-        results = [each.result for each in found]
+        self.evaluated = evaluated
+        results = [each.result for each in evaluated]
         if bad := [result.loss for result in results if not math.isfinite(result.loss)]:
             reason = f"the loss of the evaluation after it is {bad[0]}"
             self.saving.discard(self.step, reason)
@@ -299,7 +301,7 @@ class Trainer:
     # ---------------------------------------------------------------------------- state and metrics
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this object; `__init__` restores it. Collective."""
+        """The state of this object in a checkpoint; `__init__` restores it. Collective."""
         return {
             "totals": asdict(self._totals_over_ranks()),
             "rule_metrics": self._rule_metrics(),
@@ -347,8 +349,8 @@ class Trainer:
             self.tracker.write(events.Smaller(step=self.step, micro_batch=limit, reason=reason))
 
     def _report_startup(self, worked_before_s: float) -> None:
-        """The seconds until the attempt's first batch has ended: imports, compilation and that
-        batch, without work between batches such as an evaluation that was due.
+        """Report the seconds until the end of the attempt's first batch: imports, compilation and
+        that batch, without work between batches such as an evaluation that was due.
         """
         synchronize(self.ranks.device)
         work = self._worked_s() - worked_before_s
@@ -376,7 +378,7 @@ class Trainer:
             self.tracker.write(events.Straggler(step=self.step, workers=workers))
 
     def _report_data_wait(self) -> None:
-        """Once an attempt, if this rank waits for its data for much of the time."""
+        """Report, once per attempt, that this rank spends much of its time waiting for data."""
         totals, threads = self.meters.totals, self.job.loader_threads
         share = totals.share_of_steady_time("data_wait")
         is_long = totals.steady_batches >= STEADY_ENOUGH and share > MOST_DATA_WAIT
@@ -393,14 +395,14 @@ class Trainer:
         )
 
     def _compare_gradients(self, *, epoch: int | None) -> None:
-        """The rule's gradient against BPTT's, with the weights that train, not an average of them.
-        `epoch`: that has ended; None at the start.
+        """Compare the rule's gradient with BPTT's, at the trained weights, not at their average.
+        `epoch`: the epoch that has ended; None: the start of the run.
         """
         if self.context.fidelity is None:
             return
         self.meters.note_peaks()
         with self.meters.between("fidelity"):
-            found = self.context.fidelity(
+            fidelity = self.context.fidelity(
                 self.backend.network.state_dict(), self.context.rule.state_dict(), step=self.step
             )
         self.meters.forget_peaks()  # memory of the comparison, such as BPTT's graph
@@ -408,8 +410,8 @@ class Trainer:
             events.Fidelity(
                 step=self.step,
                 epoch=epoch,
-                temporal_share=found.temporal_share,
-                cosines=found.cosines,
+                temporal_share=fidelity.temporal_share,
+                cosines=fidelity.cosines,
             )
         )
 

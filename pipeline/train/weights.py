@@ -48,16 +48,16 @@ def load_run(
 
 
 def load_weights(network: nn.Module, file: Path) -> nn.Module:
-    """Load all weights of a network from a file. Returns the network in evaluation mode. QKFormer's
-    published names are known.
+    """Load all weights of a network from a file. Returns the network in evaluation mode. The names
+    in a published file of QKFormer are accepted.
 
     Raises:
         ValueError: the file cannot be read, or names the first weight that does not fit.
     """
-    found = _read(file, network, who="evaluate")
-    if wrong := describe_mismatch(found, network.state_dict()):
-        raise ValueError(f"evaluate: {file} must fit the network; got {wrong}")
-    network.load_state_dict(found)
+    tensors = _read(file, network, who="evaluate")
+    if mismatch := describe_mismatch(tensors, network.state_dict()):
+        raise ValueError(f"evaluate: {file} must fit the network; got {mismatch}")
+    network.load_state_dict(tensors)
     return network.eval()
 
 
@@ -68,8 +68,8 @@ def place_of(run: Path) -> Place:
 
 
 def weights_file(start: Path) -> Path:
-    """The file of `init`: itself, or the weights in the newest verified checkpoint of a run's
-    folder.
+    """The weights file of `init`: `start` itself, or the weights in the newest verified checkpoint
+    of a run's folder.
     """
     if start.is_dir():
         return verified(place_of(start)) / WEIGHTS
@@ -81,13 +81,13 @@ def weights_file(start: Path) -> Path:
 
 
 def lasting_weights(run: Path) -> Path:
-    """The weights of a finished run, in a file of its folder that a recipe.json may name. The copy
-    of a fetched checkpoint is deleted again.
+    """The weights of a finished run, in a file of its folder that a recipe.json may name. The
+    folder of a fetched checkpoint is deleted later.
     """
-    found, lasting = weights_file(run), run / WEIGHTS
+    source, lasting = weights_file(run), run / WEIGHTS
     if not lasting.exists():
         new = run / f".{WEIGHTS}-{uuid.uuid4().hex}"
-        shutil.copyfile(found, new)
+        shutil.copyfile(source, new)
         sync_file(new)
         new.rename(lasting)
     return lasting
@@ -99,14 +99,14 @@ def load_start(network: nn.Module, start: Path) -> Start:
     Only the head (the network's `classifier`) may differ in shape. It keeps its fresh weights and
     is listed in the result. So are thresholds of rate-coded neurons and learnt decays if the file
     has none: it may hold an ANN with the same layers, or plain neurons. Learnable scales of 1-bit
-    weights are computed from the weights if the file has none: it has full precision. QKFormer's
-    published names are known.
+    weights are computed from the weights if the file has none: it has full precision. The names in
+    a published file of QKFormer are accepted.
 
     Raises:
         ValueError: the file cannot be read, or names the first key that does not match.
     """
     file = weights_file(start)
-    found = _read(file, network, who="init")
+    tensors = _read(file, network, who="init")
     expected = network.state_dict()
     head = _head(network)
     thresholds = {
@@ -120,17 +120,21 @@ def load_start(network: nn.Module, start: Path) -> Start:
     }
     scales = {key for key in synapses if key in expected}
     unknown = {
-        key for keys in (thresholds, decays, scales) if not keys & set(found) for key in keys
+        key for keys in (thresholds, decays, scales) if not keys & set(tensors) for key in keys
     }
-    reshaped = [key for key in expected if key in found and found[key].shape != expected[key].shape]
+    reshaped = [
+        key for key in expected if key in tensors and tensors[key].shape != expected[key].shape
+    ]
     in_head = {key for key in expected if key.startswith(head + ".")}
     replaced = unknown | (in_head if in_head.intersection(reshaped) else set())
     fresh = tuple(key for key in expected if key in replaced)
-    kept = {key: value for key, value in found.items() if key not in replaced}
-    if wrong := describe_mismatch(
+    kept = {key: value for key, value in tensors.items() if key not in replaced}
+    if mismatch := describe_mismatch(
         kept, {key: value for key, value in expected.items() if key not in replaced}
     ):
-        raise ValueError(f"init: {file} must fit the network but for its head, {head}; got {wrong}")
+        raise ValueError(
+            f"init: {file} must fit the network but for its head, {head}; got {mismatch}"
+        )
     network.load_state_dict(kept, strict=False)
     for key in scales & unknown:
         synapses[key].binarizer.reset(synapses[key].weight)  # type: ignore[operator, union-attr]
@@ -139,11 +143,11 @@ def load_start(network: nn.Module, start: Path) -> Start:
 
 def _read(file: Path, network: nn.Module, *, who: str) -> Mapping[str, Tensor]:
     """The tensors of a file. The names of a published QKFormer become the network's own."""
-    found = read_state(file, who=who)
-    if not (isinstance(network, QKFormer) and is_published(found)):
-        return found
+    tensors = read_state(file, who=who)
+    if not (isinstance(network, QKFormer) and is_published(tensors)):
+        return tensors
     try:
-        return renamed(found, network)
+        return renamed(tensors, network)
     except ValueError as error:
         raise ValueError(f"{who}: {file}: {error}") from error
 

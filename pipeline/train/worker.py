@@ -32,10 +32,10 @@ from pipeline.train.writer_lock import journal, only_writer
 def run(
     job: Job, place: RankInfo, *, trainer_of: Callable[[TrainContext], Trainer] = Trainer
 ) -> dict[str, Any] | None:
-    """Train a run to its end. The summary (on rank 0), or None if somebody asked to stop.
+    """Train a run to its end. Returns the summary (on rank 0), or None if a stop was requested.
 
     Raises:
-        UserError: something that the user has to change.
+        UserError: the user has to change something.
     """
     began, folder = time.time(), Path(job.run)
     configure_torch(job.threads, torch.device(place.device))
@@ -90,7 +90,7 @@ def _attempt(
                 raise  # the others wait for this rank, and only its death frees them
             raise HalveMicroBatch from None
     except UserError:
-        raise  # every rank knows
+        raise  # every rank raises it
     except ValueError as error:
         process.ranks.raise_if_gone(error)
         if process.ranks.size == 1:
@@ -101,15 +101,15 @@ def _attempt(
 
 
 def _note_rollback(trainer: Trainer, back: Rollback) -> None:
-    """Decide what is left out from now on, for the next attempt. Collective.
+    """Decide which batches the next attempt skips, and write the decision. Collective.
 
     Raises:
         UserError: the recipe allows no more rollbacks; Diverged if batches are to blame.
     """
     recipe, epoch = trainer.recipe, trainer.epoch_of(back.step)
     to = trainer.saving.newest_step()
-    decided = trainer.context.decisions.after_rollback(back, recipe, to=to, epoch=epoch)
-    trainer.ranks.broadcast_object(lambda: decided.write(trainer.folder))
+    decisions = trainer.context.decisions.after_rollback(back, recipe, to=to, epoch=epoch)
+    trainer.ranks.broadcast_object(lambda: decisions.write(trainer.folder))
     trainer.tracker.write(
         events.Rollback(
             step=back.step,
@@ -122,22 +122,22 @@ def _note_rollback(trainer: Trainer, back: Rollback) -> None:
 
 
 def _note_halving(trainer: Trainer, reason: str) -> None:
-    """Decide on a smaller micro-batch for the next attempt.
+    """Decide on a smaller micro-batch for the next attempt, and write the decision.
 
     Raises:
         ValueError: no smaller one is possible.
     """
     context = trainer.context
-    decided = context.decisions.halve(context.split, lambda smaller: _split(context, smaller))
-    decided.write(trainer.folder)
-    assert decided.micro_batch is not None
+    decisions = context.decisions.halve(context.split, lambda smaller: _split(context, smaller))
+    decisions.write(trainer.folder)
+    assert decisions.micro_batch is not None
     trainer.tracker.write(
-        events.Smaller(step=trainer.step, micro_batch=decided.micro_batch, reason=reason)
+        events.Smaller(step=trainer.step, micro_batch=decisions.micro_batch, reason=reason)
     )
 
 
 def _split(context: TrainContext, decisions: Decisions) -> Split:
-    """How the next attempt cuts a batch. Raises: ValueError if it refuses to."""
+    """The split of a batch in the next attempt. Raises: ValueError if a part refuses it."""
     sizes = context.place.possible_sizes
     recipe = steady(decisions.fit(context.recipe), context.backend.network, sizes)
     check_accumulation(recipe, context.rule, sizes)

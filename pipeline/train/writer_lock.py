@@ -24,8 +24,8 @@ from pipeline.train.guards.watchdog import unreported_hangs
 from pipeline.train.job import read_death
 from pipeline.train.recovery import StartAgain
 
-# for a writer whose machine is dead: the file system releases its lock (CephFS after 5 minutes,
-# NFSv4 after 1.5)
+# wait for a writer whose machine is dead: the file system releases its lock (CephFS after 5
+# minutes, NFSv4 after 1.5)
 PATIENCE_S = 600.0
 
 
@@ -45,8 +45,9 @@ def only_writer(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 @contextmanager
 def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
-    """Rank 0's journal of a new attempt. It records an exception that ends the attempt, and first
-    the deaths and hangs of workers since the last attempt. The other ranks have no journal.
+    """Rank 0's journal of a new attempt. It first records the deaths and hangs of workers since the
+    last attempt, and at the end an exception that ends the attempt. The other ranks have no
+    journal.
     """
     if ranks.rank != 0:
         yield NullTracker()
@@ -59,7 +60,7 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
         try:
             yield tracker
         except StartAgain:
-            raise  # it is in the journal
+            raise  # it is already in the journal
         except Exception as error:
             kind = track.Diverged if isinstance(error, Diverged) else track.Failed
             end = kind(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
@@ -71,7 +72,7 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
 
 
 def _report_ends(folder: Path, events: Sequence[Event], tracker: Tracker) -> None:
-    """Journal the ends of workers that could not do it themselves."""
+    """Journal the ends of workers that could not journal them."""
     hung, death = unreported_hangs(folder, events), read_death(folder)
     for stacks, worker in hung.items():
         tracker.write(Hung(worker=worker, stacks=stacks))

@@ -5,9 +5,10 @@
 The average is evaluated and published. The weights train, and are the backend's state in a
 checkpoint.
 
-At every ZeRO stage up to 2 each rank holds all weights after a step, so each keeps the whole
+At every ZeRO stage up to 2 each rank holds all weights after a step, so each rank keeps the whole
 average, in the weights' precision (fp32). Running statistics differ between ranks, and so do their
-averages. A checkpoint holds each rank's, and their mean for a resume with another number of ranks.
+averages. A checkpoint holds the averages of each rank, and their mean for a resume with another
+number of ranks.
 
 Source: Polyak and Juditsky 1992. The form is that of timm's ModelEmaV3 (1.0.31) without warm-up; a
 test compares the two.
@@ -30,7 +31,7 @@ WHOLE = "average.pt"
 
 
 class Averaged:
-    """`backend`, with an average that begins at its weights now. `decay`: d, between 0 and 1."""
+    """A backend with an average that begins at its current weights. `decay`: d, between 0 and 1."""
 
     def __init__(self, backend: Backend, *, decay: float) -> None:
         self.backend, self.decay = backend, decay
@@ -54,8 +55,8 @@ class Averaged:
         self._update([self.average[name] for name in values], list(values.values()), 0)
 
     def forget(self) -> None:
-        """The average begins anew, too: a task is not evaluated with the weights of the one
-        before.
+        """Also restart the average: a task must not be evaluated with the weights of the previous
+        task.
         """
         self.backend.forget()
         for name, value in self._values().items():
@@ -100,7 +101,7 @@ class Averaged:
                 self.average[name].copy_(value)
 
     def _values(self) -> dict[str, Tensor]:
-        """The averaged values by name. A parameter with two names has one of them."""
+        """The values that are averaged, by name. A parameter with two names occurs once."""
         return {
             **{name: value.detach() for name, value in self.network.named_parameters()},
             **self._buffers(),
@@ -115,7 +116,7 @@ class Averaged:
 
 
 def _mean(value: Tensor, ranks: int) -> Tensor:
-    """Over ranks; collective."""
+    """The mean over ranks. Collective."""
     if ranks == 1:
         return value
     total = value.clone()

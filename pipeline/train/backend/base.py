@@ -1,7 +1,7 @@
 """A backend holds the model and its optimizer, differentiates shares of a batch, and steps.
 
-Every backward call of the product goes through `Backend.backward`. So the rules about several
-backward calls per optimizer step, which fail silently if they are broken, are in one place.
+Every backward call of the product goes through `Backend.backward`. So the conventions for several
+backward calls per optimizer step are in one place. A violation of them raises no error.
 """
 
 import copy
@@ -19,12 +19,12 @@ OptimizerOf = Callable[[nn.Module], torch.optim.Optimizer]
 class Backend(Protocol):
     """One process's view of a model that all ranks train together."""
 
-    name: str  # also the name of the folder that it keeps in a checkpoint
-    # the bare network inside: its `state_dict` is what is evaluated and published
+    name: str  # also the name of its folder in a checkpoint
+    # the bare network inside: its `state_dict` is evaluated and published
     network: nn.Module
     # called in training: maps [T,B,...] to [T,B,K] in the recipe's precision
     model: nn.Module
-    optimizer: torch.optim.Optimizer  # what a schedule sets learning rates on
+    optimizer: torch.optim.Optimizer  # a schedule sets its learning rates
 
     def backward(self, loss: Tensor, share: float) -> None:
         """Add the gradient of `share * loss`. Shares sum to 1 over the ranks and micro-batches of a
@@ -39,9 +39,7 @@ class Backend(Protocol):
         ...
 
     def discard(self) -> None:
-        """Forget the gradients; the weights stay. Not possible if ZeRO holds gradients of its
-        own.
-        """
+        """Forget the gradients. The weights stay. Impossible if ZeRO holds gradients of its own."""
 
     def step(self) -> None:
         """Sum the gradients over ranks, clip them if the recipe asks for it, move the weights, and
@@ -49,23 +47,23 @@ class Backend(Protocol):
         """
 
     def forget(self) -> None:
-        """Reset the optimizer's state, momentum among it, and its settings. The weights stay."""
+        """Reset the optimizer's state, including momentum, and its settings. The weights stay."""
 
     def published(self) -> AbstractContextManager[None]:
-        """Inside, `network` holds what is evaluated and published: its weights, or an average of
-        them. No step is made there.
+        """Inside, `network` holds the values that are evaluated and published: its weights, or an
+        average of them. `step` must not be called inside.
         """
         return nullcontext()
 
     def replicated(self) -> list[Tensor]:
-        """The values that every rank holds alike, bit for bit: the weights, and an average of them
-        if there is one.
+        """The values that are the same on every rank, bit for bit: the weights, and an average of
+        them if there is one.
         """
         return list(self.network.parameters())
 
     def capture(self) -> dict[str, Any]:
-        """A copy on the CPU of weights and optimizer state: what this rank has to write, by the
-        name of its file for `torch.save`. A name may hold folders. Collective.
+        """A copy on the CPU of weights and optimizer state. It maps names of files, which may
+        contain folders, to the values that this rank writes with `torch.save`. Collective.
         """
         ...
 
@@ -74,16 +72,16 @@ class Backend(Protocol):
 
 
 def forgetter(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """A function that resets `optimizer`, which has not stepped yet, to what it is now.
+    """A function that resets `optimizer` to its current state. It must not have stepped yet.
 
-    DeepSpeed's ZeRO wrappers (0.19.8) hold a torch optimizer of this rank's share of the
-    parameters, timm's Lookahead (1.0.31) the one that keeps the state.
+    DeepSpeed's ZeRO wrappers (0.19.8) contain a torch optimizer for this rank's share of the
+    parameters. timm's Lookahead (1.0.31) contains the optimizer that keeps the state.
     """
     for inside in ("optimizer", "_base_optimizer"):
         optimizer = getattr(optimizer, inside, optimizer)
-    # Adagrad begins with sums.
+    # Adagrad has a state before its first step.
     states = {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()}
-    made = [
+    initial_settings = [
         copy.deepcopy({name: value for name, value in group.items() if name != "params"})
         for group in optimizer.param_groups
     ]
@@ -92,7 +90,7 @@ def forgetter(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
         optimizer.state.clear()
         for parameter, state in states.items():
             optimizer.state[parameter] = copy.deepcopy(state)
-        for group, settings in zip(optimizer.param_groups, made, strict=True):
+        for group, settings in zip(optimizer.param_groups, initial_settings, strict=True):
             for name in group.keys() - settings.keys() - {"params"}:  # LAMB counts its steps here
                 del group[name]
             group.update(copy.deepcopy(settings))

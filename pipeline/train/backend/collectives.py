@@ -1,4 +1,4 @@
-"""Communication between the workers of one run about anything but gradients."""
+"""Communication between the workers of one run, except that of gradients."""
 
 import os
 import sys
@@ -18,8 +18,8 @@ PATIENCE = timedelta(days=2)
 ALONE_PATIENCE = timedelta(minutes=30)
 
 
-# of a process group, by the device that computes: gloo would copy a GPU's tensors to the host and
-# back
+# the backends of a process group, by the device that computes. gloo would copy the tensors of a GPU
+# to the host and back
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
@@ -32,8 +32,8 @@ def world() -> tuple[int, int]:
 
 @contextmanager
 def group_of_one(device: str) -> Iterator[None]:
-    """Inside, this process is the only worker of a process group, which DeepSpeed needs. A group
-    that exists already is used, and stays.
+    """Inside, this process is the only worker of a process group, which DeepSpeed needs. An
+    existing group is used, and is not destroyed.
     """
     # DeepSpeed reads all of them.
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": device}
@@ -52,34 +52,34 @@ def group_of_one(device: str) -> Iterator[None]:
         yield
     finally:
         if owned and distributed.is_initialized():
-            # DeepSpeed (0.19.8) keeps copies of a group that it has used, and has to end it. It is
-            # not imported for this.
+            # DeepSpeed (0.19.8) keeps copies of a group that it has used, so it has to destroy the
+            # group. DeepSpeed is not imported for this.
             owner: Any = sys.modules.get("deepspeed.comm")
             if owner is None or not owner.is_initialized():
                 owner = distributed
             owner.destroy_process_group()
-        for name, value in before.items():  # a process started next has its own
+        for name, value in before.items():  # later child processes have their own
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
 
 
 class Ranks:
-    """This process among the workers of a run. With several the process group exists."""
+    """This process among the workers of a run. If there are several, the process group exists."""
 
     def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu") -> None:
         self.rank, self.size = rank, size
         self.device = torch.device(device)
-        # A group beside the GPUs' stream, so that decisions do not wait for kernels. Its timeout is
-        # long: one rank reads all pages, or fits a teacher's head, while the others wait. The
-        # watchdog finds hangs.
+        # A group on the CPU, so that decisions do not wait for GPU kernels. Its timeout is long:
+        # the other ranks wait while one rank reads all pages or fits a teacher's head. The watchdog
+        # detects hangs.
         self.control: Any = (
             distributed.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
         )
 
     def raise_if_gone(self, error: ValueError) -> None:
-        """Ray (2.60) takes the process group from workers that it is about to end. An error then
-        means nothing.
+        """Ray (2.60) removes the process group of workers that it is about to end. An error of such
+        a worker has no meaning.
 
         Raises:
             RuntimeError: the group is gone.
@@ -138,23 +138,23 @@ class Ranks:
         return values
 
     def all_or_raise(self, act: Callable[[], T_]) -> T_:
-        """This rank's result of `act`. If ranks raise ValueError, every rank raises the first one:
-        else the other ranks would wait for that rank in their next collective.
+        """This rank's result of `act`. If ranks raise ValueError, every rank raises the first one.
+        Otherwise the other ranks would wait for that rank in their next collective.
         """
-        result, said = None, None
+        result, own_error = None, None
         try:
             result = act()
         except ValueError as error:
-            said = as_user_error(error)
-        for rank, refusal in enumerate(self.all_gather_object(said)):
+            own_error = as_user_error(error)
+        for rank, refusal in enumerate(self.all_gather_object(own_error)):
             if refusal is not None:
                 raise refusal if self.size == 1 else type(refusal)(f"{refusal} (worker {rank})")
-        return result  # type: ignore[return-value]  # nobody was refused, so act returned
+        return result  # type: ignore[return-value]  # no rank raised, so `act` has returned
 
     @contextmanager
     def averaged(self, network: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """Inside, running statistics are their mean over ranks; after it, each rank has its own
-        again. Yields this rank's own.
+        """Inside, running statistics are their mean over ranks. Afterwards each rank has its own
+        again. Yields this rank's own statistics.
         """
         floating = {
             name: buffer

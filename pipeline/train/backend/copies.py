@@ -29,10 +29,10 @@ def cloned(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def alike(values: Mapping[T_, Tensor]) -> Iterable[list[T_]]:
     """The keys of `values`, in one list for each dtype and device."""
-    found: dict[tuple[torch.dtype, torch.device], list[T_]] = {}
+    groups: dict[tuple[torch.dtype, torch.device], list[T_]] = {}
     for key, value in values.items():
-        found.setdefault((value.dtype, value.device), []).append(key)
-    return found.values()
+        groups.setdefault((value.dtype, value.device), []).append(key)
+    return groups.values()
 
 
 def _copied(value: Any, seen: dict[int, Tensor]) -> Any:
@@ -41,10 +41,10 @@ def _copied(value: Any, seen: dict[int, Tensor]) -> Any:
             seen[id(value)] = value.detach().to("cpu", copy=True)
         return seen[id(value)]
     if isinstance(value, MutableMapping):
-        made = copy.copy(value)  # with attributes, such as the versions of a state_dict
+        copied_mapping = copy.copy(value)  # keeps attributes, such as the versions of a state_dict
         for key, inside in value.items():
-            made[key] = _copied(inside, seen)
-        return made
+            copied_mapping[key] = _copied(inside, seen)
+        return copied_mapping
     if type(value) in (list, tuple):
         return type(value)(_copied(inside, seen) for inside in value)
     if isinstance(value, (str, bytes, int, float, bool, type(None), torch.Size, torch.dtype)):

@@ -54,7 +54,7 @@ def config(
         "zero_optimization": {
             "stage": zero,
             "reduce_bucket_size": min(parameters, LARGEST_BUCKET),
-            # Clipping alone needs the norm, which costs a reduction over ranks and a wait for the
+            # Only clipping needs the norm. The norm costs a reduction over ranks and a wait for the
             # GPU at every step.
             **({"compute_grad_norm": False} if zero and not clip_norm else {}),
         },
@@ -62,19 +62,19 @@ def config(
             "enabled": precision == "bf16",
             "dtype": "bfloat16",
             # Gradients of the classes listed here are reduced in bf16 at stages 1 and 2, which
-            # moves them by up to 4e-2 (0.19.8); listing one that no model has keeps every reduction
-            # in fp32 and the forward as it is.
+            # changes them by up to 4e-2 (0.19.8). With a class that no model has, every reduction
+            # is in fp32, and the forward pass does not change.
             "lower_precision_safe_modules": ["torch.nn.Bilinear"],
         },
         "steps_per_print": 2**31,
-        # On by default in 0.19.8, it waits for the GPU at every forward: T times a batch under an
-        # online rule, once under BPTT.
+        # This timer is on by default (0.19.8). It waits for the GPU at every forward pass: T times
+        # per batch under an online rule, once under BPTT.
         "timers": {"throughput": {"enabled": False}},
     }
 
 
 class DeepSpeed(Backend):
-    """A DeepSpeed engine as a `Backend`. The process group must exist before."""
+    """A DeepSpeed engine as a `Backend`. The process group must already exist."""
 
     name = "deepspeed"
 
@@ -107,7 +107,7 @@ class DeepSpeed(Backend):
         engine, optimizer, _, _ = deepspeed.initialize(
             model=network, optimizer=optimizer_of(network), config=settings
         )
-        _wait_as_long_as_the_others(engine)
+        _copy_timeout(engine)
         self.model: nn.Module = engine
         self.network = network
         self.optimizer: torch.optim.Optimizer = optimizer
@@ -116,24 +116,24 @@ class DeepSpeed(Backend):
         self._engine: Any = engine
 
     def backward(self, loss: Tensor, share: float) -> None:
-        # DeepSpeed averages over ranks, shares already sum to 1 over them.
+        # DeepSpeed averages over ranks, but the shares already sum to 1 over ranks.
         self._engine.backward(loss * (share * self.workers), scale_wrt_gas=False)
 
     def gradients(self) -> list[Tensor]:
-        # ZeRO (0.19.8) moves them: at stage 1 to an attribute of its own, at stage 2 to this rank's
-        # share of their sum.
+        # ZeRO (0.19.8) moves the gradients: at stage 1 to an attribute of its own, at stage 2 to
+        # this rank's share of their sum.
         if self.zero == 2:
             optimizer: Any = self.optimizer
             shares = (optimizer.averaged_gradients, optimizer.all_grad_tensors)
-            found = (
+            gradients = (
                 gradient for share in shares for group in share.values() for gradient in group or ()
             )
         else:
-            found = (
+            gradients = (
                 getattr(p, "grad_accum", None) if p.grad is None else p.grad
                 for p in self.network.parameters()
             )
-        return [gradient for gradient in found if gradient is not None]
+        return [gradient for gradient in gradients if gradient is not None]
 
     def discard(self) -> None:
         if self.zero:
@@ -150,7 +150,7 @@ class DeepSpeed(Backend):
         files: dict[str, Any] = {}
         with (
             warnings.catch_warnings(),
-            tempfile.TemporaryDirectory() as folder,  # a stage above 0 copies its scripts there
+            tempfile.TemporaryDirectory() as folder,  # ZeRO-1 and ZeRO-2 copy scripts there
         ):
             warnings.simplefilter("ignore", FutureWarning)
 
@@ -164,35 +164,35 @@ class DeepSpeed(Backend):
         return files
 
     def load(self, folder: Path) -> None:
-        # DeepSpeed's own `load` (0.19.8) runs whatever code a pickle asks for.
+        # DeepSpeed's own `load` (0.19.8) runs any code in a pickle.
         self._engine.checkpoint_engine.load = load_data
         path, _ = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
         if path is None:  # 0.19.8 returns None for a missing checkpoint and trains from scratch
             raise FileNotFoundError(f"deepspeed: no checkpoint {CHECKPOINT_TAG!r} in {folder}")
 
 
-def _wait_as_long_as_the_others(engine: Any) -> None:
+def _copy_timeout(engine: Any) -> None:
     """Give DeepSpeed's own process group (0.19.8) the timeout of the group of all workers.
 
-    It is made with torch's default, 10 minutes under NCCL. Reductions of gradients would give up on
-    a worker before its watchdog does.
+    DeepSpeed creates it with torch's default timeout, 10 minutes under NCCL. Reductions of
+    gradients would then give up on a worker before its watchdog does.
     """
-    of_all: Any = distributed.group.WORLD
-    options = of_all._get_backend(engine.device).options
+    all_workers: Any = distributed.group.WORLD
+    options = all_workers._get_backend(engine.device).options
     distributed.distributed_c10d._set_pg_timeout(options._timeout, engine.data_parallel_group)
 
 
 class _StderrOfThisThread:
-    """Replaces `sys.stdout`: this thread prints to stderr, the others to stdout. The main thread
-    shows the run meanwhile.
+    """Replaces `sys.stdout`: this thread prints to stderr, the others to stdout. Meanwhile the main
+    thread shows the run.
     """
 
     def __init__(self) -> None:
         self._stdout, self._thread = sys.stdout, threading.get_ident()
 
     def __getattr__(self, name: str) -> Any:
-        is_this = threading.get_ident() == self._thread
-        return getattr(sys.stderr if is_this else self._stdout, name)
+        is_this_thread = threading.get_ident() == self._thread
+        return getattr(sys.stderr if is_this_thread else self._stdout, name)
 
 
 def import_deepspeed() -> Any:

@@ -17,7 +17,7 @@ STATE = "state.pt"
 
 
 class _Autocast(nn.Module):
-    """The network in the recipe's precision. `fresh_state` finds the neurons of a module."""
+    """The network in the recipe's precision. `fresh_state` finds its neurons: it is a module."""
 
     def __init__(self, network: nn.Module, precision: str) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class _Autocast(nn.Module):
 
 
 class Plain(Backend):
-    """The network and its optimizer in one process, gradients summed over ranks where there are
+    """The network and its optimizer in one process. Gradients are summed over ranks, if there are
     several.
     """
 
@@ -65,7 +65,7 @@ class Plain(Backend):
     def step(self) -> None:
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         if world()[1] > 1:
-            for p in parameters:  # the other ranks wait for one without a gradient, too
+            for p in parameters:  # all ranks sum all parameters, also those without a gradient
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             _sum_over_ranks([p.grad for p in parameters if p.grad is not None])
         if self.clip_norm > 0:
@@ -90,11 +90,11 @@ class Plain(Backend):
 
 def _sum_over_ranks(tensors: list[Tensor]) -> None:
     """Sum each tensor over ranks, in place. One collective sums all tensors of a dtype."""
-    for places in alike(dict(enumerate(tensors))):
-        mine = [tensors[place] for place in places]
-        flat = torch.cat([tensor.flatten() for tensor in mine])
+    for indices in alike(dict(enumerate(tensors))):
+        group = [tensors[index] for index in indices]
+        flat = torch.cat([tensor.flatten() for tensor in group])
         distributed.all_reduce(flat)
-        sums = flat.split([tensor.numel() for tensor in mine])
+        sums = flat.split([tensor.numel() for tensor in group])
         torch._foreach_copy_(
-            mine, [sum_.view_as(tensor) for sum_, tensor in zip(sums, mine, strict=True)]
+            group, [sum_.view_as(tensor) for sum_, tensor in zip(sums, group, strict=True)]
         )

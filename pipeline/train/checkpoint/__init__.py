@@ -1,15 +1,15 @@
-"""Checkpoints: written beside training, the manifest last, and verified before they are loaded.
+"""Checkpoints: written while training goes on, the manifest last, and verified before a load.
 
     step_00000120/
         deepspeed/ | plain/     weights and optimizer state; with ZeRO a part of each rank
         model.safetensors       the weights alone, for evaluation and publication
-        rule.pt                 the rule's own state, where it has any
+        rule.pt                 the rule's own state, if it has any
         rng_rank0.pt ...        each rank's random number generators and own running statistics
         trainer.json            step, data position, run ids, recipe, totals
         manifest.json           sizes and sha256 of all of these
 
-The newest one that verifies counts, whatever a scheduler's own list says. A damaged one is moved to
-`quarantine/`, and the one before it is used.
+The newest checkpoint that verifies is used, regardless of a scheduler's own list. A damaged
+checkpoint is moved to `quarantine/`, and the previous one is used.
 
 In reading order: `checkpoints` saves and restores, `background` is the thread that writes, `place`
 is a folder or an address of checkpoints and its owner, `remote` serves addresses, `choose` selects

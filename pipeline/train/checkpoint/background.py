@@ -1,8 +1,8 @@
 """The thread in which a rank writes its part of a checkpoint while training goes on.
 
-A checkpoint is whole once all parts are. The threads cannot use collectives, which are training's:
-each rank leaves a note in the checkpoint's folder of what it has written, and rank 0's thread waits
-for the notes, seals the folder and brings it to its place.
+A checkpoint is complete once all parts are. The threads cannot use collectives, because training
+uses them. Instead, each rank leaves a note of its files in the checkpoint's folder. Rank 0's thread
+waits for the notes, seals the folder and moves it to its place.
 """
 
 import contextlib
@@ -26,33 +26,33 @@ from pipeline.train.checkpoint.place import WRITING, Place
 
 POLL_S = 0.05
 WAIT_S = 1.0  # between two signs of life of a rank that waits for a thread
-# A thread that lives counts as making progress for so long, because an upload shows none.
+# For this long a live thread counts as making progress, because an upload shows no progress.
 LONGEST_S = 1800.0
 
 
 class Abandoned(RuntimeError):
-    """A part of the checkpoint is missing, and nobody waits for it any more."""
+    """A part of the checkpoint is missing, and no rank waits for it any more."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is whole."""
+    """A complete checkpoint."""
 
     address: str
     step: int
-    write_s: float  # from the copy of its state until it was whole
+    write_s: float  # from the copy of its state until it was complete
     bytes: int
-    untidy: str = ""  # why an older one, which should go, could not be deleted
+    untidy: str = ""  # the error if an old checkpoint could not be deleted
 
 
 class Background:
     """One rank's writing of one checkpoint, which begins at once.
 
     Args:
-        files: what to write, by name: text, tensors by name (`.safetensors`), or what `torch.save`
-            takes. The dict is emptied meanwhile.
-        keep: the older checkpoints that stay once this one is whole, see `prune`. An error of it
-            is noted in `Saved.untidy`.
+        files: the contents by file name: text, tensors by name (`.safetensors`), or a value for
+            `torch.save`. The dict is emptied during the writing.
+        keep: see `prune`, which is called once the checkpoint is complete. An error of `prune` is
+            noted in `Saved.untidy`.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Background:
         self.place, self.step, self.name = place, step, step_name(step)
         self.rank, self.ranks, self.keep = rank, ranks, keep
         self.temp = place.staging / f"{WRITING}{attempt}-{self.name}"
-        # On rank 0 the whole checkpoint, on another rank None: its part is written.
+        # The complete checkpoint on rank 0. None on another rank, once its part is written.
         self.outcome: Future[Saved | None] = Future()
         self._nobody_waits = threading.Event()
         self._began = time.monotonic()
@@ -83,13 +83,13 @@ class Background:
         return self.outcome.exception() if self.outcome.done() else None
 
     def makes_progress(self) -> bool:
-        """Whether the thread may still succeed; who waits for one that hangs gives no sign of
-        life.
+        """Whether the thread may still succeed. A rank that waits for a hung thread gives no sign
+        of life.
         """
         return self.outcome.done() or time.monotonic() - self._began < LONGEST_S
 
     def give_up(self, beat: Callable[[], None]) -> None:
-        """Wait for the end of the thread, which from now on waits for no other rank for long."""
+        """Wait for the end of the thread. From now on it waits for other ranks only briefly."""
         self._nobody_waits.set()
         while self._thread.is_alive():
             self._thread.join(WAIT_S)
@@ -101,7 +101,7 @@ class Background:
             facts = self._write(files)
             saved = self._finish(facts) if self.rank == 0 else None
         except BaseException as error:  # raised by whoever waits for the outcome
-            with contextlib.suppress(OSError):  # else rank 0 learns of it at the next collective
+            with contextlib.suppress(OSError):  # then rank 0 learns of it at the next collective
                 if self.rank:
                     self._note("failed").touch()
             self.outcome.set_exception(error)
@@ -135,7 +135,9 @@ class Background:
         return Saved(address, self.step, time.monotonic() - self._began, size, untidy)
 
     def _facts_of(self, rank: int, patience: float) -> Facts:
-        """Wait for another rank's note, once nobody waits for no more than `patience` seconds."""
+        """The facts in another rank's note. Waits for the note, but after `give_up` for at most
+        `patience` seconds.
+        """
         note, until = self._note("json", rank), time.monotonic() + patience
         while not note.exists():
             if self._note("failed", rank).exists():
@@ -157,7 +159,7 @@ class Background:
 
 
 def _write(file: Path, value: Any) -> None:
-    with file.open("wb") as stream:  # Python's own: a full disk is an OSError with a number
+    with file.open("wb") as stream:  # Python's own file: a full disk is an OSError with a number
         if isinstance(value, str):
             stream.write(value.encode())
         elif file.suffix == ".safetensors":

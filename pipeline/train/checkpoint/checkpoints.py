@@ -33,16 +33,16 @@ class Checkpoints:
     """The checkpoints of one run, written by all of its ranks together.
 
     Args:
-        place: where they are kept.
-        attempt: names this process group; workers of an abandoned one write elsewhere.
+        place: the place where they are kept.
+        attempt: the name of this process group. Workers of an abandoned group write elsewhere.
         keep: the newest checkpoints that stay, beside the best by score and the pinned ones.
         ranks: the number of ranks.
         each: gathers every rank's value, in the order of ranks, on every rank; see
             `Ranks.all_gather_object`.
         on_quarantine: called with address and reason of a damaged checkpoint before it is moved.
-        on_unwritten: called with step and error, on every rank, of a checkpoint that could not be
-            written, where saving goes on.
-        beat: called again and again by a rank that waits for a thread.
+        on_unwritten: called on every rank with step and error if a checkpoint could not be written
+            and saving goes on.
+        beat: called repeatedly by a rank that waits for a thread.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Checkpoints:
         self.on_quarantine, self.on_unwritten, self.beat = on_quarantine, on_unwritten, beat
         self._writing: Background | None = None
         self._is_reported = True
-        self._asides: dict[str, str] = {}  # reported, and not yet moved, as storage failed
+        self._asides: dict[str, str] = {}  # reported, not yet moved: storage failed
         self._failures, self._is_retry = 0, False
-        # Of the newest checkpoint that is whole on every rank; 0: the run's beginning.
+        # Step of the newest checkpoint that is complete on every rank; 0: the run's beginning.
         self.newest_step = 0
 
     def save(
@@ -78,15 +78,15 @@ class Checkpoints:
         buffers: Mapping[str, Tensor] | None = None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> Saved | None:
-        """Begin to write a checkpoint; collective. It is whole once `done` or `wait` returns it.
+        """Begin to write a checkpoint. Collective. It is complete once `done` or `wait` returns it.
 
         Args:
             buffers: this rank's own running statistics; the network holds the mean over ranks.
-            weights: those to publish, a copy that nobody else changes; None: the network's.
+            weights: the weights to publish, a copy that nothing else changes; None: the network's.
 
         Returns:
-            The checkpoint before, as `wait` does. One that could not be written is reported to
-            `on_unwritten`: storage that failed once may be back.
+            The previous checkpoint, as `wait` does. If it could not be written, `on_unwritten` is
+            called and saving goes on: the storage may be back.
 
         Raises:
             UserError, OSError: see `settle`.
@@ -99,7 +99,7 @@ class Checkpoints:
             if rule.state_dict():
                 files["rule.pt"] = copied(rule.state_dict())
             files[TRAINER] = json.dumps({**trainer, "step": step}, indent=1) + "\n"
-        # Beside what is left of one that failed.
+        # A failed save may have left files under its own name.
         attempt = f"{self.attempt}.{self._failures}" if self._failures else self.attempt
         self._is_reported = False
         self._writing = Background(
@@ -114,23 +114,26 @@ class Checkpoints:
         return before
 
     def done(self) -> Saved | None:
-        """On rank 0 the last `save`, once, as soon as it is whole; does not wait."""
+        """The checkpoint of the last `save`, once, on rank 0, as soon as it is complete. Does not
+        wait.
+        """
         writing = self._writing
         if writing is None or not writing.outcome.done() or writing.failure():
             return None
         return self._report(writing)
 
     def failed(self) -> bool:
-        """Whether the last `save` has failed, on any rank as seen from rank 0; does not wait."""
+        """Whether the last `save` has failed: on this rank, or for rank 0 on any. Does not wait."""
         return self._writing is not None and self._writing.failure() is not None
 
     def wait(self) -> Saved | None:
-        """Wait until the last `save` is whole; collective. On rank 0 its checkpoint, if not
-        reported.
+        """Wait until the last `save` is complete. Collective. Returns its checkpoint on rank 0,
+        unless it was returned before.
 
         Raises:
             UserError: it cannot be written, and only the user can change that: the disk is full.
-            OSError: it could not be written. On every rank, as is UserError; what is whole stays.
+            OSError: it could not be written. Every rank raises both errors. Complete checkpoints
+                stay.
         """
         writing, self._writing = self._writing, None
         if writing is None:
@@ -140,11 +143,11 @@ class Checkpoints:
         return self._report(writing)
 
     def settle(self) -> tuple[Saved | None, bool]:
-        """As `wait`, and whether it could not be written: then the state at hand is to be saved.
+        """As `wait`, and whether the checkpoint is lost. The current state must then be saved.
 
         Raises:
             UserError: see `wait`.
-            OSError: neither it could be written nor the one before.
+            OSError: neither this checkpoint nor the previous one could be written.
         """
         writing = self._writing
         try:
@@ -157,10 +160,10 @@ class Checkpoints:
             return None, True
 
     def close(self, error: BaseException | None = None) -> Saved | None:
-        """End without the other ranks, of which one may be gone.
+        """End without collectives, because another rank may be gone.
 
-        A checkpoint with all parts is finished. A failure to write is noted on `error`, which ends
-        the attempt."""
+        A checkpoint with all parts is completed. A failure to write is noted on `error`, the error
+        that ends the attempt."""
         writing, self._writing = self._writing, None
         if writing is None:
             return None
@@ -176,10 +179,10 @@ class Checkpoints:
         return None
 
     def newest(self) -> Path | None:
-        """The newest one that verifies; damaged ones are quarantined. For rank 0.
+        """The newest checkpoint that verifies. Damaged ones are quarantined. For rank 0.
 
         Raises:
-            CheckpointError: it verifies, and one of its files would run code when it is loaded.
+            CheckpointError: it verifies, but one of its files would run code when it is loaded.
             OSError: the storage failed. A later call continues: nothing is reported twice.
         """
         self.place.sweep()
@@ -198,8 +201,8 @@ class Checkpoints:
         return None
 
     def discard(self, step: int, reason: str) -> None:
-        """Quarantine the checkpoint of `step`, if there is one; collective, without a save in
-        flight.
+        """Quarantine the checkpoint of `step`, if there is one. Collective. No save may be in
+        progress.
         """
         names = self.place.names() if self.rank == 0 else []
         if step_name(step) in names:
@@ -209,13 +212,14 @@ class Checkpoints:
         self.newest_step = self.each(newest)[0]
 
     def _quarantine(self, name: str, reason: str) -> None:
-        """Report a checkpoint by its new address and the reason, then move it there.
+        """Report a checkpoint with its new address and the reason, then move it there.
 
-        In this order: the journal says that it was saved, and would miss it for ever.
+        The report comes first. Otherwise the journal might never explain why a checkpoint that it
+        names is missing.
         """
         if name not in self._asides:
-            found = PurePosixPath(self.place.address(name)).name
-            aside = f"quarantine/{found}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
+            folder = PurePosixPath(self.place.address(name)).name
+            aside = f"quarantine/{folder}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
             self.on_quarantine(self.place.address(aside), reason)
             self._asides[name] = aside
         self.place.set_aside(name, self._asides[name])
@@ -229,7 +233,7 @@ class Checkpoints:
             FileNotFoundError: one of its files is gone since it was verified.
         """
         files = read_manifest((path / MANIFEST).read_bytes())
-        for name in files:  # a backend loads whatever it finds
+        for name in files:  # a backend does not notice a missing file
             (path / name).stat()
         trainer = read_trainer(path)
         if trainer.get("zero", 0) > 0 and trainer["world_size"] != self.ranks:
@@ -257,9 +261,9 @@ class Checkpoints:
         return trainer
 
     def _agree(self, writing: Background) -> None:
-        """Wait until every rank has written, or delete what was written and raise on every rank.
+        """Wait until every rank has written. If one fails, delete the files and raise on all ranks.
 
-        The ranks ask each other again and again, so that each gives signs of life.
+        The ranks exchange their states repeatedly, so that each of them gives signs of life.
         """
         while True:
             wait([writing.outcome], timeout=background.WAIT_S)
@@ -277,7 +281,7 @@ class Checkpoints:
         ]
         if self.rank == 0:
             shutil.rmtree(writing.temp, ignore_errors=True)
-        # Rank 0's own may only say that another rank failed: it has no number.
+        # Rank 0's own error may only report the failure of another rank. It then has no number.
         number, reason = min(failures, key=lambda failure: failure[0] is None)
         if number in FOR_THE_USER:
             names = self.place.names()
@@ -290,7 +294,7 @@ class Checkpoints:
         raise OSError(number or errno.EIO, message) from own
 
     def _report(self, writing: Background) -> Saved | None:
-        """The checkpoint, once."""
+        """The complete checkpoint at the first call, then None."""
         is_reported, self._is_reported = self._is_reported, True
         return None if is_reported else writing.outcome.result()
 
@@ -298,24 +302,24 @@ class Checkpoints:
 def _described(error: BaseException) -> tuple[int | None, str]:
     """The number and text of an error, for the other ranks.
 
-    torch hides an OSError in an error of its own. What is refused is the user's business, as what
-    is not permitted.
+    torch hides an OSError in an error of its own. A UserError counts as a missing permission: only
+    the user can change either.
     """
     if isinstance(error, UserError):
         return errno.EPERM, str(error)
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, OSError):  # s3fs (2026.9) gives a PermissionError no number
-            number = errno.EPERM if isinstance(found, PermissionError) else found.errno
-            return number, f"{found.strerror or found}" + (
-                f": {found.filename}" if found.filename else ""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):  # s3fs (2026.9) gives a PermissionError no number
+            number = errno.EPERM if isinstance(cause, PermissionError) else cause.errno
+            return number, f"{cause.strerror or cause}" + (
+                f": {cause.filename}" if cause.filename else ""
             )
-        found = found.__cause__ or found.__context__
+        cause = cause.__cause__ or cause.__context__
     return None, f"{type(error).__name__}: {error}"
 
 
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
-    """A copy of them on the CPU, as they are published."""
+    """A copy of the network's weights on the CPU, as they are published."""
     return {
         name: value.detach().to("cpu", copy=True).contiguous()
         for name, value in network.state_dict().items()
@@ -344,7 +348,7 @@ def rng_state() -> dict[str, Any]:
             "gauss": float(numpy["gauss"]),
         },
     }
-    if torch.cuda.is_initialized():  # else asking would make a context on a card
+    if torch.cuda.is_initialized():  # otherwise the call would create a context on a GPU
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 

@@ -1,4 +1,4 @@
-"""Which checkpoint of a place is used, which ones go, and which one must be there."""
+"""Selects, in a place, the checkpoint to use, those to delete, and the one that must exist."""
 
 import re
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ def step_name(step: int) -> str:
 
 
 def pin(path: Path) -> None:
-    """Keep a checkpoint from being pruned: somebody outside of the run knows its address."""
+    """Protect a checkpoint from pruning, because its address is known outside of the run."""
     path.with_name(f"{path.name.split('.')[0]}.pinned").touch()
 
 
@@ -23,7 +23,7 @@ def verified(place: Place, which: str = "last") -> Path:
 
     Raises:
         CheckpointError: there is none.
-        OSError: one cannot be looked at now, and may be the one.
+        OSError: a checkpoint cannot be read now, and may be the right one.
     """
     names = place.names()
     if which == "best":
@@ -43,7 +43,8 @@ def prune(place: Place, saved: str, *, keep: int) -> None:
     Checkpoints newer than `saved` belong to another attempt: they stay and do not count.
 
     Raises:
-        OSError: the score of one cannot be read now. It stays, as it may be the best.
+        OSError: the score of a checkpoint cannot be read now. The checkpoint stays, because it may
+            be the best.
     """
     names = [name for name in place.names() if name <= saved]
     if len(names) <= keep:
@@ -65,22 +66,22 @@ def prune(place: Place, saved: str, *, keep: int) -> None:
 
 
 def lost_step(events: Iterable[Event], *, keep: int) -> int | None:
-    """The step of the newest checkpoint that must exist by the journal's events; None: none must.
+    """The step of the newest checkpoint that must exist according to the journal; None: none must.
 
-    Each start names the newest one at that time. Of those saved since, the newest `keep` exist,
-    except those in quarantine.
+    Each start event names the newest checkpoint at that time. Of the checkpoints saved since, the
+    newest `keep` exist, except those in quarantine.
     """
-    there: set[int] = set()
+    existing: set[int] = set()
     for event in events:
         if isinstance(event, Start):
-            there = {step for step in {*there, event.step} if 0 < step <= event.step}
+            existing = {step for step in {*existing, event.step} if 0 < step <= event.step}
         elif isinstance(event, Checkpoint):
-            there = set(sorted({*there, event.step})[-keep:])
+            existing = set(sorted({*existing, event.step})[-keep:])
         elif isinstance(event, Quarantine):
             if name := re.match(r"step_(\d+)", PurePosixPath(event.path).name):
-                # The event of its saving may be missing, and it has replaced an older one.
-                there = set(sorted({*there, int(name[1])})[-keep:]) - {int(name[1])}
-    return max(there, default=None)
+                # The event of its save may be missing. It has then replaced an older checkpoint.
+                existing = set(sorted({*existing, int(name[1])})[-keep:]) - {int(name[1])}
+    return max(existing, default=None)
 
 
 def _is_pinned(place: Place, name: str) -> bool:
@@ -92,10 +93,10 @@ def _is_pinned(place: Place, name: str) -> bool:
 
 
 def _score(place: Place, name: str) -> float | None:
-    """The score of a checkpoint; None where it has none or is damaged.
+    """The score of a checkpoint; None if it has none or is damaged.
 
     Raises:
-        OSError: it cannot be looked at, and may be whole.
+        OSError: it cannot be read now, and may be intact.
     """
     try:
         return trainer_of(place, name)["score"]

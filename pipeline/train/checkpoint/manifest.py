@@ -1,4 +1,4 @@
-"""A checkpoint's manifest: size and sha256 of every file. A folder without one is no checkpoint."""
+"""A checkpoint's manifest: size and sha256 of each file. A folder without it is no checkpoint."""
 
 import hashlib
 import json
@@ -20,24 +20,24 @@ def facts_of(folder: Path, names: Iterable[str]) -> Facts:
 
 
 def seal(folder: Path, facts: Facts) -> None:
-    """Write the manifest, the last of the files."""
+    """Write the manifest. It is the last file of a checkpoint."""
     manifest = {"version": 1, "files": facts, "sha256": _digest(facts)}
     write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def damage(path: Path) -> str | None:
-    """The damage of a checkpoint, in words; None when every byte is as it was written.
+    """The damage of a checkpoint, in words; None if every byte is as it was written.
 
     Raises:
-        OSError: it cannot be looked at, and may be whole: permission denied, storage that is away.
+        OSError: it cannot be read now, and may be intact: permission denied, storage that is away.
     """
     name = MANIFEST
     try:
         for name, fact in read_manifest(retry_read((path / MANIFEST).read_bytes)).items():
-            found = retry_read(partial(_fact_of, path / name))
-            if found["bytes"] != fact["bytes"]:
-                return f"{name} has {found['bytes']} bytes instead of {fact['bytes']}"
-            if found != fact:
+            actual = retry_read(partial(_fact_of, path / name))
+            if actual["bytes"] != fact["bytes"]:
+                return f"{name} has {actual['bytes']} bytes instead of {fact['bytes']}"
+            if actual != fact:
                 return f"{name} differs from its sha256"
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return f"{name} is missing"

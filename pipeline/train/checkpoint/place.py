@@ -3,15 +3,16 @@
 A checkpoint is a folder with the name of its step, `step_00000120`. If the step is saved again,
 `step_00000120.1` replaces it, then `.2`: the highest number counts, and the others are deleted.
 
-In a folder, one rename makes a checkpoint whole. A store has no rename. There the manifest is the
-last file that is put, and the first that is deleted: a folder without one does not count. There the
-names end in the attempt's, as in `step_00000120.1-ATTEMPT`, so that late uploads of an abandoned
-attempt reach no other checkpoint. Uploads are compared by size; sha256 is compared after a fetch.
+In a folder, one rename completes a checkpoint. A store has no rename. There the manifest is the
+last file that is put, and the first that is deleted: a folder without a manifest does not count. In
+a store, names end with the attempt, as in `step_00000120.1-ATTEMPT`, so that late uploads of an
+abandoned attempt reach no other checkpoint. Uploads are compared by size; sha256 is compared after
+a fetch.
 
-A place outside of its run's folder has an owner, because the lock of the run's folder ends there. A
-driver writes `owner.json` with a token of its own before it changes anything. Every change checks
-the token first. Of two drivers, the later one has the place, and the earlier one ends at its next
-save, wherever it runs.
+A place outside of its run's folder has an owner, because the lock of the run's folder does not
+protect it. A driver writes `owner.json` with a token of its own before it changes anything. Every
+change checks the token first. Of two drivers, the later one owns the place, and the earlier one
+ends at its next save, on any machine.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ from pipeline.train.checkpoint.manifest import MANIFEST, read_manifest
 from pipeline.train.checkpoint.remote import WithOSErrors, own_folder, sweep_fetched
 
 TRAINER, OWNER = "trainer.json", "owner.json"
-WRITING = ".writing-"  # begins the name of the folder in which an attempt writes a checkpoint
+WRITING = ".writing-"  # prefix of the folder in which an attempt writes a checkpoint
 _DELETING = ".deleting-"
-_FOLDER = re.compile(r"(step_\d+)(?:\.(\d+))?(-.+)?")  # name, how often saved before, attempt
+_FOLDER = re.compile(r"(step_\d+)(?:\.(\d+))?(-.+)?")  # name, number of earlier saves, attempt
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,10 +53,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be used, in one line."""
 
 
-def _change(
+def _changes_place(
     method: Callable[Concatenate[Place, P], R],
 ) -> Callable[Concatenate[Place, P], R]:
-    """A method that changes a place, and checks its owner first."""
+    """Decorates a method that changes a place: the owner is checked first."""
 
     @functools.wraps(method)
     def checked(place: Place, *args: P.args, **more: P.kwargs) -> R:
@@ -66,13 +67,13 @@ def _change(
 
 
 class Place:
-    """The checkpoints of one run. A checkpoint is whole under its name, or it is absent.
+    """The checkpoints of one run. A checkpoint is complete under its name, or it is absent.
 
     Args:
         address: a path, or an address of fsspec. Credentials come from the environment.
         staging: a folder that every rank sees, in which checkpoints are written first and to which
             they are fetched; None: `address` is such a folder.
-        token: of the owner that every change requires; "": no owner is checked.
+        token: the owner's token, which every change requires; "": no owner is checked.
 
     Raises:
         CheckpointError: nothing opens the address, it is a chain of several, or has a password.
@@ -100,61 +101,61 @@ class Place:
         self.fs = WithOSErrors(fs)
 
     def names(self) -> list[str]:
-        """The checkpoints, oldest first; `damage` says whether their bytes are intact."""
+        """The names of the checkpoints, oldest first. Their bytes are not verified (`damage`)."""
         return list(self._whole())
 
     def address(self, name: str) -> str:
         """The path or URI of a checkpoint or file, for people."""
         return f"{self.url}/{self._folder(name)}".rstrip("/")
 
-    @_change
+    @_changes_place
     def finish(self, temp: Path, name: str) -> str:
-        """Make the sealed folder `temp` the checkpoint `name`; its address.
+        """Make the sealed folder `temp` the checkpoint `name`. Returns its address.
 
-        A process that dies at any point leaves the older one or the new one.
+        A process that dies at any point leaves the older checkpoint or the new one.
         """
         before = self._whole().get(name)
-        made = name if before is None else f"{name}.{int(before[2] or 0) + 1}"
+        folder = name if before is None else f"{name}.{int(before[2] or 0) + 1}"
         if self.folder is not None:
-            temp.rename(self.folder / made)
+            temp.rename(self.folder / folder)
             sync_folder(self.folder)
         else:
-            made += f"-{temp.name.removeprefix(WRITING).removesuffix(f'-{name}')}"
+            folder += f"-{temp.name.removeprefix(WRITING).removesuffix(f'-{name}')}"
             for file in temp.rglob("*"):
                 if file.is_file() and file.name != MANIFEST:
-                    self._put(file, f"{made}/{file.relative_to(temp).as_posix()}")
+                    self._put(file, f"{folder}/{file.relative_to(temp).as_posix()}")
             self.check_owner()
-            self._put(temp / MANIFEST, f"{made}/{MANIFEST}")
-            shutil.rmtree(temp, ignore_errors=True)  # the next attempt sweeps what stays
+            self._put(temp / MANIFEST, f"{folder}/{MANIFEST}")
+            shutil.rmtree(temp, ignore_errors=True)  # the next attempt sweeps the rest
         self.check_owner()  # a driver that took over before the last step has swept the parts
-        return f"{self.url}/{made}"
+        return f"{self.url}/{folder}"
 
-    @_change
+    @_changes_place
     def tidy(self, name: str) -> None:
-        """Delete what the checkpoint `name` has replaced."""
-        counts = self._folder(name)
-        for found in self._folders():
-            if found[1] == name and found[0] != counts:
-                self._remove(found[0])
+        """Delete the folders that the checkpoint `name` has replaced."""
+        current = self._folder(name)
+        for folder in self._folders():
+            if folder[1] == name and folder[0] != current:
+                self._remove(folder[0])
 
     def fetch(self, name: str) -> Path:
         """A folder with the checkpoint, intact or not, that every rank sees.
 
-        It stays until this process fetches the next one or ends.
+        It stays until this process fetches the next checkpoint or ends.
         """
-        counts = self._folder(name)
+        current = self._folder(name)
         if self.folder is not None:
-            return self.folder / counts
+            return self.folder / current
         fetched = own_folder(self.staging) / name
         fetched.mkdir()
-        with contextlib.suppress(FileNotFoundError):  # `damage` finds what is missing
-            self._get(f"{counts}/{MANIFEST}", fetched / MANIFEST)
+        with contextlib.suppress(FileNotFoundError):  # `damage` reports a missing file
+            self._get(f"{current}/{MANIFEST}", fetched / MANIFEST)
             try:
                 files = read_manifest((fetched / MANIFEST).read_bytes())
             except ValueError:
-                return fetched  # `damage` finds that, too
+                return fetched  # `damage` reports that, too
             for file in files:
-                self._get(f"{counts}/{file}", fetched / file)
+                self._get(f"{current}/{file}", fetched / file)
         return fetched
 
     def read(self, file: str) -> bytes:
@@ -170,7 +171,7 @@ class Place:
             return retry_read((self.folder / path).read_bytes)
         return self.fs.cat_file(f"{self.root}/{path}")
 
-    @_change
+    @_changes_place
     def write(self, file: str, content: bytes) -> None:
         """Replace a file beside the checkpoints; readers see the older content or the new."""
         if self.folder is not None:
@@ -179,27 +180,27 @@ class Place:
         else:
             self.fs.pipe_file(f"{self.root}/{file}", content)
 
-    @_change
+    @_changes_place
     def delete(self, name: str) -> None:
         """Delete a checkpoint. A process that dies in between leaves nothing that looks whole."""
-        for found in self._folders():  # oldest first, or one that was replaced would count again
-            if found[1] == name:
-                self._remove(found[0])
+        for folder in self._folders():  # oldest first, or a replaced folder would count again
+            if folder[1] == name:
+                self._remove(folder[0])
 
-    @_change
+    @_changes_place
     def set_aside(self, name: str, aside: str) -> None:
         """Move a checkpoint to the path `aside` in this place."""
-        counts = self._folder(name)
+        current = self._folder(name)
         if self.folder is not None:
             (self.folder / aside).parent.mkdir(exist_ok=True)
-            (self.folder / counts).rename(self.folder / aside)
+            (self.folder / current).rename(self.folder / aside)
         else:
-            self.fs.copy(f"{self.root}/{counts}/", f"{self.root}/{aside}/", recursive=True)
+            self.fs.copy(f"{self.root}/{current}/", f"{self.root}/{aside}/", recursive=True)
         self.delete(name)
 
-    @_change
+    @_changes_place
     def sweep(self) -> None:
-        """Delete what dead writers left.
+        """Delete the files that dead writers have left.
 
         Only for the holder of the run's lock (train/writer_lock.py) and owner of the place.
         """
@@ -209,14 +210,14 @@ class Place:
         for marker in self.staging.glob(f"{MARKER}*"):
             marker.unlink(missing_ok=True)
         sweep_fetched(self.staging)
-        counting = {found[0] for found in self._whole().values()}
-        for found in self._folders():
-            if found[0] not in counting:
+        current = {folder[0] for folder in self._whole().values()}
+        for folder in self._folders():
+            if folder[0] not in current:
                 with contextlib.suppress(OSError):
-                    self._remove(found[0])
+                    self._remove(folder[0])
 
     def check_owner(self) -> None:
-        """Raises: CheckpointError once another driver than this one owns the place."""
+        """Raises: CheckpointError if another driver owns the place."""
         owner = owner_of(self) if self.token else None
         if self.token and (owner is None or owner.token != self.token):
             raise CheckpointError(
@@ -225,7 +226,7 @@ class Place:
             )
 
     def _folders(self) -> list[re.Match[str]]:
-        """The folders of checkpoints, whole or not, oldest first, as `_FOLDER` matches them."""
+        """The folders of checkpoints, complete or not, oldest first, as matches of `_FOLDER`."""
         if self.folder is not None:
             names = [path.name for path in step_folders(self.folder)]
         else:
@@ -234,20 +235,21 @@ class Place:
             except FileNotFoundError:
                 return []
             names = [PurePosixPath(path).name for path in paths]
-        found = (_FOLDER.fullmatch(name) for name in names)
-        ours = (each for each in found if each and bool(each[3]) == (self.folder is None))
+        matches = (_FOLDER.fullmatch(name) for name in names)
+        ours = (each for each in matches if each and bool(each[3]) == (self.folder is None))
         return sorted(ours, key=lambda each: (each[1], int(each[2] or 0), each[0]))
 
     def _whole(self) -> dict[str, re.Match[str]]:
-        """The folder that counts of each checkpoint, by its name, oldest first."""
-        return {found[1]: found for found in self._folders() if self._is_whole(found[0])}
+        """The current folder of each checkpoint, by the checkpoint's name, oldest first."""
+        return {folder[1]: folder for folder in self._folders() if self._is_whole(folder[0])}
 
     def _folder(self, name: str) -> str:
-        found = self._whole().get(name)
-        return name if found is None else found[0]
+        current = self._whole().get(name)
+        return name if current is None else current[0]
 
     def _is_whole(self, folder: str) -> bool:
-        """Not by fsspec's `exists`, which is False after a failed request (2026.9; sftp, webhdfs).
+        """Whether a checkpoint's folder has its manifest. fsspec's `exists` is not used: it is
+        False after a failed request (2026.9; sftp, webhdfs).
 
         Raises:
             OSError: the store does not answer.
@@ -260,7 +262,7 @@ class Place:
         return True
 
     def _remove(self, folder: str) -> None:
-        """Half of a checkpoint never has its name."""
+        """Delete a folder. A partly deleted checkpoint never has the checkpoint's name."""
         if self.folder is not None:
             doomed = self.folder / f"{_DELETING}{time.time_ns():x}-{folder}"
             (self.folder / folder).rename(doomed)
@@ -283,7 +285,7 @@ class Place:
 
 
 def place_at(address: str, run: Path, *, token: str = "") -> Place:
-    """The place of a run's checkpoints, by path or address; an empty one is RUN/checkpoints."""
+    """The place of a run's checkpoints at a path or address; "" stands for RUN/checkpoints."""
     inside = RunFolder(run).checkpoints
     return Place(address or inside, inside, token=token)
 
@@ -337,7 +339,7 @@ def trainer_of(place: Place, name: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError: it is missing.
         ValueError: it is damaged.
-        OSError: it cannot be looked at, and may be whole.
+        OSError: it cannot be read now, and may be intact.
     """
     try:
         value = json.loads(place.read(f"{name}/{TRAINER}"))
@@ -355,7 +357,7 @@ class Owner:
     run_id: str
     study: str
     run: str  # its folder
-    # of one start of a driver; "": known from a checkpoint, no driver has claimed the place
+    # of one start of a driver; "": no driver has claimed the place, a checkpoint names the owner
     token: str = ""
     host: str = ""
     since: str = ""
@@ -366,11 +368,11 @@ class Owner:
 
 
 def owner_of(place: Place) -> Owner | None:
-    """The owner by owner.json, else by the newest intact trainer.json; None: nobody has the place.
+    """The owner in owner.json, else in the newest intact trainer.json; None: there is no owner.
 
     Raises:
         CheckpointError: owner.json is damaged.
-        OSError: the place cannot be looked at.
+        OSError: the place cannot be read.
     """
     try:
         content = place.read(OWNER)
@@ -393,11 +395,11 @@ _OF_TRAINER = ("run_id", "study", "run")
 
 
 def claim(place: Place, *, run: str, run_id: str, study: str) -> str:
-    """Write a run down as the owner of a place that is free or its own; the token of its workers.
+    """Make a run the owner of a place that is free or its own. Returns the token of its workers.
 
     Raises:
         CheckpointError: another run owns it, or owner.json is damaged. Nothing was changed.
-        OSError: the place cannot be looked at, or written to.
+        OSError: the place cannot be read or written.
     """
     owner = owner_of(place)
     if owner is not None and owner.run_id != run_id:

@@ -1,5 +1,5 @@
-"""What a place at an address needs beside fsspec: its failures as OSErrors, and a folder to fetch
-to.
+"""Additions to fsspec for a place at an address: its failures as OSErrors, and a folder for fetched
+checkpoints.
 """
 
 import atexit
@@ -35,7 +35,7 @@ class WithOSErrors:
             try:
                 return method(*given, **more)
             except PermissionError as error:
-                if "RequestTimeTooSkewed" in repr(error.__cause__):  # a clock comes right
+                if "RequestTimeTooSkewed" in repr(error.__cause__):  # a clock may be set right
                     raise OSError(errno.EIO, str(error)) from error
                 raise
             except (OSError, ValueError):
@@ -52,9 +52,11 @@ class WithOSErrors:
 
 
 def own_folder(staging: Path) -> Path:
-    """An empty folder of this process in `staging`, for what it fetches; it goes with the process.
+    """An empty folder of this process in `staging`, for fetched checkpoints. It is deleted when the
+    process ends.
 
-    The next `sweep_fetched` deletes that of a killed process, whose lock the kernel has released.
+    If a process was killed, the kernel has released its lock, and the next `sweep_fetched` deletes
+    its folder.
     """
     if staging not in _locks:
         staging.mkdir(parents=True, exist_ok=True)
@@ -69,7 +71,7 @@ def own_folder(staging: Path) -> Path:
 
 
 def sweep_fetched(staging: Path) -> None:
-    """Delete the folders of processes that have ended; what cannot be deleted stays."""
+    """Delete the folders of processes that have ended. A folder that cannot be deleted stays."""
     for lock in staging.glob(f".fetched-*{_LOCK}"):
         # BlockingIOError: its process lives. NFS locks only files that are open for writing.
         with contextlib.suppress(OSError), lock.open("r+") as handle:

@@ -1,1 +1,1 @@
-"""What protects a run: against bad batches, replicas that differ, hangs, storage that is away."""
+"""Guards of a run: against bad batches, replicas that differ, hangs, and storage that is away."""

@@ -1,11 +1,11 @@
-"""Bad batches: which ones the network must not learn from, and what happens instead.
+"""Bad batches: their detection, and their removal from training.
 
-Before the weights move, every rank hears of every other's loss and gradient. A batch is bad if its
-loss or gradient is not finite on any rank. With `policy.loss_spike` it is also bad if its loss is
-more than that many times the median of the last 64 good ones of its task.
+Before the weights move, the ranks combine their losses and the checks of their gradients. A batch
+is bad if its loss or gradient is not finite on any rank. With `policy.loss_spike` it is also bad if
+its loss is more than that many times the median of the last 64 good losses of its task.
 
     a bad batch                      `SkipBatch`: it leaves no trace. Running statistics, the
-                                     rule's state and the random numbers are put back, as if
+                                     rule's state and the random numbers are restored, as if
                                      `Policy.skip` had named the batch
     `policy.max_skips` + 1 in a row  `Rollback` (recovery.py)
     `policy.max_rollbacks` + 1       `Diverged`
@@ -36,7 +36,7 @@ from pipeline.train.checkpoint import rng_state, set_rng_state
 from pipeline.train.loop import Guard
 from pipeline.train.recovery import Rollback, SkipBatch
 
-WINDOW = 64  # good losses that a new one is compared with; with fewer it is not compared
+WINDOW = 64  # good losses that a new loss is compared with; with fewer there is no comparison
 
 
 def can_undo(recipe: Recipe, rule: Rule) -> bool:
@@ -45,10 +45,10 @@ def can_undo(recipe: Recipe, rule: Rule) -> bool:
 
 
 class AnomalyGuard(Guard):
-    """One per rank. Every method is called equally often on every rank.
+    """One per rank. Every method must be called equally often on every rank.
 
     Args:
-        spike: a loss of more than so many medians is bad; 0: every finite loss is good.
+        spike: a loss above this many medians is bad; 0: every finite loss is good.
         max_skips: bad batches in a row that are skipped.
         can_undo: whether a bad batch can be undone.
         on_skip: called with (step, reason) of each bad batch that is skipped.
@@ -78,17 +78,17 @@ class AnomalyGuard(Guard):
         self._loss = math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        """With it a resumed run judges the next batch as this one would have."""
+        """The state with which a resumed run judges the next batch as this run would."""
         return {"in_a_row": self._in_a_row, "losses": list(self._good)}
 
     def begin_task(self) -> None:
-        """The losses of another task are not compared with those so far."""
+        """Forget the losses so far: those of another task are not compared with them."""
         self._in_a_row = 0
         self._good.clear()
 
     @contextmanager
     def batch(self, step: int) -> Iterator[None]:
-        """Raises: Rollback, on every rank."""
+        """See `Guard.batch`. Raises: Rollback, on every rank."""
         self._losses = []
         try:
             yield
@@ -112,7 +112,7 @@ class AnomalyGuard(Guard):
         self._losses.append(loss.detach() * share)
 
     def check(self) -> None:
-        """By the losses and gradients of all ranks. Raises: SkipBatch."""
+        """Judge the batch by the losses and gradients of all ranks. Raises: SkipBatch."""
         loss = torch.stack(self._losses).sum(dtype=torch.float64)
         gradients = self.backend.gradients()
         if not gradients:
@@ -142,7 +142,7 @@ class AnomalyGuard(Guard):
 
 
 class _Before:
-    """A copy of what a batch changes beside the weights."""
+    """A copy of the state that a batch changes beside the weights."""
 
     def __init__(self, backend: Backend, rule: Rule) -> None:
         self.backend, self.rule = backend, rule

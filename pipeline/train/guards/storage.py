@@ -11,7 +11,7 @@ from pipeline.train.backend.collectives import Ranks
 T_ = TypeVar("T_")
 
 PATIENCE_S = 600.0  # for storage that fails: the restart of a file server takes minutes
-# between two tries; each pause is twice as long as the one before
+# pause between two tries; each pause is twice as long as the previous one
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 BEAT_S = 1.0
 
@@ -23,14 +23,14 @@ def patiently(
     beat: Callable[[], None] = lambda: None,
     on_wait: Callable[[str], None] = lambda error: None,
 ) -> T_:
-    """`Ranks.broadcast_object(act)`, tried again while storage fails for no fault of the user's.
+    """`Ranks.broadcast_object(act)`, tried again while storage fails with an error that may pass.
     Collective.
 
-    Meanwhile every rank calls `beat` again and again. Rank 0 calls `on_wait` once with the error.
+    While waiting, every rank calls `beat` repeatedly. Rank 0 calls `on_wait` once with the error.
 
     Raises:
-        OSError: it failed for ten minutes, or only the user can change it; on rank 0, for which the
-            others wait.
+        OSError: the storage failed for ten minutes, or only the user can change the cause. Only
+            rank 0 raises it; the others wait for rank 0.
         UserError: see `Ranks.broadcast_object`.
     """
     begun, pause_s, is_reported = time.monotonic(), FIRST_PAUSE_S, False

@@ -1,9 +1,9 @@
-"""A worker that hangs: the stacks of its threads go into the run's folder, and the process ends, to
-be started again.
+"""Ends a worker that hangs: the stacks of its threads are written into the run's folder, and the
+process ends. It is then restarted.
 
-A hang in a loader, a lock or a collective raises nothing, and to Ray a worker is alive as long as
-its actor answers. The timer is the interpreter's own (faulthandler), which runs even if no Python
-thread gets its turn.
+A hang in a loader, a lock or a collective raises nothing. For Ray a worker is alive as long as its
+actor answers. The timer is the interpreter's own (faulthandler). It runs even if no Python thread
+can run.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from typing import IO
 from pipeline.core.run_folder import RunFolder
 from pipeline.track.events import Event, Hung
 
-_PART = 0.1  # of the patience: the timer is set anew so often, which costs a thread
+_PART = 0.1  # share of the patience after which the timer is reset; a reset costs a thread
 
 
 def unreported_hangs(run: Path, events: Sequence[Event]) -> dict[str, int]:
-    """The files of stacks, relative to the run's folder, that its journal does not name, and the
-    ranks that hung.
+    """The files of stacks that the journal does not name, relative to the run's folder, each with
+    the rank that hung.
     """
     known = {event.stacks for event in events if isinstance(event, Hung)}
-    folder, found = RunFolder(run).stacks, {}
+    folder, hangs = RunFolder(run).stacks, {}
     for file in sorted(folder.glob("rank*")):
-        named, path = re.match(r"rank(\d+)-.+\.txt$", file.name), f"{folder.name}/{file.name}"
-        if named is not None and path not in known and _size(file):  # empty: it was killed
-            found[path] = int(named[1])
-    return found
+        match, path = re.match(r"rank(\d+)-.+\.txt$", file.name), f"{folder.name}/{file.name}"
+        if match is not None and path not in known and _size(file):  # empty: the worker was killed
+            hangs[path] = int(match[1])
+    return hangs
 
 
 def _size(file: Path) -> int:
     try:
         return file.stat().st_size
-    except FileNotFoundError:  # its worker has ended well meanwhile
+    except FileNotFoundError:  # its worker has ended normally meanwhile
         return 0
 
 
 class Watchdog:
-    """Of one process. As a context manager it watches: `beat` has to be called at least every
-    `patience_s` seconds. 0: it does not watch.
+    """The watchdog of one process. As a context manager it watches: `beat` must be called at least
+    every `patience_s` seconds. 0: it does not watch.
     """
 
     def __init__(self, run: Path, *, rank: int, patience_s: float) -> None:
-        self._patience_s = patience_s  # at the moment
+        self._patience_s = patience_s  # the current patience
         self._path = RunFolder(run).stacks / f"rank{rank}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         self._file: IO[str] | None = None
         self._set_in = 0  # the part of the patience, counted from 1970, in which the timer was set
@@ -70,18 +70,18 @@ class Watchdog:
     def beat(self) -> None:
         """A sign of life.
 
-        The timer is set anew when the clock begins another part of the patience, on all ranks at
-        once. So ranks that wait for one that hangs do not end before that one.
+        The timer is reset when the clock enters another part of the patience, on all ranks at the
+        same time. So the ranks that wait for a hung rank do not end before that rank.
         """
         if self._patience_s > 0 and self._part() != self._set_in:
             self._set()
 
     def off(self) -> AbstractContextManager[None]:
-        """Inside it does not watch: one worker may rightly be busy for long, and others wait."""
+        """Inside, it does not watch: one worker may be busy for long while the others wait."""
         return self._within(0.0)
 
     def patient(self, seconds: float) -> AbstractContextManager[None]:
-        """Inside the patience is at least so long."""
+        """Inside, the patience is at least `seconds`."""
         return self._within(max(self._patience_s, seconds) if self._patience_s > 0 else 0.0)
 
     @contextmanager
