@@ -1,10 +1,10 @@
-"""The papers' claims about a rule beside what was measured here: {claim, published, ours, holds?}.
+"""The papers' claims about a rule beside our own measurements: {claim, published, ours, holds?}.
 
-Judged is the mean over the seeds that a rule and its baseline both ran (`Group.ratios`,
-`Group.differences`), and for times also the mean of starts in which rules took turns on one batch,
-before any training. Where the 95 % interval lies on both sides of the bound, the verdict says so.
-A claim that was not run is shown as that. Accuracy and time of one seed have no interval, and get
-no verdict.
+A verdict judges the mean over the seeds that a rule and its baseline both ran (`Group.ratios`,
+`Group.differences`). For times it also judges the mean over starts: before any training, the rules
+take turns on one batch. If the 95 % interval contains the bound, the verdict says so. A claim that
+was not run is listed as not run. Accuracy and time of a single seed have no interval and get no
+verdict.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,13 +30,13 @@ _CALLED = {
 class Claim:
     """One line of the table of claims."""
 
-    about: str  # the rule, and where
-    claim: str  # such as: saved bytes, of BPTT's
+    about: str  # the rule, and where it was measured
+    claim: str  # for example "saved bytes, of BPTT's"
     published: str
-    bound: str  # that ours is held to; empty without one
+    bound: str  # the bound that our value is held to; empty without one
     ours: str
-    holds: bool | None  # None: not run here, undecided, of one seed, or without a bound
-    within_noise: bool = False  # the 95 % interval of ours lies on both sides of the bound
+    holds: bool | None  # None: not run here, undecided, a single seed, or no bound
+    within_noise: bool = False  # the 95 % interval of our value contains the bound
 
     @property
     def verdict(self) -> str:
@@ -49,7 +49,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Returned:
-    """The claims and sweeps that a suite's own report returns, or that MLflow keeps of it."""
+    """The claims and sweeps that a suite's own report returns, or that MLflow stores for it."""
 
     claims: tuple[Claim, ...] = ()
     sweeps: tuple[Mapping[str, Any], ...] = ()
@@ -62,7 +62,7 @@ def returned(value: Any, where: str) -> Returned:
     """Read the "claims" and the "sweeps" of a report's value, each a list or a mapping.
 
     Raises:
-        ReportError: one of them is no claim or no sweep; the value came from `where`.
+        ReportError: an entry is not a claim or not a sweep. `where` names the source of the value.
     """
     value = value if isinstance(value, Mapping) else {}
     return Returned(
@@ -72,8 +72,8 @@ def returned(value: Any, where: str) -> Returned:
 
 
 Bound = float | Callable[[float], float] | None
-"""A share, or a function of r, the backward over the forward of what is divided by: ours may be a
-tenth more than its value. None: nothing is claimed that ours could be held to."""
+"""A share, or a function of r, which is the divisor's ratio of backward to forward time. Our value
+may exceed the bound by a tenth. None: the claim has no bound that our value could be held to."""
 
 
 def share(
@@ -134,7 +134,7 @@ def share_of_two_forwards(r: float) -> float:
 def accuracy(about: str, group: Group, rule: str, *, within: float | None, published: str) -> Claim:
     """The claim that a rule is at most `within` points below the baseline over paired seeds.
 
-    It holds for the whole interval, for none of it, or is undecided.
+    The claim holds, fails, or is undecided if the interval contains the bound.
     """
     claim, bound = (
         f"top-1 below {group.against}'s, points",

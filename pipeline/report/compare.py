@@ -1,7 +1,7 @@
 """`spiketrain compare`: the rules of one study side by side, with ratios to the baseline, BPTT.
 
-Runs that differ in more than the rule and the seed are refused, and nothing is divided across
-studies or machines. A study whose runs are of several machines has a comparison for each.
+Runs that differ in more than the rule and the seed are refused. Values of different studies or
+machines are never divided. A study with runs on several machines has one comparison per machine.
 """
 
 import json
@@ -53,7 +53,7 @@ class Comparison:
     """Runs of a study that may be compared, with notes for the reader."""
 
     group: Group
-    elsewhere: tuple[Run, ...] = ()  # unfinished runs of the study that were trained otherwise
+    elsewhere: tuple[Run, ...] = ()  # unfinished runs of the study under other conditions
     notes: tuple[str, ...] = ()
     where: str = ""  # machine and workers, for a study with several comparisons
 
@@ -75,10 +75,11 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """The comparison as JSON values.
 
-        `baseline` is the name of its first run. Each run is its summary, with the metrics that the
-        summary does not have, `behind`, and `ratios` to the baseline of its seed: of speed and
-        time to `time_baseline`. Wall clocks are divided without `startup_s` and `fidelity_s`.
-        JSON has no NaN and no infinity: null stands in their place, and `not_finite` names them.
+        `baseline` is the name of its first run. Each run is its summary, extended by the metrics
+        that the summary lacks, by `behind`, and by `ratios` to the baseline of its seed. Speed and
+        time are divided by those of `time_baseline`. Wall clocks are divided without `startup_s`
+        and `fidelity_s`. JSON has no NaN and no infinity: null replaces them, and `not_finite`
+        lists them.
         """
         group = self.group
         baseline = [run.name for run in group.of(group.against) if run.is_finished]
@@ -102,7 +103,7 @@ class Comparison:
         }
 
     def _run_to_json(self, run: Run, over: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
-        """`over`: by metric and seed, the baseline's values."""
+        """Convert a run. `over` holds the baseline's values by metric and seed."""
         computed = {each.name: run.value(each.name) for each in compared() if each.source}
         ratios = {
             name: None
@@ -122,10 +123,10 @@ class Comparison:
         }
 
     def render(self, console: Console) -> None:
-        """Print the costs, what stands behind each row, and the notes.
+        """Print the costs, the conditions behind each row, and the notes.
 
-        There is one line for each rule: its mean over its runs ± the standard deviation, and × the
-        baseline over paired seeds. A rule whose runs all diverged has a line that says so.
+        Each rule has one line: its mean over its runs ± the standard deviation, and × the ratio
+        to the baseline over paired seeds. If all runs of a rule diverged, its line says so.
         """
         self._print_costs(console)
         console.print()
@@ -143,7 +144,7 @@ class Comparison:
                 say(console, line, whole=[how_to_resume(run.folder)])
 
     def _describe_unfinished(self, run: Run) -> str:
-        """A line for the table's end; empty for a diverged run that a note names."""
+        """Describe a run below the table. A diverged run that a note names has an empty text."""
         if run.state == "diverged":
             what = "diverged, trained otherwise than these: it is in no mean"
             return f"{run.name} ({run.rule}) {what}" if run in self.elsewhere else ""
@@ -175,15 +176,15 @@ def compare(
 
     Args:
         runs_dir: where runs live.
-        names: run names, paths, or study keys (or beginnings of them); none: all of the study
-            whose run finished last. Named runs get those of the same study of each kind of the
-            baseline that is not among them.
+        names: run names, paths, or study keys (or beginnings of them). Without names, the study
+            whose run finished last is compared. For named runs, the missing kinds of the baseline
+            are added from the same study.
         against: the rule that ratios and differences refer to.
-        within: points of accuracy below it that a rule may be, for the verdict on paired seeds.
+        within: the tolerated loss in points of accuracy, for the verdict on paired seeds.
 
     Raises:
-        ComparisonError: nothing finished, or the runs differ in more than the rule and the seed.
-        ReportError: a name that is neither a run nor a study.
+        ComparisonError: no run finished, or the runs differ in more than the rule and the seed.
+        ReportError: a name belongs to neither a run nor a study.
     """
     runs = read_runs(Path(runs_dir))
     members = chosen(Path(runs_dir), names, runs)
@@ -200,7 +201,7 @@ def comparisons(
     """Compare runs, grouped by study and machine.
 
     Raises:
-        ComparisonError: nothing of a study finished, or its runs differ in what no key covers.
+        ComparisonError: no run of a study finished, or its runs differ outside the study key.
     """
     members = list(map(read_run, folders))
     found, refusals = _made(read_runs(Path(runs_dir)), members, against=against, within=within)
@@ -219,12 +220,13 @@ def print_comparison(
     within: float = WITHIN,
     console: Console | None = None,
 ) -> None:
-    """Print `compare`; of a whole study, or of the runs in `folders`, a comparison for each study
-    and machine. An error about some of the runs is raised after the others are printed.
+    """Print `compare`: one whole study, or one comparison per study and machine of `folders`.
+
+    An error about some of the runs is raised after the others are printed.
 
     Args:
-        format: table, one below another on the console; json, a list of them; or csv, a line for
-            each finished run.
+        format: "table" prints tables on the console; "json" prints a list of comparisons; "csv"
+            prints one line per finished run.
 
     Raises:
         ComparisonError: see `compare`.
@@ -254,9 +256,9 @@ def print_comparison(
 
 
 def comparable(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs by study and machine, in their order.
+    """Group runs by study and machine, in their order.
 
-    Unfinished runs of a machine on which nothing finished join the first of their study.
+    Unfinished runs on a machine where no run finished join the first group of their study.
     """
     finished = [run for run in runs if run.is_finished]
     groups: dict[str, list[Run]] = {kind(run): [] for run in finished}
@@ -296,7 +298,7 @@ def finite(value: Any) -> Any:
 def _compared(
     runs: Sequence[Run], members: Sequence[Run], *, against: str, within: float, is_whole: bool
 ) -> Comparison:
-    """Compare the members. A whole study (`is_whole`) lacks nothing but the baseline."""
+    """Compare the members. A whole study (`is_whole`) can lack only its baseline."""
     for run in members:
         refuse_damage(run)
     others = [run for run in members if not run.is_finished]
@@ -353,19 +355,19 @@ def _print_tables(found: Sequence[Comparison], console: Console) -> None:
 
 
 def _where(run: Run) -> str:
-    """A place such as `a cpu, 2 cores, 1 thread; 2 workers, with 1 loader thread`."""
+    """Describe machine and workers: `a cpu, 2 cores, 1 thread; 2 workers, with 1 loader thread`."""
     threads = {loaders(on) for on in run.trained_on}
-    loader = threads.pop() if len(threads) == 1 else ""  # several are in `places`
+    loader = threads.pop() if len(threads) == 1 else ""  # `places` names several loader counts
     return ", ".join(filter(None, (places(run, between="; "), loader)))
 
 
 def _state(run: Run) -> str:
-    """A run that finished and has no summary was interrupted before it wrote one."""
+    """Name the run's state. A finished run without a summary was interrupted before writing it."""
     return "interrupted" if run.state == "finished" else run.state
 
 
 def _label(rule: str, *, finished: int, diverged: int) -> str:
-    """A label such as `SLTT-1 (2 of 3 runs, the other diverged)`."""
+    """Label a rule, for example `SLTT-1 (2 of 3 runs, the other diverged)`."""
     if finished and diverged:
         others = "other" if diverged == 1 else "others"
         return f"{rule} ({finished} of {finished + diverged} runs, the {others} diverged)"
@@ -374,7 +376,7 @@ def _label(rule: str, *, finished: int, diverged: int) -> str:
 
 
 def _cell(found: tables.Shown | None, console: Console) -> str:
-    """The text of a cell. In a terminal the deviation stands below the mean and its ratio."""
+    """Format a cell. In a terminal the deviation is below the mean and its ratio."""
     if found is None:
         return "-"
     over = f"\t{found.ratio}" if found.ratio else ""
@@ -384,7 +386,7 @@ def _cell(found: tables.Shown | None, console: Console) -> str:
 
 
 def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, Cell]]:
-    """The path and the text of each number that JSON does not have."""
+    """Yield the path and the text of each number that JSON cannot represent."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _not_finite(item, f"{name}.{key}" if name else key)

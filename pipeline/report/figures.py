@@ -99,7 +99,7 @@ def ratios(group: Group) -> Figure | Missing:
 def _ratio_traces(
     found: Mapping[tuple[str, str], Spread], rules: Sequence[str], names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """A row of markers for each rule, a little apart from those of the others."""
+    """Yield a row of markers for each rule, slightly offset from those of the others."""
     for index, rule in enumerate(rules):
         offset = 0.6 * (index / (len(rules) - 1) - 0.5) if len(rules) > 1 else 0.0
         here = [
@@ -225,7 +225,7 @@ def _marker(
 
 
 def _beside(group: Group, rule: str) -> list[float | None]:
-    """Of an inference: measured joules, multiply-accumulates and accumulates."""
+    """Return measured joules, multiply-accumulates and accumulates per inference."""
     found = [
         group.spread(rule, name) for name in (ENERGY_MEASURED, "inference.macs", "inference.acs")
     ]
@@ -233,7 +233,7 @@ def _beside(group: Group, rule: str) -> list[float | None]:
 
 
 def _measured_on(group: Group) -> str:
-    """The meaning of the measured joules, or why there are none."""
+    """Explain the measured joules, or why there are none."""
     if any(run.value(ENERGY_MEASURED) is not None for run in group.finished):
         return f"Joules measured on cards are {MEASURED_SAID}"
     has_gpu = any(run.hardware.get("gpu", "none") != "none" for run in group.finished)
@@ -245,7 +245,7 @@ def _measured_on(group: Group) -> str:
 
 
 def _counted_on(group: Group) -> str:
-    """The samples that the energy is of, and how the counts differ from published ones."""
+    """Name the samples behind the energy, and how the counts differ from published ones."""
     counted = [run for run in group.finished if run.value(ENERGY) is not None]
     sizes = sorted({int(run.value("inference.samples") or 0) for run in counted})
     first = "the first batch of the first worker's share"
@@ -291,7 +291,7 @@ def _errors(spreads: Sequence[Spread], place: int, *, scale: float = 1.0) -> dic
     }
 
 
-_SMALL = 0.01  # of a bar: parts below it in every rule are drawn as one
+_SMALL = 0.01  # share of a bar: parts below it in every rule are drawn as one
 _SO_FAR = ", batches alone"
 _HATCH = {"size": 6, "fgcolor": PAPER, "fillmode": "overlay"}
 
@@ -359,10 +359,10 @@ def time_parts(group: Group) -> Figure | Missing:
 
 
 def _seconds_by_part(group: Group) -> Any:
-    """A frame with seconds of a batch: a row for each part of the clock, a column for each rule.
+    """Return a frame of seconds per batch: one row per part of the clock, one column per rule.
 
-    They are means over the rule's finished runs. Other runs have measured their batches alone, and
-    stand for a rule of which none has finished.
+    The values are means over the rule's finished runs. A rule without a finished run uses its other
+    runs, which have measured only their batches.
     """
     means: dict[str, Any] = {}
     for rule in group.rules:
@@ -374,7 +374,7 @@ def _seconds_by_part(group: Group) -> Any:
 
 
 ON_TRACK = 1.0  # points of accuracy below the published run that still count as on track
-_MOST = 300  # points of a curve: a run of ImageNet has some hundred thousand
+_MOST = 300  # the most points of a curve: an ImageNet run has some hundred thousand
 
 
 def learning_curves(group: Group) -> Figure | Missing:
@@ -387,7 +387,7 @@ def learning_curves(group: Group) -> Figure | Missing:
     restarts = [(run, each) for run in group.runs for each in run.history.restarts]
 
     data: list[dict[str, Any]] = []
-    named: set[str] = set()  # a rule is in the legend once, by its first run with a trace
+    named: set[str] = set()  # the legend names a rule once, at its first run with a trace
     for run, curve in zip(group.runs, curves, strict=True):
         for trace in _traces(run, curve, group.rules.index(run.rule), named=run.rule not in named):
             data.append(trace)
@@ -474,7 +474,7 @@ def published(run: Run) -> tuple[tuple[int, float], ...]:
 
 
 def thinned(curve: Sequence[Point]) -> list[Point]:
-    """A curve of at most 300 points, each the mean over the batches since the point before."""
+    """Thin a curve to at most 300 points, each the mean over the batches since the point before."""
     size = math.ceil(len(curve) / _MOST)
     if size <= 1:
         return list(curve)
@@ -506,7 +506,7 @@ def _captions(group: Group, restarts: int, *, has_logs: bool) -> Iterator[str]:
 
 
 def _other_setting(run: Run) -> str:
-    """Where a run differs from the published setting: `time_steps 4 there, 2 here`; else empty."""
+    """Describe differences from the published setting: `time_steps 4 there, 2 here`; else empty."""
     setting = run.recipe.get("published_setting")
     there = dict(flat(dict(setting))) if isinstance(setting, (list, tuple)) else {}
     here = dict(flat(run.recipe))
@@ -518,8 +518,9 @@ def _other_setting(run: Run) -> str:
 
 
 def _logs(runs: Sequence[Run]) -> dict[tuple[tuple[int, float], ...], list[str]]:
-    """Each published log, and the rules whose recipes carry it: runs of a study may differ in
-    it.
+    """Return each published log with the rules whose recipes carry it.
+
+    Runs of one study may carry different logs.
     """
     logs: dict[tuple[tuple[int, float], ...], list[str]] = {}
     for run in runs:
@@ -582,7 +583,7 @@ def _rows(run: Run, curve: Sequence[Point]) -> Iterator[tuple[Cell, ...]]:
 
 
 def _mean(points: Sequence[Point], *, after: int) -> Point:
-    """The mean of points that follow batch `after`; None where no point has a value."""
+    """Return the mean of the points after batch `after`; None where no point has a value."""
     steps = [after, *(each.step for each in points)]
     batches = [max(1, end - begin) for begin, end in itertools.pairwise(steps)]
 
@@ -604,7 +605,7 @@ def _epochs(run: Run, step: int) -> float:
 
 
 def _height_at(run: Run, step: int) -> float:
-    """The curve at the last point at or before a step, for a mark upon it."""
+    """Return the curve's value at the last point at or before a step, to place a mark on it."""
     known = [each for each in run.history.curve if each.top1 is not None]
     before = [each.top1 for each in known if each.step <= step]
     of_nothing = known[0].top1 if known else 0.0

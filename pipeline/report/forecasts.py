@@ -29,12 +29,13 @@ MODEL = "a model, not measured"
 RULE = Column("rule")
 T_ = TypeVar("T_")
 Columns = Mapping[str | Column, Callable[[T_], str]]
-"""the text of a cell, by the title of its column"""
+"""functions that return a cell's text, by column title"""
 
 
 def print_probe(found: Probe, *, console: Console | None = None) -> None:
-    """The costs of each rule; its cosine with BPTT's gradient, layer by layer; which rules cannot
-    train the network, or be compared; and the advice.
+    """Print each rule's costs, its cosine with BPTT's gradient by layer, and the advice.
+
+    It also names the rules that cannot train the network or cannot be compared.
     """
     console = console or new_console()
     _print_costs(found, console)
@@ -67,7 +68,7 @@ def probe_to_json(found: Probe) -> dict[str, Any]:
 
 def _print_costs(found: Probe, console: Console) -> None:
     def column(name: str, unit: str, scale: float) -> Callable[[Cost], str]:
-        """A quantity, beside its ratio to the baseline's."""
+        """Show a quantity beside its ratio to the baseline's."""
         base = found.time_baseline if name.endswith("_s") else found.cost(BASELINE)
         of = 0.0 if base is None else getattr(base, name)
 
@@ -113,7 +114,7 @@ def _print_layers(found: Probe, console: Console) -> None:
 
 
 def print_sweep(found: Sweep, *, console: Console | None = None) -> None:
-    """Bytes, time and largest batch against T, and each rule's growth in bytes."""
+    """Print bytes, time and largest batch against T, and each rule's growth in bytes."""
     console = console or new_console()
     base = {point.time_steps: point.cost for point in found.of(BASELINE)}
     fastest = found.time_baselines
@@ -180,7 +181,7 @@ def _below_a_sweep(found: Sweep) -> Iterator[str]:
 
 
 def _refusals(found: Sweep) -> Iterator[str]:
-    """Rules that cannot train the network, and those whose largest batch could not be tried."""
+    """Name the rules that cannot train the network, or whose largest batch could not be tried."""
     there = {(point.cost.rule, point.time_steps) for point in found.points}
     for rule, at_T in found.refused.items():
         for T, why in at_T.items():
@@ -201,9 +202,9 @@ def _speed_at_largest(point: Point) -> str:
 def print_plan(
     plan: Plan, *, against: Errors | None = None, console: Console | None = None
 ) -> None:
-    """One line for each rule, what the figures rest on, and the fastest rule.
+    """Print one line per rule, the basis of the figures, and the fastest rule.
 
-    `against`: how far off the plan is for a run.
+    `against`: the errors of the plan beside a finished run.
     """
     console = console or new_console()
     seconds = {
@@ -243,7 +244,7 @@ def plan_to_json(plan: Plan, against: Errors | None = None) -> dict[str, Any]:
 
 
 def basis(plan: Plan) -> str:
-    """What the figures were made from, and what is not in them."""
+    """Name the sources of the figures, and the costs that they exclude."""
     cluster = plan.cluster
     card, workers = cluster.device, cluster.workers
     said = (
@@ -295,7 +296,7 @@ def advice(plan: Plan) -> str:
 
 
 def _amount(value: float) -> str:
-    """`12,345`, and of less than 100 three digits."""
+    """Format `12,345`; values below 100 have three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -306,7 +307,7 @@ def _megabytes(count: float) -> str:
 def _own_bytes(
     items: Iterable[T_], cost_of: Callable[[T_], Cost]
 ) -> dict[str, Callable[[T_], str]]:
-    """The column of the rules' own bytes, where a rule has some."""
+    """Return the column of the rules' own bytes, if a rule has some."""
     if not any(cost_of(each).rule_bytes for each in items):
         return {}
     return {"rule's own": lambda each: _megabytes(cost_of(each).rule_bytes)}
@@ -315,7 +316,7 @@ def _own_bytes(
 def _print_columns(
     console: Console, items: Sequence[Any], columns: Columns[Any], *, title: str, keys: int = 1
 ) -> None:
-    """A table of one row for each item. A column is of numbers, unless it is a `Column`."""
+    """Print a table with one row per item. Columns are numeric unless they are a `Column`."""
     heads = [number(each) if isinstance(each, str) else each for each in columns]
     rows = [[cell(each) for cell in columns.values()] for each in items]
     print_table(console, heads, rows, title=title, keys=keys)
@@ -341,12 +342,10 @@ class Errors:
     run: str
     rule: str
     own_cores: bool
-    """others may have trained beside it, which are in no plan"""
+    """Whether the run had its own cores. Runs on the other cores are in no plan."""
     saved_bytes: Quantity
     step_s: Quantity
-    """of the batches whose speed counts: neither the first nor those on which bytes or operations
-    are counted
-    """
+    """Over steady batches: not the first, and none with counted bytes or operations."""
 
     def describe(self) -> str:
         saved, step = self.saved_bytes, self.step_s
@@ -371,8 +370,8 @@ def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> 
     """Refuse a run that a plan of `recipe` on `cluster` does not describe.
 
     Raises:
-        ReportError: it has not finished, was of another recipe, on other machines or other workers,
-        or changed them on the way.
+        ReportError: the run has not finished, or its recipe, machines or workers differ from the
+            plan's, or changed during the run.
     """
     run, on = _measured(folder)
     found = [("workers", cluster.workers, on.world_size)]
@@ -391,7 +390,7 @@ def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> 
 
 
 def _other_machine(cluster: Cluster, on: TrainedOn) -> list[tuple[str, Any, Any]]:
-    """Differences of the planned machine from the run's. A card's host is not part of a plan."""
+    """List differences of the planned machine from the run's. A plan excludes the card's host."""
     there = on.hardware
     if cluster.device is not None:
         return list(differing("card", cluster.device.driver, there["gpu"]))
@@ -405,11 +404,11 @@ def _other_machine(cluster: Cluster, on: TrainedOn) -> list[tuple[str, Any, Any]
 
 
 def errors(found: Plan, folder: Path) -> Errors:
-    """The errors of the plan of the rule that trained the run.
+    """Return the errors of the plan for the rule that trained the run.
 
     Raises:
-        ReportError: the plan has no such rule, another one of its label, or a micro-batch that the
-        run was not trained in.
+        ReportError: the plan lacks the rule, has another rule of the same label, or has another
+            micro-batch than the run.
     """
     run, on = _measured(folder)
     planned = next((each for each in found.rules if each.rule == run.rule), None)
@@ -433,7 +432,7 @@ def errors(found: Plan, folder: Path) -> Errors:
 
 
 def _measured(folder: Path) -> tuple[Run, TrainedOn]:
-    """The run and the conditions that it was trained under from first to last step."""
+    """Return the run and its training conditions, which must not change during the run."""
     run = read_run(folder)
     if not run.value("images_per_s") or not run.value("peak_saved_bytes"):
         raise ReportError(

@@ -12,7 +12,7 @@ from pipeline.report.results import Run
 from pipeline.report.selection import written
 from pipeline.report.study import Group
 
-_ROW = 24  # pixels of a layer
+_ROW = 24  # height of a layer in pixels
 _CATEGORIES = {"type": "category", "showgrid": False, "automargin": True}
 _DOWNWARDS = {
     "autorange": "reversed",
@@ -20,11 +20,11 @@ _DOWNWARDS = {
     "showgrid": False,
     "tickfont": {"size": 11},
 }
-_FIGURES_FIT = 8  # columns on a phone with a number in each cell
+_FIGURES_FIT = 8  # the most columns with a number in each cell on a phone
 
 
 def firing_rates(group: Group) -> Figure | Missing:
-    """Layer x time, a map for each rule: the mean over its runs, of the last evaluation."""
+    """Layer x time, one map per rule: the mean over its runs in the last evaluation."""
     title = "Firing rate by layer and time step"
     found = [
         (run.rule, layer.name, step, rate, layer.silent, layer.saturated)
@@ -65,7 +65,7 @@ def firing_rates(group: Group) -> Figure | Missing:
 
 
 def gradient_fidelity(group: Group) -> Figure | Missing:
-    """Layer x rule: the cosine of a rule's gradient with BPTT's where it was last compared."""
+    """Layer x rule: the cosine of a rule's gradient with BPTT's at the newest comparison."""
     title = "Gradient fidelity: cosine with BPTT's gradient"
     of_rule = {rule: cosines for rule in group.rules if (cosines := _cosines(group, rule))}
     if not of_rule:
@@ -108,7 +108,7 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
 
 
 def temporal_share(group: Group) -> Figure | Missing:
-    """Layer x epoch: the share of BPTT's gradient that comes through time, which SLTT drops."""
+    """Layer x epoch: the share of BPTT's gradient that flows through time, which SLTT drops."""
     title = "Temporal share of BPTT's gradient"
     looked = [
         run for run in group.runs if any(each.temporal_share for each in run.history.fidelity)
@@ -149,7 +149,7 @@ def temporal_share(group: Group) -> Figure | Missing:
 
 
 def _still_to_come(runs: Iterable[Run]) -> str:
-    """Names the runs whose recipes compare gradients but which have not done so yet."""
+    """Name the runs whose recipes compare gradients but which have not done so yet."""
     looking = [
         run.name
         for run in runs
@@ -159,7 +159,7 @@ def _still_to_come(runs: Iterable[Run]) -> str:
 
 
 def _cosines(group: Group, rule: str) -> dict[str, float | None]:
-    """By layer, the mean over a rule's runs at their newest comparison."""
+    """Return the mean cosine by layer over a rule's runs at their newest comparison."""
     if rule == group.against:
         return {}
     found: dict[str, list[float]] = {}

@@ -17,20 +17,20 @@ from pipeline.track.events import (
     Unwritten,
 )
 
-UNKNOWN_EPOCH = -1  # of an event that was made of a store's metrics
+UNKNOWN_EPOCH = -1  # of an event that was reconstructed from a store's metrics
 
 
 class Point(NamedTuple):
-    """A point of the curve, an evaluation, or a start, after `step` batches.
+    """A point of the curve, an evaluation or a start, after `step` batches.
 
-    A point of the curve is the mean over the batches since the point before.
+    A point of the curve is the mean over the batches since the previous point.
     """
 
     step: int
     seconds: float  # since the first attempt began, without the time between attempts
     top1: float | None = None
     loss: float | None = None
-    epoch: int | None = None  # that has ended, from 0
+    epoch: int | None = None  # the epoch that has ended, counted from 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class History:
     curve: tuple[Point, ...]
     evaluations: tuple[Point, ...]
     starts: tuple[Point, ...]
-    fidelity: tuple[Fidelity, ...]  # with None for what is not a finite number
+    fidelity: tuple[Fidelity, ...]  # values that are not finite are None
     step: int  # batches done
-    again_from: int | None  # where a restart stands that repeats the batches up to `step`
+    again_from: int | None  # position of a restart that is repeating the batches up to `step`
 
     @property
     def restarts(self) -> tuple[Point, ...]:
@@ -51,10 +51,11 @@ class History:
 
 
 def read_history(events: Iterable[Event], *, redone: Literal["dropped", "kept"]) -> History:
-    """The history of a run from its events, oldest first.
+    """Return the history of a run from its events, oldest first.
 
     Args:
-        redone: batches that a restart repeats are dropped, or kept until it has repeated them.
+        redone: "dropped" drops the batches that a restart repeats; "kept" keeps them until they
+            have been repeated.
     """
     curve: list[Point] = []
     again: list[Point] = []
@@ -66,7 +67,7 @@ def read_history(events: Iterable[Event], *, redone: Literal["dropped", "kept"])
         step = getattr(event, "step", None)
         if step is None:
             continue
-        # Checkpoints are written by threads, late, with the step that they are of.
+        # Threads write checkpoints late, with the step of the saved state.
         last = last if isinstance(event, (Checkpoint, Unwritten)) else step
         if isinstance(event, Start):
             starts.append(Point(step, seconds))
@@ -78,7 +79,7 @@ def read_history(events: Iterable[Event], *, redone: Literal["dropped", "kept"])
         elif isinstance(event, Step):
             curve.append(_point(event, seconds))
         elif isinstance(event, Evaluation):
-            evaluations[step] = _point(event, seconds)  # of one that is repeated the newest
+            evaluations[step] = _point(event, seconds)  # a repeated evaluation replaces the former
         elif isinstance(event, Fidelity):
             cosines = {rule: _known(of_rule) for rule, of_rule in event.cosines.items()}
             shares = _known(event.temporal_share)
@@ -96,9 +97,9 @@ def read_history(events: Iterable[Event], *, redone: Literal["dropped", "kept"])
 
 
 def parts(events: Iterable[Event]) -> dict[str, float]:
-    """Seconds of a batch in each part of the clock, of the batches whose parts are known.
+    """Return seconds per batch in each part of the clock, over the batches with known parts.
 
-    The first point of a start is left out: its first batch waits for imports and compilation.
+    The first point of a start is excluded: its first batch waits for imports and compilation.
     """
     seconds: dict[str, float] = {}
     done = batches_known = 0
@@ -118,7 +119,7 @@ def parts(events: Iterable[Event]) -> dict[str, float]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number; journals write infinities and NaN as text."""
+    """Return a finite number; journals write infinities and NaN as text."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None
@@ -130,7 +131,7 @@ def count(value: Any) -> int | None:
 
 
 def _timed(events: Iterable[Event]) -> Iterator[tuple[float, Event]]:
-    """Each event with the seconds of the attempts up to it; time between attempts is left out."""
+    """Yield each event with the seconds of the attempts up to it, without time between attempts."""
     paid = begun = last = 0.0
     attempt: int | None = None
     for event in events:
@@ -140,7 +141,7 @@ def _timed(events: Iterable[Event]) -> Iterator[tuple[float, Event]]:
         if event.attempt != attempt:
             paid, attempt, begun = paid + last - begun, event.attempt, event.time
         if isinstance(event, Start):
-            begun = event.began  # with what the process did before its first event
+            begun = event.began  # includes the process's time before its first event
         last = event.time
         yield paid + last - begun, event
 
@@ -152,7 +153,7 @@ def _point(event: Step | Evaluation, seconds: float) -> Point:
 
 
 def _joined(points: Sequence[Point], again: Sequence[Point]) -> list[Point]:
-    """The points, and those of `again` that come after the last repeated step."""
+    """Return the points, followed by those of `again` after the last repeated step."""
     if not again:
         return list(points)
     repeated = max((each.step for each in points if each.step <= again[-1].step), default=0)

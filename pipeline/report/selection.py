@@ -1,4 +1,4 @@
-"""Which runs are meant: by name or study key, or the newest study; and with which they compare."""
+"""Select runs by name or study key, or the newest study, and find the runs they compare with."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ Differing = tuple[str, Any, Any]  # a field, and its values in two runs
 
 
 class ComparisonError(ReportError):
-    """Runs that must not be compared, or none to compare; one line that names what differs."""
+    """Runs must not be compared, or none exists; the message is one line with the difference."""
 
 
 def of_the_study(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,16 +36,16 @@ def of_the_study(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def chosen(
     runs_dir: Path, names: Sequence[str | os.PathLike[str]], runs: Sequence[Run]
 ) -> list[Run]:
-    """The runs that names, paths and study keys mean, in the order of the names; without names
-    those of the study whose run finished last.
+    """The runs that names, paths and study keys select, in the order of the names.
 
-    Trials of a search belong to no study: they are judged on a part of the training set.
+    Without names, the runs of the study whose run finished last. Trials of a search belong to no
+    study: their accuracy is that of a part of the training set.
 
     Args:
         runs: all runs of the folder.
 
     Raises:
-        ReportError: nothing, or several, answer to a name.
+        ReportError: a name matches nothing, or several runs.
         ComparisonError: there are no names, and no run has finished.
     """
     if not names:
@@ -97,7 +97,7 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
     """Refuse runs that differ in more than the rule and the seed.
 
     Raises:
-        ComparisonError: two do, or two of one rule differ in what was tuned.
+        ComparisonError: two runs do, or two runs of one rule differ in a tuned value.
     """
     namesakes: dict[str, Run] = {}
     for run in runs[1:]:
@@ -112,16 +112,16 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
 def with_baseline(
     runs: Sequence[Run], finished: list[Run], against: str
 ) -> tuple[list[Run], list[str]]:
-    """Add the study's runs of each kind of the baseline that is missing and may be compared.
+    """Add comparable runs of each missing kind of the baseline from the same study.
 
-    BPTT in slices of time is such a kind, as it may be the faster. Where no baseline can be added,
-    a note says why.
+    BPTT in slices of time is such a kind, because it may be the faster one. If no baseline can be
+    added, a note says why.
 
     Args:
         runs: all runs of the folder.
 
     Raises:
-        ComparisonError: those that would be added differ from one another.
+        ComparisonError: the added runs would differ from one another.
     """
     reference, there = finished[0], {run.rule for run in finished}
     kinds = [
@@ -153,14 +153,14 @@ def with_baseline(
 
 
 def differences(a: Run, b: Run) -> list[Differing]:
-    """Everything that must be equal in two finished runs but is not.
+    """Every difference between two finished runs that forbids a comparison.
 
-    Unequal study keys are explained by the two recipes. Data count by their content, so a path is
-    named only if nothing else explains the keys.
+    Unequal study keys are explained by differences of the recipes. Data sets are equal if their
+    contents are, so a path is named only if nothing else explains the keys.
     """
     found = [*trained_apart(*([asdict(on) for on in run.trained_on] for run in (a, b)))]
     if a.rule == b.rule:
-        # One label in the table must be one rule, with one value of what was tuned.
+        # One label in the table must be one rule with one tuned value.
         found += differing("rule", a.recipe.get("rule"), b.recipe.get("rule"))
         for key in tuned_in(a.recipe):
             found += differing(key, written(a.recipe, key), written(b.recipe, key))
@@ -172,7 +172,7 @@ def trained_apart(
 ) -> Iterator[Differing]:
     """The training conditions in which two runs differ.
 
-    If a condition changed during a run, its values are a list: `[2, 1]`.
+    A condition that changed during a run has a list of values: `[2, 1]`.
     """
     if list(mine) != list(theirs):
         found = list(differing("", _columns(mine), _columns(theirs)))
@@ -180,13 +180,13 @@ def trained_apart(
 
 
 def tuned_in(recipe: Mapping[str, Any]) -> tuple[str, ...]:
-    """The dotted keys that each rule has a value of its own for; may be empty."""
+    """The dotted keys that each rule has its own value for; may be empty."""
     keys = recipe.get("tuned")
     return tuple(keys) if isinstance(keys, (list, tuple)) else ()
 
 
 def written(recipe: Mapping[str, Any], key: str) -> Any:
-    """The value under a dotted key, `optimizer.lr`, of a recipe as JSON or of flat parameters."""
+    """The value at a dotted key such as `optimizer.lr`, in a JSON recipe or flat parameters."""
     if key in recipe:
         return recipe[key]
     value: Any = recipe
@@ -196,7 +196,7 @@ def written(recipe: Mapping[str, Any], key: str) -> Any:
 
 
 def _columns(trained_on: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Each condition by its dotted name. Several values are a list."""
+    """Each condition by dotted name. Several values form a list."""
     columns: dict[str, list[Any]] = {}
     for each in trained_on:
         for name, value in flat(each).items():
@@ -222,7 +222,7 @@ def _explained(a: Run, b: Run) -> list[Differing]:
 
 
 class AmbiguousName(ReportError):
-    """A name begins the names of several runs."""
+    """The given text is the beginning of several run names."""
 
 
 def find_run(
@@ -234,19 +234,19 @@ def find_run(
 ) -> Path:
     """The absolute folder of a run, from its name, an unambiguous beginning of it, or a path.
 
-    The parent of the folder is the folder of runs that it belongs to, whatever `runs_dir` is.
+    The folder's parent is the run's own folder of runs, whatever `runs_dir` is.
 
     Args:
         suites: the name may also be that of a suite.
-        among: `folders_in(runs_dir, suites=suites)`, for callers that look up many names.
+        among: the value of `folders_in(runs_dir, suites=suites)`, to look up many names faster.
 
     Raises:
-        ReportError: no run, or several, answer to the name.
+        ReportError: no run has this name, or several begin with it.
     """
     text = os.fspath(name_or_path)
     for folder in (Path(runs_dir) / text, Path(text)):
         if is_run(folder) or (suites and is_suite(folder)):
-            # Without `.` and `..`; a link is not followed, as its run belongs where the link is.
+            # Remove `.` and `..` but keep links: a linked run belongs to the folder of the link.
             return Path(os.path.abspath(folder))  # noqa: PTH100
     folders = folders_in(runs_dir, suites=suites) if among is None else among
     found = [folder for folder in folders if folder.name.startswith(text)] if text else []
@@ -262,7 +262,7 @@ def find_run(
 
 
 def runs_dir_of(runs_dir: Path, names: Sequence[str]) -> Path:
-    """The folder that holds all these runs and suites, or `runs_dir` if one is a study key."""
+    """The folder that contains all these runs and suites; `runs_dir` if a name is a study key."""
     there = folders_in(runs_dir, suites=True)
     try:
         folders = {find_run(runs_dir, name, suites=True, among=there).parent for name in names}

@@ -27,11 +27,11 @@ def show_recipe(
 ) -> None:
     """Print a recipe's fields, parameters, study key, global batch and DeepSpeed settings.
 
-    For a suite, the values that all its recipes share are printed once, and then those of each
-    recipe. No data file is needed, nor the weights that a reference names.
+    For a suite, the values that all recipes share are printed once, followed by the other values
+    of each recipe. Neither data files nor the weights of a reference are needed.
 
     Args:
-        counts_steps: also print what a step of each recipe costs, counted without running it.
+        counts_steps: also print the cost of one step of each recipe, counted without running it.
     """
     console = console or new_console()
     if isinstance(made, Recipe):
@@ -54,12 +54,13 @@ def show_recipe(
 def _resolved(
     recipe: Recipe, ready: Recipe, workers: int, step: str
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Its fields, and what follows from them. `ready` is the recipe with files in the place of its
-    references.
+    """The recipe's fields, and the values derived from them.
+
+    `ready` is the recipe with files in place of its references.
     """
     network = check_recipe(
         ready.with_untrained_teacher(), workers
-    )  # its weights may have to be downloaded
+    )  # the weights may have to be downloaded
     split = recipe.split(workers)
     parameters = sum(p.numel() for p in network.parameters())
     each = (

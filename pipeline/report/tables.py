@@ -71,7 +71,7 @@ SCALING_SAID = (
 
 
 class Shown(NamedTuple):
-    """A quantity of a rule as text: `8 MB`, `± 0 MB`, `×0.25`; the last two may be empty."""
+    """A quantity of a rule as text: `8 MB`, `± 0 MB`, `×0.25`. The last two may be empty."""
 
     mean: str
     spread: str
@@ -82,7 +82,7 @@ class Shown(NamedTuple):
 
 
 def shown_of(group: Group, rule: str, metric: Metric, *, is_divided: bool = True) -> Shown | None:
-    """A rule's mean over its finished runs, the deviation, and the ratio over paired seeds.
+    """A rule's mean over its finished runs, its deviation, and its ratio over paired seeds.
 
     None if no run measured it.
     """
@@ -98,7 +98,7 @@ def shown_of(group: Group, rule: str, metric: Metric, *, is_divided: bool = True
 
 
 def columns_of_costs(group: Group) -> list[Metric]:
-    """The columns of every table, and the compared metrics that a finished run measured."""
+    """The columns of every table, plus the compared metrics that a finished run has."""
     finished = group.finished
     return [
         each
@@ -114,7 +114,7 @@ def title(metric: Metric, runs: Iterable[Run]) -> str:
 
 
 def prices(runs: Iterable[Run]) -> str:
-    """The price tables behind the estimated joules, such as `45 nm, fp32`; may be empty."""
+    """The price tables of the estimated joules, such as `45 nm, fp32`; may be empty."""
     of = ((run.summary or {})["inference"] for run in runs if run.value(ENERGY) is not None)
     return "; ".join(dict.fromkeys(str(inference.get("prices", NOT_SAID)) for inference in of))
 
@@ -164,7 +164,7 @@ def held(group: Group) -> Table | None:
 
 
 def behind_the_rows(group: Group) -> Table:
-    """By rule: what it is divided by, the choices that decide the comparison, and its seeds."""
+    """For each rule: its divisor, the choices that affect the comparison, and its seeds."""
     seeds = {
         rule: ", ".join(str(run.seed) for run in group.of(rule) if run.is_finished)
         for rule in group.rules
@@ -176,7 +176,7 @@ def behind_the_rows(group: Group) -> Table:
 
 
 def behind(group: Group, rule: str) -> dict[str, str]:
-    """The rules that a rule is divided by, and the choices that decide the comparison."""
+    """The rules that a rule is divided by, and the choices that affect the comparison."""
     runs = group.of(rule)
     conditions = (
         run.summary["conditions"] for run in runs if run.summary and run.summary.get("conditions")
@@ -259,7 +259,7 @@ def provenance(study: Study) -> Table:
 
 
 def lone_runs(groups: Sequence[Group]) -> Table:
-    """Runs of groups with a single rule. They are compared with nothing."""
+    """Runs of groups with a single rule. They have no comparison."""
     finished = [run for group in groups for run in group.finished]
     metrics = [each for each in compared() if each.name != "top1"]
     rows: list[tuple[Cell, ...]] = []
@@ -285,12 +285,12 @@ def lone_runs(groups: Sequence[Group]) -> Table:
 
 
 def scaling(study: Study) -> Table | None:
-    """The worth of more workers, measured; None where no rule finished on two numbers of them.
+    """The measured benefit of more workers; None if no rule finished with two worker counts.
 
         speed-up   = images/s of n workers / images/s of the fewest
         efficiency = speed-up / (n / the fewest)
 
-    images/s are a run's steady ones. The global batch is the recipe's for any number of workers.
+    images/s are those of steady batches. The global batch is the recipe's for any worker count.
     """
     alike: dict[str, dict[int, list[Run]]] = {}
     for group in study.groups:
@@ -319,7 +319,7 @@ def scaling(study: Study) -> Table | None:
 def named(group: Group, *, among: Sequence[Group] = ()) -> str:
     """`Study 01234567, shared settings, on a cpu, 2 cores, 1 thread, 2 workers`
 
-    The protocol is named where one of the groups that it stands among was tuned.
+    The protocol is named if one of the groups beside it was tuned.
     """
     run, protocol = group.runs[0], ""
     if any(tuned_in(each.runs[0].recipe) for each in (group, *among)):
@@ -329,7 +329,7 @@ def named(group: Group, *, among: Sequence[Group] = ()) -> str:
 
 
 def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
-    """A quantity with its unit. A deviation has the unit of the mean, which is `like`."""
+    """Format a quantity with its unit. A deviation has the unit of the mean, `like`."""
     size, digits = (value, 4) if like is None else (like, 2)
     if metric.unit == "share":
         return f"{value:.2%}"
@@ -342,7 +342,7 @@ def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
 
 
 def _headline(group: Group, rule: str, difference: str | None) -> str:
-    """Empty if nothing of the rule can be compared with the baseline."""
+    """The headline of a rule; empty if it has nothing to compare with the baseline."""
     saved = ", ".join(_saved(group, rule))
     if not saved and not group.lost(rule):
         return ""
@@ -408,13 +408,13 @@ def _progress(run: Run) -> str:
 
 
 def _is_there(run: Run, metric: Metric) -> bool:
-    """Whether it was measured. Without a device, its peaks are 0."""
+    """Whether the metric was measured. Without a device, its peaks are 0."""
     value = run.value(metric.name)
     return value is not None and (value != 0 or "peak_" not in metric.name)
 
 
 def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
-    """How many time steps a forward takes. A recipe that a journal alone has is text."""
+    """Time steps per forward. A recipe that is only known from a journal is text."""
     whole = written(recipe, "time_steps")
     if steps is None or (steps != 1 and whole is None):
         return NOT_SAID
@@ -424,7 +424,7 @@ def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
 
 
 def _evaluated(recipe: Mapping[str, Any]) -> str:
-    """How often the evaluation set was read: a set that is read once has chosen nothing."""
+    """How often the evaluation set was read. A set that is read once has chosen nothing."""
     every = written(recipe, "evaluation.every")
     if every is None:
         return NOT_SAID
@@ -434,7 +434,7 @@ def _evaluated(recipe: Mapping[str, Any]) -> str:
 
 
 def _apart(first: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
-    """The fields that differ, but for those in which runs of a group may differ."""
+    """The fields that differ, except those in which runs of a group may differ."""
     recipes = [
         {**of_the_study(run.recipe), "init": run.recipe.get("init")} for run in (first, other)
     ]
@@ -483,7 +483,7 @@ def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cel
 
 
 def _is_split_as_written(run: Run, workers: int) -> bool:
-    """Whether all starts trained alike, in the micro-batches of the recipe."""
+    """Whether all starts had equal conditions and the recipe's micro-batches."""
     size, most = run.recipe.get("batch_size"), run.recipe.get("micro_batch")
     if len(run.trained_on) != 1 or not isinstance(size, int) or size % workers:
         return False
