@@ -1,9 +1,9 @@
-"""CPU affinity of a worker: cores of its own, so that runs on one machine do not slow one another,
-or the cores near its GPU.
+"""CPU affinity of a worker: reserved cores, or the cores near its GPU.
 
-A core is a physical core with all its logical ones (SMT siblings share its arithmetic). A worker
-takes it by a lock on a file of its name, which the kernel releases when the worker dies. All runs
-on a machine that take cores this way use the same files. Other programs may still use these cores.
+Reserved cores prevent runs on one machine from slowing one another. A core is a physical core with
+all its logical ones (SMT siblings share its arithmetic units). A worker reserves it by locking a
+file with the core's name. The kernel releases the lock when the worker dies. All runs on a machine
+that reserve cores use the same files. Other programs may still use these cores.
 """
 
 import fcntl
@@ -23,20 +23,21 @@ import torch
 
 from pipeline.core.errors import UserError
 
-PATIENCE_S = 30.0  # a worker of a run that has ended may still be exiting
+PATIENCE_S = 30.0  # a worker of an ended run may still be exiting
 
 
 @contextmanager
 def own_cores(
     count: int, *, folder: Path | None = None, patience_s: float = PATIENCE_S
 ) -> Iterator[tuple[int, ...]]:
-    """Take `count` physical cores and keep all threads of this process on them, new ones included.
+    """Reserve `count` physical cores and keep all threads of this process on them.
 
-    The context manager gives the numbers of the logical cores and restores the affinity at its end.
+    New threads stay on them too. The context manager yields the numbers of the logical cores, and
+    restores the affinity at its end.
 
     Args:
         folder: the folder of the lock files; None: one folder per user of this machine.
-        patience_s: how long to wait for free cores.
+        patience_s: the longest wait for free cores, in seconds.
 
     Raises:
         UserError: too few cores are free after `patience_s` seconds.
@@ -65,10 +66,10 @@ def near_cores(
 ) -> Iterator[None]:
     """Keep all threads of this process on the cores of its GPU's NUMA node.
 
-    Memory is allocated on the node of the thread that touches it first, so batches do not cross
+    Memory is allocated on the node of the thread that touches it first. Batches then do not cross
     the link between sockets. Nothing changes on a CPU, on a machine with one node or unknown nodes,
-    or where fewer than `at_least` of this process's logical cores are on that node: too few cores
-    cost more time than the distance.
+    or if fewer than `at_least` of this process's logical cores are on that node: too few cores cost
+    more time than the distance.
     """
     before = os.sched_getaffinity(0)
     near = before & _cores_near(device, devices) if device.type == "cuda" else before
@@ -86,7 +87,7 @@ def _cores_near(device: torch.device, devices: Path) -> set[int]:
     """Logical cores of the card's NUMA node; empty if NVML or the kernel does not know it."""
     try:
         pynvml.nvmlInit()
-        # CUDA numbers only the cards that this process sees; the UUID identifies the card.
+        # CUDA numbers only the visible cards of this process; the UUID identifies the card.
         handle = pynvml.nvmlDeviceGetHandleByUUID(
             f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         )
@@ -101,7 +102,7 @@ def _cores_near(device: torch.device, devices: Path) -> set[int]:
 
 
 def _listed(text: str) -> set[int]:
-    """Parse a list of the kernel, such as `0-31,64-95`."""
+    """Parse a list in the kernel's format, such as `0-31,64-95`."""
     spans = [each.partition("-") for each in text.strip().split(",") if each]
     return {
         number for first, _, last in spans for number in range(int(first), int(last or first) + 1)
@@ -113,7 +114,7 @@ def physical_cores(
 ) -> dict[str, tuple[int, ...]]:
     """The logical cores of each physical core, keyed by the first sibling.
 
-    Each logical core counts as a physical one where the kernel does not list siblings.
+    If the kernel does not list siblings, each logical core counts as a physical one.
     """
     found: dict[str, tuple[int, ...]] = {}
     for core in sorted(logical):
@@ -156,7 +157,7 @@ def cores_of_machines(nodes: Iterable[NodeCores]) -> int:
 def _taken(
     there: Mapping[str, tuple[int, ...]], count: int, folder: Path
 ) -> tuple[tuple[int, ...], ExitStack] | None:
-    """`count` cores and their locks; None if fewer are free, and then no lock is held."""
+    """Try to lock `count` cores; None if fewer are free, and then no lock is held."""
     with ExitStack() as locks:
         mine: list[tuple[int, ...]] = []
         for name, logical in there.items():
@@ -179,8 +180,9 @@ def _take(file: Path, held: ExitStack) -> bool:
 
 
 def _keep_on(cores: set[int]) -> None:
-    """Set the affinity of every thread. The kernel's call for a process sets that of one thread,
-    which only threads started later inherit.
+    """Set the affinity of every thread.
+
+    The kernel sets it per thread, and only threads started later inherit it.
     """
     for thread in Path("/proc/self/task").iterdir():
         try:

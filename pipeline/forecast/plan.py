@@ -380,7 +380,7 @@ class _Planner:
     ) -> _Seconds:
         micro = fit.micro_batch
         compute = [each["forward"] + each["backward"] + each["loop"] for each in measured]
-        # The timed steps sum gradients in one backward or one update.
+        # A timed step has one micro-batch, so it sums gradients for one micro-batch or one update.
         timed_sums = fit.sums // fit.accumulation if fit.updates == 1 else 1
         once = self._moved(self.recipe.zero, timed_sums)
         more = self._moved(fit.zero, fit.sums) / once if once else 1.0

@@ -32,8 +32,8 @@ class Synthetic(Ordered):
     Args:
         samples, val_samples: numbers of training and evaluation samples.
         shape: (C, H, W) of images, or (T, C, H, W) of recordings, whose values are whole numbers
+            from 0, like counts of events.
         noise: standard deviation, relative to that of a pattern at full contrast.
-        noise: standard deviation, in units of that of a pattern at full contrast.
         augment: "shift-flip" shifts a training sample by up to max(1, H // 8) pixels, with zeros
             outside, and mirrors it with probability 1/2.
         repeats: views of each sample in a training batch (order.py).
