@@ -2,6 +2,7 @@
 
     bench = FakeBench(recipe, samples)
     counted(bench, spec(SLTT)).traffic.kernels
+
 The counts are bytes saved for backward, states, floating-point operations, kernels, and the bytes
 that kernels move. Nothing is computed and no data is read, so a step of any size takes only the
 time of its Python code. torch's fake tensors report a CPU as their device, so the counts are those

@@ -257,8 +257,9 @@ def _percentile(rates: Iterator[Tensor], samples: int) -> Tensor:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module, *, batch_statistics: bool) -> Iterator[None]:
-    """Inside, `model` is in evaluation mode; with `batch_statistics` batch norm uses this rank's
-    batch. Modes and buffers are restored afterwards.
+    """Run `model` in evaluation mode inside the block; modes and buffers are restored afterwards.
+
+    With `batch_statistics`, batch norm uses this rank's batch.
     """
     modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}

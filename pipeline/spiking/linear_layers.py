@@ -15,8 +15,7 @@ from pipeline.spiking.synapse import Conv2d, Linear
 def plain_synapses(
     who: str, model: nn.Module, *, skip: Sequence[str] = ()
 ) -> dict[str, Linear | Conv2d]:
-    """Every Linear and Conv2d outside the modules in `skip`, by module name, in order of
-    registration.
+    """Every Linear and Conv2d outside the modules in `skip`, by name, in order of registration.
 
     Raises: ValueError, in the name of `who`, for a weight that is not a plain parameter
     (standardised, parametrised, norm-limited, of another class), a matrix outside the synapses, two
