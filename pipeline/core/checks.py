@@ -75,11 +75,11 @@ def parse_time_steps(who: str, steps: str) -> tuple[int, ...]:
         ValueError: any other text.
     """
     try:
-        found = tuple(sorted({int(each) for each in steps.split(",")}))
+        numbers = tuple(sorted({int(each) for each in steps.split(",")}))
     except ValueError:
-        found = ()
-    if not are_counts(found):
+        numbers = ()
+    if not are_counts(numbers):
         raise ValueError(
             f"{who}: --steps must be numbers of time steps, such as 1,2,4,8; got {steps!r}"
         )
-    return found
+    return numbers

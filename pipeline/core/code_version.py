@@ -44,10 +44,12 @@ def check_same_code(
     Raises:
         UserError: a rank runs other code.
     """
-    found = each((digest, host))
-    first, at = found[0]
+    versions = each((digest, host))
+    first, at = versions[0]
     others = [
-        f"{rank} on {host} {digest}" for rank, (digest, host) in enumerate(found) if digest != first
+        f"{rank} on {host} {digest}"
+        for rank, (digest, host) in enumerate(versions)
+        if digest != first
     ]
     if others:
         raise UserError(

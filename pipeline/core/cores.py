@@ -116,12 +116,12 @@ def physical_cores(
 
     If the kernel does not list siblings, each logical core counts as a physical one.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    cores: dict[str, tuple[int, ...]] = {}
     for core in sorted(logical):
         siblings = topology / f"cpu{core}" / "topology" / "thread_siblings_list"  # 0,64 or 0-1
         name = re.split("[,-]", siblings.read_text().strip())[0] if siblings.exists() else str(core)
-        found[name] = (*found.get(name, ()), core)
-    return found
+        cores[name] = (*cores.get(name, ()), core)
+    return cores
 
 
 def cores_here() -> int:

@@ -157,8 +157,8 @@ def _note_inexact() -> None:
     show = warnings.showwarning
 
     def note(message: Warning | str, *about: object, **more: object) -> None:
-        if found := re.match(r"(.+?) does not have a deterministic implementation", str(message)):
-            _inexact.add(found[1])
+        if match := re.match(r"(.+?) does not have a deterministic implementation", str(message)):
+            _inexact.add(match[1])
         else:
             show(message, *about, **more)  # type: ignore[arg-type]
 

@@ -282,12 +282,12 @@ def _moves_nothing(func: Any) -> bool:
 
 def _bytes(values: Any) -> int:
     """Bytes of the numbers read or written. The numbers of an expanded tensor count once."""
-    found = 0
+    total = 0
     for value in tree_leaves(values):
         if isinstance(value, Tensor):
             own = value.numel()
             for size, stride in zip(value.shape, value.stride(), strict=True):
                 if stride == 0 and size > 1:
                     own //= size
-            found += own * value.element_size()
-    return found
+            total += own * value.element_size()
+    return total

@@ -121,7 +121,7 @@ def rule_seconds(
         needs_data: see `Bench`.
     """
     bench = Bench(recipe, batch_size=samples, threads=threads, needs_data=needs_data)
-    found: dict[str, list[dict[str, float]]] = {label: [] for label in rules}
+    seconds: dict[str, list[dict[str, float]]] = {label: [] for label in rules}
     refused: dict[str, str] = {}
     for order in rotated(rules, rounds or len(rules)):
         for label in order:
@@ -130,10 +130,10 @@ def rule_seconds(
             gc.collect()
             _wait_for_all(device)
             try:
-                found[label].append(bench.seconds(rules[label], batches=batches))
+                seconds[label].append(bench.seconds(rules[label], batches=batches))
             except ValueError as error:  # raised on every rank
                 refused[label] = str(error)
-    means = {label: _mean_of_parts(each) for label, each in found.items() if label not in refused}
+    means = {label: _mean_of_parts(each) for label, each in seconds.items() if label not in refused}
     return means, refused
 
 

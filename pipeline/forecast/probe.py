@@ -88,13 +88,13 @@ def probe(
     rounds, refused = measure_costs(bench, tried)
     require(rounds, "probe: no rule can train this network; " + "; ".join(refused.values()))
     say_stage("comparing their gradients")
-    found: dict[str, Sequence[Gradients]] = {}
+    gradients: dict[str, Sequence[Gradients]] = {}
     uncompared: dict[str, str] = {}
     for label, rule in tried.items():
         # BPTT in slices of time has the same gradient as BPTT.
         if label in rounds and (label == BASELINE or not is_baseline(label)):
             try:
-                found[label] = bench.gradients(rule)
+                gradients[label] = bench.gradients(rule)
             except ValueError as error:
                 uncompared[label] = str(error)
     return Probe(
@@ -104,18 +104,18 @@ def probe(
         costs=tuple(median_cost(each) for each in rounds.values()),
         rounds={label: tuple(cost.compute_s for cost in each) for label, each in rounds.items()},
         teacher=teacher,
-        fidelity=_compare(found),
+        fidelity=_compare(gradients),
         refused=refused,
         uncompared=uncompared,
         hardware=hardware(device_here()),
     )
 
 
-def _compare(found: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:
-    if BASELINE not in found:
+def _compare(gradients: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:
+    if BASELINE not in gradients:
         return None
-    (bptt,), sltt = found[BASELINE], found.get("SLTT")
-    others = {label: draws for label, draws in found.items() if label != BASELINE}
+    (bptt,), sltt = gradients[BASELINE], gradients.get("SLTT")
+    others = {label: draws for label, draws in gradients.items() if label != BASELINE}
     return fidelity(bptt, None if sltt is None else sltt[0], others)
 
 

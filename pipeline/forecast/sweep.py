@@ -89,11 +89,11 @@ class Sweep:
     def time_baselines(self) -> dict[int, Cost]:
         """The faster BPTT at each T, folded over time or step by step: the reference of times."""
         steps = sorted({point.time_steps for point in self.points})
-        found = {
+        baselines = {
             T: fastest_baseline(point.cost for point in self.points if point.time_steps == T)
             for T in steps
         }
-        return {T: cost for T, cost in found.items() if cost is not None}
+        return {T: cost for T, cost in baselines.items() if cost is not None}
 
     def growth(self, rule: str) -> float:
         """Saved bytes at the largest T over those at the smallest T."""

@@ -68,13 +68,13 @@ class _Learnt:
 
     def sums(self, device: torch.device) -> Tensor:
         """Loss, hits and samples."""
-        found = torch.tensor([0.0, 0.0, self.samples], dtype=torch.float64, device=device)
+        sums = torch.tensor([0.0, 0.0, self.samples], dtype=torch.float64, device=device)
         if self.losses:
-            found[0] = torch.cat(self.losses).double() @ torch.tensor(
+            sums[0] = torch.cat(self.losses).double() @ torch.tensor(
                 self.shares, dtype=torch.float64, device=device
             )
-            found[1] = torch.cat(self.hit_B).sum()
-        return found
+            sums[1] = torch.cat(self.hit_B).sum()
+        return sums
 
 
 @dataclass
@@ -228,8 +228,8 @@ class Meters:
         self._loss_terms.append((term.loss, term.logits))  # summed later, as each sum is a kernel
         if (saved := self._counting) is not None:
             with self.part("metrics"):
-                found = saved.now, state_bytes(self.network, beside=saved.storages)
-                self._batch.kept = max(self._batch.kept, found)
+                kept = saved.now, state_bytes(self.network, beside=saved.storages)
+                self._batch.kept = max(self._batch.kept, kept)
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
         """Record loss and hits. `share`: the micro-batch's share of the global batch."""
@@ -320,10 +320,10 @@ class Meters:
         peaks = reduce_max(
             torch.tensor([-1 if peak is None else peak for peak in own], dtype=torch.int64)
         ).tolist()
-        found = {
+        maxima = {
             name: None if peak < 0 else peak for name, peak in zip(Totals.PEAKS, peaks, strict=True)
         }
-        return Totals(**{**asdict(self.totals), **found})
+        return Totals(**{**asdict(self.totals), **maxima})
 
     def _counted_on(self, batch: int, step: int) -> Counted | None:
         """The quantity to count on this batch of the attempt and step of the run, if any."""

@@ -434,16 +434,16 @@ class Convolution:
 
     def _inside(self, size: tuple[int, ...], places: tuple[int, ...]) -> int:
         """Taps inside the image, summed over `places`: the product over the dimensions."""
-        found = 1
+        inside = 1
         for taps, n, count, move, pad, step in zip(
             self.kernel, size, places, self.stride, self.padding, self.dilation, strict=True
         ):
-            found *= sum(
+            inside *= sum(
                 0 <= place * move + tap * step - pad < n
                 for tap in range(taps)
                 for place in range(count)
             )
-        return found
+        return inside
 
     def _under_taps(self, x: Tensor, places: tuple[int, ...]) -> Tensor:
         """The values that each tap reads at each output position, with 0 in the padding.

@@ -251,38 +251,38 @@ def published_name(name: str) -> str:
     stage = r"stages\.(?P<stage>\d)\."
     block = stage + r"(?P<block>\d+)\."
     kind = r"(?P<kind>synapse|norm)\.(?P<tensor>\w+)$"
-    if found := re.match(stage + r"0\.stem\.0\." + kind, name):
+    if match := re.match(stage + r"0\.stem\.0\." + kind, name):
         place = "patch_embed1.proj"
-    elif found := re.match(
+    elif match := re.match(
         stage + r"0\.residual\.(?P<part>branch\.[02]|shortcut\.0)\." + kind, name
     ):
         part = (
             "proj_res"
-            if found["part"] == "shortcut.0"
-            else _EMBEDDINGS[min(found["stage"], "1"), found["part"]]
+            if match["part"] == "shortcut.0"
+            else _EMBEDDINGS[min(match["stage"], "1"), match["part"]]
         )
-        place = f"patch_embed{int(found['stage']) + 1}.{part}"
-    elif found := re.match(
+        place = f"patch_embed{int(match['stage']) + 1}.{part}"
+    elif match := re.match(
         block + r"attention\.branch\.(projections\.(?P<which>[qkv])\.currents|project)\." + kind,
         name,
     ):
-        attention = "attn" if found["stage"] == "2" else "tssa"
-        place = f"{_published_block(found)}.{attention}.{found['which'] or 'proj'}"
-    elif found := re.match(block + r"ffn\.branch\.(?P<layer>[02])\." + kind, name):
-        layer = "fc1" if found["layer"] == "0" else "fc2"
-        place = f"{_published_block(found)}.mlp.{layer}"
-    elif found := re.match(r"classifier\.(?P<tensor>\w+)$", name):
-        return f"head.{found['tensor']}"
+        attention = "attn" if match["stage"] == "2" else "tssa"
+        place = f"{_published_block(match)}.{attention}.{match['which'] or 'proj'}"
+    elif match := re.match(block + r"ffn\.branch\.(?P<layer>[02])\." + kind, name):
+        layer = "fc1" if match["layer"] == "0" else "fc2"
+        place = f"{_published_block(match)}.mlp.{layer}"
+    elif match := re.match(r"classifier\.(?P<tensor>\w+)$", name):
+        return f"head.{match['tensor']}"
     else:
         raise ValueError(
             "published_name: only tensors of a QKFormer with shortcut='sew' were published; got"
             f" {name}"
         )
-    return f"{place}_{_KINDS[found['kind']]}.{found['tensor']}"
+    return f"{place}_{_KINDS[match['kind']]}.{match['tensor']}"
 
 
-def _published_block(found: re.Match[str]) -> str:
-    return f"stage{int(found['stage']) + 1}.{int(found['block']) - 1}"
+def _published_block(match: re.Match[str]) -> str:
+    return f"stage{int(match['stage']) + 1}.{int(match['block']) - 1}"
 
 
 def from_published(

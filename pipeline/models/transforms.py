@@ -136,13 +136,13 @@ def select_head(network: nn.Module, head: int) -> None:
 
     Raises: ValueError for a network without several heads, or a head that it does not have.
     """
-    found = [module for module in network.modules() if isinstance(module, MultiHead)]
+    heads = [module for module in network.modules() if isinstance(module, MultiHead)]
     require(
-        found,
+        heads,
         "select_head: the network must have several heads, see multi_head; got"
         f" {type(network).__name__}",
     )
-    for module in found:
+    for module in heads:
         require(
             0 <= head < len(module.heads),
             f"select_head: head must be in 0..{len(module.heads) - 1}; got {head}",

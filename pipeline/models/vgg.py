@@ -164,9 +164,9 @@ class VGG(nn.Module):
         for widths in stages:
             layers = nn.Sequential()
             for width in widths:
-                about = {"kernel": kernel, "stride": stride, "dropout": dropout, "neuron": neuron}
+                options = {"kernel": kernel, "stride": stride, "dropout": dropout, "neuron": neuron}
                 layers.append(
-                    Layer(channels, width, is_first=not self.stages and not layers, **about)
+                    Layer(channels, width, is_first=not self.stages and not layers, **options)
                 )
                 channels, kernel, stride = width, 3, 1
             self.stages.append(layers)

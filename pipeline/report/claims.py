@@ -85,17 +85,17 @@ def share(
     """
     claim = f"{_CALLED[name]}, of {group.against}'s"
     base, paired = group.base_of(name), group.paired(rule, name)
-    found = spread_of(list(paired.values()))
-    if found is None:
+    spread = spread_of(list(paired.values()))
+    if spread is None:
         seeds = [{run.seed for run in group.of(each) if run.is_finished} for each in (rule, base)]
         absent = (
             group.describe_lost(rule) or f"no run beside {group.against}'s, trained on the same"
         )
         ours = "not measured" if set.intersection(*seeds) else absent
         return not_judged(about, claim, published, ours=ours)
-    low, high = found.interval or (found.mean, found.mean)
+    low, high = spread.interval or (spread.mean, spread.mean)
     reach = f" ({low:.3f} to {high:.3f})" if f"{low:.3f}" != f"{high:.3f}" else ""
-    text = f"{found.mean:.3f}{reach} of {base}'s, {seeds_in_words(list(paired))}"
+    text = f"{spread.mean:.3f}{reach} of {base}'s, {seeds_in_words(list(paired))}"
     ours = "; ".join(filter(None, (text, group.describe_lost(rule))))
     if bound is None:
         return not_judged(about, claim, published, ours=ours)
@@ -109,14 +109,14 @@ def share(
     )
     most, limit = held_to(bound, r)
     # Bytes repeat exactly; the speed of a machine moves from run to run.
-    is_lone = name == COMPUTE and found.interval is None
+    is_lone = name == COMPUTE and spread.interval is None
     return Claim(
         about=about,
         claim=claim,
         published=published,
         bound=limit,
         ours=f"{ours}; one seed, no interval" if is_lone else ours,
-        holds=None if is_lone else found.mean <= most,
+        holds=None if is_lone else spread.mean <= most,
         within_noise=low <= most < high,
     )
 
@@ -140,30 +140,32 @@ def accuracy(about: str, group: Group, rule: str, *, within: float | None, publi
         f"top-1 below {group.against}'s, points",
         "" if within is None else f"<= {within:g}",
     )
-    found = next((difference for difference in group.differences if difference.rule == rule), None)
-    if found is None and (lost := group.describe_lost(rule)):
+    measured = next(
+        (difference for difference in group.differences if difference.rule == rule), None
+    )
+    if measured is None and (lost := group.describe_lost(rule)):
         holds = None if within is None else False
         return Claim(
             about=about, claim=claim, published=published, bound=bound, ours=lost, holds=holds
         )
-    if found is None:
+    if measured is None:
         return not_judged(
             about,
             claim,
             published,
             ours=f"no two seeds in common with {group.against}'s, trained on the same",
         )
-    verdict = None if within is None else found.verdict(within)
+    verdict = None if within is None else measured.verdict(within)
     return Claim(
         about=about,
         claim=claim,
         published=published,
         bound=bound,
         ours=(
-            f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f}),"
-            f" {counted(found.seeds, 'seed')}"
+            f"{measured.mean:+.2f} ({measured.low:+.2f} to {measured.high:+.2f}),"
+            f" {counted(measured.seeds, 'seed')}"
         )
-        + (f", and {found.diverged} that diverged" if found.diverged else ""),
+        + (f", and {measured.diverged} that diverged" if measured.diverged else ""),
         holds={"holds": True, "fails": False}.get(verdict or ""),
         within_noise=verdict == "is undecided",
     )

@@ -66,10 +66,10 @@ class Comparison:
     @cached_property
     def behind(self) -> dict[str, dict[str, str]]:
         """`tables.behind` of each rule, with names for JSON."""
-        found = {rule: tables.behind(self.group, rule) for rule in self.group.finished_rules}
+        by_rule = {rule: tables.behind(self.group, rule) for rule in self.group.finished_rules}
         return {
             rule: {name.replace(" ", "_").replace("-", "_"): value for name, value in each.items()}
-            for rule, each in found.items()
+            for rule, each in by_rule.items()
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -204,10 +204,10 @@ def comparisons(
         ComparisonError: no run of a study finished, or its runs differ outside the study key.
     """
     members = list(map(read_run, folders))
-    found, refusals = _made(read_runs(Path(runs_dir)), members, against=against, within=within)
+    made, refusals = _made(read_runs(Path(runs_dir)), members, against=against, within=within)
     if refusals:
         raise refusals[0]
-    return found
+    return made
 
 
 def print_comparison(
@@ -238,19 +238,19 @@ def print_comparison(
     is_key = is_study(runs, key) and not (runs_dir / key).exists()
     refusals: list[ComparisonError] = []
     if folders is not None:
-        found, refusals = _made(runs, list(map(read_run, folders)), **judged)
+        made, refusals = _made(runs, list(map(read_run, folders)), **judged)
     elif not names or is_key:
-        found, refusals = _made(runs, chosen(runs_dir, names, runs), **judged)
+        made, refusals = _made(runs, chosen(runs_dir, names, runs), **judged)
     else:
-        found = [_compared(runs, chosen(runs_dir, names, runs), **judged, is_whole=False)]
+        made = [_compared(runs, chosen(runs_dir, names, runs), **judged, is_whole=False)]
     if format not in ("table", "json", "csv"):
         raise ReportError(f"compare: format must be table, json or csv; got {format!r}")
     if format == "table":
-        _print_tables(found, console or new_console())
-    elif format == "csv" and (found or not refusals):
-        sys.stdout.write(csv_of(found))
-    elif found or not refusals:
-        print(json.dumps([each.to_json() for each in found], indent=2, allow_nan=False))
+        _print_tables(made, console or new_console())
+    elif format == "csv" and (made or not refusals):
+        sys.stdout.write(csv_of(made))
+    elif made or not refusals:
+        print(json.dumps([each.to_json() for each in made], indent=2, allow_nan=False))
     if refusals:
         raise refusals[0]
 
@@ -276,9 +276,9 @@ def unfinished_to_json(run: Run) -> dict[str, str]:
 def csv_of(comparisons: Sequence[Comparison]) -> str:
     """One line for each finished run. Nested fields have names such as `hardware.cpu`."""
     rows = [
-        {**flat(run), **{name: found[name] for name in ("study", "where", "time_baseline")}}
-        for found in (comparison.to_json() for comparison in comparisons)
-        for run in found["runs"]
+        {**flat(run), **{name: as_json[name] for name in ("study", "where", "time_baseline")}}
+        for as_json in (comparison.to_json() for comparison in comparisons)
+        for run in as_json["runs"]
     ]
     first = [*_FIRST, *(each.name for each in compared())]
     columns = [*first, *sorted({name for row in rows for name in row} - set(first))]
@@ -321,31 +321,31 @@ def _compared(
 def _made(
     runs: Sequence[Run], members: Sequence[Run], *, against: str, within: float
 ) -> tuple[list[Comparison], list[ComparisonError]]:
-    found: list[Comparison] = []
+    made: list[Comparison] = []
     refusals: list[ComparisonError] = []
     for comparable_runs in comparable(members):
         try:
-            found.append(
+            made.append(
                 _compared(runs, comparable_runs, against=against, within=within, is_whole=True)
             )
         except ComparisonError as error:
             refusals.append(error)
-    times = Counter(each.group.study for each in found)
+    times = Counter(each.group.study for each in made)
     several = [
         replace(each, where=_where(each.group.finished[-1]))
         if times[each.group.study] > 1
         else each
-        for each in found
+        for each in made
     ]
     return several, refusals
 
 
-def _print_tables(found: Sequence[Comparison], console: Console) -> None:
-    for index, comparison in enumerate(found):
+def _print_tables(made: Sequence[Comparison], console: Console) -> None:
+    for index, comparison in enumerate(made):
         if index:
             console.print()
         comparison.render(console)
-    for study, times in Counter(each.group.study for each in found).items():
+    for study, times in Counter(each.group.study for each in made).items():
         if times > 1:
             why = (
                 "of different machines, workers or micro-batches: nothing is divided from one to"
@@ -375,14 +375,14 @@ def _label(rule: str, *, finished: int, diverged: int) -> str:
     return rule if runs == 1 else f"{rule} ({counted(runs, 'run')})"
 
 
-def _cell(found: tables.Shown | None, console: Console) -> str:
+def _cell(shown: tables.Shown | None, console: Console) -> str:
     """Format a cell. In a terminal the deviation is below the mean and its ratio."""
-    if found is None:
+    if shown is None:
         return "-"
-    over = f"\t{found.ratio}" if found.ratio else ""
+    over = f"\t{shown.ratio}" if shown.ratio else ""
     if has_width(console):
-        return "\n".join(filter(None, (f"{found.mean}{over}", found.spread)))
-    return f"{found.mean} {found.spread}".rstrip() + over
+        return "\n".join(filter(None, (f"{shown.mean}{over}", shown.spread)))
+    return f"{shown.mean} {shown.spread}".rstrip() + over
 
 
 def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, Cell]]:

@@ -43,24 +43,24 @@ def ratios(group: Group) -> Figure | Missing:
     rules = [rule for rule in group.rules if rule != group.against]
     costs = {each.name: each.title for each in compared() if each.better == "less"}
     pairs = [(rule, name) for rule in rules for name in costs]
-    found = {pair: ratio for pair in pairs if (ratio := group.ratios(*pair))}
-    if not found:
+    ratio_of = {pair: ratio for pair in pairs if (ratio := group.ratios(*pair))}
+    if not ratio_of:
         return Missing(title=title, why=f"no rule has a seed in common with {group.against}")
     rows = [
         (rule, costs[name], group.base_of(name), ratio.mean, ratio.deviation, ratio.runs)
-        for (rule, name), ratio in found.items()
+        for (rule, name), ratio in ratio_of.items()
     ]
-    names = [name for name in costs if any((rule, name) in found for rule in rules)]
+    names = [name for name in costs if any((rule, name) in ratio_of for rule in rules)]
 
-    data = list(_ratio_traces(found, rules, names))
-    most = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in found.values()))
+    data = list(_ratio_traces(ratio_of, rules, names))
+    most = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in ratio_of.values()))
     dotted = {"color": INK, "width": 1, "dash": "dot"}
     line = {"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "y domain", "line": dotted}
     ticks = {"tickvals": list(range(len(names))), "ticktext": [costs[name] for name in names]}
     y = {**ticks, "range": [len(names) - 0.5, -0.75], "showgrid": False, "zeroline": False}
     x = titled(f"multiple of {plain(group.against)}", range=[0, 1.3 * most])
     height = 110 + len(names) * max(52, 30 * len(rules))
-    saved = {rule: ratio for (rule, name), ratio in found.items() if name == "peak_saved_bytes"}
+    saved = {rule: ratio for (rule, name), ratio in ratio_of.items() if name == "peak_saved_bytes"}
     least = min(saved, key=lambda rule: saved[rule].mean, default="")
     faster = group.fastest_baseline
     times = (
@@ -68,7 +68,9 @@ def ratios(group: Group) -> Figure | Missing:
         if faster == group.against
         else f" Times are multiples of {faster}'s, the faster {group.against}."
     )
-    said = f": {least} keeps {saved[least].mean:.2f} of its saved bytes, the least" if least else ""
+    headline = (
+        f": {least} keeps {saved[least].mean:.2f} of its saved bytes, the least" if least else ""
+    )
     return Figure(
         name="ratios",
         title=title,
@@ -79,7 +81,7 @@ def ratios(group: Group) -> Figure | Missing:
         + times,
         alt=(
             f"{len(rules)} rules beside {group.against} in"
-            f" {', '.join(costs[name] for name in names)}{said}."
+            f" {', '.join(costs[name] for name in names)}{headline}."
         ),
         table=Table(
             columns=(
@@ -97,13 +99,15 @@ def ratios(group: Group) -> Figure | Missing:
 
 
 def _ratio_traces(
-    found: Mapping[tuple[str, str], Spread], rules: Sequence[str], names: Sequence[str]
+    ratio_of: Mapping[tuple[str, str], Spread], rules: Sequence[str], names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """Yield a row of markers for each rule, slightly offset from those of the others."""
     for index, rule in enumerate(rules):
         offset = 0.6 * (index / (len(rules) - 1) - 0.5) if len(rules) > 1 else 0.0
         here = [
-            (place, found[rule, name]) for place, name in enumerate(names) if (rule, name) in found
+            (place, ratio_of[rule, name])
+            for place, name in enumerate(names)
+            if (rule, name) in ratio_of
         ]
         yield {
             "type": "scatter",
@@ -226,10 +230,10 @@ def _marker(
 
 def _beside(group: Group, rule: str) -> list[float | None]:
     """Return measured joules, multiply-accumulates and accumulates per inference."""
-    found = [
+    values = [
         group.spread(rule, name) for name in (ENERGY_MEASURED, "inference.macs", "inference.acs")
     ]
-    return [None if each is None else each.mean for each in found]
+    return [None if each is None else each.mean for each in values]
 
 
 def _measured_on(group: Group) -> str:

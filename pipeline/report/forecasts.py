@@ -70,11 +70,13 @@ def _print_costs(found: Probe, console: Console) -> None:
     def column(name: str, unit: str, scale: float) -> Callable[[Cost], str]:
         """Show a quantity beside its ratio to the baseline's."""
         base = found.time_baseline if name.endswith("_s") else found.cost(BASELINE)
-        of = 0.0 if base is None else getattr(base, name)
+        base_value = 0.0 if base is None else getattr(base, name)
 
         def cell(cost: Cost) -> str:
             value = getattr(cost, name)
-            return f"{value / scale:.4g} {unit}" + (f"\t×{value / of:.2f}" if of else "")
+            return f"{value / scale:.4g} {unit}" + (
+                f"\t×{value / base_value:.2f}" if base_value else ""
+            )
 
         return cell
 
@@ -105,7 +107,10 @@ def _print_layers(found: Probe, console: Console) -> None:
     rows = [
         (
             layer,
-            *("-" if math.isnan(of[layer]) else f"{of[layer]:.2f}" for of in shown.values()),
+            *(
+                "-" if math.isnan(by_layer[layer]) else f"{by_layer[layer]:.2f}"
+                for by_layer in shown.values()
+            ),
         )
         for layer in next(iter(cosines.values()), {})
     ]
@@ -162,9 +167,9 @@ def _below_a_sweep(found: Sweep) -> Iterator[str]:
         whose = ", ".join(f"{rule}'s at T = {', '.join(steps)}" for rule, steps in fastest.items())
         yield f"×: bytes over {BASELINE}'s, fwd+bwd over {whose}"
     yield from dict.fromkeys(_refusals(found))
-    of = "fwd+bwd: forward and backward alone, without loading, optimizer and collectives"
+    meaning = "fwd+bwd: forward and backward alone, without loading, optimizer and collectives"
     on = format_hardware(found.hardware)
-    yield f"one batch of {counted(found.samples, 'sample')}; {of}; {on}"
+    yield f"one batch of {counted(found.samples, 'sample')}; {meaning}; {on}"
     if found.memory_bytes is not None:
         estimate = (
             f"an estimate from what two batches took, {RESERVE:.0%} of the memory left free, not"
@@ -247,37 +252,37 @@ def basis(plan: Plan) -> str:
     """Name the sources of the figures, and the costs that they exclude."""
     cluster = plan.cluster
     card, workers = cluster.device, cluster.workers
-    said = (
+    text = (
         "Saved bytes, operations and kernels (saved, TFLOP, kernels) are of one micro-batch,"
         " counted at full size without running it, as a CPU would compute them."
     )
     for planned in plan.rules:
         if planned.forecast_note:
-            said += f" {planned.rule} is counted {planned.forecast_note}."
+            text += f" {planned.rule} is counted {planned.forecast_note}."
     left = f"{RESERVE:.0%} of the memory is left free"
     if card is None:
         sizes = " and ".join(map(str, plan.timed))
         together = f", by {workers} workers at the same time," if workers > 1 else ""
-        said += (
+        text += (
             f" Seconds grow linearly with the batch from those of batches of {sizes} that were"
             f" trained{together} on this machine ({plan.device}); {left}; loaders keep up."
         )
     else:
         link = f", {cluster.node_link * 8 / 1e9:.0f} Gb/s from node to node"
-        said += (
+        text += (
             f" {card.name}: roofline at {card.efficiency:.0%} ({card.source}); {left}; "
             f"{card.link / 1e9:.0f} GB/s from card to card{link * (workers > cluster.per_node)}; "
             "loaders keep up; sums at the bandwidth of links, without their latency; "
             "kWh: the cards' rated watts all the time, hosts left out."
         )
     if plan.samples is None:
-        said += " Hours need --samples: the data are not here."
+        text += " Hours need --samples: the data are not here."
     else:
-        said += " Hours are of training, without evaluations and checkpoints."
+        text += " Hours are of training, without evaluations and checkpoints."
     if plan.teacher is not None:
         weights = f"{plan.teacher_bytes / 1e6:.4g} MB of weights"
-        said += f" All figures of time and memory hold the teacher, {plan.teacher}: {weights}."
-    return said
+        text += f" All figures of time and memory hold the teacher, {plan.teacher}: {weights}."
+    return text
 
 
 def advice(plan: Plan) -> str:
@@ -374,10 +379,12 @@ def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> 
             plan's, or changed during the run.
     """
     run, on = _measured(folder)
-    found = [("workers", cluster.workers, on.world_size)]
-    found = [each for each in found if each[1] != each[2]] + _other_machine(cluster, on)
+    differing_fields = [("workers", cluster.workers, on.world_size)]
+    differing_fields = [each for each in differing_fields if each[1] != each[2]] + _other_machine(
+        cluster, on
+    )
     mine = recipe.resolved().to_json()["recipe"]
-    found += list(
+    differing_fields += list(
         differing(
             "",
             *(
@@ -386,7 +393,7 @@ def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> 
             ),
         )
     )
-    _refuse_if(found, folder)
+    _refuse_if(differing_fields, folder)
 
 
 def _other_machine(cluster: Cluster, on: TrainedOn) -> list[tuple[str, Any, Any]]:
@@ -394,13 +401,13 @@ def _other_machine(cluster: Cluster, on: TrainedOn) -> list[tuple[str, Any, Any]
     there = on.hardware
     if cluster.device is not None:
         return list(differing("card", cluster.device.driver, there["gpu"]))
-    found = [
+    differing_fields = [
         (f"hardware.{name}", *values)
         for name, *values in hardware_differences(there, own_cores=on.own_cores)
     ]
     if there["threads"] != cluster.threads:
-        found.append(("cpus-per-worker", cluster.threads, there["threads"]))
-    return found
+        differing_fields.append(("cpus-per-worker", cluster.threads, there["threads"]))
+    return differing_fields
 
 
 def errors(found: Plan, folder: Path) -> Errors:

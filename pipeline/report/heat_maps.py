@@ -86,7 +86,7 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
     heat = _map(
         z, x=[plain(rule) for rule in of_rule], y=layers, least=least, most=1.0, written=".2f"
     )
-    said = (
+    summary = (
         "none is known" if not known else "the lowest is {0:.2f}, of {2} in {1}".format(*min(known))
     )
     away = ", below 0: away from it" if least < 0 else ""
@@ -100,7 +100,7 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
         ),
         alt=(
             f"Cosines of {counted(len(of_rule), 'rule')} in {counted(len(layers), 'layer')}:"
-            f" {said}."
+            f" {summary}."
         ),
         table=Table(columns=("layer", "rule", "cosine"), rows=tuple(rows)),
         drawing=_single(heat, layers),
@@ -131,7 +131,9 @@ def temporal_share(group: Group) -> Figure | Missing:
     known = [
         (value, layer) for layer, time, value in rows if time == times[-1] and value is not None
     ]
-    said = "nothing is known" if not known else "it is largest in {1}, {0:.2f}".format(*max(known))
+    summary = (
+        "nothing is known" if not known else "it is largest in {1}, {0:.2f}".format(*max(known))
+    )
     return Figure(
         name="temporal-share",
         title=title,
@@ -141,7 +143,7 @@ def temporal_share(group: Group) -> Figure | Missing:
         ),
         alt=(
             f"In {counted(len(layers), 'layer')} at {counted(len(times), 'moment')}; at the last,"
-            f" {times[-1]}, {said}."
+            f" {times[-1]}, {summary}."
         ),
         table=Table(columns=("layer", "moment", "temporal share"), rows=tuple(rows)),
         drawing=_single(heat, layers),
@@ -162,14 +164,16 @@ def _cosines(group: Group, rule: str) -> dict[str, float | None]:
     """Return the mean cosine by layer over a rule's runs at their newest comparison."""
     if rule == group.against:
         return {}
-    found: dict[str, list[float]] = {}
+    cosines: dict[str, list[float]] = {}
     for run in group.of(rule):
         if run.history.fidelity:
             newest = run.history.fidelity[-1].cosines
             mine = newest.get(rule) or newest.get(rule.split(" (")[0]) or {}
             for layer, value in mine.items():
-                found.setdefault(layer, []).extend([] if value is None else [value])
-    return {layer: statistics.fmean(values) if values else None for layer, values in found.items()}
+                cosines.setdefault(layer, []).extend([] if value is None else [value])
+    return {
+        layer: statistics.fmean(values) if values else None for layer, values in cosines.items()
+    }
 
 
 def _map(
@@ -218,12 +222,12 @@ def _stacked(of_rule: Mapping[str, Any], *, most: float) -> dict[str, Any]:
     gap = min(30 / height, 0.9 / max(1, len(rows) - 1))
     data, titles, layout, top = [], [], {}, 1.0
     for place, (rule, layers) in enumerate(of_rule.items(), start=1):
-        of = "" if place == 1 else str(place)
+        suffix = "" if place == 1 else str(place)
         bottom = max(0.0, top - len(layers) / sum(rows) * (1 - gap * (len(rows) - 1)))
-        layout[f"yaxis{of}"] = {**_DOWNWARDS, "domain": [bottom, top], "anchor": f"x{of}"}
-        layout[f"xaxis{of}"] = {
+        layout[f"yaxis{suffix}"] = {**_DOWNWARDS, "domain": [bottom, top], "anchor": f"x{suffix}"}
+        layout[f"xaxis{suffix}"] = {
             **_CATEGORIES,
-            "anchor": f"y{of}",
+            "anchor": f"y{suffix}",
             "showticklabels": place == len(rows),
         }
         at = {
@@ -235,9 +239,9 @@ def _stacked(of_rule: Mapping[str, Any], *, most: float) -> dict[str, Any]:
             "yanchor": "bottom",
         }
         titles.append({**at, "text": plain(rule), "showarrow": False, "font": {"size": 13}})
-        about = {"xaxis": f"x{of}", "yaxis": f"y{of}", "showscale": place == 1}
+        axes = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}", "showscale": place == 1}
         x, y = list(map(str, layers.columns)), list(map(str, layers.index))
-        data.append(_map(layers.to_numpy().tolist(), x=x, y=y, most=most, written=".1%", **about))
+        data.append(_map(layers.to_numpy().tolist(), x=x, y=y, most=most, written=".1%", **axes))
         top = bottom - gap
     last = "xaxis" if len(rows) == 1 else f"xaxis{len(rows)}"
     layout[last] |= titled("time step")

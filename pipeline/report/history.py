@@ -108,8 +108,8 @@ def parts(events: Iterable[Event]) -> dict[str, float]:
         if not isinstance(event, (Start, Step)):
             continue
         metrics = {} if is_first or isinstance(event, Start) else event.metrics
-        found = {name: number(metrics.get(f"{name}_s")) for name in (*PARTS, REST)}
-        means = {name: mean for name, mean in found.items() if mean is not None}
+        part_seconds = {name: number(metrics.get(f"{name}_s")) for name in (*PARTS, REST)}
+        means = {name: mean for name, mean in part_seconds.items() if mean is not None}
         batches = max(0, event.step - done) if means else 0
         batches_known += batches
         for name, mean in means.items():
@@ -126,8 +126,8 @@ def number(value: Any) -> float | None:
 
 
 def count(value: Any) -> int | None:
-    found = number(value)
-    return None if found is None else int(found)
+    finite = number(value)
+    return None if finite is None else int(finite)
 
 
 def _timed(events: Iterable[Event]) -> Iterator[tuple[float, Event]]:

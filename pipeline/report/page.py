@@ -163,13 +163,13 @@ def section_of(
     """The figures of some views of a group, which stands `among` others on the page."""
     makers = [make for view in views for make in FIGURES.get(view, ())]
     # Without a baseline there are no ratios. A note says so.
-    found = [make(group) for make in makers if make is not ratios or group.has_baseline]
+    figures = [make(group) for make in makers if make is not ratios or group.has_baseline]
     return Section(
         key,
         tables.named(group, among=among),
         group,
-        [each for each in found if isinstance(each, Figure)],
-        [each for each in found if isinstance(each, Missing)],
+        [each for each in figures if isinstance(each, Figure)],
+        [each for each in figures if isinstance(each, Missing)],
     )
 
 

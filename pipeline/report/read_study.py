@@ -127,14 +127,14 @@ def _with_their_baseline(
 
     A note says why a baseline is missing.
     """
-    found: list[Run] = []
+    added: list[Run] = []
     notes: list[str] = []
     for members in comparable(runs):
         if finished := [run for run in members if run.is_finished]:
             more, why = with_baseline(everything, finished, against)
-            found += more
+            added += more
             notes += why
-    return list({run.folder.resolve(): run for run in (*found, *runs)}.values()), notes
+    return list({run.folder.resolve(): run for run in (*added, *runs)}.values()), notes
 
 
 def _own_report(

@@ -81,11 +81,11 @@ class Metric:
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested objects to one, with dotted paths as keys."""
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for key, item in value.items():
         name = f"{prefix}{key}"
-        found |= flat(item, f"{name}.") if isinstance(item, Mapping) else {name: item}
-    return found
+        flattened |= flat(item, f"{name}.") if isinstance(item, Mapping) else {name: item}
+    return flattened
 
 
 def _sum(
@@ -188,18 +188,18 @@ def compared() -> list[Metric]:
 def expanded(runs: Iterable[Run]) -> list[Metric]:
     """All metrics. A `*` is replaced by each matching key in the summaries of these runs."""
     names = list(dict.fromkeys(name for run in runs for name in run.numbers))
-    found: list[Metric] = []
+    metrics: list[Metric] = []
     for each in METRICS:
         if "*" not in each.name:
-            found.append(each)
+            metrics.append(each)
             continue
         pattern = re.escape(each.name).replace(r"\*", "(.+)")
-        found += [
+        metrics += [
             replace(each, name=match[0], title=each.title.format(match[1]))
             for match in (re.fullmatch(pattern, name) for name in names)
             if match
         ]
-    return found
+    return metrics
 
 
 # ------------------------------------------------------------------------------------------- runs
@@ -297,8 +297,8 @@ class Run:
 
     @cached_property
     def numbers(self) -> dict[str, float]:
-        found = {name: number(value) for name, value in flat(self.summary or {}).items()}
-        return {name: value for name, value in found.items() if value is not None}
+        values = {name: number(value) for name, value in flat(self.summary or {}).items()}
+        return {name: value for name, value in values.items() if value is not None}
 
     def value(self, name: str) -> float | None:
         """A metric, or the number at a dotted path of the summary."""
@@ -355,13 +355,13 @@ def read_run(folder: Path) -> Run:
 
 def read_runs(runs_dir: Path) -> list[Run]:
     """All runs in a folder, sorted by name. `damage` is set for a run with a damaged file."""
-    found: list[Run] = []
+    runs: list[Run] = []
     for folder in folders_in(runs_dir):
         try:
-            found.append(read_run(folder))
+            runs.append(read_run(folder))
         except ReportError as error:
-            found.append(_read(folder, damage=str(error)))
-    return found
+            runs.append(_read(folder, damage=str(error)))
+    return runs
 
 
 def _read(folder: Path, *, summary: Any = None, recipe: Any = None, damage: str = "") -> Run:
@@ -401,10 +401,10 @@ def frame(runs: Iterable[Run]) -> pd.DataFrame:
     for run in runs:
         refuse_damage(run)
     metrics = expanded(runs)
-    about = pd.DataFrame(map(_about, runs), columns=list(_about(Run(name="", state="new"))))
+    identities = pd.DataFrame(map(_about, runs), columns=list(_about(Run(name="", state="new"))))
     values = [[each.value(run.numbers) for each in metrics] for run in runs]
     numbers = pd.DataFrame(values, columns=[each.name for each in metrics], dtype=float)
-    return pd.concat([about, numbers], axis=1)
+    return pd.concat([identities, numbers], axis=1)
 
 
 def refuse_damage(run: Run) -> None:

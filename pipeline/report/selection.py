@@ -72,7 +72,7 @@ def _newest(runs_dir: Path, runs: Sequence[Run]) -> list[Run]:
 
 def _named(runs_dir: Path, names: Sequence[str], runs: Sequence[Run]) -> list[Run]:
     known = {run.folder.resolve(): run for run in runs}
-    found: dict[Path, Run] = {}
+    selected: dict[Path, Run] = {}
     for text in names:
         keys = {run.study for run in runs if text and run.study.startswith(text)}
         if not keys or (runs_dir / text).exists():
@@ -84,8 +84,8 @@ def _named(runs_dir: Path, names: Sequence[str], runs: Sequence[Run]) -> list[Ru
             )
         else:
             members = [run for run in runs if run.study in keys]
-        found |= {run.folder.resolve(): run for run in members}
-    return list(found.values())
+        selected |= {run.folder.resolve(): run for run in members}
+    return list(selected.values())
 
 
 def is_study(runs: Sequence[Run], text: str) -> bool:
@@ -102,8 +102,8 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
     namesakes: dict[str, Run] = {}
     for run in runs[1:]:
         for other in (runs[0], namesakes.setdefault(run.rule, run)):
-            if found := differences(other, run):
-                what = f"differ in more than the rule and the seed: {listed(found)}"
+            if differing_fields := differences(other, run):
+                what = f"differ in more than the rule and the seed: {listed(differing_fields)}"
                 raise ComparisonError(
                     f"compare: {other.name} and {run.name} {what}; name runs that agree"
                 )
@@ -145,8 +145,8 @@ def with_baseline(
         refuse_unlike(fit)
         return fit + finished, []
     if kinds and kinds[0].rule == against:
-        found = differences(kinds[0], reference)
-        why = f"{kinds[0].name} does not stand comparison: {listed(found)}"
+        differing_fields = differences(kinds[0], reference)
+        why = f"{kinds[0].name} does not stand comparison: {listed(differing_fields)}"
     else:
         why = f"study {reference.study[:8]} has no finished run of {against}"
     return finished, [f"no baseline, no ratios: {why}"]
@@ -158,13 +158,13 @@ def differences(a: Run, b: Run) -> list[Differing]:
     Unequal study keys are explained by differences of the recipes. Data sets are equal if their
     contents are, so a path is named only if nothing else explains the keys.
     """
-    found = [*trained_apart(*([asdict(on) for on in run.trained_on] for run in (a, b)))]
+    differing_fields = [*trained_apart(*([asdict(on) for on in run.trained_on] for run in (a, b)))]
     if a.rule == b.rule:
         # One label in the table must be one rule with one tuned value.
-        found += differing("rule", a.recipe.get("rule"), b.recipe.get("rule"))
+        differing_fields += differing("rule", a.recipe.get("rule"), b.recipe.get("rule"))
         for key in tuned_in(a.recipe):
-            found += differing(key, written(a.recipe, key), written(b.recipe, key))
-    return found if a.study == b.study else _explained(a, b) + found
+            differing_fields += differing(key, written(a.recipe, key), written(b.recipe, key))
+    return differing_fields if a.study == b.study else _explained(a, b) + differing_fields
 
 
 def trained_apart(
@@ -175,8 +175,8 @@ def trained_apart(
     A condition that changed during a run has a list of values: `[2, 1]`.
     """
     if list(mine) != list(theirs):
-        found = list(differing("", _columns(mine), _columns(theirs)))
-        yield from found or [("trained_on", mine, theirs)]
+        differing_fields = list(differing("", _columns(mine), _columns(theirs)))
+        yield from differing_fields or [("trained_on", mine, theirs)]
 
 
 def tuned_in(recipe: Mapping[str, Any]) -> tuple[str, ...]:
@@ -207,18 +207,18 @@ def _columns(trained_on: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _explained(a: Run, b: Run) -> list[Differing]:
     recipes = [{**of_the_study(run.recipe), "init": run.recipe.get("init")} for run in (a, b)]
-    found = list(differing("", *recipes))
+    differing_fields = list(differing("", *recipes))
     # Recipes are written with absolute paths.
     paths = [
         one
-        for one in found
+        for one in differing_fields
         if all(value is None or str(value).startswith("/") for value in one[1:])
     ]
-    found = [one for one in found if one not in paths]
+    differing_fields = [one for one in differing_fields if one not in paths]
     contents = [(run.summary or {}).get("data_fingerprint") for run in (a, b)]
     if contents[0] != contents[1]:
-        found.append(("data_fingerprint", contents[0], contents[1]))
-    return found or paths or [("study", a.study, b.study)]
+        differing_fields.append(("data_fingerprint", contents[0], contents[1]))
+    return differing_fields or paths or [("study", a.study, b.study)]
 
 
 class AmbiguousName(ReportError):
@@ -249,12 +249,12 @@ def find_run(
             # Remove `.` and `..` but keep links: a linked run belongs to the folder of the link.
             return Path(os.path.abspath(folder))  # noqa: PTH100
     folders = folders_in(runs_dir, suites=suites) if among is None else among
-    found = [folder for folder in folders if folder.name.startswith(text)] if text else []
-    if len(found) == 1:
-        return found[0].absolute()
-    if found:
-        names = ", ".join(folder.name for folder in found)
-        raise AmbiguousName(f"{text!r} begins the names of {len(found)} runs: {names}")
+    matches = [folder for folder in folders if folder.name.startswith(text)] if text else []
+    if len(matches) == 1:
+        return matches[0].absolute()
+    if matches:
+        names = ", ".join(folder.name for folder in matches)
+        raise AmbiguousName(f"{text!r} begins the names of {len(matches)} runs: {names}")
     known = ", ".join(folder.name for folder in folders[:8]) + (", ..." if len(folders) > 8 else "")
     there = f"; there are {known}" if folders else ", which has no runs"
     what = "run or suite" if suites else "run"

@@ -40,12 +40,12 @@ def show_recipe(
     with with_placeholder_weights(made) as recipes:
         steps = describe_steps(recipes, workers) if counts_steps else [""] * len(recipes)
         of_each = zip(made.recipes, recipes, steps, strict=True)
-        found = [_resolved(recipe, ready, workers, step) for recipe, ready, step in of_each]
-    fields, lines = (_shared(each) for each in zip(*found, strict=True))
-    if len(found) > 1:
-        _print(f"shared by {len(found)} recipes", fields, lines, console)
-    for recipe, (own_fields, own_lines) in zip(made.recipes, found, strict=True):
-        if len(found) > 1:
+        resolved = [_resolved(recipe, ready, workers, step) for recipe, ready, step in of_each]
+    fields, lines = (_shared(each) for each in zip(*resolved, strict=True))
+    if len(resolved) > 1:
+        _print(f"shared by {len(resolved)} recipes", fields, lines, console)
+    for recipe, (own_fields, own_lines) in zip(made.recipes, resolved, strict=True):
+        if len(resolved) > 1:
             console.print()
             own_fields, own_lines = _less(own_fields, fields), _less(own_lines, lines)
         _print(recipe.name, own_fields, own_lines, console)

@@ -159,8 +159,8 @@ def start_of(stored: StoredRun) -> Record:
     text = {name: stored.tags.get(f"spiketrain.{name}") for name in ("rule", "study", "commit")}
     numbers = ("seed", "world_size", "micro_batch", "attempt")
     counts = {name: _value(stored.tags.get(f"spiketrain.{name}")) for name in numbers}
-    about = {"step": 0, "hardware": hardware_of(stored), **text, **counts}
-    return {KIND: Start.kind, "time": stored.started, **about}
+    fields = {"step": 0, "hardware": hardware_of(stored), **text, **counts}
+    return {KIND: Start.kind, "time": stored.started, **fields}
 
 
 def hardware_of(stored: StoredRun) -> dict[str, Any]:
@@ -200,12 +200,12 @@ def _run_of(stored: StoredRun) -> Run:
             inner[last] = value
     start = start_of(stored)
     known = ("rule", "study", "seed", "world_size", "micro_batch", "hardware", "commit")
-    about = {name: start[name] for name in known if start[name] not in (None, "")}
+    fields = {name: start[name] for name in known if start[name] not in (None, "")}
     return run_of(
         stored.name,
         state=stored.state,
         starts=[start],
-        summary={**summary, **about} if summary else None,
+        summary={**summary, **fields} if summary else None,
         recipe={"protocol": stored.tags.get("spiketrain.protocol", "shared")},
         started=stored.started,
         heard=stored.newest if stored.state == "running" else None,
@@ -282,10 +282,10 @@ class SqliteStore:
 
     def runs(self, study: str | None) -> list[StoredRun]:
         """The runs of a study key, or all, with their metrics, newest start first."""
-        of, values = ("", ()) if study is None else (_OF_STUDY, (study,))
+        condition, values = ("", ()) if study is None else (_OF_STUDY, (study,))
         with self._connection() as connection:
-            rows = connection.execute(_RUNS + of, values).fetchall()
-            latest = connection.execute(_LATEST + of, values).fetchall()
+            rows = connection.execute(_RUNS + condition, values).fetchall()
+            latest = connection.execute(_LATEST + condition, values).fetchall()
         times: dict[str, int] = {}
         metrics: dict[str, dict[str, float]] = {}
         for run, key, value, is_nan, time in latest:
@@ -363,8 +363,10 @@ class SqliteStore:
                 yield connection
         except sqlite3.OperationalError as error:
             text = str(error)
-            said = next((said for words, said in _TROUBLE.items() if words in text), _UNREADABLE)
-            raise StoreError(f"store {self.file} {said.format(text)}") from error
+            meaning = next(
+                (meaning for words, meaning in _TROUBLE.items() if words in text), _UNREADABLE
+            )
+            raise StoreError(f"store {self.file} {meaning.format(text)}") from error
         except sqlite3.DatabaseError as error:
             advice = "move it away: `spiketrain sync RUN` fills a new one from the journals"
             raise StoreError(f"store {self.file} is damaged ({error}); {advice}") from error
@@ -456,15 +458,15 @@ class ServerStore:
     def runs(self, study: str | None) -> list[StoredRun]:
         quoted = (study or "").replace("'", "")
         of_study = "" if study is None else f" and tags.`spiketrain.study` = '{quoted}'"
-        found = self._search(f"tags.`{KIND_TAG}` = 'run'{of_study}", metrics=True)
-        return sorted(found, key=lambda run: run.started, reverse=True)
+        runs = self._search(f"tags.`{KIND_TAG}` = 'run'{of_study}", metrics=True)
+        return sorted(runs, key=lambda run: run.started, reverse=True)
 
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
         with self._in_a_line():
-            found = connect(self.uri).get_metric_history(run_id, metric)
+            recorded = connect(self.uri).get_metric_history(run_id, metric)
         points = [
             Point(each.step, each.timestamp / 1000, each.value)
-            for each in found
+            for each in recorded
             if each.step > since
         ]
         return sorted(points, key=lambda point: point.step)

@@ -172,8 +172,8 @@ class Group:
     @property
     def differences(self) -> list[Difference]:
         """The difference of each rule that shares at least two seeds with the baseline."""
-        found = [self._difference(rule) for rule in self.rules if rule != self.against]
-        return [difference for difference in found if difference is not None]
+        differences = [self._difference(rule) for rule in self.rules if rule != self.against]
+        return [difference for difference in differences if difference is not None]
 
     def of(self, rule: str) -> tuple[Run, ...]:
         return tuple(run for run in self.runs if run.rule == rule)
@@ -242,12 +242,12 @@ class Group:
     def _difference(self, rule: str) -> Difference | None:
         base, mine = self.by_seed(self.against, "top1"), self.by_seed(rule, "top1")
         shared = sorted(base.keys() & mine.keys())
-        found = spread_of([100 * (base[seed] - mine[seed]) for seed in shared])
-        if found is None or found.interval is None:
+        spread = spread_of([100 * (base[seed] - mine[seed]) for seed in shared])
+        if spread is None or spread.interval is None:
             return None
-        interval = dict(zip(("low", "high"), found.interval, strict=True))
+        interval = dict(zip(("low", "high"), spread.interval, strict=True))
         about = {"baseline": self.against, "rule": rule, "diverged": self.lost(rule)}
-        return Difference(seeds=found.runs, mean=found.mean, **interval, **about)
+        return Difference(seeds=spread.runs, mean=spread.mean, **interval, **about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,11 +289,11 @@ def _labelled_apart(runs: Sequence[Run]) -> list[Run]:
     labels: dict[str, list[str]] = {}
     for rule in {run.rule for run in runs}:
         labels[rule] = _apart([run for run in runs if run.rule == rule])
-    found: list[Run] = []
+    labelled: list[Run] = []
     for run in runs:
         values = [each for name, each in _described(run.recipe).items() if name in labels[run.rule]]
-        found.append(replace(run, rule=f"{run.rule} ({', '.join(values)})") if values else run)
-    return found
+        labelled.append(replace(run, rule=f"{run.rule} ({', '.join(values)})") if values else run)
+    return labelled
 
 
 def _apart(runs: Sequence[Run]) -> list[str]:
@@ -307,8 +307,8 @@ def _apart(runs: Sequence[Run]) -> list[str]:
 def _described(recipe: Mapping[str, Any]) -> dict[str, str]:
     """The rule's keywords and the value of each tuned field, as text."""
     rule = recipe.get("rule")
-    found = {"keywords": _keywords(rule) or "as it comes"} if isinstance(rule, Mapping) else {}
-    return found | {key: f"{key}={written(recipe, key)}" for key in tuned_in(recipe)}
+    described = {"keywords": _keywords(rule) or "as it comes"} if isinstance(rule, Mapping) else {}
+    return described | {key: f"{key}={written(recipe, key)}" for key in tuned_in(recipe)}
 
 
 def _keywords(part: Mapping[str, Any]) -> str:

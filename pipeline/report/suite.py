@@ -166,10 +166,10 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
     Returns:
         The printed values as JSON values.
     """
-    found: dict[str, Any] = {}
+    printed: dict[str, Any] = {}
     read = [read_run(folder) for folder in runs.values()]
     for protocol, title in TITLES.items():
-        found[protocol] = []
+        printed[protocol] = []
         of_protocol = [run for run in read if run.protocol == protocol]
         for study in dict.fromkeys(run.study for run in of_protocol):
             members = [run for run in of_protocol if run.study == study]
@@ -183,13 +183,13 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
                     say(console, f"{run.name} ({run.rule}) diverged")
                 console.print()
                 lost = list(map(unfinished_to_json, members))
-                found[protocol].append({"study": study, "runs": [], "unfinished": lost})
+                printed[protocol].append({"study": study, "runs": [], "unfinished": lost})
                 continue
             folders = [run.folder for run in members]
             for comparison in comparisons(folders[0].parent, folders):
                 comparison.render(console)
                 console.print()
-                found[protocol].append(comparison.to_json())
+                printed[protocol].append(comparison.to_json())
     tried = [run for run in read if run.protocol == "trial"]
     studies = dict.fromkeys(run.study for run in tried)
     trials = list(_trials([run for study in studies for run in tried if run.study == study]))
@@ -205,7 +205,7 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
     ]
     columns = ("rule", "field", number("value"), number("top-1"), "")
     print_table(console, columns, rows, title="trials, on a held-out part")
-    return {**found, "trials": trials}
+    return {**printed, "trials": trials}
 
 
 def _trials(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:

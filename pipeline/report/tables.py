@@ -86,15 +86,17 @@ def shown_of(group: Group, rule: str, metric: Metric, *, is_divided: bool = True
 
     None if no run measured it.
     """
-    found = group.spread(rule, metric.name)
-    if found is None:
+    over_seeds = group.spread(rule, metric.name)
+    if over_seeds is None:
         return None
     ratio = group.ratios(rule, metric.name) if is_divided else None
     over = "" if ratio is None else f"×{ratio.mean:{'.2f' if ratio.mean >= 0.1 else '.3g'}}"
     spread = (
-        "" if found.deviation is None else f"± {_text(metric, found.deviation, like=found.mean)}"
+        ""
+        if over_seeds.deviation is None
+        else f"± {_text(metric, over_seeds.deviation, like=over_seeds.mean)}"
     )
-    return Shown(_text(metric, found.mean), spread, over)
+    return Shown(_text(metric, over_seeds.mean), spread, over)
 
 
 def columns_of_costs(group: Group) -> list[Metric]:
@@ -115,8 +117,10 @@ def title(metric: Metric, runs: Iterable[Run]) -> str:
 
 def prices(runs: Iterable[Run]) -> str:
     """The price tables of the estimated joules, such as `45 nm, fp32`; may be empty."""
-    of = ((run.summary or {})["inference"] for run in runs if run.value(ENERGY) is not None)
-    return "; ".join(dict.fromkeys(str(inference.get("prices", NOT_SAID)) for inference in of))
+    inferences = ((run.summary or {})["inference"] for run in runs if run.value(ENERGY) is not None)
+    return "; ".join(
+        dict.fromkeys(str(inference.get("prices", NOT_SAID)) for inference in inferences)
+    )
 
 
 def headlines(group: Group) -> list[tuple[str, str]]:
@@ -124,12 +128,12 @@ def headlines(group: Group) -> list[tuple[str, str]]:
     if not group.has_baseline:
         return []
     texts = {each.rule: each.text(group.within) for each in group.differences}
-    found = [
+    sentences = [
         (rule, _headline(group, rule, texts.get(rule)))
         for rule in group.rules
         if rule != group.against
     ]
-    return [(rule, line) for rule, line in found if line]
+    return [(rule, line) for rule, line in sentences if line]
 
 
 def costs(group: Group) -> Table:
@@ -381,9 +385,9 @@ def _costs(group: Group, rule: str, metrics: Sequence[Metric]) -> Iterator[Cell]
     others = Counter(_unfinished(run) for run in runs if not run.is_finished)
     yield rule
     for each in metrics:
-        found = shown_of(group, rule, each)
+        shown = shown_of(group, rule, each)
         states = ", ".join(others) if each.name == "top1" else None
-        yield states if found is None else found.in_a_line()
+        yield states if shown is None else shown.in_a_line()
     states = [f"{times} {state}" for state, times in others.items()]
     yield ", ".join([str(finished), *states]) if others else finished
 
@@ -391,8 +395,8 @@ def _costs(group: Group, rule: str, metrics: Sequence[Metric]) -> Iterator[Cell]
 def _of_metrics(group: Group, metrics: Sequence[Metric]) -> Table:
     rows = []
     for rule in group.rules:
-        found = [shown_of(group, rule, each, is_divided=False) for each in metrics]
-        rows.append((rule, *(each and each.in_a_line() for each in found)))
+        cells = [shown_of(group, rule, each, is_divided=False) for each in metrics]
+        rows.append((rule, *(each and each.in_a_line() for each in cells)))
     return Table(columns=("rule", *(each.title for each in metrics)), rows=tuple(rows))
 
 
@@ -450,21 +454,21 @@ def _apart(first: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
 
 def _in_turn(values: Iterable[Cell]) -> Cell:
     """The distinct values in order, such as `2, then 1`."""
-    found = list(dict.fromkeys(values))
-    return found[0] if len(found) == 1 else ", then ".join(map(str, found)) or None
+    distinct = list(dict.fromkeys(values))
+    return distinct[0] if len(distinct) == 1 else ", then ".join(map(str, distinct)) or None
 
 
 def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cell, ...]]:
     fewest = min(by_workers)
     alone = 0.0
     for workers, runs in sorted(by_workers.items()):
-        found = spread_of([run.value("images_per_s") or 0.0 for run in runs])
-        assert found is not None, "each number of workers has a run"
-        alone = alone or found.mean
-        speed_up = found.mean / alone
-        about = (
+        speed = spread_of([run.value("images_per_s") or 0.0 for run in runs])
+        assert speed is not None, "each number of workers has a run"
+        alone = alone or speed.mean
+        speed_up = speed.mean / alone
+        conditions = (
             counted(fewest, "worker"),
-            found.runs,
+            speed.runs,
             runs[0].study[:8],
             machine(runs[0].hardware),
         )
@@ -473,11 +477,11 @@ def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cel
         yield (
             runs[0].rule,
             workers,
-            found.mean,
-            found.deviation,
+            speed.mean,
+            speed.deviation,
             speed_up,
             efficiency,
-            *about,
+            *conditions,
             cores,
         )
 
@@ -494,10 +498,10 @@ def _but_for_workers(run: Run) -> str:
     """A key of runs that may differ only in their number of workers."""
     (on,) = run.trained_on
     rule = run.recipe.get("rule")
-    found = [
+    conditions = [
         run.study,
         rule if isinstance(rule, Mapping) else run.rule,
         on.loader_threads,
         on.own_cores,
     ]
-    return json.dumps([*found, dict(on.hardware)], sort_keys=True, default=str)
+    return json.dumps([*conditions, dict(on.hardware)], sort_keys=True, default=str)

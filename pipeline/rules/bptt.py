@@ -209,8 +209,8 @@ class Recomputation:
                         outputs.append(value)
                         incoming.append(gradient)
                 inputs = [*self.learnt, *(leaf for leaf in leaves if leaf.requires_grad)]
-                found = torch.autograd.grad(outputs, inputs, incoming, allow_unused=True)
-                for index, gradient in enumerate(found[: len(self.learnt)]):
+                gradients = torch.autograd.grad(outputs, inputs, incoming, allow_unused=True)
+                for index, gradient in enumerate(gradients[: len(self.learnt)]):
                     if gradient is not None:
                         so_far = total[index]
                         total[index] = gradient if so_far is None else so_far + gradient
@@ -222,7 +222,7 @@ class Recomputation:
                 after = {
                     (id(state), name): gradient
                     for (state, name), gradient in zip(
-                        carried, found[len(self.learnt) :], strict=True
+                        carried, gradients[len(self.learnt) :], strict=True
                     )
                     if gradient is not None
                 }

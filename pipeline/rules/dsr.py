@@ -249,8 +249,8 @@ def _percentile(rates: Iterator[Tensor], samples: int) -> Tensor:
     largest = None
     for rate_B in rates:
         keep = rate_B[0].numel() * samples // OUTLIERS + 1
-        found = rate_B.flatten() if largest is None else torch.cat([largest, rate_B.flatten()])
-        largest = found.topk(min(keep, found.numel())).values
+        candidates = rate_B.flatten() if largest is None else torch.cat([largest, rate_B.flatten()])
+        largest = candidates.topk(min(keep, candidates.numel())).values
     assert largest is not None
     return largest[-1].clamp_min(0)
 

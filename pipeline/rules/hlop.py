@@ -391,11 +391,11 @@ class HLOP(Rule):
 
         They are the share of energy that its rows keep, and its number of free directions.
         """
-        found = dict(self.inner.metrics())
+        metrics = dict(self.inner.metrics())
         for recorder in self._recorders:
-            found[f"energy_{recorder.name}"] = recorder.energy()
-            found[f"free_{recorder.name}"] = float(recorder.subspace.free)
-        return found
+            metrics[f"energy_{recorder.name}"] = recorder.energy()
+            metrics[f"free_{recorder.name}"] = float(recorder.subspace.free)
+        return metrics
 
     def extra_bytes(self) -> int:
         """Bytes of the recorded moments, of fixed feedback weights, and of the inner rule."""
@@ -438,14 +438,14 @@ class HLOP(Rule):
 
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
         """The projected synapses by module name, in order of registration."""
-        found = plain_synapses(self.label, model, skip=self.skip)
-        self.rows.check(self.label, found, tasks=1)
-        if len(rates := self._rates(len(found))) != len(found):
+        synapses = plain_synapses(self.label, model, skip=self.skip)
+        self.rows.check(self.label, synapses, tasks=1)
+        if len(rates := self._rates(len(synapses))) != len(synapses):
             raise ValueError(
-                f"{self.label}: learning_rate must name one for each of {', '.join(found)}; got"
+                f"{self.label}: learning_rate must name one for each of {', '.join(synapses)}; got"
                 f" {rates}"
             )
-        return found
+        return synapses
 
     def _rates(self, count: int) -> tuple[float, ...]:
         return self.learning_rates * count if len(self.learning_rates) == 1 else self.learning_rates

@@ -296,26 +296,26 @@ class OPZO(Rule):
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
         """The synapses that hold traces, which excludes those of readouts."""
         readouts = {id(module.linear) for module in model.modules() if isinstance(module, Readout)}
-        found = traceable_synapses(self.label, model)
-        return {name: synapse for name, synapse in found.items() if id(synapse) not in readouts}
+        synapses = traceable_synapses(self.label, model)
+        return {name: synapse for name, synapse in synapses.items() if id(synapse) not in readouts}
 
     def _readouts_of(self, model: nn.Module) -> dict[int, Readout]:
         """The readouts in use, by the index of their hidden layer."""
-        place, found = -1, {}
+        place, readouts = -1, {}
         for module in model.modules():
             if isinstance(module, LIF):
                 place += 1
             elif isinstance(module, Readout):
-                found[place] = module
+                readouts[place] = module
         wanted = range(place + 1) if self.local_readouts else self.intermediate
-        lacking = [index for index in wanted if index not in found]
+        lacking = [index for index in wanted if index not in readouts]
         require(
             not lacking,
             f"{self.label}: the model must have a Readout behind each hidden layer that learns"
             f" from one (models/transforms.py); got none at layer"
             f" {', '.join(map(str, lacking))} of 0..{place}",
         )
-        return {index: found[index] for index in wanted}
+        return {index: readouts[index] for index in wanted}
 
     def _checked(self, model: nn.Module, x_1B: Tensor) -> Tensor:
         """The logits of the first step, after a check that only neurons connect the layers."""

@@ -122,7 +122,7 @@ class _Adjoint:
             return [torch.zeros_like(mask_B, dtype=g_B.dtype) for mask_B in vjp.masks]
         # g_B is the gradient of `factor` times a mean over `samples`.
         gain = self.scale * self.samples / self.factor
-        found = ternary_phase(
+        phase = ternary_phase(
             gain * g_B,
             [_transposed_layer(vjp, layer) for layer in range(len(vjp.masks))],
             [mask_B.shape for mask_B in vjp.masks],
@@ -131,9 +131,9 @@ class _Adjoint:
             quantum=2 * self.threshold,
             decay=self.decay,
         )
-        self.backward_rate, self.saturated = found.rate, found.saturated
+        self.backward_rate, self.saturated = phase.rate, phase.saturated
         self._warn(gain * g_B.abs().max().item())
-        return [beta_B / gain for beta_B in found.beta]
+        return [beta_B / gain for beta_B in phase.beta]
 
     def metrics(self) -> dict[str, float]:
         return {"backward_rate": self.backward_rate, "saturated": self.saturated}

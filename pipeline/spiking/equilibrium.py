@@ -167,25 +167,25 @@ def find_equilibrium(who: str, model: nn.Module) -> Equilibrium:
 
     Raises: ValueError, in the name of `who`, for none, for several, or for neurons outside it.
     """
-    found = [
+    equilibria = [
         (name, module) for name, module in model.named_modules() if isinstance(module, Equilibrium)
     ]
-    if len(found) != 1:
+    if len(equilibria) != 1:
         what = (
-            " and ".join(name or type(module).__name__ for name, module in found)
+            " and ".join(name or type(module).__name__ for name, module in equilibria)
             or f"none in {type(model).__name__}"
         )
         raise ValueError(
             f"{who}: the model must have one equilibrium, whose rates are differentiated; got"
             f" {what}"
         )
-    inside = {id(neuron) for _, neuron in named_neurons(found[0][1])}
+    inside = {id(neuron) for _, neuron in named_neurons(equilibria[0][1])}
     outside = [name for name, neuron in named_neurons(model) if id(neuron) not in inside]
     require(
         not outside,
         f"{who}: every neuron must be part of the equilibrium; got {', '.join(outside)} outside it",
     )
-    return found[0][1]
+    return equilibria[0][1]
 
 
 class Linearized:
@@ -225,11 +225,11 @@ class Linearized:
 
         They are those of layers N - 1 to 1, and J^T v of the feedback.
         """
-        found = []
+        gradients = []
         for layer in reversed(range(len(self.masks))):
             v_B = self.transposed(layer, self.masks[layer] * v_B / self.divisors[layer])
-            found.append(v_B)
-        return found
+            gradients.append(v_B)
+        return gradients
 
     def transposed(self, layer: int, d_B: Tensor) -> Tensor:
         input_1B, output_1B = self._maps[layer]

@@ -52,13 +52,13 @@ def following_norms(
     with fresh_state(network), hooked(hooks), consumers:
         network(x_TB)
     network.train(was_training)
-    found = {}
+    followers = {}
     for name in synapses:
         consumed_by = consumers.of.get(name, set())
         only = next(iter(consumed_by)) if len(consumed_by) == 1 else None
         if only is not None and consumers.inputs[only] == {name}:
-            found[name] = only
-    return found
+            followers[name] = only
+    return followers
 
 
 def fold(scale_O: Tensor, bias_O: Tensor | None, norm: BatchNorm) -> None:

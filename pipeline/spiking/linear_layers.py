@@ -25,7 +25,7 @@ def plain_synapses(
     modules = dict(model.named_modules())
     for name in skip:
         require(name in modules, f"{who}: skip must name modules of the model; got {name!r}")
-    found: dict[str, Linear | Conv2d] = {}
+    synapses: dict[str, Linear | Conv2d] = {}
     for name, module in modules.items():
         if is_inside(name, skip):
             continue
@@ -36,19 +36,19 @@ def plain_synapses(
             f" parameter itself; got {why} at {name or 'the model itself'}",
         )
         if isinstance(module, (Linear, Conv2d)):
-            found[name] = module
-    weights = {id(synapse.weight) for synapse in found.values()}
+            synapses[name] = module
+    weights = {id(synapse.weight) for synapse in synapses.values()}
     for name, parameter in named_parameters(model, skip=skip):
         require(
             parameter.dim() <= 1 or id(parameter) in weights,
             f"{who}: every matrix must be the weight of a Linear or Conv2d; got {name}",
         )
     require(
-        found and len(weights) >= len(found),
+        synapses and len(weights) >= len(synapses),
         f"{who}: the model must have synapses, each with a weight of its own; got"
-        f" {', '.join(found) or 'none'}",
+        f" {', '.join(synapses) or 'none'}",
     )
-    return found
+    return synapses
 
 
 def named_parameters(

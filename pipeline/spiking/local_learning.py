@@ -226,7 +226,7 @@ def refuse_skip_connections(who: str, model: nn.Module, ends: Mapping[str, Tenso
 
 def _leaves(value: Tensor) -> set[int]:
     """The ids of the leaf tensors in the graph of `value`."""
-    found, seen, todo = set(), set(), [value.grad_fn]
+    leaves, seen, todo = set(), set(), [value.grad_fn]
     while todo:
         node = todo.pop()
         if node is None or node in seen:
@@ -234,6 +234,6 @@ def _leaves(value: Tensor) -> set[int]:
         seen.add(node)
         leaf = getattr(node, "variable", None)
         if leaf is not None:
-            found.add(id(leaf))
+            leaves.add(id(leaf))
         todo.extend(after for after, _ in node.next_functions)
-    return found
+    return leaves

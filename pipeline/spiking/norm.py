@@ -156,7 +156,7 @@ def foreign_norms(model: nn.Module) -> dict[str, nn.Module]:
     """
     modes = {module: module.training for module in model.modules()}
     model.train()
-    found = {
+    norms = {
         name or "the model itself": module
         for name, module in model.named_modules()
         if is_foreign_norm(module)
@@ -164,7 +164,7 @@ def foreign_norms(model: nn.Module) -> dict[str, nn.Module]:
     }
     for module, mode in modes.items():
         module.training = mode
-    return found
+    return norms
 
 
 def batch_norms(model: nn.Module) -> list[BatchNorm]:

@@ -106,13 +106,13 @@ def states_of(model: nn.Module) -> list[State]:
 
     `model` may be a wrapper around a network.
     """
-    found: dict[int, State] = {}
+    states: dict[int, State] = {}
     for module in model.modules():
         for holder in (module, *(getattr(module, seam, None) for seam in SEAMS)):
             state = getattr(holder, "state", None)
             if isinstance(state, State):
-                found[id(state)] = state
-    return list(found.values())
+                states[id(state)] = state
+    return list(states.values())
 
 
 def state_bytes(model: nn.Module, *, beside: Container[int] = ()) -> int:

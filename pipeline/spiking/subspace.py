@@ -251,10 +251,10 @@ class RowBudget:
             )
         what = "rows" if tasks == 1 else f"rows of all {tasks} tasks"
         for index, (name, synapse) in enumerate(synapses.items()):
-            asked = sum(self.of(task)[index] for task in range(tasks))
+            rows = sum(self.of(task)[index] for task in range(tasks))
             require(
-                asked <= fan_in(synapse),
-                f"{who}: {what} must fit into the {fan_in(synapse)} inputs of {name}; got {asked}",
+                rows <= fan_in(synapse),
+                f"{who}: {what} must fit into the {fan_in(synapse)} inputs of {name}; got {rows}",
             )
 
     def grow(

@@ -81,20 +81,20 @@ def traceable_synapses(who: str, model: nn.Module) -> dict[str, Linear | Conv2d]
     Raises: ValueError, in the name of `who`, for a weight layer that cannot hold a trace, or a
     model without synapses.
     """
-    found = {}
+    synapses = {}
     for name, module in model.named_modules():
         if isinstance(module, (Linear, Conv2d)):
-            found[name] = module
+            synapses[name] = module
         elif isinstance(module, (nn.Linear, _ConvNd)):
             raise ValueError(
                 f"{who}: the layers with weights must be of pipeline.spiking.synapse, which holds"
                 f" the traces; got torch's {type(module).__name__} at {name}"
             )
     require(
-        found,
+        synapses,
         f"{who}: the model must have synapses, which hold the traces; got {type(model).__name__}",
     )
-    return found
+    return synapses
 
 
 def refuse_batch_norm(who: str, model: nn.Module) -> None:

@@ -171,18 +171,18 @@ def content_of(path: Path, classes: list[str]) -> str:
 
     Raises: DataError if the file's tables contradict each other.
     """
-    found = beton.samples(path)
-    content, view = ContentHash(classes, found.kind), np.memmap(path, np.uint8, "r")
+    samples = beton.samples(path)
+    content, view = ContentHash(classes, samples.kind), np.memmap(path, np.uint8, "r")
     places = zip(
-        found.records,
-        found.addresses.tolist(),
-        found.labels.tolist(),
-        found.sizes.tolist(),
+        samples.records,
+        samples.addresses.tolist(),
+        samples.labels.tolist(),
+        samples.sizes.tolist(),
         strict=True,
     )
     for record, address, label, size in places:
         content.add(
-            view[address : address + size].data, label=label, **found.kind.attributes(record)
+            view[address : address + size].data, label=label, **samples.kind.attributes(record)
         )
     return content.hexdigest()
 

@@ -113,8 +113,8 @@ def _saccades(
     content_seed: int = 0,
 ) -> list[Source[Any]]:
     sets: list[Source[Any]] = []
-    found = fashion(None if source in (None, "fashion") else Path(source))
-    for part, (each, count) in enumerate(zip(found, (samples, val_samples), strict=True)):
+    pictures = fashion(None if source in (None, "fashion") else Path(source))
+    for part, (each, count) in enumerate(zip(pictures, (samples, val_samples), strict=True)):
         require_data(
             count is None or count <= len(each.items),
             f"write events: saccades: {each.name} has {len(each.items)} images; got {count} to"

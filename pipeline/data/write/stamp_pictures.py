@@ -175,7 +175,7 @@ def parts(pictures: Pictures, split: int) -> tuple[Pictures, Pictures]:
     Raises: DataError for an unknown split, or a class with too few objects.
     """
     require_data(0 <= split <= CHOICE, f"write stamps: split must be in 0..{CHOICE}; got {split}")
-    both = {name: _divided(name, found, split) for name, found in pictures.objects.items()}
+    both = {name: _divided(name, objects, split) for name, objects in pictures.objects.items()}
     train_grounds, val_grounds = _divided("grounds", pictures.grounds, split)
     return (
         Pictures({name: train for name, (train, _) in both.items()}, train_grounds),

@@ -243,8 +243,10 @@ def _kept(final: Path, how: Encoder[Any]) -> Manifest:
 def _refuse_unreadable(
     sets: Sequence[Source[Any]], written: Sequence[Manifest], *, kind: str, max_bad: int
 ) -> None:
-    counts = {each.name: len(found.skipped) for each, found in zip(sets, written, strict=True)}
-    unreadable = [bad for found in written for bad in found.skipped]
+    counts = {
+        each.name: len(manifest.skipped) for each, manifest in zip(sets, written, strict=True)
+    }
+    unreadable = [bad for manifest in written for bad in manifest.skipped]
     if max(counts.values()) > max_bad:
         got = " and ".join(f"{count} in {name}" for name, count in counts.items() if count)
         message = (
@@ -252,8 +254,8 @@ def _refuse_unreadable(
             "mend or remove what is listed, or allow more with --max-bad"
         )
         raise TooManyUnreadable(message, unreadable)
-    for each, found in zip(sets, written, strict=True):
-        if not found.samples:
+    for each, manifest in zip(sets, written, strict=True):
+        if not manifest.samples:
             raise TooManyUnreadable(
                 f"write: {each.name} must have a readable {kind}; got none", unreadable
             )

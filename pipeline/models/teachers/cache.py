@@ -128,13 +128,13 @@ class CachedPredictions:
 
     def _read(self, file: int, row: int) -> NDArray[np.uint8]:
         path, records = self._files[file]
-        found = records[row]
-        if found["check"] != _checksum(found):
+        stored = records[row]
+        if stored["check"] != _checksum(stored):
             raise ValueError(
                 f"Cache: record {row} of {path} must have its checksum; it is damaged: delete the"
                 " file"
             )
-        return found["answer"]
+        return stored["answer"]
 
 
 def record(classes: int, storage: Storage) -> np.dtype[np.void]:
@@ -144,8 +144,8 @@ def record(classes: int, storage: Storage) -> np.dtype[np.void]:
     )
 
 
-def _checksum(found: np.void) -> int:
-    return xxhash.xxh3_64_intdigest(found["sample"].tobytes() + found["answer"].tobytes())
+def _checksum(stored: np.void) -> int:
+    return xxhash.xxh3_64_intdigest(stored["sample"].tobytes() + stored["answer"].tobytes())
 
 
 def _bytes(folder: Path) -> int:

@@ -107,7 +107,7 @@ def network_teacher(
     model.load_state_dict(state)
     teacher = NetworkTeacher(model, time_steps=time_steps, cache=cache, precision=precision)
     try:
-        found = teacher(torch.zeros(1, *data.shape)).shape[-1]
+        outputs = teacher(torch.zeros(1, *data.shape)).shape[-1]
     except RuntimeError as error:
         shape = " x ".join(map(str, data.shape))
         raise ValueError(
@@ -115,8 +115,8 @@ def network_teacher(
             f" {error}"
         ) from error
     require(
-        found == data.classes,
-        f"network_teacher: model and data must have the same classes; got {found} and"
+        outputs == data.classes,
+        f"network_teacher: model and data must have the same classes; got {outputs} and"
         f" {data.classes}",
     )
     return teacher

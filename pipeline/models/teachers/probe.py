@@ -86,17 +86,17 @@ class Probe:
             "ftol": 0.0,
             "gtol": TOLERANCE / 10,
         }
-        found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
-        steepest = float(np.abs(found.jac).max())
+        minimum = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
+        steepest = float(np.abs(minimum.jac).max())
         require(
             steepest <= TOLERANCE,
             f"Probe: the fit must reach its minimum in {ITERATIONS} iterations; the gradient is"
             f" still {steepest:.1e}; raise l2={self.l2}",
         )
-        w_KD = found.x[:-classes].reshape(shape) / std_D
+        w_KD = minimum.x[:-classes].reshape(shape) / std_D
         # Created on the meta device, so that no random numbers are drawn.
         head = nn.Linear(shape[1], classes, device="meta").to_empty(device="cpu")
         head.requires_grad_(False)
         head.weight.copy_(torch.from_numpy(w_KD))
-        head.bias.copy_(torch.from_numpy(found.x[-classes:] - w_KD @ mean_D))
+        head.bias.copy_(torch.from_numpy(minimum.x[-classes:] - w_KD @ mean_D))
         return head

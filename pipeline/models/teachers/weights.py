@@ -39,9 +39,9 @@ class Hub:
             return timm.create_model(name, pretrained=True)
         # The hub, its cache and the network raise many exceptions (timm 1.0.31).
         except Exception as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            message = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"Hub: the weights of {name} are not available: {said} (without network:"
+                f"Hub: the weights of {name} are not available: {message} (without network:"
                 " weights=spec(File, path=...))"
             ) from error
 
@@ -174,11 +174,11 @@ def _check_hash(path: Path, package: str) -> None:
         path.is_file(),
         f"Package: {package} must hold {path.name}; {path} does not exist; install it again",
     )
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     require(
-        found.startswith(wanted),
+        digest.startswith(wanted),
         f"Package: the sha256 of {path} must begin with {wanted}, as its name says; got"
-        f" {found[:8]}: damaged, install {package} again",
+        f" {digest[:8]}: damaged, install {package} again",
     )
 
 

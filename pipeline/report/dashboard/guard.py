@@ -46,11 +46,11 @@ def guard(server: Flask, *, host: str, token: str | None) -> None:
         if token is not None:
             return _unless_known(token)
         if not is_loopback(_name_of(request.host)):
-            said = (
+            message = (
                 "dashboard: without a --token it answers to localhost and 127.0.0.1 alone; got the"
                 " name"
             )
-            return _sentence(403, f"{said} {request.host[:100]!r}")
+            return _sentence(403, f"{message} {request.host[:100]!r}")
         return None
 
     @server.after_request
@@ -92,9 +92,9 @@ def _name_of(host: str) -> str:
 
 def _unless_known(token: str) -> AnyResponse | None:
     """Return None if the request has the cookie or the bearer token. `?token=` sets the cookie."""
-    said = request.args.get("token")
-    if said is not None:
-        if not _same(said, token):
+    query_token = request.args.get("token")
+    if query_token is not None:
+        if not _same(query_token, token):
             return _refused(
                 "dashboard: the token in the address is not the one it was started with"
             )
@@ -103,13 +103,13 @@ def _unless_known(token: str) -> AnyResponse | None:
         )
         answer = redirect(request.path + (f"?{others}" if others else ""), 303)
         # SameSite=Lax: links on other sites send the cookie; posts, images and frames do not.
-        about = {
+        cookie_options = {
             "max_age": _DAYS * 86400,
             "httponly": True,
             "samesite": "Lax",
             "secure": _came_over_tls(),
         }
-        answer.set_cookie(COOKIE, _kept(token), **about)
+        answer.set_cookie(COOKIE, _kept(token), **cookie_options)
         return answer
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
     if _same(request.cookies.get(COOKIE, ""), _kept(token)) or (
@@ -126,8 +126,8 @@ def _came_over_tls() -> bool:
 
     A forged header harms its sender only.
     """
-    said = request.headers.get("X-Forwarded-Proto", "")
-    return request.is_secure or "https" in (each.strip().lower() for each in said.split(","))
+    protocol = request.headers.get("X-Forwarded-Proto", "")
+    return request.is_secure or "https" in (each.strip().lower() for each in protocol.split(","))
 
 
 def _kept(token: str) -> str:

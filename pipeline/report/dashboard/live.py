@@ -93,7 +93,7 @@ class Live:
         Raises:
             StoreError: the store cannot be read.
         """
-        found: list[Run] = []
+        readable: list[Run] = []
         notes: list[str] = []
         for stored in runs:
             try:
@@ -112,7 +112,7 @@ class Live:
                     f"{run.name} is a trial on a held-out part, no run to set beside others."
                 )
                 continue
-            found.append(run)
+            readable.append(run)
             if run.curve_every > 1:
                 parts = (
                     ", and its parts of time are of those"
@@ -124,7 +124,9 @@ class Live:
                     f" {run.curve_every} is shown{parts}."
                 )
         keys = ", ".join(sorted({run.study[:8] for run in runs}))
-        return Study(title=f"Study {keys}", runs=tuple(found), against=against, notes=tuple(notes))
+        return Study(
+            title=f"Study {keys}", runs=tuple(readable), against=against, notes=tuple(notes)
+        )
 
     def reports(self, runs: Sequence[StoredRun]) -> list[SuiteReport]:
         """The reports of the suites that these runs belong to, newest launch first.
@@ -160,8 +162,8 @@ class Live:
 
     def _asked(self, what: str, of: str, ask: Callable[[], T_], *, fresh_s: float = _FRESH_S) -> T_:
         """Return the answer to a question, at most `fresh_s` seconds old."""
-        asked, answer = self._recent.get((what, of), (-math.inf, None))
-        if time.monotonic() - asked >= fresh_s:
+        asked_at, answer = self._recent.get((what, of), (-math.inf, None))
+        if time.monotonic() - asked_at >= fresh_s:
             answer = ask()  # outside the lock: a slow list must not block the figures
             _keep(self._recent, (what, of), (time.monotonic(), answer))
         return answer  # type: ignore[return-value]
@@ -238,7 +240,7 @@ def _after(
     events: Sequence[Event], points: Mapping[str, Sequence[Point]]
 ) -> list[Step | Evaluation]:
     """Return points of steps that the journal lacks, as events in the order of their time."""
-    found: list[Step | Evaluation] = []
+    later: list[Step | Evaluation] = []
     for kind, prefix in ((Step, "train"), (Evaluation, "val")):
         known = max((event.step for event in events if isinstance(event, kind)), default=-1)
         metrics: dict[int, dict[str, float]] = {}
@@ -249,7 +251,7 @@ def _after(
                     metrics.setdefault(point.step, {})[name] = point.value
                     times.setdefault(point.step, point.time)
         more: dict[str, Any] = {"samples": 0} if kind is Evaluation else {"memory_bytes": None}
-        found += [
+        later += [
             kind(
                 step=step,
                 epoch=UNKNOWN_EPOCH,
@@ -260,7 +262,7 @@ def _after(
             )
             for step, values in metrics.items()
         ]
-    return sorted(found, key=lambda event: (event.time, event.step))
+    return sorted(later, key=lambda event: (event.time, event.step))
 
 
 def _title(suite: str, members: Sequence[StoredRun]) -> str:

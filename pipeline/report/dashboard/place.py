@@ -60,20 +60,20 @@ class Place:
             fields = parse_qs(search.lstrip("?"), max_num_fields=20)
         except ValueError:  # the query has more fields than any of our URLs
             return cls()
-        asked = {name: values[-1] for name, values in fields.items()}
-        view: View = next((name for name in get_args(View) if name == asked.get("view")), "costs")
-        only: Only = next((name for name in get_args(Only) if name == asked.get("only")), "all")
-        sort = asked.get("sort", "newest")
-        ids = tuple(each for each in asked.get("runs", "").split(".") if each not in ("", "none"))
+        query = {name: values[-1] for name, values in fields.items()}
+        view: View = next((name for name in get_args(View) if name == query.get("view")), "costs")
+        only: Only = next((name for name in get_args(Only) if name == query.get("only")), "all")
+        sort = query.get("sort", "newest")
+        ids = tuple(each for each in query.get("runs", "").split(".") if each not in ("", "none"))
         return cls(
-            study=asked.get("study", "")[:64],
-            family=asked.get("family", "")[:250],
-            runs=ids if "runs" in asked else None,
+            study=query.get("study", "")[:64],
+            family=query.get("family", "")[:250],
+            runs=ids if "runs" in query else None,
             view=view,
-            text=asked.get("text", "")[:200],
+            text=query.get("text", "")[:200],
             only=only,
             sort=sort if sort in SORTS else "newest",
-            descending=asked.get("order", "down") == "down",
+            descending=query.get("order", "down") == "down",
         )
 
     @property
