@@ -46,7 +46,7 @@ def own_cores(
     folder.mkdir(mode=0o700, exist_ok=True)
     before, deadline = os.sched_getaffinity(0), time.monotonic() + patience_s
     there = physical_cores(before)
-    while (taken := _taken(there, count, folder)) is None:
+    while (taken := _lock_cores(there, count, folder)) is None:
         if time.monotonic() > deadline:
             free = f"too few of this machine's {len(there)} are free; --side-by-side 1 shares them"
             raise UserError(f"cores: a worker needs {count} of its own; {free}")
@@ -96,12 +96,12 @@ def _cores_near(device: torch.device, devices: Path) -> set[int]:
         card = devices / f"{int(domain, 16):04x}:{rest}"
         if int((card / "numa_node").read_text()) < 0:
             return set()
-        return _listed((card / "local_cpulist").read_text())
+        return _parse_core_list((card / "local_cpulist").read_text())
     except (pynvml.NVMLError, OSError, ValueError):
         return set()
 
 
-def _listed(text: str) -> set[int]:
+def _parse_core_list(text: str) -> set[int]:
     """Parse a list in the kernel's format, such as `0-31,64-95`."""
     spans = [each.partition("-") for each in text.strip().split(",") if each]
     return {
@@ -154,7 +154,7 @@ def cores_of_machines(nodes: Iterable[NodeCores]) -> int:
     return sum(min(count, there[machine]) for machine, count in given.items())
 
 
-def _taken(
+def _lock_cores(
     there: Mapping[str, tuple[int, ...]], count: int, folder: Path
 ) -> tuple[tuple[int, ...], ExitStack] | None:
     """Try to lock `count` cores; None if fewer are free, and then no lock is held."""

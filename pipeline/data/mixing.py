@@ -92,7 +92,7 @@ class Mixing:
         `rows`: the positions of the samples in the global batch.
         """
         assert len(rows) == len(x_B) and rows.start % 2 == len(rows) % 2 == 0, rows
-        lam_B, box_B4 = self._drawn(
+        lam_B, box_B4 = self._draw(
             x_B.shape[-2], x_B.shape[-1], seed=seed, step=step, rows=np.asarray(rows)
         )
         target_BK = F.one_hot(target_B, classes).to(x_B.dtype)
@@ -104,7 +104,7 @@ class Mixing:
             weight_B = weight_B.view(-1, *[1] * (x_B.dim() - 1))
         return _neighbours(x_B).lerp_(x_B, weight_B), mixed_target_BK
 
-    def _drawn(
+    def _draw(
         self, height: int, width: int, *, seed: int, step: int, rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64] | None]:
         """The share lam that each sample keeps, and its replaced box (top, bottom, left, right).

@@ -289,7 +289,7 @@ class _Planner:
             micro_batch=fit.micro_batch,
             accumulation=fit.accumulation,
             saved_bytes=counts.peak_saved_bytes,
-            memory_bytes=self._needed(counts.kept_bytes, fit.micro_batch, fit.zero),
+            memory_bytes=self._peak_bytes(counts.kept_bytes, fit.micro_batch, fit.zero),
             flops=counts.traffic.flops,
             moved_bytes=counts.traffic.bytes,
             kernels=counts.traffic.kernels,
@@ -320,7 +320,9 @@ class _Planner:
         return _Seconds(
             compute=seconds(fit.counts.traffic, self.recipe.precision) * fit.accumulation,
             teacher=teacher_s * fit.accumulation,
-            communication=fit.updates * self._moved(fit.zero, fit.sums) / self.cluster.bandwidth,
+            communication=fit.updates
+            * self._sent_bytes(fit.zero, fit.sums)
+            / self.cluster.bandwidth,
             optimizer=fit.updates * optimizer_s / card.efficiency,
         )
 
@@ -382,8 +384,8 @@ class _Planner:
         compute = [each["forward"] + each["backward"] + each["loop"] for each in measured]
         # A timed step has one micro-batch, so it sums gradients for one micro-batch or one update.
         timed_sums = fit.sums // fit.accumulation if fit.updates == 1 else 1
-        once = self._moved(self.recipe.zero, timed_sums)
-        more = self._moved(fit.zero, fit.sums) / once if once else 1.0
+        once = self._sent_bytes(self.recipe.zero, timed_sums)
+        more = self._sent_bytes(fit.zero, fit.sums) / once if once else 1.0
         return _Seconds(
             compute=_at(micro, sizes, compute) * fit.accumulation,
             teacher=_at(micro, sizes, teacher) * fit.accumulation,
@@ -420,7 +422,7 @@ class _Planner:
         stages = (recipe.zero,) if only else tuple(range(recipe.zero, 3))
 
         def stage_of(kept: float, size: int) -> int | None:
-            fits = (zero for zero in stages if self._needed(kept, size, zero) <= self.memory)
+            fits = (zero for zero in stages if self._peak_bytes(kept, size, zero) <= self.memory)
             return next(fits, None)
 
         wanted = self.wanted
@@ -441,14 +443,14 @@ class _Planner:
                 if (zero := stage_of(counts.kept_bytes, size)) is not None:
                     return counts, size, zero
         needs = min(
-            self._needed(each, size, zero) for size, each in kept.items() for zero in stages
+            self._peak_bytes(each, size, zero) for size, each in kept.items() for zero in stages
         )
         raise ValueError(
             f"{counts.rule}: a worker must fit into {self.memory / 1e9:.3g} GB; it needs"
             f" {needs / 1e9:.3g} GB at least"
         )
 
-    def _needed(self, kept: float, micro: int, zero: int) -> float:
+    def _peak_bytes(self, kept: float, micro: int, zero: int) -> float:
         """Peak bytes per worker."""
         held, workers = self.held, self.cluster.workers
         bytes_ = held.parameters + held.buffers + kept
@@ -461,7 +463,7 @@ class _Planner:
         master = (held.optimizer + held.parameters) / workers
         return bytes_ + gradients + master + held.gradients
 
-    def _moved(self, zero: int, backward_calls: int) -> float:
+    def _sent_bytes(self, zero: int, backward_calls: int) -> float:
         """Bytes that a worker sends per update."""
         sums = backward_calls if zero == 2 else 1
         gathered = 0.0 if zero == 0 else self._ring(self.held.parameters) / 2

@@ -19,8 +19,8 @@ class SavedBytes:
 
     `now` and `peak` are bytes of the distinct storages behind autograd's saved tensors at one
     moment. Each storage counts whole and once, however many nodes or views save it. It counts from
-    the first node that saves it until the last one is freed. Backward frees nodes, or a later
-    moment if the graph is retained.
+    the first node that saves it until the last one is freed. Backward frees the nodes,
+    except those of a retained graph, which are freed later.
 
     Storages of `parameters` (a model, or an iterable of tensors) and their views do not count.
     Copies of a weight (autocast, standardised weights) are no parameters and count. The parameters'

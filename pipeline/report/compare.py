@@ -204,7 +204,9 @@ def comparisons(
         ComparisonError: no run of a study finished, or its runs differ outside the study key.
     """
     members = list(map(read_run, folders))
-    made, refusals = _made(read_runs(Path(runs_dir)), members, against=against, within=within)
+    made, refusals = _compare_each(
+        read_runs(Path(runs_dir)), members, against=against, within=within
+    )
     if refusals:
         raise refusals[0]
     return made
@@ -238,9 +240,9 @@ def print_comparison(
     is_key = is_study(runs, key) and not (runs_dir / key).exists()
     refusals: list[ComparisonError] = []
     if folders is not None:
-        made, refusals = _made(runs, list(map(read_run, folders)), **judged)
+        made, refusals = _compare_each(runs, list(map(read_run, folders)), **judged)
     elif not names or is_key:
-        made, refusals = _made(runs, chosen(runs_dir, names, runs), **judged)
+        made, refusals = _compare_each(runs, chosen(runs_dir, names, runs), **judged)
     else:
         made = [_compared(runs, chosen(runs_dir, names, runs), **judged, is_whole=False)]
     if format not in ("table", "json", "csv"):
@@ -318,7 +320,7 @@ def _compared(
     return Comparison(group=group, elsewhere=elsewhere, notes=(*notes, *group.notes))
 
 
-def _made(
+def _compare_each(
     runs: Sequence[Run], members: Sequence[Run], *, against: str, within: float
 ) -> tuple[list[Comparison], list[ComparisonError]]:
     made: list[Comparison] = []

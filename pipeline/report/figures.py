@@ -169,7 +169,7 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
             f"{what.capitalize()}: {how}. Filled markers are on the Pareto front: no other rule is"
             " at least as good in both."
         )
-        + _lost(group),
+        + _describe_diverged(group),
         alt=(
             f"On the Pareto front of accuracy and {what}, of {len(points)} rules:"
             f" {', '.join(front)}."
@@ -207,7 +207,7 @@ def _trade_off_table(
 
     if name == ENERGY:
         columns = (*columns, "measured on cards, joules", "MACs", "ACs")
-        rows = [(*row, *_beside(group, str(row[0]))) for row in rows]
+        rows = [(*row, *_energy_cells(group, str(row[0]))) for row in rows]
     return Table(columns=columns, rows=tuple(rows))
 
 
@@ -228,7 +228,7 @@ def _marker(
     }
 
 
-def _beside(group: Group, rule: str) -> list[float | None]:
+def _energy_cells(group: Group, rule: str) -> list[float | None]:
     """Return measured joules, multiply-accumulates and accumulates per inference."""
     values = [
         group.spread(rule, name) for name in (ENERGY_MEASURED, "inference.macs", "inference.acs")
@@ -263,7 +263,7 @@ def _counted_on(group: Group) -> str:
     )
 
 
-def _lost(group: Group) -> str:
+def _describe_diverged(group: Group) -> str:
     """A sentence such as ` Diverged, and in no mean: SLTT-1 (seed 1, 2).`, or an empty text."""
     lost = {
         rule: ", ".join(map(str, sorted(seeds)))

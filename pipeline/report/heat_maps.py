@@ -75,7 +75,7 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
         )
         return Missing(
             title=title,
-            why=_still_to_come(run for run in group.runs if run.rule != group.against) or why,
+            why=_describe_pending(run for run in group.runs if run.rule != group.against) or why,
         )
     layers = list(dict.fromkeys(layer for cosines in of_rule.values() for layer in cosines))
     rows = [(layer, rule, of_rule[rule].get(layer)) for layer in layers for rule in of_rule]
@@ -115,7 +115,7 @@ def temporal_share(group: Group) -> Figure | Missing:
     ]
     if not looked:
         why = "no run compared gradients; --set evaluation.fidelity_every=1 does after each epoch"
-        return Missing(title=title, why=_still_to_come(group.runs) or why)
+        return Missing(title=title, why=_describe_pending(group.runs) or why)
     run = next((run for run in looked if run.rule == "SLTT"), looked[0])
     looks = run.history.fidelity
     layers = list(dict.fromkeys(layer for each in looks for layer in each.temporal_share))
@@ -150,7 +150,7 @@ def temporal_share(group: Group) -> Figure | Missing:
     )
 
 
-def _still_to_come(runs: Iterable[Run]) -> str:
+def _describe_pending(runs: Iterable[Run]) -> str:
     """Name the runs whose recipes compare gradients but which have not done so yet."""
     looking = [
         run.name

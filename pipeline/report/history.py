@@ -63,7 +63,7 @@ def read_history(events: Iterable[Event], *, redone: Literal["dropped", "kept"])
     evaluations: dict[int, Point] = {}
     fidelity: dict[int, Fidelity] = {}
     last = 0
-    for seconds, event in _timed(events):
+    for seconds, event in _with_seconds(events):
         step = getattr(event, "step", None)
         if step is None:
             continue
@@ -71,7 +71,7 @@ def read_history(events: Iterable[Event], *, redone: Literal["dropped", "kept"])
         last = last if isinstance(event, (Checkpoint, Unwritten)) else step
         if isinstance(event, Start):
             starts.append(Point(step, seconds))
-            known = _joined(curve, again)
+            known = _join_points(curve, again)
             curve = [each for each in known if each.step <= step]
             again = [each for each in known if each.step > step and redone == "kept"]
             if redone == "dropped":
@@ -81,10 +81,10 @@ def read_history(events: Iterable[Event], *, redone: Literal["dropped", "kept"])
         elif isinstance(event, Evaluation):
             evaluations[step] = _point(event, seconds)  # a repeated evaluation replaces the former
         elif isinstance(event, Fidelity):
-            cosines = {rule: _known(of_rule) for rule, of_rule in event.cosines.items()}
-            shares = _known(event.temporal_share)
+            cosines = {rule: _finite_values(of_rule) for rule, of_rule in event.cosines.items()}
+            shares = _finite_values(event.temporal_share)
             fidelity[step] = replace(event, temporal_share=shares, cosines=cosines)
-    curve = _joined(curve, again)
+    curve = _join_points(curve, again)
     known = max(last, curve[-1].step) if curve and redone == "kept" else last
     return History(
         curve=tuple(curve),
@@ -130,7 +130,7 @@ def count(value: Any) -> int | None:
     return None if finite is None else int(finite)
 
 
-def _timed(events: Iterable[Event]) -> Iterator[tuple[float, Event]]:
+def _with_seconds(events: Iterable[Event]) -> Iterator[tuple[float, Event]]:
     """Yield each event with the seconds of the attempts up to it, without time between attempts."""
     paid = begun = last = 0.0
     attempt: int | None = None
@@ -152,7 +152,7 @@ def _point(event: Step | Evaluation, seconds: float) -> Point:
     return Point(event.step, seconds, top1, loss, epoch)
 
 
-def _joined(points: Sequence[Point], again: Sequence[Point]) -> list[Point]:
+def _join_points(points: Sequence[Point], again: Sequence[Point]) -> list[Point]:
     """Return the points, followed by those of `again` after the last repeated step."""
     if not again:
         return list(points)
@@ -162,5 +162,5 @@ def _joined(points: Sequence[Point], again: Sequence[Point]) -> list[Point]:
     )
 
 
-def _known(values: Mapping[str, float]) -> dict[str, Any]:
+def _finite_values(values: Mapping[str, float]) -> dict[str, Any]:
     return {name: number(value) for name, value in values.items()}

@@ -47,7 +47,10 @@ def show_recipe(
     for recipe, (own_fields, own_lines) in zip(made.recipes, resolved, strict=True):
         if len(resolved) > 1:
             console.print()
-            own_fields, own_lines = _less(own_fields, fields), _less(own_lines, lines)
+            own_fields, own_lines = (
+                _without_shared(own_fields, fields),
+                _without_shared(own_lines, lines),
+            )
         _print(recipe.name, own_fields, own_lines, console)
 
 
@@ -100,7 +103,7 @@ def _shared(each: Sequence[dict[str, str]]) -> dict[str, str]:
     }
 
 
-def _less(own: dict[str, str], shared: dict[str, str]) -> dict[str, str]:
+def _without_shared(own: dict[str, str], shared: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in own.items() if key not in shared}
 
 

@@ -156,7 +156,7 @@ class Group:
         labelled = [run for run in self.runs if run.rule.startswith(f"{self.against} (")]
         if self.has_baseline or not any(run.is_finished for run in labelled):
             return ""
-        return f"several {self.against}s with different {', '.join(_apart(labelled))}; name one"
+        return f"several {self.against}s with different {', '.join(_differing(labelled))}; name one"
 
     @property
     def undivided(self) -> str:
@@ -273,7 +273,7 @@ class Study:
         return tuple(sorted(groups, key=lambda group: -len(group.rules)))
 
     def _sorted(self, runs: Sequence[Run]) -> tuple[Run, ...]:
-        return tuple(sorted(_labelled_apart(runs), key=lambda run: place(run, self.against)))
+        return tuple(sorted(_with_distinct_labels(runs), key=lambda run: place(run, self.against)))
 
 
 def place(run: Run, against: str) -> tuple[bool, str, int, str]:
@@ -281,30 +281,32 @@ def place(run: Run, against: str) -> tuple[bool, str, int, str]:
     return run.rule != against, run.rule, run.seed, run.name
 
 
-def _labelled_apart(runs: Sequence[Run]) -> list[Run]:
+def _with_distinct_labels(runs: Sequence[Run]) -> list[Run]:
     """Extend equal labels of different rules by the values that distinguish the rules.
 
     Examples are SLTT-1 with and without rescaling, or two values of a tuned field.
     """
     labels: dict[str, list[str]] = {}
     for rule in {run.rule for run in runs}:
-        labels[rule] = _apart([run for run in runs if run.rule == rule])
+        labels[rule] = _differing([run for run in runs if run.rule == rule])
     labelled: list[Run] = []
     for run in runs:
-        values = [each for name, each in _described(run.recipe).items() if name in labels[run.rule]]
+        values = [
+            each for name, each in _label_values(run.recipe).items() if name in labels[run.rule]
+        ]
         labelled.append(replace(run, rule=f"{run.rule} ({', '.join(values)})") if values else run)
     return labelled
 
 
-def _apart(runs: Sequence[Run]) -> list[str]:
-    """The names in `_described` whose values differ between the runs."""
+def _differing(runs: Sequence[Run]) -> list[str]:
+    """The names in `_label_values` whose values differ between the runs."""
     import pandas as pd
 
-    values = pd.DataFrame([_described(run.recipe) for run in runs])
+    values = pd.DataFrame([_label_values(run.recipe) for run in runs])
     return list(values.columns[values.nunique() > 1])
 
 
-def _described(recipe: Mapping[str, Any]) -> dict[str, str]:
+def _label_values(recipe: Mapping[str, Any]) -> dict[str, str]:
     """The rule's keywords and the value of each tuned field, as text."""
     rule = recipe.get("rule")
     described = {"keywords": _keywords(rule) or "as it comes"} if isinstance(rule, Mapping) else {}

@@ -154,7 +154,7 @@ def beside(group: Group) -> Table | None:
         if not each.better
         and not each.name.startswith(_HELD)
         and not each.title.endswith(in_costs)
-        and any(_is_there(run, each) for run in group.finished)
+        and any(_is_measured(run, each) for run in group.finished)
     ]
     return _of_metrics(group, metrics) if metrics else None
 
@@ -220,7 +220,7 @@ def recipe_differences(study: Study) -> Table:
             *(named(each, among=study.groups) for each in (first, group)),
         )
         for group in others
-        for name, mine, theirs in _apart(first.runs[0], group.runs[0])
+        for name, mine, theirs in _differing_fields(first.runs[0], group.runs[0])
     ]
     columns = ("field", "first group", "other group", "first", "other")
     return Table(columns=columns, rows=tuple(rows))
@@ -300,7 +300,9 @@ def scaling(study: Study) -> Table | None:
     for group in study.groups:
         for run in group.finished:
             if run.workers and run.value("images_per_s") and _is_split_as_written(run, run.workers):
-                alike.setdefault(_but_for_workers(run), {}).setdefault(run.workers, []).append(run)
+                alike.setdefault(_key_without_workers(run), {}).setdefault(run.workers, []).append(
+                    run
+                )
     columns = (
         "rule",
         "workers",
@@ -411,7 +413,7 @@ def _progress(run: Run) -> str:
     return f"{past.step}/{run.total_steps or '?'}{again}"
 
 
-def _is_there(run: Run, metric: Metric) -> bool:
+def _is_measured(run: Run, metric: Metric) -> bool:
     """Whether the metric was measured. Without a device, its peaks are 0."""
     value = run.value(metric.name)
     return value is not None and (value != 0 or "peak_" not in metric.name)
@@ -437,7 +439,7 @@ def _evaluated(recipe: Mapping[str, Any]) -> str:
     )
 
 
-def _apart(first: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
+def _differing_fields(first: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
     """The fields that differ, except those in which runs of a group may differ."""
     recipes = [
         {**of_the_study(run.recipe), "init": run.recipe.get("init")} for run in (first, other)
@@ -494,7 +496,7 @@ def _is_split_as_written(run: Run, workers: int) -> bool:
     return run.trained_on[0].micro_batch == Split.of(size, workers=workers, most=most).micro_batch
 
 
-def _but_for_workers(run: Run) -> str:
+def _key_without_workers(run: Run) -> str:
     """A key of runs that may differ only in their number of workers."""
     (on,) = run.trained_on
     rule = run.recipe.get("rule")

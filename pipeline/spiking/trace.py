@@ -66,11 +66,11 @@ def shared_decay(who: str, model: nn.Module, decay: float | None = None) -> floa
     require(
         decay is None or not others,
         f"{who}: decay must be that of the neurons, which the traces feed; got {decay} and"
-        f" {_listed(others)}",
+        f" {_format_decays(others)}",
     )
     require(
         len(set(decays.values())) <= 1,
-        f"{who}: the neurons must share one decay; got {_listed(decays)}",
+        f"{who}: the neurons must share one decay; got {_format_decays(decays)}",
     )
     return next(iter(decays.values()))
 
@@ -128,5 +128,5 @@ def running_order(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
         yield ran
 
 
-def _listed(decays: dict[str, float]) -> str:
+def _format_decays(decays: dict[str, float]) -> str:
     return ", ".join(f"{decay:g} at {name}" for name, decay in decays.items())

@@ -47,8 +47,7 @@ def usable_threads(threads: int) -> int:
 
     Raises:
         DataError: `threads` is below 1, above numba's number (CPU affinity, or
-            NUMBA_NUM_THREADS), or above 1
-            without TBB.
+            NUMBA_NUM_THREADS), or above 1 without TBB.
     """
     require_data(threads >= 1, f"data: threads must be 1 or more; got {threads}")
     # the CPU affinity, unless the environment overrides it (0.68.1)

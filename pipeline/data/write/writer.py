@@ -146,7 +146,7 @@ def write_sets(
     finals = [out / f"{each.name}.beton" for each in sets]
     there = [str(final) for final in finals if final.exists()]
     if existing == "keep" and len(there) == len(finals):
-        return [_kept(final, how) for final in finals]
+        return [_verified_manifest(final, how) for final in finals]
     require_data(
         not there or existing == "replace",
         f"write: {' and '.join(there)} must not exist yet; remove them, or ask with --existing"
@@ -229,7 +229,7 @@ def _encode_chunk(chunk: list[S], how: Encoder[S]) -> list[Encoded | Bad]:
     return [how(item) for item in chunk]
 
 
-def _kept(final: Path, how: Encoder[Any]) -> Manifest:
+def _verified_manifest(final: Path, how: Encoder[Any]) -> Manifest:
     """The manifest of an existing file, after all its bytes were verified."""
     manifest = verify(final)[0]
     require_data(

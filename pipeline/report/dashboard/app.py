@@ -69,13 +69,13 @@ class _Answers:
             listed = self._live.listed(fresh_s=0.0 if request.args.get("look") else self._every)
         except ReportError as error:
             return _trouble(error)
-        place, known = _place(), studies(listed)
+        place, known = _requested_place(), studies(listed)
         about = {"place": place, "columns": SORTS, "most": SHOWN}
         return _template("list.html").render(studies=known, found=place.listed(known), **about)
 
     def study(self) -> Response | tuple[str, int]:
         """Return the study as JSON, or 204 if the page already shows this version (`seen`)."""
-        place = _place()
+        place = _requested_place()
         title = f"Study {place.study[:8]}" + (f" of {place.family}" if place.family else "")
         window = f"{title}, {VIEWS[place.view]}, spiketrain dashboard"
         if not place.study:
@@ -95,7 +95,7 @@ class _Answers:
         newest = (
             (len(runs), len(members)) if place.runs is None and len(runs) < len(members) else None
         )
-        html, drawings, _ = _shown(place, study, reports, newest)
+        html, drawings, _ = _render_study(place, study, reports, newest)
         return _json(
             title=title,
             window=window,
@@ -108,12 +108,12 @@ class _Answers:
 
     def csv(self) -> Response:
         """Return the data of a figure or a table."""
-        place, offered = _place(), {}
+        place, offered = _requested_place(), {}
         try:
             runs = place.picked(self._live.members(place.study)) if place.study else []
             if runs:
                 reports = self._live.reports(runs)
-                *_, offered = _shown(place, self._live.study(runs), reports, None)
+                *_, offered = _render_study(place, self._live.study(runs), reports, None)
         except ReportError as error:
             return Response(f"{error}\n", 503, mimetype="text/plain")
         if (table := offered.get(request.args.get("name", ""))) is None:
@@ -121,7 +121,7 @@ class _Answers:
         return Response(table.to_csv(), mimetype="text/csv")
 
 
-def _shown(
+def _render_study(
     place: Place, study: Study, reports: Sequence[SuiteReport], newest: tuple[int, int] | None
 ) -> tuple[str, dict[str, Any], dict[str, Table]]:
     """The view of a study as HTML, with its drawings and tables by the keys of their places."""
@@ -155,7 +155,7 @@ def _shown(
     return html, drawings, offered
 
 
-def _place() -> Place:
+def _requested_place() -> Place:
     return Place.at(request.query_string.decode("ascii", "replace"))
 
 
@@ -188,11 +188,11 @@ def _trouble(error: Exception) -> str:
 
 def _template(name: str) -> Any:
     made = environment()
-    made.filters |= {"seeds": _seeds, "states": describe_states, "moment": _moment}
+    made.filters |= {"seeds": _seeds, "states": describe_states, "moment": _format_time}
     return made.get_template(name)
 
 
-def _moment(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 

@@ -44,7 +44,7 @@ def guard(server: Flask, *, host: str, token: str | None) -> None:
     @server.before_request
     def refuse() -> AnyResponse | None:
         if token is not None:
-            return _unless_known(token)
+            return _refuse_unknown(token)
         if not is_loopback(_name_of(request.host)):
             message = (
                 "dashboard: without a --token it answers to localhost and 127.0.0.1 alone; got the"
@@ -90,11 +90,11 @@ def _name_of(host: str) -> str:
     return host.partition(":")[0]
 
 
-def _unless_known(token: str) -> AnyResponse | None:
+def _refuse_unknown(token: str) -> AnyResponse | None:
     """Return None if the request has the cookie or the bearer token. `?token=` sets the cookie."""
     query_token = request.args.get("token")
     if query_token is not None:
-        if not _same(query_token, token):
+        if not _is_equal(query_token, token):
             return _refused(
                 "dashboard: the token in the address is not the one it was started with"
             )
@@ -107,13 +107,13 @@ def _unless_known(token: str) -> AnyResponse | None:
             "max_age": _DAYS * 86400,
             "httponly": True,
             "samesite": "Lax",
-            "secure": _came_over_tls(),
+            "secure": _used_tls(),
         }
-        answer.set_cookie(COOKIE, _kept(token), **cookie_options)
+        answer.set_cookie(COOKIE, _cookie_value(token), **cookie_options)
         return answer
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
-    if _same(request.cookies.get(COOKIE, ""), _kept(token)) or (
-        scheme.lower() == "bearer" and _same(bearer, token)
+    if _is_equal(request.cookies.get(COOKIE, ""), _cookie_value(token)) or (
+        scheme.lower() == "bearer" and _is_equal(bearer, token)
     ):
         return None
     return _refused(
@@ -121,7 +121,7 @@ def _unless_known(token: str) -> AnyResponse | None:
     )
 
 
-def _came_over_tls() -> bool:
+def _used_tls() -> bool:
     """Whether the request used TLS, to this server or to a proxy.
 
     A forged header harms its sender only.
@@ -130,12 +130,12 @@ def _came_over_tls() -> bool:
     return request.is_secure or "https" in (each.strip().lower() for each in protocol.split(","))
 
 
-def _kept(token: str) -> str:
+def _cookie_value(token: str) -> str:
     """Return the cookie's value. It is derived from the token and does not reveal it."""
     return hmac.digest(token.encode(), b"spiketrain dashboard", hashlib.sha256).hex()
 
 
-def _same(one: str, other: str) -> bool:
+def _is_equal(one: str, other: str) -> bool:
     """Compare in constant time."""
     return hmac.compare_digest(one.encode("utf-8", "replace"), other.encode())
 

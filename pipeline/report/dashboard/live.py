@@ -81,11 +81,11 @@ class Live:
 
     def listed(self, *, fresh_s: float) -> list[StoredRun]:
         """Return all runs, at most `fresh_s` seconds old; 0 asks the store."""
-        return self._asked("listed", "", self.store.listed, fresh_s=fresh_s)
+        return self._cached("listed", "", self.store.listed, fresh_s=fresh_s)
 
     def members(self, study: str) -> list[StoredRun]:
         """The runs of a study key, newest start first."""
-        return self._asked("members", study, lambda: self.store.runs(study))
+        return self._cached("members", study, lambda: self.store.runs(study))
 
     def study(self, runs: Sequence[StoredRun], *, against: str = BASELINE) -> Study:
         """Return a study of these runs. Its notes name the runs that cannot be read.
@@ -152,7 +152,7 @@ class Live:
                 sent = self._with_metrics(stored, running)
                 # MLflow stores no second value of a step. It lacks the batches that a restart
                 # repeats until the journal is sent again.
-                return self._made(stored, sent, redone="kept", heard=stored.newest)
+                return self._run_from(stored, sent, redone="kept", heard=stored.newest)
             sent = tuple(sorted(item for item in stored.tags.items() if item[0].startswith(_SENT)))
             key = (stored.id, stored.status, stored.newest, sent)
             run = self._ended.get(key) or self._read_ended(stored)
@@ -160,12 +160,14 @@ class Live:
             self._running.pop(stored.id, None)
             return run
 
-    def _asked(self, what: str, of: str, ask: Callable[[], T_], *, fresh_s: float = _FRESH_S) -> T_:
+    def _cached(
+        self, what: str, key: str, ask: Callable[[], T_], *, fresh_s: float = _FRESH_S
+    ) -> T_:
         """Return the answer to a question, at most `fresh_s` seconds old."""
-        asked_at, answer = self._recent.get((what, of), (-math.inf, None))
+        asked_at, answer = self._recent.get((what, key), (-math.inf, None))
         if time.monotonic() - asked_at >= fresh_s:
             answer = ask()  # outside the lock: a slow list must not block the figures
-            _keep(self._recent, (what, of), (time.monotonic(), answer))
+            _keep(self._recent, (what, key), (time.monotonic(), answer))
         return answer  # type: ignore[return-value]
 
     def _read_ended(self, stored: StoredRun) -> Run:
@@ -175,11 +177,11 @@ class Live:
         summary = self._json(stored.id, FILES.summary.name, dict)
         refuse_damaged_summary(summary or {}, f"its {FILES.summary.name} in MLflow")
         layers = self._json(stored.id, FILES.activity.name, list)
-        run = self._made(stored, sent, summary=summary, layers=lambda: layers)
+        run = self._run_from(stored, sent, summary=summary, layers=lambda: layers)
         _ = run.activity  # the file may be damaged
         return run
 
-    def _made(self, stored: StoredRun, sent: Sent, **about: Any) -> Run:
+    def _run_from(self, stored: StoredRun, sent: Sent, **about: Any) -> Run:
         starts = [event.to_dict() for event in sent.events if isinstance(event, Start)]
         recipe = self._json(stored.id, FILES.recipe.name, dict)
         about |= {"recipe": recipe, "curve_every": sent.every, "journal": lambda: sent.events}
@@ -200,7 +202,7 @@ class Live:
                     )
             running.seen = stored.newest
         events = list(running.sent.events) or [Event(time=stored.started, attempt=0)]
-        later = _after(events, running.points)
+        later = _events_after(events, running.points)
         if newest := next((event for event in reversed(later) if isinstance(event, Step)), None):
             # The run's newest values cost no further request. Earlier values are not requested.
             keys = {name: f"train/{name}" for name in _PARTS if f"train/{name}" in stored.metrics}
@@ -208,7 +210,7 @@ class Live:
         return replace(running.sent, events=[*events, *later])
 
     def _report(self, suite: str) -> SuiteReport:
-        return self._asked("report", suite, lambda: self._read_report(suite))
+        return self._cached("report", suite, lambda: self._read_report(suite))
 
     def _read_report(self, suite: str) -> SuiteReport:
         try:
@@ -236,7 +238,7 @@ class Live:
         return value
 
 
-def _after(
+def _events_after(
     events: Sequence[Event], points: Mapping[str, Sequence[Point]]
 ) -> list[Step | Evaluation]:
     """Return points of steps that the journal lacks, as events in the order of their time."""

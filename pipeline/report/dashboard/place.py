@@ -109,7 +109,7 @@ class Place:
             study
             for study in studies
             if (not states or states & study.states.keys())
-            and all(word in _words(study) for word in words)
+            and all(word in _searchable_text(study) for word in words)
         ]
         return sorted(kept, key=lambda study: _key(study, self.sort), reverse=self.descending)
 
@@ -152,7 +152,7 @@ def _newest_seeds(members: Sequence[StoredRun]) -> list[StoredRun]:
     return [run for run in members if run.id in kept]
 
 
-def _words(study: StoredStudy) -> str:
+def _searchable_text(study: StoredStudy) -> str:
     names = [study.study, study.experiment, *study.rules, study.protocol, *study.seeds]
     return " ".join([*names, describe_states(dict(study.states))]).lower()
 
