@@ -1,19 +1,20 @@
-"""Checks of arguments: whole numbers (True and 2.0 are not whole numbers), and choices among a few
-values. An error is one line.
+"""Checks of arguments: whole numbers (True and 2.0 are none), and choices among a few values.
+
+An error message has one line.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 
 
 def require(holds: object, rule: str) -> None:
-    """Refuse what breaks a rule.
+    """Raise an error if a rule is broken.
 
     Args:
         holds: whether the rule is kept.
-        rule: one line: who, the rule, what was got.
+        rule: the message in one line: who, the rule, and the value that was got.
 
     Raises:
-        ValueError: it is not kept.
+        ValueError: the rule is broken.
     """
     if not holds:
         raise ValueError(rule)
@@ -22,12 +23,12 @@ def require(holds: object, rule: str) -> None:
 def refuse_unless_counts(
     who: str, numbers: Mapping[str, object], *, least: int = 1, up_to: str | None = None
 ) -> None:
-    """Check that each value is a whole number of at least `least`, or a non-empty sequence of them.
+    """Check that each value is a whole number of at least `least`, or a non-empty list of them.
 
     Args:
-        who: the name that the message begins with, such as a class.
+        who: the beginning of the message, such as the name of a class.
         numbers: argument names and values.
-        up_to: the upper end as the message shows it, such as T. No value is compared with it.
+        up_to: the upper limit as text for the message, such as T. Values are not compared with it.
 
     Raises:
         ValueError: names the first value that does not fit.
@@ -74,11 +75,11 @@ def parse_time_steps(who: str, steps: str) -> tuple[int, ...]:
         ValueError: any other text.
     """
     try:
-        found = tuple(sorted({int(each) for each in steps.split(",")}))
+        numbers = tuple(sorted({int(each) for each in steps.split(",")}))
     except ValueError:
-        found = ()
-    if not are_counts(found):
+        numbers = ()
+    if not are_counts(numbers):
         raise ValueError(
             f"{who}: --steps must be numbers of time steps, such as 1,2,4,8; got {steps!r}"
         )
-    return found
+    return numbers

@@ -1,6 +1,6 @@
-"""Which code of spiketrain a process runs: a digest of its files, and the commit.
+"""The version of spiketrain's code that a process runs: a digest of its files, and the commit.
 
-The version of the package is the same for every checkout between two releases.
+The package's version number is the same for every checkout between two releases.
 """
 
 import functools
@@ -33,21 +33,23 @@ def check_same_code(
     """Check that all ranks run the code of rank 0. Collective.
 
     A rank with other code, such as another rule or augmentation, would train without an error: the
-    replicas stay equal, and the result belongs to neither version.
+    replicas stay equal, but the result belongs to neither version.
 
     Args:
         host: the name of this rank's machine.
-        digest: of this rank's code.
-        each: gathers one value of every rank, in order.
-        of: the code as the message names it.
+        digest: the digest of this rank's code.
+        each: gathers one value from every rank, in order.
+        of: the name of the code in the message.
 
     Raises:
         UserError: a rank runs other code.
     """
-    found = each((digest, host))
-    first, at = found[0]
+    versions = each((digest, host))
+    first, at = versions[0]
     others = [
-        f"{rank} on {host} {digest}" for rank, (digest, host) in enumerate(found) if digest != first
+        f"{rank} on {host} {digest}"
+        for rank, (digest, host) in enumerate(versions)
+        if digest != first
     ]
     if others:
         raise UserError(
@@ -57,7 +59,7 @@ def check_same_code(
 
 
 def commit() -> str:
-    """The commit of the running code, with `+` if tracked files have changes.
+    """The commit of the running code, followed by `+` if tracked files have changes.
 
     Outside a checkout: the value of SPIKETRAIN_COMMIT, or `unknown`.
     """

@@ -1,9 +1,9 @@
-"""CPU affinity of a worker: cores of its own, so that runs on one machine do not slow one another,
-or the cores near its GPU.
+"""CPU affinity of a worker: reserved cores, or the cores near its GPU.
 
-A core is a physical core with all its logical ones (SMT siblings share its arithmetic). A worker
-takes it by a lock on a file of its name, which the kernel releases when the worker dies. All runs
-on a machine that take cores this way use the same files. Other programs may still use these cores.
+Reserved cores prevent runs on one machine from slowing one another. A core is a physical core with
+all its logical ones (SMT siblings share its arithmetic units). A worker reserves it by locking a
+file with the core's name. The kernel releases the lock when the worker dies. All runs on a machine
+that reserve cores use the same files. Other programs may still use these cores.
 """
 
 import fcntl
@@ -23,20 +23,21 @@ import torch
 
 from pipeline.core.errors import UserError
 
-PATIENCE_S = 30.0  # a worker of a run that has ended may still be exiting
+PATIENCE_S = 30.0  # a worker of an ended run may still be exiting
 
 
 @contextmanager
 def own_cores(
     count: int, *, folder: Path | None = None, patience_s: float = PATIENCE_S
 ) -> Iterator[tuple[int, ...]]:
-    """Take `count` physical cores and keep all threads of this process on them, new ones included.
+    """Reserve `count` physical cores and keep all threads of this process on them.
 
-    The context manager gives the numbers of the logical cores and restores the affinity at its end.
+    New threads stay on them too. The context manager yields the numbers of the logical cores, and
+    restores the affinity at its end.
 
     Args:
         folder: the folder of the lock files; None: one folder per user of this machine.
-        patience_s: how long to wait for free cores.
+        patience_s: the longest wait for free cores, in seconds.
 
     Raises:
         UserError: too few cores are free after `patience_s` seconds.
@@ -45,7 +46,7 @@ def own_cores(
     folder.mkdir(mode=0o700, exist_ok=True)
     before, deadline = os.sched_getaffinity(0), time.monotonic() + patience_s
     there = physical_cores(before)
-    while (taken := _taken(there, count, folder)) is None:
+    while (taken := _lock_cores(there, count, folder)) is None:
         if time.monotonic() > deadline:
             free = f"too few of this machine's {len(there)} are free; --side-by-side 1 shares them"
             raise UserError(f"cores: a worker needs {count} of its own; {free}")
@@ -65,10 +66,10 @@ def near_cores(
 ) -> Iterator[None]:
     """Keep all threads of this process on the cores of its GPU's NUMA node.
 
-    Memory is allocated on the node of the thread that touches it first, so batches do not cross
+    Memory is allocated on the node of the thread that touches it first. Batches then do not cross
     the link between sockets. Nothing changes on a CPU, on a machine with one node or unknown nodes,
-    or where fewer than `at_least` of this process's logical cores are on that node: too few cores
-    cost more time than the distance.
+    or if fewer than `at_least` of this process's logical cores are on that node: too few cores cost
+    more time than the distance.
     """
     before = os.sched_getaffinity(0)
     near = before & _cores_near(device, devices) if device.type == "cuda" else before
@@ -86,7 +87,7 @@ def _cores_near(device: torch.device, devices: Path) -> set[int]:
     """Logical cores of the card's NUMA node; empty if NVML or the kernel does not know it."""
     try:
         pynvml.nvmlInit()
-        # CUDA numbers only the cards that this process sees; the UUID identifies the card.
+        # CUDA numbers only the visible cards of this process; the UUID identifies the card.
         handle = pynvml.nvmlDeviceGetHandleByUUID(
             f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         )
@@ -95,13 +96,13 @@ def _cores_near(device: torch.device, devices: Path) -> set[int]:
         card = devices / f"{int(domain, 16):04x}:{rest}"
         if int((card / "numa_node").read_text()) < 0:
             return set()
-        return _listed((card / "local_cpulist").read_text())
+        return _parse_core_list((card / "local_cpulist").read_text())
     except (pynvml.NVMLError, OSError, ValueError):
         return set()
 
 
-def _listed(text: str) -> set[int]:
-    """Parse a list of the kernel, such as `0-31,64-95`."""
+def _parse_core_list(text: str) -> set[int]:
+    """Parse a list in the kernel's format, such as `0-31,64-95`."""
     spans = [each.partition("-") for each in text.strip().split(",") if each]
     return {
         number for first, _, last in spans for number in range(int(first), int(last or first) + 1)
@@ -113,14 +114,14 @@ def physical_cores(
 ) -> dict[str, tuple[int, ...]]:
     """The logical cores of each physical core, keyed by the first sibling.
 
-    Each logical core counts as a physical one where the kernel does not list siblings.
+    If the kernel does not list siblings, each logical core counts as a physical one.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    cores: dict[str, tuple[int, ...]] = {}
     for core in sorted(logical):
         siblings = topology / f"cpu{core}" / "topology" / "thread_siblings_list"  # 0,64 or 0-1
         name = re.split("[,-]", siblings.read_text().strip())[0] if siblings.exists() else str(core)
-        found[name] = (*found.get(name, ()), core)
-    return found
+        cores[name] = (*cores.get(name, ()), core)
+    return cores
 
 
 def cores_here() -> int:
@@ -153,10 +154,10 @@ def cores_of_machines(nodes: Iterable[NodeCores]) -> int:
     return sum(min(count, there[machine]) for machine, count in given.items())
 
 
-def _taken(
+def _lock_cores(
     there: Mapping[str, tuple[int, ...]], count: int, folder: Path
 ) -> tuple[tuple[int, ...], ExitStack] | None:
-    """`count` cores and their locks; None if fewer are free, and then no lock is held."""
+    """Try to lock `count` cores; None if fewer are free, and then no lock is held."""
     with ExitStack() as locks:
         mine: list[tuple[int, ...]] = []
         for name, logical in there.items():
@@ -179,8 +180,9 @@ def _take(file: Path, held: ExitStack) -> bool:
 
 
 def _keep_on(cores: set[int]) -> None:
-    """Set the affinity of every thread. The kernel's call for a process sets that of one thread,
-    which only threads started later inherit.
+    """Set the affinity of every thread.
+
+    The kernel sets it per thread, and only threads started later inherit it.
     """
     for thread in Path("/proc/self/task").iterdir():
         try:

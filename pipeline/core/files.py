@@ -1,5 +1,6 @@
-"""Files that survive a power cut, and errors of file systems: which of them pass, and which the
-user has to resolve.
+"""Files that survive a power cut, and the kinds of file-system errors.
+
+Some errors are temporary, some remain after a restart, and some have to be resolved by the user.
 """
 
 import errno
@@ -11,29 +12,29 @@ from pathlib import Path
 from typing import TypeVar
 
 LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-"""errors that a restarted process meets again"""
+"""errors that remain after a restart of the process"""
 FOR_THE_USER = (*LASTING, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
-"""errors that only the user can resolve, existing names included; any other error may pass"""
+"""errors that only the user can resolve, including existing names; other errors may be temporary"""
 UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
-"""a bad sector, or a wrong checksum of the file system: if it persists, the bytes are lost"""
+"""a bad sector or a wrong checksum of the file system: if the error remains, the bytes are lost"""
 TRIES, TRY_S = 3, 1.0
 
 T_ = TypeVar("T_")
 
 
 def is_for_the_user(error: OSError) -> bool:
-    """Whether the error stays until the user changes something."""
+    """Whether the error remains until the user changes something."""
     return is_permanent(error) or error.errno in FOR_THE_USER
 
 
 def is_permanent(error: OSError) -> bool:
-    """Whether a restarted process meets the error again."""
+    """Whether the error remains after a restart of the process."""
     # s3fs (2026.9) raises PermissionError without an errno.
     return isinstance(error, PermissionError) or error.errno in LASTING
 
 
 class Unreadable(OSError):
-    """The storage medium failed at every attempt; `strerror` says how."""
+    """The storage medium failed at every attempt; `strerror` has the reason."""
 
 
 def retry_read(read: Callable[[], T_]) -> T_:
@@ -67,7 +68,7 @@ def sync_file(file: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names of new files in a folder survive a power cut, not only their contents."""
+    """Flush a folder to the disk, so that the names of its new files survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,9 +1,9 @@
-"""Tables and sentences for a terminal. No word is cut at its right edge; piped output has no width.
+"""Tables and sentences for a terminal. Words are never cut; piped output has no width limit.
 
 A table has as many columns as fit into the terminal. The other columns follow in further tables
-below it, each of which repeats the key columns (the run's name, the rule). A sentence is wrapped
-between words. Text to be copied, such as a command, a path or a run's name, is never broken: if it
-is longer than the terminal is wide, it has a line of its own.
+below it, and each of these repeats the key columns (the run's name, the rule). A sentence is
+wrapped between words. Text to be copied, such as a command, a path or a run's name, is never
+broken. If it is longer than the terminal's width, it has a line of its own.
 """
 
 import math
@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.text import Text
 
 NO_WIDTH = 10_000
-"""the width of a console without one; other code that prints on it, such as a suite's report, wraps
-there
+"""the console's width if there is no terminal; other code that prints on the console, such as a
+suite's report, wraps at this width
 """
 _GAP = 2  # spaces between columns
-_READABLE = 28  # least width of a wrapped column, if its text is that long
-_LINES = 3  # most lines of a wrapped cell, if its text is shorter than _LINES times _READABLE
-_KEPT = "\0"  # replaces a space at which a line must not end
+_READABLE = 28  # the minimum width of a wrapped column with longer text
+_LINES = 3  # the most lines of a wrapped cell with text shorter than _LINES times _READABLE
+_KEPT = "\0"  # replaces a space that must not end a line
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ def say(
     """Print a sentence, wrapped between words.
 
     Args:
-        label: stands before the first line. The other lines are indented by its width, unless it is
-            wider than half of a line.
-        whole: parts of the text that are not broken, such as commands. Text between backticks is
-            never broken.
+        label: text before the first line. The other lines are indented by its width, unless it is
+            wider than half a line.
+        whole: parts of the text that must not be broken, such as commands. Text between backticks
+            is never broken.
     """
     label = Text(label) if isinstance(label, str) else label.copy()
     width = _width(console)
@@ -91,7 +91,7 @@ def say(
 
 
 def print_fields(console: Console, fields: Mapping[str, str]) -> None:
-    """Print names and values in two columns; a name longer than half a line is above its value."""
+    """Print names and values in two columns. A value is below a name longer than half a line."""
     most = _width(console) // 2
     width = max((cell_len(name) for name in fields if cell_len(name) <= most), default=0)
     for name, value in fields.items():
@@ -112,10 +112,10 @@ def print_table(
     """Print a table. The columns that do not fit follow in further tables with the same keys.
 
     Args:
-        columns: columns, or titles of columns of text.
+        columns: columns, or titles of text columns.
         rows: cells. A cell may have several lines, which are joined in piped output. A tab in a
-            cell becomes a gap if one table holds all columns, else a line break.
-        title: stands above the first table.
+            cell becomes a gap if one table holds all columns, otherwise a line break.
+        title: the text above the first table.
         keys: the number of first columns that each further table repeats. With two or more, a
             terminal shows a repeated value of the first column only once.
     """
@@ -161,10 +161,10 @@ class _Table:
         self._least = [self._narrowest(index, of_column) for index, of_column in enumerate(texts)]
 
     def layout(self) -> tuple[list[list[int]], bool]:
-        """The columns of each table, and whether each row's keys stand above its values.
+        """The columns of each table, and whether each row's keys are above its values.
 
-        They do if a column does not fit beside them, or if they take more than half of the width
-        and fewer tables are needed with the keys above.
+        They are if a column does not fit beside them. They also are if they take more than half of
+        the width, and fewer tables are then needed.
         """
         taken = _total(self._least[index] for index in self._keys)
         room = self._width - taken - _GAP
@@ -197,7 +197,7 @@ class _Table:
             yield from self._row(row, part, widths, indent)
 
     def _packed(self, room: int) -> list[list[int]]:
-        """The columns that are not keys, in order, as many in each table as fit."""
+        """The columns without the keys, in order, with as many per table as fit."""
         parts: list[list[int]] = [[]]
         for index in self._others:
             if parts[-1] and _total(self._least[each] for each in (*parts[-1], index)) > room:
@@ -206,8 +206,9 @@ class _Table:
         return parts
 
     def _widths(self, shown: list[int], room: int) -> list[int]:
-        """The width of each column: its whole width if all fit, else its least width, and the
-        wrapped columns share the rest.
+        """The width of each column: its full width if all columns fit, otherwise its minimum.
+
+        In the second case the wrapped columns share the remaining width.
         """
         whole, unwrapped, widths = (
             [of[index] for index in shown] for of in (self._whole, self._unwrapped, self._least)
@@ -231,7 +232,7 @@ class _Table:
         )
 
     def _header(self, shown: list[int], widths: list[int], indent: str = "") -> Iterator[Text]:
-        """The titles, aligned at their last lines."""
+        """The titles, aligned at their bottom lines."""
         blocks = [
             _wrapped(self._columns[index].title, width)
             for index, width in zip(shown, widths, strict=True)
@@ -289,7 +290,7 @@ def _longest_line(text: str) -> int:
 
 
 def _total(widths: Iterable[int]) -> int:
-    """The width of columns side by side, with the gaps."""
+    """The total width of columns side by side, including the gaps."""
     widths = list(widths)
     return sum(widths) + _GAP * (len(widths) - 1)
 
@@ -300,5 +301,5 @@ def _aligned(text: str, width: int, is_right: bool = False) -> str:
 
 
 def _print(console: Console, line: Text) -> None:
-    """Print a line as it is. Without `soft_wrap`, rich would fold words longer than a line."""
+    """Print a line unchanged. Without `soft_wrap`, rich would fold words longer than a line."""
     console.print(line, soft_wrap=True)

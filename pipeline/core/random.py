@@ -1,5 +1,6 @@
-"""Random numbers as a pure function of counters: the same on any rank, in any thread, after any
-restart.
+"""Random numbers as a pure function of counters.
+
+They are the same on any rank, in any thread and after any restart.
 
     z = mix(seed + g)
     z = mix((z ^ epoch) + g)
@@ -22,19 +23,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# The numbers of the draws. A new use takes new numbers; existing numbers never change.
+# The numbers of the draws. A new use takes new numbers. Existing numbers never change.
 ORDER, FLIP, SHIFT_Y, SHIFT_X = 0, 1, 2, 3
 HELD_OUT = 8
-# the samples of an evaluation whose activity is counted: measure/activity.py, sample_evenly.py
+# the samples of an evaluation with counted activity: measure/activity.py, sample_evenly.py
 COUNTED = 11
 PAGE = 10  # the samples whose pages are checked: data/ffcv/page_checks.py
-# the order in which each sample is the donor of the one before: benchmarks/carryover.py
+# the order in which each sample is the donor of the previous one: benchmarks/carryover.py
 DONOR = 9
-# with the step instead of the epoch: data/mixing.py
+# uses the step instead of the epoch: data/mixing.py
 MIX, MIX_BY_CUT, MIX_SHARE, MIX_Y, MIX_X = 96, 97, 98, 99, 100
 COLOUR = 112  # layer l draws COLOUR + 8l + (0 whether, 1 which, 2 magnitude, 3 sign)
 ERASE = 136  # whether; attempt a draws ERASE + 8 + 4a + (0 area, 1 ratio, 2 top, 3 left)
-ERASE_PIXELS = 1 << 20  # the first of many draws: 4 pixels each
+ERASE_PIXELS = 1 << 20  # the first of many draws, one per 4 pixels
 CROP = 16  # attempt a of a random resized crop draws CROP + 4a + (0 area, 1 ratio, 2 top, 3 left)
 
 _LOW64 = (1 << 64) - 1
@@ -48,9 +49,9 @@ def signed(number: int) -> int:
 def mixer(number: Callable[[int], Any]) -> Callable[[Any], Any]:
     """The finaliser of splitmix64, with its constants converted by `number`.
 
-    `np.uint64` serves numpy and numba, where a signed number must not overflow. `signed` serves
-    torch, and Python's int, whose low 64 bits are then right. The masks make the shifts of signed
-    numbers logical.
+    `np.uint64` is for numpy and numba, where a signed number must not overflow. `signed` is for
+    torch and for Python's int, whose low 64 bits are then right. The masks make the shifts of
+    signed numbers logical.
     """
     factor_a, factor_b = number(0xBF58476D1CE4E5B9), number(0x94D049BB133111EB)
     (a, low_a), (b, low_b), (c, low_c) = ((number(by), number(_LOW64 >> by)) for by in (30, 27, 31))
@@ -71,7 +72,7 @@ _S32 = np.uint64(32)
 
 
 def counter_hash(*counters: int) -> int:
-    """64 bits of any number of counters; of four counters, the same as `bits`."""
+    """64 bits from any number of counters; from four counters, the same as `bits`."""
     z = 0
     for counter in counters:
         z = mix((z ^ counter) + STEP) & _LOW64
@@ -83,14 +84,14 @@ def bits(
 ) -> NDArray[np.uint64]:
     """64 random bits for each (seed, epoch, index, draw), broadcast as numpy does."""
     z: Any = np.uint64(0)
-    with np.errstate(over="ignore"):  # numpy warns of overflow of scalars; it is intended here
+    with np.errstate(over="ignore"):  # numpy warns about scalar overflow, which is intended here
         for counter in (seed, epoch, index, draw):
             z = _unsigned_mix((z ^ np.asarray(counter).astype(np.uint64)) + _UNSIGNED_STEP)
     return z
 
 
 def compiled_bits(compiled: Callable[[Callable[..., Any]], Any]) -> Any:
-    """`bits` of four uint64 scalars, compiled by `compiled`, such as `numba.njit`."""
+    """`bits` for four uint64 scalars, compiled by `compiled`, such as `numba.njit`."""
     mix, step = compiled(_unsigned_mix), _UNSIGNED_STEP
 
     @compiled
@@ -113,6 +114,6 @@ def normal_table() -> NDArray[np.float32]:
 
     They are rounded, so that they do not depend on the version of scipy.
     """
-    from scipy.special import ndtri  # of the extra [train]
+    from scipy.special import ndtri  # scipy comes with the extra [train]
 
     return np.round(ndtri((np.arange(1 << 16) + 0.5) / (1 << 16)), 5).astype(np.float32)

@@ -1,11 +1,11 @@
-"""Secrets in environment variables: which variables hold one, and texts without their values."""
+"""Secrets in environment variables: how to recognise them, and remove their values from texts."""
 
 import os
 
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 """words in the name of a variable that holds a secret"""
 LEAST_SECRET = 4
-"""characters of the shortest value that is replaced; a shorter one occurs in ordinary text"""
+"""the minimum length of a replaced value; shorter ones occur in ordinary text"""
 
 
 def is_secret(name: str) -> bool:
@@ -13,7 +13,7 @@ def is_secret(name: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """Replace the values of secret variables in a text by `$NAME`."""
+    """Replace the values of secret variables in a text with `$NAME`."""
     forms = {
         form: name
         for name, value in os.environ.items()
@@ -26,8 +26,9 @@ def without_secrets(text: str) -> str:
 
 
 def _forms(value: str) -> set[str]:
-    """The forms of a value in texts: as it is, on one line, and quoted as in error messages of
-    http.client (bytes) and requests (text).
+    """The forms of a value in texts: unchanged, on one line, and quoted in error messages.
+
+    http.client quotes bytes, and requests quotes text.
     """
     plain = (value, value.strip(), " ".join(value.split()))
     forms = {*plain, *(quoted(each)[1:-1] for each in plain for quoted in (repr, ascii))}

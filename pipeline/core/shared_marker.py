@@ -19,7 +19,7 @@ LOOKS, LOOK_S = 60, 1.0  # NFS caches names for 60 s by default (acdirmax; Linux
 
 @dataclass(frozen=True)
 class Marker:
-    """The name and the content of the file, to be sent to other processes."""
+    """The name and the content of the file, which are sent to other processes."""
 
     name: str
     content: str
@@ -38,18 +38,18 @@ def check_shared(
     each: Callable[[Any], list[Any]],
     beat: Callable[[], None] = lambda: None,
 ) -> None:
-    """Check that all ranks see the same folder for checkpoints; collective.
+    """Check that all ranks see the same folder for checkpoints. Collective.
 
-    Rank 0 puts a marker there, and every rank looks for it. Rank 0 would wait for ever for the
-    files of a rank that writes to another disk.
+    Rank 0 creates a marker in it, and every rank looks for the marker. Without this check, rank 0
+    would wait forever for the files of a rank that writes to another disk.
 
     Args:
-        each: gathers every rank's value, in the order of ranks, on every rank.
-        beat: called again and again by a rank that waits.
+        each: gathers every rank's value on every rank, in the order of ranks.
+        beat: called repeatedly by a waiting rank.
 
     Raises:
-        UserError: a rank does not see the marker, or rank 0 may not write there.
-        OSError: rank 0 cannot write there now; on every rank.
+        UserError: a rank does not see the marker, or rank 0 has no permission to write it.
+        OSError: rank 0 cannot write now; raised on every rank.
     """
     marker, number, reason = each(_put_marker(folder) if rank == 0 else None)[0]
     try:
@@ -64,7 +64,7 @@ def check_shared(
         seen, hosts = each(marker.is_in(folder)), each(socket.gethostname())
     finally:
         if rank == 0:
-            with suppress(OSError):  # a marker that stays is swept
+            with suppress(OSError):  # a remaining marker is cleaned up later
                 (folder / marker.name).unlink()
     blind = ", ".join(f"{at} on {hosts[at]}" for at, sees in enumerate(seen) if not sees)
     raise UserError(
@@ -74,7 +74,7 @@ def check_shared(
 
 
 def _put_marker(folder: Path) -> tuple[Marker, int, str]:
-    """A marker in `folder`; number and text of the error, 0 for none."""
+    """Write a marker to `folder`; return it with the number and text of the error (0: none)."""
     marker = Marker(f"{MARKER}{secrets.token_hex(8)}", secrets.token_hex(16))
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Progress of a command: a line on stderr before each slow stage; stdout holds only the result."""
+"""Progress of a command: a line on stderr before each slow stage. stdout has only the result."""
 
 import sys
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def announce_imports() -> None:
 
 
 class _Announcer(MetaPathFinder):
-    """Python calls it before every import; it finds nothing, so the other finders import."""
+    """An import hook that Python calls before every import. It leaves imports to other finders."""
 
     def __init__(self) -> None:
         self._is_said = False

@@ -1,9 +1,8 @@
-"""Files of tensors, read as data only: named tensors of other programs, and checkpoints.
+"""Tensor files, read as data only: named tensors of other programs, and checkpoints.
 
-Files of torch.save are pickles, and a pickle can run code. Checksums do not protect: whoever can
-change a checkpoint can also write its manifest. The names in a checkpoint are therefore checked
-before it is loaded, and it is loaded with `weights_only`, which calls only listed names (torch
-2.13).
+Files of torch.save are pickles, and a pickle can run code. Checksums do not protect: an attacker
+who can change a checkpoint can also write its manifest. The names in a checkpoint are therefore
+checked before loading. Loading uses `weights_only`, which calls only listed names (torch 2.13).
 """
 
 import argparse
@@ -22,24 +21,24 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 def read_state(file: Path, *, who: str) -> Mapping[str, Tensor]:
     """Read the `state_dict` in a .safetensors file, or in a file of torch.save.
 
-    In the latter it may stand under `state_dict`, `model` or `module`, beside plain values and the
-    arguments of the program that wrote it. No code of the file is run.
+    A file of torch.save may have it under `state_dict`, `model` or `module`, beside plain values
+    and the arguments of the program that wrote it. No code of the file is run.
 
     Raises:
-        ValueError: the file does not exist, cannot be read, or holds no named tensors. The message
-            begins with `who`.
+        ValueError: the file does not exist, cannot be read, or contains no named tensors. The
+            message begins with `who`.
     """
     if not file.is_file():
         raise ValueError(f"{who}: {file} must be a file of weights; it does not exist")
     try:
-        # Published QKFormers were saved with their arguments.
+        # Published QKFormer files contain the program's arguments.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = (
                 load_file(file)
                 if file.suffix == ".safetensors"
                 else torch.load(file, map_location="cpu", weights_only=True)
             )
-    except Exception as error:  # torch and safetensors do not say which errors a file may raise
+    except Exception as error:  # torch and safetensors do not document their errors
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{who}: {file} must hold weights; it could not be read: {first}"
@@ -57,7 +56,7 @@ def read_state(file: Path, *, who: str) -> Mapping[str, Tensor]:
 def describe_mismatch(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, most: int = 3
 ) -> str:
-    """How two states differ in names and shapes, up to `most` of each kind; empty if they agree."""
+    """Describe differing names and shapes, up to `most` of each kind; empty if states agree."""
     kinds = {
         "missing": [key for key in expected if key not in found],
         "unknown": [key for key in found if key not in expected],
@@ -79,15 +78,15 @@ DEEPSPEED = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
-"""names in DeepSpeed's files at ZeRO-1 and 2 beside tensors (0.19.8); making these values has no
+"""names in DeepSpeed's files at ZeRO-1 and 2 besides tensors (0.19.8); creating these values has no
 side effect
 """
 
 
 def find_code(folder: Path) -> str | None:
-    """The first file of a checkpoint that would call code, or cannot be checked, as a sentence.
+    """The first file of a checkpoint that would run code or cannot be checked, as a sentence.
 
-    None if all files hold data only.
+    None if all files contain only data.
     """
     for file in sorted(folder.rglob("*.pt")):
         name = file.relative_to(folder).as_posix()
@@ -107,7 +106,7 @@ def load_data(path: str | Path, map_location: Any = None) -> Any:
     """`torch.load` for DeepSpeed's files.
 
     Raises:
-        UnpicklingError: a name in the file is neither torch's nor in `DEEPSPEED`.
+        UnpicklingError: the file contains a name that is neither torch's nor in `DEEPSPEED`.
     """
     with safe_globals([_imported(name) for name in DEEPSPEED]):
         return torch.load(path, map_location=map_location, weights_only=True)

@@ -1,22 +1,22 @@
-"""How torch computes in a process: precision, threads, determinism and memory.
+"""torch's settings in a process: precision, threads, determinism and memory.
 
 The precisions, for matrix products and convolutions alike:
 
     fp32    IEEE single precision
-    tf32    operands of fp32 are rounded to 10 bits of mantissa, sums are fp32; NVIDIA cards since
+    tf32    fp32 operands are rounded to 10 bits of mantissa, sums are fp32; NVIDIA cards since
             Ampere
-    bf16    torch's autocast; the operations that it leaves in fp32 use IEEE single precision
+    bf16    torch's autocast; operations that it leaves in fp32 use IEEE single precision
 
 By default torch (2.13) computes fp32 convolutions in TF32 and fp32 products in IEEE single
-precision. Both are set here by torch's `fp32_precision`, and before that by the older `allow_tf32`:
-torch.compile still reads the older one, and the read fails if the two disagree.
+precision. This module sets both through torch's `fp32_precision`, and before that through the older
+`allow_tf32`: torch.compile still reads the older setting, and the read fails if the two disagree.
 
-The process keeps freed memory, as torch's caching allocator keeps a GPU's memory. By default
-glibc's malloc returns the memory of a batch's graph to the kernel and asks for it again at the next
-batch. That is thousands of page faults a batch, which cost a small network up to an eighth of its
-time (docs/LOG.md). All threads share the main heap, because malloc trims the heap of a single
-thread whatever the thresholds are, and Ray trains in a thread. The resident set size (RSS) of a
-process is therefore the most memory that it has needed since `release_freed_memory`.
+The process keeps freed memory, as torch's caching allocator keeps a GPU's memory. By default,
+glibc's malloc returns the memory of a batch's graph to the kernel and requests it again at the next
+batch. This causes thousands of page faults per batch, which cost a small network up to an eighth of
+its time (docs/LOG.md). All threads share the main heap: malloc trims the heap of a single thread
+whatever the thresholds are, and Ray trains in a thread. The resident set size (RSS) of a process is
+therefore the most memory that it has needed since `release_freed_memory`.
 """
 
 import ctypes
@@ -36,17 +36,17 @@ TF32_SINCE = (8, 0)
 
 
 def compute_in(precision: Precision, device: torch.device) -> None:
-    """Set the precision of this process from now on. Autocast is not set: it is part of a forward.
+    """Set the precision of this process. Autocast is not set, because it belongs to a forward.
 
     Raises:
-        ValueError: the device has no such precision.
+        ValueError: the device does not support the precision.
     """
     check_precision("recipe", precision, device)
     _set_products(precision)
 
 
 def check_precision(who: str, precision: Precision, device: torch.device) -> None:
-    """Refuse TF32 on a device without it, where torch would silently compute in fp32.
+    """Refuse TF32 on a device without it. torch would silently compute in fp32 there.
 
     Raises:
         ValueError: the device has no TF32.
@@ -64,7 +64,7 @@ def check_precision(who: str, precision: Precision, device: torch.device) -> Non
 
 @contextmanager
 def products_in(precision: Precision) -> Iterator[None]:
-    """Compute fp32 products and convolutions on a GPU in this precision inside the context."""
+    """Compute fp32 products and convolutions on a GPU in this precision inside the block."""
     before = [operation.fp32_precision for operation in _operations()]
     _set_products(precision)
     try:
@@ -75,7 +75,7 @@ def products_in(precision: Precision) -> Iterator[None]:
 
 @contextmanager
 def computing(device: torch.device, precision: Precision) -> Iterator[None]:
-    """Compute everything in this precision inside the context, as in training."""
+    """Compute everything in this precision inside the block, as in training."""
     with products_in(precision), autocast(device, precision):
         yield
 
@@ -104,41 +104,41 @@ def _set(precisions: Sequence[str]) -> None:
 
 
 def _operations() -> tuple[Any, ...]:
-    """The fp32 operations on CUDA whose precision can be chosen. A CPU's settings stay."""
+    """The fp32 CUDA operations with a selectable precision. A CPU's settings are unchanged."""
     cudnn: Any = torch.backends.cudnn
     return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
 
 
 EXACT = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""environment variables with which NCCL and cuBLAS sum in the same order at every start; NVLS,
-trees and other workspaces promise no order
+"""environment variables that make NCCL and cuBLAS sum in the same order at every start; NVLS, trees
+and other workspaces promise no order
 """
 
 _inexact: set[str] = set()
-"""operations that this process ran on a GPU and that have no deterministic form in torch"""
+"""GPU operations of this process that have no deterministic form in torch"""
 
 
 def configure_torch(threads: int, device: torch.device) -> None:
-    """Set threads, memory and determinism before anything is computed.
+    """Set threads, memory and determinism before any computation.
 
-    Variables of EXACT that the user has set stay; `exactness` then names them.
+    Variables in EXACT that the user has set are unchanged; `exactness` then names them.
     """
     torch.set_num_threads(threads)
     keep_freed_memory()
     if device.type != "cuda":
-        return  # the CPU operations of networks are deterministic in torch
+        return  # torch's CPU operations for networks are deterministic
     for name, value in EXACT.items():
         os.environ.setdefault(name, value)
     torch.backends.cudnn.deterministic = True  # costs speed where cuDNN has a faster kernel
     torch.backends.cudnn.benchmark = False
-    # Warns only: a network with such an operation trains, and the run's conditions name it.
+    # Only a warning: a network with such an operation trains, and the run's conditions name it.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     _note_inexact()
 
 
 def exactness(device: torch.device) -> str:
-    """`yes` if a restart on as many workers gives the same bits, else `no: ` and the reasons.
+    """`yes` if a restart with equally many workers gives the same bits, else `no: ` and why.
 
     The text is one of a run's conditions.
     """
@@ -153,12 +153,12 @@ def exactness(device: torch.device) -> str:
 
 
 def _note_inexact() -> None:
-    """Collect the operations that torch (2.13) warns of; it has no other way to ask for them."""
+    """Collect the operations that torch (2.13) warns about; torch offers no other list of them."""
     show = warnings.showwarning
 
     def note(message: Warning | str, *about: object, **more: object) -> None:
-        if found := re.match(r"(.+?) does not have a deterministic implementation", str(message)):
-            _inexact.add(found[1])
+        if match := re.match(r"(.+?) does not have a deterministic implementation", str(message)):
+            _inexact.add(match[1])
         else:
             show(message, *about, **more)  # type: ignore[arg-type]
 
@@ -167,12 +167,12 @@ def _note_inexact() -> None:
 
 
 _LARGEST = 2**31 - 1
-# glibc before 2.35 refuses more than 32 MiB, and then returns every block of 128 KiB to the kernel.
+# glibc before 2.35 refuses more than 32 MiB and then returns every block of 128 KiB to the kernel.
 _LARGEST_BEFORE_2_35 = 32 * 2**20
 
 
 def _options() -> dict[str, tuple[int, int]]:
-    """Environment variables of the options, with their numbers in malloc.h and values."""
+    """The options' environment variables, with their numbers in malloc.h and values."""
     largest_mapped = _LARGEST if _glibc() >= (2, 35) else _LARGEST_BEFORE_2_35
     return {
         "MALLOC_ARENA_MAX": (-8, 1),
@@ -182,14 +182,14 @@ def _options() -> dict[str, tuple[int, int]]:
 
 
 def environment() -> dict[str, str]:
-    """Environment variables for a process to be started; values that the user has set stay."""
+    """Environment variables for a new process. Values that the user has set are unchanged."""
     return {name: os.environ.get(name, str(value)) for name, (_, value) in _options().items()}
 
 
 def keep_freed_memory() -> bool:
-    """Set the options in this process, best before it has threads.
+    """Set the options in this process, preferably before it has threads.
 
-    Returns whether malloc accepted all of them. A malloc other than glibc's is left as it is.
+    Returns whether malloc accepted all of them. A malloc other than glibc's is left unchanged.
     """
     if not _glibc():
         return False
@@ -199,7 +199,7 @@ def keep_freed_memory() -> bool:
 
 
 def release_freed_memory() -> None:
-    """Return freed memory to the kernel once, so that a measurement that follows excludes it."""
+    """Return freed memory to the kernel once, to exclude it from the next measurement."""
     if _glibc():
         ctypes.CDLL(None).malloc_trim(0)
 

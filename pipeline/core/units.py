@@ -1,4 +1,4 @@
-"""Numbers for a reader: scaled, with their units."""
+"""Numbers as text: scaled, with their units."""
 
 import math
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def counted(count: int | None, noun: str, plural: str | None = None) -> str:
 
 
 def rounded(value: float, *, digits: int = 4) -> str:
-    """A number with `digits` significant digits, or all of a larger one: `31234` for 31234.2."""
+    """A number with `digits` significant digits, or all integer digits: `31234` for 31234.2."""
     return f"{value:.0f}" if 10 ** (digits - 1) <= abs(value) < math.inf else f"{value:.{digits}g}"
 
 
@@ -56,6 +56,6 @@ def shown(value: float, *, kind: str) -> str:
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of further ones."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,3 +1,4 @@
-"""Data sets and the loaders that read them. FFCV is imported only below this package, and only
-when a file is opened.
+"""Data sets and their loaders.
+
+FFCV is imported only inside this package, and only when a file is opened.
 """

@@ -23,11 +23,11 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch of one rank. Its memory is its own, so it may be kept."""
+    """One micro-batch of one rank. It owns its memory, so it may be kept."""
 
     x: Tensor  # float32, normalised: images [B,C,H,W], or recordings [B,T,C,H,W]
     target: Tensor  # int64 [B]
-    index: Tensor  # int64 [B], the samples' places in the file
+    index: Tensor  # int64 [B], positions of the samples in the file
 
 
 @runtime_checkable
@@ -42,7 +42,7 @@ class Loader(Protocol):
     @property
     def steps_per_epoch(self) -> int:
         """Training: global batches in an epoch, `samples // batch_size`. Evaluation: batches of
-        this rank (0 if it has none).
+        this rank, which may be 0.
         """
         ...
 
@@ -62,14 +62,15 @@ class Loader(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop everything that was started. May be called twice."""
+        """Stop all threads and release the file. May be called twice."""
         ...
 
 
 @runtime_checkable
 class Data(Protocol):
-    """A training and an evaluation set: the value of `recipe.data`. Constructing one opens no
-    file.
+    """A training and an evaluation set: the value of `recipe.data`.
+
+    The constructor opens no file.
     """
 
     @property
@@ -77,14 +78,16 @@ class Data(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of a sample of `Batch.x`: (C, H, W) of an image, or (T, C, H, W) of a recording,
-        whose T is the recipe's `time_steps`.
+        """Shape of a sample of `Batch.x`: (C, H, W) for an image, (T, C, H, W) for a recording.
+
+        T is the recipe's `time_steps`.
         """
         ...
 
     def fingerprint(self) -> str:
-        """A hash of the content of both sets, independent of files and pages: part of the study
-        key.
+        """A hash of the content of both sets. It is part of the study key.
+
+        It does not depend on files and pages.
 
         Raises: DataError if the data is missing.
         """
@@ -100,8 +103,9 @@ class Data(Protocol):
     def train(
         self, *, seed: int, rank: int, world: int, batch_size: int, micro_batch: int, threads: int
     ) -> Loader:
-        """The training set in one global permutation an epoch, from (seed, epoch). A global batch
-        has accumulation x world x micro_batch samples.
+        """The training set, in one global permutation per epoch from (seed, epoch).
+
+        A global batch has accumulation x world x micro_batch samples.
 
         Micro-batch a of rank r takes rows `(a*world + r)*micro_batch` to `(a*world + r +
         1)*micro_batch` of each global batch. The samples after the last whole global batch of an
@@ -110,16 +114,17 @@ class Data(Protocol):
         ...
 
     def val(self, *, rank: int, world: int, micro_batch: int, threads: int) -> Loader:
-        """The evaluation set, each sample once over all ranks: none is dropped or padded. The last
-        batch may be short, and a rank may have none.
+        """The evaluation set: all ranks together yield each sample once, without padding.
+
+        The last batch may be short, and a rank may have no batch.
         """
         ...
 
 
 def with_page_checks(data: Data, one_in: int) -> Data:
-    """The same sets; one in `one_in` samples that are read has its page compared, 0: none.
+    """The same sets with page checks: one in `one_in` samples has its page compared; 0: none.
 
-    Data without a method of this name has no pages, and is returned unchanged.
+    Data without a method of this name has no pages and is returned unchanged.
     """
     checked = getattr(data, "with_page_checks", None)
     return data if checked is None else checked(one_in)

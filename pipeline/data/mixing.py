@@ -8,10 +8,10 @@
                                                            l ~ Beta(cutmix, cutmix); cut at the
                                                            image's border, it leaves the share lam
 
-Rows are places in the global batch, which is in random order. A neighbour is therefore as random as
-any other partner, and it is on the same rank. Every draw is a pure function of (seed, step) or of
-(seed, step, row), so the batches are the same for any number of ranks and micro-batches and after
-any restart.
+Rows are positions in the global batch, which is in random order. A neighbour is therefore as random
+as any other partner, and it is on the same rank. Every draw is a pure function of (seed, step) or
+(seed, step, row). The batches are therefore the same for any number of ranks and micro-batches and
+after any restart.
 
 Source: Zhang et al. 2018 (Mixup), arXiv:1710.09412; Yun et al. 2019 (CutMix), arXiv:1905.04899. The
 options are those of timm 1.0.31, which pairs the rows of a rank's batch from both ends.
@@ -38,9 +38,9 @@ class Mixing:
     """Mixes micro-batches on their device.
 
     Args:
-        mixup, cutmix: the parameter of each one's Beta distribution; 0 leaves it out.
-        probability: of mixing at all.
-        switch: the share of CutMix where both are used.
+        mixup, cutmix: the parameters of the two Beta distributions; 0 disables that mixing.
+        probability: the probability of mixing at all.
+        switch: the share of CutMix if both are used.
         per: one draw for the whole "batch", for each "pair" of neighbours, or for each "sample".
 
     Raises:
@@ -77,7 +77,7 @@ class Mixing:
         )
 
     def check(self, *, micro_batch: int) -> None:
-        """Raises: DataError for a micro-batch that would separate neighbours."""
+        """Raises: DataError if the micro-batch would separate neighbours."""
         require_data(
             micro_batch % 2 == 0,
             "Mixing: a micro-batch must be even, for samples are mixed in pairs; got"
@@ -87,12 +87,12 @@ class Mixing:
     def __call__(
         self, x_B: Tensor, target_B: Tensor, *, classes: int, seed: int, step: int, rows: range
     ) -> tuple[Tensor, Tensor]:
-        """Mixed `x` [B,...,H,W] and targets [B,K], shares of the classes in the dtype of `x`.
+        """Mixed `x` [B,...,H,W] and targets [B,K], which are class shares in the dtype of `x`.
 
-        `rows`: the places of the samples in the global batch.
+        `rows`: the positions of the samples in the global batch.
         """
         assert len(rows) == len(x_B) and rows.start % 2 == len(rows) % 2 == 0, rows
-        lam_B, box_B4 = self._drawn(
+        lam_B, box_B4 = self._draw(
             x_B.shape[-2], x_B.shape[-1], seed=seed, step=step, rows=np.asarray(rows)
         )
         target_BK = F.one_hot(target_B, classes).to(x_B.dtype)
@@ -104,11 +104,12 @@ class Mixing:
             weight_B = weight_B.view(-1, *[1] * (x_B.dim() - 1))
         return _neighbours(x_B).lerp_(x_B, weight_B), mixed_target_BK
 
-    def _drawn(
+    def _draw(
         self, height: int, width: int, *, seed: int, step: int, rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64] | None]:
-        """The share lam that each sample keeps, and the box (top, bottom, left, right) that is
-        replaced: -1 in samples without one, None where no sample has one.
+        """The share lam that each sample keeps, and its replaced box (top, bottom, left, right).
+
+        The box is -1 in samples without one, and None if no sample has one.
         """
         key_B = {"batch": np.zeros_like(rows), "pair": rows // 2, "sample": rows}[self.per]
         draw = lambda number: bits(seed, step, key_B, number)
@@ -131,12 +132,13 @@ class Mixing:
 
 @cache
 def _beta(parameter: float) -> NDArray[np.float64]:
-    """4096 values at evenly spaced quantiles of Beta(parameter, parameter). They are rounded so
-    that the last digit of a library does not matter.
+    """4096 values at evenly spaced quantiles of Beta(parameter, parameter).
+
+    They are rounded, so that the last digit of a library does not matter.
     """
     if parameter == 0:
         return np.ones(4096)
-    from scipy.special import betaincinv  # of the extra [train]
+    from scipy.special import betaincinv  # scipy comes with the extra [train]
 
     return np.round(betaincinv(parameter, parameter, (np.arange(4096) + 0.5) / 4096), 6)
 
@@ -148,8 +150,9 @@ def _boxes(
     height: int,
     width: int,
 ) -> NDArray[np.int64]:
-    """Boxes around (y, x) with the image's aspect ratio and the share 1 - lam of its area, cut at
-    its border: [B,4].
+    """Boxes around (y, x), clipped at the image's border: [B,4].
+
+    They have the image's aspect ratio and the share 1 - lam of its area.
     """
     side_B = np.sqrt(1 - lam_B)
     ends = []
@@ -163,8 +166,9 @@ def _boxes(
 
 
 def _outside(lam_B: Tensor, box_B4: Tensor, x_B: Tensor) -> Tensor:
-    """The weight of each pixel: 0 within a box and 1 outside of it, or lam everywhere in a sample
-    without a box: [B,1,...,H,W].
+    """The weight of each pixel: [B,1,...,H,W].
+
+    It is 0 inside a box and 1 outside. In a sample without a box it is lam everywhere.
     """
     height, width = x_B.shape[-2:]
     y_1H1 = torch.arange(height, device=x_B.device)[None, :, None]

@@ -17,9 +17,9 @@ from pipeline.core.units import counted
 class TrainOrder:
     """The training order of one rank.
 
-    With `repeats` above 1, a global batch holds `repeats` views of each of its batch_size / repeats
-    samples: row r is view r // (batch_size / repeats). The number of steps in an epoch is
-    unchanged, so an epoch uses one in `repeats` of the samples.
+    With `repeats` above 1, a global batch contains `repeats` views of each of its
+    batch_size / repeats samples: row r is view r // (batch_size / repeats). The number of steps per
+    epoch is unchanged, so an epoch uses one in `repeats` of the samples.
 
     Raises:
         DataError: the sizes do not divide, or the set is smaller than one global batch.
@@ -35,7 +35,7 @@ class TrainOrder:
     batch_size: int  # samples of a global batch, over all ranks and micro-batches
     micro_batch: int  # samples of one batch on one rank
     repeats: int = 1
-    # the `samples` ids of the file that are used; None: all
+    # ids of the file's samples in use, `samples` of them; None: all
     ids: NDArray[np.int64] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -88,9 +88,7 @@ class TrainOrder:
         return order.reshape(-1, self.world, self.micro_batch)[:, self.rank].reshape(-1)
 
     def copies(self, *, start: int = 0) -> NDArray[np.int64]:
-        """The number of the view of each id in `epoch`, 0 to repeats - 1; augmentation depends on
-        it.
-        """
+        """The view number of each id in `epoch`, 0 to repeats - 1. Augmentation depends on it."""
         rows = np.arange(self.batch_size).reshape(-1, self.world, self.micro_batch)
         copies = rows[:, self.rank].reshape(-1) // (self.batch_size // self.repeats)
         return np.tile(copies, self.steps - start // self.batch_size)
@@ -98,15 +96,16 @@ class TrainOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class ValOrder:
-    """The evaluation order of one rank: a contiguous part of the file. The parts of two ranks
-    differ by one sample at most.
+    """The evaluation order of one rank: a contiguous part of the file.
+
+    The parts of two ranks differ by at most one sample.
     """
 
     samples: int
     rank: int
     world: int
     micro_batch: int
-    # the `samples` ids of the file that are used; None: all
+    # ids of the file's samples in use, `samples` of them; None: all
     ids: NDArray[np.int64] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -134,15 +133,15 @@ class ValOrder:
 
 
 class Ordered:
-    """Base of data sets that are read in these orders."""
+    """Base class of data sets that are read in these orders."""
 
     repeats: int  # views of each sample in a training batch
     only: tuple[int, ...] | None = None  # the labels whose samples are used; None: all
-    _ids: Callable[..., NDArray[np.int64]]  # of the samples for "train" or "val", ascending
-    _loader: Callable[..., Any]  # of one rank, for "train" or "val", an order and the seed
+    _ids: Callable[..., NDArray[np.int64]]  # ascending ids of the samples of "train" or "val"
+    _loader: Callable[..., Any]  # makes one rank's loader for "train" or "val", an order and seed
 
     def of_classes(self, classes: tuple[int, ...]) -> Self:
-        """The same sets without the samples of other classes; labels stay as they are."""
+        """The same sets without the samples of other classes; labels do not change."""
         same = copy.copy(self)
         same.only = classes
         return same

@@ -1,3 +1,1 @@
-"""The cost of a recipe before it trains: measured on one batch, swept over T, or planned for other
-machines.
-"""
+"""The cost of a recipe before training: measured on a batch, swept over T, or planned elsewhere."""

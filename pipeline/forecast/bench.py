@@ -1,11 +1,11 @@
-"""A recipe's network and one batch of its data, on which rules are tried before training.
+"""A recipe's network and one batch of its data, for trying rules before training.
 
-Every rule gets a copy of the network, with the weights that training starts from, and the same
-batch. It trains in the loop of a run, at a learning rate of 0. A recipe with a teacher is tried on
-its labels alone, and a recipe of several tasks on its first.
+Every rule gets a copy of the network with its initial weights, and the same batch. It trains in the
+loop of a run, at a learning rate of 0. A recipe with a teacher is tried on the labels alone, and a
+recipe of several tasks on its first task.
 
-The cost of a teacher is the same for every rule and T: one answer per batch, without a graph. It is
-measured apart, with random weights, so that nothing is downloaded.
+A teacher costs the same for every rule and T: one answer per batch, without a graph. It is measured
+separately and with random weights, so that nothing is downloaded.
 """
 
 import copy
@@ -80,15 +80,15 @@ RULES = (
     spec(IDE),
     spec(SPIDE),
 )
-UNTIMED = 3  # batches: the first warms up, the second counts bytes, the third operations
-WARM_UP = 2  # batches of which nothing is counted
+UNTIMED = 3  # batches: the first warms up, the second counts bytes, the third counts operations
+WARM_UP = 2  # batches without any measurement
 TIMED = 5
-# Share of memory that is left free for fragments, workspaces, the driver, and the difference
+# Share of memory that remains free for fragmentation, workspaces, the driver, and the difference
 # between a small batch and a large one.
 RESERVE = 0.1
-WARM_UP_BATCHES = 16  # that a rule with trained matrices sees before its gradient is taken
+WARM_UP_BATCHES = 16  # batches that train a rule's own matrices before its gradient is taken
 DRAWS = 8
-ROUNDS = 3  # rounds in which rules alternate, where their times are compared
+ROUNDS = 3  # rounds in which rules alternate to compare their times
 T_ = TypeVar("T_")
 
 
@@ -98,22 +98,22 @@ class Cost:
 
     rule: str
     peak_saved_bytes: int
-    state_bytes: int  # of states that backward does not save as well
-    # The rise of the process's resident memory in a batch, on a GPU that of the allocator. It
-    # includes gradients and workspaces, but neither the network nor the batch. None where the
-    # kernel cannot reset the peak.
+    state_bytes: int  # states that backward does not save as well
+    # The rise of resident memory in a batch; on a GPU, of the allocator's memory. It includes
+    # gradients and workspaces, but neither the network nor the batch. None if the kernel cannot
+    # reset the peak.
     peak_memory_bytes: int | None
-    rule_bytes: int  # of the rule's own parameters and records
+    rule_bytes: int  # the rule's own parameters and records
     # Median seconds of a batch, without collectives and the optimizer.
     forward_s: float
     backward_s: float
-    loop_s: float  # of the rest of the loop: transfer, metrics, and time outside of all parts
-    operations: Mapping[str, Mapping[str, float]]  # by purpose, of training on one sample
-    not_counted: tuple[str, ...] = ()  # operations of torch with products that are not counted
+    loop_s: float  # the rest of the loop: transfer, metrics, and time outside all parts
+    operations: Mapping[str, Mapping[str, float]]  # by purpose, for training on one sample
+    not_counted: tuple[str, ...] = ()  # torch operations with uncounted products
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes kept for backward and from one time step to the next; each storage once."""
+        """Bytes kept for backward and from one time step to the next. Each storage counts once."""
         return self.peak_saved_bytes + self.state_bytes
 
     @property
@@ -134,14 +134,14 @@ class DoesNotFit(ValueError):
 
 
 class Bench:
-    """`recipe` with a batch of `batch_size` samples, as one worker would have it.
+    """`recipe` with a batch of `batch_size` samples, as one worker would train on it.
 
     Args:
-        batch_size: None takes the micro-batch of a single worker.
-        needs_data: False takes random samples where the data cannot be read.
+        batch_size: None: the micro-batch of a single worker.
+        needs_data: False: use random samples if the data cannot be read.
 
     Raises:
-        ValueError: the network does not fit the data, or the weights that it starts from.
+        ValueError: the network does not fit the data or its initial weights.
         DoesNotFit: the batch does not fit into memory.
         DataError: the data cannot be read.
     """
@@ -201,7 +201,7 @@ class Bench:
         before: int | None = None
 
         def begin_peak(step: int, meters: Meters) -> None:
-            # After the untimed batches, which load what is loaded at its first use.
+            # The untimed batches have already loaded everything that is loaded at first use.
             nonlocal before
             if step == UNTIMED:
                 release_freed_memory()
@@ -223,10 +223,11 @@ class Bench:
         )
 
     def seconds(self, rule: Spec, *, batches: int = TIMED) -> dict[str, float]:
-        """Mean seconds of "forward", "backward", "loop" (the rest of the loop), "communication" and
-        "optimizer", as in a run: behind the recipe's own backend, whose process group must exist.
+        """Mean seconds of the parts of a batch, as in a run.
 
-        They are means, because a delayed batch delays training, however rare it is.
+        The parts are "forward", "backward", "loop" (the rest of the loop), "communication" and
+        "optimizer". The recipe's own backend is used; its process group must exist. The mean is
+        used because a delayed batch delays training, however rare it is.
 
         Raises: as `cost`.
         """
@@ -241,12 +242,11 @@ class Bench:
         *,
         as_in_a_run: bool = False,
     ) -> tuple[Rule, Meters]:
-        """Train on the batch `batches` times, at a learning rate of 0, and call
-        `before_batch(step, meters)` before each.
+        """Train on the batch `batches` times, at a learning rate of 0.
 
-        It trains in plain torch, and the meters count bytes on the second batch and operations on
-        the third. `as_in_a_run` trains behind the recipe's own backend with the guard of a run, and
-        the meters measure time alone.
+        `before_batch(step, meters)` is called before each batch. Training uses plain torch, and the
+        meters count bytes on the second batch and operations on the third. `as_in_a_run` uses the
+        recipe's own backend and a run's guard, and the meters then measure only time.
 
         Raises: as `cost`.
         """
@@ -279,7 +279,7 @@ class Bench:
     def _backend_and_guard(
         self, network: nn.Module, rule: Rule, *, as_in_a_run: bool
     ) -> tuple[Backend, Guard]:
-        """Plain torch without a guard, or those of a run; at a learning rate of 0."""
+        """Plain torch without a guard, or a run's backend and guard; at a learning rate of 0."""
         if not as_in_a_run:
             return Plain(network, _resting, precision=self.recipe.precision), Guard()
         backend = build_backend(self.recipe, network, rule, self.recipe.split(1))
@@ -289,9 +289,9 @@ class Bench:
         return backend, AnomalyGuard(backend, rule, self.ranks, max_skips=0, can_undo=undo)
 
     def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
-        """The rule's gradient of each synapse in fp32, in several draws if it draws time steps.
+        """The rule's gradient of each synapse in fp32; several draws if it draws time steps.
 
-        They are kept in host memory, because the next rule has to fit the card.
+        They are kept in host memory, because the next rule has to fit on the card.
 
         Raises: as `cost`.
         """
@@ -315,7 +315,7 @@ class Bench:
         return found
 
     def held(self) -> HeldBytes:
-        """Bytes that training holds beside what a rule keeps of a batch."""
+        """Bytes that training holds besides what a rule keeps of a batch."""
         return held_bytes(*self.stepped())
 
     def stepped(self) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -324,7 +324,7 @@ class Bench:
         optimizer = build_optimizer(self.recipe, network, self.recipe.rule.build())
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # makes its state
+        optimizer.step()  # creates its state
         return network, optimizer
 
     def copy_of_network(self) -> nn.Module:
@@ -332,13 +332,13 @@ class Bench:
 
     @contextmanager
     def running(self, who: str) -> Iterator[None]:
-        """Surround the work on a batch; a bench without values overrides it (`counts.py`)."""
+        """Surround the work on a batch. A bench without values overrides it (`counts.py`)."""
         with self.in_memory(who):
             yield
 
     @contextmanager
     def in_memory(self, who: str) -> Iterator[None]:
-        """Raises: DoesNotFit where memory runs out inside."""
+        """Raises: DoesNotFit if memory runs out inside."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -352,7 +352,7 @@ class Bench:
     def attached(self, rule: Spec) -> tuple[nn.Module, Rule]:
         """A copy of the network with the rule attached and calibrated.
 
-        Raises: ValueError where the rule cannot train it.
+        Raises: ValueError if the rule cannot train it.
         """
         network, made = self.copy_of_network(), self._build(rule)
         made.attach(network, world=World(self.recipe.seed), over_time=self.recipe.over_time)
@@ -381,7 +381,7 @@ def first_batch(recipe: Recipe, size: int) -> Batch:
 
 
 def _random_batch(recipe: Recipe, size: int) -> Batch:
-    """Samples and classes of the data's shape and number of classes."""
+    """Random samples and classes with the data's shape and number of classes."""
     data, draw = _data(recipe), torch.Generator().manual_seed(recipe.seed)
     return Batch(
         torch.rand(size, *data.shape, generator=draw),
@@ -410,13 +410,13 @@ def _loader(recipe: Recipe, size: int) -> Loader:
 
 
 def fastest_baseline(costs: Iterable[Cost]) -> Cost | None:
-    """The faster of BPTT folded over time and step by step; None without either."""
+    """The faster of BPTT folded over time and BPTT step by step; None without either."""
     baselines = (cost for cost in costs if is_baseline(cost.rule))
     return min(baselines, key=lambda cost: cost.compute_s, default=None)
 
 
 def rules_by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:
-    """`rules` by their labels; the recipe's own replaces the one with the same label."""
+    """`rules` by label. The recipe's own rule replaces a rule with the same label."""
     return {rule.build().label: rule for rule in (*rules, own)}
 
 
@@ -425,9 +425,9 @@ def group_by_network(
 ) -> Iterator[tuple[Recipe, tuple[Spec, ...]]]:
     """Group recipes that differ only in their rules: those with equal `inputs(recipe)`.
 
-    Yields one recipe for each group, named after its members, with all their rules.
+    It yields one recipe for each group, named after its members, with all their rules.
 
-    Raises: ValueError, before the first group, where a recipe contradicts itself.
+    Raises: ValueError, before the first group, if a recipe contradicts itself.
     """
     groups: list[list[Recipe]] = []
     for recipe in recipes:
@@ -444,7 +444,7 @@ def group_by_network(
 
 
 def step_inputs(recipe: Recipe) -> tuple[object, ...]:
-    """Everything that decides the cost of a batch, except the rule."""
+    """Everything that determines the cost of a batch, except the rule."""
     return (
         recipe.model,
         recipe.data,
@@ -461,9 +461,7 @@ def step_inputs(recipe: Recipe) -> tuple[object, ...]:
 
 
 def rotated(items: Iterable[T_], rounds: int) -> Iterator[list[T_]]:
-    """The order of each round. Each begins with the next item, so that drift affects all
-    equally.
-    """
+    """The order of each round. Each begins with the next item, so drift affects all equally."""
     order = list(items)
     for each in range(rounds):
         first = each % len(order)
@@ -473,7 +471,7 @@ def rotated(items: Iterable[T_], rounds: int) -> Iterator[list[T_]]:
 def measure_costs(
     bench: Bench, rules: Mapping[str, Spec]
 ) -> tuple[dict[str, list[Cost]], dict[str, str]]:
-    """The costs of each rule in every round, and why the other rules cannot train the network."""
+    """The costs of each rule in every round, and the reasons why other rules cannot train."""
     rounds: dict[str, list[Cost]] = {label: [] for label in rules}
     refused: dict[str, str] = {}
     for order in rotated(rules, ROUNDS):
@@ -489,7 +487,7 @@ def measure_costs(
 
 
 def median_cost(rounds: Sequence[Cost]) -> Cost:
-    """A rule's cost with the median of its seconds; the rest is the same in each round."""
+    """A rule's cost with median seconds. All other values are the same in each round."""
     seconds = {
         name: statistics.median(getattr(cost, name) for cost in rounds)
         for name in ("forward_s", "backward_s", "loop_s")
@@ -512,7 +510,7 @@ def bytes_of_batch(made: Rule, meters: Meters) -> dict[str, Any]:
 def _seconds(
     batches: Sequence[Mapping[str, float]], average: Callable[[Iterable[float]], float]
 ) -> dict[str, float]:
-    """Average seconds of each part of a batch, and of the rest of the loop as "loop"."""
+    """Average seconds of each part of a batch. The rest of the loop is the part "loop"."""
 
     def of(*parts: str) -> float:
         return average(sum(seconds[part] for part in parts) for seconds in batches)
@@ -537,11 +535,11 @@ class TeacherCost:
     """The cost of a teacher's answers for one batch."""
 
     teacher: str
-    bytes: int  # of its weights and statistics
+    bytes: int  # weights and statistics
     seconds: float  # median, without a cache
 
     def describe(self) -> str:
-        """One line under a table of rules."""
+        """Describe it in one line, for below a table of rules."""
         return (
             f"the teacher, {self.teacher}, is in no row: beside every rule it holds "
             f"{self.bytes / 1e6:.4g} MB of weights "
@@ -563,7 +561,7 @@ def measure_teacher(recipe: Recipe, x_B: Tensor) -> TeacherCost | None:
 
 
 def untrained_teacher(recipe: Recipe) -> Teacher:
-    """The recipe's teacher with random weights, and with a random head where one would be fitted.
+    """The recipe's teacher with random weights. A head that would be fitted is random too.
 
     Raises: ValueError as `build_teacher`.
     """

@@ -1,14 +1,14 @@
-"""Counts of one training step at full size, on tensors that have shapes and no values.
+"""Counts of one training step at full size, on tensors with shapes but without values.
 
     bench = FakeBench(recipe, samples)
     counted(bench, spec(SLTT)).traffic.kernels
 
-The counts are bytes saved for backward, states, floating-point operations, kernels and the bytes
-that they move. Nothing is computed and no data is read, so a step of any size takes only the time
-of its Python code. torch's fake tensors report a CPU as their device, so the counts are those of
-the code that a CPU runs. They equal a measured step's, with two exceptions:
+The counts are bytes saved for backward, states, floating-point operations, kernels, and the bytes
+that kernels move. Nothing is computed and no data is read, so a step of any size takes only the
+time of its Python code. torch's fake tensors report a CPU as their device, so the counts are those
+of the code for a CPU. They equal those of a measured step, with two exceptions:
 
-    IDE      a solve takes its maximum of iterations; a measured one may converge earlier
+    IDE      a solve takes its maximum number of iterations; a measured one may converge earlier
     SPIDE    a linear feedback is a dense product, as on a GPU; a CPU skips silent neurons
 
 Thresholds that a rule calibrates on data affect values only, and are left unchanged.
@@ -51,7 +51,7 @@ from pipeline.train.tasks import tasks_of
 
 
 class Traffic(TorchDispatchMode, Pausable):
-    """Records every operation that torch calls below autograd while it is entered.
+    """Records every operation that torch calls below autograd inside the `with` block.
 
     It counts the multiply-adds of a product, zeros included (a GPU multiplies them), and the bytes
     of inputs and outputs.
@@ -96,11 +96,11 @@ class Counts:
 
     rule: str
     peak_saved_bytes: int
-    state_bytes: int  # of states that backward does not save as well
-    rule_bytes: int  # of the rule's own parameters and records
+    state_bytes: int  # states that backward does not save as well
+    rule_bytes: int  # the rule's own parameters and records
     backward_calls: int
     traffic: Traffic
-    forecast_note: str  # the rule's, where its work depends on values
+    forecast_note: str  # the rule's note, if its work depends on values
 
     @property
     def kept_bytes(self) -> int:
@@ -121,7 +121,7 @@ class TeacherCounts:
     """The counts of a teacher's answers for one batch."""
 
     teacher: str
-    bytes: int  # of its weights and statistics
+    bytes: int  # weights and statistics
     precision: Precision
     traffic: Traffic
 
@@ -129,7 +129,7 @@ class TeacherCounts:
 class FakeBench(Bench):
     """A bench at full size whose tensors have no values.
 
-    Raises: ValueError for a network that does not fit the data.
+    Raises: ValueError if the network does not fit the data.
     """
 
     def __init__(self, recipe: Recipe, samples: int) -> None:
@@ -143,13 +143,13 @@ class FakeBench(Bench):
 
     @contextmanager
     def running(self, who: str) -> Iterator[None]:
-        """Inside, tensors are made without values.
+        """Make tensors without values inside the block.
 
-        Raises: ValueError where an operation depends on values.
+        Raises: ValueError if an operation depends on values.
         """
         try:
             with self._mode, _FixedAnswers(), warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # of a solver, about its values
+                warnings.simplefilter("ignore", RuntimeWarning)  # a solver's, about its values
                 yield
         except RuntimeError as error:
             why = str(error).split("\n")[0]
@@ -173,15 +173,15 @@ class FakeBench(Bench):
             return copy.deepcopy(module, fakes)
 
     def calibrate(self, rule: Rule, network: nn.Module) -> None:
-        """Does nothing: thresholds are values."""
+        """Do nothing: thresholds are values."""
 
 
 class _FixedAnswers(TorchDispatchMode):
-    """Answers questions about values: True for a boolean, and 1 for a number.
+    """Answers queries of values: True for a boolean, and 1 for a number.
 
-    Gradients are then finite, and a solver takes its maximum of iterations and has converged after
-    them. It also corrects an error of torch's fake tensors (2.13): batch norm in bf16 saves the
-    mean and deviation of each channel in the dtype of its statistics, not in bf16.
+    Gradients are then finite. A solver takes its maximum of iterations and then has converged. The
+    mode also corrects an error of torch's fake tensors (2.13): batch norm in bf16 saves the mean
+    and deviation of each channel in the dtype of its statistics, not in bf16.
     """
 
     def __torch_dispatch__(
@@ -207,11 +207,11 @@ class _FixedAnswers(TorchDispatchMode):
 
 
 def counted(bench: Bench, rule: Spec) -> Counts:
-    """Count the second of two batches; rules check the network on the first.
+    """Count the second of two batches. Rules check the network on the first.
 
-    On a bench with values this is a measurement.
+    On a bench with values, this is a measurement.
 
-    Raises: ValueError where the rule cannot train the network, or its work depends on values.
+    Raises: ValueError if the rule cannot train the network or its work depends on values.
     """
     traffic = Traffic()
 
@@ -229,7 +229,7 @@ def counted(bench: Bench, rule: Spec) -> Counts:
 
 
 def counted_optimizer(bench: Bench) -> tuple[HeldBytes, Traffic]:
-    """Bytes that training holds beside a rule's, and the work of one step of the optimizer."""
+    """Bytes that training holds besides a rule's, and the work of one optimizer step."""
     with bench.running(bench.recipe.optimizer.label):
         network, optimizer = bench.stepped()
         with Traffic() as traffic:
@@ -255,7 +255,7 @@ def counted_teacher(recipe: Recipe, bench: FakeBench) -> TeacherCounts | None:
 
 
 def describe_steps(recipes: Sequence[Recipe], workers: int) -> list[str]:
-    """One line for each recipe: the counts of a worker's micro-batch, or why they are unknown."""
+    """One line per recipe: the counts of a worker's micro-batch, or why they are unknown."""
     known: list[tuple[object, str]] = []
     for recipe in recipes:
         samples = recipe.split(workers).micro_batch
@@ -281,13 +281,13 @@ def _moves_nothing(func: Any) -> bool:
 
 
 def _bytes(values: Any) -> int:
-    """Bytes of the numbers that are read or written; an expanded tensor's numbers count once."""
-    found = 0
+    """Bytes of the numbers read or written. The numbers of an expanded tensor count once."""
+    total = 0
     for value in tree_leaves(values):
         if isinstance(value, Tensor):
             own = value.numel()
             for size, stride in zip(value.shape, value.stride(), strict=True):
                 if stride == 0 and size > 1:
                     own //= size
-            found += own * value.element_size()
-    return found
+            total += own * value.element_size()
+    return total

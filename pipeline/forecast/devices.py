@@ -1,11 +1,11 @@
-"""Cards that a plan can be made for, by their data sheets: dense, without structured sparsity.
+"""Data sheets of cards for plans. The figures are dense, without structured sparsity.
 
-By the roofline model an operation takes the longer of its products and its traffic:
+In the roofline model an operation takes the longer of its arithmetic and its memory traffic:
 
     seconds = sum over operations of max(flops / peak flops, bytes / peak bandwidth)
 
-The model has no caches: the output of one kernel is read again by the next. Kernels that fuse
-several operations are faster.
+The model has no caches: each kernel reads the previous kernel's output again from memory. Kernels
+that fuse several operations are faster.
 
 Source: Williams, Waterman & Patterson 2009 (doi 10.1145/1498765.1498785) for the roofline.
 """
@@ -21,26 +21,26 @@ class Operation:
     """One kernel."""
 
     flops: int
-    bytes: int  # that it reads and writes
+    bytes: int  # bytes read and written
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A card by its data sheet."""
+    """The data sheet of a card."""
 
     name: str
     flops: Mapping[str, float]  # dense, per second, by precision; a multiply-add counts as two
-    bandwidth: float  # of its memory, bytes per second
+    bandwidth: float  # of its memory, in bytes per second
     memory: float  # bytes
-    link: float  # to the other cards of its node, bytes per second and direction
+    link: float  # to the other cards of its node, in bytes per second and direction
     watts: float
     efficiency: float = 0.4  # share of the roofline that training reaches: an assumption
-    launch: float = 5e-6  # seconds from one kernel launch to the next, from Python
-    driver: str  # the name that the driver, and so torch, reports; it differs by board and memory
+    launch: float = 5e-6  # seconds from one kernel launch to the next, in Python
+    driver: str  # the name from the driver, and so in torch; it differs by board and memory
     source: str
 
     def busy_s(self, operations: Iterable[Operation], precision: Precision) -> float:
-        """Seconds by the roofline at an efficiency of 1."""
+        """Seconds by the roofline model at an efficiency of 1."""
         peak = self.flops[precision]
         return sum(max(each.flops / peak, each.bytes / self.bandwidth) for each in operations)
 

@@ -1,13 +1,13 @@
-"""Steps of training timed in as many processes as a run has workers, with rules in alternation.
+"""Time training steps of alternating rules, in as many processes as a run has workers.
 
-The runs of a study take hours, in which the speed of a machine varies by more than some rules
-differ. Here each round trains a few batches with every rule, behind the backend that the recipe
-names and on a copy of the network whose weights do not change. Each round begins with the next
-rule, so drift affects all rules equally. Differences between processes, such as the location of
-their memory, are averaged over several starts.
+The runs of a study take hours, in which a machine's speed varies by more than some rules differ.
+Here each round trains a few batches with every rule, on the recipe's own backend and on a copy of
+the network whose weights do not change. Each round begins with the next rule, so drift affects all
+rules equally. Differences between processes, such as the location of their memory, are averaged
+over several starts.
 
-Cores share caches, memory and clock rates, so processes that compute at the same time are slower
-than one alone, as the workers of a run are.
+Cores share caches, memory and clock rates. Processes that compute at the same time are therefore
+slower than a single one, like the workers of a run.
 """
 
 import gc
@@ -31,20 +31,20 @@ from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.backend.collectives import BACKENDS
 
 STARTS = 5
-# Seconds by rule and part of a batch, and why the other rules cannot train the network.
+# Seconds by rule and part of a batch, and the reasons why other rules cannot train the network.
 Timed = tuple[dict[str, dict[str, float]], dict[str, str]]
 
 
 @dataclass(frozen=True)
 class InterleavedTimes:
-    """One rule's seconds of a batch in each start: the mean over processes and rounds."""
+    """One rule's seconds per batch in each start: the mean over processes and rounds."""
 
     forward_s: tuple[float, ...]
     backward_s: tuple[float, ...]
-    processes: int  # that computed at the same time
-    samples: int  # of each process
-    threads: int  # of each process
-    # The backend of every rule, as in its runs. An engine that is called at each time step costs
+    processes: int  # processes that compute at the same time
+    samples: int  # per process
+    threads: int  # per process
+    # The backend of every rule, as in its runs. An engine that is called at each time step slows
     # some rules more than others.
     backend: str
     commit: str
@@ -63,12 +63,13 @@ def measure_interleaved(
     threads: int = 1,
     starts: int = STARTS,
 ) -> dict[str, InterleavedTimes]:
-    """Measure each rule, by its label, in `workers` processes, or as many as cards or cores allow.
+    """Measure each rule in `workers` processes, or in as many as cards or cores allow.
 
-    Each start has as many rounds as there are rules, so every rule comes once in every place.
+    The results are keyed by rule label. Each start has as many rounds as rules, so every rule has
+    every position once.
 
     Args:
-        samples: in a batch; None: the micro-batch of one of `workers`.
+        samples: samples per batch; None: the micro-batch of one of `workers`.
 
     Raises:
         ValueError: the batch does not divide, or a process failed.
@@ -115,23 +116,24 @@ def rule_seconds(
     """Mean seconds of `Bench.seconds` over rounds. Collective.
 
     Args:
-        rounds: None takes as many as there are rules.
-        batches: timed ones of a rule in each round.
-        needs_data: as `Bench`.
+        rounds: None: as many as there are rules.
+        batches: timed batches per rule and round.
+        needs_data: see `Bench`.
     """
     bench = Bench(recipe, batch_size=samples, threads=threads, needs_data=needs_data)
-    found: dict[str, list[dict[str, float]]] = {label: [] for label in rules}
+    seconds: dict[str, list[dict[str, float]]] = {label: [] for label in rules}
     refused: dict[str, str] = {}
     for order in rotated(rules, rounds or len(rules)):
         for label in order:
-            # DeepSpeed's engines are reference cycles: the previous rule's would stay in memory.
+            # DeepSpeed's engines are reference cycles. Without this, the previous one stays in
+            # memory.
             gc.collect()
             _wait_for_all(device)
             try:
-                found[label].append(bench.seconds(rules[label], batches=batches))
-            except ValueError as error:  # on every rank
+                seconds[label].append(bench.seconds(rules[label], batches=batches))
+            except ValueError as error:  # raised on every rank
                 refused[label] = str(error)
-    means = {label: _mean_of_parts(each) for label, each in found.items() if label not in refused}
+    means = {label: _mean_of_parts(each) for label, each in seconds.items() if label not in refused}
     return means, refused
 
 
@@ -147,16 +149,15 @@ def run_processes(
 ) -> Timed:
     """Run `work(device, *arguments)` in new processes; return the mean of their seconds.
 
-    They share a process group: of gloo, or of nccl with one GPU for each process where there are
-    GPUs.
+    They share a process group: nccl with one GPU per process if there are GPUs, otherwise gloo.
 
     Args:
-        who: begins the message of an error.
-        work: a function at the top of a module. The environment variables of a launch (RANK,
+        who: the beginning of error messages.
+        work: a top-level function of a module. The environment variables of a launch (RANK,
             LOCAL_RANK, WORLD_SIZE) are set.
 
     Raises:
-        ValueError: a process failed; the message is its last line. The others are ended.
+        ValueError: a process failed; the message is its last line. The others are terminated.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -203,4 +204,4 @@ def _result_of(folder: str, rank: int) -> Path:
 def _wait_for_all(device: torch.device) -> None:
     """Wait at a barrier for all other processes."""
     distributed.barrier()
-    synchronize(device)  # a barrier on a GPU is a kernel, for which the host does not wait
+    synchronize(device)  # on a GPU the barrier is a kernel, and the host does not wait for it

@@ -5,24 +5,24 @@
 It is a model, not a measurement. Work and memory are counted at full size on tensors without
 values (`counts.py`); no data set is needed. The model assumes that loaders keep up.
 
-A card takes the longer of two times: its roofline (`devices.py`) over its efficiency, and the
-launches of all kernels. For machines like this one, small batches of every rule are timed, behind
-the recipe's own backend and in as many processes as workers. The seconds of a batch grow linearly
-with its samples, so two sizes determine them:
+A card takes the longer of two times: its roofline time (`devices.py`) over its efficiency, and the
+time to launch all kernels. For machines like this one, small batches of every rule are timed, with
+the recipe's own backend and as many processes as workers. The seconds per batch grow linearly with
+its samples, so two sizes determine them:
 
     t(B) = t(b) + (t(b) - t(a)) / (b - a) (B - b)
 
-Both sizes are small, because the operations of `b` samples are limited. If a step of one sample is
-beyond that limit, its seconds are multiplied by B. The teacher is timed likewise.
+Both sizes are small, because the operations of `b` samples are limited. If one sample exceeds that
+limit, its seconds are multiplied by B. The teacher is timed likewise.
 
-DeepSpeed 0.19.8 holds and moves the following bytes of parameters P, gradients G and the
-optimizer's state O on a ring of N workers, with n backward calls in a batch:
+DeepSpeed 0.19.8 holds and moves the following bytes, for parameters P, gradients G and optimizer
+state O on a ring of N workers with n backward calls per batch:
 
     ZeRO-0   holds P + G + O                       moves 2 (N-1)/N G
     ZeRO-1   holds P + G + (O + P) / N + bucket    moves 2 (N-1)/N G + (N-1)/N P
     ZeRO-2   holds P + (G + O + P) / N + bucket    moves 2 (N-1)/N n G + (N-1)/N P
 
-The bucket in which gradients are reduced is as large as all of them. P / N is the master copy of a
+Gradients are reduced in a bucket, which is as large as all of them. P / N is the master copy of a
 worker's part. A rule that updates the weights at every time step communicates at every time step.
 """
 
@@ -66,9 +66,9 @@ from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.backend.collectives import group_of_one
 from pipeline.train.build import check_recipe
 
-# Floating-point operations of the larger batch that is timed on machines like this one.
+# Floating-point operations of the larger timed batch on machines like this one.
 LIMIT = {"cpu": 3e9, "cuda": 3e12}
-TIMED = (3, 50)  # batches, at least and at most; 10 of them at the limit
+TIMED = (3, 50)  # minimum and maximum of timed batches; 10 at the limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +78,13 @@ class Cluster:
     workers: int
     device: Device | None = None  # None: machines like this one
     per_node: int = 8
-    node_link: float = 50e9  # from node to node, bytes per second and direction; 400 Gb/s
-    price: float | None = None  # of an hour of one worker
-    threads: int = 1  # of a worker, on a machine like this one
+    node_link: float = 50e9  # between nodes, in bytes per second and direction; 400 Gb/s
+    price: float | None = None  # of one worker for one hour
+    threads: int = 1  # per worker, on a machine like this one
 
     @property
     def bandwidth(self) -> float:
-        """Bytes per second of a ring of cards, which is as fast as its slowest link."""
+        """Bytes per second of a ring of cards. A ring is as fast as its slowest link."""
         assert self.device is not None, "the link between machines like this one is measured"
         link = self.device.link
         return link if self.workers <= self.per_node else min(link, self.node_link)
@@ -95,23 +95,23 @@ class Planned:
     """The prediction for one rule."""
 
     rule: str
-    written: Mapping[str, Any]  # the rule as in recipe.json: its label does not show all keywords
+    written: Mapping[str, Any]  # the rule as in recipe.json; its label lacks some keywords
     zero: int
     micro_batch: int
     accumulation: int
     saved_bytes: int
-    memory_bytes: float  # peak of a worker: held bytes, kept bytes, and the batch itself
-    # of one micro-batch on one worker, without the optimizer:
+    memory_bytes: float  # peak per worker: held bytes, kept bytes, and the batch itself
+    # for one micro-batch on one worker, without the optimizer:
     flops: int
     moved_bytes: int
     kernels: int
-    forecast_note: str  # how the rule was counted, where its work depends on values
-    compute_s: float  # of a batch; likewise:
-    teacher_s: float  # of a teacher's answers; 0 without one
+    forecast_note: str  # how the rule was counted, if its work depends on values
+    compute_s: float  # per batch, as are the following:
+    teacher_s: float  # the teacher's answers; 0 without a teacher
     communication_s: float
     optimizer_s: float
     images_per_s: float
-    # of training, without evaluations; None where the samples of an epoch are unknown:
+    # of training, without evaluations; None if the samples per epoch are unknown:
     hours: float | None
     kwh: float | None
     cost: float | None
@@ -128,20 +128,20 @@ class Plan:
     recipe: str
     cluster: Cluster
     device: str  # the cluster's, or the device here
-    timed: tuple[int, ...]  # samples of the batches that were timed here; none for a card
-    samples: int | None  # of an epoch; None where the data are not here and no number is given
-    teacher: str | None  # whose time and bytes are part of every rule's figures
+    timed: tuple[int, ...]  # samples of the batches that were timed here; empty for a card
+    samples: int | None  # per epoch; None if the data are not here and no number is given
+    teacher: str | None  # the teacher; its time and bytes are part of every rule's figures
     teacher_bytes: int
     rules: tuple[Planned, ...]
-    refused: Mapping[str, str]  # rules that cannot train the network or do not fit, and why
+    refused: Mapping[str, str]  # the reasons by rule: it cannot train the network or does not fit
 
 
 def plan(
     recipe: Recipe, cluster: Cluster, *, samples: int | None = None, rules: Sequence[Spec] = RULES
 ) -> Plan:
-    """Plan `rules`, and the recipe's own, on `cluster`.
+    """Plan `rules` and the recipe's own rule on `cluster`.
 
-    `samples`: of an epoch. None takes the data's number, if the data are here.
+    `samples`: per epoch. None: the number in the data, if the data are here.
 
     Raises:
         ValueError: the recipe contradicts itself or has phases, the card's data sheet lacks the
@@ -185,7 +185,7 @@ def plan(
 
 
 def plan_inputs(recipe: Recipe) -> tuple[object, ...]:
-    """Everything that decides a plan, except the rule."""
+    """Everything that determines a plan, except the rule."""
     length = (recipe.epochs, recipe.stop_after)
     return (*step_inputs(recipe), recipe.optimizer, recipe.ema_decay, recipe.zero, *length)
 
@@ -224,15 +224,15 @@ def _samples(recipe: Recipe) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Fit:
-    """How a rule's training fits a worker."""
+    """How a rule's training fits on a worker."""
 
     rule: Spec
-    counts: Counts  # of a micro-batch
+    counts: Counts  # for one micro-batch
     micro_batch: int
     accumulation: int
     zero: int
-    updates: int  # of the weights, in one batch
-    sums: int  # of gradients over all workers, for one update, if each backward sums them
+    updates: int  # updates of the weights per batch
+    sums: int  # sums of gradients over all workers per update, if each backward sums them
 
 
 class _Seconds(NamedTuple):
@@ -245,7 +245,7 @@ class _Seconds(NamedTuple):
 
 
 class _Planner:
-    """The batch, and the bytes that a worker holds and moves, shared by all rules."""
+    """The batch, and the bytes that a worker holds and moves. All rules share them."""
 
     def __init__(self, recipe: Recipe, cluster: Cluster) -> None:
         self.recipe, self.cluster = recipe, cluster
@@ -289,7 +289,7 @@ class _Planner:
             micro_batch=fit.micro_batch,
             accumulation=fit.accumulation,
             saved_bytes=counts.peak_saved_bytes,
-            memory_bytes=self._needed(counts.kept_bytes, fit.micro_batch, fit.zero),
+            memory_bytes=self._peak_bytes(counts.kept_bytes, fit.micro_batch, fit.zero),
             flops=counts.traffic.flops,
             moved_bytes=counts.traffic.bytes,
             kernels=counts.traffic.kernels,
@@ -307,7 +307,7 @@ class _Planner:
     # ------------------------------------------------------------------------------------- seconds
 
     def seconds_on(self, card: Device, fit: _Fit) -> _Seconds:
-        """Seconds of a batch by a card's data sheet."""
+        """Seconds per batch by a card's data sheet."""
 
         def seconds(traffic: Traffic, precision: Precision) -> float:
             busy = card.busy_s(traffic.operations, precision)
@@ -315,22 +315,26 @@ class _Planner:
 
         teacher = self.teacher_of(fit.micro_batch)
         teacher_s = 0.0 if teacher is None else seconds(teacher.traffic, teacher.precision)
-        # A card's optimizer updates many parameters in one kernel: no launch for each of them.
+        # A card's optimizer updates many parameters in one kernel, so launches are not added.
         optimizer_s = card.busy_s(self.optimizer.operations, self.recipe.precision)
         return _Seconds(
             compute=seconds(fit.counts.traffic, self.recipe.precision) * fit.accumulation,
             teacher=teacher_s * fit.accumulation,
-            communication=fit.updates * self._moved(fit.zero, fit.sums) / self.cluster.bandwidth,
+            communication=fit.updates
+            * self._sent_bytes(fit.zero, fit.sums)
+            / self.cluster.bandwidth,
             optimizer=fit.updates * optimizer_s / card.efficiency,
         )
 
     def seconds_here(
         self, fits: Mapping[str, _Fit]
     ) -> tuple[tuple[int, ...], dict[str, _Seconds], dict[str, str]]:
-        """The sizes of the timed batches, the seconds of a batch of each rule, and why other rules
-        could not be timed.
+        """Time small batches here, and extrapolate to the seconds per batch of each rule.
 
-        Raises: ValueError where a process failed.
+        Returns the sizes of the timed batches, the seconds, and the reasons why other rules could
+        not be timed.
+
+        Raises: ValueError if a process failed.
         """
         if not fits:
             return (), {}, {}
@@ -353,7 +357,7 @@ class _Planner:
         return sizes, found, refused
 
     def _timed_sizes(self, fits: Iterable[_Fit]) -> tuple[tuple[int, ...], int]:
-        """Samples of the batches that are timed, and how many batches."""
+        """Samples of the timed batches, and the number of batches."""
         of_a_sample = max(1, *(fit.counts.traffic.flops / fit.micro_batch for fit in fits))
         limit, (least, most) = LIMIT[device_here().type], TIMED
         large = min(max(1, int(limit // of_a_sample)), self.wanted)
@@ -378,10 +382,10 @@ class _Planner:
     ) -> _Seconds:
         micro = fit.micro_batch
         compute = [each["forward"] + each["backward"] + each["loop"] for each in measured]
-        # What is measured has one backward sum its gradients, or one update do so.
+        # A timed step has one micro-batch, so it sums gradients for one micro-batch or one update.
         timed_sums = fit.sums // fit.accumulation if fit.updates == 1 else 1
-        once = self._moved(self.recipe.zero, timed_sums)
-        more = self._moved(fit.zero, fit.sums) / once if once else 1.0
+        once = self._sent_bytes(self.recipe.zero, timed_sums)
+        more = self._sent_bytes(fit.zero, fit.sums) / once if once else 1.0
         return _Seconds(
             compute=_at(micro, sizes, compute) * fit.accumulation,
             teacher=_at(micro, sizes, teacher) * fit.accumulation,
@@ -392,10 +396,11 @@ class _Planner:
     # ------------------------------------------------------------------------------- bytes, by ZeRO
 
     def fit(self, rule: Spec) -> _Fit:
-        """The recipe's micro-batch at the lowest ZeRO stage that fits, or else the largest
-        micro-batch that fits at any stage.
+        """The recipe's micro-batch at the lowest ZeRO stage that fits.
 
-        Raises: ValueError where the rule cannot train the network, or no micro-batch fits.
+        If no stage fits, the largest micro-batch that fits at any stage is used.
+
+        Raises: ValueError if the rule cannot train the network, or no micro-batch fits.
         """
         updates_each_step = rule.build().update == "step"
         counts, micro, zero = self._fitting(rule, updates_each_step)
@@ -417,7 +422,7 @@ class _Planner:
         stages = (recipe.zero,) if only else tuple(range(recipe.zero, 3))
 
         def stage_of(kept: float, size: int) -> int | None:
-            fits = (zero for zero in stages if self._needed(kept, size, zero) <= self.memory)
+            fits = (zero for zero in stages if self._peak_bytes(kept, size, zero) <= self.memory)
             return next(fits, None)
 
         wanted = self.wanted
@@ -425,7 +430,7 @@ class _Planner:
         if (zero := stage_of(counts.kept_bytes, wanted)) is not None:
             return counts, wanted, zero
         smaller = [size for size in range(wanted - 1, 0, -1) if self.whole % size == 0]
-        if updates_each_step:  # with accumulation, it would update at every micro-batch
+        if updates_each_step:  # with accumulation, the rule would update at every micro-batch
             smaller = []
         kept: dict[int, float] = {wanted: counts.kept_bytes}
         if smaller:  # kept bytes grow linearly with the batch
@@ -438,15 +443,15 @@ class _Planner:
                 if (zero := stage_of(counts.kept_bytes, size)) is not None:
                     return counts, size, zero
         needs = min(
-            self._needed(each, size, zero) for size, each in kept.items() for zero in stages
+            self._peak_bytes(each, size, zero) for size, each in kept.items() for zero in stages
         )
         raise ValueError(
             f"{counts.rule}: a worker must fit into {self.memory / 1e9:.3g} GB; it needs"
             f" {needs / 1e9:.3g} GB at least"
         )
 
-    def _needed(self, kept: float, micro: int, zero: int) -> float:
-        """Peak bytes of a worker."""
+    def _peak_bytes(self, kept: float, micro: int, zero: int) -> float:
+        """Peak bytes per worker."""
         held, workers = self.held, self.cluster.workers
         bytes_ = held.parameters + held.buffers + kept
         bytes_ += self.bench(self.wanted).batch_bytes * micro / self.wanted
@@ -458,8 +463,8 @@ class _Planner:
         master = (held.optimizer + held.parameters) / workers
         return bytes_ + gradients + master + held.gradients
 
-    def _moved(self, zero: int, backward_calls: int) -> float:
-        """Bytes that a worker sends for one update."""
+    def _sent_bytes(self, zero: int, backward_calls: int) -> float:
+        """Bytes that a worker sends per update."""
         sums = backward_calls if zero == 2 else 1
         gathered = 0.0 if zero == 0 else self._ring(self.held.parameters) / 2
         return sums * self._ring(self.held.gradients) + gathered

@@ -1,6 +1,4 @@
-"""What each rule costs on a recipe's network, and how close its gradient is to BPTT's, on one batch
-(`bench.py`).
-"""
+"""The cost of each rule on one batch (`bench.py`), and its gradient's similarity to BPTT's."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -25,7 +23,7 @@ from pipeline.recipe import BASELINE, is_baseline
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.build import check_recipe
 
-SAFE = 0.9  # the least cosine with BPTT's gradient in every layer of a rule that is called safe
+SAFE = 0.9  # the minimum cosine with BPTT's gradient, over all layers, of a "safe" rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +33,21 @@ class Probe:
     recipe: str
     samples: int
     time_steps: int
-    # BPTT first, where it can train the network; seconds are medians over the rounds
+    # BPTT first, if it can train the network; seconds are medians over the rounds
     costs: tuple[Cost, ...]
-    # by rule: seconds of forward and backward in each round; rules alternate within a round
+    # By rule: seconds of forward and backward in each round. Rules alternate within a round.
     rounds: Mapping[str, tuple[float, ...]]
     teacher: TeacherCost | None  # not part of any rule's cost
-    fidelity: Fidelity | None  # None without BPTT's gradient to compare with
-    refused: Mapping[str, str]  # rules that cannot train the network, and why
-    uncompared: Mapping[str, str]  # rules that can, but whose gradient is unknown, and why
+    fidelity: Fidelity | None  # None without BPTT's gradient for comparison
+    refused: Mapping[str, str]  # reasons by rule that cannot train the network
+    uncompared: Mapping[str, str]  # reasons by rule that can, but whose gradient is unknown
     hardware: Mapping[str, object]
 
     def cost(self, rule: str) -> Cost | None:
         return next((cost for cost in self.costs if cost.rule == rule), None)
 
     def share_of_time(self, rule: str) -> tuple[float, ...]:
-        """A rule's time over that of the time baseline, in each round."""
+        """A rule's time over the time baseline's, in each round."""
         base = self.time_baseline
         assert base is not None, "asked where there is one"
         return tuple(
@@ -58,8 +56,9 @@ class Probe:
 
     @property
     def time_baseline(self) -> Cost | None:
-        """The reference of times: the faster BPTT. The reference of bytes and operations is BPTT
-        folded over time.
+        """The reference of times: the faster BPTT.
+
+        The reference of bytes and operations is BPTT folded over time.
         """
         return fastest_baseline(self.costs)
 
@@ -71,8 +70,9 @@ def probe(
     threads: int = 1,
     rules: Sequence[Spec] = RULES,
 ) -> Probe:
-    """Probe `rules`, and the recipe's own, on `batch_size` samples (None: the micro-batch of a
-    single worker).
+    """Probe `rules` and the recipe's own rule.
+
+    `batch_size`: samples in the batch; None: the micro-batch of a single worker.
 
     Raises:
         ValueError: the recipe contradicts itself, or no rule can train the network.
@@ -88,13 +88,13 @@ def probe(
     rounds, refused = measure_costs(bench, tried)
     require(rounds, "probe: no rule can train this network; " + "; ".join(refused.values()))
     say_stage("comparing their gradients")
-    found: dict[str, Sequence[Gradients]] = {}
+    gradients: dict[str, Sequence[Gradients]] = {}
     uncompared: dict[str, str] = {}
     for label, rule in tried.items():
-        # BPTT in slices of time has BPTT's gradient.
+        # BPTT in slices of time has the same gradient as BPTT.
         if label in rounds and (label == BASELINE or not is_baseline(label)):
             try:
-                found[label] = bench.gradients(rule)
+                gradients[label] = bench.gradients(rule)
             except ValueError as error:
                 uncompared[label] = str(error)
     return Probe(
@@ -104,28 +104,28 @@ def probe(
         costs=tuple(median_cost(each) for each in rounds.values()),
         rounds={label: tuple(cost.compute_s for cost in each) for label, each in rounds.items()},
         teacher=teacher,
-        fidelity=_compare(found),
+        fidelity=_compare(gradients),
         refused=refused,
         uncompared=uncompared,
         hardware=hardware(device_here()),
     )
 
 
-def _compare(found: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:
-    if BASELINE not in found:
+def _compare(gradients: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:
+    if BASELINE not in gradients:
         return None
-    (bptt,), sltt = found[BASELINE], found.get("SLTT")
-    others = {label: draws for label, draws in found.items() if label != BASELINE}
+    (bptt,), sltt = gradients[BASELINE], gradients.get("SLTT")
+    others = {label: draws for label, draws in gradients.items() if label != BASELINE}
     return fidelity(bptt, None if sltt is None else sltt[0], others)
 
 
 def advice(found: Probe) -> str:
-    """One or two sentences: the cheapest rule whose gradient is close to BPTT's in every layer, and
-    its savings.
+    """The cheapest rule with a gradient close to BPTT's in every layer, and its savings.
 
-    The cheapest rule has the least product of seconds and bytes (saved, states and the rule's own).
-    Close means a cosine of `SAFE` or more. If BPTT's gradient of a layer is 0, as where neurons are
-    silent, the layer cannot be judged and no rule is called safe.
+    The text has one or two sentences. The cheapest rule has the smallest product of seconds and
+    bytes (saved, states and the rule's own). Close means a cosine of at least `SAFE`. A layer whose
+    BPTT gradient is 0, for example with silent neurons, cannot be judged; no rule is then called
+    safe.
     """
     bptt, fastest = found.cost(BASELINE), found.time_baseline
     if bptt is None or fastest is None:

@@ -1,10 +1,9 @@
-"""Memory and time against the number of time steps T, for each rule, and the largest batch that
-fits.
+"""Memory and time of each rule against the number of time steps T, and the largest batch that fits.
 
 The peak of training grows linearly with the batch, bytes(B) = a + b B, so two sizes determine it.
-The optimizer's state, a teacher and the batch itself are added. The result is an estimate, for
-which a part of the memory is left free. On request the batch is trained: if it fits, larger ones
-are tried, up to the reserve, and if not, smaller ones. The largest that fits is reported.
+The optimizer's state, a teacher and the batch itself are added. The result is an estimate that
+leaves a part of the memory free. On request the batch is trained. If it fits, larger batches are
+tried, up to the reserve; if not, smaller ones. The largest that fits is reported.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ from pipeline.train.build import check_recipe
 from pipeline.train.tasks import build_data
 
 STEPS = (1, 2, 4, 8, 16)
-# Bytes. The resident memory of a process is this coarse, because of pages and caches; a GPU's
-# allocator counts exactly.
+# Bytes. Pages and caches make a process's resident memory this imprecise; a GPU's allocator counts
+# exactly.
 COARSE = 2**20
-# Attempts to find a larger batch between one that was trained and one that did not fit.
+# Attempts to find a larger batch between a trained one and one that did not fit.
 REFINED = 3
 
 
@@ -51,11 +50,11 @@ class Point:
 
     time_steps: int
     cost: Cost
-    # samples over the seconds of forward and backward, without loading, optimizer and collectives
+    # samples per second of forward and backward, without loading, optimizer and collectives
     images_per_compute_s: float
-    # An estimate, or the largest batch that was trained; None where no limit of memory was given.
+    # An estimate, or the largest trained batch; None without a memory limit.
     largest_batch: int | None
-    at_largest: Cost | None = None  # of one batch of that size, where it was trained
+    at_largest: Cost | None = None  # of one batch of that size, if it was trained
 
     @property
     def images_per_compute_s_at_largest(self) -> float | None:
@@ -71,12 +70,12 @@ class Sweep:
     recipe: str
     samples: int
     points: tuple[Point, ...]  # by rule, then by time steps
-    # By rule and T: why the rule cannot train the network, or why the data have too few samples for
-    # its largest batch.
+    # By rule and T: the reason why the rule cannot train the network, or why the data have too few
+    # samples for its largest batch.
     refused: Mapping[str, Mapping[int, str]]
-    memory_bytes: int | None  # the limit of a largest batch and all that training holds beside it
+    memory_bytes: int | None  # the limit for the largest batch and all else that training holds
     at_largest: bool  # whether largest batches were to be trained
-    teacher: TeacherCost | None  # not part of any rule's cost; largest batches leave room for it
+    teacher: TeacherCost | None  # part of no rule's cost; largest batches leave room for it
     hardware: Mapping[str, object]
 
     def of(self, rule: str) -> tuple[Point, ...]:
@@ -88,22 +87,23 @@ class Sweep:
 
     @property
     def time_baselines(self) -> dict[int, Cost]:
-        """At each T the faster BPTT, folded over time or step by step: the reference of times."""
+        """The faster BPTT at each T, folded over time or step by step: the reference of times."""
         steps = sorted({point.time_steps for point in self.points})
-        found = {
+        baselines = {
             T: fastest_baseline(point.cost for point in self.points if point.time_steps == T)
             for T in steps
         }
-        return {T: cost for T, cost in found.items() if cost is not None}
+        return {T: cost for T, cost in baselines.items() if cost is not None}
 
     def growth(self, rule: str) -> float:
-        """Saved bytes at the largest T over those at the smallest."""
+        """Saved bytes at the largest T over those at the smallest T."""
         points = self.of(rule)
         return points[-1].cost.peak_saved_bytes / max(1, points[0].cost.peak_saved_bytes)
 
     def to_json(self) -> dict[str, Any]:
-        """As `sweep --format json` prints it: with the commit, and the label of the reference of
-        times at each T.
+        """The output of `sweep --format json`.
+
+        It includes the commit, and the label of the reference of times at each T.
         """
         fastest = {str(T): cost.rule for T, cost in self.time_baselines.items()}
         return {"commit": commit(), **asdict(self), "time_baselines": fastest}
@@ -119,14 +119,14 @@ def sweep(
     threads: int = 1,
     rules: Sequence[Spec] = RULES,
 ) -> Sweep:
-    """Measure `rules`, and the recipe's own, at each of `steps`.
+    """Measure `rules` and the recipe's own rule at each of `steps`.
 
     Args:
         batch_size: samples; None: the micro-batch of a single worker.
         memory_bytes: find the largest batch that fits into this memory, or into the free memory;
-            None: find none.
-        at_largest: also train each rule's largest batch, with larger ones where it fits and smaller
-            ones where it does not. The time that this takes grows with `memory_bytes`.
+            None: do not search.
+        at_largest: also train each rule's largest batch, then larger ones if it fits and smaller
+            ones if it does not. The time for this grows with `memory_bytes`.
 
     Raises:
         ValueError: the recipe contradicts itself, the data are recordings (whose T is fixed),
@@ -187,7 +187,7 @@ def _check(recipe: Recipe, steps: Sequence[int], memory_bytes: object, at_larges
 def _points(
     bench: Bench, rules: Mapping[str, Spec], room: _Room | None, at_largest: bool
 ) -> tuple[list[Point], dict[str, str]]:
-    """The points of all rules at one T, and why rules have none, or no largest batch."""
+    """The points of all rules at one T, and the reasons for missing points or largest batches."""
     points: list[Point] = []
     rounds, why = measure_costs(bench, rules)
     for label, of_one in rounds.items():
@@ -224,8 +224,9 @@ class _Room:
         self.beside = self.held.parameters + self.held.buffers + self.held.optimizer + averages
 
     def estimate(self, cost: Cost, rule: Spec) -> int:
-        """The largest batch, from the bytes of `cost` and of half its batch; 0 where not even one
-        sample fits.
+        """The largest batch, from the bytes of `cost` and of half its batch.
+
+        It is 0 if not even one sample fits.
         """
         bench, half, half_cost = self.bench, self.half, self.half.cost(rule)
         grows = self._counted(cost) - self._counted(half_cost)
@@ -239,8 +240,9 @@ class _Room:
         return max(0, bench.samples + int(left // max(of_a_sample, 1.0)))
 
     def trained(self, point: Point, rule: Spec) -> Point:
-        """The point with the largest batch that was trained and fits; 0 where not even one sample
-        does.
+        """The point with the largest batch that was trained and fits.
+
+        The batch is 0 if not even one sample fits.
         """
         assert point.largest_batch is not None
 
@@ -257,8 +259,8 @@ class _Room:
     def needed(self, bench: Bench, cost: Cost) -> int:
         """Bytes of training on the bench's batch: the larger of the measured peak and the count.
 
-        A rule's records of a batch are in the measured peak too, so they count twice here. The
-        error is on the safe side.
+        A rule's records of a batch are also in the measured peak, so they count twice. The error is
+        on the safe side.
         """
         at_peak = max(self._counted(cost), (cost.peak_memory_bytes or 0) - self.coarse)
         return at_peak + self.beside + cost.rule_bytes + bench.batch_bytes
@@ -275,8 +277,8 @@ def _largest_of(
 ) -> tuple[int, Cost | None]:
     """The largest batch that `cost_of` accepts, and its cost.
 
-    If `estimate` fits, `most` is tried; otherwise its half, and so on. Then sizes between one that
-    fits and one that does not are tried.
+    If `estimate` fits, `most` is tried next; otherwise its half, and so on. Then the sizes between
+    a batch that fits and one that does not are tried.
     """
 
     def tried(samples: int) -> Cost | None:
@@ -284,7 +286,7 @@ def _largest_of(
             return cost_of(samples)
         except DoesNotFit:
             pass
-        gc.collect()  # frees the batch that did not fit, if a cycle holds it
+        gc.collect()  # frees the batch that did not fit, if a reference cycle holds it
         return None
 
     samples, too_many, cost = estimate, estimate + 1, None

@@ -1,14 +1,13 @@
-"""How often neurons fire, by layer and time step, and which neurons are always silent or always
-active.
+"""Firing rates by layer and time step, and shares of always silent and always active neurons.
 
-    with Activity(network, every=8) as activity:
-        for x_TB, index_B in batches:
-            with activity.batch(index_B), fresh_state(network):
-                network(x_TB)
-    activity.layers()
+with Activity(network, every=8) as activity:
+    for x_TB, index_B in batches:
+        with activity.batch(index_B), fresh_state(network):
+            network(x_TB)
+activity.layers()
 """
 
-# T time, B batch, C samples of it that are counted, R = T B rows, N neurons of a layer
+# T time, B batch, C counted samples of it, R = T B rows, N neurons of a layer
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ class LayerActivity:
 
     name: str
     neurons: int
-    samples: int  # that were counted
+    samples: int  # counted samples
     rates: tuple[float, ...]  # spikes per neuron at each time step
     silent: float  # share of neurons that never fired
     saturated: float  # share of neurons that fired at every time step of every sample
@@ -59,20 +58,20 @@ def firing_rate(layers: Sequence[LayerActivity]) -> float:
 
 
 class Activity:
-    """Counts the spikes of every neuron of `network` while it is entered.
+    """Counts the spikes of every neuron of `network` inside the `with` block.
 
-    It takes 4 bytes per neuron and time step, and is exact up to 2^24 samples. It reads nothing but
+    It takes 4 bytes per neuron and time step, and is exact up to 2^24 samples. It reads only
     spikes, and waits for a GPU only in `layers`.
 
     Args:
-        every: counts one in so many samples, drawn by their ids. The draw is the same for any
+        every: counts one in `every` samples, drawn by their ids. The draw is the same for any
             number of workers, and independent of the order of classes in the set.
     """
 
     def __init__(self, network: nn.Module, *, every: int = 1) -> None:
         self.every = every
         self._samples = 0
-        self._is_drawn = b""  # one byte for each id that was asked for so far
+        self._is_drawn = b""  # one byte per id, up to the largest id so far
         self._neurons = named_neurons(network)
         self._layers = [_Layer() for _ in self._neurons]
         self._hooks: list[Any] = []
@@ -88,7 +87,7 @@ class Activity:
 
     @contextmanager
     def batch(self, index_B: Tensor) -> Iterator[None]:
-        """Surround the time steps of the samples with these ids; they may come in slices."""
+        """Surround the time steps of the samples with these ids. They may run in slices."""
         drawn = _Drawn(self.places(index_B.tolist()))
         for layer in self._layers:
             layer.step, layer.drawn = 0, drawn
@@ -96,7 +95,7 @@ class Activity:
         self._samples += len(drawn.places)
 
     def places(self, ids: list[int]) -> list[int]:
-        """Positions in `ids` of the samples that are counted."""
+        """Positions of the counted samples in `ids`."""
         if (last := max(ids, default=-1)) >= len(self._is_drawn):
             every_id = np.arange(max(last + 1, 2 * len(self._is_drawn)))
             self._is_drawn = (below(bits(0, 0, every_id, COUNTED), self.every) == 0).tobytes()
@@ -105,8 +104,8 @@ class Activity:
     def layers(self, total: Reduce = alone, largest: Reduce = alone) -> tuple[LayerActivity, ...]:
         """Activity over all ranks, in order of construction. Collective.
 
-        `total` sums over ranks, `largest` takes the maximum. Layers that never ran are left out;
-        so are all layers where no sample was counted.
+        `total` sums over ranks, `largest` takes the maximum. Layers that never ran are omitted. If
+        no sample was counted, all layers are.
         """
         if not self._layers:
             return ()
@@ -136,10 +135,10 @@ class Activity:
 
 
 class _Drawn:
-    """The samples of the current batch that are counted.
+    """The counted samples of the current batch.
 
-    Places are Python lists, made once for all layers. A layer has just filled the caches, so the
-    smallest operation of torch takes as long there as a loop over a batch.
+    Positions are Python lists, made once for all layers. A layer has just filled the caches, so
+    there the smallest operation of torch takes as long as a loop over a batch.
     """
 
     def __init__(self, places: list[int]) -> None:
@@ -147,9 +146,7 @@ class _Drawn:
         self._rows: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def rows(self, steps: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Rows of the counted samples in spikes [T B, ...]: [T C], and where each step's rows
-        begin: [T].
-        """
+        """Rows of the counted samples in spikes [T B, ...]: [T C]; first row of each step: [T]."""
         key = steps, batch, device
         if key not in self._rows:
             row_TC = [step * batch + place for step in range(steps) for place in self.places]
@@ -162,7 +159,7 @@ class _Drawn:
 
 
 class _Layer:
-    """Spikes of each neuron at each time step, so far."""
+    """Spike counts of each neuron at each time step."""
 
     def __init__(self) -> None:
         self.fired_TN = torch.zeros(0, 0)
@@ -171,14 +168,14 @@ class _Layer:
 
     @torch.no_grad()
     def record(self, neuron: nn.Module, _: Any, s_TB: Tensor) -> None:
-        """Add the output of `neuron`; a forward hook."""
+        """Add the output of `neuron`. This is a forward hook."""
         if not self.drawn.places:
             return
         steps, batch = s_TB.shape[:2]
         s_RN = s_TB.reshape(steps * batch, -1)
         row_TC, first_T = self.drawn.rows(steps, batch, s_TB.device)
         if _fires_ones(neuron) and s_TB.dtype == torch.float32:
-            # sums the rows in place, without a copy of them
+            # sums the rows in place, without copying them
             fired_TN = torch.embedding_bag(s_RN, row_TC, first_T)[0]
         else:
             fired_TN = torch.ne(s_RN[row_TC.view(steps, -1)], 0).sum(1, dtype=torch.float32)
@@ -191,14 +188,15 @@ class _Layer:
         counted_TN += fired_TN
 
     def widened(self, steps: int, neurons: int) -> Tensor:
-        """The counts in this size, with 0 where nothing was run."""
+        """The counts padded to this size with 0."""
         wide_TN = self.fired_TN.new_zeros(steps, neurons)
         wide_TN[: self.fired_TN.shape[0], : self.fired_TN.shape[1]] = self.fired_TN
         return wide_TN
 
 
 def _fires_ones(neuron: nn.Module) -> bool:
-    """Whether each spike is a 1, as those of LIF's own step are. Spikes of a rate neuron have a
-    height, and the gradient function of a rule may change them.
+    """Whether each spike is a 1, as in LIF's own step.
+
+    Spikes of a rate neuron have a height, and a rule's gradient function may change spikes.
     """
     return isinstance(neuron, LIF) and type(neuron).step is LIF.step and neuron.gradient is None

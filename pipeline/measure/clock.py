@@ -1,18 +1,19 @@
-"""Where the time of training goes. At each moment of a batch one part is charged: the innermost
-that is entered.
+"""A clock that charges the time of training to parts, such as waiting for data or backward.
+
+At each moment of a batch, the innermost open part is charged.
 
     with clock.batch():
         with clock.part("data_wait"):  ...
-        with clock.part("backward"):   ...       # in which a collective may charge "communication"
+        with clock.part("backward"):   ...       # a collective inside may charge "communication"
 
-Time outside of all parts is charged to REST, so the parts of a batch add up exactly to its time.
+Time outside all parts is charged to REST, so the parts of a batch add up exactly to its time.
 
-On a CPU the clock is the host's. On a GPU the host runs ahead of the kernels, so each boundary is
-an event on the stream, and a part's time is the stream's: a wait for data is charged for as long as
+On a CPU the clock is the host's. On a GPU the host runs ahead of the kernels. Each boundary is then
+an event on the stream, and a part's time is the stream's. A wait for data is charged for as long as
 kernels had to wait for it. Only `take` waits for the events.
 
-A batch has about thirty boundaries, and each follows a layer that has just filled the caches, where
-every call costs microseconds. A boundary therefore does nothing but record a name and the time.
+A batch has about thirty boundaries. Each follows a layer that has just filled the caches, where
+every call costs microseconds. A boundary therefore only records a name and the time.
 """
 
 import functools
@@ -50,11 +51,11 @@ class Clock:
         self._device = device
         self._now: Callable[[], Any] = self._event if self._is_cuda else time.perf_counter
         self._parts = {name: _Part(self, name) for name in PARTS}
-        # The parts that are entered, the innermost last. A thread of autograd may enter one too (a
-        # collective in a gradient hook); the loop's thread waits for it.
+        # The open parts, the innermost last. A thread of autograd may open one too (for a
+        # collective in a gradient hook), while the loop's thread waits for it.
         self.entered: list[str] = [REST]
-        # Of the current batch: the name of each part that begins and its time (seconds or an
-        # event), in turn. The last pair ends the batch.
+        # The boundaries of the current batch: alternately the name of a part that begins, and its
+        # time (seconds or an event). The last pair ends the batch.
         self._boundaries: list[Any] | None = None
         self._ended: list[list[Any]] = []
 
@@ -71,7 +72,7 @@ class Clock:
             self._boundaries = None
 
     def part(self, name: Part) -> AbstractContextManager[None]:
-        """Charge time inside to `name`; has no effect outside of a batch."""
+        """Charge the time inside to `name`. It has no effect outside a batch."""
         return self._parts[name]
 
     def each(self, name: Part, source: Iterable[T_]) -> Iterator[T_]:
@@ -91,9 +92,9 @@ class Clock:
             self._boundaries += name, self._now()
 
     def take(self) -> list[dict[str, float]]:
-        """Seconds of each part, REST included, of every batch that ended since the last `take`.
+        """The seconds of each part, REST included, of every batch since the last `take`.
 
-        Waits for the device.
+        It waits for the device.
         """
         ended, self._ended = self._ended, []
         if self._is_cuda and ended:
@@ -133,13 +134,14 @@ class _Part:
 
 @contextmanager
 def charge_collectives(clock: Clock) -> Iterator[None]:
-    """Inside, charge the time of every collective within a batch to "communication".
+    """Charge the time of every collective inside a batch to "communication".
 
-    It covers the collectives of backends, synchronised norms and rules, because all of them call
-    `torch.distributed.<collective>`. Enter it before an engine is made: DeepSpeed 0.19.8 looks most
-    collectives up at each call, but keeps all_gather_into_tensor from its initialisation.
+    This covers the collectives of backends, synchronised norms and rules, because all of them call
+    `torch.distributed.<collective>`. Enter it before an engine is made: DeepSpeed 0.19.8 looks up
+    most collectives at each call, but keeps all_gather_into_tensor from its initialisation.
 
-    For an asynchronous collective only the start is charged; the wait is charged where it happens.
+    For an asynchronous collective only the start is charged here. The wait is charged to the part
+    in which it happens.
     """
     own = {name: getattr(distributed, name) for name in COLLECTIVES}
     for name, collective in own.items():
@@ -161,7 +163,7 @@ def _charged(collective: Callable[..., Any], clock: Clock) -> Callable[..., Any]
 
 
 def seconds_of(act: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call by the host's clock, the device's work included."""
+    """Seconds of one call on the host's clock, including the device's work."""
     synchronize(device)
     begun = time.perf_counter()
     act()
@@ -170,6 +172,6 @@ def seconds_of(act: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has finished its work; does nothing on a CPU."""
+    """Wait until a GPU has finished its work. On a CPU, do nothing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

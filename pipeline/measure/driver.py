@@ -1,7 +1,7 @@
-"""Finds GPUs that torch cannot use, and says why.
+"""Finds GPUs that torch cannot use, and the reason.
 
-Ray counts cards through NVML, which every driver answers. torch asks CUDA, which refuses a driver
-older than the CUDA that torch was built for. Without this check, workers would be given cards and
+Ray counts cards through NVML, which works with every driver. torch uses CUDA, which refuses a
+driver older than the CUDA that torch was built for. Without this check, workers would get cards and
 fail.
 """
 
@@ -16,7 +16,7 @@ import pynvml
 import torch
 
 DEVICES = Path("/dev")
-# By CUDA's major version; a newer minor version runs on an older driver of the same major version.
+# By CUDA's major version. A newer minor version runs on an older driver of the same major version.
 OLDEST_DRIVERS = {12: 525, 13: 580}
 INDEX = "https://download.pytorch.org/whl"
 # The builds of PyTorch that run on the oldest drivers, by CUDA's major version.
@@ -25,7 +25,7 @@ ON_A_CPU = "train on the CPU (--device cpu)"
 
 
 class UnusableGPUs(NamedTuple):
-    """Why torch cannot use the GPUs of a machine, and what to do."""
+    """The reason why torch cannot use a machine's GPUs, and the remedy."""
 
     problem: str
     advice: str
@@ -36,14 +36,14 @@ class UnusableGPUs(NamedTuple):
 
 class _Driver(NamedTuple):
     version: str
-    cuda: tuple[int, int]  # the newest version that it runs
+    cuda: tuple[int, int]  # the newest CUDA version that it supports
     cards: int
 
 
 def unusable_gpus() -> UnusableGPUs | None:
     """The reason why torch cannot use the GPUs of this machine.
 
-    None where torch can use them, where there are none, or where CUDA_VISIBLE_DEVICES hides them.
+    None if torch can use them, if there are none, or if CUDA_VISIBLE_DEVICES hides them.
     """
     if _hides_all(os.environ.get("CUDA_VISIBLE_DEVICES")):
         return None
@@ -84,14 +84,16 @@ def unusable_gpus() -> UnusableGPUs | None:
 
 
 def _hides_all(visible: str | None) -> bool:
-    """Whether CUDA_VISIBLE_DEVICES leaves no card. CUDA uses the cards before the first name that
-    it does not know, so `""`, `-1` and Slurm's `NoDevFiles` hide all.
+    """Whether CUDA_VISIBLE_DEVICES hides all cards.
+
+    CUDA uses the cards before the first unknown name, so `""`, `-1` and Slurm's `NoDevFiles` hide
+    all.
     """
     return visible is not None and re.match(r"\d|GPU-|MIG-", visible) is None
 
 
 def _driver() -> _Driver:
-    """Raises: pynvml.NVMLError where no driver answers."""
+    """Raises: pynvml.NVMLError if no driver answers."""
     pynvml.nvmlInit()
     try:
         cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
@@ -116,9 +118,7 @@ def _another_driver(cuda: int) -> str:
 
 
 def _another_torch(driver: _Driver) -> str:
-    """Advice to install a build for the driver's major version; "" where PyTorch has none so
-    old.
-    """
+    """Advice to install a build for the driver's major version; "" if PyTorch has no such build."""
     index = INDEX_OF.get(min(driver.cuda[0], max(INDEX_OF)))
     if index is None:
         return ""

@@ -1,17 +1,17 @@
-"""The energy of an inference: estimated from its operations, and measured by the counter of a GPU.
+"""The energy of an inference: estimated from its operations, or measured by a GPU's counter.
 
     E = mac MACs + ac ACs        MACs: multiply-accumulates of two real numbers
-                                 ACs: additions alone, for spikes
+                                 ACs: additions without a multiplication, for spikes
 
-Only operations that are executed count: a still image passes the first layer once, and its zeros
-cost nothing. Most papers count that layer at each of the T steps, zeros included. Their figure is
-T times as large or more; say so where the two stand side by side. A mean of spikes, as from a
-pooling layer, is a real number and its products are MACs. Counts of synaptic operations take it for
-a spike, and their price for such a layer is up to five times lower.
+Only executed operations count: a still image passes the first layer once, and zeros cost nothing.
+Most papers count that layer at each of the T steps, zeros included. Their figure is larger, up to
+T times and more; mention this when the two are compared. A mean of spikes, for example from a
+pooling layer, is a real number, and its products are MACs. Counts of synaptic operations treat it
+as a spike, and their price for such a layer is up to five times lower.
 
-The prices are of arithmetic alone. Moving weights and membranes costs more on most chips and is not
-included. A GPU's counter (NVML) measures the whole card, with its idle power and everything else
-that computes on it, and a GPU is another kind of chip: the measurement stands beside the estimate.
+The prices cover arithmetic only. Moving weights and membranes costs more on most chips and is not
+included. A GPU's counter (NVML) measures the whole card, including its idle power and all other
+work on it. A GPU is also another kind of chip, so the measurement does not replace the estimate.
 """
 
 from collections.abc import Iterable, Mapping
@@ -44,11 +44,11 @@ TABLES = (FP32, FP16, INT8)
 
 @dataclass(frozen=True)
 class Inference:
-    """Work of the forward pass of a trained network on some samples."""
+    """Work of a trained network's forward pass on some samples."""
 
     work: Work
     samples: int
-    not_counted: tuple[str, ...] = ()  # operations of torch with products that are not in `work`
+    not_counted: tuple[str, ...] = ()  # torch operations with products that `work` lacks
 
     @property
     def macs(self) -> float:
@@ -61,9 +61,9 @@ class Inference:
         return (self.work.additions - self.work.multiplications) / self.samples
 
     def to_dict(self, measured_j: float | None = None, *, prices: Prices = FP32) -> dict[str, Any]:
-        """Operations per sample and their energy in J, by `prices` and by every table.
+        """Operations per sample and their energy in J, by `prices` and by every price table.
 
-        `measured_j`: measured joules per sample. The key is left out where it is None.
+        `measured_j`: measured joules per sample. None omits the key.
         """
         measured = {} if measured_j is None else {"measured_j": measured_j}
         unknown = {"not_counted": list(self.not_counted)} if self.not_counted else {}
@@ -87,8 +87,9 @@ def energy_j(macs: float, acs: float, prices: Prices = FP32) -> float:
 
 
 def describe_inference(inference: Mapping[str, Any], *, on_gpu: bool) -> str:
-    """One line of `Inference.to_dict`:
-    `an inference: 14.3 µJ estimated (45 nm, fp32), not measured on a CPU`
+    """Describe `Inference.to_dict` in one line.
+
+    An example is `an inference: 14.3 µJ estimated (45 nm, fp32), not measured on a CPU`.
     """
     measured = inference.get("measured_j")
     if measured is not None:
@@ -111,7 +112,7 @@ class EnergyCounter:
     """The energy counter of one device. CPUs, and cards before Volta, have none."""
 
     def __init__(self, device: torch.device) -> None:
-        # The card's UUID, which is the same in every process; empty for a CPU.
+        # The card's UUID, which is the same in every process. It is empty for a CPU.
         self.card = (
             f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
         )
@@ -122,14 +123,14 @@ class EnergyCounter:
         if self._handle is None:
             return None
         try:
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3  # in mJ
-        except pynvml.NVMLError:  # an error of the driver must not end a training
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3  # mJ to J
+        except pynvml.NVMLError:  # a driver error must not end a training
             return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnergyReadings:
-    """Readings of one rank's counter, in joules, before and after its share of an evaluation."""
+    """One rank's counter readings in joules, before and after its share of an evaluation."""
 
     card: str
     samples: int
@@ -138,15 +139,14 @@ class EnergyReadings:
 
 
 def joules_per_sample(ranks: Iterable[EnergyReadings]) -> float | None:
-    """Measured energy of one sample: the energy of all cards during their evaluation, over all
-    samples.
+    """Measured energy per sample: the energy of all cards in an evaluation over its samples.
 
     The figure includes each card's idle power and its waits for data, but not its wait for slower
-    ranks. A card that several ranks share counts once, from the first rank that began to the last
-    that ended.
+    ranks. A card that several ranks share counts once, from the earliest start of these ranks to
+    the latest end.
 
-    Returns None where a card has no counter, or its counter, which moves in steps, did not move
-    because the evaluation was very short.
+    None if a card has no counter, or if its counter did not move. The counter moves in steps, so a
+    very short evaluation may not move it.
     """
     spans: dict[str, tuple[float, float]] = {}
     samples = 0
@@ -163,9 +163,9 @@ def joules_per_sample(ranks: Iterable[EnergyReadings]) -> float | None:
 
 
 def _handle_of(card: str) -> Any:
-    """NVML's handle of a card; None where it has no counter.
+    """NVML's handle of a card; None if the card has no counter.
 
-    By UUID, because CUDA numbers only the visible cards.
+    The card is found by UUID, because CUDA numbers only the visible cards.
     """
     try:
         pynvml.nvmlInit()

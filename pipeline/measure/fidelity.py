@@ -1,13 +1,12 @@
-"""How close a rule's gradient is to that of BPTT, layer by layer, on one batch.
+"""The similarity of a rule's gradient to that of BPTT, layer by layer, on one batch.
 
 With g the gradient of a synapse's weight:
 
-    cosine(rule)     g_rule . g_BPTT / (|g_rule| |g_BPTT|)      the mean over its draws; 0 where
-                                                                g_rule is 0, -1 where it is not
-                                                                finite
+    cosine(rule)     g_rule . g_BPTT / (|g_rule| |g_BPTT|)      the mean over the rule's draws; 0 if
+                                                                g_rule is 0, -1 if it is not finite
     temporal share   |g_BPTT - g_SLTT| / |g_BPTT|               the part that passes through time
 
-Both hold at the current weights: they say what a rule leaves out there, not how well it learns.
+Both describe the current weights: they show what a rule omits there, not how well it learns.
 """
 
 # T time, B batch
@@ -41,18 +40,19 @@ def gradients(
     step: int = 0,
     batches: int = 1,
 ) -> dict[str, Tensor]:
-    """The gradient that `rule` gives the weight of every synapse of a copy of `network`, in order
-    of registration.
+    """The gradient that `rule` gives each synapse's weight in a copy of `network`.
+
+    The synapses are in order of registration.
 
     Dropout is off: BPTT draws it layer by layer and an online rule step by step, so no seed makes
-    the two agree. The generators are seeded equally for everything else.
+    the two equal. All other random draws use equally seeded generators.
 
     Args:
         loss_for: makes a new loss for each batch.
-        world: its seed, with `step`, decides what the rule draws.
-        learnt: the state dict of a rule that trains its own parameters, such as OPZO; None starts
-            afresh.
-        batches: how often the rule sees the batch; the last gradient is returned.
+        world: its seed and `step` determine the rule's random draws.
+        learnt: the state dict of a rule that trains its own parameters, such as OPZO; None: a fresh
+            state.
+        batches: the number of times that the rule sees the batch; the last gradient is returned.
 
     Raises:
         ValueError: the rule refuses the network.
@@ -85,24 +85,24 @@ def gradients(
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Measures of each synapse, by name. NaN where BPTT's gradient is 0 or not finite."""
+    """Measures of each synapse, by name. NaN if BPTT's gradient is 0 or not finite."""
 
     temporal_share: dict[str, float]
-    cosines: dict[str, dict[str, float]]  # by the label of a rule
+    cosines: dict[str, dict[str, float]]  # by rule label
 
     @property
     def layers(self) -> list[str]:
-        """The synapses; none where no rule was compared."""
+        """The synapses; empty if no rule was compared."""
         return list(next(iter(self.cosines.values()), {}))
 
     @property
     def comparable(self) -> list[str]:
-        """Synapses whose BPTT gradient is finite and not 0, which are the same for every rule."""
+        """Synapses whose BPTT gradient is finite and not 0. They are the same for every rule."""
         cosines = next(iter(self.cosines.values()), {})
         return [name for name, cosine in cosines.items() if not math.isnan(cosine)]
 
     def lowest(self, label: str) -> tuple[str, float]:
-        """The layer with a rule's lowest cosine, and that cosine."""
+        """The layer with a rule's lowest cosine, and the cosine."""
         known = {
             name: cosine for name, cosine in self.cosines[label].items() if not math.isnan(cosine)
         }
@@ -115,8 +115,8 @@ def fidelity(
     """Compare gradients of one network on one batch.
 
     Args:
-        sltt: None where SLTT cannot train the network; the temporal share is then unknown.
-        others: by label, the gradients of a rule's draws.
+        sltt: None if SLTT cannot train the network; the temporal share is then unknown.
+        others: the gradients of each rule's draws, by rule label.
     """
     shares = {} if sltt is None else {name: _share(g, sltt[name]) for name, g in bptt.items()}
     cosines = {

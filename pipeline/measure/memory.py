@@ -1,12 +1,12 @@
-"""Memory of this process, its device and its machine, and the hardware that figures belong to.
+"""Memory of this process, its device and its machine, and the hardware description of results.
 
 On a CPU the free memory is limited by the control groups of a container, a pod or a Slurm job:
 
-    room = limit - used + page cache that the kernel can give back
+    room = limit - used + page cache that the kernel can reclaim
 
-A group's limit holds for all processes inside it, so the least room of the process's own group and
-its parents counts. A container may see its own group as the root of the mount, as Docker shows it.
-The path of the process's group then leads nowhere, or is "/", and the root counts.
+A group's limit holds for all processes in it. The smallest room of the process's own group and its
+parents therefore counts. A container may see its own group as the root of the mount, as with
+Docker. The path of the process's group then does not exist or is "/", and the root counts.
 
 Source: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst of Linux.
 """
@@ -30,8 +30,8 @@ from pipeline.core.units import counted
 def peak_rss_bytes() -> int:
     """The highest resident memory of this process since its start or `reset_peak_rss`.
 
-    Read from VmHWM on Linux. getrusage's maximum survives exec, so a small child of a large parent
-    would report the parent's.
+    On Linux it is VmHWM. getrusage's maximum survives exec, so a small child of a large parent
+    would report the parent's maximum.
     """
     peak = _proc_bytes("/proc/self/status", "VmHWM:")
     if peak is not None:
@@ -41,7 +41,7 @@ def peak_rss_bytes() -> int:
 
 
 def reset_peak_rss() -> bool:
-    """Reset the peak of `peak_rss_bytes`; False where the kernel does not offer it."""
+    """Reset the peak of `peak_rss_bytes`; False if the kernel does not support it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -50,12 +50,12 @@ def reset_peak_rss() -> bool:
 
 
 def pss_bytes() -> int:
-    """Current resident memory; a page that n processes share counts as an n-th. 0 if unknown."""
+    """Resident memory now; a page shared by n processes counts as 1/n of a page. 0 if unknown."""
     return _proc_bytes("/proc/self/smaps_rollup", "Pss:") or 0
 
 
 def rss_bytes() -> int:
-    """Current resident memory of this process; 0 if unknown."""
+    """Resident memory of this process now; 0 if unknown."""
     return _proc_bytes("/proc/self/status", "VmRSS:") or 0
 
 
@@ -63,12 +63,12 @@ def rss_bytes() -> int:
 
 
 def device_here() -> torch.device:
-    """The device of a command that does not name one: a GPU where torch can use one."""
+    """The default device of a command: a GPU if torch can use one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def memory_now_bytes(device: torch.device) -> int:
-    """Current memory of training: the allocator's bytes on a GPU, resident memory on a CPU."""
+    """Memory of training now: the allocator's bytes on a GPU, resident memory on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else rss_bytes()
 
 
@@ -82,7 +82,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def reset_peak_device_bytes(device: torch.device) -> None:
-    """Reset the peaks of a GPU's memory; does nothing on a CPU."""
+    """Reset the peaks of a GPU's memory. On a CPU, do nothing."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -93,20 +93,21 @@ def peak_device_bytes(device: torch.device) -> int:
 
 
 def peak_reserved_bytes(device: torch.device) -> int:
-    """Peak bytes that torch's allocator has taken from a GPU, which must fit the card; 0 on a
-    CPU.
+    """Peak bytes that torch's allocator has reserved on a GPU; 0 on a CPU.
+
+    This amount must fit on the card.
     """
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
 
 def release_reserved_bytes(device: torch.device) -> None:
-    """Return the unused memory of torch's allocator to a GPU; does nothing on a CPU."""
+    """Return the unused memory of torch's allocator to a GPU. On a CPU, do nothing."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def reserved_bytes(device: torch.device) -> int:
-    """Bytes that torch's allocator has taken from a GPU now; 0 on a CPU."""
+    """Bytes that torch's allocator has reserved on a GPU now; 0 on a CPU."""
     return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
@@ -114,11 +115,11 @@ def reserved_bytes(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device or this machine has no memory left.
+    """Whether an error means that the device or this machine has no memory left.
 
-    torch (2.13) raises `OutOfMemoryError` where its own allocator on a GPU fails. Everywhere else
-    it raises a RuntimeError with the text of the library that failed: its allocator on a CPU,
-    cuBLAS, cuDNN, NCCL, the driver.
+    torch (2.13) raises `OutOfMemoryError` if its own allocator on a GPU fails. In all other cases
+    it raises a RuntimeError with the text of the failing library: its allocator on a CPU, cuBLAS,
+    cuDNN, NCCL, the driver.
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
@@ -139,10 +140,10 @@ _OUT_OF_MEMORY = (
     # cuDNN 9: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED and ..._HOST_ALLOCATION_FAILED
     "allocation_failed",
     "can't allocate memory",  # torch's DefaultCPUAllocator
-    "cannot allocate memory",  # the kernel, of a mapping
+    "cannot allocate memory",  # the kernel, for a mapping
 )
-# These have other causes too. A full card is the common one, because workspaces and handles are not
-# allocated by torch.
+# These errors have other causes too. A full card is the common cause, because torch does not
+# allocate workspaces and handles.
 _PERHAPS = (
     "cudnn_status_internal_error",
     "cudnn_status_not_initialized",
@@ -150,13 +151,13 @@ _PERHAPS = (
     "unable to find a valid cudnn algorithm",
     "unable to find an engine to execute this computation",
 )
-_FULL = 0.05  # a card is full if this share of its memory is free, or less
+_FULL = 0.05  # a card is full if at most this share of its memory is free
 
 
 def _is_card_full() -> bool:
     try:
         free, total = torch.cuda.mem_get_info()
-    except (RuntimeError, AssertionError):  # no card, no CUDA, or a card that does not answer
+    except (RuntimeError, AssertionError):  # no card, no CUDA, or an unresponsive card
         return False
     return free <= _FULL * total
 
@@ -165,8 +166,9 @@ def _is_card_full() -> bool:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """The hardware and torch that figures are measured on, without the host's name: two equal
-    machines compare equal.
+    """The hardware and the torch version behind a measurement.
+
+    It excludes the host name, so that two equal machines compare equal.
     """
     return {
         "cpu": _cpu_model(),
@@ -187,8 +189,8 @@ def hardware_differences(
 ) -> list[tuple[str, Any, Any]]:
     """Differences of a worker's `hardware()` from this machine's: (name, here, there).
 
-    Threads are left out. Cores are left out for a worker that had cores of its own, which are all
-    that it saw, and on a GPU, where a worker sees the cores near to it.
+    Threads are ignored. Cores are ignored for a worker with reserved cores, which saw no others.
+    They are also ignored on a GPU, where a worker sees the cores near it.
     """
     device = device_here()
     ignored = {"threads", *(("cores",) if own_cores or device.type == "cuda" else ())}
@@ -200,8 +202,10 @@ def hardware_differences(
 
 
 def hardware_over(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One description of all workers' machines. Where they differ, each value is followed by the
-    number of workers that have it, in the same order whichever machine is rank 0.
+    """One description of all workers' machines.
+
+    Where machines differ, each value is followed by its number of workers. The order is the same
+    whichever machine has rank 0.
     """
 
     def over(values: list[Any]) -> Any:
@@ -214,7 +218,7 @@ def hardware_over(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def format_hardware(machine: Mapping[str, Any]) -> str:
-    """What computed, from a `hardware()`: the GPU, or the CPU and torch's threads."""
+    """Describe the hardware of a `hardware()`: the GPU, or the CPU and torch's threads."""
     if machine["gpu"] != "none":
         return machine["gpu"]
     return f"{machine['cpu']}, {counted(machine['threads'], 'thread')}"
@@ -225,7 +229,7 @@ def _cpu_model() -> str:
 
 
 def _proc_field(path: str, field: str) -> str | None:
-    """The text behind the name of a field and its colon, or None."""
+    """The text after a field name and its colon, or None."""
     try:
         with Path(path).open() as file:
             lines = (line for line in file if line.startswith(field))
@@ -241,8 +245,8 @@ def _proc_bytes(path: str, field: str) -> int | None:
 
 # ---------------------------------------------------------------------------------- control groups
 
-# Files of the limit and of the usage, and the field of memory.stat that holds the page cache, with
-# that of the groups inside.
+# The files of the limit and the usage, and the field of memory.stat with the page cache. The field
+# includes nested groups.
 _V2 = ("memory.max", "memory.current", "inactive_file")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
@@ -250,7 +254,7 @@ _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 def room_bytes(
     *, mount: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")
 ) -> int | None:
-    """Memory that the control groups of this process leave it; None without a limit.
+    """Memory that the control groups leave to this process; None without a limit.
 
     `groups`: the file that lists the groups of this process.
     """
@@ -283,5 +287,5 @@ def _room(folder: Path, limit: str, used: str, cache: str) -> int | None:
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         in_use = int((folder / used).read_text()) - int(stat.get(cache, 0))
         return max(0, int((folder / limit).read_text()) - in_use)
-    except (OSError, ValueError):  # no such group here, or no limit: "max"
+    except (OSError, ValueError):  # no such group here, or no limit ("max")
         return None

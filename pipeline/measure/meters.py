@@ -1,7 +1,6 @@
-"""Meters of training, batch by batch: seconds by part, saved bytes, operations, loss and hits.
+"""Meters of training for each batch: seconds by part, saved bytes, operations, loss and hits.
 
-`Totals` are the costs of a run's training so far: sums, counts and peaks, which its checkpoints
-keep.
+`Totals` are the costs of a run's training so far: sums, counts and peaks. Checkpoints store them.
 """
 
 from __future__ import annotations
@@ -52,11 +51,11 @@ T_ = TypeVar("T_")
 
 @dataclass
 class _Learnt:
-    """Loss and hits of a batch, or since the last `take`. They are summed only on request."""
+    """Loss and hits of a batch, or since the last `take`. They are summed only when needed."""
 
-    hit_B: list[Tensor] = field(default_factory=list)  # correct answers, of each micro-batch
-    losses: list[Tensor] = field(default_factory=list)  # loss terms, of each micro-batch
-    shares: list[float] = field(default_factory=list)  # of each term: its micro-batch's weight
+    hit_B: list[Tensor] = field(default_factory=list)  # whether answers are correct, by micro-batch
+    losses: list[Tensor] = field(default_factory=list)  # loss terms of all micro-batches
+    shares: list[float] = field(default_factory=list)  # the weight of each term's micro-batch
     samples: int = 0
     batches: int = 0
 
@@ -69,31 +68,31 @@ class _Learnt:
 
     def sums(self, device: torch.device) -> Tensor:
         """Loss, hits and samples."""
-        found = torch.tensor([0.0, 0.0, self.samples], dtype=torch.float64, device=device)
+        sums = torch.tensor([0.0, 0.0, self.samples], dtype=torch.float64, device=device)
         if self.losses:
-            found[0] = torch.cat(self.losses).double() @ torch.tensor(
+            sums[0] = torch.cat(self.losses).double() @ torch.tensor(
                 self.shares, dtype=torch.float64, device=device
             )
-            found[1] = torch.cat(self.hit_B).sum()
-        return found
+            sums[1] = torch.cat(self.hit_B).sum()
+        return sums
 
 
 @dataclass
 class _Batch:
-    """Figures of the current batch, which count once it has ended."""
+    """Measurements of the current batch. They count once it has ended."""
 
     learnt: _Learnt = field(default_factory=_Learnt)
     backward_calls: int = 0
-    # Where bytes are counted: (saved, states beside them) after the forward that leaves most.
+    # If bytes are counted: (saved, states beside them) after the forward with the largest sum.
     kept: tuple[int, int] = (0, 0)
 
 
 @dataclass
 class _Window:
-    """Figures since the last `take`."""
+    """Measurements since the last `take`."""
 
     learnt: _Learnt = field(default_factory=_Learnt)
-    batches: int = 0  # whose seconds are known
+    batches: int = 0  # batches with known seconds
     seconds: Counter[str] = field(default_factory=Counter)
 
 
@@ -103,14 +102,14 @@ class Meters:
     Args:
         network: its parameters do not count as saved for backward.
         batch_size: samples in a global batch.
-        device: where loss and hits are summed. They, and the clock, are read only in `take`, so the
-            loop never waits for a GPU in between.
-        memory_every: saved bytes are counted on the second batch of an attempt and every so many
-            batches after it. Counting takes time, so those batches are not steady. If such a batch
-            is not completed, the next one is counted instead.
-        operations_every: operations are counted likewise, but at the third step of the run and
-            every so many steps after it: they depend on what the network has learnt, not on how
-            warm the machine is. None counts nothing; so does None of `memory_every`.
+        device: the device on which loss and hits are summed. They and the clock are read only in
+            `take`, so the loop never waits for a GPU in between.
+        memory_every: saved bytes are counted on the second batch of an attempt and on every
+            `memory_every`-th batch after it. Counting takes time, so those batches are not steady.
+            If such a batch is not completed, the next one is counted instead.
+        operations_every: operations are counted likewise, but from the third step of the run. They
+            depend on what the network has learnt, not on the warm-up of the machine. None disables
+            a count, here and in `memory_every`.
     """
 
     def __init__(
@@ -129,27 +128,27 @@ class Meters:
         self.clock = clock or Clock(device)
         self.memory_every, self.operations_every = memory_every, operations_every
         self.totals = Totals()
-        self.busy_s = 0.0  # of this rank between the last two `take`s, without waits for others
+        self.busy_s = 0.0  # seconds of this rank between two `take`s, without waits for others
         self._joules = EnergyCounter(device)
         self._joules_then: float | None = None  # at the last reading during training
         self._begun = 0
-        # of the batches that ended since the clock was read
+        # the kinds of the batches that ended since the clock was read
         self._kinds: deque[Literal["first", "counted", "steady"]] = deque()
-        self._due: set[Counted] = set()  # counts that wait for a completed batch
+        self._due: set[Counted] = set()  # counts that are due on the next completed batch
         self._counting: SavedBytes | None = None
         self._watching: Pausable | None = None
         self._next_instrument: Pausable | None = None
-        self._inside_s = 0.0  # seconds of sections inside the open section between batches
-        self._loss_terms: list[tuple[Tensor, Tensor]] = []  # loss and logits, of this micro-batch
+        self._inside_s = 0.0  # seconds of sections nested in the open section between batches
+        self._loss_terms: list[tuple[Tensor, Tensor]] = []  # loss and logits of this micro-batch
         self._window, self._batch = _Window(), _Batch()
 
     @contextmanager
     def batch(self, step: int) -> Iterator[None]:
         """Surround one global batch. On some batches saved bytes or operations are counted.
 
-        Of a batch that raises only the host's seconds are kept, as "skipped". The seconds of an
-        attempt's first batch, which waits for imports and compilation, are start-up time, which
-        `Trainer` records.
+        If a batch raises, only the host's seconds are kept, as "skipped". The first batch of an
+        attempt waits for imports and compilation. Its seconds are start-up time, which `Trainer`
+        records.
         """
         begun = time.perf_counter()
         counted = self._counted_on(self._begun, step)
@@ -176,7 +175,7 @@ class Meters:
         finally:
             self._watching = self._counting = None
             if watching is not None:
-                self.forget_peaks()  # the instrument's own memory is not training's
+                self.forget_peaks()  # excludes the memory of the instrument itself
         self._kinds.append("first" if is_first else "steady" if counted is None else "counted")
         self._window.learnt.add(batch.learnt)
         if counted is not None:
@@ -212,9 +211,9 @@ class Meters:
 
     @contextmanager
     def between(self, name: Between) -> Iterator[None]:
-        """Surround work between two batches; the innermost section is charged."""
+        """Surround work between two batches. The innermost section is charged."""
         if name != "coordination":
-            synchronize(self.device)  # the kernels of the last batches are charged to them
+            synchronize(self.device)  # charges the last kernels to their batches
         begun, (outer, self._inside_s) = time.perf_counter(), (self._inside_s, 0.0)
         try:
             yield
@@ -226,14 +225,14 @@ class Meters:
     def add(self, term: LossTerm) -> None:
         """Record a loss term at the end of its forward, when saved bytes and states are largest."""
         self._batch.backward_calls += term.backward is not None
-        self._loss_terms.append((term.loss, term.logits))  # summed later: each sum is a kernel
+        self._loss_terms.append((term.loss, term.logits))  # summed later, as each sum is a kernel
         if (saved := self._counting) is not None:
             with self.part("metrics"):
-                found = saved.now, state_bytes(self.network, beside=saved.storages)
-                self._batch.kept = max(self._batch.kept, found)
+                kept = saved.now, state_bytes(self.network, beside=saved.storages)
+                self._batch.kept = max(self._batch.kept, kept)
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
-        """Record loss and hits. `share`: of the micro-batch in the global batch."""
+        """Record loss and hits. `share`: the micro-batch's share of the global batch."""
         assert self._loss_terms, "a rule yields at least one loss term"
         with self.part("metrics"):
             losses, logits = zip(*self._loss_terms, strict=True)
@@ -247,8 +246,9 @@ class Meters:
             self._loss_terms = []
 
     def take(self, reduce: Reduce) -> dict[str, float]:
-        """Means since the last `take`, the same on every rank. Collective; `reduce` sums over
-        ranks.
+        """Means since the last `take`, the same on every rank. Collective.
+
+        `reduce` sums over ranks.
         """
         self._account()
         window, self._window = self._window, _Window()
@@ -265,7 +265,7 @@ class Meters:
         }
 
     def note_peaks(self) -> None:
-        """Add the current peaks of memory, and the energy since the last reading, to the totals."""
+        """Add the current memory peaks, and the energy since the last reading, to the totals."""
         self._note({**_peaks(self.device), "peak_pss_bytes": pss_bytes()})
         then, now = self._joules_then, self._joules.read()
         if then is not None and now is not None:
@@ -274,12 +274,12 @@ class Meters:
 
     @contextmanager
     def evaluating(self) -> Iterator[Callable[[], None]]:
-        """Surround an evaluation, which has peaks of memory of its own.
+        """Surround an evaluation, whose memory peaks are kept apart.
 
-        Yields the function that records them; call it once every answer is there.
+        It yields a function that records the peaks. Call it once all answers are there.
         """
         self.note_peaks()
-        release_freed_memory()  # else memory freed by training would count
+        release_freed_memory()  # otherwise memory that training freed would count
         release_reserved_bytes(self.device)
         reset_peak_rss()
         reset_peak_device_bytes(self.device)
@@ -295,9 +295,9 @@ class Meters:
             setattr(self.totals, name, max(getattr(self.totals, name), value))
 
     def forget_peaks(self) -> None:
-        """Reset the peaks: earlier memory and energy were not training's.
+        """Reset the peaks, to exclude earlier memory and energy that are not training's.
 
-        Freed memory is returned to the kernel or the device only where it would raise training's
+        Freed memory is returned to the kernel or the device only if it would raise training's
         peak. Otherwise training keeps it and need not allocate it again page by page.
         """
         if rss_bytes() > self.totals.peak_rss_bytes:
@@ -309,10 +309,10 @@ class Meters:
         self._joules_then = self._joules.read()
 
     def over_ranks(self, reduce_max: Reduce, reduce_mean: Reduce) -> Totals:
-        """The totals with each peak's maximum, and the mean energy, over ranks. Collective."""
+        """The totals, with the maximum of each peak and the mean energy over ranks. Collective."""
         self._account()
         self.note_peaks()
-        # every rank takes part, with a counter or without
+        # every rank takes part, with or without a counter
         used = math.nan if self.totals.device_j is None else self.totals.device_j
         mean = float(reduce_mean(torch.tensor(used, dtype=torch.float64, device=self.device)))
         self.totals.device_j = None if math.isnan(mean) else mean
@@ -320,21 +320,21 @@ class Meters:
         peaks = reduce_max(
             torch.tensor([-1 if peak is None else peak for peak in own], dtype=torch.int64)
         ).tolist()
-        found = {
+        maxima = {
             name: None if peak < 0 else peak for name, peak in zip(Totals.PEAKS, peaks, strict=True)
         }
-        return Totals(**{**asdict(self.totals), **found})
+        return Totals(**{**asdict(self.totals), **maxima})
 
     def _counted_on(self, batch: int, step: int) -> Counted | None:
-        """The one quantity that is counted on this batch of the attempt and step of the run."""
+        """The quantity to count on this batch of the attempt and step of the run, if any."""
         if self.memory_every is not None and batch % self.memory_every == 1:
             self._due.add("bytes")
         if self.operations_every is not None and step % self.operations_every == 2:
             self._due.add("operations")
-        return min(self._due, default=None)  # "bytes" first
+        return min(self._due, default=None)  # "bytes" precedes "operations"
 
     def _account(self) -> None:
-        """Take the clock's measurements into the window and the totals."""
+        """Move the clock's measurements to the window and the totals."""
         for seconds in self.clock.take():
             kind = self._kinds.popleft()
             for name, value in seconds.items():
@@ -372,31 +372,31 @@ class Totals:
     batch is steady unless its bytes or operations were counted.
     """
 
-    # of each part of the timed batches, and of the work between batches
+    # for each part of the timed batches, and for the work between batches
     seconds: dict[str, float] = _no_seconds(*PARTS, REST, *BETWEEN)
     timed_batches: int = 0
     steady_batches: int = 0
     steady_samples: int = 0
     steady_seconds: dict[str, float] = _no_seconds(*PARTS, REST)
-    # None until a batch has ended whose bytes are counted
+    # None until a batch with counted bytes has ended
     peak_saved_bytes: int | None = None
-    state_bytes: int | None = None  # of states that backward does not save as well
+    state_bytes: int | None = None  # states that backward does not save as well
     peak_rss_bytes: int = 0
-    # The largest value that was read at the end of a measured section; the kernel keeps no peak.
+    # The largest value at the end of a measured section, because the kernel keeps no peak.
     peak_pss_bytes: int = 0
     peak_device_bytes: int = 0
     peak_reserved_bytes: int = 0
-    # during evaluations, without the memory that training keeps free for reuse
+    # during evaluations, without the free memory that training keeps for reuse
     evaluation_peak_rss_bytes: int = 0
     evaluation_peak_device_bytes: int = 0
     evaluation_peak_reserved_bytes: int = 0
-    device_j: float | None = None  # energy of training, the mean over ranks; None without a counter
+    device_j: float | None = None  # joules of training, mean over ranks; None without a counter
     backward_calls: int = 0
     batches: int = 0
-    # by purpose: multiplications, additions and dense, of this rank in the counted batches
+    # by purpose: multiplications, additions and dense, for this rank's counted batches
     operations: dict[str, dict[str, int]] = field(default_factory=dict)
     operation_samples: int = 0
-    not_counted: list[str] = field(default_factory=list)  # operations with products, not counted
+    not_counted: list[str] = field(default_factory=list)  # operations with uncounted products
 
     PEAKS = (
         "peak_saved_bytes",

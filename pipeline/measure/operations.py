@@ -1,32 +1,32 @@
-"""Counts the multiplications and additions of training, from the values that are multiplied.
+"""Counts the multiplications and additions of training from the multiplied values.
 
     with Operations(network) as counted:
         ...                                 # one batch: forward, backward and the rule's own work
     counted.work["forward"].additions
 
-Products are counted: of synapses with their inputs, of attention, of a rule's own matrices. A
-product is a sum of pairs:
+It counts products: of synapses with their inputs, of attention, of a rule's own matrices. A product
+is a sum of pairs:
 
-    y[n, o] = sum_i x[n, i] w[i, o]     one pair for each n, i, o; in a convolution, for each tap
-                                        inside the image
+    y[n, o] = sum_i x[n, i] w[i, o]     one pair for each n, i, o; in a convolution, for each kernel
+                                        tap inside the image
 
-Their counts come from the numbers of non-zeros along each index that is summed, so no intermediate
-is as large as the product itself.
+The counts come from the numbers of non-zeros along each summed index, so no intermediate is as
+large as the product itself.
 
 Each pair without a zero costs one addition. It also costs a multiplication, unless one side is
-even: its non-zero numbers share one magnitude, as spikes do, or those of each output of a weight
-do, as with weights of 1 bit. Even numbers are added or subtracted, and the magnitude is multiplied
-once for a sum or an output, which is not counted. The mean of spikes from a pool, or their sum from
-a shortcut, are real numbers.
+"even". A side is even if its non-zero numbers share one magnitude, as spikes do. A weight is also
+even if the numbers of each output share one, as with weights of 1 bit. Even numbers are added or
+subtracted. Their magnitude is multiplied once per sum or output, which is not counted. The mean of
+spikes from a pool, or their sum from a shortcut, are real numbers.
 
 Element-wise work (neurons, norms, losses) is not counted: its ratio to the products is 1 to the
-fan-in. Products inside one fused operation of torch, such as attention or a recurrent layer, cannot
-be inspected; `not_counted` names those operations.
+fan-in. Products inside one fused torch operation, such as attention or a recurrent layer, cannot be
+inspected. `not_counted` names those operations.
 
 The purposes are "forward"; "error", the error that backward passes to the layer below; "weights",
-the gradients of weights; and those that `spiking/op_scope.py` names. A product in a backward is
-"error" where one side is a weight (or a rule's replacement of it), or where it is one of a batch of
-products, as in attention; otherwise it is "weights".
+the gradients of weights; and those in `spiking/op_scope.py`. A product in a backward is "error" if
+one side is a weight (or a rule's replacement of it), or if it is one of a batch of products, as in
+attention. Otherwise it is "weights".
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Work:
 
     multiplications: int = 0
     additions: int = 0
-    dense: int = 0  # all pairs, with zeros: the multiplications of a network without spikes
+    dense: int = 0  # all pairs, zeros included: the multiplications of a network without spikes
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -67,13 +67,13 @@ class Work:
 
 
 class Pausable(AbstractContextManager[Any]):
-    """Base of instruments that observe a batch without its teacher and its optimizer."""
+    """Base class of instruments that observe a batch without its teacher and its optimizer."""
 
     is_paused = False
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, nothing is recorded."""
+        """Record nothing inside the block."""
         self.is_paused = True
         try:
             yield
@@ -82,23 +82,23 @@ class Pausable(AbstractContextManager[Any]):
 
 
 class Operations(Pausable):
-    """Counts operations while it is entered; `work` holds them by purpose.
+    """Counts operations inside the `with` block; `work` holds them by purpose.
 
-    Counting reads both sides of every product, and waits for each on a GPU. Use it on single
-    batches.
+    Counting reads both sides of every product, and waits for each product on a GPU. Use it on
+    single batches.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.work: dict[str, Work] = {}
-        self.not_counted: set[str] = set()  # operations of torch with products not in `work`
-        # By address. Holding a reference keeps the address from being used again.
+        self.not_counted: set[str] = set()  # torch operations with products that `work` lacks
+        # Keyed by address. A reference keeps the address from being reused.
         self._fixed: dict[int, StorageWeakRef] = {}
         self._given: frozenset[int] = frozenset()
         self._watch = _Watch(self)
 
     def __enter__(self) -> Operations:
-        # Looked up now, because an engine such as DeepSpeed moves parameters into flat buffers.
+        # Parameters are looked up here, because DeepSpeed and others move them to flat buffers.
         for parameter in self.network.parameters():
             self._note(parameter)
         for module in self.network.modules():
@@ -120,8 +120,8 @@ class Operations(Pausable):
     def add(self, pairs: Pairs, *, even: bool, hands_down: bool) -> None:
         """Count a product.
 
-        `even`: one of its sides is even. `hands_down`: in a backward, it makes an error rather than
-        the gradient of a weight.
+        `even`: one of its sides is even. `hands_down`: in a backward, the product computes an error
+        rather than the gradient of a weight.
         """
         if self.is_paused:
             return
@@ -133,16 +133,17 @@ class Operations(Pausable):
         self.work[purpose] = self.work.get(purpose, Work()) + work
 
     def is_weight(self, tensor: Tensor) -> bool:
-        """Whether a tensor is independent of the batch: a parameter, or made only of parameters and
-        constants.
+        """Whether a tensor is independent of the batch.
+
+        Such tensors are parameters, or are made only of parameters and constants.
         """
         return tensor.untyped_storage()._cdata in self._fixed
 
     def has_even(self, *sides: Tensor) -> bool:
         """Whether one of the sides of a product is even.
 
-        A weight is even if each of its outputs is, along either of its first two dimensions. (Where
-        a weight passes the error down, each output's error is multiplied by that output's magnitude
+        A weight is even if each of its outputs is, along either of its first two dimensions. (If a
+        weight passes the error down, each output's error is multiplied by that output's magnitude
         before the sum.)
         """
         return any(
@@ -159,15 +160,16 @@ class Operations(Pausable):
         self._fixed[storage._cdata] = StorageWeakRef(storage)
 
     def follow(self, func: Any, given: Iterable[Any], result: Any) -> None:
-        """Mark results that depend on weights alone as weights: standardised, clipped or binarised
-        weights, or weights in another precision.
+        """Mark results that depend only on weights as weights.
+
+        Examples are standardised, clipped or binarised weights, or weights in another precision.
         """
         is_fixed = all(map(self.is_weight, _tensors(given)))
         for value in _tensors([result]):
             if is_fixed:
                 self._note(value)
             elif func._schema.is_mutable:
-                # Values of the batch were written into a constant. A parameter stays one when an
+                # Values of the batch were written into a constant. A parameter remains one when an
                 # optimizer updates it.
                 key = value.untyped_storage()._cdata
                 if key not in self._given:
@@ -205,12 +207,12 @@ class _Watch(TorchDispatchMode):
 
 @functools.cache
 def _is_whole(func: Any) -> bool:
-    """Whether an operation is composed of others. In inference mode torch dispatches it whole."""
+    """Whether an operation is composed of others. In inference mode torch dispatches it as one."""
     return func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among arguments or results of an operation, alone or in lists."""
+    """The tensors among an operation's arguments or results, single or in lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -285,7 +287,7 @@ def _geometry(
     _: Any,
     groups: int,
 ) -> tuple[Convolution, bool]:
-    """The convolution, or the one whose error a transposed convolution computes."""
+    """The convolution; for a transposed one, the convolution whose error it computes."""
     return Convolution(tuple(weight.shape[2:]), stride, padding, dilation, groups), transposed
 
 
@@ -304,7 +306,7 @@ def _each_dimension(
 def _embedding_bag(
     operations: Operations, weight: Tensor, places: Tensor, _offsets: Tensor, *more: Any
 ) -> None:
-    """Sums of rows, each times a number of its own: a product that skips silent inputs."""
+    """Weighted sums of rows: a product that skips silent inputs."""
     each = more[3] if len(more) > 3 else None
     rows = (weight != 0).sum(1)[places]
     live = rows if each is None else rows * (each != 0)
@@ -313,7 +315,7 @@ def _embedding_bag(
     operations.add(pairs, even=even, hands_down=True)
 
 
-# The two sides of each product, as matrices or batches of them, from the arguments of an operation.
+# The two sides of each product, as matrices or batches of them, from an operation's arguments.
 _SIDES: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {
     aten.mm: lambda a, b: (a, b),
     aten.addmm: lambda _, a, b: (a, b),
@@ -344,17 +346,17 @@ _OPAQUE = {
 } - set(_COUNTED)
 
 
-# N samples and time steps, I inputs, O outputs, P places of an image, h w taps of a kernel
+# N samples and time steps, I inputs, O outputs, P positions in an image, h w kernel taps
 
 
-_HEAD = 1024  # numbers of the first row that are checked before all the others
+_HEAD = 1024  # numbers of the first row that are checked before all others
 _EXACT = 2**24  # the largest count that is exact in fp32
 
 
 class Pairs(NamedTuple):
     """The pairs of one product."""
 
-    live: int  # neither number is 0
+    live: int  # pairs without a zero
     all: int
 
 
@@ -378,7 +380,7 @@ def is_even(x_OI: Tensor) -> bool:
     """
     if x_OI.numel() == 0:
         return True
-    # The beginning of one row tells real numbers from spikes without a pass over all.
+    # The beginning of one row distinguishes real numbers from spikes without a pass over all.
     if x_OI.numel() > 2 * _HEAD and not is_even(x_OI[:1, :_HEAD]):
         return False
     if x_OI.shape[1] > 1:
@@ -391,9 +393,7 @@ def is_even(x_OI: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Convolution:
-    """A zero-padded convolution `[N, I, ...] -> [N, O, ...]`, and the two products of its
-    backward.
-    """
+    """A zero-padded convolution `[N, I, ...] -> [N, O, ...]`, and both products of its backward."""
 
     kernel: tuple[int, ...]
     stride: list[int]
@@ -402,7 +402,7 @@ class Convolution:
     groups: int
 
     def forward(self, x: Tensor, weight: Tensor, places: tuple[int, ...]) -> Pairs:
-        """Inputs with weights, at each of the `places` of the output."""
+        """Pairs of inputs and weights, at each of the `places` of the output."""
         read_Ihw = self._under_taps(_nonzero(x, 0), places).sum(self._dims(1))
         weights_GIhw = _nonzero(weight.unflatten(0, (self.groups, -1)), 1)  # outputs of a group
         live = (read_Ihw * weights_GIhw.flatten(0, 1)).sum()
@@ -410,8 +410,9 @@ class Convolution:
         return Pairs(int(live), of_a_place * self._inside(tuple(x.shape[2:]), places))
 
     def error(self, g: Tensor, weight: Tensor, size: tuple[int, ...]) -> Pairs:
-        """Output errors with weights, at each place of an input of `size` pixels; also the forward
-        of a transposed convolution.
+        """Pairs of output errors and weights, at each position of an input of `size` pixels.
+
+        They are also the pairs of the forward of a transposed convolution.
         """
         places = tuple(g.shape[2:])
         reach_Phw = self._under_taps(torch.ones(size, dtype=torch.float64, device=g.device), places)
@@ -421,7 +422,7 @@ class Convolution:
         return Pairs(int(live), of_a_place * self._inside(size, places))
 
     def weights(self, g: Tensor, x: Tensor) -> Pairs:
-        """Output errors with inputs, for each weight."""
+        """Pairs of output errors and inputs, for each weight."""
         places = tuple(g.shape[2:])
         errors_NGP, inputs_NG = (
             _nonzero(each.unflatten(1, (self.groups, -1)), 2) for each in (g, x)
@@ -432,21 +433,22 @@ class Convolution:
         return Pairs(int(live), of_a_place * self._inside(tuple(x.shape[2:]), places))
 
     def _inside(self, size: tuple[int, ...], places: tuple[int, ...]) -> int:
-        """Taps inside the image, summed over `places`: the product of each dimension's taps."""
-        found = 1
+        """Taps inside the image, summed over `places`: the product over the dimensions."""
+        inside = 1
         for taps, n, count, move, pad, step in zip(
             self.kernel, size, places, self.stride, self.padding, self.dilation, strict=True
         ):
-            found *= sum(
+            inside *= sum(
                 0 <= place * move + tap * step - pad < n
                 for tap in range(taps)
                 for place in range(count)
             )
-        return found
+        return inside
 
     def _under_taps(self, x: Tensor, places: tuple[int, ...]) -> Tensor:
-        """The values that each tap reads at each place of the output, 0 in the padding:
-        `[..., P..., h w ...]`, a view of the padded image.
+        """The values that each tap reads at each output position, with 0 in the padding.
+
+        The result `[..., P..., h w ...]` is a view of the padded image.
         """
         found = F.pad(x, [side for pad in reversed(self.padding) for side in (pad, pad)])
         by_dim = zip(places, self.kernel, self.stride, self.dilation, strict=True)
@@ -461,8 +463,8 @@ class Convolution:
 
 def _nonzero(x: Tensor, dim: int) -> Tensor:
     """The number of non-zeros along `dim`, in float64."""
-    if x.is_cuda:  # an intermediate of one byte for each number: memory is short there
+    if x.is_cuda:  # the intermediate has one byte per number, because GPU memory is short
         return (x != 0).sum(dim, dtype=torch.float64)
-    # An intermediate in fp32, which torch sums several times faster on a CPU.
+    # The intermediate is fp32, which torch sums several times faster on a CPU.
     live = torch.ne(x, 0, out=torch.empty_like(x, dtype=torch.float32))
     return live.sum(dim, dtype=torch.float32 if x.shape[dim] <= _EXACT else torch.float64).double()

@@ -1,8 +1,8 @@
-"""A random subset of a stream of samples, drawn evenly from all of it, whatever its length.
+"""A random subset of a stream of samples, drawn evenly from a stream of any length.
 
-Each place in the stream draws a number, and the samples with the smallest numbers are kept. A
-sorted set therefore gives samples of each class, which its first batch does not; so does a set
-whose classes alternate, which every tenth sample might not.
+Each position in the stream draws a number, and the samples with the smallest numbers are kept. A
+sorted set therefore yields samples of each class; its first batch does not. A set with alternating
+classes does so too; every tenth sample of it might not.
 """
 
 # T time, B batch
@@ -19,12 +19,12 @@ from pipeline.spiking.encode import is_static, repeat
 
 
 class EvenSample:
-    """Keeps copies of at most `most` inputs."""
+    """Keeps copies of up to `most` inputs."""
 
     def __init__(self, most: int) -> None:
         self.most = most
         self._passed = 0
-        self._steps = 0  # of a still image, which is kept once; 0: each step is kept
+        self._steps = 0  # time steps of a still image, which is stored once; 0: store each step
         self._drawn: list[int] = []  # ascending
         self._held: list[Tensor] = []
 
@@ -32,7 +32,7 @@ class EvenSample:
         return len(self._held)
 
     def add(self, x_TB: Tensor) -> None:
-        """The samples of a batch, all still images or none."""
+        """Offer the samples of a batch: all still images or none."""
         self._steps = len(x_TB) if is_static(x_TB) else 0
         places_B = np.arange(self._passed, self._passed + x_TB.shape[1])
         self._passed += len(places_B)
@@ -48,7 +48,7 @@ class EvenSample:
                 del self._drawn[self.most :], self._held[self.most :]
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield the kept samples as `x_TB` of at most `size` samples; still images stay still."""
+        """Yield the kept samples as `x_TB` of at most `size` samples. Still images stay still."""
         for first in range(0, len(self._held), size):
             held = self._held[first : first + size]
             yield (

@@ -1,6 +1,4 @@
-"""Bytes of tensors: those that autograd saves for backward, and those that training holds between
-two batches.
-"""
+"""Bytes of tensors: saved by autograd for backward, or held by training between two batches."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 
 
 class SavedBytes:
-    """Counts the bytes that are held for backward while it is entered.
+    """Counts the bytes that are held for backward inside the `with` block.
 
         with SavedBytes(model) as saved:
             ...
@@ -21,25 +19,27 @@ class SavedBytes:
 
     `now` and `peak` are bytes of the distinct storages behind autograd's saved tensors at one
     moment. Each storage counts whole and once, however many nodes or views save it. It counts from
-    the first node that saves it until the last one is freed: by backward, or later where the graph
-    is retained. Storages of `parameters` (a model, or an iterable of tensors), and so their views,
-    do not count. Copies of a weight (autocast, standardised weights) are not parameters and count.
+    the first node that saves it until the last one is freed. Backward frees the nodes,
+    except those of a retained graph, which are freed later.
 
-    The parameters' storages are looked up on entering, because an engine such as DeepSpeed moves
-    parameters into flat buffers. A graph that outlives the context is still subtracted from `now`
-    as it is freed. Tensors kept by other saved-tensor hooks are not seen: torch.utils.checkpoint
-    with use_reentrant=False hides what it recomputes (torch 2.13), while use_reentrant=True, or a
-    recomputation inside a Function's backward, is counted.
+    Storages of `parameters` (a model, or an iterable of tensors) and their views do not count.
+    Copies of a weight (autocast, standardised weights) are no parameters and count. The parameters'
+    storages are looked up on entering, because an engine such as DeepSpeed moves parameters into
+    flat buffers. A graph that outlives the context is still subtracted from `now` as it is freed.
+
+    Tensors of other saved-tensor hooks are not seen. torch.utils.checkpoint with
+    use_reentrant=False therefore hides what it recomputes (torch 2.13). With use_reentrant=True, or
+    for a recomputation inside a Function's backward, the tensors are counted.
     """
 
     def __init__(self, parameters: nn.Module | Iterable[Tensor] = ()) -> None:
         self._parameters = (
             list(parameters.parameters()) if isinstance(parameters, nn.Module) else list(parameters)
         )
-        # By address. Holding the storages keeps their addresses from being used again.
+        # Keyed by address. Holding the storages keeps their addresses from being reused.
         self._excluded: dict[int, torch.UntypedStorage] = {}
         self._held: dict[int, list[int]] = {}  # by address: [saved tensors, bytes]
-        # A lock, because autograd runs one thread for each device. Reentrant, because the garbage
+        # A lock, because autograd runs one thread per device. It is reentrant, because the garbage
         # collector may free a saved tensor while this thread saves another.
         self._lock = threading.RLock()
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
@@ -91,10 +91,10 @@ class SavedBytes:
 
 
 class _Saved:
-    """Stands for a saved tensor in autograd's graph, and reports when autograd frees it.
+    """Replaces a saved tensor in autograd's graph, and reports when autograd frees it.
 
-    It holds a detached alias. An output that its own node saves would otherwise hold that node, a
-    cycle that nothing frees.
+    It holds a detached alias. An output that its own node saves would otherwise hold that node, and
+    nothing would free the cycle.
     """
 
     __slots__ = ("key", "owner", "tensor", "version")
@@ -107,13 +107,13 @@ class _Saved:
 
     def __del__(self) -> None:
         if self.owner is not None:
-            # before the storage is freed, so that its address is free when it is used again
+            # before the storage is freed, so that its address is released before its reuse
             self.owner._release(self.key)
 
 
 def _unpack(saved: _Saved) -> Tensor:
-    # torch 2.13 skips its version check where hooks are set (saved_variable.cpp). A measured batch
-    # must fail where a plain one does, so the check is made here.
+    # torch 2.13 skips its version check if hooks are set (saved_variable.cpp). A measured batch
+    # must fail where a plain one does, so the check is repeated here.
     if saved.tensor._version != saved.version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace"
@@ -125,12 +125,12 @@ def _unpack(saved: _Saved) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldBytes:
-    """What one worker holds between two batches: bytes of distinct storages."""
+    """Bytes of distinct storages that one worker holds between two batches."""
 
     parameters: int
     buffers: int
-    gradients: int  # of every parameter that learns, while a batch is differentiated
-    optimizer: int  # state such as momentum; under ZeRO, that of this worker's share
+    gradients: int  # of all trained parameters, while a batch is differentiated
+    optimizer: int  # state such as momentum; under ZeRO, the state of this worker's share
 
     @property
     def total(self) -> int:
@@ -138,7 +138,7 @@ class HeldBytes:
 
 
 def held_bytes(network: nn.Module, optimizer: torch.optim.Optimizer) -> HeldBytes:
-    """Call it after the optimizer's first step, which makes its state."""
+    """Held bytes. Call it after the optimizer's first step, which creates its state."""
     state = (value for values in optimizer.state.values() for value in values.values())
     return HeldBytes(
         parameters=bytes_of(network.parameters()),

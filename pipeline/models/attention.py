@@ -9,7 +9,7 @@ The tokens are the N pixels.
                     computed as (sum_m v[m] k[m]^T) q[n]: O(N C d)
 
 L' is a neuron of threshold 0.5, and S the last synapse with its norm. On a real-valued stream one
-neuron stands before q, k and v, and none after S. Under "multiple_all" each projection has its own
+neuron precedes q, k and v, and none follows S. Under "multiple_all" each projection has its own
 shortcut: the stream is added to the currents of q, k and v, and a is added to y. (In SelfAttention
 a is the input of the last neuron. TokenQK has no neuron before S, so a is spikes.)
 
@@ -40,8 +40,7 @@ samples
 
 
 class OverSamples(LIF):
-    """A LIF on `[T, B, ...]` with one membrane for all samples of a batch, as in the published
-    code.
+    """A LIF on `[T, B, ...]` with one membrane for all samples of a batch, as published.
 
         u[t, b] = decay v[t, b-1] + x[t, b],   v[t, 0] = v[t-1, B],   v[0, B] = 0
 
@@ -88,7 +87,7 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Base of the attentions, `[T, B, C, H, W]` to the same shape; `_mix` combines the tokens.
+    """Base class of the attentions, `[T, B, C, H, W]` to the same shape; `_mix` combines tokens.
 
     Raises: ValueError for channels that are not divisible by heads.
     """
@@ -145,7 +144,7 @@ class SelfAttention(Attention):
     """Attention between all tokens; its cost is linear in their number.
 
     Raises: ValueError for an unknown `projection_neuron`, or one that runs over samples if no LIF
-    stands after S.
+    follows S.
     """
 
     def __init__(

@@ -35,8 +35,9 @@ Head = Literal["linear", "rate"]
 
 
 class Layer(nn.Module):
-    """h = neuron(norm(convolution(h))); it keeps the image size up to its stride, and has a bias if
-    there is no norm.
+    """h = neuron(norm(convolution(h))).
+
+    It keeps the image size up to its stride. It has a bias if there is no norm.
     """
 
     def __init__(

@@ -37,14 +37,15 @@ from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 Norm = Literal["batch", "none"]
 Limit = Literal["spectral", "none"] | float
-"""of the feedback's weight: "spectral" is SpectralLimit, a number the largest Frobenius norm"""
+"""limit of the feedback's weight: "spectral" is SpectralLimit; a number is the Frobenius norm"""
 DropoutOn = Literal["readout", "currents"]
 """place of `dropout`: before the classifier only, or after every synapse inside the loop"""
 
 
 class FeedbackNetwork(nn.Module):
-    """An `Equilibrium` and a classifier: `[T, B, ...]` to logits `[T, B, K]`, whose mean over T is
-    the readout of the rate a[T].
+    """An `Equilibrium` and a classifier: `[T, B, ...]` to logits `[T, B, K]`.
+
+    The mean of the logits over T is the readout of the rate a[T].
 
     With `flat`, inputs are flattened to vectors.
     """
@@ -64,8 +65,9 @@ class FeedbackNetwork(nn.Module):
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
-    """`torch.nn.ConvTranspose2d` on `[T, B, C, H, W]`, without bias; it enlarges the image by
-    `stride`.
+    """`torch.nn.ConvTranspose2d` on `[T, B, C, H, W]`, without bias.
+
+    It enlarges the image by `stride`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
@@ -158,8 +160,9 @@ def conv_feedback(
     limit: Limit = "spectral",
     neuron: nn.Module = IF(threshold=2.0),
 ) -> FeedbackNetwork:
-    """Convolutions `(width, kernel, stride)` on images of `size` pixels, with a feedback
-    convolution of size `kernel`; the default is 64C5s (F64C5).
+    """Convolutions `(width, kernel, stride)` on images of `size` pixels, with feedback.
+
+    The feedback is a convolution of size `kernel`. The default is 64C5s (F64C5).
 
     Raises: ValueError for sizes below 1, no layers, or strides that do not divide the image.
     """
@@ -288,11 +291,12 @@ def lenet_f(
     dropout_on: DropoutOn = "readout",
     neuron: nn.Module = IF(threshold=1.0, subtract=2.0),
 ) -> FeedbackNetwork:
-    """SPIDE's LeNet: 15C5-P2-40C5-P2-300 with neurons after the pools too, and no feedback; 606,740
-    parameters.
+    """SPIDE's LeNet: 15C5-P2-40C5-P2-300, with neurons after the pools too, and without feedback.
 
-    It reaches its equilibrium as fast as its layers do; its backward phase is that of a chain.
-    `dropout_on="currents"` stands after the last synapse only, as published.
+    It has 606,740 parameters.
+
+    It reaches its equilibrium as fast as its layers do. Its backward phase is that of a chain.
+    `dropout_on="currents"` follows only the last synapse, as published.
 
     Raises: ValueError for an image that two pools do not divide.
     """
@@ -319,8 +323,9 @@ def lenet_f(
 
 
 def _init_weights(equilibrium: Equilibrium, gain: float) -> None:
-    """Draw weights with variance gain / fan_in, a tenth of that standard deviation in transposed
-    convolutions; set biases to 0.
+    """Draw weights with variance gain / fan_in, and set biases to 0.
+
+    Transposed convolutions have a tenth of that standard deviation.
 
     fan_in counts the weights of one output; a transposed convolution has its outputs in the second
     dimension.

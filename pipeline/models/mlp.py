@@ -1,6 +1,4 @@
-"""Fully connected networks: `[T, B, ...]` to logits `[T, B, K]`, with a neuron after each hidden
-layer.
-"""
+"""Fully connected networks: `[T, B, ...]` to `[T, B, K]`, with a neuron after each hidden layer."""
 
 # T time, B batch, K classes
 

@@ -3,9 +3,9 @@
     y = N S L N S L x + x
     where the shape changes, the shortcut is N S x, a 1x1 synapse that reads the stream itself
 
-L is a neuron, S a synapse, N its norm; every neuron stands before its synapse. No neuron and no
-pool follows the 7x7 stem, and the first stage halves the image too. The 104-layer network has a
-stem of three 3x3 synapses, an average pool before the 1x1 in its shortcuts, and dropout before the
+L is a neuron, S a synapse, N its norm. Every neuron precedes its synapse. No neuron and no pool
+follows the 7x7 stem, and the first stage halves the image too. The 104-layer network has a stem of
+three 3x3 synapses, an average pool before the 1x1 in its shortcuts, and dropout before the
 classifier. The last batch norm of a block starts at gain 0, all others at the threshold.
 
 With `shortcut="multiple"` every synapse has its own shortcut. With `norm="sws"` there is no batch
@@ -39,8 +39,9 @@ DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 104: (3, 8, 32, 8)}
 
 
 class MSResNet(nn.Module):
-    """`[T, B, C, H, W]` to `[T, B, K]`: stem, stages that each halve the image, neuron, global
-    average pool, classifier.
+    """`[T, B, C, H, W]` to `[T, B, K]`.
+
+    The order is: stem, stages that each halve the image, neuron, global average pool, classifier.
 
     Args:
         blocks: number per stage, each of two 3x3 synapses.

@@ -7,7 +7,7 @@
 Standardised weights keep each branch at unit variance, gamma restores the variance that the spike
 function removes, beta is the expected standard deviation of the stream, and skip_gain starts at 0.
 No batch statistics are used, so the network can run one time step at a time. The stream is
-real-valued, and no neuron stands before the last pool.
+real-valued, and no neuron precedes the last pool.
 
 Source: Brock et al. 2021 (arXiv 2101.08692) for the normaliser-free network; Xiao et al. 2022
 (OTTT, arXiv 2210.04195) and Meng et al. 2023 (SLTT, arXiv 2302.14311) for the spiking one.
@@ -88,8 +88,9 @@ def nf_resnet34(
     in_channels: int = 3,
     neuron: nn.Module = LIF(),
 ) -> NFResNet:
-    """NF-ResNet-34, 21,797,688 parameters at 1000 classes. The published decay is 1/11 for SLTT,
-    0.5 for OTTT.
+    """NF-ResNet-34, 21,797,688 parameters at 1000 classes.
+
+    The published decay is 1/11 for SLTT, and 0.5 for OTTT.
     """
     return NFResNet(
         blocks=(3, 4, 6, 3),
@@ -146,8 +147,9 @@ def nf_resnet18_small(
     stem_stride: int = 1,
     neuron: nn.Module = LIF(),
 ) -> NFResNet:
-    """NF-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool. `width`, `blocks` and `stem_stride`
-    make it smaller.
+    """NF-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool.
+
+    `width`, `blocks` and `stem_stride` make it smaller.
     """
     return NFResNet(
         blocks=blocks,

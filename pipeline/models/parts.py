@@ -43,9 +43,7 @@ def copy_neuron(neuron: nn.Module) -> nn.Module:
 
 
 def variance_gain(neuron: nn.Module) -> float:
-    """The factor that restores unit variance after a neuron whose input current has unit
-    variance.
-    """
+    """The factor that restores unit variance after a neuron whose current has unit variance."""
     if isinstance(neuron, nn.ReLU):
         return RELU_GAIN
     if not isinstance(neuron, LIF) or neuron.threshold == 1:
@@ -68,8 +66,9 @@ class Pool(nn.Module):
 def standardized_conv(
     in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1
 ) -> Conv2d:
-    """A convolution with standardised weights that keeps the image size up to its stride; Kaiming
-    fan-out, bias 0.
+    """A convolution with standardised weights; Kaiming fan-out, bias 0.
+
+    It keeps the image size up to its stride.
     """
     conv = Conv2d(
         in_channels, out_channels, kernel_size, stride, kernel_size // 2, weights="standardized"
@@ -87,12 +86,11 @@ def init_kaiming(model: nn.Module) -> None:
 
 
 class RateHead(nn.Module):
-    """logits = readout(neuron(norm(linear(neuron(x))))): pooled features `[T, B, C]` to `[T, B,
-    K]`.
+    """logits = readout(neuron(norm(linear(neuron(x))))), `[T, B, C]` to `[T, B, K]`.
 
     The pool yields means of spikes, and the first neuron turns them into spikes again. The last
-    neuron's logits are rates; the readout weights those of LIF. With `nn.ReLU` as the neuron it is
-    the head of the ANN.
+    neuron's logits are rates, and the readout weights the rates of LIF. With `nn.ReLU` as the
+    neuron it is the head of the ANN.
 
     Source: Meng et al. 2022 (DSR, arXiv 2205.00459).
     """
@@ -113,8 +111,9 @@ class RateHead(nn.Module):
 
 
 class MeanPool(nn.Module):
-    """Means of disjoint squares of `size` x `size` pixels: `[N, C, H, W]` to `[N, C, H // size, W
-    // size]`.
+    """Means of disjoint squares: `[N, C, H, W]` to `[N, C, H // size, W // size]`.
+
+    A square has `size` x `size` pixels.
 
     Remaining rows and columns at the right and the bottom are ignored, as in `nn.AvgPool2d(size)`.
 
@@ -163,8 +162,9 @@ def mean_of_slices(x_NCHW: Tensor, size: int) -> Tensor:
 
 
 def spread_by_slices(share: Tensor, shape: torch.Size, size: int) -> Tensor:
-    """Copy each pixel of `share` to its square, and 0 to pixels outside all squares; the fastest
-    way on a CPU.
+    """Copy each pixel of `share` to its square, and 0 to pixels outside all squares.
+
+    This is the fastest way on a CPU.
     """
     height, width = (pixels * size for pixels in share.shape[-2:])
     made = (share.new_empty if (height, width) == shape[-2:] else share.new_zeros)(shape)

@@ -4,7 +4,7 @@
              y = convolution(neuron(norm(convolution(h)))) + h
              where the shape changes, the shortcut is a 1x1 convolution of h
 
-So the shortcut always carries spikes, while the identity shortcut of He et al. carries x. Pools are
+The shortcut therefore always carries spikes; He et al.'s identity shortcut carries x. Pools are
 averages. The last block is followed by norm, neuron, a global pool and the head: `"rate"` ends in
 neurons (`RateHead`), `"linear"` is a linear classifier.
 
@@ -133,9 +133,7 @@ def preact_resnet18(
     over: Over = "time",
     neuron: nn.Module = RateIF(),
 ) -> PreActResNet:
-    """PreAct-ResNet-18 for ImageNet, 11.69 M parameters. Batch norm is over T and B, as
-    published.
-    """
+    """PreAct-ResNet-18 for ImageNet, 11.69 M parameters. Batch norm is over T and B (published)."""
     return PreActResNet(
         blocks=(2, 2, 2, 2),
         classes=classes,
@@ -158,8 +156,9 @@ def preact_resnet18_small(
     over: Over = "time",
     neuron: nn.Module = RateIF(),
 ) -> PreActResNet:
-    """PreAct-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool. `width` and `blocks` make it
-    smaller.
+    """PreAct-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool.
+
+    `width` and `blocks` make it smaller.
 
     The published networks have biases in their convolutions; here a batch norm follows each of
     these and would remove them. SLTT's network is `head="linear", over="step", neuron=LIF(1 / 11)`.

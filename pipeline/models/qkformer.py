@@ -49,23 +49,24 @@ SWS_NEURON = LIF(0.5, surrogate=Sigmoid(4.0))
 
 
 class QKFormer(nn.Module):
-    """`[T, B, C, H, W]` to `[T, B, K]`, for images of any size; 16 pixels a side after shrinking
-    leave one token in the last stage.
+    """`[T, B, C, H, W]` to `[T, B, K]`, for images of any size.
+
+    16 pixels a side, after shrinking, leave one token in the last stage.
 
     Args:
-        channels: D, of the last stage; a multiple of 4 heads.
-        depth: number of blocks in all; 1 and 2 of them are in the first stages.
-        heads: of every attention.
-        expansion: of the FFN.
+        channels: D, the channels of the last stage; a multiple of 4 heads.
+        depth: the total number of blocks. The first stages have 1 and 2 of them.
+        heads: heads of every attention.
+        expansion: the factor by which the FFN widens the channels.
         drop_path: the share at the last block.
         shrink: images are first averaged over squares of this many pixels a side, so that a small
-            student sees less detail than its teacher. Rows and columns that fill no square, at the
-            right and the bottom, are left out.
-        projection_neuron: of the last stage's attentions (`models/attention.py`). "over_samples" is
-            the published code's, which published accuracies need; an output then depends on its
-            batch.
-        neuron: None for the published LIF (decay 0.5, scaled input, reset to zero); under "sws" for
-            a LIF with reset by subtraction and without scaled input.
+            student sees less detail than its teacher. Rows and columns at the right and the bottom
+            that fill no square are ignored.
+        projection_neuron: the neuron of the last stage's attentions (`models/attention.py`).
+            "over_samples" is the published code's, and published accuracies need it; an output
+            then depends on its batch.
+        neuron: None: the published LIF (decay 0.5, scaled input, reset to zero), or under "sws" a
+            LIF with reset by subtraction and without scaled input.
 
     Raises: ValueError for sizes below 1, or choices that do not fit together
     (`models/residual.py`); in `forward` for images smaller than one square.
@@ -148,8 +149,9 @@ def _check_sizes(channels: int, heads: int, depth: int) -> None:
 
 
 class Embed(nn.Module):
-    """Halves the image and changes the channels; the first one has a stem and quarters the
-    image.
+    """Halves the image and changes the channels.
+
+    The first one has a stem and quarters the image.
     """
 
     def __init__(
@@ -249,38 +251,38 @@ def published_name(name: str) -> str:
     stage = r"stages\.(?P<stage>\d)\."
     block = stage + r"(?P<block>\d+)\."
     kind = r"(?P<kind>synapse|norm)\.(?P<tensor>\w+)$"
-    if found := re.match(stage + r"0\.stem\.0\." + kind, name):
+    if match := re.match(stage + r"0\.stem\.0\." + kind, name):
         place = "patch_embed1.proj"
-    elif found := re.match(
+    elif match := re.match(
         stage + r"0\.residual\.(?P<part>branch\.[02]|shortcut\.0)\." + kind, name
     ):
         part = (
             "proj_res"
-            if found["part"] == "shortcut.0"
-            else _EMBEDDINGS[min(found["stage"], "1"), found["part"]]
+            if match["part"] == "shortcut.0"
+            else _EMBEDDINGS[min(match["stage"], "1"), match["part"]]
         )
-        place = f"patch_embed{int(found['stage']) + 1}.{part}"
-    elif found := re.match(
+        place = f"patch_embed{int(match['stage']) + 1}.{part}"
+    elif match := re.match(
         block + r"attention\.branch\.(projections\.(?P<which>[qkv])\.currents|project)\." + kind,
         name,
     ):
-        attention = "attn" if found["stage"] == "2" else "tssa"
-        place = f"{_published_block(found)}.{attention}.{found['which'] or 'proj'}"
-    elif found := re.match(block + r"ffn\.branch\.(?P<layer>[02])\." + kind, name):
-        layer = "fc1" if found["layer"] == "0" else "fc2"
-        place = f"{_published_block(found)}.mlp.{layer}"
-    elif found := re.match(r"classifier\.(?P<tensor>\w+)$", name):
-        return f"head.{found['tensor']}"
+        attention = "attn" if match["stage"] == "2" else "tssa"
+        place = f"{_published_block(match)}.{attention}.{match['which'] or 'proj'}"
+    elif match := re.match(block + r"ffn\.branch\.(?P<layer>[02])\." + kind, name):
+        layer = "fc1" if match["layer"] == "0" else "fc2"
+        place = f"{_published_block(match)}.mlp.{layer}"
+    elif match := re.match(r"classifier\.(?P<tensor>\w+)$", name):
+        return f"head.{match['tensor']}"
     else:
         raise ValueError(
             "published_name: only tensors of a QKFormer with shortcut='sew' were published; got"
             f" {name}"
         )
-    return f"{place}_{_KINDS[found['kind']]}.{found['tensor']}"
+    return f"{place}_{_KINDS[match['kind']]}.{match['tensor']}"
 
 
-def _published_block(found: re.Match[str]) -> str:
-    return f"stage{int(found['stage']) + 1}.{int(found['block']) - 1}"
+def _published_block(match: re.Match[str]) -> str:
+    return f"stage{int(match['stage']) + 1}.{int(match['block']) - 1}"
 
 
 def from_published(
@@ -294,8 +296,8 @@ def from_published(
 
     Args:
         published: tensors under their published names.
-        heads: of every attention, which no tensor shows. None is one per 64 channels, as published
-            for ImageNet.
+        heads: heads of every attention, which no tensor shows. None: one per 64 channels, as
+            published for ImageNet.
         over: statistics of batch norm in training (`models/residual.py`). "time" is the published
             network. "step" is another one, which rules that run in slices need.
         projection_neuron: "over_samples" runs as the published code, with outputs that depend on
@@ -352,7 +354,7 @@ def is_published(weights: Mapping[str, Tensor]) -> bool:
 
 
 def renamed(published: Mapping[str, Tensor], network: QKFormer) -> dict[str, Tensor]:
-    """Published tensors under our names and in our shapes, also if they do not fit.
+    """Published tensors under our names and in our shapes, even if they do not fit.
 
     A tensor without a place in `network` keeps its name; one of another size keeps its shape.
 

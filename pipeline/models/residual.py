@@ -58,8 +58,9 @@ ALPHA = 0.2
 
 
 class Layer(NamedTuple):
-    """A convolution that keeps the image size up to its stride; `pools` adds a max pool of stride 2
-    after its norm.
+    """A convolution that keeps the image size up to its stride.
+
+    `pools` adds a max pool of stride 2 after its norm.
     """
 
     in_channels: int
@@ -74,10 +75,10 @@ class BlockFactory:
     """Creates the layers of one network in order, and tracks the expected variance of its stream.
 
     Args:
-        shortcut: as at the head of the file.
+        shortcut: see the head of the file.
         neuron: the prototype; every layer gets a copy.
         norm: "batch" or "sws".
-        over: statistics of batch norm, of each time step or over T and B together.
+        over: statistics of batch norm: of each time step, or over T and B together.
         norm_gain: initial gain of batch norms.
 
     Raises: ValueError for an unknown `shortcut` or `norm`, or for "sws" on a stream of spikes.
@@ -114,15 +115,17 @@ class BlockFactory:
 
     @property
     def carries_spikes(self) -> bool:
-        """Whether the stream holds spikes, their sums or means, which synapses read without a
-        neuron.
+        """Whether the stream consists of spikes, their sums or means.
+
+        Synapses read such a stream without a neuron.
         """
         return self.shortcut in ("post_activation", "sew", "sew_multiple")
 
     @property
     def branch_gain(self) -> float | None:
-        """Initial gain of a branch's last batch norm: 0 on a real-valued stream, so that a block
-        starts as the identity.
+        """Initial gain of a branch's last batch norm.
+
+        It is 0 on a real-valued stream, so that a block starts as the identity.
 
         Otherwise every branch would add variance, until few neurons that read the stream are near
         their threshold. None on a stream of spikes, which has no such problem.
@@ -137,8 +140,9 @@ class BlockFactory:
     # --------------------------------------------------------------------------------------- layers
 
     def neuron(self, *, threshold: float | None = None) -> nn.Module:
-        """A copy of the prototype. A given `threshold` replaces its own, and the reset is scaled
-        with it.
+        """A copy of the prototype.
+
+        A given `threshold` replaces its own, and the reset is scaled with it.
 
         Raises: ValueError for a threshold if the neuron has one and is not a plain LIF.
         """
@@ -219,8 +223,9 @@ class BlockFactory:
         drop_path: float = 0.0,
         shortcut_of: ShortcutOf = "stream",
     ) -> nn.Module:
-        """One residual block of `layers` for every kind of shortcut; `shortcut_of` is the input of
-        a projection.
+        """One residual block of `layers` for every kind of shortcut.
+
+        `shortcut_of` is the input of a projection.
         """
         first = None if self.carries_spikes else self.stream_spikes()
         branch = nn.Sequential()
@@ -245,8 +250,9 @@ class BlockFactory:
         )
 
     def wrap(self, branch: nn.Module, *, drop_path: float = 0.0) -> nn.Module:
-        """A shortcut around a branch that keeps the shape, such as an attention; not for
-        "post_activation".
+        """A shortcut around a branch that keeps the shape, such as an attention.
+
+        It does not support "post_activation".
         """
         assert self.shortcut != "post_activation"
         self.stream.add()
@@ -290,8 +296,9 @@ def resnet_stages(
     pooled: bool = False,
     drop_path: float = 0.0,
 ) -> tuple[nn.Sequential, int]:
-    """Stages of blocks. Stage i has `blocks[i]` blocks of width `width * 2**i` and starts with
-    stride 2, the first with `first_stride`.
+    """Stages of blocks. Stage i has `blocks[i]` blocks of width `width * 2**i`.
+
+    It starts with stride 2, the first stage with `first_stride`.
 
     `drop_path` is the share at the last block, to which it grows linearly. `last_gain` and `pooled`
     are arguments of `BlockFactory.residual`.
@@ -403,8 +410,9 @@ class Rescaled(nn.Module):
 
 
 class StreamVariance:
-    """The expected variance of a normaliser-free stream: 1 after a standardised synapse, plus
-    ALPHA^2 per branch.
+    """The expected variance of a normaliser-free stream.
+
+    It is 1 after a standardised synapse, plus ALPHA^2 per branch.
     """
 
     def __init__(self) -> None:
@@ -425,8 +433,9 @@ class StreamVariance:
         self.own += ALPHA**2
 
     def average(self, group: int) -> None:
-        """After a mean over `group` copies: the shared part stays, the independent part is
-        divided.
+        """Update after a mean over `group` copies.
+
+        The shared part does not change, and the independent part is divided.
         """
         self.shared += self.own / group + ALPHA**2
         self.own = 0.0

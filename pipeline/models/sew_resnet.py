@@ -39,8 +39,9 @@ DEPTHS = {
 
 
 class SEWResNet(nn.Module):
-    """`[T, B, C, H, W]` to `[T, B, K]`: 7x7 stem with max pool, up to four stages, global average
-    pool, classifier.
+    """`[T, B, C, H, W]` to `[T, B, K]`.
+
+    The order is: 7x7 stem with max pool, up to four stages, global average pool, classifier.
 
     Args:
         blocks: number per stage; every stage but the first halves the image.

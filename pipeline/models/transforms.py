@@ -31,15 +31,16 @@ ALL_BUT_ENDS = "all_but_ends"
 
 
 def binarized(network: nn.Module, *, part: str, weights: Binarization = "scaled") -> nn.Module:
-    """`network` with 1-bit `weights` (`spiking/binary.py`) in its `part`; its weights become the
-    latent weights.
+    """`network` with 1-bit `weights` (`spiking/binary.py`) in its `part`.
 
-    A part is named by an attribute `part` of modules, such as `part = "ffn"`, and consists of all
+    Its weights become the latent weights.
+
+    An attribute `part` of modules names a part, such as `part = "ffn"`. The part consists of all
     synapses inside these modules. Every network has the part "all_but_ends": all synapses in order
-    of registration except the first and the last (or all of its `classifier`), as in binary
-    networks since Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279), and except those in a
-    `shortcut`. No connection bypasses a shortcut, so its weights have been real since Liu et al.
-    2018 (Bi-Real, arXiv 1808.00278).
+    of registration, with three exceptions. The first and the last one (or all of its `classifier`)
+    are exempt, as in binary networks since Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279).
+    Those in a `shortcut` are exempt too: no connection bypasses a shortcut, so its weights have
+    been real since Liu et al. 2018 (Bi-Real, arXiv 1808.00278).
 
     Raises: ValueError for a part that the network does not have or that holds no weights, and for a
     layer whose weights cannot be 1-bit, by its name.
@@ -89,7 +90,7 @@ def _inside_part(network: nn.Module, part: str, layers: list[str]) -> list[str]:
 
 
 class MultiHead(nn.Module):
-    """One classifier per task, of which the `selected` one is used: `[T, B, C]` to `[T, B, K]`.
+    """One classifier per task, of which `selected` is used: `[T, B, C]` to `[T, B, K]`.
 
     `selected` is a plain attribute, set by `select_head`, so `state_dict` does not depend on it.
     The other heads are outside the graph and get no gradient.
@@ -135,13 +136,13 @@ def select_head(network: nn.Module, head: int) -> None:
 
     Raises: ValueError for a network without several heads, or a head that it does not have.
     """
-    found = [module for module in network.modules() if isinstance(module, MultiHead)]
+    heads = [module for module in network.modules() if isinstance(module, MultiHead)]
     require(
-        found,
+        heads,
         "select_head: the network must have several heads, see multi_head; got"
         f" {type(network).__name__}",
     )
-    for module in found:
+    for module in heads:
         require(
             0 <= head < len(module.heads),
             f"select_head: head must be in 0..{len(module.heads) - 1}; got {head}",
@@ -154,8 +155,8 @@ class LateReadout(nn.Module):
 
         y[t] = T / n x[t]  in the last n of T steps, 0 before;   n = share T, rounded, at least 1
 
-    The mean over T of y is the mean of x over the last n steps, which is the prediction. The loss
-    of an earlier step is that of logits 0, log K, without gradient. The module counts time steps
+    The mean of y over T is the mean of x over the last n steps, which is the prediction. The loss
+    of an earlier step is that of zero logits, log K, without gradient. The module counts time steps
     from `fresh_state` on, so slices may have any length; `time_steps` is T.
 
     Raises: ValueError for a share outside 0..1 or fewer than one step (when made), and for more
@@ -242,8 +243,9 @@ def with_readouts(
 
 
 def synchronized(network: nn.Module) -> nn.Module:
-    """`network` whose batch norms use the samples of all workers (`between="world"`,
-    `spiking/norm.py`).
+    """`network` whose batch norms use the samples of all workers.
+
+    It sets `between="world"` (`spiking/norm.py`).
 
     It is for micro-batches that are too small for their own statistics. It costs one collective per
     norm in the forward and one in the backward, for every time step that is passed to the network

@@ -33,8 +33,7 @@ from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 
 class Layer(nn.Module):
-    """s = dropout(LIF(sWS convolution(gamma h) + more(h))), with an optional further current
-    `more`.
+    """s = dropout(LIF(sWS convolution(gamma h) + more(h))), where the current `more` is optional.
 
     The first layer of a network has no gamma, and computes its convolution once for a static input.
     """
@@ -65,8 +64,9 @@ class Layer(nn.Module):
 
 
 class Feedback(nn.Module):
-    """Stores the features h[t-1], as one step `[1, B, ...]`: `recall` reads them, `keep` stores
-    h[t].
+    """Stores the features h[t-1] as one step `[1, B, ...]`.
+
+    `recall` reads them, and `keep` stores h[t].
 
     A model with feedback runs its time steps one after another, whatever the length of a slice. The
     seam `carry` is applied to stored features, as in `LIF`: the identity under BPTT, detach under
@@ -94,8 +94,9 @@ class Feedback(nn.Module):
 
 
 class FeedbackConv(nn.Module):
-    """The current of h_last[t-1] into the first layer: nearest-neighbour upsampling to the size of
-    x[t], and a 3x3 convolution.
+    """The current of h_last[t-1] into the first layer.
+
+    It is nearest-neighbour upsampling to the size of x[t], and a 3x3 convolution.
 
     At the first time step it is zero, without the bias, as published.
     """
@@ -118,8 +119,9 @@ class FeedbackConv(nn.Module):
 
 
 class VGG(nn.Module):
-    """3x3 convolutions with a neuron after each, in `stages` of widths: `[T, B, C, H, W]` to `[T,
-    B, K]`.
+    """3x3 convolutions with a neuron after each: `[T, B, C, H, W]` to `[T, B, K]`.
+
+    `stages` contains the widths of the layers of each stage.
 
     `stem` is (kernel, stride) of the first convolution; (5, 2) needs a quarter of the time on
     images of 28 pixels. `dropout` is the share of neurons whose spikes are dropped, the same ones
@@ -162,9 +164,9 @@ class VGG(nn.Module):
         for widths in stages:
             layers = nn.Sequential()
             for width in widths:
-                about = {"kernel": kernel, "stride": stride, "dropout": dropout, "neuron": neuron}
+                options = {"kernel": kernel, "stride": stride, "dropout": dropout, "neuron": neuron}
                 layers.append(
-                    Layer(channels, width, is_first=not self.stages and not layers, **about)
+                    Layer(channels, width, is_first=not self.stages and not layers, **options)
                 )
                 channels, kernel, stride = width, 3, 1
             self.stages.append(layers)

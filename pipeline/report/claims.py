@@ -1,10 +1,10 @@
-"""The papers' claims about a rule beside what was measured here: {claim, published, ours, holds?}.
+"""The papers' claims about a rule beside our own measurements: {claim, published, ours, holds?}.
 
-Judged is the mean over the seeds that a rule and its baseline both ran (`Group.ratios`,
-`Group.differences`), and for times also the mean of starts in which rules took turns on one batch,
-before any training. Where the 95 % interval lies on both sides of the bound, the verdict says so.
-A claim that was not run is shown as that. Accuracy and time of one seed have no interval, and get
-no verdict.
+A verdict judges the mean over the seeds that a rule and its baseline both ran (`Group.ratios`,
+`Group.differences`). For times it also judges the mean over starts: before any training, the rules
+take turns on one batch. If the 95 % interval contains the bound, the verdict says so. A claim that
+was not run is listed as not run. Accuracy and time of a single seed have no interval and get no
+verdict.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,13 +30,13 @@ _CALLED = {
 class Claim:
     """One line of the table of claims."""
 
-    about: str  # the rule, and where
-    claim: str  # such as: saved bytes, of BPTT's
+    about: str  # the rule, and where it was measured
+    claim: str  # for example "saved bytes, of BPTT's"
     published: str
-    bound: str  # that ours is held to; empty without one
+    bound: str  # the bound that our value is held to; empty without one
     ours: str
-    holds: bool | None  # None: not run here, undecided, of one seed, or without a bound
-    within_noise: bool = False  # the 95 % interval of ours lies on both sides of the bound
+    holds: bool | None  # None: not run here, undecided, a single seed, or no bound
+    within_noise: bool = False  # the 95 % interval of our value contains the bound
 
     @property
     def verdict(self) -> str:
@@ -49,7 +49,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Returned:
-    """The claims and sweeps that a suite's own report returns, or that MLflow keeps of it."""
+    """The claims and sweeps that a suite's own report returns, or that MLflow stores for it."""
 
     claims: tuple[Claim, ...] = ()
     sweeps: tuple[Mapping[str, Any], ...] = ()
@@ -62,7 +62,7 @@ def returned(value: Any, where: str) -> Returned:
     """Read the "claims" and the "sweeps" of a report's value, each a list or a mapping.
 
     Raises:
-        ReportError: one of them is no claim or no sweep; the value came from `where`.
+        ReportError: an entry is not a claim or not a sweep. `where` names the source of the value.
     """
     value = value if isinstance(value, Mapping) else {}
     return Returned(
@@ -72,8 +72,8 @@ def returned(value: Any, where: str) -> Returned:
 
 
 Bound = float | Callable[[float], float] | None
-"""A share, or a function of r, the backward over the forward of what is divided by: ours may be a
-tenth more than its value. None: nothing is claimed that ours could be held to."""
+"""A share, or a function of r, which is the divisor's ratio of backward to forward time. Our value
+may exceed the bound by a tenth. None: the claim has no bound that our value could be held to."""
 
 
 def share(
@@ -85,17 +85,17 @@ def share(
     """
     claim = f"{_CALLED[name]}, of {group.against}'s"
     base, paired = group.base_of(name), group.paired(rule, name)
-    found = spread_of(list(paired.values()))
-    if found is None:
+    spread = spread_of(list(paired.values()))
+    if spread is None:
         seeds = [{run.seed for run in group.of(each) if run.is_finished} for each in (rule, base)]
         absent = (
             group.describe_lost(rule) or f"no run beside {group.against}'s, trained on the same"
         )
         ours = "not measured" if set.intersection(*seeds) else absent
         return not_judged(about, claim, published, ours=ours)
-    low, high = found.interval or (found.mean, found.mean)
+    low, high = spread.interval or (spread.mean, spread.mean)
     reach = f" ({low:.3f} to {high:.3f})" if f"{low:.3f}" != f"{high:.3f}" else ""
-    text = f"{found.mean:.3f}{reach} of {base}'s, {seeds_in_words(list(paired))}"
+    text = f"{spread.mean:.3f}{reach} of {base}'s, {seeds_in_words(list(paired))}"
     ours = "; ".join(filter(None, (text, group.describe_lost(rule))))
     if bound is None:
         return not_judged(about, claim, published, ours=ours)
@@ -109,14 +109,14 @@ def share(
     )
     most, limit = held_to(bound, r)
     # Bytes repeat exactly; the speed of a machine moves from run to run.
-    is_lone = name == COMPUTE and found.interval is None
+    is_lone = name == COMPUTE and spread.interval is None
     return Claim(
         about=about,
         claim=claim,
         published=published,
         bound=limit,
         ours=f"{ours}; one seed, no interval" if is_lone else ours,
-        holds=None if is_lone else found.mean <= most,
+        holds=None if is_lone else spread.mean <= most,
         within_noise=low <= most < high,
     )
 
@@ -134,36 +134,38 @@ def share_of_two_forwards(r: float) -> float:
 def accuracy(about: str, group: Group, rule: str, *, within: float | None, published: str) -> Claim:
     """The claim that a rule is at most `within` points below the baseline over paired seeds.
 
-    It holds for the whole interval, for none of it, or is undecided.
+    The claim holds, fails, or is undecided if the interval contains the bound.
     """
     claim, bound = (
         f"top-1 below {group.against}'s, points",
         "" if within is None else f"<= {within:g}",
     )
-    found = next((difference for difference in group.differences if difference.rule == rule), None)
-    if found is None and (lost := group.describe_lost(rule)):
+    measured = next(
+        (difference for difference in group.differences if difference.rule == rule), None
+    )
+    if measured is None and (lost := group.describe_lost(rule)):
         holds = None if within is None else False
         return Claim(
             about=about, claim=claim, published=published, bound=bound, ours=lost, holds=holds
         )
-    if found is None:
+    if measured is None:
         return not_judged(
             about,
             claim,
             published,
             ours=f"no two seeds in common with {group.against}'s, trained on the same",
         )
-    verdict = None if within is None else found.verdict(within)
+    verdict = None if within is None else measured.verdict(within)
     return Claim(
         about=about,
         claim=claim,
         published=published,
         bound=bound,
         ours=(
-            f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f}),"
-            f" {counted(found.seeds, 'seed')}"
+            f"{measured.mean:+.2f} ({measured.low:+.2f} to {measured.high:+.2f}),"
+            f" {counted(measured.seeds, 'seed')}"
         )
-        + (f", and {found.diverged} that diverged" if found.diverged else ""),
+        + (f", and {measured.diverged} that diverged" if measured.diverged else ""),
         holds={"holds": True, "fails": False}.get(verdict or ""),
         within_noise=verdict == "is undecided",
     )

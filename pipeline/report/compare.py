@@ -1,7 +1,7 @@
 """`spiketrain compare`: the rules of one study side by side, with ratios to the baseline, BPTT.
 
-Runs that differ in more than the rule and the seed are refused, and nothing is divided across
-studies or machines. A study whose runs are of several machines has a comparison for each.
+Runs that differ in more than the rule and the seed are refused. Values of different studies or
+machines are never divided. A study with runs on several machines has one comparison per machine.
 """
 
 import json
@@ -53,7 +53,7 @@ class Comparison:
     """Runs of a study that may be compared, with notes for the reader."""
 
     group: Group
-    elsewhere: tuple[Run, ...] = ()  # unfinished runs of the study that were trained otherwise
+    elsewhere: tuple[Run, ...] = ()  # unfinished runs of the study under other conditions
     notes: tuple[str, ...] = ()
     where: str = ""  # machine and workers, for a study with several comparisons
 
@@ -66,19 +66,20 @@ class Comparison:
     @cached_property
     def behind(self) -> dict[str, dict[str, str]]:
         """`tables.behind` of each rule, with names for JSON."""
-        found = {rule: tables.behind(self.group, rule) for rule in self.group.finished_rules}
+        by_rule = {rule: tables.behind(self.group, rule) for rule in self.group.finished_rules}
         return {
             rule: {name.replace(" ", "_").replace("-", "_"): value for name, value in each.items()}
-            for rule, each in found.items()
+            for rule, each in by_rule.items()
         }
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as JSON values.
 
-        `baseline` is the name of its first run. Each run is its summary, with the metrics that the
-        summary does not have, `behind`, and `ratios` to the baseline of its seed: of speed and
-        time to `time_baseline`. Wall clocks are divided without `startup_s` and `fidelity_s`.
-        JSON has no NaN and no infinity: null stands in their place, and `not_finite` names them.
+        `baseline` is the name of its first run. Each run is its summary, extended by the metrics
+        that the summary lacks, by `behind`, and by `ratios` to the baseline of its seed. Speed and
+        time are divided by those of `time_baseline`. Wall clocks are divided without `startup_s`
+        and `fidelity_s`. JSON has no NaN and no infinity: null replaces them, and `not_finite`
+        lists them.
         """
         group = self.group
         baseline = [run.name for run in group.of(group.against) if run.is_finished]
@@ -102,7 +103,7 @@ class Comparison:
         }
 
     def _run_to_json(self, run: Run, over: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
-        """`over`: by metric and seed, the baseline's values."""
+        """Convert a run. `over` holds the baseline's values by metric and seed."""
         computed = {each.name: run.value(each.name) for each in compared() if each.source}
         ratios = {
             name: None
@@ -122,10 +123,10 @@ class Comparison:
         }
 
     def render(self, console: Console) -> None:
-        """Print the costs, what stands behind each row, and the notes.
+        """Print the costs, the conditions behind each row, and the notes.
 
-        There is one line for each rule: its mean over its runs ± the standard deviation, and × the
-        baseline over paired seeds. A rule whose runs all diverged has a line that says so.
+        Each rule has one line: its mean over its runs ± the standard deviation, and × the ratio
+        to the baseline over paired seeds. If all runs of a rule diverged, its line says so.
         """
         self._print_costs(console)
         console.print()
@@ -143,7 +144,7 @@ class Comparison:
                 say(console, line, whole=[how_to_resume(run.folder)])
 
     def _describe_unfinished(self, run: Run) -> str:
-        """A line for the table's end; empty for a diverged run that a note names."""
+        """Describe a run below the table. A diverged run that a note names has an empty text."""
         if run.state == "diverged":
             what = "diverged, trained otherwise than these: it is in no mean"
             return f"{run.name} ({run.rule}) {what}" if run in self.elsewhere else ""
@@ -175,15 +176,15 @@ def compare(
 
     Args:
         runs_dir: where runs live.
-        names: run names, paths, or study keys (or beginnings of them); none: all of the study
-            whose run finished last. Named runs get those of the same study of each kind of the
-            baseline that is not among them.
+        names: run names, paths, or study keys (or beginnings of them). Without names, the study
+            whose run finished last is compared. For named runs, the missing kinds of the baseline
+            are added from the same study.
         against: the rule that ratios and differences refer to.
-        within: points of accuracy below it that a rule may be, for the verdict on paired seeds.
+        within: the tolerated loss in points of accuracy, for the verdict on paired seeds.
 
     Raises:
-        ComparisonError: nothing finished, or the runs differ in more than the rule and the seed.
-        ReportError: a name that is neither a run nor a study.
+        ComparisonError: no run finished, or the runs differ in more than the rule and the seed.
+        ReportError: a name belongs to neither a run nor a study.
     """
     runs = read_runs(Path(runs_dir))
     members = chosen(Path(runs_dir), names, runs)
@@ -200,13 +201,15 @@ def comparisons(
     """Compare runs, grouped by study and machine.
 
     Raises:
-        ComparisonError: nothing of a study finished, or its runs differ in what no key covers.
+        ComparisonError: no run of a study finished, or its runs differ outside the study key.
     """
     members = list(map(read_run, folders))
-    found, refusals = _made(read_runs(Path(runs_dir)), members, against=against, within=within)
+    made, refusals = _compare_each(
+        read_runs(Path(runs_dir)), members, against=against, within=within
+    )
     if refusals:
         raise refusals[0]
-    return found
+    return made
 
 
 def print_comparison(
@@ -219,12 +222,13 @@ def print_comparison(
     within: float = WITHIN,
     console: Console | None = None,
 ) -> None:
-    """Print `compare`; of a whole study, or of the runs in `folders`, a comparison for each study
-    and machine. An error about some of the runs is raised after the others are printed.
+    """Print `compare`: one whole study, or one comparison per study and machine of `folders`.
+
+    An error about some of the runs is raised after the others are printed.
 
     Args:
-        format: table, one below another on the console; json, a list of them; or csv, a line for
-            each finished run.
+        format: "table" prints tables on the console; "json" prints a list of comparisons; "csv"
+            prints one line per finished run.
 
     Raises:
         ComparisonError: see `compare`.
@@ -236,27 +240,27 @@ def print_comparison(
     is_key = is_study(runs, key) and not (runs_dir / key).exists()
     refusals: list[ComparisonError] = []
     if folders is not None:
-        found, refusals = _made(runs, list(map(read_run, folders)), **judged)
+        made, refusals = _compare_each(runs, list(map(read_run, folders)), **judged)
     elif not names or is_key:
-        found, refusals = _made(runs, chosen(runs_dir, names, runs), **judged)
+        made, refusals = _compare_each(runs, chosen(runs_dir, names, runs), **judged)
     else:
-        found = [_compared(runs, chosen(runs_dir, names, runs), **judged, is_whole=False)]
+        made = [_compared(runs, chosen(runs_dir, names, runs), **judged, is_whole=False)]
     if format not in ("table", "json", "csv"):
         raise ReportError(f"compare: format must be table, json or csv; got {format!r}")
     if format == "table":
-        _print_tables(found, console or new_console())
-    elif format == "csv" and (found or not refusals):
-        sys.stdout.write(csv_of(found))
-    elif found or not refusals:
-        print(json.dumps([each.to_json() for each in found], indent=2, allow_nan=False))
+        _print_tables(made, console or new_console())
+    elif format == "csv" and (made or not refusals):
+        sys.stdout.write(csv_of(made))
+    elif made or not refusals:
+        print(json.dumps([each.to_json() for each in made], indent=2, allow_nan=False))
     if refusals:
         raise refusals[0]
 
 
 def comparable(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs by study and machine, in their order.
+    """Group runs by study and machine, in their order.
 
-    Unfinished runs of a machine on which nothing finished join the first of their study.
+    Unfinished runs on a machine where no run finished join the first group of their study.
     """
     finished = [run for run in runs if run.is_finished]
     groups: dict[str, list[Run]] = {kind(run): [] for run in finished}
@@ -274,9 +278,9 @@ def unfinished_to_json(run: Run) -> dict[str, str]:
 def csv_of(comparisons: Sequence[Comparison]) -> str:
     """One line for each finished run. Nested fields have names such as `hardware.cpu`."""
     rows = [
-        {**flat(run), **{name: found[name] for name in ("study", "where", "time_baseline")}}
-        for found in (comparison.to_json() for comparison in comparisons)
-        for run in found["runs"]
+        {**flat(run), **{name: as_json[name] for name in ("study", "where", "time_baseline")}}
+        for as_json in (comparison.to_json() for comparison in comparisons)
+        for run in as_json["runs"]
     ]
     first = [*_FIRST, *(each.name for each in compared())]
     columns = [*first, *sorted({name for row in rows for name in row} - set(first))]
@@ -296,7 +300,7 @@ def finite(value: Any) -> Any:
 def _compared(
     runs: Sequence[Run], members: Sequence[Run], *, against: str, within: float, is_whole: bool
 ) -> Comparison:
-    """Compare the members. A whole study (`is_whole`) lacks nothing but the baseline."""
+    """Compare the members. A whole study (`is_whole`) can lack only its baseline."""
     for run in members:
         refuse_damage(run)
     others = [run for run in members if not run.is_finished]
@@ -316,34 +320,34 @@ def _compared(
     return Comparison(group=group, elsewhere=elsewhere, notes=(*notes, *group.notes))
 
 
-def _made(
+def _compare_each(
     runs: Sequence[Run], members: Sequence[Run], *, against: str, within: float
 ) -> tuple[list[Comparison], list[ComparisonError]]:
-    found: list[Comparison] = []
+    made: list[Comparison] = []
     refusals: list[ComparisonError] = []
     for comparable_runs in comparable(members):
         try:
-            found.append(
+            made.append(
                 _compared(runs, comparable_runs, against=against, within=within, is_whole=True)
             )
         except ComparisonError as error:
             refusals.append(error)
-    times = Counter(each.group.study for each in found)
+    times = Counter(each.group.study for each in made)
     several = [
         replace(each, where=_where(each.group.finished[-1]))
         if times[each.group.study] > 1
         else each
-        for each in found
+        for each in made
     ]
     return several, refusals
 
 
-def _print_tables(found: Sequence[Comparison], console: Console) -> None:
-    for index, comparison in enumerate(found):
+def _print_tables(made: Sequence[Comparison], console: Console) -> None:
+    for index, comparison in enumerate(made):
         if index:
             console.print()
         comparison.render(console)
-    for study, times in Counter(each.group.study for each in found).items():
+    for study, times in Counter(each.group.study for each in made).items():
         if times > 1:
             why = (
                 "of different machines, workers or micro-batches: nothing is divided from one to"
@@ -353,19 +357,19 @@ def _print_tables(found: Sequence[Comparison], console: Console) -> None:
 
 
 def _where(run: Run) -> str:
-    """A place such as `a cpu, 2 cores, 1 thread; 2 workers, with 1 loader thread`."""
+    """Describe machine and workers: `a cpu, 2 cores, 1 thread; 2 workers, with 1 loader thread`."""
     threads = {loaders(on) for on in run.trained_on}
-    loader = threads.pop() if len(threads) == 1 else ""  # several are in `places`
+    loader = threads.pop() if len(threads) == 1 else ""  # `places` names several loader counts
     return ", ".join(filter(None, (places(run, between="; "), loader)))
 
 
 def _state(run: Run) -> str:
-    """A run that finished and has no summary was interrupted before it wrote one."""
+    """Name the run's state. A finished run without a summary was interrupted before writing it."""
     return "interrupted" if run.state == "finished" else run.state
 
 
 def _label(rule: str, *, finished: int, diverged: int) -> str:
-    """A label such as `SLTT-1 (2 of 3 runs, the other diverged)`."""
+    """Label a rule, for example `SLTT-1 (2 of 3 runs, the other diverged)`."""
     if finished and diverged:
         others = "other" if diverged == 1 else "others"
         return f"{rule} ({finished} of {finished + diverged} runs, the {others} diverged)"
@@ -373,18 +377,18 @@ def _label(rule: str, *, finished: int, diverged: int) -> str:
     return rule if runs == 1 else f"{rule} ({counted(runs, 'run')})"
 
 
-def _cell(found: tables.Shown | None, console: Console) -> str:
-    """The text of a cell. In a terminal the deviation stands below the mean and its ratio."""
-    if found is None:
+def _cell(shown: tables.Shown | None, console: Console) -> str:
+    """Format a cell. In a terminal the deviation is below the mean and its ratio."""
+    if shown is None:
         return "-"
-    over = f"\t{found.ratio}" if found.ratio else ""
+    over = f"\t{shown.ratio}" if shown.ratio else ""
     if has_width(console):
-        return "\n".join(filter(None, (f"{found.mean}{over}", found.spread)))
-    return f"{found.mean} {found.spread}".rstrip() + over
+        return "\n".join(filter(None, (f"{shown.mean}{over}", shown.spread)))
+    return f"{shown.mean} {shown.spread}".rstrip() + over
 
 
 def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, Cell]]:
-    """The path and the text of each number that JSON does not have."""
+    """Yield the path and the text of each number that JSON cannot represent."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _not_finite(item, f"{name}.{key}" if name else key)

@@ -1,9 +1,7 @@
-"""A figure of a report: a drawing, the table behind it, and one sentence for those who cannot see
-it.
+"""A figure of a report: a drawing, its data as a table, and an alternative text of one sentence.
 
-A drawing is what plotly.js takes: `data` and `layout`. Its colours are names, which each theme
-gives
-a value.
+A drawing has the form that plotly.js takes: `data` and `layout`. Its colours are names, and each
+theme gives them values.
 """
 
 import re
@@ -20,8 +18,8 @@ class Colour(str):
 
 
 PAPER, INK, MUTED, GRID, SCALE = map(Colour, ("paper", "ink", "muted", "grid", "scale"))
-# Colours of `series` keep a contrast of 4.5 : 1 to `paper`, and differ without red and green. The
-# baseline's is the first. `scale` is of heat maps, from nothing to most.
+# The colours of `series` have a contrast of 4.5 : 1 to `paper`, and differ without red and green.
+# The baseline has the first one. `scale` is the colour scale of heat maps, from nothing to most.
 THEMES: dict[str, dict[str, Any]] = {
     "light": {
         "paper": "#fdfcf9",
@@ -78,13 +76,13 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-ser
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of one line each, with numbers as they were measured."""
+    """A table of single-line rows. Its numbers are unrounded."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
 
     def to_csv(self) -> str:
-        """The table as CSV. No cell is a formula for a spreadsheet."""
+        """Return the table as CSV. Spreadsheets read no cell as a formula."""
         import pandas as pd
 
         rows = pd.DataFrame(self.rows, columns=list(self.columns), dtype=object)
@@ -95,10 +93,10 @@ class Table:
 class Figure:
     """A figure of a page."""
 
-    name: str  # of its files
+    name: str  # the stem of its file names
     title: str
-    caption: str  # how it is read
-    alt: str  # what it shows, in one sentence
+    caption: str  # how to read the figure
+    alt: str  # the content in one sentence
     table: Table
     drawing: dict[str, Any]  # data and layout, with `Colour`s
 
@@ -114,16 +112,16 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Missing:
-    """A figure that nothing was measured for, and why."""
+    """A figure without measurements, and the reason."""
 
     title: str
     why: str
 
 
 def drawing(data: Sequence[dict[str, Any]], *, height: int, **more: Any) -> dict[str, Any]:
-    """Traces with the layout that all drawings share, changed by `more`.
+    """Combine traces with the layout that all drawings share, changed by `more`.
 
-    The page shows the title. The legend is above the drawing, and margins fit the labels.
+    The page shows the title. The legend is above the drawing. Margins fit the labels.
     """
     axis = {"gridcolor": GRID, "linecolor": MUTED, "zerolinecolor": GRID, "automargin": True}
     above = {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"}
@@ -165,7 +163,7 @@ def pattern(place: int) -> str:
 
 
 def _shifted(shapes: Sequence[str], place: int) -> str:
-    """There are as many shapes as colours: each round of the colours shifts the shapes by one."""
+    """Shift the shapes by one per round of colours: there are as many shapes as colours."""
     return shapes[(place + place // len(shapes)) % len(shapes)]
 
 
@@ -186,7 +184,7 @@ def plain(text: str) -> str:
 
 
 def slug(text: str) -> str:
-    """A text for the name of a file."""
+    """Convert a text for use in a file name."""
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "study"
 
 

@@ -43,24 +43,24 @@ def ratios(group: Group) -> Figure | Missing:
     rules = [rule for rule in group.rules if rule != group.against]
     costs = {each.name: each.title for each in compared() if each.better == "less"}
     pairs = [(rule, name) for rule in rules for name in costs]
-    found = {pair: ratio for pair in pairs if (ratio := group.ratios(*pair))}
-    if not found:
+    ratio_of = {pair: ratio for pair in pairs if (ratio := group.ratios(*pair))}
+    if not ratio_of:
         return Missing(title=title, why=f"no rule has a seed in common with {group.against}")
     rows = [
         (rule, costs[name], group.base_of(name), ratio.mean, ratio.deviation, ratio.runs)
-        for (rule, name), ratio in found.items()
+        for (rule, name), ratio in ratio_of.items()
     ]
-    names = [name for name in costs if any((rule, name) in found for rule in rules)]
+    names = [name for name in costs if any((rule, name) in ratio_of for rule in rules)]
 
-    data = list(_ratio_traces(found, rules, names))
-    most = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in found.values()))
+    data = list(_ratio_traces(ratio_of, rules, names))
+    most = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in ratio_of.values()))
     dotted = {"color": INK, "width": 1, "dash": "dot"}
     line = {"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "y domain", "line": dotted}
     ticks = {"tickvals": list(range(len(names))), "ticktext": [costs[name] for name in names]}
     y = {**ticks, "range": [len(names) - 0.5, -0.75], "showgrid": False, "zeroline": False}
     x = titled(f"multiple of {plain(group.against)}", range=[0, 1.3 * most])
     height = 110 + len(names) * max(52, 30 * len(rules))
-    saved = {rule: ratio for (rule, name), ratio in found.items() if name == "peak_saved_bytes"}
+    saved = {rule: ratio for (rule, name), ratio in ratio_of.items() if name == "peak_saved_bytes"}
     least = min(saved, key=lambda rule: saved[rule].mean, default="")
     faster = group.fastest_baseline
     times = (
@@ -68,7 +68,9 @@ def ratios(group: Group) -> Figure | Missing:
         if faster == group.against
         else f" Times are multiples of {faster}'s, the faster {group.against}."
     )
-    said = f": {least} keeps {saved[least].mean:.2f} of its saved bytes, the least" if least else ""
+    headline = (
+        f": {least} keeps {saved[least].mean:.2f} of its saved bytes, the least" if least else ""
+    )
     return Figure(
         name="ratios",
         title=title,
@@ -79,7 +81,7 @@ def ratios(group: Group) -> Figure | Missing:
         + times,
         alt=(
             f"{len(rules)} rules beside {group.against} in"
-            f" {', '.join(costs[name] for name in names)}{said}."
+            f" {', '.join(costs[name] for name in names)}{headline}."
         ),
         table=Table(
             columns=(
@@ -97,13 +99,15 @@ def ratios(group: Group) -> Figure | Missing:
 
 
 def _ratio_traces(
-    found: Mapping[tuple[str, str], Spread], rules: Sequence[str], names: Sequence[str]
+    ratio_of: Mapping[tuple[str, str], Spread], rules: Sequence[str], names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """A row of markers for each rule, a little apart from those of the others."""
+    """Yield a row of markers for each rule, slightly offset from those of the others."""
     for index, rule in enumerate(rules):
         offset = 0.6 * (index / (len(rules) - 1) - 0.5) if len(rules) > 1 else 0.0
         here = [
-            (place, found[rule, name]) for place, name in enumerate(names) if (rule, name) in found
+            (place, ratio_of[rule, name])
+            for place, name in enumerate(names)
+            if (rule, name) in ratio_of
         ]
         yield {
             "type": "scatter",
@@ -165,7 +169,7 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
             f"{what.capitalize()}: {how}. Filled markers are on the Pareto front: no other rule is"
             " at least as good in both."
         )
-        + _lost(group),
+        + _describe_diverged(group),
         alt=(
             f"On the Pareto front of accuracy and {what}, of {len(points)} rules:"
             f" {', '.join(front)}."
@@ -203,7 +207,7 @@ def _trade_off_table(
 
     if name == ENERGY:
         columns = (*columns, "measured on cards, joules", "MACs", "ACs")
-        rows = [(*row, *_beside(group, str(row[0]))) for row in rows]
+        rows = [(*row, *_energy_cells(group, str(row[0]))) for row in rows]
     return Table(columns=columns, rows=tuple(rows))
 
 
@@ -224,16 +228,16 @@ def _marker(
     }
 
 
-def _beside(group: Group, rule: str) -> list[float | None]:
-    """Of an inference: measured joules, multiply-accumulates and accumulates."""
-    found = [
+def _energy_cells(group: Group, rule: str) -> list[float | None]:
+    """Return measured joules, multiply-accumulates and accumulates per inference."""
+    values = [
         group.spread(rule, name) for name in (ENERGY_MEASURED, "inference.macs", "inference.acs")
     ]
-    return [None if each is None else each.mean for each in found]
+    return [None if each is None else each.mean for each in values]
 
 
 def _measured_on(group: Group) -> str:
-    """The meaning of the measured joules, or why there are none."""
+    """Explain the measured joules, or why there are none."""
     if any(run.value(ENERGY_MEASURED) is not None for run in group.finished):
         return f"Joules measured on cards are {MEASURED_SAID}"
     has_gpu = any(run.hardware.get("gpu", "none") != "none" for run in group.finished)
@@ -245,7 +249,7 @@ def _measured_on(group: Group) -> str:
 
 
 def _counted_on(group: Group) -> str:
-    """The samples that the energy is of, and how the counts differ from published ones."""
+    """Name the samples behind the energy, and how the counts differ from published ones."""
     counted = [run for run in group.finished if run.value(ENERGY) is not None]
     sizes = sorted({int(run.value("inference.samples") or 0) for run in counted})
     first = "the first batch of the first worker's share"
@@ -259,7 +263,7 @@ def _counted_on(group: Group) -> str:
     )
 
 
-def _lost(group: Group) -> str:
+def _describe_diverged(group: Group) -> str:
     """A sentence such as ` Diverged, and in no mean: SLTT-1 (seed 1, 2).`, or an empty text."""
     lost = {
         rule: ", ".join(map(str, sorted(seeds)))
@@ -291,7 +295,7 @@ def _errors(spreads: Sequence[Spread], place: int, *, scale: float = 1.0) -> dic
     }
 
 
-_SMALL = 0.01  # of a bar: parts below it in every rule are drawn as one
+_SMALL = 0.01  # share of a bar: parts below it in every rule are drawn as one
 _SO_FAR = ", batches alone"
 _HATCH = {"size": 6, "fgcolor": PAPER, "fillmode": "overlay"}
 
@@ -359,10 +363,10 @@ def time_parts(group: Group) -> Figure | Missing:
 
 
 def _seconds_by_part(group: Group) -> Any:
-    """A frame with seconds of a batch: a row for each part of the clock, a column for each rule.
+    """Return a frame of seconds per batch: one row per part of the clock, one column per rule.
 
-    They are means over the rule's finished runs. Other runs have measured their batches alone, and
-    stand for a rule of which none has finished.
+    The values are means over the rule's finished runs. A rule without a finished run uses its other
+    runs, which have measured only their batches.
     """
     means: dict[str, Any] = {}
     for rule in group.rules:
@@ -374,7 +378,7 @@ def _seconds_by_part(group: Group) -> Any:
 
 
 ON_TRACK = 1.0  # points of accuracy below the published run that still count as on track
-_MOST = 300  # points of a curve: a run of ImageNet has some hundred thousand
+_MOST = 300  # the most points of a curve: an ImageNet run has some hundred thousand
 
 
 def learning_curves(group: Group) -> Figure | Missing:
@@ -387,7 +391,7 @@ def learning_curves(group: Group) -> Figure | Missing:
     restarts = [(run, each) for run in group.runs for each in run.history.restarts]
 
     data: list[dict[str, Any]] = []
-    named: set[str] = set()  # a rule is in the legend once, by its first run with a trace
+    named: set[str] = set()  # the legend names a rule once, at its first run with a trace
     for run, curve in zip(group.runs, curves, strict=True):
         for trace in _traces(run, curve, group.rules.index(run.rule), named=run.rule not in named):
             data.append(trace)
@@ -474,7 +478,7 @@ def published(run: Run) -> tuple[tuple[int, float], ...]:
 
 
 def thinned(curve: Sequence[Point]) -> list[Point]:
-    """A curve of at most 300 points, each the mean over the batches since the point before."""
+    """Thin a curve to at most 300 points, each the mean over the batches since the point before."""
     size = math.ceil(len(curve) / _MOST)
     if size <= 1:
         return list(curve)
@@ -506,7 +510,7 @@ def _captions(group: Group, restarts: int, *, has_logs: bool) -> Iterator[str]:
 
 
 def _other_setting(run: Run) -> str:
-    """Where a run differs from the published setting: `time_steps 4 there, 2 here`; else empty."""
+    """Describe differences from the published setting: `time_steps 4 there, 2 here`; else empty."""
     setting = run.recipe.get("published_setting")
     there = dict(flat(dict(setting))) if isinstance(setting, (list, tuple)) else {}
     here = dict(flat(run.recipe))
@@ -518,8 +522,9 @@ def _other_setting(run: Run) -> str:
 
 
 def _logs(runs: Sequence[Run]) -> dict[tuple[tuple[int, float], ...], list[str]]:
-    """Each published log, and the rules whose recipes carry it: runs of a study may differ in
-    it.
+    """Return each published log with the rules whose recipes carry it.
+
+    Runs of one study may carry different logs.
     """
     logs: dict[tuple[tuple[int, float], ...], list[str]] = {}
     for run in runs:
@@ -582,7 +587,7 @@ def _rows(run: Run, curve: Sequence[Point]) -> Iterator[tuple[Cell, ...]]:
 
 
 def _mean(points: Sequence[Point], *, after: int) -> Point:
-    """The mean of points that follow batch `after`; None where no point has a value."""
+    """Return the mean of the points after batch `after`; None where no point has a value."""
     steps = [after, *(each.step for each in points)]
     batches = [max(1, end - begin) for begin, end in itertools.pairwise(steps)]
 
@@ -604,7 +609,7 @@ def _epochs(run: Run, step: int) -> float:
 
 
 def _height_at(run: Run, step: int) -> float:
-    """The curve at the last point at or before a step, for a mark upon it."""
+    """Return the curve's value at the last point at or before a step, to place a mark on it."""
     known = [each for each in run.history.curve if each.top1 is not None]
     before = [each.top1 for each in known if each.step <= step]
     of_nothing = known[0].top1 if known else 0.0

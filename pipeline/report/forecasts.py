@@ -29,12 +29,13 @@ MODEL = "a model, not measured"
 RULE = Column("rule")
 T_ = TypeVar("T_")
 Columns = Mapping[str | Column, Callable[[T_], str]]
-"""the text of a cell, by the title of its column"""
+"""functions that return a cell's text, by column title"""
 
 
 def print_probe(found: Probe, *, console: Console | None = None) -> None:
-    """The costs of each rule; its cosine with BPTT's gradient, layer by layer; which rules cannot
-    train the network, or be compared; and the advice.
+    """Print each rule's costs, its cosine with BPTT's gradient by layer, and the advice.
+
+    It also names the rules that cannot train the network or cannot be compared.
     """
     console = console or new_console()
     _print_costs(found, console)
@@ -67,13 +68,15 @@ def probe_to_json(found: Probe) -> dict[str, Any]:
 
 def _print_costs(found: Probe, console: Console) -> None:
     def column(name: str, unit: str, scale: float) -> Callable[[Cost], str]:
-        """A quantity, beside its ratio to the baseline's."""
+        """Show a quantity beside its ratio to the baseline's."""
         base = found.time_baseline if name.endswith("_s") else found.cost(BASELINE)
-        of = 0.0 if base is None else getattr(base, name)
+        base_value = 0.0 if base is None else getattr(base, name)
 
         def cell(cost: Cost) -> str:
             value = getattr(cost, name)
-            return f"{value / scale:.4g} {unit}" + (f"\t×{value / of:.2f}" if of else "")
+            return f"{value / scale:.4g} {unit}" + (
+                f"\t×{value / base_value:.2f}" if base_value else ""
+            )
 
         return cell
 
@@ -104,7 +107,10 @@ def _print_layers(found: Probe, console: Console) -> None:
     rows = [
         (
             layer,
-            *("-" if math.isnan(of[layer]) else f"{of[layer]:.2f}" for of in shown.values()),
+            *(
+                "-" if math.isnan(by_layer[layer]) else f"{by_layer[layer]:.2f}"
+                for by_layer in shown.values()
+            ),
         )
         for layer in next(iter(cosines.values()), {})
     ]
@@ -113,7 +119,7 @@ def _print_layers(found: Probe, console: Console) -> None:
 
 
 def print_sweep(found: Sweep, *, console: Console | None = None) -> None:
-    """Bytes, time and largest batch against T, and each rule's growth in bytes."""
+    """Print bytes, time and largest batch against T, and each rule's growth in bytes."""
     console = console or new_console()
     base = {point.time_steps: point.cost for point in found.of(BASELINE)}
     fastest = found.time_baselines
@@ -161,9 +167,9 @@ def _below_a_sweep(found: Sweep) -> Iterator[str]:
         whose = ", ".join(f"{rule}'s at T = {', '.join(steps)}" for rule, steps in fastest.items())
         yield f"×: bytes over {BASELINE}'s, fwd+bwd over {whose}"
     yield from dict.fromkeys(_refusals(found))
-    of = "fwd+bwd: forward and backward alone, without loading, optimizer and collectives"
+    meaning = "fwd+bwd: forward and backward alone, without loading, optimizer and collectives"
     on = format_hardware(found.hardware)
-    yield f"one batch of {counted(found.samples, 'sample')}; {of}; {on}"
+    yield f"one batch of {counted(found.samples, 'sample')}; {meaning}; {on}"
     if found.memory_bytes is not None:
         estimate = (
             f"an estimate from what two batches took, {RESERVE:.0%} of the memory left free, not"
@@ -180,7 +186,7 @@ def _below_a_sweep(found: Sweep) -> Iterator[str]:
 
 
 def _refusals(found: Sweep) -> Iterator[str]:
-    """Rules that cannot train the network, and those whose largest batch could not be tried."""
+    """Name the rules that cannot train the network, or whose largest batch could not be tried."""
     there = {(point.cost.rule, point.time_steps) for point in found.points}
     for rule, at_T in found.refused.items():
         for T, why in at_T.items():
@@ -201,9 +207,9 @@ def _speed_at_largest(point: Point) -> str:
 def print_plan(
     plan: Plan, *, against: Errors | None = None, console: Console | None = None
 ) -> None:
-    """One line for each rule, what the figures rest on, and the fastest rule.
+    """Print one line per rule, the basis of the figures, and the fastest rule.
 
-    `against`: how far off the plan is for a run.
+    `against`: the errors of the plan beside a finished run.
     """
     console = console or new_console()
     seconds = {
@@ -243,40 +249,40 @@ def plan_to_json(plan: Plan, against: Errors | None = None) -> dict[str, Any]:
 
 
 def basis(plan: Plan) -> str:
-    """What the figures were made from, and what is not in them."""
+    """Name the sources of the figures, and the costs that they exclude."""
     cluster = plan.cluster
     card, workers = cluster.device, cluster.workers
-    said = (
+    text = (
         "Saved bytes, operations and kernels (saved, TFLOP, kernels) are of one micro-batch,"
         " counted at full size without running it, as a CPU would compute them."
     )
     for planned in plan.rules:
         if planned.forecast_note:
-            said += f" {planned.rule} is counted {planned.forecast_note}."
+            text += f" {planned.rule} is counted {planned.forecast_note}."
     left = f"{RESERVE:.0%} of the memory is left free"
     if card is None:
         sizes = " and ".join(map(str, plan.timed))
         together = f", by {workers} workers at the same time," if workers > 1 else ""
-        said += (
+        text += (
             f" Seconds grow linearly with the batch from those of batches of {sizes} that were"
             f" trained{together} on this machine ({plan.device}); {left}; loaders keep up."
         )
     else:
         link = f", {cluster.node_link * 8 / 1e9:.0f} Gb/s from node to node"
-        said += (
+        text += (
             f" {card.name}: roofline at {card.efficiency:.0%} ({card.source}); {left}; "
             f"{card.link / 1e9:.0f} GB/s from card to card{link * (workers > cluster.per_node)}; "
             "loaders keep up; sums at the bandwidth of links, without their latency; "
             "kWh: the cards' rated watts all the time, hosts left out."
         )
     if plan.samples is None:
-        said += " Hours need --samples: the data are not here."
+        text += " Hours need --samples: the data are not here."
     else:
-        said += " Hours are of training, without evaluations and checkpoints."
+        text += " Hours are of training, without evaluations and checkpoints."
     if plan.teacher is not None:
         weights = f"{plan.teacher_bytes / 1e6:.4g} MB of weights"
-        said += f" All figures of time and memory hold the teacher, {plan.teacher}: {weights}."
-    return said
+        text += f" All figures of time and memory hold the teacher, {plan.teacher}: {weights}."
+    return text
 
 
 def advice(plan: Plan) -> str:
@@ -295,7 +301,7 @@ def advice(plan: Plan) -> str:
 
 
 def _amount(value: float) -> str:
-    """`12,345`, and of less than 100 three digits."""
+    """Format `12,345`; values below 100 have three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -306,7 +312,7 @@ def _megabytes(count: float) -> str:
 def _own_bytes(
     items: Iterable[T_], cost_of: Callable[[T_], Cost]
 ) -> dict[str, Callable[[T_], str]]:
-    """The column of the rules' own bytes, where a rule has some."""
+    """Return the column of the rules' own bytes, if a rule has some."""
     if not any(cost_of(each).rule_bytes for each in items):
         return {}
     return {"rule's own": lambda each: _megabytes(cost_of(each).rule_bytes)}
@@ -315,7 +321,7 @@ def _own_bytes(
 def _print_columns(
     console: Console, items: Sequence[Any], columns: Columns[Any], *, title: str, keys: int = 1
 ) -> None:
-    """A table of one row for each item. A column is of numbers, unless it is a `Column`."""
+    """Print a table with one row per item. Columns are numeric unless they are a `Column`."""
     heads = [number(each) if isinstance(each, str) else each for each in columns]
     rows = [[cell(each) for cell in columns.values()] for each in items]
     print_table(console, heads, rows, title=title, keys=keys)
@@ -341,12 +347,10 @@ class Errors:
     run: str
     rule: str
     own_cores: bool
-    """others may have trained beside it, which are in no plan"""
+    """Whether the run had its own cores. Runs on the other cores are in no plan."""
     saved_bytes: Quantity
     step_s: Quantity
-    """of the batches whose speed counts: neither the first nor those on which bytes or operations
-    are counted
-    """
+    """Over steady batches: not the first, and none with counted bytes or operations."""
 
     def describe(self) -> str:
         saved, step = self.saved_bytes, self.step_s
@@ -371,14 +375,16 @@ def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> 
     """Refuse a run that a plan of `recipe` on `cluster` does not describe.
 
     Raises:
-        ReportError: it has not finished, was of another recipe, on other machines or other workers,
-        or changed them on the way.
+        ReportError: the run has not finished, or its recipe, machines or workers differ from the
+            plan's, or changed during the run.
     """
     run, on = _measured(folder)
-    found = [("workers", cluster.workers, on.world_size)]
-    found = [each for each in found if each[1] != each[2]] + _other_machine(cluster, on)
+    differing_fields = [("workers", cluster.workers, on.world_size)]
+    differing_fields = [each for each in differing_fields if each[1] != each[2]] + _other_machine(
+        cluster, on
+    )
     mine = recipe.resolved().to_json()["recipe"]
-    found += list(
+    differing_fields += list(
         differing(
             "",
             *(
@@ -387,29 +393,29 @@ def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> 
             ),
         )
     )
-    _refuse_if(found, folder)
+    _refuse_if(differing_fields, folder)
 
 
 def _other_machine(cluster: Cluster, on: TrainedOn) -> list[tuple[str, Any, Any]]:
-    """Differences of the planned machine from the run's. A card's host is not part of a plan."""
+    """List differences of the planned machine from the run's. A plan excludes the card's host."""
     there = on.hardware
     if cluster.device is not None:
         return list(differing("card", cluster.device.driver, there["gpu"]))
-    found = [
+    differing_fields = [
         (f"hardware.{name}", *values)
         for name, *values in hardware_differences(there, own_cores=on.own_cores)
     ]
     if there["threads"] != cluster.threads:
-        found.append(("cpus-per-worker", cluster.threads, there["threads"]))
-    return found
+        differing_fields.append(("cpus-per-worker", cluster.threads, there["threads"]))
+    return differing_fields
 
 
 def errors(found: Plan, folder: Path) -> Errors:
-    """The errors of the plan of the rule that trained the run.
+    """Return the errors of the plan for the rule that trained the run.
 
     Raises:
-        ReportError: the plan has no such rule, another one of its label, or a micro-batch that the
-        run was not trained in.
+        ReportError: the plan lacks the rule, has another rule of the same label, or has another
+            micro-batch than the run.
     """
     run, on = _measured(folder)
     planned = next((each for each in found.rules if each.rule == run.rule), None)
@@ -433,7 +439,7 @@ def errors(found: Plan, folder: Path) -> Errors:
 
 
 def _measured(folder: Path) -> tuple[Run, TrainedOn]:
-    """The run and the conditions that it was trained under from first to last step."""
+    """Return the run and its training conditions, which must not change during the run."""
     run = read_run(folder)
     if not run.value("images_per_s") or not run.value("peak_saved_bytes"):
         raise ReportError(

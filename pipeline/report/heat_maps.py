@@ -12,7 +12,7 @@ from pipeline.report.results import Run
 from pipeline.report.selection import written
 from pipeline.report.study import Group
 
-_ROW = 24  # pixels of a layer
+_ROW = 24  # height of a layer in pixels
 _CATEGORIES = {"type": "category", "showgrid": False, "automargin": True}
 _DOWNWARDS = {
     "autorange": "reversed",
@@ -20,11 +20,11 @@ _DOWNWARDS = {
     "showgrid": False,
     "tickfont": {"size": 11},
 }
-_FIGURES_FIT = 8  # columns on a phone with a number in each cell
+_FIGURES_FIT = 8  # the most columns with a number in each cell on a phone
 
 
 def firing_rates(group: Group) -> Figure | Missing:
-    """Layer x time, a map for each rule: the mean over its runs, of the last evaluation."""
+    """Layer x time, one map per rule: the mean over its runs in the last evaluation."""
     title = "Firing rate by layer and time step"
     found = [
         (run.rule, layer.name, step, rate, layer.silent, layer.saturated)
@@ -65,7 +65,7 @@ def firing_rates(group: Group) -> Figure | Missing:
 
 
 def gradient_fidelity(group: Group) -> Figure | Missing:
-    """Layer x rule: the cosine of a rule's gradient with BPTT's where it was last compared."""
+    """Layer x rule: the cosine of a rule's gradient with BPTT's at the newest comparison."""
     title = "Gradient fidelity: cosine with BPTT's gradient"
     of_rule = {rule: cosines for rule in group.rules if (cosines := _cosines(group, rule))}
     if not of_rule:
@@ -75,7 +75,7 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
         )
         return Missing(
             title=title,
-            why=_still_to_come(run for run in group.runs if run.rule != group.against) or why,
+            why=_describe_pending(run for run in group.runs if run.rule != group.against) or why,
         )
     layers = list(dict.fromkeys(layer for cosines in of_rule.values() for layer in cosines))
     rows = [(layer, rule, of_rule[rule].get(layer)) for layer in layers for rule in of_rule]
@@ -86,7 +86,7 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
     heat = _map(
         z, x=[plain(rule) for rule in of_rule], y=layers, least=least, most=1.0, written=".2f"
     )
-    said = (
+    summary = (
         "none is known" if not known else "the lowest is {0:.2f}, of {2} in {1}".format(*min(known))
     )
     away = ", below 0: away from it" if least < 0 else ""
@@ -100,7 +100,7 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
         ),
         alt=(
             f"Cosines of {counted(len(of_rule), 'rule')} in {counted(len(layers), 'layer')}:"
-            f" {said}."
+            f" {summary}."
         ),
         table=Table(columns=("layer", "rule", "cosine"), rows=tuple(rows)),
         drawing=_single(heat, layers),
@@ -108,14 +108,14 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
 
 
 def temporal_share(group: Group) -> Figure | Missing:
-    """Layer x epoch: the share of BPTT's gradient that comes through time, which SLTT drops."""
+    """Layer x epoch: the share of BPTT's gradient that flows through time, which SLTT drops."""
     title = "Temporal share of BPTT's gradient"
     looked = [
         run for run in group.runs if any(each.temporal_share for each in run.history.fidelity)
     ]
     if not looked:
         why = "no run compared gradients; --set evaluation.fidelity_every=1 does after each epoch"
-        return Missing(title=title, why=_still_to_come(group.runs) or why)
+        return Missing(title=title, why=_describe_pending(group.runs) or why)
     run = next((run for run in looked if run.rule == "SLTT"), looked[0])
     looks = run.history.fidelity
     layers = list(dict.fromkeys(layer for each in looks for layer in each.temporal_share))
@@ -131,7 +131,9 @@ def temporal_share(group: Group) -> Figure | Missing:
     known = [
         (value, layer) for layer, time, value in rows if time == times[-1] and value is not None
     ]
-    said = "nothing is known" if not known else "it is largest in {1}, {0:.2f}".format(*max(known))
+    summary = (
+        "nothing is known" if not known else "it is largest in {1}, {0:.2f}".format(*max(known))
+    )
     return Figure(
         name="temporal-share",
         title=title,
@@ -141,15 +143,15 @@ def temporal_share(group: Group) -> Figure | Missing:
         ),
         alt=(
             f"In {counted(len(layers), 'layer')} at {counted(len(times), 'moment')}; at the last,"
-            f" {times[-1]}, {said}."
+            f" {times[-1]}, {summary}."
         ),
         table=Table(columns=("layer", "moment", "temporal share"), rows=tuple(rows)),
         drawing=_single(heat, layers),
     )
 
 
-def _still_to_come(runs: Iterable[Run]) -> str:
-    """Names the runs whose recipes compare gradients but which have not done so yet."""
+def _describe_pending(runs: Iterable[Run]) -> str:
+    """Name the runs whose recipes compare gradients but which have not done so yet."""
     looking = [
         run.name
         for run in runs
@@ -159,17 +161,19 @@ def _still_to_come(runs: Iterable[Run]) -> str:
 
 
 def _cosines(group: Group, rule: str) -> dict[str, float | None]:
-    """By layer, the mean over a rule's runs at their newest comparison."""
+    """Return the mean cosine by layer over a rule's runs at their newest comparison."""
     if rule == group.against:
         return {}
-    found: dict[str, list[float]] = {}
+    cosines: dict[str, list[float]] = {}
     for run in group.of(rule):
         if run.history.fidelity:
             newest = run.history.fidelity[-1].cosines
             mine = newest.get(rule) or newest.get(rule.split(" (")[0]) or {}
             for layer, value in mine.items():
-                found.setdefault(layer, []).extend([] if value is None else [value])
-    return {layer: statistics.fmean(values) if values else None for layer, values in found.items()}
+                cosines.setdefault(layer, []).extend([] if value is None else [value])
+    return {
+        layer: statistics.fmean(values) if values else None for layer, values in cosines.items()
+    }
 
 
 def _map(
@@ -218,12 +222,12 @@ def _stacked(of_rule: Mapping[str, Any], *, most: float) -> dict[str, Any]:
     gap = min(30 / height, 0.9 / max(1, len(rows) - 1))
     data, titles, layout, top = [], [], {}, 1.0
     for place, (rule, layers) in enumerate(of_rule.items(), start=1):
-        of = "" if place == 1 else str(place)
+        suffix = "" if place == 1 else str(place)
         bottom = max(0.0, top - len(layers) / sum(rows) * (1 - gap * (len(rows) - 1)))
-        layout[f"yaxis{of}"] = {**_DOWNWARDS, "domain": [bottom, top], "anchor": f"x{of}"}
-        layout[f"xaxis{of}"] = {
+        layout[f"yaxis{suffix}"] = {**_DOWNWARDS, "domain": [bottom, top], "anchor": f"x{suffix}"}
+        layout[f"xaxis{suffix}"] = {
             **_CATEGORIES,
-            "anchor": f"y{of}",
+            "anchor": f"y{suffix}",
             "showticklabels": place == len(rows),
         }
         at = {
@@ -235,9 +239,9 @@ def _stacked(of_rule: Mapping[str, Any], *, most: float) -> dict[str, Any]:
             "yanchor": "bottom",
         }
         titles.append({**at, "text": plain(rule), "showarrow": False, "font": {"size": 13}})
-        about = {"xaxis": f"x{of}", "yaxis": f"y{of}", "showscale": place == 1}
+        axes = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}", "showscale": place == 1}
         x, y = list(map(str, layers.columns)), list(map(str, layers.index))
-        data.append(_map(layers.to_numpy().tolist(), x=x, y=y, most=most, written=".1%", **about))
+        data.append(_map(layers.to_numpy().tolist(), x=x, y=y, most=most, written=".1%", **axes))
         top = bottom - gap
     last = "xaxis" if len(rows) == 1 else f"xaxis{len(rows)}"
     layout[last] |= titled("time step")

@@ -17,20 +17,20 @@ from pipeline.track.events import (
     Unwritten,
 )
 
-UNKNOWN_EPOCH = -1  # of an event that was made of a store's metrics
+UNKNOWN_EPOCH = -1  # of an event that was reconstructed from a store's metrics
 
 
 class Point(NamedTuple):
-    """A point of the curve, an evaluation, or a start, after `step` batches.
+    """A point of the curve, an evaluation or a start, after `step` batches.
 
-    A point of the curve is the mean over the batches since the point before.
+    A point of the curve is the mean over the batches since the previous point.
     """
 
     step: int
     seconds: float  # since the first attempt began, without the time between attempts
     top1: float | None = None
     loss: float | None = None
-    epoch: int | None = None  # that has ended, from 0
+    epoch: int | None = None  # the epoch that has ended, counted from 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class History:
     curve: tuple[Point, ...]
     evaluations: tuple[Point, ...]
     starts: tuple[Point, ...]
-    fidelity: tuple[Fidelity, ...]  # with None for what is not a finite number
+    fidelity: tuple[Fidelity, ...]  # values that are not finite are None
     step: int  # batches done
-    again_from: int | None  # where a restart stands that repeats the batches up to `step`
+    again_from: int | None  # position of a restart that is repeating the batches up to `step`
 
     @property
     def restarts(self) -> tuple[Point, ...]:
@@ -51,10 +51,11 @@ class History:
 
 
 def read_history(events: Iterable[Event], *, redone: Literal["dropped", "kept"]) -> History:
-    """The history of a run from its events, oldest first.
+    """Return the history of a run from its events, oldest first.
 
     Args:
-        redone: batches that a restart repeats are dropped, or kept until it has repeated them.
+        redone: "dropped" drops the batches that a restart repeats; "kept" keeps them until they
+            have been repeated.
     """
     curve: list[Point] = []
     again: list[Point] = []
@@ -62,15 +63,15 @@ def read_history(events: Iterable[Event], *, redone: Literal["dropped", "kept"])
     evaluations: dict[int, Point] = {}
     fidelity: dict[int, Fidelity] = {}
     last = 0
-    for seconds, event in _timed(events):
+    for seconds, event in _with_seconds(events):
         step = getattr(event, "step", None)
         if step is None:
             continue
-        # Checkpoints are written by threads, late, with the step that they are of.
+        # Threads write checkpoints late, with the step of the saved state.
         last = last if isinstance(event, (Checkpoint, Unwritten)) else step
         if isinstance(event, Start):
             starts.append(Point(step, seconds))
-            known = _joined(curve, again)
+            known = _join_points(curve, again)
             curve = [each for each in known if each.step <= step]
             again = [each for each in known if each.step > step and redone == "kept"]
             if redone == "dropped":
@@ -78,12 +79,12 @@ def read_history(events: Iterable[Event], *, redone: Literal["dropped", "kept"])
         elif isinstance(event, Step):
             curve.append(_point(event, seconds))
         elif isinstance(event, Evaluation):
-            evaluations[step] = _point(event, seconds)  # of one that is repeated the newest
+            evaluations[step] = _point(event, seconds)  # a repeated evaluation replaces the former
         elif isinstance(event, Fidelity):
-            cosines = {rule: _known(of_rule) for rule, of_rule in event.cosines.items()}
-            shares = _known(event.temporal_share)
+            cosines = {rule: _finite_values(of_rule) for rule, of_rule in event.cosines.items()}
+            shares = _finite_values(event.temporal_share)
             fidelity[step] = replace(event, temporal_share=shares, cosines=cosines)
-    curve = _joined(curve, again)
+    curve = _join_points(curve, again)
     known = max(last, curve[-1].step) if curve and redone == "kept" else last
     return History(
         curve=tuple(curve),
@@ -96,9 +97,9 @@ def read_history(events: Iterable[Event], *, redone: Literal["dropped", "kept"])
 
 
 def parts(events: Iterable[Event]) -> dict[str, float]:
-    """Seconds of a batch in each part of the clock, of the batches whose parts are known.
+    """Return seconds per batch in each part of the clock, over the batches with known parts.
 
-    The first point of a start is left out: its first batch waits for imports and compilation.
+    The first point of a start is excluded: its first batch waits for imports and compilation.
     """
     seconds: dict[str, float] = {}
     done = batches_known = 0
@@ -107,8 +108,8 @@ def parts(events: Iterable[Event]) -> dict[str, float]:
         if not isinstance(event, (Start, Step)):
             continue
         metrics = {} if is_first or isinstance(event, Start) else event.metrics
-        found = {name: number(metrics.get(f"{name}_s")) for name in (*PARTS, REST)}
-        means = {name: mean for name, mean in found.items() if mean is not None}
+        part_seconds = {name: number(metrics.get(f"{name}_s")) for name in (*PARTS, REST)}
+        means = {name: mean for name, mean in part_seconds.items() if mean is not None}
         batches = max(0, event.step - done) if means else 0
         batches_known += batches
         for name, mean in means.items():
@@ -118,19 +119,19 @@ def parts(events: Iterable[Event]) -> dict[str, float]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number; journals write infinities and NaN as text."""
+    """Return a finite number; journals write infinities and NaN as text."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None
 
 
 def count(value: Any) -> int | None:
-    found = number(value)
-    return None if found is None else int(found)
+    finite = number(value)
+    return None if finite is None else int(finite)
 
 
-def _timed(events: Iterable[Event]) -> Iterator[tuple[float, Event]]:
-    """Each event with the seconds of the attempts up to it; time between attempts is left out."""
+def _with_seconds(events: Iterable[Event]) -> Iterator[tuple[float, Event]]:
+    """Yield each event with the seconds of the attempts up to it, without time between attempts."""
     paid = begun = last = 0.0
     attempt: int | None = None
     for event in events:
@@ -140,7 +141,7 @@ def _timed(events: Iterable[Event]) -> Iterator[tuple[float, Event]]:
         if event.attempt != attempt:
             paid, attempt, begun = paid + last - begun, event.attempt, event.time
         if isinstance(event, Start):
-            begun = event.began  # with what the process did before its first event
+            begun = event.began  # includes the process's time before its first event
         last = event.time
         yield paid + last - begun, event
 
@@ -151,8 +152,8 @@ def _point(event: Step | Evaluation, seconds: float) -> Point:
     return Point(event.step, seconds, top1, loss, epoch)
 
 
-def _joined(points: Sequence[Point], again: Sequence[Point]) -> list[Point]:
-    """The points, and those of `again` that come after the last repeated step."""
+def _join_points(points: Sequence[Point], again: Sequence[Point]) -> list[Point]:
+    """Return the points, followed by those of `again` after the last repeated step."""
     if not again:
         return list(points)
     repeated = max((each.step for each in points if each.step <= again[-1].step), default=0)
@@ -161,5 +162,5 @@ def _joined(points: Sequence[Point], again: Sequence[Point]) -> list[Point]:
     )
 
 
-def _known(values: Mapping[str, float]) -> dict[str, Any]:
+def _finite_values(values: Mapping[str, float]) -> dict[str, Any]:
     return {name: number(value) for name, value in values.items()}

@@ -22,24 +22,24 @@ class SuiteRow(NamedTuple):
     """A suite in a list."""
 
     name: str
-    state: str  # such as 2 of 5 finished
-    resume: str | None  # None for one that is finished or being trained
+    state: str  # for example "2 of 5 finished"
+    resume: str | None  # the command; None for a suite that is finished or running
 
 
 def list_runs(runs_dir: str | os.PathLike[str]) -> list[Run]:
-    """All runs of a folder, the one started last first."""
+    """Return all runs of a folder, the newest start first."""
     return sorted(read_runs(Path(runs_dir)), key=lambda run: run.started, reverse=True)
 
 
 def list_suites(runs_dir: str | os.PathLike[str]) -> list[SuiteRow]:
-    """All suites of a folder, the one launched last first."""
+    """Return all suites of a folder, the newest launch first."""
     folders = [each for each in folders_in(runs_dir, suites=True) if is_suite(each)]
     folders.sort(key=lambda folder: (folder / FILE).stat().st_mtime, reverse=True)
     return [_suite_row(folder) for folder in folders]
 
 
 def print_runs(runs_dir: str | os.PathLike[str], console: Console | None = None) -> None:
-    """Print suites and runs as tables, and each command that resumes one on a line of its own."""
+    """Print suites and runs as tables, and each resume command on a line of its own."""
     console = console or new_console()
     runs, suites = list_runs(runs_dir), list_suites(runs_dir)
     if not runs and not suites:
@@ -55,12 +55,12 @@ def print_runs(runs_dir: str | os.PathLike[str], console: Console | None = None)
 
 
 def how_to_go_on(run: Run) -> str | None:
-    """The command that resumes a run; None for one that is finished or running."""
+    """Return the command that resumes a run; None for a finished or running one."""
     return None if run.state in _OVER else how_to_resume(run.folder)
 
 
 def newest_top1(run: Run) -> float | None:
-    """The result of a finished run, or the newest evaluation of another."""
+    """Return a finished run's result, or the newest evaluation of another run."""
     if run.state == "finished":
         return run.value("top1")
     evaluation = last_event(RunFolder(run.folder).journal, Evaluation)
@@ -84,7 +84,7 @@ def _cells(run: Run) -> tuple[str, ...]:
 def _suite_row(folder: Path) -> SuiteRow:
     try:
         runs, over = entries_in(folder), len(over_in(folder))
-    except ValueError:  # the list shows every other suite all the same
+    except ValueError:  # the list still shows every other suite
         return SuiteRow(folder.name, f"{FILE} is damaged", None)
     driven = is_driven(folder)
     resume = None if over == len(runs) or driven else how_to_resume(folder)

@@ -1,8 +1,8 @@
-"""A study as one self-contained HTML page, which asks the network for nothing.
+"""A study as one self-contained HTML page, which makes no network requests.
 
 page.write(study, Path("report.html"))
 
-What the page and the dashboard share: the figures of each view, and the templates in web/.
+The page and the dashboard share the figures of each view and the templates in web/.
 """
 
 import json
@@ -63,7 +63,7 @@ def write(study: Study, out: Path) -> Path:
 
 
 def render(study: Study) -> str:
-    """The page's HTML. A group with one rule stands alone, unless it is the only group."""
+    """The page's HTML. Groups with one rule are listed apart, unless it is the only group."""
     groups = study.groups
     compared = [group for group in groups if len(group.rules) > 1 or len(groups) == 1]
     alone = [group for group in groups if group not in compared]
@@ -80,7 +80,7 @@ def render(study: Study) -> str:
     drawings: dict[str, Any] = {}
 
     def offer(key: str, figure: Figure) -> str:
-        """Add the drawing of a figure to the page; returns the address of its table."""
+        """Add a figure's drawing to the page; return the address of its table."""
         drawings[key] = drawn(figure)
         return _csv_address(figure.table)
 
@@ -109,13 +109,13 @@ def render(study: Study) -> str:
 
 
 def publish(found: Found, page: Path) -> list[str]:
-    """Put the page into MLflow as an artifact of each parent that some runs were launched with.
+    """Attach the page in MLflow to each parent run that some of the runs were launched with.
 
     Returns:
-        the ids of the parents; none where all of the runs were launched by themselves.
+        The ids of the parents; empty if all runs were launched without a suite.
 
     Raises:
-        ReportError: what a suite's own report has returned has no JSON form.
+        ReportError: the value that a suite's own report returned has no JSON form.
         TrackingError: MLflow could not be reached or refused; one line.
     """
     study = found.study
@@ -143,7 +143,7 @@ FIGURES = {
 
 
 class Section(NamedTuple):
-    """A group on a page: its figures, and the figures without a measurement."""
+    """A group on a page: its figures, and the missing figures."""
 
     key: str
     title: str
@@ -162,19 +162,19 @@ def section_of(
 ) -> Section:
     """The figures of some views of a group, which stands `among` others on the page."""
     makers = [make for view in views for make in FIGURES.get(view, ())]
-    # Without a baseline there are no ratios, which a note says.
-    found = [make(group) for make in makers if make is not ratios or group.has_baseline]
+    # Without a baseline there are no ratios. A note says so.
+    figures = [make(group) for make in makers if make is not ratios or group.has_baseline]
     return Section(
         key,
         tables.named(group, among=among),
         group,
-        [each for each in found if isinstance(each, Figure)],
-        [each for each in found if isinstance(each, Missing)],
+        [each for each in figures if isinstance(each, Figure)],
+        [each for each in figures if isinstance(each, Missing)],
     )
 
 
 def drawn(figure: Figure) -> Mapping[str, Any]:
-    """The drawing in both themes. A page uses its reader's theme, and the light one for print."""
+    """The drawing in both themes. A page shows its reader's theme and prints the light one."""
     return {theme: figure.draw(theme) for theme in THEMES}
 
 
@@ -187,7 +187,7 @@ def shown(cell: Cell) -> str:
 
 @cache
 def plotly_script() -> str:
-    """plotly.js whole, without text that would end a script element."""
+    """The whole of plotly.js, without text that would end a script element."""
     from plotly.offline import get_plotlyjs
 
     script = get_plotlyjs()

@@ -1,8 +1,8 @@
-"""The study that names on the command line mean, for `spiketrain report`.
+"""Resolve the names on the command line of `spiketrain report` to a study.
 
-A name is that of a suite, of a run, or a study key; without names it is the newest study. Trials
-of a search are left out: they differ in a tried value, and are judged on a part of the training
-set.
+A name is that of a suite or a run, or a study key. Without names the newest study is read. Trials
+of a search are excluded: they differ in a tried value, and their accuracy is that of a part of the
+training set.
 """
 
 import io
@@ -27,11 +27,11 @@ from pipeline.report.sweeps import sweep_of
 from pipeline.track.mlflow import REPORT
 from pipeline.track.state import entries_in, over_in
 
-_WIDTH = 120  # characters of what a suite's own report prints
+_WIDTH = 120  # columns of the console of a suite's own report
 
 
 class Found(NamedTuple):
-    """A study, the path of its page, and the folders of its runs and of its trials."""
+    """A study, the path of its page, and the folders of its runs and trials."""
 
     study: Study
     place: Path
@@ -52,14 +52,14 @@ def read_study(
 
     Args:
         names: a suite, or runs and study keys as `compare` takes them; none: the newest study.
-        sweeps: files that `spiketrain sweep --format json` printed.
-        trust: packages of the user's own that a suite's report and recipes may be imported from.
-        reported: what the suite's own report has returned already; None: it is run, if there is
-        one.
+        sweeps: files with the output of `spiketrain sweep --format json`.
+        trust: the user's own packages that a suite's report and recipes may be imported from.
+        reported: the result of the suite's own report, if it has already run; None: the report is
+            run, if there is one.
 
     Raises:
-        ValueError: nothing answers to a name, a file is damaged, or a suite's own report cannot be
-            made or judges otherwise.
+        ValueError: no run or study has such a name, a file is damaged, or a suite's own report
+            fails or ignores the given options.
     """
     swept = tuple(sweep_of(read_json(path), str(path)) for path in sweeps)
     suite = suite_named(runs_dir, names)
@@ -80,7 +80,7 @@ def read_study(
         notes.append(f"Left out: {trials} on a held-out part of the training set.")
     for run in runs:
         refuse_damage(run)
-        _ = run.activity  # which may be damaged, too
+        _ = run.activity  # the file may be damaged, too
     study = Study(
         title=title,
         runs=tuple(runs),
@@ -108,10 +108,10 @@ def _runs_of_suite(suite: Path, *, judges_alike: bool) -> tuple[list[Run], list[
 
 
 def _without_trials(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """The runs that are no trials, and the trials.
+    """Split runs into ordinary runs and trials.
 
     Raises:
-        ReportError: there are trials alone.
+        ReportError: all runs are trials.
     """
     trials = [run for run in runs if run.protocol == "trial"]
     if trials and len(trials) == len(runs):
@@ -123,18 +123,18 @@ def _without_trials(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
 def _with_their_baseline(
     everything: Sequence[Run], runs: Sequence[Run], against: str
 ) -> tuple[list[Run], list[str]]:
-    """The runs, with the baseline's runs that each study and machine lacks.
+    """The runs, with the baseline's runs that a study and machine lacks.
 
-    A note says why there are none.
+    A note says why a baseline is missing.
     """
-    found: list[Run] = []
+    added: list[Run] = []
     notes: list[str] = []
     for members in comparable(runs):
         if finished := [run for run in members if run.is_finished]:
             more, why = with_baseline(everything, finished, against)
-            found += more
+            added += more
             notes += why
-    return list({run.folder.resolve(): run for run in (*found, *runs)}.values()), notes
+    return list({run.folder.resolve(): run for run in (*added, *runs)}.values()), notes
 
 
 def _own_report(
@@ -143,7 +143,7 @@ def _own_report(
     """The values and the text of the suite's report, or a note that it waits for runs.
 
     Raises:
-        ReportError: it cannot be made. An earlier page is worth more than one without claims.
+        ReportError: the report failed. An earlier page is worth more than one without claims.
     """
     entries, over = entries_in(suite), over_in(suite)
     if not has_report(suite):

@@ -4,8 +4,8 @@
     frame.groupby("rule")["top1"].mean()
 
 `METRICS` declares the quantities. `compare`, `report`, `dashboard`, claims, CSV and JSON take
-their columns, titles and units from it. A new quantity needs one line there, and the code that
-writes it into `summary.json`.
+their columns, titles and units from it. To add a quantity, add one line to `METRICS` and write the
+value into `summary.json`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ReportError(ValueError):
 
 
 Numbers = Mapping[str, float]
-"""the finite numbers of a summary, by their dotted paths"""
+"""the finite numbers of a summary, by dotted path"""
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Metric:
         name: its column in the frame, in CSV and in JSON.
         title: the head of its column, and its name on an axis.
         unit: how it is printed: share, B, s, J, rate or count (`pipeline.core.units`).
-        better: whether "less" or "more" of it is better. Such a metric is compared with the
-            baseline. One with "" is listed beside the comparison.
-        source: its dotted path in `summary.json`, or a function of the summary's numbers by their
-            dotted paths. Without one, `name` is the path. A `*` in the name stands for any key:
-            there is a metric for each key that a summary has, and `{}` in the title is that key.
-        about: what the quantity is, for the captions of figures.
+        better: "less" or "more", whichever is better. Such a metric is compared with the baseline.
+            A metric with "" is listed beside the comparison.
+        source: its dotted path in `summary.json`, or a function of the summary's numbers, which
+            are keyed by dotted path. None: `name` is the path. A `*` in the name matches any key:
+            each matching key of a summary gives a metric, and `{}` in the title becomes the key.
+        about: a description of the quantity, for the captions of figures.
     """
 
     name: str
@@ -80,12 +80,12 @@ class Metric:
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects as one, by dotted paths."""
-    found: dict[str, Any] = {}
+    """Flatten nested objects to one, with dotted paths as keys."""
+    flattened: dict[str, Any] = {}
     for key, item in value.items():
         name = f"{prefix}{key}"
-        found |= flat(item, f"{name}.") if isinstance(item, Mapping) else {name: item}
-    return found
+        flattened |= flat(item, f"{name}.") if isinstance(item, Mapping) else {name: item}
+    return flattened
 
 
 def _sum(
@@ -186,20 +186,20 @@ def compared() -> list[Metric]:
 
 
 def expanded(runs: Iterable[Run]) -> list[Metric]:
-    """All metrics, with one for each key that stands for a `*` in the summaries of these runs."""
+    """All metrics. A `*` is replaced by each matching key in the summaries of these runs."""
     names = list(dict.fromkeys(name for run in runs for name in run.numbers))
-    found: list[Metric] = []
+    metrics: list[Metric] = []
     for each in METRICS:
         if "*" not in each.name:
-            found.append(each)
+            metrics.append(each)
             continue
         pattern = re.escape(each.name).replace(r"\*", "(.+)")
-        found += [
+        metrics += [
             replace(each, name=match[0], title=each.title.format(match[1]))
             for match in (re.fullmatch(pattern, name) for name in names)
             if match
         ]
-    return found
+    return metrics
 
 
 # ------------------------------------------------------------------------------------------- runs
@@ -210,10 +210,10 @@ class TrainedOn:
     """The conditions of one or several starts of a run."""
 
     world_size: int | None = None
-    micro_batch: int | None = None  # samples that a worker holds at a time
+    micro_batch: int | None = None  # samples that a worker processes at a time
     hardware: Mapping[str, Any] = field(default_factory=dict)
     loader_threads: int | None = None
-    own_cores: bool = False  # whether each worker on a CPU keeps to cores that no other run uses
+    own_cores: bool = False  # whether each CPU worker has cores that no other run uses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,37 +222,37 @@ class LayerRates:
 
     name: str
     neurons: int
-    samples: int  # on which spikes were counted
+    samples: int  # samples whose spikes were counted
     rates: tuple[float, ...]  # spikes per neuron at each time step
-    silent: float  # share of the neurons, in 0..1
+    silent: float  # share of silent neurons, in 0..1
     saturated: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run: a row of the frame, and its history, which is read on first use.
+    """One run: a row of the frame, with its history, which is read on first use.
 
-    A field that is not known is None or empty.
+    Unknown fields are None or empty.
     """
 
     name: str
     state: State
     rule: str = UNKNOWN_RULE  # its label in tables
     seed: int = 0
-    study: str = ""  # runs with the same key may be compared, on equal machines
+    study: str = ""  # the study key: runs with the same key compare on equal machines
     recipe: Mapping[str, Any] = field(default_factory=dict)  # fields of recipe.json
     summary: Mapping[str, Any] | None = None  # None until the run has finished
-    trained_on: tuple[TrainedOn, ...] = ()  # each once, oldest first
+    trained_on: tuple[TrainedOn, ...] = ()  # distinct conditions, oldest first
     commits: tuple[str, ...] = ()
     step: int | None = None  # batches done
     total_steps: int | None = None
     steps_per_epoch: int | None = None
     started: float = 0.0  # unix seconds
     ended: float = 0.0
-    heard: float | None = None  # last sign of life of a run that MLflow calls running
-    folder: Path = Path()  # of a run that was read from one
-    damage: str = ""  # why the run cannot be used, of one with a damaged file
-    curve_every: int = 1  # the curve has one of so many points of the journal
+    heard: float | None = None  # the last sign of life of a run that MLflow calls running
+    folder: Path = Path()  # the folder that the run was read from
+    damage: str = ""  # why the run cannot be used, if one of its files is damaged
+    curve_every: int = 1  # the curve has every n-th point of the journal
     redone: Literal["dropped", "kept"] = "dropped"
     journal: Callable[[], Sequence[Event]] = field(default=list, repr=False, compare=False)
     layers: Callable[[], Sequence[Any] | None] = field(default=list, repr=False, compare=False)
@@ -281,8 +281,8 @@ class Run:
     def parts(self) -> Mapping[str, float]:
         """Seconds of a batch in each part of the clock.
 
-        Of a finished run: all time but start-up, with evaluations and checkpoints. Of another:
-        its batches alone, the mean over those whose parts its journal has.
+        For a finished run: all time except start-up, including evaluations and checkpoints. For
+        another run: the mean over the batches whose parts its journal has.
         """
         if self.summary is None:
             return history.parts(self.journal())
@@ -297,11 +297,11 @@ class Run:
 
     @cached_property
     def numbers(self) -> dict[str, float]:
-        found = {name: number(value) for name, value in flat(self.summary or {}).items()}
-        return {name: value for name, value in found.items() if value is not None}
+        values = {name: number(value) for name, value in flat(self.summary or {}).items()}
+        return {name: value for name, value in values.items() if value is not None}
 
     def value(self, name: str) -> float | None:
-        """A metric, or a number that a dotted path leads to in the summary."""
+        """A metric, or the number at a dotted path of the summary."""
         return metric(name).value(self.numbers)
 
 
@@ -354,14 +354,14 @@ def read_run(folder: Path) -> Run:
 
 
 def read_runs(runs_dir: Path) -> list[Run]:
-    """All runs in a folder, by name. One with a damaged file says so in `damage`."""
-    found: list[Run] = []
+    """All runs in a folder, sorted by name. `damage` is set for a run with a damaged file."""
+    runs: list[Run] = []
     for folder in folders_in(runs_dir):
         try:
-            found.append(read_run(folder))
+            runs.append(read_run(folder))
         except ReportError as error:
-            found.append(_read(folder, damage=str(error)))
-    return found
+            runs.append(_read(folder, damage=str(error)))
+    return runs
 
 
 def _read(folder: Path, *, summary: Any = None, recipe: Any = None, damage: str = "") -> Run:
@@ -389,8 +389,8 @@ def _read(folder: Path, *, summary: Any = None, recipe: Any = None, damage: str 
 def frame(runs: Iterable[Run]) -> pd.DataFrame:
     """One row for each run.
 
-    Columns: what the run is, its state and what it trained on; each metric, NaN where it was not
-    measured; and the objects `recipe` and `summary` as their files have them.
+    Columns: identity, state and training conditions of the run; each metric, NaN where it was not
+    measured; and the objects `recipe` and `summary` as in their files.
 
     Raises:
         ReportError: a run has a damaged file.
@@ -401,10 +401,10 @@ def frame(runs: Iterable[Run]) -> pd.DataFrame:
     for run in runs:
         refuse_damage(run)
     metrics = expanded(runs)
-    about = pd.DataFrame(map(_about, runs), columns=list(_about(Run(name="", state="new"))))
+    identities = pd.DataFrame(map(_about, runs), columns=list(_about(Run(name="", state="new"))))
     values = [[each.value(run.numbers) for each in metrics] for run in runs]
     numbers = pd.DataFrame(values, columns=[each.name for each in metrics], dtype=float)
-    return pd.concat([about, numbers], axis=1)
+    return pd.concat([identities, numbers], axis=1)
 
 
 def refuse_damage(run: Run) -> None:
@@ -455,13 +455,13 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "hardware": (dict, "an object"),
     "conditions": (dict, "an object"),
     **dict.fromkeys(("steps", "images_per_s", "peak_saved_bytes"), ((int, float), "a number")),
-}  # fields of a summary whose kind readers rely on
+}  # the types of those summary fields that readers rely on
 
 
 def folders_in(runs_dir: str | os.PathLike[str], *, suites: bool = False) -> list[Path]:
-    """The folders that hold a run, or with `suites` a run or a suite, by name.
+    """The folders that contain a run, or with `suites` a run or a suite, sorted by name.
 
-    Folders whose launch was killed while it made them have hidden names.
+    Hidden folders are skipped: they are remains of launches that were killed early.
     """
     if not Path(runs_dir).is_dir():
         return []
@@ -470,10 +470,10 @@ def folders_in(runs_dir: str | os.PathLike[str], *, suites: bool = False) -> lis
 
 
 def load(path: Path, kind: type = dict) -> Any:
-    """The JSON object of a file, or its list; None where there is no such file.
+    """Read a JSON object or list from a file; None if the file does not exist.
 
     Raises:
-        ReportError: the file holds something else.
+        ReportError: the file contains something else.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -542,7 +542,7 @@ def places(run: Run, *, between: str = ", ") -> str:
 
 
 def micro_batches(run: Run) -> str:
-    """Samples that a worker holds at a time, and how many times per batch: `128`, `64 × 2`."""
+    """Samples per micro-batch of a worker, and micro-batches per batch: `128`, `64 × 2`."""
     texts: list[str] = []
     for on in run.trained_on:
         times = _accumulated(run, on) or 1
@@ -569,7 +569,7 @@ def _workers(run: Run, on: TrainedOn) -> str:
 
 
 def _accumulated(run: Run, on: TrainedOn) -> int | None:
-    """Micro-batches of a worker per batch; None if only a journal has the recipe, as text."""
+    """Micro-batches of a worker per batch; None if the recipe is only known as journal text."""
     batch = run.recipe.get("batch_size")
     if not isinstance(batch, int) or not on.world_size or not on.micro_batch:
         return None
@@ -577,15 +577,15 @@ def _accumulated(run: Run, on: TrainedOn) -> int | None:
 
 
 SILENT_S = 900.0
-"""A driver tells MLflow of its machine every 10 s. Where that is switched off, MLflow hears of
-points of the curve, evaluations and checkpoints, of which the slowest takes minutes."""
+"""A driver reports its machine's state to MLflow every 10 s. Without that, MLflow receives only
+points of the curve, evaluations and checkpoints; the slowest of these take minutes."""
 
 
 def describe_state(state: str, heard: float | None) -> str:
     """A state such as `running, no word for 25 min`: a killed driver cannot report to MLflow.
 
     Args:
-        heard: the last sign of life, in unix seconds; None where the state is known for sure.
+        heard: the last sign of life in unix seconds; None if the state is certain.
     """
     if heard is None or not is_silent(state, heard):
         return state
@@ -598,10 +598,10 @@ def is_silent(state: str, heard: float) -> bool:
 
 
 def kind(run: Run) -> str:
-    """A key that is equal for runs that may be compared.
+    """A key that is equal for comparable runs.
 
-    Such runs have one study key. From first to last step they trained with as many workers, the
-    same micro-batch, machine and loader threads, and all or none of them with reserved cores.
+    Comparable runs have one study key. From first to last step they had the same number of workers,
+    micro-batch, machine and loader threads; and all or none of them had reserved cores.
     """
     on = [asdict(each) for each in run.trained_on]
     return json.dumps([run.study, on], sort_keys=True, default=str)

@@ -1,4 +1,4 @@
-"""Which runs are meant: by name or study key, or the newest study; and with which they compare."""
+"""Select runs by name or study key, or the newest study, and find the runs they compare with."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ Differing = tuple[str, Any, Any]  # a field, and its values in two runs
 
 
 class ComparisonError(ReportError):
-    """Runs that must not be compared, or none to compare; one line that names what differs."""
+    """Runs must not be compared, or none exists; the message is one line with the difference."""
 
 
 def of_the_study(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,16 +36,16 @@ def of_the_study(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def chosen(
     runs_dir: Path, names: Sequence[str | os.PathLike[str]], runs: Sequence[Run]
 ) -> list[Run]:
-    """The runs that names, paths and study keys mean, in the order of the names; without names
-    those of the study whose run finished last.
+    """The runs that names, paths and study keys select, in the order of the names.
 
-    Trials of a search belong to no study: they are judged on a part of the training set.
+    Without names, the runs of the study whose run finished last. Trials of a search belong to no
+    study: their accuracy is that of a part of the training set.
 
     Args:
         runs: all runs of the folder.
 
     Raises:
-        ReportError: nothing, or several, answer to a name.
+        ReportError: a name matches nothing, or several runs.
         ComparisonError: there are no names, and no run has finished.
     """
     if not names:
@@ -72,7 +72,7 @@ def _newest(runs_dir: Path, runs: Sequence[Run]) -> list[Run]:
 
 def _named(runs_dir: Path, names: Sequence[str], runs: Sequence[Run]) -> list[Run]:
     known = {run.folder.resolve(): run for run in runs}
-    found: dict[Path, Run] = {}
+    selected: dict[Path, Run] = {}
     for text in names:
         keys = {run.study for run in runs if text and run.study.startswith(text)}
         if not keys or (runs_dir / text).exists():
@@ -84,8 +84,8 @@ def _named(runs_dir: Path, names: Sequence[str], runs: Sequence[Run]) -> list[Ru
             )
         else:
             members = [run for run in runs if run.study in keys]
-        found |= {run.folder.resolve(): run for run in members}
-    return list(found.values())
+        selected |= {run.folder.resolve(): run for run in members}
+    return list(selected.values())
 
 
 def is_study(runs: Sequence[Run], text: str) -> bool:
@@ -97,13 +97,13 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
     """Refuse runs that differ in more than the rule and the seed.
 
     Raises:
-        ComparisonError: two do, or two of one rule differ in what was tuned.
+        ComparisonError: two runs do, or two runs of one rule differ in a tuned value.
     """
     namesakes: dict[str, Run] = {}
     for run in runs[1:]:
         for other in (runs[0], namesakes.setdefault(run.rule, run)):
-            if found := differences(other, run):
-                what = f"differ in more than the rule and the seed: {listed(found)}"
+            if differing_fields := differences(other, run):
+                what = f"differ in more than the rule and the seed: {listed(differing_fields)}"
                 raise ComparisonError(
                     f"compare: {other.name} and {run.name} {what}; name runs that agree"
                 )
@@ -112,16 +112,16 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
 def with_baseline(
     runs: Sequence[Run], finished: list[Run], against: str
 ) -> tuple[list[Run], list[str]]:
-    """Add the study's runs of each kind of the baseline that is missing and may be compared.
+    """Add comparable runs of each missing kind of the baseline from the same study.
 
-    BPTT in slices of time is such a kind, as it may be the faster. Where no baseline can be added,
-    a note says why.
+    BPTT in slices of time is such a kind, because it may be the faster one. If no baseline can be
+    added, a note says why.
 
     Args:
         runs: all runs of the folder.
 
     Raises:
-        ComparisonError: those that would be added differ from one another.
+        ComparisonError: the added runs would differ from one another.
     """
     reference, there = finished[0], {run.rule for run in finished}
     kinds = [
@@ -145,26 +145,26 @@ def with_baseline(
         refuse_unlike(fit)
         return fit + finished, []
     if kinds and kinds[0].rule == against:
-        found = differences(kinds[0], reference)
-        why = f"{kinds[0].name} does not stand comparison: {listed(found)}"
+        differing_fields = differences(kinds[0], reference)
+        why = f"{kinds[0].name} does not stand comparison: {listed(differing_fields)}"
     else:
         why = f"study {reference.study[:8]} has no finished run of {against}"
     return finished, [f"no baseline, no ratios: {why}"]
 
 
 def differences(a: Run, b: Run) -> list[Differing]:
-    """Everything that must be equal in two finished runs but is not.
+    """Every difference between two finished runs that forbids a comparison.
 
-    Unequal study keys are explained by the two recipes. Data count by their content, so a path is
-    named only if nothing else explains the keys.
+    Unequal study keys are explained by differences of the recipes. Data sets are equal if their
+    contents are, so a path is named only if nothing else explains the keys.
     """
-    found = [*trained_apart(*([asdict(on) for on in run.trained_on] for run in (a, b)))]
+    differing_fields = [*trained_apart(*([asdict(on) for on in run.trained_on] for run in (a, b)))]
     if a.rule == b.rule:
-        # One label in the table must be one rule, with one value of what was tuned.
-        found += differing("rule", a.recipe.get("rule"), b.recipe.get("rule"))
+        # One label in the table must be one rule with one tuned value.
+        differing_fields += differing("rule", a.recipe.get("rule"), b.recipe.get("rule"))
         for key in tuned_in(a.recipe):
-            found += differing(key, written(a.recipe, key), written(b.recipe, key))
-    return found if a.study == b.study else _explained(a, b) + found
+            differing_fields += differing(key, written(a.recipe, key), written(b.recipe, key))
+    return differing_fields if a.study == b.study else _explained(a, b) + differing_fields
 
 
 def trained_apart(
@@ -172,21 +172,21 @@ def trained_apart(
 ) -> Iterator[Differing]:
     """The training conditions in which two runs differ.
 
-    If a condition changed during a run, its values are a list: `[2, 1]`.
+    A condition that changed during a run has a list of values: `[2, 1]`.
     """
     if list(mine) != list(theirs):
-        found = list(differing("", _columns(mine), _columns(theirs)))
-        yield from found or [("trained_on", mine, theirs)]
+        differing_fields = list(differing("", _columns(mine), _columns(theirs)))
+        yield from differing_fields or [("trained_on", mine, theirs)]
 
 
 def tuned_in(recipe: Mapping[str, Any]) -> tuple[str, ...]:
-    """The dotted keys that each rule has a value of its own for; may be empty."""
+    """The dotted keys that each rule has its own value for; may be empty."""
     keys = recipe.get("tuned")
     return tuple(keys) if isinstance(keys, (list, tuple)) else ()
 
 
 def written(recipe: Mapping[str, Any], key: str) -> Any:
-    """The value under a dotted key, `optimizer.lr`, of a recipe as JSON or of flat parameters."""
+    """The value at a dotted key such as `optimizer.lr`, in a JSON recipe or flat parameters."""
     if key in recipe:
         return recipe[key]
     value: Any = recipe
@@ -196,7 +196,7 @@ def written(recipe: Mapping[str, Any], key: str) -> Any:
 
 
 def _columns(trained_on: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Each condition by its dotted name. Several values are a list."""
+    """Each condition by dotted name. Several values form a list."""
     columns: dict[str, list[Any]] = {}
     for each in trained_on:
         for name, value in flat(each).items():
@@ -207,22 +207,22 @@ def _columns(trained_on: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _explained(a: Run, b: Run) -> list[Differing]:
     recipes = [{**of_the_study(run.recipe), "init": run.recipe.get("init")} for run in (a, b)]
-    found = list(differing("", *recipes))
+    differing_fields = list(differing("", *recipes))
     # Recipes are written with absolute paths.
     paths = [
         one
-        for one in found
+        for one in differing_fields
         if all(value is None or str(value).startswith("/") for value in one[1:])
     ]
-    found = [one for one in found if one not in paths]
+    differing_fields = [one for one in differing_fields if one not in paths]
     contents = [(run.summary or {}).get("data_fingerprint") for run in (a, b)]
     if contents[0] != contents[1]:
-        found.append(("data_fingerprint", contents[0], contents[1]))
-    return found or paths or [("study", a.study, b.study)]
+        differing_fields.append(("data_fingerprint", contents[0], contents[1]))
+    return differing_fields or paths or [("study", a.study, b.study)]
 
 
 class AmbiguousName(ReportError):
-    """A name begins the names of several runs."""
+    """The given text is the beginning of several run names."""
 
 
 def find_run(
@@ -234,27 +234,27 @@ def find_run(
 ) -> Path:
     """The absolute folder of a run, from its name, an unambiguous beginning of it, or a path.
 
-    The parent of the folder is the folder of runs that it belongs to, whatever `runs_dir` is.
+    The folder's parent is the run's own folder of runs, whatever `runs_dir` is.
 
     Args:
         suites: the name may also be that of a suite.
-        among: `folders_in(runs_dir, suites=suites)`, for callers that look up many names.
+        among: the value of `folders_in(runs_dir, suites=suites)`, to look up many names faster.
 
     Raises:
-        ReportError: no run, or several, answer to the name.
+        ReportError: no run has this name, or several begin with it.
     """
     text = os.fspath(name_or_path)
     for folder in (Path(runs_dir) / text, Path(text)):
         if is_run(folder) or (suites and is_suite(folder)):
-            # Without `.` and `..`; a link is not followed, as its run belongs where the link is.
+            # Remove `.` and `..` but keep links: a linked run belongs to the folder of the link.
             return Path(os.path.abspath(folder))  # noqa: PTH100
     folders = folders_in(runs_dir, suites=suites) if among is None else among
-    found = [folder for folder in folders if folder.name.startswith(text)] if text else []
-    if len(found) == 1:
-        return found[0].absolute()
-    if found:
-        names = ", ".join(folder.name for folder in found)
-        raise AmbiguousName(f"{text!r} begins the names of {len(found)} runs: {names}")
+    matches = [folder for folder in folders if folder.name.startswith(text)] if text else []
+    if len(matches) == 1:
+        return matches[0].absolute()
+    if matches:
+        names = ", ".join(folder.name for folder in matches)
+        raise AmbiguousName(f"{text!r} begins the names of {len(matches)} runs: {names}")
     known = ", ".join(folder.name for folder in folders[:8]) + (", ..." if len(folders) > 8 else "")
     there = f"; there are {known}" if folders else ", which has no runs"
     what = "run or suite" if suites else "run"
@@ -262,7 +262,7 @@ def find_run(
 
 
 def runs_dir_of(runs_dir: Path, names: Sequence[str]) -> Path:
-    """The folder that holds all these runs and suites, or `runs_dir` if one is a study key."""
+    """The folder that contains all these runs and suites; `runs_dir` if a name is a study key."""
     there = folders_in(runs_dir, suites=True)
     try:
         folders = {find_run(runs_dir, name, suites=True, among=there).parent for name in names}

@@ -27,11 +27,11 @@ def show_recipe(
 ) -> None:
     """Print a recipe's fields, parameters, study key, global batch and DeepSpeed settings.
 
-    For a suite, the values that all its recipes share are printed once, and then those of each
-    recipe. No data file is needed, nor the weights that a reference names.
+    For a suite, the values that all recipes share are printed once, followed by the other values
+    of each recipe. Neither data files nor the weights of a reference are needed.
 
     Args:
-        counts_steps: also print what a step of each recipe costs, counted without running it.
+        counts_steps: also print the cost of one step of each recipe, counted without running it.
     """
     console = console or new_console()
     if isinstance(made, Recipe):
@@ -40,26 +40,30 @@ def show_recipe(
     with with_placeholder_weights(made) as recipes:
         steps = describe_steps(recipes, workers) if counts_steps else [""] * len(recipes)
         of_each = zip(made.recipes, recipes, steps, strict=True)
-        found = [_resolved(recipe, ready, workers, step) for recipe, ready, step in of_each]
-    fields, lines = (_shared(each) for each in zip(*found, strict=True))
-    if len(found) > 1:
-        _print(f"shared by {len(found)} recipes", fields, lines, console)
-    for recipe, (own_fields, own_lines) in zip(made.recipes, found, strict=True):
-        if len(found) > 1:
+        resolved = [_resolved(recipe, ready, workers, step) for recipe, ready, step in of_each]
+    fields, lines = (_shared(each) for each in zip(*resolved, strict=True))
+    if len(resolved) > 1:
+        _print(f"shared by {len(resolved)} recipes", fields, lines, console)
+    for recipe, (own_fields, own_lines) in zip(made.recipes, resolved, strict=True):
+        if len(resolved) > 1:
             console.print()
-            own_fields, own_lines = _less(own_fields, fields), _less(own_lines, lines)
+            own_fields, own_lines = (
+                _without_shared(own_fields, fields),
+                _without_shared(own_lines, lines),
+            )
         _print(recipe.name, own_fields, own_lines, console)
 
 
 def _resolved(
     recipe: Recipe, ready: Recipe, workers: int, step: str
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Its fields, and what follows from them. `ready` is the recipe with files in the place of its
-    references.
+    """The recipe's fields, and the values derived from them.
+
+    `ready` is the recipe with files in place of its references.
     """
     network = check_recipe(
         ready.with_untrained_teacher(), workers
-    )  # its weights may have to be downloaded
+    )  # the weights may have to be downloaded
     split = recipe.split(workers)
     parameters = sum(p.numel() for p in network.parameters())
     each = (
@@ -99,7 +103,7 @@ def _shared(each: Sequence[dict[str, str]]) -> dict[str, str]:
     }
 
 
-def _less(own: dict[str, str], shared: dict[str, str]) -> dict[str, str]:
+def _without_shared(own: dict[str, str], shared: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in own.items() if key not in shared}
 
 

@@ -1,9 +1,9 @@
-"""Our runs in an MLflow store: studies, runs, the history of a metric, an artifact.
+"""spiketrain's data in an MLflow store: studies, runs, metric histories, artifacts.
 
-Reading never makes or changes a store. An SQLite file is read by SQL, read-only and without MLflow,
-whose client (3.17.2) would make a missing file and its schema, and took 1.9 s to list 500 runs. A
-server is asked through MLflow's client. A store that cannot be read ends within seconds in a
-`StoreError`, one sentence that names it and says what to do; an artifact in an `ArtifactError`.
+Reading never creates or changes a store. An SQLite file is read with read-only SQL and without
+MLflow. MLflow's client (3.17.2) would create a missing file and its schema, and took 1.9 s to list
+500 runs. A server is read through MLflow's client. An unreadable store raises a `StoreError` within
+seconds: one sentence with the store and the remedy. An unreadable artifact raises `ArtifactError`.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ ARTIFACTS = (
     REPORT_DATA,
     REPORT,
 )
-MOST_BYTES = 64 << 20  # of an artifact that is read whole, as a person looks at it
+MOST_BYTES = 64 << 20  # the largest artifact that is read whole
 LOCKED_S = 2.0
-_THINNED_BYTES = 8 << 20  # about so much of the curve of a longer journal is kept
+_THINNED_BYTES = 8 << 20  # about this much of a longer journal's curve is kept
 _STATES: dict[str, State] = {"RUNNING": "running", "FINISHED": "finished", "FAILED": "failed"}
-_OF_SUITES = (REPORT, REPORT_DATA)  # of a run that may be deleted: its id is from tags of others
+_OF_SUITES = (REPORT, REPORT_DATA)  # artifacts of a suite's run, which may have been deleted
 _SUMMARY = "summary/"
-_PAGE = 200  # runs of an answer, which a busy server has in time
+_PAGE = 200  # runs per answer: few enough for a busy server's timeout
 T_ = TypeVar("T_")
 
 
@@ -71,20 +71,20 @@ class StoredRun:
     experiment: str
     status: str  # MLflow's: RUNNING, FINISHED, FAILED, KILLED
     started: float
-    newest: float  # of its newest metric, its end, or its start
+    newest: float  # time of its newest metric, its end, or its start
     tags: Mapping[str, str] = field(repr=False)
-    metrics: Mapping[str, float] = field(repr=False)  # newest values; empty in a list of all runs
+    metrics: Mapping[str, float] = field(repr=False)  # newest values; empty when listing all runs
 
     @property
     def state(self) -> State:
-        """The state as a run's folder has it; for MLflow a diverged run has FAILED."""
+        """The state as in a run's folder; MLflow's state of a diverged run is FAILED."""
         if self.status == "FAILED" and self.tags.get("spiketrain.diverged") == "true":
             return "diverged"
         return _STATES.get(self.status, "stopped")
 
     @property
     def short(self) -> str:
-        """The beginning of the id, for addresses."""
+        """The beginning of the id, for URLs."""
         return self.id[:8]
 
     @property
@@ -112,15 +112,15 @@ class StoredStudy:
     experiment: str
     study: str
     rules: tuple[str, ...]
-    protocol: str  # `tuned, optimizer.lr`, `trials of optimizer.lr`; empty where only rules differ
+    protocol: str  # `tuned, optimizer.lr`, `trials of optimizer.lr`; empty if only rules differ
     seeds: tuple[str, ...]
-    states: Mapping[str, int]  # how many runs are in each; silent: running, but not heard of
+    states: Mapping[str, int]  # number of runs by state; silent: running, without a sign of life
     newest: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sent:
-    """A run's journal as it was sent. It has one of `every` points of the curve."""
+    """A run's journal as stored in MLflow. It has every `every`-th point of the curve."""
 
     events: Sequence[Event] = ()
     every: int = 1
@@ -134,10 +134,10 @@ class Point:
 
 
 def open_store(uri: str) -> Store:
-    """A store by its tracking URI: `sqlite:///FILE`, the path of such a file, or `http://...`.
+    """Open a store by tracking URI: `sqlite:///FILE`, the path of such a file, or `http://...`.
 
     Raises:
-        StoreError: it is of another kind.
+        StoreError: the store is of another kind.
     """
     if uri.startswith(("http://", "https://")):
         return ServerStore(uri)
@@ -150,7 +150,7 @@ def open_store(uri: str) -> Store:
 
 
 def runs_of_store(store: Store) -> list[Run]:
-    """All runs of a store, from tags and metrics. A recipe has its protocol only."""
+    """All runs of a store, from tags and metrics. Of the recipe only the protocol is known."""
     return [_run_of(stored) for stored in store.runs(None)]
 
 
@@ -159,8 +159,8 @@ def start_of(stored: StoredRun) -> Record:
     text = {name: stored.tags.get(f"spiketrain.{name}") for name in ("rule", "study", "commit")}
     numbers = ("seed", "world_size", "micro_batch", "attempt")
     counts = {name: _value(stored.tags.get(f"spiketrain.{name}")) for name in numbers}
-    about = {"step": 0, "hardware": hardware_of(stored), **text, **counts}
-    return {KIND: Start.kind, "time": stored.started, **about}
+    fields = {"step": 0, "hardware": hardware_of(stored), **text, **counts}
+    return {KIND: Start.kind, "time": stored.started, **fields}
 
 
 def hardware_of(stored: StoredRun) -> dict[str, Any]:
@@ -200,12 +200,12 @@ def _run_of(stored: StoredRun) -> Run:
             inner[last] = value
     start = start_of(stored)
     known = ("rule", "study", "seed", "world_size", "micro_batch", "hardware", "commit")
-    about = {name: start[name] for name in known if start[name] not in (None, "")}
+    fields = {name: start[name] for name in known if start[name] not in (None, "")}
     return run_of(
         stored.name,
         state=stored.state,
         starts=[start],
-        summary={**summary, **about} if summary else None,
+        summary={**summary, **fields} if summary else None,
         recipe={"protocol": stored.tags.get("spiketrain.protocol", "shared")},
         started=stored.started,
         heard=stored.newest if stored.state == "running" else None,
@@ -237,14 +237,14 @@ def _sent_at(file: Path) -> Sent:
 
 
 def _refuse_unknown_artifact(name: str) -> None:
-    """Only known names are read, so that no name leads out of a run's folder."""
+    """Refuse unknown names, so that no name leads out of a run's folder."""
     if name not in ARTIFACTS:
         raise StoreError(f"store: an artifact must be {', '.join(ARTIFACTS)}; got {name!r}")
 
 
 # ------------------------------------------------------------------------------------------ SQLite
 
-# Tags of our runs, in experiments that nobody deleted; MLflow's schema was checked on 3.17.2.
+# Tags of spiketrain runs in experiments that are not deleted; schema as of MLflow 3.17.2.
 _RUNS = f"""
     select r.run_uuid, r.name, e.name, r.status, r.start_time,
         coalesce(r.end_time, r.start_time), t.key, t.value
@@ -268,7 +268,7 @@ _HISTORY = """
 
 
 class SqliteStore:
-    """An MLflow store in a file, opened for each question. All methods may raise `StoreError`."""
+    """An MLflow store in a file, opened for each query. All methods may raise `StoreError`."""
 
     def __init__(self, file: Path) -> None:
         self.file = file.absolute()
@@ -282,10 +282,10 @@ class SqliteStore:
 
     def runs(self, study: str | None) -> list[StoredRun]:
         """The runs of a study key, or all, with their metrics, newest start first."""
-        of, values = ("", ()) if study is None else (_OF_STUDY, (study,))
+        condition, values = ("", ()) if study is None else (_OF_STUDY, (study,))
         with self._connection() as connection:
-            rows = connection.execute(_RUNS + of, values).fetchall()
-            latest = connection.execute(_LATEST + of, values).fetchall()
+            rows = connection.execute(_RUNS + condition, values).fetchall()
+            latest = connection.execute(_LATEST + condition, values).fetchall()
         times: dict[str, int] = {}
         metrics: dict[str, dict[str, float]] = {}
         for run, key, value, is_nan, time in latest:
@@ -303,19 +303,19 @@ class SqliteStore:
         ]
 
     def text(self, run_id: str, name: str) -> str | None:
-        """An artifact, one of `ARTIFACTS`; None where the run, or a suite's run, has none (yet).
+        """An artifact, one of `ARTIFACTS`; None if the run, or its suite's run, has none (yet).
 
         Raises:
-            ArtifactError: this one cannot be read.
+            ArtifactError: the artifact cannot be read.
         """
         _refuse_unknown_artifact(name)
         return self._read(run_id, name, self._whole)
 
     def journal(self, run_id: str) -> Sent:
-        """A run's journal, thinned where it is long (of ImageNet it has some 100 MB).
+        """A run's journal, thinned if it is long (ImageNet journals have about 100 MB).
 
         Raises:
-            ArtifactError: it cannot be read.
+            ArtifactError: the journal cannot be read.
         """
         return self._read(run_id, JOURNAL, _sent_at) or Sent()
 
@@ -326,7 +326,7 @@ class SqliteStore:
         return path.read_text(errors="replace")
 
     def _read(self, run_id: str, name: str, read: Callable[[Path], T_]) -> T_ | None:
-        """What `read` makes of the file of an artifact; None where there is none."""
+        """The result of `read` on an artifact's file; None if there is no such file."""
         with self._connection() as connection:
             row = connection.execute(_PLACE, (run_id,)).fetchone()
         if row is None:
@@ -335,7 +335,7 @@ class SqliteStore:
         if place.scheme not in ("", "file"):
             where = f"its artifacts are at {place.scheme}://"
             raise StoreError(f"store {self.file}: {where}; start a server on it and name that")
-        root = Path(os.path.realpath(unquote(place.path)))  # resolve() raises for links in a circle
+        root = Path(os.path.realpath(unquote(place.path)))  # resolve() raises for circular links
         path = Path(os.path.realpath(root / name))
         if path.parent != root:
             link = f"{name} of run {run_id} is a link that leads out of {root}"
@@ -350,7 +350,7 @@ class SqliteStore:
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        """Read-only, unless SQLite must first undo a write in which its writer was killed."""
+        """Connect read-only, unless SQLite must first undo an interrupted write."""
         self._refuse_unless_filled()
         try:
             try:
@@ -363,8 +363,10 @@ class SqliteStore:
                 yield connection
         except sqlite3.OperationalError as error:
             text = str(error)
-            said = next((said for words, said in _TROUBLE.items() if words in text), _UNREADABLE)
-            raise StoreError(f"store {self.file} {said.format(text)}") from error
+            meaning = next(
+                (meaning for words, meaning in _TROUBLE.items() if words in text), _UNREADABLE
+            )
+            raise StoreError(f"store {self.file} {meaning.format(text)}") from error
         except sqlite3.DatabaseError as error:
             advice = "move it away: `spiketrain sync RUN` fills a new one from the journals"
             raise StoreError(f"store {self.file} is damaged ({error}); {advice}") from error
@@ -413,13 +415,13 @@ _TROUBLE = {
     "no such table": _OTHER_VERSION,
     "no such column": _OTHER_VERSION,
 }
-"""what a message of SQLite means, by words of it"""
+"""the meaning of an SQLite message, by words that it contains"""
 
 
 def _runs(
     rows: list[tuple], times: Mapping[str, int], metrics: Mapping[str, dict[str, float]]
 ) -> list[StoredRun]:
-    """Runs from rows with one row per tag."""
+    """Group rows into runs; the rows have one tag each."""
     tags: dict[str, dict[str, str]] = {}
     heads: dict[str, tuple[Any, ...]] = {}
     for run, *head, key, value in rows:
@@ -456,15 +458,15 @@ class ServerStore:
     def runs(self, study: str | None) -> list[StoredRun]:
         quoted = (study or "").replace("'", "")
         of_study = "" if study is None else f" and tags.`spiketrain.study` = '{quoted}'"
-        found = self._search(f"tags.`{KIND_TAG}` = 'run'{of_study}", metrics=True)
-        return sorted(found, key=lambda run: run.started, reverse=True)
+        runs = self._search(f"tags.`{KIND_TAG}` = 'run'{of_study}", metrics=True)
+        return sorted(runs, key=lambda run: run.started, reverse=True)
 
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
         with self._in_a_line():
-            found = connect(self.uri).get_metric_history(run_id, metric)
+            recorded = connect(self.uri).get_metric_history(run_id, metric)
         points = [
             Point(each.step, each.timestamp / 1000, each.value)
-            for each in found
+            for each in recorded
             if each.step > since
         ]
         return sorted(points, key=lambda point: point.step)
@@ -477,21 +479,21 @@ class ServerStore:
         return self._read(run_id, JOURNAL, _sent_at) or Sent()
 
     def _read(self, run_id: str, name: str, read: Callable[[Path], T_]) -> T_ | None:
-        """What `read` makes of the file of an artifact; None where there is none."""
+        """The result of `read` on an artifact's file; None if there is no such file."""
         with self._in_a_line():
             client = connect(self.uri)
         try:
             with tempfile.TemporaryDirectory() as folder:
                 if name in _OF_SUITES and client.get_run(run_id).info.lifecycle_stage != "active":
-                    return None  # MLflow hands out its artifacts all the same
+                    return None  # MLflow would still return a deleted run's artifacts
                 if name not in {file.path for file in client.list_artifacts(run_id)}:
                     return None
                 return read(Path(client.download_artifacts(run_id, name, folder)))
-        except Exception as error:  # whatever MLflow, its transport or the artifacts' place raise
+        except Exception as error:  # MLflow, its transport and the artifact store raise any type
             if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
                 return None
             with self._in_a_line():
-                client.get_run(run_id)  # a store that does not answer is in trouble as a whole
+                client.get_run(run_id)  # raises if the whole store does not answer
             why = f"{name} of run {run_id} cannot be read ({reason(self.uri, error)})"
             raise ArtifactError(
                 f"store {without_password(self.uri)}: {why}; look at it by hand"
@@ -516,7 +518,7 @@ class ServerStore:
     def _in_a_line(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever MLflow or its transport may raise
+        except Exception as error:  # MLflow and its transport raise any type
             why = f"does not answer as an MLflow server ({reason(self.uri, error)})"
             advice = "is it up, and is MLFLOW_TRACKING_URI right?"
             raise StoreError(f"store {without_password(self.uri)} {why}; {advice}") from error

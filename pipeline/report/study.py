@@ -1,10 +1,11 @@
-"""Runs in groups that may be compared, and the statistics of each rule in a group.
+"""Groups of comparable runs, and the statistics of each rule in a group.
 
     study.groups[0].spread("SLTT", "peak_saved_bytes")   mean and standard deviation over seeds
     study.groups[0].ratios("SLTT", "peak_saved_bytes")   over the baseline, seed by seed
 
-Nothing is divided across groups: their runs have another study key, or trained on something else.
-Only the speeds of groups that differ in their number of workers alone are (`tables.scaling`).
+Values of different groups are never divided: their runs have different study keys or conditions.
+The one exception are the speeds of groups that differ only in the number of workers
+(`tables.scaling`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from pipeline.report.claims import Claim
 
-WITHIN = 0.7  # points of accuracy: the loss that SLTT and OTTT claim at most
+WITHIN = 0.7  # points of accuracy: the largest loss that SLTT and OTTT claim
 _OF_TIME = (COMPUTE, "wall_s", "net_s", "images_per_s")
 FOLDED_ALONE = (
     f"times are divided by those of {BASELINE} folded over time; step by step, which may be faster,"
@@ -50,12 +51,12 @@ class Spread:
     """A quantity over the seeds of a rule."""
 
     mean: float
-    deviation: float | None  # None of one run
+    deviation: float | None  # None for one run
     runs: int
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of the mean: mean ± t(0.975, n - 1) deviation / √n; None of one run."""
+        """The 95 % interval of the mean, mean ± t(0.975, n - 1) deviation / √n; None for 1 run."""
         if self.deviation is None:
             return None
         from scipy import stats
@@ -76,9 +77,9 @@ def spread_of(values: Sequence[float]) -> Spread | None:
 class Difference:
     """Baseline minus rule in points of accuracy, paired by seed, with the 95 % interval.
 
-    d_i = top1(baseline, seed i) - top1(rule, seed i). Runs of one seed begin with the same
-    weights and see the same order, so most of what a seed does drops out of the difference. The
-    interval is over seeds; the test set as a sample is in it only as far as it acts on d_i.
+    d_i = top1(baseline, seed i) - top1(rule, seed i). Runs of one seed share initial weights and
+    sample order, so most of the seed's effect cancels in the difference. The interval covers the
+    variation between seeds; it includes the sampling of the test set only through d_i.
     """
 
     baseline: str
@@ -87,12 +88,13 @@ class Difference:
     mean: float
     low: float
     high: float
-    diverged: int = 0  # further seeds in which the baseline finished and the rule diverged
+    diverged: int = 0  # further seeds that the baseline finished and the rule diverged in
 
     def verdict(self, within: float) -> Literal["holds", "fails", "is undecided"]:
-        """Whether the whole interval is at most `within` points below the baseline.
+        """Compare the interval with the tolerated loss of `within` points.
 
-        The verdict is "fails" if no part of it is, or if the rule diverged in a seed.
+        The verdict is "holds" if the whole interval is within the tolerance. It is "fails" if no
+        part of it is, or if the rule diverged in a seed.
         """
         if self.diverged:
             return "fails"
@@ -111,7 +113,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that may be compared: they share a study key and their training conditions."""
+    """Comparable runs: they share a study key and their training conditions."""
 
     runs: tuple[Run, ...]  # the baseline's first
     against: str = BASELINE
@@ -123,7 +125,7 @@ class Group:
 
     @property
     def key(self) -> str:
-        """A digest of the runs' `kind`, which does not depend on other groups."""
+        """A digest of the runs' `kind`. It does not depend on other groups."""
         return f"g{hashlib.sha256(kind(self.runs[0]).encode()).hexdigest()[:8]}"
 
     @cached_property
@@ -154,24 +156,24 @@ class Group:
         labelled = [run for run in self.runs if run.rule.startswith(f"{self.against} (")]
         if self.has_baseline or not any(run.is_finished for run in labelled):
             return ""
-        return f"several {self.against}s with different {', '.join(_apart(labelled))}; name one"
+        return f"several {self.against}s with different {', '.join(_differing(labelled))}; name one"
 
     @property
     def undivided(self) -> str:
-        """Why nothing is divided; empty where there is a baseline."""
+        """The reason why nothing is divided; empty if there is a baseline."""
         why = self.several_baselines or f"no run of {self.against} among these has finished"
         return "" if self.has_baseline else why
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Facts that the reader of means and ratios needs."""
+        """Facts that qualify the means and ratios."""
         return tuple(_notes(self))
 
     @property
     def differences(self) -> list[Difference]:
         """The difference of each rule that shares at least two seeds with the baseline."""
-        found = [self._difference(rule) for rule in self.rules if rule != self.against]
-        return [difference for difference in found if difference is not None]
+        differences = [self._difference(rule) for rule in self.rules if rule != self.against]
+        return [difference for difference in differences if difference is not None]
 
     def of(self, rule: str) -> tuple[Run, ...]:
         return tuple(run for run in self.runs if run.rule == rule)
@@ -191,7 +193,7 @@ class Group:
         return f"diverged in {lost} of {self.against}'s {counted(seeds, 'seed')}" if lost else ""
 
     def values(self, rule: str, name: str) -> pd.Series:
-        """A metric, or a number of the summaries, of the rule's finished runs, indexed by seed."""
+        """A metric or a number of the summaries, for the rule's finished runs, indexed by seed."""
         of_rule = self._by_rule.get(rule, self.frame.iloc[:0])
         if name in of_rule:
             return of_rule[name].dropna()
@@ -202,7 +204,7 @@ class Group:
         return dict(iter(self.frame.set_index("seed").groupby("rule")))
 
     def spread(self, rule: str, name: str) -> Spread | None:
-        """The spread over the rule's finished runs; None if none has the quantity."""
+        """The spread over the rule's finished runs; None if no run has the quantity."""
         return spread_of(self.values(rule, name).tolist())
 
     def by_seed(self, rule: str, name: str) -> dict[int, float]:
@@ -211,7 +213,7 @@ class Group:
         return by_seed.mean().to_dict()
 
     def paired(self, rule: str, name: str) -> dict[int, float]:
-        """By seed, the ratio to `base_of(name)` in the same seed."""
+        """The ratio to `base_of(name)` in the same seed, by seed."""
         over, values = self.by_seed(self.base_of(name), name), self.by_seed(rule, name)
         return {seed: value / over[seed] for seed, value in values.items() if over.get(seed)}
 
@@ -220,12 +222,12 @@ class Group:
         return spread_of(list(self.paired(rule, name).values()))
 
     def base_of(self, name: str) -> str:
-        """The rule that a quantity is divided by. For time and speed it is the faster BPTT."""
+        """The divisor's rule for a quantity. For time and speed it is the faster BPTT."""
         return self.fastest_baseline if name in _OF_TIME else self.against
 
     @cached_property
     def fastest_baseline(self) -> str:
-        """The faster of BPTT folded over time and BPTT step by step, on the seeds of both."""
+        """The faster of BPTT folded over time and BPTT step by step, over their common seeds."""
         kinds = [rule for rule in self.rules if is_baseline(rule, self.against)]
         times = {rule: seconds for rule in kinds if (seconds := self.by_seed(rule, COMPUTE))}
         if self.against not in times:
@@ -240,12 +242,12 @@ class Group:
     def _difference(self, rule: str) -> Difference | None:
         base, mine = self.by_seed(self.against, "top1"), self.by_seed(rule, "top1")
         shared = sorted(base.keys() & mine.keys())
-        found = spread_of([100 * (base[seed] - mine[seed]) for seed in shared])
-        if found is None or found.interval is None:
+        spread = spread_of([100 * (base[seed] - mine[seed]) for seed in shared])
+        if spread is None or spread.interval is None:
             return None
-        interval = dict(zip(("low", "high"), found.interval, strict=True))
+        interval = dict(zip(("low", "high"), spread.interval, strict=True))
         about = {"baseline": self.against, "rule": rule, "diverged": self.lost(rule)}
-        return Difference(seeds=found.runs, mean=found.mean, **interval, **about)
+        return Difference(seeds=spread.runs, mean=spread.mean, **interval, **about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,13 +259,13 @@ class Study:
     against: str = BASELINE
     within: float = WITHIN
     claims: tuple[Claim, ...] = ()
-    sweeps: tuple[Mapping[str, Any], ...] = ()  # each as `spiketrain sweep --format json` prints it
+    sweeps: tuple[Mapping[str, Any], ...] = ()  # outputs of `spiketrain sweep --format json`
     notes: tuple[str, ...] = ()
-    printed: str = ""  # by the suite's own report
+    printed: str = ""  # the text that the suite's own report printed
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """Groups with the most rules come first; otherwise the order of the runs is kept."""
+        """The groups, those with the most rules first; otherwise in the order of the runs."""
         by_kind: dict[str, list[Run]] = {}
         for run in self.runs:
             by_kind.setdefault(kind(run), []).append(run)
@@ -271,7 +273,7 @@ class Study:
         return tuple(sorted(groups, key=lambda group: -len(group.rules)))
 
     def _sorted(self, runs: Sequence[Run]) -> tuple[Run, ...]:
-        return tuple(sorted(_labelled_apart(runs), key=lambda run: place(run, self.against)))
+        return tuple(sorted(_with_distinct_labels(runs), key=lambda run: place(run, self.against)))
 
 
 def place(run: Run, against: str) -> tuple[bool, str, int, str]:
@@ -279,34 +281,36 @@ def place(run: Run, against: str) -> tuple[bool, str, int, str]:
     return run.rule != against, run.rule, run.seed, run.name
 
 
-def _labelled_apart(runs: Sequence[Run]) -> list[Run]:
-    """Extend equal labels of different rules by the values in which the rules differ.
+def _with_distinct_labels(runs: Sequence[Run]) -> list[Run]:
+    """Extend equal labels of different rules by the values that distinguish the rules.
 
     Examples are SLTT-1 with and without rescaling, or two values of a tuned field.
     """
     labels: dict[str, list[str]] = {}
     for rule in {run.rule for run in runs}:
-        labels[rule] = _apart([run for run in runs if run.rule == rule])
-    found: list[Run] = []
+        labels[rule] = _differing([run for run in runs if run.rule == rule])
+    labelled: list[Run] = []
     for run in runs:
-        values = [each for name, each in _described(run.recipe).items() if name in labels[run.rule]]
-        found.append(replace(run, rule=f"{run.rule} ({', '.join(values)})") if values else run)
-    return found
+        values = [
+            each for name, each in _label_values(run.recipe).items() if name in labels[run.rule]
+        ]
+        labelled.append(replace(run, rule=f"{run.rule} ({', '.join(values)})") if values else run)
+    return labelled
 
 
-def _apart(runs: Sequence[Run]) -> list[str]:
-    """The names in `_described` whose values differ between the runs."""
+def _differing(runs: Sequence[Run]) -> list[str]:
+    """The names in `_label_values` whose values differ between the runs."""
     import pandas as pd
 
-    values = pd.DataFrame([_described(run.recipe) for run in runs])
+    values = pd.DataFrame([_label_values(run.recipe) for run in runs])
     return list(values.columns[values.nunique() > 1])
 
 
-def _described(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """The rule's keywords, and the value of each field that was tuned, as text."""
+def _label_values(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """The rule's keywords and the value of each tuned field, as text."""
     rule = recipe.get("rule")
-    found = {"keywords": _keywords(rule) or "as it comes"} if isinstance(rule, Mapping) else {}
-    return found | {key: f"{key}={written(recipe, key)}" for key in tuned_in(recipe)}
+    described = {"keywords": _keywords(rule) or "as it comes"} if isinstance(rule, Mapping) else {}
+    return described | {key: f"{key}={written(recipe, key)}" for key in tuned_in(recipe)}
 
 
 def _keywords(part: Mapping[str, Any]) -> str:
@@ -316,7 +320,7 @@ def _keywords(part: Mapping[str, Any]) -> str:
 
 
 def _python(value: Any) -> str:
-    """A part of a recipe as Python writes it: `SLTT(k=1)`."""
+    """A part of a recipe in Python notation: `SLTT(k=1)`."""
     is_part = isinstance(value, Mapping) and "target" in value
     return (
         f"{str(value['target']).rpartition('.')[2]}({_keywords(value)})" if is_part else str(value)
@@ -377,7 +381,7 @@ def _notes(group: Group) -> Iterator[str]:
 
 
 def _notes_on_clocks(group: Group, of_rule: Mapping[str, Sequence[Run]]) -> Iterator[str]:
-    """What wall clocks have in them, and what they leave out."""
+    """Notes about the time that wall clocks include and exclude."""
     restarts = {
         rule: sum(run.value("restarts") or 0 for run in runs) for rule, runs in of_rule.items()
     }
@@ -419,14 +423,14 @@ def _divergence(run: Run) -> str:
         return "diverged"
     if run.is_finished and loss is not None and not math.isfinite(loss):
         return f"ended with a loss of {loss} in its evaluation"
-    # A run also goes back for replicas that differ, and then skips nothing.
+    # Differing replicas also cause a rollback, but then no batch is skipped.
     if run.is_finished and back and run.value("skipped_batches"):
         return f"went back {counted(back, 'time')} as its training diverged"
     return ""
 
 
 def _notes_on_divisions(group: Group, seeds: Mapping[str, set[int]]) -> Iterator[str]:
-    """Which BPTT is divided by, and which rules have no seed in common with it."""
+    """Notes about the BPTT that is divided by, and the rules without a common seed."""
     kinds = [rule for rule in seeds if is_baseline(rule, group.against)]
     has_time = any(run.recipe.get("time_steps") != 1 for run in group.finished)
     is_compared = group.against == BASELINE and len(seeds) > len(kinds) and has_time

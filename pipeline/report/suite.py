@@ -1,4 +1,4 @@
-"""The results of a suite: its own report once all runs are over, or its comparisons so far.
+"""The results of a suite: its own report once all runs are done, or its comparisons so far.
 
 `print_protocols` is the report of a search.
 """
@@ -25,11 +25,11 @@ from pipeline.track.state import best, entries_in, is_driven, over_in, state_of
 
 
 def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
-    """The folder of the suite that the names mean; None if they mean runs or studies.
+    """The folder of the suite that the names select; None if they select runs or studies.
 
     Raises:
-        ReportError: a suite beside something else, or a name that begins those of several runs
-            and no study's key.
+        ReportError: a suite is named beside something else, or a name begins the names of several
+            runs and is no study's key.
     """
     there = folders_in(runs_dir, suites=True)
     for name in names:
@@ -40,7 +40,7 @@ def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
                 raise
             continue
         except ReportError:
-            continue  # a study, or nothing: `compare` says which
+            continue  # a study, or nothing: `compare` raises the precise error
         if is_suite(folder):
             if len(names) > 1:
                 others = f"got {folder.name} among {', '.join(names)}"
@@ -60,7 +60,7 @@ def own_report(suite: str, report: Report, over: Mapping[str, Path], console: Co
     """Run a suite's own report on its finished and diverged runs.
 
     Raises:
-        ValueError: what it refused, or the error that it ended in, and where.
+        ValueError: the report refused the runs or failed; the message says where.
     """
     console.record = True
     try:
@@ -68,7 +68,7 @@ def own_report(suite: str, report: Report, over: Mapping[str, Path], console: Co
         return Reported(value, console.export_text())
     except ValueError:
         raise
-    except Exception as error:  # code of whoever wrote the suite
+    except Exception as error:  # the report is the suite author's code
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}, line {last.lineno}"
         why = f"{type(error).__name__}: {error}"
@@ -84,16 +84,16 @@ def print_suite(
     format: str = "table",
     console: Console | None = None,
 ) -> Reported | None:
-    """Print a suite's own report, or its comparisons, and the runs that have not finished.
+    """Print a suite's own report or its comparisons, and the unfinished runs.
 
-    The result of an own report is returned, so that the caller need not run it again.
+    The result of its own report is returned, so that the caller need not run it again.
 
     Args:
-        trust: packages of the user's own that the suite's report and recipes may be imported from.
-        against, within: see `compare`; a suite's own report takes neither.
-        format: table; json: what an own report returns, with null for what is not finite; csv: a
-            line for each finished run that is no trial, with or without an own report. For json
-            and csv, the unfinished runs are named on stderr.
+        trust: the user's own packages that the suite's report and recipes may be imported from.
+        against, within: as in `compare`; a suite's own report takes neither.
+        format: "table"; "json" prints the own report's value, with null for numbers that are not
+            finite; "csv" prints one line per finished run that is no trial, with or without an own
+            report. For json and csv, the unfinished runs are named on stderr.
 
     Raises:
         ValueError: the suite cannot be read, or its runs must not be compared.
@@ -154,21 +154,22 @@ TITLES = {
 
 
 def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
-    """Print a search: shared settings for every rule, then each rule with its own best value, then
-    the trials with their accuracy on the held-out part of the training set.
+    """Print the results of a search.
 
-    A study whose runs all diverged has no table: its runs are named.
+    The order is: shared settings for every rule, each rule with its own best value, and the trials
+    with their accuracy on the held-out part of the training set. If all runs of a study diverged,
+    they are named instead of a table.
 
     Args:
-        runs: all runs of a suite.
+        runs: all runs of the suite.
 
     Returns:
-        what it printed, as JSON values.
+        The printed values as JSON values.
     """
-    found: dict[str, Any] = {}
+    printed: dict[str, Any] = {}
     read = [read_run(folder) for folder in runs.values()]
     for protocol, title in TITLES.items():
-        found[protocol] = []
+        printed[protocol] = []
         of_protocol = [run for run in read if run.protocol == protocol]
         for study in dict.fromkeys(run.study for run in of_protocol):
             members = [run for run in of_protocol if run.study == study]
@@ -182,13 +183,13 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
                     say(console, f"{run.name} ({run.rule}) diverged")
                 console.print()
                 lost = list(map(unfinished_to_json, members))
-                found[protocol].append({"study": study, "runs": [], "unfinished": lost})
+                printed[protocol].append({"study": study, "runs": [], "unfinished": lost})
                 continue
             folders = [run.folder for run in members]
             for comparison in comparisons(folders[0].parent, folders):
                 comparison.render(console)
                 console.print()
-                found[protocol].append(comparison.to_json())
+                printed[protocol].append(comparison.to_json())
     tried = [run for run in read if run.protocol == "trial"]
     studies = dict.fromkeys(run.study for run in tried)
     trials = list(_trials([run for study in studies for run in tried if run.study == study]))
@@ -204,11 +205,11 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
     ]
     columns = ("rule", "field", number("value"), number("top-1"), "")
     print_table(console, columns, rows, title="trials, on a held-out part")
-    return {**found, "trials": trials}
+    return {**printed, "trials": trials}
 
 
 def _trials(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    """The trials of each search in the order that they were tried in, and which was taken."""
+    """The trials of each search in the order of execution, with the chosen one marked."""
     searches: dict[str, dict[str, float | None]] = {}
     for run in runs:
         top1 = None if run.state == "diverged" else run.value("top1")
@@ -227,7 +228,7 @@ def _trials(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
 
 
 def _search(run: Run) -> str:
-    """A key of a search: everything that its trials share."""
+    """A key of a search: everything that its trials have in common."""
     tried = ("name", *run.recipe["tuned"])
     fields = {key: value for key, value in flat(run.recipe) if key not in tried}
     return json.dumps([run.study, fields], sort_keys=True)

@@ -1,5 +1,6 @@
-"""Sweeps over time steps, as `spiketrain sweep --format json` prints them: their figures and the
-table of largest batches.
+"""Figures of sweeps over time steps, and tables of the largest batches.
+
+A sweep is the output of `spiketrain sweep --format json`.
 """
 
 import json
@@ -27,10 +28,10 @@ class Point(NamedTuple):
     rule: str
     time_steps: int
     saved: float  # bytes
-    kept: float | None  # with states, where the sweep has them
-    seconds: float  # of forward and backward
-    batch: int | None  # the rule's own largest; None where none was looked for
-    images_per_s: float | None  # of forward and backward of that batch; None where it was not tried
+    kept: float | None  # saved bytes with states; None if the sweep lacks them
+    seconds: float  # time of forward and backward
+    batch: int | None  # the rule's own largest batch; None if it was not searched
+    images_per_s: float | None  # forward and backward speed at that batch; None if not tried
 
 
 class Swept(NamedTuple):
@@ -39,7 +40,7 @@ class Swept(NamedTuple):
     key: str
     recipe: str
     figures: tuple[Figure, ...]
-    largest: Table | None  # None where no largest batch was looked for
+    largest: Table | None  # None if no largest batch was searched
 
 
 def sweep_of(value: Any, where: str) -> Mapping[str, Any]:
@@ -65,7 +66,7 @@ def points_of(sweep: Mapping[str, Any]) -> list[Point]:
 
 
 def fastest_baselines(points: Iterable[Point]) -> dict[int, Point]:
-    """The fastest BPTT at each T, at its own largest batch; only batches that were tried count."""
+    """The fastest BPTT at each T, at its own largest batch. Only tried batches count."""
     tried = [each for each in points if each.images_per_s is not None and is_baseline(each.rule)]
     return {
         each.time_steps: each for each in sorted(tried, key=lambda each: each.images_per_s or 0)
@@ -75,7 +76,7 @@ def fastest_baselines(points: Iterable[Point]) -> dict[int, Point]:
 def swept(sweeps: Iterable[Mapping[str, Any]]) -> Iterator[Swept]:
     """Figures and tables of the sweeps that have points.
 
-    A sweep of a single T with largest batches has no figures.
+    A sweep over a single T with largest batches has no figures.
     """
     found = [(sweep, largest_batches(sweep)) for sweep in sweeps if sweep["points"]]
     for index, (sweep, table) in enumerate(found, start=1):
@@ -204,7 +205,7 @@ def _line(
     *,
     is_dotted: bool = False,
 ) -> dict[str, Any]:
-    """A dotted line is in the legend with the rule's own."""
+    """Make a line. A dotted line shares the legend entry of the rule's solid line."""
     name = plain(rule) + (", with states" if is_dotted else "")
     width, dash = (1, "dot") if is_dotted else (2, "solid")
     return {

@@ -71,7 +71,7 @@ SCALING_SAID = (
 
 
 class Shown(NamedTuple):
-    """A quantity of a rule as text: `8 MB`, `± 0 MB`, `×0.25`; the last two may be empty."""
+    """A quantity of a rule as text: `8 MB`, `± 0 MB`, `×0.25`. The last two may be empty."""
 
     mean: str
     spread: str
@@ -82,23 +82,25 @@ class Shown(NamedTuple):
 
 
 def shown_of(group: Group, rule: str, metric: Metric, *, is_divided: bool = True) -> Shown | None:
-    """A rule's mean over its finished runs, the deviation, and the ratio over paired seeds.
+    """A rule's mean over its finished runs, its deviation, and its ratio over paired seeds.
 
     None if no run measured it.
     """
-    found = group.spread(rule, metric.name)
-    if found is None:
+    over_seeds = group.spread(rule, metric.name)
+    if over_seeds is None:
         return None
     ratio = group.ratios(rule, metric.name) if is_divided else None
     over = "" if ratio is None else f"×{ratio.mean:{'.2f' if ratio.mean >= 0.1 else '.3g'}}"
     spread = (
-        "" if found.deviation is None else f"± {_text(metric, found.deviation, like=found.mean)}"
+        ""
+        if over_seeds.deviation is None
+        else f"± {_text(metric, over_seeds.deviation, like=over_seeds.mean)}"
     )
-    return Shown(_text(metric, found.mean), spread, over)
+    return Shown(_text(metric, over_seeds.mean), spread, over)
 
 
 def columns_of_costs(group: Group) -> list[Metric]:
-    """The columns of every table, and the compared metrics that a finished run measured."""
+    """The columns of every table, plus the compared metrics that a finished run has."""
     finished = group.finished
     return [
         each
@@ -114,9 +116,11 @@ def title(metric: Metric, runs: Iterable[Run]) -> str:
 
 
 def prices(runs: Iterable[Run]) -> str:
-    """The price tables behind the estimated joules, such as `45 nm, fp32`; may be empty."""
-    of = ((run.summary or {})["inference"] for run in runs if run.value(ENERGY) is not None)
-    return "; ".join(dict.fromkeys(str(inference.get("prices", NOT_SAID)) for inference in of))
+    """The price tables of the estimated joules, such as `45 nm, fp32`; may be empty."""
+    inferences = ((run.summary or {})["inference"] for run in runs if run.value(ENERGY) is not None)
+    return "; ".join(
+        dict.fromkeys(str(inference.get("prices", NOT_SAID)) for inference in inferences)
+    )
 
 
 def headlines(group: Group) -> list[tuple[str, str]]:
@@ -124,12 +128,12 @@ def headlines(group: Group) -> list[tuple[str, str]]:
     if not group.has_baseline:
         return []
     texts = {each.rule: each.text(group.within) for each in group.differences}
-    found = [
+    sentences = [
         (rule, _headline(group, rule, texts.get(rule)))
         for rule in group.rules
         if rule != group.against
     ]
-    return [(rule, line) for rule, line in found if line]
+    return [(rule, line) for rule, line in sentences if line]
 
 
 def costs(group: Group) -> Table:
@@ -150,7 +154,7 @@ def beside(group: Group) -> Table | None:
         if not each.better
         and not each.name.startswith(_HELD)
         and not each.title.endswith(in_costs)
-        and any(_is_there(run, each) for run in group.finished)
+        and any(_is_measured(run, each) for run in group.finished)
     ]
     return _of_metrics(group, metrics) if metrics else None
 
@@ -164,7 +168,7 @@ def held(group: Group) -> Table | None:
 
 
 def behind_the_rows(group: Group) -> Table:
-    """By rule: what it is divided by, the choices that decide the comparison, and its seeds."""
+    """For each rule: its divisor, the choices that affect the comparison, and its seeds."""
     seeds = {
         rule: ", ".join(str(run.seed) for run in group.of(rule) if run.is_finished)
         for rule in group.rules
@@ -176,7 +180,7 @@ def behind_the_rows(group: Group) -> Table:
 
 
 def behind(group: Group, rule: str) -> dict[str, str]:
-    """The rules that a rule is divided by, and the choices that decide the comparison."""
+    """The rules that a rule is divided by, and the choices that affect the comparison."""
     runs = group.of(rule)
     conditions = (
         run.summary["conditions"] for run in runs if run.summary and run.summary.get("conditions")
@@ -216,7 +220,7 @@ def recipe_differences(study: Study) -> Table:
             *(named(each, among=study.groups) for each in (first, group)),
         )
         for group in others
-        for name, mine, theirs in _apart(first.runs[0], group.runs[0])
+        for name, mine, theirs in _differing_fields(first.runs[0], group.runs[0])
     ]
     columns = ("field", "first group", "other group", "first", "other")
     return Table(columns=columns, rows=tuple(rows))
@@ -259,7 +263,7 @@ def provenance(study: Study) -> Table:
 
 
 def lone_runs(groups: Sequence[Group]) -> Table:
-    """Runs of groups with a single rule. They are compared with nothing."""
+    """Runs of groups with a single rule. They have no comparison."""
     finished = [run for group in groups for run in group.finished]
     metrics = [each for each in compared() if each.name != "top1"]
     rows: list[tuple[Cell, ...]] = []
@@ -285,18 +289,20 @@ def lone_runs(groups: Sequence[Group]) -> Table:
 
 
 def scaling(study: Study) -> Table | None:
-    """The worth of more workers, measured; None where no rule finished on two numbers of them.
+    """The measured benefit of more workers; None if no rule finished with two worker counts.
 
         speed-up   = images/s of n workers / images/s of the fewest
         efficiency = speed-up / (n / the fewest)
 
-    images/s are a run's steady ones. The global batch is the recipe's for any number of workers.
+    images/s are those of steady batches. The global batch is the recipe's for any worker count.
     """
     alike: dict[str, dict[int, list[Run]]] = {}
     for group in study.groups:
         for run in group.finished:
             if run.workers and run.value("images_per_s") and _is_split_as_written(run, run.workers):
-                alike.setdefault(_but_for_workers(run), {}).setdefault(run.workers, []).append(run)
+                alike.setdefault(_key_without_workers(run), {}).setdefault(run.workers, []).append(
+                    run
+                )
     columns = (
         "rule",
         "workers",
@@ -319,7 +325,7 @@ def scaling(study: Study) -> Table | None:
 def named(group: Group, *, among: Sequence[Group] = ()) -> str:
     """`Study 01234567, shared settings, on a cpu, 2 cores, 1 thread, 2 workers`
 
-    The protocol is named where one of the groups that it stands among was tuned.
+    The protocol is named if one of the groups beside it was tuned.
     """
     run, protocol = group.runs[0], ""
     if any(tuned_in(each.runs[0].recipe) for each in (group, *among)):
@@ -329,7 +335,7 @@ def named(group: Group, *, among: Sequence[Group] = ()) -> str:
 
 
 def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
-    """A quantity with its unit. A deviation has the unit of the mean, which is `like`."""
+    """Format a quantity with its unit. A deviation has the unit of the mean, `like`."""
     size, digits = (value, 4) if like is None else (like, 2)
     if metric.unit == "share":
         return f"{value:.2%}"
@@ -342,7 +348,7 @@ def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
 
 
 def _headline(group: Group, rule: str, difference: str | None) -> str:
-    """Empty if nothing of the rule can be compared with the baseline."""
+    """The headline of a rule; empty if it has nothing to compare with the baseline."""
     saved = ", ".join(_saved(group, rule))
     if not saved and not group.lost(rule):
         return ""
@@ -381,9 +387,9 @@ def _costs(group: Group, rule: str, metrics: Sequence[Metric]) -> Iterator[Cell]
     others = Counter(_unfinished(run) for run in runs if not run.is_finished)
     yield rule
     for each in metrics:
-        found = shown_of(group, rule, each)
+        shown = shown_of(group, rule, each)
         states = ", ".join(others) if each.name == "top1" else None
-        yield states if found is None else found.in_a_line()
+        yield states if shown is None else shown.in_a_line()
     states = [f"{times} {state}" for state, times in others.items()]
     yield ", ".join([str(finished), *states]) if others else finished
 
@@ -391,8 +397,8 @@ def _costs(group: Group, rule: str, metrics: Sequence[Metric]) -> Iterator[Cell]
 def _of_metrics(group: Group, metrics: Sequence[Metric]) -> Table:
     rows = []
     for rule in group.rules:
-        found = [shown_of(group, rule, each, is_divided=False) for each in metrics]
-        rows.append((rule, *(each and each.in_a_line() for each in found)))
+        cells = [shown_of(group, rule, each, is_divided=False) for each in metrics]
+        rows.append((rule, *(each and each.in_a_line() for each in cells)))
     return Table(columns=("rule", *(each.title for each in metrics)), rows=tuple(rows))
 
 
@@ -407,14 +413,14 @@ def _progress(run: Run) -> str:
     return f"{past.step}/{run.total_steps or '?'}{again}"
 
 
-def _is_there(run: Run, metric: Metric) -> bool:
-    """Whether it was measured. Without a device, its peaks are 0."""
+def _is_measured(run: Run, metric: Metric) -> bool:
+    """Whether the metric was measured. Without a device, its peaks are 0."""
     value = run.value(metric.name)
     return value is not None and (value != 0 or "peak_" not in metric.name)
 
 
 def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
-    """How many time steps a forward takes. A recipe that a journal alone has is text."""
+    """Time steps per forward. A recipe that is only known from a journal is text."""
     whole = written(recipe, "time_steps")
     if steps is None or (steps != 1 and whole is None):
         return NOT_SAID
@@ -424,7 +430,7 @@ def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
 
 
 def _evaluated(recipe: Mapping[str, Any]) -> str:
-    """How often the evaluation set was read: a set that is read once has chosen nothing."""
+    """How often the evaluation set was read. A set that is read once has chosen nothing."""
     every = written(recipe, "evaluation.every")
     if every is None:
         return NOT_SAID
@@ -433,8 +439,8 @@ def _evaluated(recipe: Mapping[str, Any]) -> str:
     )
 
 
-def _apart(first: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
-    """The fields that differ, but for those in which runs of a group may differ."""
+def _differing_fields(first: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
+    """The fields that differ, except those in which runs of a group may differ."""
     recipes = [
         {**of_the_study(run.recipe), "init": run.recipe.get("init")} for run in (first, other)
     ]
@@ -450,21 +456,21 @@ def _apart(first: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
 
 def _in_turn(values: Iterable[Cell]) -> Cell:
     """The distinct values in order, such as `2, then 1`."""
-    found = list(dict.fromkeys(values))
-    return found[0] if len(found) == 1 else ", then ".join(map(str, found)) or None
+    distinct = list(dict.fromkeys(values))
+    return distinct[0] if len(distinct) == 1 else ", then ".join(map(str, distinct)) or None
 
 
 def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cell, ...]]:
     fewest = min(by_workers)
     alone = 0.0
     for workers, runs in sorted(by_workers.items()):
-        found = spread_of([run.value("images_per_s") or 0.0 for run in runs])
-        assert found is not None, "each number of workers has a run"
-        alone = alone or found.mean
-        speed_up = found.mean / alone
-        about = (
+        speed = spread_of([run.value("images_per_s") or 0.0 for run in runs])
+        assert speed is not None, "each number of workers has a run"
+        alone = alone or speed.mean
+        speed_up = speed.mean / alone
+        conditions = (
             counted(fewest, "worker"),
-            found.runs,
+            speed.runs,
             runs[0].study[:8],
             machine(runs[0].hardware),
         )
@@ -473,31 +479,31 @@ def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cel
         yield (
             runs[0].rule,
             workers,
-            found.mean,
-            found.deviation,
+            speed.mean,
+            speed.deviation,
             speed_up,
             efficiency,
-            *about,
+            *conditions,
             cores,
         )
 
 
 def _is_split_as_written(run: Run, workers: int) -> bool:
-    """Whether all starts trained alike, in the micro-batches of the recipe."""
+    """Whether all starts had equal conditions and the recipe's micro-batches."""
     size, most = run.recipe.get("batch_size"), run.recipe.get("micro_batch")
     if len(run.trained_on) != 1 or not isinstance(size, int) or size % workers:
         return False
     return run.trained_on[0].micro_batch == Split.of(size, workers=workers, most=most).micro_batch
 
 
-def _but_for_workers(run: Run) -> str:
+def _key_without_workers(run: Run) -> str:
     """A key of runs that may differ only in their number of workers."""
     (on,) = run.trained_on
     rule = run.recipe.get("rule")
-    found = [
+    conditions = [
         run.study,
         rule if isinstance(rule, Mapping) else run.rule,
         on.loader_threads,
         on.own_cores,
     ]
-    return json.dumps([*found, dict(on.hardware)], sort_keys=True, default=str)
+    return json.dumps([*conditions, dict(on.hardware)], sort_keys=True, default=str)

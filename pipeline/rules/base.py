@@ -1,4 +1,4 @@
-"""The interface of a training rule, which decides what is differentiated and when.
+"""The interface of a training rule. A rule decides what is differentiated, and when.
 
     rule.attach(model)                                              # once
     # once per micro-batch:
@@ -32,8 +32,9 @@ LossOf = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class World:
-    """The part of the run that a rule may know: seed, rank, number of ranks, and `mean`, which
-    averages a tensor over ranks.
+    """The part of the run that a rule may know: seed, rank, number of ranks, and `mean`.
+
+    `mean` averages a tensor over ranks.
     """
 
     seed: int = 0
@@ -58,12 +59,12 @@ class LossTerm:
 
 
 class Rule(nn.Module):
-    """Base class of the rules. It is a Module so that a rule's own state is moved and checkpointed.
+    """Base class of the rules. It is a Module so that a rule's state is moved and checkpointed.
 
-    A subclass declares how the memory for its backward grows with T (`memory`), when the loop may
-    update the weights (`update`: after the batch, or after each loss term), and which losses it can
-    differentiate (`over_time_choices`). It overrides `_loss_terms`, and `attach` if it sets seams.
-    State that a rule learns itself, without gradients, is kept in fp32 buffers, which are
+    A subclass declares how the memory for its backward grows with T (`memory`). It declares when
+    the loop may update the weights (`update`: after the batch, or after each loss term), and which
+    losses it can differentiate (`over_time_choices`). It overrides `_loss_terms`, and `attach` if
+    it sets seams. State that a rule learns without gradients is in fp32 buffers, which are
     checkpointed. It is updated in `end_of_batch`, bit for bit equally on every rank.
     """
 
@@ -73,18 +74,17 @@ class Rule(nn.Module):
     calibration_batches: int = 0
     """the number of global training batches that `calibrate` needs before the first step"""
     adds_noise: bool = False
-    """whether the rule adds noise to the forward, so that activity in training is not the network's
-    own
+    """whether the rule adds noise to the forward; training activity is then not the network's own
     """
     backpropagates_errors: bool = True
     """whether a layer's error passes through the synapse of the layer above it"""
     one_loss_per_step: bool = True
-    """whether `loss_of` is called once per step, or once; False: also on logits other than the
-    network's
+    """whether `loss_of` sees only the network's logits, once per step or once; False: it also sees
+    other logits
     """
     forecast_note: str = ""
-    """how a forecast counts a batch whose work depends on values (`forecast/counts.py`); "" if it
-    does not
+    """how a forecast counts a batch whose work depends on values (`forecast/counts.py`); "" if the
+    work does not depend on them
     """
     chunk: int | None = None
     """the number of time steps per forward; None: all"""
@@ -154,8 +154,9 @@ class Rule(nn.Module):
             self.set_seam(module, "carried_rule", self.label)
 
     def check_steps(self, steps: int) -> None:
-        """Check that the rule can train on sequences of `steps` time steps. Called before a run is
-        launched.
+        """Check that the rule can train on sequences of `steps` time steps.
+
+        Called before a run is launched.
 
         Raises: ValueError that names the argument.
         """
@@ -165,35 +166,40 @@ class Rule(nn.Module):
         )
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check that the rule's guarantees hold with this optimizer. Called before a run is
-        launched, and whenever an optimizer is built.
+        """Check that the rule's guarantees hold with this optimizer.
+
+        Called before a run is launched, and whenever an optimizer is built.
 
         Raises: ValueError that names the setting.
         """
 
     def check_tasks(self, model: nn.Module, tasks: int) -> None:
-        """Check that the rule can learn `tasks` tasks on the attached `model`. Called before a run
-        is launched.
+        """Check that the rule can learn `tasks` tasks on the attached `model`.
+
+        Called before a run is launched.
 
         Raises: ValueError that names the argument.
         """
 
     def calibrate(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
-        """Set data-dependent values, such as thresholds, from `calibration_batches` training inputs
-        `x_TB`.
+        """Set data-dependent values, such as thresholds, before the first step.
+
+        `batches` are `calibration_batches` training inputs `x_TB`.
 
         Called once at a fresh start, after `attach` and before anything is distributed. Every rank
         gets the same batches.
         """
 
     def start_task(self, model: nn.Module, task: int) -> None:
-        """Called when task `task` (from 0) of a recipe with several tasks begins. Most rules ignore
-        it.
+        """Called when task `task` (from 0) of a recipe with several tasks begins.
+
+        Most rules ignore it.
         """
 
     def end_of_batch(self) -> None:
-        """Called when all micro-batches of a global batch are differentiated. Collective in rules
-        that average over ranks.
+        """Called after all micro-batches of a global batch are differentiated.
+
+        It is collective in rules that average over ranks.
         """
 
     def metrics(self) -> dict[str, float]:
@@ -205,26 +211,30 @@ class Rule(nn.Module):
         return {}
 
     def bytes(self) -> int:
-        """Peak bytes of the rule's own state within a batch: buffers, and statistics kept until its
-        end.
+        """Peak bytes of the rule's own state within a batch.
+
+        They include buffers, and statistics that are kept until the end of the batch.
         """
         return sum(buffer.nbytes for buffer in self.buffers()) + self.extra_bytes()
 
     def extra_bytes(self) -> int:
-        """The part of `bytes` that is not in buffers. State of the network (`spiking/state.py`) is
-        not included.
+        """The part of `bytes` that is not in buffers.
+
+        State of the network (`spiking/state.py`) is not included.
         """
         return 0
 
     def is_unsolved(self) -> bool:
-        """Whether the rule failed to find a gradient for the current global batch. The gradient is
-        then NaN.
+        """Whether the rule failed to find a gradient for the current global batch.
+
+        The gradient is then NaN.
         """
         return False
 
     def release(self) -> None:
-        """Restore every seam to its value before `attach`. It has no effect if nothing is
-        attached.
+        """Restore every seam to its value before `attach`.
+
+        It has no effect if nothing is attached.
         """
         while self._seams:
             module, seam, before = self._seams.pop()
@@ -245,8 +255,9 @@ class Rule(nn.Module):
         step: int | None = None,
         rows: Sequence[int] | None = None,
     ) -> Iterator[LossTerm]:
-        """The loss terms of one batch, in time order. Differentiate each one before requesting the
-        next.
+        """The loss terms of one batch, in time order.
+
+        Differentiate each term before requesting the next.
 
         `model` is the attached model or a wrapper around it. `loss_of(logits_BK)` returns the mean
         loss over the batch; under `over_time="steps"` it is called once per step, in time order.
@@ -276,8 +287,9 @@ class Rule(nn.Module):
         )
 
     def loss_over_time(self, logits_TBK: Tensor, loss_of: LossOf) -> tuple[Tensor, Tensor]:
-        """The loss of all T steps as `over_time` defines it, with graph, and the mean logits `[B,
-        K]` without.
+        """The loss of all T steps as defined by `over_time`, and the mean logits `[B, K]`.
+
+        The loss has a graph, the logits have none.
         """
         if self.over_time == "steps":
             return slice_loss(logits_TBK, loss_of, steps=len(logits_TBK))
@@ -290,10 +302,11 @@ class Rule(nn.Module):
 
 
 def slice_loss(logits_TBK: Tensor, loss_of: LossOf, *, steps: int) -> tuple[Tensor, Tensor]:
-    """A slice's part of the mean over `steps`: its losses / `steps` with graph, its logits /
-    `steps` without.
+    """A slice's part of the mean over `steps`: its losses / `steps` and its logits / `steps`.
+
+    The losses have a graph, the logits have none.
     """
-    if len(logits_TBK) == 1:  # a shortcut for rules with single steps, which get here T times
+    if len(logits_TBK) == 1:  # a shortcut for rules with single steps, which call this T times
         logits_BK = logits_TBK.squeeze(0)
         return loss_of(logits_BK) / steps, logits_BK.detach() / steps
     losses = [loss_of(logits_BK) for logits_BK in logits_TBK.unbind(0)]
@@ -301,11 +314,12 @@ def slice_loss(logits_TBK: Tensor, loss_of: LossOf, *, steps: int) -> tuple[Tens
 
 
 def slices(x_TB: Tensor, chunk: int | None) -> Iterator[Tensor]:
-    """The input of an online rule, `chunk` steps at a time (None: all), each slice in its own
-    storage.
+    """The input of an online rule, `chunk` steps at a time (None: all).
 
-    The first synapse keeps its input for the backward. A view would keep, and count as, all T
-    steps. The slices of a static input share one frame and stay static.
+    Each slice has its own storage.
+
+    The first synapse keeps its input for the backward. A view would keep all T steps, and count as
+    all T steps. The slices of a static input share one frame and stay static.
     """
     size = chunk or len(x_TB)
     if is_static(x_TB):
@@ -316,14 +330,12 @@ def slices(x_TB: Tensor, chunk: int | None) -> Iterator[Tensor]:
 
 
 def _compact(x: Tensor) -> Tensor:
-    """`x` in storage that holds nothing else."""
+    """`x` in storage of its own."""
     return x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x
 
 
 def detach_between_steps(rule: Rule, model: nn.Module) -> None:
-    """Detach everything that `model` carries from one time step to the next: membranes, and
-    feedback.
-    """
+    """Detach everything that `model` carries between time steps: membranes and feedback."""
     for module in carrying_modules(model):
         rule.set_seam(module, "carry", torch.detach)
 
@@ -334,7 +346,7 @@ def carrying_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def refuse_whole_sequence_modules(rule: Rule, model: nn.Module) -> None:
-    """Refuse modules that need all T steps in one call, for rules that pass slices to the model.
+    """Refuse modules that need all T steps in one call. For rules that pass slices to the model.
 
     Raises: ValueError that names the first norm with statistics over time, or the first
     `WeightedRates`.
@@ -356,7 +368,7 @@ def refuse_whole_sequence_modules(rule: Rule, model: nn.Module) -> None:
 
 
 def refuse_foreign_norms(who: str, model: nn.Module) -> None:
-    """Refuse norms that mix time steps: slices would give another forward than all T steps at once.
+    """Refuse norms that mix time steps: slices would change the forward.
 
     Raises: ValueError, in the name of `who`, that names every such norm and its replacement.
     """

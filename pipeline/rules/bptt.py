@@ -143,8 +143,7 @@ class _Snapshot:
 
 
 class Recomputation:
-    """One forward over `slices` of a sequence without a graph, and a backward that recomputes each
-    slice.
+    """One forward over `slices` without a graph, and a backward that recomputes each slice.
 
         run = Recomputation(model, slices)
         logits_TBK = run.forward()                       # no graph
@@ -171,8 +170,9 @@ class Recomputation:
         return torch.cat(logits)
 
     def scalar(self, loss: Tensor, error_TBK: Tensor) -> Tensor:
-        """A scalar with the value of `loss` and the gradient of sum(error logits), the error a
-        constant.
+        """A scalar with the value of `loss` and the gradient of sum(error logits).
+
+        The error is a constant.
         """
         kept = [
             tensor for moment in self.moments for tensor in (*moment.membranes, *moment.buffers)
@@ -182,8 +182,9 @@ class Recomputation:
         )
 
     def gradients(self, error_TBK: Tensor, kept: Sequence[Tensor]) -> list[Tensor | None]:
-        """sum over slices, newest first, of error^T dlogits/dW and of the gradient through the
-        membranes after the slice.
+        """The gradients, summed over slices, newest first.
+
+        Each slice contributes error^T dlogits/dW, and the gradient through the membranes after it.
         """
         total: list[Tensor | None] = [None] * len(self.learnt)
         errors = error_TBK.split([x_cB.shape[0] for x_cB in self.slices])
@@ -208,8 +209,8 @@ class Recomputation:
                         outputs.append(value)
                         incoming.append(gradient)
                 inputs = [*self.learnt, *(leaf for leaf in leaves if leaf.requires_grad)]
-                found = torch.autograd.grad(outputs, inputs, incoming, allow_unused=True)
-                for index, gradient in enumerate(found[: len(self.learnt)]):
+                gradients = torch.autograd.grad(outputs, inputs, incoming, allow_unused=True)
+                for index, gradient in enumerate(gradients[: len(self.learnt)]):
                     if gradient is not None:
                         so_far = total[index]
                         total[index] = gradient if so_far is None else so_far + gradient
@@ -221,7 +222,7 @@ class Recomputation:
                 after = {
                     (id(state), name): gradient
                     for (state, name), gradient in zip(
-                        carried, found[len(self.learnt) :], strict=True
+                        carried, gradients[len(self.learnt) :], strict=True
                     )
                     if gradient is not None
                 }
@@ -244,7 +245,7 @@ class Recomputation:
     def _set(
         self, moment: _Snapshot, membranes: Sequence[Tensor], buffers: Sequence[Tensor]
     ) -> None:
-        """Restore a snapshot; membranes and buffers are passed in, as saved by autograd."""
+        """Restore a snapshot. Membranes and buffers are arguments, as autograd has saved them."""
         for state in states_of(self.model):
             state.values.clear()
         for (state, name), value in zip(moment.places, membranes, strict=True):
@@ -260,8 +261,9 @@ class Recomputation:
 
 
 class _Scalar(torch.autograd.Function):
-    """The scalar of `Recomputation.scalar`. Kept tensors pass through `save_for_backward`, so that
-    the counter of saved bytes sees them.
+    """The scalar of `Recomputation.scalar`.
+
+    Kept tensors pass through `save_for_backward`, so that the counter of saved bytes sees them.
     """
 
     @staticmethod

@@ -249,16 +249,17 @@ def _percentile(rates: Iterator[Tensor], samples: int) -> Tensor:
     largest = None
     for rate_B in rates:
         keep = rate_B[0].numel() * samples // OUTLIERS + 1
-        found = rate_B.flatten() if largest is None else torch.cat([largest, rate_B.flatten()])
-        largest = found.topk(min(keep, found.numel())).values
+        candidates = rate_B.flatten() if largest is None else torch.cat([largest, rate_B.flatten()])
+        largest = candidates.topk(min(keep, candidates.numel())).values
     assert largest is not None
     return largest[-1].clamp_min(0)
 
 
 @contextmanager
 def _evaluation_mode(model: nn.Module, *, batch_statistics: bool) -> Iterator[None]:
-    """Inside, `model` is in evaluation mode; with `batch_statistics` batch norm uses this rank's
-    batch. Modes and buffers are restored afterwards.
+    """Run `model` in evaluation mode inside the block; modes and buffers are restored afterwards.
+
+    With `batch_statistics`, batch norm uses this rank's batch.
     """
     modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}

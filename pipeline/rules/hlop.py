@@ -1,5 +1,6 @@
-"""Hebbian Learning based Orthogonal Projection: any rule, with gradients projected away from old
-tasks.
+"""Hebbian Learning based Orthogonal Projection, which combines with any rule.
+
+Gradients are projected away from the inputs of old tasks.
 """
 
 # T time, B batch
@@ -44,8 +45,7 @@ _ROWS, _FEEDBACK = 0x484C4F50, 0x46414C47
 
 
 class HLOP(Rule):
-    """HLOP(inner): `inner` computes the gradients, which are projected orthogonally to old tasks'
-    inputs.
+    """HLOP(inner): gradients of `inner`, projected orthogonally to the inputs of old tasks.
 
         dL/dW <- dL/dW - (dL/dW H^T) H      from the second task on; H the synapse's frozen rows
 
@@ -228,8 +228,9 @@ class HLOP(Rule):
     def _attach_synapse(
         self, name: str, synapse: Linear | Conv2d, subspace: Subspace, decay: float | None
     ) -> None:
-        """Attach one synapse to its subspace: the recorder of its inputs, and the projection of its
-        gradient.
+        """Attach one synapse to its subspace.
+
+        This sets the recorder of its inputs and the projection of its gradient.
         """
         recorder = InputRecorder(name, synapse, subspace, self._moments, decay)
         self._recorders.append(recorder)
@@ -267,16 +268,18 @@ class HLOP(Rule):
                 self.set_seam(synapse, "backward_weight", self._feedback[-1])
 
     def _freeze(self, g: Tensor) -> Tensor | None:
-        """The gradient of a parameter vector: zero from the second task on. The parameter stays in
-        the optimizer.
+        """The gradient of a parameter vector: zero from the second task on.
+
+        The parameter stays in the optimizer.
         """
         return torch.zeros_like(g) if int(self.task) else None
 
     # ---------------------------------------------------------------------------------------- tasks
 
     def start_task(self, model: nn.Module, task: int) -> None:
-        """Freeze the learnt rows and start those of `task`; task 0 starts in `attach`. Collective
-        if the model has batch norm.
+        """Freeze the learnt rows and start those of `task`; task 0 starts in `attach`.
+
+        It is collective if the model has batch norm.
         """
         self.inner.start_task(model, task)
         if task == int(self.task) == 0:
@@ -371,8 +374,9 @@ class HLOP(Rule):
             yield share
 
     def end_of_batch(self) -> None:
-        """Update the rows from the inputs of all micro-batches and ranks, with one or three
-        collectives per synapse.
+        """Update the rows from the inputs of all micro-batches and ranks.
+
+        It takes one or three collectives per synapse.
         """
         self.inner.end_of_batch()
         for recorder, rate in zip(self._recorders, self._rates(len(self._recorders)), strict=True):
@@ -383,14 +387,15 @@ class HLOP(Rule):
                 )
 
     def metrics(self) -> dict[str, float]:
-        """The inner rule's metrics, and per synapse the energy that its rows keep and its free
-        directions.
+        """The inner rule's metrics, and two metrics per synapse.
+
+        They are the share of energy that its rows keep, and its number of free directions.
         """
-        found = dict(self.inner.metrics())
+        metrics = dict(self.inner.metrics())
         for recorder in self._recorders:
-            found[f"energy_{recorder.name}"] = recorder.energy()
-            found[f"free_{recorder.name}"] = float(recorder.subspace.free)
-        return found
+            metrics[f"energy_{recorder.name}"] = recorder.energy()
+            metrics[f"free_{recorder.name}"] = float(recorder.subspace.free)
+        return metrics
 
     def extra_bytes(self) -> int:
         """Bytes of the recorded moments, of fixed feedback weights, and of the inner rule."""
@@ -433,14 +438,14 @@ class HLOP(Rule):
 
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
         """The projected synapses by module name, in order of registration."""
-        found = plain_synapses(self.label, model, skip=self.skip)
-        self.rows.check(self.label, found, tasks=1)
-        if len(rates := self._rates(len(found))) != len(found):
+        synapses = plain_synapses(self.label, model, skip=self.skip)
+        self.rows.check(self.label, synapses, tasks=1)
+        if len(rates := self._rates(len(synapses))) != len(synapses):
             raise ValueError(
-                f"{self.label}: learning_rate must name one for each of {', '.join(found)}; got"
+                f"{self.label}: learning_rate must name one for each of {', '.join(synapses)}; got"
                 f" {rates}"
             )
-        return found
+        return synapses
 
     def _rates(self, count: int) -> tuple[float, ...]:
         return self.learning_rates * count if len(self.learning_rates) == 1 else self.learning_rates

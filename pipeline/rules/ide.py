@@ -23,16 +23,17 @@ from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World, refuse_
 from pipeline.spiking.equilibrium import Linearized, find_equilibrium
 from pipeline.spiking.state import fresh_state
 
-# IDE warns above the mean residual COARSE of a batch. Above the residual UNSOLVED of a sample the
-# batch has no gradient.
+# IDE warns if the mean residual of a batch exceeds COARSE. If the residual of a sample exceeds
+# UNSOLVED, the batch has no gradient.
 COARSE, UNSOLVED = 0.05, 0.5
 ESCAPED = 1e6
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The solution `beta_B`, its relative residual |g + J^T beta - beta| / |g| (0 if g is 0), and
-    the number of evaluations of J^T per sample.
+    """The solution `beta_B`, its relative residual, and the evaluations of J^T per sample.
+
+    The residual is |g + J^T beta - beta| / |g| (0 if g is 0).
     """
 
     beta_B: Tensor
@@ -41,8 +42,7 @@ class Solution:
 
 
 class IDE(Rule):
-    """Differentiate L = loss_of(readout of a[T]) as if a[T] were its limit, the fixed point a* =
-    f(a*).
+    """Differentiate L = loss_of(readout of a[T]) as if a[T] were the fixed point a* = f(a*).
 
         dL/dtheta = beta^T df/dtheta at a[T],   beta = g + J^T beta
         g = dL/da[T],   J = df/da at a[T]
@@ -115,8 +115,9 @@ class IDE(Rule):
 
 
 class _Adjoint:
-    """The seam `Equilibrium.adjoint`: keeps the results of the last solve, without references to
-    rule or model.
+    """The seam `Equilibrium.adjoint`. It keeps the results of the last solve.
+
+    It holds no references to rule or model.
     """
 
     def __init__(
@@ -161,9 +162,7 @@ class _Adjoint:
         return solution.beta_B
 
     def metrics(self) -> dict[str, float]:
-        """Mean relative residual and evaluations of J^T over the samples of the last solved
-        micro-batch.
-        """
+        """Mean relative residual, and mean evaluations of J^T, over the last solved micro-batch."""
         return {"residual": self.residual, "iterations": self.evaluations}
 
     def _diverged(self, solution: Solution, unsolved_B: Tensor, vjp: Linearized) -> str:
@@ -180,8 +179,9 @@ class _Adjoint:
 def layer_gains(
     beta_B: Tensor, unsolved_B: Tensor, vjp: Linearized, *, turns: int = 20
 ) -> list[float]:
-    """The gain of each layer of J^T along J^T's dominant direction, on the samples that did not
-    converge.
+    """The gain of each layer of J^T along the dominant direction of J^T.
+
+    The gains are measured on the samples that did not converge.
     """
     some = unsolved_B.to(beta_B.dtype).view(-1, *[1] * (beta_B.dim() - 1))
     v_B = some * torch.nan_to_num(beta_B, nan=1.0, posinf=1.0, neginf=1.0) + some
@@ -195,8 +195,9 @@ def layer_gains(
 def fixed_point(
     g_B: Tensor, transposed: Callable[[Tensor], Tensor], *, iterations: int, tolerance: float
 ) -> Solution:
-    """beta <- (beta + J^T beta + g) / 2. It converges if every eigenvalue of J lies within 2 of -1,
-    which includes every contraction.
+    """beta <- (beta + J^T beta + g) / 2.
+
+    It converges if every eigenvalue of J lies within 2 of -1, which includes every contraction.
 
     Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), the solver of its N-MNIST runs. The published
     code iterates beta <- (J^T beta + g) / 2, and so solves another equation: beta = (g + J^T beta)
@@ -218,8 +219,9 @@ def fixed_point(
 def broyden(
     g_B: Tensor, transposed: Callable[[Tensor], Tensor], *, iterations: int, tolerance: float
 ) -> Solution:
-    """Broyden's good method on r(beta) = g + J^T beta - beta, without line search. It returns the
-    iterate of lowest residual.
+    """Broyden's good method on r(beta) = g + J^T beta - beta, without line search.
+
+    It returns the iterate with the lowest residual.
 
         delta = -H r(beta),   beta <- beta + delta
         H <- H + (delta - H dr) (delta^T H) / (delta^T H dr),   H_0 = -I

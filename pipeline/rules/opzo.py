@@ -1,5 +1,6 @@
-"""Online Pseudo-Zeroth-Order training: errors reach hidden layers through matrices learnt from
-noise.
+"""Online Pseudo-Zeroth-Order training: learnt matrices carry errors to hidden layers.
+
+The matrices are learnt from noise.
 """
 
 # T time, B batch, N units of a layer, K outputs, L hidden layers
@@ -238,8 +239,9 @@ class OPZO(Rule):
 
     @contextmanager
     def _learning(self, step: int, rows: Sequence[int], t: int) -> Iterator[None]:
-        """Inside, every layer learns from its steps, with the noise of (seed, step, row, layer,
-        time).
+        """Inside the block, every layer learns from its steps.
+
+        Its noise is that of (seed, step, row, layer, time).
         """
         drawn, sign = (t, 1.0) if self.antithetic is False else (t // 2 * 2, (-1.0) ** t)
         for index, layer in enumerate(self._layers):
@@ -258,10 +260,9 @@ class OPZO(Rule):
     def _ends(
         self, logits_1BK: Tensor, loss_of: LossOf, steps: int
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """For one step: reported loss and logits, the tensors that receive signals, and the
-        signals.
+        """Reported loss and logits of one step, the tensors that receive signals, and the signals.
 
-        Each output receives its own error, each hidden layer the signal that is computed from the
+        Each output receives its own error. Each hidden layer receives the signal computed from the
         errors.
         """
         (loss, share_BK), e_BK = _loss_and_error(logits_1BK, loss_of, steps)
@@ -295,26 +296,26 @@ class OPZO(Rule):
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
         """The synapses that hold traces, which excludes those of readouts."""
         readouts = {id(module.linear) for module in model.modules() if isinstance(module, Readout)}
-        found = traceable_synapses(self.label, model)
-        return {name: synapse for name, synapse in found.items() if id(synapse) not in readouts}
+        synapses = traceable_synapses(self.label, model)
+        return {name: synapse for name, synapse in synapses.items() if id(synapse) not in readouts}
 
     def _readouts_of(self, model: nn.Module) -> dict[int, Readout]:
         """The readouts in use, by the index of their hidden layer."""
-        place, found = -1, {}
+        place, readouts = -1, {}
         for module in model.modules():
             if isinstance(module, LIF):
                 place += 1
             elif isinstance(module, Readout):
-                found[place] = module
+                readouts[place] = module
         wanted = range(place + 1) if self.local_readouts else self.intermediate
-        lacking = [index for index in wanted if index not in found]
+        lacking = [index for index in wanted if index not in readouts]
         require(
             not lacking,
             f"{self.label}: the model must have a Readout behind each hidden layer that learns"
             f" from one (models/transforms.py); got none at layer"
             f" {', '.join(map(str, lacking))} of 0..{place}",
         )
-        return {index: found[index] for index in wanted}
+        return {index: readouts[index] for index in wanted}
 
     def _checked(self, model: nn.Module, x_1B: Tensor) -> Tensor:
         """The logits of the first step, after a check that only neurons connect the layers."""

@@ -1,6 +1,4 @@
-"""Online Training Through Time: weights learn from a presynaptic trace instead of a graph through
-time.
-"""
+"""Online Training Through Time: weights learn from a trace, without a graph over time."""
 
 # T time, B batch, K classes
 
@@ -33,8 +31,7 @@ from pipeline.spiking.trace import (
 
 
 class OTTT(Rule):
-    """The membrane is detached between time steps, and the weight gradient uses the trace of the
-    input.
+    """The membrane is detached between time steps, and a trace of the input gives the gradient.
 
         a[t] = decay a[t-1] + x[t],   a[0] = 0
         grad W = 1/T sum_t g[t] a[t]^T,   g[t] = dL[t]/du[t] within step t
@@ -135,8 +132,9 @@ class OTTT(Rule):
         }
 
     def _checked(self, model: nn.Module, x_cB: Tensor) -> Tensor:
-        """The logits of the first slice, after a check of the synapses' order and of one run per
-        time step.
+        """The logits of the first slice.
+
+        The synapses must run in their order, and once per time step.
         """
         synapses = traceable_synapses(self.label, self._attached[0])
         names = list(synapses)

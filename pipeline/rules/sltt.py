@@ -1,6 +1,4 @@
-"""Spatial Learning Through Time: a backward at each time step, through the layers but not through
-time.
-"""
+"""Spatial Learning Through Time: a backward at each step, through the layers but not time."""
 
 # T time, B batch, K classes
 
@@ -112,8 +110,9 @@ class SLTT(Rule):
 
 
 def selected_steps(steps: int, k: int, *, seed: int, step: int) -> tuple[int, ...]:
-    """The sorted k time steps of 0..steps-1 that batch `step` learns from; every k-subset is
-    equally likely.
+    """The sorted k time steps of 0..steps-1 that batch `step` learns from.
+
+    Every k-subset is equally likely.
 
     Each time step draws 64 bits from (seed, step, t), and the k smallest are selected.
     """

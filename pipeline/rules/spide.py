@@ -1,6 +1,4 @@
-"""SPIDE: the gradient at a feedback network's equilibrium, solved by a second phase of spiking
-neurons.
-"""
+"""SPIDE: the gradient at an equilibrium, solved by a second phase of spiking neurons."""
 
 # T time, B batch, K classes, N layers; T_B steps of the backward phase
 
@@ -23,14 +21,11 @@ from pipeline.spiking.state import fresh_state, hooked
 from pipeline.spiking.synapse import Linear, effective_weight, error_weight
 
 Transposed = Callable[[Tensor, Tensor], None]
-"""adds to a layer's potentials u_B, in place, the input from the emissions s_B of the layer
-above
-"""
+"""adds to a layer's potentials u_B, in place, the input from emissions s_B of the layer above"""
 
 
 class SPIDE(Rule):
-    """Spike-based implicit differentiation: solves IDE's equation in a backward phase of `steps`
-    (T_B).
+    """Spike-based implicit differentiation: solves IDE's equation in `steps` (T_B) backward steps.
 
         forward      T steps without a graph; a[T] is the rate at their end
                      (`spiking/equilibrium.py`)
@@ -102,8 +97,9 @@ class SPIDE(Rule):
 
 
 class _Adjoint:
-    """The seam `Equilibrium.adjoint`: settings and results of a backward phase, without references
-    to rule or model.
+    """The seam `Equilibrium.adjoint`: settings and results of a backward phase.
+
+    It holds no references to rule or model.
     """
 
     def __init__(self, steps: int, scale: float, threshold: float, decay: float) -> None:
@@ -126,7 +122,7 @@ class _Adjoint:
             return [torch.zeros_like(mask_B, dtype=g_B.dtype) for mask_B in vjp.masks]
         # g_B is the gradient of `factor` times a mean over `samples`.
         gain = self.scale * self.samples / self.factor
-        found = ternary_phase(
+        phase = ternary_phase(
             gain * g_B,
             [_transposed_layer(vjp, layer) for layer in range(len(vjp.masks))],
             [mask_B.shape for mask_B in vjp.masks],
@@ -135,9 +131,9 @@ class _Adjoint:
             quantum=2 * self.threshold,
             decay=self.decay,
         )
-        self.backward_rate, self.saturated = found.rate, found.saturated
+        self.backward_rate, self.saturated = phase.rate, phase.saturated
         self._warn(gain * g_B.abs().max().item())
-        return [beta_B / gain for beta_B in found.beta]
+        return [beta_B / gain for beta_B in phase.beta]
 
     def metrics(self) -> dict[str, float]:
         return {"backward_rate": self.backward_rate, "saturated": self.saturated}
@@ -165,9 +161,7 @@ class _Adjoint:
 
 
 class _RecordLossScale(torch.autograd.Function):
-    """Identity; its backward runs first and records the factor that a backend applied to the
-    loss.
-    """
+    """Identity. Its backward runs first and records the factor of the loss, set by a backend."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, adjoint: _Adjoint) -> Tensor:
@@ -189,8 +183,7 @@ class Ternary:
     rate: float
     """emissions per neuron and step"""
     saturated: float
-    """share of the neurons whose potential ends above one emission: their beta is limited by the
-    quantum
+    """share of the neurons whose potential ends above one emission; the quantum limits their beta
     """
 
 

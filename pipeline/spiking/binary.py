@@ -151,8 +151,9 @@ def binary_synapses(model: nn.Module) -> dict[str, Linear | Conv2d]:
 
 
 def latent_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters that weight decay must not touch: latent weights, which would move to 0 and flip,
-    and learnable scales.
+    """Parameters that weight decay must not touch: latent weights and learnable scales.
+
+    Under weight decay, latent weights would move to 0 and flip.
     """
     for synapse in binary_synapses(model).values():
         yield synapse.weight

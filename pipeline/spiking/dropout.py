@@ -48,8 +48,7 @@ class Dropout(nn.Module):
 
 
 class DropPath(Dropout):
-    """Dropout with one m per sample. After the branch of a residual block it leaves only the
-    shortcut.
+    """Dropout with one m per sample. A dropped residual branch leaves only the shortcut.
 
     Source: Huang et al. 2016 (stochastic depth, arXiv 1603.09382).
     """

@@ -8,8 +8,9 @@ from pipeline.core.checks import refuse_unless_counts, require
 
 
 def over_steps(x_B: Tensor, steps: int) -> Tensor:
-    """A data-set batch with time first: images `[B, C, H, W]` are repeated, recordings `[B, T, C,
-    H, W]` are transposed.
+    """A data-set batch with time first.
+
+    Images `[B, C, H, W]` are repeated, recordings `[B, T, C, H, W]` are transposed.
 
     Raises: ValueError for recordings whose length is not `steps`.
     """

@@ -40,8 +40,7 @@ Adjoint = Callable[[Tensor, "Linearized"], "Tensor | Sequence[Tensor]"]
 
 
 class Equilibrium(nn.Module):
-    """The feedback network above: inputs `[T, B, ...]` to `[T, B, ...]` in the shape of the last
-    layer.
+    """The feedback network above: inputs `[T, B, ...]` to outputs in the shape of the last layer.
 
     `inject` and `synapses` (N - 1 of them, from layer l to l + 1) are affine in evaluation, such as
     a synapse with batch norm. `feedback`, from the last layer to the first, is linear. `neurons`
@@ -145,9 +144,7 @@ class Equilibrium(nn.Module):
         return self._apply_at_rate(a_1B, current_1B, adjoint)
 
     def _simulate(self, x_TB: Tensor, current_1B: Tensor | None) -> Tensor:
-        """a[T]. `current_1B` is the constant current of a static input; None computes it at each
-        step.
-        """
+        """a[T]. `current_1B` is the constant current of a static input; None: it changes."""
         for x_1B in x_TB.split(1):
             self._step(self.inject(x_1B) if current_1B is None else current_1B)
         sum_1B = self.state.read("sum")
@@ -170,25 +167,25 @@ def find_equilibrium(who: str, model: nn.Module) -> Equilibrium:
 
     Raises: ValueError, in the name of `who`, for none, for several, or for neurons outside it.
     """
-    found = [
+    equilibria = [
         (name, module) for name, module in model.named_modules() if isinstance(module, Equilibrium)
     ]
-    if len(found) != 1:
+    if len(equilibria) != 1:
         what = (
-            " and ".join(name or type(module).__name__ for name, module in found)
+            " and ".join(name or type(module).__name__ for name, module in equilibria)
             or f"none in {type(model).__name__}"
         )
         raise ValueError(
             f"{who}: the model must have one equilibrium, whose rates are differentiated; got"
             f" {what}"
         )
-    inside = {id(neuron) for _, neuron in named_neurons(found[0][1])}
+    inside = {id(neuron) for _, neuron in named_neurons(equilibria[0][1])}
     outside = [name for name, neuron in named_neurons(model) if id(neuron) not in inside]
     require(
         not outside,
         f"{who}: every neuron must be part of the equilibrium; got {', '.join(outside)} outside it",
     )
-    return found[0][1]
+    return equilibria[0][1]
 
 
 class Linearized:
@@ -224,14 +221,15 @@ class Linearized:
         return self.layer_vjps(v_B)[-1]
 
     def layer_vjps(self, v_B: Tensor) -> list[Tensor]:
-        """The gradients of all rates below the last layer: those of layers N - 1 to 1, and J^T v of
-        the feedback.
+        """The gradients of all rates below the last layer.
+
+        They are those of layers N - 1 to 1, and J^T v of the feedback.
         """
-        found = []
+        gradients = []
         for layer in reversed(range(len(self.masks))):
             v_B = self.transposed(layer, self.masks[layer] * v_B / self.divisors[layer])
-            found.append(v_B)
-        return found
+            gradients.append(v_B)
+        return gradients
 
     def transposed(self, layer: int, d_B: Tensor) -> Tensor:
         input_1B, output_1B = self._maps[layer]
@@ -250,16 +248,15 @@ def weighted_mean(x_TB: Tensor, decay: float) -> Tensor:
 
 
 def norms_in_eval(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, every batch norm under `model` uses its running statistics and does not update them.
-    Other modules keep their mode.
+    """Make every batch norm under `model` use its running statistics, and not update them.
+
+    This holds inside the block. Other modules keep their mode.
     """
     return attribute_set(batch_norms(model), "training", False)
 
 
 class _LayerGradient(torch.autograd.Function):
-    """Identity; the backward passes on the layer's own solution if the adjoint returned one per
-    layer.
-    """
+    """Identity. The backward uses the layer's own solution, if there is one per layer."""
 
     @staticmethod
     def forward(ctx: Any, z_1B: Tensor, betas: list[Tensor], layer: int) -> Tensor:
@@ -272,8 +269,9 @@ class _LayerGradient(torch.autograd.Function):
 
 
 class _ImplicitGradient(torch.autograd.Function):
-    """The value a[T] with the graph of f(a[T]); the backward replaces the gradient by the adjoint's
-    solution.
+    """The value a[T] with the graph of f(a[T]).
+
+    The backward replaces the gradient by the adjoint's solution.
     """
 
     @staticmethod

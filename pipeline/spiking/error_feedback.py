@@ -38,7 +38,7 @@ from pipeline.spiking.op_scope import op_scope
 
 
 class ErrorFeedback(nn.Module):
-    """Base of the three signal sources.
+    """Base class of the three signal sources.
 
     A layer's matrix is created when its size is first seen, or when a checkpoint is loaded.
     """
@@ -56,8 +56,9 @@ class ErrorFeedback(nn.Module):
     def signal(
         self, layer: int, units: int, *, e_BK: Tensor, o_BK: Tensor, z_BN: Tensor | None
     ) -> Tensor:
-        """The signal g `[B, N]` of a hidden layer of N `units`. Statistics of the step are
-        accumulated until `end_of_batch`.
+        """The signal g `[B, N]` of a hidden layer of N `units`.
+
+        Statistics of the step are accumulated until `end_of_batch`.
         """
         raise NotImplementedError(f"{type(self).__name__} must override signal")
 
@@ -168,8 +169,9 @@ class MeanJacobian(ErrorFeedback):
 
     @torch.no_grad()
     def end_of_batch(self, mean: Callable[[Tensor], Tensor]) -> None:
-        """Update every matrix by the mean over all samples and steps of the global batch, with one
-        collective.
+        """Update every matrix by the mean over all samples and steps of the global batch.
+
+        It takes one collective.
         """
         if not self._sums:
             return
@@ -213,8 +215,9 @@ class FixedRandom(ErrorFeedback):
 
 
 class SinglePoint(ErrorFeedback):
-    """Zeroth-order signal: each sample's own product of noise and outputs, with a variance that
-    grows with N.
+    """Zeroth-order signal: each sample's own product of noise and outputs.
+
+    Its variance grows with N.
     """
 
     def __init__(self, *, scale: float) -> None:
@@ -235,8 +238,9 @@ def sign_symmetric(weight: Tensor) -> Tensor:
 
 
 class FixedFeedback:
-    """A random backward weight, drawn from `key` alone: uniform in +-1 / sqrt(fan_in), in the shape
-    of the weight.
+    """A random backward weight in the shape of the weight, drawn from `key` alone.
+
+    It is uniform in +-1 / sqrt(fan_in).
     """
 
     def __init__(self, weight: Tensor, *, key: int) -> None:

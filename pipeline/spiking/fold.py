@@ -27,8 +27,9 @@ from pipeline.spiking.state import fresh_state, hooked
 def following_norms(
     network: nn.Module, synapses: Mapping[str, nn.Module], x_TB: Tensor
 ) -> dict[str, str]:
-    """The batch norm behind each of `synapses`, by name. The norm is the only consumer of the
-    synapse's output and has no other input.
+    """The batch norm behind each of `synapses`, by name.
+
+    The norm is the only consumer of the synapse's output and has no other input.
 
     The norms are found by running `network` on `x_TB`; the values of `x_TB` do not matter. Every
     operation on an output counts as a consumer. A synapse that does not run has no norm.
@@ -51,19 +52,17 @@ def following_norms(
     with fresh_state(network), hooked(hooks), consumers:
         network(x_TB)
     network.train(was_training)
-    found = {}
+    followers = {}
     for name in synapses:
         consumed_by = consumers.of.get(name, set())
         only = next(iter(consumed_by)) if len(consumed_by) == 1 else None
         if only is not None and consumers.inputs[only] == {name}:
-            found[name] = only
-    return found
+            followers[name] = only
+    return followers
 
 
 def fold(scale_O: Tensor, bias_O: Tensor | None, norm: BatchNorm) -> None:
-    """Move a `scale_O` > 0 of the weight into `norm` and into the bias before it, if there is
-    one.
-    """
+    """Move a `scale_O` > 0 of the weight into `norm`, and into the bias before it, if any."""
     with torch.no_grad():
         norm.weight.copy_(norm.weight.double() * scale_O)
         norm.running_mean.copy_(norm.running_mean.double() / scale_O)
@@ -72,9 +71,7 @@ def fold(scale_O: Tensor, bias_O: Tensor | None, norm: BatchNorm) -> None:
 
 
 class _Consumers(TorchDispatchMode):
-    """Records which norm consumes the output of each synapse; None stands for any other
-    operation.
-    """
+    """Records the norm that consumes the output of each synapse; None: any other operation."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ STEPS = 32
 
 
 class LimitedSynapse(nn.Module):
-    """`synapse` with `weight()` in place of its own weight V, which stays the parameter.
+    """`synapse` with the weight `weight()`. Its own weight V stays the parameter.
 
     Raises: ValueError for a synapse that takes no weight argument, whose weights are not plain, or
     that has a bias.
@@ -82,9 +82,7 @@ class SpectralLimit(LimitedSynapse):
         )
 
     def _sigma(self) -> Tensor:
-        """sigma(V). The singular vectors are computed once per batch, and again if the weight
-        changes.
-        """
+        """sigma(V). The singular vectors are computed once per batch, and if the weight changes."""
         V_MN = self.V.flatten(1)
         if not self.state.is_open:
             return spectral_norm(V_MN)
@@ -123,8 +121,9 @@ class FrobeniusLimit(LimitedSynapse):
 
 
 def spectral_norm(V: Tensor, *, steps: int = STEPS) -> Tensor:
-    """The largest singular value of V `[M, N]`, at least in fp32, with its gradient u v^T; a pure
-    function of V.
+    """The largest singular value of V `[M, N]`, at least in fp32, with its gradient u v^T.
+
+    It is a pure function of V.
 
     It is exact for `steps` >= min(M, N). With 32 steps it is at most 1e-3 too small, even for
     random square matrices of size 400, whose top singular values lie close together
@@ -148,8 +147,9 @@ def product(V: Tensor, v: Tensor) -> Tensor:
 
 
 def top_singular_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
-    """Unit vectors u, v that maximise u^T V v over the Krylov space of a fixed start vector
-    (Golub-Kahan-Lanczos with reorthogonalisation).
+    """Unit vectors u, v that maximise u^T V v over the Krylov space of a fixed start vector.
+
+    The method is Golub-Kahan-Lanczos with reorthogonalisation.
     """
     with torch.no_grad(), torch.autocast(V.device.type, enabled=False), op_scope("limit"):
         return _lanczos(V.to(torch.promote_types(V.dtype, torch.float32)), steps=steps)
@@ -180,8 +180,9 @@ def _lanczos(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:
-    """The unit vector of x's part orthogonal to the rows of `basis`; 0 if only rounding error is
-    left.
+    """The unit vector of x's part orthogonal to the rows of `basis`.
+
+    It is 0 if only rounding error is left.
     """
     size = x.norm()
     for _ in range(2):

@@ -15,8 +15,7 @@ from pipeline.spiking.synapse import Conv2d, Linear
 def plain_synapses(
     who: str, model: nn.Module, *, skip: Sequence[str] = ()
 ) -> dict[str, Linear | Conv2d]:
-    """Every Linear and Conv2d outside the modules in `skip`, by module name, in order of
-    registration.
+    """Every Linear and Conv2d outside the modules in `skip`, by name, in order of registration.
 
     Raises: ValueError, in the name of `who`, for a weight that is not a plain parameter
     (standardised, parametrised, norm-limited, of another class), a matrix outside the synapses, two
@@ -26,7 +25,7 @@ def plain_synapses(
     modules = dict(model.named_modules())
     for name in skip:
         require(name in modules, f"{who}: skip must name modules of the model; got {name!r}")
-    found: dict[str, Linear | Conv2d] = {}
+    synapses: dict[str, Linear | Conv2d] = {}
     for name, module in modules.items():
         if is_inside(name, skip):
             continue
@@ -37,19 +36,19 @@ def plain_synapses(
             f" parameter itself; got {why} at {name or 'the model itself'}",
         )
         if isinstance(module, (Linear, Conv2d)):
-            found[name] = module
-    weights = {id(synapse.weight) for synapse in found.values()}
+            synapses[name] = module
+    weights = {id(synapse.weight) for synapse in synapses.values()}
     for name, parameter in named_parameters(model, skip=skip):
         require(
             parameter.dim() <= 1 or id(parameter) in weights,
             f"{who}: every matrix must be the weight of a Linear or Conv2d; got {name}",
         )
     require(
-        found and len(weights) >= len(found),
+        synapses and len(weights) >= len(synapses),
         f"{who}: the model must have synapses, each with a weight of its own; got"
-        f" {', '.join(found) or 'none'}",
+        f" {', '.join(synapses) or 'none'}",
     )
-    return found
+    return synapses
 
 
 def named_parameters(

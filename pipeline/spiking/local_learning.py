@@ -31,8 +31,7 @@ Inject = Literal["spikes", "membrane"]
 
 
 class Readout(nn.Module):
-    """A linear readout of the preceding neuron, used by rules that ask for it and ignored by all
-    others.
+    """A linear readout of the preceding neuron. Only rules that ask for it use it.
 
     As a module of the network it is the identity. `logits(s_TB)` averages each channel of an image
     over `cells` x `cells` regions and maps them to the classes: `[T, B, C]` or `[T, B, C, H, W]` to
@@ -95,8 +94,9 @@ class LocalGradient:
         self._sign = 1.0
 
     def open(self, keys: Sequence[int], *, sign: float) -> None:
-        """Learn from the next steps, with noise `sign` times that of `keys` (one key per sample;
-        empty: no noise).
+        """Learn from the next steps, with noise `sign` times that of `keys`.
+
+        There is one key per sample; an empty list means no noise.
 
         A negative sign marks the second step of an antithetic pair, which reuses the noise of the
         step before.
@@ -107,8 +107,9 @@ class LocalGradient:
         self._is_open = False
 
     def recorded(self, name: str) -> Tensor:
-        """The recorded tensor of the last step: `spikes` or `logits` `[T, B, ...]` with graph, or
-        `z` `[B, N]` including its sign.
+        """The recorded tensor of the last step.
+
+        It is `spikes` or `logits` `[T, B, ...]` with graph, or `z` `[B, N]` including its sign.
         """
         value = self.state.read(name)
         if value is None:
@@ -161,8 +162,9 @@ class LocalGradient:
 
 
 def run_readouts(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, each `Readout` under `model` computes its logits at every forward, as in local
-    learning.
+    """Make each `Readout` under `model` compute its logits at every forward inside the block.
+
+    Local learning does the same.
     """
 
     def answer(readout: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
@@ -177,9 +179,7 @@ def run_readouts(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def inject_gradients(loss: Tensor, ends: Sequence[Tensor], signals: Sequence[Tensor]) -> Tensor:
-    """A scalar with the value of `loss` whose gradient at each of `ends` is the matching tensor of
-    `signals`.
-    """
+    """A scalar with the value of `loss` and the gradients `signals` at `ends`."""
     # apply is untyped in torch 2.13
     return _InjectGradients.apply(loss.detach(), *ends, *signals)  # type: ignore[return-value]
 
@@ -226,7 +226,7 @@ def refuse_skip_connections(who: str, model: nn.Module, ends: Mapping[str, Tenso
 
 def _leaves(value: Tensor) -> set[int]:
     """The ids of the leaf tensors in the graph of `value`."""
-    found, seen, todo = set(), set(), [value.grad_fn]
+    leaves, seen, todo = set(), set(), [value.grad_fn]
     while todo:
         node = todo.pop()
         if node is None or node in seen:
@@ -234,6 +234,6 @@ def _leaves(value: Tensor) -> set[int]:
         seen.add(node)
         leaf = getattr(node, "variable", None)
         if leaf is not None:
-            found.add(id(leaf))
+            leaves.add(id(leaf))
         todo.extend(after for after, _ in node.next_functions)
-    return found
+    return leaves

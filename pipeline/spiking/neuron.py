@@ -25,7 +25,7 @@ from pipeline.spiking.surrogate import Surrogate, Triangle, heaviside
 
 
 def identity(v_B: Tensor) -> Tensor:
-    """Returns its input; as `LIF.carry`, the membrane crosses a time step with its graph."""
+    """Return the input. As `LIF.carry`, it lets the membrane cross a time step with its graph."""
     return v_B
 
 
@@ -118,8 +118,9 @@ class LIF(nn.Module):
         return torch.stack(spikes)
 
     def membrane(self, x_TB: Tensor) -> Tensor:
-        """v before the first step of the slice `x_TB`: the last membrane, or zeros at the start of
-        a batch.
+        """v before the first step of the slice `x_TB`.
+
+        It is the last membrane, or zeros at the start of a batch.
         """
         v_B = self.state.read("v")
         if v_B is None:
@@ -257,8 +258,9 @@ def fire(
     keeps_gradient: bool,
     surrogate: Surrogate,
 ) -> tuple[Tensor, Tensor]:
-    """Spike and reset: u -> (s, v). `u_B` may be overwritten, so it must not be a view or needed
-    elsewhere.
+    """Spike and reset: u -> (s, v).
+
+    `u_B` may be overwritten, so it must not be a view, and nothing else may need it.
 
     The backward keeps only a = u - threshold, and also u if a reset to zero is differentiated.
 

@@ -34,8 +34,9 @@ def noise(
     distribution: Distribution,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """`[B, N]` in fp32 with mean 0 and variance 1. Row b, of `units` values, depends only on the
-    64-bit `keys[b]`.
+    """`[B, N]` in fp32 with mean 0 and variance 1.
+
+    Row b has `units` values and depends only on the 64-bit `keys[b]`.
 
     Raises: ValueError for an unknown `distribution`.
     """

@@ -116,8 +116,9 @@ class BatchNorm(nn.Module):
 
     @torch.no_grad()
     def _move(self, mean_C: Tensor, var_C: Tensor, count: Tensor | int, times: int) -> None:
-        """Update the running statistics `times` times, from mean and biased variance of `count`
-        samples.
+        """Update the running statistics `times` times.
+
+        The new values are mean and biased variance of `count` samples.
         """
         moves, samples = (times, count) if self.over == "step" else (1, count * times)
         part = 1 - (1 - self.momentum) ** moves  # the effect of `moves` updates
@@ -132,8 +133,7 @@ class BatchNorm(nn.Module):
 
 
 def is_foreign_norm(module: nn.Module) -> bool:
-    """Whether `module` is not a `BatchNorm` but takes or keeps statistics over all samples of its
-    input.
+    """Whether `module` is no `BatchNorm` but has statistics over all samples of its input.
 
     Examples are torch's BatchNorm, its InstanceNorm with running statistics, and timm's
     BatchNormAct2d and EvoNorm2dB0. Their input `[T B, C, ...]` has no time axis, so their
@@ -152,11 +152,11 @@ def foreign_norms(model: nn.Module) -> dict[str, nn.Module]:
     """The foreign norms of `model` that use batch statistics in training, by module name.
 
     A norm that stays in evaluation mode after `model.train()` uses its running statistics and is
-    left out.
+    omitted.
     """
     modes = {module: module.training for module in model.modules()}
     model.train()
-    found = {
+    norms = {
         name or "the model itself": module
         for name, module in model.named_modules()
         if is_foreign_norm(module)
@@ -164,7 +164,7 @@ def foreign_norms(model: nn.Module) -> dict[str, nn.Module]:
     }
     for module, mode in modes.items():
         module.training = mode
-    return found
+    return norms
 
 
 def batch_norms(model: nn.Module) -> list[BatchNorm]:
@@ -172,22 +172,25 @@ def batch_norms(model: nn.Module) -> list[BatchNorm]:
 
 
 def local_statistics(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, batch norms under `model` use the samples of this rank, so no collective is
-    needed.
+    """Make batch norms under `model` use only this rank's samples inside the block.
+
+    No collective is then needed.
     """
     return attribute_set(batch_norms(model), "between", "rank")
 
 
 def repeated_steps(model: nn.Module, steps: int) -> AbstractContextManager[None]:
-    """Inside, batch norms under `model` treat their input as one frame that is repeated `steps`
-    times.
+    """Make batch norms under `model` treat their input as one frame repeated `steps` times.
+
+    This holds inside the block.
     """
     return attribute_set(batch_norms(model), "repeats", steps)
 
 
 def moments_over_ranks(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance per channel over the samples of all ranks, with gradient, and their
-    number.
+    """Mean and biased variance per channel over the samples of all ranks, and their number.
+
+    Mean and variance have a gradient.
 
     It uses one collective: each rank fills its own row of a table, and the sum over ranks gives the
     whole table. Mean and squared deviations are combined by Chan's rule, which is free of the

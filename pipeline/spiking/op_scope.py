@@ -23,7 +23,7 @@ _served: ContextVar[OpScope | None] = ContextVar("op_scope", default=None)
 
 @contextmanager
 def op_scope(what: OpScope) -> Iterator[None]:
-    """Inside, products are counted for `what`."""
+    """Count products inside the block for `what`."""
     token = _served.set(what)
     try:
         yield

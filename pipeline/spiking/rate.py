@@ -1,5 +1,4 @@
-"""Rate-coded neurons: spikes of a learnable height, whose mean over time is a clamped linear
-function.
+"""Rate-coded neurons: spikes of a learnable height. Their mean over time is a clamped linear map.
 
     IF:    u[t] = v[t-1] + x[t]
     LIF:   u[t] = b v[t-1] + (1 - b) x[t],   b = exp(-dt / tau)
@@ -139,8 +138,9 @@ def RateLIF(
     threshold_gradient: float | None = None,
     surrogate: Surrogate = Triangle(),
 ) -> RateNeuron:
-    """DSR's leaky neuron, with the defaults published for CIFAR. `tau` and the time step `dt` share
-    one unit.
+    """DSR's leaky neuron, with the defaults published for CIFAR.
+
+    `tau` and the time step `dt` have the same unit.
 
     `threshold_gradient=None` is dt^2. The network sees the height threshold / dt. With the exact
     derivative by the threshold (1.0), SGD moves the height by 1 / dt^2 = 400 times the step of a
@@ -191,8 +191,9 @@ class WeightedRates(nn.Module):
 
 
 def rate_readout(neuron: nn.Module) -> nn.Module:
-    """The readout for a network of such neurons: `WeightedRates` for leaky rate neurons, else the
-    identity.
+    """The readout for a network of such neurons.
+
+    It is `WeightedRates` for leaky rate neurons, otherwise the identity.
     """
     if isinstance(neuron, RateNeuron) and neuron.decay < 1:
         return WeightedRates(neuron.decay)

@@ -1,5 +1,4 @@
-"""Values that all slices of a batch share, computed once: outputs for a static input, derived
-weights.
+"""A cache of values that all slices of a batch share: outputs for a static input, derived weights.
 
 A rule that passes slices of time to the model opens `slice_cache` around them. If each slice has
 its own backward, the rule marks the last differentiated slice and passes its loss through
@@ -88,8 +87,9 @@ class SliceCache:
         return y
 
     def with_gradients(self, loss: Tensor) -> Tensor:
-        """The loss of the current slice. For the last slice its backward adds the gradients that
-        the other slices collected.
+        """The loss of the current slice.
+
+        For the last slice its backward adds the gradients that the other slices collected.
 
         It must be called before every backward.
         """
@@ -101,9 +101,7 @@ class SliceCache:
         return _AddGradients.apply(loss, states, *made)  # type: ignore[return-value]
 
     def _detached_copy(self, state: State, y: Tensor) -> Tensor:
-        """A copy of y without a graph, which accumulates the gradients of several backward
-        calls.
-        """
+        """A copy of y without a graph. It accumulates the gradients of several backward calls."""
         copy = state.read("copy")
         if copy is None:
             # At least fp32, like the gradients of the weights behind y.
@@ -112,8 +110,7 @@ class SliceCache:
         return copy.to(y.dtype)
 
     def _store_gradients(self) -> None:
-        """Store the first gradients of the copies in their states, where they count as memory of
-        the network.
+        """Store the first gradients of the copies in their states, as memory of the network.
 
         Later gradients are added in place, so each needs its own memory. For a sum, autograd passes
         one gradient tensor to all terms (torch 2.13); it is cloned here.
@@ -148,9 +145,7 @@ class SliceCache:
 
 
 class _AddGradients(torch.autograd.Function):
-    """Identity on the loss; its backward gives each y the gradient that its state has
-    accumulated.
-    """
+    """Identity on the loss. Its backward gives each y the accumulated gradient of its state."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, states: tuple[State, ...], *made: Tensor) -> Tensor:
@@ -168,8 +163,7 @@ def _storage_id(value: Tensor) -> int:
 
 @contextmanager
 def slice_cache(model: nn.Module, *, steps: int, backwards: Backwards) -> Iterator[SliceCache]:
-    """Inside, the slices of a batch share the cached values of every module with a `slice_cache`
-    seam.
+    """Share the cached values of modules with a `slice_cache` seam among the slices of a batch.
 
     It is entered inside `fresh_state`, for one batch during which the weights do not change.
     """
@@ -220,8 +214,9 @@ class StaticInput(nn.Sequential):
 
 
 def _is_slice_of_static_frame(x_TB: Tensor, cache: SliceCache) -> bool:
-    """Whether `x_TB` is a slice of the batch's static frame. The frame is kept alive so that its
-    storage is not reused.
+    """Whether `x_TB` is a slice of the batch's static frame.
+
+    The frame is kept alive, so that its storage is not reused.
     """
     if not is_static(x_TB) or len(x_TB) == cache.steps:
         return False

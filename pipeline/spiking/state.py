@@ -49,7 +49,7 @@ class State:
 
 @contextmanager
 def fresh_state(model: nn.Module) -> Iterator[None]:
-    """Inside, the model processes one batch, from empty memory.
+    """Give the model empty memory for one batch inside the block.
 
     T slices of length 1 continue one another and equal one call on T steps. On exit, also by an
     exception, all memory is cleared. A membrane with a graph would keep that graph alive and break
@@ -76,8 +76,9 @@ def fresh_state(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attribute_set(holders: Iterable[Any], name: str, value: object) -> Iterator[None]:
-    """Inside, the attribute `name` of each of `holders` is `value`; afterwards the old value is
-    restored.
+    """Set the attribute `name` of each of `holders` to `value` inside the block.
+
+    The old value is restored afterwards.
     """
     before = [(holder, getattr(holder, name)) for holder in holders]
     for holder, _ in before:
@@ -91,7 +92,7 @@ def attribute_set(holders: Iterable[Any], name: str, value: object) -> Iterator[
 
 @contextmanager
 def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Inside, `hooks` are registered; afterwards they are removed."""
+    """Keep `hooks` registered inside the block, and remove them afterwards."""
     registered = list(hooks)
     try:
         yield
@@ -101,21 +102,23 @@ def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 def states_of(model: nn.Module) -> list[State]:
-    """Every state in `model` and its seams, each once; `model` may be a wrapper around a
-    network.
+    """Every state in `model` and its seams, each once.
+
+    `model` may be a wrapper around a network.
     """
-    found: dict[int, State] = {}
+    states: dict[int, State] = {}
     for module in model.modules():
         for holder in (module, *(getattr(module, seam, None) for seam in SEAMS)):
             state = getattr(holder, "state", None)
             if isinstance(state, State):
-                found[id(state)] = state
-    return list(found.values())
+                states[id(state)] = state
+    return list(states.values())
 
 
 def state_bytes(model: nn.Module, *, beside: Container[int] = ()) -> int:
-    """Bytes of all state tensors (membranes, traces, cached values and gradients), each storage
-    once; 0 outside `fresh_state`.
+    """Bytes of all state tensors (membranes, traces, cached values and gradients).
+
+    Each storage counts once. Outside `fresh_state` the result is 0.
 
     Storages whose `_cdata` is in `beside` are skipped, such as traces that the backward keeps
     anyway.

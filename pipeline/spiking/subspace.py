@@ -1,5 +1,6 @@
-"""The subspace of a layer's inputs, learnt by lateral neurons with a Hebbian and an anti-Hebbian
-term.
+"""The subspace of a layer's inputs, learnt by lateral neurons.
+
+Their rule has a Hebbian and an anti-Hebbian term:
 
     y = x H^T                               lateral neurons, one per row of H
     D = clamp(E[y^T (x - y H)], -10, 10)    Hebbian in y x, anti-Hebbian in y (y H);
@@ -41,8 +42,7 @@ LARGEST_RESPONSE = 20.0
 
 
 class Subspace(nn.Module):
-    """H over `size` inputs: frozen rows `old` and learning rows `new`, all orthonormal to each
-    other.
+    """H over `size` inputs: frozen rows `old` and learning rows `new`. All are orthonormal.
 
     The projection needs orthonormal rows. The Hebbian rule converges to them, but only for rows
     that have inputs to learn from. So the new rows are orthonormalised after each batch, which
@@ -72,8 +72,9 @@ class Subspace(nn.Module):
 
     @torch.no_grad()
     def grow(self, count: int, *, key: int) -> None:
-        """Freeze the learnt rows and start `count` new ones, drawn from `key` alone and orthogonal
-        to all others.
+        """Freeze the learnt rows and start `count` new ones.
+
+        The new rows are drawn from `key` alone and are orthogonal to all others.
         """
         old, dtype, device = self.old.double(), self.old.dtype, self.old.device
         self.old = torch.cat(
@@ -99,8 +100,9 @@ class Subspace(nn.Module):
 
     @torch.no_grad()
     def project(self, g: Tensor) -> Tensor:
-        """g - (g H^T) H over the frozen rows; `g` is a weight gradient, flattened to `[outputs,
-        C]`.
+        """g - (g H^T) H over the frozen rows.
+
+        `g` is a weight gradient, flattened to `[outputs, C]`.
         """
         with torch.autocast(g.device.type, enabled=False), op_scope("lateral"):
             g_KC = g.flatten(1).to(self.old.dtype)
@@ -148,8 +150,9 @@ class SecondMoments:
 
 
 class SpikingMoments:
-    """E[y^T x] and E[y^T y] for lateral neurons with spiking responses; the methods are those of
-    `SecondMoments`.
+    """E[y^T x] and E[y^T y] for lateral neurons with spiking responses.
+
+    The methods are those of `SecondMoments`.
 
     y is clipped to +-20 and rounded to multiples of 20 / steps. The neurons fire once per batch,
     with the weights at its start, and all iterations use these spikes. (The published neurons fire
@@ -196,8 +199,9 @@ def _share(kept: Tensor, energy: Tensor) -> Tensor:
 
 
 def quantized_response(y: Tensor, steps: int) -> Tensor:
-    """y as `steps` time steps of signed spikes can represent it: clipped to +-20, in steps of 20 /
-    `steps`.
+    """y as `steps` time steps of signed spikes can represent it.
+
+    It is clipped to +-20 and rounded to multiples of 20 / `steps`.
     """
     return (y.clamp(-LARGEST_RESPONSE, LARGEST_RESPONSE) * (steps / LARGEST_RESPONSE)).round() * (
         LARGEST_RESPONSE / steps
@@ -205,8 +209,7 @@ def quantized_response(y: Tensor, steps: int) -> Tensor:
 
 
 def orthonormal(rows: Tensor, others: Tensor) -> Tensor:
-    """Orthonormal rows, orthogonal to `others`, that span `rows` without their part in the span of
-    `others`.
+    """Orthonormal rows, orthogonal to `others`, that span `rows` apart from the span of `others`.
 
     Gram-Schmidt in the order of the rows. Rows that are orthonormal already do not change.
     """
@@ -237,8 +240,7 @@ class RowBudget:
         return self.counts[min(task, len(self.counts) - 1)]
 
     def check(self, who: str, synapses: Mapping[str, Linear | Conv2d], *, tasks: int) -> None:
-        """Check that each synapse has a number, and that the rows of `tasks` tasks fit into its
-        inputs.
+        """Check that each synapse has a number, and enough inputs for the rows of `tasks` tasks.
 
         Raises: ValueError otherwise.
         """
@@ -249,17 +251,18 @@ class RowBudget:
             )
         what = "rows" if tasks == 1 else f"rows of all {tasks} tasks"
         for index, (name, synapse) in enumerate(synapses.items()):
-            asked = sum(self.of(task)[index] for task in range(tasks))
+            rows = sum(self.of(task)[index] for task in range(tasks))
             require(
-                asked <= fan_in(synapse),
-                f"{who}: {what} must fit into the {fan_in(synapse)} inputs of {name}; got {asked}",
+                rows <= fan_in(synapse),
+                f"{who}: {what} must fit into the {fan_in(synapse)} inputs of {name}; got {rows}",
             )
 
     def grow(
         self, who: str, subspaces: Sequence[Subspace], *, task: int, key_of: Callable[[int], int]
     ) -> None:
-        """Freeze the learnt rows and start the rows of `task`; those of synapse i are drawn from
-        `key_of(i)`.
+        """Freeze the learnt rows and start the rows of `task`.
+
+        The rows of synapse i are drawn from `key_of(i)`.
 
         Raises: ValueError if a synapse has too few directions left.
         """
@@ -330,8 +333,9 @@ class InputRecorder:
                 self.pending.add(x_NC)
 
     def energy(self) -> float:
-        """The share of the inputs' energy in the last batch that the rows keep; before the first
-        batch the checkpoint's value, or 0.
+        """The share of the inputs' energy in the last batch that the rows keep.
+
+        Before the first batch it is the checkpoint's value, or 0.
         """
         if self.last is not None:
             self.subspace.energy.copy_(self.last.energy(self.subspace))
@@ -347,8 +351,9 @@ class InputRecorder:
         self.pending = None
 
     def finish(self, over_ranks: Callable[[Tensor], Tensor]) -> Moments | None:
-        """The moments of a global batch, averaged over ranks, and a new start. Collective. None if
-        the batch did not pass this synapse.
+        """The moments of a global batch, averaged over ranks, and a new start. Collective.
+
+        The result is None if the batch did not pass this synapse.
         """
         pending, self.pending = self.pending, None
         if pending is not None:
@@ -358,7 +363,7 @@ class InputRecorder:
 
 
 def recording(recorders: Sequence[InputRecorder], steps: int) -> AbstractContextManager[None]:
-    """Inside, all `recorders` record a batch of `steps` time steps."""
+    """Make all `recorders` record a batch of `steps` time steps inside the block."""
     return attribute_set(recorders, "steps", steps)
 
 
@@ -376,8 +381,9 @@ class RecordedFactor:
 
 
 def input_rows(synapse: Linear | Conv2d, x_TB: Tensor) -> Iterator[Tensor]:
-    """Blocks `[N, C]` of the inputs that each row of the weight multiplies; for a convolution the
-    patches of one time step after another.
+    """Blocks `[N, C]` of the inputs that each row of the weight multiplies.
+
+    For a convolution they are the patches, one time step after another.
     """
     if isinstance(synapse, Linear):
         yield x_TB.flatten(0, -2)

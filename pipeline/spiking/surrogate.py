@@ -102,9 +102,7 @@ def spike(u_minus_threshold: Tensor, *, surrogate: Surrogate) -> Tensor:
 
 
 def heaviside(u_minus_threshold: Tensor) -> Tensor:
-    """1 where the argument is >= 0, else 0, in its dtype; for operations with their own
-    backward.
-    """
+    """1 where the argument is >= 0, else 0, in its dtype; for operations with own backward."""
     return torch.ge(
         u_minus_threshold, 0, out=torch.empty_like(u_minus_threshold)
     )  # no booleans in between

@@ -46,8 +46,9 @@ BackwardWeight = Callable[[Tensor], Tensor]
 
 
 def folded(op: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
-    """Apply a stateless map to all time steps at once, with `[T, B, ...]` as a batch of T * B; to a
-    static input only once.
+    """Apply a stateless map to all time steps at once, with `[T, B, ...]` as a batch of T * B.
+
+    A static input is mapped only once.
     """
     if is_static(x_TB):
         return repeat(op(x_TB[0]), len(x_TB))
@@ -99,8 +100,9 @@ class Linear(nn.Linear, _Synapse):
 
 
 class Conv2d(nn.Conv2d, _Synapse):
-    """`torch.nn.Conv2d` on `[T, B, C, H, W]`, zero padding, with the `weights` and seams at the
-    head of the file.
+    """`torch.nn.Conv2d` on `[T, B, C, H, W]` with zero padding.
+
+    It has the `weights` and seams at the head of the file.
 
     Raises: ValueError for unknown `weights`, padding given as text, or an input without a time
     axis.
@@ -253,8 +255,9 @@ class _ConvWithSeams(torch.autograd.Function):
 
 
 def error_weight(weight: Tensor, downward: BackwardWeight | None) -> Tensor:
-    """The weight that carries the error to the input. It is computed in the backward, so nothing is
-    kept for it.
+    """The weight that carries the error to the input.
+
+    It is computed in the backward, so nothing is kept for it.
     """
     return weight if downward is None else downward(weight).to(weight.dtype)
 
@@ -262,8 +265,9 @@ def error_weight(weight: Tensor, downward: BackwardWeight | None) -> Tensor:
 def _operands(
     x_TB: Tensor, presynaptic: Presynaptic | None, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """x, its factor, weight and bias in one dtype. Autocast converts the operands of torch's
-    operations, but not those of custom ones.
+    """x, its factor, weight and bias in one dtype.
+
+    Autocast converts the operands of torch's operations, but not those of custom ones.
     """
     with torch.no_grad():
         factor_TB = x_TB if presynaptic is None else presynaptic(x_TB)

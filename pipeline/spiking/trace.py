@@ -1,6 +1,4 @@
-"""Presynaptic traces, which OTTT and OPZO multiply with the error, and the checks of their
-models.
-"""
+"""Presynaptic traces, which OTTT and OPZO multiply with the error, and checks of their models."""
 
 # T time, B batch
 
@@ -20,8 +18,9 @@ from pipeline.spiking.synapse import Conv2d, Linear
 
 
 class Trace:
-    """The `presynaptic` seam x[t] -> a[t] = decay a[t-1] + x[t], without a graph and at least in
-    fp32.
+    """The `presynaptic` seam x[t] -> a[t] = decay a[t-1] + x[t].
+
+    It has no graph and is at least fp32.
     """
 
     def __init__(self, decay: float) -> None:
@@ -45,8 +44,9 @@ class Trace:
 
 
 def shared_decay(who: str, model: nn.Module, decay: float | None = None) -> float:
-    """The decay that all neurons of `model` share, which traces use too. A given `decay` must equal
-    it.
+    """The decay that all neurons of `model` share. Traces use it too.
+
+    A given `decay` must equal it.
 
     Raises: ValueError, in the name of `who`, for neurons that differ or learn their decay, or for
     none.
@@ -66,11 +66,11 @@ def shared_decay(who: str, model: nn.Module, decay: float | None = None) -> floa
     require(
         decay is None or not others,
         f"{who}: decay must be that of the neurons, which the traces feed; got {decay} and"
-        f" {_listed(others)}",
+        f" {_format_decays(others)}",
     )
     require(
         len(set(decays.values())) <= 1,
-        f"{who}: the neurons must share one decay; got {_listed(decays)}",
+        f"{who}: the neurons must share one decay; got {_format_decays(decays)}",
     )
     return next(iter(decays.values()))
 
@@ -81,25 +81,24 @@ def traceable_synapses(who: str, model: nn.Module) -> dict[str, Linear | Conv2d]
     Raises: ValueError, in the name of `who`, for a weight layer that cannot hold a trace, or a
     model without synapses.
     """
-    found = {}
+    synapses = {}
     for name, module in model.named_modules():
         if isinstance(module, (Linear, Conv2d)):
-            found[name] = module
+            synapses[name] = module
         elif isinstance(module, (nn.Linear, _ConvNd)):
             raise ValueError(
                 f"{who}: the layers with weights must be of pipeline.spiking.synapse, which holds"
                 f" the traces; got torch's {type(module).__name__} at {name}"
             )
     require(
-        found,
+        synapses,
         f"{who}: the model must have synapses, which hold the traces; got {type(model).__name__}",
     )
-    return found
+    return synapses
 
 
 def refuse_batch_norm(who: str, model: nn.Module) -> None:
-    """Refuse batch norm: a normalised current is not a sum over past inputs, so no trace represents
-    it.
+    """Refuse batch norm: a normalised current is not a sum over past inputs, so it has no trace.
 
     Raises: ValueError, in the name of `who`, that names every batch norm of `model`.
     """
@@ -117,9 +116,7 @@ def refuse_batch_norm(who: str, model: nn.Module) -> None:
 
 @contextmanager
 def running_order(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
-    """Inside, the returned list fills with the names of `modules` as they run, once per time
-    step.
-    """
+    """Yield a list that fills with the names of `modules` as they run, once per time step."""
     ran: list[str] = []
 
     def note(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -131,5 +128,5 @@ def running_order(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
         yield ran
 
 
-def _listed(decays: dict[str, float]) -> str:
+def _format_decays(decays: dict[str, float]) -> str:
     return ", ".join(f"{decay:g} at {name}" for name, decay in decays.items())

@@ -1,4 +1,4 @@
-"""The data set of a recipe with images in files: train.beton and val.beton of a folder."""
+"""Image data sets in files: train.beton and val.beton of a folder."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pipeline.data.ffcv.reader import BetonLoader
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-VAL_RATIO = 224 / 256  # of the shorter side: resize to 256, cut out 224
+VAL_RATIO = 224 / 256  # share of the shorter side: resize to 256, crop to 224
 
 
 class Beton(FileData):
@@ -25,11 +25,11 @@ class Beton(FileData):
                     black outside, as usual for CIFAR
         "centre"    central 224/256, resized                            the same
 
-    "shift" never resizes. The sides of its images differ from `size` by at most a quarter of it,
-    such as 28 in 32 with zeros around.
+    "shift" never resizes. The sides of its images differ from `size` by at most a quarter, for
+    example 28 in 32 with zeros around.
 
     Args:
-        flip: "random" mirrors a training image with probability 1/2, "never" none.
+        flip: "random" mirrors a training image with probability 1/2; "never" does not.
         colour: magnitude, up to 10, of RandAugment's colour operations on training images
             (ffcv/strong_augment.py); 0: none.
         erase: probability that a rectangle of a training image becomes noise

@@ -1,9 +1,9 @@
-"""The data set of a recipe with recordings of event cameras in files.
+"""Data sets of event-camera recordings in files.
 
     data=spec(Events, folder="data/moving", classes=16, steps=10, size=34)
     time_steps=10                           # the same T
 
-`Batch.x` then holds counts, float32 [B, T, 2, 34, 34], and a rule gets [T, B, 2, 34, 34].
+`Batch.x` then contains counts, float32 [B, T, 2, 34, 34], and a rule gets [T, B, 2, 34, 34].
 
 `spiketrain write events SET --out FOLDER` writes the folder. A file holds `slices` frames of counts
 by polarity for each recording, which `Events` sums to any number of `steps` that divides `slices`.
@@ -26,12 +26,12 @@ class Events(FileData):
     Args:
         steps: T, a divisor of the slices of the file; the slices of one step are summed.
         channels: 2 (off, on) or 1 (their sum).
-        crop: "shift" shifts a training recording as a whole by up to `reach` pixels (4), with zeros
+        crop: "shift" shifts a whole training recording by up to `reach` pixels (4), with zeros
             outside; "none" does not.
-        flip: "random" mirrors a training recording as a whole with probability 1/2; "never" none,
+        flip: "random" mirrors a whole training recording with probability 1/2; "never" does not,
             because a mirrored direction or digit belongs to another class.
         mean, std: one value per channel, of the counts of one step; None leaves the counts.
-        held_out: as in Beton.
+        held_out: see Beton.
 
     Raises:
         DataError: options contradict each other or have no effect.

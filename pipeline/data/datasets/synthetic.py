@@ -1,13 +1,11 @@
-"""A learnable data set of counter-based random numbers, without files and FFCV, for tests and
-benchmarks.
+"""A learnable data set of counter-based random numbers, for tests and benchmarks.
 
-A class is a smooth random pattern. A sample is its class's pattern at half to full contrast plus
-noise. Order, resumption and augmentation behave exactly as those of files do. A set of recordings
-stands for event data, with T patterns of counts per class.
+It needs neither files nor FFCV. A class is a smooth random pattern. A sample is the pattern of its
+class at half to full contrast, plus noise. Order, resumption and augmentation are the same as for
+files. A set of recordings imitates event data, with T patterns of counts per class.
 """
 
-# N samples of a set, B batch, K classes, T time, C channels (of a recording T x C of them), H W
-# pixels
+# N samples of a set, B batch, K classes, T time, C channels (T x C for a recording), H W pixels
 
 import hashlib
 from collections.abc import Iterator
@@ -24,18 +22,18 @@ from pipeline.data.base import Batch
 from pipeline.data.order import Ordered, TrainOrder, ValOrder
 
 _PATTERN, _NOISE, _CONTRAST, _FIELD_A, _FIELD_B = 64, 65, 66, 67, 68  # draws, see random.py
-_FIELDS = 61  # noise fields; a sample adds two of them, which makes 61 x 61 combinations
+_FIELDS = 61  # noise fields; a sample adds two of them, so there are 61 x 61 combinations
 _TRAIN, _VAL = 0, 1
 
 
 class Synthetic(Ordered):
-    """Synthetic images or recordings. Sample i is of class `i % classes`.
+    """Synthetic images or recordings. Sample i has class `i % classes`.
 
     Args:
         samples, val_samples: numbers of training and evaluation samples.
         shape: (C, H, W) of images, or (T, C, H, W) of recordings, whose values are whole numbers
-            from 0, as counts of events are.
-        noise: standard deviation, in units of that of a pattern at full contrast.
+            from 0, like counts of events.
+        noise: standard deviation, relative to that of a pattern at full contrast.
         augment: "shift-flip" shifts a training sample by up to max(1, H // 8) pixels, with zeros
             outside, and mirrors it with probability 1/2.
         repeats: views of each sample in a training batch (order.py).
@@ -75,7 +73,7 @@ class Synthetic(Ordered):
         )
         self.samples, self.val_samples, self.classes = samples, val_samples, classes
         self.shape = tuple(int(size) for size in shape)
-        # A teacher, which needs pixels, takes the values for pixels normalised like this.
+        # A teacher needs pixels. It reads the values as pixels with this normalisation.
         self.mean, self.std = (0.5,) * shape[-3], (0.2,) * shape[-3]
         self.noise, self.augment = float(noise), augment
         self.content_seed, self.repeats = content_seed, repeats
@@ -94,7 +92,7 @@ class Synthetic(Ordered):
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def check(self) -> None:
-        """Does nothing: there is no file."""
+        """Do nothing: there is no file."""
 
     def _ids(self, use: Literal["train", "val"]) -> NDArray[np.int64]:
         ids = np.arange(self.samples if use == "train" else self.val_samples)
@@ -108,7 +106,7 @@ class Synthetic(Ordered):
 
 
 class SyntheticLoader:
-    """Batches of a `Synthetic`, computed on request. `seed`: of the augmentation; None: none."""
+    """Batches of a `Synthetic`, computed on request. `seed`: of the augmentation; None: off."""
 
     def __init__(
         self, data: Synthetic, order: TrainOrder | ValOrder, *, seed: int | None = None
@@ -128,7 +126,7 @@ class SyntheticLoader:
         )
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
     def _batch(self, ids_B: NDArray[np.int64], epoch_B: NDArray[np.int64]) -> Batch:
         target_B = ids_B % self._data.classes
@@ -146,8 +144,9 @@ class SyntheticLoader:
 
 
 def _patterns(data: Synthetic) -> NDArray[np.float32]:
-    """One smooth pattern per class, of mean 0 and standard deviation 1: 4 x 4 random values per
-    channel, interpolated linearly. [K,C,H,W]
+    """One smooth pattern per class, with mean 0 and standard deviation 1: [K,C,H,W].
+
+    Each channel interpolates 4 x 4 random values linearly.
     """
     channels, height, width = _channels(data), *data.shape[-2:]
     corners = _uniform(data.content_seed, _PATTERN, (data.classes, channels, 4, 4))

@@ -1,5 +1,4 @@
-"""Tasks of one data set for continual learning: its pixels in another order, or a few of its
-classes.
+"""Continual-learning tasks of one data set: its pixels in another order, or some of its classes.
 
 A recipe writes a task without the data set: `Phase(name="task-1", data=spec(Permuted, task=1))`.
 The recipe's own data set is inserted.
@@ -30,7 +29,7 @@ class ByClass(Data, Protocol):
     """A data set that can be restricted to some of its classes."""
 
     def of_classes(self, classes: tuple[int, ...]) -> Data:
-        """The same sets without the samples of other classes; labels stay as they are."""
+        """The same sets without the samples of other classes; labels do not change."""
         ...
 
 
@@ -53,7 +52,7 @@ class _Task:
         return MappedLoader(self._source().val(**sizes), self._changed)
 
     def _over(self, data: Data) -> Self:
-        """The same task of other data."""
+        """The same task with other data."""
         same = copy.copy(self)
         same.data = data
         return same
@@ -73,9 +72,9 @@ class Permuted(_Task):
     Augmentation precedes the permutation.
 
     Args:
-        first: task 0 is "permuted" like the others (as in the code of HLOP and GPM), or has the
-            original images ("plain").
-        seed: of the orders. It is part of the data, unlike a run's seed.
+        first: "permuted" permutes task 0 like the others (as in the code of HLOP and GPM);
+            "plain" leaves its images unchanged.
+        seed: selects the permutations. It is part of the data, unlike a run's seed.
 
     Raises:
         DataError: the task or the seed is below 0.
@@ -116,11 +115,11 @@ class Permuted(_Task):
 
 
 class SplitClasses(_Task):
-    """The samples of `classes_per_task` classes of `data`: task k has the k-th group of classes in
-    `order` (None: 0, 1, 2, ...).
+    """The samples of `classes_per_task` classes of `data`.
 
-    Other classes are left out of the reading order. Batches are therefore full, and rank, epoch and
-    resumption have the same meaning as for a whole set.
+    Task k has the k-th group of classes in `order` (None: 0, 1, 2, ...). Other classes are excluded
+    from the reading order. Batches are therefore full, and rank, epoch and resumption have the same
+    meaning as for a whole set.
 
     Args:
         labels: "task" counts the task's classes from 0, for a head of its own; "data" keeps the

@@ -1,11 +1,11 @@
 """The parts of FFCV that this package builds on, imported without their side effects.
 
-FFCV 1.0.2 makes a dictionary of numba's when it is imported, which numba compiles for 3 s. Python
-alone reads it, so a plain dictionary stands in its place.
+The import of FFCV 1.0.2 creates a numba dictionary, which numba compiles for 3 s. Only Python code
+reads it, so a plain dictionary replaces it.
 
-FFCV sets torch's number of threads when it is imported and when a loader is made. Where torch finds
-a GPU, the thread of its loader makes CUDA streams. A new thread starts on device 0, so every rank
-would open a context on that card. No stage of these loaders runs on a GPU, so no stream is needed.
+FFCV sets torch's number of threads when it is imported and when a loader is made. If torch finds a
+GPU, the loader's thread creates CUDA streams. A new thread starts on device 0, so every rank would
+open a context on that card. No stage of these loaders runs on a GPU, so no stream is needed.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from pipeline.data.ffcv.tbb import load_tbb
 
 @contextmanager
 def torch_threads_kept() -> Iterator[None]:
-    """Restore torch's number of threads after a call of FFCV."""
+    """Restore torch's number of threads after a call to FFCV."""
     before = torch.get_num_threads()
     try:
         yield
@@ -30,7 +30,7 @@ def torch_threads_kept() -> Iterator[None]:
 
 @contextmanager
 def plain_dictionaries() -> Iterator[None]:
-    """Whoever imports numba's typed dictionary inside gets a plain one."""
+    """Replace numba's typed dictionary by a plain one for imports inside the block."""
     typed: Any = numba.typed
     before, typed.Dict = typed.Dict, dict
     try:

@@ -10,7 +10,7 @@ FFCV's own decoders (1.0.2) draw from numba's generator of each thread, which no
 ignore the status that `imdecode` returns.
 """
 
-# B batch, S side of the output, C channels of the output, h w of a stored image
+# B batch, S output side, C output channels, h w of a stored image
 
 import math
 from functools import cache
@@ -26,7 +26,7 @@ from pipeline.data.ffcv.api import imdecode, resize_crop
 from pipeline.data.ffcv.format import JPG, Images
 from pipeline.data.ffcv.loops import Decoder, below, bits, compiled, mirrored, shifted, unit
 
-# A random resized crop; the central square, resized; a window of the output's size, never resized.
+# A random resized crop; the resized central square; a window of the output's size, not resized.
 RESIZED, CENTRE, WINDOW = 0, 1, 2
 _ATTEMPTS = 10
 # The draws of a crop; arithmetic on a loop's counter would turn uint64 into float64.
@@ -37,7 +37,7 @@ _S32, _S52 = np.uint64(32), np.uint64(52)
 class Decode(Decoder):
     """Decodes images to float32 [B,C,S,S]. The status is that of the JPEG decoder.
 
-    `strong`: compile the parts that `colour` and `erase` need. Evaluation shares the loop of its
+    `strong`: compile the parts that `colour` and `erase` need. Evaluation uses the same loop as
     training, with both 0.
     """
 
@@ -113,8 +113,8 @@ def crop_box(h, w, seed, epoch, index, area, ratios):
             top = below(bits(seed, epoch, index, _DRAWS[attempt, 2]), h - height + 1)
             left = below(bits(seed, epoch, index, _DRAWS[attempt, 3]), w - width + 1)
             return top, left, height, width
-    # Rarely: the largest central crop whose ratio is within bounds, as in torchvision's
-    # RandomResizedCrop.
+        # All attempts failed, which is rare: use the largest central crop whose ratio is within
+        # bounds, as in torchvision's RandomResizedCrop.
     width, height = w, h
     if w < ratios[0] * h:
         height = max(1, np.int64(math.floor(w / ratios[0] + 0.5)))
@@ -125,7 +125,7 @@ def crop_box(h, w, seed, epoch, index, area, ratios):
 
 @compiled
 def put(out_CSS, pixels_hw3, top, left, is_mirrored, table):
-    """Normalise the window at (top, left). Pixels outside of the image are black."""
+    """Normalise the window at (top, left). Pixels outside the image are black."""
     channels, side = out_CSS.shape[0], out_CSS.shape[1]
     h, w = pixels_hw3.shape[0], pixels_hw3.shape[1]
     for y in range(side):
@@ -142,7 +142,7 @@ def put(out_CSS, pixels_hw3, top, left, is_mirrored, table):
 
 @compiled
 def window(pixels_hw3, top, left, side):
-    """A copy of the window at (top, left). Pixels outside of the image are black."""
+    """A copy of the window at (top, left). Pixels outside the image are black."""
     out_SS3 = np.zeros((side, side, 3), np.uint8)
     for y in range(max(0, -top), min(side, pixels_hw3.shape[0] - top)):
         for x in range(max(0, -left), min(side, pixels_hw3.shape[1] - left)):
@@ -153,7 +153,7 @@ def window(pixels_hw3, top, left, side):
 
 @compiled
 def nothing(_, seed, epoch, index, strength, ratios, normals):
-    """Replaces a strong augmentation that is not used."""
+    """A placeholder for a strong augmentation that is not used."""
 
 
 @cache
@@ -196,14 +196,14 @@ def viewer(strong: bool) -> Any:
 
 @cache
 def sampler(strong: bool) -> Any:
-    """The function from a sample's place in the file to its view."""
+    """The function from a sample's position in the file to its view."""
     view = viewer(strong)
     decode_jpg: Any = njit(nogil=True)(imdecode)
 
     @compiled
     def sample(b, indices_B, out_BCSS, keys, status, records, storage, how):
         file, addresses, sizes = storage
-        # the id holds the number of the view too (reader.py)
+        # the id also encodes the number of the view (reader.py)
         samples, number = np.uint64(len(records)), np.uint64(indices_B[b])
         copy, index = number // samples, number % samples
         record = records[index]

@@ -1,8 +1,7 @@
-"""Decodes the counts of a file to float32 [B,T,C,S,S] in one compiled loop: sum slices, shift,
-mirror, normalise.
+"""Decodes stored counts to float32 [B,T,C,S,S] in one compiled loop.
 
-All frames of a recording are shifted and mirrored alike. The random numbers depend on (seed, epoch,
-sample), as those of images do.
+The loop sums slices, shifts, mirrors and normalises. All frames of a recording are shifted and
+mirrored alike. The random numbers depend on (seed, epoch, sample), as for images.
 """
 
 # B batch, T time, C polarities of the output, S pixels a side
@@ -17,7 +16,7 @@ from pipeline.data.ffcv.loops import Decoder, compiled, mirrored, shifted
 class DecodeEvents(Decoder):
     """Decodes event frames.
 
-    The status of a sample is not 0 if its number of bytes is not that of `stored`.
+    The status of a sample is not 0 if its number of bytes differs from that of `stored`.
 
     Args:
         stored: the file's arrays, [slices, 2, S, S].
@@ -52,8 +51,9 @@ class DecodeEvents(Decoder):
 
 
 def counts_of_words(dtype: str) -> NDArray[np.float32]:
-    """The count of each stored word: [256] or [65536]. A table, because numba 0.68.1 does not
-    support float16 on a CPU.
+    """The count of each stored word, as a table: [256] or [65536].
+
+    numba 0.68.1 does not support float16 on a CPU.
     """
     kind = np.dtype(dtype)
     words = np.arange(1 << 8 * kind.itemsize, dtype=f"<u{kind.itemsize}")
@@ -62,8 +62,9 @@ def counts_of_words(dtype: str) -> NDArray[np.float32]:
 
 @compiled
 def add_slice(out_SS, stored, first, word, top, left, is_mirrored, table):
-    """Add the shifted and mirrored counts of one slice and polarity, which begin at word
-    `first`.
+    """Add the shifted and mirrored counts of one slice and polarity.
+
+    They begin at word `first`.
     """
     side = out_SS.shape[0]
     for y in range(side):

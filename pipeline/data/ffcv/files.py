@@ -1,4 +1,4 @@
-"""The files `train.beton` and `val.beton` of a folder as a `Data`: the base of Beton and Events.
+"""The files `train.beton` and `val.beton` of a folder as `Data`: the base of Beton and Events.
 
 Files are opened only when they are needed, so a recipe can be shown without its data. FFCV is
 imported when a loader is made.
@@ -26,11 +26,11 @@ Name = Literal["train", "val"]
 
 
 class FileData(Ordered):
-    """Base of data sets in files; subclasses decode the samples.
+    """Base class of data sets in files; subclasses decode the samples.
 
     Args:
-        classes: of the files.
-        shape: of a decoded sample.
+        classes: the number of classes in the files.
+        shape: the shape of a decoded sample.
         held_out: the share of the training file to evaluate on (order.py).
         repeats: views of each sample in a training batch.
 
@@ -61,7 +61,7 @@ class FileData(Ordered):
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def check(self) -> None:
-        """See base.Data. With a share of the training file held out, val.beton is not read."""
+        """See base.Data. If a share of the training file is held out, val.beton is not read."""
         read: tuple[Name, ...] = ("train",) if self.held_out else ("train", "val")
         for name in read:
             check(self._path(name))
@@ -72,9 +72,9 @@ class FileData(Ordered):
         )
 
     def groups(self, use: Name, *, by: str) -> list[str]:
-        """The group of each sample, at its place in the file (`Batch.index`).
+        """The group of each sample, indexed by its position in the file (`Batch.index`).
 
-        In a set of stamps `groups("val", by="object")[i]` is the object on evaluation image i.
+        In a set of stamps, `groups("val", by="object")[i]` is the object in evaluation image i.
 
         Raises: DataError if the file's manifest has no such groups.
         """
@@ -119,7 +119,7 @@ class FileData(Ordered):
         return self.folder.expanduser() / f"{name}.beton"
 
     def _manifest(self, name: Name) -> Manifest:
-        """Raises: DataError if the file is missing or has another number of classes."""
+        """Raises: DataError if the file is missing or its number of classes differs."""
         manifest = manifests.read(self._path(name))
         require_data(
             len(manifest.classes) == self.classes,

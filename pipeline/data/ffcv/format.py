@@ -1,13 +1,12 @@
-"""The layout of a .beton, and a writer whose output does not depend on the number of encoding
-processes.
+"""The layout of a .beton, and a writer with reproducible output for any number of processes.
 
     header | field descriptors | metadata, one record per sample | zeros up to a page | pages |
     allocation table
 
-A file holds samples of one kind, images or arrays, each with a label. A sample lies within one
-page. This writer is fed by a single process in the order of the samples. FFCV's own writer (1.0.2)
-lets its worker processes race for pages, waits forever for one that died, and cannot store a JPEG
-unchanged. FFCV reads both.
+A file contains samples of one kind, images or arrays, each with a label. A sample lies within one
+page. A single process feeds this writer in the order of the samples. In FFCV's own writer (1.0.2),
+worker processes race for pages; it waits forever for a dead one and cannot store a JPEG unchanged.
+FFCV reads the files of both writers.
 """
 
 import math
@@ -21,11 +20,11 @@ import numpy as np
 from pipeline.core.errors import DataError, require_data
 
 PAGE_BYTES = 8 << 20  # FFCV's default
-JPG, RAW = 0, 1  # FFCV's codes of the storage of an image
+JPG, RAW = 0, 1  # FFCV's codes for the storage of an image
 
 
 def _ffcv():
-    """The parts of FFCV, imported only here: they bring torch and numba, which takes seconds."""
+    """Import the needed parts of FFCV late: they import torch and numba, which takes seconds."""
     from pipeline.data.ffcv import api
 
     return api
@@ -33,8 +32,9 @@ def _ffcv():
 
 @dataclass(frozen=True)
 class Images:
-    """RGB images of any sizes: FFCV's RGBImageField (type 2 in 1.0.2). A record is (mode, width,
-    height, address).
+    """RGB images of any sizes: FFCV's RGBImageField (type 2 in 1.0.2).
+
+    A record is (mode, width, height, address).
     """
 
     name: ClassVar[str] = "image"
@@ -47,7 +47,7 @@ class Images:
         return mode, width, height, address
 
     def attributes(self, record: Any) -> dict[str, int]:
-        """The attributes of a sample that `BetonWriter.add` takes beside its label."""
+        """The attributes of a sample, which `BetonWriter.add` takes beside its label."""
         mode, width, height, _ = record.tolist()
         return {"mode": mode, "height": height, "width": width}
 
@@ -105,10 +105,10 @@ class Region:
 
 
 class BetonWriter:
-    """Writes samples of one kind, in order, to `path`, which must not be in use. `finish` completes
-    the file and syncs it to disk.
+    """Writes samples of one kind, in order, to `path`, which must not be in use.
 
-    `capacity`: the maximum number of samples, whose metadata is reserved at the front.
+    `finish` completes the file and syncs it to disk. `capacity` is the maximum number of samples;
+    space for their metadata is reserved at the front.
     """
 
     def __init__(
@@ -121,14 +121,14 @@ class BetonWriter:
             -(-(_metadata_offset() + self._metadata.nbytes) // page_bytes) * page_bytes
         )
         self._page = bytearray()
-        self._pages = 0  # written out
+        self._pages = 0  # pages written so far
         self._file = path.open("wb")
         self._file.seek(self._pages_offset)
 
     def add(self, payload: bytes, *, label: int, **attributes: int) -> None:
         """Append one sample. Images also need `mode`, `height` and `width`.
 
-        Raises: DataError if it does not fit a page.
+        Raises: DataError if it does not fit into a page.
         """
         if len(payload) > self.page_bytes:
             raise DataError(
@@ -191,17 +191,17 @@ class Layout:
 
 
 def layout(path: Path) -> Layout:
-    """The regions of a file, which cover it without gaps.
+    """The regions of a file. They cover it without gaps.
 
-    Raises: DataError if the file is not a complete .beton of images or arrays with labels, written
-    by this writer or by FFCV.
+    Raises: DataError if the file is not a complete .beton of images or arrays with labels. This
+    writer and FFCV produce such files.
     """
     size, header_size = path.stat().st_size, _ffcv().HeaderType.itemsize
     require_data(
         size >= header_size, f"{path}: not a .beton: {size} bytes are less than its header"
     )
     record = np.fromfile(path, _ffcv().HeaderType, count=1)[0]
-    # FFCV's counts are NumPy scalars of 16 bits, which overflow in arithmetic under NumPy 2.
+    # FFCV's counts are 16-bit NumPy scalars, which overflow in arithmetic under NumPy 2.
     header = {name: int(record[name]) for name in record.dtype.names}
     samples, page_bytes = header["num_samples"], header["page_size"]
     require_data(
@@ -246,9 +246,7 @@ def layout(path: Path) -> Layout:
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of a file in index order: FFCV's records, addresses, labels, and sizes in
-    bytes.
-    """
+    """The samples of a file in index order: FFCV's records, addresses, labels and byte sizes."""
 
     kind: Kind
     records: np.ndarray[Any, Any]
@@ -260,7 +258,7 @@ class Samples:
 def samples(path: Path) -> Samples:
     """Read the tables of a file.
 
-    Raises: DataError if they contradict each other, and as `layout`.
+    Raises: DataError if they contradict each other; also as `layout`.
     """
     where = layout(path)
     metadata = np.fromfile(
@@ -328,7 +326,7 @@ def _metadata_offset() -> int:
 
 
 def _first_page(path: Path, kind: Kind, samples: int, page_bytes: int, lowest: int) -> int:
-    """The offset of the pages. If images were skipped, more metadata is reserved than used."""
+    """The offset of the pages. If images were skipped, some reserved metadata is unused."""
     if not samples:
         return lowest
     metadata = np.fromfile(path, _metadata_type(kind), count=samples, offset=_metadata_offset())

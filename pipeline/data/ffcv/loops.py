@@ -1,5 +1,4 @@
-"""The common parts of the compiled loops: the FFCV operation, the loop over a batch, and random
-numbers.
+"""The shared parts of the compiled loops: FFCV's operation, a loop over a batch, random numbers.
 
 numba compiles the functions at their first call, without fastmath, once per process.
 """
@@ -17,7 +16,7 @@ from pipeline.data.ffcv.api import AllocationQuery, Operation, State
 
 compiled: Any = njit(nogil=True, fastmath=False, error_model="numpy")
 bits = compiled_bits(compiled)
-# Constants are uint64: numba 0.68.1 types uint64 with int64 as float64.
+# Constants are uint64: numba 0.68.1 combines uint64 and int64 to float64.
 _S11, _S32 = np.uint64(11), np.uint64(32)
 _FLIP, _SHIFT_Y, _SHIFT_X = np.uint64(FLIP), np.uint64(SHIFT_Y), np.uint64(SHIFT_X)
 
@@ -25,13 +24,14 @@ _FLIP, _SHIFT_Y, _SHIFT_X = np.uint64(FLIP), np.uint64(SHIFT_Y), np.uint64(SHIFT
 class Decoder(Operation):
     """The FFCV operation of a compiled loop: from sample ids to float32 [B, ...].
 
-    Its memory holds for each batch in flight the output, (seed, epoch), which numba would freeze in
-    a closure, and a status for each sample, which is not 0 if the sample could not be decoded.
+    Its memory holds, for each batch in flight, the output, the pair (seed, epoch), and a status per
+    sample. In a closure, numba would freeze the pair. The status is not 0 if the sample could not
+    be decoded.
 
     Args:
-        name: the field of the file that is decoded.
-        what: the noun of an error message.
-        shape: of one sample of the output.
+        name: the decoded field of the file.
+        what: the noun for error messages.
+        shape: the shape of one output sample.
         sample: a compiled function that fills one sample; `how` is its last argument.
     """
 
@@ -81,7 +81,7 @@ def over_batch(sample: Any, parallel: bool) -> Any:
 
 @compiled
 def below(random_bits, n):
-    """The same as `pipeline.core.random.below`."""
+    """As `pipeline.core.random.below`."""
     return np.int64(((random_bits >> _S32) * np.uint64(n)) >> _S32)
 
 

@@ -1,9 +1,8 @@
-"""The manifest of a .beton: `<name>.beton.manifest.json` beside it, written with it and compared at
-every start.
+"""The manifest of a .beton: `<name>.beton.manifest.json` beside it.
 
-FFCV (1.0.2) decodes damaged bytes without an error, so the manifest has a checksum for each page
-and each region of the file. The content hash depends on the samples alone, not on pages, file or
-number of writers; studies are compared by it.
+It is written with the file and compared at every start. FFCV (1.0.2) decodes damaged bytes without
+an error, so the manifest has a checksum for each page and each region of the file. The content hash
+depends only on the samples, not on pages, file or number of writers; studies are compared by it.
 """
 
 import hashlib
@@ -23,32 +22,32 @@ from pipeline.data.ffcv.format import Arrays, Images, Kind
 
 FORMAT, VERSION = "spiketrain beton manifest", 1
 SUFFIX = ".manifest.json"
-PROBES = 8  # bytes of a file that `probe_file` reads
+PROBES = 8  # number of bytes that `probe_file` reads
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a .beton must hold, and how it was written."""
+    """The expected content of a .beton, and how it was written."""
 
-    file: str  # name without folder
+    file: str  # name without the folder
     bytes: int
     sha256: str  # of the file
     content: str  # see `ContentHash`
     samples: int
     classes: list[str]
-    histogram: list[int]  # samples of each class
-    regions: list[list[Any]]  # [name, offset, bytes, xxh3-64] of all but the pages, in order
+    histogram: list[int]  # number of samples per class
+    regions: list[list[Any]]  # [name, offset, bytes, xxh3-64] of all regions but pages, in order
     pages_offset: int
     page_bytes: int
-    pages: list[str]  # xxh3-64 of each
-    # samples that could not be read, and why
+    pages: list[str]  # xxh3-64 of each page
+    # unreadable samples, with the reason
     skipped: list[dict[str, str]] = field(default_factory=list)
-    # other entries of a source folder: writer.LeftOut
+    # other entries of a source folder: see writer.LeftOut
     left_out: list[dict[str, Any]] = field(default_factory=list)
-    # Counts over the samples. Of images: those stored "as it is", as "jpg" and as "raw", and those
+    # Counts over the samples. For images: those stored "as it is", as "jpg" and as "raw", and those
     # "not rotated" (encode.py).
     stored: dict[str, int] = field(default_factory=dict)
-    # By name of the grouping: the group of each sample, such as the "object" of a scene.
+    # The group of each sample by name of the grouping, such as the "object" of a scene.
     groups: dict[str, list[str]] = field(default_factory=dict)
     source: str = ""
     command: str = ""
@@ -65,8 +64,8 @@ def read(path: Path) -> Manifest:
     """Read the manifest of the .beton at `path`.
 
     Raises:
-        DataError: either is missing, or the manifest is damaged, of another version or of another
-            file.
+        DataError: file or manifest is missing, or the manifest is damaged, of another version or
+            of another file.
         OSError: the storage is unreachable.
     """
     require_data(
@@ -110,7 +109,7 @@ def read(path: Path) -> Manifest:
 
 
 def wrong_size(path: Path, manifest: Manifest, size: int) -> str:
-    """The message for a file of another size than its manifest says."""
+    """The message for a file whose size differs from its manifest."""
     return (
         f"data: {path} must have {manifest.bytes} bytes by its manifest; got {size}: truncated, or"
         " another file"
@@ -118,8 +117,7 @@ def wrong_size(path: Path, manifest: Manifest, size: int) -> str:
 
 
 class ContentHash:
-    """sha256 over the class names and, in index order, each sample's label, attributes and
-    xxh3-128.
+    """sha256 over the class names and each sample's label, attributes and xxh3-128, in index order.
 
     The attributes of an image are its storage code, height and width. The dtype and shape of arrays
     are hashed once, after the class names.
@@ -143,7 +141,7 @@ class ContentHash:
 def describe(
     path: Path, *, name: str, content: str, classes: list[str], labels: list[int], **more: Any
 ) -> Manifest:
-    """The manifest of a file that was just written; reads the file back. `name`: its final name."""
+    """The manifest of a file that was just written. It reads the file. `name`: the final name."""
     layout = beton.layout(path)
     with path.open("rb", buffering=0) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -173,24 +171,24 @@ def content_of(path: Path, classes: list[str]) -> str:
 
     Raises: DataError if the file's tables contradict each other.
     """
-    found = beton.samples(path)
-    content, view = ContentHash(classes, found.kind), np.memmap(path, np.uint8, "r")
+    samples = beton.samples(path)
+    content, view = ContentHash(classes, samples.kind), np.memmap(path, np.uint8, "r")
     places = zip(
-        found.records,
-        found.addresses.tolist(),
-        found.labels.tolist(),
-        found.sizes.tolist(),
+        samples.records,
+        samples.addresses.tolist(),
+        samples.labels.tolist(),
+        samples.sizes.tolist(),
         strict=True,
     )
     for record, address, label, size in places:
         content.add(
-            view[address : address + size].data, label=label, **found.kind.attributes(record)
+            view[address : address + size].data, label=label, **samples.kind.attributes(record)
         )
     return content.hexdigest()
 
 
 def xxh3(file: int, offset: int, length: int) -> str:
-    """The xxh3-64 of a part of an open file; that of a shorter file differs."""
+    """The xxh3-64 of a part of an open file; it differs if the file is shorter."""
     digest, end = xxhash.xxh3_64(), offset + length
     while offset < end and (block := os.pread(file, min(end - offset, 1 << 20), offset)):
         digest.update(block)
@@ -199,8 +197,9 @@ def xxh3(file: int, offset: int, length: int) -> str:
 
 
 def probe_file(path: Path, *, besides: range = range(0)) -> None:
-    """Read single bytes evenly over the file, outside of the bytes `besides`. It tells a bad sector
-    from storage that is unreachable.
+    """Read single bytes evenly over the file, outside the range `besides`.
+
+    This distinguishes a bad sector from unreachable storage.
 
     Raises: OSError if a byte cannot be read.
     """

@@ -1,8 +1,8 @@
 """Compares a .beton with its manifest: the whole file before a run, and pages of it during a run.
 
-A page is damaged where its bytes differ from its checksum, or where the medium cannot read them (a
-bad sector). A run refuses a damaged page in one line that names the file, the page and its samples.
-Storage that is unreachable as a whole raises OSError instead, and the workers are restarted.
+A page is damaged if its bytes differ from its checksum, or if the medium cannot read them (a bad
+sector). A run refuses a damaged page in one line with the file, the page and its samples. Storage
+that is unreachable as a whole raises OSError instead, and the workers are restarted.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.manifest import Manifest
 
 Verify = Literal["sampled", "full"]
-# Samples that are read for each one whose page is compared; a page of 8 MiB holds about 80.
+# Samples read per sample whose page is compared. A page of 8 MiB holds about 80.
 ONE_IN: dict[Verify, int] = {"sampled": 256, "full": 1}
-# Threads. Reading and hashing release the interpreter's lock, and a disk is faster with several
-# requests.
+# Number of threads. Reading and hashing release the interpreter's lock, and a disk is faster with
+# several requests.
 CHECKERS = 4
 
 
@@ -69,7 +69,7 @@ def verify(path: Path) -> list[Manifest]:
 
     `path`: a .beton, or a folder of them.
 
-    Raises: DataError that names the file and the difference.
+    Raises: DataError with the file and the difference.
     """
     path = Path(path)
     files = sorted(path.glob("*.beton")) if path.is_dir() else [path]
@@ -80,8 +80,8 @@ def verify(path: Path) -> list[Manifest]:
 class SpotCheck:
     """Compares pages during one pass through a file.
 
-    The page of one sample in `one_in`, drawn by (seed, epoch), is compared, and the page of each
-    sample that cannot be decoded. `table`: FFCV's allocation table, with the place of each sample.
+    One in `one_in` samples, drawn by (seed, epoch), has its page compared. So has each sample that
+    cannot be decoded. `table`: FFCV's allocation table, with the location of each sample.
     """
 
     def __init__(self, path: Path, table: Any, *, one_in: int, seed: int, epoch: int) -> None:
@@ -98,15 +98,16 @@ class SpotCheck:
         self._file.close()
 
     def before(self) -> None:
-        """Raises: DataError for a file that became shorter. Reading beyond the end of a mapped file
-        would kill the process.
+        """Raises: DataError if the file became shorter.
+
+        Reading beyond the end of a mapped file would kill the process.
         """
         size = os.fstat(self._file.fileno()).st_size
         if size < self.manifest.bytes:
             raise DataError(manifests.wrong_size(self.path, self.manifest, size))
 
     def after(self, index_B: NDArray[np.int64], failed_B: NDArray[np.bool_]) -> None:
-        """Compare pages after a batch was decoded, so that damage at that time is found.
+        """Compare pages after a batch is decoded, so that damage at that time is detected.
 
         Raises:
             DataError: a page is damaged.
@@ -122,9 +123,9 @@ class SpotCheck:
 
 
 def page_fault(path: Path, file: int, manifest: Manifest, number: int) -> str:
-    """The fault of a page of the file, which is open as `file`; "" for an intact page.
+    """The fault of a page of the file, which is open as `file`; "" if the page is intact.
 
-    Raises: OSError where the storage is unreachable.
+    Raises: OSError if the storage is unreachable.
     """
     offset = manifest.pages_offset + number * manifest.page_bytes
     return _fault(path, file, offset, manifest.page_bytes, manifest.pages[number])
@@ -133,7 +134,7 @@ def page_fault(path: Path, file: int, manifest: Manifest, number: int) -> str:
 def damaged_pages(
     path: Path, manifest: Manifest, faults: Mapping[int, str], page_of: NDArray[np.int64]
 ) -> DataError:
-    """The error for a file. `faults`: by damaged page. `page_of`: the page of each sample."""
+    """The error for a file. `faults`: faults by page. `page_of`: the page of each sample."""
 
     def named(number: int) -> str:
         samples = some(_ranges(np.flatnonzero(page_of == number).tolist()))
@@ -161,12 +162,13 @@ def _fault(path: Path, file: int, offset: int, length: int, expected: str) -> st
 
 
 def _digest(path: Path, file: int, offset: int, length: int) -> str:
-    """The xxh3-64 of a part of the file, from the open `file` or, where that fails, from a new
-    descriptor.
+    """The xxh3-64 of a part of the file.
+
+    It is read from the open `file`, or from a new descriptor if that fails.
 
     Raises:
-        Unreadable: the medium cannot read this part, but others.
-        OSError: the storage is unreachable; it may be back for restarted workers.
+        Unreadable: the medium cannot read this part but can read others.
+        OSError: the storage is unreachable; it may return before the workers restart.
     """
 
     def reopened() -> str:

@@ -1,9 +1,8 @@
-"""FFCV's loader with a given order, exceptions for errors and hangs, batches that may be kept, and
-threads that end.
+"""FFCV's loader with a given order, error handling, owned batches and threads that end.
 
-FFCV 1.0.2 itself blocks forever if its thread fails, leaves that thread running after an early
-`break`, returns buffers that it reuses, and sets torch's number of threads. The classes here are
-subclasses: reading, scheduling and compilation are FFCV's.
+FFCV 1.0.2 itself blocks forever if its thread fails, and leaves that thread running after an early
+`break`. It returns buffers that it reuses, and sets torch's number of threads. The classes here are
+subclasses; FFCV still does the reading, scheduling and compilation.
 """
 
 import time
@@ -40,15 +39,15 @@ from pipeline.data.order import TrainOrder, ValOrder
 # Longest waits, in seconds. The first batch waits for compilation: 5 to 20 s on two busy cores.
 FIRST_BATCH_S = 300.0
 HANG_S = 30.0  # for every later batch
-PATIENCE_S = 5.0  # for a thread to end on request, after one more batch at most
+PATIENCE_S = 5.0  # for a thread to end on request, after at most one more batch
 
 
 def usable_threads(threads: int) -> int:
-    """Return `threads` if this process may use that many.
+    """Return `threads` if this process may use that many threads.
 
     Raises:
-        DataError: below 1, above numba's number (CPU affinity, or NUMBA_NUM_THREADS), or above 1
-            without TBB.
+        DataError: `threads` is below 1, above numba's number (CPU affinity, or
+            NUMBA_NUM_THREADS), or above 1 without TBB.
     """
     require_data(threads >= 1, f"data: threads must be 1 or more; got {threads}")
     # the CPU affinity, unless the environment overrides it (0.68.1)
@@ -67,13 +66,13 @@ class BetonLoader:
     """The batches of one rank from one file (see base.Loader).
 
     Args:
-        decode: its `parallel`, and `threads`, come from `usable_threads`.
+        decode: the decoder; its `parallel` and `threads` come from `usable_threads`.
         hang_s: the longest wait for one batch, in seconds; None: 300 for the first, which waits for
-            compilation, and 30 for each later one.
-        one_in: one in so many samples has its page compared, 0: none (page_checks.py).
+            compilation, and 30 for every later one.
+        one_in: one in this many samples has its page compared; 0: none (page_checks.py).
 
     Raises:
-        DataError, LoaderError: also while iterating.
+        DataError, LoaderError: in the constructor and while iterating.
     """
 
     def __init__(
@@ -106,8 +105,8 @@ class BetonLoader:
             table = self._ffcv.reader.alloc_table
             check = SpotCheck(self.path, table, one_in=self._one_in, seed=self._seed, epoch=epoch)
         with check as spots:
-            # It sets torch's threads too, but in its own thread, which has no effect on this one
-            # (torch 2.13).
+            # The loader also sets torch's threads, but in its own thread, which does not affect
+            # this one (torch 2.13).
             reading = _Reading(
                 self._ffcv, views, seed=self._seed, epoch=epoch, hang_s=self._hang_s, check=spots
             )
@@ -134,8 +133,8 @@ class BetonLoader:
 class _Pages(OSCacheManager):
     """The file mapped into memory, so that all ranks of a machine share the page cache.
 
-    It leaves out FFCV's dictionaries of samples and pages (1.0.2), which only FFCV's own page cache
-    needs and which hold a set for each sample.
+    It omits FFCV's dictionaries of samples and pages (1.0.2). Only FFCV's own page cache needs
+    them, and they hold one set per sample.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -147,7 +146,7 @@ class _Pages(OSCacheManager):
 
 
 class _Loader(api.Loader):
-    """FFCV's loader with one pipeline, for the decoded field. `_Reading` has the order."""
+    """FFCV's loader with one pipeline, for the decoded field. `_Reading` holds the order."""
 
     def __init__(self, path: Path, decode: Decoder, *, batch_size: int, threads: int) -> None:
         self.fname, self.batch_size = str(path), batch_size
@@ -177,7 +176,7 @@ class _Loader(api.Loader):
 
 
 class _Reading(EpochIterator):
-    """One pass through an order, in a thread that reads ahead."""
+    """One pass through an order, in a read-ahead thread."""
 
     def __init__(
         self,
@@ -213,7 +212,7 @@ class _Reading(EpochIterator):
         self._check.before()
         result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
         failed_B = self._status[batch_slot][: len(batch_indices), 0] != 0
-        ids = batch_indices.astype(np.int64) % len(self.metadata)  # without the view's number
+        ids = batch_indices.astype(np.int64) % len(self.metadata)  # removes the view's number
         self._check.after(ids, failed_B)
         return result
 
@@ -227,14 +226,14 @@ class _Reading(EpochIterator):
                 f"data: {self.loader.fname}: cannot decode {self._what} of samples [{names}];"
                 " `spiketrain verify` it"
             )
-        # The slot is written again two batches later. The copy is pinned where this process
-        # computes on a GPU, so that the transfer can overlap. On a CPU, pinned memory would open a
-        # context on a card that is not used.
+        # The slot is overwritten two batches later. The copy is pinned if this process computes on
+        # a GPU, so that the transfer can overlap. In a CPU process, pinned memory would open a
+        # context on an unused card.
         x_B = torch.empty(view_B.shape, dtype=torch.float32, pin_memory=torch.cuda.is_initialized())
         return x_B.copy_(torch.from_numpy(view_B))
 
     def close(self) -> None:
-        """Stop reading ahead and wait for the thread. A daemon thread that hangs is abandoned."""
+        """Stop reading ahead and wait for the thread. A hanging daemon thread is abandoned."""
         if not hasattr(self, "terminate_event"):
             return  # the base class failed before it started anything
         with self._closing:

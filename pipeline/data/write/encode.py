@@ -1,10 +1,10 @@
 """Encodes images to the bytes that a .beton stores.
 
-In mode "jpg" a JPEG that fits `max_resolution` is stored unchanged, a progressive or grey one too,
-if FFCV's decoder accepts it without a warning. All others (PNG, CMYK, a JPEG with stray bytes or
-too large) are decoded by Pillow to RGB, shrunk by area averaging and encoded again. EXIF
-orientation is ignored, as in torchvision's ImageFolder; pictures that are not upright are counted
-as "not rotated".
+In mode "jpg" a JPEG, also a progressive or grey one, is stored unchanged if it fits
+`max_resolution` and FFCV's decoder accepts it without a warning. Pillow decodes all other images
+(PNG, CMYK, a JPEG with stray bytes or too large) to RGB, shrinks them by area averaging and encodes
+them again. EXIF orientation is ignored, as in torchvision's ImageFolder; pictures that are not
+upright are counted as "not rotated".
 """
 
 import ctypes
@@ -33,7 +33,7 @@ DAMAGED = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 class Item:
     """An image to encode: a file, or pixels uint8 [H,W] or [H,W,3]."""
 
-    number: int  # its place in the set
+    number: int  # its position in the set
     image: Path | np.ndarray
     label: int
 
@@ -45,14 +45,14 @@ class Item:
 class Encoding:
     """Encodes images as JPEG or raw pixels.
 
-    `jpg_share`: the share stored as JPEG in mode "mixed", chosen by a hash of the image's number.
+    `jpg_share`: in mode "mixed", the share stored as JPEG, chosen by a hash of the image's number.
 
     Raises: DataError for an option that is out of range.
     """
 
     mode: Literal["jpg", "raw", "mixed"]
-    max_resolution: int | None = None  # pixels of the longer side
-    quality: int = 90  # of JPEGs encoded anew
+    max_resolution: int | None = None  # the most pixels of the longer side
+    quality: int = 90  # of JPEGs that are encoded again
     jpg_share: float = 0.5
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class Encoding:
             return _encode_picture(Image.fromarray(item.image), self, as_jpg)
         except DataError:
             raise
-        except UnidentifiedImageError:  # whose text contains the address of an object
+        except UnidentifiedImageError:  # its text contains the address of an object
             return Bad("it is no picture that Pillow can read")
         except DAMAGED as error:
             return Bad(f"{type(error).__name__}: {error}")
@@ -109,7 +109,7 @@ def _encode_file(path: Path, how: Encoding, as_jpg: bool) -> Encoded | Bad:
 
 def _is_upright(picture: Image.Image) -> bool:
     try:
-        # values outside of 1..8 have no meaning
+        # values outside 1..8 have no meaning
         return picture.getexif().get(ExifTags.Base.Orientation, 1) not in range(2, 9)
     except (SyntaxError, struct.error):  # EXIF that Pillow 13.0 cannot read
         return True
@@ -142,8 +142,9 @@ def _image(
 
 
 def _ffcv_decodes(content: bytes, height: int, width: int) -> bool:
-    """Whether the decoder of a training run accepts this JPEG without an error or a warning, both
-    of which the run treats as damage.
+    """Whether a training run's decoder accepts this JPEG without an error or a warning.
+
+    The run treats both as damage.
     """
     pixels = np.empty((height, width, 3), np.uint8)
     memory = pixels.ctypes.data_as(ctypes.c_void_p)
@@ -153,8 +154,9 @@ def _ffcv_decodes(content: bytes, height: int, width: int) -> bool:
 
 @cache
 def _ffcv_imdecode() -> Callable[..., int]:
-    """`imdecode` of FFCV's library, without importing the package, which would import torch and
-    numba in each worker and take seconds.
+    """`imdecode` of FFCV's library, loaded without the package.
+
+    The package would import torch and numba in each worker, which takes seconds.
     """
     package = PathFinder.find_spec("ffcv")
     folders = list(package.submodule_search_locations or []) if package else []

@@ -1,6 +1,4 @@
-"""Writes recordings, generated or of a published set, to train.beton and val.beton with their
-manifests.
-"""
+"""Writes generated or published recordings to train.beton and val.beton, with their manifests."""
 
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -38,18 +36,18 @@ def write_events(
     """Write a set as event files.
 
     Args:
-        source: of a published set, the folder that tonic fills (published_events.py); of saccades,
-            "fashion" or the folder of its files.
-        slices: default 10 (moving), 6 (saccades); a published set has none.
+        source: for a published set, the folder that tonic fills (published_events.py); for
+            saccades, "fashion" or the folder of its files.
+        slices: default 10 (moving), 6 (saccades); a published set has no default.
         size: pixels a side; default 34 (generated), or the sensor's.
         samples, val_samples: numbers of generated recordings; default 6000 and 1600 (moving), or
-            one for each image (saccades).
+            one per image (saccades).
         content_seed: selects the generated recordings; default 0.
         framing: `frames_by`, `resize`, `counts`, `overflow` of recordings.Framing.
         max_bad, existing: as in `write_folder`.
 
     Raises:
-        DataError: an option is missing or has no effect, or recordings are not available; and as
+        DataError: an option is missing or has no effect, or recordings are unavailable; also as
             `write_sets`.
     """
     generated = {"samples": samples, "val_samples": val_samples, "content_seed": content_seed}
@@ -115,8 +113,8 @@ def _saccades(
     content_seed: int = 0,
 ) -> list[Source[Any]]:
     sets: list[Source[Any]] = []
-    found = fashion(None if source in (None, "fashion") else Path(source))
-    for part, (each, count) in enumerate(zip(found, (samples, val_samples), strict=True)):
+    pictures = fashion(None if source in (None, "fashion") else Path(source))
+    for part, (each, count) in enumerate(zip(pictures, (samples, val_samples), strict=True)):
         require_data(
             count is None or count <= len(each.items),
             f"write events: saccades: {each.name} has {len(each.items)} images; got {count} to"

@@ -4,34 +4,34 @@
 directions. A network without memory can tell the shapes apart, but not a direction from its
 opposite.
 
-A shape moves along a row or a column of a toroidal sensor: what leaves on one side enters on the
-other. It starts at a random place. The base of each axis is one recording. The opposite direction
-is its exact reversal in time. Then a fair coin f flips the polarity of each recording:
+A shape moves along a row or a column of a toroidal sensor: it leaves on one side and enters on the
+other. It starts at a random place. Each axis has one base recording. The opposite direction is its
+exact reversal in time. Then a fair coin f flips the polarity of each recording:
 
     (t, y, x, p)  ->  (end - 1 - t, y, x, p),            then    p -> p XOR f
 
-Two kinds of reader are therefore right in at most half of the cases about the direction along an
-axis:
+Two kinds of readers therefore recognise the direction along an axis with at most 50 % accuracy:
 
-    of sums      The sum of a recording over time is the sum of its reversal.
-    of a moment  At any time the shape is equally likely at every place. One slice of the base is
-                 then distributed like any other, and the slices of a reversal are those of a base
+    sums over time   The sum of a recording over time equals the sum of its reversal.
+    single moments   At any time the shape is equally likely at every place. One slice of the base
+                     is then distributed like any other, and the slices of a reversal are those of
+                     a base in reverse order. Neither a slice nor its time reveals the direction.
                  in reverse order. Neither a slice nor its time reveals the direction.
 
-The direction shows only in how one slice follows another, so a network must carry information from
-one to the other. Without the coin and the exact reversal, polarity would reveal the direction: a
-moving edge gives the reversal the other polarity, and a camera's hysteresis shows which polarity
+Only the succession of slices shows the direction, so a network must carry information from one
+slice to the next. Without the coin and the exact reversal, polarity would reveal the direction: a
+moving edge has the other polarity in the reversal, and a camera's hysteresis shows which polarity
 came first. A camera that is switched on during the motion would miss the first events and reveal
 the beginning; this one has been on since before the shape arrived.
 
-**Saccades** gives real images to networks for events. Sums over time suffice to distinguish its
-classes. The picture is in the middle of the sensor, and the gaze follows a triangle, each side in
-100 ms, as for N-MNIST.
+**Saccades** turns real images into input for event networks. Sums over time suffice to distinguish
+its classes. The picture is in the middle of the sensor. The gaze follows a triangle, and each side
+takes 100 ms, as for N-MNIST.
 
 Every number is a pure function of (content seed, part, number of the recording).
 
-Source: Orchard et al. 2015, doi:10.3389/fnins.2015.00437, for saccades (path, speed and camera are
-ours).
+Source: Orchard et al. 2015, doi:10.3389/fnins.2015.00437, for saccades (path, speed and camera
+differ).
 """
 
 # M instants of a film, N events, H W pixels of the sensor, h w of a picture
@@ -50,7 +50,7 @@ SHAPES = ("disc", "square", "triangle", "cross")
 DIRECTIONS = ("right", "left", "down", "up")  # 2 axis + reversed
 CLASSES = [f"{shape} {direction}" for shape in SHAPES for direction in DIRECTIONS]
 INSTANTS, STEP_US = 93, 1000  # 92 ms
-SMALLEST = 16  # pixels a side of the smallest sensor that has room for the shapes
+SMALLEST = 16  # pixels a side of the smallest sensor with room for the shapes
 
 _FIRST_DRAW = 256  # draws, see random.py: 256.. of the film, 512.. of the noise
 _RADIUS, _ACROSS, _START, _SPEED, _THRESHOLD, _COIN, _NOISE_COUNT = range(
@@ -87,9 +87,7 @@ class MovingShape:
         return stream._replace(p_N=stream.p_N ^ self._draw(_COIN, 2))
 
     def base(self, shape: int, axis: int) -> Stream:
-        """The recording with noise before reversal and coin, along `axis` (0 to the right, 1
-        down).
-        """
+        """The noisy recording before reversal and coin, along `axis` (0 right, 1 down)."""
         scale = self.size / 34
         stream = moving_shape_events(
             SHAPES[shape],
@@ -98,7 +96,7 @@ class MovingShape:
             radius=scale * (4.5 + self._draw(_RADIUS, 64) / 32),  # 4.5 to 6.5 pixels on 34
             across=self.size * self._draw(_ACROSS, 1 << 16) / (1 << 16),
             start=self.size * self._draw(_START, 1 << 16) / (1 << 16),
-            speed=scale * (112 + self._draw(_SPEED, 93)) / 1024,  # 10 to 18 pixels in all
+            speed=scale * (112 + self._draw(_SPEED, 93)) / 1024,  # 10 to 18 pixels in total
             threshold=0.2 + 0.01 * self._draw(_THRESHOLD, 11),
         )
         noise = 100 + self._draw(_NOISE_COUNT, 101)
@@ -131,9 +129,8 @@ def moving_shape_events(
     a torus of `size` a side. An event occurs whenever the intensity (0 outside, 1 inside) has
     changed by `threshold`.
 
-    The film begins empty, and the shape moves for as long as it takes to leave its first place.
-    The level that a pixel remembers at time 0 then depends on the motion, not on the beginning of
-    the film.
+    The film begins empty, and the shape first moves until it has left its first place. The level
+    that a pixel remembers at time 0 then depends on the motion, not on the beginning of the film.
     """
     before = math.ceil((2.2 * radius + 2) / speed)  # the longest shape with its soft edge
     along_M = start + speed * np.arange(-before, INSTANTS, dtype=np.float64)
@@ -169,7 +166,7 @@ def _ring(distance: NDArray[np.float64], size: int) -> NDArray[np.float64]:
 
 
 def reversal(stream: Stream) -> Stream:
-    """The recording in reverse, with the same polarities."""
+    """The recording reversed in time, with the same polarities."""
     t_N, y_N, x_N, p_N = (values_N[::-1] for values_N in stream[:4])
     return stream._replace(t_N=sum(stream.span) - 1 - t_N, y_N=y_N, x_N=x_N, p_N=p_N)
 
@@ -177,8 +174,9 @@ def reversal(stream: Stream) -> Stream:
 def signed_distance(
     shape: str, down: NDArray[np.float64], right: NDArray[np.float64], radius: float
 ) -> NDArray[np.float64]:
-    """The distance in pixels from a point to a shape, negative inside it. (down, right): the point
-    relative to the shape's centre.
+    """The distance in pixels from a point to a shape, negative inside it.
+
+    (down, right): the point relative to the shape's centre.
     """
     if shape == "disc":
         return np.sqrt(down * down + right * right) - radius
@@ -197,17 +195,18 @@ def signed_distance(
 
 
 CORNERS = ((-3, -3), (3, 0), (-3, 3))  # (down, right) of the gaze from the middle, in pixels
-# of each side: about 6 pixels, a quarter of a pixel between two instants
+# Each side takes this long. It is about 6 pixels, a quarter of a pixel between two instants.
 SACCADE_US, SACCADE_INSTANTS = 100_000, 25
-SACCADE_THRESHOLD = 0.15  # of black to white
+SACCADE_THRESHOLD = 0.15  # as a share of the step from black to white
 
 _SACCADE_NOISE_COUNT, _SACCADE_NOISE = 768, 1024  # draws, see random.py
 
 
 @dataclass(frozen=True, eq=False)
 class Saccades:
-    """The recording of the picture `image_hw` (uint8), number `number` of a part (0 train, 1 val),
-    by a sensor of `size` pixels a side.
+    """A saccade recording of the picture `image_hw` (uint8) by a sensor of `size` pixels a side.
+
+    `number` is its number in a part (0 train, 1 val).
     """
 
     image_hw: NDArray[np.uint8]
@@ -252,8 +251,9 @@ class Saccades:
 
 
 def gaze() -> list[tuple[float, float]]:
-    """The place of the gaze at each instant, (down, right) in pixels: around the triangle and back
-    to its first corner.
+    """The position of the gaze at each instant, (down, right) in pixels.
+
+    It goes around the triangle and back to the first corner.
     """
     path: list[tuple[float, float]] = [CORNERS[0]]
     for (down, right), (next_down, next_right) in zip(
@@ -266,7 +266,7 @@ def gaze() -> list[tuple[float, float]]:
 
 
 def _window(field: NDArray[np.float64], top: float, left: float, size: int) -> NDArray[np.float64]:
-    """`size` x `size` interpolated values of `field` from (top, left) on."""
+    """`size` x `size` interpolated values of `field`, starting at (top, left)."""
     row, column = int(top), int(left)
     down, right = top - row, left - column
     upper = (1 - down) * field[row : row + size] + down * field[row + 1 : row + 1 + size]
@@ -279,12 +279,12 @@ def _window(field: NDArray[np.float64], top: float, left: float, size: int) -> N
 
 
 def film_to_events(film_MHW: NDArray[np.float64], *, threshold: float, step_us: int) -> Stream:
-    """The events of an event camera on a film of intensities, `step_us` microseconds per instant.
+    """The events of an event camera that sees a film of intensities.
 
-    Each pixel remembers a level. Whenever the intensity differs from it by `threshold`, the pixel
-    emits an event, on or off, and the level follows by one threshold. The n events of a pixel
-    between two instants are spread evenly. Only sums, products and comparisons are used, so the
-    events are the same on every machine.
+    Instants are `step_us` microseconds apart. Each pixel remembers a level. Whenever the intensity
+    differs from it by `threshold`, the pixel emits an event, on or off, and the level follows by
+    one threshold. The n events of a pixel between two instants are spread evenly. Only sums,
+    products and comparisons are used, so the events are the same on every machine.
     """
     moved_MHW = np.zeros((len(film_MHW) - 1, *film_MHW.shape[1:]))
     level_HW = film_MHW[0].copy()
@@ -307,7 +307,7 @@ def film_to_events(film_MHW: NDArray[np.float64], *, threshold: float, step_us: 
 
 
 def add_noise(stream: Stream, random_bits: NDArray[np.uint64]) -> Stream:
-    """Add noise events at uniform places and times, one for every four numbers of `random_bits`."""
+    """Add noise events at uniform places and times, one per four numbers of `random_bits`."""
     begin, end = stream.span
     ranges = (end - begin, *stream.sensor, 2)
     t_K, y_K, x_K, p_K = map(below, random_bits.reshape(-1, 4).T, ranges)

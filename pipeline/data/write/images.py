@@ -1,4 +1,4 @@
-"""Sets of images: Fashion-MNIST in its four files, or a folder of class folders as for ImageNet."""
+"""Image sets: Fashion-MNIST in its four files, or a folder of class folders as for ImageNet."""
 
 import gzip
 import math
@@ -16,7 +16,7 @@ from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.write.encode import Encoding, Item
 from pipeline.data.write.writer import Existing, LeftOut, Progress, Source, write_sets
 
-FASHION_PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
+FASHION_PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
 FASHION_CLASSES = [
     "T-shirt/top",
     "Trouser",
@@ -40,8 +40,9 @@ def write_fashion(
     progress: Progress | None = None,
     existing: Existing = "refuse",
 ) -> list[Manifest]:
-    """Write Fashion-MNIST, 60000 + 10000 grey images of 28x28, raw with three equal channels (FFCV
-    stores only RGB).
+    """Write Fashion-MNIST: 60000 + 10000 grey images of 28x28.
+
+    They are stored raw with three equal channels, because FFCV stores only RGB.
 
     Args:
         source: a folder with its four files; None: Debian's package dataset-fashion-mnist, or
@@ -50,7 +51,7 @@ def write_fashion(
             verified.
 
     Raises:
-        DataError: no source, `out` is already written, or the disk is full.
+        DataError: no source is available, `out` is already written, or the disk is full.
         LoaderError: a worker died or hung.
     """
     sets, how = fashion(source), Encoding(mode="raw")
@@ -77,8 +78,8 @@ def write_folder(
             "raw" stores pixels; "mixed" stores the share `jpg_share` (0.5) as "jpg" does and the
             rest raw.
         max_resolution: pixels of the longer side; larger images are shrunk.
-        max_bad: images of each set that may be unreadable. They are left out and listed in the
-            manifest.
+        max_bad: the number of images in each set that may be unreadable. They are omitted and
+            listed in the manifest.
         existing: as in `write_fashion`.
 
     Raises:
@@ -108,9 +109,9 @@ def write_folder(
 
 
 def fashion(source: Path | None = None) -> list[Source[Item]]:
-    """Fashion-MNIST from `source`, from Debian's package, or downloaded by torchvision.
+    """Fashion-MNIST from `source`, from Debian's package, or from torchvision's download.
 
-    Raises: DataError if it is in none of these.
+    Raises: DataError if it is in none of these places.
     Source: Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747.
     """
     folder = _fashion_folder(source)
@@ -118,11 +119,12 @@ def fashion(source: Path | None = None) -> list[Source[Item]]:
 
 
 def image_folder(source: Path) -> list[Source[Item]]:
-    """`source/train/<class>/*` and `source/val/<class>/*`. Labels follow the sorted names of the
-    class folders; images are sorted by name.
+    """`source/train/<class>/*` and `source/val/<class>/*`.
+
+    Labels follow the sorted names of the class folders; images are sorted by name.
 
     Hidden files and folders, folders inside a class folder, files beside the class folders, and
-    files without the ending of an image (`IMAGE_SUFFIXES`) are left out.
+    files without the suffix of an image (`IMAGE_SUFFIXES`) are omitted.
 
     Raises: DataError if a folder is missing or empty, or the classes of the two sets differ.
     """
@@ -151,7 +153,7 @@ def _fashion_folder(source: Path | None) -> Path:
 
         root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "spiketrain"
         return Path(FashionMNIST(str(root), download=True).raw_folder)
-    # No torchvision, no network, a full disk: the user has the same choice after each.
+    # No torchvision, no network or a full disk: the user has the same choice in each case.
     except Exception as error:
         raise DataError(
             f"write_fashion: Fashion-MNIST is neither in {FASHION_PACKAGE} (`apt install"
@@ -176,8 +178,10 @@ def _fashion_set(folder: Path, name: str, prefix: str) -> Source[Item]:
 
 
 def _idx(folder: Path, name: str) -> NDArray[np.uint8]:
-    """Read an array in MNIST's format: two zero bytes, 8 (uint8), the number of axes, their lengths
-    (big-endian uint32), the values.
+    """Read an array in MNIST's format.
+
+    The format is two zero bytes, 8 (uint8), the number of axes, their lengths (big-endian uint32),
+    and the values.
     """
     packed, plain = folder / f"{name}.gz", folder / name
     try:
@@ -233,8 +237,9 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _kind_left_out(entry: os.DirEntry[str], which: str) -> tuple[str, str]:
-    """Noun and addition of an entry that is neither a class folder nor an image. `which`: the
-    addition for a file that is not hidden.
+    """The noun and the addition for an entry that is neither a class folder nor an image.
+
+    `which`: the addition for a file that is not hidden.
     """
     if entry.name.startswith("."):
         return ("hidden folder" if entry.is_dir() else "hidden file"), ""

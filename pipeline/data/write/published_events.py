@@ -8,9 +8,9 @@
                                                              gestures; times in ms)
     ncaltech101   N-Caltech101    180x240   8709             Orchard et al. 2015
 
-N-MNIST and DVS-Gesture have a test set. The others have none: as in published results, the first
-90 % of each class train, in the order of the numbers in the files' names. A sensor that is not
-square is squeezed to a square frame.
+N-MNIST and DVS-Gesture have a test set. The others have none. As in published results, the first
+90 % of each class are the training set, in the order of the numbers in the file names. A sensor
+that is not square is squeezed to a square frame.
 
 tonic is GPL-3.0. It is imported only here, and only while a set is written: `pip install
 'spiketrain[events]'`. Written sets are read without tonic. The recordings keep their own licences.
@@ -30,20 +30,21 @@ from pipeline.data.write.recordings import Stream, in_order
 from pipeline.data.write.writer import Source
 
 Name = Literal["nmnist", "cifar10dvs", "gesture", "ncaltech101"]
-TRAIN_SHARE = 0.9  # of each class, where there is no test set
+TRAIN_SHARE = 0.9  # of each class, if there is no test set
 
 
 @dataclass(frozen=True)
 class Published:
-    """The layout of a set in tonic (1.7.0): recordings `<folder>/<class>/*`, or files named after
-    their class.
+    """The layout of a set in tonic (1.7.0).
+
+    Recordings are `<folder>/<class>/*`, or files named after their class.
     """
 
     dataset: str  # the name in tonic.datasets, and of its folder
-    folders: tuple[str, ...]  # of train and val; a single one is split
+    folders: tuple[str, ...]  # for train and val; a single one is split
     suffix: str
     sensor: tuple[int, int]  # height, width in pixels
-    # of files that are named `<label>.npy`; None: the names of the folders
+    # classes of files that are named `<label>.npy`; None: the folder names
     classes: tuple[str, ...] | None = None
 
 
@@ -95,8 +96,8 @@ def published_sets(name: Name, source: Path) -> list[Source[PublishedRecording]]
     """The training and the evaluation recordings of a set, by class and number.
 
     Raises:
-        DataError: the recordings are not in `source` and cannot be downloaded, or their classes are
-            not those of the set.
+        DataError: the recordings are not in `source` and cannot be downloaded, or their classes
+            differ from those of the set.
     """
     known, root = PUBLISHED[name], Path(source).expanduser() / PUBLISHED[name].dataset
     found = [
@@ -137,7 +138,7 @@ def _download(name: Name, known: Published, source: Path, *, is_train: bool) -> 
     address = getattr(dataset, "url", None) or (dataset.train_url if is_train else dataset.test_url)
     try:
         dataset(str(source), **which)
-    # No network, a full disk, a changed archive: the user has the same choice after each.
+    # No network, a full disk or a changed archive: the user has the same choice in each case.
     except Exception as error:
         raise DataError(
             f"write events: {name} is neither in {(source / known.dataset).absolute()} nor could"
@@ -191,7 +192,7 @@ def _natural(path: "Path | str") -> list[Any]:
 
 
 def _read_bin(path: Path) -> tuple[Any, ...]:
-    """N-MNIST's and N-Caltech101's format, 5 bytes an event."""
+    """Read N-MNIST's and N-Caltech101's format: 5 bytes per event."""
     if path.stat().st_size % 5:
         raise DataError(
             f"it is cut short: {path.stat().st_size} bytes are no whole number of events of 5 bytes"
@@ -221,7 +222,7 @@ def _read_aedat4(path: Path) -> tuple[Any, ...]:
 
 
 def _read_npy(path: Path) -> tuple[Any, ...]:
-    """DVS-Gesture as tonic stores it: columns x, y, polarity, milliseconds."""
+    """Read DVS-Gesture in tonic's format: columns x, y, polarity, milliseconds."""
     try:
         events_N4 = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:

@@ -2,15 +2,16 @@
 
     F[j, p, y, x] = number of events of polarity p at (y, x) in slice j        j = 0..slices-1
 
-By "time" the slices have equal length: j = floor((t - begin) slices / (end - begin)). By "number"
-they hold equal numbers of events: the i-th of N events is in slice floor(i slices / N). Both nest:
-two neighbours of 2n slices make one of n, so a file with many slices can be read with any number
-that divides them.
+With "time", slices have equal length: j = floor((t - begin) slices / (end - begin)). With "number",
+they have equal numbers of events: the i-th of N events is in slice floor(i slices / N). Both nest:
+two adjacent slices of 2n make one of n. A file with many slices can therefore be read with any
+number of slices that divides theirs.
 
-A recording of another size is resized in one of two ways. With "sum" an event at x falls on pixel
-floor(x size / width), so counts stay whole and none is lost. With "area" a pixel is the mean count
-of the sensor's pixels beneath it, weighted by the covered area and stored as float16. Its values do
-not grow with the sensor, like those of interpolated frames, which published recipes normalise.
+There are two ways to resize a recording. With "sum", an event at x falls on pixel
+floor(x size / width), so counts stay whole and none is lost. With "area", a pixel is the mean count
+of the sensor pixels that it covers, weighted by the covered area and stored as float16. These
+values do not grow with the sensor, like those of the interpolated frames that published recipes
+normalise.
 """
 
 # N events of a recording, J slices, P polarities (0 off, 1 on), h w of the sensor, H W of a frame
@@ -31,7 +32,7 @@ MOST_SLICES = 1000
 
 
 class Stream(NamedTuple):
-    """The events of a recording, in order of time."""
+    """The events of a recording, sorted by time."""
 
     t_N: NDArray[np.int64]  # microseconds, begin <= t < end
     y_N: NDArray[np.int64]
@@ -60,9 +61,9 @@ class Framing:
     """Encodes recordings as `slices` frames of `size` x `size` pixels with two polarities.
 
     Args:
-        counts: "uint8" up to 255, or "int16" up to 32767; without effect on "area", which stores
-            float16.
-        overflow: refuse a recording with a larger count, or saturate it and count that in the
+        counts: "uint8" up to 255, or "int16" up to 32767. It has no effect with "area", which
+            stores float16.
+        overflow: refuse a recording with a larger count, or saturate it and record that in the
             manifest.
 
     Raises:
@@ -185,8 +186,9 @@ def _check(stream: Stream) -> None:
 
 
 def _covered(sensor: int, size: int) -> NDArray[np.float64]:
-    """The share of each sensor pixel in each of `size` equal parts of a line: [size, sensor]. Rows
-    sum to 1.
+    """The share of each sensor pixel in each of `size` equal parts of a line: [size, sensor].
+
+    Rows sum to 1.
     """
     edges = np.arange(size + 1) * sensor / size
     low = np.maximum(edges[:-1, None], np.arange(sensor))
@@ -195,7 +197,7 @@ def _covered(sensor: int, size: int) -> NDArray[np.float64]:
 
 
 def _stored(frames_JPHW: NDArray[np.float64], dtype: str) -> tuple[NDArray[np.generic], int]:
-    """The counts in the dtype of the file, and how many exceeded it and were clipped."""
+    """The counts in the file's dtype, and the number of clipped counts."""
     kind = np.dtype(dtype)
     most = float(np.finfo(kind).max) if kind.kind == "f" else np.iinfo(kind).max
     beyond = int(np.count_nonzero(frames_JPHW > most))

@@ -10,14 +10,14 @@ Three packages of Debian 13 install the pictures; this program contains none.
 Licences: the stamps are under GPL-2 and, by upstream's own notes, the public domain, GFDL and
 several Creative Commons licences; the wallpapers are under GPL-2 or later.
 
-The evaluation sets of the splits share no object and no ground. The n objects of a class are
-ordered by a hash of their names. Split s = 0, 1, 2 evaluates on numbers s q to (s + 1) q - 1, with
+The evaluation sets of the splits share no object and no ground. The n objects of a class are sorted
+by a hash of their names. Split s = 0, 1, 2 evaluates on numbers s q to (s + 1) q - 1, with
 q = round(n / 4), and trains on all others. Grounds are divided likewise. Every class is therefore
-in both parts of each split, and the three evaluation sets together hold about three quarters of all
+in both parts of each split. The three evaluation sets together contain about three quarters of all
 objects, each once. The division depends neither on the seed nor on the number of scenes.
 
-Split 3 serves to choose settings. It evaluates on the rest, numbers 3 q to n - 1, which the other
-three splits train on, so settings are not chosen on tested pictures.
+Split 3 is for choosing settings. It evaluates on the remaining numbers, 3 q to n - 1, which the
+other three splits train on, so settings are not chosen on test pictures.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,8 +35,8 @@ SHARE = Path("/usr/share")
 STAMPS, MATE, PLASMA = "tuxpaint-stamps-default", "mate-backgrounds", "plasma-workspace-wallpapers"
 
 SPLITS = 3
-CHOICE = 3  # the split to choose settings on
-IN_SO_MANY = 4  # one picture in so many is in the evaluation set
+CHOICE = 3  # the split for choosing settings
+IN_SO_MANY = 4  # one picture in this many is in the evaluation set
 
 # The folders of each class below tuxpaint/stamps, without their subfolders. The numbers are those
 # of 2025.03.31-1 without LEFT_OUT.
@@ -45,11 +45,11 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "coin": tuple(
         f"symbols/money/{each}" for each in ("canadian/coins", "euro/coins", "japanese", "us/coins")
     ),  # 26
-    "fish": ("animals/fish", "animals/shellfish"),  # 13, shellfish among them
+    "fish": ("animals/fish", "animals/shellfish"),  # 13, including shellfish
     "flower": ("plants/flowers",),  # 24
     "fruit": ("food/fruit", "food/nuts"),  # 29
     "household": ("household", "household/dishes", "household/dishes/utensils", "hobbies"),  # 16
-    "insect": ("animals/insects",),  # 8, a slug and a woodlouse among them
+    "insect": ("animals/insects",),  # 8, including a slug and a woodlouse
     "instrument": tuple(
         f"hobbies/music/{each}" for each in ("brass", "percussion", "string", "wind")
     ),  # 11
@@ -64,7 +64,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "planet": (
         "space/solarsystem",
         "space/solarsystem/moon",
-    ),  # 13, the sun and three phases of the moon among them
+    ),  # 13, including the sun and three phases of the moon
     "tool": ("household/tools", "household/arttools", "medical"),  # 18
     "vegetable": ("food/vegetables", "food/spices", "plants/mushrooms"),  # 22
     "vehicle": (
@@ -76,7 +76,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         *(f"vehicles/{each}" for each in ("locomotive", "masstransit", "race", "ship")),
     ),  # 20
 }
-# In addition to drawings, which have an .svg of the same name, and mirror images of another.
+# Also left out: drawings, which have an .svg of the same name, and mirror images of other files.
 LEFT_OUT = frozenset(
     {
         *(
@@ -90,11 +90,11 @@ LEFT_OUT = frozenset(
             "medical/bandage_adhesive",
             "space/spacewalk",
             "vehicles/wheel_tractor",
-        ),  # not of the class
+        ),  # of another class
         *(
             "food/nuts/walnut_shelled",
             "vehicles/emergency/sedan_police",
-        ),  # of 25 pixels; only a car's lights
+        ),  # only 25 pixels; only a car's lights
     }
 )
 
@@ -122,7 +122,7 @@ _PHOTOS = (
     "Kite",
     "OneStandsOut",
 )
-GROUNDS = {  # below /usr/share, and the package that brings it
+GROUNDS = {  # paths below /usr/share, with the package that installs them
     **{f"backgrounds/mate/nature/{name}.jpg": MATE for name in (*_NATURE, "YellowFlower")},
     **{
         f"wallpapers/{name}/contents/images/2560x1600.jpg": PLASMA
@@ -148,9 +148,9 @@ class Pictures:
 
 
 def installed(share: Path = SHARE) -> Pictures:
-    """The pictures that the packages have installed below `share`.
+    """The pictures that the packages installed below `share`.
 
-    Raises: DataError that names the missing or incomplete package.
+    Raises: DataError with the missing or incomplete package.
     """
     stamps = share / "tuxpaint" / "stamps"
     if not stamps.is_dir():
@@ -175,7 +175,7 @@ def parts(pictures: Pictures, split: int) -> tuple[Pictures, Pictures]:
     Raises: DataError for an unknown split, or a class with too few objects.
     """
     require_data(0 <= split <= CHOICE, f"write stamps: split must be in 0..{CHOICE}; got {split}")
-    both = {name: _divided(name, found, split) for name, found in pictures.objects.items()}
+    both = {name: _divided(name, objects, split) for name, objects in pictures.objects.items()}
     train_grounds, val_grounds = _divided("grounds", pictures.grounds, split)
     return (
         Pictures({name: train for name, (train, _) in both.items()}, train_grounds),
@@ -185,8 +185,9 @@ def parts(pictures: Pictures, split: int) -> tuple[Pictures, Pictures]:
 
 @cache
 def cut_out(picture: Picture, longest: int) -> Image.Image:
-    """An object without its empty border, premultiplied by alpha, its longer side at most `longest`
-    pixels.
+    """An object without its empty border, premultiplied by alpha.
+
+    Its longer side has at most `longest` pixels.
     """
     opened = _read(picture, "RGBA")
     box = opened.getchannel("A").getbbox()
@@ -197,7 +198,7 @@ def cut_out(picture: Picture, longest: int) -> Image.Image:
 
 @cache
 def ground(picture: Picture, shortest: int) -> Image.Image:
-    """A ground in RGB, its shorter side at most `shortest` pixels."""
+    """A ground in RGB. Its shorter side has at most `shortest` pixels."""
     return _shrunk(_read(picture, "RGB", least=shortest), shortest, of=min)
 
 
@@ -233,8 +234,10 @@ def _photographs(stamps: Path, folder: str) -> list[Picture]:
 
 
 def _read(picture: Picture, mode: str, *, least: int | None = None) -> Image.Image:
-    """Read a picture. `least`: the pixels of the shorter side that suffice, so that a JPEG may be
-    decoded at an eighth, a quarter or half of its size.
+    """Read a picture.
+
+    `least`: the sufficient pixels of the shorter side. A JPEG may then be decoded at an eighth, a
+    quarter or half of its size.
     """
     try:
         with Image.open(picture.path) as opened:

@@ -1,16 +1,18 @@
-"""Scenes for a realistic test of recognition: a cut-out object on a ground, both photographs that
-three packages of Debian install (`stamp_pictures.py`).
+"""Scenes for a realistic recognition test: a cut-out object on a ground.
+
+Both are photographs that three Debian packages install (`stamp_pictures.py`).
 
     spiketrain write stamps --out data/stamps-0 --size 160 --split 0
     data=spec(Beton, folder="data/stamps-0", classes=13, size=160)
 
     scene = object (size, mirror, angle, place, brightness) over a piece of a ground
 
-Every number is a pure function of (content seed, split, part, scene). Scene i is of class i mod 13,
-and the objects of a class alternate, so each is shown equally often.
+Every number is a pure function of (content seed, split, part, scene). Scene i has class i mod 13.
+The objects of a class alternate, so each is shown equally often.
 
-The objects and grounds of the evaluation set are not in the training set: in each class a quarter
-of them. The manifest keeps each scene's object, for statistics over objects: `Beton.groups`.
+The evaluation set has its own objects and grounds, a quarter of them in each class. The training
+set does not contain them. The manifest stores each scene's object, for statistics over objects:
+`Beton.groups`.
 """
 
 import hashlib
@@ -63,8 +65,9 @@ _GROUND, _PIECE, _PIECE_Y, _PIECE_X, _SHARE, _FLIP, _TURN, _BRIGHTNESS, _Y, _X =
 
 @dataclass(frozen=True)
 class Scene:
-    """Scene `number` of a `part` (0 train, 1 val) of a split: its object and grounds, and the
-    counters of its random numbers.
+    """Scene `number` of a `part` (0 train, 1 val) of a split.
+
+    It holds the object, the grounds, and the counters of its random numbers.
     """
 
     number: int
@@ -73,7 +76,7 @@ class Scene:
     content_seed: int
     label: int
     object: Picture
-    grounds: tuple[Picture, ...]  # those of the part
+    grounds: tuple[Picture, ...]  # all grounds of the part
 
     @property
     def ground(self) -> Picture:
@@ -110,8 +113,8 @@ class Rendering:
 
     Args:
         size: pixels a side.
-        split, content_seed: of the scenes; kept for the manifest.
-        smallest: the least share of a scene's side that its object's longer side takes.
+        split, content_seed: of the scenes; stored in the manifest.
+        smallest: the least share of a scene's side that the object's longer side takes.
         mode, quality: as in Encoding.
 
     Raises:
@@ -173,8 +176,9 @@ def _piece(scene: Scene, size: int) -> Image.Image:
 
 
 def _turned(scene: Scene, size: int, smallest: float) -> Image.Image:
-    """The object after mirroring, scaling and rotation, premultiplied by alpha. It fits the
-    scene.
+    """The object after mirroring, scaling and rotation, premultiplied by alpha.
+
+    It fits into the scene.
     """
     plain = cut_out(scene.object, 2 * size)
     degrees = TURN * (2 * scene.unit(_TURN) - 1)
@@ -208,15 +212,15 @@ def write_stamps(
     progress: Progress | None = None,
     existing: Existing = "refuse",
 ) -> list[Manifest]:
-    """Write scenes of 13 classes: `samples` for training, `val_samples` of other objects for
-    evaluation.
+    """Write scenes of 13 classes: `samples` for training, and `val_samples` for evaluation.
 
-    Both manifests keep each scene's "object" and "ground" for `Beton.groups`.
+    The two parts show different objects. Both manifests store each scene's "object" and "ground"
+    for `Beton.groups`.
 
     Args:
         size: pixels a side.
-        split: selects the objects and grounds of the evaluation set, 0, 1 or 2; 3 to choose
-            settings on (stamp_pictures.py).
+        split: selects the objects and grounds of the evaluation set: 0, 1 or 2; 3 for choosing
+            settings (stamp_pictures.py).
         smallest: the least share of a scene's side that an object takes.
         content_seed: selects the scenes of a split.
         source: the folder of the packages' pictures; None: /usr/share.
@@ -224,8 +228,8 @@ def write_stamps(
         existing: as in `write_fashion`.
 
     Raises:
-        DataError: before anything is written, if an option is out of range, a package is missing or
-            a picture cannot be read; and as `write_sets`.
+        DataError: an option is out of range, a package is missing or a picture cannot be read
+            (before anything is written); also as `write_sets`.
     """
     require_data(
         mode != "raw" or quality is None,
@@ -262,8 +266,9 @@ def write_stamps(
 
 
 def _read_all(pictures: Pictures, size: int) -> str:
-    """Read each picture once, before a file is begun, and identify them all: 16 digits of the
-    sha256 of their names and bytes.
+    """Read each picture once before a file is begun, and return an id of them all.
+
+    The id is 16 digits of the sha256 of their names and bytes.
     """
     digest = hashlib.sha256()
     for read, side, some in (

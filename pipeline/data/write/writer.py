@@ -1,6 +1,6 @@
 """Writes sets of samples to `train.beton` and `val.beton`, with a manifest beside each.
 
-    open a source, encode its samples in this process or in several, store them in order, report
+    open a source, encode its samples in one or several processes, store them in order, report
 
 A file appears under its final name complete or not at all. Its bytes do not depend on the number of
 workers.
@@ -31,9 +31,9 @@ from pipeline.data.ffcv.format import BetonWriter, Kind
 from pipeline.data.ffcv.manifest import ContentHash, Manifest
 from pipeline.data.ffcv.page_checks import verify
 
-CHUNK = 32  # samples that a worker takes at a time
+CHUNK = 32  # samples per task of a worker
 Existing = Literal["refuse", "replace", "keep"]
-Progress = Callable[[int, int], None]  # samples done, samples in all, over both sets
+Progress = Callable[[int, int], None]  # samples done, total samples, over both sets
 
 
 class Sample(Protocol):
@@ -49,8 +49,9 @@ S_contra = TypeVar("S_contra", bound=Sample, contravariant=True)
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Files or folders of a source that are not samples. `which` follows the noun, as in "file"
-    "ending in .gif".
+    """Files or folders of a source that are not samples.
+
+    `which` follows the noun, as in "file" "ending in .gif".
     """
 
     noun: str
@@ -70,7 +71,7 @@ class Source(Generic[S]):
     """The samples of one set in the order of the file."""
 
     name: str  # train or val
-    classes: list[str]  # the place of a name is its label
+    classes: list[str]  # a name's position is its label
     items: Sequence[S]
     where: str
     left_out: tuple[LeftOut, ...] = ()
@@ -79,20 +80,22 @@ class Source(Generic[S]):
 @dataclass(frozen=True)
 class Encoded:
     payload: bytes
-    attributes: dict[str, int]  # recorded in the file beside the label (format.py)
-    counted: dict[str, int]  # summed over the samples in the manifest
-    groups: dict[str, str] = field(default_factory=dict)  # kept for each sample in the manifest
+    attributes: dict[str, int]  # stored in the file beside the label (format.py)
+    counted: dict[str, int]  # summed over the samples for the manifest
+    groups: dict[str, str] = field(default_factory=dict)  # stored per sample in the manifest
 
 
 @dataclass(frozen=True)
 class Bad:
-    """Why a sample cannot be encoded."""
+    """The reason why a sample cannot be encoded."""
 
     reason: str
 
 
 class Encoder(Protocol[S_contra]):
-    """Encodes samples. A frozen dataclass, whose fields are kept in the manifest; worker processes
+    """Encodes samples.
+
+    An encoder is a frozen dataclass. Its fields are stored in the manifest, and worker processes
     get a copy.
     """
 
@@ -123,8 +126,8 @@ def write_sets(
     """Write each set to `out/<its name>.beton`, encoded by `how`.
 
     Args:
-        max_bad: samples of each set that may be unreadable. They are left out and listed in the
-            manifest.
+        max_bad: the number of samples in each set that may be unreadable. They are omitted and
+            listed in the manifest.
         existing: "refuse" or "replace" existing files, or "keep" them after all their bytes were
             verified.
 
@@ -143,7 +146,7 @@ def write_sets(
     finals = [out / f"{each.name}.beton" for each in sets]
     there = [str(final) for final in finals if final.exists()]
     if existing == "keep" and len(there) == len(finals):
-        return [_kept(final, how) for final in finals]
+        return [_verified_manifest(final, how) for final in finals]
     require_data(
         not there or existing == "replace",
         f"write: {' and '.join(there)} must not exist yet; remove them, or ask with --existing"
@@ -153,7 +156,7 @@ def write_sets(
     total, done = sum(len(each.items) for each in sets), count(1)
     report = lambda: progress(next(done), total) if progress else None
     written: list[Manifest] = []
-    with ExitStack() as held:  # the files get their names together, once all are complete
+    with ExitStack() as held:  # renames the files together, once all are complete
         for each, final in zip(sets, finals, strict=True):
             part = held.enter_context(_whole_or_nothing(final))
             written.append(_store(each, part, final.name, how, workers, report))
@@ -205,7 +208,7 @@ def encode_all(
                 return
             chunk, future = pending.popleft()
             yield from zip(chunk, future.result(timeout=stall_s), strict=True)
-    except BrokenProcessPool as error:  # from a result, or from submitting the next chunk
+    except BrokenProcessPool as error:  # raised by a result or by submitting the next chunk
         raise LoaderError(
             f"write: a worker process died while samples from {chunk[0]} on were encoded"
         ) from error
@@ -215,7 +218,7 @@ def encode_all(
             f" {chunk[-1]}"
         ) from error
     finally:
-        # CPython 3.11 to 3.13 have no public method to end a worker that hangs; 3.14 has
+        # CPython 3.11 to 3.13 have no public method to end a hanging worker; 3.14 has
         # terminate_workers().
         for process in list((getattr(pool, "_processes", None) or {}).values()):
             process.kill()  # a stopped process would not receive SIGTERM
@@ -226,8 +229,8 @@ def _encode_chunk(chunk: list[S], how: Encoder[S]) -> list[Encoded | Bad]:
     return [how(item) for item in chunk]
 
 
-def _kept(final: Path, how: Encoder[Any]) -> Manifest:
-    """The manifest of an existing file, all of whose bytes were verified."""
+def _verified_manifest(final: Path, how: Encoder[Any]) -> Manifest:
+    """The manifest of an existing file, after all its bytes were verified."""
     manifest = verify(final)[0]
     require_data(
         manifest.options == _options(how),
@@ -240,8 +243,10 @@ def _kept(final: Path, how: Encoder[Any]) -> Manifest:
 def _refuse_unreadable(
     sets: Sequence[Source[Any]], written: Sequence[Manifest], *, kind: str, max_bad: int
 ) -> None:
-    counts = {each.name: len(found.skipped) for each, found in zip(sets, written, strict=True)}
-    unreadable = [bad for found in written for bad in found.skipped]
+    counts = {
+        each.name: len(manifest.skipped) for each, manifest in zip(sets, written, strict=True)
+    }
+    unreadable = [bad for manifest in written for bad in manifest.skipped]
     if max(counts.values()) > max_bad:
         got = " and ".join(f"{count} in {name}" for name, count in counts.items() if count)
         message = (
@@ -249,8 +254,8 @@ def _refuse_unreadable(
             "mend or remove what is listed, or allow more with --max-bad"
         )
         raise TooManyUnreadable(message, unreadable)
-    for each, found in zip(sets, written, strict=True):
-        if not found.samples:
+    for each, manifest in zip(sets, written, strict=True):
+        if not manifest.samples:
             raise TooManyUnreadable(
                 f"write: {each.name} must have a readable {kind}; got none", unreadable
             )
@@ -264,7 +269,7 @@ def _store(
     workers: int,
     report: Callable[[], None],
 ) -> Manifest:
-    """Write a set to `path`; the manifest of the file, whose final name is `name`."""
+    """Write a set to `path` and return its manifest. `name` is the file's final name."""
     content, labels, skipped, stored = ContentHash(source.classes, how.kind), [], [], Counter()
     groups: defaultdict[str, list[str]] = defaultdict(list)
     with closing(BetonWriter(path, capacity=len(source.items), kind=how.kind)) as writer:
@@ -302,8 +307,9 @@ def _store(
 
 @contextmanager
 def _whole_or_nothing(final: Path) -> Iterator[Path]:
-    """Yield a temporary path, which is renamed to `final` if the block succeeds and removed if it
-    fails or is interrupted.
+    """Yield a temporary path.
+
+    It is renamed to `final` if the block succeeds, and removed if it fails or is interrupted.
 
     Raises: DataError if the disk is full or cannot be written.
     """
@@ -323,7 +329,7 @@ def _whole_or_nothing(final: Path) -> Iterator[Path]:
 
 
 def _options(how: Any) -> dict[str, Any]:
-    """The fields of an encoder in the manifest, with lists for tuples, as in JSON."""
+    """The fields of an encoder for the manifest, with lists instead of tuples, as in JSON."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in asdict(how).items()

@@ -17,8 +17,9 @@ from pipeline.models.teachers.probe import Probe
 
 @runtime_checkable
 class ImageData(Protocol):
-    """A data set of images, whose batches hold `(pixels - mean) / std` with one mean and std per
-    channel, of pixels in 0..1.
+    """A data set of images, with one mean and one std per channel.
+
+    Its batches contain `(pixels - mean) / std`, for pixels in 0..1.
     """
 
     classes: int
@@ -28,8 +29,9 @@ class ImageData(Protocol):
 
 
 class Teacher(nn.Module):
-    """Maps images `[B,C,H,W]`, normalised for the student, to logits `[B,K]` in fp32 without a
-    graph.
+    """Maps images `[B,C,H,W]`, normalised for the student, to logits `[B,K]`.
+
+    The logits are fp32 and have no graph.
 
     It is created with its weights, and stays frozen and in evaluation mode. A subclass implements
     `forward`, and `identity`, which lists everything that its predictions depend on. A `probe`, if
@@ -48,8 +50,9 @@ class Teacher(nn.Module):
         self.head: nn.Linear | None = None
 
     def identity(self) -> dict[str, Any]:
-        """All settings that determine a prediction for given pixels, except the fitted head, as
-        plain values.
+        """All settings that determine a prediction for given pixels, except the fitted head.
+
+        They are plain values.
         """
         raise NotImplementedError(f"{type(self).__name__} must override identity")
 
@@ -61,7 +64,7 @@ class Teacher(nn.Module):
         raise ValueError(f"{self.label}: shows no features, so no probe can be fitted")
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in evaluation mode: dropout and batch statistics would change the predictions."""
+        """Stay in evaluation mode: dropout and batch statistics would change the predictions."""
         del mode
         return super().train(False)
 

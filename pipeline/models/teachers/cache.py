@@ -1,10 +1,9 @@
-"""A cache on disk for a teacher's predictions, so that a second run with the same views needs no
-teacher.
+"""A cache on disk for a teacher's predictions. A second run with the same views needs no teacher.
 
 A view is a pure function of (data set, seed, epoch, sample), so its prediction can be stored. A
-folder per data set and teacher holds one folder per seed, with files per epoch. Every process
-appends whole records to its own files. So any number of runs and ranks can write at the same time,
-and a process may die at any point.
+folder per data set and teacher contains one folder per seed, with files per epoch. Every process
+appends whole records to its own files. Any number of runs and ranks can therefore write at the same
+time, and a process may die at any point.
 """
 
 # B batch, K classes
@@ -37,9 +36,9 @@ class Cache:
     """Location and size limit of stored predictions.
 
     Args:
-        folder: on storage that every worker sees; several runs may share it.
-        limit_gb: the most that the folder may hold, in 10^9 bytes. A run whose predictions would
-            not fit is refused before it starts.
+        folder: a folder that every worker sees; several runs may share it.
+        limit_gb: the maximum size of the folder, in 10^9 bytes. A run whose predictions would not
+            fit is refused before it starts.
         storage: "fp32" is exact. The others halve the bytes and round the predictions, also at
             their first use, so that all runs with this cache learn from the same numbers.
     """
@@ -56,7 +55,7 @@ class Cache:
         )
 
     def check(self, kept: Path, *, answers: int, classes: int) -> None:
-        """Check that `answers` predictions of a run fit; `kept` may hold some of them already.
+        """Check that `answers` predictions of a run fit; `kept` may already contain some of them.
 
         Raises: ValueError that names the needed and the allowed size.
         """
@@ -86,8 +85,9 @@ class CachedPredictions:
         self._places: dict[int, tuple[int, int]] = {}  # sample -> (file, record)
 
     def find(self, epoch: int, index_B: Tensor) -> Tensor | None:
-        """The predictions for these samples in this epoch's views, fp32 on the CPU; None unless all
-        are stored.
+        """The predictions for these samples in this epoch's views, fp32 on the CPU.
+
+        The result is None unless all are stored.
         """
         self._open(epoch)
         places = [self._places.get(index) for index in index_B.tolist()]
@@ -97,7 +97,7 @@ class CachedPredictions:
         return torch.from_numpy(np.stack(rows)).view(_TYPES[self.storage]).float()
 
     def add(self, epoch: int, index_B: Tensor, logits_BK: Tensor) -> Tensor:
-        """Store predictions; returns them as a later read will."""
+        """Store predictions, and return them as a later read does."""
         stored_BK = logits_BK.detach().cpu().to(_TYPES[self.storage]).contiguous()
         records = np.zeros(len(index_B), self._record)
         records["sample"] = index_B.numpy()
@@ -113,7 +113,7 @@ class CachedPredictions:
             return
         self._epoch, self._files, self._places = epoch, [], {}
         for path in sorted(self.folder.glob(f"epoch-{epoch:06d}.*.answers")):
-            # A process that died may have left an incomplete record at the end.
+            # A process that died may have left an incomplete last record.
             whole = path.stat().st_size // self._record.itemsize
             if not whole:
                 continue
@@ -128,13 +128,13 @@ class CachedPredictions:
 
     def _read(self, file: int, row: int) -> NDArray[np.uint8]:
         path, records = self._files[file]
-        found = records[row]
-        if found["check"] != _checksum(found):
+        stored = records[row]
+        if stored["check"] != _checksum(stored):
             raise ValueError(
                 f"Cache: record {row} of {path} must have its checksum; it is damaged: delete the"
                 " file"
             )
-        return found["answer"]
+        return stored["answer"]
 
 
 def record(classes: int, storage: Storage) -> np.dtype[np.void]:
@@ -144,8 +144,8 @@ def record(classes: int, storage: Storage) -> np.dtype[np.void]:
     )
 
 
-def _checksum(found: np.void) -> int:
-    return xxhash.xxh3_64_intdigest(found["sample"].tobytes() + found["answer"].tobytes())
+def _checksum(stored: np.void) -> int:
+    return xxhash.xxh3_64_intdigest(stored["sample"].tobytes() + stored["answer"].tobytes())
 
 
 def _bytes(folder: Path) -> int:

@@ -64,7 +64,7 @@ class NetworkTeacher(Teacher):
     @torch.no_grad()
     def forward(self, x_B: Tensor) -> Tensor:
         states = states_of(self.body)
-        # `evaluate` has opened the states already; if they are empty, they serve as fresh ones.
+        # `evaluate` has already opened the states; if they are empty, they serve as fresh ones.
         at_rest = bool(states) and all(state.is_open and not state.values for state in states)
         with (
             computing(x_B.device, self.precision),
@@ -82,8 +82,9 @@ def network_teacher(
     precision: Precision = "fp32",
     cache: Cache | None = None,
 ) -> NetworkTeacher:
-    """`model` with weights from a file, frozen. It sees the student's input and predicts its mean
-    logits over time.
+    """`model` with weights from a file, frozen.
+
+    It sees the student's input and predicts its mean logits over time.
 
     Args:
         data: the data set, for its shape and classes.
@@ -106,7 +107,7 @@ def network_teacher(
     model.load_state_dict(state)
     teacher = NetworkTeacher(model, time_steps=time_steps, cache=cache, precision=precision)
     try:
-        found = teacher(torch.zeros(1, *data.shape)).shape[-1]
+        outputs = teacher(torch.zeros(1, *data.shape)).shape[-1]
     except RuntimeError as error:
         shape = " x ".join(map(str, data.shape))
         raise ValueError(
@@ -114,8 +115,8 @@ def network_teacher(
             f" {error}"
         ) from error
     require(
-        found == data.classes,
-        f"network_teacher: model and data must have the same classes; got {found} and"
+        outputs == data.classes,
+        f"network_teacher: model and data must have the same classes; got {outputs} and"
         f" {data.classes}",
     )
     return teacher

@@ -1,6 +1,4 @@
-"""Softmax regression on a frozen network's features: a head for classes that it was not
-trained on.
-"""
+"""Softmax regression on a frozen network's features: a head for classes of another data set."""
 
 # N samples, D features, K classes
 
@@ -26,15 +24,15 @@ class Probe:
 
         1/N sum_n CE(W z_n + b, y_n)  +  l2/2 |W|^2
 
-    with z the features, standardised to mean 0 and variance 1 over the N samples. The minimum is
-    found by L-BFGS in float64, so it depends on no learning rate, order or seed. The
-    standardisation is folded into W and b.
+    with z the features, standardised to mean 0 and variance 1 over the N samples. L-BFGS in float64
+    finds the minimum, so it depends on no learning rate, order or seed. The standardisation is
+    folded into W and b.
 
     Args:
-        l2: above 0, so that the minimum is unique for separable classes too.
+        l2: above 0, so that the minimum is unique even for separable classes.
         views: number of augmented views of the training part for the fit; None: one per sample.
-        seed: of the order and the augmentation of those views. It is not the run's seed, so every
-            run of a study has the same teacher.
+        seed: selects order and augmentation of those views. It is not the run's seed, so every run
+            of a study has the same teacher.
     """
 
     l2: float = 1e-3
@@ -79,7 +77,7 @@ class Probe:
                 [(error_NK.T @ z_ND + self.l2 * w_KD).ravel(), error_NK.sum(0)]
             )
 
-        from scipy.optimize import minimize  # of the extra [train]
+        from scipy.optimize import minimize  # scipy comes with the extra [train]
 
         start = np.zeros(classes * (shape[1] + 1))
         options = {
@@ -88,17 +86,17 @@ class Probe:
             "ftol": 0.0,
             "gtol": TOLERANCE / 10,
         }
-        found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
-        steepest = float(np.abs(found.jac).max())
+        minimum = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
+        steepest = float(np.abs(minimum.jac).max())
         require(
             steepest <= TOLERANCE,
             f"Probe: the fit must reach its minimum in {ITERATIONS} iterations; the gradient is"
             f" still {steepest:.1e}; raise l2={self.l2}",
         )
-        w_KD = found.x[:-classes].reshape(shape) / std_D
+        w_KD = minimum.x[:-classes].reshape(shape) / std_D
         # Created on the meta device, so that no random numbers are drawn.
         head = nn.Linear(shape[1], classes, device="meta").to_empty(device="cpu")
         head.requires_grad_(False)
         head.weight.copy_(torch.from_numpy(w_KD))
-        head.bias.copy_(torch.from_numpy(found.x[-classes:] - w_KD @ mean_D))
+        head.bias.copy_(torch.from_numpy(minimum.x[-classes:] - w_KD @ mean_D))
         return head

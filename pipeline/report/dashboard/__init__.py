@@ -1,7 +1,7 @@
-"""`spiketrain dashboard`: the figures of a report, live in the browser, over an MLflow store.
+"""`spiketrain dashboard`: a report's figures, live in the browser, read from an MLflow store.
 
-app.py     the server and its answers
-guard.py   who may read them
-place.py   the address of a view, and the view of an address
-live.py    runs as the store has them now
+app.py     the server and its endpoints
+guard.py   access control
+place.py   the mapping between a URL and a view
+live.py    the current runs of the store
 """

@@ -1,7 +1,7 @@
-"""The dashboard's server: a shell, and the parts of it that `web/dashboard.js` asks for.
+"""The dashboard's server: an HTML shell, and the parts of it that `web/dashboard.js` requests.
 
-The address is the one state: the list and the figures are made from it (place.py). The list is
-read at each look, and no journal before a study is picked.
+The URL is the only state: the list and the figures are made from it (place.py). Each look reads
+the list again. No journal is read before a study is picked.
 
 `spiketrain dashboard`: a waitress server, on loopback unless a token guards it.
 """
@@ -29,8 +29,8 @@ from pipeline.report.sweeps import LARGEST_SAID
 from pipeline.track.connect import without_password
 from pipeline.track.mlflow import tracking_uri
 
-SHOWN = 200  # studies of a list
-_NAME = 120  # letters of a group or suite in the name of a file, which may have 255 bytes
+SHOWN = 200  # the most studies in a list
+_NAME = 120  # the most letters of a group or suite in a file name, which may have 255 bytes
 _PICK = "<p class='lede'>Pick one from the list above.</p>"
 _NO_RUN = "<p class='note'>The store has no run of this study.</p>"
 
@@ -41,7 +41,7 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
     Args:
         name: what the page calls the store.
         every: seconds between looks of an open page.
-        patience_s: after which a page asks again whose answer has not come.
+        patience_s: seconds after which a page repeats a request that has no answer.
     """
     app = Flask(__name__, static_folder=str(WEB), static_url_path="/web", template_folder=None)
     answers = _Answers(Live(store), every)
@@ -58,24 +58,24 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
 
 
 class _Answers:
-    """What a page asks for, of the address that it shows."""
+    """The answers to a page's requests, for the URL that the page shows."""
 
     def __init__(self, live: Live, every: float) -> None:
         self._live, self._every = live, every
 
     def list(self) -> str:
-        """Answer with the list. A look asks the store; other requests use the newest look."""
+        """Return the list. A periodic look asks the store; other requests reuse the newest look."""
         try:
             listed = self._live.listed(fresh_s=0.0 if request.args.get("look") else self._every)
         except ReportError as error:
             return _trouble(error)
-        place, known = _place(), studies(listed)
+        place, known = _requested_place(), studies(listed)
         about = {"place": place, "columns": SORTS, "most": SHOWN}
         return _template("list.html").render(studies=known, found=place.listed(known), **about)
 
     def study(self) -> Response | tuple[str, int]:
-        """Answer with the study as JSON, or 204 if the page shows the newest version (`seen`)."""
-        place = _place()
+        """Return the study as JSON, or 204 if the page already shows this version (`seen`)."""
+        place = _requested_place()
         title = f"Study {place.study[:8]}" + (f" of {place.family}" if place.family else "")
         window = f"{title}, {VIEWS[place.view]}, spiketrain dashboard"
         if not place.study:
@@ -95,7 +95,7 @@ class _Answers:
         newest = (
             (len(runs), len(members)) if place.runs is None and len(runs) < len(members) else None
         )
-        html, drawings, _ = _shown(place, study, reports, newest)
+        html, drawings, _ = _render_study(place, study, reports, newest)
         return _json(
             title=title,
             window=window,
@@ -107,13 +107,13 @@ class _Answers:
         )
 
     def csv(self) -> Response:
-        """Answer with the data of a figure or a table."""
-        place, offered = _place(), {}
+        """Return the data of a figure or a table."""
+        place, offered = _requested_place(), {}
         try:
             runs = place.picked(self._live.members(place.study)) if place.study else []
             if runs:
                 reports = self._live.reports(runs)
-                *_, offered = _shown(place, self._live.study(runs), reports, None)
+                *_, offered = _render_study(place, self._live.study(runs), reports, None)
         except ReportError as error:
             return Response(f"{error}\n", 503, mimetype="text/plain")
         if (table := offered.get(request.args.get("name", ""))) is None:
@@ -121,7 +121,7 @@ class _Answers:
         return Response(table.to_csv(), mimetype="text/csv")
 
 
-def _shown(
+def _render_study(
     place: Place, study: Study, reports: Sequence[SuiteReport], newest: tuple[int, int] | None
 ) -> tuple[str, dict[str, Any], dict[str, Table]]:
     """The view of a study as HTML, with its drawings and tables by the keys of their places."""
@@ -129,14 +129,14 @@ def _shown(
     offered: dict[str, Table] = {}
 
     def offer(key: str, table: Table, figure: Figure | None = None) -> str:
-        """Note a table, and the drawing of its figure; returns the address of the table."""
+        """Register a table and its figure's drawing; return the URL of the table."""
         offered[key] = table
         if figure is not None:
             drawings[key] = drawn(figure)
         return f"/csv{place.search or '?'}&name={key}"
 
     def file(key: str, where: str) -> str:
-        """A file's name with the group or suite: it stands alone in a folder of such files."""
+        """Return a file name with the group or suite: downloads land in one folder."""
         return f"{slug(where)[:_NAME] if where else place.study[:8]}-{key}"
 
     sections = [section_of(group, group.key, (place.view,)) for group in study.groups]
@@ -155,7 +155,7 @@ def _shown(
     return html, drawings, offered
 
 
-def _place() -> Place:
+def _requested_place() -> Place:
     return Place.at(request.query_string.decode("ascii", "replace"))
 
 
@@ -188,11 +188,11 @@ def _trouble(error: Exception) -> str:
 
 def _template(name: str) -> Any:
     made = environment()
-    made.filters |= {"seeds": _seeds, "states": describe_states, "moment": _moment}
+    made.filters |= {"seeds": _seeds, "states": describe_states, "moment": _format_time}
     return made.get_template(name)
 
 
-def _moment(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
@@ -210,15 +210,15 @@ _THREADS = 8
 def serve(
     *, store: str | None, runs: Path, host: str, port: int, token: str | None, every: float
 ) -> None:
-    """Serve until interrupted. The store need not exist or be readable yet.
+    """Serve until interrupted. The store may be missing or unreadable at the start.
 
     Args:
-        store: an MLflow tracking URI; None: that of the folder `runs`.
-        every: seconds between looks at the store while a page is open.
+        store: an MLflow tracking URI; None: the store of the folder `runs`.
+        every: seconds between reads of the store while a page is open.
 
     Raises:
-        ValueError: the store is of an unknown kind, the host is open to others without a token,
-            or the port is taken.
+        ValueError: the store is of an unknown kind, the host is open to other machines without a
+            token, or the port is taken.
     """
     refuse_open_to_others(host, token)
     uri = store or tracking_uri(runs)
@@ -248,6 +248,6 @@ def serve(
         f" {without_password(uri)} to {whom}",
         flush=True,
     )
-    for number in (signal.SIGINT, signal.SIGTERM):  # background jobs of a shell ignore the first
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT
         signal.signal(number, signal.default_int_handler)
     server.run()

@@ -1,9 +1,9 @@
-"""Who may read the dashboard: this machine alone, or everybody with the token.
+"""Access control of the dashboard: this machine only, or everybody who has the token.
 
-Without a token, the server answers to loopback names alone. No other site can then reach it by a
-name that it points here (DNS rebinding). With a token, the reader opens `/?token=...` once, and a
-cookie derived from the token identifies the browser from then on. The server then answers to any
-name, as a proxy may keep its own: a browser sends no cookie to a name that somebody points here.
+Without a token, the server answers only to loopback names. No other site can then reach it through
+a name that resolves to this machine (DNS rebinding). With a token, the reader opens `/?token=...`
+once, and a cookie derived from the token identifies the browser from then on. The server then
+answers to any name, because a proxy may keep its own; a browser sends no cookie to a foreign name.
 """
 
 import hashlib
@@ -27,10 +27,10 @@ HEADERS = {
 
 
 def guard(server: Flask, *, host: str, token: str | None) -> None:
-    """Make a server refuse strangers, and set headers that protect the page.
+    """Make a server refuse unauthorised readers, and set headers that protect the page.
 
     Raises:
-        ValueError: it would be open to other machines without a token.
+        ValueError: the server would be open to other machines without a token.
     """
     refuse_open_to_others(host, token)
     policy = "; ".join(
@@ -44,13 +44,13 @@ def guard(server: Flask, *, host: str, token: str | None) -> None:
     @server.before_request
     def refuse() -> AnyResponse | None:
         if token is not None:
-            return _unless_known(token)
+            return _refuse_unknown(token)
         if not is_loopback(_name_of(request.host)):
-            said = (
+            message = (
                 "dashboard: without a --token it answers to localhost and 127.0.0.1 alone; got the"
                 " name"
             )
-            return _sentence(403, f"{said} {request.host[:100]!r}")
+            return _sentence(403, f"{message} {request.host[:100]!r}")
         return None
 
     @server.after_request
@@ -76,7 +76,7 @@ def refuse_open_to_others(host: str, token: str | None) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether it is an address or a name of this machine's loopback."""
+    """Whether `host` is an address or a name of this machine's loopback."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -84,17 +84,17 @@ def is_loopback(host: str) -> bool:
 
 
 def _name_of(host: str) -> str:
-    """The name in a Host header, without its port."""
+    """Return the name in a Host header, without its port."""
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.partition(":")[0]
 
 
-def _unless_known(token: str) -> AnyResponse | None:
-    """None if the request has the cookie or the bearer token. `?token=` sets the cookie."""
-    said = request.args.get("token")
-    if said is not None:
-        if not _same(said, token):
+def _refuse_unknown(token: str) -> AnyResponse | None:
+    """Return None if the request has the cookie or the bearer token. `?token=` sets the cookie."""
+    query_token = request.args.get("token")
+    if query_token is not None:
+        if not _is_equal(query_token, token):
             return _refused(
                 "dashboard: the token in the address is not the one it was started with"
             )
@@ -102,18 +102,18 @@ def _unless_known(token: str) -> AnyResponse | None:
             [(name, value) for name, value in request.args.items(multi=True) if name != "token"]
         )
         answer = redirect(request.path + (f"?{others}" if others else ""), 303)
-        # Lax: links on another site send the cookie; its posts, images and frames do not.
-        about = {
+        # SameSite=Lax: links on other sites send the cookie; posts, images and frames do not.
+        cookie_options = {
             "max_age": _DAYS * 86400,
             "httponly": True,
             "samesite": "Lax",
-            "secure": _came_over_tls(),
+            "secure": _used_tls(),
         }
-        answer.set_cookie(COOKIE, _kept(token), **about)
+        answer.set_cookie(COOKIE, _cookie_value(token), **cookie_options)
         return answer
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
-    if _same(request.cookies.get(COOKIE, ""), _kept(token)) or (
-        scheme.lower() == "bearer" and _same(bearer, token)
+    if _is_equal(request.cookies.get(COOKIE, ""), _cookie_value(token)) or (
+        scheme.lower() == "bearer" and _is_equal(bearer, token)
     ):
         return None
     return _refused(
@@ -121,21 +121,21 @@ def _unless_known(token: str) -> AnyResponse | None:
     )
 
 
-def _came_over_tls() -> bool:
+def _used_tls() -> bool:
     """Whether the request used TLS, to this server or to a proxy.
 
     A forged header harms its sender only.
     """
-    said = request.headers.get("X-Forwarded-Proto", "")
-    return request.is_secure or "https" in (each.strip().lower() for each in said.split(","))
+    protocol = request.headers.get("X-Forwarded-Proto", "")
+    return request.is_secure or "https" in (each.strip().lower() for each in protocol.split(","))
 
 
-def _kept(token: str) -> str:
-    """The cookie's value: derived from the token, which cannot be derived from it."""
+def _cookie_value(token: str) -> str:
+    """Return the cookie's value. It is derived from the token and does not reveal it."""
     return hmac.digest(token.encode(), b"spiketrain dashboard", hashlib.sha256).hex()
 
 
-def _same(one: str, other: str) -> bool:
+def _is_equal(one: str, other: str) -> bool:
     """Compare in constant time."""
     return hmac.compare_digest(one.encode("utf-8", "replace"), other.encode())
 

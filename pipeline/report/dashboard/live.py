@@ -1,10 +1,10 @@
-"""A study as a store has it now, with runs that are still running.
+"""A study in the store's current state, including running runs.
 
     live = Live(open_store(uri))
     live.study(live.members(key))
 
-What was read is kept: of a run that has ended, until MLflow has a newer artifact or metric of it;
-of a running one its points, so that the next look asks for those after them.
+A cache keeps what was read. An ended run is read again when MLflow has a newer artifact or metric.
+For a running run, the next look asks only for points after the known ones.
 """
 
 import hashlib
@@ -39,38 +39,38 @@ from pipeline.report.study import Study
 from pipeline.track.events import Evaluation, Event, Start, Step
 from pipeline.track.mlflow import REPORT_DATA
 
-_METRICS = ("loss", "top1")  # of train/ and val/
+_METRICS = ("loss", "top1")  # under train/ and val/
 _PARTS = tuple(f"{name}_s" for name in (*PARTS, REST))
-_SENT = "spiketrain.artifact."  # tags with the version of each artifact that was sent
-_KEPT = 512  # runs
+_SENT = "spiketrain.artifact."  # prefix of the tags that hold each sent artifact's version
+_KEPT = 512  # the most runs in the cache
 _FRESH_S = 0.5  # two callbacks of one look ask for the same runs
 T_ = TypeVar("T_")
 
 
 @dataclass
 class _Running:
-    """What has been read of a running run."""
+    """The cached data of a running run."""
 
     seen: float = 0.0  # the time of MLflow's newest metric at the last look
     points: dict[str, list[Point]] = field(default_factory=dict)
-    version: str = ""  # of the journal that was sent
+    version: str = ""  # of the sent journal
     sent: Sent = Sent()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteReport:
-    """The report of a suite as `spiketrain report` put it into the store."""
+    """A suite's report as `spiketrain report` stored it in MLflow."""
 
-    key: str = ""  # the beginning of the id of the suite's run in MLflow
-    title: str = ""  # the suite, with commits and machines of those of its runs that are shown
+    key: str = ""  # the beginning of the MLflow run id of the suite
+    title: str = ""  # the suite, with the commits and machines of its shown runs
     version: str = ""
     returned: Returned = Returned()
-    printed: str = ""  # by a report of its own
-    note: str = ""  # why it is left out
+    printed: str = ""  # the text that the suite's own report printed
+    note: str = ""  # why the report is omitted
 
 
 class Live:
-    """A cached reader of a store. Threads may share it. Errors of the store pass through."""
+    """A cached reader of a store. Threads may share it. Errors of the store propagate."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -80,26 +80,26 @@ class Live:
         self._running: OrderedDict[str, _Running] = OrderedDict()
 
     def listed(self, *, fresh_s: float) -> list[StoredRun]:
-        """All runs, at most `fresh_s` seconds old; 0 asks the store."""
-        return self._asked("listed", "", self.store.listed, fresh_s=fresh_s)
+        """Return all runs, at most `fresh_s` seconds old; 0 asks the store."""
+        return self._cached("listed", "", self.store.listed, fresh_s=fresh_s)
 
     def members(self, study: str) -> list[StoredRun]:
         """The runs of a study key, newest start first."""
-        return self._asked("members", study, lambda: self.store.runs(study))
+        return self._cached("members", study, lambda: self.store.runs(study))
 
     def study(self, runs: Sequence[StoredRun], *, against: str = BASELINE) -> Study:
-        """A study of these runs. Its notes name the runs that cannot be read.
+        """Return a study of these runs. Its notes name the runs that cannot be read.
 
         Raises:
             StoreError: the store cannot be read.
         """
-        found: list[Run] = []
+        readable: list[Run] = []
         notes: list[str] = []
         for stored in runs:
             try:
                 run = self.run(stored)
             except StoreError:
-                raise  # of the store, not of this run
+                raise  # the store failed, not this run
             except ReportError as error:
                 resent = f"; `spiketrain sync {shlex.quote(stored.name)}`"
                 notes.append(
@@ -112,7 +112,7 @@ class Live:
                     f"{run.name} is a trial on a held-out part, no run to set beside others."
                 )
                 continue
-            found.append(run)
+            readable.append(run)
             if run.curve_every > 1:
                 parts = (
                     ", and its parts of time are of those"
@@ -124,7 +124,9 @@ class Live:
                     f" {run.curve_every} is shown{parts}."
                 )
         keys = ", ".join(sorted({run.study[:8] for run in runs}))
-        return Study(title=f"Study {keys}", runs=tuple(found), against=against, notes=tuple(notes))
+        return Study(
+            title=f"Study {keys}", runs=tuple(readable), against=against, notes=tuple(notes)
+        )
 
     def reports(self, runs: Sequence[StoredRun]) -> list[SuiteReport]:
         """The reports of the suites that these runs belong to, newest launch first.
@@ -142,15 +144,15 @@ class Live:
         ]
 
     def run(self, stored: StoredRun) -> Run:
-        """A run from its artifacts, and from its metrics too if it is running."""
+        """Return a run from its artifacts; a running run also from its metrics."""
         with self._lock:
             if stored.state == "running":
                 running = self._running.setdefault(stored.id, _Running())
                 _keep(self._running, stored.id, running)
                 sent = self._with_metrics(stored, running)
-                # MLflow takes no second value of a step: it has nothing of the batches that a
-                # restart repeats until the journal is sent again.
-                return self._made(stored, sent, redone="kept", heard=stored.newest)
+                # MLflow stores no second value of a step. It lacks the batches that a restart
+                # repeats until the journal is sent again.
+                return self._run_from(stored, sent, redone="kept", heard=stored.newest)
             sent = tuple(sorted(item for item in stored.tags.items() if item[0].startswith(_SENT)))
             key = (stored.id, stored.status, stored.newest, sent)
             run = self._ended.get(key) or self._read_ended(stored)
@@ -158,12 +160,14 @@ class Live:
             self._running.pop(stored.id, None)
             return run
 
-    def _asked(self, what: str, of: str, ask: Callable[[], T_], *, fresh_s: float = _FRESH_S) -> T_:
-        """The answer to a question, at most `fresh_s` seconds old."""
-        asked, answer = self._recent.get((what, of), (-math.inf, None))
-        if time.monotonic() - asked >= fresh_s:
-            answer = ask()  # without the lock: a slow list keeps nobody from the figures
-            _keep(self._recent, (what, of), (time.monotonic(), answer))
+    def _cached(
+        self, what: str, key: str, ask: Callable[[], T_], *, fresh_s: float = _FRESH_S
+    ) -> T_:
+        """Return the answer to a question, at most `fresh_s` seconds old."""
+        asked_at, answer = self._recent.get((what, key), (-math.inf, None))
+        if time.monotonic() - asked_at >= fresh_s:
+            answer = ask()  # outside the lock: a slow list must not block the figures
+            _keep(self._recent, (what, key), (time.monotonic(), answer))
         return answer  # type: ignore[return-value]
 
     def _read_ended(self, stored: StoredRun) -> Run:
@@ -173,11 +177,11 @@ class Live:
         summary = self._json(stored.id, FILES.summary.name, dict)
         refuse_damaged_summary(summary or {}, f"its {FILES.summary.name} in MLflow")
         layers = self._json(stored.id, FILES.activity.name, list)
-        run = self._made(stored, sent, summary=summary, layers=lambda: layers)
-        _ = run.activity  # which may be damaged
+        run = self._run_from(stored, sent, summary=summary, layers=lambda: layers)
+        _ = run.activity  # the file may be damaged
         return run
 
-    def _made(self, stored: StoredRun, sent: Sent, **about: Any) -> Run:
+    def _run_from(self, stored: StoredRun, sent: Sent, **about: Any) -> Run:
         starts = [event.to_dict() for event in sent.events if isinstance(event, Start)]
         recipe = self._json(stored.id, FILES.recipe.name, dict)
         about |= {"recipe": recipe, "curve_every": sent.every, "journal": lambda: sent.events}
@@ -185,7 +189,7 @@ class Live:
         return run_of(stored.name, state=stored.state, starts=starts, **about)
 
     def _with_metrics(self, stored: StoredRun, running: _Running) -> Sent:
-        """The journal as it was last sent, with the metrics after it as events."""
+        """Return the journal as it was last sent, with the later metrics as events."""
         version = stored.tags.get(_SENT + JOURNAL, "")
         if version != running.version:
             running.version, running.sent = version, self.store.journal(stored.id)
@@ -198,16 +202,15 @@ class Live:
                     )
             running.seen = stored.newest
         events = list(running.sent.events) or [Event(time=stored.started, attempt=0)]
-        later = _after(events, running.points)
+        later = _events_after(events, running.points)
         if newest := next((event for event in reversed(later) if isinstance(event, Step)), None):
-            # The run's newest values, which cost no further question; earlier ones are not asked
-            # for.
+            # The run's newest values cost no further request. Earlier values are not requested.
             keys = {name: f"train/{name}" for name in _PARTS if f"train/{name}" in stored.metrics}
             newest.metrics.update({name: stored.metrics[key] for name, key in keys.items()})
         return replace(running.sent, events=[*events, *later])
 
     def _report(self, suite: str) -> SuiteReport:
-        return self._asked("report", suite, lambda: self._read_report(suite))
+        return self._cached("report", suite, lambda: self._read_report(suite))
 
     def _read_report(self, suite: str) -> SuiteReport:
         try:
@@ -217,7 +220,7 @@ class Live:
                 str((value or {}).get("printed") or ""),
             )
         except StoreError:
-            raise  # of the store, not of this report
+            raise  # the store failed, not this report
         except ReportError as error:
             return SuiteReport(version=str(error), note=f"Its report is left out: {error}")
         version = hashlib.sha256(json.dumps(value).encode()).hexdigest()
@@ -235,11 +238,11 @@ class Live:
         return value
 
 
-def _after(
+def _events_after(
     events: Sequence[Event], points: Mapping[str, Sequence[Point]]
 ) -> list[Step | Evaluation]:
-    """Points of steps that the journal does not have, as events in the order of their time."""
-    found: list[Step | Evaluation] = []
+    """Return points of steps that the journal lacks, as events in the order of their time."""
+    later: list[Step | Evaluation] = []
     for kind, prefix in ((Step, "train"), (Evaluation, "val")):
         known = max((event.step for event in events if isinstance(event, kind)), default=-1)
         metrics: dict[int, dict[str, float]] = {}
@@ -250,7 +253,7 @@ def _after(
                     metrics.setdefault(point.step, {})[name] = point.value
                     times.setdefault(point.step, point.time)
         more: dict[str, Any] = {"samples": 0} if kind is Evaluation else {"memory_bytes": None}
-        found += [
+        later += [
             kind(
                 step=step,
                 epoch=UNKNOWN_EPOCH,
@@ -261,7 +264,7 @@ def _after(
             )
             for step, values in metrics.items()
         ]
-    return sorted(found, key=lambda event: (event.time, event.step))
+    return sorted(later, key=lambda event: (event.time, event.step))
 
 
 def _title(suite: str, members: Sequence[StoredRun]) -> str:

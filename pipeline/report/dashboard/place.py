@@ -1,6 +1,6 @@
-"""What an address shows, and the address of what is shown: whoever opens it sees the same.
+"""The mapping between a URL and a view. The URL is a permalink: everybody sees the same view.
 
-One that names no runs shows all that there are by then, of many the newest.
+A URL that names no runs shows all runs of the study, at most the newest MOST.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VIEWS: dict[View, str] = {
     "claims": "Claims and memory against time steps",
     "runs": "Hardware and commits",
 }
-# The states of which a study has one; a silent run is neither running nor known to have ended.
+# The state filter of the list. A silent run is neither running nor known to have ended.
 Only = Literal["all", "running", "finished", "failed"]
 ONLY: dict[Only, tuple[str, frozenset[str]]] = {
     "all": ("all", frozenset()),
@@ -39,46 +39,46 @@ SORTS = {
     "newest": "newest sign of life",
 }
 _DOWN_FIRST = ("newest", "runs", "seeds")
-MOST = 24  # runs of a study that are picked where an address names none
+MOST = 24  # the most runs of a study that are shown if the URL names none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    study: str = ""  # its key
-    family: str = ""  # its experiment: one key may be in several
-    runs: tuple[str, ...] | None = None  # short ids of those picked; None: all, or the newest
+    study: str = ""  # the study key
+    family: str = ""  # the experiment: one key may be in several
+    runs: tuple[str, ...] | None = None  # short ids of the picked runs; None: all, or the newest
     view: View = "costs"
-    text: str = ""  # that a study listed has in one of its columns
+    text: str = ""  # the text filter: a listed study has it in one of its columns
     only: Only = "all"
     sort: str = "newest"
     descending: bool = True
 
     @classmethod
     def at(cls, search: str) -> Place:
-        """Parse the query of an address. Wrong values become defaults."""
+        """Parse the query of a URL. Wrong values become defaults."""
         try:
             fields = parse_qs(search.lstrip("?"), max_num_fields=20)
-        except ValueError:  # more fields than any address of ours has
+        except ValueError:  # the query has more fields than any of our URLs
             return cls()
-        asked = {name: values[-1] for name, values in fields.items()}
-        view: View = next((name for name in get_args(View) if name == asked.get("view")), "costs")
-        only: Only = next((name for name in get_args(Only) if name == asked.get("only")), "all")
-        sort = asked.get("sort", "newest")
-        ids = tuple(each for each in asked.get("runs", "").split(".") if each not in ("", "none"))
+        query = {name: values[-1] for name, values in fields.items()}
+        view: View = next((name for name in get_args(View) if name == query.get("view")), "costs")
+        only: Only = next((name for name in get_args(Only) if name == query.get("only")), "all")
+        sort = query.get("sort", "newest")
+        ids = tuple(each for each in query.get("runs", "").split(".") if each not in ("", "none"))
         return cls(
-            study=asked.get("study", "")[:64],
-            family=asked.get("family", "")[:250],
-            runs=ids if "runs" in asked else None,
+            study=query.get("study", "")[:64],
+            family=query.get("family", "")[:250],
+            runs=ids if "runs" in query else None,
             view=view,
-            text=asked.get("text", "")[:200],
+            text=query.get("text", "")[:200],
             only=only,
             sort=sort if sort in SORTS else "newest",
-            descending=asked.get("order", "down") == "down",
+            descending=query.get("order", "down") == "down",
         )
 
     @property
     def search(self) -> str:
-        """The query, without defaults."""
+        """Return the query, without defaults."""
         plain = Place()
         names = ("study", "family", "view", "text", "only", "sort")
         fields: dict[str, Any] = {
@@ -98,7 +98,7 @@ class Place:
         return replace(self, study=study.study, family=study.experiment, runs=runs)
 
     def sorted_by(self, column: str) -> Place:
-        """Sort by a column; the second time in reverse."""
+        """Sort by a column. The second call reverses the order."""
         down = not self.descending if self.sort == column else column in _DOWN_FIRST
         return replace(self, sort=column, descending=down)
 
@@ -109,7 +109,7 @@ class Place:
             study
             for study in studies
             if (not states or states & study.states.keys())
-            and all(word in _words(study) for word in words)
+            and all(word in _searchable_text(study) for word in words)
         ]
         return sorted(kept, key=lambda study: _key(study, self.sort), reverse=self.descending)
 
@@ -130,10 +130,10 @@ def describe_states(states: dict[str, int]) -> str:
 
 
 def _newest_seeds(members: Sequence[StoredRun]) -> list[StoredRun]:
-    """All, or of more than MOST the newest seeds, each whole.
+    """Return all members; of more than MOST, the runs of the newest seeds, each seed complete.
 
-    The baseline of the newest seed that has one is always among them. Of a newest seed with more
-    than MOST runs its newest runs are taken.
+    The runs include the baseline of the newest seed that has one. If the newest seed alone has
+    more than MOST runs, its newest runs are returned.
     """
     if len(members) <= MOST:
         return list(members)
@@ -152,7 +152,7 @@ def _newest_seeds(members: Sequence[StoredRun]) -> list[StoredRun]:
     return [run for run in members if run.id in kept]
 
 
-def _words(study: StoredStudy) -> str:
+def _searchable_text(study: StoredStudy) -> str:
     names = [study.study, study.experiment, *study.rules, study.protocol, *study.seeds]
     return " ".join([*names, describe_states(dict(study.states))]).lower()
 
