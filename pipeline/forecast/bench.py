@@ -36,7 +36,7 @@ from pipeline.measure.memory import (
     reset_peak_rss,
 )
 from pipeline.measure.meters import Meters
-from pipeline.measure.tensor_bytes import HeldBytes, bytes_of, held_bytes
+from pipeline.measure.saved_bytes import HeldBytes, bytes_of, held_bytes
 from pipeline.models.teachers.base import Teacher
 from pipeline.recipe import is_baseline
 from pipeline.recipe.recipe import Recipe, Spec, spec

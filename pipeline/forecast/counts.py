@@ -44,7 +44,7 @@ from pipeline.forecast.bench import (
 from pipeline.forecast.devices import Operation
 from pipeline.measure.meters import Meters
 from pipeline.measure.operations import Pausable
-from pipeline.measure.tensor_bytes import HeldBytes, held_bytes
+from pipeline.measure.saved_bytes import HeldBytes, held_bytes
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.rules.base import Rule
 from pipeline.train.tasks import tasks_of

@@ -31,7 +31,7 @@ from pipeline.forecast.bench import (
     samples_per_epoch,
 )
 from pipeline.measure.memory import device_here, free_bytes, hardware
-from pipeline.measure.tensor_bytes import HeldBytes
+from pipeline.measure.saved_bytes import HeldBytes
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.build import check_recipe
 from pipeline.train.tasks import build_data

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
 from pipeline.core.errors import DataError, UserError
-from pipeline.measure.driver import unusable_gpus
+from pipeline.measure.gpu_driver import unusable_gpus
 from pipeline.train.job import Job
 
 Device = Literal["auto", "cpu", "gpu"]

@@ -29,7 +29,7 @@ from pipeline.core.shared_marker import Marker
 from pipeline.core.units import counted
 from pipeline.launch.ray import Ray
 from pipeline.launch.ray_cluster import alive_nodes, innermost, run_on_each, worker_environment
-from pipeline.measure.driver import unusable_gpus
+from pipeline.measure.gpu_driver import unusable_gpus
 from pipeline.track.connect import connect, is_server, reason, sqlite_file, without_password
 from pipeline.track.mlflow import tracking_uri
 from pipeline.train.checkpoint import absolute, folder_of

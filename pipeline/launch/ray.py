@@ -51,7 +51,7 @@ from pipeline.launch.ray_cluster import (
     worker_start_timeout,
 )
 from pipeline.launch.signals import blocked_signal
-from pipeline.measure.driver import unusable_gpus
+from pipeline.measure.gpu_driver import unusable_gpus
 from pipeline.track.events import Checkpoint, Stopped
 from pipeline.track.journal import last_event
 from pipeline.train.backend.collectives import PATIENCE, Ranks

@@ -40,7 +40,7 @@ from pipeline.measure.memory import (
     rss_bytes,
 )
 from pipeline.measure.operations import Operations, Pausable, Work
-from pipeline.measure.tensor_bytes import SavedBytes
+from pipeline.measure.saved_bytes import SavedBytes
 from pipeline.rules.base import LossTerm
 from pipeline.spiking.state import state_bytes
 

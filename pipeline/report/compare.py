@@ -22,7 +22,7 @@ from pipeline.core.units import counted
 from pipeline.recipe import BASELINE
 from pipeline.recipe.command_line import how_to_resume
 from pipeline.report import tables
-from pipeline.report.figure import Cell, Table
+from pipeline.report.drawing import Cell, Table
 from pipeline.report.results import (
     ReportError,
     Run,

@@ -12,7 +12,7 @@ import pandas as pd
 from pipeline.core.units import counted, shown, unit_of
 from pipeline.measure.constants import BETWEEN, PARTS, REST
 from pipeline.recipe.json import flat
-from pipeline.report.figure import (
+from pipeline.report.drawing import (
     INK,
     MUTED,
     PAPER,

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from pipeline.core.units import counted
-from pipeline.report.figure import SCALE, Figure, Missing, Table, drawing, plain, titled
+from pipeline.report.drawing import SCALE, Figure, Missing, Table, drawing, plain, titled
 from pipeline.report.results import Run
 from pipeline.report.selection import written
 from pipeline.report.study import Group

@@ -21,7 +21,7 @@ from pipeline.core.units import rounded
 from pipeline.report import tables
 from pipeline.report.claims import Returned
 from pipeline.report.compare import finite
-from pipeline.report.figure import NOT_MEASURED, THEMES, Cell, Figure, Missing, Table, slug
+from pipeline.report.drawing import NOT_MEASURED, THEMES, Cell, Figure, Missing, Table, slug
 from pipeline.report.figures import learning_curves, ratios, standings, time_parts, trade_off
 from pipeline.report.heat_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.read_study import Found

@@ -18,7 +18,7 @@ from pipeline.recipe.recipe import read_json
 from pipeline.recipe.suite import SuiteFile, has_report, runs_of
 from pipeline.report.claims import Returned, returned
 from pipeline.report.compare import comparable
-from pipeline.report.figure import slug
+from pipeline.report.drawing import slug
 from pipeline.report.results import ReportError, Run, read_run, read_runs, refuse_damage
 from pipeline.report.selection import chosen, with_baseline
 from pipeline.report.study import WITHIN, Study

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pipeline.core.units import counted, unit_of
 from pipeline.measure.memory import format_hardware
 from pipeline.recipe import BASELINE, is_baseline
-from pipeline.report.figure import Figure, Table, color, drawing, plain, symbol, titled
+from pipeline.report.drawing import Figure, Table, color, drawing, plain, symbol, titled
 from pipeline.report.results import ReportError
 
 LARGEST_SAID = (

@@ -12,7 +12,7 @@ from pipeline.core.units import counted, rounded, unit_of
 from pipeline.measure.constants import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.recipe.json import differing
 from pipeline.recipe.recipe import Split
-from pipeline.report.figure import Cell, Table
+from pipeline.report.drawing import Cell, Table
 from pipeline.report.results import (
     ENERGY,
     KEPT,

@@ -29,9 +29,9 @@ from pipeline.track.connect import (
     suite_of,
     tracking_errors,
 )
-from pipeline.track.delivery import Delivery
 from pipeline.track.events import Start
 from pipeline.track.journal import first
+from pipeline.track.mlflow_delivery import Delivery
 from pipeline.track.system import Sampler
 
 __all__ = ["Mirror", "SyncReport", "TrackingError", "sync", "tracking_uri"]

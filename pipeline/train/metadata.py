@@ -21,15 +21,15 @@ from pipeline.core.run_folder import RunFolder
 from pipeline.core.torch_settings import exactness
 from pipeline.measure.memory import hardware, hardware_over
 from pipeline.measure.meters import Totals
-from pipeline.measure.tensor_bytes import held_bytes
+from pipeline.measure.saved_bytes import held_bytes
 from pipeline.recipe.phases import stretch_at
 from pipeline.recipe.recipe import Recipe
 from pipeline.rules.base import Rule
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm, foreign_norms
-from pipeline.track.delivery import read_note
 from pipeline.track.events import OF_NONE, Event, FirstBatch, Rollback, Skipped, Start
 from pipeline.track.journal import read, read_events
+from pipeline.track.mlflow_delivery import read_note
 from pipeline.track.provenance import trained_on
 from pipeline.train.assemble import TrainContext
 from pipeline.train.backend.collectives import Ranks

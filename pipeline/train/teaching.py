@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pipeline.core.checks import require
 from pipeline.core.torch_settings import check_precision
 from pipeline.data.base import Batch, Data
-from pipeline.measure.tensor_bytes import bytes_of
+from pipeline.measure.saved_bytes import bytes_of
 from pipeline.models.teachers.base import Teacher
 from pipeline.models.teachers.cache import CachedPredictions
 from pipeline.models.teachers.probe import Probe

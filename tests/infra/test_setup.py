@@ -88,7 +88,7 @@ def test_cards_that_torch_cannot_use_are_told_of_and_no_failure(clone: Path) -> 
     for name, code in (
         ("__init__.py", ""),
         ("measure/__init__.py", ""),
-        ("measure/driver.py", said),
+        ("measure/gpu_driver.py", said),
     ):
         (clone / "pipeline" / name).write_text(code)
     done = set_up(clone)

@@ -36,7 +36,7 @@ from pipeline.launch.preflight import (
     preflight,
     try_store,
 )
-from pipeline.measure.driver import UnusableGPUs
+from pipeline.measure.gpu_driver import UnusableGPUs
 from tests.helpers.nodes import TOKEN, nodes
 from tests.helpers.s3 import s3_server
 

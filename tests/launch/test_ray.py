@@ -26,7 +26,7 @@ from pipeline.launch.base import LaunchError, NoAnswer, WorkersEnded
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray, _train
 from pipeline.launch.ray_trainer import NoPlace, OnLoopback
-from pipeline.measure.driver import UnusableGPUs
+from pipeline.measure.gpu_driver import UnusableGPUs
 from pipeline.train.job import Job, RankInfo
 
 

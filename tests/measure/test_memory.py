@@ -34,7 +34,7 @@ from pipeline.measure.memory import (
     reset_peak_rss,
     room_bytes,
 )
-from pipeline.measure.tensor_bytes import SavedBytes
+from pipeline.measure.saved_bytes import SavedBytes
 
 
 @pytest.fixture(autouse=True)
@@ -587,7 +587,7 @@ GROWTH = """
 import json
 import torch
 from pipeline.measure.memory import peak_rss_bytes
-from pipeline.measure.tensor_bytes import SavedBytes
+from pipeline.measure.saved_bytes import SavedBytes
 from pipeline.models.mlp import mlp
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT

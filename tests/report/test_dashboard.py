@@ -20,7 +20,7 @@ from flask.testing import FlaskClient
 from pipeline.report.claims import Claim, Returned
 from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import COOKIE, guard
-from pipeline.report.dashboard.place import VIEWS, Place
+from pipeline.report.dashboard.permalink import VIEWS, Place
 from pipeline.report.stores import Store, StoredRun, open_store
 from tests.helpers.fake_store import FakeStore
 from tests.helpers.hand_made import KEY, recipe, study

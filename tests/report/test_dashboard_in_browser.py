@@ -23,7 +23,7 @@ from werkzeug.serving import make_server
 from pipeline.report.claims import Claim, Returned
 from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import guard
-from pipeline.report.dashboard.place import VIEWS, View
+from pipeline.report.dashboard.permalink import VIEWS, View
 from pipeline.track.journal import read
 from pipeline.track.mlflow import Mirror, sync
 from tests.helpers.browser import Watch, chromium, violations

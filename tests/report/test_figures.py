@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.core.units import shown, unit_of
 from pipeline.measure.constants import BETWEEN, PARTS, REST
-from pipeline.report.figure import THEMES, Figure, Missing, Table, harmless, plain
+from pipeline.report.drawing import THEMES, Figure, Missing, Table, harmless, plain
 from pipeline.report.figures import learning_curves, pareto, ratios, standing, time_parts, trade_off
 from pipeline.report.heat_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.results import Run

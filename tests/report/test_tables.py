@@ -8,7 +8,7 @@ from pipeline.measure.meters import Meters
 from pipeline.recipe.json import flat
 from pipeline.report import figures, tables
 from pipeline.report.claims import Claim
-from pipeline.report.figure import Figure
+from pipeline.report.drawing import Figure
 from pipeline.report.page import render
 from pipeline.report.results import Run
 from pipeline.report.study import Study

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from pipeline.track.connect import milliseconds
-from pipeline.track.delivery import Translation, parameters
+from pipeline.track.mlflow_delivery import Translation, parameters
 
 
 def step(number: int, **metrics: Any) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from flask import Flask, Response, request
 from pipeline.report import tables
 from pipeline.report.dashboard.guard import guard, is_loopback, refuse_open_to_others
 from pipeline.report.dashboard.live import Live, SuiteReport
-from pipeline.report.dashboard.place import ONLY, SORTS, VIEWS, Place, describe_states
-from pipeline.report.figure import Figure, Table, slug
+from pipeline.report.dashboard.permalink import ONLY, SORTS, VIEWS, Place, describe_states
+from pipeline.report.drawing import Figure, Table, slug
 from pipeline.report.page import WEB, drawn, environment, plotly_script, section_of
 from pipeline.report.results import ReportError, describe_state
 from pipeline.report.stores import Store, StoredRun, open_store, studies

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.measure.tensor_bytes import HeldBytes, bytes_of, held_bytes
+from pipeline.measure.saved_bytes import HeldBytes, bytes_of, held_bytes
 
 
 def network_after_a_step(optimizer_of: Any, **settings: float) -> HeldBytes:

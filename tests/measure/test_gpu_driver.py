@@ -10,8 +10,8 @@ import pynvml
 import pytest
 import torch
 
-from pipeline.measure import driver
-from pipeline.measure.driver import unusable_gpus
+from pipeline.measure import gpu_driver
+from pipeline.measure.gpu_driver import unusable_gpus
 
 INSTALL = (
     re.escape(f"{sys.executable} -m pip install --force-reinstall torch torchvision --index-url ")
@@ -132,7 +132,7 @@ def test_a_driver_that_does_not_answer(
 
     machine(monkeypatch, version="", cuda=0, cards=0, built="13.0")
     monkeypatch.setattr(pynvml, "nvmlInit", fail)
-    monkeypatch.setattr(driver, "DEVICES", tmp_path)
+    monkeypatch.setattr(gpu_driver, "DEVICES", tmp_path)
     for name in ("nvidia-uvm", "nvidiactl", *(["nvidia0"] if is_there else [])):
         (tmp_path / name).touch()
     found = unusable_gpus()
