@@ -98,7 +98,7 @@ def test_one_of_two_nodes_raises_and_hangs(tmp_path: Path) -> None:
 @pytest.fixture
 def no_ffcv(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling takes seconds."""
-    monkeypatch.setattr(module, "_reading", lambda: [Finding("ffcv", "ok", "read")])
+    monkeypatch.setattr(module, "_try_reading", lambda: [Finding("ffcv", "ok", "read")])
 
 
 @pytest.fixture
@@ -367,7 +367,7 @@ def test_an_nfs_that_may_hide_a_new_file(
 
 
 def test_images_are_written_and_read() -> None:
-    assert [(each.check, each.state) for each in module._reading()] == [("ffcv", "ok")]
+    assert [(each.check, each.state) for each in module._try_reading()] == [("ffcv", "ok")]
 
 
 def test_a_node_without_ffcv_or_tbb(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,10 +375,10 @@ def test_a_node_without_ffcv_or_tbb(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "numba.np.ufunc.tbbpool", None)
         patch.setattr(sys, "prefix", "/nowhere")
-        _, found = module._reading()
+        _, found = module._try_reading()
     assert found.state == "warn" and "DataError: data: more than 1 loader thread" in found.text
     monkeypatch.setitem(sys.modules, "pipeline.data.datasets.beton", None)
-    (found,) = module._reading()
+    (found,) = module._try_reading()
     assert found.state == "bad" and "images cannot be written and read: " in found.text
 
 
