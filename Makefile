@@ -45,8 +45,8 @@ format: setup ## rewrite what ruff can
 
 # Three processes on two cores: a test often waits for a process, a page or a disk. Tests that start workers come last, two at a time.
 test: setup browser tools ## quick and distributed tests; installs chromium, shellcheck, docker-compose, promtool and kustomize
-	$(PROCESSES) $(BIN)/pytest -m "not full and not distributed and not gpu" -n 3 --dist loadfile
-	$(PROCESSES) $(BIN)/pytest -m "distributed and not full and not gpu" -n 2 --dist loadfile $(DISTRIBUTED)
+	$(PROCESSES) $(BIN)/pytest -m "not full and not distributed and not gpu" -n 2 --dist loadfile
+	$(PROCESSES) $(BIN)/pytest -m "distributed and not full and not gpu" $(DISTRIBUTED)
 
 test-full: setup tools ## the tests that take minutes, as root; installs PostgreSQL, Slurm's daemons and iproute2
 	@infra/setup.sh --servers

@@ -199,10 +199,16 @@ def test_a_sleep_between_batches_shows_in_its_part_alone(
     monkeypatch.setattr("tests.measure.test_clock.SLEEP", TOTAL / times)
     plant(monkeypatch, where, name)
     looks = {"evaluation.fidelity_every": 2} if part == "fidelity" else {}
-    found = seconds_of(tmp_path, recipe_of_a_few_steps().override(looks))
-    more = {name: found[name] - undisturbed[name] for name in found}
-    assert more.pop(part) > 0.9 * TOTAL
-    assert max(more.values()) < 0.5 * TOTAL, more
+    more: dict[str, float] = {}
+    # A disk that stalls falls on another part by chance; a wrong part has the sleep in every run.
+    for again in range(3):
+        seconds = seconds_of(tmp_path / str(again), recipe_of_a_few_steps().override(looks))
+        now = {name: seconds[name] - undisturbed[name] for name in seconds}
+        assert now.pop(part) > 0.9 * TOTAL
+        more = {name: min(value, more.get(name, value)) for name, value in now.items()}
+        if max(more.values()) < 0.5 * TOTAL:
+            return
+    raise AssertionError(more)
 
 
 def test_without_a_rest_the_parts_cover_the_step(tmp_path: Path) -> None:
