@@ -43,7 +43,7 @@ format: setup ## rewrite what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Three processes on two cores: a test often waits for a process, a page or a disk. Tests that start workers come last, two at a time.
+# What starts processes of its own has the machine to itself; the rest is one process and one thread, and shares it.
 test: setup browser tools ## quick and distributed tests; installs chromium, shellcheck, docker-compose, promtool and kustomize
 	$(PROCESSES) $(BIN)/pytest -m "not full and not distributed and not gpu" -n 2 --dist loadfile
 	$(PROCESSES) $(BIN)/pytest -m "distributed and not full and not gpu" $(DISTRIBUTED)
