@@ -27,8 +27,8 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.rules.base import Rule
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm, foreign_norms
-from pipeline.track.events import OF_NONE, Event, FirstBatch, Rollback, Skipped, Start
-from pipeline.track.journal import read, read_events
+from pipeline.track.events import OF_NONE, Event, FirstBatch, Rollback, Skipped, Start, from_dict
+from pipeline.track.journal import read
 from pipeline.track.mlflow_delivery import read_note
 from pipeline.track.provenance import trained_on
 from pipeline.train.assemble import TrainContext
@@ -162,7 +162,7 @@ def summary_of(
         held["optimizer"] = sum(context.ranks.all_gather_object(held["optimizer"]))
     if context.ranks.rank:
         return {}
-    journal = RunFolder(folder).journal
+    records = read(RunFolder(folder).journal)
     of_teacher = {} if teaching is None else teaching.accuracy.metrics
     return {
         "run": folder.name,
@@ -174,8 +174,8 @@ def summary_of(
         "world_size": context.ranks.size,
         "steps": step,
         "epochs": stretch_at(context.stretches, step).epoch(step - 1) + 1,
-        "trained_on": trained_on(read(journal), steps=step),
-        **summarise(result, totals, read_events(journal)),
+        "trained_on": trained_on(records, steps=step),
+        **summarise(result, totals, list(map(from_dict, records))),
         **(learnt.summary(context.loaders.tasks) if recipe.phases else {}),
         **{f"teacher_{name}": of_teacher[name] for name in ("top1", "top5") if name in of_teacher},
         "conditions": conditions(

@@ -177,10 +177,10 @@ def _check(stream: Stream) -> None:
         ("p", stream.p_N, 0, 1),
         ("t", stream.t_N, begin, end - 1),
     ):
+        least, most = values_N.min(), values_N.max()
         require_data(
-            values_N.min() >= low and values_N.max() <= high,
-            f"{name} of its events must be in {low}..{high}; got {values_N.min()} to"
-            f" {values_N.max()}",
+            least >= low and most <= high,
+            f"{name} of its events must be in {low}..{high}; got {least} to {most}",
         )
     require_data(not np.any(np.diff(stream.t_N) < 0), "its events must be in order of time")
 
