@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,7 @@ from pipeline.track.journal import first, last, read
 from pipeline.track.state import is_driven, state_of
 from pipeline.train.job import Job
 from tests.helpers.small import Command, command, same_weights, small_recipe
+from tests.helpers.waiting import until
 
 RECIPES = """
 from dataclasses import replace
@@ -504,11 +506,7 @@ def steps(run: Path) -> int:
     return newest["step"] if newest else 0
 
 
-def wait_for(happened: Any) -> None:
-    deadline = time.monotonic() + 90
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+wait_for = partial(until, within=90, pause=0.1)
 
 
 REFUSE = "raise ValueError('sabotage: must not be; got one')"

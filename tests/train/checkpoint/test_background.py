@@ -21,6 +21,7 @@ from pipeline.train.backend.copies import copied
 from pipeline.train.checkpoint import Checkpoints, Place, background, damage, step_folders
 from tests.helpers.few import TRAINER, Counting, backend, restore, save, step
 from tests.helpers.processes import run_ranks
+from tests.helpers.waiting import until
 
 
 @pytest.fixture
@@ -77,10 +78,8 @@ def test_training_goes_on_meanwhile_and_what_was_there_is_what_is_saved(
 def test_it_is_told_once_as_soon_as_it_is_whole(tmp_path: Path) -> None:
     checkpoints = Checkpoints(Place(tmp_path), attempt="a")
     checkpoints.save(1, backend(), Counting(), TRAINER)
-    deadline = time.monotonic() + 20
-    while (told := checkpoints.done()) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    told = until(checkpoints.done, within=20, pause=0.01)
+    assert told is not None
     assert told.address == str(tmp_path / "step_00000001") and damage(Path(told.address)) is None
     assert checkpoints.done() is None and checkpoints.wait() is None
 
@@ -208,10 +207,7 @@ def test_an_error_that_ends_the_attempt_says_that_the_checkpoint_failed_too(
 
 def wait_for(file: Path) -> None:
     """Until a rank has written this file, its last, and does what comes then."""
-    deadline = time.monotonic() + 20
-    while not file.exists():
-        assert time.monotonic() < deadline, file
-        time.sleep(0.01)
+    until(file.exists, within=20, said=lambda: str(file), pause=0.01)
     time.sleep(0.2)
 
 
