@@ -1,5 +1,6 @@
 """Bytes and time against T, and the largest batch, which is tried."""
 
+import gc
 import io
 import json
 from collections.abc import Callable
@@ -162,8 +163,9 @@ def test_a_largest_batch_that_is_trained_takes_what_there_is_and_no_more() -> No
             recipe.objective.build(),
         )
         made.attach(bench.network)
-        before = 0
-        for _ in range(2):  # the first one warms up
+        taken = 0
+        for _ in range(3):
+            gc.collect()  # garbage of other tests, freed meanwhile, would hide what is taken
             release_freed_memory()
             assert reset_peak_rss()
             before = memory_now_bytes(bench.x_B.device)
@@ -171,7 +173,9 @@ def test_a_largest_batch_that_is_trained_takes_what_there_is_and_no_more() -> No
                 bench.network, bench.x_TB, loss_for(bench.target_B, None)
             ):
                 objective.backward.backward()
-        assert 0.5 * limit < peak_rss_bytes() - before + bench.batch_bytes <= 1.1 * limit
+                del objective
+            taken = max(taken, peak_rss_bytes() - before)
+        assert 0.5 * limit < taken + bench.batch_bytes <= 1.1 * limit
     with pytest.raises(ValueError, match="at_largest needs memory_bytes"):
         sweep(recipe, steps=(8,), rules=RULES, at_largest=True)
 
