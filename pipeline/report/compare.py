@@ -7,11 +7,11 @@ machines are never divided. A study with runs on several machines has one compar
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from pipeline.report.results import (
     compared,
     flat,
     kind,
-    loaders,
     places,
     read_run,
     read_runs,
@@ -44,7 +43,7 @@ from pipeline.report.selection import (
 )
 from pipeline.report.study import WITHIN, Group, place
 
-_SENTENCES = ("over_time", "evaluated", "tuned")  # columns whose values may be several words
+_SENTENCES = ("over time", "evaluated", "tuned")  # columns whose values may be several words
 _FIRST = ("run", "rule", "seed", "study", "where", "recipe", "world_size", "steps", "epochs")
 
 
@@ -60,17 +59,7 @@ class Comparison:
     @property
     def unfinished(self) -> tuple[Run, ...]:
         """Runs that are not part of any mean."""
-        here = (run for run in self.group.runs if not run.is_finished)
-        return (*here, *self.elsewhere)
-
-    @cached_property
-    def behind(self) -> dict[str, dict[str, str]]:
-        """`tables.behind` of each rule, with names for JSON."""
-        by_rule = {rule: tables.behind(self.group, rule) for rule in self.group.finished_rules}
-        return {
-            rule: {name.replace(" ", "_").replace("-", "_"): value for name, value in each.items()}
-            for rule, each in by_rule.items()
-        }
+        return (*(run for run in self.group.runs if not run.is_finished), *self.elsewhere)
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as JSON values.
@@ -104,20 +93,21 @@ class Comparison:
 
     def _run_to_json(self, run: Run, over: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
         """Convert a run. `over` holds the baseline's values by metric and seed."""
-        computed = {each.name: run.value(each.name) for each in compared() if each.source}
+        summary = dict(run.summary or {})
+        values = {name: run.value(name) for name in over}
         ratios = {
             name: None
-            if (value := run.value(name)) is None or not base.get(run.seed)
-            else value / base[run.seed]
-            for name, base in over.items()
+            if value is None or not over[name].get(run.seed)
+            else value / over[name][run.seed]
+            for name, value in values.items()
         }
-        summary = dict(run.summary or {})
+        behind = tables.behind(self.group, run.rule)
         return {
-            **{name: value for name, value in computed.items() if name not in summary},
+            **{each.name: values[each.name] for each in compared() if each.source},
             **finite(summary),
             "run": run.name,
             "rule": run.rule,
-            "behind": self.behind[run.rule],
+            "behind": {re.sub("[ -]", "_", name): value for name, value in behind.items()},
             "ratios": ratios,
             "not_finite": dict(_not_finite(summary)),
         }
@@ -130,37 +120,36 @@ class Comparison:
         """
         self._print_costs(console)
         console.print()
-        names = list(next(iter(self.behind.values())))
-        columns = [Column(name.replace("_", " "), wraps=name in _SENTENCES) for name in names]
-        rows = [(rule, *values.values()) for rule, values in self.behind.items()]
+        behind = {rule: tables.behind(self.group, rule) for rule in self.group.finished_rules}
+        names = next(iter(behind.values()))
+        columns = [Column(name, wraps=name in _SENTENCES) for name in names]
+        rows = [(rule, *values.values()) for rule, values in behind.items()]
         print_table(console, ("rule", *columns), rows, title="behind each row")
-        for note in (
-            *(each.text(self.group.within) for each in self.group.differences),
-            *self.notes,
-        ):
+        differences = (each.text(self.group.within) for each in self.group.differences)
+        for note in (*differences, *self.notes):
             say(console, note)
         for run in self.unfinished:
-            if line := self._describe_unfinished(run):
-                say(console, line, whole=[how_to_resume(run.folder)])
-
-    def _describe_unfinished(self, run: Run) -> str:
-        """Describe a run below the table. A diverged run that a note names has an empty text."""
-        if run.state == "diverged":
-            what = "diverged, trained otherwise than these: it is in no mean"
-            return f"{run.name} ({run.rule}) {what}" if run in self.elsewhere else ""
-        command = "" if run.state == "running" else f"; {how_to_resume(run.folder)}"
-        return f"not in the table: {run.name} ({run.rule}) is {_state(run)}{command}"
+            who, resume = f"{run.name} ({run.rule})", how_to_resume(run.folder)
+            if run.state != "diverged":
+                command = "" if run.state == "running" else f"; {resume}"
+                say(console, f"not in the table: {who} is {_state(run)}{command}", whole=[resume])
+            elif run in self.elsewhere:  # a note names the other diverged runs
+                say(console, f"{who} diverged, trained otherwise than these: it is in no mean")
 
     def _print_costs(self, console: Console) -> None:
-        metrics = tables.columns_of_costs(self.group)
-        diverged = Counter(run.rule for run in self.group.runs if run.state == "diverged")
-        rows = []
-        for rule in dict.fromkeys((*self.group.finished_rules, *diverged)):
-            finished = sum(run.rule == rule for run in self.group.finished)
-            cells = [_cell(tables.shown_of(self.group, rule, each), console) for each in metrics]
-            cells[0] = cells[0] if finished else "diverged"
-            rows.append((_label(rule, finished=finished, diverged=diverged[rule]), *cells))
-        title = f"study {self.group.study[:8]}" + (f" on {self.where}" if self.where else "")
+        group, rows = self.group, []
+        metrics = tables.columns_of_costs(group)
+        finished = Counter(run.rule for run in group.finished)
+        diverged = Counter(run.rule for run in group.runs if run.state == "diverged")
+        for rule in finished | diverged:
+            runs, lost, label = finished[rule] + diverged[rule], diverged[rule], rule
+            if finished[rule] and lost:
+                label = f"{rule} ({finished[rule]} of {counted(runs, 'run')}, {lost} diverged)"
+            elif runs > 1:
+                label = f"{rule} ({counted(runs, 'run')})"
+            cells = [_cell(tables.shown_of(group, rule, each), console) for each in metrics]
+            rows.append((label, cells[0] if finished[rule] else "diverged", *cells[1:]))
+        title = f"study {group.study[:8]}" + (f" on {self.where}" if self.where else "")
         columns = (prose("rule"), *(number(each.title) for each in metrics))
         print_table(console, columns, rows, title=title)
 
@@ -233,26 +222,35 @@ def print_comparison(
     Raises:
         ComparisonError: see `compare`.
     """
-    runs_dir = Path(runs_dir)
+    if format not in ("table", "json", "csv"):
+        raise ReportError(f"compare: format must be table, json or csv; got {format!r}")
+    runs_dir, console = Path(runs_dir), console or new_console()
     runs = read_runs(runs_dir)
     judged: dict[str, Any] = {"against": against, "within": within}
-    key = os.fspath(names[0]) if len(names) == 1 else ""
-    is_key = is_study(runs, key) and not (runs_dir / key).exists()
     refusals: list[ComparisonError] = []
+    is_key = len(names) == 1 and is_study(runs, os.fspath(names[0]))
     if folders is not None:
         made, refusals = _compare_each(runs, list(map(read_run, folders)), **judged)
-    elif not names or is_key:
+    elif not names or (is_key and not (runs_dir / names[0]).exists()):
         made, refusals = _compare_each(runs, chosen(runs_dir, names, runs), **judged)
     else:
         made = [_compared(runs, chosen(runs_dir, names, runs), **judged, is_whole=False)]
-    if format not in ("table", "json", "csv"):
-        raise ReportError(f"compare: format must be table, json or csv; got {format!r}")
-    if format == "table":
-        _print_tables(made, console or new_console())
-    elif format == "csv" and (made or not refusals):
+    if format == "csv" and (made or not refusals):
         sys.stdout.write(csv_of(made))
-    elif made or not refusals:
+    elif format == "json" and (made or not refusals):
         print(json.dumps([each.to_json() for each in made], indent=2, allow_nan=False))
+    elif format == "table":
+        for index, comparison in enumerate(made):
+            if index:
+                console.print()
+            comparison.render(console)
+        for study, times in Counter(each.group.study for each in made).items():
+            if times > 1:
+                say(
+                    console,
+                    f"study {study[:8]} has {times} tables, of different machines, workers or"
+                    " micro-batches: nothing is divided from one to another",
+                )
     if refusals:
         raise refusals[0]
 
@@ -282,10 +280,10 @@ def csv_of(comparisons: Sequence[Comparison]) -> str:
         for as_json in (comparison.to_json() for comparison in comparisons)
         for run in as_json["runs"]
     ]
-    first = [*_FIRST, *(each.name for each in compared())]
-    columns = [*first, *sorted({name for row in rows for name in row} - set(first))]
+    first = (*_FIRST, *(each.name for each in compared()))
+    columns = (*first, *sorted({name for row in rows for name in row} - set(first)))
     cells = tuple(tuple(row.get(name) for name in columns) for row in rows)
-    return Table(columns=tuple(columns), rows=cells).to_csv()
+    return Table(columns=columns, rows=cells).to_csv()
 
 
 def finite(value: Any) -> Any:
@@ -304,9 +302,8 @@ def _compared(
     for run in members:
         refuse_damage(run)
     others = [run for run in members if not run.is_finished]
-    finished = sorted(
-        (run for run in members if run.is_finished), key=lambda run: place(run, against)
-    )
+    finished = [run for run in members if run.is_finished]
+    finished.sort(key=lambda run: place(run, against))
     if not finished:
         states = ", ".join(f"{run.name} is {_state(run)}" for run in others)
         raise ComparisonError(f"compare: no finished run: {states}")
@@ -325,56 +322,23 @@ def _compare_each(
 ) -> tuple[list[Comparison], list[ComparisonError]]:
     made: list[Comparison] = []
     refusals: list[ComparisonError] = []
+    judged: dict[str, Any] = {"against": against, "within": within}
     for comparable_runs in comparable(members):
         try:
-            made.append(
-                _compared(runs, comparable_runs, against=against, within=within, is_whole=True)
-            )
+            made.append(_compared(runs, comparable_runs, **judged, is_whole=True))
         except ComparisonError as error:
             refusals.append(error)
     times = Counter(each.group.study for each in made)
-    several = [
-        replace(each, where=_where(each.group.finished[-1]))
-        if times[each.group.study] > 1
-        else each
-        for each in made
-    ]
-    return several, refusals
-
-
-def _print_tables(made: Sequence[Comparison], console: Console) -> None:
-    for index, comparison in enumerate(made):
-        if index:
-            console.print()
-        comparison.render(console)
-    for study, times in Counter(each.group.study for each in made).items():
-        if times > 1:
-            why = (
-                "of different machines, workers or micro-batches: nothing is divided from one to"
-                " another"
-            )
-            say(console, f"study {study[:8]} has {times} tables, {why}")
-
-
-def _where(run: Run) -> str:
-    """Describe machine and workers: `a cpu, 2 cores, 1 thread; 2 workers, with 1 loader thread`."""
-    threads = {loaders(on) for on in run.trained_on}
-    loader = threads.pop() if len(threads) == 1 else ""  # `places` names several loader counts
-    return ", ".join(filter(None, (places(run, between="; "), loader)))
+    for index, each in enumerate(made):
+        if times[each.group.study] > 1:
+            where = places(each.group.finished[-1], between="; ", names_loaders=True)
+            made[index] = replace(each, where=where)
+    return made, refusals
 
 
 def _state(run: Run) -> str:
     """Name the run's state. A finished run without a summary was interrupted before writing it."""
     return "interrupted" if run.state == "finished" else run.state
-
-
-def _label(rule: str, *, finished: int, diverged: int) -> str:
-    """Label a rule, for example `SLTT-1 (2 of 3 runs, the other diverged)`."""
-    if finished and diverged:
-        others = "other" if diverged == 1 else "others"
-        return f"{rule} ({finished} of {finished + diverged} runs, the {others} diverged)"
-    runs = finished or diverged
-    return rule if runs == 1 else f"{rule} ({counted(runs, 'run')})"
 
 
 def _cell(shown: tables.Shown | None, console: Console) -> str:
@@ -383,7 +347,7 @@ def _cell(shown: tables.Shown | None, console: Console) -> str:
         return "-"
     over = f"\t{shown.ratio}" if shown.ratio else ""
     if has_width(console):
-        return "\n".join(filter(None, (f"{shown.mean}{over}", shown.spread)))
+        return f"{shown.mean}{over}\n{shown.spread}".rstrip()
     return f"{shown.mean} {shown.spread}".rstrip() + over
 
 

@@ -27,10 +27,10 @@ def firing_rates(group: Group) -> Figure | Missing:
     """Layer x time, one map per rule: the mean over its runs in the last evaluation."""
     title = "Firing rate by layer and time step"
     found = [
-        (run.rule, layer.name, step, rate, layer.silent, layer.saturated)
+        (run.rule, layer["name"], step, rate, layer["silent"], layer["saturated"])
         for run in group.runs
         for layer in run.activity
-        for step, rate in enumerate(layer.rates, start=1)
+        for step, rate in enumerate(layer["rates"], start=1)
     ]
     if not found:
         return Missing(title=title, why="no run has finished whose spikes were counted")
@@ -42,7 +42,7 @@ def firing_rates(group: Group) -> Figure | Missing:
     of_rule = {rule: rates[rule].unstack().reindex(rates[rule].index.unique(0)) for rule in rules}
     most = max(float(rates.max()), 1e-9)
 
-    samples = sorted({layer.samples for run in group.runs for layer in run.activity})
+    samples = sorted({layer["samples"] for run in group.runs for layer in run.activity})
     counted_on = " or ".join(f"{count:,}" for count in samples)
     unlike = ", on fewer samples more of them" if len(samples) > 1 else ""
     averages = ", ".join(

@@ -11,11 +11,12 @@ value into `summary.json`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,10 +46,6 @@ class ReportError(ValueError):
 # ------------------------------------------------------------------------------------- quantities
 
 
-Numbers = Mapping[str, float]
-"""the finite numbers of a summary, by dotted path"""
-
-
 @dataclass(frozen=True)
 class Metric:
     """A quantity of a finished run.
@@ -69,10 +66,10 @@ class Metric:
     title: str
     unit: str
     better: Literal["less", "more", ""] = ""
-    source: str | Callable[[Numbers], float | None] = ""
+    source: str | Callable[[Mapping[str, float]], float | None] = ""
     about: str = ""
 
-    def value(self, numbers: Numbers) -> float | None:
+    def value(self, numbers: Mapping[str, float]) -> float | None:
         """The value in a summary; None where it was not measured, or is not finite."""
         if callable(self.source):
             return self.source(numbers)
@@ -90,14 +87,15 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _sum(
     *paths: str, minus: Sequence[str] = (), minus_any: Sequence[str] = ()
-) -> Callable[[Numbers], float | None]:
+) -> Callable[[Mapping[str, float]], float | None]:
     """A sum of numbers of a summary; None if one is missing, except for those in `minus_any`."""
 
-    def total(numbers: Numbers) -> float | None:
+    def total(numbers: Mapping[str, float]) -> float | None:
         if not numbers.keys() >= {*paths, *minus}:
             return None
-        less = sum(numbers.get(path, 0.0) for path in (*minus, *minus_any))
-        return sum(numbers[path] for path in paths) - less
+        return sum(numbers[path] for path in paths) - sum(
+            numbers.get(path, 0.0) for path in (*minus, *minus_any)
+        )
 
     return total
 
@@ -205,27 +203,14 @@ def expanded(runs: Iterable[Run]) -> list[Metric]:
 # ------------------------------------------------------------------------------------------- runs
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainedOn:
-    """The conditions of one or several starts of a run."""
-
-    world_size: int | None = None
-    micro_batch: int | None = None  # samples that a worker processes at a time
-    hardware: Mapping[str, Any] = field(default_factory=dict)
-    loader_threads: int | None = None
-    own_cores: bool = False  # whether each CPU worker has cores that no other run uses
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRates:
-    """One layer of neurons in the last evaluation."""
-
-    name: str
-    neurons: int
-    samples: int  # samples whose spikes were counted
-    rates: tuple[float, ...]  # spikes per neuron at each time step
-    silent: float  # share of silent neurons, in 0..1
-    saturated: float
+_LAYER = {
+    "name": str,
+    "neurons": int,
+    "samples": int,  # samples whose spikes were counted
+    "rates": tuple,  # spikes per neuron at each time step
+    "silent": float,  # share of silent neurons, in 0..1
+    "saturated": float,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +227,7 @@ class Run:
     study: str = ""  # the study key: runs with the same key compare on equal machines
     recipe: Mapping[str, Any] = field(default_factory=dict)  # fields of recipe.json
     summary: Mapping[str, Any] | None = None  # None until the run has finished
-    trained_on: tuple[TrainedOn, ...] = ()  # distinct conditions, oldest first
+    trained_on: tuple[Mapping[str, Any], ...] = ()  # `provenance.trained_on`, oldest first
     commits: tuple[str, ...] = ()
     step: int | None = None  # batches done
     total_steps: int | None = None
@@ -267,11 +252,11 @@ class Run:
 
     @property
     def workers(self) -> int | None:
-        return self.trained_on[-1].world_size if self.trained_on else None
+        return self.trained_on[-1]["world_size"] if self.trained_on else None
 
     @property
     def hardware(self) -> Mapping[str, Any]:
-        return self.trained_on[-1].hardware if self.trained_on else {}
+        return self.trained_on[-1]["hardware"] if self.trained_on else {}
 
     @cached_property
     def history(self) -> History:
@@ -292,8 +277,18 @@ class Run:
         return {name: each / steps for name, each in seconds.items() if steps and each is not None}
 
     @cached_property
-    def activity(self) -> tuple[LayerRates, ...]:
-        return tuple(map(_layer, self.layers() or ()))
+    def activity(self) -> list[dict[str, Any]]:
+        """The layers of neurons in the last evaluation, with the fields in `_LAYER`."""
+        layers = []
+        for layer in self.layers() or ():
+            try:
+                layers.append({name: kind(layer[name]) for name, kind in _LAYER.items()})
+            except (KeyError, TypeError, ValueError) as error:
+                needed = ", ".join(_LAYER)
+                raise ReportError(
+                    f"activity.json: a layer must have {needed}; got {layer!r}"
+                ) from error
+        return layers
 
     @cached_property
     def numbers(self) -> dict[str, float]:
@@ -336,7 +331,7 @@ def run_of(
         study=str(newest.get("study") or ""),
         recipe=(fields if isinstance(fields, Mapping) else {}) or newest.get("params") or {},
         summary=finished,
-        trained_on=tuple(TrainedOn(**{**each, "hardware": each["hardware"] or {}}) for each in on),
+        trained_on=tuple({**each, "hardware": each["hardware"] or {}} for each in on),
         commits=tuple(dict.fromkeys(map(str, filter(None, commits)))),
         total_steps=count(newest.get("total_steps") or newest.get("steps")),
         steps_per_epoch=count(newest.get("steps_per_epoch")),
@@ -350,7 +345,10 @@ def read_run(folder: Path) -> Run:
     Raises:
         ReportError: summary.json or recipe.json is damaged.
     """
-    return _read(folder, summary=summary_of(folder), recipe=load(RunFolder(folder).recipe))
+    files = RunFolder(folder)
+    summary = load(files.summary)
+    refuse_damaged_summary(summary or {}, str(files.summary))
+    return _read(folder, summary=summary, recipe=load(files.recipe))
 
 
 def read_runs(runs_dir: Path) -> list[Run]:
@@ -432,21 +430,6 @@ def _about(run: Run) -> dict[str, Any]:
     }
 
 
-def _layer(layer: Any) -> LayerRates:
-    try:
-        return LayerRates(
-            name=str(layer["name"]),
-            neurons=int(layer["neurons"]),
-            samples=int(layer["samples"]),
-            rates=tuple(map(float, layer["rates"])),
-            silent=float(layer["silent"]),
-            saturated=float(layer["saturated"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        needed = ", ".join(LayerRates.__dataclass_fields__)
-        raise ReportError(f"activity.json: a layer must have {needed}; got {layer!r}") from error
-
-
 # ------------------------------------------------------------------------------------------- files
 
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
@@ -487,18 +470,6 @@ def load(path: Path, kind: type = dict) -> Any:
     return value
 
 
-def summary_of(folder: Path) -> dict[str, Any] | None:
-    """The summary.json of a run; None where there is none.
-
-    Raises:
-        ReportError: it is damaged.
-    """
-    path = RunFolder(folder).summary
-    summary = load(path)
-    refuse_damaged_summary(summary or {}, str(path))
-    return summary
-
-
 def refuse_damaged_summary(summary: Mapping[str, Any], where: str) -> None:
     """Raise ReportError if a field has an unexpected type; the message names `where`."""
     for name, (kind, called) in _KINDS.items():
@@ -529,15 +500,23 @@ def machine(hardware: Mapping[str, Any]) -> str:
     return ", ".join([str(hardware.get("cpu", "a CPU")), *counts])
 
 
-def places(run: Run, *, between: str = ", ") -> str:
+def places(run: Run, *, between: str = ", ", names_loaders: bool = False) -> str:
     """Machines and workers, such as `a cpu, 2 cores, 2 workers, then a cpu, 2 cores, 1 worker`.
 
     Loader threads are named if they changed during the run.
     """
-    texts = [
-        between.join(filter(None, (machine(on.hardware), _workers(run, on))))
-        for on in run.trained_on
-    ]
+    names_loaders |= len({on["loader_threads"] for on in run.trained_on}) > 1
+    texts: list[str] = []
+    for on in run.trained_on:
+        workers, threads = on["world_size"], on["loader_threads"]
+        how = [
+            "" if workers is None else counted(workers, "worker"),
+            f"in micro-batches of {on['micro_batch']}" if _accumulated(run, on) > 1 else "",
+            "each on cores of its own" if on["own_cores"] else "",
+            f"with {counted(threads, 'loader thread')}" if names_loaders and threads else "",
+        ]
+        what = (machine(on["hardware"]), ", ".join(filter(None, how)))
+        texts.append(between.join(filter(None, what)))
     return ", then ".join(texts) or machine({})
 
 
@@ -545,35 +524,16 @@ def micro_batches(run: Run) -> str:
     """Samples per micro-batch of a worker, and micro-batches per batch: `128`, `64 × 2`."""
     texts: list[str] = []
     for on in run.trained_on:
-        times = _accumulated(run, on) or 1
-        whole = NOT_SAID if on.micro_batch is None else str(on.micro_batch)
+        times, size = _accumulated(run, on), on["micro_batch"]
+        whole = NOT_SAID if size is None else str(size)
         texts.append(f"{whole} × {times}" if times > 1 else whole)
     return ", then ".join(dict.fromkeys(texts)) or NOT_SAID
 
 
-def loaders(on: TrainedOn) -> str:
-    """A text such as `with 1 loader thread`; empty if the number is unknown."""
-    return (
-        "" if on.loader_threads is None else f"with {counted(on.loader_threads, 'loader thread')}"
-    )
-
-
-def _workers(run: Run, on: TrainedOn) -> str:
-    texts = [
-        "" if on.world_size is None else counted(on.world_size, "worker"),
-        f"in micro-batches of {on.micro_batch}" if (_accumulated(run, on) or 1) > 1 else "",
-        "each on cores of its own" if on.own_cores else "",
-        loaders(on) if len({each.loader_threads for each in run.trained_on}) > 1 else "",
-    ]
-    return ", ".join(filter(None, texts))
-
-
-def _accumulated(run: Run, on: TrainedOn) -> int | None:
-    """Micro-batches of a worker per batch; None if the recipe is only known as journal text."""
-    batch = run.recipe.get("batch_size")
-    if not isinstance(batch, int) or not on.world_size or not on.micro_batch:
-        return None
-    return batch // (on.world_size * on.micro_batch)
+def _accumulated(run: Run, on: Mapping[str, Any]) -> int:
+    """Micro-batches of a worker per batch; 1 if the recipe is only known as journal text."""
+    batch, of_workers = run.recipe.get("batch_size"), (on["world_size"], on["micro_batch"])
+    return batch // math.prod(of_workers) if isinstance(batch, int) and all(of_workers) else 1
 
 
 SILENT_S = 900.0
@@ -603,5 +563,4 @@ def kind(run: Run) -> str:
     Comparable runs have one study key. From first to last step they had the same number of workers,
     micro-batch, machine and loader threads; and all or none of them had reserved cores.
     """
-    on = [asdict(each) for each in run.trained_on]
-    return json.dumps([run.study, on], sort_keys=True, default=str)
+    return json.dumps([run.study, run.trained_on], sort_keys=True, default=str)

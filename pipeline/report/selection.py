@@ -1,8 +1,7 @@
 """Select runs by name or study key, or the newest study, and find the runs they compare with."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,6 @@ class ComparisonError(ReportError):
     """Runs must not be compared, or none exists; the message is one line with the difference."""
 
 
-def of_the_study(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe as JSON that all runs of one study share."""
-    return select(recipe, lambda role: Role.STUDY in role)
-
-
 def chosen(
     runs_dir: Path, names: Sequence[str | os.PathLike[str]], runs: Sequence[Run]
 ) -> list[Run]:
@@ -48,42 +42,39 @@ def chosen(
         ReportError: a name matches nothing, or several runs.
         ComparisonError: there are no names, and no run has finished.
     """
-    if not names:
-        return _newest(runs_dir, runs)
-    return _named(runs_dir, [os.fspath(name) for name in names], runs)
-
-
-def _newest(runs_dir: Path, runs: Sequence[Run]) -> list[Run]:
+    if names:
+        return _named(runs_dir, [os.fspath(name) for name in names], runs)
     for run in runs:
         refuse_damage(run)
-    finished = sorted((run for run in runs if run.is_finished), key=lambda run: run.ended)
-    if not finished:
-        there = f"it has {len(runs)} that did not finish" if runs else "it has no runs"
-        raise ComparisonError(f"compare: no finished run in {runs_dir}; {there}")
-    newest = next((run for run in reversed(finished) if run.protocol != "trial"), None)
-    if newest is None:
-        why = (
-            f"{counted(len(finished), 'trial')} on a held-out part, no runs to set beside one"
-            " another"
+    finished = [run for run in runs if run.is_finished]
+    newest = max(
+        (run for run in finished if run.protocol != "trial"),
+        key=lambda run: run.ended,
+        default=None,
+    )
+    if newest is not None:
+        return [run for run in runs if run.study == newest.study]
+    nothing = f"compare: no finished run in {runs_dir}"
+    if finished:
+        raise ComparisonError(
+            f"{nothing} but {counted(len(finished), 'trial')} on a held-out part, no runs to set"
+            " beside one another"
         )
-        raise ComparisonError(f"compare: no finished run in {runs_dir} but {why}")
-    return [run for run in runs if run.study == newest.study]
+    there = f"it has {len(runs)} that did not finish" if runs else "it has no runs"
+    raise ComparisonError(f"{nothing}; {there}")
 
 
 def _named(runs_dir: Path, names: Sequence[str], runs: Sequence[Run]) -> list[Run]:
     known = {run.folder.resolve(): run for run in runs}
     selected: dict[Path, Run] = {}
     for text in names:
-        keys = {run.study for run in runs if text and run.study.startswith(text)}
+        members = [run for run in runs if text and run.study.startswith(text)]
+        keys = sorted({run.study for run in members})
         if not keys or (runs_dir / text).exists():
             folder = find_run(runs_dir, text, among=[run.folder for run in runs]).resolve()
             members = [known.get(folder) or read_run(folder)]
         elif len(keys) > 1:
-            raise ComparisonError(
-                f"compare: {text!r} begins several study keys: {', '.join(sorted(keys))}"
-            )
-        else:
-            members = [run for run in runs if run.study in keys]
+            raise ComparisonError(f"compare: {text!r} begins several study keys: {', '.join(keys)}")
         selected |= {run.folder.resolve(): run for run in members}
     return list(selected.values())
 
@@ -132,23 +123,22 @@ def with_baseline(
         and run.rule not in there
         and is_baseline(run.rule, against)
     ]
-    kinds.sort(key=lambda run: run.rule != against)
     fit = [run for run in kinds if not differences(run, reference)]
-    if against in there:
+    if against in there or any(run.rule == against for run in fit):
+        fit.sort(key=lambda run: run.rule != against)
         try:
             refuse_unlike(fit)
         except ComparisonError as error:
+            if against not in there:
+                raise
             why = str(error).removeprefix("compare: ")
             return finished, [f"times may be divided by a slower {against}: {why}"]
         return sorted(fit + finished, key=lambda run: run.rule != against), []
-    if fit and fit[0].rule == against:
-        refuse_unlike(fit)
-        return fit + finished, []
-    if kinds and kinds[0].rule == against:
-        differing_fields = differences(kinds[0], reference)
-        why = f"{kinds[0].name} does not stand comparison: {listed(differing_fields)}"
-    else:
+    base = next((run for run in kinds if run.rule == against), None)
+    if base is None:
         why = f"study {reference.study[:8]} has no finished run of {against}"
+    else:
+        why = f"{base.name} does not stand comparison: {listed(differences(base, reference))}"
     return finished, [f"no baseline, no ratios: {why}"]
 
 
@@ -158,25 +148,48 @@ def differences(a: Run, b: Run) -> list[Differing]:
     Unequal study keys are explained by differences of the recipes. Data sets are equal if their
     contents are, so a path is named only if nothing else explains the keys.
     """
-    differing_fields = [*trained_apart(*([asdict(on) for on in run.trained_on] for run in (a, b)))]
+    fields = trained_apart(a.trained_on, b.trained_on)
     if a.rule == b.rule:
         # One label in the table must be one rule with one tuned value.
-        differing_fields += differing("rule", a.recipe.get("rule"), b.recipe.get("rule"))
+        fields += differing("rule", a.recipe.get("rule"), b.recipe.get("rule"))
         for key in tuned_in(a.recipe):
-            differing_fields += differing(key, written(a.recipe, key), written(b.recipe, key))
-    return differing_fields if a.study == b.study else _explained(a, b) + differing_fields
+            fields += differing(key, written(a.recipe, key), written(b.recipe, key))
+    if a.study == b.study:
+        return fields
+    of_recipes = differing_recipes(a, b)
+    paths = [
+        field
+        for field in of_recipes
+        if all(value is None or str(value).startswith("/") for value in field[1:])
+    ]
+    contents = [(run.summary or {}).get("data_fingerprint") for run in (a, b)]
+    explained = [
+        *(field for field in of_recipes if field not in paths),
+        *differing("data_fingerprint", *contents),
+    ]
+    return (explained or paths or [("study", a.study, b.study)]) + fields
+
+
+def differing_recipes(a: Run, b: Run) -> list[Differing]:
+    """The differences of two recipes in fields that all runs of one study share."""
+    shared = (
+        {**select(run.recipe, lambda role: Role.STUDY in role), "init": run.recipe.get("init")}
+        for run in (a, b)
+    )
+    return list(differing("", *shared))
 
 
 def trained_apart(
     mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
-) -> Iterator[Differing]:
+) -> list[Differing]:
     """The training conditions in which two runs differ.
 
     A condition that changed during a run has a list of values: `[2, 1]`.
     """
-    if list(mine) != list(theirs):
-        differing_fields = list(differing("", _columns(mine), _columns(theirs)))
-        yield from differing_fields or [("trained_on", mine, theirs)]
+    if list(mine) == list(theirs):
+        return []
+    fields = differing("", _columns(mine), _columns(theirs))
+    return list(fields) or [("trained_on", mine, theirs)]
 
 
 def tuned_in(recipe: Mapping[str, Any]) -> tuple[str, ...]:
@@ -203,22 +216,6 @@ def _columns(trained_on: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             if value not in columns.setdefault(name, []):
                 columns[name].append(value)
     return {name: values[0] if len(values) == 1 else values for name, values in columns.items()}
-
-
-def _explained(a: Run, b: Run) -> list[Differing]:
-    recipes = [{**of_the_study(run.recipe), "init": run.recipe.get("init")} for run in (a, b)]
-    differing_fields = list(differing("", *recipes))
-    # Recipes are written with absolute paths.
-    paths = [
-        one
-        for one in differing_fields
-        if all(value is None or str(value).startswith("/") for value in one[1:])
-    ]
-    differing_fields = [one for one in differing_fields if one not in paths]
-    contents = [(run.summary or {}).get("data_fingerprint") for run in (a, b)]
-    if contents[0] != contents[1]:
-        differing_fields.append(("data_fingerprint", contents[0], contents[1]))
-    return differing_fields or paths or [("study", a.study, b.study)]
 
 
 class AmbiguousName(ReportError):

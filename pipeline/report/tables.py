@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.core.units import counted, rounded, unit_of
 from pipeline.measure.constants import MEMORY_EVERY, OPERATIONS_EVERY
-from pipeline.recipe.json import differing
 from pipeline.recipe.recipe import Split
 from pipeline.report.drawing import Cell, Table
 from pipeline.report.results import (
@@ -28,7 +26,7 @@ from pipeline.report.results import (
     micro_batches,
     places,
 )
-from pipeline.report.selection import of_the_study, trained_apart, tuned_in, written
+from pipeline.report.selection import differing_recipes, trained_apart, tuned_in, written
 from pipeline.report.study import Group, Study, spread_of
 
 if TYPE_CHECKING:
@@ -250,10 +248,10 @@ def provenance(study: Study) -> Table:
             describe_state(run.state, run.heard),
             _progress(run),
             len(run.history.restarts),
-            "; then ".join(dict.fromkeys(machine(on.hardware) for on in run.trained_on))
+            "; then ".join(dict.fromkeys(machine(on["hardware"]) for on in run.trained_on))
             or machine({}),
-            _in_turn(on.world_size for on in run.trained_on),
-            _in_turn("its own" if on.own_cores else "shared" for on in run.trained_on),
+            _in_turn(on["world_size"] for on in run.trained_on),
+            _in_turn("its own" if on["own_cores"] else "shared" for on in run.trained_on),
             ", ".join(run.commits) or None,
         )
         for group in study.groups
@@ -441,17 +439,14 @@ def _evaluated(recipe: Mapping[str, Any]) -> str:
 
 def _differing_fields(first: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
     """The fields that differ, except those in which runs of a group may differ."""
-    recipes = [
-        {**of_the_study(run.recipe), "init": run.recipe.get("init")} for run in (first, other)
-    ]
-    for name, *values in differing("", *recipes):
+    for name, *values in differing_recipes(first, other):
         mine, theirs = (
             "each rule's own" if name in tuned_in(run.recipe) else value
             for run, value in zip((first, other), values, strict=True)
         )
         if mine != theirs:
             yield name, mine, theirs
-    yield from trained_apart(*([asdict(on) for on in run.trained_on] for run in (first, other)))
+    yield from trained_apart(first.trained_on, other.trained_on)
 
 
 def _in_turn(values: Iterable[Cell]) -> Cell:
@@ -474,7 +469,7 @@ def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cel
             runs[0].study[:8],
             machine(runs[0].hardware),
         )
-        cores = "its own" if runs[0].trained_on[0].own_cores else "shared"
+        cores = "its own" if runs[0].trained_on[0]["own_cores"] else "shared"
         efficiency = speed_up * fewest / workers
         yield (
             runs[0].rule,
@@ -493,7 +488,7 @@ def _is_split_as_written(run: Run, workers: int) -> bool:
     size, most = run.recipe.get("batch_size"), run.recipe.get("micro_batch")
     if len(run.trained_on) != 1 or not isinstance(size, int) or size % workers:
         return False
-    return run.trained_on[0].micro_batch == Split.of(size, workers=workers, most=most).micro_batch
+    return run.trained_on[0]["micro_batch"] == Split.of(size, workers=workers, most=most).micro_batch
 
 
 def _key_without_workers(run: Run) -> str:
@@ -503,7 +498,7 @@ def _key_without_workers(run: Run) -> str:
     conditions = [
         run.study,
         rule if isinstance(rule, Mapping) else run.rule,
-        on.loader_threads,
-        on.own_cores,
+        on["loader_threads"],
+        on["own_cores"],
     ]
-    return json.dumps([*conditions, dict(on.hardware)], sort_keys=True, default=str)
+    return json.dumps([*conditions, on["hardware"]], sort_keys=True, default=str)

@@ -85,9 +85,9 @@ def test_a_run_that_changed_on_the_way_is_of_neither():
         *([name] for name in CHANGED),
     ]
     _, workers, _, loaders, cores = (group.runs[0].trained_on for group in groups)
-    assert [each.world_size for each in workers] == [2, 1]
-    assert [each.loader_threads for each in loaders] == [2, 1] and [
-        each.own_cores for each in cores
+    assert [each["world_size"] for each in workers] == [2, 1]
+    assert [each["loader_threads"] for each in loaders] == [2, 1] and [
+        each["own_cores"] for each in cores
     ] == [True, False]
 
 
