@@ -77,14 +77,14 @@ def main() -> None:
             run = launch_run(recipe, launched, Path(runs))
             assert run is not None, "nobody stopped it"
             after = plan(recipe, Cluster(workers=arguments.workers), rules=())
-            off, later = errors(before, run), errors(after, run).step_s
-        saved, step = off.saved_bytes, off.step_s
-        is_near &= saved.error == 0 and abs(step.error) <= SECONDS
+            off, later = errors(before, run), errors(after, run)["step_s"]
+        saved, step = off["saved_bytes"], off["step_s"]
+        is_near &= saved["error"] == 0 and abs(step["error"]) <= SECONDS
         print(
-            f"{name:<18} {saved.planned / 1e6:8.4g} MB planned, {saved.measured / 1e6:8.4g}"
-            f" measured {saved.error:+7.1%}; {step.planned * 1e3:6.4g} ms planned,"
-            f" {step.measured * 1e3:6.4g} measured {step.error:+7.1%}; planned after it"
-            f" {later.planned * 1e3:6.4g} ms, {later.error:+.1%}",
+            f"{name:<18} {saved['planned'] / 1e6:8.4g} MB planned, {saved['measured'] / 1e6:8.4g}"
+            f" measured {saved['error']:+7.1%}; {step['planned'] * 1e3:6.4g} ms planned,"
+            f" {step['measured'] * 1e3:6.4g} measured {step['error']:+7.1%}; planned after it"
+            f" {later['planned'] * 1e3:6.4g} ms, {later['error']:+.1%}",
             flush=True,
         )
     sys.exit(not is_near)

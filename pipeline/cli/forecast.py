@@ -77,7 +77,7 @@ def show(
     Needs no data: a step is counted without running it.
     """
     made = made_of(recipe, set_, tiny)
-    from pipeline.report.show import show_recipe
+    from pipeline.report.forecasts import show_recipe
 
     show_recipe(made, workers, counts_steps=True)
 

@@ -488,7 +488,9 @@ def _is_split_as_written(run: Run, workers: int) -> bool:
     size, most = run.recipe.get("batch_size"), run.recipe.get("micro_batch")
     if len(run.trained_on) != 1 or not isinstance(size, int) or size % workers:
         return False
-    return run.trained_on[0]["micro_batch"] == Split.of(size, workers=workers, most=most).micro_batch
+    return (
+        run.trained_on[0]["micro_batch"] == Split.of(size, workers=workers, most=most).micro_batch
+    )
 
 
 def _key_without_workers(run: Run) -> str:

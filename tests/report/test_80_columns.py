@@ -21,9 +21,8 @@ from pipeline.measure.fidelity import Fidelity
 from pipeline.recipe.recipe import spec
 from pipeline.report.claims import Claim, print_claims
 from pipeline.report.compare import print_comparison
-from pipeline.report.forecasts import print_plan, print_probe, print_sweep
+from pipeline.report.forecasts import print_plan, print_probe, print_sweep, show_recipe
 from pipeline.report.listing import print_runs
-from pipeline.report.show import show_recipe
 from pipeline.rules.sltt import SLTT
 from tests.helpers.small import small_recipe
 

@@ -28,7 +28,7 @@ from pipeline.models.teachers.timm import TimmTeacher, timm_teacher
 from pipeline.models.teachers.weights import File, Hub, Untrained
 from pipeline.recipe.phases import Phase
 from pipeline.recipe.recipe import Recipe, spec
-from pipeline.report.show import show_recipe
+from pipeline.report.forecasts import show_recipe
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.track.journal import NullTracker, read
