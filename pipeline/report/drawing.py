@@ -144,6 +144,13 @@ def drawing(data: Sequence[dict[str, Any]], *, height: int, **more: Any) -> dict
     return {"data": list(data), "layout": layout}
 
 
+def scatter(
+    name: str, x: Sequence[float], y: Sequence[float | None], **about: Any
+) -> dict[str, Any]:
+    """A trace of points. `about`: further fields, as plotly names them."""
+    return {"type": "scatter", "name": plain(name), "x": list(x), "y": list(y), **about}
+
+
 def titled(text: str, **more: Any) -> dict[str, Any]:
     """An axis with a title."""
     return {"title": {"text": text}, **more}

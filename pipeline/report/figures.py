@@ -24,6 +24,7 @@ from pipeline.report.drawing import (
     drawing,
     pattern,
     plain,
+    scatter,
     symbol,
     titled,
 )
@@ -42,86 +43,63 @@ def ratios(group: Group) -> Figure | Missing:
         return Missing(title=title, why=f"no baseline: {group.undivided}, so nothing is divided")
     rules = [rule for rule in group.rules if rule != group.against]
     costs = {each.name: each.title for each in compared() if each.better == "less"}
-    pairs = [(rule, name) for rule in rules for name in costs]
-    ratio_of = {pair: ratio for pair in pairs if (ratio := group.ratios(*pair))}
+    ratio_of = {
+        (rule, name): ratio
+        for rule in rules
+        for name in costs
+        if (ratio := group.ratios(rule, name))
+    }
     if not ratio_of:
         return Missing(title=title, why=f"no rule has a seed in common with {group.against}")
-    rows = [
+    names = [name for name in costs if any(name == measured for _, measured in ratio_of)]
+    data = []
+    for index, rule in enumerate(rules, start=1):  # a row of markers, apart from those of others
+        offset = 0.6 * ((index - 1) / (len(rules) - 1) - 0.5) if len(rules) > 1 else 0.0
+        here = {names.index(name): ratio for (of, name), ratio in ratio_of.items() if of == rule}
+        about = {
+            "error_x": _errors([*here.values()], index),
+            "text": [f"{ratio.mean:.2f}" for ratio in here.values()],
+            "textposition": "top center",
+            "textfont": {"size": 12, "color": color(index)},
+            "marker": {"color": color(index), "symbol": symbol(index), "size": 10},
+            "hovertemplate": "%{x:.3f}<extra>" + plain(rule) + "</extra>",
+        }
+        means, heights = [ratio.mean for ratio in here.values()], [each + offset for each in here]
+        data.append(scatter(rule, means, heights, mode="markers+text", **about))
+    most = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in ratio_of.values()))
+    line = {"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "y domain"}
+    ticks = {"tickvals": [*range(len(names))], "ticktext": [costs[name] for name in names]}
+    caption = (
+        "Left of the dotted line is less than the baseline; mean and standard deviation over the"
+        " seeds that both ran."
+    )
+    if (faster := group.fastest_baseline) != group.against:
+        caption += f" Times are multiples of {faster}'s, the faster {group.against}."
+    alt = f"{len(rules)} rules beside {group.against} in {', '.join(ticks['ticktext'])}"
+    saved = {rule: ratio for (rule, name), ratio in ratio_of.items() if name == "peak_saved_bytes"}
+    if saved:
+        least = min(saved, key=lambda rule: saved[rule].mean)
+        alt += f": {least} keeps {saved[least].mean:.2f} of its saved bytes, the least"
+    columns = ("rule", "quantity", "divided by", "ratio", "standard deviation", "paired seeds")
+    rows = tuple(
         (rule, costs[name], group.base_of(name), ratio.mean, ratio.deviation, ratio.runs)
         for (rule, name), ratio in ratio_of.items()
-    ]
-    names = [name for name in costs if any((rule, name) in ratio_of for rule in rules)]
-
-    data = list(_ratio_traces(ratio_of, rules, names))
-    most = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in ratio_of.values()))
-    dotted = {"color": INK, "width": 1, "dash": "dot"}
-    line = {"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "y domain", "line": dotted}
-    ticks = {"tickvals": list(range(len(names))), "ticktext": [costs[name] for name in names]}
-    y = {**ticks, "range": [len(names) - 0.5, -0.75], "showgrid": False, "zeroline": False}
-    x = titled(f"multiple of {plain(group.against)}", range=[0, 1.3 * most])
-    height = 110 + len(names) * max(52, 30 * len(rules))
-    saved = {rule: ratio for (rule, name), ratio in ratio_of.items() if name == "peak_saved_bytes"}
-    least = min(saved, key=lambda rule: saved[rule].mean, default="")
-    faster = group.fastest_baseline
-    times = (
-        ""
-        if faster == group.against
-        else f" Times are multiples of {faster}'s, the faster {group.against}."
-    )
-    headline = (
-        f": {least} keeps {saved[least].mean:.2f} of its saved bytes, the least" if least else ""
     )
     return Figure(
         name="ratios",
         title=title,
-        caption=(
-            "Left of the dotted line is less than the baseline; mean and standard deviation over"
-            " the seeds that both ran."
-        )
-        + times,
-        alt=(
-            f"{len(rules)} rules beside {group.against} in"
-            f" {', '.join(costs[name] for name in names)}{headline}."
+        caption=caption,
+        alt=f"{alt}.",
+        table=Table(columns=columns, rows=rows),
+        drawing=drawing(
+            data,
+            height=110 + len(names) * max(52, 30 * len(rules)),
+            xaxis=titled(f"multiple of {plain(group.against)}", range=[0, 1.3 * most]),
+            yaxis={**ticks, "range": [len(names) - 0.5, -0.75], "showgrid": False}
+            | {"zeroline": False},
+            shapes=[{**line, "line": {"color": INK, "width": 1, "dash": "dot"}}],
         ),
-        table=Table(
-            columns=(
-                "rule",
-                "quantity",
-                "divided by",
-                "ratio",
-                "standard deviation",
-                "paired seeds",
-            ),
-            rows=tuple(rows),
-        ),
-        drawing=drawing(data, height=height, xaxis=x, yaxis=y, shapes=[line]),
     )
-
-
-def _ratio_traces(
-    ratio_of: Mapping[tuple[str, str], Spread], rules: Sequence[str], names: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    """Yield a row of markers for each rule, slightly offset from those of the others."""
-    for index, rule in enumerate(rules):
-        offset = 0.6 * (index / (len(rules) - 1) - 0.5) if len(rules) > 1 else 0.0
-        here = [
-            (place, ratio_of[rule, name])
-            for place, name in enumerate(names)
-            if (rule, name) in ratio_of
-        ]
-        yield {
-            "type": "scatter",
-            "name": plain(rule),
-            "mode": "markers+text",
-            "x": [ratio.mean for _, ratio in here],
-            "y": [place + offset for place, _ in here],
-            "error_x": _errors([ratio for _, ratio in here], index + 1),
-            "text": [f"{ratio.mean:.2f}" for _, ratio in here],
-            "textposition": "top center",
-            "textfont": {"size": 12, "color": color(index + 1)},
-            "marker": {"color": color(index + 1), "symbol": symbol(index + 1), "size": 10},
-            "hovertemplate": "%{x:.3f}<extra>" + plain(rule) + "</extra>",
-        }
 
 
 def trade_off(group: Group, name: str) -> Figure | Missing:
@@ -139,43 +117,54 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
         return Missing(title=title, why="not measured in any finished run")
     front = pareto({rule: (cost.mean, top1.mean) for rule, (cost, top1) in points.items()})
     scale, unit = unit_of(cost_of.unit, [cost.mean for cost, _ in points.values()])
-
-    data: list[dict[str, Any]] = [
-        {
-            "type": "scatter",
-            "name": "Pareto front",
-            "mode": "lines",
-            "x": [points[rule][0].mean / scale for rule in front],
-            "y": [100 * points[rule][1].mean for rule in front],
-            "line": {"color": MUTED, "width": 1.5, "dash": "dash", "shape": "hv"},
-            "hoverinfo": "skip",
-        }
+    data = [
+        scatter(
+            "Pareto front",
+            [points[rule][0].mean / scale for rule in front],
+            [100 * points[rule][1].mean for rule in front],
+            mode="lines",
+            line={"color": MUTED, "width": 1.5, "dash": "dash", "shape": "hv"},
+            hoverinfo="skip",
+        )
     ]
-    for rule, spreads in points.items():
+    for rule, (cost, top1) in points.items():
         place = group.rules.index(rule)
         shape = symbol(place) if rule in front else f"{symbol(place)}-open"
-        data.append(_marker(rule, *spreads, place=place, shape=shape, scale=scale, unit=unit))
-    x = titled(f"{what}, {unit}", rangemode="tozero")
-    table = _trade_off_table(group, name, points, front)
+        about = {
+            "error_x": _errors([cost], place, scale=1 / scale),
+            "error_y": _errors([top1], place, scale=100),
+            "marker": {"color": color(place), "symbol": shape, "size": 12}
+            | {"line": {"width": 2, "color": color(place)}},
+            "hovertemplate": f"%{{x:.4g}} {unit}, %{{y:.2f}} %<extra>{plain(rule)}</extra>",
+        }
+        x, y = [cost.mean / scale], [100 * top1.mean]
+        data.append(scatter(rule, x, y, mode="markers", **about))
     if name == ENERGY:
-        how = (
-            f"{how}. Prices of an operation: {prices(group.finished)}. {_counted_on(group)}."
-            f" {_measured_on(group)}"
-        )
+        how = f"{how}. {_describe_energy(group)}"
+    diverged = ", ".join(
+        f"{rule} (seed {', '.join(map(str, sorted(seeds)))})"
+        for rule in group.rules
+        if (seeds := group.diverged(rule))
+    )
     return Figure(
         name=f"accuracy-against-{what.replace(' ', '-')}",
         title=title,
         caption=(
             f"{what.capitalize()}: {how}. Filled markers are on the Pareto front: no other rule is"
             " at least as good in both."
-        )
-        + _describe_diverged(group),
+            + (f" Diverged, and in no mean: {diverged}." if diverged else "")
+        ),
         alt=(
             f"On the Pareto front of accuracy and {what}, of {len(points)} rules:"
             f" {', '.join(front)}."
         ),
-        table=table,
-        drawing=drawing(data, height=380, xaxis=x, yaxis=titled("top-1, %")),
+        table=_trade_off_table(group, name, points, front),
+        drawing=drawing(
+            data,
+            height=380,
+            xaxis=titled(f"{what}, {unit}", rangemode="tozero"),
+            yaxis=titled("top-1, %"),
+        ),
     )
 
 
@@ -183,95 +172,42 @@ def _trade_off_table(
     group: Group, name: str, points: Mapping[str, tuple[Spread, Spread]], front: Sequence[str]
 ) -> Table:
     cost_of = metric(name)
-    rows = [
-        (
-            rule,
-            cost.mean,
-            cost.deviation,
-            top1.mean,
-            top1.deviation,
-            top1.runs,
-            "yes" if rule in front else "no",
-        )
-        for rule, (cost, top1) in points.items()
-    ]
-    columns = (
-        "rule",
-        f"{cost_of.title}, {_UNITS.get(cost_of.unit, cost_of.unit)}",
-        "its deviation",
-        "top-1",
-        "its deviation",
-        "runs",
-        "on the Pareto front",
-    )
-
+    of_cost = f"{cost_of.title}, {_UNITS.get(cost_of.unit, cost_of.unit)}"
+    columns = ("rule", of_cost, "its deviation", "top-1", "its deviation", "runs")
+    columns += ("on the Pareto front",)
+    beside: tuple[str, ...] = ()
     if name == ENERGY:
-        columns = (*columns, "measured on cards, joules", "MACs", "ACs")
-        rows = [(*row, *_energy_cells(group, str(row[0]))) for row in rows]
+        columns += ("measured on cards, joules", "MACs", "ACs")
+        beside = (ENERGY_MEASURED, "inference.macs", "inference.acs")
+    rows: list[tuple[Cell, ...]] = []
+    for rule, (cost, top1) in points.items():
+        cells = (cost.mean, cost.deviation, top1.mean, top1.deviation, top1.runs)
+        more = (group.spread(rule, each) for each in beside)
+        on_front = "yes" if rule in front else "no"
+        rows.append((rule, *cells, on_front, *(of and of.mean for of in more)))
     return Table(columns=columns, rows=tuple(rows))
 
 
-def _marker(
-    rule: str, cost: Spread, top1: Spread, *, place: int, shape: str, scale: float, unit: str
-) -> dict[str, Any]:
-    outline = {"width": 2, "color": color(place)}
-    return {
-        "type": "scatter",
-        "name": plain(rule),
-        "mode": "markers",
-        "x": [cost.mean / scale],
-        "y": [100 * top1.mean],
-        "error_x": _errors([cost], place, scale=1 / scale),
-        "error_y": _errors([top1], place, scale=100),
-        "marker": {"color": color(place), "symbol": shape, "size": 12, "line": outline},
-        "hovertemplate": f"%{{x:.4g}} {unit}, %{{y:.2f}} %<extra>{plain(rule)}</extra>",
-    }
-
-
-def _energy_cells(group: Group, rule: str) -> list[float | None]:
-    """Return measured joules, multiply-accumulates and accumulates per inference."""
-    values = [
-        group.spread(rule, name) for name in (ENERGY_MEASURED, "inference.macs", "inference.acs")
-    ]
-    return [None if each is None else each.mean for each in values]
-
-
-def _measured_on(group: Group) -> str:
-    """Explain the measured joules, or why there are none."""
-    if any(run.value(ENERGY_MEASURED) is not None for run in group.finished):
-        return f"Joules measured on cards are {MEASURED_SAID}"
-    has_gpu = any(run.hardware.get("gpu", "none") != "none" for run in group.finished)
-    return (
-        "Joules are not measured: no card reports them"
-        if has_gpu
-        else "Joules are not measured on a CPU"
-    )
-
-
-def _counted_on(group: Group) -> str:
-    """Name the samples behind the energy, and how the counts differ from published ones."""
+def _describe_energy(group: Group) -> str:
+    """The prices and samples behind the energy, and how the counts differ from published ones."""
     counted = [run for run in group.finished if run.value(ENERGY) is not None]
     sizes = sorted({int(run.value("inference.samples") or 0) for run in counted})
     first = "the first batch of the first worker's share"
     places = ((run.summary or {})["inference"].get("counted_on", first) for run in counted)
-    on = f"{' and '.join(map(str, sizes))} samples, {' and '.join(dict.fromkeys(places))}"
+    if any(run.value(ENERGY_MEASURED) is not None for run in group.finished):
+        measured = f"Joules measured on cards are {MEASURED_SAID}"
+    elif any(run.hardware.get("gpu", "none") != "none" for run in group.finished):
+        measured = "Joules are not measured: no card reports them"
+    else:
+        measured = "Joules are not measured on a CPU"
     return (
-        f"Counted on {on}; for a still image, the layers before the first neuron count once, as"
-        " they are computed once, where published counts have them at each time step; means of"
-        " spikes, behind a pool, are no spikes and are multiplied, which counts of synaptic"
-        " operations leave out"
+        f"Prices of an operation: {prices(group.finished)}. Counted on"
+        f" {' and '.join(map(str, sizes))} samples, {' and '.join(dict.fromkeys(places))}; for a"
+        " still image, the layers before the first neuron count once, as they are computed once,"
+        " where published counts have them at each time step; means of spikes, behind a pool, are"
+        " no spikes and are multiplied, which counts of synaptic operations leave out."
+        f" {measured}"
     )
-
-
-def _describe_diverged(group: Group) -> str:
-    """A sentence such as ` Diverged, and in no mean: SLTT-1 (seed 1, 2).`, or an empty text."""
-    lost = {
-        rule: ", ".join(map(str, sorted(seeds)))
-        for rule in group.rules
-        if (seeds := group.diverged(rule))
-    }
-    text = ", ".join(f"{rule} (seed {seeds})" for rule, seeds in lost.items())
-    return f" Diverged, and in no mean: {text}." if text else ""
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
@@ -328,13 +264,6 @@ def time_parts(group: Group) -> Figure | Missing:
         }
         for place, (label, by_rule) in enumerate(bars.fillna(0.0).iterrows())
     ]
-    layout: dict[str, Any] = {
-        "barmode": "stack",
-        "bargap": 0.35,
-        "legend": {"traceorder": "normal"},
-        "xaxis": titled("ms of a batch"),
-        "yaxis": {"autorange": "reversed", "showgrid": False},
-    }
     rows = [
         (rule, name, None if pd.isna(value) else value, shares.at[name, rule])
         for rule in seconds
@@ -342,23 +271,30 @@ def time_parts(group: Group) -> Figure | Missing:
     ]
     slowest = totals.idxmax()
     most: Any = seconds[slowest].idxmax()
-    alone = (
-        "; of a rule without one, of its batches alone" if set(seconds) - set(group.rules) else ""
-    )
+    alone = set(seconds) - set(group.rules)
     return Figure(
         name="time-parts",
         title=title,
         caption=(
             "Mean over finished runs of all their time, with evaluations and checkpoints, without"
-            f" start-up and comparisons of gradients, by batch{alone}; rest is the time outside"
-            " every named part."
+            " start-up and comparisons of gradients, by batch"
+            + ("; of a rule without one, of its batches alone" if alone else "")
+            + "; rest is the time outside every named part."
         ),
         alt=(
             f"{slowest} takes longest with {shown(totals[slowest], kind='s')} a batch, of which"
             f" {most.replace('_', ' ')} is {shares.at[most, slowest]:.0%}."
         ),
         table=Table(columns=("rule", "part", "seconds of a batch", "share"), rows=tuple(rows)),
-        drawing=drawing(data, height=170 + 42 * len(seconds.columns), **layout),
+        drawing=drawing(
+            data,
+            height=170 + 42 * len(seconds.columns),
+            barmode="stack",
+            bargap=0.35,
+            legend={"traceorder": "normal"},
+            xaxis=titled("ms of a batch"),
+            yaxis={"autorange": "reversed", "showgrid": False},
+        ),
     )
 
 
@@ -386,59 +322,68 @@ def learning_curves(group: Group) -> Figure | Missing:
     title = "Learning curves"
     if not any(run.history.curve or run.history.evaluations for run in group.runs):
         return Missing(title=title, why="no run has written a step yet")
-    curves = [thinned(run.history.curve) for run in group.runs]
-    logs = _logs(group.runs)
+    logs: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for run in group.runs:  # runs of one study may carry different logs
+        if (points := published(run)) and run.rule not in logs.setdefault(points, []):
+            logs[points].append(run.rule)
     restarts = [(run, each) for run in group.runs for each in run.history.restarts]
-
     data: list[dict[str, Any]] = []
-    named: set[str] = set()  # the legend names a rule once, at its first run with a trace
-    for run, curve in zip(group.runs, curves, strict=True):
-        for trace in _traces(run, curve, group.rules.index(run.rule), named=run.rule not in named):
-            data.append(trace)
-            named.add(run.rule)
-    if restarts:
-        data.append(
-            {
-                "type": "scatter",
-                "name": "restart",
-                "mode": "markers",
-                "x": [_epochs(run, each.step) for run, each in restarts],
-                "y": [_height_at(run, each.step) for run, each in restarts],
-                "marker": {"symbol": "x-thin", "size": 13, "line": {"width": 2.5, "color": INK}},
-                "hovertemplate": "started again after %{x:.4g} epochs<extra></extra>",
-            }
-        )
-    data += [
-        {
-            "type": "scatter",
-            "name": plain(f"published, {', '.join(rules)}"),
-            "mode": "lines+markers",
-            "x": [epoch for epoch, _ in points],
-            "y": [100 * top1 for _, top1 in points],
-            "line": {"color": color(group.rules.index(rules[0])), "dash": "dashdot"},
-            "marker": {"symbol": "star", "size": 9},
-        }
-        for points, rules in logs.items()
-    ]
     rows: list[tuple[Cell, ...]] = [
         ("published", ", ".join(rules), "", "published", None, epoch, None, top1, None)
         for points, rules in logs.items()
         for epoch, top1 in points
     ]
-    rows += [
-        row for run, curve in zip(group.runs, curves, strict=True) for row in _rows(run, curve)
+    named: set[str] = set()  # the legend names a rule once, at its first run with a trace
+    for run in group.runs:
+        past, curve = run.history, thinned(run.history.curve)
+        for trace in _traces(run, curve, group.rules.index(run.rule), named=run.rule not in named):
+            data.append(trace)
+            named.add(run.rule)
+        kinds = {"training": curve, "evaluation": past.evaluations, "restart": past.restarts}
+        about = (run.name, run.rule, run.seed)
+        for what, points in kinds.items():
+            for at in points:
+                position = (at.step, _epochs(run, at.step), at.seconds)
+                rows.append((*about, what, *position, at.top1, at.loss))
+    if restarts:
+        data.append(
+            scatter(
+                "restart",
+                [_epochs(run, each.step) for run, each in restarts],
+                [_height_at(run, each.step) for run, each in restarts],
+                mode="markers",
+                marker={"symbol": "x-thin", "size": 13, "line": {"width": 2.5, "color": INK}},
+                hovertemplate="started again after %{x:.4g} epochs<extra></extra>",
+            )
+        )
+    data += [
+        scatter(
+            f"published, {', '.join(rules)}",
+            [epoch for epoch, _ in points],
+            [100 * top1 for _, top1 in points],
+            mode="lines+markers",
+            line={"color": color(group.rules.index(rules[0])), "dash": "dashdot"},
+            marker={"symbol": "star", "size": 9},
+        )
+        for points, rules in logs.items()
     ]
-    beside = "; ".join(standings(group)) or "no recipe carries published points"
-    accuracy = f"Accuracy of {counted(len(group.runs), 'run')} by epoch"
-    x = titled("epochs", rangemode="tozero")
     columns = ("run", "rule", "seed", "what", "step", "epochs", "seconds", "top-1", "loss")
+    beside = "; ".join(standings(group)) or "no recipe carries published points"
     return Figure(
         name="learning-curves",
         title=title,
         caption=" ".join(_captions(group, len(restarts), has_logs=bool(logs))),
-        alt=f"{accuracy}, with {counted(len(restarts), 'restart')}; {beside}.",
+        alt=(
+            f"Accuracy of {counted(len(group.runs), 'run')} by epoch, with"
+            f" {counted(len(restarts), 'restart')}; {beside}."
+        ),
         table=Table(columns=columns, rows=tuple(rows)),
-        drawing=drawing(data, height=420, xaxis=x, yaxis=titled("top-1, %")),
+        drawing=drawing(
+            data,
+            height=420,
+            xaxis=titled("epochs", rangemode="tozero"),
+            yaxis=titled("top-1, %"),
+        ),
     )
 
 
@@ -473,8 +418,8 @@ def standing(run: Run) -> str:
 def published(run: Run) -> tuple[tuple[int, float], ...]:
     """Epochs and top-1 in 0..1 of the published log that the recipe carries; empty without one."""
     points = run.recipe.get("published")
-    is_list = isinstance(points, (list, tuple))
-    return tuple((int(epoch), float(top1)) for epoch, top1 in points) if is_list else ()
+    points = points if isinstance(points, (list, tuple)) else ()
+    return tuple((int(epoch), float(top1)) for epoch, top1 in points)
 
 
 def thinned(curve: Sequence[Point]) -> list[Point]:
@@ -521,87 +466,43 @@ def _other_setting(run: Run) -> str:
     )
 
 
-def _logs(runs: Sequence[Run]) -> dict[tuple[tuple[int, float], ...], list[str]]:
-    """Return each published log with the rules whose recipes carry it.
-
-    Runs of one study may carry different logs.
-    """
-    logs: dict[tuple[tuple[int, float], ...], list[str]] = {}
-    for run in runs:
-        if (points := published(run)) and run.rule not in logs.setdefault(points, []):
-            logs[points].append(run.rule)
-    return logs
-
-
 def _traces(
     run: Run, curve: Sequence[Point], place: int, *, named: bool
 ) -> Iterator[dict[str, Any]]:
+    line, marker = {"color": color(place), "width": 1.2}, {"symbol": symbol(place), "size": 10}
     evaluations = [each for each in run.history.evaluations if each.top1 is not None]
     points = [each for each in curve if each.top1 is not None]
-    line = {"color": color(place), "width": 1.2}
+    about = {
+        "legendgroup": plain(run.rule),
+        "hovertemplate": f"%{{y:.2f}} % after %{{x:.3g}} epochs<extra>{plain(run.name)}</extra>",
+    }
     if points:
-        yield _scatter(
-            run, points, named=named and not evaluations, mode="lines", line=line, opacity=0.75
-        )
+        about |= {"mode": "lines", "opacity": 0.75, "showlegend": named and not evaluations}
+        yield scatter(run.rule, *_curve(run, points), line=line, **about)
     if evaluations:
         line |= {"width": 2, "dash": "dot"}
-        marker = {"symbol": symbol(place), "size": 10}
-        yield _scatter(
-            run, evaluations, named=named, mode="lines+markers", line=line, marker=marker
-        )
+        about |= {"mode": "lines+markers", "opacity": 1, "showlegend": named}
+        yield scatter(run.rule, *_curve(run, evaluations), line=line, marker=marker, **about)
 
 
-def _scatter(run: Run, points: Sequence[Point], *, named: bool, **about: Any) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "name": plain(run.rule),
-        "legendgroup": plain(run.rule),
-        "showlegend": named,
-        "x": [_epochs(run, each.step) for each in points],
-        "y": [100 * (each.top1 or 0.0) for each in points],
-        "hovertemplate": f"%{{y:.2f}} % after %{{x:.3g}} epochs<extra>{plain(run.name)}</extra>",
-        **about,
-    }
-
-
-def _rows(run: Run, curve: Sequence[Point]) -> Iterator[tuple[Cell, ...]]:
-    kinds = {
-        "training": curve,
-        "evaluation": run.history.evaluations,
-        "restart": run.history.restarts,
-    }
-    for what, points in kinds.items():
-        for each in points:
-            epochs = _epochs(run, each.step)
-            yield (
-                run.name,
-                run.rule,
-                run.seed,
-                what,
-                each.step,
-                epochs,
-                each.seconds,
-                each.top1,
-                each.loss,
-            )
+def _curve(run: Run, points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    epochs = [_epochs(run, each.step) for each in points]
+    return epochs, [100 * (each.top1 or 0.0) for each in points]
 
 
 def _mean(points: Sequence[Point], *, after: int) -> Point:
     """Return the mean of the points after batch `after`; None where no point has a value."""
     steps = [after, *(each.step for each in points)]
-    batches = [max(1, end - begin) for begin, end in itertools.pairwise(steps)]
-
-    def mean(values: Sequence[float | None]) -> float | None:
+    means = {}
+    for name in ("top1", "loss"):
         known = [
-            (value, count)
-            for value, count in zip(values, batches, strict=True)
-            if value is not None
+            (value, max(1, end - begin))
+            for each, (begin, end) in zip(points, itertools.pairwise(steps), strict=True)
+            if (value := getattr(each, name)) is not None
         ]
-        total = sum(count for _, count in known)
-        return sum(value * count for value, count in known) / total if known else None
-
-    top1, loss = mean([each.top1 for each in points]), mean([each.loss for each in points])
-    return points[-1]._replace(top1=top1, loss=loss)
+        total = sum(batches for _, batches in known)
+        means[name] = sum(value * batches for value, batches in known) / total if known else None
+    return points[-1]._replace(**means)
 
 
 def _epochs(run: Run, step: int) -> float:
@@ -610,7 +511,6 @@ def _epochs(run: Run, step: int) -> float:
 
 def _height_at(run: Run, step: int) -> float:
     """Return the curve's value at the last point at or before a step, to place a mark on it."""
-    known = [each for each in run.history.curve if each.top1 is not None]
-    before = [each.top1 for each in known if each.step <= step]
-    of_nothing = known[0].top1 if known else 0.0
-    return 100 * (before[-1] if before else of_nothing)  # type: ignore[operator]
+    known = [(each.step, each.top1) for each in run.history.curve if each.top1 is not None]
+    before = [top1 for at, top1 in known if at <= step]
+    return 100 * (before or [top1 for _, top1 in known[:1]] or [0.0])[-1]
