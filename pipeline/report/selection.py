@@ -188,8 +188,7 @@ def trained_apart(
     """
     if list(mine) == list(theirs):
         return []
-    fields = differing("", _columns(mine), _columns(theirs))
-    return list(fields) or [("trained_on", mine, theirs)]
+    return list(differing("", _columns(mine), _columns(theirs))) or [("trained_on", mine, theirs)]
 
 
 def tuned_in(recipe: Mapping[str, Any]) -> tuple[str, ...]:

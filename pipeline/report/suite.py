@@ -64,8 +64,7 @@ def own_report(suite: str, report: Report, over: Mapping[str, Path], console: Co
     """
     console.record = True
     try:
-        value = report(over, console)
-        return Reported(value, console.export_text())
+        return Reported(report(over, console), console.export_text())
     except ValueError:
         raise
     except Exception as error:  # the report is the suite author's code

@@ -469,17 +469,15 @@ def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cel
             runs[0].study[:8],
             machine(runs[0].hardware),
         )
-        cores = "its own" if runs[0].trained_on[0]["own_cores"] else "shared"
-        efficiency = speed_up * fewest / workers
         yield (
             runs[0].rule,
             workers,
             speed.mean,
             speed.deviation,
             speed_up,
-            efficiency,
+            speed_up * fewest / workers,
             *conditions,
-            cores,
+            "its own" if runs[0].trained_on[0]["own_cores"] else "shared",
         )
 
 

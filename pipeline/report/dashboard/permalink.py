@@ -80,10 +80,9 @@ class Place:
     def search(self) -> str:
         """Return the query, without defaults."""
         plain = Place()
-        names = ("study", "family", "view", "text", "only", "sort")
         fields: dict[str, Any] = {
             name: getattr(self, name)
-            for name in names
+            for name in ("study", "family", "view", "text", "only", "sort")
             if getattr(self, name) != getattr(plain, name)
         }
         if self.runs is not None:
