@@ -353,7 +353,7 @@ def _end_suite(folder: Path | None, trust: tuple[str, ...], *, had_ended: bool =
 def _renew_page(folder: Path, trust: tuple[str, ...], reported: Reported | None) -> None:
     from pipeline.recipe.command_line import command
     from pipeline.report.page import publish, write
-    from pipeline.report.read_study import read_study
+    from pipeline.report.suite import read_study
     from pipeline.track.connect import TrackingError
 
     try:

@@ -74,8 +74,8 @@ def report(
     In MLflow the page becomes an artifact of each suite that has some of the runs.
     """
     from pipeline.report.page import publish, write
-    from pipeline.report.read_study import read_study
     from pipeline.report.selection import runs_dir_of
+    from pipeline.report.suite import read_study
 
     runs = runs_dir_of(runs, names or [])
     options = {"against": against, "within": within, "sweeps": sweep or [], "trust": tuple(trust)}

@@ -141,18 +141,12 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
         data.append(scatter(rule, x, y, mode="markers", **about))
     if name == ENERGY:
         how = f"{how}. {_describe_energy(group)}"
-    diverged = ", ".join(
-        f"{rule} (seed {', '.join(map(str, sorted(seeds)))})"
-        for rule in group.rules
-        if (seeds := group.diverged(rule))
-    )
     return Figure(
         name=f"accuracy-against-{what.replace(' ', '-')}",
         title=title,
         caption=(
             f"{what.capitalize()}: {how}. Filled markers are on the Pareto front: no other rule is"
-            " at least as good in both."
-            + (f" Diverged, and in no mean: {diverged}." if diverged else "")
+            " at least as good in both." + _describe_diverged(group)
         ),
         alt=(
             f"On the Pareto front of accuracy and {what}, of {len(points)} rules:"
@@ -166,6 +160,12 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
             yaxis=titled("top-1, %"),
         ),
     )
+
+
+def _describe_diverged(group: Group) -> str:
+    lost = {rule: group.diverged(rule) for rule in group.rules}
+    texts = [f"{rule} (seed {', '.join(map(str, sorted(of)))})" for rule, of in lost.items() if of]
+    return f" Diverged, and in no mean: {', '.join(texts)}." if texts else ""
 
 
 def _trade_off_table(
@@ -322,10 +322,7 @@ def learning_curves(group: Group) -> Figure | Missing:
     title = "Learning curves"
     if not any(run.history.curve or run.history.evaluations for run in group.runs):
         return Missing(title=title, why="no run has written a step yet")
-    logs: dict[tuple[tuple[int, float], ...], list[str]] = {}
-    for run in group.runs:  # runs of one study may carry different logs
-        if (points := published(run)) and run.rule not in logs.setdefault(points, []):
-            logs[points].append(run.rule)
+    logs = _logs(group.runs)
     restarts = [(run, each) for run in group.runs for each in run.history.restarts]
     data: list[dict[str, Any]] = []
     rows: list[tuple[Cell, ...]] = [
@@ -385,6 +382,15 @@ def learning_curves(group: Group) -> Figure | Missing:
             yaxis=titled("top-1, %"),
         ),
     )
+
+
+def _logs(runs: Sequence[Run]) -> dict[tuple[tuple[int, float], ...], list[str]]:
+    """The published logs, and the rules whose recipes carry each: runs of a study may differ."""
+    logs: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for run in runs:
+        if (points := published(run)) and run.rule not in logs.setdefault(points, []):
+            logs[points].append(run.rule)
+    return logs
 
 
 def standings(group: Group) -> list[str]:

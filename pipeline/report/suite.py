@@ -1,6 +1,9 @@
-"""The results of a suite: its own report once all runs are done, or its comparisons so far.
+"""The results that the names of suites, runs and studies stand for.
 
-`print_protocols` is the report of a search.
+`print_suite` prints a suite's own report once all runs are done, or its comparisons so far.
+`print_protocols` is the report of a search. `read_study` reads what `spiketrain report` shows.
+Trials of a search are excluded from a study: they differ in a tried value, and their accuracy is
+that of a part of the training set.
 """
 
 import io
@@ -13,15 +16,43 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from pipeline.core.printing import new_console, number, print_table, say
+from pipeline.core.units import counted, some
 from pipeline.recipe import BASELINE
 from pipeline.recipe.command_line import how_to_resume
 from pipeline.recipe.json import flat
-from pipeline.recipe.suite import Report, SuiteFile, is_suite
-from pipeline.report.compare import comparisons, finite, print_comparison, unfinished_to_json
-from pipeline.report.results import ReportError, Run, folders_in, read_run, read_runs
-from pipeline.report.selection import AmbiguousName, find_run, is_study, written
-from pipeline.report.study import WITHIN
+from pipeline.recipe.recipe import read_json
+from pipeline.recipe.suite import Report, SuiteFile, has_report, is_suite, runs_of
+from pipeline.report.claims import Returned, returned
+from pipeline.report.compare import (
+    comparable,
+    comparisons,
+    finite,
+    print_comparison,
+    unfinished_to_json,
+)
+from pipeline.report.drawing import slug
+from pipeline.report.results import (
+    ReportError,
+    Run,
+    folders_in,
+    read_run,
+    read_runs,
+    refuse_damage,
+)
+from pipeline.report.selection import (
+    AmbiguousName,
+    chosen,
+    find_run,
+    is_study,
+    with_baseline,
+    written,
+)
+from pipeline.report.study import WITHIN, Study
+from pipeline.report.sweeps import sweep_of
+from pipeline.track.mlflow import REPORT
 from pipeline.track.state import best, entries_in, is_driven, over_in, state_of
+
+_WIDTH = 120  # columns of the console of a suite's own report
 
 
 def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
@@ -43,8 +74,10 @@ def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
             continue  # a study, or nothing: `compare` raises the precise error
         if is_suite(folder):
             if len(names) > 1:
-                others = f"got {folder.name} among {', '.join(names)}"
-                raise ReportError(f"compare: a suite is compared by itself; {others}")
+                raise ReportError(
+                    f"compare: a suite is compared by itself; got {folder.name} among"
+                    f" {', '.join(names)}"
+                )
             return folder
     return None
 
@@ -69,9 +102,10 @@ def own_report(suite: str, report: Report, over: Mapping[str, Path], console: Co
         raise
     except Exception as error:  # the report is the suite author's code
         last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(last.filename).name}, line {last.lineno}"
-        why = f"{type(error).__name__}: {error}"
-        raise ReportError(f"compare: the report of {suite} failed in {where}: {why}") from error
+        raise ReportError(
+            f"compare: the report of {suite} failed in {Path(last.filename).name}, line"
+            f" {last.lineno}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def print_suite(
@@ -119,17 +153,17 @@ def print_suite(
         ended = [run for run in map(read_run, over.values()) if run.protocol != "trial"]
         studies = {run.study for run in ended if run.is_finished}
         folders = [run.folder for run in ended if run.study in studies]
-        judged: dict[str, Any] = {"against": against, "within": within, "format": format}
-        print_comparison(folder.parent, folders=folders, **judged, console=console)
+        judged: dict[str, Any] = {"against": against, "within": within, "console": console}
+        print_comparison(folder.parent, folders=folders, format=format, **judged)
         for run in (run for run in ended if run.study not in studies):
             say(beside, f"{run.name} diverged, and so did all other ended runs of its study")
     for name, run in left.items():
         state = f"is {state_of(run)}" if run.exists() else "has not begun"
         say(beside, f"not finished: {name} ({run.name}) {state}")
     if left:
-        until = "" if report is None else ", the report is printed when all have"
+        counts = f"{done} finished"
+        counts += "" if report is None else ", the report is printed when all have"
         command = "" if is_driven(folder) else how_to_resume(folder)
-        counts = f"{done} finished{until}"
         say(beside, f"{counts}; {command}" if command else counts, whole=[command])
     return None
 
@@ -165,18 +199,14 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
     Returns:
         The printed values as JSON values.
     """
-    printed: dict[str, Any] = {}
-    read = [read_run(folder) for folder in runs.values()]
+    printed: dict[str, Any] = {protocol: [] for protocol in TITLES}
+    by_study: dict[tuple[str, str], list[Run]] = {}
+    for run in map(read_run, runs.values()):
+        by_study.setdefault((run.protocol, run.study), []).append(run)
     for protocol, title in TITLES.items():
-        printed[protocol] = []
-        of_protocol = [run for run in read if run.protocol == protocol]
-        for study in dict.fromkeys(run.study for run in of_protocol):
-            members = [run for run in of_protocol if run.study == study]
-            say(
-                console,
-                title.format(fields=", ".join(members[0].recipe.get("tuned", ()))),
-                style="bold",
-            )
+        for study, members in ((key[1], of) for key, of in by_study.items() if key[0] == protocol):
+            fields = ", ".join(members[0].recipe.get("tuned", ()))
+            say(console, title.format(fields=fields), style="bold")
             if all(run.state == "diverged" for run in members):
                 for run in members:
                     say(console, f"{run.name} ({run.rule}) diverged")
@@ -189,9 +219,8 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
                 comparison.render(console)
                 console.print()
                 printed[protocol].append(comparison.to_json())
-    tried = [run for run in read if run.protocol == "trial"]
-    studies = dict.fromkeys(run.study for run in tried)
-    trials = list(_trials([run for study in studies for run in tried if run.study == study]))
+    tried = [run for (protocol, _), of in by_study.items() if protocol == "trial" for run in of]
+    trials = list(_trials(tried))
     rows = [
         (
             trial["rule"],
@@ -231,3 +260,132 @@ def _search(run: Run) -> str:
     tried = ("name", *run.recipe["tuned"])
     fields = {key: value for key, value in flat(run.recipe) if key not in tried}
     return json.dumps([run.study, fields], sort_keys=True)
+
+
+class Found(NamedTuple):
+    """A study, the path of its page, and the folders of its runs and trials."""
+
+    study: Study
+    place: Path
+    folders: tuple[Path, ...]
+
+
+def read_study(
+    runs_dir: Path,
+    names: Sequence[str] = (),
+    *,
+    against: str = BASELINE,
+    within: float = WITHIN,
+    sweeps: Sequence[Path] = (),
+    trust: tuple[str, ...] = (),
+    reported: Reported | None = None,
+) -> Found:
+    """Read a study.
+
+    Args:
+        names: a suite, or runs and study keys as `compare` takes them; none: the newest study.
+        sweeps: files with the output of `spiketrain sweep --format json`.
+        trust: the user's own packages that a suite's report and recipes may be imported from.
+        reported: the result of the suite's own report, if it has already run; None: the report is
+            run, if there is one.
+
+    Raises:
+        ValueError: no run or study has such a name, a file is damaged, or a suite's own report
+            fails or ignores the given options.
+    """
+    swept = tuple(sweep_of(read_json(path), str(path)) for path in sweeps)
+    suite = suite_named(runs_dir, names)
+    if suite is None:
+        everything = read_runs(runs_dir)
+        members = chosen(runs_dir, names, everything)
+    else:
+        everything = members = [read_run(run) for run in runs_of(suite).values() if run.is_dir()]
+        if not members:
+            raise ReportError(f"report: {suite.name} has no run yet")
+    runs, tried = _without_trials(members)
+    own, printed, notes = Returned(), "", []
+    if suite is not None:
+        is_judged_alike = (against, within) == (BASELINE, WITHIN)
+        own, printed, notes = _own_report(suite, trust, reported, is_judged_alike=is_judged_alike)
+    elif names:
+        runs, notes = _with_baselines(everything, runs, against)
+    if tried:
+        notes.append(
+            f"Left out: {counted(len(tried), 'trial')} on a held-out part of the training set."
+        )
+    for run in runs:
+        refuse_damage(run)
+        _ = run.activity  # the file may be damaged, too
+    if suite is not None:
+        title, place = suite.name, suite / REPORT
+    else:
+        title = f"Study {runs[0].study[:8]}"
+        if len({run.study for run in runs}) > 1:
+            title = some(names, 3)
+        place = runs_dir / f"report-{slug(title)[:80]}.html"
+    study = Study(
+        title=title,
+        runs=tuple(runs),
+        against=against,
+        within=within,
+        claims=own.claims,
+        sweeps=(*swept, *own.sweeps),
+        notes=tuple(notes),
+        printed=printed,
+    )
+    return Found(study, place, tuple(run.folder for run in (*runs, *tried)))
+
+
+def _without_trials(members: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    runs = [run for run in members if run.protocol != "trial"]
+    trials = [run for run in members if run.protocol == "trial"]
+    if not runs:
+        raise ReportError(
+            "report: runs must be trained on the whole training set; got"
+            f" {counted(len(trials), 'trial')} of a search alone"
+        )
+    return runs, trials
+
+
+def _with_baselines(
+    everything: Sequence[Run], runs: Sequence[Run], against: str
+) -> tuple[list[Run], list[str]]:
+    """The runs with the baselines that a study and machine lacks, or notes that say why not."""
+    known, notes = list(runs), []
+    for alike in comparable(runs):
+        if finished := [run for run in alike if run.is_finished]:
+            more, why = with_baseline(everything, finished, against)
+            known += more
+            notes += why
+    return list({run.folder.resolve(): run for run in known}.values()), notes
+
+
+def _own_report(
+    suite: Path, trust: tuple[str, ...], reported: Reported | None, *, is_judged_alike: bool
+) -> tuple[Returned, str, list[str]]:
+    """The values and the text of the suite's report, or a note that it waits for runs.
+
+    If the report fails, an error says so: an earlier page is worth more than one without claims.
+    """
+    if not has_report(suite):
+        return Returned(), "", []
+    if not is_judged_alike:
+        raise ReportError(
+            f"report: {suite.name} has a report of its own, so --against and --within have no"
+            " effect on its claims"
+        )
+    entries, over = entries_in(suite), over_in(suite)
+    if len(over) < len(entries):
+        waits = "The suite's own report, with its claims, waits for all runs"
+        return Returned(), "", [f"{waits}: {len(over)} of {len(entries)} have finished."]
+    try:
+        report = SuiteFile.read(suite, trust=trust).suite.report
+        assert report is not None, "has_report says so"
+        console = Console(file=io.StringIO(), width=_WIDTH)
+        reported = reported or own_report(suite.name, report, over, console)
+    except ValueError as error:
+        raise ReportError(
+            f"report: what {suite.name} reports by itself cannot be made; its runs can be named"
+            f" instead: {str(error).removeprefix('compare: ')}"
+        ) from error
+    return returned(reported.value, suite.name), reported.printed, []

@@ -23,9 +23,9 @@ from pipeline.report.compare import (
     csv_of,
     print_comparison,
 )
-from pipeline.report.read_study import read_study
 from pipeline.report.results import ReportError
 from pipeline.report.study import FOLDED_ALONE, RECOMPUTES_NOTHING
+from pipeline.report.suite import read_study
 from tests.helpers.events import RawJournal, event
 from tests.helpers.small import command
 from tests.report.conftest import RECIPE, STUDY

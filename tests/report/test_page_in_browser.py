@@ -12,8 +12,8 @@ from playwright.sync_api import Browser, Page
 
 from pipeline.report import page as pages
 from pipeline.report.page import shown
-from pipeline.report.read_study import read_study
 from pipeline.report.study import Study
+from pipeline.report.suite import read_study
 from pipeline.spiking.op_scope import OpScope
 from tests.helpers.browser import Watch, chromium, violations
 from tests.helpers.events import RawJournal, event

@@ -14,9 +14,8 @@ from rich.console import Console
 from pipeline.recipe.suite import Suite, SuiteFile
 from pipeline.report.claims import Claim, returned
 from pipeline.report.page import publish
-from pipeline.report.read_study import read_study
 from pipeline.report.results import ReportError
-from pipeline.report.suite import own_report, print_suite
+from pipeline.report.suite import own_report, print_suite, read_study
 from tests.helpers.small import command, small_recipe
 from tests.report.conftest import STUDY
 from tests.report.test_figures import SWEEP

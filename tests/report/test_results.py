@@ -14,9 +14,9 @@ import pytest
 import pipeline
 from pipeline.report import page, results
 from pipeline.report.compare import compare, csv_of
-from pipeline.report.read_study import read_study
 from pipeline.report.results import METRICS, Metric, ReportError, Run, expanded, frame
 from pipeline.report.stores import ServerStore, runs_of_store
+from pipeline.report.suite import read_study
 from pipeline.track.mlflow import sync
 from tests.helpers.events import RawJournal, event
 from tests.helpers.fake_store import FakeStore
