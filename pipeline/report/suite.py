@@ -351,13 +351,13 @@ def _with_baselines(
     everything: Sequence[Run], runs: Sequence[Run], against: str
 ) -> tuple[list[Run], list[str]]:
     """The runs with the baselines that a study and machine lacks, or notes that say why not."""
-    known, notes = list(runs), []
+    added, notes = [], []
     for alike in comparable(runs):
         if finished := [run for run in alike if run.is_finished]:
             more, why = with_baseline(everything, finished, against)
-            known += more
+            added += more
             notes += why
-    return list({run.folder.resolve(): run for run in known}.values()), notes
+    return list({run.folder.resolve(): run for run in (*added, *runs)}.values()), notes
 
 
 def _own_report(

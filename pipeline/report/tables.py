@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _ALWAYS = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")  # columns of every table of costs
 _HELD = "held."
+_SPLIT = ("world_size", "micro_batch")  # the conditions that follow from the number of workers
 MEASURED_SAID = (
     "what the cards used for a sample while the set was evaluated, by their own counters (NVML), "
     "with idle power and waits for data"
@@ -89,12 +90,9 @@ def shown_of(group: Group, rule: str, metric: Metric, *, is_divided: bool = True
         return None
     ratio = group.ratios(rule, metric.name) if is_divided else None
     over = "" if ratio is None else f"×{ratio.mean:{'.2f' if ratio.mean >= 0.1 else '.3g'}}"
-    spread = (
-        ""
-        if over_seeds.deviation is None
-        else f"± {_text(metric, over_seeds.deviation, like=over_seeds.mean)}"
-    )
-    return Shown(_text(metric, over_seeds.mean), spread, over)
+    mean, deviation = over_seeds.mean, over_seeds.deviation
+    spread = "" if deviation is None else f"± {_text(metric, deviation, like=mean)}"
+    return Shown(_text(metric, mean), spread, over)
 
 
 def columns_of_costs(group: Group) -> list[Metric]:
@@ -126,21 +124,29 @@ def headlines(group: Group) -> list[tuple[str, str]]:
     if not group.has_baseline:
         return []
     texts = {each.rule: each.text(group.within) for each in group.differences}
-    sentences = [
-        (rule, _headline(group, rule, texts.get(rule)))
-        for rule in group.rules
-        if rule != group.against
-    ]
-    return [(rule, line) for rule, line in sentences if line]
+    sentences: list[tuple[str, str]] = []
+    for rule in group.rules:
+        saved = ", ".join(_saved(group, rule))
+        if rule != group.against and (saved or group.lost(rule)):
+            lost = texts.get(rule) or _without_interval(group, rule)
+            sentences.append((rule, f"{'. '.join(filter(None, (saved, lost)))}."))
+    return sentences
 
 
 def costs(group: Group) -> Table:
     """One row for each rule: means over seeds, and the number of finished runs."""
     metrics = columns_of_costs(group)
+    rows = []
+    for rule in group.rules:
+        states = Counter(_state(run) for run in group.of(rule))
+        finished, cells = states.pop("finished", 0), _cells(group, rule, metrics)
+        cells[0] = cells[0] or ", ".join(states) or None
+        counts = ", ".join(
+            [str(finished), *(f"{times} {state}" for state, times in states.items())]
+        )
+        rows.append((rule, *cells, ", ".join([str(finished), *others]) if others else finished))
     columns = ("rule", *(title(each, group.finished) for each in metrics), "finished runs")
-    return Table(
-        columns=columns, rows=tuple(tuple(_costs(group, rule, metrics)) for rule in group.rules)
-    )
+    return Table(columns=columns, rows=tuple(rows))
 
 
 def beside(group: Group) -> Table | None:
@@ -159,7 +165,7 @@ def beside(group: Group) -> Table | None:
 
 def held(group: Group) -> Table | None:
     """The bytes that each rule holds in training, by kind; None if no run measured them."""
-    if not any(run.value("held.parameters") is not None for run in group.finished):
+    if all(run.value("held.parameters") is None for run in group.finished):
         return None
     kinds = [each for each in METRICS if each.name.startswith(_HELD)]
     return _of_metrics(group, [*kinds, metric("state_bytes")])
@@ -167,32 +173,29 @@ def held(group: Group) -> Table | None:
 
 def behind_the_rows(group: Group) -> Table:
     """For each rule: its divisor, the choices that affect the comparison, and its seeds."""
-    seeds = {
-        rule: ", ".join(str(run.seed) for run in group.of(rule) if run.is_finished)
-        for rule in group.rules
-    }
-    rows = [
-        {"rule": rule, **behind(group, rule), "seeds": of or "none"} for rule, of in seeds.items()
-    ]
+    rows = []
+    for rule in group.rules:
+        seeds = ", ".join(str(run.seed) for run in group.of(rule) if run.is_finished)
+        rows.append({"rule": rule, **behind(group, rule), "seeds": seeds or "none"})
     return Table(columns=tuple(rows[0]), rows=tuple(tuple(row.values()) for row in rows))
 
 
 def behind(group: Group, rule: str) -> dict[str, str]:
     """The rules that a rule is divided by, and the choices that affect the comparison."""
     runs = group.of(rule)
-    conditions = (
-        run.summary["conditions"] for run in runs if run.summary and run.summary.get("conditions")
-    )
-    found, recipe = next(conditions, {}), runs[0].recipe
+    conditions = ((run.summary or {}).get("conditions") for run in runs)
+    found, recipe = next(filter(None, conditions), {}), runs[0].recipe
+    steps, every = found.get("steps_per_forward"), written(recipe, "evaluation.every")
+    read = {None: NOT_SAID, "0": "once, at the end", "1": "after each epoch"}  # the evaluation set
     choices = {
         "ratios to": group.against if group.has_baseline else "no baseline",
         "time to": group.fastest_baseline if group.has_baseline else "no baseline",
         "reset gradient": str(found.get("reset_gradient", NOT_SAID)),
         "norm statistics": str(found.get("norm_over", NOT_SAID)),
         "precision": str(found.get("precision", NOT_SAID)),
-        "over time": _over_time(found.get("steps_per_forward"), recipe),
+        "over time": _over_time(steps, recipe),
         "micro-batch": micro_batches(runs[0]),
-        "evaluated": _evaluated(recipe),
+        "evaluated": read.get(every and str(every), f"every {every} epochs"),
     }
     if any(tuned_in(run.recipe) for run in group.runs):
         choices["tuned"] = ", ".join(f"{key}={written(recipe, key)}" for key in tuned_in(recipe))
@@ -208,18 +211,24 @@ def claims(found: Sequence[Claim]) -> Table:
 
 
 def recipe_differences(study: Study) -> Table:
-    """How the recipes and machines of each other group differ from those of the first."""
+    """How the recipes and machines of each other group differ from those of the first.
+
+    Fields in which runs of a group may differ are left out.
+    """
     first, *others = study.groups
-    rows = [
-        (
-            name,
-            json.dumps(mine),
-            json.dumps(theirs),
-            *(named(each, among=study.groups) for each in (first, group)),
-        )
-        for group in others
-        for name, mine, theirs in _differing_fields(first.runs[0], group.runs[0])
-    ]
+    rows: list[tuple[Cell, ...]] = []
+    for group in others:
+        pair = (first.runs[0], group.runs[0])
+        names = tuple(named(each, among=study.groups) for each in (first, group))
+        for name, *values in differing_recipes(*pair):
+            shown = [
+                "each rule's own" if name in tuned_in(run.recipe) else value
+                for run, value in zip(pair, values, strict=True)
+            ]
+            if shown[0] != shown[1]:
+                rows.append((name, *map(json.dumps, shown), *names))
+        apart = trained_apart(*(run.trained_on for run in pair))
+        rows += [(name, *map(json.dumps, values), *names) for name, *values in apart]
     columns = ("field", "first group", "other group", "first", "other")
     return Table(columns=columns, rows=tuple(rows))
 
@@ -239,50 +248,40 @@ def provenance(study: Study) -> Table:
         "cores",
         "commit",
     )
-    rows = [
-        (
-            run.name,
-            run.rule,
-            run.seed,
-            run.study[:8],
-            describe_state(run.state, run.heard),
-            _progress(run),
-            len(run.history.restarts),
-            "; then ".join(dict.fromkeys(machine(on["hardware"]) for on in run.trained_on))
-            or machine({}),
+    rows: list[tuple[Cell, ...]] = []
+    for run in (run for group in study.groups for run in group.runs):
+        past, machines = (
+            run.history,
+            dict.fromkeys(machine(on["hardware"]) for on in run.trained_on),
+        )
+        again = "" if past.again_from is None else f", done again from {past.again_from} on"
+        state = describe_state(run.state, run.heard)
+        cores = ("its own" if on["own_cores"] else "shared" for on in run.trained_on)
+        row = (
+            *(run.name, run.rule, run.seed, run.study[:8], state),
+            f"{past.step}/{run.total_steps or '?'}{again}",
+            len(past.restarts),
+            "; then ".join(machines) or machine({}),
             _in_turn(on["world_size"] for on in run.trained_on),
-            _in_turn("its own" if on["own_cores"] else "shared" for on in run.trained_on),
+            _in_turn(cores),
             ", ".join(run.commits) or None,
         )
-        for group in study.groups
-        for run in group.runs
-    ]
+        rows.append(row)
     return Table(columns=columns, rows=tuple(rows))
 
 
 def lone_runs(groups: Sequence[Group]) -> Table:
     """Runs of groups with a single rule. They have no comparison."""
-    finished = [run for group in groups for run in group.finished]
-    metrics = [each for each in compared() if each.name != "top1"]
+    metrics = [metric("top1"), *(each for each in compared() if each.name != "top1")]
     rows: list[tuple[Cell, ...]] = []
     for group in groups:
         for run in group.runs:
             alone = Group((run,), group.against)
-            found = [
-                shown_of(alone, run.rule, each, is_divided=False)
-                for each in (metric("top1"), *metrics)
-            ]
-            top1, *others = [each and each.in_a_line() for each in found]
-            rows.append(
-                (
-                    run.name,
-                    run.rule,
-                    run.seed,
-                    top1 if run.is_finished else _unfinished(run),
-                    *others,
-                )
-            )
-    columns = ("run", "rule", "seed", "top-1", *(title(each, finished) for each in metrics))
+            top1, *others = _cells(alone, run.rule, metrics, is_divided=False)
+            top1 = top1 if run.is_finished else _state(run)
+            rows.append((run.name, run.rule, run.seed, top1, *others))
+    finished = [run for group in groups for run in group.finished]
+    columns = ("run", "rule", "seed", *(title(each, finished) for each in metrics))
     return Table(columns=columns, rows=tuple(rows))
 
 
@@ -295,22 +294,12 @@ def scaling(study: Study) -> Table | None:
     images/s are those of steady batches. The global batch is the recipe's for any worker count.
     """
     alike: dict[str, dict[int, list[Run]]] = {}
-    for group in study.groups:
-        for run in group.finished:
-            if run.workers and run.value("images_per_s") and _is_split_as_written(run, run.workers):
-                alike.setdefault(_key_without_workers(run), {}).setdefault(run.workers, []).append(
-                    run
-                )
-    columns = (
-        "rule",
-        "workers",
-        "images/s, measured",
-        "its deviation",
-        "speed-up",
-        "efficiency",
-        "over",
-    )
-    columns += ("runs", "study", "machine", "cores")
+    for run in (run for group in study.groups for run in group.finished):
+        if run.workers and run.value("images_per_s") and _is_split_as_written(run, run.workers):
+            key = _key_without_workers(run)
+            alike.setdefault(key, {}).setdefault(run.workers, []).append(run)
+    columns = ("rule", "workers", "images/s, measured", "its deviation", "speed-up", "efficiency")
+    columns += ("over", "runs", "study", "machine", "cores")
     rows = [
         row
         for by_workers in alike.values()
@@ -328,7 +317,7 @@ def named(group: Group, *, among: Sequence[Group] = ()) -> str:
     run, protocol = group.runs[0], ""
     if any(tuned_in(each.runs[0].recipe) for each in (group, *among)):
         fields = ", ".join(tuned_in(run.recipe))
-        protocol = f", tuned {fields}," if fields else ", shared settings,"
+        protocol = f", {f'tuned {fields}' if fields else 'shared settings'},"
     return f"Study {group.study[:8] or 'unknown'}{protocol} on {places(run)}"
 
 
@@ -345,14 +334,6 @@ def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
     return f"{rounded(value / scale, digits=digits)} {unit}".rstrip()
 
 
-def _headline(group: Group, rule: str, difference: str | None) -> str:
-    """The headline of a rule; empty if it has nothing to compare with the baseline."""
-    saved = ", ".join(_saved(group, rule))
-    if not saved and not group.lost(rule):
-        return ""
-    return f"{'. '.join(filter(None, (saved, difference or _without_interval(group, rule))))}."
-
-
 def _saved(group: Group, rule: str) -> Iterator[str]:
     for each in compared():
         ratio = group.ratios(rule, each.name) if each.better == "less" else None
@@ -364,51 +345,33 @@ def _saved(group: Group, rule: str) -> Iterator[str]:
 
 def _without_interval(group: Group, rule: str) -> str:
     """The difference of a rule that shares at most one seed with the baseline."""
-    base = group.by_seed(group.against, "top1")
-    points = [
-        100 * (base[seed] - top1)
-        for seed, top1 in group.by_seed(rule, "top1").items()
+    base, own = (group.by_seed(each, "top1") for each in (group.against, rule))
+    texts = [
+        f"{group.against} - {rule}: {100 * (base[seed] - own[seed]):+.2f} points of one seed, so"
+        " without an interval"
+        for seed in own
         if seed in base
     ]
-    of_one = f"{points[0]:+.2f} points of one seed, so without an interval" if points else ""
-    text = f"{group.against} - {rule}: {of_one}" if of_one else ""
     if lost := group.describe_lost(rule):
-        return (
-            f"{text}{', and ' if text else ''}{lost}; at most {group.within:g} points below fails"
-        )
-    return text or f"no seed in common with {group.against}, so accuracies are not subtracted"
+        return f"{', and '.join([*texts, lost])}; at most {group.within:g} points below fails"
+    nothing = f"no seed in common with {group.against}, so accuracies are not subtracted"
+    return texts[0] if texts else nothing
 
 
-def _costs(group: Group, rule: str, metrics: Sequence[Metric]) -> Iterator[Cell]:
-    runs = group.of(rule)
-    finished = sum(run.is_finished for run in runs)
-    others = Counter(_unfinished(run) for run in runs if not run.is_finished)
-    yield rule
-    for each in metrics:
-        shown = shown_of(group, rule, each)
-        states = ", ".join(others) if each.name == "top1" else None
-        yield states if shown is None else shown.in_a_line()
-    states = [f"{times} {state}" for state, times in others.items()]
-    yield ", ".join([str(finished), *states]) if others else finished
+def _cells(
+    group: Group, rule: str, metrics: Sequence[Metric], *, is_divided: bool = True
+) -> list[Cell]:
+    cells = [shown_of(group, rule, each, is_divided=is_divided) for each in metrics]
+    return [each and each.in_a_line() for each in cells]
 
 
 def _of_metrics(group: Group, metrics: Sequence[Metric]) -> Table:
-    rows = []
-    for rule in group.rules:
-        cells = [shown_of(group, rule, each, is_divided=False) for each in metrics]
-        rows.append((rule, *(each and each.in_a_line() for each in cells)))
+    rows = [(rule, *_cells(group, rule, metrics, is_divided=False)) for rule in group.rules]
     return Table(columns=("rule", *(each.title for each in metrics)), rows=tuple(rows))
 
 
-def _unfinished(run: Run) -> str:
-    """The state of a run that is not part of a mean."""
-    return "without a summary" if run.state == "finished" else run.state
-
-
-def _progress(run: Run) -> str:
-    past = run.history
-    again = "" if past.again_from is None else f", done again from {past.again_from} on"
-    return f"{past.step}/{run.total_steps or '?'}{again}"
+def _state(run: Run) -> str:
+    return "without a summary" if run.state == "finished" and not run.is_finished else run.state
 
 
 def _is_measured(run: Run, metric: Metric) -> bool:
@@ -427,28 +390,6 @@ def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
     return f"{how}, recomputed" if written(recipe, "rule.recompute") in (True, "true") else how
 
 
-def _evaluated(recipe: Mapping[str, Any]) -> str:
-    """How often the evaluation set was read. A set that is read once has chosen nothing."""
-    every = written(recipe, "evaluation.every")
-    if every is None:
-        return NOT_SAID
-    return {"0": "once, at the end", "1": "after each epoch"}.get(
-        str(every), f"every {every} epochs"
-    )
-
-
-def _differing_fields(first: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
-    """The fields that differ, except those in which runs of a group may differ."""
-    for name, *values in differing_recipes(first, other):
-        mine, theirs = (
-            "each rule's own" if name in tuned_in(run.recipe) else value
-            for run, value in zip((first, other), values, strict=True)
-        )
-        if mine != theirs:
-            yield name, mine, theirs
-    yield from trained_apart(first.trained_on, other.trained_on)
-
-
 def _in_turn(values: Iterable[Cell]) -> Cell:
     """The distinct values in order, such as `2, then 1`."""
     distinct = list(dict.fromkeys(values))
@@ -456,28 +397,17 @@ def _in_turn(values: Iterable[Cell]) -> Cell:
 
 
 def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cell, ...]]:
-    fewest = min(by_workers)
-    alone = 0.0
+    fewest, alone = min(by_workers), 0.0
     for workers, runs in sorted(by_workers.items()):
-        speed = spread_of([run.value("images_per_s") or 0.0 for run in runs])
+        first, speed = runs[0], spread_of([run.value("images_per_s") or 0.0 for run in runs])
         assert speed is not None, "each number of workers has a run"
         alone = alone or speed.mean
         speed_up = speed.mean / alone
-        conditions = (
-            counted(fewest, "worker"),
-            speed.runs,
-            runs[0].study[:8],
-            machine(runs[0].hardware),
-        )
         yield (
-            runs[0].rule,
-            workers,
-            speed.mean,
-            speed.deviation,
-            speed_up,
-            speed_up * fewest / workers,
-            *conditions,
-            "its own" if runs[0].trained_on[0]["own_cores"] else "shared",
+            *(first.rule, workers, speed.mean, speed.deviation),
+            *(speed_up, speed_up * fewest / workers, counted(fewest, "worker"), speed.runs),
+            *(first.study[:8], machine(first.hardware)),
+            "its own" if first.trained_on[0]["own_cores"] else "shared",
         )
 
 
@@ -494,11 +424,6 @@ def _is_split_as_written(run: Run, workers: int) -> bool:
 def _key_without_workers(run: Run) -> str:
     """A key of runs that may differ only in their number of workers."""
     (on,) = run.trained_on
-    rule = run.recipe.get("rule")
-    conditions = [
-        run.study,
-        rule if isinstance(rule, Mapping) else run.rule,
-        on["loader_threads"],
-        on["own_cores"],
-    ]
-    return json.dumps([*conditions, on["hardware"]], sort_keys=True, default=str)
+    rule = run.recipe.get("rule") if isinstance(run.recipe.get("rule"), Mapping) else run.rule
+    conditions = {name: value for name, value in on.items() if name not in _SPLIT}
+    return json.dumps([run.study, rule, conditions], sort_keys=True, default=str)
