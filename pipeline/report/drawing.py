@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
 NOT_MEASURED = "not measured"
 Cell = str | int | float | None  # None: not measured
 
@@ -83,8 +85,6 @@ class Table:
 
     def to_csv(self) -> str:
         """Return the table as CSV. Spreadsheets read no cell as a formula."""
-        import pandas as pd
-
         rows = pd.DataFrame(self.rows, columns=list(self.columns), dtype=object)
         return rows.map(harmless).to_csv(index=False)
 

@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import pandas as pd
 
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import counted
@@ -31,9 +33,6 @@ from pipeline.track.events import Event, Finish, Start, Step, Stopped
 from pipeline.track.journal import Record, every, last_event, read_events
 from pipeline.track.provenance import conditions_of, trained_on
 from pipeline.track.state import State, state_of
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 UNKNOWN_RULE = "unknown rule"  # the label of a run that names none
 NOT_SAID = "not known"
@@ -393,8 +392,6 @@ def frame(runs: Iterable[Run]) -> pd.DataFrame:
     Raises:
         ReportError: a run has a damaged file.
     """
-    import pandas as pd
-
     runs = list(runs)
     for run in runs:
         refuse_damage(run)

@@ -156,17 +156,21 @@ def runs_of_store(store: Store) -> list[Run]:
 
 def start_of(stored: StoredRun) -> Record:
     """The `start` event of a run, as far as its tags contain it."""
-    text = {name: stored.tags.get(f"spiketrain.{name}") for name in ("rule", "study", "commit")}
+    tags = {name.removeprefix("spiketrain."): text for name, text in stored.tags.items()}
     numbers = ("seed", "world_size", "micro_batch", "attempt")
-    counts = {name: _value(stored.tags.get(f"spiketrain.{name}")) for name in numbers}
-    fields = {"step": 0, "hardware": hardware_of(stored), **text, **counts}
-    return {KIND: Start.kind, "time": stored.started, **fields}
+    return {
+        KIND: Start.kind,
+        "time": stored.started,
+        "step": 0,
+        "hardware": hardware_of(stored),
+        **{name: tags.get(name) for name in ("rule", "study", "commit")},
+        **{name: _value(tags.get(name)) for name in numbers},
+    }
 
 
 def hardware_of(stored: StoredRun) -> dict[str, Any]:
-    prefix = "hardware."
-    tags = {name: value for name, value in stored.tags.items() if name.startswith(prefix)}
-    return {name.removeprefix(prefix): _value(value) for name, value in tags.items()}
+    parts = ((name.partition("hardware."), text) for name, text in stored.tags.items())
+    return {name: _value(text) for (before, here, name), text in parts if here and not before}
 
 
 def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
@@ -214,8 +218,8 @@ def _run_of(stored: StoredRun) -> Run:
 
 def _protocol(tags: Mapping[str, str]) -> str:
     tuned = ", ".join(re.findall(r"[\w.]+", tags.get("spiketrain.tuned", "")))
-    names = {"tuned": f"tuned, {tuned}", "trial": f"trials of {tuned}"}
-    return names.get(tags.get("spiketrain.protocol", ""), "")
+    texts = {"tuned": f"tuned, {tuned}", "trial": f"trials of {tuned}"}
+    return texts.get(tags.get("spiketrain.protocol", ""), "")
 
 
 def _listed_state(run: StoredRun) -> str:
@@ -260,6 +264,7 @@ _OF_STUDY = """
 _LATEST = """
     select r.run_uuid, r.key, r.value, r.is_nan, r.timestamp from latest_metrics r where true
 """
+_NEWEST = "select run_uuid, max(timestamp) from latest_metrics group by run_uuid"
 _PLACE = "select artifact_uri from runs where run_uuid = ? and lifecycle_stage = 'active'"
 _HISTORY = """
     select step, timestamp, value, is_nan from metrics
@@ -275,9 +280,8 @@ class SqliteStore:
 
     def listed(self) -> list[StoredRun]:
         """All spiketrain runs, without metrics."""
-        newest = "select run_uuid, max(timestamp) from latest_metrics group by run_uuid"
         with self._connection() as connection:
-            times = dict(connection.execute(newest).fetchall())
+            times = dict(connection.execute(_NEWEST).fetchall())
             return _runs(connection.execute(_RUNS).fetchall(), times, {})
 
     def runs(self, study: str | None) -> list[StoredRun]:
@@ -321,9 +325,11 @@ class SqliteStore:
 
     def _whole(self, path: Path) -> str:
         if path.stat().st_size > MOST_BYTES:
-            size = f"{path} has over {MOST_BYTES >> 20} MiB"
-            raise ArtifactError(f"store {self.file}: {size}; look at it by hand")
+            raise self._unreadable(f"{path} has over {MOST_BYTES >> 20} MiB")
         return path.read_text(errors="replace")
+
+    def _unreadable(self, why: str) -> ArtifactError:
+        return ArtifactError(f"store {self.file}: {why}; look at it by hand")
 
     def _read(self, run_id: str, name: str, read: Callable[[Path], T_]) -> T_ | None:
         """The result of `read` on an artifact's file; None if there is no such file."""
@@ -333,72 +339,72 @@ class SqliteStore:
             return None
         place = urlparse(row[0])
         if place.scheme not in ("", "file"):
-            where = f"its artifacts are at {place.scheme}://"
-            raise StoreError(f"store {self.file}: {where}; start a server on it and name that")
+            raise StoreError(
+                f"store {self.file}: its artifacts are at {place.scheme}://; start a server on it"
+                " and name that"
+            )
         root = Path(os.path.realpath(unquote(place.path)))  # resolve() raises for circular links
         path = Path(os.path.realpath(root / name))
         if path.parent != root:
-            link = f"{name} of run {run_id} is a link that leads out of {root}"
-            raise ArtifactError(f"store {self.file}: {link}; look at it by hand")
+            raise self._unreadable(f"{name} of run {run_id} is a link that leads out of {root}")
         try:
             return read(path)
         except FileNotFoundError:
             return None
         except OSError as error:
-            why = f"{path} cannot be read ({error.strerror})"
-            raise ArtifactError(f"store {self.file}: {why}; look at it by hand") from error
+            raise self._unreadable(f"{path} cannot be read ({error.strerror})") from error
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        """Connect read-only, unless SQLite must first undo an interrupted write."""
         self._refuse_unless_filled()
         try:
-            try:
-                connection = self._opened("ro")
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode not in _TO_BE_UNDONE:
-                    raise
-                connection = self._opened("rw")
-            with closing(connection):
+            with closing(self._opened()) as connection:
                 yield connection
         except sqlite3.OperationalError as error:
-            text = str(error)
-            meaning = next(
-                (meaning for words, meaning in _TROUBLE.items() if words in text), _UNREADABLE
-            )
-            raise StoreError(f"store {self.file} {meaning.format(text)}") from error
+            known = (meaning for words, meaning in _TROUBLE.items() if words in str(error))
+            raise StoreError(
+                f"store {self.file} {next(known, _UNREADABLE).format(error)}"
+            ) from error
         except sqlite3.DatabaseError as error:
-            advice = "move it away: `spiketrain sync RUN` fills a new one from the journals"
-            raise StoreError(f"store {self.file} is damaged ({error}); {advice}") from error
+            raise StoreError(
+                f"store {self.file} is damaged ({error}); move it away: `spiketrain sync RUN` fills"
+                " a new one from the journals"
+            ) from error
 
-    def _opened(self, mode: str) -> sqlite3.Connection:
+    def _opened(self, mode: str = "ro") -> sqlite3.Connection:
+        """Connect read-only, unless SQLite must first undo an interrupted write."""
         place = f"file:{quote(str(self.file))}?mode={mode}"
         connection = sqlite3.connect(place, uri=True, timeout=LOCKED_S)
         try:
             connection.execute("select 1 from alembic_version").fetchall()
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
             connection.close()
+            if mode == "ro" and error.sqlite_errorcode in _TO_BE_UNDONE:
+                return self._opened("rw")
             raise
         return connection
 
     def _refuse_unless_filled(self) -> None:
-        why = ""
         try:
             facts = self.file.stat()
-            if not stat.S_ISREG(facts.st_mode):
-                why = _MISSING
-            elif not facts.st_size:
-                why = "is empty, nothing was delivered yet; `spiketrain sync RUN` fills it"
         except (FileNotFoundError, NotADirectoryError):
-            why = _MISSING
+            facts = None
         except OSError as error:
             why = _UNREADABLE.format(error.strerror)
-        if why:
-            raise StoreError(f"store {self.file} {why}")
+            raise StoreError(f"store {self.file} {why}") from error
+        if facts is None or not stat.S_ISREG(facts.st_mode):
+            raise StoreError(
+                f"store {self.file} does not exist; launch a run, or name another by"
+                " MLFLOW_TRACKING_URI"
+            )
+        if not facts.st_size:
+            raise StoreError(
+                f"store {self.file} is empty, nothing was delivered yet; `spiketrain sync RUN`"
+                " fills it"
+            )
 
 
 _TO_BE_UNDONE = (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_CANTOPEN)
-_MISSING = "does not exist; launch a run, or name another by MLFLOW_TRACKING_URI"
 _UNREADABLE = "cannot be read ({}); are the file and its folder readable to you?"
 _LOCKED = f"is locked by another process for over {LOCKED_S:g} s; try again, or end who holds it"
 _OTHER_VERSION = (
@@ -464,12 +470,8 @@ class ServerStore:
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
         with self._in_a_line():
             recorded = connect(self.uri).get_metric_history(run_id, metric)
-        points = [
-            Point(each.step, each.timestamp / 1000, each.value)
-            for each in recorded
-            if each.step > since
-        ]
-        return sorted(points, key=lambda point: point.step)
+        points = (Point(each.step, each.timestamp / 1000, each.value) for each in recorded)
+        return sorted((each for each in points if each.step > since), key=lambda each: each.step)
 
     def text(self, run_id: str, name: str) -> str | None:
         _refuse_unknown_artifact(name)
@@ -494,9 +496,9 @@ class ServerStore:
                 return None
             with self._in_a_line():
                 client.get_run(run_id)  # raises if the whole store does not answer
-            why = f"{name} of run {run_id} cannot be read ({reason(self.uri, error)})"
             raise ArtifactError(
-                f"store {without_password(self.uri)}: {why}; look at it by hand"
+                f"store {without_password(self.uri)}: {name} of run {run_id} cannot be read"
+                f" ({reason(self.uri, error)}); look at it by hand"
             ) from error
 
     def _search(self, text: str, *, metrics: bool) -> list[StoredRun]:
@@ -519,9 +521,10 @@ class ServerStore:
         try:
             yield
         except Exception as error:  # MLflow and its transport raise any type
-            why = f"does not answer as an MLflow server ({reason(self.uri, error)})"
-            advice = "is it up, and is MLFLOW_TRACKING_URI right?"
-            raise StoreError(f"store {without_password(self.uri)} {why}; {advice}") from error
+            raise StoreError(
+                f"store {without_password(self.uri)} does not answer as an MLflow server"
+                f" ({reason(self.uri, error)}); is it up, and is MLFLOW_TRACKING_URI right?"
+            ) from error
 
 
 Store = SqliteStore | ServerStore

@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+import pandas as pd
+
 from pipeline.core.errors import remedy
 from pipeline.core.units import counted, shown
 from pipeline.recipe import BASELINE, is_baseline
@@ -29,8 +31,6 @@ from pipeline.report.selection import tuned_in, written
 from pipeline.track.journal import number as number_or_text
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from pipeline.report.claims import Claim
 
 WITHIN = 0.7  # points of accuracy: the largest loss that SLTT and OTTT claim
@@ -172,8 +172,25 @@ class Group:
     @property
     def differences(self) -> list[Difference]:
         """The difference of each rule that shares at least two seeds with the baseline."""
-        differences = [self._difference(rule) for rule in self.rules if rule != self.against]
-        return [difference for difference in differences if difference is not None]
+        base = self.by_seed(self.against, "top1")
+        found: list[Difference] = []
+        for rule in (rule for rule in self.rules if rule != self.against):
+            mine = self.by_seed(rule, "top1")
+            spread = spread_of([100 * (base[seed] - mine[seed]) for seed in base if seed in mine])
+            if spread is not None and spread.interval is not None:
+                low, high = spread.interval
+                found.append(
+                    Difference(
+                        baseline=self.against,
+                        rule=rule,
+                        seeds=spread.runs,
+                        mean=spread.mean,
+                        low=low,
+                        high=high,
+                        diverged=self.lost(rule),
+                    )
+                )
+        return found
 
     def of(self, rule: str) -> tuple[Run, ...]:
         return tuple(run for run in self.runs if run.rule == rule)
@@ -228,26 +245,19 @@ class Group:
     @cached_property
     def fastest_baseline(self) -> str:
         """The faster of BPTT folded over time and BPTT step by step, over their common seeds."""
-        kinds = [rule for rule in self.rules if is_baseline(rule, self.against)]
-        times = {rule: seconds for rule in kinds if (seconds := self.by_seed(rule, COMPUTE))}
+        times = {
+            rule: seconds
+            for rule in self.rules
+            if is_baseline(rule, self.against) and (seconds := self.by_seed(rule, COMPUTE))
+        }
         if self.against not in times:
             return self.against
         shared = set.intersection(*map(set, times.values()))
-
-        def mean(rule: str) -> float:
-            return statistics.fmean(times[rule][seed] for seed in shared or times[rule])
-
-        return min(times, key=mean)
-
-    def _difference(self, rule: str) -> Difference | None:
-        base, mine = self.by_seed(self.against, "top1"), self.by_seed(rule, "top1")
-        shared = sorted(base.keys() & mine.keys())
-        spread = spread_of([100 * (base[seed] - mine[seed]) for seed in shared])
-        if spread is None or spread.interval is None:
-            return None
-        interval = dict(zip(("low", "high"), spread.interval, strict=True))
-        about = {"baseline": self.against, "rule": rule, "diverged": self.lost(rule)}
-        return Difference(seeds=spread.runs, mean=spread.mean, **interval, **about)
+        means = {
+            rule: statistics.fmean(seconds[seed] for seed in shared or seconds)
+            for rule, seconds in times.items()
+        }
+        return min(means, key=lambda rule: means[rule])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,22 +296,19 @@ def _with_distinct_labels(runs: Sequence[Run]) -> list[Run]:
 
     Examples are SLTT-1 with and without rescaling, or two values of a tuned field.
     """
-    labels: dict[str, list[str]] = {}
-    for rule in {run.rule for run in runs}:
-        labels[rule] = _differing([run for run in runs if run.rule == rule])
+    apart = {
+        rule: _differing([run for run in runs if run.rule == rule])
+        for rule in {run.rule for run in runs}
+    }
     labelled: list[Run] = []
     for run in runs:
-        values = [
-            each for name, each in _label_values(run.recipe).items() if name in labels[run.rule]
-        ]
+        named = _label_values(run.recipe).items()
+        values = [text for name, text in named if name in apart[run.rule]]
         labelled.append(replace(run, rule=f"{run.rule} ({', '.join(values)})") if values else run)
     return labelled
 
 
 def _differing(runs: Sequence[Run]) -> list[str]:
-    """The names in `_label_values` whose values differ between the runs."""
-    import pandas as pd
-
     values = pd.DataFrame([_label_values(run.recipe) for run in runs])
     return list(values.columns[values.nunique() > 1])
 
@@ -337,22 +344,21 @@ def _notes(group: Group) -> Iterator[str]:
             yield f"{rule} is {_python(part)}"
     for run in group.runs:
         if how := _divergence(run):
-            rate, clip = (written(run.recipe, key) for key in ("optimizer.lr", "clip_norm"))
-            advice = remedy(number_or_text(rate), number_or_text(clip))
+            values = (written(run.recipe, key) for key in ("optimizer.lr", "clip_norm"))
             yield (
-                f"{run.name} ({run.rule}) {how}: its figures and ratios compare no rules; {advice}"
+                f"{run.name} ({run.rule}) {how}: its figures and ratios compare no rules;"
+                f" {remedy(*map(number_or_text, values))}"
                 " for every rule, and train again"
             )
     commits = sorted({commit for run in group.finished for commit in run.commits})
     if len(commits) > 1:
         yield f"the runs are of different commits: {', '.join(commits)}"
-    for rule, runs in of_rule.items():
-        for seed, times in Counter(run.seed for run in runs).items():
-            if times > 1:
-                yield (
-                    f"{rule} has {times} runs of seed {seed}, which count as one, their mean, in"
-                    " ratios and differences"
-                )
+    for (rule, seed), times in Counter((run.rule, run.seed) for run in group.finished).items():
+        if times > 1:
+            yield (
+                f"{rule} has {times} runs of seed {seed}, which count as one, their mean, in"
+                " ratios and differences"
+            )
     yield from _notes_on_clocks(group, of_rule)
     uncounted = [
         rule
@@ -360,12 +366,13 @@ def _notes(group: Group) -> Iterator[str]:
         if any(run.value("peak_saved_bytes") is None for run in runs)
     ]
     if uncounted:
-        why = "no batch was whole on which bytes are counted"
-        yield f"saved bytes were not measured in runs of {', '.join(uncounted)}, in which {why}"
-    summaries = [flat(run.summary or {}) for run in group.finished]
+        yield (
+            f"saved bytes were not measured in runs of {', '.join(uncounted)}, in which no batch"
+            " was whole on which bytes are counted"
+        )
     unknown = {
         str(name)
-        for summary in summaries
+        for summary in (flat(run.summary or {}) for run in group.finished)
         for path in ("not_counted", "inference.not_counted")
         for name in summary.get(path) or ()
     }
@@ -381,7 +388,6 @@ def _notes(group: Group) -> Iterator[str]:
 
 
 def _notes_on_clocks(group: Group, of_rule: Mapping[str, Sequence[Run]]) -> Iterator[str]:
-    """Notes about the time that wall clocks include and exclude."""
     restarts = {
         rule: sum(run.value("restarts") or 0 for run in runs) for rule, runs in of_rule.items()
     }
@@ -391,12 +397,11 @@ def _notes_on_clocks(group: Group, of_rule: Mapping[str, Sequence[Run]]) -> Iter
             f" {', '.join(texts)}"
         )
     startup = {rule: group.spread(rule, "startup_s") for rule in of_rule}
-    texts = [
+    if texts := [
         f"{shown(each.mean, kind='s')} of {rule}"
         for rule, each in startup.items()
         if each and each.mean
-    ]
-    if texts:
+    ]:
         yield (
             "wall clocks leave out start-up, which ends with each start's first batch:"
             f" {', '.join(texts)}"
@@ -405,8 +410,10 @@ def _notes_on_clocks(group: Group, of_rule: Mapping[str, Sequence[Run]]) -> Iter
         rule for rule, runs in of_rule.items() if any(run.value("fidelity_s") for run in runs)
     ]
     if looked:
-        of = f"in runs of {', '.join(looked)}"
-        yield f"wall clocks leave out what comparing gradients with BPTT's took, {of}"
+        yield (
+            "wall clocks leave out what comparing gradients with BPTT's took, in runs of"
+            f" {', '.join(looked)}"
+        )
         if others := [rule for rule in of_rule if rule not in looked]:
             yield (
                 f"runs of {', '.join(looked)} compared gradients, and those of {', '.join(others)}"
@@ -430,7 +437,6 @@ def _divergence(run: Run) -> str:
 
 
 def _notes_on_divisions(group: Group, seeds: Mapping[str, set[int]]) -> Iterator[str]:
-    """Notes about the BPTT that is divided by, and the rules without a common seed."""
     kinds = [rule for rule in seeds if is_baseline(rule, group.against)]
     has_time = any(run.recipe.get("time_steps") != 1 for run in group.finished)
     is_compared = group.against == BASELINE and len(seeds) > len(kinds) and has_time

@@ -141,9 +141,7 @@ def costs(group: Group) -> Table:
         states = Counter(_state(run) for run in group.of(rule))
         finished, cells = states.pop("finished", 0), _cells(group, rule, metrics)
         cells[0] = cells[0] or ", ".join(states) or None
-        counts = ", ".join(
-            [str(finished), *(f"{times} {state}" for state, times in states.items())]
-        )
+        others = [f"{times} {state}" for state, times in states.items()]
         rows.append((rule, *cells, ", ".join([str(finished), *others]) if others else finished))
     columns = ("rule", *(title(each, group.finished) for each in metrics), "finished runs")
     return Table(columns=columns, rows=tuple(rows))
