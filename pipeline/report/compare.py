@@ -92,7 +92,6 @@ class Comparison:
         }
 
     def _run_to_json(self, run: Run, over: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
-        """Convert a run. `over` holds the baseline's values by metric and seed."""
         summary = dict(run.summary or {})
         values = {name: run.value(name) for name in over}
         ratios = {
@@ -352,7 +351,6 @@ def _cell(shown: tables.Shown | None, console: Console) -> str:
 
 
 def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, Cell]]:
-    """Yield the path and the text of each number that JSON cannot represent."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _not_finite(item, f"{name}.{key}" if name else key)

@@ -516,7 +516,6 @@ def _epochs(run: Run, step: int) -> float:
 
 
 def _height_at(run: Run, step: int) -> float:
-    """Return the curve's value at the last point at or before a step, to place a mark on it."""
     known = [(each.step, each.top1) for each in run.history.curve if each.top1 is not None]
     before = [top1 for at, top1 in known if at <= step]
     return 100 * (before or [top1 for _, top1 in known[:1]] or [0.0])[-1]

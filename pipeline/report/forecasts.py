@@ -202,7 +202,6 @@ def probe_to_json(found: Probe) -> dict[str, Any]:
 
 
 def _over(cost: Cost, base: Cost | None, name: str, unit: str, scale: float) -> str:
-    """A quantity beside its ratio to the baseline's."""
     value, of_base = getattr(cost, name), 0.0 if base is None else getattr(base, name)
     ratio = f"\t×{value / of_base:.2f}" if of_base else ""
     return f"{value / scale:.4g} {unit}{ratio}"

@@ -151,7 +151,6 @@ def temporal_share(group: Group) -> Figure | Missing:
 
 
 def _describe_pending(runs: Iterable[Run]) -> str:
-    """Name the runs whose recipes compare gradients but which have not done so yet."""
     looking = [
         run.name
         for run in runs
@@ -161,7 +160,6 @@ def _describe_pending(runs: Iterable[Run]) -> str:
 
 
 def _cosines(group: Group, rule: str) -> dict[str, float | None]:
-    """Return the mean cosine by layer over a rule's runs at their newest comparison."""
     if rule == group.against:
         return {}
     cosines: dict[str, list[float]] = {}
@@ -186,7 +184,6 @@ def _map(
     written: str,
     **about: Any,
 ) -> dict[str, Any]:
-    """A heat map. If there is room, each cell shows its number."""
     fits = len(x) <= _FIGURES_FIT
     return {
         "type": "heatmap",

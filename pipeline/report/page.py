@@ -67,13 +67,10 @@ def render(study: Study) -> str:
     groups = study.groups
     compared = [group for group in groups if len(group.rules) > 1 or len(groups) == 1]
     alone = [group for group in groups if group not in compared]
-    lone_views = ("time", "learning", "gradients")
-    sections = [
-        section_of(each, f"g{at}", among=groups) for at, each in enumerate(compared, start=1)
-    ]
+    sections = [section_of(each, f"g{at}", among=groups) for at, each in enumerate(compared, 1)]
     lone = [
-        section_of(each, f"alone{at}", lone_views, among=groups)
-        for at, each in enumerate(alone, start=1)
+        section_of(each, f"alone{at}", ("time", "learning", "gradients"), among=groups)
+        for at, each in enumerate(alone, 1)
     ]
     memory = list(swept(study.sweeps))
     scaled = tables.scaling(study)

@@ -427,7 +427,6 @@ _TROUBLE = {
 def _runs(
     rows: list[tuple], times: Mapping[str, int], metrics: Mapping[str, dict[str, float]]
 ) -> list[StoredRun]:
-    """Group rows into runs; the rows have one tag each."""
     tags: dict[str, dict[str, str]] = {}
     heads: dict[str, tuple[Any, ...]] = {}
     for run, *head, key, value in rows:
@@ -531,7 +530,6 @@ Store = SqliteStore | ServerStore
 
 
 def _pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:
-    """The items of all pages."""
     page = ask(None)
     while True:
         yield from page

@@ -256,7 +256,6 @@ def _trials(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
 
 
 def _search(run: Run) -> str:
-    """A key of a search: everything that its trials have in common."""
     tried = ("name", *run.recipe["tuned"])
     fields = {key: value for key, value in flat(run.recipe) if key not in tried}
     return json.dumps([run.study, fields], sort_keys=True)

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.core.units import counted, unit_of
-from pipeline.measure.memory import format_hardware
 from pipeline.recipe import BASELINE, is_baseline
-from pipeline.report.drawing import Figure, Table, color, drawing, plain, symbol, titled
+from pipeline.report.drawing import Figure, Table, color, drawing, plain, scatter, symbol, titled
 from pipeline.report.results import ReportError
 
 LARGEST_SAID = (
@@ -49,6 +48,8 @@ def sweep_of(value: Any, where: str) -> Mapping[str, Any]:
     Raises:
         ReportError: the value, which came from `where`, is no sweep.
     """
+    from pipeline.measure.memory import format_hardware  # imports torch, which takes seconds
+
     try:
         format_hardware(value["hardware"])
         numbers = (int(value["samples"]), int(value.get("memory_bytes") or 0))
@@ -130,18 +131,16 @@ def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]]) ->
     every = [point for points in by_rule.values() for point in points]
     scale, unit = unit_of("B", [point.kept or point.saved for point in every])
     has_states = any(point.kept is not None for point in every)
-
     data = []
     for place, (rule, points) in enumerate(by_rule.items()):
         data.append(_line(place, rule, points, [point.saved / scale for point in points], unit))
-        kept = [None if point.kept is None else point.kept / scale for point in points]
-        if has_states:
-            data.append(_line(place, rule, points, kept, unit, is_dotted=True))
-    rows = [
-        (rule, point.time_steps, point.saved, point.kept)
-        for rule, points in by_rule.items()
-        for point in points
-    ]
+        if has_states:  # the dotted line shares the legend entry of the rule's solid line
+            kept = [None if point.kept is None else point.kept / scale for point in points]
+            trace = _line(place, f"{rule}, with states", points, kept, unit)
+            dotted = {"color": color(place), "width": 1, "dash": "dot"}
+            marker = {"symbol": symbol(place), "size": 5}
+            hidden = {"legendgroup": plain(rule), "showlegend": False}
+            data.append({**trace, **hidden, "line": dotted, "marker": marker})
     said = [
         f"{rule} keeps {points[-1].saved / points[0].saved:.3g} times the bytes at T ="
         f" {points[-1].time_steps} as at T = {points[0].time_steps}"
@@ -155,7 +154,8 @@ def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]]) ->
         + (" Dotted: with membranes, traces and what slices share." if has_states else ""),
         alt=f"{'; '.join(said)}.",
         table=Table(
-            columns=("rule", "time steps", "peak saved bytes", "and states"), rows=tuple(rows)
+            columns=("rule", "time steps", "peak saved bytes", "and states"),
+            rows=tuple((each.rule, each.time_steps, each.saved, each.kept) for each in every),
         ),
         drawing=_drawing(data, by_rule, f"peak saved bytes, {unit}"),
     )
@@ -166,60 +166,43 @@ def _time(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]]) -> F
         _line(place, rule, points, [1e3 * point.seconds for point in points], "ms")
         for place, (rule, points) in enumerate(by_rule.items())
     ]
-    rows = [
-        (rule, point.time_steps, point.seconds)
-        for rule, points in by_rule.items()
-        for point in points
-    ]
-    last = max(point.time_steps for points in by_rule.values() for point in points)
-    there = {
-        rule: points[-1].seconds
-        for rule, points in by_rule.items()
-        if points[-1].time_steps == last
-    }
-    order = sorted(there, key=lambda rule: -there[rule])
-    slowest, fastest = order[0], order[-1]
-    at_last = f"At T = {last} {slowest} takes {1e3 * there[slowest]:.4g} ms"
+    every = [point for points in by_rule.values() for point in points]
+    last = max(point.time_steps for point in every)
+    there = sorted(
+        (point for point in every if point.time_steps == last),
+        key=lambda point: point.seconds,
+        reverse=True,
+    )
+    slowest, fastest = there[0], there[-1]
+    alt = f"At T = {last} {slowest.rule} takes {1e3 * slowest.seconds:.4g} ms"
+    if len(there) > 1:
+        alt += f", the longest, and {fastest.rule} {1e3 * fastest.seconds:.4g} ms"
     return Figure(
         name="time-against-time-steps",
         title=f"Time against time steps: {sweep['recipe']}",
         caption=f"{_caption(sweep)} Loading, the optimizer and collectives are not in it.",
-        alt=(
-            f"{at_last}, the longest, and {fastest} {1e3 * there[fastest]:.4g} ms."
-            if len(there) > 1
-            else f"{at_last}."
-        ),
+        alt=f"{alt}.",
         table=Table(
-            columns=("rule", "time steps", "seconds of forward and backward"), rows=tuple(rows)
+            columns=("rule", "time steps", "seconds of forward and backward"),
+            rows=tuple((each.rule, each.time_steps, each.seconds) for each in every),
         ),
         drawing=_drawing(data, by_rule, "forward and backward, ms"),
     )
 
 
 def _line(
-    place: int,
-    rule: str,
-    points: Sequence[Point],
-    y: Sequence[float | None],
-    unit: str,
-    *,
-    is_dotted: bool = False,
+    place: int, name: str, points: Sequence[Point], y: Sequence[float | None], unit: str
 ) -> dict[str, Any]:
-    """Make a line. A dotted line shares the legend entry of the rule's solid line."""
-    name = plain(rule) + (", with states" if is_dotted else "")
-    width, dash = (1, "dot") if is_dotted else (2, "solid")
-    return {
-        "type": "scatter",
-        "name": name,
-        "legendgroup": plain(rule),
-        "showlegend": not is_dotted,
-        "mode": "lines+markers",
-        "x": [point.time_steps for point in points],
-        "y": list(y),
-        "line": {"color": color(place), "width": width, "dash": dash},
-        "marker": {"symbol": symbol(place), "size": 5 if is_dotted else 9},
-        "hovertemplate": f"T = %{{x}}: %{{y:.4g}} {unit}<extra>{name}</extra>",
-    }
+    return scatter(
+        name,
+        [point.time_steps for point in points],
+        y,
+        legendgroup=plain(name),
+        mode="lines+markers",
+        line={"color": color(place), "width": 2, "dash": "solid"},
+        marker={"symbol": symbol(place), "size": 9},
+        hovertemplate=f"T = %{{x}}: %{{y:.4g}} {unit}<extra>{plain(name)}</extra>",
+    )
 
 
 def _drawing(
@@ -231,8 +214,9 @@ def _drawing(
 
 
 def _caption(sweep: Mapping[str, Any]) -> str:
-    on = format_hardware(sweep["hardware"])
+    from pipeline.measure.memory import format_hardware
+
     return (
         f"One batch of {counted(sweep['samples'], 'sample')}, before any training; commit"
-        f" {sweep['commit']}, {on}."
+        f" {sweep['commit']}, {format_hardware(sweep['hardware'])}."
     )

@@ -389,7 +389,6 @@ def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
 
 
 def _in_turn(values: Iterable[Cell]) -> Cell:
-    """The distinct values in order, such as `2, then 1`."""
     distinct = list(dict.fromkeys(values))
     return distinct[0] if len(distinct) == 1 else ", then ".join(map(str, distinct)) or None
 

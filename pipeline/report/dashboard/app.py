@@ -45,9 +45,13 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
     """
     app = Flask(__name__, static_folder=str(WEB), static_url_path="/web", template_folder=None)
     answers = _Answers(Live(store), every)
-    about = {"every": f"{every:g}", "patience": patience_s or max(30.0, 5 * every)}
-    only = {key: words for key, (words, _) in ONLY.items()}
-    shell = _template("dashboard.html").render(name=name, views=VIEWS, only=only, **about)
+    shell = _template("dashboard.html").render(
+        name=name,
+        views=VIEWS,
+        only={key: words for key, (words, _) in ONLY.items()},
+        every=f"{every:g}",
+        patience=patience_s or max(30.0, 5 * every),
+    )
     app.add_url_rule("/", "shell", lambda: shell)
     app.add_url_rule(
         "/plotly.js", "plotly", lambda: Response(plotly_script(), mimetype="text/javascript")
@@ -70,8 +74,9 @@ class _Answers:
         except ReportError as error:
             return _trouble(error)
         place, known = _requested_place(), studies(listed)
-        about = {"place": place, "columns": SORTS, "most": SHOWN}
-        return _template("list.html").render(studies=known, found=place.listed(known), **about)
+        return _template("list.html").render(
+            studies=known, found=place.listed(known), place=place, columns=SORTS, most=SHOWN
+        )
 
     def study(self) -> Response | tuple[str, int]:
         """Return the study as JSON, or 204 if the page already shows this version (`seen`)."""
@@ -92,9 +97,8 @@ class _Answers:
             study = self._live.study(runs)
         except ReportError as error:
             return _json(title=title, window=window, html=_trouble(error))
-        newest = (
-            (len(runs), len(members)) if place.runs is None and len(runs) < len(members) else None
-        )
+        is_part = place.runs is None and len(runs) < len(members)
+        newest = (len(runs), len(members)) if is_part else None
         html, drawings, _ = _render_study(place, study, reports, newest)
         return _json(
             title=title,
@@ -124,7 +128,6 @@ class _Answers:
 def _render_study(
     place: Place, study: Study, reports: Sequence[SuiteReport], newest: tuple[int, int] | None
 ) -> tuple[str, dict[str, Any], dict[str, Table]]:
-    """The view of a study as HTML, with its drawings and tables by the keys of their places."""
     drawings: dict[str, Any] = {}
     offered: dict[str, Table] = {}
 
@@ -165,11 +168,10 @@ def _version(
     runs: Sequence[StoredRun],
     reports: Sequence[SuiteReport],
 ) -> str:
-    """A digest of everything that the answer about a study depends on."""
     states = [[run.id, describe_state(run.state, run.newest)] for run in members]
-    sent = "spiketrain.artifact."
     news = [
-        [run.newest, sorted(v for k, v in run.tags.items() if k.startswith(sent))] for run in runs
+        [run.newest, sorted(v for k, v in run.tags.items() if k.startswith("spiketrain.artifact."))]
+        for run in runs
     ]
     known = [place.search, states, news, [report.version for report in reports]]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()

@@ -16,6 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from pipeline.measure.constants import PARTS, REST
@@ -49,8 +50,6 @@ T_ = TypeVar("T_")
 
 @dataclass
 class _Running:
-    """The cached data of a running run."""
-
     seen: float = 0.0  # the time of MLflow's newest metric at the last look
     points: dict[str, list[Point]] = field(default_factory=dict)
     version: str = ""  # of the sent journal
@@ -114,11 +113,8 @@ class Live:
                 continue
             readable.append(run)
             if run.curve_every > 1:
-                parts = (
-                    ", and its parts of time are of those"
-                    if run.parts and run.summary is None
-                    else ""
-                )
+                is_of_points = run.summary is None and run.parts
+                parts = ", and its parts of time are of those" if is_of_points else ""
                 notes.append(
                     f"{run.name} has a long journal: of the points of its curve one of"
                     f" {run.curve_every} is shown{parts}."
@@ -138,10 +134,17 @@ class Live:
         for run in runs:
             if run.parent:
                 suites.setdefault(run.parent, []).append(run)
-        return [
-            replace(self._report(suite), key=suite[:8], title=_title(suite, members))
-            for suite, members in suites.items()
-        ]
+        found = []
+        for suite, members in suites.items():
+            tags = [run.tags for run in members]
+            commits = dict.fromkeys(filter(None, (each.get("spiketrain.commit") for each in tags)))
+            machines = dict.fromkeys(machine(hardware_of(run)) for run in members)
+            at = f", commit {' and '.join(commits)}" if commits else ""
+            name = tags[0].get("spiketrain.suite") or "A suite"
+            title = f"{name} ({suite[:8]}){at}, on {'; '.join(machines)}"
+            report = self._cached("report", suite, partial(self._read_report, suite))
+            found.append(replace(report, key=suite[:8], title=title))
+        return found
 
     def run(self, stored: StoredRun) -> Run:
         """Return a run from its artifacts; a running run also from its metrics."""
@@ -163,7 +166,6 @@ class Live:
     def _cached(
         self, what: str, key: str, ask: Callable[[], T_], *, fresh_s: float = _FRESH_S
     ) -> T_:
-        """Return the answer to a question, at most `fresh_s` seconds old."""
         asked_at, answer = self._recent.get((what, key), (-math.inf, None))
         if time.monotonic() - asked_at >= fresh_s:
             answer = ask()  # outside the lock: a slow list must not block the figures
@@ -205,25 +207,25 @@ class Live:
         later = _events_after(events, running.points)
         if newest := next((event for event in reversed(later) if isinstance(event, Step)), None):
             # The run's newest values cost no further request. Earlier values are not requested.
-            keys = {name: f"train/{name}" for name in _PARTS if f"train/{name}" in stored.metrics}
-            newest.metrics.update({name: stored.metrics[key] for name, key in keys.items()})
+            newest.metrics.update(
+                {
+                    name: stored.metrics[f"train/{name}"]
+                    for name in _PARTS
+                    if f"train/{name}" in stored.metrics
+                }
+            )
         return replace(running.sent, events=[*events, *later])
-
-    def _report(self, suite: str) -> SuiteReport:
-        return self._cached("report", suite, lambda: self._read_report(suite))
 
     def _read_report(self, suite: str) -> SuiteReport:
         try:
             value = self._json(suite, REPORT_DATA, dict)
-            found, printed = (
-                returned(value, f"{REPORT_DATA} in MLflow"),
-                str((value or {}).get("printed") or ""),
-            )
+            found = returned(value, f"{REPORT_DATA} in MLflow")
         except StoreError:
             raise  # the store failed, not this report
         except ReportError as error:
             return SuiteReport(version=str(error), note=f"Its report is left out: {error}")
         version = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+        printed = str((value or {}).get("printed") or "")
         return SuiteReport(version=version, returned=found, printed=printed)
 
     def _json(self, run_id: str, name: str, kind: type) -> Any:
@@ -233,8 +235,9 @@ class Live:
         except ValueError as error:
             raise ReportError(f"its {name} in MLflow is not JSON ({error})") from error
         if value is not None and not isinstance(value, kind):
-            got = type(value).__name__
-            raise ReportError(f"its {name} in MLflow must hold a {kind.__name__}; got a {got}")
+            raise ReportError(
+                f"its {name} in MLflow must hold a {kind.__name__}; got a {type(value).__name__}"
+            )
         return value
 
 
@@ -265,15 +268,6 @@ def _events_after(
             for step, values in metrics.items()
         ]
     return sorted(later, key=lambda event: (event.time, event.step))
-
-
-def _title(suite: str, members: Sequence[StoredRun]) -> str:
-    """`claims-fashion-20260105-120000 (01234567), commit abc, on a cpu, 2 cores, 1 thread`"""
-    name = members[0].tags.get("spiketrain.suite") or "A suite"
-    commits = dict.fromkeys(filter(None, (run.tags.get("spiketrain.commit") for run in members)))
-    machines = dict.fromkeys(machine(hardware_of(run)) for run in members)
-    at = f", commit {' and '.join(commits)}" if commits else ""
-    return f"{name} ({suite[:8]}){at}, on {'; '.join(machines)}"
 
 
 def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:

@@ -61,18 +61,15 @@ class Place:
         except ValueError:  # the query has more fields than any of our URLs
             return cls()
         query = {name: values[-1] for name, values in fields.items()}
-        view: View = next((name for name in get_args(View) if name == query.get("view")), "costs")
-        only: Only = next((name for name in get_args(Only) if name == query.get("only")), "all")
-        sort = query.get("sort", "newest")
         ids = tuple(each for each in query.get("runs", "").split(".") if each not in ("", "none"))
         return cls(
             study=query.get("study", "")[:64],
             family=query.get("family", "")[:250],
             runs=ids if "runs" in query else None,
-            view=view,
+            view=_among(get_args(View), query.get("view"), "costs"),
             text=query.get("text", "")[:200],
-            only=only,
-            sort=sort if sort in SORTS else "newest",
+            only=_among(get_args(Only), query.get("only"), "all"),
+            sort=_among(tuple(SORTS), query.get("sort"), "newest"),
             descending=query.get("order", "down") == "down",
         )
 
@@ -92,9 +89,9 @@ class Place:
         return f"?{urlencode(fields)}" if fields else ""
 
     def at_study(self, study: StoredStudy) -> Place:
-        is_here = (self.study, self.family) == (study.study, study.experiment)
-        runs = self.runs if is_here else None
-        return replace(self, study=study.study, family=study.experiment, runs=runs)
+        if (self.study, self.family) == (study.study, study.experiment):
+            return self
+        return replace(self, study=study.study, family=study.experiment, runs=None)
 
     def sorted_by(self, column: str) -> Place:
         """Sort by a column. The second call reverses the order."""
@@ -104,12 +101,12 @@ class Place:
     def listed(self, studies: Sequence[StoredStudy]) -> list[StoredStudy]:
         """The studies that pass the filter, sorted."""
         states, words = ONLY[self.only][1], self.text.lower().split()
-        kept = [
-            study
-            for study in studies
-            if (not states or states & study.states.keys())
-            and all(word in _searchable_text(study) for word in words)
-        ]
+        kept: list[StoredStudy] = []
+        for study in studies:
+            names = [study.study, study.experiment, *study.rules, study.protocol, *study.seeds]
+            text = " ".join([*names, describe_states(dict(study.states))]).lower()
+            if (not states or states & study.states.keys()) and all(each in text for each in words):
+                kept.append(study)
         return sorted(kept, key=lambda study: _key(study, self.sort), reverse=self.descending)
 
     def picked(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
@@ -121,6 +118,10 @@ class Place:
 
     def members(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
         return [run for run in runs if self.family in ("", run.experiment)]
+
+
+def _among(known: tuple[Any, ...], value: str | None, default: str) -> Any:
+    return value if value in known else default
 
 
 def describe_states(states: dict[str, int]) -> str:
@@ -149,11 +150,6 @@ def _newest_seeds(members: Sequence[StoredRun]) -> list[StoredRun]:
             break
         kept.update(more)
     return [run for run in members if run.id in kept]
-
-
-def _searchable_text(study: StoredStudy) -> str:
-    names = [study.study, study.experiment, *study.rules, study.protocol, *study.seeds]
-    return " ".join([*names, describe_states(dict(study.states))]).lower()
 
 
 def _key(study: StoredStudy, column: str) -> Any:
