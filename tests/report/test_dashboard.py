@@ -4,7 +4,9 @@ of a store in trouble.
 
 from __future__ import annotations
 
+import csv
 import html
+import io
 import json
 import re
 import sqlite3
@@ -23,7 +25,7 @@ from pipeline.report.dashboard.guard import COOKIE, guard
 from pipeline.report.dashboard.permalink import VIEWS, Place
 from pipeline.report.stores import Store, StoredRun, open_store
 from tests.helpers.fake_store import FakeStore
-from tests.helpers.hand_made import KEY, recipe, study
+from tests.helpers.hand_made import KEY, recipe, run, study
 from tests.helpers.small import command
 from tests.report.test_swept import LARGEST
 
@@ -352,9 +354,8 @@ def test_the_data_of_a_figure_is_a_file(store: FakeStore):
     assert file.mimetype == "text/csv" and file.get_data(as_text=True).startswith(
         "rule,quantity,divided by,ratio"
     )
-    beside = client.get(f"/csv?study={KEY}&name={GROUP}-beside")
     assert (
-        beside.get_data(as_text=True)
+        client.get(f"/csv?study={KEY}&name={GROUP}-beside").get_data(as_text=True)
         == "rule,states beside saved bytes,start-up\nBPTT,1 kB ± 0 kB,0 ms ± 0 ms\nSLTT,1 kB ± 0"
         " kB,0 ms ± 0 ms\n"
     )
@@ -512,9 +513,9 @@ def test_what_the_reader_of_means_must_know_stands_beside_them(store: FakeStore)
 
 
 def test_what_training_holds_and_the_published_run_are_shown_as_on_the_page(store: FakeStore):
-    for run in store.members[1:]:
-        summary = json.loads(store.texts[run.id, "summary.json"])
-        store.texts[run.id, "summary.json"] = json.dumps(
+    for each in store.members[1:]:
+        summary = json.loads(store.texts[each.id, "summary.json"])
+        store.texts[each.id, "summary.json"] = json.dumps(
             {**summary, "held": {"parameters": 4e6, "gradients": 4e6}}
         )
     made = {"version": 1, "recipe": recipe("SLTT", published=[[1, 0.5], [2, 0.95]])}
@@ -551,8 +552,7 @@ def test_several_tunings_of_the_baseline_are_named(store: FakeStore):
 
 def test_a_run_that_nobody_hears_of_says_so_beside_its_state(store: FakeStore):
     store.add_finished("going", "SLTT", status="RUNNING", newest=time.time() - 30)
-    asking = Asking(store)
-    before = asking.study(f"?study={KEY}")
+    before = Asking(store).study(f"?study={KEY}")
     assert "seed 0, running" in before["boxes"] and "no word" not in before["boxes"]
     store.add_finished("going", "SLTT", status="RUNNING", newest=time.time() - 30.5 * 60)
     shown = Asking(store).study(f"?study={KEY}", seen=before["version"])
@@ -612,6 +612,28 @@ def test_names_from_outside_stay_text(store: FakeStore):
         asking.client.get(f"/?study={KEY}&text={script}").get_data(as_text=True),
     ):
         assert "<script>alert" not in answer and "<b>bold" not in answer and "<img" not in answer
+
+
+def test_scaling_over_workers_is_shown():
+    store = FakeStore()
+    store.add_finished("one", "SLTT")
+    two = store.add_finished("two", "SLTT")
+    store.texts[two.id, "summary.json"] = json.dumps(
+        run("SLTT", world_size=2, images_per_s=120.0).summary
+    )
+    asking = Asking(store)
+    shown = asking.show(f"?study={KEY}")
+    assert "Scaling over workers" in shown
+    for workers in ("1 worker", "2 workers"):  # each group's table is a region of a name of its own
+        assert (
+            f'over paired seeds, Study {KEY[:8]} on a cpu, 2 cores, 1 thread, {workers}"' in shown
+        )
+    told = asking.client.get(f"/csv?study={KEY}&name=scaling").get_data(as_text=True)
+    assert [row["efficiency"] for row in csv.DictReader(io.StringIO(told))] == ["1.0", "0.75"]
+    store.texts[two.id, "summary.json"] = json.dumps(run("SLTT", images_per_s=120.0).summary)
+    asking = Asking(store)
+    assert "Scaling over workers" not in asking.show(f"?study={KEY}")
+    assert asking.client.get(f"/csv?study={KEY}&name=scaling").status_code == 404
 
 
 # --------------------------------------------------------------------------------- store in trouble

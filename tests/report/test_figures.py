@@ -453,10 +453,9 @@ def test_a_run_of_another_setting_than_the_published_log_is_shown_beside_it_and_
 def test_each_published_log_is_drawn_once_and_named_after_the_rules_that_carry_it():
     """It stands beside the study key: runs that are compared may carry another, or none."""
     mine, theirs = [[1, 0.5], [2, 0.9]], [[2, 0.7]]
-    logs = (("BPTT", mine), ("SLTT", theirs), ("SLTT-1", mine), ("OTTT", ()))
     runs = [
         run(rule, seed=seed, recipe=recipe(rule, published=log))
-        for rule, log in logs
+        for rule, log in (("BPTT", mine), ("SLTT", theirs), ("SLTT-1", mine), ("OTTT", ()))
         for seed in (0, 1)
     ]
     figure = made(learning_curves(Study(title="t", runs=tuple(runs)).groups[0]))

@@ -189,8 +189,7 @@ def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):
     ],
 )
 def test_what_cannot_be_shown_is_named(store: FakeStore, file: str, text: str, said: str):
-    damaged = store.add_finished("half", "SLTT")
-    store.texts[damaged.id, file] = text
+    store.texts[store.add_finished("half", "SLTT").id, file] = text
     trial = store.add_finished("tried", "SLTT")
     store.texts[trial.id, "recipe.json"] = '{"version": 1, "recipe": {"protocol": "trial"}}'
     study = Live(store).study(store.members)

@@ -177,3 +177,19 @@ def test_a_run_that_goes_on_has_a_page():
         page.render(Study(title="t", runs=(run(state="running"), run("SLTT", state="failed"))))
     )
     assert "Learning curves" in html and "No baseline" in html and "The baseline is missing" in html
+
+
+def test_scaling_over_workers_is_shown_and_said_to_be_measured():
+    one, two = run("SLTT"), {"world_size": 2, "images_per_s": 150.0}
+    html = body(page.render(Study(title="by hand", runs=(one, run("SLTT", **two)))))
+    assert (
+        '<h2 id="scaling">' in html
+        and "Measured, not a model" in html
+        and 'download="by-hand-scaling.csv"' in html
+    )
+    apart = run("SLTT", **two, own_cores=True)
+    bare = body(page.render(Study(title="by hand", runs=(one, apart))))
+    assert (
+        'id="scaling"' not in bare
+        and "<b>Scaling over workers</b>: no rule has finished on two numbers" in bare
+    )

@@ -47,9 +47,8 @@ def test_a_metric_is_one_line(make_run: Callable, runs_dir: Path, monkeypatch: p
     store = FakeStore()
     for rule, value in (("BPTT", 0.5), ("SLTT", 0.25)):
         stored = store.add_finished(rule, rule)
-        summary = json.loads(store.texts[stored.id, "summary.json"])
         store.texts[stored.id, "summary.json"] = json.dumps(
-            {**summary, "weights": {"zeros": value}}
+            {**json.loads(store.texts[stored.id, "summary.json"]), "weights": {"zeros": value}}
         )
     shown = Asking(store).show(f"?study={KEY}")
     assert "share of zeros" in shown and "25.00% (×0.50)" in shown

@@ -82,9 +82,8 @@ def test_the_report_of_made_up_runs(recipes: dict[str, Recipe], tmp_path: Path) 
     share = make(tmp_path / "share")
     scenes, draw = 130, np.random.default_rng(0)
     for split in SPLITS:
-        folder = tmp_path / f"stamps-{split}"
         write_stamps(
-            folder,
+            tmp_path / f"stamps-{split}",
             source=share,
             size=40,
             split=int(split),

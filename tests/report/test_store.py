@@ -51,7 +51,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder.mkdir()
         (folder / "recipe.json").write_text('{"é": 1}')
         with RawJournal(folder / "journal.jsonl", attempt=0) as journal:
-            about = {"run_id": name * 8, "study_parent": "f" * 32, "suite": "a-suite"}
             journal.write(
                 event(
                     "start",
@@ -61,7 +60,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     family=family,
                     seed=seed,
                     params={"lr": "1"},
-                    **about,
+                    run_id=name * 8,
+                    study_parent="f" * 32,
+                    suite="a-suite",
                 )
             )
             for step in range(5):
@@ -72,8 +73,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
                         metrics={"loss": float("nan") if step == 3 else 1.0 / (step + 1)},
                     )
                 )
-            ending = event("failed") if name == "b" else event("finish", step=4, top1=0.5)
-            journal.write(ending)
+            journal.write(event("failed") if name == "b" else event("finish", step=4, top1=0.5))
         sync(folder, uri=uri)
     client = connect(uri)
     experiment = client.get_experiment_by_name("fashion")

@@ -94,8 +94,7 @@ def test_what_sweep_prints_is_what_a_page_reads():
     found = sweep(
         recipe, steps=(4,), rules=(spec(BPTT), spec(SLTT)), memory_bytes=500_000, at_largest=True
     )
-    printed = json.loads(json.dumps(found.to_json()))
-    table = largest_batches(sweep_of(printed, "sweep.json"))
+    table = largest_batches(sweep_of(json.loads(json.dumps(found.to_json())), "sweep.json"))
     assert table is not None and len(table.rows) == len(found.points)
     for row, point in zip(table.rows, found.points, strict=True):
         assert row[:3] == (point.cost.rule, 4, point.largest_batch)

@@ -1,6 +1,10 @@
+import csv
+import io
+import time
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -10,9 +14,11 @@ from pipeline.report import figures, tables
 from pipeline.report.claims import Claim
 from pipeline.report.drawing import Figure
 from pipeline.report.page import render
-from pipeline.report.results import Run
+from pipeline.report.results import SILENT_S, Run, describe_state
 from pipeline.report.study import Study
-from tests.helpers.hand_made import on, recipe, run, study
+from pipeline.report.tables import SCALING_SAID, provenance, scaling
+from pipeline.track.system import INTERVAL_S
+from tests.helpers.hand_made import MACHINE, on, recipe, run, study
 
 
 def test_costs_are_means_with_spread_and_ratio():
@@ -355,8 +361,7 @@ def test_how_groups_differ():
 
 
 def test_where_each_run_ran():
-    rows = tables.provenance(study(run("SLTT", seed=3, restart=True))).rows
-    assert rows[-1] == (
+    assert tables.provenance(study(run("SLTT", seed=3, restart=True))).rows[-1] == (
         "sltt-3",
         "SLTT",
         3,
@@ -371,8 +376,7 @@ def test_where_each_run_ran():
     )
     before = {**on(workers=2, cpu="another"), "own_cores": True}
     moved = run("SLTT", seed=3, trained_on=[before, on()])
-    row = tables.provenance(Study(title="t", runs=(moved,))).rows[0]
-    assert row[7:10] == (
+    assert tables.provenance(Study(title="t", runs=(moved,))).rows[0][7:10] == (
         "another, 2 cores, 1 thread; then a cpu, 2 cores, 1 thread",
         "2, then 1",
         "its own, then shared",
@@ -403,3 +407,142 @@ def test_what_is_sampled_says_so():
         f"{said}. States are counted on the second batch of each start and every 200th."
         in tables.BESIDE_SAID
     )
+
+
+@pytest.mark.parametrize(
+    ("minutes", "said"),
+    [
+        (1, "running"),
+        (14, "running"),
+        (25.5, "running, no word for 25 min"),
+        (300, "running, no word for 5 h"),
+    ],
+)
+def test_a_run_that_nobody_hears_of_says_so(minutes: float, said: str):
+    heard = time.time() - 60 * minutes
+    assert describe_state("running", heard) == said
+    assert (
+        describe_state("killed", heard) == "killed" and describe_state("running", None) == "running"
+    )
+    going = replace(run(state="running"), heard=heard)
+    assert provenance(Study(title="t", runs=(going,))).rows[0][4] == said
+
+
+def test_whoever_trains_is_heard_far_more_often():
+    assert SILENT_S >= 60 * INTERVAL_S
+
+
+def by(workers: int, images_per_s: float, rule: str = "SLTT", **about: object) -> Run:
+    return run(rule, world_size=workers, images_per_s=images_per_s, **about)
+
+
+def rows(*runs: Run) -> list[dict[str, str]]:
+    found = scaling(Study(title="by hand", runs=runs))
+    return [] if found is None else list(csv.DictReader(io.StringIO(found.to_csv())))
+
+
+def test_speed_up_and_efficiency_over_the_fewest_workers():
+    found = scaling(
+        Study(
+            title="t",
+            runs=(
+                by(8, 300.0),
+                by(2, 90.0),
+                by(2, 110.0, seed=1),
+                by(4, 150.0),
+            ),
+        )
+    )
+    assert found is not None and found.columns[:6] == (
+        "rule",
+        "workers",
+        "images/s, measured",
+        "its deviation",
+        "speed-up",
+        "efficiency",
+    )
+    assert [row[:3] for row in found.rows] == [
+        ("SLTT", 2, 100.0),
+        ("SLTT", 4, 150.0),
+        ("SLTT", 8, 300.0),
+    ]
+    assert [row[4:8] for row in found.rows] == [
+        (1.0, 1.0, "2 workers", 2),
+        (1.5, 0.75, "2 workers", 1),
+        (3.0, 0.75, "2 workers", 1),
+    ]
+
+
+def test_rules_are_apart():
+    found = rows(
+        by(1, 100.0),
+        by(2, 180.0),
+        by(1, 50.0, "BPTT"),
+        by(2, 75.0, "BPTT"),
+        by(4, 99.0, "OTTT-A"),
+    )
+    assert [(row["rule"], row["workers"], row["efficiency"]) for row in found] == [
+        ("BPTT", "1", "1.0"),
+        ("BPTT", "2", "0.75"),
+        ("SLTT", "1", "1.0"),
+        ("SLTT", "2", "0.9"),
+    ]
+
+
+GPUS = {**MACHINE, "gpu": "H100"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"hardware": {**MACHINE, "cpu": "another"}},
+        {"hardware": {**MACHINE, "threads": 2}},
+        {"hardware": GPUS},
+        {"own_cores": True},
+        {"loader_threads": 4},
+        {"study": "f" * 16},
+        {
+            "recipe": recipe(
+                "SLTT", rule={"target": "pipeline.rules.x.SLTT", "kwargs": {"rescale": True}}
+            )
+        },
+        {"state": "failed"},
+        {"images_per_s": None},
+        {"trained_on": [on(workers=1), on(workers=2)]},
+        {"trained_on": [on(workers=2, micro_batch=2)]},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_what_differs_in_more_is_not_set_beside(other: dict):
+    assert rows(by(1, 100.0), by(2, 180.0))
+    assert rows(by(1, 100.0), run("SLTT", world_size=2, **{"images_per_s": 180.0, **other})) == []
+
+
+def test_runs_are_in_the_micro_batches_that_the_recipe_asks_for():
+    """Of at most 3 samples a worker's share of 8 is taken in twos, and of 4 in twos, too; where
+    memory ran out in ones.
+    """
+    asked = recipe("SLTT", micro_batch=3)
+    one = run("SLTT", recipe=asked, images_per_s=100.0, trained_on=[on(workers=1, micro_batch=2)])
+    two, halved = (
+        run(
+            "SLTT",
+            recipe=asked,
+            images_per_s=150.0,
+            world_size=2,
+            trained_on=[on(workers=2, micro_batch=size)],
+        )
+        for size in (2, 1)
+    )
+    assert [row["efficiency"] for row in rows(one, two)] == ["1.0", "0.75"]
+    assert rows(one, halved) == []
+    assert (
+        "in other micro-batches than its recipe asks for, such as one that ran out of memory, is"
+        " left out" in SCALING_SAID
+    )
+
+
+def test_each_worker_has_a_card_of_its_own():
+    one, two = (by(count, 100.0 * count, hardware=GPUS) for count in (1, 2))
+    assert [row["efficiency"] for row in rows(one, two)] == ["1.0", "1.0"]
+    assert rows(one, two)[1]["machine"] == "H100"
