@@ -97,3 +97,8 @@ def make_run(runs_dir: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+def make_all(make_run: Callable[..., Path], runs: Mapping[str, Mapping[str, Any]]) -> list[Path]:
+    """Several runs, by name, each with the arguments of `make_run`."""
+    return [make_run(name, **about) for name, about in runs.items()]

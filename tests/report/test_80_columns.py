@@ -25,6 +25,7 @@ from pipeline.report.forecasts import print_plan, print_probe, print_sweep, show
 from pipeline.report.listing import print_runs
 from pipeline.rules.sltt import SLTT
 from tests.helpers.small import small_recipe
+from tests.report.conftest import make_all
 
 Print = Callable[[Console | None], None]
 
@@ -70,8 +71,13 @@ def study(make_run: Callable[..., Path], runs_dir: Path) -> Path:
                     "samples": 10_000,
                 },
             )
-    make_run(run_name("SLTT", 2), rule="SLTT", seed=2, end=None)
-    make_run(run_name("OTTT-A", 2), rule="OTTT-A", seed=2, end="diverged")
+    make_all(
+        make_run,
+        {
+            run_name("SLTT", 2): {"rule": "SLTT", "seed": 2, "end": None},
+            run_name("OTTT-A", 2): {"rule": "OTTT-A", "seed": 2, "end": "diverged"},
+        },
+    )
     return runs_dir
 
 

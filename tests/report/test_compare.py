@@ -29,7 +29,7 @@ from pipeline.report.suite import read_study
 from tests.helpers.events import RawJournal, event
 from tests.helpers.hand_made import run
 from tests.helpers.small import command
-from tests.report.conftest import RECIPE, STUDY
+from tests.report.conftest import RECIPE, STUDY, make_all
 
 
 def text_of(comparison: Comparison, *, width: int = 120) -> str:
@@ -55,10 +55,19 @@ def trained(*, workers: int = 2, micro_batch: int = 32, cpu: str = "a cpu") -> d
 
 
 def test_costs_beside_the_baseline(make_run: Callable, runs_dir: Path):
-    make_run(
-        "sltt", rule="SLTT", top1=0.81, peak_saved_bytes=2_000_000, images_per_s=150.0, wall_s=100.0
+    make_all(
+        make_run,
+        {
+            "sltt": {
+                "rule": "SLTT",
+                "top1": 0.81,
+                "peak_saved_bytes": 2_000_000,
+                "images_per_s": 150.0,
+                "wall_s": 100.0,
+            },
+            "bptt": {},
+        },
     )
-    make_run("bptt")
     comparison = compare(runs_dir)
     assert comparison.group.study == STUDY
     assert [run.name for run in comparison.group.finished] == ["bptt", "sltt"]
@@ -87,8 +96,7 @@ def test_costs_beside_the_baseline(make_run: Callable, runs_dir: Path):
 def test_the_baseline_comes_first_whatever_the_others_are_called(
     make_run: Callable, runs_dir: Path
 ):
-    make_run("a", rule="ADJOINT")
-    make_run("z")
+    make_all(make_run, {"a": {"rule": "ADJOINT"}, "z": {}})
     assert [run.name for run in compare(runs_dir).group.finished] == ["z", "a"]
 
 
@@ -110,11 +118,16 @@ def test_several_seeds_are_a_mean_and_a_spread(make_run: Callable, runs_dir: Pat
 
 
 def test_ratios_are_of_paired_seeds(make_run: Callable, runs_dir: Path):
-    make_run("bptt-0", peak_saved_bytes=8_000_000)
-    make_run("bptt-5", seed=5, peak_saved_bytes=80_000_000)
-    make_run("sltt-0", rule="SLTT", peak_saved_bytes=2_000_000)
-    make_run("sltt-9", rule="SLTT", seed=9, peak_saved_bytes=2_000_000)
-    make_run("ottt-7", rule="OTTT", seed=7)
+    make_all(
+        make_run,
+        {
+            "bptt-0": {"peak_saved_bytes": 8_000_000},
+            "bptt-5": {"seed": 5, "peak_saved_bytes": 80_000_000},
+            "sltt-0": {"rule": "SLTT", "peak_saved_bytes": 2_000_000},
+            "sltt-9": {"rule": "SLTT", "seed": 9, "peak_saved_bytes": 2_000_000},
+            "ottt-7": {"rule": "OTTT", "seed": 7},
+        },
+    )
     comparison = compare(runs_dir)
     found = {run["run"]: run["ratios"]["peak_saved_bytes"] for run in comparison.to_json()["runs"]}
     assert found == {"bptt-0": 1.0, "bptt-5": 1.0, "ottt-7": None, "sltt-0": 0.25, "sltt-9": None}
@@ -128,16 +141,20 @@ def test_ratios_are_of_paired_seeds(make_run: Callable, runs_dir: Path):
 
 
 def test_time_is_divided_by_the_faster_bptt(make_run: Callable, runs_dir: Path):
-    make_run("bptt", steady_forward_s=0.04, steady_backward_s=0.08)
-    make_run(
-        "stepped",
-        rule="BPTT-chunk-1",
-        steady_forward_s=0.04,
-        steady_backward_s=0.02,
-        wall_s=100.0,
-        images_per_s=200.0,
+    make_all(
+        make_run,
+        {
+            "bptt": {"steady_forward_s": 0.04, "steady_backward_s": 0.08},
+            "stepped": {
+                "rule": "BPTT-chunk-1",
+                "steady_forward_s": 0.04,
+                "steady_backward_s": 0.02,
+                "wall_s": 100.0,
+                "images_per_s": 200.0,
+            },
+            "sltt": {"rule": "SLTT", "wall_s": 50.0, "peak_saved_bytes": 2_000_000},
+        },
     )
-    make_run("sltt", rule="SLTT", wall_s=50.0, peak_saved_bytes=2_000_000)
     comparison = compare(runs_dir, ["sltt"])
     assert [run.name for run in comparison.group.finished] == ["bptt", "stepped", "sltt"]
     divided = "images/s, wall clock and compute time are divided by BPTT-chunk-1's, the faster BPTT"
@@ -181,16 +198,29 @@ def test_the_choices_that_decide_a_comparison_stand_in_every_row(
             "trained_on": [trained(micro_batch=16)],
         }
 
-    make_run("bptt", steady_forward_s=0.04, steady_backward_s=0.08, **told(6))
-    make_run(
-        "stepped", rule="BPTT-chunk-1", steady_forward_s=0.04, steady_backward_s=0.02, **told(1)
+    make_all(
+        make_run,
+        {
+            "bptt": {"steady_forward_s": 0.04, "steady_backward_s": 0.08, **told(6)},
+            "stepped": {
+                "rule": "BPTT-chunk-1",
+                "steady_forward_s": 0.04,
+                "steady_backward_s": 0.02,
+                **told(1),
+            },
+            "sltt": {"rule": "SLTT", **told(1)},
+        },
     )
-    make_run("sltt", rule="SLTT", **told(1))
     recomputed = {
         "recipe": {"time_steps": 6, "rule": {"target": "x", "kwargs": {"recompute": True}}}
     }
-    make_run("recompute", rule="BPTT-recompute", **{**told(1), **recomputed})
-    make_run("old", rule="OTTT-A", trained_on=[trained(micro_batch=16)])
+    make_all(
+        make_run,
+        {
+            "recompute": {"rule": "BPTT-recompute", **told(1), **recomputed},
+            "old": {"rule": "OTTT-A", "trained_on": [trained(micro_batch=16)]},
+        },
+    )
     comparison = compare(runs_dir)
     rows = [re.split(r"  +", line.strip()) for line in text_of(comparison).splitlines()]
     same = ["BPTT", "BPTT-chunk-1", "detached", "step", "bf16"]
@@ -362,8 +392,13 @@ def test_a_halved_micro_batch_is_not_compared_with_a_whole_one(make_run: Callabl
 def test_a_run_that_changed_on_the_way_is_not_compared_by_its_end(
     make_run: Callable, runs_dir: Path, before: dict[str, Any], said: str
 ):
-    make_run("bptt", trained_on=[trained()], loader_threads=1)
-    make_run("sltt", rule="SLTT", trained_on=[before, trained()], loader_threads=1)
+    make_all(
+        make_run,
+        {
+            "bptt": {"trained_on": [trained()], "loader_threads": 1},
+            "sltt": {"rule": "SLTT", "trained_on": [before, trained()], "loader_threads": 1},
+        },
+    )
     with pytest.raises(
         ComparisonError, match=f"differ in more than the rule and the seed: {said};"
     ):
@@ -371,13 +406,21 @@ def test_a_run_that_changed_on_the_way_is_not_compared_by_its_end(
 
 
 def test_time_and_energy_stand_beside_what_was_always_compared(make_run: Callable, runs_dir: Path):
-    make_run("bptt", steady_forward_s=0.04, steady_backward_s=0.08, inference={"energy_j": 4e-6})
-    make_run(
-        "sltt",
-        rule="SLTT",
-        steady_forward_s=0.03,
-        steady_backward_s=0.03,
-        inference={"energy_j": 1e-6},
+    make_all(
+        make_run,
+        {
+            "bptt": {
+                "steady_forward_s": 0.04,
+                "steady_backward_s": 0.08,
+                "inference": {"energy_j": 4e-6},
+            },
+            "sltt": {
+                "rule": "SLTT",
+                "steady_forward_s": 0.03,
+                "steady_backward_s": 0.03,
+                "inference": {"energy_j": 1e-6},
+            },
+        },
     )
     comparison = compare(runs_dir)
     told = comparison.to_json()["runs"][1]
@@ -408,8 +451,13 @@ def test_time_and_energy_stand_beside_what_was_always_compared(make_run: Callabl
 
 
 def test_what_cards_measured_stands_beside_the_estimate(make_run: Callable, runs_dir: Path):
-    make_run("bptt", inference={"energy_j": 4e-6, "measured_j": 0.02})
-    make_run("sltt", rule="SLTT", inference={"energy_j": 1e-6, "measured_j": 0.015})
+    make_all(
+        make_run,
+        {
+            "bptt": {"inference": {"energy_j": 4e-6, "measured_j": 0.02}},
+            "sltt": {"rule": "SLTT", "inference": {"energy_j": 1e-6, "measured_j": 0.015}},
+        },
+    )
     comparison = compare(runs_dir)
     told = comparison.to_json()["runs"][1]
     assert (
@@ -429,8 +477,13 @@ def test_what_cards_measured_stands_beside_the_estimate(make_run: Callable, runs
 
 
 def test_bytes_stand_without_and_with_states(make_run: Callable, runs_dir: Path):
-    make_run("bptt", state_bytes=2_000_000)
-    make_run("sltt", rule="SLTT", peak_saved_bytes=2_000_000, state_bytes=3_000_000)
+    make_all(
+        make_run,
+        {
+            "bptt": {"state_bytes": 2_000_000},
+            "sltt": {"rule": "SLTT", "peak_saved_bytes": 2_000_000, "state_bytes": 3_000_000},
+        },
+    )
     comparison = compare(runs_dir)
     assert re.search("saved bytes +saved bytes and states", text_of(comparison, width=160))
     assert re.search(r"SLTT .* 2 MB +×0.25 +5 MB +×0.50 ", text_of(comparison, width=160))
@@ -449,8 +502,7 @@ def test_one_machine_needs_no_telling(make_run: Callable, runs_dir: Path):
 
 
 def test_csv_has_a_line_for_each_run(make_run: Callable, runs_dir: Path):
-    make_run("bptt")
-    make_run("sltt", rule="SLTT", peak_saved_bytes=2_000_000)
+    make_all(make_run, {"bptt": {}, "sltt": {"rule": "SLTT", "peak_saved_bytes": 2_000_000}})
     rows = list(csv.DictReader(io.StringIO(csv_of([compare(runs_dir)]))))
     assert [row["run"] for row in rows] == ["bptt", "sltt"]
     assert list(rows[0])[:4] == ["run", "rule", "seed", "study"]
@@ -462,10 +514,15 @@ def test_csv_has_a_line_for_each_run(make_run: Callable, runs_dir: Path):
 
 
 def test_the_newest_study_that_has_a_finished_run(make_run: Callable, runs_dir: Path):
-    make_run("old")
-    make_run("new-bptt", study="f" * 16)
-    make_run("new-sltt", study="f" * 16, rule="SLTT", end=None)
-    make_run("unfinished", study="e" * 16, end="failed")
+    make_all(
+        make_run,
+        {
+            "old": {},
+            "new-bptt": {"study": "f" * 16},
+            "new-sltt": {"study": "f" * 16, "rule": "SLTT", "end": None},
+            "unfinished": {"study": "e" * 16, "end": "failed"},
+        },
+    )
     comparison = compare(runs_dir)
     assert comparison.group.study == "f" * 16
     assert [run.name for run in comparison.group.finished] == ["new-bptt"]
@@ -480,10 +537,15 @@ def test_the_newest_study_that_has_a_finished_run(make_run: Callable, runs_dir: 
 
 
 def test_what_diverged_has_its_row_and_divides_nothing(make_run: Callable, runs_dir: Path):
-    make_run("bptt")
-    make_run("sltt-0", rule="SLTT", top1=0.8)
-    make_run("sltt-1", rule="SLTT", seed=1, end="diverged")
-    make_run("sltt-k1", rule="SLTT-1", end="diverged")
+    make_all(
+        make_run,
+        {
+            "bptt": {},
+            "sltt-0": {"rule": "SLTT", "top1": 0.8},
+            "sltt-1": {"rule": "SLTT", "seed": 1, "end": "diverged"},
+            "sltt-k1": {"rule": "SLTT-1", "end": "diverged"},
+        },
+    )
     comparison = compare(runs_dir)
     text = text_of(comparison)
     assert re.search(r"SLTT \(1 of 2 runs, 1 diverged\) +80.00% +×0.89 ", text)
@@ -505,8 +567,17 @@ def test_seeds_that_did_not_diverge_do_not_speak_for_one_that_did(
     make_run: Callable, runs_dir: Path
 ):
     for seed in range(3):
-        make_run(f"bptt-{seed}", seed=seed)
-        make_run(f"sltt-{seed}", seed=seed, rule="SLTT", end="diverged" if seed == 2 else "finish")
+        make_all(
+            make_run,
+            {
+                f"bptt-{seed}": {"seed": seed},
+                f"sltt-{seed}": {
+                    "seed": seed,
+                    "rule": "SLTT",
+                    "end": "diverged" if seed == 2 else "finish",
+                },
+            },
+        )
     make_run("sltt-9", seed=9, rule="SLTT", end="diverged")  # of a seed that BPTT has not
     elsewhere = {"cpu": "another", "cores": 2, "gpu": "none"}
     make_run("ottt-far", rule="OTTT", seed=1, end="diverged", hardware=elsewhere)
@@ -548,9 +619,7 @@ def test_comparing_does_not_wait_for_torch():
 
 
 def test_named_runs_get_the_baseline_of_their_study(make_run: Callable, runs_dir: Path):
-    make_run("bptt")
-    make_run("sltt", rule="SLTT")
-    make_run("ottt", rule="OTTT")
+    make_all(make_run, {"bptt": {}, "sltt": {"rule": "SLTT"}, "ottt": {"rule": "OTTT"}})
     assert [run.name for run in compare(runs_dir, ["sltt"]).group.finished] == ["bptt", "sltt"]
     assert [
         run.name for run in compare(runs_dir, [runs_dir / "ottt", "bptt", "ottt"]).group.finished
@@ -603,8 +672,7 @@ def test_many_names_are_looked_up_in_one_list(
 
 
 def test_without_a_baseline_there_are_no_ratios(make_run: Callable, runs_dir: Path):
-    make_run("sltt", rule="SLTT")
-    make_run("other", study="f" * 16)
+    make_all(make_run, {"sltt": {"rule": "SLTT"}, "other": {"study": "f" * 16}})
     comparison = compare(runs_dir, ["sltt"])
     assert (
         comparison.to_json()["baseline"] is None and comparison.to_json()["time_baseline"] is None
@@ -616,8 +684,7 @@ def test_without_a_baseline_there_are_no_ratios(make_run: Callable, runs_dir: Pa
 
 
 def test_a_baseline_from_another_machine_is_none(make_run: Callable, runs_dir: Path):
-    make_run("sltt", rule="SLTT")
-    make_run("bptt", world_size=8)
+    make_all(make_run, {"sltt": {"rule": "SLTT"}, "bptt": {"world_size": 8}})
     assert "no ratios: bptt does not stand comparison: world_size: 8 and 2" in text_of(
         compare(runs_dir, ["sltt"])
     )
@@ -664,8 +731,13 @@ def test_a_baseline_from_another_machine_is_none(make_run: Callable, runs_dir: P
 def test_other_studies_are_refused_and_what_differs_is_named(
     make_run: Callable, runs_dir: Path, recipe: dict[str, Any], summary: dict[str, Any], said: str
 ):
-    make_run("bptt")
-    make_run("sltt", rule="SLTT", seed=5, study="f" * 16, recipe=recipe, **summary)
+    make_all(
+        make_run,
+        {
+            "bptt": {},
+            "sltt": {"rule": "SLTT", "seed": 5, "study": "f" * 16, "recipe": recipe, **summary},
+        },
+    )
     with pytest.raises(ComparisonError) as caught:
         compare(runs_dir, ["bptt", "sltt"])
     line = str(caught.value)
@@ -687,22 +759,25 @@ def test_other_studies_are_refused_and_what_differs_is_named(
 def test_other_machines_are_refused(
     make_run: Callable, runs_dir: Path, summary: dict[str, Any], said: str
 ):
-    make_run("bptt")
-    make_run("sltt", rule="SLTT", **summary)
+    make_all(make_run, {"bptt": {}, "sltt": {"rule": "SLTT", **summary}})
     with pytest.raises(ComparisonError, match=said):
         compare(runs_dir)
 
 
 def test_long_lists_of_differences_are_cut(make_run: Callable, runs_dir: Path):
-    make_run("bptt")
-    make_run("sltt", study="f" * 16, recipe={f"field{i}": i for i in range(9)})
+    make_all(
+        make_run,
+        {"bptt": {}, "sltt": {"study": "f" * 16, "recipe": {f"field{i}": i for i in range(9)}}},
+    )
     with pytest.raises(ComparisonError, match=r"field5.*; and 3 more"):
         compare(runs_dir, ["bptt", "sltt"])
 
 
 def test_commits_are_those_of_every_start(make_run: Callable, runs_dir: Path):
-    make_run("bptt", commits=["abc"])
-    make_run("sltt", rule="SLTT", commits=["abc", "def"])
+    make_all(
+        make_run,
+        {"bptt": {"commits": ["abc"]}, "sltt": {"rule": "SLTT", "commits": ["abc", "def"]}},
+    )
     assert "different commits: abc, def" in text_of(compare(runs_dir))
 
 
@@ -754,9 +829,14 @@ def test_two_tunings_of_the_baseline_are_no_one_baseline(make_run: Callable, run
         optimizer = {"target": "timm.optim.create", "kwargs": {"opt": "sgd", "lr": rate}}
         return {"protocol": "tuned", "tuned": ["optimizer.lr"], "optimizer": optimizer}
 
-    make_run("bptt-a", recipe=tuned(0.1))
-    make_run("bptt-b", seed=1, recipe=tuned(0.3))
-    make_run("sltt", rule="SLTT", recipe=tuned(0.6))
+    make_all(
+        make_run,
+        {
+            "bptt-a": {"recipe": tuned(0.1)},
+            "bptt-b": {"seed": 1, "recipe": tuned(0.3)},
+            "sltt": {"rule": "SLTT", "recipe": tuned(0.6)},
+        },
+    )
     said = (
         r"bptt-a and bptt-b differ in more than the rule and the seed: optimizer\.lr: 0\.1 and"
         r" 0\.3; name runs that agree"
@@ -770,9 +850,14 @@ def test_two_tunings_of_the_baseline_are_no_one_baseline(make_run: Callable, run
         "bptt-b",
         "sltt",
     ]
-    make_run("bptt-c", seed=2, study="f" * 16, recipe=tuned(0.1))
-    make_run("bptt-d", seed=3, study="f" * 16, recipe=tuned(0.1))
-    make_run("ottt", rule="OTTT", study="f" * 16, recipe=tuned(0.3))
+    make_all(
+        make_run,
+        {
+            "bptt-c": {"seed": 2, "study": "f" * 16, "recipe": tuned(0.1)},
+            "bptt-d": {"seed": 3, "study": "f" * 16, "recipe": tuned(0.1)},
+            "ottt": {"rule": "OTTT", "study": "f" * 16, "recipe": tuned(0.3)},
+        },
+    )
     assert [run.name for run in compare(runs_dir, ["ottt"]).group.finished] == [
         "bptt-c",
         "bptt-d",
@@ -781,8 +866,13 @@ def test_two_tunings_of_the_baseline_are_no_one_baseline(make_run: Callable, run
 
 
 def test_values_that_are_missing_or_nan(make_run: Callable, runs_dir: Path):
-    make_run("bptt", images_per_s=None, peak_saved_bytes=0)
-    make_run("sltt", rule="SLTT", top1=math.nan, peak_saved_bytes=5)
+    make_all(
+        make_run,
+        {
+            "bptt": {"images_per_s": None, "peak_saved_bytes": 0},
+            "sltt": {"rule": "SLTT", "top1": math.nan, "peak_saved_bytes": 5},
+        },
+    )
     comparison = compare(runs_dir)
     assert comparison.to_json()["runs"][1]["ratios"]["images_per_s"] is None
     assert comparison.to_json()["runs"][1]["ratios"]["peak_saved_bytes"] is None
@@ -845,8 +935,13 @@ def test_a_run_that_does_not_say_its_rule_is_of_an_unknown_one(make_run: Callabl
 
 
 def test_units(make_run: Callable, runs_dir: Path):
-    make_run("bptt", peak_saved_bytes=12_345_000_000, wall_s=7384.0)
-    make_run("sltt", rule="SLTT", peak_saved_bytes=12_345, wall_s=12.34)
+    make_all(
+        make_run,
+        {
+            "bptt": {"peak_saved_bytes": 12_345_000_000, "wall_s": 7384.0},
+            "sltt": {"rule": "SLTT", "peak_saved_bytes": 12_345, "wall_s": 12.34},
+        },
+    )
     text = text_of(compare(runs_dir))
     assert re.search(r"12.3[45] GB +×1.00 .* 2 h 03 min", text)
     assert re.search(r"12.3[45] kB +×1e-06 .* 12.3 s +×0.00167", text)
@@ -876,12 +971,16 @@ def test_printing_in_each_format(
 
 
 def test_one_label_for_two_rules_is_refused(make_run: Callable, runs_dir: Path):
-    make_run("bptt")
-    make_run("plain", rule="SLTT-1", recipe={"rule": {"target": "SLTT", "kwargs": {"k": 1}}})
-    make_run(
-        "rescaled",
-        rule="SLTT-1",
-        recipe={"rule": {"target": "SLTT", "kwargs": {"k": 1, "rescale": True}}},
+    make_all(
+        make_run,
+        {
+            "bptt": {},
+            "plain": {"rule": "SLTT-1", "recipe": {"rule": {"target": "SLTT", "kwargs": {"k": 1}}}},
+            "rescaled": {
+                "rule": "SLTT-1",
+                "recipe": {"rule": {"target": "SLTT", "kwargs": {"k": 1, "rescale": True}}},
+            },
+        },
     )
     with pytest.raises(ComparisonError, match=r'rule\.rescale: "\(absent\)" and true'):
         compare(runs_dir, ["bptt", "plain", "rescaled"])
@@ -945,9 +1044,14 @@ def test_the_table_says_which(make_run: Callable, runs_dir: Path):
     for seed, (bptt, sltt, ottt) in enumerate(
         [(0.91, 0.909, 0.89), (0.92, 0.919, 0.90), (0.90, 0.8995, 0.88)]
     ):
-        make_run(f"b{seed}", seed=seed, top1=bptt)
-        make_run(f"s{seed}", seed=seed, rule="SLTT", top1=sltt)
-        make_run(f"o{seed}", seed=seed, rule="OTTT-A", top1=ottt)
+        make_all(
+            make_run,
+            {
+                f"b{seed}": {"seed": seed, "top1": bptt},
+                f"s{seed}": {"seed": seed, "rule": "SLTT", "top1": sltt},
+                f"o{seed}": {"seed": seed, "rule": "OTTT-A", "top1": ottt},
+            },
+        )
     verdicts = {each.rule: each.verdict(0.7) for each in compare(runs_dir).group.differences}
     assert verdicts == {"SLTT": "holds", "OTTT-A": "fails"}
     other = compare(runs_dir, against="OTTT-A")

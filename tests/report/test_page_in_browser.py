@@ -120,8 +120,7 @@ def test_it_is_quiet_alone_and_accessible(
     drawn(page, scheme)
     page.locator("details").first.evaluate("node => node.open = true")
     assert violations(page) == []
-    assert watch.said == []
-    assert watch.asked == [real[1].as_uri()]
+    assert (watch.said, watch.asked) == ([], [real[1].as_uri()])
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
 
 

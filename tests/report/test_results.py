@@ -21,7 +21,7 @@ from pipeline.track.mlflow import sync
 from tests.helpers.events import RawJournal, event
 from tests.helpers.fake_store import FakeStore
 from tests.helpers.hand_made import KEY
-from tests.report.conftest import STUDY
+from tests.report.conftest import STUDY, make_all
 from tests.report.test_compare import text_of
 from tests.report.test_dashboard import Asking
 
@@ -32,8 +32,10 @@ def test_a_metric_is_one_line(make_run: Callable, runs_dir: Path, monkeypatch: p
         "METRICS",
         [*METRICS, Metric("sparsity", "share of zeros", "share", "less", "weights.zeros")],
     )
-    make_run("bptt", weights={"zeros": 0.5})
-    make_run("sltt", rule="SLTT", weights={"zeros": 0.25})
+    make_all(
+        make_run,
+        {"bptt": {"weights": {"zeros": 0.5}}, "sltt": {"rule": "SLTT", "weights": {"zeros": 0.25}}},
+    )
     assert pipeline.results(runs_dir)["sparsity"].tolist() == [0.5, 0.25]
     found = compare(runs_dir)
     assert "share of zeros" in text_of(found) and "25.00%  ×0.50" in text_of(found)

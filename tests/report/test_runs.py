@@ -12,7 +12,7 @@ from pipeline.report.results import ReportError
 from pipeline.report.selection import find_run
 from pipeline.track.mlflow import SyncReport
 from tests.helpers.small import command
-from tests.report.conftest import STUDY
+from tests.report.conftest import STUDY, make_all
 
 
 def test_a_run_is_found_by_name_beginning_and_path(
@@ -20,8 +20,7 @@ def test_a_run_is_found_by_name_beginning_and_path(
 ):
     first, second = make_run("fashion-sltt"), make_run("fashion-bptt")
     assert find_run(runs_dir, "fashion-sltt") == first
-    assert find_run(runs_dir, "fashion-b") == second
-    assert find_run(runs_dir, first) == first
+    assert (find_run(runs_dir, "fashion-b"), find_run(runs_dir, first)) == (second, first)
     monkeypatch.chdir(runs_dir.parent)
     assert find_run("runs", "runs/fashion-sltt") == find_run("runs", "fashion-s") == first
     assert find_run("elsewhere", str(first)) == first
@@ -99,8 +98,7 @@ def test_an_exact_name_wins_over_a_longer_one(make_run: Callable, runs_dir: Path
 def test_a_name_that_is_wrong_or_not_enough(make_run: Callable, runs_dir: Path):
     with pytest.raises(ReportError, match=r"no run 'x' in .*runs, which has no runs"):
         find_run(runs_dir, "x")
-    make_run("fashion-sltt")
-    make_run("fashion-bptt")
+    make_all(make_run, {"fashion-sltt": {}, "fashion-bptt": {}})
     with pytest.raises(
         ReportError, match=r"no run 'x' in .*; there are fashion-bptt, fashion-sltt"
     ):
@@ -114,11 +112,16 @@ def test_a_name_that_is_wrong_or_not_enough(make_run: Callable, runs_dir: Path):
 
 
 def test_every_state_is_told_with_the_command_that_resumes(make_run: Callable, runs_dir: Path):
-    make_run("done")
-    make_run("asked", end="stopped")
-    make_run("broken", end="failed", rule="SLTT")
-    make_run("killed", end=None)
-    make_run("held", end=None)
+    make_all(
+        make_run,
+        {
+            "done": {},
+            "asked": {"end": "stopped"},
+            "broken": {"end": "failed", "rule": "SLTT"},
+            "killed": {"end": None},
+            "held": {"end": None},
+        },
+    )
     (runs_dir / "prepared").mkdir()
     (runs_dir / "prepared" / "recipe.json").write_text("{}")
     (runs_dir / "no_run").mkdir()
@@ -170,8 +173,7 @@ def test_the_list_in_print(make_run: Callable, runs_dir: Path):
     out = io.StringIO()
     print_runs(runs_dir, Console(file=out, width=80))
     assert "no runs in" in out.getvalue()
-    make_run("[red]odd name", end=None)
-    make_run("done")
+    make_all(make_run, {"[red]odd name": {"end": None}, "done": {}})
     print_runs(runs_dir, Console(file=out, width=80))
     assert "done" in out.getvalue()
     assert "90.00%" in out.getvalue()

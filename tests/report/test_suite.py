@@ -18,7 +18,7 @@ from pipeline.report.page import publish
 from pipeline.report.results import ReportError
 from pipeline.report.suite import own_report, print_protocols, print_suite, read_study
 from tests.helpers.small import command, small_recipe
-from tests.report.conftest import STUDY
+from tests.report.conftest import STUDY, make_all
 from tests.report.test_figures import SWEEP
 
 
@@ -31,9 +31,10 @@ def make_suite(runs_dir: Path, *runs: str, told: object = None) -> Path:
 
 
 def test_as_compare_takes_them(make_run: Callable, runs_dir: Path):
-    make_run("bptt")
-    make_run("sltt", rule="SLTT")
-    make_run("other", study="f" * 16, rule="SLTT")
+    make_all(
+        make_run,
+        {"bptt": {}, "sltt": {"rule": "SLTT"}, "other": {"study": "f" * 16, "rule": "SLTT"}},
+    )
     study, out, _ = read_study(runs_dir, [STUDY[:6]])
     assert [run.name for run in study.runs] == ["bptt", "sltt"]
     assert (study.title, out) == (f"Study {STUDY[:8]}", runs_dir / f"report-study-{STUDY[:8]}.html")
@@ -100,10 +101,18 @@ def test_a_suite_without_a_report_as_json_and_csv(
     folder = make_suite(runs_dir, "bptt", "sltt", "trial", "failed", "not-begun")
     print_suite(folder, format="json")
     assert json.loads(capsys.readouterr().out) == []
-    make_run("bptt")
-    make_run("sltt", rule="SLTT", wall_s=100.0)
-    make_run("trial", study="f" * 16, recipe={"protocol": "trial", "tuned": ["optimizer.lr"]})
-    make_run("failed", study="e" * 16, end="failed")
+    make_all(
+        make_run,
+        {
+            "bptt": {},
+            "sltt": {"rule": "SLTT", "wall_s": 100.0},
+            "trial": {
+                "study": "f" * 16,
+                "recipe": {"protocol": "trial", "tuned": ["optimizer.lr"]},
+            },
+            "failed": {"study": "e" * 16, "end": "failed"},
+        },
+    )
     print_suite(folder, format="json")
     said = capsys.readouterr()
     [told] = json.loads(said.out)
@@ -131,8 +140,7 @@ def test_a_suites_study_of_which_all_diverged_is_named_and_the_others_have_their
     make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]
 ):
     folder = make_suite(runs_dir, "bptt", "lost")
-    make_run("bptt")
-    make_run("lost", study="e" * 16, end="diverged")
+    make_all(make_run, {"bptt": {}, "lost": {"study": "e" * 16, "end": "diverged"}})
     print_suite(folder)
     said = capsys.readouterr().out
     assert "BPTT" in said and said.endswith(
@@ -144,8 +152,7 @@ def test_trials_are_no_seeds(make_run: Callable, runs_dir: Path):
     """Three learning rates of each rule on nine tenths of the training set: a launch with --tune,
     stopped during its trials.
     """
-    make_run("bptt")
-    make_run("sltt", rule="SLTT")
+    make_all(make_run, {"bptt": {}, "sltt": {"rule": "SLTT"}})
     for rule in ("BPTT", "SLTT"):
         for rate in (0.03, 0.1, 0.3):
             optimizer = {"target": "timm.optim.create", "kwargs": {"lr": rate}}
