@@ -29,7 +29,7 @@ from pipeline.models.transforms import multi_head, select_head
 from pipeline.recipe.phases import Phase
 from pipeline.recipe.recipe import Checkpointing, Policy, Recipe, spec, write_json
 from pipeline.report.forecasts import show_recipe
-from pipeline.report.listing import list_runs
+from pipeline.report.selection import list_runs
 from pipeline.rules.base import LossOf, LossTerm
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT

@@ -135,6 +135,6 @@ def dashboard(
 @commands.command("runs", epilog="Example: spiketrain runs --runs /scratch/runs")
 def runs_(runs: Runs = RUNS) -> None:
     """List suites and runs with their state and the command that resumes each."""
-    from pipeline.report.listing import print_runs
+    from pipeline.report.selection import print_runs
 
     print_runs(runs)

@@ -67,29 +67,22 @@ def firing_rates(group: Group) -> Figure | Missing:
 def gradient_fidelity(group: Group) -> Figure | Missing:
     """Layer x rule: the cosine of a rule's gradient with BPTT's at the newest comparison."""
     title = "Gradient fidelity: cosine with BPTT's gradient"
-    of_rule = {rule: cosines for rule in group.rules if (cosines := _cosines(group, rule))}
+    of_rule = [(rule, cosines) for rule in group.rules if (cosines := _cosines(group, rule))]
     if not of_rule:
         why = (
             "no run compared its gradient with BPTT's; --set evaluation.fidelity_every=1 does"
             " after each epoch"
         )
-        return Missing(
-            title=title,
-            why=_describe_pending(run for run in group.runs if run.rule != group.against) or why,
-        )
-    layers = list(dict.fromkeys(layer for cosines in of_rule.values() for layer in cosines))
-    rows = [(layer, rule, of_rule[rule].get(layer)) for layer in layers for rule in of_rule]
-    known = [(value, layer, rule) for layer, rule, value in rows if value is not None]
-    least = min([0.0, *(value for value, _, _ in known)])
-
-    z = [[cosines.get(layer) for cosines in of_rule.values()] for layer in layers]
-    heat = _map(
-        z, x=[plain(rule) for rule in of_rule], y=layers, least=least, most=1.0, written=".2f"
-    )
-    summary = (
-        "none is known" if not known else "the lowest is {0:.2f}, of {2} in {1}".format(*min(known))
-    )
-    away = ", below 0: away from it" if least < 0 else ""
+        others = (run for run in group.runs if run.rule != group.against)
+        return Missing(title=title, why=_describe_pending(others) or why)
+    rows, drawn = _by_layer(of_rule)
+    known = [(value, rule, layer) for layer, rule, value in rows if value is not None]
+    summary, away = "none is known", ""
+    if known:
+        least, rule, layer = min(known)
+        summary = f"the lowest is {least:.2f}, of {rule} in {layer}"
+        away = ", below 0: away from it" if least < 0 else ""
+    layers = len({layer for layer, _, _ in rows})
     return Figure(
         name="gradient-fidelity",
         title=title,
@@ -98,12 +91,9 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
             " the weights of the newest comparison, the mean over runs; a rule that draws its time"
             " steps is drawn once in each."
         ),
-        alt=(
-            f"Cosines of {counted(len(of_rule), 'rule')} in {counted(len(layers), 'layer')}:"
-            f" {summary}."
-        ),
-        table=Table(columns=("layer", "rule", "cosine"), rows=tuple(rows)),
-        drawing=_single(heat, layers),
+        alt=f"Cosines of {counted(len(of_rule), 'rule')} in {counted(layers, 'layer')}: {summary}.",
+        table=Table(columns=("layer", "rule", "cosine"), rows=rows),
+        drawing=drawn,
     )
 
 
@@ -117,23 +107,15 @@ def temporal_share(group: Group) -> Figure | Missing:
         why = "no run compared gradients; --set evaluation.fidelity_every=1 does after each epoch"
         return Missing(title=title, why=_describe_pending(group.runs) or why)
     run = next((run for run in looked if run.rule == "SLTT"), looked[0])
-    looks = run.history.fidelity
-    layers = list(dict.fromkeys(layer for each in looks for layer in each.temporal_share))
-    times = ["start" if each.epoch is None else f"epoch {each.epoch + 1}" for each in looks]
-    moments = list(zip(times, looks, strict=True))
-    rows = [
-        (layer, time, each.temporal_share.get(layer)) for layer in layers for time, each in moments
+    moments = [
+        ("start" if each.epoch is None else f"epoch {each.epoch + 1}", each.temporal_share)
+        for each in run.history.fidelity
     ]
-
-    z = [[each.temporal_share.get(layer) for each in looks] for layer in layers]
-    most = max([1.0, *(value for row in z for value in row if value is not None)])
-    heat = _map(z, x=times, y=layers, most=most, written=".2f")
-    known = [
-        (value, layer) for layer, time, value in rows if time == times[-1] and value is not None
-    ]
-    summary = (
-        "nothing is known" if not known else "it is largest in {1}, {0:.2f}".format(*max(known))
-    )
+    rows, drawn = _by_layer(moments)
+    last, shares = moments[-1]
+    known = [(value, layer) for layer, value in shares.items() if value is not None]
+    summary = "it is largest in {1}, {0:.2f}".format(*max(known)) if known else "nothing is known"
+    layers = len({layer for layer, _, _ in rows})
     return Figure(
         name="temporal-share",
         title=title,
@@ -142,12 +124,31 @@ def temporal_share(group: Group) -> Figure | Missing:
             f" {run.name}."
         ),
         alt=(
-            f"In {counted(len(layers), 'layer')} at {counted(len(times), 'moment')}; at the last,"
-            f" {times[-1]}, {summary}."
+            f"In {counted(layers, 'layer')} at {counted(len(moments), 'moment')}; at the last,"
+            f" {last}, {summary}."
         ),
-        table=Table(columns=("layer", "moment", "temporal share"), rows=tuple(rows)),
-        drawing=_single(heat, layers),
+        table=Table(columns=("layer", "moment", "temporal share"), rows=rows),
+        drawing=drawn,
     )
+
+
+def _by_layer(
+    columns: Sequence[tuple[str, Mapping[str, float | None]]],
+) -> tuple[tuple[tuple[str, str, float | None], ...], dict[str, Any]]:
+    """The rows and the map of values by layer; each column has a name."""
+    layers = list(dict.fromkeys(layer for _, values in columns for layer in values))
+    rows = tuple((layer, name, of.get(layer)) for layer in layers for name, of in columns)
+    known = [value for _, _, value in rows if value is not None]
+    heat = _map(
+        [[values.get(layer) for _, values in columns] for layer in layers],
+        x=[plain(name) for name, _ in columns],
+        y=layers,
+        least=min([0.0, *known]),
+        most=max([1.0, *known]),
+        written=".2f",
+    )
+    height, axes = 130 + _ROW * len(layers), {"xaxis": _CATEGORIES, "yaxis": _DOWNWARDS}
+    return rows, drawing([heat], height=height, margin={"t": 30}, **axes)
 
 
 def _describe_pending(runs: Iterable[Run]) -> str:
@@ -207,11 +208,6 @@ def _map(
     }
 
 
-def _single(heat: dict[str, Any], layers: Sequence[str]) -> dict[str, Any]:
-    height = 130 + _ROW * len(layers)
-    return drawing([heat], height=height, margin={"t": 30}, xaxis=_CATEGORIES, yaxis=_DOWNWARDS)
-
-
 def _stacked(of_rule: Mapping[str, Any], *, most: float) -> dict[str, Any]:
     """A map for each rule, one below another, over one axis of time steps."""
     rows = [len(layers) for layers in of_rule.values()]
@@ -219,27 +215,21 @@ def _stacked(of_rule: Mapping[str, Any], *, most: float) -> dict[str, Any]:
     gap = min(30 / height, 0.9 / max(1, len(rows) - 1))
     data, titles, layout, top = [], [], {}, 1.0
     for place, (rule, layers) in enumerate(of_rule.items(), start=1):
-        suffix = "" if place == 1 else str(place)
+        suffix, is_last = "" if place == 1 else str(place), place == len(rows)
         bottom = max(0.0, top - len(layers) / sum(rows) * (1 - gap * (len(rows) - 1)))
         layout[f"yaxis{suffix}"] = {**_DOWNWARDS, "domain": [bottom, top], "anchor": f"x{suffix}"}
         layout[f"xaxis{suffix}"] = {
             **_CATEGORIES,
             "anchor": f"y{suffix}",
-            "showticklabels": place == len(rows),
+            "showticklabels": is_last,
+            **(titled("time step") if is_last else {}),
         }
-        at = {
-            "x": 0,
-            "xref": "paper",
-            "xanchor": "left",
-            "y": top,
-            "yref": "paper",
-            "yanchor": "bottom",
-        }
-        titles.append({**at, "text": plain(rule), "showarrow": False, "font": {"size": 13}})
+        at = {"x": 0, "xref": "paper", "xanchor": "left", "y": top, "yref": "paper"}
+        font = {"size": 13}
+        title = {**at, "yanchor": "bottom", "text": plain(rule), "showarrow": False, "font": font}
+        titles.append(title)
         axes = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}", "showscale": place == 1}
         x, y = list(map(str, layers.columns)), list(map(str, layers.index))
         data.append(_map(layers.to_numpy().tolist(), x=x, y=y, most=most, written=".1%", **axes))
         top = bottom - gap
-    last = "xaxis" if len(rows) == 1 else f"xaxis{len(rows)}"
-    layout[last] |= titled("time step")
     return drawing(data, height=height, margin={"t": 30}, annotations=titles, **layout)

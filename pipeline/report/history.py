@@ -108,11 +108,11 @@ def parts(events: Iterable[Event]) -> dict[str, float]:
         if not isinstance(event, (Start, Step)):
             continue
         metrics = {} if is_first or isinstance(event, Start) else event.metrics
-        part_seconds = {name: number(metrics.get(f"{name}_s")) for name in (*PARTS, REST)}
-        means = {name: mean for name, mean in part_seconds.items() if mean is not None}
-        batches = max(0, event.step - done) if means else 0
+        means = {name: number(metrics.get(f"{name}_s")) for name in (*PARTS, REST)}
+        known = {name: mean for name, mean in means.items() if mean is not None}
+        batches = max(0, event.step - done) if known else 0
         batches_known += batches
-        for name, mean in means.items():
+        for name, mean in known.items():
             seconds[name] = seconds.get(name, 0.0) + mean * batches
         done, is_first = event.step, isinstance(event, Start)
     return {name: total / batches_known for name, total in seconds.items()} if batches_known else {}

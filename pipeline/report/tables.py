@@ -184,7 +184,11 @@ def behind(group: Group, rule: str) -> dict[str, str]:
     conditions = ((run.summary or {}).get("conditions") for run in runs)
     found, recipe = next(filter(None, conditions), {}), runs[0].recipe
     steps, every = found.get("steps_per_forward"), written(recipe, "evaluation.every")
-    read = {None: NOT_SAID, "0": "once, at the end", "1": "after each epoch"}  # the evaluation set
+    read = {
+        "None": NOT_SAID,
+        "0": "once, at the end",
+        "1": "after each epoch",
+    }  # the evaluation set
     choices = {
         "ratios to": group.against if group.has_baseline else "no baseline",
         "time to": group.fastest_baseline if group.has_baseline else "no baseline",
@@ -193,7 +197,7 @@ def behind(group: Group, rule: str) -> dict[str, str]:
         "precision": str(found.get("precision", NOT_SAID)),
         "over time": _over_time(steps, recipe),
         "micro-batch": micro_batches(runs[0]),
-        "evaluated": read.get(every and str(every), f"every {every} epochs"),
+        "evaluated": evaluated.get(str(every), f"every {every} epochs"),
     }
     if any(tuned_in(run.recipe) for run in group.runs):
         choices["tuned"] = ", ".join(f"{key}={written(recipe, key)}" for key in tuned_in(recipe))

@@ -9,7 +9,7 @@ import pytest
 from pipeline.launch import prepare as preparing
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.prepare import atomic_folder, prepare, read_job
-from pipeline.report.listing import list_runs
+from pipeline.report.selection import list_runs
 from pipeline.track.state import state_of
 from tests.helpers.small import small_recipe
 

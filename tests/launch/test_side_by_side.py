@@ -34,7 +34,7 @@ from pipeline.launch.in_process import Inline
 from pipeline.launch.side_by_side import parallel_runs, train_side_by_side
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import runs_of
-from pipeline.report.listing import list_suites
+from pipeline.report.selection import list_suites
 from pipeline.track.connect import connect
 from pipeline.track.journal import first, last, read
 from pipeline.track.state import is_driven, state_of

@@ -26,7 +26,7 @@ from pipeline.launch.driver import driver_lock
 from pipeline.launch.suite import _sync_states
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import SuiteFile, runs_of
-from pipeline.report.listing import list_suites, print_runs
+from pipeline.report.selection import list_suites, print_runs
 from pipeline.report.suite import print_suite
 from pipeline.track.connect import connect
 from pipeline.track.journal import read

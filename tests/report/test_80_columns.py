@@ -22,7 +22,7 @@ from pipeline.recipe.recipe import spec
 from pipeline.report.claims import Claim, print_claims
 from pipeline.report.compare import print_comparison
 from pipeline.report.forecasts import print_plan, print_probe, print_sweep, show_recipe
-from pipeline.report.listing import print_runs
+from pipeline.report.selection import print_runs
 from pipeline.rules.sltt import SLTT
 from tests.helpers.small import small_recipe
 from tests.report.conftest import make_all

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.report.listing import how_to_go_on, list_runs, newest_top1, print_runs
 from pipeline.report.results import ReportError
-from pipeline.report.selection import find_run
+from pipeline.report.selection import find_run, how_to_go_on, list_runs, newest_top1, print_runs
 from pipeline.track.mlflow import SyncReport
 from tests.helpers.small import command
 from tests.report.conftest import STUDY, make_all
