@@ -184,11 +184,7 @@ def behind(group: Group, rule: str) -> dict[str, str]:
     conditions = ((run.summary or {}).get("conditions") for run in runs)
     found, recipe = next(filter(None, conditions), {}), runs[0].recipe
     steps, every = found.get("steps_per_forward"), written(recipe, "evaluation.every")
-    read = {
-        "None": NOT_SAID,
-        "0": "once, at the end",
-        "1": "after each epoch",
-    }  # the evaluation set
+    evaluated = {"None": NOT_SAID, "0": "once, at the end", "1": "after each epoch"}
     choices = {
         "ratios to": group.against if group.has_baseline else "no baseline",
         "time to": group.fastest_baseline if group.has_baseline else "no baseline",
