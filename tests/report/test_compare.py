@@ -6,8 +6,9 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -91,13 +92,6 @@ def test_costs_beside_the_baseline(make_run: Callable, runs_dir: Path):
         and len(lines) == 11
         and comparison.notes == (FOLDED_ALONE, RECOMPUTES_NOTHING)
     )
-
-
-def test_the_baseline_comes_first_whatever_the_others_are_called(
-    make_run: Callable, runs_dir: Path
-):
-    make_all(make_run, {"a": {"rule": "ADJOINT"}, "z": {}})
-    assert [run.name for run in compare(runs_dir).group.finished] == ["z", "a"]
 
 
 def test_several_seeds_are_a_mean_and_a_spread(make_run: Callable, runs_dir: Path):
@@ -377,34 +371,6 @@ def test_a_halved_micro_batch_is_not_compared_with_a_whole_one(make_run: Callabl
     )
 
 
-@pytest.mark.parametrize(
-    ("before", "said"),
-    [
-        (
-            trained(workers=4, micro_batch=16),
-            r"world_size: 2 and \[4, 2\]; micro_batch: 32 and \[16, 32\]",
-        ),
-        (trained(cpu="another"), r'hardware.cpu: "a cpu" and \["another", "a cpu"\]'),
-        ({**trained(), "loader_threads": 4}, r"loader_threads: 1 and \[4, 1\]"),
-        ({**trained(), "own_cores": True}, r"own_cores: false and \[true, false\]"),
-    ],
-)
-def test_a_run_that_changed_on_the_way_is_not_compared_by_its_end(
-    make_run: Callable, runs_dir: Path, before: dict[str, Any], said: str
-):
-    make_all(
-        make_run,
-        {
-            "bptt": {"trained_on": [trained()], "loader_threads": 1},
-            "sltt": {"rule": "SLTT", "trained_on": [before, trained()], "loader_threads": 1},
-        },
-    )
-    with pytest.raises(
-        ComparisonError, match=f"differ in more than the rule and the seed: {said};"
-    ):
-        compare(runs_dir)
-
-
 def test_time_and_energy_stand_beside_what_was_always_compared(make_run: Callable, runs_dir: Path):
     make_all(
         make_run,
@@ -492,13 +458,6 @@ def test_bytes_stand_without_and_with_states(make_run: Callable, runs_dir: Path)
         (10_000_000, 1.0),
         (5_000_000, 0.5),
     ]
-
-
-def test_one_machine_needs_no_telling(make_run: Callable, runs_dir: Path):
-    make_run("bptt")
-    out = io.StringIO()
-    print_comparison(runs_dir, console=Console(file=out, width=100))
-    assert "cpu" not in out.getvalue() and "tables" not in out.getvalue()
 
 
 def test_csv_has_a_line_for_each_run(make_run: Callable, runs_dir: Path):
@@ -671,114 +630,164 @@ def test_many_names_are_looked_up_in_one_list(
     assert few == many and many["read_run"] == len(names)
 
 
-def test_without_a_baseline_there_are_no_ratios(make_run: Callable, runs_dir: Path):
-    make_all(make_run, {"sltt": {"rule": "SLTT"}, "other": {"study": "f" * 16}})
-    comparison = compare(runs_dir, ["sltt"])
-    assert (
-        comparison.to_json()["baseline"] is None and comparison.to_json()["time_baseline"] is None
-    )
-    assert set(comparison.to_json()["runs"][0]["ratios"].values()) == {None}
-    text = text_of(comparison)
-    assert "no baseline, no ratios: study 01234567 has no finished run of BPTT" in text
-    assert "×" not in text
+def beside(bptt: Mapping[str, Any] = MappingProxyType({}), /, **sltt: Any) -> dict[str, Any]:
+    """A run of BPTT and one of SLTT."""
+    return {"bptt": bptt, "sltt": {"rule": "SLTT", **sltt}}
 
 
-def test_a_baseline_from_another_machine_is_none(make_run: Callable, runs_dir: Path):
-    make_all(make_run, {"sltt": {"rule": "SLTT"}, "bptt": {"world_size": 8}})
-    assert "no ratios: bptt does not stand comparison: world_size: 8 and 2" in text_of(
-        compare(runs_dir, ["sltt"])
-    )
+def changed(before: dict[str, Any]) -> dict[str, Any]:
+    """Two runs, of which SLTT's began otherwise than it ended."""
+    about = {"trained_on": [before, trained()], "loader_threads": 1}
+    return beside({"trained_on": [trained()], "loader_threads": 1}, **about)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "summary", "said"),
-    [
-        ({"batch_size": 128}, {}, "batch_size: 64 and 128;"),
-        (
-            {"optimizer": {**RECIPE["optimizer"], "kwargs": {"opt": "sgd", "lr": 0.2}}},
-            {},
-            "optimizer.lr: 0.1 and 0.2;",
-        ),
-        (
-            {"optimizer": {"target": "x.y", "kwargs": {"rate": 3}}},
-            {},
-            'optimizer: "timm.optim.create" and "x.y";',
-        ),
-        (
-            {
-                "model": {
-                    **RECIPE["model"],
-                    "kwargs": {"widths": [64, 256], "surrogate": {"value": "x.ATan", "kwargs": {}}},
-                }
-            },
-            {},
-            'model.widths[1]: 128 and 256; model.surrogate: "x.Sigmoid" and "x.ATan";',
-        ),
-        (
-            {"optimizer": {**RECIPE["optimizer"], "kwargs": {"opt": "sgd"}}},
-            {},
-            'optimizer.lr: 0.1 and "(absent)";',
-        ),
-        (
-            {"data": {"target": "pipeline.data.Fashion", "kwargs": {"path": "/elsewhere"}}},
-            {"data_fingerprint": "e" * 8},
-            'data_fingerprint: "dddddddd" and "eeeeeeee";',
-        ),
-        ({"init": "/a/run"}, {}, 'init: null and "/a/run";'),
-        ({}, {}, 'study: "0123456789abcdef" and "ffffffffffffffff";'),
-    ],
-)
-def test_other_studies_are_refused_and_what_differs_is_named(
-    make_run: Callable, runs_dir: Path, recipe: dict[str, Any], summary: dict[str, Any], said: str
-):
-    make_all(
-        make_run,
-        {
-            "bptt": {},
-            "sltt": {"rule": "SLTT", "seed": 5, "study": "f" * 16, "recipe": recipe, **summary},
-        },
-    )
-    with pytest.raises(ComparisonError) as caught:
-        compare(runs_dir, ["bptt", "sltt"])
-    line = str(caught.value)
-    assert f"bptt and sltt differ in more than the rule and the seed: {said}" in line
-    assert "path" not in line
-    assert len(line.splitlines()) == 1
+def elsewhere(recipe: dict[str, Any], **summary: Any) -> dict[str, Any]:
+    """Two runs of two studies."""
+    return beside(seed=5, study="f" * 16, recipe=recipe, **summary)
+
+
+SGD, NET = RECIPE["optimizer"], RECIPE["model"]
+OTHER_NET = {"widths": [64, 256], "surrogate": {"value": "x.ATan", "kwargs": {}}}
+OTHER_DATA = {"target": "pipeline.data.Fashion", "kwargs": {"path": "/elsewhere"}}
+PAIR, DIFFER = ("bptt", "sltt"), "bptt and sltt differ in more than the rule and the seed: "
+ONE_STEP = {
+    name: {"rule": "SLTT-1", "recipe": {"rule": {"target": "SLTT", "kwargs": {"k": 1, **more}}}}
+    for name, more in (("plain", {}), ("rescaled", {"rescale": True}))
+}
 
 
 @pytest.mark.parametrize(
-    ("summary", "said"),
+    ("runs", "names", "said"),
     [
-        ({"world_size": 4}, "world_size: 2 and 4"),
+        # what changed on the way
         (
-            {"hardware": {"cpu": "another", "cores": 2, "gpu": "none"}},
+            changed(trained(workers=4, micro_batch=16)),
+            (),
+            f"{DIFFER}world_size: 2 and [4, 2]; micro_batch: 32 and [16, 32];",
+        ),
+        (
+            changed(trained(cpu="another")),
+            (),
+            f'{DIFFER}hardware.cpu: "a cpu" and ["another", "a cpu"];',
+        ),
+        (changed({**trained(), "loader_threads": 4}), (), "loader_threads: 1 and [4, 1];"),
+        (changed({**trained(), "own_cores": True}), (), "own_cores: false and [true, false];"),
+        # other studies
+        (elsewhere({"batch_size": 128}), PAIR, f"{DIFFER}batch_size: 64 and 128;"),
+        (
+            elsewhere({"optimizer": {**SGD, "kwargs": {"opt": "sgd", "lr": 0.2}}}),
+            PAIR,
+            f"{DIFFER}optimizer.lr: 0.1 and 0.2;",
+        ),
+        (
+            elsewhere({"optimizer": {"target": "x.y", "kwargs": {"rate": 3}}}),
+            PAIR,
+            f'{DIFFER}optimizer: "timm.optim.create" and "x.y";',
+        ),
+        (
+            elsewhere({"model": {**NET, "kwargs": OTHER_NET}}),
+            PAIR,
+            f'{DIFFER}model.widths[1]: 128 and 256; model.surrogate: "x.Sigmoid" and "x.ATan";',
+        ),
+        (
+            elsewhere({"optimizer": {**SGD, "kwargs": {"opt": "sgd"}}}),
+            PAIR,
+            f'{DIFFER}optimizer.lr: 0.1 and "(absent)";',
+        ),
+        (
+            elsewhere({"data": OTHER_DATA}, data_fingerprint="e" * 8),
+            PAIR,
+            f'{DIFFER}data_fingerprint: "dddddddd" and "eeeeeeee";',
+        ),
+        (elsewhere({"init": "/a/run"}), PAIR, f'{DIFFER}init: null and "/a/run";'),
+        (elsewhere({}), PAIR, f'{DIFFER}study: "0123456789abcdef" and "ffffffffffffffff";'),
+        (elsewhere({f"field{i}": i for i in range(9)}), PAIR, "; and 3 more"),
+        # other machines
+        (beside(world_size=4), (), "world_size: 2 and 4"),
+        (
+            beside(hardware={"cpu": "another", "cores": 2, "gpu": "none"}),
+            (),
             'hardware.cpu: "a cpu" and "another"',
         ),
+        # one label for two rules
+        ({"bptt": {}, **ONE_STEP}, ("bptt", *ONE_STEP), 'rule.rescale: "(absent)" and true'),
+        # nothing to compare
+        ({}, (), "; it has no runs"),
+        ({"a": {"end": "failed"}}, (), "it has 1 that did not finish"),
+        ({"a": {"end": "failed"}}, ("a",), "no finished run: a is failed"),
+        ({"a": {}}, ("zz",), "no run 'zz'"),
+        ({"a": {}, "b": {"study": "0" * 16}}, ("0",), f"several study keys: {'0' * 16}, {STUDY}"),
     ],
 )
-def test_other_machines_are_refused(
-    make_run: Callable, runs_dir: Path, summary: dict[str, Any], said: str
+def test_what_is_refused_is_one_line(
+    make_run: Callable, runs_dir: Path, runs: dict[str, Any], names: tuple[str, ...], said: str
 ):
-    make_all(make_run, {"bptt": {}, "sltt": {"rule": "SLTT", **summary}})
-    with pytest.raises(ComparisonError, match=said):
-        compare(runs_dir)
+    make_all(make_run, runs)
+    with pytest.raises(ReportError) as caught:
+        compare(runs_dir, names)
+    line = str(caught.value)
+    assert said in line and "path" not in line and len(line.splitlines()) == 1
 
 
-def test_long_lists_of_differences_are_cut(make_run: Callable, runs_dir: Path):
-    make_all(
-        make_run,
-        {"bptt": {}, "sltt": {"study": "f" * 16, "recipe": {f"field{i}": i for i in range(9)}}},
-    )
-    with pytest.raises(ComparisonError, match=r"field5.*; and 3 more"):
-        compare(runs_dir, ["bptt", "sltt"])
-
-
-def test_commits_are_those_of_every_start(make_run: Callable, runs_dir: Path):
-    make_all(
-        make_run,
-        {"bptt": {"commits": ["abc"]}, "sltt": {"rule": "SLTT", "commits": ["abc", "def"]}},
-    )
-    assert "different commits: abc, def" in text_of(compare(runs_dir))
+@pytest.mark.parametrize(
+    ("runs", "names", "pattern", "absent"),
+    [
+        ({"a": {"rule": "ADJOINT"}, "z": {}}, (), "BPTT .*\nADJOINT ", "cpu"),
+        (
+            beside({"commits": ["abc"]}, commits=["abc", "def"]),
+            (),
+            "different commits: abc, def",
+            "cpu",
+        ),
+        (
+            {"sltt": {"rule": "SLTT"}, "other": {"study": "f" * 16}},
+            ("sltt",),
+            "no baseline, no ratios: study 01234567 has no finished run of BPTT",
+            "×",
+        ),
+        (
+            beside({"world_size": 8}),
+            ("sltt",),
+            "no ratios: bptt does not stand comparison: world_size: 8 and 2",
+            "×",
+        ),
+        (
+            beside(
+                {"images_per_s": None, "peak_saved_bytes": 0}, top1=math.nan, peak_saved_bytes=5
+            ),
+            (),
+            r"SLTT +- +5 B +100 +3.3 min +×1.00",
+            "nan",
+        ),
+        (
+            beside(
+                {"peak_saved_bytes": 12_345_000_000, "wall_s": 7384.0},
+                peak_saved_bytes=12_345,
+                wall_s=12.34,
+            ),
+            (),
+            r"12.3[45] GB +×1.00 .* 2 h 03 min[^€]*12.3[45] kB +×1e-06 .* 12.3 s +×0.00167",
+            "e+",
+        ),
+        (
+            {"bptt-0": {"images_per_s": 31_111.0}, "bptt-1": {"seed": 1, "images_per_s": 31_357.0}},
+            (),
+            "31234[^€]*± 174",
+            "e+",
+        ),
+    ],
+)
+def test_what_is_printed_of_runs(
+    make_run: Callable,
+    runs_dir: Path,
+    runs: dict[str, Any],
+    names: tuple[str, ...],
+    pattern: str,
+    absent: str,
+):
+    make_all(make_run, runs)
+    text = text_of(compare(runs_dir, names))
+    assert re.search(pattern, text) and absent not in text
 
 
 def test_the_newest_study_is_none_of_trials(make_run: Callable, runs_dir: Path):
@@ -805,21 +814,6 @@ def test_a_prolonged_run_is_not_finished(make_run: Callable, runs_dir: Path):
     comparison = compare(runs_dir)
     assert [run.name for run in comparison.group.finished] == ["bptt"]
     assert [run.folder.name for run in comparison.unfinished] == ["sltt"]
-
-
-def test_nothing_to_compare(make_run: Callable, runs_dir: Path):
-    with pytest.raises(ComparisonError, match=r"no finished run in .*; it has no runs"):
-        compare(runs_dir)
-    make_run("a", end="failed")
-    with pytest.raises(ComparisonError, match="it has 1 that did not finish"):
-        compare(runs_dir)
-    with pytest.raises(ComparisonError, match="no finished run: a is failed"):
-        compare(runs_dir, ["a"])
-    with pytest.raises(ReportError, match="no run 'zz'"):
-        compare(runs_dir, ["zz"])
-    make_run("b", study="0" * 16)
-    with pytest.raises(ComparisonError, match=f"several study keys: {'0' * 16}, {STUDY}"):
-        compare(runs_dir, ["0"])
 
 
 def test_two_tunings_of_the_baseline_are_no_one_baseline(make_run: Callable, runs_dir: Path):
@@ -865,24 +859,10 @@ def test_two_tunings_of_the_baseline_are_no_one_baseline(make_run: Callable, run
     ]
 
 
-def test_values_that_are_missing_or_nan(make_run: Callable, runs_dir: Path):
-    make_all(
-        make_run,
-        {
-            "bptt": {"images_per_s": None, "peak_saved_bytes": 0},
-            "sltt": {"rule": "SLTT", "top1": math.nan, "peak_saved_bytes": 5},
-        },
-    )
-    comparison = compare(runs_dir)
-    assert comparison.to_json()["runs"][1]["ratios"]["images_per_s"] is None
-    assert comparison.to_json()["runs"][1]["ratios"]["peak_saved_bytes"] is None
-    assert re.search(r"SLTT +- +5 B", text_of(comparison))
-
-
 def test_what_json_and_spreadsheets_have_no_place_for(
     make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]
 ):
-    make_run("bptt", loss=0.5)
+    make_run("bptt", loss=0.5, images_per_s=None, peak_saved_bytes=0)
     lost = {
         "loss": math.nan,
         "top1": math.inf,
@@ -905,7 +885,8 @@ def test_what_json_and_spreadsheets_have_no_place_for(
         [1.0, None],
     )
     said = {"loss": "nan", "top1": "inf", "inference.energy_j": "-inf", "trained[1]": "nan"}
-    assert sltt["not_finite"] == said and set(sltt["ratios"].values()) >= {None, 1.0}
+    assert sltt["not_finite"] == said and sltt["ratios"]["wall_s"] == 1.0
+    assert (sltt["ratios"]["peak_saved_bytes"], sltt["ratios"]["images_per_s"]) == (None, None)
     [_, row] = csv.DictReader(io.StringIO(csv_of([compare(runs_dir)])))
     assert (row["loss"], row["not_finite.loss"], row["versions.x"]) == ("", "nan", "'+x")
     assert row["not_finite.inference.energy_j"] == "-inf"
@@ -934,28 +915,6 @@ def test_a_run_that_does_not_say_its_rule_is_of_an_unknown_one(make_run: Callabl
     ]
 
 
-def test_units(make_run: Callable, runs_dir: Path):
-    make_all(
-        make_run,
-        {
-            "bptt": {"peak_saved_bytes": 12_345_000_000, "wall_s": 7384.0},
-            "sltt": {"rule": "SLTT", "peak_saved_bytes": 12_345, "wall_s": 12.34},
-        },
-    )
-    text = text_of(compare(runs_dir))
-    assert re.search(r"12.3[45] GB +×1.00 .* 2 h 03 min", text)
-    assert re.search(r"12.3[45] kB +×1e-06 .* 12.3 s +×0.00167", text)
-
-
-def test_no_number_is_written_with_a_power_of_ten_where_it_needs_none(
-    make_run: Callable, runs_dir: Path
-):
-    for seed, speed in enumerate((31_111.0, 31_357.0)):
-        make_run(f"bptt-{seed}", seed=seed, images_per_s=speed)
-    text = text_of(compare(runs_dir))
-    assert "31234" in text and "± 174" in text and "e+" not in text
-
-
 def test_printing_in_each_format(
     make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -968,23 +927,6 @@ def test_printing_in_each_format(
     assert capsys.readouterr().out.startswith("run,rule,seed,study,where,")
     with pytest.raises(ReportError, match="table, json or csv; got 'xml'"):
         print_comparison(runs_dir, format="xml")
-
-
-def test_one_label_for_two_rules_is_refused(make_run: Callable, runs_dir: Path):
-    make_all(
-        make_run,
-        {
-            "bptt": {},
-            "plain": {"rule": "SLTT-1", "recipe": {"rule": {"target": "SLTT", "kwargs": {"k": 1}}}},
-            "rescaled": {
-                "rule": "SLTT-1",
-                "recipe": {"rule": {"target": "SLTT", "kwargs": {"k": 1, "rescale": True}}},
-            },
-        },
-    )
-    with pytest.raises(ComparisonError, match=r'rule\.rescale: "\(absent\)" and true'):
-        compare(runs_dir, ["bptt", "plain", "rescaled"])
-    assert len(compare(runs_dir, ["bptt", "rescaled"]).group.finished) == 2
 
 
 def difference(
