@@ -27,7 +27,7 @@ from pipeline.report.stores import Store, StoredRun, open_store
 from tests.helpers.fake_store import FakeStore
 from tests.helpers.hand_made import KEY, recipe, run, study
 from tests.helpers.small import command
-from tests.report.test_swept import LARGEST
+from tests.report.test_figures import LARGEST
 
 spiketrain = pytest.fixture(command)
 OTHER = "f" * 16

@@ -31,7 +31,7 @@ from tests.helpers.events import RawJournal, event
 from tests.helpers.fake_store import FakeStore
 from tests.helpers.hand_made import KEY
 from tests.helpers.real_study import train_real_study
-from tests.report.test_swept import LARGEST
+from tests.report.test_figures import LARGEST
 
 WIDE, PHONE = (1280, 900), (390, 844)
 EVERY = 0.5
