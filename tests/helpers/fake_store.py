@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.report.claims import Claim, Returned
 from pipeline.report.stores import ArtifactError, Point, Sent, StoredRun, StoreError
 from pipeline.track.connect import PARENT_OF
 from tests.helpers.events import typed
@@ -93,3 +94,10 @@ class FakeStore:
         self.texts[made.id, "journal.jsonl"] = lines
         self.texts |= {(made.id, file): json.dumps(value) for file, value in files.items()}
         return made
+
+    def add_report(
+        self, parent: str, *claims: Claim, sweeps: tuple[Any, ...] = (), printed: str = ""
+    ) -> None:
+        """What a suite's own report returned and printed."""
+        told = Returned(claims=claims, sweeps=sweeps).to_json()
+        self.texts[parent, "report.json"] = json.dumps({**told, "printed": printed})

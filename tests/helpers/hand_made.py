@@ -5,6 +5,7 @@ the summary tell them.
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.report.claims import Claim
 from pipeline.report.results import Run, run_of
 from pipeline.report.study import Study
 from tests.helpers.events import typed
@@ -36,6 +37,9 @@ LAYERS = [
         "saturated": 0.1,
     },
 ]
+CLAIM = Claim(
+    about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False
+)
 COSTS = {"BPTT": (8_000_000, 4.0, 12.0, 4e-6), "SLTT": (2_000_000, 4.0, 8.0, 3e-6)}
 """saved bytes, forward and backward seconds of 100 batches, joules of an inference"""
 

@@ -19,13 +19,12 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from pipeline.report.claims import Claim, Returned
 from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import COOKIE, guard
 from pipeline.report.dashboard.permalink import VIEWS, Place
 from pipeline.report.stores import Store, StoredRun, open_store
 from tests.helpers.fake_store import FakeStore
-from tests.helpers.hand_made import KEY, recipe, run, study
+from tests.helpers.hand_made import CLAIM, KEY, recipe, run, study
 from tests.helpers.small import command
 from tests.report.test_figures import LARGEST
 
@@ -34,9 +33,6 @@ OTHER = "f" * 16
 GROUP = study().groups[0].key
 """of the runs by one worker"""
 TOKEN = "a token of more than a word"
-CLAIM = Claim(
-    about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False
-)
 
 
 @pytest.fixture
@@ -383,10 +379,8 @@ def test_claims_and_sweeps_of_each_suite_are_a_view(store: FakeStore):
             "hardware.cpu": "a cpu",
         }
         store.add_finished(f"sltt-{seed}", "SLTT", seed=seed, parent=parent, tags=tags)
-        told = Returned(claims=(replace(CLAIM, ours=f"ours of launch {seed}"),), sweeps=(LARGEST,))
-        store.texts[parent, "report.json"] = json.dumps(
-            {**told.to_json(), "printed": f"trials of launch {seed}\n"}
-        )
+        claim = replace(CLAIM, ours=f"ours of launch {seed}")
+        store.add_report(parent, claim, sweeps=(LARGEST,), printed=f"trials of launch {seed}\n")
     asking = Asking(store)
     shown = asking.show(search)
     assert "<pre>trials of launch 3\n</pre>" in shown and "trials of launch 2" in shown
@@ -426,8 +420,7 @@ def test_claims_and_sweeps_of_each_suite_are_a_view(store: FakeStore):
 
 def test_all_claims_are_shown(store: FakeStore):
     store.add_finished("sltt-2", "SLTT", seed=2, parent="first")
-    claims = tuple(replace(CLAIM, about=f"rule {index}") for index in range(60))
-    store.texts["first", "report.json"] = json.dumps(Returned(claims=claims).to_json())
+    store.add_report("first", *(replace(CLAIM, about=f"rule {index}") for index in range(60)))
     shown = Asking(store).show(f"?study={KEY}&view=claims")
     assert "rule 59" in shown and "The first 40" not in shown
 
@@ -436,12 +429,9 @@ def several_groups(store: FakeStore) -> None:
     """Runs by two workers beside those by one; each rule's are of a suite that tells one claim and
     one sweep, twice.
     """
-    told = json.dumps(
-        {**Returned(claims=(CLAIM,), sweeps=(LARGEST, LARGEST)).to_json(), "printed": "trials\n"}
-    )
     for rule in ("BPTT", "SLTT"):
         store.add_finished(f"two-{rule}", rule, parent=f"of-{rule}", workers=2)
-        store.texts[f"of-{rule}", "report.json"] = told
+        store.add_report(f"of-{rule}", CLAIM, sweeps=(LARGEST, LARGEST), printed="trials\n")
 
 
 def test_no_two_tables_of_a_view_have_one_name(store: FakeStore):

@@ -20,7 +20,6 @@ import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 from werkzeug.serving import make_server
 
-from pipeline.report.claims import Claim, Returned
 from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import guard
 from pipeline.report.dashboard.permalink import VIEWS, View
@@ -29,7 +28,7 @@ from pipeline.track.mlflow import Mirror, sync
 from tests.helpers.browser import Watch, chromium, violations
 from tests.helpers.events import RawJournal, event
 from tests.helpers.fake_store import FakeStore
-from tests.helpers.hand_made import KEY
+from tests.helpers.hand_made import CLAIM, KEY
 from tests.helpers.real_study import train_real_study
 from tests.report.test_figures import LARGEST
 
@@ -337,19 +336,9 @@ def test_a_store_that_answers_later_than_the_next_look_is_shown(browser: Browser
     store = FakeStore(pause_s=0.5)
     store.add_finished("bptt-0", "BPTT", parent="first")
     store.add_finished("sltt-0", "SLTT", parent="second")
-    claim = Claim(
-        about="SLTT",
-        claim="saved bytes",
-        published="0.30",
-        bound="<= 0.2",
-        ours="0.25",
-        holds=False,
-    )
     for parent in ("first", "second"):
-        told = Returned(claims=(claim,), sweeps=(LARGEST,)).to_json()
-        store.texts[parent, "report.json"] = json.dumps(
-            {**told, "printed": "rule  top-1\nSLTT  91.28%\n"}
-        )
+        printed = "rule  top-1\nSLTT  91.28%\n"
+        store.add_report(parent, CLAIM, sweeps=(LARGEST,), printed=printed)
     with served_here(store) as address:
         page, watch = opened(browser, address)
         drawn(page, 4)

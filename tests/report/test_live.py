@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from pipeline.report.claims import Claim, Returned
+from pipeline.report.claims import Returned
 from pipeline.report.dashboard.live import Live
 from pipeline.report.stores import Point
 from tests.helpers.fake_store import FakeStore
-from tests.helpers.hand_made import KEY, events, run
+from tests.helpers.hand_made import CLAIM, KEY, events, run
 from tests.report.test_figures import SWEEP
 
 
@@ -247,21 +247,11 @@ def test_what_the_report_of_each_suite_tells_is_by_itself(store: FakeStore):
     live = Live(store)
     before = live.reports(store.members)
     assert [report.returned for report in before] == [Returned(), Returned()]
-    claim = Claim(
-        about="SLTT",
-        claim="saved bytes",
-        published="0.30",
-        bound="<= 0.2",
-        ours="0.25",
-        holds=False,
-    )
-    store.texts["first-launch", "report.json"] = json.dumps(
-        Returned(claims=(claim,), sweeps=(SWEEP,)).to_json()
-    )
+    store.add_report("first-launch", CLAIM, sweeps=(SWEEP,))
     later = Live(store)  # a look lasts half a second
     second, first = later.reports(store.members)  # the newest first
     assert (first.returned, first.note, second.returned) == (
-        Returned(claims=(claim,), sweeps=(SWEEP,)),
+        Returned(claims=(CLAIM,), sweeps=(SWEEP,)),
         "",
         Returned(),
     )

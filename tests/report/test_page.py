@@ -5,7 +5,7 @@ from pathlib import Path
 from pipeline.report import page
 from pipeline.report.claims import Claim
 from pipeline.report.study import Study
-from tests.helpers.hand_made import MACHINE, on, recipe, run, study
+from tests.helpers.hand_made import CLAIM, MACHINE, on, recipe, run, study
 from tests.report.test_figures import SWEEP
 from tests.report.test_tables import tuned
 
@@ -107,15 +107,7 @@ def test_a_run_alone_is_listed_and_drawn_and_not_divided():
 
 
 def test_claims_and_sweeps_where_there_are_any():
-    claim = Claim(
-        about="SLTT",
-        claim="saved bytes",
-        published="0.30",
-        bound="<= 0.2",
-        ours="0.25",
-        holds=False,
-    )
-    html = body(page.render(study(claims=(claim,), sweeps=(SWEEP,))))
+    html = body(page.render(study(claims=(CLAIM,), sweeps=(SWEEP,))))
     assert (
         "does not hold" in html
         and "sweep1-memory-against-time-steps" in html
