@@ -6,7 +6,6 @@ The page and the dashboard share the figures of each view and the templates in w
 """
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
@@ -17,6 +16,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline.core.files import write_whole
 from pipeline.core.units import rounded
 from pipeline.report import tables
 from pipeline.report.claims import Returned
@@ -53,12 +53,7 @@ def write(study: Study, out: Path) -> Path:
         OSError: it cannot be written.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        partial.write_text(render(study), encoding="utf-8")
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(out, render(study).encode())
     return out
 
 

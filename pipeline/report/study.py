@@ -279,11 +279,12 @@ class Study:
         by_kind: dict[str, list[Run]] = {}
         for run in self.runs:
             by_kind.setdefault(kind(run), []).append(run)
-        groups = [Group(self._sorted(runs), self.against, self.within) for runs in by_kind.values()]
+        groups: list[Group] = []
+        for runs in by_kind.values():
+            labelled = _with_distinct_labels(runs)
+            labelled.sort(key=lambda run: place(run, self.against))
+            groups.append(Group(tuple(labelled), self.against, self.within))
         return tuple(sorted(groups, key=lambda group: -len(group.rules)))
-
-    def _sorted(self, runs: Sequence[Run]) -> tuple[Run, ...]:
-        return tuple(sorted(_with_distinct_labels(runs), key=lambda run: place(run, self.against)))
 
 
 def place(run: Run, against: str) -> tuple[bool, str, int, str]:

@@ -337,8 +337,7 @@ def test_a_store_that_answers_later_than_the_next_look_is_shown(browser: Browser
     store.add_finished("bptt-0", "BPTT", parent="first")
     store.add_finished("sltt-0", "SLTT", parent="second")
     for parent in ("first", "second"):
-        printed = "rule  top-1\nSLTT  91.28%\n"
-        store.add_report(parent, CLAIM, sweeps=(LARGEST,), printed=printed)
+        store.add_report(parent, CLAIM, sweeps=(LARGEST,), printed="rule  top-1\nSLTT  91.28%\n")
     with served_here(store) as address:
         page, watch = opened(browser, address)
         drawn(page, 4)

@@ -17,7 +17,7 @@ from typing import Any
 from flask import Flask, Response, request
 
 from pipeline.report import tables
-from pipeline.report.dashboard.guard import guard, is_loopback, refuse_open_to_others
+from pipeline.report.dashboard.guard import guard, is_loopback
 from pipeline.report.dashboard.live import Live, SuiteReport
 from pipeline.report.dashboard.permalink import ONLY, SORTS, VIEWS, Place, describe_states
 from pipeline.report.drawing import Figure, Table, slug
@@ -222,12 +222,9 @@ def serve(
         ValueError: the store is of an unknown kind, the host is open to other machines without a
             token, or the port is taken.
     """
-    refuse_open_to_others(host, token)
     uri = store or tracking_uri(runs)
     opened = open_store(uri)
     from waitress.server import create_server
-
-    from pipeline.report.dashboard.app import make_app
 
     app = make_app(opened, name=without_password(uri), every=every)
     guard(app, host=host, token=token)

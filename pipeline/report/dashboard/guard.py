@@ -32,7 +32,16 @@ def guard(server: Flask, *, host: str, token: str | None) -> None:
     Raises:
         ValueError: the server would be open to other machines without a token.
     """
-    refuse_open_to_others(host, token)
+    if token is not None and not token.strip():
+        raise ValueError(
+            "dashboard: --token must not be empty; python -c 'import secrets;"
+            " print(secrets.token_urlsafe())' makes one"
+        )
+    if not is_loopback(host) and token is None:
+        raise ValueError(
+            f"dashboard: --host {host} opens it to other machines, which takes a --token; without"
+            " both it is local"
+        )
     policy = "; ".join(
         [
             *("default-src 'none'", "script-src 'self'", "style-src 'self' 'unsafe-inline'"),
@@ -60,19 +69,6 @@ def guard(server: Flask, *, host: str, token: str | None) -> None:
         if not request.path.startswith("/plotly.js"):
             response.headers["Cache-Control"] = "no-store"
         return response
-
-
-def refuse_open_to_others(host: str, token: str | None) -> None:
-    if token is not None and not token.strip():
-        raise ValueError(
-            "dashboard: --token must not be empty; python -c 'import secrets;"
-            " print(secrets.token_urlsafe())' makes one"
-        )
-    if not is_loopback(host) and token is None:
-        raise ValueError(
-            f"dashboard: --host {host} opens it to other machines, which takes a --token; without"
-            " both it is local"
-        )
 
 
 def is_loopback(host: str) -> bool:
