@@ -456,14 +456,25 @@ def load(path: Path, kind: type = dict) -> Any:
         ReportError: the file contains something else.
     """
     try:
-        value = json.loads(path.read_bytes())
+        text = path.read_bytes()
     except FileNotFoundError:
         return None
+    return parsed(text, str(path), kind)
+
+
+def parsed(text: str | bytes, where: str, kind: type) -> Any:
+    """A JSON object or list.
+
+    Raises:
+        ReportError: the text, which came from `where`, is something else.
+    """
+    try:
+        value = json.loads(text)
     except ValueError as error:
-        raise ReportError(f"{path} is not JSON: {error}") from error
+        raise ReportError(f"{where} is not JSON: {error}") from error
     if not isinstance(value, kind):
-        called = "an object" if kind is dict else "a list"
-        raise ReportError(f"{path} holds a {type(value).__name__}, not {called}")
+        expected = "an object" if kind is dict else "a list"
+        raise ReportError(f"{where} holds a {type(value).__name__}, not {expected}")
     return value
 
 

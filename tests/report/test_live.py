@@ -161,7 +161,7 @@ def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):
     ("file", "text", "said"),
     [
         ("summary.json", '{"top1": 0.', "its summary.json in MLflow is not JSON"),
-        ("summary.json", "[1]", "its summary.json in MLflow must hold a dict; got a list"),
+        ("summary.json", "[1]", "its summary.json in MLflow holds a list, not an object"),
         (
             "summary.json",
             '{"trained_on": 3}',
@@ -177,7 +177,7 @@ def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):
             '{"conditions": "x"}',
             "its summary.json in MLflow: conditions must be an object; got 'x'",
         ),
-        ("activity.json", "{}", "its activity.json in MLflow must hold a list; got a dict"),
+        ("activity.json", "{}", "its activity.json in MLflow holds a dict, not a list"),
         (
             "activity.json",
             '[{"name": "a"}]',

@@ -23,7 +23,14 @@ from pipeline.measure.constants import PARTS, REST
 from pipeline.recipe import BASELINE
 from pipeline.report.claims import Returned, returned
 from pipeline.report.history import UNKNOWN_EPOCH
-from pipeline.report.results import ReportError, Run, machine, refuse_damaged_summary, run_of
+from pipeline.report.results import (
+    ReportError,
+    Run,
+    machine,
+    parsed,
+    refuse_damaged_summary,
+    run_of,
+)
 from pipeline.report.stores import (
     FILES,
     JOURNAL,
@@ -230,15 +237,7 @@ class Live:
 
     def _json(self, run_id: str, name: str, kind: type) -> Any:
         text = self.store.text(run_id, name)
-        try:
-            value = None if text is None else json.loads(text)
-        except ValueError as error:
-            raise ReportError(f"its {name} in MLflow is not JSON ({error})") from error
-        if value is not None and not isinstance(value, kind):
-            raise ReportError(
-                f"its {name} in MLflow must hold a {kind.__name__}; got a {type(value).__name__}"
-            )
-        return value
+        return None if text is None else parsed(text, f"its {name} in MLflow", kind)
 
 
 def _events_after(
