@@ -43,12 +43,8 @@ def ratios(group: Group) -> Figure | Missing:
         return Missing(title=title, why=f"no baseline: {group.undivided}, so nothing is divided")
     rules = [rule for rule in group.rules if rule != group.against]
     costs = {each.name: each.title for each in compared() if each.better == "less"}
-    ratio_of = {
-        (rule, name): ratio
-        for rule in rules
-        for name in costs
-        if (ratio := group.ratios(rule, name))
-    }
+    pairs = itertools.product(rules, costs)
+    ratio_of = {pair: ratio for pair in pairs if (ratio := group.ratios(*pair))}
     if not ratio_of:
         return Missing(title=title, why=f"no rule has a seed in common with {group.against}")
     names = [name for name in costs if any(name == measured for _, measured in ratio_of)]
@@ -67,8 +63,11 @@ def ratios(group: Group) -> Figure | Missing:
         means, heights = [ratio.mean for ratio in here.values()], [each + offset for each in here]
         data.append(scatter(rule, means, heights, mode="markers+text", **about))
     most = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in ratio_of.values()))
-    line = {"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "y domain"}
+    dotted = {"color": INK, "width": 1, "dash": "dot"}
+    line = {"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "y domain", "line": dotted}
     ticks = {"tickvals": [*range(len(names))], "ticktext": [costs[name] for name in names]}
+    x = titled(f"multiple of {plain(group.against)}", range=[0, 1.3 * most])
+    y = {**ticks, "range": [len(names) - 0.5, -0.75], "showgrid": False, "zeroline": False}
     caption = (
         "Left of the dotted line is less than the baseline; mean and standard deviation over the"
         " seeds that both ran."
@@ -80,6 +79,7 @@ def ratios(group: Group) -> Figure | Missing:
     if saved:
         least = min(saved, key=lambda rule: saved[rule].mean)
         alt += f": {least} keeps {saved[least].mean:.2f} of its saved bytes, the least"
+    height = 110 + len(names) * max(52, 30 * len(rules))
     columns = ("rule", "quantity", "divided by", "ratio", "standard deviation", "paired seeds")
     rows = tuple(
         (rule, costs[name], group.base_of(name), ratio.mean, ratio.deviation, ratio.runs)
@@ -91,14 +91,7 @@ def ratios(group: Group) -> Figure | Missing:
         caption=caption,
         alt=f"{alt}.",
         table=Table(columns=columns, rows=rows),
-        drawing=drawing(
-            data,
-            height=110 + len(names) * max(52, 30 * len(rules)),
-            xaxis=titled(f"multiple of {plain(group.against)}", range=[0, 1.3 * most]),
-            yaxis={**ticks, "range": [len(names) - 0.5, -0.75], "showgrid": False}
-            | {"zeroline": False},
-            shapes=[{**line, "line": {"color": INK, "width": 1, "dash": "dot"}}],
-        ),
+        drawing=drawing(data, height=height, xaxis=x, yaxis=y, shapes=[line]),
     )
 
 
@@ -365,22 +358,16 @@ def learning_curves(group: Group) -> Figure | Missing:
         for points, rules in logs.items()
     ]
     columns = ("run", "rule", "seed", "what", "step", "epochs", "seconds", "top-1", "loss")
+    runs, times = counted(len(group.runs), "run"), counted(len(restarts), "restart")
     beside = "; ".join(standings(group)) or "no recipe carries published points"
+    x = titled("epochs", rangemode="tozero")
     return Figure(
         name="learning-curves",
         title=title,
         caption=" ".join(_captions(group, len(restarts), has_logs=bool(logs))),
-        alt=(
-            f"Accuracy of {counted(len(group.runs), 'run')} by epoch, with"
-            f" {counted(len(restarts), 'restart')}; {beside}."
-        ),
+        alt=f"Accuracy of {runs} by epoch, with {times}; {beside}.",
         table=Table(columns=columns, rows=tuple(rows)),
-        drawing=drawing(
-            data,
-            height=420,
-            xaxis=titled("epochs", rangemode="tozero"),
-            yaxis=titled("top-1, %"),
-        ),
+        drawing=drawing(data, height=420, xaxis=x, yaxis=titled("top-1, %")),
     )
 
 

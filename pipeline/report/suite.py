@@ -289,8 +289,8 @@ def read_study(
             run, if there is one.
 
     Raises:
-        ValueError: no run or study has such a name, a file is damaged, or a suite's own report
-            fails or ignores the given options.
+        ValueError: a name is unknown, a file damaged, or a suite's own report fails or takes no
+            such options.
     """
     swept = tuple(sweep_of(read_json(path), str(path)) for path in sweeps)
     suite = suite_named(runs_dir, names)
@@ -304,24 +304,20 @@ def read_study(
     runs, tried = _without_trials(members)
     own, printed, notes = Returned(), "", []
     if suite is not None:
-        is_judged_alike = (against, within) == (BASELINE, WITHIN)
-        own, printed, notes = _own_report(suite, trust, reported, is_judged_alike=is_judged_alike)
-    elif names:
-        runs, notes = _with_baselines(everything, runs, against)
+        title, place = suite.name, suite / REPORT
+        own, printed, notes = _own_report(suite, trust, reported, judged=(against, within))
+    else:
+        if names:
+            runs, notes = _with_baselines(everything, runs, against)
+        is_of_one = len({run.study for run in runs}) == 1
+        title = f"Study {runs[0].study[:8]}" if is_of_one else some(names, 3)
+        place = runs_dir / f"report-{slug(title)[:80]}.html"
     if tried:
-        notes.append(
-            f"Left out: {counted(len(tried), 'trial')} on a held-out part of the training set."
-        )
+        trials = counted(len(tried), "trial")
+        notes.append(f"Left out: {trials} on a held-out part of the training set.")
     for run in runs:
         refuse_damage(run)
         _ = run.activity  # the file may be damaged, too
-    if suite is not None:
-        title, place = suite.name, suite / REPORT
-    else:
-        title = f"Study {runs[0].study[:8]}"
-        if len({run.study for run in runs}) > 1:
-            title = some(names, 3)
-        place = runs_dir / f"report-{slug(title)[:80]}.html"
     study = Study(
         title=title,
         runs=tuple(runs),
@@ -360,7 +356,7 @@ def _with_baselines(
 
 
 def _own_report(
-    suite: Path, trust: tuple[str, ...], reported: Reported | None, *, is_judged_alike: bool
+    suite: Path, trust: tuple[str, ...], reported: Reported | None, *, judged: tuple[str, float]
 ) -> tuple[Returned, str, list[str]]:
     """The values and the text of the suite's report, or a note that it waits for runs.
 
@@ -368,7 +364,7 @@ def _own_report(
     """
     if not has_report(suite):
         return Returned(), "", []
-    if not is_judged_alike:
+    if judged != (BASELINE, WITHIN):
         raise ReportError(
             f"report: {suite.name} has a report of its own, so --against and --within have no"
             " effect on its claims"
