@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlparse
 
 from pipeline.core.run_folder import RunFolder
@@ -29,9 +29,6 @@ from pipeline.track.events import KIND, Event, Start, Step, from_dict
 from pipeline.track.journal import Record, read_thinned
 from pipeline.track.mlflow import REPORT, REPORT_DATA
 from pipeline.track.state import State
-
-if TYPE_CHECKING:
-    from mlflow.entities import Run as MlflowRun
 
 FILES = RunFolder("")  # a run's artifacts have the names of its files
 JOURNAL = FILES.journal.name
@@ -151,7 +148,30 @@ def open_store(uri: str) -> Store:
 
 def runs_of_store(store: Store) -> list[Run]:
     """All runs of a store, from tags and metrics. Of the recipe only the protocol is known."""
-    return [_run_of(stored) for stored in store.runs(None)]
+    known = ("rule", "study", "seed", "world_size", "micro_batch", "hardware", "commit")
+    runs: list[Run] = []
+    for stored in store.runs(None):
+        summary: dict[str, Any] = {}
+        for key, value in stored.metrics.items():
+            if key.startswith(_SUMMARY):
+                *path, last = key.removeprefix(_SUMMARY).split("/")
+                inner = summary
+                for name in path:
+                    inner = inner.setdefault(name, {})
+                inner[last] = value
+        start = start_of(stored)
+        fields = {name: start[name] for name in known if start[name] not in (None, "")}
+        run = run_of(
+            stored.name,
+            state=stored.state,
+            starts=[start],
+            summary={**summary, **fields} if summary else None,
+            recipe={"protocol": stored.tags.get("spiketrain.protocol", "shared")},
+            started=stored.started,
+            heard=stored.newest if stored.state == "running" else None,
+        )
+        runs.append(run)
+    return runs
 
 
 def start_of(stored: StoredRun) -> Record:
@@ -191,29 +211,6 @@ def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
         for (experiment, study), members in groups.items()
     ]
     return sorted(found, key=lambda study: study.newest, reverse=True)
-
-
-def _run_of(stored: StoredRun) -> Run:
-    summary: dict[str, Any] = {}
-    for key, value in stored.metrics.items():
-        if key.startswith(_SUMMARY):
-            *path, last = key.removeprefix(_SUMMARY).split("/")
-            inner = summary
-            for name in path:
-                inner = inner.setdefault(name, {})
-            inner[last] = value
-    start = start_of(stored)
-    known = ("rule", "study", "seed", "world_size", "micro_batch", "hardware", "commit")
-    fields = {name: start[name] for name in known if start[name] not in (None, "")}
-    return run_of(
-        stored.name,
-        state=stored.state,
-        starts=[start],
-        summary={**summary, **fields} if summary else None,
-        recipe={"protocol": stored.tags.get("spiketrain.protocol", "shared")},
-        started=stored.started,
-        heard=stored.newest if stored.state == "running" else None,
-    )
 
 
 def _protocol(tags: Mapping[str, str]) -> str:
@@ -538,7 +535,8 @@ def _pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:
         page = ask(page.token)
 
 
-def _stored(run: MlflowRun, experiment: str, *, metrics: bool) -> StoredRun:
+def _stored(run: Any, experiment: str, *, metrics: bool) -> StoredRun:
+    """`run`: as MLflow's client returns it."""
     times = [
         metric.timestamp for metric in run.data._metric_objs
     ]  # `metrics` has no times (3.17.2)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.core.units import counted, rounded, unit_of
 from pipeline.measure.constants import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.recipe.recipe import Split
+from pipeline.report.claims import Claim
 from pipeline.report.drawing import Cell, Table
 from pipeline.report.results import (
     ENERGY,
@@ -28,9 +29,6 @@ from pipeline.report.results import (
 )
 from pipeline.report.selection import differing_recipes, trained_apart, tuned_in, written
 from pipeline.report.study import Group, Study, spread_of
-
-if TYPE_CHECKING:
-    from pipeline.report.claims import Claim
 
 _ALWAYS = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")  # columns of every table of costs
 _HELD = "held."
