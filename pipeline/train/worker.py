@@ -127,20 +127,18 @@ def _note_halving(trainer: Trainer, reason: str) -> None:
     Raises:
         ValueError: no smaller one is possible.
     """
-    context = trainer.context
-    decisions = context.decisions.halve(context.split, lambda smaller: _split(context, smaller))
-    decisions.write(trainer.folder)
+    context, sizes = trainer.context, trainer.context.place.possible_sizes
+
+    def split_of(decisions: Decisions) -> Split:
+        recipe = steady(decisions.fit(context.recipe), context.backend.network, sizes)
+        check_accumulation(recipe, context.rule, sizes)
+        for size in sizes:
+            build_mixing(recipe, recipe.split(size))
+        return recipe.split(context.ranks.size)
+
+    decisions = context.decisions.halve(context.split, split_of)
     assert decisions.micro_batch is not None
+    decisions.write(trainer.folder)
     trainer.tracker.write(
         events.Smaller(step=trainer.step, micro_batch=decisions.micro_batch, reason=reason)
     )
-
-
-def _split(context: TrainContext, decisions: Decisions) -> Split:
-    """The split of a batch in the next attempt. Raises: ValueError if a part refuses it."""
-    sizes = context.place.possible_sizes
-    recipe = steady(decisions.fit(context.recipe), context.backend.network, sizes)
-    check_accumulation(recipe, context.rule, sizes)
-    for size in sizes:
-        build_mixing(recipe, recipe.split(size))
-    return recipe.split(context.ranks.size)

@@ -26,7 +26,7 @@ from pipeline.spiking.encode import over_steps
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
-from pipeline.train import evaluate_tasks
+from pipeline.train import evaluation
 from pipeline.train.evaluation import (
     COUNTED,
     Answers,
@@ -217,18 +217,12 @@ def test_what_is_no_file_of_answers_is_refused_in_one_line(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (
-            {"answer": [1]},
-            (
-                r"must hold an entry a sample in each column; got int64 \[2\], int64 \[2\], int64"
-                r" \[1\]$"
-            ),
-        ),
-        ({"task": [0, 0, 0]}, r"must hold an entry a sample in each column; got .*, int64 \[3\]$"),
-        ({"index": [0.0, 1.0]}, r"must hold columns of whole numbers; got float64 \[2\], "),
-        ({"answer": [True, False]}, r"must hold columns of whole numbers; got .*, bool \[2\]$"),
-        ({"target": [[0], [1]]}, r"must hold columns of whole numbers; got .*, int64 \[2, 1\], "),
-        ({"target": 1}, r"must hold columns of whole numbers; got .*, int64 \[\], "),
+        ({"answer": [1]}, r"int64 \[2\], int64 \[2\], int64 \[1\]"),
+        ({"task": [0, 0, 0]}, r".*, int64 \[3\]"),
+        ({"index": [0.0, 1.0]}, r"float64 \[2\], .*"),
+        ({"answer": [True, False]}, r".*, bool \[2\]"),
+        ({"target": [[0], [1]]}, r".*, int64 \[2, 1\], .*"),
+        ({"target": 1}, r".*, int64 \[\], .*"),
     ],
 )
 def test_columns_that_do_not_belong_together_are_refused_in_one_line(
@@ -238,9 +232,9 @@ def test_columns_that_do_not_belong_together_are_refused_in_one_line(
     np.savez(
         tmp_path / "answers.npz", **{name: np.array(column) for name, column in written.items()}
     )
-    with pytest.raises(ValueError, match=rf"^answers: .*answers\.npz {said}") as refused:
+    wanted = "must hold columns of whole numbers, an entry a sample in each; got"
+    with pytest.raises(ValueError, match=rf"^answers: .*answers\.npz {wanted} {said}$"):
         read_answers(tmp_path / "answers.npz")
-    assert "\n" not in str(refused.value)
 
 
 # ------------------------------------------------------------------------------------------ of runs
@@ -386,7 +380,7 @@ class Card(EnergyCounter):
 
 
 def _rank(rank: int, ranks: int, folder: str, samples: int | None) -> None:
-    evaluate_tasks.EnergyCounter = lambda device: Card(rank)  # type: ignore[misc, assignment]
+    evaluation.EnergyCounter = lambda device: Card(rank)  # type: ignore[misc, assignment]
     found: list[Any] = [
         (
             make_run(Path(folder) / "two", uneven(evaluation=Evaluation(samples=samples)))

@@ -236,6 +236,7 @@ def test_the_probe_is_fitted_on_every_training_sample_and_no_other(
             ranks=Ranks(),
             tracker=NullTracker(),
             threads=1,
+            is_fresh=True,
         )
     assert asked["features"] == [32, 29]
     assert len(list(tmp_path.glob("teacher/*/probe-*.safetensors"))) == 1

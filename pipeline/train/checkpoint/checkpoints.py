@@ -325,11 +325,11 @@ def read_trainer(path: Path) -> dict[str, Any]:
 
 def rng_state() -> dict[str, Any]:
     """The state of every random number generator of this process, as a checkpoint holds it."""
-    _, keys, *rest = np.random.get_state()
+    numpy: Any = np.random.get_state()
     state = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (torch.from_numpy(keys.astype(np.int64)), *rest),
+        "numpy": (torch.from_numpy(numpy[1].astype(np.int64)), *numpy[2:]),
     }
     if torch.cuda.is_initialized():  # otherwise the call would create a context on a GPU
         state["cuda"] = torch.cuda.get_rng_state()

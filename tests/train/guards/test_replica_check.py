@@ -173,7 +173,6 @@ def _damaged(rank: int, size: int) -> dict[str, str]:
         rule=rule,
         job=SimpleNamespace(run="."),
         checkpoints=None,
-        meters=None,
     )
     checkpointing = Saving(parts, step=0, state=dict)
     found = {}
