@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -29,8 +30,6 @@ from pipeline.train.part_checks import (
     build_part,
     check_network,
     check_objective,
-    check_rule,
-    check_schedule,
 )
 from pipeline.train.tasks import Task, tasks_of
 from pipeline.train.teaching import build_teacher
@@ -61,8 +60,12 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
         build_teacher(recipe, tasks[0].data)
     if recipe.evaluation.fidelity_every:
         FidelityCheck.check(recipe, lambda: build_network(recipe, tasks))
-    optimizer = build_optimizer(recipe, network, rule)
-    check_schedule(recipe.schedule.build(optimizer, 1000, 100), recipe.schedule)
+    schedule = recipe.schedule.build(build_optimizer(recipe, network, rule), 1000, 100)
+    require(
+        callable(schedule),
+        f"schedule: {recipe.schedule.target.__name__} must make a function of the step, as"
+        f" pipeline.train.schedule does; got {type(schedule).__name__}",
+    )
     return network
 
 
@@ -71,12 +74,11 @@ def build_network(recipe: Recipe, tasks: Sequence[Task]) -> nn.Module:
     classes = _written_classes(recipe.model)
     for task in tasks:
         recipe.check_time_steps(task.data.shape)
-        if classes not in (None, task.data.classes):
-            where = f" in {task.name}" if recipe.phases else ""
-            raise ValueError(
-                f"recipe: model and data must have the same classes; got {classes} and"
-                f" {task.data.classes}{where}"
-            )
+        require(
+            classes in (None, task.data.classes),
+            f"recipe: model and data must have the same classes; got {classes} and"
+            f" {task.data.classes}{f' in {task.name}' if recipe.phases else ''}",
+        )
     network = build_part("model", recipe.model, nn.Module, name="torch.nn.Module")
     for task in reversed(tasks):
         task.choose_head(network)
@@ -96,7 +98,15 @@ def attached_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
         ValueError: rule, network, tasks, objective and teacher do not fit together.
     """
     rule = build_part("rule", recipe.rule, Rule)
-    check_rule(rule, recipe.rule)
+    who, memory = f"rule: {recipe.rule.target.__name__}", getattr(rule, "memory", None)
+    require(
+        type(rule)._loss_terms is not Rule._loss_terms,
+        f"{who} must override _loss_terms, which yields the losses to differentiate; it does not",
+    )
+    require(
+        memory in ("constant", "linear"),
+        f"{who}: memory must be 'constant' or 'linear'; got {memory!r}",
+    )
     rule.check_steps(recipe.time_steps)
     rule.attach(network, world=world, over_time=recipe.over_time)
     rule.check_tasks(network, max(1, len(recipe.phases)))
@@ -139,16 +149,16 @@ def with_placeholder_weights(suite: Suite) -> Iterator[tuple[Recipe, ...]]:
             recipes.append(filled(recipe, files.__getitem__))
             if recipe.name in wanted:
                 files[recipe.name] = Path(place) / f"{len(recipes)}.safetensors"
-                network = build_network(recipes[-1], tasks_of(recipes[-1]))
-                save_file(weights_of(network), files[recipe.name])
+                fresh = build_network(recipes[-1], tasks_of(recipes[-1]))
+                save_file(weights_of(fresh), files[recipe.name])
         yield tuple(recipes)
 
 
 def build_optimizer(recipe: Recipe, network: nn.Module, rule: Rule) -> torch.optim.Optimizer:
-    kind = torch.optim.Optimizer
+    name = "torch.optim.Optimizer"
     try:
         optimizer = build_part(
-            "optimizer", recipe.optimizer, kind, network, name="torch.optim.Optimizer"
+            "optimizer", recipe.optimizer, torch.optim.Optimizer, network, name=name
         )
     except (TypeError, AssertionError, RuntimeError) as error:  # timm's ways to refuse a keyword
         raise ValueError(f"{recipe.optimizer.label}: {error}") from error
@@ -177,17 +187,16 @@ def spare_from_decay(optimizer: torch.optim.Optimizer, parameters: Iterable[Tens
         if all(is_spared):
             group["weight_decay"] = 0.0
             continue
-        columns = {name: list(group[name]) for name in ("params", "param_names") if name in group}
-        inside = {
-            name: list(itertools.compress(column, is_spared)) for name, column in columns.items()
+        out: dict[str, list[Any]] = {
+            name: list(itertools.compress(group[name], is_spared))
+            for name in ("params", "param_names")
+            if name in group
         }
-        group.update(
-            {
-                name: [x for x, out in zip(column, is_spared, strict=True) if not out]
-                for name, column in columns.items()
-            }
-        )
-        optimizer.add_param_group({**group, **inside, "weight_decay": 0.0})
+        for name in out:
+            group[name] = [
+                x for x, is_out in zip(group[name], is_spared, strict=True) if not is_out
+            ]
+        optimizer.add_param_group({**group, **out, "weight_decay": 0.0})
 
 
 def build_schedule(

@@ -60,6 +60,7 @@ class CrossEntropy:
     label_smoothing: float = 0.0
     mse: float = 0.0
     goal: Literal["ones", "one_hot"] = "ones"
+    remembers = False
 
     def __post_init__(self) -> None:
         for name in ("label_smoothing", "mse"):
@@ -75,10 +76,6 @@ class CrossEntropy:
     @property
     def labels(self) -> CrossEntropy:
         return self
-
-    @property
-    def remembers(self) -> bool:
-        return False
 
     def check(self, *, taught: bool, over_time: OverTime, time_steps: int) -> None:
         del over_time, time_steps

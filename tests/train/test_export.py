@@ -283,13 +283,10 @@ def test_no_flipped_bit_goes_unseen(
     [
         (
             {"metadata": {"version": "2"}},
-            r"this spiketrain reads version 1, .*; got version '2', layout 'packed'",
+            "must be a file of spiketrain export, of version 1 .*; got .* version '2', layout",
         ),
-        ({"metadata": {"layout": "sparse"}}, r"got version '1', layout 'sparse'"),
-        (
-            {"metadata": {"format": "other"}},
-            r"must be a file of spiketrain export; its metadata say format 'other'",
-        ),
+        ({"metadata": {"layout": "sparse"}}, "got format .*, version '1', layout 'sparse'"),
+        ({"metadata": {"format": "other"}}, "must be a file of .*; got format 'other', version"),
         (
             {"drop": "stages.1.0.conv.bits"},
             r"must fit the model; got no bits, or others, for stages\.1\.0\.conv",

@@ -18,8 +18,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import FOR_THE_USER
 from pipeline.core.tensor_file import find_code
 from pipeline.core.units import counted
-from pipeline.train.backend.base import Backend
-from pipeline.train.backend.copies import copied
+from pipeline.train.backend.base import Backend, copied
 from pipeline.train.checkpoint import background
 from pipeline.train.checkpoint.background import Background, Saved
 from pipeline.train.checkpoint.choose import step_name

@@ -12,7 +12,7 @@ import faulthandler
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -30,16 +30,10 @@ def unreported_hangs(run: Path, events: Sequence[Event]) -> dict[str, int]:
     folder, hangs = RunFolder(run).stacks, {}
     for file in sorted(folder.glob("rank*")):
         match, path = re.match(r"rank(\d+)-.+\.txt$", file.name), f"{folder.name}/{file.name}"
-        if match is not None and path not in known and _size(file):  # empty: the worker was killed
-            hangs[path] = int(match[1])
+        with suppress(FileNotFoundError):  # its worker has ended normally meanwhile
+            if match is not None and path not in known and file.stat().st_size:  # 0: killed
+                hangs[path] = int(match[1])
     return hangs
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:  # its worker has ended normally meanwhile
-        return 0
 
 
 class Watchdog:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.train.backend.copies import cloned
+from pipeline.train.backend.base import cloned
 
 
 class Calls(TorchDispatchMode):

@@ -16,8 +16,8 @@ import torch
 from torch import distributed
 
 from pipeline.core.errors import UserError
+from pipeline.train.backend.base import copied
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.backend.copies import copied
 from pipeline.train.checkpoint import Checkpoints, Place, background, damage, step_folders
 from tests.helpers.few import TRAINER, Counting, backend, restore, save, step
 from tests.helpers.processes import run_ranks
