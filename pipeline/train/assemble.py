@@ -193,7 +193,6 @@ def assemble(process: Process) -> TrainContext:
 
 
 def _read_recipe(process: Process) -> Recipe:
-    """Read the run's recipe, and check that all ranks run the same code."""
     job, ranks, host = process.job, process.ranks, socket.gethostname()
     if ranks.size > 1:
         check_same_code(host, code_digest(), each=ranks.all_gather_object)
@@ -207,7 +206,6 @@ def _read_recipe(process: Process) -> Recipe:
 
 
 def _open_checkpoints(process: Process, recipe: Recipe) -> Checkpoints:
-    """The run's checkpoints. Waits for storage that is away."""
     job, ranks, tracker, beat = process.job, process.ranks, process.tracker, process.watchdog.beat
     place = ranks.all_or_raise(
         lambda: place_at(job.checkpoints, Path(job.run), token=job.place_token)
@@ -289,10 +287,14 @@ def _own_parts(
         rule.calibrate(
             network, _first_batches(recipe, tasks[0].data, rule.calibration_batches, device)
         )
-    loaders = Loaders(
-        tasks, recipe, recipe.split(world.size), rank=world.rank, threads=job.loader_threads
+    return (
+        recipe,
+        network,
+        rule,
+        Loaders(
+            tasks, recipe, recipe.split(world.size), rank=world.rank, threads=job.loader_threads
+        ),
     )
-    return recipe, network, rule, loaders
 
 
 def _first_batches(recipe: Recipe, data: Data, count: int, device: torch.device) -> list[Tensor]:
@@ -333,8 +335,10 @@ def _build_fidelity(
         return None
     with closing(loaders.train(0)) as loader, loader.epoch(0) as batches:
         batch = next(iter(batches))
-    fresh = lambda: build_network(recipe, loaders.tasks).to(device)
-    x_TB = over_steps(batch.x.to(device), recipe.time_steps)
     return FidelityCheck(
-        recipe, fresh, recipe.objective.build().labels, x_TB, batch.target.to(device)
+        recipe,
+        lambda: build_network(recipe, loaders.tasks).to(device),
+        recipe.objective.build().labels,
+        over_steps(batch.x.to(device), recipe.time_steps),
+        batch.target.to(device),
     )

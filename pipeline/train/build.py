@@ -86,7 +86,6 @@ def build_network(recipe: Recipe, tasks: Sequence[Task]) -> nn.Module:
 
 
 def _written_classes(part: Spec) -> int | None:
-    """The keyword `classes` of a model, or of the model that it is built around."""
     inside = [_written_classes(value) for value in part.kwargs.values() if isinstance(value, Spec)]
     return part.kwargs.get("classes") or next(filter(None, inside), None)
 
@@ -149,16 +148,19 @@ def with_placeholder_weights(suite: Suite) -> Iterator[tuple[Recipe, ...]]:
             recipes.append(filled(recipe, files.__getitem__))
             if recipe.name in wanted:
                 files[recipe.name] = Path(place) / f"{len(recipes)}.safetensors"
-                fresh = build_network(recipes[-1], tasks_of(recipes[-1]))
-                save_file(weights_of(fresh), files[recipe.name])
+                network = build_network(recipes[-1], tasks_of(recipes[-1]))
+                save_file(weights_of(network), files[recipe.name])
         yield tuple(recipes)
 
 
 def build_optimizer(recipe: Recipe, network: nn.Module, rule: Rule) -> torch.optim.Optimizer:
-    name = "torch.optim.Optimizer"
     try:
         optimizer = build_part(
-            "optimizer", recipe.optimizer, torch.optim.Optimizer, network, name=name
+            "optimizer",
+            recipe.optimizer,
+            torch.optim.Optimizer,
+            network,
+            name="torch.optim.Optimizer",
         )
     except (TypeError, AssertionError, RuntimeError) as error:  # timm's ways to refuse a keyword
         raise ValueError(f"{recipe.optimizer.label}: {error}") from error

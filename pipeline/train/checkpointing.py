@@ -111,16 +111,20 @@ class Saving:
     def before_evaluation(self, step: int) -> None:
         """Save without a score if much training is unsaved or machines will be taken away."""
         self._watched = (self.files.stop, self.files.save)
-        is_old = time.monotonic() - self._last_at > UNSAVED_S
-        [is_due] = self.ranks.decide(is_old or self.checkpoints.failed() or bool(self.leaving))
+        [is_due] = self.ranks.decide(
+            time.monotonic() - self._last_at > UNSAVED_S
+            or self.checkpoints.failed()
+            or bool(self.leaving)
+        )
         if is_due:
             self._save_before_epoch_end(step)
 
     def is_interrupted(self) -> bool:
         """Whether this rank sees a request to stop or to save in an evaluation. Not collective."""
         self._report(self.checkpoints.done())
-        is_new = self.is_new(self.context.place.notice())
-        return is_new or any(file.exists() for file in self._watched)
+        return self.is_new(self.context.place.notice()) or any(
+            file.exists() for file in self._watched
+        )
 
     def in_evaluation(self, step: int) -> bool:
         """Save on a request, which may not leave enough time for the rest of the evaluation.
@@ -255,7 +259,6 @@ class Saving:
         return [*self.context.backend.replicated(), *self.context.rule.buffers()]
 
     def _report(self, saved: Saved | None) -> None:
-        """Journal a checkpoint that has become complete."""
         if saved is None:
             return
         self._write_s = saved.write_s

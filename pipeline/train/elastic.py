@@ -96,10 +96,8 @@ def steady(recipe: Recipe, network: nn.Module, sizes: Sequence[int]) -> Recipe:
     if not any(isinstance(each, draws_or_norms) or is_foreign_norm(each) for each in modules):
         return recipe
     share = math.gcd(*(recipe.batch_size // size for size in sizes))
-    most = min(recipe.micro_batch or share, share)
-    return replace(
-        recipe, micro_batch=next(size for size in range(most, 0, -1) if share % size == 0)
-    )
+    sizes_down = range(min(recipe.micro_batch or share, share), 0, -1)
+    return replace(recipe, micro_batch=next(size for size in sizes_down if share % size == 0))
 
 
 def check_accumulation(recipe: Recipe, rule: Rule, sizes: Sequence[int]) -> None:

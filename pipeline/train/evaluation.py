@@ -8,7 +8,7 @@ T time, B batch, N samples, K classes
 
 from __future__ import annotations
 
-import os
+import io
 import time
 import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 
 from pipeline.core.checks import require
+from pipeline.core.files import write_whole
 from pipeline.data.base import Loader
 from pipeline.measure.activity import Activity, LayerActivity, firing_rate
 from pipeline.measure.constants import ACTIVITY_EVERY
@@ -144,8 +145,11 @@ def evaluate(
                 with fresh_state(model):
                     model(x_TB)
         # The forward alone: inference has no rule.
-        work = operations.work.get("forward", Work())
-        inference = Inference(work, len(counted), tuple(sorted(operations.not_counted)))
+        inference = Inference(
+            operations.work.get("forward", Work()),
+            len(counted),
+            tuple(sorted(operations.not_counted)),
+        )
     model.train(was_training)
     total, largest_of = (
         partial(_over_ranks, device=next(model.parameters()).device, how=how)
@@ -167,7 +171,6 @@ def evaluate(
 
 
 def _over_ranks(value: Tensor, device: torch.device, how: Any) -> Tensor:
-    """Reduce a vector on the CPU over ranks."""
     if world()[1] > 1:
         value = value.to(device, copy=True)
         distributed.all_reduce(value, op=how)
@@ -304,11 +307,9 @@ def write_answers(file: Path, shares: Sequence[Sequence[Answers]], *, tasks: boo
         columns["task"] = np.repeat(
             np.arange(len(sorted_3N)), [each.shape[1] for each in sorted_3N]
         )
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("wb") as stream:  # a stream, as savez would add its own suffix to a name
-        # no column has the name of numpy's own keyword, allow_pickle
-        np.savez(stream, **columns)  # type: ignore[arg-type]
-    temporary.rename(file)
+    stream = io.BytesIO()
+    np.savez(stream, **columns)  # type: ignore[arg-type]  # no column is named allow_pickle
+    write_whole(file, stream.getvalue())
 
 
 def read_answers(file: Path) -> Answers:

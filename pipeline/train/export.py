@@ -20,7 +20,6 @@ or another machine may also change such a spike.
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +28,11 @@ from typing import Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from pipeline.core.checks import require
+from pipeline.core.files import write_whole
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.tensor_file import describe_mismatch
 from pipeline.core.units import counted
@@ -118,8 +118,11 @@ def export_run(
         task.choose_head(network)
         silence_TB = over_steps(torch.zeros(1, *task.data.shape), recipe.time_steps)
         state, folded = pack(network, following_norms(network, synapses, silence_TB))
-        bits = sum(synapse.weight.numel() for synapse in synapses.values())
-        packed = {"bits": bits, "synapses": len(synapses), "folded": folded}
+        packed = {
+            "bits": sum(synapse.weight.numel() for synapse in synapses.values()),
+            "synapses": len(synapses),
+            "folded": folded,
+        }
     tensors = {name: value.detach().contiguous().clone() for name, value in state.items()}
     model = encode(recipe.model, paths=True)
     own = own_code.needed(trust, targets(model))
@@ -131,9 +134,7 @@ def export_run(
         "time_steps": str(recipe.time_steps),
         **({"code": json.dumps(own_code.note(own))} if own else {}),
     }
-    temp = out.with_name(f".{out.name}.{os.getpid()}")
-    save_file(tensors, temp, {**metadata, "sha256": _digest(metadata, tensors)})
-    temp.rename(out)
+    write_whole(out, save(tensors, {**metadata, "sha256": _digest(metadata, tensors)}))
     return Exported(out, out.stat().st_size, whole, parameters, **packed, trust=own)
 
 

@@ -210,8 +210,10 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[Event]) -> di
     evaluations. `net_s` excludes start-up and work that was repeated after restarts.
     """
     starts = [event for event in events if isinstance(event, Start)]
-    attempts = {event.attempt for event in events} - {OF_NONE}
-    seconds = [_attempt_seconds(events, attempt) for attempt in attempts]
+    seconds = [
+        _attempt_seconds(events, attempt)
+        for attempt in {event.attempt for event in events} - {OF_NONE}
+    ]
     return {
         **result.metrics,
         "evaluated_samples": result.samples,

@@ -105,8 +105,8 @@ class Decisions:
 
     def fit(self, recipe: Recipe) -> Recipe:
         """The recipe with micro-batches that fit in memory."""
-        limits = filter(None, (self.micro_batch, recipe.micro_batch))
-        return replace(recipe, micro_batch=min(limits, default=None))
+        limit = min(filter(None, (self.micro_batch, recipe.micro_batch)), default=None)
+        return replace(recipe, micro_batch=limit)
 
     def after_rollback(self, back: Rollback, recipe: Recipe, *, to: int, epoch: int) -> Decisions:
         """The decisions after one more rollback, to the checkpoint after `to` batches.

@@ -10,7 +10,6 @@ B batch, K classes, N samples, D features
 import hashlib
 import itertools
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -19,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pipeline.core.checks import require
+from pipeline.core.files import write_whole
 from pipeline.core.torch_settings import check_precision
 from pipeline.data.base import Batch, Data
 from pipeline.measure.saved_bytes import bytes_of
@@ -167,7 +167,7 @@ def _fitted(
     """
     if kept := sorted(place.glob("probe-*.safetensors")):
         require(
-            _sha256(kept[0]).startswith(kept[0].stem.removeprefix("probe-")),
+            _digest(kept[0].read_bytes()) == kept[0].stem.removeprefix("probe-"),
             f"Probe: {kept[0]} must be what its name says; it is damaged: delete it, and it is"
             " fitted again",
         )
@@ -176,12 +176,15 @@ def _fitted(
     features_ND, target_N = _features(teacher, probe, data, threads)
     head = probe.fit(features_ND, target_N, data.classes)
     top1 = float((head(features_ND).argmax(-1) == target_N).float().mean())
-    temporary = place / f".probe.{os.getpid()}"  # another run may fit the same
-    save_file(head.state_dict(), temporary)
-    temporary.rename(place / f"probe-{_sha256(temporary)[:8]}.safetensors")
-    seconds = time.monotonic() - begun
+    content = save(head.state_dict())
+    write_whole(place / f"probe-{_digest(content)}.safetensors", content)
     tracker.write(
-        events.Probe(teacher=teacher.label, views=len(target_N), top1=top1, seconds=seconds)
+        events.Probe(
+            teacher=teacher.label,
+            views=len(target_N),
+            top1=top1,
+            seconds=time.monotonic() - begun,
+        )
     )
     return head.state_dict()
 
@@ -209,13 +212,11 @@ def _features(teacher: Teacher, probe: Probe, data: Data, threads: int) -> tuple
     return torch.cat(features), torch.cat(targets)
 
 
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:8]
 
 
 class _AsNetwork(nn.Module):
-    """The teacher as a network with one time step, for `evaluate`."""
-
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
         self.teacher = teacher

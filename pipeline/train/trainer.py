@@ -116,7 +116,6 @@ class Trainer:
             self._end_epoch(self.stretch.epoch(self.step - 1))
 
     def _train(self) -> None:
-        """The rest of a task: its epochs and their batches."""
         self.stretch = stretch = stretch_at(self.context.stretches, self.step)
         with closing(self.context.loaders.train(stretch.index)) as train_set:
             self.tasks[stretch.index].choose_head(self.backend.network)
@@ -297,7 +296,7 @@ class Trainer:
             self.context,
             step=self.step,
             result=self.result,
-            totals=self._totals_over_ranks(),
+            totals=self.meters.over_ranks(self.ranks.max, self.ranks.mean),
             learnt=self.learnt,
             rule_metrics=self._rule_metrics(),
             inference=inference,
@@ -316,14 +315,11 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         """The state of this object in a checkpoint; `__init__` restores it. Collective."""
         return {
-            "totals": asdict(self._totals_over_ranks()),
+            "totals": asdict(self.meters.over_ranks(self.ranks.max, self.ranks.mean)),
             "rule_metrics": self._rule_metrics(),
             "learnt": asdict(self.learnt),
             "guard": self.guard.state_dict(),
         }
-
-    def _totals_over_ranks(self) -> Totals:
-        return self.meters.over_ranks(self.ranks.max, self.ranks.mean)
 
     def _rule_metrics(self) -> dict[str, float]:
         return rule_metrics(self.context.rule, self.ranks, self.restored["rule_metrics"])
@@ -358,8 +354,13 @@ class Trainer:
             return
         known = last_event(RunFolder(self.folder).journal, events.Start, events.Smaller)
         if known is not None and limit < known.micro_batch:
-            reason = "memory ran out on another worker"
-            self.tracker.write(events.Smaller(step=self.step, micro_batch=limit, reason=reason))
+            self.tracker.write(
+                events.Smaller(
+                    step=self.step,
+                    micro_batch=limit,
+                    reason="memory ran out on another worker",
+                )
+            )
 
     def _report_startup(self, worked_before_s: float) -> None:
         """Report the seconds until the end of the attempt's first batch: imports, compilation and

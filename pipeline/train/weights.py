@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import shutil
-import uuid
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from pipeline.core.checks import require
-from pipeline.core.files import sync_file
+from pipeline.core.files import write_whole
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.tensor_file import describe_mismatch, read_state
 from pipeline.models.qkformer import QKFormer, is_published, renamed
@@ -41,8 +39,7 @@ def load_run(
         file.is_file(),
         f"load: {folder} must be a run's folder, which holds {file.name}; it does not",
     )
-    recipe = Recipe.read(file, trust=trust)
-    network: nn.Module = recipe.model.build()
+    network: nn.Module = Recipe.read(file, trust=trust).model.build()
     network.load_state_dict(read_state(verified(place_of(folder), which) / WEIGHTS, who="load"))
     return network.eval()
 
@@ -86,10 +83,7 @@ def lasting_weights(run: Path) -> Path:
     """
     source, lasting = weights_file(run), run / WEIGHTS
     if not lasting.exists():
-        new = run / f".{WEIGHTS}-{uuid.uuid4().hex}"
-        shutil.copyfile(source, new)
-        sync_file(new)
-        new.rename(lasting)
+        write_whole(lasting, source.read_bytes())
     return lasting
 
 

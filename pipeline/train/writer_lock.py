@@ -54,8 +54,8 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
         return
     path = RunFolder(folder).journal
     events = read_events(path)
-    attempt = max((event.attempt for event in events), default=OF_NONE) + 1
-    with Journal(path, attempt=attempt) as tracker:
+    last = max((event.attempt for event in events), default=OF_NONE)
+    with Journal(path, attempt=last + 1) as tracker:
         hung, death = unreported_hangs(folder, events), read_death(folder)
         for stacks, worker in hung.items():
             tracker.write(Hung(worker=worker, stacks=stacks))

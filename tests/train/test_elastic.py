@@ -159,28 +159,16 @@ def test_sizes_are_told_as_they_are_written(sizes: tuple[int, ...], text: str) -
         (
             {},
             tuple(range(2, 9)),
-            (
-                "launch: batch_size=24 must divide by every number of workers; got 2:8, of which 5,"
-                " 7 do not; take --workers 2,3,4,6,8"
-            ),
-        ),
-        (
-            {},
-            (9, 10),
-            (
-                "launch: batch_size=24 must divide by every number of workers; got 9:10, of which"
-                " 9, 10 do not; of fewer 1, 2, 3, 4, 6, 8 do"
-            ),
+            "launch: batch_size=24 must divide by every number of workers; got 2:8, which has 5, 7;"
+            " take --workers of 1, 2, 3, 4, 6, 8",
         ),
         ({}, (5,), "recipe: batch_size must divide by 5 workers; got 24, near it 20 and 25 do"),
         (
             {"zero": 2, "backend": "deepspeed"},
             (2, 4),
-            (
-                "launch: ZeRO-2 needs one number of workers, for DeepSpeed's checkpoints of it load"
-                " on as many only and its universal ones hold Adam alone (0.19.8); got 2,4; take"
-                " one number, or zero=0"
-            ),
+            "launch: ZeRO-2 needs one number of workers, for DeepSpeed's checkpoints of it load on"
+            " as many only and its universal ones hold Adam alone (0.19.8); got 2,4; take one"
+            " number, or zero=0",
         ),
     ],
 )

@@ -77,18 +77,6 @@ class Ranks:
             distributed.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
         )
 
-    def raise_if_gone(self, error: ValueError) -> None:
-        """Ray (2.60) removes the process group of workers that it is about to end. An error of such
-        a worker has no meaning.
-
-        Raises:
-            RuntimeError: the group is gone.
-        """
-        if self.size > 1 and not distributed.is_initialized():
-            raise RuntimeError(
-                "worker: its process group was taken away while it trained"
-            ) from error
-
     def mean(self, value: Tensor) -> Tensor:
         return self.sum(value) / self.size
 

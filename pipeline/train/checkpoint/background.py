@@ -136,8 +136,13 @@ class Background:
             prune(self.place, self.name, keep=self.keep)
         except Exception as error:
             untidy = f"{type(error).__name__}: {error}"
-        size = sum(fact["bytes"] for fact in facts.values())
-        return Saved(address, self.step, time.monotonic() - self._began, size, untidy)
+        return Saved(
+            address,
+            self.step,
+            write_s=time.monotonic() - self._began,
+            bytes=sum(fact["bytes"] for fact in facts.values()),
+            untidy=untidy,
+        )
 
     def _facts_of(self, rank: int, patience: float) -> Facts:
         """The facts in another rank's note. Waits for the note, but after `give_up` for at most

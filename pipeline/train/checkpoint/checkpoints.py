@@ -61,7 +61,6 @@ class Checkpoints:
         self.rank, self.ranks, self.each = rank, ranks, each
         self.on_quarantine, self.on_unwritten, self.beat = on_quarantine, on_unwritten, beat
         self._writing: Background | None = None
-        self._asides: dict[str, str] = {}  # reported, not yet moved: storage failed
         self._failures, self._is_retry = 0, False
         # Step of the newest checkpoint that is complete on every rank; 0: the run's beginning.
         self.newest_step = 0
@@ -177,7 +176,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: it verifies, but one of its files would run code when it is loaded.
-            OSError: the storage failed. A later call continues: nothing is reported twice.
+            OSError: the storage failed. A later call continues.
         """
         self.place.sweep()
         for name in reversed(self.place.names()):
@@ -202,8 +201,7 @@ class Checkpoints:
         if step_name(step) in names:
             names.remove(step_name(step))
             self._quarantine(step_name(step), reason)
-        newest = int(names[-1].removeprefix("step_")) if names else 0
-        self.newest_step = self.each(newest)[0]
+        self.newest_step = self.each(int(names[-1].removeprefix("step_")) if names else 0)[0]
 
     def _quarantine(self, name: str, reason: str) -> None:
         """Report a checkpoint with its new address and the reason, then move it there.
@@ -211,13 +209,10 @@ class Checkpoints:
         The report comes first. Otherwise the journal might never explain why a checkpoint that it
         names is missing.
         """
-        if name not in self._asides:
-            folder = PurePosixPath(self.place.address(name)).name
-            aside = f"quarantine/{folder}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
-            self.on_quarantine(self.place.address(aside), reason)
-            self._asides[name] = aside
-        self.place.set_aside(name, self._asides[name])
-        del self._asides[name]
+        folder = PurePosixPath(self.place.address(name)).name
+        aside = f"quarantine/{folder}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
+        self.on_quarantine(self.place.address(aside), reason)
+        self.place.set_aside(name, aside)
 
     def load(self, path: Path, backend: Backend, rule: nn.Module) -> dict[str, Any]:
         """Load a verified checkpoint into this rank; collective. Returns its trainer.json.
@@ -282,8 +277,9 @@ class Checkpoints:
                 f"checkpoint: cannot be written after step {writing.step}: {reason};"
                 f" {left or 'there is no whole one yet'}"
             ) from own
-        message = f"checkpoint after step {writing.step} was not written: {reason}"
-        raise OSError(number or errno.EIO, message) from own
+        raise OSError(
+            number or errno.EIO, f"checkpoint after step {writing.step} was not written: {reason}"
+        ) from own
 
 
 def _described(error: BaseException) -> tuple[int | None, str]:

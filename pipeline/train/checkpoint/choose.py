@@ -33,8 +33,10 @@ def verified(place: Place, which: str = "last") -> Path:
         path = place.fetch(name)
         if damage(path) is None:
             return path
-    kind = "with a score that verifies" if which == "best" else "that verifies"
-    raise CheckpointError(f"{place.address('')}: needs a checkpoint {kind}; got none")
+    with_score = " with a score" if which == "best" else ""
+    raise CheckpointError(
+        f"{place.address('')}: needs a checkpoint{with_score} that verifies; got none"
+    )
 
 
 def prune(place: Place, saved: str, *, keep: int) -> None:

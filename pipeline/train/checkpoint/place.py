@@ -122,11 +122,7 @@ class Place:
 
     def tidy(self, name: str) -> None:
         """Delete the folders that the checkpoint `name` has replaced."""
-        self.check_owner()
-        current = self._folder(name)
-        for folder in self._folders():
-            if folder[1] == name and folder[0] != current:
-                self._remove(folder[0])
+        self.delete(name, but=self._folder(name))
 
     def fetch(self, name: str) -> Path:
         """A folder with the checkpoint, intact or not, that every rank sees.
@@ -170,11 +166,13 @@ class Place:
         else:
             self.fs.pipe_file(f"{self.root}/{file}", content)
 
-    def delete(self, name: str) -> None:
-        """Delete a checkpoint. A process that dies in between leaves nothing that looks whole."""
+    def delete(self, name: str, *, but: str = "") -> None:
+        """Delete a checkpoint, except its folder `but`. A process that dies in between leaves
+        nothing that looks whole.
+        """
         self.check_owner()
         for folder in self._folders():  # oldest first, or a replaced folder would count again
-            if folder[1] == name:
+            if folder[1] == name and folder[0] != but:
                 self._remove(folder[0])
 
     def set_aside(self, name: str, aside: str) -> None:
@@ -223,9 +221,11 @@ class Place:
             )
         except FileNotFoundError:
             return []
-        matches = (_FOLDER.fullmatch(PurePosixPath(path).name) for path in paths)
-        ours = (each for each in matches if each and bool(each[3]) == (self.folder is None))
-        return sorted(ours, key=lambda each: (each[1], int(each[2] or 0), each[0]))
+        matches = map(_FOLDER.fullmatch, (PurePosixPath(path).name for path in paths))
+        return sorted(
+            (each for each in matches if each and bool(each[3]) == (self.folder is None)),
+            key=lambda each: (each[1], int(each[2] or 0), each[0]),
+        )
 
     def _whole(self) -> dict[str, re.Match[str]]:
         """The current folder of each checkpoint, by the checkpoint's name, oldest first."""
@@ -394,8 +394,14 @@ def claim(place: Place, *, run: str, run_id: str, study: str) -> str:
             f"checkpoints: {place.address('')} must be of run {run_id[:8]} ({run}); got those of"
             f" {owner}"
         )
-    since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-    new = Owner(run_id, study, run, uuid.uuid4().hex, socket.gethostname(), since)
+    new = Owner(
+        run_id,
+        study,
+        run,
+        token=uuid.uuid4().hex,
+        host=socket.gethostname(),
+        since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+    )
     place.write(OWNER, json.dumps(asdict(new), indent=1).encode())
     return new.token
 
