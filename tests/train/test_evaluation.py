@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import pipeline
+from pipeline.core import files
 from pipeline.data.base import Data
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.datasets.synthetic import Synthetic
@@ -41,7 +42,7 @@ from pipeline.train.tasks import tasks_of
 from pipeline.train.trainer import Trainer
 from pipeline.train.worker import run
 from tests import test_continual as continual
-from tests.helpers.interruptions import Killed
+from tests.helpers.interruptions import Killed, die, dies
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import make_run, small_recipe, train_inline
 
@@ -75,15 +76,9 @@ def test_top_5_is_measured_of_six_classes_or_more(classes: int, measured: bool) 
 
 
 def evaluated(*, counts: bool) -> Evaluated:
-    target_B = torch.arange(B) % K
-    batches = list(
-        zip(
-            sorted_set().split(16, dim=1),
-            target_B.split(16),
-            torch.arange(B).split(16),
-            strict=True,
-        )
-    )
+    index_B = torch.arange(B)
+    parts = (sorted_set().split(16, dim=1), (index_B % K).split(16), index_B.split(16))
+    batches = zip(*parts, strict=True)
     return evaluate(network(), batches, CrossEntropy(), counts_operations=counts)
 
 
@@ -120,12 +115,7 @@ def test_counting_adds_nothing_to_what_is_evaluated() -> None:
 
 
 def columns(found: Answers) -> dict[str, list[int] | None]:
-    parts = {
-        "index": found.index,
-        "target": found.target,
-        "answer": found.answer,
-        "task": found.task,
-    }
+    parts = vars(found)
     assert all(part is None or part.dtype == np.int64 for part in parts.values())
     return {name: None if part is None else part.tolist() for name, part in parts.items()}
 
@@ -154,30 +144,31 @@ def share(*rows: tuple[int, int, int]) -> Answers:
     return Answers(index=index, target=target, answer=answer)
 
 
-def test_shares_of_any_size_are_joined_in_the_order_of_samples(tmp_path: Path) -> None:
-    shares = [[share((4, 1, 1), (0, 2, 0))], [share()], [share((3, 0, 0))]]
-    write_answers(tmp_path / "answers.npz", shares, tasks=False)
+SHARES = [[share((4, 1, 1), (0, 2, 0))], [share()], [share((3, 0, 0))]]
+OF_TASKS = [[share((5, 1, 1)), share((2, 0, 1))], [share((1, 1, 0), (0, 0, 0)), share()]]
+
+
+@pytest.mark.parametrize(
+    ("shares", "index", "target", "answer", "task"),
+    [
+        (SHARES, [0, 3, 4], [2, 0, 1], [0, 0, 1], None),
+        # each task is sorted for itself
+        (OF_TASKS, [0, 1, 5, 2], [0, 1, 1, 0], [0, 0, 1, 1], [0, 0, 0, 1]),
+    ],
+)
+def test_shares_of_any_size_are_joined_in_the_order_of_samples(
+    tmp_path: Path,
+    shares: list[list[Answers]],
+    index: list[int],
+    target: list[int],
+    answer: list[int],
+    task: list[int] | None,
+) -> None:
+    write_answers(tmp_path / "answers.npz", shares, tasks=task is not None)
     found = read_answers(tmp_path / "answers.npz")
-    assert columns(found) == {
-        "index": [0, 3, 4],
-        "target": [2, 0, 1],
-        "answer": [0, 0, 1],
-        "task": None,
-    }
-    assert found.right.tolist() == [False, True, True]
+    assert columns(found) == {"index": index, "target": target, "answer": answer, "task": task}
+    assert found.right.tolist() == [a == t for a, t in zip(answer, target, strict=True)]
     assert [file.name for file in tmp_path.iterdir()] == ["answers.npz"]
-
-
-def test_of_several_tasks_each_is_sorted_for_itself(tmp_path: Path) -> None:
-    shares = [[share((5, 1, 1)), share((2, 0, 1))], [share((1, 1, 0), (0, 0, 0)), share()]]
-    write_answers(tmp_path / "answers.npz", shares, tasks=True)
-    expected = {
-        "index": [0, 1, 5, 2],
-        "target": [0, 1, 1, 0],
-        "answer": [0, 0, 1, 1],
-        "task": [0, 0, 0, 1],
-    }
-    assert columns(read_answers(tmp_path / "answers.npz")) == expected
 
 
 def test_a_write_that_dies_leaves_what_was_there(
@@ -186,11 +177,7 @@ def test_a_write_that_dies_leaves_what_was_there(
     file = tmp_path / "answers.npz"
     write_answers(file, [[share((0, 1, 1))]], tasks=False)
 
-    def die(stream: Any, **arrays: Any) -> None:
-        stream.write(b"half")
-        raise Killed
-
-    monkeypatch.setattr(np, "savez", die)
+    monkeypatch.setattr(files, "sync_file", die)
     with pytest.raises(Killed):
         write_answers(file, [[share((0, 1, 0))]], tasks=False)
     assert columns(read_answers(file))["answer"] == [1]
@@ -269,7 +256,8 @@ def test_classes_that_tie_are_answered_as_they_are_counted(classes: int) -> None
     network = nn.Sequential(
         Undecided(), nn.Linear(classes, classes)
     )  # a parameter says where the network is
-    nn.init.eye_(network[1].weight), nn.init.zeros_(network[1].bias)  # type: ignore[arg-type]
+    nn.init.eye_(network[1].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(network[1].bias)  # type: ignore[arg-type]
     result, answers, *_ = evaluate(network, batches, CrossEntropy())
     assert result.top1 == answers.right.mean() > 0
     assert (answers.answer % 2 == 1).all()
@@ -284,10 +272,8 @@ def test_a_run_that_died_before_its_end_evaluates_again_and_writes_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_inline(tmp_path / "whole", small_recipe())
-    with monkeypatch.context() as patch:
-        continual.at_the_end(patch)
-        with pytest.raises(Killed):
-            train_inline(tmp_path / "broken", small_recipe())
+    with dies(continual.at_the_end):
+        train_inline(tmp_path / "broken", small_recipe())
     assert not (tmp_path / "broken" / "answers.npz").exists()
     evaluated: list[int] = []
     evaluate = Trainer._evaluate
@@ -309,22 +295,11 @@ def test_of_several_tasks_index_counts_in_the_set_of_each(tmp_path: Path) -> Non
     for number, task in enumerate(tasks_of(recipe)):
         task.choose_head(network)
         here = found.task == number
-        mine = {
-            name: part[here].tolist()
-            for name, part in zip(("index", "target", "answer"), parts_of(found), strict=True)
-        }
+        mine = {name: getattr(found, name)[here].tolist() for name in ("index", "target", "answer")}
         assert mine == asked(network, task.data, 3)
         assert summary["accuracy_matrix"][-1][number] == found.right[here].mean()
-    assert found.index[10:14].tolist() == [
-        2,
-        3,
-        8,
-        9,
-    ]  # classes 2 and 3 of six, in the file's count
-
-
-def parts_of(found: Answers) -> tuple[np.ndarray, ...]:
-    return found.index, found.target, found.answer
+    # classes 2 and 3 of six, in the file's count
+    assert found.index[10:14].tolist() == [2, 3, 8, 9]
 
 
 @pytest.mark.timeout(300)
@@ -381,15 +356,11 @@ class Card(EnergyCounter):
 
 def _rank(rank: int, ranks: int, folder: str, samples: int | None) -> None:
     evaluation.EnergyCounter = lambda device: Card(rank)  # type: ignore[misc, assignment]
-    found: list[Any] = [
-        (
-            make_run(Path(folder) / "two", uneven(evaluation=Evaluation(samples=samples)))
-            if rank == 0
-            else None
-        )
-    ]
-    torch.distributed.broadcast_object_list(found, src=0)
-    run(found[0], RankInfo(rank, ranks, "cpu", rank))
+    recipe = uneven(evaluation=Evaluation(samples=samples))
+    job = [make_run(Path(folder) / "two", recipe) if rank == 0 else None]
+    torch.distributed.broadcast_object_list(job, src=0)
+    assert job[0] is not None
+    run(job[0], RankInfo(rank, ranks, "cpu", rank))
 
 
 @pytest.mark.distributed

@@ -18,15 +18,13 @@ from pipeline.rules.base import World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.opzo import OPZO
 from pipeline.rules.sltt import SLTT
-from pipeline.track.journal import read
 from pipeline.train.build import check_recipe
 from pipeline.train.gradient_fidelity import FidelityCheck
-from tests.helpers.interruptions import dies_at
-from tests.helpers.small import same_weights, small_recipe, train_inline
+from tests.helpers.small import events, goes_on, same_weights, small_recipe, train_inline
 
 
 def told(folder: Path) -> list[dict[str, Any]]:
-    return [event for event in read(folder / "journal.jsonl") if event["event"] == "fidelity"]
+    return events(folder, "fidelity")
 
 
 def small(**changes: Any) -> Recipe:
@@ -43,22 +41,18 @@ def test_it_is_told_at_the_start_and_after_each_epoch_and_changes_nothing(tmp_pa
     train_inline(tmp_path / "plain", small())
     summary = train_inline(tmp_path / "compared", compared())
     assert same_weights(tmp_path / "plain", tmp_path / "compared")
-    events = told(tmp_path / "compared")
-    assert [(event["step"], event["epoch"]) for event in events] == [(0, None), (8, 0), (16, 1)]
-    shares = [list(event["temporal_share"].values()) for event in events]
-    assert shares[0] != shares[1] != shares[2] and all(
-        0 <= share < 2 for each in shares for share in each
-    )
-    assert all(list(event["cosines"]) == ["SLTT"] for event in events)
+    found = told(tmp_path / "compared")
+    assert [(event["step"], event["epoch"]) for event in found] == [(0, None), (8, 0), (16, 1)]
+    shares = [list(event["temporal_share"].values()) for event in found]
+    assert shares[0] != shares[1] != shares[2]
+    assert all(0 <= share < 2 for each in shares for share in each)
+    assert all(list(event["cosines"]) == ["SLTT"] for event in found)
     assert summary is not None and summary["fidelity_s"] > 0
     assert compared().study_key({}) == small().study_key({})
 
 
-def test_a_run_that_died_tells_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train_inline(tmp_path / "whole", compared())
-    with dies_at(5):
-        train_inline(tmp_path / "broken", compared())
-    train_inline(tmp_path / "broken", compared())
+def test_a_run_that_died_tells_the_same(tmp_path: Path) -> None:
+    goes_on(tmp_path, compared())
     whole, broken = (
         [
             (event["step"], event["temporal_share"], event["cosines"])

@@ -2,7 +2,7 @@
 
 import json
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
 from pipeline.track.events import OF_NONE
-from pipeline.track.journal import read
 from pipeline.track.state import state_of
 from pipeline.train import assemble, trainer, worker
 from pipeline.train.checkpoint import read_trainer, step_folders
@@ -32,9 +31,20 @@ from pipeline.train.job import Job, RankInfo, note_refusal
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_start, weights_file
 from tests.helpers.events import event
-from tests.helpers.interruptions import Killed, dies_at
+from tests.helpers.interruptions import before_batch, die, dies, dies_at
 from tests.helpers.processes import run_ranks
-from tests.helpers.small import make_run, recipes_of, same_weights, small_recipe, train_inline
+from tests.helpers.small import (
+    events,
+    gap,
+    goes_on,
+    make_run,
+    recipes_of,
+    same_weights,
+    small_recipe,
+    state,
+    steps_of,
+    train_inline,
+)
 from tests.recipe.test_recipe import RECIPES
 
 # Recipes that call the functions of a smaller or another one with other sizes, or many times, and
@@ -87,30 +97,30 @@ TIERED = [
 def test_a_run_that_died_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    recipe = small_recipe()
+    recipe, broken = small_recipe(), tmp_path / "broken"
     whole = train_inline(tmp_path / "whole", recipe)
     with dies_at(step):
-        train_inline(tmp_path / "broken", recipe)
-    with (tmp_path / "broken" / "journal.jsonl").open(
-        "a"
-    ) as journal:  # hours in which there was no place for it
+        train_inline(broken, recipe)
+    with (broken / "journal.jsonl").open("a") as journal:
+        # hours in which there was no place for it
         journal.writelines(
             json.dumps(event("waiting", time=time.time() - ago, attempt=OF_NONE).to_dict()) + "\n"
             for ago in (7200, 3600)
         )
-    resumed = train_inline(tmp_path / "broken", recipe)
-    assert whole is not None
-    assert resumed is not None
-    assert same_weights(tmp_path / "whole", tmp_path / "broken")
-    assert {key: resumed[key] for key in ("steps", "top1", "loss")} == {
-        key: whole[key] for key in ("steps", "top1", "loss")
-    }
-    assert resumed["restarts"] == 1 and resumed["wall_s"] < 1000
-    events = read(tmp_path / "broken" / "journal.jsonl")
-    starts = [event for event in events if event["event"] == "start"]
-    assert [start["attempt"] for start in starts] == [0, 1]
-    assert [start["step"] for start in starts] == [0, max(s for s in (0, 3, 6, 8, 9) if s <= step)]
-    firsts = [event for event in events if event["event"] == "first_batch"]
+    resumed = train_inline(broken, recipe)
+    assert whole is not None and resumed is not None
+    assert same_weights(tmp_path / "whole", broken)
+    assert [resumed[key] for key in ("steps", "top1", "loss", "restarts")] == [
+        *(whole[key] for key in ("steps", "top1", "loss")),
+        1,
+    ]
+    assert resumed["wall_s"] < 1000
+    starts = events(broken, "start")
+    assert [(start["attempt"], start["step"]) for start in starts] == [
+        (0, 0),
+        (1, max(s for s in (0, 3, 6, 8, 9) if s <= step)),
+    ]
+    firsts = events(broken, "first_batch")
     assert [(first["attempt"], first["step"] - 1) for first in firsts] == [
         (start["attempt"], start["step"]) for start in starts
     ]
@@ -124,14 +134,8 @@ def test_a_run_that_died_goes_on_to_the_same_bits(
 def test_what_the_first_batch_waits_for_is_start_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Trainer._micro_batches
-
-    def micro_batches(self: Trainer, source: Any) -> Any:
-        if self.step == 0:
-            time.sleep(1.0)  # as a compiler takes
-        return original(self, source)
-
-    monkeypatch.setattr(Trainer, "_micro_batches", micro_batches)
+    # as long as a compiler takes
+    before_batch(monkeypatch, lambda trainer: time.sleep(1.0), step=0)
     summary = train_inline(tmp_path / "run", small_recipe())
     assert summary is not None and 1.0 <= summary["startup_s"] < summary["wall_s"]
     assert summary["net_s"] <= summary["wall_s"] - summary["startup_s"]
@@ -146,47 +150,32 @@ def test_weights_depend_on_the_seed(tmp_path: Path) -> None:
 def test_accumulated_micro_batches_train_the_same_network(tmp_path: Path) -> None:
     train_inline(tmp_path / "a", small_recipe())
     train_inline(tmp_path / "b", small_recipe(micro_batch=2))
-    a, b = (pipeline.load(tmp_path / name).state_dict() for name in "ab")
-    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-5
+    assert gap(tmp_path / "a", tmp_path / "b") < 1e-5
 
 
-def test_mixed_batches_are_the_same_after_a_restart_and_in_micro_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mixed_batches_are_the_same_after_a_restart_and_in_micro_batches(tmp_path: Path) -> None:
     recipe = small_recipe(mixing=spec(Mixing, mixup=0.5, cutmix=1.0))
-    train_inline(tmp_path / "whole", recipe)
-    with dies_at(5):
-        train_inline(tmp_path / "broken", recipe)
-    train_inline(tmp_path / "broken", recipe)
-    assert same_weights(tmp_path / "whole", tmp_path / "broken")
+    goes_on(tmp_path, recipe)
     train_inline(tmp_path / "micro", replace(recipe, micro_batch=2))
     train_inline(tmp_path / "plain", small_recipe())
-    whole, micro, plain = (
-        pipeline.load(tmp_path / name).state_dict() for name in ("whole", "micro", "plain")
-    )
-    assert max(float((whole[key] - micro[key]).abs().max()) for key in whole) < 1e-5
-    assert max(float((whole[key] - plain[key]).abs().max()) for key in whole) > 1e-3
+    assert gap(tmp_path / "whole", tmp_path / "micro") < 1e-5
+    assert gap(tmp_path / "whole", tmp_path / "plain") > 1e-3
 
 
 def test_an_average_of_the_weights_goes_on_to_the_same_bits_and_moves_none_of_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    recipe = small_recipe(ema_decay=0.8)
-    train_inline(tmp_path / "whole", recipe)
-    with dies_at(5):
-        train_inline(tmp_path / "broken", recipe)
-    train_inline(tmp_path / "broken", recipe)
-    assert same_weights(tmp_path / "whole", tmp_path / "broken")
+    goes_on(tmp_path, small_recipe(ema_decay=0.8))
     train_inline(tmp_path / "plain", small_recipe())
     assert not same_weights(tmp_path / "whole", tmp_path / "plain")
-    states = [
+    one, other = (
         torch.load(
             step_folders(tmp_path / name / "checkpoints")[-1] / "plain" / "state.pt",
             weights_only=True,
         )["network"]
         for name in ("whole", "plain")
-    ]
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_a_micro_batch_that_parts_neighbours_is_refused(tmp_path: Path) -> None:
@@ -202,7 +191,7 @@ def test_a_stop_file_saves_after_the_step_and_the_run_goes_on(tmp_path: Path) ->
     assert [path.name for path in step_folders(tmp_path / "run" / "checkpoints")] == [
         "step_00000001"
     ]
-    assert read(tmp_path / "run" / "journal.jsonl")[-1]["event"] == "stopped"
+    assert events(tmp_path / "run")[-1]["event"] == "stopped"
     (tmp_path / "run" / "stop").unlink()
     train_inline(tmp_path / "run", recipe)
     train_inline(tmp_path / "whole", recipe)
@@ -215,24 +204,15 @@ def test_each_epoch_trains_on_each_sample_once(
     seen: list[int] = []
     original = SyntheticLoader.epoch
 
-    class Spy:
-        def __init__(self, context: Any, is_training: bool) -> None:
-            self.context, self.is_training = context, is_training
-
-        def __enter__(self) -> Any:
-            source = self.context.__enter__()
-            return (self.note(batch) for batch in source)
-
-        def note(self, batch: Any) -> Any:
-            if self.is_training:
+    @contextmanager
+    def epoch(self: Any, number: int, *, start: int = 0) -> Any:
+        def noted(batch: Any) -> Any:
+            if self.samples == 64:  # of the training set
                 seen.extend(batch.index.tolist())
             return batch
 
-        def __exit__(self, *exc: object) -> Any:
-            return self.context.__exit__(*exc)
-
-    def epoch(self: Any, number: int, *, start: int = 0) -> Any:
-        return Spy(original(self, number, start=start), self.samples == 64)
+        with original(self, number, start=start) as source:
+            yield map(noted, source)
 
     monkeypatch.setattr(SyntheticLoader, "epoch", epoch)
     train_inline(tmp_path / "run", small_recipe())
@@ -246,27 +226,16 @@ def test_a_run_evaluates_as_often_as_it_is_told_and_after_its_last_epoch(
     every: int, at: list[int], tmp_path: Path
 ) -> None:
     train_inline(tmp_path / "run", small_recipe(epochs=3, evaluation=Evaluation(every=every)))
-    assert [
-        event["step"]
-        for event in read(tmp_path / "run" / "journal.jsonl")
-        if event["event"] == "evaluation"
-    ] == at
+    assert steps_of(tmp_path / "run", "evaluation") == at
 
 
 def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
     summary = train_inline(tmp_path / "run", small_recipe())
-    events = read(tmp_path / "run" / "journal.jsonl")
-    steps = [event for event in events if event["event"] == "step"]
+    steps = events(tmp_path / "run", "step")
     assert [event["step"] for event in steps] == list(range(1, 17))
-    assert {
-        "loss",
-        "top1",
-        "lr",
-        "images_per_s",
-        "step_s",
-        *(f"{part}_s" for part in PARTS),
-    } <= set(steps[0]["metrics"])
-    assert [event["step"] for event in events if event["event"] == "evaluation"] == [8, 16]
+    wanted = {"loss", "top1", "lr", "images_per_s", "step_s", *(f"{part}_s" for part in PARTS)}
+    assert wanted <= set(steps[0]["metrics"])
+    assert steps_of(tmp_path / "run", "evaluation") == [8, 16]
     assert summary is not None
     on_disk = json.loads((tmp_path / "run" / "summary.json").read_text())
     wanted = (
@@ -277,15 +246,13 @@ def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
         " evaluation_peak_reserved_bytes"
     )
     assert set(wanted.split()) <= set(on_disk)
-    assert (on_disk["steps"], on_disk["epochs"]) == (16, 2)
-    assert on_disk["evaluated_samples"] == 20
-    assert on_disk["backward_calls_per_batch"] == 2  # SLTT-2 differentiates two of its three steps
-    assert on_disk["peak_saved_bytes"] > 0
-    assert on_disk["state_bytes"] > 0
+    # SLTT-2 differentiates two of its three steps
+    exact = ("steps", "epochs", "evaluated_samples", "backward_calls_per_batch")
+    assert [on_disk[name] for name in exact] == [16, 2, 20, 2]
+    assert min(on_disk["peak_saved_bytes"], on_disk["state_bytes"]) > 0
     assert 0 < on_disk["peak_pss_bytes"] < 2 * on_disk["peak_rss_bytes"]
-    assert (
-        0.5 * on_disk["peak_rss_bytes"] < on_disk["evaluation_peak_rss_bytes"]
-    )  # the process itself is in both
+    # the process itself is in both
+    assert 0.5 * on_disk["peak_rss_bytes"] < on_disk["evaluation_peak_rss_bytes"]
     network = pipeline.load(tmp_path / "run")
     size = sum(4 * parameter.numel() for parameter in network.parameters())
     assert [on_disk["held"][kind] for kind in ("parameters", "gradients", "optimizer")] == [
@@ -374,7 +341,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match="training: "):
         train_inline(tmp_path / "run", small_recipe().override({"optimizer.lr": 1e30}))
-    assert read(tmp_path / "run" / "journal.jsonl")[-1]["event"] == "diverged"
+    assert events(tmp_path / "run")[-1]["event"] == "diverged"
 
 
 def test_a_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
@@ -382,7 +349,7 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
     recipe = small_recipe(init=str(tmp_path / "first"), time_steps=5)
     network = recipe.model.build()
     assert load_start(network, tmp_path / "first").fresh == ()
-    for key, value in pipeline.load(tmp_path / "first").state_dict().items():
+    for key, value in state(tmp_path / "first").items():
         assert torch.equal(network.state_dict()[key], value)
     train_inline(tmp_path / "second", recipe)
 
@@ -438,22 +405,13 @@ def test_a_resumed_run_needs_the_weights_it_started_from_no_more(
 def test_a_run_that_died_after_its_last_checkpoint_is_finished_by_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(self: Trainer) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_finish", die)
-        with pytest.raises(Killed):
-            train_inline(tmp_path / "run", small_recipe())
+    with dies(lambda patch: patch.setattr(Trainer, "_finish", die)):
+        train_inline(tmp_path / "run", small_recipe())
     whole = train_inline(tmp_path / "whole", small_recipe())
     resumed = train_inline(tmp_path / "run", small_recipe())
-    assert whole is not None
-    assert resumed is not None
-    assert (resumed["steps"], resumed["top1"], resumed["loss"]) == (
-        whole["steps"],
-        whole["top1"],
-        whole["loss"],
-    )
+    assert whole is not None and resumed is not None
+    results = ("steps", "top1", "loss")
+    assert [resumed[name] for name in results] == [whole[name] for name in results]
 
 
 def test_rows_are_the_samples_places_in_the_global_batch(
@@ -575,8 +533,6 @@ def test_a_worker_that_waits_for_data_much_of_the_time_says_so_once(
     monkeypatch.setattr(SyntheticLoader, "_batch", slow)
     monkeypatch.setattr(trainer, "STEADY_ENOUGH", batches)
     train_inline(tmp_path / "run", small_recipe(stop_after=7, checkpoints=Checkpointing(every=0)))
-    told = [
-        event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "data_wait"
-    ]
+    told = events(tmp_path / "run", "data_wait")
     assert len(told) == times
     assert all(0.2 < each["share"] <= 1 and each["loader_threads"] == 1 for each in told)
