@@ -31,7 +31,7 @@ from pipeline.spiking.synapse import effective_weight
 from pipeline.train.checkpoint import WEIGHTS, Place, verified
 from pipeline.train.checkpoint.manifest import facts_of, read_manifest, seal
 from pipeline.train.export import _digest, export_run, load_export, pack_bits, unpack_bits
-from tests.helpers.small import command, make_run, small_recipe, train_inline
+from tests.helpers.small import Command, Refused, make_run, small_recipe, train_inline
 
 NET = spec(convnet, classes=10, in_channels=1, stages=((5,), (6, 7), (7,)), kernel=3)
 
@@ -316,37 +316,32 @@ def test_a_file_has_no_checkpoints_to_choose_from(packed: Path) -> None:
 
 
 def test_export_and_evaluate(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: Path, tmp_path: Path, spiketrain: Command, refused: Refused
 ) -> None:
-    def run(*words: str) -> tuple[int, str, str]:
-        return command(monkeypatch, capsys)(*words, "--runs", str(runs))
-
-    def refused(*words: str) -> str:
-        code, _, error = run(*words)
-        assert code == 2 and error.count("\n") == 1
-        return error
-
+    here = ("--runs", str(runs))
     file = tmp_path / "net.safetensors"
-    code, out, _ = run("export", "learnable", "--packed", "--out", str(file))
+    packed = ("export", "learnable", "--packed", "--out", str(file), *here)
+    code, out, _ = spiketrain(*packed)
     assert code == 0 and out.endswith(f"\nload    pipeline.load('{file}')\n")
     assert (
         f"{file}: " in out and "1,089 of 1,284 parameters are bits, of 3 synapses, 3 of them" in out
     )
-    assert "is there already" in refused("export", "learnable", "--packed", "--out", str(file))
-    code, out, _ = run("export", "learnable")
+    assert "is there already" in refused(*packed)
+    code, out, _ = spiketrain("export", "learnable", *here)
     assert code == 0 and "learnable/weights.safetensors: " in out and "1,284 parameters" in out
-    assert refused("export", "full", "--packed") == (
+    assert refused("export", "full", "--packed", *here) == (
         "export: --packed stores 1-bit weights, and the network has none; leave --packed out, or"
-        " train a model of spec(binarized, ...) (pipeline/models/transforms.py)\n"
+        " train a model of spec(binarized, ...) (pipeline/models/transforms.py)"
     )
     nowhere = str(tmp_path / "no" / "net.safetensors")
-    assert "has no folder" in refused("export", "full", "--out", nowhere)
+    assert "has no folder" in refused("export", "full", "--out", nowhere, *here)
 
     write_job(make_run(tmp_path / "again", recipe("learnable")))
     (tmp_path / "again" / "job.json").rename(runs / "learnable" / "job.json")
-    code, out, err = run("evaluate", "learnable")
+    evaluate = ("evaluate", "learnable", *here)
+    code, out, err = spiketrain(*evaluate)
     assert code == 0, err
-    code, from_file, err = run("evaluate", "learnable", "--weights", str(file))
+    code, from_file, err = spiketrain(*evaluate, "--weights", str(file))
     assert code == 0, err
     assert from_file.split(": ", 1)[1].split(" in ")[0] == out.split(": ", 1)[1].split(" in ")[0]
     file.write_bytes(file.read_bytes()[:-1])
@@ -356,18 +351,15 @@ def test_export_and_evaluate(
         (tmp_path / "none.safetensors", ""),
         (full, "the weights must be of binarized("),
     ):
-        assert said in refused("evaluate", "learnable", "--weights", str(weights))
+        assert said in refused(*evaluate, "--weights", str(weights))
 
 
-def test_a_damaged_checkpoint_is_not_exported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path, refused: Refused) -> None:
     train_inline(tmp_path / "run", recipe())
     for file in tmp_path.glob("run/checkpoints/*/model.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
-    code, _, err = command(monkeypatch, capsys)("export", "run", "--runs", str(tmp_path))
-    assert code == 2 and err.count("\n") == 1
-    assert "needs a checkpoint that verifies; got none" in err
+    said = refused("export", "run", "--runs", str(tmp_path))
+    assert "needs a checkpoint that verifies; got none" in said
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
@@ -393,7 +385,7 @@ def recipe():
 
 
 def test_a_network_of_ones_own_is_evaluated_from_its_recipe_and_an_export(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command, refused: Refused
 ) -> None:
     """Of the recipe file itself, which was trusted when it was run, and of a package beside it,
     which has to be named.
@@ -403,10 +395,9 @@ def test_a_network_of_ones_own_is_evaluated_from_its_recipe_and_an_export(
     (tmp_path / "of_the_lab.py").write_text("from export_lab import network\n" + MADE_OF_IT)
     (tmp_path / "of_itself.py").write_text(NETWORK + MADE_OF_IT)
 
-    def evaluate(name: str, weights: str, *words: str) -> tuple[int, str, str]:
-        file = str(tmp_path / f"{name}.py")
-        words = ("evaluate", file, "--weights", str(tmp_path / f"{weights}.safetensors"), *words)
-        return command(monkeypatch, capsys)(*words)
+    def words(name: str, weights: str, *trust: str) -> tuple[str, ...]:
+        weights = str(tmp_path / f"{weights}.safetensors")
+        return ("evaluate", str(tmp_path / f"{name}.py"), "--weights", weights, *trust)
 
     for name in ("of_the_lab", "of_itself"):
         made = load_recipe(tmp_path / f"{name}.py")
@@ -419,7 +410,7 @@ def test_a_network_of_ones_own_is_evaluated_from_its_recipe_and_an_export(
         )
         save_file(tensors, tmp_path / f"{name}-plain.safetensors")
     for name, trust in (("of_the_lab", ("--trust", "export_lab")), ("of_itself", ())):
-        code, out, err = evaluate(name, name, *trust)
+        code, out, err = spiketrain(*words(name, name, *trust))
         assert code == 0 and "on 20 samples" in out, err
     for weights, trust, said in (
         ("of_the_lab", (), "export_lab.network is not in a trusted package"),
@@ -429,5 +420,4 @@ def test_a_network_of_ones_own_is_evaluated_from_its_recipe_and_an_export(
             "evaluate: --trust is for a file of spiketrain export, which says what",
         ),
     ):
-        code, _, err = evaluate("of_the_lab", weights, *trust)
-        assert code == 2 and err.count("\n") == 1 and said in err
+        assert said in refused(*words("of_the_lab", weights, *trust))

@@ -92,19 +92,23 @@ def test_a_journal_on_the_same_storage_need_not_be_told() -> None:
 
 def _of_two(rank: int, ranks: int) -> dict[str, Any]:
     storage.FIRST_PAUSE_S, storage.BEAT_S = 0.2, 0.1
-    acted: list[None] = []
-    beats: list[None] = []
-    told: list[str] = []
+    done: dict[str, int] = {"acted": 0, "told": 0, "beats": 0}
     act = away(2)
 
+    def note(name: str) -> None:
+        done[name] += 1
+
     def counted() -> str:
-        acted.append(None)
+        note("acted")
         return act()
 
     found = patiently(
-        Ranks(rank, ranks), counted, beat=lambda: beats.append(None), on_wait=told.append
+        Ranks(rank, ranks),
+        counted,
+        beat=lambda: note("beats"),
+        on_wait=lambda error: note("told"),
     )
-    return {"found": found, "acted": len(acted), "told": len(told), "beats": len(beats)}
+    return {"found": found, **done}
 
 
 @pytest.mark.distributed
