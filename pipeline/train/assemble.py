@@ -26,6 +26,7 @@ from pipeline.data.base import Data
 from pipeline.data.ffcv.page_checks import ONE_IN
 from pipeline.data.mixing import Mixing
 from pipeline.measure.clock import Clock
+from pipeline.measure.fidelity import Fidelity
 from pipeline.measure.meters import Meters
 from pipeline.recipe import own_code
 from pipeline.recipe.json import differing, listed
@@ -49,7 +50,7 @@ from pipeline.train.build import (
 from pipeline.train.checkpoint import Checkpoints, lost_step, place_at, read_trainer, step_name
 from pipeline.train.checkpoint.background import LONGEST_S
 from pipeline.train.elastic import check_accumulation, check_sizes, seed_everything, steady
-from pipeline.train.gradient_fidelity import FidelityCheck
+from pipeline.train.gradient_fidelity import compare_gradients
 from pipeline.train.guards.storage import PATIENCE_S, patiently
 from pipeline.train.guards.watchdog import Watchdog
 from pipeline.train.job import Job, RankInfo
@@ -98,7 +99,8 @@ class TrainContext(Process):
     stretches: tuple[Stretch, ...]  # the steps of each task
     mixing: Mixing | None
     teaching: Teaching | None
-    fidelity: FidelityCheck | None  # on rank 0, if the recipe asks for gradient fidelity
+    # compares gradients on one batch, on rank 0, if the recipe asks for gradient fidelity
+    fidelity: Callable[..., Fidelity] | None
     meters: Meters
     checkpoints: Checkpoints
     decisions: Decisions
@@ -329,13 +331,14 @@ def build_backend(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) 
 
 def _build_fidelity(
     recipe: Recipe, loaders: Loaders, world: World, device: torch.device
-) -> FidelityCheck | None:
+) -> Callable[..., Fidelity] | None:
     """The comparison of gradients, on rank 0 alone. The others wait in their next collective."""
     if recipe.evaluation.fidelity_every == 0 or world.rank:
         return None
     with closing(loaders.train(0)) as loader, loader.epoch(0) as batches:
         batch = next(iter(batches))
-    return FidelityCheck(
+    return partial(
+        compare_gradients,
         recipe,
         lambda: build_network(recipe, loaders.tasks).to(device),
         recipe.objective.build().labels,

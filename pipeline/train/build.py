@@ -24,7 +24,7 @@ from pipeline.rules.base import Rule, World
 from pipeline.spiking.binary import latent_parameters
 from pipeline.train.checkpoint import weights_of
 from pipeline.train.elastic import check_accumulation, check_sizes, steady
-from pipeline.train.gradient_fidelity import FidelityCheck
+from pipeline.train.gradient_fidelity import check_comparable
 from pipeline.train.objective import Loss
 from pipeline.train.part_checks import (
     build_part,
@@ -59,7 +59,7 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
     if recipe.teacher is not None:
         build_teacher(recipe, tasks[0].data)
     if recipe.evaluation.fidelity_every:
-        FidelityCheck.check(recipe, lambda: build_network(recipe, tasks))
+        check_comparable(recipe, lambda: build_network(recipe, tasks))
     schedule = recipe.schedule.build(build_optimizer(recipe, network, rule), 1000, 100)
     require(
         callable(schedule),

@@ -103,7 +103,15 @@ class Trainer:
                     self._train()
                 return self._finish()
             except StopAsked:
-                return self._stop()
+                self.saving.wait(self.step)
+                self.tracker.write(
+                    events.Stopped(
+                        step=self.step,
+                        reason=asked_by(self.folder),
+                        resume_command=self.job.resume_command,
+                    )
+                )
+                return None
 
     def _start(self) -> None:
         self._report_smaller_micro_batch()
@@ -272,16 +280,6 @@ class Trainer:
             self.saving.discard(self.step, reason)
             raise Rollback(self.step - 1, reason)
         return results
-
-    def _stop(self) -> None:
-        self.saving.wait(self.step)
-        self.tracker.write(
-            events.Stopped(
-                step=self.step,
-                reason=asked_by(self.folder),
-                resume_command=self.job.resume_command,
-            )
-        )
 
     def _finish(self) -> dict[str, Any]:
         if self.result is None:  # an earlier attempt has trained everything

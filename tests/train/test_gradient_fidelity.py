@@ -18,8 +18,9 @@ from pipeline.rules.base import World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.opzo import OPZO
 from pipeline.rules.sltt import SLTT
+from pipeline.train import assemble
 from pipeline.train.build import check_recipe
-from pipeline.train.gradient_fidelity import FidelityCheck
+from pipeline.train.gradient_fidelity import compare_gradients
 from tests.helpers.small import events, goes_on, same_weights, small_recipe, train_inline
 
 
@@ -92,8 +93,8 @@ def test_what_a_rule_draws_it_draws_with_the_seed_of_the_recipe(rule: Spec) -> N
         )
         return fidelity(bptt, None, {"own": [own]}).cosines["own"]
 
-    check = FidelityCheck(recipe, recipe.model.build, loss, x_TB, target_B)
-    found = check(network.state_dict(), rule.build().state_dict(), step=0)
+    states = network.state_dict(), rule.build().state_dict()
+    found = compare_gradients(recipe, recipe.model.build, loss, x_TB, target_B, *states, step=0)
     assert found.cosines[rule.build().label] == cosines(3) != cosines(0)
 
 
@@ -107,14 +108,11 @@ def test_a_norm_that_asks_all_workers_is_not_asked_by_the_one_that_compares(
     recipe = small_recipe(model=spec(synchronized, network=normed), rule=spec(SLTT))
     torch.manual_seed(0)
     weights, loss = recipe.model.build().state_dict(), recipe.objective.build()
-    x_TB, target_B = 4 * torch.randn(3, 8, 1, 8, 8), torch.arange(8)
-    expected = FidelityCheck(recipe, normed.build, loss, x_TB, target_B)(weights, {}, step=0)
+    batch = (4 * torch.randn(3, 8, 1, 8, 8), torch.arange(8), weights, {})
+    expected = compare_gradients(recipe, normed.build, loss, *batch, step=0)
     monkeypatch.setattr("pipeline.spiking.norm.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("pipeline.spiking.norm.moments_over_ranks", nobody_answers)
-    assert (
-        FidelityCheck(recipe, recipe.model.build, loss, x_TB, target_B)(weights, {}, step=0)
-        == expected
-    )
+    assert compare_gradients(recipe, recipe.model.build, loss, *batch, step=0) == expected
 
 
 def test_what_bptt_or_sltt_cannot_train_is_refused_before_anything_is_launched() -> None:
@@ -129,16 +127,15 @@ def test_what_bptt_or_sltt_cannot_train_is_refused_before_anything_is_launched()
 def test_what_the_comparison_holds_is_not_what_training_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def with_ballast(self: FidelityCheck, *words: Any, **more: Any) -> Any:
+    def with_ballast(*words: Any, **more: Any) -> Any:
         ballast = bytearray(b"x") * (300 << 20)
-        found = original(self, *words, **more)
+        found = compare_gradients(*words, **more)
         assert len(ballast) > 0
         return found
 
     recipe = small_recipe(model=spec(mlp, in_features=64, hidden=(16,)), epochs=1)
     alone = train_inline(tmp_path / "alone", recipe)
-    original = FidelityCheck.__call__
-    monkeypatch.setattr(FidelityCheck, "__call__", with_ballast)
+    monkeypatch.setattr(assemble, "compare_gradients", with_ballast)
     beside = train_inline(
         tmp_path / "beside", replace(recipe, evaluation=Evaluation(fidelity_every=1))
     )

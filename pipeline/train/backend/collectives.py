@@ -111,11 +111,8 @@ class Ranks:
 
     def gather(self, value: T_) -> list[T_]:
         """Every rank's value, in the order of ranks, on rank 0; [] on the others."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        distributed.gather_object(value, values, dst=0, group=self.control)
-        return values or []
+        values = self.all_gather_object(value)
+        return values if self.rank == 0 else []
 
     def all_gather_object(self, value: T_) -> list[T_]:
         """Every rank's value, in the order of ranks, on every rank."""
