@@ -23,7 +23,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -193,7 +193,8 @@ def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor
         packed[f"{name}.bits"] = pack_bits(is_positive)
         latent |= {f"{name}.weight", f"{name}.binarizer.scale"}
         if scale_O is not None and name in norms and scale_O.min() >= SMALLEST_SCALE:
-            fold(scale_O, synapse.bias, network.get_submodule(norms[name]))  # type: ignore[arg-type]
+            norm: Any = network.get_submodule(norms[name])
+            fold(scale_O, synapse.bias, norm)
             folded += 1
         elif scale_O is not None:
             packed[f"{name}.scale"] = scale_O

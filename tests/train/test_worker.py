@@ -178,11 +178,6 @@ def test_an_average_of_the_weights_goes_on_to_the_same_bits_and_moves_none_of_th
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_micro_batch_that_parts_neighbours_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Mixing: a micro-batch must be even, .*; got 1"):
-        train_inline(tmp_path / "run", small_recipe(mixing=spec(Mixing, mixup=0.5), micro_batch=1))
-
-
 def test_a_stop_file_saves_after_the_step_and_the_run_goes_on(tmp_path: Path) -> None:
     recipe = small_recipe(checkpoints=Checkpointing(every=0))
     make_run(tmp_path / "run", recipe)
@@ -329,6 +324,10 @@ def test_another_data_set_than_the_one_launched_on_is_refused(tmp_path: Path) ->
             r"data\.steps must be time_steps=3; got 2",
         ),
         ({"init": "nowhere"}, "init: must be a run's folder or a weights file"),
+        (
+            {"mixing": spec(Mixing, mixup=0.5), "micro_batch": 1},
+            r"Mixing: a micro-batch must be even, .*; got 1",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(
