@@ -121,16 +121,22 @@ def same_weights(one: Path, other: Path, *, trust: Sequence[str] = ()) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def finished(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """The summary of a run that `train_inline` has trained to its end."""
+    summary = train_inline(folder, recipe)
+    assert summary is not None
+    return summary
+
+
 def goes_on(folder: Path, recipe: Recipe, *, step: int = 5) -> tuple[dict[str, Any], ...]:
     """Check that a run that dies before batch `step` goes on to the same bits as a whole one.
     Returns the summaries of FOLDER/whole and FOLDER/broken.
     """
-    whole = train_inline(folder / "whole", recipe)
+    whole = finished(folder / "whole", recipe)
     with dies_at(step):
         train_inline(folder / "broken", recipe)
-    broken = train_inline(folder / "broken", recipe)
+    broken = finished(folder / "broken", recipe)
     assert same_weights(folder / "whole", folder / "broken")
-    assert whole is not None and broken is not None
     return whole, broken
 
 

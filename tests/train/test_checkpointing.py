@@ -15,15 +15,14 @@ from pipeline.train import checkpointing
 from pipeline.train.checkpoint import background
 from pipeline.train.checkpointing import MARGIN_S, Saving
 from pipeline.train.job import Notice, RankInfo
-from tests.helpers.small import small_recipe, train_inline
+from tests.helpers.small import finished, small_recipe
 
 
 def stalls(run: Path, **changes: Any) -> tuple[list[float], float]:
     """Of each checkpoint of a small run, and all seconds that the run has counted for
     checkpoints.
     """
-    summary = train_inline(run, small_recipe(evaluation=Evaluation(every=2), **changes))
-    assert summary is not None
+    summary = finished(run, small_recipe(evaluation=Evaluation(every=2), **changes))
     told = [
         event["stall_s"] for event in read(run / "journal.jsonl") if event["event"] == "checkpoint"
     ]

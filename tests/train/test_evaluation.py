@@ -44,7 +44,7 @@ from pipeline.train.worker import run
 from tests import test_continual as continual
 from tests.helpers.interruptions import Killed, die, dies
 from tests.helpers.processes import run_ranks
-from tests.helpers.small import make_run, small_recipe, train_inline
+from tests.helpers.small import finished, make_run, small_recipe, train_inline
 
 T, B, I, K = 3, 192, 4, 7
 
@@ -229,8 +229,7 @@ def test_columns_that_do_not_belong_together_are_refused_in_one_line(
 
 def test_a_run_writes_what_its_network_answers(tmp_path: Path) -> None:
     recipe = small_recipe()
-    summary = train_inline(tmp_path / "run", recipe)
-    assert summary is not None
+    summary = finished(tmp_path / "run", recipe)
     found = read_answers(tmp_path / "run" / "answers.npz")
     assert columns(found) == {
         **asked(pipeline.load(tmp_path / "run"), recipe.data.build(), 3),
@@ -309,7 +308,7 @@ def test_of_a_share_held_out_index_counts_in_the_training_file(tmp_path: Path) -
         Beton, folder=str(pictures(tmp_path)), classes=2, size=16, crop="shift", held_out=0.25
     )
     model = spec(nf_resnet18_small, classes=2, width=4, blocks=(1, 1))
-    summary = train_inline(tmp_path / "run", small_recipe(data=data, model=model, epochs=1))
+    summary = finished(tmp_path / "run", small_recipe(data=data, model=model, epochs=1))
     found = read_answers(tmp_path / "run" / "answers.npz")
     assert (
         len(found.index) == 10 and found.index.max() >= 4
@@ -317,7 +316,7 @@ def test_of_a_share_held_out_index_counts_in_the_training_file(tmp_path: Path) -
     with closing(data.build().val(micro_batch=1)) as loader, loader.epoch(0) as batches:
         expected = sorted((int(batch.index), int(batch.target)) for batch in batches)
     assert list(zip(found.index, found.target, strict=True)) == expected
-    assert summary is not None and summary["top1"] == found.right.mean()
+    assert summary["top1"] == found.right.mean()
 
 
 def pictures(folder: Path) -> Path:

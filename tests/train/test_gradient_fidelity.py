@@ -21,7 +21,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.train import assemble
 from pipeline.train.build import check_recipe
 from pipeline.train.gradient_fidelity import compare_gradients
-from tests.helpers.small import events, goes_on, same_weights, small_recipe, train_inline
+from tests.helpers.small import events, finished, goes_on, same_weights, small_recipe, train_inline
 
 
 def told(folder: Path) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def compared() -> Recipe:
 
 def test_it_is_told_at_the_start_and_after_each_epoch_and_changes_nothing(tmp_path: Path) -> None:
     train_inline(tmp_path / "plain", small())
-    summary = train_inline(tmp_path / "compared", compared())
+    summary = finished(tmp_path / "compared", compared())
     assert same_weights(tmp_path / "plain", tmp_path / "compared")
     found = told(tmp_path / "compared")
     assert [(event["step"], event["epoch"]) for event in found] == [(0, None), (8, 0), (16, 1)]
@@ -48,7 +48,7 @@ def test_it_is_told_at_the_start_and_after_each_epoch_and_changes_nothing(tmp_pa
     assert shares[0] != shares[1] != shares[2]
     assert all(0 <= share < 2 for each in shares for share in each)
     assert all(list(event["cosines"]) == ["SLTT"] for event in found)
-    assert summary is not None and summary["fidelity_s"] > 0
+    assert summary["fidelity_s"] > 0
     assert compared().study_key({}) == small().study_key({})
 
 
@@ -134,10 +134,7 @@ def test_what_the_comparison_holds_is_not_what_training_needs(
         return found
 
     recipe = small_recipe(model=spec(mlp, in_features=64, hidden=(16,)), epochs=1)
-    alone = train_inline(tmp_path / "alone", recipe)
+    alone = finished(tmp_path / "alone", recipe)
     monkeypatch.setattr(assemble, "compare_gradients", with_ballast)
-    beside = train_inline(
-        tmp_path / "beside", replace(recipe, evaluation=Evaluation(fidelity_every=1))
-    )
-    assert alone is not None and beside is not None
+    beside = finished(tmp_path / "beside", replace(recipe, evaluation=Evaluation(fidelity_every=1)))
     assert abs(beside["peak_rss_bytes"] - alone["peak_rss_bytes"]) < 150 << 20

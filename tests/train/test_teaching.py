@@ -46,6 +46,7 @@ from tests.helpers.interruptions import dies_at
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import (
     events,
+    finished,
     gap,
     make_run,
     same_weights,
@@ -111,8 +112,7 @@ def test_the_teacher_is_asked_once_a_batch_whatever_the_time_steps(
     """Once for each of its 5 evaluation batches, then once for each of 8 x 2 micro-batches at T =
     4.
     """
-    summary = train_inline(tmp_path / "run", taught(rule=rule))
-    assert summary is not None
+    finished(tmp_path / "run", taught(rule=rule))
     assert asked["forward"] == [4] * (5 + 16)
     assert asked["features"] == [32, 32] + [4] * (
         5 + 16
@@ -120,10 +120,9 @@ def test_the_teacher_is_asked_once_a_batch_whatever_the_time_steps(
 
 
 def test_the_run_tells_what_the_teacher_costs_and_how_good_it_is(tmp_path: Path) -> None:
-    summary = train_inline(tmp_path / "run", taught())
+    summary = finished(tmp_path / "run", taught())
     (told,) = events(tmp_path / "run", "teacher")
     (fitted,) = events(tmp_path / "run", "probe")
-    assert summary is not None
     assert (told["teacher"], told["samples"]) == ("test_efficientnet", 20)
     assert told["top1"] == summary["teacher_top1"] and 0 <= told["top1"] <= told["top5"] <= 1
     assert (fitted["views"], fitted["seconds"] > 0) == (64, True)
@@ -142,10 +141,9 @@ def test_evaluation_reports_the_loss_on_labels(tmp_path: Path) -> None:
         ("taught", {}),
         ("labels", {"objective": small_recipe().objective, "teacher": None}),
     ):
-        summary = train_inline(
+        summary = finished(
             tmp_path / name, taught(**changes, stop_after=1).override({"optimizer.lr": 0.0})
         )
-        assert summary is not None
         losses.append(summary["loss"])
     assert losses[0] == losses[1]
 

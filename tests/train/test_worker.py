@@ -35,6 +35,7 @@ from tests.helpers.interruptions import before_batch, die, dies, dies_at
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import (
     events,
+    finished,
     gap,
     goes_on,
     make_run,
@@ -98,7 +99,7 @@ def test_a_run_that_died_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     recipe, broken = small_recipe(), tmp_path / "broken"
-    whole = train_inline(tmp_path / "whole", recipe)
+    whole = finished(tmp_path / "whole", recipe)
     with dies_at(step):
         train_inline(broken, recipe)
     with (broken / "journal.jsonl").open("a") as journal:
@@ -107,8 +108,7 @@ def test_a_run_that_died_goes_on_to_the_same_bits(
             json.dumps(event("waiting", time=time.time() - ago, attempt=OF_NONE).to_dict()) + "\n"
             for ago in (7200, 3600)
         )
-    resumed = train_inline(broken, recipe)
-    assert whole is not None and resumed is not None
+    resumed = finished(broken, recipe)
     assert same_weights(tmp_path / "whole", broken)
     assert [resumed[key] for key in ("steps", "top1", "loss", "restarts")] == [
         *(whole[key] for key in ("steps", "top1", "loss")),
@@ -136,8 +136,8 @@ def test_what_the_first_batch_waits_for_is_start_up(
 ) -> None:
     # as long as a compiler takes
     before_batch(monkeypatch, lambda trainer: time.sleep(1.0), step=0)
-    summary = train_inline(tmp_path / "run", small_recipe())
-    assert summary is not None and 1.0 <= summary["startup_s"] < summary["wall_s"]
+    summary = finished(tmp_path / "run", small_recipe())
+    assert 1.0 <= summary["startup_s"] < summary["wall_s"]
     assert summary["net_s"] <= summary["wall_s"] - summary["startup_s"]
 
 
@@ -225,13 +225,12 @@ def test_a_run_evaluates_as_often_as_it_is_told_and_after_its_last_epoch(
 
 
 def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
-    summary = train_inline(tmp_path / "run", small_recipe())
+    finished(tmp_path / "run", small_recipe())
     steps = events(tmp_path / "run", "step")
     assert [event["step"] for event in steps] == list(range(1, 17))
     wanted = {"loss", "top1", "lr", "images_per_s", "step_s", *(f"{part}_s" for part in PARTS)}
     assert wanted <= set(steps[0]["metrics"])
     assert steps_of(tmp_path / "run", "evaluation") == [8, 16]
-    assert summary is not None
     on_disk = json.loads((tmp_path / "run" / "summary.json").read_text())
     wanted = (
         "study rule recipe world_size steps epochs top1 top5 loss firing_rate images_per_s wall_s"
@@ -282,7 +281,7 @@ def test_loaded_in_python_the_network_gives_the_evaluated_accuracy(
     tmp_path: Path, ema_decay: float
 ) -> None:
     recipe = small_recipe(epochs=6, ema_decay=ema_decay)
-    summary = train_inline(tmp_path / "run", recipe)
+    summary = finished(tmp_path / "run", recipe)
     network = pipeline.load(tmp_path / "run")
     assert not network.training
     hits = 0
@@ -296,7 +295,6 @@ def test_loaded_in_python_the_network_gives_the_evaluated_accuracy(
                         == batch.target
                     ).sum()
                 )
-    assert summary is not None
     assert summary["top1"] == pytest.approx(hits / 20)
     with pytest.raises(ValueError, match=r"holds recipe\.json"):
         pipeline.load(tmp_path)
@@ -382,8 +380,7 @@ def test_every_recipe_trains_in_small(tmp_path: Path, path: Path) -> None:
             data=spec(Synthetic, samples=160, val_samples=10, classes=data.classes, shape=shape)
         )
         tiny = filled(tiny, lambda name: weights_file(tmp_path / name))
-        summary = train_inline(tmp_path / recipe.name, replace(tiny, backend="plain", batch_size=2))
-        assert summary is not None
+        summary = finished(tmp_path / recipe.name, replace(tiny, backend="plain", batch_size=2))
         assert summary["steps"] == 4
 
 
@@ -406,9 +403,8 @@ def test_a_run_that_died_after_its_last_checkpoint_is_finished_by_a_resume(
 ) -> None:
     with dies(lambda patch: patch.setattr(Trainer, "_finish", die)):
         train_inline(tmp_path / "run", small_recipe())
-    whole = train_inline(tmp_path / "whole", small_recipe())
-    resumed = train_inline(tmp_path / "run", small_recipe())
-    assert whole is not None and resumed is not None
+    whole = finished(tmp_path / "whole", small_recipe())
+    resumed = finished(tmp_path / "run", small_recipe())
     results = ("steps", "top1", "loss")
     assert [resumed[name] for name in results] == [whole[name] for name in results]
 

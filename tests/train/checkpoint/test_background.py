@@ -20,7 +20,7 @@ from pipeline.train.backend.base import copied
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.checkpoint import Checkpoints, Place, background, damage, step_folders
 from tests.helpers.few import TRAINER, Counting, backend, feedback, save, step
-from tests.helpers.processes import run_ranks
+from tests.helpers.processes import refusal, run_ranks
 from tests.helpers.waiting import until
 
 
@@ -101,15 +101,15 @@ def has_failed(checkpoints: Checkpoints) -> bool:
     ("number", "last", "error", "said"),
     [
         (
-            errno.ENOSPC,
+            errno.ENOSPC,  # a full disk
             2,
             UserError,
             "checkpoint: cannot be written after step 2: No space left on device: .*; the newest"
             " whole one is",
         ),
+        # two failures in a row
         (errno.EIO, 3, OSError, "checkpoint after step 3 was not written: Input/output error"),
     ],
-    ids=["a full disk", "two failures in a row"],
 )
 def test_what_cannot_be_written_ends_training_and_the_one_before_stays(
     tmp_path: Path,
@@ -242,9 +242,7 @@ def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
     background._write = fails
     for slow_rank in range(size):
         checkpoints.save(5, made, Counting(), TRAINER)
-        with pytest.raises(UserError) as refused:
-            checkpoints.wait()
-        found[f"full {slow_rank}"] = str(refused.value)
+        found[f"full {slow_rank}"] = refusal(checkpoints.wait)
     distributed.barrier()
     background._write = write
     # A rank that is gone: the other ends at once, without a checkpoint.

@@ -31,17 +31,6 @@ from tests.helpers.processes import run_ranks
 from tests.helpers.silent import NoMeters, train
 
 
-class Norm(nn.Module):
-    """Batch norm of vectors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = BatchNorm(6)
-
-    def forward(self, x_TBC: Tensor) -> Tensor:
-        return self.norm(x_TBC[..., None, None])[..., 0, 0]
-
-
 class Trained:
     """A network with momentum and dropout, under SLTT with running statistics, and its guard;
     `batch` trains on one.
@@ -49,7 +38,7 @@ class Trained:
 
     def __init__(self, ranks: Ranks = Ranks(), *, rule: Rule | None = None, **guard: Any) -> None:
         torch.manual_seed(0)
-        norm = Norm() if rule is None else nn.Identity()
+        norm = BatchNorm(6) if rule is None else nn.Identity()
         network = nn.Sequential(Linear(4, 6), norm, LIF(threshold=0.3), Dropout(0.3), Linear(6, 3))
         self.rule = SLTT() if rule is None else rule
         self.rule.attach(network)
@@ -185,10 +174,8 @@ def test_what_it_has_seen_is_part_of_a_checkpoint() -> None:
     one.batch(0)
     one.batch(1, bad=True)
     other = Trained(max_skips=2, state=one.guard.state_dict())
-    assert (
-        other.guard.state_dict() == one.guard.state_dict()
-        and len(one.guard.state_dict()["losses"]) == 1
-    )
+    assert other.guard.state_dict() == one.guard.state_dict()
+    assert len(one.guard.state_dict()["losses"]) == 1
     other.batch(2, bad=True)
     with pytest.raises(Rollback):
         other.batch(3, bad=True)
