@@ -132,7 +132,6 @@ class Background:
         seal(self.temp, facts)
         address, untidy = self.place.finish(self.temp, self.name), ""
         try:
-            self.place.tidy(self.name)
             prune(self.place, self.name, keep=self.keep)
         except Exception as error:
             untidy = f"{type(error).__name__}: {error}"

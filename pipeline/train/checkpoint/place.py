@@ -96,7 +96,12 @@ class Place:
 
     def address(self, name: str) -> str:
         """The path or URI of a checkpoint or file, for people."""
-        return f"{self.url}/{self._folder(name)}".rstrip("/")
+        return f"{self.url}/{self.current(name)}".rstrip("/")
+
+    def current(self, name: str) -> str:
+        """The name of a checkpoint's folder. A checkpoint that was saved again has had others."""
+        folder = self._whole().get(name)
+        return name if folder is None else folder[0]
 
     def finish(self, temp: Path, name: str) -> str:
         """Make the sealed folder `temp` the checkpoint `name`. Returns its address.
@@ -120,16 +125,12 @@ class Place:
         self.check_owner()  # a driver that took over before the last step has swept the parts
         return f"{self.url}/{folder}"
 
-    def tidy(self, name: str) -> None:
-        """Delete the folders that the checkpoint `name` has replaced."""
-        self.delete(name, but=self._folder(name))
-
     def fetch(self, name: str) -> Path:
         """A folder with the checkpoint, intact or not, that every rank sees.
 
         It stays until this process fetches the next checkpoint or ends.
         """
-        current = self._folder(name)
+        current = self.current(name)
         if self.folder is not None:
             return self.folder / current
         fetched = own_folder(self.staging) / name
@@ -152,7 +153,7 @@ class Place:
             Unreadable: its medium fails.
         """
         name, slash, rest = file.partition("/")
-        path = f"{self._folder(name)}/{rest}" if slash else file
+        path = f"{self.current(name)}/{rest}" if slash else file
         if self.folder is not None:
             return retry_read((self.folder / path).read_bytes)
         return self.fs.cat_file(f"{self.root}/{path}")
@@ -178,7 +179,7 @@ class Place:
     def set_aside(self, name: str, aside: str) -> None:
         """Move a checkpoint to the path `aside` in this place."""
         self.check_owner()
-        current = self._folder(name)
+        current = self.current(name)
         if self.folder is not None:
             (self.folder / aside).parent.mkdir(exist_ok=True)
             (self.folder / current).rename(self.folder / aside)
@@ -230,10 +231,6 @@ class Place:
     def _whole(self) -> dict[str, re.Match[str]]:
         """The current folder of each checkpoint, by the checkpoint's name, oldest first."""
         return {folder[1]: folder for folder in self._folders() if self._is_whole(folder[0])}
-
-    def _folder(self, name: str) -> str:
-        current = self._whole().get(name)
-        return name if current is None else current[0]
 
     def _is_whole(self, folder: str) -> bool:
         """Whether a checkpoint's folder has its manifest. fsspec's `exists` is not used: it is

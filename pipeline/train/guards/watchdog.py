@@ -9,6 +9,7 @@ can run.
 from __future__ import annotations
 
 import faulthandler
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -72,15 +73,13 @@ class Watchdog:
 
     def off(self) -> AbstractContextManager[None]:
         """Inside, it does not watch: one worker may be busy for long while the others wait."""
-        return self._within(0.0)
-
-    def patient(self, seconds: float) -> AbstractContextManager[None]:
-        """Inside, the patience is at least `seconds`."""
-        return self._within(max(self._patience_s, seconds) if self._patience_s > 0 else 0.0)
+        return self.patient(math.inf)
 
     @contextmanager
-    def _within(self, patience_s: float) -> Iterator[None]:
-        own, self._patience_s = self._patience_s, patience_s
+    def patient(self, seconds: float) -> Iterator[None]:
+        """Inside, the patience is at least `seconds`."""
+        own = self._patience_s
+        self._patience_s = max(own, seconds) if own > 0 else 0.0
         self._set()
         try:
             yield
@@ -94,7 +93,7 @@ class Watchdog:
     def _set(self) -> None:
         if self._file is None:
             return
-        if self._patience_s > 0:
+        if 0 < self._patience_s < math.inf:
             self._set_in = self._part()
             faulthandler.dump_traceback_later(self._patience_s, exit=True, file=self._file)
         else:
