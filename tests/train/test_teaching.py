@@ -298,10 +298,7 @@ def test_tiny_needs_no_download_and_no_cache() -> None:
 def test_a_recipe_is_shown_without_the_weights_of_its_teacher(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def download(*_: Any) -> None:
-        raise AssertionError("the weights were asked for")
-
-    monkeypatch.setattr(Hub, "load", download)
+    monkeypatch.setattr(Hub, "load", None)  # who calls it fails
     shown = io.StringIO()
     recipe = taught(teacher=spec(timm_teacher, name="test_resnet", probe=spec(Probe)))
     show_recipe(recipe, 1, Console(width=150, file=shown))

@@ -2,10 +2,11 @@
 
 import json
 import time
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_start, weights_file
 from tests.helpers.events import event
 from tests.helpers.interruptions import before_batch, die, dies, dies_at
-from tests.helpers.processes import run_ranks
+from tests.helpers.processes import refusal, run_ranks
 from tests.helpers.small import (
     events,
     finished,
@@ -247,33 +248,16 @@ def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
     assert 0 < on_disk["peak_pss_bytes"] < 2 * on_disk["peak_rss_bytes"]
     # the process itself is in both
     assert 0.5 * on_disk["peak_rss_bytes"] < on_disk["evaluation_peak_rss_bytes"]
-    network = pipeline.load(tmp_path / "run")
-    size = sum(4 * parameter.numel() for parameter in network.parameters())
-    assert [on_disk["held"][kind] for kind in ("parameters", "gradients", "optimizer")] == [
-        size
-    ] * 3  # momentum
-    assert (
-        on_disk["held"]["teacher"] == on_disk["held"]["rule"] == 0
-        and on_disk["device_j"] is None
-        and "measured_j" not in on_disk["inference"]
+    size = sum(4 * p.numel() for p in pipeline.load(tmp_path / "run").parameters())
+    kinds = ("parameters", "gradients", "optimizer", "teacher", "rule")
+    assert [on_disk["held"][kind] for kind in kinds] == [size, size, size, 0, 0]  # momentum
+    assert on_disk["device_j"] is None and "measured_j" not in on_disk["inference"]
+    needed = (
+        "step epoch sample seed run_id mlflow commit world_size data_fingerprint score recipe"
+        " decisions"
     )
-
-
-def test_checkpoints_hold_everything_that_a_resume_needs(tmp_path: Path) -> None:
-    train_inline(tmp_path / "run", small_recipe())
-    trainer = read_trainer(step_folders(tmp_path / "run" / "checkpoints")[-1])
-    assert {
-        "step",
-        "epoch",
-        "sample",
-        "seed",
-        "run_id",
-        "mlflow",
-        "commit",
-        "world_size",
-        "data_fingerprint",
-        "score",
-    } <= set(trainer)
+    last = step_folders(tmp_path / "run" / "checkpoints")[-1]
+    assert set(needed.split()) <= set(read_trainer(last))
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
@@ -427,58 +411,41 @@ def test_rows_are_the_samples_places_in_the_global_batch(
 def test_what_a_rule_cannot_compute_is_refused_and_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cannot(*_: Any, **__: Any) -> Any:
-        raise ValueError("SLTT: the neurons must know their state")
-
-    monkeypatch.setattr(SLTT, "loss_terms", cannot)
-    with pytest.raises(UserError, match="SLTT: the neurons must know their state"):
-        train_inline(tmp_path / "run", small_recipe())
-    assert state_of(tmp_path / "run") == "failed"
-
-
-def test_a_refusal_that_one_rank_found_stops_the_next_attempt(tmp_path: Path) -> None:
-    recipe = small_recipe()
-    make_run(tmp_path / "run", recipe)
-    note_refusal(tmp_path / "run", ValueError("SLTT: the neurons must know their state"))
-    with pytest.raises(UserError, match="SLTT: the neurons must know their state"):
-        train_inline(tmp_path / "run", recipe)
-    assert state_of(tmp_path / "run") == "failed"
+    """Nor what one rank of an earlier attempt has left a note of."""
+    error, recipe = ValueError("SLTT: the neurons must know their state"), small_recipe()
+    make_run(tmp_path / "noted", recipe)
+    note_refusal(tmp_path / "noted", error)
+    for name in ("noted", "run"):
+        with pytest.raises(UserError, match=str(error)):
+            train_inline(tmp_path / name, recipe)
+        assert state_of(tmp_path / name) == "failed"
+        monkeypatch.setattr(SLTT, "loss_terms", Mock(side_effect=error))
 
 
 def _refused_on_one(rank: int, ranks: int, job: Job, name: str) -> str:
     """What rank 1 alone finds while it composes its parts ends all of them."""
 
-    def refuses(*args: Any, **more: Any) -> Any:
-        raise ValueError("recipe: lab.rules.Mine does not exist in this installation")
-
+    error = ValueError("recipe: lab.rules.Mine does not exist in this installation")
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
             target, attribute = {
                 "recipe": (Recipe, "read"),
                 "schedule": (assemble, "build_schedule"),
             }[name]
-            patch.setattr(target, attribute, refuses)
-        try:
-            worker.run(job, RankInfo(rank, ranks))
-        except Exception as error:
-            (Path(job.run) / f"ended{rank}").write_text(f"{type(error).__name__}: {error}")
-            if not isinstance(error, UserError):
-                raise  # as a worker dies
-            return str(error)
-    raise AssertionError("it trained")
+            patch.setattr(target, attribute, Mock(side_effect=error))
+        said = refusal(worker.run, job, RankInfo(rank, ranks), of=Exception)
+        (Path(job.run) / f"ended{rank}").write_text(said)
+        if not said.startswith("UserError"):
+            raise RuntimeError(said)  # as a worker dies
+        return said
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(60)
 def test_a_recipe_that_one_of_two_nodes_cannot_read_is_refused_by_both(tmp_path: Path) -> None:
-    said = run_ranks(
-        _refused_on_one,
-        2,
-        tmp_path,
-        make_run(tmp_path / "run", small_recipe(backend="deepspeed")),
-        "recipe",
-    )
-    assert said == ["recipe: lab.rules.Mine does not exist in this installation (worker 1)"] * 2
+    job = make_run(tmp_path / "run", small_recipe(backend="deepspeed"))
+    said = "UserError: recipe: lab.rules.Mine does not exist in this installation (worker 1)"
+    assert run_ranks(_refused_on_one, 2, tmp_path, job, "recipe") == [said] * 2
 
 
 @pytest.mark.distributed
@@ -499,19 +466,14 @@ def test_what_one_of_two_ranks_alone_is_refused_ends_it_and_the_next_attempt_say
 def test_a_worker_keeps_near_its_card_and_computes_in_the_recipes_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, int]] = []
-
-    def near(device: torch.device, *, at_least: int) -> AbstractContextManager[None]:
-        asked.append((device.type, at_least))
-        return nullcontext()
-
+    near = MagicMock()
     monkeypatch.setattr(worker, "near_cores", near)
     job = make_run(tmp_path / "run", small_recipe(precision="tf32"))
     with pytest.raises(
         UserError, match=r"recipe: precision='tf32' must have an NVIDIA card .*; got cpu"
     ):
         worker.run(replace(job, threads=1, loader_threads=3), RankInfo())
-    assert asked == [("cpu", 3)]
+    near.assert_called_once_with(torch.device("cpu"), at_least=3)
 
 
 @pytest.mark.parametrize(("batches", "times"), [(3, 1), (50, 0)])

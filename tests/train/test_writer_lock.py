@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from typing import IO
+from unittest.mock import Mock
 
 import pytest
 
@@ -104,9 +105,7 @@ def test_an_attempt_that_fails_says_so_with_its_traceback(tmp_path: Path) -> Non
 def test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*given: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+    full = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.track.journal.os.write", full)
         with pytest.raises(ZeroDivisionError) as raised, journal(tmp_path, Ranks()):

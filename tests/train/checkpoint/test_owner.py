@@ -6,6 +6,7 @@ import errno
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -73,9 +74,7 @@ def test_a_full_disk_leaves_the_owner_that_there_was(
     place = Place(tmp_path)
     token = claimed(place).token
 
-    def full(file: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(files, "sync_file", full)
     with pytest.raises(OSError, match="No space left on device"):
         claimed(place)

@@ -6,6 +6,7 @@ import errno
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -45,23 +46,18 @@ def test_a_folder_of_each_worker_is_refused_in_one_line(tmp_path: Path) -> None:
 
 def _slow(rank: int, ranks: int, place: str) -> dict[str, Any]:
     shared.LOOK_S = 0.01
-    is_in, left, beats = Marker.is_in, 3 * rank, []
-
-    def late(self: Marker, folder: Path) -> bool:
-        nonlocal left
-        left -= 1
-        return left < 0 and is_in(self, folder)
-
-    Marker.is_in = late
+    is_in, beat = Marker.is_in, Mock()
+    late = Mock(side_effect=[*[False] * 3 * rank, *[True] * 9])
+    Marker.is_in = lambda self, folder: late() and is_in(self, folder)
     about: dict[str, Any] = {
         "rank": rank,
         "each": Ranks(rank, ranks).all_gather_object,
-        "beat": lambda: beats.append(rank),
+        "beat": beat,
     }
     shared.check_shared(Path(place), **about)
     (Path(place) / "file").touch()
     said = refusal(lambda: shared.check_shared(Path(place) / "file", **about))
-    return {"beats": len(beats), "said": said}
+    return {"beats": beat.call_count, "said": said}
 
 
 def test_one_that_shows_late_is_waited_for_with_signs_of_life(tmp_path: Path) -> None:
@@ -76,10 +72,7 @@ def test_one_that_shows_late_is_waited_for_with_signs_of_life(tmp_path: Path) ->
 
 
 def _shaky(rank: int, ranks: int, place: str) -> str:
-    def write_text(self: Path, text: str) -> int:
-        raise OSError(errno.ESTALE, "Stale file handle")
-
-    Path.write_text = write_text  # type: ignore[method-assign,assignment]
+    Path.write_text = Mock(side_effect=OSError(errno.ESTALE, "Stale file handle"))
     each = Ranks(rank, ranks).all_gather_object
     return refusal(lambda: shared.check_shared(Path(place), rank=rank, each=each), of=OSError)
 

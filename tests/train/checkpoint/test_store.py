@@ -9,6 +9,7 @@ import uuid
 from contextlib import nullcontext
 from functools import partial, partialmethod
 from pathlib import Path
+from unittest.mock import Mock
 
 import fsspec
 import pytest
@@ -186,14 +187,9 @@ def test_a_clock_that_is_wrong_for_a_while_is_waited_for(
     """Which s3fs calls a PermissionError."""
     place = store(address, tmp_path)
 
-    def skewed(*args: object, **more: object) -> None:
-        error = ClientError(
-            {"Error": {"Code": "RequestTimeTooSkewed", "Message": "the difference is too large"}},
-            "PutObject",
-        )
-        raise translate_boto_error(error)
-
-    monkeypatch.setattr(place.fs._fs, "put_file", skewed)
+    skewed = {"Code": "RequestTimeTooSkewed", "Message": "the difference is too large"}
+    error = translate_boto_error(ClientError({"Error": skewed}, "PutObject"))
+    monkeypatch.setattr(place.fs._fs, "put_file", Mock(side_effect=error))
     with pytest.raises(OSError, match="too large") as raised:
         place.fs.put_file("a", "b")
     assert raised.value.errno == errno.EIO and may_pass(raised.value)
