@@ -98,11 +98,11 @@ def export_run(
     files = RunFolder(folder)
     recipe = Recipe.read(files.recipe, trust=trust)
     out = files.weights(layout) if out is None else out
-    if out.exists() or not out.parent.is_dir():
-        why = "is there already" if out.exists() else f"has no folder {out.parent}"
-        raise ValueError(
-            f"export: the file must be a new one; {out} {why}: name another with --out"
-        )
+    require(
+        out.parent.is_dir() and not out.exists(),
+        f"export: the file must be a new one in a folder that exists; got {out}: name another with"
+        " --out",
+    )
     network = load_run(folder, which=which, trust=trust)
     state, packed = network.state_dict(), {}
     parameters = sum(p.numel() for p in network.parameters())

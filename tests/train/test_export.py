@@ -320,7 +320,8 @@ def test_export_and_evaluate(
     assert (
         f"{file}: " in out and "1,089 of 1,284 parameters are bits, of 3 synapses, 3 of them" in out
     )
-    assert "is there already" in refused(*packed)
+    taken = "export: the file must be a new one in a folder that exists; got"
+    assert refused(*packed).startswith(f"{taken} {file}")
     code, out, _ = spiketrain("export", "learnable", *here)
     assert code == 0 and "learnable/weights.safetensors: " in out and "1,284 parameters" in out
     assert refused("export", "full", "--packed", *here) == (
@@ -328,7 +329,7 @@ def test_export_and_evaluate(
         " train a model of spec(binarized, ...) (pipeline/models/transforms.py)"
     )
     nowhere = str(tmp_path / "no" / "net.safetensors")
-    assert "has no folder" in refused("export", "full", "--out", nowhere, *here)
+    assert refused("export", "full", "--out", nowhere, *here).startswith(f"{taken} {nowhere}")
 
     write_job(make_run(tmp_path / "again", recipe("learnable")))
     (tmp_path / "again" / "job.json").rename(runs / "learnable" / "job.json")

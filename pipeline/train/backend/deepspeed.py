@@ -20,6 +20,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, distributed, nn
 
+from pipeline.core.checks import require
 from pipeline.core.tensor_file import load_data
 from pipeline.train.backend.base import Backend, OptimizerOf, copied, forgetter
 
@@ -89,11 +90,11 @@ class DeepSpeed(Backend):
     ) -> None:
         deepspeed = import_deepspeed()
         scalars = [name for name, p in network.named_parameters() if p.dim() == 0]
-        if scalars:  # 0.19.8 fails in the middle of its broadcast, without a name
-            raise ValueError(
-                "deepspeed: every parameter must have at least one dimension; got"
-                f" {', '.join(scalars)}: use shape (1,)"
-            )
+        require(  # 0.19.8 fails in the middle of its broadcast, without a name
+            not scalars,
+            "deepspeed: every parameter must have at least one dimension; got"
+            f" {', '.join(scalars)}: use shape (1,)",
+        )
         self.workers = distributed.get_world_size()
         engine, optimizer, _, _ = deepspeed.initialize(
             model=network,
@@ -142,10 +143,10 @@ class DeepSpeed(Backend):
         return [gradient for gradient in gradients if gradient is not None]
 
     def discard(self) -> None:
-        if self.zero:
-            raise ValueError(
-                f"deepspeed: gradients can be forgotten at ZeRO-0 alone; got ZeRO-{self.zero}"
-            )
+        require(
+            not self.zero,
+            f"deepspeed: gradients can be forgotten at ZeRO-0 alone; got ZeRO-{self.zero}",
+        )
         for parameter in self.network.parameters():
             parameter.grad = None
 
