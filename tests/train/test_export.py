@@ -174,7 +174,9 @@ def test_streams_of_real_numbers_come_back_to_the_same_logits(
             reloaded.get_submodule(name).weight.neg_()  # type: ignore[operator]
 
 
-def test_a_byte_holds_eight_weights(runs: Path, tmp_path: Path) -> None:
+def test_a_byte_holds_eight_weights_and_the_file_says_what_it_is(
+    runs: Path, tmp_path: Path
+) -> None:
     told = export_run(runs / "scaled", tmp_path / "net.safetensors", layout="packed")
     tensors = load_file(told.file)
     trained = pipeline.load(runs / "scaled")
@@ -188,17 +190,13 @@ def test_a_byte_holds_eight_weights(runs: Path, tmp_path: Path) -> None:
         4 * size - -(-size // 8) for size in sizes.values()
     )
     assert told.bits == 1089 and told.bytes == told.file.stat().st_size > stored
-    # The latent weights are not in it, not even their sizes.
-    assert tensors.keys() - trained.state_dict().keys() == {f"{name}.bits" for name in sizes}
-
-
-def test_the_file_says_what_it_is(runs: Path, tmp_path: Path) -> None:
-    told = export_run(runs / "scaled", tmp_path / "net.safetensors", layout="packed")
     with safe_open(told.file, framework="pt") as opened:
         metadata = opened.metadata()
     wanted = {"format": "spiketrain", "version": "1", "layout": "packed", "time_steps": "3"}
     assert metadata.items() >= wanted.items()
     assert json.loads(metadata["model"])["target"] == "pipeline.models.transforms.binarized"
+    # The latent weights are not in it, not even their sizes.
+    assert tensors.keys() - trained.state_dict().keys() == {f"{name}.bits" for name in sizes}
 
 
 def test_a_scale_that_no_norm_can_take_lies_beside_its_bits(runs: Path, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def told(attempt: int, kind: str, time: float, **fields: Any) -> Event:
     return event(kind, attempt=attempt, time=time, **fields)
 
 
-def test_start_up_is_told_apart_from_the_wall_clock_that_it_is_part_of(
+def test_start_up_is_part_of_the_wall_clock_and_not_of_net_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first attempt's first batch ends after 12 s, 2 of which an evaluation took, and it is
@@ -97,21 +97,6 @@ def test_start_up_is_told_apart_from_the_wall_clock_that_it_is_part_of(
     found = summarise(RESULT, totals, events)
     assert (found["wall_s"], found["startup_s"]) == (25 + 4 + 90, 10 + 1 + 9)
     assert (found["net_s"], found["timed_batches"]) == (80, 7)
-
-
-def test_net_time_has_nothing_of_starts() -> None:
-    """The first attempt sets up for 5 s and is lost after 25, the second sets up for 7; checkpoints
-    remember 80 s of both.
-    """
-    events = [
-        told(0, "start", 105.0, began=100.0, commit="a"),
-        told(0, "step", 125.0, step=3),
-        told(1, "start", 207.0, began=200.0, commit="a"),
-        told(1, "step", 287.0, step=9),
-    ]
-    totals = Totals(batches=9, operation_samples=1)
-    totals.seconds |= {"forward": 60.0, "evaluation": 20.0}
-    assert summarise(RESULT, totals, events)["net_s"] == 80
 
 
 def test_what_machines_differ_in_is_told_with_how_many_have_it_whoever_is_rank_0() -> None:

@@ -42,7 +42,4 @@ def test_clones_are_made_by_one_kernel_for_each_dtype() -> None:
             clones[name].stride() == value.stride() and clones[name].data_ptr() != value.data_ptr()
         )
         assert not clones[name].requires_grad
-
-
-def test_of_nothing_nothing_is_cloned() -> None:
     assert cloned({}) == {}
