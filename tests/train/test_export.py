@@ -174,9 +174,7 @@ def test_streams_of_real_numbers_come_back_to_the_same_logits(
             reloaded.get_submodule(name).weight.neg_()  # type: ignore[operator]
 
 
-def test_a_byte_holds_eight_weights_and_the_file_says_what_it_is(
-    runs: Path, tmp_path: Path
-) -> None:
+def test_a_byte_holds_eight_weights_and_the_file_says_so(runs: Path, tmp_path: Path) -> None:
     told = export_run(runs / "scaled", tmp_path / "net.safetensors", layout="packed")
     tensors = load_file(told.file)
     trained = pipeline.load(runs / "scaled")
