@@ -29,7 +29,7 @@ from tests.helpers.processes import run_ranks
 from tests.helpers.small import make_run, small_recipe
 
 CPU = torch.device("cpu")
-KEPT = spec(LIF, reset_gradient="kept")
+KEPT = spec(mlp, in_features=4, hidden=(2,), neuron=spec(LIF, reset_gradient="kept"))
 RESULT = Evaluation(samples=1, top1=1.0, top5=1.0, loss=0.0, firing_rate=0.0)
 
 
@@ -60,7 +60,7 @@ def test_how_many_steps_a_forward_takes(rule: Rule, steps: int) -> None:
             "step, time (BatchNorm2d)",
         ),
         (nn.Sequential(BatchNormAct2d(2)), "fp32", "none", "time (BatchNormAct2d)"),
-        (mlp(2, in_features=4, hidden=(2,), neuron=KEPT), "fp32", "kept", "none"),
+        (KEPT.build(), "fp32", "kept", "none"),
     ],
 )
 def test_they_are_read_off_the_network(
