@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.rules.base import Rule
+from pipeline.train.backend.base import Backend
 from pipeline.train.objective import CrossEntropy
 from tests.helpers.processes import run_ranks
+from tests.helpers.silent import micro_batches, train
 
 Batch = tuple[Tensor, Tensor]
 
@@ -61,9 +63,24 @@ def found_alike(
     work: Callable[..., dict[Any, float]], folder: Path, cases: Iterable[Any], *, ranks: int = 2
 ) -> None:
     """Check that on every rank `work` finds a gap of at most 1e-6 in each of the cases."""
+    wanted = set(cases)
     for found in run_ranks(work, ranks, folder):
-        assert set(found) == set(cases)
+        assert found.keys() == wanted
         assert {case: gap for case, gap in found.items() if not gap <= 1e-6} == {}
+
+
+def learn(
+    rule: Rule,
+    backend: Backend,
+    batches: Iterable[tuple[int, Batch]],
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    accumulation: int = 1,
+) -> None:
+    """Train on this rank's rows of each (step, global batch), by the product's own loop."""
+    split = {"rank": rank, "ranks": ranks, "accumulation": accumulation}
+    train(rule, backend, ((step, micro_batches(*batch, **split)) for step, batch in batches))
 
 
 def steps(batch: Callable[[int], Batch], count: int, first: int = 0) -> Iterator[tuple[int, Batch]]:

@@ -25,9 +25,8 @@ from pipeline.spiking.synapse import Conv2d
 from pipeline.train.backend.deepspeed import DeepSpeed, config, import_deepspeed
 from pipeline.train.objective import CrossEntropy
 from tests.helpers.captured import write_captured
-from tests.helpers.joint import by_hand, distance, found_alike, sgd, steps
+from tests.helpers.joint import by_hand, distance, found_alike, learn, sgd, steps
 from tests.helpers.processes import run_ranks
-from tests.helpers.silent import micro_batches, train
 
 pytestmark = pytest.mark.distributed
 
@@ -97,22 +96,14 @@ def attached(rule: Rule, rank: int, *, norm: bool = False) -> nn.Module:
     return model
 
 
-def learn(
-    rule: Rule, backend: DeepSpeed, rank: int, last: int, *, first: int = 0, accumulation: int = 1
-) -> None:
-    """The product's own loop on this rank's rows."""
-    split = {"rank": rank, "ranks": RANKS, "accumulation": accumulation}
-    given = steps(batch, last, first)
-    train(rule, backend, ((step, micro_batches(*each, **split)) for step, each in given))
-
-
 def ours(
-    rule: Rule, rank: int, *, accumulation: int = 1, norm: bool = False, **about: Any
+    rule: Rule, rank: int, *, accumulation: int = 1, norm: bool = False, **settings: Any
 ) -> nn.Module:
     model = attached(rule, rank, norm=norm)
     micro = BATCH // RANKS // accumulation
-    backend = DeepSpeed(model, optimizer_of, micro_batch=micro, **about)
-    learn(rule, backend, rank, STEPS, accumulation=accumulation)
+    backend = DeepSpeed(model, optimizer_of, micro_batch=micro, **settings)
+    about = {"rank": rank, "ranks": RANKS, "accumulation": accumulation}
+    learn(rule, backend, steps(batch, STEPS), **about)
     return model
 
 
@@ -281,14 +272,15 @@ def _resumed(rank: int, ranks: int, folder: str) -> dict[int, bool]:
             DeepSpeed(model, optimizer_of, micro_batch=BATCH // RANKS, zero=zero, clip_norm=0.05)
             for model in (whole, first, second)
         )
-        learn(rules[0], alone, rank, 4)
-        learn(rules[1], before, rank, 2)
+        split = {"rank": rank, "ranks": ranks}
+        learn(rules[0], alone, steps(batch, 4), **split)
+        learn(rules[1], before, steps(batch, 2), **split)
         captured = before.capture()
-        learn(rules[1], before, rank, 3, first=2)  # moves on while the copy is written
+        learn(rules[1], before, steps(batch, 3, 2), **split)  # moves on while the copy is written
         write_captured(captured, place / str(zero))
         distributed.barrier()
         after.load(place / str(zero))
-        learn(rules[2], after, rank, 4, first=2)
+        learn(rules[2], after, steps(batch, 4, 2), **split)
         parts = [
             name for name in captured if "optim_states" in name
         ]  # each rank's own, beside the weights of rank 0

@@ -13,10 +13,9 @@ from pipeline.rules.base import Rule, World
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.guards.replica_check import drifted
-from tests.helpers.joint import by_hand, distance, found_alike, sgd, steps
+from tests.helpers.joint import by_hand, distance, found_alike, learn, sgd, steps
 from tests.helpers.rule_cases import CASES, Case
 from tests.helpers.rule_networks import batch
-from tests.helpers.silent import micro_batches, train
 
 pytestmark = pytest.mark.distributed
 
@@ -51,15 +50,8 @@ def _ranks(rank: int, ranks: int) -> dict[tuple[str, int, int], float]:
                 model, rule = attached(case, world)
                 micro = BATCH // ranks // accumulation
                 backend = DeepSpeed(model, sgd, micro_batch=micro, zero=zero)
-                split = {"rank": rank, "ranks": ranks, "accumulation": accumulation}
-                train(
-                    rule,
-                    backend,
-                    (
-                        (step, micro_batches(*given, **split))
-                        for step, given in steps(global_batch, STEPS)
-                    ),
-                )
+                about = {"rank": rank, "ranks": ranks, "accumulation": accumulation}
+                learn(rule, backend, steps(global_batch, STEPS), **about)
                 # to the bit, as a run compares them
                 apart = drifted((*model.parameters(), *rule.buffers()), Ranks(rank, ranks))
                 gaps = distance(model, expected), distance(rule, expected_rule), float(len(apart))

@@ -22,8 +22,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.train.backend.base import Backend
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.backend.plain import Plain
-from tests.helpers.joint import by_hand, distance, found_alike, steps
-from tests.helpers.silent import micro_batches, train
+from tests.helpers.joint import by_hand, distance, found_alike, learn, steps
 
 TIME, BATCH, RANKS, STEPS, TASKS = 2, 8, 2, 3, 3
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -79,8 +78,7 @@ def ours(backend_of: Callable[[nn.Module], Backend], rank: int, ranks: int) -> n
         if task:
             backend.forget()
         given = steps(batch, (task + 1) * STEPS, task * STEPS)
-        split = {"rank": rank, "ranks": ranks}
-        train(rule, backend, ((step, micro_batches(*each, **split)) for step, each in given))
+        learn(rule, backend, given, rank=rank, ranks=ranks)
     return model
 
 
@@ -113,7 +111,7 @@ def test_a_head_that_was_not_selected_keeps_its_bits() -> None:
     select_head(model, 1)
     rule = SLTT()
     rule.attach(model)
-    train(rule, Plain(model, optimizer_of("adamw")), [(0, micro_batches(*batch(0)))])
+    learn(rule, Plain(model, optimizer_of("adamw")), steps(batch, 1))
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, first[key])}
     assert moved == {key for key in first if "heads.0" not in key and "heads.2" not in key}
 

@@ -22,9 +22,8 @@ from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.deepspeed import DeepSpeed
-from tests.helpers.joint import by_hand, distance, found_alike, sgd
+from tests.helpers.joint import by_hand, distance, found_alike, learn, sgd
 from tests.helpers.rule_networks import lif_network
-from tests.helpers.silent import micro_batches, train
 from tests.train.backend.test_every_rule import BATCH, RANKS, STAGES, STEPS, global_batch
 
 pytestmark = pytest.mark.distributed
@@ -82,10 +81,10 @@ def _ranks(rank: int, ranks: int) -> dict[tuple[str, int, int], float]:
         for zero, accumulation in itertools.product(STAGES, (1, 2)):
             model, rule = attached(inner, Ranks(rank, ranks))
             backend = DeepSpeed(model, sgd, micro_batch=BATCH // ranks // accumulation, zero=zero)
-            split = {"rank": rank, "ranks": ranks, "accumulation": accumulation}
+            about = {"rank": rank, "ranks": ranks, "accumulation": accumulation}
 
-            def batch(step: int, rule=rule, backend=backend, split=split) -> None:
-                train(rule, backend, [(step, micro_batches(*global_batch(step), **split))])
+            def batch(step: int, rule=rule, backend=backend, about=about) -> None:
+                learn(rule, backend, [(step, global_batch(step))], **about)
 
             wrong = trained(model, rule, batch, backend.forget)
             gaps = distance(model, expected), distance(rule, expected_rule), 10 * wrong
