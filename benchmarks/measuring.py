@@ -104,7 +104,7 @@ class Measured:
             self.step()
 
     def evaluate(self, *, is_last: bool = False) -> None:
-        """As pipeline/train/evaluate_tasks.py does, and train on the next batch."""
+        """As pipeline/train/evaluation.py does, and train on the next batch."""
         x_TB, target_B, *_ = self.trained.micro_batches[0]
         ids = torch.arange(EVALUATED_ON).split(len(target_B))
         batches = ((x_TB[:, : len(index_B)], target_B[: len(index_B)], index_B) for index_B in ids)

@@ -160,7 +160,7 @@ _GLOO = ("connection closed by peer", "connection reset by peer", "timed out wai
 _GLOO += ("timeout caused pair closure",)
 _NCCL = ("remote process exit", "communicator was aborted", "collective operation timeout")
 _TORCH_STORE = ("connection was likely closed",)
-_OURS = ("process group was taken away",)  # Ranks.raise_if_gone
+_OURS = ("process group was taken away",)  # train/worker.py
 LOST_PEER = _GLOO + _NCCL + _TORCH_STORE + _OURS
 """Parts of the messages of a worker that has lost another worker (torch 2.13)."""
 

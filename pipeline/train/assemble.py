@@ -6,8 +6,8 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Callable, Collection
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from pipeline.data.base import Data
 from pipeline.data.ffcv.page_checks import ONE_IN
 from pipeline.data.mixing import Mixing
 from pipeline.measure.clock import Clock
+from pipeline.measure.fidelity import Fidelity
 from pipeline.measure.meters import Meters
 from pipeline.recipe import own_code
 from pipeline.recipe.json import differing, listed
@@ -49,7 +50,7 @@ from pipeline.train.build import (
 from pipeline.train.checkpoint import Checkpoints, lost_step, place_at, read_trainer, step_name
 from pipeline.train.checkpoint.background import LONGEST_S
 from pipeline.train.elastic import check_accumulation, check_sizes, seed_everything, steady
-from pipeline.train.gradient_fidelity import FidelityCheck
+from pipeline.train.gradient_fidelity import compare_gradients
 from pipeline.train.guards.storage import PATIENCE_S, patiently
 from pipeline.train.guards.watchdog import Watchdog
 from pipeline.train.job import Job, RankInfo
@@ -98,12 +99,21 @@ class TrainContext(Process):
     stretches: tuple[Stretch, ...]  # the steps of each task
     mixing: Mixing | None
     teaching: Teaching | None
-    fidelity: FidelityCheck | None  # on rank 0, if the recipe asks for gradient fidelity
+    # compares gradients on one batch, on rank 0, if the recipe asks for gradient fidelity
+    fidelity: Callable[..., Fidelity] | None
     meters: Meters
     checkpoints: Checkpoints
     decisions: Decisions
     # `trainer.json` of the checkpoint that was restored; None if the run begins
     restored: dict[str, Any] | None
+
+    @contextmanager
+    def published(self) -> Iterator[None]:
+        """Inside, the network holds the values that are evaluated and published: its weights, or
+        their average if the recipe asks for one, and running statistics averaged over ranks.
+        """
+        with self.backend.published(), self.ranks.averaged(self.backend.network):
+            yield
 
 
 def assemble(process: Process) -> TrainContext:
@@ -122,12 +132,13 @@ def assemble(process: Process) -> TrainContext:
         checkpoint = process.patiently(lambda: _newest(checkpoints, written, job))
     decisions = process.patiently(lambda: Decisions.read(Path(job.run)))
     recipe, is_fresh = decisions.fit(written), checkpoint is None
-    # One worker of each machine reads every page: machines may hold copies of their own.
-    reads_all = place.local_rank == 0
     with watchdog.off():
+        # One worker of each machine reads every page: machines may hold copies of their own.
         ranks.all_or_raise(
             lambda: check_data(
-                build_data(recipe), fingerprint=job.data_fingerprint, every_page=reads_all
+                build_data(recipe),
+                fingerprint=job.data_fingerprint,
+                every_page=place.local_rank == 0,
             )
         )
     world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
@@ -141,15 +152,27 @@ def assemble(process: Process) -> TrainContext:
     backend = ranks.all_or_raise(lambda: build_backend(recipe, network, rule, split))
     watchdog.beat()
     seed_everything(recipe.seed + 1 + ranks.rank)  # ranks draw different dropout
-    lengths = [
-        (task.epochs, steps)
-        for task, (_, steps) in zip(loaders.tasks, loaders.lengths, strict=True)
-    ]
-    stretches = timetable(lengths, stop_after=recipe.stop_after)
-    with watchdog.off():  # one worker may fit a head on all of the data
-        teaching = _open_teaching(
-            process, recipe, loaders, split, steps=stretches[-1].end, is_fresh=is_fresh
-        )
+    stretches = timetable(
+        [
+            (task.epochs, steps)
+            for task, (_, steps) in zip(loaders.tasks, loaders.lengths, strict=True)
+        ],
+        stop_after=recipe.stop_after,
+    )
+    teaching = None
+    if recipe.teacher is not None:
+        with watchdog.off():  # one worker may fit a head on all of the data
+            teaching = open_teaching(
+                recipe,
+                loaders.tasks[0].data,
+                split,
+                folder=Path(job.run),
+                steps=stretches[-1].end,
+                ranks=ranks,
+                tracker=process.tracker,
+                threads=job.loader_threads,
+                is_fresh=is_fresh,
+            )
     return TrainContext(
         **vars(process),
         recipe=recipe,
@@ -172,22 +195,19 @@ def assemble(process: Process) -> TrainContext:
 
 
 def _read_recipe(process: Process) -> Recipe:
-    """Read the run's recipe, and check that all ranks run the same code."""
-    job, ranks = process.job, process.ranks
-    folder, host = Path(job.run), socket.gethostname()
+    job, ranks, host = process.job, process.ranks, socket.gethostname()
     if ranks.size > 1:
         check_same_code(host, code_digest(), each=ranks.all_gather_object)
     # A node may lack the user's package.
-    recipe = ranks.all_or_raise(lambda: Recipe.read(RunFolder(folder).recipe, trust=job.trust))
+    recipe = ranks.all_or_raise(lambda: Recipe.read(RunFolder(job.run).recipe, trust=job.trust))
     ranks.all_or_raise(lambda: compute_in(recipe.precision, ranks.device))
     if ranks.size > 1 and job.trust:
-        own = ranks.all_or_raise(lambda: own_code.digest(folder, job.trust))
+        own = ranks.all_or_raise(lambda: own_code.digest(Path(job.run), job.trust))
         check_same_code(host, own, each=ranks.all_gather_object, of=f"the {', '.join(job.trust)}")
     return recipe
 
 
 def _open_checkpoints(process: Process, recipe: Recipe) -> Checkpoints:
-    """The run's checkpoints. Waits for storage that is away."""
     job, ranks, tracker, beat = process.job, process.ranks, process.tracker, process.watchdog.beat
     place = ranks.all_or_raise(
         lambda: place_at(job.checkpoints, Path(job.run), token=job.place_token)
@@ -219,44 +239,31 @@ def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
     Raises:
         UserError: the journal names a checkpoint that was never found damaged, but there is no
             checkpoint. A disk may not be mounted, and a new beginning would lose the checkpoint.
-        ValueError: recipe.json is not the recipe of the checkpoint, or of the launch.
+        ValueError: recipe.json is not the recipe of the checkpoint, or of the launch. Initial
+            weights (`init`) are compared only until there is a checkpoint.
     """
-    folder, checkpoint = Path(job.run), checkpoints.newest()
+    checkpoint, trainer = checkpoints.newest(), {"recipe": job.recipe}
+    when = "the run was launched"
     if checkpoint is not None:
         trainer = read_trainer(checkpoint)
         when = f"step {trainer['step']} was saved"
-        _refuse_other_recipe(trainer["recipe"], recipe, trust=job.trust, when=when)
-        Decisions.adopt(folder, trainer["decisions"])
-        return checkpoint
-    step = lost_step(read_events(RunFolder(folder).journal), keep=recipe.checkpoints.keep)
-    if step is not None:
+    elif step := lost_step(read_events(RunFolder(job.run).journal), keep=recipe.checkpoints.keep):
         raise UserError(
             f"checkpoint: {checkpoints.place.address(step_name(step))} must be there, as the"
             " journal says; got no checkpoint: mount or restore its storage, or begin anew under"
             " another --name"
         )
-    _refuse_other_recipe(job.recipe, recipe, trust=job.trust, when="the run was launched")
-    return None
-
-
-def _refuse_other_recipe(
-    before: dict[str, Any], recipe: Recipe, *, trust: Collection[str], when: str
-) -> None:
-    """Refuse a recipe.json that was changed since the launch or since the newest checkpoint.
-
-    Initial weights (`init`) are compared only until there is a checkpoint.
-
-    Raises:
-        ValueError: the fields that differ, as they were and as they are now.
-    """
-    was = Recipe.from_json(before, trust=trust)
+    was = Recipe.from_json(trainer["recipe"], trust=job.trust)
     differences = [*differing("", was.decisive(), recipe.decisive())]
-    if when == "the run was launched":
+    if checkpoint is None:
         differences += differing("init", was.init, recipe.init)
     require(
         not differences,
         f"resume: recipe.json must be as it was when {when}; it differs now: {listed(differences)}",
     )
+    if checkpoint is not None:
+        Decisions.adopt(Path(job.run), trainer["decisions"])
+    return checkpoint
 
 
 def _own_parts(
@@ -280,34 +287,31 @@ def _own_parts(
     check_accumulation(recipe, rule, (world.size,))
     if is_fresh and rule.calibration_batches:
         rule.calibrate(
-            network, first_batches(recipe, tasks[0].data, rule.calibration_batches, device)
+            network, _first_batches(recipe, tasks[0].data, rule.calibration_batches, device)
         )
-    loaders = Loaders(
-        tasks, recipe, recipe.split(world.size), rank=world.rank, threads=job.loader_threads
+    return (
+        recipe,
+        network,
+        rule,
+        Loaders(
+            tasks, recipe, recipe.split(world.size), rank=world.rank, threads=job.loader_threads
+        ),
     )
-    return recipe, network, rule, loaders
 
 
-def first_batches(recipe: Recipe, data: Data, count: int, device: torch.device) -> list[Tensor]:
+def _first_batches(recipe: Recipe, data: Data, count: int, device: torch.device) -> list[Tensor]:
     """The inputs `x_TB` of the first `count` global batches. They are the same on every rank and
     for every number of ranks.
     """
-    whole = {
-        "rank": 0,
-        "world": 1,
-        "batch_size": recipe.batch_size,
-        "micro_batch": recipe.batch_size,
-        "threads": 1,
-    }
-    loader = data.train(seed=recipe.seed, **whole)
-    try:
-        with loader.epoch(0) as batches:
-            return [
-                over_steps(batch.x.to(device), recipe.time_steps)
-                for batch in itertools.islice(batches, count)
-            ]
-    finally:
-        loader.close()
+    sizes = {"batch_size": recipe.batch_size, "micro_batch": recipe.batch_size, "threads": 1}
+    with (
+        closing(data.train(seed=recipe.seed, rank=0, world=1, **sizes)) as loader,
+        loader.epoch(0) as batches,
+    ):
+        return [
+            over_steps(batch.x.to(device), recipe.time_steps)
+            for batch in itertools.islice(batches, count)
+        ]
 
 
 def build_backend(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) -> Backend:
@@ -325,46 +329,19 @@ def build_backend(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) 
     return Averaged(backend, decay=recipe.ema_decay) if recipe.ema_decay else backend
 
 
-def _open_teaching(
-    process: Process,
-    recipe: Recipe,
-    loaders: Loaders,
-    split: Split,
-    *,
-    steps: int,
-    is_fresh: bool,
-) -> Teaching | None:
-    """The recipe's teacher, if it has one. A run that begins reports the teacher's accuracy."""
-    if recipe.teacher is None:
-        return None
-    teaching = open_teaching(
-        recipe,
-        loaders.tasks[0].data,
-        split,
-        folder=Path(process.job.run),
-        steps=steps,
-        ranks=process.ranks,
-        tracker=process.tracker,
-        threads=process.job.loader_threads,
-    )
-    if is_fresh:
-        accuracy = teaching.accuracy
-        figures: dict[str, Any] = {"samples": accuracy.samples, **accuracy.metrics}
-        figures.pop("firing_rate")  # a teacher need not spike
-        process.tracker.write(events.Teacher(teacher=teaching.teacher.label, figures=figures))
-    return teaching
-
-
 def _build_fidelity(
     recipe: Recipe, loaders: Loaders, world: World, device: torch.device
-) -> FidelityCheck | None:
+) -> Callable[..., Fidelity] | None:
     """The comparison of gradients, on rank 0 alone. The others wait in their next collective."""
     if recipe.evaluation.fidelity_every == 0 or world.rank:
         return None
     with closing(loaders.train(0)) as loader, loader.epoch(0) as batches:
         batch = next(iter(batches))
-    fresh = lambda: build_network(recipe, loaders.tasks).to(device)
-    x_TB = over_steps(batch.x.to(device), recipe.time_steps)
-    return FidelityCheck(
-        recipe, fresh, recipe.objective.build().labels, x_TB, batch.target.to(device)
+    return partial(
+        compare_gradients,
+        recipe,
+        lambda: build_network(recipe, loaders.tasks).to(device),
+        recipe.objective.build().labels,
+        over_steps(batch.x.to(device), recipe.time_steps),
+        batch.target.to(device),
     )

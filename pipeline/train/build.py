@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,14 +24,12 @@ from pipeline.rules.base import Rule, World
 from pipeline.spiking.binary import latent_parameters
 from pipeline.train.checkpoint import weights_of
 from pipeline.train.elastic import check_accumulation, check_sizes, steady
-from pipeline.train.gradient_fidelity import FidelityCheck
+from pipeline.train.gradient_fidelity import check_comparable
 from pipeline.train.objective import Loss
 from pipeline.train.part_checks import (
     build_part,
     check_network,
     check_objective,
-    check_rule,
-    check_schedule,
 )
 from pipeline.train.tasks import Task, tasks_of
 from pipeline.train.teaching import build_teacher
@@ -60,9 +59,13 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
     if recipe.teacher is not None:
         build_teacher(recipe, tasks[0].data)
     if recipe.evaluation.fidelity_every:
-        FidelityCheck.check(recipe, lambda: build_network(recipe, tasks))
-    optimizer = build_optimizer(recipe, network, rule)
-    check_schedule(recipe.schedule.build(optimizer, 1000, 100), recipe.schedule)
+        check_comparable(recipe, lambda: build_network(recipe, tasks))
+    schedule = recipe.schedule.build(build_optimizer(recipe, network, rule), 1000, 100)
+    require(
+        callable(schedule),
+        f"schedule: {recipe.schedule.target.__name__} must make a function of the step, as"
+        f" pipeline.train.schedule does; got {type(schedule).__name__}",
+    )
     return network
 
 
@@ -71,12 +74,11 @@ def build_network(recipe: Recipe, tasks: Sequence[Task]) -> nn.Module:
     classes = _written_classes(recipe.model)
     for task in tasks:
         recipe.check_time_steps(task.data.shape)
-        if classes not in (None, task.data.classes):
-            where = f" in {task.name}" if recipe.phases else ""
-            raise ValueError(
-                f"recipe: model and data must have the same classes; got {classes} and"
-                f" {task.data.classes}{where}"
-            )
+        require(
+            classes in (None, task.data.classes),
+            f"recipe: model and data must have the same classes; got {classes} and"
+            f" {task.data.classes}{f' in {task.name}' if recipe.phases else ''}",
+        )
     network = build_part("model", recipe.model, nn.Module, name="torch.nn.Module")
     for task in reversed(tasks):
         task.choose_head(network)
@@ -84,7 +86,6 @@ def build_network(recipe: Recipe, tasks: Sequence[Task]) -> nn.Module:
 
 
 def _written_classes(part: Spec) -> int | None:
-    """The keyword `classes` of a model, or of the model that it is built around."""
     inside = [_written_classes(value) for value in part.kwargs.values() if isinstance(value, Spec)]
     return part.kwargs.get("classes") or next(filter(None, inside), None)
 
@@ -96,7 +97,15 @@ def attached_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
         ValueError: rule, network, tasks, objective and teacher do not fit together.
     """
     rule = build_part("rule", recipe.rule, Rule)
-    check_rule(rule, recipe.rule)
+    who, memory = f"rule: {recipe.rule.target.__name__}", getattr(rule, "memory", None)
+    require(
+        type(rule)._loss_terms is not Rule._loss_terms,
+        f"{who} must override _loss_terms, which yields the losses to differentiate; it does not",
+    )
+    require(
+        memory in ("constant", "linear"),
+        f"{who}: memory must be 'constant' or 'linear'; got {memory!r}",
+    )
     rule.check_steps(recipe.time_steps)
     rule.attach(network, world=world, over_time=recipe.over_time)
     rule.check_tasks(network, max(1, len(recipe.phases)))
@@ -145,10 +154,13 @@ def with_placeholder_weights(suite: Suite) -> Iterator[tuple[Recipe, ...]]:
 
 
 def build_optimizer(recipe: Recipe, network: nn.Module, rule: Rule) -> torch.optim.Optimizer:
-    kind = torch.optim.Optimizer
     try:
         optimizer = build_part(
-            "optimizer", recipe.optimizer, kind, network, name="torch.optim.Optimizer"
+            "optimizer",
+            recipe.optimizer,
+            torch.optim.Optimizer,
+            network,
+            name="torch.optim.Optimizer",
         )
     except (TypeError, AssertionError, RuntimeError) as error:  # timm's ways to refuse a keyword
         raise ValueError(f"{recipe.optimizer.label}: {error}") from error
@@ -177,17 +189,16 @@ def spare_from_decay(optimizer: torch.optim.Optimizer, parameters: Iterable[Tens
         if all(is_spared):
             group["weight_decay"] = 0.0
             continue
-        columns = {name: list(group[name]) for name in ("params", "param_names") if name in group}
-        inside = {
-            name: list(itertools.compress(column, is_spared)) for name, column in columns.items()
+        out: dict[str, list[Any]] = {
+            name: list(itertools.compress(group[name], is_spared))
+            for name in ("params", "param_names")
+            if name in group
         }
-        group.update(
-            {
-                name: [x for x, out in zip(column, is_spared, strict=True) if not out]
-                for name, column in columns.items()
-            }
-        )
-        optimizer.add_param_group({**group, **inside, "weight_decay": 0.0})
+        for name in out:
+            group[name] = [
+                x for x, is_out in zip(group[name], is_spared, strict=True) if not is_out
+            ]
+        optimizer.add_param_group({**group, **out, "weight_decay": 0.0})
 
 
 def build_schedule(

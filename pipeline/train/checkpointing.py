@@ -8,10 +8,10 @@ request, all ranks leave the evaluation.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from pipeline.core.run_folder import RunFolder
 from pipeline.track.events import Checkpoint, Preempted, Undeleted
 from pipeline.train.assemble import TrainContext
 from pipeline.train.checkpoint import Saved, weights_of
-from pipeline.train.evaluate_tasks import published
 from pipeline.train.guards.replica_check import drifted
 from pipeline.train.job import Notice
 from pipeline.train.metadata import checkpoint_metadata
@@ -30,47 +29,6 @@ from pipeline.train.recovery import Rollback
 # seconds; if more training than this is unsaved, it is saved before an evaluation
 UNSAVED_S = 30.0
 MARGIN_S = 2.0  # seconds between the expected end of the last save and its deadline
-
-
-class Departures:
-    """The machines that are about to be taken away, as far as this rank knows."""
-
-    def __init__(self) -> None:
-        self.machines: frozenset[str] = frozenset()
-        # deadline of the last save, on the monotonic clock; None: no deadline, or it was saved
-        self._deadline: float | None = None
-
-    def is_new(self, notice: Notice | None) -> bool:
-        """Whether a notice names a machine that no earlier notice has named."""
-        return notice is not None and not self.machines.issuperset(notice.machines)
-
-    def add(self, notice: Notice) -> None:
-        self.machines |= frozenset(notice.machines)
-        if notice.seconds_left is not None:
-            deadline = time.monotonic() + notice.seconds_left
-            self._deadline = deadline if self._deadline is None else min(deadline, self._deadline)
-
-    def is_last_call(self, *, batch_s: float, write_s: float) -> bool:
-        """Whether a save after one more batch may be too late. Batch and save may take twice as
-        long as before.
-        """
-        return (
-            self._deadline is not None
-            and self._deadline - time.monotonic() < 2 * (batch_s + write_s) + MARGIN_S
-        )
-
-    def end(self) -> None:
-        """The last save is made."""
-        self._deadline = None
-
-
-class Save(NamedTuple):
-    """A save that was begun after `step` batches."""
-
-    step: int
-    score: float | None = None  # of its evaluation
-    # an epoch has ended; the attempt that continues from here has to evaluate it
-    is_epoch_end_due: bool = False
 
 
 class Saving:
@@ -88,18 +46,16 @@ class Saving:
         self, context: TrainContext, *, step: int, state: Callable[[], dict[str, Any]]
     ) -> None:
         self.context, self.state = context, state
-        self.ranks, self.checkpoints, self.meters = (
-            context.ranks,
-            context.checkpoints,
-            context.meters,
-        )
+        self.ranks, self.checkpoints = context.ranks, context.checkpoints
         self.files = RunFolder(context.job.run)
-        self.departures = Departures()
+        # the machines that are about to be taken away, as far as this rank knows, and the deadline
+        # of the last save on the monotonic clock
+        self.leaving, self.deadline = frozenset[str](), math.inf
         # the last save that was begun, and its time
-        self._last, self._last_at = Save(step), time.monotonic()
+        self._last: dict[str, Any] = {"step": step}
+        self._last_at = self._batch_began = time.monotonic()
         self._stall_s = 0.0  # seconds that training was stopped for the last save
         self._write_s = 0.0  # seconds until the last checkpoint was complete; known to rank 0
-        self._batch_began = time.monotonic()
         # the requests that this rank looks for during an evaluation
         self._watched = (self.files.stop, self.files.save)
 
@@ -121,10 +77,10 @@ class Saving:
         Raises:
             Rollback: the replicas differ.
         """
-        policy, every = self.context.recipe.policy, self.context.recipe.checkpoints.every
-        minutes = self.context.recipe.checkpoints.minutes
-        is_due = every > 0 and step % every == 0
-        batch_s = time.monotonic() - self._batch_began
+        recipe, now = self.context.recipe, time.monotonic()
+        every, minutes = recipe.checkpoints.every, recipe.checkpoints.minutes
+        # A batch and a save may take twice as long as before.
+        work_s = 2 * (now - self._batch_began + self._write_s) + MARGIN_S
         # Each look is a request to the file server, so only rank 0 looks.
         looks = self.ranks.rank == 0
         save_asked = looks and self.files.save.exists()
@@ -132,22 +88,22 @@ class Saving:
         stop_asked, save_asked, is_late, has_failed, is_noticed, is_last_call = self.ranks.decide(
             looks and self.files.stop.exists(),
             save_asked,
-            minutes > 0 and time.monotonic() - self._last_at > 60 * minutes,
+            minutes > 0 and now - self._last_at > 60 * minutes,
             self.checkpoints.failed(),  # the current state is saved in its place
-            self.departures.is_new(notice),
-            self.departures.is_last_call(batch_s=batch_s, write_s=self._write_s),
+            self.is_new(notice),
+            self.deadline - now < work_s,
         )
         self._report(self.checkpoints.done())
         if is_noticed:
-            self._add_notice(self.ranks.broadcast_object(lambda: notice), step)
+            self.add_notice(self.ranks.broadcast_object(lambda: notice), step)
         if is_last_call:
-            self.departures.end()
+            self.deadline = math.inf
         if stop_asked or save_asked or is_noticed or is_last_call:
-            self.save(step, score=None, is_epoch_end_due=last)
+            self.save(step, is_epoch_end_due=last)
             self._answer(step)
-        elif (is_due or is_late or has_failed) and not last:
-            self.save(step, score=None)
-        elif policy.replicas_every and step % policy.replicas_every == 0 and not last:
+        elif not last and (is_late or has_failed or (every > 0 and step % every == 0)):
+            self.save(step)
+        elif not last and recipe.policy.replicas_every and step % recipe.policy.replicas_every == 0:
             self._compare_replicas(step)  # a save compares them, too
         self._batch_began = time.monotonic()
         return stop_asked
@@ -155,9 +111,10 @@ class Saving:
     def before_evaluation(self, step: int) -> None:
         """Save without a score if much training is unsaved or machines will be taken away."""
         self._watched = (self.files.stop, self.files.save)
-        is_old = time.monotonic() - self._last_at > UNSAVED_S
         [is_due] = self.ranks.decide(
-            is_old or self.checkpoints.failed() or bool(self.departures.machines)
+            time.monotonic() - self._last_at > UNSAVED_S
+            or self.checkpoints.failed()
+            or bool(self.leaving)
         )
         if is_due:
             self._save_before_epoch_end(step)
@@ -165,8 +122,9 @@ class Saving:
     def is_interrupted(self) -> bool:
         """Whether this rank sees a request to stop or to save in an evaluation. Not collective."""
         self._report(self.checkpoints.done())
-        is_new = self.departures.is_new(self.context.place.notice())
-        return is_new or any(file.exists() for file in self._watched)
+        return self.is_new(self.context.place.notice()) or any(
+            file.exists() for file in self._watched
+        )
 
     def in_evaluation(self, step: int) -> bool:
         """Save on a request, which may not leave enough time for the rest of the evaluation.
@@ -174,8 +132,8 @@ class Saving:
         """
         stop_asked = bool(self.ranks.max(torch.tensor(float(self.files.stop.exists()))))
         for notice in self.ranks.all_gather_object(self._notice()):
-            if self.departures.is_new(notice):
-                self._add_notice(notice, step)
+            if self.is_new(notice):
+                self.add_notice(notice, step)
         self._save_before_epoch_end(step)
         self._answer(step)
         if self.ranks.rank:
@@ -183,32 +141,38 @@ class Saving:
             self._watched = (self.files.stop,)
         return stop_asked
 
-    def save(self, step: int, *, score: float | None, is_epoch_end_due: bool = False) -> None:
-        """Begin to write the state after `step` batches; see `Save`.
+    def save(
+        self, step: int, *, score: float | None = None, is_epoch_end_due: bool = False
+    ) -> None:
+        """Begin to write the state after `step` batches.
+
+        Args:
+            score: of the evaluation after these batches.
+            is_epoch_end_due: an epoch has ended, and the attempt that continues from here has to
+                evaluate it.
 
         Raises:
             Rollback: the replicas differ.
             Diverged: weights that are not finite.
         """
-        with self.meters.between("checkpoint"):
-            self._save(Save(step, score, is_epoch_end_due))
+        with self.context.meters.between("checkpoint"):
+            self._save(step=step, score=score, is_epoch_end_due=is_epoch_end_due)
         self._batch_began = time.monotonic()
 
     def wait(self, step: int) -> None:
         """Wait until the checkpoint that is being written is complete. If it is the checkpoint of
         `step` and is lost, it is written once more.
         """
-        with self.meters.between("checkpoint"):
-            with self._standing_still():
+        with self.context.meters.between("checkpoint"):
+            while True:
+                began = time.monotonic()
                 saved, is_lost = self.checkpoints.settle()
-            self._report(saved)
-            if is_lost and self._last.step == step:
-                lost_s = self._stall_s
-                self._save(self._last)
-                self._stall_s += lost_s
-                with self._standing_still():
-                    saved = self.checkpoints.wait()
+                stall_s = self._stall_s = self._stall_s + time.monotonic() - began
                 self._report(saved)
+                if not is_lost or self._last["step"] != step:
+                    return
+                self._save(**self._last)  # `settle` raises if this one is lost, too
+                self._stall_s += stall_s
 
     def newest_step(self) -> int:
         """The step of the newest checkpoint. Waits until the checkpoint that is being written is
@@ -223,20 +187,28 @@ class Saving:
         self.newest_step()  # nothing is being written after it
         self.checkpoints.discard(step, reason)
 
+    def is_new(self, notice: Notice | None) -> bool:
+        """Whether a notice names a machine that no earlier notice has named. Not collective."""
+        return notice is not None and not self.leaving.issuperset(notice.machines)
+
+    def add_notice(self, notice: Notice | None, step: int) -> None:
+        """Note and journal that machines will be taken away. The earliest deadline counts."""
+        assert notice is not None, "it is new"
+        self.leaving |= frozenset(notice.machines)
+        left_s = notice.seconds_left
+        if left_s is not None:
+            self.deadline = min(self.deadline, time.monotonic() + left_s)
+        self.context.tracker.write(
+            Preempted(step=step, machines=list(notice.machines), seconds_left=left_s)
+        )
+
     def _notice(self) -> Notice | None:
         """The notice that reached this rank, or the one that a request to save holds."""
         return self.context.place.notice() or Notice.in_file(self.files.save)
 
-    def _add_notice(self, notice: Notice | None, step: int) -> None:
-        assert notice is not None, "it is new"
-        self.departures.add(notice)
-        self.context.tracker.write(
-            Preempted(step=step, machines=list(notice.machines), seconds_left=notice.seconds_left)
-        )
-
     def _save_before_epoch_end(self, step: int) -> None:
-        if self._last.step != step:
-            self.save(step, score=None, is_epoch_end_due=True)
+        if self._last["step"] != step:
+            self.save(step, is_epoch_end_due=True)
 
     def _answer(self, step: int) -> None:
         """Delete the request once the checkpoint is complete. Its author then ends the workers."""
@@ -244,33 +216,26 @@ class Saving:
         if self.ranks.rank == 0:
             self.files.save.unlink(missing_ok=True)
 
-    def _save(self, this: Save) -> None:
-        began, context = time.monotonic(), self.context
+    def _save(self, **this: Any) -> None:
+        began, context, network = time.monotonic(), self.context, self.context.backend.network
         if context.recipe.policy.replicas_every:
-            self._compare_replicas(this.step)  # a checkpoint holds the weights of one rank
-        self.ranks.all_or_raise(lambda: self._check_finite(this.step))
-        trainer = checkpoint_metadata(context, **this._asdict(), state=self.state())
-        with published(context):
-            weights = weights_of(context.backend.network) if self.ranks.rank == 0 else None
-        with self.ranks.averaged(context.backend.network) as buffers:
-            self._report(
-                self.checkpoints.save(
-                    this.step,
-                    context.backend,
-                    context.rule,
-                    trainer,
-                    buffers=buffers,
-                    weights=weights,
-                )
+            self._compare_replicas(this["step"])  # a checkpoint holds the weights of one rank
+        self.ranks.all_or_raise(lambda: self._check_finite(this["step"]))
+        trainer = checkpoint_metadata(context, **this, state=self.state())
+        with context.published():
+            weights = weights_of(network) if self.ranks.rank == 0 else None
+        with self.ranks.averaged(network) as buffers:
+            saved = self.checkpoints.save(
+                this["step"],
+                context.backend,
+                context.rule,
+                trainer,
+                buffers=buffers,
+                weights=weights,
             )
+            self._report(saved)
         self._last, self._last_at = this, time.monotonic()
         self._stall_s = self._last_at - began  # includes the wait for the previous checkpoint
-
-    @contextmanager
-    def _standing_still(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._stall_s += time.monotonic() - began
 
     def _compare_replicas(self, step: int) -> None:
         if ranks := drifted(self._replicated(), self.ranks):
@@ -294,7 +259,6 @@ class Saving:
         return [*self.context.backend.replicated(), *self.context.rule.buffers()]
 
     def _report(self, saved: Saved | None) -> None:
-        """Journal a checkpoint that has become complete."""
         if saved is None:
             return
         self._write_s = saved.write_s
@@ -318,7 +282,6 @@ def _are_finite(values: Iterable[Tensor]) -> bool:
     extremes: dict[torch.device, list[Tensor]] = {}
     for value in values:
         if value.is_floating_point() and value.numel():
-            extremes.setdefault(value.device, []).append(
-                torch.stack(value.detach().aminmax()).double()
-            )
+            extreme = torch.stack(value.detach().aminmax()).double()
+            extremes.setdefault(value.device, []).append(extreme)
     return all(bool(torch.cat(parts).isfinite().all()) for parts in extremes.values())

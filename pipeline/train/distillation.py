@@ -78,9 +78,8 @@ class Distillation:
             self.form in ("soft", "kl", "hard"),
             f"Distillation: form must be 'soft', 'kl' or 'hard'; got {self.form!r}",
         )
-        is_soft = self.ensemble_weight > 0 or self.form != "hard"
         for name, acts, rest in (
-            ("temperature", is_soft, "form='hard'"),
+            ("temperature", self.ensemble_weight > 0 or self.form != "hard", "form='hard'"),
             ("form", self.teacher_weight > 0, "teacher_weight=0"),
             ("labels", self.label_weight > 0, "label_weight=0"),
         ):
@@ -126,10 +125,12 @@ class Distillation:
             if self.label_weight > 0:
                 terms.append(self.label_weight * on_labels(z_BK))
             if teacher_BK is not None:
-                terms.append(
-                    self.teacher_weight
-                    * self._from_teacher(teacher_BK.detach().to(z_BK.dtype), z_BK)
-                )
+                answer_BK = teacher_BK.detach().to(z_BK.dtype)
+                if self.form == "hard":
+                    learnt = F.cross_entropy(z_BK, answer_BK.argmax(-1))
+                else:
+                    learnt = soft_loss(self.form, answer_BK, z_BK, self.temperature)
+                terms.append(self.teacher_weight * learnt)
             if self.remembers:
                 steps += 1
                 sum_BK = z_BK.detach() if sum_BK is None else sum_BK + z_BK.detach()
@@ -139,11 +140,6 @@ class Distillation:
             return torch.stack(terms).sum()
 
         return loss_of
-
-    def _from_teacher(self, teacher_BK: Tensor, z_BK: Tensor) -> Tensor:
-        if self.form == "hard":
-            return F.cross_entropy(z_BK, teacher_BK.argmax(-1))
-        return soft_loss(self.form, teacher_BK, z_BK, self.temperature)
 
 
 def soft_loss(

@@ -61,22 +61,14 @@ def check_sizes(recipe: Recipe, sizes: Sequence[int]) -> None:
         f" {format_sizes(sizes)}; take one number, or zero=0",
     )
     odd = [size for size in sizes if recipe.batch_size % size]
-    if not odd:
-        return
-    if len(sizes) == 1:
+    if odd and len(sizes) == 1:
         recipe.split(sizes[0])  # names the batches that are possible
     fit = [size for size in range(1, sizes[-1] + 1) if recipe.batch_size % size == 0]
-    inside = [size for size in fit if size >= sizes[0]]
-    advice = (
-        f"take --workers {format_sizes(inside)}"
-        if inside
-        else f"of fewer {', '.join(map(str, fit))} do"
-    )
-    raise ValueError(
+    require(
+        not odd,
         f"launch: batch_size={recipe.batch_size} must divide by every number of workers; got"
-        f" {format_sizes(sizes)}, of which {', '.join(map(str, odd))}"
-        f" {'does' if len(odd) == 1 else 'do'}"
-        f" not; {advice}"
+        f" {format_sizes(sizes)}, which has {', '.join(map(str, odd))}; up to {sizes[-1]} the"
+        f" numbers that do are {format_sizes(fit)}",
     )
 
 
@@ -90,28 +82,22 @@ def steady(recipe: Recipe, network: nn.Module, sizes: Sequence[int]) -> Recipe:
     """
     if len(sizes) == 1:
         return recipe
-    between_workers = any(
-        isinstance(each, BatchNorm) and each.between == "world" for each in network.modules()
-    )
-    if between_workers:
-        accumulated = [size for size in sizes if recipe.split(size).accumulation > 1]
-        if accumulated:
-            raise ValueError(
+    modules = list(network.modules())
+    if any(isinstance(each, BatchNorm) and each.between == "world" for each in modules):
+        for size in sizes:
+            require(
+                recipe.split(size).accumulation == 1,
                 "launch: BatchNorm(between='world') must see whole global batches where the number"
                 f" of workers changes; got micro_batch={recipe.micro_batch}, which is accumulated"
-                f" on {counted(accumulated[0], 'worker')}; take fewer sizes, or between='rank'"
+                f" on {counted(size, 'worker')}; take fewer sizes, or between='rank'",
             )
         return recipe
     draws_or_norms = (BatchNorm, _DropoutNd, Dropout, DropPath)
-    if not any(
-        isinstance(each, draws_or_norms) or is_foreign_norm(each) for each in network.modules()
-    ):
+    if not any(isinstance(each, draws_or_norms) or is_foreign_norm(each) for each in modules):
         return recipe
     share = math.gcd(*(recipe.batch_size // size for size in sizes))
-    most = share if recipe.micro_batch is None else min(recipe.micro_batch, share)
-    return replace(
-        recipe, micro_batch=next(size for size in range(most, 0, -1) if share % size == 0)
-    )
+    sizes_down = range(min(recipe.micro_batch or share, share), 0, -1)
+    return replace(recipe, micro_batch=next(size for size in sizes_down if share % size == 0))
 
 
 def check_accumulation(recipe: Recipe, rule: Rule, sizes: Sequence[int]) -> None:

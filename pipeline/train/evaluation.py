@@ -8,13 +8,15 @@ T time, B batch, N samples, K classes
 
 from __future__ import annotations
 
-import os
+import io
+import time
 import zipfile
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 
 from pipeline.core.checks import require
+from pipeline.core.files import write_whole
 from pipeline.data.base import Loader
 from pipeline.measure.activity import Activity, LayerActivity, firing_rate
 from pipeline.measure.constants import ACTIVITY_EVERY
@@ -33,10 +36,14 @@ from pipeline.spiking.state import fresh_state
 from pipeline.train.backend.collectives import Ranks, world
 from pipeline.train.objective import Loss
 
+if TYPE_CHECKING:
+    from pipeline.train.assemble import TrainContext
+
 TOP = 5  # classes of the top-5 accuracy
 COUNTED = 64  # the most samples whose operations are counted
 # describes, in a summary, the samples whose operations were counted
 COUNTED_ON = "from all over the first worker's share of the evaluation set"
+LOOK_S = 1.0  # seconds between two looks for a request to stop or to save
 
 
 @dataclass(frozen=True)
@@ -130,48 +137,44 @@ def evaluate(
         card=joules.card, samples=int(sums[0]), began=began, ended=joules.read()
     )
     when_answered()
-    inference = _inference(model, network, counted, batch_size=largest) if len(counted) else None
+    inference = None
+    if len(counted):
+        with Operations(network) as operations:
+            # In batches no larger than those of the evaluation, which fit in memory.
+            for x_TB in counted.batches(largest):
+                with fresh_state(model):
+                    model(x_TB)
+        # The forward alone: inference has no rule.
+        inference = Inference(
+            operations.work.get("forward", Work()),
+            len(counted),
+            tuple(sorted(operations.not_counted)),
+        )
     model.train(was_training)
-    device = next(model.parameters()).device
     total, largest_of = (
-        partial(_over_ranks, device=device, how=how)
+        partial(_over_ranks, device=next(model.parameters()).device, how=how)
         for how in (distributed.ReduceOp.SUM, distributed.ReduceOp.MAX)
     )
     samples, top1, loss, ranked, top5 = total(sums).tolist()
     require(samples != 0, "evaluate: needs at least one sample; got none on any rank")
     layers = activity.layers(total, largest_of)
-    share_top5 = top5 / ranked if ranked else None
     result = Evaluation(
-        int(samples), top1 / samples, share_top5, loss / samples, firing_rate(layers)
+        samples=int(samples),
+        top1=top1 / samples,
+        top5=top5 / ranked if ranked else None,
+        loss=loss / samples,
+        firing_rate=firing_rate(layers),
     )
     index, target, answer = torch.cat(answered, dim=1).numpy()
     answers = Answers(index=index, target=target, answer=answer)
     return Evaluated(result, answers, layers, inference, readings)
 
 
-def _inference(
-    model: nn.Module, network: nn.Module, counted: EvenSample, *, batch_size: int
-) -> Inference:
-    """The operations of an inference, counted in batches no larger than those of the evaluation,
-    which fit in memory.
-    """
-    with Operations(network) as operations:
-        for x_TB in counted.batches(batch_size):
-            with fresh_state(model):
-                model(x_TB)
-    # The forward alone: inference has no rule.
-    return Inference(
-        operations.work.get("forward", Work()), len(counted), tuple(sorted(operations.not_counted))
-    )
-
-
 def _over_ranks(value: Tensor, device: torch.device, how: Any) -> Tensor:
-    """Reduce a vector on the CPU over ranks."""
-    if world()[1] == 1:
-        return value
-    shared = value.to(device, copy=True)
-    distributed.all_reduce(shared, op=how)
-    return shared.cpu()
+    if world()[1] > 1:
+        value = value.to(device, copy=True)
+        distributed.all_reduce(value, op=how)
+    return value.cpu()
 
 
 def inputs(
@@ -204,19 +207,69 @@ def share_of(samples: int | None, ranks: Ranks) -> int | None:
     return None if samples is None else len(range(ranks.rank, samples, ranks.size))
 
 
+def evaluate_tasks(
+    context: TrainContext,
+    *,
+    step: int,
+    tasks: int,
+    counts_operations: bool,
+    is_interrupted: Callable[[], bool],
+) -> list[Evaluated] | None:
+    """Evaluate the published network on each of the first `tasks`, the current one last. None if an
+    evaluation was interrupted on any rank. Collective.
+
+    Args:
+        step: the step of the run. It selects the pages of the data that are compared with their
+            checksums.
+        is_interrupted: whether this rank sees a request to stop or to save. Each rank calls it
+            about once a second, at its own times, because ranks have different numbers of batches.
+    """
+    recipe, ranks, network = context.recipe, context.ranks, context.backend.network
+    most = share_of(recipe.evaluation.samples, ranks)
+    evaluated, joules, was_interrupted = list[Evaluated](), EnergyCounter(ranks.device), False
+
+    def until_interrupted(val_set: Loader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        nonlocal was_interrupted
+        looked_at = time.monotonic()
+        for batch in inputs(val_set, recipe.time_steps, ranks.device, most=most, epoch=step):
+            context.watchdog.beat()
+            yield batch
+            if time.monotonic() - looked_at > LOOK_S:
+                looked_at = time.monotonic()
+                if was_interrupted := is_interrupted():
+                    return
+
+    with context.meters.evaluating() as note_peaks, context.published():
+        for index, task in enumerate(context.loaders.tasks[:tasks]):
+            task.choose_head(network)
+            with closing(context.loaders.val(index)) as val_set:
+                evaluated.append(
+                    evaluate(
+                        context.backend.model,
+                        until_interrupted(val_set),
+                        recipe.objective.build().labels,
+                        over_time=recipe.over_time,
+                        network=network,
+                        counts_operations=counts_operations,
+                        joules=joules,
+                        when_answered=note_peaks,
+                    )
+                )
+            if ranks.max(torch.tensor(float(was_interrupted))):
+                return None
+    return evaluated
+
+
 def mean_of(evaluations: Sequence[Evaluation]) -> Evaluation:
     """The mean over tasks, each with the same weight. Its top-1 is ACC."""
-
-    def mean(name: str) -> float:
-        return sum(getattr(each, name) for each in evaluations) / len(evaluations)
-
-    return Evaluation(
-        samples=sum(each.samples for each in evaluations),
-        top1=mean("top1"),
-        top5=None if any(each.top5 is None for each in evaluations) else mean("top5"),
-        loss=mean("loss"),
-        firing_rate=mean("firing_rate"),
-    )
+    columns = {
+        name: [asdict(each)[name] for each in evaluations] for name in asdict(evaluations[0])
+    }
+    means = {
+        name: None if None in values else sum(values) / len(values)
+        for name, values in columns.items()
+    }
+    return Evaluation(**{**means, "samples": sum(columns["samples"])})
 
 
 Ints = NDArray[np.int64]
@@ -243,19 +296,20 @@ def write_answers(file: Path, shares: Sequence[Sequence[Answers]], *, tasks: boo
 
     `tasks`: whether the file has a column with the task of each sample.
     """
-    sorted_3N = [_sorted(of_task) for of_task in zip(*shares, strict=True)]
+    sorted_3N = []
+    for of_task in zip(*shares, strict=True):
+        all_3N = np.hstack([np.stack([each.index, each.target, each.answer]) for each in of_task])
+        sorted_3N.append(all_3N[:, np.argsort(all_3N[0])])
     columns: dict[str, Ints] = dict(
-        zip(("index", "target", "answer"), np.concatenate(sorted_3N, axis=1), strict=True)
+        zip(("index", "target", "answer"), np.hstack(sorted_3N), strict=True)
     )
     if tasks:
         columns["task"] = np.repeat(
             np.arange(len(sorted_3N)), [each.shape[1] for each in sorted_3N]
         )
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("wb") as stream:  # a stream, as savez would add its own suffix to a name
-        # no column has the name of numpy's own keyword, allow_pickle
-        np.savez(stream, **columns)  # type: ignore[arg-type]
-    temporary.rename(file)
+    stream = io.BytesIO()
+    np.savez(stream, **columns)  # type: ignore[arg-type]  # no column is named allow_pickle
+    write_whole(file, stream.getvalue())
 
 
 def read_answers(file: Path) -> Answers:
@@ -269,23 +323,11 @@ def read_answers(file: Path) -> Answers:
         raise ValueError(
             f"answers: {file} must hold index, target and answer; it could not be read: {error}"
         ) from error
-    columns = [getattr(answers, name) for name in ("index", "target", "answer", "task")]
-    columns = [column for column in columns if column is not None]
-    got = ", ".join(f"{column.dtype} {list(column.shape)}" for column in columns)
+    columns = [column for column in vars(answers).values() if column is not None]
     require(
-        all(column.ndim == 1 and np.issubdtype(column.dtype, np.integer) for column in columns),
-        f"answers: {file} must hold columns of whole numbers; got {got}",
-    )
-    require(
-        len({len(column) for column in columns}) == 1,
-        f"answers: {file} must hold an entry a sample in each column; got {got}",
+        all(column.ndim == 1 and column.dtype.kind == "i" for column in columns)
+        and len({len(column) for column in columns}) == 1,
+        f"answers: {file} must hold columns of whole numbers, an entry a sample in each; got"
+        f" {', '.join(f'{column.dtype} {list(column.shape)}' for column in columns)}",
     )
     return answers
-
-
-def _sorted(shares: Sequence[Answers]) -> Ints:
-    """`[3,N]`: the shares of all ranks in the order of their samples."""
-    all_3N = np.concatenate(
-        [np.stack([each.index, each.target, each.answer]) for each in shares], axis=1
-    )
-    return all_3N[:, np.argsort(all_3N[0])]

@@ -20,7 +20,6 @@ or another machine may also change such a spike.
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +28,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from pipeline.core.checks import require
+from pipeline.core.files import write_whole
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.tensor_file import describe_mismatch
 from pipeline.core.units import counted
@@ -98,11 +98,11 @@ def export_run(
     files = RunFolder(folder)
     recipe = Recipe.read(files.recipe, trust=trust)
     out = files.weights(layout) if out is None else out
-    if out.exists() or not out.parent.is_dir():
-        why = "is there already" if out.exists() else f"has no folder {out.parent}"
-        raise ValueError(
-            f"export: the file must be a new one; {out} {why}: name another with --out"
-        )
+    require(
+        out.parent.is_dir() and not out.exists(),
+        f"export: the file must be a new one in a folder that exists; got {out}: name another with"
+        " --out",
+    )
     network = load_run(folder, which=which, trust=trust)
     state, packed = network.state_dict(), {}
     parameters = sum(p.numel() for p in network.parameters())
@@ -114,22 +114,27 @@ def export_run(
             "export: --packed stores 1-bit weights, and the network has none; leave --packed"
             " out, or train a model of spec(binarized, ...) (pipeline/models/transforms.py)",
         )
-        state, folded = pack(network, following_norms(network, synapses, _silence(network, recipe)))
-        bits = sum(synapse.weight.numel() for synapse in synapses.values())
-        packed = {"bits": bits, "synapses": len(synapses), "folded": folded}
+        task = tasks_of(recipe)[0]
+        task.choose_head(network)
+        silence_TB = over_steps(torch.zeros(1, *task.data.shape), recipe.time_steps)
+        state, folded = pack(network, following_norms(network, synapses, silence_TB))
+        packed = {
+            "bits": sum(synapse.weight.numel() for synapse in synapses.values()),
+            "synapses": len(synapses),
+            "folded": folded,
+        }
     tensors = {name: value.detach().contiguous().clone() for name, value in state.items()}
-    own = own_code.needed(trust, targets(encode(recipe.model, paths=True)))
+    model = encode(recipe.model, paths=True)
+    own = own_code.needed(trust, targets(model))
     metadata = {
         "format": FORMAT,
         "version": VERSION,
         "layout": layout,
-        "model": json.dumps(encode(recipe.model, paths=True)),
+        "model": json.dumps(model),
         "time_steps": str(recipe.time_steps),
         **({"code": json.dumps(own_code.note(own))} if own else {}),
     }
-    temp = out.with_name(f".{out.name}.{os.getpid()}")
-    save_file(tensors, temp, {**metadata, "sha256": _digest(metadata, tensors)})
-    temp.rename(out)
+    write_whole(out, save(tensors, {**metadata, "sha256": _digest(metadata, tensors)}))
     return Exported(out, out.stat().st_size, whole, parameters, **packed, trust=own)
 
 
@@ -173,13 +178,6 @@ def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str]
     return network.eval()
 
 
-def _silence(network: nn.Module, recipe: Recipe) -> Tensor:
-    """A sample of zeros for the first task, `[T, 1, ...]`. The task's head is selected."""
-    task = tasks_of(recipe)[0]
-    task.choose_head(network)
-    return over_steps(torch.zeros(1, *task.data.shape), recipe.time_steps)
-
-
 # --------------------------------------------------------------------------------------- the layout
 
 
@@ -188,25 +186,20 @@ def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor
     includes. `norms`: names of synapses to names of norms.
     """
     network = copy.deepcopy(network)
-    packed, folded = {}, 0
+    packed, latent, folded = {}, set(), 0
     for name, synapse in binary_synapses(network).items():
         assert isinstance(synapse.binarizer, Binarizer)
         is_positive, scale_O = synapse.binarizer.split(synapse.weight)
         packed[f"{name}.bits"] = pack_bits(is_positive)
+        latent |= {f"{name}.weight", f"{name}.binarizer.scale"}
         if scale_O is not None and name in norms and scale_O.min() >= SMALLEST_SCALE:
             norm: Any = network.get_submodule(norms[name])
             fold(scale_O, synapse.bias, norm)
             folded += 1
         elif scale_O is not None:
             packed[f"{name}.scale"] = scale_O
-    latent = {
-        f"{name}.{key}"
-        for name in binary_synapses(network)
-        for key in ("weight", "binarizer.scale")
-    }
-    return {
-        key: value for key, value in network.state_dict().items() if key not in latent
-    } | packed, folded
+    state = network.state_dict()
+    return {key: state[key] for key in state if key not in latent} | packed, folded
 
 
 def unpack(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -264,16 +257,11 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError(
             f"{file}: must be a whole file of spiketrain export; it could not be read: {error}"
         ) from error
+    kind = tuple(metadata.get(key) for key in ("format", "version", "layout"))
     require(
-        metadata.get("format") == FORMAT,
-        f"{file}: must be a file of spiketrain export; its metadata say format"
-        f" {metadata.get('format')!r}",
-    )
-    version, layout = metadata.get("version"), metadata.get("layout")
-    require(
-        version == VERSION and layout in ("plain", "packed"),
-        f"{file}: this spiketrain reads version {VERSION}, layouts 'plain' and 'packed'; got"
-        f" version {version!r}, layout {layout!r}",
+        kind in ((FORMAT, VERSION, "plain"), (FORMAT, VERSION, "packed")),
+        f"{file}: must be a file of spiketrain export, of version {VERSION} and layout 'plain' or"
+        f" 'packed'; got format {kind[0]!r}, version {kind[1]!r}, layout {kind[2]!r}",
     )
     require(
         metadata.pop("sha256", None) == _digest(metadata, tensors),

@@ -128,7 +128,6 @@ def read_death(run: Path) -> dict[str, Any] | None:
     """The last death that is not in the journal yet. None if the note cannot be read: the run can
     train without it.
     """
-    file = RunFolder(run).died
-    with suppress(ValueError):
-        return read_json(file) if file.exists() else None
+    with suppress(FileNotFoundError, ValueError):
+        return read_json(RunFolder(run).died)
     return None

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,8 +35,6 @@ from pipeline.train.assemble import TrainContext
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.evaluation import Evaluation
 from pipeline.train.tasks import Learnt
-
-E_ = TypeVar("E_", bound=Event)
 
 PACKAGES = ("torch", "deepspeed", "ray", "ffcv", "mlflow", "timm", "numpy", "numba")
 
@@ -212,15 +210,18 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[Event]) -> di
     evaluations. `net_s` excludes start-up and work that was repeated after restarts.
     """
     starts = [event for event in events if isinstance(event, Start)]
-    attempts = {event.attempt for event in events} - {OF_NONE}
+    seconds = [
+        _attempt_seconds(events, attempt)
+        for attempt in {event.attempt for event in events} - {OF_NONE}
+    ]
     return {
         **result.metrics,
         "evaluated_samples": result.samples,
         "images_per_s": totals.steady_samples / totals.steady_s if totals.steady_s else None,
         "steady_forward_s": totals.of_a_steady_batch("forward"),
         "steady_backward_s": totals.of_a_steady_batch("backward"),
-        "wall_s": sum(_attempt_seconds(events, attempt) for attempt in attempts),
-        "startup_s": sum(_startup_seconds(events, attempt) for attempt in attempts),
+        "wall_s": sum(wall_s for wall_s, _ in seconds),
+        "startup_s": sum(startup_s for _, startup_s in seconds),
         "net_s": sum(totals.seconds.values()),
         "timed_batches": totals.timed_batches,
         "train_s": totals.train_s,
@@ -245,35 +246,25 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[Event]) -> di
     }
 
 
-def _attempt_seconds(events: Sequence[Event], attempt: int) -> float:
-    """Seconds from the worker's first line of code to the attempt's last event. The time that a
-    killed attempt lost is included.
+def _attempt_seconds(events: Sequence[Event], attempt: int) -> tuple[float, float]:
+    """Seconds from the worker's first line of code to the attempt's last event, and those of its
+    start-up.
 
-    If the clock was set back between two events, no time counts between them.
+    The time that a killed attempt lost is included. If the clock was set back between two events,
+    no time counts between them. If the attempt ended before its first batch, the time before its
+    event "start" is its start-up.
     """
     mine = [event for event in events if event.attempt == attempt]
-    start = _first(Start, events, attempt)
+    start = next((event for event in mine if isinstance(event, Start)), None)
     times = [mine[0].time if start is None else start.began, *(event.time for event in mine)]
     if attempt == events[-1].attempt:
         times.append(time.time())
-    return sum(max(0.0, later - earlier) for earlier, later in pairwise(times))
-
-
-def _startup_seconds(events: Sequence[Event], attempt: int) -> float:
-    """Seconds of the start-up of an attempt. If the attempt ended before its first batch, they are
-    the time before its event "start".
-    """
-    wall = _attempt_seconds(events, attempt)
-    if first_batch := _first(FirstBatch, events, attempt):
-        return min(first_batch.startup_s, wall)
-    start = _first(Start, events, attempt)
-    return wall if start is None else min(max(0.0, start.time - start.began), wall)
-
-
-def _first(kind: type[E_], events: Sequence[Event], attempt: int) -> E_ | None:
-    return next(
-        (each for each in events if isinstance(each, kind) and each.attempt == attempt), None
-    )
+    wall_s = sum(max(0.0, later - earlier) for earlier, later in pairwise(times))
+    startup_s = wall_s if start is None else max(0.0, start.time - start.began)
+    for event in mine:
+        if isinstance(event, FirstBatch):
+            startup_s = event.startup_s
+    return wall_s, min(startup_s, wall_s)
 
 
 def conditions(

@@ -23,21 +23,18 @@ from pipeline.rules.base import LossOf, OverTime
 class Loss(Protocol):
     """Targets [B], and a teacher's logits [B,K] if there is one -> (logits [B,K] -> scalar, the
     mean over the batch).
+
+    `labels` is the loss on labels alone, which evaluation reports. `remembers` says whether a
+    `loss_of` depends on its earlier calls, so that it must be called once per step, in time order.
     """
 
     def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf: ...
 
     @property
-    def labels(self) -> Loss:
-        """The loss on labels alone, which evaluation reports."""
-        ...
+    def labels(self) -> Loss: ...
 
     @property
-    def remembers(self) -> bool:
-        """Whether a `loss_of` depends on its earlier calls, so that it must be called once per
-        step, in time order.
-        """
-        ...
+    def remembers(self) -> bool: ...
 
     def check(self, *, taught: bool, over_time: OverTime, time_steps: int) -> None:
         """Raises: ValueError if the objective does not fit the rest of a recipe."""
@@ -60,6 +57,7 @@ class CrossEntropy:
     label_smoothing: float = 0.0
     mse: float = 0.0
     goal: Literal["ones", "one_hot"] = "ones"
+    remembers = False
 
     def __post_init__(self) -> None:
         for name in ("label_smoothing", "mse"):
@@ -75,10 +73,6 @@ class CrossEntropy:
     @property
     def labels(self) -> CrossEntropy:
         return self
-
-    @property
-    def remembers(self) -> bool:
-        return False
 
     def check(self, *, taught: bool, over_time: OverTime, time_steps: int) -> None:
         del over_time, time_steps

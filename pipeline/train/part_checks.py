@@ -5,7 +5,7 @@ T time, B batch, C channels, H W pixels, K classes
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +16,6 @@ from pipeline.core.units import counted
 from pipeline.data.base import Batch, Data, Loader
 from pipeline.recipe.json import dotted, is_trusted
 from pipeline.recipe.recipe import TRUSTED, Recipe, Spec
-from pipeline.rules.base import Rule
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state
 
@@ -77,10 +76,8 @@ def checked_data(data: Any, part: Spec) -> Data:
         f"{who}: shape must be (C, H, W), or (T, C, H, W) of recordings; got {data.shape!r}",
     )
     for name, keywords in _DATA_METHODS.items():
-        method = getattr(data, name)
-        require(callable(method), f"{who}.{name} must be a method; got {method!r}")
         try:
-            inspect.signature(method).bind(**dict.fromkeys(keywords))
+            inspect.signature(getattr(data, name)).bind(**dict.fromkeys(keywords))
         except TypeError as error:
             raise ValueError(
                 f"{who}.{name} is called with {', '.join(keywords) or 'no arguments'}; {error}"
@@ -100,8 +97,11 @@ def checked_loader(loader: Any, data: Data, method: str) -> Loader:
     Raises:
         ValueError: it does not implement `pipeline.data.base.Loader`.
     """
-    who = f"data: what {type(data).__name__}.{method} returns"
-    require_members(who, loader, ("samples", "steps_per_epoch", "epoch", "close"))
+    require_members(
+        f"data: what {type(data).__name__}.{method} returns",
+        loader,
+        ("samples", "steps_per_epoch", "epoch", "close"),
+    )
     return loader
 
 
@@ -158,10 +158,10 @@ def check_batch(batch: Any, data: Data, method: str) -> None:
         ("index", torch.int64, ()),
     ):
         value = getattr(batch, name)
-        wanted = f"{str(dtype).removeprefix('torch.')} [{', '.join(map(str, ('B', *shape)))}]"
         require(
             isinstance(value, Tensor) and value.dtype == dtype and value.shape == (samples, *shape),
-            f"{who}: {name} must be {wanted}; got {_describe(value)}",
+            f"{who}: {name} must be {str(dtype).removeprefix('torch.')}"
+            f" [{', '.join(map(str, ('B', *shape)))}]; got {_describe(value)}",
         )
     low, high = int(batch.target.min()), int(batch.target.max())
     require(
@@ -206,19 +206,6 @@ def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
     _fits.append(key)
 
 
-def check_rule(rule: Rule, part: Spec) -> None:
-    """Raises: ValueError if the rule lacks what every rule must define."""
-    who, memory = f"rule: {part.target.__name__}", getattr(rule, "memory", None)
-    require(
-        type(rule)._loss_terms is not Rule._loss_terms,
-        f"{who} must override _loss_terms, which yields the losses to differentiate; it does not",
-    )
-    require(
-        memory in ("constant", "linear"),
-        f"{who}: memory must be 'constant' or 'linear'; got {memory!r}",
-    )
-
-
 def check_objective(objective: Any, part: Spec, *, classes: int) -> None:
     """Raises: ValueError if it does not implement `pipeline.train.objective.Loss`, or its loss on
     labels is not a scalar.
@@ -229,15 +216,6 @@ def check_objective(objective: Any, part: Spec, *, classes: int) -> None:
     require(
         isinstance(loss, Tensor) and not loss.dim(),
         f"{who} must map logits [B, K] to a scalar, the mean over the batch; got {_describe(loss)}",
-    )
-
-
-def check_schedule(schedule: Callable[[int], None], part: Spec) -> None:
-    """Raises: ValueError if it is not a function."""
-    require(
-        callable(schedule),
-        f"schedule: {part.target.__name__} must make a function of the step, as"
-        f" pipeline.train.schedule does; got {type(schedule).__name__}",
     )
 
 

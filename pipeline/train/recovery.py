@@ -21,6 +21,7 @@ from typing import Any
 from pipeline.core.checks import is_count
 from pipeline.core.errors import Diverged, UserError
 from pipeline.core.run_folder import RunFolder
+from pipeline.core.units import counted
 from pipeline.recipe.recipe import Recipe, Split, read_json, write_json
 
 
@@ -55,9 +56,8 @@ class Decisions:
     """The decisions of recovery so far. No decision is taken back."""
 
     rollbacks: int = 0
-    skipped: tuple[
-        tuple[int, int], ...
-    ] = ()  # batches [first, end) that are skipped after rollbacks
+    # batches [first, end) that are skipped after rollbacks
+    skipped: tuple[tuple[int, int], ...] = ()
     # the most samples that a worker holds at a time; None: memory has not run out
     micro_batch: int | None = None
 
@@ -97,15 +97,16 @@ class Decisions:
         own = cls.read(run)
         other = cls(saved["rollbacks"], _pairs(saved["skipped"]), saved["micro_batch"])
         limits = [each.micro_batch for each in (own, other) if each.micro_batch is not None]
-        further = max(own, other, key=lambda each: each.rollbacks)
-        joined = replace(further, micro_batch=min(limits, default=None))
+        joined = replace(
+            max(own, other, key=lambda each: each.rollbacks), micro_batch=min(limits, default=None)
+        )
         if joined != own:
             joined.write(run)
 
     def fit(self, recipe: Recipe) -> Recipe:
         """The recipe with micro-batches that fit in memory."""
-        limits = [size for size in (self.micro_batch, recipe.micro_batch) if size is not None]
-        return replace(recipe, micro_batch=min(limits, default=None))
+        limit = min(filter(None, (self.micro_batch, recipe.micro_batch)), default=None)
+        return replace(recipe, micro_batch=limit)
 
     def after_rollback(self, back: Rollback, recipe: Recipe, *, to: int, epoch: int) -> Decisions:
         """The decisions after one more rollback, to the checkpoint after `to` batches.
@@ -147,11 +148,10 @@ class Decisions:
                     return halved
             except ValueError as error:
                 refusal = refusal or error  # the error for the largest size
-        held = "one sample" if had == 1 else f"{had} samples"
         why = f", and fewer cannot be taken: {refusal}" if refusal else ""
         raise ValueError(
-            f"training: the device's memory runs out with {held} at a time{why}; take a smaller"
-            " network, or more memory"
+            f"training: the device's memory runs out with {counted(had, 'sample')} at a time{why};"
+            " take a smaller network, or more memory"
         ) from refusal
 
 

@@ -10,18 +10,19 @@ B batch, K classes, N samples, D features
 import hashlib
 import itertools
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pipeline.core.checks import require
+from pipeline.core.files import write_whole
 from pipeline.core.torch_settings import check_precision
 from pipeline.data.base import Batch, Data
 from pipeline.measure.saved_bytes import bytes_of
@@ -62,8 +63,7 @@ class Teaching:
         """
         if self.kept is None:
             return self.teacher(x_B)
-        cached_BK = self.kept.find(epoch, index_B)
-        if cached_BK is not None:
+        if (cached_BK := self.kept.find(epoch, index_B)) is not None:
             return cached_BK.to(x_B.device)
         return self.kept.add(epoch, index_B, self.teacher(x_B))
 
@@ -86,8 +86,10 @@ def build_teacher(recipe: Recipe, data: Data) -> Teacher:
     who = f"teacher: {recipe.teacher.target.__name__}"
     require_members(who, teacher, ("label",))
     for name in ("forward", "identity"):
-        is_overridden = getattr(type(teacher), name) is not getattr(Teacher, name)
-        require(is_overridden, f"{who} must override {name}; it does not")
+        require(
+            getattr(type(teacher), name) is not getattr(Teacher, name),
+            f"{who} must override {name}; it does not",
+        )
     repeats = recipe.data.kwargs.get("repeats", 1)
     mixing = None if recipe.mixing is None else recipe.mixing.label
     require(
@@ -108,9 +110,13 @@ def open_teaching(
     ranks: Ranks,
     tracker: Tracker,
     threads: int,
+    is_fresh: bool,
 ) -> Teaching:
-    """Prepare the teacher for the first batch. Collective. `steps` is the number of global batches
-    of the whole run.
+    """Prepare the teacher for the first batch. Collective.
+
+    Args:
+        steps: the number of global batches of the whole run.
+        is_fresh: the run begins, so the teacher's accuracy is reported.
     """
 
     def on_device() -> Teacher:
@@ -119,9 +125,17 @@ def open_teaching(
         return teacher.to(ranks.device)
 
     teacher = ranks.all_or_raise(on_device)
-    place = _place(recipe, data, teacher, folder)
-    if teacher.probe is not None:
-        probe = teacher.probe
+    probe, cache, kept = teacher.probe, teacher.cache, None
+    key = {
+        "data": data.fingerprint(),
+        "views": encode(recipe.data, paths=False),
+        "teacher": teacher.identity(),
+        "probe": None if probe is None else asdict(probe),
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    place = (folder / "teacher" if cache is None else Path(cache.folder)) / name
+    place.mkdir(parents=True, exist_ok=True)
+    if probe is not None:
         state = ranks.broadcast_object(
             lambda: _fitted(teacher, probe, data, place, tracker, threads)
         )
@@ -130,7 +144,10 @@ def open_teaching(
         head.load_state_dict(state, assign=True)
         teacher.head = head.requires_grad_(False).to(ranks.device)
     accuracy = _accuracy(recipe, data, split, teacher, place, ranks, threads)
-    kept, cache = None, teacher.cache
+    if is_fresh:
+        figures: dict[str, Any] = {"samples": accuracy.samples, **accuracy.metrics}
+        figures.pop("firing_rate")  # a teacher need not spike
+        tracker.write(events.Teacher(teacher=teacher.label, figures=figures))
     if cache is not None:
         answers = place / f"seed-{recipe.seed}-{cache.storage}"
         ranks.broadcast_object(
@@ -142,21 +159,6 @@ def open_teaching(
     return Teaching(teacher=teacher, accuracy=accuracy, kept=kept)
 
 
-def _place(recipe: Recipe, data: Data, teacher: Teacher, folder: Path) -> Path:
-    """The folder of stored results of this teacher on this data set."""
-    probe = None if teacher.probe is None else asdict(teacher.probe)
-    key = {
-        "data": data.fingerprint(),
-        "views": encode(recipe.data, paths=False),
-        "teacher": teacher.identity(),
-        "probe": probe,
-    }
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    place = (folder / "teacher" if teacher.cache is None else Path(teacher.cache.folder)) / name
-    place.mkdir(parents=True, exist_ok=True)
-    return place
-
-
 def _fitted(
     teacher: Teacher, probe: Probe, data: Data, place: Path, tracker: Tracker, threads: int
 ) -> dict[str, Tensor]:
@@ -165,7 +167,7 @@ def _fitted(
     """
     if kept := sorted(place.glob("probe-*.safetensors")):
         require(
-            _sha256(kept[0]).startswith(kept[0].stem.removeprefix("probe-")),
+            _digest(kept[0].read_bytes()) == kept[0].stem.removeprefix("probe-"),
             f"Probe: {kept[0]} must be what its name says; it is damaged: delete it, and it is"
             " fitted again",
         )
@@ -174,15 +176,17 @@ def _fitted(
     features_ND, target_N = _features(teacher, probe, data, threads)
     head = probe.fit(features_ND, target_N, data.classes)
     top1 = float((head(features_ND).argmax(-1) == target_N).float().mean())
-    state = dict(head.state_dict())
-    temporary = place / f".probe.{os.getpid()}"  # another run may fit the same
-    save_file(state, temporary)
-    temporary.rename(place / f"probe-{_sha256(temporary)[:8]}.safetensors")
-    seconds = time.monotonic() - begun
+    content = save(head.state_dict())
+    write_whole(place / f"probe-{_digest(content)}.safetensors", content)
     tracker.write(
-        events.Probe(teacher=teacher.label, views=len(target_N), top1=top1, seconds=seconds)
+        events.Probe(
+            teacher=teacher.label,
+            views=len(target_N),
+            top1=top1,
+            seconds=time.monotonic() - begun,
+        )
     )
-    return state
+    return head.state_dict()
 
 
 def _features(teacher: Teacher, probe: Probe, data: Data, threads: int) -> tuple[Tensor, Tensor]:
@@ -191,18 +195,16 @@ def _features(teacher: Teacher, probe: Probe, data: Data, threads: int) -> tuple
     """
     device = next(teacher.parameters()).device
     # Batches of one sample, so that no sample at the end of an epoch is dropped.
-    loader = data.train(
-        seed=probe.seed, rank=0, world=1, batch_size=1, micro_batch=1, threads=threads
-    )
+    sizes = {"rank": 0, "world": 1, "batch_size": 1, "micro_batch": 1, "threads": threads}
+    features, targets = [], []
+    with closing(data.train(seed=probe.seed, **sizes)) as loader:
 
-    def samples() -> Iterator[Batch]:
-        for epoch in itertools.count():
-            with loader.epoch(epoch) as batches:
-                yield from batches
+        def samples() -> Iterator[Batch]:
+            for epoch in itertools.count():
+                with loader.epoch(epoch) as batches:
+                    yield from batches
 
-    with closing(loader):
         views = itertools.islice(samples(), probe.views or loader.samples)
-        features, targets = [], []
         while chunk := list(itertools.islice(views, TOGETHER)):
             x_B = torch.cat([each.x for each in chunk])
             features.append(teacher.features(x_B.to(device)).cpu())
@@ -210,13 +212,11 @@ def _features(teacher: Teacher, probe: Probe, data: Data, threads: int) -> tuple
     return torch.cat(features), torch.cat(targets)
 
 
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:8]
 
 
 class _AsNetwork(nn.Module):
-    """The teacher as a network with one time step, for `evaluate`."""
-
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
         self.teacher = teacher
@@ -242,10 +242,8 @@ def _accuracy(
     known = ranks.broadcast_object(lambda: read_json(file) if file.exists() else None)
     if known is not None:
         return Evaluation(**known)
-    loader = data.val(
-        rank=ranks.rank, world=ranks.size, micro_batch=split.micro_batch, threads=threads
-    )
-    with closing(loader):
+    sizes = {"rank": ranks.rank, "world": ranks.size, "micro_batch": split.micro_batch}
+    with closing(data.val(**sizes, threads=threads)) as loader:
         batches = inputs(loader, 1, ranks.device, most=share_of(limit, ranks))
         result = evaluate(_AsNetwork(teacher), batches, CrossEntropy()).result
     if ranks.rank == 0:

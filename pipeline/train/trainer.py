@@ -5,13 +5,12 @@ program.
 import math
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import UserError
 from pipeline.core.run_folder import RunFolder
 from pipeline.measure.clock import synchronize
 from pipeline.measure.constants import BETWEEN
@@ -26,8 +25,14 @@ from pipeline.track.journal import last_event
 from pipeline.train.assemble import TrainContext
 from pipeline.train.checkpointing import Saving
 from pipeline.train.elastic import draw_for
-from pipeline.train.evaluate_tasks import evaluate_tasks
-from pipeline.train.evaluation import COUNTED_ON, Evaluated, Evaluation, mean_of, write_answers
+from pipeline.train.evaluation import (
+    COUNTED_ON,
+    Evaluated,
+    Evaluation,
+    evaluate_tasks,
+    mean_of,
+    write_answers,
+)
 from pipeline.train.guards.anomaly import AnomalyGuard, can_undo
 from pipeline.train.guards.replica_check import stragglers
 from pipeline.train.job import asked_by
@@ -54,13 +59,16 @@ class Trainer:
         self.folder = Path(context.job.run)
         self.tasks, self.steps = context.loaders.tasks, context.stretches[-1].end
         self.loss_for = context.recipe.objective.build()
-        self.step, self.learnt, self.is_epoch_end_due = 0, Learnt(), False
-        restored = context.restored or {}
-        if restored:
-            self.step = restored["step"]
-            self.learnt = Learnt(**restored["learnt"])
-            self.is_epoch_end_due = restored["is_epoch_end_due"]
-            self.meters.totals = _totals(restored)
+        restored = context.restored or {
+            "step": 0,
+            "learnt": {},
+            "is_epoch_end_due": False,
+            "totals": {},
+            "guard": None,
+            "rule_metrics": {},
+        }
+        self.restored, self.step = restored, restored["step"]
+        self.learnt, self.meters.totals = Learnt(**restored["learnt"]), Totals(**restored["totals"])
         self.stretch = stretch_at(context.stretches, self.step)  # the steps of the current task
         self.skipped = (*self.recipe.policy.skip, *context.decisions.skipped)
         self.guard = AnomalyGuard(
@@ -71,7 +79,7 @@ class Trainer:
             max_skips=self.recipe.policy.max_skips,
             can_undo=can_undo(self.recipe, context.rule),
             on_skip=lambda step, reason: self._report_skip(step, reason, self.recipe.remedy),
-            state=restored.get("guard"),
+            state=restored["guard"],
         )
         self.saving = Saving(context, step=self.step, state=self._state)
         # seconds of work between batches of earlier attempts; None once a batch has ended
@@ -95,21 +103,27 @@ class Trainer:
                     self._train()
                 return self._finish()
             except StopAsked:
-                return self._stop()
+                self.saving.wait(self.step)
+                self.tracker.write(
+                    events.Stopped(
+                        step=self.step,
+                        reason=asked_by(self.folder),
+                        resume_command=self.job.resume_command,
+                    )
+                )
+                return None
 
     def _start(self) -> None:
-        if self.ranks.rank == 0:
-            self._report_smaller_micro_batch()
+        self._report_smaller_micro_batch()
         self.tracker.write(start_event(self.context, step=self.step))
         if self.step == 0:
             self._compare_gradients(epoch=None)
         self.meters.forget_peaks()
-        if self.is_epoch_end_due:
+        if self.restored["is_epoch_end_due"]:
             self.stretch = stretch_at(self.context.stretches, self.step - 1)
             self._end_epoch(self.stretch.epoch(self.step - 1))
 
     def _train(self) -> None:
-        """The rest of a task: its epochs and their batches."""
         self.stretch = stretch = stretch_at(self.context.stretches, self.step)
         with closing(self.context.loaders.train(stretch.index)) as train_set:
             self.tasks[stretch.index].choose_head(self.backend.network)
@@ -220,16 +234,23 @@ class Trainer:
         stretch, score, every = self.stretch, None, self.recipe.evaluation.every
         is_learnt = self.step == stretch.end
         if is_learnt or (every and (epoch - stretch.first_epoch + 1) % every == 0):
-            metrics = self._rule_metrics()
+            of_rule = self._rule_metrics()
             self.saving.before_evaluation(self.step)
             with self.meters.between("evaluation"):
                 results = self._evaluate()
             # Before the last task, the mean is over fewer tasks and cannot rank checkpoints.
             self.result = mean_of(results)
             score = self.result.top1 if stretch.index + 1 == len(self.tasks) else None
-            self._report_evaluation(epoch, self.result, results)
+            metrics = self.result.metrics
+            if self.recipe.phases:
+                metrics |= self.learnt.metrics([result.top1 for result in results], self.tasks)
+            self.tracker.write(
+                events.Evaluation(
+                    step=self.step, epoch=epoch, samples=self.result.samples, metrics=metrics
+                )
+            )
             if is_learnt:
-                self.learnt.add([result.top1 for result in results], metrics)
+                self.learnt.add([result.top1 for result in results], of_rule)
         if (epoch + 1) % max(1, self.recipe.evaluation.fidelity_every) == 0:
             self._compare_gradients(epoch=epoch)
         self.saving.save(self.step, score=score)
@@ -241,16 +262,16 @@ class Trainer:
             StopAsked: the run is saved.
             Rollback: a loss is not finite. Finite weights can still give such a loss.
         """
-        evaluated = None
-        while evaluated is None:
-            evaluated = evaluate_tasks(
+        while (
+            evaluated := evaluate_tasks(
                 self.context,
                 step=self.step,
                 tasks=self.stretch.index + 1,
                 counts_operations=self.step == self.steps,
                 is_interrupted=self.saving.is_interrupted,
             )
-            if evaluated is None and self.saving.in_evaluation(self.step):
+        ) is None:
+            if self.saving.in_evaluation(self.step):
                 raise StopAsked
         self.evaluated = evaluated
         results = [each.result for each in evaluated]
@@ -260,22 +281,11 @@ class Trainer:
             raise Rollback(self.step - 1, reason)
         return results
 
-    def _stop(self) -> None:
-        self.saving.wait(self.step)
-        self.tracker.write(
-            events.Stopped(
-                step=self.step,
-                reason=asked_by(self.folder),
-                resume_command=self.job.resume_command,
-            )
-        )
-
     def _finish(self) -> dict[str, Any]:
         if self.result is None:  # an earlier attempt has trained everything
             self.result = mean_of(self._evaluate())
         self.saving.wait(self.step)
         last, inference = self.evaluated[-1], None
-        totals, metrics = self._totals_over_ranks(), self._rule_metrics()
         answers = self.ranks.gather([each.answers for each in self.evaluated])
         measured_j = joules_per_sample(self.ranks.gather(last.readings))
         if last.inference is not None:
@@ -284,9 +294,9 @@ class Trainer:
             self.context,
             step=self.step,
             result=self.result,
-            totals=totals,
+            totals=self.meters.over_ranks(self.ranks.max, self.ranks.mean),
             learnt=self.learnt,
-            rule_metrics=metrics,
+            rule_metrics=self._rule_metrics(),
             inference=inference,
         )
         hardware = hardware_of(self.ranks)
@@ -303,18 +313,14 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         """The state of this object in a checkpoint; `__init__` restores it. Collective."""
         return {
-            "totals": asdict(self._totals_over_ranks()),
+            "totals": asdict(self.meters.over_ranks(self.ranks.max, self.ranks.mean)),
             "rule_metrics": self._rule_metrics(),
             "learnt": asdict(self.learnt),
             "guard": self.guard.state_dict(),
         }
 
-    def _totals_over_ranks(self) -> Totals:
-        return self.meters.over_ranks(self.ranks.max, self.ranks.mean)
-
     def _rule_metrics(self) -> dict[str, float]:
-        saved = (self.context.restored or {}).get("rule_metrics", {})
-        return rule_metrics(self.context.rule, self.ranks, saved)
+        return rule_metrics(self.context.rule, self.ranks, self.restored["rule_metrics"])
 
     def _worked_s(self) -> float:
         return sum(self.meters.totals.seconds[name] for name in BETWEEN)
@@ -326,8 +332,7 @@ class Trainer:
 
     def _log(self, epoch: int) -> None:
         metrics = self.meters.take(self.ranks.sum)
-        self._report_stragglers()
-        self._report_data_wait()
+        self._report_slowness()
         metrics["lr"] = self.backend.optimizer.param_groups[0]["lr"]
         metrics |= {f"rule_{name}": value for name, value in self._rule_metrics().items()}
         with self.meters.between("tracking"):
@@ -343,19 +348,25 @@ class Trainer:
     def _report_smaller_micro_batch(self) -> None:
         """Journal a micro-batch that was halved by another worker, which died of it."""
         limit = self.context.decisions.micro_batch
+        if limit is None or self.ranks.rank > 0:
+            return
         known = last_event(RunFolder(self.folder).journal, events.Start, events.Smaller)
-        if limit is not None and known is not None and limit < known.micro_batch:
-            reason = "memory ran out on another worker"
-            self.tracker.write(events.Smaller(step=self.step, micro_batch=limit, reason=reason))
+        if known is not None and limit < known.micro_batch:
+            self.tracker.write(
+                events.Smaller(
+                    step=self.step,
+                    micro_batch=limit,
+                    reason="memory ran out on another worker",
+                )
+            )
 
     def _report_startup(self, worked_before_s: float) -> None:
         """Report the seconds until the end of the attempt's first batch: imports, compilation and
         that batch, without work between batches such as an evaluation that was due.
         """
         synchronize(self.ranks.device)
-        work = self._worked_s() - worked_before_s
-        seconds = max(0.0, time.time() - self.context.began - work)
-        self.tracker.write(events.FirstBatch(step=self.step + 1, startup_s=seconds))
+        seconds = time.time() - self.context.began - (self._worked_s() - worked_before_s)
+        self.tracker.write(events.FirstBatch(step=self.step + 1, startup_s=max(0.0, seconds)))
         self.worked_before_s = None
 
     def _report_skip(self, step: int, reason: str, advice: str = "") -> None:
@@ -369,30 +380,20 @@ class Trainer:
             )
         )
 
-    def _report_stragglers(self) -> None:
+    def _report_slowness(self) -> None:
+        """Report slow ranks, and once per attempt that this rank waits much for data."""
         if slow := stragglers(self.meters.busy_s, self.ranks):
             hosts = self.ranks.all_gather_object(socket.gethostname())
             workers = {
                 str(rank): {"times": times, "host": hosts[rank]} for rank, times in slow.items()
             }
             self.tracker.write(events.Straggler(step=self.step, workers=workers))
-
-    def _report_data_wait(self) -> None:
-        """Report, once per attempt, that this rank spends much of its time waiting for data."""
         totals, threads = self.meters.totals, self.job.loader_threads
         share = totals.share_of_steady_time("data_wait")
         is_long = totals.steady_batches >= STEADY_ENOUGH and share > MOST_DATA_WAIT
         if is_long and not self.has_reported_data_wait:
             self.has_reported_data_wait = True
             self.tracker.write(events.DataWait(step=self.step, share=share, loader_threads=threads))
-
-    def _report_evaluation(self, epoch: int, mean: Evaluation, results: list[Evaluation]) -> None:
-        metrics = mean.metrics
-        if self.recipe.phases:
-            metrics |= self.learnt.metrics([result.top1 for result in results], self.tasks)
-        self.tracker.write(
-            events.Evaluation(step=self.step, epoch=epoch, samples=mean.samples, metrics=metrics)
-        )
 
     def _compare_gradients(self, *, epoch: int | None) -> None:
         """Compare the rule's gradient with BPTT's, at the trained weights, not at their average.
@@ -414,13 +415,3 @@ class Trainer:
                 cosines=fidelity.cosines,
             )
         )
-
-
-def _totals(restored: Mapping[str, Any]) -> Totals:
-    try:
-        return Totals(**restored["totals"])
-    except TypeError as error:
-        raise UserError(
-            "checkpoint: its measurements must be of this version's kind; it was written at commit"
-            f" {restored.get('commit')}: resume there ({error})"
-        ) from None

@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import shutil
-import uuid
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from pipeline.core.checks import require
-from pipeline.core.files import sync_file
+from pipeline.core.files import write_whole
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.tensor_file import describe_mismatch, read_state
 from pipeline.models.qkformer import QKFormer, is_published, renamed
@@ -41,8 +39,7 @@ def load_run(
         file.is_file(),
         f"load: {folder} must be a run's folder, which holds {file.name}; it does not",
     )
-    recipe = Recipe.read(file, trust=trust)
-    network: nn.Module = recipe.model.build()
+    network: nn.Module = Recipe.read(file, trust=trust).model.build()
     network.load_state_dict(read_state(verified(place_of(folder), which) / WEIGHTS, who="load"))
     return network.eval()
 
@@ -86,10 +83,7 @@ def lasting_weights(run: Path) -> Path:
     """
     source, lasting = weights_file(run), run / WEIGHTS
     if not lasting.exists():
-        new = run / f".{WEIGHTS}-{uuid.uuid4().hex}"
-        shutil.copyfile(source, new)
-        sync_file(new)
-        new.rename(lasting)
+        write_whole(lasting, source.read_bytes())
     return lasting
 
 
@@ -116,18 +110,21 @@ def load_start(network: nn.Module, start: Path) -> Start:
     }
     decays = {f"{name}.decay_logit" for name in learnt_decays(network)}
     synapses = {
-        f"{name}.binarizer.scale": synapse for name, synapse in binary_synapses(network).items()
+        f"{name}.binarizer.scale": synapse
+        for name, synapse in binary_synapses(network).items()
+        if f"{name}.binarizer.scale" in expected
     }
-    scales = {key for key in synapses if key in expected}
     unknown = {
-        key for keys in (thresholds, decays, scales) if not keys & set(tensors) for key in keys
+        key
+        for keys in (thresholds, decays, synapses.keys())
+        if not keys & tensors.keys()
+        for key in keys
     }
-    reshaped = [
-        key for key in expected if key in tensors and tensors[key].shape != expected[key].shape
-    ]
     in_head = {key for key in expected if key.startswith(head + ".")}
-    replaced = unknown | (in_head if in_head.intersection(reshaped) else set())
-    fresh = tuple(key for key in expected if key in replaced)
+    is_reshaped = any(
+        key in tensors and tensors[key].shape != expected[key].shape for key in in_head
+    )
+    replaced = unknown | in_head if is_reshaped else unknown
     kept = {key: value for key, value in tensors.items() if key not in replaced}
     if mismatch := describe_mismatch(
         kept, {key: value for key, value in expected.items() if key not in replaced}
@@ -136,9 +133,9 @@ def load_start(network: nn.Module, start: Path) -> Start:
             f"init: {file} must fit the network but for its head, {head}; got {mismatch}"
         )
     network.load_state_dict(kept, strict=False)
-    for key in scales & unknown:
+    for key in synapses.keys() & unknown:
         synapses[key].binarizer.reset(synapses[key].weight)  # type: ignore[operator, union-attr]
-    return Start(file, fresh)
+    return Start(file, tuple(key for key in expected if key in replaced))
 
 
 def _read(file: Path, network: nn.Module, *, who: str) -> Mapping[str, Tensor]:
@@ -158,30 +155,27 @@ def _head(network: nn.Module) -> str:
     """
     if isinstance(getattr(network, "classifier", None), nn.Module):
         return "classifier"
-    holders = [
-        name for name, module in network.named_modules() if list(module.parameters(recurse=False))
-    ]
-    return [
+    *_, last = (
         name
-        for name in holders
-        if not isinstance(network.get_submodule(name), (RateNeuron, PLIF, Binarizer))
-    ][-1]
+        for name, module in network.named_modules()
+        if list(module.parameters(recurse=False))
+        and not isinstance(module, (RateNeuron, PLIF, Binarizer))
+    )
+    return last
 
 
 def study_inputs(recipe: Recipe, fingerprint: str) -> dict[str, str]:
     """Content hashes of the files that a recipe names."""
-    inputs = {"data": fingerprint}
+    files: dict[str, Path] = {}
     if recipe.init is not None:
-        inputs["init"] = hashlib.sha256(weights_file(Path(recipe.init)).read_bytes()).hexdigest()
+        files["init"] = weights_file(Path(recipe.init))
     if recipe.teacher is not None:
-        inputs |= {
-            f"teacher.{key}": hashlib.sha256(file.read_bytes()).hexdigest()
-            for key, file in _files(recipe.teacher)
-        }
-    return inputs
+        files |= _files(recipe.teacher, "teacher.")
+    hashes = {key: hashlib.sha256(file.read_bytes()).hexdigest() for key, file in files.items()}
+    return {"data": fingerprint, **hashes}
 
 
-def _files(part: Spec, prefix: str = "") -> Iterator[tuple[str, Path]]:
+def _files(part: Spec, prefix: str) -> Iterator[tuple[str, Path]]:
     """The files that the keywords of a part, and of parts inside it, name; not the folders."""
     for key, value in part.kwargs.items():
         if isinstance(value, Spec):

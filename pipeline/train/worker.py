@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 from pipeline.core.cores import near_cores, own_cores
 from pipeline.core.errors import UserError, as_user_error
@@ -53,16 +54,18 @@ def run(
             try:
                 with journal(folder, ranks) as tracker:
                     ranks.all_or_raise(lambda: raise_refusal(folder))
-                    process = Process(
-                        job=job,
-                        place=place,
-                        ranks=ranks,
-                        tracker=tracker,
-                        watchdog=watchdog,
-                        clock=clock,
-                        began=began,
+                    return _attempt(
+                        Process(
+                            job=job,
+                            place=place,
+                            ranks=ranks,
+                            tracker=tracker,
+                            watchdog=watchdog,
+                            clock=clock,
+                            began=began,
+                        ),
+                        trainer_of,
                     )
-                    return _attempt(process, trainer_of)
             except StartAgain:
                 pass
             clock.take()  # seconds of batches that are rolled back
@@ -92,7 +95,12 @@ def _attempt(
     except UserError:
         raise  # every rank raises it
     except ValueError as error:
-        process.ranks.raise_if_gone(error)
+        # Ray (2.60) removes the process group of workers that it is about to end. An error of such
+        # a worker has no meaning.
+        if process.ranks.size > 1 and not distributed.is_initialized():
+            raise RuntimeError(
+                "worker: its process group was taken away while it trained"
+            ) from error
         if process.ranks.size == 1:
             raise as_user_error(error) from error
         # The others wait for this rank. Its death frees them, and the next attempt reads the note.
@@ -127,20 +135,18 @@ def _note_halving(trainer: Trainer, reason: str) -> None:
     Raises:
         ValueError: no smaller one is possible.
     """
-    context = trainer.context
-    decisions = context.decisions.halve(context.split, lambda smaller: _split(context, smaller))
-    decisions.write(trainer.folder)
+    context, sizes = trainer.context, trainer.context.place.possible_sizes
+
+    def split_of(decisions: Decisions) -> Split:
+        recipe = steady(decisions.fit(context.recipe), context.backend.network, sizes)
+        check_accumulation(recipe, context.rule, sizes)
+        for size in sizes:
+            build_mixing(recipe, recipe.split(size))
+        return recipe.split(context.ranks.size)
+
+    decisions = context.decisions.halve(context.split, split_of)
     assert decisions.micro_batch is not None
+    decisions.write(trainer.folder)
     trainer.tracker.write(
         events.Smaller(step=trainer.step, micro_batch=decisions.micro_batch, reason=reason)
     )
-
-
-def _split(context: TrainContext, decisions: Decisions) -> Split:
-    """The split of a batch in the next attempt. Raises: ValueError if a part refuses it."""
-    sizes = context.place.possible_sizes
-    recipe = steady(decisions.fit(context.recipe), context.backend.network, sizes)
-    check_accumulation(recipe, context.rule, sizes)
-    for size in sizes:
-        build_mixing(recipe, recipe.split(size))
-    return recipe.split(context.ranks.size)

@@ -9,14 +9,14 @@ with the name of the attempt, also in a bucket.)
 import fcntl
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pipeline.core.errors import Diverged, UserError
 from pipeline.core.run_folder import RunFolder
 from pipeline.track import events as track
-from pipeline.track.events import OF_NONE, Died, Event, Hung
+from pipeline.track.events import OF_NONE, Died, Hung
 from pipeline.track.journal import Journal, NullTracker, Tracker, read_events
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.guards.storage import may_pass
@@ -54,9 +54,14 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
         return
     path = RunFolder(folder).journal
     events = read_events(path)
-    attempt = max((event.attempt for event in events), default=OF_NONE) + 1
-    with Journal(path, attempt=attempt) as tracker:
-        _report_ends(folder, events, tracker)
+    last = max((event.attempt for event in events), default=OF_NONE)
+    with Journal(path, attempt=last + 1) as tracker:
+        hung, death = unreported_hangs(folder, events), read_death(folder)
+        for stacks, worker in hung.items():
+            tracker.write(Hung(worker=worker, stacks=stacks))
+        if death is not None and death["worker"] not in hung.values():
+            tracker.write(Died(**death))
+        RunFolder(folder).died.unlink(missing_ok=True)
         try:
             yield tracker
         except StartAgain:
@@ -71,37 +76,22 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
             raise
 
 
-def _report_ends(folder: Path, events: Sequence[Event], tracker: Tracker) -> None:
-    """Journal the ends of workers that could not journal them."""
-    hung, death = unreported_hangs(folder, events), read_death(folder)
-    for stacks, worker in hung.items():
-        tracker.write(Hung(worker=worker, stacks=stacks))
-    if death is not None and death["worker"] not in hung.values():
-        tracker.write(Died(**death))
-    RunFolder(folder).died.unlink(missing_ok=True)
-
-
 def _lock(folder: Path, held: ExitStack) -> None:
     deadline = time.monotonic() + PATIENCE_S
-    while not _is_locked(folder, held, is_last=time.monotonic() > deadline):
+    while True:
+        is_last = time.monotonic() > deadline
+        try:
+            with ExitStack() as tried:
+                handle = tried.enter_context(RunFolder(folder).writer_lock.open("a"))
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held.enter_context(tried.pop_all())
+                return
+        except BlockingIOError:
+            if is_last:
+                raise UserError(
+                    f"{folder}: another worker still writes this run after {PATIENCE_S:.0f} s"
+                ) from None
+        except OSError as error:  # storage may be away for a while
+            if is_last or not may_pass(error):
+                raise
         time.sleep(0.1)
-
-
-def _is_locked(folder: Path, held: ExitStack, *, is_last: bool) -> bool:
-    """Whether this process has the lock now. Storage that is away is no error yet."""
-    try:
-        with ExitStack() as tried:
-            handle = tried.enter_context(RunFolder(folder).writer_lock.open("a"))
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held.enter_context(tried.pop_all())
-    except BlockingIOError:
-        if is_last:
-            raise UserError(
-                f"{folder}: another worker still writes this run after {PATIENCE_S:.0f} s"
-            ) from None
-    except OSError as error:
-        if is_last or not may_pass(error):
-            raise
-    else:
-        return True
-    return False

@@ -265,7 +265,7 @@ def test_one_sample_that_does_not_fit_ends_the_run(
 ) -> None:
     room_for(monkeypatch, 0)
     with pytest.raises(
-        UserError, match="training: the device's memory runs out with one sample at a time"
+        UserError, match="training: the device's memory runs out with 1 sample at a time"
     ):
         train_inline(tmp_path / "hit", small_recipe())
 
@@ -327,7 +327,7 @@ def test_one_sample_that_does_not_fit_one_of_two_ranks_ends_the_run(tmp_path: Pa
         tmp_path / "run" / "ended1"
     ).read_text() == "ValueError"  # no UserError, which would say that every rank knows
     with pytest.raises(
-        UserError, match="training: the device's memory runs out with one sample at a time"
+        UserError, match="training: the device's memory runs out with 1 sample at a time"
     ):
         run(job, RankInfo())
 

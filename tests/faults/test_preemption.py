@@ -19,7 +19,7 @@ from pipeline.rules.base import Rule
 from pipeline.rules.ide import IDE
 from pipeline.rules.spide import SPIDE
 from pipeline.track.mlflow_delivery import Translation
-from pipeline.train import checkpointing, evaluate_tasks, trainer
+from pipeline.train import checkpointing, evaluation, trainer
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.checkpoint import read_trainer, step_folders
 from pipeline.train.evaluation import Evaluation
@@ -143,7 +143,7 @@ def in_an_evaluation(
             act(self)
         return original(self)
 
-    patch.setattr(evaluate_tasks, "LOOK_S", -1.0)  # after every batch
+    patch.setattr(evaluation, "LOOK_S", -1.0)  # after every batch
     patch.setattr(trainer.Trainer, "_evaluate", evaluate)
 
 
@@ -275,7 +275,7 @@ def _asked_one(rank: int, ranks: int, job: Job, file: str) -> object:
         if rank == 0:
             ask_in_an_evaluation(patch, of=8, file=file)
         if rank == 1:
-            patch.setattr(evaluate_tasks, "LOOK_S", 1e9)
+            patch.setattr(evaluation, "LOOK_S", 1e9)
         return run(job, RankInfo(rank, ranks, "cpu", rank))
 
 

@@ -10,6 +10,14 @@ from pipeline.spiking.synapse import Linear
 from pipeline.train.backend.plain import Plain
 from pipeline.train.checkpoint import Checkpoints, Place, Saved
 
+FILES = {
+    "model.safetensors",
+    "plain/state.pt",
+    "rng_rank0.pt",
+    "rule.pt",
+    "trainer.json",
+    "manifest.json",
+}
 TRAINER: dict[str, Any] = {"world_size": 1, "zero": 0, "score": None}
 
 
@@ -48,6 +56,13 @@ def save(
     told = checkpoints.wait()
     assert told is not None
     return told
+
+
+def feedback(place: Place, *, made: Plain | None = None) -> float:
+    """What the rule of the newest checkpoint has counted, as another attempt finds it."""
+    rule = Counting()
+    restore(Checkpoints(place, attempt="another"), made or backend(), rule)
+    return float(rule.get_buffer("feedback")[0])
 
 
 def restore(checkpoints: Checkpoints, backend: Plain, rule: nn.Module) -> dict[str, Any]:

@@ -26,6 +26,15 @@ def run_ranks(work: Callable[..., Any], ranks: int, folder: Path, *args: Any) ->
     return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
+def refusal(act: Callable[..., object], *args: Any, of: type[Exception] = ValueError) -> str:
+    """What an act of one rank is refused with; "" if it is not."""
+    try:
+        act(*args)
+    except of as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def _rank(
     rank: int,
     work: Callable[..., Any],

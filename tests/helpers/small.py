@@ -22,6 +22,7 @@ from pipeline.train.job import Job
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.schedule import cosine
 from pipeline.train.weights import load_run
+from tests.helpers.interruptions import dies_at
 
 Command = Callable[..., tuple[int, str, str]]
 """from the words of a command to its exit code, stdout and stderr"""
@@ -118,3 +119,33 @@ def steps_of(run: Path, kind: str) -> list[int]:
 def same_weights(one: Path, other: Path, *, trust: Sequence[str] = ()) -> bool:
     a, b = (load_run(folder, trust=trust).state_dict() for folder in (one, other))
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def finished(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """The summary of a run that `train_inline` has trained to its end."""
+    summary = train_inline(folder, recipe)
+    assert summary is not None
+    return summary
+
+
+def goes_on(folder: Path, recipe: Recipe, *, step: int = 5) -> tuple[dict[str, Any], ...]:
+    """Check that a run that dies before batch `step` goes on to the same bits as a whole one.
+    Returns the summaries of FOLDER/whole and FOLDER/broken.
+    """
+    whole = finished(folder / "whole", recipe)
+    with dies_at(step):
+        train_inline(folder / "broken", recipe)
+    broken = finished(folder / "broken", recipe)
+    assert same_weights(folder / "whole", folder / "broken")
+    return whole, broken
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    """The weights and statistics of a run's network."""
+    return load_run(run).state_dict()
+
+
+def gap(one: Path, other: Path) -> float:
+    """The largest difference between the states of two runs."""
+    a, b = state(one), state(other)
+    return max(float((a[key] - b[key]).abs().max()) for key in a)

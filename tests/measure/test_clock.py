@@ -24,12 +24,11 @@ from pipeline.rules import sltt
 from pipeline.rules.base import World
 from pipeline.rules.sltt import SLTT
 from pipeline.track.journal import read
-from pipeline.train import checkpointing, evaluate_tasks, trainer
+from pipeline.train import assemble, checkpointing, evaluation, trainer
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.backend.plain import Plain
 from pipeline.train.distillation import Distillation
-from pipeline.train.gradient_fidelity import FidelityCheck
 from pipeline.train.loop import MicroBatch
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.teaching import Teaching
@@ -134,11 +133,11 @@ IN_A_BATCH: dict[str, tuple[Any, str]] = {  # where and what is slow, once in ea
     "metrics": (torch.Tensor, "argmax"),
 }
 BETWEEN_BATCHES: dict[str, tuple[Any, str, int]] = {  # and how many times a run calls it
-    "evaluation": (evaluate_tasks, "evaluate", 1),
+    "evaluation": (evaluation, "evaluate", 1),
     "checkpoint": (checkpointing, "weights_of", 1),
     "tracking": (trainer, "memory_now_bytes", 4),
     "coordination": (Ranks, "decide", 4),
-    "fidelity": (FidelityCheck, "__call__", 1),
+    "fidelity": (assemble, "compare_gradients", 1),
 }
 
 

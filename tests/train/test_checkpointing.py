@@ -1,6 +1,8 @@
 """How long a save stops training, and when machines that will leave need a save."""
 
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,20 +10,19 @@ from typing import Any
 import pytest
 
 from pipeline.recipe import Checkpointing, Evaluation, Policy
-from pipeline.track.journal import read
+from pipeline.track.journal import NullTracker, read
 from pipeline.train import checkpointing
 from pipeline.train.checkpoint import background
-from pipeline.train.checkpointing import MARGIN_S, Departures, Saving
+from pipeline.train.checkpointing import MARGIN_S, Saving
 from pipeline.train.job import Notice, RankInfo
-from tests.helpers.small import small_recipe, train_inline
+from tests.helpers.small import finished, small_recipe
 
 
 def stalls(run: Path, **changes: Any) -> tuple[list[float], float]:
     """Of each checkpoint of a small run, and all seconds that the run has counted for
     checkpoints.
     """
-    summary = train_inline(run, small_recipe(evaluation=Evaluation(every=2), **changes))
-    assert summary is not None
+    summary = finished(run, small_recipe(evaluation=Evaluation(every=2), **changes))
     told = [
         event["stall_s"] for event in read(run / "journal.jsonl") if event["event"] == "checkpoint"
     ]
@@ -60,6 +61,22 @@ def test_so_does_the_wait_for_the_one_before_and_at_the_end_for_the_last(
     assert sum(told) == pytest.approx(all_s, rel=0.1)
 
 
+def saving(run: Path, decide: Callable[..., list[bool]], *, rank: int = 0) -> Saving:
+    """Between two batches of a run without policies, with nothing to save."""
+    recipe = SimpleNamespace(
+        checkpoints=Checkpointing(every=0, minutes=0.0), policy=Policy(replicas_every=0)
+    )
+    context: Any = SimpleNamespace(
+        recipe=recipe,
+        ranks=SimpleNamespace(rank=rank, decide=decide),
+        job=SimpleNamespace(run=str(run)),
+        place=RankInfo(),
+        checkpoints=SimpleNamespace(failed=lambda: False, done=lambda: None),
+        tracker=NullTracker(),
+    )
+    return Saving(context, step=0, state=dict)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("asked", ["nothing", "stop", "save"])
 def test_between_batches_rank_0_alone_looks_for_files(
@@ -83,52 +100,34 @@ def test_between_batches_rank_0_alone_looks_for_files(
         flags.append(mine)
         return [asked == "stop", asked == "save", *[False] * 4]  # rank 0's
 
-    recipe = SimpleNamespace(
-        checkpoints=Checkpointing(every=0, minutes=0.0), policy=Policy(replicas_every=0)
-    )
-    checkpoints = SimpleNamespace(failed=lambda: False, done=lambda: None)
-    context: Any = SimpleNamespace(
-        recipe=recipe,
-        ranks=SimpleNamespace(rank=rank, decide=decide),
-        job=SimpleNamespace(run=str(tmp_path)),
-        place=RankInfo(),
-        checkpoints=checkpoints,
-        meters=None,
-    )
-    made = Saving(context, step=0, state=dict)
+    made = saving(tmp_path, decide, rank=rank)
     assert made.between_batches(1, last=False) is (asked == "stop")
     assert set(looked) == ({"stop", "save"} if rank == 0 else set())
     assert flags[0][:2] == ((asked == "stop", asked == "save") if rank == 0 else (False, False))
 
 
-def test_a_notice_is_new_where_it_names_a_machine_that_none_has_named() -> None:
-    known = Departures()
-    for machines, is_new in (
-        (("a",), True),
-        (("a",), False),
-        (("a", "b"), True),
-        (("b",), False),
-        (("c",), True),
-    ):
-        notice = Notice(machines, None)
-        assert known.is_new(notice) is is_new
-        known.add(notice)
-    assert known.machines == {"a", "b", "c"} and not known.is_new(None)
-    assert not known.is_last_call(batch_s=1e9, write_s=1e9)  # nobody knows when
+def test_a_notice_is_new_where_it_names_a_machine_that_none_has_named(tmp_path: Path) -> None:
+    made = saving(tmp_path, lambda *mine: list(mine))
+    for machines, is_new in (("a", True), ("a", False), ("ab", True), ("b", False), ("c", True)):
+        notice = Notice(tuple(machines), None)
+        assert made.is_new(notice) is is_new
+        made.add_notice(notice, 1)
+    assert made.leaving == {"a", "b", "c"} and not made.is_new(None)
+    assert made.deadline == math.inf  # nobody knows when
 
 
 def test_a_last_save_comes_while_there_is_time_for_twice_a_batch_and_a_write(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = 50.0
+    now, saved = 50.0, []
     monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: now))
-    known = Departures()
+    monkeypatch.setattr(Saving, "save", lambda self, step, **about: saved.append(step))
+    monkeypatch.setattr(Saving, "_answer", lambda self, step: None)
+    made = saving(tmp_path, lambda *mine: list(mine))
     for machine, left in (("a", 100.0), ("b", 300.0)):  # the first to leave counts
-        known.add(Notice((machine,), time.time() + left))
+        made.add_notice(Notice((machine,), time.time() + left), 0)
     latest = 50.0 + 100.0 - 2 * (3.0 + 4.0) - MARGIN_S
-    now = latest - 1
-    assert not known.is_last_call(batch_s=3.0, write_s=4.0)
-    now = latest + 1
-    assert known.is_last_call(batch_s=3.0, write_s=4.0)
-    known.end()
-    assert not known.is_last_call(batch_s=3.0, write_s=4.0)
+    for step, at in enumerate((latest - 1, latest + 1, latest + 2)):
+        now, made._batch_began, made._write_s = at, at - 3.0, 4.0
+        made.between_batches(step, last=False)
+    assert saved == [1]  # and not again

@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,18 +12,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.models.mlp import mlp
+from pipeline.models.teachers.probe import Probe
 from pipeline.models.teachers.timm import timm_teacher
+from pipeline.models.teachers.weights import Untrained
+from pipeline.models.transforms import with_readouts
 from pipeline.recipe.recipe import spec
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.opzo import OPZO
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from pipeline.spiking.state import fresh_state
 from pipeline.train.build import check_recipe
 from pipeline.train.distillation import Distillation
 from pipeline.train.objective import CrossEntropy
-from tests.helpers.rule_networks import CLASSES, batch, difference, gradients, learn, lif_network
+from tests.helpers.rule_networks import (
+    CLASSES,
+    attached,
+    batch,
+    difference,
+    gradients,
+    learn,
+    lif_network,
+    outputs,
+    refusals,
+)
 from tests.helpers.small import small_recipe
 
 ONLY_TEACHER: Any = {"label_weight": 0.0}
@@ -58,30 +72,23 @@ def by_hand(form: str, teacher: Tensor, student: Tensor, tau: float) -> float:
 @pytest.mark.parametrize("tau", [1.0, 3.0])
 @pytest.mark.parametrize("form", ["soft", "kl"])
 def test_soft_answers_are_learnt_as_the_formula_says(form: Any, tau: float) -> None:
-    student = draw(5, CLASSES)
-    loss_of = Distillation(**ONLY_TEACHER, form=form, temperature=tau)(TARGET, TEACHER)
-    assert float(loss_of(student)) == pytest.approx(by_hand(form, TEACHER, student, tau), abs=1e-12)
-
-
-@pytest.mark.parametrize("tau", [1.0, 3.0])
-@pytest.mark.parametrize("form", ["soft", "kl"])
-def test_a_student_that_answers_as_the_teacher_is_at_the_minimum(form: Any, tau: float) -> None:
-    """Also one whose logits are shifted: answers are probabilities. The soft cross-entropy ends at
-    the teacher's entropy.
+    """A student that answers as the teacher is at the minimum, also one whose logits are shifted:
+    answers are probabilities. The soft cross-entropy ends at the teacher's entropy.
     """
     loss_of = Distillation(**ONLY_TEACHER, form=form, temperature=tau)(TARGET, TEACHER)
-    student = (TEACHER + 0.7).requires_grad_()
-    loss = loss_of(student)
-    (gradient,) = torch.autograd.grad(loss, student)
+    for seed in (0, *range(2, 12)):
+        student = draw(5, CLASSES, seed=seed)
+        wanted = by_hand(form, TEACHER, student, tau)
+        assert float(loss_of(student)) == pytest.approx(wanted, abs=1e-12)
+    alike = (TEACHER + 0.7).requires_grad_()
+    loss = loss_of(alike)
+    (gradient,) = torch.autograd.grad(loss, alike)
     entropy = -sum(p * math.log(p) for row in softmax(TEACHER, tau) for p in row) / len(TEACHER)
+    least = tau**2 * entropy if form == "soft" else 0.0
     assert float(gradient.abs().max()) < 1e-15
-    assert float(loss.detach()) == pytest.approx(
-        tau**2 * entropy if form == "soft" else 0.0, abs=1e-12
-    )
-    assert all(
-        float(loss_of(TEACHER + draw(5, CLASSES, seed=seed))) > float(loss.detach())
-        for seed in range(2, 12)
-    )
+    assert float(loss.detach()) == pytest.approx(least, abs=1e-12)
+    for seed in range(2, 12):
+        assert float(loss_of(TEACHER + draw(5, CLASSES, seed=seed))) > float(loss.detach())
 
 
 def test_tau_squared_keeps_the_gradient_as_large_as_the_logits_differ() -> None:
@@ -91,12 +98,8 @@ def test_tau_squared_keeps_the_gradient_as_large_as_the_logits_differ() -> None:
     student = draw(5, CLASSES).requires_grad_()
     loss = Distillation(**ONLY_TEACHER, form="kl", temperature=1e4)(TARGET, TEACHER)(student)
     (gradient,) = torch.autograd.grad(loss, student)
-    gap = (
-        (student - student.mean(1, keepdim=True) - TEACHER + TEACHER.mean(1, keepdim=True)).detach()
-        / CLASSES
-        / len(TEACHER)
-    )
-    assert torch.allclose(gradient, gap, atol=1e-4)
+    centred = [each - each.mean(1, keepdim=True) for each in (student.detach(), TEACHER)]
+    assert torch.allclose(gradient, (centred[0] - centred[1]) / CLASSES / len(TEACHER), atol=1e-4)
 
 
 def test_hard_distillation_learns_the_teachers_class() -> None:
@@ -105,31 +108,19 @@ def test_hard_distillation_learns_the_teachers_class() -> None:
     found = Distillation(label_weight=0.5, teacher_weight=0.5, form="hard", labels=labels)(
         TARGET, TEACHER
     )(student)
-    q = softmax(student, 1.0)
-    hard = (
-        -sum(
-            math.log(q[row][max(range(CLASSES), key=TEACHER[row].tolist().__getitem__)])
-            for row in range(5)
-        )
-        / 5
-    )
-    assert float(found) == pytest.approx(
-        0.5 * float(labels(TARGET)(student)) + 0.5 * hard, abs=1e-12
-    )
+    rows = zip(softmax(student, 1.0), TEACHER.argmax(1).tolist(), strict=True)
+    hard = -sum(math.log(q[best]) for q, best in rows) / 5
+    wanted = 0.5 * float(labels(TARGET)(student)) + 0.5 * hard
+    assert float(found) == pytest.approx(wanted, abs=1e-12)
 
 
-def test_no_gradient_reaches_the_teacher() -> None:
+def test_no_gradient_reaches_the_teacher_and_half_precision_is_widened_first() -> None:
     teacher, student = TEACHER.clone().requires_grad_(), draw(5, CLASSES).requires_grad_()
-    Distillation(ensemble_weight=1.0)(TARGET, teacher)(student).backward()
-    assert teacher.grad is None
-    assert student.grad is not None
-
-
-def test_half_precision_is_widened_first() -> None:
-    loss = Distillation(ensemble_weight=0.5)(TARGET, TEACHER.bfloat16())(
-        draw(5, CLASSES).bfloat16()
-    )
-    assert loss.dtype == torch.float32
+    loss_for = Distillation(ensemble_weight=1.0)
+    loss_for(TARGET, teacher)(student).backward()
+    assert teacher.grad is None and student.grad is not None
+    half = loss_for(TARGET, TEACHER.bfloat16())(draw(5, CLASSES).bfloat16())
+    assert half.dtype == torch.float32
 
 
 def test_of_the_mean_it_is_at_most_the_mean_of_the_steps() -> None:
@@ -144,25 +135,17 @@ def test_of_the_mean_it_is_at_most_the_mean_of_the_steps() -> None:
 # ---------------------------------------------------------------------------------------- over time
 
 
-def logits_of(model: torch.nn.Module, x_TBC: Tensor) -> Tensor:
-    with fresh_state(model):
-        return model(x_TBC)
-
-
 def reference(logits_TBK: Tensor, target_B: Tensor, teacher_BK: Tensor, *, tau: float) -> Tensor:
     """mean_t [CE + 0.5 tau^2 KL(teacher || z_t) + 0.25 tau^2 KL(mean of z_1..z_t || z_t)], the last
     mean a constant.
     """
-    total = torch.zeros((), dtype=torch.float64)
-    for t in range(len(logits_TBK)):
-        log_q = F.log_softmax(logits_TBK[t] / tau, -1)
-        m = logits_TBK[: t + 1].detach().mean(0)
-        total = total + F.cross_entropy(logits_TBK[t], target_B)
-        for weight, other in ((0.5, teacher_BK), (0.25, m)):
-            total = total + weight * tau**2 * F.kl_div(
-                log_q, (other / tau).softmax(-1), reduction="batchmean"
-            )
-    return total / len(logits_TBK)
+    losses = []
+    for t, z_BK in enumerate(logits_TBK):
+        losses.append(F.cross_entropy(z_BK, target_B))
+        for weight, other in ((0.5, teacher_BK), (0.25, logits_TBK[: t + 1].detach().mean(0))):
+            p, log_q = (other / tau).softmax(-1), F.log_softmax(z_BK / tau, -1)
+            losses.append(weight * tau**2 * F.kl_div(log_q, p, reduction="batchmean"))
+    return torch.stack(losses).sum() / len(logits_TBK)
 
 
 MIXED = Distillation(teacher_weight=0.5, ensemble_weight=0.25, temperature=2.0)
@@ -182,9 +165,8 @@ RULES: list[Callable[[], Rule]] = [
 def test_shares_of_every_slice_sum_to_the_loss(make: Callable[[], Rule]) -> None:
     """Steps that SLTT-K reports without a graph move the running mean as well."""
     model, (x_TBC, target_B) = lif_network(decay=0.5), batch(TIME)
-    wanted = float(reference(logits_of(model, x_TBC).detach(), target_B, TEACHER, tau=2.0))
-    rule = make()
-    rule.attach(model)
+    wanted = float(reference(outputs(model, x_TBC), target_B, TEACHER, tau=2.0))
+    rule, _ = attached(make(), model)
     shares = learn(rule.loss_terms(model, x_TBC, MIXED(target_B, TEACHER), step=3))
     assert float(sum(each.loss for each in shares)) == pytest.approx(wanted, abs=1e-12)
 
@@ -192,7 +174,7 @@ def test_shares_of_every_slice_sum_to_the_loss(make: Callable[[], Rule]) -> None
 def test_bptt_differentiates_it_as_autograd_does() -> None:
     model, (x_TBC, target_B) = lif_network(decay=0.5), batch(TIME)
     names, parameters = zip(*model.named_parameters(), strict=True)
-    loss = reference(logits_of(model, x_TBC), target_B, TEACHER, tau=2.0)
+    loss = reference(outputs(model, x_TBC, grad=True), target_B, TEACHER, tau=2.0)
     wanted = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
     assert difference(gradients(BPTT(), model, x_TBC, MIXED(target_B, TEACHER)), wanted) < 1e-12
 
@@ -200,26 +182,23 @@ def test_bptt_differentiates_it_as_autograd_does() -> None:
 def test_each_micro_batch_begins_a_mean_of_its_own() -> None:
     one, other = draw(5, CLASSES, seed=3), draw(5, CLASSES, seed=4)
     MIXED(TARGET, TEACHER)(one)
-    assert float(MIXED(TARGET, TEACHER)(other)) == pytest.approx(
-        float(reference(other[None], TARGET, TEACHER, tau=2.0)), abs=1e-12
-    )
+    wanted = float(reference(other[None], TARGET, TEACHER, tau=2.0))
+    assert float(MIXED(TARGET, TEACHER)(other)) == pytest.approx(wanted, abs=1e-12)
 
 
 def test_the_loss_over_the_mean_is_of_the_mean_logits() -> None:
     model, (x_TBC, target_B) = lif_network(decay=0.5), batch(TIME)
-    rule = BPTT()
-    rule.attach(model, over_time="mean")
-    loss_for = Distillation(**ONLY_TEACHER, form="kl")
-    (found,) = learn(rule.loss_terms(model, x_TBC, loss_for(target_B, TEACHER), step=0))
-    wanted = by_hand("kl", TEACHER, logits_of(model, x_TBC).mean(0), 1.0)
+    loss_of = Distillation(**ONLY_TEACHER, form="kl")(target_B, TEACHER)
+    rule, _ = attached(BPTT(), model, over_time="mean")
+    (found,) = learn(rule.loss_terms(model, x_TBC, loss_of, step=0))
+    wanted = by_hand("kl", TEACHER, outputs(model, x_TBC).mean(0), 1.0)
     assert float(found.loss) == pytest.approx(wanted, abs=1e-12)
 
 
 # ----------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "said"),
+test_refuses = refusals(
     [
         ({"teacher_weight": -1.0}, "teacher_weight must not be negative"),
         ({"teacher_weight": float("nan")}, "teacher_weight must not be negative"),
@@ -236,55 +215,34 @@ def test_the_loss_over_the_mean_is_of_the_mean_logits() -> None:
             "labels=.* has no effect with label_weight=0",
         ),
     ],
+    Distillation,
 )
-def test_refuses(kwargs: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        Distillation(**kwargs)
 
 
-def tiny_teacher() -> Any:
-    from pipeline.models.teachers.probe import Probe
-    from pipeline.models.teachers.weights import Untrained
-
-    return spec(timm_teacher, name="test_resnet", weights=spec(Untrained), probe=spec(Probe))
+TEACHER_PART = spec(timm_teacher, name="test_resnet", weights=spec(Untrained), probe=spec(Probe))
+ENSEMBLE = spec(Distillation, teacher_weight=0.0, ensemble_weight=1.0)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"objective": spec(Distillation)}, "teacher_weight=1.0 needs a teacher"),
+        ({"teacher": TEACHER_PART}, "CrossEntropy: knows labels alone, so a teacher has no effect"),
         (
-            {"teacher": tiny_teacher()},
-            "CrossEntropy: knows labels alone, so a teacher has no effect",
-        ),
-        (
-            {
-                "teacher": tiny_teacher(),
-                "objective": spec(Distillation, teacher_weight=0.0, ensemble_weight=1.0),
-            },
+            {"teacher": TEACHER_PART, "objective": ENSEMBLE},
             "a teacher has no effect with teacher_weight=0",
         ),
         (
-            {
-                "objective": spec(Distillation, teacher_weight=0.0, ensemble_weight=1.0),
-                "time_steps": 1,
-                "rule": spec(SLTT),
-            },
-            (
-                "ensemble_weight .* needs over_time='steps' and time_steps of 2 or more; got"
-                " over_time='steps', time_steps=1"
-            ),
+            {"objective": ENSEMBLE, "time_steps": 1, "rule": spec(SLTT)},
+            "ensemble_weight .* needs over_time='steps' and time_steps of 2 or more; got"
+            " over_time='steps', time_steps=1",
         ),
         (
-            {
-                "objective": spec(Distillation, teacher_weight=0.0, ensemble_weight=1.0),
-                "over_time": "mean",
-                "rule": spec(BPTT),
-            },
+            {"objective": ENSEMBLE, "over_time": "mean", "rule": spec(BPTT)},
             "ensemble_weight .* got over_time='mean'",
         ),
         (
-            {"objective": spec(Distillation), "teacher": tiny_teacher(), "over_time": "mean"},
+            {"objective": spec(Distillation), "teacher": TEACHER_PART, "over_time": "mean"},
             "SLTT-2: the loss of the mean logits needs all T steps in one graph",
         ),
     ],
@@ -297,12 +255,8 @@ def test_what_does_not_fit_the_recipe_is_refused_before_a_launch(
 
 
 def test_a_loss_that_remembers_is_refused_where_a_rule_asks_for_other_losses_between() -> None:
-    from pipeline.models.mlp import mlp
-    from pipeline.models.transforms import with_readouts
-
     network = spec(with_readouts, network=spec(mlp, in_features=64, hidden=(8,)))
-    objective = spec(Distillation, teacher_weight=0.0, ensemble_weight=1.0)
-    recipe = small_recipe(model=network, rule=spec(OPZO, local_readouts=True), objective=objective)
+    recipe = small_recipe(model=network, rule=spec(OPZO, local_readouts=True), objective=ENSEMBLE)
     with pytest.raises(ValueError, match="OPZO-LL: asks for more than one loss a step"):
         check_recipe(recipe, 1)
-    check_recipe(small_recipe(model=network, rule=spec(OPZO), objective=objective), 1)
+    check_recipe(replace(recipe, rule=spec(OPZO)), 1)

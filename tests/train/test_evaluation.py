@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import pipeline
+from pipeline.core import files
 from pipeline.data.base import Data
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.datasets.synthetic import Synthetic
@@ -26,7 +27,7 @@ from pipeline.spiking.encode import over_steps
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
-from pipeline.train import evaluate_tasks
+from pipeline.train import evaluation
 from pipeline.train.evaluation import (
     COUNTED,
     Answers,
@@ -41,9 +42,9 @@ from pipeline.train.tasks import tasks_of
 from pipeline.train.trainer import Trainer
 from pipeline.train.worker import run
 from tests import test_continual as continual
-from tests.helpers.interruptions import Killed
+from tests.helpers.interruptions import Killed, die, dies
 from tests.helpers.processes import run_ranks
-from tests.helpers.small import make_run, small_recipe, train_inline
+from tests.helpers.small import finished, make_run, small_recipe, train_inline
 
 T, B, I, K = 3, 192, 4, 7
 
@@ -67,23 +68,12 @@ def test_top_5_is_measured_of_six_classes_or_more(classes: int, measured: bool) 
     result = evaluate(model, [(x_TBI, target_B, torch.arange(12))], CrossEntropy()).result
     assert (result.top5 is not None) == measured
     assert list(result.metrics) == ["top1", *["top5"] * measured, "loss", "firing_rate"]
-    if measured:
-        fifth_B = model(x_TBI).mean(0).topk(5).indices
-        assert result.top5 == pytest.approx(
-            float((fifth_B == target_B[:, None]).any(-1).double().mean())
-        )
 
 
 def evaluated(*, counts: bool) -> Evaluated:
-    target_B = torch.arange(B) % K
-    batches = list(
-        zip(
-            sorted_set().split(16, dim=1),
-            target_B.split(16),
-            torch.arange(B).split(16),
-            strict=True,
-        )
-    )
+    index_B = torch.arange(B)
+    parts = (sorted_set().split(16, dim=1), (index_B % K).split(16), index_B.split(16))
+    batches = zip(*parts, strict=True)
     return evaluate(network(), batches, CrossEntropy(), counts_operations=counts)
 
 
@@ -120,12 +110,7 @@ def test_counting_adds_nothing_to_what_is_evaluated() -> None:
 
 
 def columns(found: Answers) -> dict[str, list[int] | None]:
-    parts = {
-        "index": found.index,
-        "target": found.target,
-        "answer": found.answer,
-        "task": found.task,
-    }
+    parts = vars(found)
     assert all(part is None or part.dtype == np.int64 for part in parts.values())
     return {name: None if part is None else part.tolist() for name, part in parts.items()}
 
@@ -154,30 +139,31 @@ def share(*rows: tuple[int, int, int]) -> Answers:
     return Answers(index=index, target=target, answer=answer)
 
 
-def test_shares_of_any_size_are_joined_in_the_order_of_samples(tmp_path: Path) -> None:
-    shares = [[share((4, 1, 1), (0, 2, 0))], [share()], [share((3, 0, 0))]]
-    write_answers(tmp_path / "answers.npz", shares, tasks=False)
+SHARES = [[share((4, 1, 1), (0, 2, 0))], [share()], [share((3, 0, 0))]]
+OF_TASKS = [[share((5, 1, 1)), share((2, 0, 1))], [share((1, 1, 0), (0, 0, 0)), share()]]
+
+
+@pytest.mark.parametrize(
+    ("shares", "index", "target", "answer", "task"),
+    [
+        (SHARES, [0, 3, 4], [2, 0, 1], [0, 0, 1], None),
+        # each task is sorted for itself
+        (OF_TASKS, [0, 1, 5, 2], [0, 1, 1, 0], [0, 0, 1, 1], [0, 0, 0, 1]),
+    ],
+)
+def test_shares_of_any_size_are_joined_in_the_order_of_samples(
+    tmp_path: Path,
+    shares: list[list[Answers]],
+    index: list[int],
+    target: list[int],
+    answer: list[int],
+    task: list[int] | None,
+) -> None:
+    write_answers(tmp_path / "answers.npz", shares, tasks=task is not None)
     found = read_answers(tmp_path / "answers.npz")
-    assert columns(found) == {
-        "index": [0, 3, 4],
-        "target": [2, 0, 1],
-        "answer": [0, 0, 1],
-        "task": None,
-    }
-    assert found.right.tolist() == [False, True, True]
+    assert columns(found) == {"index": index, "target": target, "answer": answer, "task": task}
+    assert found.right.tolist() == [a == t for a, t in zip(answer, target, strict=True)]
     assert [file.name for file in tmp_path.iterdir()] == ["answers.npz"]
-
-
-def test_of_several_tasks_each_is_sorted_for_itself(tmp_path: Path) -> None:
-    shares = [[share((5, 1, 1)), share((2, 0, 1))], [share((1, 1, 0), (0, 0, 0)), share()]]
-    write_answers(tmp_path / "answers.npz", shares, tasks=True)
-    expected = {
-        "index": [0, 1, 5, 2],
-        "target": [0, 1, 1, 0],
-        "answer": [0, 0, 1, 1],
-        "task": [0, 0, 0, 1],
-    }
-    assert columns(read_answers(tmp_path / "answers.npz")) == expected
 
 
 def test_a_write_that_dies_leaves_what_was_there(
@@ -186,11 +172,7 @@ def test_a_write_that_dies_leaves_what_was_there(
     file = tmp_path / "answers.npz"
     write_answers(file, [[share((0, 1, 1))]], tasks=False)
 
-    def die(stream: Any, **arrays: Any) -> None:
-        stream.write(b"half")
-        raise Killed
-
-    monkeypatch.setattr(np, "savez", die)
+    monkeypatch.setattr(files, "sync_file", die)
     with pytest.raises(Killed):
         write_answers(file, [[share((0, 1, 0))]], tasks=False)
     assert columns(read_answers(file))["answer"] == [1]
@@ -217,18 +199,12 @@ def test_what_is_no_file_of_answers_is_refused_in_one_line(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (
-            {"answer": [1]},
-            (
-                r"must hold an entry a sample in each column; got int64 \[2\], int64 \[2\], int64"
-                r" \[1\]$"
-            ),
-        ),
-        ({"task": [0, 0, 0]}, r"must hold an entry a sample in each column; got .*, int64 \[3\]$"),
-        ({"index": [0.0, 1.0]}, r"must hold columns of whole numbers; got float64 \[2\], "),
-        ({"answer": [True, False]}, r"must hold columns of whole numbers; got .*, bool \[2\]$"),
-        ({"target": [[0], [1]]}, r"must hold columns of whole numbers; got .*, int64 \[2, 1\], "),
-        ({"target": 1}, r"must hold columns of whole numbers; got .*, int64 \[\], "),
+        ({"answer": [1]}, r"int64 \[2\], int64 \[2\], int64 \[1\]"),
+        ({"task": [0, 0, 0]}, r".*, int64 \[3\]"),
+        ({"index": [0.0, 1.0]}, r"float64 \[2\], .*"),
+        ({"answer": [True, False]}, r".*, bool \[2\]"),
+        ({"target": [[0], [1]]}, r".*, int64 \[2, 1\], .*"),
+        ({"target": 1}, r".*, int64 \[\], .*"),
     ],
 )
 def test_columns_that_do_not_belong_together_are_refused_in_one_line(
@@ -238,9 +214,9 @@ def test_columns_that_do_not_belong_together_are_refused_in_one_line(
     np.savez(
         tmp_path / "answers.npz", **{name: np.array(column) for name, column in written.items()}
     )
-    with pytest.raises(ValueError, match=rf"^answers: .*answers\.npz {said}") as refused:
+    wanted = "must hold columns of whole numbers, an entry a sample in each; got"
+    with pytest.raises(ValueError, match=rf"^answers: .*answers\.npz {wanted} {said}$"):
         read_answers(tmp_path / "answers.npz")
-    assert "\n" not in str(refused.value)
 
 
 # ------------------------------------------------------------------------------------------ of runs
@@ -248,8 +224,7 @@ def test_columns_that_do_not_belong_together_are_refused_in_one_line(
 
 def test_a_run_writes_what_its_network_answers(tmp_path: Path) -> None:
     recipe = small_recipe()
-    summary = train_inline(tmp_path / "run", recipe)
-    assert summary is not None
+    summary = finished(tmp_path / "run", recipe)
     found = read_answers(tmp_path / "run" / "answers.npz")
     assert columns(found) == {
         **asked(pipeline.load(tmp_path / "run"), recipe.data.build(), 3),
@@ -275,7 +250,8 @@ def test_classes_that_tie_are_answered_as_they_are_counted(classes: int) -> None
     network = nn.Sequential(
         Undecided(), nn.Linear(classes, classes)
     )  # a parameter says where the network is
-    nn.init.eye_(network[1].weight), nn.init.zeros_(network[1].bias)  # type: ignore[arg-type]
+    nn.init.eye_(network[1].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(network[1].bias)  # type: ignore[arg-type]
     result, answers, *_ = evaluate(network, batches, CrossEntropy())
     assert result.top1 == answers.right.mean() > 0
     assert (answers.answer % 2 == 1).all()
@@ -290,10 +266,8 @@ def test_a_run_that_died_before_its_end_evaluates_again_and_writes_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_inline(tmp_path / "whole", small_recipe())
-    with monkeypatch.context() as patch:
-        continual.at_the_end(patch)
-        with pytest.raises(Killed):
-            train_inline(tmp_path / "broken", small_recipe())
+    with dies(continual.at_the_end):
+        train_inline(tmp_path / "broken", small_recipe())
     assert not (tmp_path / "broken" / "answers.npz").exists()
     evaluated: list[int] = []
     evaluate = Trainer._evaluate
@@ -315,22 +289,11 @@ def test_of_several_tasks_index_counts_in_the_set_of_each(tmp_path: Path) -> Non
     for number, task in enumerate(tasks_of(recipe)):
         task.choose_head(network)
         here = found.task == number
-        mine = {
-            name: part[here].tolist()
-            for name, part in zip(("index", "target", "answer"), parts_of(found), strict=True)
-        }
+        mine = {name: getattr(found, name)[here].tolist() for name in ("index", "target", "answer")}
         assert mine == asked(network, task.data, 3)
         assert summary["accuracy_matrix"][-1][number] == found.right[here].mean()
-    assert found.index[10:14].tolist() == [
-        2,
-        3,
-        8,
-        9,
-    ]  # classes 2 and 3 of six, in the file's count
-
-
-def parts_of(found: Answers) -> tuple[np.ndarray, ...]:
-    return found.index, found.target, found.answer
+    # classes 2 and 3 of six, in the file's count
+    assert found.index[10:14].tolist() == [2, 3, 8, 9]
 
 
 @pytest.mark.timeout(300)
@@ -340,7 +303,7 @@ def test_of_a_share_held_out_index_counts_in_the_training_file(tmp_path: Path) -
         Beton, folder=str(pictures(tmp_path)), classes=2, size=16, crop="shift", held_out=0.25
     )
     model = spec(nf_resnet18_small, classes=2, width=4, blocks=(1, 1))
-    summary = train_inline(tmp_path / "run", small_recipe(data=data, model=model, epochs=1))
+    summary = finished(tmp_path / "run", small_recipe(data=data, model=model, epochs=1))
     found = read_answers(tmp_path / "run" / "answers.npz")
     assert (
         len(found.index) == 10 and found.index.max() >= 4
@@ -348,7 +311,7 @@ def test_of_a_share_held_out_index_counts_in_the_training_file(tmp_path: Path) -
     with closing(data.build().val(micro_batch=1)) as loader, loader.epoch(0) as batches:
         expected = sorted((int(batch.index), int(batch.target)) for batch in batches)
     assert list(zip(found.index, found.target, strict=True)) == expected
-    assert summary is not None and summary["top1"] == found.right.mean()
+    assert summary["top1"] == found.right.mean()
 
 
 def pictures(folder: Path) -> Path:
@@ -386,16 +349,12 @@ class Card(EnergyCounter):
 
 
 def _rank(rank: int, ranks: int, folder: str, samples: int | None) -> None:
-    evaluate_tasks.EnergyCounter = lambda device: Card(rank)  # type: ignore[misc, assignment]
-    found: list[Any] = [
-        (
-            make_run(Path(folder) / "two", uneven(evaluation=Evaluation(samples=samples)))
-            if rank == 0
-            else None
-        )
-    ]
-    torch.distributed.broadcast_object_list(found, src=0)
-    run(found[0], RankInfo(rank, ranks, "cpu", rank))
+    evaluation.EnergyCounter = lambda device: Card(rank)  # type: ignore[misc, assignment]
+    recipe = uneven(evaluation=Evaluation(samples=samples))
+    job = [make_run(Path(folder) / "two", recipe) if rank == 0 else None]
+    torch.distributed.broadcast_object_list(job, src=0)
+    assert job[0] is not None
+    run(job[0], RankInfo(rank, ranks, "cpu", rank))
 
 
 @pytest.mark.distributed

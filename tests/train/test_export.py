@@ -3,6 +3,7 @@ cannot be read.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pipeline
-from pipeline.__main__ import main
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.launch.prepare import write_job
 from pipeline.models.convnet import convnet
@@ -31,7 +31,7 @@ from pipeline.spiking.synapse import effective_weight
 from pipeline.train.checkpoint import WEIGHTS, Place, verified
 from pipeline.train.checkpoint.manifest import facts_of, read_manifest, seal
 from pipeline.train.export import _digest, export_run, load_export, pack_bits, unpack_bits
-from tests.helpers.small import make_run, small_recipe, train_inline, without_stages
+from tests.helpers.small import Command, Refused, make_run, small_recipe, train_inline
 
 NET = spec(convnet, classes=10, in_channels=1, stages=((5,), (6, 7), (7,)), kernel=3)
 
@@ -52,12 +52,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     precision.
     """
     folder = tmp_path_factory.mktemp("runs")
-    for weights in ("scaled", "centred", "ir", "learnable"):
-        train_inline(folder / weights, recipe(weights))
-    train_inline(folder / "bare", recipe(norm="none"))
-    train_inline(
-        folder / "full", small_recipe(model=NET, stop_after=2, checkpoints=Checkpointing(every=0))
-    )
+    kinds = {weights: recipe(weights) for weights in ("scaled", "centred", "ir", "learnable")}
+    kinds |= {"bare": recipe(norm="none"), "full": replace(recipe(), model=NET)}
+    for name, made in kinds.items():
+        train_inline(folder / name, made)
     return folder
 
 
@@ -100,10 +98,8 @@ def test_packing_is_lossless(shape: list[int], seed: int) -> None:
 
 
 def test_the_first_sign_is_the_lowest_bit() -> None:
-    assert pack_bits(torch.tensor([True, False, False, True] + [False] * 4 + [True])).tolist() == [
-        9,
-        1,
-    ]
+    signs = torch.tensor([True, False, False, True] + [False] * 4 + [True])
+    assert pack_bits(signs).tolist() == [9, 1]
 
 
 @pytest.mark.parametrize("name", ["scaled", "centred", "ir", "learnable", "bare"])
@@ -178,7 +174,7 @@ def test_streams_of_real_numbers_come_back_to_the_same_logits(
             reloaded.get_submodule(name).weight.neg_()  # type: ignore[operator]
 
 
-def test_a_byte_holds_eight_weights(runs: Path, tmp_path: Path) -> None:
+def test_a_byte_holds_eight_weights_and_the_file_says_so(runs: Path, tmp_path: Path) -> None:
     told = export_run(runs / "scaled", tmp_path / "net.safetensors", layout="packed")
     tensors = load_file(told.file)
     trained = pipeline.load(runs / "scaled")
@@ -192,26 +188,13 @@ def test_a_byte_holds_eight_weights(runs: Path, tmp_path: Path) -> None:
         4 * size - -(-size // 8) for size in sizes.values()
     )
     assert told.bits == 1089 and told.bytes == told.file.stat().st_size > stored
-    # The latent weights are not in it, not even their sizes.
-    assert tensors.keys() - trained.state_dict().keys() == {f"{name}.bits" for name in sizes}
-
-
-def test_the_file_says_what_it_is(runs: Path, tmp_path: Path) -> None:
-    told = export_run(runs / "scaled", tmp_path / "net.safetensors", layout="packed")
     with safe_open(told.file, framework="pt") as opened:
         metadata = opened.metadata()
-    assert (
-        metadata["format"],
-        metadata["version"],
-        metadata["layout"],
-        metadata["time_steps"],
-    ) == (
-        "spiketrain",
-        "1",
-        "packed",
-        "3",
-    )
+    wanted = {"format": "spiketrain", "version": "1", "layout": "packed", "time_steps": "3"}
+    assert metadata.items() >= wanted.items()
     assert json.loads(metadata["model"])["target"] == "pipeline.models.transforms.binarized"
+    # The latent weights are not in it, not even their sizes.
+    assert tensors.keys() - trained.state_dict().keys() == {f"{name}.bits" for name in sizes}
 
 
 def test_a_scale_that_no_norm_can_take_lies_beside_its_bits(runs: Path, tmp_path: Path) -> None:
@@ -253,15 +236,11 @@ def packed(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_truncated_file_is_refused(packed: Path, tmp_path: Path) -> None:
+    cut, said = tmp_path / "cut.safetensors", "must be a whole file of spiketrain export; it could"
     for size in (0, 4, 100, packed.stat().st_size - 1):
-        (tmp_path / "cut.safetensors").write_bytes(packed.read_bytes()[:size])
-        with pytest.raises(
-            ValueError,
-            match=(
-                r"cut\.safetensors: must be a whole file of spiketrain export; it could not be read"
-            ),
-        ):
-            load_export(tmp_path / "cut.safetensors")
+        cut.write_bytes(packed.read_bytes()[:size])
+        with pytest.raises(ValueError, match=rf"cut\.safetensors: {said} not be read"):
+            load_export(cut)
 
 
 @settings(max_examples=40, deadline=None)
@@ -282,14 +261,15 @@ def test_no_flipped_bit_goes_unseen(
     ("change", "said"),
     [
         (
-            {"metadata": {"version": "2"}},
-            r"this spiketrain reads version 1, .*; got version '2', layout 'packed'",
+            {"metadata": {"model": '{"target": "subprocess.run", "kwargs": {"args": "true"}}'}},
+            r"subprocess\.run is not in a trusted package",
         ),
-        ({"metadata": {"layout": "sparse"}}, r"got version '1', layout 'sparse'"),
         (
-            {"metadata": {"format": "other"}},
-            r"must be a file of spiketrain export; its metadata say format 'other'",
+            {"metadata": {"version": "2"}},
+            "must be a file of spiketrain export, of version 1 .*; got .* version '2', layout",
         ),
+        ({"metadata": {"layout": "sparse"}}, "got format .*, version '1', layout 'sparse'"),
+        ({"metadata": {"format": "other"}}, "must be a file of .*; got format 'other', version"),
         (
             {"drop": "stages.1.0.conv.bits"},
             r"must fit the model; got no bits, or others, for stages\.1\.0\.conv",
@@ -317,12 +297,6 @@ def test_what_does_not_fit_is_refused_by_name(
         load_export(rewritten(packed, tmp_path / "other.safetensors", **change))
 
 
-def test_only_trusted_packages_are_imported(packed: Path, tmp_path: Path) -> None:
-    model = json.dumps({"target": "subprocess.run", "kwargs": {"args": "true"}})
-    with pytest.raises(ValueError, match=r"subprocess\.run is not in a trusted package"):
-        load_export(rewritten(packed, tmp_path / "other.safetensors", metadata={"model": model}))
-
-
 def test_a_file_has_no_checkpoints_to_choose_from(packed: Path) -> None:
     with pytest.raises(ValueError, match=r"load: which chooses a checkpoint, .*; got which='best'"):
         pipeline.load(packed, which="best")
@@ -331,75 +305,52 @@ def test_a_file_has_no_checkpoints_to_choose_from(packed: Path) -> None:
 # --------------------------------------------------------------------------------- the command line
 
 
-def spiketrain(
-    *words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["spiketrain", *words])
-    with pytest.raises(SystemExit) as end:
-        main()
-    said = capsys.readouterr()
-    return int(end.value.code or 0), said.out, without_stages(said.err)
-
-
 def test_export_and_evaluate(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: Path, tmp_path: Path, spiketrain: Command, refused: Refused
 ) -> None:
-    def run(*words: str) -> tuple[int, str, str]:
-        return spiketrain(*words, "--runs", str(runs), monkeypatch=monkeypatch, capsys=capsys)
-
+    here = ("--runs", str(runs))
     file = tmp_path / "net.safetensors"
-    code, out, _ = run("export", "learnable", "--packed", "--out", str(file))
+    packed = ("export", "learnable", "--packed", "--out", str(file), *here)
+    code, out, _ = spiketrain(*packed)
     assert code == 0 and out.endswith(f"\nload    pipeline.load('{file}')\n")
     assert (
         f"{file}: " in out and "1,089 of 1,284 parameters are bits, of 3 synapses, 3 of them" in out
     )
-    code, _, err = run("export", "learnable", "--packed", "--out", str(file))
-    assert code == 2 and err.count("\n") == 1 and "is there already" in err
-    code, out, _ = run("export", "learnable")
+    taken = "export: the file must be a new one in a folder that exists; got"
+    assert refused(*packed).startswith(f"{taken} {file}")
+    code, out, _ = spiketrain("export", "learnable", *here)
     assert code == 0 and "learnable/weights.safetensors: " in out and "1,284 parameters" in out
-    code, _, err = run("export", "full", "--packed")
-    assert (
-        code == 2
-        and err
-        == "export: --packed stores 1-bit weights, and the network has none; leave --packed out, or"
-        " train a model of spec(binarized, ...) (pipeline/models/transforms.py)\n"
+    assert refused("export", "full", "--packed", *here) == (
+        "export: --packed stores 1-bit weights, and the network has none; leave --packed out, or"
+        " train a model of spec(binarized, ...) (pipeline/models/transforms.py)"
     )
-    code, _, err = run("export", "full", "--out", str(tmp_path / "no" / "net.safetensors"))
-    assert code == 2 and err.count("\n") == 1 and "has no folder" in err
+    nowhere = str(tmp_path / "no" / "net.safetensors")
+    assert refused("export", "full", "--out", nowhere, *here).startswith(f"{taken} {nowhere}")
 
     write_job(make_run(tmp_path / "again", recipe("learnable")))
     (tmp_path / "again" / "job.json").rename(runs / "learnable" / "job.json")
-    code, out, err = run("evaluate", "learnable")
+    evaluate = ("evaluate", "learnable", *here)
+    code, out, err = spiketrain(*evaluate)
     assert code == 0, err
-    code, from_file, err = run("evaluate", "learnable", "--weights", str(file))
+    code, from_file, err = spiketrain(*evaluate, "--weights", str(file))
     assert code == 0, err
     assert from_file.split(": ", 1)[1].split(" in ")[0] == out.split(": ", 1)[1].split(" in ")[0]
     file.write_bytes(file.read_bytes()[:-1])
-    code, _, err = run("evaluate", "learnable", "--weights", str(file))
-    assert code == 2 and err.count("\n") == 1 and "could not be read" in err
-    code, _, err = run("evaluate", "learnable", "--weights", str(tmp_path / "none.safetensors"))
-    assert code == 2 and err.count("\n") == 1
-    code, _, err = run(
-        "evaluate",
-        "learnable",
-        "--weights",
-        str(export_run(runs / "full", tmp_path / "full.safetensors").file),
-    )
-    assert code == 2 and err.count("\n") == 1 and "the weights must be of binarized(" in err
+    full = export_run(runs / "full", tmp_path / "full.safetensors").file
+    for weights, said in (
+        (file, "could not be read"),
+        (tmp_path / "none.safetensors", ""),
+        (full, "the weights must be of binarized("),
+    ):
+        assert said in refused(*evaluate, "--weights", str(weights))
 
 
-def test_a_damaged_checkpoint_is_not_exported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path, refused: Refused) -> None:
     train_inline(tmp_path / "run", recipe())
     for file in tmp_path.glob("run/checkpoints/*/model.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
-    code, _, err = spiketrain(
-        "export", "run", "--runs", str(tmp_path), monkeypatch=monkeypatch, capsys=capsys
-    )
-    assert (
-        code == 2 and err.count("\n") == 1 and "needs a checkpoint that verifies; got none" in err
-    )
+    said = refused("export", "run", "--runs", str(tmp_path))
+    assert "needs a checkpoint that verifies; got none" in said
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
@@ -425,7 +376,7 @@ def recipe():
 
 
 def test_a_network_of_ones_own_is_evaluated_from_its_recipe_and_an_export(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command, refused: Refused
 ) -> None:
     """Of the recipe file itself, which was trusted when it was run, and of a package beside it,
     which has to be named.
@@ -435,9 +386,9 @@ def test_a_network_of_ones_own_is_evaluated_from_its_recipe_and_an_export(
     (tmp_path / "of_the_lab.py").write_text("from export_lab import network\n" + MADE_OF_IT)
     (tmp_path / "of_itself.py").write_text(NETWORK + MADE_OF_IT)
 
-    def evaluate(name: str, *words: str) -> tuple[int, str, str]:
-        words = ("evaluate", str(tmp_path / f"{name}.py"), *words)
-        return spiketrain(*words, monkeypatch=monkeypatch, capsys=capsys)
+    def words(name: str, weights: str, *trust: str) -> tuple[str, ...]:
+        weights = str(tmp_path / f"{weights}.safetensors")
+        return ("evaluate", str(tmp_path / f"{name}.py"), "--weights", weights, *trust)
 
     for name in ("of_the_lab", "of_itself"):
         made = load_recipe(tmp_path / f"{name}.py")
@@ -449,24 +400,15 @@ def test_a_network_of_ones_own_is_evaluated_from_its_recipe_and_an_export(
             tensors, tmp_path / f"{name}.safetensors", {**told, "sha256": _digest(told, tensors)}
         )
         save_file(tensors, tmp_path / f"{name}-plain.safetensors")
-    code, _, err = evaluate("of_the_lab", "--weights", str(tmp_path / "of_the_lab.safetensors"))
-    assert (
-        code == 2
-        and err.count("\n") == 1
-        and "export_lab.network is not in a trusted package" in err
-    )
     for name, trust in (("of_the_lab", ("--trust", "export_lab")), ("of_itself", ())):
-        code, out, err = evaluate(name, "--weights", str(tmp_path / f"{name}.safetensors"), *trust)
+        code, out, err = spiketrain(*words(name, name, *trust))
         assert code == 0 and "on 20 samples" in out, err
-    code, _, err = evaluate(
-        "of_the_lab",
-        "--weights",
-        str(tmp_path / "of_the_lab-plain.safetensors"),
-        "--trust",
-        "export_lab",
-    )
-    assert (
-        code == 2
-        and err.count("\n") == 1
-        and "evaluate: --trust is for a file of spiketrain export, which says what" in err
-    )
+    for weights, trust, said in (
+        ("of_the_lab", (), "export_lab.network is not in a trusted package"),
+        (
+            "of_the_lab-plain",
+            ("--trust", "export_lab"),
+            "evaluate: --trust is for a file of spiketrain export, which says what",
+        ),
+    ):
+        assert said in refused(*words("of_the_lab", weights, *trust))

@@ -18,15 +18,14 @@ from pipeline.rules.base import World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.opzo import OPZO
 from pipeline.rules.sltt import SLTT
-from pipeline.track.journal import read
+from pipeline.train import assemble
 from pipeline.train.build import check_recipe
-from pipeline.train.gradient_fidelity import FidelityCheck
-from tests.helpers.interruptions import dies_at
-from tests.helpers.small import same_weights, small_recipe, train_inline
+from pipeline.train.gradient_fidelity import compare_gradients
+from tests.helpers.small import events, finished, goes_on, same_weights, small_recipe, train_inline
 
 
 def told(folder: Path) -> list[dict[str, Any]]:
-    return [event for event in read(folder / "journal.jsonl") if event["event"] == "fidelity"]
+    return events(folder, "fidelity")
 
 
 def small(**changes: Any) -> Recipe:
@@ -41,24 +40,20 @@ def compared() -> Recipe:
 
 def test_it_is_told_at_the_start_and_after_each_epoch_and_changes_nothing(tmp_path: Path) -> None:
     train_inline(tmp_path / "plain", small())
-    summary = train_inline(tmp_path / "compared", compared())
+    summary = finished(tmp_path / "compared", compared())
     assert same_weights(tmp_path / "plain", tmp_path / "compared")
-    events = told(tmp_path / "compared")
-    assert [(event["step"], event["epoch"]) for event in events] == [(0, None), (8, 0), (16, 1)]
-    shares = [list(event["temporal_share"].values()) for event in events]
-    assert shares[0] != shares[1] != shares[2] and all(
-        0 <= share < 2 for each in shares for share in each
-    )
-    assert all(list(event["cosines"]) == ["SLTT"] for event in events)
-    assert summary is not None and summary["fidelity_s"] > 0
+    found = told(tmp_path / "compared")
+    assert [(event["step"], event["epoch"]) for event in found] == [(0, None), (8, 0), (16, 1)]
+    shares = [list(event["temporal_share"].values()) for event in found]
+    assert shares[0] != shares[1] != shares[2]
+    assert all(0 <= share < 2 for each in shares for share in each)
+    assert all(list(event["cosines"]) == ["SLTT"] for event in found)
+    assert summary["fidelity_s"] > 0
     assert compared().study_key({}) == small().study_key({})
 
 
-def test_a_run_that_died_tells_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train_inline(tmp_path / "whole", compared())
-    with dies_at(5):
-        train_inline(tmp_path / "broken", compared())
-    train_inline(tmp_path / "broken", compared())
+def test_a_run_that_died_tells_the_same(tmp_path: Path) -> None:
+    goes_on(tmp_path, compared())
     whole, broken = (
         [
             (event["step"], event["temporal_share"], event["cosines"])
@@ -98,29 +93,24 @@ def test_what_a_rule_draws_it_draws_with_the_seed_of_the_recipe(rule: Spec) -> N
         )
         return fidelity(bptt, None, {"own": [own]}).cosines["own"]
 
-    check = FidelityCheck(recipe, recipe.model.build, loss, x_TB, target_B)
-    found = check(network.state_dict(), rule.build().state_dict(), step=0)
+    states = network.state_dict(), rule.build().state_dict()
+    found = compare_gradients(recipe, recipe.model.build, loss, x_TB, target_B, *states, step=0)
     assert found.cosines[rule.build().label] == cosines(3) != cosines(0)
 
 
 def test_a_norm_that_asks_all_workers_is_not_asked_by_the_one_that_compares(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def nobody_answers(*_: Any) -> Any:
-        raise AssertionError("a collective of one rank alone")
-
+    """`moments_over_ranks` is None here: who calls it fails."""
     normed = spec(convnet, classes=10, in_channels=1, stages=((4,), (4,)))
     recipe = small_recipe(model=spec(synchronized, network=normed), rule=spec(SLTT))
     torch.manual_seed(0)
     weights, loss = recipe.model.build().state_dict(), recipe.objective.build()
-    x_TB, target_B = 4 * torch.randn(3, 8, 1, 8, 8), torch.arange(8)
-    expected = FidelityCheck(recipe, normed.build, loss, x_TB, target_B)(weights, {}, step=0)
+    batch = (4 * torch.randn(3, 8, 1, 8, 8), torch.arange(8), weights, {})
+    expected = compare_gradients(recipe, normed.build, loss, *batch, step=0)
     monkeypatch.setattr("pipeline.spiking.norm.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("pipeline.spiking.norm.moments_over_ranks", nobody_answers)
-    assert (
-        FidelityCheck(recipe, recipe.model.build, loss, x_TB, target_B)(weights, {}, step=0)
-        == expected
-    )
+    monkeypatch.setattr("pipeline.spiking.norm.moments_over_ranks", None)
+    assert compare_gradients(recipe, recipe.model.build, loss, *batch, step=0) == expected
 
 
 def test_what_bptt_or_sltt_cannot_train_is_refused_before_anything_is_launched() -> None:
@@ -135,18 +125,14 @@ def test_what_bptt_or_sltt_cannot_train_is_refused_before_anything_is_launched()
 def test_what_the_comparison_holds_is_not_what_training_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def with_ballast(self: FidelityCheck, *words: Any, **more: Any) -> Any:
+    def with_ballast(*words: Any, **more: Any) -> Any:
         ballast = bytearray(b"x") * (300 << 20)
-        found = original(self, *words, **more)
+        found = compare_gradients(*words, **more)
         assert len(ballast) > 0
         return found
 
     recipe = small_recipe(model=spec(mlp, in_features=64, hidden=(16,)), epochs=1)
-    alone = train_inline(tmp_path / "alone", recipe)
-    original = FidelityCheck.__call__
-    monkeypatch.setattr(FidelityCheck, "__call__", with_ballast)
-    beside = train_inline(
-        tmp_path / "beside", replace(recipe, evaluation=Evaluation(fidelity_every=1))
-    )
-    assert alone is not None and beside is not None
+    alone = finished(tmp_path / "alone", recipe)
+    monkeypatch.setattr(assemble, "compare_gradients", with_ballast)
+    beside = finished(tmp_path / "beside", replace(recipe, evaluation=Evaluation(fidelity_every=1)))
     assert abs(beside["peak_rss_bytes"] - alone["peak_rss_bytes"]) < 150 << 20

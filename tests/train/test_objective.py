@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from pipeline.train.objective import CrossEntropy
+from tests.helpers.rule_networks import refusals
 
 LOGITS = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]], dtype=torch.float64)
 TARGET = torch.tensor([2, 1])
@@ -41,10 +43,7 @@ def test_the_mixture_with_a_squared_error(goal: str, wanted: list[list[int]]) ->
 def test_a_mixed_target_has_the_mixture_of_the_losses(objective: CrossEntropy) -> None:
     """Both terms without a square of the target are linear in it."""
     other = torch.tensor([0, 0])
-    shares = (
-        0.7 * torch.nn.functional.one_hot(TARGET, 3).double()
-        + 0.3 * torch.nn.functional.one_hot(other, 3).double()
-    )
+    shares = 0.7 * F.one_hot(TARGET, 3).double() + 0.3 * F.one_hot(other, 3).double()
     expected = 0.7 * float(objective(TARGET)(LOGITS)) + 0.3 * float(objective(other)(LOGITS))
     assert float(objective(shares)(LOGITS)) == pytest.approx(expected, abs=1e-12)
 
@@ -60,14 +59,11 @@ def test_half_precision_is_widened_first() -> None:
     assert loss.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "said"),
+test_refuses = refusals(
     [
         ({"mse": 1.5}, "mse must be in 0..1"),
         ({"label_smoothing": -0.1}, "label_smoothing"),
         ({"goal": "one_hot"}, "no effect with mse=0"),
     ],
+    CrossEntropy,
 )
-def test_refuses(kwargs: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        CrossEntropy(**kwargs)

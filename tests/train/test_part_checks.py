@@ -26,7 +26,7 @@ from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.train.build import check_recipe
 from pipeline.train.distillation import Distillation
-from tests.helpers.small import command, small_recipe
+from tests.helpers.small import Refused, small_recipe
 
 RECIPE = """
 from pipeline.recipe.recipe import spec
@@ -270,17 +270,13 @@ class Own:
         return object() if self.kind == "no loader" else Loader(self._batch(self.kind, micro_batch))
 
     def _batch(self, kind: str, size: int) -> Any:
-        x, target, index = (
-            torch.zeros(size, 1, 8, 8),
-            torch.zeros(size, dtype=torch.int64),
-            torch.arange(size),
-        )
+        x, target = torch.zeros(size, 1, 8, 8), torch.zeros(size, dtype=torch.int64)
         x = {"bytes": x.byte(), "flat": x.flatten(1), "empty": x[:0]}.get(kind, x)
         target = {"labels": target + 10, "scores": target.float(), "empty": target[:0]}.get(
             kind, target
         )
-        index = index[: len(target)]
-        return {"tuple": (x, target), "none": None}.get(kind, Batch(x, target, index))
+        batch = Batch(x, target, torch.arange(len(target)))
+        return {"tuple": (x, target), "none": None}.get(kind, batch)
 
 
 @pytest.mark.parametrize(
@@ -333,9 +329,7 @@ def _own(kind: str) -> Recipe:
         "evaluate --weights WEIGHTS",
     ],
 )
-def test_every_command_refuses_it_in_one_line(
-    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_refuses_it_in_one_line(words: str, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "mine.py").write_text(RECIPE)
     save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
     name, *options = (
@@ -343,29 +337,19 @@ def test_every_command_refuses_it_in_one_line(
         .replace("WEIGHTS", str(tmp_path / "weights.safetensors"))
         .split()
     )
-    code, _, error = command(monkeypatch, capsys)(name, str(tmp_path / "mine.py"), *options)
-    assert (
-        code == 2
-        and error == f"data: WithoutFingerprint must have {MEMBERS}; it has no fingerprint\n"
-    )
+    wanted = f"data: WithoutFingerprint must have {MEMBERS}; it has no fingerprint"
+    assert refused(name, str(tmp_path / "mine.py"), *options) == wanted
     assert not (tmp_path / "runs").exists()
 
 
-def test_evaluate_tries_the_network_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_tries_the_network_first(tmp_path: Path, refused: Refused) -> None:
     made = "small_recipe(model=spec(Network, form='mean'), rule=spec(BPTT))"
     (tmp_path / "mine.py").write_text(
         RECIPE.replace("small_recipe(data=spec(WithoutFingerprint))", made).replace(
             "import WithoutFingerprint", "import BPTT, Network"
         )
     )
-    save_file(Network(form="mean").state_dict(), tmp_path / "weights.safetensors")
-    words = (
-        "evaluate",
-        str(tmp_path / "mine.py"),
-        "--weights",
-        str(tmp_path / "weights.safetensors"),
-    )
-    code, _, error = command(monkeypatch, capsys)(*words)
-    assert code == 2 and re.fullmatch(MODEL + r"gave float32 \[1, 10\]\n", error), error
+    weights = tmp_path / "weights.safetensors"
+    save_file(Network(form="mean").state_dict(), weights)
+    said = refused("evaluate", str(tmp_path / "mine.py"), "--weights", str(weights))
+    assert re.fullmatch(MODEL + r"gave float32 \[1, 10\]", said), said

@@ -1,6 +1,7 @@
 """Learning rates as functions of the step, and of nothing else."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.train.schedule import constant, cosine, milestones, staircase
+from tests.helpers.rule_networks import refusals
 
 
 def rates(
@@ -22,39 +24,51 @@ def rates(
     return found
 
 
-def test_cosine_with_warm_up() -> None:
-    found = rates(cosine, 100, list(range(100)), warmup=0.1, floor=0.01)
-    assert found[:10] == pytest.approx([0.2 * step / 10 for step in range(10)])
-    expected = [
-        0.01 + 0.5 * (0.2 - 0.01) * (1 + math.cos(math.pi * step / 100)) for step in range(10, 100)
+def cosine_of(lr: float, floor: float, share: float) -> float:
+    return floor + (lr - floor) / 2 * (1 + math.cos(math.pi * share))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "warmup", "after"),
+    [
+        ({"warmup": 0.1, "floor": 0.01}, 10, lambda step: cosine_of(0.2, 0.01, step / 100)),
+        # Each epoch has the rate of its first step, and the warm-up is within the first epoch, as
+        # in DSR's published code for ImageNet: lr/2 (1 + cos(pi epoch / epochs)).
+        (
+            {"epoch_steps": 20, "warmup": 0.05, "by": "epoch"},
+            5,
+            lambda step: cosine_of(0.2, 0.0, (step // 20) / 5),
+        ),
+        # As QKFormer's published code: at the end of the warm-up the rate is the optimizer's own.
+        (
+            {"warmup": 0.1, "floor": 0.01, "starts": "after_warmup"},
+            10,
+            lambda step: cosine_of(0.2, 0.01, (step - 10) / 90),
+        ),
+    ],
+)
+def test_cosine_with_warm_up(
+    kwargs: dict[str, Any], warmup: int, after: Callable[[int], float]
+) -> None:
+    found = rates(cosine, 100, list(range(100)), **kwargs)
+    assert found[:warmup] == pytest.approx([0.2 * step / warmup for step in range(warmup)])
+    assert found[warmup:] == pytest.approx([after(step) for step in range(warmup, 100)])
+
+
+test_refuses = refusals(
+    [
+        (lambda: rates(cosine, 10, [0], by="batch"), "cosine: by must be .* or .*; got 'batch'"),
+        (lambda: rates(cosine, 10, [0], starts="later"), "cosine: starts must be .*; got 'later'"),
+        (
+            lambda: rates(cosine, 10, [0], warmup=5),
+            r"cosine: warmup is a share of the run and must be in 0\.\.1; got 5",
+        ),
+        (
+            lambda: rates(partial(milestones, at=(0.75, 0.5)), 100, [0]),
+            r"milestones: at must rise; got at=\(0\.75, 0\.5\)",
+        ),
     ]
-    assert found[10:] == pytest.approx(expected)
-
-
-def test_a_cosine_by_epoch_is_that_of_each_epochs_first_step_and_warms_up_by_step() -> None:
-    """As DSR's published code for ImageNet: lr/2 (1 + cos(pi epoch / epochs)), and a warm-up within
-    the first epoch.
-    """
-    found = rates(cosine, 100, list(range(100)), epoch_steps=20, warmup=0.05, by="epoch")
-    expected = [0.2 * step / 5 for step in range(5)]
-    expected += [0.1 * (1 + math.cos(math.pi * (step // 20) / 5)) for step in range(5, 100)]
-    assert found == pytest.approx(expected)
-
-
-def test_a_cosine_may_start_where_the_warm_up_ends() -> None:
-    """As QKFormer's published code: at the end of the warm-up the rate is the optimizer's own."""
-    found = rates(cosine, 100, list(range(100)), warmup=0.1, floor=0.01, starts="after_warmup")
-    expected = [0.2 * step / 10 for step in range(10)]
-    expected += [
-        0.01 + 0.5 * 0.19 * (1 + math.cos(math.pi * (step - 10) / 90)) for step in range(10, 100)
-    ]
-    assert found == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(("name", "value"), [("by", "batch"), ("starts", "later")])
-def test_cosine_refuses_other_words(name: str, value: str) -> None:
-    with pytest.raises(ValueError, match=rf"cosine: {name} must be '\w+' or '\w+'; got '{value}'"):
-        rates(cosine, 10, [0], **{name: value})
+)
 
 
 def test_staircase_and_constant() -> None:
@@ -71,17 +85,8 @@ def test_milestones() -> None:
     assert rates(partial(milestones, at=(0.5,), factor=0.5), 100, [0, 49, 50]) == pytest.approx(
         [0.2, 0.2, 0.1]
     )
-    with pytest.raises(ValueError, match=r"milestones: at must rise; got at=\(0\.75, 0\.5\)"):
-        rates(partial(milestones, at=(0.75, 0.5)), 100, [0])
 
 
 @pytest.mark.parametrize("schedule_of", [cosine, staircase, partial(milestones, at=(0.3, 0.6))])
 def test_what_was_asked_before_does_not_matter(schedule_of) -> None:
     assert rates(schedule_of, 50, [3, 40, 7, 22])[-1] == rates(schedule_of, 50, [22])[0]
-
-
-def test_a_share_beyond_the_run_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"cosine: warmup is a share of the run and must be in 0\.\.1; got 5"
-    ):
-        rates(cosine, 10, [0], warmup=5)

@@ -2,10 +2,11 @@
 
 import json
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -24,7 +25,6 @@ from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
 from pipeline.track.events import OF_NONE
-from pipeline.track.journal import read
 from pipeline.track.state import state_of
 from pipeline.train import assemble, trainer, worker
 from pipeline.train.checkpoint import read_trainer, step_folders
@@ -32,9 +32,21 @@ from pipeline.train.job import Job, RankInfo, note_refusal
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_start, weights_file
 from tests.helpers.events import event
-from tests.helpers.interruptions import Killed, dies_at
-from tests.helpers.processes import run_ranks
-from tests.helpers.small import make_run, recipes_of, same_weights, small_recipe, train_inline
+from tests.helpers.interruptions import before_batch, die, dies, dies_at
+from tests.helpers.processes import refusal, run_ranks
+from tests.helpers.small import (
+    events,
+    finished,
+    gap,
+    goes_on,
+    make_run,
+    recipes_of,
+    same_weights,
+    small_recipe,
+    state,
+    steps_of,
+    train_inline,
+)
 from tests.recipe.test_recipe import RECIPES
 
 # Recipes that call the functions of a smaller or another one with other sizes, or many times, and
@@ -87,30 +99,29 @@ TIERED = [
 def test_a_run_that_died_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    recipe = small_recipe()
-    whole = train_inline(tmp_path / "whole", recipe)
+    recipe, broken = small_recipe(), tmp_path / "broken"
+    whole = finished(tmp_path / "whole", recipe)
     with dies_at(step):
-        train_inline(tmp_path / "broken", recipe)
-    with (tmp_path / "broken" / "journal.jsonl").open(
-        "a"
-    ) as journal:  # hours in which there was no place for it
+        train_inline(broken, recipe)
+    with (broken / "journal.jsonl").open("a") as journal:
+        # hours in which there was no place for it
         journal.writelines(
             json.dumps(event("waiting", time=time.time() - ago, attempt=OF_NONE).to_dict()) + "\n"
             for ago in (7200, 3600)
         )
-    resumed = train_inline(tmp_path / "broken", recipe)
-    assert whole is not None
-    assert resumed is not None
-    assert same_weights(tmp_path / "whole", tmp_path / "broken")
-    assert {key: resumed[key] for key in ("steps", "top1", "loss")} == {
-        key: whole[key] for key in ("steps", "top1", "loss")
-    }
-    assert resumed["restarts"] == 1 and resumed["wall_s"] < 1000
-    events = read(tmp_path / "broken" / "journal.jsonl")
-    starts = [event for event in events if event["event"] == "start"]
-    assert [start["attempt"] for start in starts] == [0, 1]
-    assert [start["step"] for start in starts] == [0, max(s for s in (0, 3, 6, 8, 9) if s <= step)]
-    firsts = [event for event in events if event["event"] == "first_batch"]
+    resumed = finished(broken, recipe)
+    assert same_weights(tmp_path / "whole", broken)
+    assert [resumed[key] for key in ("steps", "top1", "loss", "restarts")] == [
+        *(whole[key] for key in ("steps", "top1", "loss")),
+        1,
+    ]
+    assert resumed["wall_s"] < 1000
+    starts = events(broken, "start")
+    assert [(start["attempt"], start["step"]) for start in starts] == [
+        (0, 0),
+        (1, max(s for s in (0, 3, 6, 8, 9) if s <= step)),
+    ]
+    firsts = events(broken, "first_batch")
     assert [(first["attempt"], first["step"] - 1) for first in firsts] == [
         (start["attempt"], start["step"]) for start in starts
     ]
@@ -124,16 +135,10 @@ def test_a_run_that_died_goes_on_to_the_same_bits(
 def test_what_the_first_batch_waits_for_is_start_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Trainer._micro_batches
-
-    def micro_batches(self: Trainer, source: Any) -> Any:
-        if self.step == 0:
-            time.sleep(1.0)  # as a compiler takes
-        return original(self, source)
-
-    monkeypatch.setattr(Trainer, "_micro_batches", micro_batches)
-    summary = train_inline(tmp_path / "run", small_recipe())
-    assert summary is not None and 1.0 <= summary["startup_s"] < summary["wall_s"]
+    # as long as a compiler takes
+    before_batch(monkeypatch, lambda trainer: time.sleep(1.0), step=0)
+    summary = finished(tmp_path / "run", small_recipe())
+    assert 1.0 <= summary["startup_s"] < summary["wall_s"]
     assert summary["net_s"] <= summary["wall_s"] - summary["startup_s"]
 
 
@@ -146,52 +151,32 @@ def test_weights_depend_on_the_seed(tmp_path: Path) -> None:
 def test_accumulated_micro_batches_train_the_same_network(tmp_path: Path) -> None:
     train_inline(tmp_path / "a", small_recipe())
     train_inline(tmp_path / "b", small_recipe(micro_batch=2))
-    a, b = (pipeline.load(tmp_path / name).state_dict() for name in "ab")
-    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-5
+    assert gap(tmp_path / "a", tmp_path / "b") < 1e-5
 
 
-def test_mixed_batches_are_the_same_after_a_restart_and_in_micro_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mixed_batches_are_the_same_after_a_restart_and_in_micro_batches(tmp_path: Path) -> None:
     recipe = small_recipe(mixing=spec(Mixing, mixup=0.5, cutmix=1.0))
-    train_inline(tmp_path / "whole", recipe)
-    with dies_at(5):
-        train_inline(tmp_path / "broken", recipe)
-    train_inline(tmp_path / "broken", recipe)
-    assert same_weights(tmp_path / "whole", tmp_path / "broken")
+    goes_on(tmp_path, recipe)
     train_inline(tmp_path / "micro", replace(recipe, micro_batch=2))
     train_inline(tmp_path / "plain", small_recipe())
-    whole, micro, plain = (
-        pipeline.load(tmp_path / name).state_dict() for name in ("whole", "micro", "plain")
-    )
-    assert max(float((whole[key] - micro[key]).abs().max()) for key in whole) < 1e-5
-    assert max(float((whole[key] - plain[key]).abs().max()) for key in whole) > 1e-3
+    assert gap(tmp_path / "whole", tmp_path / "micro") < 1e-5
+    assert gap(tmp_path / "whole", tmp_path / "plain") > 1e-3
 
 
 def test_an_average_of_the_weights_goes_on_to_the_same_bits_and_moves_none_of_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    recipe = small_recipe(ema_decay=0.8)
-    train_inline(tmp_path / "whole", recipe)
-    with dies_at(5):
-        train_inline(tmp_path / "broken", recipe)
-    train_inline(tmp_path / "broken", recipe)
-    assert same_weights(tmp_path / "whole", tmp_path / "broken")
+    goes_on(tmp_path, small_recipe(ema_decay=0.8))
     train_inline(tmp_path / "plain", small_recipe())
     assert not same_weights(tmp_path / "whole", tmp_path / "plain")
-    states = [
+    one, other = (
         torch.load(
             step_folders(tmp_path / name / "checkpoints")[-1] / "plain" / "state.pt",
             weights_only=True,
         )["network"]
         for name in ("whole", "plain")
-    ]
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-
-
-def test_a_micro_batch_that_parts_neighbours_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Mixing: a micro-batch must be even, .*; got 1"):
-        train_inline(tmp_path / "run", small_recipe(mixing=spec(Mixing, mixup=0.5), micro_batch=1))
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_a_stop_file_saves_after_the_step_and_the_run_goes_on(tmp_path: Path) -> None:
@@ -202,7 +187,7 @@ def test_a_stop_file_saves_after_the_step_and_the_run_goes_on(tmp_path: Path) ->
     assert [path.name for path in step_folders(tmp_path / "run" / "checkpoints")] == [
         "step_00000001"
     ]
-    assert read(tmp_path / "run" / "journal.jsonl")[-1]["event"] == "stopped"
+    assert events(tmp_path / "run")[-1]["event"] == "stopped"
     (tmp_path / "run" / "stop").unlink()
     train_inline(tmp_path / "run", recipe)
     train_inline(tmp_path / "whole", recipe)
@@ -215,24 +200,15 @@ def test_each_epoch_trains_on_each_sample_once(
     seen: list[int] = []
     original = SyntheticLoader.epoch
 
-    class Spy:
-        def __init__(self, context: Any, is_training: bool) -> None:
-            self.context, self.is_training = context, is_training
-
-        def __enter__(self) -> Any:
-            source = self.context.__enter__()
-            return (self.note(batch) for batch in source)
-
-        def note(self, batch: Any) -> Any:
-            if self.is_training:
+    @contextmanager
+    def epoch(self: Any, number: int, *, start: int = 0) -> Any:
+        def noted(batch: Any) -> Any:
+            if self.samples == 64:  # of the training set
                 seen.extend(batch.index.tolist())
             return batch
 
-        def __exit__(self, *exc: object) -> Any:
-            return self.context.__exit__(*exc)
-
-    def epoch(self: Any, number: int, *, start: int = 0) -> Any:
-        return Spy(original(self, number, start=start), self.samples == 64)
+        with original(self, number, start=start) as source:
+            yield map(noted, source)
 
     monkeypatch.setattr(SyntheticLoader, "epoch", epoch)
     train_inline(tmp_path / "run", small_recipe())
@@ -246,28 +222,16 @@ def test_a_run_evaluates_as_often_as_it_is_told_and_after_its_last_epoch(
     every: int, at: list[int], tmp_path: Path
 ) -> None:
     train_inline(tmp_path / "run", small_recipe(epochs=3, evaluation=Evaluation(every=every)))
-    assert [
-        event["step"]
-        for event in read(tmp_path / "run" / "journal.jsonl")
-        if event["event"] == "evaluation"
-    ] == at
+    assert steps_of(tmp_path / "run", "evaluation") == at
 
 
 def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
-    summary = train_inline(tmp_path / "run", small_recipe())
-    events = read(tmp_path / "run" / "journal.jsonl")
-    steps = [event for event in events if event["event"] == "step"]
+    finished(tmp_path / "run", small_recipe())
+    steps = events(tmp_path / "run", "step")
     assert [event["step"] for event in steps] == list(range(1, 17))
-    assert {
-        "loss",
-        "top1",
-        "lr",
-        "images_per_s",
-        "step_s",
-        *(f"{part}_s" for part in PARTS),
-    } <= set(steps[0]["metrics"])
-    assert [event["step"] for event in events if event["event"] == "evaluation"] == [8, 16]
-    assert summary is not None
+    wanted = {"loss", "top1", "lr", "images_per_s", "step_s", *(f"{part}_s" for part in PARTS)}
+    assert wanted <= set(steps[0]["metrics"])
+    assert steps_of(tmp_path / "run", "evaluation") == [8, 16]
     on_disk = json.loads((tmp_path / "run" / "summary.json").read_text())
     wanted = (
         "study rule recipe world_size steps epochs top1 top5 loss firing_rate images_per_s wall_s"
@@ -277,42 +241,23 @@ def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
         " evaluation_peak_reserved_bytes"
     )
     assert set(wanted.split()) <= set(on_disk)
-    assert (on_disk["steps"], on_disk["epochs"]) == (16, 2)
-    assert on_disk["evaluated_samples"] == 20
-    assert on_disk["backward_calls_per_batch"] == 2  # SLTT-2 differentiates two of its three steps
-    assert on_disk["peak_saved_bytes"] > 0
-    assert on_disk["state_bytes"] > 0
+    # SLTT-2 differentiates two of its three steps
+    exact = ("steps", "epochs", "evaluated_samples", "backward_calls_per_batch")
+    assert [on_disk[name] for name in exact] == [16, 2, 20, 2]
+    assert min(on_disk["peak_saved_bytes"], on_disk["state_bytes"]) > 0
     assert 0 < on_disk["peak_pss_bytes"] < 2 * on_disk["peak_rss_bytes"]
-    assert (
-        0.5 * on_disk["peak_rss_bytes"] < on_disk["evaluation_peak_rss_bytes"]
-    )  # the process itself is in both
-    network = pipeline.load(tmp_path / "run")
-    size = sum(4 * parameter.numel() for parameter in network.parameters())
-    assert [on_disk["held"][kind] for kind in ("parameters", "gradients", "optimizer")] == [
-        size
-    ] * 3  # momentum
-    assert (
-        on_disk["held"]["teacher"] == on_disk["held"]["rule"] == 0
-        and on_disk["device_j"] is None
-        and "measured_j" not in on_disk["inference"]
+    # the process itself is in both
+    assert 0.5 * on_disk["peak_rss_bytes"] < on_disk["evaluation_peak_rss_bytes"]
+    size = sum(4 * p.numel() for p in pipeline.load(tmp_path / "run").parameters())
+    kinds = ("parameters", "gradients", "optimizer", "teacher", "rule")
+    assert [on_disk["held"][kind] for kind in kinds] == [size, size, size, 0, 0]  # momentum
+    assert on_disk["device_j"] is None and "measured_j" not in on_disk["inference"]
+    needed = (
+        "step epoch sample seed run_id mlflow commit world_size data_fingerprint score recipe"
+        " decisions"
     )
-
-
-def test_checkpoints_hold_everything_that_a_resume_needs(tmp_path: Path) -> None:
-    train_inline(tmp_path / "run", small_recipe())
-    trainer = read_trainer(step_folders(tmp_path / "run" / "checkpoints")[-1])
-    assert {
-        "step",
-        "epoch",
-        "sample",
-        "seed",
-        "run_id",
-        "mlflow",
-        "commit",
-        "world_size",
-        "data_fingerprint",
-        "score",
-    } <= set(trainer)
+    last = step_folders(tmp_path / "run" / "checkpoints")[-1]
+    assert set(needed.split()) <= set(read_trainer(last))
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
@@ -320,7 +265,7 @@ def test_loaded_in_python_the_network_gives_the_evaluated_accuracy(
     tmp_path: Path, ema_decay: float
 ) -> None:
     recipe = small_recipe(epochs=6, ema_decay=ema_decay)
-    summary = train_inline(tmp_path / "run", recipe)
+    summary = finished(tmp_path / "run", recipe)
     network = pipeline.load(tmp_path / "run")
     assert not network.training
     hits = 0
@@ -334,7 +279,6 @@ def test_loaded_in_python_the_network_gives_the_evaluated_accuracy(
                         == batch.target
                     ).sum()
                 )
-    assert summary is not None
     assert summary["top1"] == pytest.approx(hits / 20)
     with pytest.raises(ValueError, match=r"holds recipe\.json"):
         pipeline.load(tmp_path)
@@ -362,6 +306,10 @@ def test_another_data_set_than_the_one_launched_on_is_refused(tmp_path: Path) ->
             r"data\.steps must be time_steps=3; got 2",
         ),
         ({"init": "nowhere"}, "init: must be a run's folder or a weights file"),
+        (
+            {"mixing": spec(Mixing, mixup=0.5), "micro_batch": 1},
+            r"Mixing: a micro-batch must be even, .*; got 1",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(
@@ -374,7 +322,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match="training: "):
         train_inline(tmp_path / "run", small_recipe().override({"optimizer.lr": 1e30}))
-    assert read(tmp_path / "run" / "journal.jsonl")[-1]["event"] == "diverged"
+    assert events(tmp_path / "run")[-1]["event"] == "diverged"
 
 
 def test_a_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
@@ -382,7 +330,7 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
     recipe = small_recipe(init=str(tmp_path / "first"), time_steps=5)
     network = recipe.model.build()
     assert load_start(network, tmp_path / "first").fresh == ()
-    for key, value in pipeline.load(tmp_path / "first").state_dict().items():
+    for key, value in state(tmp_path / "first").items():
         assert torch.equal(network.state_dict()[key], value)
     train_inline(tmp_path / "second", recipe)
 
@@ -416,8 +364,7 @@ def test_every_recipe_trains_in_small(tmp_path: Path, path: Path) -> None:
             data=spec(Synthetic, samples=160, val_samples=10, classes=data.classes, shape=shape)
         )
         tiny = filled(tiny, lambda name: weights_file(tmp_path / name))
-        summary = train_inline(tmp_path / recipe.name, replace(tiny, backend="plain", batch_size=2))
-        assert summary is not None
+        summary = finished(tmp_path / recipe.name, replace(tiny, backend="plain", batch_size=2))
         assert summary["steps"] == 4
 
 
@@ -438,22 +385,12 @@ def test_a_resumed_run_needs_the_weights_it_started_from_no_more(
 def test_a_run_that_died_after_its_last_checkpoint_is_finished_by_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(self: Trainer) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_finish", die)
-        with pytest.raises(Killed):
-            train_inline(tmp_path / "run", small_recipe())
-    whole = train_inline(tmp_path / "whole", small_recipe())
-    resumed = train_inline(tmp_path / "run", small_recipe())
-    assert whole is not None
-    assert resumed is not None
-    assert (resumed["steps"], resumed["top1"], resumed["loss"]) == (
-        whole["steps"],
-        whole["top1"],
-        whole["loss"],
-    )
+    with dies(lambda patch: patch.setattr(Trainer, "_finish", die)):
+        train_inline(tmp_path / "run", small_recipe())
+    whole = finished(tmp_path / "whole", small_recipe())
+    resumed = finished(tmp_path / "run", small_recipe())
+    results = ("steps", "top1", "loss")
+    assert [resumed[name] for name in results] == [whole[name] for name in results]
 
 
 def test_rows_are_the_samples_places_in_the_global_batch(
@@ -474,58 +411,41 @@ def test_rows_are_the_samples_places_in_the_global_batch(
 def test_what_a_rule_cannot_compute_is_refused_and_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cannot(*_: Any, **__: Any) -> Any:
-        raise ValueError("SLTT: the neurons must know their state")
-
-    monkeypatch.setattr(SLTT, "loss_terms", cannot)
-    with pytest.raises(UserError, match="SLTT: the neurons must know their state"):
-        train_inline(tmp_path / "run", small_recipe())
-    assert state_of(tmp_path / "run") == "failed"
-
-
-def test_a_refusal_that_one_rank_found_stops_the_next_attempt(tmp_path: Path) -> None:
-    recipe = small_recipe()
-    make_run(tmp_path / "run", recipe)
-    note_refusal(tmp_path / "run", ValueError("SLTT: the neurons must know their state"))
-    with pytest.raises(UserError, match="SLTT: the neurons must know their state"):
-        train_inline(tmp_path / "run", recipe)
-    assert state_of(tmp_path / "run") == "failed"
+    """Nor what one rank of an earlier attempt has left a note of."""
+    error, recipe = ValueError("SLTT: the neurons must know their state"), small_recipe()
+    make_run(tmp_path / "noted", recipe)
+    note_refusal(tmp_path / "noted", error)
+    for name in ("noted", "run"):
+        with pytest.raises(UserError, match=str(error)):
+            train_inline(tmp_path / name, recipe)
+        assert state_of(tmp_path / name) == "failed"
+        monkeypatch.setattr(SLTT, "loss_terms", Mock(side_effect=error))
 
 
 def _refused_on_one(rank: int, ranks: int, job: Job, name: str) -> str:
     """What rank 1 alone finds while it composes its parts ends all of them."""
 
-    def refuses(*args: Any, **more: Any) -> Any:
-        raise ValueError("recipe: lab.rules.Mine does not exist in this installation")
-
+    error = ValueError("recipe: lab.rules.Mine does not exist in this installation")
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
             target, attribute = {
                 "recipe": (Recipe, "read"),
                 "schedule": (assemble, "build_schedule"),
             }[name]
-            patch.setattr(target, attribute, refuses)
-        try:
-            worker.run(job, RankInfo(rank, ranks))
-        except Exception as error:
-            (Path(job.run) / f"ended{rank}").write_text(f"{type(error).__name__}: {error}")
-            if not isinstance(error, UserError):
-                raise  # as a worker dies
-            return str(error)
-    raise AssertionError("it trained")
+            patch.setattr(target, attribute, Mock(side_effect=error))
+        said = refusal(worker.run, job, RankInfo(rank, ranks), of=Exception)
+        (Path(job.run) / f"ended{rank}").write_text(said)
+        if not said.startswith("UserError"):
+            raise RuntimeError(said)  # as a worker dies
+        return said
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(60)
 def test_a_recipe_that_one_of_two_nodes_cannot_read_is_refused_by_both(tmp_path: Path) -> None:
-    said = run_ranks(
-        _refused_on_one,
-        2,
-        tmp_path,
-        make_run(tmp_path / "run", small_recipe(backend="deepspeed")),
-        "recipe",
-    )
-    assert said == ["recipe: lab.rules.Mine does not exist in this installation (worker 1)"] * 2
+    job = make_run(tmp_path / "run", small_recipe(backend="deepspeed"))
+    said = "UserError: recipe: lab.rules.Mine does not exist in this installation (worker 1)"
+    assert run_ranks(_refused_on_one, 2, tmp_path, job, "recipe") == [said] * 2
 
 
 @pytest.mark.distributed
@@ -546,19 +466,14 @@ def test_what_one_of_two_ranks_alone_is_refused_ends_it_and_the_next_attempt_say
 def test_a_worker_keeps_near_its_card_and_computes_in_the_recipes_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, int]] = []
-
-    def near(device: torch.device, *, at_least: int) -> AbstractContextManager[None]:
-        asked.append((device.type, at_least))
-        return nullcontext()
-
+    near = MagicMock()
     monkeypatch.setattr(worker, "near_cores", near)
     job = make_run(tmp_path / "run", small_recipe(precision="tf32"))
     with pytest.raises(
         UserError, match=r"recipe: precision='tf32' must have an NVIDIA card .*; got cpu"
     ):
         worker.run(replace(job, threads=1, loader_threads=3), RankInfo())
-    assert asked == [("cpu", 3)]
+    near.assert_called_once_with(torch.device("cpu"), at_least=3)
 
 
 @pytest.mark.parametrize(("batches", "times"), [(3, 1), (50, 0)])
@@ -575,8 +490,6 @@ def test_a_worker_that_waits_for_data_much_of_the_time_says_so_once(
     monkeypatch.setattr(SyntheticLoader, "_batch", slow)
     monkeypatch.setattr(trainer, "STEADY_ENOUGH", batches)
     train_inline(tmp_path / "run", small_recipe(stop_after=7, checkpoints=Checkpointing(every=0)))
-    told = [
-        event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "data_wait"
-    ]
+    told = events(tmp_path / "run", "data_wait")
     assert len(told) == times
     assert all(0.2 < each["share"] <= 1 and each["loader_threads"] == 1 for each in told)

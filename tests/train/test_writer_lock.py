@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from typing import IO
+from unittest.mock import Mock
 
 import pytest
 
@@ -81,15 +82,14 @@ def test_storage_that_is_away_is_looked_for_again(
             flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_folder_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), only_writer(tmp_path / "gone", Ranks()):
-        pass
-
-
-def test_the_lock_is_free_again_afterwards(tmp_path: Path) -> None:
+def test_the_lock_is_free_again_afterwards_and_a_folder_that_is_gone_is_not_waited_for(
+    tmp_path: Path,
+) -> None:
     for _ in range(2):
         with only_writer(tmp_path, Ranks()):
             pass
+    with pytest.raises(FileNotFoundError), only_writer(tmp_path / "gone", Ranks()):
+        pass
 
 
 def test_an_attempt_that_fails_says_so_with_its_traceback(tmp_path: Path) -> None:
@@ -105,17 +105,11 @@ def test_an_attempt_that_fails_says_so_with_its_traceback(tmp_path: Path) -> Non
 def test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*given: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def fail(run: Path) -> None:
-        with journal(run, Ranks()):
-            print(1 // 0)
-
+    full = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.track.journal.os.write", full)
-        with pytest.raises(ZeroDivisionError) as raised:
-            fail(tmp_path)
+        with pytest.raises(ZeroDivisionError) as raised, journal(tmp_path, Ranks()):
+            print(1 // 0)
     [note] = raised.value.__notes__
     assert note.startswith(
         "it could not be journaled: [Errno 28] journal: No space left on device: "

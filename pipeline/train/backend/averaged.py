@@ -23,9 +23,8 @@ import torch
 from torch import Tensor, distributed
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from pipeline.train.backend.base import Backend
+from pipeline.train.backend.base import Backend, cloned, copied
 from pipeline.train.backend.collectives import world
-from pipeline.train.backend.copies import copied
 
 WHOLE = "average.pt"
 
@@ -37,17 +36,10 @@ class Averaged:
         self.backend, self.decay = backend, decay
         self.name, self.network, self.model = backend.name, backend.network, backend.model
         self.optimizer = backend.optimizer
+        self.backward, self.gradients = backend.backward, backend.gradients
+        self.discard = backend.discard
         self.average = {name: value.clone() for name, value in self._values().items()}
         self._update = get_ema_multi_avg_fn(decay)
-
-    def backward(self, loss: Tensor, share: float) -> None:
-        self.backend.backward(loss, share)
-
-    def gradients(self) -> list[Tensor]:
-        return self.backend.gradients()
-
-    def discard(self) -> None:
-        self.backend.discard()
 
     def step(self) -> None:
         self.backend.step()
@@ -84,7 +76,10 @@ class Averaged:
         files = self.backend.capture()
         rank, ranks = world()
         own = {name: self.average[name] for name in self._buffers()}
-        mean = {name: _mean(value, ranks) for name, value in own.items()}
+        mean = cloned(own)
+        for value in mean.values() if ranks > 1 else ():
+            distributed.all_reduce(value)
+            value /= ranks
         if rank == 0:
             files[WHOLE] = copied({**self.average, **mean})
         files[f"average_rank{rank}.pt"] = copied(own)
@@ -93,11 +88,12 @@ class Averaged:
     def load(self, folder: Path) -> None:
         self.backend.load(folder)
         rank, ranks = world()
-        wrote = len([*folder.glob("average_rank*.pt")])
-        for file in (WHOLE, f"average_rank{rank}.pt") if wrote == ranks else (WHOLE,):
-            for name, value in torch.load(
-                folder / file, map_location="cpu", weights_only=True
-            ).items():
+        own = (
+            (f"average_rank{rank}.pt",) if len([*folder.glob("average_rank*.pt")]) == ranks else ()
+        )
+        for file in (WHOLE, *own):
+            state = torch.load(folder / file, map_location="cpu", weights_only=True)
+            for name, value in state.items():
                 self.average[name].copy_(value)
 
     def _values(self) -> dict[str, Tensor]:
@@ -113,12 +109,3 @@ class Averaged:
             for name, buffer in self.network.named_buffers()
             if buffer.is_floating_point()
         }
-
-
-def _mean(value: Tensor, ranks: int) -> Tensor:
-    """The mean over ranks. Collective."""
-    if ranks == 1:
-        return value
-    total = value.clone()
-    distributed.all_reduce(total)
-    return total / ranks

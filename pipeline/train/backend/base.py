@@ -2,17 +2,21 @@
 
 Every backward call of the product goes through `Backend.backward`. So the conventions for several
 backward calls per optimizer step are in one place. A violation of them raises no error.
+
+Backends share the functions at the end: they reset an optimizer, and copy a state that changes, on
+the CPU for a checkpoint or on its device for a batch that may be undone.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+T_ = TypeVar("T_")
 OptimizerOf = Callable[[nn.Module], torch.optim.Optimizer]
 
 
@@ -96,3 +100,41 @@ def forgetter(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
             group.update(copy.deepcopy(settings))
 
     return forget
+
+
+def copied(value: Any, seen: dict[int, Tensor] | None = None) -> Any:
+    """A deep copy of `value` on the CPU. A tensor that occurs twice is copied once.
+
+    `seen` has the copies so far by the ids of their originals, which live as long as `value`.
+    """
+    seen = {} if seen is None else seen
+    if isinstance(value, Tensor):
+        if id(value) not in seen:
+            seen[id(value)] = value.detach().to("cpu", copy=True)
+        return seen[id(value)]
+    if isinstance(value, MutableMapping):
+        copied_mapping = copy.copy(value)  # keeps attributes, such as the versions of a state_dict
+        for key, inside in value.items():
+            copied_mapping[key] = copied(inside, seen)
+        return copied_mapping
+    if type(value) in (list, tuple):
+        return type(value)(copied(inside, seen) for inside in value)
+    return copy.deepcopy(value)
+
+
+def cloned(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor copied on its own device. One kernel copies all tensors of a dtype."""
+    clones = {name: torch.empty_like(value) for name, value in values.items()}
+    for names in alike(values):
+        torch._foreach_copy_(
+            [clones[name] for name in names], [values[name].detach() for name in names]
+        )
+    return clones
+
+
+def alike(values: Mapping[T_, Tensor]) -> Iterable[list[T_]]:
+    """The keys of `values`, in one list for each dtype and device."""
+    groups: dict[tuple[torch.dtype, torch.device], list[T_]] = {}
+    for key, value in values.items():
+        groups.setdefault((value.dtype, value.device), []).append(key)
+    return groups.values()

@@ -77,18 +77,6 @@ class Ranks:
             distributed.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
         )
 
-    def raise_if_gone(self, error: ValueError) -> None:
-        """Ray (2.60) removes the process group of workers that it is about to end. An error of such
-        a worker has no meaning.
-
-        Raises:
-            RuntimeError: the group is gone.
-        """
-        if self.size > 1 and not distributed.is_initialized():
-            raise RuntimeError(
-                "worker: its process group was taken away while it trained"
-            ) from error
-
     def mean(self, value: Tensor) -> Tensor:
         return self.sum(value) / self.size
 
@@ -123,11 +111,8 @@ class Ranks:
 
     def gather(self, value: T_) -> list[T_]:
         """Every rank's value, in the order of ranks, on rank 0; [] on the others."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        distributed.gather_object(value, values, dst=0, group=self.control)
-        return values or []
+        values = self.all_gather_object(value)
+        return values if self.rank == 0 else []
 
     def all_gather_object(self, value: T_) -> list[T_]:
         """Every rank's value, in the order of ranks, on every rank."""

@@ -20,9 +20,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, distributed, nn
 
+from pipeline.core.checks import require
 from pipeline.core.tensor_file import load_data
-from pipeline.train.backend.base import Backend, OptimizerOf, forgetter
-from pipeline.train.backend.copies import copied
+from pipeline.train.backend.base import Backend, OptimizerOf, copied, forgetter
 
 CHECKED = "0.19.8"
 CHECKPOINT_TAG = "state"
@@ -90,24 +90,29 @@ class DeepSpeed(Backend):
     ) -> None:
         deepspeed = import_deepspeed()
         scalars = [name for name, p in network.named_parameters() if p.dim() == 0]
-        if scalars:  # 0.19.8 fails in the middle of its broadcast, without a name
-            raise ValueError(
-                "deepspeed: every parameter must have at least one dimension; got"
-                f" {', '.join(scalars)}: use shape (1,)"
-            )
+        require(  # 0.19.8 fails in the middle of its broadcast, without a name
+            not scalars,
+            "deepspeed: every parameter must have at least one dimension; got"
+            f" {', '.join(scalars)}: use shape (1,)",
+        )
         self.workers = distributed.get_world_size()
-        settings = config(
-            micro_batch=micro_batch,
-            workers=self.workers,
-            parameters=sum(parameter.numel() for parameter in network.parameters()),
-            zero=zero,
-            precision=precision,
-            clip_norm=clip_norm,
-        )
         engine, optimizer, _, _ = deepspeed.initialize(
-            model=network, optimizer=optimizer_of(network), config=settings
+            model=network,
+            optimizer=optimizer_of(network),
+            config=config(
+                micro_batch=micro_batch,
+                workers=self.workers,
+                parameters=sum(parameter.numel() for parameter in network.parameters()),
+                zero=zero,
+                precision=precision,
+                clip_norm=clip_norm,
+            ),
         )
-        _copy_timeout(engine)
+        # DeepSpeed creates its own process group (0.19.8) with torch's default timeout, 10 minutes
+        # under NCCL. Reductions of gradients would give up on a worker before its watchdog does.
+        all_workers: Any = distributed.group.WORLD
+        timeout = all_workers._get_backend(engine.device).options._timeout
+        distributed.distributed_c10d._set_pg_timeout(timeout, engine.data_parallel_group)
         self.model: nn.Module = engine
         self.network = network
         self.optimizer: torch.optim.Optimizer = optimizer
@@ -124,9 +129,11 @@ class DeepSpeed(Backend):
         # this rank's share of their sum.
         if self.zero == 2:
             optimizer: Any = self.optimizer
-            shares = (optimizer.averaged_gradients, optimizer.all_grad_tensors)
             gradients = (
-                gradient for share in shares for group in share.values() for gradient in group or ()
+                gradient
+                for share in (optimizer.averaged_gradients, optimizer.all_grad_tensors)
+                for group in share.values()
+                for gradient in group or ()
             )
         else:
             gradients = (
@@ -136,10 +143,10 @@ class DeepSpeed(Backend):
         return [gradient for gradient in gradients if gradient is not None]
 
     def discard(self) -> None:
-        if self.zero:
-            raise ValueError(
-                f"deepspeed: gradients can be forgotten at ZeRO-0 alone; got ZeRO-{self.zero}"
-            )
+        require(
+            not self.zero,
+            f"deepspeed: gradients can be forgotten at ZeRO-0 alone; got ZeRO-{self.zero}",
+        )
         for parameter in self.network.parameters():
             parameter.grad = None
 
@@ -171,17 +178,6 @@ class DeepSpeed(Backend):
             raise FileNotFoundError(f"deepspeed: no checkpoint {CHECKPOINT_TAG!r} in {folder}")
 
 
-def _copy_timeout(engine: Any) -> None:
-    """Give DeepSpeed's own process group (0.19.8) the timeout of the group of all workers.
-
-    DeepSpeed creates it with torch's default timeout, 10 minutes under NCCL. Reductions of
-    gradients would then give up on a worker before its watchdog does.
-    """
-    all_workers: Any = distributed.group.WORLD
-    options = all_workers._get_backend(engine.device).options
-    distributed.distributed_c10d._set_pg_timeout(options._timeout, engine.data_parallel_group)
-
-
 class _StderrOfThisThread:
     """Replaces `sys.stdout`: this thread prints to stderr, the others to stdout. Meanwhile the main
     thread shows the run.
@@ -191,8 +187,8 @@ class _StderrOfThisThread:
         self._stdout, self._thread = sys.stdout, threading.get_ident()
 
     def __getattr__(self, name: str) -> Any:
-        is_this_thread = threading.get_ident() == self._thread
-        return getattr(sys.stderr if is_this_thread else self._stdout, name)
+        is_other = threading.get_ident() != self._thread
+        return getattr(self._stdout if is_other else sys.stderr, name)
 
 
 def import_deepspeed() -> Any:

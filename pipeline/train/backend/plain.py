@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.core.torch_settings import autocast
-from pipeline.train.backend.base import Backend, OptimizerOf, forgetter
+from pipeline.train.backend.base import Backend, OptimizerOf, alike, copied, forgetter
 from pipeline.train.backend.collectives import world
-from pipeline.train.backend.copies import alike, copied
 
 STATE = "state.pt"
 
@@ -74,7 +73,7 @@ class Plain(Backend):
         self.optimizer.zero_grad(set_to_none=True)
 
     def capture(self) -> dict[str, Any]:
-        if distributed.is_initialized() and distributed.get_rank() > 0:
+        if world()[0] > 0:
             return {}
         return {
             STATE: copied(
@@ -96,5 +95,5 @@ def _sum_over_ranks(tensors: list[Tensor]) -> None:
         distributed.all_reduce(flat)
         sums = flat.split([tensor.numel() for tensor in group])
         torch._foreach_copy_(
-            group, [sum_.view_as(tensor) for sum_, tensor in zip(sums, group, strict=True)]
+            group, [each.view_as(tensor) for each, tensor in zip(sums, group, strict=True)]
         )

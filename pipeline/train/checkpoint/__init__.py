@@ -12,8 +12,8 @@ The newest checkpoint that verifies is used, regardless of a scheduler's own lis
 checkpoint is moved to `quarantine/`, and the previous one is used.
 
 In reading order: `checkpoints` saves and restores, `background` is the thread that writes, `place`
-is a folder or an address of checkpoints and its owner, `remote` serves addresses, `choose` selects
-a checkpoint, and `manifest` detects damage.
+is a folder or an address of checkpoints and its owner, `choose` selects a checkpoint, and
+`manifest` detects damage.
 """
 
 from pipeline.train.checkpoint.background import Saved

@@ -71,7 +71,7 @@ class Background:
         self.temp = place.staging / f"{WRITING}{attempt}-{self.name}"
         # The complete checkpoint on rank 0. None on another rank, once its part is written.
         self.outcome: Future[Saved | None] = Future()
-        self._nobody_waits = threading.Event()
+        self._is_taken, self._nobody_waits = False, threading.Event()
         self._began = time.monotonic()
         self._thread = threading.Thread(
             target=self._run, args=(files,), daemon=True, name=f"checkpoint {self.name}"
@@ -81,6 +81,11 @@ class Background:
     def failure(self) -> BaseException | None:
         """The error of a thread that has failed."""
         return self.outcome.exception() if self.outcome.done() else None
+
+    def take(self) -> Saved | None:
+        """The result at the first call, then None. Raises: the error of the thread."""
+        is_taken, self._is_taken = self._is_taken, True
+        return None if is_taken else self.outcome.result()
 
     def makes_progress(self) -> bool:
         """Whether the thread may still succeed. A rank that waits for a hung thread gives no sign
@@ -113,9 +118,9 @@ class Background:
         for name in names:
             (self.temp / name).parent.mkdir(parents=True, exist_ok=True)
             _write(self.temp / name, files.pop(name))
-        facts = facts_of(self.temp, names)
         for folder in {(self.temp / name).parent for name in names}:
             sync_folder(folder)
+        facts = facts_of(self.temp, names)
         if self.rank:
             write_whole(self._note("json"), json.dumps(facts).encode())
         return facts
@@ -127,12 +132,16 @@ class Background:
         seal(self.temp, facts)
         address, untidy = self.place.finish(self.temp, self.name), ""
         try:
-            self.place.tidy(self.name)
             prune(self.place, self.name, keep=self.keep)
         except Exception as error:
             untidy = f"{type(error).__name__}: {error}"
-        size = sum(fact["bytes"] for fact in facts.values())
-        return Saved(address, self.step, time.monotonic() - self._began, size, untidy)
+        return Saved(
+            address,
+            self.step,
+            write_s=time.monotonic() - self._began,
+            bytes=sum(fact["bytes"] for fact in facts.values()),
+            untidy=untidy,
+        )
 
     def _facts_of(self, rank: int, patience: float) -> Facts:
         """The facts in another rank's note. Waits for the note, but after `give_up` for at most

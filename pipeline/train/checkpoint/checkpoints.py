@@ -18,8 +18,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import FOR_THE_USER
 from pipeline.core.tensor_file import find_code
 from pipeline.core.units import counted
-from pipeline.train.backend.base import Backend
-from pipeline.train.backend.copies import copied
+from pipeline.train.backend.base import Backend, copied
 from pipeline.train.checkpoint import background
 from pipeline.train.checkpoint.background import Background, Saved
 from pipeline.train.checkpoint.choose import step_name
@@ -62,8 +61,6 @@ class Checkpoints:
         self.rank, self.ranks, self.each = rank, ranks, each
         self.on_quarantine, self.on_unwritten, self.beat = on_quarantine, on_unwritten, beat
         self._writing: Background | None = None
-        self._is_reported = True
-        self._asides: dict[str, str] = {}  # reported, not yet moved: storage failed
         self._failures, self._is_retry = 0, False
         # Step of the newest checkpoint that is complete on every rank; 0: the run's beginning.
         self.newest_step = 0
@@ -100,13 +97,11 @@ class Checkpoints:
                 files["rule.pt"] = copied(rule.state_dict())
             files[TRAINER] = json.dumps({**trainer, "step": step}, indent=1) + "\n"
         # A failed save may have left files under its own name.
-        attempt = f"{self.attempt}.{self._failures}" if self._failures else self.attempt
-        self._is_reported = False
         self._writing = Background(
             self.place,
             step,
             files,
-            attempt=attempt,
+            attempt=f"{self.attempt}.{self._failures}" if self._failures else self.attempt,
             rank=self.rank,
             ranks=self.ranks,
             keep=self.keep,
@@ -118,9 +113,9 @@ class Checkpoints:
         wait.
         """
         writing = self._writing
-        if writing is None or not writing.outcome.done() or writing.failure():
-            return None
-        return self._report(writing)
+        if writing is not None and writing.outcome.done() and not writing.failure():
+            return writing.take()
+        return None
 
     def failed(self) -> bool:
         """Whether the last `save` has failed: on this rank, or for rank 0 on any. Does not wait."""
@@ -140,7 +135,7 @@ class Checkpoints:
             return None
         self._agree(writing)
         self._is_retry, self.newest_step = False, writing.step
-        return self._report(writing)
+        return writing.take()
 
     def settle(self) -> tuple[Saved | None, bool]:
         """As `wait`, and whether the checkpoint is lost. The current state must then be saved.
@@ -169,10 +164,8 @@ class Checkpoints:
             return None
         writing.give_up(self.beat)
         failure = writing.failure()
-        if failure is None:
-            return self._report(writing)
-        if error is None:
-            raise failure
+        if failure is None or error is None:
+            return writing.take()
         error.add_note(
             f"checkpoint {writing.name} was not written: {type(failure).__name__}: {failure}"
         )
@@ -183,7 +176,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: it verifies, but one of its files would run code when it is loaded.
-            OSError: the storage failed. A later call continues: nothing is reported twice.
+            OSError: the storage failed. A later call continues.
         """
         self.place.sweep()
         for name in reversed(self.place.names()):
@@ -208,8 +201,7 @@ class Checkpoints:
         if step_name(step) in names:
             names.remove(step_name(step))
             self._quarantine(step_name(step), reason)
-        newest = int(names[-1].removeprefix("step_")) if names else 0
-        self.newest_step = self.each(newest)[0]
+        self.newest_step = self.each(int(names[-1].removeprefix("step_")) if names else 0)[0]
 
     def _quarantine(self, name: str, reason: str) -> None:
         """Report a checkpoint with its new address and the reason, then move it there.
@@ -217,13 +209,10 @@ class Checkpoints:
         The report comes first. Otherwise the journal might never explain why a checkpoint that it
         names is missing.
         """
-        if name not in self._asides:
-            folder = PurePosixPath(self.place.address(name)).name
-            aside = f"quarantine/{folder}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
-            self.on_quarantine(self.place.address(aside), reason)
-            self._asides[name] = aside
-        self.place.set_aside(name, self._asides[name])
-        del self._asides[name]
+        folder = PurePosixPath(self.place.address(name)).name
+        aside = f"quarantine/{folder}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
+        self.on_quarantine(self.place.address(aside), reason)
+        self.place.set_aside(name, aside)
 
     def load(self, path: Path, backend: Backend, rule: nn.Module) -> dict[str, Any]:
         """Load a verified checkpoint into this rank; collective. Returns its trainer.json.
@@ -237,10 +226,10 @@ class Checkpoints:
             (path / name).stat()
         trainer = read_trainer(path)
         if trainer.get("zero", 0) > 0 and trainer["world_size"] != self.ranks:
-            wrote = counted(trainer["world_size"], "worker")
             raise CheckpointError(
-                f"checkpoint {path.name}: ZeRO-{trainer['zero']} state of {wrote} loads on as many"
-                f" only; got {self.ranks}"
+                f"checkpoint {path.name}: ZeRO-{trainer['zero']} state of"
+                f" {counted(trainer['world_size'], 'worker')} loads on as many only; got"
+                f" {self.ranks}"
             )
         if not (path / backend.name).is_dir():
             raise CheckpointError(
@@ -276,13 +265,11 @@ class Checkpoints:
                 self.beat()
         writing.give_up(self.beat)
         own = writing.failure()
-        failures = [
-            each for each in self.each(None if own is None else _described(own)) if each is not None
-        ]
+        failures = self.each(own and _described(own))
         if self.rank == 0:
             shutil.rmtree(writing.temp, ignore_errors=True)
         # Rank 0's own error may only report the failure of another rank. It then has no number.
-        number, reason = min(failures, key=lambda failure: failure[0] is None)
+        number, reason = min(filter(None, failures), key=lambda failure: failure[0] is None)
         if number in FOR_THE_USER:
             names = self.place.names()
             left = f"the newest whole one is {self.place.address(names[-1])}" if names else ""
@@ -290,13 +277,9 @@ class Checkpoints:
                 f"checkpoint: cannot be written after step {writing.step}: {reason};"
                 f" {left or 'there is no whole one yet'}"
             ) from own
-        message = f"checkpoint after step {writing.step} was not written: {reason}"
-        raise OSError(number or errno.EIO, message) from own
-
-    def _report(self, writing: Background) -> Saved | None:
-        """The complete checkpoint at the first call, then None."""
-        is_reported, self._is_reported = self._is_reported, True
-        return None if is_reported else writing.outcome.result()
+        raise OSError(
+            number or errno.EIO, f"checkpoint after step {writing.step} was not written: {reason}"
+        ) from own
 
 
 def _described(error: BaseException) -> tuple[int | None, str]:
@@ -337,16 +320,11 @@ def read_trainer(path: Path) -> dict[str, Any]:
 
 def rng_state() -> dict[str, Any]:
     """The state of every random number generator of this process, as a checkpoint holds it."""
-    numpy: Any = np.random.get_state(legacy=False)
+    numpy: Any = np.random.get_state()
     state = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": {
-            "keys": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
-            "pos": int(numpy["state"]["pos"]),
-            "has_gauss": int(numpy["has_gauss"]),
-            "gauss": float(numpy["gauss"]),
-        },
+        "numpy": (torch.from_numpy(numpy[1].astype(np.int64)), *numpy[2:]),
     }
     if torch.cuda.is_initialized():  # otherwise the call would create a context on a GPU
         state["cuda"] = torch.cuda.get_rng_state()
@@ -356,10 +334,8 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Restore the state that `rng_state` returned."""
     torch.set_rng_state(state["torch"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    numpy = state["numpy"]
-    keys = numpy["keys"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, numpy["pos"], numpy["has_gauss"], numpy["gauss"]))
+    random.setstate(state["python"])
+    keys, *rest = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

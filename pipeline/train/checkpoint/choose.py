@@ -33,12 +33,15 @@ def verified(place: Place, which: str = "last") -> Path:
         path = place.fetch(name)
         if damage(path) is None:
             return path
-    kind = "with a score that verifies" if which == "best" else "that verifies"
-    raise CheckpointError(f"{place.address('')}: needs a checkpoint {kind}; got none")
+    with_score = " with a score" if which == "best" else ""
+    raise CheckpointError(
+        f"{place.address('')}: needs a checkpoint{with_score} that verifies; got none"
+    )
 
 
 def prune(place: Place, saved: str, *, keep: int) -> None:
-    """Delete old checkpoints, except the newest `keep`, the best by score and the pinned ones.
+    """Delete the folders that the checkpoint `saved` has replaced, and old checkpoints, except the
+    newest `keep`, the best by score and the pinned ones.
 
     Checkpoints newer than `saved` belong to another attempt: they stay and do not count.
 
@@ -46,6 +49,7 @@ def prune(place: Place, saved: str, *, keep: int) -> None:
         OSError: the score of a checkpoint cannot be read now. The checkpoint stays, because it may
             be the best.
     """
+    place.delete(saved, but=place.current(saved))
     names = [name for name in place.names() if name <= saved]
     if len(names) <= keep:
         return

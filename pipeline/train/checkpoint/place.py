@@ -13,12 +13,18 @@ A place outside of its run's folder has an owner, because the lock of the run's 
 protect it. A driver writes `owner.json` with a token of its own before it changes anything. Every
 change checks the token first. Of two drivers, the later one owns the place, and the earlier one
 ends at its next save, on any machine.
+
+What a process fetches from a store lies in a folder of its own, which is deleted when the process
+ends. If a process was killed, the kernel has released the lock beside the folder, and the next
+`Place.sweep` deletes both.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import fcntl
 import functools
 import json
 import re
@@ -26,10 +32,9 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from pipeline.core.errors import UserError
@@ -38,32 +43,17 @@ from pipeline.core.run_folder import RunFolder
 from pipeline.core.shared_marker import MARKER
 from pipeline.recipe.spec import arguments_of
 from pipeline.train.checkpoint.manifest import MANIFEST, read_manifest
-from pipeline.train.checkpoint.remote import WithOSErrors, own_folder, sweep_fetched
 
 TRAINER, OWNER = "trainer.json", "owner.json"
 WRITING = ".writing-"  # prefix of the folder in which an attempt writes a checkpoint
-_DELETING = ".deleting-"
+_DELETING, _LOCK = ".deleting-", ".lock"
 _FOLDER = re.compile(r"(step_\d+)(?:\.(\d+))?(-.+)?")  # name, number of earlier saves, attempt
-
-P = ParamSpec("P")
-R = TypeVar("R")
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")  # botocore's
+_locks: dict[Path, IO[str]] = {}  # the locked file beside this process's folder, by staging folder
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be used, in one line."""
-
-
-def _changes_place(
-    method: Callable[Concatenate[Place, P], R],
-) -> Callable[Concatenate[Place, P], R]:
-    """Decorates a method that changes a place: the owner is checked first."""
-
-    @functools.wraps(method)
-    def checked(place: Place, *args: P.args, **more: P.kwargs) -> R:
-        place.check_owner()
-        return method(place, *args, **more)
-
-    return checked
 
 
 class Place:
@@ -106,14 +96,19 @@ class Place:
 
     def address(self, name: str) -> str:
         """The path or URI of a checkpoint or file, for people."""
-        return f"{self.url}/{self._folder(name)}".rstrip("/")
+        return f"{self.url}/{self.current(name)}".rstrip("/")
 
-    @_changes_place
+    def current(self, name: str) -> str:
+        """The name of a checkpoint's folder. A checkpoint that was saved again has had others."""
+        folder = self._whole().get(name)
+        return name if folder is None else folder[0]
+
     def finish(self, temp: Path, name: str) -> str:
         """Make the sealed folder `temp` the checkpoint `name`. Returns its address.
 
         A process that dies at any point leaves the older checkpoint or the new one.
         """
+        self.check_owner()
         before = self._whole().get(name)
         folder = name if before is None else f"{name}.{int(before[2] or 0) + 1}"
         if self.folder is not None:
@@ -130,20 +125,12 @@ class Place:
         self.check_owner()  # a driver that took over before the last step has swept the parts
         return f"{self.url}/{folder}"
 
-    @_changes_place
-    def tidy(self, name: str) -> None:
-        """Delete the folders that the checkpoint `name` has replaced."""
-        current = self._folder(name)
-        for folder in self._folders():
-            if folder[1] == name and folder[0] != current:
-                self._remove(folder[0])
-
     def fetch(self, name: str) -> Path:
         """A folder with the checkpoint, intact or not, that every rank sees.
 
         It stays until this process fetches the next checkpoint or ends.
         """
-        current = self._folder(name)
+        current = self.current(name)
         if self.folder is not None:
             return self.folder / current
         fetched = own_folder(self.staging) / name
@@ -166,31 +153,33 @@ class Place:
             Unreadable: its medium fails.
         """
         name, slash, rest = file.partition("/")
-        path = f"{self._folder(name)}/{rest}" if slash else file
+        path = f"{self.current(name)}/{rest}" if slash else file
         if self.folder is not None:
             return retry_read((self.folder / path).read_bytes)
         return self.fs.cat_file(f"{self.root}/{path}")
 
-    @_changes_place
     def write(self, file: str, content: bytes) -> None:
         """Replace a file beside the checkpoints; readers see the older content or the new."""
+        self.check_owner()
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / file, content)
         else:
             self.fs.pipe_file(f"{self.root}/{file}", content)
 
-    @_changes_place
-    def delete(self, name: str) -> None:
-        """Delete a checkpoint. A process that dies in between leaves nothing that looks whole."""
+    def delete(self, name: str, *, but: str = "") -> None:
+        """Delete a checkpoint, except its folder `but`. A process that dies in between leaves
+        nothing that looks whole.
+        """
+        self.check_owner()
         for folder in self._folders():  # oldest first, or a replaced folder would count again
-            if folder[1] == name:
+            if folder[1] == name and folder[0] != but:
                 self._remove(folder[0])
 
-    @_changes_place
     def set_aside(self, name: str, aside: str) -> None:
         """Move a checkpoint to the path `aside` in this place."""
-        current = self._folder(name)
+        self.check_owner()
+        current = self.current(name)
         if self.folder is not None:
             (self.folder / aside).parent.mkdir(exist_ok=True)
             (self.folder / current).rename(self.folder / aside)
@@ -198,12 +187,12 @@ class Place:
             self.fs.copy(f"{self.root}/{current}/", f"{self.root}/{aside}/", recursive=True)
         self.delete(name)
 
-    @_changes_place
     def sweep(self) -> None:
         """Delete the files that dead writers have left.
 
         Only for the holder of the run's lock (train/writer_lock.py) and owner of the place.
         """
+        self.check_owner()
         for prefix in (WRITING, _DELETING):
             for abandoned in self.staging.glob(f"{prefix}*"):
                 shutil.rmtree(abandoned, ignore_errors=True)
@@ -227,25 +216,21 @@ class Place:
 
     def _folders(self) -> list[re.Match[str]]:
         """The folders of checkpoints, complete or not, oldest first, as matches of `_FOLDER`."""
-        if self.folder is not None:
-            names = [path.name for path in step_folders(self.folder)]
-        else:
-            try:
-                paths = self.fs.ls(self.root, detail=False)
-            except FileNotFoundError:
-                return []
-            names = [PurePosixPath(path).name for path in paths]
-        matches = (_FOLDER.fullmatch(name) for name in names)
-        ours = (each for each in matches if each and bool(each[3]) == (self.folder is None))
-        return sorted(ours, key=lambda each: (each[1], int(each[2] or 0), each[0]))
+        try:
+            paths = (
+                step_folders(self.folder) if self.folder else self.fs.ls(self.root, detail=False)
+            )
+        except FileNotFoundError:
+            return []
+        matches = map(_FOLDER.fullmatch, (PurePosixPath(path).name for path in paths))
+        return sorted(
+            (each for each in matches if each and bool(each[3]) == (self.folder is None)),
+            key=lambda each: (each[1], int(each[2] or 0), each[0]),
+        )
 
     def _whole(self) -> dict[str, re.Match[str]]:
         """The current folder of each checkpoint, by the checkpoint's name, oldest first."""
         return {folder[1]: folder for folder in self._folders() if self._is_whole(folder[0])}
-
-    def _folder(self, name: str) -> str:
-        current = self._whole().get(name)
-        return name if current is None else current[0]
 
     def _is_whole(self, folder: str) -> bool:
         """Whether a checkpoint's folder has its manifest. fsspec's `exists` is not used: it is
@@ -380,7 +365,9 @@ def owner_of(place: Place) -> Owner | None:
         for name in reversed(place.names()):
             with contextlib.suppress(FileNotFoundError, ValueError):
                 trainer = trainer_of(place, name)
-                return Owner(*(str(trainer.get(key, "unknown")) for key in _OF_TRAINER))
+                return Owner(
+                    *(str(trainer.get(key, "unknown")) for key in ("run_id", "study", "run"))
+                )
         return None
     try:
         return Owner(**arguments_of(Owner, json.loads(content), who=OWNER))
@@ -389,9 +376,6 @@ def owner_of(place: Place) -> Owner | None:
             f"checkpoints: {place.address(OWNER)} must say whose they are; it is damaged: {error};"
             " move it away if nobody trains there"
         ) from error
-
-
-_OF_TRAINER = ("run_id", "study", "run")
 
 
 def claim(place: Place, *, run: str, run_id: str, study: str) -> str:
@@ -407,7 +391,82 @@ def claim(place: Place, *, run: str, run_id: str, study: str) -> str:
             f"checkpoints: {place.address('')} must be of run {run_id[:8]} ({run}); got those of"
             f" {owner}"
         )
-    since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-    new = Owner(run_id, study, run, uuid.uuid4().hex, socket.gethostname(), since)
+    new = Owner(
+        run_id,
+        study,
+        run,
+        token=uuid.uuid4().hex,
+        host=socket.gethostname(),
+        since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+    )
     place.write(OWNER, json.dumps(asdict(new), indent=1).encode())
     return new.token
+
+
+class WithOSErrors:
+    """A file system of fsspec whose failures are OSErrors.
+
+    s3fs (2026.9) raises botocore's own errors for missing credentials and for a server that is
+    down.
+    """
+
+    def __init__(self, fs: Any) -> None:
+        self._fs = fs
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._fs, name)
+
+        @functools.wraps(method)
+        def called(*given: Any, **more: Any) -> Any:
+            try:
+                return method(*given, **more)
+            except PermissionError as error:
+                if "RequestTimeTooSkewed" in repr(error.__cause__):  # a clock may be set right
+                    raise OSError(errno.EIO, str(error)) from error
+                raise
+            except (OSError, ValueError):
+                raise
+            except Exception as error:
+                if type(error).__name__ in _NO_CREDENTIALS:
+                    raise PermissionError(
+                        "checkpoints: the environment must hold credentials (AWS_ACCESS_KEY_ID,"
+                        f" ...): {error}"
+                    ) from error
+                raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+
+        return called
+
+
+def own_folder(staging: Path) -> Path:
+    """An empty folder of this process in `staging`, for fetched checkpoints. It is deleted when the
+    process ends.
+
+    If a process was killed, the kernel has released its lock, and the next `sweep_fetched` deletes
+    its folder.
+    """
+    if staging not in _locks:
+        staging.mkdir(parents=True, exist_ok=True)
+        handle = (staging / f".fetched-{uuid.uuid4().hex}{_LOCK}").open("w")
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        _locks[staging] = handle
+        atexit.register(_remove_fetched, Path(handle.name))
+    folder = Path(_locks[staging].name).with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+def sweep_fetched(staging: Path) -> None:
+    """Delete the folders of processes that have ended. A folder that cannot be deleted stays."""
+    for lock in staging.glob(f".fetched-*{_LOCK}"):
+        # BlockingIOError: its process lives. NFS locks only files that are open for writing.
+        with contextlib.suppress(OSError), lock.open("r+") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove_fetched(lock)
+
+
+def _remove_fetched(lock: Path) -> None:
+    folder = lock.with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():  # else the next sweep finds it by its lock
+        lock.unlink(missing_ok=True)

@@ -29,9 +29,8 @@ from torch.nn.utils import get_total_norm
 from pipeline.core.units import counted
 from pipeline.recipe.recipe import Recipe
 from pipeline.rules.base import Rule
-from pipeline.train.backend.base import Backend
+from pipeline.train.backend.base import Backend, cloned
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.backend.copies import cloned
 from pipeline.train.checkpoint import rng_state, set_rng_state
 from pipeline.train.loop import Guard
 from pipeline.train.recovery import Rollback, SkipBatch

@@ -28,9 +28,8 @@ def fingerprint(values: Iterable[Tensor]) -> str:
         whole = len(bits) // _ROW * _ROW
         rows_RC = bits[:whole].view(-1, _ROW)
         # The sums have the width of the values, so nothing is copied.
-        sums = (rows_RC.sum(0, dtype=bits.dtype), rows_RC.sum(1, dtype=bits.dtype))
-        hashed_parts = (part.view(torch.uint8) for part in (*sums, bits[whole:]))
-        parts_of.setdefault(bits.device, []).extend(hashed_parts)
+        parts = (rows_RC.sum(0, dtype=bits.dtype), rows_RC.sum(1, dtype=bits.dtype), bits[whole:])
+        parts_of.setdefault(bits.device, []).extend(part.view(torch.uint8) for part in parts)
     hashed = hashlib.blake2b(digest_size=16)
     for parts in parts_of.values():
         hashed.update(torch.cat(parts).cpu().numpy().tobytes())

@@ -9,10 +9,11 @@ can run.
 from __future__ import annotations
 
 import faulthandler
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -30,16 +31,10 @@ def unreported_hangs(run: Path, events: Sequence[Event]) -> dict[str, int]:
     folder, hangs = RunFolder(run).stacks, {}
     for file in sorted(folder.glob("rank*")):
         match, path = re.match(r"rank(\d+)-.+\.txt$", file.name), f"{folder.name}/{file.name}"
-        if match is not None and path not in known and _size(file):  # empty: the worker was killed
-            hangs[path] = int(match[1])
+        with suppress(FileNotFoundError):  # its worker has ended normally meanwhile
+            if match is not None and path not in known and file.stat().st_size:  # 0: killed
+                hangs[path] = int(match[1])
     return hangs
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:  # its worker has ended normally meanwhile
-        return 0
 
 
 class Watchdog:
@@ -78,15 +73,13 @@ class Watchdog:
 
     def off(self) -> AbstractContextManager[None]:
         """Inside, it does not watch: one worker may be busy for long while the others wait."""
-        return self._within(0.0)
-
-    def patient(self, seconds: float) -> AbstractContextManager[None]:
-        """Inside, the patience is at least `seconds`."""
-        return self._within(max(self._patience_s, seconds) if self._patience_s > 0 else 0.0)
+        return self.patient(math.inf)
 
     @contextmanager
-    def _within(self, patience_s: float) -> Iterator[None]:
-        own, self._patience_s = self._patience_s, patience_s
+    def patient(self, seconds: float) -> Iterator[None]:
+        """Inside, the patience is at least `seconds`."""
+        own = self._patience_s
+        self._patience_s = max(own, seconds) if own > 0 else 0.0
         self._set()
         try:
             yield
@@ -100,7 +93,7 @@ class Watchdog:
     def _set(self) -> None:
         if self._file is None:
             return
-        if self._patience_s > 0:
+        if 0 < self._patience_s < math.inf:
             self._set_in = self._part()
             faulthandler.dump_traceback_later(self._patience_s, exit=True, file=self._file)
         else:

@@ -32,18 +32,34 @@ def sgd(network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(network.parameters(), lr=0.3, momentum=0.9)
 
 
+def batch(step: int, rows: slice = slice(None)) -> Tensor:
+    return torch.randn(2, BATCH, 3, generator=torch.Generator().manual_seed(step))[:, rows]
+
+
 def train(
     backend: Backend, first: int, last: int, rows: slice = slice(None)
 ) -> list[dict[str, Tensor]]:
     """The weights after each step; the shares of `rows` sum to 1 over ranks."""
     after = []
     for step in range(first, last):
-        x_TBC = torch.randn(2, BATCH, 3, generator=torch.Generator().manual_seed(step))[:, rows]
+        x_TBC = batch(step, rows).to(next(backend.network.parameters()))
         with fresh_state(backend.network):
             backend.backward((backend.model(x_TBC) - 1).square().mean(), x_TBC.shape[1] / BATCH)
         backend.step()
         after.append(values(backend))
     return after
+
+
+def closed_form(weights: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """a_n = d^n w_0 + (1 - d) sum_k d^(n - k) w_k"""
+    powers = [DECAY**STEPS, *((1 - DECAY) * DECAY ** (STEPS - k) for k in range(1, STEPS + 1))]
+    return {
+        name: sum(
+            (power * each[name] for power, each in zip(powers, weights, strict=True)),
+            torch.zeros(()),
+        )
+        for name in weights[0]
+    }
 
 
 def values(backend: Backend) -> dict[str, Tensor]:
@@ -60,20 +76,13 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def test_the_closed_form() -> None:
-    """a_n = d^n w_0 + (1 - d) sum_k d^(n - k) w_k, running statistics included, in float64."""
+    """Running statistics included, in float64."""
     backend = Averaged(Plain(network().double(), sgd), decay=DECAY)
-    weights = [values(backend)]
-    for step in range(STEPS):
-        x_TBC = torch.randn(2, BATCH, 3, generator=torch.Generator().manual_seed(step)).double()
-        with fresh_state(backend.network):
-            backend.backward((backend.model(x_TBC) - 1).square().mean(), 1.0)
-        backend.step()
-        weights.append(values(backend))
+    weights = [values(backend), *train(backend, 0, STEPS)]
     assert (weights[-1]["1.running_mean"] != weights[0]["1.running_mean"]).any()
+    expected = closed_form(weights)
     for name, found in published(backend).items():
-        powers = [DECAY**STEPS, *((1 - DECAY) * DECAY ** (STEPS - k) for k in range(1, STEPS + 1))]
-        expected = sum(power * each[name] for power, each in zip(powers, weights, strict=True))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+        torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-14)
 
 
 def test_it_is_timms() -> None:
@@ -132,9 +141,7 @@ def _two_ranks(rank: int, ranks: int, folder: str) -> dict[str, bool | float]:
         distributed.barrier()
         weights += train(backend, 3, STEPS, rows)
         ours = published(backend)
-        powers = [DECAY**STEPS, *((1 - DECAY) * DECAY ** (STEPS - k) for k in range(1, STEPS + 1))]
-        for name in ours:
-            expected = sum(power * each[name] for power, each in zip(powers, weights, strict=True))
+        for name, expected in closed_form(weights).items():
             found[f"gap {zero} {name}"] = float((ours[name] - expected).abs().max())
         found[f"moved {zero}"] = float((weights[-1]["0.weight"] - ours["0.weight"]).abs().max())
         other.load(place)
@@ -178,19 +185,15 @@ def _loads(rank: int, ranks: int, folder: str) -> dict[str, Tensor]:
 def test_averages_of_running_statistics_are_a_ranks_own_and_their_mean_at_another_number_of_ranks(
     tmp_path: Path,
 ) -> None:
-    (saved := tmp_path / "saved").mkdir()
-    own = run_ranks(_saves, 2, _made(tmp_path / "two"), str(saved))
+    saved, two, *others = (tmp_path / name for name in ("saved", "two", "2", "1", "3"))
+    for folder in (saved, two, *others):
+        folder.mkdir()
+    own = run_ranks(_saves, 2, two, str(saved))
     mean = {name: (own[0][name] + own[1][name]) / 2 for name in STATISTICS}
     assert not any(torch.equal(own[0][name], own[1][name]) for name in STATISTICS)
     again, fewer, more = (
-        run_ranks(_loads, ranks, _made(tmp_path / f"{ranks} again"), str(saved))
-        for ranks in (2, 1, 3)
+        run_ranks(_loads, int(folder.name), folder, str(saved)) for folder in others
     )
     assert all(same(found, there) for found, there in zip(again, own, strict=True))
     for found in (*fewer, *more):
         assert same(found, {**own[0], **mean})
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder

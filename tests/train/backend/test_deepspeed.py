@@ -8,6 +8,7 @@ import itertools
 import subprocess
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ from pipeline.spiking.synapse import Conv2d
 from pipeline.train.backend.deepspeed import DeepSpeed, config, import_deepspeed
 from pipeline.train.objective import CrossEntropy
 from tests.helpers.captured import write_captured
+from tests.helpers.joint import by_hand, distance, found_alike, learn, sgd, steps
 from tests.helpers.processes import run_ranks
-from tests.helpers.silent import micro_batches, train
 
 pytestmark = pytest.mark.distributed
 
-TIME, BATCH, RANKS, STEPS, LR, MOMENTUM = 4, 16, 2, 2, 0.2, 0.9
+TIME, BATCH, RANKS, STEPS, LR = 4, 16, 2, 2, 0.2
 RULES = {"BPTT": BPTT, "SLTT": SLTT, "SLTT-2": lambda: SLTT(k=2, rescale=True)}
 STAGES = (0, 1, 2)
 
@@ -75,58 +76,35 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+optimizer_of = partial(sgd, lr=LR)
 
 
 def reference(rule: Rule, clip: float, *, norm: bool = False) -> nn.Module:
-    """Plain torch on the joint batch in one process: no loop, no backend, no shares."""
+    """Plain torch on the joint batch in one process."""
     model = network(norm=norm)
     for module in model.modules():  # the joint batch in one process has nobody to synchronise with
         if isinstance(module, BatchNorm):
             module.between = "rank"
     rule.attach(model, world=World(seed=7))
-    optimizer = sgd(model)
-    for step in range(STEPS):
-        x_TB, target_B = batch(step)
-        for objective in rule.loss_terms(model, x_TB, CrossEntropy()(target_B), step=step):
-            if objective.backward is not None:
-                objective.backward.backward()
-        if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
+    by_hand(rule, model, optimizer_of(model), steps(batch, STEPS), clip=clip)
+    return model
+
+
+def attached(rule: Rule, rank: int, *, norm: bool = False) -> nn.Module:
+    model = network(norm=norm)
+    rule.attach(model, world=World(seed=7, rank=rank, size=RANKS))
     return model
 
 
 def ours(
-    rule: Rule,
-    rank: int,
-    *,
-    zero: int,
-    clip: float,
-    accumulation: int,
-    norm: bool = False,
-    precision: str = "fp32",
+    rule: Rule, rank: int, *, accumulation: int = 1, norm: bool = False, **settings: Any
 ) -> nn.Module:
-    """The product's own loop and backend on this rank's rows."""
-    model = network(norm=norm)
-    rule.attach(model, world=World(seed=7, rank=rank, size=RANKS))
+    model = attached(rule, rank, norm=norm)
     micro = BATCH // RANKS // accumulation
-    backend = DeepSpeed(
-        model, sgd, micro_batch=micro, zero=zero, clip_norm=clip, precision=precision
-    )
-
-    split = {"rank": rank, "ranks": RANKS, "accumulation": accumulation}
-    train(rule, backend, ((step, micro_batches(*batch(step), **split)) for step in range(STEPS)))
+    backend = DeepSpeed(model, optimizer_of, micro_batch=micro, **settings)
+    about = {"rank": rank, "ranks": RANKS, "accumulation": accumulation}
+    learn(rule, backend, steps(batch, STEPS), **about)
     return model
-
-
-def distance(one: nn.Module, other: nn.Module) -> float:
-    return max(
-        float((a - b).abs().max())
-        for a, b in zip(one.parameters(), other.parameters(), strict=True)
-    )
 
 
 # -------------------------------------------------------------------------------------- fp32, exact
@@ -141,33 +119,29 @@ def _fp32(rank: int, ranks: int) -> dict[tuple[Any, ...], float]:
             "a membrane stands within 1e-5 of threshold: choose another seed for the network"
         )
         for zero, accumulation in itertools.product(STAGES, (1, 2)):
-            found[name, clip, zero, accumulation] = distance(
-                ours(RULES[name](), rank, zero=zero, clip=clip, accumulation=accumulation), expected
-            )
+            model = ours(RULES[name](), rank, zero=zero, clip_norm=clip, accumulation=accumulation)
+            found[name, clip, zero, accumulation] = distance(model, expected)
     return found
 
 
 def test_two_ranks_equal_plain_torch_on_the_joint_batch(tmp_path: Path) -> None:
-    found = run_ranks(_fp32, RANKS, tmp_path)
-    assert len(found[0]) == len(RULES) * 2 * len(STAGES) * 2
-    wrong = {case: gap for result in found for case, gap in result.items() if not gap <= 1e-6}
-    assert not wrong
+    found_alike(_fp32, tmp_path, itertools.product(RULES, (0.0, 0.05), STAGES, (1, 2)), ranks=RANKS)
 
 
 def _normed(rank: int, ranks: int) -> dict[tuple[str, int], float]:
     found = {}
-    for name in RULES:
+    for name, zero in itertools.product(RULES, STAGES):
         expected = reference(RULES[name](), 0.0, norm=True)
-        for zero in STAGES:
-            found[name, zero] = distance(
-                ours(RULES[name](), rank, zero=zero, clip=0.0, accumulation=1, norm=True), expected
-            )
+        ours_ = ours(RULES[name](), rank, zero=zero, norm=True)
+        found[name, zero] = max(
+            float((a - b).abs().max())
+            for a, b in zip(ours_.parameters(), expected.parameters(), strict=True)
+        )
     return found
 
 
 def test_two_ranks_equal_the_joint_batch_with_synchronised_batch_norm(tmp_path: Path) -> None:
-    for result in run_ranks(_normed, RANKS, tmp_path):
-        assert {case: gap for case, gap in result.items() if not gap <= 1e-6} == {}
+    found_alike(_normed, tmp_path, itertools.product(RULES, STAGES), ranks=RANKS)
 
 
 # --------------------------------------------------------------------------------------------- bf16
@@ -175,25 +149,18 @@ def test_two_ranks_equal_the_joint_batch_with_synchronised_batch_norm(tmp_path: 
 
 def _split_by_hand(rule: Rule, rank: int, clip: float) -> nn.Module:
     """Plain torch split the same way: bf16 forward, fp32 gradients summed over ranks."""
-    model = network()
-    rule.attach(model, world=World(seed=7, rank=rank, size=RANKS))
-    optimizer = sgd(model)
+    model = attached(rule, rank)
     half = slice(rank * BATCH // RANKS, (rank + 1) * BATCH // RANKS)
-    for step in range(STEPS):
-        x_TB, target_B = batch(step)
-        for objective in rule.loss_terms(
-            Bf16(model), x_TB[:, half], CrossEntropy()(target_B[half]), step=step
-        ):
-            if objective.backward is not None:
-                (objective.backward / RANKS).backward()
-        for p in model.parameters():
-            assert p.grad is not None
-            distributed.all_reduce(p.grad)
-        if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
+    batches = ((step, (x_TB[:, half], y_B[half])) for step, (x_TB, y_B) in steps(batch, STEPS))
+    by_hand(rule, model, optimizer_of(model), batches, clip=clip, forward=Bf16(model), reduce=_mean)
     return model
+
+
+def _mean(model: nn.Module) -> None:
+    for p in model.parameters():
+        assert p.grad is not None
+        distributed.all_reduce(p.grad)
+        p.grad /= RANKS
 
 
 class Bf16(nn.Module):
@@ -212,10 +179,8 @@ def _bf16(rank: int, ranks: int) -> dict[tuple[Any, ...], float]:
         expected = _split_by_hand(RULES[name](), rank, clip)
         found[name, "far from fp32"] = distance(expected, reference(RULES[name](), clip))
         for zero in STAGES:
-            found[name, clip, zero] = distance(
-                ours(RULES[name](), rank, zero=zero, clip=clip, accumulation=1, precision="bf16"),
-                expected,
-            )
+            model = ours(RULES[name](), rank, zero=zero, clip_norm=clip, precision="bf16")
+            found[name, clip, zero] = distance(model, expected)
     return found
 
 
@@ -271,26 +236,22 @@ def _default_settings(rank: int, ranks: int) -> dict[tuple[str, int], float]:
     """SLTT under the configuration that most tutorials write."""
     deepspeed = import_deepspeed()
     found = {}
-    for zero in STAGES:
-        for mode in ("default", "ours"):
-            model = network()
-            rule = SLTT()
-            rule.attach(model, world=World(seed=7, rank=rank, size=RANKS))
-            settings = config(
-                micro_batch=BATCH // RANKS, workers=RANKS, parameters=10_000, zero=zero
-            )
-            if mode == "default":
-                del settings["managed_gradient_accumulation"]
-            engine, *_ = deepspeed.initialize(model=model, optimizer=sgd(model), config=settings)
-            half = slice(rank * BATCH // RANKS, (rank + 1) * BATCH // RANKS)
-            for step in range(STEPS):
-                x_TB, target_B = batch(step)
-                for objective in rule.loss_terms(
-                    engine, x_TB[:, half], CrossEntropy()(target_B[half]), step=step
-                ):
-                    engine.backward(objective.backward)
-                engine.step()
-            found[mode, zero] = distance(model, reference(SLTT(), 0.0))
+    for zero, mode in itertools.product(STAGES, ("default", "ours")):
+        rule = SLTT()
+        model = attached(rule, rank)
+        settings = config(micro_batch=BATCH // RANKS, workers=RANKS, parameters=10_000, zero=zero)
+        if mode == "default":
+            del settings["managed_gradient_accumulation"]
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer_of(model), config=settings
+        )
+        half = slice(rank * BATCH // RANKS, (rank + 1) * BATCH // RANKS)
+        for step, (x_TB, target_B) in steps(batch, STEPS):
+            loss_of = CrossEntropy()(target_B[half])
+            for term in rule.loss_terms(engine, x_TB[:, half], loss_of, step=step):
+                engine.backward(term.backward)
+            engine.step()
+        found[mode, zero] = distance(model, reference(SLTT(), 0.0))
     return found
 
 
@@ -303,33 +264,23 @@ def test_deepspeeds_default_drops_gradients_of_slTT_in_silence(tmp_path: Path) -
 
 def _resumed(rank: int, ranks: int, folder: str) -> dict[int, bool]:
     """Four steps without a break against two, a checkpoint, another engine, and two more."""
-    found = {}
+    found, place = {}, Path(folder)
     for zero in STAGES:
-
-        def engine_of(model: nn.Module, zero: int = zero) -> DeepSpeed:
-            return DeepSpeed(model, sgd, micro_batch=BATCH // RANKS, zero=zero, clip_norm=0.05)
-
-        def steps(backend: DeepSpeed, model: nn.Module, first: int, last: int) -> None:
-            rule = SLTT()
-            rule.attach(model, world=World(seed=7, rank=rank, size=RANKS))
-            batches = (
-                (step, micro_batches(*batch(step), rank=rank, ranks=RANKS))
-                for step in range(first, last)
-            )
-            train(rule, backend, batches)
-            rule.release()
-
-        whole, first, second = network(), network(), network()
-        steps(engine_of(whole), whole, 0, 4)
-        before = engine_of(first)
-        steps(before, first, 0, 2)
+        rules = [SLTT() for _ in range(3)]
+        whole, first, second = (attached(rule, rank) for rule in rules)
+        alone, before, after = (
+            DeepSpeed(model, optimizer_of, micro_batch=BATCH // RANKS, zero=zero, clip_norm=0.05)
+            for model in (whole, first, second)
+        )
+        split = {"rank": rank, "ranks": ranks}
+        learn(rules[0], alone, steps(batch, 4), **split)
+        learn(rules[1], before, steps(batch, 2), **split)
         captured = before.capture()
-        steps(before, first, 2, 3)  # moves on while the copy is written
-        write_captured(captured, Path(folder) / str(zero))
+        learn(rules[1], before, steps(batch, 3, 2), **split)  # moves on while the copy is written
+        write_captured(captured, place / str(zero))
         distributed.barrier()
-        after = engine_of(second)
-        after.load(Path(folder) / str(zero))
-        steps(after, second, 2, 4)
+        after.load(place / str(zero))
+        learn(rules[2], after, steps(batch, 4, 2), **split)
         parts = [
             name for name in captured if "optim_states" in name
         ]  # each rank's own, beside the weights of rank 0
@@ -346,69 +297,45 @@ def test_a_checkpoint_resumes_to_the_same_bits_at_every_stage(tmp_path: Path) ->
     )
 
 
-def test_clipping_is_off_unless_the_recipe_says_otherwise() -> None:
-    assert config(micro_batch=4, workers=2, parameters=9)["gradient_clipping"] == 0.0
-    assert config(micro_batch=4, workers=2, parameters=9, clip_norm=0.5)["gradient_clipping"] == 0.5
-
-
-def test_a_bucket_is_no_larger_than_the_network() -> None:
-    def bucket(parameters: int) -> int:
-        return config(micro_batch=4, workers=2, parameters=parameters)["zero_optimization"][
-            "reduce_bucket_size"
-        ]
-
-    assert (bucket(9), bucket(10**10)) == (9, 500_000_000)
-
-
-def _scalar() -> str:
-    model = network()
-    model.gain = nn.Parameter(torch.ones(()))
-    try:
-        DeepSpeed(model, sgd, micro_batch=1)
-    except ValueError as error:
-        return str(error)
-    return "accepted"
-
-
-def _patience() -> list[timedelta]:
-    """Of the group of all workers, and of the one that gradients are reduced in."""
-    of_all: Any = distributed.group.WORLD
-    distributed.distributed_c10d._set_pg_timeout(timedelta(hours=7), of_all)
-    reduces: Any = DeepSpeed(network(), sgd, micro_batch=1)._engine.data_parallel_group
-    assert reduces is not of_all
-    return [group._get_backend(torch.device("cpu")).options._timeout for group in (of_all, reduces)]
+@pytest.mark.parametrize(
+    ("about", "name", "value"),
+    [
+        ({}, "gradient_clipping", 0.0),
+        ({"clip_norm": 0.5}, "gradient_clipping", 0.5),
+        ({"parameters": 9}, "reduce_bucket_size", 9),  # no larger than the network
+        ({"parameters": 10**10}, "reduce_bucket_size", 500_000_000),
+        # The norm is computed only to clip. DeepSpeed (0.19.8) refuses the setting at stage 0,
+        # where it computes none but to clip.
+        ({"zero": 0}, "compute_grad_norm", None),
+        ({"zero": 1}, "compute_grad_norm", False),
+        ({"zero": 2}, "compute_grad_norm", False),
+        ({"zero": 2, "clip_norm": 0.5}, "compute_grad_norm", None),
+    ],
+)
+def test_settings(about: dict[str, Any], name: str, value: object) -> None:
+    found = config(**{"micro_batch": 4, "workers": 2, "parameters": 9, **about})
+    assert {**found, **found["zero_optimization"]}.get(name) == value
 
 
 def _built(rank: int, ranks: int) -> tuple[str, list[timedelta]]:
-    return _scalar(), _patience()
+    """What is said of a scalar parameter; the patience of the group of all workers, and of the
+    group that gradients are reduced in.
+    """
+    model, of_all, device = network(), distributed.group.WORLD, torch.device("cpu")
+    model.gain = nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError) as refused:
+        DeepSpeed(model, optimizer_of, micro_batch=1)
+    distributed.distributed_c10d._set_pg_timeout(timedelta(hours=7), of_all)
+    reduces: Any = DeepSpeed(network(), optimizer_of, micro_batch=1)._engine.data_parallel_group
+    assert reduces is not of_all
+    groups: list[Any] = [of_all, reduces]
+    return str(refused.value), [each._get_backend(device).options._timeout for each in groups]
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[timedelta]]:
-    """What came of two networks, in a process of their own."""
-    [found] = run_ranks(_built, 1, tmp_path_factory.mktemp("built"))
-    return found
-
-
-def test_a_scalar_parameter_is_refused_by_name(built: tuple[str, list[timedelta]]) -> None:
-    assert built[0].endswith("got gain: use shape (1,)")
-
-
-def test_gradients_wait_for_a_worker_as_long_as_anything_else(
-    built: tuple[str, list[timedelta]],
+def test_a_scalar_parameter_is_refused_and_gradients_wait_as_long_as_anything_else(
+    tmp_path: Path,
 ) -> None:
     """Torch's default for a new group gives up long before a watchdog that has more patience."""
-    assert built[1] == [timedelta(hours=7)] * 2
-
-
-@pytest.mark.parametrize(
-    ("zero", "clip", "computed"), [(0, 0.0, True), (1, 0.0, False), (2, 0.0, False), (2, 0.5, True)]
-)
-def test_the_norm_of_gradients_is_computed_only_to_clip_them(
-    zero: int, clip: float, computed: bool
-) -> None:
-    """DeepSpeed (0.19.8) refuses the setting at stage 0, where it computes none but to clip."""
-    settings = config(micro_batch=4, workers=2, parameters=9, zero=zero, clip_norm=clip)[
-        "zero_optimization"
-    ]
-    assert settings.get("compute_grad_norm", True) is computed
+    [(said, patience)] = run_ranks(_built, 1, tmp_path)
+    assert said.endswith("got gain: use shape (1,)")
+    assert patience == [timedelta(hours=7)] * 2

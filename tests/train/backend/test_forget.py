@@ -22,9 +22,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.train.backend.base import Backend
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.backend.plain import Plain
-from pipeline.train.objective import CrossEntropy
-from tests.helpers.processes import run_ranks
-from tests.helpers.silent import micro_batches, train
+from tests.helpers.joint import by_hand, distance, found_alike, learn, steps
 
 TIME, BATCH, RANKS, STEPS, TASKS = 2, 8, 2, 3, 3
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -66,13 +64,7 @@ def reference(name: str, *, renewed: bool = True) -> nn.Module:
         select_head(model, task)
         if renewed:
             optimizer = optimizer_of(name)(model)
-        for step in range(task * STEPS, (task + 1) * STEPS):
-            x_TB, target_B = batch(step)
-            for objective in rule.loss_terms(model, x_TB, CrossEntropy()(target_B), step=step):
-                assert objective.backward is not None
-                objective.backward.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        by_hand(rule, model, optimizer, steps(batch, (task + 1) * STEPS, task * STEPS))
     return model
 
 
@@ -85,16 +77,9 @@ def ours(backend_of: Callable[[nn.Module], Backend], rank: int, ranks: int) -> n
         select_head(model, task)
         if task:
             backend.forget()
-        steps = range(task * STEPS, (task + 1) * STEPS)
-        batches = ((step, micro_batches(*batch(step), rank=rank, ranks=ranks)) for step in steps)
-        train(rule, backend, batches)
+        given = steps(batch, (task + 1) * STEPS, task * STEPS)
+        learn(rule, backend, given, rank=rank, ranks=ranks)
     return model
-
-
-def distance(one: nn.Module, other: nn.Module) -> float:
-    a, b = one.state_dict(), other.state_dict()
-    assert a.keys() == b.keys()
-    return max(float((a[key] - b[key]).abs().max()) for key in a)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -109,32 +94,24 @@ def test_plain_torch_goes_on_as_with_a_new_optimizer(name: str) -> None:
 
 def test_settings_that_an_optimizer_changed_are_those_it_was_made_with() -> None:
     backend = Plain(network(), optimizer_of("momentum"))
-    before = [
+    settings = lambda: [
         {key: value for key, value in group.items() if key != "params"}
         for group in backend.optimizer.param_groups
     ]
+    before = settings()
     for group in backend.optimizer.param_groups:
         group["lr"], group["counted"] = 7.0, 3
     backend.forget()
-    after = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in backend.optimizer.param_groups
-    ]
-    assert after == before
+    assert settings() == before
 
 
 def test_a_head_that_was_not_selected_keeps_its_bits() -> None:
     model = network()
     first = {key: value.clone() for key, value in model.state_dict().items()}
-    backend = Plain(model, optimizer_of("adamw"))
     select_head(model, 1)
-    x_TB, target_B = batch(0)
     rule = SLTT()
     rule.attach(model)
-    for objective in rule.loss_terms(model, x_TB, CrossEntropy()(target_B)):
-        assert objective.backward is not None
-        backend.backward(objective.backward, 1.0)
-    backend.step()
+    learn(rule, Plain(model, optimizer_of("adamw")), steps(batch, 1))
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, first[key])}
     assert moved == {key for key in first if "heads.0" not in key and "heads.2" not in key}
 
@@ -157,8 +134,5 @@ def _ranks(rank: int, ranks: int) -> dict[tuple[str, str], float]:
 
 @pytest.mark.distributed
 def test_two_ranks_go_on_as_plain_torch_with_a_new_optimizer(tmp_path: Path) -> None:
-    found = run_ranks(_ranks, RANKS, tmp_path)
-    cases = set(itertools.product(SHARED, ("zero-0", "zero-1", "zero-2", "plain")))
-    assert set(found[0]) == cases
-    wrong = {case: gap for result in found for case, gap in result.items() if not gap <= 1e-6}
-    assert not wrong
+    cases = itertools.product(SHARED, ("zero-0", "zero-1", "zero-2", "plain"))
+    found_alike(_ranks, tmp_path, cases, ranks=RANKS)

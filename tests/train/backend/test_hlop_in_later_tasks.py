@@ -8,11 +8,12 @@ gradient.
 
 # T time, B batch
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.rules.base import World
 from pipeline.rules.bptt import BPTT
@@ -21,20 +22,14 @@ from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.deepspeed import DeepSpeed
-from pipeline.train.objective import CrossEntropy
-from tests.helpers.processes import run_ranks
-from tests.helpers.rule_networks import learn, lif_network
-from tests.helpers.silent import micro_batches, train
-from tests.train.backend.test_every_rule import BATCH, RANKS, STAGES, STEPS, distance, global_batch
+from tests.helpers.joint import by_hand, distance, found_alike, learn, sgd
+from tests.helpers.rule_networks import lif_network
+from tests.train.backend.test_every_rule import BATCH, RANKS, STAGES, STEPS, global_batch
 
 pytestmark = pytest.mark.distributed
 
 INNER = (BPTT, SLTT, OTTT)
 SECOND_TASK = STEPS - 2  # two batches of it, so that its momentum acts, and none of the task before
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 def attached(inner: type, ranks: Ranks) -> tuple[nn.Module, HLOP]:
@@ -43,75 +38,60 @@ def attached(inner: type, ranks: Ranks) -> tuple[nn.Module, HLOP]:
     return model, rule
 
 
-def reference(inner: type) -> tuple[nn.Module, HLOP]:
-    model, rule = attached(inner, Ranks())
-    optimizer, before = sgd(model), {}
-    for step in range(STEPS):
-        before = begin(rule, model, step)
-        if step == SECOND_TASK:
-            optimizer = sgd(model)
-        x_TB, target_B = global_batch(step)
-        learn(rule.loss_terms(model, x_TB, CrossEntropy()(target_B), step=step))
-        rule.end_of_batch()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert moved_where_it_must_not(model, rule, before) < 1e-7
-    return model, rule
-
-
-def on_deepspeed(
-    inner: type, rank: int, *, zero: int, accumulation: int
-) -> tuple[nn.Module, HLOP, float]:
-    model, rule = attached(inner, Ranks(rank, RANKS))
-    micro, before = BATCH // RANKS // accumulation, {}
-    backend = DeepSpeed(model, sgd, micro_batch=micro, zero=zero)
-
-    split = {"rank": rank, "ranks": RANKS, "accumulation": accumulation}
-    for step in range(STEPS):
-        before = begin(rule, model, step)
-        if step == SECOND_TASK:
-            backend.forget()
-        train(rule, backend, [(step, micro_batches(*global_batch(step), **split))])
-    return model, rule, moved_where_it_must_not(model, rule, before)
-
-
-def begin(rule: HLOP, model: nn.Module, step: int) -> dict[str, torch.Tensor]:
-    if step == SECOND_TASK:
-        rule.start_task(model, 1)
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def moved_where_it_must_not(model: nn.Module, rule: HLOP, before: dict[str, torch.Tensor]) -> float:
-    """Of the last batch: how far weights moved within the frozen subspace, and biases at all. It
-    must have learnt something.
+def trained(
+    model: nn.Module, rule: HLOP, batch: Callable[[int], object], forget: Callable[[], object]
+) -> float:
+    """Train two tasks; returns how far the last batch moved weights within the frozen subspace,
+    and biases at all. It must have learnt something.
     """
+    before: dict[str, Tensor] = {}
+    for step in range(STEPS):
+        if step == SECOND_TASK:
+            rule.start_task(model, 1)
+            forget()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        batch(step)
     changes = {name: value - before[name] for name, value in model.state_dict().items()}
     assert min(changes[f"{name}.weight"].abs().max() for name in ("0", "2", "4")) > 1e-4
     inside = [
         changes[f"{name}.weight"] @ rule.subspaces[index].get_buffer("old").T
         for index, name in enumerate(("0", "2", "4"))
     ]
-    return max(
-        float(part.abs().max())
-        for part in (*inside, *(changes[f"{name}.bias"] for name in ("0", "2", "4")))
+    parts = (*inside, *(changes[f"{name}.bias"] for name in ("0", "2", "4")))
+    return max(float(part.abs().max()) for part in parts)
+
+
+def reference(inner: type) -> tuple[nn.Module, HLOP]:
+    model, rule = attached(inner, Ranks())
+    optimizers = [sgd(model)]
+    wrong = trained(
+        model,
+        rule,
+        lambda step: by_hand(rule, model, optimizers[-1], [(step, global_batch(step))]),
+        lambda: optimizers.append(sgd(model)),
     )
+    assert wrong < 1e-7
+    return model, rule
 
 
 def _ranks(rank: int, ranks: int) -> dict[tuple[str, int, int], float]:
     found = {}
     for inner in INNER:
         expected, expected_rule = reference(inner)
-        for zero in STAGES:
-            for accumulation in (1, 2):
-                model, rule, wrong = on_deepspeed(inner, rank, zero=zero, accumulation=accumulation)
-                found[inner.__name__, zero, accumulation] = max(
-                    distance(model, expected), distance(rule, expected_rule), 10 * wrong
-                )
+        for zero, accumulation in itertools.product(STAGES, (1, 2)):
+            model, rule = attached(inner, Ranks(rank, ranks))
+            backend = DeepSpeed(model, sgd, micro_batch=BATCH // ranks // accumulation, zero=zero)
+            about = {"rank": rank, "ranks": ranks, "accumulation": accumulation}
+
+            def batch(step: int, rule=rule, backend=backend, about=about) -> None:
+                learn(rule, backend, [(step, global_batch(step))], **about)
+
+            wrong = trained(model, rule, batch, backend.forget)
+            gaps = distance(model, expected), distance(rule, expected_rule), 10 * wrong
+            found[inner.__name__, zero, accumulation] = max(gaps)
     return found
 
 
 def test_two_ranks_project_as_one(tmp_path: Path) -> None:
-    found = run_ranks(_ranks, RANKS, tmp_path)
-    assert len(found[0]) == len(INNER) * len(STAGES) * 2
-    wrong = {case: gap for result in found for case, gap in result.items() if not gap <= 1e-6}
-    assert not wrong
+    cases = itertools.product([inner.__name__ for inner in INNER], STAGES, (1, 2))
+    found_alike(_ranks, tmp_path, cases, ranks=RANKS)

@@ -5,7 +5,8 @@ joint batch as a recording.
 # T time, B batch, C channels, H W pixels
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +24,7 @@ from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.synapse import Conv2d
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.loop import MicroBatch
-from pipeline.train.objective import CrossEntropy
-from tests.helpers.processes import run_ranks
+from tests.helpers.joint import by_hand, distance, found_alike, sgd
 from tests.helpers.silent import train
 
 pytestmark = pytest.mark.distributed
@@ -35,6 +35,7 @@ RULES: dict[str, Callable[[], Rule]] = {
     "SLTT-2": lambda: SLTT(k=2, rescale=True),
     "truncated": lambda: BPTT(truncate=2),
 }
+optimizer_of = partial(sgd, lr=0.2)
 
 
 def network(between: Literal["rank", "world"]) -> nn.Module:
@@ -52,73 +53,46 @@ def network(between: Literal["rank", "world"]) -> nn.Module:
 
 def images(step: int) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(100 + step)
-    return torch.randn(8, 2, 6, 6, generator=draw), torch.randint(5, (8,), generator=draw)
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
-
-
-def reference(rule: Rule) -> nn.Module:
-    model = network("rank")
-    rule.attach(model, world=World(seed=7))
-    optimizer = sgd(model)
-    for step in range(STEPS):
-        x_BCHW, target_B = images(step)
-        for objective in rule.loss_terms(
-            model, repeat(x_BCHW, TIME).contiguous(), CrossEntropy()(target_B), step=step
-        ):
-            if objective.backward is not None:
-                objective.backward.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
+    x_BCHW, target_B = (
+        torch.randn(8, 2, 6, 6, generator=draw),
+        torch.randint(5, (8,), generator=draw),
+    )
+    return repeat(x_BCHW, TIME), target_B
 
 
 def ours(rule: Rule, rank: int, *, zero: int) -> tuple[nn.Module, Counter[str]]:
-    model = network("world")
+    model, calls = network("world"), Counter[str]()
     rule.attach(model, world=World(seed=7, rank=rank, size=2))
-    calls: Counter[str] = Counter()
     model.get_submodule("0.0").register_forward_hook(lambda *_: calls.update(forward=1))
-    backend = DeepSpeed(model, sgd, micro_batch=4, zero=zero)
+    first, end = ROWS[rank]
 
-    def micro_batches(step: int) -> Iterator[MicroBatch]:
-        first, end = ROWS[rank]
-        x_BCHW, target_B = images(step)
-        yield MicroBatch(
-            repeat(x_BCHW[first:end], TIME),
-            target_B[first:end],
-            range(first, end),
-            (end - first) / 8,
-        )
+    def micro_batch(step: int) -> MicroBatch:
+        x_TB, target_B = images(step)
+        x_TB = repeat(x_TB[0, first:end], TIME)
+        return MicroBatch(x_TB, target_B[first:end], range(first, end), (end - first) / 8)
 
-    batches = ((step, micro_batches(step)) for step in range(STEPS))
-    train(rule, backend, batches)
+    backend = DeepSpeed(model, optimizer_of, micro_batch=4, zero=zero)
+    train(rule, backend, ((step, [micro_batch(step)]) for step in range(STEPS)))
     return model, calls
 
 
 def _ranks(rank: int, ranks: int) -> dict[tuple[str, int], float]:
     found = {}
-    for name, rule in RULES.items():
-        expected = reference(rule()).state_dict()
+    for name, rule_of in RULES.items():
+        expected, rule = network("rank"), rule_of()
+        rule.attach(expected, world=World(seed=7))
+        recordings = ((step, images(step)) for step in range(STEPS))
+        contiguous = ((step, (x_TB.contiguous(), y_B)) for step, (x_TB, y_B) in recordings)
+        by_hand(rule, expected, optimizer_of(expected), contiguous)
+        assert distance(expected, network("rank")) > 1e-3
         for zero in (1, 2):
-            model, calls = ours(rule(), rank, zero=zero)
-            assert calls["forward"] == STEPS, (
+            model, calls = ours(rule_of(), rank, zero=zero)
+            assert calls == {"forward": STEPS}, (
                 f"the first layer of {name} must run once a batch; got {calls}"
             )
-            found[name, zero] = max(
-                float((value - expected[key]).abs().max())
-                for key, value in model.state_dict().items()
-            )
-        assert (
-            float((expected["0.0.weight"] - network("rank").state_dict()["0.0.weight"]).abs().max())
-            > 1e-3
-        )
+            found[name, zero] = distance(model, expected)
     return found
 
 
 def test_two_ranks_equal_plain_torch_on_the_joint_batch(tmp_path: Path) -> None:
-    found = run_ranks(_ranks, 2, tmp_path)
-    assert len(found[0]) == len(RULES) * 2
-    wrong = {case: gap for result in found for case, gap in result.items() if not gap <= 1e-6}
-    assert not wrong
+    found_alike(_ranks, tmp_path, [(name, zero) for name in RULES for zero in (1, 2)])

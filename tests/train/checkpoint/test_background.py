@@ -16,11 +16,11 @@ import torch
 from torch import distributed
 
 from pipeline.core.errors import UserError
+from pipeline.train.backend.base import copied
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.backend.copies import copied
 from pipeline.train.checkpoint import Checkpoints, Place, background, damage, step_folders
-from tests.helpers.few import TRAINER, Counting, backend, restore, save, step
-from tests.helpers.processes import run_ranks
+from tests.helpers.few import TRAINER, Counting, backend, feedback, save, step
+from tests.helpers.processes import refusal, run_ranks
 from tests.helpers.waiting import until
 
 
@@ -66,13 +66,12 @@ def test_training_goes_on_meanwhile_and_what_was_there_is_what_is_saved(
     gate.set()
     told = checkpoints.wait()
     assert told is not None and told.write_s > 0
-    other, held = backend(2), Counting()
-    restore(checkpoints, other, held)
+    other = backend(2)
+    assert feedback(Place(tmp_path), made=other) == 1
     assert all(torch.equal(value, then[name]) for name, value in other.network.state_dict().items())
     assert not torch.equal(then["0.weight"], made.network.state_dict()["0.weight"])
     found = [state["momentum_buffer"] for state in other.optimizer.state.values()]
     assert all(torch.equal(a, b) for a, b in zip(found, momenta, strict=True))
-    assert held.feedback.tolist() == [1.0] * 3  # type: ignore[operator]
 
 
 def test_it_is_told_once_as_soon_as_it_is_whole(tmp_path: Path) -> None:
@@ -95,25 +94,22 @@ def test_the_next_one_waits_for_the_one_before(tmp_path: Path, gate: threading.E
 
 
 def has_failed(checkpoints: Checkpoints) -> bool:
-    deadline = time.monotonic() + 20
-    while not checkpoints.failed() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return checkpoints.failed()
+    return until(checkpoints.failed, within=20, pause=0.01)
 
 
 @pytest.mark.parametrize(
     ("number", "last", "error", "said"),
     [
         (
-            errno.ENOSPC,
+            errno.ENOSPC,  # a full disk
             2,
             UserError,
             "checkpoint: cannot be written after step 2: No space left on device: .*; the newest"
             " whole one is",
         ),
+        # two failures in a row
         (errno.EIO, 3, OSError, "checkpoint after step 3 was not written: Input/output error"),
     ],
-    ids=["a full disk", "two failures in a row"],
 )
 def test_what_cannot_be_written_ends_training_and_the_one_before_stays(
     tmp_path: Path,
@@ -177,9 +173,7 @@ def test_an_old_one_that_cannot_be_deleted_is_told_and_costs_no_new_one(
             assert told.step == number and told.untidy.startswith(
                 "OSError: [Errno 39] Directory not empty: "
             )
-    rule = Counting()
-    restore(Checkpoints(Place(tmp_path), attempt="b"), backend(), rule)
-    assert rule.feedback.tolist() == [3.0] * 3  # type: ignore[operator]
+    assert feedback(Place(tmp_path)) == 3
     assert [path.name for path in tmp_path.iterdir()] == [last]  # swept
 
 
@@ -211,11 +205,15 @@ def wait_for(file: Path) -> None:
     time.sleep(0.2)
 
 
+def of_ranks(rank: int, size: int, folder: str, **more: Any) -> Checkpoints:
+    each = Ranks(rank, size).all_gather_object
+    place = Place(Path(folder))
+    return Checkpoints(place, attempt="a", rank=rank, ranks=size, each=each, **more)
+
+
 def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
-    ranks, place = Ranks(rank, size), Place(Path(folder))
-    about: dict[str, Any] = {"rank": rank, "ranks": size, "each": ranks.all_gather_object}
-    checkpoints, write, found = Checkpoints(place, attempt="a", **about), background._write, {}
-    held, made = threading.Event(), backend()
+    checkpoints, write, found = of_ranks(rank, size, folder), background._write, {}
+    held, made, staging = threading.Event(), backend(), Path(folder)
 
     def each_in_turn(file: Path, value: Any) -> None:
         assert held.wait(20)
@@ -230,52 +228,44 @@ def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
             writing: Any = checkpoints._writing
             wait_for(writing.temp / (f".{rank}.json" if rank else "trainer.json"))
         distributed.barrier()
-        found[f"half {writer}"] = (place.staging / f"step_0000000{1 + writer}").exists()
+        found[f"half {writer}"] = (staging / f"step_0000000{1 + writer}").exists()
         distributed.barrier()
         held.set()
         checkpoints.wait()
-        found[f"whole {writer}"] = damage(place.staging / f"step_0000000{1 + writer}")
+        found[f"whole {writer}"] = damage(staging / f"step_0000000{1 + writer}")
 
     def fails(file: Path, value: Any) -> None:
         if rank == slow_rank:
             raise OSError(errno.ENOSPC, "No space left on device", "x")
         write(file, value)
 
+    background._write = fails
     for slow_rank in range(size):
-        background._write = fails
         checkpoints.save(5, made, Counting(), TRAINER)
-        try:
-            checkpoints.wait()
-        except UserError as error:
-            found[f"full {slow_rank}"] = str(error)
+        found[f"full {slow_rank}"] = refusal(checkpoints.wait)
     distributed.barrier()
     background._write = write
     # A rank that is gone: the other ends at once, without a checkpoint.
     if rank == 0:
-        alone = Checkpoints(place, attempt="b", rank=0, ranks=2)
+        alone = Checkpoints(checkpoints.place, attempt="b", rank=0, ranks=2)
         alone.save(6, made, Counting(), TRAINER)
         error = RuntimeError("connection reset by peer")
         alone.close(error)
         found["alone"] = error.__notes__
-        found["left"] = sorted(path.name for path in place.staging.glob("*step*"))
+        found["left"] = sorted(path.name for path in staging.glob("*step*"))
     return found
 
 
 def _one_cannot_write(rank: int, size: int, folder: str) -> dict[str, Any]:
-    ranks, write, told = Ranks(rank, size), background._write, []
+    write, told = background._write, []
 
     def fails(file: Path, value: Any) -> None:
         if rank == 1:
             raise OSError(errno.EIO, "Input/output error", "x")
         write(file, value)
 
-    about: dict[str, Any] = {
-        "rank": rank,
-        "ranks": size,
-        "each": ranks.all_gather_object,
-        "on_unwritten": lambda *about: told.append(about),
-    }
-    checkpoints, background._write = Checkpoints(Place(Path(folder)), attempt="a", **about), fails
+    checkpoints = of_ranks(rank, size, folder, on_unwritten=lambda *about: told.append(about))
+    background._write = fails
     checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
     heard = has_failed(checkpoints)
     distributed.barrier()
@@ -296,20 +286,14 @@ def test_that_one_rank_cannot_write_is_known_at_once_and_all_write_again(tmp_pat
 
 
 def _one_is_slow(rank: int, size: int, folder: str) -> int:
-    ranks, write, beats = Ranks(rank, size), background._write, []
+    write, beats = background._write, []
 
     def slowly(file: Path, value: Any) -> None:
         time.sleep(0.5 * rank)
         write(file, value)
 
     background._write, background.WAIT_S = slowly, 0.05
-    about: dict[str, Any] = {
-        "rank": rank,
-        "ranks": size,
-        "each": ranks.all_gather_object,
-        "beat": lambda: beats.append(rank),
-    }
-    checkpoints = Checkpoints(Place(Path(folder)), attempt="a", **about)
+    checkpoints = of_ranks(rank, size, folder, beat=lambda: beats.append(rank))
     checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
     checkpoints.wait()
     return len(beats)
@@ -353,13 +337,12 @@ def test_a_thread_that_writes_for_long_is_no_sign_of_life(
 def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None:
     first, second = run_ranks(_two_ranks, 2, tmp_path, str(tmp_path / "checkpoints"))
     for writer in range(2):
-        assert first[f"half {writer}"] is second[f"half {writer}"] is False
-        assert first[f"whole {writer}"] is second[f"whole {writer}"] is None
-        assert first[f"full {writer}"] == second[f"full {writer}"]
-        assert (
-            "after step 5: No space left on device: x; the newest whole one is"
-            in first[f"full {writer}"]
-        )
+        for found in (first, second):
+            assert (found[f"half {writer}"], found[f"whole {writer}"]) == (False, None)
+            assert (
+                "after step 5: No space left on device: x; the newest whole one is"
+                in found[f"full {writer}"]
+            )
     assert first["alone"][0].endswith(
         "Abandoned: checkpoint step_00000006: the part of worker 1 is missing"
     )

@@ -25,27 +25,43 @@ from pipeline.train.checkpoint import (
     damage,
     lost_step,
     pin,
+    prune,
     step_folders,
     verified,
 )
 from pipeline.train.checkpoint.manifest import facts_of, seal
 from tests.helpers.events import event
-from tests.helpers.few import TRAINER, Counting, backend, content, restore, save
+from tests.helpers.few import FILES, TRAINER, Counting, backend, content, feedback, restore, save
 
-FILES = [
-    "model.safetensors",
-    "plain/state.pt",
-    "rng_rank0.pt",
-    "rule.pt",
-    "trainer.json",
-    "manifest.json",
-]
+
+def damaged(data: bytes) -> bytes:
+    """With another byte in its middle."""
+    at = len(data) // 2
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
 def flip_a_byte(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
+    file.write_bytes(damaged(file.read_bytes()))
+
+
+def unreadable(
+    monkeypatch: pytest.MonkeyPatch, file: Path, number: int, times: int = 1000
+) -> list[OSError]:
+    """The file cannot be opened as long as one of these errors is left."""
+    left, opened = [OSError(number, os.strerror(number))] * times, Path.open
+
+    def fails(self: Path, *words: Any, **more: Any) -> Any:
+        if self == file and left:
+            raise left.pop()
+        return opened(self, *words, **more)
+
+    monkeypatch.setattr(Path, "open", fails)
+    monkeypatch.setattr(disk, "TRY_S", 0.0)
+    return left
+
+
+def steps_in(folder: Path) -> str:
+    return "".join(path.name[-1] for path in step_folders(folder))
 
 
 def saved(folder: Path, steps: list[int], **checkpoints: Any) -> Checkpoints:
@@ -65,28 +81,30 @@ def test_what_is_saved_comes_back_bit_for_bit(place: Place) -> None:
     made = "step_00000007" if place.folder else "step_00000007-a"
     assert told.address == f"{place.url}/{made}" and told.bytes > 0
     assert content(place) == {f"{made}/{name}" for name in FILES}
+    assert json.loads(place.read("step_00000007/manifest.json"))["files"].keys() == FILES - {
+        "manifest.json"
+    }
     assert place.folder or not [*place.staging.iterdir()]  # the run's own disk keeps nothing
     other, rule = backend(2), Counting()
     trainer = restore(checkpoints, other, rule)
     assert trainer["step"] == 7
     for a, b in zip(original.network.parameters(), other.network.parameters(), strict=True):
         assert torch.equal(a, b)
-    momenta = [
+    momenta = (
         [state["momentum_buffer"] for state in made.optimizer.state.values()]
         for made in (original, other)
-    ]
+    )
     assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
     assert torch.equal(rule.feedback, torch.full((3,), 2.5))  # type: ignore[arg-type]
-    again = (torch.rand(3), random.random(), np.random.rand())  # noqa: NPY002
-    assert torch.equal(drawn[0], again[0])
-    assert drawn[1:] == again[1:]
+    assert torch.equal(drawn[0], torch.rand(3))
+    assert drawn[1:] == (random.random(), np.random.rand())  # noqa: NPY002
 
 
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        *((name, "flipped") for name in FILES),
-        *((name, how) for name in FILES[::5] for how in ("cut", "gone")),
+        *((name, "flipped") for name in sorted(FILES)),
+        *((name, how) for name in ("manifest.json", "rule.pt") for how in ("cut", "gone")),
     ],
 )
 def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(
@@ -99,12 +117,10 @@ def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(
     files = LocalFileSystem() if place.folder is not None else place.fs
     root = place.folder if place.folder is not None else place.root
     path = f"{root}/{Path(place.address('step_00000002')).name}/{name}"
-    data = bytearray(files.cat_file(path))
-    data[len(data) // 2] ^= 1
     if how == "gone":
         files.rm_file(path)
     else:
-        files.pipe_file(path, bytes(data[:-7] if how == "cut" else data))
+        files.pipe_file(path, damaged(files.cat_file(path)[: -7 if how == "cut" else None]))
     assert restore(checkpoints, backend(9), Counting())["step"] == 1
     assert place.names() == ["step_00000001"]
     if place.folder is None and (name, how) == ("manifest.json", "gone"):
@@ -121,12 +137,10 @@ def test_the_newest_the_best_and_the_pinned_are_kept(place: Place) -> None:
     checkpoints = Checkpoints(place, attempt="a", keep=2)
     for step, score in [(1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, 0.4)]:
         save(checkpoints, step, backend(), Counting(), {**TRAINER, "score": score})
-        if step == 1:
-            (
-                pin(place.folder / "step_00000001")
-                if place.folder is not None
-                else place.write("step_00000001.pinned", b"")
-            )
+        if step == 1 and place.folder is not None:
+            pin(place.folder / "step_00000001")
+        elif step == 1:
+            place.write("step_00000001.pinned", b"")
     assert [name[-1] for name in place.names()] == ["1", "2", "4", "5"]
     assert not any("step_00000003" in file for file in content(place))
     assert verified(place, "best").name == "step_00000002"
@@ -160,90 +174,39 @@ def test_a_damaged_one_is_told_before_it_is_moved(
     assert len(told) == 2 and damage(Path(told[1])) is not None and not step_folders(tmp_path)
 
 
-def test_one_that_storage_does_not_let_go_at_once_is_told_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[str] = []
-    checkpoints = saved(tmp_path, [1], on_quarantine=lambda address, reason: told.append(address))
-    for step in (1, 2):  # and one that is damaged later is another
-        flip_a_byte(tmp_path / f"step_{step:08d}" / "rule.pt")
-        with monkeypatch.context() as patch:
-            patch.setattr(Place, "set_aside", stale)
-            for _ in range(3):
-                with pytest.raises(OSError, match="Stale"):
-                    checkpoints.newest()
-        assert checkpoints.newest() is None
-        assert len(told) == step and Path(told[-1]).exists()
-        save(checkpoints, 2, backend(), Counting(), TRAINER)
-
-
-def stale(self: Place, name: str, aside: str) -> None:
-    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-
-
-def test_every_file_of_a_checkpoint_is_in_its_manifest(tmp_path: Path) -> None:
-    saved(tmp_path, [1])
-    folder = tmp_path / "step_00000001"
-    on_disk = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert on_disk == set(FILES)
-    assert on_disk - {"manifest.json"} == set(
-        json.loads((folder / "manifest.json").read_text())["files"]
-    )
-    assert damage(folder) is None
-
-
 def test_a_write_that_was_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, [1])
     torn = tmp_path / ".writing-dead-step_00000002"
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")
-    trainer = restore(checkpoints, backend(), Counting())
-    assert trainer["step"] == 1
+    assert restore(checkpoints, backend(), Counting())["step"] == 1
     assert not torn.exists()
 
 
 def test_a_score_that_cannot_be_read_now_costs_nobody_the_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, away = Path.read_bytes, [tmp_path / "step_00000002" / "trainer.json"]
-
-    def fails(self: Path) -> bytes:
-        if self in away:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
-        return read(self)
-
-    monkeypatch.setattr(Path, "read_bytes", fails)
+    left = unreadable(monkeypatch, tmp_path / "step_00000002" / "trainer.json", errno.ESTALE)
     checkpoints = Checkpoints(Place(tmp_path), attempt="a", keep=1)
-    for step, score, left in [(1, 0.3, "1"), (2, 0.9, "12"), (3, 0.2, "123"), (4, 0.1, "124")]:
+    for step, score, there in [(1, 0.3, "1"), (2, 0.9, "12"), (3, 0.2, "123"), (4, 0.1, "124")]:
         told = save(checkpoints, step, backend(), Counting(), {**TRAINER, "score": score})
-        assert [path.name[-1] for path in step_folders(tmp_path)] == list(left)
+        assert steps_in(tmp_path) == there
         assert ("Stale file handle" in told.untidy) == (step > 1)
     with pytest.raises(OSError, match="Stale file handle"):
         verified(Place(tmp_path), "best")
-    away.clear()
+    left.clear()
     assert verified(Place(tmp_path), "best").name == "step_00000002"
     told = save(checkpoints, 5, backend(), Counting(), {**TRAINER, "score": 0.4})
-    assert ([path.name[-1] for path in step_folders(tmp_path)], told.untidy) == (["2", "5"], "")
+    assert (steps_in(tmp_path), told.untidy) == ("25", "")
 
 
 def test_one_on_a_bad_sector_is_nobodys_best_and_does_not_stay_for_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints, read, lost = (
-        saved(tmp_path, [1, 2]),
-        Path.read_bytes,
-        tmp_path / "step_00000001" / "trainer.json",
-    )
-
-    def fails(self: Path) -> bytes:
-        if self == lost:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
-        return read(self)
-
-    monkeypatch.setattr(Path, "read_bytes", fails)
-    monkeypatch.setattr(disk, "TRY_S", 0.0)
+    checkpoints = saved(tmp_path, [1, 2])
+    unreadable(monkeypatch, tmp_path / "step_00000001" / "trainer.json", errno.EIO)
     assert save(checkpoints, 3, backend(), Counting(), {**TRAINER, "score": 0.1}).untidy == ""
-    assert [path.name[-1] for path in step_folders(tmp_path)] == ["2", "3"]
+    assert steps_in(tmp_path) == "23"
     assert verified(Place(tmp_path), "best").name == "step_00000003"
 
 
@@ -254,9 +217,7 @@ def test_a_step_that_is_saved_again_is_found_where_its_event_says(place: Place) 
     assert [each.address for each in told] == [f"{place.url}/{name}{attempt}" for name in names]
     assert place.names() == names[:1] and place.address(names[0]) == told[-1].address
     assert content(place) == {f"{names[-1]}{attempt}/{name}" for name in FILES}
-    rule = Counting()
-    restore(Checkpoints(place, attempt="b"), backend(), rule)
-    assert rule.feedback[0] == 11  # type: ignore[index]
+    assert feedback(place) == 11
     checkpoints.discard(1, "for a test")
     assert {file.split("-")[0] for file in content(place)} == {f"quarantine/{names[-1]}"}
 
@@ -300,7 +261,7 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new(
         patch.setattr("pipeline.train.checkpoint.place.shutil.rmtree", removed)
         try:
             Place(tmp_path).finish(made, "step_00000003")
-            Place(tmp_path).tidy("step_00000003")
+            prune(Place(tmp_path), "step_00000003", keep=2)
             assert call == 3  # after a rename, one to the name of what goes, and its end
         except Killed:
             assert call < 3
@@ -320,15 +281,8 @@ def test_one_whose_medium_fails_is_quarantined_and_the_one_before_is_used(
 ) -> None:
     """After some tries; one that may not be read, or whose storage is away, is nobody's damage."""
     saved(tmp_path, [1, 2])
-    failures, opened, told = [OSError(number, os.strerror(number))] * times, Path.open, []
-
-    def fails(self: Path, *words: Any, **more: Any) -> Any:
-        if self == tmp_path / "step_00000002" / name and failures:
-            raise failures.pop()
-        return opened(self, *words, **more)
-
-    monkeypatch.setattr(Path, "open", fails)
-    monkeypatch.setattr(disk, "TRY_S", 0.0)
+    told: list[str] = []
+    unreadable(monkeypatch, tmp_path / "step_00000002" / name, number, times)
     checkpoints = Checkpoints(
         Place(tmp_path), attempt="b", on_quarantine=lambda *about: told.append(about[1])
     )
@@ -342,19 +296,16 @@ def test_one_whose_medium_fails_is_quarantined_and_the_one_before_is_used(
         assert told == ([] if is_back else [f"{name} cannot be read: {os.strerror(number)}"])
 
 
-def test_zero_state_of_other_workers_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_what_cannot_be_loaded_is_refused_and_nothing_is_no_error(tmp_path: Path) -> None:
     checkpoints = Checkpoints(Place(tmp_path), attempt="a")
+    assert checkpoints.newest() is None
+    with pytest.raises(CheckpointError, match="got none"):
+        verified(Place(tmp_path))
     save(checkpoints, 1, backend(), Counting(), {"world_size": 2, "zero": 1, "score": None})
     with pytest.raises(
         CheckpointError, match="ZeRO-1 state of 2 workers loads on as many only; got 1"
     ):
         restore(checkpoints, backend(), Counting())
-
-
-def test_nothing_to_restore_is_no_error(tmp_path: Path) -> None:
-    assert Checkpoints(Place(tmp_path / "none"), attempt="a").newest() is None
-    with pytest.raises(CheckpointError, match="got none"):
-        verified(Place(tmp_path))
 
 
 def test_a_kill_while_an_old_checkpoint_is_deleted_is_survived(tmp_path: Path) -> None:
@@ -367,7 +318,7 @@ def test_a_kill_while_an_old_checkpoint_is_deleted_is_survived(tmp_path: Path) -
     )  # damaged, and old: nobody's best, and in nobody's way
     save(checkpoints, 3, backend(), Counting(), {**TRAINER, "score": 0.5})
     save(checkpoints, 4, backend(), Counting(), TRAINER)
-    assert [path.name[-1] for path in step_folders(tmp_path)] == ["3", "4"]
+    assert steps_in(tmp_path) == "34"
     assert checkpoints.newest() == tmp_path / "step_00000004"
     assert not half.exists()
 
@@ -406,35 +357,29 @@ def quarantined(step: int, more: str = "") -> Event:
     return event("quarantine", path=path)
 
 
+FIRST, SECOND = (start(0), told_saved(3)), (start(0), told_saved(3), told_saved(6))
+
+
 @pytest.mark.parametrize(
     ("events", "step"),
     [
-        ([], None),
-        ([start(0), event("step", step=2)], None),
-        ([start(0), told_saved(3)], 3),
-        ([start(0), told_saved(3), told_saved(6), start(6)], 6),
-        ([start(8)], 8),  # adopted from a run whose folder was lost
-        ([start(0), told_saved(3), quarantined(3)], None),
-        ([start(0), told_saved(3), told_saved(6), quarantined(6, ".1")], 3),
-        (
-            [start(0), told_saved(3), told_saved(6), quarantined(6), quarantined(6)],
-            3,
-        ),  # told once more by the start after a kill
-        (
-            [start(0), told_saved(3), told_saved(6), told_saved(9), quarantined(9), quarantined(6)],
-            None,
-        ),  # 3 was pruned
-        (
-            [start(0), told_saved(3), told_saved(6), quarantined(9), quarantined(6)],
-            None,
-        ),  # 9 died with its writer, 3 was pruned for it
-        ([start(0), told_saved(3), quarantined(3), start(0), told_saved(3)], 3),
-        ([start(0), told_saved(3), quarantined(3), start(0)], None),
-        (
-            [start(0), told_saved(3), told_saved(6), start(3)],
-            3,
-        ),  # 6 had been moved away by hand, and the run went on
+        ((), None),
+        ((start(0), event("step", step=2)), None),
+        (FIRST, 3),
+        ((*SECOND, start(6)), 6),
+        ((start(8),), 8),  # adopted from a run whose folder was lost
+        ((*FIRST, quarantined(3)), None),
+        ((*SECOND, quarantined(6, ".1")), 3),
+        ((*SECOND, quarantined(6), quarantined(6)), 3),  # told once more by the start after a kill
+        ((*SECOND, told_saved(9), quarantined(9), quarantined(6)), None),  # 3 was pruned
+        # 9 died with its writer, 3 was pruned for it
+        ((*SECOND, quarantined(9), quarantined(6)), None),
+        ((*FIRST, quarantined(3), *FIRST), 3),
+        ((*FIRST, quarantined(3), start(0)), None),
+        ((*SECOND, start(3)), 3),  # 6 had been moved away by hand, and the run went on
     ],
 )
-def test_one_must_be_there_unless_it_was_quarantined(events: list[Event], step: int | None) -> None:
+def test_one_must_be_there_unless_it_was_quarantined(
+    events: tuple[Event, ...], step: int | None
+) -> None:
     assert lost_step(events, keep=2) == step

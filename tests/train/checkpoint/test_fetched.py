@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.train.checkpoint import Checkpoints, damage, place_at
-from pipeline.train.checkpoint.remote import sweep_fetched
+from pipeline.train.checkpoint.place import sweep_fetched
 from tests.helpers.few import TRAINER, Counting, backend, save
 
 pytestmark = pytest.mark.timeout(60)
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(60)
 OTHER = """
 import sys
 from pathlib import Path
-from pipeline.train.checkpoint.remote import own_folder
+from pipeline.train.checkpoint.place import own_folder
 
 folder = own_folder(Path(sys.argv[1]))
 (folder / "file").touch()

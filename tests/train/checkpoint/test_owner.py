@@ -6,6 +6,7 @@ import errno
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -20,7 +21,7 @@ from pipeline.train.checkpoint import (
     place_at,
 )
 from pipeline.train.checkpoint import background as thread
-from tests.helpers.few import TRAINER, Counting, backend, content, restore, save
+from tests.helpers.few import TRAINER, Counting, backend, content, feedback, save
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -49,17 +50,13 @@ def test_a_place_that_is_anothers_is_not_claimed_and_nothing_in_it_is_touched(
     place = place_of("first")
     save(Checkpoints(place, attempt="a"), 1, backend(), Counting(), OF_A)
     there, mine = content(place), {"run": "mine", "run_id": "b" * 32, "study": "s"}
-    with pytest.raises(
-        CheckpointError,
-        match=r"must be of run bbbbbbbb \(mine\); got those of run aaaaaaaa \(first\)$",
-    ):
+    theirs = r"must be of run bbbbbbbb \(mine\); got those of run aaaaaaaa \(first"
+    with pytest.raises(CheckpointError, match=rf"{theirs}\)$"):
         claim(place, **mine)  # a checkpoint tells, no driver has yet
     with pytest.raises(FileNotFoundError):
         place.read("owner.json")
     token = claimed(place).token
-    with pytest.raises(
-        CheckpointError, match=r"got those of run aaaaaaaa \(first, driven on \S+ since "
-    ):
+    with pytest.raises(CheckpointError, match=rf"{theirs}, driven on \S+ since "):
         claim(place, **mine)
     owner = owner_of(place)
     assert owner is not None and owner.token == token and content(place) == there
@@ -77,9 +74,7 @@ def test_a_full_disk_leaves_the_owner_that_there_was(
     place = Place(tmp_path)
     token = claimed(place).token
 
-    def full(file: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(files, "sync_file", full)
     with pytest.raises(OSError, match="No space left on device"):
         claimed(place)
@@ -138,9 +133,7 @@ def test_the_earlier_of_two_drivers_stops_at_its_save_and_tells_nothing_whole(
         with pytest.raises(CheckpointError, match="must be this driver"):
             change()
     if when == "before its manifest":
-        rule = Counting()
-        restore(Checkpoints(place_of("third"), attempt="c"), backend(), rule)
-        assert rule.feedback[0] == 2  # type: ignore[index]
+        assert feedback(place_of("third")) == 2
 
 
 def test_what_an_abandoned_attempt_still_uploads_reaches_no_checkpoint_of_another(
@@ -159,6 +152,4 @@ def test_what_an_abandoned_attempt_still_uploads_reaches_no_checkpoint_of_anothe
     monkeypatch.setattr(Place, "_put", meanwhile)
     with pytest.raises(FileNotFoundError, match=r"manifest\.json"):  # it is not sealed
         place.finish(late, "step_00000001")
-    rule = Counting()
-    restore(Checkpoints(place, attempt="c"), backend(), rule)
-    assert rule.feedback[0] == 2  # type: ignore[index]
+    assert feedback(place) == 2

@@ -6,17 +6,17 @@ import errno
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from pipeline.core import shared_marker as shared
-from pipeline.core.errors import UserError
 from pipeline.core.shared_marker import Marker
 from pipeline.train import assemble, worker
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.checkpoint import Place
 from pipeline.train.job import RankInfo
-from tests.helpers.processes import run_ranks
+from tests.helpers.processes import refusal, run_ranks
 from tests.helpers.small import job_of, make_run, small_recipe
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
@@ -30,45 +30,34 @@ def _each_on_its_own_disk(rank: int, ranks: int, folder: str) -> str:
     Ranks(rank, ranks).all_gather_object(None)
     job = job_of(run, small_recipe())
     assemble.place_at = lambda address, run, token: Place(Path(folder) / f"disk{rank}")
-    try:
-        worker.run(job, RankInfo(rank, ranks))
-    except UserError as error:
-        return str(error)
-    return "trained"
+    return refusal(worker.run, job, RankInfo(rank, ranks))
 
 
 def test_a_folder_of_each_worker_is_refused_in_one_line(tmp_path: Path) -> None:
     first, second = run_ranks(_each_on_its_own_disk, 2, tmp_path, str(tmp_path))
-    wanted = (
-        r"checkpoints: all workers must see \S+/disk{} as worker 0 on \S+ does; worker 1 on \S+"
-        r" does not: name storage that .*"
-    )
-    assert re.fullmatch(wanted.format(0), first) and re.fullmatch(wanted.format(1), second)
+    for rank, said in enumerate((first, second)):
+        assert re.fullmatch(
+            rf"UserError: checkpoints: all workers must see \S+/disk{rank} as worker 0 on \S+ does;"
+            r" worker 1 on \S+ does not: name storage that .*",
+            said,
+        )
     assert not [*(tmp_path / "disk0").iterdir()]
 
 
 def _slow(rank: int, ranks: int, place: str) -> dict[str, Any]:
     shared.LOOK_S = 0.01
-    is_in, left, beats = Marker.is_in, 3 * rank, []
-
-    def late(self: Marker, folder: Path) -> bool:
-        nonlocal left
-        left -= 1
-        return left < 0 and is_in(self, folder)
-
-    Marker.is_in = late
+    is_in, beat = Marker.is_in, Mock()
+    late = Mock(side_effect=[*[False] * 3 * rank, *[True] * 9])
+    Marker.is_in = lambda self, folder: late() and is_in(self, folder)
     about: dict[str, Any] = {
         "rank": rank,
         "each": Ranks(rank, ranks).all_gather_object,
-        "beat": lambda: beats.append(rank),
+        "beat": beat,
     }
     shared.check_shared(Path(place), **about)
     (Path(place) / "file").touch()
-    try:
-        shared.check_shared(Path(place) / "file", **about)
-    except UserError as error:
-        return {"beats": len(beats), "said": str(error)}
-    return {"beats": len(beats)}
+    said = refusal(lambda: shared.check_shared(Path(place) / "file", **about))
+    return {"beats": beat.call_count, "said": said}
 
 
 def test_one_that_shows_late_is_waited_for_with_signs_of_life(tmp_path: Path) -> None:
@@ -76,26 +65,24 @@ def test_one_that_shows_late_is_waited_for_with_signs_of_life(tmp_path: Path) ->
     for found in run_ranks(_slow, 2, tmp_path, str(place)):
         assert found == {
             "beats": 3,
-            "said": f"checkpoints: worker 0 must be able to write to {place}/file; got File exists",
+            "said": f"UserError: checkpoints: worker 0 must be able to write to {place}/file; got"
+            " File exists",
         }
     assert [path.name for path in place.iterdir()] == ["file"]
 
 
 def _shaky(rank: int, ranks: int, place: str) -> str:
-    def write_text(self: Path, text: str) -> int:
-        raise OSError(errno.ESTALE, "Stale file handle")
-
-    Path.write_text = write_text  # type: ignore[method-assign,assignment]
-    try:
-        shared.check_shared(Path(place), rank=rank, each=Ranks(rank, ranks).all_gather_object)
-    except OSError as error:
-        return f"{error.errno == errno.ESTALE} {error.strerror}"
-    return "nothing"
+    Path.write_text = Mock(side_effect=OSError(errno.ESTALE, "Stale file handle"))
+    each = Ranks(rank, ranks).all_gather_object
+    return refusal(lambda: shared.check_shared(Path(place), rank=rank, each=each), of=OSError)
 
 
 def test_storage_that_fails_for_a_while_ends_the_attempt_and_not_the_run(tmp_path: Path) -> None:
     """On every rank: Ray starts them again."""
-    said = f"True checkpoints: worker 0 must be able to write to {tmp_path}; got Stale file handle"
+    said = (
+        f"OSError: [Errno {errno.ESTALE}] checkpoints: worker 0 must be able to write to"
+        f" {tmp_path}; got Stale file handle"
+    )
     assert run_ranks(_shaky, 2, tmp_path, str(tmp_path)) == [said, said]
 
 

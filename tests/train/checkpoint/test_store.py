@@ -9,6 +9,7 @@ import uuid
 from contextlib import nullcontext
 from functools import partial, partialmethod
 from pathlib import Path
+from unittest.mock import Mock
 
 import fsspec
 import pytest
@@ -20,7 +21,7 @@ from s3fs.errors import translate_boto_error
 from pipeline.core.errors import UserError
 from pipeline.train.checkpoint import CheckpointError, Checkpoints, Place, place_at, prune, verified
 from pipeline.train.guards.storage import may_pass
-from tests.helpers.few import TRAINER, Counting, backend, restore, save
+from tests.helpers.few import FILES, TRAINER, Counting, backend, feedback, restore, save
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -41,14 +42,22 @@ def paths(address: str) -> set[str]:
     return {path.removeprefix(root).strip("/") for path in fs.find(root)}
 
 
-FILES = {
-    "model.safetensors",
-    "plain/state.pt",
-    "rng_rank0.pt",
-    "rule.pt",
-    "trainer.json",
-    "manifest.json",
-}
+def lost(*args: object, **more: object) -> None:
+    raise OSError(errno.ECONNRESET, "Connection reset by peer")
+
+
+def denied(*args: object, **more: object) -> None:
+    raise PermissionError("Access Denied")  # as s3fs says it, without a number
+
+
+def cut_at(patch: pytest.MonkeyPatch, name: str) -> None:
+    """The connection is lost before a file of this name is put."""
+    put = Place._put
+    patch.setattr(
+        Place,
+        "_put",
+        lambda self, file, path: (lost if path.endswith(f"/{name}") else put)(self, file, path),
+    )
 
 
 def test_an_upload_that_was_cut_short_is_no_checkpoint_and_is_swept(
@@ -57,14 +66,7 @@ def test_an_upload_that_was_cut_short_is_no_checkpoint_and_is_swept(
     saving = checkpoints(address, tmp_path)
     save(saving, 1, backend(), Counting(), TRAINER)
     with monkeypatch.context() as patch:
-        put = Place._put
-
-        def cut(self: Place, file: Path, path: str) -> None:
-            if file.name == "manifest.json":
-                raise OSError(errno.ECONNRESET, "Connection reset by peer")
-            put(self, file, path)
-
-        patch.setattr(Place, "_put", cut)
+        cut_at(patch, "manifest.json")
         saving.save(2, backend(), Counting(), TRAINER)
         with pytest.raises(
             OSError, match="checkpoint after step 2 was not written: Connection reset by peer"
@@ -86,22 +88,15 @@ def test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut
     saving = checkpoints(address, tmp_path, keep=1)
     save(saving, 1, backend(1), Counting(1), TRAINER)
     save(saving, 2, backend(2), Counting(2), TRAINER)
-    put, fs = Place._put, saving.place.fs  # type: ignore[attr-defined]
-
-    def cut(self: Place, file: Path, path: str) -> None:
-        if path.endswith(f"/{at}"):
-            raise OSError(errno.ECONNRESET, "Connection reset by peer")
-        put(self, file, path)
+    fs = saving.place.fs
 
     def remove(path: str, recursive: bool = False) -> None:
         for found in fs.find(path):
-            if found.endswith(f"/{at}"):
-                raise OSError(errno.ECONNRESET, "Connection reset by peer")
-            fs.rm_file(found)
+            (lost if found.endswith(f"/{at}") else fs.rm_file)(found)
 
     with monkeypatch.context() as patch:
         if how == "put":
-            patch.setattr(Place, "_put", cut)
+            cut_at(patch, at)
         else:
             patch.setattr(fs, "rm", remove)
         saving.save(2, backend(3), Counting(3), {**TRAINER, "score": 0.5})
@@ -112,10 +107,9 @@ def test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut
                 how == "removed"
             )
     assert store(address, tmp_path).names() == ["step_00000002"]
-    rule = Counting()
-    trainer = restore(checkpoints(address, tmp_path / "fresh", keep=1), backend(), rule)
-    first = rule.feedback[0]  # type: ignore[index]
-    assert (trainer["score"], first) == ((0.5, 3) if is_new else (None, 2))
+    fresh = checkpoints(address, tmp_path / "fresh", keep=1)
+    assert feedback(fresh.place) == (3 if is_new else 2)
+    assert restore(fresh, backend(), Counting())["score"] == (0.5 if is_new else None)
     folders = {path.split("/")[0] for path in paths(address)}
     assert folders == {
         "step_00000002.1-a" if is_new else "step_00000002-a"
@@ -136,13 +130,9 @@ def test_one_of_which_only_the_manifest_is_there_can_be_deleted(
 def test_a_bucket_that_lets_nobody_delete_takes_new_ones_all_the_same(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, rule = store(address, tmp_path), Counting()
+    place = store(address, tmp_path)
     saving = Checkpoints(place, attempt="a", keep=1)
     save(saving, 1, backend(), Counting(), TRAINER)
-
-    def denied(*args: object, **more: object) -> None:
-        raise PermissionError("Access Denied")
-
     monkeypatch.setattr(place.fs, "rm_file", denied)
     monkeypatch.setattr(place.fs, "rm", denied)
     told = [
@@ -150,8 +140,7 @@ def test_a_bucket_that_lets_nobody_delete_takes_new_ones_all_the_same(
         for index, step in enumerate((1, 2, 2))
     ]
     assert [each.untidy for each in told] == ["PermissionError: Access Denied"] * 3
-    restore(checkpoints(address, tmp_path / "fresh"), backend(), rule)
-    assert rule.feedback[0] == 2  # type: ignore[index]
+    assert feedback(store(address, tmp_path / "fresh")) == 2
 
 
 def test_a_request_that_failed_deletes_nothing(
@@ -198,14 +187,9 @@ def test_a_clock_that_is_wrong_for_a_while_is_waited_for(
     """Which s3fs calls a PermissionError."""
     place = store(address, tmp_path)
 
-    def skewed(*args: object, **more: object) -> None:
-        error = ClientError(
-            {"Error": {"Code": "RequestTimeTooSkewed", "Message": "the difference is too large"}},
-            "PutObject",
-        )
-        raise translate_boto_error(error)
-
-    monkeypatch.setattr(place.fs._fs, "put_file", skewed)
+    skewed = {"Code": "RequestTimeTooSkewed", "Message": "the difference is too large"}
+    error = translate_boto_error(ClientError({"Error": skewed}, "PutObject"))
+    monkeypatch.setattr(place.fs._fs, "put_file", Mock(side_effect=error))
     with pytest.raises(OSError, match="too large") as raised:
         place.fs.put_file("a", "b")
     assert raised.value.errno == errno.EIO and may_pass(raised.value)
@@ -215,9 +199,6 @@ def test_a_bucket_that_lets_nobody_write_ends_the_run(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = store(address, tmp_path)
-
-    def denied(*args: object, **more: object) -> None:
-        raise PermissionError("Access Denied")  # as s3fs says it, without a number
 
     monkeypatch.setattr(place.fs, "put_file", denied)
     saving = Checkpoints(place, attempt="a")
@@ -272,22 +253,15 @@ def test_an_address_is_a_folder_or_something_that_can_be_opened(tmp_path: Path) 
     ):
         place = place_at(address, tmp_path)
         assert place.folder == place.staging == folder and place.url == str(folder)
-    with pytest.raises(
-        CheckpointError,
-        match=r"must be one that fsspec can open; got nowhere://x/run: Protocol not known: nowhere",
+    chain = "an address must be of one store, without fsspec's '::'"
+    for address, said in (
+        ("nowhere://x/run", "fsspec can open; got nowhere://x/run: Protocol not known: nowhere"),
+        ("s3://key:secret@bucket/run", "an address holds no credentials"),
+        ("https://host/run?token=secret", "an address holds no credentials"),
+        ("simplecache::s3://key:secret@bucket/run", chain),
+        ("zip://run.zip::s3://key:secret@bucket", chain),
+        ("file:///run::s3://bucket", chain),
     ):
-        place_at("nowhere://x/run", tmp_path)
-    for secret in ("s3://key:secret@bucket/run", "https://host/run?token=secret"):
-        with pytest.raises(CheckpointError, match="an address holds no credentials") as told:
-            place_at(secret, tmp_path)
-        assert "secret" not in str(told.value)
-    for chain in (
-        "simplecache::s3://key:secret@bucket/run",
-        "zip://run.zip::s3://key:secret@bucket",
-        "file:///run::s3://bucket",
-    ):
-        with pytest.raises(
-            CheckpointError, match="an address must be of one store, without fsspec's '::'"
-        ) as told:
-            place_at(chain, tmp_path)
-        assert "secret" not in str(told.value)
+        with pytest.raises(CheckpointError, match=said) as refused:
+            place_at(address, tmp_path)
+        assert "secret" not in str(refused.value)

@@ -31,17 +31,6 @@ from tests.helpers.processes import run_ranks
 from tests.helpers.silent import NoMeters, train
 
 
-class Norm(nn.Module):
-    """Batch norm of vectors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = BatchNorm(6)
-
-    def forward(self, x_TBC: Tensor) -> Tensor:
-        return self.norm(x_TBC[..., None, None])[..., 0, 0]
-
-
 class Trained:
     """A network with momentum and dropout, under SLTT with running statistics, and its guard;
     `batch` trains on one.
@@ -49,7 +38,7 @@ class Trained:
 
     def __init__(self, ranks: Ranks = Ranks(), *, rule: Rule | None = None, **guard: Any) -> None:
         torch.manual_seed(0)
-        norm = Norm() if rule is None else nn.Identity()
+        norm = BatchNorm(6) if rule is None else nn.Identity()
         network = nn.Sequential(Linear(4, 6), norm, LIF(threshold=0.3), Dropout(0.3), Linear(6, 3))
         self.rule = SLTT() if rule is None else rule
         self.rule.attach(network)
@@ -130,12 +119,7 @@ class Timed(NoMeters):
 def test_what_is_copied_before_a_batch_is_charged_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """HLOP's and OPZO's state is large."""
     made, meters, original = Trained(), Timed(), guard._Before
-
-    def slow(*parts: Any) -> guard._Before:
-        time.sleep(0.05)
-        return original(*parts)
-
-    monkeypatch.setattr(guard, "_Before", slow)
+    monkeypatch.setattr(guard, "_Before", lambda *parts: time.sleep(0.05) or original(*parts))
     made.batch(0, meters=meters)
     [seconds] = meters.clock.take()
     assert seconds["metrics"] >= 0.05 and made.guard._before is None
@@ -145,13 +129,10 @@ def test_a_gradient_that_is_not_finite_is_bad_though_the_loss_is() -> None:
     hit = Trained()
     hit.batch(0)
     before = hit.values()
-    network: Any = hit.backend.network
-    hook = network[0].weight.register_hook(lambda g: g * math.inf)
+    hit.backend.network[0].weight.register_hook(lambda g: g * math.inf)  # type: ignore[index]
     hit.batch(1)
-    hook.remove()
-    assert same(hit.values(), before) and hit.told == [
-        (1, "its gradient is not finite on 1 of 1 worker")
-    ]
+    assert same(hit.values(), before)
+    assert hit.told == [(1, "its gradient is not finite on 1 of 1 worker")]
 
 
 def test_too_many_in_a_row_lead_back() -> None:
@@ -165,9 +146,7 @@ def test_too_many_in_a_row_lead_back() -> None:
         hit.batch(5, bad=True)
     assert back.value.step == 5 and [step for step, _ in hit.told] == [0, 1, 3, 4]
 
-
-def test_where_nothing_can_be_taken_back_the_first_leads_back() -> None:
-    hit = Trained(can_undo=False)
+    hit = Trained(can_undo=False)  # where nothing can be taken back the first leads back
     hit.batch(0)
     with pytest.raises(Rollback, match="batch 1"):
         hit.batch(1, bad=True)
@@ -195,10 +174,8 @@ def test_what_it_has_seen_is_part_of_a_checkpoint() -> None:
     one.batch(0)
     one.batch(1, bad=True)
     other = Trained(max_skips=2, state=one.guard.state_dict())
-    assert (
-        other.guard.state_dict() == one.guard.state_dict()
-        and len(one.guard.state_dict()["losses"]) == 1
-    )
+    assert other.guard.state_dict() == one.guard.state_dict()
+    assert len(one.guard.state_dict()["losses"]) == 1
     other.batch(2, bad=True)
     with pytest.raises(Rollback):
         other.batch(3, bad=True)

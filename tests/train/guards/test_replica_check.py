@@ -122,9 +122,8 @@ def test_nothing_numbers_without_a_place_and_views_have_a_fingerprint() -> None:
 
 
 def test_one_alone_compares_with_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-    monkeypatch.setattr(replica_check, "fingerprint", asked.append)
-    assert drifted(network().parameters(), Ranks()) == [] and not asked
+    monkeypatch.setattr(replica_check, "fingerprint", None)
+    assert drifted(network().parameters(), Ranks()) == []
 
 
 def _compared(rank: int, size: int) -> dict[str, Any]:
@@ -173,7 +172,6 @@ def _damaged(rank: int, size: int) -> dict[str, str]:
         rule=rule,
         job=SimpleNamespace(run="."),
         checkpoints=None,
-        meters=None,
     )
     checkpointing = Saving(parts, step=0, state=dict)
     found = {}

@@ -3,10 +3,9 @@ given up in the end.
 """
 
 import errno
-import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -22,18 +21,9 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
 
 
-def away(
-    times: int, error: Exception = OSError(errno.ESTALE, "Stale file handle")
-) -> Callable[[], str]:
+def away(times: int, error: Exception = OSError(errno.ESTALE, "Stale file handle")) -> Mock:
     """Fails so often, then answers."""
-    tries = itertools.count()
-
-    def act() -> str:
-        if next(tries) < times:
-            raise error
-        return "there"
-
-    return act
+    return Mock(side_effect=[*[error] * times, "there"])
 
 
 def test_it_is_tried_again_and_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,9 +43,9 @@ def test_a_pause_is_full_of_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> No
     """However long it is: a watchdog may have less patience."""
     monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.5)
     monkeypatch.setattr(storage, "BEAT_S", 0.1)
-    beats: list[None] = []
-    patiently(Ranks(), away(1), beat=lambda: beats.append(None))
-    assert 1 < len(beats) <= 6
+    beat = Mock()
+    patiently(Ranks(), away(1), beat=beat)
+    assert 1 < beat.call_count <= 6
 
 
 @pytest.mark.parametrize(
@@ -84,27 +74,16 @@ def test_in_the_end_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_journal_on_the_same_storage_need_not_be_told() -> None:
-    def full(error: str) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     assert patiently(Ranks(), away(2), on_wait=full) == "there"
 
 
 def _of_two(rank: int, ranks: int) -> dict[str, Any]:
     storage.FIRST_PAUSE_S, storage.BEAT_S = 0.2, 0.1
-    acted: list[None] = []
-    beats: list[None] = []
-    told: list[str] = []
-    act = away(2)
-
-    def counted() -> str:
-        acted.append(None)
-        return act()
-
-    found = patiently(
-        Ranks(rank, ranks), counted, beat=lambda: beats.append(None), on_wait=told.append
-    )
-    return {"found": found, "acted": len(acted), "told": len(told), "beats": len(beats)}
+    act, beat, told = away(2), Mock(), Mock()
+    found = patiently(Ranks(rank, ranks), act, beat=beat, on_wait=told)
+    counts = {"acted": act.call_count, "told": told.call_count, "beats": beat.call_count}
+    return {"found": found, **counts}
 
 
 @pytest.mark.distributed
