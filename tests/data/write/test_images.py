@@ -117,7 +117,7 @@ def test_a_damaged_fashion_file_is_named(small_fashion, tmp_path, damage):
 
 def test_a_jpeg_that_fits_is_stored_as_it_is(photo_folder, tmp_path):
     _, val = write_folder(photo_folder, tmp_path, mode="jpg", max_resolution=150)
-    found = beton_format.samples(tmp_path / "val.beton")
+    found = beton_format.read_tables(tmp_path / "val.beton")
     content = np.fromfile(tmp_path / "val.beton", np.uint8)
     kinds = {"as it is": 0, "jpg": 0}
     for item, record, size in zip(
