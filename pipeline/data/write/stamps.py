@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,6 +128,8 @@ class Rendering:
     mode: Literal["jpg", "raw"] = "jpg"
     quality: int = 90
 
+    kind: ClassVar[Images] = Images()
+
     def __post_init__(self) -> None:
         low, high = SIZES
         require_data(
@@ -138,10 +140,6 @@ class Rendering:
             0.1 <= self.smallest <= LARGEST,
             f"write stamps: smallest must be a share in 0.1..{LARGEST}; got {self.smallest}",
         )
-
-    @property
-    def kind(self) -> Images:
-        return Images()
 
     def __call__(self, scene: Scene) -> Encoded:
         pixels_SS3 = render(scene, self.size, self.smallest)
@@ -252,7 +250,7 @@ def write_stamps(
     pictures = installed(share)
     divided = parts(pictures, split)
     where = f"{share.absolute()}, pictures {_read_all(pictures, size)}"
-    sets: list[Source[Scene]] = []
+    sets: list[Source] = []
     for part, (name, count) in enumerate((("train", samples), ("val", val_samples))):
         items = list(
             scenes(divided[part], count, part=part, split=split, content_seed=content_seed)
