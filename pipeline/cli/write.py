@@ -294,8 +294,6 @@ def _progress(name: str) -> Iterator[OnProgress]:
 
 
 def _report(manifests: list[Manifest]) -> None:
-    from pipeline.data.write.writer import LeftOut
-
     for manifest in manifests:
         samples, classes = (
             counted(manifest.samples, "sample"),
@@ -304,7 +302,7 @@ def _report(manifests: list[Manifest]) -> None:
         print(f"{manifest.file}: {samples}, {classes}, {len(manifest.skipped)} skipped", flush=True)
         _list_unreadable("skipped", manifest.skipped)
         for left_out in manifest.left_out:
-            print(f"  left out {LeftOut(**left_out)}", file=sys.stderr)
+            print(f"  left out {left_out}", file=sys.stderr)
         if not_rotated := manifest.stored.get("not rotated"):
             pictures = counted(not_rotated, "picture")
             print(

@@ -64,12 +64,9 @@ class Mixing:
             f"Mixing: probability must be in 0..1, above 0; got {self.probability}",
         )
         require_data(
-            self.switch is None or 0 not in (self.mixup, self.cutmix),
-            f"Mixing: switch has no effect without both mixup and cutmix; got {self.switch}",
-        )
-        require_data(
-            self.switch is None or 0 < self.switch < 1,
-            f"Mixing: switch must be between 0 and 1; got {self.switch}",
+            self.switch is None or (0 not in (self.mixup, self.cutmix) and 0 < self.switch < 1),
+            "Mixing: switch must be between 0 and 1, and has no effect without both mixup and"
+            f" cutmix; got switch={self.switch}, mixup={self.mixup}, cutmix={self.cutmix}",
         )
         require_data(
             self.per in ("batch", "pair", "sample"),
@@ -98,10 +95,9 @@ class Mixing:
         target_BK = F.one_hot(target_B, classes).to(x_B.dtype)
         weight_B = torch.from_numpy(lam_B).to(x_B)
         mixed_target_BK = _neighbours(target_BK).lerp_(target_BK, weight_B[:, None])
+        weight_B = weight_B.view(-1, *[1] * (x_B.dim() - 1))
         if box_B4 is not None:
             weight_B = _outside(weight_B, torch.from_numpy(box_B4).to(x_B.device), x_B)
-        else:
-            weight_B = weight_B.view(-1, *[1] * (x_B.dim() - 1))
         return _neighbours(x_B).lerp_(x_B, weight_B), mixed_target_BK
 
     def _draw(
@@ -124,8 +120,15 @@ class Mixing:
         lam_B = np.where(is_mixed_B, lam_B, 1.0)
         if not is_cut_B.any():
             return lam_B, None
-        box_B4 = _boxes(lam_B, below(draw(MIX_Y), height), below(draw(MIX_X), width), height, width)
-        box_B4[~is_cut_B] = -1
+        # Boxes around a random pixel, clipped at the image's border. They have the image's aspect
+        # ratio and the share 1 - lam of its area.
+        ends = []
+        for middle_B, length in ((draw(MIX_Y), height), (draw(MIX_X), width)):
+            middle_B = below(middle_B, length)
+            size_B = (length * np.sqrt(1 - lam_B)).astype(np.int64)
+            ends += [middle_B - size_B // 2, middle_B + (size_B + 1) // 2]
+        most = np.array([height, height, width, width])
+        box_B4 = np.where(is_cut_B[:, None], np.clip(np.stack(ends, -1), 0, most), -1)
         lost_B = (box_B4[:, 1] - box_B4[:, 0]) * (box_B4[:, 3] - box_B4[:, 2]) / (height * width)
         return np.where(is_cut_B, 1 - lost_B, lam_B), box_B4
 
@@ -143,40 +146,17 @@ def _beta(parameter: float) -> NDArray[np.float64]:
     return np.round(betaincinv(parameter, parameter, (np.arange(4096) + 0.5) / 4096), 6)
 
 
-def _boxes(
-    lam_B: NDArray[np.float64],
-    y_B: NDArray[np.int64],
-    x_B: NDArray[np.int64],
-    height: int,
-    width: int,
-) -> NDArray[np.int64]:
-    """Boxes around (y, x), clipped at the image's border: [B,4].
-
-    They have the image's aspect ratio and the share 1 - lam of its area.
-    """
-    side_B = np.sqrt(1 - lam_B)
-    ends = []
-    for middle_B, length in ((y_B, height), (x_B, width)):
-        size_B = (length * side_B).astype(np.int64)
-        ends += [
-            np.clip(middle_B - size_B // 2, 0, length),
-            np.clip(middle_B + (size_B + 1) // 2, 0, length),
-        ]
-    return np.stack(ends, -1)
-
-
-def _outside(lam_B: Tensor, box_B4: Tensor, x_B: Tensor) -> Tensor:
+def _outside(weight_B: Tensor, box_B4: Tensor, x_B: Tensor) -> Tensor:
     """The weight of each pixel: [B,1,...,H,W].
 
-    It is 0 inside a box and 1 outside. In a sample without a box it is lam everywhere.
+    It is 0 inside a box and 1 outside. In a sample without a box it is `weight_B` everywhere.
     """
     height, width = x_B.shape[-2:]
-    y_1H1 = torch.arange(height, device=x_B.device)[None, :, None]
-    x_11W = torch.arange(width, device=x_B.device)[None, None]
-    top, bottom, left, right = (each_B[:, None, None] for each_B in box_B4.unbind(-1))
-    inside_BHW = (y_1H1 >= top) & (y_1H1 < bottom) & (x_11W >= left) & (x_11W < right)
-    weight_BHW = torch.where(top < 0, lam_B[:, None, None], (~inside_BHW).to(x_B))
-    return weight_BHW.view(len(x_B), *[1] * (x_B.dim() - 3), height, width)
+    y_H1 = torch.arange(height, device=x_B.device)[:, None]
+    x_W = torch.arange(width, device=x_B.device)
+    top, bottom, left, right = box_B4.view(-1, 4, *[1] * (x_B.dim() - 1)).unbind(1)
+    is_inside = (y_H1 >= top) & (y_H1 < bottom) & (x_W >= left) & (x_W < right)
+    return torch.where(top < 0, weight_B, (~is_inside).to(x_B))
 
 
 def _neighbours(x_B: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.errors import DataError, require_data
+from pipeline.core.errors import require_data
 from pipeline.core.random import HELD_OUT, ORDER, bits
 from pipeline.core.units import counted
 
@@ -39,8 +39,7 @@ class TrainOrder:
     ids: NDArray[np.int64] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        _check_rank(self.rank, self.world)
-        _check_micro_batch(self.micro_batch)
+        _check_rank(self.rank, self.world, self.micro_batch)
         require_data(
             self.repeats >= 1 and self.batch_size % self.repeats == 0,
             f"train: repeats must be 1 or more and divide batch_size={self.batch_size}; got"
@@ -48,14 +47,13 @@ class TrainOrder:
         )
         require_data(0 <= self.seed < 2**63, f"train: seed must be in 0..2^63-1; got {self.seed}")
         share = self.world * self.micro_batch
-        if self.batch_size < 1 or self.batch_size % share:
-            lower = self.batch_size // share * share
-            near = [str(size) for size in (lower, lower + share) if size > 0]
-            raise DataError(
-                f"train: batch_size must be a multiple of world x micro_batch = {self.world} x"
-                f" {self.micro_batch} = {share}; got {self.batch_size}; {' or '.join(near)}"
-                " would do"
-            )
+        lower = self.batch_size // share * share
+        near = " or ".join(str(size) for size in (lower, lower + share) if size > 0)
+        require_data(
+            self.batch_size >= 1 and self.batch_size % share == 0,
+            f"train: batch_size must be a multiple of world x micro_batch = {self.world} x"
+            f" {self.micro_batch} = {share}; got {self.batch_size}; {near} would do",
+        )
         require_data(
             self.samples >= self.batch_size,
             f"train: batch_size must be at most the {counted(self.samples, 'sample')} of the"
@@ -80,12 +78,11 @@ class TrainOrder:
             f" got {start}",
         )
         order = permutation(self.samples, seed=self.seed, epoch=epoch)
-        if self.ids is not None:
-            order = self.ids[order]
-        order = order[start // self.repeats : whole // self.repeats]
-        distinct = self.batch_size // self.repeats
-        order = np.tile(order.reshape(-1, 1, distinct), (1, self.repeats, 1))
-        return order.reshape(-1, self.world, self.micro_batch)[:, self.rank].reshape(-1)
+        order = order if self.ids is None else self.ids[order]
+        distinct = self.batch_size // self.repeats  # of a global batch
+        steps = order[start // self.repeats : whole // self.repeats].reshape(-1, 1, distinct)
+        rows = np.tile(steps, (1, self.repeats, 1)).reshape(-1, self.world, self.micro_batch)
+        return rows[:, self.rank].reshape(-1)
 
     def copies(self, *, start: int = 0) -> NDArray[np.int64]:
         """The view number of each id in `epoch`, 0 to repeats - 1. Augmentation depends on it."""
@@ -109,8 +106,7 @@ class ValOrder:
     ids: NDArray[np.int64] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        _check_rank(self.rank, self.world)
-        _check_micro_batch(self.micro_batch)
+        _check_rank(self.rank, self.world, self.micro_batch)
 
     @property
     def steps(self) -> int:
@@ -204,11 +200,9 @@ def held_out(samples: int, share: float) -> tuple[NDArray[np.int64], NDArray[np.
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-def _check_rank(rank: int, world: int) -> None:
+def _check_rank(rank: int, world: int, micro_batch: int) -> None:
     require_data(
-        0 <= rank < world, f"data: rank must be in 0..world-1; got rank={rank}, world={world}"
+        0 <= rank < world and micro_batch >= 1,
+        "data: rank must be in 0..world-1, micro_batch 1 or more; got"
+        f" rank={rank}, world={world}, micro_batch={micro_batch}",
     )
-
-
-def _check_micro_batch(micro_batch: int) -> None:
-    require_data(micro_batch >= 1, f"data: micro_batch must be 1 or more; got {micro_batch}")

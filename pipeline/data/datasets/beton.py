@@ -77,8 +77,14 @@ class Beton(FileData):
 
     def _loader(self, *given: Any, **options: Any) -> "BetonLoader":
         loader = super()._loader(*given, **options)
-        if self.crop == "shift":
-            _check_sides(loader.path, loader.records, self.shape[1])
+        size, sides = self.shape[1], [loader.records["width"], loader.records["height"]]
+        shortest, longest = int(np.min(sides)), int(np.max(sides))
+        require_data(
+            self.crop != "shift" or max(size - shortest, longest - size) <= size // 4,
+            f"Beton: crop='shift' does not resize: the sides of {loader.path} must be within a"
+            f" quarter of size={size}; got {shortest} to {longest}; choose crop='resized' or write"
+            " the data with max_resolution",
+        )
         return loader
 
     def _decoder(self, use: Name, path: Path, *, parallel: bool) -> Any:
@@ -112,20 +118,18 @@ def _check_options(
 ) -> None:
     channels, size, _ = data.shape
     require_data(
-        data.classes >= 1 and size >= 1 and channels in (1, 3),
-        "Beton: classes and size must be 1 or more, channels 1 or 3; "
-        f"got classes={data.classes}, size={size}, channels={channels}",
-    )
-    require_data(
-        0 <= data.colour <= 10 and 0 <= data.erase <= 1,
-        f"Beton: colour must be in 0..10, erase in 0..1; got colour={data.colour},"
-        f" erase={data.erase}",
+        min(data.classes, size, data.repeats) >= 1
+        and channels in (1, 3)
+        and 0 <= data.colour <= 10
+        and 0 <= data.erase <= 1,
+        "Beton: classes, size and repeats must be 1 or more, channels 1 or 3, colour in 0..10,"
+        f" erase in 0..1; got classes={data.classes}, size={size}, repeats={data.repeats},"
+        f" channels={channels}, colour={data.colour}, erase={data.erase}",
     )
     require_data(
         not data.colour or channels != 1,
         f"Beton: colour has no effect on images of 1 channel; got colour={data.colour}",
     )
-    require_data(data.repeats >= 1, f"Beton: repeats must be 1 or more; got {data.repeats}")
     check_views(data, channels, size, crops=("resized", "shift", "centre"), reach=reach)
     for name, value in (("area", area), ("ratio", ratio)):
         require_data(
@@ -138,14 +142,3 @@ def _check_options(
             f"Beton: {name} must be (low, high) with 0 < low <="
             f" high{' <= 1' * (name == 'area')}; got {value}",
         )
-
-
-def _check_sides(path: Path, records: Any, size: int) -> None:
-    sides = np.concatenate([records["width"], records["height"]])
-    shortest, longest = int(sides.min()), int(sides.max())
-    require_data(
-        max(size - shortest, longest - size) <= size // 4,
-        f"Beton: crop='shift' does not resize: the sides of {path} must be within a quarter of"
-        f" size={size}; got {shortest} to {longest}; choose crop='resized' or write the data"
-        " with max_resolution",
-    )

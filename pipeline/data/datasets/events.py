@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pipeline.core.errors import DataError, require_data
 from pipeline.data.ffcv.files import FileData, Name, check_views
-from pipeline.data.ffcv.format import Arrays, layout
+from pipeline.data.ffcv.format import Arrays, read_tables
 
 # T time, B batch, C polarities, H W pixels
 
@@ -88,7 +88,7 @@ def _stored(path: Path, shape: tuple[int, ...]) -> Arrays:
         DataError: the file holds images or frames of another size, or the steps do not divide the
             slices.
     """
-    stored = layout(path).kind
+    stored = read_tables(path).kind
     steps, _, size, _ = shape
     if not isinstance(stored, Arrays) or len(stored.shape) != 4 or stored.shape[1] != 2:
         raise DataError(

@@ -8,6 +8,7 @@ files. A set of recordings imitates event data, with T patterns of counts per cl
 # N samples of a set, B batch, K classes, T time, C channels (T x C for a recording), H W pixels
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -63,13 +64,10 @@ class Synthetic(Ordered):
             f" shape={shape}",
         )
         require_data(
-            augment in ("shift-flip", "none"),
-            f"Synthetic: augment must be 'shift-flip' or 'none'; got {augment!r}",
-        )
-        require_data(repeats >= 1, f"Synthetic: repeats must be 1 or more; got {repeats}")
-        require_data(
-            noise >= 0 and content_seed >= 0,
-            f"Synthetic: noise and content_seed must be 0 or more; got {noise} and {content_seed}",
+            augment in ("shift-flip", "none") and repeats >= 1 and min(noise, content_seed) >= 0,
+            "Synthetic: augment must be 'shift-flip' or 'none', repeats 1 or more, noise and"
+            f" content_seed 0 or more; got augment={augment!r}, repeats={repeats}, noise={noise},"
+            f" content_seed={content_seed}",
         )
         self.samples, self.val_samples, self.classes = samples, val_samples, classes
         self.shape = tuple(int(size) for size in shape)
@@ -148,9 +146,12 @@ def _patterns(data: Synthetic) -> NDArray[np.float32]:
 
     Each channel interpolates 4 x 4 random values linearly.
     """
-    channels, height, width = _channels(data), *data.shape[-2:]
-    corners = _uniform(data.content_seed, _PATTERN, (data.classes, channels, 4, 4))
-    rows, columns = _interpolation(height), _interpolation(width)
+    *channels, height, width = data.shape
+    corners = _uniform(data.content_seed, _PATTERN, (data.classes, math.prod(channels), 4, 4))
+    rows, columns = (
+        np.maximum(0.0, 1.0 - np.abs(np.linspace(0, 3, size)[:, None] - np.arange(4)))
+        for size in (height, width)
+    )
     x = np.einsum("hi,kcij,wj->kchw", rows, corners, columns)
     x -= x.mean((1, 2, 3), keepdims=True)
     return (x / np.maximum(x.std((1, 2, 3), keepdims=True), 1e-6)).astype(np.float32)
@@ -158,25 +159,16 @@ def _patterns(data: Synthetic) -> NDArray[np.float32]:
 
 def _fields(data: Synthetic) -> NDArray[np.float32]:
     """Noise fields; the sum of two has the standard deviation `data.noise`. [F,C,H,W]"""
-    x = _uniform(data.content_seed, _NOISE, (_FIELDS, _channels(data), *data.shape[-2:]))
+    *channels, height, width = data.shape
+    x = _uniform(data.content_seed, _NOISE, (_FIELDS, math.prod(channels), height, width))
     # a uniform distribution of width 1 has variance 1/12
     return (x * (data.noise * np.sqrt(6.0))).astype(np.float32)
-
-
-def _channels(data: Synthetic) -> int:
-    return int(np.prod(data.shape[:-2]))
 
 
 def _uniform(seed: int, draw: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Uniform in -0.5..0.5."""
     drawn = bits(seed, 0, np.arange(int(np.prod(shape))), draw)
     return np.asarray((drawn >> np.uint64(11)) * 2.0**-53 - 0.5, np.float64).reshape(shape)
-
-
-def _interpolation(size: int) -> NDArray[np.float64]:
-    """The matrix that interpolates 4 values linearly to `size`: [size, 4]."""
-    place = np.linspace(0, 3, size)
-    return np.asarray(np.maximum(0.0, 1.0 - np.abs(place[:, None] - np.arange(4))), np.float64)
 
 
 def _shift_flip(

@@ -11,12 +11,12 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 
-from pipeline.core.errors import DataError, require_data
+from pipeline.core.errors import require_data
 from pipeline.core.random import bits
 from pipeline.core.units import counted
 from pipeline.data.base import Batch, Data, Loader, with_page_checks
@@ -24,19 +24,11 @@ from pipeline.data.base import Batch, Data, Loader, with_page_checks
 _PIXELS = 80  # a draw, see random.py
 
 
-@runtime_checkable
-class ByClass(Data, Protocol):
-    """A data set that can be restricted to some of its classes."""
-
-    def of_classes(self, classes: tuple[int, ...]) -> Data:
-        """The same sets without the samples of other classes; labels do not change."""
-        ...
-
-
 class _Task:
-    """A data set derived from another; subclasses change its batches."""
+    """A data set derived from another; `_changed` changes its batches."""
 
     data: Data
+    _changed: Callable[[Batch], Batch]
 
     def check(self) -> None:
         self.data.check()
@@ -46,22 +38,15 @@ class _Task:
         return self._over(with_page_checks(self.data, one_in))
 
     def train(self, **sizes: Any) -> Loader:
-        return MappedLoader(self._source().train(**sizes), self._changed)
+        return MappedLoader(self.data.train(**sizes), self._changed)
 
     def val(self, **sizes: Any) -> Loader:
-        return MappedLoader(self._source().val(**sizes), self._changed)
+        return MappedLoader(self.data.val(**sizes), self._changed)
 
     def _over(self, data: Data) -> Self:
-        """The same task with other data."""
         same = copy.copy(self)
         same.data = data
         return same
-
-    def _source(self) -> Data:
-        return self.data
-
-    def _changed(self, batch: Batch) -> Batch:
-        raise NotImplementedError
 
 
 class Permuted(_Task):
@@ -103,11 +88,12 @@ class Permuted(_Task):
         )
 
     def fingerprint(self) -> str:
-        return _digest("permuted-1", self.data.fingerprint(), self.order.tolist())
+        parts = ("permuted-1", self.data.fingerprint(), self.order.tolist())
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def of_classes(self, classes: tuple[int, ...]) -> Self:
-        """See ByClass."""
-        return self._over(_by_class("Permuted", self.data).of_classes(classes))
+        """The same sets without the samples of other classes; labels do not change."""
+        return self._over(_of_classes("Permuted", self.data, classes))
 
     def _changed(self, batch: Batch) -> Batch:
         x_BP = batch.x.flatten(-2)[..., torch.from_numpy(self.order)]
@@ -140,30 +126,26 @@ class SplitClasses(_Task):
         order: tuple[int, ...] | None = None,
     ) -> None:
         ordered = tuple(range(data.classes)) if order is None else tuple(order)
-        require_data(
-            sorted(ordered) == list(range(data.classes)),
-            f"SplitClasses: order must hold each of 0..{data.classes - 1} once; got {ordered}",
-        )
-        require_data(
-            labels in ("task", "data"),
-            f"SplitClasses: labels must be 'task' or 'data'; got {labels!r}",
-        )
         tasks = data.classes // classes_per_task if classes_per_task >= 1 else 0
+        require_data(
+            sorted(ordered) == list(range(data.classes)) and labels in ("task", "data"),
+            f"SplitClasses: order must hold each of 0..{data.classes - 1} once, labels must be"
+            f" 'task' or 'data'; got order={ordered}, labels={labels!r}",
+        )
         require_data(
             0 <= task < tasks,
             f"SplitClasses: {data.classes} classes in tasks of {classes_per_task} make"
             f" {counted(tasks, 'task')}, from 0; got task={task}",
         )
-        self.data, self.labels = _by_class("SplitClasses", data), labels
+        self.labels = labels
         self.chosen = ordered[task * classes_per_task : (task + 1) * classes_per_task]
+        self.data = _of_classes("SplitClasses", data, self.chosen)
         self.classes = classes_per_task if labels == "task" else data.classes
         self.shape = data.shape
 
     def fingerprint(self) -> str:
-        return _digest("split-1", self.data.fingerprint(), self.chosen, self.labels)
-
-    def _source(self) -> Data:
-        return _by_class("SplitClasses", self.data).of_classes(self.chosen)
+        parts = ("split-1", self.data.fingerprint(), self.chosen, self.labels)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _changed(self, batch: Batch) -> Batch:
         if self.labels == "data":
@@ -189,14 +171,10 @@ class MappedLoader:
         self._loader.close()
 
 
-def _by_class(who: str, data: Data) -> ByClass:
-    if not isinstance(data, ByClass):
-        raise DataError(
-            f"{who}: needs data that can leave classes out, such as Beton or Synthetic; got"
-            f" {type(data).__name__}"
-        )
-    return data
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+def _of_classes(who: str, data: Any, classes: tuple[int, ...]) -> Data:
+    require_data(
+        hasattr(data, "of_classes"),
+        f"{who}: needs data that can leave classes out, such as Beton or Synthetic; got"
+        f" {type(data).__name__}",
+    )
+    return data.of_classes(classes)

@@ -28,41 +28,31 @@ def torch_threads_kept() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextmanager
-def plain_dictionaries() -> Iterator[None]:
-    """Replace numba's typed dictionary by a plain one for imports inside the block."""
-    typed: Any = numba.typed
-    before, typed.Dict = typed.Dict, dict
-    try:
-        yield
-    finally:
-        typed.Dict = before
-
-
 with suppress(ImportError, OSError):  # one loader thread does not need TBB
     load_tbb()  # before FFCV, whose import starts numba's threads
-with torch_threads_kept(), plain_dictionaries():
-    from ffcv.fields import IntField, NDArrayField, RGBImageField
-    from ffcv.libffcv import imdecode, resize_crop
-    from ffcv.loader import epoch_iterator
-    from ffcv.loader.epoch_iterator import EpochIterator
-    from ffcv.loader.loader import Loader
-    from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
-    from ffcv.pipeline.allocation_query import AllocationQuery
-    from ffcv.pipeline.compiler import Compiler
-    from ffcv.pipeline.graph import Graph
-    from ffcv.pipeline.operation import Operation
-    from ffcv.pipeline.pipeline_spec import PipelineSpec
-    from ffcv.pipeline.state import State
-    from ffcv.reader import Reader
-    from ffcv.types import (
-        ALLOC_TABLE_TYPE,
-        CURRENT_VERSION,
-        FieldDescType,
-        HeaderType,
-        get_metadata_type,
-    )
-
+typed: Any = numba.typed
+typed_dictionary, typed.Dict = typed.Dict, dict
+try:
+    with torch_threads_kept():
+        from ffcv.fields import IntField, NDArrayField, RGBImageField
+        from ffcv.libffcv import imdecode, resize_crop
+        from ffcv.loader import Loader, epoch_iterator
+        from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
+        from ffcv.pipeline import Compiler, PipelineSpec
+        from ffcv.pipeline.allocation_query import AllocationQuery
+        from ffcv.pipeline.graph import Graph
+        from ffcv.pipeline.operation import Operation
+        from ffcv.pipeline.state import State
+        from ffcv.reader import Reader
+        from ffcv.types import (
+            ALLOC_TABLE_TYPE,
+            CURRENT_VERSION,
+            FieldDescType,
+            HeaderType,
+            get_metadata_type,
+        )
+finally:
+    typed.Dict = typed_dictionary
 epoch_iterator.IS_CUDA = False
 
 __all__ = [
@@ -70,7 +60,6 @@ __all__ = [
     "CURRENT_VERSION",
     "AllocationQuery",
     "Compiler",
-    "EpochIterator",
     "FieldDescType",
     "Graph",
     "HeaderType",
@@ -84,6 +73,7 @@ __all__ = [
     "RGBImageField",
     "Reader",
     "State",
+    "epoch_iterator",
     "get_metadata_type",
     "imdecode",
     "resize_crop",

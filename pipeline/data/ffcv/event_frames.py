@@ -6,6 +6,8 @@ mirrored alike. The random numbers depend on (seed, epoch, sample), as for image
 
 # B batch, T time, C polarities of the output, S pixels a side
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -36,8 +38,9 @@ class DecodeEvents(Decoder):
         parallel: bool,
     ) -> None:
         word = np.dtype(stored.dtype).itemsize
+        stored_bytes = math.prod(stored.shape) * word
         options = np.array(
-            [stored.shape[0] // shape[0], stored.bytes, word, reach, int(flip)], np.int64
+            [stored.shape[0] // shape[0], stored_bytes, word, reach, int(flip)], np.int64
         )
         how = (options, counts_of_words(stored.dtype), np.array([mean, std], np.float32))
         super().__init__(

@@ -6,15 +6,16 @@ imported when a loader is made.
 
 import copy
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.errors import DataError, require_data
-from pipeline.data.ffcv import format as beton
+from pipeline.core.errors import require_data
 from pipeline.data.ffcv import manifest as manifests
+from pipeline.data.ffcv.format import read_tables
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.ffcv.page_checks import check
 from pipeline.data.order import Ordered, TrainOrder, ValOrder, held_out
@@ -38,6 +39,9 @@ class FileData(Ordered):
         DataError: `held_out` is outside 0..1.
     """
 
+    # makes the `pipeline.data.ffcv.loops.Decoder` of a use and a file; keyword: parallel
+    _decoder: Callable[..., Any]
+
     def __init__(
         self,
         folder: str | Path,
@@ -50,6 +54,7 @@ class FileData(Ordered):
         self.folder, self.classes, self.shape = Path(folder), classes, shape
         self.held_out, self.repeats = held_out, repeats
         self._one_in = 0  # see page_checks.py
+        self._who = type(self).__name__  # the beginning of error messages
         require_data(
             0 <= held_out < 1,
             f"{self._who}: held_out must be a share in 0..1, 1 excluded; got {held_out}",
@@ -62,9 +67,9 @@ class FileData(Ordered):
 
     def check(self) -> None:
         """See base.Data. If a share of the training file is held out, val.beton is not read."""
-        read: tuple[Name, ...] = ("train",) if self.held_out else ("train", "val")
-        for name in read:
-            check(self._path(name))
+        check(self._path("train"))
+        if not self.held_out:
+            check(self._path("val"))
         require_data(
             self._manifest("train").classes == self._manifest("val").classes,
             f"{self._who}: train and val in {self.folder} must have the same classes, in the"
@@ -80,12 +85,11 @@ class FileData(Ordered):
         """
         name = self._file_of(use)
         groups = self._manifest(name).groups
-        if by not in groups:
-            known = f"by {', '.join(sorted(groups))}" if groups else "not at all"
-            raise DataError(
-                f"{self._who}: {self._path(name)} must group its samples by {by!r}; it groups them"
-                f" {known}"
-            )
+        require_data(
+            by in groups,
+            f"{self._who}: {self._path(name)} must group its samples by {by!r}; it groups them by"
+            f" {', '.join(sorted(groups)) or 'nothing'}",
+        )
         return groups[by]
 
     def with_page_checks(self, one_in: int) -> Self:
@@ -93,10 +97,6 @@ class FileData(Ordered):
         same = copy.copy(self)
         same._one_in = one_in
         return same
-
-    def _decoder(self, use: Name, path: Path, *, parallel: bool) -> Any:
-        """The `pipeline.data.ffcv.loops.Decoder` of the file at `path`."""
-        raise NotImplementedError
 
     def _loader(
         self, use: Name, order: TrainOrder | ValOrder, *, threads: int, **how: Any
@@ -106,11 +106,6 @@ class FileData(Ordered):
         threads, path = usable_threads(threads), self._path(self._file_of(use))
         decode = self._decoder(use, path, parallel=threads > 1)
         return BetonLoader(path, decode, order, threads=threads, one_in=self._one_in, **how)
-
-    @property
-    def _who(self) -> str:
-        """The beginning of error messages."""
-        return type(self).__name__
 
     def _file_of(self, use: Name) -> Name:
         return "train" if self.held_out else use
@@ -134,14 +129,13 @@ class FileData(Ordered):
         ids = (
             held_out(samples, self.held_out)[use == "val"] if self.held_out else np.arange(samples)
         )
-        if self.only is None:
-            return ids
-        ids = ids[np.isin(beton.samples(self._path(name)).labels[ids], self.only)]
-        require_data(
-            len(ids),
-            f"{self._who}: {self._path(name)} must hold samples of the classes {self.only} to"
-            f" {use} on; got none",
-        )
+        if self.only is not None:
+            ids = ids[np.isin(read_tables(self._path(name)).labels[ids], self.only)]
+            require_data(
+                len(ids),
+                f"{self._who}: {self._path(name)} must hold samples of the classes {self.only} to"
+                f" {use} on; got none",
+            )
         return ids
 
 
@@ -157,9 +151,10 @@ def check_views(
         ("crop", data.crop, crops),
         ("flip", data.flip, ("random", "never")),
     ):
-        if value not in choices:
-            *others, last = map(repr, choices)
-            raise DataError(f"{who}: {name} must be {', '.join(others)} or {last}; got {value!r}")
+        require_data(
+            value in choices,
+            f"{who}: {name} must be {' or '.join(map(repr, choices))}; got {value!r}",
+        )
     require_data(
         len(data.mean) == channels and len(data.std) == channels and min(data.std) > 0,
         f"{who}: mean and std must have {channels} values (channels), std above 0; got"

@@ -9,7 +9,6 @@ worker processes race for pages; it waits forever for a dead one and cannot stor
 FFCV reads the files of both writers.
 """
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,20 +42,6 @@ class Images:
     def field(self) -> Any:
         return _ffcv().RGBImageField()
 
-    def record(self, address: int, *, mode: int, height: int, width: int) -> Any:
-        return mode, width, height, address
-
-    def attributes(self, record: Any) -> dict[str, int]:
-        """The attributes of a sample, which `BetonWriter.add` takes beside its label."""
-        mode, width, height, _ = record.tolist()
-        return {"mode": mode, "height": height, "width": width}
-
-    def addresses(self, records: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-        return records["data_ptr"]
-
-    def too_large(self, *, mode: int, height: int, width: int) -> str:
-        return f"({width}x{height}); set max_resolution, or store it as jpg"
-
 
 @dataclass(frozen=True)
 class Arrays:
@@ -72,36 +57,11 @@ class Arrays:
     name: ClassVar[str] = "array"
     type_id: ClassVar[int] = 4
 
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
     def field(self) -> Any:
         return _ffcv().NDArrayField(np.dtype(self.dtype), self.shape)
 
-    def record(self, address: int) -> Any:
-        return address
-
-    def attributes(self, record: Any) -> dict[str, int]:
-        return {}
-
-    def addresses(self, records: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-        return records
-
-    def too_large(self) -> str:
-        return f"({self.dtype} {'x'.join(map(str, self.shape))})"
-
 
 Kind = Images | Arrays
-
-
-@dataclass(frozen=True)
-class Region:
-    """A contiguous part of the file."""
-
-    name: str
-    offset: int  # bytes
-    size: int  # bytes
 
 
 class BetonWriter:
@@ -117,9 +77,8 @@ class BetonWriter:
         self.path, self.kind, self.page_bytes, self.samples = path, kind, page_bytes, 0
         self._metadata = np.zeros(capacity, _metadata_type(kind))
         self._table = np.zeros(capacity, _ffcv().ALLOC_TABLE_TYPE)
-        self._pages_offset = (
-            -(-(_metadata_offset() + self._metadata.nbytes) // page_bytes) * page_bytes
-        )
+        front_bytes = _metadata_offset() + self._metadata.nbytes
+        self._pages_offset = -(-front_bytes // page_bytes) * page_bytes
         self._page = bytearray()
         self._pages = 0  # pages written so far
         self._file = path.open("wb")
@@ -130,16 +89,19 @@ class BetonWriter:
 
         Raises: DataError if it does not fit into a page.
         """
-        if len(payload) > self.page_bytes:
-            raise DataError(
-                f"write: a stored {self.kind.name} must fit a page of {self.page_bytes} bytes; "
-                f"got {len(payload)} bytes {self.kind.too_large(**attributes)}"
-            )
+        is_image = isinstance(self.kind, Images)
+        require_data(
+            len(payload) <= self.page_bytes,
+            f"write: a stored {self.kind.name} must fit a page of {self.page_bytes} bytes; got"
+            f" {len(payload)} bytes; "
+            + ("set max_resolution, or store it as jpg" if is_image else "store fewer slices"),
+        )
         if len(self._page) + len(payload) > self.page_bytes:
             self._flush()
         address = self._pages_offset + self._pages * self.page_bytes + len(self._page)
         self._page += payload
-        self._metadata[self.samples] = (self.kind.record(address, **attributes), label)
+        image = tuple(attributes.get(name) for name in ("mode", "width", "height"))
+        self._metadata[self.samples] = ((*image, address) if is_image else address, label)
         self._table[self.samples] = (self.samples, address, len(payload))
         self.samples += 1
 
@@ -151,18 +113,12 @@ class BetonWriter:
         self._file.truncate(table_offset)  # without samples, nothing has been written so far
         self._file.seek(table_offset)
         self._file.write(self._table[: self.samples].tobytes())
-        header = np.zeros((), _ffcv().HeaderType)
-        for name, value in (
-            ("version", _ffcv().CURRENT_VERSION),
-            ("num_fields", 2),
-            ("page_size", self.page_bytes),
-            ("num_samples", self.samples),
-            ("alloc_table_ptr", table_offset),
-        ):
-            header[name] = value
+        header = (_ffcv().CURRENT_VERSION, 2, self.page_bytes, self.samples, table_offset)
         self._file.seek(0)
         self._file.write(
-            header.tobytes() + _descriptors(self.kind) + self._metadata[: self.samples].tobytes()
+            np.array(header, _ffcv().HeaderType).tobytes()
+            + _descriptors(self.kind)
+            + self._metadata[: self.samples].tobytes()
         )
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -179,105 +135,83 @@ class BetonWriter:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The regions of a .beton."""
+class Tables:
+    """The regions of a .beton, and its samples in index order.
+
+    `regions`: name, offset and size in bytes of all but the pages: the front, then FFCV's
+    allocation table. Pages and regions cover the file without gaps.
+    """
 
     kind: Kind
-    samples: int
     page_bytes: int
-    front: tuple[Region, ...]  # header, field descriptors, metadata, padding (if any)
-    pages: tuple[Region, ...]
-    table: Region
+    pages: range  # their offsets
+    regions: list[tuple[str, int, int]]
+    records: np.ndarray[Any, Any]  # FFCV's
+    addresses: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+    sizes: np.ndarray[Any, Any]  # bytes
 
 
-def layout(path: Path) -> Layout:
-    """The regions of a file. They cover it without gaps.
+def read_tables(path: Path) -> Tables:
+    """Read everything but the pages.
 
-    Raises: DataError if the file is not a complete .beton of images or arrays with labels. This
-    writer and FFCV produce such files.
+    Raises: DataError if the file is not a complete .beton of images or arrays with labels, as this
+    writer and FFCV produce it, or its tables contradict each other.
     """
-    size, header_size = path.stat().st_size, _ffcv().HeaderType.itemsize
+    ffcv, size, header_size = _ffcv(), path.stat().st_size, _ffcv().HeaderType.itemsize
     require_data(
         size >= header_size, f"{path}: not a .beton: {size} bytes are less than its header"
     )
-    record = np.fromfile(path, _ffcv().HeaderType, count=1)[0]
-    # FFCV's counts are 16-bit NumPy scalars, which overflow in arithmetic under NumPy 2.
-    header = {name: int(record[name]) for name in record.dtype.names}
-    samples, page_bytes = header["num_samples"], header["page_size"]
+    # As Python's integers: FFCV's 16-bit ones overflow in arithmetic under NumPy 2.
+    header = np.fromfile(path, ffcv.HeaderType, count=1)[0].tolist()
+    version, fields, page_bytes, samples, table_offset = header
     require_data(
-        header["version"] == _ffcv().CURRENT_VERSION,
-        f"{path}: not a .beton of version {_ffcv().CURRENT_VERSION}; got version"
-        f" {header['version']}",
+        version == ffcv.CURRENT_VERSION and page_bytes.bit_count() == 1,
+        f"{path}: not a .beton of version {ffcv.CURRENT_VERSION}, whose page size is a power of 2;"
+        f" got version {version} and page size {page_bytes}",
     )
-    require_data(
-        page_bytes.bit_count() == 1,
-        f"{path}: damaged header: page size must be a power of 2; got {page_bytes}",
-    )
-    fields = np.fromfile(
-        path, _ffcv().FieldDescType, count=header["num_fields"], offset=header_size
-    )
-    kind = _kind(path, fields)
-    metadata_size = samples * _metadata_type(kind).itemsize
-    metadata_end = _metadata_offset() + metadata_size
+    kind = _kind(path, np.fromfile(path, ffcv.FieldDescType, count=fields, offset=header_size))
+    metadata_type, metadata_offset = _metadata_type(kind), _metadata_offset()
+    metadata_end = metadata_offset + samples * metadata_type.itemsize
     lowest = -(-metadata_end // page_bytes) * page_bytes
-    table, table_size = header["alloc_table_ptr"], samples * _ffcv().ALLOC_TABLE_TYPE.itemsize
+    table_size = samples * ffcv.ALLOC_TABLE_TYPE.itemsize
     require_data(
-        table % page_bytes == 0 and table >= lowest and table + table_size == size,
+        table_offset % page_bytes == 0 and lowest <= table_offset == size - table_size,
         f"{path}: truncated or damaged: {size} bytes, but its header places a table of"
-        f" {samples} samples at {table}",
+        f" {samples} samples at {table_offset}",
     )
-    first = _first_page(path, kind, samples, page_bytes, lowest)
-    front = (
-        Region("header", 0, header_size),
-        Region("field descriptors", header_size, fields.nbytes),
-        Region("metadata", _metadata_offset(), metadata_size),
-        Region("padding", metadata_end, first - metadata_end),
-    )
-    pages = enumerate(range(first, table, page_bytes))
-    return Layout(
-        kind,
-        samples,
-        page_bytes,
-        front=tuple(region for region in front if region.size),
-        pages=tuple(Region(f"page {i}", at, page_bytes) for i, at in pages),
-        table=Region("allocation table", table, table_size),
-    )
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The samples of a file in index order: FFCV's records, addresses, labels and byte sizes."""
-
-    kind: Kind
-    records: np.ndarray[Any, Any]
-    addresses: np.ndarray[Any, Any]
-    labels: np.ndarray[Any, Any]
-    sizes: np.ndarray[Any, Any]
-
-
-def samples(path: Path) -> Samples:
-    """Read the tables of a file.
-
-    Raises: DataError if they contradict each other; also as `layout`.
-    """
-    where = layout(path)
-    metadata = np.fromfile(
-        path, _metadata_type(where.kind), count=where.samples, offset=_metadata_offset()
-    )
-    addresses = where.kind.addresses(metadata["f0"])
-    table = np.fromfile(path, _ffcv().ALLOC_TABLE_TYPE, offset=where.table.offset)
-    table = table[np.argsort(table["sample_id"], kind="stable")]
-    start, end = where.table.offset - where.page_bytes * len(where.pages), where.table.offset
+    metadata = np.fromfile(path, metadata_type, count=samples, offset=metadata_offset)
+    table: Any = np.fromfile(path, ffcv.ALLOC_TABLE_TYPE, offset=table_offset)
+    table, records = table[np.argsort(table["sample_id"], kind="stable")], metadata["f0"]
+    addresses = records["data_ptr"] if isinstance(kind, Images) else records
+    # If images were skipped, some reserved metadata is unused.
+    first = int(addresses.min()) // page_bytes * page_bytes if samples else lowest
     require_data(
-        np.array_equal(table["sample_id"], np.arange(where.samples))
+        first >= lowest
+        and np.array_equal(table["sample_id"], np.arange(samples))
         and np.array_equal(table["ptr"], addresses)
-        and (
-            not where.samples
-            or (table["ptr"].min() >= start and (table["ptr"] + table["size"]).max() <= end)
-        ),
+        and (table["ptr"] + table["size"]).max(initial=0) <= table_offset,
         f"{path}: damaged: metadata and allocation table contradict each other",
     )
-    return Samples(where.kind, metadata["f0"], addresses, metadata["f1"], table["size"])
+    front = (
+        ("header", 0, header_size),
+        ("field descriptors", header_size, metadata_offset - header_size),
+        ("metadata", metadata_offset, metadata_end - metadata_offset),
+        ("padding", metadata_end, first - metadata_end),
+    )
+    return Tables(
+        kind,
+        page_bytes,
+        pages=range(first, table_offset, page_bytes),
+        regions=[
+            *(region for region in front if region[2]),
+            ("allocation table", table_offset, table_size),
+        ],
+        records=records,
+        addresses=addresses,
+        labels=metadata["f1"],
+        sizes=table["size"],
+    )
 
 
 _LABEL = ("label", 1)  # the name, and FFCV's type number of an IntField (1.0.2)
@@ -285,14 +219,13 @@ _LABEL = ("label", 1)  # the name, and FFCV's type number of an IntField (1.0.2)
 
 def _descriptors(kind: Kind) -> bytes:
     """The two field descriptors of a file, as FFCV writes them."""
-    fields = np.zeros(2, _ffcv().FieldDescType)
-    for descriptor, (name, type_id), field in zip(
-        fields, ((kind.name, kind.type_id), _LABEL), (kind.field(), _ffcv().IntField()), strict=True
-    ):
+    descriptors = np.zeros(2, _ffcv().FieldDescType)
+    fields = ((kind.name, kind.type_id, kind.field()), (*_LABEL, _ffcv().IntField()))
+    for descriptor, (name, type_id, field) in zip(descriptors, fields, strict=True):
         descriptor["type_id"] = type_id
         descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
         descriptor["arguments"] = field.to_binary()[0]
-    return fields.tobytes()
+    return descriptors.tobytes()
 
 
 def _kind(path: Path, fields: np.ndarray[Any, Any]) -> Kind:
@@ -323,16 +256,3 @@ def _metadata_type(kind: Kind) -> np.dtype[Any]:
 
 def _metadata_offset() -> int:
     return _ffcv().HeaderType.itemsize + 2 * _ffcv().FieldDescType.itemsize
-
-
-def _first_page(path: Path, kind: Kind, samples: int, page_bytes: int, lowest: int) -> int:
-    """The offset of the pages. If images were skipped, some reserved metadata is unused."""
-    if not samples:
-        return lowest
-    metadata = np.fromfile(path, _metadata_type(kind), count=samples, offset=_metadata_offset())
-    first = int(kind.addresses(metadata["f0"]).min()) // page_bytes * page_bytes
-    if first < lowest:
-        raise DataError(
-            f"{path}: damaged metadata: a sample lies at {first}, before the first page at {lowest}"
-        )
-    return first

@@ -42,8 +42,8 @@ class Manifest:
     pages: list[str]  # xxh3-64 of each page
     # unreadable samples, with the reason
     skipped: list[dict[str, str]] = field(default_factory=list)
-    # other entries of a source folder: see writer.LeftOut
-    left_out: list[dict[str, Any]] = field(default_factory=list)
+    # other entries of a source folder: the number of each kind, and an example
+    left_out: list[str] = field(default_factory=list)
     # Counts over the samples. For images: those stored "as it is", as "jpg" and as "raw", and those
     # "not rotated" (encode.py).
     stored: dict[str, int] = field(default_factory=dict)
@@ -58,6 +58,15 @@ class Manifest:
         body = {"format": FORMAT, "version": VERSION, **asdict(self)}
         body["checksum"] = _checksum(body)
         write_whole(path, (json.dumps(body, indent=1) + "\n").encode())
+
+    def require_size(self, path: Path) -> None:
+        """Raises: DataError if the file at `path` has another size."""
+        size = path.stat().st_size
+        require_data(
+            size == self.bytes,
+            f"data: {path} must have {self.bytes} bytes by its manifest; got {size}: truncated, or"
+            " another file",
+        )
 
 
 def read(path: Path) -> Manifest:
@@ -81,39 +90,24 @@ def read(path: Path) -> Manifest:
     )
     try:
         body = json.loads(retry_read(lambda: at.read_text(encoding="utf-8")))
+        if body.pop("checksum") != _checksum(body):
+            raise ValueError("its own checksum differs")
+        if (kind := (body.pop("format"), body.pop("version"))) != (FORMAT, VERSION):
+            raise ValueError(f"it is a {kind[0]} {kind[1]}")
+        manifest = Manifest(**body)
     except Unreadable as error:
         probe_file(path)
         raise DataError(
             f"data: {at} cannot be read: {error.strerror}; restore it or write the data again"
         ) from error
-    except ValueError as error:
-        raise DataError(f"data: {at} is damaged: not JSON ({error})") from error
-    require_data(
-        isinstance(body, dict) and body.get("format") == FORMAT,
-        f"data: {at} is not a manifest of a .beton",
-    )
-    if (version := body.get("version")) != VERSION:
-        raise DataError(f"data: {at} is of version {version!r}; this program reads {VERSION}")
-    try:
-        if body.pop("checksum", None) != _checksum(body):
-            raise TypeError
-        manifest = Manifest(**{key: body[key] for key in body.keys() - {"format", "version"}})
-    except TypeError:  # a field is missing, or unknown
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"data: {at} is damaged: its own checksum differs; restore it or write the data again"
-        ) from None
+            f"data: {at} is damaged or no {FORMAT} {VERSION} ({error}); restore it or write the"
+            " data again"
+        ) from error
     require_data(manifest.file == path.name, f"data: {at} belongs to another file, {manifest.file}")
-    if (size := path.stat().st_size) != manifest.bytes:
-        raise DataError(wrong_size(path, manifest, size))
+    manifest.require_size(path)
     return manifest
-
-
-def wrong_size(path: Path, manifest: Manifest, size: int) -> str:
-    """The message for a file whose size differs from its manifest."""
-    return (
-        f"data: {path} must have {manifest.bytes} bytes by its manifest; got {size}: truncated, or"
-        " another file"
-    )
 
 
 class ContentHash:
@@ -142,26 +136,21 @@ def describe(
     path: Path, *, name: str, content: str, classes: list[str], labels: list[int], **more: Any
 ) -> Manifest:
     """The manifest of a file that was just written. It reads the file. `name`: the final name."""
-    layout = beton.layout(path)
+    tables = beton.read_tables(path)
     with path.open("rb", buffering=0) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        regions = [
-            [r.name, r.offset, r.size, xxh3(file.fileno(), r.offset, r.size)]
-            for r in (*layout.front, layout.table)
-        ]
-        pages = [xxh3(file.fileno(), page.offset, page.size) for page in layout.pages]
     return Manifest(
         file=name,
         bytes=path.stat().st_size,
         sha256=sha256,
         content=content,
-        samples=layout.samples,
+        samples=len(tables.labels),
         classes=classes,
         histogram=np.bincount(labels, minlength=len(classes)).tolist(),
-        regions=regions,
-        pages_offset=layout.table.offset - len(pages) * layout.page_bytes,
-        page_bytes=layout.page_bytes,
-        pages=pages,
+        regions=[[*region, xxh3(path, *region[1:])] for region in tables.regions],
+        pages_offset=tables.pages.start,
+        page_bytes=tables.page_bytes,
+        pages=[xxh3(path, offset, tables.page_bytes) for offset in tables.pages],
         **more,
     )
 
@@ -171,28 +160,30 @@ def content_of(path: Path, classes: list[str]) -> str:
 
     Raises: DataError if the file's tables contradict each other.
     """
-    samples = beton.samples(path)
-    content, view = ContentHash(classes, samples.kind), np.memmap(path, np.uint8, "r")
-    places = zip(
-        samples.records,
-        samples.addresses.tolist(),
-        samples.labels.tolist(),
-        samples.sizes.tolist(),
+    tables, view = beton.read_tables(path), np.memmap(path, np.uint8, "r")
+    content = ContentHash(classes, tables.kind)
+    for record, address, label, size in zip(
+        tables.records.tolist(),
+        tables.addresses.tolist(),
+        tables.labels.tolist(),
+        tables.sizes.tolist(),
         strict=True,
-    )
-    for record, address, label, size in places:
-        content.add(
-            view[address : address + size].data, label=label, **samples.kind.attributes(record)
-        )
+    ):
+        image = isinstance(tables.kind, Images)
+        attributes = dict(zip(("mode", "width", "height"), record, strict=False)) if image else {}
+        content.add(view[address : address + size].data, label=label, **attributes)
     return content.hexdigest()
 
 
-def xxh3(file: int, offset: int, length: int) -> str:
-    """The xxh3-64 of a part of an open file; it differs if the file is shorter."""
+def xxh3(path: Path, offset: int, length: int) -> str:
+    """The xxh3-64 of a part of a file; it differs if the file is shorter."""
     digest, end = xxhash.xxh3_64(), offset + length
-    while offset < end and (block := os.pread(file, min(end - offset, 1 << 20), offset)):
-        digest.update(block)
-        offset += len(block)
+    with path.open("rb", buffering=0) as file:
+        while offset < end and (
+            block := os.pread(file.fileno(), min(end - offset, 1 << 20), offset)
+        ):
+            digest.update(block)
+            offset += len(block)
     return digest.hexdigest()
 
 

@@ -7,10 +7,9 @@ subclasses; FFCV still does the reading, scheduling and compilation.
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty
-from threading import Lock
 from typing import Any
 
 import numba
@@ -23,7 +22,6 @@ from pipeline.data.base import Batch, DataError, LoaderError
 from pipeline.data.ffcv import api
 from pipeline.data.ffcv.api import (
     Compiler,
-    EpochIterator,
     Graph,
     OSCacheContext,
     OSCacheManager,
@@ -49,13 +47,11 @@ def usable_threads(threads: int) -> int:
         DataError: `threads` is below 1, above numba's number (CPU affinity, or
             NUMBA_NUM_THREADS), or above 1 without TBB.
     """
-    require_data(threads >= 1, f"data: threads must be 1 or more; got {threads}")
     # the CPU affinity, unless the environment overrides it (0.68.1)
     most = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
     require_data(
-        threads <= most,
-        f"data: threads must be at most {most} here (its cores, or NUMBA_NUM_THREADS); got"
-        f" {threads}",
+        1 <= threads <= most,
+        f"data: threads must be in 1..{most} here (its cores, or NUMBA_NUM_THREADS); got {threads}",
     )
     if threads > 1:
         require_tbb()
@@ -100,22 +96,21 @@ class BetonLoader:
         ids = self._order.epoch(epoch, start=start)
         # the number of the view is encoded in the id; the compiled loop separates the two
         views = ids + len(self._labels) * self._order.copies(start=start)
-        check: AbstractContextManager[SpotCheck | None] = nullcontext()
+        check = None
         if self._one_in:
             table = self._ffcv.reader.alloc_table
             check = SpotCheck(self.path, table, one_in=self._one_in, seed=self._seed, epoch=epoch)
-        with check as spots:
-            # The loader also sets torch's threads, but in its own thread, which does not affect
-            # this one (torch 2.13).
-            reading = _Reading(
-                self._ffcv, views, seed=self._seed, epoch=epoch, hang_s=self._hang_s, check=spots
-            )
-            self._open.append(reading)
-            try:
-                yield self._batches(reading, ids)
-            finally:
-                reading.close()
-                self._open.remove(reading)
+        # The loader also sets torch's threads, but in its own thread, which does not affect this
+        # one (torch 2.13).
+        reading = _Reading(
+            self._ffcv, views, seed=self._seed, epoch=epoch, hang_s=self._hang_s, check=check
+        )
+        self._open.append(reading)
+        try:
+            yield self._batches(reading, ids)
+        finally:
+            reading.close()
+            self._open.remove(reading)
 
     def close(self) -> None:
         for reading in list(self._open):
@@ -152,12 +147,11 @@ class _Loader(api.Loader):
         self.fname, self.batch_size = str(path), batch_size
         self.batches_ahead, self.num_workers = 3, threads
         self.reader = Reader(self.fname)
-        if decode.name not in self.reader.handlers:
-            fields = ", ".join(self.reader.field_names)
-            raise DataError(
-                f"data: {path} must hold a field {decode.name!r}; got {fields}; images are read by"
-                " Beton, arrays by Events"
-            )
+        require_data(
+            decode.name in self.reader.handlers,
+            f"data: {path} must hold a field {decode.name!r}; got"
+            f" {', '.join(self.reader.field_names)}; images are read by Beton, arrays by Events",
+        )
         self.memory_manager = _Pages(self.reader)
         Compiler.set_num_threads(threads)
         pipelines = {decode.name: PipelineSpec(decode.name, decoder=decode)}
@@ -175,7 +169,7 @@ class _Loader(api.Loader):
             Compiler.set_enabled(True)
 
 
-class _Reading(EpochIterator):
+class _Reading(api.epoch_iterator.EpochIterator):
     """One pass through an order, in a read-ahead thread."""
 
     def __init__(
@@ -188,7 +182,7 @@ class _Reading(EpochIterator):
         hang_s: float | None,
         check: SpotCheck | None,
     ) -> None:
-        self._keys, self._hang_s, self._closing, self._check = (seed, epoch), hang_s, Lock(), check
+        self._keys, self._hang_s, self._check = (seed, epoch), hang_s, check
         self._is_first = True
         self._node, self._what = loader.decode_node, loader.what
         super().__init__(loader, ids.astype(np.uint64))  # pyright: ignore[reportArgumentType]
@@ -219,13 +213,12 @@ class _Reading(EpochIterator):
     def next_batch(self, index_B: NDArray[np.int64]) -> torch.Tensor:
         """A copy of the next batch, whose samples are `index_B`: float32 [B, ...]."""
         slot, (view_B,) = self._wait()
-        failed = np.flatnonzero(self._status[slot][: len(index_B), 0])
-        if len(failed):
-            names = ", ".join(str(i) for i in index_B[failed][:10])
-            raise DataError(
-                f"data: {self.loader.fname}: cannot decode {self._what} of samples [{names}];"
-                " `spiketrain verify` it"
-            )
+        failed = index_B[self._status[slot][: len(index_B), 0] != 0].tolist()
+        require_data(
+            not failed,
+            f"data: {self.loader.fname}: cannot decode {self._what} of samples {failed[:10]};"
+            " `spiketrain verify` it",
+        )
         # The slot is overwritten two batches later. The copy is pinned if this process computes on
         # a GPU, so that the transfer can overlap. In a CPU process, pinned memory would open a
         # context on an unused card.
@@ -234,22 +227,20 @@ class _Reading(EpochIterator):
 
     def close(self) -> None:
         """Stop reading ahead and wait for the thread. A hanging daemon thread is abandoned."""
-        if not hasattr(self, "terminate_event"):
-            return  # the base class failed before it started anything
-        with self._closing:
-            if self.closed:
-                return
-            self.closed = True
-            self.iter_ixes = iter(())  # the thread checks the event only while the queue is full
-            self.terminate_event.set()
-            patience = time.monotonic() + PATIENCE_S
-            while self.is_alive() and time.monotonic() < patience:
-                while not self.output_queue.empty():  # the thread may wait for room in it
-                    self.output_queue.get_nowait()
-                self.join(0.02)
-            self.memory_context.__exit__(None, None, None)
+        if getattr(self, "closed", True):  # without it, the base class has not started anything
+            return
+        self.closed = True
+        self.iter_ixes = iter(())  # the thread checks the event only while the queue is full
+        self.terminate_event.set()
+        patience = time.monotonic() + PATIENCE_S
+        while self.is_alive() and time.monotonic() < patience:
+            while not self.output_queue.empty():  # the thread may wait for room in it
+                self.output_queue.get_nowait()
+            self.join(0.02)
+        self.memory_context.__exit__(None, None, None)
 
     def _wait(self) -> tuple[int, Any]:
+        """The next slot and its outputs. Every error of the thread is raised here."""
         patience = self._hang_s or (FIRST_BATCH_S if self._is_first else HANG_S)
         self._is_first = False
         give_up = time.monotonic() + patience
@@ -258,18 +249,15 @@ class _Reading(EpochIterator):
                 raise LoaderError(f"data: the loader of {self.loader.fname} was closed")
             try:
                 item: Any = self.output_queue.get(timeout=0.2)
+                break
             except Empty:
-                if not self.is_alive() and self.output_queue.empty():
-                    item = RuntimeError("its thread ended without an error")
-                elif time.monotonic() > give_up:
+                if time.monotonic() > give_up:
                     item = TimeoutError(f"no batch for {patience:g} s")
-                else:
-                    continue
-            item = RuntimeError("it ended early") if item is None else item
-            if isinstance(item, DataError):
-                raise item
-            if isinstance(item, BaseException):
-                raise LoaderError(
-                    f"data: the loader of {self.loader.fname} failed: {type(item).__name__}: {item}"
-                ) from item
-            return item
+                    break
+        if isinstance(item, DataError):
+            raise item
+        if isinstance(item, BaseException):
+            raise LoaderError(
+                f"data: the loader of {self.loader.fname} failed: {type(item).__name__}: {item}"
+            ) from item
+        return item

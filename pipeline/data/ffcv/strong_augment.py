@@ -40,94 +40,51 @@ OPERATIONS = (
 )
 BY_TABLE = 6  # the first 6 operations map the levels of a channel by a table
 LAYERS, MOST, SPREAD = 2, 10.0, 0.5
+AREA, RATIO, ATTEMPTS = (0.02, 1 / 3), (0.3, 1 / 0.3), 10  # of erasing
 
-
-_DRAWS = np.arange(COLOUR, COLOUR + 8 * LAYERS, dtype=np.uint64).reshape(LAYERS, 8)
-_S48, _S63 = np.uint64(48), np.uint64(63)
-_MANY = len(OPERATIONS)
 # places in OPERATIONS
-_AUTOCONTRAST, _EQUALIZE, _INVERT, _POSTERIZE, _SOLARIZE = range(5)
-_COLOUR, _CONTRAST, _SHARPNESS = 6, 7, 9
+_AUTOCONTRAST, _EQUALIZE, _INVERT, _POSTERIZE, _SOLARIZE, _SOLARIZE_ADD = range(BY_TABLE)
+_COLOUR, _CONTRAST, _SHARPNESS, _MANY = 6, 7, 9, len(OPERATIONS)
+# The draws; arithmetic on a loop's counter would turn uint64 into float64.
+_DRAWS = np.arange(COLOUR, COLOUR + 8 * LAYERS, dtype=np.uint64).reshape(LAYERS, 8)
+_ERASE_DRAWS = np.arange(ERASE + 8, ERASE + 8 + 4 * ATTEMPTS, dtype=np.uint64).reshape(ATTEMPTS, 4)
+_WHETHER, _PIXELS, _ONE, _FOUR = map(np.uint64, (ERASE, ERASE_PIXELS, 1, 4))
+_S16, _S48, _S52, _S63 = map(np.uint64, (16, 48, 52, 63))
 
 
 @compiled
 def luma(pixel_3):
     """Luma by ITU-R 601 in 16 bits; exact for grey."""
-    return (
-        np.int64(pixel_3[0]) * 19595
-        + np.int64(pixel_3[1]) * 38470
-        + np.int64(pixel_3[2]) * 7471
-        + 32768
-    ) >> 16
-
-
-@compiled
-def autocontrast(table, lowest, highest):
-    scale = 255.0 / (highest - lowest)
-    offset = -lowest * scale
-    for i in range(256):
-        table[i] = min(max(int(i * scale + offset), 0), 255)
-
-
-@compiled
-def equalize(table, counts, highest):
-    step = (counts.sum() - counts[highest]) // 255
-    passed = step // 2
-    for i in range(256):
-        if step > 0:
-            table[i] = min(passed // step, 255)
-            passed += counts[i]
-
-
-@compiled
-def spread_levels(table, channel_SS, operation):
-    """Autocontrast and equalize, which depend on the levels of a channel."""
-    counts = np.zeros(256, np.int64)
-    for y in range(channel_SS.shape[0]):
-        for x in range(channel_SS.shape[1]):
-            counts[channel_SS[y, x]] += 1
-    lowest, highest = 0, 255
-    while counts[lowest] == 0:
-        lowest += 1
-    while counts[highest] == 0:
-        highest -= 1
-    if lowest < highest:
-        if operation == _AUTOCONTRAST:
-            autocontrast(table, lowest, highest)
-        else:
-            equalize(table, counts, highest)
+    red, green, blue = np.int64(pixel_3[0]), np.int64(pixel_3[1]), np.int64(pixel_3[2])
+    return (red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16
 
 
 @compiled
 def fill_table(table, channel_SS, operation, level):
     """The new level for each level of a channel."""
-    for i in range(256):
-        table[i] = i
+    counts, lowest, highest = np.zeros(256, np.int64), 255, 0
     if operation <= _EQUALIZE:
-        spread_levels(table, channel_SS, operation)
-    elif operation == _INVERT:
-        for i in range(256):
-            table[i] = 255 - i
-    elif operation == _POSTERIZE:
-        step = 1 << (8 - max(1, 4 - int(level / 10.0 * 4)))
-        for i in range(256):
-            table[i] = i // step * step
-    elif operation == _SOLARIZE:
-        for i in range(256 - min(256, int(level / 10.0 * 256)), 256):
-            table[i] = 255 - i
-    else:  # solarize-add
-        for i in range(128):
-            table[i] = min(255, i + min(128, int(level / 10.0 * 110)))
-
-
-@compiled
-def mean_luma(pixels_SS3):
-    height, width = pixels_SS3.shape[0], pixels_SS3.shape[1]
-    total = np.int64(0)
-    for y in range(height):
-        for x in range(width):
-            total += luma(pixels_SS3[y, x])
-    return int(total / (height * width) + 0.5)
+        for row_S in channel_SS:
+            for value in row_S:
+                counts[value] += 1
+                lowest, highest = min(lowest, value), max(highest, value)
+    scale, step = 255.0 / (highest - lowest), (channel_SS.size - counts[highest]) // 255
+    passed, kept = step // 2, 1 << (8 - max(1, 4 - int(level / 10.0 * 4)))
+    first, added = 256 - min(256, int(level / 10.0 * 256)), min(128, int(level / 10.0 * 110))
+    for i in range(256):
+        new = i
+        if operation == _AUTOCONTRAST and lowest < highest:
+            new = int(i * scale - lowest * scale)
+        elif operation == _EQUALIZE and lowest < highest and step > 0:
+            new = passed // step
+            passed += counts[i]
+        elif operation == _INVERT or (operation == _SOLARIZE and i >= first):
+            new = 255 - i
+        elif operation == _POSTERIZE:
+            new = i // kept * kept
+        elif operation == _SOLARIZE_ADD and i < 128:
+            new = i + added
+        table[i] = min(max(new, 0), 255)
 
 
 @compiled
@@ -148,10 +105,15 @@ def blend(pixels_SS3, operation, factor):
     """Blend with another picture: factor 0 gives the other one, 1 this one. The result is
     truncated, in float32, as in Pillow.
     """
-    before_SS3 = pixels_SS3.copy()
-    grey = mean_luma(before_SS3) if operation == _CONTRAST else np.int64(0)
-    for y in range(pixels_SS3.shape[0]):
-        for x in range(pixels_SS3.shape[1]):
+    before_SS3, grey = pixels_SS3.copy(), np.int64(0)
+    height, width = pixels_SS3.shape[:2]
+    if operation == _CONTRAST:
+        for row_S3 in before_SS3:
+            for pixel_3 in row_S3:
+                grey += luma(pixel_3)
+        grey = int(grey / (height * width) + 0.5)
+    for y in range(height):
+        for x in range(width):
             if operation == _COLOUR:
                 grey = luma(before_SS3[y, x])
             for c in range(3):
@@ -170,70 +132,48 @@ def apply(pixels_SS3, operation, level, sign):
     tables = np.empty((3, 256), np.int64)
     for c in range(3):
         fill_table(tables[c], pixels_SS3[:, :, c], operation, level)
-    for y in range(pixels_SS3.shape[0]):
-        for x in range(pixels_SS3.shape[1]):
+    for row_S3 in pixels_SS3:
+        for pixel_3 in row_S3:
             for c in range(3):
-                pixels_SS3[y, x, c] = tables[c, pixels_SS3[y, x, c]]
+                pixel_3[c] = tables[c, pixel_3[c]]
 
 
 @compiled
-def recolour(pixels_SS3, seed, epoch, index, strength, ratios, normals):
-    """Apply the drawn operations to uint8 pixels in place. `strength`: (colour, erase). `normals`:
-    quantiles of the normal distribution.
+def recolour(pixels_SS3, seed, epoch, index, colour, _, normals):
+    """Apply the drawn operations to uint8 pixels in place. `normals`: quantiles of the normal
+    distribution.
     """
-    if strength[0] == 0:
-        return
-    for layer in range(LAYERS):
-        if bits(seed, epoch, index, _DRAWS[layer, 0]) >> _S63 == 0:
-            continue
-        operation = below(bits(seed, epoch, index, _DRAWS[layer, 1]), _MANY)
-        level = strength[0] + SPREAD * normals[bits(seed, epoch, index, _DRAWS[layer, 2]) >> _S48]
-        sign = 1.0 if bits(seed, epoch, index, _DRAWS[layer, 3]) >> _S63 == 0 else -1.0
-        apply(pixels_SS3, operation, min(max(level, 0.0), MOST), sign)
-
-
-# ------------------------------------------------------------------------------------------ erasing
-
-AREA, RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
-_ATTEMPTS = 10
-_ERASE_DRAWS = np.arange(ERASE + 8, ERASE + 8 + 4 * _ATTEMPTS, dtype=np.uint64).reshape(
-    _ATTEMPTS, 4
-)
-_WHETHER, _PIXELS = np.uint64(ERASE), np.uint64(ERASE_PIXELS)
-_FOUR, _S16, _S52 = np.uint64(4), np.uint64(16), np.uint64(52)
+    for layer in range(LAYERS if colour > 0 else 0):
+        whether, which, strength, side = _DRAWS[layer, 0:4]
+        if bits(seed, epoch, index, whether) >> _S63 == 1:
+            operation = below(bits(seed, epoch, index, which), _MANY)
+            level = colour + SPREAD * normals[bits(seed, epoch, index, strength) >> _S48]
+            sign = 1.0 if bits(seed, epoch, index, side) >> _S63 == 0 else -1.0
+            apply(pixels_SS3, operation, min(max(level, 0.0), MOST), sign)
 
 
 @compiled
 def fill(out_Chw, seed, epoch, index, normals):
     """Fill with noise: four values from each draw, of 16 bits each."""
-    place, random_bits = np.uint64(0), np.uint64(0)
-    for c in range(out_Chw.shape[0]):
-        for y in range(out_Chw.shape[1]):
-            for x in range(out_Chw.shape[2]):
+    place, drawn = np.uint64(0), np.uint64(0)
+    for rows_hw in out_Chw:
+        for row_w in rows_hw:
+            for x in range(len(row_w)):
                 if place % _FOUR == 0:
-                    random_bits = bits(seed, epoch, index, _PIXELS + place // _FOUR)
-                out_Chw[c, y, x] = normals[random_bits >> _S48]
-                random_bits = random_bits << _S16
-                place += np.uint64(1)
+                    drawn = bits(seed, epoch, index, _PIXELS + place // _FOUR)
+                row_w[x] = normals[drawn >> _S48]
+                drawn, place = drawn << _S16, place + _ONE
 
 
 @compiled
-def erase(out_CSS, seed, epoch, index, strength, ratios, normals):
-    """Erase in place. `strength`: (colour, erase). `ratios`, `normals`: tables of RATIO and of
-    normal quantiles.
-    """
-    if unit(bits(seed, epoch, index, _WHETHER)) >= strength[1]:
+def erase(out_CSS, seed, epoch, index, probability, ratios, normals):
+    """Erase in place. `ratios`, `normals`: tables of RATIO and of normal quantiles."""
+    if unit(bits(seed, epoch, index, _WHETHER)) >= probability:
         return
     side = out_CSS.shape[1]
-    for attempt in range(_ATTEMPTS):
-        area = (
-            (
-                AREA[0]
-                + (AREA[1] - AREA[0]) * unit(bits(seed, epoch, index, _ERASE_DRAWS[attempt, 0]))
-            )
-            * side
-            * side
-        )
+    for attempt in range(ATTEMPTS):
+        share = unit(bits(seed, epoch, index, _ERASE_DRAWS[attempt, 0]))
+        area = (AREA[0] + (AREA[1] - AREA[0]) * share) * side * side
         ratio = ratios[bits(seed, epoch, index, _ERASE_DRAWS[attempt, 1]) >> _S52]
         height = np.int64(math.floor(math.sqrt(area * ratio) + 0.5))
         width = np.int64(math.floor(math.sqrt(area / ratio) + 0.5))

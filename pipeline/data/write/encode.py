@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -23,7 +23,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from pipeline.core.errors import DataError, require_data
 from pipeline.core.random import bits
 from pipeline.data.ffcv.format import JPG, RAW, Images
-from pipeline.data.write.writer import Bad, Encoded
+from pipeline.data.write.writer import Encoded
 
 # Pillow 13.0 raises these for damaged files.
 DAMAGED = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -55,27 +55,23 @@ class Encoding:
     quality: int = 90  # of JPEGs that are encoded again
     jpg_share: float = 0.5
 
+    kind: ClassVar[Images] = Images()
+
     def __post_init__(self) -> None:
         require_data(
             self.mode in ("jpg", "raw", "mixed"),
             f"write: mode must be 'jpg', 'raw' or 'mixed'; got {self.mode!r}",
         )
         require_data(
-            self.max_resolution is None or self.max_resolution >= 1,
-            f"write: max_resolution must be 1 or more pixels; got {self.max_resolution}",
-        )
-        require_data(
-            1 <= self.quality <= 100, f"write: quality must be in 1..100; got {self.quality}"
-        )
-        require_data(
-            0 <= self.jpg_share <= 1, f"write: jpg_share must be in 0..1; got {self.jpg_share}"
+            (self.max_resolution is None or self.max_resolution >= 1)
+            and 1 <= self.quality <= 100
+            and 0 <= self.jpg_share <= 1,
+            "write: max_resolution must be 1 or more pixels, quality in 1..100, jpg_share in 0..1;"
+            f" got max_resolution={self.max_resolution}, quality={self.quality},"
+            f" jpg_share={self.jpg_share}",
         )
 
-    @property
-    def kind(self) -> Images:
-        return Images()
-
-    def __call__(self, item: Item) -> Encoded | Bad:
+    def __call__(self, item: Item) -> Encoded | str:
         as_jpg = self.mode == "jpg" or (
             self.mode == "mixed" and int(bits(0, 0, item.number, 0)) < self.jpg_share * 2.0**64
         )
@@ -86,20 +82,21 @@ class Encoding:
         except DataError:
             raise
         except UnidentifiedImageError:  # its text contains the address of an object
-            return Bad("it is no picture that Pillow can read")
+            return "it is no picture that Pillow can read"
         except DAMAGED as error:
-            return Bad(f"{type(error).__name__}: {error}")
+            return f"{type(error).__name__}: {error}"
 
 
-def _encode_file(path: Path, how: Encoding, as_jpg: bool) -> Encoded | Bad:
+def _encode_file(path: Path, how: Encoding, as_jpg: bool) -> Encoded | str:
     content = path.read_bytes()
     if not content:
-        return Bad("it is empty")
+        return "it is empty"
     with Image.open(io.BytesIO(content)) as picture:
         width, height = picture.size
         fits = how.max_resolution is None or max(width, height) <= how.max_resolution
         if as_jpg and fits and picture.format == "JPEG" and _ffcv_decodes(content, height, width):
-            encoded = _image(content, JPG, height, width, "as it is")
+            attributes = {"mode": JPG, "height": height, "width": width}
+            encoded = Encoded(content, attributes, {"as it is": 1})
         else:
             encoded = _encode_picture(picture, how, as_jpg)
         if isinstance(encoded, Encoded) and not _is_upright(picture):
@@ -115,9 +112,9 @@ def _is_upright(picture: Image.Image) -> bool:
         return True
 
 
-def _encode_picture(picture: Image.Image, how: Encoding, as_jpg: bool) -> Encoded | Bad:
+def _encode_picture(picture: Image.Image, how: Encoding, as_jpg: bool) -> Encoded | str:
     if picture.mode.startswith(("I", "F")):
-        return Bad(f"pixels of 8 bits are needed; got mode {picture.mode}")
+        return f"pixels of 8 bits are needed; got mode {picture.mode}"
     picture = picture.convert("RGB")  # decodes all of it, and raises if the file ends early
     longest = max(picture.size)
     if how.max_resolution is not None and longest > how.max_resolution:
@@ -127,18 +124,13 @@ def _encode_picture(picture: Image.Image, how: Encoding, as_jpg: bool) -> Encode
         picture = picture.resize((width, height), Image.Resampling.BOX)
     width, height = picture.size
     if max(width, height) > 65535:
-        return Bad(f"a side must be at most 65535 pixels; got {width}x{height}")
-    if as_jpg:
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=how.quality)
-        return _image(buffer.getvalue(), JPG, height, width, "jpg")
-    return _image(picture.tobytes(), RAW, height, width, "raw")
-
-
-def _image(
-    payload: bytes, mode: int, height: int, width: int, stored: Literal["as it is", "jpg", "raw"]
-) -> Encoded:
-    return Encoded(payload, {"mode": mode, "height": height, "width": width}, {stored: 1})
+        return f"a side must be at most 65535 pixels; got {width}x{height}"
+    attributes = {"mode": JPG if as_jpg else RAW, "height": height, "width": width}
+    if not as_jpg:
+        return Encoded(picture.tobytes(), attributes, {"raw": 1})
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=how.quality)
+    return Encoded(buffer.getvalue(), attributes, {"jpg": 1})
 
 
 def _ffcv_decodes(content: bytes, height: int, width: int) -> bool:

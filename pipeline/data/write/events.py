@@ -60,7 +60,11 @@ def write_events(
             )
         sets = published_sets(name, Path(source))
         size = max(PUBLISHED[name].sensor) if size is None else size
-    elif name in SLICES:
+    else:
+        require_data(
+            name in SLICES,
+            f"write events: the set must be one of {', '.join(get_args(Name))}; got {name!r}",
+        )
         _refuse(name, "is generated in the size asked for", resize=framing.get("resize"))
         counts = {key: value for key, value in generated.items() if value is not None}
         require_data(
@@ -71,13 +75,14 @@ def write_events(
         slices = SLICES[name] if slices is None else slices
         size = 34 if size is None else size
         sets = (_moving if name == "moving" else _saccades)(source, size, **counts)
-    else:
-        raise DataError(
-            f"write events: the set must be one of {', '.join(get_args(Name))}; got {name!r}"
-        )
-    how = Framing(slices=slices, size=size, **framing)
     written = write_sets(
-        sets, Path(out), how, workers=workers, max_bad=max_bad, progress=progress, existing=existing
+        sets,
+        Path(out),
+        Framing(slices=slices, size=size, **framing),
+        workers=workers,
+        max_bad=max_bad,
+        progress=progress,
+        existing=existing,
     )
     check_kept(written, sets)
     return written
@@ -90,18 +95,14 @@ def _moving(
     samples: int = 6000,
     val_samples: int = 1600,
     content_seed: int = 0,
-) -> list[Source[Any]]:
+) -> list[Source]:
     _refuse("moving", "is generated", source=source)
     where = f"moving shapes, content seed {content_seed}"
-    return [
-        Source(
-            name,
-            CLASSES,
-            [MovingShape(number, part, size, content_seed) for number in range(count)],
-            where,
-        )
-        for part, (name, count) in enumerate((("train", samples), ("val", val_samples)))
-    ]
+    sets: list[Source] = []
+    for part, (name, count) in enumerate((("train", samples), ("val", val_samples))):
+        items = [MovingShape(number, part, size, content_seed) for number in range(count)]
+        sets.append(Source(name, CLASSES, items, where))
+    return sets
 
 
 def _saccades(
@@ -111,8 +112,8 @@ def _saccades(
     samples: int | None = None,
     val_samples: int | None = None,
     content_seed: int = 0,
-) -> list[Source[Any]]:
-    sets: list[Source[Any]] = []
+) -> list[Source]:
+    sets: list[Source] = []
     pictures = fashion(None if source in (None, "fashion") else Path(source))
     for part, (each, count) in enumerate(zip(pictures, (samples, val_samples), strict=True)):
         require_data(

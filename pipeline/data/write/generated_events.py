@@ -16,7 +16,6 @@ Two kinds of readers therefore recognise the direction along an axis with at mos
     single moments   At any time the shape is equally likely at every place. One slice of the base
                      is then distributed like any other, and the slices of a reversal are those of
                      a base in reverse order. Neither a slice nor its time reveals the direction.
-                 in reverse order. Neither a slice nor its time reveals the direction.
 
 Only the succession of slices shows the direction, so a network must carry information from one
 slice to the next. Without the coin and the exact reversal, polarity would reveal the direction: a
@@ -38,6 +37,8 @@ differ).
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,9 +83,8 @@ class MovingShape:
         shape, direction = divmod(self.label, len(DIRECTIONS))
         axis, is_reversed = divmod(direction, 2)
         stream = self.base(shape, axis)
-        if is_reversed:
-            stream = reversal(stream)
-        return stream._replace(p_N=stream.p_N ^ self._draw(_COIN, 2))
+        stream = reversal(stream) if is_reversed else stream
+        return stream._replace(p_N=stream.p_N ^ _draw(self, _COIN, 2))
 
     def base(self, shape: int, axis: int) -> Stream:
         """The noisy recording before reversal and coin, along `axis` (0 right, 1 down)."""
@@ -93,19 +93,13 @@ class MovingShape:
             SHAPES[shape],
             axis,
             size=self.size,
-            radius=scale * (4.5 + self._draw(_RADIUS, 64) / 32),  # 4.5 to 6.5 pixels on 34
-            across=self.size * self._draw(_ACROSS, 1 << 16) / (1 << 16),
-            start=self.size * self._draw(_START, 1 << 16) / (1 << 16),
-            speed=scale * (112 + self._draw(_SPEED, 93)) / 1024,  # 10 to 18 pixels in total
-            threshold=0.2 + 0.01 * self._draw(_THRESHOLD, 11),
+            radius=scale * (4.5 + _draw(self, _RADIUS, 64) / 32),  # 4.5 to 6.5 pixels on 34
+            across=self.size * _draw(self, _ACROSS, 1 << 16) / (1 << 16),
+            start=self.size * _draw(self, _START, 1 << 16) / (1 << 16),
+            speed=scale * (112 + _draw(self, _SPEED, 93)) / 1024,  # 10 to 18 pixels in total
+            threshold=0.2 + 0.01 * _draw(self, _THRESHOLD, 11),
         )
-        noise = 100 + self._draw(_NOISE_COUNT, 101)
-        return add_noise(
-            stream, bits(self.content_seed, self.part, self.number, _NOISE + np.arange(4 * noise))
-        )
-
-    def _draw(self, number: int, many: int) -> int:
-        return int(below(bits(self.content_seed, self.part, self.number, number), many))
+        return add_noise(stream, self, 100 + _draw(self, _NOISE_COUNT, 101), first_draw=_NOISE)
 
     def __str__(self) -> str:
         return f"moving recording {self.number}"
@@ -154,15 +148,12 @@ def _film(
 ) -> NDArray[np.float64]:
     """The intensity at each instant, in 0..1, with an edge one pixel wide: [M,H,W]."""
     pixels = np.arange(size, dtype=np.float64)
-    down_MH, right_MW = (_ring(pixels - middle_M[:, None], size) for middle_M in (y_M, x_M))
-    return np.clip(
-        0.5 - signed_distance(shape, down_MH[:, :, None], right_MW[:, None, :], radius), 0.0, 1.0
+    # the shorter signed distance on a ring of `size` pixels: -size/2 up to size/2
+    down_MH, right_MW = (
+        (pixels - middle_M[:, None] + size / 2) % size - size / 2 for middle_M in (y_M, x_M)
     )
-
-
-def _ring(distance: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """The shorter signed distance on a ring of `size` pixels: -size/2 up to size/2."""
-    return (distance + size / 2) % size - size / 2
+    distance_MHW = signed_distance(shape, down_MH[:, :, None], right_MW[:, None, :], radius)
+    return np.clip(0.5 - distance_MHW, 0.0, 1.0)
 
 
 def reversal(stream: Stream) -> Stream:
@@ -227,13 +218,8 @@ class Saccades:
         stream = film_to_events(
             self._film(), threshold=SACCADE_THRESHOLD, step_us=SACCADE_US // SACCADE_INSTANTS
         )
-        noise = 50 + int(
-            below(bits(self.content_seed, self.part, self.number, _SACCADE_NOISE_COUNT), 51)
-        )
-        return add_noise(
-            stream,
-            bits(self.content_seed, self.part, self.number, _SACCADE_NOISE + np.arange(4 * noise)),
-        )
+        noise = 50 + _draw(self, _SACCADE_NOISE_COUNT, 51)
+        return add_noise(stream, self, noise, first_draw=_SACCADE_NOISE)
 
     def _film(self) -> NDArray[np.float64]:
         """The intensity at each instant, in 0..1, interpolated between pixels: [M,H,W]."""
@@ -250,19 +236,15 @@ class Saccades:
         return f"saccades over picture {self.number}"
 
 
-def gaze() -> list[tuple[float, float]]:
-    """The position of the gaze at each instant, (down, right) in pixels.
+def gaze() -> NDArray[np.float64]:
+    """The position of the gaze at each instant, (down, right) in pixels: [instants, 2].
 
     It goes around the triangle and back to the first corner.
     """
-    path: list[tuple[float, float]] = [CORNERS[0]]
-    for (down, right), (next_down, next_right) in zip(
-        CORNERS, (*CORNERS[1:], CORNERS[0]), strict=True
-    ):
-        for instant in range(1, SACCADE_INSTANTS + 1):
-            part = instant / SACCADE_INSTANTS
-            path.append((down + part * (next_down - down), right + part * (next_right - right)))
-    return path
+    corners = np.array([*CORNERS, CORNERS[0]], np.float64)
+    parts = np.arange(1, SACCADE_INSTANTS + 1)[:, None] / SACCADE_INSTANTS
+    sides = [begin + parts * (end - begin) for begin, end in pairwise(corners)]
+    return np.concatenate([corners[:1], *sides])
 
 
 def _window(field: NDArray[np.float64], top: float, left: float, size: int) -> NDArray[np.float64]:
@@ -306,12 +288,22 @@ def film_to_events(film_MHW: NDArray[np.float64], *, threshold: float, step_us: 
     )
 
 
-def add_noise(stream: Stream, random_bits: NDArray[np.uint64]) -> Stream:
-    """Add noise events at uniform places and times, one per four numbers of `random_bits`."""
+def add_noise(
+    stream: Stream, recording: MovingShape | Saccades, count: int, *, first_draw: int
+) -> Stream:
+    """Add `count` noise events of a recording at uniform places and times."""
     begin, end = stream.span
-    ranges = (end - begin, *stream.sensor, 2)
-    t_K, y_K, x_K, p_K = map(below, random_bits.reshape(-1, 4).T, ranges)
+    draws = _bits(recording, first_draw + np.arange(4 * count)).reshape(-1, 4).T
+    t_K, y_K, x_K, p_K = map(below, draws, (end - begin, *stream.sensor, 2))
     pairs = zip(stream[:4], (begin + t_K, y_K, x_K, p_K), strict=True)
     return in_order(
         *(np.concatenate(pair) for pair in pairs), sensor=stream.sensor, span=stream.span
     )
+
+
+def _draw(recording: MovingShape | Saccades, number: int, many: int) -> int:
+    return int(below(_bits(recording, number), many))
+
+
+def _bits(recording: MovingShape | Saccades, draw: Any) -> NDArray[np.uint64]:
+    return bits(recording.content_seed, recording.part, recording.number, draw)

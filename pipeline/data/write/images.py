@@ -1,7 +1,6 @@
 """Image sets: Fashion-MNIST in its four files, or a folder of class folders as for ImageNet."""
 
 import gzip
-import math
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -11,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.errors import DataError, require_data
-from pipeline.core.units import some
+from pipeline.core.units import counted, some
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.write.encode import Encoding, Item
-from pipeline.data.write.writer import Existing, LeftOut, Progress, Source, write_sets
+from pipeline.data.write.writer import Existing, Progress, Source, write_sets
 
 FASHION_PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
 FASHION_CLASSES = [
@@ -108,17 +107,27 @@ def write_folder(
     )
 
 
-def fashion(source: Path | None = None) -> list[Source[Item]]:
+def fashion(source: Path | None = None) -> list[Source]:
     """Fashion-MNIST from `source`, from Debian's package, or from torchvision's download.
 
     Raises: DataError if it is in none of these places.
     Source: Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747.
     """
-    folder = _fashion_folder(source)
-    return [_fashion_set(folder, "train", "train"), _fashion_set(folder, "val", "t10k")]
+    folder, sets = _fashion_folder(source), []
+    for name, prefix in (("train", "train"), ("val", "t10k")):
+        images_NHW = _idx(folder, f"{prefix}-images-idx3-ubyte")
+        labels_N = _idx(folder, f"{prefix}-labels-idx1-ubyte")
+        require_data(
+            images_NHW.shape == (len(labels_N), 28, 28) and labels_N.max(initial=0) <= 9,
+            f"write_fashion: {folder}: {prefix} must hold 28x28 images with labels 0..9; got"
+            f" {images_NHW.shape}",
+        )
+        items = list(map(Item, range(len(labels_N)), images_NHW, labels_N.tolist()))
+        sets.append(Source(name, FASHION_CLASSES, items, str(folder)))
+    return sets
 
 
-def image_folder(source: Path) -> list[Source[Item]]:
+def image_folder(source: Path) -> list[Source]:
     """`source/train/<class>/*` and `source/val/<class>/*`.
 
     Labels follow the sorted names of the class folders; images are sorted by name.
@@ -130,16 +139,12 @@ def image_folder(source: Path) -> list[Source[Item]]:
     """
     sets = [_folder_set(source / name, name) for name in ("train", "val")]
     train, val = (set(each.classes) for each in sets)
-    if train != val:
-        lines = [
-            f"only in {name}: {some(sorted(names))}"
-            for name, names in (("train", train - val), ("val", val - train))
-            if names
-        ]
-        raise DataError(
-            f"write_folder: train and val of {source} must have the same classes;"
-            f" {'; '.join(lines)}"
-        )
+    differ = [("train", sorted(train - val)), ("val", sorted(val - train))]
+    require_data(
+        train == val,
+        f"write_folder: train and val of {source} must have the same classes; "
+        + "; ".join(f"only in {name}: {some(names)}" for name, names in differ if names),
+    )
     return sets
 
 
@@ -162,21 +167,6 @@ def _fashion_folder(source: Path | None) -> Path:
         ) from error
 
 
-def _fashion_set(folder: Path, name: str, prefix: str) -> Source[Item]:
-    images_NHW = _idx(folder, f"{prefix}-images-idx3-ubyte")
-    labels_N = _idx(folder, f"{prefix}-labels-idx1-ubyte")
-    require_data(
-        images_NHW.shape == (len(labels_N), 28, 28) and labels_N.max(initial=0) <= 9,
-        f"write_fashion: {folder}: {prefix} must hold 28x28 images with labels 0..9; got"
-        f" {images_NHW.shape}",
-    )
-    items = [
-        Item(i, image_HW, int(label))
-        for i, (image_HW, label) in enumerate(zip(images_NHW, labels_N, strict=True))
-    ]
-    return Source(name, FASHION_CLASSES, items, str(folder))
-
-
 def _idx(folder: Path, name: str) -> NDArray[np.uint8]:
     """Read an array in MNIST's format.
 
@@ -186,25 +176,25 @@ def _idx(folder: Path, name: str) -> NDArray[np.uint8]:
     packed, plain = folder / f"{name}.gz", folder / name
     try:
         content = gzip.decompress(packed.read_bytes()) if packed.is_file() else plain.read_bytes()
-    except (OSError, EOFError) as error:
+        if content[:3] != b"\0\0\x08":
+            raise ValueError("no array of uint8")
+        begin = 4 + 4 * content[3]
+        shape = np.frombuffer(content[4:begin], ">u4").tolist()
+        return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
+    except (OSError, EOFError, IndexError, ValueError) as error:
         raise DataError(
-            f"write_fashion: cannot read {packed} or {plain.name} beside it ({error})"
+            f"write_fashion: cannot read {packed}, or {plain.name} beside it, as a whole file of"
+            f" MNIST's format ({error})"
         ) from error
-    axes = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
-    begin = 4 + 4 * axes
-    is_headed = axes > 0 and len(content) >= begin
-    shape = np.frombuffer(content[4:begin], ">u4").tolist() if is_headed else []
-    if not is_headed or len(content) != begin + math.prod(shape):
-        raise DataError(f"write_fashion: {folder / name} is not a whole file of MNIST's format")
-    return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
 
 
-def _folder_set(folder: Path, name: str) -> Source[Item]:
+def _folder_set(folder: Path, name: str) -> Source:
     require_data(
         folder.is_dir(),
         f"write_folder: {folder.absolute()} must be a folder of class folders; it does not exist",
     )
-    entries = _entries(folder)
+    by_name = lambda entry: entry.name
+    entries = sorted(os.scandir(folder), key=by_name)
     classes = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     require_data(
         classes, f"write_folder: {folder.absolute()} must hold a folder for each class; it has none"
@@ -216,24 +206,24 @@ def _folder_set(folder: Path, name: str) -> Source[Item]:
             left_out[_kind_left_out(entry, "beside the class folders")].append(entry.path)
     for label, class_name in enumerate(classes):
         before = len(items)
-        for entry in _entries(folder / class_name):
-            is_hidden, suffix = entry.name.startswith("."), Path(entry.name).suffix.lower()
-            if entry.is_file() and suffix in IMAGE_SUFFIXES and not is_hidden:
-                items.append(Item(len(items), folder / class_name / entry.name, label))
-                continue
+        for entry in sorted(os.scandir(folder / class_name), key=by_name):
+            suffix = Path(entry.name).suffix.lower()
             which = f"ending in {suffix}" if suffix else "whose name has no ending"
-            left_out[_kind_left_out(entry, which)].append(entry.path)
+            kind = _kind_left_out(entry, which)
+            if suffix in IMAGE_SUFFIXES and kind == ("file", which):
+                items.append(Item(len(items), folder / class_name / entry.name, label))
+            else:
+                left_out[kind].append(entry.path)
         require_data(
             len(items) != before,
             f"write_folder: class folder {folder / class_name} must hold images"
             f" ({' '.join(sorted(IMAGE_SUFFIXES))})",
         )
-    listed = tuple(LeftOut(*kind, len(paths), paths[0]) for kind, paths in sorted(left_out.items()))
-    return Source(name, classes, items, str(folder.absolute()), listed)
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    return sorted(os.scandir(folder), key=lambda entry: entry.name)
+    listed = (
+        f"{counted(len(paths), noun)}{which and ' '}{which}, such as {paths[0]}"
+        for (noun, which), paths in sorted(left_out.items())
+    )
+    return Source(name, classes, items, str(folder.absolute()), tuple(listed))
 
 
 def _kind_left_out(entry: os.DirEntry[str], which: str) -> tuple[str, str]:

@@ -20,12 +20,14 @@ tonic is GPL-3.0. It is imported only here, and only while a set is written: `pi
 
 import re
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from pipeline.core.errors import DataError, require_data
+from pipeline.core.units import some
 from pipeline.data.write.recordings import Stream, in_order
 from pipeline.data.write.writer import Source
 
@@ -92,7 +94,7 @@ class PublishedRecording:
         return str(self.path)
 
 
-def published_sets(name: Name, source: Path) -> list[Source[PublishedRecording]]:
+def published_sets(name: Name, source: Path) -> list[Source]:
     """The training and the evaluation recordings of a set, by class and number.
 
     Raises:
@@ -100,51 +102,52 @@ def published_sets(name: Name, source: Path) -> list[Source[PublishedRecording]]
             differ from those of the set.
     """
     known, root = PUBLISHED[name], Path(source).expanduser() / PUBLISHED[name].dataset
-    found = [
-        _files(name, known, Path(source), root / folder, is_train=i == 0)
-        for i, folder in enumerate(known.folders)
-    ]
-    classes = list(known.classes or sorted({path.parent.name for path in found[0]}, key=_natural))
-    items = [
-        [PublishedRecording(path, _label(path, known, classes), known.sensor) for path in paths]
-        for paths in found
-    ]
+    found = [_files(name, root, folder) for folder in known.folders]
+    classes = known.classes or sorted({path.parent.name for path in found[0]}, key=_natural)
+    labels = {str(i) if known.classes else each: i for i, each in enumerate(classes)}
+    items = [[_recording(path, known, labels) for path in paths] for paths in found]
     if len(items) == 1:
-        items = _first_share(items[0], len(classes))
+        items = _first_share(items[0])
     return [
-        Source(part, classes, each, str(root.absolute()))
+        Source(part, list(classes), each, str(root.absolute()))
         for part, each in zip(("train", "val"), items, strict=True)
     ]
 
 
-def _files(
-    name: Name, known: Published, source: Path, folder: Path, *, is_train: bool
-) -> list[Path]:
-    find = lambda: sorted(folder.rglob(f"*{known.suffix}"), key=_natural)
+def _files(name: Name, root: Path, folder: str) -> list[Path]:
+    """The recordings in a folder of the set, downloaded if there are none."""
+    known = PUBLISHED[name]
+    find = lambda: sorted((root / folder).rglob(f"*{known.suffix}"), key=_natural)
     if not (paths := find()):
-        _download(name, known, source, is_train=is_train)
+        dataset, is_train = getattr(_tonic("datasets"), known.dataset), folder == known.folders[0]
+        address = getattr(dataset, "url", None) or (
+            dataset.train_url if is_train else dataset.test_url
+        )
+        try:
+            dataset(str(root.parent), **({"train": is_train} if len(known.folders) == 2 else {}))
+        # No network, a full disk or a changed archive: the user has the same choice in each case.
+        except Exception as error:
+            raise DataError(
+                f"write events: {name} is neither in {root.absolute()} nor could tonic download it"
+                f" ({type(error).__name__}: {error}); download {address} and unpack it there, or"
+                " pass another --source"
+            ) from error
         paths = find()
     require_data(
         paths,
-        f"write events: {name}: {folder.absolute()} must hold recordings *{known.suffix}; it has"
-        " none",
+        f"write events: {name}: {(root / folder).absolute()} must hold recordings *{known.suffix};"
+        " it has none",
     )
     return paths
 
 
-def _download(name: Name, known: Published, source: Path, *, is_train: bool) -> None:
-    dataset = getattr(_tonic("datasets"), known.dataset)
-    which = {"train": is_train} if len(known.folders) == 2 else {}
-    address = getattr(dataset, "url", None) or (dataset.train_url if is_train else dataset.test_url)
-    try:
-        dataset(str(source), **which)
-    # No network, a full disk or a changed archive: the user has the same choice in each case.
-    except Exception as error:
-        raise DataError(
-            f"write events: {name} is neither in {(source / known.dataset).absolute()} nor could"
-            f" tonic download it ({type(error).__name__}: {error}); download {address} and unpack"
-            " it there, or pass another --source"
-        ) from error
+def _recording(path: Path, known: Published, labels: dict[str, int]) -> PublishedRecording:
+    name = path.stem if known.classes else path.parent.name
+    require_data(
+        name in labels,
+        f"write events: {path} must name its class, one of {some(list(labels), 10)}; got {name!r}",
+    )
+    return PublishedRecording(path, labels[name], known.sensor)
 
 
 def _tonic(part: str) -> Any:
@@ -159,31 +162,20 @@ def _tonic(part: str) -> Any:
     return getattr(tonic, part)
 
 
-def _label(path: Path, known: Published, classes: list[str]) -> int:
-    if known.classes:
-        name, accepted = path.stem, f"a number below {len(classes)}"
-        label = int(name) if name.isdecimal() else len(classes)
-    else:
-        name, accepted = path.parent.name, f"one of {', '.join(classes[:10])}"
-        label = classes.index(name) if name in classes else len(classes)
-    require_data(
-        label < len(classes), f"write events: {path} must name its class, {accepted}; got {name!r}"
-    )
-    return label
-
-
-def _first_share(items: list[PublishedRecording], classes: int) -> list[list[PublishedRecording]]:
+def _first_share(items: list[PublishedRecording]) -> list[list[PublishedRecording]]:
     """Split into training, the first 90 % of each class, and evaluation, the rest."""
-    of_class = [[item for item in items if item.label == label] for label in range(classes)]
-    cuts = [round(TRAIN_SHARE * len(each)) for each in of_class]
-    train = [item for each, cut in zip(of_class, cuts, strict=True) for item in each[:cut]]
-    val = [item for each, cut in zip(of_class, cuts, strict=True) for item in each[cut:]]
+    parts: list[list[PublishedRecording]] = [[], []]
+    for _, group in groupby(items, key=lambda item: item.label):  # they are in order of class
+        of_class = list(group)
+        cut = round(TRAIN_SHARE * len(of_class))
+        parts[0] += of_class[:cut]
+        parts[1] += of_class[cut:]
     require_data(
-        train and val,
+        all(parts),
         f"write events: each class must have 10 recordings or so, to be split; got {len(items)}"
         " in all",
     )
-    return [train, val]
+    return parts
 
 
 def _natural(path: "Path | str") -> list[Any]:
@@ -193,10 +185,11 @@ def _natural(path: "Path | str") -> list[Any]:
 
 def _read_bin(path: Path) -> tuple[Any, ...]:
     """Read N-MNIST's and N-Caltech101's format: 5 bytes per event."""
-    if path.stat().st_size % 5:
-        raise DataError(
-            f"it is cut short: {path.stat().st_size} bytes are no whole number of events of 5 bytes"
-        )
+    size = path.stat().st_size
+    require_data(
+        size % 5 == 0,
+        f"it is cut short: {size} bytes are no whole number of events of 5 bytes",
+    )
     kind = np.dtype([("x", np.int64), ("y", np.int64), ("t", np.int64), ("p", np.int64)])
     events_N = _tonic("io").read_mnist_file(str(path), kind)
     # The coordinates of N-Caltech101 begin at the window of the sensor.

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.errors import require_data
 from pipeline.data.ffcv.format import Arrays
-from pipeline.data.write.writer import Bad, Encoded
+from pipeline.data.write.writer import Encoded
 
 By = Literal["time", "number"]
 Resize = Literal["sum", "area"]
@@ -105,20 +105,23 @@ class Framing:
         dtype = "float16" if self.resize == "area" else self.counts
         return Arrays(dtype, (self.slices, 2, self.size, self.size))
 
-    def __call__(self, recording: Recording) -> Encoded | Bad:
+    def __call__(self, recording: Recording) -> Encoded | str:
         try:
             stream = recording.events()
             frames_JPHW = frames(
                 stream, self.slices, self.size, by=self.frames_by, resize=self.resize
             )
         except (OSError, ValueError) as error:
-            return Bad(str(error))
-        stored_JPHW, beyond = _stored(frames_JPHW, self.kind.dtype)
+            return str(error)
+        dtype = np.dtype(self.kind.dtype)
+        most = np.finfo(dtype).max if dtype.kind == "f" else np.iinfo(dtype).max
+        beyond = int(np.count_nonzero(frames_JPHW > most))
         if beyond and self.overflow == "refuse":
-            return Bad(
-                f"{beyond} counts beyond {self.kind.dtype}, the largest {frames_JPHW.max():g}; "
+            return (
+                f"{beyond} counts beyond {dtype}, the largest {frames_JPHW.max():g}; "
                 "store int16, cut more slices, or let them saturate"
             )
+        stored_JPHW = np.minimum(frames_JPHW, most).astype(dtype.newbyteorder("<"))
         return Encoded(stored_JPHW.tobytes(), {}, {"events": len(stream.t_N), "saturated": beyond})
 
 
@@ -129,28 +132,34 @@ def frames(
 
     Raises: DataError for a recording without events, or with events outside the sensor or the span.
     """
-    _check(stream)
-    height, width = stream.sensor
-    begin, end = stream.span
+    t_N, y_N, x_N, p_N, (height, width), (begin, end) = stream
+    require_data(len(t_N), "it holds no event")
+    for name, values_N, low, high in (
+        ("x", x_N, 0, width - 1),
+        ("y", y_N, 0, height - 1),
+        ("p", p_N, 0, 1),
+        ("t", t_N, begin, end - 1),
+    ):
+        least, most = values_N.min(), values_N.max()
+        require_data(
+            least >= low and most <= high,
+            f"{name} of its events must be in {low}..{high}; got {least} to {most}",
+        )
+    require_data(not np.any(np.diff(t_N) < 0), "its events must be in order of time")
     if by == "time":
-        slice_N = (stream.t_N - begin) * slices // (end - begin)
+        slice_N = (t_N - begin) * slices // (end - begin)
     else:
-        slice_N = np.arange(len(stream.t_N)) * slices // len(stream.t_N)
-    y_N, x_N = stream.y_N, stream.x_N
+        slice_N = np.arange(len(t_N)) * slices // len(t_N)
+    h, w = height, width
     if resize == "sum":
-        y_N, x_N, height, width = y_N * size // height, x_N * size // width, size, size
-    place_N = ((slice_N * 2 + stream.p_N) * height + y_N) * width + x_N
-    counts = np.bincount(place_N, minlength=slices * 2 * height * width).astype(np.float64)
-    counts_JPhw = counts.reshape(slices, 2, height, width)
+        y_N, x_N, h, w = y_N * size // height, x_N * size // width, size, size
+    place_N = ((slice_N * 2 + p_N) * h + y_N) * w + x_N
+    counts = np.bincount(place_N, minlength=slices * 2 * h * w).astype(np.float64)
+    counts_JPhw = counts.reshape(slices, 2, h, w)
     if resize == "sum":
         return counts_JPhw
-    return np.einsum(
-        "Yh,jphw,Xw->jpYX",
-        _covered(height, size),
-        counts_JPhw,
-        _covered(width, size),
-        optimize=True,
-    )
+    rows_Hh, columns_Ww = _covered(height, size), _covered(width, size)
+    return np.einsum("Yh,jphw,Xw->jpYX", rows_Hh, counts_JPhw, columns_Ww, optimize=True)
 
 
 def in_order(
@@ -168,23 +177,6 @@ def in_order(
     return Stream(t_N, y_N, x_N, p_N, (sensor[0], sensor[1]), span)
 
 
-def _check(stream: Stream) -> None:
-    require_data(len(stream.t_N), "it holds no event")
-    (height, width), (begin, end) = stream.sensor, stream.span
-    for name, values_N, low, high in (
-        ("x", stream.x_N, 0, width - 1),
-        ("y", stream.y_N, 0, height - 1),
-        ("p", stream.p_N, 0, 1),
-        ("t", stream.t_N, begin, end - 1),
-    ):
-        least, most = values_N.min(), values_N.max()
-        require_data(
-            least >= low and most <= high,
-            f"{name} of its events must be in {low}..{high}; got {least} to {most}",
-        )
-    require_data(not np.any(np.diff(stream.t_N) < 0), "its events must be in order of time")
-
-
 def _covered(sensor: int, size: int) -> NDArray[np.float64]:
     """The share of each sensor pixel in each of `size` equal parts of a line: [size, sensor].
 
@@ -194,11 +186,3 @@ def _covered(sensor: int, size: int) -> NDArray[np.float64]:
     low = np.maximum(edges[:-1, None], np.arange(sensor))
     high = np.minimum(edges[1:, None], np.arange(1, sensor + 1))
     return np.maximum(0.0, high - low) * size / sensor
-
-
-def _stored(frames_JPHW: NDArray[np.float64], dtype: str) -> tuple[NDArray[np.generic], int]:
-    """The counts in the file's dtype, and the number of clipped counts."""
-    kind = np.dtype(dtype)
-    most = float(np.finfo(kind).max) if kind.kind == "f" else np.iinfo(kind).max
-    beyond = int(np.count_nonzero(frames_JPHW > most))
-    return np.minimum(frames_JPHW, most).astype(kind.newbyteorder("<")), beyond

@@ -153,8 +153,7 @@ def installed(share: Path = SHARE) -> Pictures:
     Raises: DataError with the missing or incomplete package.
     """
     stamps = share / "tuxpaint" / "stamps"
-    if not stamps.is_dir():
-        raise _missing(stamps, STAMPS)
+    _require_there(stamps, STAMPS)
     objects = {
         name: [picture for folder in folders for picture in _photographs(stamps, folder)]
         for name, folders in CLASSES.items()
@@ -164,8 +163,7 @@ def installed(share: Path = SHARE) -> Pictures:
         for name, package in GROUNDS.items()
     ]
     for ground in grounds:
-        if not ground.path.is_file():
-            raise _missing(ground.path, ground.package)
+        _require_there(ground.path, ground.package)
     return Pictures(objects, grounds)
 
 
@@ -222,8 +220,7 @@ def _divided(
 
 
 def _photographs(stamps: Path, folder: str) -> list[Picture]:
-    if not (stamps / folder).is_dir():
-        raise _missing(stamps / folder, STAMPS)
+    _require_there(stamps / folder, STAMPS)
     return [
         Picture(name, path, STAMPS)
         for path in sorted((stamps / folder).glob("*.png"))
@@ -259,10 +256,11 @@ def _shrunk(
     return picture.resize((width, height), Image.Resampling.BOX)
 
 
-def _missing(path: Path, package: str) -> DataError:
-    return DataError(
+def _require_there(path: Path, package: str) -> None:
+    require_data(
+        path.exists(),
         f"write stamps: {path} does not exist: apt install {package}; or name the folder it was"
-        " unpacked to by --source"
+        " unpacked to by --source",
     )
 
 

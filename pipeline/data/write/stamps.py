@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,8 +88,7 @@ class Scene:
     def below(self, number: int, n: int) -> int:
         return int(below(self.draw(number), n))
 
-    def unit(self, number: int) -> float:
-        """A number in 0..1, 1 excluded."""
+    def unit(self, number: int) -> float:  # in 0..1, 1 excluded
         return (self.draw(number) >> 11) * 2.0**-53
 
     def __str__(self) -> str:
@@ -128,25 +127,18 @@ class Rendering:
     mode: Literal["jpg", "raw"] = "jpg"
     quality: int = 90
 
-    def __post_init__(self) -> None:
-        low, high = SIZES
-        require_data(
-            low <= self.size <= high,
-            f"write stamps: size must be in {low}..{high} pixels; got {self.size}",
-        )
-        require_data(
-            0.1 <= self.smallest <= LARGEST,
-            f"write stamps: smallest must be a share in 0.1..{LARGEST}; got {self.smallest}",
-        )
+    kind: ClassVar[Images] = Images()
 
-    @property
-    def kind(self) -> Images:
-        return Images()
+    def __post_init__(self) -> None:
+        require_data(
+            SIZES[0] <= self.size <= SIZES[1] and 0.1 <= self.smallest <= LARGEST,
+            f"write stamps: size must be in {SIZES[0]}..{SIZES[1]} pixels, smallest a share in"
+            f" 0.1..{LARGEST}; got size={self.size}, smallest={self.smallest}",
+        )
 
     def __call__(self, scene: Scene) -> Encoded:
-        pixels_SS3 = render(scene, self.size, self.smallest)
-        how = Encoding(mode=self.mode, quality=self.quality)
-        encoded = how(Item(scene.number, pixels_SS3, scene.label))
+        item = Item(scene.number, render(scene, self.size, self.smallest), scene.label)
+        encoded = Encoding(mode=self.mode, quality=self.quality)(item)
         assert isinstance(encoded, Encoded), encoded  # pixels from memory can always be stored
         return replace(encoded, groups={"object": scene.object.name, "ground": scene.ground.name})
 
@@ -252,7 +244,7 @@ def write_stamps(
     pictures = installed(share)
     divided = parts(pictures, split)
     where = f"{share.absolute()}, pictures {_read_all(pictures, size)}"
-    sets: list[Source[Scene]] = []
+    sets: list[Source] = []
     for part, (name, count) in enumerate((("train", samples), ("val", val_samples))):
         items = list(
             scenes(divided[part], count, part=part, split=split, content_seed=content_seed)

@@ -10,71 +10,41 @@ import errno
 import os
 import shlex
 import sys
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import count, islice
 from multiprocessing import get_context
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
-from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from pipeline.core.errors import DataError, LoaderError, require_data
 from pipeline.core.files import sync_folder
 from pipeline.core.units import counted
 from pipeline.data.ffcv import manifest as manifests
-from pipeline.data.ffcv.format import BetonWriter, Kind
+from pipeline.data.ffcv.format import BetonWriter
 from pipeline.data.ffcv.manifest import ContentHash, Manifest
 from pipeline.data.ffcv.page_checks import verify
 
-CHUNK = 32  # samples per task of a worker
+CHUNK, AHEAD = 16, 128  # samples per task of a worker, and per worker in all its tasks
 Existing = Literal["refuse", "replace", "keep"]
 Progress = Callable[[int, int], None]  # samples done, total samples, over both sets
 
 
-class Sample(Protocol):
-    """A sample to store. `str` names it in error messages."""
-
-    @property
-    def label(self) -> int: ...
-
-
-S = TypeVar("S", bound=Sample)
-S_contra = TypeVar("S_contra", bound=Sample, contravariant=True)
-
-
 @dataclass(frozen=True)
-class LeftOut:
-    """Files or folders of a source that are not samples.
-
-    `which` follows the noun, as in "file" "ending in .gif".
-    """
-
-    noun: str
-    which: str
-    count: int
-    example: str
-
-    def __str__(self) -> str:
-        return (
-            f"{counted(self.count, self.noun)}{self.which and ' '}{self.which}, such as"
-            f" {self.example}"
-        )
-
-
-@dataclass(frozen=True)
-class Source(Generic[S]):
+class Source:
     """The samples of one set in the order of the file."""
 
     name: str  # train or val
     classes: list[str]  # a name's position is its label
-    items: Sequence[S]
+    items: Sequence[Any]  # each has a `label`, and `str` names it in error messages
     where: str
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: tuple[str, ...] = ()  # what is not a sample, by kind: the number, and an example
 
 
 @dataclass(frozen=True)
@@ -83,26 +53,6 @@ class Encoded:
     attributes: dict[str, int]  # stored in the file beside the label (format.py)
     counted: dict[str, int]  # summed over the samples for the manifest
     groups: dict[str, str] = field(default_factory=dict)  # stored per sample in the manifest
-
-
-@dataclass(frozen=True)
-class Bad:
-    """The reason why a sample cannot be encoded."""
-
-    reason: str
-
-
-class Encoder(Protocol[S_contra]):
-    """Encodes samples.
-
-    An encoder is a frozen dataclass. Its fields are stored in the manifest, and worker processes
-    get a copy.
-    """
-
-    @property
-    def kind(self) -> Kind: ...
-
-    def __call__(self, sample: S_contra, /) -> Encoded | Bad: ...
 
 
 class TooManyUnreadable(DataError):
@@ -114,9 +64,9 @@ class TooManyUnreadable(DataError):
 
 
 def write_sets(
-    sets: Sequence[Source[S]],
+    sets: Sequence[Source],
     out: Path,
-    how: Encoder[S],
+    how: Any,
     *,
     workers: int = 1,
     max_bad: int = 0,
@@ -126,6 +76,9 @@ def write_sets(
     """Write each set to `out/<its name>.beton`, encoded by `how`.
 
     Args:
+        how: a frozen dataclass. Called with a sample, it returns it `Encoded`, or the reason why it
+            cannot be. `how.kind` is that of the file (format.py). Its fields are stored in the
+            manifest, and worker processes get a copy.
         max_bad: the number of samples in each set that may be unreadable. They are omitted and
             listed in the manifest.
         existing: "refuse" or "replace" existing files, or "keep" them after all their bytes were
@@ -158,8 +111,9 @@ def write_sets(
     written: list[Manifest] = []
     with ExitStack() as held:  # renames the files together, once all are complete
         for each, final in zip(sets, finals, strict=True):
-            part = held.enter_context(_whole_or_nothing(final))
-            written.append(_store(each, part, final.name, how, workers, report))
+            written.append(
+                _store(each, held.enter_context(_whole_or_nothing(final)), how, workers, report)
+            )
         _refuse_unreadable(sets, written, kind=how.kind.name, max_bad=max_bad)
         for final in finals:
             # An old manifest must not vouch for a new file, nor a new one for an old file.
@@ -169,7 +123,7 @@ def write_sets(
     return written
 
 
-def check_kept(written: Sequence[Manifest], sets: Sequence[Source[Any]]) -> None:
+def check_kept(written: Sequence[Manifest], sets: Sequence[Source]) -> None:
     """Check that kept files were written from the requested sets.
 
     Raises: DataError that names the samples of the files.
@@ -185,11 +139,12 @@ def check_kept(written: Sequence[Manifest], sets: Sequence[Source[Any]]) -> None
 
 
 def encode_all(
-    items: Iterable[S], how: Encoder[S], *, workers: int, stall_s: float = 300.0
-) -> Iterator[tuple[S, Encoded | Bad]]:
+    items: Iterable[Any], how: Any, *, workers: int, stall_s: float = 300.0
+) -> Iterator[tuple[Any, Encoded | str]]:
     """Encode in order, in `workers` processes (1: in this one).
 
-    Raises: LoaderError if a worker process dies, or no result arrives for `stall_s` seconds.
+    Raises: LoaderError if a worker process dies, or the samples in work, at most `AHEAD` per
+        worker, take more than `stall_s` seconds.
     """
     if workers == 1:
         yield from ((item, how(item)) for item in items)
@@ -199,23 +154,18 @@ def encode_all(
     pool = ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=signal, initargs=(SIGINT, SIG_IGN)
     )
-    samples, chunk, pending = iter(items), [], deque[tuple[list[S], Future[list[Encoded | Bad]]]]()
+    samples, batch = iter(items), []
     try:
-        while True:
-            while len(pending) <= 2 * workers and (chunk := list(islice(samples, CHUNK))):
-                pending.append((chunk, pool.submit(_encode_chunk, chunk, how)))
-            if not pending:
-                return
-            chunk, future = pending.popleft()
-            yield from zip(chunk, future.result(timeout=stall_s), strict=True)
-    except BrokenProcessPool as error:  # raised by a result or by submitting the next chunk
+        while batch := list(islice(samples, AHEAD * workers)):
+            results = pool.map(how, batch, chunksize=CHUNK, timeout=stall_s)
+            yield from zip(batch, results, strict=True)
+    except BrokenProcessPool as error:
         raise LoaderError(
-            f"write: a worker process died while samples from {chunk[0]} on were encoded"
+            f"write: a worker process died while samples from {batch[0]} on were encoded"
         ) from error
     except TimeoutError as error:
         raise LoaderError(
-            f"write: no worker finished for {stall_s:g} s; waiting for samples {chunk[0]} to"
-            f" {chunk[-1]}"
+            f"write: samples {batch[0]} to {batch[-1]} were not encoded within {stall_s:g} s"
         ) from error
     finally:
         # CPython 3.11 to 3.13 have no public method to end a hanging worker; 3.14 has
@@ -225,35 +175,30 @@ def encode_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _encode_chunk(chunk: list[S], how: Encoder[S]) -> list[Encoded | Bad]:
-    return [how(item) for item in chunk]
-
-
-def _verified_manifest(final: Path, how: Encoder[Any]) -> Manifest:
+def _verified_manifest(final: Path, how: Any) -> Manifest:
     """The manifest of an existing file, after all its bytes were verified."""
     manifest = verify(final)[0]
     require_data(
-        manifest.options == _options(how),
-        f"write: {final} was written with {manifest.options}; got {_options(how)}; ask with"
+        manifest.options == asdict(how),
+        f"write: {final} was written with {manifest.options}; got {asdict(how)}; ask with"
         " --existing replace",
     )
     return manifest
 
 
 def _refuse_unreadable(
-    sets: Sequence[Source[Any]], written: Sequence[Manifest], *, kind: str, max_bad: int
+    sets: Sequence[Source], written: Sequence[Manifest], *, kind: str, max_bad: int
 ) -> None:
-    counts = {
-        each.name: len(manifest.skipped) for each, manifest in zip(sets, written, strict=True)
-    }
     unreadable = [bad for manifest in written for bad in manifest.skipped]
-    if max(counts.values()) > max_bad:
-        got = " and ".join(f"{count} in {name}" for name, count in counts.items() if count)
-        message = (
-            f"write: at most {counted(max_bad, kind)} of each set may be unreadable; got {got}; "
-            "mend or remove what is listed, or allow more with --max-bad"
+    counts = [len(manifest.skipped) for manifest in written]
+    if max(counts) > max_bad:
+        pairs = zip(counts, sets, strict=True)
+        raise TooManyUnreadable(
+            f"write: at most {counted(max_bad, kind)} of each set may be unreadable; got "
+            + " and ".join(f"{count} in {each.name}" for count, each in pairs if count)
+            + "; mend or remove what is listed, or allow more with --max-bad",
+            unreadable,
         )
-        raise TooManyUnreadable(message, unreadable)
     for each, manifest in zip(sets, written, strict=True):
         if not manifest.samples:
             raise TooManyUnreadable(
@@ -262,20 +207,15 @@ def _refuse_unreadable(
 
 
 def _store(
-    source: Source[S],
-    path: Path,
-    name: str,
-    how: Encoder[S],
-    workers: int,
-    report: Callable[[], None],
+    source: Source, path: Path, how: Any, workers: int, report: Callable[[], None]
 ) -> Manifest:
-    """Write a set to `path` and return its manifest. `name` is the file's final name."""
+    """Write a set to `path` and return its manifest."""
     content, labels, skipped, stored = ContentHash(source.classes, how.kind), [], [], Counter()
     groups: defaultdict[str, list[str]] = defaultdict(list)
     with closing(BetonWriter(path, capacity=len(source.items), kind=how.kind)) as writer:
         for item, result in encode_all(source.items, how, workers=workers):
-            if isinstance(result, Bad):
-                skipped.append({"image": str(item), "reason": result.reason})
+            if isinstance(result, str):
+                skipped.append({"image": str(item), "reason": result})
             else:
                 try:
                     writer.add(result.payload, label=item.label, **result.attributes)
@@ -290,18 +230,18 @@ def _store(
         writer.finish()
     return manifests.describe(
         path,
-        name=name,
+        name=f"{source.name}.beton",
         content=content.hexdigest(),
         classes=source.classes,
         labels=labels,
         skipped=skipped,
-        left_out=[asdict(each) for each in source.left_out],
+        left_out=list(source.left_out),
         stored=dict(stored),
         groups=dict(groups),
         source=source.where,
         command=shlex.join(sys.argv),
-        options=_options(how),
-        written_by={name: _version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")},
+        options=asdict(how),
+        written_by={name: version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")},
     )
 
 
@@ -326,18 +266,3 @@ def _whole_or_nothing(final: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _options(how: Any) -> dict[str, Any]:
-    """The fields of an encoder for the manifest, with lists instead of tuples, as in JSON."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in asdict(how).items()
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

@@ -111,7 +111,7 @@ def test_counts_of_other_types_and_cuts(
     tmp_path: Path, options: dict[str, Any], dtype: str
 ) -> None:
     train, _ = write(tmp_path, **options, samples=16, val_samples=16)
-    kind = beton_format.layout(tmp_path / "train.beton").kind
+    kind = beton_format.read_tables(tmp_path / "train.beton").kind
     assert (
         isinstance(kind, beton_format.Arrays)
         and kind.dtype == dtype

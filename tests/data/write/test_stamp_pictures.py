@@ -41,16 +41,11 @@ def test_drawings_mirror_images_and_deeper_folders_are_no_objects(
         spoilt / "tuxpaint" / "stamps" / "animals" / "mammals" / "echidna.png",
     )
     for pictures in (installed(share), installed(spoilt)):
-        assert {name: len(found) for name, found in pictures.objects.items()} == dict.fromkeys(
-            CLASSES, EACH
-        )
-        assert [each.path.stem for each in pictures.objects["bird"]] == [
-            f"object_{number}" for number in range(EACH)
-        ]
-        assert len(
-            {each.name for found in pictures.objects.values() for each in found}
-        ) == EACH * len(CLASSES)
-        assert len({each.name for each in pictures.grounds}) == 25
+        found = pictures.objects
+        assert {name: len(each) for name, each in found.items()} == dict.fromkeys(CLASSES, EACH)
+        assert [each.path.stem for each in found["bird"]] == [f"object_{i}" for i in range(EACH)]
+        names = [{each.name for each in some} for some in (*found.values(), pictures.grounds)]
+        assert len(set().union(*names[:-1])) == EACH * len(CLASSES) and len(names[-1]) == 25
 
 
 @pytest.mark.parametrize(
@@ -138,12 +133,12 @@ def test_the_packages_of_debian_hold_300_objects_in_13_classes() -> None:
 
 
 def of_sizes(*sizes: int) -> Pictures:
-    make = lambda name, size: [
-        Picture(f"{name}/{i}", Path(f"/{name}/{i}.png"), "none") for i in range(size)
-    ]
-    return Pictures(
-        {f"class {k}": make(f"class {k}", size) for k, size in enumerate(sizes)}, make("ground", 25)
-    )
+    made = {
+        name: [Picture(f"{name}/{i}", Path(f"/{name}/{i}.png"), "none") for i in range(size)]
+        for name, size in [*((f"class {k}", size) for k, size in enumerate(sizes)), ("ground", 25)]
+    }
+    grounds = made.pop("ground")
+    return Pictures(made, grounds)
 
 
 def names(pictures: list[Picture]) -> set[str]:
@@ -151,27 +146,26 @@ def names(pictures: list[Picture]) -> set[str]:
 
 
 def test_training_and_evaluation_share_no_object_and_no_ground(share: Path) -> None:
+    """The three splits evaluate on different ones."""
     for pictures in (installed(share), of_sizes(4, 5, 6, 7, 8, 9, 65)):
-        for split in range(SPLITS):
-            train, val = parts(pictures, split)
-            assert list(train.objects) == list(val.objects) == list(pictures.objects)
-            for name, found in pictures.objects.items():
-                assert not names(train.objects[name]) & names(val.objects[name])
-                assert names(train.objects[name]) | names(val.objects[name]) == names(found)
-                assert len(val.objects[name]) == round(len(found) / 4) >= 1 and train.objects[name]
-            assert not names(train.grounds) & names(val.grounds)
-            assert names(train.grounds) | names(val.grounds) == names(pictures.grounds)
-            assert len(val.grounds) == 6
-
-
-def test_three_splits_evaluate_on_different_objects_and_grounds() -> None:
-    pictures = of_sizes(4, 5, 6, 7, 8, 9, 65)
-    vals = [parts(pictures, split)[1] for split in range(SPLITS)]
-    for name in pictures.objects:
-        chosen = [each.name for val in vals for each in val.objects[name]]
-        assert len(chosen) == len(set(chosen))
-    grounds = [each.name for val in vals for each in val.grounds]
-    assert len(grounds) == len(set(grounds)) == 18
+        divided = [parts(pictures, split) for split in range(SPLITS)]
+        assert {tuple(each.objects) for pair in divided for each in pair} == {
+            tuple(pictures.objects)
+        }
+        groups = [
+            (pictures.objects[name], [(t.objects[name], v.objects[name]) for t, v in divided])
+            for name in pictures.objects
+        ]
+        for found, pairs in (
+            *groups,
+            (pictures.grounds, [(t.grounds, v.grounds) for t, v in divided]),
+        ):
+            for train, val in pairs:
+                assert train and len(val) == round(len(found) / 4) >= 1
+                assert not names(train) & names(val)
+                assert names(train) | names(val) == names(found)
+            chosen = [each.name for _, val in pairs for each in val]
+            assert len(chosen) == len(set(chosen))
 
 
 def test_settings_are_chosen_on_objects_and_grounds_with_which_every_split_trains() -> None:
@@ -184,11 +178,6 @@ def test_settings_are_chosen_on_objects_and_grounds_with_which_every_split_train
         for split in range(SPLITS):
             assert names(val.objects[name]) <= names(parts(pictures, split)[0].objects[name])
             assert names(val.grounds) <= names(parts(pictures, split)[0].grounds)
-    with pytest.raises(
-        DataError,
-        match=r"^write stamps: class 0 must have pictures that no other split evaluates on; got 6$",
-    ):
-        parts(of_sizes(6), CHOICE)
 
 
 def test_the_parts_depend_on_names_alone() -> None:
@@ -206,15 +195,17 @@ def test_the_parts_depend_on_names_alone() -> None:
     )  # in no order of ours
 
 
-def test_a_split_that_is_none_and_a_class_that_is_too_small_are_refused(share: Path) -> None:
-    for split in (-1, 4):
-        with pytest.raises(
-            DataError, match=rf"^write stamps: split must be in 0\.\.3; got {split}$"
-        ):
-            parts(installed(share), split)
-    with pytest.raises(
-        DataError,
-        match=r"^write stamps: class 1 must have 4 pictures or more to be divided; got 3$",
-    ):
-        parts(of_sizes(9, 3), 0)
-    assert len(CLASSES) == 13
+@pytest.mark.parametrize(
+    ("sizes", "split", "said"),
+    [
+        ([9], -1, r"split must be in 0\.\.3; got -1"),
+        ([9], 4, r"split must be in 0\.\.3; got 4"),
+        ([9, 3], 0, "class 1 must have 4 pictures or more to be divided; got 3"),
+        ([6], CHOICE, "class 0 must have pictures that no other split evaluates on; got 6"),
+    ],
+)
+def test_a_split_that_is_none_and_a_class_that_is_too_small_are_refused(
+    sizes: list[int], split: int, said: str
+) -> None:
+    with pytest.raises(DataError, match=f"^write stamps: {said}$"):
+        parts(of_sizes(*sizes), split)

@@ -5,6 +5,7 @@ A written set reads back as it was made, and says which object each of its image
 ends in one line.
 """
 
+import os
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -12,17 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from pipeline.__main__ import main
 from pipeline.core.errors import DataError
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.ffcv.page_checks import verify
 from pipeline.data.write import stamp_pictures as pictures_module
 from pipeline.data.write.stamp_pictures import CLASSES, Picture, Pictures, installed, parts
-from pipeline.data.write.stamps import Rendering, render, scenes, write_stamps
+from pipeline.data.write.stamps import Rendering, Scene, render, scenes, write_stamps
+from tests.helpers.loaders import by_index, read
 from tests.helpers.made_pictures import real
+from tests.helpers.small import Command
 
 
 def some(
@@ -35,33 +38,17 @@ def some(
     )
 
 
-def forget() -> None:
-    pictures_module.cut_out.cache_clear()
-    pictures_module.ground.cache_clear()
-
-
-def test_a_scene_is_the_same_whichever_others_are_made(share: Path) -> None:
+def test_a_scene_is_a_function_of_its_counters_alone(share: Path) -> None:
     many = some(installed(share), 40)
     assert some(installed(share), 30) == many[:30]
     in_order = [render(scene, 48) for scene in many]
-    forget()
+    pictures_module.cut_out.cache_clear()
+    pictures_module.ground.cache_clear()
     for number in (31, 7, 0, 39):
         assert np.array_equal(render(many[number], 48), in_order[number])
-    assert len({pixels.tobytes() for pixels in in_order}) == 40
-
-
-def test_seed_split_and_part_give_other_scenes(share: Path) -> None:
-    scene = some(installed(share), 3)[2]
-    seen = [
-        render(each, 48)
-        for each in (
-            scene,
-            replace(scene, content_seed=1),
-            replace(scene, split=1),
-            replace(scene, part=0),
-        )
-    ]
-    assert len({pixels.tobytes() for pixels in seen}) == 4
+    others = ({"content_seed": 1}, {"split": 1}, {"part": 0})
+    other = [render(replace(many[2], **change), 48) for change in others]
+    assert len({pixels.tobytes() for pixels in (*in_order, *other)}) == 43
 
 
 def test_classes_and_their_objects_take_turns(share: Path) -> None:
@@ -77,19 +64,21 @@ def test_classes_and_their_objects_take_turns(share: Path) -> None:
     assert {scene.ground for scene in made} == set(train.grounds)
 
 
+def scenes_of(thing: Image.Image, ground: Image.Image, folder: Path) -> list[Scene]:
+    """200 scenes of one object on one ground: what they show can be calculated."""
+    thing.save(folder / "object.png")
+    ground.save(folder / "ground.png")
+    made, under = (Picture(name, folder / f"{name}.png", "none") for name in ("object", "ground"))
+    return list(scenes(Pictures({"only": [made]}, [under]), 200, part=0, split=0, content_seed=0))
+
+
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> list:
-    """Scenes of one half-transparent rectangle, 40 x 20 pixels, on one grey ground: what they show
-    can be calculated.
-    """
-    folder = tmp_path_factory.mktemp("plain")
-    Image.new("RGBA", (40, 20), (200, 100, 0, 153)).save(folder / "object.png")
-    Image.new("RGB", (150, 110), (90, 90, 90)).save(folder / "ground.png")
-    pictures = Pictures(
-        {"only": [Picture("object", folder / "object.png", "none")]},
-        [Picture("ground", folder / "ground.png", "none")],
+def plain(tmp_path_factory: pytest.TempPathFactory) -> list[Scene]:
+    """A half-transparent rectangle, 40 x 20 pixels, on grey."""
+    thing = Image.new("RGBA", (40, 20), (200, 100, 0, 153))
+    return scenes_of(
+        thing, Image.new("RGB", (150, 110), (90, 90, 90)), tmp_path_factory.mktemp("plain")
     )
-    return list(scenes(pictures, 200, part=0, split=0, content_seed=0))
 
 
 def test_an_object_lies_over_its_ground_with_its_brightness(plain: list) -> None:
@@ -138,20 +127,10 @@ def test_an_object_takes_the_share_it_should_anywhere_in_the_scene(plain: list) 
 
 
 def test_half_of_the_objects_are_mirrored(tmp_path: Path) -> None:
-    pixels = np.zeros((20, 40, 4), np.uint8)
-    pixels[..., 3], pixels[:, :20, 0], pixels[:, 20:, 2] = (
-        255,
-        255,
-        255,
-    )  # red to the left, blue to the right
-    Image.fromarray(pixels).save(tmp_path / "object.png")
-    Image.new("RGB", (50, 50)).save(tmp_path / "ground.png")
-    one = Pictures(
-        {"only": [Picture("o", tmp_path / "object.png", "none")]},
-        [Picture("g", tmp_path / "ground.png", "none")],
-    )
+    pixels = np.full((20, 40, 4), 255, np.uint8)  # red to the left, blue to the right
+    pixels[:, :20, 1:3] = pixels[:, 20:, :2] = 0
     mirrored = 0
-    for scene in scenes(one, 200, part=0, split=0, content_seed=0):
+    for scene in scenes_of(Image.fromarray(pixels), Image.new("RGB", (50, 50)), tmp_path):
         shown_SS3 = render(scene, 32).astype(float)
         red, blue = (np.average(np.arange(32), weights=shown_SS3[..., c].sum(0)) for c in (0, 2))
         mirrored += red > blue
@@ -165,16 +144,10 @@ def test_every_size_holds_the_largest_object(share: Path) -> None:
             assert render(scene, size, smallest=0.9).shape == (size, size, 3)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"size": 31}, r"size must be in 32\.\.1024 pixels; got 31"),
-        ({"size": 1025}, r"size must be in 32\.\.1024 pixels; got 1025"),
-        ({"smallest": 0.95}, r"smallest must be a share in 0\.1\.\.0\.9; got 0\.95"),
-    ],
-)
-def test_a_size_that_makes_no_scene_is_refused(wrong: dict, said: str) -> None:
-    with pytest.raises(DataError, match=f"^write stamps: {said}$"):
+@pytest.mark.parametrize("wrong", [{"size": 31}, {"size": 1025}, {"smallest": 0.95}])
+def test_a_size_that_makes_no_scene_is_refused(wrong: dict) -> None:
+    [(name, value)] = wrong.items()
+    with pytest.raises(DataError, match=rf"^write stamps: size .*; got .*{name}={value}"):
         Rendering(**{"size": 160, "split": 0, "content_seed": 0} | wrong)
 
 
@@ -201,69 +174,48 @@ def written(share: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def pixels_of(data: Beton) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The evaluation set as the reader gives it: pixels uint8 [N,S,S,3], labels and places in the
-    file [N].
-    """
-    with data.val(micro_batch=16).epoch(0) as batches:
-        parts = [(batch.x, batch.target, batch.index) for batch in batches]
-    x_NCSS, target_N, index_N = (
-        np.concatenate([each.numpy() for each in column]) for column in zip(*parts, strict=True)
-    )
-    return np.rint(x_NCSS * 255).astype(np.uint8).transpose(0, 2, 3, 1), target_N, index_N
-
-
 def test_what_was_written_reads_back_with_the_object_of_each_image(
     share: Path, written: Path
 ) -> None:
-    data = Beton(
-        written,
-        classes=13,
-        size=40,
-        crop="shift",
-        reach=0,
-        flip="never",
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-    )
+    how = {"crop": "shift", "reach": 0, "flip": "never", "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    data = Beton(written, classes=13, size=40, **how)
     data.check()
     train, val = verify(written)
     assert (train.samples, val.samples, train.classes) == (70, 40, list(CLASSES))
+    assert (min(train.histogram), min(val.histogram)) == (5, 3)
     pictures = parts(installed(share), 1)[1]
     expected = list(scenes(pictures, 40, part=1, split=1, content_seed=0))
-    objects, grounds = (data.groups("val", by=by) for by in ("object", "ground"))
-    pixels_NSS3, target_N, index_N = pixels_of(data)
-    assert index_N.tolist() == list(range(40))
-    for pixels, target, index in zip(pixels_NSS3, target_N, index_N, strict=True):
-        scene = expected[index]
-        assert np.array_equal(pixels, render(scene, 40))
-        assert (objects[index], grounds[index], target) == (
-            scene.object.name,
-            scene.ground.name,
-            scene.label,
-        )
-        assert objects[index] in {picture.name for picture in pictures.objects[val.classes[target]]}
-    assert not set(objects) & set(data.groups("train", by="object"))
-    assert not set(grounds) & set(data.groups("train", by="ground"))
-    assert min(train.histogram) == 5 and min(val.histogram) == 3
+    groups = {by: data.groups("val", by=by) for by in ("object", "ground")}
+    assert groups == {
+        "object": [scene.object.name for scene in expected],
+        "ground": [scene.ground.name for scene in expected],
+    }
+    for by, names in groups.items():
+        assert not set(names) & set(data.groups("train", by=by))
+    batches = read(data.val(micro_batch=16))
+    assert torch.cat([b.target for b in batches]).tolist() == [scene.label for scene in expected]
+    for (index, x), scene in zip(by_index(batches).items(), expected, strict=True):
+        pixels = np.rint(x.numpy() * 255).astype(np.uint8).transpose(1, 2, 0)
+        assert index == scene.number and np.array_equal(pixels, render(scene, 40))
+        assert scene.object in pictures.objects[val.classes[scene.label]]
 
 
 def test_files_are_the_same_from_one_and_two_workers(
     share: Path, written: Path, tmp_path: Path
 ) -> None:
-    two = write(share, tmp_path, workers=2)
+    one, two = verify(written), write(share, tmp_path, workers=2)
     assert [(each.sha256, each.groups) for each in two] == [
-        (each.sha256, each.groups) for each in verify(written)
+        (each.sha256, each.groups) for each in one
     ]
 
 
 def test_seed_and_split_make_other_sets(share: Path, written: Path, tmp_path: Path) -> None:
-    contents = {verify(written)[1].content}
-    for i, option in enumerate(
-        ({"content_seed": 5}, {"split": 2}, {"smallest": 0.7}, {"mode": "jpg"})
-    ):
-        contents.add(write(share, tmp_path / str(i), samples=13, **option)[1].content)
-    assert len(contents) == 5
+    options = ({"content_seed": 5}, {"split": 2}, {"smallest": 0.7}, {"mode": "jpg"})
+    others = {
+        write(share, tmp_path / str(i), samples=13, **option)[1].content
+        for i, option in enumerate(options)
+    }
+    assert len(others | {verify(written)[1].content}) == 5
 
 
 def test_files_that_are_kept_must_be_of_the_same_scenes_and_pictures(
@@ -271,92 +223,71 @@ def test_files_that_are_kept_must_be_of_the_same_scenes_and_pictures(
 ) -> None:
     out = shutil.copytree(written, tmp_path / "kept")
     assert write(share, out, existing="keep") == verify(written)
-    with pytest.raises(DataError, match=r"was written with .*'split': 1.*got .*'split': 0"):
-        write(share, out, existing="keep", split=0)
-    with pytest.raises(
-        DataError, match=r"train\.beton was written from 70 samples of .*; got 80 of"
-    ):
-        write(share, out, existing="keep", samples=80)
     other = shutil.copytree(share, tmp_path / "share")
     birds = other / "tuxpaint" / "stamps" / "animals" / "birds"
     shutil.copy(birds / "object_1.png", birds / "object_0.png")
-    with pytest.raises(
-        DataError, match=r"train\.beton was written from 70 samples of .*; got 70 of"
+    from_70 = r"train\.beton was written from 70 samples of .*; got "
+    for source, change, said in (
+        (share, {"split": 0}, r"was written with .*'split': 1.*got .*'split': 0"),
+        (share, {"samples": 80}, from_70 + "80 of"),
+        (other, {}, from_70 + "70 of"),
     ):
-        write(other, out, existing="keep")
+        with pytest.raises(DataError, match=said):
+            write(source, out, existing="keep", **change)
 
 
 def test_groups_that_are_not_there_are_refused(written: Path, photos: Path) -> None:
-    with pytest.raises(
-        DataError,
-        match=r"^Beton: .*val\.beton must group its samples by 'author'; .* by ground, object$",
+    for data, by, known in (
+        (Beton(written, classes=13, size=40), "author", "ground, object"),
+        (Beton(photos, classes=2, size=40), "object", "nothing"),
     ):
-        Beton(written, classes=13, size=40).groups("val", by="author")
-    with pytest.raises(
-        DataError, match=r"must group its samples by 'object'; it groups them not at all$"
-    ):
-        Beton(photos, classes=2, size=40).groups("val", by="object")
+        with pytest.raises(
+            DataError,
+            match=rf"^Beton: .*val\.beton must group its samples by '{by}'; .* by {known}$",
+        ):
+            data.groups("val", by=by)
 
 
 def test_groups_with_a_share_held_out_are_those_of_the_training_file(written: Path) -> None:
     data = Beton(written, classes=13, size=40, held_out=0.2)
-    assert (
-        data.groups("val", by="object") == data.groups("train", by="object")
-        and len(data.groups("val", by="object")) == 70
+    objects = data.groups("val", by="object")
+    assert objects == data.groups("train", by="object") and len(objects) == 70
+
+
+def test_the_command_writes_a_set(share: Path, tmp_path: Path, spiketrain: Command) -> None:
+    sizes = ["--size", "48", "--split", "2", "--samples", "26", "--val-samples", "13"]
+    out = str(tmp_path / "out")
+    code, said, _ = spiketrain("write", "stamps", "--out", out, *sizes, "--source", str(share))
+    assert (code, said.splitlines()) == (
+        0,
+        [
+            "train.beton: 26 samples, 13 classes, 0 skipped",
+            "val.beton: 13 samples, 13 classes, 0 skipped",
+        ],
     )
-
-
-def command(*words: str, monkeypatch: pytest.MonkeyPatch) -> object:
-    monkeypatch.setattr("sys.argv", ["spiketrain", "write", "stamps", *words])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return end.value.code
-
-
-def test_the_command_writes_a_set(share: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    words = (
-        "--out",
-        str(tmp_path / "out"),
-        "--size",
-        "48",
-        "--split",
-        "2",
-        "--samples",
-        "26",
-        "--val-samples",
-        "13",
-    )
-    assert command(*words, "--source", str(share), monkeypatch=monkeypatch) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said == [
-        "train.beton: 26 samples, 13 classes, 0 skipped",
-        "val.beton: 13 samples, 13 classes, 0 skipped",
-    ]
     train, _ = verify(tmp_path / "out")
     assert train.stored == {"jpg": 26} and train.options["split"] == 2
 
 
-def test_bad_use_ends_in_one_line(share: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    spoilt = shutil.copytree(share, tmp_path / "share")
-    dune = spoilt / "backgrounds" / "mate" / "nature" / "Dune.jpg"
-    dune.write_bytes(dune.read_bytes()[:999])
-    for words, said in (
-        (("--split", "4", "--source", str(share)), "write stamps: split must be in 0..3; got 4"),
-        (
-            ("--size", "8", "--source", str(share)),
-            "write stamps: size must be in 32..1024 pixels; got 8",
-        ),
-        (
-            ("--mode", "raw", "--quality", "80", "--source", str(share)),
-            "quality has no effect in mode 'raw'; got 80",
-        ),
-        (
-            ("--source", str(tmp_path / "none")),
-            "does not exist: apt install tuxpaint-stamps-default; or name",
-        ),
-        (("--source", str(spoilt)), "): apt install --reinstall mate-backgrounds"),
-    ):
-        assert command("--out", str(tmp_path / "out"), *words, monkeypatch=monkeypatch) == 2
-        line = capsys.readouterr().err.strip()
-        assert said in line and len(line.splitlines()) == 1, line
-        assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("words", "source", "said"),
+    [
+        (["--split", "4"], "share", "write stamps: split must be in 0..3; got 4"),
+        (["--size", "8"], "share", "write stamps: size must be in 32..1024 pixels, "),
+        (["--mode", "raw", "--quality", "80"], "share", "no effect in mode 'raw'; got 80"),
+        ([], "none", "does not exist: apt install tuxpaint-stamps-default; or name"),
+        ([], "spoilt", "): apt install --reinstall mate-backgrounds"),
+    ],
+)
+def test_bad_use_ends_in_one_line(
+    share: Path, tmp_path: Path, spiketrain: Command, words: list[str], source: str, said: str
+) -> None:
+    if source == "spoilt":
+        shutil.copytree(share, tmp_path / "spoilt")
+        dune = tmp_path / "spoilt" / "backgrounds" / "mate" / "nature" / "Dune.jpg"
+        os.truncate(dune, 999)
+    where = share if source == "share" else tmp_path / source
+    words = ["--out", str(tmp_path / "out"), "--source", str(where), *words]
+    code, _, line = spiketrain("write", "stamps", *words)
+    assert code == 2 and said in line and len(line.strip().splitlines()) == 1, line
+    assert not (tmp_path / "out").exists()
