@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import psutil
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
@@ -220,9 +221,7 @@ def test_a_head_without_workers_and_a_node_with_a_bad_gpu_are_not_compared() -> 
 @pytest.fixture
 def driver(tmp_path: Path, no_ffcv: None) -> Iterator[Store]:
     """The folder of runs, with the driver's marker in it, which is locked."""
-    (tmp_path / "marker").write_text("content")
-    marker = Marker("marker", "content")
-    with module._locked(tmp_path, marker):
+    with module._marker_in(str(tmp_path)) as marker:
         yield Store(str(tmp_path), marker)
 
 
@@ -302,10 +301,11 @@ def test_a_lock_of_another_process_is_seen(tmp_path: Path) -> None:
     words = ["flock", "--no-fork", str(tmp_path / "marker"), "sh", "-c", "echo locked; sleep 60"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "locked\n"
-        assert module._run_lock("one", tmp_path / "marker") == []
+        assert [*module._run_lock("one", tmp_path / "marker")] == []
         other.kill()
-    with module._locked(tmp_path, Marker("marker", "")):
-        other_try = ["flock", "--shared", "--nonblock", str(tmp_path / "marker"), "true"]
+    with module._marker_in(str(tmp_path)) as marker:
+        assert marker is not None
+        other_try = ["flock", "--shared", "--nonblock", str(tmp_path / marker.name), "true"]
         assert subprocess.run(other_try).returncode == 1
 
 
@@ -357,10 +357,10 @@ tmpfs /shared/tmp tmpfs rw 0 0
 def test_an_nfs_that_may_hide_a_new_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, mount: str | None
 ) -> None:
-    monkeypatch.setattr(module, "MOUNTS", tmp_path / "mounts")
-    assert list(module._nfs("one", Path(folder))) == []  # nothing is known
-    (tmp_path / "mounts").write_text(MOUNTED)
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "mounts").write_text(MOUNTED)
     (tmp_path / "link").symlink_to("/shared/mine")
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
     found = list(module._nfs("one", Path(folder.replace("LINK", str(tmp_path / "link")))))
     text = f"one: the NFS at {mount} may hide a new file for a minute"
     assert [each.text for each in found] == ([text] if mount else [])
@@ -378,7 +378,7 @@ def test_a_node_without_ffcv_or_tbb(monkeypatch: pytest.MonkeyPatch) -> None:
         _, found = module._try_reading()
     assert found.state == "warn" and "DataError: data: more than 1 loader thread" in found.text
     monkeypatch.setitem(sys.modules, "pipeline.data.datasets.beton", None)
-    (found,) = module._try_reading()
+    [found] = module._try_reading()
     assert found.state == "bad" and "images cannot be written and read: " in found.text
 
 
