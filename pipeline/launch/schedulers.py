@@ -23,7 +23,7 @@ import yaml
 from pipeline.core.checks import is_count, require
 from pipeline.core.errors import UserError
 from pipeline.core.units import counted
-from pipeline.launch.ray_auth import offer_token
+from pipeline.launch.ray_cluster import offer_token
 from pipeline.train.checkpoint import folder_of
 from pipeline.train.elastic import format_sizes
 

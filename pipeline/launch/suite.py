@@ -21,8 +21,7 @@ from pipeline.launch.driver import check, drive, driver_lock, ignore_lost_termin
 from pipeline.launch.measurements import measure_the_rest
 from pipeline.launch.prepare import atomic_folder, named, numbered_folders, open_place, refuse_taken
 from pipeline.launch.resume import check_resumed, save_options
-from pipeline.launch.side_by_side import parallel_runs, train_side_by_side
-from pipeline.launch.suite_runs import SuiteRuns, begun_job
+from pipeline.launch.suite_runs import SuiteRuns, begun_job, parallel_runs, train_side_by_side
 from pipeline.recipe import own_code
 from pipeline.recipe.command_line import command
 from pipeline.recipe.suite import Suite, SuiteFile, runs_of

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.launch import signals
-from pipeline.launch.side_by_side import _stop_requests
 from pipeline.launch.signals import ECHO_S, StopRequest, blocked_signal, on_stop_signals
+from pipeline.launch.suite_runs import _stop_requests
 
 
 class AtOnce(Exception):

@@ -28,10 +28,10 @@ from rich.console import Console
 from pipeline.core.cores import physical_cores
 from pipeline.core.errors import UserError
 from pipeline.data.write.images import write_fashion
-from pipeline.launch import side_by_side
+from pipeline.launch import suite_runs
 from pipeline.launch.base import Launcher
 from pipeline.launch.in_process import Inline
-from pipeline.launch.side_by_side import parallel_runs, train_side_by_side
+from pipeline.launch.suite_runs import parallel_runs, train_side_by_side
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import runs_of
 from pipeline.report.listing import list_suites
@@ -407,8 +407,8 @@ def drives_as(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     def popen(words: list[str], **how: Any) -> Any:
         return real(["sh", "-c", script.replace("RUN", words[words.index("resume") + 1])], **how)
 
-    monkeypatch.setattr(side_by_side.subprocess, "Popen", popen)
-    monkeypatch.setattr(side_by_side, "_POLL_S", 0.01)
+    monkeypatch.setattr(suite_runs.subprocess, "Popen", popen)
+    monkeypatch.setattr(suite_runs, "_POLL_S", 0.01)
 
 
 @contextmanager
@@ -441,7 +441,7 @@ def test_a_run_that_the_child_of_a_killed_suite_still_saves_is_begun_once_that_h
     with ThreadPoolExecutor(1) as beside:
         with driven_by_another(tmp_path / "run"):
             monkeypatch.setattr(
-                side_by_side, "_stop_requests", lambda: nullcontext(lambda: 0)
+                suite_runs, "_stop_requests", lambda: nullcontext(lambda: 0)
             )  # of the main thread alone
             finished = beside.submit(train_side_by_side, children, Inline(), 1, Console(file=said))
             wait_for(
@@ -458,7 +458,7 @@ def test_a_run_that_the_child_of_a_killed_suite_still_saves_is_begun_once_that_h
 def test_one_that_another_process_goes_on_with_is_refused_after_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(side_by_side, "LEAVING_S", 0.05)
+    monkeypatch.setattr(suite_runs, "LEAVING_S", 0.05)
     drives_as(monkeypatch, "false")
     children, refused = (
         stand_ins(tmp_path),
