@@ -1,5 +1,9 @@
 """`spiketrain launch` and `resume` of a suite: its runs one after another, or side by side on
 different cores, then its measurements.
+
+Measurements are entries of the suite: sweeps, interleaved times and plans. They begin after all
+runs are over, one after another, in the process of the launch. Each result is written atomically to
+a file in the suite's folder. A resume makes the measurements whose file is missing.
 """
 
 import time
@@ -11,21 +15,28 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.core.checks import require
 from pipeline.core.errors import UserError
 from pipeline.core.printing import new_console, say
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
 from pipeline.launch.base import Launcher
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.driver import check, drive, driver_lock, ignore_lost_terminal, say_stopped
-from pipeline.launch.measurements import measure_the_rest
 from pipeline.launch.prepare import atomic_folder, named, numbered_folders, open_place, refuse_taken
 from pipeline.launch.resume import check_resumed, save_options
 from pipeline.launch.suite_runs import SuiteRuns, begun_job, parallel_runs, train_side_by_side
+from pipeline.measure.memory import hardware_differences
 from pipeline.recipe import own_code
 from pipeline.recipe.command_line import command
-from pipeline.recipe.suite import Suite, SuiteFile, runs_of
+from pipeline.recipe.json import read_json, write_json
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.suite import Measurement, Suite, SuiteFile, measured_in, runs_of
+from pipeline.track.events import Start
+from pipeline.track.journal import every
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
+from pipeline.track.provenance import conditions_of
 from pipeline.track.state import entries_in, is_driven, over_in, state_of
 from pipeline.train.build import with_placeholder_weights
 from pipeline.train.job import was_stopped
@@ -45,22 +56,33 @@ def launch_suite(
     `name` is the name of its folder. None: `stem` and the time.
     """
     launcher = cluster.launcher()
-    parent = uuid.uuid4().hex
-    folder, names = _names(suite, runs, stem=stem, name=name, mark=parent[:4])
+    if name is not None:
+        refuse_taken(named(runs, name))
+    # The runs get their folders only later. The mark makes their names differ from those of a suite
+    # that is launched in the same second.
+    parent, stamp = uuid.uuid4().hex, time.strftime("%Y%m%d-%H%M%S")
+    folder = runs / (name or _free(runs / f"{stem}-{stamp}"))
     suite_file = SuiteFile(
-        suite=suite.resolved(), runs=names, parent=parent, cluster=asdict(cluster)
+        suite=suite.resolved(),
+        runs=tuple(_free(runs / f"{each.name}-{stamp}-{parent[:4]}") for each in suite.recipes),
+        parent=parent,
+        cluster=asdict(cluster),
     )
     SuiteFile.from_json(suite_file.to_json(), own=folder.name, trust=trust)
     say_stage(f"checking {counted(len(suite.recipes), 'recipe')} and their data")
     _check_ahead(suite, cluster, trust=trust)
     if cluster.checkpoints is not None:
-        open_place(cluster.checkpoints, folder.parent / names[0])
+        open_place(cluster.checkpoints, folder.parent / suite_file.runs[0])
     with launcher:
         slots = parallel_runs(launcher, cluster.side_by_side)
         with atomic_folder(folder) as hidden:  # nothing can be refused after this
             suite_file.write(hidden)
             own_code.write(hidden, trust)
         return _train(SuiteRuns(folder, suite_file, cluster, trust), launcher, slots)
+
+
+def _free(folder: Path) -> str:
+    return next(path.name for path in numbered_folders(folder) if not path.exists())
 
 
 def resume_suite(
@@ -116,17 +138,20 @@ def _train(suite: SuiteRuns, launcher: Launcher, slots: int) -> Path | None:
         with driver_lock(folder):
             is_ours = True
             _update_cores(suite, console)
-            if slots > 1:
-                done = train_side_by_side(suite, launcher, slots, console)
-            else:
-                done = _train_in_turn(suite, launcher, console)
-            done = done and _measure(suite, folder)
+            train = train_side_by_side if slots > 1 else _train_in_turn
+            done = train(suite, launcher, slots, console)
+            if done:
+                try:
+                    measure_the_rest(folder, suite.suite_file.suite, trust=suite.trust)
+                except KeyboardInterrupt:
+                    done = False
     finally:
         if is_ours:
             _sync_states(suite, console)
-    if not done:
-        say_stopped(console, resume)
-    return folder if done else None
+    if done:
+        return folder
+    say_stopped(console, resume)
+    return None
 
 
 def _update_cores(suite: SuiteRuns, console: Console) -> None:
@@ -160,10 +185,11 @@ def _sync_states(suite: SuiteRuns, console: Console) -> None:
         say(console, str(error))  # not raised: the caller may be raising another error
 
 
-def _train_in_turn(suite: SuiteRuns, launcher: Launcher, console: Console) -> bool:
-    """Train one run after another. Returns False if the suite was asked to stop. A diverged run
-    counts as trained.
+def _train_in_turn(suite: SuiteRuns, launcher: Launcher, slots: int, console: Console) -> bool:
+    """As `train_side_by_side`, but train one run after another, driven by this process. A diverged
+    run counts as trained.
     """
+    del slots
     left = suite.left()
     try:
         for recipe in left:
@@ -182,15 +208,6 @@ def _train_in_turn(suite: SuiteRuns, launcher: Launcher, console: Console) -> bo
     return True
 
 
-def _measure(suite: SuiteRuns, folder: Path) -> bool:
-    """Make the suite's measurements. Returns False if the user stopped them."""
-    try:
-        measure_the_rest(folder, suite.suite_file.suite, trust=suite.trust)
-    except KeyboardInterrupt:
-        return False
-    return True
-
-
 def _check_ahead(
     suite: Suite, cluster: Cluster, *, trust: tuple[str, ...], begun: frozenset[str] = frozenset()
 ) -> None:
@@ -204,20 +221,66 @@ def _check_ahead(
                 check(recipe, cluster, trust=trust)
 
 
-def _names(
-    suite: Suite, runs: Path, *, stem: str, name: str | None, mark: str
-) -> tuple[Path, tuple[str, ...]]:
-    """The suite's folder and the names of its runs, none of which is taken.
+# -------------------------------------------------------------------------------- the measurements
 
-    `mark` makes the names differ from those of a suite that is launched in the same second. The
-    runs get their folders only later.
+
+def measure_the_rest(folder: Path, suite: Suite, *, trust: tuple[str, ...]) -> None:
+    """Make the measurements whose files are missing in a suite's folder.
+
+    A measurement that is refused here also gets a file: `{"refused": why}`.
     """
-    if name is not None:
-        refuse_taken(named(runs, name))
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    files, runs = measured_in(folder), runs_of(folder)
+    for measurement in suite.measurements:
+        if files[measurement.name].exists():
+            continue
+        say_stage(f"measuring {measurement.name}")
+        try:
+            result = _measure(measurement, runs, trust)
+        except ValueError as error:
+            result = {"refused": str(error)}
+        write_json(files[measurement.name], result)
 
-    def free(wanted: str) -> str:
-        return next(path.name for path in numbered_folders(runs / wanted) if not path.exists())
 
-    folder = runs / (name or free(f"{stem}-{stamp}"))
-    return folder, tuple(free(f"{recipe.name}-{stamp}-{mark}") for recipe in suite.recipes)
+def _measure(measurement: Measurement, runs: Mapping[str, Path], trust: tuple[str, ...]) -> Any:
+    """The result of a measurement as JSON values.
+
+    Raises:
+        ValueError: the run that it belongs to was trained on another machine, or on another of its
+            devices, or the function refuses.
+    """
+    recipes = [
+        each if isinstance(each, Recipe) else Recipe.read(RunFolder(runs[each]).recipe, trust=trust)
+        for each in measurement.of
+    ]
+    conditions: dict[str, Any] = {"hardware": {}}
+    if trained := [RunFolder(runs[each]) for each in measurement.of if isinstance(each, str)]:
+        summary = read_json(trained[0].summary) if trained[0].summary.exists() else {}
+        conditions = conditions_of(summary, every(trained[0].journal, Start.kind))[-1]
+        differences = hardware_differences(
+            conditions["hardware"] or {}, own_cores=conditions["own_cores"]
+        )
+        other = "; ".join(f"{name} {there}, here {here}" for name, here, there in differences)
+        require(not other, f"the runs were trained on another machine: {other}")
+    rules, options = [each.rule for each in recipes], dict(measurement.options)
+    if measurement.kind == "sweep":
+        from pipeline.forecast.sweep import sweep
+
+        options = {"steps": (recipes[0].time_steps,), **options}
+        return sweep(recipes[0], rules=rules, **options).to_json()
+    if measurement.kind == "interleaved":
+        from pipeline.forecast.interleaved import measure_interleaved
+
+        options = {
+            "workers": conditions.get("world_size") or 1,
+            "samples": conditions.get("micro_batch"),
+            "threads": conditions["hardware"].get("threads", 1),
+            **options,
+        }
+        times_of = measure_interleaved(recipes[0], rules, **options)
+        return {label: asdict(times) for label, times in times_of.items()}
+    from pipeline.forecast import plan as forecast
+    from pipeline.forecast.devices import DEVICES
+
+    device, workers = DEVICES[options.pop("device")], options.pop("workers")
+    cluster = forecast.Cluster(workers=workers, device=device)
+    return asdict(forecast.plan(recipes[0], cluster, rules=rules, **options))

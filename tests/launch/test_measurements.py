@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.forecast import interleaved
-from pipeline.launch.measurements import measure_the_rest
+from pipeline.launch.suite import measure_the_rest
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe.recipe import Recipe, spec, write_json
 from pipeline.recipe.suite import Measurement, Suite, SuiteFile, measured_in
