@@ -4,6 +4,7 @@ Worker processes import this file, so it needs nothing that only the driver has.
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
@@ -50,12 +51,14 @@ class LaunchError(RuntimeError):
 
 
 class WorkersEnded(LaunchError):
-    """The workers died and are not started again."""
+    """The workers died and are not started again.
+
+    `is_for_the_user`: the cause stays until a user changes something.
+    """
 
     def __init__(self, message: str, *, is_for_the_user: bool = False) -> None:
         super().__init__(message)
         self.is_for_the_user = is_for_the_user
-        """Whether the cause stays until a user changes something."""
 
 
 @dataclass(frozen=True)
@@ -114,24 +117,19 @@ def share_of(
         nodes: the resources of each node, as Ray counts them.
     """
     if cores == "auto":
-        cores = cores_per_gpu(nodes) if gpus else 1
+        # The smallest number of cores per GPU over all nodes.
+        with_gpu = [node for node in nodes if gpus and node.get("GPU", 0) >= 1]
+        cores = max(1, min((int(has.get("CPU", 0) // has["GPU"]) for has in with_gpu), default=1))
     if loader_threads == "auto":
-        loader_threads = loader_threads_for(cores) if gpus else 1
+        loader_threads = cores if gpus and _has_tbb() else 1
     return Share(cores, loader_threads)
 
 
-def cores_per_gpu(nodes: Iterable[Mapping[str, float]]) -> int:
-    """The smallest number of cores per GPU over all nodes, and at least 1."""
-    with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
-    return max(1, min((int(node.get("CPU", 0) // node["GPU"]) for node in with_gpu), default=1))
-
-
-def loader_threads_for(cores: int) -> int:
-    """One thread per core; one thread if numba has no TBB, which several threads need."""
+def _has_tbb() -> bool:
+    """Whether numba has TBB, which several loader threads need."""
     from pipeline.data.ffcv.tbb import require_tbb  # imports numba, which takes a second
 
-    try:
+    with suppress(DataError):
         require_tbb()
-    except DataError:
-        return 1
-    return cores
+        return True
+    return False

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.core.code_version import commit
@@ -55,9 +54,8 @@ def prepare(
     trust = own_code.needed(trust, targets_of(recipe))
     fingerprint = fingerprint_of(build_data(recipe))
     study = recipe.study_key(study_inputs(recipe, fingerprint))
-    folder = named(
-        runs.absolute(), f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name
-    )
+    stem = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = named(runs.absolute(), stem if name is None else name)
     if name is None:
         folder = next(path for path in numbered_folders(folder) if not path.exists())
     job = Job(
@@ -81,7 +79,7 @@ def prepare(
         write_json(files.recipe, recipe.to_json())
         own_code.write(hidden, trust)
         write_json(files.cluster, asdict(cluster))
-        write_json(files.job, _to_json(job))
+        write_job(job, hidden)
     return job
 
 
@@ -125,16 +123,14 @@ def open_place(place: str, run: Path) -> tuple[str, list[str], Owner | None]:
         ) from error
 
 
-def write_job(job: Job) -> None:
-    """Write job.json, which a resume reads."""
-    write_json(RunFolder(job.run).job, _to_json(job))
+def write_job(job: Job, folder: Path | None = None) -> None:
+    """Write job.json, which a resume reads, to the run's folder or to `folder`.
 
-
-def _to_json(job: Job) -> dict[str, Any]:
-    """The content of job.json. Trust is not saved: the user who resumes has to state it again. The
-    token is not saved: it belongs to one start of the driver.
+    Trust is not saved: the user who resumes has to state it again. The token is not saved: it
+    belongs to one start of the driver.
     """
-    return {name: value for name, value in asdict(job).items() if name not in NOT_SAVED}
+    saved = {name: value for name, value in asdict(job).items() if name not in NOT_SAVED}
+    write_json(RunFolder(folder or job.run).job, saved)
 
 
 def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:

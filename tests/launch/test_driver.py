@@ -155,10 +155,10 @@ def test_a_journal_that_cannot_be_read_for_a_moment_is_read_again(
 def test_a_mistake_in_what_is_shown_ends_the_showing_alone(
     driven: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mistaken(event: Any) -> None:
+    def mistaken(event: Any, start: Any) -> None:
         raise KeyError("top1")
 
-    monkeypatch.setattr("pipeline.launch.progress._evaluation", mistaken)
+    monkeypatch.setattr("pipeline.launch.progress._lines", mistaken)
     file = io.StringIO()
     assert driven(file) == {"steps": 3} and Mirror.is_closed
     assert (
