@@ -1,4 +1,4 @@
-"""The launcher protocol, its errors, and what each worker gets: a GPU, cores, loader threads.
+"""The errors of launchers, and what each worker gets: a GPU, cores, loader threads.
 
 Worker processes import this file, so it needs nothing that only the driver has.
 """
@@ -6,44 +6,13 @@ Worker processes import this file, so it needs nothing that only the driver has.
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple
 
 from pipeline.core.errors import DataError, UserError
 from pipeline.measure.gpu_driver import unusable_gpus
-from pipeline.train.job import Job
 
 Device = Literal["auto", "cpu", "gpu"]
 CountOrAuto = int | Literal["auto"]
-
-
-class Launcher(Protocol):
-    """Starts the workers of one run after another and waits for them.
-
-    A launcher is entered and left in the main thread of its process.
-    """
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-    def room(self) -> int:
-        """The number of runs of this size that can train at the same time on cores and GPUs of
-        their own.
-        """
-        ...
-
-    def resume_options(self) -> list[str]:
-        """Options of `spiketrain resume` that make another process train on the same machines."""
-        ...
-
-    def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
-        """Train to the end. Returns the summary, or None when the run was asked to stop.
-
-        Raises:
-            UserError: the user has to change something.
-            LaunchError: the workers failed more often than allowed.
-        """
-        ...
 
 
 class LaunchError(RuntimeError):
@@ -126,7 +95,6 @@ def share_of(
 
 
 def _has_tbb() -> bool:
-    """Whether numba has TBB, which several loader threads need."""
     from pipeline.data.ffcv.tbb import require_tbb  # imports numba, which takes a second
 
     with suppress(DataError):

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from pipeline.core.checks import is_count, refuse_unless_counts, require
-from pipeline.launch.base import Device, Launcher
+from pipeline.launch.base import Device
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray
 from pipeline.launch.ray_cluster import NodeLoss
@@ -16,6 +16,9 @@ from pipeline.recipe.spec import arguments_of
 from pipeline.train.checkpoint import refuse_credentials
 from pipeline.train.elastic import format_sizes
 
+# Starts the workers of one run after another and waits for them. It is entered and left in the main
+# thread of its process.
+Launcher = Ray | Inline
 # Fields that `resume` may change for good: a run may continue on other machines.
 OPERATIONAL = (
     "device",

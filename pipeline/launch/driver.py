@@ -27,8 +27,8 @@ from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.units import some
-from pipeline.launch.base import Launcher, LaunchError, WorkersEnded
-from pipeline.launch.cluster import Cluster
+from pipeline.launch.base import LaunchError, WorkersEnded
+from pipeline.launch.cluster import Cluster, Launcher
 from pipeline.launch.prepare import prepare, write_job
 from pipeline.launch.progress import Shown
 from pipeline.launch.signals import StopRequest, on_stop_signals
@@ -107,7 +107,7 @@ def drive(
 ) -> dict[str, Any] | None:
     """Run one job to its end, show it, mirror it to MLflow, and stop it on signals.
 
-    Returns and raises what `Launcher.run` does. `address` is the `--address` of the command that
+    Returns and raises what `Ray.run` does. `address` is the `--address` of the command that
     resumes it.
     """
     folder = Path(job.run)
@@ -149,14 +149,16 @@ def _with_checkpoint_token(job: Job, say: Callable[[str], None]) -> Job:
     if not job.checkpoints:
         return job
     place = place_at(job.checkpoints, Path(job.run))
-    token = patiently(
-        Ranks(),
-        lambda: claim(place, run=job.run, run_id=job.run_id, study=job.study),
-        on_wait=lambda error: say(
-            f"{place.address('')} does not answer, and is waited for: {error}"
+    return replace(
+        job,
+        place_token=patiently(
+            Ranks(),
+            lambda: claim(place, run=job.run, run_id=job.run_id, study=job.study),
+            on_wait=lambda error: say(
+                f"{place.address('')} does not answer, and is waited for: {error}"
+            ),
         ),
     )
-    return replace(job, place_token=token)
 
 
 @contextmanager

@@ -89,9 +89,6 @@ def evaluate_recipe(
 
 
 def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...]) -> nn.Module:
-    """The recipe's network with the weights of a file: of `spiketrain export`, or of another
-    program.
-    """
     if is_export(file):
         return load_export(file, model=recipe.model, trust=trust)
     return load_weights(build_network(recipe, tasks_of(recipe)), file)

@@ -127,7 +127,6 @@ def _marker_in(place: str) -> Iterator[Marker | None]:
 
 
 def _bad(check: str, what: str, error: Exception, advice: str) -> Finding:
-    """The finding of an error. Libraries, stores and GPUs raise many types."""
     text = without_secrets(f"{type(error).__name__}: {' '.join(str(error).split())}")
     return Finding(check, "bad", f"{what}: {text}", advice)
 
@@ -222,8 +221,14 @@ def compare(reports: Sequence[NodeReport]) -> Iterator[Finding]:
         found = {each.name: each.versions[package] for each in reports}
         if len(set(found.values())) > 1:
             text = ", ".join(f"{name} has {number}" for name, number in found.items())
-            advice = "install the same on all nodes: `LOCKED=1 make setup`"
-            bad.append(Finding("versions", "bad", f"{package}: {text}", advice))
+            bad.append(
+                Finding(
+                    "versions",
+                    "bad",
+                    f"{package}: {text}",
+                    "install the same on all nodes: `LOCKED=1 make setup`",
+                )
+            )
         elif first[package] == "not installed":
             bad.append(Finding("versions", "bad", f"{package} is not installed", "`make setup`"))
     text = ", ".join(f"{name} {first[name]}" for name in ("python", "torch", "ray", "ffcv"))
@@ -278,7 +283,6 @@ def _version(package: str) -> str:
 
 
 def _gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[Finding]]:
-    """The names of this node's GPUs, and findings about GPUs that fail."""
     if (unusable := unusable_gpus()) is not None:
         return (), [Finding("gpus", "bad", unusable.problem, unusable.advice)]
     advice = "see nvidia-smi and the kernel's log there; repair the GPU, or leave the node out"
@@ -289,7 +293,7 @@ def _gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[
             total = torch.ones(1024, device=f"cuda:{index}").sum().item()
             require(total == 1024, f"the sum of 1024 ones must be 1024; got {total:g}")
             names.append(torch.cuda.get_device_name(index))
-        except Exception as error:
+        except Exception as error:  # of many types
             findings.append(_bad("gpus", f"GPU {index} fails", error, advice))
     if resources is not None:
         promised = int(resources.get("GPU", 0))
@@ -310,21 +314,28 @@ def _try_reading() -> Iterator[Finding]:
         require(shades == [41, 201], f"shades 41 and 201 were read as {shades}")
         yield Finding("ffcv", "ok", "images were written and read")
     except Exception as error:
-        advice = "infra/setup.sh builds FFCV and what it needs"
-        yield _bad("ffcv", "images cannot be written and read", error, advice)
+        yield _bad(
+            "ffcv",
+            "images cannot be written and read",
+            error,
+            "infra/setup.sh builds FFCV and what it needs",
+        )
         return
     from pipeline.data.ffcv.tbb import require_tbb
 
     try:
         require_tbb()
     except DataError as error:
-        advice = "`pip install tbb`, or `infra/setup.sh --system`"
-        bad = _bad("threads", "--loader-threads must be 1 here", error, advice)
+        bad = _bad(
+            "threads",
+            "--loader-threads must be 1 here",
+            error,
+            "`pip install tbb`, or `infra/setup.sh --system`",
+        )
         yield replace(bad, state="warn")
 
 
 def _read_written(shades: Sequence[int]) -> list[int]:
-    """The grey levels of images that have been written in FFCV's format and read again."""
     from PIL import Image
 
     from pipeline.data.datasets.beton import Beton
@@ -449,8 +460,12 @@ def of_mlflow(uri: str) -> Finding:
             if file.exists():
                 file.open("r+b").close()
         except OSError as error:
-            advice = "see its owner and rights, or MLFLOW_TRACKING_URI"
-            return _bad("mlflow", f"the store {file} cannot be written", error, advice)
+            return _bad(
+                "mlflow",
+                f"the store {file} cannot be written",
+                error,
+                "see its owner and rights, or MLFLOW_TRACKING_URI",
+            )
         return Finding("mlflow", "ok", f"the store is the file {file}")
     if not is_server(uri):
         return Finding(
@@ -472,8 +487,12 @@ def of_mlflow(uri: str) -> Finding:
             " without the server, and `spiketrain sync` delivers later",
         )
     if _lets_everybody_in(shown):
-        advice = "let it ask for a password: `mlflow server --app-name basic-auth` (infra/mlflow)"
-        return Finding("mlflow", "warn", f"{shown} answers without a password", advice)
+        return Finding(
+            "mlflow",
+            "warn",
+            f"{shown} answers without a password",
+            "let it ask for a password: `mlflow server --app-name basic-auth` (infra/mlflow)",
+        )
     return Finding("mlflow", "ok", f"{shown} answers, and asks for a password")
 
 

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import chain, count
 from pathlib import Path
 
 from pipeline.core.checks import refuse_unless_counts, require
@@ -54,10 +55,11 @@ def prepare(
     trust = own_code.needed(trust, targets_of(recipe))
     fingerprint = fingerprint_of(build_data(recipe))
     study = recipe.study_key(study_inputs(recipe, fingerprint))
-    stem = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = named(runs.absolute(), stem if name is None else name)
+    runs = runs.absolute()
     if name is None:
-        folder = next(path for path in numbered_folders(folder) if not path.exists())
+        folder = free_folder(runs / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    else:
+        folder = named(runs, name)
     job = Job(
         run=str(folder),
         study=study,
@@ -197,8 +199,7 @@ def refuse_taken(folder: Path) -> None:
         )
 
 
-def numbered_folders(folder: Path) -> Iterator[Path]:
-    """The folder itself, then NAME-2, NAME-3, ... to try if it is taken."""
-    yield folder
-    for number in range(2, 10_000):
-        yield folder.with_name(f"{folder.name}-{number}")
+def free_folder(folder: Path) -> Path:
+    """The folder itself or, if it is taken, the first of NAME-2, NAME-3, ... that is free."""
+    further = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return next(path for path in chain([folder], further) if not path.exists())

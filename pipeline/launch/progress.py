@@ -123,7 +123,6 @@ class Shown:
                     self._say(line)
 
     def _note(self, event: Event) -> None:
-        """Keep the values that later lines need, and move the bar."""
         if isinstance(event, (events.Start, events.FirstBatch)):
             self._since_step, self._since = event.step, event.time
         if isinstance(event, events.Evaluation):
@@ -181,7 +180,6 @@ class Shown:
         return 20 if self._console.width >= 120 else 6
 
     def _say(self, line: str, *, label: str = "", whole: Sequence[str] = ()) -> None:
-        """Print a line, above the bar if there is one."""
         say(self._console, line, label=f"{self._prefix}{label}", whole=whole)
 
 

@@ -139,7 +139,6 @@ class Ray:
         return self
 
     def _connect(self) -> None:
-        """Raises: UserError if there is no cluster at the address, or it wants another token."""
         import ray
         from ray.exceptions import AuthenticationError
 
@@ -174,7 +173,6 @@ class Ray:
             self._owned = False
 
     def _refuse_too_few(self) -> None:
-        """Raises: UserError if there are too few cores or GPUs, or torch cannot use the GPUs."""
         import ray
 
         (gpus, share), cores = self._share(), ray.cluster_resources().get("CPU", 0)
@@ -196,12 +194,17 @@ class Ray:
         import ray
 
         gpus = takes_gpus(self.device, self.least, int(ray.cluster_resources().get("GPU", 0)))
-        nodes = [node["Resources"] for node in alive_nodes()] if gpus else []
         return gpus, share_of(
-            nodes, gpus=gpus, cores=self.cpus_per_worker, loader_threads=self.loader_threads
+            [node["Resources"] for node in alive_nodes()] if gpus else [],
+            gpus=gpus,
+            cores=self.cpus_per_worker,
+            loader_threads=self.loader_threads,
         )
 
     def room(self) -> int:
+        """The number of runs of this size that can train at the same time on cores and GPUs of
+        their own.
+        """
         import ray
 
         has, (gpus, share) = ray.cluster_resources(), self._share()
@@ -219,13 +222,24 @@ class Ray:
         return cores_of_machines(known) // cores_of_a_run
 
     def resume_options(self) -> list[str]:
+        """Options of `spiketrain resume` that make another process train on the same machines."""
         import ray
 
         # The address of our own cluster is the one by which other processes find it.
-        address = self.address or ray.get_runtime_context().gcs_address
-        return ["--address", address, "--workers", str(self.least)]
+        return [
+            "--address",
+            self.address or ray.get_runtime_context().gcs_address,
+            "--workers",
+            str(self.least),
+        ]
 
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
+        """Train to the end. Returns the summary, or None when the run was asked to stop.
+
+        Raises:
+            UserError: the user has to change something.
+            LaunchError: the workers failed more often than allowed.
+        """
         from pipeline.launch.ray_trainer import has_no_place, needs_the_user, no_place
 
         try:
@@ -289,7 +303,6 @@ class Ray:
 
 
 def _unusable_cards(gpus: int) -> str | None:
-    """The reason why torch cannot use this node's GPUs, if any. `gpus`: the number in Ray."""
     problem = unusable_gpus() if gpus else None
     return None if problem is None else f"{platform.node()}: {problem}"
 
@@ -336,10 +349,10 @@ def _outwait_watchdog(hang_minutes: float) -> None:
     A collective that gave up earlier would end a healthy worker. Ray would then end the one that
     hangs, before its stacks are written.
     """
-    patience = (
-        timedelta(minutes=hang_minutes, seconds=AFTER_WATCHDOG_S) if hang_minutes else PATIENCE
+    distributed.distributed_c10d._set_pg_timeout(
+        timedelta(minutes=hang_minutes, seconds=AFTER_WATCHDOG_S) if hang_minutes else PATIENCE,
+        distributed.group.WORLD,
     )
-    distributed.distributed_c10d._set_pg_timeout(patience, distributed.group.WORLD)
 
 
 def _notice() -> Notice | None:

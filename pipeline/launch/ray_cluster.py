@@ -122,13 +122,14 @@ def worker_environment(
     """
     # A worker starts in another folder. Packages that the user trusts lie beside the recipe or on
     # the path.
-    path = dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)
     return {
         # Defaults first: passed_on() holds the user's own values.
         **({"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if alone else {}),
         **(EXACT if gpus else {}),  # NCCL reads it when it first connects
         **passed_on(),
-        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONPATH": os.pathsep.join(
+            dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)
+        ),
         **environment(),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),

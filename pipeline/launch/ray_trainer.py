@@ -250,8 +250,7 @@ class Resizing(ElasticScalingPolicy):
         self._is_journalled = self._is_tried_late = False
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
-        leaving = state.get_draining_nodes()
-        staying = {node["NodeID"] for node in alive_nodes()} - set(leaving)
+        staying = {node["NodeID"] for node in alive_nodes()} - set(state.get_draining_nodes())
         room = super()._count_possible_workers(
             {node: has for node, has in reserved_resources.items() if node in staying}
         )
@@ -323,7 +322,6 @@ def _exists(file: Path, *, if_away: bool) -> bool:
 
 
 def _leaving(worker_group_state: Any) -> Notice:
-    """The nodes of the run that are being drained."""
     nodes = {worker.metadata.node_id for worker in worker_group_state.workers}
     leaving = {node: ms for node, ms in state.get_draining_nodes().items() if node in nodes}
     return Notice(

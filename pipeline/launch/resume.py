@@ -140,7 +140,6 @@ def refuse_unless_launched_so(
 
 
 def _as_read(recipe: Recipe) -> Any:
-    """The fields of a recipe as recipe.json holds them."""
     return json.loads(json.dumps(recipe.to_json()))["recipe"]
 
 

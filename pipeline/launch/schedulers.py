@@ -242,7 +242,7 @@ def _fill_rayjob(job: dict[str, Any], order: Order, folder: Path) -> None:
     )
     group = groups[0]
     pods = [part["template"]["spec"] for part in (cluster["headGroupSpec"], group)]
-    _refuse_unless_shared(order, pods)
+    _refuse_unless_shared(order, pods)  # a pod's own disk ends with the pod
     limits, most = pods[1]["containers"][0]["resources"]["limits"], group["maxReplicas"]
     group["replicas"] = group["minReplicas"] = _pods(order, order.sizes[0], limits, most, folder)
     group["maxReplicas"] = _pods(order, order.sizes[-1], limits, most, folder)
@@ -272,13 +272,13 @@ def _pods(order: Order, workers: int, limits: dict[str, Any], most: int, folder:
 
 
 def _cores(limits: dict[str, Any]) -> int:
-    """The cores of a pod, rounded up as KubeRay does for Ray."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(limits.get("cpu", "")))
     if match is None:
         raise ValueError(
             "k8s: a worker's limit of cpu must be a number of cores, or of thousandths with m; got"
             f" {limits.get('cpu')!r}"
         )
+    # Rounded up as KubeRay does for Ray.
     return math.ceil(float(match[1]) / (1000 if match[2] else 1))
 
 
@@ -287,7 +287,6 @@ def _gpus(limits: dict[str, Any]) -> int:
 
 
 def _refuse_unless_shared(order: Order, pods: Sequence[dict[str, Any]]) -> None:
-    """Refuse runs and checkpoints on a pod's own disk, which ends with the pod."""
     shared = sorted(set.intersection(*map(_shared_mounts, pods)))
     kept = order.option("--checkpoints")
     for name, given, folder in (
@@ -303,7 +302,6 @@ def _refuse_unless_shared(order: Order, pods: Sequence[dict[str, Any]]) -> None:
 
 
 def _shared_mounts(pod: dict[str, Any]) -> set[str]:
-    """The mounts at which a pod's first container may write to a persistent volume."""
     volumes = pod.get("volumes", ())
     claims = {each["name"] for each in volumes if "persistentVolumeClaim" in each}
     mounts = pod["containers"][0].get("volumeMounts", ())

@@ -21,10 +21,9 @@ from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
-from pipeline.launch.base import Launcher
-from pipeline.launch.cluster import Cluster
+from pipeline.launch.cluster import Cluster, Launcher
 from pipeline.launch.driver import check, drive, driver_lock, ignore_lost_terminal, say_stopped
-from pipeline.launch.prepare import atomic_folder, named, numbered_folders, open_place, refuse_taken
+from pipeline.launch.prepare import atomic_folder, free_folder, named, open_place, refuse_taken
 from pipeline.launch.resume import check_resumed, save_options
 from pipeline.launch.suite_runs import SuiteRuns, begun_job, parallel_runs, train_side_by_side
 from pipeline.measure.memory import hardware_differences
@@ -37,7 +36,7 @@ from pipeline.track.events import Start
 from pipeline.track.journal import every
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
 from pipeline.track.provenance import conditions_of
-from pipeline.track.state import entries_in, is_driven, over_in, state_of
+from pipeline.track.state import entries_in, over_in, state_of
 from pipeline.train.build import with_placeholder_weights
 from pipeline.train.job import was_stopped
 
@@ -61,10 +60,12 @@ def launch_suite(
     # The runs get their folders only later. The mark makes their names differ from those of a suite
     # that is launched in the same second.
     parent, stamp = uuid.uuid4().hex, time.strftime("%Y%m%d-%H%M%S")
-    folder = runs / (name or _free(runs / f"{stem}-{stamp}"))
+    folder = runs / (name or free_folder(runs / f"{stem}-{stamp}").name)
     suite_file = SuiteFile(
         suite=suite.resolved(),
-        runs=tuple(_free(runs / f"{each.name}-{stamp}-{parent[:4]}") for each in suite.recipes),
+        runs=tuple(
+            free_folder(runs / f"{each.name}-{stamp}-{parent[:4]}").name for each in suite.recipes
+        ),
         parent=parent,
         cluster=asdict(cluster),
     )
@@ -79,10 +80,6 @@ def launch_suite(
             suite_file.write(hidden)
             own_code.write(hidden, trust)
         return _train(SuiteRuns(folder, suite_file, cluster, trust), launcher, slots)
-
-
-def _free(folder: Path) -> str:
-    return next(path.name for path in numbered_folders(folder) if not path.exists())
 
 
 def resume_suite(
@@ -123,7 +120,6 @@ def resume_suite(
 
 
 def _train(suite: SuiteRuns, launcher: Launcher, slots: int) -> Path | None:
-    """Train every recipe whose run is not over, `slots` at a time."""
     console, folder = new_console(), suite.folder
     ignore_lost_terminal(console)
     resume = command("resume", folder, address=suite.resume_address)
@@ -137,7 +133,6 @@ def _train(suite: SuiteRuns, launcher: Launcher, slots: int) -> Path | None:
     try:
         with driver_lock(folder):
             is_ours = True
-            _update_cores(suite, console)
             train = train_side_by_side if slots > 1 else _train_in_turn
             done = train(suite, launcher, slots, console)
             if done:
@@ -152,20 +147,6 @@ def _train(suite: SuiteRuns, launcher: Launcher, slots: int) -> Path | None:
         return folder
     say_stopped(console, resume)
     return None
-
-
-def _update_cores(suite: SuiteRuns, console: Console) -> None:
-    """Let runs that have begun reserve cores as the runs that begin now do.
-
-    They may have begun with another number of runs side by side.
-    """
-    for run in (suite.where[recipe.name] for recipe in suite.left()):
-        # A process that still drives a run, after its suite was killed, saves it and ends.
-        if not run.exists() or is_driven(run):
-            continue
-        job = begun_job(run, suite.suite_file.parent, trust=suite.trust)
-        if job.own_cores != suite.cluster.worker_settings["own_cores"]:
-            save_options(run, [run], {"side_by_side": suite.cluster.side_by_side}, console)
 
 
 def _sync_states(suite: SuiteRuns, console: Console) -> None:
@@ -254,8 +235,10 @@ def _measure(measurement: Measurement, runs: Mapping[str, Path], trust: tuple[st
     ]
     conditions: dict[str, Any] = {"hardware": {}}
     if trained := [RunFolder(runs[each]) for each in measurement.of if isinstance(each, str)]:
-        summary = read_json(trained[0].summary) if trained[0].summary.exists() else {}
-        conditions = conditions_of(summary, every(trained[0].journal, Start.kind))[-1]
+        conditions = conditions_of(
+            read_json(trained[0].summary) if trained[0].summary.exists() else {},
+            every(trained[0].journal, Start.kind),
+        )[-1]
         differences = hardware_differences(
             conditions["hardware"] or {}, own_cores=conditions["own_cores"]
         )

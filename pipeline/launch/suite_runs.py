@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -25,10 +25,10 @@ from pipeline.core.checks import require
 from pipeline.core.errors import UserError
 from pipeline.core.printing import say
 from pipeline.core.run_folder import RunFolder
-from pipeline.launch.base import CountOrAuto, Launcher, LaunchError
-from pipeline.launch.cluster import Cluster
+from pipeline.launch.base import CountOrAuto, LaunchError
+from pipeline.launch.cluster import Cluster, Launcher
 from pipeline.launch.driver import check
-from pipeline.launch.prepare import prepare, read_job
+from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.progress import Shown
 from pipeline.launch.signals import PATIENT, on_stop_signals
 from pipeline.recipe.command_line import trust_words
@@ -91,8 +91,9 @@ class SuiteRuns:
                 refused.
         """
         run, suite = self.where[recipe.name], self.suite_file.suite
-        if run.exists():
-            return begun_job(run, self.suite_file.parent, trust=self.trust)
+        if run.exists():  # it may have begun with another number of runs side by side
+            job = begun_job(run, self.suite_file.parent, trust=self.trust)
+            return replace(job, own_cores=self.cluster.worker_settings["own_cores"])
         if choice := suite.choices.get(recipe.name):
             best_trial = best({name: top1_of(self.where[name]) for name in choice.trials})
             [trial] = [each for each in suite.recipes if each.name == best_trial]
@@ -240,6 +241,7 @@ class _ChildDriver:
         self.folder, self._is_over = Path(job.run), partial(suite.is_over, name)
         self._files, runs = RunFolder(self.folder), suite.folder.parent
         self._files.stop.unlink(missing_ok=True)
+        write_job(job)
         self._shown = Shown(self.folder, console, store=tracking_uri(runs), name=name)
         words = ["resume", str(self.folder), "--runs", str(runs)]
         words += [*launcher.resume_options(), *trust_words(suite.trust)]

@@ -29,7 +29,6 @@ from pipeline.core.cores import physical_cores
 from pipeline.core.errors import UserError
 from pipeline.data.write.images import write_fashion
 from pipeline.launch import suite_runs
-from pipeline.launch.base import Launcher
 from pipeline.launch.in_process import Inline
 from pipeline.launch.suite_runs import parallel_runs, train_side_by_side
 from pipeline.recipe.recipe import Recipe
@@ -482,7 +481,7 @@ def test_a_run_that_is_refused_was_not_stopped_whatever_note_lies_there(
 
 
 def test_more_than_there_is_room_for_is_refused() -> None:
-    launcher: Launcher = Inline(device="cpu")
+    launcher = Inline(device="cpu")
     room = launcher.room()
     assert parallel_runs(launcher, "auto") == room and parallel_runs(launcher, 1) == 1
     crowded: Any = SimpleNamespace(room=lambda: 0)  # fewer cores than one run has workers
