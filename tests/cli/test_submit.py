@@ -49,11 +49,9 @@ def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_slurm(launch: Any) -> None:
-    slurm = (
-        "--cluster slurm --nodes 2 --time 10 --gpus-per-node 2 --partition gpu --name mine"
-        " --workers 4 --dry-run"
-    )
-    code, out, _ = launch(*TYPED, RECIPE, *slurm.split(), "--image", "a b")
+    slurm = "--cluster slurm --nodes 2 --time 10 --gpus-per-node 2 --partition gpu --workers 4"
+    words = (*TYPED, RECIPE, *slurm.split(), "--name", "mine", "--image", "a b", "--dry-run")
+    code, out, _ = launch(*words)
     assert code == 0
     variables = ["SPIKETRAIN_RUNS=runs", "SPIKETRAIN_WORKERS=4", "SPIKETRAIN_IMAGE=a b"]
     options = ["--job-name=mine", "--nodes=2", "--time=10", "--gpus-per-node=2", "--partition=gpu"]
@@ -74,8 +72,9 @@ def test_workers_that_come_and_go(launch: Any) -> None:
     asked = "--workers 2:4 --set batch_size=24 --name mine --dry-run"
     _, out, _ = launch(SMALL, *asked.split(), "--cluster", "ray://head.example:8265")
     assert " --workers 2:4 --or-resume" in out
-    pods = f"--cluster k8s {CPU_PODS} --cpus-per-worker 4"
-    _, out, _ = launch(SMALL, *asked.split(), *pods.split())
+    _, out, _ = launch(
+        SMALL, *asked.split(), *f"--cluster k8s {CPU_PODS} --cpus-per-worker 4".split()
+    )
     job = yaml.safe_load(out)
     assert " --workers 2:4 " in job["spec"]["entrypoint"]
     group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
@@ -118,8 +117,9 @@ def test_weights_that_lie_on_the_cluster_alone_are_no_reason(launch: Any) -> Non
 
 def test_kubernetes(launch: Any) -> None:
     pods = "--image a.example/s:1 --infra infra/k8s/overlays/one-node-8-gpus/job"
-    asked = f"--workers 4 --cluster k8s --name mine {pods} --dry-run"
-    code, out, _ = launch(RECIPE, *TYPED, *asked.split())
+    code, out, _ = launch(
+        RECIPE, *TYPED, *f"--workers 4 --cluster k8s --name mine {pods} --dry-run".split()
+    )
     assert code == 0
     job = yaml.safe_load(out)
     assert (job["kind"], job["metadata"]["name"]) == ("RayJob", "mine")
@@ -250,9 +250,10 @@ def test_what_whoever_resumes_would_not_import_is_not_handed_over(
         "handed_lab import network, table",
         "pipeline.recipe.recipe import spec",
         "pipeline.recipe.suite import Suite",
+        "tests.helpers.small import small_recipe",
     )
-    lines = [f"from {each}" for each in (*imports, "tests.helpers.small import small_recipe")]
-    (tmp_path / "handed.py").write_text("\n".join([*lines, f"def recipe():\n    return {made}\n"]))
+    lines = [f"from {each}" for each in imports] + ["def recipe():", f"    return {made}"]
+    (tmp_path / "handed.py").write_text("\n".join(lines))
     words = (str(tmp_path / "handed.py"), "--cluster", "ray://h:1", "--name", "mine", "--dry-run")
     code, out, err = launch(*words)
     assert (code, out) == (2, "") and len(err.splitlines()) == 1

@@ -48,13 +48,16 @@ def test_they_are_there_and_a_run_whose_folder_is_lost_goes_on_with_them(
     one, other, third = (("--runs", str(tmp_path / name)) for name in ("one", "other", "third"))
     code, _, said = run(*one)
     assert code == 0, said
-    there = [path.name for path in step_folders(tmp_path / "elsewhere" / "run")]
-    assert there[-1] == "step_00000008" and not (tmp_path / "one" / "run" / "checkpoints").exists()
+    assert [path.name for path in step_folders(tmp_path / "elsewhere" / "run")][
+        -1
+    ] == "step_00000008" and not (tmp_path / "one" / "run" / "checkpoints").exists()
     assert load_run(tmp_path / "one" / "run").state_dict()
     client = connect(f"sqlite:///{tmp_path}/mlflow.db")
     [tracked] = client.search_runs([each.experiment_id for each in client.search_experiments()])
-    newest = tmp_path / "elsewhere" / "run" / "step_00000008"
-    assert tracked.data.tags["spiketrain.checkpoint"] == newest.as_uri()
+    assert (
+        tracked.data.tags["spiketrain.checkpoint"]
+        == (tmp_path / "elsewhere" / "run" / "step_00000008").as_uri()
+    )
 
     code, _, said = run(*other)
     assert code == 2 and not (tmp_path / "other" / "run").exists()

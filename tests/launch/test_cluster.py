@@ -314,20 +314,12 @@ def test_two_workers_on_a_cluster_that_was_there(cluster: str, tmp_path: Path) -
         "from tests.helpers.small import small_recipe\n\ndef recipe():\n    return"
         " small_recipe(backend='deepspeed')\n"
     )
-    words = [
-        "launch",
-        str(tmp_path / "one.py"),
-        "--workers",
-        "2",
-        "--address",
-        cluster,
-        "--runs",
-        str(tmp_path / "runs"),
-        "--device",
-        "cpu",
-    ]
+    words = f"launch {tmp_path}/one.py --workers 2 --address {cluster} --runs {tmp_path}/runs"
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, timeout=200
+        [sys.executable, "-m", "pipeline", *words.split(), "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "finished: 16 steps" in done.stdout

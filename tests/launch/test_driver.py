@@ -106,8 +106,10 @@ def test_a_terminal_that_takes_no_more_costs_nothing_but_what_it_would_have_show
     file = Lost(error)
     assert driven(file) == {"steps": 3} and Mirror.is_closed
     assert file.refused == 1 and "evaluation" not in file.getvalue()
-    said = f"shown no more: {error.strerror}; training goes on, and its journal has everything\n"
-    assert capfd.readouterr().err == said
+    assert (
+        capfd.readouterr().err
+        == f"shown no more: {error.strerror}; training goes on, and its journal has everything\n"
+    )
 
 
 FULL = """
@@ -207,12 +209,11 @@ def test_workers_that_have_hung_are_named_with_their_stacks_in_the_place_of_a_lo
     ):
         with pytest.raises(LaunchError, match=f"^{re.escape(line)}$"):
             driven(io.StringIO(), Launcher(hang(*ranks)))
-    told = [
+    assert [
         (event["event"], event["worker"])
         for event in read(tmp_path / "journal.jsonl")
         if event["event"] in ("hung", "died")
-    ]
-    assert told == [("hung", 1), ("died", 2), ("died", 2), ("hung", 0), ("died", 2)]
+    ] == [("hung", 1), ("died", 2), ("died", 2), ("hung", 0), ("died", 2)]
 
 
 @pytest.mark.parametrize(
@@ -233,12 +234,11 @@ def test_another_end_keeps_its_line_and_the_journal_is_told_of_workers_all_the_s
 
     with pytest.raises(kind, match=f"^{failure}$"):
         driven(io.StringIO(), Launcher(end))
-    told = [
+    assert [
         (event["event"], event["worker"])
         for event in read(tmp_path / "journal.jsonl")
         if event["event"] in ("hung", "died")
-    ]
-    assert told == [("hung", 1), ("died", 2)]
+    ] == [("hung", 1), ("died", 2)]
 
 
 def test_a_journal_that_takes_no_more_leaves_the_line_that_the_workers_ended_with(

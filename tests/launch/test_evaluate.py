@@ -75,10 +75,9 @@ def network(**sizes: Any) -> QKFormer:
 
 def as_published(weights: dict[str, torch.Tensor], file: Path) -> Path:
     """As the published files are made: the weights beside what else the program knew."""
-    counts = {"patch_embed1.proj_bn.num_batches_tracked": torch.tensor(5)}
     torch.save(
         {
-            "model": weights | counts,
+            "model": weights | {"patch_embed1.proj_bn.num_batches_tracked": torch.tensor(5)},
             "epoch": 199,
             "args": argparse.Namespace(model="QKFormer_10_384"),
         },
@@ -90,8 +89,11 @@ def as_published(weights: dict[str, torch.Tensor], file: Path) -> Path:
 def by_hand(made: QKFormer, steps: int) -> tuple[float, float, float]:
     """Top-1, top-5 and the loss, one sample at a time, in an order of our own."""
     top1, top5, loss = 0, 0, 0.0
-    data = Synthetic(samples=64, val_samples=20, shape=(1, 8, 8))
-    with data.val(micro_batch=1).epoch(0) as batches:
+    with (
+        Synthetic(samples=64, val_samples=20, shape=(1, 8, 8))
+        .val(micro_batch=1)
+        .epoch(0) as batches
+    ):
         for batch in batches:
             with torch.no_grad(), fresh_state(made):
                 logits_TBK = made(repeat(batch.x, steps))
@@ -240,8 +242,16 @@ def test_a_recipe_starts_from_published_weights_with_a_head_of_its_own(
     assert load_start(three, file).fresh == tuple(head)
     for name, tensor in three.state_dict().items():
         assert torch.equal(tensor, head[name] if name in head else made.state_dict()[name]), name
-    other = ("--set", "model.classes=3", "--set", "data.classes=3")
-    assert spiketrain("show", recipe, "--set", f"init={file}", *other)[0] == 0
+    assert (
+        spiketrain(
+            "show",
+            recipe,
+            "--set",
+            f"init={file}",
+            *(("--set", "model.classes=3", "--set", "data.classes=3")),
+        )[0]
+        == 0
+    )
     code, _, said = spiketrain("show", recipe, "--set", f"init={file}", "--set", "model.depth=5")
     assert code == 2 and re.search(
         "init: .*must fit the network but for its head, classifier; got 33 missing: ", said

@@ -60,8 +60,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for label in range(3):
             (folder / part / f"class{label}").mkdir(parents=True)
             for index in range(count):
-                pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / part / f"class{label}" / f"{index}.jpg")
+                Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+                    folder / part / f"class{label}" / f"{index}.jpg"
+                )
     write_folder(folder, folder / "beton", workers=1)
     (folder / "recipe.py").write_text(RECIPE.format(folder=str(folder / "beton")))
     return folder
@@ -73,14 +74,18 @@ def launch(folder: Path) -> Iterator[Launch]:
     started: list[Driver] = []
 
     def started_now(verb: str, name: str, *words: str) -> Driver:
-        what = (
-            ["launch", str(folder / "recipe.py"), "--workers", "1", "--name", name]
-            if verb == "launch"
-            else [verb, name]
-        )
-        run = folder / "runs" / name
         started.append(
-            Driver(*what, *words, run=run, folder=folder, environment={MARK: str(folder)})
+            Driver(
+                *(
+                    ["launch", str(folder / "recipe.py"), "--workers", "1", "--name", name]
+                    if verb == "launch"
+                    else [verb, name]
+                ),
+                *words,
+                run=folder / "runs" / name,
+                folder=folder,
+                environment={MARK: str(folder)},
+            )
         )
         return started[-1]
 

@@ -28,7 +28,7 @@ class Started(Exception):
 
 
 @pytest.fixture
-def spiketrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     def start(self: Ray) -> NoReturn:
         raise Started
 
@@ -36,27 +36,27 @@ def spiketrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     return command(monkeypatch, capsys)
 
 
-def resumed(spiketrain: Command, runs: Path, workers: int) -> str:
-    code, _, error = spiketrain("resume", "it", "--runs", str(runs), "--workers", str(workers))
+def resumed(started: Command, runs: Path, workers: int) -> str:
+    code, _, error = started("resume", "it", "--runs", str(runs), "--workers", str(workers))
     assert code == 2 and error.count("\n") == 1
     return error.strip()
 
 
-def test_a_run_is_checked_at_its_new_size(tmp_path: Path, spiketrain: Command) -> None:
+def test_a_run_is_checked_at_its_new_size(tmp_path: Path, started: Command) -> None:
     prepare(MIXED, LAUNCHED, tmp_path, name="it")
-    assert ODD in resumed(spiketrain, tmp_path, 8)
+    assert ODD in resumed(started, tmp_path, 8)
     with pytest.raises(Started):
-        spiketrain("resume", "it", "--runs", str(tmp_path), "--workers", "2")
+        started("resume", "it", "--runs", str(tmp_path), "--workers", "2")
 
 
-def test_so_is_a_suites_that_has_begun(tmp_path: Path, spiketrain: Command) -> None:
+def test_so_is_a_suites_that_has_begun(tmp_path: Path, started: Command) -> None:
     suite = SuiteFile(
         suite=Suite((MIXED,)).resolved(), runs=("one",), parent=PARENT, cluster=asdict(LAUNCHED)
     )
     prepare(MIXED, LAUNCHED, tmp_path, name="one", parent=PARENT, suite="it")
     (tmp_path / "it").mkdir()
     suite.write(tmp_path / "it")
-    assert ODD in resumed(spiketrain, tmp_path, 8)
+    assert ODD in resumed(started, tmp_path, 8)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_so_is_a_suites_that_has_begun(tmp_path: Path, spiketrain: Command) -> N
     ],
 )
 def test_zero_goes_on_with_as_many_workers_as_wrote_its_newest_checkpoint(
-    trainers: tuple[dict[str, Any] | None, ...], refused: bool, tmp_path: Path, spiketrain: Command
+    trainers: tuple[dict[str, Any] | None, ...], refused: bool, tmp_path: Path, started: Command
 ) -> None:
     prepare(
         small_recipe(zero=2, backend="deepspeed"),
@@ -87,8 +87,10 @@ def test_zero_goes_on_with_as_many_workers_as_wrote_its_newest_checkpoint(
         (folder / "manifest.json").write_text("{}")
         (folder / "trainer.json").write_text("torn" if trainer is None else json.dumps(trainer))
     if refused:
-        said = "resume: ZeRO-2 needs the number of workers of its newest checkpoint, 2; got 4"
-        assert resumed(spiketrain, tmp_path, 4) == said
+        assert (
+            resumed(started, tmp_path, 4)
+            == "resume: ZeRO-2 needs the number of workers of its newest checkpoint, 2; got 4"
+        )
     else:
         with pytest.raises(Started):
-            spiketrain("resume", "it", "--runs", str(tmp_path), "--workers", "4")
+            started("resume", "it", "--runs", str(tmp_path), "--workers", "4")

@@ -222,8 +222,13 @@ NO_PARENT = "no artifact in MLflow: these runs were launched by themselves\n"
 
 
 def in_a_process(command: str) -> str:
-    words = [SPIKETRAIN, *shlex.split(command)[1:]]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=900)
+    done = subprocess.run(
+        [SPIKETRAIN, *shlex.split(command)[1:]],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

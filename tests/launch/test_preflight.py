@@ -82,9 +82,13 @@ with Ray(workers=0, address=sys.argv[1]):
 def test_one_of_two_nodes_raises_and_hangs(tmp_path: Path) -> None:
     with nodes({}) as cluster:
         cluster.add()
-        words = [sys.executable, "-c", SCRIPT, cluster.address, str(tmp_path)]
-        given = {"capture_output": True, "text": True, "env": {**os.environ, **TOKEN}}
-        done = subprocess.run(words, timeout=200, **given)
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, cluster.address, str(tmp_path)],
+            timeout=200,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **TOKEN},
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     raised, hung, cores = done.stdout.strip().splitlines()
     silent = '["\'well\'", "NoAnswer(address='
@@ -107,8 +111,10 @@ def sick(monkeypatch: pytest.MonkeyPatch, no_ffcv: None) -> None:
     """A cluster of two nodes: one is this process, and one does not answer."""
 
     def run_on_each(work: Any, given: Any, *, within_s: float) -> list[Any]:
-        silent = NoAnswer("10.0.0.2", "ModuleNotFoundError: No module named 'pipeline'")
-        return [work(given({"CPU": 4.0})), silent]
+        return [
+            work(given({"CPU": 4.0})),
+            NoAnswer("10.0.0.2", "ModuleNotFoundError: No module named 'pipeline'"),
+        ]
 
     monkeypatch.setattr(module, "Ray", lambda **given: nullcontext())
     monkeypatch.setattr(module, "run_on_each", run_on_each)
@@ -124,10 +130,13 @@ def test_a_node_that_does_not_answer_hides_no_other(tmp_path: Path) -> None:
     """The driver holds a lock meanwhile; without it `storage` would be bad."""
     found = run(tmp_path)
     [bad] = [each for each in found if each.state == "bad"]
-    text = "10.0.0.2 cannot be examined: ModuleNotFoundError: No module named 'pipeline'"
-    assert (bad.check, bad.text) == ("node", text)
-    ok = {each.check for each in found if each.state == "ok"}
-    assert {"versions", "gpus", "ffcv", "storage", "network", "mlflow"} <= ok
+    assert (bad.check, bad.text) == (
+        "node",
+        "10.0.0.2 cannot be examined: ModuleNotFoundError: No module named 'pipeline'",
+    )
+    assert {"versions", "gpus", "ffcv", "storage", "network", "mlflow"} <= {
+        each.check for each in found if each.state == "ok"
+    }
     assert list(tmp_path.iterdir()) == []
 
 
@@ -137,8 +146,13 @@ def test_local_is_this_machine_and_starts_no_ray(
 ) -> None:
     monkeypatch.setattr(module, "Ray", lambda **given: pytest.fail(f"a Ray at {given['address']}"))
     for address in (None, "local"):
-        checks = [each.check for each in run(tmp_path, address)]
-        assert checks == ["versions", "gpus", "ffcv", "storage", "mlflow"]
+        assert [each.check for each in run(tmp_path, address)] == [
+            "versions",
+            "gpus",
+            "ffcv",
+            "storage",
+            "mlflow",
+        ]
 
 
 @pytest.mark.usefixtures("sick")
@@ -163,11 +177,13 @@ def test_a_full_disk_is_reported_with_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk with no room even for a marker."""
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(module, "_marker_in", raising(full))
+    monkeypatch.setattr(
+        module, "_marker_in", raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    )
     (found,) = run(tmp_path / "runs")
-    text = f"this machine cannot use {tmp_path / 'runs'}: OSError: [Errno 28] No space"
-    assert (found.check, found.state) == ("storage", "bad") and found.text.startswith(text)
+    assert (found.check, found.state) == ("storage", "bad") and found.text.startswith(
+        f"this machine cannot use {tmp_path / 'runs'}: OSError: [Errno 28] No space"
+    )
     assert "make room" in found.advice and found.text.endswith("; nothing else was examined")
 
 
@@ -199,8 +215,9 @@ def test_nodes_that_are_alike() -> None:
     ],
 )
 def test_a_node_that_differs(other: dict[str, Any], state: str, text: str) -> None:
-    one = ONE if "versions" in other else replace(ONE, gpus=("H100",))
-    (found,) = of(one, replace(TWO, **other))
+    (found,) = of(
+        ONE if "versions" in other else replace(ONE, gpus=("H100",)), replace(TWO, **other)
+    )
     assert (found.state, found.text) == (state, text) and found.advice
 
 
@@ -256,8 +273,9 @@ def test_gpus_that_are_missing(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     report = examine(driver, resources=resources)
-    texts = [each.text.split(": ")[1] for each in report.findings if each.check == "gpus"]
-    assert texts == ([f"torch finds 0 of {promised} GPUs"] if promised else [])
+    assert [each.text.split(": ")[1] for each in report.findings if each.check == "gpus"] == (
+        [f"torch finds 0 of {promised} GPUs"] if promised else []
+    )
     assert report.trains == trains
 
 
@@ -285,8 +303,13 @@ def test_a_gpu_that_fails_beside_one_that_does_not(
     monkeypatch.setattr(module.torch, "ones", ones)
     monkeypatch.setattr(module, "unusable_gpus", lambda: None)
     (found,) = bad_of(driver)
-    said = {"fails": "CUDA error: unspecified launch", "sums wrongly": "must be 1024; got 2048"}
-    assert "GPU 1 fails: " in found.text and said[sick] in found.text
+    assert (
+        "GPU 1 fails: " in found.text
+        and {"fails": "CUDA error: unspecified launch", "sums wrongly": "must be 1024; got 2048"}[
+            sick
+        ]
+        in found.text
+    )
 
 
 def test_a_folder_that_is_another_one_here(driver: Store) -> None:
@@ -298,15 +321,22 @@ def test_a_folder_that_is_another_one_here(driver: Store) -> None:
 
 def test_a_lock_of_another_process_is_seen(tmp_path: Path) -> None:
     (tmp_path / "marker").touch()
-    words = ["flock", "--no-fork", str(tmp_path / "marker"), "sh", "-c", "echo locked; sleep 60"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        ["flock", "--no-fork", str(tmp_path / "marker"), "sh", "-c", "echo locked; sleep 60"],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
         assert other.stdout is not None and other.stdout.readline() == "locked\n"
         assert [*module._run_lock("one", tmp_path / "marker")] == []
         other.kill()
     with module._marker_in(str(tmp_path)) as marker:
         assert marker is not None
-        other_try = ["flock", "--shared", "--nonblock", str(tmp_path / marker.name), "true"]
-        assert subprocess.run(other_try).returncode == 1
+        assert (
+            subprocess.run(
+                ["flock", "--shared", "--nonblock", str(tmp_path / marker.name), "true"]
+            ).returncode
+            == 1
+        )
 
 
 @pytest.mark.parametrize(
@@ -325,8 +355,12 @@ def test_storage_whose_locks_keep_nobody_off(
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", flock)
     (found,) = bad_of(driver)
-    text = f"does not see the driver's lock in {driver.address}: OSError: {reason}"
-    assert found.text.endswith(text) and "localflock" in found.advice
+    assert (
+        found.text.endswith(
+            f"does not see the driver's lock in {driver.address}: OSError: {reason}"
+        )
+        and "localflock" in found.advice
+    )
 
 
 MOUNTED = r"""
@@ -362,8 +396,9 @@ def test_an_nfs_that_may_hide_a_new_file(
     (tmp_path / "link").symlink_to("/shared/mine")
     monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
     found = list(module._nfs("one", Path(folder.replace("LINK", str(tmp_path / "link")))))
-    text = f"one: the NFS at {mount} may hide a new file for a minute"
-    assert [each.text for each in found] == ([text] if mount else [])
+    assert [each.text for each in found] == (
+        [f"one: the NFS at {mount} may hide a new file for a minute"] if mount else []
+    )
 
 
 def test_images_are_written_and_read() -> None:
@@ -395,8 +430,7 @@ def test_doctor_examines_a_cluster(tmp_path: Path) -> None:
         environment = {**os.environ, **TOKEN, "RAY_ADDRESS": cluster.address, "COLUMNS": "300"}
         words = [sys.executable, "-m", "pipeline", "doctor", "--address", "auto"]
         words += ["--runs", str(tmp_path / "runs"), "--checkpoints", str(tmp_path / "kept")]
-        given = {"capture_output": True, "text": True, "env": environment}
-        done = subprocess.run(words, timeout=200, **given)
+        done = subprocess.run(words, timeout=200, capture_output=True, text=True, env=environment)
     assert "2 processes reached one another" in done.stdout, done.stdout + done.stderr
     assert f"an object was written to {tmp_path / 'kept'}, read and deleted" in done.stdout
     assert "the driver's lock" not in done.stdout
@@ -413,8 +447,12 @@ def test_processes_add_up_a_number(monkeypatch: pytest.MonkeyPatch, backend: str
         devices.append(device)
         return torch.ones(1, dtype=torch.int64) * value
 
-    answers = {"get_world_size": 2, "get_rank": 0, "new_group": "gloo", "get_backend": backend}
-    for name, answer in answers.items():
+    for name, answer in {
+        "get_world_size": 2,
+        "get_rank": 0,
+        "new_group": "gloo",
+        "get_backend": backend,
+    }.items():
         monkeypatch.setattr(distributed, name, lambda answer=answer, **more: answer)
     monkeypatch.setattr(distributed, "all_reduce", lambda x, group: x.fill_(sums.pop(0)))
     monkeypatch.setattr(module.torch, "tensor", tensor)
@@ -438,8 +476,9 @@ def bucket() -> Iterator[str]:
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param in ("folder", "file"):
         return {"folder": "", "file": "file://"}[request.param] + str(tmp_path / "not" / "there")
-    is_memory = request.param == "memory"
-    base = "memory://checkpoints" if is_memory else request.getfixturevalue("bucket")
+    base = (
+        "memory://checkpoints" if (request.param == "memory") else request.getfixturevalue("bucket")
+    )
     return f"{base}/{uuid.uuid4().hex}"
 
 
@@ -457,10 +496,13 @@ def test_an_object_is_written_found_read_and_deleted(address: str) -> None:
 
 
 def test_a_bucket_that_is_not_there_is_not_made(bucket: str) -> None:
-    said = "s3://another/prefix: FileNotFoundError: The specified bucket does"
-    assert said in try_store(Store("s3://another/prefix")).text
-    fs = fsspec.filesystem("s3", skip_instance_cache=True)
-    assert fs.ls("", detail=False) == [bucket.removeprefix("s3://")]
+    assert (
+        "s3://another/prefix: FileNotFoundError: The specified bucket does"
+        in try_store(Store("s3://another/prefix")).text
+    )
+    assert fsspec.filesystem("s3", skip_instance_cache=True).ls("", detail=False) == [
+        bucket.removeprefix("s3://")
+    ]
 
 
 @pytest.mark.parametrize("name", ["pipe_file", "ls", "cat_file", "rm_file"])
@@ -549,8 +591,9 @@ def test_a_store_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for file, why in ((kept / "x.db", "Not a directory"), (tmp_path, "Is a directory")):
         found = of_mlflow(f"sqlite:///{file}")
         assert f"the store {file} cannot be written: " in found.text and why in found.text
-    full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(tempfile, "TemporaryFile", raising(full))
+    monkeypatch.setattr(
+        tempfile, "TemporaryFile", raising(OSError(errno.ENOSPC, "No space left on device"))
+    )
     assert of_mlflow(f"sqlite:///{kept}").text.endswith("No space left on device")
 
 

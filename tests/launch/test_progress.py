@@ -26,14 +26,13 @@ START = {
 
 
 def step(number: int, **metrics: Any) -> dict[str, Any]:
-    values = {"loss": 1.2345, "top1": 0.25, "images_per_s": 12345.6, **metrics}
     return {
         "event": "step",
         "time": 1000.0 + number,
         "attempt": 0,
         "step": number,
         "epoch": 1,
-        "metrics": values,
+        "metrics": {"loss": 1.2345, "top1": 0.25, "images_per_s": 12345.6, **metrics},
         "memory_bytes": 3.2e8,
     }
 
@@ -47,14 +46,14 @@ class Clock:
 
 def watch(*, terminal: bool = False, width: int = 60) -> tuple[Shown, io.StringIO, Clock]:
     out, clock = io.StringIO(), Clock()
-    console = Console(file=out, force_terminal=terminal, width=width if terminal else NO_WIDTH)
-    command = "spiketrain resume a-run-with-a-name --runs /a/long/path/to/the/runs/of/somebody"
     return (
         Shown(
             Path("/runs/[b]a"),
-            console,
+            Console(file=out, force_terminal=terminal, width=width if terminal else NO_WIDTH),
             store="sqlite:////runs/mlflow.db",
-            resume_command=command,
+            resume_command=(
+                "spiketrain resume a-run-with-a-name --runs /a/long/path/to/the/runs/of/somebody"
+            ),
             clock=clock,
         ),
         out,
@@ -116,11 +115,15 @@ def test_everything_else_is_a_line_of_its_own_at_once():
     show(view, [START, step(10)])
     out.truncate(0)
     clock.now = 1.0
-    metrics = {"top1": 0.5, "top5": 1, "loss": "nan", "firing_rate": 0.1}
     show(
         view,
         [
-            {"event": "evaluation", "step": 10, "epoch": 0, "metrics": metrics},
+            {
+                "event": "evaluation",
+                "step": 10,
+                "epoch": 0,
+                "metrics": {"top1": 0.5, "top5": 1, "loss": "nan", "firing_rate": 0.1},
+            },
             {
                 "event": "checkpoint",
                 "step": 10,
@@ -285,7 +288,6 @@ def test_closing_before_anything_happened():
 def test_a_run_of_several_tasks_tells_each_of_them():
     view, out, _ = watch()
     out.truncate(0)
-    metrics = {"top1": 0.8, "top1_a": 0.7, "top1_b": 0.9, "bwt": -0.125}
     show(
         view,
         [
@@ -299,7 +301,12 @@ def test_a_run_of_several_tasks_tells_each_of_them():
                 "steps": 50,
                 "head": 1,
             },
-            {"event": "evaluation", "step": 100, "epoch": 1, "metrics": metrics},
+            {
+                "event": "evaluation",
+                "step": 100,
+                "epoch": 1,
+                "metrics": {"top1": 0.8, "top1_a": 0.7, "top1_b": 0.9, "bwt": -0.125},
+            },
             {
                 "event": "finish",
                 "step": 100,
@@ -350,12 +357,16 @@ def test_the_energy_of_an_inference_is_told_beside_what_a_card_measured(
     gpu: str, measured: dict[str, float], said: str
 ):
     view, out, _ = watch()
-    inference = {"energy_j": 1.43e-5, "prices": "45 nm, fp32", **measured}
     show(
         view,
         [
             {**START, "hardware": {"gpu": gpu}},
-            {"event": "finish", "steps": 100, "wall_s": 5.0, "inference": inference},
+            {
+                "event": "finish",
+                "steps": 100,
+                "wall_s": 5.0,
+                "inference": {"energy_j": 1.43e-5, "prices": "45 nm, fp32", **measured},
+            },
         ],
     )
     assert f"an inference: 14.3 µJ estimated (45 nm, fp32), {said}" in out.getvalue().splitlines()
@@ -380,8 +391,7 @@ def test_what_a_worker_with_a_gpu_gets_is_said(gpu: str, said: list[str]) -> Non
 def test_a_wait_for_data_is_a_line() -> None:
     view, out, _ = watch(width=200)
     show(view, [START, {"event": "data_wait", "share": 0.345, "loader_threads": 1}])
-    said = (
+    assert out.getvalue().splitlines()[-1] == (
         "training waits for data 34.50% of the time: take more --loader-threads, now 1, and more"
         " --cpus-per-worker"
     )
-    assert out.getvalue().splitlines()[-1] == said

@@ -66,11 +66,18 @@ def test_a_cluster_is_of_this_machine_alone_where_all_of_its_nodes_are_on_loopba
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, addresses: list[str], alone: bool
 ) -> None:
     """Whatever address this process, which may be a client's of elsewhere, has itself."""
-    nodes = [
-        {"NodeManagerAddress": address, "Alive": True, "Resources": {}} for address in addresses
-    ]
-    gone = {"NodeManagerAddress": "10.0.0.9", "Alive": False}
-    asked = run(tmp_path, monkeypatch, None, nodes=[*nodes, gone])
+    asked = run(
+        tmp_path,
+        monkeypatch,
+        None,
+        nodes=[
+            *[
+                {"NodeManagerAddress": address, "Alive": True, "Resources": {}}
+                for address in addresses
+            ],
+            {"NodeManagerAddress": "10.0.0.9", "Alive": False},
+        ],
+    )
     assert isinstance(asked["torch_config"], OnLoopback) is alone
     assert (
         asked["run_config"].worker_runtime_env["env_vars"].get("GLOO_SOCKET_IFNAME") == "lo"
@@ -112,14 +119,13 @@ NODES = [
 def test_a_worker_with_a_gpu_gets_its_share_of_the_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], cores: int, loaders: int
 ) -> None:
-    launcher = Ray(workers=2, device="auto", address="10.0.0.1:6379", **said)
     asked = run(
         tmp_path,
         monkeypatch,
         None,
         nodes=NODES,
         resources={"CPU": 128.0, "GPU": 16.0},
-        launcher=launcher,
+        launcher=Ray(workers=2, device="auto", address="10.0.0.1:6379", **said),
     )
     assert asked["scaling_config"].resources_per_worker == {"CPU": cores, "GPU": 1}
     assert (asked["job"]["threads"], asked["job"]["loader_threads"]) == (cores, loaders)
@@ -227,8 +233,10 @@ def test_of_what_the_user_alone_can_change_it_says_so(
     died = WorkerGroupError(
         "died", {0: OSError(number, "journal: it fails", "/runs/journal.jsonl")}
     )
-    line = rf"^worker 0: \[Errno {number}\] journal: it fails: '/runs/journal\.jsonl'$"
-    with pytest.raises(WorkersEnded, match=line) as ended:
+    with pytest.raises(
+        WorkersEnded,
+        match=rf"^worker 0: \[Errno {number}\] journal: it fails: '/runs/journal\.jsonl'$",
+    ) as ended:
         run(tmp_path, monkeypatch, died)
     assert ended.value.is_for_the_user == is_for_the_user
 
@@ -301,5 +309,14 @@ def run(
 
 def test_ray_is_not_imported_before_its_settings_are_made() -> None:
     """Ray reads its settings and its token when it is imported; --inline needs no Ray."""
-    code = "import pipeline.launch.suite, sys; sys.exit('ray' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
+    assert (
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import pipeline.launch.suite, sys; sys.exit('ray' in sys.modules)",
+            ],
+            timeout=100,
+        ).returncode
+        == 0
+    )

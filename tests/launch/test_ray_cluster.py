@@ -96,8 +96,14 @@ DIED = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedEr
 def test_who_has_lost_another_one_is_not_the_cause(
     lost: Exception, failure: Exception, said: str
 ) -> None:
-    failures = {0: lost, 3: lost, 1: failure, 2: lost, 4: RuntimeError("another cause")}
-    assert innermost(WorkerGroupError("died", failures)) == f"worker 1: {said}"
+    assert (
+        innermost(
+            WorkerGroupError(
+                "died", {0: lost, 3: lost, 1: failure, 2: lost, 4: RuntimeError("another cause")}
+            )
+        )
+        == f"worker 1: {said}"
+    )
 
 
 def test_where_all_have_lost_another_one_the_lowest_is_told() -> None:

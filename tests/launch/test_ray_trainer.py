@@ -98,8 +98,9 @@ def test_what_was_there_when_it_began_is_nothing_new(tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").write_text(
         json.dumps(event("checkpoint", step=7).to_dict()) + "\n"
     )
-    policy = Restarts(FailureConfig(max_failures=0), folder=tmp_path, awaits_nodes=False)
-    assert dies(policy) == RAISE
+    assert (
+        dies(Restarts(FailureConfig(max_failures=0), folder=tmp_path, awaits_nodes=False)) == RAISE
+    )
 
 
 LOST = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:38545.")
@@ -175,8 +176,11 @@ def test_places_are_waited_for_an_hour_from_the_last_start(
 def test_places_that_never_were_there_are_not_waited_for(tmp_path: Path) -> None:
     for name, awaits_nodes in (("first", True), ("alone", False)):
         (tmp_path / name).mkdir()
-        config = FailureConfig(max_failures=2, controller_failure_limit=1)
-        policy = Restarts(config, folder=tmp_path / name, awaits_nodes=awaits_nodes)
+        policy = Restarts(
+            FailureConfig(max_failures=2, controller_failure_limit=1),
+            folder=tmp_path / name,
+            awaits_nodes=awaits_nodes,
+        )
         if name == "alone":
             starts(policy, 0)
         assert [finds_no_place(policy) for _ in range(2)] == [RETRY, RAISE]
@@ -261,8 +265,14 @@ def test_what_the_user_alone_can_change_is_not_met_again(
 
 
 def test_it_is_of_the_worker_whose_line_the_run_ends_with(policy: Restarts) -> None:
-    failures = {0: KeyError("cable"), 1: OSError(errno.ENOSPC, "No space left on device")}
-    assert policy.make_decision(WorkerGroupError("died", failures)) == RETRY
+    assert (
+        policy.make_decision(
+            WorkerGroupError(
+                "died", {0: KeyError("cable"), 1: OSError(errno.ENOSPC, "No space left on device")}
+            )
+        )
+        == RETRY
+    )
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,9 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for label in range(3):
             (folder / part / f"class{label}").mkdir(parents=True)
             for index in range(count):
-                pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8) // 2 + np.uint8(
-                    60 * label
-                )
-                Image.fromarray(pixels).save(folder / part / f"class{label}" / f"{index}.jpg")
+                Image.fromarray(
+                    draw.integers(0, 256, (32, 32, 3), dtype=np.uint8) // 2 + np.uint8(60 * label)
+                ).save(folder / part / f"class{label}" / f"{index}.jpg")
     write_folder(folder, folder / "beton", workers=1)
     file = folder / "recovery.py"
     (folder / "recovery_lab.py").write_text(LAB)  # a package of the user's own, admitted by --trust
@@ -85,17 +84,22 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launched(recipe_file: Path, run: Path) -> Driver:
-    words = (
-        "launch",
-        str(recipe_file),
-        "--workers",
-        "2",
-        "--name",
-        run.name,
-        "--trust",
-        "recovery_lab",
+    return Driver(
+        *(
+            (
+                "launch",
+                str(recipe_file),
+                "--workers",
+                "2",
+                "--name",
+                run.name,
+                "--trust",
+                "recovery_lab",
+            )
+        ),
+        run=run,
+        folder=recipe_file.parent,
     )
-    return Driver(*words, run=run, folder=recipe_file.parent)
 
 
 @pytest.fixture
@@ -213,8 +217,9 @@ def holds(process: psutil.Process, file: Path) -> bool:
 
 
 def every_step_was_trained(run: Path) -> bool:
-    steps = {event["step"] for event in read(run / "journal.jsonl") if event["event"] == "step"}
-    return steps == set(range(1, STEPS_PER_EPOCH * EPOCHS + 1))
+    return {
+        event["step"] for event in read(run / "journal.jsonl") if event["event"] == "step"
+    } == set(range(1, STEPS_PER_EPOCH * EPOCHS + 1))
 
 
 def test_the_table_of_the_untouched_run_names_its_missing_baseline(untouched: Path) -> None:

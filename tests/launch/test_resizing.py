@@ -28,7 +28,7 @@ NOTHING, GROW = NoopDecision(), ResizeDecision(num_workers=2, resources_per_work
 
 
 @pytest.fixture
-def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resizing:
+def elastic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resizing:
     """Of a run that may grow whenever Ray looks, or has no place."""
     monkeypatch.setattr(
         ElasticScalingPolicy, "make_decision_for_running_worker_group", lambda *about: GROW
@@ -42,8 +42,8 @@ def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resizing:
     return made
 
 
-def looks(policy: Resizing) -> ScalingDecision:
-    return policy.make_decision_for_running_worker_group(None, None)
+def looks(elastic: Resizing) -> ScalingDecision:
+    return elastic.make_decision_for_running_worker_group(None, None)
 
 
 def unable(*asked: Any, **how: Any) -> None:
@@ -56,27 +56,27 @@ def take_away(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(resizing, "write_json", unable)
 
 
-def test_it_grows_once_it_has_saved(policy: Resizing) -> None:
-    assert [looks(policy), looks(policy)] == [NOTHING, NOTHING]
-    assert read_json(policy.folder / "save") == {"machines": [], "deadline": None}
-    (policy.folder / "save").unlink()
-    assert looks(policy) == GROW
+def test_it_grows_once_it_has_saved(elastic: Resizing) -> None:
+    assert [looks(elastic), looks(elastic)] == [NOTHING, NOTHING]
+    assert read_json(elastic.folder / "save") == {"machines": [], "deadline": None}
+    (elastic.folder / "save").unlink()
+    assert looks(elastic) == GROW
 
 
 def test_a_save_that_does_not_come_is_waited_for_so_long(
-    policy: Resizing, monkeypatch: pytest.MonkeyPatch
+    elastic: Resizing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    assert looks(policy) == NOTHING
+    assert looks(elastic) == NOTHING
     now += PATIENCE_S - 1
-    assert looks(policy) == NOTHING
+    assert looks(elastic) == NOTHING
     now += 1
-    assert looks(policy) == GROW and not (policy.folder / "save").exists()
+    assert looks(elastic) == GROW and not (elastic.folder / "save").exists()
 
 
 def test_storage_that_is_away_as_a_run_grows_ends_nothing(
-    policy: Resizing, monkeypatch: pytest.MonkeyPatch
+    elastic: Resizing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What could not be asked is asked again, and what is not known is waited for like a save that
     does not come.
@@ -85,30 +85,30 @@ def test_storage_that_is_away_as_a_run_grows_ends_nothing(
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with monkeypatch.context() as patch:
         take_away(patch)
-        assert looks(policy) == NOTHING
-    assert not (policy.folder / "save").exists()
-    assert looks(policy) == NOTHING and (policy.folder / "save").exists()
+        assert looks(elastic) == NOTHING
+    assert not (elastic.folder / "save").exists()
+    assert looks(elastic) == NOTHING and (elastic.folder / "save").exists()
     with monkeypatch.context() as patch:
         take_away(patch)
-        assert looks(policy) == NOTHING
+        assert looks(elastic) == NOTHING
         now += PATIENCE_S
-        assert looks(policy) == GROW
+        assert looks(elastic) == GROW
 
 
 def test_whoever_asks_to_stop_waits_for_no_place_as_far_as_storage_tells(
-    policy: Resizing, monkeypatch: pytest.MonkeyPatch
+    elastic: Resizing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert policy.make_decision_for_non_running_worker_group() == NOTHING
-    (policy.folder / "stop").touch()
+    assert elastic.make_decision_for_non_running_worker_group() == NOTHING
+    (elastic.folder / "stop").touch()
     with monkeypatch.context() as patch:
         take_away(patch)
-        assert policy.make_decision_for_non_running_worker_group() == NOTHING
+        assert elastic.make_decision_for_non_running_worker_group() == NOTHING
     with pytest.raises(WorkerGroupStartupTimeoutError):
-        policy.make_decision_for_non_running_worker_group()
+        elastic.make_decision_for_non_running_worker_group()
 
 
 def test_a_place_is_waited_for_an_hour_and_somebody_is_told_once(
-    policy: Resizing, monkeypatch: pytest.MonkeyPatch
+    elastic: Resizing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one absence of all workers, in which there may be room for some now and then that do not
     begin.
@@ -117,18 +117,20 @@ def test_a_place_is_waited_for_an_hour_and_somebody_is_told_once(
     monkeypatch.setattr(time, "monotonic", lambda: now)
 
     def told() -> list[tuple[str, float]]:
-        return [(event["what"], event["most_s"]) for event in read(policy.folder / "journal.jsonl")]
+        return [
+            (event["what"], event["most_s"]) for event in read(elastic.folder / "journal.jsonl")
+        ]
 
     for absence in (1, 2):
         assert (
-            policy.make_decision_for_non_running_worker_group() == NOTHING
+            elastic.make_decision_for_non_running_worker_group() == NOTHING
             and len(told()) == absence - 1
         )
         now += LOOK_S + 1
         with monkeypatch.context() as patch:
             patch.setattr(resizing, "journal_waiting", unable)
-            assert policy.make_decision_for_non_running_worker_group() == NOTHING
-        assert [policy.make_decision_for_non_running_worker_group() for _ in range(3)] == [
+            assert elastic.make_decision_for_non_running_worker_group() == NOTHING
+        assert [elastic.make_decision_for_non_running_worker_group() for _ in range(3)] == [
             NOTHING
         ] * 3
         assert told() == [("a place for 1 worker", PLACES_S)] * absence
@@ -139,24 +141,24 @@ def test_a_place_is_waited_for_an_hour_and_somebody_is_told_once(
                 "make_decision_for_non_running_worker_group",
                 lambda *about: GROW,
             )
-            assert policy.make_decision_for_non_running_worker_group() == GROW
-        assert policy.make_decision_for_non_running_worker_group() == NOTHING
+            assert elastic.make_decision_for_non_running_worker_group() == GROW
+        assert elastic.make_decision_for_non_running_worker_group() == NOTHING
         if absence == 1:
-            looks(policy)  # there they are
+            looks(elastic)  # there they are
     now += 2
     with pytest.raises(
         NoPlace, match=r"^launch: 1 worker found no place in time: others have it, or a node"
     ):
-        policy.make_decision_for_non_running_worker_group()
+        elastic.make_decision_for_non_running_worker_group()
 
 
 def test_room_that_comes_after_an_hour_is_tried_once(
-    policy: Resizing, monkeypatch: pytest.MonkeyPatch
+    elastic: Resizing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     for _ in range(2):
-        assert policy.make_decision_for_non_running_worker_group() == NOTHING
+        assert elastic.make_decision_for_non_running_worker_group() == NOTHING
         now += PLACES_S + 1
         with monkeypatch.context() as patch:
             patch.setattr(
@@ -164,10 +166,10 @@ def test_room_that_comes_after_an_hour_is_tried_once(
                 "make_decision_for_non_running_worker_group",
                 lambda *about: GROW,
             )
-            assert policy.make_decision_for_non_running_worker_group() == GROW
+            assert elastic.make_decision_for_non_running_worker_group() == GROW
             with pytest.raises(NoPlace):  # they did not begin
-                policy.make_decision_for_non_running_worker_group()
-        looks(policy)  # now they did
+                elastic.make_decision_for_non_running_worker_group()
+        looks(elastic)  # now they did
 
 
 def test_a_wait_in_vain_ends_the_run(tmp_path: Path) -> None:

@@ -154,10 +154,13 @@ def test_what_only_a_launch_can_say_is_refused_and_the_rest_is_not(
     )
     assert code == 2 and len(error.splitlines()) == 1
     assert error.endswith(f"its options differ now: --checkpoints was None, is {elsewhere}\n")
-    ours = [word for word in words(place, tmp_path) if word != "--inline"]
-    assert spiketrain(*ours, "--workers", "2", "--loader-threads", "2")[1].startswith(
-        "it has finished"
-    )
+    assert spiketrain(
+        *[word for word in words(place, tmp_path) if word != "--inline"],
+        "--workers",
+        "2",
+        "--loader-threads",
+        "2",
+    )[1].startswith("it has finished")
 
 
 def test_it_needs_a_name(place: Path, tmp_path: Path, spiketrain: Command) -> None:
@@ -190,8 +193,15 @@ def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Cluster]:
 def test_a_run_goes_on_with_fewer_cores_and_keeps_what_nobody_changes(
     place: Path, tmp_path: Path, spiketrain: Command, trained_on: list[Cluster]
 ) -> None:
-    where = ("--runs", str(tmp_path), "--name", "it")
-    launch = ("launch", str(place / "one.py"), "--cpus-per-worker", "2", "--verify", "full", *where)
+    launch = (
+        "launch",
+        str(place / "one.py"),
+        "--cpus-per-worker",
+        "2",
+        "--verify",
+        "full",
+        *(("--runs", str(tmp_path), "--name", "it")),
+    )
     with pytest.MonkeyPatch.context() as patch:
         stopped_at(patch, 3)
         assert spiketrain(*launch)[0] == 130
@@ -208,8 +218,11 @@ def test_a_run_goes_on_with_fewer_cores_and_keeps_what_nobody_changes(
     assert (job["threads"], job["hang_minutes"], job["verify"]) == (1, 5.0, "full")
     code, said, error = spiketrain("resume", str(tmp_path / "it"))
     assert code == 0 and "from here on" not in said, error
-    now = [(each.cpus_per_worker, each.hang_minutes, each.verify) for each in trained_on]
-    assert now == [(2, 30.0, "full"), (1, 5.0, "full"), (1, 5.0, "full")]
+    assert [(each.cpus_per_worker, each.hang_minutes, each.verify) for each in trained_on] == [
+        (2, 30.0, "full"),
+        (1, 5.0, "full"),
+        (1, 5.0, "full"),
+    ]
 
 
 def test_a_suite_goes_on_with_fewer_cores_in_the_run_that_has_begun_and_in_the_next(
@@ -217,17 +230,25 @@ def test_a_suite_goes_on_with_fewer_cores_in_the_run_that_has_begun_and_in_the_n
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stopped_at(patch, 3)
-        launch = (
-            "launch",
-            str(place / "two.py"),
-            "--cpus-per-worker",
-            "2",
-            "--runs",
-            str(tmp_path),
-            "--name",
-            "it",
+        assert (
+            spiketrain(
+                *(
+                    (
+                        "launch",
+                        str(place / "two.py"),
+                        "--cpus-per-worker",
+                        "2",
+                        "--runs",
+                        str(tmp_path),
+                        "--name",
+                        "it",
+                    )
+                ),
+                "--side-by-side",
+                "1",
+            )[0]
+            == 130
         )
-        assert spiketrain(*launch, "--side-by-side", "1")[0] == 130
     code, said, error = spiketrain("resume", str(tmp_path / "it"), "--cpus-per-worker", "1")
     assert code == 0 and "it: --cpus-per-worker was 2, is 1 from here on\n" in said, error
     assert told(tmp_path / "it", "suite.json")["cluster"]["cpus_per_worker"] == 1

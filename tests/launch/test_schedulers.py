@@ -158,8 +158,16 @@ def test_one_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_token_of_a_file_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`ray job submit` shows none unless it is asked to (2.60)."""
     (tmp_path / "token").write_text("t" * 32)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    monkeypatch.setattr(os, "environ", {**kept, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")})
+    monkeypatch.setattr(
+        os,
+        "environ",
+        {
+            **{
+                name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")
+            },
+            "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
+        },
+    )
     modes = []
     monkeypatch.setattr(
         schedulers, "answer_of", lambda *words: modes.append(os.environ.get("RAY_AUTH_MODE"))
@@ -323,8 +331,10 @@ def test_checkpoints_that_a_pod_would_take_with_it_are_refused(place: str) -> No
     "place", ["/shared/runs/kept", "file:///shared/runs/kept", "s3://bucket/kept", "gs://bucket"]
 )
 def test_checkpoints_that_every_pod_sees(place: str) -> None:
-    job = job_of(words=("recipe.py", f"--checkpoints={place}"), workers=1)
-    assert f" --checkpoints={place} " in job["spec"]["entrypoint"]
+    assert (
+        f" --checkpoints={place} "
+        in job_of(words=("recipe.py", f"--checkpoints={place}"), workers=1)["spec"]["entrypoint"]
+    )
 
 
 @pytest.mark.parametrize(

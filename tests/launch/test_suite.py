@@ -160,8 +160,13 @@ def test_mlflow_has_it_beneath_one_parent_and_its_checkpoints_by_address(
         "report.html",
         "report.json",
     }
-    kept = {file.path for file in client.list_artifacts(found[names[0]].info.run_id)}
-    assert kept == {"recipe.json", "journal.jsonl", "summary.json", "activity.json", "answers.npz"}
+    assert {file.path for file in client.list_artifacts(found[names[0]].info.run_id)} == {
+        "recipe.json",
+        "journal.jsonl",
+        "summary.json",
+        "activity.json",
+        "answers.npz",
+    }
 
     at = ("--runs", str(untouched.parent))
     code, said, _ = spiketrain("register", names[0], "--as", "small", "--which", "best", *at)
@@ -227,8 +232,9 @@ def test_a_suite_in_one_go(untouched: Path, spiketrain: Command) -> None:
     code, said_of_runs, error = spiketrain(
         *words[:-4], "--format", "csv"
     )  # of which nothing of the suite's is imported
-    told = {row["run"] for row in csv.DictReader(io.StringIO(said_of_runs))}
-    assert code == 0 and told == {run.name for run in runs.values()}, error
+    assert code == 0 and {row["run"] for row in csv.DictReader(io.StringIO(said_of_runs))} == {
+        run.name for run in runs.values()
+    }, error
     at = f"--runs {untouched.parent}"
     assert spiketrain("resume", untouched.name, *at.split(), "--trust", "lab_suite")[
         1
@@ -250,8 +256,9 @@ def test_a_page_that_mlflow_does_not_take_costs_the_suite_nothing(
     page.unlink()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
-        words = ("--runs", str(untouched.parent), "--trust", "lab_suite")
-        code, said, error = spiketrain("resume", untouched.name, *words)
+        code, said, error = spiketrain(
+            "resume", untouched.name, *(("--runs", str(untouched.parent), "--trust", "lab_suite"))
+        )
     assert (
         code == 0
         and said.splitlines()[1].startswith("REPORT ")
@@ -332,12 +339,12 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(
         f"{name}:{run.name}" for name, run in runs.items()
     )
     assert same_bits(tmp_path / "broken", untouched)
-    interrupted = {recipe for recipe, _ in stops}
-    assert {
-        name for name, run in runs.items() if len(starts(run)) == 2
-    } == interrupted  # what had finished was left alone
-    parents = {json.loads((run / "job.json").read_text())["parent"] for run in runs.values()}
-    assert parents == {SuiteFile.read(tmp_path / "broken", trust=["lab_suite"]).parent}
+    assert {name for name, run in runs.items() if len(starts(run)) == 2} == {
+        recipe for recipe, _ in stops
+    }  # what had finished was left alone
+    assert {json.loads((run / "job.json").read_text())["parent"] for run in runs.values()} == {
+        SuiteFile.read(tmp_path / "broken", trust=["lab_suite"]).parent
+    }
 
 
 def test_asked_to_stop_during_a_runs_last_batch_the_suite_stops_and_goes_on(
@@ -608,14 +615,13 @@ def test_what_is_wrong_about_a_suite_ends_in_one_line(
         (tmp_path / name).mkdir()
     (tmp_path / "first" / "recipe.json").write_text("{}")
     (tmp_path / "f2" / "recipe.json").write_text("{}")
-    recipe = {"version": 1, "recipe": {"name": "first"}}
-    head = {
+    value = {
         "version": 1,
         "parent": "0" * 32,
         "cluster": {"inline": True},
         "report": "lab_suite.table",
+        "children": [{"run": "first", "recipe": {"version": 1, "recipe": {"name": "first"}}}],
     }
-    value = {**head, "children": [{"run": "first", "recipe": recipe}]}
     if "trust" in words:
         value["children"] = [{"run": "first", "recipe": small_recipe().to_json()}]
     (tmp_path / "whole" / "suite.json").write_text(json.dumps(value))
@@ -644,13 +650,12 @@ def test_suites_of_one_beginning_or_with_runs_that_are_none_end_in_one_line(
     words: str, said: str, tmp_path: Path, spiketrain: Command
 ) -> None:
     for name, run in (("s1", "file"), ("s2", "s2")):
-        child = {"run": run, "recipe": small_recipe().to_json()}
         value = {
             "version": 1,
             "parent": "0" * 32,
             "cluster": {"inline": True},
             "report": None,
-            "children": [child],
+            "children": [{"run": run, "recipe": small_recipe().to_json()}],
         }
         (tmp_path / name).mkdir()
         (tmp_path / name / "suite.json").write_text(json.dumps(value))
@@ -718,8 +723,9 @@ def test_tiny_follows_references_and_names_do_not_collide(
     assert list(runs) == ["twin-tiny", "after-tiny"] and all(
         state_of(run) == "finished" for run in runs.values()
     )
-    init = json.loads((runs["after-tiny"] / "recipe.json").read_text())["recipe"]["init"]
-    assert init.startswith(str(runs["twin-tiny"]))
+    assert json.loads((runs["after-tiny"] / "recipe.json").read_text())["recipe"][
+        "init"
+    ].startswith(str(runs["twin-tiny"]))
     code, _, error = spiketrain(*words, "--set", "epochs=1", "--name", suite.name)
     assert code == 2 and f"--name must be new in {tmp_path / 'runs'}; got {suite.name}" in error
     code, _, error = spiketrain(*words, "--set", "epochs=1")

@@ -182,8 +182,9 @@ def test_when_the_suite_is_killed_its_runs_are_saved_and_it_goes_on(
     code, _, error = spiketrain("resume", "killed", "--runs", str(tmp_path))
     assert code == 0, error
     for run in going:
-        done = [event["step"] for event in read(run / "journal.jsonl") if event["event"] == "step"]
-        assert done == list(range(1, 12 * 8 + 1))  # each step once: nothing was lost
+        assert [
+            event["step"] for event in read(run / "journal.jsonl") if event["event"] == "step"
+        ] == list(range(1, 12 * 8 + 1))  # each step once: nothing was lost
 
 
 @cores
@@ -276,18 +277,23 @@ def test_where_there_is_no_room_for_two_they_take_turns_on_shared_cores(
     place: Path, tmp_path: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Inline, "room", lambda self: 0)
-    words = (
-        "--inline",
-        "--device",
-        "cpu",
-        "--runs",
-        str(tmp_path),
-        "--name",
-        "turns",
-        "--side-by-side",
-        "auto",
+    code, _, error = spiketrain(
+        "launch",
+        str(place / "short.py"),
+        *(
+            (
+                "--inline",
+                "--device",
+                "cpu",
+                "--runs",
+                str(tmp_path),
+                "--name",
+                "turns",
+                "--side-by-side",
+                "auto",
+            )
+        ),
     )
-    code, _, error = spiketrain("launch", str(place / "short.py"), *words)
     assert code == 0, error
     runs = list(runs_of(tmp_path / "turns").values())
     assert not any(json.loads((run / "job.json").read_text())["own_cores"] for run in runs)
@@ -302,16 +308,22 @@ def test_a_search_takes_what_did_best_though_the_shared_value_diverges(
     place: Path, tmp_path: Path, spiketrain: Command
 ) -> None:
     rates = (0.001, 0.01, 0.1, 0.3, 1e38)
-    words = (
-        "--tune",
-        f"optimizer.lr={','.join(map(str, rates))}",
-        "--name",
-        "s",
-        "--runs",
-        str(tmp_path),
-    )
     code, said, error = spiketrain(
-        "launch", str(place / "searched.py"), "--inline", "--device", "cpu", *words
+        "launch",
+        str(place / "searched.py"),
+        "--inline",
+        "--device",
+        "cpu",
+        *(
+            (
+                "--tune",
+                f"optimizer.lr={','.join(map(str, rates))}",
+                "--name",
+                "s",
+                "--runs",
+                str(tmp_path),
+            )
+        ),
     )
     assert code == 0, error
     page = tmp_path / "s" / "report.html"
@@ -369,12 +381,13 @@ def test_a_search_takes_what_did_best_though_the_shared_value_diverges(
         "5 trials on a held-out part" in page.read_text()
         and "<td>diverged</td>" in page.read_text()
     )
-    artifacts = [
+    # on the suites' runs in MLflow
+    assert page.read_bytes() in [
         each.read_bytes() for each in place.glob("**/artifacts/report.html")
-    ]  # on the suites' runs in MLflow
-    assert page.read_bytes() in artifacts
-    trials = [runs[f"searched-lr-{rate}"].name for rate in rates]
-    code, _, error = spiketrain("compare", *trials, "--runs", str(tmp_path))
+    ]
+    code, _, error = spiketrain(
+        "compare", *[runs[f"searched-lr-{rate}"].name for rate in rates], "--runs", str(tmp_path)
+    )
     assert code == 2 and "optimizer.lr: 0.001 and 0.01" in error
 
 

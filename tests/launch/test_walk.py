@@ -87,7 +87,12 @@ def test_a_recipe_passes_the_files_of_the_walk_and_no_other(tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr[-3000:]
     passed = list(dict.fromkeys([*files_of(driver), *files_of(worker)]))
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    section = text.partition("## The walk of a recipe\n")[2].partition("\n## ")[0]
-    listed = re.findall(r"^\d+\. `(pipeline/[\w/]+\.py)`", section, flags=re.MULTILINE)
+    listed = re.findall(
+        r"^\d+\. `(pipeline/[\w/]+\.py)`",
+        (ROOT / "CONTRIBUTING.md")
+        .read_text()
+        .partition("## The walk of a recipe\n")[2]
+        .partition("\n## ")[0],
+        flags=re.MULTILINE,
+    )
     assert passed == listed and len(listed) <= MOST
