@@ -1,14 +1,22 @@
-"""Whatever becomes of what shows a run, it trains to its end, and MLflow is told."""
+"""Whatever becomes of what shows a run, it trains to its end, and MLflow is told.
+
+A second driver: on this machine it is refused at once, on another it waits for the lock of a
+machine that may be dead.
+
+What whoever drives makes of signals.
+"""
 
 import errno
 import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +25,12 @@ import pytest
 from rich.console import Console
 
 from pipeline.core.errors import UserError
+from pipeline.launch import driver, signals
 from pipeline.launch import driver as driving
 from pipeline.launch.base import LaunchError, WorkersEnded
-from pipeline.launch.driver import drive
-from pipeline.launch.signals import StopRequest
+from pipeline.launch.driver import drive, driver_lock, this_machine
+from pipeline.launch.signals import ECHO_S, StopRequest, blocked_signal, on_stop_signals
+from pipeline.launch.suite_runs import _stop_requests
 from pipeline.track.journal import Follower, Journal, Record, read
 from pipeline.train.checkpoint import Place, owner_of, place_at
 from pipeline.train.guards import storage
@@ -338,3 +348,215 @@ def test_a_place_of_checkpoints_that_does_not_answer_is_waited_for_and_then_owne
     assert said == [f"{place} does not answer, and is waited for: [Errno 5] Input/output error"]
     owner = owner_of(place_at(str(place), tmp_path))
     assert owner is not None and tokens[1] == owner.token != tokens[0]  # a token of each start
+
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write(sys.argv[2])
+file.flush()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Another process holds the folder, in whose name is said."""
+    started: list[subprocess.Popen[str]] = []
+
+    def hold(holder: str) -> subprocess.Popen[str]:
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", HOLD, str(tmp_path / "driver.lock"), holder],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+        assert started[-1].stdout is not None and started[-1].stdout.readline() == "held\n"
+        return started[-1]
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def other_boot() -> str:
+    return f"{socket.gethostname()} 11111111-2222-3333-4444-555555555555"
+
+
+@pytest.mark.parametrize(
+    "holder",
+    ["gpu-node-7 0123", other_boot()],
+    ids=["another machine", "this one before it was restarted"],
+)
+def test_the_lock_of_a_machine_that_may_be_dead_is_waited_for(
+    tmp_path: Path,
+    held: Callable[[str], subprocess.Popen[str]],
+    capsys: pytest.CaptureFixture[str],
+    holder: str,
+) -> None:
+    process = held(holder)
+    begun, dies = time.monotonic(), threading.Timer(2, process.kill)
+    dies.start()
+    try:
+        with driver_lock(tmp_path):
+            assert time.monotonic() - begun > 1.8
+            assert (tmp_path / "driver.lock").read_text() == this_machine()
+    finally:
+        dies.cancel()
+    host = holder.partition(" ")[0]
+    assert capsys.readouterr().out == (
+        f"{tmp_path.name}: is held by {host}: waiting for up to 600 s, in which a dead machine"
+        " loses it\n"
+    )
+
+
+def test_one_that_lives_elsewhere_is_named_in_the_end(
+    tmp_path: Path, held: Callable[[str], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "PATIENCE_S", 1.2)
+    held("gpu-node-7 0123")
+    with pytest.raises(UserError) as refusal, driver_lock(tmp_path):
+        pass
+    assert str(refusal.value).startswith(
+        f"{tmp_path.name}: is being trained by another process on gpu-node-7, which still holds"
+        " it after "
+    )
+
+
+@pytest.mark.parametrize("holder", [this_machine(), ""], ids=["this machine", "nobody knows whose"])
+def test_on_this_machine_it_is_refused_at_once(
+    tmp_path: Path, held: Callable[[str], subprocess.Popen[str]], holder: str
+) -> None:
+    held(holder)
+    begun = time.monotonic()
+    with pytest.raises(UserError) as refusal, driver_lock(tmp_path):
+        pass
+    assert (
+        str(refusal.value)
+        == f"{tmp_path.name}: is being trained by another process on this machine"
+    )
+    assert 0.9 < time.monotonic() - begun < 10  # `spiketrain runs` may have held it for an instant
+
+
+def test_a_shorter_name_leaves_nothing_of_a_longer_one(tmp_path: Path) -> None:
+    (tmp_path / "driver.lock").write_text("x" * 300)
+    for _ in range(2):
+        with driver_lock(tmp_path):
+            assert (tmp_path / "driver.lock").read_text() == this_machine()
+
+
+class AtOnce(Exception):
+    """Stands for the end of this process."""
+
+
+@pytest.fixture
+def send(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sends a signal to this process, well after the one before."""
+    monkeypatch.setattr(signals, "ECHO_S", 0.01)
+
+    def end(code: int) -> None:
+        raise AtOnce(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+
+    def send(number: int) -> None:
+        time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    return send
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_asks_to_save_and_the_second_ends_at_once(
+    tmp_path: Path, send: Callable[[int], None], number: int
+) -> None:
+    said: list[str] = []
+    request = StopRequest(tmp_path, said.append)
+    with on_stop_signals(request.hear):
+        request.report()
+        assert said == []
+        send(number)
+        assert (tmp_path / "stop").read_text() == signal.Signals(number).name
+        assert said == []  # in the middle of whatever the main thread does
+        for _ in range(2):
+            request.report()
+        assert said == [
+            f"{signal.Signals(number).name}: saving after this step; once more to stop at once"
+        ]
+        with pytest.raises(AtOnce):
+            send(number)
+    assert said[1:] == ["stopped at once; the last checkpoint counts"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
+def test_the_signals_of_schedulers_and_lost_terminals_never_mean_at_once(
+    tmp_path: Path, send: Callable[[int], None], number: int
+) -> None:
+    with on_stop_signals(StopRequest(tmp_path, print).hear):
+        for _ in range(2):
+            send(number)
+        assert (tmp_path / "stop").read_text() == signal.Signals(number).name
+        with pytest.raises(AtOnce):
+            send(signal.SIGTERM)
+
+
+@pytest.fixture
+def ignored() -> Iterator[None]:
+    """As nohup does."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_lost_terminal_that_was_ignored_before_stays_so(
+    tmp_path: Path, send: Callable[[int], None], ignored: None
+) -> None:
+    with on_stop_signals(StopRequest(tmp_path, print).hear):
+        send(signal.SIGHUP)
+        assert not (tmp_path / "stop").exists()
+        send(signal.SIGTERM)
+        assert (tmp_path / "stop").exists()
+
+
+def test_the_two_signals_of_one_wish_to_stop_a_suite_are_one() -> None:
+    """As coreutils' timeout sends them: to its child, and to the group."""
+    with _stop_requests() as asked:
+        for pause in (0.05, ECHO_S + 0.05):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(pause)
+        assert asked() == 1
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert asked() == 1
+        time.sleep(ECHO_S + 0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked() == 2
+
+
+def test_what_was_heard_before_is_heard_again_afterwards() -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    with on_stop_signals(print):
+        assert all(callable(signal.getsignal(number)) for number in numbers)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+CHILD = "import os, signal; os.kill(os.getpid(), signal.SIGHUP); print('alive')"
+
+
+def test_a_signal_that_is_withheld_reaches_us_and_our_children_never() -> None:
+    got: list[int] = []
+    before = signal.signal(signal.SIGHUP, lambda number, frame: got.append(number))
+    try:
+        with blocked_signal(signal.SIGHUP):
+            os.kill(os.getpid(), signal.SIGHUP)
+            child = subprocess.run(
+                [sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True, timeout=60
+            )
+            assert (child.returncode, child.stdout) == (0, "alive\n")
+        assert got == [signal.SIGHUP]
+    finally:
+        signal.signal(signal.SIGHUP, before)

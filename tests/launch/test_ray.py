@@ -1,4 +1,14 @@
-"""What Ray is asked for, without any."""
+"""What Ray is asked for, without any.
+
+What workers are told through their environment.
+
+Of workers that failed together the one is told that the others have failed of.
+
+Which device the workers train on.
+
+Cores and loader threads of a worker: its share of a node with GPUs, one on a CPU, and what
+somebody has said.
+"""
 
 import errno
 import os
@@ -15,16 +25,24 @@ import pytest
 import ray
 import ray.train.torch
 import torch
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch import distributed
+from torch.distributed import DistBackendError, DistNetworkError
 
 from pipeline.core.cores import physical_cores
-from pipeline.core.errors import UserError
+from pipeline.core.errors import DataError, UserError
+from pipeline.core.torch_settings import EXACT
+from pipeline.data.ffcv import tbb
 from pipeline.launch import ray_trainer
-from pipeline.launch.base import LaunchError, NoAnswer, WorkersEnded
+from pipeline.launch.base import LaunchError, NoAnswer, Share, WorkersEnded, share_of, takes_gpus
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray, _train
+from pipeline.launch.ray_cluster import innermost, passed_on, worker_environment
 from pipeline.launch.ray_trainer import NoPlace, OnLoopback
 from pipeline.measure.gpu_driver import UnusableGPUs
 from pipeline.train.job import Job, RankInfo
@@ -320,3 +338,203 @@ def test_ray_is_not_imported_before_its_settings_are_made() -> None:
         ).returncode
         == 0
     )
+
+
+def told(**about: Any) -> dict[str, str]:
+    return worker_environment(
+        **{"threads": 1, "loader_threads": 1, "gpus": False, "alone": False, **about}
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "PYTORCH_ALLOC_CONF",
+        "CUBLAS_WORKSPACE_CONFIG",
+        "TRITON_CACHE_DIR",
+        "TORCHINDUCTOR_CACHE_DIR",
+    ],
+)
+def test_settings_of_compilers_and_allocators_are_passed_on(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "a value")
+    assert passed_on()[name] == told()[name] == "a value"
+
+
+def test_secrets_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_STORE_TOKEN", "secret")
+    monkeypatch.setenv("TORCHINDUCTOR_REMOTE_PASSWORD", "secret")
+    assert "secret" not in told().values()
+
+
+def test_workers_on_cards_are_exact_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in EXACT:
+        monkeypatch.delenv(name, raising=False)
+    assert EXACT.items() <= told(gpus=True).items() and not EXACT.keys() & told().keys()
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    assert told(gpus=True)["NCCL_ALGO"] == "Tree"  # the user's own word
+
+
+ADVICE = "Check the logs of the remote worker before reporting an error. GLHF!"
+CLOSED = RuntimeError(
+    f"[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:38545. {ADVICE}"
+)
+RESET = RuntimeError(
+    "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:39554: Connection reset by peer."
+    f" {ADVICE}"
+)
+LATE = RuntimeError(
+    "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to"
+    " complete"
+)
+REMOTE = DistBackendError(
+    "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error,"
+    " NCCL version 2.29.3\nncclRemoteError: A call failed possibly due to a network error or a"
+    " remote process exiting prematurely."
+)
+STORE = DistNetworkError(
+    "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or"
+    " crash?"
+)
+TAKEN = RuntimeError("worker: its process group was taken away while it trained")
+LOST = (CLOSED, RESET, LATE, REMOTE, STORE, TAKEN)
+DIED = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
+
+
+@pytest.mark.parametrize(
+    "lost", LOST, ids=["closed", "reset", "late", "NCCL", "store", "taken away"]
+)
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (RuntimeError("the cable fell out"), "the cable fell out"),
+        (
+            ConnectionResetError(104, "Connection reset by peer"),
+            "[Errno 104] Connection reset by peer",
+        ),  # by storage
+        (DIED, str(DIED).splitlines()[-1]),
+    ],
+    ids=["raised", "storage", "died"],
+)
+def test_who_has_lost_another_one_is_not_the_cause(
+    lost: Exception, failure: Exception, said: str
+) -> None:
+    assert (
+        innermost(
+            WorkerGroupError(
+                "died", {0: lost, 3: lost, 1: failure, 2: lost, 4: RuntimeError("another cause")}
+            )
+        )
+        == f"worker 1: {said}"
+    )
+
+
+def test_where_all_have_lost_another_one_the_lowest_is_told() -> None:
+    assert innermost(WorkerGroupError("died", {1: RESET, 0: CLOSED})) == f"worker 0: {CLOSED}"
+
+
+def test_what_is_no_worker_s_is_told_with_its_kind() -> None:
+    assert innermost(TimeoutError("first\nnot in time")) == "TimeoutError: not in time"
+
+
+@pytest.mark.parametrize(
+    ("device", "workers", "gpus", "expected"),
+    [
+        ("auto", 2, 0, False),
+        ("auto", 2, 2, True),
+        ("auto", 2, 8, True),
+        ("cpu", 2, 8, False),
+        ("gpu", 1, 1, True),
+    ],
+)
+def test_gpus_are_taken_where_there_is_one_for_each_worker(
+    device, workers: int, gpus: int, expected: bool
+) -> None:
+    assert takes_gpus(device, workers, gpus) is expected
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "told"),
+    [
+        ("auto", 1, "there is 1; take fewer workers or --device cpu"),
+        ("gpu", 0, "there are 0; take --device cpu"),
+        ("gpu", 1, "there is 1; take fewer workers or --device cpu"),
+    ],
+)
+def test_fewer_gpus_than_workers_are_refused(device, gpus: int, told: str) -> None:
+    with pytest.raises(UserError, match=f"^launch: 2 workers need as many GPUs; {told}$"):
+        takes_gpus(device, 2, gpus)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            {"workers": 1, "device": "gpu"},
+            "launch: 1 worker needs a GPU; there are 0; take --device cpu",
+        ),
+        (
+            {"workers": 3, "device": "cpu"},
+            "launch: 3 workers x 1 cpu need 3 cores; the cluster has 2",
+        ),
+    ],
+)
+def test_what_a_cluster_lacks_is_refused_before_anything_is_launched(
+    asked: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for name, value in (("is_initialized", True), ("cluster_resources", {"CPU": 2.0})):
+        monkeypatch.setattr(ray, name, lambda value=value: value)
+    with pytest.raises(UserError) as refused, Ray(**asked):
+        pass
+    assert str(refused.value) == said
+
+
+NODE = {"CPU": 64.0, "GPU": 8.0, "memory": 1e12}
+HEAD = {"CPU": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cores"),
+    [
+        ([NODE], 8),
+        ([NODE, HEAD], 8),
+        ([NODE, {"CPU": 30.0, "GPU": 4.0}], 7),
+        ([{"CPU": 4.0, "GPU": 8.0}], 1),
+        ([{"CPU": 0.0, "GPU": 1.0}], 1),
+        ([], 1),
+    ],
+)
+def test_a_share_of_a_node_with_gpus(nodes: list[dict[str, float]], cores: int) -> None:
+    assert share_of(nodes, gpus=True) == Share(cores, cores)
+
+
+def test_a_worker_on_a_cpu_gets_one() -> None:
+    assert share_of([NODE], gpus=False) == Share(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "share"),
+    [
+        ({"cores": 4}, Share(4, 4)),
+        ({"loader_threads": 2}, Share(8, 2)),
+        ({"cores": 16, "loader_threads": 12}, Share(16, 12)),
+    ],
+)
+def test_what_somebody_has_said_stays(said: dict[str, Any], share: Share) -> None:
+    assert share_of([NODE], gpus=True, **said) == share
+
+
+def test_without_tbb_one_thread_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba's wheels have none for ARM; the reader refuses several threads there."""
+
+    def none() -> None:
+        raise DataError("data: more than 1 loader thread needs TBB")
+
+    monkeypatch.setattr(tbb, "require_tbb", none)
+    assert share_of([NODE], gpus=True) == Share(8, 1)
+    assert share_of([NODE], gpus=True, loader_threads=8) == Share(
+        8, 8
+    )  # refused by the reader, in its own words
