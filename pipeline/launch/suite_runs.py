@@ -13,8 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -182,18 +181,19 @@ def train_side_by_side(suite: SuiteRuns, launcher: Launcher, slots: int, console
 
     failed: Exception | None = None
     stopped = False
-    with _stop_requests() as requests:
+    heard: list[signal.Signals] = []
+    with on_stop_signals(heard.append):
         while True:
-            if requests():
+            if heard:
                 for child in running.values():
-                    child.stop(at_once=requests() > 1)
+                    child.stop(at_once=any(number not in PATIENT for number in heard[1:]))
             for name, child in list(running.items()):
                 if child.ended():
                     del running[name]
                     failed = failed or child.failure()
                     stopped = stopped or not suite.is_over(name)  # only this run was stopped
             is_waiting = False
-            if not requests() and failed is None and not stopped:
+            if not heard and failed is None and not stopped:
                 try:
                     is_waiting = begin_more()
                 except (OSError, ValueError) as error:
@@ -284,19 +284,6 @@ class _ChildDriver:
             lines = self._files.launch_log.read_text(errors="replace").strip().splitlines()
             text = lines[-1] if lines else f"exit status {code}"
         return (UserError if code == 2 else LaunchError)(f"{self.folder.name}: {text}")
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], int]]:
-    """The number of requests to stop. Signals that never mean "at once" count as one."""
-    requests = 0
-
-    def hear(number: signal.Signals) -> None:
-        nonlocal requests
-        requests = max(1, requests) if number in PATIENT else requests + 1
-
-    with on_stop_signals(hear):
-        yield lambda: requests
 
 
 _prctl = ctypes.CDLL(None).prctl  # loaded now: nothing may be loaded between fork and exec

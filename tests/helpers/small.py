@@ -25,6 +25,8 @@ from pipeline.train.weights import load_run
 
 Command = Callable[..., tuple[int, str, str]]
 """from the words of a command to its exit code, stdout and stderr"""
+Done = Callable[..., str]
+"""from the words of a command that ends with exit code 0 to what it prints"""
 Refused = Callable[..., str]
 """from the words of a command to the line that refuses it"""
 

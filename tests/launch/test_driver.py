@@ -17,25 +17,29 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from pipeline.core.errors import UserError
-from pipeline.launch import driver, signals
+from pipeline.launch import driver, signals, suite_runs
 from pipeline.launch import driver as driving
 from pipeline.launch.base import LaunchError, WorkersEnded
 from pipeline.launch.driver import drive, driver_lock, this_machine
+from pipeline.launch.in_process import Inline
 from pipeline.launch.signals import ECHO_S, StopRequest, blocked_signal, on_stop_signals
-from pipeline.launch.suite_runs import _stop_requests
-from pipeline.track.journal import Follower, Journal, Record, read
+from pipeline.launch.suite_runs import train_side_by_side
+from pipeline.track.journal import Follower, Journal, Record
 from pipeline.train.checkpoint import Place, owner_of, place_at
 from pipeline.train.guards import storage
 from pipeline.train.job import Job, note_death
 from tests.helpers.events import event
+from tests.helpers.small import events
 
 START = {"step": 0, "total_steps": 3, "world_size": 1, "rule": "SLTT"}
 
@@ -190,40 +194,43 @@ def test_a_launcher_that_fails_on_a_lost_terminal_leaves_mlflow_told(
     assert Mirror.is_closed
 
 
+def hang(folder: Path, failure: LaunchError, *ranks: int) -> Callable[[int], None]:
+    """An end of the workers in which worker 2 died and these hung."""
+
+    def end(step: int) -> None:
+        note_death(folder, worker=2, error="KeyError: 'cable'")
+        (folder / "stacks").mkdir(exist_ok=True)
+        for rank in ranks:
+            stacks = folder / "stacks" / f"rank{rank}-20260105-120000.txt"
+            stacks.write_text("Timeout (0:30:00)!")
+        raise failure
+
+    return end
+
+
+def lost_workers(folder: Path) -> list[tuple[str, int]]:
+    return [(event["event"], event["worker"]) for event in events(folder, "hung", "died")]
+
+
 def test_workers_that_have_hung_are_named_with_their_stacks_in_the_place_of_a_lost_connection(
     driven: Callable[..., Any], tmp_path: Path
 ) -> None:
     """And the journal has what ended the others; no attempt is left to tell it."""
-
-    def hang(*ranks: int) -> Callable[[int], None]:
-        def end(step: int) -> None:
-            note_death(tmp_path, worker=2, error="KeyError: 'cable'")
-            (tmp_path / "stacks").mkdir(exist_ok=True)
-            for rank in ranks:
-                (tmp_path / "stacks" / f"rank{rank}-20260105-120000.txt").write_text(
-                    "Timeout (0:30:00)!"
-                )
-            raise WorkersEnded("worker 0: Connection closed by peer")
-
-        return end
-
     stacks = [f"{tmp_path}/stacks/rank{rank}-20260105-120000.txt" for rank in range(2)]
     said = (
         "or one that was waited for: no sign of life for too long (--hang-minutes); what its"
         " threads were at is in"
     )
+    closed = WorkersEnded("worker 0: Connection closed by peer")
     for ranks, line in (
         ((1,), f"worker 1, {said} {stacks[1]}"),
-        ((), "worker 0: Connection closed by peer"),  # and what hung before is told
+        ((), str(closed)),  # and what hung before is told
         ((0, 1), f"worker 0, {said} {stacks[0]}"),
     ):
         with pytest.raises(LaunchError, match=f"^{re.escape(line)}$"):
-            driven(io.StringIO(), Launcher(hang(*ranks)))
-    assert [
-        (event["event"], event["worker"])
-        for event in read(tmp_path / "journal.jsonl")
-        if event["event"] in ("hung", "died")
-    ] == [("hung", 1), ("died", 2), ("died", 2), ("hung", 0), ("died", 2)]
+            driven(io.StringIO(), Launcher(hang(tmp_path, closed, *ranks)))
+    lost = [("hung", 1), ("died", 2), ("died", 2), ("hung", 0), ("died", 2)]
+    assert lost_workers(tmp_path) == lost
 
 
 @pytest.mark.parametrize(
@@ -236,19 +243,9 @@ def test_workers_that_have_hung_are_named_with_their_stacks_in_the_place_of_a_lo
 def test_another_end_keeps_its_line_and_the_journal_is_told_of_workers_all_the_same(
     driven: Callable[..., Any], tmp_path: Path, failure: LaunchError, kind: type[Exception]
 ) -> None:
-    def end(step: int) -> None:
-        note_death(tmp_path, worker=2, error="OSError: it is full")
-        (tmp_path / "stacks").mkdir()
-        (tmp_path / "stacks" / "rank1-20260105-120000.txt").write_text("Timeout (0:30:00)!")
-        raise failure
-
     with pytest.raises(kind, match=f"^{failure}$"):
-        driven(io.StringIO(), Launcher(end))
-    assert [
-        (event["event"], event["worker"])
-        for event in read(tmp_path / "journal.jsonl")
-        if event["event"] in ("hung", "died")
-    ] == [("hung", 1), ("died", 2)]
+        driven(io.StringIO(), Launcher(hang(tmp_path, failure, 1)))
+    assert lost_workers(tmp_path) == [("hung", 1), ("died", 2)]
 
 
 def test_a_journal_that_takes_no_more_leaves_the_line_that_the_workers_ended_with(
@@ -522,18 +519,51 @@ def test_a_lost_terminal_that_was_ignored_before_stays_so(
         assert (tmp_path / "stop").exists()
 
 
-def test_the_two_signals_of_one_wish_to_stop_a_suite_are_one() -> None:
+def test_two_signals_of_one_wish_are_one() -> None:
     """As coreutils' timeout sends them: to its child, and to the group."""
-    with _stop_requests() as asked:
+    heard: list[signal.Signals] = []
+    with on_stop_signals(heard.append):
         for pause in (0.05, ECHO_S + 0.05):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(pause)
-        assert asked() == 1
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert asked() == 1
-        time.sleep(ECHO_S + 0.05)
+        assert heard == [signal.SIGTERM]
         os.kill(os.getpid(), signal.SIGTERM)
-        assert asked() == 2
+        assert heard == [signal.SIGTERM] * 2
+
+
+@pytest.mark.parametrize(
+    ("heard", "at_once"),
+    [
+        ([signal.SIGTERM], False),
+        ([signal.SIGTERM, signal.SIGUSR1], False),
+        ([signal.SIGTERM, signal.SIGTERM], True),
+        ([signal.SIGUSR1, signal.SIGHUP, signal.SIGINT], True),
+    ],
+)
+def test_a_suite_stops_its_runs_at_once_only_by_a_second_signal_of_a_user(
+    monkeypatch: pytest.MonkeyPatch, heard: list[signal.Signals], at_once: bool
+) -> None:
+    asked: list[bool] = []
+    run = SimpleNamespace(
+        stop=lambda at_once: asked.append(at_once), ended=lambda: True, failure=lambda: None
+    )
+    suite: Any = SimpleNamespace(
+        left=lambda: [] if asked else [SimpleNamespace(name="one")],
+        is_over=lambda name: True,
+        can_begin=lambda recipe: True,
+        where={"one": Path("nowhere")},
+        job=lambda recipe: None,
+    )
+
+    @contextmanager
+    def signals_come(hear: Callable[[signal.Signals], None]) -> Iterator[None]:
+        monkeypatch.setattr(suite_runs.time, "sleep", lambda seconds: [*map(hear, heard)])
+        yield
+
+    monkeypatch.setattr(suite_runs, "on_stop_signals", signals_come)
+    monkeypatch.setattr(suite_runs, "_ChildDriver", lambda *given: run)
+    train_side_by_side(suite, Inline(), 1, Console())
+    assert asked == [at_once]
 
 
 def test_what_was_heard_before_is_heard_again_afterwards() -> None:

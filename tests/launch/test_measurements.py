@@ -34,8 +34,6 @@ SWEEP = Measurement("by-t", "sweep", NAMES, {"steps": [2, 3]})
 
 @pytest.fixture
 def made(tmp_path: Path) -> Callable[..., Path]:
-    """The folder of a suite whose runs have finished on this machine, or on another one."""
-
     def make(suite: Suite, **machine: Any) -> Path:
         folder = tmp_path / "suite"
         folder.mkdir()

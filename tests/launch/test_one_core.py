@@ -70,7 +70,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def launch(folder: Path) -> Iterator[Launch]:
-    """`spiketrain WORDS` of the run of this name, on one core; a launch is one of one worker."""
     started: list[Driver] = []
 
     def started_now(verb: str, name: str, *words: str) -> Driver:
@@ -100,12 +99,10 @@ def launch(folder: Path) -> Iterator[Launch]:
 
 
 def at_step(driver: Driver, step: int) -> None:
-    """Much later than where every worker has a core of its own."""
     driver.wait_for(lambda event: event["event"] == "step" and event["step"] >= step, within=600)
 
 
 def ends(driver: Driver, code: int, last: str) -> None:
-    """With this exit code, this in its last line, and nothing left of it soon after that line."""
     assert driver.end(within=600) == code, driver.log.read_text()[-3000:]
     said = driver.log.stat().st_mtime
     while left := of_a_launch(driver.run.parent.parent):

@@ -43,6 +43,7 @@ from tests.helpers.s3 import s3_server
 
 ONE = NodeReport("one", {"python": "3.11.7", **dict.fromkeys(PACKAGES, "1.0")})
 TWO = replace(ONE, name="two")
+WITH_GPU = replace(ONE, gpus=("H100",))
 SCRIPT = """
 import sys, time
 from pathlib import Path
@@ -102,14 +103,11 @@ def test_one_of_two_nodes_raises_and_hangs(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_ffcv(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes seconds."""
     monkeypatch.setattr(module, "_try_reading", lambda: [Finding("ffcv", "ok", "read")])
 
 
 @pytest.fixture
 def sick(monkeypatch: pytest.MonkeyPatch, no_ffcv: None) -> None:
-    """A cluster of two nodes: one is this process, and one does not answer."""
-
     def run_on_each(work: Any, given: Any, *, within_s: float) -> list[Any]:
         return [
             work(given({"CPU": 4.0})),
@@ -127,7 +125,6 @@ def run(runs: Path, address: str | None = "auto", at: str | None = None) -> Any:
 
 @pytest.mark.usefixtures("sick")
 def test_a_node_that_does_not_answer_hides_no_other(tmp_path: Path) -> None:
-    """The driver holds a lock meanwhile; without it `storage` would be bad."""
     found = run(tmp_path)
     [bad] = [each for each in found if each.state == "bad"]
     assert (bad.check, bad.text) == (
@@ -176,7 +173,6 @@ def test_an_address_with_credentials_is_refused_first(address: str, tmp_path: Pa
 def test_a_full_disk_is_reported_with_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk with no room even for a marker."""
     monkeypatch.setattr(
         module, "_marker_in", raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     )
@@ -197,39 +193,37 @@ def raising(error: Exception) -> Callable[..., Any]:
 # ------------------------------------------------------------------------------ nodes are compared
 
 
-def of(*reports: NodeReport) -> list[Finding]:
-    return [each for each in compare(reports) if each.state != "ok"]
+@pytest.mark.parametrize(
+    ("reports", "found"),
+    [
+        ([], []),
+        ([ONE], []),
+        ([ONE, TWO], []),
+        (
+            [ONE, replace(TWO, versions={**ONE.versions, "torch": "2.0"})],
+            [("bad", "torch: one has 1.0, two has 2.0")],
+        ),
+        (
+            [replace(ONE, versions={**ONE.versions, "ffcv": "not installed"})],
+            [("bad", "ffcv is not installed")],
+        ),
+        ([WITH_GPU, replace(TWO, gpus=("A100",))], [("warn", "one: H100; two: A100")]),
+        # Its driver may have been gone as Ray counted.
+        ([WITH_GPU, TWO], [("warn", "one: H100; two: no GPU")]),
+        # A head without workers and a node with a bad GPU are not compared.
+        ([WITH_GPU, replace(TWO, trains=False)], []),
+        ([WITH_GPU, replace(TWO, findings=(Finding("gpus", "bad", "x"),))], []),
+    ],
+)
+def test_nodes_are_compared(reports: list[NodeReport], found: list[tuple[str, str]]) -> None:
+    differ = [each for each in compare(reports) if each.state != "ok"]
+    assert [(each.state, each.text) for each in differ] == found
+    assert all(each.advice for each in differ)
 
 
 def test_nodes_that_are_alike() -> None:
     both, alone = (next(compare(reports)).text for reports in ([ONE, TWO], [ONE]))
-    assert both == f"{alone}, the same on 2 nodes" and of(ONE, TWO) == of(ONE) == of() == []
-
-
-@pytest.mark.parametrize(
-    ("other", "state", "text"),
-    [
-        ({"versions": {**ONE.versions, "torch": "2.0"}}, "bad", "torch: one has 1.0, two has 2.0"),
-        ({"gpus": ("A100",)}, "warn", "one: H100; two: A100"),
-        ({}, "warn", "one: H100; two: no GPU"),  # its driver may have been gone as Ray counted
-    ],
-)
-def test_a_node_that_differs(other: dict[str, Any], state: str, text: str) -> None:
-    (found,) = of(
-        ONE if "versions" in other else replace(ONE, gpus=("H100",)), replace(TWO, **other)
-    )
-    assert (found.state, found.text) == (state, text) and found.advice
-
-
-def test_what_is_installed_nowhere() -> None:
-    (found,) = of(replace(ONE, versions={**ONE.versions, "ffcv": "not installed"}))
-    assert (found.state, found.text) == ("bad", "ffcv is not installed")
-
-
-def test_a_head_without_workers_and_a_node_with_a_bad_gpu_are_not_compared() -> None:
-    with_gpu = replace(ONE, gpus=("H100",))
-    assert of(with_gpu, replace(TWO, trains=False)) == []
-    assert of(with_gpu, replace(TWO, findings=(Finding("gpus", "bad", "x"),))) == []
+    assert both == f"{alone}, the same on 2 nodes"
 
 
 # ------------------------------------------------------------------------------------ on one node
@@ -237,7 +231,6 @@ def test_a_head_without_workers_and_a_node_with_a_bad_gpu_are_not_compared() -> 
 
 @pytest.fixture
 def driver(tmp_path: Path, no_ffcv: None) -> Iterator[Store]:
-    """The folder of runs, with the driver's marker in it, which is locked."""
     with module._marker_in(str(tmp_path)) as marker:
         yield Store(str(tmp_path), marker)
 
@@ -439,7 +432,6 @@ def test_doctor_examines_a_cluster(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])
 def test_processes_add_up_a_number(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    """Without a GPU: both sums are asked for, and a wrong one is refused."""
     devices: list[str] = []
     sums = [3, 3, 4, 4]
 
@@ -582,7 +574,6 @@ def test_a_tracking_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_store_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow makes it and its folder."""
     for file in (kept := tmp_path / "x.db", tmp_path / "not" / "there" / "x.db"):
         assert of_mlflow(f"sqlite:///{file}").state == "ok"
     kept.touch()

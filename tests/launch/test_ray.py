@@ -39,7 +39,7 @@ from pipeline.core.errors import DataError, UserError
 from pipeline.core.torch_settings import EXACT
 from pipeline.data.ffcv import tbb
 from pipeline.launch import ray_trainer
-from pipeline.launch.base import LaunchError, NoAnswer, Share, WorkersEnded, share_of, takes_gpus
+from pipeline.launch.base import Device, LaunchError, NoAnswer, WorkersEnded, share_of, takes_gpus
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray, _train
 from pipeline.launch.ray_cluster import innermost, passed_on, worker_environment
@@ -48,29 +48,26 @@ from pipeline.measure.gpu_driver import UnusableGPUs
 from pipeline.train.job import Job, RankInfo
 
 
-@pytest.mark.parametrize("hang_minutes", [0.3, 30.0, 600.0])
+@pytest.mark.parametrize(
+    ("hang_minutes", "least"),
+    [
+        *((minutes, timedelta(minutes=minutes, seconds=300)) for minutes in (0.3, 30.0, 600.0)),
+        (0.0, timedelta(days=1, seconds=1)),  # nobody watches
+    ],
+)
 def test_workers_wait_for_one_another_until_long_after_a_watchdog_has_ended_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hang_minutes: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hang_minutes: float, least: timedelta
 ) -> None:
     """Else the one that is well gives up first, and Ray ends the other before it has said what it
     hangs in.
     """
-    assert patience_in_a_worker(tmp_path, monkeypatch, hang_minutes) >= timedelta(
-        minutes=hang_minutes, seconds=300
-    )
-
-
-def test_where_nobody_watches_they_wait_for_more_than_a_day(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert patience_in_a_worker(tmp_path, monkeypatch, 0.0) > timedelta(days=1)
+    assert patience_in_a_worker(tmp_path, monkeypatch, hang_minutes) >= least
 
 
 @pytest.mark.parametrize("hang_minutes", [0.0, 600.0])
 def test_workers_that_do_not_find_one_another_say_so_within_ten_minutes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hang_minutes: float
 ) -> None:
-    """No watchdog looks at them yet."""
     assert (
         run(tmp_path, monkeypatch, None, hang_minutes=hang_minutes)["torch_config"].timeout_s == 600
     )
@@ -83,7 +80,6 @@ def test_workers_that_do_not_find_one_another_say_so_within_ten_minutes(
 def test_a_cluster_is_of_this_machine_alone_where_all_of_its_nodes_are_on_loopback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, addresses: list[str], alone: bool
 ) -> None:
-    """Whatever address this process, which may be a client's of elsewhere, has itself."""
     asked = run(
         tmp_path,
         monkeypatch,
@@ -129,34 +125,23 @@ NODES = [
 @pytest.mark.parametrize(
     ("said", "cores", "loaders"),
     [
-        ({}, 8, 8),
-        ({"cpus_per_worker": 4}, 4, 4),
-        ({"cpus_per_worker": 4, "loader_threads": 3}, 4, 3),
+        ({"device": "auto"}, 8, 8),
+        ({"device": "auto", "cpus_per_worker": 4}, 4, 4),
+        ({"device": "auto", "cpus_per_worker": 4, "loader_threads": 3}, 4, 3),
+        ({"device": "cpu"}, 1, 1),
     ],
 )
-def test_a_worker_with_a_gpu_gets_its_share_of_the_node(
+def test_a_worker_with_a_gpu_gets_its_share_of_the_node_and_one_on_a_cpu_a_core(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], cores: int, loaders: int
 ) -> None:
-    asked = run(
-        tmp_path,
-        monkeypatch,
-        None,
-        nodes=NODES,
-        resources={"CPU": 128.0, "GPU": 16.0},
-        launcher=Ray(workers=2, device="auto", address="10.0.0.1:6379", **said),
-    )
-    assert asked["scaling_config"].resources_per_worker == {"CPU": cores, "GPU": 1}
+    resources = {"CPU": 128.0, "GPU": 16.0}
+    launcher = Ray(workers=2, address="10.0.0.1:6379", **said)
+    asked = run(tmp_path, monkeypatch, None, nodes=NODES, resources=resources, launcher=launcher)
+    gpu = {} if said["device"] == "cpu" else {"GPU": 1}
+    assert asked["scaling_config"].resources_per_worker == {"CPU": cores, **gpu}
     assert (asked["job"]["threads"], asked["job"]["loader_threads"]) == (cores, loaders)
     told = asked["run_config"].worker_runtime_env["env_vars"]
     assert (told["OMP_NUM_THREADS"], told["NUMBA_NUM_THREADS"]) == (str(cores), str(loaders))
-
-
-def test_a_worker_on_a_cpu_gets_one_core_as_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = run(tmp_path, monkeypatch, None, nodes=NODES, resources={"CPU": 128.0, "GPU": 16.0})
-    assert asked["scaling_config"].resources_per_worker == {"CPU": 1}
-    assert (asked["job"]["threads"], asked["job"]["loader_threads"]) == (1, 1)
 
 
 def in_a_cluster(patch: pytest.MonkeyPatch, **resources: float) -> None:
@@ -213,27 +198,45 @@ def test_so_are_those_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("about", "said"),
+    ("about", "resources", "said"),
     [
-        ({"workers": 17}, "launch: 17 workers need as many GPUs; there are 16"),
         (
-            {"workers": 9, "cpus_per_worker": 16},
+            {"workers": 17, "device": "gpu"},
+            {"CPU": 128.0, "GPU": 16.0},
+            "launch: 17 workers need as many GPUs; there are 16; take fewer workers or --device"
+            " cpu",
+        ),
+        (
+            {"workers": 9, "device": "gpu", "cpus_per_worker": 16},
+            {"CPU": 128.0, "GPU": 16.0},
             "launch: 9 workers x 16 cpus need 144 cores; the cluster has 128",
+        ),
+        (
+            {"workers": 1, "device": "gpu"},
+            {"CPU": 2.0},
+            "launch: 1 worker needs a GPU; there are 0; take --device cpu",
+        ),
+        (
+            {"workers": 3, "device": "cpu"},
+            {"CPU": 2.0},
+            "launch: 3 workers x 1 cpu need 3 cores; the cluster has 2",
         ),
     ],
 )
 def test_more_than_there_is_is_refused_at_once(
-    about: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+    about: dict[str, Any],
+    resources: dict[str, float],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    in_a_cluster(monkeypatch, CPU=128.0, GPU=16.0)
-    with pytest.raises(UserError, match=f"^{said}"), Ray(address="auto", device="gpu", **about):
+    in_a_cluster(monkeypatch, **resources)
+    with pytest.raises(UserError, match=f"^{said}$"), Ray(address="auto", **about):
         pass
 
 
 def test_a_wait_for_places_in_vain_ends_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray says so of a fixed number, `Resizing` of several."""
     for failure in (WorkerGroupStartupTimeoutError(2), NoPlace("in vain")):
         with pytest.raises(
             LaunchError,
@@ -260,7 +263,6 @@ def test_of_what_the_user_alone_can_change_it_says_so(
 
 
 def patience_in_a_worker(folder: Path, patch: pytest.MonkeyPatch, hang_minutes: float) -> timedelta:
-    """Of the process group of all workers, while one of them trains."""
     context = SimpleNamespace(
         get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0
     )
@@ -304,7 +306,6 @@ def run(
     launcher: Ray | None = None,
     **about: Any,
 ) -> dict[str, Any]:
-    """What Ray's trainer is asked for two workers, which end with `error`."""
     asked: dict[str, Any] = {}
 
     def fit() -> SimpleNamespace:
@@ -347,26 +348,23 @@ def told(**about: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "is_passed_on"),
     [
-        "PYTORCH_CUDA_ALLOC_CONF",
-        "PYTORCH_ALLOC_CONF",
-        "CUBLAS_WORKSPACE_CONFIG",
-        "TRITON_CACHE_DIR",
-        "TORCHINDUCTOR_CACHE_DIR",
+        ("PYTORCH_CUDA_ALLOC_CONF", True),
+        ("PYTORCH_ALLOC_CONF", True),
+        ("CUBLAS_WORKSPACE_CONFIG", True),
+        ("TRITON_CACHE_DIR", True),
+        ("TORCHINDUCTOR_CACHE_DIR", True),
+        ("TRITON_STORE_TOKEN", False),
+        ("TORCHINDUCTOR_REMOTE_PASSWORD", False),
     ],
 )
-def test_settings_of_compilers_and_allocators_are_passed_on(
-    name: str, monkeypatch: pytest.MonkeyPatch
+def test_settings_of_compilers_and_allocators_are_passed_on_and_secrets_are_not(
+    name: str, is_passed_on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, "a value")
-    assert passed_on()[name] == told()[name] == "a value"
-
-
-def test_secrets_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_STORE_TOKEN", "secret")
-    monkeypatch.setenv("TORCHINDUCTOR_REMOTE_PASSWORD", "secret")
-    assert "secret" not in told().values()
+    assert (passed_on().get(name) == told().get(name) == "a value") == is_passed_on
+    assert ("a value" in told().values()) == is_passed_on
 
 
 def test_workers_on_cards_are_exact_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,9 +431,6 @@ def test_who_has_lost_another_one_is_not_the_cause(
 
 def test_where_all_have_lost_another_one_the_lowest_is_told() -> None:
     assert innermost(WorkerGroupError("died", {1: RESET, 0: CLOSED})) == f"worker 0: {CLOSED}"
-
-
-def test_what_is_no_worker_s_is_told_with_its_kind() -> None:
     assert innermost(TimeoutError("first\nnot in time")) == "TimeoutError: not in time"
 
 
@@ -447,49 +442,19 @@ def test_what_is_no_worker_s_is_told_with_its_kind() -> None:
         ("auto", 2, 8, True),
         ("cpu", 2, 8, False),
         ("gpu", 1, 1, True),
+        ("auto", 2, 1, "there is 1; take fewer workers or --device cpu"),
+        ("gpu", 2, 0, "there are 0; take --device cpu"),
+        ("gpu", 2, 1, "there is 1; take fewer workers or --device cpu"),
     ],
 )
 def test_gpus_are_taken_where_there_is_one_for_each_worker(
-    device, workers: int, gpus: int, expected: bool
+    device: Device, workers: int, gpus: int, expected: bool | str
 ) -> None:
-    assert takes_gpus(device, workers, gpus) is expected
-
-
-@pytest.mark.parametrize(
-    ("device", "gpus", "told"),
-    [
-        ("auto", 1, "there is 1; take fewer workers or --device cpu"),
-        ("gpu", 0, "there are 0; take --device cpu"),
-        ("gpu", 1, "there is 1; take fewer workers or --device cpu"),
-    ],
-)
-def test_fewer_gpus_than_workers_are_refused(device, gpus: int, told: str) -> None:
-    with pytest.raises(UserError, match=f"^launch: 2 workers need as many GPUs; {told}$"):
-        takes_gpus(device, 2, gpus)
-
-
-@pytest.mark.parametrize(
-    ("asked", "said"),
-    [
-        (
-            {"workers": 1, "device": "gpu"},
-            "launch: 1 worker needs a GPU; there are 0; take --device cpu",
-        ),
-        (
-            {"workers": 3, "device": "cpu"},
-            "launch: 3 workers x 1 cpu need 3 cores; the cluster has 2",
-        ),
-    ],
-)
-def test_what_a_cluster_lacks_is_refused_before_anything_is_launched(
-    asked: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    for name, value in (("is_initialized", True), ("cluster_resources", {"CPU": 2.0})):
-        monkeypatch.setattr(ray, name, lambda value=value: value)
-    with pytest.raises(UserError) as refused, Ray(**asked):
-        pass
-    assert str(refused.value) == said
+    if isinstance(expected, bool):
+        assert takes_gpus(device, workers, gpus) is expected
+        return
+    with pytest.raises(UserError, match=f"^launch: 2 workers need as many GPUs; {expected}$"):
+        takes_gpus(device, workers, gpus)
 
 
 NODE = {"CPU": 64.0, "GPU": 8.0, "memory": 1e12}
@@ -497,34 +462,24 @@ HEAD = {"CPU": 4.0}
 
 
 @pytest.mark.parametrize(
-    ("nodes", "cores"),
+    ("nodes", "said", "share"),
     [
-        ([NODE], 8),
-        ([NODE, HEAD], 8),
-        ([NODE, {"CPU": 30.0, "GPU": 4.0}], 7),
-        ([{"CPU": 4.0, "GPU": 8.0}], 1),
-        ([{"CPU": 0.0, "GPU": 1.0}], 1),
-        ([], 1),
+        ([NODE], {"gpus": True}, (8, 8)),
+        ([NODE, HEAD], {"gpus": True}, (8, 8)),
+        ([NODE, {"CPU": 30.0, "GPU": 4.0}], {"gpus": True}, (7, 7)),
+        ([{"CPU": 4.0, "GPU": 8.0}], {"gpus": True}, (1, 1)),
+        ([{"CPU": 0.0, "GPU": 1.0}], {"gpus": True}, (1, 1)),
+        ([], {"gpus": True}, (1, 1)),
+        ([NODE], {"gpus": False}, (1, 1)),
+        ([NODE], {"gpus": True, "cores": 4}, (4, 4)),
+        ([NODE], {"gpus": True, "loader_threads": 2}, (8, 2)),
+        ([NODE], {"gpus": True, "cores": 16, "loader_threads": 12}, (16, 12)),
     ],
 )
-def test_a_share_of_a_node_with_gpus(nodes: list[dict[str, float]], cores: int) -> None:
-    assert share_of(nodes, gpus=True) == Share(cores, cores)
-
-
-def test_a_worker_on_a_cpu_gets_one() -> None:
-    assert share_of([NODE], gpus=False) == Share(1, 1)
-
-
-@pytest.mark.parametrize(
-    ("said", "share"),
-    [
-        ({"cores": 4}, Share(4, 4)),
-        ({"loader_threads": 2}, Share(8, 2)),
-        ({"cores": 16, "loader_threads": 12}, Share(16, 12)),
-    ],
-)
-def test_what_somebody_has_said_stays(said: dict[str, Any], share: Share) -> None:
-    assert share_of([NODE], gpus=True, **said) == share
+def test_the_share_of_a_worker_and_what_somebody_has_said_stays(
+    nodes: list[dict[str, float]], said: dict[str, Any], share: tuple[int, int]
+) -> None:
+    assert share_of(nodes, **said) == share
 
 
 def test_without_tbb_one_thread_reads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -534,7 +489,6 @@ def test_without_tbb_one_thread_reads(monkeypatch: pytest.MonkeyPatch) -> None:
         raise DataError("data: more than 1 loader thread needs TBB")
 
     monkeypatch.setattr(tbb, "require_tbb", none)
-    assert share_of([NODE], gpus=True) == Share(8, 1)
-    assert share_of([NODE], gpus=True, loader_threads=8) == Share(
-        8, 8
-    )  # refused by the reader, in its own words
+    assert share_of([NODE], gpus=True) == (8, 1)
+    # The reader refuses this, in its own words.
+    assert share_of([NODE], gpus=True, loader_threads=8) == (8, 8)

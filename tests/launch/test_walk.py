@@ -67,7 +67,6 @@ main()
 
 
 def files_of(stack: Path) -> list[str]:
-    """The program's files of a written stack."""
     paths = [Path(line) for line in stack.read_text().splitlines()]
     return [str(path.relative_to(ROOT)) for path in paths if path.is_relative_to(ROOT / "pipeline")]
 
