@@ -247,7 +247,7 @@ class Resizing(ElasticScalingPolicy):
         self._wanted: ResizeDecision | None = None
         self._asked = self._ticked = 0.0
         self._none_since: float | None = None  # When the workers were gone; None: there are workers
-        self._is_journalled = self._is_tried_late = False
+        self._is_journalled = False
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
         staying = {node["NodeID"] for node in alive_nodes()} - set(state.get_draining_nodes())
@@ -261,7 +261,7 @@ class Resizing(ElasticScalingPolicy):
 
         Raises:
             NoPlace: no workers have started within an hour, even if there was room for them at
-                times. Room that appears later is tried once.
+                times.
         """
         self._wanted = None
         decision = super().make_decision_for_non_running_worker_group()
@@ -270,12 +270,10 @@ class Resizing(ElasticScalingPolicy):
             raise WorkerGroupStartupTimeoutError(self.sizes[0])
         if self._none_since is None:
             self._none_since = time.monotonic()
-            self._is_journalled = self._is_tried_late = False
+            self._is_journalled = False
         without_s = time.monotonic() - self._none_since
         if without_s > PLACES_S:
-            if is_waiting or self._is_tried_late:
-                raise NoPlace(no_place(self.sizes[0]))
-            self._is_tried_late = True
+            raise NoPlace(no_place(self.sizes[0]))
         if is_waiting and without_s > LOOK_S and not self._is_journalled:
             with suppress(OSError):  # tried again at the next look
                 journal_waiting(self.folder, self.sizes[0])

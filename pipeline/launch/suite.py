@@ -9,6 +9,7 @@ a file in the suite's folder. A resume makes the measurements whose file is miss
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -129,20 +130,15 @@ def _train(suite: SuiteRuns, launcher: Launcher, slots: int) -> Path | None:
         say(console, f"{slots} runs at a time, each on cores and cards of its own (--side-by-side)")
     else:  # one run at a time needs no cores of its own
         suite = replace(suite, cluster=replace(suite.cluster, side_by_side=1))
-    is_ours = False
-    try:
-        with driver_lock(folder):
-            is_ours = True
-            train = train_side_by_side if slots > 1 else _train_in_turn
+    with ExitStack() as at_the_end, driver_lock(folder):
+        at_the_end.callback(_sync_states, suite, console)
+        train = train_side_by_side if slots > 1 else _train_in_turn
+        try:
             done = train(suite, launcher, slots, console)
             if done:
-                try:
-                    measure_the_rest(folder, suite.suite_file.suite, trust=suite.trust)
-                except KeyboardInterrupt:
-                    done = False
-    finally:
-        if is_ours:
-            _sync_states(suite, console)
+                measure_the_rest(folder, suite.suite_file.suite, trust=suite.trust)
+        except KeyboardInterrupt:  # between two runs, or during a measurement
+            done = False
     if done:
         return folder
     say_stopped(console, resume)
@@ -172,20 +168,17 @@ def _train_in_turn(suite: SuiteRuns, launcher: Launcher, slots: int, console: Co
     """
     del slots
     left = suite.left()
-    try:
-        for recipe in left:
-            try:
-                job = suite.job(recipe)
-                if drive(job, launcher, console, address=suite.resume_address) is None:
-                    return False
-            except UserError:
-                if not suite.is_over(recipe.name):
-                    raise
-            # A request during a run's last batch comes too late for the run, and stops the suite.
-            if was_stopped(suite.where[recipe.name]) and recipe is not left[-1]:
+    for recipe in left:
+        try:
+            job = suite.job(recipe)
+            if drive(job, launcher, console, address=suite.resume_address) is None:
                 return False
-    except KeyboardInterrupt:  # between two runs
-        return False
+        except UserError:
+            if not suite.is_over(recipe.name):
+                raise
+        # A request during a run's last batch comes too late for the run, and stops the suite.
+        if was_stopped(suite.where[recipe.name]) and recipe is not left[-1]:
+            return False
     return True
 
 

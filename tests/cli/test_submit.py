@@ -75,26 +75,6 @@ def test_workers_that_come_and_go(launch: Command) -> None:
     assert [group[name] for name in ("minReplicas", "replicas", "maxReplicas")] == [2, 2, 4]
 
 
-@pytest.mark.parametrize("cluster", ["slurm --nodes 1 --time 1", "ray://h:8265", f"k8s {CPU_PODS}"])
-@pytest.mark.parametrize(
-    "recipe", [SMALL, f"{SMALL} recipes/fashion/bptt.py"], ids=["recipe", "suite"]
-)
-def test_what_the_launch_would_refuse_is_not_handed_over(
-    launch: Command, cluster: str, recipe: str
-) -> None:
-    code, out, err = launch(
-        *recipe.split(),
-        "--workers",
-        "7",
-        "--name",
-        "mine",
-        "--dry-run",
-        "--cluster",
-        *cluster.split(),
-    )
-    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and "divide by 7 workers" in err
-
-
 def test_weights_that_lie_on_the_cluster_alone_are_no_reason(launch: Command) -> None:
     code, out, err = launch(
         SMALL,
@@ -167,56 +147,6 @@ def test_nobody_there_is_one_line(launch: Command, monkeypatch: pytest.MonkeyPat
     assert code == 2 and len(err.splitlines()) == 1 and "Failed to connect to Ray" in err
 
 
-BOTH = f"{SMALL} recipes/fashion/bptt.py"
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (
-            f"{SMALL} --cluster ray://h:1 --side-by-side 2",
-            "--side-by-side is for several runs; got 2 with fashion-sltt alone",
-        ),
-        (
-            f"{BOTH} --cluster k8s {CPU_PODS} --workers 4 --side-by-side 8",
-            (
-                "k8s: 8 runs side by side of 4 workers x 1 cpu must fit into pods of 4 cores, of"
-                " which "
-            ),
-        ),
-        (
-            (
-                f"{BOTH} --cluster slurm --nodes 2 --time 1 --gpus-per-node 4 --workers 4"
-                " --side-by-side 3"
-            ),
-            (
-                "slurm: each worker takes a GPU; got 3 runs side by side of 4 workers on 2 nodes x"
-                " 4 GPUs"
-            ),
-        ),
-        (
-            f"{BOTH} --cluster slurm --nodes 2 --time 1 --gpus-per-node 4 --side-by-side 2",
-            (
-                "slurm: each worker takes a GPU; got 2 runs side by side of 8 workers on 2 nodes x"
-                " 4 GPUs"
-            ),
-        ),
-        (
-            (
-                f"{BOTH} --cluster slurm --nodes 1 --time 1 --gpus-per-node 1 --workers 1"
-                " --side-by-side 2"
-            ),
-            "slurm: each worker takes a GPU; got 2 runs side by side of 1 worker on 1 node x 1 GPU",
-        ),
-    ],
-)
-def test_runs_side_by_side_that_the_launch_would_refuse_are_not_handed_over(
-    launch: Command, words: str, said: str
-) -> None:
-    code, out, err = launch(*words.split(), "--name", "mine", "--dry-run")
-    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and said in err
-
-
 LAB = """
 from pipeline.models.nf_resnet import nf_resnet18_small
 
@@ -254,6 +184,10 @@ def test_what_whoever_resumes_would_not_import_is_not_handed_over(
     assert f"handed_lab.{untrusted} is not in a trusted package" in err
     code, out, err = launch(*words, "--trust", "handed_lab")
     assert code == 0 and " --trust handed_lab " in out, err
+
+
+BOTH, MINE = f"{SMALL} recipes/fashion/bptt.py", "--name mine --dry-run"
+NODES = "slurm --nodes 2 --time 1 --gpus-per-node 4"
 
 
 @pytest.mark.parametrize(
@@ -314,10 +248,50 @@ def test_what_whoever_resumes_would_not_import_is_not_handed_over(
             )
             for where in (f"k8s {CPU_PODS}", "slurm --nodes 1 --time 1", "ray://a:1")
         ),
+        # What the launch would refuse is not handed over.
+        *(
+            (
+                f"{recipe} --workers 7 {MINE} --cluster {cluster}",
+                "divide by 7 workers",
+            )
+            for cluster in ("slurm --nodes 1 --time 1", "ray://h:8265", f"k8s {CPU_PODS}")
+            for recipe in (SMALL, BOTH)
+        ),
+        (
+            f"{SMALL} {MINE} --cluster ray://h:1 --side-by-side 2",
+            "--side-by-side is for several runs; got 2 with fashion-sltt alone",
+        ),
+        (
+            f"{BOTH} {MINE} --cluster k8s {CPU_PODS} --workers 4 --side-by-side 8",
+            (
+                "k8s: 8 runs side by side of 4 workers x 1 cpu must fit into pods of 4 cores, of"
+                " which "
+            ),
+        ),
+        (
+            (f"{BOTH} {MINE} --cluster {NODES} --workers 4 --side-by-side 3"),
+            (
+                "slurm: each worker takes a GPU; got 3 runs side by side of 4 workers on 2 nodes x"
+                " 4 GPUs"
+            ),
+        ),
+        (
+            f"{BOTH} {MINE} --cluster {NODES} --side-by-side 2",
+            (
+                "slurm: each worker takes a GPU; got 2 runs side by side of 8 workers on 2 nodes x"
+                " 4 GPUs"
+            ),
+        ),
+        (
+            f"{BOTH} {MINE} --cluster slurm --nodes 1 --time 1 --gpus-per-node 1 --workers 1"
+            " --side-by-side 2",
+            "slurm: each worker takes a GPU; got 2 runs side by side of 1 worker on 1 node x 1 GPU",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(launch: Command, words: str, said: str) -> None:
-    code, out, err = launch(RECIPE, *words.split())
+    recipe = () if words.startswith("recipes/") else (RECIPE,)
+    code, out, err = launch(*recipe, *words.split())
     assert (code, out) == (2, "") and len(err.splitlines()) == 1
     assert said in err and "secret" not in err, err
 

@@ -45,8 +45,6 @@ START = {"step": 0, "total_steps": 3, "world_size": 1, "rule": "SLTT"}
 
 
 class Mirror:
-    """Stands for MLflow's: whether the last one was closed."""
-
     is_closed = False
 
     def __init__(self, run: Path, **about: Any) -> None:
@@ -58,8 +56,6 @@ class Mirror:
 
 
 class Launcher:
-    """Trains for three steps, and says so in the journal; `meanwhile` happens after each."""
-
     workers = 1
 
     def __init__(self, meanwhile: Callable[[int], None] = lambda step: None) -> None:
@@ -78,7 +74,6 @@ class Launcher:
 
 @pytest.fixture
 def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any] | None]:
-    """`drive` of a run in `tmp_path`, on a console over a file."""
     monkeypatch.setattr(driving, "POLL_S", 0.01)
     monkeypatch.setattr(driving, "Mirror", Mirror)
     monkeypatch.setattr(driving, "commit", lambda: "c")
@@ -92,8 +87,6 @@ def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dic
 
 
 class Lost(io.StringIO):
-    """Takes no more once it has taken the line of the start; `error` says why."""
-
     def __init__(self, error: OSError) -> None:
         super().__init__()
         self.error, self.refused = error, 0
@@ -215,7 +208,6 @@ def lost_workers(folder: Path) -> list[tuple[str, int]]:
 def test_workers_that_have_hung_are_named_with_their_stacks_in_the_place_of_a_lost_connection(
     driven: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """And the journal has what ended the others; no attempt is left to tell it."""
     stacks = [f"{tmp_path}/stacks/rank{rank}-20260105-120000.txt" for rank in range(2)]
     said = (
         "or one that was waited for: no sign of life for too long (--hang-minutes); what its"
@@ -360,7 +352,6 @@ time.sleep(60)
 
 @pytest.fixture
 def held(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
-    """Another process holds the folder, in whose name is said."""
     started: list[subprocess.Popen[str]] = []
 
     def hold(holder: str) -> subprocess.Popen[str]:
@@ -452,7 +443,6 @@ class AtOnce(Exception):
 
 @pytest.fixture
 def send(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Sends a signal to this process, well after the one before."""
     monkeypatch.setattr(signals, "ECHO_S", 0.01)
 
     def end(code: int) -> None:
@@ -503,7 +493,6 @@ def test_the_signals_of_schedulers_and_lost_terminals_never_mean_at_once(
 
 @pytest.fixture
 def ignored() -> Iterator[None]:
-    """As nohup does."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -520,7 +509,6 @@ def test_a_lost_terminal_that_was_ignored_before_stays_so(
 
 
 def test_two_signals_of_one_wish_are_one() -> None:
-    """As coreutils' timeout sends them: to its child, and to the group."""
     heard: list[signal.Signals] = []
     with on_stop_signals(heard.append):
         for pause in (0.05, ECHO_S + 0.05):

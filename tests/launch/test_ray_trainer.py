@@ -415,24 +415,6 @@ def test_a_place_is_waited_for_an_hour_and_somebody_is_told_once(
         elastic.make_decision_for_non_running_worker_group()
 
 
-def test_room_that_comes_after_an_hour_is_tried_once(
-    elastic: Resizing, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for _ in range(2):
-        assert elastic.make_decision_for_non_running_worker_group() == NOTHING
-        NOW[0] += PLACES_S + 1
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                ElasticScalingPolicy,
-                "make_decision_for_non_running_worker_group",
-                lambda *about: GROW,
-            )
-            assert elastic.make_decision_for_non_running_worker_group() == GROW
-            with pytest.raises(NoPlace):  # they did not begin
-                elastic.make_decision_for_non_running_worker_group()
-        looks(elastic)  # now they did
-
-
 def test_a_wait_in_vain_ends_the_run(tmp_path: Path) -> None:
     trainer = Trainer(
         lambda: None,

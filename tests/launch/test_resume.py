@@ -54,7 +54,6 @@ def place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterat
 def words(
     place: Path, runs: Path, file: str = "one.py", name: str = "it", how: str = "--inline"
 ) -> list[str]:
-    """Of a launch that may be a resume."""
     options = f"{how} --device cpu --runs {runs} --name {name} --or-resume"
     return ["launch", str(place / file), *options.split()]
 
@@ -71,7 +70,6 @@ def stopped_at(patch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def stopped(spiketrain: Command, words: list[str], step: int = 3) -> None:
-    """Launch a run, or a suite's first one, and stop it after this step."""
     with pytest.MonkeyPatch.context() as patch:
         stopped_at(patch, step)
         assert spiketrain(*words)[0] == 130
@@ -147,7 +145,6 @@ def told(folder: Path, file: str) -> Any:
 
 @pytest.fixture
 def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Cluster]:
-    """What each launcher is made of. They train in this process: no Ray is started."""
     made: list[Cluster] = []
 
     def launcher(self: Cluster) -> Inline:
@@ -239,8 +236,6 @@ class Started(Exception):
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test starts a cluster."""
-
     def start(self: Ray) -> NoReturn:
         raise Started
 

@@ -70,9 +70,6 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Path]:
-    """A folder with the recipe files, on the path, and one MLflow store for all tests: to make one
-    takes seconds.
-    """
     folder = tmp_path_factory.mktemp("suites")
     (folder / "lab_suite.py").write_text(WITH_REPORT)
     (folder / "lab_list.py").write_text(WITHOUT)
@@ -90,7 +87,6 @@ def launch(file: Path, runs: Path, name: str) -> list[str]:
 def at_step(
     patch: pytest.MonkeyPatch, recipe: str, step: int, act: Callable[[Trainer], None]
 ) -> None:
-    """Do something in the middle of one recipe's run, as it asks for that step's samples."""
     original = Trainer._micro_batches
 
     def micro_batches(self: Trainer, source: Any) -> Any:
@@ -106,7 +102,6 @@ def die(attempt: Trainer) -> None:
 
 
 def killed(spiketrain: Command, recipe: str, step: int, words: list[str]) -> None:
-    """Kill the process in the middle of one recipe's run."""
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, recipe, step, die)
         with pytest.raises(Killed):
@@ -114,16 +109,12 @@ def killed(spiketrain: Command, recipe: str, step: int, words: list[str]) -> Non
 
 
 def interrupt(attempt: Trainer) -> None:
-    """Ctrl-C, in the process that drives; the step goes on once the driver's thread has heard
-    it.
-    """
     os.kill(os.getpid(), signal.SIGINT)
     until((attempt.folder / "stop").exists, within=30, pause=0.01)
 
 
 @pytest.fixture(scope="module")
 def untouched(places: Path) -> Path:
-    """The folder of a suite that ran in one go."""
     words = ["launch", str(places / "lab_suite.py"), "--inline", "--runs", f"{places}/whole"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["spiketrain", *words])
@@ -458,7 +449,6 @@ def test_what_cannot_be_trained_to_its_end_leaves_nothing_behind(
 
 
 def write_suite(folder: Path, run: str, recipe: dict[str, Any], report: str | None = None) -> None:
-    """A suite of one run."""
     folder.mkdir(exist_ok=True)
     value = {"version": 1, "parent": "0" * 32, "cluster": {"inline": True}, "report": report}
     write_json(folder / "suite.json", {**value, "children": [{"run": run, "recipe": recipe}]})
@@ -620,8 +610,6 @@ def test_show_prints_every_recipe_of_a_suite_without_what_it_refers_to(
 
 
 def test_storage_that_is_away_at_the_end_hides_no_other_error(tmp_path: Path) -> None:
-    """MLflow is told as the suite ends, which may be by an error that is on its way to the user."""
-
     def away() -> list[Recipe]:
         raise OSError(errno.ESTALE, "Stale file handle")
 

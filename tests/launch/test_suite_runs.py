@@ -92,7 +92,6 @@ cores = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Path]:
-    """A folder with the recipe files, and one MLflow store for all tests."""
     folder = tmp_path_factory.mktemp("side-by-side")
     for name, epochs in (("short", 1), ("long", 12)):
         (folder / f"{name}.py").write_text(RECIPES.replace("EPOCHS", str(epochs)))
@@ -106,19 +105,16 @@ def place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterat
 
 
 def words(file: Path, runs: Path, name: str, *more: str) -> list[str]:
-    """Of a launch of this suite."""
     options = ["--inline", "--device", "cpu", "--runs", str(runs), "--name", name]
     return ["launch", str(file), *options, *more]
 
 
 def begun(file: Path, runs: Path, name: str) -> subprocess.Popen[bytes]:
-    """The process of such a launch, two runs side by side."""
     command = [sys.executable, "-m", "pipeline", *words(file, runs, name, "--side-by-side", "2")]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
 def span(run: Path) -> tuple[float, float]:
-    """When it began and ended to train."""
     start, finish = first(run / "journal.jsonl", "start"), last(run / "journal.jsonl", "finish")
     assert start is not None and finish is not None
     return start["time"], finish["time"]
@@ -200,7 +196,6 @@ def test_a_run_that_is_killed_is_marked_so_and_so_is_its_suite(place: Path, tmp_
 
 
 def marked(place: Path, suite: Path) -> dict[str, str]:
-    """What MLflow says of each of a suite's runs that has begun, and of the suite."""
     client = connect(f"sqlite:///{place}/mlflow.db")
     found = client.search_runs(
         [each.experiment_id for each in client.search_experiments()],
@@ -245,7 +240,6 @@ def test_a_search_takes_what_did_best_though_the_shared_value_diverges(
     page, runs, at = tmp_path / "s" / "report.html", runs_of(tmp_path / "s"), ("--runs", tmp_path)
 
     def is_an_artifact() -> bool:
-        """Whether a run in MLflow has the page."""
         artifacts = place.glob("**/artifacts/report.html")
         return page.read_bytes() in [each.read_bytes() for each in artifacts]
 
@@ -329,7 +323,6 @@ def test_a_run_that_storage_does_not_let_begin_is_told_once_the_others_have_ende
 def test_a_run_that_the_child_of_a_killed_suite_still_saves_is_begun_once_that_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its note of a stop stays until then, and is nobody's later."""
     drives_as(
         monkeypatch,
         """test ! -e RUN/stop && echo '{"event": "finish", "step": 1}' > RUN/journal.jsonl""",
