@@ -253,7 +253,6 @@ def _print_errors(
     *,
     as_json: bool,
 ) -> None:
-    """Print the plan of a recipe beside the measurements of a run of it."""
     from pipeline.report.forecasts import errors, plan_to_json, print_plan, refuse_unless_comparable
 
     if not isinstance(made, Recipe):

@@ -183,7 +183,6 @@ def launch(
 
 
 def _cluster(params: dict[str, Any], made: Recipe | Suite) -> Cluster:
-    """The machines and resources of a launch, from its options."""
     from pipeline.launch.cluster import Cluster, parse_workers
 
     options = {each.name: params[each.name] for each in fields(Cluster)}
@@ -205,7 +204,6 @@ def _cluster(params: dict[str, Any], made: Recipe | Suite) -> Cluster:
 def _continued(
     context: typer.Context, made: Recipe | Suite, here: Cluster, trust: tuple[str, ...]
 ) -> bool:
-    """Continue the run or suite of this --name, if it has begun (--or-resume)."""
     runs, name = context.params["runs"], context.params["name"]
     if name is None:
         raise ValueError("launch: --or-resume needs a --name to continue; got none")

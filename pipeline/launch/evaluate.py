@@ -95,10 +95,6 @@ def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...]) -> nn.M
 
 
 def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: int | None) -> None:
-    """Evaluate each task on its whole evaluation set, and print the accuracy.
-
-    Then print the cost of an inference of the last task.
-    """
     console, steps, device = new_console(), time_steps or recipe.time_steps, device_here()
     tasks = tasks_of(recipe)
     tasks[0].choose_head(network)

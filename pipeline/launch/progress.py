@@ -187,7 +187,6 @@ class Shown:
 
 
 def _lines(event: Event, start: events.Start | None) -> list[str]:
-    """The lines for an event that is not a step. `start` is the newest start."""
     if isinstance(event, events.Finish):
         return _finish(event, on_gpu=start is not None and _has_gpu(start))
     lines = _LINES.get(type(event), lambda event: [])(event)

@@ -308,7 +308,6 @@ def _unusable_cards(gpus: int) -> str | None:
 
 
 def _stopped_without_workers(job: Job) -> None:
-    """Journal that a user stopped the run while there was no room for its workers."""
     folder = Path(job.run)
     saved = last_event(RunFolder(folder).journal, Checkpoint)
     with journal(folder, Ranks()) as tracker:

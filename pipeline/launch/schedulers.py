@@ -256,7 +256,6 @@ def _fill_rayjob(job: dict[str, Any], order: Order, folder: Path) -> None:
 
 
 def _pods(order: Order, workers: int, limits: dict[str, Any], most: int, folder: Path) -> int:
-    """The number of pods for the runs. Each worker takes its cores, and a GPU if pods have any."""
     asked = order.count("--cpus-per-worker")  # auto: with a GPU for each worker, as many as fit
     cores, gpus = _cores(limits), _gpus(limits)
     takes_gpus = gpus and order.option("--device") != "cpu"
