@@ -114,15 +114,11 @@ class Order:
         )
         return 1 if text == "auto" else int(text)
 
-    @property
-    def side_by_side(self) -> int:
-        """The number of runs that need room at the same time."""
-        return self.count("--side-by-side")
-
     def describe(self, workers: int) -> str:
         """`4 workers`, or `2 runs side by side of 4 workers`."""
-        runs = "" if self.side_by_side == 1 else f"{self.side_by_side} runs side by side of "
-        return runs + counted(workers, "worker")
+        runs = self.count("--side-by-side")
+        at_a_time = "" if runs == 1 else f"{runs} runs side by side of "
+        return at_a_time + counted(workers, "worker")
 
     def launch(self, *options: str) -> list[str]:
         """The command that the machines run. It starts the run or continues it."""
@@ -260,7 +256,7 @@ def _pods(order: Order, workers: int, limits: dict[str, Any], most: int, folder:
     cores, gpus = _cores(limits), _gpus(limits)
     takes_gpus = gpus and order.option("--device") != "cpu"
     room = min(cores // asked, gpus) if takes_gpus else cores // asked
-    pods = math.ceil(order.side_by_side * workers / room) if room else None
+    pods = math.ceil(order.count("--side-by-side") * workers / room) if room else None
     if pods is None or pods > most:
         each = counted(cores, "core") + (f" and {counted(gpus, 'GPU')}" if gpus else "")
         raise ValueError(
@@ -334,7 +330,9 @@ def render_sbatch(
     gpus = nodes * gpus_per_node
     workers = order.sizes[0] if order.sizes else gpus  # as the script counts them
     require(
-        not gpus or order.option("--device") == "cpu" or order.side_by_side * workers <= gpus,
+        not gpus
+        or order.option("--device") == "cpu"
+        or order.count("--side-by-side") * workers <= gpus,
         f"slurm: each worker takes a GPU; got {order.describe(workers)} on"
         f" {counted(nodes, 'node')} x {counted(gpus_per_node, 'GPU')}",
     )
