@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.helpers.small import Command, Refused
+    from tests.helpers.small import Command, Done, Refused
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
@@ -63,11 +63,23 @@ def spiketrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
 
 @pytest.fixture
+def done(spiketrain: Command) -> Done:
+    """What a command prints that ends with exit code 0."""
+
+    def done(*words: object) -> str:
+        code, said, error = spiketrain(*map(str, words))
+        assert code == 0, error
+        return said
+
+    return done
+
+
+@pytest.fixture
 def refused(spiketrain: Command) -> Refused:
     """The one line on stderr of a command that a user's mistake ends with exit code 2."""
 
-    def refused(*words: str) -> str:
-        code, _, error = spiketrain(*words)
+    def refused(*words: object) -> str:
+        code, _, error = spiketrain(*map(str, words))
         assert code == 2, error
         assert len(error.strip().splitlines()) == 1, error
         return error.strip()

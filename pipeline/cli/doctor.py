@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 from rich.text import Text
 
 from pipeline.cli.options import RUNS, Commands, Runs
 from pipeline.core.printing import new_console, say
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from pipeline.launch.preflight import Finding
 
 

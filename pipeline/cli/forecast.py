@@ -19,21 +19,20 @@ from pipeline.cli.options import (
     Sets,
     Tiny,
     Workers,
-    count_or_auto,
+    count_option,
     is_typed,
     made_of,
     number_option,
 )
+from pipeline.core.checks import parse_time_steps, require
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.suite import Suite
+from pipeline.report.selection import find_run
 
 if TYPE_CHECKING:
     from pipeline.forecast.plan import Cluster
-    from pipeline.recipe.recipe import Recipe
-    from pipeline.recipe.suite import Suite
 
 Format = Annotated[Literal["table", "json"], typer.Option("--format")]
-
-_PLAN = "Example: spiketrain plan recipes/imagenet/nf_resnet34_sltt.py --workers 64 --device h100"
-
 
 NodeGbps = Annotated[
     float | None,
@@ -104,10 +103,9 @@ def probe(
     from pipeline.forecast.probe import probe as probe_recipe
     from pipeline.report.forecasts import print_probe, probe_to_json
 
-    options = {"batch_size": batch, "threads": _threads("probe", cpus_per_worker)}
     _print(
         made,
-        partial(probe_recipe, **options),
+        partial(probe_recipe, batch_size=batch, threads=_threads(cpus_per_worker)),
         step_inputs,
         print_probe if format_ == "table" else probe_to_json,
         as_json=format_ == "json",
@@ -124,8 +122,9 @@ def sweep(
     ] = "1,2,4,8,16",
     batch: Annotated[
         str | None,
-        typer.Option(
+        count_option(
             "--batch",
+            of="samples",
             metavar="N|auto",
             help="samples; auto: as in training, and about the largest that fits",
         ),
@@ -145,31 +144,30 @@ def sweep(
     tiny: Tiny = False,
 ) -> None:
     """Before any training: memory and time of each rule against the number of time steps."""
-    size = None if batch is None else count_or_auto(batch, option="sweep: --batch", of="samples")
-    if memory is not None and (size != "auto" or not 1e-6 <= memory <= 1e6):
+    if memory is not None and (batch != "auto" or not 1e-6 <= memory <= 1e6):
         raise ValueError(
             f"sweep: --memory is a limit in GB, from 1e-6 to 1e6, for --batch auto; got {memory:g}"
             f" with --batch {batch}"
         )
-    if at_largest and size != "auto":
-        raise ValueError(f"sweep: --at-largest tries what --batch auto finds; got --batch {batch}")
-    from pipeline.core.checks import parse_time_steps
-
-    times = parse_time_steps("sweep", steps)
-    made = made_of(recipe, set_, tiny)
+    require(
+        not at_largest or batch == "auto",
+        f"sweep: --at-largest tries what --batch auto finds; got --batch {batch}",
+    )
+    times, made = parse_time_steps("sweep", steps), made_of(recipe, set_, tiny)
     from pipeline.forecast.bench import step_inputs
     from pipeline.forecast.sweep import Sweep
     from pipeline.forecast.sweep import sweep as sweep_recipe
     from pipeline.report.forecasts import print_sweep
 
-    limit = None if size != "auto" else "free" if memory is None else int(memory * 1e9)
     options: dict[str, Any] = {
         "steps": times,
-        "batch_size": None if size == "auto" else size,
-        "memory_bytes": limit,
+        "batch_size": None if batch == "auto" else batch,
+        "memory_bytes": None,
         "at_largest": at_largest,
-        "threads": _threads("sweep", cpus_per_worker),
+        "threads": _threads(cpus_per_worker),
     }
+    if batch == "auto":
+        options["memory_bytes"] = "free" if memory is None else int(memory * 1e9)
     _print(
         made,
         partial(sweep_recipe, **options),
@@ -179,7 +177,11 @@ def sweep(
     )
 
 
-@commands.command(epilog=_PLAN)
+@commands.command(
+    epilog=(
+        "Example: spiketrain plan recipes/imagenet/nf_resnet34_sltt.py --workers 64 --device h100"
+    )
+)
 def plan(
     context: typer.Context,
     recipe: RecipeFile,
@@ -214,24 +216,26 @@ def plan(
     from pipeline.forecast.plan import plan as plan_recipe
     from pipeline.report.forecasts import plan_to_json, print_plan
 
-    if device != "here" and device not in DEVICES:
-        raise ValueError(f"plan: --device must be here, {', '.join(DEVICES)}; got {device}")
-    if against is None and is_typed(context, "runs"):
-        raise ValueError(
-            f"plan: --runs is where the run of --against is found; got --runs {runs} without it"
-        )
-    if device == "here" and (per_node, node_gbps) != (None, None):
-        raise ValueError(
-            "plan: --per-node and --node-gbps are of cards in nodes; what links machines like this"
-            " one is measured"
-        )
+    require(
+        device == "here" or device in DEVICES,
+        f"plan: --device must be here, {', '.join(DEVICES)}; got {device}",
+    )
+    require(
+        against is not None or not is_typed(context, "runs"),
+        f"plan: --runs is where the run of --against is found; got --runs {runs} without it",
+    )
+    require(
+        device != "here" or (per_node, node_gbps) == (None, None),
+        "plan: --per-node and --node-gbps are of cards in nodes; what links machines like this one"
+        " is measured",
+    )
     cluster = Cluster(
         workers=workers,
         device=DEVICES.get(device),
         per_node=per_node or 8,
         node_link=(node_gbps or 400.0) * 1e9 / 8,
         price=price,
-        threads=_threads("plan", cpus_per_worker),
+        threads=_threads(cpus_per_worker),
     )
     forecast, as_json = partial(plan_recipe, cluster=cluster, samples=samples), format_ == "json"
     if against is not None:
@@ -249,10 +253,7 @@ def _print_errors(
     *,
     as_json: bool,
 ) -> None:
-    """Print the plan of a recipe beside the measurements of a run of it."""
-    from pipeline.recipe.recipe import Recipe
     from pipeline.report.forecasts import errors, plan_to_json, print_plan, refuse_unless_comparable
-    from pipeline.report.selection import find_run
 
     if not isinstance(made, Recipe):
         raise ValueError(
@@ -284,7 +285,6 @@ def _print(
         show: prints a forecast as a table, or returns its JSON.
     """
     from pipeline.forecast.bench import RULES, group_by_network
-    from pipeline.recipe.recipe import Recipe
     from pipeline.train.build import with_placeholder_weights
 
     if isinstance(made, Recipe):
@@ -308,11 +308,10 @@ def _print_json(value: object) -> None:
     print(json.dumps(value, indent=2, allow_nan=False), flush=True)
 
 
-def _threads(who: str, cores: str | None) -> int:
+def _threads(cores: Any) -> int:
     """torch's threads of one worker; `auto` as in a launch."""
-    number = count_or_auto(cores or "auto", option=f"{who}: --cpus-per-worker", of="cores")
-    if number != "auto":
-        return number
+    if cores != "auto":
+        return cores
     import torch
 
     from pipeline.core.cores import cores_here

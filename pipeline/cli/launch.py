@@ -1,9 +1,10 @@
-"""`spiketrain launch` and `resume`. Nothing heavy is imported before one of them runs."""
+"""`spiketrain launch` and `resume`."""
 
 from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +29,7 @@ from pipeline.cli.options import (
     Tiny,
     Trust,
     Verify,
-    count_or_auto,
+    count_option,
     is_typed,
     made_of,
 )
@@ -43,12 +44,17 @@ from pipeline.cli.submit import (
     Where,
     hand_over,
 )
+from pipeline.recipe.command_line import command
+from pipeline.recipe.files import refuse_unnamed, trust_of
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.search import joined, over_seeds, parse_search, tuned
+from pipeline.recipe.suite import Suite, is_suite, runs_of
+from pipeline.report.selection import find_run
+from pipeline.track.connect import TrackingError
+from pipeline.track.state import entries_in, over_in, state_of
 
 if TYPE_CHECKING:
     from pipeline.launch.cluster import Cluster
-    from pipeline.recipe.recipe import Recipe
-    from pipeline.recipe.suite import Suite
-    from pipeline.report.suite import Reported
 
 
 RecipeFiles = Annotated[
@@ -76,8 +82,9 @@ Tune = Annotated[
 ]
 SideBySide = Annotated[
     str | None,
-    typer.Option(
+    count_option(
         "--side-by-side",
+        of="runs",
         metavar="N|auto",
         help=(
             f"{AT_A_TIME}; without it what there is room for, but one with --inline, --address"
@@ -156,8 +163,6 @@ def launch(
 
         named(runs, name)
     made = _comparison([made_of(recipe, set_, tiny) for recipe in recipes], seeds, tune)
-    from pipeline.recipe.files import refuse_unnamed, trust_of
-
     here = _cluster(context.params, made)
     refuse_unnamed(made, recipes)
     trusted = trust_of(made, recipes, trust)
@@ -165,44 +170,40 @@ def launch(
         return  # hand_over has read the options from --cluster to --partition
     if or_resume and _continued(context, made, here, trusted):
         return
-    _train(made, here, recipes, runs, name=name, adopts=or_resume, trust=trusted)
+    if isinstance(made, Suite):
+        from pipeline.launch.suite import launch_suite
+
+        stem = "-and-".join(file.stem.replace("_", "-") for file in recipes[:2])
+        stem += "-and-more" if len(recipes) > 2 else ""
+        _end_suite(launch_suite(made, here, runs, stem=stem, name=name, trust=trusted), trusted)
+    else:
+        from pipeline.launch.driver import launch_run
+
+        _end_run(launch_run(made, here, runs, name=name, adopts=or_resume, trust=trusted))
 
 
 def _cluster(params: dict[str, Any], made: Recipe | Suite) -> Cluster:
-    """The machines and resources of a launch, from its options."""
     from pipeline.launch.cluster import Cluster, parse_workers
-    from pipeline.recipe.suite import Suite
 
-    sizes, counts = parse_workers(params["workers"]), _counts("launch", params)
-    # An existing Ray cluster has other users, and its CPUs may be half cores. There the user sets
-    # the number of runs that train at once.
-    is_ours = params["address"] in (None, "local") and not params["inline"]
-    fits = isinstance(made, Suite) and is_ours and isinstance(sizes, int)
-    counts.setdefault("side_by_side", "auto" if fits else 1)
-    if counts["side_by_side"] != 1 and not isinstance(made, Suite):
+    options = {each.name: params[each.name] for each in fields(Cluster)}
+    options["workers"] = parse_workers(params["workers"])
+    if options["side_by_side"] is None:
+        # An existing Ray cluster has other users, and its CPUs may be half cores. There the user
+        # sets the number of runs that train at once.
+        is_ours = params["address"] in (None, "local") and not params["inline"]
+        fits = isinstance(made, Suite) and is_ours and isinstance(options["workers"], int)
+        options["side_by_side"] = "auto" if fits else 1
+    if options["side_by_side"] != 1 and not isinstance(made, Suite):
         raise ValueError(
             "launch: --side-by-side is for several runs; got"
             f" {params['side_by_side']} with {made.name} alone"
         )
-    same = ("inline", "address", "device", "max_restarts", "hang_minutes", "verify", "node_loss")
-    options = {field: params[field] for field in (*same, "checkpoints")}
-    return Cluster(workers=sizes, **counts, **options)
-
-
-def _counts(command: str, params: dict[str, Any]) -> dict[str, Any]:
-    """The given options whose value is a number or `auto`, by the names of their fields."""
-    units = {"cpus_per_worker": "cores", "loader_threads": "threads", "side_by_side": "runs"}
-    return {
-        field: count_or_auto(text, option=f"{command}: --{field.replace('_', '-')}", of=unit)
-        for field, unit in units.items()
-        if (text := params[field]) is not None
-    }
+    return Cluster(**options)
 
 
 def _continued(
     context: typer.Context, made: Recipe | Suite, here: Cluster, trust: tuple[str, ...]
 ) -> bool:
-    """Continue the run or suite of this --name, if it has begun (--or-resume)."""
     runs, name = context.params["runs"], context.params["name"]
     if name is None:
         raise ValueError("launch: --or-resume needs a --name to continue; got none")
@@ -221,30 +222,6 @@ def _continued(
         trust=trust,
     )
     return True
-
-
-def _train(
-    made: Recipe | Suite,
-    here: Cluster,
-    files: list[Path],
-    runs: Path,
-    *,
-    name: str | None,
-    adopts: bool,
-    trust: tuple[str, ...],
-) -> None:
-    from pipeline.recipe.suite import Suite
-
-    if not isinstance(made, Suite):
-        from pipeline.launch.driver import launch_run
-
-        _end_run(launch_run(made, here, runs, name=name, adopts=adopts, trust=trust))
-        return
-    from pipeline.launch.suite import launch_suite
-
-    stem = "-and-".join(file.stem.replace("_", "-") for file in files[:2])
-    stem += "-and-more" if len(files) > 2 else ""
-    _end_suite(launch_suite(made, here, runs, stem=stem, name=name, trust=trust), trust)
 
 
 @commands.command(epilog="Example: spiketrain resume fashion-sltt-20260105-120000")
@@ -269,7 +246,7 @@ def resume(
     verify: Verify = None,
     node_loss: NodeLoss = None,
     side_by_side: Annotated[
-        str | None, typer.Option("--side-by-side", metavar="N|auto", help=AT_A_TIME)
+        str | None, count_option("--side-by-side", of="runs", metavar="N|auto", help=AT_A_TIME)
     ] = None,
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
@@ -281,11 +258,9 @@ def resume(
     """
     _handle_signals()
     from pipeline.launch.cluster import OPERATIONAL, parse_workers
-    from pipeline.report.selection import find_run
 
     sizes = None if workers is None else parse_workers(workers)
     options = {field: context.params[field] for field in OPERATIONAL if is_typed(context, field)}
-    options |= _counts("resume", context.params)
     folder = find_run(runs, run, suites=True)
     _resume(
         folder, workers=sizes, inline=inline, address=address, options=options, trust=tuple(trust)
@@ -294,18 +269,15 @@ def resume(
 
 def _resume(folder: Path, *, trust: tuple[str, ...], **how: Any) -> None:
     """Resume a run or a suite; `how`: workers, inline, address and options of `resume_run`."""
-    from pipeline.recipe.suite import is_suite
+    if is_suite(folder):
+        from pipeline.launch.suite import resume_suite
 
-    if not is_suite(folder):
+        had_ended = len(over_in(folder)) == len(entries_in(folder))
+        _end_suite(resume_suite(folder, **how, trust=trust), trust, had_ended=had_ended)
+    else:
         from pipeline.launch.resume import resume_run
 
         _end_run(resume_run(folder, **how, trust=trust))
-        return
-    from pipeline.launch.suite import resume_suite
-    from pipeline.track.state import entries_in, over_in
-
-    had_ended = len(over_in(folder)) == len(entries_in(folder))
-    _end_suite(resume_suite(folder, **how, trust=trust), trust, had_ended=had_ended)
 
 
 def _handle_signals() -> None:
@@ -336,34 +308,24 @@ def _end_suite(folder: Path | None, trust: tuple[str, ...], *, had_ended: bool =
     """
     if folder is None:
         sys.exit(130)
-    from pipeline.recipe.suite import runs_of
+    from pipeline.report.page import publish, write
+    from pipeline.report.suite import read_study
     from pipeline.report.suite import print_suite
     from pipeline.track.mlflow import REPORT
-    from pipeline.track.state import state_of
 
     reported = print_suite(folder, trust=trust)
     if not (had_ended and (folder / REPORT).exists()):
-        _renew_page(folder, trust, reported)
-    _print_next(
-        folder,
-        run=next((run for run in runs_of(folder).values() if state_of(run) == "finished"), None),
-    )
-
-
-def _renew_page(folder: Path, trust: tuple[str, ...], reported: Reported | None) -> None:
-    from pipeline.recipe.command_line import command
-    from pipeline.report.page import publish, write
-    from pipeline.report.suite import read_study
-    from pipeline.track.connect import TrackingError
-
-    try:
-        result = read_study(folder.parent, [folder.name], trust=trust, reported=reported)
-        page = write(result.study, result.place)
-        print(f"page    {page}")
-        publish(result, page)
-    except (ValueError, OSError, TrackingError) as error:  # the runs themselves are complete
-        retry = command("report", folder)
-        print(f"{error}; its page is made anew, and put into MLflow, by: {retry}", file=sys.stderr)
+        try:
+            result = read_study(folder.parent, [folder.name], trust=trust, reported=reported)
+            page = write(result.study, result.place)
+            print(f"page    {page}")
+            publish(result, page)
+        except (ValueError, OSError, TrackingError) as error:  # the runs themselves are complete
+            retry = command("report", folder)
+            text = f"{error}; its page is made anew, and put into MLflow, by: {retry}"
+            print(text, file=sys.stderr)
+    finished = (run for run in runs_of(folder).values() if state_of(run) == "finished")
+    _print_next(folder, run=next(finished, None))
 
 
 def _print_next(folder: Path, *, run: Path | None) -> None:
@@ -372,8 +334,6 @@ def _print_next(folder: Path, *, run: Path | None) -> None:
     `folder` is the folder of a run or a suite. `run` is the folder of that run, or of one run of
     the suite; None: all runs diverged.
     """
-    from pipeline.recipe.command_line import command
-
     commands = [command(verb, folder) for verb in ("compare", "report")]
     commands += [] if run is None else [command(verb, run) for verb in ("evaluate", "export")]
     print("next    " + "\n        ".join(commands))
@@ -381,15 +341,10 @@ def _print_next(folder: Path, *, run: Path | None) -> None:
 
 def _comparison(made: list[Recipe | Suite], seeds: int, tune: str | None) -> Recipe | Suite:
     """One recipe or suite; a suite if there are several files, seeds or a search."""
-    from pipeline.recipe.suite import Suite
-
     if len(made) == seeds == 1 and tune is None:
         return made[0]
-    from pipeline.recipe.search import joined, over_seeds, parse_search, tuned
-
-    suite = over_seeds(
-        joined([each if isinstance(each, Suite) else Suite((each,)) for each in made]), seeds
-    )
+    suites = [each if isinstance(each, Suite) else Suite((each,)) for each in made]
+    suite = over_seeds(joined(suites), seeds)
     if tune is None:
         return suite
     from pipeline.report.suite import print_protocols

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline.cli.options import RUNS, Commands, RunName, Runs, Sets, Trust, is_typed, made_of
+from pipeline.recipe.files import trust_of
+from pipeline.report.selection import find_run
 
 commands = Commands()
 
@@ -54,7 +56,6 @@ def evaluate(
             )
         made = made_of(Path(run), set_, tiny=False)
         from pipeline.launch.evaluate import evaluate_recipe
-        from pipeline.recipe.files import trust_of
 
         own = trust_of(made, [Path(run)])
         evaluate_recipe(
@@ -62,7 +63,6 @@ def evaluate(
         )
         return
     from pipeline.launch.evaluate import evaluate_run
-    from pipeline.report.selection import find_run
 
     if set_:
         raise ValueError(
@@ -97,7 +97,6 @@ def export(
     trust: Trust = [],  # noqa: B006
 ) -> None:
     """Write a trained network as one file for pipeline.load, and print its size."""
-    from pipeline.report.selection import find_run
     from pipeline.train.export import export_run
 
     layout = "packed" if packed else "plain"

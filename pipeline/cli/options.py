@@ -1,19 +1,21 @@
-"""Options that several commands share, and the reading of a recipe file. Nothing heavy is imported
-before it is needed.
+"""Options that several commands share, and the reading of a recipe file.
+
+Modules of the command line import at their top only what needs the standard library alone, rich and
+typer. What imports torch, Ray or MLflow is imported by the command that needs it.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
 
-if TYPE_CHECKING:
-    from pipeline.recipe.recipe import Recipe
-    from pipeline.recipe.suite import Suite
+from pipeline.recipe.files import load_recipe, parse_changes
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.suite import Suite
 
 
 class Command(TyperCommand):
@@ -50,6 +52,21 @@ def number_option(name: str, **settings: Any) -> Any:
         return value
 
     return typer.Option(name, callback=finite, **settings)
+
+
+def count_option(name: str, *, of: str, **settings: Any) -> Any:
+    """An option for a count or `auto`. `of`: what is counted."""
+
+    def parse(context: typer.Context, value: str | None) -> int | str | None:
+        if value is None or value == "auto":
+            return value
+        if not value.isdecimal() or int(value) < 1:
+            raise ValueError(
+                f"{context.info_name}: {name} must be a number of {of} or auto; got {value}"
+            )
+        return int(value)
+
+    return typer.Option(name, callback=parse, **settings)
 
 
 RecipeFile = Annotated[
@@ -105,16 +122,18 @@ Device = Annotated[
 ]
 Cores = Annotated[
     str | None,
-    typer.Option(
+    count_option(
         "--cpus-per-worker",
+        of="cores",
         metavar="N|auto",
         help="cores of a worker, and its torch threads; auto: the node's cores per GPU",
     ),
 ]
 Loaders = Annotated[
     str | None,
-    typer.Option(
+    count_option(
         "--loader-threads",
+        of="threads",
         metavar="N|auto",
         help="that read data in each worker; auto: one per core with a GPU",
     ),
@@ -153,22 +172,7 @@ def is_typed(context: typer.Context, name: str) -> bool:
     return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
 
 
-def count_or_auto(text: str, *, option: str, of: str) -> int | Literal["auto"]:
-    """Parse a count or `auto`. The error begins with `option`, such as `launch: --side-by-side`.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if text == "auto":
-        return "auto"
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{option} must be a number of {of} or auto; got {text}")
-    return int(text)
-
-
 def made_of(path: Path, changes: list[str], tiny: bool) -> Recipe | Suite:
     """The recipe or suite of a recipe file, with the changes of --set, or in its tiny form."""
-    from pipeline.recipe.files import load_recipe, parse_changes
-
     made = load_recipe(path).override(parse_changes(changes))
     return made.tiny() if tiny else made

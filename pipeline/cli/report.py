@@ -8,6 +8,7 @@ import typer
 
 from pipeline.cli.options import RUNS, Commands, Runs, Trust, is_typed, number_option
 from pipeline.core.stages import say_stage
+from pipeline.report.selection import runs_dir_of
 
 Names = Annotated[
     list[str] | None,
@@ -35,7 +36,6 @@ def compare(
     suite's report.
     """
     from pipeline.report.compare import print_comparison
-    from pipeline.report.selection import runs_dir_of
     from pipeline.report.suite import print_suite, suite_named
 
     runs = runs_dir_of(runs, names or [])

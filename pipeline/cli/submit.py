@@ -6,16 +6,16 @@ This machine does not need the data.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from pipeline.cli.options import is_typed
-
-if TYPE_CHECKING:
-    from pipeline.recipe.recipe import Recipe
-    from pipeline.recipe.suite import Suite
+from pipeline.core.checks import require
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.suite import Suite, refuse_references, refuse_untrusted
 
 _PANEL = "Launch on a cluster"
 _SLURM = Path(__file__).parents[2] / "infra" / "slurm"
@@ -86,18 +86,21 @@ def hand_over(
     if where is None:
         _refuse("without --cluster there is nothing that takes", _OPTIONS, given)
         return False
-    if where not in ("k8s", "slurm") and not where.startswith("ray://"):
-        raise ValueError(f"launch: --cluster must be k8s, slurm or ray://HOST:PORT; got {where}")
+    require(
+        where in ("k8s", "slurm") or where.startswith("ray://"),
+        f"launch: --cluster must be k8s, slurm or ray://HOST:PORT; got {where}",
+    )
     # infra/ sets the node loss of its clusters.
     foreign = {"k8s": (*_OF_SLURM, "node_loss"), "slurm": ("node_loss",)}
     _refuse(f"--cluster {where} does not take", foreign.get(where, (*_OF_SLURM, "infra")), given)
-    if "name" not in given:
-        raise ValueError("launch: --cluster needs a --name, by which the job continues; got none")
+    require(
+        "name" in given,
+        "launch: --cluster needs a --name, by which the job continues; got none",
+    )
     required = _REQUIRED.get(where, ())
-    if missing := [name for name in required if name not in given]:
-        needs = " and ".join(map(_dashed, required))
-        got = ", ".join(map(_dashed, missing))
-        raise ValueError(f"launch: --cluster {where} needs {needs}; got no {got}")
+    missing = ", ".join(_dashed(name) for name in required if name not in given)
+    needs = " and ".join(map(_dashed, required))
+    require(not missing, f"launch: --cluster {where} needs {needs}; got no {missing}")
     rendered, submit, sizes = _render(where, context, given, workers)
     _check(made, sizes, trust=trust)
     typer.echo(rendered if given.get("dry_run") else submit(rendered))
@@ -119,16 +122,18 @@ def _render(
         runs=str(given.get("runs", "/shared/runs" if where == "k8s" else "runs")),
     )
     if where == "k8s":
-        return (
-            schedulers.render_rayjob(order, given["infra"]),
-            schedulers.submit_rayjob,
-            order.sizes,
-        )
+        rayjob = schedulers.render_rayjob(order, given["infra"])
+        return rayjob, schedulers.submit_rayjob, order.sizes
     if where == "slurm":
         nodes, gpus = given["nodes"], given.get("gpus_per_node", 0)
-        folder, partition = given.get("infra", _SLURM), given.get("partition")
-        resources = {"nodes": nodes, "gpus_per_node": gpus, "time": given["time"]}
-        command = schedulers.render_sbatch(order, folder, **resources, partition=partition)
+        command = schedulers.render_sbatch(
+            order,
+            given.get("infra", _SLURM),
+            nodes=nodes,
+            gpus_per_node=gpus,
+            time=given["time"],
+            partition=given.get("partition"),
+        )
         return command, schedulers.submit_sbatch, order.sizes or (nodes * max(gpus, 1),)
     return schedulers.render_ray_job(order, where), schedulers.submit_ray_job, order.sizes
 
@@ -138,9 +143,6 @@ def _check(made: Recipe | Suite, sizes: tuple[int, ...], *, trust: tuple[str, ..
 
     A file of initial weights may exist on the cluster only.
     """
-    from dataclasses import replace
-
-    from pipeline.recipe.suite import Suite, refuse_references, refuse_untrusted
     from pipeline.train.build import check_recipe, with_placeholder_weights
 
     if not isinstance(made, Suite):
@@ -150,14 +152,15 @@ def _check(made: Recipe | Suite, sizes: tuple[int, ...], *, trust: tuple[str, ..
     with with_placeholder_weights(suite) as recipes:
         for recipe in recipes:
             is_there = recipe.init is not None and Path(recipe.init).exists()
-            init = recipe.init if is_there else None
-            check_recipe(replace(recipe.with_untrained_teacher(), init=init), *sizes)
+            ready = recipe if is_there else replace(recipe, init=None)
+            check_recipe(ready.with_untrained_teacher(), *sizes)
 
 
 def _words(context: typer.Context) -> Iterator[str]:
     """The typed words, recipes first, without those that become fields of the order."""
-    parameters = [each for each in context.command.params if each.name is not None]
-    for parameter in sorted(parameters, key=lambda each: each.param_type_name == "option"):
+    for parameter in sorted(
+        context.command.params, key=lambda each: each.param_type_name == "option"
+    ):
         name = parameter.name or ""
         if name in (*_OPTIONS, *_IN_THE_ORDER) or not is_typed(context, name):
             continue
@@ -176,5 +179,5 @@ def _dashed(name: str) -> str:
 
 
 def _refuse(sentence: str, names: tuple[str, ...], given: dict[str, Any]) -> None:
-    if refused := [name for name in names if name in given]:
-        raise ValueError(f"launch: {sentence} {', '.join(map(_dashed, refused))}")
+    refused = ", ".join(_dashed(name) for name in names if name in given)
+    require(not refused, f"launch: {sentence} {refused}")

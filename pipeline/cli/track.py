@@ -1,6 +1,4 @@
-"""`spiketrain sync` and `register`, which send to MLflow. Nothing heavy is imported before they
-run.
-"""
+"""`spiketrain sync` and `register`, which send to MLflow."""
 
 from typing import Annotated, Literal
 
@@ -8,6 +6,10 @@ import typer
 
 from pipeline.cli.options import RUNS, Commands, RunName, RunOrSuite, Runs
 from pipeline.core.units import counted
+from pipeline.recipe.suite import is_suite, runs_of
+from pipeline.report.selection import find_run
+from pipeline.track.connect import without_password
+from pipeline.track.state import state_of
 
 commands = Commands()
 
@@ -15,22 +17,17 @@ commands = Commands()
 @commands.command(epilog="Example: spiketrain sync fashion-sltt-20260105-120000")
 def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
     """Deliver to MLflow what it lacks of a run, or of each run of a suite."""
-    from pipeline.recipe.suite import is_suite, runs_of
-    from pipeline.report.selection import find_run
-    from pipeline.track.connect import without_password
-    from pipeline.track.mlflow import sync as sync_run
-    from pipeline.track.mlflow import tracking_uri
-    from pipeline.track.state import state_of
+    from pipeline.track import mlflow
 
     target = find_run(runs, run, suites=True)
-    uri = tracking_uri(target.parent)
+    uri = mlflow.tracking_uri(target.parent)
     begun = (
         [each for each in runs_of(target).values() if state_of(each) != "new"]
         if is_suite(target)
         else [target]
     )
     for folder in begun:
-        report = sync_run(folder, uri=uri)
+        report = mlflow.sync(folder, uri=uri)
         points = counted(report.delivered, "point")
         print(
             f"{folder.name} -> {without_password(uri)}: {points} delivered,"
@@ -60,9 +57,7 @@ def register(
     """Register a run's checkpoint as a version of a model in MLflow. Its address is registered, and
     nothing is uploaded.
     """
-    from pipeline.report.selection import find_run
-    from pipeline.track.mlflow import register as register_run
-    from pipeline.track.mlflow import tracking_uri
+    from pipeline.track import mlflow
     from pipeline.train.checkpoint import pin, verified
     from pipeline.train.weights import place_of
 
@@ -75,9 +70,8 @@ def register(
         )
     checkpoint = verified(place, which)
     pin(checkpoint)  # before it is registered: a run that still trains deletes old checkpoints
-    version = register_run(
-        folder, checkpoint, name=name, alias=which, uri=tracking_uri(folder.parent)
-    )
+    uri = mlflow.tracking_uri(folder.parent)
+    version = mlflow.register(folder, checkpoint, name=name, alias=which, uri=uri)
     print(
         f"{folder.name} -> models:/{name}@{which}, version {version}:"
         f" {checkpoint.resolve().as_uri()}"

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.cli.options import Commands, number_option
 from pipeline.core.stages import say_stage
@@ -168,24 +170,22 @@ def write_events(
     """
     from pipeline.data.write.events import write_events as write_files
 
-    given = {
-        "source": source,
-        "slices": slices,
-        "size": size,
-        "resize": resize,
-        "samples": samples,
-        "val_samples": val_samples,
-    }
-    options = {key: value for key, value in given.items() if value is not None}
-    how = {
-        "frames_by": frames_by,
-        "counts": counts,
-        "overflow": overflow,
-        "workers": workers,
-        "existing": existing,
-    }
+    given = {"source": source, "slices": slices, "size": size, "resize": resize}
+    given |= {"samples": samples, "val_samples": val_samples}
     with _progress(name) as bar:
-        _report(write_files(name, out, progress=bar, max_bad=max_bad, **how, **options))
+        manifests = write_files(
+            name,
+            out,
+            frames_by=frames_by,
+            counts=counts,
+            overflow=overflow,
+            workers=workers,
+            max_bad=max_bad,
+            progress=bar,
+            existing=existing,
+            **{key: value for key, value in given.items() if value is not None},
+        )
+    _report(manifests)
 
 
 @write.command(
@@ -234,18 +234,23 @@ def write_stamps(
     """
     from pipeline.data.write.stamps import write_stamps as write_files
 
-    options = {
-        "size": size,
-        "split": split,
-        "samples": samples,
-        "val_samples": val_samples,
-        "smallest": smallest,
-    }
-    how = {"content_seed": content_seed, "source": source, "mode": mode, "quality": quality}
     with _progress("stamps") as bar:
-        _report(
-            write_files(out, workers=workers, progress=bar, existing=existing, **options, **how)
+        manifests = write_files(
+            out,
+            size=size,
+            split=split,
+            samples=samples,
+            val_samples=val_samples,
+            smallest=smallest,
+            content_seed=content_seed,
+            source=source,
+            mode=mode,
+            quality=quality,
+            workers=workers,
+            progress=bar,
+            existing=existing,
         )
+    _report(manifests)
 
 
 @commands.command(epilog="Example: spiketrain verify data/fashion")
@@ -259,22 +264,16 @@ def verify(
 
     say_stage(f"reading every byte of {path}")
     for manifest in verify_files(path):
-        counts = f"{counted(manifest.samples, 'sample')}, {counted(len(manifest.classes), 'class')}"
-        print(f"{manifest.file}: {counts}, content {manifest.content[:16]}: whole")
+        print(f"{manifest.file}: {_size(manifest)}, content {manifest.content[:16]}: whole")
+
+
+def _size(manifest: Manifest) -> str:
+    return f"{counted(manifest.samples, 'sample')}, {counted(len(manifest.classes), 'class')}"
 
 
 @contextmanager
 def _progress(name: str) -> Iterator[OnProgress]:
     """Show a bar with the time left on a terminal. If too much is unreadable, list everything."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
     from pipeline.data.write.writer import TooManyUnreadable
 
     console = Console(stderr=True)
@@ -295,18 +294,14 @@ def _progress(name: str) -> Iterator[OnProgress]:
 
 def _report(manifests: list[Manifest]) -> None:
     for manifest in manifests:
-        samples, classes = (
-            counted(manifest.samples, "sample"),
-            counted(len(manifest.classes), "class"),
-        )
-        print(f"{manifest.file}: {samples}, {classes}, {len(manifest.skipped)} skipped", flush=True)
+        print(f"{manifest.file}: {_size(manifest)}, {len(manifest.skipped)} skipped", flush=True)
         _list_unreadable("skipped", manifest.skipped)
         for left_out in manifest.left_out:
             print(f"  left out {left_out}", file=sys.stderr)
         if not_rotated := manifest.stored.get("not rotated"):
-            pictures = counted(not_rotated, "picture")
             print(
-                f"  not rotated {pictures} of {manifest.file}: EXIF orientation is not applied",
+                f"  not rotated {counted(not_rotated, 'picture')} of {manifest.file}: EXIF"
+                " orientation is not applied",
                 file=sys.stderr,
             )
 

@@ -1,48 +1,18 @@
-"""The launcher protocol, its errors, and what each worker gets: a GPU, cores, loader threads.
+"""The errors of launchers, and what each worker gets: a GPU, cores, loader threads.
 
 Worker processes import this file, so it needs nothing that only the driver has.
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple
 
 from pipeline.core.errors import DataError, UserError
 from pipeline.measure.gpu_driver import unusable_gpus
-from pipeline.train.job import Job
 
 Device = Literal["auto", "cpu", "gpu"]
 CountOrAuto = int | Literal["auto"]
-
-
-class Launcher(Protocol):
-    """Starts the workers of one run after another and waits for them.
-
-    A launcher is entered and left in the main thread of its process.
-    """
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-    def room(self) -> int:
-        """The number of runs of this size that can train at the same time on cores and GPUs of
-        their own.
-        """
-        ...
-
-    def resume_options(self) -> list[str]:
-        """Options of `spiketrain resume` that make another process train on the same machines."""
-        ...
-
-    def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
-        """Train to the end. Returns the summary, or None when the run was asked to stop.
-
-        Raises:
-            UserError: the user has to change something.
-            LaunchError: the workers failed more often than allowed.
-        """
-        ...
 
 
 class LaunchError(RuntimeError):
@@ -50,12 +20,14 @@ class LaunchError(RuntimeError):
 
 
 class WorkersEnded(LaunchError):
-    """The workers died and are not started again."""
+    """The workers died and are not started again.
+
+    `is_for_the_user`: the cause stays until a user changes something.
+    """
 
     def __init__(self, message: str, *, is_for_the_user: bool = False) -> None:
         super().__init__(message)
         self.is_for_the_user = is_for_the_user
-        """Whether the cause stays until a user changes something."""
 
 
 @dataclass(frozen=True)
@@ -114,24 +86,18 @@ def share_of(
         nodes: the resources of each node, as Ray counts them.
     """
     if cores == "auto":
-        cores = cores_per_gpu(nodes) if gpus else 1
+        # The smallest number of cores per GPU over all nodes.
+        with_gpu = [node for node in nodes if gpus and node.get("GPU", 0) >= 1]
+        cores = max(1, min((int(has.get("CPU", 0) // has["GPU"]) for has in with_gpu), default=1))
     if loader_threads == "auto":
-        loader_threads = loader_threads_for(cores) if gpus else 1
+        loader_threads = cores if gpus and _has_tbb() else 1
     return Share(cores, loader_threads)
 
 
-def cores_per_gpu(nodes: Iterable[Mapping[str, float]]) -> int:
-    """The smallest number of cores per GPU over all nodes, and at least 1."""
-    with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
-    return max(1, min((int(node.get("CPU", 0) // node["GPU"]) for node in with_gpu), default=1))
-
-
-def loader_threads_for(cores: int) -> int:
-    """One thread per core; one thread if numba has no TBB, which several threads need."""
+def _has_tbb() -> bool:
     from pipeline.data.ffcv.tbb import require_tbb  # imports numba, which takes a second
 
-    try:
+    with suppress(DataError):
         require_tbb()
-    except DataError:
-        return 1
-    return cores
+        return True
+    return False

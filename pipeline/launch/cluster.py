@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from pipeline.core.checks import is_count, refuse_unless_counts, require
-from pipeline.launch.base import Device, Launcher
+from pipeline.launch.base import Device
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray
 from pipeline.launch.ray_cluster import NodeLoss
@@ -16,6 +16,9 @@ from pipeline.recipe.spec import arguments_of
 from pipeline.train.checkpoint import refuse_credentials
 from pipeline.train.elastic import format_sizes
 
+# Starts the workers of one run after another and waits for them. It is entered and left in the main
+# thread of its process.
+Launcher = Ray | Inline
 # Fields that `resume` may change for good: a run may continue on other machines.
 OPERATIONAL = (
     "device",
@@ -27,66 +30,63 @@ OPERATIONAL = (
     "node_loss",
     "side_by_side",
 )
+# Fields without effect on one worker in this process.
 _OF_RAY = ("workers", "address", "cpus_per_worker", "max_restarts", "node_loss")
-"""Fields without effect on one worker in this process."""
+# Far above any number that divides a global batch. Each number of a range is checked.
 MOST_WORKERS = 65_536
-"""Far above any number that divides a global batch. Each number of a range is checked."""
+# A week. The watchdog's timers overflow after some hundred years.
 MOST_HANG_MINUTES = 7 * 24 * 60.0
-"""A week. The watchdog's timers overflow after some hundred years."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """The options of a launch. None of them belongs to the recipe."""
+    """The options of a launch. None of them belongs to the recipe.
+
+    Args:
+        workers: processes that train together. With several ascending numbers, the largest number
+            that there is room for trains; it may change during the run.
+        inline: one worker in this process, without Ray.
+        address: of an existing Ray cluster. None or "local": a cluster of our own on this machine.
+        device: whether workers train on GPUs; auto: if there are any.
+        cpus_per_worker: cores of a worker; `launch.base.share_of` explains `auto`.
+        loader_threads: threads that read data in a worker. auto: one per core with a GPU, else one.
+        max_restarts: how often dead workers are restarted without progress between.
+        hang_minutes: the time without a sign of life after which a worker writes its stacks and
+            ends. 0: never.
+        verify: which data pages are compared with their checksums while training reads them: those
+            of some samples, or of all.
+        checkpoints: a folder or an address, below which each run keeps its checkpoints in a folder
+            of its name. None: in the run's folder.
+        node_loss: how long the run waits for a node that does not answer (`ray_cluster.py`).
+        side_by_side: runs of a suite that train at the same time, each on cores and GPUs of its
+            own. auto: as many as there is room for.
+    """
 
     workers: int | tuple[int, ...] = 1
-    """Processes that train together. With several ascending numbers, the largest number that there
-    is room for trains; it may change during the run.
-    """
     inline: bool = False
     address: str | None = None
-    """Of an existing Ray cluster. None or "local": a cluster of our own on this machine."""
     device: Device = "auto"
     cpus_per_worker: int | Literal["auto"] = "auto"
-    """Cores of a worker; `launch.base.share_of` explains `auto`."""
     loader_threads: int | Literal["auto"] = "auto"
-    """Threads that read data in a worker. auto: one per core with a GPU, else one."""
     max_restarts: int = 3
     hang_minutes: float = 30.0
-    """The time without a sign of life after which a worker writes its stacks and ends. 0: never."""
     verify: Literal["sampled", "full"] = "sampled"
-    """Which data pages are compared with their checksums while training reads them: those of some
-    samples, or of all.
-    """
     checkpoints: str | None = None
-    """A folder or an address, below which each run keeps its checkpoints in a folder of its name.
-    None: in the run's folder.
-    """
     node_loss: NodeLoss = "fast"
-    """How long the run waits for a node that does not answer (`ray_cluster.py`)."""
     side_by_side: int | Literal["auto"] = 1
-    """Runs of a suite that train at the same time, each on cores and GPUs of its own. auto: as many
-    as there is room for.
-    """
 
     def __post_init__(self) -> None:
         if isinstance(self.workers, list):  # from JSON
             object.__setattr__(self, "workers", tuple(self.workers))
         if self.address == "local":
             object.__setattr__(self, "address", None)
-        counts: dict[str, object] = {"workers": self.workers}
-        counts |= {
-            name: each
-            for name in ("cpus_per_worker", "loader_threads")
-            if (each := getattr(self, name)) != "auto"
-        }
-        refuse_unless_counts("cluster", counts)
+        counts = ("workers", "cpus_per_worker", "loader_threads", "side_by_side")
+        given = {name: each for name in counts if (each := getattr(self, name)) != "auto"}
+        refuse_unless_counts("cluster", given)
         refuse_unless_counts("cluster", {"max_restarts": self.max_restarts}, least=0)
         if self.checkpoints is not None:
             refuse_credentials(self.checkpoints)
         refuse_unless_watchable("cluster", self.hang_minutes)
-        if self.side_by_side != "auto":
-            refuse_unless_counts("cluster", {"side_by_side": self.side_by_side})
         require(
             list(self.sizes) == sorted(set(self.sizes)),
             f"cluster: numbers of workers must ascend; got {self.workers!r}",
@@ -159,18 +159,18 @@ class Cluster:
             "resume: a run that was launched on a Ray cluster needs --address anew; got"
             f" none, it was {self.address}; --address local starts a cluster here",
         )
-        if inline or (self.inline and workers is None and address is None):
-            of_ray = {name: getattr(Cluster, name) for name in _OF_RAY}
-            in_turn = self._in_turn(is_asked=inline and not self.inline)
-            given = {"workers": workers or 1, "address": address, "inline": True}
-            return replace(self, **{**of_ray, **in_turn, **options, **given})
-        in_turn = self._in_turn(is_asked=isinstance(workers, tuple))
-        given = {"workers": workers or self.workers, "address": address, "inline": False}
-        return replace(self, **{**in_turn, **options, **given})
-
-    def _in_turn(self, *, is_asked: bool) -> dict[str, Any]:
-        """One run at a time instead of `auto`, if the options of the resume require it."""
-        return {"side_by_side": 1} if is_asked and self.side_by_side == "auto" else {}
+        is_inline = inline or (self.inline and workers is None and address is None)
+        before = {name: getattr(Cluster, name) for name in _OF_RAY} if is_inline else {}
+        if self.side_by_side == "auto" and (
+            isinstance(workers, tuple) or (inline and not self.inline)
+        ):
+            before["side_by_side"] = 1
+        now = {
+            "workers": workers or (1 if is_inline else self.workers),
+            "address": address,
+            "inline": is_inline,
+        }
+        return replace(self, **{**before, **options, **now})
 
     def resume_address(self, launched: Cluster) -> str | None:
         """The `--address` of the command that resumes, on this cluster, a run of `launched`."""
@@ -201,9 +201,10 @@ def option_name(field: str) -> str:
 
 def differences(was: Cluster, now: Cluster) -> dict[str, str]:
     """A text for each field that differs, by its name: `--verify was sampled, is full`."""
-    values = {name: (getattr(was, name), getattr(now, name)) for name in asdict(was)}
     return {
-        name: f"{option_name(name)} was {a}, is {b}" for name, (a, b) in values.items() if a != b
+        name: f"{option_name(name)} was {a}, is {b}"
+        for name in asdict(was)
+        if (a := getattr(was, name)) != (b := getattr(now, name))
     }
 
 

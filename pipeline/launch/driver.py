@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -25,8 +26,9 @@ from pipeline.core.errors import UserError
 from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
-from pipeline.launch.base import Launcher, LaunchError, WorkersEnded
-from pipeline.launch.cluster import Cluster
+from pipeline.core.units import some
+from pipeline.launch.base import LaunchError, WorkersEnded
+from pipeline.launch.cluster import Cluster, Launcher
 from pipeline.launch.prepare import prepare, write_job
 from pipeline.launch.progress import Shown
 from pipeline.launch.signals import StopRequest, on_stop_signals
@@ -105,7 +107,7 @@ def drive(
 ) -> dict[str, Any] | None:
     """Run one job to its end, show it, mirror it to MLflow, and stop it on signals.
 
-    Returns and raises what `Launcher.run` does. `address` is the `--address` of the command that
+    Returns and raises what `Ray.run` does. `address` is the `--address` of the command that
     resumes it.
     """
     folder = Path(job.run)
@@ -147,14 +149,16 @@ def _with_checkpoint_token(job: Job, say: Callable[[str], None]) -> Job:
     if not job.checkpoints:
         return job
     place = place_at(job.checkpoints, Path(job.run))
-    token = patiently(
-        Ranks(),
-        lambda: claim(place, run=job.run, run_id=job.run_id, study=job.study),
-        on_wait=lambda error: say(
-            f"{place.address('')} does not answer, and is waited for: {error}"
+    return replace(
+        job,
+        place_token=patiently(
+            Ranks(),
+            lambda: claim(place, run=job.run, run_id=job.run_id, study=job.study),
+            on_wait=lambda error: say(
+                f"{place.address('')} does not answer, and is waited for: {error}"
+            ),
         ),
     )
-    return replace(job, place_token=token)
 
 
 @contextmanager
@@ -192,11 +196,11 @@ def _describe_hang(hung: dict[str, int], job: Job) -> str:
 
     A worker that waits for a hung one gives no sign of life either, and may be ended first.
     """
-    files, ranks = [str(Path(job.run) / file) for file in hung], sorted(set(hung.values()))
-    more = f" and {len(files) - 4} more" if len(files) > 4 else ""
+    ranks = ", ".join(map(str, sorted(set(hung.values()))))
+    stacks = some([str(Path(job.run) / file) for file in hung], most=4)
     return (
-        f"worker {', '.join(map(str, ranks))}, or one that was waited for: no sign of life for too"
-        f" long (--hang-minutes); what its threads were at is in {', '.join(files[:4])}{more}"
+        f"worker {ranks}, or one that was waited for: no sign of life for too long"
+        f" (--hang-minutes); what its threads were at is in {stacks}"
     )
 
 
@@ -206,23 +210,20 @@ def _in_thread(
     """Run `work` in a daemon thread, while the main thread handles signals. In the main thread, a
     signal would end Ray's `fit`.
     """
-    outcome: dict[str, Any] = {}
+    outcome: Future[dict[str, Any] | None] = Future()
 
     def target() -> None:
         try:
-            outcome["value"] = work()
+            outcome.set_result(work())
         except BaseException as error:  # the main thread raises it
-            outcome["error"] = error
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=target, daemon=True, name="launcher")
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_S)
+    threading.Thread(target=target, daemon=True, name="launcher").start()
+    while not outcome.done():
+        wait([outcome], POLL_S)
         for act in meanwhile:
             act()
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["value"]
+    return outcome.result()
 
 
 # ---------------------------------------------------------------------------------------- the lock
@@ -256,8 +257,12 @@ def this_machine() -> str:
 
 def _acquire(handle: IO[str], folder: Path) -> None:
     begun, is_printed = time.monotonic(), False
-    while not _is_locked(handle):
-        waited_s = time.monotonic() - begun
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            waited_s = time.monotonic() - begun
         if waited_s > INSTANT_S:
             handle.seek(0)
             holder = handle.read()
@@ -277,15 +282,6 @@ def _acquire(handle: IO[str], folder: Path) -> None:
         time.sleep(0.5 if is_printed else 0.05)
 
 
-def _is_locked(handle: IO[str]) -> bool:
-    """Try to lock a file. Returns whether this process holds the lock."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 # ------------------------------------------------------------------------------------ the terminal
 
 
@@ -300,10 +296,7 @@ def ignore_lost_terminal(console: Console) -> None:
 
 
 class _LosableFile:
-    """Writes to `file` until that fails.
-
-    rich (15.0) would end the process at a broken pipe.
-    """
+    """Writes to `file` until that fails. rich (15.0) would end the process at a broken pipe."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file, self._is_lost = file, False
@@ -325,8 +318,10 @@ class _LosableFile:
             act()
         except OSError as error:
             self._is_lost = True
-            reason = error.strerror or error
-            line = f"shown no more: {reason}; training goes on, and its journal has everything\n"
+            line = (
+                f"shown no more: {error.strerror or error}; training goes on, and its journal has"
+                " everything\n"
+            )
             with suppress(OSError):
                 os.write(_STDERR, line.encode())
             # Python 3.11 would try to write the buffered text at exit, and end with exit code 120.

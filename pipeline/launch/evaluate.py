@@ -46,13 +46,11 @@ def evaluate_run(
     recipe = Recipe.read(RunFolder(folder).recipe, trust=trust)
     if weights is None:
         which = which or "last"
-        network = load_run(folder, which=which, trust=trust)
+        network, source = load_run(folder, which=which, trust=trust), which
     else:
-        network = _with_weights(recipe, weights, trust=trust)
+        network, source = _with_weights(recipe, weights, trust=trust), weights.name
     check_data(build_data(recipe), fingerprint=read_job(folder).data_fingerprint, every_page=True)
-    _print_accuracy(
-        network, recipe, f"{folder.name} ({which if weights is None else weights.name}", time_steps
-    )
+    _print_accuracy(network, recipe, f"{folder.name} ({source}", time_steps)
 
 
 def evaluate_recipe(
@@ -76,10 +74,9 @@ def evaluate_recipe(
             f"evaluate: a recipe has no checkpoints and needs --weights FILE; got {got}"
         )
     if isinstance(made, Suite):
-        names = ", ".join(recipe.name for recipe in made.recipes)
         raise ValueError(
             "evaluate: --weights are those of one network, so the file must hold one recipe; got"
-            f" {names}"
+            f" {', '.join(recipe.name for recipe in made.recipes)}"
         )
     network = _with_weights(made, weights, trust=(*trust, *own))
     if trust and not is_export(weights):  # errors of the file come first
@@ -92,24 +89,16 @@ def evaluate_recipe(
 
 
 def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...]) -> nn.Module:
-    """The recipe's network with the weights of a file: of `spiketrain export`, or of another
-    program.
-    """
     if is_export(file):
         return load_export(file, model=recipe.model, trust=trust)
     return load_weights(build_network(recipe, tasks_of(recipe)), file)
 
 
 def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: int | None) -> None:
-    """Evaluate each task on its whole evaluation set, and print the accuracy.
-
-    Then print the cost of an inference of the last task.
-    """
-    console, steps = new_console(), time_steps or recipe.time_steps
+    console, steps, device = new_console(), time_steps or recipe.time_steps, device_here()
     tasks = tasks_of(recipe)
     tasks[0].choose_head(network)
     check_network(network, recipe, tasks[0].data)
-    device = device_here()
     network.to(device)
     options = {
         "over_time": recipe.over_time,
@@ -121,10 +110,7 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
         begun = time.monotonic()
         say_stage("evaluating; the first batch compiles what reads the data")
         task.choose_head(network)
-        with (
-            closing(loaders.val(index)) as val_set,
-            computing(device, recipe.precision),
-        ):
+        with closing(loaders.val(index)) as val_set, computing(device, recipe.precision):
             batches = inputs(val_set, steps, device)
             evaluated.append(evaluate(network, batches, recipe.objective.build().labels, **options))
         where = f", {task.name}" if recipe.phases else ""
@@ -136,15 +122,10 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
     if recipe.phases:
         mean = _describe(mean_of([each.result for each in evaluated]))
         say(console, f"{name}, T = {steps}, mean of {counted(len(evaluated), 'task')}): {mean}")
-    inference = evaluated[-1].inference
-    assert inference is not None, "an evaluation of one worker has samples"
-    say(
-        console,
-        describe_inference(
-            inference.to_dict(joules_per_sample([evaluated[-1].readings])),
-            on_gpu=device.type == "cuda",
-        ),
-    )
+    last = evaluated[-1]
+    assert last.inference is not None, "an evaluation of one worker has samples"
+    energy = last.inference.to_dict(joules_per_sample([last.readings]))
+    say(console, describe_inference(energy, on_gpu=device.type == "cuda"))
 
 
 def _describe(result: Evaluation) -> str:

@@ -13,17 +13,19 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+import psutil
 import torch
 from torch import distributed
 
 from pipeline.core.checks import require
 from pipeline.core.code_version import code_digest
+from pipeline.core.errors import DataError
 from pipeline.core.secrets import without_secrets
 from pipeline.core.shared_marker import Marker
 from pipeline.core.units import counted
@@ -36,7 +38,6 @@ from pipeline.train.checkpoint import absolute, folder_of
 
 PACKAGES = ("spiketrain", "torch", "deepspeed", "ray", "ffcv", "mlflow", "numpy", "numba", "timm")
 DEVICES = Path("/dev")
-MOUNTS = Path("/proc/mounts")
 NODE_S = 300.0  # For the checks on a node. The first time, FFCV and numba compile.
 MLFLOW_S = 10.0
 
@@ -58,8 +59,7 @@ class NodeReport:
     name: str
     versions: Mapping[str, str]
     gpus: tuple[str, ...] = ()  # Their names. Findings name the GPUs that cannot be used.
-    trains: bool = True
-    """Whether workers may run there. The head of a cluster may have no cores for them."""
+    trains: bool = True  # Whether workers may run there: the head of a cluster may have no cores.
     findings: tuple[Finding, ...] = ()
 
 
@@ -89,11 +89,11 @@ def preflight(
     with ExitStack() as stack:
         stores: list[Store] = []
         for place in places:
-            with _using(place, "this machine") as bad:
+            try:
                 stores.append(Store(place, stack.enter_context(_marker_in(place))))
-            if bad:
-                return [replace(bad[0], text=f"{bad[0].text}; nothing else was examined")]
-        stack.enter_context(_locked(runs, stores[0].marker))
+            except Exception as error:
+                bad = _unusable(place, "this machine", error)
+                return [replace(bad, text=f"{bad.text}; nothing else was examined")]
         if address in (None, "local"):  # a launch starts a cluster here
             report = examine(*stores)
             findings = [*compare([report]), *report.findings]
@@ -105,39 +105,30 @@ def preflight(
 
 @contextmanager
 def _marker_in(place: str) -> Iterator[Marker | None]:
-    """A marker that nodes look for in a folder; None for an address, which all nodes share."""
+    """A marker that nodes look for in a folder. It is locked as a driver locks its run.
+
+    None for an address, which all nodes share.
+    """
     folder = folder_of(place)
     if folder is None:
         yield None
         return
     folder.mkdir(parents=True, exist_ok=True)
     marker = Marker(f".doctor-{secrets.token_hex(8)}", secrets.token_hex(16))
-    (folder / marker.name).write_text(marker.content)
+    file = folder / marker.name
     try:
-        yield marker
+        file.write_text(marker.content)
+        with file.open("a") as handle:
+            with suppress(OSError):  # storage without locks: each node reports it
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield marker
     finally:
-        (folder / marker.name).unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
 
-@contextmanager
-def _locked(runs: Path, marker: Marker | None) -> Iterator[None]:
-    """Lock the marker in the folder of runs, as a driver locks its run."""
-    assert marker is not None, "runs are in a folder"
-    with (runs / marker.name).open("a") as handle:
-        with suppress(OSError):  # storage without locks: each node reports it
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-
-
-@contextmanager
-def _failing(check: str, what: str, advice: str) -> Iterator[list[Finding]]:
-    """Turn any exception into a finding: libraries, stores and GPUs raise many types."""
-    findings: list[Finding] = []
-    try:
-        yield findings
-    except Exception as error:
-        text = without_secrets(f"{type(error).__name__}: {' '.join(str(error).split())}")
-        findings.append(Finding(check, "bad", f"{what}: {text}", advice))
+def _bad(check: str, what: str, error: Exception, advice: str) -> Finding:
+    text = without_secrets(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    return Finding(check, "bad", f"{what}: {text}", advice)
 
 
 # ---------------------------------------------------------------------------------- of a cluster
@@ -148,13 +139,17 @@ def _nodes(stores: Sequence[Store]) -> Iterator[Finding]:
         lambda has: examine(*stores, resources=has), lambda has: has, within_s=NODE_S
     )
     yield from compare([each for each in answers if isinstance(each, NodeReport)])
-    advice = "see that it is up, has what the other nodes have installed, and reaches the storage"
     for each in answers:
         if isinstance(each, NodeReport):
             yield from each.findings
         else:
-            text = f"{each.address} cannot be examined: {each.why}"
-            yield Finding("node", "bad", text, advice)
+            yield Finding(
+                "node",
+                "bad",
+                f"{each.address} cannot be examined: {each.why}",
+                "see that it is up, has what the other nodes have installed, and reaches the"
+                " storage",
+            )
 
 
 def _network(runs: Path) -> Finding:
@@ -170,10 +165,6 @@ def _network(runs: Path) -> Finding:
     gpus = sum(int(has.get("GPU", 0)) for has in nodes)
     count = gpus or sum(has.get("CPU", 0) > 0 for has in nodes)
     environment = worker_environment(threads=1, loader_threads=1, gpus=gpus > 0, alone=False)
-    advice = (
-        "open all ports between the nodes, name the network's interface with GLOO_SOCKET_IFNAME"
-        " and NCCL_SOCKET_IFNAME, and see that no GPU is in use"
-    )
     with tempfile.TemporaryDirectory(
         dir=runs, prefix=".doctor-", ignore_cleanup_errors=True
     ) as storage:
@@ -192,8 +183,13 @@ def _network(runs: Path) -> Finding:
         try:
             trainer.fit()
         except Exception as error:  # Ray wraps what a process raised in several layers
-            text = f"the processes of a training do not reach one another: {innermost(error)}"
-            return Finding("network", "bad", text, advice)
+            return Finding(
+                "network",
+                "bad",
+                f"the processes of a training do not reach one another: {innermost(error)}",
+                "open all ports between the nodes, name the network's interface with"
+                " GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, and see that no GPU is in use",
+            )
     return Finding("network", "ok", f"{counted(count, 'process')} reached one another")
 
 
@@ -208,8 +204,8 @@ def add_up() -> None:
     """
     size = distributed.get_world_size()
     gloo = distributed.new_group(backend="gloo")
-    on_gpu = distributed.get_backend() == "nccl"
-    for device, group in ([("cuda", None)] if on_gpu else []) + [("cpu", gloo)]:
+    on_gpu = [("cuda", None)] if distributed.get_backend() == "nccl" else []
+    for device, group in [*on_gpu, ("cpu", gloo)]:
         number = torch.tensor(distributed.get_rank() + 1, device=device)
         distributed.all_reduce(number, group=group)
         if int(number) != (wanted := size * (size + 1) // 2):
@@ -220,13 +216,19 @@ def compare(reports: Sequence[NodeReport]) -> Iterator[Finding]:
     """Compare versions and GPUs, which must be the same on all nodes."""
     if not reports:
         return
-    advice = "install the same on all nodes: `LOCKED=1 make setup`"
     first, bad = reports[0].versions, []
     for package in first:
         found = {each.name: each.versions[package] for each in reports}
         if len(set(found.values())) > 1:
             text = ", ".join(f"{name} has {number}" for name, number in found.items())
-            bad.append(Finding("versions", "bad", f"{package}: {text}", advice))
+            bad.append(
+                Finding(
+                    "versions",
+                    "bad",
+                    f"{package}: {text}",
+                    "install the same on all nodes: `LOCKED=1 make setup`",
+                )
+            )
         elif first[package] == "not installed":
             bad.append(Finding("versions", "bad", f"{package} is not installed", "`make setup`"))
     text = ", ".join(f"{name} {first[name]}" for name in ("python", "torch", "ray", "ffcv"))
@@ -264,8 +266,13 @@ def examine(
     findings += map(try_store, others)
     versions = {package: _version(package) for package in PACKAGES}
     versions |= {"python": platform.python_version(), "spiketrain's code": code_digest()}
-    trains = resources is None or resources.get("CPU", 0) > 0
-    return NodeReport(name, versions, gpus, trains, tuple(findings))
+    return NodeReport(
+        name,
+        versions,
+        gpus,
+        trains=resources is None or resources.get("CPU", 0) > 0,
+        findings=tuple(findings),
+    )
 
 
 def _version(package: str) -> str:
@@ -276,92 +283,100 @@ def _version(package: str) -> str:
 
 
 def _gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[Finding]]:
-    """The names of this node's GPUs, and findings about GPUs that fail."""
     if (unusable := unusable_gpus()) is not None:
         return (), [Finding("gpus", "bad", unusable.problem, unusable.advice)]
+    advice = "see nvidia-smi and the kernel's log there; repair the GPU, or leave the node out"
     names: list[str] = []
     findings: list[Finding] = []
-    count = torch.cuda.device_count()
-    advice = "see nvidia-smi and the kernel's log there; repair the GPU, or leave the node out"
-    for index in range(count):
-        with _failing("gpus", f"GPU {index} fails", advice) as bad:
-            names.append(torch.cuda.get_device_name(index))
+    for index in range(count := torch.cuda.device_count()):
+        try:
             total = torch.ones(1024, device=f"cuda:{index}").sum().item()
             require(total == 1024, f"the sum of 1024 ones must be 1024; got {total:g}")
-        findings += bad
+            names.append(torch.cuda.get_device_name(index))
+        except Exception as error:  # of many types
+            findings.append(_bad("gpus", f"GPU {index} fails", error, advice))
     if resources is not None:
         promised = int(resources.get("GPU", 0))
-    else:  # files of NVIDIA's driver, unless the user has chosen some GPUs
-        is_chosen = "CUDA_VISIBLE_DEVICES" in os.environ
-        promised = 0 if is_chosen else len(list(DEVICES.glob("nvidia[0-9]*")))
+    elif "CUDA_VISIBLE_DEVICES" in os.environ:  # the user has chosen some GPUs
+        promised = 0
+    else:
+        promised = len(list(DEVICES.glob("nvidia[0-9]*")))  # files of NVIDIA's driver
     if count < promised:
         advice += "; without Ray, CUDA_VISIBLE_DEVICES names the GPUs to use"
         findings.append(Finding("gpus", "bad", f"torch finds {count} of {promised} GPUs", advice))
     return tuple(names), findings
 
 
-def _try_reading() -> list[Finding]:
+def _try_reading() -> Iterator[Finding]:
     """Write a few images and read them as a training does: with FFCV, its library and numba."""
-    advice = "infra/setup.sh builds FFCV and what it needs"
-    with _failing("ffcv", "images cannot be written and read", advice) as bad:
+    try:
         shades = _read_written((41, 201))
         require(shades == [41, 201], f"shades 41 and 201 were read as {shades}")
-    if bad:
-        return bad
-    advice = "`pip install tbb`, or `infra/setup.sh --system`"
-    with _failing("threads", "--loader-threads must be 1 here", advice) as bad:
-        from pipeline.data.ffcv.tbb import require_tbb
+        yield Finding("ffcv", "ok", "images were written and read")
+    except Exception as error:
+        yield _bad(
+            "ffcv",
+            "images cannot be written and read",
+            error,
+            "infra/setup.sh builds FFCV and what it needs",
+        )
+        return
+    from pipeline.data.ffcv.tbb import require_tbb
 
+    try:
         require_tbb()
-    ok = Finding("ffcv", "ok", "images were written and read")
-    return [ok, *(replace(each, state="warn") for each in bad)]
+    except DataError as error:
+        bad = _bad(
+            "threads",
+            "--loader-threads must be 1 here",
+            error,
+            "`pip install tbb`, or `infra/setup.sh --system`",
+        )
+        yield replace(bad, state="warn")
 
 
 def _read_written(shades: Sequence[int]) -> list[int]:
-    """The grey levels of images that have been written in FFCV's format and read again."""
-    import numpy as np
     from PIL import Image
 
     from pipeline.data.datasets.beton import Beton
     from pipeline.data.write.images import write_folder
 
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        pictures, written = Path(name) / "pictures", Path(name) / "written"
         for part in ("train", "val"):
-            pictures = folder / "pictures" / part / "grey"
-            pictures.mkdir(parents=True)
+            (folder := pictures / part / "grey").mkdir(parents=True)
             for shade in shades:
-                pixels = np.full((8, 8, 3), shade, dtype=np.uint8)
-                Image.fromarray(pixels).save(pictures / f"{shade}.png")
-        write_folder(folder / "pictures", folder / "written", mode="raw")
+                Image.new("RGB", (8, 8), (shade,) * 3).save(folder / f"{shade}.png")
+        write_folder(pictures, written, mode="raw")
         mean, std = (0.0,) * 3, (1.0,) * 3
-        data = Beton(folder / "written", classes=1, size=8, crop="shift", mean=mean, std=std)
+        data = Beton(written, classes=1, size=8, crop="shift", mean=mean, std=std)
         loader = data.val(rank=0, world=1, micro_batch=2, threads=1)
         with closing(loader), loader.epoch(0) as batches:
             return sorted(round(float(x.mean()) * 255) for batch in batches for x in batch.x)
 
 
-def _run_lock(name: str, file: Path) -> list[Finding]:
+def _run_lock(name: str, file: Path) -> Iterator[Finding]:
     """Whether this node sees the driver's lock, which excludes a second driver from a run.
 
     Some storage keeps locks local to each machine (Lustre mounted with localflock, NFS with
     local_lock, some FUSE file systems), and some storage has no locks.
     """
-    advice = (
-        "two drivers could train one run at once: mount it with locks that all nodes share "
-        "(Lustre: flock, not localflock; NFS: neither nolock nor local_lock), or launch and resume "
-        "from one machine alone"
-    )
-    with (
-        _failing(
-            "storage", f"{name} does not see the driver's lock in {file.parent}", advice
-        ) as bad,
-        suppress(BlockingIOError),
-        file.open("r+b") as handle,
-    ):
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        raise OSError("a second lock was granted")
-    return bad
+
+    try:
+        with file.open("r+b") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            raise OSError("a second lock was granted")
+    except BlockingIOError:
+        return
+    except OSError as error:
+        yield _bad(
+            "storage",
+            f"{name} does not see the driver's lock in {file.parent}",
+            error,
+            "two drivers could train one run at once: mount it with locks that all nodes share"
+            " (Lustre: flock, not localflock; NFS: neither nolock nor local_lock), or launch and"
+            " resume from one machine alone",
+        )
 
 
 def _nfs(name: str, folder: Path) -> Iterator[Finding]:
@@ -371,19 +386,18 @@ def _nfs(name: str, folder: Path) -> Iterator[Finding]:
     minute (acdirmax) that the file does not exist, unless the NFS is mounted with
     lookupcache=positive (nfs(5)).
     """
-    try:
-        lines = [line.split() for line in MOUNTS.read_text().splitlines()]
-    except OSError:  # not Linux
-        return
-    # A space in a path is written \040. Of two mounts at one place the later one counts.
-    mounts = [(Path(at.encode().decode("unicode_escape")), *more) for _, at, *more in lines]
-    above = [each for each in mounts if folder.resolve().is_relative_to(each[0])]
-    at, kind, options, *_ = max(reversed(above), key=lambda each: len(each[0].parts))
+    mounts = psutil.disk_partitions(all=True)
+    above = [each for each in mounts if folder.resolve().is_relative_to(each.mountpoint)]
+    # Of two mounts at one place the later one counts.
+    mount = max(reversed(above), key=lambda each: len(Path(each.mountpoint).parts))
     safe = {"lookupcache=pos", "lookupcache=positive", "lookupcache=none", "noac"}
-    if kind.startswith("nfs") and not safe & set(options.split(",")):
-        text = f"{name}: the NFS at {at} may hide a new file for a minute"
-        advice = "mount it with lookupcache=positive, so that a run sees a request to stop at once"
-        yield Finding("storage", "warn", text, advice)
+    if mount.fstype.startswith("nfs") and not safe & set(mount.opts.split(",")):
+        yield Finding(
+            "storage",
+            "warn",
+            f"{name}: the NFS at {mount.mountpoint} may hide a new file for a minute",
+            "mount it with lookupcache=positive, so that a run sees a request to stop at once",
+        )
 
 
 # --------------------------------------------------------------------------------------- storage
@@ -391,13 +405,16 @@ def _nfs(name: str, folder: Path) -> Iterator[Finding]:
 
 def try_store(store: Store) -> Finding:
     """Find the driver's marker. Write, list, read and delete an object of this node."""
-    node, address = socket.gethostname(), store.address
-    folder = folder_of(address)
+    node, address, folder = socket.gethostname(), store.address, folder_of(store.address)
     if folder is not None and store.marker is not None and not store.marker.is_in(folder):
-        text = f"{node} does not see {address} as the driver does"
-        advice = "mount the same storage at the same path on every node, or name such storage"
-        return Finding("storage", "bad", text, f"{advice} with --runs or --checkpoints")
-    with _using(address, node) as bad:
+        return Finding(
+            "storage",
+            "bad",
+            f"{node} does not see {address} as the driver does",
+            "mount the same storage at the same path on every node, or name such storage with"
+            " --runs or --checkpoints",
+        )
+    try:
         import fsspec
 
         url = address.rstrip("/") if folder is None else f"file://{folder}"
@@ -410,19 +427,24 @@ def try_store(store: Store) -> Finding:
         finally:
             fs.rm_file(f"{root}/{name}")
         require(is_whole, "it does not give back what was written")
-    if bad:
-        return bad[0]
+    except Exception as error:
+        return _unusable(address, node, error)
     free = "" if folder is None else f"; {shutil.disk_usage(folder).free / 1e9:.1f} GB are free"
-    text = f"{node}: an object was written to {address}, read and deleted{free}"
-    return Finding("storage", "ok", text)
+    return Finding(
+        "storage", "ok", f"{node}: an object was written to {address}, read and deleted{free}"
+    )
 
 
-def _using(address: str, node: str) -> AbstractContextManager[list[Finding]]:
-    advice = "see its owner, rights and mount, and make room if the disk or a quota is full"
-    if folder_of(address) is None:
-        advice = "see its rights, and the keys in the environment there (AWS_ACCESS_KEY_ID; for "
-        advice += "another store than Amazon's also AWS_ENDPOINT_URL)"
-    return _failing("storage", f"{node} cannot use {address}", advice)
+def _unusable(address: str, node: str, error: Exception) -> Finding:
+    return _bad(
+        "storage",
+        f"{node} cannot use {address}",
+        error,
+        "see its owner, rights and mount, and make room if the disk or a quota is full"
+        if folder_of(address) is not None
+        else "see its rights, and the keys in the environment there (AWS_ACCESS_KEY_ID; for"
+        " another store than Amazon's also AWS_ENDPOINT_URL)",
+    )
 
 
 # ---------------------------------------------------------------------------------------- MLflow
@@ -433,46 +455,54 @@ def of_mlflow(uri: str) -> Finding:
     password.
     """
     if (file := sqlite_file(uri)) is not None:
-        return _of_sqlite(file)
+        try:  # MLflow makes the file and its folder. SQLite keeps a journal beside the file.
+            tempfile.TemporaryFile(dir=next(each for each in file.parents if each.exists())).close()
+            if file.exists():
+                file.open("r+b").close()
+        except OSError as error:
+            return _bad(
+                "mlflow",
+                f"the store {file} cannot be written",
+                error,
+                "see its owner and rights, or MLFLOW_TRACKING_URI",
+            )
+        return Finding("mlflow", "ok", f"the store is the file {file}")
     if not is_server(uri):
-        text = "MLFLOW_TRACKING_URI must be http://HOST:PORT, https://HOST or sqlite:///FILE"
-        advice = "unset it to use mlflow.db in the folder of runs"
-        return Finding("mlflow", "bad", f"{text}; got another kind of store", advice)
+        return Finding(
+            "mlflow",
+            "bad",
+            "MLFLOW_TRACKING_URI must be http://HOST:PORT, https://HOST or sqlite:///FILE; got"
+            " another kind of store",
+            "unset it to use mlflow.db in the folder of runs",
+        )
     shown = without_password(uri).rstrip("/")
-    advice = (
-        "see MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD, or _TOKEN; a training goes on without"
-        " the server, and `spiketrain sync` delivers later"
-    )
     try:
         connect(uri).search_experiments(max_results=1)
     except Exception as error:  # an error of MLflow or of its transport
-        return Finding("mlflow", "bad", f"{shown}: {reason(uri, error)}", advice)
-    if _lets_everybody_in(uri):
-        advice = "let it ask for a password: `mlflow server --app-name basic-auth` (infra/mlflow)"
-        return Finding("mlflow", "warn", f"{shown} answers without a password", advice)
+        return Finding(
+            "mlflow",
+            "bad",
+            f"{shown}: {reason(uri, error)}",
+            "see MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD, or _TOKEN; a training goes on"
+            " without the server, and `spiketrain sync` delivers later",
+        )
+    if _lets_everybody_in(shown):
+        return Finding(
+            "mlflow",
+            "warn",
+            f"{shown} answers without a password",
+            "let it ask for a password: `mlflow server --app-name basic-auth` (infra/mlflow)",
+        )
     return Finding("mlflow", "ok", f"{shown} answers, and asks for a password")
 
 
-def _lets_everybody_in(uri: str) -> bool:
-    """Whether the server answers a request without a login."""
+def _lets_everybody_in(server: str) -> bool:
     import requests
 
-    scheme, _, rest = uri.partition("://")
-    page = "api/2.0/mlflow/experiments/search?max_results=1"
-    address = f"{scheme}://{rest.rpartition('@')[2].rstrip('/')}/{page}"
+    page = f"{server}/api/2.0/mlflow/experiments/search?max_results=1"
     # `auth` keeps requests from using a login in ~/.netrc.
     options = {"auth": lambda request: request, "timeout": MLFLOW_S, "allow_redirects": False}
-    with suppress(requests.RequestException):
-        return requests.get(address, **options).status_code == 200
-    return False
-
-
-def _of_sqlite(file: Path) -> Finding:
-    """Whether MLflow can make the file and its folder. SQLite keeps a journal beside the file."""
-    advice = "see its owner and rights, or MLFLOW_TRACKING_URI"
-    with _failing("mlflow", f"the store {file} cannot be written", advice) as bad:
-        with tempfile.TemporaryFile(dir=next(each for each in file.parents if each.exists())):
-            pass
-        if file.exists():
-            file.open("r+b").close()
-    return bad[0] if bad else Finding("mlflow", "ok", f"the store is the file {file}")
+    try:
+        return requests.get(page, **options).status_code == 200
+    except requests.RequestException:
+        return False

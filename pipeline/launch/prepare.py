@@ -6,8 +6,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
 
 from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.core.code_version import commit
@@ -55,11 +55,11 @@ def prepare(
     trust = own_code.needed(trust, targets_of(recipe))
     fingerprint = fingerprint_of(build_data(recipe))
     study = recipe.study_key(study_inputs(recipe, fingerprint))
-    folder = named(
-        runs.absolute(), f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name
-    )
+    runs = runs.absolute()
     if name is None:
-        folder = next(path for path in numbered_folders(folder) if not path.exists())
+        folder = free_folder(runs / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    else:
+        folder = named(runs, name)
     job = Job(
         run=str(folder),
         study=study,
@@ -81,7 +81,7 @@ def prepare(
         write_json(files.recipe, recipe.to_json())
         own_code.write(hidden, trust)
         write_json(files.cluster, asdict(cluster))
-        write_json(files.job, _to_json(job))
+        write_job(job, hidden)
     return job
 
 
@@ -125,16 +125,14 @@ def open_place(place: str, run: Path) -> tuple[str, list[str], Owner | None]:
         ) from error
 
 
-def write_job(job: Job) -> None:
-    """Write job.json, which a resume reads."""
-    write_json(RunFolder(job.run).job, _to_json(job))
+def write_job(job: Job, folder: Path | None = None) -> None:
+    """Write job.json, which a resume reads, to the run's folder or to `folder`.
 
-
-def _to_json(job: Job) -> dict[str, Any]:
-    """The content of job.json. Trust is not saved: the user who resumes has to state it again. The
-    token is not saved: it belongs to one start of the driver.
+    Trust is not saved: the user who resumes has to state it again. The token is not saved: it
+    belongs to one start of the driver.
     """
-    return {name: value for name, value in asdict(job).items() if name not in NOT_SAVED}
+    saved = {name: value for name, value in asdict(job).items() if name not in NOT_SAVED}
+    write_json(RunFolder(folder or job.run).job, saved)
 
 
 def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
@@ -201,8 +199,7 @@ def refuse_taken(folder: Path) -> None:
         )
 
 
-def numbered_folders(folder: Path) -> Iterator[Path]:
-    """The folder itself, then NAME-2, NAME-3, ... to try if it is taken."""
-    yield folder
-    for number in range(2, 10_000):
-        yield folder.with_name(f"{folder.name}-{number}")
+def free_folder(folder: Path) -> Path:
+    """The folder itself or, if it is taken, the first of NAME-2, NAME-3, ... that is free."""
+    further = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return next(path for path in chain([folder], further) if not path.exists())

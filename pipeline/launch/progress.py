@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
@@ -79,9 +81,11 @@ class Shown:
             new = self._follower.poll()
         except OSError as error:  # the storage is away for a moment
             if not self._is_blind:
-                why = error.strerror or error
-                text = f"the journal cannot be read ({why}): looked for again, and training goes on"
-                say(self._console, text)
+                say(
+                    self._console,
+                    f"the journal cannot be read ({error.strerror or error}): looked for again, and"
+                    " training goes on",
+                )
             self._is_blind = True
             return
         self._is_blind = False
@@ -92,9 +96,11 @@ class Shown:
             self._also(new)
         except Exception as error:  # an error in the display must not end a training
             self._is_broken = True
-            why = f"{type(error).__name__}: {error}"
-            text = f"shown no more ({why}): training goes on, and its journal has everything"
-            say(self._console, text)
+            say(
+                self._console,
+                f"shown no more ({type(error).__name__}: {error}): training goes on, and its"
+                " journal has everything",
+            )
 
     def close(self) -> None:
         self.look()
@@ -117,23 +123,29 @@ class Shown:
                     self._say(line)
 
     def _note(self, event: Event) -> None:
-        """Keep the values that later lines need, and move the bar."""
-        if isinstance(event, events.Evaluation):
-            self._accuracy = _share(event.metrics["top1"]) if "top1" in event.metrics else ""
         if isinstance(event, (events.Start, events.FirstBatch)):
             self._since_step, self._since = event.step, event.time
-        if isinstance(event, events.Start):
+        if isinstance(event, events.Evaluation):
+            self._accuracy = _share(event.metrics["top1"]) if "top1" in event.metrics else ""
+        elif isinstance(event, events.Start):
             self._start = event
             if self._has_bar and self._bar is None:
-                self._bar = _bar(self._console)
+                self._bar = Progress(
+                    TextColumn("{task.description}", markup=False),
+                    BarColumn(bar_width=self._bar_width),
+                    MofNCompleteColumn(),
+                    TextColumn("{task.fields[text]}", markup=False),
+                    TimeElapsedColumn(),
+                    TimeRemainingColumn(),
+                    console=self._console,
+                    refresh_per_second=4,
+                )
                 self._task = self._bar.add_task(event.rule, text="")
                 self._bar.start()
             if self._bar is not None:
                 self._bar.reset(self._task, total=event.total_steps, completed=event.step, text="")
-        if isinstance(event, events.Finish) and self._bar is not None and self._start is not None:
+        elif isinstance(event, events.Finish) and self._bar is not None and self._start is not None:
             self._bar.update(self._task, completed=self._start.total_steps)
-
-    # -------------------------------------------------------------------------------------- drawing
 
     def _draw(self, event: events.Step) -> None:
         metrics, start = event.metrics, self._start
@@ -144,81 +156,133 @@ class Shown:
             f"loss {_short(metrics.get('loss'))}",
             f"top-1 {_share(metrics.get('top1'))}"
             + (f" (val {self._accuracy})" if self._accuracy else ""),
-            _bytes(event.memory_bytes),
+            _shown(event.memory_bytes, "B"),
         ]
         if self._bar is not None and start is not None:
-            text = self._fitting(parts, start)
-            self._bar.update(self._task, completed=event.step, text=text)
-            return
-        if self._has_bar or self._clock() - self._shown < self._every:
-            return
-        self._shown = self._clock()
-        left = "" if start is None else self._left(event, start)
-        self._say(f"step {event.step}/{total}  {'  '.join(parts)}{left}")
+            # As many parts as fit beside the bar. Else rich would cut the times after them.
+            steps = 2 * len(str(start.total_steps)) + 1
+            beside = (len(start.rule), self._bar_width, steps, *2 * [len("00:00:00")])
+            room = self._console.width - sum(beside) - len(beside)
+            while parts and len("  ".join(parts)) > room:
+                parts.pop()
+            self._bar.update(self._task, completed=event.step, text="  ".join(parts))
+        elif not self._has_bar and self._clock() - self._shown >= self._every:
+            self._shown = self._clock()
+            # The remaining time, at the mean speed since the first batch of this start.
+            done, seconds = event.step - self._since_step, event.time - self._since
+            if start is not None and done > 0:
+                left_s = int((start.total_steps - event.step) * seconds / done)
+                parts.append(f"{timedelta(seconds=left_s)} left")
+            self._say(f"step {event.step}/{total}  {'  '.join(parts)}")
 
-    def _fitting(self, parts: list[str], start: events.Start) -> str:
-        """As many parts as fit beside the bar. Else rich would cut the times after them."""
-        steps = 2 * len(str(start.total_steps)) + 1
-        beside = (len(start.rule), _bar_width(self._console), steps, *2 * [len("00:00:00")])
-        room = self._console.width - sum(beside) - len(beside)
-        while parts and len("  ".join(parts)) > room:
-            parts = parts[:-1]
-        return "  ".join(parts)
-
-    def _left(self, event: events.Step, start: events.Start) -> str:
-        """The remaining time, at the mean speed since the first batch of this start."""
-        done, seconds = event.step - self._since_step, event.time - self._since
-        if done <= 0:
-            return ""
-        minutes, rest = divmod(int((start.total_steps - event.step) * seconds / done), 60)
-        return f"  {minutes // 60}:{minutes % 60:02d}:{rest:02d} left"
+    @property
+    def _bar_width(self) -> int:
+        return 20 if self._console.width >= 120 else 6
 
     def _say(self, line: str, *, label: str = "", whole: Sequence[str] = ()) -> None:
-        """Print a line, above the bar if there is one."""
         say(self._console, line, label=f"{self._prefix}{label}", whole=whole)
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=_bar_width(console)),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}", markup=False),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        refresh_per_second=4,
-    )
-
-
-def _bar_width(console: Console) -> int:
-    return 20 if console.width >= 120 else 6
 
 
 # ------------------------------------------------------------------------------ lines of events
 
 
 def _lines(event: Event, start: events.Start | None) -> list[str]:
-    """The lines for an event that is not a step. `start` is the newest start."""
-    match event:
-        case events.Start():
-            return _start(event)
-        case events.Evaluation():
-            return _evaluation(event)
-        case events.Straggler():
-            return [
-                f"worker {rank} on {found['host']} takes {found['times']:.1f} times as long as the"
-                " others"
-                for rank, found in event.workers.items()
-            ]
-        case events.Finish():
-            return _finish(event, start)
-        case _:
-            sentence = _SENTENCES.get(type(event))
-            return [] if sentence is None else [sentence(event)]
+    if isinstance(event, events.Finish):
+        return _finish(event, on_gpu=start is not None and _has_gpu(start))
+    lines = _LINES.get(type(event), lambda event: [])(event)
+    return [lines] if isinstance(lines, str) else lines
 
 
-_SENTENCES: dict[type[Event], Callable[[Any], str]] = {
+def _start(event: events.Start) -> list[str]:
+    lines: list[str] = []
+    if _has_gpu(event):
+        lines.append(
+            f"cores   {event.hardware.get('threads')} for each GPU, {event.loader_threads} loader"
+            " threads (--cpus-per-worker, --loader-threads)"
+        )
+    done, total, workers = event.step, event.total_steps, counted(event.world_size, "worker")
+    if event.attempt:
+        lines.append(f"start {event.attempt + 1}: goes on at step {done}/{total} on {workers}")
+    else:
+        lines.append(
+            f"start   {event.rule} on {workers}, {counted(total, 'step')} of"
+            f" {counted(event.batch_size, 'sample')}, study {event.study[:8]}, commit"
+            f" {event.commit}"
+        )
+    if done != total:
+        lines.append("waiting for the first batch, which compiles what reads the data")
+    return lines
+
+
+def _evaluation(event: events.Evaluation) -> list[str]:
+    metrics = event.metrics
+    formats = {
+        "top1": ("top-1", _share),
+        "top5": ("top-5", _share),
+        "loss": ("loss", _short),
+        "firing_rate": ("firing rate", _short),
+        "bwt": ("BWT", _share),
+    }
+    parts = [
+        f"{name} {format_(metrics[key])}"
+        for key, (name, format_) in formats.items()
+        if key in metrics
+    ]
+    tasks = [
+        f"{key.removeprefix('top1_')} {_share(top1)}"
+        for key, top1 in metrics.items()
+        if key.startswith("top1_")
+    ]
+    done = f"step {event.step} (epoch {event.epoch + 1})"
+    lines = [f"evaluation after {done}: {', '.join(parts)}"]
+    return [*lines, f"each task: {', '.join(tasks)}"] if len(tasks) > 1 else lines
+
+
+def _finish(event: events.Finish, *, on_gpu: bool) -> list[str]:
+    summary = event.summary
+    text = f"finished: {counted(event.step, 'step')} in {_short(summary.get('wall_s'))} s"
+    for name, key in (("top-1", "top1"), ("BWT", "bwt")):
+        if summary.get(key) is not None:
+            text += f", {name} {_share(summary[key])}"
+    # Replicas that differ make a run go back, too, and skip nothing.
+    if summary.get("skipped_batches") and (back := summary.get("rollbacks")):
+        text += f"; its training diverged and went back {counted(back, 'time')}"
+    if inference := summary.get("inference"):
+        return [describe_inference(inference, on_gpu=on_gpu), text]
+    return [text]
+
+
+def _has_gpu(start: events.Start) -> bool:
+    return start.hardware.get("gpu", "none") != "none"
+
+
+def _batch(event: events.Skipped | events.Rollback) -> str:
+    return f"batch {event.step} (epoch {event.epoch + 1})"
+
+
+def _advice(event: events.Skipped | events.Rollback) -> str:
+    return f"; {event.advice}" if event.advice else ""
+
+
+def _short(value: Any) -> str:
+    size = number(value)
+    return "-" if size is None else f"{size:,.0f}" if abs(size) >= 1000 else f"{size:.3g}"
+
+
+def _shown(value: Any, kind: str) -> str:
+    size = number(value)
+    return "-" if size is None else shown(size, kind=kind)
+
+
+_share = partial(_shown, kind="share")
+
+_LINES: dict[type[Event], Callable[[Any], str | list[str]]] = {
+    events.Start: _start,
+    events.Evaluation: _evaluation,
+    events.Straggler: lambda event: [
+        f"worker {rank} on {found['host']} takes {found['times']:.1f} times as long as the others"
+        for rank, found in event.workers.items()
+    ],
     events.FirstBatch: lambda event: (
         f"started after {_short(event.startup_s)} s: imports, compilation and the first batch are"
         " done"
@@ -228,7 +292,7 @@ _SENTENCES: dict[type[Event], Callable[[Any], str]] = {
         f" {counted(event.steps, 'step')}{'' if event.head is None else f', head {event.head}'}"
     ),
     events.Checkpoint: lambda event: (
-        f"checkpoint at step {event.step}: {_bytes(event.bytes)} in {_short(event.write_s)} s,"
+        f"checkpoint at step {event.step}: {_shown(event.bytes, 'B')} in {_short(event.write_s)} s,"
         f" training stood still for {_short(event.stall_s)} s"
     ),
     events.Quarantine: lambda event: f"quarantined {event.path}: {event.reason}",
@@ -250,7 +314,8 @@ _SENTENCES: dict[type[Event], Callable[[Any], str]] = {
     ),
     events.Preempted: lambda event: (
         f"{counted(len(event.machines), 'machine')} {'is' if len(event.machines) == 1 else 'are'}"
-        f" taken away {_soon(event.seconds_left)}: a checkpoint at step {event.step} is begun"
+        f" taken away {'soon' if event.seconds_left is None else f'in {event.seconds_left:.0f} s'}:"
+        f" a checkpoint at step {event.step} is begun"
     ),
     events.Stopped: lambda event: f"stopped after step {event.step}: {event.reason}",
     events.Failed: lambda event: f"failed: {event.error}",
@@ -268,92 +333,3 @@ _SENTENCES: dict[type[Event], Callable[[Any], str]] = {
         f"out of memory: at most {counted(event.micro_batch, 'sample')} at a time from here on"
     ),
 }
-
-
-def _start(event: events.Start) -> list[str]:
-    lines: list[str] = []
-    if _has_gpu(event):
-        lines.append(
-            f"cores   {event.hardware.get('threads')} for each GPU, {event.loader_threads} loader"
-            " threads (--cpus-per-worker, --loader-threads)"
-        )
-    done, total, workers = event.step, event.total_steps, counted(event.world_size, "worker")
-    if event.attempt:
-        lines.append(f"start {event.attempt + 1}: goes on at step {done}/{total} on {workers}")
-    else:
-        steps, samples = counted(total, "step"), counted(event.batch_size, "sample")
-        what = f"{event.rule} on {workers}, {steps} of {samples}"
-        lines.append(f"start   {what}, study {event.study[:8]}, commit {event.commit}")
-    if done != total:
-        lines.append("waiting for the first batch, which compiles what reads the data")
-    return lines
-
-
-def _evaluation(event: events.Evaluation) -> list[str]:
-    metrics = event.metrics
-    formats = {
-        "top1": ("top-1", _share),
-        "top5": ("top-5", _share),
-        "loss": ("loss", _short),
-        "firing_rate": ("firing rate", _short),
-        "bwt": ("BWT", _share),
-    }
-    parts = [
-        f"{name} {format_(metrics[key])}"
-        for key, (name, format_) in formats.items()
-        if key in metrics
-    ]
-    done = f"step {event.step} (epoch {event.epoch + 1})"
-    lines = [f"evaluation after {done}: {', '.join(parts)}"]
-    tasks = [
-        f"{key.removeprefix('top1_')} {_share(top1)}"
-        for key, top1 in metrics.items()
-        if key.startswith("top1_")
-    ]
-    return [*lines, f"each task: {', '.join(tasks)}"] if len(tasks) > 1 else lines
-
-
-def _finish(event: events.Finish, start: events.Start | None) -> list[str]:
-    summary, lines = event.summary, list[str]()
-    if summary.get("inference"):
-        on_gpu = start is not None and _has_gpu(start)
-        lines.append(describe_inference(summary["inference"], on_gpu=on_gpu))
-    text = f"finished: {counted(event.step, 'step')} in {_short(summary.get('wall_s'))} s"
-    for name, key in (("top-1", "top1"), ("BWT", "bwt")):
-        if summary.get(key) is not None:
-            text += f", {name} {_share(summary[key])}"
-    # Replicas that differ make a run go back, too, and skip nothing.
-    if summary.get("skipped_batches") and (back := summary.get("rollbacks")):
-        text += f"; its training diverged and went back {counted(back, 'time')}"
-    return [*lines, text]
-
-
-def _has_gpu(start: events.Start) -> bool:
-    return start.hardware.get("gpu", "none") != "none"
-
-
-def _batch(event: events.Skipped | events.Rollback) -> str:
-    return f"batch {event.step} (epoch {event.epoch + 1})"
-
-
-def _advice(event: events.Skipped | events.Rollback) -> str:
-    return f"; {event.advice}" if event.advice else ""
-
-
-def _soon(seconds_left: float | None) -> str:
-    return "soon" if seconds_left is None else f"in {seconds_left:.0f} s"
-
-
-def _short(value: Any) -> str:
-    size = number(value)
-    return "-" if size is None else f"{size:,.0f}" if abs(size) >= 1000 else f"{size:.3g}"
-
-
-def _share(value: Any) -> str:
-    share = number(value)
-    return "-" if share is None else shown(share, kind="share")
-
-
-def _bytes(value: Any) -> str:
-    size = number(value)
-    return "-" if size is None else shown(size, kind="B")

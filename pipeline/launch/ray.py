@@ -34,18 +34,16 @@ from pipeline.launch.base import (
     share_of,
     takes_gpus,
 )
-from pipeline.launch.ray_auth import (
+from pipeline.launch.ray_cluster import (
     TOKEN_ADVICE,
+    NodeLoss,
+    alive_nodes,
     captured_stderr,
     draw_token,
+    innermost,
     offer_token,
     reason,
     refuse_silent_address,
-)
-from pipeline.launch.ray_cluster import (
-    NodeLoss,
-    alive_nodes,
-    innermost,
     run_on_each,
     worker_environment,
     worker_start_timeout,
@@ -70,37 +68,42 @@ SETTINGS = {
     # The default of the next release, without the warning of this one.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+# For a cluster of our own: the node is 127.0.0.1, as on those systems, and Ray's servers listen
+# nowhere else (2.60).
 OWN_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""For a cluster of our own: the node is 127.0.0.1, as on those systems, and Ray's servers listen
-nowhere else (2.60).
-"""
 
 ANSWER_S = 30.0  # Longest wait for a node's answer to a request
 MEETING_S = 600  # Longest wait for starting workers to connect. No watchdog runs yet.
+# Additional time that a healthy worker waits for another one, after the watchdog should have ended
+# that worker.
 AFTER_WATCHDOG_S = 600
-"""Additional time that a healthy worker waits for another one, after the watchdog should have ended
-that worker.
-"""
 
 
 @dataclass
 class Ray:
-    """Workers on a Ray cluster: an existing one, or one of our own on this machine."""
+    """Workers on a Ray cluster: an existing one, or one of our own on this machine.
+
+    Args:
+        workers: processes that train together. With several ascending numbers, the largest number
+            that there is room for trains; it may change during the run.
+        address: of an existing cluster (`auto`, `host:6379`, `ray://...`). None starts one here.
+        cpus_per_worker: cores that Ray reserves for a worker; torch gets one thread for each.
+        loader_threads: threads that read data in each worker. `share_of` explains `auto`.
+        device: whether each worker gets a GPU (`takes_gpus`).
+        max_restarts: how often dead workers are restarted without progress between
+            (`ray_trainer.py`).
+        node_loss: how long the run waits for a node that does not answer.
+        work: a worker calls it with its job. Benchmarks measure inside it.
+    """
 
     workers: int | tuple[int, ...]
-    """Processes that train together. With several ascending numbers, the largest number that there
-    is room for trains; it may change during the run.
-    """
     address: str | None = None
-    """Of an existing cluster (`auto`, `host:6379`, `ray://...`). None starts one here."""
     cpus_per_worker: CountOrAuto = "auto"
-    """Cores that Ray reserves for a worker; torch gets one thread for each (`share_of`)."""
-    loader_threads: CountOrAuto = "auto"  # Threads that read data in each worker (`share_of`)
-    device: Device = "auto"  # Whether each worker gets a GPU (`takes_gpus`)
+    loader_threads: CountOrAuto = "auto"
+    device: Device = "auto"
     max_restarts: int = 3
-    """How often dead workers are restarted without progress between (`ray_trainer.py`)."""
-    node_loss: NodeLoss = "fast"  # How long the run waits for a node that does not answer
-    work: Work = run  # A worker calls it with its job. Benchmarks measure inside it.
+    node_loss: NodeLoss = "fast"
+    work: Work = run
 
     def __post_init__(self) -> None:
         self.sizes = self.workers if isinstance(self.workers, tuple) else (self.workers,)
@@ -136,7 +139,6 @@ class Ray:
         return self
 
     def _connect(self) -> None:
-        """Raises: UserError if there is no cluster at the address, or it wants another token."""
         import ray
         from ray.exceptions import AuthenticationError
 
@@ -171,11 +173,9 @@ class Ray:
             self._owned = False
 
     def _refuse_too_few(self) -> None:
-        """Raises: UserError if there are too few cores or GPUs, or torch cannot use the GPUs."""
         import ray
 
-        gpus, cores = self._takes_gpus(), ray.cluster_resources().get("CPU", 0)
-        share = self._share(gpus=gpus)
+        (gpus, share), cores = self._share(), ray.cluster_resources().get("CPU", 0)
         if cores < (wanted := self.least * share.cores):
             each = f"{counted(self.least, 'worker')} x {counted(share.cores, 'cpu')}"
             raise UserError(
@@ -189,56 +189,57 @@ class Ray:
                 if isinstance(answer, str):
                     raise UserError(f"launch: {answer}")
 
-    def _takes_gpus(self) -> bool:
+    def _share(self) -> tuple[bool, Share]:
+        """Whether each worker gets a GPU, and its share of the nodes that are up now."""
         import ray
 
-        return takes_gpus(self.device, self.least, int(ray.cluster_resources().get("GPU", 0)))
-
-    def _share(self, *, gpus: bool) -> Share:
-        """The share of a worker on the nodes that are up now."""
-        nodes = [node["Resources"] for node in alive_nodes()] if gpus else []
-        return share_of(
-            nodes, gpus=gpus, cores=self.cpus_per_worker, loader_threads=self.loader_threads
+        gpus = takes_gpus(self.device, self.least, int(ray.cluster_resources().get("GPU", 0)))
+        return gpus, share_of(
+            [node["Resources"] for node in alive_nodes()] if gpus else [],
+            gpus=gpus,
+            cores=self.cpus_per_worker,
+            loader_threads=self.loader_threads,
         )
 
     def room(self) -> int:
+        """The number of runs of this size that can train at the same time on cores and GPUs of
+        their own.
+        """
         import ray
 
-        has, gpus = ray.cluster_resources(), self._takes_gpus()
-        cores_of_a_run = self.least * self._share(gpus=gpus).cores
+        has, (gpus, share) = ray.cluster_resources(), self._share()
+        cores_of_a_run = self.least * share.cores
         if gpus:
             return min(int(has.get("CPU", 0)) // cores_of_a_run, int(has["GPU"]) // self.least)
-        return self._cores() // cores_of_a_run
-
-    def _cores(self) -> int:
-        """Physical cores of all machines that Ray may use. A CPU of the user's own cluster may be
-        half a core.
-        """
         if self.address is None:
-            return cores_here()
+            return cores_here() // cores_of_a_run
+        # Physical cores: a CPU of the user's own cluster may be half a core.
         answers = run_on_each(
             cores_of_a_node, lambda has: int(has.get("CPU", 0)), within_s=ANSWER_S
         )
         # A node without an answer is given no run.
-        return cores_of_machines(each for each in answers if not isinstance(each, NoAnswer))
+        known = [each for each in answers if not isinstance(each, NoAnswer)]
+        return cores_of_machines(known) // cores_of_a_run
 
     def resume_options(self) -> list[str]:
+        """Options of `spiketrain resume` that make another process train on the same machines."""
+        import ray
+
+        # The address of our own cluster is the one by which other processes find it.
         return [
             "--address",
-            self.address or self.address_for_others(),
+            self.address or ray.get_runtime_context().gcs_address,
             "--workers",
             str(self.least),
         ]
 
-    def address_for_others(self) -> str:
-        """The address by which other processes find this cluster, whatever their environment."""
-        import ray
-
-        if self.address not in (None, "auto"):
-            return self.address
-        return ray.get_runtime_context().gcs_address
-
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
+        """Train to the end. Returns the summary, or None when the run was asked to stop.
+
+        Raises:
+            UserError: the user has to change something.
+            LaunchError: the workers failed more often than allowed.
+        """
         from pipeline.launch.ray_trainer import has_no_place, needs_the_user, no_place
 
         try:
@@ -254,23 +255,18 @@ class Ray:
         return outcome
 
     def _trainer(self, job: Job, attempt: str) -> Any:
-        """Ray's trainer of a job."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig
 
         from pipeline.launch.ray_trainer import HOST, LOOK_S, OnLoopback, Trainer
 
-        gpus = self._takes_gpus()
-        share = self._share(gpus=gpus)
+        gpus, share = self._share()
         if gpus:
             job = replace(job, threads=share.cores, loader_threads=share.loader_threads)
         elastic = len(self.sizes) > 1
         # Whether the cluster is ours, or belongs to a suite of ours that this process has joined.
         # Only the nodes show this: `address` may be that of a client elsewhere.
         alone = all(node["NodeManagerAddress"] == HOST for node in alive_nodes())
-        environment = worker_environment(
-            threads=share.cores, loader_threads=job.loader_threads, gpus=gpus, alone=alone
-        )
         return Trainer(
             partial(_train, work=self.work, sizes=self.sizes),
             sizes=self.sizes,
@@ -294,19 +290,24 @@ class Ray:
                     # No room in time: `Resizing` and `Restarts` decide how long to wait.
                     controller_failure_limit=-1 if elastic else 1,
                 ),
-                worker_runtime_env={"env_vars": environment},
+                worker_runtime_env={
+                    "env_vars": worker_environment(
+                        threads=share.cores,
+                        loader_threads=job.loader_threads,
+                        gpus=gpus,
+                        alone=alone,
+                    )
+                },
             ),
         )
 
 
 def _unusable_cards(gpus: int) -> str | None:
-    """The reason why torch cannot use this node's GPUs, if any. `gpus`: the number in Ray."""
     problem = unusable_gpus() if gpus else None
     return None if problem is None else f"{platform.node()}: {problem}"
 
 
 def _stopped_without_workers(job: Job) -> None:
-    """Journal that a user stopped the run while there was no room for its workers."""
     folder = Path(job.run)
     saved = last_event(RunFolder(folder).journal, Checkpoint)
     with journal(folder, Ranks()) as tracker:
@@ -319,8 +320,8 @@ def _stopped_without_workers(job: Job) -> None:
         )
 
 
+# Runs in every worker process.
 def _train(config: dict[str, Any], *, work: Work, sizes: tuple[int, ...]) -> dict[str, Any] | None:
-    """Runs in every worker process."""
     from ray import train
     from ray.train.torch import get_device
 
@@ -347,10 +348,10 @@ def _outwait_watchdog(hang_minutes: float) -> None:
     A collective that gave up earlier would end a healthy worker. Ray would then end the one that
     hangs, before its stacks are written.
     """
-    patience = (
-        timedelta(minutes=hang_minutes, seconds=AFTER_WATCHDOG_S) if hang_minutes else PATIENCE
+    distributed.distributed_c10d._set_pg_timeout(
+        timedelta(minutes=hang_minutes, seconds=AFTER_WATCHDOG_S) if hang_minutes else PATIENCE,
+        distributed.group.WORLD,
     )
-    distributed.distributed_c10d._set_pg_timeout(patience, distributed.group.WORLD)
 
 
 def _notice() -> Notice | None:

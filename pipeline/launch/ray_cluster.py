@@ -1,5 +1,5 @@
-"""The Ray cluster that this process has joined: tasks on its nodes, the environment of workers, and
-the error that a user can act on.
+"""A Ray cluster: the token to join it, tasks on its nodes, the environment of workers, and the
+error that a user can act on.
 
 Two profiles of node loss (`--node-loss`) say when a node that does not answer counts as lost. They
 exclude each other.
@@ -21,8 +21,12 @@ to the next step `fast` took 16 s, Ray's defaults 40 s.
 """
 
 import os
+import secrets
+import socket
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -48,9 +52,11 @@ NODES: dict[NodeLoss, dict[str, str]] = {
     },
 }
 
-PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "HF_", "PYTORCH_", "CUBLAS_", "TRITON_")
-PASSED_ON += ("TORCHINDUCTOR_",)
-"""Prefixes of variables that workers inherit: networks, caches, allocators, compilers."""
+# Prefixes of variables that workers inherit: networks, caches, allocators, compilers.
+PASSED_ON = (
+    *("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "HF_", "PYTORCH_", "CUBLAS_"),
+    *("TRITON_", "TORCHINDUCTOR_"),
+)
 
 
 def worker_start_timeout(node_loss: NodeLoss, *, sizes: int) -> dict[str, str]:
@@ -67,45 +73,40 @@ def run_on_each(
 ) -> list[R | NoAnswer]:
     """Run `work(given(resources))` on each node that is up, the head first."""
     import ray
+    from ray.exceptions import GetTimeoutError, RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     run, nodes = ray.remote(work), alive_nodes()
-    options = {"num_cpus": 0, "max_retries": 0}
     tasks = [
-        run.options(**options, scheduling_strategy=_only_on(node)).remote(given(node["Resources"]))
+        run.options(
+            num_cpus=0,
+            max_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+        ).remote(given(node["Resources"]))
         for node in nodes
     ]
     ray.wait(tasks, num_returns=len(tasks), timeout=within_s)
-    return [_answer(task, node) for task, node in zip(tasks, nodes, strict=True)]
+    answers: list[R | NoAnswer] = []
+    for task, node in zip(tasks, nodes, strict=True):
+        try:
+            answers.append(ray.get(task, timeout=0))
+        except GetTimeoutError:
+            ray.cancel(task, force=True)
+            answers.append(NoAnswer(node["NodeManagerAddress"], "it does not answer in time"))
+        except RayError as error:
+            why = innermost(getattr(error, "cause", None) or error)
+            answers.append(NoAnswer(node["NodeManagerAddress"], why))
+    return answers
 
 
 def alive_nodes() -> list[dict[str, Any]]:
     """Ray's description of each node that is up, the head first."""
     import ray
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    return sorted(nodes, key=lambda node: "node:__internal_head__" not in node["Resources"])
-
-
-def _only_on(node: dict[str, Any]) -> Any:
-    """A scheduling strategy that allows this node only."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-
-
-def _answer(task: Any, node: dict[str, Any]) -> Any:
-    """The result of a task whose time is over; NoAnswer if it failed or still runs."""
-    import ray
-    from ray.exceptions import GetTimeoutError, RayError
-
-    try:
-        return ray.get(task, timeout=0)
-    except GetTimeoutError:
-        ray.cancel(task, force=True)
-        why = "it does not answer in time"
-    except RayError as error:
-        why = innermost(getattr(error, "cause", None) or error)
-    return NoAnswer(node["NodeManagerAddress"], why)
+    return sorted(
+        (node for node in ray.nodes() if node["Alive"]),
+        key=lambda node: "node:__internal_head__" not in node["Resources"],
+    )
 
 
 def worker_environment(
@@ -119,27 +120,26 @@ def worker_environment(
         threads: torch's threads.
         alone: the workers are on one machine, and no other machine may reach them.
     """
-    # Defaults first: passed_on() holds the user's own values.
-    loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if alone else {}
-    exact = EXACT if gpus else {}  # NCCL reads it when it first connects
-    # It depends on the workers' GPUs, not on those that this process sees. If not each worker has a
-    # GPU, none of them may use the few that exist.
-    no_gpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     # A worker starts in another folder. Packages that the user trusts lie beside the recipe or on
     # the path.
-    path = dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)
     return {
-        **loopback,
-        **exact,
+        # Defaults first: passed_on() holds the user's own values.
+        **({"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if alone else {}),
+        **(EXACT if gpus else {}),  # NCCL reads it when it first connects
         **passed_on(),
-        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONPATH": os.pathsep.join(
+            dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)
+        ),
         **environment(),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning beside a busy process was nine times slower
         "NUMBA_NUM_THREADS": str(loader_threads),
-        **({"DS_ACCELERATOR": "cuda"} if gpus else no_gpu),
+        # It depends on the workers' GPUs, not on those that this process sees. If not each worker
+        # has a GPU, none of them may use the few that exist.
+        "DS_ACCELERATOR": "cuda" if gpus else "cpu",
+        **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
     }
 
 
@@ -156,24 +156,24 @@ def passed_on() -> dict[str, str]:
     }
 
 
-_GLOO = ("connection closed by peer", "connection reset by peer", "timed out waiting")
-_GLOO += ("timeout caused pair closure",)
-_NCCL = ("remote process exit", "communicator was aborted", "collective operation timeout")
-_TORCH_STORE = ("connection was likely closed",)
-_OURS = ("process group was taken away",)  # train/worker.py
-LOST_PEER = _GLOO + _NCCL + _TORCH_STORE + _OURS
-"""Parts of the messages of a worker that has lost another worker (torch 2.13)."""
+# Parts of the messages of a worker that has lost another worker (torch 2.13).
+LOST_PEER = (
+    *("connection closed by peer", "connection reset by peer"),  # gloo
+    *("timed out waiting", "timeout caused pair closure"),
+    *("remote process exit", "communicator was aborted", "collective operation timeout"),  # NCCL
+    "connection was likely closed",  # torch's store
+    "process group was taken away",  # Ranks.raise_if_gone
+)
 
 
 def innermost(error: BaseException) -> str:
     """The one line of Ray's nested exceptions that a user can act on."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
+    who, first = type(error).__name__, error
+    if failures := getattr(error, "worker_failures", None):
         rank, first = cause(failures)
-        text = str(first).strip().splitlines()
-        return f"worker {rank}: {text[-1] if text else type(first).__name__}"
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1] if text else ''}"
+        who = f"worker {rank}"
+    text = str(first).strip().splitlines()
+    return f"{who}: {text[-1] if text else type(first).__name__}"
 
 
 def cause(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
@@ -194,3 +194,69 @@ def _lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         words in str(error).lower() for words in LOST_PEER
     )
+
+
+# --------------------------------------------------------------------------------------- the token
+
+TOKEN_ADVICE = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that has it"
+
+
+def draw_token() -> None:
+    """Draw a token for our own cluster, unless the user has named one.
+
+    The token stays in the environment of our processes, which no other user can read. Ray 2.60
+    would write its own token to ~/.ray/auth_token.
+    """
+    if not _is_in_environment():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def offer_token() -> None:
+    """Let this driver show its token. A driver of Ray 2.60 shows it only in this mode."""
+    if _is_in_environment() or Path("~/.ray/auth_token").expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _is_in_environment() -> bool:
+    return any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+
+
+def refuse_silent_address(address: str) -> None:
+    """Raises: OSError within seconds if nothing listens at the address. Ray 2.60 would try for
+    minutes.
+    """
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
+
+
+@contextmanager
+def captured_stderr() -> Iterator[list[str]]:
+    """Capture what Ray's C++ code writes to stderr, which is one line for each attempt to join.
+
+    The list has the lines after the `with` block. They are also printed if no exception was raised.
+    """
+    lines: list[str] = []
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            lines += file.read().decode(errors="replace").splitlines()
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def reason(error: Exception, stderr: Sequence[str]) -> str:
+    """The reason why the cluster could not be joined, in one line.
+
+    Ray 2.60 raises "no cluster found" also if a cluster refused the token.
+    """
+    if any("InvalidAuthToken" in line for line in stderr):  # of Ray's C++ code
+        shown = "shows another" if os.environ.get("RAY_AUTH_MODE") == "token" else "shows none"
+        return f"it wants its token and this client {shown}; {TOKEN_ADVICE}"
+    return f"{str(error).splitlines()[0]}; is it running?"

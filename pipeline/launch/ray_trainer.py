@@ -51,7 +51,7 @@ from torch.distributed import TCPStore
 from pipeline.core.files import is_permanent
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import counted
-from pipeline.launch.ray_cluster import cause, innermost
+from pipeline.launch.ray_cluster import alive_nodes, cause, innermost
 from pipeline.measure.memory import is_out_of_memory
 from pipeline.recipe.recipe import write_json
 from pipeline.track.events import OF_NONE, Checkpoint, Start, Waiting
@@ -76,11 +76,14 @@ class Trainer(TorchTrainer):
         self, *args: Any, sizes: Sequence[int], folder: Path, awaits_nodes: bool, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        failures = self.run_config.failure_config
-        assert failures is not None  # by default Ray sets one
         several = len(sizes) > 1  # then Resizing waits for nodes
-        restarts = Restarts(failures, folder=folder, awaits_nodes=awaits_nodes and not several)
-        self._policies: dict[str, Any] = {"failure_policy": restarts}
+        self._policies: dict[str, Any] = {
+            "failure_policy": Restarts(
+                self.run_config.failure_config or FailureConfig(),
+                folder=folder,
+                awaits_nodes=awaits_nodes and not several,
+            )
+        }
         if several:
             self._policies["scaling_policy"] = Resizing(
                 self.scaling_config, sizes=sizes, folder=folder
@@ -100,8 +103,7 @@ class OnLoopback(TorchConfig):
 
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        port = worker_group.execute_single(0, _open_store)
-        worker_group.execute(_set_address, port)
+        worker_group.execute(_set_address, worker_group.execute_single(0, _open_store))
         worker_group.execute(_set_torch_distributed_env_vars)
         given = {
             "backend": backend_config.backend,
@@ -138,10 +140,9 @@ def _set_address(port: int) -> None:
 
 
 PLACES_S = 3600.0  # How long workers wait for room, if a node may come back or be replaced
+# Seconds between two checks for room for another number of workers. A new node has to stay for this
+# time.
 LOOK_S = 10.0
-"""Seconds between two checks for room for another number of workers. A new node has to stay for
-this time.
-"""
 PATIENCE_S = 300.0  # Wait for the checkpoint before a change of size. The next step may take long.
 
 
@@ -164,11 +165,10 @@ class Restarts(DefaultFailurePolicy):
     def __init__(self, config: FailureConfig, *, folder: Path, awaits_nodes: bool) -> None:
         super().__init__(config)
         self.folder, self.awaits_nodes = folder, awaits_nodes
-        self._saved = self._last_checkpoint()
-        self._micro_batch = self._read_micro_batch()
-        self._start = self._first_start = self._last_start()
+        self._start, self._saved, self._micro_batch = self._read()
+        self._first_start = self._start
+        # The last start before the workers found no room, and the time when the wait began.
         self._waits: tuple[str | None, float] | None = None
-        """The last start before the workers found no room, and the time when the wait began."""
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         with suppress(OSError):  # storage is away: the journal lacks this death
@@ -192,11 +192,10 @@ class Restarts(DefaultFailurePolicy):
 
     def _note_death(self, failures: Mapping[int, Exception] | None) -> None:
         """Leave a note of the death for the next workers, which write the journal. Worker 0 writes
-        its own errors.
+        its own errors; refusals and too large micro-batches have notes of their own.
         """
         if failures:
             worker, error = cause(failures)
-            # Refusals and too large micro-batches have notes of their own.
             is_noted = isinstance(error, ValueError) or is_out_of_memory(error)
             if isinstance(error, WorkerHealthCheckFailedError) or (worker and not is_noted):
                 note_death(self.folder, worker=worker, error=innermost(error))
@@ -207,13 +206,22 @@ class Restarts(DefaultFailurePolicy):
         Neither if storage is away.
         """
         try:
-            saved, micro_batch = self._last_checkpoint(), self._read_micro_batch()
-            self._start = self._last_start()
+            self._start, saved, micro_batch = self._read()
         except OSError:
             return False, False
         progress = saved > self._saved, micro_batch != self._micro_batch
         self._saved, self._micro_batch = max(saved, self._saved), micro_batch
         return progress
+
+    def _read(self) -> tuple[str | None, int, bytes]:
+        """The workers' last start, the step of the last checkpoint, and the micro-batch's file."""
+        files = RunFolder(self.folder)
+        start, saved = last_event(files.journal, Start), last_event(files.journal, Checkpoint)
+        return (
+            None if start is None else f"{start.attempt} {start.time}",
+            -1 if saved is None else saved.step,
+            files.micro_batch.read_bytes() if files.micro_batch.exists() else b"",
+        )
 
     def _may_wait(self, failure: Any) -> bool:
         """Whether workers may still wait for room. They never wait before the first start: the
@@ -227,19 +235,6 @@ class Restarts(DefaultFailurePolicy):
                 journal_waiting(self.folder, failure.num_workers)
         return time.monotonic() - self._waits[1] < PLACES_S
 
-    def _last_start(self) -> str | None:
-        """A text that identifies the workers' last start."""
-        event = last_event(RunFolder(self.folder).journal, Start)
-        return None if event is None else f"{event.attempt} {event.time}"
-
-    def _last_checkpoint(self) -> int:
-        event = last_event(RunFolder(self.folder).journal, Checkpoint)
-        return -1 if event is None else event.step
-
-    def _read_micro_batch(self) -> bytes:
-        file = RunFolder(self.folder).micro_batch
-        return file.read_bytes() if file.exists() else b""
-
 
 class Resizing(ElasticScalingPolicy):
     """Gives the run in `folder` the largest number of workers of `sizes` that there is room for."""
@@ -252,15 +247,10 @@ class Resizing(ElasticScalingPolicy):
         self._wanted: ResizeDecision | None = None
         self._asked = self._ticked = 0.0
         self._none_since: float | None = None  # When the workers were gone; None: there are workers
-        self._is_journalled = self._is_tried_late = False
+        self._is_journalled = False
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
-        leaving = state.get_draining_nodes()
-        staying = {
-            node["NodeID"]
-            for node in ray.nodes()
-            if node["Alive"] and node["NodeID"] not in leaving
-        }
+        staying = {node["NodeID"] for node in alive_nodes()} - set(state.get_draining_nodes())
         room = super()._count_possible_workers(
             {node: has for node, has in reserved_resources.items() if node in staying}
         )
@@ -271,21 +261,20 @@ class Resizing(ElasticScalingPolicy):
 
         Raises:
             NoPlace: no workers have started within an hour, even if there was room for them at
-                times. Room that appears later is tried once.
+                times.
         """
         self._wanted = None
         decision = super().make_decision_for_non_running_worker_group()
-        if isinstance(decision, NoopDecision) and _exists(self.files.stop, if_away=False):
+        is_waiting = isinstance(decision, NoopDecision)
+        if is_waiting and _exists(self.files.stop, if_away=False):
             raise WorkerGroupStartupTimeoutError(self.sizes[0])
         if self._none_since is None:
             self._none_since = time.monotonic()
-            self._is_journalled = self._is_tried_late = False
+            self._is_journalled = False
         without_s = time.monotonic() - self._none_since
         if without_s > PLACES_S:
-            if isinstance(decision, NoopDecision) or self._is_tried_late:
-                raise NoPlace(no_place(self.sizes[0]))
-            self._is_tried_late = True
-        if isinstance(decision, NoopDecision) and without_s > LOOK_S and not self._is_journalled:
+            raise NoPlace(no_place(self.sizes[0]))
+        if is_waiting and without_s > LOOK_S and not self._is_journalled:
             with suppress(OSError):  # tried again at the next look
                 journal_waiting(self.folder, self.sizes[0])
                 self._is_journalled = True
@@ -331,7 +320,6 @@ def _exists(file: Path, *, if_away: bool) -> bool:
 
 
 def _leaving(worker_group_state: Any) -> Notice:
-    """The nodes of the run that are being drained."""
     nodes = {worker.metadata.node_id for worker in worker_group_state.workers}
     leaving = {node: ms for node, ms in state.get_draining_nodes().items() if node in nodes}
     return Notice(
@@ -348,14 +336,15 @@ def has_no_place(error: Exception) -> bool:
 
 def no_place(workers: int) -> str:
     """The message of a launch that found no room."""
-    found = f"launch: {counted(workers, 'worker')} found no place in time"
-    return f"{found}: others have it, or a node is gone and none came in its stead"
+    return (
+        f"launch: {counted(workers, 'worker')} found no place in time: others have it, or a node is"
+        " gone and none came in its stead"
+    )
 
 
 def needs_the_user(error: Exception) -> bool:
     """Whether a worker died of a full disk or a missing permission. A restart would fail again."""
-    failures = getattr(error, "worker_failures", None)
-    if not failures:
+    if not (failures := getattr(error, "worker_failures", None)):
         return False
     _, death = cause(failures)
     return isinstance(death, OSError) and is_permanent(death)

@@ -5,7 +5,7 @@ operational options (`cluster.OPERATIONAL`). They are saved with the run or suit
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,8 +31,8 @@ from pipeline.train.elastic import format_sizes
 from pipeline.train.guards.storage import may_pass
 from pipeline.train.weights import place_of
 
+# Fields of `Cluster` in which a launch may differ from the one that it continues.
 MAY_DIFFER = ("workers", "inline", "address", *OPERATIONAL)
-"""Fields of `Cluster` in which a launch may differ from the one that it continues."""
 
 
 def resume_run(
@@ -63,8 +63,9 @@ def resume_run(
         pass  # a second driver is refused before it starts a cluster
     with cluster.launcher() as launcher:
         save_options(folder, [folder], options, new_console())
-        job = read_job(folder, trust=trust)
-        return train_alone(job, launcher, address=cluster.resume_address(launched))
+        return train_alone(
+            read_job(folder, trust=trust), launcher, address=cluster.resume_address(launched)
+        )
 
 
 def check_resumed(
@@ -119,37 +120,26 @@ def refuse_unless_launched_so(
     if is_suite(folder) != isinstance(made, Suite):
         there, asked = ("a suite", "one recipe") if is_suite(folder) else ("one run", "a suite")
         raise ValueError(f"{rule}; it is {there}, and now {asked} is asked for")
-    recipe_changes = list(_differences(folder, made, trust=trust))
-    require(not recipe_changes, f"{rule}; its recipe differs now: {listed(recipe_changes)}")
-    there = (
-        read_json(RunFolder(folder).cluster)
-        if isinstance(made, Recipe)
-        else SuiteFile.read(folder, trust=trust).cluster
-    )
-    was, now = Cluster.from_json(there), cluster
-    changed = [text for name, text in differences(was, now).items() if name not in MAY_DIFFER]
+    if isinstance(made, Recipe):
+        was, now = {"": recipe_fields(folder)}, {"": _as_read(made.resolved())}
+        launched = read_json(RunFolder(folder).cluster)
+    else:
+        written = SuiteFile.read(folder, trust=trust)
+        was, now = (
+            {each.name: _as_read(each) for each in suite.recipes}
+            for suite in (written.suite, made.resolved())
+        )
+        launched = written.cluster
+    differ = [("recipes", [*was], [*now])]
+    if [*was] == [*now]:
+        differ = [each for name in was for each in differing(name, was[name], now[name])]
+    require(not differ, f"{rule}; its recipe differs now: {listed(differ)}")
+    options = differences(Cluster.from_json(launched), cluster)
+    changed = [text for name, text in options.items() if name not in MAY_DIFFER]
     require(not changed, f"{rule}; its options differ now: {', '.join(changed)}")
 
 
-def _differences(
-    folder: Path, made: Recipe | Suite, *, trust: tuple[str, ...]
-) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(made, Recipe):
-        yield from differing("", recipe_fields(folder), _as_read(made.resolved()))
-        return
-    was, now = (
-        {each.name: each for each in suite.recipes}
-        for suite in (SuiteFile.read(folder, trust=trust).suite, made.resolved())
-    )
-    if list(was) != list(now):
-        yield "recipes", list(was), list(now)
-        return
-    for name in was:
-        yield from differing(name, _as_read(was[name]), _as_read(now[name]))
-
-
 def _as_read(recipe: Recipe) -> Any:
-    """The fields of a recipe as recipe.json holds them."""
     return json.loads(json.dumps(recipe.to_json()))["recipe"]
 
 
@@ -169,19 +159,21 @@ def save_options(
     if not options:
         return
     changes: dict[str, str] = {}
+
+    def changed(launched: Any) -> Cluster:
+        was = Cluster.from_json(launched)
+        now = replace(was, **options)
+        changes.update(differences(was, now))
+        return now
+
     with driver_lock(folder):
         for run in runs:
             file = RunFolder(run).cluster
-            was = Cluster.from_json(read_json(file))
-            now = replace(was, **options)
+            now = changed(read_json(file))
             write_job(replace(read_job(run), **now.worker_settings))
             write_json(file, asdict(now))
-            changes |= differences(was, now)
         if is_suite(folder):
             written = read_json(folder / SUITE)
-            was = Cluster.from_json(written["cluster"])
-            now = replace(was, **options)
-            write_json(folder / SUITE, {**written, "cluster": asdict(now)})
-            changes = differences(was, now)
+            write_json(folder / SUITE, {**written, "cluster": asdict(changed(written["cluster"]))})
     if changes:
         say(console, f"{folder.name}: {', '.join(changes.values())} from here on")

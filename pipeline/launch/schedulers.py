@@ -5,6 +5,7 @@ infra/k8s/overlays/cpu/job and applies it, `sbatch` takes infra/slurm/train.sbat
 `ray job submit` takes a command line. This module needs neither the data nor the cluster.
 """
 
+import argparse
 import math
 import os
 import re
@@ -23,16 +24,23 @@ import yaml
 from pipeline.core.checks import is_count, require
 from pipeline.core.errors import UserError
 from pipeline.core.units import counted
-from pipeline.launch.ray_auth import offer_token
+from pipeline.launch.ray_cluster import offer_token
 from pipeline.train.checkpoint import folder_of
 from pipeline.train.elastic import format_sizes
 
+# Options of a launch that the order sets.
 OWN = ("--name", "--runs", "--address", "--workers", "--or-resume")
-"""Options of a launch that the order sets."""
-LONGEST_NAME = 47
-"""KubeRay (1.7.0) derives longer names from a RayJob's, which must fit into 63 characters."""
+LONGEST_NAME = 47  # KubeRay (1.7.0) derives names of up to 63 characters from a RayJob's
 PATIENCE_S = 120.0
 _NAME = r"[A-Za-z0-9][\w.-]{0,127}"
+# The name of an image that fixes its content, so that a retry trains with the same code:
+# `[host[:port]/]path/name` with `:tag`, `@sha256:...` or both.
+_PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+_IMAGE = (
+    r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::[0-9]+)?/)?"
+    rf"{_PART}(?:/{_PART})*"
+    r"(?::(?!latest$)\w[\w.-]{0,127}|(?::\w[\w.-]{0,127})?@sha256:[0-9a-f]{64})"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +70,12 @@ class Order:
             self.words and not self.words[0].startswith("-"),
             f"order: words must begin with a recipe; got {' '.join(self.words) or 'none'}",
         )
-        for name, texts in (("words", self.words), ("runs", [self.runs]), ("image", [self.image])):
-            for text in texts:
-                require(
-                    not any(ord(character) < 32 or ord(character) == 127 for character in text),
-                    f"order: {name} must be free of control characters; got {text!r}",
-                )
+        texts = [*(("words", word) for word in self.words), ("runs", self.runs)]
+        for name, text in (*texts, ("image", self.image)):
+            require(
+                not any(ord(character) < 32 or ord(character) == 127 for character in text),
+                f"order: {name} must be free of control characters; got {text!r}",
+            )
         options = [word.partition("=")[0] for word in self.words]
         require("--inline" not in options, "order: a job trains with workers of Ray; got --inline")
         for option in OWN:
@@ -89,13 +97,9 @@ class Order:
 
     def option(self, name: str) -> str | None:
         """The last value of an option among the words, `--name value` or `--name=value`."""
-        value = None
-        for word, after in zip(self.words, (*self.words[1:], None), strict=True):
-            if word == name:
-                value = after
-            elif word.startswith(f"{name}="):
-                value = word.partition("=")[2]
-        return value
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument(name, dest="value")
+        return parser.parse_known_args(self.words)[0].value
 
     def count(self, name: str) -> int:
         """The number of an option among the words; 1 for `auto` or if the option is missing.
@@ -103,23 +107,18 @@ class Order:
         Raises:
             ValueError: it is neither a count nor `auto`.
         """
-        asked = self.option(name) or "auto"
-        count = "1" if asked == "auto" else asked
+        text = self.option(name) or "auto"
         require(
-            count.isdecimal() and int(count) >= 1,
-            f"order: {name} must be a whole number >= 1 or auto; got {asked}",
+            text == "auto" or (text.isdecimal() and int(text) >= 1),
+            f"order: {name} must be a whole number >= 1 or auto; got {text}",
         )
-        return int(count)
-
-    @property
-    def side_by_side(self) -> int:
-        """The number of runs that need room at the same time."""
-        return self.count("--side-by-side")
+        return 1 if text == "auto" else int(text)
 
     def describe(self, workers: int) -> str:
         """`4 workers`, or `2 runs side by side of 4 workers`."""
-        runs = "" if self.side_by_side == 1 else f"{self.side_by_side} runs side by side of "
-        return runs + counted(workers, "worker")
+        runs = self.count("--side-by-side")
+        at_a_time = "" if runs == 1 else f"{runs} runs side by side of "
+        return at_a_time + counted(workers, "worker")
 
     def launch(self, *options: str) -> list[str]:
         """The command that the machines run. It starts the run or continues it."""
@@ -136,9 +135,8 @@ def answer_of(
     Raises:
         UserError: the program is missing, fails, or does not answer in time.
     """
-    beside = str(Path(sys.executable).parent)
-    places = os.pathsep.join((os.environ.get("PATH", os.defpath), beside))
-    program = shutil.which(name, path=places)
+    path = os.environ.get("PATH", os.defpath)
+    program = shutil.which(name, path=f"{path}{os.pathsep}{Path(sys.executable).parent}")
     if program is None:
         raise UserError(f"submit: needs {name} on the path; got none")
     try:
@@ -173,8 +171,8 @@ def manifests_of(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: both programs are missing, or the folder is refused.
     """
-    has_kubectl = shutil.which("kubectl") or not shutil.which("kustomize")
-    command = ("kubectl", "kustomize") if has_kubectl else ("kustomize", "build")
+    only_kustomize = shutil.which("kustomize") and not shutil.which("kubectl")
+    command = ("kustomize", "build") if only_kustomize else ("kubectl", "kustomize")
     return list(yaml.safe_load_all(answer_of(*command, str(folder))))
 
 
@@ -195,7 +193,7 @@ def render_rayjob(order: Order, folder: Path) -> str:
         f"at most {LONGEST_NAME} long (RFC 1123, KubeRay); got {order.name!r}",
     )
     require(
-        _is_fixed(order.image),
+        re.fullmatch(_IMAGE, order.image, re.ASCII),
         f"k8s: image must be a name with a tag or a digest, other than latest; got {order.image!r}",
     )
     jobs = [each for each in manifests_of(folder) if each["kind"] == "RayJob"]
@@ -219,28 +217,16 @@ def submit_rayjob(manifest: str) -> str:
         UserError: kubectl did not take it, or a RayJob of that name has ended.
     """
     name = yaml.safe_load(manifest)["metadata"]["name"]
-    status = "jsonpath={.status.jobDeploymentStatus}"
-    get = ("get", "rayjobs.ray.io", name, "--ignore-not-found", "--output", status)
-    if (ended := answer_of("kubectl", *get)) in ("Complete", "Failed"):
+    ended = answer_of(
+        *("kubectl", "get", "rayjobs.ray.io", name, "--ignore-not-found"),
+        *("--output", "jsonpath={.status.jobDeploymentStatus}"),
+    )
+    if ended in ("Complete", "Failed"):
         raise UserError(
             f"k8s: KubeRay starts no RayJob again that has ended; got {name}, {ended}: first"
             f" kubectl delete rayjob {name}"
         )
     return answer_of("kubectl", "apply", "-f", "-", given=manifest)
-
-
-def _is_fixed(image: str) -> bool:
-    """Whether the name of an image fixes its content, so that a retry trains with the same code.
-
-    Such a name is `[host[:port]/]path/name` with `:tag`, `@sha256:...` or both.
-    """
-    part = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
-    host = r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::[0-9]+)?"
-    version = r"(?::(?P<tag>\w[\w.-]{0,127}))?(?P<digest>@sha256:[0-9a-f]{64})?"
-    match = re.fullmatch(rf"(?:{host}/)?{part}(?:/{part})*{version}", image, re.ASCII)
-    return match is not None and (
-        match["digest"] is not None or match["tag"] not in (None, "latest")
-    )
 
 
 def _fill_rayjob(job: dict[str, Any], order: Order, folder: Path) -> None:
@@ -252,27 +238,25 @@ def _fill_rayjob(job: dict[str, Any], order: Order, folder: Path) -> None:
     )
     group = groups[0]
     pods = [part["template"]["spec"] for part in (cluster["headGroupSpec"], group)]
-    _refuse_unless_shared(order, pods)
+    _refuse_unless_shared(order, pods)  # a pod's own disk ends with the pod
     limits, most = pods[1]["containers"][0]["resources"]["limits"], group["maxReplicas"]
     group["replicas"] = group["minReplicas"] = _pods(order, order.sizes[0], limits, most, folder)
     group["maxReplicas"] = _pods(order, order.sizes[-1], limits, most, folder)
     job["metadata"]["name"] = order.name
     # The driver runs on the head, which has no GPU, so the device is named.
-    device = ("--device", "gpu" if _gpus(limits) else "cpu")
-    options = () if order.option("--device") is not None else device
-    job["spec"]["entrypoint"] = shlex.join(order.launch(*options))  # a shell of the head reads it
+    device = ["--device", "gpu" if _gpus(limits) else "cpu"]
+    launch = order.launch(*(device if order.option("--device") is None else ()))
+    job["spec"]["entrypoint"] = shlex.join(launch)  # a shell of the head reads it
     for pod in pods:
         pod["containers"][0]["image"] = order.image  # the first container is Ray's (KubeRay 1.7.0)
 
 
 def _pods(order: Order, workers: int, limits: dict[str, Any], most: int, folder: Path) -> int:
-    """The number of pods for the runs. Each worker takes its cores, and a GPU if pods have any."""
     asked = order.count("--cpus-per-worker")  # auto: with a GPU for each worker, as many as fit
     cores, gpus = _cores(limits), _gpus(limits)
-    room = cores // asked
-    if gpus and order.option("--device") != "cpu":
-        room = min(room, gpus)
-    pods = math.ceil(order.side_by_side * workers / room) if room else None
+    takes_gpus = gpus and order.option("--device") != "cpu"
+    room = min(cores // asked, gpus) if takes_gpus else cores // asked
+    pods = math.ceil(order.count("--side-by-side") * workers / room) if room else None
     if pods is None or pods > most:
         each = counted(cores, "core") + (f" and {counted(gpus, 'GPU')}" if gpus else "")
         raise ValueError(
@@ -283,13 +267,13 @@ def _pods(order: Order, workers: int, limits: dict[str, Any], most: int, folder:
 
 
 def _cores(limits: dict[str, Any]) -> int:
-    """The cores of a pod, rounded up as KubeRay does for Ray."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(limits.get("cpu", "")))
     if match is None:
         raise ValueError(
             "k8s: a worker's limit of cpu must be a number of cores, or of thousandths with m; got"
             f" {limits.get('cpu')!r}"
         )
+    # Rounded up as KubeRay does for Ray.
     return math.ceil(float(match[1]) / (1000 if match[2] else 1))
 
 
@@ -298,22 +282,21 @@ def _gpus(limits: dict[str, Any]) -> int:
 
 
 def _refuse_unless_shared(order: Order, pods: Sequence[dict[str, Any]]) -> None:
-    """Refuse runs and checkpoints on a pod's own disk, which ends with the pod."""
     shared = sorted(set.intersection(*map(_shared_mounts, pods)))
     kept = order.option("--checkpoints")
-    folders = [("runs", order.runs, Path(order.runs))]
-    if kept is not None and (folder := folder_of(kept)) is not None:
-        folders.append(("--checkpoints", kept, folder))
-    for name, given, folder in folders:
+    for name, given, folder in (
+        ("runs", order.runs, Path(order.runs)),
+        ("--checkpoints", kept, None if kept is None else folder_of(kept)),
+    ):
         require(
-            ".." not in folder.parts and any(folder.is_relative_to(mount) for mount in shared),
+            folder is None
+            or (".." not in folder.parts and any(folder.is_relative_to(mount) for mount in shared)),
             f"k8s: {name} must lie where every pod writes to a shared volume"
             f" ({', '.join(shared)}), without ..; got {given!r}",
         )
 
 
 def _shared_mounts(pod: dict[str, Any]) -> set[str]:
-    """The mounts at which a pod's first container may write to a persistent volume."""
     volumes = pod.get("volumes", ())
     claims = {each["name"] for each in volumes if "persistentVolumeClaim" in each}
     mounts = pod["containers"][0].get("volumeMounts", ())
@@ -339,13 +322,17 @@ def render_sbatch(
         nodes >= 1 and gpus_per_node >= 0,
         f"slurm: nodes must be 1 or more, gpus_per_node 0 or more; got {nodes} and {gpus_per_node}",
     )
-    if len(order.sizes) > 1:
-        rule = "slurm: the number of nodes of a job is fixed, so workers must be one number"
-        raise ValueError(f"{rule}; got {format_sizes(order.sizes)}")
+    sizes = format_sizes(order.sizes) if order.sizes else ""  # empty: one for each GPU, or node
+    require(
+        len(order.sizes) <= 1,
+        f"slurm: the number of nodes of a job is fixed, so workers must be one number; got {sizes}",
+    )
     gpus = nodes * gpus_per_node
     workers = order.sizes[0] if order.sizes else gpus  # as the script counts them
     require(
-        not gpus or order.option("--device") == "cpu" or order.side_by_side * workers <= gpus,
+        not gpus
+        or order.option("--device") == "cpu"
+        or order.count("--side-by-side") * workers <= gpus,
         f"slurm: each worker takes a GPU; got {order.describe(workers)} on"
         f" {counted(nodes, 'node')} x {counted(gpus_per_node, 'GPU')}",
     )
@@ -360,17 +347,12 @@ def render_sbatch(
         options["gpus-per-node"] = str(gpus_per_node)
     if partition is not None:
         options["partition"] = _matching("partition", partition, r"[\w.-]+(,[\w.-]+)*")
-    variables = {
-        "RUNS": order.runs,
-        "WORKERS": (
-            format_sizes(order.sizes) if order.sizes else ""
-        ),  # empty: one for each GPU, or node
-        "IMAGE": order.image,
-    }
     return shlex.join(
         [
             "env",
-            *(f"SPIKETRAIN_{name}={value}" for name, value in variables.items()),
+            f"SPIKETRAIN_RUNS={order.runs}",
+            f"SPIKETRAIN_WORKERS={sizes}",
+            f"SPIKETRAIN_IMAGE={order.image}",
             *("sbatch", "--parsable", "--export=ALL"),
             *(f"--{name}={value}" for name, value in options.items()),
             str(script.absolute()),
@@ -423,11 +405,14 @@ def render_ray_job(order: Order, address: str) -> str:
         not order.image,
         f"ray: a cluster that is up trains with what is installed there; got --image {order.image}",
     )
-    # The name of a job can be used once, the name of a run many times.
-    job = f"{order.name}-{uuid4().hex[:8]}"
-    http = "http://" + address.removeprefix("ray://")
-    submit = ["ray", "job", "submit", "--address", http, "--submission-id", job, "--no-wait", "--"]
-    return shlex.join([*submit, *order.launch()])
+    return shlex.join(
+        [
+            *("ray", "job", "submit", "--address", address.replace("ray", "http", 1)),
+            # The name of a job can be used once, the name of a run many times.
+            *("--submission-id", f"{order.name}-{uuid4().hex[:8]}", "--no-wait", "--"),
+            *order.launch(),
+        ]
+    )
 
 
 def submit_ray_job(command: str) -> str:

@@ -18,10 +18,9 @@ from pipeline.core.run_folder import RunFolder
 from pipeline.train.job import was_stopped
 
 PATIENT = (signal.SIGUSR1, signal.SIGHUP)  # Signals that never mean "at once"
+# One request may come as several signals: to a process and to its group, or for each thread of a
+# parent that dies (Linux 6).
 ECHO_S = 0.3
-"""One request may come as several signals: to a process and to its group, or for each thread of a
-parent that dies (Linux 6).
-"""
 
 
 @contextmanager
@@ -54,8 +53,7 @@ class StopRequest:
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self._folder, self._say = folder, say
-        self._by = ""
-        self._is_said = False
+        self._by, self._is_said = "", False
 
     def hear(self, number: signal.Signals) -> None:
         """Ask the workers to stop; the second time, end this process.
@@ -73,11 +71,9 @@ class StopRequest:
 
     def report(self) -> None:
         """Print the request, and repeat it if the storage did not take the file. Call it often."""
-        if not self._by:
-            return
-        if not self._is_asked():
+        if self._by and not self._is_asked():
             self._ask()
-        if not self._is_said:
+        if self._by and not self._is_said:
             self._is_said = True
             self._say(f"{self._by}: saving after this step; once more to stop at once")
 
@@ -86,10 +82,9 @@ class StopRequest:
             RunFolder(self._folder).stop.write_text(self._by)
 
     def _is_asked(self) -> bool:
-        try:
+        with suppress(OSError):
             return was_stopped(self._folder)
-        except OSError:
-            return False
+        return False
 
 
 @contextmanager

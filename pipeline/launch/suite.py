@@ -1,33 +1,43 @@
 """`spiketrain launch` and `resume` of a suite: its runs one after another, or side by side on
 different cores, then its measurements.
+
+Measurements are entries of the suite: sweeps, interleaved times and plans. They begin after all
+runs are over, one after another, in the process of the launch. Each result is written atomically to
+a file in the suite's folder. A resume makes the measurements whose file is missing.
 """
 
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from pipeline.core.checks import require
 from pipeline.core.errors import UserError
 from pipeline.core.printing import new_console, say
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
-from pipeline.launch.base import Launcher
-from pipeline.launch.cluster import Cluster
+from pipeline.launch.cluster import Cluster, Launcher
 from pipeline.launch.driver import check, drive, driver_lock, ignore_lost_terminal, say_stopped
-from pipeline.launch.measurements import measure_the_rest
-from pipeline.launch.prepare import atomic_folder, named, numbered_folders, open_place, refuse_taken
+from pipeline.launch.prepare import atomic_folder, free_folder, named, open_place, refuse_taken
 from pipeline.launch.resume import check_resumed, save_options
-from pipeline.launch.side_by_side import parallel_runs, train_side_by_side
-from pipeline.launch.suite_runs import SuiteRuns, begun_job
+from pipeline.launch.suite_runs import SuiteRuns, begun_job, parallel_runs, train_side_by_side
+from pipeline.measure.memory import hardware_differences
 from pipeline.recipe import own_code
 from pipeline.recipe.command_line import command
-from pipeline.recipe.suite import Suite, SuiteFile, runs_of
+from pipeline.recipe.json import read_json, write_json
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.suite import Measurement, Suite, SuiteFile, measured_in, runs_of
+from pipeline.track.events import Start
+from pipeline.track.journal import every
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
-from pipeline.track.state import entries_in, is_driven, over_in, state_of
+from pipeline.track.provenance import conditions_of
+from pipeline.track.state import entries_in, over_in, state_of
 from pipeline.train.build import with_placeholder_weights
 from pipeline.train.job import was_stopped
 
@@ -46,16 +56,25 @@ def launch_suite(
     `name` is the name of its folder. None: `stem` and the time.
     """
     launcher = cluster.launcher()
-    parent = uuid.uuid4().hex
-    folder, names = _names(suite, runs, stem=stem, name=name, mark=parent[:4])
+    if name is not None:
+        refuse_taken(named(runs, name))
+    # The runs get their folders only later. The mark makes their names differ from those of a suite
+    # that is launched in the same second.
+    parent, stamp = uuid.uuid4().hex, time.strftime("%Y%m%d-%H%M%S")
+    folder = runs / (name or free_folder(runs / f"{stem}-{stamp}").name)
     suite_file = SuiteFile(
-        suite=suite.resolved(), runs=names, parent=parent, cluster=asdict(cluster)
+        suite=suite.resolved(),
+        runs=tuple(
+            free_folder(runs / f"{each.name}-{stamp}-{parent[:4]}").name for each in suite.recipes
+        ),
+        parent=parent,
+        cluster=asdict(cluster),
     )
     SuiteFile.from_json(suite_file.to_json(), own=folder.name, trust=trust)
     say_stage(f"checking {counted(len(suite.recipes), 'recipe')} and their data")
     _check_ahead(suite, cluster, trust=trust)
     if cluster.checkpoints is not None:
-        open_place(cluster.checkpoints, folder.parent / names[0])
+        open_place(cluster.checkpoints, folder.parent / suite_file.runs[0])
     with launcher:
         slots = parallel_runs(launcher, cluster.side_by_side)
         with atomic_folder(folder) as hidden:  # nothing can be refused after this
@@ -102,7 +121,6 @@ def resume_suite(
 
 
 def _train(suite: SuiteRuns, launcher: Launcher, slots: int) -> Path | None:
-    """Train every recipe whose run is not over, `slots` at a time."""
     console, folder = new_console(), suite.folder
     ignore_lost_terminal(console)
     resume = command("resume", folder, address=suite.resume_address)
@@ -112,36 +130,19 @@ def _train(suite: SuiteRuns, launcher: Launcher, slots: int) -> Path | None:
         say(console, f"{slots} runs at a time, each on cores and cards of its own (--side-by-side)")
     else:  # one run at a time needs no cores of its own
         suite = replace(suite, cluster=replace(suite.cluster, side_by_side=1))
-    is_ours = False
-    try:
-        with driver_lock(folder):
-            is_ours = True
-            _update_cores(suite, console)
-            if slots > 1:
-                done = train_side_by_side(suite, launcher, slots, console)
-            else:
-                done = _train_in_turn(suite, launcher, console)
-            done = done and _measure(suite, folder)
-    finally:
-        if is_ours:
-            _sync_states(suite, console)
-    if not done:
-        say_stopped(console, resume)
-    return folder if done else None
-
-
-def _update_cores(suite: SuiteRuns, console: Console) -> None:
-    """Let runs that have begun reserve cores as the runs that begin now do.
-
-    They may have begun with another number of runs side by side.
-    """
-    for run in (suite.where[recipe.name] for recipe in suite.left()):
-        # A process that still drives a run, after its suite was killed, saves it and ends.
-        if not run.exists() or is_driven(run):
-            continue
-        job = begun_job(run, suite.suite_file.parent, trust=suite.trust)
-        if job.own_cores != suite.cluster.worker_settings["own_cores"]:
-            save_options(run, [run], {"side_by_side": suite.cluster.side_by_side}, console)
+    with ExitStack() as at_the_end, driver_lock(folder):
+        at_the_end.callback(_sync_states, suite, console)
+        train = train_side_by_side if slots > 1 else _train_in_turn
+        try:
+            done = train(suite, launcher, slots, console)
+            if done:
+                measure_the_rest(folder, suite.suite_file.suite, trust=suite.trust)
+        except KeyboardInterrupt:  # between two runs, or during a measurement
+            done = False
+    if done:
+        return folder
+    say_stopped(console, resume)
+    return None
 
 
 def _sync_states(suite: SuiteRuns, console: Console) -> None:
@@ -161,34 +162,23 @@ def _sync_states(suite: SuiteRuns, console: Console) -> None:
         say(console, str(error))  # not raised: the caller may be raising another error
 
 
-def _train_in_turn(suite: SuiteRuns, launcher: Launcher, console: Console) -> bool:
-    """Train one run after another. Returns False if the suite was asked to stop. A diverged run
-    counts as trained.
+def _train_in_turn(suite: SuiteRuns, launcher: Launcher, slots: int, console: Console) -> bool:
+    """As `train_side_by_side`, but train one run after another, driven by this process. A diverged
+    run counts as trained.
     """
+    del slots
     left = suite.left()
-    try:
-        for recipe in left:
-            try:
-                job = suite.job(recipe)
-                if drive(job, launcher, console, address=suite.resume_address) is None:
-                    return False
-            except UserError:
-                if not suite.is_over(recipe.name):
-                    raise
-            # A request during a run's last batch comes too late for the run, and stops the suite.
-            if was_stopped(suite.where[recipe.name]) and recipe is not left[-1]:
+    for recipe in left:
+        try:
+            job = suite.job(recipe)
+            if drive(job, launcher, console, address=suite.resume_address) is None:
                 return False
-    except KeyboardInterrupt:  # between two runs
-        return False
-    return True
-
-
-def _measure(suite: SuiteRuns, folder: Path) -> bool:
-    """Make the suite's measurements. Returns False if the user stopped them."""
-    try:
-        measure_the_rest(folder, suite.suite_file.suite, trust=suite.trust)
-    except KeyboardInterrupt:
-        return False
+        except UserError:
+            if not suite.is_over(recipe.name):
+                raise
+        # A request during a run's last batch comes too late for the run, and stops the suite.
+        if was_stopped(suite.where[recipe.name]) and recipe is not left[-1]:
+            return False
     return True
 
 
@@ -205,20 +195,68 @@ def _check_ahead(
                 check(recipe, cluster, trust=trust)
 
 
-def _names(
-    suite: Suite, runs: Path, *, stem: str, name: str | None, mark: str
-) -> tuple[Path, tuple[str, ...]]:
-    """The suite's folder and the names of its runs, none of which is taken.
+# -------------------------------------------------------------------------------- the measurements
 
-    `mark` makes the names differ from those of a suite that is launched in the same second. The
-    runs get their folders only later.
+
+def measure_the_rest(folder: Path, suite: Suite, *, trust: tuple[str, ...]) -> None:
+    """Make the measurements whose files are missing in a suite's folder.
+
+    A measurement that is refused here also gets a file: `{"refused": why}`.
     """
-    if name is not None:
-        refuse_taken(named(runs, name))
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    files, runs = measured_in(folder), runs_of(folder)
+    for measurement in suite.measurements:
+        if files[measurement.name].exists():
+            continue
+        say_stage(f"measuring {measurement.name}")
+        try:
+            result = _measure(measurement, runs, trust)
+        except ValueError as error:
+            result = {"refused": str(error)}
+        write_json(files[measurement.name], result)
 
-    def free(wanted: str) -> str:
-        return next(path.name for path in numbered_folders(runs / wanted) if not path.exists())
 
-    folder = runs / (name or free(f"{stem}-{stamp}"))
-    return folder, tuple(free(f"{recipe.name}-{stamp}-{mark}") for recipe in suite.recipes)
+def _measure(measurement: Measurement, runs: Mapping[str, Path], trust: tuple[str, ...]) -> Any:
+    """The result of a measurement as JSON values.
+
+    Raises:
+        ValueError: the run that it belongs to was trained on another machine, or on another of its
+            devices, or the function refuses.
+    """
+    recipes = [
+        each if isinstance(each, Recipe) else Recipe.read(RunFolder(runs[each]).recipe, trust=trust)
+        for each in measurement.of
+    ]
+    conditions: dict[str, Any] = {"hardware": {}}
+    if trained := [RunFolder(runs[each]) for each in measurement.of if isinstance(each, str)]:
+        conditions = conditions_of(
+            read_json(trained[0].summary) if trained[0].summary.exists() else {},
+            every(trained[0].journal, Start.kind),
+        )[-1]
+        differences = hardware_differences(
+            conditions["hardware"] or {}, own_cores=conditions["own_cores"]
+        )
+        other = "; ".join(f"{name} {there}, here {here}" for name, here, there in differences)
+        require(not other, f"the runs were trained on another machine: {other}")
+    rules, options = [each.rule for each in recipes], dict(measurement.options)
+    if measurement.kind == "sweep":
+        from pipeline.forecast.sweep import sweep
+
+        options = {"steps": (recipes[0].time_steps,), **options}
+        return sweep(recipes[0], rules=rules, **options).to_json()
+    if measurement.kind == "interleaved":
+        from pipeline.forecast.interleaved import measure_interleaved
+
+        options = {
+            "workers": conditions.get("world_size") or 1,
+            "samples": conditions.get("micro_batch"),
+            "threads": conditions["hardware"].get("threads", 1),
+            **options,
+        }
+        times_of = measure_interleaved(recipes[0], rules, **options)
+        return {label: asdict(times) for label, times in times_of.items()}
+    from pipeline.forecast import plan as forecast
+    from pipeline.forecast.devices import DEVICES
+
+    device, workers = DEVICES[options.pop("device")], options.pop("workers")
+    cluster = forecast.Cluster(workers=workers, device=device)
+    return asdict(forecast.plan(recipes[0], cluster, rules=rules, **options))

@@ -84,7 +84,7 @@ class Measurement:
 
     name: str
     kind: _Kind
-    """the function of pipeline.forecast that measures: see pipeline/launch/measurements.py"""
+    """the function of pipeline.forecast that measures: see pipeline/launch/suite.py"""
     of: tuple[str | Recipe, ...]
     """names of recipes of the suite, or recipes that the suite does not train. The first recipe is
     measured, with the rules of all

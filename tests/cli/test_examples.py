@@ -19,7 +19,6 @@ ROOT = Path(__file__).parents[2]
 
 
 def _epilogs(of: typer.Typer) -> Iterator[tuple[str, str]]:
-    """Of all that are registered, those of a group behind its name."""
     for each in of.registered_commands:
         assert each.callback is not None
         yield each.name or get_command_name(each.callback.__name__), str(each.epilog)

@@ -12,9 +12,8 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from pipeline.__main__ import main
 from pipeline.cli.app import app
-from tests.helpers.small import without_stages
+from tests.helpers.small import Command
 from tests.infra.rules import require_kustomize
 
 RECIPE = "recipes/imagenet/nf_resnet34_sltt.py"  # whose data nobody has here
@@ -33,27 +32,20 @@ TYPED_IN_ORDER = (
 
 
 @pytest.fixture
-def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Exit code, what was printed and what was refused."""
-
+def launch(spiketrain: Command) -> Command:
     def run(*words: str) -> tuple[int, str, str]:
         if "k8s" in words:
             require_kustomize()
-        monkeypatch.setattr("sys.argv", ["spiketrain", "launch", *words])
-        with pytest.raises(SystemExit) as end:
-            main()
-        told = capsys.readouterr()
-        return int(end.value.code or 0), told.out, without_stages(told.err).strip()
+        code, out, error = spiketrain("launch", *words)
+        return code, out, error.strip()
 
     return run
 
 
-def test_slurm(launch: Any) -> None:
-    slurm = (
-        "--cluster slurm --nodes 2 --time 10 --gpus-per-node 2 --partition gpu --name mine"
-        " --workers 4 --dry-run"
-    )
-    code, out, _ = launch(*TYPED, RECIPE, *slurm.split(), "--image", "a b")
+def test_slurm(launch: Command) -> None:
+    slurm = "--cluster slurm --nodes 2 --time 10 --gpus-per-node 2 --partition gpu --workers 4"
+    words = (*TYPED, RECIPE, *slurm.split(), "--name", "mine", "--image", "a b", "--dry-run")
+    code, out, _ = launch(*words)
     assert code == 0
     variables = ["SPIKETRAIN_RUNS=runs", "SPIKETRAIN_WORKERS=4", "SPIKETRAIN_IMAGE=a b"]
     options = ["--job-name=mine", "--nodes=2", "--time=10", "--gpus-per-node=2", "--partition=gpu"]
@@ -62,7 +54,7 @@ def test_slurm(launch: Any) -> None:
     assert out == shlex.join(["env", *variables, *sbatch]) + "\n"
 
 
-def test_slurm_that_is_given_no_number_of_workers_counts_its_gpus(launch: Any) -> None:
+def test_slurm_that_is_given_no_number_of_workers_counts_its_gpus(launch: Command) -> None:
     asked = "--cluster slurm --nodes 2 --time 10 --name mine --dry-run"
     code, out, _ = launch(SMALL, *asked.split(), "--gpus-per-node", "8")
     assert code == 0 and " SPIKETRAIN_WORKERS= " in out
@@ -70,39 +62,20 @@ def test_slurm_that_is_given_no_number_of_workers_counts_its_gpus(launch: Any) -
     assert (code, out) == (2, "") and "divide by 14 workers" in err
 
 
-def test_workers_that_come_and_go(launch: Any) -> None:
+def test_workers_that_come_and_go(launch: Command) -> None:
     asked = "--workers 2:4 --set batch_size=24 --name mine --dry-run"
     _, out, _ = launch(SMALL, *asked.split(), "--cluster", "ray://head.example:8265")
     assert " --workers 2:4 --or-resume" in out
-    pods = f"--cluster k8s {CPU_PODS} --cpus-per-worker 4"
-    _, out, _ = launch(SMALL, *asked.split(), *pods.split())
+    _, out, _ = launch(
+        SMALL, *asked.split(), *f"--cluster k8s {CPU_PODS} --cpus-per-worker 4".split()
+    )
     job = yaml.safe_load(out)
     assert " --workers 2:4 " in job["spec"]["entrypoint"]
     group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     assert [group[name] for name in ("minReplicas", "replicas", "maxReplicas")] == [2, 2, 4]
 
 
-@pytest.mark.parametrize("cluster", ["slurm --nodes 1 --time 1", "ray://h:8265", f"k8s {CPU_PODS}"])
-@pytest.mark.parametrize(
-    "recipe", [SMALL, f"{SMALL} recipes/fashion/bptt.py"], ids=["recipe", "suite"]
-)
-def test_what_the_launch_would_refuse_is_not_handed_over(
-    launch: Any, cluster: str, recipe: str
-) -> None:
-    code, out, err = launch(
-        *recipe.split(),
-        "--workers",
-        "7",
-        "--name",
-        "mine",
-        "--dry-run",
-        "--cluster",
-        *cluster.split(),
-    )
-    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and "divide by 7 workers" in err
-
-
-def test_weights_that_lie_on_the_cluster_alone_are_no_reason(launch: Any) -> None:
+def test_weights_that_lie_on_the_cluster_alone_are_no_reason(launch: Command) -> None:
     code, out, err = launch(
         SMALL,
         "--set",
@@ -116,10 +89,11 @@ def test_weights_that_lie_on_the_cluster_alone_are_no_reason(launch: Any) -> Non
     assert code == 0 and "init=/shared/w.safetensors" in out, err
 
 
-def test_kubernetes(launch: Any) -> None:
+def test_kubernetes(launch: Command) -> None:
     pods = "--image a.example/s:1 --infra infra/k8s/overlays/one-node-8-gpus/job"
-    asked = f"--workers 4 --cluster k8s --name mine {pods} --dry-run"
-    code, out, _ = launch(RECIPE, *TYPED, *asked.split())
+    code, out, _ = launch(
+        RECIPE, *TYPED, *f"--workers 4 --cluster k8s --name mine {pods} --dry-run".split()
+    )
     assert code == 0
     job = yaml.safe_load(out)
     assert (job["kind"], job["metadata"]["name"]) == ("RayJob", "mine")
@@ -130,7 +104,7 @@ def test_kubernetes(launch: Any) -> None:
     )
 
 
-def test_a_ray_that_is_up(launch: Any) -> None:
+def test_a_ray_that_is_up(launch: Command) -> None:
     code, out, _ = launch(
         RECIPE,
         *TYPED,
@@ -154,7 +128,7 @@ def test_a_ray_that_is_up(launch: Any) -> None:
 
 
 def test_what_is_printed_is_what_is_submitted(
-    launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    launch: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(f'#!/bin/sh\nprintf "%s\\n" sbatch "$@" >{tmp_path}/taken\necho 77\n')
@@ -167,60 +141,10 @@ def test_what_is_printed_is_what_is_submitted(
     assert (tmp_path / "taken").read_text().splitlines() == words[words.index("sbatch") :]
 
 
-def test_nobody_there_is_one_line(launch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_there_is_one_line(launch: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
     code, _, err = launch(RECIPE, "--cluster", "ray://127.0.0.1:9", "--name", "mine")
     assert code == 2 and len(err.splitlines()) == 1 and "Failed to connect to Ray" in err
-
-
-BOTH = f"{SMALL} recipes/fashion/bptt.py"
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (
-            f"{SMALL} --cluster ray://h:1 --side-by-side 2",
-            "--side-by-side is for several runs; got 2 with fashion-sltt alone",
-        ),
-        (
-            f"{BOTH} --cluster k8s {CPU_PODS} --workers 4 --side-by-side 8",
-            (
-                "k8s: 8 runs side by side of 4 workers x 1 cpu must fit into pods of 4 cores, of"
-                " which "
-            ),
-        ),
-        (
-            (
-                f"{BOTH} --cluster slurm --nodes 2 --time 1 --gpus-per-node 4 --workers 4"
-                " --side-by-side 3"
-            ),
-            (
-                "slurm: each worker takes a GPU; got 3 runs side by side of 4 workers on 2 nodes x"
-                " 4 GPUs"
-            ),
-        ),
-        (
-            f"{BOTH} --cluster slurm --nodes 2 --time 1 --gpus-per-node 4 --side-by-side 2",
-            (
-                "slurm: each worker takes a GPU; got 2 runs side by side of 8 workers on 2 nodes x"
-                " 4 GPUs"
-            ),
-        ),
-        (
-            (
-                f"{BOTH} --cluster slurm --nodes 1 --time 1 --gpus-per-node 1 --workers 1"
-                " --side-by-side 2"
-            ),
-            "slurm: each worker takes a GPU; got 2 runs side by side of 1 worker on 1 node x 1 GPU",
-        ),
-    ],
-)
-def test_runs_side_by_side_that_the_launch_would_refuse_are_not_handed_over(
-    launch: Any, words: str, said: str
-) -> None:
-    code, out, err = launch(*words.split(), "--name", "mine", "--dry-run")
-    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and said in err
 
 
 LAB = """
@@ -242,7 +166,7 @@ def table(runs, console):
     ],
 )
 def test_what_whoever_resumes_would_not_import_is_not_handed_over(
-    launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str, untrusted: str
+    launch: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str, untrusted: str
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "handed_lab.py").write_text(LAB)
@@ -250,15 +174,20 @@ def test_what_whoever_resumes_would_not_import_is_not_handed_over(
         "handed_lab import network, table",
         "pipeline.recipe.recipe import spec",
         "pipeline.recipe.suite import Suite",
+        "tests.helpers.small import small_recipe",
     )
-    lines = [f"from {each}" for each in (*imports, "tests.helpers.small import small_recipe")]
-    (tmp_path / "handed.py").write_text("\n".join([*lines, f"def recipe():\n    return {made}\n"]))
+    lines = [f"from {each}" for each in imports] + ["def recipe():", f"    return {made}"]
+    (tmp_path / "handed.py").write_text("\n".join(lines))
     words = (str(tmp_path / "handed.py"), "--cluster", "ray://h:1", "--name", "mine", "--dry-run")
     code, out, err = launch(*words)
     assert (code, out) == (2, "") and len(err.splitlines()) == 1
     assert f"handed_lab.{untrusted} is not in a trusted package" in err
     code, out, err = launch(*words, "--trust", "handed_lab")
     assert code == 0 and " --trust handed_lab " in out, err
+
+
+BOTH, MINE = f"{SMALL} recipes/fashion/bptt.py", "--name mine --dry-run"
+NODES = "slurm --nodes 2 --time 1 --gpus-per-node 4"
 
 
 @pytest.mark.parametrize(
@@ -319,10 +248,50 @@ def test_what_whoever_resumes_would_not_import_is_not_handed_over(
             )
             for where in (f"k8s {CPU_PODS}", "slurm --nodes 1 --time 1", "ray://a:1")
         ),
+        # What the launch would refuse is not handed over.
+        *(
+            (
+                f"{recipe} --workers 7 {MINE} --cluster {cluster}",
+                "divide by 7 workers",
+            )
+            for cluster in ("slurm --nodes 1 --time 1", "ray://h:8265", f"k8s {CPU_PODS}")
+            for recipe in (SMALL, BOTH)
+        ),
+        (
+            f"{SMALL} {MINE} --cluster ray://h:1 --side-by-side 2",
+            "--side-by-side is for several runs; got 2 with fashion-sltt alone",
+        ),
+        (
+            f"{BOTH} {MINE} --cluster k8s {CPU_PODS} --workers 4 --side-by-side 8",
+            (
+                "k8s: 8 runs side by side of 4 workers x 1 cpu must fit into pods of 4 cores, of"
+                " which "
+            ),
+        ),
+        (
+            (f"{BOTH} {MINE} --cluster {NODES} --workers 4 --side-by-side 3"),
+            (
+                "slurm: each worker takes a GPU; got 3 runs side by side of 4 workers on 2 nodes x"
+                " 4 GPUs"
+            ),
+        ),
+        (
+            f"{BOTH} {MINE} --cluster {NODES} --side-by-side 2",
+            (
+                "slurm: each worker takes a GPU; got 2 runs side by side of 8 workers on 2 nodes x"
+                " 4 GPUs"
+            ),
+        ),
+        (
+            f"{BOTH} {MINE} --cluster slurm --nodes 1 --time 1 --gpus-per-node 1 --workers 1"
+            " --side-by-side 2",
+            "slurm: each worker takes a GPU; got 2 runs side by side of 1 worker on 1 node x 1 GPU",
+        ),
     ],
 )
-def test_what_does_not_go_together_is_refused(launch: Any, words: str, said: str) -> None:
-    code, out, err = launch(RECIPE, *words.split())
+def test_what_does_not_go_together_is_refused(launch: Command, words: str, said: str) -> None:
+    recipe = () if words.startswith("recipes/") else (RECIPE,)
+    code, out, err = launch(*recipe, *words.split())
     assert (code, out) == (2, "") and len(err.splitlines()) == 1
     assert said in err and "secret" not in err, err
 
@@ -337,7 +306,7 @@ def test_what_does_not_go_together_is_refused(launch: Any, words: str, said: str
     ],
 )
 def test_what_a_scheduler_requires_is_said_in_the_help(
-    launch: Any, where: str, others: str, missing: str
+    launch: Command, where: str, others: str, missing: str
 ) -> None:
     code, _, err = launch(SMALL, "--cluster", where, "--name", "mine", *others.split(), "--dry-run")
     assert code == 2 and missing in err

@@ -28,8 +28,7 @@ from pipeline.core.errors import UserError
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare, read_job, write_job
-from pipeline.launch.ray_auth import draw_token
-from pipeline.launch.ray_cluster import worker_environment
+from pipeline.launch.ray_cluster import draw_token, worker_environment
 from pipeline.recipe.recipe import read_json, write_json
 from pipeline.report.stores import open_store
 from pipeline.train.backend.deepspeed import DeepSpeed
@@ -96,7 +95,7 @@ with Ray(workers=1, device="cpu") as launcher:
     files = [path for path in session.rglob("*") if path.is_file()]
     token = os.environ.get("RAY_AUTH_TOKEN", "none was drawn")
     holders = [path for path in files if token.encode() in path.read_bytes()]
-    said = join_without_token(launcher.address_for_others())
+    said = join_without_token(launcher.resume_options()[1])
     print(said, len(files) > 5, holders, Path("~/.ray").expanduser().exists())
 """
 

@@ -26,6 +26,8 @@ from tests.helpers.interruptions import dies_at
 
 Command = Callable[..., tuple[int, str, str]]
 """from the words of a command to its exit code, stdout and stderr"""
+Done = Callable[..., str]
+"""from the words of a command that ends with exit code 0 to what it prints"""
 Refused = Callable[..., str]
 """from the words of a command to the line that refuses it"""
 

@@ -74,19 +74,31 @@ def test_a_damaged_cluster_is_refused_in_one_line(value: Any, said: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("asked", "got"),
-    [({"workers": 2}, "--workers 2"), ({"address": "auto"}, "--address auto")],
-    ids=["workers", "address"],
+    ("launched", "how", "got"),
+    [
+        ({"workers": 4, "cpus_per_worker": 2}, {"workers": 2}, "--workers 2"),
+        ({"workers": 4, "cpus_per_worker": 2}, {"address": "auto"}, "--address auto"),
+        *(
+            (launched, how, f"--{name.replace('_', '-')} {value}")
+            for name, value in (
+                ("cpus_per_worker", 2),
+                ("max_restarts", 0),
+                ("node_loss", "patient"),
+            )
+            for launched, how in (
+                ({"inline": True, name: value}, None),
+                ({"workers": 4}, {"options": {name: value}}),
+            )
+        ),
+    ],
 )
-def test_a_resume_in_this_process_refuses_what_it_would_drop(
-    asked: dict[str, Any], got: str
+def test_what_is_rays_has_no_effect_in_this_process_and_is_refused(
+    launched: dict[str, Any], how: dict[str, Any] | None, got: str
 ) -> None:
-    now = Cluster(workers=4, cpus_per_worker=2).resumed(
-        **{"workers": None, "address": None, **asked}, inline=True
-    )
-    with pytest.raises(
-        ValueError, match=f"--inline is one worker in this process, without Ray; got {got}$"
-    ):
+    now = Cluster(**launched)
+    now = now if how is None else now.resumed(**how, inline=True)
+    said = f"--inline is one worker in this process, without Ray; got {got}$"
+    with pytest.raises(ValueError, match=said):
         now.launcher()
 
 
@@ -113,10 +125,19 @@ def test_a_token_that_is_not_at_hand_is_said_in_one_line(
             pass
 
 
-def test_several_numbers_of_workers_come_back_from_json() -> None:
-    cluster = Cluster(workers=(2, 4, 8), node_loss="patient")
+@pytest.mark.parametrize(
+    ("cluster", "sizes"),
+    [
+        (Cluster(), (1,)),
+        (Cluster(inline=True), (1,)),
+        (Cluster(workers=3, cpus_per_worker=4), (3,)),
+        (Cluster(workers=(2, 4, 8), node_loss="patient"), (2, 4, 8)),
+    ],
+    ids=str,
+)
+def test_a_cluster_comes_back_from_json(cluster: Cluster, sizes: tuple[int, ...]) -> None:
     assert Cluster.from_json(json.loads(json.dumps(asdict(cluster)))) == cluster
-    assert cluster.sizes == (2, 4, 8) and Cluster(workers=3).sizes == (3,)
+    assert cluster.sizes == sizes
 
 
 @pytest.mark.parametrize(
@@ -155,19 +176,85 @@ def test_a_run_of_one_size_worker_start_timeout_its_places_and_one_of_several_ta
         (loss, sizes): worker_start_timeout(loss, sizes=sizes) for loss in NODES for sizes in (1, 2)
     }
     assert waits["fast", 1] == {}  # Ray's own minute
-    seconds = [
+    of_several, *patient = (
         float(*waits[each].values()) for each in (("fast", 2), ("patient", 1), ("patient", 2))
-    ]
-    assert seconds[0] < 60 < seconds[1] == seconds[2]
+    )
+    assert of_several < 60 < patient[0] == patient[1]
     assert not NODES["fast"].keys() & NODES["patient"].keys()
 
 
-def test_a_resume_in_this_process_takes_one_worker_whatever_there_were() -> None:
-    for workers in (None, 1):
-        now = Cluster(workers=4, address="auto", device="cpu").resumed(
-            workers=workers, inline=True, address=None
-        )
-        assert isinstance(now.launcher(), Inline) and now == Cluster(inline=True, device="cpu")
+KEPT: dict[str, Any] = {
+    "verify": "full",
+    "hang_minutes": 5.0,
+    "loader_threads": 2,
+    "device": "cpu",
+    "checkpoints": "/c",
+}
+PATIENT = Cluster(workers=4, cpus_per_worker=8, max_restarts=1, node_loss="patient", **KEPT)
+HERE = Cluster(inline=True, **KEPT)
+SEVERAL = Cluster(workers=2, side_by_side="auto")
+# Side by side because somebody said so.
+ASKED = Cluster(inline=True, side_by_side="auto")
+JOINED = Cluster(workers=4, address="10.0.0.1:6379")
+
+
+@pytest.mark.parametrize(
+    ("launched", "how", "now"),
+    [
+        # In this process one worker trains, whatever there were, without what is Ray's alone.
+        (Cluster(workers=4, address="auto"), {"inline": True}, Cluster(inline=True)),
+        (Cluster(workers=4, address="auto"), {"workers": 1, "inline": True}, Cluster(inline=True)),
+        (PATIENT, {"inline": True}, HERE),
+        # What is not said is kept.
+        (PATIENT, {"options": {"cpus_per_worker": 6}}, replace(PATIENT, cpus_per_worker=6)),
+        (
+            HERE,
+            {"workers": 2, "options": {"cpus_per_worker": 3}},
+            Cluster(workers=2, cpus_per_worker=3, **KEPT),
+        ),
+        (
+            Cluster(workers=2, cpus_per_worker=3, inline=True, **KEPT),
+            {"options": {"verify": "sampled"}},
+            replace(HERE, verify="sampled"),
+        ),
+        # A suite whose runs were as many as there is room for goes on in turn where it must.
+        (SEVERAL, {}, SEVERAL),
+        (SEVERAL, {"workers": 1}, replace(SEVERAL, workers=1)),
+        (SEVERAL, {"workers": (1, 2)}, Cluster(workers=(1, 2))),
+        (SEVERAL, {"inline": True}, Cluster(inline=True)),
+        (
+            SEVERAL,
+            {"inline": True, "options": {"side_by_side": 2}},
+            Cluster(inline=True, side_by_side=2),
+        ),
+        (ASKED, {}, ASKED),
+        (ASKED, {"inline": True}, ASKED),
+        # A cluster is joined by the user's word alone.
+        (JOINED, {"address": "b:1"}, Cluster(workers=4, address="b:1")),
+        (JOINED, {"address": "local"}, Cluster(workers=4)),
+        (Cluster(workers=4), {}, Cluster(workers=4)),
+    ],
+)
+def test_a_resume_keeps_what_it_is_not_told_and_takes_what_it_is(
+    launched: Cluster, how: dict[str, Any], now: Cluster
+) -> None:
+    assert launched.resumed(**how) == now
+
+
+@pytest.mark.parametrize(
+    ("launched", "workers", "said"),
+    [
+        (
+            JOINED,
+            2,
+            r"needs --address anew; got none, it was 10\.0\.0\.1:6379; --address local starts",
+        ),
+        (Cluster(workers=2, side_by_side=3), (1, 2), "need one number of workers; got 1:2"),
+    ],
+)
+def test_a_resume_that_cannot_be(launched: Cluster, workers: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        launched.resumed(workers=workers)
 
 
 def test_a_resume_can_be_told_all_that_a_launch_can_but_where_checkpoints_are() -> None:
@@ -181,92 +268,14 @@ def test_a_resume_can_be_told_all_that_a_launch_can_but_where_checkpoints_are() 
     assert {*OPERATIONAL, "workers", "inline", "address"} < signature(resume).parameters.keys()
 
 
-def test_a_suite_whose_runs_were_as_many_as_there_is_room_for_goes_on_in_turn_where_it_must() -> (
-    None
-):
-    launched = Cluster(workers=2, side_by_side="auto")
-    assert launched.resumed().side_by_side == launched.resumed(workers=1).side_by_side == "auto"
-    assert launched.resumed(workers=(1, 2)) == Cluster(workers=(1, 2))
-    assert launched.resumed(inline=True) == Cluster(inline=True)
-    asked = Cluster(inline=True, side_by_side="auto")  # side by side because somebody said so
-    assert asked.resumed().side_by_side == asked.resumed(inline=True).side_by_side == "auto"
-    assert launched.resumed(inline=True, options={"side_by_side": 2}).side_by_side == 2
-    with pytest.raises(ValueError, match="need one number of workers; got 1:2"):
-        Cluster(workers=2, side_by_side=3).resumed(workers=(1, 2))
-
-
-def test_a_resume_keeps_what_it_is_not_told_and_takes_what_it_is() -> None:
-    about: dict[str, Any] = {
-        "verify": "full",
-        "hang_minutes": 5.0,
-        "loader_threads": 2,
-        "device": "cpu",
-        "checkpoints": "/c",
-    }
-    launched = Cluster(workers=4, cpus_per_worker=8, max_restarts=1, node_loss="patient", **about)
-    assert launched.resumed(options={"cpus_per_worker": 6}) == replace(launched, cpus_per_worker=6)
-    here = launched.resumed(inline=True)  # without what is Ray's alone
-    assert here == Cluster(inline=True, **about) and isinstance(here.launcher(), Inline)
-    there = here.resumed(workers=2, options={"cpus_per_worker": 3})
-    assert there == Cluster(workers=2, cpus_per_worker=3, **about)
-    assert replace(there, inline=True).resumed(options={"verify": "sampled"}) == replace(
-        here, verify="sampled"
-    )
-
-
 def test_cores_and_threads_that_nobody_has_said_are_the_launchers_to_find() -> None:
-    for cluster in (Cluster(), Cluster(inline=True), Cluster(cpus_per_worker=4)):
-        assert Cluster.from_json(json.loads(json.dumps(asdict(cluster)))) == cluster
-    assert (Cluster().worker_settings["threads"], Cluster().worker_settings["loader_threads"]) == (
-        1,
-        1,
-    )  # on a CPU
-    for launcher in (
-        Cluster(device="cpu").launcher(),
-        Cluster(inline=True, device="cpu").launcher(),
-    ):
-        assert isinstance(launcher, (Ray, Inline)) and launcher.loader_threads == "auto"
-    said = Cluster(cpus_per_worker=4, loader_threads=2, device="cpu").launcher()
+    settings = Cluster().worker_settings
+    assert (settings["threads"], settings["loader_threads"]) == (1, 1)  # on a CPU
+    here, under_ray = Cluster(inline=True, device="cpu").launcher(), Cluster(device="cpu")
+    assert isinstance(here, Inline)
+    assert here.loader_threads == under_ray.launcher().loader_threads == "auto"
+    said = replace(under_ray, cpus_per_worker=4, loader_threads=2).launcher()
     assert isinstance(said, Ray) and (said.cpus_per_worker, said.loader_threads) == (4, 2)
-
-
-@pytest.mark.parametrize(
-    ("options", "got"),
-    [
-        ({"cpus_per_worker": 2}, "--cpus-per-worker 2"),
-        ({"max_restarts": 0}, "--max-restarts 0"),
-        ({"node_loss": "patient"}, "--node-loss patient"),
-    ],
-    ids=["cpus", "restarts", "node loss"],
-)
-def test_what_is_rays_has_no_effect_in_this_process_and_is_refused(
-    options: dict[str, Any], got: str
-) -> None:
-    for now in (
-        Cluster(inline=True, **options),
-        Cluster(workers=4).resumed(inline=True, options=options),
-    ):
-        with pytest.raises(
-            ValueError, match=f"--inline is one worker in this process, without Ray; got {got}$"
-        ):
-            now.launcher()
-
-
-def test_a_cluster_is_joined_by_the_users_word_alone() -> None:
-    launched = Cluster(workers=4, address="10.0.0.1:6379")
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"needs --address anew; got none, it was 10\.0\.0\.1:6379; --address local" r" starts"
-        ),
-    ):
-        launched.resumed(workers=2, inline=False, address=None)
-    assert launched.resumed(workers=None, inline=False, address="b:1") == Cluster(
-        workers=4, address="b:1"
-    )
-    assert launched.resumed(workers=None, inline=False, address="local") == Cluster(workers=4)
-    here = Cluster(workers=4)
-    assert here.resumed(workers=None, inline=False, address=None) == here
 
 
 @pytest.fixture
@@ -314,20 +323,12 @@ def test_two_workers_on_a_cluster_that_was_there(cluster: str, tmp_path: Path) -
         "from tests.helpers.small import small_recipe\n\ndef recipe():\n    return"
         " small_recipe(backend='deepspeed')\n"
     )
-    words = [
-        "launch",
-        str(tmp_path / "one.py"),
-        "--workers",
-        "2",
-        "--address",
-        cluster,
-        "--runs",
-        str(tmp_path / "runs"),
-        "--device",
-        "cpu",
-    ]
+    words = f"launch {tmp_path}/one.py --workers 2 --address {cluster} --runs {tmp_path}/runs"
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, timeout=200
+        [sys.executable, "-m", "pipeline", *words.split(), "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "finished: 16 steps" in done.stdout

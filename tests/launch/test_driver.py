@@ -1,38 +1,50 @@
-"""Whatever becomes of what shows a run, it trains to its end, and MLflow is told."""
+"""Whatever becomes of what shows a run, it trains to its end, and MLflow is told.
+
+A second driver: on this machine it is refused at once, on another it waits for the lock of a
+machine that may be dead.
+
+What whoever drives makes of signals.
+"""
 
 import errno
 import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from pipeline.core.errors import UserError
+from pipeline.launch import driver, signals, suite_runs
 from pipeline.launch import driver as driving
 from pipeline.launch.base import LaunchError, WorkersEnded
-from pipeline.launch.driver import drive
-from pipeline.launch.signals import StopRequest
-from pipeline.track.journal import Follower, Journal, Record, read
+from pipeline.launch.driver import drive, driver_lock, this_machine
+from pipeline.launch.in_process import Inline
+from pipeline.launch.signals import ECHO_S, StopRequest, blocked_signal, on_stop_signals
+from pipeline.launch.suite_runs import train_side_by_side
+from pipeline.track.journal import Follower, Journal, Record
 from pipeline.train.checkpoint import Place, owner_of, place_at
 from pipeline.train.guards import storage
 from pipeline.train.job import Job, note_death
 from tests.helpers.events import event
+from tests.helpers.small import events
 
 START = {"step": 0, "total_steps": 3, "world_size": 1, "rule": "SLTT"}
 
 
 class Mirror:
-    """Stands for MLflow's: whether the last one was closed."""
-
     is_closed = False
 
     def __init__(self, run: Path, **about: Any) -> None:
@@ -44,8 +56,6 @@ class Mirror:
 
 
 class Launcher:
-    """Trains for three steps, and says so in the journal; `meanwhile` happens after each."""
-
     workers = 1
 
     def __init__(self, meanwhile: Callable[[int], None] = lambda step: None) -> None:
@@ -64,7 +74,6 @@ class Launcher:
 
 @pytest.fixture
 def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any] | None]:
-    """`drive` of a run in `tmp_path`, on a console over a file."""
     monkeypatch.setattr(driving, "POLL_S", 0.01)
     monkeypatch.setattr(driving, "Mirror", Mirror)
     monkeypatch.setattr(driving, "commit", lambda: "c")
@@ -78,8 +87,6 @@ def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dic
 
 
 class Lost(io.StringIO):
-    """Takes no more once it has taken the line of the start; `error` says why."""
-
     def __init__(self, error: OSError) -> None:
         super().__init__()
         self.error, self.refused = error, 0
@@ -106,8 +113,10 @@ def test_a_terminal_that_takes_no_more_costs_nothing_but_what_it_would_have_show
     file = Lost(error)
     assert driven(file) == {"steps": 3} and Mirror.is_closed
     assert file.refused == 1 and "evaluation" not in file.getvalue()
-    said = f"shown no more: {error.strerror}; training goes on, and its journal has everything\n"
-    assert capfd.readouterr().err == said
+    assert (
+        capfd.readouterr().err
+        == f"shown no more: {error.strerror}; training goes on, and its journal has everything\n"
+    )
 
 
 FULL = """
@@ -155,10 +164,10 @@ def test_a_journal_that_cannot_be_read_for_a_moment_is_read_again(
 def test_a_mistake_in_what_is_shown_ends_the_showing_alone(
     driven: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mistaken(event: Any) -> None:
+    def mistaken(event: Any, start: Any) -> None:
         raise KeyError("top1")
 
-    monkeypatch.setattr("pipeline.launch.progress._evaluation", mistaken)
+    monkeypatch.setattr("pipeline.launch.progress._lines", mistaken)
     file = io.StringIO()
     assert driven(file) == {"steps": 3} and Mirror.is_closed
     assert (
@@ -178,41 +187,42 @@ def test_a_launcher_that_fails_on_a_lost_terminal_leaves_mlflow_told(
     assert Mirror.is_closed
 
 
+def hang(folder: Path, failure: LaunchError, *ranks: int) -> Callable[[int], None]:
+    """An end of the workers in which worker 2 died and these hung."""
+
+    def end(step: int) -> None:
+        note_death(folder, worker=2, error="KeyError: 'cable'")
+        (folder / "stacks").mkdir(exist_ok=True)
+        for rank in ranks:
+            stacks = folder / "stacks" / f"rank{rank}-20260105-120000.txt"
+            stacks.write_text("Timeout (0:30:00)!")
+        raise failure
+
+    return end
+
+
+def lost_workers(folder: Path) -> list[tuple[str, int]]:
+    return [(event["event"], event["worker"]) for event in events(folder, "hung", "died")]
+
+
 def test_workers_that_have_hung_are_named_with_their_stacks_in_the_place_of_a_lost_connection(
     driven: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """And the journal has what ended the others; no attempt is left to tell it."""
-
-    def hang(*ranks: int) -> Callable[[int], None]:
-        def end(step: int) -> None:
-            note_death(tmp_path, worker=2, error="KeyError: 'cable'")
-            (tmp_path / "stacks").mkdir(exist_ok=True)
-            for rank in ranks:
-                (tmp_path / "stacks" / f"rank{rank}-20260105-120000.txt").write_text(
-                    "Timeout (0:30:00)!"
-                )
-            raise WorkersEnded("worker 0: Connection closed by peer")
-
-        return end
-
     stacks = [f"{tmp_path}/stacks/rank{rank}-20260105-120000.txt" for rank in range(2)]
     said = (
         "or one that was waited for: no sign of life for too long (--hang-minutes); what its"
         " threads were at is in"
     )
+    closed = WorkersEnded("worker 0: Connection closed by peer")
     for ranks, line in (
         ((1,), f"worker 1, {said} {stacks[1]}"),
-        ((), "worker 0: Connection closed by peer"),  # and what hung before is told
+        ((), str(closed)),  # and what hung before is told
         ((0, 1), f"worker 0, {said} {stacks[0]}"),
     ):
         with pytest.raises(LaunchError, match=f"^{re.escape(line)}$"):
-            driven(io.StringIO(), Launcher(hang(*ranks)))
-    told = [
-        (event["event"], event["worker"])
-        for event in read(tmp_path / "journal.jsonl")
-        if event["event"] in ("hung", "died")
-    ]
-    assert told == [("hung", 1), ("died", 2), ("died", 2), ("hung", 0), ("died", 2)]
+            driven(io.StringIO(), Launcher(hang(tmp_path, closed, *ranks)))
+    lost = [("hung", 1), ("died", 2), ("died", 2), ("hung", 0), ("died", 2)]
+    assert lost_workers(tmp_path) == lost
 
 
 @pytest.mark.parametrize(
@@ -225,20 +235,9 @@ def test_workers_that_have_hung_are_named_with_their_stacks_in_the_place_of_a_lo
 def test_another_end_keeps_its_line_and_the_journal_is_told_of_workers_all_the_same(
     driven: Callable[..., Any], tmp_path: Path, failure: LaunchError, kind: type[Exception]
 ) -> None:
-    def end(step: int) -> None:
-        note_death(tmp_path, worker=2, error="OSError: it is full")
-        (tmp_path / "stacks").mkdir()
-        (tmp_path / "stacks" / "rank1-20260105-120000.txt").write_text("Timeout (0:30:00)!")
-        raise failure
-
     with pytest.raises(kind, match=f"^{failure}$"):
-        driven(io.StringIO(), Launcher(end))
-    told = [
-        (event["event"], event["worker"])
-        for event in read(tmp_path / "journal.jsonl")
-        if event["event"] in ("hung", "died")
-    ]
-    assert told == [("hung", 1), ("died", 2)]
+        driven(io.StringIO(), Launcher(hang(tmp_path, failure, 1)))
+    assert lost_workers(tmp_path) == [("hung", 1), ("died", 2)]
 
 
 def test_a_journal_that_takes_no_more_leaves_the_line_that_the_workers_ended_with(
@@ -338,3 +337,244 @@ def test_a_place_of_checkpoints_that_does_not_answer_is_waited_for_and_then_owne
     assert said == [f"{place} does not answer, and is waited for: [Errno 5] Input/output error"]
     owner = owner_of(place_at(str(place), tmp_path))
     assert owner is not None and tokens[1] == owner.token != tokens[0]  # a token of each start
+
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write(sys.argv[2])
+file.flush()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+
+    def hold(holder: str) -> subprocess.Popen[str]:
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", HOLD, str(tmp_path / "driver.lock"), holder],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+        assert started[-1].stdout is not None and started[-1].stdout.readline() == "held\n"
+        return started[-1]
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def other_boot() -> str:
+    return f"{socket.gethostname()} 11111111-2222-3333-4444-555555555555"
+
+
+@pytest.mark.parametrize(
+    "holder",
+    ["gpu-node-7 0123", other_boot()],
+    ids=["another machine", "this one before it was restarted"],
+)
+def test_the_lock_of_a_machine_that_may_be_dead_is_waited_for(
+    tmp_path: Path,
+    held: Callable[[str], subprocess.Popen[str]],
+    capsys: pytest.CaptureFixture[str],
+    holder: str,
+) -> None:
+    process = held(holder)
+    begun, dies = time.monotonic(), threading.Timer(2, process.kill)
+    dies.start()
+    try:
+        with driver_lock(tmp_path):
+            assert time.monotonic() - begun > 1.8
+            assert (tmp_path / "driver.lock").read_text() == this_machine()
+    finally:
+        dies.cancel()
+    host = holder.partition(" ")[0]
+    assert capsys.readouterr().out == (
+        f"{tmp_path.name}: is held by {host}: waiting for up to 600 s, in which a dead machine"
+        " loses it\n"
+    )
+
+
+def test_one_that_lives_elsewhere_is_named_in_the_end(
+    tmp_path: Path, held: Callable[[str], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "PATIENCE_S", 1.2)
+    held("gpu-node-7 0123")
+    with pytest.raises(UserError) as refusal, driver_lock(tmp_path):
+        pass
+    assert str(refusal.value).startswith(
+        f"{tmp_path.name}: is being trained by another process on gpu-node-7, which still holds"
+        " it after "
+    )
+
+
+@pytest.mark.parametrize("holder", [this_machine(), ""], ids=["this machine", "nobody knows whose"])
+def test_on_this_machine_it_is_refused_at_once(
+    tmp_path: Path, held: Callable[[str], subprocess.Popen[str]], holder: str
+) -> None:
+    held(holder)
+    begun = time.monotonic()
+    with pytest.raises(UserError) as refusal, driver_lock(tmp_path):
+        pass
+    assert (
+        str(refusal.value)
+        == f"{tmp_path.name}: is being trained by another process on this machine"
+    )
+    assert 0.9 < time.monotonic() - begun < 10  # `spiketrain runs` may have held it for an instant
+
+
+def test_a_shorter_name_leaves_nothing_of_a_longer_one(tmp_path: Path) -> None:
+    (tmp_path / "driver.lock").write_text("x" * 300)
+    for _ in range(2):
+        with driver_lock(tmp_path):
+            assert (tmp_path / "driver.lock").read_text() == this_machine()
+
+
+class AtOnce(Exception):
+    """Stands for the end of this process."""
+
+
+@pytest.fixture
+def send(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    monkeypatch.setattr(signals, "ECHO_S", 0.01)
+
+    def end(code: int) -> None:
+        raise AtOnce(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+
+    def send(number: int) -> None:
+        time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    return send
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_asks_to_save_and_the_second_ends_at_once(
+    tmp_path: Path, send: Callable[[int], None], number: int
+) -> None:
+    said: list[str] = []
+    request = StopRequest(tmp_path, said.append)
+    with on_stop_signals(request.hear):
+        request.report()
+        assert said == []
+        send(number)
+        assert (tmp_path / "stop").read_text() == signal.Signals(number).name
+        assert said == []  # in the middle of whatever the main thread does
+        for _ in range(2):
+            request.report()
+        assert said == [
+            f"{signal.Signals(number).name}: saving after this step; once more to stop at once"
+        ]
+        with pytest.raises(AtOnce):
+            send(number)
+    assert said[1:] == ["stopped at once; the last checkpoint counts"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
+def test_the_signals_of_schedulers_and_lost_terminals_never_mean_at_once(
+    tmp_path: Path, send: Callable[[int], None], number: int
+) -> None:
+    with on_stop_signals(StopRequest(tmp_path, print).hear):
+        for _ in range(2):
+            send(number)
+        assert (tmp_path / "stop").read_text() == signal.Signals(number).name
+        with pytest.raises(AtOnce):
+            send(signal.SIGTERM)
+
+
+@pytest.fixture
+def ignored() -> Iterator[None]:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_lost_terminal_that_was_ignored_before_stays_so(
+    tmp_path: Path, send: Callable[[int], None], ignored: None
+) -> None:
+    with on_stop_signals(StopRequest(tmp_path, print).hear):
+        send(signal.SIGHUP)
+        assert not (tmp_path / "stop").exists()
+        send(signal.SIGTERM)
+        assert (tmp_path / "stop").exists()
+
+
+def test_two_signals_of_one_wish_are_one() -> None:
+    heard: list[signal.Signals] = []
+    with on_stop_signals(heard.append):
+        for pause in (0.05, ECHO_S + 0.05):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(pause)
+        assert heard == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM] * 2
+
+
+@pytest.mark.parametrize(
+    ("heard", "at_once"),
+    [
+        ([signal.SIGTERM], False),
+        ([signal.SIGTERM, signal.SIGUSR1], False),
+        ([signal.SIGTERM, signal.SIGTERM], True),
+        ([signal.SIGUSR1, signal.SIGHUP, signal.SIGINT], True),
+    ],
+)
+def test_a_suite_stops_its_runs_at_once_only_by_a_second_signal_of_a_user(
+    monkeypatch: pytest.MonkeyPatch, heard: list[signal.Signals], at_once: bool
+) -> None:
+    asked: list[bool] = []
+    run = SimpleNamespace(
+        stop=lambda at_once: asked.append(at_once), ended=lambda: True, failure=lambda: None
+    )
+    suite: Any = SimpleNamespace(
+        left=lambda: [] if asked else [SimpleNamespace(name="one")],
+        is_over=lambda name: True,
+        can_begin=lambda recipe: True,
+        where={"one": Path("nowhere")},
+        job=lambda recipe: None,
+    )
+
+    @contextmanager
+    def signals_come(hear: Callable[[signal.Signals], None]) -> Iterator[None]:
+        monkeypatch.setattr(suite_runs.time, "sleep", lambda seconds: [*map(hear, heard)])
+        yield
+
+    monkeypatch.setattr(suite_runs, "on_stop_signals", signals_come)
+    monkeypatch.setattr(suite_runs, "_ChildDriver", lambda *given: run)
+    train_side_by_side(suite, Inline(), 1, Console())
+    assert asked == [at_once]
+
+
+def test_what_was_heard_before_is_heard_again_afterwards() -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    with on_stop_signals(print):
+        assert all(callable(signal.getsignal(number)) for number in numbers)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+CHILD = "import os, signal; os.kill(os.getpid(), signal.SIGHUP); print('alive')"
+
+
+def test_a_signal_that_is_withheld_reaches_us_and_our_children_never() -> None:
+    got: list[int] = []
+    before = signal.signal(signal.SIGHUP, lambda number, frame: got.append(number))
+    try:
+        with blocked_signal(signal.SIGHUP):
+            os.kill(os.getpid(), signal.SIGHUP)
+            child = subprocess.run(
+                [sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True, timeout=60
+            )
+            assert (child.returncode, child.stdout) == (0, "alive\n")
+        assert got == [signal.SIGHUP]
+    finally:
+        signal.signal(signal.SIGHUP, before)

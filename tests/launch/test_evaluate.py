@@ -4,7 +4,6 @@ line where they do not fit.
 
 import argparse
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from pipeline.__main__ import main
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import write_job
@@ -22,9 +20,8 @@ from pipeline.models.qkformer import QKFormer, to_published
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
-from pipeline.track.journal import read
 from pipeline.train.weights import load_start
-from tests.helpers.small import make_run, small_recipe, without_stages
+from tests.helpers.small import Done, Refused, events, make_run, small_recipe
 
 RECIPE = """
 from pipeline.models.qkformer import QKFormer
@@ -36,21 +33,6 @@ MODEL = spec(QKFormer, channels=32, depth=4, heads=1, in_channels=1, classes=10)
 def recipe():
     return small_recipe(model=MODEL, time_steps=2)
 """
-SPIKETRAIN = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def spiketrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> SPIKETRAIN:
-    """The command line in this process: exit code, stdout and stderr."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["spiketrain", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        said = capsys.readouterr()
-        return int(end.value.code or 0), said.out, without_stages(said.err)
-
-    return run
 
 
 @pytest.fixture
@@ -60,7 +42,6 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def network(**sizes: Any) -> QKFormer:
-    """One that tells images apart, though it never learnt to."""
     torch.manual_seed(3)
     made = QKFormer(
         **{"channels": 32, "depth": 4, "heads": 1, "in_channels": 1, "classes": 10, **sizes}
@@ -74,11 +55,9 @@ def network(**sizes: Any) -> QKFormer:
 
 
 def as_published(weights: dict[str, torch.Tensor], file: Path) -> Path:
-    """As the published files are made: the weights beside what else the program knew."""
-    counts = {"patch_embed1.proj_bn.num_batches_tracked": torch.tensor(5)}
     torch.save(
         {
-            "model": weights | counts,
+            "model": weights | {"patch_embed1.proj_bn.num_batches_tracked": torch.tensor(5)},
             "epoch": 199,
             "args": argparse.Namespace(model="QKFormer_10_384"),
         },
@@ -90,8 +69,11 @@ def as_published(weights: dict[str, torch.Tensor], file: Path) -> Path:
 def by_hand(made: QKFormer, steps: int) -> tuple[float, float, float]:
     """Top-1, top-5 and the loss, one sample at a time, in an order of our own."""
     top1, top5, loss = 0, 0, 0.0
-    data = Synthetic(samples=64, val_samples=20, shape=(1, 8, 8))
-    with data.val(micro_batch=1).epoch(0) as batches:
+    with (
+        Synthetic(samples=64, val_samples=20, shape=(1, 8, 8))
+        .val(micro_batch=1)
+        .epoch(0) as batches
+    ):
         for batch in batches:
             with torch.no_grad(), fresh_state(made):
                 logits_TBK = made(repeat(batch.x, steps))
@@ -116,54 +98,49 @@ def figures(said: str) -> list[float]:
 
 @pytest.mark.parametrize("steps", [2, 3])
 def test_a_recipe_with_published_weights_or_with_ours(
-    spiketrain: SPIKETRAIN, recipe: Path, tmp_path: Path, steps: int
+    done: Done, recipe: Path, tmp_path: Path, steps: int
 ) -> None:
     made = network()
     published = as_published(to_published(made), tmp_path / "published.pth")
     save_file(made.state_dict(), tmp_path / "ours.safetensors")
     expected = by_hand(made, steps)
     assert len({*expected}) == 3 and 0 < expected[0] < 1
+    energy = r"\nan inference: [\d.]+ [nµ]J estimated \(45 nm, fp32\), not measured on a CPU\n$"
     for file in (published, tmp_path / "ours.safetensors"):
-        code, said, _ = spiketrain("evaluate", recipe, "--weights", file, "--time-steps", steps)
-        assert code == 0
+        said = done("evaluate", recipe, "--weights", file, "--time-steps", steps)
         assert said.startswith(f"small ({file.name}, T = {steps}): ")
-        assert re.search(
-            r"\nan inference: [\d.]+ [nµ]J estimated \(45 nm, fp32\), not measured on a CPU\n$",
-            said,
-        ), said
+        assert re.search(energy, said), said
         assert figures(said) == pytest.approx(expected, abs=6e-5)
 
 
-def test_a_run_with_the_weights_of_a_file(spiketrain: SPIKETRAIN, tmp_path: Path) -> None:
+def test_a_run_with_the_weights_of_a_file(done: Done, refused: Refused, tmp_path: Path) -> None:
     plain = small_recipe()
     write_job(make_run(tmp_path / "run", plain))
     file = tmp_path / "other.safetensors"
     save_file(plain.model.build().state_dict(), file)
-    code, said, _ = spiketrain("evaluate", tmp_path / "run", "--weights", file)
-    assert code == 0 and said.startswith("run (other.safetensors, T = 3): top-1 ")
-    code, _, said = spiketrain("evaluate", tmp_path / "run", "--weights", file, "--which", "best")
-    assert code == 2 and "--which has no effect; got --which best" in said
-    code, _, said = spiketrain("evaluate", tmp_path / "run", "--set", "epochs=1")
-    assert code == 2 and "a run keeps its own" in said
+    words = ("evaluate", tmp_path / "run")
+    said = done(*words, "--weights", file)
+    assert said.startswith("run (other.safetensors, T = 3): top-1 ")
+    error = refused(*words, "--weights", file, "--which", "best")
+    assert "--which has no effect; got --which best" in error
+    assert "a run keeps its own" in refused(*words, "--set", "epochs=1")
 
 
-def test_of_two_classes_no_top_5_is_told(spiketrain: SPIKETRAIN, tmp_path: Path) -> None:
+def test_of_two_classes_no_top_5_is_told(done: Done, tmp_path: Path) -> None:
     model, data = small_recipe().model.with_(classes=2), small_recipe().data.with_(classes=2)
     job = make_run(tmp_path / "run", replace(small_recipe(stop_after=1), model=model, data=data))
     write_job(job)
     with Inline() as launcher:
         summary = launcher.run(job, "test")
     assert summary is not None and "top1" in summary and "top5" not in summary
-    [event] = [
-        each for each in read(tmp_path / "run" / "journal.jsonl") if each["event"] == "evaluation"
-    ]
+    [event] = events(tmp_path / "run", "evaluation")
     assert list(event["metrics"]) == ["top1", "loss", "firing_rate"]
-    code, said, _ = spiketrain("evaluate", tmp_path / "run")
-    assert code == 0 and "top-1 " in said and "top-5" not in said
+    said = done("evaluate", tmp_path / "run")
+    assert "top-1 " in said and "top-5" not in said
 
 
 def test_what_does_not_fit_is_refused_in_one_line(
-    spiketrain: SPIKETRAIN, recipe: Path, tmp_path: Path
+    refused: Refused, recipe: Path, tmp_path: Path
 ) -> None:
     weights = to_published(network())
     whole = as_published(weights, tmp_path / "whole.pth")
@@ -224,13 +201,12 @@ def test_what_does_not_fit_is_refused_in_one_line(
         ((recipe, "--weights", whole, "--which", "last"), "needs --weights FILE; got --which last"),
         ((tmp_path / "several.py", "--weights", whole), "must hold one recipe; got small, other"),
     ):
-        code, _, said = spiketrain("evaluate", *words)
-        assert code == 2 and len(said.splitlines()) == 1, said
-        assert re.search(expected, said.strip()), said
+        said = refused("evaluate", *words)
+        assert re.search(expected, said), said
 
 
 def test_a_recipe_starts_from_published_weights_with_a_head_of_its_own(
-    spiketrain: SPIKETRAIN, recipe: Path, tmp_path: Path
+    done: Done, refused: Refused, recipe: Path, tmp_path: Path
 ) -> None:
     made, three = network(), network(classes=3)
     file = as_published(to_published(made), tmp_path / "published.pth")
@@ -240,9 +216,7 @@ def test_a_recipe_starts_from_published_weights_with_a_head_of_its_own(
     assert load_start(three, file).fresh == tuple(head)
     for name, tensor in three.state_dict().items():
         assert torch.equal(tensor, head[name] if name in head else made.state_dict()[name]), name
-    other = ("--set", "model.classes=3", "--set", "data.classes=3")
-    assert spiketrain("show", recipe, "--set", f"init={file}", *other)[0] == 0
-    code, _, said = spiketrain("show", recipe, "--set", f"init={file}", "--set", "model.depth=5")
-    assert code == 2 and re.search(
-        "init: .*must fit the network but for its head, classifier; got 33 missing: ", said
-    ), said
+    show = ("show", recipe, "--set", f"init={file}", "--set")
+    done(*show, "model.classes=3", "--set", "data.classes=3")
+    said = "init: .*must fit the network but for its head, classifier; got 33 missing: "
+    assert re.search(said, refused(*show, "model.depth=5"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.forecast import interleaved
-from pipeline.launch.measurements import measure_the_rest
+from pipeline.launch.suite import measure_the_rest
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe.recipe import Recipe, spec, write_json
 from pipeline.recipe.suite import Measurement, Suite, SuiteFile, measured_in
@@ -34,8 +34,6 @@ SWEEP = Measurement("by-t", "sweep", NAMES, {"steps": [2, 3]})
 
 @pytest.fixture
 def made(tmp_path: Path) -> Callable[..., Path]:
-    """The folder of a suite whose runs have finished on this machine, or on another one."""
-
     def make(suite: Suite, **machine: Any) -> Path:
         folder = tmp_path / "suite"
         folder.mkdir()
@@ -45,8 +43,10 @@ def made(tmp_path: Path) -> Callable[..., Path]:
             run = tmp_path / recipe.name
             run.mkdir()
             write_json(run / "recipe.json", recipe.resolved().to_json())
-            summary = {"world_size": 2, "micro_batch": 4, "hardware": here, "own_cores": False}
-            write_json(run / "summary.json", summary)
+            write_json(
+                run / "summary.json",
+                {"world_size": 2, "micro_batch": 4, "hardware": here, "own_cores": False},
+            )
         return folder
 
     return make
@@ -86,13 +86,24 @@ def test_rules_take_turns_as_the_runs_were_trained(
     monkeypatch.setattr(interleaved, "measure_interleaved", measure)
     suite = suite_of(Measurement("in-turn", "interleaved", NAMES))
     measure_the_rest(made(suite), suite, trust=())
-    labels = [recipe.rule.label for recipe in RECIPES]
-    assert asked == [("sltt", labels, {"workers": 2, "samples": 4, "threads": 1})]
+    assert asked == [
+        (
+            "sltt",
+            [recipe.rule.label for recipe in RECIPES],
+            {"workers": 2, "samples": 4, "threads": 1},
+        )
+    ]
 
 
 def test_a_plan_is_of_a_recipe_that_the_suite_does_not_train(made: Callable) -> None:
-    options = {"device": "v100", "samples": 64, "workers": 1}
-    suite = suite_of(Measurement("card", "plan", (replace(RECIPES[1], name="other"),), options))
+    suite = suite_of(
+        Measurement(
+            "card",
+            "plan",
+            (replace(RECIPES[1], name="other"),),
+            {"device": "v100", "samples": 64, "workers": 1},
+        )
+    )
     folder = made(suite, cpu="another")
     measure_the_rest(folder, suite, trust=())
     assert [each["rule"] for each in found_in(folder)["card"]["rules"]] == ["BPTT"]
@@ -115,10 +126,13 @@ def test_what_cannot_be_measured_says_why_and_is_over(
 
 
 def test_a_suite_file_has_its_measurements(made: Callable) -> None:
-    plan = Measurement("card", "plan", (replace(RECIPES[0], name="other"),), {"device": "v100"})
-    suite = suite_of(SWEEP, plan)
-    read = SuiteFile.read(made(suite), trust=("tests",)).suite
-    assert read.measurements == suite.resolved().measurements
+    suite = suite_of(
+        SWEEP, Measurement("card", "plan", (replace(RECIPES[0], name="other"),), {"device": "v100"})
+    )
+    assert (
+        SuiteFile.read(made(suite), trust=("tests",)).suite.measurements
+        == suite.resolved().measurements
+    )
     assert suite.tiny().measurements == ()
 
 

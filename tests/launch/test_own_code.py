@@ -177,7 +177,6 @@ Typed = Callable[[str], str]
 
 @pytest.fixture
 def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of the recipes and of the package; where the commands are typed is another one."""
     lab = tmp_path / "lab"
     (lab / "mysnn").mkdir(parents=True)
     for name, text in PACKAGE.items():
@@ -193,7 +192,6 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def forget() -> None:
-    """What a new process does not know either."""
     for name in [name for name in sys.modules if name.partition(".")[0] in ("mysnn", "one", "two")]:
         del sys.modules[name]
     sys.path[:] = [entry for entry in sys.path if not entry.endswith("/lab")]
@@ -201,8 +199,6 @@ def forget() -> None:
 
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
-    """In this process, which has forgotten the package."""
-
     def run(command: str) -> str:
         forget()
         monkeypatch.setattr(sys, "argv", shlex.split(command))
@@ -222,8 +218,13 @@ NO_PARENT = "no artifact in MLflow: these runs were launched by themselves\n"
 
 
 def in_a_process(command: str) -> str:
-    words = [SPIKETRAIN, *shlex.split(command)[1:]]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=900)
+    done = subprocess.run(
+        [SPIKETRAIN, *shlex.split(command)[1:]],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -265,14 +266,12 @@ def killed_launch(recipe: Path, *words: str) -> str:
 
 
 def printed(verb: str, said: str) -> str:
-    """The command of this verb that was printed last."""
     found = re.findall(rf"spiketrain {verb} .*", said)
     assert found and found[-1].count("--trust") == 1, said
     return found[-1]
 
 
 def use_everything_that_is_printed(said: str, typed: Typed) -> None:
-    """From what a launch has printed until it was killed to the network in Python."""
     resumed = typed(printed("resume", said))
     whole = Path("runs/it")
     runs = list(runs_of(whole).values()) if is_suite(whole) else [whole]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import psutil
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
@@ -42,6 +43,7 @@ from tests.helpers.s3 import s3_server
 
 ONE = NodeReport("one", {"python": "3.11.7", **dict.fromkeys(PACKAGES, "1.0")})
 TWO = replace(ONE, name="two")
+WITH_GPU = replace(ONE, gpus=("H100",))
 SCRIPT = """
 import sys, time
 from pathlib import Path
@@ -81,9 +83,13 @@ with Ray(workers=0, address=sys.argv[1]):
 def test_one_of_two_nodes_raises_and_hangs(tmp_path: Path) -> None:
     with nodes({}) as cluster:
         cluster.add()
-        words = [sys.executable, "-c", SCRIPT, cluster.address, str(tmp_path)]
-        given = {"capture_output": True, "text": True, "env": {**os.environ, **TOKEN}}
-        done = subprocess.run(words, timeout=200, **given)
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, cluster.address, str(tmp_path)],
+            timeout=200,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **TOKEN},
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     raised, hung, cores = done.stdout.strip().splitlines()
     silent = '["\'well\'", "NoAnswer(address='
@@ -97,17 +103,16 @@ def test_one_of_two_nodes_raises_and_hangs(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_ffcv(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes seconds."""
     monkeypatch.setattr(module, "_try_reading", lambda: [Finding("ffcv", "ok", "read")])
 
 
 @pytest.fixture
 def sick(monkeypatch: pytest.MonkeyPatch, no_ffcv: None) -> None:
-    """A cluster of two nodes: one is this process, and one does not answer."""
-
     def run_on_each(work: Any, given: Any, *, within_s: float) -> list[Any]:
-        silent = NoAnswer("10.0.0.2", "ModuleNotFoundError: No module named 'pipeline'")
-        return [work(given({"CPU": 4.0})), silent]
+        return [
+            work(given({"CPU": 4.0})),
+            NoAnswer("10.0.0.2", "ModuleNotFoundError: No module named 'pipeline'"),
+        ]
 
     monkeypatch.setattr(module, "Ray", lambda **given: nullcontext())
     monkeypatch.setattr(module, "run_on_each", run_on_each)
@@ -120,13 +125,15 @@ def run(runs: Path, address: str | None = "auto", at: str | None = None) -> Any:
 
 @pytest.mark.usefixtures("sick")
 def test_a_node_that_does_not_answer_hides_no_other(tmp_path: Path) -> None:
-    """The driver holds a lock meanwhile; without it `storage` would be bad."""
     found = run(tmp_path)
     [bad] = [each for each in found if each.state == "bad"]
-    text = "10.0.0.2 cannot be examined: ModuleNotFoundError: No module named 'pipeline'"
-    assert (bad.check, bad.text) == ("node", text)
-    ok = {each.check for each in found if each.state == "ok"}
-    assert {"versions", "gpus", "ffcv", "storage", "network", "mlflow"} <= ok
+    assert (bad.check, bad.text) == (
+        "node",
+        "10.0.0.2 cannot be examined: ModuleNotFoundError: No module named 'pipeline'",
+    )
+    assert {"versions", "gpus", "ffcv", "storage", "network", "mlflow"} <= {
+        each.check for each in found if each.state == "ok"
+    }
     assert list(tmp_path.iterdir()) == []
 
 
@@ -136,8 +143,13 @@ def test_local_is_this_machine_and_starts_no_ray(
 ) -> None:
     monkeypatch.setattr(module, "Ray", lambda **given: pytest.fail(f"a Ray at {given['address']}"))
     for address in (None, "local"):
-        checks = [each.check for each in run(tmp_path, address)]
-        assert checks == ["versions", "gpus", "ffcv", "storage", "mlflow"]
+        assert [each.check for each in run(tmp_path, address)] == [
+            "versions",
+            "gpus",
+            "ffcv",
+            "storage",
+            "mlflow",
+        ]
 
 
 @pytest.mark.usefixtures("sick")
@@ -161,12 +173,13 @@ def test_an_address_with_credentials_is_refused_first(address: str, tmp_path: Pa
 def test_a_full_disk_is_reported_with_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk with no room even for a marker."""
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(module, "_marker_in", raising(full))
+    monkeypatch.setattr(
+        module, "_marker_in", raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    )
     (found,) = run(tmp_path / "runs")
-    text = f"this machine cannot use {tmp_path / 'runs'}: OSError: [Errno 28] No space"
-    assert (found.check, found.state) == ("storage", "bad") and found.text.startswith(text)
+    assert (found.check, found.state) == ("storage", "bad") and found.text.startswith(
+        f"this machine cannot use {tmp_path / 'runs'}: OSError: [Errno 28] No space"
+    )
     assert "make room" in found.advice and found.text.endswith("; nothing else was examined")
 
 
@@ -180,38 +193,37 @@ def raising(error: Exception) -> Callable[..., Any]:
 # ------------------------------------------------------------------------------ nodes are compared
 
 
-def of(*reports: NodeReport) -> list[Finding]:
-    return [each for each in compare(reports) if each.state != "ok"]
+@pytest.mark.parametrize(
+    ("reports", "found"),
+    [
+        ([], []),
+        ([ONE], []),
+        ([ONE, TWO], []),
+        (
+            [ONE, replace(TWO, versions={**ONE.versions, "torch": "2.0"})],
+            [("bad", "torch: one has 1.0, two has 2.0")],
+        ),
+        (
+            [replace(ONE, versions={**ONE.versions, "ffcv": "not installed"})],
+            [("bad", "ffcv is not installed")],
+        ),
+        ([WITH_GPU, replace(TWO, gpus=("A100",))], [("warn", "one: H100; two: A100")]),
+        # Its driver may have been gone as Ray counted.
+        ([WITH_GPU, TWO], [("warn", "one: H100; two: no GPU")]),
+        # A head without workers and a node with a bad GPU are not compared.
+        ([WITH_GPU, replace(TWO, trains=False)], []),
+        ([WITH_GPU, replace(TWO, findings=(Finding("gpus", "bad", "x"),))], []),
+    ],
+)
+def test_nodes_are_compared(reports: list[NodeReport], found: list[tuple[str, str]]) -> None:
+    differ = [each for each in compare(reports) if each.state != "ok"]
+    assert [(each.state, each.text) for each in differ] == found
+    assert all(each.advice for each in differ)
 
 
 def test_nodes_that_are_alike() -> None:
     both, alone = (next(compare(reports)).text for reports in ([ONE, TWO], [ONE]))
-    assert both == f"{alone}, the same on 2 nodes" and of(ONE, TWO) == of(ONE) == of() == []
-
-
-@pytest.mark.parametrize(
-    ("other", "state", "text"),
-    [
-        ({"versions": {**ONE.versions, "torch": "2.0"}}, "bad", "torch: one has 1.0, two has 2.0"),
-        ({"gpus": ("A100",)}, "warn", "one: H100; two: A100"),
-        ({}, "warn", "one: H100; two: no GPU"),  # its driver may have been gone as Ray counted
-    ],
-)
-def test_a_node_that_differs(other: dict[str, Any], state: str, text: str) -> None:
-    one = ONE if "versions" in other else replace(ONE, gpus=("H100",))
-    (found,) = of(one, replace(TWO, **other))
-    assert (found.state, found.text) == (state, text) and found.advice
-
-
-def test_what_is_installed_nowhere() -> None:
-    (found,) = of(replace(ONE, versions={**ONE.versions, "ffcv": "not installed"}))
-    assert (found.state, found.text) == ("bad", "ffcv is not installed")
-
-
-def test_a_head_without_workers_and_a_node_with_a_bad_gpu_are_not_compared() -> None:
-    with_gpu = replace(ONE, gpus=("H100",))
-    assert of(with_gpu, replace(TWO, trains=False)) == []
-    assert of(with_gpu, replace(TWO, findings=(Finding("gpus", "bad", "x"),))) == []
+    assert both == f"{alone}, the same on 2 nodes"
 
 
 # ------------------------------------------------------------------------------------ on one node
@@ -219,10 +231,7 @@ def test_a_head_without_workers_and_a_node_with_a_bad_gpu_are_not_compared() -> 
 
 @pytest.fixture
 def driver(tmp_path: Path, no_ffcv: None) -> Iterator[Store]:
-    """The folder of runs, with the driver's marker in it, which is locked."""
-    (tmp_path / "marker").write_text("content")
-    marker = Marker("marker", "content")
-    with module._locked(tmp_path, marker):
+    with module._marker_in(str(tmp_path)) as marker:
         yield Store(str(tmp_path), marker)
 
 
@@ -257,8 +266,9 @@ def test_gpus_that_are_missing(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     report = examine(driver, resources=resources)
-    texts = [each.text.split(": ")[1] for each in report.findings if each.check == "gpus"]
-    assert texts == ([f"torch finds 0 of {promised} GPUs"] if promised else [])
+    assert [each.text.split(": ")[1] for each in report.findings if each.check == "gpus"] == (
+        [f"torch finds 0 of {promised} GPUs"] if promised else []
+    )
     assert report.trains == trains
 
 
@@ -286,8 +296,13 @@ def test_a_gpu_that_fails_beside_one_that_does_not(
     monkeypatch.setattr(module.torch, "ones", ones)
     monkeypatch.setattr(module, "unusable_gpus", lambda: None)
     (found,) = bad_of(driver)
-    said = {"fails": "CUDA error: unspecified launch", "sums wrongly": "must be 1024; got 2048"}
-    assert "GPU 1 fails: " in found.text and said[sick] in found.text
+    assert (
+        "GPU 1 fails: " in found.text
+        and {"fails": "CUDA error: unspecified launch", "sums wrongly": "must be 1024; got 2048"}[
+            sick
+        ]
+        in found.text
+    )
 
 
 def test_a_folder_that_is_another_one_here(driver: Store) -> None:
@@ -299,14 +314,22 @@ def test_a_folder_that_is_another_one_here(driver: Store) -> None:
 
 def test_a_lock_of_another_process_is_seen(tmp_path: Path) -> None:
     (tmp_path / "marker").touch()
-    words = ["flock", "--no-fork", str(tmp_path / "marker"), "sh", "-c", "echo locked; sleep 60"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        ["flock", "--no-fork", str(tmp_path / "marker"), "sh", "-c", "echo locked; sleep 60"],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
         assert other.stdout is not None and other.stdout.readline() == "locked\n"
-        assert module._run_lock("one", tmp_path / "marker") == []
+        assert [*module._run_lock("one", tmp_path / "marker")] == []
         other.kill()
-    with module._locked(tmp_path, Marker("marker", "")):
-        other_try = ["flock", "--shared", "--nonblock", str(tmp_path / "marker"), "true"]
-        assert subprocess.run(other_try).returncode == 1
+    with module._marker_in(str(tmp_path)) as marker:
+        assert marker is not None
+        assert (
+            subprocess.run(
+                ["flock", "--shared", "--nonblock", str(tmp_path / marker.name), "true"]
+            ).returncode
+            == 1
+        )
 
 
 @pytest.mark.parametrize(
@@ -325,8 +348,12 @@ def test_storage_whose_locks_keep_nobody_off(
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", flock)
     (found,) = bad_of(driver)
-    text = f"does not see the driver's lock in {driver.address}: OSError: {reason}"
-    assert found.text.endswith(text) and "localflock" in found.advice
+    assert (
+        found.text.endswith(
+            f"does not see the driver's lock in {driver.address}: OSError: {reason}"
+        )
+        and "localflock" in found.advice
+    )
 
 
 MOUNTED = r"""
@@ -357,13 +384,14 @@ tmpfs /shared/tmp tmpfs rw 0 0
 def test_an_nfs_that_may_hide_a_new_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, mount: str | None
 ) -> None:
-    monkeypatch.setattr(module, "MOUNTS", tmp_path / "mounts")
-    assert list(module._nfs("one", Path(folder))) == []  # nothing is known
-    (tmp_path / "mounts").write_text(MOUNTED)
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "mounts").write_text(MOUNTED)
     (tmp_path / "link").symlink_to("/shared/mine")
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
     found = list(module._nfs("one", Path(folder.replace("LINK", str(tmp_path / "link")))))
-    text = f"one: the NFS at {mount} may hide a new file for a minute"
-    assert [each.text for each in found] == ([text] if mount else [])
+    assert [each.text for each in found] == (
+        [f"one: the NFS at {mount} may hide a new file for a minute"] if mount else []
+    )
 
 
 def test_images_are_written_and_read() -> None:
@@ -378,7 +406,7 @@ def test_a_node_without_ffcv_or_tbb(monkeypatch: pytest.MonkeyPatch) -> None:
         _, found = module._try_reading()
     assert found.state == "warn" and "DataError: data: more than 1 loader thread" in found.text
     monkeypatch.setitem(sys.modules, "pipeline.data.datasets.beton", None)
-    (found,) = module._try_reading()
+    [found] = module._try_reading()
     assert found.state == "bad" and "images cannot be written and read: " in found.text
 
 
@@ -395,8 +423,7 @@ def test_doctor_examines_a_cluster(tmp_path: Path) -> None:
         environment = {**os.environ, **TOKEN, "RAY_ADDRESS": cluster.address, "COLUMNS": "300"}
         words = [sys.executable, "-m", "pipeline", "doctor", "--address", "auto"]
         words += ["--runs", str(tmp_path / "runs"), "--checkpoints", str(tmp_path / "kept")]
-        given = {"capture_output": True, "text": True, "env": environment}
-        done = subprocess.run(words, timeout=200, **given)
+        done = subprocess.run(words, timeout=200, capture_output=True, text=True, env=environment)
     assert "2 processes reached one another" in done.stdout, done.stdout + done.stderr
     assert f"an object was written to {tmp_path / 'kept'}, read and deleted" in done.stdout
     assert "the driver's lock" not in done.stdout
@@ -405,7 +432,6 @@ def test_doctor_examines_a_cluster(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])
 def test_processes_add_up_a_number(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    """Without a GPU: both sums are asked for, and a wrong one is refused."""
     devices: list[str] = []
     sums = [3, 3, 4, 4]
 
@@ -413,8 +439,12 @@ def test_processes_add_up_a_number(monkeypatch: pytest.MonkeyPatch, backend: str
         devices.append(device)
         return torch.ones(1, dtype=torch.int64) * value
 
-    answers = {"get_world_size": 2, "get_rank": 0, "new_group": "gloo", "get_backend": backend}
-    for name, answer in answers.items():
+    for name, answer in {
+        "get_world_size": 2,
+        "get_rank": 0,
+        "new_group": "gloo",
+        "get_backend": backend,
+    }.items():
         monkeypatch.setattr(distributed, name, lambda answer=answer, **more: answer)
     monkeypatch.setattr(distributed, "all_reduce", lambda x, group: x.fill_(sums.pop(0)))
     monkeypatch.setattr(module.torch, "tensor", tensor)
@@ -438,8 +468,9 @@ def bucket() -> Iterator[str]:
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param in ("folder", "file"):
         return {"folder": "", "file": "file://"}[request.param] + str(tmp_path / "not" / "there")
-    is_memory = request.param == "memory"
-    base = "memory://checkpoints" if is_memory else request.getfixturevalue("bucket")
+    base = (
+        "memory://checkpoints" if (request.param == "memory") else request.getfixturevalue("bucket")
+    )
     return f"{base}/{uuid.uuid4().hex}"
 
 
@@ -457,10 +488,13 @@ def test_an_object_is_written_found_read_and_deleted(address: str) -> None:
 
 
 def test_a_bucket_that_is_not_there_is_not_made(bucket: str) -> None:
-    said = "s3://another/prefix: FileNotFoundError: The specified bucket does"
-    assert said in try_store(Store("s3://another/prefix")).text
-    fs = fsspec.filesystem("s3", skip_instance_cache=True)
-    assert fs.ls("", detail=False) == [bucket.removeprefix("s3://")]
+    assert (
+        "s3://another/prefix: FileNotFoundError: The specified bucket does"
+        in try_store(Store("s3://another/prefix")).text
+    )
+    assert fsspec.filesystem("s3", skip_instance_cache=True).ls("", detail=False) == [
+        bucket.removeprefix("s3://")
+    ]
 
 
 @pytest.mark.parametrize("name", ["pipe_file", "ls", "cat_file", "rm_file"])
@@ -540,7 +574,6 @@ def test_a_tracking_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_store_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow makes it and its folder."""
     for file in (kept := tmp_path / "x.db", tmp_path / "not" / "there" / "x.db"):
         assert of_mlflow(f"sqlite:///{file}").state == "ok"
     kept.touch()
@@ -549,8 +582,9 @@ def test_a_store_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for file, why in ((kept / "x.db", "Not a directory"), (tmp_path, "Is a directory")):
         found = of_mlflow(f"sqlite:///{file}")
         assert f"the store {file} cannot be written: " in found.text and why in found.text
-    full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(tempfile, "TemporaryFile", raising(full))
+    monkeypatch.setattr(
+        tempfile, "TemporaryFile", raising(OSError(errno.ENOSPC, "No space left on device"))
+    )
     assert of_mlflow(f"sqlite:///{kept}").text.endswith("No space left on device")
 
 

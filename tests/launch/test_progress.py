@@ -26,14 +26,13 @@ START = {
 
 
 def step(number: int, **metrics: Any) -> dict[str, Any]:
-    values = {"loss": 1.2345, "top1": 0.25, "images_per_s": 12345.6, **metrics}
     return {
         "event": "step",
         "time": 1000.0 + number,
         "attempt": 0,
         "step": number,
         "epoch": 1,
-        "metrics": values,
+        "metrics": {"loss": 1.2345, "top1": 0.25, "images_per_s": 12345.6, **metrics},
         "memory_bytes": 3.2e8,
     }
 
@@ -47,14 +46,14 @@ class Clock:
 
 def watch(*, terminal: bool = False, width: int = 60) -> tuple[Shown, io.StringIO, Clock]:
     out, clock = io.StringIO(), Clock()
-    console = Console(file=out, force_terminal=terminal, width=width if terminal else NO_WIDTH)
-    command = "spiketrain resume a-run-with-a-name --runs /a/long/path/to/the/runs/of/somebody"
     return (
         Shown(
             Path("/runs/[b]a"),
-            console,
+            Console(file=out, force_terminal=terminal, width=width if terminal else NO_WIDTH),
             store="sqlite:////runs/mlflow.db",
-            resume_command=command,
+            resume_command=(
+                "spiketrain resume a-run-with-a-name --runs /a/long/path/to/the/runs/of/somebody"
+            ),
             clock=clock,
         ),
         out,
@@ -96,15 +95,6 @@ def test_plain_lines_come_every_ten_seconds():
     assert not any("\x1b" in line for line in lines)
 
 
-def test_the_time_that_is_left_has_no_start_up_in_it():
-    view, out, _ = watch()
-    show(view, [START, {"event": "first_batch", "time": 1030.0, "step": 1, "startup_s": 42.0}])
-    show(view, [{**step(11), "time": 1040.0}])
-    lines = out.getvalue().splitlines()
-    assert lines[-2] == "started after 42 s: imports, compilation and the first batch are done"
-    assert lines[-1].endswith("  0:01:29 left")
-
-
 def test_of_many_steps_at_once_the_newest_is_drawn():
     view, out, _ = watch()
     show(view, [START, *(step(number) for number in range(1, 50))])
@@ -116,11 +106,15 @@ def test_everything_else_is_a_line_of_its_own_at_once():
     show(view, [START, step(10)])
     out.truncate(0)
     clock.now = 1.0
-    metrics = {"top1": 0.5, "top5": 1, "loss": "nan", "firing_rate": 0.1}
     show(
         view,
         [
-            {"event": "evaluation", "step": 10, "epoch": 0, "metrics": metrics},
+            {
+                "event": "evaluation",
+                "step": 10,
+                "epoch": 0,
+                "metrics": {"top1": 0.5, "top5": 1, "loss": "nan", "firing_rate": 0.1},
+            },
             {
                 "event": "checkpoint",
                 "step": 10,
@@ -210,24 +204,11 @@ def test_everything_else_is_a_line_of_its_own_at_once():
     assert "top-1 25.00% (val 50.00%)" in out.getvalue()
 
 
-def test_time_left_counts_from_this_start():
-    view, out, _ = watch()
-    show(view, [{**START, "step": 50, "attempt": 1, "time": 1050.0}, step(60)])
-    assert "0:00:40 left" in out.getvalue()
-
-
 def test_nan_and_missing_values():
     view, out, _ = watch()
-    show(
-        view,
-        [
-            START,
-            step(1, loss="nan", top1=None, images_per_s="inf"),
-        ],
-    )
+    show(view, [START, step(1, loss="nan", top1=None, images_per_s="inf")])
     assert "inf images/s  loss nan  top-1 -" in out.getvalue()
-    show(view, [{"event": "step", "time": 1.0, "attempt": 0, "step": 2}])
-    show(view, [{"event": "finish"}])
+    show(view, [{"event": "step", "time": 1.0, "attempt": 0, "step": 2}, {"event": "finish"}])
     view.close()
 
 
@@ -240,28 +221,21 @@ def test_a_terminal_gets_a_bar_and_lines_above_it():
     assert task.fields["text"] == "epoch 2/4  12,346 images/s  loss 1.23  top-1 25.00%  320 MB"
     show(view, [{**START, "attempt": 1, "step": 20}])
     assert (task.completed, task.total) == (20, 100)
+    written = {"path": "x", "stall_s": 0.01, "write_s": 0.25, "bytes": 1}
     show(
         view,
         [
-            {
-                "event": "checkpoint",
-                "step": 20,
-                "path": "x",
-                "stall_s": 0.01,
-                "write_s": 0.25,
-                "bytes": 1,
-            }
+            {"event": "checkpoint", "step": 20, **written},
+            {"event": "evaluation", "step": 20, "epoch": 0, "metrics": {"top1": 0.5}},
+            {"event": "finish", "step": 100, "wall_s": 1.0, "top1": 0.5},
         ],
     )
-    show(view, [{"event": "evaluation", "step": 20, "epoch": 0, "metrics": {"top1": 0.5}}])
-    show(view, [{"event": "finish", "step": 100, "wall_s": 1.0, "top1": 0.5}])
     assert task.completed == 100
     view.close()
     view.close()
     text = out.getvalue()
     assert "evaluation after step 20 (epoch 1): top-1 50.00%" in text
-    assert "checkpoint" not in text
-    assert text.count("step 25/100") == 0
+    assert "checkpoint" not in text and "step 25/100" not in text
     assert "\x1b[?25h" in text  # the cursor is given back
 
 
@@ -282,83 +256,102 @@ def test_closing_before_anything_happened():
     view.close()
 
 
-def test_a_run_of_several_tasks_tells_each_of_them():
-    view, out, _ = watch()
-    out.truncate(0)
-    metrics = {"top1": 0.8, "top1_a": 0.7, "top1_b": 0.9, "bwt": -0.125}
-    show(
-        view,
-        [
-            START,
-            {
-                "event": "phase",
-                "step": 50,
-                "phase": 1,
-                "of": 2,
-                "name": "b",
-                "steps": 50,
-                "head": 1,
-            },
-            {"event": "evaluation", "step": 100, "epoch": 1, "metrics": metrics},
-            {
-                "event": "finish",
-                "step": 100,
-                "steps": 100,
-                "wall_s": 5.0,
-                "top1": 0.8,
-                "bwt": -0.125,
-            },
-        ],
-    )
-    lines = out.getvalue().splitlines()
-    assert "phase 2/2, b: from step 50, 50 steps, head 1" in lines
-    assert "evaluation after step 100 (epoch 2): top-1 80.00%, BWT -12.50%" in lines
-    assert "each task: a 70.00%, b 90.00%" in lines
-    assert "finished: 100 steps in 5 s, top-1 80.00%, BWT -12.50%" in lines
+FINISH = {"event": "finish", "step": 8, "steps": 8, "wall_s": 17.6, "top1": 0.3333}
+FINISHED = "finished: 8 steps in 17.6 s, top-1 33.33%"
 
 
-def test_a_run_that_diverged_on_its_way_says_so_where_it_ends() -> None:
-    view, out, _ = watch()
-    ended = {"event": "finish", "step": 8, "steps": 8, "wall_s": 17.6, "top1": 0.3333}
-    show(
-        view,
-        [
-            {**ended, "rollbacks": 2, "skipped_batches": 6},
-            {**ended, "rollbacks": 1, "skipped_batches": 0},
-        ],
-    )
-    whole = "finished: 8 steps in 17.6 s, top-1 33.33%"
-    assert out.getvalue().splitlines()[-2:] == [
-        f"{whole}; its training diverged and went back 2 times",
-        whole,
-    ]
+def inference(gpu: str, **measured: float) -> list[dict[str, Any]]:
+    energy = {"energy_j": 1.43e-5, "prices": "45 nm, fp32", **measured}
+    return [{**START, "hardware": {"gpu": gpu}}, {**FINISH, "inference": energy}]
+
+
+ENERGY = "an inference: 14.3 µJ estimated (45 nm, fp32), "
 
 
 @pytest.mark.parametrize(
-    ("gpu", "measured", "said"),
+    ("records", "lines"),
     [
-        ("none", {}, "not measured on a CPU"),
-        ("H100", {}, "not measured: no card has a counter"),
+        # The time that is left has no start-up in it.
         (
-            "H100",
-            {"measured_j": 2.1e-3},
-            "2.1 mJ measured on the whole card, idle power and waits for data included",
+            [
+                START,
+                {"event": "first_batch", "time": 1030.0, "step": 1, "startup_s": 42.0},
+                {**step(11), "time": 1040.0},
+            ],
+            [
+                "started after 42 s: imports, compilation and the first batch are done",
+                "step 11/100  epoch 2/4  12,346 images/s  loss 1.23  top-1 25.00%  320 MB  0:01:29"
+                " left",
+            ],
+        ),
+        # It counts from this start.
+        (
+            [{**START, "step": 50, "attempt": 1, "time": 1050.0}, step(60)],
+            [
+                "step 60/100  epoch 2/4  12,346 images/s  loss 1.23  top-1 25.00%  320 MB  0:00:40"
+                " left"
+            ],
+        ),
+        # A run of several tasks shows each of them.
+        (
+            [
+                START,
+                {
+                    "event": "phase",
+                    "step": 50,
+                    "phase": 1,
+                    "of": 2,
+                    "name": "b",
+                    "steps": 50,
+                    "head": 1,
+                },
+                {
+                    "event": "evaluation",
+                    "step": 100,
+                    "epoch": 1,
+                    "metrics": {"top1": 0.8, "top1_a": 0.7, "top1_b": 0.9, "bwt": -0.125},
+                },
+                {**FINISH, "bwt": -0.125},
+            ],
+            [
+                "phase 2/2, b: from step 50, 50 steps, head 1",
+                "evaluation after step 100 (epoch 2): top-1 80.00%, BWT -12.50%",
+                "each task: a 70.00%, b 90.00%",
+                f"{FINISHED}, BWT -12.50%",
+            ],
+        ),
+        # A run that diverged on its way says so where it ends.
+        (
+            [
+                {**FINISH, "rollbacks": 2, "skipped_batches": 6},
+                {**FINISH, "rollbacks": 1, "skipped_batches": 0},
+            ],
+            [f"{FINISHED}; its training diverged and went back 2 times", FINISHED],
+        ),
+        # The energy of an inference stands beside what a card measured.
+        (inference("none"), [f"{ENERGY}not measured on a CPU", FINISHED]),
+        (inference("H100"), [f"{ENERGY}not measured: no card has a counter", FINISHED]),
+        (
+            inference("H100", measured_j=2.1e-3),
+            [
+                f"{ENERGY}2.1 mJ measured on the whole card, idle power and waits for data"
+                " included",
+                FINISHED,
+            ],
+        ),
+        (
+            [START, {"event": "data_wait", "share": 0.345, "loader_threads": 1}],
+            [
+                "training waits for data 34.50% of the time: take more --loader-threads, now 1, and"
+                " more --cpus-per-worker"
+            ],
         ),
     ],
 )
-def test_the_energy_of_an_inference_is_told_beside_what_a_card_measured(
-    gpu: str, measured: dict[str, float], said: str
-):
+def test_the_last_lines_of_these_events(records: list[dict[str, Any]], lines: list[str]) -> None:
     view, out, _ = watch()
-    inference = {"energy_j": 1.43e-5, "prices": "45 nm, fp32", **measured}
-    show(
-        view,
-        [
-            {**START, "hardware": {"gpu": gpu}},
-            {"event": "finish", "steps": 100, "wall_s": 5.0, "inference": inference},
-        ],
-    )
-    assert f"an inference: 14.3 µJ estimated (45 nm, fp32), {said}" in out.getvalue().splitlines()
+    show(view, records)
+    assert out.getvalue().splitlines()[-len(lines) :] == lines
 
 
 @pytest.mark.parametrize(
@@ -372,16 +365,6 @@ def test_the_energy_of_an_inference_is_told_beside_what_a_card_measured(
     ],
 )
 def test_what_a_worker_with_a_gpu_gets_is_said(gpu: str, said: list[str]) -> None:
-    view, out, _ = watch(width=200)
+    view, out, _ = watch()
     show(view, [{**START, "hardware": {"gpu": gpu, "threads": 8}, "loader_threads": 6}])
     assert [line for line in out.getvalue().splitlines() if line.startswith("cores")] == said
-
-
-def test_a_wait_for_data_is_a_line() -> None:
-    view, out, _ = watch(width=200)
-    show(view, [START, {"event": "data_wait", "share": 0.345, "loader_threads": 1}])
-    said = (
-        "training waits for data 34.50% of the time: take more --loader-threads, now 1, and more"
-        " --cpus-per-worker"
-    )
-    assert out.getvalue().splitlines()[-1] == said

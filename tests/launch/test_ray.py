@@ -1,4 +1,14 @@
-"""What Ray is asked for, without any."""
+"""What Ray is asked for, without any.
+
+What workers are told through their environment.
+
+Of workers that failed together the one is told that the others have failed of.
+
+Which device the workers train on.
+
+Cores and loader threads of a worker: its share of a node with GPUs, one on a CPU, and what
+somebody has said.
+"""
 
 import errno
 import os
@@ -15,44 +25,49 @@ import pytest
 import ray
 import ray.train.torch
 import torch
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch import distributed
+from torch.distributed import DistBackendError, DistNetworkError
 
 from pipeline.core.cores import physical_cores
-from pipeline.core.errors import UserError
+from pipeline.core.errors import DataError, UserError
+from pipeline.core.torch_settings import EXACT
+from pipeline.data.ffcv import tbb
 from pipeline.launch import ray_trainer
-from pipeline.launch.base import LaunchError, NoAnswer, WorkersEnded
+from pipeline.launch.base import Device, LaunchError, NoAnswer, WorkersEnded, share_of, takes_gpus
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray, _train
+from pipeline.launch.ray_cluster import innermost, passed_on, worker_environment
 from pipeline.launch.ray_trainer import NoPlace, OnLoopback
 from pipeline.measure.gpu_driver import UnusableGPUs
 from pipeline.train.job import Job, RankInfo
 
 
-@pytest.mark.parametrize("hang_minutes", [0.3, 30.0, 600.0])
+@pytest.mark.parametrize(
+    ("hang_minutes", "least"),
+    [
+        *((minutes, timedelta(minutes=minutes, seconds=300)) for minutes in (0.3, 30.0, 600.0)),
+        (0.0, timedelta(days=1, seconds=1)),  # nobody watches
+    ],
+)
 def test_workers_wait_for_one_another_until_long_after_a_watchdog_has_ended_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hang_minutes: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hang_minutes: float, least: timedelta
 ) -> None:
     """Else the one that is well gives up first, and Ray ends the other before it has said what it
     hangs in.
     """
-    assert patience_in_a_worker(tmp_path, monkeypatch, hang_minutes) >= timedelta(
-        minutes=hang_minutes, seconds=300
-    )
-
-
-def test_where_nobody_watches_they_wait_for_more_than_a_day(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert patience_in_a_worker(tmp_path, monkeypatch, 0.0) > timedelta(days=1)
+    assert patience_in_a_worker(tmp_path, monkeypatch, hang_minutes) >= least
 
 
 @pytest.mark.parametrize("hang_minutes", [0.0, 600.0])
 def test_workers_that_do_not_find_one_another_say_so_within_ten_minutes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hang_minutes: float
 ) -> None:
-    """No watchdog looks at them yet."""
     assert (
         run(tmp_path, monkeypatch, None, hang_minutes=hang_minutes)["torch_config"].timeout_s == 600
     )
@@ -65,12 +80,18 @@ def test_workers_that_do_not_find_one_another_say_so_within_ten_minutes(
 def test_a_cluster_is_of_this_machine_alone_where_all_of_its_nodes_are_on_loopback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, addresses: list[str], alone: bool
 ) -> None:
-    """Whatever address this process, which may be a client's of elsewhere, has itself."""
-    nodes = [
-        {"NodeManagerAddress": address, "Alive": True, "Resources": {}} for address in addresses
-    ]
-    gone = {"NodeManagerAddress": "10.0.0.9", "Alive": False}
-    asked = run(tmp_path, monkeypatch, None, nodes=[*nodes, gone])
+    asked = run(
+        tmp_path,
+        monkeypatch,
+        None,
+        nodes=[
+            *[
+                {"NodeManagerAddress": address, "Alive": True, "Resources": {}}
+                for address in addresses
+            ],
+            {"NodeManagerAddress": "10.0.0.9", "Alive": False},
+        ],
+    )
     assert isinstance(asked["torch_config"], OnLoopback) is alone
     assert (
         asked["run_config"].worker_runtime_env["env_vars"].get("GLOO_SOCKET_IFNAME") == "lo"
@@ -104,35 +125,23 @@ NODES = [
 @pytest.mark.parametrize(
     ("said", "cores", "loaders"),
     [
-        ({}, 8, 8),
-        ({"cpus_per_worker": 4}, 4, 4),
-        ({"cpus_per_worker": 4, "loader_threads": 3}, 4, 3),
+        ({"device": "auto"}, 8, 8),
+        ({"device": "auto", "cpus_per_worker": 4}, 4, 4),
+        ({"device": "auto", "cpus_per_worker": 4, "loader_threads": 3}, 4, 3),
+        ({"device": "cpu"}, 1, 1),
     ],
 )
-def test_a_worker_with_a_gpu_gets_its_share_of_the_node(
+def test_a_worker_with_a_gpu_gets_its_share_of_the_node_and_one_on_a_cpu_a_core(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], cores: int, loaders: int
 ) -> None:
-    launcher = Ray(workers=2, device="auto", address="10.0.0.1:6379", **said)
-    asked = run(
-        tmp_path,
-        monkeypatch,
-        None,
-        nodes=NODES,
-        resources={"CPU": 128.0, "GPU": 16.0},
-        launcher=launcher,
-    )
-    assert asked["scaling_config"].resources_per_worker == {"CPU": cores, "GPU": 1}
+    resources = {"CPU": 128.0, "GPU": 16.0}
+    launcher = Ray(workers=2, address="10.0.0.1:6379", **said)
+    asked = run(tmp_path, monkeypatch, None, nodes=NODES, resources=resources, launcher=launcher)
+    gpu = {} if said["device"] == "cpu" else {"GPU": 1}
+    assert asked["scaling_config"].resources_per_worker == {"CPU": cores, **gpu}
     assert (asked["job"]["threads"], asked["job"]["loader_threads"]) == (cores, loaders)
     told = asked["run_config"].worker_runtime_env["env_vars"]
     assert (told["OMP_NUM_THREADS"], told["NUMBA_NUM_THREADS"]) == (str(cores), str(loaders))
-
-
-def test_a_worker_on_a_cpu_gets_one_core_as_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = run(tmp_path, monkeypatch, None, nodes=NODES, resources={"CPU": 128.0, "GPU": 16.0})
-    assert asked["scaling_config"].resources_per_worker == {"CPU": 1}
-    assert (asked["job"]["threads"], asked["job"]["loader_threads"]) == (1, 1)
 
 
 def in_a_cluster(patch: pytest.MonkeyPatch, **resources: float) -> None:
@@ -189,27 +198,45 @@ def test_so_are_those_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("about", "said"),
+    ("about", "resources", "said"),
     [
-        ({"workers": 17}, "launch: 17 workers need as many GPUs; there are 16"),
         (
-            {"workers": 9, "cpus_per_worker": 16},
+            {"workers": 17, "device": "gpu"},
+            {"CPU": 128.0, "GPU": 16.0},
+            "launch: 17 workers need as many GPUs; there are 16; take fewer workers or --device"
+            " cpu",
+        ),
+        (
+            {"workers": 9, "device": "gpu", "cpus_per_worker": 16},
+            {"CPU": 128.0, "GPU": 16.0},
             "launch: 9 workers x 16 cpus need 144 cores; the cluster has 128",
+        ),
+        (
+            {"workers": 1, "device": "gpu"},
+            {"CPU": 2.0},
+            "launch: 1 worker needs a GPU; there are 0; take --device cpu",
+        ),
+        (
+            {"workers": 3, "device": "cpu"},
+            {"CPU": 2.0},
+            "launch: 3 workers x 1 cpu need 3 cores; the cluster has 2",
         ),
     ],
 )
 def test_more_than_there_is_is_refused_at_once(
-    about: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+    about: dict[str, Any],
+    resources: dict[str, float],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    in_a_cluster(monkeypatch, CPU=128.0, GPU=16.0)
-    with pytest.raises(UserError, match=f"^{said}"), Ray(address="auto", device="gpu", **about):
+    in_a_cluster(monkeypatch, **resources)
+    with pytest.raises(UserError, match=f"^{said}$"), Ray(address="auto", **about):
         pass
 
 
 def test_a_wait_for_places_in_vain_ends_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray says so of a fixed number, `Resizing` of several."""
     for failure in (WorkerGroupStartupTimeoutError(2), NoPlace("in vain")):
         with pytest.raises(
             LaunchError,
@@ -227,14 +254,15 @@ def test_of_what_the_user_alone_can_change_it_says_so(
     died = WorkerGroupError(
         "died", {0: OSError(number, "journal: it fails", "/runs/journal.jsonl")}
     )
-    line = rf"^worker 0: \[Errno {number}\] journal: it fails: '/runs/journal\.jsonl'$"
-    with pytest.raises(WorkersEnded, match=line) as ended:
+    with pytest.raises(
+        WorkersEnded,
+        match=rf"^worker 0: \[Errno {number}\] journal: it fails: '/runs/journal\.jsonl'$",
+    ) as ended:
         run(tmp_path, monkeypatch, died)
     assert ended.value.is_for_the_user == is_for_the_user
 
 
 def patience_in_a_worker(folder: Path, patch: pytest.MonkeyPatch, hang_minutes: float) -> timedelta:
-    """Of the process group of all workers, while one of them trains."""
     context = SimpleNamespace(
         get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0
     )
@@ -278,7 +306,6 @@ def run(
     launcher: Ray | None = None,
     **about: Any,
 ) -> dict[str, Any]:
-    """What Ray's trainer is asked for two workers, which end with `error`."""
     asked: dict[str, Any] = {}
 
     def fit() -> SimpleNamespace:
@@ -301,5 +328,167 @@ def run(
 
 def test_ray_is_not_imported_before_its_settings_are_made() -> None:
     """Ray reads its settings and its token when it is imported; --inline needs no Ray."""
-    code = "import pipeline.launch.suite, sys; sys.exit('ray' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
+    assert (
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import pipeline.launch.suite, sys; sys.exit('ray' in sys.modules)",
+            ],
+            timeout=100,
+        ).returncode
+        == 0
+    )
+
+
+def told(**about: Any) -> dict[str, str]:
+    return worker_environment(
+        **{"threads": 1, "loader_threads": 1, "gpus": False, "alone": False, **about}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "is_passed_on"),
+    [
+        ("PYTORCH_CUDA_ALLOC_CONF", True),
+        ("PYTORCH_ALLOC_CONF", True),
+        ("CUBLAS_WORKSPACE_CONFIG", True),
+        ("TRITON_CACHE_DIR", True),
+        ("TORCHINDUCTOR_CACHE_DIR", True),
+        ("TRITON_STORE_TOKEN", False),
+        ("TORCHINDUCTOR_REMOTE_PASSWORD", False),
+    ],
+)
+def test_settings_of_compilers_and_allocators_are_passed_on_and_secrets_are_not(
+    name: str, is_passed_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "a value")
+    assert (passed_on().get(name) == told().get(name) == "a value") == is_passed_on
+    assert ("a value" in told().values()) == is_passed_on
+
+
+def test_workers_on_cards_are_exact_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in EXACT:
+        monkeypatch.delenv(name, raising=False)
+    assert EXACT.items() <= told(gpus=True).items() and not EXACT.keys() & told().keys()
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    assert told(gpus=True)["NCCL_ALGO"] == "Tree"  # the user's own word
+
+
+ADVICE = "Check the logs of the remote worker before reporting an error. GLHF!"
+CLOSED = RuntimeError(
+    f"[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:38545. {ADVICE}"
+)
+RESET = RuntimeError(
+    "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:39554: Connection reset by peer."
+    f" {ADVICE}"
+)
+LATE = RuntimeError(
+    "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to"
+    " complete"
+)
+REMOTE = DistBackendError(
+    "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error,"
+    " NCCL version 2.29.3\nncclRemoteError: A call failed possibly due to a network error or a"
+    " remote process exiting prematurely."
+)
+STORE = DistNetworkError(
+    "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or"
+    " crash?"
+)
+TAKEN = RuntimeError("worker: its process group was taken away while it trained")
+LOST = (CLOSED, RESET, LATE, REMOTE, STORE, TAKEN)
+DIED = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
+
+
+@pytest.mark.parametrize(
+    "lost", LOST, ids=["closed", "reset", "late", "NCCL", "store", "taken away"]
+)
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (RuntimeError("the cable fell out"), "the cable fell out"),
+        (
+            ConnectionResetError(104, "Connection reset by peer"),
+            "[Errno 104] Connection reset by peer",
+        ),  # by storage
+        (DIED, str(DIED).splitlines()[-1]),
+    ],
+    ids=["raised", "storage", "died"],
+)
+def test_who_has_lost_another_one_is_not_the_cause(
+    lost: Exception, failure: Exception, said: str
+) -> None:
+    assert (
+        innermost(
+            WorkerGroupError(
+                "died", {0: lost, 3: lost, 1: failure, 2: lost, 4: RuntimeError("another cause")}
+            )
+        )
+        == f"worker 1: {said}"
+    )
+
+
+def test_where_all_have_lost_another_one_the_lowest_is_told() -> None:
+    assert innermost(WorkerGroupError("died", {1: RESET, 0: CLOSED})) == f"worker 0: {CLOSED}"
+    assert innermost(TimeoutError("first\nnot in time")) == "TimeoutError: not in time"
+
+
+@pytest.mark.parametrize(
+    ("device", "workers", "gpus", "expected"),
+    [
+        ("auto", 2, 0, False),
+        ("auto", 2, 2, True),
+        ("auto", 2, 8, True),
+        ("cpu", 2, 8, False),
+        ("gpu", 1, 1, True),
+        ("auto", 2, 1, "there is 1; take fewer workers or --device cpu"),
+        ("gpu", 2, 0, "there are 0; take --device cpu"),
+        ("gpu", 2, 1, "there is 1; take fewer workers or --device cpu"),
+    ],
+)
+def test_gpus_are_taken_where_there_is_one_for_each_worker(
+    device: Device, workers: int, gpus: int, expected: bool | str
+) -> None:
+    if isinstance(expected, bool):
+        assert takes_gpus(device, workers, gpus) is expected
+        return
+    with pytest.raises(UserError, match=f"^launch: 2 workers need as many GPUs; {expected}$"):
+        takes_gpus(device, workers, gpus)
+
+
+NODE = {"CPU": 64.0, "GPU": 8.0, "memory": 1e12}
+HEAD = {"CPU": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said", "share"),
+    [
+        ([NODE], {"gpus": True}, (8, 8)),
+        ([NODE, HEAD], {"gpus": True}, (8, 8)),
+        ([NODE, {"CPU": 30.0, "GPU": 4.0}], {"gpus": True}, (7, 7)),
+        ([{"CPU": 4.0, "GPU": 8.0}], {"gpus": True}, (1, 1)),
+        ([{"CPU": 0.0, "GPU": 1.0}], {"gpus": True}, (1, 1)),
+        ([], {"gpus": True}, (1, 1)),
+        ([NODE], {"gpus": False}, (1, 1)),
+        ([NODE], {"gpus": True, "cores": 4}, (4, 4)),
+        ([NODE], {"gpus": True, "loader_threads": 2}, (8, 2)),
+        ([NODE], {"gpus": True, "cores": 16, "loader_threads": 12}, (16, 12)),
+    ],
+)
+def test_the_share_of_a_worker_and_what_somebody_has_said_stays(
+    nodes: list[dict[str, float]], said: dict[str, Any], share: tuple[int, int]
+) -> None:
+    assert share_of(nodes, **said) == share
+
+
+def test_without_tbb_one_thread_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba's wheels have none for ARM; the reader refuses several threads there."""
+
+    def none() -> None:
+        raise DataError("data: more than 1 loader thread needs TBB")
+
+    monkeypatch.setattr(tbb, "require_tbb", none)
+    assert share_of([NODE], gpus=True) == (8, 1)
+    # The reader refuses this, in its own words.
+    assert share_of([NODE], gpus=True, loader_threads=8) == (8, 8)

@@ -1,12 +1,15 @@
 """Two DeepSpeed workers under Ray, killed in every way that a cluster knows, end with the bits of a
 run that nobody touched.
+
+On one core a launch under Ray ends, in every way that it can end, and leaves no process behind.
 """
 
+import os
 import random
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +34,10 @@ from timm.optim import create_optimizer_v2
 from pipeline.data.datasets.beton import Beton
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.train.objective import CrossEntropy
+from pipeline.train.schedule import cosine
 from pipeline.recipe import Checkpointing, Recipe, spec
 from pipeline.rules.sltt import SLTT
-from recovery_lab import triangle
+{imports}
 
 def recipe():
     return Recipe(
@@ -43,16 +47,14 @@ def recipe():
         data=spec(Beton, folder={folder!r}, classes=3, size=32, crop="shift", flip="random"),
         objective=spec(CrossEntropy),
         optimizer=spec(create_optimizer_v2, opt="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4),
-        schedule=spec(triangle),
+        schedule=spec({schedule}),
         time_steps=4,
-        batch_size=32,  # a step of some 100 ms: time enough to be killed in
+        batch_size={batch},
         epochs={epochs},
         checkpoints=Checkpointing(every=5),
         log_every=1,
     )
 """
-
-
 LAB = """
 def triangle(optimizer, steps, epoch_steps):
     '''Up to the optimizer's learning rate at half the run, and down again.'''
@@ -65,37 +67,39 @@ def triangle(optimizer, steps, epoch_steps):
 """
 
 
-@pytest.fixture(scope="module")
-def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def write_recipe(folder: Path, train: int, **about: object) -> Path:
+    """The file of a recipe, and its data: so many pictures of each class to train with."""
     draw = np.random.default_rng(0)
-    for part, count in (("train", STEPS_PER_EPOCH * 32 // 3 + 1), ("val", 5)):
+    for part, count in (("train", train), ("val", 5)):
         for label in range(3):
-            (folder / part / f"class{label}").mkdir(parents=True)
+            pictures = folder / part / f"class{label}"
+            pictures.mkdir(parents=True)
             for index in range(count):
-                pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8) // 2 + np.uint8(
-                    60 * label
-                )
-                Image.fromarray(pixels).save(folder / part / f"class{label}" / f"{index}.jpg")
+                pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8) // 2
+                Image.fromarray(pixels + np.uint8(60 * label)).save(pictures / f"{index}.jpg")
     write_folder(folder, folder / "beton", workers=1)
     file = folder / "recovery.py"
-    (folder / "recovery_lab.py").write_text(LAB)  # a package of the user's own, admitted by --trust
-    file.write_text(RECIPE.format(folder=str(folder / "beton"), epochs=EPOCHS))
+    file.write_text(RECIPE.format(folder=str(folder / "beton"), **about))
     return file
 
 
-def launched(recipe_file: Path, run: Path) -> Driver:
-    words = (
-        "launch",
-        str(recipe_file),
-        "--workers",
-        "2",
-        "--name",
-        run.name,
-        "--trust",
-        "recovery_lab",
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "recovery_lab.py").write_text(LAB)  # a package of the user's own, admitted by --trust
+    return write_recipe(
+        folder,
+        STEPS_PER_EPOCH * 32 // 3 + 1,
+        imports="from recovery_lab import triangle",
+        schedule="triangle",
+        batch=32,  # a step of some 100 ms: time enough to be killed in
+        epochs=EPOCHS,
     )
-    return Driver(*words, run=run, folder=recipe_file.parent)
+
+
+def launched(recipe_file: Path, run: Path) -> Driver:
+    words = ("launch", str(recipe_file), "--workers", "2", "--name", run.name)
+    return Driver(*words, "--trust", "recovery_lab", run=run, folder=recipe_file.parent)
 
 
 @pytest.fixture
@@ -213,11 +217,113 @@ def holds(process: psutil.Process, file: Path) -> bool:
 
 
 def every_step_was_trained(run: Path) -> bool:
-    steps = {event["step"] for event in read(run / "journal.jsonl") if event["event"] == "step"}
-    return steps == set(range(1, STEPS_PER_EPOCH * EPOCHS + 1))
+    return {
+        event["step"] for event in read(run / "journal.jsonl") if event["event"] == "step"
+    } == set(range(1, STEPS_PER_EPOCH * EPOCHS + 1))
 
 
 def test_the_table_of_the_untouched_run_names_its_missing_baseline(untouched: Path) -> None:
     text = (untouched.parent / "whole.log").read_text()
     assert re.search(r"SLTT-2", text)
     assert "BPTT" in text
+
+
+# ------------------------------------------------------------------------------------- on one core
+
+GONE_S = 10.0
+"""after its last line"""
+MARK = "SPIKETRAIN_TEST_OF"
+"""in the environment of each process of a launch, whoever its parent is by then"""
+Launch = Callable[..., Driver]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one-core")
+    write_recipe(folder, 80, imports="", schedule="cosine", batch=16, epochs=1)
+    return folder
+
+
+@pytest.fixture
+def launch(folder: Path) -> Iterator[Launch]:
+    started: list[Driver] = []
+
+    def started_now(verb: str, name: str, *words: str) -> Driver:
+        started.append(
+            Driver(
+                *(
+                    ["launch", str(folder / "recovery.py"), "--workers", "1", "--name", name]
+                    if verb == "launch"
+                    else [verb, name]
+                ),
+                *words,
+                run=folder / "runs" / name,
+                folder=folder,
+                environment={MARK: str(folder)},
+            )
+        )
+        return started[-1]
+
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # whoever is started inherits it
+    try:
+        yield started_now
+    finally:
+        os.sched_setaffinity(0, cores)
+        for driver in started:
+            driver.kill()
+
+
+def at_step(driver: Driver, step: int) -> None:
+    driver.wait_for(lambda event: event["event"] == "step" and event["step"] >= step, within=600)
+
+
+def ends(driver: Driver, code: int, last: str) -> None:
+    assert driver.end(within=600) == code, driver.log.read_text()[-3000:]
+    said = driver.log.stat().st_mtime
+    while left := of_a_launch(driver.run.parent.parent):
+        assert time.time() - said < GONE_S, f"{left} are left:\n{driver.log.read_text()[-3000:]}"
+        time.sleep(0.1)
+    assert time.time() - said < GONE_S
+    assert re.search(last, driver.log.read_text().splitlines()[-1]), driver.log.read_text()[-3000:]
+
+
+def of_a_launch(folder: Path) -> list[str]:
+    """The processes that were started for it and have not ended."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if (
+                process.environ().get(MARK) == str(folder)
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
+                found.append(" ".join(process.cmdline()))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def test_it_finishes_and_another_of_its_name_is_refused_once_ray_is_up(launch: Launch) -> None:
+    ends(launch("launch", "finished"), 0, "^ +spiketrain export finished")
+    ends(launch("launch", "finished"), 2, "launch: --name must be new in ")
+
+
+def test_it_is_stopped_by_ctrl_c_and_resumed(launch: Launch) -> None:
+    driver = launch("launch", "resumed")
+    at_step(driver, 7)
+    driver.process.send_signal(signal.SIGINT)
+    ends(driver, 130, "stopped; resume with: ")
+    ends(launch("resume", "resumed"), 0, "^ +spiketrain export resumed")
+    assert [event["event"] for event in read(driver.run / "journal.jsonl")].count("start") == 2
+
+
+def test_it_diverges(launch: Launch) -> None:
+    ends(launch("launch", "diverged", "--set", "optimizer.lr=1e30"), 2, "^training: ")
+
+
+def test_its_worker_is_killed(launch: Launch) -> None:
+    driver = launch("launch", "killed", "--max-restarts", "0")
+    at_step(driver, 3)
+    [worker] = driver.workers()
+    worker.kill()
+    ends(driver, 1, "worker 0")

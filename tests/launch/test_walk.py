@@ -67,7 +67,6 @@ main()
 
 
 def files_of(stack: Path) -> list[str]:
-    """The program's files of a written stack."""
     paths = [Path(line) for line in stack.read_text().splitlines()]
     return [str(path.relative_to(ROOT)) for path in paths if path.is_relative_to(ROOT / "pipeline")]
 
@@ -87,7 +86,12 @@ def test_a_recipe_passes_the_files_of_the_walk_and_no_other(tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr[-3000:]
     passed = list(dict.fromkeys([*files_of(driver), *files_of(worker)]))
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    section = text.partition("## The walk of a recipe\n")[2].partition("\n## ")[0]
-    listed = re.findall(r"^\d+\. `(pipeline/[\w/]+\.py)`", section, flags=re.MULTILINE)
+    listed = re.findall(
+        r"^\d+\. `(pipeline/[\w/]+\.py)`",
+        (ROOT / "CONTRIBUTING.md")
+        .read_text()
+        .partition("## The walk of a recipe\n")[2]
+        .partition("\n## ")[0],
+        flags=re.MULTILINE,
+    )
     assert passed == listed and len(listed) <= MOST

@@ -28,18 +28,25 @@ from rich.console import Console
 from pipeline.core.cores import physical_cores
 from pipeline.core.errors import UserError
 from pipeline.data.write.images import write_fashion
-from pipeline.launch import side_by_side
-from pipeline.launch.base import Launcher
+from pipeline.launch import suite_runs
 from pipeline.launch.in_process import Inline
-from pipeline.launch.side_by_side import parallel_runs, train_side_by_side
-from pipeline.recipe.recipe import Recipe
+from pipeline.launch.suite_runs import parallel_runs, train_side_by_side
+from pipeline.recipe.recipe import Recipe, read_json
 from pipeline.recipe.suite import runs_of
 from pipeline.report.selection import list_suites
 from pipeline.track.connect import connect
-from pipeline.track.journal import first, last, read
+from pipeline.track.journal import first, last
 from pipeline.track.state import is_driven, state_of
 from pipeline.train.job import Job
-from tests.helpers.small import Command, command, same_weights, small_recipe
+from tests.helpers.small import (
+    Command,
+    Done,
+    Refused,
+    events,
+    same_weights,
+    small_recipe,
+    steps_of,
+)
 from tests.helpers.waiting import until
 
 RECIPES = """
@@ -85,7 +92,6 @@ cores = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Path]:
-    """A folder with the recipe files, and one MLflow store for all tests."""
     folder = tmp_path_factory.mktemp("side-by-side")
     for name, epochs in (("short", 1), ("long", 12)):
         (folder / f"{name}.py").write_text(RECIPES.replace("EPOCHS", str(epochs)))
@@ -98,17 +104,17 @@ def place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterat
         yield folder
 
 
-spiketrain = pytest.fixture(command)
-
-
-def words(file: Path, runs: Path, name: str) -> list[str]:
-    """Of a launch of this suite."""
+def words(file: Path, runs: Path, name: str, *more: str) -> list[str]:
     options = ["--inline", "--device", "cpu", "--runs", str(runs), "--name", name]
-    return ["launch", str(file), *options]
+    return ["launch", str(file), *options, *more]
+
+
+def begun(file: Path, runs: Path, name: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "pipeline", *words(file, runs, name, "--side-by-side", "2")]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
 def span(run: Path) -> tuple[float, float]:
-    """When it began and ended to train."""
     start, finish = first(run / "journal.jsonl", "start"), last(run / "journal.jsonl", "finish")
     assert start is not None and finish is not None
     return start["time"], finish["time"]
@@ -122,82 +128,49 @@ def overlap(one: Path, other: Path) -> bool:
 @cores
 @pytest.mark.full
 def test_what_needs_nothing_runs_at_once_and_what_does_waits(
-    place: Path, tmp_path: Path, spiketrain: Command
+    place: Path, tmp_path: Path, done: Done
 ) -> None:
-    words = (
-        "launch",
-        str(place / "long.py"),
-        "--inline",
-        "--device",
-        "cpu",
-        "--runs",
-        str(tmp_path),
-    )
-    code, said, error = spiketrain(*words, "--name", "two", "--side-by-side", "2")
-    assert code == 0, error
+    said = done(*words(place / "long.py", tmp_path, "two", "--side-by-side", "2"))
     runs = runs_of(tmp_path / "two")
     assert overlap(runs["one"], runs["other"])
     assert span(runs["after"])[0] > span(runs["one"])[1]
-    starts = {name: first(run / "journal.jsonl", "start") for name, run in runs.items()}
-    on = {name: set(start["own_cores"]) for name, start in starts.items() if start is not None}
+    on = {name: set(events(run, "start")[0]["own_cores"]) for name, run in runs.items()}
     assert all(on.values()) and not on["one"] & on["other"]
     assert "one  start" in said and "other  finished" in said
     assert said.count("\nstudy ") >= 2  # the tables at the end
-    code, _, error = spiketrain(*words, "--name", "turn")
-    assert code == 0, error
+    done(*words(place / "long.py", tmp_path, "turn"))
     assert all(same_weights(run, runs_of(tmp_path / "turn")[name]) for name, run in runs.items())
 
 
 @cores
 @pytest.mark.full
 def test_when_the_suite_is_killed_its_runs_are_saved_and_it_goes_on(
-    place: Path, tmp_path: Path, spiketrain: Command
+    place: Path, tmp_path: Path, done: Done
 ) -> None:
-    with subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "pipeline",
-            *words(place / "long.py", tmp_path, "killed"),
-            "--side-by-side",
-            "2",
-        ],
-        stdout=subprocess.DEVNULL,
-    ) as suite:
-        wait_for(
-            lambda: all(
-                steps(run) > 2
-                for name, run in children(tmp_path / "killed").items()
-                if name != "after"
-            )
-        )
+    def going() -> list[Path]:
+        return [run for name, run in children(tmp_path / "killed").items() if name != "after"]
+
+    with begun(place / "long.py", tmp_path, "killed") as suite:
+        wait_for(lambda: all(steps(run) > 2 for run in going()))
         suite.send_signal(signal.SIGKILL)
-    going = [run for name, run in children(tmp_path / "killed").items() if name != "after"]
-    wait_for(lambda: not any(is_driven(run) for run in going))
-    assert [state_of(run) for run in going] == ["stopped", "stopped"]
+    wait_for(lambda: not any(is_driven(run) for run in going()))
+    assert [state_of(run) for run in going()] == ["stopped", "stopped"]
     [row] = list_suites(tmp_path)
-    assert (
-        row.state == "0 of 3 finished"
-        and row.resume == f"spiketrain resume killed --runs {tmp_path}"
-    )
-    code, _, error = spiketrain("resume", "killed", "--runs", str(tmp_path))
-    assert code == 0, error
-    for run in going:
-        done = [event["step"] for event in read(run / "journal.jsonl") if event["event"] == "step"]
-        assert done == list(range(1, 12 * 8 + 1))  # each step once: nothing was lost
+    resume = f"resume killed --runs {tmp_path}"
+    assert (row.state, row.resume) == ("0 of 3 finished", f"spiketrain {resume}")
+    done(*resume.split())
+    for run in going():  # each step once: nothing was lost
+        assert steps_of(run, "step") == list(range(1, 12 * 8 + 1))
 
 
 @cores
 def test_a_run_that_fails_lets_the_others_end_and_says_why(
-    place: Path, tmp_path: Path, spiketrain: Command
+    place: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(saboteur(tmp_path / "hook", REFUSE)))
-        code, _, error = spiketrain(
-            *words(place / "short.py", tmp_path, "bad"), "--side-by-side", "2"
-        )
+    monkeypatch.setenv("PYTHONPATH", str(saboteur(tmp_path / "hook", REFUSE)))
+    error = refused(*words(place / "short.py", tmp_path, "bad", "--side-by-side", "2"))
     runs = runs_of(tmp_path / "bad")
-    assert code == 2 and error == f"{runs['one'].name}: sabotage: must not be; got one\n"
+    assert error == f"{runs['one'].name}: sabotage: must not be; got one"
     assert state_of(runs["other"]) == "finished" and not runs["after"].exists()
     assert "sabotage" in (runs["one"] / "launch.log").read_text()
 
@@ -206,23 +179,9 @@ def test_a_run_that_fails_lets_the_others_end_and_says_why(
 @pytest.mark.full
 def test_a_run_that_is_killed_is_marked_so_and_so_is_its_suite(place: Path, tmp_path: Path) -> None:
     folder = tmp_path / "uneven"
-    with subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "pipeline",
-            *words(place / "uneven.py", tmp_path, "uneven"),
-            "--side-by-side",
-            "2",
-        ],
-        stdout=subprocess.DEVNULL,
-    ) as suite:
+    with begun(place / "uneven.py", tmp_path, "uneven") as suite:
         try:
-            wait_for(
-                lambda: any(
-                    steps(run) > 2 for name, run in children(folder).items() if name == "one"
-                )
-            )
+            wait_for(lambda: steps(children(folder).get("one", folder)) > 2)
             wait_for(lambda: marked(place, folder).get("one") == "RUNNING")
             [one] = [
                 each
@@ -237,14 +196,10 @@ def test_a_run_that_is_killed_is_marked_so_and_so_is_its_suite(place: Path, tmp_
 
 
 def marked(place: Path, suite: Path) -> dict[str, str]:
-    """What MLflow says of each of a suite's runs that has begun, and of the suite."""
-    client, parent = (
-        connect(f"sqlite:///{place}/mlflow.db"),
-        json.loads((suite / "suite.json").read_text())["parent"],
-    )
+    client = connect(f"sqlite:///{place}/mlflow.db")
     found = client.search_runs(
         [each.experiment_id for each in client.search_experiments()],
-        f"tags.`spiketrain.study_parent` = '{parent}'",
+        f"tags.`spiketrain.study_parent` = '{read_json(suite / 'suite.json')['parent']}'",
     )
     return {str(run.info.run_name).split("-")[0]: run.info.status for run in found}
 
@@ -253,150 +208,87 @@ def marked(place: Path, suite: Path) -> dict[str, str]:
 @pytest.mark.full
 @pytest.mark.distributed
 def test_a_run_that_is_stopped_alone_stops_the_suite_once_the_others_have_ended(
-    place: Path, tmp_path: Path, spiketrain: Command
+    place: Path, tmp_path: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(saboteur(tmp_path / "hook", STOP)))
-        code, said, _ = spiketrain(
-            *words(place / "short.py", tmp_path, "alone"), "--side-by-side", "2"
-        )
-    runs = runs_of(tmp_path / "alone")
-    assert (
-        code == 130
-        and said.splitlines()[-1]
-        == f"stopped; resume with: spiketrain resume alone --runs {tmp_path}"
-    )
-    assert [state_of(runs[name]) for name in ("one", "other", "after")] == [
-        "stopped",
-        "finished",
-        "new",
-    ]
+    monkeypatch.setenv("PYTHONPATH", str(saboteur(tmp_path / "hook", STOP)))
+    command = words(place / "short.py", tmp_path, "alone", "--side-by-side", "2")
+    code, said, _ = spiketrain(*command)
+    resume = f"stopped; resume with: spiketrain resume alone --runs {tmp_path}"
+    assert (code, said.splitlines()[-1]) == (130, resume)
+    states = {name: state_of(run) for name, run in runs_of(tmp_path / "alone").items()}
+    assert states == {"one": "stopped", "after": "new", "other": "finished"}
 
 
 def test_where_there_is_no_room_for_two_they_take_turns_on_shared_cores(
-    place: Path, tmp_path: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, done: Done, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Inline, "room", lambda self: 0)
-    words = (
-        "--inline",
-        "--device",
-        "cpu",
-        "--runs",
-        str(tmp_path),
-        "--name",
-        "turns",
-        "--side-by-side",
-        "auto",
-    )
-    code, _, error = spiketrain("launch", str(place / "short.py"), *words)
-    assert code == 0, error
+    done(*words(place / "short.py", tmp_path, "turns", "--side-by-side", "auto"))
     runs = list(runs_of(tmp_path / "turns").values())
-    assert not any(json.loads((run / "job.json").read_text())["own_cores"] for run in runs)
+    assert not any(read_json(run / "job.json")["own_cores"] for run in runs)
     assert not any(overlap(one, other) for one, other in itertools.combinations(runs, 2))
-    assert (
-        json.loads((tmp_path / "turns" / "suite.json").read_text())["cluster"]["side_by_side"]
-        == "auto"
-    )
+    assert read_json(tmp_path / "turns" / "suite.json")["cluster"]["side_by_side"] == "auto"
 
 
 def test_a_search_takes_what_did_best_though_the_shared_value_diverges(
-    place: Path, tmp_path: Path, spiketrain: Command
+    place: Path, tmp_path: Path, refused: Refused, done: Done
 ) -> None:
     rates = (0.001, 0.01, 0.1, 0.3, 1e38)
-    words = (
-        "--tune",
-        f"optimizer.lr={','.join(map(str, rates))}",
-        "--name",
-        "s",
-        "--runs",
-        str(tmp_path),
-    )
-    code, said, error = spiketrain(
-        "launch", str(place / "searched.py"), "--inline", "--device", "cpu", *words
-    )
-    assert code == 0, error
-    page = tmp_path / "s" / "report.html"
-    assert f"\npage    {page}\nnext    spiketrain compare s " in said and "tuned: each rule" in said
-    assert page.read_bytes() in [
-        each.read_bytes() for each in place.glob("**/artifacts/report.html")
-    ]
-    page.unlink()
-    runs = runs_of(tmp_path / "s")
     *ended, diverged = rates
-    top1 = {
-        rate: json.loads((runs[f"searched-lr-{rate}"] / "summary.json").read_text())["top1"]
-        for rate in ended
-    }
-    assert (
-        state_of(runs[f"searched-lr-{diverged}"]) == "diverged"
-        and not (runs[f"searched-lr-{diverged}"] / "summary.json").exists()
-    )
-    best = max(top1, key=lambda rate: top1[rate])
-    written = {
-        name: json.loads((run / "recipe.json").read_text())["recipe"] for name, run in runs.items()
-    }
-    assert written["searched-tuned"]["optimizer"]["kwargs"]["lr"] == best
-    assert (
-        written["searched"]["optimizer"]["kwargs"]["lr"] == diverged
-        and state_of(runs["searched"]) == "diverged"
-    )
+    tune = f"optimizer.lr={','.join(map(str, rates))}"
+    said = done(*words(place / "searched.py", tmp_path, "s", "--tune", tune))
+    page, runs, at = tmp_path / "s" / "report.html", runs_of(tmp_path / "s"), ("--runs", tmp_path)
+
+    def is_an_artifact() -> bool:
+        artifacts = place.glob("**/artifacts/report.html")
+        return page.read_bytes() in [each.read_bytes() for each in artifacts]
+
+    next_words = f"\npage    {page}\nnext    spiketrain compare s "
+    assert next_words in said and is_an_artifact()
     assert said.count("taken") == 1 and "  diverged\n" in said
     assert f"shared: only the rule differs\n{runs['searched'].name} (BPTT) diverged\n" in said
     assert "tuned: each rule with its own best value of optimizer.lr" in said
-    code, said, _ = spiketrain("compare", "s", "--runs", str(tmp_path), "--format", "json")
-    told = json.loads(said)
+    trials = {rate: runs[f"searched-lr-{rate}"] for rate in rates}
+    top1 = {rate: read_json(trials[rate] / "summary.json")["top1"] for rate in ended}
+    best = max(top1, key=lambda rate: top1[rate])
+    assert not (trials[diverged] / "summary.json").exists()
+    assert [state_of(run) for run in (trials[diverged], runs["searched"])] == ["diverged"] * 2
+    written = {name: read_json(run / "recipe.json")["recipe"] for name, run in runs.items()}
+    taken = [written[name]["optimizer"]["kwargs"]["lr"] for name in ("searched-tuned", "searched")]
+    assert taken == [best, diverged]
+    told = json.loads(done("compare", "s", *at, "--format", "json"))
     assert [trial["value"] for trial in told["trials"] if trial["taken"]] == [best]
     assert [trial["value"] for trial in told["trials"] if trial["top1"] is None] == [diverged]
-    code, said, _ = spiketrain("resume", "s", "--runs", str(tmp_path))
-    assert (
-        code == 0
-        and "s has finished" in said
-        and f"\npage    {page}\nnext    spiketrain compare s " in said
-    )
+    assert len(told["tuned"]) == 1
+    [shared] = told["shared"]
+    assert (shared["runs"], shared["unfinished"][0]["state"]) == ([], "diverged")
+    page.unlink()
+    said = done("resume", "s", *at)
+    assert "s has finished" in said and next_words in said
     made = page.stat()
-    code, said, _ = spiketrain("resume", "s", "--runs", str(tmp_path))
-    assert (
-        code == 0 and "page" not in said and page.stat() == made
-    )  # which may have a sweep on it since
-    assert [row.state for row in list_suites(tmp_path)] == ["7 of 7 finished"] and len(
-        told["tuned"]
-    ) == 1
-    assert [(each["runs"], each["unfinished"][0]["state"]) for each in told["shared"]] == [
-        ([], "diverged")
-    ]
-    code, said, error = spiketrain("report", "s", "--runs", str(tmp_path))
-    assert (code, said) == (0, f"{page}\n"), error
-    assert (
-        "5 trials on a held-out part" in page.read_text()
-        and "<td>diverged</td>" in page.read_text()
-    )
-    artifacts = [
-        each.read_bytes() for each in place.glob("**/artifacts/report.html")
-    ]  # on the suites' runs in MLflow
-    assert page.read_bytes() in artifacts
-    trials = [runs[f"searched-lr-{rate}"].name for rate in rates]
-    code, _, error = spiketrain("compare", *trials, "--runs", str(tmp_path))
-    assert code == 2 and "optimizer.lr: 0.001 and 0.01" in error
+    # A page that is there may have a sweep on it.
+    assert "page" not in done("resume", "s", *at) and page.stat() == made
+    assert [row.state for row in list_suites(tmp_path)] == ["7 of 7 finished"]
+    assert done("report", "s", *at) == f"{page}\n" and is_an_artifact()
+    text = page.read_text()
+    assert "5 trials on a held-out part" in text and "<td>diverged</td>" in text
+    error = refused("compare", *(run.name for run in trials.values()), "--runs", str(tmp_path))
+    assert "optimizer.lr: 0.001 and 0.01" in error
 
 
 def stand_ins(folder: Path, *, job: Any = None) -> Any:
     """A suite of one run, whose folder is there."""
     recipe, run = small_recipe(), folder / "run"
     run.mkdir()
-    about = {
-        "trust": (),
-        "folder": folder / "suite",
-        "where": {recipe.name: run},
-        "can_begin": lambda recipe: True,
-    }
+    whole = Job(run=str(run), study="s", data_fingerprint="f", commit="c", recipe={})
     return SimpleNamespace(
+        trust=(),
+        folder=folder / "suite",
+        where={recipe.name: run},
+        can_begin=lambda recipe: True,
         is_over=lambda name: state_of(run) == "finished",
         left=lambda: [] if state_of(run) == "finished" else [recipe],
-        job=job
-        or (
-            lambda recipe: Job(run=str(run), study="s", data_fingerprint="f", commit="c", recipe={})
-        ),
-        **about,
+        job=job or (lambda recipe: whole),
     )
 
 
@@ -407,8 +299,8 @@ def drives_as(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     def popen(words: list[str], **how: Any) -> Any:
         return real(["sh", "-c", script.replace("RUN", words[words.index("resume") + 1])], **how)
 
-    monkeypatch.setattr(side_by_side.subprocess, "Popen", popen)
-    monkeypatch.setattr(side_by_side, "_POLL_S", 0.01)
+    monkeypatch.setattr(suite_runs.subprocess, "Popen", popen)
+    monkeypatch.setattr(suite_runs, "_POLL_S", 0.01)
 
 
 @contextmanager
@@ -431,24 +323,19 @@ def test_a_run_that_storage_does_not_let_begin_is_told_once_the_others_have_ende
 def test_a_run_that_the_child_of_a_killed_suite_still_saves_is_begun_once_that_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its note of a stop stays until then, and is nobody's later."""
     drives_as(
         monkeypatch,
         """test ! -e RUN/stop && echo '{"event": "finish", "step": 1}' > RUN/journal.jsonl""",
     )
     children, said = stand_ins(tmp_path), io.StringIO()
     (tmp_path / "run" / "stop").write_text("SIGUSR1")
+    # Signals are of the main thread alone.
+    monkeypatch.setattr(suite_runs, "on_stop_signals", lambda hear: nullcontext())
+    waiting = "another process still trains it: waiting for up to 600 s"
     with ThreadPoolExecutor(1) as beside:
         with driven_by_another(tmp_path / "run"):
-            monkeypatch.setattr(
-                side_by_side, "_stop_requests", lambda: nullcontext(lambda: 0)
-            )  # of the main thread alone
             finished = beside.submit(train_side_by_side, children, Inline(), 1, Console(file=said))
-            wait_for(
-                lambda: (
-                    "another process still trains it: waiting for up to 600 s" in said.getvalue()
-                )
-            )
+            wait_for(lambda: waiting in said.getvalue())
             time.sleep(0.1)
             assert (tmp_path / "run" / "stop").exists() and not finished.done()
         assert finished.result(20) is True
@@ -458,14 +345,12 @@ def test_a_run_that_the_child_of_a_killed_suite_still_saves_is_begun_once_that_h
 def test_one_that_another_process_goes_on_with_is_refused_after_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(side_by_side, "LEAVING_S", 0.05)
+    monkeypatch.setattr(suite_runs, "LEAVING_S", 0.05)
     drives_as(monkeypatch, "false")
-    children, refused = (
-        stand_ins(tmp_path),
-        "^run: is being trained by another process, which still does after 0 s$",
-    )
+    refused = "^run: is being trained by another process, which still does after 0 s$"
+    suite = stand_ins(tmp_path)
     with driven_by_another(tmp_path / "run"), pytest.raises(UserError, match=refused):
-        train_side_by_side(children, Inline(), 1, Console(file=io.StringIO()))
+        train_side_by_side(suite, Inline(), 1, Console(file=io.StringIO()))
 
 
 def test_a_run_that_is_refused_was_not_stopped_whatever_note_lies_there(
@@ -482,18 +367,13 @@ def test_a_run_that_is_refused_was_not_stopped_whatever_note_lies_there(
 
 
 def test_more_than_there_is_room_for_is_refused() -> None:
-    launcher: Launcher = Inline(device="cpu")
+    launcher = Inline(device="cpu")
     room = launcher.room()
-    assert parallel_runs(launcher, "auto") == room and parallel_runs(launcher, 1) == 1
     crowded: Any = SimpleNamespace(room=lambda: 0)  # fewer cores than one run has workers
-    assert parallel_runs(crowded, "auto") == 1
-    with pytest.raises(
-        UserError,
-        match=(
-            f"{room + 1} runs side by side need cores and cards of their own; there is room for"
-            f" {room}"
-        ),
-    ):
+    assert parallel_runs(launcher, "auto") == room
+    assert parallel_runs(launcher, 1) == parallel_runs(crowded, "auto") == 1
+    refused = f"{room + 1} runs side by side need cores and cards of their own; there is room for"
+    with pytest.raises(UserError, match=f"{refused} {room}"):
         parallel_runs(launcher, room + 1)
 
 
