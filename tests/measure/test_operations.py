@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.measure.meters import Meters
-from pipeline.measure.operations import Convolution, Operations, Work, batches, is_even, matrices
+from pipeline.measure.operations import Operations, Work, is_even
 from pipeline.rules import spide
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
@@ -393,19 +393,6 @@ def test_convolutions_forward_and_back() -> None:
     assert operations.work["forward"].multiplications == first
 
 
-def test_a_transposed_convolution_and_its_backward() -> None:
-    x = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
-    weight = nn.Parameter(torch.randn(2, 4, 3, 3, dtype=torch.float64))
-    holder = nn.Module()
-    holder.weight = weight
-    with Operations(holder) as operations:
-        F.conv_transpose2d(x, weight, None, 2, 1, 1).square().sum().backward()
-    pairs = (3 * 3 - 1) ** 2 * 2 * 4  # each of 3 places reaches 3 of 6, the first one 2
-    assert {purpose: work.dense for purpose, work in operations.work.items()} == dict.fromkeys(
-        ("forward", "error", "weights"), pairs
-    )
-
-
 def test_attention_in_a_backward_is_error() -> None:
     q = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     k = (torch.rand(2, 4, 3, dtype=torch.float64) > 0.5).double().requires_grad_()
@@ -434,7 +421,7 @@ def test_products_that_torch_makes_inside_one_operation_are_named() -> None:
     fused = "_scaled_dot_product_flash_attention_for_cpu"
     assert (
         operations.not_counted == {fused, f"{fused}_backward"}
-        and operations.total.dense == 3 * 2 * 4 * 4 * 8
+        and sum(work.dense for work in operations.work.values()) == 3 * 2 * 4 * 4 * 8
     )
     with Operations(nn.LSTM(3, 3)) as operations:
         nn.LSTM(3, 3)(torch.rand(2, 1, 3))
@@ -471,63 +458,78 @@ def test_nothing_is_counted_twice_in_inference_mode() -> None:
     for mode in modes:
         with mode(), Operations(model) as operations, fresh_state(model):
             model(x_TBI)
-        counts.append(operations.total)
+        counts.append(operations.work["forward"])
     assert counts[0] == counts[1] == counts[2] and counts[0].dense == T * B * (I * N + N * K)
 
 
-def sparse(*shape: int, seed: int = 0) -> torch.Tensor:
+def sparse(*shape: int, seed: int = 0) -> Tensor:
     """Integers, a third of them 0."""
     return torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
-def met(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[int, int]:
+def met(pairs: list[tuple[Tensor, Tensor]]) -> tuple[int, int]:
     """Of all pairs, those without a 0; and all."""
     return sum(bool(a != 0) and bool(b != 0) for a, b in pairs), len(pairs)
 
 
-def test_matrices() -> None:
-    a, b = sparse(4, 5), sparse(5, 3, seed=1)
-    every = [(a[n, i], b[i, o]) for n, i, o in itertools.product(range(4), range(5), range(3))]
-    assert matrices(a, b) == met(every)
-    assert 0 < matrices(a, b).live < matrices(a, b).all == 60
+def counted(act: Callable[[], Any], *weights: Tensor) -> dict[str, tuple[int, int]]:
+    """By purpose: pairs without a 0, and all pairs."""
+    network = nn.ParameterList(weights)
+    with Operations(network) as operations:
+        act()
+    return {purpose: (work.additions, work.dense) for purpose, work in operations.work.items()}
 
 
-def test_batches() -> None:
-    a, b = sparse(2, 4, 5), sparse(2, 5, 3, seed=1)
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_products_of_matrices(shape: tuple[int, ...]) -> None:
+    a, b = sparse(*shape, 4, 5), sparse(*shape, 5, 3, seed=1)
     every = [
-        (a[m, n, i], b[m, i, o])
-        for m, n, i, o in itertools.product(range(2), range(4), range(5), range(3))
+        (a[*m, n, i], b[*m, i, o])
+        for *m, n, i, o in itertools.product(*map(range, (*shape, 4, 5, 3)))
     ]
-    assert batches(a, b) == met(every)
+    assert counted(lambda: a @ b) == {"forward": met(every)}
+    assert 0 < met(every)[0] < met(every)[1]
 
 
 def test_more_rows_than_a_float_counts() -> None:
     rows = 2**24 + 3  # the next float is 2^24 + 4
-    assert matrices(torch.ones(rows, 1), torch.ones(1, 1)) == (rows, rows)
+    found = counted(lambda: torch.ones(rows, 1) @ torch.ones(1, 1))
+    assert found == {"forward": (rows, rows)}
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     ("stride", "padding", "dilation", "groups"),
     [(1, 1, 1, 1), (2, 1, 1, 2), (1, 0, 2, 1), (3, 2, 1, 4), (2, 0, 1, 1)],
 )
 def test_the_three_products_of_a_convolution(
-    stride: int, padding: int, dilation: int, groups: int
+    stride: int, padding: int, dilation: int, groups: int, transposed: bool
 ) -> None:
-    x, weight = sparse(2, 4, 7, 6), sparse(8, 4 // groups, 3, 2, seed=1)
-    places = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups).shape[
-        2:
-    ]
-    g = sparse(2, 8, *places, seed=2)
-    reads = []  # (output, input, weight) of every pair inside the image
-    for n, o, p, q, c, h, w in itertools.product(*map(range, (2, 8, *places, 4 // groups, 3, 2))):
+    """A transposed convolution is the error of a convolution from its outputs to its inputs."""
+    weight, how = nn.Parameter(sparse(8, 4 // groups, 3, 2)), (stride, padding)
+    x = sparse(2, 8 if transposed else 4, 7, 6, seed=1).requires_grad_()
+
+    def convolve() -> Tensor:
+        if transposed:
+            return F.conv_transpose2d(x, weight, None, *how, 0, groups, dilation)
+        return F.conv2d(x, weight, None, *how, dilation, groups)
+
+    g = sparse(*convolve().shape, seed=2)
+    outer, inner = (x, g) if transposed else (g, x)  # of 8 channels, and of 4
+    triples = []  # (output, input, weight) of every pair inside the image
+    places = itertools.product(*map(range, (2, 8, *outer.shape[2:], 4 // groups, 3, 2)))
+    for n, o, p, q, c, h, w in places:
         row, column = p * stride + h * dilation - padding, q * stride + w * dilation - padding
-        if 0 <= row < 7 and 0 <= column < 6:
+        if 0 <= row < inner.shape[2] and 0 <= column < inner.shape[3]:
             channel = o // (8 // groups) * (4 // groups) + c
-            reads.append((g[n, o, p, q], x[n, channel, row, column], weight[o, c, h, w]))
-    convolution = Convolution((3, 2), [stride] * 2, [padding] * 2, [dilation] * 2, groups)
-    assert convolution.forward(x, weight, tuple(places)) == met([(x, w) for _, x, w in reads])
-    assert convolution.error(g, weight, (7, 6)) == met([(g, w) for g, _, w in reads])
-    assert convolution.weights(g, x) == met([(g, x) for g, x, _ in reads])
+            pair = outer[n, o, p, q], inner[n, channel, row, column]
+            triples.append((*(pair[::-1] if transposed else pair), weight[o, c, h, w]))
+
+    assert counted(lambda: convolve().backward(g), weight) == {
+        "forward": met([(x, w) for _, x, w in triples]),
+        "error": met([(g, w) for g, _, w in triples]),
+        "weights": met([(g, x) for g, x, _ in triples]),
+    }
 
 
 def test_even_is_one_magnitude_in_each_row() -> None:
