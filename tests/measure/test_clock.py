@@ -64,20 +64,6 @@ def test_the_innermost_part_is_charged_and_the_parts_are_the_batch(host: Host) -
     assert clock.take() == []
 
 
-def test_what_makes_the_next_one_is_charged_and_not_what_is_done_with_it(host: Host) -> None:
-    clock = Clock()
-
-    def slow() -> Any:
-        for index in range(2):
-            host.sleep(2)
-            yield index
-
-    with clock.batch():
-        for _ in clock.each("forward", slow()):
-            host.sleep(1)
-    assert clock.take() == [dict.fromkeys((*PARTS, REST), 0.0) | {"forward": 4, REST: 2}]
-
-
 def test_outside_of_a_batch_nothing_is_charged_and_a_broken_batch_is_forgotten(host: Host) -> None:
     clock = Clock()
     with clock.part("communication"):

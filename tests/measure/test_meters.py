@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 
@@ -99,6 +99,21 @@ def test_a_teachers_seconds_are_its_own(meters: Meters, host: Host) -> None:
     taken = meters.take(same)
     assert (taken["teacher_s"], taken["rest_s"], taken["step_s"]) == (2, 1, 3)
     assert meters.totals.seconds["teacher"] == 2
+
+
+def test_what_makes_the_next_one_is_charged_and_not_what_is_done_with_it(
+    meters: Meters, host: Host
+) -> None:
+    def slow() -> Iterator[int]:
+        for index in range(2):
+            host.sleep(2)
+            yield index
+
+    with meters.batch(0):
+        for _ in meters.each("forward", slow()):
+            host.sleep(1)
+    taken = meters.take(same)
+    assert (taken["forward_s"], taken["rest_s"], taken["step_s"]) == (4, 2, 6)
 
 
 def test_the_first_batch_and_those_that_count_memory_are_no_measure_of_speed(
