@@ -15,6 +15,7 @@ work on it. A GPU is also another kind of chip, so the measurement does not repl
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +66,6 @@ class Inference:
 
         `measured_j`: measured joules per sample. None omits the key.
         """
-        measured = {} if measured_j is None else {"measured_j": measured_j}
-        unknown = {"not_counted": list(self.not_counted)} if self.not_counted else {}
         return {
             "macs": self.macs,
             "acs": self.acs,
@@ -75,9 +74,9 @@ class Inference:
             "energy_j_by_table": {
                 table.name: energy_j(self.macs, self.acs, table) for table in TABLES
             },
-            **measured,
+            **({} if measured_j is None else {"measured_j": measured_j}),
             "samples": self.samples,
-            **unknown,
+            **({"not_counted": list(self.not_counted)} if self.not_counted else {}),
         }
 
 
@@ -91,21 +90,17 @@ def describe_inference(inference: Mapping[str, Any], *, on_gpu: bool) -> str:
 
     An example is `an inference: 14.3 µJ estimated (45 nm, fp32), not measured on a CPU`.
     """
-    measured = inference.get("measured_j")
-    if measured is not None:
+    if (measured := inference.get("measured_j")) is not None:
         measurement = (
             f"{shown(measured, kind='J')} measured on the whole card, idle power and waits for data"
             " included"
         )
     else:
         measurement = "not measured: no card has a counter" if on_gpu else "not measured on a CPU"
-    unknown = (
-        f", without {', '.join(inference['not_counted'])}" if inference.get("not_counted") else ""
-    )
-    return (
-        f"an inference: {shown(inference['energy_j'], kind='J')} estimated"
-        f" ({inference['prices']}{unknown}), {measurement}"
-    )
+    unknown = ", ".join(inference.get("not_counted", ()))
+    prices = f"{inference['prices']}, without {unknown}" if unknown else inference["prices"]
+    estimated = shown(inference["energy_j"], kind="J")
+    return f"an inference: {estimated} estimated ({prices}), {measurement}"
 
 
 class EnergyCounter:
@@ -113,19 +108,20 @@ class EnergyCounter:
 
     def __init__(self, device: torch.device) -> None:
         # The card's UUID, which is the same in every process. It is empty for a CPU.
-        self.card = (
-            f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
-        )
-        self._handle = _handle_of(self.card) if self.card else None
+        self.card, self._handle = "", None
+        if device.type == "cuda":
+            self.card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            with suppress(pynvml.NVMLError):
+                pynvml.nvmlInit()
+                # By UUID, as CUDA numbers only the visible cards.
+                self._handle = pynvml.nvmlDeviceGetHandleByUUID(self.card)
 
     def read(self) -> float | None:
         """Joules since the driver was loaded; None without a counter."""
-        if self._handle is None:
-            return None
-        try:
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3  # mJ to J
-        except pynvml.NVMLError:  # a driver error must not end a training
-            return None
+        if self._handle is not None:
+            with suppress(pynvml.NVMLError):  # an error of the driver must not end a training
+                return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3  # mJ to J
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,17 +156,3 @@ def joules_per_sample(ranks: Iterable[EnergyReadings]) -> float | None:
         samples += rank.samples
     used = [ended - began for began, ended in spans.values()]
     return sum(used) / samples if used and min(used) > 0 else None
-
-
-def _handle_of(card: str) -> Any:
-    """NVML's handle of a card; None if the card has no counter.
-
-    The card is found by UUID, because CUDA numbers only the visible cards.
-    """
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(card)
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except pynvml.NVMLError:
-        return None
-    return handle
