@@ -1,5 +1,7 @@
 """The energy of an inference: estimated from its operations, or measured by a GPU's counter.
 
+The operations are those of samples from all over an evaluation set (`EvenSample`).
+
     E = mac MACs + ac ACs        MACs: multiply-accumulates of two real numbers
                                  ACs: additions without a multiplication, for spikes
 
@@ -14,16 +16,24 @@ included. A GPU's counter (NVML) measures the whole card, including its idle pow
 work on it. A GPU is also another kind of chip, so the measurement does not replace the estimate.
 """
 
-from collections.abc import Iterable, Mapping
+# T time, B batch
+
+from bisect import insort
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import pynvml
 import torch
+from torch import Tensor
 
+from pipeline.core.random import COUNTED, bits
 from pipeline.core.units import shown
 from pipeline.measure.operations import Work
+from pipeline.spiking.encode import is_static, repeat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +88,41 @@ class Inference:
             "samples": self.samples,
             **({"not_counted": list(self.not_counted)} if self.not_counted else {}),
         }
+
+
+class EvenSample:
+    """Copies of up to `most` inputs, drawn evenly from a stream of any length.
+
+    Each position in the stream draws a number, and the samples with the smallest numbers are kept.
+    A sorted set therefore yields samples of each class; its first batch does not. A set with
+    alternating classes does so too; every tenth sample of it might not.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._passed = 0
+        self._steps = 0  # time steps of a still image, which is stored once; 0: store each step
+        self._held: list[tuple[int, Tensor]] = []  # in the order of the drawn numbers
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def add(self, x_TB: Tensor) -> None:
+        """Offer the samples of a batch: all still images or none."""
+        self._steps = len(x_TB) if is_static(x_TB) else 0
+        places_B = np.arange(self._passed, self._passed + x_TB.shape[1])
+        self._passed += len(places_B)
+        for place, drawn in enumerate(bits(0, 0, places_B, COUNTED).tolist()):
+            if len(self) < self.most or drawn < self._held[-1][0]:
+                x = x_TB[0, place] if self._steps else x_TB[:, place]
+                insort(self._held, (drawn, x.clone()), key=itemgetter(0))
+                del self._held[self.most :]
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Yield the kept samples as `x_TB` of at most `size` samples. Still images stay still."""
+        for first in range(0, len(self), size):
+            kept = [x for _, x in self._held[first : first + size]]
+            yield repeat(torch.stack(kept), self._steps) if self._steps else torch.stack(kept, 1)
 
 
 def energy_j(macs: float, acs: float, prices: Prices = FP32) -> float:

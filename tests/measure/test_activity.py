@@ -110,7 +110,7 @@ def test_of_one_in_so_many_samples(shuffled: bool, kind: str) -> None:
 @pytest.mark.parametrize("classes", [2, 7, 8, 10, 91, 100, 144])
 def test_no_class_is_left_out_where_classes_take_turns(classes: int) -> None:
     """As every seventh sample, or every eighth, leaves out some."""
-    places_C = torch.tensor(Activity(nn.Sequential(LIF()), every=8).places(list(range(10_000))))
+    places_C = torch.tensor(Activity(nn.Sequential(LIF()), every=8).places(np.arange(10_000)))
     counts = torch.bincount(places_C % classes, minlength=classes)
     fair = 10_000 / 8 / classes
     assert (counts - fair).abs().max() < 4 * fair**0.5 and counts.min() > 0

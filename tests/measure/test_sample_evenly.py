@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.measure.sample_evenly import EvenSample
+from pipeline.measure.energy import EvenSample
 from pipeline.spiking.encode import is_static, repeat
 
 
