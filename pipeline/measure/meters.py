@@ -260,10 +260,7 @@ class Meters:
         It yields a function that records the peaks. Call it once all answers are there.
         """
         self.note_peaks()
-        release_freed_memory()  # otherwise memory that training freed would count
-        release_reserved_bytes(self.device)
-        reset_peak_rss()
-        reset_peak_device_bytes(self.device)
+        self.forget_peaks(gives_back=True)  # otherwise memory that training freed would count
         try:
             yield lambda: self._note(
                 {f"evaluation_{name}": value for name, value in _peaks(self.device).items()}
@@ -275,15 +272,16 @@ class Meters:
         for name, value in peaks.items():
             setattr(self.totals, name, max(getattr(self.totals, name) or 0, value))
 
-    def forget_peaks(self) -> None:
+    def forget_peaks(self, *, gives_back: bool = False) -> None:
         """Reset the peaks, to exclude earlier memory and energy that are not training's.
 
         Freed memory is returned to the kernel or the device only if it would raise training's
-        peak. Otherwise training keeps it and need not allocate it again page by page.
+        peak. Otherwise training keeps it and need not allocate it again page by page. `gives_back`
+        returns it always.
         """
-        if rss_bytes() > self.totals.peak_rss_bytes:
+        if gives_back or rss_bytes() > self.totals.peak_rss_bytes:
             release_freed_memory()
-        if reserved_bytes(self.device) > self.totals.peak_reserved_bytes:
+        if gives_back or reserved_bytes(self.device) > self.totals.peak_reserved_bytes:
             release_reserved_bytes(self.device)
         reset_peak_rss()
         reset_peak_device_bytes(self.device)

@@ -341,11 +341,9 @@ def is_even(x_OI: Tensor) -> bool:
     # The beginning of one row distinguishes real numbers from spikes without a pass over all.
     if x_OI.numel() > 2 * _HEAD and not is_even(x_OI[:1, :_HEAD]):
         return False
-    if x_OI.shape[1] > 1:
-        low_O1, high_O1 = x_OI.aminmax(dim=1, keepdim=True)
-        shared_O1 = torch.maximum(high_O1, -low_O1)
-    else:
-        shared_O1 = torch.ones_like(x_OI)
+    low_O1, high_O1 = x_OI.aminmax(dim=1, keepdim=True)
+    is_sum = x_OI.shape[1] > 1
+    shared_O1 = torch.maximum(high_O1, -low_O1) if is_sum else torch.ones_like(x_OI)
     return bool(((x_OI == shared_O1) | (x_OI == -shared_O1) | (x_OI == 0)).all())
 
 

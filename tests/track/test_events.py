@@ -69,7 +69,7 @@ def test_wrong_fields_are_refused_in_one_line() -> None:
     assert (
         str(refused.value)
         == "journal: an event 'init' must have the fields time, attempt, file, fresh;"
-        " got no field fresh, files too"
+        " got time, attempt, file, files"
     )
 
 

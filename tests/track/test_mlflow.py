@@ -21,8 +21,7 @@ import pytest
 from pipeline.report.stores import open_store
 from pipeline.track import connect as hierarchy
 from pipeline.track.connect import TrackingError, connect
-from pipeline.track.mlflow import Mirror, SyncReport, register, sync, tracking_uri
-from pipeline.track.mlflow_delivery import Delivery
+from pipeline.track.mlflow import Delivery, Mirror, SyncReport, register, sync, tracking_uri
 from tests.helpers.nodes import free_port
 from tests.track.conftest import FakeRun, steps, write_suite
 

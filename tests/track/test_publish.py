@@ -47,7 +47,7 @@ def test_what_cannot_be_registered_is_told_in_a_line(fake_run: Callable, sqlite_
     with pytest.raises(TrackingError, match="no journal of a run that began"):
         register(run.folder, checkpoint, name="x", alias="best", uri=sqlite_store)
     finished(run)
-    with pytest.raises(TrackingError, match="register: MLflow refuses the name 'a/b'") as caught:
+    with pytest.raises(TrackingError, match="Invalid model name 'a/b'") as caught:
         register(run.folder, checkpoint, name="a/b", alias="best", uri=sqlite_store)
     assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(TrackingError, match="cannot be filled"):

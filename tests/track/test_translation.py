@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from pipeline.track.connect import milliseconds
-from pipeline.track.mlflow_delivery import Translation, parameters
+from pipeline.track.mlflow import Translation
 
 
 def step(number: int, **metrics: Any) -> dict[str, Any]:
@@ -115,17 +115,6 @@ def test_tags_count_what_was_lost():
             "spiketrain.attempt": "2",
         }.items()
     )
-
-
-@pytest.mark.parametrize(
-    ("event", "expected"),
-    [
-        ({"event": "start", "params": {"a?": 7000 * "x"}}, {"a_": 6000 * "x"}),
-        ({"event": "step", "params": {"a": 1}}, {}),
-    ],
-)
-def test_parameters_come_with_a_start(event, expected):
-    assert parameters(event) == expected
 
 
 def test_a_time_that_is_none_is_zero():
