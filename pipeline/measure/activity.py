@@ -161,7 +161,6 @@ class _Layer:
 
 
 def _widened(fired_TN: Tensor, steps: int, neurons: int) -> Tensor:
-    """The counts padded to this size with 0."""
     return F.pad(fired_TN, (0, neurons - fired_TN.shape[1], 0, steps - fired_TN.shape[0]))
 
 

@@ -46,11 +46,16 @@ class Prices:
     source: str
 
 
-_HOROWITZ = "Horowitz 2014, ISSCC (doi 10.1109/ISSCC.2014.6757323)"
-FP32 = Prices(name="45 nm, fp32", mac_pj=4.6, ac_pj=0.9, source=_HOROWITZ)
-FP16 = Prices(name="45 nm, fp16", mac_pj=1.5, ac_pj=0.4, source=_HOROWITZ)
-INT8 = Prices(name="45 nm, int8", mac_pj=0.23, ac_pj=0.03, source=_HOROWITZ)
-TABLES = (FP32, FP16, INT8)
+TABLES = tuple(
+    Prices(
+        name=f"45 nm, {numbers}",
+        mac_pj=mac_pj,
+        ac_pj=ac_pj,
+        source="Horowitz 2014, ISSCC (doi 10.1109/ISSCC.2014.6757323)",
+    )
+    for numbers, mac_pj, ac_pj in (("fp32", 4.6, 0.9), ("fp16", 1.5, 0.4), ("int8", 0.23, 0.03))
+)
+FP32 = TABLES[0]
 
 
 @dataclass(frozen=True)
@@ -144,8 +149,10 @@ def describe_inference(inference: Mapping[str, Any], *, on_gpu: bool) -> str:
         measurement = "not measured: no card has a counter" if on_gpu else "not measured on a CPU"
     unknown = ", ".join(inference.get("not_counted", ()))
     prices = f"{inference['prices']}, without {unknown}" if unknown else inference["prices"]
-    estimated = shown(inference["energy_j"], kind="J")
-    return f"an inference: {estimated} estimated ({prices}), {measurement}"
+    return (
+        f"an inference: {shown(inference['energy_j'], kind='J')} estimated ({prices}),"
+        f" {measurement}"
+    )
 
 
 class EnergyCounter:

@@ -81,8 +81,10 @@ def unusable_gpus() -> UnusableGPUs | None:
         problem = f"is built for CUDA {built} and {here}: this is {driver}"
         ways = [another_driver, *another_torch]
     else:
-        reason = f"{_reason()}; the driver is new enough ({driver})"
-        problem = f"is built for CUDA {built} and {here}: {reason}"
+        problem = (
+            f"is built for CUDA {built} and {here}: {_reason()}; the driver is new enough"
+            f" ({driver})"
+        )
         ways = ["see nvidia-smi; a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility"]
     return UnusableGPUs(f"torch {torch.__version__} {problem}", ", or ".join([*ways, ON_A_CPU]))
 

@@ -32,8 +32,10 @@ def peak_rss_bytes() -> int:
     It is Linux' VmHWM. getrusage's maximum, which stands in for it where a sandbox has none,
     survives exec: a small child of a large parent would report the parent's maximum.
     """
-    peak = _proc_bytes("/proc/self/status", "VmHWM:")
-    return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (
+        _proc_bytes("/proc/self/status", "VmHWM:")
+        or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
 
 
 def reset_peak_rss() -> bool:
@@ -94,12 +96,6 @@ def peak_reserved_bytes(device: torch.device) -> int:
     This amount must fit on the card.
     """
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
-
-
-def release_reserved_bytes(device: torch.device) -> None:
-    """Return the unused memory of torch's allocator to a GPU. On a CPU, do nothing."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def reserved_bytes(device: torch.device) -> int:

@@ -33,7 +33,6 @@ from pipeline.measure.memory import (
     peak_reserved_bytes,
     peak_rss_bytes,
     pss_bytes,
-    release_reserved_bytes,
     reserved_bytes,
     reset_peak_device_bytes,
     reset_peak_rss,
@@ -282,7 +281,7 @@ class Meters:
         if gives_back or rss_bytes() > self.totals.peak_rss_bytes:
             release_freed_memory()
         if gives_back or reserved_bytes(self.device) > self.totals.peak_reserved_bytes:
-            release_reserved_bytes(self.device)
+            torch.cuda.empty_cache()  # nothing where no card is in use
         reset_peak_rss()
         reset_peak_device_bytes(self.device)
         self._joules_then = self._joules.read()
@@ -335,10 +334,9 @@ def _sums(done: Sequence[_MicroBatch], device: torch.device) -> Tensor:
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     if done:
         losses, hits, _ = zip(*done, strict=True)
-        shares = [each.share for each in done for _ in range(len(each.losses_K))]
-        shares_K = torch.tensor(shares, dtype=torch.float64, device=device)
         hit_B = torch.cat(hits)
-        sums[0] = torch.cat(losses).double() @ shares_K
+        shares = [each.share for each in done for _ in range(len(each.losses_K))]
+        sums[0] = torch.cat(losses).double() @ sums.new_tensor(shares)
         sums[1], sums[2] = hit_B.sum(), len(hit_B)
     return sums
 
@@ -412,8 +410,7 @@ class Totals:
     def add_operations(self, counted: Operations, samples: int) -> None:
         """Add the operations of one batch, by purpose."""
         for purpose, more in counted.work.items():
-            so_far = Work(**self.operations.get(purpose, {}))
-            self.operations[purpose] = asdict(so_far + more)
+            self.operations[purpose] = asdict(Work(**self.operations.get(purpose, {})) + more)
         self.operation_samples += samples
         self.not_counted = sorted({*self.not_counted, *counted.not_counted})
 

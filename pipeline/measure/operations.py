@@ -202,7 +202,6 @@ class _Watch(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """The tensors among an operation's arguments or results, single or in lists."""
     return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
@@ -234,9 +233,12 @@ def _convolution(
     The convolution of zeros and ones is the number of pairs without a zero at each output.
     """
     _, kernel = _summed_kernels(weight, *how)
-    live = aten.convolution(_nonzero(x, 0).unsqueeze(0), kernel, None, *how).sum()
-    dense = _dense(x, weight, *how)
-    operations.add(live, dense, even=operations.has_even(x, weight), hands_down=True)
+    operations.add(
+        aten.convolution(_nonzero(x, 0).unsqueeze(0), kernel, None, *how).sum(),
+        _dense(x, weight, *how),
+        even=operations.has_even(x, weight),
+        hands_down=True,
+    )
 
 
 def _convolution_backward(

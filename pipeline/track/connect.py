@@ -143,16 +143,16 @@ def parent_of(client: MlflowClient, experiment_id: str, start: Record) -> str | 
 
     A new parent becomes the parent of all runs of the suite: the old one may have been deleted.
     """
-    uuid = start.get("study_parent")
-    if not uuid:
+    if not (uuid := start.get("study_parent")):
         return None
     of_suite = f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`{KIND_TAG}` = "
     if parents := client.search_runs([experiment_id], f"{of_suite}'suite'"):
         return parents[0].info.run_id
-    tags = {PARENT_TAG: str(uuid), KIND_TAG: "suite"}
-    name = str(start.get("suite") or f"suite {str(uuid)[:8]}")
     parent_id = client.create_run(
-        experiment_id, start_time=milliseconds(start), tags=tags, run_name=name
+        experiment_id,
+        start_time=milliseconds(start),
+        tags={PARENT_TAG: str(uuid), KIND_TAG: "suite"},
+        run_name=str(start.get("suite") or f"suite {str(uuid)[:8]}"),
     ).info.run_id
     for run in client.search_runs([experiment_id], f"{of_suite}'run'"):
         client.set_tag(run.info.run_id, PARENT_OF, parent_id)
@@ -166,8 +166,7 @@ def suite_of(run_dir: Path, start: Record) -> Path | None:
         TrackingError: the name in the journal is not a folder's name. (The journal may come from
             elsewhere.)
     """
-    name = start.get("suite")
-    if not name:
+    if not (name := start.get("suite")):
         return None
     if not is_name(str(name)):
         raise TrackingError(
@@ -197,8 +196,8 @@ def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | Non
 
 def _status_in_suite(run: Run, *, is_needed: bool) -> str:
     """A diverged run counts as finished, unless other runs need its weights."""
-    is_result = run.data.tags.get(DIVERGED_TAG) == "true" and not is_needed
-    return "FINISHED" if is_result and run.info.status == "FAILED" else run.info.status
+    has_diverged = run.info.status == "FAILED" and run.data.tags.get(DIVERGED_TAG) == "true"
+    return "FINISHED" if has_diverged and not is_needed else run.info.status
 
 
 @contextmanager

@@ -106,8 +106,6 @@ class Unknown(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class _AtStep(Event):
-    """An event at a step of the run."""
-
     step: int  # global batches done
 
 
@@ -341,8 +339,6 @@ class Undeleted(_AtStep, count_tag="spiketrain.undeleted_checkpoints"):
 
 @dataclass(frozen=True, kw_only=True)
 class _BadBatch(Event):
-    """A batch was bad."""
-
     step: int  # number of the batch, from 0
     epoch: int  # from 0
     reason: str  # one line
@@ -449,8 +445,6 @@ class Stopped(_AtStep, durable=True, sends_journal=True, state="stopped", status
 
 @dataclass(frozen=True, kw_only=True)
 class _Error(Event, durable=True, sends_journal=True, status="FAILED"):
-    """An attempt ended with an error."""
-
     error: Annotated[str, Tag("spiketrain.error")]  # one line
     traceback: str  # of the error
 

@@ -82,8 +82,11 @@ class _Run(Collector):
         if numbers["step"]:  # of the newest event with one: lower than before after a rollback
             yield "spiketrain_step", "Global batches done.", numbers["step"][-1]
         if numbers["time"]:
-            help_ = "When the newest event was written, in Unix time."
-            yield "spiketrain_event_timestamp_seconds", help_, max(numbers["time"])
+            yield (
+                "spiketrain_event_timestamp_seconds",
+                "When the newest event was written, in Unix time.",
+                max(numbers["time"]),
+            )
 
 
 class Exposed:

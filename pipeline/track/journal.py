@@ -75,8 +75,11 @@ class Journal:
             raise OSError(error.errno, f"journal: {error.strerror}", str(self.path)) from error
         self._torn = written < len(data)
         if self._torn:
-            text = f"journal: only {written} of {len(data)} bytes were written"
-            raise OSError(errno.ENOSPC, text, str(self.path))
+            raise OSError(
+                errno.ENOSPC,
+                f"journal: only {written} of {len(data)} bytes were written",
+                str(self.path),
+            )
         if event.durable:
             os.fsync(descriptor)
 
@@ -106,14 +109,12 @@ def read_events(path: str | os.PathLike[str]) -> list[Event]:
 
 def first(path: str | os.PathLike[str], *kinds: str) -> Record | None:
     """The first event of one of these kinds; the lines of other kinds are not parsed."""
-    heads = tuple(map(_head, kinds))
-    return next(_parsed(line for line in _lines(path) if line.startswith(heads)), None)
+    return next(_parsed(_lines(path, *kinds)), None)
 
 
 def every(path: str | os.PathLike[str], kind: str) -> list[Record]:
     """All events of one kind, oldest first; the lines of other kinds are not parsed."""
-    head = _head(kind)
-    return list(_parsed(line for line in _lines(path) if line.startswith(head)))
+    return list(_parsed(_lines(path, kind)))
 
 
 def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list[Record]:
@@ -182,8 +183,7 @@ class Follower:
         """
         try:
             with self.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < self.offset:
+                if os.fstat(file.fileno()).st_size < self.offset:
                     self.offset = 0
                 file.seek(self.offset)
                 block = file.read(limit_bytes) + file.readline()
@@ -200,17 +200,18 @@ def number(value: Any) -> float | None:
     return float(value) if is_number or value in ("nan", "inf", "-inf") else None
 
 
-def _lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
-    """The complete lines of a journal; none if there is no journal yet."""
+def _lines(path: str | os.PathLike[str], *kinds: str) -> Iterator[bytes]:
+    """The complete lines of a journal, of these kinds or of all; none if there is no journal."""
+    heads = tuple(map(_head, kinds)) or b""
     try:
         with Path(path).open("rb") as file:
-            yield from (line for line in file if line.endswith(b"}\n"))
+            yield from (line for line in file if line.endswith(b"}\n") and line.startswith(heads))
     except FileNotFoundError:
         return
 
 
 def _head(kind: str) -> bytes:
-    """The first bytes of a line of this kind. The kind is always written first."""
+    # The kind is always written first.
     return f'{{"{KIND}": {json.dumps(kind)},'.encode()
 
 

@@ -179,7 +179,7 @@ def read_note(run_dir: Path) -> Any:
 class Delivery:
     """One connection to MLflow and one reading of the journal. Replace it after an exception.
 
-    `delivered` counts the points sent; `already_there` counts the points that MLflow had before.
+    `delivered` counts the points sent.
     """
 
     def __init__(self, run_dir: Path, *, uri: str) -> None:
@@ -266,9 +266,11 @@ class Delivery:
         tags = {RUN_TAG: uuid, KIND_TAG: "run"}
         if self._parent_id:
             tags[PARENT_OF] = self._parent_id
-        name = str(start.get("run", self.run_dir.name))
         return client.create_run(
-            experiment_id, start_time=milliseconds(start), tags=tags, run_name=name
+            experiment_id,
+            start_time=milliseconds(start),
+            tags=tags,
+            run_name=str(start.get("run", self.run_dir.name)),
         )
 
     def _send(self, new: list[Record]) -> None:
@@ -282,8 +284,9 @@ class Delivery:
             if kind_of(event) is Start:  # the first start's values stay
                 recipe = event.get("params", {}).items()
                 params = {_key(key): str(value)[:6000] for key, value in recipe} | params
-        tags = {key: value[:5000] for key, value in tags.items()}
-        tags = {key: value for key, value in tags.items() if self._tags.get(key) != value}
+        tags = {
+            key: value[:5000] for key, value in tags.items() if self._tags.get(key) != value[:5000]
+        }
         # MLflow accepts a parameter once; the tags show the values that a restart changed.
         params = {key: value for key, value in params.items() if key not in self._params}
         # One call: the client (3.17.2) splits it to the limits of a request and keeps the order.
@@ -398,9 +401,8 @@ class Translation:
         if kind.state is not None:
             self._of_ends |= tags.keys()
         if kind is events.Checkpoint and event.get("path"):
-            address = str(event["path"])
-            uri = address if "://" in address else Path(address).absolute().as_uri()
-            tags[CHECKPOINT_TAG] = uri
+            path = str(event["path"])
+            tags[CHECKPOINT_TAG] = path if "://" in path else Path(path).absolute().as_uri()
         if name := kind.count_tag:
             counted = kind.counted_field
             self._counts[name] += _integer(event.get(counted), 0) if counted else 1
@@ -507,11 +509,10 @@ def register(
                 client.create_registered_model(name)
             versions = client.search_model_versions(f"name = '{name}'")
             version = next((each for each in versions if each.tags.get("uri") == address), None)
-            if version is None:
-                # A server (3.17.2) refuses a local source outside of the run's artifacts.
-                source = f"{run.info.artifact_uri}/{checkpoint.name}"
-                version = client.create_model_version(
-                    name, source, run.info.run_id, tags={"uri": address}
-                )
+            # A server (3.17.2) refuses a local source outside of the run's artifacts.
+            source = f"{run.info.artifact_uri}/{checkpoint.name}"
+            version = version or client.create_model_version(
+                name, source, run.info.run_id, tags={"uri": address}
+            )
             client.set_registered_model_alias(name, alias, version.version)
     return str(version.version)

@@ -66,8 +66,10 @@ class Sampler:
                         return
                     samples.write(System(step=step, metrics=_collect(monitors)))
         except Exception as error:  # such as a full disk, or a failed GPU driver
-            problem = f"{type(error).__name__}: {error}"
-            warnings.warn(f"system metrics are no longer sampled: {problem}", stacklevel=1)
+            warnings.warn(
+                f"system metrics are no longer sampled: {type(error).__name__}: {error}",
+                stacklevel=1,
+            )
 
 
 def _monitors() -> list[BaseMetricsMonitor]:

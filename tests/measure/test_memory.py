@@ -62,7 +62,7 @@ def test_one_storage_saved_by_many_nodes_and_views_counts_once_and_whole():
         first = (large[3] * weight).sum()  # a view of 6 elements holds the whole storage
         assert saved.now == 600 * 4
         views = large[4], large[3:5], large.T.reshape(100, 6)[0]  # the last one is of a copy
-        second = sum((view * weight).sum() for view in views)
+        second = torch.stack([(view * weight).sum() for view in views]).sum()
         del views
         for loss, held in ((first, 600 + 600), (second, 0)):
             assert saved.now == (600 + 600) * 4

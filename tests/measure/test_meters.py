@@ -295,7 +295,7 @@ def test_what_is_free_is_given_back_where_it_would_be_told_as_trainings(
     """Of the host and of a card, each by its own peak."""
     bytes_now = {"rss": 5_000_000, "reserved": 20_000_000}
     given_back: list[str] = []
-    releases = {"rss": "release_freed_memory", "reserved": "release_reserved_bytes"}
+    releases = {"rss": "release_freed_memory", "reserved": "torch.cuda.empty_cache"}
     for each, release in releases.items():
         for name, act in (
             (f"peak_{each}_bytes", lambda *_, each=each: bytes_now[each]),

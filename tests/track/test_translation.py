@@ -74,8 +74,6 @@ def test_the_end_of_a_run_sends_what_waits(end: str):
 
 
 def test_a_finish_is_a_summary_at_the_newest_step():
-    translation = Translation()
-    nested = {"forward": {"additions": 2.0, "who": "x"}}
     finish = {
         "event": "finish",
         "steps": 7,
@@ -83,10 +81,10 @@ def test_a_finish_is_a_summary_at_the_newest_step():
         "time": 2.0,
         "top 1!": 0.5,
         "rule": "SLTT",
-        "operations": nested,
+        "operations": {"forward": {"additions": 2.0, "who": "x"}},
     }
     expected = [("summary/top 1_", 7, 0.5), ("summary/operations/forward/additions", 7, 2.0)]
-    assert sent(translation, step(6, loss=1.0), finish)[1:] == expected
+    assert sent(Translation(), step(6, loss=1.0), finish)[1:] == expected
 
 
 @pytest.mark.parametrize(
