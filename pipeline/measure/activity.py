@@ -134,10 +134,8 @@ class Activity:
 
 
 class _Layer:
-    """Spike counts of each neuron at each time step."""
-
     def __init__(self) -> None:
-        self.fired_TN = torch.zeros(0, 0)
+        self.fired_TN = torch.zeros(0, 0)  # spikes of each neuron at each time step
         self.step = 0
         self.places: tuple[int, ...] = ()  # of the counted samples in the current batch
 

@@ -196,11 +196,14 @@ def hardware_over(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     whichever machine has rank 0.
     """
 
-    description = {}
-    for name in machines[0]:
-        counts = sorted(Counter(machine[name] for machine in machines).items(), key=str)
-        described = [f"{value} ({count} of {len(machines)} workers)" for value, count in counts]
-        description[name] = " + ".join(described) if len(counts) > 1 else machines[0][name]
+    description = dict(machines[0])
+    for name in description:
+        counts = Counter(machine[name] for machine in machines)
+        if len(counts) > 1:
+            description[name] = " + ".join(
+                f"{value} ({count} of {len(machines)} workers)"
+                for value, count in sorted(counts.items(), key=str)
+            )
     return description
 
 

@@ -210,8 +210,8 @@ class Meters:
         self._batch.loss_terms.append((term.loss, term.logits))
         if (saved := self._counting) is not None:
             with self.part("metrics"):
-                kept = saved.now, state_bytes(self.network, beside=saved.storages)
-                self._batch.kept = max(self._batch.kept, kept)
+                beside = state_bytes(self.network, beside=saved.storages)
+                self._batch.kept = max(self._batch.kept, (saved.now, beside))
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
         """Record loss and hits. `share`: the micro-batch's share of the global batch."""
@@ -311,7 +311,6 @@ class Meters:
         return min(self._due, default=None)  # "bytes" precedes "operations"
 
     def _account(self) -> None:
-        """Move the clock's measurements to the window and the totals."""
         totals = self.totals
         for seconds in self.clock.take():
             kind = self._kinds.popleft()
@@ -342,7 +341,6 @@ def _sums(done: Sequence[_MicroBatch], device: torch.device) -> Tensor:
 
 
 def _peaks(device: torch.device) -> dict[str, int]:
-    """Peaks of the process and the device since their last reset."""
     return {
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(device),

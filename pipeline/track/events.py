@@ -514,7 +514,6 @@ def declared(kind: type[Event], use: type[_Use]) -> tuple[tuple[str, _Use], ...]
 
 @cache
 def _rest(kind: type[Event]) -> str | None:
-    """The name of the field whose entries lie beside the others."""
     return next((name for name, _ in declared(kind, Rest)), None)
 
 

@@ -42,9 +42,7 @@ def exposition(events: Iterable[Record]) -> str:
 
 @dataclass(frozen=True)
 class _Run(Collector):
-    """The metrics of one run; `events` are the `newest` of its journal."""
-
-    events: Sequence[Record]
+    events: Sequence[Record]  # the `newest` of the run's journal
 
     def collect(self) -> Iterator[Metric]:
         start = next((event for event in self.events if kind_of(event) is Start), None)

@@ -73,7 +73,6 @@ class Sampler:
 
 
 def _monitors() -> list[BaseMetricsMonitor]:
-    """Monitors of processors, memory, disk, network and GPUs."""
     import psutil
     from mlflow.system_metrics.metrics import (
         cpu_monitor,

@@ -261,31 +261,29 @@ def test_every_point_has_the_time_of_its_event_and_not_of_its_delivery(
 def test_the_journal_is_sent_at_a_start_and_whenever_the_weights_are_looked_at_and_at_the_end(
     fake_run: Callable, sqlite_store: str
 ):
-    run, sent = fake_run(), []
+    run = fake_run()
     delivery = Delivery(run.folder, uri=sqlite_store)
 
-    def kept() -> bool:
+    def is_sent() -> bool:
         delivery.advance()
         artifact = artifacts(delivery.run) / "journal.jsonl"
-        sent.append(artifact.read_bytes() if artifact.exists() else b"")
-        return sent[-1] == journal.path.read_bytes()
+        return artifact.exists() and artifact.read_bytes() == journal.path.read_bytes()
 
     with run.start() as journal:
-        assert kept() and sent[-1].count(b"\n") == 1  # whoever looks on learns what the run is
-        steps(journal, 0, 2)
-        assert not kept()
+        assert is_sent()  # whoever looks on learns what the run is
         for kind in ("evaluation", "fidelity"):
+            steps(journal, 0, 2)
+            assert not is_sent()
             journal.event(kind, step=1)
-            assert kept()
-            steps(journal, 2, 4)
-            assert not kept()
+            assert is_sent()
+        steps(journal, 2, 4)
+        assert not is_sent()
     assert sync(run.folder, uri=sqlite_store)  # nobody drives it: this is its end
-    assert kept()
+    assert is_sent()
     artifact = artifacts(delivery.run) / "journal.jsonl"
     artifact.write_text("as it is")
-    assert (
-        sync(run.folder, uri=sqlite_store) and artifact.read_text() == "as it is"
-    )  # not sent without need
+    # not sent without need
+    assert sync(run.folder, uri=sqlite_store) and artifact.read_text() == "as it is"
 
 
 def test_whoever_delivers_for_ever_is_not_waited_for(
@@ -403,22 +401,23 @@ def die_at_call(patch: pytest.MonkeyPatch, fatal: int, effect: str) -> list[str]
     def dying(name: str, original: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
             calls.append(name)
-            if len(calls) == fatal and effect == "before":
+            is_fatal = len(calls) == fatal
+            if is_fatal and effect == "before":
                 raise KeyboardInterrupt
             result = original(*args, **kwargs)
-            if len(calls) == fatal:
+            if is_fatal:
                 raise KeyboardInterrupt
             return result
 
         return call
 
     changing = ("create_experiment", "create_run", "set_terminated", "log_artifact", "set_tag")
-    for owner, names in (
-        (MlflowClient, changing),
-        (SqlAlchemyStore, ("log_batch",)),
-    ):  # the client cuts a batch in several
-        for name in names:
-            patch.setattr(owner, name, dying(name, getattr(owner, name)))
+    # the client cuts a batch in several
+    for owner, name in (
+        *((MlflowClient, name) for name in changing),
+        (SqlAlchemyStore, "log_batch"),
+    ):
+        patch.setattr(owner, name, dying(name, getattr(owner, name)))
     return calls
 
 
@@ -444,11 +443,10 @@ def test_many_deliverers_at_once(fake_run: Callable, sqlite_store: str):
 
     with ThreadPoolExecutor(6) as threads:
         list(threads.map(deliver, range(6)))
-    found = find(sqlite_store, run)
     assert [step for step, _ in history(sqlite_store, run, "train/loss")] == list(range(60))
-    client = connect(sqlite_store)
-    runs = client.search_runs([found.info.experiment_id], run_view_type=ViewType.ALL)
-    assert len(runs) == 2  # the run and its parent; none that had to be deleted
+    # the run and its parent; none that had to be deleted
+    experiment = find(sqlite_store, run).info.experiment_id
+    assert len(connect(sqlite_store).search_runs([experiment], run_view_type=ViewType.ALL)) == 2
 
 
 def test_interleaved_deliverers_agree(fake_run: Callable, sqlite_store: str):
@@ -485,10 +483,8 @@ def test_a_run_that_was_created_twice_is_one_run_again(fake_run: Callable, sqlit
     with run.start() as journal:
         steps(journal, 0, 3)
     sync(run.folder, uri=sqlite_store)
-    client = connect(sqlite_store)
-    client.create_run(
-        find(sqlite_store, run).info.experiment_id, tags={"spiketrain.run_id": run.run_id}
-    )
+    experiment = find(sqlite_store, run).info.experiment_id
+    connect(sqlite_store).create_run(experiment, tags={"spiketrain.run_id": run.run_id})
     sync(run.folder, uri=sqlite_store)
     assert len(history(sqlite_store, run, "train/loss")) == 3
 
@@ -520,13 +516,14 @@ def test_nothing_to_deliver(fake_run: Callable, sqlite_store: str):
 
 
 def test_where_the_store_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert tracking_uri("runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    assert tracking_uri("runs") == "http://mlflow:5000"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
-    assert tracking_uri("runs") == f"sqlite:///{tmp_path}/other.db"
+    for given, uri in (
+        ("", f"sqlite:///{tmp_path}/runs/mlflow.db"),
+        ("http://mlflow:5000", "http://mlflow:5000"),
+        ("sqlite:///other.db", f"sqlite:///{tmp_path}/other.db"),
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+        assert tracking_uri("runs") == uri
 
 
 # ------------------------------------------------------------------------------------- dead servers
