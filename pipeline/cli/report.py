@@ -74,7 +74,6 @@ def report(
     In MLflow the page becomes an artifact of each suite that has some of the runs.
     """
     from pipeline.report.page import publish, write
-    from pipeline.report.selection import runs_dir_of
     from pipeline.report.suite import read_study
 
     runs = runs_dir_of(runs, names or [])

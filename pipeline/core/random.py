@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 # The numbers of the draws. A new use takes new numbers. Existing numbers never change.
 ORDER, FLIP, SHIFT_Y, SHIFT_X = 0, 1, 2, 3
 HELD_OUT = 8
-# the samples of an evaluation with counted activity: measure/activity.py, sample_evenly.py
+# the samples of an evaluation with counted activity: measure/activity.py, energy.py
 COUNTED = 11
 PAGE = 10  # the samples whose pages are checked: data/ffcv/page_checks.py
 # the order in which each sample is the donor of the previous one: benchmarks/carryover.py

@@ -15,11 +15,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.core.random import COUNTED, below, bits
 from pipeline.spiking.neuron import LIF, named_neurons
@@ -71,7 +74,6 @@ class Activity:
     def __init__(self, network: nn.Module, *, every: int = 1) -> None:
         self.every = every
         self._samples = 0
-        self._is_drawn = b""  # one byte per id, up to the largest id so far
         self._neurons = named_neurons(network)
         self._layers = [_Layer() for _ in self._neurons]
         self._hooks: list[Any] = []
@@ -88,18 +90,15 @@ class Activity:
     @contextmanager
     def batch(self, index_B: Tensor) -> Iterator[None]:
         """Surround the time steps of the samples with these ids. They may run in slices."""
-        drawn = _Drawn(self.places(index_B.tolist()))
+        places = self.places(index_B.numpy())
         for layer in self._layers:
-            layer.step, layer.drawn = 0, drawn
+            layer.step, layer.places = 0, places
         yield
-        self._samples += len(drawn.places)
+        self._samples += len(places)
 
-    def places(self, ids: list[int]) -> list[int]:
+    def places(self, ids: NDArray[np.int64]) -> tuple[int, ...]:
         """Positions of the counted samples in `ids`."""
-        if (last := max(ids, default=-1)) >= len(self._is_drawn):
-            every_id = np.arange(max(last + 1, 2 * len(self._is_drawn)))
-            self._is_drawn = (below(bits(0, 0, every_id, COUNTED), self.every) == 0).tobytes()
-        return [place for place, number in enumerate(ids) if self._is_drawn[number]]
+        return tuple(np.flatnonzero(below(bits(0, 0, ids, COUNTED), self.every) == 0).tolist())
 
     def layers(self, total: Reduce = alone, largest: Reduce = alone) -> tuple[LayerActivity, ...]:
         """Activity over all ranks, in order of construction. Collective.
@@ -112,7 +111,7 @@ class Activity:
         shapes_L2 = [layer.fired_TN.shape for layer in self._layers]
         sizes_L2 = largest(torch.tensor(shapes_L2, dtype=torch.int64)).tolist()
         widened = [
-            layer.widened(steps, neurons).cpu()
+            _widened(layer.fired_TN.cpu(), steps, neurons)
             for layer, (steps, neurons) in zip(self._layers, sizes_L2, strict=True)
         ]
         by_step = [fired_TN.sum(1, dtype=torch.float64) for fired_TN in widened]
@@ -134,46 +133,20 @@ class Activity:
         )
 
 
-class _Drawn:
-    """The counted samples of the current batch.
-
-    Positions are Python lists, made once for all layers. A layer has just filled the caches, so
-    there the smallest operation of torch takes as long as a loop over a batch.
-    """
-
-    def __init__(self, places: list[int]) -> None:
-        self.places = places
-        self._rows: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
-
-    def rows(self, steps: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Rows of the counted samples in spikes [T B, ...]: [T C]; first row of each step: [T]."""
-        key = steps, batch, device
-        if key not in self._rows:
-            row_TC = [step * batch + place for step in range(steps) for place in self.places]
-            first_T = [step * len(self.places) for step in range(steps)]
-            self._rows[key] = (
-                torch.tensor(row_TC).to(device, non_blocking=True),
-                torch.tensor(first_T).to(device, non_blocking=True),
-            )
-        return self._rows[key]
-
-
 class _Layer:
-    """Spike counts of each neuron at each time step."""
-
     def __init__(self) -> None:
-        self.fired_TN = torch.zeros(0, 0)
+        self.fired_TN = torch.zeros(0, 0)  # spikes of each neuron at each time step
         self.step = 0
-        self.drawn = _Drawn([])
+        self.places: tuple[int, ...] = ()  # of the counted samples in the current batch
 
     @torch.no_grad()
     def record(self, neuron: nn.Module, _: Any, s_TB: Tensor) -> None:
         """Add the output of `neuron`. This is a forward hook."""
-        if not self.drawn.places:
+        if not self.places:
             return
         steps, batch = s_TB.shape[:2]
         s_RN = s_TB.reshape(steps * batch, -1)
-        row_TC, first_T = self.drawn.rows(steps, batch, s_TB.device)
+        row_TC, first_T = _rows(self.places, steps, batch, s_TB.device)
         if _fires_ones(neuron) and s_TB.dtype == torch.float32:
             # sums the rows in place, without copying them
             fired_TN = torch.embedding_bag(s_RN, row_TC, first_T)[0]
@@ -181,17 +154,26 @@ class _Layer:
             fired_TN = torch.ne(s_RN[row_TC.view(steps, -1)], 0).sum(1, dtype=torch.float32)
         first, self.step = self.step, self.step + steps
         if len(self.fired_TN) < self.step:
-            self.fired_TN = self.widened(self.step, fired_TN.shape[1]).to(s_TB.device)
-        counted_TN = (
-            self.fired_TN if steps == len(self.fired_TN) else self.fired_TN[first : self.step]
-        )
-        counted_TN += fired_TN
+            self.fired_TN = _widened(self.fired_TN, self.step, s_RN.shape[1]).to(s_TB.device)
+        self.fired_TN[first : self.step].add_(fired_TN)
 
-    def widened(self, steps: int, neurons: int) -> Tensor:
-        """The counts padded to this size with 0."""
-        wide_TN = self.fired_TN.new_zeros(steps, neurons)
-        wide_TN[: self.fired_TN.shape[0], : self.fired_TN.shape[1]] = self.fired_TN
-        return wide_TN
+
+def _widened(fired_TN: Tensor, steps: int, neurons: int) -> Tensor:
+    return F.pad(fired_TN, (0, neurons - fired_TN.shape[1], 0, steps - fired_TN.shape[0]))
+
+
+@lru_cache(maxsize=8)
+def _rows(
+    places: tuple[int, ...], steps: int, batch: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Rows of the samples at `places` in spikes [T B, ...]: [T C]; first row of each step: [T].
+
+    They are made once for all layers of a batch. A layer has just filled the caches, so there the
+    smallest operation of torch takes as long as a loop over a batch.
+    """
+    row_TC = torch.tensor([step * batch + place for step in range(steps) for place in places])
+    first_T = torch.arange(0, len(row_TC), len(places))
+    return row_TC.to(device, non_blocking=True), first_T.to(device, non_blocking=True)
 
 
 def _fires_ones(neuron: nn.Module) -> bool:

@@ -16,18 +16,17 @@ A batch has about thirty boundaries. Each follows a layer that has just filled t
 every call costs microseconds. A boundary therefore only records a name and the time.
 """
 
-import functools
+from __future__ import annotations
+
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator, contextmanager
+from typing import Any
 
 import torch
 from torch import distributed
 
 from pipeline.measure.constants import PARTS, REST, Part
-
-T_ = TypeVar("T_")
 
 COLLECTIVES = (
     "all_reduce",
@@ -40,7 +39,6 @@ COLLECTIVES = (
     "reduce_scatter_tensor",
     "barrier",
 )
-_END = object()
 
 
 class Clock:
@@ -71,20 +69,9 @@ class Clock:
         finally:
             self._boundaries = None
 
-    def part(self, name: Part) -> AbstractContextManager[None]:
+    def part(self, name: Part) -> _Part:
         """Charge the time inside to `name`. It has no effect outside a batch."""
         return self._parts[name]
-
-    def each(self, name: Part, source: Iterable[T_]) -> Iterator[T_]:
-        """Iterate over `source`, charging the time to produce each item to `name`."""
-        iterator = iter(source)
-        part = self._parts[name]
-        while True:
-            with part:
-                value = next(iterator, _END)
-            if value is _END:
-                return
-            yield value  # type: ignore[misc]  # not the end
 
     def begin(self, name: str) -> None:
         """Charge `name` from now on."""
@@ -114,10 +101,8 @@ class Clock:
         return seconds
 
 
-class _Part:
-    """A context manager that may be entered repeatedly, also within itself."""
-
-    __slots__ = ("_clock", "_name")
+class _Part(ContextDecorator):
+    """A context manager, also for each call of a function. It may be entered within itself."""
 
     def __init__(self, clock: Clock, name: str) -> None:
         self._clock, self._name = clock, name
@@ -127,9 +112,8 @@ class _Part:
         self._clock.begin(self._name)
 
     def __exit__(self, *exc: object) -> None:
-        entered = self._clock.entered
-        entered.pop()
-        self._clock.begin(entered[-1])
+        self._clock.entered.pop()
+        self._clock.begin(self._clock.entered[-1])
 
 
 @contextmanager
@@ -145,21 +129,12 @@ def charge_collectives(clock: Clock) -> Iterator[None]:
     """
     own = {name: getattr(distributed, name) for name in COLLECTIVES}
     for name, collective in own.items():
-        setattr(distributed, name, _charged(collective, clock))
+        setattr(distributed, name, clock.part("communication")(collective))
     try:
         yield
     finally:
         for name, collective in own.items():
             setattr(distributed, name, collective)
-
-
-def _charged(collective: Callable[..., Any], clock: Clock) -> Callable[..., Any]:
-    @functools.wraps(collective)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with clock.part("communication"):
-            return collective(*args, **kwargs)
-
-    return call
 
 
 def seconds_of(act: Callable[[], object], device: torch.device) -> float:

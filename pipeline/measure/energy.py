@@ -1,5 +1,7 @@
 """The energy of an inference: estimated from its operations, or measured by a GPU's counter.
 
+The operations are those of samples from all over an evaluation set (`EvenSample`).
+
     E = mac MACs + ac ACs        MACs: multiply-accumulates of two real numbers
                                  ACs: additions without a multiplication, for spikes
 
@@ -14,15 +16,24 @@ included. A GPU's counter (NVML) measures the whole card, including its idle pow
 work on it. A GPU is also another kind of chip, so the measurement does not replace the estimate.
 """
 
-from collections.abc import Iterable, Mapping
+# T time, B batch
+
+from bisect import insort
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import pynvml
 import torch
+from torch import Tensor
 
+from pipeline.core.random import COUNTED, bits
 from pipeline.core.units import shown
 from pipeline.measure.operations import Work
+from pipeline.spiking.encode import is_static, repeat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +46,16 @@ class Prices:
     source: str
 
 
-_HOROWITZ = "Horowitz 2014, ISSCC (doi 10.1109/ISSCC.2014.6757323)"
-FP32 = Prices(name="45 nm, fp32", mac_pj=4.6, ac_pj=0.9, source=_HOROWITZ)
-FP16 = Prices(name="45 nm, fp16", mac_pj=1.5, ac_pj=0.4, source=_HOROWITZ)
-INT8 = Prices(name="45 nm, int8", mac_pj=0.23, ac_pj=0.03, source=_HOROWITZ)
-TABLES = (FP32, FP16, INT8)
+TABLES = tuple(
+    Prices(
+        name=f"45 nm, {numbers}",
+        mac_pj=mac_pj,
+        ac_pj=ac_pj,
+        source="Horowitz 2014, ISSCC (doi 10.1109/ISSCC.2014.6757323)",
+    )
+    for numbers, mac_pj, ac_pj in (("fp32", 4.6, 0.9), ("fp16", 1.5, 0.4), ("int8", 0.23, 0.03))
+)
+FP32 = TABLES[0]
 
 
 @dataclass(frozen=True)
@@ -65,8 +81,6 @@ class Inference:
 
         `measured_j`: measured joules per sample. None omits the key.
         """
-        measured = {} if measured_j is None else {"measured_j": measured_j}
-        unknown = {"not_counted": list(self.not_counted)} if self.not_counted else {}
         return {
             "macs": self.macs,
             "acs": self.acs,
@@ -75,10 +89,45 @@ class Inference:
             "energy_j_by_table": {
                 table.name: energy_j(self.macs, self.acs, table) for table in TABLES
             },
-            **measured,
+            **({} if measured_j is None else {"measured_j": measured_j}),
             "samples": self.samples,
-            **unknown,
+            **({"not_counted": list(self.not_counted)} if self.not_counted else {}),
         }
+
+
+class EvenSample:
+    """Copies of up to `most` inputs, drawn evenly from a stream of any length.
+
+    Each position in the stream draws a number, and the samples with the smallest numbers are kept.
+    A sorted set therefore yields samples of each class; its first batch does not. A set with
+    alternating classes does so too; every tenth sample of it might not.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._passed = 0
+        self._steps = 0  # time steps of a still image, which is stored once; 0: store each step
+        self._held: list[tuple[int, Tensor]] = []  # in the order of the drawn numbers
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def add(self, x_TB: Tensor) -> None:
+        """Offer the samples of a batch: all still images or none."""
+        self._steps = len(x_TB) if is_static(x_TB) else 0
+        places_B = np.arange(self._passed, self._passed + x_TB.shape[1])
+        self._passed += len(places_B)
+        for place, drawn in enumerate(bits(0, 0, places_B, COUNTED).tolist()):
+            if len(self) < self.most or drawn < self._held[-1][0]:
+                x = x_TB[0, place] if self._steps else x_TB[:, place]
+                insort(self._held, (drawn, x.clone()), key=itemgetter(0))
+                del self._held[self.most :]
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Yield the kept samples as `x_TB` of at most `size` samples. Still images stay still."""
+        for first in range(0, len(self), size):
+            kept = [x for _, x in self._held[first : first + size]]
+            yield repeat(torch.stack(kept), self._steps) if self._steps else torch.stack(kept, 1)
 
 
 def energy_j(macs: float, acs: float, prices: Prices = FP32) -> float:
@@ -91,20 +140,18 @@ def describe_inference(inference: Mapping[str, Any], *, on_gpu: bool) -> str:
 
     An example is `an inference: 14.3 µJ estimated (45 nm, fp32), not measured on a CPU`.
     """
-    measured = inference.get("measured_j")
-    if measured is not None:
+    if (measured := inference.get("measured_j")) is not None:
         measurement = (
             f"{shown(measured, kind='J')} measured on the whole card, idle power and waits for data"
             " included"
         )
     else:
         measurement = "not measured: no card has a counter" if on_gpu else "not measured on a CPU"
-    unknown = (
-        f", without {', '.join(inference['not_counted'])}" if inference.get("not_counted") else ""
-    )
+    unknown = ", ".join(inference.get("not_counted", ()))
+    prices = f"{inference['prices']}, without {unknown}" if unknown else inference["prices"]
     return (
-        f"an inference: {shown(inference['energy_j'], kind='J')} estimated"
-        f" ({inference['prices']}{unknown}), {measurement}"
+        f"an inference: {shown(inference['energy_j'], kind='J')} estimated ({prices}),"
+        f" {measurement}"
     )
 
 
@@ -113,19 +160,20 @@ class EnergyCounter:
 
     def __init__(self, device: torch.device) -> None:
         # The card's UUID, which is the same in every process. It is empty for a CPU.
-        self.card = (
-            f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
-        )
-        self._handle = _handle_of(self.card) if self.card else None
+        self.card, self._handle = "", None
+        if device.type == "cuda":
+            self.card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            with suppress(pynvml.NVMLError):
+                pynvml.nvmlInit()
+                # By UUID, as CUDA numbers only the visible cards.
+                self._handle = pynvml.nvmlDeviceGetHandleByUUID(self.card)
 
     def read(self) -> float | None:
         """Joules since the driver was loaded; None without a counter."""
-        if self._handle is None:
-            return None
-        try:
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3  # mJ to J
-        except pynvml.NVMLError:  # a driver error must not end a training
-            return None
+        if self._handle is not None:
+            with suppress(pynvml.NVMLError):  # an error of the driver must not end a training
+                return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3  # mJ to J
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,17 +208,3 @@ def joules_per_sample(ranks: Iterable[EnergyReadings]) -> float | None:
         samples += rank.samples
     used = [ended - began for began, ended in spans.values()]
     return sum(used) / samples if used and min(used) > 0 else None
-
-
-def _handle_of(card: str) -> Any:
-    """NVML's handle of a card; None if the card has no counter.
-
-    The card is found by UUID, because CUDA numbers only the visible cards.
-    """
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(card)
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except pynvml.NVMLError:
-        return None
-    return handle

@@ -14,9 +14,8 @@ Source: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst of Linu
 import os
 import platform
 import resource
-import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,13 @@ from pipeline.core.units import counted
 def peak_rss_bytes() -> int:
     """The highest resident memory of this process since its start or `reset_peak_rss`.
 
-    On Linux it is VmHWM. getrusage's maximum survives exec, so a small child of a large parent
-    would report the parent's maximum.
+    It is Linux' VmHWM. getrusage's maximum, which stands in for it where a sandbox has none,
+    survives exec: a small child of a large parent would report the parent's maximum.
     """
-    peak = _proc_bytes("/proc/self/status", "VmHWM:")
-    if peak is not None:
-        return peak
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return (
+        _proc_bytes("/proc/self/status", "VmHWM:")
+        or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
 
 
 def reset_peak_rss() -> bool:
@@ -98,12 +96,6 @@ def peak_reserved_bytes(device: torch.device) -> int:
     This amount must fit on the card.
     """
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
-
-
-def release_reserved_bytes(device: torch.device) -> None:
-    """Return the unused memory of torch's allocator to a GPU. On a CPU, do nothing."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def reserved_bytes(device: torch.device) -> int:
@@ -172,11 +164,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     """
     return {
         "cpu": _cpu_model(),
-        "cores": (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        ),
+        "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round((_proc_bytes("/proc/meminfo", "MemTotal:") or 0) / 2**30),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         "torch": str(torch.__version__),
@@ -208,20 +196,21 @@ def hardware_over(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     whichever machine has rank 0.
     """
 
-    def over(values: list[Any]) -> Any:
-        counts = sorted(Counter(values).items(), key=str)
-        if len(counts) == 1:
-            return values[0]
-        return " + ".join(f"{each} ({count} of {len(values)} workers)" for each, count in counts)
-
-    return {name: over([machine[name] for machine in machines]) for name in machines[0]}
+    description = dict(machines[0])
+    for name in description:
+        counts = Counter(machine[name] for machine in machines)
+        if len(counts) > 1:
+            description[name] = " + ".join(
+                f"{value} ({count} of {len(machines)} workers)"
+                for value, count in sorted(counts.items(), key=str)
+            )
+    return description
 
 
 def format_hardware(machine: Mapping[str, Any]) -> str:
     """Describe the hardware of a `hardware()`: the GPU, or the CPU and torch's threads."""
-    if machine["gpu"] != "none":
-        return machine["gpu"]
-    return f"{machine['cpu']}, {counted(machine['threads'], 'thread')}"
+    cpu = f"{machine['cpu']}, {counted(machine['threads'], 'thread')}"
+    return cpu if machine["gpu"] == "none" else machine["gpu"]
 
 
 def _cpu_model() -> str:
@@ -231,11 +220,11 @@ def _cpu_model() -> str:
 def _proc_field(path: str, field: str) -> str | None:
     """The text after a field name and its colon, or None."""
     try:
-        with Path(path).open() as file:
-            lines = (line for line in file if line.startswith(field))
-            return next(lines, "").removeprefix(field).strip().removeprefix(":").strip() or None
+        with Path(path).open() as file:  # read up to the field: the whole takes long on many cores
+            line = next((line for line in file if line.startswith(field)), "")
     except OSError:
         return None
+    return line.removeprefix(field).strip(": \t\n") or None
 
 
 def _proc_bytes(path: str, field: str) -> int | None:
@@ -258,17 +247,8 @@ def room_bytes(
 
     `groups`: the file that lists the groups of this process.
     """
-    rooms = (_room(folder, *files) for folder, files in _folders(mount, groups))
-    return min((room for room in rooms if room is not None), default=None)
-
-
-def _folders(mount: Path, groups: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """Each group that may limit memory, from the process's own to the root of the mount."""
-    try:
-        lines = groups.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
+    rooms: list[int | None] = []
+    for line in groups.read_text().splitlines() if groups.exists() else ():
         number, controllers, path = line.split(":", 2)
         if number == "0":
             root, files = mount, _V2
@@ -277,9 +257,9 @@ def _folders(mount: Path, groups: Path) -> Iterator[tuple[Path, tuple[str, str, 
         else:
             continue
         own = root / path.lstrip("/")
-        yield from (
-            (folder, files) for folder in (own, *own.parents) if folder.is_relative_to(root)
-        )
+        above = (folder for folder in own.parents if folder.is_relative_to(root))
+        rooms += [_room(folder, *files) for folder in (own, *above)]
+    return min((room for room in rooms if room is not None), default=None)
 
 
 def _room(folder: Path, limit: str, used: str, cache: str) -> int | None:

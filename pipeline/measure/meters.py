@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,6 @@ from pipeline.measure.memory import (
     peak_reserved_bytes,
     peak_rss_bytes,
     pss_bytes,
-    release_reserved_bytes,
     reserved_bytes,
     reset_peak_device_bytes,
     reset_peak_rss,
@@ -49,39 +48,21 @@ Counted = Literal["bytes", "operations"]
 T_ = TypeVar("T_")
 
 
-@dataclass
-class _Learnt:
-    """Loss and hits of a batch, or since the last `take`. They are summed only when needed."""
+class _MicroBatch(NamedTuple):
+    """Loss and hits of a micro-batch. They are summed only when needed, as each sum is a kernel."""
 
-    hit_B: list[Tensor] = field(default_factory=list)  # whether answers are correct, by micro-batch
-    losses: list[Tensor] = field(default_factory=list)  # loss terms of all micro-batches
-    shares: list[float] = field(default_factory=list)  # the weight of each term's micro-batch
-    samples: int = 0
-    batches: int = 0
-
-    def add(self, batch: _Learnt) -> None:
-        self.hit_B += batch.hit_B
-        self.losses += batch.losses
-        self.shares += batch.shares
-        self.samples += batch.samples
-        self.batches += 1
-
-    def sums(self, device: torch.device) -> Tensor:
-        """Loss, hits and samples."""
-        sums = torch.tensor([0.0, 0.0, self.samples], dtype=torch.float64, device=device)
-        if self.losses:
-            sums[0] = torch.cat(self.losses).double() @ torch.tensor(
-                self.shares, dtype=torch.float64, device=device
-            )
-            sums[1] = torch.cat(self.hit_B).sum()
-        return sums
+    losses_K: Tensor  # of its loss terms
+    hit_B: Tensor  # whether answers are correct
+    share: float  # of the global batch
 
 
 @dataclass
 class _Batch:
     """Measurements of the current batch. They count once it has ended."""
 
-    learnt: _Learnt = field(default_factory=_Learnt)
+    # loss and logits of each term of the current micro-batch
+    loss_terms: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    micro_batches: list[_MicroBatch] = field(default_factory=list)
     backward_calls: int = 0
     # If bytes are counted: (saved, states beside them) after the forward with the largest sum.
     kept: tuple[int, int] = (0, 0)
@@ -91,8 +72,8 @@ class _Batch:
 class _Window:
     """Measurements since the last `take`."""
 
-    learnt: _Learnt = field(default_factory=_Learnt)
-    batches: int = 0  # batches with known seconds
+    micro_batches: list[_MicroBatch] = field(default_factory=list)
+    batches: int = 0
     seconds: Counter[str] = field(default_factory=Counter)
 
 
@@ -139,7 +120,6 @@ class Meters:
         self._watching: Pausable | None = None
         self._next_instrument: Pausable | None = None
         self._inside_s = 0.0  # seconds of sections nested in the open section between batches
-        self._loss_terms: list[tuple[Tensor, Tensor]] = []  # loss and logits of this micro-batch
         self._window, self._batch = _Window(), _Batch()
 
     @contextmanager
@@ -151,13 +131,11 @@ class Meters:
         records.
         """
         begun = time.perf_counter()
-        counted = self._counted_on(self._begun, step)
-        is_first = self._begun == 0
+        is_first, counted = self._begun == 0, self._counted_on(self._begun, step)
         operations = Operations(self.network) if counted == "operations" else None
         self._watching = watching = operations or self._next_instrument
         self._begun, self._next_instrument = self._begun + 1, None
         self._batch = batch = _Batch()
-        self._loss_terms = []
         if watching is not None:
             self.note_peaks()
         try:
@@ -177,15 +155,13 @@ class Meters:
             if watching is not None:
                 self.forget_peaks()  # excludes the memory of the instrument itself
         self._kinds.append("first" if is_first else "steady" if counted is None else "counted")
-        self._window.learnt.add(batch.learnt)
-        if counted is not None:
-            self._due.remove(counted)
+        self._window.micro_batches += batch.micro_batches
+        self._due -= {counted}
         if saved is not None:
-            self.totals.peak_saved_bytes = max(self.totals.peak_saved_bytes or 0, saved.peak)
-            self.totals.state_bytes = max(self.totals.state_bytes or 0, batch.kept[1])
+            self._note({"peak_saved_bytes": saved.peak, "state_bytes": batch.kept[1]})
         if operations is not None:
             self.totals.add_operations(
-                operations.work, batch.learnt.samples, operations.not_counted
+                operations, sum(len(each.hit_B) for each in batch.micro_batches)
             )
         self.totals.backward_calls += batch.backward_calls
         self.totals.batches += 1
@@ -207,7 +183,13 @@ class Meters:
 
     def each(self, name: Part, source: Iterable[T_]) -> Iterator[T_]:
         """Iterate over `source`, charging the time to produce each item to that part."""
-        return self.clock.each(name, source)
+        iterator, end = iter(source), object()
+        while True:
+            with self.clock.part(name):
+                value = next(iterator, end)
+            if value is end:
+                return
+            yield value  # type: ignore[misc]  # not the end
 
     @contextmanager
     def between(self, name: Between) -> Iterator[None]:
@@ -225,25 +207,23 @@ class Meters:
     def add(self, term: LossTerm) -> None:
         """Record a loss term at the end of its forward, when saved bytes and states are largest."""
         self._batch.backward_calls += term.backward is not None
-        self._loss_terms.append((term.loss, term.logits))  # summed later, as each sum is a kernel
+        self._batch.loss_terms.append((term.loss, term.logits))
         if (saved := self._counting) is not None:
             with self.part("metrics"):
-                kept = saved.now, state_bytes(self.network, beside=saved.storages)
-                self._batch.kept = max(self._batch.kept, kept)
+                beside = state_bytes(self.network, beside=saved.storages)
+                self._batch.kept = max(self._batch.kept, (saved.now, beside))
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
         """Record loss and hits. `share`: the micro-batch's share of the global batch."""
-        assert self._loss_terms, "a rule yields at least one loss term"
+        batch = self._batch
+        assert batch.loss_terms, "a rule yields at least one loss term"
         with self.part("metrics"):
-            losses, logits = zip(*self._loss_terms, strict=True)
+            losses, logits = zip(*batch.loss_terms, strict=True)
             # the class with the largest share of a mixed sample
             target_B = target_B if target_B.dim() == 1 else target_B.argmax(-1)
-            learnt = self._batch.learnt
-            learnt.hit_B.append(torch.stack(logits).sum(0).argmax(-1) == target_B)
-            learnt.losses.append(torch.stack(losses))
-            learnt.shares += [share] * len(losses)
-            learnt.samples += len(target_B)
-            self._loss_terms = []
+            hit_B = torch.stack(logits).sum(0).argmax(-1) == target_B
+            batch.micro_batches.append(_MicroBatch(torch.stack(losses), hit_B, share))
+            batch.loss_terms = []
 
     def take(self, reduce: Reduce) -> dict[str, float]:
         """Means since the last `take`, the same on every rank. Collective.
@@ -252,12 +232,12 @@ class Meters:
         """
         self._account()
         window, self._window = self._window, _Window()
-        loss, hits, samples = reduce(window.learnt.sums(self.device)).tolist()
+        loss, hits, samples = reduce(_sums(window.micro_batches, self.device)).tolist()
         seconds = sum(window.seconds.values())
         self.busy_s = seconds - window.seconds["communication"]
         batches = max(1, window.batches)
         return {
-            "loss": loss / window.learnt.batches if window.learnt.batches else math.nan,
+            "loss": loss / batches if window.batches else math.nan,
             "top1": hits / max(1.0, samples),
             "images_per_s": window.batches * self.batch_size / max(seconds, 1e-9),
             **{f"{name}_s": window.seconds[name] / batches for name in (*PARTS, REST)},
@@ -279,10 +259,7 @@ class Meters:
         It yields a function that records the peaks. Call it once all answers are there.
         """
         self.note_peaks()
-        release_freed_memory()  # otherwise memory that training freed would count
-        release_reserved_bytes(self.device)
-        reset_peak_rss()
-        reset_peak_device_bytes(self.device)
+        self.forget_peaks(gives_back=True)  # otherwise memory that training freed would count
         try:
             yield lambda: self._note(
                 {f"evaluation_{name}": value for name, value in _peaks(self.device).items()}
@@ -292,18 +269,19 @@ class Meters:
 
     def _note(self, peaks: Mapping[str, int]) -> None:
         for name, value in peaks.items():
-            setattr(self.totals, name, max(getattr(self.totals, name), value))
+            setattr(self.totals, name, max(getattr(self.totals, name) or 0, value))
 
-    def forget_peaks(self) -> None:
+    def forget_peaks(self, *, gives_back: bool = False) -> None:
         """Reset the peaks, to exclude earlier memory and energy that are not training's.
 
         Freed memory is returned to the kernel or the device only if it would raise training's
-        peak. Otherwise training keeps it and need not allocate it again page by page.
+        peak. Otherwise training keeps it and need not allocate it again page by page. `gives_back`
+        returns it always.
         """
-        if rss_bytes() > self.totals.peak_rss_bytes:
+        if gives_back or rss_bytes() > self.totals.peak_rss_bytes:
             release_freed_memory()
-        if reserved_bytes(self.device) > self.totals.peak_reserved_bytes:
-            release_reserved_bytes(self.device)
+        if gives_back or reserved_bytes(self.device) > self.totals.peak_reserved_bytes:
+            torch.cuda.empty_cache()  # nothing where no card is in use
         reset_peak_rss()
         reset_peak_device_bytes(self.device)
         self._joules_then = self._joules.read()
@@ -316,14 +294,13 @@ class Meters:
         used = math.nan if self.totals.device_j is None else self.totals.device_j
         mean = float(reduce_mean(torch.tensor(used, dtype=torch.float64, device=self.device)))
         self.totals.device_j = None if math.isnan(mean) else mean
-        own = [getattr(self.totals, name) for name in Totals.PEAKS]
-        peaks = reduce_max(
-            torch.tensor([-1 if peak is None else peak for peak in own], dtype=torch.int64)
-        ).tolist()
-        maxima = {
-            name: None if peak < 0 else peak for name, peak in zip(Totals.PEAKS, peaks, strict=True)
-        }
-        return Totals(**{**asdict(self.totals), **maxima})
+        own = asdict(self.totals)
+        names = [name for name in own if name.endswith("_bytes")]
+        peaks = [-1 if own[name] is None else own[name] for name in names]
+        maxima = reduce_max(torch.tensor(peaks, dtype=torch.int64)).tolist()
+        for name, peak in zip(names, maxima, strict=True):
+            own[name] = None if peak < 0 else peak
+        return Totals(**own)
 
     def _counted_on(self, batch: int, step: int) -> Counted | None:
         """The quantity to count on this batch of the attempt and step of the run, if any."""
@@ -334,25 +311,36 @@ class Meters:
         return min(self._due, default=None)  # "bytes" precedes "operations"
 
     def _account(self) -> None:
-        """Move the clock's measurements to the window and the totals."""
+        totals = self.totals
         for seconds in self.clock.take():
             kind = self._kinds.popleft()
-            for name, value in seconds.items():
-                # a Counter of floats
-                self._window.seconds[name] += value  # type: ignore[assignment]
-                if kind != "first":
-                    self.totals.seconds[name] += value
             self._window.batches += 1
-            self.totals.timed_batches += kind != "first"
+            self._window.seconds.update(seconds)  # type: ignore[arg-type]  # a Counter of floats
+            if kind == "first":
+                continue
+            totals.timed_batches += 1
             if kind == "steady":
-                self.totals.steady_batches += 1
-                self.totals.steady_samples += self.batch_size
-                for name, value in seconds.items():
-                    self.totals.steady_seconds[name] += value
+                totals.steady_batches += 1
+                totals.steady_samples += self.batch_size
+            for name, value in seconds.items():
+                totals.seconds[name] += value
+                if kind == "steady":
+                    totals.steady_seconds[name] += value
+
+
+def _sums(done: Sequence[_MicroBatch], device: torch.device) -> Tensor:
+    """Loss, hits and samples."""
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    if done:
+        losses, hits, _ = zip(*done, strict=True)
+        hit_B = torch.cat(hits)
+        shares = [each.share for each in done for _ in range(len(each.losses_K))]
+        sums[0] = torch.cat(losses).double() @ sums.new_tensor(shares)
+        sums[1], sums[2] = hit_B.sum(), len(hit_B)
+    return sums
 
 
 def _peaks(device: torch.device) -> dict[str, int]:
-    """Peaks of the process and the device since their last reset."""
     return {
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(device),
@@ -369,7 +357,8 @@ class Totals:
     """Seconds, bytes and operations of one rank.
 
     A batch is timed unless it is the first of an attempt, which compiles and warms up. A timed
-    batch is steady unless its bytes or operations were counted.
+    batch is steady unless its bytes or operations were counted. Fields whose name ends in `_bytes`
+    are peaks.
     """
 
     # for each part of the timed batches, and for the work between batches
@@ -398,18 +387,6 @@ class Totals:
     operation_samples: int = 0
     not_counted: list[str] = field(default_factory=list)  # operations with uncounted products
 
-    PEAKS = (
-        "peak_saved_bytes",
-        "state_bytes",
-        "peak_rss_bytes",
-        "peak_pss_bytes",
-        "peak_device_bytes",
-        "peak_reserved_bytes",
-        "evaluation_peak_rss_bytes",
-        "evaluation_peak_device_bytes",
-        "evaluation_peak_reserved_bytes",
-    )
-
     @property
     def train_s(self) -> float:
         """Seconds of all timed batches."""
@@ -428,15 +405,12 @@ class Totals:
         """Seconds of all steady batches."""
         return sum(self.steady_seconds.values())
 
-    def add_operations(
-        self, work: Mapping[str, Work], samples: int, not_counted: Collection[str] = ()
-    ) -> None:
+    def add_operations(self, counted: Operations, samples: int) -> None:
         """Add the operations of one batch, by purpose."""
-        for purpose, more in work.items():
-            so_far = Work(**self.operations.get(purpose, {}))
-            self.operations[purpose] = asdict(so_far + more)
+        for purpose, more in counted.work.items():
+            self.operations[purpose] = asdict(Work(**self.operations.get(purpose, {})) + more)
         self.operation_samples += samples
-        self.not_counted = sorted({*self.not_counted, *not_counted})
+        self.not_counted = sorted({*self.not_counted, *counted.not_counted})
 
     def operations_per_sample(self) -> dict[str, dict[str, float]]:
         """Operations of training on one sample, by purpose."""

@@ -32,16 +32,16 @@ attention. Otherwise it is "weights".
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pipeline.spiking.error_feedback import FixedFeedback
@@ -113,23 +113,17 @@ class Operations(Pausable):
         self._watch.__exit__(*exc)
         self._fixed = {}
 
-    @property
-    def total(self) -> Work:
-        return sum(self.work.values(), Work())
-
-    def add(self, pairs: Pairs, *, even: bool, hands_down: bool) -> None:
-        """Count a product.
+    def add(self, live: Tensor, dense: int, *, even: bool, hands_down: bool) -> None:
+        """Count a product with `live` pairs without a zero, of `dense` pairs.
 
         `even`: one of its sides is even. `hands_down`: in a backward, the product computes an error
         rather than the gradient of a weight.
         """
-        if self.is_paused:
-            return
         natural = "forward"
         if torch._C._current_autograd_node() is not None:
             natural = "error" if hands_down else "weights"
-        purpose = current_scope() or natural
-        work = Work(0 if even else pairs.live, pairs.live, pairs.all)
+        purpose, pairs = current_scope() or natural, round(float(live))
+        work = Work(0 if even else pairs, pairs, dense)
         self.work[purpose] = self.work.get(purpose, Work()) + work
 
     def is_weight(self, tensor: Tensor) -> bool:
@@ -159,13 +153,13 @@ class Operations(Pausable):
         storage = weight.untyped_storage()
         self._fixed[storage._cdata] = StorageWeakRef(storage)
 
-    def follow(self, func: Any, given: Iterable[Any], result: Any) -> None:
+    def follow(self, func: Any, given: Any, result: Any) -> None:
         """Mark results that depend only on weights as weights.
 
         Examples are standardised, clipped or binarised weights, or weights in another precision.
         """
         is_fixed = all(map(self.is_weight, _tensors(given)))
-        for value in _tensors([result]):
+        for value in _tensors(result):
             if is_fixed:
                 self._note(value)
             elif func._schema.is_mutable:
@@ -192,67 +186,59 @@ class _Watch(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         count = _COUNTED.get(func.overloadpacket)
-        if count is None and _is_whole(func):
-            with self:
+        composite = torch._C.DispatchKey.CompositeImplicitAutograd
+        if count is None and func.has_kernel_for_dispatch_key(composite):
+            with self:  # in inference mode torch dispatches an operation that others make up
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
-        if count is None and not self.operations.is_paused and func.overloadpacket in _OPAQUE:
-            self.operations.not_counted.add(func.overloadpacket.__name__)
-        if count is not None:
-            with torch.no_grad():
-                count(self.operations, *args, **kwargs)
-        self.operations.follow(func, [*args, *kwargs.values()], result)
+        if not self.operations.is_paused:
+            if count is not None:
+                with torch.no_grad():
+                    count(self.operations, *args, **kwargs)
+            elif func.overloadpacket in _OPAQUE:
+                self.operations.not_counted.add(func.overloadpacket.__name__)
+        self.operations.follow(func, (args, kwargs), result)
         return result
 
 
-@functools.cache
-def _is_whole(func: Any) -> bool:
-    """Whether an operation is composed of others. In inference mode torch dispatches it as one."""
-    return func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among an operation's arguments or results, single or in lists."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 # -------------------------------------------------------------------------------- torch's operators
 
 
+# N samples and time steps, I inputs, O outputs, G groups; ... the positions in an image or a kernel
+
+
 def _product(
     sides: Callable[..., tuple[Tensor, Tensor]], operations: Operations, *args: Any, **_: Any
 ) -> None:
+    """The product `[N, I] [I, O]`, or a batch of such products."""
     a, b = sides(*args)
-    is_batch = a.dim() == 3
     operations.add(
-        batches(a, b) if is_batch else matrices(a, b),
+        (_nonzero(a, -2) * _nonzero(b, -1)).sum(),
+        a.shape[-2] * b.numel(),
         even=operations.has_even(a, b),
-        hands_down=is_batch or operations.is_weight(a) or operations.is_weight(b),
+        hands_down=a.dim() == 3 or operations.is_weight(a) or operations.is_weight(b),
     )
 
 
 def _convolution(
     operations: Operations, x: Tensor, weight: Tensor, _bias: Tensor | None, *how: Any
 ) -> None:
-    convolution, is_transposed = _geometry(weight, *how)
-    sizes = zip(x.shape[2:], *_each_dimension(weight, *how), strict=True)
-    if is_transposed:
-        size = tuple(
-            (n - 1) * move - 2 * pad + step * (taps - 1) + more + 1
-            for n, taps, move, pad, step, more in sizes
-        )
-        pairs = convolution.error(x, weight, size)
-    else:
-        places = tuple(
-            (n + 2 * pad - step * (taps - 1) - 1) // move + 1
-            for n, taps, move, pad, step, _ in sizes
-        )
-        pairs = convolution.forward(x, weight, places)
-    operations.add(pairs, even=operations.has_even(x, weight), hands_down=True)
+    """Any convolution `[N, I, ...] -> [N, O, ...]`, also a transposed one.
+
+    `how` are its stride, padding, dilation, whether it is transposed, output padding and groups.
+    The convolution of zeros and ones is the number of pairs without a zero at each output.
+    """
+    _, kernel = _summed_kernels(weight, *how)
+    operations.add(
+        aten.convolution(_nonzero(x, 0).unsqueeze(0), kernel, None, *how).sum(),
+        _dense(x, weight, *how),
+        even=operations.has_even(x, weight),
+        hands_down=True,
+    )
 
 
 def _convolution_backward(
@@ -263,44 +249,41 @@ def _convolution_backward(
     _bias_sizes: Any,
     *how_and_wanted: Any,
 ) -> None:
+    """Both products of the backward have the triples (output, input, weight) of the forward.
+
+    The third of each triple is not multiplied, so it counts as a one.
+    """
     *how, (wants_x, wants_weight, _) = how_and_wanted
-    convolution, is_transposed = _geometry(weight, *how)
-    size = tuple(x.shape[2:])
+    groups, dense = how[-1], _dense(x, weight, *how)
     if wants_x:
-        pairs = (
-            convolution.forward(g, weight, size)
-            if is_transposed
-            else convolution.error(g, weight, size)
-        )
-        operations.add(pairs, even=operations.has_even(g, weight), hands_down=True)
+        kernel, _ = _summed_kernels(weight, *how)
+        ones = kernel.new_ones(1, groups, *x.shape[2:])
+        live = (_nonzero(g, 0) * aten.convolution(ones, kernel, None, *how)).sum()
+        operations.add(live, dense, even=operations.has_even(g, weight), hands_down=True)
     if wants_weight:
-        pairs = convolution.weights(x, g) if is_transposed else convolution.weights(g, x)
-        operations.add(pairs, even=operations.has_even(g, x), hands_down=False)
+        g_NG, x_NG = (_nonzero(each.unflatten(1, (groups, -1)), 2) for each in (g, x))
+        ones = x_NG.new_ones(groups, 1, *weight.shape[2:])
+        live = (g_NG * aten.convolution(x_NG, ones, None, *how)).sum()
+        operations.add(live, dense, even=operations.has_even(g, x), hands_down=False)
 
 
-def _geometry(
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    _: Any,
-    groups: int,
-) -> tuple[Convolution, bool]:
-    """The convolution; for a transposed one, the convolution whose error it computes."""
-    return Convolution(tuple(weight.shape[2:]), stride, padding, dilation, groups), transposed
+def _summed_kernels(
+    weight: Tensor, _stride: Any, _padding: Any, _dilation: Any, transposed: bool, *more: Any
+) -> tuple[Tensor, Tensor]:
+    """Numbers of non-zeros in a weight: over the inputs, and over the outputs of each group.
+
+    The results are weights of convolutions with one input, and with one output, per group.
+    """
+    rows, columns = _nonzero(weight.unflatten(0, (more[-1], -1)), 1), _nonzero(weight, 1)
+    return (rows, columns.unsqueeze(1)) if transposed else (columns.unsqueeze(1), rows)
 
 
-def _each_dimension(
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    _: Any,
-    output_padding: list[int],
-    __: int,
-) -> tuple[Any, ...]:
-    return tuple(weight.shape[2:]), stride, padding, dilation, output_padding
+def _dense(x: Tensor, weight: Tensor, *how: Any) -> int:
+    """All pairs of a convolution, but for those with a tap outside the image."""
+    *sizes, _ = how
+    image, kernel = x.new_ones(1, 1, *x.shape[2:]), x.new_ones(1, 1, *weight.shape[2:])
+    taps = aten.convolution(image.double(), kernel.double(), None, *sizes, 1).sum()
+    return round(float(taps)) * len(x) * weight.shape[0] * weight.shape[1]
 
 
 def _embedding_bag(
@@ -311,8 +294,7 @@ def _embedding_bag(
     rows = (weight != 0).sum(1)[places]
     live = rows if each is None else rows * (each != 0)
     even = each is None or operations.has_even(each) or is_even(weight)
-    pairs = Pairs(int(live.sum()), rows.numel() * weight.shape[1])
-    operations.add(pairs, even=even, hands_down=True)
+    operations.add(live.sum(), rows.numel() * weight.shape[1], even=even, hands_down=True)
 
 
 # The two sides of each product, as matrices or batches of them, from an operation's arguments.
@@ -346,30 +328,8 @@ _OPAQUE = {
 } - set(_COUNTED)
 
 
-# N samples and time steps, I inputs, O outputs, P positions in an image, h w kernel taps
-
-
 _HEAD = 1024  # numbers of the first row that are checked before all others
 _EXACT = 2**24  # the largest count that is exact in fp32
-
-
-class Pairs(NamedTuple):
-    """The pairs of one product."""
-
-    live: int  # pairs without a zero
-    all: int
-
-
-def matrices(a_NI: Tensor, b_IO: Tensor) -> Pairs:
-    """Pairs of the product a b."""
-    live = _nonzero(a_NI, 0) @ _nonzero(b_IO, 1)
-    return Pairs(int(live), a_NI.shape[0] * b_IO.numel())
-
-
-def batches(a_BNI: Tensor, b_BIO: Tensor) -> Pairs:
-    """Pairs of a batch of products a b."""
-    live = (_nonzero(a_BNI, 1) * _nonzero(b_BIO, 2)).sum()
-    return Pairs(int(live), a_BNI.shape[1] * b_BIO.numel())
 
 
 def is_even(x_OI: Tensor) -> bool:
@@ -383,82 +343,10 @@ def is_even(x_OI: Tensor) -> bool:
     # The beginning of one row distinguishes real numbers from spikes without a pass over all.
     if x_OI.numel() > 2 * _HEAD and not is_even(x_OI[:1, :_HEAD]):
         return False
-    if x_OI.shape[1] > 1:
-        low_O1, high_O1 = x_OI.aminmax(dim=1, keepdim=True)
-        shared_O1 = torch.maximum(high_O1, -low_O1)
-    else:
-        shared_O1 = torch.ones_like(x_OI)
+    low_O1, high_O1 = x_OI.aminmax(dim=1, keepdim=True)
+    is_sum = x_OI.shape[1] > 1
+    shared_O1 = torch.maximum(high_O1, -low_O1) if is_sum else torch.ones_like(x_OI)
     return bool(((x_OI == shared_O1) | (x_OI == -shared_O1) | (x_OI == 0)).all())
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """A zero-padded convolution `[N, I, ...] -> [N, O, ...]`, and both products of its backward."""
-
-    kernel: tuple[int, ...]
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
-
-    def forward(self, x: Tensor, weight: Tensor, places: tuple[int, ...]) -> Pairs:
-        """Pairs of inputs and weights, at each of the `places` of the output."""
-        read_Ihw = self._under_taps(_nonzero(x, 0), places).sum(self._dims(1))
-        weights_GIhw = _nonzero(weight.unflatten(0, (self.groups, -1)), 1)  # outputs of a group
-        live = (read_Ihw * weights_GIhw.flatten(0, 1)).sum()
-        of_a_place = len(x) * weight.shape[0] * weight.shape[1]
-        return Pairs(int(live), of_a_place * self._inside(tuple(x.shape[2:]), places))
-
-    def error(self, g: Tensor, weight: Tensor, size: tuple[int, ...]) -> Pairs:
-        """Pairs of output errors and weights, at each position of an input of `size` pixels.
-
-        They are also the pairs of the forward of a transposed convolution.
-        """
-        places = tuple(g.shape[2:])
-        reach_Phw = self._under_taps(torch.ones(size, dtype=torch.float64, device=g.device), places)
-        reached_Ohw = torch.tensordot(_nonzero(g, 0), reach_Phw, dims=len(size))
-        live = (reached_Ohw * _nonzero(weight, 1)).sum()  # inputs of a group
-        of_a_place = len(g) * weight.shape[0] * weight.shape[1]
-        return Pairs(int(live), of_a_place * self._inside(size, places))
-
-    def weights(self, g: Tensor, x: Tensor) -> Pairs:
-        """Pairs of output errors and inputs, for each weight."""
-        places = tuple(g.shape[2:])
-        errors_NGP, inputs_NG = (
-            _nonzero(each.unflatten(1, (self.groups, -1)), 2) for each in (g, x)
-        )
-        read_NGP = self._under_taps(inputs_NG, places).sum(self._dims(2 + len(places)))
-        live = (read_NGP * errors_NGP).sum()
-        of_a_place = len(g) * g.shape[1] * (x.shape[1] // self.groups)
-        return Pairs(int(live), of_a_place * self._inside(tuple(x.shape[2:]), places))
-
-    def _inside(self, size: tuple[int, ...], places: tuple[int, ...]) -> int:
-        """Taps inside the image, summed over `places`: the product over the dimensions."""
-        inside = 1
-        for taps, n, count, move, pad, step in zip(
-            self.kernel, size, places, self.stride, self.padding, self.dilation, strict=True
-        ):
-            inside *= sum(
-                0 <= place * move + tap * step - pad < n
-                for tap in range(taps)
-                for place in range(count)
-            )
-        return inside
-
-    def _under_taps(self, x: Tensor, places: tuple[int, ...]) -> Tensor:
-        """The values that each tap reads at each output position, with 0 in the padding.
-
-        The result `[..., P..., h w ...]` is a view of the padded image.
-        """
-        found = F.pad(x, [side for pad in reversed(self.padding) for side in (pad, pad)])
-        by_dim = zip(places, self.kernel, self.stride, self.dilation, strict=True)
-        for dim, (count, taps, move, step) in enumerate(by_dim, start=x.dim() - len(places)):
-            windows = found.unfold(dim, step * (taps - 1) + 1, move)
-            found = windows.narrow(dim, 0, count)[..., ::step]
-        return found
-
-    def _dims(self, first: int) -> tuple[int, ...]:
-        return tuple(range(first, first + len(self.kernel)))
 
 
 def _nonzero(x: Tensor, dim: int) -> Tensor:

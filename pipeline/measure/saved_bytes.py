@@ -43,8 +43,7 @@ class SavedBytes:
         # collector may free a saved tensor while this thread saves another.
         self._lock = threading.RLock()
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
-        self.now = 0
-        self.peak = 0
+        self.now = self.peak = 0
 
     def __enter__(self) -> SavedBytes:
         if self._hooks is not None:

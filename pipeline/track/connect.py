@@ -17,7 +17,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ from pipeline.track.state import is_driven
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 SQLITE = "sqlite:///"
 _LOGIN = re.compile(r"//(?:[^/\s:]*:\S*|[^/\s]*)@")
@@ -43,18 +44,17 @@ def connect(uri: str) -> MlflowClient:
     """A client. The first one for an SQLite file creates the file and its schema, which takes
     seconds.
     """
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    # 3.17.2 retries 7 times with 120 s each. Here the owner of the client retries.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    defaults = {
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        # 3.17.2 retries 7 times with 120 s each. Here the owner of the client retries.
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    }
+    os.environ |= {**defaults, **os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
     from mlflow import MlflowClient
 
-    for name in (
-        "mlflow",
-        "alembic",
-    ):  # mlflow may have been imported before the variables were set
+    for name in ("mlflow", "alembic"):  # mlflow may have been imported before
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger(name).level))
     return MlflowClient(tracking_uri=uri)
 
@@ -104,31 +104,20 @@ def tracking_errors(uri: str) -> Iterator[None]:
         raise TrackingError(one_line(uri, error)) from error
 
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
-
 RUN_TAG = "spiketrain.run_id"
 PARENT_TAG = "spiketrain.study_parent"
 KIND_TAG = "spiketrain.kind"
+DIVERGED_TAG = "spiketrain.diverged"
 PARENT_OF = "mlflow.parentRunId"
 PATIENCE_S = 120.0  # wait for another delivery; a delivery takes seconds unless it was stopped
 
 
 def experiment_of(client: MlflowClient, start: Record, *, uri: str, runs_dir: Path) -> str:
     """The id of a run's experiment. A missing experiment is created."""
-    from mlflow.exceptions import MlflowException
-
     name = str(start.get("family") or start.get("recipe") or "spiketrain")
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        try:
-            return client.create_experiment(name, artifact_location=_artifacts(uri, runs_dir, name))
-        except MlflowException:
-            # It was created meanwhile, from another folder of runs.
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                raise
+        return client.create_experiment(name, artifact_location=_artifacts(uri, runs_dir, name))
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
             f"MLflow experiment {name!r} was deleted; restore it: mlflow experiments restore"
@@ -154,16 +143,16 @@ def parent_of(client: MlflowClient, experiment_id: str, start: Record) -> str | 
 
     A new parent becomes the parent of all runs of the suite: the old one may have been deleted.
     """
-    uuid = start.get("study_parent")
-    if not uuid:
+    if not (uuid := start.get("study_parent")):
         return None
     of_suite = f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`{KIND_TAG}` = "
     if parents := client.search_runs([experiment_id], f"{of_suite}'suite'"):
         return parents[0].info.run_id
-    tags = {PARENT_TAG: str(uuid), KIND_TAG: "suite"}
-    name = str(start.get("suite") or f"suite {str(uuid)[:8]}")
     parent_id = client.create_run(
-        experiment_id, start_time=milliseconds(start), tags=tags, run_name=name
+        experiment_id,
+        start_time=milliseconds(start),
+        tags={PARENT_TAG: str(uuid), KIND_TAG: "suite"},
+        run_name=str(start.get("suite") or f"suite {str(uuid)[:8]}"),
     ).info.run_id
     for run in client.search_runs([experiment_id], f"{of_suite}'run'"):
         client.set_tag(run.info.run_id, PARENT_OF, parent_id)
@@ -177,8 +166,7 @@ def suite_of(run_dir: Path, start: Record) -> Path | None:
         TrackingError: the name in the journal is not a folder's name. (The journal may come from
             elsewhere.)
     """
-    name = start.get("suite")
-    if not name:
+    if not (name := start.get("suite")):
         return None
     if not is_name(str(name)):
         raise TrackingError(
@@ -192,12 +180,9 @@ def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | Non
     """Set a parent's status from its runs, and from the suite's folder, which lists all of them."""
     parent = client.get_run(parent_id)
     runs = client.search_runs([parent.info.experiment_id], f"tags.`{PARENT_OF}` = '{parent_id}'")
-    folders: dict[str, Path] = {}
-    needed: set[str] = set()
-    if suite is not None and is_suite(suite):
-        folders = runs_of(suite)
-        needed = {folders[name].name for name in sources_in(suite)}
-    states = {_status_in_suite(run, needed) for run in runs}
+    folders = {} if suite is None or not is_suite(suite) else runs_of(suite)
+    needed = {folders[name].name for name in sources_in(suite)} if suite and folders else set()
+    states = {_status_in_suite(run, is_needed=run.info.run_name in needed) for run in runs}
     status = next((each for each in ("RUNNING", "FAILED", "KILLED") if each in states), "FINISHED")
     if status == "FINISHED" and suite is not None and len(runs) < len(folders):
         status = "RUNNING" if is_driven(suite) else "KILLED"
@@ -209,12 +194,10 @@ def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | Non
         client.set_terminated(parent_id, status=status)
 
 
-def _status_in_suite(run: Run, needed: Collection[str]) -> str:
+def _status_in_suite(run: Run, *, is_needed: bool) -> str:
     """A diverged run counts as finished, unless other runs need its weights."""
-    is_result = (
-        run.info.run_name not in needed and run.data.tags.get("spiketrain.diverged") == "true"
-    )
-    return "FINISHED" if is_result and run.info.status == "FAILED" else run.info.status
+    has_diverged = run.info.status == "FAILED" and run.data.tags.get(DIVERGED_TAG) == "true"
+    return "FINISHED" if has_diverged and not is_needed else run.info.status
 
 
 @contextmanager

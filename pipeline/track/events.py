@@ -1,7 +1,8 @@
 """The events of a run's journal: one frozen dataclass for each kind.
 
-A class declares everything that depends on its kind: the fields, and their use in MLflow
-(`delivery.py`) and Prometheus (`exposition.py`). `Event.to_dict` and `from_dict` convert to and
+A class declares everything that depends on its kind: its traits, such as `durable`, as keywords of
+the class (`Event` lists them), the fields, and their use in MLflow
+(`mlflow.py`) and Prometheus (`exposition.py`). `Event.to_dict` and `from_dict` convert to and
 from JSON. The name of a kind is its class name with underscores: `FirstBatch` is `first_batch`.
 """
 
@@ -9,15 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from pipeline.recipe.recipe import Role, roles
 
+# The states of a run.
 State = Literal["new", "running", "finished", "stopped", "failed", "diverged", "interrupted"]
-"""the states of a run"""
-Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]  # the status of a run in MLflow
 Numbers = dict[str, float]
 _TAGS_OF_RECIPE = tuple(name for name, role in roles().items() if Role.TAG in role)
 OF_NONE = -1  # `attempt` of events that a launcher writes between two attempts
@@ -67,17 +67,21 @@ class Event:
     durable: ClassVar[bool] = False  # `write` returns once the event survives a power cut
     sends_journal: ClassVar[bool] = False  # MLflow gets the journal while the run goes on
     state: ClassVar[State | None] = None  # of a run without a driver whose last event this is
-    status: ClassVar[Status | None] = None  # in MLflow
+    # in MLflow
+    status: ClassVar[Literal["RUNNING", "FINISHED", "FAILED", "KILLED"] | None] = None
     count_tag: ClassVar[str] = ""  # a tag of MLflow that counts these events
     counted_field: ClassVar[str] = ""  # a field that the tag sums; empty: it counts events
-    fixed_tags: ClassVar[tuple[tuple[str, str], ...]] = ()  # MLflow tags that each event sets
+    diverged: ClassVar[str | None] = None  # a tag of MLflow: whether the attempt diverged
     measures_weights: ClassVar[bool] = False  # void if the run goes back to an earlier step
     settles_weights: ClassVar[bool] = False  # the run will not go back to an earlier step
 
     time: float = 0.0  # Unix seconds
     attempt: int = OF_NONE  # number of the start, from 0
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **traits: Any) -> None:
+        for name, value in traits.items():
+            assert hasattr(cls, name), f"no trait of events: {name}"
+            setattr(cls, name, value)
         if not cls.__name__.startswith("_"):  # a base of several kinds has no kind
             cls.kind = re.sub(r"(?<=.)(?=[A-Z])", "_", cls.__name__).lower()
             KINDS[cls.kind] = cls
@@ -102,8 +106,6 @@ class Unknown(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class _AtStep(Event):
-    """An event at a step of the run."""
-
     step: int  # global batches done
 
 
@@ -111,11 +113,8 @@ class _AtStep(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start(_AtStep):
+class Start(_AtStep, durable=True, sends_journal=True, state="interrupted", status="RUNNING"):
     """An attempt begins to train."""
-
-    durable = sends_journal = True
-    state, status = "interrupted", "RUNNING"
 
     attempt: Annotated[int, Tag("spiketrain.attempt")] = OF_NONE  # number of the start, from 0
     run: str  # name of the run's folder
@@ -245,10 +244,8 @@ class Step(_AtStep):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(_AtStep):
+class Evaluation(_AtStep, durable=True, sends_journal=True, measures_weights=True):
     """The network was evaluated."""
-
-    durable = sends_journal = measures_weights = True
 
     epoch: int  # the last epoch that has ended, from 0
     samples: int  # evaluated
@@ -268,10 +265,8 @@ class Evaluation(_AtStep):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fidelity(_AtStep):
+class Fidelity(_AtStep, sends_journal=True, measures_weights=True):
     """The rule's gradient was compared with that of BPTT."""
-
-    sends_journal = measures_weights = True
 
     epoch: int | None  # the last epoch that has ended, from 0; None: at the start of the run
     temporal_share: Annotated[Numbers, Metric("fidelity/temporal_share")]  # 0..1, of each layer
@@ -290,10 +285,8 @@ class System(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint(Event):
+class Checkpoint(Event, durable=True, settles_weights=True):
     """A checkpoint is complete."""
-
-    durable = settles_weights = True
 
     time: Annotated[
         float,
@@ -320,31 +313,23 @@ class Checkpoint(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quarantine(Event):
+class Quarantine(Event, durable=True, count_tag="spiketrain.quarantined_checkpoints"):
     """A damaged checkpoint was set aside."""
-
-    durable = True
-    count_tag = "spiketrain.quarantined_checkpoints"
 
     path: str  # the folder, or the address
     reason: str  # the check that failed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unwritten(_AtStep):
+class Unwritten(_AtStep, durable=True, count_tag="spiketrain.unwritten_checkpoints"):
     """A checkpoint could not be written."""
-
-    durable = True
-    count_tag = "spiketrain.unwritten_checkpoints"
 
     error: str  # one line
 
 
 @dataclass(frozen=True, kw_only=True)
-class Undeleted(_AtStep):
+class Undeleted(_AtStep, count_tag="spiketrain.undeleted_checkpoints"):
     """An old checkpoint could not be deleted. The checkpoint of this step is complete."""
-
-    count_tag = "spiketrain.undeleted_checkpoints"
 
     error: str  # one line
 
@@ -354,8 +339,6 @@ class Undeleted(_AtStep):
 
 @dataclass(frozen=True, kw_only=True)
 class _BadBatch(Event):
-    """A batch was bad."""
-
     step: int  # number of the batch, from 0
     epoch: int  # from 0
     reason: str  # one line
@@ -363,20 +346,15 @@ class _BadBatch(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Skipped(_BadBatch):
+class Skipped(_BadBatch, count_tag="spiketrain.skipped_samples", counted_field="samples"):
     """The run did not train on a batch."""
-
-    count_tag, counted_field = "spiketrain.skipped_samples", "samples"
 
     samples: int  # of the global batch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollback(_BadBatch):
+class Rollback(_BadBatch, durable=True, count_tag="spiketrain.rollbacks"):
     """The run goes back to its newest checkpoint."""
-
-    durable = True
-    count_tag = "spiketrain.rollbacks"
 
     to: int  # step of the checkpoint
 
@@ -390,10 +368,8 @@ class Smaller(_AtStep):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Waiting(Event):
+class Waiting(Event, durable=True):
     """The run waits for storage or for workers."""
-
-    durable = True
 
     what: str  # the storage or the workers that the run waits for
     most_s: float  # seconds after which the run gives up
@@ -401,11 +377,8 @@ class Waiting(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preempted(_AtStep):
+class Preempted(_AtStep, durable=True, count_tag="spiketrain.preemptions"):
     """Machines will be taken away."""
-
-    durable = True
-    count_tag = "spiketrain.preemptions"
 
     machines: list[str]  # their names
     seconds_left: float | None  # seconds; None: not known
@@ -427,20 +400,16 @@ class DataWait(_AtStep):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hung(Event):
+class Hung(Event, durable=True):
     """A worker gave no sign of life and was ended."""
-
-    durable = True
 
     worker: int  # rank
     stacks: str  # file with the stacks of its threads, relative to the run's folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Died(Event):
+class Died(Event, durable=True):
     """A worker ended with an error that it could not write to the journal itself."""
-
-    durable = True
 
     worker: int  # rank
     error: str  # one line
@@ -450,11 +419,15 @@ class Died(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finish(Event):
+class Finish(
+    Event,
+    durable=True,
+    sends_journal=True,
+    settles_weights=True,
+    state="finished",
+    status="FINISHED",
+):
     """The run is complete."""
-
-    durable = sends_journal = settles_weights = True
-    state, status = "finished", "FINISHED"
 
     step: Annotated[int, Metric("summary/step")]  # global batches done
     summary: Annotated[
@@ -463,42 +436,27 @@ class Finish(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stopped(_AtStep):
+class Stopped(_AtStep, durable=True, sends_journal=True, state="stopped", status="KILLED"):
     """The attempt ended because a user or a scheduler asked for it."""
-
-    durable = sends_journal = True
-    state, status = "stopped", "KILLED"
 
     reason: Annotated[str, Tag("spiketrain.stopped")]  # who asked
     resume_command: str  # for a shell
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Error(Event):
-    """An attempt ended with an error."""
-
-    durable = sends_journal = True
-    status = "FAILED"
-
+class _Error(Event, durable=True, sends_journal=True, status="FAILED"):
     error: Annotated[str, Tag("spiketrain.error")]  # one line
     traceback: str  # of the error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failed(_Error):
+class Failed(_Error, state="failed", diverged="false"):
     """The attempt ended with an error."""
-
-    state = "failed"
-    fixed_tags = (("spiketrain.diverged", "false"),)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diverged(_Error):
+class Diverged(_Error, settles_weights=True, state="diverged", diverged="true"):
     """The attempt ended because training diverged. It would diverge again."""
-
-    settles_weights = True
-    state = "diverged"
-    fixed_tags = (("spiketrain.diverged", "true"),)
 
 
 del KINDS[Unknown.kind]
@@ -515,25 +473,21 @@ def from_dict(record: Mapping[str, Any]) -> Event:
     Raises:
         ValueError: a field is missing, or the kind does not have it; one line.
     """
-    values = dict(record)
+    values, kind = dict(record), kind_of(record)
     name = values.pop(KIND)
-    kind = kind_of(record)
     if kind is Unknown:
         values["name"] = name
-    own = {field.name: field for field in fields(kind)}
+    own = [field.name for field in fields(kind)]
     if rest := _rest(kind):
         values[rest] = {key: values.pop(key) for key in [*values] if key not in own}
-    unknown = values.keys() - own.keys()
-    missing = [n for n, field in own.items() if field.default is MISSING and n not in values]
-    if unknown or missing:
-        problems = ", ".join(
-            [*(f"no field {n}" for n in missing), *(f"{n} too" for n in sorted(unknown))]
-        )
-        raise ValueError(
-            f"journal: an event {name!r} must have the fields {', '.join(own)}; got {problems}"
-        )
     numeric = _numeric_fields(kind)
-    return kind(**{n: _with_nonfinite(v) if n in numeric else v for n, v in values.items()})
+    try:
+        return kind(**{n: _with_nonfinite(v) if n in numeric else v for n, v in values.items()})
+    except TypeError:
+        raise ValueError(
+            f"journal: an event {name!r} must have the fields {', '.join(own)}; got"
+            f" {', '.join(values)}"
+        ) from None
 
 
 def uses(record: Mapping[str, Any], use: type[_Use]) -> Iterator[tuple[_Use, Any]]:
@@ -560,7 +514,6 @@ def declared(kind: type[Event], use: type[_Use]) -> tuple[tuple[str, _Use], ...]
 
 @cache
 def _rest(kind: type[Event]) -> str | None:
-    """The name of the field whose entries lie beside the others."""
     return next((name for name, _ in declared(kind, Rest)), None)
 
 

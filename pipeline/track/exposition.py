@@ -42,33 +42,29 @@ def exposition(events: Iterable[Record]) -> str:
 
 @dataclass(frozen=True)
 class _Run(Collector):
-    """The metrics of one run; `events` are the `newest` of its journal."""
-
-    events: Sequence[Record]
+    events: Sequence[Record]  # the `newest` of the run's journal
 
     def collect(self) -> Iterator[Metric]:
         start = next((event for event in self.events if kind_of(event) is Start), None)
         if start is None:
             return
         labels = [str(start.get(label, "")) for label in _LABELS]
-        for name, help_, value in self._gauges():
-            gauge = GaugeMetricFamily(name, help_, labels=_LABELS)
-            gauge.add_metric(labels, value)
-            yield gauge
         # A counter over the whole run, so that increase() works in Prometheus.
-        restarts = CounterMetricFamily(
-            "spiketrain_restarts_total", "Attempts after the first.", labels=_LABELS
-        )
-        restarts.add_metric(labels, number(start.get("attempt")) or 0.0)
-        yield restarts
+        attempts = number(start.get("attempt")) or 0.0
+        restarts = "spiketrain_restarts_total", "Attempts after the first.", attempts
+        for name, help_, value in (*self._gauges(), restarts):
+            family = CounterMetricFamily if name == restarts[0] else GaugeMetricFamily
+            metric = family(name, help_, labels=_LABELS)
+            metric.add_metric(labels, value)
+            yield metric
         last = next(kind for event in reversed(self.events) if (kind := kind_of(event)).state)
-        state = GaugeMetricFamily(
+        current = "running" if last is Start else last.state
+        states = GaugeMetricFamily(
             "spiketrain_state", "1 for the state that the run is in.", labels=(*_LABELS, "state")
         )
-        for each in STATES:
-            is_current = each == ("running" if last is Start else last.state)
-            state.add_metric([*labels, each], float(is_current))
-        yield state
+        for state in STATES:
+            states.add_metric([*labels, state], float(state == current))
+        yield states
 
     def _gauges(self) -> Iterator[tuple[str, str, float]]:
         """Name, help text and value of each gauge that has a value."""
@@ -77,15 +73,18 @@ class _Run(Collector):
                 value = number((field or {}).get(gauge.key) if gauge.key else field)
                 if value is not None:
                     yield gauge.name, gauge.help, value
-        # The newest event with a step. After a rollback this step is lower than before.
-        for event in reversed(self.events):
-            if (step := number(event.get("step"))) is not None:
-                yield "spiketrain_step", "Global batches done.", step
-                break
-        times = [time for event in self.events if (time := number(event.get("time"))) is not None]
-        if times:
-            help_ = "When the newest event was written, in Unix time."
-            yield "spiketrain_event_timestamp_seconds", help_, max(times)
+        numbers = {
+            name: [each for event in self.events if (each := number(event.get(name))) is not None]
+            for name in ("step", "time")
+        }
+        if numbers["step"]:  # of the newest event with one: lower than before after a rollback
+            yield "spiketrain_step", "Global batches done.", numbers["step"][-1]
+        if numbers["time"]:
+            yield (
+                "spiketrain_event_timestamp_seconds",
+                "When the newest event was written, in Unix time.",
+                max(numbers["time"]),
+            )
 
 
 class Exposed:

@@ -48,13 +48,11 @@ class Journal:
         self.path = Path(path)
         self.attempt = attempt
         fresh = not self.path.exists()
-        self._fd: int | None = os.open(
-            self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644
-        )
+        self._file = self.path.open("ab+", buffering=0)
         if fresh:
             sync_folder(self.path.parent)
-        size = os.fstat(self._fd).st_size
-        self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
+        size = os.fstat(self._file.fileno()).st_size
+        self._torn = size > 0 and os.pread(self._file.fileno(), 1, size - 1) != b"\n"
 
     def write(self, event: Event, /) -> None:
         """Append one event, with the time and the attempt set.
@@ -68,26 +66,25 @@ class Journal:
                 the next event begins on a new line.
         """
         event = replace(event, time=time.time(), attempt=self.attempt)
-        if self._fd is None:
-            raise ValueError(f"journal {self.path} is closed; got event {event.kind!r}")
-        line = _plain(event.to_dict())
-        data = b"\n" * self._torn
-        data += json.dumps(line, allow_nan=False, default=_converted).encode() + b"\n"
+        line = json.dumps(_plain(event.to_dict()), allow_nan=False, default=_converted)
+        data = b"\n" * self._torn + line.encode() + b"\n"
+        descriptor = self._file.fileno()
         try:
-            written = os.write(self._fd, data)
+            written = os.write(descriptor, data)
         except OSError as error:
             raise OSError(error.errno, f"journal: {error.strerror}", str(self.path)) from error
         self._torn = written < len(data)
         if self._torn:
-            text = f"journal: only {written} of {len(data)} bytes were written"
-            raise OSError(errno.ENOSPC, text, str(self.path))
+            raise OSError(
+                errno.ENOSPC,
+                f"journal: only {written} of {len(data)} bytes were written",
+                str(self.path),
+            )
         if event.durable:
-            os.fsync(self._fd)
+            os.fsync(descriptor)
 
     def close(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -112,14 +109,12 @@ def read_events(path: str | os.PathLike[str]) -> list[Event]:
 
 def first(path: str | os.PathLike[str], *kinds: str) -> Record | None:
     """The first event of one of these kinds; the lines of other kinds are not parsed."""
-    heads = tuple(map(_head, kinds))
-    return next(_parsed(line for line in _lines(path) if line.startswith(heads)), None)
+    return next(_parsed(_lines(path, *kinds)), None)
 
 
 def every(path: str | os.PathLike[str], kind: str) -> list[Record]:
     """All events of one kind, oldest first; the lines of other kinds are not parsed."""
-    head = _head(kind)
-    return list(_parsed(line for line in _lines(path) if line.startswith(head)))
+    return list(_parsed(_lines(path, kind)))
 
 
 def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list[Record]:
@@ -142,23 +137,21 @@ def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list
 
 def last(path: str | os.PathLike[str], *kinds: str) -> Record | None:
     """The newest event of one of these kinds. The search begins at the end of the file."""
-    heads = [_head(kind) for kind in kinds]
     try:
         with Path(path).open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:  # mmap refuses an empty file
                 return None
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                begin, newest = 0, None
-                for head in heads:  # an event of the next kind counts only if it is newer
-                    at = len(text)
-                    while (at := text.rfind(head, begin, at)) >= 0:
-                        line = text[at : text.find(b"\n", at) + 1]
-                        if (event := next(_parsed([line]), None)) is not None:
-                            begin, newest = at, event
-                            break
-                return newest
+            text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         return None
+    heads, end = [_head(kind) for kind in kinds], len(text)
+    with text:
+        while (at := max(text.rfind(head, 0, end) for head in heads)) >= 0:
+            line = text[at : text.find(b"\n", at) + 1]
+            if (event := next(_parsed([line]), None)) is not None:
+                return event
+            end = at  # this line is torn
+    return None
 
 
 def last_event(path: str | os.PathLike[str], *kinds: type[E_]) -> E_ | None:
@@ -190,13 +183,10 @@ class Follower:
         """
         try:
             with self.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < self.offset:
+                if os.fstat(file.fileno()).st_size < self.offset:
                     self.offset = 0
                 file.seek(self.offset)
-                block = (
-                    file.read() if limit_bytes is None else file.read(limit_bytes) + file.readline()
-                )
+                block = file.read(limit_bytes) + file.readline()
         except FileNotFoundError:
             return []
         whole = block[: block.rfind(b"\n") + 1]
@@ -206,24 +196,22 @@ class Follower:
 
 def number(value: Any) -> float | None:
     """The number that a JSON value represents, "nan", "inf" and "-inf" included; else None."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, (int, float)):
-        return float(value)
-    return float(value) if value in ("nan", "inf", "-inf") else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number or value in ("nan", "inf", "-inf") else None
 
 
-def _lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
-    """The complete lines of a journal; none if there is no journal yet."""
+def _lines(path: str | os.PathLike[str], *kinds: str) -> Iterator[bytes]:
+    """The complete lines of a journal, of these kinds or of all; none if there is no journal."""
+    heads = tuple(map(_head, kinds)) or b""
     try:
         with Path(path).open("rb") as file:
-            yield from (line for line in file if line.endswith(b"}\n"))
+            yield from (line for line in file if line.endswith(b"}\n") and line.startswith(heads))
     except FileNotFoundError:
         return
 
 
 def _head(kind: str) -> bytes:
-    """The first bytes of a line of this kind. The kind is always written first."""
+    # The kind is always written first.
     return f'{{"{KIND}": {json.dumps(kind)},'.encode()
 
 

@@ -41,10 +41,11 @@ def conditions_of(
     Without either, they are those at the end of the run. If an entry lacks a field, the summary's
     value for the end of the run takes its place.
     """
-    conditions = summary.get("trained_on") or trained_on(events, steps=summary.get("steps"))
     return [
         _fields({**summary, **{name: value for name, value in fields.items() if value is not None}})
-        for fields in conditions or [{}]
+        for fields in summary.get("trained_on")
+        or trained_on(events, steps=summary.get("steps"))
+        or [{}]
     ]
 
 

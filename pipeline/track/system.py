@@ -15,6 +15,7 @@ import os
 import threading
 import warnings
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,17 +40,11 @@ class Sampler:
 
     def __init__(self, run_dir: Path, *, interval: float | None = None) -> None:
         self._file = RunFolder(run_dir).system
-        self._interval = (
-            interval
-            or _seconds(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"))
-            or INTERVAL_S
-        )
+        self._interval = interval
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="system-metrics", daemon=True)
-        if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() not in (
-            "false",
-            "0",
-        ):
+        enabled = os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower()
+        if enabled not in ("false", "0"):
             self._thread.start()
 
     def close(self) -> None:
@@ -58,18 +53,18 @@ class Sampler:
             self._thread.join(1.0)
 
     def _sample(self) -> None:
-        if self._closing.wait(
-            self._interval
-        ):  # the run has ended before the first sample: nothing is imported
-            return
         try:
+            asked = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or INTERVAL_S
+            interval = self._interval or max(0.1, float(asked))
+            if self._closing.wait(interval):  # a short run imports nothing
+                return
             monitors = _monitors()
             newest = last_event(self._file, System)
-            step = 0 if newest is None else newest.step + 1
             with Journal(self._file, attempt=0) as samples:
-                while not self._closing.wait(self._interval):
+                for step in count(0 if newest is None else newest.step + 1):
+                    if self._closing.wait(interval):
+                        return
                     samples.write(System(step=step, metrics=_collect(monitors)))
-                    step += 1
         except Exception as error:  # such as a full disk, or a failed GPU driver
             warnings.warn(
                 f"system metrics are no longer sampled: {type(error).__name__}: {error}",
@@ -78,17 +73,22 @@ class Sampler:
 
 
 def _monitors() -> list[BaseMetricsMonitor]:
-    """Monitors of processors, memory, disk, network and GPUs."""
     import psutil
-    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+    from mlflow.system_metrics.metrics import (
+        cpu_monitor,
+        disk_monitor,
+        gpu_monitor,
+        network_monitor,
+    )
 
     psutil.cpu_percent()  # the first call returns 0, later calls the mean since the previous one
-    monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    monitors: list[BaseMetricsMonitor] = [
+        cpu_monitor.CPUMonitor(),
+        disk_monitor.DiskMonitor(),
+        network_monitor.NetworkMonitor(),
+    ]
     with suppress(RuntimeError):  # no card
-        monitors.append(GPUMonitor())
+        monitors.append(gpu_monitor.GPUMonitor())
     return monitors
 
 
@@ -99,10 +99,3 @@ def _collect(monitors: list[BaseMetricsMonitor]) -> dict[str, float]:
         values.update(monitor.aggregate_metrics() or {})
         monitor.clear_metrics()
     return values
-
-
-def _seconds(text: str | None) -> float | None:
-    try:
-        return max(0.1, float(text)) if text else None
-    except ValueError:
-        return None

@@ -28,9 +28,8 @@ from pipeline.core.files import write_whole
 from pipeline.data.base import Loader
 from pipeline.measure.activity import Activity, LayerActivity, firing_rate
 from pipeline.measure.constants import ACTIVITY_EVERY
-from pipeline.measure.energy import EnergyCounter, EnergyReadings, Inference
+from pipeline.measure.energy import EnergyCounter, EnergyReadings, EvenSample, Inference
 from pipeline.measure.operations import Operations, Work
-from pipeline.measure.sample_evenly import EvenSample
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state
 from pipeline.train.backend.collectives import Ranks, world

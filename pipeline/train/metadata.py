@@ -29,7 +29,7 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm, foreign_norms
 from pipeline.track.events import OF_NONE, Event, FirstBatch, Rollback, Skipped, Start, from_dict
 from pipeline.track.journal import read
-from pipeline.track.mlflow_delivery import read_note
+from pipeline.track.mlflow import read_note
 from pipeline.track.provenance import trained_on
 from pipeline.train.assemble import TrainContext
 from pipeline.train.backend.collectives import Ranks

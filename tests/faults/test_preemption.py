@@ -18,7 +18,7 @@ from pipeline.recipe.recipe import Checkpointing, Recipe, Spec, spec, write_json
 from pipeline.rules.base import Rule
 from pipeline.rules.ide import IDE
 from pipeline.rules.spide import SPIDE
-from pipeline.track.mlflow_delivery import Translation
+from pipeline.track.mlflow import Translation
 from pipeline.train import checkpointing, evaluation, trainer
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.checkpoint import read_trainer, step_folders

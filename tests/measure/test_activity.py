@@ -1,6 +1,7 @@
 """Firing by layer and time step, against spikes that were chosen."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,22 +42,16 @@ def run(
 
 @pytest.mark.parametrize("slices", [1, 2])
 @pytest.mark.parametrize("micro_batch", [1, 2])
-def test_rates_silence_and_saturation(slices: int, micro_batch: int) -> None:
+@pytest.mark.parametrize("shape", [(3,), (3, 1, 1)])
+def test_rates_silence_and_saturation(
+    slices: int, micro_batch: int, shape: tuple[int, ...]
+) -> None:
     network = nn.Sequential(LIF(decay=0.0))
     with Activity(network) as activity:
-        for x_TB in SPIKES_TBN.split(micro_batch, dim=1):
+        for x_TB in SPIKES_TBN.unflatten(2, shape).split(micro_batch, dim=1):
             run(activity, network, x_TB, slices=slices)
-    assert activity.layers() == (EXPECTED,)
+    assert activity.layers() == (EXPECTED,) and not network[0]._forward_hooks
     assert EXPECTED.rate == pytest.approx(5 / 12)
-
-
-def test_images_are_flattened_and_hooks_are_removed() -> None:
-    network = nn.Sequential(LIF(decay=0.0))
-    with Activity(network) as activity:
-        run(activity, network, SPIKES_TBN.unflatten(2, (3, 1, 1)), slices=2)
-    run(activity, network, torch.ones(2, 2, 3), slices=2)  # nobody listens
-    assert activity.layers()[0].neurons == 3
-    assert not network[0]._forward_hooks
 
 
 def test_a_rank_without_samples_and_a_layer_that_nobody_ran() -> None:
@@ -64,27 +59,21 @@ def test_a_rank_without_samples_and_a_layer_that_nobody_ran() -> None:
     one, other = Activity(network), Activity(network)
     with one:
         run(one, nn.Sequential(network[0]), SPIKES_TBN, slices=2)
+    # A `Reduce` notes what the first rank gives to a collective. The second one's finds it there.
+    sums, sizes = list[Tensor](), list[Tensor]()
 
-    def like(values: list[Tensor]):
-        """`Reduce` for the second of two ranks: what the first gave to the same collective was
-        noted before.
-        """
-        return lambda value: value + values.pop(0)
+    def noted(notes: list[Tensor]) -> Callable[[Tensor], Tensor]:
+        def reduce(value: Tensor) -> Tensor:
+            notes.append(value)
+            return value
 
-    noted: list[Tensor] = []
+        return reduce
 
-    def note(value: Tensor) -> Tensor:
-        noted.append(value)
-        return value
-
-    sizes: list[Tensor] = []
-    count: Any = sizes.append
-    alone = one.layers(note, lambda value: count(value) or value)
-    assert (
-        other.layers(like(noted), lambda value: torch.maximum(value, sizes.pop(0)))
-        == alone
-        == (EXPECTED,)
+    alone = one.layers(noted(sums), noted(sizes))
+    together = other.layers(
+        lambda value: value + sums.pop(0), lambda value: torch.maximum(value, sizes.pop(0))
     )
+    assert together == alone == (EXPECTED,)
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -110,7 +99,7 @@ def test_of_one_in_so_many_samples(shuffled: bool, kind: str) -> None:
 @pytest.mark.parametrize("classes", [2, 7, 8, 10, 91, 100, 144])
 def test_no_class_is_left_out_where_classes_take_turns(classes: int) -> None:
     """As every seventh sample, or every eighth, leaves out some."""
-    places_C = torch.tensor(Activity(nn.Sequential(LIF()), every=8).places(list(range(10_000))))
+    places_C = torch.tensor(Activity(nn.Sequential(LIF()), every=8).places(np.arange(10_000)))
     counts = torch.bincount(places_C % classes, minlength=classes)
     fair = 10_000 / 8 / classes
     assert (counts - fair).abs().max() < 4 * fair**0.5 and counts.min() > 0

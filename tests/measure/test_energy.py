@@ -4,7 +4,6 @@ needed.
 
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.measure.energy import (
-    FP16,
     TABLES,
     EnergyCounter,
     EnergyReadings,
@@ -42,36 +40,39 @@ def test_prices_are_the_published_ones_of_a_multiplication_and_an_addition() -> 
     for table, (multiplication, addition) in zip(TABLES, published.values(), strict=True):
         assert (table.mac_pj, table.ac_pj) == pytest.approx((multiplication + addition, addition))
     assert [table.name for table in TABLES] == [f"45 nm, {kind}" for kind in published]
-    assert energy_j(1, 1, FP16) == pytest.approx(1.9e-12)
+    assert energy_j(1, 1, TABLES[1]) == pytest.approx(1.9e-12)
 
 
 def test_an_addition_beside_a_multiplication_is_part_of_its_mac() -> None:
     inference = Inference(Work(multiplications=3, additions=10, dense=20), samples=2)
-    assert (inference.macs, inference.acs) == (1.5, 3.5)
-    told = inference.to_dict()
-    assert told["energy_j"] == pytest.approx(1.5 * 4.6e-12 + 3.5 * 0.9e-12)
-    assert (
-        told["prices"] == "45 nm, fp32"
-        and told["energy_j_by_table"]["45 nm, fp32"] == told["energy_j"]
-    )
-    assert told["energy_j_by_table"]["45 nm, int8"] == pytest.approx(
-        1.5 * 0.23e-12 + 3.5 * 0.03e-12
-    )
-    assert "measured_j" not in told
-    told["energy_j"] = 1.43e-5
-    assert (
-        describe_inference(told, on_gpu=False)
-        == "an inference: 14.3 µJ estimated (45 nm, fp32), not measured on a CPU"
-    )
-    assert (
-        describe_inference(told, on_gpu=True)
-        == "an inference: 14.3 µJ estimated (45 nm, fp32), not measured: no card has a counter"
-    )
-    told = {**replace(inference, not_counted=("fused",)).to_dict(), "energy_j": 1.43e-5}
-    assert (
-        describe_inference(told, on_gpu=False)
-        == "an inference: 14.3 µJ estimated (45 nm, fp32, without fused), not measured on a CPU"
-    )
+    assert inference.to_dict() == {
+        "macs": 1.5,
+        "acs": 3.5,
+        "energy_j": pytest.approx(1.5 * 4.6e-12 + 3.5 * 0.9e-12),
+        "prices": "45 nm, fp32",
+        "energy_j_by_table": {
+            "45 nm, fp32": pytest.approx(1.5 * 4.6e-12 + 3.5 * 0.9e-12),
+            "45 nm, fp16": pytest.approx(1.5 * 1.5e-12 + 3.5 * 0.4e-12),
+            "45 nm, int8": pytest.approx(1.5 * 0.23e-12 + 3.5 * 0.03e-12),
+        },
+        "samples": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("not_counted", "on_gpu", "expected"),
+    [
+        ((), False, "(45 nm, fp32), not measured on a CPU"),
+        ((), True, "(45 nm, fp32), not measured: no card has a counter"),
+        (("fused",), False, "(45 nm, fp32, without fused), not measured on a CPU"),
+    ],
+)
+def test_an_inference_is_described_in_a_line(
+    not_counted: tuple[str, ...], on_gpu: bool, expected: str
+) -> None:
+    described = {**Inference(Work(), 2, not_counted).to_dict(), "energy_j": 1.43e-5}
+    line = describe_inference(described, on_gpu=on_gpu)
+    assert line == f"an inference: 14.3 µJ estimated {expected}"
 
 
 class NVMLError(Exception):
@@ -105,12 +106,8 @@ def a_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("a_card")
 def test_millijoules_of_the_right_card_are_joules(monkeypatch: pytest.MonkeyPatch) -> None:
-    readings = iter([5_000, 7_500])
-    monkeypatch.setattr("pipeline.measure.energy.pynvml", stand_in(lambda card: next(readings)))
-    joules = EnergyCounter(
-        torch.device("cuda")
-    )  # the first reading says whether there is a counter
-    assert joules.read() == 7.5
+    monkeypatch.setattr("pipeline.measure.energy.pynvml", stand_in(lambda card: 7_500))
+    assert EnergyCounter(torch.device("cuda")).read() == 7.5
 
 
 @pytest.mark.usefixtures("a_card")
@@ -191,14 +188,18 @@ def rank(card: str, samples: int, began: float | None, ended: float | None) -> E
     return EnergyReadings(card=card, samples=samples, began=began, ended=ended)
 
 
-def test_cards_add_and_one_that_ranks_share_counts_once() -> None:
-    assert (
-        joules_per_sample([rank("GPU-a", 30, 100, 160), rank("GPU-b", 20, 1000, 1040)]) == 100 / 50
-    )
-    assert joules_per_sample([rank("GPU-a", 30, 100, 160), rank("GPU-a", 20, 110, 190)]) == 90 / 50
-    assert (
-        joules_per_sample([rank("GPU-a", 30, 100, 160), rank("GPU-b", 0, 7, 7)]) == 60 / 30
-    )  # evaluated nothing
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        (rank("GPU-b", 20, 1000, 1040), 100 / 50),
+        (rank("GPU-a", 20, 110, 190), 90 / 50),
+        (rank("GPU-b", 0, 7, 7), 60 / 30),  # evaluated nothing
+    ],
+)
+def test_cards_add_and_one_that_ranks_share_counts_once(
+    other: EnergyReadings, expected: float
+) -> None:
+    assert joules_per_sample([rank("GPU-a", 30, 100, 160), other]) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """Cosines and temporal shares: known gradients, and how the decay decides them."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.measure.fidelity import fidelity, gradients
 from pipeline.rules.bptt import BPTT
@@ -15,26 +16,24 @@ from tests.helpers.rule_networks import gradients as reference
 
 
 def test_of_known_gradients() -> None:
-    bptt = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0, 0.0]), "silent": torch.zeros(2)}
-    sltt = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([1.0, 0.0]), "silent": torch.zeros(2)}
-    other = {
-        "a": torch.tensor([-6.0, -8.0]),
-        "b": torch.tensor([0.0, 2.0]),
-        "silent": torch.ones(2),
+    values = {
+        "bptt": ([3.0, 4.0], [1.0, 0.0], [0.0, 0.0]),
+        "sltt": ([3.0, 0.0], [1.0, 0.0], [0.0, 0.0]),
+        "other": ([-6.0, -8.0], [0.0, 2.0], [1.0, 1.0]),
+        "nothing": ([0.0, 0.0], [0.0, 0.0], [0.0, 0.0]),
     }
-    nothing = {name: torch.zeros(2) for name in bptt}
+    bptt, sltt, other, nothing = (
+        dict(zip(("a", "b", "silent"), map(torch.tensor, each), strict=True))
+        for each in values.values()
+    )
     found = fidelity(bptt, sltt, {"SLTT": [sltt], "other": [other], "drawn": [sltt, nothing]})
-    assert (found.temporal_share["a"], found.temporal_share["b"]) == (pytest.approx(0.8), 0.0)
-    assert math.isnan(found.temporal_share["silent"])
-    assert (found.cosines["SLTT"]["a"], found.cosines["SLTT"]["b"]) == (
-        pytest.approx(0.6),
-        pytest.approx(1.0),
-    )
-    assert (found.cosines["other"]["a"], found.cosines["other"]["b"]) == (pytest.approx(-1.0), 0.0)
-    assert (found.cosines["drawn"]["a"], found.cosines["drawn"]["b"]) == (
-        pytest.approx(0.3),
-        pytest.approx(0.5),
-    )
+
+    def close(a: float, b: float) -> Any:
+        return pytest.approx({"a": a, "b": b, "silent": math.nan}, nan_ok=True)
+
+    assert found.temporal_share == close(0.8, 0.0)
+    expected = {"SLTT": close(0.6, 1.0), "other": close(-1.0, 0.0), "drawn": close(0.3, 0.5)}
+    assert found.cosines == expected
     assert found.lowest("SLTT") == ("a", pytest.approx(0.6))
     assert fidelity(bptt, None, {}).temporal_share == {}
 
@@ -45,17 +44,6 @@ def test_a_gradient_that_is_not_finite_is_as_far_as_can_be() -> None:
     broken = {"a": torch.tensor([3.0, math.nan]), "b": torch.tensor([1.0, 0.0])}
     found = fidelity(bptt, None, {"broken": [broken]})
     assert found.lowest("broken") == ("a", -1.0) and math.isnan(found.cosines["broken"]["b"])
-
-
-def found_at(decay: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    x_TBC, target_B = batch(6, size=32)
-    network = lif_network(decay=decay)
-    bptt, sltt = (
-        gradients(network, rule, x_TBC, lambda: cross_entropy(target_B))
-        for rule in (BPTT(), SLTT())
-    )
-    assert all(parameter.grad is None for parameter in network.parameters())
-    return bptt, sltt
 
 
 def test_gradients_are_those_of_the_rule() -> None:
@@ -71,9 +59,15 @@ def test_the_leak_decides_what_comes_through_time() -> None:
     """Of the first layer; the readout has no membrane, so nothing of its gradient comes through
     time.
     """
+    x_TBC, target_B = batch(6, size=32)
     shares = []
     for decay in (0.0, 1 / 11, 0.5, 0.9):
-        bptt, sltt = found_at(decay)
+        network = lif_network(decay=decay)
+        bptt, sltt = (
+            gradients(network, rule, x_TBC, lambda: cross_entropy(target_B))
+            for rule in (BPTT(), SLTT())
+        )
+        assert all(parameter.grad is None for parameter in network.parameters())
         found = fidelity(bptt, sltt, {"SLTT": [sltt]})
         assert found.temporal_share["4"] == pytest.approx(0, abs=1e-12)
         shares.append(found.temporal_share["0"])

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 
@@ -46,21 +46,12 @@ def run_batch(meters: Meters, host: Host, step: int, *, right: int = 3) -> None:
             with meters.part("data_wait"):
                 host.sleep(1)
             target_B = torch.tensor([0, 1])
-            hits = [index * 2 + row < right for row in range(2)]
-            logits_BK = torch.tensor(
-                [
-                    [1.0, 0.0] if (target == 0) == hit else [0.0, 1.0]
-                    for target, hit in zip([0, 1], hits, strict=True)
-                ]
-            )
-            for share in range(2):
-                meters.add(
-                    LossTerm(
-                        None if share else torch.tensor(1.0),
-                        torch.tensor(0.5 + index),
-                        logits_BK / 2,
-                    )
-                )
+            answer_B = [
+                target if index * 2 + target < right else 1 - target for target in target_B.tolist()
+            ]
+            logits_BK = torch.eye(2)[answer_B] / 2
+            for backward in (torch.tensor(1.0), None):
+                meters.add(LossTerm(backward, torch.tensor(0.5 + index), logits_BK))
             meters.end_of_micro_batch(target_B, 0.5)
         with meters.part("optimizer"):
             host.sleep(3)
@@ -69,12 +60,13 @@ def run_batch(meters: Meters, host: Host, step: int, *, right: int = 3) -> None:
 def test_loss_hits_and_time_of_known_batches(meters: Meters, host: Host) -> None:
     for step in range(2):
         run_batch(meters, host, step)
-    taken = meters.take(same)
-    assert taken["loss"] == pytest.approx(0.5 * (0.5 + 0.5) + 0.5 * (1.5 + 1.5))
-    assert taken["top1"] == 0.75
-    seconds = dict.fromkeys((*PARTS, REST), 0.0) | {"data_wait": 2, "optimizer": 3}
-    assert {name: taken[f"{name}_s"] for name in seconds} == seconds
-    assert (taken["step_s"], taken["images_per_s"]) == (5, 4 / 5)
+    seconds = dict.fromkeys((*PARTS, REST), 0.0) | {"data_wait": 2, "optimizer": 3, "step": 5}
+    assert meters.take(same) == {
+        "loss": pytest.approx(0.5 * (0.5 + 0.5) + 0.5 * (1.5 + 1.5)),
+        "top1": 0.75,
+        "images_per_s": 4 / 5,
+        **{f"{name}_s": value for name, value in seconds.items()},
+    }
     assert meters.totals.backward_calls == 4
     run_batch(meters, host, 2, right=4)
     assert meters.take(same)["top1"] == 1.0  # the window began anew
@@ -89,16 +81,26 @@ def test_each_loss_is_weighed_with_the_share_of_its_micro_batch(meters: Meters) 
     assert meters.take(same)["loss"] == 0.25 * 1.0 + 0.75 * 2.75
 
 
-def test_a_teachers_seconds_are_its_own(meters: Meters, host: Host) -> None:
-    run_batch(meters, host, 0)
-    meters.take(same)
-    with meters.batch(1):
-        with meters.part("teacher"):
+def test_a_part_has_the_seconds_of_what_makes_the_next_one_alone(
+    meters: Meters, host: Host
+) -> None:
+    """And a teacher's seconds are its own."""
+
+    def slow() -> Iterator[int]:
+        for index in range(2):
             host.sleep(2)
-        host.sleep(1)
+            yield index
+
+    for step in range(2):
+        with meters.batch(step):
+            for _ in meters.each("forward", slow()):
+                host.sleep(1)
+            with meters.part("teacher"):
+                host.sleep(5)
     taken = meters.take(same)
-    assert (taken["teacher_s"], taken["rest_s"], taken["step_s"]) == (2, 1, 3)
-    assert meters.totals.seconds["teacher"] == 2
+    names = ("forward_s", "teacher_s", "rest_s", "step_s")
+    assert [taken[name] for name in names] == [4, 5, 2, 11]
+    assert meters.totals.seconds["teacher"] == 5  # of the second batch
 
 
 def test_the_first_batch_and_those_that_count_memory_are_no_measure_of_speed(
@@ -107,12 +109,11 @@ def test_the_first_batch_and_those_that_count_memory_are_no_measure_of_speed(
     for step in range(6):
         run_batch(meters, host, step)
     meters.take(same)
-    assert meters.totals.batches == 6
-    assert (
-        meters.totals.steady_samples == 4 * 2
-    )  # 0 compiles, 1 and 4 count memory, 2 counts operations
-    assert (meters.totals.steady_s, meters.totals.train_s) == (2 * 5, 5 * 5)
-    assert meters.totals.of_a_steady_batch("optimizer") == 3
+    totals = meters.totals
+    # 0 compiles, 1 and 4 count memory, 2 counts operations
+    assert (totals.batches, totals.steady_samples) == (6, 4 * 2)
+    assert (totals.steady_s, totals.train_s) == (2 * 5, 5 * 5)
+    assert totals.of_a_steady_batch("optimizer") == 3
 
 
 def test_what_the_first_batch_waits_for_is_no_parts(meters: Meters, host: Host) -> None:
@@ -125,12 +126,8 @@ def test_what_the_first_batch_waits_for_is_no_parts(meters: Meters, host: Host) 
     run_batch(meters, host, 1)
     meters.take(same)
     totals = meters.totals
-    assert (totals.seconds["data_wait"], totals.train_s, totals.timed_batches, totals.batches) == (
-        2,
-        5,
-        1,
-        2,
-    )
+    assert (totals.seconds["data_wait"], totals.train_s) == (2, 5)
+    assert (totals.timed_batches, totals.batches) == (1, 2)
 
 
 def test_a_first_batch_that_is_skipped_is_start_up_too(meters: Meters) -> None:
@@ -165,10 +162,10 @@ def bytes_of_training(rule: Rule, *, weights: Weights = "plain") -> tuple[int, i
 
 
 INPUT, NEURONS = 5 * 6 * 4, 5 * 8 * 4
+# of a step: the logarithms of its softmax, its targets, and the sum of their weights
 LOSS = 5 * 3 * 4 + 5 * 8 + 4
-"""of a step: the logarithms of its softmax, its targets, and the sum of their weights"""
+# the input, the membrane above threshold, and what the second synapse multiplies
 STEP = INPUT + 2 * NEURONS + LOSS
-"""the input, the membrane above threshold, and what the second synapse multiplies"""
 
 
 @pytest.mark.parametrize(
@@ -198,13 +195,10 @@ def test_of_weights_that_slices_share_backward_keeps_those_of_the_second_synapse
     """The first one's carry no error down. Their gradients are in nobody's backward."""
     first, second = 8 * 6 * 4, 3 * 8 * 4
     made_with = 2 * (8 + 3) * 4 + (8 + 3) * 4  # mean, scale and gain of each filter
-    for rule in (SLTT(), OTTT()):
-        saved, beside = bytes_of_training(rule, weights="standardized")
-        assert (saved, beside) == (STEP + made_with + second, NEURONS + first + (first + second))
-    saved, beside = bytes_of_training(
-        SLTT(k=1), weights="standardized"
-    )  # with no gradient to collect
-    assert (saved, beside) == (STEP + made_with + second, NEURONS + first)
+    # the last one has no gradient to collect
+    for rule, collected in ((SLTT(), first + second), (OTTT(), first + second), (SLTT(k=1), 0)):
+        expected = STEP + made_with + second, NEURONS + first + collected
+        assert bytes_of_training(rule, weights="standardized") == expected
 
 
 def test_of_a_batch_that_is_skipped_its_seconds_alone_are_kept_and_the_next_is_counted_in_its_place(
@@ -215,7 +209,7 @@ def test_of_a_batch_that_is_skipped_its_seconds_alone_are_kept_and_the_next_is_c
     """
     network = nn.Sequential(Linear(2, 2, bias=False), LIF())
     meters = Meters(network, batch_size=4, device=torch.device("cpu"))
-    seen = []
+    totals, seen = meters.totals, []
     for step, samples in enumerate((2, 9, 4, 9, 6, 2)):
         with suppress(ArithmeticError), meters.batch(step), fresh_state(network):
             logits_BK = network(torch.zeros(1, samples, 2)).mean(0)
@@ -224,24 +218,21 @@ def test_of_a_batch_that_is_skipped_its_seconds_alone_are_kept_and_the_next_is_c
                 time.sleep(0.05)
                 raise ArithmeticError
             meters.end_of_micro_batch(torch.zeros(samples, dtype=torch.long), 1.0)
-        totals = meters.totals
-        assert (totals.peak_saved_bytes is None) == (totals.state_bytes is None)
-        seen.append(
-            (totals.state_bytes, totals.operation_samples, totals.backward_calls, totals.batches)
-        )
+        counted = totals.peak_saved_bytes is not None, totals.state_bytes, totals.operation_samples
+        seen.append((*counted, totals.backward_calls, totals.batches))
     membranes = 4 * 2 * 4
-    kept = [
-        (None, 0, 1, 1),
-        (None, 0, 1, 1),
-        (membranes, 0, 2, 2),
-        (membranes, 0, 2, 2),
-        (membranes, 6, 3, 3),
-        (membranes, 6, 4, 4),
+    assert seen == [
+        (False, None, 0, 1, 1),
+        (False, None, 0, 1, 1),
+        (True, membranes, 0, 2, 2),
+        (True, membranes, 0, 2, 2),
+        (True, membranes, 6, 3, 3),
+        (True, membranes, 6, 4, 4),
     ]
-    assert seen == kept and meters.totals.steady_batches == 0
-    assert 2 * 0.05 <= meters.totals.seconds["skipped"] < 2 * 0.05 + 1
+    assert 2 * 0.05 <= totals.seconds["skipped"] < 2 * 0.05 + 1
+    assert totals.steady_batches == 0
     meters.take(same)
-    assert meters.totals.steady_batches == 1 and meters.totals.train_s < 2 * 0.05
+    assert totals.steady_batches == 1 and totals.train_s < 2 * 0.05
 
 
 def test_operations_are_counted_on_the_third_batch_and_told_by_the_sample() -> None:
@@ -254,14 +245,11 @@ def test_operations_are_counted_on_the_third_batch_and_told_by_the_sample() -> N
             logits_BK.square().sum().backward()
             meters.add(LossTerm(None, torch.tensor(0.0), logits_BK.detach()))
             meters.end_of_micro_batch(torch.tensor([0, 1]), 1.0)
+    work = {"multiplications": 3.0, "additions": 3.0, "dense": 4.0}
     assert meters.totals.operation_samples == 2
-    assert meters.totals.operations_per_sample() == {
-        "forward": {"multiplications": 3.0, "additions": 3.0, "dense": 4.0},
-        "weights": {"multiplications": 3.0, "additions": 3.0, "dense": 4.0},
-    }
-    assert (
-        Totals(**json.loads(json.dumps(asdict(meters.totals)))) == meters.totals
-    )  # as a checkpoint keeps it
+    assert meters.totals.operations_per_sample() == {"forward": work, "weights": work}
+    # as a checkpoint keeps it
+    assert Totals(**json.loads(json.dumps(asdict(meters.totals)))) == meters.totals
 
 
 def test_operations_are_counted_at_the_same_steps_whatever_attempt_makes_them() -> None:
@@ -307,20 +295,14 @@ def test_what_is_free_is_given_back_where_it_would_be_told_as_trainings(
     """Of the host and of a card, each by its own peak."""
     bytes_now = {"rss": 5_000_000, "reserved": 20_000_000}
     given_back: list[str] = []
-    for each in bytes_now:
-        monkeypatch.setattr(
-            f"pipeline.measure.meters.peak_{each}_bytes", lambda *_, each=each: bytes_now[each]
-        )
-        monkeypatch.setattr(
-            f"pipeline.measure.meters.{each}_bytes", lambda *_, each=each: bytes_now[each]
-        )
-    monkeypatch.setattr(
-        "pipeline.measure.meters.release_freed_memory", lambda: given_back.append("rss")
-    )
-    monkeypatch.setattr(
-        "pipeline.measure.meters.release_reserved_bytes",
-        lambda device: given_back.append("reserved"),
-    )
+    releases = {"rss": "release_freed_memory", "reserved": "torch.cuda.empty_cache"}
+    for each, release in releases.items():
+        for name, act in (
+            (f"peak_{each}_bytes", lambda *_, each=each: bytes_now[each]),
+            (f"{each}_bytes", lambda *_, each=each: bytes_now[each]),
+            (release, lambda *_, each=each: given_back.append(each)),
+        ):
+            monkeypatch.setattr(f"pipeline.measure.meters.{name}", act)
     meters.note_peaks()
     bytes_now[of] += above
     meters.forget_peaks()
@@ -328,29 +310,24 @@ def test_what_is_free_is_given_back_where_it_would_be_told_as_trainings(
 
 
 def test_an_evaluation_has_peaks_of_its_own(meters: Meters) -> None:
+    totals = meters.totals
     meters.forget_peaks()
     with meters.evaluating() as note:
         block = bytearray(b"x") * (200 << 20)
         del block
         note()
-        counting = bytearray(b"x") * (
-            400 << 20
-        )  # as an instrument does, once every answer is there
+        # as an instrument does, once every answer is there
+        counting = bytearray(b"x") * (400 << 20)
         del counting
     meters.note_peaks()
-    assert meters.totals.evaluation_peak_rss_bytes < meters.totals.peak_rss_bytes + (350 << 20)
-    assert meters.totals.evaluation_peak_rss_bytes > meters.totals.peak_rss_bytes + (150 << 20)
-    assert (
-        meters.totals.evaluation_peak_device_bytes,
-        meters.totals.evaluation_peak_reserved_bytes,
-    ) == (
-        0,
-        0,
-    )  # no device
-    highest = meters.totals.evaluation_peak_rss_bytes
+    more = totals.evaluation_peak_rss_bytes - totals.peak_rss_bytes
+    assert 150 << 20 < more < 350 << 20
+    # no device
+    assert totals.evaluation_peak_device_bytes == totals.evaluation_peak_reserved_bytes == 0
+    highest = totals.evaluation_peak_rss_bytes
     with meters.evaluating() as note:
         note()
-    assert meters.totals.evaluation_peak_rss_bytes == highest  # of all evaluations
+    assert totals.evaluation_peak_rss_bytes == highest  # of all evaluations
 
 
 def test_what_training_keeps_free_for_itself_is_no_peak_of_an_evaluation() -> None:
@@ -377,13 +354,9 @@ print(meters.totals.peak_rss_bytes, meters.totals.evaluation_peak_rss_bytes)
 
 
 def test_totals_over_ranks_take_the_largest_peak(meters: Meters) -> None:
-    meters.totals = Totals(
-        peak_saved_bytes=5, state_bytes=7, steady_batches=3, evaluation_peak_rss_bytes=9
-    )
-    found = meters.over_ranks(lambda peaks: peaks + 1, lambda mean: mean)
-    assert (found.peak_saved_bytes, found.state_bytes, found.steady_batches) == (6, 8, 3)
-    assert found.evaluation_peak_rss_bytes == 10
-    assert found.peak_rss_bytes > 1e6
-    meters.totals = Totals()
-    found = meters.over_ranks(same, same)
-    assert (found.peak_saved_bytes, found.state_bytes) == (None, None)
+    peaks = {"peak_saved_bytes": 5, "state_bytes": 7, "evaluation_peak_rss_bytes": 9}
+    for given, expected in ((peaks, [6, 8, 10]), ({}, [None, None, 1])):
+        meters.totals = Totals(**given, steady_batches=3)
+        found = meters.over_ranks(lambda peaks: peaks + 1 * (peaks >= 0), lambda mean: mean)
+        assert [getattr(found, name) for name in peaks] == expected
+        assert found.peak_rss_bytes > 1e6 and found.steady_batches == 3

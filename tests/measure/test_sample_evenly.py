@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.measure.sample_evenly import EvenSample
+from pipeline.measure.energy import EvenSample
 from pipeline.spiking.encode import is_static, repeat
 
 
@@ -40,15 +40,13 @@ def test_each_class_is_among_them_and_each_about_as_often(classes: int, is_sorte
 
 def test_still_images_are_held_once_and_stay_still():
     x_B = torch.randn(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    evenly = EvenSample(8)
-    evenly.add(repeat(x_B, 3))
-    first, second = evenly.batches(4)
-    assert is_static(first) and is_static(second)
-    assert torch.equal(_sorted(torch.cat([first, second], dim=1)), _sorted(repeat(x_B, 3)))
-    x_TB = torch.randn(3, 5, 1, 2, 2, generator=torch.Generator().manual_seed(1))
-    evenly = EvenSample(8)
-    evenly.add(x_TB)
-    assert torch.equal(_sorted(torch.cat(list(evenly.batches(4)), dim=1)), _sorted(x_TB))
+    moving_TB = torch.randn(3, 5, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    for x_TB in (repeat(x_B, 3), moving_TB):
+        evenly = EvenSample(8)
+        evenly.add(x_TB)
+        first, second = evenly.batches(4)
+        assert is_static(first) == is_static(second) == is_static(x_TB)
+        assert torch.equal(_sorted(torch.cat([first, second], dim=1)), _sorted(x_TB))
 
 
 def _sorted(x_TB: torch.Tensor) -> torch.Tensor:

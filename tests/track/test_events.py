@@ -69,7 +69,7 @@ def test_wrong_fields_are_refused_in_one_line() -> None:
     assert (
         str(refused.value)
         == "journal: an event 'init' must have the fields time, attempt, file, fresh;"
-        " got no field fresh, files too"
+        " got time, attempt, file, files"
     )
 
 
@@ -79,8 +79,7 @@ def test_the_newest_event_of_some_classes(tmp_path: Path) -> None:
     with RawJournal(path, attempt=0) as journal:
         for each in (event("step", step=1), event("step", step=2), event("init")):
             journal.write(each)
-    found = last_event(path, Step, Finish)
-    assert isinstance(found, Step) and found.step == 2
+    assert getattr(last_event(path, Step, Finish), "step", None) == 2
 
 
 # ------------------------------------------------------------------------- names that stand once

@@ -62,15 +62,18 @@ def values(text: str) -> dict[str, float]:
 
 def test_a_run_that_trains():
     text = exposition([start(), step(10), step(20, time=120.0, images_per_s=900.0)])
-
-    told = values(text)
-    assert told["spiketrain_images_per_second"] == 900.0
-    assert told["spiketrain_loss"] == 1.5
-    assert told["spiketrain_step"] == 20 and told["spiketrain_total_steps"] == 40
-    assert told["spiketrain_data_wait_seconds"] / told["spiketrain_step_seconds"] == 0.25
-    assert told["spiketrain_memory_bytes"] == 2**30
-    assert told["spiketrain_restarts_total"] == 0
-    assert told["spiketrain_event_timestamp_seconds"] == 120.0
+    expected = {
+        "spiketrain_images_per_second": 900.0,
+        "spiketrain_loss": 1.5,
+        "spiketrain_step": 20,
+        "spiketrain_total_steps": 40,
+        "spiketrain_data_wait_seconds": 0.125,
+        "spiketrain_step_seconds": 0.5,
+        "spiketrain_memory_bytes": 2**30,
+        "spiketrain_restarts_total": 0,
+        "spiketrain_event_timestamp_seconds": 120.0,
+    }
+    assert values(text).items() >= expected.items()
     assert 'spiketrain_loss{recipe="sltt",rule="SLTT",run="a-run"} 1.5' in text.splitlines()
 
 
@@ -86,31 +89,20 @@ def test_what_has_not_been_told_is_left_out():
 
 
 def test_evaluations_and_checkpoints():
-    evaluation = {
-        "event": "evaluation",
-        "time": 130.0,
-        "step": 20,
-        "metrics": {"top1": 0.75, "loss": 0.5, "firing_rate": 0.125},
+    metrics = {"top1": 0.75, "loss": 0.5, "firing_rate": 0.125}
+    evaluation = {"event": "evaluation", "time": 130.0, "step": 20, "metrics": metrics}
+    checkpoint = {"event": "checkpoint", "time": 131.0, "step": 20, "write_s": 0.5}
+    expected = {
+        "spiketrain_evaluation_top1_ratio": 0.75,
+        "spiketrain_evaluation_loss": 0.5,
+        "spiketrain_loss": 1.5,
+        "spiketrain_firing_rate": 0.125,
+        "spiketrain_checkpoint_step": 20,
+        "spiketrain_checkpoint_timestamp_seconds": 131.0,
+        "spiketrain_checkpoint_seconds": 0.5,
     }
-    checkpoint = {
-        "event": "checkpoint",
-        "time": 131.0,
-        "step": 20,
-        "path": "p",
-        "stall_s": 0.25,
-        "write_s": 0.5,
-        "bytes": 10,
-    }
-
-    told = values(exposition([start(), step(20), evaluation, checkpoint]))
-    assert told["spiketrain_evaluation_top1_ratio"] == 0.75
-    assert told["spiketrain_evaluation_loss"] == 0.5 and told["spiketrain_loss"] == 1.5
-    assert told["spiketrain_firing_rate"] == 0.125
-    assert (
-        told["spiketrain_checkpoint_step"] == 20
-        and told["spiketrain_checkpoint_timestamp_seconds"] == 131.0
-    )
-    assert told["spiketrain_checkpoint_seconds"] == 0.5
+    found = values(exposition([start(), step(20), evaluation, checkpoint]))
+    assert found.items() >= expected.items()
 
 
 def test_a_real_run_tells_every_figure_that_there_is(tmp_path: Path):
@@ -122,11 +114,9 @@ def test_a_real_run_tells_every_figure_that_there_is(tmp_path: Path):
 
 
 def test_a_restart_counts_and_goes_back_to_its_checkpoint():
-    told = values(exposition([start(), step(20), start(attempt=1, step=15, time=140.0)]))
-
-    assert told["spiketrain_restarts_total"] == 1
-    assert told["spiketrain_step"] == 15
-    assert told["spiketrain_state.running"] == 1
+    found = values(exposition([start(), step(20), start(attempt=1, step=15, time=140.0)]))
+    names = ("restarts_total", "step", "state.running")
+    assert [found[f"spiketrain_{name}"] for name in names] == [1, 15, 1]
 
 
 @pytest.mark.parametrize(
@@ -140,16 +130,11 @@ def test_a_restart_counts_and_goes_back_to_its_checkpoint():
 )
 def test_one_state_at_a_time(kind: str, state: str):
     last = {"event": kind, "time": 150.0, "attempt": 0, "step": 20}
-
-    told = {
-        name: value
-        for name, value in values(exposition([start(), step(20), last])).items()
-        if "state." in name
-    }
-    assert [name for name, value in told.items() if value] == [f"spiketrain_state.{state}"]
-    assert len(told) == 5
-    resumed = values(exposition([start(), last, start(attempt=1, time=160.0)]))
-    assert resumed["spiketrain_state.running"] == 1 and resumed[f"spiketrain_state.{state}"] == 0
+    for events, current in (([last], state), ([last, start(attempt=1, time=160.0)], "running")):
+        found = values(exposition([start(), step(20), *events]))
+        states = {name: value for name, value in found.items() if "state." in name}
+        assert len(states) == 5
+        assert [name for name, value in states.items() if value] == [f"spiketrain_state.{current}"]
 
 
 @pytest.mark.parametrize(("told", "written"), [("nan", "NaN"), ("inf", "+Inf"), ("-inf", "-Inf")])

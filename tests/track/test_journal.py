@@ -5,7 +5,10 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ import torch
 from pipeline.track.journal import (
     Follower,
     NullTracker,
+    Record,
     Tracker,
     first,
     last,
@@ -28,43 +32,47 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "journal.jsonl"
 
 
+def written(path: Path, steps: Iterable[int], *, attempt: int = 0) -> bytes:
+    """A journal of step events; all its bytes."""
+    with RawJournal(path, attempt=attempt) as journal:
+        for step in steps:
+            journal.event("step", step=step, text="é")
+    return path.read_bytes()
+
+
+def steps_of(events: list[Record]) -> list[int]:
+    return [event["step"] for event in events]
+
+
 def test_an_event_is_one_line_with_its_kind_first(path: Path):
-    with RawJournal(path, attempt=2) as journal:
-        before = time.time()
-        journal.event("step", step=7, metrics={"loss": 0.5})
+    before = time.time()
+    written(path, [7], attempt=2)
     (line,) = path.read_text().splitlines()
     event = json.loads(line)
-    assert list(event) == ["event", "time", "attempt", "step", "metrics"]
+    assert list(event) == ["event", "time", "attempt", "step", "text"]
     assert before <= event.pop("time") <= time.time()
-    assert event == {"event": "step", "attempt": 2, "step": 7, "metrics": {"loss": 0.5}}
+    assert event == {"event": "step", "attempt": 2, "step": 7, "text": "é"}
 
 
 def test_what_json_has_no_word_for(path: Path):
-    def refuse(constant: str) -> float:
-        raise AssertionError(f"not JSON: {constant}")
-
+    given: dict[str, Any] = {
+        "metrics": {"a": math.nan, "b": math.inf, "c": -math.inf, "d": torch.tensor(1.5)},
+        "more": {"e": np.float32("nan"), "f": np.int64(3)},
+        "where": Path("a/b"),
+        "text": "line\nbreak \u2028 and \ud800",
+        "shape": (2, np.array([1.0, math.nan])),
+    }
     with RawJournal(path, attempt=0) as journal:
-        journal.event(
-            "step",
-            metrics={
-                "a": math.nan,
-                "b": math.inf,
-                "c": -math.inf,
-                "d": torch.tensor(1.5),
-                "e": np.float32("nan"),
-                "f": np.int64(3),
-            },
-            where=Path("a/b"),
-            text="line\nbreak \u2028 and \ud800",
-            shape=(2, np.array([1.0, math.nan])),
-        )
+        journal.event("step", **given)
     (line,) = path.read_bytes().splitlines()
-    event = json.loads(line, parse_constant=refuse)
-    assert event["metrics"] == {"a": "nan", "b": "inf", "c": "-inf", "d": 1.5, "e": "nan", "f": 3}
-    assert math.isnan(float(event["metrics"]["a"]))
-    assert event["where"] == "a/b"
-    assert event["text"] == "line\nbreak \u2028 and \ud800"
-    assert event["shape"] == [2, [1.0, "nan"]]
+    found = json.loads(line, parse_constant=pytest.fail)
+    assert {name: found[name] for name in given} == {
+        "metrics": {"a": "nan", "b": "inf", "c": "-inf", "d": 1.5},
+        "more": {"e": "nan", "f": 3},
+        "where": "a/b",
+        "text": given["text"],
+        "shape": [2, [1.0, "nan"]],
+    }
 
 
 def test_misuse_is_refused_and_writes_nothing(path: Path):
@@ -79,32 +87,26 @@ def test_misuse_is_refused_and_writes_nothing(path: Path):
 
 
 def test_a_torn_last_line_is_skipped_and_the_next_attempt_begins_on_a_fresh_one(path: Path):
-    with RawJournal(path, attempt=0) as journal:
-        journal.event("step", step=0)
-        journal.event("step", step=1)
-    whole = path.read_bytes()
+    whole = written(path, [0, 1])
     for cut in range(1, 30):
         path.write_bytes(whole[:-cut])
-        assert [event["step"] for event in read(path)] == [0]
-        with RawJournal(path, attempt=1) as journal:
-            journal.event("step", step=2)
-            journal.event("step", step=3)
+        assert steps_of(read(path)) == [0]
         # Without its newline alone the line was whole: it counts once another attempt has ended it.
-        assert [event["step"] for event in read(path)] == ([0, 1, 2, 3] if cut == 1 else [0, 2, 3])
-        assert b"\n\n" not in path.read_bytes()
+        found = written(path, [2, 3], attempt=1)
+        assert steps_of(read(path)) == ([0, 1, 2, 3] if cut == 1 else [0, 2, 3])
+        assert b"\n\n" not in found
 
 
 def test_a_short_write_is_an_error_and_spoils_one_line_only(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    journal = RawJournal(path, attempt=0)
-    write = os.write
+    journal, write = RawJournal(path, attempt=0), os.write
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
         with pytest.raises(OSError, match="only 10 of"):
             journal.event("step", step=0)
     journal.event("step", step=1)
-    assert [event["step"] for event in read(path)] == [1]
+    assert steps_of(read(path)) == [1]
 
 
 def test_killed_while_writing_every_line_but_the_last_is_whole(path: Path):
@@ -119,9 +121,9 @@ def test_killed_while_writing_every_line_but_the_last_is_whole(path: Path):
         time.sleep(0.01)
     writer.kill()
     writer.wait()
-    events = read(path)
-    assert [event["step"] for event in events] == list(range(len(events)))
-    assert len(events) >= path.read_bytes().count(b"\n") > 100
+    found = steps_of(read(path))
+    assert found == list(range(len(found)))
+    assert len(found) >= path.read_bytes().count(b"\n") > 100
 
 
 def test_two_writers_do_not_mix_their_lines(path: Path):
@@ -140,34 +142,27 @@ def test_two_writers_do_not_mix_their_lines(path: Path):
 def test_follower_returns_each_event_once_while_the_file_grows(path: Path):
     follower = Follower(path)
     assert follower.poll() == []  # no journal yet
-    with RawJournal(path, attempt=0) as journal:
-        for step in range(20):
-            journal.event("step", step=step, text="é")
-    whole = path.read_bytes()
+    whole, seen, at = written(path, range(20)), list[int](), 0
     path.write_bytes(b"")
-    seen = []
     chance = random.Random(0)
-    at = 0
     while at < len(whole):
         grown = at + chance.randrange(1, 90)
         with path.open("ab") as file:
             file.write(whole[at:grown])
         at = grown
-        seen += [event["step"] for event in follower.poll()]
-    assert seen == list(range(20))
-    assert follower.offset == len(whole)
+        seen += steps_of(follower.poll())
+    assert seen == list(range(20)) and follower.offset == len(whole)
+    # replaced
+    path.write_bytes(b'{"event": "step", "step": 9}\n')
+    assert steps_of(follower.poll()) == [9]
 
 
 def test_follower_starts_at_any_byte(path: Path):
-    with RawJournal(path, attempt=0) as journal:
-        for step in range(3):
-            journal.event("step", step=step)
-    whole = path.read_bytes()
+    whole = written(path, range(3))
     starts = [0, *(place + 1 for place, byte in enumerate(whole) if byte == ord("\n"))]
     for offset in range(len(whole) + 1):
         follower = Follower(path, offset=offset)
-        expected = [step for step in range(3) if starts[step] >= offset]
-        assert [event["step"] for event in follower.poll()] == expected, offset
+        assert steps_of(follower.poll()) == [step for step in range(3) if starts[step] >= offset]
         assert follower.offset == len(whole)
 
 
@@ -177,29 +172,14 @@ def test_follower_inside_an_unfinished_line_waits_for_its_end(path: Path):
     assert follower.poll() == []
     with path.open("ab") as file:
         file.write(b'ep", "step": 0}\n{"event": "step", "step": 1}\n')
-    assert [event["step"] for event in follower.poll()] == [1]
+    assert steps_of(follower.poll()) == [1]
 
 
 def test_follower_reads_in_bounded_blocks(path: Path):
-    with RawJournal(path, attempt=0) as journal:
-        for step in range(100):
-            journal.event("step", step=step)
+    written(path, range(100))
     follower = Follower(path)
-    blocks = []
-    while block := follower.poll(limit_bytes=500):
-        assert len(block) < 12
-        blocks += [event["step"] for event in block]
-    assert blocks == list(range(100))
-
-
-def test_follower_begins_again_when_the_file_was_replaced(path: Path):
-    with RawJournal(path, attempt=0) as journal:
-        for step in range(5):
-            journal.event("step", step=step)
-    follower = Follower(path)
-    follower.poll()
-    path.write_bytes(b'{"event": "step", "step": 9}\n')
-    assert [event["step"] for event in follower.poll()] == [9]
+    blocks = list(iter(lambda: steps_of(follower.poll(limit_bytes=500)), []))
+    assert max(map(len, blocks)) < 12 and [*chain(*blocks)] == list(range(100))
 
 
 def test_first_and_last_of_a_kind(path: Path):
@@ -220,17 +200,11 @@ def test_first_and_last_of_a_kind(path: Path):
 
 
 def test_an_event_costs_less_than_a_millisecond(path: Path):
-    journal = RawJournal(path, attempt=0)
-    times = []
+    journal, times = RawJournal(path, attempt=0), list[float]()
+    metrics = {f"metric{i}": 0.1 * i for i in range(12)}
     for step in range(200):
         before = time.perf_counter()
-        journal.event(
-            "step",
-            step=step,
-            epoch=0,
-            metrics={f"metric{i}": 0.1 * i for i in range(12)},
-            memory_bytes=10**9,
-        )
+        journal.event("step", step=step, epoch=0, metrics=metrics, memory_bytes=10**9)
         times.append(time.perf_counter() - before)
     assert sorted(times)[100] < 1e-3
 
@@ -256,15 +230,9 @@ def test_a_long_journal_is_thinned_and_what_came_before_another_event_stays(path
             journal.event("evaluation", step=step) if step == 12 else None
     path.write_bytes(path.read_bytes() + b'{"event": "step", "ti')
     found = read_thinned(path, "step", every=4)
+    kept = [0, 4, 8, 10, 8, 10, 12, 12, 13]
+    kinds = {0: "start", 4: "start", 7: "evaluation"}
     assert [(event["event"], event["step"]) for event in found] == [
-        ("start", 0),
-        ("step", 4),
-        ("step", 8),
-        ("step", 10),
-        ("start", 8),
-        ("step", 10),
-        ("step", 12),
-        ("evaluation", 12),
-        ("step", 13),
+        (kinds.get(place, "step"), step) for place, step in enumerate(kept)
     ]
     assert read_thinned(path, "step", every=1) == read(path)

@@ -1,4 +1,5 @@
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,9 @@ import pytest
 from pipeline.report.stores import open_store
 from pipeline.track import connect as hierarchy
 from pipeline.track.connect import TrackingError, connect
-from pipeline.track.mlflow import Mirror, SyncReport, register, sync, tracking_uri
-from pipeline.track.mlflow_delivery import Delivery
+from pipeline.track.mlflow import Delivery, Mirror, SyncReport, register, sync, tracking_uri
 from tests.helpers.nodes import free_port
+from tests.helpers.waiting import until
 from tests.track.conftest import FakeRun, steps, write_suite
 
 
@@ -70,53 +72,39 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
         (run.folder / name).write_text("{}")
     assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=17, already_there=0)
 
-    found = find(sqlite_store, run)
-    assert found.info.status == "FINISHED"
-    assert found.info.run_name == "a_run"
-    assert found.info.start_time <= found.info.end_time
+    found, client = find(sqlite_store, run), connect(sqlite_store)
+    assert (found.info.status, found.info.run_name) == ("FINISHED", "a_run")
     assert found.data.params == {"optimizer.lr": "0.05", "epochs": "2"}
-    tags = found.data.tags
     expected = {
-        "rule": "SLTT",
-        "seed": "3",
-        "world_size": "2",
-        "commit": "0123abcd",
-        "study": run.study,
-        "skipped_samples": "16",
+        "spiketrain.rule": "SLTT",
+        "spiketrain.seed": "3",
+        "spiketrain.world_size": "2",
+        "spiketrain.commit": "0123abcd",
+        "spiketrain.study": run.study,
+        "spiketrain.skipped_samples": "16",
+        "hardware.cpu": "a cpu",
     }
-    assert {name: tags[f"spiketrain.{name}"] for name in expected} == expected
-    assert tags["hardware.cpu"] == "a cpu"
-    assert history(sqlite_store, run, "train/loss") == [
-        (0, 1.0),
-        (1, 0.5),
-        (2, pytest.approx(1 / 3)),
-    ]
-    assert history(sqlite_store, run, "train/memory_bytes") == [(0, 1000), (1, 1000), (2, 1000)]
-    assert history(sqlite_store, run, "val/top1") == [(2, 0.7)]
-    assert math.isnan(history(sqlite_store, run, "val/loss")[0][1])
-    assert history(sqlite_store, run, "checkpoint/bytes") == [(2, 12)]
-    assert history(sqlite_store, run, "checkpoint/stall_s") == [(2, 0.1)]
-    assert history(sqlite_store, run, "summary/peak_saved_bytes") == [(3, 4096)]
-    times = [
-        point.timestamp
-        for point in connect(sqlite_store).get_metric_history(found.info.run_id, "train/loss")
-    ]
-    assert times[0] == pytest.approx(found.info.start_time, abs=1000)
+    assert found.data.tags.items() >= expected.items()
+    histories = {
+        "train/loss": [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))],
+        "train/memory_bytes": [(0, 1000), (1, 1000), (2, 1000)],
+        "val/top1": [(2, 0.7)],
+        "val/loss": [(2, pytest.approx(math.nan, nan_ok=True))],
+        "checkpoint/bytes": [(2, 12)],
+        "checkpoint/stall_s": [(2, 0.1)],
+        "summary/peak_saved_bytes": [(3, 4096)],
+    }
+    assert {key: history(sqlite_store, run, key) for key in histories} == histories
 
-    client = connect(sqlite_store)
     sent = {"recipe.json", "journal.jsonl", "summary.json", "activity.json", "answers.npz"}
     assert {file.path for file in client.list_artifacts(found.info.run_id)} == sent
-    place = (
-        Path(sqlite_store.removeprefix("sqlite:///")).parent / "mlartifacts" / run.family
-    )  # and not the working directory
-    assert (
-        place / found.info.run_id / "artifacts" / "journal.jsonl"
-    ).read_bytes() == journal.path.read_bytes()
-    parent = client.get_run(tags["mlflow.parentRunId"])
-    assert (parent.info.status, parent.data.tags["spiketrain.study_parent"]) == (
-        "FINISHED",
-        "f" * 32,
-    )
+    # beside the store, and not in the working directory
+    place = Path(sqlite_store.removeprefix("sqlite:///")).parent / "mlartifacts" / run.family
+    artifact = place / found.info.run_id / "artifacts" / "journal.jsonl"
+    assert artifact.read_bytes() == journal.path.read_bytes()
+    parent = client.get_run(found.data.tags["mlflow.parentRunId"])
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["spiketrain.study_parent"] == "f" * 32
 
     assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=0, already_there=17)
     assert find(sqlite_store, run).info.end_time == found.info.end_time
@@ -125,14 +113,16 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
 def test_the_protocol_of_a_search_is_a_tag_by_which_a_store_can_be_asked(
     fake_run: Callable, sqlite_store: str
 ):
-    run, shared = fake_run(), fake_run("shared")
-    run.start(params={"protocol": "tuned", "tuned": '["optimizer.lr"]', "epochs": "2"}).close()
-    shared.start().close()
-    for each in (run, shared):
-        sync(each.folder, uri=sqlite_store)
-    tags = find(sqlite_store, run).data.tags
-    assert (tags["spiketrain.protocol"], tags["spiketrain.tuned"]) == ("tuned", '["optimizer.lr"]')
-    assert "spiketrain.protocol" not in find(sqlite_store, shared).data.tags
+    protocol = {"protocol": "tuned", "tuned": '["optimizer.lr"]'}
+    for more in (protocol, {}):
+        run = fake_run(f"with_{len(more)}")
+        run.start(params={**more, "epochs": "2"}).close()
+        sync(run.folder, uri=sqlite_store)
+        tags = find(sqlite_store, run).data.tags
+        found = {
+            name: tags[f"spiketrain.{name}"] for name in protocol if f"spiketrain.{name}" in tags
+        }
+        assert found == more
 
 
 def test_the_runs_of_one_comparison_share_a_parent(fake_run: Callable, sqlite_store: str):
@@ -144,15 +134,15 @@ def test_the_runs_of_one_comparison_share_a_parent(fake_run: Callable, sqlite_st
         steps(journal, 0, 1)
         sync(first.folder, uri=sqlite_store)
         mirror = Mirror(second.folder, uri=sqlite_store, interval=0.05)
-        parents = {find(sqlite_store, first).data.tags["mlflow.parentRunId"]}
+        above = find(sqlite_store, first).data.tags["mlflow.parentRunId"]
         client = connect(sqlite_store)
-        assert wait_for(lambda: client.get_run(min(parents)).info.status == "RUNNING")
+        settled(lambda: client.get_run(above).info.status == "RUNNING")
         journal.event("failed", error="out of memory")
     assert mirror.close(20)
-    assert {find(sqlite_store, second).data.tags["mlflow.parentRunId"]} == parents
-    assert find(sqlite_store, second).info.status == "FAILED"
-    assert find(sqlite_store, second).data.tags["spiketrain.error"] == "out of memory"
-    assert client.get_run(min(parents)).info.status == "FAILED"
+    found = find(sqlite_store, second)
+    assert found.data.tags["mlflow.parentRunId"] == above
+    assert found.data.tags["spiketrain.error"] == "out of memory"
+    assert found.info.status == client.get_run(above).info.status == "FAILED"
 
 
 def test_steps_that_a_rollback_repeats_count_once(fake_run: Callable, sqlite_store: str):
@@ -167,66 +157,57 @@ def test_steps_that_a_rollback_repeats_count_once(fake_run: Callable, sqlite_sto
     expected = [
         (step, pytest.approx((1.0 if step < 5 else 100.0) / (step + 1))) for step in range(8)
     ]
-    assert history(sqlite_store, run, "train/loss") == expected
     found = find(sqlite_store, run)
-    assert found.data.params == {
-        "optimizer.lr": "0.05",
-        "epochs": "2",
-        "new": "1",
-    }  # written once, MLflow says
     assert found.data.tags["spiketrain.world_size"] == "4"
-
     other = fake_run("other")  # all of it at once gives the same
-    (other.folder / "journal.jsonl").write_bytes(
-        (run.folder / "journal.jsonl")
-        .read_bytes()
-        .replace(run.run_id.encode(), other.run_id.encode())
-        .replace(run.family.encode(), other.family.encode())
-    )
+    text = (run.folder / "journal.jsonl").read_text()
+    text = text.replace(run.run_id, other.run_id).replace(run.family, other.family)
+    (other.folder / "journal.jsonl").write_text(text)
     sync(other.folder, uri=sqlite_store)
-    assert history(sqlite_store, other, "train/loss") == expected
-    assert find(sqlite_store, other).data.params == found.data.params
+    for each in (run, other):
+        assert history(sqlite_store, each, "train/loss") == expected
+        # a parameter is written once, MLflow says
+        params = find(sqlite_store, each).data.params
+        assert params == {"optimizer.lr": "0.05", "epochs": "2", "new": "1"}
 
 
 def test_status_follows_stop_and_resume(fake_run: Callable, sqlite_store: str):
     run = fake_run()
+
+    def status() -> str:
+        return find(sqlite_store, run).info.status
+
     journal = run.start()
     mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05)
-    assert wait_for(lambda: find(sqlite_store, run).info.status == "RUNNING")
+    settled(lambda: status() == "RUNNING")
     journal.event("stopped", step=3, reason="SIGTERM", resume_command="spiketrain resume a_run")
-    assert wait_for(lambda: find(sqlite_store, run).info.status == "KILLED")
+    settled(lambda: status() == "KILLED")
     assert mirror.close(20)
     mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05)
-    journal = run.start(step=3)
-    assert wait_for(lambda: find(sqlite_store, run).info.status == "RUNNING")
-    assert mirror.close(20)  # the driver leaves, and the worker said nothing of an end
-    assert find(sqlite_store, run).info.status == "KILLED"
+    run.start(step=3)
+    settled(lambda: status() == "RUNNING")
+    # the driver leaves, and the worker said nothing of an end
+    assert mirror.close(20) and status() == "KILLED"
     mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05)
     run.start(step=3).event("finish", steps=5)
-    assert mirror.close(20)
-    assert find(sqlite_store, run).info.status == "FINISHED"
-    assert mirror.warning is None
+    assert mirror.close(20) and status() == "FINISHED" and mirror.warning is None
 
 
 def test_how_an_attempt_ended_is_not_said_of_a_run_that_went_on(
     fake_run: Callable, sqlite_store: str
 ):
     run = fake_run()
-
-    def told() -> list[str | None]:
+    names = ("error", "diverged", "stopped")
+    for kind, fields, expected in (
+        ("failed", {"error": "out of memory"}, ["out of memory", "false", None]),
+        ("stopped", {"reason": "SIGTERM"}, ["", "", "SIGTERM"]),
+        ("finish", {"steps": 1}, ["", "", ""]),
+    ):
+        with run.start() as journal:
+            journal.event(kind, **fields)
         sync(run.folder, uri=sqlite_store)
         tags = find(sqlite_store, run).data.tags
-        return [tags.get(f"spiketrain.{name}") for name in ("error", "diverged", "stopped")]
-
-    with run.start() as journal:
-        journal.event("failed", error="out of memory")
-    assert told() == ["out of memory", "false", None]
-    with run.start() as journal:
-        journal.event("stopped", reason="SIGTERM")
-    assert told() == ["", "", "SIGTERM"]
-    with run.start() as journal:
-        journal.event("finish", steps=1)
-    assert told() == ["", "", ""] and find(sqlite_store, run).info.status == "FINISHED"
+        assert [tags.get(f"spiketrain.{name}") for name in names] == expected
 
 
 @pytest.mark.parametrize("effect", ["before", "after"])
@@ -236,29 +217,22 @@ def test_a_driver_may_die_at_any_call(
     """Killed at the first call to MLflow, at the second, ... whether or not the call took effect;
     then another driver comes.
     """
-    fatal = 0
-    while True:
-        fatal += 1
+    fatal, count = 0, list[str]()
+    for fatal in itertools.count(1):
         run = fake_run(f"dies_at_{fatal}")
         with run.start(study_parent=run.run_id[::-1]) as journal:
             steps(journal, 0, 400)  # two batches
             journal.event("finish", steps=400, top1=0.5)
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
             count = die_at_call(patch, fatal, effect)
-            try:
-                sync(run.folder, uri=sqlite_store)
-            except KeyboardInterrupt:
-                pass
-            else:
-                break
+            sync(run.folder, uri=sqlite_store)
+            break
         sync(run.folder, uri=sqlite_store)
         assert [step for step, _ in history(sqlite_store, run, "train/loss")] == list(range(400))
         found = find(sqlite_store, run)
-        assert (
-            len(connect(sqlite_store).search_runs([found.info.experiment_id])) == 2
-        )  # the run and its parent
-        assert found.info.status == "FINISHED"
-        assert found.data.params["epochs"] == "2"
+        # the run and its parent
+        assert len(connect(sqlite_store).search_runs([found.info.experiment_id])) == 2
+        assert (found.info.status, found.data.params["epochs"]) == ("FINISHED", "2")
         assert found.data.tags["spiketrain.artifact.recipe.json"]
     assert fatal - 1 == len(count) == 11
 
@@ -273,51 +247,43 @@ def test_every_point_has_the_time_of_its_event_and_not_of_its_delivery(
         journal.event("fidelity", step=1, temporal_share={"0": 0.5}, cosines={"0": 0.5})
         journal.event("checkpoint", step=1, stall_s=0.1, write_s=0.1, bytes=1)
         journal.event("finish", step=2, top1=0.5)
-    an_hour_ago(run.folder / "journal.jsonl")
+    path, hour_ms = run.folder / "journal.jsonl", 3600 * 1000
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    moved = [json.dumps({**line, "time": line["time"] - 3600}) + "\n" for line in lines]
+    path.write_text("".join(moved))
     assert sync(run.folder, uri=sqlite_store).delivered == 14
     found = find(sqlite_store, run)
     assert len({metric.key.split("/")[0] for metric in found.data._metric_objs}) == 5
-    for metric in found.data._metric_objs:
-        assert abs(metric.timestamp - (time.time() - 3600) * 1000) < 60_000, metric.key
-    assert abs(found.info.end_time - (time.time() - 3600) * 1000) < 60_000
-
-
-def an_hour_ago(path: Path) -> None:
-    """Moves the times of a journal into the past."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text(
-        "".join(json.dumps({**line, "time": line["time"] - 3600}) + "\n" for line in lines)
-    )
+    for time_ms in (*(each.timestamp for each in found.data._metric_objs), found.info.end_time):
+        assert time_ms == pytest.approx(time.time() * 1000 - hour_ms, abs=60_000)
 
 
 def test_the_journal_is_sent_at_a_start_and_whenever_the_weights_are_looked_at_and_at_the_end(
     fake_run: Callable, sqlite_store: str
 ):
-    run, sent = fake_run(), []
+    run = fake_run()
     delivery = Delivery(run.folder, uri=sqlite_store)
 
-    def kept() -> bool:
+    def is_sent() -> bool:
         delivery.advance()
         artifact = artifacts(delivery.run) / "journal.jsonl"
-        sent.append(artifact.read_bytes() if artifact.exists() else b"")
-        return sent[-1] == journal.path.read_bytes()
+        return artifact.exists() and artifact.read_bytes() == journal.path.read_bytes()
 
     with run.start() as journal:
-        assert kept() and sent[-1].count(b"\n") == 1  # whoever looks on learns what the run is
-        steps(journal, 0, 2)
-        assert not kept()
+        assert is_sent()  # whoever looks on learns what the run is
         for kind in ("evaluation", "fidelity"):
+            steps(journal, 0, 2)
+            assert not is_sent()
             journal.event(kind, step=1)
-            assert kept()
-            steps(journal, 2, 4)
-            assert not kept()
+            assert is_sent()
+        steps(journal, 2, 4)
+        assert not is_sent()
     assert sync(run.folder, uri=sqlite_store)  # nobody drives it: this is its end
-    assert kept()
+    assert is_sent()
     artifact = artifacts(delivery.run) / "journal.jsonl"
     artifact.write_text("as it is")
-    assert (
-        sync(run.folder, uri=sqlite_store) and artifact.read_text() == "as it is"
-    )  # not sent without need
+    # not sent without need
+    assert sync(run.folder, uri=sqlite_store) and artifact.read_text() == "as it is"
 
 
 def test_whoever_delivers_for_ever_is_not_waited_for(
@@ -394,38 +360,33 @@ def test_a_parent_says_what_its_runs_say(fake_run: Callable, sqlite_store: str, 
     write_suite(suite, first.folder, second.folder)
     about = {"study_parent": uuid.uuid4().hex, "suite": "a-suite"}
 
-    def parent() -> tuple[str | None, str]:
-        found = connect(sqlite_store).get_run(
-            find(sqlite_store, first).data.tags["mlflow.parentRunId"]
-        )
+    def parent_after(run: FakeRun) -> tuple[str | None, str]:
+        sync(run.folder, uri=sqlite_store)
+        above = find(sqlite_store, run).data.tags["mlflow.parentRunId"]
+        found = connect(sqlite_store).get_run(above)
         return found.info.run_name, found.info.status
 
     with first.start(**about) as journal:
         journal.event("finish", steps=1)
     with (suite / "driver.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        sync(first.folder, uri=sqlite_store)
-        assert parent() == ("a-suite", "RUNNING")
-    sync(first.folder, uri=sqlite_store)
-    assert parent() == ("a-suite", "KILLED")
-    for kind, status in (
-        ("stopped", "KILLED"),
-        ("failed", "FAILED"),
-        ("finish", "FINISHED"),
-        ("failed", "FAILED"),
-        ("diverged", "FINISHED"),  # beside others it is an answer
+        assert parent_after(first) == ("a-suite", "RUNNING")
+    assert parent_after(first) == ("a-suite", "KILLED")
+    for kind, status, needed in (
+        ("stopped", "KILLED", False),
+        ("failed", "FAILED", False),
+        ("finish", "FINISHED", False),
+        ("failed", "FAILED", False),
+        ("diverged", "FINISHED", False),  # beside others it is an answer
+        ("diverged", "FAILED", True),  # unless they take its weights
     ):
+        if needed:
+            content = json.loads((suite / "suite.json").read_text())
+            content["children"][0]["recipe"]["recipe"]["init"] = "@two"
+            (suite / "suite.json").write_text(json.dumps(content))
         with second.start(**about) as journal:
             journal.event(kind, error="x")
-        sync(second.folder, uri=sqlite_store)
-        assert parent() == ("a-suite", status)
-    told = json.loads((suite / "suite.json").read_text())
-    told["children"][0]["recipe"]["recipe"]["init"] = "@two"
-    (suite / "suite.json").write_text(json.dumps(told))
-    with second.start(**about) as journal:
-        journal.event("diverged", error="not finite")
-    sync(second.folder, uri=sqlite_store)
-    assert parent() == ("a-suite", "FAILED")  # unless they take its weights
+        assert parent_after(second) == ("a-suite", status)
 
 
 def die_at_call(patch: pytest.MonkeyPatch, fatal: int, effect: str) -> list[str]:
@@ -440,22 +401,23 @@ def die_at_call(patch: pytest.MonkeyPatch, fatal: int, effect: str) -> list[str]
     def dying(name: str, original: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
             calls.append(name)
-            if len(calls) == fatal and effect == "before":
+            is_fatal = len(calls) == fatal
+            if is_fatal and effect == "before":
                 raise KeyboardInterrupt
             result = original(*args, **kwargs)
-            if len(calls) == fatal:
+            if is_fatal:
                 raise KeyboardInterrupt
             return result
 
         return call
 
     changing = ("create_experiment", "create_run", "set_terminated", "log_artifact", "set_tag")
-    for owner, names in (
-        (MlflowClient, changing),
-        (SqlAlchemyStore, ("log_batch",)),
-    ):  # the client cuts a batch in several
-        for name in names:
-            patch.setattr(owner, name, dying(name, getattr(owner, name)))
+    # the client cuts a batch in several
+    for owner, name in (
+        *((MlflowClient, name) for name in changing),
+        (SqlAlchemyStore, "log_batch"),
+    ):
+        patch.setattr(owner, name, dying(name, getattr(owner, name)))
     return calls
 
 
@@ -481,11 +443,10 @@ def test_many_deliverers_at_once(fake_run: Callable, sqlite_store: str):
 
     with ThreadPoolExecutor(6) as threads:
         list(threads.map(deliver, range(6)))
-    found = find(sqlite_store, run)
     assert [step for step, _ in history(sqlite_store, run, "train/loss")] == list(range(60))
-    client = connect(sqlite_store)
-    runs = client.search_runs([found.info.experiment_id], run_view_type=ViewType.ALL)
-    assert len(runs) == 2  # the run and its parent; none that had to be deleted
+    # the run and its parent; none that had to be deleted
+    experiment = find(sqlite_store, run).info.experiment_id
+    assert len(connect(sqlite_store).search_runs([experiment], run_view_type=ViewType.ALL)) == 2
 
 
 def test_interleaved_deliverers_agree(fake_run: Callable, sqlite_store: str):
@@ -510,10 +471,10 @@ def test_a_run_deleted_in_mlflow_comes_back_whole(fake_run: Callable, sqlite_sto
     with run.start() as journal:
         steps(journal, 0, 3)
         mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05, patience=0.1)
-        assert wait_for(lambda: len(history(sqlite_store, run, "train/loss")) == 3)
+        settled(lambda: len(history(sqlite_store, run, "train/loss")) == 3)
         connect(sqlite_store).delete_run(find(sqlite_store, run).info.run_id)
         steps(journal, 3, 5)
-    assert wait_for(lambda: len(history(sqlite_store, run, "train/loss")) == 5)
+    settled(lambda: len(history(sqlite_store, run, "train/loss")) == 5)
     assert mirror.close(20)
 
 
@@ -522,10 +483,8 @@ def test_a_run_that_was_created_twice_is_one_run_again(fake_run: Callable, sqlit
     with run.start() as journal:
         steps(journal, 0, 3)
     sync(run.folder, uri=sqlite_store)
-    client = connect(sqlite_store)
-    client.create_run(
-        find(sqlite_store, run).info.experiment_id, tags={"spiketrain.run_id": run.run_id}
-    )
+    experiment = find(sqlite_store, run).info.experiment_id
+    connect(sqlite_store).create_run(experiment, tags={"spiketrain.run_id": run.run_id})
     sync(run.folder, uri=sqlite_store)
     assert len(history(sqlite_store, run, "train/loss")) == 3
 
@@ -557,13 +516,14 @@ def test_nothing_to_deliver(fake_run: Callable, sqlite_store: str):
 
 
 def test_where_the_store_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert tracking_uri("runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    assert tracking_uri("runs") == "http://mlflow:5000"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
-    assert tracking_uri("runs") == f"sqlite:///{tmp_path}/other.db"
+    for given, uri in (
+        ("", f"sqlite:///{tmp_path}/runs/mlflow.db"),
+        ("http://mlflow:5000", "http://mlflow:5000"),
+        ("sqlite:///other.db", f"sqlite:///{tmp_path}/other.db"),
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+        assert tracking_uri("runs") == uri
 
 
 # ------------------------------------------------------------------------------------- dead servers
@@ -574,20 +534,16 @@ def test_a_server_that_refuses_costs_the_run_nothing(fake_run: Callable):
     uri = f"http://somebody:secret@127.0.0.1:{free_port()}"
     with run.start() as journal:
         mirror = Mirror(run.folder, uri=uri, interval=0.01, patience=0.05)
-        assert wait_for(lambda: mirror.warning is not None)
+        settled(lambda: mirror.warning is not None)
         before = time.perf_counter()
         steps(journal, 0, 200)
         assert (time.perf_counter() - before) / 200 < 1e-3
     before = time.perf_counter()
     assert mirror.close(10) is False
     assert time.perf_counter() - before < 3
-    assert mirror.warning is not None
-    assert "spiketrain sync" in mirror.warning
-    assert "secret" not in mirror.warning
-    assert len(mirror.warning.splitlines()) == 1
-    with pytest.raises(TrackingError, match="cannot be filled") as caught:
+    assert re.fullmatch(r"((?!secret).)*spiketrain sync((?!secret).)*", mirror.warning or "")
+    with pytest.raises(TrackingError, match=r"cannot be filled.*\Z"):
         sync(run.folder, uri=uri)
-    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_server_that_hangs_does_not_hold_the_driver(fake_run: Callable):
@@ -621,15 +577,15 @@ def test_a_server_that_hangs_dies_and_comes_back(
         steps(journal, 0, 5)  # before there is a server
         server = start_server(store, port)
         try:
-            assert wait_for(lambda: len(history(uri, run, "train/loss")) == 5)
+            settled(lambda: len(history(uri, run, "train/loss")) == 5)
             # Requests are taken and time out; the server carries them out later, when they have
             # been sent again.
             os.killpg(server.pid, signal.SIGSTOP)
             steps(journal, 5, 10)
-            assert wait_for(lambda: mirror.warning is not None)
+            settled(lambda: mirror.warning is not None)
             os.killpg(server.pid, signal.SIGCONT)
-            assert wait_for(lambda: len(history(uri, run, "train/loss")) == 10)
-            assert wait_for(lambda: mirror.warning is None)
+            settled(lambda: len(history(uri, run, "train/loss")) == 10)
+            settled(lambda: mirror.warning is None)
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
             steps(journal, 10, 20)
@@ -643,32 +599,22 @@ def test_a_server_that_hangs_dies_and_comes_back(
             assert [step for step, _ in history(uri, run, "train/memory_bytes")] == list(range(20))
             assert find(uri, run).info.status == "FINISHED"
             found = find(uri, run).info
-            assert {file.path for file in connect(uri).list_artifacts(found.run_id)} == {
-                "recipe.json",
-                "journal.jsonl",
-            }
+            sent = {file.path for file in connect(uri).list_artifacts(found.run_id)}
+            assert sent == {"recipe.json", "journal.jsonl"}
             best = run.checkpoint(20, score=0.25)
             assert register(run.folder, best, name="small", alias="best", uri=uri) == "1"
-            assert (
-                connect(uri).get_model_version_by_alias("small", "best").tags["uri"]
-                == best.as_uri()
-            )
-            [seen] = open_store(uri).listed()
-            assert (seen.id, seen.experiment, seen.rule, seen.status) == (
-                found.run_id,
-                run.family,
-                "SLTT",
-                "FINISHED",
-            )
-            assert (
-                seen.newest * 1000 == found.end_time
-                and open_store(uri).runs(run.study)[0].metrics["summary/top1"] == 0.25
-            )
-            assert [
-                point.step for point in open_store(uri).history(seen.id, "train/loss", since=17)
-            ] == [18, 19]
-            assert open_store(uri).text(seen.id, "journal.jsonl") == journal.path.read_text()
-            assert open_store(uri).text(seen.id, "summary.json") is None
+            version = connect(uri).get_model_version_by_alias("small", "best")
+            assert version.tags["uri"] == best.as_uri()
+            store = open_store(uri)
+            [seen] = store.listed()
+            expected = found.run_id, run.family, "SLTT", "FINISHED", found.end_time
+            about = seen.id, seen.experiment, seen.rule, seen.status, seen.newest * 1000
+            assert about == expected
+            assert store.runs(run.study)[0].metrics["summary/top1"] == 0.25
+            newest = store.history(seen.id, "train/loss", since=17)
+            assert [point.step for point in newest] == [18, 19]
+            assert store.text(seen.id, "journal.jsonl") == journal.path.read_text()
+            assert store.text(seen.id, "summary.json") is None
         finally:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
@@ -694,23 +640,19 @@ def start_server(store: Path, port: int) -> subprocess.Popen:
         with urllib.request.urlopen(url, timeout=30) as reply:
             return reply.status == 200
 
-    assert wait_for(answers, 120)
+    settled(answers, 120)
     return server
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 40.0) -> bool:
-    """Whether the condition holds before long; an error in it counts as not yet."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            if condition():
-                return True
-        except (OSError, ValueError, AssertionError) as error:
-            if time.monotonic() > deadline:
-                raise AssertionError("not in time") from error
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
+def settled(condition: Callable[[], bool], seconds: float = 40.0) -> None:
+    """Wait until the condition holds; an error in it counts as not yet."""
+
+    def holds() -> bool:
+        with suppress(OSError, ValueError, AssertionError):
+            return condition()
+        return False
+
+    until(holds, within=seconds)
 
 
 @pytest.mark.parametrize("token", ["planted-token\n", "planted\ntoken"])

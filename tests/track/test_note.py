@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.track.mlflow import sync
-from pipeline.track.mlflow_delivery import read_note
+from pipeline.track.mlflow import read_note, sync
 from pipeline.train.checkpoint import read_trainer, step_folders
 from tests.helpers.small import make_run, small_recipe, train_inline
 

@@ -44,17 +44,14 @@ def test_a_driver_that_lives_and_one_that_was_killed(fake_run: Callable):
         "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
         " print(flush=True); time.sleep(60)"
     )
-    driver = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE)
-    assert driver.stdout is not None
-    driver.stdout.readline()
-    assert is_driven(run.folder)
-    assert state_of(run.folder) == "running"
-    driver.kill()
-    driver.wait()
-    driver.stdout.close()
+    command = [sys.executable, "-c", code, str(lock)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as driver:
+        assert driver.stdout is not None
+        driver.stdout.readline()
+        assert is_driven(run.folder) and state_of(run.folder) == "running"
+        driver.kill()
     assert lock.exists()
-    assert not is_driven(run.folder)
-    assert state_of(run.folder) == "interrupted"
+    assert not is_driven(run.folder) and state_of(run.folder) == "interrupted"
     with lock.open() as file:  # asking leaves the lock free
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

@@ -7,14 +7,14 @@ from pipeline.track.connect import connect
 from pipeline.track.journal import read
 from pipeline.track.mlflow import Mirror, sync
 from pipeline.track.system import Sampler
-from tests.track.test_mlflow import find, history, wait_for
+from tests.track.test_mlflow import find, history, settled
 
 CPU = "system/cpu_utilization_percentage"
 
 
 def sampled(folder: Path, count: int) -> None:
     sampler = Sampler(folder, interval=0.05)
-    assert wait_for(lambda: len(read(folder / "system.jsonl")) >= count)
+    settled(lambda: len(read(folder / "system.jsonl")) >= count)
     sampler.close()
 
 
@@ -59,7 +59,7 @@ def test_the_mirror_samples(fake_run: Callable, sqlite_store: str, monkeypatch: 
     run = fake_run()
     with run.start() as journal:
         mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05)
-        assert wait_for(lambda: len(history(sqlite_store, run, CPU)) >= 2)
+        settled(lambda: len(history(sqlite_store, run, CPU)) >= 2)
         journal.event("finish", steps=1)
     assert mirror.close(20)
     assert len(history(sqlite_store, run, CPU)) == len(read(run.folder / "system.jsonl"))

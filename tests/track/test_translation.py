@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from pipeline.track.connect import milliseconds
-from pipeline.track.mlflow_delivery import Translation, parameters
+from pipeline.track.mlflow import Translation
 
 
 def step(number: int, **metrics: Any) -> dict[str, Any]:
@@ -74,8 +74,6 @@ def test_the_end_of_a_run_sends_what_waits(end: str):
 
 
 def test_a_finish_is_a_summary_at_the_newest_step():
-    translation = Translation()
-    nested = {"forward": {"additions": 2.0, "who": "x"}}
     finish = {
         "event": "finish",
         "steps": 7,
@@ -83,10 +81,10 @@ def test_a_finish_is_a_summary_at_the_newest_step():
         "time": 2.0,
         "top 1!": 0.5,
         "rule": "SLTT",
-        "operations": nested,
+        "operations": {"forward": {"additions": 2.0, "who": "x"}},
     }
     expected = [("summary/top 1_", 7, 0.5), ("summary/operations/forward/additions", 7, 2.0)]
-    assert sent(translation, step(6, loss=1.0), finish)[1:] == expected
+    assert sent(Translation(), step(6, loss=1.0), finish)[1:] == expected
 
 
 @pytest.mark.parametrize(
@@ -115,17 +113,6 @@ def test_tags_count_what_was_lost():
             "spiketrain.attempt": "2",
         }.items()
     )
-
-
-@pytest.mark.parametrize(
-    ("event", "expected"),
-    [
-        ({"event": "start", "params": {"a?": 7000 * "x"}}, {"a_": 6000 * "x"}),
-        ({"event": "step", "params": {"a": 1}}, {}),
-    ],
-)
-def test_parameters_come_with_a_start(event, expected):
-    assert parameters(event) == expected
 
 
 def test_a_time_that_is_none_is_zero():
