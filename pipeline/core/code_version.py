@@ -46,12 +46,11 @@ def check_same_code(
     """
     versions = each((digest, host))
     first, at = versions[0]
-    others = [
+    if others := [
         f"{rank} on {host} {digest}"
         for rank, (digest, host) in enumerate(versions)
         if digest != first
-    ]
-    if others:
+    ]:
         raise UserError(
             f"worker: all must run {of} of worker 0 on {at}, {first}; got worker"
             f" {', '.join(others)}: install one"

@@ -220,7 +220,7 @@ class Ray:
             cores_of_a_node, lambda has: int(has.get("CPU", 0)), within_s=ANSWER_S
         )
         # A node without an answer is given no run.
-        return cores_of_machines(each for each in answers if not isinstance(each, NoAnswer))
+        return cores_of_machines([each for each in answers if not isinstance(each, NoAnswer)])
 
     def resume_options(self) -> list[str]:
         return [

@@ -33,9 +33,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 from pipeline.core.errors import UserError
-from pipeline.core.files import Unreadable, retry_read, sync_folder, write_whole
+from pipeline.core.files import MARKER, Unreadable, retry_read, sync_folder, write_whole
 from pipeline.core.run_folder import RunFolder
-from pipeline.core.shared_marker import MARKER
 from pipeline.recipe.spec import arguments_of
 from pipeline.train.checkpoint.manifest import MANIFEST, read_manifest
 from pipeline.train.checkpoint.remote import WithOSErrors, own_folder, sweep_fetched
