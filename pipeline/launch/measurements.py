@@ -93,8 +93,7 @@ def _plan(
     workers: int,
 ) -> Any:
     """A plan for `workers` GPUs of the device table."""
-    from pipeline.forecast.devices import DEVICES
-    from pipeline.forecast.plan import Cluster, plan
+    from pipeline.forecast.plan import DEVICES, Cluster, plan
 
     cluster = Cluster(workers=workers, device=DEVICES[device])
     return asdict(plan(recipes[0], cluster, samples=samples, rules=[each.rule for each in recipes]))

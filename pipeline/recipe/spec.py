@@ -106,15 +106,12 @@ def referred(path: str | os.PathLike[str]) -> str | None:
 
 
 def _check_keywords(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    require(
-        callable(target),
-        f"spec: the target must be callable; got {target!r}",
-    )
-    parameters = _parameters(target)
-    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    hints = _hints(target)
+    require(callable(target), f"spec: the target must be callable; got {target!r}")
+    parameters = inspect.signature(target).parameters.values()
+    open_ended = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+    accepted, hints = _accepted(target), _hints(target)
     for key, value in kwargs.items():
-        if key not in _accepted(parameters):
+        if key not in accepted:
             require(
                 open_ended,
                 f"{target.__name__}: unexpected keyword {key!r}; it accepts"
@@ -126,28 +123,21 @@ def _check_keywords(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> No
             )
 
 
-def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(target).parameters
-
-
-def _accepted(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+def _accepted(target: Callable[..., Any]) -> list[str]:
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [name for name, p in parameters.items() if p.kind in by_name]
+    parameters = inspect.signature(target).parameters
+    return [name for name, each in parameters.items() if each.kind in by_name]
 
 
 def accepted_text(target: Callable[..., Any], prefix: str = "") -> str:
-    return ", ".join(prefix + name for name in _accepted(_parameters(target))) or "none"
+    return ", ".join(prefix + name for name in _accepted(target)) or "none"
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (
-        NameError,
-        TypeError,
-        AttributeError,
-    ):  # only a type checker can resolve the annotation, so it is not checked here
-        return {}
+    except (NameError, TypeError, AttributeError):
+        return {}  # only a type checker can resolve the annotation, so it is not checked here
 
 
 def arguments_of(
@@ -183,36 +173,26 @@ def arguments_of(
 def admits(hint: Any, value: Any) -> bool:
     """Whether a value fits an annotation. A Spec fits wherever a built object is expected."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or isinstance(hint, typing.TypeVar):
-        return True
     if origin in (typing.Union, types.UnionType):
         return any(admits(arm, value) for arm in args)
     if origin is Literal:
         return any(value == arm and type(value) is type(arm) for arm in args)
     if origin is typing.Annotated:
         return admits(args[0], value)
-    if hint is None or hint is type(None):
-        return value is None
-    plain = origin or hint
-    if not inspect.isclass(plain):
+    plain = type(None) if hint is None else origin or hint
+    if hint is Any or not inspect.isclass(plain):
         return True
     if plain in (bool, int, float, str):
-        if isinstance(value, bool):
-            return plain is bool
-        return isinstance(value, (int, float) if plain is float else plain)
+        accepted = (int, float) if plain is float else plain
+        return isinstance(value, accepted) and (plain is bool or not isinstance(value, bool))
     if plain is Path or plain is os.PathLike:
         return isinstance(value, (str, os.PathLike))
-    if plain in (tuple, list) and isinstance(
-        value, (list, tuple)
-    ):  # a list is kept as a tuple: recipes are frozen
-        if not args:
-            return True
-        if plain is list or (len(args) == 2 and args[1] is Ellipsis):
-            return all(admits(args[0], item) for item in value)
-        return len(args) == len(value) and all(
-            admits(arm, item) for arm, item in zip(args, value, strict=True)
-        )
-    if isinstance(value, Spec) and plain not in (list, dict, tuple):
+    if plain in (tuple, list) and isinstance(value, (list, tuple)):
+        # A list is kept as a tuple, because recipes are frozen.
+        if not args or plain is list or args[1:] == (Ellipsis,):
+            return all(admits(args[0] if args else Any, item) for item in value)
+        return len(args) == len(value) and all(map(admits, args, value))
+    if isinstance(value, Spec) and plain not in (list, dict, tuple, type(None)):
         return True
     try:
         return isinstance(value, plain)
@@ -225,11 +205,9 @@ def type_name(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(repr, args))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(type_name(arm) for arm in args)
-    if hint is type(None):
-        return "None"
+        return " or ".join(map(type_name, args))
     if origin is None and inspect.isclass(hint):
-        return hint.__name__
+        return "None" if hint is type(None) else hint.__name__
     return str(hint).replace("typing.", "")
 
 

@@ -15,12 +15,13 @@ from pipeline.forecast.bench import Bench, step_inputs
 from pipeline.forecast.counts import (
     Counts,
     FakeBench,
+    Operation,
     Traffic,
     counted,
     counted_optimizer,
     describe_steps,
 )
-from pipeline.forecast.devices import DEVICES, Device, Operation
+from pipeline.forecast.plan import DEVICES, Device
 from pipeline.models.feedback import fc_feedback
 from pipeline.models.mlp import mlp
 from pipeline.recipe.recipe import Recipe, Spec, spec
