@@ -62,16 +62,15 @@ def commit() -> str:
 
     Outside a checkout: the value of SPIKETRAIN_COMMIT, or `unknown`.
     """
-    here = Path(__file__).resolve().parent.parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
-
+    package = str(Path(__file__).resolve().parent.parent)
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        return subprocess.run(
+            ["git", "-C", package, *describe],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("SPIKETRAIN_COMMIT", "unknown")

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from pipeline.core.checks import require
+
 
 def read_state(file: Path, *, who: str) -> Mapping[str, Tensor]:
     """Read the `state_dict` in a .safetensors file, or in a file of torch.save.
@@ -28,12 +30,11 @@ def read_state(file: Path, *, who: str) -> Mapping[str, Tensor]:
         ValueError: the file does not exist, cannot be read, or contains no named tensors. The
             message begins with `who`.
     """
-    if not file.is_file():
-        raise ValueError(f"{who}: {file} must be a file of weights; it does not exist")
+    require(file.is_file(), f"{who}: {file} must be a file of weights; it does not exist")
     try:
         # Published QKFormer files contain the program's arguments.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = (
+            state: Any = (
                 load_file(file)
                 if file.suffix == ".safetensors"
                 else torch.load(file, map_location="cpu", weights_only=True)
@@ -45,10 +46,10 @@ def read_state(file: Path, *, who: str) -> Mapping[str, Tensor]:
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
-    if not isinstance(state, Mapping) or not all(
-        isinstance(value, Tensor) for value in state.values()
-    ):
-        raise ValueError(f"{who}: {file} must hold named tensors; it holds something else")
+    require(
+        isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values()),
+        f"{who}: {file} must hold named tensors; it holds something else",
+    )
     return state
 
 

@@ -194,6 +194,5 @@ def _rank(
 
 
 def _wait_for_all(device: torch.device) -> None:
-    """Wait at a barrier for all other processes."""
     distributed.barrier()
     synchronize(device)  # on a GPU the barrier is a kernel, and the host does not wait for it

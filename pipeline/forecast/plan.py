@@ -35,7 +35,6 @@ Source: Williams, Waterman & Patterson 2009 (doi 10.1145/1498765.1498785) for th
 
 # N workers, T time steps
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -169,12 +168,6 @@ class Cluster:
     node_link: float = 50e9  # between nodes, in bytes per second and direction; 400 Gb/s
     price: float | None = None  # of one worker for one hour
     threads: int = 1  # per worker, on a machine like this one
-
-    @property
-    def bandwidth(self) -> float:
-        """Bytes per second of a ring of cards. A ring is as fast as its slowest link."""
-        assert self.device is not None, "the link between machines like this one is measured"
-        return min(self.device.link, math.inf if self.workers <= self.per_node else self.node_link)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,7 +387,11 @@ class _Planner:
             busy_s = card.busy_s(traffic.operations, precision) / card.efficiency
             return max(busy_s, traffic.kernels * card.launch) * fit.accumulation
 
-        teacher, bandwidth = self.teacher, self.cluster.bandwidth
+        teacher, cluster = self.teacher, self.cluster
+        # A ring of cards is as fast as its slowest link.
+        links = (
+            [card.link] if cluster.workers <= cluster.per_node else [card.link, cluster.node_link]
+        )
         # A card's optimizer updates many parameters in one kernel, so launches are not added.
         optimizer_s = card.busy_s(self.optimizer.operations, self.recipe.precision)
         return {
@@ -402,7 +399,7 @@ class _Planner:
             "teacher_s": 0.0
             if teacher is None
             else seconds(self.answers(teacher, fit.micro_batch), teacher.precision),
-            "communication_s": fit.updates * self._sent_bytes(fit.zero, fit.sums) / bandwidth,
+            "communication_s": fit.updates * self._sent_bytes(fit.zero, fit.sums) / min(links),
             "optimizer_s": fit.updates * optimizer_s / card.efficiency,
         }
 

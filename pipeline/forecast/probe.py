@@ -97,6 +97,10 @@ def probe(
                 gradients[label] = bench.gradients(rule)
             except ValueError as error:
                 uncompared[label] = str(error)
+    compared = None
+    if BASELINE in gradients:
+        (bptt,), (sltt, *_) = gradients.pop(BASELINE), gradients.get("SLTT", [None])
+        compared = fidelity(bptt, sltt, gradients)
     return Probe(
         recipe=recipe.name,
         samples=bench.samples,
@@ -104,19 +108,10 @@ def probe(
         costs=tuple(median_cost(each) for each in rounds.values()),
         rounds={label: tuple(cost.compute_s for cost in each) for label, each in rounds.items()},
         teacher=teacher,
-        fidelity=_compare(gradients),
+        fidelity=compared,
         refused=refused,
         uncompared=uncompared,
         hardware=hardware(device_here()),
-    )
-
-
-def _compare(gradients: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:
-    if BASELINE not in gradients:
-        return None
-    (bptt,), (sltt, *_) = gradients[BASELINE], gradients.get("SLTT", [None])
-    return fidelity(
-        bptt, sltt, {label: draws for label, draws in gradients.items() if label != BASELINE}
     )
 
 

@@ -28,19 +28,16 @@ def load_recipe(path: Path) -> Recipe | Suite:
         the line of the file.
     """
     require(
-        path.is_file(),
-        f"recipe: must be a Python file that defines recipe(); got {path}, which does not exist",
-    )
-    require(
-        path.suffix == ".py",
-        f"recipe: must be a Python file that defines recipe(); got {path}",
+        path.is_file() and path.suffix == ".py",
+        f"recipe: must be a Python file that defines recipe(); got {path}"
+        + ("" if path.exists() else ", which does not exist"),
     )
     try:
-        function = getattr(_module(path), "recipe", None)
-        if function is None:
-            raise ValueError(
-                "must define a function recipe() that returns a Recipe or several; it does not"
-            )
+        function: Any = getattr(_module(path), "recipe", None)
+        require(
+            function is not None,
+            "must define a function recipe() that returns a Recipe or several; it does not",
+        )
         result = function()
     except (Exception, SystemExit) as error:
         text = " ".join(str(error).split())
@@ -75,10 +72,11 @@ def trust_of(
     Raises:
         ValueError: a name that cannot be imported.
     """
-    if unknown := [name for name in named if own_code.find_spec(name) is None]:
-        raise ValueError(
-            f"--trust: must name a package or module that can be imported; got {', '.join(unknown)}"
-        )
+    unknown = [name for name in named if own_code.find_spec(name) is None]
+    require(
+        not unknown,
+        f"--trust: must name a package or module that can be imported; got {', '.join(unknown)}",
+    )
     targets = targets_of(made, but_trusted=True)
     stems, files = [path.stem for path in paths], [path.resolve() for path in paths]
     modules = [

@@ -144,9 +144,8 @@ def recipe_fields(run: Path) -> dict[str, Any]:
     """
     file = RunFolder(run).recipe
     written = read_json(file)
-    recipe = written.get("recipe") if isinstance(written, dict) else None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{file}: must hold a recipe; got {written!r}")
+    recipe: Any = written.get("recipe") if isinstance(written, dict) else None
+    require(isinstance(recipe, dict), f"{file}: must hold a recipe; got {written!r}")
     return recipe
 
 

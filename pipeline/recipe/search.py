@@ -105,7 +105,9 @@ def tuned(
         len(values) >= LEAST_VALUES and not any(a == b for a, b in combinations(values, 2)),
         f"{who} needs at least {LEAST_VALUES} different values; got {', '.join(map(str, values))}",
     )
-    search = {"tuned": (field,), "searched": tuple(sorted(map(_as_text, values)))}
+    # Text that is equal for 1 and 1.0.
+    texts = (str(float(each)) if type(each) is int else str(each) for each in values)
+    search = {"tuned": (field,), "searched": tuple(sorted(texts))}
     trials: dict[str, list[Recipe]] = {}
     finals: list[Recipe] = []
     choices: dict[str, Choice] = {}
@@ -140,11 +142,6 @@ def _trial(recipe: Recipe, field: str, value: Any, search: Mapping[str, Any]) ->
 
 def _evaluated_once(recipe: Recipe) -> Recipe:
     return recipe.override({"evaluation.every": 0})
-
-
-def _as_text(value: Any) -> str:
-    """The value as text; equal for 1 and 1.0."""
-    return str(float(value)) if type(value) is int else str(value)
 
 
 def _name_part(value: Any) -> str:

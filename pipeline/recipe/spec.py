@@ -31,7 +31,20 @@ class Spec:
             key: tuple(value) if isinstance(value, list) else value
             for key, value in self.kwargs.items()
         }
-        _check_keywords(self.target, kwargs)
+        require(callable(self.target), f"spec: the target must be callable; got {self.target!r}")
+        parameters = inspect.signature(self.target).parameters.values()
+        open_ended = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+        accepted, hints = _accepted(self.target), _hints(self.target)
+        who = getattr(self.target, "__name__", "")
+        for key, value in kwargs.items():
+            require(
+                key in accepted or open_ended,
+                f"{who}: unexpected keyword {key!r}; it accepts {', '.join(accepted) or 'none'}",
+            )
+            if key in accepted and key in hints and not admits(hints[key], value):
+                raise ValueError(
+                    f"{who}: {key} must be {type_name(hints[key])}; got {_shown(value)}"
+                )
         object.__setattr__(self, "kwargs", types.MappingProxyType(kwargs))
 
     def build(self, *args: Any, **more: Any) -> Any:
@@ -105,24 +118,6 @@ def referred(path: str | os.PathLike[str]) -> str | None:
     return text[1:] if text.startswith("@") else None
 
 
-def _check_keywords(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    require(callable(target), f"spec: the target must be callable; got {target!r}")
-    parameters = inspect.signature(target).parameters.values()
-    open_ended = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
-    accepted, hints = _accepted(target), _hints(target)
-    for key, value in kwargs.items():
-        if key not in accepted:
-            require(
-                open_ended,
-                f"{target.__name__}: unexpected keyword {key!r}; it accepts"
-                f" {accepted_text(target)}",
-            )
-        elif key in hints and not admits(hints[key], value):
-            raise ValueError(
-                f"{target.__name__}: {key} must be {type_name(hints[key])}; got {_shown(value)}"
-            )
-
-
 def _accepted(target: Callable[..., Any]) -> list[str]:
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(target).parameters
@@ -165,8 +160,8 @@ def arguments_of(
             f"{who}: {name} must be {type_name(hints[name])}; got {given!r}",
         )
     needed = [name for name, each in known.items() if each.default is dataclasses.MISSING]
-    if missing := [name for name in needed if name not in value]:
-        raise ValueError(f"{who}: needs {', '.join(needed)}; there is no {missing[0]}")
+    missing = [name for name in needed if name not in value]
+    require(not missing, f"{who}: needs {', '.join(needed)}; there is no {', '.join(missing)}")
     return dict(value)
 
 

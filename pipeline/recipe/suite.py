@@ -23,6 +23,7 @@ from pipeline.core.checks import require
 from pipeline.recipe import own_code
 from pipeline.recipe.json import (
     check_format,
+    decode,
     dotted,
     imported,
     is_trusted,
@@ -54,15 +55,13 @@ class Choice:
     """A field whose value comes from the best of several trials, judged on their held-out part.
 
     Fields:
+        field: its dotted key, such as optimizer.lr
         trials: names of earlier recipes, each with its own value of the field; of equal results the
             first is taken
     """
 
-    field: str  # dotted, such as optimizer.lr
+    field: str
     trials: tuple[str, ...]
-
-    def renamed(self, change: Callable[[str], str]) -> Choice:
-        return Choice(self.field, tuple(map(change, self.trials)))
 
 
 @dataclass(frozen=True)
@@ -95,11 +94,6 @@ class Measurement:
             f" {self.name!r}",
         )
 
-    @property
-    def recipes(self) -> tuple[Recipe, ...]:
-        """The measured recipes that the suite does not train."""
-        return tuple(each for each in self.of if isinstance(each, Recipe))
-
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
@@ -114,12 +108,13 @@ class Suite:
     """Recipes in training order, with a report of their results.
 
     Fields:
+        report: None: a table for each study
         choices: by the name of the recipe that waits for the choice
         measurements: costs that the report needs
     """
 
     recipes: tuple[Recipe, ...]
-    report: Report | None = None  # None: a table for each study
+    report: Report | None = None
     choices: Mapping[str, Choice] = field(default_factory=dict)
     measurements: tuple[Measurement, ...] = ()
 
@@ -205,7 +200,8 @@ class Suite:
         """The same suite of `Recipe.tiny` recipes, without its report and measurements."""
         names = {recipe.name: recipe.tiny().name for recipe in self.recipes}
         choices = {
-            names[name]: choice.renamed(names.__getitem__) for name, choice in self.choices.items()
+            names[name]: replace(choice, trials=tuple(names[trial] for trial in choice.trials))
+            for name, choice in self.choices.items()
         }
         return Suite(
             tuple(
@@ -230,21 +226,14 @@ class Suite:
     @property
     def all_recipes(self) -> tuple[Recipe, ...]:
         """The recipes of the suite, and the recipes that only its measurements use."""
-        return (
-            *self.recipes,
-            *(each for measurement in self.measurements for each in measurement.recipes),
-        )
+        measured = (each for measurement in self.measurements for each in measurement.of)
+        return (*self.recipes, *(each for each in measured if isinstance(each, Recipe)))
 
 
 def references(recipe: Recipe) -> tuple[str, ...]:
     """The names that a recipe refers to, each once."""
-    names: dict[str, None] = {}
-
-    def note(name: str) -> str:
-        names[name] = None
-        return reference_to(name)
-
-    filled(recipe, note)
+    names: dict[str, str] = {}
+    filled(recipe, lambda name: names.setdefault(name, reference_to(name)))
     return tuple(names)
 
 
@@ -314,16 +303,12 @@ def refuse_untrusted(suite: Suite, trust: Collection[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteFile:
-    """The content of suite.json: everything that a resume needs.
-
-    Fields:
-        cluster: the machines that train it: fields of pipeline.launch.cluster.Cluster
-    """
+    """The content of suite.json: everything that a resume needs."""
 
     suite: Suite  # paths absolute, references as they were written
     runs: tuple[str, ...]  # the name of each recipe's run folder, which lies beside the suite's
     parent: str  # id by which MLflow groups the runs: 32 hex digits
-    cluster: Mapping[str, Any]
+    cluster: Mapping[str, Any]  # fields of pipeline.launch.cluster.Cluster
 
     def to_json(self) -> dict[str, Any]:
         choices = {name: {"choice": asdict(each)} for name, each in self.suite.choices.items()}
@@ -362,7 +347,9 @@ class SuiteFile:
         function = None if report is None else imported(report, (*TRUSTED, *trust), who=FILE)
         recipes = tuple(Recipe.from_json(child["recipe"], trust=trust) for child in children)
         choices = {
-            recipe.name: _choice(child["choice"])
+            recipe.name: Choice(
+                **arguments_of(Choice, decode(child["choice"], ()), who=f"{FILE}: a choice")
+            )
             for recipe, child in zip(recipes, children, strict=True)
             if "choice" in child
         }
@@ -478,12 +465,6 @@ def _children(value: Any, *, own: str) -> Iterator[dict[str, Any]]:
         )
         seen.add(run)
         yield child
-
-
-def _choice(value: Any) -> Choice:
-    if isinstance(value, Mapping) and isinstance(trials := value.get("trials"), list):
-        value = {**value, "trials": tuple(trials)}
-    return Choice(**arguments_of(Choice, value, who=f"{FILE}: a choice"))
 
 
 def _measurement(value: Any, trust: Collection[str]) -> Measurement:

@@ -59,10 +59,9 @@ MODULES = {
     "pipeline.core.files", "pipeline.recipe.json",
     "pipeline.core.tensor_file.read_state", "pipeline.core.tensor_file.load_data",
 }  # fmt: skip
-ITS_OWN = {"layer.open"}
-"""methods of ours that have the name of one that opens a file"""
+ITS_OWN = {"layer.open"}  # methods of ours that have the name of one that opens a file
+# What data sets may import: it reads the files that they name, for a loader.
 READER_OF_DATA = "pipeline.data.ffcv"
-"""what data sets may import: it reads the files that they name, for a loader"""
 
 
 def modules() -> list[ModuleType]:
@@ -95,21 +94,13 @@ def touches_files(source: str) -> Iterator[str]:
 def test_trusted_modules_read_and_write_no_file() -> None:
     found = modules()
     rooms = {module.__name__.rsplit(".", 1)[0] for module in found}
-    assert {
-        "pipeline.data.datasets",
-        "pipeline.models",
-        "pipeline.rules",
-        "pipeline.spiking",
-    } <= rooms
-    said = {
-        module.__name__: [
-            text
-            for text in touches_files(Path(str(module.__file__)).read_text())
-            if READER_OF_DATA not in text or not is_inside(module.__name__, ["pipeline.data"])
-        ]
+    assert {f"pipeline.{room}" for room in ("data.datasets", "models", "rules", "spiking")} <= rooms
+    assert [
+        (module.__name__, text)
         for module in found
-    }
-    assert {name: lines for name, lines in said.items() if lines} == {}
+        for text in touches_files(Path(str(module.__file__)).read_text())
+        if READER_OF_DATA not in text or not is_inside(module.__name__, ["pipeline.data"])
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -135,15 +126,12 @@ def test_a_reader_is_found(source: str, said: str) -> None:
 
 def test_of_the_teachers_only_what_is_named_is_trusted() -> None:
     assert {name for name in TRUSTED if name.startswith("pipeline.models.teachers.")} == READERS
-    assert not is_trusted("pipeline.models.teachers.cache.CachedPredictions", TRUSTED)
-    assert not is_trusted("pipeline.models.teachers", TRUSTED)
+    teachers = "pipeline.models.teachers"
+    name = f"{teachers}.cache.CachedPredictions"
+    assert not is_trusted(name, TRUSTED) and not is_trusted(teachers, TRUSTED)
     assert is_trusted("pipeline.models.vgg.vgg_sws", TRUSTED)
-
-
-def test_a_user_may_trust_what_is_refused_by_name() -> None:
-    name = "pipeline.models.teachers.cache.CachedPredictions"
-    assert is_trusted(name, (*TRUSTED, name))
-    assert is_trusted(name, (*TRUSTED, "pipeline.models.teachers"))
+    # A user may trust what is refused by name.
+    assert is_trusted(name, (*TRUSTED, name)) and is_trusted(name, (*TRUSTED, teachers))
 
 
 def test_of_what_is_trusted_only_data_and_teachers_take_a_path() -> None:
