@@ -1,4 +1,4 @@
-"""What recipe.json may import reads and writes no file of its own accord.
+"""What recipe.json may import reads and writes no file of its own accord, and recipes hold values.
 
 Whoever writes a recipe.json chooses every keyword of its parts.
 """
@@ -76,19 +76,25 @@ def modules() -> list[ModuleType]:
     return found
 
 
+def imported_by(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            yield from (module + each.name for each in node.names)
+
+
 def touches_files(source: str) -> Iterator[str]:
     """The calls and imports in a source by which it could read or write a file, or run code."""
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    for name in imported_by(tree):
+        if is_inside(name, MODULES | {READER_OF_DATA}):
+            yield f"imports {name}"
+    for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             name = called.rpartition(".")[2]
             if called in BUILTINS or ("." in called and name in METHODS and called not in ITS_OWN):
                 yield f"calls {called}"
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
-            for name in (module + each.name for each in node.names):
-                if is_inside(name, MODULES | {READER_OF_DATA}):
-                    yield f"imports {name}"
 
 
 def test_trusted_modules_read_and_write_no_file() -> None:
@@ -158,3 +164,14 @@ def test_of_what_is_trusted_only_data_and_teachers_take_a_path() -> None:
         ("_stored", "path"),
         ("_check_sides", "path"),  # of data sets
     }
+
+
+def test_no_recipe_starts_a_run_or_a_measurement() -> None:
+    """None imports what trains or measures, not even for its report."""
+    never = ("pipeline.launch", "pipeline.forecast", "pipeline.train.trainer", "subprocess", "ray")
+    files = sorted(Path("recipes").rglob("*.py"))
+    imports = {file: list(imported_by(ast.parse(file.read_text()))) for file in files}
+    assert sum(map(len, imports.values())) > 200
+    assert [
+        (file, name) for file, names in imports.items() for name in names if is_inside(name, never)
+    ] == []
