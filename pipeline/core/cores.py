@@ -143,9 +143,9 @@ def _lock_cores(
         for name, logical in there.items():
             if len(mine) == count:
                 break
-            handle = locks.enter_context((folder / name).open("a"))
+            file = locks.enter_context((folder / name).open("a"))
             with suppress(BlockingIOError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 mine.append(logical)
         if len(mine) == count:
             return tuple(core for logical in mine for core in logical), locks.pop_all()

@@ -93,8 +93,8 @@ def print_fields(console: Console, fields: Mapping[str, str]) -> None:
     for name, value in fields.items():
         if cell_len(name) > width:
             _print(console, Text(name))
-        beside = name if cell_len(name) <= width else ""
-        say(console, value, label=_aligned(beside, width) + _GAP)
+            name = ""
+        say(console, value, label=_aligned(name, width) + _GAP)
 
 
 def print_table(
@@ -215,12 +215,12 @@ class _Table:
 
         for line in lines_of([each.title for each in self._columns], at_bottom=True):
             yield Text(line, "bold")
+        shares_keys = self._keys > 1 and not self.is_stacked and self._width < sys.maxsize
         first = None
         for row in self._rows:
-            is_repeated = self._keys > 1 and row[0] == first and self._width < sys.maxsize
+            is_repeated = shares_keys and row[0] == first
             first = row[0]
-            shared = is_repeated and not self.is_stacked
-            yield from map(Text, lines_of(["", *row[1:]] if shared else row))
+            yield from map(Text, lines_of(["", *row[1:]] if is_repeated else row))
 
 
 def _width(console: Console) -> int:

@@ -359,10 +359,11 @@ def samples_per_epoch(recipe: Recipe) -> int:
 
 def _loader(recipe: Recipe, size: int) -> Loader:
     data = tasks_of(recipe)[0].data
-    loader = data.train(
-        batch_size=size, micro_batch=size, threads=1, seed=recipe.seed, rank=0, world=1
+    return checked_loader(
+        data.train(batch_size=size, micro_batch=size, threads=1, seed=recipe.seed, rank=0, world=1),
+        data,
+        "train",
     )
-    return checked_loader(loader, data, "train")
 
 
 # ------------------------------------------------------------------------------------------- rules
@@ -471,8 +472,9 @@ def _seconds(
     """Average seconds of each part of a batch. The rest of the loop is the part "loop"."""
     rest = [each["transfer"] + each["metrics"] + each[REST] for each in batches]
     parts = ("forward", "backward", "communication", "optimizer")
-    of_parts = {part: average(each[part] for each in batches) for part in parts}
-    return {**of_parts, "loop": average(rest)}
+    return {part: average(each[part] for each in batches) for part in parts} | {
+        "loop": average(rest)
+    }
 
 
 def _labels(of: Loss) -> Loss:

@@ -180,8 +180,12 @@ def _rank(
     device = torch.device("cpu") if on == "cpu" else torch.device("cuda", rank)
     if on == "cuda":
         torch.cuda.set_device(device)
-    ranks = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{processes}"}
-    os.environ |= {**ranks, "DS_ACCELERATOR": on}  # DeepSpeed reads the last
+    os.environ |= {
+        "RANK": f"{rank}",
+        "LOCAL_RANK": f"{rank}",
+        "WORLD_SIZE": f"{processes}",
+        "DS_ACCELERATOR": on,  # DeepSpeed reads it
+    }
     distributed.init_process_group(
         BACKENDS[on],
         store=distributed.FileStore(f"{folder}/rendezvous", processes),

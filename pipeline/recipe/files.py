@@ -77,7 +77,6 @@ def trust_of(
         not unknown,
         f"--trust: must name a package or module that can be imported; got {', '.join(unknown)}",
     )
-    targets = targets_of(made, but_trusted=True)
     stems, files = [path.stem for path in paths], [path.resolve() for path in paths]
     modules = [
         name
@@ -85,7 +84,7 @@ def trust_of(
         if name.rpartition(".")[2] in stems
         and Path(getattr(module, "__file__", None) or "").resolve() in files
     ]
-    return own_code.needed((*named, *modules), targets)
+    return own_code.needed((*named, *modules), targets_of(made))
 
 
 def refuse_unnamed(made: Recipe | Suite, paths: Sequence[Path]) -> None:

@@ -98,9 +98,9 @@ def walk(encoded: Any) -> Iterator[Any]:
         yield from walk(item)
 
 
-def targets(encoded: Any) -> Iterator[str]:
+def targets(encoded: Any) -> list[str]:
     """The dotted names of all parts and frozen values in a recipe's JSON."""
-    return (each[kind] for each in walk(encoded) if (kind := _kind(each)) is not None)
+    return [each[kind] for each in walk(encoded) if (kind := _kind(each)) is not None]
 
 
 def flat(encoded: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -41,14 +41,13 @@ class Package:
     files: Mapping[str, str]
 
 
-def needed(trust: Iterable[str], targets: Iterable[str]) -> tuple[str, ...]:
+def needed(trust: Iterable[str], targets: Collection[str]) -> tuple[str, ...]:
     """The trusted names that contain one of the `targets`. A name inside another is left out.
 
     Args:
         targets: dotted names of parts.
     """
-    found = tuple(targets)
-    wanted = {name: None for name in trust if any(is_inside(each, [name]) for each in found)}
+    wanted = {name: None for name in trust if any(is_inside(each, [name]) for each in targets)}
     return tuple(name for name in wanted if not is_inside(name, wanted.keys() - {name}))
 
 

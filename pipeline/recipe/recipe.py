@@ -354,9 +354,8 @@ class Recipe(_Fields):
             " no such field",
         )
         for key in self.tuned:
-            role = roles().get(key) or roles().get(key.split(".")[0], Role.STUDY)
             require(
-                Role.STUDY in role,
+                Role.STUDY in (roles().get(key) or roles().get(key.split(".")[0], Role.STUDY)),
                 f"recipe: tuned must be a setting that the study key covers; got {key}",
             )
             self.value_of(key)
@@ -415,12 +414,13 @@ class Recipe(_Fields):
         """The same recipe with `init` and every path among the keywords of its parts changed."""
 
         def changed(part: Spec) -> Spec:
-            paths = {
-                key: change(os.fspath(item))
-                for key, item in part.kwargs.items()
-                if item is not None and is_path(part.target, key)
-            }
-            return part.with_(**paths)
+            return part.with_(
+                **{
+                    key: change(os.fspath(item))
+                    for key, item in part.kwargs.items()
+                    if item is not None and is_path(part.target, key)
+                }
+            )
 
         parts = {name: _rebuilt(value, changed) for name, value in vars(self).items()}
         return replace(self, **{**parts, "init": None if self.init is None else change(self.init)})
@@ -435,8 +435,9 @@ class Recipe(_Fields):
         data = self.data if data is None else data
 
         def shorter(names: Collection[str], part: Spec) -> Spec:
-            counts = {name: part.kwargs[name] for name in names if part.kwargs.get(name)}
-            return part.with_(**{name: min(count, steps) for name, count in counts.items()})
+            return part.with_(
+                **{name: min(part.kwargs[name], steps) for name in names if part.kwargs.get(name)}
+            )
 
         return replace(
             self,
@@ -551,8 +552,8 @@ class Recipe(_Fields):
             ValueError: there is no such file, or as `from_json`.
         """
         try:
-            noted = own_code.read(path.parent) if trust else {}
-            with own_code.on_path(noted, trust, of=path.absolute().parent.name):
+            noted, name = own_code.read(path.parent) if trust else {}, path.absolute().parent.name
+            with own_code.on_path(noted, trust, of=name):
                 return cls.from_json(read_json(path), trust=trust)
         except ValueError as error:
             raise ValueError(f"{path.parent}: {error}") from error
@@ -669,5 +670,6 @@ def _rebuilt(value: Any, change: Callable[[Spec], Spec]) -> Any:
         return replace(value, data=_rebuilt(value.data, change))
     if not isinstance(value, Spec):
         return value
-    inside = {key: _rebuilt(item, change) for key, item in value.kwargs.items()}
-    return change(value.with_(**inside))
+    return change(
+        value.with_(**{key: _rebuilt(item, change) for key, item in value.kwargs.items()})
+    )

@@ -15,7 +15,7 @@ import ast
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 from pipeline.core.checks import require
@@ -125,8 +125,15 @@ def tuned(
         )
         choices[final.name] = Choice(field, tuple(trial.name for trial in tried))
         finals.append(final)
-    every_trial = tuple(trial for tried in trials.values() for trial in tried)
-    return Suite((*map(_evaluated_once, suite.recipes), *every_trial, *finals), report, choices)
+    return Suite(
+        (
+            *map(_evaluated_once, suite.recipes),
+            *chain.from_iterable(trials.values()),
+            *finals,
+        ),
+        report,
+        choices,
+    )
 
 
 def _trial(recipe: Recipe, field: str, value: Any, search: Mapping[str, Any]) -> Recipe:
@@ -150,8 +157,11 @@ def _name_part(value: Any) -> str:
 
 
 def _seeded(recipe: Recipe, offset: int) -> Recipe:
-    followed = filled(recipe, lambda base: reference_to(f"{base}-seed{offset}"))
-    return replace(followed, name=f"{recipe.name}-seed{offset}", seed=recipe.seed + offset)
+    return replace(
+        filled(recipe, lambda name: reference_to(f"{name}-seed{offset}")),
+        name=f"{recipe.name}-seed{offset}",
+        seed=recipe.seed + offset,
+    )
 
 
 def _refuse_unless_plain(suite: Suite, option: str) -> None:

@@ -120,8 +120,9 @@ def referred(path: str | os.PathLike[str]) -> str | None:
 
 def _accepted(target: Callable[..., Any]) -> list[str]:
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = inspect.signature(target).parameters
-    return [name for name, each in parameters.items() if each.kind in by_name]
+    return [
+        name for name, each in inspect.signature(target).parameters.items() if each.kind in by_name
+    ]
 
 
 def accepted_text(target: Callable[..., Any], prefix: str = "") -> str:

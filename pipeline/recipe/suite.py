@@ -271,19 +271,13 @@ def refuse_references(recipe: Recipe) -> None:
         )
 
 
-def targets_of(made: Recipe | Suite, *, but_trusted: bool = False) -> list[str]:
-    """The dotted names that are imported to read `made` back: parts of recipes and the report.
-
-    Args:
-        but_trusted: leave out the names that need no `--trust`.
-    """
-    suite = made if isinstance(made, Suite) else Suite((made,))
-    names = [name for recipe in suite.all_recipes for name in targets(recipe.to_json())]
-    reports = [] if suite.report is None else [dotted(suite.report)]
-    if but_trusted:
-        names = [name for name in names if not is_trusted(name, PARTS)]
-        reports = [name for name in reports if not is_trusted(name, TRUSTED)]
-    return names + reports
+def targets_of(made: Recipe | Suite) -> list[str]:
+    """The dotted names that need `--trust` to read `made` back: parts of recipes and the report."""
+    is_suite = isinstance(made, Suite)
+    recipes, report = (made.all_recipes, made.report) if is_suite else ((made,), None)
+    parts = [(name, PARTS) for recipe in recipes for name in targets(recipe.to_json())]
+    reports = [] if report is None else [(dotted(report), TRUSTED)]
+    return [name for name, trusted in parts + reports if not is_trusted(name, trusted)]
 
 
 def refuse_untrusted(suite: Suite, trust: Collection[str]) -> None:
@@ -428,8 +422,12 @@ def sources_in(folder: Path) -> set[str]:
     Raises:
         ValueError: suite.json is damaged.
     """
-    texts = (each for child in _children_in(folder) for each in walk(child["recipe"]))
-    return {name for text in texts if isinstance(text, str) and (name := referred(text))}
+    return {
+        name
+        for child in _children_in(folder)
+        for text in walk(child["recipe"])
+        if isinstance(text, str) and (name := referred(text))
+    }
 
 
 def _children_in(folder: Path) -> list[dict[str, Any]]:
