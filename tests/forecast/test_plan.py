@@ -1,12 +1,7 @@
 """Plans: counts of the whole step, and what follows from them (benchmarks/planned.py: how near)."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +14,7 @@ from pipeline.forecast.bench import RESERVE, Bench
 from pipeline.forecast.counts import Operation, Traffic, counted, counted_optimizer
 from pipeline.forecast.plan import DEVICES, LIMIT, Cluster, Plan, Planned, _at, _Planner, plan
 from pipeline.measure.saved_bytes import bytes_of
-from pipeline.recipe.recipe import Evaluation, Recipe, spec, write_json
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.report.forecasts import advice, basis, print_plan
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
@@ -28,8 +23,7 @@ from pipeline.train.guards.anomaly import AnomalyGuard
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.recovery import SkipBatch
 from pipeline.train.teaching import build_teacher
-from tests.forecast.test_probe import TWO_NETWORKS, printed, recipe_with
-from tests.helpers.small import Command, recipes_of, train_inline
+from tests.forecast.test_probe import printed, recipe_with
 from tests.train.test_teaching import taught
 
 RULES = (spec(BPTT), spec(SLTT))
@@ -321,159 +315,3 @@ def _teacher_of(recipe: Recipe) -> tuple[int, int]:
     with Traffic() as traffic:
         teacher(x_B)
     return bytes_of((*teacher.parameters(), *teacher.buffers())), traffic.kernels
-
-
-# ------------------------------------------------------------------------------------- command line
-
-
-def test_the_command(file: str, run: Command) -> None:
-    words = ("plan", file, "--device", "h100", "--price", "2")
-    code, out, err = run(*words)
-    assert (code, err) == (0, "")
-    assert "a model, not measured" in out and "Fastest" in out
-    assert "roofline at 40%" in " ".join(out.split())
-    found = json.loads(run(*words, "--format", "json")[1])
-    assert {each["rule"] for each in found["rules"]} >= {"BPTT", "SLTT"}
-    assert found["kind"] == "a model, not measured"
-    code, out, _ = run("plan", file)
-    assert code == 0
-    assert "batches of 2 and 8 that were trained on this machine (" in " ".join(out.split())
-
-
-def test_of_several_recipes_each_network_is_planned_once(
-    file: str, run: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Path(file).write_text(TWO_NETWORKS)
-    monkeypatch.setattr("pipeline.forecast.bench.RULES", ())
-    words = ("plan", file, "--device", "h100")
-    code, out, err = run(*words)
-    assert (code, err) == (0, "")
-    assert "small, bptt: a model" in out and "wide: a model" in out and out.count("Fastest") == 2
-    found = json.loads(run(*words, "--format", "json")[1])
-    assert [(each["recipe"], [rule["rule"] for rule in each["rules"]]) for each in found] == [
-        ("small, bptt", ["SLTT-2", "BPTT"]),
-        ("wide", ["SLTT-2"]),
-    ]
-    said = "plan: --against is one run, so the file must hold one recipe; got a suite\n"
-    assert run("plan", file, "--against", "one") == (2, "", said)
-
-
-@pytest.mark.full
-@pytest.mark.timeout(900)
-def test_a_plan_at_full_size_takes_less_than_a_minute_of_one_core_and_no_data() -> None:
-    words = "plan recipes/imagenet/nf_resnet34_sltt.py --workers 64 --device h100 --format json"
-    before = os.times()
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *words.split()],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert sum(os.times()[2:4]) - sum(before[2:4]) < 60  # seconds of children
-    found = json.loads(done.stdout)
-    planned = {each["rule"]: each for each in found["rules"]}
-    assert found["samples"] is None and done.stderr.count("counting a step of") == 10
-    assert planned["SLTT"]["flops"] == planned["BPTT"]["flops"] == 512_475_856_896
-    assert planned["SLTT"]["saved_bytes"] < planned["BPTT"]["saved_bytes"] / 4
-
-
-@pytest.mark.full
-@pytest.mark.timeout(300)
-def test_a_plan_against_what_was_launched(file: str, run: Command, tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
-    (recipe,) = recipes_of(Path(file))
-    # 240 batches: one that the machine delays weighs little
-    long = replace(recipe, epochs=30, evaluation=Evaluation(every=0))
-    summary = train_inline(runs / "launched", long)
-    assert summary is not None
-    words = ("plan", file, "--runs", str(runs), "--against", "launched")
-    code, out, err = run(*words, "--format", "json")
-    assert (code, err) == (0, "")
-    found = json.loads(out)
-    off = found["against"]
-    [planned] = [each for each in found["rules"] if each["rule"] == summary["rule"]]
-    assert off["rule"] == summary["rule"]
-    assert off["saved_bytes"] == {
-        "planned": planned["saved_bytes"],
-        "measured": summary["peak_saved_bytes"],
-        "error": 0,
-    }
-    step = off["step_s"]
-    assert step["measured"] == pytest.approx(recipe.batch_size / summary["images_per_s"])
-    assert step["error"] == pytest.approx(step["planned"] / step["measured"] - 1)
-    assert 0.4 < step["planned"] / step["measured"] < 2.5
-    assert "Against launched, SLTT-2: saved for backward" in " ".join(run(*words)[1].split())
-
-    written = runs / "launched" / "summary.json"
-    summary = json.loads(written.read_text())
-    [trained] = summary["trained_on"]
-
-    def with_hardware(**changes: Any) -> dict[str, Any]:
-        return {**trained, "hardware": {**trained["hardware"], **changes}}
-
-    halved, on_card = {**trained, "micro_batch": 4}, with_hardware(gpu="NVIDIA H100 80GB HBM3")
-    differs = "plan: --against must be a run of what is planned; launched differs:"
-    for changes, more, code, said in (
-        ({}, ("--set", "batch_size=16"), 2, f"{differs} batch_size: 16 and 8\n"),
-        # another rule of the same label
-        ({}, ("--set", "rule.rescale=False"), 2, f"{differs} rule."),
-        (
-            {"trained_on": [trained, halved]},
-            (),
-            2,
-            "plan: --against must be a run that changed nothing on the way; launched did:"
-            " micro_batch: 8 and 4\n",
-        ),
-        ({"trained_on": [halved]}, (), 2, f"{differs} micro_batch: 8 and 4\n"),
-        (
-            {"trained_on": [{**with_hardware(cores=1), "own_cores": True}]},
-            (),
-            0,
-            "It had cores of its own; runs on the others,",
-        ),
-        ({"trained_on": [with_hardware(cores=99)]}, (), 2, "launched differs: hardware.cores: "),
-        # it trained on cores
-        ({}, ("--device", "h100"), 2, f"{differs} card: NVIDIA H100 80GB HBM3 and none\n"),
-        ({"trained_on": [on_card]}, ("--device", "h100"), 0, "Against launched"),
-        (
-            {"trained_on": [on_card]},
-            ("--device", "a100"),
-            2,
-            f"{differs} card: NVIDIA A100-SXM4-80GB and NVIDIA H100 80GB HBM3\n",
-        ),
-        (
-            {"peak_saved_bytes": None},
-            (),
-            2,
-            "plan: --against must be a run that has finished, of more than a few batches, on one of"
-            " which its saved bytes were counted; got launched\n",
-        ),
-    ):
-        write_json(written, {**summary, **changes})
-        got, out, err = run(*words, *more)
-        assert got == code and said in (" ".join(out.split()) if code == 0 else err), err
-    written.unlink()
-    code, _, err = run(*words)
-    assert code == 2 and "must be a run that has finished, of more than a few batches" in err
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (
-            "--device h1000",
-            "plan: --device must be here, h100, h200, a100, v100, rtx4090; got h1000",
-        ),
-        (
-            "--device v100 --set precision=bf16",
-            "plan: V100 SXM2, 32 GB: precision must be fp32; got bf16",
-        ),
-        (
-            "--node-gbps 100",
-            "plan: --per-node and --node-gbps are of cards in nodes; what links machines like this"
-            " one is measured",
-        ),
-    ],
-)
-def test_bad_use_ends_in_a_line(words: str, said: str, file: str, run: Command) -> None:
-    assert run("plan", file, *words.split()) == (2, "", f"{said}\n")

@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from pipeline.cli.forecast import _threads
 from pipeline.forecast.bench import DRAWS, RULES, Bench, Cost, DoesNotFit
 from pipeline.forecast.probe import Probe, advice, probe
 from pipeline.forecast.sweep import sweep
@@ -29,7 +28,7 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
-from tests.helpers.small import Command, small_recipe
+from tests.helpers.small import small_recipe
 from tests.train.test_teaching import taught
 
 PAIR = (spec(BPTT), spec(SLTT))
@@ -416,79 +415,3 @@ def test_time_is_over_the_faster_of_folded_and_stepped_bptt() -> None:
     (line,) = [line for line in printed(print_probe, found) if line.startswith("SLTT  ")]
     assert "×0.20" in line and "400 ms  ×0.80" in line
     assert probe_to_json(found)["time_baseline"] == "BPTT-chunk-1"
-
-
-# ------------------------------------------------------------------------------------- command line
-
-
-def test_the_command_prints_tables_and_json(file: str, run: Command) -> None:
-    code, out, err = run("probe", file, "--batch", "4")
-    assert (code, err) == (0, "")
-    assert "one batch of 4 samples, T = 3, before any training" in out
-    assert "temporal share" in out and "not in the tables: DSR" in out
-    found = json.loads(run("probe", file, "--format", "json")[1])
-    assert {cost["rule"] for cost in found["costs"]} >= {"BPTT", "SLTT"} and found["advice"]
-
-
-TWO_NETWORKS = """
-from dataclasses import replace
-from pipeline.models.mlp import mlp
-from pipeline.recipe.recipe import spec
-from pipeline.rules.bptt import BPTT
-from tests.helpers.small import small_recipe
-
-def recipe():
-    one = small_recipe(model=spec(mlp, in_features=64, hidden=(8,)))
-    bptt = replace(one, name="bptt", rule=spec(BPTT))
-    return [one, bptt, replace(one, name="wide", micro_batch=4)]
-"""
-
-SEVERAL = """
-from dataclasses import replace
-from pipeline.models.mlp import mlp
-from pipeline.recipe.recipe import spec
-from pipeline.rules.bptt import BPTT
-from pipeline.rules.sltt import SLTT
-from tests.helpers.small import small_recipe
-
-def recipe():
-    one = small_recipe(model=spec(mlp, in_features=64, hidden=(8,)), rule=spec(SLTT))
-    bptt = replace(one, name="bptt", rule=spec(BPTT))
-    rules = [one, bptt, replace(one, name="two", rule=spec(SLTT, k=2), seed=1)]
-    return [*rules, replace(one, name="wide", init="@bptt", micro_batch=4)]
-"""
-
-
-def test_of_several_recipes_each_network_is_probed_once_with_all_their_rules(
-    file: str, run: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Path(file).write_text(SEVERAL)
-    monkeypatch.setattr("pipeline.forecast.bench.RULES", (spec(BPTT),))
-    code, out, err = run("probe", file)
-    assert (code, err) == (0, "")
-    assert out.count("one batch of 8 samples") == out.count("one batch of 4 samples") == 1
-    assert "small, bptt, two" in out and "\nwide" in out
-    found = json.loads(run("probe", file, "--format", "json")[1])
-    assert [(each["recipe"], [cost["rule"] for cost in each["costs"]]) for each in found] == [
-        ("small, bptt, two", ["BPTT", "SLTT", "SLTT-2"]),
-        ("wide", ["BPTT", "SLTT"]),
-    ]
-
-
-def test_a_worker_gets_the_cores_that_a_launch_would_give_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """One on a CPU; on a card its share of the node."""
-    assert (_threads("probe", "auto"), _threads("probe", "3")) == (1, 3)
-    monkeypatch.setattr("pipeline.core.cores.cores_here", lambda: 16)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert _threads("probe", "auto") == 8
-    said = "probe: --cpus-per-worker must be a number of cores or auto; got x"
-    with pytest.raises(ValueError, match=said):
-        _threads("probe", "x")
-
-
-def test_bad_use_ends_in_a_line(file: str, run: Command) -> None:
-    code, _, err = run("probe", file, "--batch", "1000")
-    assert code == 2 and err.count("\n") == 1

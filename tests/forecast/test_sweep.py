@@ -1,10 +1,8 @@
 """Bytes and time against T, and the largest batch, which is tried."""
 
 import gc
-import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +18,8 @@ from pipeline.report.forecasts import print_sweep
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.objective import CrossEntropy
-from tests.forecast.test_probe import TWO_NETWORKS, printed, recipe_with
-from tests.helpers.small import Command, small_recipe
+from tests.forecast.test_probe import printed, recipe_with
+from tests.helpers.small import small_recipe
 from tests.train.test_teaching import taught
 
 RULES = (spec(BPTT), spec(SLTT))
@@ -266,48 +264,3 @@ def test_a_rule_that_fits_some_time_steps_is_in_the_table_and_one_that_fits_none
     assert [point.time_steps for point in found.of("SLTT-3")] == [4]
     assert list(found.refused) == ["SLTT-9", "SLTT-3"] and set(found.refused["SLTT-3"]) == {2}
     assert found.memory_bytes is found.points[0].largest_batch is None
-
-
-def test_the_command(file: str, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
-    code, out, err = run("sweep", file, *["--steps", "2,4", "--batch", "auto", "--memory", "0.001"])
-    assert (code, err) == (0, "")
-    assert "largest batch" in out and "times the bytes at T = 4 as at T = 2" in out
-    assert "about: an estimate" in out and "of its" not in out
-    words = "--steps 4 --batch auto --memory 0.00006 --at-largest"
-    code, out, err = run("sweep", file, *words.split())
-    assert (code, err) == (0, "")
-    assert "of its fwd+bwd" in out and 'without "about": trained, and fitted' in out
-    _, out, _ = run("sweep", file, *["--steps", "2", "--batch", "4", "--format", "json"])
-    assert json.loads(out)["samples"] == 4 and json.loads(out)["commit"]
-
-
-def test_of_several_recipes_each_network_is_swept_once(
-    file: str, run: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Path(file).write_text(TWO_NETWORKS)
-    monkeypatch.setattr("pipeline.forecast.bench.RULES", ())
-    code, out, err = run("sweep", file, "--steps", "2", "--format", "json")
-    assert (code, err) == (0, "")
-    assert [
-        (each["recipe"], [point["cost"]["rule"] for point in each["points"]])
-        for each in json.loads(out)
-    ] == [("small, bptt", ["SLTT-2", "BPTT"]), ("wide", ["SLTT-2"])]
-
-
-MEMORY = "--memory is a limit in GB, from 1e-6 to 1e6, for --batch auto; got"
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--steps 1,x", "--steps must be numbers of time steps, such as 1,2,4,8; got '1,x'"),
-        ("--steps 0", "--steps must be numbers of time steps, such as 1,2,4,8; got '0'"),
-        ("--batch 4 --at-largest", "--at-largest tries what --batch auto finds; got --batch 4"),
-        ("--batch none", "--batch must be a number of samples or auto; got none"),
-        ("--memory 3", f"{MEMORY} 3 with --batch None"),
-        ("--memory inf --batch auto", f"{MEMORY} inf with --batch auto"),
-    ],
-)
-def test_bad_use_ends_in_a_line(words: str, said: str, file: str, run: Command) -> None:
-    assert run("sweep", file, *words.split()) == (2, "", f"sweep: {said}\n")
