@@ -150,12 +150,8 @@ def sweep(
     for bench in benches:
         time_steps = bench.recipe.time_steps
         say_stage(f"measuring each rule at T = {time_steps}")
-        found, why = _points(
-            bench,
-            rules_by_label(rules, recipe.rule),
-            None if free is None else _Room(bench, free, threads),
-            at_largest,
-        )
+        room = None if free is None else _Room(bench, free, threads)
+        found, why = _points(bench, rules_by_label(rules, recipe.rule), room, at_largest)
         points += found
         for label, reason in why.items():
             refused.setdefault(label, {})[time_steps] = reason
