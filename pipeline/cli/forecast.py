@@ -211,8 +211,7 @@ def plan(
     data. A file of several recipes gives one table for each network.
     """
     made = made_of(recipe, set_, tiny)
-    from pipeline.forecast.devices import DEVICES
-    from pipeline.forecast.plan import Cluster, plan_inputs
+    from pipeline.forecast.plan import DEVICES, Cluster, plan_inputs
     from pipeline.forecast.plan import plan as plan_recipe
     from pipeline.report.forecasts import plan_to_json, print_plan
 

@@ -35,11 +35,9 @@ def refuse_unless_counts(
     """
     accepted = f">= {least}" if up_to is None else f"in {least}..{up_to}"
     for name, value in numbers.items():
-        if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-            what, fits = "whole numbers", are_counts(value, least=least)
-        else:
-            what, fits = "a whole number", is_count(value, least=least)
-        if not fits:
+        is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        what, fits = ("whole numbers", are_counts) if is_list else ("a whole number", is_count)
+        if not fits(value, least=least):
             raise ValueError(f"{who}: {name} must be {what} {accepted}; got {name}={value!r}")
 
 
@@ -63,9 +61,12 @@ def is_count(value: object, *, least: int = 1) -> bool:
 
 def are_counts(value: object, *, least: int = 1) -> bool:
     """Whether `value` is a non-empty sequence of whole numbers of at least `least`."""
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        return False
-    return len(value) > 0 and all(is_count(each, least=least) for each in value)
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str | bytes)
+        and len(value) > 0
+        and all(is_count(each, least=least) for each in value)
+    )
 
 
 def parse_time_steps(who: str, steps: str) -> tuple[int, ...]:
@@ -74,12 +75,9 @@ def parse_time_steps(who: str, steps: str) -> tuple[int, ...]:
     Raises:
         ValueError: any other text.
     """
-    try:
-        numbers = tuple(sorted({int(each) for each in steps.split(",")}))
-    except ValueError:
-        numbers = ()
-    if not are_counts(numbers):
-        raise ValueError(
-            f"{who}: --steps must be numbers of time steps, such as 1,2,4,8; got {steps!r}"
-        )
-    return numbers
+    numbers = [each.strip() for each in steps.split(",")]
+    require(
+        all(each.isdecimal() and int(each) for each in numbers),
+        f"{who}: --steps must be numbers of time steps, such as 1,2,4,8; got {steps!r}",
+    )
+    return tuple(sorted(set(map(int, numbers))))

@@ -46,12 +46,11 @@ def check_same_code(
     """
     versions = each((digest, host))
     first, at = versions[0]
-    others = [
+    if others := [
         f"{rank} on {host} {digest}"
         for rank, (digest, host) in enumerate(versions)
         if digest != first
-    ]
-    if others:
+    ]:
         raise UserError(
             f"worker: all must run {of} of worker 0 on {at}, {first}; got worker"
             f" {', '.join(others)}: install one"
@@ -63,16 +62,15 @@ def commit() -> str:
 
     Outside a checkout: the value of SPIKETRAIN_COMMIT, or `unknown`.
     """
-    here = Path(__file__).resolve().parent.parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
-
+    package = str(Path(__file__).resolve().parent.parent)
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        return subprocess.run(
+            ["git", "-C", package, *describe],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("SPIKETRAIN_COMMIT", "unknown")

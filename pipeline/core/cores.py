@@ -12,9 +12,8 @@ import platform
 import re
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,27 +43,24 @@ def own_cores(
     """
     folder = folder or Path(tempfile.gettempdir()) / f"spiketrain-cores-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    before, deadline = os.sched_getaffinity(0), time.monotonic() + patience_s
-    there = physical_cores(before)
+    deadline = time.monotonic() + patience_s
+    there = physical_cores(os.sched_getaffinity(0))
     while (taken := _lock_cores(there, count, folder)) is None:
         if time.monotonic() > deadline:
-            free = f"too few of this machine's {len(there)} are free; --side-by-side 1 shares them"
-            raise UserError(f"cores: a worker needs {count} of its own; {free}")
+            raise UserError(
+                f"cores: a worker needs {count} of its own; too few of this machine's {len(there)}"
+                " are free; --side-by-side 1 shares them"
+            )
         time.sleep(0.2)
     cores, locks = taken
-    with locks:
-        _keep_on(set(cores))
-        try:
-            yield cores
-        finally:
-            _keep_on(before)
+    with locks, _kept_on(set(cores)):
+        yield cores
 
 
-@contextmanager
 def near_cores(
     device: torch.device, *, at_least: int, devices: Path = Path("/sys/bus/pci/devices")
-) -> Iterator[None]:
-    """Keep all threads of this process on the cores of its GPU's NUMA node.
+) -> AbstractContextManager[None]:
+    """Keep all threads of this process on the cores of its GPU's NUMA node, inside the block.
 
     Memory is allocated on the node of the thread that touches it first. Batches then do not cross
     the link between sockets. Nothing changes on a CPU, on a machine with one node or unknown nodes,
@@ -73,14 +69,7 @@ def near_cores(
     """
     before = os.sched_getaffinity(0)
     near = before & _cores_near(device, devices) if device.type == "cuda" else before
-    if near == before or len(near) < at_least:
-        yield
-        return
-    _keep_on(near)
-    try:
-        yield
-    finally:
-        _keep_on(before)
+    return nullcontext() if near == before or len(near) < at_least else _kept_on(near)
 
 
 def _cores_near(device: torch.device, devices: Path) -> set[int]:
@@ -96,17 +85,11 @@ def _cores_near(device: torch.device, devices: Path) -> set[int]:
         card = devices / f"{int(domain, 16):04x}:{rest}"
         if int((card / "numa_node").read_text()) < 0:
             return set()
-        return _parse_core_list((card / "local_cpulist").read_text())
+        spans = (card / "local_cpulist").read_text().strip().split(",")  # such as 0-31,64-95
+        ends = [tuple(map(int, span.split("-"))) for span in spans if span]
     except (pynvml.NVMLError, OSError, ValueError):
         return set()
-
-
-def _parse_core_list(text: str) -> set[int]:
-    """Parse a list in the kernel's format, such as `0-31,64-95`."""
-    spans = [each.partition("-") for each in text.strip().split(",") if each]
-    return {
-        number for first, _, last in spans for number in range(int(first), int(last or first) + 1)
-    }
+    return {core for span in ends for core in range(span[0], span[-1] + 1)}
 
 
 def physical_cores(
@@ -133,10 +116,8 @@ class NodeCores(NamedTuple):
     """The cores of one node of a cluster. Several nodes may be on one machine."""
 
     machine: str
-    given: int
-    """cores that the cluster counts on the node, logical or physical"""
-    physical: int
-    """physical cores of the machine that the node may use"""
+    given: int  # cores that the cluster counts on the node, logical or physical
+    physical: int  # physical cores of the machine that the node may use
 
 
 def cores_of_a_node(given: int) -> NodeCores:
@@ -144,14 +125,13 @@ def cores_of_a_node(given: int) -> NodeCores:
     return NodeCores(platform.node(), given, cores_here())
 
 
-def cores_of_machines(nodes: Iterable[NodeCores]) -> int:
+def cores_of_machines(nodes: Collection[NodeCores]) -> int:
     """The number of physical cores of a cluster; a machine with several nodes counts once."""
-    given: Counter[str] = Counter()
-    there: dict[str, int] = {}
-    for node in nodes:
-        given[node.machine] += node.given
-        there[node.machine] = node.physical
-    return sum(min(count, there[machine]) for machine, count in given.items())
+    there = {node.machine: node.physical for node in nodes}
+    return sum(
+        min(physical, sum(node.given for node in nodes if node.machine == machine))
+        for machine, physical in there.items()
+    )
 
 
 def _lock_cores(
@@ -161,31 +141,30 @@ def _lock_cores(
     with ExitStack() as locks:
         mine: list[tuple[int, ...]] = []
         for name, logical in there.items():
-            if len(mine) < count and _take(folder / name, locks):
+            if len(mine) == count:
+                break
+            file = locks.enter_context((folder / name).open("a"))
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 mine.append(logical)
         if len(mine) == count:
             return tuple(core for logical in mine for core in logical), locks.pop_all()
     return None
 
 
-def _take(file: Path, held: ExitStack) -> bool:
-    handle = file.open("a")
+@contextmanager
+def _kept_on(cores: set[int]) -> Iterator[None]:
+    """Keep every thread of this process on these cores; restore the affinity at the end."""
+    before = os.sched_getaffinity(0)
+    _set_affinity(cores)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.close()
-        return False
-    held.enter_context(handle)
-    return True
+        yield
+    finally:
+        _set_affinity(before)
 
 
-def _keep_on(cores: set[int]) -> None:
-    """Set the affinity of every thread.
-
-    The kernel sets it per thread, and only threads started later inherit it.
-    """
+def _set_affinity(cores: set[int]) -> None:
+    # The kernel sets the affinity per thread, and only threads started later inherit it.
     for thread in Path("/proc/self/task").iterdir():
-        try:
+        with suppress(ProcessLookupError):  # the thread has ended
             os.sched_setaffinity(int(thread.name), cores)
-        except ProcessLookupError:
-            continue  # the thread has ended

@@ -1,22 +1,29 @@
-"""Files that survive a power cut, and the kinds of file-system errors.
+"""Files on storage that may fail or that several machines share.
 
-Some errors are temporary, some remain after a restart, and some have to be resolved by the user.
+Files are written so that they survive a power cut. Some errors of a file system are temporary, some
+remain after a restart, and some have to be resolved by the user. A marker, a uniquely named file,
+shows whether processes share a folder.
 """
 
 import errno
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from pipeline.core.errors import UserError
+
+# Errors that remain after a restart of the process.
 LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-"""errors that remain after a restart of the process"""
+# Errors that only the user can resolve, including existing names. Other errors may be temporary.
 FOR_THE_USER = (*LASTING, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
-"""errors that only the user can resolve, including existing names; other errors may be temporary"""
+# A bad sector or a wrong checksum of the file system: if the error remains, the bytes are lost.
 UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
-"""a bad sector or a wrong checksum of the file system: if the error remains, the bytes are lost"""
 TRIES, TRY_S = 3, 1.0
 
 T_ = TypeVar("T_")
@@ -52,7 +59,7 @@ def retry_read(read: Callable[[], T_]) -> T_:
             if error.errno not in UNREADABLE:
                 raise
             left -= 1
-            if left == 0:
+            if not left:
                 raise Unreadable(error.errno, os.strerror(error.errno), error.filename) from error
         time.sleep(TRY_S)
 
@@ -89,3 +96,74 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         temp.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+MARKER = ".shared-"
+LOOKS, LOOK_S = 60, 1.0  # NFS caches names for 60 s by default (acdirmax; Linux 6, nfs(5))
+
+
+@dataclass(frozen=True)
+class Marker:
+    """The name and the content of the file, which are sent to other processes."""
+
+    name: str
+    content: str
+
+    def is_in(self, folder: Path) -> bool:
+        try:
+            return (folder / self.name).read_text() == self.content
+        except (OSError, ValueError):  # not there, or other bytes
+            return False
+
+
+def check_shared(
+    folder: Path,
+    *,
+    rank: int,
+    each: Callable[[Any], list[Any]],
+    beat: Callable[[], None] = lambda: None,
+) -> None:
+    """Check that all ranks see the same folder for checkpoints. Collective.
+
+    Rank 0 creates a marker in it, and every rank looks for the marker. Without this check, rank 0
+    would wait forever for the files of a rank that writes to another disk.
+
+    Args:
+        each: gathers every rank's value on every rank, in the order of ranks.
+        beat: called repeatedly by a waiting rank.
+
+    Raises:
+        UserError: a rank does not see the marker, or rank 0 has no permission to write it.
+        OSError: rank 0 cannot write now; raised on every rank.
+    """
+    marker, number, reason = each(_put_marker(folder) if rank == 0 else None)[0]
+    try:
+        if number:
+            message = f"checkpoints: worker 0 must be able to write to {folder}; got {reason}"
+            raise UserError(message) if number in FOR_THE_USER else OSError(number, message)
+        for _ in range(LOOKS):
+            if all(each(marker.is_in(folder))):
+                return
+            beat()
+            time.sleep(LOOK_S)
+        seen, hosts = each(marker.is_in(folder)), each(socket.gethostname())
+    finally:
+        if rank == 0:
+            with suppress(OSError):  # a remaining marker is cleaned up later
+                (folder / marker.name).unlink()
+    blind = ", ".join(f"{at} on {hosts[at]}" for at, sees in enumerate(seen) if not sees)
+    raise UserError(
+        f"checkpoints: all workers must see {folder} as worker 0 on {hosts[0]} does; worker"
+        f" {blind} does not: name storage that the nodes share with --checkpoints, or --runs"
+    )
+
+
+def _put_marker(folder: Path) -> tuple[Marker, int, str]:
+    """Write a marker to `folder`; return it with the number and text of the error (0: none)."""
+    marker = Marker(f"{MARKER}{secrets.token_hex(8)}", secrets.token_hex(16))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / marker.name).write_text(marker.content)
+    except OSError as error:
+        return marker, error.errno or errno.EIO, f"{error.strerror or error}"
+    return marker, 0, ""

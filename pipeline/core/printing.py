@@ -17,14 +17,13 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+# The console's width if there is no terminal. Other code that prints on the console, such as a
+# suite's report, wraps at this width.
 NO_WIDTH = 10_000
-"""the console's width if there is no terminal; other code that prints on the console, such as a
-suite's report, wraps at this width
-"""
-_GAP = 2  # spaces between columns
+_GAP = "  "  # between columns
 _READABLE = 28  # the minimum width of a wrapped column with longer text
 _LINES = 3  # the most lines of a wrapped cell with text shorter than _LINES times _READABLE
-_KEPT = "\0"  # replaces a space that must not end a line
+_KEPT = "\ue000"  # replaces a space that must not end a line
 
 
 @dataclass(frozen=True)
@@ -77,16 +76,13 @@ def say(
     width = _width(console)
     if label.cell_len > width // 2:
         text, label = label.plain + text, Text()
-    room = width - label.cell_len
     indent = Text(" " * label.cell_len)
-    for line in _wrapped(text, room, whole):
-        if cell_len(line) > room and label.cell_len:
-            label.rstrip()
-            if label.plain:
-                _print(console, label)
-            _print(console, Text(line, style))
-        else:
-            _print(console, Text.assemble(label, (line, style)))
+    for line in _wrapped(text, width - len(indent), whole):
+        if cell_len(line) > width - len(indent):
+            if label.plain.strip():
+                _print(console, Text(label.plain.rstrip()))
+            label = Text()
+        _print(console, Text.assemble(label, (line, style)))
         label = indent
 
 
@@ -97,8 +93,8 @@ def print_fields(console: Console, fields: Mapping[str, str]) -> None:
     for name, value in fields.items():
         if cell_len(name) > width:
             _print(console, Text(name))
-        label = _aligned("" if cell_len(name) > width else name, width)
-        say(console, value, label=label + " " * _GAP)
+            name = ""
+        say(console, value, label=_aligned(name, width) + _GAP)
 
 
 def print_table(
@@ -121,91 +117,69 @@ def print_table(
     """
     if title:
         say(console, title, style="italic")
-    rows = [list(row) for row in rows]
-    table = _Table(columns, rows, keys, _width(console), side_by_side=True)
-    parts, is_stacked = table.layout()
-    if len(parts) > 1 or is_stacked:
-        table = _Table(columns, rows, keys, _width(console), side_by_side=False)
-        parts, is_stacked = table.layout()
-    for index, part in enumerate(parts):
+    heads = [Column(each) if isinstance(each, str) else each for each in columns]
+    texts = [list(row) for row in rows]
+    line_break = "\n" if has_width(console) else _GAP
+    for tab in (_GAP, "\n"):
+        cells = [
+            [text.replace("\t", tab).replace("\n", line_break) for text in row] for row in texts
+        ]
+        table = _Table(heads, cells, keys, _width(console))
+        if len(table.parts) == 1 and not table.is_stacked:
+            break
+    for index, part in enumerate(table.parts):
         if index:
             console.print()
-        for line in table.stacked(part) if is_stacked else table.beside(part):
+        for line in table.lines(part):
             _print(console, line)
 
 
 class _Table:
+    """The columns of each part of a table, and whether the keys are above the values."""
+
     def __init__(
-        self,
-        columns: Sequence[str | Column],
-        rows: Sequence[Sequence[str]],
-        keys: int,
-        width: int,
-        *,
-        side_by_side: bool,
+        self, columns: Sequence[Column], rows: Sequence[Sequence[str]], keys: int, width: int
     ) -> None:
-        self._columns = [Column(each) if isinstance(each, str) else each for each in columns]
-        self._has_width, self._width = width < sys.maxsize, width
-        gap = " " * _GAP
-        tab, line = (gap if side_by_side else "\n"), ("\n" if self._has_width else gap)
-        self._rows = [[cell.replace("\t", tab).replace("\n", line) for cell in row] for row in rows]
-        self._keys, self._others = list(range(keys)), list(range(keys, len(columns)))
-        texts = [
-            [column.title, *(row[index] for row in self._rows)]
-            for index, column in enumerate(self._columns)
+        self._columns, self._rows, self._keys, self._width = columns, rows, keys, width
+        of_columns = [(each, "\n".join(cells)) for each, *cells in zip(columns, *rows, strict=True)]
+        self._whole = [
+            max(cell_len(each.title), _longest_line(cells)) for each, cells in of_columns
         ]
-        self._whole = [max(map(_longest_line, of_column)) for of_column in texts]
         self._unwrapped = [
-            max(_longest_word(title), *map(_longest_line, cells), 0) for title, *cells in texts
+            max(_longest_word(each.title), _longest_line(cells)) for each, cells in of_columns
         ]
-        self._least = [self._narrowest(index, of_column) for index, of_column in enumerate(texts)]
-
-    def layout(self) -> tuple[list[list[int]], bool]:
-        """The columns of each table, and whether each row's keys are above its values.
-
-        They are if a column does not fit beside them. They also are if they take more than half of
-        the width, and fewer tables are then needed.
-        """
-        taken = _total(self._least[index] for index in self._keys)
-        room = self._width - taken - _GAP
-        beside, above = self._packed(room), self._packed(self._width - _GAP)
-        is_too_wide = any(self._least[index] > room for index in self._others)
-        is_stacked = is_too_wide or (
-            taken > self._width // 2 and len(beside) > 2 and len(above) < len(beside)
-        )
-        return (above, True) if is_stacked else (beside, False)
-
-    def beside(self, part: list[int]) -> Iterator[Text]:
-        shown = [*self._keys, *part]
-        widths = self._widths(shown, self._width)
-        yield from self._header(shown, widths)
-        last = ""
-        for row in self._rows:
-            is_shared = self._has_width and len(self._keys) > 1 and row[0] == last
-            last = row[0]
-            yield from self._row(["", *row[1:]] if is_shared else row, shown, widths)
-
-    def stacked(self, part: list[int]) -> Iterator[Text]:
-        widths, indent = self._widths(part, self._width - _GAP), " " * _GAP
-        key = (" " * _GAP).join(self._columns[index].title for index in self._keys)
-        yield from (Text(line, "bold") for line in _wrapped(key, self._width))
-        yield from self._header(part, widths, indent)
-        for row in self._rows:
-            yield from map(
-                Text, _wrapped("  ".join(row[index] for index in self._keys), self._width)
+        self._least = [
+            min(
+                max(
+                    _longest_word(f"{each.title} {cells}"),
+                    min(math.ceil(unwrapped / _LINES), _READABLE),
+                ),
+                width - len(_GAP),
             )
-            yield from self._row(row, part, widths, indent)
+            if each.wraps
+            else unwrapped
+            for (each, cells), unwrapped in zip(of_columns, self._unwrapped, strict=True)
+        ]
+        # The keys are above the values if a column does not fit beside them. They also are if they
+        # take more than half of the width, and fewer tables are then needed.
+        taken = _total(self._least[:keys])
+        beside = self._packed(width - taken - len(_GAP))
+        above = self._packed(width - len(_GAP))
+        self.is_stacked = taken + len(_GAP) + max(self._least[keys:], default=0) > width or (
+            taken > width // 2 and len(beside) > 2 and len(above) < len(beside)
+        )
+        self.parts = above if self.is_stacked else beside
 
     def _packed(self, room: int) -> list[list[int]]:
-        """The columns without the keys, in order, with as many per table as fit."""
+        """The columns without the keys, in order, with as many per part as fit."""
         parts: list[list[int]] = [[]]
-        for index in self._others:
+        for index in range(self._keys, len(self._columns)):
             if parts[-1] and _total(self._least[each] for each in (*parts[-1], index)) > room:
                 parts.append([])
             parts[-1].append(index)
         return parts
 
-    def _widths(self, shown: list[int], room: int) -> list[int]:
+    def _widths(self, shown: Sequence[int], room: int) -> list[int]:
         """The width of each column: its full width if all columns fit, otherwise its minimum.
 
         In the second case the wrapped columns share the remaining width.
@@ -216,51 +190,37 @@ class _Table:
         if _total(whole) <= room:
             return whole
         for _ in range(room - _total(widths)):
-            growing = [at for at in range(len(shown)) if widths[at] < unwrapped[at]]
-            if not growing:
-                break
-            widths[max(growing, key=lambda at: unwrapped[at] / widths[at])] += 1
+            at = max(range(len(shown)), key=lambda at: unwrapped[at] / max(1, widths[at]))
+            widths[at] = min(widths[at] + 1, unwrapped[at])
         return widths
 
-    def _narrowest(self, index: int, texts: list[str]) -> int:
-        if not self._columns[index].wraps:
-            return self._unwrapped[index]
-        longest = max(map(_longest_word, texts))
-        return min(
-            max(longest, min(math.ceil(self._unwrapped[index] / _LINES), _READABLE)),
-            self._width - _GAP,
-        )
-
-    def _header(self, shown: list[int], widths: list[int], indent: str = "") -> Iterator[Text]:
-        """The titles, aligned at their bottom lines."""
-        blocks = [
-            _wrapped(self._columns[index].title, width)
-            for index, width in zip(shown, widths, strict=True)
-        ]
-        height = max(map(len, blocks), default=0)
-        blocks = [[""] * (height - len(block)) + block for block in blocks]
-        yield from (Text(line, "bold") for line in self._lines(blocks, shown, widths, indent))
-
-    def _row(
-        self, row: Sequence[str], shown: list[int], widths: list[int], indent: str = ""
-    ) -> Iterator[Text]:
-        blocks = [
-            [
-                piece
-                for line in row[index].split("\n")
-                for piece in (_wrapped(line, width) if self._columns[index].wraps else [line])
-            ]
-            for index, width in zip(shown, widths, strict=True)
-        ]
-        yield from map(Text, self._lines(blocks, shown, widths, indent))
-
-    def _lines(
-        self, blocks: list[list[str]], shown: list[int], widths: list[int], indent: str
-    ) -> Iterator[str]:
+    def lines(self, part: Sequence[int]) -> Iterator[Text]:
+        """The lines of one part: its titles, aligned at the bottom, and its rows."""
+        indent = _GAP if self.is_stacked else ""
+        shown = part if self.is_stacked else [*range(self._keys), *part]
+        widths = self._widths(shown, self._width - len(indent))
         rights = [self._columns[index].is_right for index in shown]
-        for pieces in zip_longest(*blocks, fillvalue=""):
-            cells = (_aligned(*each) for each in zip(pieces, widths, rights, strict=True))
-            yield (indent + (" " * _GAP).join(cells)).rstrip()
+
+        def lines_of(row: Sequence[str], *, at_bottom: bool = False) -> Iterator[str]:
+            if self.is_stacked:
+                yield from _wrapped(_GAP.join(row[: self._keys]), self._width)
+            blocks = [
+                [piece for line in row[index].split("\n") for piece in _wrapped(line, width)]
+                for index, width in zip(shown, widths, strict=True)
+            ]
+            height = max(map(len, blocks), default=0) if at_bottom else 0
+            blocks = [[""] * (height - len(block)) + block for block in blocks]
+            for pieces in zip_longest(*blocks, fillvalue=""):
+                yield (indent + _GAP.join(map(_aligned, pieces, widths, rights))).rstrip()
+
+        for line in lines_of([each.title for each in self._columns], at_bottom=True):
+            yield Text(line, "bold")
+        shares_keys = self._keys > 1 and not self.is_stacked and self._width < sys.maxsize
+        first = None
+        for row in self._rows:
+            is_repeated = shares_keys and row[0] == first
+            first = row[0]
+            yield from map(Text, lines_of(["", *row[1:]] if is_repeated else row))
 
 
 def _width(console: Console) -> int:
@@ -292,7 +252,7 @@ def _longest_line(text: str) -> int:
 def _total(widths: Iterable[int]) -> int:
     """The total width of columns side by side, including the gaps."""
     widths = list(widths)
-    return sum(widths) + _GAP * (len(widths) - 1)
+    return sum(widths) + len(_GAP) * (len(widths) - 1)
 
 
 def _aligned(text: str, width: int, is_right: bool = False) -> str:

@@ -38,8 +38,8 @@ class RunFolder:
 
     def weights(self, layout: str) -> Path:
         """The file of `spiketrain export`. Its name contains a layout other than "plain"."""
-        suffix = "" if layout == "plain" else f"-{layout}"
-        return self.path / f"weights{suffix}.safetensors"
+        name = "weights" if layout == "plain" else f"weights-{layout}"
+        return self.path / f"{name}.safetensors"
 
     @property
     def early_artifacts(self) -> tuple[Path, ...]:

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 
-_SLOW = ("torch", "ray", "mlflow")
-"""packages that take seconds to import"""
+_SLOW = ("torch", "ray", "mlflow")  # packages that take seconds to import
 
 
 def say_stage(stage: str) -> None:
@@ -23,12 +22,11 @@ def announce_imports() -> None:
 class _Announcer(MetaPathFinder):
     """An import hook that Python calls before every import. It leaves imports to other finders."""
 
-    def __init__(self) -> None:
-        self._is_said = False
+    is_said = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> None:
-        if fullname in _SLOW and not self._is_said:
-            self._is_said = True
+        if fullname in _SLOW and not self.is_said:
+            self.is_said = True
             say_stage(f"importing {fullname} and what else this command needs")

@@ -6,7 +6,7 @@ checked before loading. Loading uses `weights_only`, which calls only listed nam
 """
 
 import argparse
-import importlib
+import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from pipeline.core.checks import require
 
 
 def read_state(file: Path, *, who: str) -> Mapping[str, Tensor]:
@@ -28,28 +30,26 @@ def read_state(file: Path, *, who: str) -> Mapping[str, Tensor]:
         ValueError: the file does not exist, cannot be read, or contains no named tensors. The
             message begins with `who`.
     """
-    if not file.is_file():
-        raise ValueError(f"{who}: {file} must be a file of weights; it does not exist")
+    require(file.is_file(), f"{who}: {file} must be a file of weights; it does not exist")
     try:
         # Published QKFormer files contain the program's arguments.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = (
+            state: Any = (
                 load_file(file)
                 if file.suffix == ".safetensors"
                 else torch.load(file, map_location="cpu", weights_only=True)
             )
     except Exception as error:  # torch and safetensors do not document their errors
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{who}: {file} must hold weights; it could not be read: {first}"
+            f"{who}: {file} must hold weights; it could not be read: {_first_line(error)}"
         ) from error
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
-    if not isinstance(state, Mapping) or not all(
-        isinstance(value, Tensor) for value in state.values()
-    ):
-        raise ValueError(f"{who}: {file} must hold named tensors; it holds something else")
+    require(
+        isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values()),
+        f"{who}: {file} must hold named tensors; it holds something else",
+    )
     return state
 
 
@@ -73,14 +73,13 @@ def describe_mismatch(
     )
 
 
+# Names in DeepSpeed's files at ZeRO-1 and 2 besides tensors (0.19.8). Creating these values has no
+# side effect.
 DEEPSPEED = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
-"""names in DeepSpeed's files at ZeRO-1 and 2 besides tensors (0.19.8); creating these values has no
-side effect
-"""
 
 
 def find_code(folder: Path) -> str | None:
@@ -93,10 +92,7 @@ def find_code(folder: Path) -> str | None:
         try:
             named = sorted(set(get_unsafe_globals_in_checkpoint(file)) - set(DEEPSPEED))
         except (ValueError, RuntimeError, UnpicklingError) as error:
-            return (
-                f"{name} cannot be read as data:"
-                f" {(str(error).splitlines() or [type(error).__name__])[0]}"
-            )
+            return f"{name} cannot be read as data: {_first_line(error)}"
         if named:
             return f"{name} calls {', '.join(named)}"
     return None
@@ -108,10 +104,9 @@ def load_data(path: str | Path, map_location: Any = None) -> Any:
     Raises:
         UnpicklingError: the file contains a name that is neither torch's nor in `DEEPSPEED`.
     """
-    with safe_globals([_imported(name) for name in DEEPSPEED]):
+    with safe_globals(list(map(pkgutil.resolve_name, DEEPSPEED))):
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
-def _imported(name: str) -> Any:
-    module, _, own = name.rpartition(".")
-    return getattr(importlib.import_module(module), own)
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -21,6 +21,7 @@ therefore the most memory that it has needed since `release_freed_memory`.
 
 import ctypes
 import os
+import platform
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -31,8 +32,7 @@ import torch
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
-TF32_SINCE = (8, 0)
-"""the compute capability of Ampere"""
+TF32_SINCE = (8, 0)  # the compute capability of Ampere
 
 
 def compute_in(precision: Precision, device: torch.device) -> None:
@@ -42,7 +42,7 @@ def compute_in(precision: Precision, device: torch.device) -> None:
         ValueError: the device does not support the precision.
     """
     check_precision("recipe", precision, device)
-    _set_products(precision)
+    _set([_FP32[precision]] * 3)
 
 
 def check_precision(who: str, precision: Precision, device: torch.device) -> None:
@@ -66,7 +66,7 @@ def check_precision(who: str, precision: Precision, device: torch.device) -> Non
 def products_in(precision: Precision) -> Iterator[None]:
     """Compute fp32 products and convolutions on a GPU in this precision inside the block."""
     before = [operation.fp32_precision for operation in _operations()]
-    _set_products(precision)
+    _set([_FP32[precision]] * 3)
     try:
         yield
     finally:
@@ -88,17 +88,13 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def _set_products(precision: Precision) -> None:
-    _set(["tf32" if precision == "tf32" else "ieee"] * 3)
+_FP32: dict[Precision, str] = {"fp32": "ieee", "tf32": "tf32", "bf16": "ieee"}
 
 
 def _set(precisions: Sequence[str]) -> None:
     """Set the precision of each of `_operations`, in their order."""
-    product, convolution, _ = precisions
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = (
-        product == "tf32",
-        convolution == "tf32",
-    )
+    torch.backends.cuda.matmul.allow_tf32 = precisions[0] == "tf32"
+    torch.backends.cudnn.allow_tf32 = precisions[1] == "tf32"
     for operation, precision in zip(_operations(), precisions, strict=True):
         operation.fp32_precision = precision
 
@@ -109,13 +105,11 @@ def _operations() -> tuple[Any, ...]:
     return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
 
 
+# Environment variables that make NCCL and cuBLAS sum in the same order at every start. NVLS, trees
+# and other workspaces promise no order.
 EXACT = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""environment variables that make NCCL and cuBLAS sum in the same order at every start; NVLS, trees
-and other workspaces promise no order
-"""
 
-_inexact: set[str] = set()
-"""GPU operations of this process that have no deterministic form in torch"""
+_inexact: set[str] = set()  # GPU operations of this process without a deterministic form in torch
 
 
 def configure_torch(threads: int, device: torch.device) -> None:
@@ -166,17 +160,14 @@ def _note_inexact() -> None:
         warnings.showwarning = note
 
 
-_LARGEST = 2**31 - 1
-# glibc before 2.35 refuses more than 32 MiB and then returns every block of 128 KiB to the kernel.
-_LARGEST_BEFORE_2_35 = 32 * 2**20
-
-
 def _options() -> dict[str, tuple[int, int]]:
     """The options' environment variables, with their numbers in malloc.h and values."""
-    largest_mapped = _LARGEST if _glibc() >= (2, 35) else _LARGEST_BEFORE_2_35
+    # glibc before 2.35 refuses more than 32 MiB and then returns every block of 128 KiB to the
+    # kernel.
+    largest_mapped = 2**31 - 1 if _glibc() >= (2, 35) else 32 * 2**20
     return {
         "MALLOC_ARENA_MAX": (-8, 1),
-        "MALLOC_TRIM_THRESHOLD_": (-1, _LARGEST),
+        "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
         "MALLOC_MMAP_THRESHOLD_": (-3, largest_mapped),
     }
 
@@ -206,8 +197,5 @@ def release_freed_memory() -> None:
 
 def _glibc() -> tuple[int, ...]:
     """The version of glibc; `()` with another C library."""
-    try:
-        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
-    except ValueError:
-        return ()
+    name, version = platform.libc_ver()
     return tuple(int(part) for part in version.split(".")[:2]) if name == "glibc" else ()

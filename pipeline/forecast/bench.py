@@ -10,10 +10,12 @@ separately and with random weights, so that nothing is downloaded.
 
 import copy
 import statistics
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +23,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.core.torch_settings import compute_in, configure_torch, release_freed_memory
-from pipeline.core.units import counted
-from pipeline.data.base import Batch, Data, DataError, Loader
+from pipeline.core.units import counted, some
+from pipeline.data.base import DataError, Loader
 from pipeline.measure.clock import charge_collectives, seconds_of
 from pipeline.measure.constants import REST
 from pipeline.measure.fidelity import gradients
@@ -40,15 +42,8 @@ from pipeline.measure.saved_bytes import HeldBytes, bytes_of, held_bytes
 from pipeline.models.teachers.base import Teacher
 from pipeline.recipe import is_baseline
 from pipeline.recipe.recipe import Recipe, Spec, spec
+from pipeline.rules import bptt, dsr, hlop, ide, opzo, ottt, sltt, spide
 from pipeline.rules.base import Rule, World
-from pipeline.rules.bptt import BPTT
-from pipeline.rules.dsr import DSR
-from pipeline.rules.hlop import HLOP
-from pipeline.rules.ide import IDE
-from pipeline.rules.opzo import OPZO
-from pipeline.rules.ottt import OTTT
-from pipeline.rules.sltt import SLTT
-from pipeline.rules.spide import SPIDE
 from pipeline.spiking.encode import over_steps
 from pipeline.train.assemble import build_backend
 from pipeline.train.backend.base import Backend
@@ -69,16 +64,16 @@ from pipeline.train.weights import load_start
 
 
 RULES = (
-    spec(BPTT),
-    spec(BPTT, chunk=1),
-    spec(BPTT, recompute=True),
-    spec(SLTT),
-    spec(SLTT, k=1),
-    spec(OTTT),
-    spec(OPZO),
-    spec(DSR),
-    spec(IDE),
-    spec(SPIDE),
+    spec(bptt.BPTT),
+    spec(bptt.BPTT, chunk=1),
+    spec(bptt.BPTT, recompute=True),
+    spec(sltt.SLTT),
+    spec(sltt.SLTT, k=1),
+    spec(ottt.OTTT),
+    spec(opzo.OPZO),
+    spec(dsr.DSR),
+    spec(ide.IDE),
+    spec(spide.SPIDE),
 )
 UNTIMED = 3  # batches: the first warms up, the second counts bytes, the third counts operations
 WARM_UP = 2  # batches without any measurement
@@ -146,6 +141,8 @@ class Bench:
         DataError: the data cannot be read.
     """
 
+    calibrates = True
+
     def __init__(
         self,
         recipe: Recipe,
@@ -158,30 +155,31 @@ class Bench:
         configure_torch(threads, device)
         compute_in(recipe.precision, device)
         seed_everything(recipe.seed)
-        self._describe(recipe, batch_size or recipe.split(1).micro_batch)
-        self.network = self._fresh_network().to(device)
-        with self.in_memory(recipe.name):
+        self._build_network(recipe, batch_size or recipe.split(1).micro_batch)
+        self.network.to(device)
+        data = tasks_of(recipe)[0].data
+        with self.running(recipe.name):
             try:
-                batch = first_batch(recipe, self.samples)
+                with closing(_loader(recipe, self.samples)) as loader, loader.epoch(0) as batches:
+                    batch = next(iter(batches))
+                    check_batch(batch, data, "train")
+                    self._set_batch(batch.x.to(device), batch.target.to(device))
             except DataError:
                 if needs_data:
                     raise
-                batch = _random_batch(recipe, self.samples)
-            self._set_batch(batch.x.to(device), batch.target.to(device))
+                draw = torch.Generator().manual_seed(recipe.seed)
+                x_B = torch.rand(self.samples, *data.shape, generator=draw)
+                target_B = torch.randint(data.classes, (self.samples,), generator=draw)
+                self._set_batch(x_B.to(device), target_B.to(device))
 
-    def _describe(self, recipe: Recipe, samples: int) -> None:
-        of_labels = (
-            recipe.objective if recipe.teacher is None else spec(_labels, of=recipe.objective)
-        )
-        self.recipe = replace(recipe, teacher=None, objective=of_labels)
-        self.samples = samples
+    def _build_network(self, recipe: Recipe, samples: int) -> None:
+        if recipe.teacher is not None:
+            recipe = replace(recipe, teacher=None, objective=spec(_labels, of=recipe.objective))
+        self.recipe, self.samples = recipe, samples
         self.loss: Loss = self.recipe.objective.build()
-
-    def _fresh_network(self) -> nn.Module:
-        network = build_network(self.recipe, tasks_of(self.recipe))
+        self.network = build_network(self.recipe, tasks_of(self.recipe))
         if self.recipe.init is not None:
-            load_start(network, Path(self.recipe.init))
-        return network
+            load_start(self.network, Path(self.recipe.init))
 
     def _set_batch(self, x_B: Tensor, target_B: Tensor) -> None:
         self.x_B, self.target_B = x_B, target_B
@@ -198,23 +196,21 @@ class Bench:
             ValueError: the rule cannot train the network.
             DoesNotFit: its batch does not fit into memory.
         """
-        before: int | None = None
-
-        def begin_peak(step: int, meters: Meters) -> None:
-            # The untimed batches have already loaded everything that is loaded at first use.
-            nonlocal before
-            if step == UNTIMED:
-                release_freed_memory()
-                reset_peak_device_bytes(self.x_B.device)
-                if reset_peak_rss() or self.x_B.is_cuda:
-                    before = memory_now_bytes(self.x_B.device)
-
-        made, meters = self.train(rule, UNTIMED + TIMED, begin_peak)
-        peak = peak_device_bytes(self.x_B.device) if self.x_B.is_cuda else peak_rss_bytes()
+        device = self.x_B.device
+        with self.training(rule) as (made, meters, train_once):
+            for _ in range(UNTIMED):  # they also load everything that is loaded at first use
+                train_once()
+            release_freed_memory()
+            reset_peak_device_bytes(device)
+            is_known = reset_peak_rss() or self.x_B.is_cuda
+            before = memory_now_bytes(device)
+            for _ in range(TIMED):
+                train_once()
+            peak = peak_device_bytes(device) if self.x_B.is_cuda else peak_rss_bytes()
         seconds = _seconds(meters.clock.take()[UNTIMED:], statistics.median)
         return Cost(
             **bytes_of_batch(made, meters),
-            peak_memory_bytes=None if before is None else peak - before,
+            peak_memory_bytes=peak - before if is_known else None,
             forward_s=seconds["forward"],
             backward_s=seconds["backward"],
             loop_s=seconds["loop"],
@@ -231,62 +227,66 @@ class Bench:
 
         Raises: as `cost`.
         """
-        _, meters = self.train(rule, WARM_UP + batches, as_in_a_run=True)
+        with self.training(rule, as_in_a_run=True) as (_, meters, train_once):
+            for _ in range(WARM_UP + batches):
+                train_once()
         return _seconds(meters.clock.take()[WARM_UP:], statistics.fmean)
 
-    def train(
-        self,
-        rule: Spec,
-        batches: int,
-        before_batch: Callable[[int, Meters], None] = lambda step, meters: None,
-        *,
-        as_in_a_run: bool = False,
-    ) -> tuple[Rule, Meters]:
-        """Train on the batch `batches` times, at a learning rate of 0.
+    @contextmanager
+    def training(
+        self, rule: Spec, *, as_in_a_run: bool = False
+    ) -> Iterator[tuple[Rule, Meters, Callable[[], None]]]:
+        """Yield the attached rule, its meters, and a function that trains once on the batch.
 
-        `before_batch(step, meters)` is called before each batch. Training uses plain torch, and the
-        meters count bytes on the second batch and operations on the third. `as_in_a_run` uses the
-        recipe's own backend and a run's guard, and the meters then measure only time.
+        The learning rate is 0. Training uses plain torch, and the meters count bytes on the second
+        batch and operations on the third. `as_in_a_run` uses the recipe's own backend and a run's
+        guard, and the meters then measure only time.
 
         Raises: as `cost`.
         """
         with self.running(rule.build().label):
-            network, made = self.attached(rule)
+            network, made = self.copy_of_network(), self._build(rule)
+            made.attach(network, world=World(self.recipe.seed), over_time=self.recipe.over_time)
+            if made.calibration_batches and self.calibrates:
+                made.calibrate(network, [self.x_TB])
+            every = None if as_in_a_run else 10**9
             meters = Meters(
                 network,
                 batch_size=self.samples,
                 device=self.x_TB.device,
-                memory_every=None if as_in_a_run else 10**9,
-                operations_every=None if as_in_a_run else 10**9,
+                memory_every=every,
+                operations_every=every,
             )
-
             with charge_collectives(meters.clock) if as_in_a_run else nullcontext():
-                backend, guard = self._backend_and_guard(network, made, as_in_a_run=as_in_a_run)
+                backend: Backend = Plain(network, _resting, precision=self.recipe.precision)
+                guard = Guard()
+                if as_in_a_run:
+                    backend = build_backend(self.recipe, network, made, self.recipe.split(1))
+                    for group in backend.optimizer.param_groups:
+                        group["lr"] = 0.0
+                    guard = AnomalyGuard(
+                        backend,
+                        made,
+                        self._ranks,
+                        max_skips=0,
+                        can_undo=can_undo(self.recipe, made),
+                    )
                 batch = [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
-                schedule = lambda step: None
+                schedule, steps = (lambda step: None), count()
+
+                def train_once() -> None:
+                    train_batch(
+                        made, backend, schedule, next(steps), batch, self.loss, meters, guard
+                    )
+
                 try:
-                    for step in range(batches):
-                        before_batch(step, meters)
-                        train_batch(made, backend, schedule, step, batch, self.loss, meters, guard)
+                    yield made, meters, train_once
                 except Rollback as bad:
                     raise ValueError(f"{made.label}: cannot be timed; {bad}") from bad
-        return made, meters
 
     @cached_property
-    def ranks(self) -> Ranks:
+    def _ranks(self) -> Ranks:
         return Ranks(distributed.get_rank(), distributed.get_world_size(), device_here().type)
-
-    def _backend_and_guard(
-        self, network: nn.Module, rule: Rule, *, as_in_a_run: bool
-    ) -> tuple[Backend, Guard]:
-        """Plain torch without a guard, or a run's backend and guard; at a learning rate of 0."""
-        if not as_in_a_run:
-            return Plain(network, _resting, precision=self.recipe.precision), Guard()
-        backend = build_backend(self.recipe, network, rule, self.recipe.split(1))
-        for group in backend.optimizer.param_groups:
-            group["lr"] = 0.0
-        undo = can_undo(self.recipe, rule)
-        return backend, AnomalyGuard(backend, rule, self.ranks, max_skips=0, can_undo=undo)
 
     def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
         """The rule's gradient of each synapse in fp32; several draws if it draws time steps.
@@ -296,22 +296,22 @@ class Bench:
         Raises: as `cost`.
         """
         made = self._build(rule)
-        decides = made.inner if isinstance(made, HLOP) else made
-        draws = DRAWS if isinstance(decides, SLTT) and decides.k is not None else 1
+        decides = made.inner if isinstance(made, hlop.HLOP) else made
+        draws = DRAWS if isinstance(decides, sltt.SLTT) and decides.k is not None else 1
         found: list[dict[str, Tensor]] = []
-        with self.in_memory(f"{made.label}'s gradient"):
+        with self.running(f"{made.label}'s gradient"):
             for step in range(draws):
-                given = gradients(
+                of_draw = gradients(
                     self.network,
                     self._build(rule),
                     self.x_TB,
                     partial(self.loss, self.target_B),
                     world=World(self.recipe.seed),
                     over_time=self.recipe.over_time,
-                    batches=WARM_UP_BATCHES if isinstance(made, OPZO) else 1,
+                    batches=WARM_UP_BATCHES if isinstance(made, opzo.OPZO) else 1,
                     step=step,
                 )
-                found.append({name: g.cpu() for name, g in given.items()})
+                found.append({name: g.cpu() for name, g in of_draw.items()})
         return found
 
     def held(self) -> HeldBytes:
@@ -332,13 +332,10 @@ class Bench:
 
     @contextmanager
     def running(self, who: str) -> Iterator[None]:
-        """Surround the work on a batch. A bench without values overrides it (`counts.py`)."""
-        with self.in_memory(who):
-            yield
+        """Surround the work on a batch. A bench without values overrides it (`counts.py`).
 
-    @contextmanager
-    def in_memory(self, who: str) -> Iterator[None]:
-        """Raises: DoesNotFit if memory runs out inside."""
+        Raises: DoesNotFit if memory runs out inside.
+        """
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -349,45 +346,10 @@ class Bench:
                 f" {self.recipe.time_steps} do not"
             ) from None
 
-    def attached(self, rule: Spec) -> tuple[nn.Module, Rule]:
-        """A copy of the network with the rule attached and calibrated.
-
-        Raises: ValueError if the rule cannot train it.
-        """
-        network, made = self.copy_of_network(), self._build(rule)
-        made.attach(network, world=World(self.recipe.seed), over_time=self.recipe.over_time)
-        if made.calibration_batches:
-            self.calibrate(made, network)
-        return network, made
-
-    def calibrate(self, rule: Rule, network: nn.Module) -> None:
-        rule.calibrate(network, [self.x_TB])
-
     def _build(self, rule: Spec) -> Rule:
         made: Rule = rule.build()
         made.check_steps(self.recipe.time_steps)
         return made
-
-
-# -------------------------------------------------------------------------------------------- data
-
-
-def first_batch(recipe: Recipe, size: int) -> Batch:
-    """The first `size` samples that a run of the recipe would train on."""
-    with closing(_loader(recipe, size)) as loader, loader.epoch(0) as batches:
-        batch = next(iter(batches))
-        check_batch(batch, _data(recipe), "train")
-        return batch
-
-
-def _random_batch(recipe: Recipe, size: int) -> Batch:
-    """Random samples and classes with the data's shape and number of classes."""
-    data, draw = _data(recipe), torch.Generator().manual_seed(recipe.seed)
-    return Batch(
-        torch.rand(size, *data.shape, generator=draw),
-        torch.randint(data.classes, (size,), generator=draw),
-        torch.arange(size),
-    )
 
 
 def samples_per_epoch(recipe: Recipe) -> int:
@@ -395,15 +357,13 @@ def samples_per_epoch(recipe: Recipe) -> int:
         return loader.samples
 
 
-def _data(recipe: Recipe) -> Data:
-    return tasks_of(recipe)[0].data
-
-
 def _loader(recipe: Recipe, size: int) -> Loader:
-    data = _data(recipe)
-    sizes = {"batch_size": size, "micro_batch": size, "threads": 1}
-    loader = data.train(seed=recipe.seed, rank=0, world=1, **sizes)
-    return checked_loader(loader, data, "train")
+    data = tasks_of(recipe)[0].data
+    return checked_loader(
+        data.train(batch_size=size, micro_batch=size, threads=1, seed=recipe.seed, rank=0, world=1),
+        data,
+        "train",
+    )
 
 
 # ------------------------------------------------------------------------------------------- rules
@@ -411,8 +371,11 @@ def _loader(recipe: Recipe, size: int) -> Loader:
 
 def fastest_baseline(costs: Iterable[Cost]) -> Cost | None:
     """The faster of BPTT folded over time and BPTT step by step; None without either."""
-    baselines = (cost for cost in costs if is_baseline(cost.rule))
-    return min(baselines, key=lambda cost: cost.compute_s, default=None)
+    return min(
+        (cost for cost in costs if is_baseline(cost.rule)),
+        key=lambda cost: cost.compute_s,
+        default=None,
+    )
 
 
 def rules_by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:
@@ -429,18 +392,15 @@ def group_by_network(
 
     Raises: ValueError, before the first group, if a recipe contradicts itself.
     """
-    groups: list[list[Recipe]] = []
+    groups: dict[object, list[Recipe]] = {}
     for recipe in recipes:
         check_recipe(recipe.with_untrained_teacher(), 1)
-        group = next((each for each in groups if inputs(each[0]) == inputs(recipe)), None)
-        if group is None:
-            groups.append([recipe])
-        else:
-            group.append(recipe)
-    for group in groups:
-        more = f" and {len(group) - 3} more" if len(group) > 3 else ""
-        name = ", ".join(recipe.name for recipe in group[:3]) + more
-        yield replace(group[0], name=name), tuple(recipe.rule for recipe in group)
+        groups.setdefault(inputs(recipe), []).append(recipe)
+    for group in groups.values():
+        yield (
+            replace(group[0], name=some([recipe.name for recipe in group], most=3)),
+            tuple(recipe.rule for recipe in group),
+        )
 
 
 def step_inputs(recipe: Recipe) -> tuple[object, ...]:
@@ -462,10 +422,10 @@ def step_inputs(recipe: Recipe) -> tuple[object, ...]:
 
 def rotated(items: Iterable[T_], rounds: int) -> Iterator[list[T_]]:
     """The order of each round. Each begins with the next item, so drift affects all equally."""
-    order = list(items)
-    for each in range(rounds):
-        first = each % len(order)
-        yield [*order[first:], *order[:first]]
+    order = deque(items)
+    for _ in range(rounds):
+        yield list(order)
+        order.rotate(-1)
 
 
 def measure_costs(
@@ -474,10 +434,8 @@ def measure_costs(
     """The costs of each rule in every round, and the reasons why other rules cannot train."""
     rounds: dict[str, list[Cost]] = {label: [] for label in rules}
     refused: dict[str, str] = {}
-    for order in rotated(rules, ROUNDS):
-        for label in order:
-            if label in refused:
-                continue
+    for label in chain.from_iterable(rotated(rules, ROUNDS)):
+        if label not in refused:
             try:
                 rounds[label].append(bench.cost(rules[label]))
             except ValueError as error:
@@ -488,11 +446,12 @@ def measure_costs(
 
 def median_cost(rounds: Sequence[Cost]) -> Cost:
     """A rule's cost with median seconds. All other values are the same in each round."""
-    seconds = {
-        name: statistics.median(getattr(cost, name) for cost in rounds)
-        for name in ("forward_s", "backward_s", "loop_s")
-    }
-    return replace(rounds[0], **seconds)
+    return replace(
+        rounds[0],
+        forward_s=statistics.median(cost.forward_s for cost in rounds),
+        backward_s=statistics.median(cost.backward_s for cost in rounds),
+        loop_s=statistics.median(cost.loop_s for cost in rounds),
+    )
 
 
 def bytes_of_batch(made: Rule, meters: Meters) -> dict[str, Any]:
@@ -511,12 +470,11 @@ def _seconds(
     batches: Sequence[Mapping[str, float]], average: Callable[[Iterable[float]], float]
 ) -> dict[str, float]:
     """Average seconds of each part of a batch. The rest of the loop is the part "loop"."""
-
-    def of(*parts: str) -> float:
-        return average(sum(seconds[part] for part in parts) for seconds in batches)
-
+    rest = [each["transfer"] + each["metrics"] + each[REST] for each in batches]
     parts = ("forward", "backward", "communication", "optimizer")
-    return {**{part: of(part) for part in parts}, "loop": of("transfer", "metrics", REST)}
+    return {part: average(each[part] for each in batches) for part in parts} | {
+        "loop": average(rest)
+    }
 
 
 def _labels(of: Loss) -> Loss:
@@ -525,9 +483,6 @@ def _labels(of: Loss) -> Loss:
 
 def _resting(network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(network.parameters(), lr=0.0)
-
-
-# B batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -539,11 +494,11 @@ class TeacherCost:
     seconds: float  # median, without a cache
 
     def describe(self) -> str:
-        """Describe it in one line, for below a table of rules."""
+        """One line for below a table of rules."""
         return (
-            f"the teacher, {self.teacher}, is in no row: beside every rule it holds "
-            f"{self.bytes / 1e6:.4g} MB of weights "
-            f"and answers for a batch in {self.seconds * 1e3:.4g} ms"
+            f"the teacher, {self.teacher}, is in no row: beside every rule it holds"
+            f" {self.bytes / 1e6:.4g} MB of weights and answers for a batch in"
+            f" {self.seconds * 1e3:.4g} ms"
         )
 
 
@@ -554,9 +509,12 @@ def measure_teacher(recipe: Recipe, x_B: Tensor) -> TeacherCost | None:
         return None
     teacher = untrained_teacher(recipe).to(x_B.device)
     teacher(x_B)  # warms up
-    seconds = [seconds_of(lambda: teacher(x_B), x_B.device) for _ in range(TIMED)]
     return TeacherCost(
-        teacher=teacher.label, bytes=teacher_bytes(teacher), seconds=statistics.median(seconds)
+        teacher=teacher.label,
+        bytes=teacher_bytes(teacher),
+        seconds=statistics.median(
+            seconds_of(lambda: teacher(x_B), x_B.device) for _ in range(TIMED)
+        ),
     )
 
 
@@ -569,8 +527,8 @@ def untrained_teacher(recipe: Recipe) -> Teacher:
     teacher = build_teacher(recipe.with_untrained_teacher(), data)
     if teacher.probe is not None:
         with torch.random.fork_rng(devices=[]):
-            features = teacher.features(torch.zeros(1, *data.shape)).shape[-1]
-            teacher.head = nn.Linear(features, data.classes)
+            features_BD = teacher.features(torch.zeros(1, *data.shape))
+            teacher.head = nn.Linear(features_BD.shape[-1], data.classes)
     return teacher
 
 

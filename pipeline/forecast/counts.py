@@ -17,6 +17,7 @@ Thresholds that a rule calibrates on data affect values only, and are left uncha
 # B batch
 
 import copy
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,22 +33,25 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pipeline.core.stages import say_stage
-from pipeline.core.torch_settings import Precision
 from pipeline.core.units import counted as count_of
-from pipeline.forecast.bench import (
-    Bench,
-    bytes_of_batch,
-    step_inputs,
-    teacher_bytes,
-    untrained_teacher,
-)
-from pipeline.forecast.devices import Operation
-from pipeline.measure.meters import Meters
+from pipeline.forecast.bench import Bench, bytes_of_batch, step_inputs
 from pipeline.measure.operations import Pausable
 from pipeline.measure.saved_bytes import HeldBytes, held_bytes
+from pipeline.models.teachers.base import Teacher
 from pipeline.recipe.recipe import Recipe, Spec
-from pipeline.rules.base import Rule
 from pipeline.train.tasks import tasks_of
+
+# Operations without work of their own besides views and queries of a tensor's properties.
+_ATEN = torch.ops.aten
+_FREE = (_ATEN.detach, _ATEN._unsafe_view, _ATEN.as_strided_, _ATEN.empty)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One kernel."""
+
+    flops: int
+    bytes: int  # bytes read and written
 
 
 class Traffic(TorchDispatchMode, Pausable):
@@ -70,11 +74,11 @@ class Traffic(TorchDispatchMode, Pausable):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not self.is_paused and not _moves_nothing(func):
+        moves_nothing = func.is_view or func.namespace == "prim" or func.overloadpacket in _FREE
+        if not self.is_paused and not moves_nothing:
             count = flop_registry.get(func.overloadpacket)
             flops = count(*args, **kwargs, out_val=result) if count is not None else 0
-            moved = _bytes(args) + _bytes(kwargs) + _bytes(result)
-            self.operations.append(Operation(int(flops), moved))
+            self.operations.append(Operation(int(flops), _bytes([args, kwargs, result])))
         return result
 
     @property
@@ -107,23 +111,13 @@ class Counts:
         return self.peak_saved_bytes + self.state_bytes + self.rule_bytes
 
     def describe(self) -> str:
-        forecast_note = f", counted {self.forecast_note}" if self.forecast_note else ""
+        note = f", counted {self.forecast_note}" if self.forecast_note else ""
         return (
             f"{self.peak_saved_bytes / 1e6:,.6g} MB saved for backward,"
             f" {self.state_bytes / 1e6:,.4g} MB of states, {self.traffic.flops / 1e9:,.6g} GFLOP,"
             f" {count_of(self.traffic.kernels, 'kernel')} that move {self.traffic.bytes / 1e9:,.4g}"
-            f" GB{forecast_note}; the optimizer not among them"
+            f" GB{note}; the optimizer not among them"
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherCounts:
-    """The counts of a teacher's answers for one batch."""
-
-    teacher: str
-    bytes: int  # weights and statistics
-    precision: Precision
-    traffic: Traffic
 
 
 class FakeBench(Bench):
@@ -132,14 +126,14 @@ class FakeBench(Bench):
     Raises: ValueError if the network does not fit the data.
     """
 
+    calibrates = False  # thresholds are values
+
     def __init__(self, recipe: Recipe, samples: int) -> None:
-        self._describe(recipe, samples)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.network = self._fresh_network()
-        data = tasks_of(recipe)[0].data
+        self._build_network(recipe, samples)
+        shape = tasks_of(recipe)[0].data.shape
         with self.running(recipe.name):
-            target_B = torch.empty(samples, dtype=torch.int64)
-            self._set_batch(torch.empty(samples, *data.shape), target_B)
+            self._set_batch(torch.empty(samples, *shape), torch.empty(samples, dtype=torch.int64))
 
     @contextmanager
     def running(self, who: str) -> Iterator[None]:
@@ -152,9 +146,9 @@ class FakeBench(Bench):
                 warnings.simplefilter("ignore", RuntimeWarning)  # a solver's, about its values
                 yield
         except RuntimeError as error:
-            why = str(error).split("\n")[0]
             raise ValueError(
-                f"{who}: a step must not depend on values to be counted; {why}"
+                f"{who}: a step must not depend on values to be counted;"
+                f" {str(error).splitlines()[0]}"
             ) from error
 
     def copy_of_network(self) -> nn.Module:
@@ -163,17 +157,15 @@ class FakeBench(Bench):
     def without_values(self, module: nn.Module) -> nn.Module:
         """A copy of a module whose tensors have no values."""
         fakes: dict[int, Any] = {}
-        for tensor in (*module.parameters(), *module.buffers()):
-            with self._mode:
+        with self._mode:
+            for tensor in (*module.parameters(), *module.buffers()):
                 fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-                if isinstance(tensor, nn.Parameter):
-                    fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-            fakes[id(tensor)] = fake
+                is_parameter = isinstance(tensor, nn.Parameter)
+                fakes[id(tensor)] = (
+                    nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                )
         with _disable_current_modes():
             return copy.deepcopy(module, fakes)
-
-    def calibrate(self, rule: Rule, network: nn.Module) -> None:
-        """Do nothing: thresholds are values."""
 
 
 class _FixedAnswers(TorchDispatchMode):
@@ -193,15 +185,15 @@ class _FixedAnswers(TorchDispatchMode):
     ) -> Any:
         try:
             result = func(*args, **(kwargs or {}))
-            if func is torch.ops.aten.native_batch_norm.default:
-                dtypes = [each.dtype for each in args[:5] if each is not None]
+            if func is _ATEN.native_batch_norm.default:
+                dtypes = (each.dtype for each in args[:5] if each is not None)
                 widest = reduce(torch.promote_types, dtypes)
                 result = (result[0], *(each.to(widest) for each in result[1:]))
             return result
         except DataDependentOutputException:
-            if func.overloadpacket is torch.ops.aten.equal:
+            if func.overloadpacket is _ATEN.equal:
                 return True
-            if func.overloadpacket is torch.ops.aten._local_scalar_dense:
+            if func.overloadpacket is _ATEN._local_scalar_dense:
                 return True if args[0].dtype == torch.bool else 1
             raise
 
@@ -214,12 +206,10 @@ def counted(bench: Bench, rule: Spec) -> Counts:
     Raises: ValueError if the rule cannot train the network or its work depends on values.
     """
     traffic = Traffic()
-
-    def watch_second(step: int, meters: Meters) -> None:
-        if step == 1:
-            meters.watch(traffic)
-
-    made, meters = bench.train(rule, 2, watch_second)
+    with bench.training(rule) as (made, meters, train_once):
+        train_once()
+        meters.watch(traffic)
+        train_once()
     return Counts(
         **bytes_of_batch(made, meters),
         backward_calls=meters.totals.backward_calls // 2,
@@ -237,57 +227,39 @@ def counted_optimizer(bench: Bench) -> tuple[HeldBytes, Traffic]:
         return held_bytes(network, optimizer), traffic
 
 
-def counted_teacher(recipe: Recipe, bench: FakeBench) -> TeacherCounts | None:
-    """Counts of the recipe's teacher on the bench's batch; None without a teacher."""
-    if recipe.teacher is None:
-        return None
-    teacher = untrained_teacher(recipe)
+def counted_teacher(teacher: Teacher, bench: FakeBench) -> Traffic:
+    """The work of a teacher's answers for the bench's batch."""
     with bench.running(teacher.label), torch.no_grad():
         fake = bench.without_values(teacher)
         with Traffic() as traffic:
             fake(bench.x_B)
-    return TeacherCounts(
-        teacher=teacher.label,
-        bytes=teacher_bytes(teacher),
-        precision=teacher.precision,
-        traffic=traffic,
-    )
+        return traffic
 
 
 def describe_steps(recipes: Sequence[Recipe], workers: int) -> list[str]:
     """One line per recipe: the counts of a worker's micro-batch, or why they are unknown."""
-    known: list[tuple[object, str]] = []
-    for recipe in recipes:
-        samples = recipe.split(workers).micro_batch
-        key = (step_inputs(recipe), recipe.rule, samples)
-        line = next((line for each, line in known if each == key), None)
-        if line is None:
+    lines: dict[object, str] = {}
+    keys = [(step_inputs(each), each.rule, each.split(workers).micro_batch) for each in recipes]
+    for recipe, key in zip(recipes, keys, strict=True):
+        if key not in lines:
             say_stage(f"counting a step of {recipe.name}")
             try:
-                counts = counted(FakeBench(recipe, samples), recipe.rule)
-                line = f"{count_of(samples, 'sample')} on one worker: {counts.describe()}"
+                counts, samples = counted(FakeBench(recipe, key[-1]), recipe.rule), key[-1]
+                lines[key] = f"{count_of(samples, 'sample')} on one worker: {counts.describe()}"
             except ValueError as error:
-                line = f"not counted: {error}"
-        known.append((key, line))
-    return [line for _, line in known]
-
-
-def _moves_nothing(func: Any) -> bool:
-    """Whether an operation is a view or a query of a tensor's properties."""
-    if func.is_view or func.namespace == "prim":
-        return True
-    aten = torch.ops.aten
-    return func.overloadpacket in (aten.detach, aten._unsafe_view, aten.as_strided_, aten.empty)
+                lines[key] = f"not counted: {error}"
+    return [lines[key] for key in keys]
 
 
 def _bytes(values: Any) -> int:
     """Bytes of the numbers read or written. The numbers of an expanded tensor count once."""
-    total = 0
-    for value in tree_leaves(values):
-        if isinstance(value, Tensor):
-            own = value.numel()
-            for size, stride in zip(value.shape, value.stride(), strict=True):
-                if stride == 0 and size > 1:
-                    own //= size
-            total += own * value.element_size()
-    return total
+    tensors = [each for each in tree_leaves(values) if isinstance(each, Tensor)]
+    return sum(
+        each.element_size()
+        * math.prod(
+            size
+            for size, stride in zip(each.shape, each.stride(), strict=True)
+            if stride or size < 2
+        )
+        for each in tensors
+    )

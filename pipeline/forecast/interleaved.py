@@ -17,6 +17,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -76,22 +77,18 @@ def measure_interleaved(
     """
     labelled = rules_by_label(rules, rules[0])
     samples = samples or recipe.split(workers).micro_batch
-    most = torch.cuda.device_count() or max(1, len(os.sched_getaffinity(0)) // threads)
-    processes = min(workers, most)
+    cores = max(1, len(os.sched_getaffinity(0)) // threads)
+    processes = min(workers, torch.cuda.device_count() or cores)
     given = recipe, labelled, samples, threads
     seconds: list[Mapping[str, Mapping[str, float]]] = []
     for _ in range(starts):
         found, refused = run_processes("interleaved", rule_seconds, *given, processes=processes)
         require(not refused, f"interleaved: {'; '.join(refused.values())}")
         seconds.append(found)
-
-    def means(label: str, part: str) -> tuple[float, ...]:
-        return tuple(start[label][part] for start in seconds)
-
     return {
         label: InterleavedTimes(
-            means(label, "forward"),
-            means(label, "backward"),
+            forward_s=tuple(start[label]["forward"] for start in seconds),
+            backward_s=tuple(start[label]["backward"] for start in seconds),
             processes=processes,
             samples=samples,
             threads=threads,
@@ -123,18 +120,18 @@ def rule_seconds(
     bench = Bench(recipe, batch_size=samples, threads=threads, needs_data=needs_data)
     seconds: dict[str, list[dict[str, float]]] = {label: [] for label in rules}
     refused: dict[str, str] = {}
-    for order in rotated(rules, rounds or len(rules)):
-        for label in order:
-            # DeepSpeed's engines are reference cycles. Without this, the previous one stays in
-            # memory.
-            gc.collect()
-            _wait_for_all(device)
-            try:
-                seconds[label].append(bench.seconds(rules[label], batches=batches))
-            except ValueError as error:  # raised on every rank
-                refused[label] = str(error)
-    means = {label: _mean_of_parts(each) for label, each in seconds.items() if label not in refused}
-    return means, refused
+    for label in chain.from_iterable(rotated(rules, rounds or len(rules))):
+        # DeepSpeed's engines are reference cycles. Without this, the previous one stays in memory.
+        gc.collect()
+        _wait_for_all(device)
+        try:
+            seconds[label].append(bench.seconds(rules[label], batches=batches))
+        except ValueError as error:  # raised on every rank
+            refused[label] = str(error)
+    return (
+        {label: _mean_of_parts(each) for label, each in seconds.items() if label not in refused},
+        refused,
+    )
 
 
 def _mean_of_parts(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -167,7 +164,7 @@ def run_processes(
             multiprocessing.ProcessExitedException,
         ) as error:
             raise ValueError(f"{who}: {str(error).strip().splitlines()[-1]}") from error
-        ranks = [json.loads(_result_of(folder, rank).read_text()) for rank in range(processes)]
+        ranks = [json.loads(Path(folder, f"{rank}").read_text()) for rank in range(processes)]
     first, refused = ranks[0]
     return {label: _mean_of_parts([each[label] for each, _ in ranks]) for label in first}, refused
 
@@ -183,25 +180,23 @@ def _rank(
     device = torch.device("cpu") if on == "cpu" else torch.device("cuda", rank)
     if on == "cuda":
         torch.cuda.set_device(device)
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-    os.environ.update({name: str(value) for name, value in ranks.items()})
-    os.environ["DS_ACCELERATOR"] = on  # DeepSpeed reads it
+    os.environ |= {
+        "RANK": f"{rank}",
+        "LOCAL_RANK": f"{rank}",
+        "WORLD_SIZE": f"{processes}",
+        "DS_ACCELERATOR": on,  # DeepSpeed reads it
+    }
     distributed.init_process_group(
         BACKENDS[on],
         store=distributed.FileStore(f"{folder}/rendezvous", processes),
         rank=rank,
         world_size=processes,
     )
-    _result_of(folder, rank).write_text(json.dumps(work(device, *arguments)))
+    Path(folder, f"{rank}").write_text(json.dumps(work(device, *arguments)))
     _wait_for_all(device)
     distributed.destroy_process_group()
 
 
-def _result_of(folder: str, rank: int) -> Path:
-    return Path(folder) / f"{rank}.json"
-
-
 def _wait_for_all(device: torch.device) -> None:
-    """Wait at a barrier for all other processes."""
     distributed.barrier()
     synchronize(device)  # on a GPU the barrier is a kernel, and the host does not wait for it

@@ -5,10 +5,15 @@
 It is a model, not a measurement. Work and memory are counted at full size on tensors without
 values (`counts.py`); no data set is needed. The model assumes that loaders keep up.
 
-A card takes the longer of two times: its roofline time (`devices.py`) over its efficiency, and the
-time to launch all kernels. For machines like this one, small batches of every rule are timed, with
-the recipe's own backend and as many processes as workers. The seconds per batch grow linearly with
-its samples, so two sizes determine them:
+A card takes the longer of two times: its roofline time over its efficiency, and the time to launch
+all kernels. The roofline has no caches: each kernel reads the previous kernel's output again from
+memory. Kernels that fuse several operations are faster.
+
+    roofline = sum over operations of max(flops / peak flops, bytes / peak bandwidth)
+
+For machines like this one, small batches of every rule are timed, with the recipe's own backend and
+as many processes as workers. The seconds per batch grow linearly with its samples, so two sizes
+determine them:
 
     t(B) = t(b) + (t(b) - t(a)) / (b - a) (B - b)
 
@@ -24,15 +29,18 @@ state O on a ring of N workers with n backward calls per batch:
 
 Gradients are reduced in a bucket, which is as large as all of them. P / N is the master copy of a
 worker's part. A rule that updates the weights at every time step communicates at every time step.
+
+Source: Williams, Waterman & Patterson 2009 (doi 10.1145/1498765.1498785) for the roofline.
 """
 
 # N workers, T time steps
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -48,19 +56,21 @@ from pipeline.forecast.bench import (
     rules_by_label,
     samples_per_epoch,
     step_inputs,
+    teacher_bytes,
+    untrained_teacher,
 )
 from pipeline.forecast.counts import (
     Counts,
     FakeBench,
-    TeacherCounts,
+    Operation,
     Traffic,
     counted,
     counted_optimizer,
     counted_teacher,
 )
-from pipeline.forecast.devices import Device
-from pipeline.forecast.interleaved import Timed, rule_seconds, run_processes
+from pipeline.forecast.interleaved import rule_seconds, run_processes
 from pipeline.measure.memory import device_here, format_hardware, free_bytes, hardware
+from pipeline.models.teachers.base import Teacher
 from pipeline.recipe.json import encode
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.backend.collectives import group_of_one
@@ -69,6 +79,83 @@ from pipeline.train.build import check_recipe
 # Floating-point operations of the larger timed batch on machines like this one.
 LIMIT = {"cpu": 3e9, "cuda": 3e12}
 TIMED = (3, 50)  # minimum and maximum of timed batches; 10 at the limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """The data sheet of a card. The figures are dense, without structured sparsity."""
+
+    name: str
+    flops: Mapping[str, float]  # per second, by precision; a multiply-add counts as two
+    bandwidth: float  # of its memory, in bytes per second
+    memory: float  # bytes
+    link: float  # to the other cards of its node, in bytes per second and direction
+    watts: float
+    efficiency: float = 0.4  # share of the roofline that training reaches: an assumption
+    launch: float = 5e-6  # seconds from one kernel launch to the next, in Python
+    driver: str  # the name from the driver, and so in torch; it differs by board and memory
+    source: str
+
+    def busy_s(self, operations: Iterable[Operation], precision: Precision) -> float:
+        """Seconds by the roofline model at an efficiency of 1."""
+        return sum(
+            max(each.flops / self.flops[precision], each.bytes / self.bandwidth)
+            for each in operations
+        )
+
+
+DEVICES = {
+    "h100": Device(
+        name="H100 SXM, 80 GB",
+        flops={"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
+        bandwidth=3.35e12,
+        memory=80e9,
+        link=450e9,
+        watts=700,
+        driver="NVIDIA H100 80GB HBM3",
+        source="NVIDIA H100 Tensor Core GPU data sheet",
+    ),
+    "h200": Device(
+        name="H200 SXM, 141 GB",
+        flops={"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
+        bandwidth=4.8e12,
+        memory=141e9,
+        link=450e9,
+        watts=700,
+        driver="NVIDIA H200",
+        source="NVIDIA H200 Tensor Core GPU data sheet",
+    ),
+    "a100": Device(
+        name="A100 SXM, 80 GB",
+        flops={"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
+        bandwidth=2.039e12,
+        memory=80e9,
+        link=300e9,
+        watts=400,
+        driver="NVIDIA A100-SXM4-80GB",
+        source="NVIDIA A100 Tensor Core GPU data sheet",
+    ),
+    "v100": Device(
+        name="V100 SXM2, 32 GB",
+        flops={"fp32": 15.7e12},
+        bandwidth=0.9e12,
+        memory=32e9,
+        link=150e9,
+        watts=300,
+        driver="Tesla V100-SXM2-32GB",
+        source="NVIDIA V100 Tensor Core GPU data sheet",
+    ),
+    "rtx4090": Device(
+        name="GeForce RTX 4090, 24 GB",
+        flops={"bf16": 165.2e12, "tf32": 82.6e12, "fp32": 82.6e12},
+        bandwidth=1.008e12,
+        memory=24e9,
+        link=32e9,
+        watts=450,
+        driver="NVIDIA GeForce RTX 4090",
+        source="NVIDIA Ada GPU architecture white paper; the link is PCIe 4.0 x16",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +168,6 @@ class Cluster:
     node_link: float = 50e9  # between nodes, in bytes per second and direction; 400 Gb/s
     price: float | None = None  # of one worker for one hour
     threads: int = 1  # per worker, on a machine like this one
-
-    @property
-    def bandwidth(self) -> float:
-        """Bytes per second of a ring of cards. A ring is as fast as its slowest link."""
-        assert self.device is not None, "the link between machines like this one is measured"
-        link = self.device.link
-        return link if self.workers <= self.per_node else min(link, self.node_link)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +231,14 @@ def plan(
     say_stage("building the network")
     check_recipe(recipe.with_untrained_teacher(), cluster.workers)
     _check(recipe, cluster)
-    samples = _samples(recipe) if samples is None else samples
-    if samples is not None and samples < recipe.batch_size:
-        least = count_of(recipe.batch_size, "sample")
-        raise ValueError(f"plan: an epoch must have a batch of {least} at least; got {samples}")
+    if samples is None:
+        with suppress(DataError):
+            samples = samples_per_epoch(recipe)
+    require(
+        samples is None or samples >= recipe.batch_size,
+        f"plan: an epoch must have a batch of {count_of(recipe.batch_size, 'sample')} at least;"
+        f" got {samples}",
+    )
     planner = _Planner(recipe, cluster)
     fits: dict[str, _Fit] = {}
     refused: dict[str, str] = {}
@@ -165,20 +249,21 @@ def plan(
         except ValueError as error:
             refused[label] = str(error)
     timed: tuple[int, ...] = ()
-    if cluster.device is None:
+    if cluster.device is not None:
+        seconds = {label: planner.seconds_on(cluster.device, fit) for label, fit in fits.items()}
+    elif fits:
         timed, seconds, untimed = planner.seconds_here(fits)
         refused |= untimed
     else:
-        seconds = {label: planner.seconds_on(cluster.device, fit) for label, fit in fits.items()}
-    teacher = planner.teacher
+        seconds = {}
     return Plan(
         recipe=recipe.name,
         cluster=cluster,
         device=planner.device,
         timed=timed,
         samples=samples,
-        teacher=None if teacher is None else teacher.teacher,
-        teacher_bytes=0 if teacher is None else teacher.bytes,
+        teacher=None if planner.teacher is None else planner.teacher.label,
+        teacher_bytes=planner.teacher_bytes,
         rules=tuple(planner.planned(fits[label], each, samples) for label, each in seconds.items()),
         refused=refused,
     )
@@ -186,40 +271,38 @@ def plan(
 
 def plan_inputs(recipe: Recipe) -> tuple[object, ...]:
     """Everything that determines a plan, except the rule."""
-    length = (recipe.epochs, recipe.stop_after)
-    return (*step_inputs(recipe), recipe.optimizer, recipe.ema_decay, recipe.zero, *length)
+    return (
+        *step_inputs(recipe),
+        recipe.optimizer,
+        recipe.ema_decay,
+        recipe.zero,
+        recipe.epochs,
+        recipe.stop_after,
+    )
 
 
 def _check(recipe: Recipe, cluster: Cluster) -> None:
-    card, cores = cluster.device, len(os.sched_getaffinity(0))
-    workers = count_of(cluster.workers, "worker")
-    if recipe.phases:
-        got = count_of(len(recipe.phases), "phase")
-        raise ValueError(f"plan: the recipe must be of one task; got {got}")
-    if card is not None and recipe.precision not in card.flops:
-        known = ", ".join(card.flops)
-        raise ValueError(f"plan: {card.name}: precision must be {known}; got {recipe.precision}")
-    if card is None:
-        check_precision("recipe", recipe.precision, device_here())
-    if card is None and device_here().type == "cuda":
-        cards = torch.cuda.device_count()
+    require(
+        not recipe.phases,
+        f"plan: the recipe must be of one task; got {count_of(len(recipe.phases), 'phase')}",
+    )
+    if (card := cluster.device) is not None:
         require(
-            cluster.workers <= cards,
-            f"plan: every worker takes a card, of which machines like this one have {cards}; "
-            f"got {workers}; name the card with --device, or fewer",
+            recipe.precision in card.flops,
+            f"plan: {card.name}: precision must be {', '.join(card.flops)}; got {recipe.precision}",
         )
-    elif card is None and cluster.workers * cluster.threads > cores:
-        raise ValueError(
-            f"plan: machines like this one have {count_of(cores, 'core')}, of which every worker "
-            f"takes {cluster.threads}; got {workers}; name a card, or fewer"
-        )
-
-
-def _samples(recipe: Recipe) -> int | None:
-    try:
-        return samples_per_epoch(recipe)
-    except DataError:
-        return None
+        return
+    check_precision("recipe", recipe.precision, device_here())
+    if device_here().type == "cuda":
+        takes, there, most = "a card", torch.cuda.device_count(), torch.cuda.device_count()
+    else:
+        takes, there = count_of(cluster.threads, "core"), len(os.sched_getaffinity(0))
+        most = there // cluster.threads
+    require(
+        cluster.workers <= most,
+        f"plan: every worker takes {takes}, of which machines like this one have {there}; got"
+        f" {count_of(cluster.workers, 'worker')}; name the card with --device, or fewer",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,46 +318,40 @@ class _Fit:
     sums: int  # sums of gradients over all workers per update, if each backward sums them
 
 
-class _Seconds(NamedTuple):
-    """Seconds of one batch."""
-
-    compute: float
-    teacher: float
-    communication: float
-    optimizer: float
-
-
 class _Planner:
-    """The batch, and the bytes that a worker holds and moves. All rules share them."""
+    """The batch, and the bytes that a worker holds and moves. All rules share them.
+
+    Seconds of a batch are by the names of fields of `Planned`.
+    """
 
     def __init__(self, recipe: Recipe, cluster: Cluster) -> None:
         self.recipe, self.cluster = recipe, cluster
         self.whole = recipe.batch_size // cluster.workers
         self.wanted = recipe.split(cluster.workers).micro_batch
-        self.bench: Callable[[int], FakeBench] = cache(lambda size: FakeBench(recipe, size))
-        self.held, self.optimizer = counted_optimizer(self.bench(self.wanted))
-        self.teacher_of: Callable[[int], TeacherCounts | None] = cache(
-            lambda size: counted_teacher(recipe, self.bench(size))
+        self.bench: Callable[[int], FakeBench] = cache(partial(FakeBench, recipe))
+        self.answers: Callable[[Teacher, int], Traffic] = cache(
+            lambda teacher, size: counted_teacher(teacher, self.bench(size))
         )
-        self.teacher = self.teacher_of(self.wanted)
+        self.held, self.optimizer = counted_optimizer(self.bench(self.wanted))
+        self.teacher = None if recipe.teacher is None else untrained_teacher(recipe)
+        self.teacher_bytes = 0 if self.teacher is None else teacher_bytes(self.teacher)
         if (card := cluster.device) is None:
             here = device_here()
-            self.device, memory = format_hardware(hardware(here)), free_bytes(here)
-            if here.type == "cpu":
-                memory //= cluster.workers
+            memory = free_bytes(here) // (cluster.workers if here.type == "cpu" else 1)
+            self.device = format_hardware(hardware(here))
         else:
+            memory, self.device = card.memory, card.name
             if self.teacher is not None:
                 require(
                     self.teacher.precision in card.flops,
                     f"plan: {card.name}: the teacher's precision must be {', '.join(card.flops)};"
                     f" got {self.teacher.precision}",
                 )
-            self.device, memory = card.name, card.memory
         self.memory = (1 - RESERVE) * memory
 
-    def planned(self, fit: _Fit, seconds: _Seconds, samples: int | None) -> Planned:
+    def planned(self, fit: _Fit, seconds: Mapping[str, float], samples: int | None) -> Planned:
         recipe, cluster, counts = self.recipe, self.cluster, fit.counts
-        step_s = sum(seconds)
+        step_s = sum(seconds.values())
         hours = kwh = cost = None
         if samples is not None:
             steps = samples // recipe.batch_size * recipe.epochs
@@ -294,10 +371,7 @@ class _Planner:
             moved_bytes=counts.traffic.bytes,
             kernels=counts.traffic.kernels,
             forecast_note=counts.forecast_note,
-            compute_s=seconds.compute,
-            teacher_s=seconds.teacher,
-            communication_s=seconds.communication,
-            optimizer_s=seconds.optimizer,
+            **seconds,
             images_per_s=recipe.batch_size / step_s,
             hours=hours,
             kwh=kwh,
@@ -306,29 +380,32 @@ class _Planner:
 
     # ------------------------------------------------------------------------------------- seconds
 
-    def seconds_on(self, card: Device, fit: _Fit) -> _Seconds:
+    def seconds_on(self, card: Device, fit: _Fit) -> dict[str, float]:
         """Seconds per batch by a card's data sheet."""
 
         def seconds(traffic: Traffic, precision: Precision) -> float:
-            busy = card.busy_s(traffic.operations, precision)
-            return max(busy / card.efficiency, traffic.kernels * card.launch)
+            busy_s = card.busy_s(traffic.operations, precision) / card.efficiency
+            return max(busy_s, traffic.kernels * card.launch) * fit.accumulation
 
-        teacher = self.teacher_of(fit.micro_batch)
-        teacher_s = 0.0 if teacher is None else seconds(teacher.traffic, teacher.precision)
+        teacher, cluster = self.teacher, self.cluster
+        # A ring of cards is as fast as its slowest link.
+        links = (
+            [card.link] if cluster.workers <= cluster.per_node else [card.link, cluster.node_link]
+        )
         # A card's optimizer updates many parameters in one kernel, so launches are not added.
         optimizer_s = card.busy_s(self.optimizer.operations, self.recipe.precision)
-        return _Seconds(
-            compute=seconds(fit.counts.traffic, self.recipe.precision) * fit.accumulation,
-            teacher=teacher_s * fit.accumulation,
-            communication=fit.updates
-            * self._sent_bytes(fit.zero, fit.sums)
-            / self.cluster.bandwidth,
-            optimizer=fit.updates * optimizer_s / card.efficiency,
-        )
+        return {
+            "compute_s": seconds(fit.counts.traffic, self.recipe.precision),
+            "teacher_s": 0.0
+            if teacher is None
+            else seconds(self.answers(teacher, fit.micro_batch), teacher.precision),
+            "communication_s": fit.updates * self._sent_bytes(fit.zero, fit.sums) / min(links),
+            "optimizer_s": fit.updates * optimizer_s / card.efficiency,
+        }
 
     def seconds_here(
         self, fits: Mapping[str, _Fit]
-    ) -> tuple[tuple[int, ...], dict[str, _Seconds], dict[str, str]]:
+    ) -> tuple[tuple[int, ...], dict[str, dict[str, float]], dict[str, str]]:
         """Time small batches here, and extrapolate to the seconds per batch of each rule.
 
         Returns the sizes of the timed batches, the seconds, and the reasons why other rules could
@@ -336,25 +413,37 @@ class _Planner:
 
         Raises: ValueError if a process failed.
         """
-        if not fits:
-            return (), {}, {}
+        here, workers, threads = device_here(), self.cluster.workers, self.cluster.threads
         sizes, batches = self._timed_sizes(fits.values())
         rules = {label: fit.rule for label, fit in fits.items()}
-        of_size, of_teacher, refused = [], [], {}
+        time = partial(rule_seconds, rounds=1, batches=batches, needs_data=False)
+        measured: list[Mapping[str, Mapping[str, float]]] = []
+        of_teacher: list[float] = []
+        refused: dict[str, str] = {}
         for size in sizes:
             say_stage(f"timing batches of {count_of(size, 'sample')} with {', '.join(rules)}")
-            seconds, why = self._time(rules, size, batches)
-            of_size.append(seconds)
+            given = self.recipe, rules, size, threads
+            if workers == 1:
+                with group_of_one(here.type):
+                    seconds, why = time(here, *given)
+            else:
+                seconds, why = run_processes("plan", time, *given, processes=workers)
+            measured.append(seconds)
             refused |= why
-            x_B = torch.rand(size, *self.bench(self.wanted).x_B.shape[1:], device=device_here())
+            x_B = torch.rand(size, *self.bench(self.wanted).x_B.shape[1:], device=here)
             teacher = measure_teacher(self.recipe, x_B)
             of_teacher.append(0.0 if teacher is None else teacher.seconds)
-        found = {
-            label: self._extrapolated(fit, sizes, [each[label] for each in of_size], of_teacher)
-            for label, fit in fits.items()
-            if label not in refused
-        }
-        return sizes, found, refused
+        return (
+            sizes,
+            {
+                label: self._extrapolated(
+                    fit, sizes, [each[label] for each in measured], of_teacher
+                )
+                for label, fit in fits.items()
+                if label not in refused
+            },
+            refused,
+        )
 
     def _timed_sizes(self, fits: Iterable[_Fit]) -> tuple[tuple[int, ...], int]:
         """Samples of the timed batches, and the number of batches."""
@@ -364,34 +453,24 @@ class _Planner:
         batches = int(10 * limit / (large * of_a_sample))
         return tuple(sorted({max(1, large // 4), large})), min(max(least, batches), most)
 
-    def _time(self, rules: Mapping[str, Spec], size: int, batches: int) -> Timed:
-        cluster, how = self.cluster, {"rounds": 1, "batches": batches, "needs_data": False}
-        given = self.recipe, rules, size, cluster.threads
-        if cluster.workers == 1:
-            with group_of_one(device_here().type):
-                return rule_seconds(device_here(), *given, **how)
-        work = partial(rule_seconds, **how)
-        return run_processes("plan", work, *given, processes=cluster.workers)
-
     def _extrapolated(
         self,
         fit: _Fit,
         sizes: Sequence[int],
         measured: Sequence[Mapping[str, float]],
         teacher: Sequence[float],
-    ) -> _Seconds:
-        micro = fit.micro_batch
+    ) -> dict[str, float]:
         compute = [each["forward"] + each["backward"] + each["loop"] for each in measured]
         # A timed step has one micro-batch, so it sums gradients for one micro-batch or one update.
         timed_sums = fit.sums // fit.accumulation if fit.updates == 1 else 1
         once = self._sent_bytes(self.recipe.zero, timed_sums)
         more = self._sent_bytes(fit.zero, fit.sums) / once if once else 1.0
-        return _Seconds(
-            compute=_at(micro, sizes, compute) * fit.accumulation,
-            teacher=_at(micro, sizes, teacher) * fit.accumulation,
-            communication=measured[-1]["communication"] * more,
-            optimizer=measured[-1]["optimizer"],
-        )
+        return {
+            "compute_s": _at(fit.micro_batch, sizes, compute) * fit.accumulation,
+            "teacher_s": _at(fit.micro_batch, sizes, teacher) * fit.accumulation,
+            "communication_s": measured[-1]["communication"] * more,
+            "optimizer_s": measured[-1]["optimizer"],
+        }
 
     # ------------------------------------------------------------------------------- bytes, by ZeRO
 
@@ -403,48 +482,37 @@ class _Planner:
         Raises: ValueError if the rule cannot train the network, or no micro-batch fits.
         """
         updates_each_step = rule.build().update == "step"
-        counts, micro, zero = self._fitting(rule, updates_each_step)
-        accumulation = self.whole // micro
-        return _Fit(
-            rule=rule,
-            counts=counts,
-            micro_batch=micro,
-            accumulation=accumulation,
-            zero=zero,
-            updates=counts.backward_calls if updates_each_step else 1,
-            sums=1 if updates_each_step else counts.backward_calls * accumulation,
-        )
+        is_fixed = self.recipe.backend == "plain" or self.cluster.workers == 1
+        stages = [self.recipe.zero] if is_fixed else range(self.recipe.zero, 3)
 
-    def _fitting(self, rule: Spec, updates_each_step: bool) -> tuple[Counts, int, int]:
-        """Counts, micro-batch and ZeRO stage of the prediction."""
-        recipe, workers = self.recipe, self.cluster.workers
-        only = recipe.backend == "plain" or workers == 1
-        stages = (recipe.zero,) if only else tuple(range(recipe.zero, 3))
-
-        def stage_of(kept: float, size: int) -> int | None:
-            fits = (zero for zero in stages if self._peak_bytes(kept, size, zero) <= self.memory)
+        def stage_of(kept: float, micro: int) -> int | None:
+            fits = (zero for zero in stages if self._peak_bytes(kept, micro, zero) <= self.memory)
             return next(fits, None)
 
-        wanted = self.wanted
-        counts = counted(self.bench(wanted), rule)
-        if (zero := stage_of(counts.kept_bytes, wanted)) is not None:
-            return counts, wanted, zero
-        smaller = [size for size in range(wanted - 1, 0, -1) if self.whole % size == 0]
+        sizes = [size for size in range(self.wanted, 0, -1) if self.whole % size == 0]
         if updates_each_step:  # with accumulation, the rule would update at every micro-batch
-            smaller = []
-        kept: dict[int, float] = {wanted: counts.kept_bytes}
-        if smaller:  # kept bytes grow linearly with the batch
-            least = counted(self.bench(smaller[-1]), rule).kept_bytes
-            slope = (counts.kept_bytes - least) / (wanted - smaller[-1])
-            kept |= {size: least + slope * (size - smaller[-1]) for size in smaller}
-        for size in smaller:
-            if stage_of(kept[size], size) is not None:
-                counts = counted(self.bench(size), rule)
-                if (zero := stage_of(counts.kept_bytes, size)) is not None:
-                    return counts, size, zero
-        needs = min(
-            self._peak_bytes(each, size, zero) for size, each in kept.items() for zero in stages
-        )
+            sizes = sizes[:1]
+        counts = counted(self.bench(self.wanted), rule)
+        of_a_sample = (counts.kept_bytes - counts.rule_bytes) / self.wanted
+        for micro in sizes:
+            # This many bytes at least: some saved bytes do not depend on the batch.
+            if stage_of(counts.rule_bytes + micro * of_a_sample, micro) is None:
+                continue
+            if micro < self.wanted:
+                counts = counted(self.bench(micro), rule)
+            if (zero := stage_of(counts.kept_bytes, micro)) is not None:
+                accumulation, calls = self.whole // micro, counts.backward_calls
+                return _Fit(
+                    rule=rule,
+                    counts=counts,
+                    micro_batch=micro,
+                    accumulation=accumulation,
+                    zero=zero,
+                    updates=calls if updates_each_step else 1,
+                    sums=1 if updates_each_step else calls * accumulation,
+                )
+        kept = counted(self.bench(sizes[-1]), rule).kept_bytes
+        needs = min(self._peak_bytes(kept, sizes[-1], zero) for zero in stages)
         raise ValueError(
             f"{counts.rule}: a worker must fit into {self.memory / 1e9:.3g} GB; it needs"
             f" {needs / 1e9:.3g} GB at least"
@@ -453,32 +521,25 @@ class _Planner:
     def _peak_bytes(self, kept: float, micro: int, zero: int) -> float:
         """Peak bytes per worker."""
         held, workers = self.held, self.cluster.workers
-        bytes_ = held.parameters + held.buffers + kept
-        bytes_ += self.bench(self.wanted).batch_bytes * micro / self.wanted
-        bytes_ += held.parameters if self.recipe.ema_decay else 0
-        bytes_ += 0 if self.teacher is None else self.teacher.bytes
+        averages = held.parameters if self.recipe.ema_decay else 0
+        batch = self.bench(self.wanted).batch_bytes * micro / self.wanted
+        bytes_ = held.parameters + held.buffers + averages + self.teacher_bytes + kept + batch
         if zero == 0:
             return bytes_ + held.gradients + held.optimizer
         gradients = held.gradients / (workers if zero == 2 else 1)
-        master = (held.optimizer + held.parameters) / workers
-        return bytes_ + gradients + master + held.gradients
+        return bytes_ + gradients + (held.optimizer + held.parameters) / workers + held.gradients
 
     def _sent_bytes(self, zero: int, backward_calls: int) -> float:
         """Bytes that a worker sends per update."""
-        sums = backward_calls if zero == 2 else 1
-        gathered = 0.0 if zero == 0 else self._ring(self.held.parameters) / 2
-        return sums * self._ring(self.held.gradients) + gathered
-
-    def _ring(self, size: float) -> float:
-        """Bytes that a worker sends to sum `size` bytes over all workers."""
+        gradients = self.held.gradients * (backward_calls if zero == 2 else 1)
+        gathered = self.held.parameters / 2 if zero else 0
         workers = self.cluster.workers
-        return 2 * (workers - 1) / workers * size
+        return 2 * (workers - 1) / workers * (gradients + gathered)
 
 
 def _at(samples: int, sizes: Sequence[int], seconds: Sequence[float]) -> float:
     """Seconds of a batch of `samples`, from the seconds of one or two sizes."""
-    if len(sizes) == 1:
-        return seconds[0] * samples / sizes[0]
-    (small, large), (first, last) = sizes, seconds
-    of_a_sample = max(0.0, (last - first) / (large - small))
-    return last + of_a_sample * (samples - large)
+    of_a_sample = seconds[0] / sizes[0]
+    if len(sizes) == 2:
+        of_a_sample = max(0.0, (seconds[1] - seconds[0]) / (sizes[1] - sizes[0]))
+    return seconds[-1] + of_a_sample * (samples - sizes[-1])

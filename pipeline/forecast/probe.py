@@ -81,7 +81,7 @@ def probe(
     check_recipe(recipe.with_untrained_teacher(), 1)
     say_stage("reading a batch; the first one compiles what reads the data")
     bench = Bench(recipe, batch_size=batch_size, threads=threads)
-    with bench.in_memory(f"{recipe.name}'s teacher"):
+    with bench.running(f"{recipe.name}'s teacher"):
         teacher = measure_teacher(recipe, bench.x_B)
     tried = rules_by_label(rules, recipe.rule)
     say_stage(f"measuring {', '.join(tried)}")
@@ -97,6 +97,10 @@ def probe(
                 gradients[label] = bench.gradients(rule)
             except ValueError as error:
                 uncompared[label] = str(error)
+    compared = None
+    if BASELINE in gradients:
+        (bptt,), (sltt, *_) = gradients.pop(BASELINE), gradients.get("SLTT", [None])
+        compared = fidelity(bptt, sltt, gradients)
     return Probe(
         recipe=recipe.name,
         samples=bench.samples,
@@ -104,19 +108,11 @@ def probe(
         costs=tuple(median_cost(each) for each in rounds.values()),
         rounds={label: tuple(cost.compute_s for cost in each) for label, each in rounds.items()},
         teacher=teacher,
-        fidelity=_compare(gradients),
+        fidelity=compared,
         refused=refused,
         uncompared=uncompared,
         hardware=hardware(device_here()),
     )
-
-
-def _compare(gradients: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:
-    if BASELINE not in gradients:
-        return None
-    (bptt,), sltt = gradients[BASELINE], gradients.get("SLTT")
-    others = {label: draws for label, draws in gradients.items() if label != BASELINE}
-    return fidelity(bptt, None if sltt is None else sltt[0], others)
 
 
 def advice(found: Probe) -> str:
@@ -127,62 +123,56 @@ def advice(found: Probe) -> str:
     BPTT gradient is 0, for example with silent neurons, cannot be judged; no rule is then called
     safe.
     """
-    bptt, fastest = found.cost(BASELINE), found.time_baseline
-    if bptt is None or fastest is None:
-        why = found.refused.get(BASELINE, "BPTT was not tried")
+    bptt, fastest, fidelity = found.cost(BASELINE), found.time_baseline, found.fidelity
+    if bptt is None or fastest is None or fidelity is None:
+        why = found.refused.get(BASELINE) or found.uncompared.get(BASELINE, "BPTT was not tried")
         return f"There is nothing to compare gradients with; {why}."
-    if found.fidelity is None:
-        return f"There is nothing to compare gradients with; {found.uncompared[BASELINE]}."
     others = [cost for cost in found.costs if not is_baseline(cost.rule)]
     if not others:
         why = "; ".join(found.refused.values()) or "none was tried"
         return f"There is no rule to compare with BPTT; {why}."
-    others = [cost for cost in others if cost.rule in found.fidelity.cosines]
+    others = [cost for cost in others if cost.rule in fidelity.cosines]
     if not others:
         why = "; ".join(found.uncompared.values())
         return f"There is no gradient to compare with BPTT's; {why}."
-    if not found.fidelity.comparable:
+    if not fidelity.comparable:
         return f"{_UNKNOWN} in every layer, so there is nothing to compare gradients with."
-    near = [cost for cost in others if found.fidelity.lowest(cost.rule)[1] >= SAFE]
-    if not near:
-        return _advise_none(found, found.fidelity, [cost.rule for cost in others])
-    best = min(near, key=lambda cost: _all_bytes(cost) * cost.compute_s)
-    return _advise(found, found.fidelity, best, bptt, fastest)
-
-
-_UNKNOWN = "BPTT's gradient is 0 or not finite"
-
-
-def _advise_none(found: Probe, fidelity: Fidelity, rules: Sequence[str]) -> str:
-    rule = max(rules, key=lambda rule: fidelity.lowest(rule)[1])
-    layer, cosine = fidelity.lowest(rule)
-    layers, known = len(fidelity.layers), len(fidelity.comparable)
+    lowest = {cost.rule: fidelity.lowest(cost.rule) for cost in others}
+    near = [cost for cost in others if lowest[cost.rule][1] >= SAFE]
+    layers, unknown = len(fidelity.layers), len(fidelity.layers) - len(fidelity.comparable)
+    if near:
+        best = min(near, key=lambda cost: _all_bytes(cost) * cost.compute_s)
+        called = f"{best.rule} is safe here before training"
+        where = "every layer"
+        if unknown:
+            called = f"{best.rule} is near BPTT here before training, but not known to be safe"
+            where = f"{layers - unknown} of {layers} layers; {_UNKNOWN} in the others"
+        layer, cosine = lowest[best.rule]
+        return (
+            f"{called}: its gradient has a cosine of {cosine:.2f} or more (least at {layer}) with"
+            f" BPTT's in {where}; it {_savings(found, best, bptt, fastest)}."
+        )
+    rule, (layer, cosine) = max(lowest.items(), key=lambda each: each[1][1])
     whose = "No gradient that was compared is" if found.uncompared else "No rule's gradient is"
-    blind = "" if known == layers else f"{_UNKNOWN} in {layers - known} of {layers} layers. "
+    blind = f"{_UNKNOWN} in {unknown} of {layers} layers. " if unknown else ""
     return (
         f"{whose} near BPTT's in every layer: the nearest is {rule}, with a cosine of"
         f" {cosine:.2f} at {layer}. {blind}Whether it learns all the same, a run says."
     )
 
 
-def _advise(found: Probe, fidelity: Fidelity, best: Cost, bptt: Cost, fastest: Cost) -> str:
-    layer, cosine = fidelity.lowest(best.rule)
-    layers, known = len(fidelity.layers), len(fidelity.comparable)
-    if known == layers:
-        called, where = f"{best.rule} is safe here before training", "every layer"
-    else:
-        called = f"{best.rule} is near BPTT here before training, but not known to be safe"
-        where = f"{known} of {layers} layers; {_UNKNOWN} in the others"
+_UNKNOWN = "BPTT's gradient is 0 or not finite"
+
+
+def _savings(found: Probe, best: Cost, bptt: Cost, fastest: Cost) -> str:
     kept, shares = _all_bytes(best) / _all_bytes(bptt), found.share_of_time(best.rule)
     own = " and the rule's own" if best.rule_bytes else ""
     saves = f"saves {1 - kept:.0%}" if kept < 1 else "saves nothing"
-    faster = "its time" if fastest is bptt else f"the time of {fastest.rule}, the faster BPTT"
+    its = "its time" if fastest is bptt else f"the time of {fastest.rule}, the faster BPTT"
     return (
-        f"{called}: its gradient has a cosine of {cosine:.2f} or more (least at {layer}) with"
-        f" BPTT's in {where}; it keeps {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of"
-        f" BPTT's bytes for backward, {kept:.0%} with states{own}, so it {saves}, and takes"
-        f" {statistics.median(shares):.0%} of {faster}, {min(shares):.0%} to {max(shares):.0%} in"
-        f" {len(shares)} rounds."
+        f"keeps {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes for backward,"
+        f" {kept:.0%} with states{own}, so it {saves}, and takes {statistics.median(shares):.0%} of"
+        f" {its}, {min(shares):.0%} to {max(shares):.0%} in {len(shares)} rounds"
     )
 
 

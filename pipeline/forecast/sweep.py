@@ -9,8 +9,10 @@ tried, up to the reserve; if not, smaller ones. The largest that fits is reporte
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from pipeline.core.checks import are_counts, require
@@ -31,7 +33,6 @@ from pipeline.forecast.bench import (
     samples_per_epoch,
 )
 from pipeline.measure.memory import device_here, free_bytes, hardware
-from pipeline.measure.saved_bytes import HeldBytes
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.build import check_recipe
 from pipeline.train.tasks import build_data
@@ -88,12 +89,10 @@ class Sweep:
     @property
     def time_baselines(self) -> dict[int, Cost]:
         """The faster BPTT at each T, folded over time or step by step: the reference of times."""
-        steps = sorted({point.time_steps for point in self.points})
-        baselines = {
-            T: fastest_baseline(point.cost for point in self.points if point.time_steps == T)
-            for T in steps
-        }
-        return {T: cost for T, cost in baselines.items() if cost is not None}
+        costs: dict[int, list[Cost]] = {}
+        for point in sorted(self.points, key=lambda point: point.time_steps):
+            costs.setdefault(point.time_steps, []).append(point.cost)
+        return {T: cost for T, each in costs.items() if (cost := fastest_baseline(each))}
 
     def growth(self, rule: str) -> float:
         """Saved bytes at the largest T over those at the smallest T."""
@@ -105,8 +104,11 @@ class Sweep:
 
         It includes the commit, and the label of the reference of times at each T.
         """
-        fastest = {str(T): cost.rule for T, cost in self.time_baselines.items()}
-        return {"commit": commit(), **asdict(self), "time_baselines": fastest}
+        return {
+            "commit": commit(),
+            **asdict(self),
+            "time_baselines": {str(T): cost.rule for T, cost in self.time_baselines.items()},
+        }
 
 
 def sweep(
@@ -140,7 +142,7 @@ def sweep(
         Bench(replace(recipe, time_steps=each), batch_size=batch_size, threads=threads)
         for each in steps
     ]
-    with benches[0].in_memory(f"{recipe.name}'s teacher"):
+    with benches[0].running(f"{recipe.name}'s teacher"):
         teacher = measure_teacher(recipe, benches[0].x_B)
     free = None if limit is None else limit - (0 if teacher is None else teacher.bytes)
     points: list[Point] = []
@@ -153,9 +155,8 @@ def sweep(
         points += found
         for label, reason in why.items():
             refused.setdefault(label, {})[time_steps] = reason
-    if not points:
-        reasons = dict.fromkeys(why for at_T in refused.values() for why in at_T.values())
-        raise ValueError("sweep: no rule can train this network; " + "; ".join(reasons))
+    reasons = dict.fromkeys(why for at_T in refused.values() for why in at_T.values())
+    require(points, "sweep: no rule can train this network; " + "; ".join(reasons))
     order = list(dict.fromkeys(point.cost.rule for point in points))
     points.sort(key=lambda point: (order.index(point.cost.rule), point.time_steps))
     return Sweep(
@@ -173,11 +174,12 @@ def sweep(
 def _check(recipe: Recipe, steps: Sequence[int], memory_bytes: object, at_largest: bool) -> None:
     check_recipe(recipe.with_untrained_teacher(), 1)
     require(are_counts(steps), f"sweep: steps must be numbers of time steps, from 1; got {steps!r}")
-    if len(shape := build_data(recipe).shape) == 4:
-        raise ValueError(
-            "sweep: a recording has time steps of its own, so the data must be still images; got"
-            f" shape {shape}"
-        )
+    shape = build_data(recipe).shape
+    require(
+        len(shape) != 4,
+        "sweep: a recording has time steps of its own, so the data must be still images; got shape"
+        f" {shape}",
+    )
     require(
         not at_largest or memory_bytes is not None,
         "sweep: at_largest needs memory_bytes, to find a largest batch; got None",
@@ -216,12 +218,13 @@ class _Room:
             "sweep: a largest batch is found from two sizes, so the batch must be 2 or more;"
             f" got {bench.samples}",
         )
-        self.bench, self.bytes, self.threads = bench, size, threads
-        self.half = self._bench_of(bench.samples // 2)
-        self.held: HeldBytes = bench.held()
+        self.bench, self.bytes = bench, size
+        self.bench_of = partial(Bench, bench.recipe, threads=threads)
+        self.half = self.bench_of(batch_size=bench.samples // 2)
+        self.held = held = bench.held()
         self.coarse = 0 if bench.x_B.is_cuda else COARSE
-        averages = self.held.parameters if bench.recipe.ema_decay else 0
-        self.beside = self.held.parameters + self.held.buffers + self.held.optimizer + averages
+        copies = 2 if bench.recipe.ema_decay else 1  # of the weights
+        self.beside = copies * held.parameters + held.buffers + held.optimizer
 
     def estimate(self, cost: Cost, rule: Spec) -> int:
         """The largest batch, from the bytes of `cost` and of half its batch.
@@ -229,32 +232,49 @@ class _Room:
         It is 0 if not even one sample fits.
         """
         bench, half, half_cost = self.bench, self.half, self.half.cost(rule)
-        grows = self._counted(cost) - self._counted(half_cost)
+        grows = cost.kept_bytes - half_cost.kept_bytes
         if cost.peak_memory_bytes is not None and half_cost.peak_memory_bytes is not None:
             measured = cost.peak_memory_bytes - half_cost.peak_memory_bytes
             grows = max(grows, measured if measured >= self.coarse else 0)
-        of_a_sample = (grows + bench.batch_bytes - half.batch_bytes) / (
-            bench.samples - half.samples
-        )
+        grows += bench.batch_bytes - half.batch_bytes
+        of_a_sample = max(grows / (bench.samples - half.samples), 1.0)
         left = (1 - RESERVE) * self.bytes - self.needed(bench, cost)
-        return max(0, bench.samples + int(left // max(of_a_sample, 1.0)))
+        return max(0, bench.samples + int(left // of_a_sample))
 
     def trained(self, point: Point, rule: Spec) -> Point:
-        """The point with the largest batch that was trained and fits.
+        """The point with the largest batch that was trained and fits; 0 if one sample does not.
 
-        The batch is 0 if not even one sample fits.
+        If the estimate fits, a batch without the reserve is tried next; otherwise half the
+        estimate, and so on. Then the sizes between a batch that fits and one that does not are
+        tried.
         """
-        assert point.largest_batch is not None
+        estimate = point.largest_batch or 0
+        most = min(max(1, int(estimate / (1 - RESERVE))), samples_per_epoch(self.bench.recipe))
 
         def cost_of(samples: int) -> Cost | None:
-            bench = self._bench_of(samples)
-            cost = bench.cost(rule)
-            return cost if self.needed(bench, cost) <= self.bytes else None
+            """The cost of a batch, if it fits."""
+            with suppress(DoesNotFit):
+                bench = self.bench_of(batch_size=samples)
+                cost = bench.cost(rule)
+                return cost if self.needed(bench, cost) <= self.bytes else None
+            gc.collect()  # frees the batch that did not fit, if a reference cycle holds it
+            return None
 
-        without_reserve = max(1, int(point.largest_batch / (1 - RESERVE)))
-        most = min(without_reserve, samples_per_epoch(self.bench.recipe))
-        samples, cost = _largest_of(point.largest_batch, most, cost_of)
-        return replace(point, largest_batch=samples, at_largest=cost)
+        fits, too_many, cost = estimate, estimate + 1, None
+        while fits and (cost := cost_of(fits)) is None:
+            fits, too_many = fits // 2, fits
+        sizes: list[int] = []
+        if fits == estimate < most:
+            sizes, too_many = [most], most + 1
+        for _ in range(REFINED + len(sizes)):
+            size = sizes.pop() if sizes else (fits + too_many) // 2
+            if size == fits:
+                break
+            if (found := cost_of(size)) is None:
+                too_many = size
+            else:
+                fits, cost = size, found
+        return replace(point, largest_batch=fits, at_largest=cost)
 
     def needed(self, bench: Bench, cost: Cost) -> int:
         """Bytes of training on the bench's batch: the larger of the measured peak and the count.
@@ -262,46 +282,7 @@ class _Room:
         A rule's records of a batch are also in the measured peak, so they count twice. The error is
         on the safe side.
         """
-        at_peak = max(self._counted(cost), (cost.peak_memory_bytes or 0) - self.coarse)
+        at_peak = max(
+            cost.kept_bytes + self.held.gradients, (cost.peak_memory_bytes or 0) - self.coarse
+        )
         return at_peak + self.beside + cost.rule_bytes + bench.batch_bytes
-
-    def _counted(self, cost: Cost) -> int:
-        return cost.kept_bytes + self.held.gradients
-
-    def _bench_of(self, samples: int) -> Bench:
-        return Bench(self.bench.recipe, batch_size=samples, threads=self.threads)
-
-
-def _largest_of(
-    estimate: int, most: int, cost_of: Callable[[int], Cost | None]
-) -> tuple[int, Cost | None]:
-    """The largest batch that `cost_of` accepts, and its cost.
-
-    If `estimate` fits, `most` is tried next; otherwise its half, and so on. Then the sizes between
-    a batch that fits and one that does not are tried.
-    """
-
-    def tried(samples: int) -> Cost | None:
-        try:
-            return cost_of(samples)
-        except DoesNotFit:
-            pass
-        gc.collect()  # frees the batch that did not fit, if a reference cycle holds it
-        return None
-
-    samples, too_many, cost = estimate, estimate + 1, None
-    while samples and (cost := tried(samples)) is None:
-        samples, too_many = samples // 2, samples
-    if samples == estimate < most:
-        if (found := tried(most)) is not None:
-            return most, found
-        too_many = most
-    for _ in range(REFINED):
-        between = (samples + too_many) // 2
-        if between == samples:
-            break
-        if (found := tried(between)) is None:
-            too_many = between
-        else:
-            samples, cost = between, found
-    return samples, cost

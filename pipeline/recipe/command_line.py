@@ -9,10 +9,9 @@ from pipeline.core.run_folder import RunFolder
 from pipeline.recipe import own_code
 from pipeline.recipe.suite import FILE as SUITE
 
+# A placeholder for the address of a Ray cluster, which the user must type: a folder must not decide
+# which host receives the token.
 ADDRESS = "ADDRESS"
-"""placeholder for the address of a Ray cluster, which the user must type: a folder must not decide
-which host receives the token
-"""
 
 
 def command(verb: str, folder: Path, *, address: str | None = None) -> str:

@@ -28,19 +28,16 @@ def load_recipe(path: Path) -> Recipe | Suite:
         the line of the file.
     """
     require(
-        path.is_file(),
-        f"recipe: must be a Python file that defines recipe(); got {path}, which does not exist",
-    )
-    require(
-        path.suffix == ".py",
-        f"recipe: must be a Python file that defines recipe(); got {path}",
+        path.is_file() and path.suffix == ".py",
+        f"recipe: must be a Python file that defines recipe(); got {path}"
+        + ("" if path.exists() else ", which does not exist"),
     )
     try:
-        function = getattr(_module(path), "recipe", None)
-        if function is None:
-            raise ValueError(
-                "must define a function recipe() that returns a Recipe or several; it does not"
-            )
+        function: Any = getattr(_module(path), "recipe", None)
+        require(
+            function is not None,
+            "must define a function recipe() that returns a Recipe or several; it does not",
+        )
         result = function()
     except (Exception, SystemExit) as error:
         text = " ".join(str(error).split())
@@ -75,20 +72,19 @@ def trust_of(
     Raises:
         ValueError: a name that cannot be imported.
     """
-    if unknown := [name for name in named if not _importable(name)]:
-        raise ValueError(
-            f"--trust: must name a package or module that can be imported; got {', '.join(unknown)}"
-        )
-    targets = targets_of(made, but_trusted=True)
-    files = {path.resolve() for path in paths}
-    stems = {path.stem for path in paths}
+    unknown = [name for name in named if own_code.find_spec(name) is None]
+    require(
+        not unknown,
+        f"--trust: must name a package or module that can be imported; got {', '.join(unknown)}",
+    )
+    stems, files = [path.stem for path in paths], [path.resolve() for path in paths]
     modules = [
         name
         for name, module in list(sys.modules.items())
         if name.rpartition(".")[2] in stems
         and Path(getattr(module, "__file__", None) or "").resolve() in files
     ]
-    return own_code.needed((*named, *modules), targets)
+    return own_code.needed((*named, *modules), targets_of(made))
 
 
 def refuse_unnamed(made: Recipe | Suite, paths: Sequence[Path]) -> None:
@@ -135,47 +131,22 @@ def _module(path: Path) -> ModuleType:
     package, its folder is appended to the path, so that the file can import modules beside it.
     """
     resolved = path.resolve()
-    for parent in (*resolved.parents, None):
-        if parent is None:
-            parent = resolved.parent
-            sys.path.append(str(parent))
-        name = ".".join(resolved.relative_to(parent).with_suffix("").parts)
-        if all(part.isidentifier() for part in name.split(".")) and parent in map(
-            Path, map(_absolute, sys.path)
-        ):
-            module_spec = (
-                importlib.util.find_spec(name)
-                if "." not in name or _importable(name.rpartition(".")[0])
-                else None
-            )
-            if (
-                module_spec is not None
-                and module_spec.origin is not None
-                and Path(module_spec.origin).resolve() == resolved
-            ):
-                if (
-                    not (resolved.parent / "__init__.py").exists()
-                    and str(resolved.parent) not in sys.path
-                ):
-                    sys.path.append(str(resolved.parent))
-                return importlib.import_module(name)
+    folder, roots = resolved.parent, [Path(entry or ".").resolve() for entry in sys.path]
+    for root in (*(parent for parent in resolved.parents if parent in roots), folder):
+        if folder not in roots and (root == folder or not (folder / "__init__.py").exists()):
+            sys.path.append(str(folder))
+        name = ".".join(resolved.relative_to(root).with_suffix("").parts)
+        if not all(part.isidentifier() for part in name.split(".")):
+            continue
+        module_spec = own_code.find_spec(name)
+        if module_spec is not None and Path(module_spec.origin or "").resolve() == resolved:
+            return importlib.import_module(name)
     module_spec = importlib.util.spec_from_file_location(f"{_UNNAMED}{path.stem}", path)
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     return module
-
-
-def _importable(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def _absolute(entry: str) -> str:
-    return str(Path(entry or ".").resolve())
 
 
 def _line(error: BaseException, path: Path) -> str:

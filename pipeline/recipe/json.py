@@ -19,7 +19,6 @@ from pipeline.core.files import FOR_THE_USER, write_whole
 from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.spec import Spec, is_path
 
-_ABSENT = "(absent)"
 _RECIPE = RunFolder("").recipe.name
 
 
@@ -87,22 +86,21 @@ def decode(value: Any, trusted: Collection[str]) -> Any:
 
 def _kind(encoded: Any) -> str | None:
     """`target` for the JSON of a part, `value` for a frozen value, None for other JSON."""
-    keys = set(encoded) if isinstance(encoded, Mapping) else set()
-    return next((kind for kind in ("target", "value") if keys == {kind, "kwargs"}), None)
+    kinds = ("target", "value") if isinstance(encoded, Mapping) else ()
+    return next((kind for kind in kinds if encoded.keys() == {kind, "kwargs"}), None)
 
 
 def walk(encoded: Any) -> Iterator[Any]:
     """A JSON value and all values inside it."""
     yield encoded
     inner = encoded.values() if isinstance(encoded, Mapping) else encoded
-    if isinstance(encoded, (Mapping, list)):
-        for item in inner:
-            yield from walk(item)
+    for item in inner if isinstance(encoded, (Mapping, list)) else ():
+        yield from walk(item)
 
 
-def targets(encoded: Any) -> Iterator[str]:
+def targets(encoded: Any) -> list[str]:
     """The dotted names of all parts and frozen values in a recipe's JSON."""
-    return (each[kind] for each in walk(encoded) if (kind := _kind(each)) is not None)
+    return [each[kind] for each in walk(encoded) if (kind := _kind(each)) is not None]
 
 
 def flat(encoded: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -146,15 +144,27 @@ def recipe_fields(run: Path) -> dict[str, Any]:
     """
     file = RunFolder(run).recipe
     written = read_json(file)
-    recipe = written.get("recipe") if isinstance(written, dict) else None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{file}: must hold a recipe; got {written!r}")
+    recipe: Any = written.get("recipe") if isinstance(written, dict) else None
+    require(isinstance(recipe, dict), f"{file}: must hold a recipe; got {written!r}")
     return recipe
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically and flush it to the disk."""
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def check_format(value: Any, version: int, *, who: str) -> None:
+    """Refuse JSON of another format version.
+
+    Raises:
+        ValueError: the value is not an object, or has another version.
+    """
+    got = value.get("version") if isinstance(value, Mapping) else value
+    require(
+        got == version and got is not value,
+        f"{who}: this spiketrain reads format version {version}; got {got!r}",
+    )
 
 
 def dotted(target: Callable[..., Any]) -> str:
@@ -182,51 +192,34 @@ def imported(name: Any, trusted: Collection[str], *, who: str = _RECIPE) -> Call
     """
     require(isinstance(name, str), f"{who}: what is imported is named by text; got {name!r}")
     refusal = f"{who}: {name} is not in a trusted package; name its package with --trust"
-    require(
-        is_trusted(name, trusted),
-        refusal,
-    )
+    require(is_trusted(name, trusted), refusal)
+    unknown = f"{who}: {name} does not exist in this installation"
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:cut])
         try:
             target: Any = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
-            if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
                 raise  # the module exists; a module that it imports does not
             continue
         for part in parts[cut:]:
-            require(
-                hasattr(target, part),
-                f"{who}: {name} does not exist in this installation",
-            )
+            require(hasattr(target, part), unknown)
             target = getattr(target, part)
         # `pipeline.models.teachers.cache.os.system` begins with a trusted name. The module that
         # defines the object must be trusted, too.
         defined = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+        require(callable(target) and is_trusted(defined, trusted), refusal)
+        # Other methods are refused: a recipe could give them any `self`.
+        owner = getattr(target, "__self__", None) if inspect.ismethod(target) else target
         require(
-            callable(target) and is_trusted(defined, trusted),
-            refusal,
-        )
-        require(
-            _is_class_or_function(target),
+            isinstance(owner, type)
+            or getattr(owner, "__qualname__", "") == getattr(owner, "__name__", None),
             f"{who}: {name} must be a class, a class method or a function of a module; it is"
             " none of them",
         )
         return target
-    raise ValueError(f"{who}: {name} does not exist in this installation")
-
-
-def _is_class_or_function(target: Any) -> bool:
-    """Whether `target` is a class, a class method or a function of a module.
-
-    Other methods are refused: a recipe could give them any `self`.
-    """
-    if inspect.ismethod(target):
-        return isinstance(target.__self__, type)
-    return isinstance(target, type) or getattr(target, "__qualname__", "") == getattr(
-        target, "__name__", None
-    )
+    raise ValueError(unknown)
 
 
 def is_inside(name: str, trusted: Collection[str]) -> bool:
@@ -259,7 +252,7 @@ def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
             return  # the keywords of two different functions cannot be compared
         for key in dict.fromkeys([*a, *b]):
             inner = name if key == "kwargs" else f"{name}.{key}" if name else key
-            yield from differing(inner, a.get(key, _ABSENT), b.get(key, _ABSENT))
+            yield from differing(inner, a.get(key, "(absent)"), b.get(key, "(absent)"))
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for index, (first, second) in enumerate(zip(a, b, strict=True)):
             yield from differing(f"{name}[{index}]", first, second)
@@ -269,5 +262,5 @@ def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
 
 def listed(found: list[tuple[str, Any, Any]]) -> str:
     """The first six differences as text, and how many more there are."""
-    shown = "; ".join(f"{name}: {json.dumps(a)} and {json.dumps(b)}" for name, a, b in found[:6])
-    return shown + (f"; and {len(found) - 6} more" if len(found) > 6 else "")
+    shown = [f"{name}: {json.dumps(a)} and {json.dumps(b)}" for name, a, b in found[:6]]
+    return "; ".join(shown + [f"and {len(found) - 6} more"] * (len(found) > 6))

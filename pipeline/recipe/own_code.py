@@ -18,6 +18,7 @@ import sysconfig
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,9 @@ from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.json import is_inside, read_json, write_json
 from pipeline.recipe.spec import arguments_of
 
+# Notices that this process has printed. In an inline run, worker and driver share one process and
+# must not both print.
 _printed: set[tuple[str, ...]] = set()
-"""notices that this process has printed: in an inline run, worker and driver share one process and
-must not both print
-"""
 
 
 @dataclass(frozen=True)
@@ -37,27 +37,18 @@ class Package:
     """One trusted name, as it was at the launch."""
 
     folder: str | None  # absolute folder that holds it; None: part of this installation
+    # sha256 (16 hex digits) of each imported module, by the module's path in the folder
     files: Mapping[str, str]
-    """sha256 (16 hex digits) of each imported module, by the module's path in the folder"""
 
 
-def needed(trust: Iterable[str], targets: Iterable[str]) -> tuple[str, ...]:
+def needed(trust: Iterable[str], targets: Collection[str]) -> tuple[str, ...]:
     """The trusted names that contain one of the `targets`. A name inside another is left out.
 
     Args:
         targets: dotted names of parts.
     """
-    target_names = tuple(targets)
-    wanted = [
-        name
-        for name in dict.fromkeys(trust)
-        if any(is_inside(target, [name]) for target in target_names)
-    ]
-    return tuple(
-        name
-        for name in wanted
-        if not any(name != other and is_inside(name, [other]) for other in wanted)
-    )
+    wanted = {name: None for name in trust if any(is_inside(each, [name]) for each in targets)}
+    return tuple(name for name in wanted if not is_inside(name, wanted.keys() - {name}))
 
 
 def note(trust: Iterable[str]) -> dict[str, Any]:
@@ -130,7 +121,15 @@ def on_path(noted: Mapping[str, Package], trust: Collection[str], *, of: str) ->
     """
     wanted = _trusted(noted, trust)
     for name, package in wanted.items():
-        _add_to_path(name, package)
+        folder, top = str(package.folder), name.partition(".")[0]
+        if folder not in sys.path and Path(folder).exists():
+            sys.path.append(folder)
+            importlib.invalidate_caches()
+        require(
+            _places(top),
+            f"{top} must be in {folder}, where it was at the launch; it is not there: put it back,"
+            " or name its new folder in PYTHONPATH",
+        )
     try:
         yield
     finally:
@@ -178,34 +177,20 @@ def _imported(name: str) -> Package:
         for kind in ("stdlib", "platstdlib", "purelib", "platlib")
     ):
         return Package(None, {})
-    files = sorted(
-        each for each in modules.values() if each.is_relative_to(folder) and each.is_file()
-    )
-    return Package(
-        str(folder), {each.relative_to(folder).as_posix(): _digest(each) for each in files}
-    )
-
-
-def _add_to_path(name: str, package: Package) -> None:
-    folder, top = str(package.folder), name.partition(".")[0]
-    if folder not in sys.path and Path(folder).exists():
-        sys.path.append(folder)
-        importlib.invalidate_caches()
-    require(
-        _places(top),
-        f"{top} must be in {folder}, where it was at the launch; it is not there: "
-        "put it back, or name its new folder in PYTHONPATH",
-    )
+    files = {
+        file.relative_to(folder).as_posix(): _digest(file)
+        for file in sorted(modules.values())
+        if file.is_relative_to(folder) and file.is_file()
+    }
+    return Package(str(folder), files)
 
 
 def _print_if_changed(name: str, package: Package, owner: str) -> None:
     top, was, now = name.partition(".")[0], Path(str(package.folder)), _place(name, package)
     changed = [file for file, digest in package.files.items() if _digest(now / file) != digest]
-    notices = (
-        []
-        if now.resolve() == was.resolve()
-        else [f"{top} is in {now} now, and was in {was} when {owner} was launched"]
-    )
+    notices = []
+    if now.resolve() != was.resolve():
+        notices.append(f"{top} is in {now} now, and was in {was} when {owner} was launched")
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         notices.append(
@@ -229,15 +214,17 @@ def _place(name: str, package: Package) -> Path:
 
 def _places(top: str) -> list[Path]:
     """The folders where Python finds a top-level package. A namespace package may have several."""
+    spec = find_spec(top)
+    files = () if spec is None else spec.submodule_search_locations or (spec.origin,)
+    return [Path(file).absolute().parent for file in files if file is not None]
+
+
+def find_spec(name: str) -> ModuleSpec | None:
+    """The place from which Python would import a module now; None if it cannot."""
     try:
-        spec = importlib.util.find_spec(top)
+        return importlib.util.find_spec(name)
     except (ImportError, ValueError):
-        return []
-    if spec is None:
-        return []
-    if spec.submodule_search_locations is not None:
-        return [Path(place).absolute().parent for place in spec.submodule_search_locations]
-    return [Path(spec.origin).absolute().parent] if spec.origin is not None else []
+        return None
 
 
 def _digest(file: Path) -> str:

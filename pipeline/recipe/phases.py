@@ -23,11 +23,11 @@ class Phase:
     """
 
     name: str
+    # called with the recipe's data -> pipeline.data.base.Data; see pipeline.data.datasets.tasks
     data: Spec
-    """called with the recipe's data -> pipeline.data.base.Data; see pipeline.data.datasets.tasks"""
     epochs: int | None = None  # None: the recipe's
+    # index of the head of a multi-head classifier; None: the network has one head for all
     head: int | None = None
-    """index of the head of a multi-head classifier; None: the network has one head for all"""
 
     def __post_init__(self) -> None:
         require(
@@ -45,8 +45,7 @@ class Phase:
             f"phase {self.name}: data is called with the recipe's data and must not be given"
             f" {first!r} of its own",
         )
-        for name, least in (("epochs", 1), ("head", 0)):
-            value = getattr(self, name)
+        for name, value, least in (("epochs", self.epochs, 1), ("head", self.head, 0)):
             require(
                 value is None or is_count(value, least=least),
                 f"phase {self.name}: {name} must be None or a whole number from {least}; got"
@@ -69,11 +68,12 @@ def check_phases(phases: Sequence[Phase]) -> None:
         len(set(names)) >= len(names),
         f"recipe: phases must have names of their own; got {', '.join(names)}",
     )
-    if len({phase.head is None for phase in phases}) > 1:
-        without = ", ".join(phase.name for phase in phases if phase.head is None)
-        raise ValueError(
-            f"recipe: either every phase names its head or none does; got none for {without}"
-        )
+    without = [phase.name for phase in phases if phase.head is None]
+    require(
+        len(without) in (0, len(phases)),
+        "recipe: either every phase names its head or none does; got none for"
+        f" {', '.join(without)}",
+    )
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,7 @@ def timetable(
     stretches: list[Stretch] = []
     first = first_epoch = 0
     for index, (epochs, epoch_steps) in enumerate(lengths):
-        steps = (
-            epochs * epoch_steps if stop_after is None else min(epochs * epoch_steps, stop_after)
-        )
+        steps = min(epochs * epoch_steps, stop_after or epochs * epoch_steps)
         stretches.append(Stretch(index, first, steps, first_epoch, epoch_steps))
         first, first_epoch = first + steps, first_epoch + -(-steps // epoch_steps)
     return tuple(stretches)

@@ -24,7 +24,7 @@ from pipeline.core.errors import remedy
 from pipeline.core.files import is_name
 from pipeline.core.run_folder import RunFolder
 from pipeline.recipe import own_code
-from pipeline.recipe.json import decode, encode, flat, read_json, write_json
+from pipeline.recipe.json import check_format, decode, encode, flat, read_json, write_json
 from pipeline.recipe.phases import Phase, check_phases
 from pipeline.recipe.spec import (
     Spec,
@@ -53,6 +53,8 @@ __all__ = [
     "write_json",
 ]
 
+# Names that recipe.json may import, see `is_trusted`. Their modules read and write no file when a
+# part is built. Teachers read weights and store answers, so each of them is named.
 TRUSTED = (
     "pipeline.data.datasets",
     "pipeline.data.mixing",
@@ -75,8 +77,6 @@ TRUSTED = (
     "torch.nn.modules",
     "timm.optim._optim_factory.create_optimizer_v2",
 )
-"""Names that recipe.json may import, see `is_trusted`. Their modules read and write no file when a
-part is built. Teachers read weights and store answers, so each of them is named."""
 
 FORMAT = 2
 
@@ -119,28 +119,27 @@ class _Fields:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy(_Fields):
-    """The handling of bad batches and of workers whose weights differ."""
+    """The handling of bad batches and of workers whose weights differ.
+
+    Fields:
+        skip: ranges (first, end) of global batches that are not trained on; batches are counted
+            from 0, and `end` is excluded
+        loss_spike: a batch is bad if its loss exceeds this many times the median of the task's last
+            64 losses. 0: a batch is bad only if its loss or a gradient is not finite.
+        max_skips: bad batches in a row that are skipped before the run goes back to its newest
+            checkpoint (pipeline/train/guards/anomaly.py)
+        max_rollbacks: how often a run goes back to a checkpoint before it ends as diverged
+        replicas_every: steps between bitwise comparisons of the workers' weights. The weights are
+            also compared at each checkpoint. 0: no comparison at all
+    """
 
     prefix = "policy."
 
     skip: tuple[tuple[int, int], ...] = field(default=(), metadata=_role(Role.STUDY))
-    """ranges (first, end) of global batches that are not trained on; batches are counted from 0,
-    and `end` is excluded
-    """
     loss_spike: float = field(default=0.0, metadata=_role(Role.STUDY))
-    """A batch is bad if its loss exceeds this many times the median of the task's last 64 losses.
-    0: a batch is bad only if its loss or a gradient is not finite.
-    """
     max_skips: int = field(default=3, metadata=_role(Role.STUDY, least=0))
-    """bad batches in a row that are skipped before the run goes back to its newest checkpoint
-    (pipeline/train/guards/anomaly.py)
-    """
     max_rollbacks: int = field(default=2, metadata=_role(Role.FREE, least=0))
-    """how often a run goes back to a checkpoint before it ends as diverged"""
     replicas_every: int = field(default=500, metadata=_role(Role.FREE))
-    """steps between bitwise comparisons of the workers' weights. The weights are also compared at
-    each checkpoint. 0: no comparison at all
-    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,36 +156,40 @@ class Policy(_Fields):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(_Fields):
-    """When a run is evaluated, and on how many samples."""
+    """When a run is evaluated, and on how many samples.
+
+    Fields:
+        every: epochs between evaluations; the last epoch is always evaluated. 0: only the last, so
+            that the test set is read once
+        samples: evaluate on this many samples, for smoke runs; None: on all
+        fidelity_every: epochs between comparisons of the rule's gradient with BPTT's on the first
+            batch. One more comparison takes place at the start. 0: none
+    """
 
     prefix = "evaluation."
 
     every: int = field(default=1, metadata=_role(Role.STUDY | Role.NO_STEP_COST, least=0))
-    """epochs between evaluations; the last epoch is always evaluated. 0: only the last, so that the
-    test set is read once
-    """
     samples: int | None = field(
         default=None, metadata=_role(Role.STUDY | Role.NO_STEP_COST, least=1)
     )
-    """evaluate on this many samples, for smoke runs; None: on all"""
     fidelity_every: int = field(default=0, metadata=_role(Role.BESIDE, least=0))
-    """epochs between comparisons of the rule's gradient with BPTT's on the first batch. One more
-    comparison takes place at the start. 0: none
-    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpointing(_Fields):
-    """When checkpoints are written and how many are kept."""
+    """When checkpoints are written and how many are kept.
+
+    Fields:
+        every: steps between checkpoints, besides one at the end of each epoch; 0: none
+        minutes: longest time between checkpoints, in minutes; 0: no limit
+        keep: newest checkpoints that are kept, besides the best one
+    """
 
     prefix = "checkpoints."
 
     every: int = field(default=0, metadata=_role(Role.FREE, least=0))
-    """steps between checkpoints, besides one at the end of each epoch; 0: none"""
     minutes: float = field(default=10.0, metadata=_role(Role.FREE, least=0))
-    """longest time between checkpoints, in minutes; 0: no limit"""
     keep: int = field(default=2, metadata=_role(Role.FREE, least=1))
-    """newest checkpoints that are kept, besides the best one"""
 
 
 @dataclass(frozen=True)
@@ -211,8 +214,8 @@ class Split:
         if rest or share == 0:
             near = sorted({max(1, share) * workers, (share + 1) * workers})
             raise ValueError(
-                f"recipe: batch_size must divide by {workers} workers; got {batch_size}, "
-                f"near it {' and '.join(map(str, near))} do"
+                f"recipe: batch_size must divide by {workers} workers; got {batch_size}, near it"
+                f" {' and '.join(map(str, near))} do"
             )
         largest = share if most is None else min(most, share)
         micro = next(size for size in range(largest, 0, -1) if share % size == 0)
@@ -221,102 +224,97 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(_Fields):
-    """Everything that decides a run's result, and nothing about the machines that it runs on."""
+    """Everything that decides a run's result, and nothing about the machines that it runs on.
+
+    Fields:
+        model: -> torch.nn.Module that maps [T,B,...] to logits [T,B,K]
+        rule: -> pipeline.rules.base.Rule, which replaces `loss.backward()`
+        data: -> pipeline.data.base.Data; with phases, the data that their tasks are made of
+        objective: -> pipeline.train.objective.Loss: logits and targets to a scalar; with a teacher,
+            pipeline.train.distillation.Distillation
+        optimizer: called with the model; timm's `create_optimizer_v2` or a function like it
+        schedule: called with the optimizer, the steps of the run (of each phase) and the steps of
+            an epoch; see pipeline.train.schedule
+        batch_size: samples in one global batch, whatever the number of workers
+        mixing: -> pipeline.data.mixing.Mixing: Mixup and CutMix of the training batches; None:
+            neither
+        teacher: called with the data -> pipeline.models.teachers.base.Teacher, whose answers the
+            objective distils; None: labels only
+        phases: tasks that are learnt one after another; empty: the data is the only task
+        family: the experiment in MLflow; None: the name
+        over_time: "steps": the mean over time of each step's loss; "mean": one loss of the mean
+            logits
+        micro_batch: most samples that a worker holds at a time; the gradients of a worker's share
+            are accumulated. None: the whole share
+        precision: of matrix products and convolutions, see pipeline/core/torch_settings.py; tf32
+            needs an NVIDIA card
+        clip_norm: largest gradient norm of a global batch; 0: no clipping
+        ema_decay: decay of a running average of the weights, such as 0.9999. The average is what is
+            evaluated and published. 0: no average
+        zero: DeepSpeed's ZeRO stage
+        init: a run's folder or a weights file (.safetensors, .pt) to start from, or "@NAME" in a
+            suite. The study key covers its content, not its path. None: from scratch
+        log_every: steps between step events in the journal
+        stop_after: number of global batches after which the run, or each of its phases, and the
+            schedule end; None: they end after the last epoch
+        protocol: "shared": all rules have the same settings; "trial": the run tries one value on a
+            held-out part; "tuned": each rule has its own best value, chosen by trials
+        tuned: dotted keys of the fields whose value is each rule's own, found by the same search.
+            The study key leaves these values out
+        searched: the values that the search tried, as sorted text. They are part of the study key,
+            so rules are compared only if the same values were tried
+        published: points of a published log that reports show beside the run: (epochs done, top-1
+            in 0..1)
+        published_setting: dotted keys of this recipe with their values in the published log, such
+            as ("time_steps", 4). If a run has another value, reports name the difference and do not
+            judge the run by the log.
+    """
 
     name: str = field(metadata=_role(Role.BESIDE))
     model: Spec = field(metadata=_role(Role.STUDY))
-    """-> torch.nn.Module that maps [T,B,...] to logits [T,B,K]"""
     rule: Spec = field(metadata=_role(Role.BESIDE))
-    """-> pipeline.rules.base.Rule, which replaces `loss.backward()`"""
     data: Spec = field(metadata=_role(Role.STUDY))
-    """-> pipeline.data.base.Data; with phases, the data that their tasks are made of"""
     objective: Spec = field(metadata=_role(Role.STUDY))
-    """-> pipeline.train.objective.Loss: logits and targets to a scalar; with a teacher,
-    pipeline.train.distillation.Distillation
-    """
     optimizer: Spec = field(metadata=_role(Role.STUDY))
-    """called with the model; timm's `create_optimizer_v2` or a function like it"""
     schedule: Spec = field(metadata=_role(Role.STUDY | Role.NO_STEP_COST))
-    """called with the optimizer, the steps of the run (of each phase) and the steps of an epoch;
-    see pipeline.train.schedule
-    """
     time_steps: int = field(metadata=_role(Role.STUDY, least=1))
     batch_size: int = field(metadata=_role(Role.STUDY | Role.TAG, least=1))
-    """samples in one global batch, whatever the number of workers"""
     epochs: int = field(metadata=_role(Role.STUDY | Role.NO_STEP_COST, least=1))
     mixing: Spec | None = field(default=None, metadata=_role(Role.STUDY))
-    """-> pipeline.data.mixing.Mixing: Mixup and CutMix of the training batches; None: neither"""
     teacher: Spec | None = field(default=None, metadata=_role(Role.STUDY))
-    """called with the data -> pipeline.models.teachers.base.Teacher, whose answers the objective
-    distils; None: labels only
-    """
     phases: tuple[Phase, ...] = field(default=(), metadata=_role(Role.STUDY))
-    """tasks that are learnt one after another; empty: the data is the only task"""
     family: str | None = field(default=None, metadata=_role(Role.BESIDE | Role.TAG))
-    """the experiment in MLflow; None: the name"""
     over_time: Literal["steps", "mean"] = field(default="steps", metadata=_role(Role.STUDY))
-    """"steps": the mean over time of each step's loss; "mean": one loss of the mean logits"""
     micro_batch: int | None = field(
         default=None, metadata=_role(Role.STUDY | Role.FREE | Role.TAG, least=1)
     )
-    """most samples that a worker holds at a time; the gradients of a worker's share are
-    accumulated. None: the whole share
-    """
     seed: int = field(default=0, metadata=_role(Role.BESIDE | Role.TAG, least=0))
     precision: Literal["fp32", "tf32", "bf16"] = field(
         default="fp32", metadata=_role(Role.STUDY | Role.TAG)
     )
-    """of matrix products and convolutions, see pipeline/core/torch_settings.py; tf32 needs an
-    NVIDIA card
-    """
     clip_norm: float = field(default=0.0, metadata=_role(Role.STUDY, least=0))
-    """largest gradient norm of a global batch; 0: no clipping"""
     ema_decay: float = field(default=0.0, metadata=_role(Role.STUDY))
-    """decay of a running average of the weights, such as 0.9999. The average is what is evaluated
-    and published. 0: no average
-    """
     backend: Literal["deepspeed", "plain"] = field(default="deepspeed", metadata=_role(Role.STUDY))
     zero: Literal[0, 1, 2] = field(default=0, metadata=_role(Role.STUDY | Role.TAG))
-    """DeepSpeed's ZeRO stage"""
     init: str | None = field(default=None, metadata=_role(Role.BESIDE | Role.FREE))
-    """a run's folder or a weights file (.safetensors, .pt) to start from, or "@NAME" in a suite.
-    The study key covers its content, not its path. None: from scratch
-    """
     policy: Policy = Policy()
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpointing = Checkpointing()
     log_every: int = field(default=10, metadata=_role(Role.FREE, least=1))
-    """steps between step events in the journal"""
     stop_after: int | None = field(
         default=None, metadata=_role(Role.STUDY | Role.NO_STEP_COST, least=1)
     )
-    """number of global batches after which the run, or each of its phases, and the schedule end;
-    None: they end after the last epoch
-    """
     protocol: Literal["shared", "trial", "tuned"] = field(
         default="shared", metadata=_role(Role.STUDY | Role.NO_STEP_COST | Role.TAG)
     )
-    """"shared": all rules have the same settings; "trial": the run tries one value on a held-out
-    part; "tuned": each rule has its own best value, chosen by trials
-    """
     tuned: tuple[str, ...] = field(
         default=(), metadata=_role(Role.STUDY | Role.NO_STEP_COST | Role.TAG)
     )
-    """dotted keys of the fields whose value is each rule's own, found by the same search. The study
-    key leaves these values out
-    """
     searched: tuple[str, ...] = field(default=(), metadata=_role(Role.STUDY | Role.NO_STEP_COST))
-    """the values that the search tried, as sorted text. They are part of the study key, so rules
-    are compared only if the same values were tried
-    """
     published: tuple[tuple[int, float], ...] = field(default=(), metadata=_role(Role.BESIDE))
-    """points of a published log that reports show beside the run: (epochs done, top-1 in 0..1)"""
     published_setting: tuple[tuple[str, int | float | str], ...] = field(
         default=(), metadata=_role(Role.BESIDE)
     )
-    """dotted keys of this recipe with their values in the published log, such as ("time_steps", 4).
-    If a run has another value, reports name the difference and do not judge the run by the log.
-    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -337,18 +335,14 @@ class Recipe(_Fields):
             self.backend != "plain" or not self.zero,
             f"recipe: zero={self.zero} needs backend='deepspeed'; got backend='plain'",
         )
-        self._check_search()
-        for name in ("name",) if self.family is None else ("name", "family"):
-            text = getattr(self, name)
+        for name, text in (("name", self.name), ("family", self.family)):
             require(
-                is_name(text),
+                text is None or is_name(text),
                 f"recipe: {name} becomes a folder's name and must not hold {os.sep!r}; got"
                 f" {text!r}",
             )
         object.__setattr__(self, "phases", tuple(self.phases))
         check_phases(self.phases)
-
-    def _check_search(self) -> None:
         require(
             (self.protocol == "shared") == (not self.tuned),
             f"recipe: tuned names fields of a trial or of tuned runs; got {self.tuned} of"
@@ -360,9 +354,8 @@ class Recipe(_Fields):
             " no such field",
         )
         for key in self.tuned:
-            role = roles().get(key) or roles().get(key.split(".")[0], Role.STUDY)
             require(
-                Role.STUDY in role,
+                Role.STUDY in (roles().get(key) or roles().get(key.split(".")[0], Role.STUDY)),
                 f"recipe: tuned must be a setting that the study key covers; got {key}",
             )
             self.value_of(key)
@@ -399,10 +392,7 @@ class Recipe(_Fields):
         """
         value: Any = self
         for name in key.split("."):
-            if isinstance(value, Spec):
-                value = value.kwargs.get(name)
-            else:
-                value = getattr(value, name) if name in _names(value) else None
+            value = _inside(value).get(name)
         require(
             value is not None,
             f"recipe: {key} must be written in the recipe; {self.name} has no value for it",
@@ -422,7 +412,17 @@ class Recipe(_Fields):
 
     def with_paths(self, change: Callable[[str], str]) -> Recipe:
         """The same recipe with `init` and every path among the keywords of its parts changed."""
-        parts = {name: _with_paths(getattr(self, name), change) for name in _names(self)}
+
+        def changed(part: Spec) -> Spec:
+            return part.with_(
+                **{
+                    key: change(os.fspath(item))
+                    for key, item in part.kwargs.items()
+                    if item is not None and is_path(part.target, key)
+                }
+            )
+
+        parts = {name: _rebuilt(value, changed) for name, value in vars(self).items()}
         return replace(self, **{**parts, "init": None if self.init is None else change(self.init)})
 
     def tiny(self, *, data: Spec | None = None) -> Recipe:
@@ -433,16 +433,20 @@ class Recipe(_Fields):
         phases = tuple(replace(phase, epochs=None) for phase in self.phases[:2])
         steps = min(self.time_steps, 2)
         data = self.data if data is None else data
-        rule = _tiny_part(self.rule)
-        for name in ("k", "chunk", "truncate"):
-            rule = _changed_throughout(
-                rule, name, lambda value: value if value is None else min(value, steps)
+
+        def shorter(names: Collection[str], part: Spec) -> Spec:
+            return part.with_(
+                **{name: min(part.kwargs[name], steps) for name in names if part.kwargs.get(name)}
             )
+
         return replace(
             self,
             name=f"{self.name}-tiny",
-            model=_changed_throughout(self.model, "time_steps", lambda _: steps),
-            rule=rule,
+            model=_rebuilt(self.model, functools.partial(shorter, ["time_steps"])),
+            rule=_rebuilt(
+                _rebuilt(self.rule, _tiny_part),
+                functools.partial(shorter, ["k", "chunk", "truncate"]),
+            ),
             teacher=self.with_untrained_teacher().teacher,
             data=data.with_(steps=steps) if "steps" in data.kwargs else data,
             time_steps=steps,
@@ -459,7 +463,7 @@ class Recipe(_Fields):
 
     def with_untrained_teacher(self) -> Recipe:
         """The same recipe with a teacher that needs no weights: to inspect, not to train."""
-        return replace(self, teacher=self.teacher and _tiny_part(self.teacher))
+        return replace(self, teacher=_rebuilt(self.teacher, _tiny_part))
 
     def check_time_steps(self, shape: Sequence[int]) -> None:
         """Check that recordings and parts of the model have the recipe's number of time steps.
@@ -509,8 +513,9 @@ class Recipe(_Fields):
 
     def decisive(self) -> dict[str, Any]:
         """The JSON of the fields that may not change between attempts of one run, without paths."""
-        value = json.loads(json.dumps(_written(self, paths=False)))
-        return select(value, lambda role: Role.FREE not in role)
+        return select(
+            json.loads(json.dumps(_written(self, paths=False))), lambda role: Role.FREE not in role
+        )
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], *, trust: Collection[str] = ()) -> Recipe:
@@ -521,9 +526,7 @@ class Recipe(_Fields):
             damaged, missing or unknown.
         """
         who = RunFolder("").recipe.name
-        if not isinstance(value, Mapping) or value.get("version") != FORMAT:
-            got = value.get("version") if isinstance(value, Mapping) else value
-            raise ValueError(f"{who}: this spiketrain reads format version {FORMAT}; got {got!r}")
+        check_format(value, FORMAT, who=who)
         fields = decode(value.get("recipe"), (*TRUSTED, *trust))
         groups = {
             each.name: type(each.default)
@@ -549,11 +552,9 @@ class Recipe(_Fields):
             ValueError: there is no such file, or as `from_json`.
         """
         try:
-            written = read_json(path)
-            with own_code.on_path(
-                own_code.read(path.parent) if trust else {}, trust, of=path.absolute().parent.name
-            ):
-                return cls.from_json(written, trust=trust)
+            noted, name = own_code.read(path.parent) if trust else {}, path.absolute().parent.name
+            with own_code.on_path(noted, trust, of=name):
+                return cls.from_json(read_json(path), trust=trust)
         except ValueError as error:
             raise ValueError(f"{path.parent}: {error}") from error
 
@@ -566,16 +567,10 @@ class Recipe(_Fields):
 def roles() -> Mapping[str, Role]:
     """The role of each field of a recipe, by its dotted name."""
     return {
-        prefix + each.name: each.metadata["role"]
-        for outer in dataclasses.fields(Recipe)
-        for prefix, inner in [
-            (
-                (f"{outer.name}.", dataclasses.fields(outer.default))
-                if isinstance(outer.default, _Fields)
-                else ("", (outer,))
-            )
-        ]
-        for each in inner
+        group.prefix + each.name: each.metadata["role"]
+        for group in (Recipe, Policy, Evaluation, Checkpointing)
+        for each in dataclasses.fields(group)
+        if not isinstance(each.default, _Fields)
     }
 
 
@@ -587,11 +582,10 @@ def select(encoded: Mapping[str, Any], accepts: Callable[[Role], bool]) -> dict[
     groups = {name.partition(".")[0] for name in roles() if "." in name}
 
     def accepted(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        field_roles = {name: roles().get(prefix + name) for name in fields}
         return {
-            name: fields[name]
-            for name, role in field_roles.items()
-            if role is None or accepts(role)
+            name: value
+            for name, value in fields.items()
+            if prefix + name not in roles() or accepts(roles()[prefix + name])
         }
 
     return {
@@ -619,8 +613,11 @@ def _written(fields: _Fields, *, paths: bool) -> dict[str, Any]:
     }
 
 
-def _names(value: Any) -> list[str]:
-    return [each.name for each in dataclasses.fields(value)] if isinstance(value, _Fields) else []
+def _inside(value: Any) -> Mapping[str, Any]:
+    """The values that a dotted key reaches below this one, by name."""
+    if isinstance(value, Spec):
+        return value.kwargs
+    return vars(value) if isinstance(value, _Fields) else {}
 
 
 def _changed(part: Any, path: Sequence[str], value: Any, key: str) -> Any:
@@ -633,15 +630,15 @@ def _changed(part: Any, path: Sequence[str], value: Any, key: str) -> Any:
         require(
             not isinstance(part, _Fields),
             f"recipe: {key} is a group; change its fields:"
-            f" {', '.join(f'{key}.{name}' for name in _names(part))}",
+            f" {', '.join(f'{key}.{name}' for name in _inside(part))}",
         )
         return value
     head, *rest = path
     if isinstance(part, _Fields):
         require(
-            head in _names(part),
+            head in vars(part),
             f"recipe: no field {part.prefix + head!r}; it has"
-            f" {', '.join(part.prefix + name for name in _names(part))}",
+            f" {', '.join(part.prefix + name for name in vars(part))}",
         )
         return replace(part, **{head: _changed(getattr(part, head), rest, value, key)})
     require(isinstance(part, Spec), f"recipe: {key!r} goes below a plain value, {part!r}")
@@ -662,43 +659,17 @@ def _time_steps_in(key: str, part: Spec) -> Iterator[tuple[str, int]]:
 
 
 def _tiny_part(part: Spec) -> Spec:
-    """The part and its inner parts, each with the keywords of its target's `tiny`."""
-    inside = {
-        key: _tiny_part(value) for key, value in part.kwargs.items() if isinstance(value, Spec)
-    }
-    return part.with_(**{**inside, **getattr(part.target, "tiny", {})})
+    return part.with_(**getattr(part.target, "tiny", {}))
 
 
-def _changed_throughout(part: Spec, name: str, change: Callable[[Any], Any]) -> Spec:
-    """The part with the keyword `name` changed in it and in all of its inner parts."""
-    return part.with_(
-        **{
-            key: (
-                change(value)
-                if key == name
-                else _changed_throughout(value, name, change)
-                if isinstance(value, Spec)
-                else value
-            )
-            for key, value in part.kwargs.items()
-        }
-    )
-
-
-def _with_paths(value: Any, change: Callable[[str], str]) -> Any:
+def _rebuilt(value: Any, change: Callable[[Spec], Spec]) -> Any:
+    """A field with all of its parts changed, inner parts first."""
     if isinstance(value, tuple):
-        return tuple(_with_paths(item, change) for item in value)
+        return tuple(_rebuilt(item, change) for item in value)
     if isinstance(value, Phase):
-        return replace(value, data=_with_paths(value.data, change))
+        return replace(value, data=_rebuilt(value.data, change))
     if not isinstance(value, Spec):
         return value
-    return value.with_(
-        **{
-            key: (
-                change(os.fspath(item))
-                if item is not None and is_path(value.target, key)
-                else _with_paths(item, change)
-            )
-            for key, item in value.kwargs.items()
-        }
+    return change(
+        value.with_(**{key: _rebuilt(item, change) for key, item in value.kwargs.items()})
     )

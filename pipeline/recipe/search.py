@@ -15,23 +15,13 @@ import ast
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 from pipeline.core.checks import require
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.spec import reference_to
 from pipeline.recipe.suite import Choice, Report, Suite, filled, references
-
-__all__ = [
-    "BASELINE",
-    "LEAST_VALUES",
-    "is_baseline",
-    "joined",
-    "over_seeds",
-    "parse_search",
-    "tuned",
-]
 
 BASELINE = "BPTT"  # the rule that other rules are compared with
 LEAST_VALUES = 5
@@ -68,14 +58,8 @@ def parse_search(text: str) -> tuple[str, list[Any]]:
     field, _, values = text.partition("=")
     try:
         parsed = ast.literal_eval(f"[{values}]")
-    except (
-        ValueError,
-        SyntaxError,
-        TypeError,
-        MemoryError,
-        RecursionError,
-    ):  # all that literal_eval may raise
-        parsed = []
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        parsed = []  # all that literal_eval may raise
     require(
         field.strip() and isinstance(parsed, list) and parsed,
         f"--tune: must look like optimizer.lr=0.03,0.1,0.3,1.0,3.0; got {text!r}",
@@ -91,10 +75,7 @@ def over_seeds(suite: Suite, count: int) -> Suite:
     Raises:
         ValueError: `count` below 1, or a suite with a report or choices, which name its recipes.
     """
-    require(
-        count >= 1,
-        f"launch: --seeds must be at least 1; got {count}",
-    )
+    require(count >= 1, f"launch: --seeds must be at least 1; got {count}")
     if count == 1:
         return suite
     _refuse_unless_plain(suite, "--seeds")
@@ -124,17 +105,19 @@ def tuned(
         len(values) >= LEAST_VALUES and not any(a == b for a, b in combinations(values, 2)),
         f"{who} needs at least {LEAST_VALUES} different values; got {', '.join(map(str, values))}",
     )
-    search = {"tuned": (field,), "searched": tuple(sorted(map(_as_text, values)))}
+    # Text that is equal for 1 and 1.0.
+    texts = (str(float(each)) if type(each) is int else str(each) for each in values)
+    search = {"tuned": (field,), "searched": tuple(sorted(texts))}
     trials: dict[str, list[Recipe]] = {}
     finals: list[Recipe] = []
     choices: dict[str, Choice] = {}
     for recipe in suite.recipes:
-        if names := references(recipe):
+        for name in references(recipe):
             raise ValueError(
-                f"{who} is searched for recipes that stand alone; {recipe.name} takes '@{names[0]}'"
+                f"{who} is searched for recipes that stand alone; {recipe.name} takes '@{name}'"
             )
-        without_seed = replace(recipe, name="-", seed=0).to_json()
-        tried = trials.setdefault(json.dumps(without_seed, sort_keys=True), [])
+        without_seed = json.dumps(replace(recipe, name="-", seed=0).to_json(), sort_keys=True)
+        tried = trials.setdefault(without_seed, [])
         if not tried:
             tried += [_trial(recipe, field, value, search) for value in values]
         final = replace(
@@ -142,13 +125,18 @@ def tuned(
         )
         choices[final.name] = Choice(field, tuple(trial.name for trial in tried))
         finals.append(final)
-    every_trial = tuple(trial for tried in trials.values() for trial in tried)
-    shared = map(_evaluated_once, suite.recipes)
-    return Suite((*shared, *every_trial, *finals), report, choices)
+    return Suite(
+        (
+            *map(_evaluated_once, suite.recipes),
+            *chain.from_iterable(trials.values()),
+            *finals,
+        ),
+        report,
+        choices,
+    )
 
 
 def _trial(recipe: Recipe, field: str, value: Any, search: Mapping[str, Any]) -> Recipe:
-    """A run of one value: trained on nine tenths of the training set, judged by the last tenth."""
     require(
         not recipe.data.kwargs.get("held_out"),
         f"tuned: {recipe.name} holds out a part of its own; got"
@@ -160,13 +148,7 @@ def _trial(recipe: Recipe, field: str, value: Any, search: Mapping[str, Any]) ->
 
 
 def _evaluated_once(recipe: Recipe) -> Recipe:
-    """The recipe evaluated after its last epoch only."""
     return recipe.override({"evaluation.every": 0})
-
-
-def _as_text(value: Any) -> str:
-    """The value as text; equal for 1 and 1.0."""
-    return str(float(value)) if type(value) is int else str(value)
 
 
 def _name_part(value: Any) -> str:
@@ -175,11 +157,11 @@ def _name_part(value: Any) -> str:
 
 
 def _seeded(recipe: Recipe, offset: int) -> Recipe:
-    def name(base: str) -> str:
-        return f"{base}-seed{offset}"
-
-    followed = filled(recipe, lambda base: reference_to(name(base)))
-    return replace(followed, name=name(recipe.name), seed=recipe.seed + offset)
+    return replace(
+        filled(recipe, lambda name: reference_to(f"{name}-seed{offset}")),
+        name=f"{recipe.name}-seed{offset}",
+        seed=recipe.seed + offset,
+    )
 
 
 def _refuse_unless_plain(suite: Suite, option: str) -> None:

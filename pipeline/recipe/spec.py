@@ -31,7 +31,20 @@ class Spec:
             key: tuple(value) if isinstance(value, list) else value
             for key, value in self.kwargs.items()
         }
-        _check_keywords(self.target, kwargs)
+        require(callable(self.target), f"spec: the target must be callable; got {self.target!r}")
+        parameters = inspect.signature(self.target).parameters.values()
+        open_ended = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+        accepted, hints = _accepted(self.target), _hints(self.target)
+        who = getattr(self.target, "__name__", "")
+        for key, value in kwargs.items():
+            require(
+                key in accepted or open_ended,
+                f"{who}: unexpected keyword {key!r}; it accepts {', '.join(accepted) or 'none'}",
+            )
+            if key in accepted and key in hints and not admits(hints[key], value):
+                raise ValueError(
+                    f"{who}: {key} must be {type_name(hints[key])}; got {_shown(value)}"
+                )
         object.__setattr__(self, "kwargs", types.MappingProxyType(kwargs))
 
     def build(self, *args: Any, **more: Any) -> Any:
@@ -105,49 +118,22 @@ def referred(path: str | os.PathLike[str]) -> str | None:
     return text[1:] if text.startswith("@") else None
 
 
-def _check_keywords(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    require(
-        callable(target),
-        f"spec: the target must be callable; got {target!r}",
-    )
-    parameters = _parameters(target)
-    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    hints = _hints(target)
-    for key, value in kwargs.items():
-        if key not in _accepted(parameters):
-            require(
-                open_ended,
-                f"{target.__name__}: unexpected keyword {key!r}; it accepts"
-                f" {accepted_text(target)}",
-            )
-        elif key in hints and not admits(hints[key], value):
-            raise ValueError(
-                f"{target.__name__}: {key} must be {type_name(hints[key])}; got {_shown(value)}"
-            )
-
-
-def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(target).parameters
-
-
-def _accepted(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+def _accepted(target: Callable[..., Any]) -> list[str]:
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [name for name, p in parameters.items() if p.kind in by_name]
+    return [
+        name for name, each in inspect.signature(target).parameters.items() if each.kind in by_name
+    ]
 
 
 def accepted_text(target: Callable[..., Any], prefix: str = "") -> str:
-    return ", ".join(prefix + name for name in _accepted(_parameters(target))) or "none"
+    return ", ".join(prefix + name for name in _accepted(target)) or "none"
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (
-        NameError,
-        TypeError,
-        AttributeError,
-    ):  # only a type checker can resolve the annotation, so it is not checked here
-        return {}
+    except (NameError, TypeError, AttributeError):
+        return {}  # only a type checker can resolve the annotation, so it is not checked here
 
 
 def arguments_of(
@@ -175,44 +161,34 @@ def arguments_of(
             f"{who}: {name} must be {type_name(hints[name])}; got {given!r}",
         )
     needed = [name for name, each in known.items() if each.default is dataclasses.MISSING]
-    if missing := [name for name in needed if name not in value]:
-        raise ValueError(f"{who}: needs {', '.join(needed)}; there is no {missing[0]}")
+    missing = [name for name in needed if name not in value]
+    require(not missing, f"{who}: needs {', '.join(needed)}; there is no {', '.join(missing)}")
     return dict(value)
 
 
 def admits(hint: Any, value: Any) -> bool:
     """Whether a value fits an annotation. A Spec fits wherever a built object is expected."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or isinstance(hint, typing.TypeVar):
-        return True
     if origin in (typing.Union, types.UnionType):
         return any(admits(arm, value) for arm in args)
     if origin is Literal:
         return any(value == arm and type(value) is type(arm) for arm in args)
     if origin is typing.Annotated:
         return admits(args[0], value)
-    if hint is None or hint is type(None):
-        return value is None
-    plain = origin or hint
-    if not inspect.isclass(plain):
+    plain = type(None) if hint is None else origin or hint
+    if hint is Any or not inspect.isclass(plain):
         return True
     if plain in (bool, int, float, str):
-        if isinstance(value, bool):
-            return plain is bool
-        return isinstance(value, (int, float) if plain is float else plain)
+        accepted = (int, float) if plain is float else plain
+        return isinstance(value, accepted) and (plain is bool or not isinstance(value, bool))
     if plain is Path or plain is os.PathLike:
         return isinstance(value, (str, os.PathLike))
-    if plain in (tuple, list) and isinstance(
-        value, (list, tuple)
-    ):  # a list is kept as a tuple: recipes are frozen
-        if not args:
-            return True
-        if plain is list or (len(args) == 2 and args[1] is Ellipsis):
-            return all(admits(args[0], item) for item in value)
-        return len(args) == len(value) and all(
-            admits(arm, item) for arm, item in zip(args, value, strict=True)
-        )
-    if isinstance(value, Spec) and plain not in (list, dict, tuple):
+    if plain in (tuple, list) and isinstance(value, (list, tuple)):
+        # A list is kept as a tuple, because recipes are frozen.
+        if not args or plain is list or args[1:] == (Ellipsis,):
+            return all(admits(args[0] if args else Any, item) for item in value)
+        return len(args) == len(value) and all(map(admits, args, value))
+    if isinstance(value, Spec) and plain not in (list, dict, tuple, type(None)):
         return True
     try:
         return isinstance(value, plain)
@@ -225,11 +201,9 @@ def type_name(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(repr, args))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(type_name(arm) for arm in args)
-    if hint is type(None):
-        return "None"
+        return " or ".join(map(type_name, args))
     if origin is None and inspect.isclass(hint):
-        return hint.__name__
+        return "None" if hint is type(None) else hint.__name__
     return str(hint).replace("typing.", "")
 
 

@@ -21,38 +21,27 @@ from typing import Any, Literal, get_args
 
 from pipeline.core.checks import require
 from pipeline.recipe import own_code
-from pipeline.recipe.json import dotted, imported, is_trusted, read_json, targets, walk, write_json
+from pipeline.recipe.json import (
+    check_format,
+    decode,
+    dotted,
+    imported,
+    is_trusted,
+    read_json,
+    targets,
+    walk,
+    write_json,
+)
 from pipeline.recipe.recipe import TRUSTED as PARTS
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.spec import arguments_of, reference_to, referred
 
-__all__ = [
-    "FILE",
-    "Choice",
-    "Measurement",
-    "Report",
-    "Suite",
-    "SuiteFile",
-    "filled",
-    "has_report",
-    "is_suite",
-    "measured_in",
-    "needed",
-    "references",
-    "refuse_references",
-    "refuse_untrusted",
-    "runs_of",
-    "sources",
-    "sources_in",
-    "targets_of",
-]
-
+# A function that prints a suite's results. Its first argument has the folder of each recipe's run
+# and the file of each measurement, by name and in order; all runs have finished or diverged
+# (pipeline/track/state.py). The second is rich's Console. The function may return JSON values,
+# which `compare --format json` prints. If they are an object, `report` shows its "claims", as in
+# report/claims.py, and its "sweeps", as `sweep --format json` prints them.
 Report = Callable[[Mapping[str, Path], Any], object]
-"""A function that prints a suite's results. Its first argument has the folder of each recipe's run
-and the file of each measurement, by name and in order; all runs have finished or diverged
-(pipeline/track/state.py). The second is rich's Console. The function may return JSON values, which
-`compare --format json` prints. If they are an object, `report` shows its "claims", as in
-report/claims.py, and its "sweeps", as `sweep --format json` prints them."""
 
 _Kind = Literal["sweep", "interleaved", "plan"]
 FILE = "suite.json"
@@ -63,16 +52,16 @@ TRUSTED = ("recipes", "pipeline.report")
 
 @dataclass(frozen=True)
 class Choice:
-    """A field whose value comes from the best of several trials, judged on their held-out part."""
+    """A field whose value comes from the best of several trials, judged on their held-out part.
 
-    field: str  # dotted, such as optimizer.lr
-    trials: tuple[str, ...]
-    """names of earlier recipes, each with its own value of the field; of equal results the first
-    is taken
+    Fields:
+        field: its dotted key, such as optimizer.lr
+        trials: names of earlier recipes, each with its own value of the field; of equal results the
+            first is taken
     """
 
-    def renamed(self, change: Callable[[str], str]) -> Choice:
-        return Choice(self.field, tuple(map(change, self.trials)))
+    field: str
+    trials: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -80,17 +69,18 @@ class Measurement:
     """Costs that a suite's report needs beside its runs. They are measured after all runs are over.
 
     The result is a JSON file in the suite's folder. A resume does not measure again.
+
+    Fields:
+        kind: the function of pipeline.forecast that measures: see pipeline/launch/suite.py
+        of: names of recipes of the suite, or recipes that the suite does not train. The first
+            recipe is measured, with the rules of all
+        options: keywords of the function, as JSON values
     """
 
     name: str
     kind: _Kind
-    """the function of pipeline.forecast that measures: see pipeline/launch/suite.py"""
     of: tuple[str | Recipe, ...]
-    """names of recipes of the suite, or recipes that the suite does not train. The first recipe is
-    measured, with the rules of all
-    """
     options: Mapping[str, Any] = field(default_factory=dict)
-    """keywords of the function, as JSON values"""
 
     def __post_init__(self) -> None:
         require(
@@ -104,26 +94,29 @@ class Measurement:
             f" {self.name!r}",
         )
 
-    @property
-    def recipes(self) -> tuple[Recipe, ...]:
-        """The measured recipes that the suite does not train."""
-        return tuple(each for each in self.of if isinstance(each, Recipe))
-
     def to_json(self) -> dict[str, Any]:
-        recipes = [each if isinstance(each, str) else each.to_json() for each in self.of]
-        return {"name": self.name, "kind": self.kind, "of": recipes, "options": dict(self.options)}
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "of": [each if isinstance(each, str) else each.to_json() for each in self.of],
+            "options": dict(self.options),
+        }
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Recipes in training order, with a report of their results."""
+    """Recipes in training order, with a report of their results.
+
+    Fields:
+        report: None: a table for each study
+        choices: by the name of the recipe that waits for the choice
+        measurements: costs that the report needs
+    """
 
     recipes: tuple[Recipe, ...]
-    report: Report | None = None  # None: a table for each study
+    report: Report | None = None
     choices: Mapping[str, Choice] = field(default_factory=dict)
-    """by the name of the recipe that waits for the choice"""
     measurements: tuple[Measurement, ...] = ()
-    """costs that the report needs"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recipes", tuple(self.recipes))
@@ -144,12 +137,23 @@ class Suite:
                     f" {recipe.name}, before it stand {', '.join(names) or 'none'}",
                 )
             if choice := self.choices.get(recipe.name):
-                _check_choice(recipe, choice, earlier=names)
+                recipe.value_of(choice.field)
+                require(
+                    choice.trials,
+                    f"suite: a choice needs trials; {recipe.name} has none for {choice.field}",
+                )
+                later = [repr(trial) for trial in choice.trials if trial not in names]
+                require(
+                    not later,
+                    f"suite: a trial must be an earlier recipe; got {', '.join(later)} for"
+                    f" {recipe.name}",
+                )
             names.append(recipe.name)
-        if unknown := set(self.choices) - set(names):
-            raise ValueError(
-                f"suite: a choice must be one of its recipes'; got {', '.join(sorted(unknown))}"
-            )
+        unknown = set(self.choices) - set(names)
+        require(
+            not unknown,
+            f"suite: a choice must be one of its recipes'; got {', '.join(sorted(unknown))}",
+        )
         for measurement in self.measurements:
             unknown = {each for each in measurement.of if isinstance(each, str)} - set(names)
             require(
@@ -179,22 +183,33 @@ class Suite:
         Raises:
             ValueError: a recipe cannot take the changes, or a field is chosen by trials.
         """
-        if chosen := {choice.field for choice in self.choices.values()} & set(changes):
-            raise ValueError(
-                f"suite: {', '.join(chosen)} is what its trials try; got a value for all of them"
-            )
-        return replace(self, recipes=tuple(_overridden(recipe, changes) for recipe in self.recipes))
+        chosen = {choice.field for choice in self.choices.values()} & set(changes)
+        require(
+            not chosen,
+            f"suite: {', '.join(chosen)} is what its trials try; got a value for all of them",
+        )
+        recipes = []
+        for recipe in self.recipes:
+            try:
+                recipes.append(recipe.override(changes))
+            except ValueError as error:
+                raise ValueError(f"suite: {recipe.name} cannot be changed so; {error}") from error
+        return replace(self, recipes=tuple(recipes))
 
     def tiny(self) -> Suite:
         """The same suite of `Recipe.tiny` recipes, without its report and measurements."""
         names = {recipe.name: recipe.tiny().name for recipe in self.recipes}
         choices = {
-            names[name]: choice.renamed(names.__getitem__) for name, choice in self.choices.items()
+            names[name]: replace(choice, trials=tuple(names[trial] for trial in choice.trials))
+            for name, choice in self.choices.items()
         }
-        recipes = tuple(
-            filled(recipe.tiny(), lambda name: reference_to(names[name])) for recipe in self.recipes
+        return Suite(
+            tuple(
+                filled(recipe.tiny(), lambda name: reference_to(names[name]))
+                for recipe in self.recipes
+            ),
+            choices=choices,
         )
-        return Suite(recipes, choices=choices)
 
     def resolved(self) -> Suite:
         """The same suite with every path absolute; references stay."""
@@ -202,34 +217,23 @@ class Suite:
             replace(each, of=tuple(of if isinstance(of, str) else of.resolved() for of in each.of))
             for each in self.measurements
         )
-        recipes = tuple(recipe.resolved() for recipe in self.recipes)
-        return replace(self, recipes=recipes, measurements=measurements)
+        return replace(
+            self,
+            recipes=tuple(recipe.resolved() for recipe in self.recipes),
+            measurements=measurements,
+        )
 
     @property
     def all_recipes(self) -> tuple[Recipe, ...]:
         """The recipes of the suite, and the recipes that only its measurements use."""
-        return (
-            *self.recipes,
-            *(each for measurement in self.measurements for each in measurement.recipes),
-        )
-
-
-def _overridden(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    try:
-        return recipe.override(changes)
-    except ValueError as error:
-        raise ValueError(f"suite: {recipe.name} cannot be changed so; {error}") from error
+        measured = (each for measurement in self.measurements for each in measurement.of)
+        return (*self.recipes, *(each for each in measured if isinstance(each, Recipe)))
 
 
 def references(recipe: Recipe) -> tuple[str, ...]:
     """The names that a recipe refers to, each once."""
-    names: dict[str, None] = {}
-
-    def note(name: str) -> str:
-        names[name] = None
-        return reference_to(name)
-
-    filled(recipe, note)
+    names: dict[str, str] = {}
+    filled(recipe, lambda name: names.setdefault(name, reference_to(name)))
     return tuple(names)
 
 
@@ -260,28 +264,20 @@ def refuse_references(recipe: Recipe) -> None:
     Raises:
         ValueError: it has one.
     """
-    if found := references(recipe):
+    for name in references(recipe):
         raise ValueError(
-            f"recipe: '@{found[0]}' names an earlier recipe of the same suite; got {recipe.name}"
+            f"recipe: '@{name}' names an earlier recipe of the same suite; got {recipe.name}"
             " alone; give a run's folder or a file in its place"
         )
 
 
-def targets_of(made: Recipe | Suite, *, but_trusted: bool = False) -> list[str]:
-    """The dotted names that are imported to read `made` back: parts of recipes and the report.
-
-    Args:
-        but_trusted: leave out the names that need no `--trust`.
-    """
+def targets_of(made: Recipe | Suite) -> list[str]:
+    """The dotted names that need `--trust` to read `made` back: parts of recipes and the report."""
     is_suite = isinstance(made, Suite)
     recipes, report = (made.all_recipes, made.report) if is_suite else ((made,), None)
     parts = [(name, PARTS) for recipe in recipes for name in targets(recipe.to_json())]
     reports = [] if report is None else [(dotted(report), TRUSTED)]
-    return [
-        name
-        for name, trusted in parts + reports
-        if not but_trusted or not is_trusted(name, trusted)
-    ]
+    return [name for name, trusted in parts + reports if not is_trusted(name, trusted)]
 
 
 def refuse_untrusted(suite: Suite, trust: Collection[str]) -> None:
@@ -293,7 +289,7 @@ def refuse_untrusted(suite: Suite, trust: Collection[str]) -> None:
     for recipe in suite.all_recipes:
         Recipe.from_json(recipe.to_json(), trust=trust)
     if suite.report is not None:
-        _imported_report(dotted(suite.report), trust)
+        imported(dotted(suite.report), (*TRUSTED, *trust), who=FILE)
 
 
 # --------------------------------------------------------------------------------------- suite.json
@@ -306,22 +302,20 @@ class SuiteFile:
     suite: Suite  # paths absolute, references as they were written
     runs: tuple[str, ...]  # the name of each recipe's run folder, which lies beside the suite's
     parent: str  # id by which MLflow groups the runs: 32 hex digits
-    cluster: Mapping[str, Any]
-    """the machines that train it: fields of pipeline.launch.cluster.Cluster"""
+    cluster: Mapping[str, Any]  # fields of pipeline.launch.cluster.Cluster
 
     def to_json(self) -> dict[str, Any]:
         choices = {name: {"choice": asdict(each)} for name, each in self.suite.choices.items()}
-        children = [
-            {"run": run, "recipe": each.to_json(), **choices.get(each.name, {})}
-            for run, each in zip(self.runs, self.suite.recipes, strict=True)
-        ]
         return {
             "version": FORMAT,
             "parent": self.parent,
             "cluster": dict(self.cluster),
             "report": None if self.suite.report is None else dotted(self.suite.report),
             "measurements": [each.to_json() for each in self.suite.measurements],
-            "children": children,
+            "children": [
+                {"run": run, "recipe": each.to_json(), **choices.get(each.name, {})}
+                for run, each in zip(self.runs, self.suite.recipes, strict=True)
+            ],
         }
 
     @classmethod
@@ -344,17 +338,22 @@ class SuiteFile:
         require(
             isinstance(cluster, Mapping), f"suite.json: cluster must be an object; got {cluster!r}"
         )
-        function = None if report is None else _imported_report(report, trust)
+        function = None if report is None else imported(report, (*TRUSTED, *trust), who=FILE)
         recipes = tuple(Recipe.from_json(child["recipe"], trust=trust) for child in children)
-        runs = tuple(child["run"] for child in children)
         choices = {
-            recipe.name: _choice(child["choice"])
+            recipe.name: Choice(
+                **decode(arguments_of(Choice, child["choice"], who=f"{FILE}: a choice"), ())
+            )
             for recipe, child in zip(recipes, children, strict=True)
             if "choice" in child
         }
         measurements = tuple(_measurement(each, trust) for each in value.get("measurements") or ())
-        suite = Suite(recipes, function, choices, measurements)
-        return cls(suite=suite, runs=runs, parent=parent, cluster=cluster)
+        return cls(
+            suite=Suite(recipes, function, choices, measurements),
+            runs=tuple(child["run"] for child in children),
+            parent=parent,
+            cluster=cluster,
+        )
 
     def write(self, folder: Path) -> None:
         write_json(folder / FILE, self.to_json())
@@ -395,8 +394,7 @@ def runs_of(folder: Path) -> dict[str, Path]:
     }
     for run in runs.values():
         require(
-            not run.exists() or run.is_dir(),
-            f"{folder}: a run must be a folder; {run} is a file",
+            not run.exists() or run.is_dir(), f"{folder}: a run must be a folder; {run} is a file"
         )
     return runs
 
@@ -424,9 +422,12 @@ def sources_in(folder: Path) -> set[str]:
     Raises:
         ValueError: suite.json is damaged.
     """
-
-    texts = (each for child in _children_in(folder) for each in walk(child["recipe"]))
-    return {name for text in texts if isinstance(text, str) and (name := referred(text))}
+    return {
+        name
+        for child in _children_in(folder)
+        for text in walk(child["recipe"])
+        if isinstance(text, str) and (name := referred(text))
+    }
 
 
 def _children_in(folder: Path) -> list[dict[str, Any]]:
@@ -441,12 +442,12 @@ def _children(value: Any, *, own: str) -> Iterator[dict[str, Any]]:
 
     Checks the version and that run names stay in the folder of runs.
     """
-    if not isinstance(value, Mapping) or value.get("version") != FORMAT:
-        got = value.get("version") if isinstance(value, Mapping) else value
-        raise ValueError(f"suite.json: this spiketrain reads format version {FORMAT}; got {got!r}")
+    check_format(value, FORMAT, who=FILE)
     children = value.get("children")
-    if not isinstance(children, list) or not children:
-        raise ValueError(f"suite.json: children must be a list, not empty; got {children!r}")
+    require(
+        isinstance(children, list) and children,
+        f"suite.json: children must be a list, not empty; got {children!r}",
+    )
     seen = {own}
     for child in children:
         try:
@@ -464,16 +465,6 @@ def _children(value: Any, *, own: str) -> Iterator[dict[str, Any]]:
         yield child
 
 
-def _imported_report(name: Any, trust: Collection[str]) -> Report:
-    return imported(name, (*TRUSTED, *trust), who=FILE)
-
-
-def _choice(value: Any) -> Choice:
-    if isinstance(value, Mapping) and isinstance(trials := value.get("trials"), list):
-        value = {**value, "trials": tuple(trials)}
-    return Choice(**arguments_of(Choice, value, who=f"{FILE}: a choice"))
-
-
 def _measurement(value: Any, trust: Collection[str]) -> Measurement:
     try:
         recipes = tuple(
@@ -482,33 +473,17 @@ def _measurement(value: Any, trust: Collection[str]) -> Measurement:
         )
         return Measurement(**{**value, "of": recipes})
     except (KeyError, TypeError) as error:
-        rule = "a measurement must have name, kind, of and options"
-        raise ValueError(f"{FILE}: {rule}; got {value!r}") from error
-
-
-def _check_choice(recipe: Recipe, choice: Choice, *, earlier: Collection[str]) -> None:
-    recipe.value_of(choice.field)
-    require(
-        choice.trials,
-        f"suite: a choice needs trials; {recipe.name} has none for {choice.field}",
-    )
-    for trial in choice.trials:
-        require(
-            trial in earlier,
-            f"suite: a trial must be an earlier recipe; got {trial!r} for {recipe.name}",
-        )
+        raise ValueError(
+            f"{FILE}: a measurement must have name, kind, of and options; got {value!r}"
+        ) from error
 
 
 def _check_report(report: Any) -> None:
     rule = (
         "suite: report must be a function at the top level of a module, called with (runs, console)"
     )
-    require(
-        inspect.isfunction(report)
-        and report.__qualname__ == report.__name__
-        and report.__name__.isidentifier(),
-        f"{rule}; got {report!r}",
-    )
+    is_function = inspect.isfunction(report) and report.__qualname__ == report.__name__
+    require(is_function and report.__name__.isidentifier(), f"{rule}; got {report!r}")
     try:
         inspect.signature(report).bind({}, None)
     except TypeError as error:

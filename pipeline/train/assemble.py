@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from pipeline.core.checks import require
 from pipeline.core.code_version import check_same_code, code_digest
 from pipeline.core.errors import UserError
+from pipeline.core.files import check_shared
 from pipeline.core.run_folder import RunFolder
-from pipeline.core.shared_marker import check_shared
 from pipeline.core.torch_settings import compute_in
 from pipeline.data.base import Data
 from pipeline.data.ffcv.page_checks import ONE_IN

@@ -74,11 +74,9 @@ def test_no_core_has_two_holders_and_a_killed_holder_frees_its_cores(tmp_path: P
 
 def test_cores_of_a_machine_with_several_nodes_count_once() -> None:
     halves, few = NodeCores("a", given=64, physical=32), NodeCores("b", given=2, physical=16)
-    assert cores_of_machines([halves, few]) == 32 + 2
     twice = [NodeCores("c", given=4, physical=6)] * 2  # two nodes on one machine
-    assert cores_of_machines(twice) == 6 and cores_of_machines([]) == 0
-    here = cores_of_a_node(3)
-    assert here.given == 3 and here.physical == len(physical_cores(os.sched_getaffinity(0)))
+    assert [cores_of_machines(nodes) for nodes in ([halves, few], twice, [])] == [34, 6, 0]
+    assert cores_of_a_node(3)[1:] == (3, len(physical_cores(os.sched_getaffinity(0))))
 
 
 @pytest.mark.parametrize(
@@ -112,15 +110,10 @@ EVERY = sorted(os.sched_getaffinity(0))
 @pytest.fixture
 def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The kernel's folder of a card, as NVML names it; on this machine there is none."""
-
-    def found(uuid: str) -> str:
-        assert uuid == "GPU-abc"
-        return uuid
-
     nvml = SimpleNamespace(
         NVMLError=pynvml.NVMLError,
         nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByUUID=found,
+        nvmlDeviceGetHandleByUUID={"GPU-abc": "it"}.__getitem__,
         nvmlDeviceGetPciInfo=lambda handle: pynvml.nvmlPciInfo_t(busId=b"00000000:3B:00.0"),
     )
     monkeypatch.setattr(cores_module, "pynvml", nvml)
@@ -147,26 +140,33 @@ def test_a_worker_keeps_to_the_cores_of_its_cards_node(card: Path) -> None:
     assert sorted(os.sched_getaffinity(0)) == EVERY  # and is let go
 
 
+@pytest.mark.parametrize(
+    ("device", "node", "near", "at_least"),
+    [
+        (torch.device("cpu"), "1", f"{EVERY[-1]}", 1),
+        (CARD, "1", f"{EVERY[-1]}", 2),
+        (CARD, "1", "5000-5031", 1),
+        (CARD, "1", "0-8191", 1),
+        (CARD, "-1", f"{EVERY[-1]}", 1),
+        (CARD, "unknown", f"{EVERY[-1]}", 1),
+    ],
+    ids=["a CPU", "too few", "none of this process", "all", "one node", "an unknown node"],
+)
 def test_the_affinity_stays_where_no_node_is_near(
+    device: torch.device, node: str, near: str, at_least: int, card: Path
+) -> None:
+    (card / "numa_node").write_text(node)
+    (card / "local_cpulist").write_text(near)
+    assert kept_on(device, card, at_least=at_least) == EVERY
+
+
+def test_the_affinity_stays_where_nothing_tells_of_a_node(
     card: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a card, with too few cores near it, on a machine of one node, and where nothing tells
-    of any.
-    """
-    assert kept_on(torch.device("cpu"), card) == EVERY
-    assert kept_on(CARD, card, at_least=2) == EVERY
-    (card / "local_cpulist").write_text("5000-5031\n")  # none of them this process's
-    assert kept_on(CARD, card) == EVERY
-    (card / "local_cpulist").write_text("0-8191\n")
-    assert kept_on(CARD, card) == EVERY
-    (card / "numa_node").write_text("-1\n")
-    (card / "local_cpulist").write_text(f"{EVERY[-1]}\n")
-    assert kept_on(CARD, card) == EVERY
-    (card / "numa_node").unlink()
-    assert kept_on(CARD, card) == EVERY
-
     def refuse() -> None:
         raise pynvml.NVMLError(1)
 
+    (card / "numa_node").unlink()
+    assert kept_on(CARD, card) == EVERY
     monkeypatch.setattr(cores_module.pynvml, "nvmlInit", refuse)
     assert kept_on(CARD, card) == EVERY

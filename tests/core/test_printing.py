@@ -25,10 +25,8 @@ def printed(act, *args, width: int = NO_WIDTH, **about) -> list[str]:
 
 
 def test_columns_that_do_not_fit_stand_in_a_second_table_with_the_key_again():
-    columns, rows = (
-        ("run", number("top-1"), "state", "rule"),
-        [("a-run", "9%", "finished", "SLTT"), ("b", "90%", "failed", "BPTT")],
-    )
+    columns = ("run", number("top-1"), "state", "rule")
+    rows = [("a-run", "9%", "finished", "SLTT"), ("b", "90%", "failed", "BPTT")]
     assert printed(print_table, columns, rows, width=22) == [
         "run    top-1  state",
         "a-run     9%  finished",
@@ -51,10 +49,9 @@ def test_a_header_is_wrapped_between_words_and_stands_at_the_bottom():
 
 
 def test_a_name_longer_than_the_width_has_a_line_of_its_own():
-    lines = printed(
-        print_table, ("run", "state", number("step")), [(RUN, "finished", "4/4")], width=30
-    )
-    assert lines == ["run", "  state     step", RUN, "  finished   4/4"]
+    table = ("run", "state", number("step")), [(RUN, "finished", "4/4")]
+    expected = ["run", "  state     step", RUN, "  finished   4/4"]
+    assert printed(print_table, *table, width=30) == expected
 
 
 def test_long_names_stand_above_where_that_saves_a_third_table():
@@ -65,10 +62,8 @@ def test_long_names_stand_above_where_that_saves_a_third_table():
 
 
 def test_a_tab_is_a_gap_if_one_table_holds_all_columns():
-    columns, rows = (
-        ("rule", number("saved"), number("time")),
-        [("BPTT", "8 MB\t×1.00\n± 1 MB", "3 s\t×0.50")],
-    )
+    columns = ("rule", number("saved"), number("time"))
+    rows = [("BPTT", "8 MB\t×1.00\n± 1 MB", "3 s\t×0.50")]
     assert printed(print_table, columns, rows, width=40)[1:] == [
         "BPTT  8 MB  ×1.00  3 s  ×0.50",
         "           ± 1 MB",
@@ -82,35 +77,19 @@ def test_a_tab_is_a_gap_if_one_table_holds_all_columns():
 
 
 def test_prose_in_a_column_is_wrapped_between_words():
-    columns, rows = (
-        ("rule", prose("claim"), "holds?"),
-        [("SLTT", "its gradient is that of BPTT without time", "yes")],
-    )
-    lines = printed(print_table, columns, rows, width=40)
-    assert lines[:2] == [
+    rows = [("SLTT", "its gradient is that of BPTT without time", "yes")]
+    assert printed(print_table, ("rule", prose("claim"), "holds?"), rows, width=40) == [
         "rule  claim                       holds?",
         "SLTT  its gradient is that of     yes",
+        "      BPTT without time",
     ]
-    assert lines[2:] == ["      BPTT without time"]
 
 
 def test_a_repeated_first_key_is_shown_once_except_in_a_pipe():
-    columns, rows = (
-        ("rule", number("T"), "saved"),
-        [("SLTT", "1", "8 MB"), ("SLTT", "2", "9 MB"), ("BPTT", "1", "8 MB")],
-    )
-    assert [line.split()[0] for line in printed(print_table, columns, rows, keys=2, width=80)] == [
-        "rule",
-        "SLTT",
-        "2",
-        "BPTT",
-    ]
-    assert [line.split()[0] for line in printed(print_table, columns, rows, keys=2)] == [
-        "rule",
-        "SLTT",
-        "SLTT",
-        "BPTT",
-    ]
+    rows = [("SLTT", "1", "8 MB"), ("SLTT", "2", "9 MB"), ("BPTT", "1", "8 MB")]
+    for width, expected in ((80, "rule SLTT 2 BPTT"), (NO_WIDTH, "rule SLTT SLTT BPTT")):
+        lines = printed(print_table, ("rule", number("T"), "saved"), rows, keys=2, width=width)
+        assert [line.split()[0] for line in lines] == expected.split()
 
 
 def test_a_sentence_is_wrapped_between_words_and_a_command_in_one_piece():

@@ -35,13 +35,9 @@ def test_numba_equals_numpy():
             out[i] = compiled(seed, epoch, index[i], draw[i])
         return out
 
-    index, draw = (
-        np.arange(20_000, dtype=np.uint64),
-        np.arange(20_000, dtype=np.uint64) % np.uint64(60),
-    )
-    assert np.array_equal(
-        many(np.uint64(7), np.uint64(2**40), index, draw), bits(7, 2**40, index, draw)
-    )
+    index = np.arange(20_000, dtype=np.uint64)
+    key = np.uint64(7), np.uint64(2**40), index, index % np.uint64(60)
+    assert np.array_equal(many(*key), bits(*key))
     assert all(str(each.return_type) == "uint64" for each in compiled.nopython_signatures)
 
 

@@ -1,24 +1,35 @@
-"""The precision of fp32 products and convolutions on a card, and page faults of a thread that frees
-memory and allocates it again, measured in processes of their own.
+"""torch's settings: precision on a card, the same bits after a restart, and page faults of a thread
+that frees memory and allocates it again, measured in processes of their own.
 """
 
 import os
 import platform
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from pipeline.core.torch_settings import compute_in, computing, environment, products_in
+from pipeline.core import torch_settings
+from pipeline.core.torch_settings import (
+    EXACT,
+    compute_in,
+    computing,
+    configure_torch,
+    environment,
+    exactness,
+    products_in,
+)
 from pipeline.models.teachers.base import Teacher
 from pipeline.models.teachers.timm import timm_teacher
 from pipeline.models.teachers.weights import Untrained
 from pipeline.recipe.recipe import spec
 from tests.helpers.small import small_recipe
 
+about_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about its malloc")
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -29,9 +40,22 @@ def products() -> list[Any]:
 
 
 @pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    with products_in("fp32"):
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in EXACT:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch_settings, "_inexact", set())
+    for place, name in (
+        (torch.backends.cudnn, "deterministic"),
+        (torch.backends.cudnn, "benchmark"),
+        (torch.utils.deterministic, "fill_uninitialized_memory"),  # type: ignore[attr-defined]
+    ):
+        monkeypatch.setattr(place, name, getattr(place, name))
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings(), products_in("fp32"):
         yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -51,20 +75,21 @@ def test_the_older_settings_agree_with_the_newer() -> None:
     """torch.compile (2.13) reads them, and a read fails where they disagree with the newer ones."""
 
     def older() -> tuple[object, ...]:
-        backends = torch.backends
         return (
-            backends.cuda.matmul.allow_tf32,
-            backends.cudnn.allow_tf32,
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.allow_tf32,
             torch.get_float32_matmul_precision(),
         )
 
-    assert older() == (False, False, "highest")
+    seen = [older()]
     with products_in("tf32"):
-        assert older() == (True, True, "high")
+        seen.append(older())
         with products_in("bf16"):
-            assert older() == (False, False, "highest")
-        assert older() == (True, True, "high")
-    assert older() == (False, False, "highest")
+            seen.append(older())
+        seen.append(older())
+    seen.append(older())
+    ieee, tf32 = (False, False, "highest"), (True, True, "high")
+    assert seen == [ieee, tf32, ieee, tf32, ieee]
 
 
 @pytest.mark.usefixtures("ampere")
@@ -95,10 +120,8 @@ def test_tf32_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_precision_is_part_of_the_study() -> None:
-    keys = {
-        small_recipe(precision=each).study_key({"data": "x"}) for each in ("fp32", "tf32", "bf16")
-    }
-    assert len(keys) == 3
+    recipes = [small_recipe(precision=each) for each in ("fp32", "tf32", "bf16")]
+    assert len({recipe.study_key({"data": "x"}) for recipe in recipes}) == 3
 
 
 @pytest.mark.usefixtures("ampere")
@@ -117,10 +140,50 @@ def test_a_teacher_computes_in_its_own_precision(monkeypatch: pytest.MonkeyPatch
     assert seen == [["ieee"] * 3] and products() == ["tf32"] * 3
 
 
+def test_a_gpu_sums_in_one_order() -> None:
+    configure_torch(1, CARD)
+    assert {name: os.environ.get(name) for name in EXACT} == {
+        "NCCL_ALGO": "Ring",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    assert torch.is_deterministic_algorithms_warn_only_enabled() and exactness(CARD) == "yes"
+
+
+def test_a_cpu_stays_as_it_is() -> None:
+    torch.backends.cudnn.deterministic = False
+    configure_torch(1, CPU)
+    assert not EXACT.keys() & os.environ.keys() and exactness(CPU) == "yes"
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_settings_of_the_user_stay_and_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    configure_torch(1, CARD)
+    assert os.environ["NCCL_ALGO"] == "Tree" and exactness(CARD) == "no: NCCL_ALGO=Tree"
+
+
+def test_an_operation_without_a_deterministic_form_is_named(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """torch's own words (2.13); other warnings are shown as before."""
+    configure_torch(1, CARD)
+    configure_torch(1, CARD)  # as the next run in this process
+    said = (
+        "does not have a deterministic implementation, but you set"
+        " 'torch.use_deterministic_algorithms(True, warn_only=True)'"
+    )
+    for name in ("reflection_pad2d_backward_cuda", "kthvalue CUDA"):
+        warnings.warn(f"{name} {said}", UserWarning, stacklevel=1)
+    warnings.warn("something else", UserWarning, stacklevel=1)
+    assert exactness(CARD) == "no: kthvalue CUDA, reflection_pad2d_backward_cuda"
+    assert [str(each.message) for each in recwarn] == ["something else"]
+
+
 TURNS = """
 import ctypes, resource, sys, threading
 from pipeline.core.torch_settings import keep_freed_memory
-if sys.argv[1] == "told":
+if sys.argv[1] == "set":
     assert keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -147,26 +210,24 @@ thread.join()
 """
 
 
+def printed(program: str, *words: str, **options: Any) -> str:
+    command = [sys.executable, "-c", program, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, **options).stdout
+
+
 def faults(how: str, **more: str) -> int:
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    ran = subprocess.run(
-        [sys.executable, "-c", TURNS, how],
-        env={**plain, **more},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return int(ran.stdout)
+    return int(printed(TURNS, how, env={**plain, **more}))
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+@about_glibc
 def test_freed_memory_causes_no_page_faults_when_it_is_used_again() -> None:
-    assert faults("not told") > 100  # else this test would see nothing
-    assert faults("told") < 20
-    assert faults("not told", **environment()) < 20
+    assert faults("unset") > 100  # else this test would see nothing
+    assert faults("set") < 20
+    assert faults("unset", **environment()) < 20
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+@about_glibc
 def test_freed_memory_can_be_released_to_the_kernel() -> None:
     code = """
 import ctypes
@@ -183,14 +244,13 @@ kept = rss_bytes()
 release_freed_memory()
 print(kept - before, rss_bytes() - before)
 """
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    kept, left = (int(word) for word in ran.stdout.split())
+    kept, left = map(int, printed(code).split())
     assert kept > 190 << 20 and left < 10 << 20
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+@about_glibc
 def test_malloc_variables_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
-    told = environment()
-    assert told["MALLOC_ARENA_MAX"] == "4" and int(told["MALLOC_TRIM_THRESHOLD_"]) > 2**30
+    found = environment()
+    assert found["MALLOC_ARENA_MAX"] == "4" and int(found["MALLOC_TRIM_THRESHOLD_"]) > 2**30

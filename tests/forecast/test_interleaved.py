@@ -27,14 +27,9 @@ def test_each_rule_has_a_time_in_each_start() -> None:
     found = measure_interleaved(recipe_with(0.5, backend="deepspeed"), RULES, workers=2, starts=2)
     assert list(found) == ["BPTT", "SLTT", "SLTT-1"]
     for each in found.values():
-        assert each.processes == 2 and each.backend == "deepspeed"
-        assert (
-            len(each.forward_s) == len(each.backward_s) == 2
-            and min(*each.forward_s, *each.backward_s) > 0
-        )
-        assert each.compute_s == tuple(
-            a + b for a, b in zip(each.forward_s, each.backward_s, strict=True)
-        )
+        both = list(zip(each.forward_s, each.backward_s, strict=True))
+        assert (each.processes, each.backend, len(both)) == (2, "deepspeed", 2)
+        assert min(map(min, both)) > 0 and each.compute_s == tuple(map(sum, both))
 
 
 def test_every_turn_stands_behind_the_recipes_backend_whose_moves_leave_the_weights(
@@ -59,10 +54,8 @@ def test_every_turn_stands_behind_the_recipes_backend_whose_moves_leave_the_weig
 @pytest.mark.timeout(120)
 def test_what_a_process_ended_in_is_a_line() -> None:
     """DSR has neurons of its own, which this network has not."""
-    with pytest.raises(
-        ValueError,
-        match=r"^interleaved: DSR: every neuron must be a RateIF or RateLIF.*$",
-    ):
+    said = r"^interleaved: DSR: every neuron must be a RateIF or RateLIF.*$"
+    with pytest.raises(ValueError, match=said):
         measure_interleaved(recipe_with(0.5), (spec(DSR),), workers=1)
 
 

@@ -23,7 +23,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from torch import distributed
 
 from pipeline.cli.doctor import doctor
-from pipeline.core.shared_marker import Marker
+from pipeline.core.files import Marker
 from pipeline.launch import preflight as module
 from pipeline.launch.base import NoAnswer
 from pipeline.launch.preflight import (

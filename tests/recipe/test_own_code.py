@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,12 +46,21 @@ def recipe():
 """
 
 
+OWN = ("own_nets",)
+NOT_TRUSTED = r"own_nets\.nets\.network is not in a trusted package"
+
+
+def load(lab: Path) -> Recipe:
+    made = load_recipe(lab / "own_recipe.py")
+    assert isinstance(made, Recipe)
+    return made
+
+
 def forget() -> None:
     """As a process that has just begun."""
-    for name in [
-        name for name in sys.modules if name.partition(".")[0] in ("own_nets", "own_recipe")
-    ]:
-        del sys.modules[name]
+    for name in list(sys.modules):
+        if name.startswith(("own_nets", "own_recipe")):
+            del sys.modules[name]
     sys.path[:] = [entry for entry in sys.path if not entry.endswith(("/lab", "/new"))]
     own_code._printed.clear()
 
@@ -69,16 +78,9 @@ def lab(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def run(lab: Path, tmp_path: Path) -> Path:
     """As it was launched in another process."""
-    made = load_recipe(lab / "own_recipe.py")
-    assert isinstance(made, Recipe)
-    job = prepare(
-        made,
-        Cluster(inline=True),
-        tmp_path,
-        name="run",
-        trust=trust_of(made, [lab / "own_recipe.py"], ["own_nets"]),
-    )
-    assert job.trust == ("own_nets",)
+    made = load(lab)
+    trust = trust_of(made, [lab / "own_recipe.py"], ["own_nets"])
+    assert prepare(made, Cluster(inline=True), tmp_path, name="run", trust=trust).trust == OWN
     forget()
     return tmp_path / "run"
 
@@ -94,12 +96,11 @@ def test_a_run_finds_the_package_that_its_user_trusts(run: Path, lab: Path) -> N
     noted = json.loads((run / "code.json").read_text())
     assert list(noted) == ["own_nets"] and noted["own_nets"]["folder"] == str(lab)
     assert list(noted["own_nets"]["files"]) == ["own_nets/__init__.py", "own_nets/nets.py"]
-    with pytest.raises(ValueError, match=r"own_nets\.nets\.network is not in a trusted package"):
-        Recipe.read(run / "recipe.json")
-    with pytest.raises(ValueError, match=r"own_nets\.nets\.network is not in a trusted package"):
-        Recipe.read(run / "recipe.json", trust=["other", "own"])
+    for trust in ([], ["other", "own"]):
+        with pytest.raises(ValueError, match=NOT_TRUSTED):
+            Recipe.read(run / "recipe.json", trust=trust)
     assert str(lab) not in sys.path
-    assert Recipe.read(run / "recipe.json", trust=["own_nets"]).model.target.__name__ == "network"
+    assert Recipe.read(run / "recipe.json", trust=OWN).model.target.__name__ == "network"
     assert sys.path[-1] == str(lab)
     forget()
     Recipe.read(run / "recipe.json", trust=["own_nets.nets"])  # less than the whole of it
@@ -108,44 +109,38 @@ def test_a_run_finds_the_package_that_its_user_trusts(run: Path, lab: Path) -> N
 def test_of_what_a_folder_says_the_trusted_package_alone_joins_the_path(
     run: Path, lab: Path
 ) -> None:
+    (foreign := lab.parent / "new").mkdir()
     noted = json.loads((run / "code.json").read_text())
-    foreign = {"folder": str(lab.parent / "new"), "files": {}}
-    (lab.parent / "new").mkdir()
-    (run / "code.json").write_text(json.dumps({**noted, "foreign": foreign}))
-    Recipe.read(run / "recipe.json", trust=["own_nets"])
-    assert str(lab) in sys.path and foreign["folder"] not in sys.path
+    noted["foreign"] = {"folder": str(foreign), "files": {}}
+    (run / "code.json").write_text(json.dumps(noted))
+    Recipe.read(run / "recipe.json", trust=OWN)
+    assert str(lab) in sys.path and str(foreign) not in sys.path
 
 
 def test_a_suite_finds_it_too(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_train", lambda suite, *_: suite.folder)
     suite = Suite((load(lab), small_recipe(name="plain")))
     folder = launch.launch_suite(
-        suite, Cluster(inline=True), tmp_path, stem="s", name="s", trust=("own_nets",)
+        suite, Cluster(inline=True), tmp_path, stem="s", name="s", trust=OWN
     )
     assert folder is not None
     # A run of it that has no part of the package does not ask for it.
-    prepare(suite.recipes[1], Cluster(inline=True), tmp_path, name="plain", trust=("own_nets",))
-    assert (own_code.names(folder), own_code.names(tmp_path / "plain")) == (("own_nets",), ())
+    prepare(suite.recipes[1], Cluster(inline=True), tmp_path, name="plain", trust=OWN)
+    assert (own_code.names(folder), own_code.names(tmp_path / "plain")) == (OWN, ())
     forget()
     assert SuiteFile.read(folder, trust=["own_nets"]).suite.recipes[0].model == load(lab).model
-
-
-def load(lab: Path) -> Recipe:
-    made = load_recipe(lab / "own_recipe.py")
-    assert isinstance(made, Recipe)
-    return made
 
 
 def test_an_export_finds_it_wherever_the_file_is(lab: Path, tmp_path: Path) -> None:
     job = make_run(tmp_path / "trained", load(lab))
     with Inline() as launcher:
-        launcher.run(replace(job, trust=("own_nets",)), "test")
+        launcher.run(replace(job, trust=OWN), "test")
     exported = export_run(
         tmp_path / "trained", tmp_path / "net.safetensors", trust=["own_nets", "own_recipe"]
     )
     forget()
     assert exported.loading == f"pipeline.load('{tmp_path}/net.safetensors', trust=['own_nets'])"
-    with pytest.raises(ValueError, match=r"own_nets\.nets\.network is not in a trusted package"):
+    with pytest.raises(ValueError, match=NOT_TRUSTED):
         pipeline.load(exported.file)
     assert str(lab) not in sys.path
     assert len(list(pipeline.load(exported.file, trust=["own_nets"]).parameters())) == 4
@@ -154,28 +149,24 @@ def test_an_export_finds_it_wherever_the_file_is(lab: Path, tmp_path: Path) -> N
 def test_code_that_is_gone_is_refused_in_one_line(run: Path, lab: Path) -> None:
     lab.rename(lab.parent / "new")
     with pytest.raises(ValueError) as refusal:
-        Recipe.read(run / "recipe.json", trust=["own_nets"])
-    said = (
-        f"own_nets must be in {lab}, where it was at the launch; it is not there: put it back, or"
-        " name its new folder in "
+        Recipe.read(run / "recipe.json", trust=OWN)
+    assert str(refusal.value) == (
+        f"{run}: own_nets must be in {lab}, where it was at the launch; it is not there: put it"
+        " back, or name its new folder in PYTHONPATH"
     )
-    assert str(refusal.value) == f"{run}: {said}PYTHONPATH"
 
 
 def test_code_that_has_moved_or_changed_is_told_in_one_line(
     run: Path, lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def said() -> str:
-        Recipe.read(run / "recipe.json", trust=["own_nets"])
+        Recipe.read(run / "recipe.json", trust=OWN)
         return capsys.readouterr().err
 
     assert said() == ""
     (lab / "own_nets" / "nets.py").write_text(NETS + "\n")
-    assert (
-        said()
-        == f"own_nets/nets.py in {lab} differs from when run was launched, and so may its results\n"
-    )
-    assert said() == ""  # once
+    differs = "differs from when run was launched, and so may its results"
+    assert [said(), said()] == [f"own_nets/nets.py in {lab} {differs}\n", ""]  # once
     forget()
     shutil.copytree(lab, lab.parent / "new")
     shutil.rmtree(lab)
@@ -187,16 +178,14 @@ def test_code_that_has_moved_or_changed_is_told_in_one_line(
 
 
 def test_workers_with_different_files_of_it_tell_each_other(run: Path, lab: Path) -> None:
-    Recipe.read(run / "recipe.json", trust=["own_nets"])
-    before = own_code.digest(run, ["own_nets"])
-    assert own_code.digest(run, ["own_nets"]) == before != own_code.digest(run, [])
+    Recipe.read(run / "recipe.json", trust=OWN)
+    before = own_code.digest(run, OWN)
+    assert own_code.digest(run, OWN) == before != own_code.digest(run, [])
     (lab / "own_nets" / "nets.py").write_text(NETS + "\n")
-    assert own_code.digest(run, ["own_nets"]) != before
+    assert own_code.digest(run, OWN) != before
 
 
 def test_what_is_of_the_installation_is_noted_without_a_folder(tmp_path: Path) -> None:
-    import torch.optim  # noqa: F401
-
     assert own_code.note(["torch.optim", "pipeline.rules"]) == {
         name: {"folder": None, "files": {}} for name in ("torch.optim", "pipeline.rules")
     }
@@ -207,16 +196,15 @@ def test_what_is_of_the_installation_is_noted_without_a_folder(tmp_path: Path) -
 def test_a_package_without_an_init_file_and_one_module(lab: Path) -> None:
     (lab / "own_nets" / "__init__.py").unlink()
     made = load(lab)
-    assert trust_of(made, [lab / "own_recipe.py"], ["own_nets"]) == ("own_nets",)
-    with pytest.raises(
-        ValueError,
-        match=r"^--trust: must name a package or module that can be imported; got no_such_package$",
-    ):
+    assert trust_of(made, [lab / "own_recipe.py"], ["own_nets"]) == OWN
+    said = "^--trust: must name a package or module that can be imported; got no_such_package$"
+    with pytest.raises(ValueError, match=said):
         trust_of(made, [lab / "own_recipe.py"], ["own_nets", "no_such_package"])
-    nets = asdict(own_code._imported("own_nets"))
-    assert (nets["folder"], list(nets["files"])) == (str(lab), ["own_nets/nets.py"])
-    module = asdict(own_code._imported("own_recipe"))
-    assert (module["folder"], list(module["files"])) == (str(lab), ["own_recipe.py"])
+    noted = own_code.note(["own_nets", "own_recipe"])
+    assert {name: (each["folder"], list(each["files"])) for name, each in noted.items()} == {
+        "own_nets": (str(lab), ["own_nets/nets.py"]),
+        "own_recipe": (str(lab), ["own_recipe.py"]),
+    }
 
 
 @pytest.mark.parametrize(
@@ -232,15 +220,10 @@ def test_a_package_without_an_init_file_and_one_module(lab: Path) -> None:
 )
 def test_a_damaged_file_is_refused_in_one_line(run: Path, text: str) -> None:
     (run / "code.json").write_text(text)
-    with pytest.raises(ValueError) as refusal:
-        Recipe.read(run / "recipe.json", trust=["own_nets"])
-    assert str(refusal.value).startswith(f"{run}: {run / 'code.json'}: ") and "\n" not in str(
-        refusal.value
-    )
+    with pytest.raises(ValueError, match=f"^{run}: {run / 'code.json'}: .*$"):
+        Recipe.read(run / "recipe.json", trust=OWN)
     assert own_code.names(run) == ()
-    with pytest.raises(
-        ValueError, match="is not in a trusted package"
-    ):  # who trusts nothing does not read it
+    with pytest.raises(ValueError, match=NOT_TRUSTED):  # who trusts nothing does not read it
         Recipe.read(run / "recipe.json")
 
 
@@ -250,18 +233,15 @@ def test_a_damaged_file_is_refused_in_one_line(run: Path, text: str) -> None:
 def test_a_file_that_only_imports_values_asks_for_nothing(lab: Path) -> None:
     """A path or a name that begins as the file does is no part of it."""
     (lab / "own_nets" / "values.py").write_text("EPOCHS = 3\n")
-    text = (
+    file = lab / "own_recipe.py"
+    file.write_text(
         "from own_nets.values import EPOCHS\n"
         "from tests.helpers.small import small_recipe\n"
         "def recipe():\n"
+        "    return small_recipe(name='own_recipe.1', init='own_recipe.pt', epochs=EPOCHS)\n"
     )
-    file = lab / "own_recipe.py"
-    file.write_text(
-        text + "    return small_recipe(name='own_recipe.1', init='own_recipe.pt', epochs=EPOCHS)\n"
-    )
-    assert (
-        trust_of(load(lab), [file]) == trust_of(load(lab), [file], ["own_nets", "own_recipe"]) == ()
-    )
+    for named in ([], ["own_nets", "own_recipe"]):
+        assert trust_of(load(lab), [file], named) == ()
 
 
 def test_what_lies_beside_a_file_can_be_imported_whatever_the_path_is(
@@ -277,10 +257,8 @@ def test_a_file_whose_name_cannot_be_imported_may_not_define_parts(lab: Path) ->
     file = lab / "own-recipe.py"
     file.write_text(NETS + RECIPE.replace("from own_nets.nets import network", ""))
     made = load_recipe(file)
-    with pytest.raises(
-        ValueError,
-        match=r"own-recipe\.py: a file that defines parts must have a name that Python can import",
-    ):
+    said = r"own-recipe\.py: a file that defines parts must have a name that Python can import"
+    with pytest.raises(ValueError, match=said):
         refuse_unnamed(made, [file])
     file.write_text(RECIPE)
     refuse_unnamed(load_recipe(file), [file])

@@ -34,8 +34,7 @@ def test_phases_are_the_same_after_json() -> None:
     )
     recipe = small(phases=phases)
     again = Recipe.from_json(json.loads(json.dumps(recipe.to_json())))
-    assert again == recipe
-    assert again.phases[2].epochs == 3
+    assert again == recipe and again.phases[2].epochs == 3
     assert again.phases[1].data.build(Synthetic(shape=(1, 4, 4))).order.tolist() != list(range(16))
 
 
@@ -54,11 +53,8 @@ def test_the_study_key_covers_phases() -> None:
         small(phases=(TASKS[0], replace(TASKS[1], data=spec(Permuted, task=1, seed=1)))),
     ]
     assert len({recipe.study_key({"data": "abc"}) for recipe in recipes}) == len(recipes)
-    with_folders = [
-        small(phases=(replace(TASKS[0], data=spec(with_files, folder=folder)),))
-        for folder in ("a", "b")
-    ]
-    assert len({recipe.study_key({"data": "abc"}) for recipe in with_folders}) == 1
+    tasks = [replace(TASKS[0], data=spec(with_files, folder=folder)) for folder in ("a", "b")]
+    assert len({small(phases=(task,)).study_key({"data": "abc"}) for task in tasks}) == 1
 
 
 def test_resolved_reaches_paths_inside() -> None:
@@ -73,16 +69,16 @@ def test_resolved_reaches_paths_inside() -> None:
 
 def test_tiny_keeps_two_tasks_and_four_steps() -> None:
     tiny = small(phases=(replace(TASKS[0], epochs=9), *TASKS[1:])).tiny()
-    assert tiny.phases == TASKS[:2]
-    assert tiny.stop_after == 2
+    assert (tiny.phases, tiny.stop_after) == (TASKS[:2], 2)
     assert small(phases=TASKS[:1]).tiny().stop_after == small().tiny().stop_after == 4
 
 
 def test_a_table_of_parameters_names_each_phase() -> None:
-    flat = small(phases=TASKS[:2]).flat()
-    assert flat["phases.1.name"] == "task-1"
-    assert flat["phases.1.data"] == "pipeline.data.datasets.tasks.Permuted"
-    assert flat["phases.1.data.task"] == "1"
+    assert small(phases=TASKS[:2]).flat().items() >= {
+        ("phases.1.name", "task-1"),
+        ("phases.1.data", "pipeline.data.datasets.tasks.Permuted"),
+        ("phases.1.data.task", "1"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -164,11 +160,6 @@ def test_every_step_has_its_phase_epoch_and_place(
 
 
 def test_one_stretch_is_a_run_without_phases() -> None:
-    [stretch] = timetable([(3, 8)])
-    assert (stretch.first, stretch.end, [stretch.epoch(step) for step in (0, 7, 8, 23, 24)]) == (
-        0,
-        24,
-        [0, 0, 1, 2, 3],
-    )
-    [short] = timetable([(3, 8)], stop_after=10)
-    assert (short.end, short.epoch_end(1)) == (10, 10)
+    [stretch], [short] = timetable([(3, 8)]), timetable([(3, 8)], stop_after=10)
+    assert [stretch.epoch(step) for step in (0, 7, 8, 23, 24)] == [0, 0, 1, 2, 3]
+    assert (stretch.first, stretch.end, short.end, short.epoch_end(1)) == (0, 24, 10, 10)

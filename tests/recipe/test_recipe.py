@@ -5,7 +5,8 @@ through JSON.
 import errno
 import json
 import os
-import re
+import pickle
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -63,37 +64,123 @@ def small(**changes: Any) -> Recipe:
     return replace(written, **changes)
 
 
-def test_a_wrong_keyword_names_those_that_exist() -> None:
-    with pytest.raises(
-        ValueError, match=r"^SLTT: unexpected keyword 'K'; it accepts k, chunk, rescale$"
-    ):
-        spec(SLTT, K=2)
+def changed(fields: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """The JSON of a small recipe with other fields, and with `more` beside them."""
+    value = small().to_json()
+    return {**value, "recipe": {**value["recipe"], **(fields or {})}, **more}
+
+
+def with_rule(target: str) -> dict[str, Any]:
+    return changed({"rule": {"target": target, "kwargs": {}}})
+
+
+def at_steps(steps: int, recording: int, *, model: Spec | None = None) -> None:
+    recipe = recordings()
+    recipe = replace(recipe, time_steps=steps, model=recipe.model if model is None else model)
+    recipe.check_time_steps((recording, 2, 8, 8))
+
+
+def after(key: str, value: Any) -> Recipe:
+    return small().override({key: value})
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "said"), [({"k": "two"}, "int or None; got 'two'"), ({"rescale": 1}, "bool; got 1")]
-)
-def test_a_value_of_the_wrong_type_is_refused(kwargs: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        spec(SLTT, **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
+    ("make", "said"),
     [
-        ({"time_steps": 0}, "time_steps must be at least 1"),
-        ({"batch_size": 2.5}, "batch_size must be int; got 2.5"),
-        ({"over_time": "sum"}, "over_time must be one of 'steps', 'mean'; got 'sum'"),
-        ({"clip_norm": -1.0}, "clip_norm must be at least 0; got -1.0"),
-        ({"ema_decay": 1.0}, r"ema_decay must be in 0\.\.1, 1 excluded; got 1\.0"),
-        ({"backend": "plain", "zero": 1}, "zero=1 needs backend='deepspeed'"),
-        ({"rule": SLTT}, "rule must be Spec"),
-        ({"name": "a/b"}, "name becomes a folder's name"),
+        (
+            lambda: spec(SLTT, K=2),
+            "^SLTT: unexpected keyword 'K'; it accepts k, chunk, rescale$",
+        ),
+        (lambda: spec(SLTT, k="two"), "int or None; got 'two'"),
+        (lambda: spec(SLTT, rescale=1), "bool; got 1"),
+        (lambda: small(time_steps=0), "time_steps must be at least 1"),
+        (lambda: small(batch_size=2.5), "batch_size must be int; got 2.5"),
+        (lambda: small(over_time="sum"), "over_time must be one of 'steps', 'mean'; got 'sum'"),
+        (lambda: small(clip_norm=-1.0), "clip_norm must be at least 0; got -1.0"),
+        (
+            lambda: small(ema_decay=1.0),
+            r"ema_decay must be in 0\.\.1, 1 excluded; got 1\.0",
+        ),
+        (lambda: small(backend="plain", zero=1), "zero=1 needs backend='deepspeed'"),
+        (lambda: small(rule=SLTT), "rule must be Spec"),
+        (lambda: small(name="a/b"), "name becomes a folder's name"),
+        (
+            lambda: small(family="a/b"),
+            "family becomes a folder's name and must not hold '/'; got 'a/b'",
+        ),
+        (lambda: small(published=((0, 0.5),)), "recipe: published must be"),
+        (lambda: small(published=((1, 50.0),)), "recipe: published must be"),
+        (lambda: small(published=((1,),)), "recipe: published must be"),
+        (
+            lambda: small(published_setting=(("time_steps", 4),)),
+            "recipe: published_setting needs published, the points of the log; it has none",
+        ),
+        (lambda: small().split(3), "must divide by 3 workers; got 32, near it 30 and 33 do"),
+        (lambda: at_steps(4, 5), r"^recipe: data\.steps must be time_steps=4; got 5$"),
+        (
+            lambda: at_steps(5, 5),
+            r"^recipe: model\.time_steps must be the recipe's time_steps=5; got 4$",
+        ),
+        (
+            lambda: at_steps(6, 6, model=spec(late, network=recordings().model, time_steps=6)),
+            r"^recipe: model\.network\.time_steps must be .*6; got 4$",
+        ),
+        (
+            lambda: Recipe.from_json(with_rule("pipeline.rules.bptt.BPTT.loss_terms")),
+            "^recipe.json: .*loss_terms must be a class, a class method or a function of a module",
+        ),
+        (
+            lambda: Recipe.from_json(with_rule("torch.nn.modules.module.Module.apply")),
+            "^recipe.json: .*apply must be a class, a class method or a function of a module",
+        ),
+        (lambda: Recipe.from_json(changed(version=1)), "reads format version 2; got 1"),
+        (
+            lambda: Recipe.from_json(changed({"colour": 1})),
+            "unknown field 'colour'; it has name, model",
+        ),
+        (
+            lambda: Recipe.from_json(changed({"evaluation": {"often": 3}})),
+            r"recipe\.json: evaluation: unknown field 'often'",
+        ),
+        (lambda: after("optimiser.lr", 1), "no field 'optimiser'; it has name, model"),
+        (lambda: after("rule.kk", 1), "SLTT: unexpected keyword 'kk'; it accepts k"),
+        (
+            lambda: after("rule", 1),
+            "rule is a part, SLTT.k=1.; change its keywords: rule.k, rule.chunk, rule.rescale",
+        ),
+        (lambda: after("epochs", "many"), "epochs must be int; got 'many'"),
+        (lambda: after("epochs.x", 1), "goes below a plain value"),
+        (
+            lambda: after("evaluation", 3),
+            "^recipe: evaluation is a group; change its fields: evaluation.every, ",
+        ),
+        (
+            lambda: after("evaluation.often", 3),
+            "^recipe: no field 'evaluation.often'; it has evaluation.every, ",
+        ),
+        (
+            lambda: after("evaluation.every", -1),
+            "^recipe: evaluation.every must be at least 0; got -1",
+        ),
+        (
+            lambda: after("checkpoints.keep", 0),
+            "^recipe: checkpoints.keep must be at least 1; got 0",
+        ),
+        (
+            lambda: after("checkpoints.keep", "two"),
+            "^recipe: checkpoints.keep must be int; got 'two'",
+        ),
+        (
+            lambda: after("evaluation.every.step", 3),
+            "^recipe: 'evaluation.every.step' goes below a plain value, 1",
+        ),
+        (lambda: parse_changes(["lr"]), "key=value"),
     ],
 )
-def test_a_recipe_validates_itself(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        small(**changes)
+def test_what_is_wrong_is_refused_in_one_line(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(ValueError, match=said) as refusal:
+        make()
+    assert "\n" not in str(refusal.value)
 
 
 def recordings(**changes: Any) -> Recipe:
@@ -104,41 +191,19 @@ def recordings(**changes: Any) -> Recipe:
 
 def test_tiny_tells_every_part_the_time_steps_it_is_left_with() -> None:
     tiny = recordings().tiny()
-    assert (tiny.time_steps, tiny.data.kwargs["steps"], tiny.model.kwargs["time_steps"]) == (
-        2,
-        2,
-        2,
-    )
+    assert (tiny.time_steps, tiny.data.kwargs["steps"]) == (2, 2)
+    assert tiny.model == recordings().model.with_(time_steps=2)
     assert tiny.data.build().shape == (2, 2, 8, 8)
-    assert tiny.model.kwargs["network"] == recordings().model.kwargs["network"]
-    assert recordings(rule=spec(SLTT, k=3)).tiny().rule == spec(SLTT, k=2)
-    assert recordings(rule=spec(SLTT, k=1)).tiny().rule == spec(SLTT, k=1)
+    for k, expected in ((3, 2), (1, 1)):
+        assert recordings(rule=spec(SLTT, k=k)).tiny().rule == spec(SLTT, k=expected)
     tiny.check_time_steps(tiny.data.build().shape)
-
-
-def test_parts_that_count_on_another_number_of_time_steps_are_refused() -> None:
-    recipe = recordings()
-    recipe.check_time_steps((4, 2, 8, 8))
-    recipe.check_time_steps((1, 8, 8))  # an image is shown at each time step
-    with pytest.raises(ValueError, match=r"^recipe: data\.steps must be time_steps=4; got 5$"):
-        recipe.check_time_steps((5, 2, 8, 8))
-    with pytest.raises(
-        ValueError, match=r"^recipe: model\.time_steps must be the recipe's time_steps=5; got 4$"
-    ):
-        recipe.override({"time_steps": 5}).check_time_steps((5, 2, 8, 8))
-    outer = replace(recipe, model=spec(late, network=recipe.model, time_steps=6), time_steps=6)
-    with pytest.raises(
-        ValueError, match=r"^recipe: model\.network\.time_steps must be .*6; got 4$"
-    ):
-        outer.check_time_steps((6, 2, 8, 8))
+    recordings().check_time_steps((1, 8, 8))  # an image is shown at each time step
 
 
 def test_a_recipe_is_the_same_after_json() -> None:
-    recipe = small()
-    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
-    assert Recipe.from_json(recipe.to_json()).model.build().stages[0][
-        0
-    ].first.neuron.surrogate == Sigmoid(alpha=2.0)
+    recipe = Recipe.from_json(json.loads(json.dumps(small().to_json())))
+    first = recipe.model.build().stages[0][0].first
+    assert recipe == small() and first.neuron.surrogate == Sigmoid(alpha=2.0)
 
 
 def test_two_writers_of_one_json_file_do_not_meet(
@@ -172,32 +237,39 @@ def test_a_json_file_is_written_through_to_the_disk_its_name_too(
     assert synced == [(tmp_path, 1)]
 
 
-def test_what_is_the_users_is_said_and_storage_that_fails_is_no_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "folder.json").mkdir()
-    (tmp_path / "torn.json").write_text("{")
-    (tmp_path / "whole.json").write_text("{}")
-    for name, said in (
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
         ("none.json", "does not exist"),
         ("folder.json", "Is a directory"),
         ("torn.json", "Expecting property"),
-    ):
-        with pytest.raises(ValueError, match=f"must be a JSON file; .*{said}"):
-            read_json(tmp_path / name)
-    for number, kind in (
+    ],
+)
+def test_a_file_that_is_no_json_is_refused(name: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "torn.json").write_text("{")
+    with pytest.raises(ValueError, match=f"must be a JSON file; .*{said}"):
+        read_json(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
         (errno.EACCES, ValueError),
         (errno.EIO, OSError),
         (errno.ESTALE, OSError),
         (errno.ETIMEDOUT, OSError),
-    ):
+    ],
+)
+def test_what_is_the_users_is_said_and_storage_that_fails_is_no_damage(
+    number: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Path) -> str:
+        raise OSError(number, os.strerror(number), str(self))
 
-        def fails(self: Path, number: int = number) -> str:
-            raise OSError(number, os.strerror(number), str(self))
-
-        monkeypatch.setattr(Path, "read_text", fails)
-        with pytest.raises(kind, match=os.strerror(number)):
-            read_json(tmp_path / "whole.json")
+    monkeypatch.setattr(Path, "read_text", fails)
+    with pytest.raises(kind, match=os.strerror(number)):
+        read_json(Path("whole.json"))
 
 
 def test_what_has_no_json_form_leaves_the_file_as_it_was(tmp_path: Path) -> None:
@@ -234,36 +306,17 @@ def test_what_has_no_json_form_leaves_the_file_as_it_was(tmp_path: Path) -> None
     ],
 )
 def test_json_imports_from_trusted_packages_alone(target: str) -> None:
-    value = small().to_json()
-    value["recipe"]["rule"] = {"target": target, "kwargs": {}}
     with pytest.raises(ValueError, match="not in a trusted package"):
-        Recipe.from_json(value)
-
-
-@pytest.mark.parametrize(
-    "target", ["pipeline.rules.bptt.BPTT.loss_terms", "torch.nn.modules.module.Module.apply"]
-)
-def test_a_method_makes_no_part(target: str) -> None:
-    value = small().to_json()
-    value["recipe"]["rule"] = {"target": target, "kwargs": {}}
-    with pytest.raises(
-        ValueError,
-        match=f"^recipe.json: {target} must be a class, a class method or a function of a module",
-    ):
-        Recipe.from_json(value)
+        Recipe.from_json(with_rule(target))
 
 
 @pytest.mark.parametrize(
     "target", ["torch.utils.collect_env.run", "timm.optim.create_optimizer_v2", "torch.nn.Linear"]
 )
 def test_a_value_in_json_is_a_dataclass_and_runs_nothing(target: str, tmp_path: Path) -> None:
-    value = small().to_json()
-    value["recipe"]["model"]["kwargs"]["neuron"]["kwargs"]["surrogate"] = {
-        "value": target,
-        "kwargs": {"command": f"touch {tmp_path / 'pwned'}"},
-    }
+    value = {"value": target, "kwargs": {"command": f"touch {tmp_path / 'pwned'}"}}
     with pytest.raises(ValueError, match=r"trusted|must be a dataclass"):
-        Recipe.from_json(value)
+        Recipe.from_json(changed({"rule": value}))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -274,43 +327,18 @@ def test_a_users_package_is_admitted_by_name(
         "from pipeline.rules.bptt import BPTT\nclass Mine(BPTT):\n    pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    value = small().to_json()
-    value["recipe"]["rule"] = {"target": "my_lab.Mine", "kwargs": {}}
     with pytest.raises(ValueError, match="name its package with --trust"):
-        Recipe.from_json(value)
-    assert type(Recipe.from_json(value, trust=["my_lab"]).rule.build()).__name__ == "Mine"
-
-
-def test_another_format_and_unknown_fields_are_refused() -> None:
-    value = small().to_json()
-    with pytest.raises(ValueError, match="reads format version 2; got 1"):
-        Recipe.from_json({**value, "version": 1})
-    with pytest.raises(ValueError, match="unknown field 'colour'; it has name, model"):
-        Recipe.from_json({**value, "recipe": {**value["recipe"], "colour": 1}})
+        Recipe.from_json(with_rule("my_lab.Mine"))
+    rule = Recipe.from_json(with_rule("my_lab.Mine"), trust=["my_lab"]).rule
+    assert type(rule.build()).__name__ == "Mine"
 
 
 def test_overrides_reach_into_parts_and_are_validated() -> None:
     changed = small().override(
         {"optimizer.lr": 0.05, "rule.k": 2, "epochs": 3, "rule.rescale": True}
     )
-    assert (changed.optimizer.kwargs["lr"], changed.rule.kwargs["k"], changed.epochs) == (
-        0.05,
-        2,
-        3,
-    )
-    for key, value, said in [
-        ("optimiser.lr", 1, "no field 'optimiser'; it has name, model"),
-        ("rule.kk", 1, "SLTT: unexpected keyword 'kk'; it accepts k"),
-        (
-            "rule",
-            1,
-            "rule is a part, SLTT.k=1.; change its keywords: rule.k, rule.chunk, rule.rescale",
-        ),
-        ("epochs", "many", "epochs must be int; got 'many'"),
-        ("epochs.x", 1, "goes below a plain value"),
-    ]:
-        with pytest.raises(ValueError, match=said):
-            small().override({key: value})
+    assert changed.rule == spec(SLTT, k=2, rescale=True)
+    assert (changed.optimizer.kwargs["lr"], changed.epochs) == (0.05, 3)
 
 
 def test_set_parses_python_literals_and_leaves_words_alone() -> None:
@@ -321,8 +349,6 @@ def test_set_parses_python_literals_and_leaves_words_alone() -> None:
         "e": None,
         "f": (1, 2),
     }
-    with pytest.raises(ValueError, match="key=value"):
-        parse_changes(["lr"])
 
 
 @pytest.mark.parametrize(
@@ -343,14 +369,10 @@ def test_a_global_batch_splits_exactly(
     assert split.workers * split.micro_batch * split.accumulation == batch
 
 
-def test_a_batch_that_does_not_divide_names_sizes_that_do() -> None:
-    with pytest.raises(ValueError, match="must divide by 3 workers; got 32, near it 30 and 33 do"):
-        small().split(3)
-
-
 def test_each_field_says_whether_a_study_covers_it_and_whether_it_may_change() -> None:
     main = Role.STUDY | Role.BESIDE | Role.FREE
-    assert [name for name, role in roles().items() if not role & main] == []
+    both = Role.STUDY | Role.BESIDE
+    assert [name for name, role in roles().items() if not role & main or both in role] == []
     assert {name for name, role in roles().items() if Role.FREE in role} == {
         "micro_batch",
         "init",
@@ -361,11 +383,8 @@ def test_each_field_says_whether_a_study_covers_it_and_whether_it_may_change() -
         "checkpoints.keep",
         "log_every",
     }
-    for name in ("policy.skip", "policy.loss_spike", "evaluation.samples"):  # decide results
-        assert Role.STUDY in roles()[name]
-    assert [
-        name for name, role in roles().items() if Role.STUDY in role and Role.BESIDE in role
-    ] == []
+    decide = ("policy.skip", "policy.loss_spike", "evaluation.samples")
+    assert all(Role.STUDY in roles()[name] for name in decide)
 
 
 def test_a_study_and_an_attempt_are_told_apart_by_the_roles_of_fields() -> None:
@@ -391,23 +410,6 @@ def test_selected_fields_stay_in_their_groups() -> None:
     }
 
 
-def test_a_group_refuses_what_its_fields_do_not_admit() -> None:
-    for key, value, said in (
-        ("evaluation", 3, "evaluation is a group; change its fields: evaluation.every, "),
-        ("evaluation.often", 3, "no field 'evaluation.often'; it has evaluation.every, "),
-        ("evaluation.every", -1, "evaluation.every must be at least 0; got -1"),
-        ("checkpoints.keep", 0, "checkpoints.keep must be at least 1; got 0"),
-        ("checkpoints.keep", "two", "checkpoints.keep must be int; got 'two'"),
-        ("evaluation.every.step", 3, "'evaluation.every.step' goes below a plain value, 1"),
-    ):
-        with pytest.raises(ValueError, match=f"^recipe: {re.escape(said)}"):
-            small().override({key: value})
-    value = small().to_json()
-    value["recipe"]["evaluation"]["often"] = 3
-    with pytest.raises(ValueError, match=r"recipe\.json: evaluation: unknown field 'often'"):
-        Recipe.from_json(value)
-
-
 def test_a_recipe_keeps_its_study_key_when_recipes_learn_more() -> None:
     """What is left out is not written: the keys of published studies stay."""
     written = small().to_json()["recipe"]
@@ -415,16 +417,10 @@ def test_a_recipe_keeps_its_study_key_when_recipes_learn_more() -> None:
     assert "mixing" in small(mixing=spec(Mixing, mixup=0.2)).to_json()["recipe"]
 
 
-def test_a_family_is_written_inherited_and_checked_as_a_name() -> None:
+def test_a_family_is_written_and_inherited() -> None:
     recipe = small(family="fashion")
-    assert (
-        Recipe.from_json(recipe.to_json()) == recipe
-        and replace(recipe, name="other").tiny().family == "fashion"
-    )
-    with pytest.raises(
-        ValueError, match="family becomes a folder's name and must not hold '/'; got 'a/b'"
-    ):
-        small(family="a/b")
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert replace(recipe, name="other").tiny().family == "fashion"
 
 
 def test_the_study_key_ignores_rule_seed_name_and_paths_and_nothing_else() -> None:
@@ -447,36 +443,16 @@ def test_the_study_key_ignores_rule_seed_name_and_paths_and_nothing_else() -> No
         replace(base, objective=spec(CrossEntropy, label_smoothing=0.1)),
     ]
     assert {recipe.study_key({"data": "abc"}) for recipe in same} == {key}
-    keys = [recipe.study_key({"data": "abc"}) for recipe in other] + [
-        base.study_key({"data": "abd"})
-    ]
-    assert len({key, *keys}) == 6
+    keys = {recipe.study_key({"data": "abc"}) for recipe in other}
+    assert len({key, *keys, base.study_key({"data": "abd"})}) == 6
 
 
-def test_the_setting_of_a_published_log_is_read_back_and_needs_the_log() -> None:
+def test_a_published_log_and_its_setting_are_read_back() -> None:
     setting = (("time_steps", 4), ("model.over", "time"))
-    recipe = small(published=((1, 0.04),), published_setting=setting)
-    assert (
-        Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
-        and recipe.tiny().published_setting == ()
-    )
+    recipe = small(published=((1, 0.04), (200, 0.79)), published_setting=setting)
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    assert recipe.tiny().published == recipe.tiny().published_setting == ()
     assert recipe.study_key({}) == small().study_key({})
-    with pytest.raises(
-        ValueError,
-        match="recipe: published_setting needs published, the points of the log; it has none",
-    ):
-        small(published_setting=setting)
-
-
-def test_published_points_are_read_back_and_checked() -> None:
-    recipe = small(published=((1, 0.04), (200, 0.79)))
-    assert (
-        Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
-        and recipe.tiny().published == ()
-    )
-    for wrong in (((0, 0.5),), ((1, 50.0),), ((1,),)):
-        with pytest.raises(ValueError, match="recipe: published must be"):
-            small(published=wrong)
 
 
 def test_resolved_paths_are_absolute() -> None:
@@ -486,19 +462,18 @@ def test_resolved_paths_are_absolute() -> None:
 
 
 def test_a_recipe_file_that_fails_names_its_line(tmp_path: Path) -> None:
-    file = tmp_path / "mine.py"
-    file.write_text(
+    (tmp_path / "mine.py").write_text(
         "from pipeline.recipe.recipe import spec\nfrom pipeline.rules.sltt import SLTT\ndef"
         " recipe():\n    return spec(SLTT, q=1)\n"
     )
-    with pytest.raises(ValueError, match=r"mine\.py:4: SLTT: unexpected keyword 'q'"):
-        load_recipe(file)
-    file = tmp_path / "empty.py"
-    file.write_text("x = 1\n")
-    with pytest.raises(ValueError, match=r"must define a function recipe\(\)"):
-        load_recipe(file)
-    with pytest.raises(ValueError, match="does not exist"):
-        load_recipe(tmp_path / "none.py")
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    for name, said in (
+        ("mine.py", r"mine\.py:4: SLTT: unexpected keyword 'q'"),
+        ("empty.py", r"must define a function recipe\(\)"),
+        ("none.py", "does not exist"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_recipe(tmp_path / name)
 
 
 def test_running_a_file_in_a_folder_of_ones_own_is_trusting_its_module(
@@ -513,14 +488,12 @@ def test_running_a_file_in_a_folder_of_ones_own_is_trusting_its_module(
         "class Mine(nn.Module):\n    pass\n\n"
         "def recipe():\n    return small_recipe(model=spec(Mine))\n"
     )
-    made = load_recipe(file)
-    assert isinstance(made, Recipe)
-    [own] = trust_of(made, [file])
-    assert own == "own_experiments.mine" and Recipe.from_json(made.to_json(), trust=[own]) == made
+    (made,) = recipes_of(file)
+    assert trust_of(made, [file]) == ("own_experiments.mine",)
+    assert Recipe.from_json(made.to_json(), trust=["own_experiments.mine"]) == made
+    # The report that it defines is in a package that is trusted anyway.
     ours = Path("recipes/compare/claims_fashion.py")
-    assert (
-        trust_of(load_recipe(ours), [ours]) == ()
-    )  # with a report that it defines, in a package that is trusted anyway
+    assert trust_of(load_recipe(ours), [ours]) == ()
 
 
 def test_every_recipe_file_resolves_and_survives_tiny() -> None:
@@ -532,26 +505,16 @@ def test_every_recipe_file_resolves_and_survives_tiny() -> None:
             assert recipe.family in FAMILIES, path
             head = path.read_text().split('"""')[1]
             assert len(head.strip().splitlines()) <= 15, path
-            assert "Command:" in head, path
-            assert "Source:" in head, path
-            assert "Result:" in head, path
+            assert all(word in head for word in ("Command:", "Source:", "Result:")), path
 
 
 def test_a_recipes_family_is_its_folders_name() -> None:
-    found = {
-        path: {recipe.family for recipe in recipes_of(path)}
-        for path in RECIPES
-        if path.parent.name in FAMILIES
-    }
-    assert len(found) >= 80
-    assert {
-        path: families for path, families in found.items() if families != {path.parent.name}
-    } == {}
+    paths = [path for path in RECIPES if path.parent.name in FAMILIES]
+    assert len(paths) >= 80
+    families = {path: {recipe.family for recipe in recipes_of(path)} for path in paths}
+    assert families == {path: {path.parent.name} for path in paths}
 
 
 def test_a_spec_survives_pickling() -> None:
-    import pickle
-
     part = spec(SLTT, k=3)
-    assert pickle.loads(pickle.dumps(part)) == part
-    assert isinstance(part, Spec)
+    assert pickle.loads(pickle.dumps(part)) == part and isinstance(part, Spec)

@@ -36,9 +36,8 @@ def key(recipe: Recipe) -> str:
 
 
 def test_each_recipe_with_seeds_that_follow_its_own() -> None:
-    suite = over_seeds(
-        Suite((small_recipe(name="a", seed=4), small_recipe(name="b", seed=4, rule=spec(BPTT)))), 3
-    )
+    a, b = small_recipe(name="a", seed=4), small_recipe(name="b", seed=4, rule=spec(BPTT))
+    suite = over_seeds(Suite((a, b)), 3)
     assert [(each.name, each.seed) for each in suite.recipes] == [
         (f"{name}-seed{more}", 4 + more) for more in range(3) for name in "ab"
     ]
@@ -53,12 +52,8 @@ def test_references_stay_within_a_seed() -> None:
     )
     suite = over_seeds(Suite((first, second)), 2)
     assert [each.init for each in suite.recipes] == [None, "@first-seed0", None, "@first-seed1"]
-    [taught] = [each for each in suite.recipes if each.name == "second-seed1"]
-    assert taught.teacher is not None and taught.teacher.kwargs["weights"] == "@first-seed1"
-
-
-def test_one_seed_changes_nothing() -> None:
-    suite = two_rules()
+    taught = suite.recipes[3].teacher
+    assert taught is not None and taught.kwargs["weights"] == "@first-seed1"
     assert over_seeds(suite, 1) is suite
 
 
@@ -72,37 +67,27 @@ def test_every_rule_gets_the_same_search_and_the_tuned_field_leaves_the_key() ->
     for rule in (BPTT, SLTT):
         trials = [each for each in by_protocol["trial"] if each.rule.target is rule]
         assert [each.value_of("optimizer.lr") for each in trials] == list(RATES)
-        assert {each.seed for each in trials} == {0} and {
-            each.evaluation.every for each in trials
-        } == {0}
-        assert {each.data.kwargs["held_out"] for each in trials} == {0.1}
+        assert {(each.seed, each.data.kwargs["held_out"]) for each in trials} == {(0, 0.1)}
         for final in (each for each in by_protocol["tuned"] if each.rule.target is rule):
             assert suite.choices[final.name].trials == tuple(each.name for each in trials)
             assert not final.data.kwargs.get("held_out")
     keys = {protocol: {key(each) for each in recipes} for protocol, recipes in by_protocol.items()}
-    assert [len(each) for each in keys.values()] == [1, 1, 1] and len(
-        set.union(*keys.values())
-    ) == 3
-    final = by_protocol["tuned"][0]
-    assert (
-        key(final.override({"optimizer.lr": 7.0}))
-        == key(final)
-        != key(final.override({"optimizer.momentum": 0.5}))
-    )
-    assert key(by_protocol["shared"][0].override({"optimizer.lr": 7.0})) != key(
-        by_protocol["shared"][0]
-    )
+    assert [len(each) for each in (*keys.values(), set.union(*keys.values()))] == [1, 1, 1, 3]
+    for protocol, field, is_same in (
+        ("tuned", "optimizer.lr", True),
+        ("tuned", "optimizer.momentum", False),
+        ("shared", "optimizer.lr", False),
+    ):
+        first = by_protocol[protocol][0]
+        assert (key(first.override({field: 0.7})) == key(first)) == is_same
     assert {each.searched for each in suite.recipes if each.protocol != "shared"} == {
         tuple(sorted(map(str, RATES)))
     }
-    others = tuned(over_seeds(two_rules(), 2), "optimizer.lr", (*RATES[:-1], 77.0))
-    assert not keys["tuned"] & {
-        key(each) for each in others.recipes
-    }  # two searches are two studies
-    again = tuned(
-        over_seeds(two_rules(), 2), "optimizer.lr", (1, *RATES[-2::-1])
-    )  # the last as an int, and the others backwards
-    assert keys["tuned"] == {key(each) for each in again.recipes if each.protocol == "tuned"}
+    # Two searches are two studies. The same values as ints and in another order are one search.
+    for values, is_same in (((*RATES[:-1], 77.0), False), ((1, *RATES[-2::-1]), True)):
+        again = tuned(over_seeds(two_rules(), 2), "optimizer.lr", values).recipes
+        found = {key(each) for each in again if each.protocol == "tuned"}
+        assert (found == keys["tuned"]) == is_same
     assert suite.report is print_protocols
     assert {each.evaluation.every for each in suite.recipes} == {0}  # the test set is read once
 

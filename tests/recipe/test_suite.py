@@ -3,6 +3,7 @@ may come from elsewhere.
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from pipeline.core.tensor_file import describe_mismatch
 from pipeline.models.mlp import mlp
 from pipeline.models.teachers.network import network_teacher
 from pipeline.recipe.files import load_recipe, trust_of
@@ -58,27 +60,19 @@ def test_references_are_found_wherever_a_path_may_stand_and_filled() -> None:
     recipe = replace(taught(), phases=(phase,))
     assert sorted(references(recipe)) == ["first", "fourth", "second"]
     ready = filled(recipe, lambda name: Path("runs") / name)
-    assert ready.init == "runs/first"
-    assert ready.teacher is not None and ready.teacher.kwargs["weights"] == "runs/second"
-    assert ready.phases[0].data.kwargs["folder"] == "runs/fourth"
-    assert references(ready) == () and ready.name == recipe.name
+    assert ready.teacher is not None and references(ready) == () and ready.name == recipe.name
+    paths = (ready.init, ready.teacher.kwargs["weights"], ready.phases[0].data.kwargs["folder"])
+    assert paths == ("runs/first", "runs/second", "runs/fourth")
 
 
 def test_one_family_for_all() -> None:
-    assert three().family == "first"
-    assert (
-        Suite((small_recipe(name="first"), small_recipe(name="second", family="fashion"))).family
-        == "fashion"
-    )
+    named = Suite((small_recipe(name="first"), small_recipe(name="second", family="fashion")))
+    assert (three().family, named.family) == ("first", "fashion")
 
 
 def test_resolved_paths_are_absolute_and_references_stay() -> None:
     recipe = three().resolved().recipes[2]
-    assert (
-        recipe.init == "@first"
-        and recipe.teacher is not None
-        and recipe.teacher.kwargs["weights"] == "@second"
-    )
+    assert sorted(references(recipe)) == ["first", "second"]
     assert Path(filled(recipe, Path).resolved().init or "").is_absolute()
 
 
@@ -146,9 +140,8 @@ def test_tiny_and_set_reach_every_recipe_and_references_follow() -> None:
     ],
 )
 def test_what_is_no_suite_is_refused_in_one_line(make: Callable[[], Any], said: str) -> None:
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises(ValueError, match=f"^.*{re.escape(said)}.*$"):
         make()
-    assert said in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 # --------------------------------------------------------------------------------------- in advance
@@ -157,15 +150,12 @@ def test_what_is_no_suite_is_refused_in_one_line(make: Callable[[], Any], said: 
 def test_stand_ins_have_the_shapes_of_what_will_be_learnt_and_are_gone_afterwards() -> None:
     with with_placeholder_weights(three()) as recipes:
         assert recipes[:2] == three().recipes[:2]
-        files = [
-            Path(recipes[2].init or ""),
-            Path(recipes[2].teacher.kwargs["weights"] if recipes[2].teacher else ""),
-        ]
+        teacher = recipes[2].teacher
+        assert teacher is not None
+        files = [Path(recipes[2].init or ""), Path(teacher.kwargs["weights"])]
         expected = small_recipe().model.build().state_dict()
         for file in files:
-            assert {key: value.shape for key, value in load_file(file).items()} == {
-                k: v.shape for k, v in expected.items()
-            }
+            assert describe_mismatch(load_file(file), expected) == ""
         check_recipe(recipes[2], 1)
     assert not any(file.exists() for file in files)
 
@@ -189,13 +179,13 @@ def test_a_teacher_that_will_not_fit_is_known_before_anything_trains() -> None:
 
 
 def suite_json(**changes: Any) -> dict[str, Any]:
-    parts = {
-        "suite": three(report).resolved(),
-        "runs": ("a", "b", "c"),
-        "parent": "0" * 32,
-        "cluster": {"inline": True},
-    }
-    return json.loads(json.dumps(SuiteFile(**parts).to_json())) | changes
+    file = SuiteFile(
+        suite=three(report).resolved(),
+        runs=("a", "b", "c"),
+        parent="0" * 32,
+        cluster={"inline": True},
+    )
+    return json.loads(json.dumps(file.to_json())) | changes
 
 
 def test_a_suite_is_the_same_after_json(tmp_path: Path) -> None:
@@ -204,10 +194,8 @@ def test_a_suite_is_the_same_after_json(tmp_path: Path) -> None:
     assert suite_file.to_json() == suite_json()
     suite_file.write(tmp_path)
     assert SuiteFile.read(tmp_path, trust=["tests"]) == suite_file
-    assert runs_of(tmp_path) == {
-        name: tmp_path.parent / run
-        for name, run in zip(("first", "second", "third"), "abc", strict=True)
-    }
+    runs = {"first": "a", "second": "b", "third": "c"}
+    assert runs_of(tmp_path) == {name: tmp_path.parent / run for name, run in runs.items()}
 
 
 def with_child(**changes: Any) -> dict[str, Any]:
@@ -294,28 +282,33 @@ def with_target(target: str) -> dict[str, Any]:
 def test_a_damaged_or_foreign_suite_json_is_refused_in_one_line(
     value: Any, said: str, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "own"
-    folder.mkdir()
-    (folder / "suite.json").write_text(json.dumps(value))
-    with pytest.raises(ValueError) as refusal:
+    folder = written(value, tmp_path)
+    with pytest.raises(ValueError, match=f"^{folder}: .*{re.escape(said)}.*$"):
         SuiteFile.read(folder, trust=["tests"])
-    assert said in str(refusal.value) and "\n" not in str(refusal.value)
-    assert str(refusal.value).startswith(f"{folder}: ")
 
 
-def test_a_run_is_neither_the_suites_folder_nor_a_file(tmp_path: Path) -> None:
-    folder = tmp_path / "own"
-    folder.mkdir()
-    (folder / "suite.json").write_text(json.dumps(with_child(run="own")))
-    with pytest.raises(
-        ValueError,
-        match=r"own: suite.json: a run must be a name of its own in the folder of runs; got 'own'$",
-    ):
-        runs_of(folder)
-    (folder / "suite.json").write_text(json.dumps(suite_json()))
+def written(value: Any, runs: Path) -> Path:
+    (runs / "own").mkdir()
+    (runs / "own" / "suite.json").write_text(json.dumps(value))
+    return runs / "own"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (
+            with_child(run="own"),
+            "own: suite.json: a run must be a name of its own in the folder of runs; got 'own'$",
+        ),
+        (suite_json(), r"own: a run must be a folder; .*/b is a file$"),
+    ],
+)
+def test_a_run_is_neither_the_suites_folder_nor_a_file(
+    value: Any, said: str, tmp_path: Path
+) -> None:
     (tmp_path / "b").touch()
-    with pytest.raises(ValueError, match=r"own: a run must be a folder; .*/b is a file$"):
-        runs_of(folder)
+    with pytest.raises(ValueError, match=said):
+        runs_of(written(value, tmp_path))
 
 
 def test_nothing_of_ones_own_is_imported_without_trust() -> None:
@@ -343,8 +336,9 @@ def test_a_recipe_file_gives_a_recipe_a_list_or_a_suite(
         made[stem] = load_recipe(tmp_path / f"{stem}.py")
         assert len(recipes_of(tmp_path / f"{stem}.py")) == (2 if stem == "of_two" else 1)
     assert made["of_one"] == small_recipe()
-    assert isinstance(made["of_two"], Suite) and made["of_two"].report is None
-    assert isinstance(made["of_suite"], Suite) and made["of_suite"].report is not None
+    two, suite = made["of_two"], made["of_suite"]
+    assert isinstance(two, Suite) and two.report is None
+    assert isinstance(suite, Suite) and suite.report is not None
     # The report alone is the file's own here, and running the file was trusting it.
     assert {stem: trust_of(each, [tmp_path / f"{stem}.py"]) for stem, each in made.items()} == {
         "of_one": (),
@@ -354,8 +348,6 @@ def test_a_recipe_file_gives_a_recipe_a_list_or_a_suite(
     (tmp_path / "twice.py").write_text(
         f"{head}def recipe():\n    return [small_recipe(), small_recipe()]\n"
     )
-    with pytest.raises(
-        ValueError,
-        match=r"twice\.py: suite: recipes must have names of their own; got two of 'small'",
-    ):
+    said = r"twice\.py: suite: recipes must have names of their own; got two of 'small'"
+    with pytest.raises(ValueError, match=said):
         load_recipe(tmp_path / "twice.py")

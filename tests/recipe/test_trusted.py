@@ -1,4 +1,4 @@
-"""What recipe.json may import reads and writes no file of its own accord.
+"""What recipe.json may import reads and writes no file of its own accord, and recipes hold values.
 
 Whoever writes a recipe.json chooses every keyword of its parts.
 """
@@ -59,10 +59,9 @@ MODULES = {
     "pipeline.core.files", "pipeline.recipe.json",
     "pipeline.core.tensor_file.read_state", "pipeline.core.tensor_file.load_data",
 }  # fmt: skip
-ITS_OWN = {"layer.open"}
-"""methods of ours that have the name of one that opens a file"""
+ITS_OWN = {"layer.open"}  # methods of ours that have the name of one that opens a file
+# What data sets may import: it reads the files that they name, for a loader.
 READER_OF_DATA = "pipeline.data.ffcv"
-"""what data sets may import: it reads the files that they name, for a loader"""
 
 
 def modules() -> list[ModuleType]:
@@ -77,39 +76,37 @@ def modules() -> list[ModuleType]:
     return found
 
 
+def imported_by(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            yield from (module + each.name for each in node.names)
+
+
 def touches_files(source: str) -> Iterator[str]:
     """The calls and imports in a source by which it could read or write a file, or run code."""
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    for name in imported_by(tree):
+        if is_inside(name, MODULES | {READER_OF_DATA}):
+            yield f"imports {name}"
+    for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             name = called.rpartition(".")[2]
             if called in BUILTINS or ("." in called and name in METHODS and called not in ITS_OWN):
                 yield f"calls {called}"
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
-            for name in (module + each.name for each in node.names):
-                if is_inside(name, MODULES | {READER_OF_DATA}):
-                    yield f"imports {name}"
 
 
 def test_trusted_modules_read_and_write_no_file() -> None:
     found = modules()
     rooms = {module.__name__.rsplit(".", 1)[0] for module in found}
-    assert {
-        "pipeline.data.datasets",
-        "pipeline.models",
-        "pipeline.rules",
-        "pipeline.spiking",
-    } <= rooms
-    said = {
-        module.__name__: [
-            text
-            for text in touches_files(Path(str(module.__file__)).read_text())
-            if READER_OF_DATA not in text or not is_inside(module.__name__, ["pipeline.data"])
-        ]
+    assert {f"pipeline.{room}" for room in ("data.datasets", "models", "rules", "spiking")} <= rooms
+    assert [
+        (module.__name__, text)
         for module in found
-    }
-    assert {name: lines for name, lines in said.items() if lines} == {}
+        for text in touches_files(Path(str(module.__file__)).read_text())
+        if READER_OF_DATA not in text or not is_inside(module.__name__, ["pipeline.data"])
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -135,15 +132,12 @@ def test_a_reader_is_found(source: str, said: str) -> None:
 
 def test_of_the_teachers_only_what_is_named_is_trusted() -> None:
     assert {name for name in TRUSTED if name.startswith("pipeline.models.teachers.")} == READERS
-    assert not is_trusted("pipeline.models.teachers.cache.CachedPredictions", TRUSTED)
-    assert not is_trusted("pipeline.models.teachers", TRUSTED)
+    teachers = "pipeline.models.teachers"
+    name = f"{teachers}.cache.CachedPredictions"
+    assert not is_trusted(name, TRUSTED) and not is_trusted(teachers, TRUSTED)
     assert is_trusted("pipeline.models.vgg.vgg_sws", TRUSTED)
-
-
-def test_a_user_may_trust_what_is_refused_by_name() -> None:
-    name = "pipeline.models.teachers.cache.CachedPredictions"
-    assert is_trusted(name, (*TRUSTED, name))
-    assert is_trusted(name, (*TRUSTED, "pipeline.models.teachers"))
+    # A user may trust what is refused by name.
+    assert is_trusted(name, (*TRUSTED, name)) and is_trusted(name, (*TRUSTED, teachers))
 
 
 def test_of_what_is_trusted_only_data_and_teachers_take_a_path() -> None:
@@ -170,3 +164,14 @@ def test_of_what_is_trusted_only_data_and_teachers_take_a_path() -> None:
         ("_stored", "path"),
         ("_check_sides", "path"),  # of data sets
     }
+
+
+def test_no_recipe_starts_a_run_or_a_measurement() -> None:
+    """None imports what trains or measures, not even for its report."""
+    never = ("pipeline.launch", "pipeline.forecast", "pipeline.train.trainer", "subprocess", "ray")
+    files = sorted(Path("recipes").rglob("*.py"))
+    imports = {file: list(imported_by(ast.parse(file.read_text()))) for file in files}
+    assert sum(map(len, imports.values())) > 200
+    assert [
+        (file, name) for file, names in imports.items() for name in names if is_inside(name, never)
+    ] == []

@@ -12,8 +12,7 @@ from rich.console import Console
 from pipeline.cli.doctor import print_findings
 from pipeline.core.printing import new_console
 from pipeline.forecast.bench import Cost, TeacherCost
-from pipeline.forecast.devices import DEVICES
-from pipeline.forecast.plan import Cluster, Plan, Planned
+from pipeline.forecast.plan import DEVICES, Cluster, Plan, Planned
 from pipeline.forecast.probe import Probe
 from pipeline.forecast.sweep import Point, Sweep
 from pipeline.launch.preflight import Finding

@@ -38,9 +38,8 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from pipeline.core.errors import UserError
-from pipeline.core.files import Unreadable, retry_read, sync_folder, write_whole
+from pipeline.core.files import MARKER, Unreadable, retry_read, sync_folder, write_whole
 from pipeline.core.run_folder import RunFolder
-from pipeline.core.shared_marker import MARKER
 from pipeline.recipe.spec import arguments_of
 from pipeline.train.checkpoint.manifest import MANIFEST, read_manifest
 

@@ -10,8 +10,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from pipeline.core import shared_marker as shared
-from pipeline.core.shared_marker import Marker
+from pipeline.core import files as shared
+from pipeline.core.files import Marker
 from pipeline.train import assemble, worker
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.checkpoint import Place

@@ -1,0 +1,265 @@
+"""`spiketrain probe`, `sweep` and `plan` on recipe files."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.cli.forecast import _threads
+from pipeline.recipe.recipe import Evaluation, spec, write_json
+from pipeline.rules.bptt import BPTT
+from tests.helpers.small import Command, command, recipes_of, train_inline
+
+RECIPE = """
+from tests.helpers.small import small_recipe
+from pipeline.recipe.recipe import spec
+from pipeline.models.mlp import mlp
+
+def recipe():
+    return small_recipe(model=spec(mlp, in_features=64, hidden=(16,)))
+"""
+SEVERAL = """
+from dataclasses import replace
+from pipeline.models.mlp import mlp
+from pipeline.recipe.recipe import spec
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
+from tests.helpers.small import small_recipe
+
+def recipe():
+    one = small_recipe(model=spec(mlp, in_features=64, hidden=(8,)), rule=spec(SLTT))
+    bptt = replace(one, name="bptt", rule=spec(BPTT))
+    rules = [one, bptt, replace(one, name="two", rule=spec(SLTT, k=2), seed=1)]
+    return [*rules, replace(one, name="wide", init="@bptt", micro_batch=4)]
+"""
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return command(monkeypatch, capsys)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    (tmp_path / "mine.py").write_text(RECIPE)
+    return str(tmp_path / "mine.py")
+
+
+def test_probe(file: str, run: Command) -> None:
+    code, out, err = run("probe", file, "--batch", "4")
+    assert (code, err) == (0, "")
+    assert "one batch of 4 samples, T = 3, before any training" in out
+    assert "temporal share" in out and "not in the tables: DSR" in out
+    found = json.loads(run("probe", file, "--format", "json")[1])
+    assert {cost["rule"] for cost in found["costs"]} >= {"BPTT", "SLTT"} and found["advice"]
+
+
+def test_sweep(file: str, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    code, out, err = run("sweep", file, *["--steps", "2,4", "--batch", "auto", "--memory", "0.001"])
+    assert (code, err) == (0, "")
+    assert "largest batch" in out and "times the bytes at T = 4 as at T = 2" in out
+    assert "about: an estimate" in out and "of its" not in out
+    words = "--steps 4 --batch auto --memory 0.00006 --at-largest"
+    code, out, err = run("sweep", file, *words.split())
+    assert (code, err) == (0, "")
+    assert "of its fwd+bwd" in out and 'without "about": trained, and fitted' in out
+    _, out, _ = run("sweep", file, *["--steps", "2", "--batch", "4", "--format", "json"])
+    assert json.loads(out)["samples"] == 4 and json.loads(out)["commit"]
+
+
+def test_plan(file: str, run: Command) -> None:
+    words = ("plan", file, "--device", "h100", "--price", "2")
+    code, out, err = run(*words)
+    assert (code, err) == (0, "")
+    assert "a model, not measured" in out and "Fastest" in out
+    assert "roofline at 40%" in " ".join(out.split())
+    found = json.loads(run(*words, "--format", "json")[1])
+    assert {each["rule"] for each in found["rules"]} >= {"BPTT", "SLTT"}
+    assert found["kind"] == "a model, not measured"
+    code, out, _ = run("plan", file)
+    assert code == 0
+    assert "batches of 2 and 8 that were trained on this machine (" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "once"),
+    [
+        ("probe", ["one batch of 8 samples", "one batch of 4 samples"]),
+        ("sweep --steps 2", ["one batch of 8 samples", "one batch of 4 samples"]),
+        ("plan --device h100", ["small, bptt, two: a model", "wide: a model"]),
+    ],
+)
+def test_each_network_of_several_recipes_is_forecast_once_with_all_their_rules(
+    words: str, once: list[str], file: str, run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(file).write_text(SEVERAL)
+    monkeypatch.setattr("pipeline.forecast.bench.RULES", (spec(BPTT),))
+    verb, *more = words.split()
+    code, out, err = run(verb, file, *more)
+    assert (code, err) == (0, "")
+    assert [out.count(each) for each in once] == [1, 1]
+    assert "small, bptt, two" in out and "\nwide" in out
+    found = json.loads(run(verb, file, *more, "--format", "json")[1])
+    rules = [re.findall(r'"rule": "([\w-]+)"', json.dumps(each)) for each in found]
+    assert [each["recipe"] for each in found] == ["small, bptt, two", "wide"]
+    assert list(map(set, rules)) == [{"BPTT", "SLTT", "SLTT-2"}, {"BPTT", "SLTT"}]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_a_plan_at_full_size_takes_less_than_a_minute_of_one_core_and_no_data() -> None:
+    words = "plan recipes/imagenet/nf_resnet34_sltt.py --workers 64 --device h100 --format json"
+    before = os.times()
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", *words.split()],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert sum(os.times()[2:4]) - sum(before[2:4]) < 60  # seconds of children
+    found = json.loads(done.stdout)
+    planned = {each["rule"]: each for each in found["rules"]}
+    assert found["samples"] is None and done.stderr.count("counting a step of") == 10
+    assert planned["SLTT"]["flops"] == planned["BPTT"]["flops"] == 512_475_856_896
+    assert planned["SLTT"]["saved_bytes"] < planned["BPTT"]["saved_bytes"] / 4
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_a_plan_against_what_was_launched(file: str, run: Command, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    (recipe,) = recipes_of(Path(file))
+    # 240 batches: one that the machine delays weighs little
+    long = replace(recipe, epochs=30, evaluation=Evaluation(every=0))
+    summary = train_inline(runs / "launched", long)
+    assert summary is not None
+    words = ("plan", file, "--runs", str(runs), "--against", "launched")
+    code, out, err = run(*words, "--format", "json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    off = found["against"]
+    [planned] = [each for each in found["rules"] if each["rule"] == summary["rule"]]
+    assert off["rule"] == summary["rule"]
+    assert off["saved_bytes"] == {
+        "planned": planned["saved_bytes"],
+        "measured": summary["peak_saved_bytes"],
+        "error": 0,
+    }
+    step = off["step_s"]
+    assert step["measured"] == pytest.approx(recipe.batch_size / summary["images_per_s"])
+    assert step["error"] == pytest.approx(step["planned"] / step["measured"] - 1)
+    assert 0.4 < step["planned"] / step["measured"] < 2.5
+    assert "Against launched, SLTT-2: saved for backward" in " ".join(run(*words)[1].split())
+
+    written = runs / "launched" / "summary.json"
+    summary = json.loads(written.read_text())
+    [trained] = summary["trained_on"]
+
+    def with_hardware(**changes: Any) -> dict[str, Any]:
+        return {**trained, "hardware": {**trained["hardware"], **changes}}
+
+    halved, on_card = {**trained, "micro_batch": 4}, with_hardware(gpu="NVIDIA H100 80GB HBM3")
+    differs = "plan: --against must be a run of what is planned; launched differs:"
+    for changes, more, code, said in (
+        ({}, ("--set", "batch_size=16"), 2, f"{differs} batch_size: 16 and 8\n"),
+        # another rule of the same label
+        ({}, ("--set", "rule.rescale=False"), 2, f"{differs} rule."),
+        (
+            {"trained_on": [trained, halved]},
+            (),
+            2,
+            "plan: --against must be a run that changed nothing on the way; launched did:"
+            " micro_batch: 8 and 4\n",
+        ),
+        ({"trained_on": [halved]}, (), 2, f"{differs} micro_batch: 8 and 4\n"),
+        (
+            {"trained_on": [{**with_hardware(cores=1), "own_cores": True}]},
+            (),
+            0,
+            "It had cores of its own; runs on the others,",
+        ),
+        ({"trained_on": [with_hardware(cores=99)]}, (), 2, "launched differs: hardware.cores: "),
+        # it trained on cores
+        ({}, ("--device", "h100"), 2, f"{differs} card: NVIDIA H100 80GB HBM3 and none\n"),
+        ({"trained_on": [on_card]}, ("--device", "h100"), 0, "Against launched"),
+        (
+            {"trained_on": [on_card]},
+            ("--device", "a100"),
+            2,
+            f"{differs} card: NVIDIA A100-SXM4-80GB and NVIDIA H100 80GB HBM3\n",
+        ),
+        (
+            {"peak_saved_bytes": None},
+            (),
+            2,
+            "plan: --against must be a run that has finished, of more than a few batches, on one of"
+            " which its saved bytes were counted; got launched\n",
+        ),
+    ):
+        write_json(written, {**summary, **changes})
+        got, out, err = run(*words, *more)
+        assert got == code and said in (" ".join(out.split()) if code == 0 else err), err
+    written.unlink()
+    code, _, err = run(*words)
+    assert code == 2 and "must be a run that has finished, of more than a few batches" in err
+
+
+def test_a_worker_gets_the_cores_that_a_launch_would_give_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One on a CPU; on a card its share of the node."""
+    assert (_threads("probe", "auto"), _threads("probe", "3")) == (1, 3)
+    monkeypatch.setattr("pipeline.core.cores.cores_here", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert _threads("probe", "auto") == 8
+    said = "probe: --cpus-per-worker must be a number of cores or auto; got x"
+    with pytest.raises(ValueError, match=said):
+        _threads("probe", "x")
+
+
+MEMORY = "sweep: --memory is a limit in GB, from 1e-6 to 1e6, for --batch auto; got"
+STEPS = "sweep: --steps must be numbers of time steps, such as 1,2,4,8; got"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("probe --batch 1000", None),
+        ("sweep --steps 1,x", f"{STEPS} '1,x'"),
+        ("sweep --steps 0", f"{STEPS} '0'"),
+        (
+            "sweep --batch 4 --at-largest",
+            "sweep: --at-largest tries what --batch auto finds; got --batch 4",
+        ),
+        ("sweep --batch none", "sweep: --batch must be a number of samples or auto; got none"),
+        ("sweep --memory 3", f"{MEMORY} 3 with --batch None"),
+        ("sweep --memory inf --batch auto", f"{MEMORY} inf with --batch auto"),
+        (
+            "plan --device h1000",
+            "plan: --device must be here, h100, h200, a100, v100, rtx4090; got h1000",
+        ),
+        (
+            "plan --device v100 --set precision=bf16",
+            "plan: V100 SXM2, 32 GB: precision must be fp32; got bf16",
+        ),
+        (
+            "plan --node-gbps 100",
+            "plan: --per-node and --node-gbps are of cards in nodes; what links machines like this"
+            " one is measured",
+        ),
+    ],
+)
+def test_bad_use_ends_in_a_line(words: str, said: str | None, file: str, run: Command) -> None:
+    verb, *more = words.split()
+    code, out, err = run(verb, file, *more)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said is None or err == f"{said}\n"
