@@ -134,8 +134,8 @@ class DSR(Rule):
                 for part_TB in parts
             ]
             for _, neuron in named_neurons(twin):
-                neuron.gradient = _unbounded_ramp
-        neurons = dict(zip(twin.modules(), model.modules(), strict=True))
+                neuron.gradient = _unbounded_ramp  # type: ignore[assignment]
+        neurons: dict[nn.Module, Any] = dict(zip(twin.modules(), model.modules(), strict=True))
         for neuron in _execution_order(twin, parts[0]):
             rates = (_input_rate(neuron, twin, part_TB) for part_TB in parts)
             height = _percentile(rates, samples)
