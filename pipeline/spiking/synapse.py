@@ -24,7 +24,7 @@ NF-ResNet.
 # T time, B batch, C channels, H W pixels
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -252,6 +252,11 @@ class _ConvWithSeams(torch.autograd.Function):
             [want_x, want_weight, want_bias],
         )
         return g_x, None, g_weight, g_bias, None, None
+
+
+def is_inside(name: str, modules: Sequence[str]) -> bool:
+    """Whether the dotted name of a module or parameter is one of `modules` or lies in one."""
+    return any(name == each or name.startswith(each + ".") for each in modules)
 
 
 def error_weight(weight: Tensor, downward: BackwardWeight | None) -> Tensor:
