@@ -11,7 +11,6 @@ from pipeline.models.residual import (
     Repeat,
     Rescaled,
     Residual,
-    StreamVariance,
 )
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.norm import BatchNorm
@@ -209,18 +208,18 @@ def test_group_mean_undoes_repeat():
 
 def test_expected_variance_of_a_stream():
     """Against streams drawn at random: branches of unit variance, weighted by ALPHA."""
-    stream = StreamVariance()
+    factory = blocks("multiple", "sws")
     x = torch.randn(1, 1, 2, 1_000_000, dtype=torch.float64)
-    stream.add()
+    factory.residual([Layer(2, 2)])
     x = x + ALPHA * torch.randn_like(x)
-    stream.repeat()
+    factory.residual([Layer(2, 8)])
     x = Repeat(4)(x)
     x = x + 5 * ALPHA * torch.randn_like(x)  # louder than expected, so that the division is seen
-    stream.own *= 25
-    assert x.var().item() == pytest.approx(stream.variance, rel=0.01)
-    stream.average(4)
+    factory.own *= 25
+    assert x.var().item() == pytest.approx(factory.shared + factory.own, rel=0.01)
+    factory.residual([Layer(8, 2)])
     x = GroupMean(4)(x)
     x = x + ALPHA * torch.randn_like(x)
-    assert x.var().item() == pytest.approx(stream.variance, rel=0.01)
-    stream.restart()
-    assert stream.variance == 1 + ALPHA**2
+    assert x.var().item() == pytest.approx(factory.shared + factory.own, rel=0.01)
+    factory.residual([Layer(2, 2, 3, 2)])
+    assert (factory.shared, factory.own) == (1 + ALPHA**2, 0)
