@@ -11,7 +11,7 @@ S is a synapse, N its norm, L a neuron; h = first(x), y = last(shortcut + branch
 
 Under "membrane" and "multiple" the synapses see spikes. The last two put a shortcut around every
 neuron, synapse and norm, because two binary layers between shortcuts lose too much. "multiple_all"
-is "multiple" with shortcuts around the projections of an attention as well (`models/attention.py`).
+is "multiple" with shortcuts around the projections of an attention as well (`models/qkformer.py`).
 Where the number of channels changes by a whole factor, such a shortcut repeats the channels, or
 averages groups of r channels. Where the stride changes, it is an average pool and a 1x1 synapse
 with its norm. A mean over groups of spikes is graded, so later synapses of "sew_multiple" see

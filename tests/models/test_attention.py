@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.attention import Attention, OverSamples, SelfAttention, TokenQK
+from pipeline.models.qkformer import Attention, OverSamples, SelfAttention, TokenQK
 from pipeline.models.residual import BlockFactory
 from pipeline.spiking.neuron import LIF, PLIF
 from pipeline.spiking.norm import BatchNorm

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.models.vgg import Feedback, vgg_sws, vgg_sws_f
+from pipeline.models.vgg import vgg_sws, vgg_sws_f
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.rules.ide import IDE
@@ -16,7 +16,7 @@ from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.limit import SpectralLimit
-from pipeline.spiking.neuron import IF, LIF
+from pipeline.spiking.neuron import IF, LIF, identity
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import State, state_bytes, states_of
@@ -376,20 +376,17 @@ class Recurrent(nn.Module):
     def __init__(self, decay: float) -> None:
         super().__init__()
         self.inputs, self.lateral = Linear(INPUTS, HIDDEN), Linear(HIDDEN, HIDDEN, bias=False)
-        self.neuron, self.spikes, self.readout = (
-            LIF(decay, surrogate=Sigmoid()),
-            Feedback(),
-            Linear(HIDDEN, CLASSES),
-        )
+        self.neuron, self.readout = LIF(decay, surrogate=Sigmoid()), Linear(HIDDEN, CLASSES)
+        self.carry, self.state = identity, State("Recurrent")
 
     def forward(self, x_TBC: Tensor) -> Tensor:
         logits = []
         for x_1BC in x_TBC.split(1):
-            current, before = self.inputs(x_1BC), self.spikes.recall()
+            current, before = self.inputs(x_1BC), self.state.read("s")
             s_1BC = self.neuron(
                 current + self.lateral(torch.zeros_like(current) if before is None else before)
             )
-            self.spikes.keep(s_1BC)
+            self.state.write("s", self.carry(s_1BC))
             logits.append(self.readout(s_1BC))
         return torch.cat(logits)
 
