@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.spiking.encode import is_static, repeat
-from pipeline.spiking.norm import repeated_steps
+from pipeline.spiking.norm import batch_norms
 from pipeline.spiking.state import State, attribute_set
 
 Backwards = Literal["one", "several"]
@@ -39,6 +39,9 @@ Backwards = Literal["one", "several"]
 
 class SliceCache:
     """The shared values of the slices of one batch of `steps` time steps.
+
+    A rule sets `is_last` for the last differentiated slice. `frame_B` is the frame of a static
+    input, once it was seen.
 
     Args:
         backwards: "one" if a single backward call passes through all slices, "several" if there are
@@ -57,10 +60,8 @@ class SliceCache:
         self.backwards: Backwards = backwards
         self.parameters = parameters
         self.is_last = False
-        """whether the current slice is the last differentiated one; set by the rule"""
         self.needs_graph = torch.is_grad_enabled()
         self.frame_B: Tensor | None = None
-        """the frame of a static input, once it was seen"""
         self._is_computing = False
         self._computed: list[tuple[State, Tensor]] = []
 
@@ -126,9 +127,9 @@ class SliceCache:
         if not new:
             return
         leaves = (*(copy for _, copy in copies), *self.parameters())
-        places = Counter(_storage_id(leaf.grad) for leaf in leaves if leaf.grad is not None)
+        places = Counter(_storage(leaf.grad)[0] for leaf in leaves if leaf.grad is not None)
         for state, copy, gradient in new:
-            if places[_storage_id(gradient)] > 1:
+            if places[_storage(gradient)[0]] > 1:
                 gradient = copy.grad = gradient.clone()
             state.write("gradient", gradient)
 
@@ -155,10 +156,6 @@ class _AddGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         return (grad_outputs[0], None, *(state.read("gradient") for state in ctx.states))
-
-
-def _storage_id(value: Tensor) -> int:
-    return value.untyped_storage()._cdata  # not the address, which a meta tensor lacks
 
 
 @contextmanager
@@ -198,19 +195,16 @@ class StaticInput(nn.Sequential):
         if (
             cache is None
             or not _is_slice_of_static_frame(input, cache)
-            or self._has_presynaptic_seam
+            or any(getattr(module, "presynaptic", None) is not None for module in self.modules())
         ):
             return super().forward(input)
 
         def compute() -> Tensor:
-            with repeated_steps(self, cache.steps):
+            # Batch norm treats its input as one frame repeated `steps` times.
+            with attribute_set(batch_norms(self), "repeats", cache.steps):
                 return super(StaticInput, self).forward(input)[0]
 
         return repeat(cache.once(self.state, compute), len(input))
-
-    @property
-    def _has_presynaptic_seam(self) -> bool:
-        return any(getattr(module, "presynaptic", None) is not None for module in self.modules())
 
 
 def _is_slice_of_static_frame(x_TB: Tensor, cache: SliceCache) -> bool:

@@ -64,13 +64,11 @@ def fresh_state(model: nn.Module) -> Iterator[None]:
             "fresh_state: leave the first fresh_state before entering another; got a"
             f" {state.owner} already open",
         )
-    for state in states:
-        state.is_open = True
     try:
-        yield
+        with attribute_set(states, "is_open", True):
+            yield
     finally:
         for state in states:
-            state.is_open = False
             state.values.clear()
 
 
