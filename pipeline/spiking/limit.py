@@ -94,8 +94,7 @@ class SpectralLimit(LimitedSynapse):
             or not torch.equal(product(V_MN, v), product_M)
         ):
             u, v = top_singular_vectors(V_MN, steps=STEPS)
-            for name, value in (("u", u), ("v", v), ("product", product(V_MN, v))):
-                self.state.write(name, value)
+            self.state.values.update(u=u, v=v, product=product(V_MN, v))
         return singular_value(u, V_MN, v)
 
 

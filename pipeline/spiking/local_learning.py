@@ -133,10 +133,8 @@ class LocalGradient:
         if self.sign < 0 and last_BN is not None:
             z_BN = -last_BN
         else:
-            units = v_B[0].numel()
-            z_BN = noise(self.keys, units, distribution=self.distribution, device=v_B.device).to(
-                v_B.dtype
-            )
+            how: Any = {"distribution": self.distribution, "device": v_B.device}
+            z_BN = noise(self.keys, v_B[0].numel(), **how).to(v_B.dtype)
         self.state.write("z", z_BN)
         return self.scale * z_BN.view_as(v_B)
 
@@ -180,13 +178,9 @@ class _InjectGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (share,) = grad_outputs
         signals = ctx.saved_tensors
-        return (
-            None,
-            *(share.to(signal.dtype) * signal for signal in signals),
-            *[None] * len(signals),
-        )
+        gradients = [grad_outputs[0].to(signal.dtype) * signal for signal in signals]
+        return (None, *gradients, *[None] * len(signals))
 
 
 def refuse_skip_connections(who: str, model: nn.Module, ends: Mapping[str, Tensor]) -> None:
@@ -214,14 +208,10 @@ def refuse_skip_connections(who: str, model: nn.Module, ends: Mapping[str, Tenso
 
 def _leaves(value: Tensor) -> set[int]:
     """The ids of the leaf tensors in the graph of `value`."""
-    leaves, seen, todo = set(), set(), [value.grad_fn]
+    nodes, todo = set(), [value.grad_fn]
     while todo:
         node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            leaves.add(id(leaf))
-        todo.extend(after for after, _ in node.next_functions)
-    return leaves
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            todo.extend(after for after, _ in node.next_functions)
+    return {id(node.variable) for node in nodes if hasattr(node, "variable")}

@@ -40,11 +40,11 @@ class State:
         self.values[name] = value
 
     def _check_open(self) -> None:
-        if not self.is_open:
-            raise ValueError(
-                f"{self.owner}: its membrane or trace exists only inside fresh_state; "
-                "write `with fresh_state(model): logits_TBK = model(x_TB)`"
-            )
+        require(
+            self.is_open,
+            f"{self.owner}: its membrane or trace exists only inside fresh_state; write"
+            " `with fresh_state(model): logits_TBK = model(x_TB)`",
+        )
 
 
 @contextmanager

@@ -75,17 +75,17 @@ class Subspace(nn.Module):
 
         The new rows are drawn from `key` alone and are orthogonal to all others.
         """
-        old, dtype, device = self.old.double(), self.old.dtype, self.old.device
-        self.old = torch.cat(
-            [self.old, orthonormal(orthonormal(self.new.double(), old), old).to(dtype)]
-        )
         generator = torch.Generator().manual_seed(key & 0x7FFF_FFFF_FFFF_FFFF)
-        drawn = torch.randn(count, self.old.shape[1], generator=generator, dtype=torch.float64).to(
-            device
-        )
-        old = self.old.double()
-        self.new = orthonormal(orthonormal(drawn, old), old).to(dtype)
+        size, double = self.old.shape[1], torch.float64
+        drawn = torch.randn(count, size, generator=generator, dtype=double).to(self.old.device)
+        self.old = torch.cat([self.old, self._beside_old(self.new)])
+        self.new = self._beside_old(drawn)
         self.velocity = torch.zeros_like(self.new)
+
+    def _beside_old(self, rows: Tensor) -> Tensor:
+        """Orthonormal rows, orthogonal to the frozen ones, in float64 and twice for exactness."""
+        old = self.old.double()
+        return orthonormal(orthonormal(rows.double(), old), old).to(self.old.dtype)
 
     @torch.no_grad()
     def learn(self, moments: "Moments", *, rate: float, momentum: float, iterations: int) -> None:
@@ -279,8 +279,8 @@ class InputRecorder:
 
     def bytes(self) -> int:
         """Bytes of the moments of the current batch and of the last one."""
-        as_large = vars(self.moments(self.subspace)).values()
-        return 2 * sum(each.nbytes for each in as_large if isinstance(each, Tensor))
+        values = vars(self.moments(self.subspace)).values()
+        return 2 * sum(each.nbytes for each in values if isinstance(each, Tensor))
 
     def finish(self, over_ranks: Callable[[Tensor], Tensor]) -> Moments | None:
         """The moments of a global batch, averaged over ranks, and a new start. Collective.
