@@ -60,8 +60,8 @@ class FeedbackNetwork(nn.Module):
         self.flat = flat
 
     def forward(self, x_TB: Tensor) -> Tensor:
-        rate_TB = self.equilibrium(x_TB.flatten(2) if self.flat else x_TB)
-        return self.classifier(self.dropout(rate_TB.flatten(2)))
+        x_TB = x_TB.flatten(2) if self.flat else x_TB
+        return self.classifier(self.dropout(self.equilibrium(x_TB).flatten(2)))
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):

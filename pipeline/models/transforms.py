@@ -220,9 +220,10 @@ def with_readouts(
                     "with_readouts: a synapse must stand in front of each neuron; got none before"
                     f" {name}"
                 )
-            count = next(cells_of)
-            cells_here = count if isinstance(synapse, Conv2d) else 1
-            readout = Readout(len(synapse.weight), classes, cells=cells_here)
+            count = next(cells_of)  # of regions a side, for an image
+            readout = Readout(
+                len(synapse.weight), classes, cells=count if isinstance(synapse, Conv2d) else 1
+            )
             parent, _, last = name.rpartition(".")
             setattr(network.get_submodule(parent), last, nn.Sequential(module, readout))
     outputs = None if synapse is None else len(synapse.weight)

@@ -137,8 +137,7 @@ class DSR(Rule):
                 neuron.gradient = _unbounded_ramp  # type: ignore[assignment]
         neurons: dict[nn.Module, Any] = dict(zip(twin.modules(), model.modules(), strict=True))
         for neuron in _execution_order(twin, parts[0]):
-            rates = (_input_rate(neuron, twin, part_TB) for part_TB in parts)
-            height = _percentile(rates, samples)
+            height = _percentile((_input_rate(neuron, twin, x_TB) for x_TB in parts), samples)
             for each in (neuron, neurons[neuron]):
                 each.threshold.fill_(max(neuron.dt * float(height), neuron.bound))
 

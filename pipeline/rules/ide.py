@@ -152,8 +152,10 @@ class _Adjoint:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        evaluations = solution.iterations_B.double().mean().item()
-        self.metrics = {"residual": residual, "iterations": evaluations}
+        self.metrics = {
+            "residual": residual,
+            "iterations": solution.iterations_B.double().mean().item(),
+        }
         return solution.beta_B
 
 

@@ -122,8 +122,11 @@ class OTTT(Rule):
                     cache.is_last = index == last
                 logits_TBK = model(x_cB) if self._order_is_known else self._checked(model, x_cB)
                 loss, share_BK = slice_loss(logits_TBK, loss_of, steps=steps)
-                backward = loss if cache is None else cache.with_gradients(loss)
-                yield LossTerm(backward=backward, loss=loss.detach(), logits=share_BK)
+                yield LossTerm(
+                    backward=loss if cache is None else cache.with_gradients(loss),
+                    loss=loss.detach(),
+                    logits=share_BK,
+                )
 
     def _checked(self, model: nn.Module, x_cB: Tensor) -> Tensor:
         """The logits of the first slice.

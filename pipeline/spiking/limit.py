@@ -44,10 +44,10 @@ class LimitedSynapse(nn.Module):
 
     def __init__(self, synapse: nn.Module) -> None:
         super().__init__()
-        takes_weight = "weight" in inspect.signature(synapse.forward).parameters
-        plain = takes_weight and getattr(synapse, "weights", "plain") == "plain"
         require(
-            plain and getattr(synapse, "bias", None) is None,
+            "weight" in inspect.signature(synapse.forward).parameters
+            and getattr(synapse, "weights", "plain") == "plain"
+            and getattr(synapse, "bias", None) is None,
             f"{type(self).__name__}: the synapse must be one of pipeline.spiking.synapse, plain"
             f" and without bias; got {synapse}",
         )

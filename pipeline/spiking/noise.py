@@ -52,8 +52,7 @@ def noise(
 
 
 def _normal(keys_B: Tensor, units: int) -> Tensor:
-    pairs = (units + 1) // 2
-    bits_BP = _bits(keys_B, pairs)
+    bits_BP = _bits(keys_B, (units + 1) // 2)
     # The upper 32 bits give a number in (0, 1] with a finite logarithm, which fp32 rounds to 24
     # bits. The lower 32 bits give the angle.
     radius_BP = (

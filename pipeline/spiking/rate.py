@@ -195,8 +195,11 @@ def rate_readout(neuron: nn.Module) -> nn.Module:
 
     It is `WeightedRates` for leaky rate neurons, otherwise the identity.
     """
-    is_leaky = isinstance(neuron, RateNeuron) and neuron.decay < 1
-    return WeightedRates(neuron.decay) if is_leaky else nn.Identity()
+    return (
+        WeightedRates(neuron.decay)
+        if isinstance(neuron, RateNeuron) and neuron.decay < 1
+        else nn.Identity()
+    )
 
 
 def rate_weights(decay: float, x_TB: Tensor) -> Tensor:

@@ -317,5 +317,8 @@ def input_rows(synapse: Linear | Conv2d, x_TB: Tensor) -> Iterator[Tensor]:
         return
     geometry = {"dilation": synapse.dilation, "padding": synapse.padding, "stride": synapse.stride}
     for x_BCHW in x_TB:
-        patches_BCL = F.unfold(x_BCHW, synapse.kernel_size, **geometry)  # type: ignore[arg-type]
-        yield patches_BCL.transpose(1, 2).flatten(0, 1)
+        yield (
+            F.unfold(x_BCHW, synapse.kernel_size, **geometry)  # type: ignore[arg-type]
+            .transpose(1, 2)
+            .flatten(0, 1)
+        )
