@@ -139,8 +139,7 @@ def test_sws_divides_by_the_stream_and_projects_spikes():
     made = [factory.residual(layers) for layers in (FFN, DOWN, [FFN[0], Layer(12, 8)])]
     assert [block.shortcut_of for block in made] == ["stream", "first", "first"]
     rescaled = [m for block in made for m in block.modules() if isinstance(m, Rescaled)]
-    variances = [m.beta**2 for m in rescaled[::2]]
-    assert variances == pytest.approx([1, 1 + ALPHA**2, 1 + ALPHA**2])
+    assert [m.beta**2 for m in rescaled[::2]] == pytest.approx([1, 1 + ALPHA**2, 1 + ALPHA**2])
     assert not any(isinstance(m, BatchNorm) for m in made[1].modules())
     assert all(m.weights == "standardized" for m in made[1].modules() if isinstance(m, Conv2d))
 

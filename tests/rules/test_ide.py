@@ -321,8 +321,7 @@ def test_frames_are_averaged_by_the_weights_of_the_rate():
     p = named(model)
     a_B = outputs(model[0], x_TB).mean(0).requires_grad_()
     f_B, _ = fully_connected_map(p, mean_B, a_B)
-    loss = F.cross_entropy(a_B @ p["1.weight"].T + p["1.bias"], target)
-    (g_B,) = torch.autograd.grad(loss, a_B)
+    (g_B,) = torch.autograd.grad(F.cross_entropy(a_B @ p["1.weight"].T + p["1.bias"], target), a_B)
     beta_B = g_B
     for _ in range(200):
         beta_B = g_B + torch.autograd.grad(f_B, a_B, beta_B, retain_graph=True)[0]
@@ -400,8 +399,7 @@ def test_a_solve_that_diverges_says_what_to_do_and_gives_no_gradient(monkeypatch
 
     def unsolved(x: float, *, step: int) -> bool:
         """Whether the batch counts as unsolved after a micro-batch of this input."""
-        x_TB = torch.full((1, 4, 1), x).double()
-        learn(rule.loss_terms(model, x_TB, loss_of, step=step))
+        learn(rule.loss_terms(model, torch.full((1, 4, 1), x).double(), loss_of, step=step))
         return rule.is_unsolved()
 
     message = (
@@ -432,8 +430,7 @@ def test_a_batch_that_is_not_solved_is_skipped(tmp_path, monkeypatch):
             train_inline(tmp_path / "hit", recipe)
     events = read(tmp_path / "hit" / "journal.jsonl")
     reason = "its gradient is not finite on 1 of 1 worker: IDE could not solve for it on 1"
-    skipped = [(e["step"], e["reason"]) for e in events if e["event"] == "skipped"]
-    assert skipped == [(4, reason)]
+    assert [(e["step"], e["reason"]) for e in events if e["event"] == "skipped"] == [(4, reason)]
     train_inline(tmp_path / "skipped", recipe.override({"policy.skip": ((4, 5),)}))
     assert same_weights(tmp_path / "hit", tmp_path / "skipped")
 
@@ -593,9 +590,8 @@ def dense_broyden(J_DD: Tensor, g_D: Tensor, iterations: int) -> list[Tensor]:
 def test_broydens_iterates_are_those_of_the_dense_method():
     J, g, _ = problem(1, radius=0.9)
     for n, expected in enumerate(dense_broyden(J[0], g[0], 8), start=1):
-        found = broyden(g, times(J), iterations=n, tolerance=0.0)
         assert (
-            found.beta_B[0] - expected
+            broyden(g, times(J), iterations=n, tolerance=0.0).beta_B[0] - expected
         ).norm() < 1e-10  # the residual fell at each step, so the last is the lowest
 
 

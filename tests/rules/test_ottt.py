@@ -55,8 +55,7 @@ def contract_rules() -> list[OTTT]:
 @pytest.mark.parametrize("decay", [0.5, 0.9])
 @pytest.mark.parametrize("more", [{}, {"scale_input": True}, {"subtract": 1.3}])
 def test_the_last_weight_that_feeds_a_lif_learns_as_under_bptt(decay, more):
-    model = lif_network(decay=decay, **more)
-    got, full = gradients_on(6, model, OTTT(first="traced"), BPTT())
+    got, full = gradients_on(6, lif_network(decay=decay, **more), OTTT(first="traced"), BPTT())
     largest = {name: g.abs().max() for name, g in full.items()}
     apart = {name: (g - full[name]).abs().max() for name, g in got.items()}
     assert largest["2.weight"] > 1e-3 and apart["2.weight"] < 1e-12

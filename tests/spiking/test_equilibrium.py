@@ -175,8 +175,7 @@ def test_samples_do_not_mix_in_the_jacobian_of_a_network_with_batch_norm():
     e, v_B = network(norm=True), torch.randn(4, 5, dtype=torch.float64)
     a_1B, current_1B = torch.rand(1, 4, 5).double(), e.eval().inject(frames(1, size=4))
     whole = Linearized(e.train(), a_1B, current_1B)(v_B)
-    alone = Linearized(e, a_1B[:, 1:2], current_1B[:, 1:2])(v_B[1:2])
-    assert torch.equal(whole[1:2], alone)
+    assert torch.equal(whole[1:2], Linearized(e, a_1B[:, 1:2], current_1B[:, 1:2])(v_B[1:2]))
     assert all(m.running_mean.abs().max() == 0 for m in e.modules() if isinstance(m, BatchNorm))
 
 
@@ -198,8 +197,7 @@ def test_dropout_is_one_mask_in_simulation_map_and_jacobian():
         (each[0][dropped_B] == 0).all() for each in inputs
     )  # 4 steps, the map, the Jacobian
     e.eval()
-    one = outputs(e, x_TB)
-    assert torch.equal(one, by_hand(e, x_TB).detach())
+    assert torch.equal(outputs(e, x_TB), by_hand(e, x_TB).detach())
 
 
 def test_conv_and_a_slice_too_many():

@@ -140,8 +140,7 @@ def test_matrices_are_moved_by_the_mean_over_micro_batches_and_ranks():
     for rows in (slice(0, 1), slice(1, 4)):
         first.accumulate(0, o_BK[rows], z_BN[rows])
     first.end_of_batch(lambda statistic: (statistic + sent[0]) / 2)
-    matrices = [each.get_buffer("matrix_0") for each in (first, whole)]
-    assert torch.allclose(*matrices, atol=1e-14)
+    assert torch.allclose(*[each.get_buffer("matrix_0") for each in (first, whole)], atol=1e-14)
 
 
 def test_single_point_is_the_product_of_the_sample():

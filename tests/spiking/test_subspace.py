@@ -124,8 +124,7 @@ def test_rows_find_the_principal_directions_and_new_ones_what_is_left():
     for task in range(2):
         for seed in range(400):
             learn(subspace, double(256, 7, seed=seed) * spectrum)
-        rows = subspace.rows
-        kept = (rows * spectrum).square().sum() / spectrum.square().sum()
+        kept = (subspace.rows * spectrum).square().sum() / spectrum.square().sum()
         best = spectrum[: 2 * (task + 1)].square().sum() / spectrum.square().sum()
         assert 0.99 * best < kept <= best + 1e-12
         subspace.grow(2, key=1 + task)
@@ -180,8 +179,7 @@ def test_spikes_of_lateral_neurons():
         moments_from(subspace, x_NC, steps=steps).drive(subspace) for steps in (None, 40, 10**9)
     )
     y_NK = (x_NC @ subspace.rows.T / 0.5).round() * 0.5
-    expected = (y_NK.T @ (x_NC - y_NK @ subspace.rows) / 24)[3:]
-    assert torch.allclose(coarse, expected, atol=1e-14)
+    assert torch.allclose(coarse, (y_NK.T @ (x_NC - y_NK @ subspace.rows) / 24)[3:], atol=1e-14)
     assert torch.allclose(fine, exact, atol=1e-7)
     assert not torch.allclose(coarse, exact, atol=1e-2)
 
