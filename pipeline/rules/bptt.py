@@ -4,7 +4,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.rules.base import (
     LossOf,
     LossTerm,
-    OverTime,
     Rule,
     carrying_modules,
     slice_loss,
@@ -45,8 +44,6 @@ class BPTT(Rule):
     10.1162/neco.1990.2.4.490) for truncation.
     """
 
-    over_time_choices = ("steps", "mean")
-
     def __init__(
         self, chunk: int | None = None, *, recompute: bool = False, truncate: int | None = None
     ) -> None:
@@ -64,7 +61,10 @@ class BPTT(Rule):
         )
         self.recompute = recompute
         self.truncate = truncate
-        self.memory: Literal["constant", "linear"] = "linear" if truncate is None else "constant"
+        if truncate is None:
+            self.memory, self.over_time_choices = "linear", ("steps", "mean")
+        else:
+            self.memory, self.over_time_choices = "constant", ("steps",)
 
     @property
     def label(self) -> str:
@@ -73,14 +73,6 @@ class BPTT(Rule):
         if self.recompute:
             return "BPTT-recompute"
         return "BPTT" if self.chunk is None else f"BPTT-chunk-{self.chunk}"
-
-    def attach(self, model: nn.Module, *, over_time: OverTime = "steps", **more: Any) -> None:
-        require(
-            self.truncate is None or over_time != "mean",
-            f"{self.label}: the loss of the mean logits needs all T steps in one graph; got"
-            " over_time='mean'",
-        )
-        super().attach(model, over_time=over_time, **more)
 
     def check_steps(self, steps: int) -> None:
         require(

@@ -243,7 +243,6 @@ class HLOP(Rule):
     def _attach_synapse(
         self, name: str, synapse: Linear | Conv2d, subspace: Subspace, decay: float | None
     ) -> None:
-        """Set the recorder of a synapse's inputs and the projection of its gradient."""
         moments = (
             SecondMoments
             if self.lateral_steps is None
@@ -311,7 +310,6 @@ class HLOP(Rule):
         return self.rows[min(task, len(self.rows) - 1)]
 
     def _begin_rows(self) -> None:
-        """Freeze the learnt rows and start those of the current task."""
         task = int(self.task)
         for index, (subspace, count) in enumerate(
             zip(self.subspaces, self._rows_of(task), strict=True)
@@ -439,7 +437,6 @@ class HLOP(Rule):
     # --------------------------------------------------------------------------------------- checks
 
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
-        """The projected synapses by module name, in order of registration."""
         synapses = plain_synapses(self.label, model, skip=self.skip)
         self._check_rows(synapses, tasks=1)
         rates = self._rates(len(synapses))

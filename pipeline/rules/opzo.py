@@ -339,7 +339,6 @@ def _loss_and_error(
 
 
 def _columns(parts_1BK: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The outputs of several readouts side by side, `[B, K]`."""
     return torch.cat([part_1BK.detach()[0] for part_1BK in parts_1BK], dim=1).to(dtype)
 
 

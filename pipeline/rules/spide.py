@@ -97,10 +97,8 @@ class SPIDE(Rule):
             self.forward_rate = sum(spikes) / sum(places)
             self.adjoint.samples = len(logits_BK)
             loss = loss_of(logits_BK)
-            backward: Tensor = _RecordLossScale.apply(  # type: ignore[assignment]
-                loss, self.adjoint
-            )
-            yield LossTerm(backward=backward, loss=loss.detach(), logits=logits_BK.detach())
+            loss.register_hook(self.adjoint.record_factor)
+            yield LossTerm(backward=loss, loss=loss.detach(), logits=logits_BK.detach())
 
 
 class _Adjoint:
@@ -155,24 +153,14 @@ class _Adjoint:
             )
         return [beta_B / gain for beta_B in phase.beta]
 
+    def record_factor(self, g: Tensor) -> None:
+        """Record the factor of the loss, set by a backend. Its hook runs before all others."""
+        self.factor = g.item()
+
     def _warn_once(self, cause: str, message: str) -> None:
         if cause not in self.warned:
             self.warned.add(cause)
             warnings.warn(message, RuntimeWarning, stacklevel=3)
-
-
-class _RecordLossScale(torch.autograd.Function):
-    """Identity. Its backward runs first and records the factor of the loss, set by a backend."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, adjoint: _Adjoint) -> Tensor:
-        ctx.adjoint = adjoint
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        ctx.adjoint.factor = grad_outputs[0].item()
-        return grad_outputs[0], None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ implicit gradient.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -168,7 +169,9 @@ class Equilibrium(nn.Module):
         betas: list[Tensor] = []
         z_1B = self.rate(0, current_1B + self.feedback(a_1B))
         for layer, synapse in enumerate(self.synapses, start=1):
-            z_1B = self.rate(layer, synapse(_LayerGradient.apply(z_1B, betas, layer - 1)))
+            if z_1B.requires_grad:
+                z_1B.register_hook(partial(_own_solution, betas, layer - 1))
+            z_1B = self.rate(layer, synapse(z_1B))
         return _ImplicitGradient.apply(  # type: ignore[return-value]
             z_1B, a_1B, current_1B, self, adjoint, betas
         )
@@ -274,17 +277,9 @@ def norms_in_eval(model: nn.Module) -> AbstractContextManager[None]:
     return attribute_set(batch_norms(model), "training", False)
 
 
-class _LayerGradient(torch.autograd.Function):
-    """Identity. The backward uses the layer's own solution, if there is one per layer."""
-
-    @staticmethod
-    def forward(ctx: Any, z_1B: Tensor, betas: list[Tensor], layer: int) -> Tensor:
-        ctx.betas, ctx.layer = betas, layer
-        return z_1B.view_as(z_1B)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return (ctx.betas[ctx.layer].unsqueeze(0) if ctx.betas else grad_outputs[0]), None, None
+def _own_solution(betas: list[Tensor], layer: int, g_1B: Tensor) -> Tensor:
+    """The gradient of a layer's rate: its own solution, if there is one per layer."""
+    return betas[layer].unsqueeze(0) if betas else g_1B
 
 
 class _ImplicitGradient(torch.autograd.Function):
