@@ -17,7 +17,7 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d
-from tests.helpers.rule_networks import outputs
+from tests.helpers.rule_networks import outputs, refusals
 
 FFN = [Layer(4, 12, bias=True), Layer(12, 4, bias=True)]
 DOWN = [Layer(4, 8, 3, 2), Layer(8, 8, 3)]
@@ -144,8 +144,7 @@ def test_sws_divides_by_the_stream_and_projects_spikes():
     assert all(m.weights == "standardized" for m in made[1].modules() if isinstance(m, Conv2d))
 
 
-@pytest.mark.parametrize(
-    ("choices", "message"),
+test_refuses = refusals(
     [
         (
             {"shortcut": "none"},
@@ -161,10 +160,8 @@ def test_sws_divides_by_the_stream_and_projects_spikes():
             r"norm='sws' counts on currents of unit variance",
         ),
     ],
+    lambda **choices: BlockFactory(**({"shortcut": "sew", "neuron": LIF()} | choices)),
 )
-def test_refuses(choices, message):
-    with pytest.raises(ValueError, match=message):
-        BlockFactory(**({"shortcut": "sew", "neuron": LIF()} | choices))
 
 
 @pytest.mark.parametrize(("shortcut", "unit"), [("sew", 1), ("sew_multiple", 3)])

@@ -58,10 +58,6 @@ LEARNING = 160
 """batches of the old task: after 80 the rows of the last synapse still miss 4e-10 of its inputs"""
 
 
-def smallest_model() -> nn.Sequential:
-    return lif_network()
-
-
 def contract_rules() -> list[HLOP]:
     return [
         HLOP(SLTT(), rows=ROWS),

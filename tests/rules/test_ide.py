@@ -41,6 +41,7 @@ from tests.helpers.rule_networks import (
     learn,
     lif_network,
     outputs,
+    refusals,
     saved_peak,
 )
 from tests.helpers.small import same_weights, small_recipe, train_inline
@@ -441,48 +442,47 @@ class Outside(nn.Module):
         self.parts = nn.ModuleList(parts)
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
+test_refuses = refusals(
     [
-        (
-            lambda: IDE(solver="newton"),
-            "IDE: solver must be 'broyden' or 'fixed_point'; got solver='newton'",
-        ),
-        (
-            lambda: IDE(iterations=0),
-            "IDE: iterations must be a whole number >= 1; got iterations=0",
-        ),
-        (
-            lambda: IDE(tolerance=1.0),
-            "IDE: tolerance is relative to the gradient and must be in 0..1; got tolerance=1.0",
-        ),
-        (
-            lambda: IDE().attach(lif_network(), over_time="mean"),
+        (call, re.escape(message))
+        for call, message in [
             (
-                "IDE: the model must have one equilibrium, whose rates are differentiated; got none"
-                " in Sequential"
+                lambda: IDE(solver="newton"),
+                "IDE: solver must be 'broyden' or 'fixed_point'; got solver='newton'",
             ),
-        ),
-        (
-            lambda: IDE().attach(Outside(smallest_model(), smallest_model()), over_time="mean"),
             (
-                "IDE: the model must have one equilibrium, whose rates are differentiated; got"
-                " parts.0.0 and parts.1.0"
+                lambda: IDE(iterations=0),
+                "IDE: iterations must be a whole number >= 1; got iterations=0",
             ),
-        ),
-        (
-            lambda: IDE().attach(nn.Sequential(*smallest_model(), LIF()), over_time="mean"),
-            "IDE: every neuron must be part of the equilibrium; got 2 outside it",
-        ),
-        (
-            lambda: IDE().attach(smallest_model()),
-            "IDE: it has one loss, of rates, so over_time must be 'mean'; got",
-        ),
-    ],
+            (
+                lambda: IDE(tolerance=1.0),
+                "IDE: tolerance is relative to the gradient and must be in 0..1; got tolerance=1.0",
+            ),
+            (
+                lambda: IDE().attach(lif_network(), over_time="mean"),
+                (
+                    "IDE: the model must have one equilibrium, whose rates are differentiated; got none"
+                    " in Sequential"
+                ),
+            ),
+            (
+                lambda: IDE().attach(Outside(smallest_model(), smallest_model()), over_time="mean"),
+                (
+                    "IDE: the model must have one equilibrium, whose rates are differentiated; got"
+                    " parts.0.0 and parts.1.0"
+                ),
+            ),
+            (
+                lambda: IDE().attach(nn.Sequential(*smallest_model(), LIF()), over_time="mean"),
+                "IDE: every neuron must be part of the equilibrium; got 2 outside it",
+            ),
+            (
+                lambda: IDE().attach(smallest_model()),
+                "IDE: it has one loss, of rates, so over_time must be 'mean'; got",
+            ),
+        ]
+    ]
 )
-def test_refuses(build, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        build()
 
 
 def test_the_error_of_the_gradient_falls_as_one_over_t():

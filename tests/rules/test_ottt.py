@@ -41,10 +41,6 @@ from tests.helpers.rule_networks import (
 from tests.helpers.traces import traces_of
 
 
-def smallest_model() -> nn.Sequential:
-    return lif_network()
-
-
 def contract_rules() -> list[OTTT]:
     return [OTTT(), OTTT(chunk=2), OTTT(update="step"), OTTT(first="traced", readout="plain")]
 

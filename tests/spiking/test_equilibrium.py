@@ -15,7 +15,7 @@ from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state, state_bytes
 from pipeline.spiking.surrogate import Triangle, spike
 from pipeline.spiking.synapse import Conv2d, Linear
-from tests.helpers.rule_networks import outputs
+from tests.helpers.rule_networks import outputs, refusals
 
 
 def network(
@@ -230,43 +230,43 @@ def ring(**changes) -> Equilibrium:
     return Equilibrium(**(parts | changes))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
+test_refuses = refusals(
     [
-        (
-            {"neurons": []},
-            "Equilibrium: N neurons need N - 1 synapses between them; got 0 neurons, 0 synapses",
-        ),
-        (
-            {"synapses": [Linear(3, 3)]},
-            "Equilibrium: N neurons need N - 1 synapses between them; got 1 neurons, 1 synapses",
-        ),
-        (
-            {"neurons": [nn.ReLU()]},
-            "Equilibrium: the neurons must be LIF or IF, whose rate is known; got ReLU",
-        ),
-        (
-            {"neurons": [RateIF()]},
-            "Equilibrium: the neurons must be LIF or IF, whose rate is known; got RateNeuron",
-        ),
-        (
-            {"neurons": [LIF(reset="zero")]},
-            "Equilibrium: neurons must reset by subtraction and not scale their input; got",
-        ),
-        ({"neurons": [LIF(scale_input=True)]}, "got reset='subtract', scale_input=True"),
-        (
-            {"neurons": [IF(), LIF(0.9)], "synapses": [Linear(3, 3)]},
+        (call, re.escape(message))
+        for call, message in [
             (
-                "Equilibrium: one weighted mean is the rate of all layers, so they have one decay;"
-                " got [0.9, 1.0]"
+                {"neurons": []},
+                "Equilibrium: N neurons need N - 1 synapses between them; got 0 neurons, 0 synapses",
             ),
-        ),
-        (
-            {"feedback": nn.Sequential(Linear(3, 3))},
-            "Equilibrium: the feedback must be linear, because it starts a step late; got",
-        ),
+            (
+                {"synapses": [Linear(3, 3)]},
+                "Equilibrium: N neurons need N - 1 synapses between them; got 1 neurons, 1 synapses",
+            ),
+            (
+                {"neurons": [nn.ReLU()]},
+                "Equilibrium: the neurons must be LIF or IF, whose rate is known; got ReLU",
+            ),
+            (
+                {"neurons": [RateIF()]},
+                "Equilibrium: the neurons must be LIF or IF, whose rate is known; got RateNeuron",
+            ),
+            (
+                {"neurons": [LIF(reset="zero")]},
+                "Equilibrium: neurons must reset by subtraction and not scale their input; got",
+            ),
+            ({"neurons": [LIF(scale_input=True)]}, "got reset='subtract', scale_input=True"),
+            (
+                {"neurons": [IF(), LIF(0.9)], "synapses": [Linear(3, 3)]},
+                (
+                    "Equilibrium: one weighted mean is the rate of all layers, so they have one decay;"
+                    " got [0.9, 1.0]"
+                ),
+            ),
+            (
+                {"feedback": nn.Sequential(Linear(3, 3))},
+                "Equilibrium: the feedback must be linear, because it starts a step late; got",
+            ),
+        ]
     ],
+    ring,
 )
-def test_refuses(changes, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        ring(**changes)
