@@ -215,8 +215,17 @@ def alexnet_f(
 
     `width` scales the channels, for demos.
     """
-    layers = ((96, 3, 2), (256, 3, 1), (384, 3, 2), (384, 3, 1), (256, 3, 1))
-    return _five_layers(layers, classes, in_channels, size, width, dropout, dropout_on, neuron)
+    return conv_feedback(
+        classes,
+        in_channels=in_channels,
+        size=size,
+        layers=_five_layers((96, 256, 384, 384, 256), width),
+        kernel=3,
+        norm="batch",
+        dropout=dropout,
+        dropout_on=dropout_on,
+        neuron=neuron,
+    )
 
 
 def cifarnet_f(
@@ -233,8 +242,17 @@ def cifarnet_f(
 
     `width` scales the channels, for demos.
     """
-    layers = ((128, 3, 2), (256, 3, 1), (512, 3, 2), (1024, 3, 1), (512, 3, 1))
-    return _five_layers(layers, classes, in_channels, size, width, dropout, dropout_on, neuron)
+    return conv_feedback(
+        classes,
+        in_channels=in_channels,
+        size=size,
+        layers=_five_layers((128, 256, 512, 1024, 512), width),
+        kernel=3,
+        norm="batch",
+        dropout=dropout,
+        dropout_on=dropout_on,
+        neuron=neuron,
+    )
 
 
 def convnet_f(
@@ -330,28 +348,9 @@ def _init_weights(equilibrium: Equilibrium, gain: float) -> None:
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
 
-def _five_layers(
-    layers: Sequence[tuple[int, int, int]],
-    classes: int,
-    in_channels: int,
-    size: int,
-    width: float,
-    dropout: float,
-    dropout_on: DropoutOn,
-    neuron: nn.Module,
-) -> FeedbackNetwork:
-    scaled = [(max(1, round(channels * width)), taps, stride) for channels, taps, stride in layers]
-    return conv_feedback(
-        classes,
-        in_channels=in_channels,
-        size=size,
-        layers=scaled,
-        kernel=3,
-        norm="batch",
-        dropout=dropout,
-        dropout_on=dropout_on,
-        neuron=neuron,
-    )
+def _five_layers(channels: Sequence[int], width: float) -> list[tuple[int, int, int]]:
+    strides = (2, 1, 2, 1, 1)
+    return [(max(1, round(n * width)), 3, by) for n, by in zip(channels, strides, strict=True)]
 
 
 def _shares(dropout: float, dropout_on: DropoutOn) -> tuple[float, float]:

@@ -147,8 +147,7 @@ class Binarizer(nn.Module):
 
 def unbinarize(synapse: Linear | Conv2d) -> None:
     """Make a 1-bit synapse plain again. From now on it multiplies by its latent weight."""
-    synapse.binarizer = None
-    synapse.state = None
+    synapse.binarizer = synapse.state = None
     synapse.weights = "plain"
 
 

@@ -151,31 +151,28 @@ def top_singular_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
     The method is Golub-Kahan-Lanczos with reorthogonalisation.
     """
     with torch.no_grad(), torch.autocast(V.device.type, enabled=False), op_scope("limit"):
-        return _lanczos(V.to(torch.promote_types(V.dtype, torch.float32)), steps=steps)
-
-
-def _lanczos(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
-    A = V if V.shape[0] >= V.shape[1] else V.T
-    size = A.shape[1]
-    steps = min(steps, size)
-    # Irregular positive numbers: the top singular vector is often close to the direction of equal
-    # entries, and the start must not be orthogonal to it.
-    start = (
-        torch.arange(1, size + 1, device=V.device, dtype=torch.float64) * 0.6180339887498949
-    ) % 1
-    q = (start / start.norm()).to(V.dtype)
-    right, left = V.new_zeros(steps, size), V.new_zeros(steps, A.shape[0])
-    for k in range(steps):
-        right[k] = q
-        p = _orthogonal(A @ q, left[:k])
-        left[k] = p
-        q = _orthogonal(A.T @ p, right[: k + 1])
-    # Rayleigh-Ritz on both spaces.
-    P, _, Qh = torch.linalg.svd(left @ A @ right.T)
-    p, q = P[:, 0] @ left, Qh[0] @ right
-    tiny = torch.finfo(V.dtype).tiny  # a zero matrix gives 0, not 0 / 0
-    p, q = p / p.norm().clamp_min(tiny), q / q.norm().clamp_min(tiny)
-    return (p, q) if V.shape[0] >= V.shape[1] else (q, p)
+        V = V.to(torch.promote_types(V.dtype, torch.float32))
+        A = V if V.shape[0] >= V.shape[1] else V.T
+        size = A.shape[1]
+        steps = min(steps, size)
+        # Irregular positive numbers: the top singular vector is often close to the direction of
+        # equal entries, and the start must not be orthogonal to it.
+        start = (
+            torch.arange(1, size + 1, device=V.device, dtype=torch.float64) * 0.6180339887498949
+        ) % 1
+        q = (start / start.norm()).to(V.dtype)
+        right, left = V.new_zeros(steps, size), V.new_zeros(steps, A.shape[0])
+        for k in range(steps):
+            right[k] = q
+            p = _orthogonal(A @ q, left[:k])
+            left[k] = p
+            q = _orthogonal(A.T @ p, right[: k + 1])
+        # Rayleigh-Ritz on both spaces.
+        P, _, Qh = torch.linalg.svd(left @ A @ right.T)
+        p, q = P[:, 0] @ left, Qh[0] @ right
+        tiny = torch.finfo(V.dtype).tiny  # a zero matrix gives 0, not 0 / 0
+        p, q = p / p.norm().clamp_min(tiny), q / q.norm().clamp_min(tiny)
+        return (p, q) if V.shape[0] >= V.shape[1] else (q, p)
 
 
 def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:

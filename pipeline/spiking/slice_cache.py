@@ -74,18 +74,28 @@ class SliceCache:
             return compute()
         y = state.read("y")
         if y is None:
-            y = self._compute(compute)
+            # The first slice may run without a graph although a later one needs it. With one
+            # backward call all slices have the same mode.
+            with_graph = torch.is_grad_enabled() if self.backwards == "one" else self.needs_graph
+            with torch.set_grad_enabled(with_graph), attribute_set([self], "_is_computing", True):
+                y = compute()
             state.write("y", y)
             if y.requires_grad:
                 self._computed.append((state, y))
         if (
-            self.backwards == "several"
-            and not self.is_last
-            and y.requires_grad
-            and torch.is_grad_enabled()
+            self.backwards == "one"
+            or self.is_last
+            or not y.requires_grad
+            or not torch.is_grad_enabled()
         ):
-            return self._detached_copy(state, y)
-        return y
+            return y
+        # A copy without a graph accumulates the gradients of several backward calls, at least in
+        # fp32, like the gradients of the weights behind y.
+        copy = state.read("copy")
+        if copy is None:
+            copy = y.detach().to(torch.promote_types(y.dtype, torch.float32)).requires_grad_()
+            state.write("copy", copy)
+        return copy.to(y.dtype)
 
     def with_gradients(self, loss: Tensor) -> Tensor:
         """The loss of the current slice.
@@ -100,15 +110,6 @@ class SliceCache:
         states, made = zip(*self._computed, strict=True)
         # apply is untyped
         return _AddGradients.apply(loss, states, *made)  # type: ignore[return-value]
-
-    def _detached_copy(self, state: State, y: Tensor) -> Tensor:
-        """A copy of y without a graph. It accumulates the gradients of several backward calls."""
-        copy = state.read("copy")
-        if copy is None:
-            # At least fp32, like the gradients of the weights behind y.
-            copy = y.detach().to(torch.promote_types(y.dtype, torch.float32)).requires_grad_()
-            state.write("copy", copy)
-        return copy.to(y.dtype)
 
     def _store_gradients(self) -> None:
         """Store the first gradients of the copies in their states, as memory of the network.
@@ -132,17 +133,6 @@ class SliceCache:
             if places[_storage(gradient)[0]] > 1:
                 gradient = copy.grad = gradient.clone()
             state.write("gradient", gradient)
-
-    def _compute(self, compute: Callable[[], Tensor]) -> Tensor:
-        # The first slice may run without a graph although a later one needs it. With one backward
-        # call all slices have the same mode.
-        with_graph = torch.is_grad_enabled() if self.backwards == "one" else self.needs_graph
-        self._is_computing = True
-        try:
-            with torch.set_grad_enabled(with_graph):
-                return compute()
-        finally:
-            self._is_computing = False
 
 
 class _AddGradients(torch.autograd.Function):

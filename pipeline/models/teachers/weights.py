@@ -53,8 +53,12 @@ class File:
     path: Path
 
     def load(self, name: str) -> nn.Module:
-        path = Path(self.path)
-        return _build(name, read_state(path, who="File"), str(path))
+        state = read_state(Path(self.path), who="File")
+        _check_name(name)
+        head = timm.get_pretrained_cfg_value(name, "classifier")
+        weight = state.get(f"{head}.weight") if isinstance(head, str) else None
+        classes: dict[str, Any] = {} if weight is None else {"num_classes": weight.shape[0]}
+        return _load(timm.create_model(name, **classes), state, str(self.path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,14 +190,6 @@ def _check_name(name: str) -> None:
         f"timm_teacher: {model} must have the tag {tag!r}; timm {timm.__version__} knows"
         f" {', '.join(tags) or 'none'}",
     )
-
-
-def _build(name: str, state: Mapping[str, Tensor], source: str) -> nn.Module:
-    _check_name(name)
-    head = timm.get_pretrained_cfg_value(name, "classifier")
-    weight = state.get(f"{head}.weight") if isinstance(head, str) else None
-    classes: dict[str, Any] = {} if weight is None else {"num_classes": weight.shape[0]}
-    return _load(timm.create_model(name, **classes), state, source)
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:
