@@ -461,8 +461,8 @@ test_refuses = refusals(
             (
                 lambda: IDE().attach(lif_network(), over_time="mean"),
                 (
-                    "IDE: the model must have one equilibrium, whose rates are differentiated; got none"
-                    " in Sequential"
+                    "IDE: the model must have one equilibrium, whose rates are differentiated; got"
+                    " none in Sequential"
                 ),
             ),
             (

@@ -236,11 +236,11 @@ test_refuses = refusals(
         for call, message in [
             (
                 {"neurons": []},
-                "Equilibrium: N neurons need N - 1 synapses between them; got 0 neurons, 0 synapses",
+                "N neurons need N - 1 synapses between them; got 0 neurons, 0 synapses",
             ),
             (
                 {"synapses": [Linear(3, 3)]},
-                "Equilibrium: N neurons need N - 1 synapses between them; got 1 neurons, 1 synapses",
+                "N neurons need N - 1 synapses between them; got 1 neurons, 1 synapses",
             ),
             (
                 {"neurons": [nn.ReLU()]},
@@ -258,8 +258,8 @@ test_refuses = refusals(
             (
                 {"neurons": [IF(), LIF(0.9)], "synapses": [Linear(3, 3)]},
                 (
-                    "Equilibrium: one weighted mean is the rate of all layers, so they have one decay;"
-                    " got [0.9, 1.0]"
+                    "Equilibrium: one weighted mean is the rate of all layers, so they have one"
+                    " decay; got [0.9, 1.0]"
                 ),
             ),
             (
