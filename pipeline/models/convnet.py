@@ -92,7 +92,14 @@ class ConvNet(nn.Module):
         neuron: nn.Module,
     ) -> None:
         super().__init__()
-        _check_stages(stages, kernel)
+        require(
+            stages and all(are_counts(widths) for widths in stages),
+            f"ConvNet: each stage must hold at least one width >= 1; got stages={stages}",
+        )
+        require(
+            is_count(kernel) and kernel % 2 != 0,
+            f"ConvNet: kernel must be odd, to keep the size of the image; got kernel={kernel}",
+        )
         numbers = {
             "classes": classes,
             "in_channels": in_channels,
@@ -106,7 +113,15 @@ class ConvNet(nn.Module):
             norm != "none" or head != "linear" or over == "step",
             f"ConvNet: over must be 'step' without batch norm; got {over=}",
         )
-        _check_dropout(dropout, mask)
+        require(
+            0 <= dropout < 1,
+            f"ConvNet: dropout is a probability in 0..1, below 1; got dropout={dropout}",
+        )
+        refuse_unless_one_of("ConvNet", ("batch", "step"), mask=mask)
+        require(
+            mask == "batch" or dropout != 0,
+            f"ConvNet: mask must be 'batch' without dropout; got {mask=}",
+        )
         self.stages = nn.ModuleList()
         channels = in_channels
         for widths in stages:
@@ -132,10 +147,11 @@ class ConvNet(nn.Module):
         self.last_pool = nn.AdaptiveAvgPool2d(grid)
         self.smallest = (grid * 2 ** (len(stages) - 1) - 1) * stem_stride + 1
         features = channels * grid**2
-        if head == "rate":
-            self.classifier = RateHead(features, classes, over=over, neuron=neuron)
-        else:
-            self.classifier = Linear(features, classes)
+        self.classifier = (
+            RateHead(features, classes, over=over, neuron=neuron)
+            if head == "rate"
+            else Linear(features, classes)
+        )
         self.readout = rate_readout(neuron) if head == "linear" else nn.Identity()
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
@@ -151,29 +167,6 @@ class ConvNet(nn.Module):
         if h.shape[-2:] != (self.grid, self.grid):
             h = folded(self.last_pool, h)
         return self.readout(self.classifier(h.flatten(2)))
-
-
-def _check_stages(stages: Sequence[Sequence[int]], kernel: int) -> None:
-    require(
-        stages and all(are_counts(widths) for widths in stages),
-        f"ConvNet: each stage must hold at least one width >= 1; got stages={stages}",
-    )
-    require(
-        is_count(kernel) and kernel % 2 != 0,
-        f"ConvNet: kernel must be odd, to keep the size of the image; got kernel={kernel}",
-    )
-
-
-def _check_dropout(dropout: float, mask: Mask) -> None:
-    require(
-        0 <= dropout < 1,
-        f"ConvNet: dropout is a probability in 0..1, below 1; got dropout={dropout}",
-    )
-    refuse_unless_one_of("ConvNet", ("batch", "step"), mask=mask)
-    require(
-        mask == "batch" or dropout != 0,
-        f"ConvNet: mask must be 'batch' without dropout; got {mask=}",
-    )
 
 
 def convnet(

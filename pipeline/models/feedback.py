@@ -36,10 +36,10 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 Norm = Literal["batch", "none"]
+# Limit of the feedback's weight: "spectral" is SpectralLimit; a number is the Frobenius norm.
 Limit = Literal["spectral", "none"] | float
-"""limit of the feedback's weight: "spectral" is SpectralLimit; a number is the Frobenius norm"""
+# Place of `dropout`: before the classifier only, or after every synapse inside the loop.
 DropoutOn = Literal["readout", "currents"]
-"""place of `dropout`: before the classifier only, or after every synapse inside the loop"""
 
 
 class FeedbackNetwork(nn.Module):
@@ -60,8 +60,8 @@ class FeedbackNetwork(nn.Module):
         self.flat = flat
 
     def forward(self, x_TB: Tensor) -> Tensor:
-        rate_TB = self.equilibrium(x_TB.flatten(2) if self.flat else x_TB)
-        return self.classifier(self.dropout(rate_TB.flatten(2)))
+        x_TB = x_TB.flatten(2) if self.flat else x_TB
+        return self.classifier(self.dropout(self.equilibrium(x_TB).flatten(2)))
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -71,13 +71,12 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
-        padding = kernel_size // 2
         super().__init__(
             in_channels,
             out_channels,
             kernel_size,
             stride,
-            padding,
+            kernel_size // 2,
             output_padding=stride - 1,
             bias=False,
         )
@@ -85,18 +84,9 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     def forward(  # type: ignore[override]
         self, input: Tensor, weight: Tensor | None = None
     ) -> Tensor:
+        geometry = (self.stride[0], self.kernel_size[0] // 2, self.output_padding[0])
         weight = self.weight if weight is None else weight
-        stride, padding, output_padding = (
-            self.stride[0],
-            self.kernel_size[0] // 2,
-            self.output_padding[0],
-        )
-        return folded(
-            lambda x_NCHW: F.conv_transpose2d(
-                x_NCHW, weight, None, stride, padding, output_padding
-            ),
-            input,
-        )
+        return folded(lambda x_NCHW: F.conv_transpose2d(x_NCHW, weight, None, *geometry), input)
 
 
 class ZeroFeedback(nn.Module):
@@ -174,9 +164,7 @@ def conv_feedback(
         layers and all(are_counts(layer) and len(layer) == 3 for layer in layers),
         f"conv_feedback: layers must be (width, kernel, stride), each >= 1; got {tuple(layers)}",
     )
-    total = 1
-    for _, _, stride in layers:
-        total *= stride
+    total = math.prod(stride for _, _, stride in layers)
     require(
         not size % total,
         f"conv_feedback: the strides must divide the image; got size={size}, strides to {total}",
@@ -204,9 +192,12 @@ def conv_feedback(
         neurons=[copy_neuron(neuron) for _ in layers],
         synapses=synapses[1:],
     )
-    features = last * (size // total) ** 2
     return FeedbackNetwork(
-        equilibrium, features=features, classes=classes, dropout=outside, flat=False
+        equilibrium,
+        features=last * (size // total) ** 2,
+        classes=classes,
+        dropout=outside,
+        flat=False,
     )
 
 
@@ -224,8 +215,17 @@ def alexnet_f(
 
     `width` scales the channels, for demos.
     """
-    layers = ((96, 3, 2), (256, 3, 1), (384, 3, 2), (384, 3, 1), (256, 3, 1))
-    return _five_layers(layers, classes, in_channels, size, width, dropout, dropout_on, neuron)
+    return conv_feedback(
+        classes,
+        in_channels=in_channels,
+        size=size,
+        layers=_five_layers((96, 256, 384, 384, 256), width),
+        kernel=3,
+        norm="batch",
+        dropout=dropout,
+        dropout_on=dropout_on,
+        neuron=neuron,
+    )
 
 
 def cifarnet_f(
@@ -242,8 +242,17 @@ def cifarnet_f(
 
     `width` scales the channels, for demos.
     """
-    layers = ((128, 3, 2), (256, 3, 1), (512, 3, 2), (1024, 3, 1), (512, 3, 1))
-    return _five_layers(layers, classes, in_channels, size, width, dropout, dropout_on, neuron)
+    return conv_feedback(
+        classes,
+        in_channels=in_channels,
+        size=size,
+        layers=_five_layers((128, 256, 512, 1024, 512), width),
+        kernel=3,
+        norm="batch",
+        dropout=dropout,
+        dropout_on=dropout_on,
+        neuron=neuron,
+    )
 
 
 def convnet_f(
@@ -339,28 +348,9 @@ def _init_weights(equilibrium: Equilibrium, gain: float) -> None:
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
 
-def _five_layers(
-    layers: Sequence[tuple[int, int, int]],
-    classes: int,
-    in_channels: int,
-    size: int,
-    width: float,
-    dropout: float,
-    dropout_on: DropoutOn,
-    neuron: nn.Module,
-) -> FeedbackNetwork:
-    scaled = [(max(1, round(channels * width)), taps, stride) for channels, taps, stride in layers]
-    return conv_feedback(
-        classes,
-        in_channels=in_channels,
-        size=size,
-        layers=scaled,
-        kernel=3,
-        norm="batch",
-        dropout=dropout,
-        dropout_on=dropout_on,
-        neuron=neuron,
-    )
+def _five_layers(channels: Sequence[int], width: float) -> list[tuple[int, int, int]]:
+    strides = (2, 1, 2, 1, 1)
+    return [(max(1, round(n * width)), 3, by) for n, by in zip(channels, strides, strict=True)]
 
 
 def _shares(dropout: float, dropout_on: DropoutOn) -> tuple[float, float]:

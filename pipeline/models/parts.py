@@ -26,8 +26,8 @@ from pipeline.spiking.synapse import Conv2d, Linear, folded
 # T time, B batch, C channels, H W pixels
 
 
+# Statistics of batch norm: of each time step, or over time steps and samples together.
 Over = Literal["step", "time"]
-"""statistics of batch norm: of each time step, or over time steps and samples together"""
 
 # 1 / sqrt(p (1 - p)) = 2.737 with p = P(N(0, 1) >= 1): a spike of a unit-variance current at
 # threshold 1 has unit variance after it. Rounded as published.
@@ -76,13 +76,6 @@ def standardized_conv(
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return conv
-
-
-def init_kaiming(model: nn.Module) -> None:
-    """Draw convolutions as torchvision's ResNet does: normal, Kaiming fan-out."""
-    for module in model.modules():
-        if isinstance(module, Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 class RateHead(nn.Module):
@@ -177,7 +170,5 @@ def spread_by_slices(share: Tensor, shape: torch.Size, size: int) -> Tensor:
 def spread_by_interpolation(share: Tensor, shape: torch.Size, size: int) -> Tensor:
     """The same in one kernel, and a second one for pixels outside all squares."""
     made = F.interpolate(share, scale_factor=size, mode="nearest")
-    below, right = (
-        whole - covered for whole, covered in zip(shape[-2:], made.shape[-2:], strict=True)
-    )
+    below, right = shape[-2] - made.shape[-2], shape[-1] - made.shape[-1]
     return F.pad(made, (0, right, 0, below)) if below or right else made

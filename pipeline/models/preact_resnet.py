@@ -93,7 +93,7 @@ class PreActResNet(nn.Module):
             )
         else:
             self.stem.append(_conv(in_channels, width, 3))
-        stages = []
+        self.stages = nn.Sequential()
         channels = width
         for index, count in enumerate(blocks):
             stage = nn.Sequential()
@@ -111,8 +111,7 @@ class PreActResNet(nn.Module):
                     )
                 )
                 channels = wide
-            stages.append(stage)
-        self.stages = nn.Sequential(*stages)
+            self.stages.append(stage)
         self.norm, self.neuron = BatchNorm(channels, over=over), copy_neuron(neuron)
         self.classifier = (
             RateHead(channels, classes, over=over, neuron=neuron)

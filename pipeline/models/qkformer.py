@@ -13,12 +13,30 @@ This is the published form, `shortcut="sew"`, whose stream holds whole numbers. 
 before synapses, also in the embeddings, and one before the classifier. A block starts as the
 identity, as in MS-ResNet (except under "multiple_all", where a of its attention is added).
 
+Its two attentions have no softmax. q, k and v are spikes of 1x1 synapses that read the stream. They
+are split into heads of d channels. The tokens are the N pixels.
+
+    TokenQK         a[n] = L'(sum_d q[d, n]) k[ . , n],       y = S a
+                    a mask over tokens: O(N C)
+    SelfAttention   a[n] = SCALE sum_m (q[n] . k[m]) v[m],    y = S L'(a)
+                    computed as (sum_m v[m] k[m]^T) q[n]: O(N C d)
+
+L' is a neuron of threshold 0.5, and S the last synapse with its norm. On a real-valued stream one
+neuron precedes q, k and v, and none follows S. Under "multiple_all" each projection has its own
+shortcut: the stream is added to the currents of q, k and v, and a is added to y. (In SelfAttention
+a is the input of the last neuron. TokenQK has no neuron before S, so a is spikes.)
+
+With `projection_neuron="over_samples"` the neuron after SelfAttention's S runs as in the published
+code, see `OverSamples`. Published accuracies were measured with it.
+
 The drop-path share grows linearly with depth to `drop_path`, with one share for both branches of a
 block. The published code declares drop path but never applies it, so 0 is as published.
 
 `from_published` and `to_published` convert names and shapes of the published weights.
 
-Source: Zhou et al. 2024 (QKFormer, arXiv 2403.16552), also for the names and shapes of the weights.
+Source: Zhou et al. 2024 (QKFormer, arXiv 2403.16552), also for the names and shapes of the weights;
+Zhou et al. 2023 (Spikformer, arXiv 2209.15425); the shortcuts of an attention: Le & Li 2023
+(BinaryViT, arXiv 2306.16678).
 """
 
 import re
@@ -31,7 +49,6 @@ from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of, require
 from pipeline.core.tensor_file import describe_mismatch
-from pipeline.models.attention import Attention, ProjectionNeuron, SelfAttention, TokenQK
 from pipeline.models.parts import Over, Pool
 from pipeline.models.residual import BlockFactory, Layer, Norm, Shortcut, named
 from pipeline.spiking.neuron import LIF
@@ -39,8 +56,14 @@ from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Linear
 
-# T time, B batch, C channels, H W pixels, K classes
+# T time, B batch, C channels, H W pixels, K classes; h heads, d channels of a head, N tokens
 
+
+ATTENTION_THRESHOLD = 0.5
+SCALE = 0.125
+
+# What the membrane after a SelfAttention is carried across: time steps of one sample, or samples.
+ProjectionNeuron = Literal["over_time", "over_samples"]
 
 # SpikingJelly's LIF at tau 2, as in the published code; for normaliser-free networks without input
 # scaling, which would shrink their currents.
@@ -62,9 +85,9 @@ class QKFormer(nn.Module):
         shrink: images are first averaged over squares of this many pixels a side, so that a small
             student sees less detail than its teacher. Rows and columns at the right and the bottom
             that fill no square are ignored.
-        projection_neuron: the neuron of the last stage's attentions (`models/attention.py`).
-            "over_samples" is the published code's, and published accuracies need it; an output
-            then depends on its batch.
+        projection_neuron: the neuron of the last stage's attentions, see above. "over_samples" is
+            the published code's, and published accuracies need it; an output then depends on its
+            batch.
         neuron: None: the published LIF (decay 0.5, scaled input, reset to zero), or under "sws" a
             LIF with reset by subtraction and without scaled input.
 
@@ -99,8 +122,16 @@ class QKFormer(nn.Module):
             "shrink": shrink,
         }
         refuse_unless_counts("QKFormer", numbers)
-        self.shrink = shrink
-        _check_sizes(channels, heads, depth)
+        require(
+            not channels % (4 * heads),
+            "QKFormer: channels must be a multiple of 4 heads; got"
+            f" channels={channels}, heads={heads}",
+        )
+        require(
+            depth >= 4,
+            "QKFormer: depth must be >= 4, one block for the first stage and two for the second;"
+            f" got {depth=}",
+        )
         require(
             shortcut != "post_activation",
             "QKFormer: shortcut must not be 'post_activation', which has no published form for"
@@ -108,6 +139,7 @@ class QKFormer(nn.Module):
         )
         if neuron is None:
             neuron = SWS_NEURON if norm == "sws" else NEURON
+        self.shrink = shrink
         blocks = BlockFactory(shortcut=shortcut, neuron=neuron, norm=norm, over=over)
         shares = iter(drop_path * index / (depth - 1) for index in range(depth))
         self.stages = nn.Sequential()
@@ -134,18 +166,6 @@ class QKFormer(nn.Module):
                 f" {height} x {width}"
             )
         return self.classifier(self.last(self.stages(x_TBCHW)).mean((3, 4)))
-
-
-def _check_sizes(channels: int, heads: int, depth: int) -> None:
-    require(
-        not channels % (4 * heads),
-        f"QKFormer: channels must be a multiple of 4 heads; got channels={channels}, heads={heads}",
-    )
-    require(
-        depth >= 4,
-        "QKFormer: depth must be >= 4, one block for the first stage and two for the"
-        f" second; got {depth=}",
-    )
 
 
 class Embed(nn.Module):
@@ -182,7 +202,7 @@ class Block(nn.Module):
         blocks: BlockFactory,
         channels: int,
         *,
-        attention: Callable[..., Attention],
+        attention: Callable[..., "Attention"],
         heads: int,
         expansion: int,
         drop_path: float,
@@ -196,6 +216,139 @@ class Block(nn.Module):
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         return self.ffn(self.attention(x_TBCHW))
+
+
+class Projection(nn.Module):
+    """Spikes of q, k or v: neuron(norm(synapse(h))); a given stream is added to the currents."""
+
+    def __init__(self, blocks: BlockFactory, channels: int) -> None:
+        super().__init__()
+        self.currents = blocks.currents(Layer(channels, channels))
+        self.neuron = blocks.neuron()
+
+    def forward(self, h_TBCHW: Tensor, x_TBCHW: Tensor | None) -> Tensor:
+        currents = self.currents(h_TBCHW)
+        return self.neuron(currents if x_TBCHW is None else currents + x_TBCHW)
+
+
+class Attention(nn.Module):
+    """Base class of the attentions, `[T, B, C, H, W]` to the same shape; `_mix` combines tokens.
+
+    Raises: ValueError for channels that are not divisible by heads.
+    """
+
+    def __init__(
+        self, blocks: BlockFactory, channels: int, *, heads: int, projections: tuple[str, ...]
+    ) -> None:
+        super().__init__()
+        require(
+            heads >= 1 and not channels % heads,
+            f"{type(self).__name__}: the channels must divide into heads; got {channels} and"
+            f" heads={heads}",
+        )
+        self.heads = heads
+        self.has_shortcuts = blocks.shortcut == "multiple_all"
+        self.first = nn.Identity() if blocks.carries_spikes else blocks.stream_spikes()
+        self.projections = nn.ModuleDict(
+            {name: Projection(blocks, channels) for name in projections}
+        )
+        self.attention_neuron = blocks.spikes(threshold=ATTENTION_THRESHOLD)
+        self.project = blocks.currents(
+            Layer(channels, channels, bias=True), gain=blocks.branch_gain
+        )
+        self.last = blocks.neuron() if blocks.carries_spikes else nn.Identity()
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        h = self.first(x_TBCHW)
+        stream = x_TBCHW if self.has_shortcuts else None
+        heads = [
+            each(h, stream).flatten(3).unflatten(2, (self.heads, -1))
+            for each in self.projections.values()
+        ]
+        return self.last(self._mix(*heads, shape=x_TBCHW.shape))
+
+    def _mix(self, *heads_TBhdN: Tensor, shape: tuple[int, ...]) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must override _mix")
+
+
+class TokenQK(Attention):
+    """A mask over the tokens of k."""
+
+    def __init__(self, blocks: BlockFactory, channels: int, *, heads: int) -> None:
+        super().__init__(blocks, channels, heads=heads, projections=("q", "k"))
+
+    def _mix(self, *heads_TBhdN: Tensor, shape: tuple[int, ...]) -> Tensor:
+        q_TBhdN, k_TBhdN = heads_TBhdN
+        mask_TBh1N = self.attention_neuron(q_TBhdN.sum(3, keepdim=True))
+        a = (mask_TBh1N * k_TBhdN).reshape(shape)
+        y = self.project(a)
+        return y + a if self.has_shortcuts else y
+
+
+class SelfAttention(Attention):
+    """Attention between all tokens; its cost is linear in their number.
+
+    Raises: ValueError for an unknown `projection_neuron`, or one that runs over samples if no LIF
+    follows S.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockFactory,
+        channels: int,
+        *,
+        heads: int,
+        projection_neuron: ProjectionNeuron = "over_time",
+    ) -> None:
+        super().__init__(blocks, channels, heads=heads, projections=("q", "k", "v"))
+        refuse_unless_one_of(
+            "SelfAttention", ("over_time", "over_samples"), projection_neuron=projection_neuron
+        )
+        if projection_neuron == "over_samples":
+            require(
+                blocks.carries_spikes,
+                "SelfAttention: projection_neuron='over_samples' needs a neuron behind the"
+                f" attention, as shortcut='sew' has; got shortcut={blocks.shortcut!r}",
+            )
+            self.last = OverSamples.of(self.last)
+
+    def _mix(self, *heads_TBhdN: Tensor, shape: tuple[int, ...]) -> Tensor:
+        q_TBhdN, k_TBhdN, v_TBhdN = heads_TBhdN
+        seen_TBhdd = v_TBhdN @ k_TBhdN.transpose(-1, -2)
+        a = (seen_TBhdd @ q_TBhdN * SCALE).reshape(shape)
+        y = self.project(self.attention_neuron(a))
+        return y + a if self.has_shortcuts else y
+
+
+class OverSamples(LIF):
+    """A LIF on `[T, B, ...]` with one membrane for all samples of a batch, as published.
+
+        u[t, b] = decay v[t, b-1] + x[t, b],   v[t, 0] = v[t-1, B],   v[0, B] = 0
+
+    The output for a sample depends on the samples before it, and so on the order and size of the
+    batch, on micro-batches and on workers. In a batch of one it is the LIF.
+    """
+
+    @classmethod
+    def of(cls, neuron: nn.Module) -> "OverSamples":
+        """An OverSamples with the settings of `neuron`.
+
+        Raises: ValueError for a neuron that is not a plain LIF.
+        """
+        if type(neuron) is not LIF:
+            raise ValueError(f"OverSamples: the neuron must be a LIF; got {type(neuron).__name__}")
+        return cls(
+            neuron.decay,
+            threshold=neuron.threshold,
+            reset=neuron.reset,
+            subtract=neuron.subtract if neuron.reset == "subtract" else None,
+            reset_gradient=neuron.reset_gradient,
+            scale_input=neuron.scale_input,
+            surrogate=neuron.surrogate,
+        )
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        return super().forward(x_TB.flatten(0, 1).unsqueeze(1)).view_as(x_TB)
 
 
 def qkformer_10(
@@ -234,13 +387,20 @@ IGNORED = {
     )
 }
 
-_KINDS = {"synapse": "conv", "norm": "bn"}
-_EMBEDDINGS = {
-    ("0", "branch.0"): "proj1",
-    ("0", "branch.2"): "proj2",
-    ("1", "branch.0"): "proj3",
-    ("1", "branch.2"): "proj4",
+# Our names of synapses with their norm, and the published ones.
+_PUBLISHED = {
+    "stem.0": "patch_embed{stage}.proj",
+    "residual.branch.0": "patch_embed{stage}.proj{first}",
+    "residual.branch.2": "patch_embed{stage}.proj{second}",
+    "residual.shortcut.0": "patch_embed{stage}.proj_res",
+    "attention.branch.projections.q.currents": "stage{stage}.{block}.{attention}.q",
+    "attention.branch.projections.k.currents": "stage{stage}.{block}.{attention}.k",
+    "attention.branch.projections.v.currents": "stage{stage}.{block}.{attention}.v",
+    "attention.branch.project": "stage{stage}.{block}.{attention}.proj",
+    "ffn.branch.0": "stage{stage}.{block}.mlp.fc1",
+    "ffn.branch.2": "stage{stage}.{block}.mlp.fc2",
 }
+_KINDS = {"synapse": "conv", "norm": "bn"}
 
 
 def published_name(name: str) -> str:
@@ -248,41 +408,23 @@ def published_name(name: str) -> str:
 
     Raises: ValueError for a tensor without one.
     """
-    stage = r"stages\.(?P<stage>\d)\."
-    block = stage + r"(?P<block>\d+)\."
-    kind = r"(?P<kind>synapse|norm)\.(?P<tensor>\w+)$"
-    if match := re.match(stage + r"0\.stem\.0\." + kind, name):
-        place = "patch_embed1.proj"
-    elif match := re.match(
-        stage + r"0\.residual\.(?P<part>branch\.[02]|shortcut\.0)\." + kind, name
-    ):
-        part = (
-            "proj_res"
-            if match["part"] == "shortcut.0"
-            else _EMBEDDINGS[min(match["stage"], "1"), match["part"]]
-        )
-        place = f"patch_embed{int(match['stage']) + 1}.{part}"
-    elif match := re.match(
-        block + r"attention\.branch\.(projections\.(?P<which>[qkv])\.currents|project)\." + kind,
-        name,
-    ):
-        attention = "attn" if match["stage"] == "2" else "tssa"
-        place = f"{_published_block(match)}.{attention}.{match['which'] or 'proj'}"
-    elif match := re.match(block + r"ffn\.branch\.(?P<layer>[02])\." + kind, name):
-        layer = "fc1" if match["layer"] == "0" else "fc2"
-        place = f"{_published_block(match)}.mlp.{layer}"
-    elif match := re.match(r"classifier\.(?P<tensor>\w+)$", name):
-        return f"head.{match['tensor']}"
-    else:
+    if name.startswith("classifier."):
+        return name.replace("classifier", "head", 1)
+    match = re.fullmatch(r"stages\.(\d)\.(\d+)\.(.+)\.(synapse|norm)\.(\w+)", name)
+    if match is None or match[3] not in _PUBLISHED:
         raise ValueError(
             "published_name: only tensors of a QKFormer with shortcut='sew' were published; got"
             f" {name}"
         )
-    return f"{place}_{_KINDS[match['kind']]}.{match['tensor']}"
-
-
-def _published_block(match: re.Match[str]) -> str:
-    return f"stage{int(match['stage']) + 1}.{int(match['block']) - 1}"
+    first, second = (1, 2) if match[1] == "0" else (3, 4)
+    place = _PUBLISHED[match[3]].format(
+        stage=int(match[1]) + 1,
+        block=int(match[2]) - 1,
+        attention="attn" if match[1] == "2" else "tssa",
+        first=first,
+        second=second,
+    )
+    return f"{place}_{_KINDS[match[4]]}.{match[5]}"
 
 
 def from_published(
@@ -326,10 +468,10 @@ def from_published(
         )
     network.to_empty(device="cpu")
     tensors = renamed(published, network)
-    if wrong := describe_mismatch(tensors, network.state_dict()):
-        raise ValueError(
-            f"from_published: the weights must be those of a published QKFormer; got {wrong}"
-        )
+    wrong = describe_mismatch(tensors, network.state_dict())
+    require(
+        not wrong, f"from_published: the weights must be those of a published QKFormer; got {wrong}"
+    )
     network.load_state_dict(tensors)
     return network
 
@@ -383,13 +525,16 @@ def renamed(published: Mapping[str, Tensor], network: QKFormer) -> dict[str, Ten
 
 def to_published(network: QKFormer) -> dict[str, Tensor]:
     """Our weights under the published names and in the published shapes, without call counters."""
-    named = {published_name(name): tensor for name, tensor in network.state_dict().items()}
     return {
-        theirs: tensor.reshape(_published_shape(theirs, tensor)) for theirs, tensor in named.items()
+        (theirs := published_name(name)): tensor.reshape(_published_shape(theirs, tensor))
+        for name, tensor in network.state_dict().items()
     }
 
 
 def _published_shape(theirs: str, tensor: Tensor) -> torch.Size:
     """The published shape: synapses of an attention were 1-D convolutions over tokens."""
-    is_1d = re.search(r"\.(tssa|attn)\.\w+_conv\.weight$", theirs) is not None
-    return tensor.shape[:-1] if is_1d else tensor.shape
+    return (
+        tensor.shape[:-1]
+        if re.search(r"\.(tssa|attn)\.\w+_conv\.weight$", theirs)
+        else tensor.shape
+    )

@@ -11,7 +11,7 @@ S is a synapse, N its norm, L a neuron; h = first(x), y = last(shortcut + branch
 
 Under "membrane" and "multiple" the synapses see spikes. The last two put a shortcut around every
 neuron, synapse and norm, because two binary layers between shortcuts lose too much. "multiple_all"
-is "multiple" with shortcuts around the projections of an attention as well (`models/attention.py`).
+is "multiple" with shortcuts around the projections of an attention as well (`models/qkformer.py`).
 Where the number of channels changes by a whole factor, such a shortcut repeats the channels, or
 averages groups of r channels. Where the stride changes, it is an average pool and a 1x1 synapse
 with its norm. A mean over groups of spikes is graded, so later synapses of "sew_multiple" see
@@ -37,7 +37,8 @@ Source: He et al. 2016 (arXiv 1512.03385), Fang et al. 2021 (SEW, arXiv 2102.041
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,16 @@ class BlockFactory:
         over: statistics of batch norm: of each time step, or over T and B together.
         norm_gain: initial gain of batch norms.
 
+    `carries_spikes` says whether the stream consists of spikes, their sums or means; synapses read
+    such a stream without a neuron. `branch_gain` is the initial gain of a branch's last batch norm.
+    On a real-valued stream it is 0, so that a block starts as the identity; otherwise every branch
+    would add variance, until few neurons that read the stream are near their threshold. On a stream
+    of spikes it is None, because there is no such problem.
+
+    The expected variance of a normaliser-free stream is `shared` + `own`: 1 after a standardised
+    synapse, plus ALPHA^2 per branch. `own` was added since channels were repeated, independently in
+    each copy.
+
     Raises: ValueError for an unknown `shortcut` or `norm`, or for "sws" on a stream of spikes.
     """
 
@@ -106,36 +117,15 @@ class BlockFactory:
             " neuron with scale_input",
         )
         self.shortcut: Shortcut = shortcut
+        self.carries_spikes = shortcut in ("post_activation", "sew", "sew_multiple")
+        self.branch_gain = None if self.carries_spikes else 0.0
+        self.is_multiple = shortcut in ("multiple", "multiple_all", "sew_multiple")
         self.prototype = neuron
         self.is_sws = norm == "sws"
         self.over: Over = over
         self.norm_gain = norm_gain
         self.gain = variance_gain(neuron)
-        self.stream = StreamVariance()
-
-    @property
-    def carries_spikes(self) -> bool:
-        """Whether the stream consists of spikes, their sums or means.
-
-        Synapses read such a stream without a neuron.
-        """
-        return self.shortcut in ("post_activation", "sew", "sew_multiple")
-
-    @property
-    def branch_gain(self) -> float | None:
-        """Initial gain of a branch's last batch norm.
-
-        It is 0 on a real-valued stream, so that a block starts as the identity.
-
-        Otherwise every branch would add variance, until few neurons that read the stream are near
-        their threshold. None on a stream of spikes, which has no such problem.
-        """
-        return None if self.carries_spikes else 0.0
-
-    @property
-    def is_multiple(self) -> bool:
-        """Whether every synapse has its own shortcut."""
-        return self.shortcut in ("multiple", "multiple_all", "sew_multiple")
+        self.shared, self.own = 1.0, 0.0
 
     # --------------------------------------------------------------------------------------- layers
 
@@ -146,18 +136,15 @@ class BlockFactory:
 
         Raises: ValueError for a threshold if the neuron has one and is not a plain LIF.
         """
-        neuron = copy_neuron(self.prototype)
-        if threshold is None or isinstance(neuron, nn.ReLU):
-            return neuron
-        if type(neuron) is not LIF:
-            raise ValueError(
+        neuron: Any = copy_neuron(self.prototype)
+        if threshold is not None and not isinstance(neuron, nn.ReLU):
+            require(
+                type(neuron) is LIF,
                 f"neuron must be a LIF to get a threshold of {threshold}; got"
-                f" {type(neuron).__name__}"
+                f" {type(neuron).__name__}",
             )
-        neuron.threshold, neuron.subtract = (
-            threshold,
-            neuron.subtract * threshold / neuron.threshold,
-        )
+            neuron.subtract = neuron.subtract * threshold / neuron.threshold
+            neuron.threshold = threshold
         return neuron
 
     def spikes(self, *, threshold: float | None = None) -> nn.Module:
@@ -168,7 +155,7 @@ class BlockFactory:
     def stream_spikes(self) -> nn.Module:
         """A neuron that reads the stream at the current position."""
         return (
-            Rescaled(self.neuron(), gain=self.gain, beta=self.stream.variance**0.5)
+            Rescaled(self.neuron(), gain=self.gain, beta=(self.shared + self.own) ** 0.5)
             if self.is_sws
             else self.neuron()
         )
@@ -206,13 +193,10 @@ class BlockFactory:
         identity). `pooled` replaces the stride of a 1x1 shortcut synapse by an average pool before
         it.
         """
+        build = partial(self.one_residual, last_gain=last_gain, drop_path=drop_path)
         if self.is_multiple:
-            each = [
-                self.one_residual([layer], last_gain=last_gain, pooled=True, drop_path=drop_path)
-                for layer in layers
-            ]
-            return nn.Sequential(*each)
-        return self.one_residual(layers, last_gain=last_gain, pooled=pooled, drop_path=drop_path)
+            return nn.Sequential(*(build([layer], pooled=True) for layer in layers))
+        return build(layers, pooled=pooled)
 
     def one_residual(
         self,
@@ -255,7 +239,7 @@ class BlockFactory:
         It does not support "post_activation".
         """
         assert self.shortcut != "post_activation"
-        self.stream.add()
+        self._add_branch()
         return Residual(branch, alpha=ALPHA if self.is_sws else None, drop_path=drop_path)
 
     def _shortcut(
@@ -263,15 +247,17 @@ class BlockFactory:
     ) -> tuple[nn.Module | None, bool]:
         """The shortcut, and whether it has its own synapse."""
         if stride == 1 and in_channels == out_channels:
-            self.stream.add()
+            self._add_branch()
             return None, False
         if self.is_multiple and stride == 1 and out_channels % in_channels == 0:
-            self.stream.repeat()
+            self.own += ALPHA**2
             return Repeat(out_channels // in_channels), False
         if self.is_multiple and stride == 1 and in_channels % out_channels == 0:
-            self.stream.average(in_channels // out_channels)
-            return GroupMean(in_channels // out_channels), False
-        self.stream.restart()
+            group = in_channels // out_channels
+            # The mean over copies divides what is independent in them, and keeps what they share.
+            self.shared, self.own = self.shared + (self.own / group + ALPHA**2), 0.0
+            return GroupMean(group), False
+        self.shared, self.own = 1.0 + ALPHA**2, 0.0
         projection = nn.Sequential()
         # Under "sws" no pool, because it would reduce the unit variance.
         pools = pooled and stride > 1 and not self.is_sws
@@ -283,6 +269,12 @@ class BlockFactory:
         if self.shortcut in ("sew", "sew_multiple"):
             projection.append(self.neuron())
         return projection, True
+
+    def _add_branch(self) -> None:
+        if self.own:
+            self.own += ALPHA**2
+        else:
+            self.shared += ALPHA**2
 
 
 def resnet_stages(
@@ -311,7 +303,12 @@ def resnet_stages(
         stage = nn.Sequential()
         for position in range(count):
             stride = 1 if position else 2 if index else first_stride
-            layers = resnet_layers(channels, width * 2**index, stride=stride, bottleneck=bottleneck)
+            wide = width * 2**index
+            layers = (  # in a bottleneck the 3x3 has the stride
+                [Layer(channels, wide), Layer(wide, wide, 3, stride), Layer(wide, 4 * wide)]
+                if bottleneck
+                else [Layer(channels, wide, 3, stride), Layer(wide, wide, 3)]
+            )
             stage.append(
                 factory.residual(
                     layers, last_gain=last_gain, pooled=pooled, drop_path=drop_path * built / last
@@ -320,13 +317,6 @@ def resnet_stages(
             channels, built = layers[-1].out_channels, built + 1
         stages.append(stage)
     return stages, channels
-
-
-def resnet_layers(in_channels: int, width: int, *, stride: int, bottleneck: bool) -> list[Layer]:
-    """The layers of a ResNet block; in a bottleneck the 3x3 has the stride."""
-    if bottleneck:
-        return [Layer(in_channels, width), Layer(width, width, 3, stride), Layer(width, 4 * width)]
-    return [Layer(in_channels, width, 3, stride), Layer(width, width, 3)]
 
 
 def named(**modules: nn.Module) -> nn.Sequential:
@@ -407,38 +397,3 @@ class Rescaled(nn.Module):
 
     def extra_repr(self) -> str:
         return f"gain={self.gain:.4g}, beta={self.beta:.4g}"
-
-
-class StreamVariance:
-    """The expected variance of a normaliser-free stream.
-
-    It is 1 after a standardised synapse, plus ALPHA^2 per branch.
-    """
-
-    def __init__(self) -> None:
-        self.shared = 1.0
-        self.own = 0.0  # added since a repetition, independently in each copy
-
-    @property
-    def variance(self) -> float:
-        return self.shared + self.own
-
-    def add(self) -> None:
-        if self.own:
-            self.own += ALPHA**2
-        else:
-            self.shared += ALPHA**2
-
-    def repeat(self) -> None:
-        self.own += ALPHA**2
-
-    def average(self, group: int) -> None:
-        """Update after a mean over `group` copies.
-
-        The shared part does not change, and the independent part is divided.
-        """
-        self.shared += self.own / group + ALPHA**2
-        self.own = 0.0
-
-    def restart(self) -> None:
-        self.shared, self.own = 1.0 + ALPHA**2, 0.0

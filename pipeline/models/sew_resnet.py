@@ -17,12 +17,12 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import Over, Pool, init_kaiming
+from pipeline.models.parts import Over, Pool
 from pipeline.models.residual import BlockFactory, Layer, resnet_stages
 from pipeline.spiking.neuron import IF
 from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.surrogate import ATan
-from pipeline.spiking.synapse import Linear
+from pipeline.spiking.synapse import Conv2d, Linear
 
 Order = Literal["sew", "post_activation"]
 
@@ -75,7 +75,9 @@ class SEWResNet(nn.Module):
         )
         self.stages, channels = resnet_stages(factory, blocks, width, bottleneck=bottleneck)
         self.classifier = Linear(channels, classes)
-        init_kaiming(self)
+        for module in self.modules():  # as torchvision's ResNet
+            if isinstance(module, Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         return self.classifier(self.stages(self.stem(x_TBCHW)).mean((3, 4)))

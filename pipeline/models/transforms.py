@@ -12,6 +12,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,11 @@ from torch.nn.modules.conv import _ConvNd
 from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.spiking.binary import Binarization, binarize
 from pipeline.spiking.limit import LimitedSynapse
-from pipeline.spiking.linear_layers import is_inside
 from pipeline.spiking.local_learning import Readout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import batch_norms
 from pipeline.spiking.state import State
-from pipeline.spiking.synapse import Conv2d, Linear
+from pipeline.spiking.synapse import Conv2d, Linear, is_inside
 
 ALL_BUT_ENDS = "all_but_ends"
 
@@ -48,11 +48,23 @@ def binarized(network: nn.Module, *, part: str, weights: Binarization = "scaled"
     modules = dict(network.named_modules())
     layers = [name for name, module in modules.items() if isinstance(module, (nn.Linear, _ConvNd))]
     limited = [name for name, module in modules.items() if isinstance(module, LimitedSynapse)]
-    chosen = (
-        _all_but_ends(modules, layers)
-        if part == ALL_BUT_ENDS
-        else _inside_part(network, part, layers)
+    classifiers = [name for name in modules if name.rpartition(".")[2] == "classifier"]
+    places: dict[str, list[str]] = {}
+    for name, module in modules.items():
+        if isinstance(named := getattr(module, "part", None), str):
+            places.setdefault(named, []).append(name)
+    ends = [name for name in layers if is_inside(name, classifiers)] or layers[-1:]
+    inner = [name for name in layers[1:] if name not in ends and "shortcut" not in name.split(".")]
+    parts = {ALL_BUT_ENDS: inner} | {
+        each: [name for name in layers if is_inside(name, inside)]
+        for each, inside in places.items()
+    }
+    require(
+        part in parts,
+        f"binarized: part must be one that the network has; {type(network).__name__} has"
+        f" {', '.join(parts)}; got part={part!r}",
     )
+    chosen = parts[part]
     require(
         chosen,
         f"binarized: part must hold layers with weights; {part!r} of {type(network).__name__}"
@@ -70,25 +82,6 @@ def binarized(network: nn.Module, *, part: str, weights: Binarization = "scaled"
     return network
 
 
-def _all_but_ends(modules: dict[str, nn.Module], layers: list[str]) -> list[str]:
-    classifiers = [name for name in modules if name.rpartition(".")[2] == "classifier"]
-    heads = [name for name in layers if is_inside(name, classifiers)] or layers[-1:]
-    return [name for name in layers[1:] if name not in heads and "shortcut" not in name.split(".")]
-
-
-def _inside_part(network: nn.Module, part: str, layers: list[str]) -> list[str]:
-    parts: dict[str, list[str]] = {}
-    for name, module in network.named_modules():
-        if isinstance(getattr(module, "part", None), str):
-            parts.setdefault(module.part, []).append(name)  # type: ignore[arg-type]
-    require(
-        part in parts,
-        f"binarized: part must be one that the network has; {type(network).__name__} has "
-        f"{', '.join([ALL_BUT_ENDS, *parts])}; got part={part!r}",
-    )
-    return [name for name in layers if is_inside(name, parts[part])]
-
-
 class MultiHead(nn.Module):
     """One classifier per task, of which `selected` is used: `[T, B, C]` to `[T, B, K]`.
 
@@ -98,8 +91,8 @@ class MultiHead(nn.Module):
     Raises: ValueError for no heads.
     """
 
+    # Marks networks with a new Jacobian in each task, for rules that estimate it.
     has_task_heads = True
-    """marks networks with a new Jacobian in each task, for rules that estimate it"""
 
     def __init__(self, heads: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -121,12 +114,12 @@ def multi_head(network: nn.Module, *, heads: int) -> nn.Module:
 
     Raises: ValueError for fewer than one head, or a network without a module `classifier`.
     """
-    classifier = getattr(network, "classifier", None)
-    if heads < 1 or not isinstance(classifier, nn.Module):
-        raise ValueError(
-            "multi_head: needs heads >= 1 and a network with a module `classifier`; got"
-            f" heads={heads}, {type(network).__name__}"
-        )
+    classifier: Any = getattr(network, "classifier", None)
+    require(
+        heads >= 1 and isinstance(classifier, nn.Module),
+        "multi_head: needs heads >= 1 and a network with a module `classifier`; got"
+        f" heads={heads}, {type(network).__name__}",
+    )
     network.classifier = MultiHead(copy.deepcopy(classifier) for _ in range(heads))
     return network
 
@@ -208,37 +201,37 @@ def with_readouts(
     """
     modules = list(network.named_modules())
     neurons = sum(isinstance(module, LIF) for _, module in modules)
+    require(
+        neurons, f"with_readouts: the network must have LIF neurons; got {type(network).__name__}"
+    )
     every = [cells] * neurons if isinstance(cells, int) else list(cells)
-    if len(every) != neurons:
-        raise ValueError(
-            f"with_readouts: cells must be one number, or one for each of {neurons} neurons; got"
-            f" {every}"
-        )
-    channels, on_image, placed = None, False, 0
+    require(
+        len(every) == neurons,
+        f"with_readouts: cells must be one number, or one for each of {neurons} neurons; got"
+        f" {every}",
+    )
+    cells_of, synapse = iter(every), None
     for name, module in modules:
-        if isinstance(module, Conv2d):
-            channels, on_image = module.out_channels, True
-        elif isinstance(module, Linear):
-            channels, on_image = module.out_features, False
+        if isinstance(module, (Conv2d, Linear)):
+            synapse = module
         elif isinstance(module, LIF):
-            if channels is None:
+            if synapse is None:
                 raise ValueError(
                     "with_readouts: a synapse must stand in front of each neuron; got none before"
                     f" {name}"
                 )
-            parent = network.get_submodule(name.rpartition(".")[0])
-            readout = Readout(channels, classes, cells=every[placed] if on_image else 1)
-            setattr(parent, name.rpartition(".")[2], nn.Sequential(module, readout))
-            placed += 1
-    if not placed:
-        raise ValueError(
-            f"with_readouts: the network must have LIF neurons; got {type(network).__name__}"
-        )
-    if channels != classes:
-        raise ValueError(
-            f"with_readouts: classes must be those of the network; got {classes}, and {channels}"
-            " outputs"
-        )
+            count = next(cells_of)  # of regions a side, for an image
+            readout = Readout(
+                len(synapse.weight), classes, cells=count if isinstance(synapse, Conv2d) else 1
+            )
+            parent, _, last = name.rpartition(".")
+            setattr(network.get_submodule(parent), last, nn.Sequential(module, readout))
+    outputs = None if synapse is None else len(synapse.weight)
+    require(
+        outputs == classes,
+        f"with_readouts: classes must be those of the network; got {classes}, and {outputs}"
+        " outputs",
+    )
     return network
 
 

@@ -63,59 +63,35 @@ class Layer(nn.Module):
         )
 
 
-class Feedback(nn.Module):
-    """Stores the features h[t-1] as one step `[1, B, ...]`.
-
-    `recall` reads them, and `keep` stores h[t].
-
-    A model with feedback runs its time steps one after another, whatever the length of a slice. The
-    seam `carry` is applied to stored features, as in `LIF`: the identity under BPTT, detach under
-    online rules.
-
-    Raises: ValueError outside `fresh_state`, or if more than one step is stored.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.carry: Callable[[Tensor], Tensor] = identity
-        self.state = State("Feedback")
-
-    def recall(self) -> Tensor | None:
-        """h[t-1], or None at the first time step of a batch."""
-        return self.state.read("h")
-
-    def keep(self, h_TB: Tensor) -> None:
-        if h_TB.shape[0] != 1:
-            raise ValueError(
-                "Feedback: keep must be handed one time step, [1, B, ...]; got shape"
-                f" {tuple(h_TB.shape)}"
-            )
-        self.state.write("h", self.carry(h_TB))
-
-
 class FeedbackConv(nn.Module):
     """The current of h_last[t-1] into the first layer.
 
-    It is nearest-neighbour upsampling to the size of x[t], and a 3x3 convolution.
-
-    At the first time step it is zero, without the bias, as published.
+    It is nearest-neighbour upsampling to the size of x[t], and a 3x3 convolution. At the first time
+    step it is zero, without the bias, as published. `keep` stores h_last[t] as one step `[1, B,
+    ...]`, so a model with feedback runs its time steps one after another, whatever the length of a
+    slice. The seam `carry` is applied to stored features, as in `LIF`: the identity under BPTT,
+    detach under online rules.
     """
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.features = Feedback()
+        self.carry: Callable[[Tensor], Tensor] = identity
+        self.state = State("FeedbackConv")
         self.conv = Conv2d(channels, width, 3, padding=1)
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
-        h_TBCHW = self.features.recall()
+        h_TBCHW = self.state.read("h")
         if h_TBCHW is None:
             return x_TBCHW.new_zeros(())
         size = x_TBCHW.shape[3:]
         return self.conv(
             folded(lambda h_NCHW: F.interpolate(h_NCHW, size, mode="nearest"), h_TBCHW)
         )
+
+    def keep(self, h_1BCHW: Tensor) -> None:
+        self.state.write("h", self.carry(h_1BCHW))
 
 
 class VGG(nn.Module):
@@ -186,21 +162,21 @@ class VGG(nn.Module):
             )
         if self.feedback is None:
             return self.classifier(self.gain * self._spikes(x_TBCHW).mean((3, 4)))
-        return torch.cat([self._step(x_1BCHW, self.feedback) for x_1BCHW in x_TBCHW.split(1)])
+        logits = []
+        for x_1BCHW in x_TBCHW.split(1):
+            s_1BCHW = self._spikes(x_1BCHW)
+            self.feedback.keep(self.gain * s_1BCHW)
+            logits.append(self.classifier(self.gain * s_1BCHW.mean((3, 4))))
+        return torch.cat(logits)
 
-    def _spikes(self, x_TBCHW: Tensor, feedback: FeedbackConv | None = None) -> Tensor:
+    def _spikes(self, x_TBCHW: Tensor) -> Tensor:
         first, *others = self.stages[0].children()
-        s = first(x_TBCHW, feedback)
+        s = first(x_TBCHW, self.feedback)
         for layer in others:
             s = layer(s)
         for layers in self.stages[1:]:
             s = layers(folded(self.pool, s))
         return s
-
-    def _step(self, x_1BCHW: Tensor, feedback: FeedbackConv) -> Tensor:
-        s_1BCHW = self._spikes(x_1BCHW, feedback)
-        feedback.features.keep(self.gain * s_1BCHW)
-        return self.classifier(self.gain * s_1BCHW.mean((3, 4)))
 
 
 def vgg_sws(

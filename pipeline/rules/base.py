@@ -61,35 +61,38 @@ class LossTerm:
 class Rule(nn.Module):
     """Base class of the rules. It is a Module so that a rule's state is moved and checkpointed.
 
-    A subclass declares how the memory for its backward grows with T (`memory`). It declares when
-    the loop may update the weights (`update`: after the batch, or after each loss term), and which
-    losses it can differentiate (`over_time_choices`). It overrides `_loss_terms`, and `attach` if
-    it sets seams. State that a rule learns without gradients is in fp32 buffers, which are
-    checkpointed. It is updated in `end_of_batch`, bit for bit equally on every rank.
+    A subclass overrides `_loss_terms`, and `attach` if it sets seams. State that a rule learns
+    without gradients is in fp32 buffers, which are checkpointed. It is updated in `end_of_batch`,
+    bit for bit equally on every rank. A subclass declares:
+
+        memory                  how the memory for its backward grows with T
+        update                  when the loop may update the weights: after the batch, or after
+                                each loss term
+        over_time_choices       the losses that it can differentiate
+        calibration_batches     the number of global training batches that `calibrate` needs before
+                                the first step
+        adds_noise              whether it adds noise to the forward; training activity is then not
+                                the network's own
+        backpropagates_errors   whether a layer's error passes through the synapse of the layer
+                                above it
+        one_loss_per_step       whether `loss_of` sees only the network's logits, once per step or
+                                once; False: it also sees other logits
+        forecast_note           how a forecast counts a batch whose work depends on values
+                                (`forecast/counts.py`); "" if the work does not depend on them
+        chunk                   the number of time steps per forward; None: all
+        tiny                    keywords of the rule that `Recipe.tiny` sets in a small recipe
     """
 
     memory: Literal["constant", "linear"]
     update: Literal["batch", "step"] = "batch"
     over_time_choices: tuple[OverTime, ...] = ("steps",)
     calibration_batches: int = 0
-    """the number of global training batches that `calibrate` needs before the first step"""
     adds_noise: bool = False
-    """whether the rule adds noise to the forward; training activity is then not the network's own
-    """
     backpropagates_errors: bool = True
-    """whether a layer's error passes through the synapse of the layer above it"""
     one_loss_per_step: bool = True
-    """whether `loss_of` sees only the network's logits, once per step or once; False: it also sees
-    other logits
-    """
     forecast_note: str = ""
-    """how a forecast counts a batch whose work depends on values (`forecast/counts.py`); "" if the
-    work does not depend on them
-    """
     chunk: int | None = None
-    """the number of time steps per forward; None: all"""
     tiny: Mapping[str, Any] = {}
-    """keywords of the rule that `Recipe.tiny` sets in a small recipe"""
 
     world: World
     over_time: OverTime
@@ -115,26 +118,26 @@ class Rule(nn.Module):
         this model or this loss.
         """
         refuse_unless_one_of(self.label, ("steps", "mean"), over_time=over_time)
-        if over_time not in self.over_time_choices:
-            why = (
-                "the loss of the mean logits needs all T steps in one graph"
-                if over_time == "mean"
-                else "it has one loss, of rates"
-            )
-            raise ValueError(
-                f"{self.label}: {why}, so over_time must be {self.over_time_choices[0]!r}; got"
-                f" over_time={over_time!r}"
-            )
+        why = (
+            "the loss of the mean logits needs all T steps in one graph"
+            if over_time == "mean"
+            else "it has one loss, of rates"
+        )
+        require(
+            over_time in self.over_time_choices,
+            f"{self.label}: {why}, so over_time must be {self.over_time_choices[0]!r}; got"
+            f" over_time={over_time!r}",
+        )
         require(
             not self._attached, f"{self.label}: release the first model before attaching another"
         )
         for name, module in model.named_modules():
             carried = getattr(module, "carried_rule", None)
-            if carried is not None:
-                where = name or type(module).__name__
-                raise ValueError(
-                    f"{self.label}: the model must carry no rule yet; got {carried} on {where}"
-                )
+            require(
+                carried is None,
+                f"{self.label}: the model must carry no rule yet; got {carried} on"
+                f" {name or type(module).__name__}",
+            )
         if self.chunk is not None:
             refuse_whole_sequence_modules(self, model)
         weighted = next(
@@ -194,6 +197,12 @@ class Rule(nn.Module):
         """Called when task `task` (from 0) of a recipe with several tasks begins.
 
         Most rules ignore it.
+        """
+
+    def begin_batch(self) -> None:
+        """Called before the first micro-batch of a global batch.
+
+        A rule discards what an unfinished batch has left.
         """
 
     def end_of_batch(self) -> None:
@@ -267,20 +276,21 @@ class Rule(nn.Module):
         Raises: ValueError, immediately, if the model is not the attached one, the input has no time
         axis, or T does not fit.
         """
-        if not self._attached:
-            raise ValueError(f"{self.label}: attach(model) comes before loss_terms")
-        if not any(module is self._attached[0] for module in model.modules()):
-            raise ValueError(
-                f"{self.label}: loss_terms needs the attached model or a wrapper around it; got"
-                " another model"
-            )
-        if x_TB.dim() < 3 or x_TB.shape[0] < 1:
-            raise ValueError(
-                f"{self.label}: the input must be time first, [T, B, ...]; got shape"
-                f" {tuple(x_TB.shape)}"
-            )
+        require(self._attached, f"{self.label}: attach(model) comes before loss_terms")
+        require(
+            any(module is self._attached[0] for module in model.modules()),
+            f"{self.label}: loss_terms needs the attached model or a wrapper around it; got"
+            " another model",
+        )
+        require(
+            x_TB.dim() >= 3 and x_TB.shape[0] >= 1,
+            f"{self.label}: the input must be time first, [T, B, ...]; got shape"
+            f" {tuple(x_TB.shape)}",
+        )
         self.check_steps(x_TB.shape[0])
         step = self._last_step + 1 if step is None else step
+        if step != self._last_step:
+            self.begin_batch()
         self._last_step = step
         return self._loss_terms(
             model, x_TB, loss_of, step, rows if rows is not None else range(x_TB.shape[1])
@@ -325,8 +335,7 @@ def slices(x_TB: Tensor, chunk: int | None) -> Iterator[Tensor]:
     if is_static(x_TB):
         yield from repeat(_compact(x_TB[0]), len(x_TB)).split(size)
     else:
-        for x_cB in x_TB.split(size):
-            yield _compact(x_cB)
+        yield from map(_compact, x_TB.split(size))
 
 
 def _compact(x: Tensor) -> Tensor:
@@ -372,10 +381,11 @@ def refuse_foreign_norms(who: str, model: nn.Module) -> None:
 
     Raises: ValueError, in the name of `who`, that names every such norm and its replacement.
     """
-    if norms := foreign_norms(model):
-        got = ", ".join(f"{type(norm).__name__} at {name}" for name, norm in norms.items())
-        raise ValueError(
-            f"{who}: every norm must have statistics of one time step, or BPTT would train another"
-            f" forward; got {got}; take pipeline.spiking.norm.BatchNorm, or standardise the weights"
-            " (weights='standardized'); a norm that train() leaves in evaluation mode is accepted"
-        )
+    norms = [f"{type(norm).__name__} at {name}" for name, norm in foreign_norms(model).items()]
+    require(
+        not norms,
+        f"{who}: every norm must have statistics of one time step, or BPTT would train another"
+        f" forward; got {', '.join(norms)}; take pipeline.spiking.norm.BatchNorm, or standardise"
+        " the weights (weights='standardized'); a norm that train() leaves in evaluation mode is"
+        " accepted",
+    )

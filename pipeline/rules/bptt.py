@@ -4,7 +4,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.rules.base import (
     LossOf,
     LossTerm,
-    OverTime,
     Rule,
     carrying_modules,
     slice_loss,
@@ -45,17 +44,12 @@ class BPTT(Rule):
     10.1162/neco.1990.2.4.490) for truncation.
     """
 
-    over_time_choices = ("steps", "mean")
-
     def __init__(
         self, chunk: int | None = None, *, recompute: bool = False, truncate: int | None = None
     ) -> None:
         super().__init__()
-        given = {
-            name: value
-            for name, value in (("chunk", chunk), ("truncate", truncate))
-            if value is not None
-        }
+        given = {"chunk": chunk, "truncate": truncate}
+        given = {name: value for name, value in given.items() if value is not None}
         refuse_unless_counts("BPTT", given, up_to="T")
         require(
             truncate is None or (not recompute and chunk is None),
@@ -67,7 +61,10 @@ class BPTT(Rule):
         )
         self.recompute = recompute
         self.truncate = truncate
-        self.memory: Literal["constant", "linear"] = "linear" if truncate is None else "constant"
+        if truncate is None:
+            self.memory, self.over_time_choices = "linear", ("steps", "mean")
+        else:
+            self.memory, self.over_time_choices = "constant", ("steps",)
 
     @property
     def label(self) -> str:
@@ -76,14 +73,6 @@ class BPTT(Rule):
         if self.recompute:
             return "BPTT-recompute"
         return "BPTT" if self.chunk is None else f"BPTT-chunk-{self.chunk}"
-
-    def attach(self, model: nn.Module, *, over_time: OverTime = "steps", **more: Any) -> None:
-        require(
-            self.truncate is None or over_time != "mean",
-            f"{self.label}: the loss of the mean logits needs all T steps in one graph; got"
-            " over_time='mean'",
-        )
-        super().attach(model, over_time=over_time, **more)
 
     def check_steps(self, steps: int) -> None:
         require(
@@ -174,9 +163,7 @@ class Recomputation:
 
         The error is a constant.
         """
-        kept = [
-            tensor for moment in self.moments for tensor in (*moment.membranes, *moment.buffers)
-        ]
+        kept = [each for now in self.moments for each in (*now.membranes, *now.buffers)]
         return _Scalar.apply(  # type: ignore[return-value]
             loss.detach(), self, len(kept), error_TBK, *kept, *self.learnt
         )
@@ -189,22 +176,21 @@ class Recomputation:
         total: list[Tensor | None] = [None] * len(self.learnt)
         errors = error_TBK.split([x_cB.shape[0] for x_cB in self.slices])
         kept = list(kept)
-        after: dict[tuple[int, str], Tensor] = {}
+        after: dict[tuple[State, str], Tensor | None] = {}
         now = self._now()
-        device = error_TBK.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([error_TBK.device] if error_TBK.is_cuda else []):
             for x_cB, error_cBK, moment in reversed(
                 list(zip(self.slices, errors, self.moments, strict=True))
             ):
-                kept, buffers = _split_last(kept, len(moment.buffers))
-                kept, membranes = _split_last(kept, len(moment.membranes))
+                buffers = [kept.pop() for _ in moment.buffers][::-1]
+                membranes = [kept.pop() for _ in moment.membranes][::-1]
                 leaves = [v.detach().requires_grad_(v.is_floating_point()) for v in membranes]
                 self._set(moment, leaves, buffers)
                 with torch.enable_grad(), op_scope("recomputation"):
                     logits_cBK = self.model(x_cB)
                 outputs, incoming = [logits_cBK], [error_cBK]
-                for place in self._now().places:
-                    value, gradient = place[0].values[place[1]], after.get((id(place[0]), place[1]))
+                for state, name in self._now().places:
+                    value, gradient = state.values[name], after.get((state, name))
                     if gradient is not None and value.requires_grad:
                         outputs.append(value)
                         incoming.append(gradient)
@@ -214,18 +200,9 @@ class Recomputation:
                     if gradient is not None:
                         so_far = total[index]
                         total[index] = gradient if so_far is None else so_far + gradient
-                carried = [
-                    place
-                    for place, leaf in zip(moment.places, leaves, strict=True)
-                    if leaf.requires_grad
-                ]
-                after = {
-                    (id(state), name): gradient
-                    for (state, name), gradient in zip(
-                        carried, gradients[len(self.learnt) :], strict=True
-                    )
-                    if gradient is not None
-                }
+                pairs = zip(moment.places, leaves, strict=True)
+                carried = [place for place, leaf in pairs if leaf.requires_grad]
+                after = dict(zip(carried, gradients[len(self.learnt) :], strict=True))
         self._set(now, now.membranes, now.buffers)
         return total
 
@@ -279,8 +256,3 @@ class _Scalar(torch.autograd.Function):
         error_TBK, *kept = ctx.saved_tensors
         gradients = ctx.run.gradients(error_TBK * grad_outputs[0].to(error_TBK.dtype), kept)
         return (None, None, None, None, *[None] * ctx.count, *gradients)
-
-
-def _split_last(tensors: list[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:
-    cut = len(tensors) - count
-    return tensors[:cut], tensors[cut:]

@@ -2,9 +2,10 @@
 
 # T time, B batch, K classes
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of, req
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World
 from pipeline.spiking.encode import is_static
 from pipeline.spiking.neuron import named_neurons
-from pipeline.spiking.norm import batch_norms, local_statistics
+from pipeline.spiking.norm import batch_norms
 from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.rate import RateNeuron, rate_weights
 from pipeline.spiking.state import attribute_set, fresh_state, hooked
@@ -95,23 +96,19 @@ class DSR(Rule):
             f" {type(model).__name__}",
         )
         for name, neuron in neurons:
-            if not isinstance(neuron, RateNeuron):
-                where = name or "the model itself"
-                raise ValueError(
-                    f"DSR: every neuron must be a RateIF or RateLIF; got {type(neuron).__name__} at"
-                    f" {where}"
-                )
+            require(
+                isinstance(neuron, RateNeuron),
+                f"DSR: every neuron must be a RateIF or RateLIF; got {type(neuron).__name__} at"
+                f" {name or 'the model itself'}",
+            )
         require(
             self.backward != "published" or not all(neuron.decay == 1 for _, neuron in neurons),
             "DSR: backward='published' changes RateLIF alone; got a model with RateIF alone",
         )
         super().attach(model, world=world, over_time=over_time)
         for _, neuron in neurons:
-            self.set_seam(
-                neuron,
-                "gradient",
-                rate_gradient if self.backward == "rates" else published_gradient,
-            )
+            evenly = self.backward == "published" and neuron.decay < 1
+            self.set_seam(neuron, "gradient", partial(_rate_map, evenly=evenly))
 
     def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
@@ -125,34 +122,29 @@ class DSR(Rule):
     def calibrate(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
         parts = [part_TB for x_TB in batches for part_TB in x_TB.split(CALIBRATION_SAMPLES, dim=1)]
         samples = sum(part_TB.shape[1] for part_TB in parts)
-        on_spikes = self.calibrate_on == "spikes"
-        if not on_spikes:
+        # Of a copy, whose modes, neurons and running statistics may change.
+        twin, on_spikes = copy.deepcopy(model).eval(), self.calibrate_on == "spikes"
+        if on_spikes:
+            for norm in batch_norms(twin):
+                norm.train()
+                norm.between = "rank"
+        else:
             parts = [
                 part_TB[:1] if is_static(part_TB) else part_TB.mean(0, keepdim=True)
                 for part_TB in parts
             ]
-        ramps = [] if on_spikes else [neuron for _, neuron in named_neurons(model)]
-        with (
-            _evaluation_mode(model, batch_statistics=on_spikes),
-            attribute_set(ramps, "gradient", _activation),
-        ):
-            for neuron in _execution_order(model, parts[0]):
-                height = _percentile(
-                    (_input_rate(neuron, model, part_TB) for part_TB in parts), samples
-                )
-                neuron.threshold.fill_(max(neuron.dt * float(height), neuron.bound))
+            for _, neuron in named_neurons(twin):
+                neuron.gradient = _unbounded_ramp  # type: ignore[assignment]
+        neurons: dict[nn.Module, Any] = dict(zip(twin.modules(), model.modules(), strict=True))
+        for neuron in _execution_order(twin, parts[0]):
+            height = _percentile((_input_rate(neuron, twin, x_TB) for x_TB in parts), samples)
+            for each in (neuron, neurons[neuron]):
+                each.threshold.fill_(max(neuron.dt * float(height), neuron.bound))
 
 
-def rate_gradient(lif: RateNeuron, x_TB: Tensor) -> Tensor:
+def _rate_map(lif: RateNeuron, x_TB: Tensor, *, evenly: bool) -> Tensor:
     """The seam `LIF.gradient`: the neuron's spikes, with the derivative of its rate."""
-    return _RateMap.apply(x_TB, lif.clamped_threshold(), lif, False)  # type: ignore[return-value]
-
-
-def published_gradient(lif: RateNeuron, x_TB: Tensor) -> Tensor:
-    """The same spikes, with the derivative of the published code."""
-    return _RateMap.apply(  # type: ignore[return-value]
-        x_TB, lif.clamped_threshold(), lif, lif.decay < 1
-    )
+    return _RateMap.apply(x_TB, lif.clamped_threshold(), lif, evenly)  # type: ignore[return-value]
 
 
 class _RateMap(torch.autograd.Function):
@@ -179,7 +171,6 @@ class _RateMap(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         (g_TB,) = grad_outputs
         inside_B, above_B = ctx.saved_tensors
-        want_x, want_threshold, *_ = ctx.needs_input_grad
         weights_T = rate_weights(ctx.decay, g_TB)
         if ctx.evenly:
             g_B = len(g_TB) * torch.tensordot(weights_T, g_TB.to(weights_T.dtype), dims=1)
@@ -187,10 +178,10 @@ class _RateMap(torch.autograd.Function):
         else:
             g_B = g_TB.sum(0, dtype=weights_T.dtype)
         g_x_TB = g_threshold = None
-        if want_x:
+        if ctx.needs_input_grad[0]:
             weights_T = weights_T.view(-1, *[1] * g_B.dim())
             g_x_TB = (weights_T * (ctx.gain * (inside_B * g_B))).to(g_TB.dtype)
-        if want_threshold:
+        if ctx.needs_input_grad[1]:
             g_threshold = (above_B * g_B).sum().view(1) / ctx.dt
         return g_x_TB, g_threshold, None, None
 
@@ -206,19 +197,14 @@ def _rate(lif: RateNeuron, x_TB: Tensor, gain: float) -> Tensor:
 
 
 class _Reached(Exception):
-    """Ends a forward at the neuron whose input is needed."""
-
-    def __init__(self, rate_B: Tensor) -> None:
-        super().__init__()
-        self.rate_B = rate_B
+    """Ends a forward at the neuron whose rate is needed, and carries the rate."""
 
 
 def _stop_here(lif: RateNeuron, x_TB: Tensor) -> Tensor:
     raise _Reached(_rate(lif, x_TB, lif.gain))
 
 
-def _activation(lif: RateNeuron, x_TB: Tensor) -> Tensor:
-    """An unbounded ramp of each step's input."""
+def _unbounded_ramp(lif: RateNeuron, x_TB: Tensor) -> Tensor:
     return lif.gain * x_TB.clamp_min(0)
 
 
@@ -228,12 +214,11 @@ def _input_rate(neuron: RateNeuron, model: nn.Module, x_TB: Tensor) -> Tensor:
         with attribute_set([neuron], "gradient", _stop_here), fresh_state(model):
             model(x_TB)
     except _Reached as reached:
-        return reached.rate_B
+        return reached.args[0]
     raise AssertionError("a neuron that ran once runs again")
 
 
 def _execution_order(model: nn.Module, x_TB: Tensor) -> list[RateNeuron]:
-    """The neurons in the order of one forward, each once."""
     met: dict[nn.Module, None] = {}
     hooks = [
         lif.register_forward_pre_hook(lambda lif, _: met.setdefault(lif))
@@ -253,24 +238,3 @@ def _percentile(rates: Iterator[Tensor], samples: int) -> Tensor:
         largest = candidates.topk(min(keep, candidates.numel())).values
     assert largest is not None
     return largest[-1].clamp_min(0)
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module, *, batch_statistics: bool) -> Iterator[None]:
-    """Run `model` in evaluation mode inside the block; modes and buffers are restored afterwards.
-
-    With `batch_statistics`, batch norm uses this rank's batch.
-    """
-    modes = {module: module.training for module in model.modules()}
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    model.eval()
-    for norm in batch_norms(model) if batch_statistics else []:
-        norm.train()
-    try:
-        with local_statistics(model):
-            yield
-    finally:
-        for buffer, value in buffers.items():
-            buffer.copy_(value)
-        for module, mode in modes.items():
-            module.training = mode

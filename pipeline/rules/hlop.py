@@ -5,40 +5,51 @@ Gradients are projected away from the inputs of old tasks.
 
 # T time, B batch
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
-from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of, require
+from pipeline.core.checks import are_counts, refuse_unless_counts, refuse_unless_one_of, require
 from pipeline.core.random import counter_hash
 from pipeline.recipe.spec import admits
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World
 from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.error_feedback import FixedFeedback, sign_symmetric
-from pipeline.spiking.linear_layers import is_inside, named_parameters, plain_synapses
+from pipeline.spiking.limit import LimitedSynapse
 from pipeline.spiking.local_learning import run_readouts
-from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.state import fresh_state
+from pipeline.spiking.norm import BatchNorm, is_foreign_norm
+from pipeline.spiking.state import attribute_set, fresh_state
 from pipeline.spiking.subspace import (
     InputRecorder,
-    Moments,
     RecordedFactor,
-    RowBudget,
     SecondMoments,
     SpikingMoments,
     Subspace,
-    fan_in,
-    recording,
 )
-from pipeline.spiking.synapse import Conv2d, Linear
+from pipeline.spiking.synapse import Conv2d, Linear, is_inside
 from pipeline.spiking.trace import shared_decay
 
 LearnFrom = Literal["spikes", "traces", "rates"]
 Error = Literal["backprop", "sign_symmetric", "feedback"]
+
+# What a rule declares (`Rule`) that HLOP takes over from the rule inside it.
+INHERITED = (
+    "memory",
+    "update",
+    "over_time_choices",
+    "calibration_batches",
+    "adds_noise",
+    "backpropagates_errors",
+    "one_loss_per_step",
+    "forecast_note",
+    "chunk",
+)
 
 # Purposes of random draws, the first part of their keys.
 _ROWS, _FEEDBACK = 0x484C4F50, 0x46414C47
@@ -117,7 +128,11 @@ class HLOP(Rule):
             isinstance(inner, Rule) and not isinstance(inner, HLOP),
             f"HLOP: inner must be a rule other than HLOP; got {inner!r}",
         )
-        self.rows = RowBudget("HLOP", rows)
+        require(
+            isinstance(rows, Sequence) and rows and all(are_counts(each, least=0) for each in rows),
+            "HLOP: rows must hold, for each task, a number >= 0 for each synapse; got"
+            f" rows={rows!r}",
+        )
         rates = tuple(learning_rate) if isinstance(learning_rate, Sequence) else (learning_rate,)
         require(
             rates and all(admits(float, rate) and rate > 0 for rate in rates),
@@ -138,17 +153,9 @@ class HLOP(Rule):
             f" 'backprop'; got {error=}",
         )
         self.inner = inner
-        self.forecast_note = inner.forecast_note
-        self.memory, self.update = inner.memory, inner.update
-        self.over_time_choices, self.calibration_batches = (
-            inner.over_time_choices,
-            inner.calibration_batches,
-        )
-        self.adds_noise, self.backpropagates_errors = (
-            inner.adds_noise,
-            inner.backpropagates_errors,
-        )
-        self.chunk, self.one_loss_per_step = inner.chunk, inner.one_loss_per_step
+        for name in INHERITED:
+            setattr(self, name, getattr(inner, name))
+        self.rows = tuple(tuple(each) for each in rows)
         self.learning_rates = rates
         self.inner_iterations = inner_iterations
         self.momentum = momentum
@@ -157,10 +164,9 @@ class HLOP(Rule):
         self.error: Error = error
         self.skip = tuple(skip)
         self.register_buffer("task", torch.tensor([0]))
-        self.subspaces = nn.ModuleList()
+        self.subspaces: Any = nn.ModuleList()
         self._recorders: list[InputRecorder] = []
         self._feedback: list[FixedFeedback] = []
-        self._batch = -1
         self._hooks: list[RemovableHandle] = []
 
     @property
@@ -202,20 +208,29 @@ class HLOP(Rule):
         self.task = torch.tensor([0])  # not `zeros`, which has no value under fake tensors
         self.subspaces = nn.ModuleList(
             Subspace(
-                fan_in(synapse),
+                synapse.weight[0].numel(),
                 dtype=torch.promote_types(synapse.weight.dtype, torch.float32),
                 device=synapse.weight.device,
             )
             for synapse in synapses.values()
         )
         self._begin_rows()
-        for (name, synapse), subspace in zip(synapses.items(), self._subspaces, strict=True):
+        for (name, synapse), subspace in zip(synapses.items(), self.subspaces, strict=True):
             self._attach_synapse(name, synapse, subspace, decay)
         self._set_error_path(model)
         projected = {id(synapse.weight) for synapse in synapses.values()}
-        for _, parameter in named_parameters(model, skip=self.skip):
-            if parameter.requires_grad and id(parameter) not in projected:
-                self._hooks.append(parameter.register_hook(self._freeze))
+        for name, parameter in model.named_parameters():
+            if (
+                parameter.requires_grad
+                and id(parameter) not in projected
+                and not is_inside(name, self.skip)
+            ):
+                # From the second task on the gradient is 0; the parameter stays in the optimizer.
+                self._hooks.append(
+                    parameter.register_hook(
+                        lambda g: torch.zeros_like(g) if int(self.task) else None
+                    )
+                )
 
     def release(self) -> None:
         while self._hooks:
@@ -228,11 +243,12 @@ class HLOP(Rule):
     def _attach_synapse(
         self, name: str, synapse: Linear | Conv2d, subspace: Subspace, decay: float | None
     ) -> None:
-        """Attach one synapse to its subspace.
-
-        This sets the recorder of its inputs and the projection of its gradient.
-        """
-        recorder = InputRecorder(name, synapse, subspace, self._moments, decay)
+        moments = (
+            SecondMoments
+            if self.lateral_steps is None
+            else partial(SpikingMoments, steps=self.lateral_steps)
+        )
+        recorder = InputRecorder(name, synapse, subspace, moments, decay)
         self._recorders.append(recorder)
         if self.learn_from == "traces" and synapse.presynaptic is not None:
             self.set_seam(
@@ -250,13 +266,6 @@ class HLOP(Rule):
                 )
             )
 
-    def _moments(self, subspace: Subspace) -> Moments:
-        return (
-            SecondMoments(subspace)
-            if self.lateral_steps is None
-            else SpikingMoments(subspace, steps=self.lateral_steps)
-        )
-
     def _set_error_path(self, model: nn.Module) -> None:
         synapses = [module for module in model.modules() if isinstance(module, (Linear, Conv2d))]
         for index, synapse in enumerate(synapses):
@@ -266,13 +275,6 @@ class HLOP(Rule):
                 key = counter_hash(self.world.seed, _FEEDBACK, index)
                 self._feedback.append(FixedFeedback(synapse.weight.detach(), key=key))
                 self.set_seam(synapse, "backward_weight", self._feedback[-1])
-
-    def _freeze(self, g: Tensor) -> Tensor | None:
-        """The gradient of a parameter vector: zero from the second task on.
-
-        The parameter stays in the optimizer.
-        """
-        return torch.zeros_like(g) if int(self.task) else None
 
     # ---------------------------------------------------------------------------------------- tasks
 
@@ -294,7 +296,7 @@ class HLOP(Rule):
         for norm in self._moving_norms():  # frozen statistics are equal on every rank
             norm.running_mean.copy_(self.world.mean(norm.running_mean))
             norm.running_var.copy_(self.world.mean(norm.running_var))
-        self._freeze_norms()
+            self.set_seam(norm, "frozen", True)
 
     def check_tasks(self, model: nn.Module, tasks: int) -> None:
         require(
@@ -302,30 +304,32 @@ class HLOP(Rule):
             f"{self.label}: to protect earlier tasks, a recipe must have 2 phases or more;"
             f" got {tasks}",
         )
-        self.rows.check(self.label, self._synapses_of(model), tasks=tasks)
+        self._check_rows(self._synapses_of(model), tasks=tasks)
+
+    def _rows_of(self, task: int) -> tuple[int, ...]:
+        return self.rows[min(task, len(self.rows) - 1)]
 
     def _begin_rows(self) -> None:
-        task, seed = int(self.task), self.world.seed
-        self.rows.grow(
-            self.label,
-            self._subspaces,
-            task=task,
-            key_of=lambda index: counter_hash(seed, _ROWS, index, task),
-        )
-
-    def _freeze_norms(self) -> None:
-        for norm in self._moving_norms():
-            self.set_seam(norm, "frozen", True)
+        task = int(self.task)
+        for index, (subspace, count) in enumerate(
+            zip(self.subspaces, self._rows_of(task), strict=True)
+        ):
+            require(
+                count <= subspace.free,
+                f"{self.label}: rows must fit into the inputs of a synapse; got {count} more for"
+                f" task {task}, where synapse {index} has {subspace.free} directions left",
+            )
+            subspace.grow(count, key=counter_hash(self.world.seed, _ROWS, index, task))
 
     def _moving_norms(self) -> list[BatchNorm]:
         """The batch norms outside `skip` that are not frozen yet."""
-        named = self._attached[0].named_modules()
-        norms = [
+        return [
             module
-            for name, module in named
-            if isinstance(module, BatchNorm) and not is_inside(name, self.skip)
+            for name, module in self._attached[0].named_modules()
+            if isinstance(module, BatchNorm)
+            and not module.frozen
+            and not is_inside(name, self.skip)
         ]
-        return [norm for norm in norms if not norm.frozen]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **more: Any
@@ -335,39 +339,34 @@ class HLOP(Rule):
             recorder.last = None
         # start_task is not called again for the task that was running.
         if int(self.task) and self._attached:
-            self._freeze_norms()
-
-    @property
-    def _subspaces(self) -> list[Subspace]:
-        return list(self.subspaces)  # type: ignore[arg-type]
+            for norm in self._moving_norms():
+                self.set_seam(norm, "frozen", True)
 
     # -------------------------------------------------------------------------------------- batches
+
+    def begin_batch(self) -> None:
+        for recorder in self._recorders:
+            recorder.pending = None
 
     def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
-        if step != self._batch:
-            self._batch = step
-            for recorder in self._recorders:
-                recorder.discard()
+        steps = x_TB.shape[0]
         if self.inner.adds_noise:
             # The responses to protect are those without noise, which need one more forward.
             with (
                 torch.no_grad(),
                 fresh_state(model),
                 run_readouts(model),
-                recording(self._recorders, x_TB.shape[0]),
+                attribute_set(self._recorders, "steps", steps),
             ):
                 model(x_TB)
         shares = self.inner.loss_terms(model, x_TB, loss_of, step=step, rows=rows)
+        recorders = [] if self.inner.adds_noise else self._recorders
         while True:
             # Recording ends before the yield, so that a recomputation in the backward is not
             # recorded again.
-            with (
-                nullcontext()
-                if self.inner.adds_noise
-                else recording(self._recorders, x_TB.shape[0])
-            ):
+            with attribute_set(recorders, "steps", steps):
                 share = next(shares, None)
             if share is None:
                 return
@@ -399,9 +398,10 @@ class HLOP(Rule):
 
     def extra_bytes(self) -> int:
         """Bytes of the recorded moments, of fixed feedback weights, and of the inner rule."""
-        moments = sum(recorder.bytes() for recorder in self._recorders)
         return (
-            moments + sum(each.matrix.nbytes for each in self._feedback) + self.inner.extra_bytes()
+            sum(recorder.bytes() for recorder in self._recorders)
+            + sum(each.matrix.nbytes for each in self._feedback)
+            + self.inner.extra_bytes()
         )
 
     # ----------------------------------------------------------- checks shared with the inner rule
@@ -437,15 +437,88 @@ class HLOP(Rule):
     # --------------------------------------------------------------------------------------- checks
 
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
-        """The projected synapses by module name, in order of registration."""
         synapses = plain_synapses(self.label, model, skip=self.skip)
-        self.rows.check(self.label, synapses, tasks=1)
-        if len(rates := self._rates(len(synapses))) != len(synapses):
-            raise ValueError(
-                f"{self.label}: learning_rate must name one for each of {', '.join(synapses)}; got"
-                f" {rates}"
-            )
+        self._check_rows(synapses, tasks=1)
+        rates = self._rates(len(synapses))
+        require(
+            len(rates) == len(synapses),
+            f"{self.label}: learning_rate must name one for each of {', '.join(synapses)}; got"
+            f" {rates}",
+        )
         return synapses
+
+    def _check_rows(self, synapses: Mapping[str, Linear | Conv2d], *, tasks: int) -> None:
+        """Each synapse needs a number of rows, and enough inputs for the rows of `tasks` tasks."""
+        for each in self.rows:
+            require(
+                len(each) == len(synapses),
+                f"{self.label}: rows must name one for each of {', '.join(synapses)}; got {each}",
+            )
+        what = "rows" if tasks == 1 else f"rows of all {tasks} tasks"
+        for index, (name, synapse) in enumerate(synapses.items()):
+            rows = sum(self._rows_of(task)[index] for task in range(tasks))
+            inputs = synapse.weight[0].numel()
+            require(
+                rows <= inputs,
+                f"{self.label}: {what} must fit into the {inputs} inputs of {name}; got {rows}",
+            )
 
     def _rates(self, count: int) -> tuple[float, ...]:
         return self.learning_rates * count if len(self.learning_rates) == 1 else self.learning_rates
+
+
+def plain_synapses(
+    who: str, model: nn.Module, *, skip: Sequence[str] = ()
+) -> dict[str, Linear | Conv2d]:
+    """Every Linear and Conv2d outside the modules in `skip`, by name, in order of registration.
+
+    Raises: ValueError, in the name of `who`, for a weight that is not a plain parameter
+    (standardised, parametrised, norm-limited, of another class), a matrix outside the synapses, two
+    synapses that share a weight, groups, a batch norm other than spiking.norm's, or an entry of
+    `skip` that is not a module.
+    """
+    modules = dict(model.named_modules())
+    for name in skip:
+        require(name in modules, f"{who}: skip must name modules of the model; got {name!r}")
+    synapses: dict[str, Linear | Conv2d] = {}
+    for name, module in modules.items():
+        if is_inside(name, skip):
+            continue
+        why = _why_not(module)
+        require(
+            why is None,
+            f"{who}: every layer must be a plain Linear or Conv2d, whose weight is the"
+            f" parameter itself; got {why} at {name or 'the model itself'}",
+        )
+        if isinstance(module, (Linear, Conv2d)):
+            synapses[name] = module
+    weights = {id(synapse.weight) for synapse in synapses.values()}
+    for name, parameter in model.named_parameters():
+        require(
+            parameter.dim() <= 1 or id(parameter) in weights or is_inside(name, skip),
+            f"{who}: every matrix must be the weight of a Linear or Conv2d; got {name}",
+        )
+    require(
+        synapses and len(weights) >= len(synapses),
+        f"{who}: the model must have synapses, each with a weight of its own; got"
+        f" {', '.join(synapses) or 'none'}",
+    )
+    return synapses
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """The reason why a module is refused, or None."""
+    kind = type(module).__name__
+    if is_foreign_norm(module):
+        return f"{kind}, which cannot be frozen (pipeline.spiking.norm.BatchNorm can),"
+    if isinstance(module, LimitedSynapse):
+        return f"{kind}, which scales the weight,"
+    if not isinstance(module, (nn.Linear, _ConvNd)):
+        return None
+    if not isinstance(module, (Linear, Conv2d)):
+        return f"torch's {kind}"
+    if module.weights != "plain":
+        return f"{module.weights} weights"
+    if is_parametrized(module):
+        return "parametrised weights"
+    return f"groups={module.groups}" if getattr(module, "groups", 1) > 1 else None

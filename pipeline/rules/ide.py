@@ -12,7 +12,6 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -27,18 +26,6 @@ from pipeline.spiking.state import fresh_state
 # UNSOLVED, the batch has no gradient.
 COARSE, UNSOLVED = 0.05, 0.5
 ESCAPED = 1e6
-
-
-@dataclass(frozen=True)
-class Solution:
-    """The solution `beta_B`, its relative residual, and the evaluations of J^T per sample.
-
-    The residual is |g + J^T beta - beta| / |g| (0 if g is 0).
-    """
-
-    beta_B: Tensor
-    residual_B: Tensor
-    iterations_B: Tensor
 
 
 class IDE(Rule):
@@ -98,8 +85,11 @@ class IDE(Rule):
         super().attach(model, world=world, over_time=over_time)
         self.set_seam(equilibrium, "adjoint", self.adjoint)
 
+    def begin_batch(self) -> None:
+        self.adjoint.is_unsolved = False
+
     def metrics(self) -> dict[str, float]:
-        return self.adjoint.metrics()
+        return self.adjoint.metrics
 
     def is_unsolved(self) -> bool:
         return self.adjoint.is_unsolved
@@ -107,7 +97,6 @@ class IDE(Rule):
     def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
-        self.adjoint.begin(step)
         with fresh_state(model):
             (logits_BK,) = model(x_TB)  # of a[T]: one step
             loss = loss_of(logits_BK)
@@ -115,65 +104,59 @@ class IDE(Rule):
 
 
 class _Adjoint:
-    """The seam `Equilibrium.adjoint`. It keeps the results of the last solve.
+    """The seam `Equilibrium.adjoint`. It holds no references to rule or model.
 
-    It holds no references to rule or model.
+    `metrics` are the mean relative residual and the mean evaluations of J^T per sample, over the
+    last solved micro-batch.
     """
 
     def __init__(
         self, solver: Literal["broyden", "fixed_point"], iterations: int, tolerance: float
     ) -> None:
         self.solver, self.iterations, self.tolerance = solver, iterations, tolerance
-        self.residual, self.evaluations, self.warned = math.nan, math.nan, False
-        self.step, self.is_unsolved = -1, False
-
-    def begin(self, step: int) -> None:
-        """Start a micro-batch of global batch `step`."""
-        if step != self.step:
-            self.step, self.is_unsolved = step, False
+        self.metrics = {"residual": math.nan, "iterations": math.nan}
+        self.is_unsolved, self.warned = False, False
 
     def __call__(self, g_B: Tensor, vjp: Linearized) -> Tensor:
         if not g_B.isfinite().all():  # the solver is not the cause
-            got = g_B[~g_B.isfinite()][0].item()
             warnings.warn(
-                f"IDE: the gradient of the loss must be finite; got {got}",
+                "IDE: the gradient of the loss must be finite; got"
+                f" {g_B[~g_B.isfinite()][0].item()}",
                 RuntimeWarning,
                 stacklevel=2,
             )
             return torch.full_like(g_B, math.nan)
         solve = broyden if self.solver == "broyden" else fixed_point
         solution = solve(g_B, vjp, iterations=self.iterations, tolerance=self.tolerance)
-        solved_B = solution.residual_B <= UNSOLVED  # False for NaN
-        if not solved_B.all():
-            self.is_unsolved, unsolved_B = True, ~solved_B
-            warnings.warn(self._diverged(solution, unsolved_B, vjp), RuntimeWarning, stacklevel=2)
+        unsolved_B = ~(solution.residual_B <= UNSOLVED)  # True for NaN
+        if unsolved_B.any():
+            self.is_unsolved = True
+            gains = [f"{gain:.2g}" for gain in layer_gains(solution.beta_B, unsolved_B, vjp)]
+            warnings.warn(
+                "IDE: the solve of beta = g + J^T beta must converge; got a residual of"
+                f" {solution.residual_B.max().item():.2g} |g| on {int(unsolved_B.sum())} of"
+                f" {len(unsolved_B)} samples after {self.iterations} iterations of {self.solver};"
+                f" there the gain of J^T is {', '.join(gains)} in layers {len(gains)} to 1: limit"
+                " the synapses (SpectralLimit), raise the threshold, or lower the learning rate",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             return torch.full_like(g_B, math.nan)
-        self.residual = solution.residual_B.mean().item()
-        if self.residual > COARSE and not self.warned:
+        residual = solution.residual_B.mean().item()
+        if residual > COARSE and not self.warned:
             self.warned = True
             warnings.warn(
-                f"IDE: {self.solver} left a residual of {self.residual:.2g} |g| after"
+                f"IDE: {self.solver} left a residual of {residual:.2g} |g| after"
                 f" {self.iterations} iterations, so the gradient is coarse; allow more iterations,"
                 " or limit the synapses",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self.evaluations = solution.iterations_B.double().mean().item()
+        self.metrics = {
+            "residual": residual,
+            "iterations": solution.iterations_B.double().mean().item(),
+        }
         return solution.beta_B
-
-    def metrics(self) -> dict[str, float]:
-        """Mean relative residual, and mean evaluations of J^T, over the last solved micro-batch."""
-        return {"residual": self.residual, "iterations": self.evaluations}
-
-    def _diverged(self, solution: Solution, unsolved_B: Tensor, vjp: Linearized) -> str:
-        stretch = [f"{ratio:.2g}" for ratio in layer_gains(solution.beta_B, unsolved_B, vjp)]
-        return (
-            "IDE: the solve of beta = g + J^T beta must converge; got a residual of"
-            f" {solution.residual_B.max().item():.2g} |g| on {int(unsolved_B.sum())} of"
-            f" {len(unsolved_B)} samples after {self.iterations} iterations of {self.solver}; there"
-            f" J^T layer_gains by {', '.join(stretch)} in layers {len(stretch)} to 1: limit the"
-            " synapses (SpectralLimit), raise the threshold, or lower the learning rate"
-        )
 
 
 def layer_gains(
@@ -191,6 +174,38 @@ def layer_gains(
     return [after / max(before, 1e-30) for before, after in itertools.pairwise(norms)]
 
 
+class Solution:
+    """The solution of each sample: the last one or that of the lowest residual (`keep`).
+
+    `beta_B` is the solution, `residual_B` its |g + J^T beta - beta| / |g| (0 if g is 0), and
+    `iterations_B` the number of its evaluations of J^T. `running_B` marks unfinished samples.
+    """
+
+    def __init__(self, g_B: Tensor, tolerance: float, *, keep: str) -> None:
+        self.tolerance = tolerance
+        self.keep = keep
+        self.scale_B = _norm(g_B)
+        self.beta_B = torch.zeros_like(g_B)
+        self.residual_B = torch.where(self.scale_B == 0, 0.0, 1.0).to(self.scale_B.dtype)
+        self.running_B = self.residual_B > tolerance
+        self.iterations_B = torch.zeros_like(self.running_B, dtype=torch.int64)
+
+    def of_running(self, step_B: Tensor) -> Tensor:
+        """The step of running samples, 0 for all others; diverged samples would overflow."""
+        return torch.where(_over(self.running_B, step_B), step_B, 0)
+
+    def take(self, beta_B: Tensor, r_B: Tensor) -> None:
+        now_B = _norm(r_B) / self.scale_B
+        taken_B = (
+            self.running_B & (now_B < self.residual_B) if self.keep == "lowest" else self.running_B
+        )
+        self.residual_B = torch.where(taken_B, now_B, self.residual_B)
+        self.beta_B = torch.where(_over(taken_B, beta_B), beta_B, self.beta_B)
+        self.iterations_B = self.iterations_B + self.running_B
+        # False for NaN.
+        self.running_B = self.running_B & (now_B > self.tolerance) & (now_B < ESCAPED)
+
+
 @torch.no_grad()
 def fixed_point(
     g_B: Tensor, transposed: Callable[[Tensor], Tensor], *, iterations: int, tolerance: float
@@ -203,16 +218,16 @@ def fixed_point(
     code iterates beta <- (J^T beta + g) / 2, and so solves another equation: beta = (g + J^T beta)
     / 2.
     """
-    progress = _Progress(g_B, tolerance, keep="last")
+    solution = Solution(g_B, tolerance, keep="last")
     beta_B, r_B = torch.zeros_like(g_B), g_B
     for _ in range(iterations):
-        if not progress.is_running():
+        if not solution.running_B.any():
             break
         beta_B = torch.add(beta_B, r_B, alpha=0.5)
         r_B = transposed(beta_B) + g_B - beta_B
-        progress.take(beta_B, r_B)
-        r_B = progress.of_running(r_B)
-    return progress.solution()
+        solution.take(beta_B, r_B)
+        r_B = solution.of_running(r_B)
+    return solution
 
 
 @torch.no_grad()
@@ -232,16 +247,16 @@ def broyden(
     Source: Broyden 1965 (doi 10.1090/S0025-5718-1965-0198670-6); Bai et al. 2019 (arXiv 1909.01377)
     for the limited memory.
     """
-    progress = _Progress(g_B, tolerance, keep="lowest")
+    solution = Solution(g_B, tolerance, keep="lowest")
     g_BD = g_B.flatten(1)
     u_BKD, w_BKD = (g_BD.new_empty(g_BD.shape[0], iterations, g_BD.shape[1]) for _ in range(2))
     beta_BD, r_BD, delta_BD = torch.zeros_like(g_BD), g_BD, g_BD
     for k in range(iterations):
-        if not progress.is_running():
+        if not solution.running_B.any():
             break
         beta_BD = beta_BD + delta_BD
         new_BD = transposed(beta_BD.view_as(g_B)).flatten(1) + g_BD - beta_BD
-        progress.take(beta_BD.view_as(g_B), new_BD.view_as(g_B))
+        solution.take(beta_BD.view_as(g_B), new_BD.view_as(g_B))
         u_BkD, w_BkD = u_BKD[:, :k], w_BKD[:, :k]
         # With h = H r(new) before the update, H dr = h + delta, so the new term is -h w^T / (w .
         # dr) with w = H^T delta.
@@ -249,53 +264,19 @@ def broyden(
         h_BD = _product(u_BkD, w_BkD, new_BD) - new_BD
         bend_B1 = (w_BD * (new_BD - r_BD)).sum(1, keepdim=True)
         # A stopped sample takes no step and keeps its H, as does one whose denominator is 0.
-        is_live_B1 = progress.running_B[:, None] & (bend_B1.abs() > torch.finfo(g_BD.dtype).tiny)
+        is_live_B1 = solution.running_B[:, None] & (bend_B1.abs() > torch.finfo(g_BD.dtype).tiny)
         u_BKD[:, k] = torch.where(is_live_B1, -h_BD / bend_B1, 0)
         w_BKD[:, k] = torch.where(is_live_B1, w_BD, 0)
         step_BD = -h_BD - u_BKD[:, k] * (w_BKD[:, k] * new_BD).sum(1, keepdim=True)
-        delta_BD = progress.of_running(step_BD)
+        delta_BD = solution.of_running(step_BD)
         r_BD = new_BD
-    return progress.solution()
+    return solution
 
 
 def _product(left_BkD: Tensor, right_BkD: Tensor, x_BD: Tensor) -> Tensor:
     """sum_k left_k (right_k . x)"""
     inner_Bk = (right_BkD @ x_BD.unsqueeze(2)).squeeze(2)
     return (inner_Bk.unsqueeze(1) @ left_BkD).squeeze(1)
-
-
-class _Progress:
-    """The best solution of each sample so far, and which samples still run."""
-
-    def __init__(self, g_B: Tensor, tolerance: float, *, keep: str) -> None:
-        self.tolerance = tolerance
-        self.keep = keep
-        self.scale_B = _norm(g_B)
-        self.beta_B = torch.zeros_like(g_B)
-        self.residual_B = torch.where(self.scale_B == 0, 0.0, 1.0).to(self.scale_B.dtype)
-        self.running_B = self.residual_B > tolerance
-        self.iterations_B = torch.zeros_like(self.running_B, dtype=torch.int64)
-
-    def is_running(self) -> bool:
-        return bool(self.running_B.any())
-
-    def of_running(self, step_B: Tensor) -> Tensor:
-        """The step of running samples, 0 for all others; diverged samples would overflow."""
-        return torch.where(_over(self.running_B, step_B), step_B, 0)
-
-    def take(self, beta_B: Tensor, r_B: Tensor) -> None:
-        now_B = _norm(r_B) / self.scale_B
-        taken_B = (
-            self.running_B & (now_B < self.residual_B) if self.keep == "lowest" else self.running_B
-        )
-        self.residual_B = torch.where(taken_B, now_B, self.residual_B)
-        self.beta_B = torch.where(_over(taken_B, beta_B), beta_B, self.beta_B)
-        self.iterations_B = self.iterations_B + self.running_B
-        # False for NaN.
-        self.running_B = self.running_B & (now_B > self.tolerance) & (now_B < ESCAPED)
-
-    def solution(self) -> Solution:
-        return Solution(self.beta_B, self.residual_B, self.iterations_B)
 
 
 def _norm(x_B: Tensor) -> Tensor:

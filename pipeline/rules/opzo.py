@@ -7,7 +7,6 @@ The matrices are learnt from noise.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
@@ -36,7 +35,7 @@ from pipeline.spiking.local_learning import (
 )
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.noise import DISTRIBUTIONS, Distribution
-from pipeline.spiking.state import fresh_state
+from pipeline.spiking.state import attribute_set, fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
 from pipeline.spiking.trace import (
     Trace,
@@ -124,10 +123,16 @@ class OPZO(Rule):
         refuse_unless_one_of("OPZO", tuple(NAMES), feedback=feedback)
         refuse_unless_one_of("OPZO", (*DISTRIBUTIONS, None), distribution=distribution)
         refuse_unless_one_of("OPZO", ("spikes", "membrane", None), inject=inject)
-        noise = _check_noise(feedback, noise)
-        settings = {"distribution": distribution, "inject": inject, "antithetic": antithetic}
+        if noise is None:
+            noise = 0.0 if feedback == "random" else NOISE
+        require(
+            0 <= noise < math.inf and (noise != 0 or feedback == "random"),
+            "OPZO: noise must be > 0, because the feedback is learnt from it; got"
+            f" noise={noise}, {feedback=}",
+        )
         inert = {} if feedback == "momentum" else {"momentum": momentum}
-        inert |= {} if noise > 0 else settings
+        if noise == 0:
+            inert |= {"distribution": distribution, "inject": inject, "antithetic": antithetic}
         for name, value in inert.items():
             require(
                 value is None,
@@ -161,7 +166,6 @@ class OPZO(Rule):
             "single_point": lambda: SinglePoint(scale=noise),
         }[feedback]()
         self._layers: list[LocalGradient] = []
-        self._noted = -1
         self._paths_are_known = False
 
     @property
@@ -172,20 +176,17 @@ class OPZO(Rule):
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
     ) -> None:
         refuse_batch_norm(self.label, model)
-        decay, synapses, readouts = (
-            shared_decay(self.label, model, self.decay),
-            list(self._synapses_of(model).values()),
-            self._readouts_of(model),
-        )
+        decay = shared_decay(self.label, model, self.decay)
+        _, *synapses = self._synapses_of(model).values()
+        readouts = self._readouts_of(model)
         super().attach(model, world=world, over_time=over_time)
         self.signals.begin(next(model.parameters()).device)
         if isinstance(self.signals, FixedRandom):
             self.signals.key_of = partial(counter_hash, world.seed, _MATRIX)
-        self._noted = -1
         self._paths_are_known = False
         detach_between_steps(self, model)
         # The first synapse sees the data and has no trace, as published for OTTT.
-        for synapse in synapses[1:]:
+        for synapse in synapses:
             self.set_seam(synapse, "presynaptic", Trace(decay))
         for index, (_, neuron) in enumerate(named_neurons(model)):
             layer = LocalGradient(
@@ -213,6 +214,9 @@ class OPZO(Rule):
         super().release()
         self._layers.clear()
 
+    def begin_batch(self) -> None:
+        self.signals.discard()
+
     def end_of_batch(self) -> None:
         self.signals.end_of_batch(self.world.mean)
 
@@ -223,73 +227,51 @@ class OPZO(Rule):
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
-        if step != self._noted:
-            self.signals.discard()  # the rest of an unfinished batch
-            self._noted = step
         with fresh_state(model):
             for t, x_1B in enumerate(slices(x_TB, 1)):
-                with self._learning(step, rows, t):
+                # The second step of an antithetic pair has the negative noise of the first.
+                drawn, sign = (t, 1.0) if self.antithetic is False else (t // 2 * 2, (-1.0) ** t)
+                for index, layer in enumerate(self._layers if self.noise else ()):
+                    layer.sign = sign
+                    layer.keys = [
+                        counter_hash(self.world.seed, step, row, index, drawn) for row in rows
+                    ]
+                with attribute_set(self._layers, "is_open", True):
                     logits_1BK = (
                         model(x_1B) if self._paths_are_known else self._checked(model, x_1B)
                     )
-                loss, share_BK, ends, signals = self._ends(logits_1BK, loss_of, steps)
-                yield LossTerm(
-                    backward=inject_gradients(loss, ends, signals), loss=loss, logits=share_BK
-                )
+                yield self._loss_term(logits_1BK, loss_of, steps)
 
-    @contextmanager
-    def _learning(self, step: int, rows: Sequence[int], t: int) -> Iterator[None]:
-        """Inside the block, every layer learns from its steps.
-
-        Its noise is that of (seed, step, row, layer, time).
-        """
-        drawn, sign = (t, 1.0) if self.antithetic is False else (t // 2 * 2, (-1.0) ** t)
-        for index, layer in enumerate(self._layers):
-            keys = (
-                [counter_hash(self.world.seed, step, row, index, drawn) for row in rows]
-                if self.noise
-                else ()
-            )
-            layer.open(keys, sign=sign)
-        try:
-            yield
-        finally:
-            for layer in self._layers:
-                layer.close()
-
-    def _ends(
-        self, logits_1BK: Tensor, loss_of: LossOf, steps: int
-    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """Reported loss and logits of one step, the tensors that receive signals, and the signals.
+    def _loss_term(self, logits_1BK: Tensor, loss_of: LossOf, steps: int) -> LossTerm:
+        """The loss term of one step.
 
         Each output receives its own error. Each hidden layer receives the signal computed from the
         errors.
         """
-        (loss, share_BK), e_BK = _loss_and_error(logits_1BK, loss_of, steps)
+        loss, share_BK, e_BK = _loss_and_error(logits_1BK, loss_of, steps)
         readouts = {
             index: layer.recorded("logits")
             for index, layer in enumerate(self._layers)
             if layer.readout is not None
         }
-        ends, signals = [logits_1BK, *readouts.values()], [e_BK]
-        signals += [
-            _loss_and_error(local_1BK, loss_of, steps)[1] for local_1BK in readouts.values()
-        ]
-        errors = dict(zip(readouts, signals[1:], strict=True))
+        errors = {
+            index: _loss_and_error(local_1BK, loss_of, steps)[2]
+            for index, local_1BK in readouts.items()
+        }
+        ends, signals = [logits_1BK, *readouts.values()], [e_BK, *errors.values()]
         for index, layer in enumerate(self._layers):
             s_1B = layer.recorded("spikes")
             above = [place for place in self.intermediate if place > index]
-            outputs = [*(readouts[place] for place in above), logits_1BK]
             g_BN = self.signals.signal(
                 index,
                 s_1B[0, 0].numel(),
                 e_BK=_columns([*(errors[place] for place in above), e_BK], s_1B.dtype),
-                o_BK=_columns(outputs, s_1B.dtype),
+                o_BK=_columns([*(readouts[place] for place in above), logits_1BK], s_1B.dtype),
                 z_BN=layer.recorded("z") if self.noise else None,
             )
             ends.append(s_1B)
             signals.append(g_BN.view_as(s_1B))
-        return loss, share_BK, ends, signals
+        return LossTerm(backward=inject_gradients(loss, ends, signals), loss=loss, logits=share_BK)
 
     # --------------------------------------------------------------------------------------- checks
 
@@ -341,22 +323,10 @@ class OPZO(Rule):
         return logits_1BK
 
 
-def _check_noise(feedback: Feedback, noise: float | None) -> float:
-    """The scale of the noise, by default that of the feedback."""
-    if noise is None:
-        return 0.0 if feedback == "random" else NOISE
-    require(
-        0 <= noise < math.inf and (noise != 0 or feedback == "random"),
-        "OPZO: noise must be > 0, because the feedback is learnt from it; got"
-        f" noise={noise}, {feedback=}",
-    )
-    return noise
-
-
 def _loss_and_error(
     logits_1BK: Tensor, loss_of: LossOf, steps: int
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """A step's part of loss and logits, and dloss/dlogits.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A step's part of the loss and of the logits, and dloss/dlogits.
 
     The gradient is taken on a leaf: DeepSpeed 0.19.8 treats any gradient through its engine's
     output as a backward of its own.
@@ -365,11 +335,10 @@ def _loss_and_error(
     with torch.enable_grad():
         loss, share_BK = slice_loss(leaf_1BK, loss_of, steps=steps)
     (e_1BK,) = torch.autograd.grad(loss, leaf_1BK)
-    return (loss.detach(), share_BK), e_1BK
+    return loss.detach(), share_BK, e_1BK
 
 
 def _columns(parts_1BK: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The outputs of several readouts side by side, `[B, K]`."""
     return torch.cat([part_1BK.detach()[0] for part_1BK in parts_1BK], dim=1).to(dtype)
 
 

@@ -98,7 +98,9 @@ class OTTT(Rule):
         super().attach(model, world=world, over_time=over_time)
         detach_between_steps(self, model)
         self._order_is_known = False
-        plain = self._plain(list(synapses))
+        names = list(synapses)
+        ends = ((names[0], self.first), (names[-1], self.readout))
+        plain = {name for name, choice in ends if choice == "plain"}
         for name, synapse in synapses.items():
             if name not in plain:
                 self.set_seam(synapse, "presynaptic", Trace(decay))
@@ -120,16 +122,11 @@ class OTTT(Rule):
                     cache.is_last = index == last
                 logits_TBK = model(x_cB) if self._order_is_known else self._checked(model, x_cB)
                 loss, share_BK = slice_loss(logits_TBK, loss_of, steps=steps)
-                backward = loss if cache is None else cache.with_gradients(loss)
-                yield LossTerm(backward=backward, loss=loss.detach(), logits=share_BK)
-
-    def _plain(self, names: Sequence[str]) -> set[str]:
-        """The names of the synapses without a trace."""
-        return {
-            name
-            for name, choice in ((names[0], self.first), (names[-1], self.readout))
-            if choice == "plain"
-        }
+                yield LossTerm(
+                    backward=loss if cache is None else cache.with_gradients(loss),
+                    loss=loss.detach(),
+                    logits=share_BK,
+                )
 
     def _checked(self, model: nn.Module, x_cB: Tensor) -> Tensor:
         """The logits of the first slice.
@@ -141,11 +138,11 @@ class OTTT(Rule):
         with running_order(synapses) as ran:
             logits_TBK = model(x_cB)
         for name in names:
-            if (count := ran.count(name)) > len(x_cB):
-                raise ValueError(
-                    f"{self.label}: a synapse must run once in a time step, because its trace is of"
-                    f" one input; got {name}, which ran {count} times in {len(x_cB)}"
-                )
+            require(
+                ran.count(name) <= len(x_cB),
+                f"{self.label}: a synapse must run once in a time step, because its trace is of one"
+                f" input; got {name}, which ran {ran.count(name)} times in {len(x_cB)}",
+            )
         for what, choice, place in (("first", self.first, 0), ("readout", self.readout, -1)):
             require(
                 choice != "plain" or ran[place] == names[place],

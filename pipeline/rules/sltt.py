@@ -66,9 +66,8 @@ class SLTT(Rule):
     def attach(
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
     ) -> None:
-        neurons = named_neurons(model)
         require(
-            neurons,
+            named_neurons(model),
             f"{self.label}: the model must have LIF neurons, whose membrane is cut; got"
             f" {type(model).__name__}",
         )

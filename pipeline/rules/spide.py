@@ -5,7 +5,6 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,13 +14,13 @@ from torch.nn import functional as F
 
 from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World, refuse_foreign_norms
-from pipeline.spiking.equilibrium import Equilibrium, Linearized, find_equilibrium
+from pipeline.spiking.equilibrium import Linearized, find_equilibrium
 from pipeline.spiking.limit import LimitedSynapse
 from pipeline.spiking.state import fresh_state, hooked
 from pipeline.spiking.synapse import Linear, effective_weight, error_weight
 
+# Adds to a layer's potentials u_B, in place, the input from emissions s_B of the layer above.
 Transposed = Callable[[Tensor, Tensor], None]
-"""adds to a layer's potentials u_B, in place, the input from emissions s_B of the layer above"""
 
 
 class SPIDE(Rule):
@@ -79,41 +78,44 @@ class SPIDE(Rule):
         self.set_seam(equilibrium, "adjoint", self.adjoint)
 
     def metrics(self) -> dict[str, float]:
-        return {"forward_rate": self.forward_rate, **self.adjoint.metrics()}
+        return {"forward_rate": self.forward_rate, **self.adjoint.metrics}
 
     def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
+        spikes: list[float] = []
+        places: list[int] = []
+
+        def count(_: nn.Module, __: object, s_1B: Tensor) -> None:
+            spikes.append(s_1B.count_nonzero().item())
+            places.append(s_1B.numel())
+
+        neurons = find_equilibrium(self.label, model).neurons
         with fresh_state(model):
-            with counted_spikes(find_equilibrium(self.label, model)) as counted:
+            with hooked(neuron.register_forward_hook(count) for neuron in neurons):
                 (logits_BK,) = model(x_TB)  # of a[T]: one step
-            self.forward_rate = counted.spikes / counted.places
+            self.forward_rate = sum(spikes) / sum(places)
             self.adjoint.samples = len(logits_BK)
             loss = loss_of(logits_BK)
-            backward: Tensor = _RecordLossScale.apply(  # type: ignore[assignment]
-                loss, self.adjoint
-            )
-            yield LossTerm(backward=backward, loss=loss.detach(), logits=logits_BK.detach())
+            loss.register_hook(self.adjoint.record_factor)
+            yield LossTerm(backward=loss, loss=loss.detach(), logits=logits_BK.detach())
 
 
 class _Adjoint:
-    """The seam `Equilibrium.adjoint`: settings and results of a backward phase.
-
-    It holds no references to rule or model.
-    """
+    """The seam `Equilibrium.adjoint`. It holds no references to rule or model."""
 
     def __init__(self, steps: int, scale: float, threshold: float, decay: float) -> None:
         self.steps, self.scale, self.threshold, self.decay = steps, scale, threshold, decay
         self.samples, self.factor = 1, 1.0
-        self.backward_rate, self.saturated = math.nan, math.nan
+        self.metrics = {"backward_rate": math.nan, "saturated": math.nan}
         self.warned: set[str] = set()
 
     def __call__(self, g_B: Tensor, vjp: Linearized) -> list[Tensor]:
         g_B = g_B.to(torch.promote_types(g_B.dtype, torch.float32))
         if not g_B.isfinite().all():
-            got = g_B[~g_B.isfinite()][0].item()
             warnings.warn(
-                f"SPIDE: the gradient of the loss must be finite; got {got}",
+                "SPIDE: the gradient of the loss must be finite; got"
+                f" {g_B[~g_B.isfinite()][0].item()}",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -131,60 +133,48 @@ class _Adjoint:
             quantum=2 * self.threshold,
             decay=self.decay,
         )
-        self.backward_rate, self.saturated = phase.rate, phase.saturated
-        self._warn(gain * g_B.abs().max().item())
+        self.metrics = {"backward_rate": phase.rate, "saturated": phase.saturated}
+        largest = gain * g_B.abs().max().item()
+        settings = (
+            f"the largest gradient times scale is {largest:.2g} at scale={self.scale},"
+            f" steps={self.steps}, threshold={self.threshold}"
+        )
+        if phase.rate == 0 and largest > 0:
+            self._warn_once(
+                "silent",
+                "SPIDE: no backward neuron fired, so only the readout learnt from the batch:"
+                f" {settings}; raise scale or steps",
+            )
+        if phase.saturated > 0.5:
+            self._warn_once(
+                "saturated",
+                f"SPIDE: {phase.saturated:.0%} of the backward neurons saturated: {settings}; lower"
+                " scale",
+            )
         return [beta_B / gain for beta_B in phase.beta]
 
-    def metrics(self) -> dict[str, float]:
-        return {"backward_rate": self.backward_rate, "saturated": self.saturated}
+    def record_factor(self, g: Tensor) -> None:
+        """Record the factor of the loss, set by a backend. Its hook runs before all others."""
+        self.factor = g.item()
 
-    def _warn(self, largest: float) -> None:
-        settings = (
-            f"{largest:.2g} at scale={self.scale}, steps={self.steps}, threshold={self.threshold}"
-        )
-        if self.backward_rate == 0 and largest > 0 and "silent" not in self.warned:
-            self.warned.add("silent")
-            warnings.warn(
-                "SPIDE: no backward neuron fired, so only the readout learnt from the batch:"
-                f" the largest gradient times scale is {settings}; raise scale or steps",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-        if self.saturated > 0.5 and "saturated" not in self.warned:
-            self.warned.add("saturated")
-            warnings.warn(
-                f"SPIDE: {self.saturated:.0%} of the backward neurons saturated: "
-                f"the largest gradient times scale is {settings}; lower scale",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-
-
-class _RecordLossScale(torch.autograd.Function):
-    """Identity. Its backward runs first and records the factor of the loss, set by a backend."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, adjoint: _Adjoint) -> Tensor:
-        ctx.adjoint = adjoint
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        ctx.adjoint.factor = grad_outputs[0].item()
-        return grad_outputs[0], None
+    def _warn_once(self, cause: str, message: str) -> None:
+        if cause not in self.warned:
+            self.warned.add(cause)
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 @dataclass(frozen=True)
 class Ternary:
-    """The result of a backward phase."""
+    """The result of a backward phase.
+
+    `beta` holds the mean emissions of each layer and `rate` the emissions per neuron and step.
+    `saturated` is the share of the neurons whose potential ends above one emission; the quantum
+    limits their beta.
+    """
 
     beta: list[Tensor]
-    """mean emissions of each layer"""
     rate: float
-    """emissions per neuron and step"""
     saturated: float
-    """share of the neurons whose potential ends above one emission; the quantum limits their beta
-    """
 
 
 @torch.no_grad()
@@ -296,22 +286,3 @@ def _matrix(synapse: nn.Module) -> Tensor | None:
         return None
     weight = synapse.weight() if isinstance(synapse, LimitedSynapse) else effective_weight(linear)
     return error_weight(weight, linear.backward_weight).detach()
-
-
-@dataclass
-class SpikeCount:
-    spikes: float = 0.0
-    places: int = 0
-
-
-@contextmanager
-def counted_spikes(equilibrium: Equilibrium) -> Iterator[SpikeCount]:
-    """Counts spikes, and neurons times steps, of all layers while the context is open."""
-    counted = SpikeCount()
-
-    def count(_: nn.Module, __: object, s_1B: Tensor) -> None:
-        counted.spikes += s_1B.count_nonzero().item()
-        counted.places += s_1B.numel()
-
-    with hooked(neuron.register_forward_hook(count) for neuron in equilibrium.neurons):
-        yield counted

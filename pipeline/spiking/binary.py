@@ -26,6 +26,12 @@ At 768 to 3072 channels this costs 14 ("scaled") to 48 ms ("ir"), while the prod
 8 images of 196 tokens, forward and backward (one core, torch 2.13). For the backward, "scaled" and
 "learnable" keep no tensor of W's size except the parameter; the others keep V.
 
+An export can store a W as W if a batch norm is the only consumer of the synapse's output
+(`following_norms`). `fold` moves a > 0 into that norm, whose running statistics eval mode uses:
+
+    gain (a z + bias - mean) / sqrt(var + eps) + shift
+        = (a gain) (z + bias / a - mean / a) / sqrt(var + eps) + shift
+
 Source: Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279) and Liu et al. 2020 (ReActNet, arXiv
 2003.03488) for "scaled"; Le & Li 2023 (BinaryViT, arXiv 2306.16678) for "centred"; Qin et al. 2020
 (IR-Net, arXiv 1909.10788), with the straight-through gradient of Cao et al. 2025 (BESTformer, arXiv
@@ -34,14 +40,18 @@ Source: Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279) and Liu et al. 2020 (
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.core.checks import refuse_unless_one_of, require
-from pipeline.spiking.state import State
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.state import State, fresh_state, hooked
 from pipeline.spiking.synapse import Conv2d, Linear
 
 Binarization = Literal["scaled", "centred", "ir", "learnable"]
@@ -103,8 +113,9 @@ class Binarizer(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         V = self._latent(weight)
-        window = WINDOWS[self.weights]
-        return _ScaledSign.apply(V, self._scale(V), window)  # type: ignore[return-value]
+        return _ScaledSign.apply(  # type: ignore[return-value]
+            V, self._scale(V), WINDOWS[self.weights]
+        )
 
     @torch.no_grad()
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -136,8 +147,7 @@ class Binarizer(nn.Module):
 
 def unbinarize(synapse: Linear | Conv2d) -> None:
     """Make a 1-bit synapse plain again. From now on it multiplies by its latent weight."""
-    synapse.binarizer = None
-    synapse.state = None
+    synapse.binarizer = synapse.state = None
     synapse.weights = "plain"
 
 
@@ -198,3 +208,83 @@ def _mean_abs(V: Tensor) -> Tensor:
 
 def _over_filters(values_O: Tensor, V: Tensor) -> Tensor:
     return values_O.view(-1, *[1] * (V.dim() - 1))
+
+
+# ------------------------------------------------------------------------- the scale, folded away
+
+# T time, B batch
+
+
+@torch.no_grad()
+def following_norms(
+    network: nn.Module, synapses: Mapping[str, nn.Module], x_TB: Tensor
+) -> dict[str, str]:
+    """The batch norm behind each of `synapses`, by name.
+
+    The norm is the only consumer of the synapse's output and has no other input.
+
+    The norms are found by running `network` on `x_TB`; the values of `x_TB` do not matter. Every
+    operation on an output counts as a consumer. A synapse that does not run has no norm.
+    """
+    consumers = _Consumers()
+    norms = {
+        name: module for name, module in network.named_modules() if isinstance(module, BatchNorm)
+    }
+    was_training = network.training
+    network.eval()
+    hooks = [
+        module.register_forward_hook(partial(consumers.made, name))
+        for name, module in synapses.items()
+    ]
+    hooks += [
+        norm.register_forward_pre_hook(partial(consumers.begins, name))
+        for name, norm in norms.items()
+    ]
+    hooks += [norm.register_forward_hook(consumers.ends) for norm in norms.values()]
+    with fresh_state(network), hooked(hooks), consumers:
+        network(x_TB)
+    network.train(was_training)
+    followers = {}
+    for name in synapses:
+        consumed_by = consumers.of.get(name, set())
+        only = next(iter(consumed_by)) if len(consumed_by) == 1 else None
+        if only is not None and consumers.inputs[only] == {name}:
+            followers[name] = only
+    return followers
+
+
+def fold(scale_O: Tensor, bias_O: Tensor | None, norm: BatchNorm) -> None:
+    """Move a `scale_O` > 0 of the weight into `norm`, and into the bias before it, if any."""
+    with torch.no_grad():
+        norm.weight.copy_(norm.weight.double() * scale_O)
+        norm.running_mean.copy_(norm.running_mean.double() / scale_O)
+        if bias_O is not None:
+            bias_O.copy_(bias_O.double() / scale_O)
+
+
+class _Consumers(TorchDispatchMode):
+    """Records the norm that consumes the output of each synapse; None: any other operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The tensor is kept alive so that no other tensor gets its id.
+        self.outputs: dict[int, tuple[str, Tensor]] = {}
+        self.running: str | None = None
+        self.of: dict[str, set[str | None]] = {}
+        self.inputs: dict[str, set[str | None]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for argument in tree_leaves((args, kwargs)):
+            if id(argument) in self.outputs:
+                self.of.setdefault(self.outputs[id(argument)][0], set()).add(self.running)
+        return func(*args, **(kwargs or {}))
+
+    def made(self, name: str, _: nn.Module, __: Any, y_TB: Tensor) -> None:
+        self.outputs[id(y_TB)] = (name, y_TB)
+
+    def begins(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.running = name
+        self.inputs.setdefault(name, set()).add(self.outputs.get(id(inputs[0]), (None,))[0])
+
+    def ends(self, *_: Any) -> None:
+        self.running = None

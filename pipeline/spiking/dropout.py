@@ -40,7 +40,6 @@ class Dropout(nn.Module):
         return x_TB * mask_B
 
     def _mask_shape(self, x_B: Tensor) -> torch.Size:
-        """The shape of the mask: one entry per unit."""
         return x_B.shape
 
     def extra_repr(self) -> str:

@@ -22,6 +22,7 @@ implicit gradient.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,8 +87,31 @@ class Equilibrium(nn.Module):
             f"Equilibrium: N neurons need N - 1 synapses between them; got {len(neurons)}"
             f" neurons, {len(synapses)} synapses",
         )
-        self.decay, self.divisors = _check_neurons(neurons)
-        _check_linear(feedback)
+        for neuron in neurons:
+            require(
+                isinstance(neuron, LIF) and not isinstance(neuron, (RateNeuron, PLIF)),
+                "Equilibrium: the neurons must be LIF or IF, whose rate is known; got"
+                f" {type(neuron).__name__}",
+            )
+            require(
+                neuron.reset == "subtract" and not neuron.scale_input,
+                "Equilibrium: neurons must reset by subtraction and not scale their input; got"
+                f" reset={neuron.reset!r}, scale_input={neuron.scale_input}",
+            )
+        decays: set[Any] = {neuron.decay for neuron in neurons}
+        require(
+            len(decays) == 1,
+            "Equilibrium: one weighted mean is the rate of all layers, so they have one decay; got"
+            f" {sorted(decays)}",
+        )
+        for name, module in feedback.named_modules(prefix="feedback"):
+            require(
+                getattr(module, "bias", None) is None,
+                "Equilibrium: the feedback must be linear, because it starts a step late; got a"
+                f" bias in {name}: give it to inject",
+            )
+        self.decay: float = decays.pop()
+        self.divisors: list[Any] = [neuron.subtract for neuron in neurons]
         self.inject = inject
         self.feedback = feedback
         self.synapses = nn.ModuleList(synapses)
@@ -132,16 +156,25 @@ class Equilibrium(nn.Module):
         return out_1B.to(s_1B.dtype)
 
     def _implicit(self, x_TB: Tensor, adjoint: Adjoint) -> Tensor:
-        if self.state.read("steps") is not None:
-            raise ValueError(
-                "Equilibrium: with an adjoint a batch is one call on all T steps; got a second"
-                " slice of it"
-            )
+        require(
+            self.state.read("steps") is None,
+            "Equilibrium: with an adjoint a batch is one call on all T steps; got a second slice of"
+            " it",
+        )
         same = x_TB.shape[0] == 1 or is_static(x_TB)
         current_1B = self.inject(x_TB[:1] if same else weighted_mean(x_TB, self.decay))
         with torch.no_grad(), norms_in_eval(self):
             a_1B = self._simulate(x_TB, current_1B if same else None)
-        return self._apply_at_rate(a_1B, current_1B, adjoint)
+        # f at a[T], with a[T] as the value and the adjoint's solution as the gradient.
+        betas: list[Tensor] = []
+        z_1B = self.rate(0, current_1B + self.feedback(a_1B))
+        for layer, synapse in enumerate(self.synapses, start=1):
+            if z_1B.requires_grad:
+                z_1B.register_hook(partial(_own_solution, betas, layer - 1))
+            z_1B = self.rate(layer, synapse(z_1B))
+        return _ImplicitGradient.apply(  # type: ignore[return-value]
+            z_1B, a_1B, current_1B, self, adjoint, betas
+        )
 
     def _simulate(self, x_TB: Tensor, current_1B: Tensor | None) -> Tensor:
         """a[T]. `current_1B` is the constant current of a static input; None: it changes."""
@@ -151,41 +184,30 @@ class Equilibrium(nn.Module):
         assert sum_1B is not None
         return sum_1B / _total(self.decay, x_TB.shape[0])
 
-    def _apply_at_rate(self, a_1B: Tensor, current_1B: Tensor, adjoint: Adjoint) -> Tensor:
-        """f at `a_1B`, with `a_1B` as the value and the adjoint's solution as the gradient."""
-        betas: list[Tensor] = []
-        z_1B = self.rate(0, current_1B + self.feedback(a_1B))
-        for layer, synapse in enumerate(self.synapses, start=1):
-            z_1B = self.rate(layer, synapse(_LayerGradient.apply(z_1B, betas, layer - 1)))
-        return _ImplicitGradient.apply(  # type: ignore[return-value]
-            z_1B, a_1B, current_1B, self, adjoint, betas
-        )
-
 
 def find_equilibrium(who: str, model: nn.Module) -> Equilibrium:
     """The one `Equilibrium` in `model`.
 
     Raises: ValueError, in the name of `who`, for none, for several, or for neurons outside it.
     """
-    equilibria = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, Equilibrium)
-    ]
-    if len(equilibria) != 1:
-        what = (
-            " and ".join(name or type(module).__name__ for name, module in equilibria)
-            or f"none in {type(model).__name__}"
-        )
-        raise ValueError(
-            f"{who}: the model must have one equilibrium, whose rates are differentiated; got"
-            f" {what}"
-        )
-    inside = {id(neuron) for _, neuron in named_neurons(equilibria[0][1])}
-    outside = [name for name, neuron in named_neurons(model) if id(neuron) not in inside]
+    equilibria = {
+        name or type(module).__name__: module
+        for name, module in model.named_modules()
+        if isinstance(module, Equilibrium)
+    }
+    require(
+        len(equilibria) == 1,
+        f"{who}: the model must have one equilibrium, whose rates are differentiated; got"
+        f" {' and '.join(equilibria) or f'none in {type(model).__name__}'}",
+    )
+    (equilibrium,) = equilibria.values()
+    inside = {neuron for _, neuron in named_neurons(equilibrium)}
+    outside = [name for name, neuron in named_neurons(model) if neuron not in inside]
     require(
         not outside,
         f"{who}: every neuron must be part of the equilibrium; got {', '.join(outside)} outside it",
     )
-    return equilibria[0][1]
+    return equilibrium
 
 
 class Linearized:
@@ -211,9 +233,9 @@ class Linearized:
                 input_1B = rate_1B.detach().requires_grad_()
                 output_1B = synapse(input_1B)
                 self._maps.append((input_1B, output_1B))
-                total_1B = (
-                    output_1B.detach() + current_1B.detach() if layer == 0 else output_1B.detach()
-                )
+                total_1B = output_1B.detach()
+                if layer == 0:
+                    total_1B = total_1B + current_1B.detach()
                 rate_1B = equilibrium.rate(layer, total_1B)
                 self.masks.append(((rate_1B > 0) & (rate_1B < 1)).to(rate_1B.dtype).squeeze(0))
 
@@ -255,17 +277,9 @@ def norms_in_eval(model: nn.Module) -> AbstractContextManager[None]:
     return attribute_set(batch_norms(model), "training", False)
 
 
-class _LayerGradient(torch.autograd.Function):
-    """Identity. The backward uses the layer's own solution, if there is one per layer."""
-
-    @staticmethod
-    def forward(ctx: Any, z_1B: Tensor, betas: list[Tensor], layer: int) -> Tensor:
-        ctx.betas, ctx.layer = betas, layer
-        return z_1B.view_as(z_1B)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return (ctx.betas[ctx.layer].unsqueeze(0) if ctx.betas else grad_outputs[0]), None, None
+def _own_solution(betas: list[Tensor], layer: int, g_1B: Tensor) -> Tensor:
+    """The gradient of a layer's rate: its own solution, if there is one per layer."""
+    return betas[layer].unsqueeze(0) if betas else g_1B
 
 
 class _ImplicitGradient(torch.autograd.Function):
@@ -297,46 +311,12 @@ class _ImplicitGradient(torch.autograd.Function):
                 grad_outputs[0].squeeze(0),
                 Linearized(ctx.equilibrium, a_1B, current_1B.to(a_1B.dtype)),
             )
-        if isinstance(solved, Tensor):
-            return solved.unsqueeze(0), None, None, None, None, None
-        ctx.betas[:] = solved
-        return solved[-1].unsqueeze(0), None, None, None, None, None
+        if not isinstance(solved, Tensor):
+            ctx.betas[:] = solved
+            solved = solved[-1]
+        return solved.unsqueeze(0), None, None, None, None, None
 
 
 def _total(decay: float, steps: int) -> float:
     """sum_{t=1..steps} decay^(steps-t)."""
     return float(steps) if decay == 1 else (1 - decay**steps) / (1 - decay)
-
-
-def _check_neurons(neurons: Sequence[nn.Module]) -> tuple[float, list[float]]:
-    """The decay that all neurons share, and the `subtract` of each."""
-    decays, divisors = set(), []
-    for neuron in neurons:
-        require(
-            isinstance(neuron, LIF) and not isinstance(neuron, (RateNeuron, PLIF)),
-            "Equilibrium: the neurons must be LIF or IF, whose rate is known; got"
-            f" {type(neuron).__name__}",
-        )
-        require(
-            neuron.reset == "subtract" and not neuron.scale_input,
-            "Equilibrium: neurons must reset by subtraction and not scale their input; "
-            f"got reset={neuron.reset!r}, scale_input={neuron.scale_input}",
-        )
-        decays.add(neuron.decay)
-        divisors.append(neuron.subtract)
-    require(
-        len(decays) <= 1,
-        "Equilibrium: one weighted mean is the rate of all layers, so they have one decay; got"
-        f" {sorted(decays)}",
-    )
-    return decays.pop(), divisors
-
-
-def _check_linear(feedback: nn.Module) -> None:
-    for name, module in feedback.named_modules():
-        if getattr(module, "bias", None) is not None:
-            where = f"feedback.{name}" if name else "feedback"
-            raise ValueError(
-                "Equilibrium: the feedback must be linear, because it starts a step late; got a"
-                f" bias in {where}: give it to inject"
-            )

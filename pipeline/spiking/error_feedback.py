@@ -50,8 +50,9 @@ class ErrorFeedback(nn.Module):
     def begin(self, device: torch.device) -> None:
         """Delete every matrix. New ones are created on `device`."""
         self.device = device
-        for name in [name for name in self._buffers if name.startswith("matrix_")]:
-            del self._buffers[name]
+        self._buffers = {
+            name: buffer for name, buffer in self._buffers.items() if not name.startswith("matrix_")
+        }
 
     def signal(
         self, layer: int, units: int, *, e_BK: Tensor, o_BK: Tensor, z_BN: Tensor | None
@@ -73,33 +74,32 @@ class ErrorFeedback(nn.Module):
         return 0
 
     def matrix(
-        self, layer: int, units: int, outputs: int, make: Callable[[int, int], Tensor]
+        self, layer: int, shape: tuple[int, int], make: Callable[[tuple[int, int]], Tensor]
     ) -> Tensor:
-        """The layer's matrix `[N, K]`, created by `make(units, outputs)` if there is none yet.
+        """The layer's matrix `[N, K]`, created by `make(shape)` if there is none yet.
 
-        Raises: ValueError if the existing matrix has another size.
+        Raises: ValueError if the existing matrix has another shape.
         """
         name = f"matrix_{layer}"
         if name not in self._buffers:
-            self.register_buffer(name, make(units, outputs))
+            self.register_buffer(name, make(shape))
         matrix = self.get_buffer(name)
-        if matrix.shape != (units, outputs):
-            raise ValueError(
-                f"{type(self).__name__}: a layer must keep its size; got {units} units and"
-                f" {outputs} outputs at layer {layer}, whose matrix is {tuple(matrix.shape)}"
-            )
+        require(
+            matrix.shape == shape,
+            f"{type(self).__name__}: a layer must keep its size; got {shape[0]} units and"
+            f" {shape[1]} outputs at layer {layer}, whose matrix is {tuple(matrix.shape)}",
+        )
         return matrix
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         # Keep exactly the matrices of this state: a rollback may undo the batch that created them.
-        for name in [
-            name
-            for name in self._buffers
-            if name.startswith("matrix_") and prefix + name not in state_dict
-        ]:
-            del self._buffers[name]
+        self._buffers = {
+            name: buffer
+            for name, buffer in self._buffers.items()
+            if not name.startswith("matrix_") or prefix + name in state_dict
+        }
         for key, value in state_dict.items():
             name = key.removeprefix(prefix)
             if key.startswith(f"{prefix}matrix_") and name not in self._buffers:
@@ -156,7 +156,7 @@ class MeanJacobian(ErrorFeedback):
 
     def accumulate(self, layer: int, o_BK: Tensor, z_BN: Tensor) -> None:
         """Accumulate z o^T / alpha of one step and some samples."""
-        self.matrix(layer, z_BN.shape[1], o_BK.shape[1], z_BN.new_zeros)
+        self.matrix(layer, (z_BN.shape[1], o_BK.shape[1]), z_BN.new_zeros)
         with op_scope("feedback"):
             estimate = z_BN.T @ o_BK / self.scale
         self._sums[layer] = self._sums[layer] + estimate if layer in self._sums else estimate
@@ -204,14 +204,13 @@ class FixedRandom(ErrorFeedback):
     def signal(
         self, layer: int, units: int, *, e_BK: Tensor, o_BK: Tensor, z_BN: Tensor | None
     ) -> Tensor:
-        def drawn(units: int, outputs: int) -> Tensor:
-            entries = noise(
-                [self.key_of(layer)], units * outputs, distribution="gaussian", device=e_BK.device
-            )
-            return entries.view(units, outputs).to(e_BK.dtype) / math.sqrt(outputs)
+        def drawn(shape: tuple[int, int]) -> Tensor:
+            keys, device = [self.key_of(layer)], e_BK.device
+            entries = noise(keys, math.prod(shape), distribution="gaussian", device=device)
+            return entries.view(shape).to(e_BK.dtype) / math.sqrt(shape[1])
 
         with op_scope("feedback"):
-            return e_BK @ self.matrix(layer, units, e_BK.shape[1], drawn).T
+            return e_BK @ self.matrix(layer, (units, e_BK.shape[1]), drawn).T
 
 
 class SinglePoint(ErrorFeedback):

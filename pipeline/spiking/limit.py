@@ -44,10 +44,10 @@ class LimitedSynapse(nn.Module):
 
     def __init__(self, synapse: nn.Module) -> None:
         super().__init__()
-        takes_weight = "weight" in inspect.signature(synapse.forward).parameters
-        plain = takes_weight and getattr(synapse, "weights", "plain") == "plain"
         require(
-            plain and getattr(synapse, "bias", None) is None,
+            "weight" in inspect.signature(synapse.forward).parameters
+            and getattr(synapse, "weights", "plain") == "plain"
+            and getattr(synapse, "bias", None) is None,
             f"{type(self).__name__}: the synapse must be one of pipeline.spiking.synapse, plain"
             f" and without bias; got {synapse}",
         )
@@ -94,8 +94,7 @@ class SpectralLimit(LimitedSynapse):
             or not torch.equal(product(V_MN, v), product_M)
         ):
             u, v = top_singular_vectors(V_MN, steps=STEPS)
-            for name, value in (("u", u), ("v", v), ("product", product(V_MN, v))):
-                self.state.write(name, value)
+            self.state.values.update(u=u, v=v, product=product(V_MN, v))
         return singular_value(u, V_MN, v)
 
 
@@ -152,31 +151,28 @@ def top_singular_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
     The method is Golub-Kahan-Lanczos with reorthogonalisation.
     """
     with torch.no_grad(), torch.autocast(V.device.type, enabled=False), op_scope("limit"):
-        return _lanczos(V.to(torch.promote_types(V.dtype, torch.float32)), steps=steps)
-
-
-def _lanczos(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
-    A = V if V.shape[0] >= V.shape[1] else V.T
-    size = A.shape[1]
-    steps = min(steps, size)
-    # Irregular positive numbers: the top singular vector is often close to the direction of equal
-    # entries, and the start must not be orthogonal to it.
-    start = (
-        torch.arange(1, size + 1, device=V.device, dtype=torch.float64) * 0.6180339887498949
-    ) % 1
-    q = (start / start.norm()).to(V.dtype)
-    right, left = V.new_zeros(steps, size), V.new_zeros(steps, A.shape[0])
-    for k in range(steps):
-        right[k] = q
-        p = _orthogonal(A @ q, left[:k])
-        left[k] = p
-        q = _orthogonal(A.T @ p, right[: k + 1])
-    # Rayleigh-Ritz on both spaces.
-    P, _, Qh = torch.linalg.svd(left @ A @ right.T)
-    p, q = P[:, 0] @ left, Qh[0] @ right
-    tiny = torch.finfo(V.dtype).tiny  # a zero matrix gives 0, not 0 / 0
-    p, q = p / p.norm().clamp_min(tiny), q / q.norm().clamp_min(tiny)
-    return (p, q) if V.shape[0] >= V.shape[1] else (q, p)
+        V = V.to(torch.promote_types(V.dtype, torch.float32))
+        A = V if V.shape[0] >= V.shape[1] else V.T
+        size = A.shape[1]
+        steps = min(steps, size)
+        # Irregular positive numbers: the top singular vector is often close to the direction of
+        # equal entries, and the start must not be orthogonal to it.
+        start = (
+            torch.arange(1, size + 1, device=V.device, dtype=torch.float64) * 0.6180339887498949
+        ) % 1
+        q = (start / start.norm()).to(V.dtype)
+        right, left = V.new_zeros(steps, size), V.new_zeros(steps, A.shape[0])
+        for k in range(steps):
+            right[k] = q
+            p = _orthogonal(A @ q, left[:k])
+            left[k] = p
+            q = _orthogonal(A.T @ p, right[: k + 1])
+        # Rayleigh-Ritz on both spaces.
+        P, _, Qh = torch.linalg.svd(left @ A @ right.T)
+        p, q = P[:, 0] @ left, Qh[0] @ right
+        tiny = torch.finfo(V.dtype).tiny  # a zero matrix gives 0, not 0 / 0
+        p, q = p / p.norm().clamp_min(tiny), q / q.norm().clamp_min(tiny)
+        return (p, q) if V.shape[0] >= V.shape[1] else (q, p)
 
 
 def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:

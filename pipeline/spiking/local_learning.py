@@ -68,12 +68,13 @@ class Readout(nn.Module):
 class LocalGradient:
     """The seam `LIF.gradient` of one layer. A rule opens it for each time step that it learns from.
 
-    Between `open` and `close` the neuron runs as at the head of the file. It records, until the
-    batch ends, `spikes` with the graph of its own layer, `z` if noise is added, and the `logits` of
-    its `readout` if it has one. While closed it is the plain neuron, so an evaluation has no noise.
+    While `is_open` the neuron runs as at the head of the file. It records, until the batch ends,
+    `spikes` with the graph of its own layer, `z` if noise is added, and the `logits` of its
+    `readout` if it has one. Otherwise it is the plain neuron, so an evaluation has no noise.
 
     `scale` is alpha, in spikes or in units of the membrane. Noise on the membrane decides on the
-    spike and is not carried to the next step.
+    spike and is not carried to the next step. A rule sets `keys`, one per sample (none: no noise),
+    and `sign`. A negative sign reuses the noise of the step before.
     """
 
     def __init__(
@@ -89,22 +90,9 @@ class LocalGradient:
         self.distribution: Distribution = distribution
         self.readout = readout
         self.state = State("LocalGradient")
-        self._is_open = False
-        self._keys: Sequence[int] = ()
-        self._sign = 1.0
-
-    def open(self, keys: Sequence[int], *, sign: float) -> None:
-        """Learn from the next steps, with noise `sign` times that of `keys`.
-
-        There is one key per sample; an empty list means no noise.
-
-        A negative sign marks the second step of an antithetic pair, which reuses the noise of the
-        step before.
-        """
-        self._is_open, self._keys, self._sign = True, keys, sign
-
-    def close(self) -> None:
-        self._is_open = False
+        self.is_open = False
+        self.keys: Sequence[int] = ()
+        self.sign = 1.0
 
     def recorded(self, name: str) -> Tensor:
         """The recorded tensor of the last step.
@@ -112,16 +100,16 @@ class LocalGradient:
         It is `spikes` or `logits` `[T, B, ...]` with graph, or `z` `[B, N]` including its sign.
         """
         value = self.state.read(name)
-        if value is None:
-            raise ValueError(
-                "LocalGradient: the network must run every neuron at every time step; got one"
-                f" without {name}"
-            )
-        return value
+        require(
+            value is not None,
+            "LocalGradient: the network must run every neuron at every time step; got one without"
+            f" {name}",
+        )
+        return value  # type: ignore[return-value]
 
     def __call__(self, lif: LIF, x_TB: Tensor) -> Tensor:
         v_B = lif.membrane(x_TB)
-        noise_B = self._noise(v_B) if self._is_open and self._keys else None
+        noise_B = self._noise(v_B) if self.is_open and self.keys else None
         spikes = []
         for x_B in x_TB.unbind(0):
             s_B, v_B = self._step(lif, x_B.to(v_B.dtype), v_B, noise_B)
@@ -129,7 +117,7 @@ class LocalGradient:
             spikes.append(s_B)
         lif.state.write("v", v_B)
         s_TB = torch.stack(spikes)
-        if not self._is_open:
+        if not self.is_open:
             return s_TB.to(x_TB.dtype)
         self.state.write("spikes", s_TB)
         if self.readout is not None:
@@ -142,13 +130,11 @@ class LocalGradient:
     def _noise(self, v_B: Tensor) -> Tensor:
         """alpha z `[B, ...]` of this step."""
         last_BN = self.state.read("z")
-        if self._sign < 0 and last_BN is not None:
+        if self.sign < 0 and last_BN is not None:
             z_BN = -last_BN
         else:
-            units = v_B[0].numel()
-            z_BN = noise(self._keys, units, distribution=self.distribution, device=v_B.device).to(
-                v_B.dtype
-            )
+            how: Any = {"distribution": self.distribution, "device": v_B.device}
+            z_BN = noise(self.keys, v_B[0].numel(), **how).to(v_B.dtype)
         self.state.write("z", z_BN)
         return self.scale * z_BN.view_as(v_B)
 
@@ -192,13 +178,9 @@ class _InjectGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (share,) = grad_outputs
         signals = ctx.saved_tensors
-        return (
-            None,
-            *(share.to(signal.dtype) * signal for signal in signals),
-            *[None] * len(signals),
-        )
+        gradients = [grad_outputs[0].to(signal.dtype) * signal for signal in signals]
+        return (None, *gradients, *[None] * len(signals))
 
 
 def refuse_skip_connections(who: str, model: nn.Module, ends: Mapping[str, Tensor]) -> None:
@@ -226,14 +208,10 @@ def refuse_skip_connections(who: str, model: nn.Module, ends: Mapping[str, Tenso
 
 def _leaves(value: Tensor) -> set[int]:
     """The ids of the leaf tensors in the graph of `value`."""
-    leaves, seen, todo = set(), set(), [value.grad_fn]
+    nodes, todo = set(), [value.grad_fn]
     while todo:
         node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            leaves.add(id(leaf))
-        todo.extend(after for after, _ in node.next_functions)
-    return leaves
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            todo.extend(after for after, _ in node.next_functions)
+    return {id(node.variable) for node in nodes if hasattr(node, "variable")}

@@ -91,9 +91,9 @@ class LIF(nn.Module):
         )
         self.decay = decay
         self.threshold = threshold
-        self.reset = reset
+        self.reset: Literal["subtract", "zero"] = reset
         self.subtract = threshold if subtract is None else subtract
-        self.reset_gradient = reset_gradient
+        self.reset_gradient: Literal["detached", "kept"] = reset_gradient
         self.scale_input = scale_input
         self.surrogate = surrogate
         self.carry: Callable[[Tensor], Tensor] = identity

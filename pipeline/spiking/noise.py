@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pipeline.core.checks import refuse_unless_one_of
 from pipeline.core.random import STEP, mix, signed
 
 Distribution = Literal["gaussian", "rademacher"]
@@ -40,20 +41,13 @@ def noise(
 
     Raises: ValueError for an unknown `distribution`.
     """
+    refuse_unless_one_of("noise", DISTRIBUTIONS, distribution=distribution)
     keys_B = torch.tensor([signed(key) for key in keys], dtype=torch.int64, device=device)
-    if distribution == "rademacher":
-        return _signs(keys_B, units)
-    if distribution == "gaussian":
-        return _normal(keys_B, units)
-    raise ValueError(
-        f"noise: distribution must be one of {', '.join(DISTRIBUTIONS)}; got"
-        f" distribution={distribution!r}"
-    )
+    return _normal(keys_B, units) if distribution == "gaussian" else _signs(keys_B, units)
 
 
 def _normal(keys_B: Tensor, units: int) -> Tensor:
-    pairs = (units + 1) // 2
-    bits_BP = _bits(keys_B, pairs)
+    bits_BP = _bits(keys_B, (units + 1) // 2)
     # The upper 32 bits give a number in (0, 1] with a finite logarithm, which fp32 rounds to 24
     # bits. The lower 32 bits give the angle.
     radius_BP = (

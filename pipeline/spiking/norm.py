@@ -179,14 +179,6 @@ def local_statistics(model: nn.Module) -> AbstractContextManager[None]:
     return attribute_set(batch_norms(model), "between", "rank")
 
 
-def repeated_steps(model: nn.Module, steps: int) -> AbstractContextManager[None]:
-    """Make batch norms under `model` treat their input as one frame repeated `steps` times.
-
-    This holds inside the block.
-    """
-    return attribute_set(batch_norms(model), "repeats", steps)
-
-
 def moments_over_ranks(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance per channel over the samples of all ranks, and their number.
 

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
+# recomputation: a forward repeated for its backward; solver: the adjoint of an equilibrium;
+# feedback: signals to hidden layers and the update of their matrices; lateral: the subspaces of old
+# tasks and the projection; rates: means over time; limit: the norm of a limited weight
 OpScope = Literal["recomputation", "solver", "feedback", "lateral", "rates", "limit"]
-"""recomputation: a forward repeated for its backward; solver: the adjoint of an equilibrium;
-feedback: signals to hidden layers and the update of their matrices; lateral: the subspaces of old
-tasks and the projection; rates: means over time; limit: the norm of a limited weight"""
 
 _served: ContextVar[OpScope | None] = ContextVar("op_scope", default=None)
 

@@ -177,11 +177,11 @@ class WeightedRates(nn.Module):
         self.state = State("WeightedRates")
 
     def forward(self, x_TBK: Tensor) -> Tensor:
-        if self.state.read("seen") is not None:
-            raise ValueError(
-                "WeightedRates: weights depend on T, so all T steps must come at once; got a second"
-                " slice"
-            )
+        require(
+            self.state.read("seen") is None,
+            "WeightedRates: weights depend on T, so all T steps must come at once; got a second"
+            " slice",
+        )
         self.state.write("seen", x_TBK.new_empty(0))
         weights_T = rate_weights(self.decay, x_TBK).view(-1, *[1] * (x_TBK.dim() - 1))
         return x_TBK * (len(x_TBK) * weights_T).to(x_TBK.dtype)
@@ -195,9 +195,11 @@ def rate_readout(neuron: nn.Module) -> nn.Module:
 
     It is `WeightedRates` for leaky rate neurons, otherwise the identity.
     """
-    if isinstance(neuron, RateNeuron) and neuron.decay < 1:
-        return WeightedRates(neuron.decay)
-    return nn.Identity()
+    return (
+        WeightedRates(neuron.decay)
+        if isinstance(neuron, RateNeuron) and neuron.decay < 1
+        else nn.Identity()
+    )
 
 
 def rate_weights(decay: float, x_TB: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.spiking.encode import is_static, repeat
-from pipeline.spiking.norm import repeated_steps
+from pipeline.spiking.norm import batch_norms
 from pipeline.spiking.state import State, attribute_set
 
 Backwards = Literal["one", "several"]
@@ -39,6 +39,9 @@ Backwards = Literal["one", "several"]
 
 class SliceCache:
     """The shared values of the slices of one batch of `steps` time steps.
+
+    A rule sets `is_last` for the last differentiated slice. `frame_B` is the frame of a static
+    input, once it was seen.
 
     Args:
         backwards: "one" if a single backward call passes through all slices, "several" if there are
@@ -57,10 +60,8 @@ class SliceCache:
         self.backwards: Backwards = backwards
         self.parameters = parameters
         self.is_last = False
-        """whether the current slice is the last differentiated one; set by the rule"""
         self.needs_graph = torch.is_grad_enabled()
         self.frame_B: Tensor | None = None
-        """the frame of a static input, once it was seen"""
         self._is_computing = False
         self._computed: list[tuple[State, Tensor]] = []
 
@@ -73,18 +74,28 @@ class SliceCache:
             return compute()
         y = state.read("y")
         if y is None:
-            y = self._compute(compute)
+            # The first slice may run without a graph although a later one needs it. With one
+            # backward call all slices have the same mode.
+            with_graph = torch.is_grad_enabled() if self.backwards == "one" else self.needs_graph
+            with torch.set_grad_enabled(with_graph), attribute_set([self], "_is_computing", True):
+                y = compute()
             state.write("y", y)
             if y.requires_grad:
                 self._computed.append((state, y))
         if (
-            self.backwards == "several"
-            and not self.is_last
-            and y.requires_grad
-            and torch.is_grad_enabled()
+            self.backwards == "one"
+            or self.is_last
+            or not y.requires_grad
+            or not torch.is_grad_enabled()
         ):
-            return self._detached_copy(state, y)
-        return y
+            return y
+        # A copy without a graph accumulates the gradients of several backward calls, at least in
+        # fp32, like the gradients of the weights behind y.
+        copy = state.read("copy")
+        if copy is None:
+            copy = y.detach().to(torch.promote_types(y.dtype, torch.float32)).requires_grad_()
+            state.write("copy", copy)
+        return copy.to(y.dtype)
 
     def with_gradients(self, loss: Tensor) -> Tensor:
         """The loss of the current slice.
@@ -99,15 +110,6 @@ class SliceCache:
         states, made = zip(*self._computed, strict=True)
         # apply is untyped
         return _AddGradients.apply(loss, states, *made)  # type: ignore[return-value]
-
-    def _detached_copy(self, state: State, y: Tensor) -> Tensor:
-        """A copy of y without a graph. It accumulates the gradients of several backward calls."""
-        copy = state.read("copy")
-        if copy is None:
-            # At least fp32, like the gradients of the weights behind y.
-            copy = y.detach().to(torch.promote_types(y.dtype, torch.float32)).requires_grad_()
-            state.write("copy", copy)
-        return copy.to(y.dtype)
 
     def _store_gradients(self) -> None:
         """Store the first gradients of the copies in their states, as memory of the network.
@@ -126,22 +128,11 @@ class SliceCache:
         if not new:
             return
         leaves = (*(copy for _, copy in copies), *self.parameters())
-        places = Counter(_storage_id(leaf.grad) for leaf in leaves if leaf.grad is not None)
+        places = Counter(_storage(leaf.grad)[0] for leaf in leaves if leaf.grad is not None)
         for state, copy, gradient in new:
-            if places[_storage_id(gradient)] > 1:
+            if places[_storage(gradient)[0]] > 1:
                 gradient = copy.grad = gradient.clone()
             state.write("gradient", gradient)
-
-    def _compute(self, compute: Callable[[], Tensor]) -> Tensor:
-        # The first slice may run without a graph although a later one needs it. With one backward
-        # call all slices have the same mode.
-        with_graph = torch.is_grad_enabled() if self.backwards == "one" else self.needs_graph
-        self._is_computing = True
-        try:
-            with torch.set_grad_enabled(with_graph):
-                return compute()
-        finally:
-            self._is_computing = False
 
 
 class _AddGradients(torch.autograd.Function):
@@ -155,10 +146,6 @@ class _AddGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         return (grad_outputs[0], None, *(state.read("gradient") for state in ctx.states))
-
-
-def _storage_id(value: Tensor) -> int:
-    return value.untyped_storage()._cdata  # not the address, which a meta tensor lacks
 
 
 @contextmanager
@@ -198,19 +185,16 @@ class StaticInput(nn.Sequential):
         if (
             cache is None
             or not _is_slice_of_static_frame(input, cache)
-            or self._has_presynaptic_seam
+            or any(getattr(module, "presynaptic", None) is not None for module in self.modules())
         ):
             return super().forward(input)
 
         def compute() -> Tensor:
-            with repeated_steps(self, cache.steps):
+            # Batch norm treats its input as one frame repeated `steps` times.
+            with attribute_set(batch_norms(self), "repeats", cache.steps):
                 return super(StaticInput, self).forward(input)[0]
 
         return repeat(cache.once(self.state, compute), len(input))
-
-    @property
-    def _has_presynaptic_seam(self) -> bool:
-        return any(getattr(module, "presynaptic", None) is not None for module in self.modules())
 
 
 def _is_slice_of_static_frame(x_TB: Tensor, cache: SliceCache) -> bool:

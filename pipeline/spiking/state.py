@@ -40,11 +40,11 @@ class State:
         self.values[name] = value
 
     def _check_open(self) -> None:
-        if not self.is_open:
-            raise ValueError(
-                f"{self.owner}: its membrane or trace exists only inside fresh_state; "
-                "write `with fresh_state(model): logits_TBK = model(x_TB)`"
-            )
+        require(
+            self.is_open,
+            f"{self.owner}: its membrane or trace exists only inside fresh_state; write"
+            " `with fresh_state(model): logits_TBK = model(x_TB)`",
+        )
 
 
 @contextmanager
@@ -64,13 +64,11 @@ def fresh_state(model: nn.Module) -> Iterator[None]:
             "fresh_state: leave the first fresh_state before entering another; got a"
             f" {state.owner} already open",
         )
-    for state in states:
-        state.is_open = True
     try:
-        yield
+        with attribute_set(states, "is_open", True):
+            yield
     finally:
         for state in states:
-            state.is_open = False
             state.values.clear()
 
 

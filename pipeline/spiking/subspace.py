@@ -19,19 +19,17 @@ Source: Xiao et al. 2024 (HLOP, arXiv 2402.11984), section 4; Oja 1989 (doi
 10.1142/S0129065789000475) for the subspace rule.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.core.checks import are_counts, require
+from pipeline.core.checks import require
 from pipeline.spiking.encode import is_static
 from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.rate import rate_weights
-from pipeline.spiking.state import attribute_set
 from pipeline.spiking.synapse import Conv2d, Linear
 
 # N samples and time steps, C inputs of a layer, K lateral neurons
@@ -44,6 +42,8 @@ LARGEST_RESPONSE = 20.0
 class Subspace(nn.Module):
     """H over `size` inputs: frozen rows `old` and learning rows `new`. All are orthonormal.
 
+    `energy` is the share of E|x|^2 that the rows kept, when last computed.
+
     The projection needs orthonormal rows. The Hebbian rule converges to them, but only for rows
     that have inputs to learn from. So the new rows are orthonormalised after each batch, which
     keeps their span; this is an addition to the published rule.
@@ -53,7 +53,6 @@ class Subspace(nn.Module):
     new: Tensor
     velocity: Tensor
     energy: Tensor
-    """the share of E|x|^2 that the rows kept, when last computed"""
 
     def __init__(self, size: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -76,17 +75,17 @@ class Subspace(nn.Module):
 
         The new rows are drawn from `key` alone and are orthogonal to all others.
         """
-        old, dtype, device = self.old.double(), self.old.dtype, self.old.device
-        self.old = torch.cat(
-            [self.old, orthonormal(orthonormal(self.new.double(), old), old).to(dtype)]
-        )
         generator = torch.Generator().manual_seed(key & 0x7FFF_FFFF_FFFF_FFFF)
-        drawn = torch.randn(count, self.old.shape[1], generator=generator, dtype=torch.float64).to(
-            device
-        )
-        old = self.old.double()
-        self.new = orthonormal(orthonormal(drawn, old), old).to(dtype)
+        size, double = self.old.shape[1], torch.float64
+        drawn = torch.randn(count, size, generator=generator, dtype=double).to(self.old.device)
+        self.old = torch.cat([self.old, self._beside_old(self.new)])
+        self.new = self._beside_old(drawn)
         self.velocity = torch.zeros_like(self.new)
+
+    def _beside_old(self, rows: Tensor) -> Tensor:
+        """Orthonormal rows, orthogonal to the frozen ones, in float64 and twice for exactness."""
+        old = self.old.double()
+        return orthonormal(orthonormal(rows.double(), old), old).to(self.old.dtype)
 
     @torch.no_grad()
     def learn(self, moments: "Moments", *, rate: float, momentum: float, iterations: int) -> None:
@@ -187,8 +186,8 @@ class SpikingMoments:
         return _share(self.lateral_KK.trace(), self.power[0])
 
 
+# The statistics of a global batch that the lateral neurons learn from.
 Moments = SecondMoments | SpikingMoments
-"""the statistics of a global batch that the lateral neurons learn from"""
 
 
 def _share(kept: Tensor, energy: Tensor) -> Tensor:
@@ -217,77 +216,15 @@ def orthonormal(rows: Tensor, others: Tensor) -> Tensor:
     return (q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)).T.contiguous()
 
 
-class RowBudget:
-    """The number of rows that each task adds to each synapse's subspace.
-
-    `counts[task][synapse]` has synapses in order of registration. The last entry holds for all
-    later tasks. `who` names the rule in errors.
-
-    Raises: ValueError for anything but whole numbers >= 0.
-    """
-
-    def __init__(self, who: str, counts: Sequence[Sequence[int]]) -> None:
-        require(
-            isinstance(counts, Sequence)
-            and counts
-            and all(are_counts(each, least=0) for each in counts),
-            f"{who}: rows must hold, for each task, a number >= 0 for each synapse; got"
-            f" rows={counts!r}",
-        )
-        self.counts = tuple(tuple(each) for each in counts)
-
-    def of(self, task: int) -> tuple[int, ...]:
-        return self.counts[min(task, len(self.counts) - 1)]
-
-    def check(self, who: str, synapses: Mapping[str, Linear | Conv2d], *, tasks: int) -> None:
-        """Check that each synapse has a number, and enough inputs for the rows of `tasks` tasks.
-
-        Raises: ValueError otherwise.
-        """
-        for each in self.counts:
-            require(
-                len(each) == len(synapses),
-                f"{who}: rows must name one for each of {', '.join(synapses)}; got {each}",
-            )
-        what = "rows" if tasks == 1 else f"rows of all {tasks} tasks"
-        for index, (name, synapse) in enumerate(synapses.items()):
-            rows = sum(self.of(task)[index] for task in range(tasks))
-            require(
-                rows <= fan_in(synapse),
-                f"{who}: {what} must fit into the {fan_in(synapse)} inputs of {name}; got {rows}",
-            )
-
-    def grow(
-        self, who: str, subspaces: Sequence[Subspace], *, task: int, key_of: Callable[[int], int]
-    ) -> None:
-        """Freeze the learnt rows and start the rows of `task`.
-
-        The rows of synapse i are drawn from `key_of(i)`.
-
-        Raises: ValueError if a synapse has too few directions left.
-        """
-        for index, (subspace, count) in enumerate(zip(subspaces, self.of(task), strict=True)):
-            require(
-                count <= subspace.free,
-                f"{who}: rows must fit into the inputs of a synapse; got {count} more for task"
-                f" {task}, where synapse {index} has {subspace.free} directions left",
-            )
-            subspace.grow(count, key=key_of(index))
-
-
-def fan_in(synapse: Linear | Conv2d) -> int:
-    """Number of inputs of one output."""
-    return synapse.weight[0].numel()
-
-
 # T time, B batch, N samples and time steps, C inputs of a synapse (for a convolution: of a patch)
 
 
 class InputRecorder:
-    """Accumulates moments of one synapse's inputs, for one subspace, while `recording` is active.
+    """Accumulates moments of one synapse's inputs, for one subspace.
 
     The inputs are the values of each step, or with `decay` their weighted mean over time. `steps`
-    is the number of time steps of the batch while recording, else None.
+    is the number of time steps of the batch while recording, else None. `pending` are the moments
+    of the current global batch, `last` those of the one before.
     """
 
     def __init__(
@@ -303,7 +240,6 @@ class InputRecorder:
         self.steps: int | None = None
         self.pending: Moments | None = None
         self.last: Moments | None = None
-        """the moments of the last global batch"""
 
     @torch.no_grad()
     def record(self, x_TB: Tensor) -> None:
@@ -343,12 +279,8 @@ class InputRecorder:
 
     def bytes(self) -> int:
         """Bytes of the moments of the current batch and of the last one."""
-        as_large = vars(self.moments(self.subspace)).values()
-        return 2 * sum(each.nbytes for each in as_large if isinstance(each, Tensor))
-
-    def discard(self) -> None:
-        """Discard the moments of an unfinished batch."""
-        self.pending = None
+        values = vars(self.moments(self.subspace)).values()
+        return 2 * sum(each.nbytes for each in values if isinstance(each, Tensor))
 
     def finish(self, over_ranks: Callable[[Tensor], Tensor]) -> Moments | None:
         """The moments of a global batch, averaged over ranks, and a new start. Collective.
@@ -360,11 +292,6 @@ class InputRecorder:
             pending.mean(over_ranks)
             self.last = pending
         return pending
-
-
-def recording(recorders: Sequence[InputRecorder], steps: int) -> AbstractContextManager[None]:
-    """Make all `recorders` record a batch of `steps` time steps inside the block."""
-    return attribute_set(recorders, "steps", steps)
 
 
 class RecordedFactor:
@@ -390,5 +317,8 @@ def input_rows(synapse: Linear | Conv2d, x_TB: Tensor) -> Iterator[Tensor]:
         return
     geometry = {"dilation": synapse.dilation, "padding": synapse.padding, "stride": synapse.stride}
     for x_BCHW in x_TB:
-        patches_BCL = F.unfold(x_BCHW, synapse.kernel_size, **geometry)  # type: ignore[arg-type]
-        yield patches_BCL.transpose(1, 2).flatten(0, 1)
+        yield (
+            F.unfold(x_BCHW, synapse.kernel_size, **geometry)  # type: ignore[arg-type]
+            .transpose(1, 2)
+            .flatten(0, 1)
+        )

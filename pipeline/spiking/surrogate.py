@@ -24,7 +24,17 @@ class Surrogate(Protocol):
 
 
 @dataclass(frozen=True)
-class Triangle:
+class _Scaled:
+    """Base of the surrogates with a parameter `alpha` > 0."""
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        require(self.alpha > 0, f"{type(self).__name__}: alpha must be > 0; got alpha={self.alpha}")
+
+
+@dataclass(frozen=True)
+class Triangle(_Scaled):
     """psi(x) = max(0, a - a^2 |x|), a = `alpha`.
 
     Source: SLTT's default (Meng et al. 2023, arXiv 2302.14311); with a = 1 also half the derivative
@@ -33,15 +43,12 @@ class Triangle:
 
     alpha: float = 1.0
 
-    def __post_init__(self) -> None:
-        _check_alpha(self, self.alpha)
-
     def derivative(self, u_minus_threshold: Tensor) -> Tensor:
         return u_minus_threshold.abs().mul_(-(self.alpha**2)).add_(self.alpha).clamp_min_(0)
 
 
 @dataclass(frozen=True)
-class Sigmoid:
+class Sigmoid(_Scaled):
     """psi(x) = a sig(a x) (1 - sig(a x)), a = `alpha`.
 
     Source: OTTT uses a = 4 (Xiao et al. 2022, arXiv 2210.04195).
@@ -49,16 +56,13 @@ class Sigmoid:
 
     alpha: float = 4.0
 
-    def __post_init__(self) -> None:
-        _check_alpha(self, self.alpha)
-
     def derivative(self, u_minus_threshold: Tensor) -> Tensor:
         sigma = (self.alpha * u_minus_threshold).sigmoid_()
         return (1 - sigma).mul_(sigma).mul_(self.alpha)
 
 
 @dataclass(frozen=True)
-class Rectangle:
+class Rectangle(_Scaled):
     """psi(x) = 1/a for |x| <= a/2, else 0, a = `alpha`.
 
     Source: Wu et al. 2018 (STBP, arXiv 1706.02609), eq. 24.
@@ -66,24 +70,18 @@ class Rectangle:
 
     alpha: float = 1.0
 
-    def __post_init__(self) -> None:
-        _check_alpha(self, self.alpha)
-
     def derivative(self, u_minus_threshold: Tensor) -> Tensor:
         return u_minus_threshold.abs().le_(self.alpha / 2).div_(self.alpha)
 
 
 @dataclass(frozen=True)
-class ATan:
+class ATan(_Scaled):
     """psi(x) = (a/2) / (1 + (pi a x / 2)^2), a = `alpha`.
 
     Source: Fang et al. 2021 (PLIF, arXiv 2007.05785); SpikingJelly's ImageNet examples use a = 2.
     """
 
     alpha: float = 2.0
-
-    def __post_init__(self) -> None:
-        _check_alpha(self, self.alpha)
 
     def derivative(self, u_minus_threshold: Tensor) -> Tensor:
         return (
@@ -119,7 +117,3 @@ class _Spike(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (u_minus_threshold,) = ctx.saved_tensors
         return ctx.surrogate.derivative(u_minus_threshold).mul_(grad_outputs[0]), None
-
-
-def _check_alpha(surrogate: object, alpha: float) -> None:
-    require(alpha > 0, f"{type(surrogate).__name__}: alpha must be > 0; got alpha={alpha}")

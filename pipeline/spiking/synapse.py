@@ -24,7 +24,7 @@ NF-ResNet.
 # T time, B batch, C channels, H W pixels
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -32,15 +32,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.core.checks import require
+from pipeline.core.checks import refuse_unless_one_of, require
 from pipeline.spiking.encode import is_static, repeat
 from pipeline.spiking.slice_cache import SliceCache
 from pipeline.spiking.state import State
 
 STANDARDIZATION_EPS = 1e-4
 
+# The kinds of weights that a synapse can be created with.
 Weights = Literal["plain", "standardized"]
-"""the kinds of weights that a synapse can be created with"""
 Presynaptic = Callable[[Tensor], Tensor]
 BackwardWeight = Callable[[Tensor], Tensor]
 
@@ -61,8 +61,17 @@ class _Synapse(nn.Module):
     weight: Tensor
 
     def _add_seams(self, weights: Weights) -> None:
+        refuse_unless_one_of(type(self).__name__, ("plain", "standardized"), weights=weights)
         self.weights: str = weights
-        self.gain = _gain(type(self).__name__, self.weight, weights)
+        self.gain: nn.Parameter | None = None
+        if weights == "standardized":
+            require(
+                self.weight[0].numel() >= 2,
+                f"{type(self).__name__}: standardized weights need a fan-in of at least 2; got"
+                f" {self.weight[0].numel()}",
+            )
+            ones = torch.ones(len(self.weight), *[1] * (self.weight.dim() - 1))
+            self.gain = nn.Parameter(ones)
         self.binarizer: nn.Module | None = None
         self.slice_cache: SliceCache | None = None
         self.state = None if self.gain is None else State(type(self).__name__)
@@ -140,18 +149,14 @@ class Conv2d(nn.Conv2d, _Synapse):
         if self.presynaptic is None and self.backward_weight is None:
             return folded(lambda x_NCHW: self._conv_forward(x_NCHW, weight, self.bias), input)
         x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        operands = (
+        # apply is untyped
+        return _ConvWithSeams.apply(  # type: ignore[union-attr]
             x_TB.flatten(0, 1),
             factor_TB.flatten(0, 1),
             weight,
             bias,
             self.backward_weight,
-            geometry,
-        )
-        # apply is untyped
-        return _ConvWithSeams.apply(  # type: ignore[union-attr]
-            *operands
+            (self.stride, self.padding, self.dilation, self.groups),
         ).unflatten(0, input.shape[:2])
 
 
@@ -254,6 +259,11 @@ class _ConvWithSeams(torch.autograd.Function):
         return g_x, None, g_weight, g_bias, None, None
 
 
+def is_inside(name: str, modules: Sequence[str]) -> bool:
+    """Whether the dotted name of a module or parameter is one of `modules` or lies in one."""
+    return any(name == each or name.startswith(each + ".") for each in modules)
+
+
 def error_weight(weight: Tensor, downward: BackwardWeight | None) -> Tensor:
     """The weight that carries the error to the input.
 
@@ -284,17 +294,3 @@ def _operands(
         weight.to(dtype),
         None if bias is None else bias.to(dtype),
     )
-
-
-def _gain(name: str, weight: Tensor, weights: str) -> nn.Parameter | None:
-    if weights == "plain":
-        return None
-    require(
-        weights == "standardized",
-        f"{name}: weights must be 'plain' or 'standardized'; got weights={weights!r}",
-    )
-    require(
-        weight[0].numel() >= 2,
-        f"{name}: standardized weights need a fan-in of at least 2; got {weight[0].numel()}",
-    )
-    return nn.Parameter(torch.ones(weight.shape[0], *[1] * (weight.dim() - 1)))

@@ -51,11 +51,12 @@ def shared_decay(who: str, model: nn.Module, decay: float | None = None) -> floa
     Raises: ValueError, in the name of `who`, for neurons that differ or learn their decay, or for
     none.
     """
-    if learnt := learnt_decays(model):
-        raise ValueError(
-            f"{who}: traces and rates take the decay for a constant, so it must not be learnt; got"
-            f" PLIF at {', '.join(learnt)}"
-        )
+    learnt = learnt_decays(model)
+    require(
+        not learnt,
+        f"{who}: traces and rates take the decay for a constant, so it must not be learnt; got"
+        f" PLIF at {', '.join(learnt)}",
+    )
     decays = {name or "the model itself": neuron.decay for name, neuron in named_neurons(model)}
     require(
         decays,

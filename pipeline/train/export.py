@@ -6,7 +6,7 @@
                     X.bits     uint8 [ceil(numel / 8)], 1 for +: 8 signs to a byte, the first in
                                the lowest bit
                     X.scale    [out], unless the batch norm that directly follows X includes it
-                               (`spiking/fold.py`)
+                               (`spiking/binary.py`)
 
 The metadata hold format, version, layout, the recipe's `model` as JSON, its `time_steps`, where the
 user's own code of the model is (`code`, see own_code.py), and the sha256 of all this and the
@@ -39,9 +39,15 @@ from pipeline.core.units import counted
 from pipeline.recipe import own_code
 from pipeline.recipe.json import decode, encode, targets
 from pipeline.recipe.recipe import TRUSTED, Recipe, Spec
-from pipeline.spiking.binary import SMALLEST_SCALE, Binarizer, binary_synapses, unbinarize
+from pipeline.spiking.binary import (
+    SMALLEST_SCALE,
+    Binarizer,
+    binary_synapses,
+    fold,
+    following_norms,
+    unbinarize,
+)
 from pipeline.spiking.encode import over_steps
-from pipeline.spiking.fold import fold, following_norms
 from pipeline.train.tasks import tasks_of
 from pipeline.train.weights import load_run
 

@@ -2,8 +2,9 @@
 
 `tests/rules/test_x.py` exports for `pipeline/rules/x.py`:
 
-    smallest_model()     a fresh network from [T, B, 6] to [T, B, 3], with the same weights at each
-                         call; it runs in float64 and float32
+    smallest_model()     optional: a fresh network from [T, B, 6] to [T, B, 3], with the same
+                         weights at each call; it runs in float64 and float32; without it,
+                         lif_network()
     contract_rules()     optional: fresh rules to test; without it, the rule's class called without
                          arguments
     quiet_rules()        optional: the same rules in the same order, with their noise off; without
@@ -21,6 +22,7 @@ from torch import nn
 
 import pipeline.rules
 from pipeline.rules.base import Rule
+from tests.helpers.rule_networks import lif_network
 
 FOLDER = Path(next(iter(pipeline.rules.__path__)))
 FILES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__", "base"))
@@ -61,7 +63,7 @@ def cases() -> list[Case]:
                     name=f"{stem}-{index}-{example.label}",
                     rule=lambda build=build, index=index: build()[index],
                     quiet=lambda quiet=quiet, index=index: quiet()[index],
-                    model=beside.smallest_model,
+                    model=getattr(beside, "smallest_model", lif_network),
                     exceptions=getattr(beside, "contract_exceptions", {}),
                 )
             )

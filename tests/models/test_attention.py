@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.attention import Attention, OverSamples, SelfAttention, TokenQK
+from pipeline.models.qkformer import Attention, OverSamples, SelfAttention, TokenQK
 from pipeline.models.residual import BlockFactory
 from pipeline.spiking.neuron import LIF, PLIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.surrogate import Sigmoid
-from tests.helpers.rule_networks import outputs
+from tests.helpers.rule_networks import outputs, refusals
 
 HEADS, CHANNELS = 2, 6
 
@@ -115,8 +115,9 @@ def test_a_neuron_over_samples_is_the_lif_on_the_samples_one_after_another() -> 
     assert repr(neuron) == repr(NEURON).replace("LIF", "OverSamples")
 
 
-@pytest.mark.parametrize("neuron", [PLIF(), nn.ReLU()])
-def test_over_samples_refuses_other_neurons(neuron) -> None:
-    message = f"OverSamples: the neuron must be a LIF; got {type(neuron).__name__}"
-    with pytest.raises(ValueError, match=message):
-        OverSamples.of(neuron)
+test_refuses = refusals(
+    [
+        (lambda: OverSamples.of(PLIF()), "OverSamples: the neuron must be a LIF; got PLIF"),
+        (lambda: OverSamples.of(nn.ReLU()), "OverSamples: the neuron must be a LIF; got ReLU"),
+    ]
+)

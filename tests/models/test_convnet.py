@@ -152,8 +152,15 @@ test_refuses = refusals(
 )
 
 
-def test_an_image_too_small_for_the_pools_is_refused():
-    assert convnet(grid=2, stem_stride=2).smallest == 15  # the stem makes 8 of it
-    message = r"ConvNet: 3 stages, .* need 8 pixels a side; got \(7, 9\)"
-    with pytest.raises(ValueError, match=message):
-        outputs(convnet(grid=2), torch.zeros(1, 1, 3, 7, 9))
+test_refuses_an_image_too_small_for_the_pools = refusals(
+    [
+        (
+            lambda: outputs(convnet(grid=2), torch.zeros(1, 1, 3, 7, 9)),
+            r"ConvNet: 3 stages, .* need 8 pixels a side; got \(7, 9\)",
+        ),
+        (
+            lambda: outputs(convnet(grid=2, stem_stride=2), torch.zeros(1, 1, 3, 14, 16)),
+            r"need 15 pixels a side; got \(14, 16\)",  # the stem makes 8 of 15
+        ),
+    ]
+)

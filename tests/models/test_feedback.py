@@ -22,7 +22,7 @@ from pipeline.spiking.encode import repeat
 from pipeline.spiking.limit import FrobeniusLimit, SpectralLimit
 from pipeline.spiking.neuron import IF
 from pipeline.spiking.synapse import Linear
-from tests.helpers.rule_networks import cross_entropy, learn, outputs
+from tests.helpers.rule_networks import cross_entropy, learn, outputs, refusals
 
 
 def rate_by_hand(model: nn.Module, current_BC, W, *, steps: int, mask_BC=1.0) -> torch.Tensor:
@@ -144,43 +144,42 @@ def test_an_upsampling_feedback_starts_at_a_tenth_of_its_outputs_norm(first, las
     assert weight.norm().item() == pytest.approx(published, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
+test_refuses = refusals(
     [
-        (
-            lambda: fc_feedback(hidden=0),
-            "fc_feedback: hidden must be a whole number >= 1; got hidden=0",
-        ),
-        (
-            lambda: fc_feedback(dropout_on="rates"),
-            "feedback: dropout_on must be 'readout' or 'currents'; got dropout_on='rates'",
-        ),
-        (
-            lambda: fc_feedback(norm="layer"),
-            "feedback: norm must be 'batch' or 'none'; got norm='layer'",
-        ),
-        (
-            lambda: fc_feedback(limit="l2"),
-            "feedback: limit must be 'spectral', 'none' or a number; got limit='l2'",
-        ),
-        (
-            lambda: conv_feedback(layers=()),
-            "conv_feedback: layers must be (width, kernel, stride), each >= 1; got ()",
-        ),
-        (
-            lambda: fc_feedback(limit=0),
-            "FrobeniusLimit: the largest norm must be > 0; got largest=0",
-        ),
-        (lambda: lenet_f(size=30), "lenet_f: size must be a multiple of 4; got size=30"),
-        (
-            lambda: conv_feedback(size=27),
-            "conv_feedback: the strides must divide the image; got size=27, strides to 2",
-        ),
-    ],
+        (call, re.escape(message))
+        for call, message in [
+            (
+                lambda: fc_feedback(hidden=0),
+                "fc_feedback: hidden must be a whole number >= 1; got hidden=0",
+            ),
+            (
+                lambda: fc_feedback(dropout_on="rates"),
+                "feedback: dropout_on must be 'readout' or 'currents'; got dropout_on='rates'",
+            ),
+            (
+                lambda: fc_feedback(norm="layer"),
+                "feedback: norm must be 'batch' or 'none'; got norm='layer'",
+            ),
+            (
+                lambda: fc_feedback(limit="l2"),
+                "feedback: limit must be 'spectral', 'none' or a number; got limit='l2'",
+            ),
+            (
+                lambda: conv_feedback(layers=()),
+                "conv_feedback: layers must be (width, kernel, stride), each >= 1; got ()",
+            ),
+            (
+                lambda: fc_feedback(limit=0),
+                "FrobeniusLimit: the largest norm must be > 0; got largest=0",
+            ),
+            (lambda: lenet_f(size=30), "lenet_f: size must be a multiple of 4; got size=30"),
+            (
+                lambda: conv_feedback(size=27),
+                "conv_feedback: the strides must divide the image; got size=27, strides to 2",
+            ),
+        ]
+    ]
 )
-def test_refuses(build, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        build()
 
 
 @pytest.mark.parametrize("largest", [0.5, 50.0])

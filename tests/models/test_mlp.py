@@ -1,13 +1,12 @@
 import math
 
-import pytest
 import torch
 from torch import nn
 
 from pipeline.models.mlp import mlp
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.rate import RateLIF, rate_weights
-from tests.helpers.rule_networks import outputs
+from tests.helpers.rule_networks import outputs, refusals
 
 
 def test_against_an_independent_forward():
@@ -36,8 +35,6 @@ def test_leaky_rates_end_in_their_weighted_mean():
     assert not torch.allclose(weighted, plain.mean(0), atol=1e-4)
 
 
-def test_refuses():
-    with pytest.raises(
-        ValueError, match=r"MLP: hidden must be whole numbers >= 1; got hidden=\(0,\)"
-    ):
-        mlp(hidden=(0,))
+test_refuses = refusals(
+    [({"hidden": (0,)}, r"MLP: hidden must be whole numbers >= 1; got hidden=\(0,\)")], mlp
+)

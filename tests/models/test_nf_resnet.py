@@ -121,8 +121,7 @@ def test_the_size_of_the_image_on_its_way_through_imagenet():
 
 def test_the_variance_of_the_stream_is_as_expected_at_the_start():
     with torch.no_grad():
-        stem = tiny(width=256, in_channels=64).stem
-        y = stem(torch.randn(1, 8, 64, 12, 12))[..., 2:-2, 2:-2]
+        y = tiny(width=256, in_channels=64).stem(torch.randn(1, 8, 64, 12, 12))[..., 2:-2, 2:-2]
     assert y.var().item() == pytest.approx(1, abs=0.1)
     assert ALPHA == 0.2
 

@@ -19,6 +19,7 @@ from pipeline.models.parts import (
 from pipeline.models.vgg import vgg_sws
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
+from tests.helpers.rule_networks import refusals
 from tests.helpers.saved import SavedBytes
 
 
@@ -108,12 +109,12 @@ def test_the_input_is_left_as_it_was():
     assert torch.equal(x, before)
 
 
-def test_what_no_square_fits_into_is_refused():
-    with pytest.raises(
-        ValueError, match=r"^MeanPool: size must be a whole number >= 1; got size=0$"
-    ):
-        MeanPool(0)
-    with pytest.raises(
-        ValueError, match=r"^MeanPool: an image must have 3 pixels a side; got \(8, 2\)$"
-    ):
-        MeanPool(3)(torch.zeros(1, 1, 8, 2))
+test_refuses = refusals(
+    [
+        (lambda: MeanPool(0), r"^MeanPool: size must be a whole number >= 1; got size=0$"),
+        (
+            lambda: MeanPool(3)(torch.zeros(1, 1, 8, 2)),
+            r"^MeanPool: an image must have 3 pixels a side; got \(8, 2\)$",
+        ),
+    ]
+)

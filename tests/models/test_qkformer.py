@@ -5,11 +5,13 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.measure.activity import Activity
-from pipeline.models.attention import OverSamples, SelfAttention, TokenQK
 from pipeline.models.qkformer import (
     IGNORED,
     Block,
+    OverSamples,
     QKFormer,
+    SelfAttention,
+    TokenQK,
     from_published,
     published_name,
     qkformer_10,

@@ -11,14 +11,13 @@ from pipeline.models.residual import (
     Repeat,
     Rescaled,
     Residual,
-    StreamVariance,
 )
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d
-from tests.helpers.rule_networks import outputs
+from tests.helpers.rule_networks import outputs, refusals
 
 FFN = [Layer(4, 12, bias=True), Layer(12, 4, bias=True)]
 DOWN = [Layer(4, 8, 3, 2), Layer(8, 8, 3)]
@@ -140,14 +139,12 @@ def test_sws_divides_by_the_stream_and_projects_spikes():
     made = [factory.residual(layers) for layers in (FFN, DOWN, [FFN[0], Layer(12, 8)])]
     assert [block.shortcut_of for block in made] == ["stream", "first", "first"]
     rescaled = [m for block in made for m in block.modules() if isinstance(m, Rescaled)]
-    variances = [m.beta**2 for m in rescaled[::2]]
-    assert variances == pytest.approx([1, 1 + ALPHA**2, 1 + ALPHA**2])
+    assert [m.beta**2 for m in rescaled[::2]] == pytest.approx([1, 1 + ALPHA**2, 1 + ALPHA**2])
     assert not any(isinstance(m, BatchNorm) for m in made[1].modules())
     assert all(m.weights == "standardized" for m in made[1].modules() if isinstance(m, Conv2d))
 
 
-@pytest.mark.parametrize(
-    ("choices", "message"),
+test_refuses = refusals(
     [
         (
             {"shortcut": "none"},
@@ -163,10 +160,8 @@ def test_sws_divides_by_the_stream_and_projects_spikes():
             r"norm='sws' counts on currents of unit variance",
         ),
     ],
+    lambda **choices: BlockFactory(**({"shortcut": "sew", "neuron": LIF()} | choices)),
 )
-def test_refuses(choices, message):
-    with pytest.raises(ValueError, match=message):
-        BlockFactory(**({"shortcut": "sew", "neuron": LIF()} | choices))
 
 
 @pytest.mark.parametrize(("shortcut", "unit"), [("sew", 1), ("sew_multiple", 3)])
@@ -209,18 +204,18 @@ def test_group_mean_undoes_repeat():
 
 def test_expected_variance_of_a_stream():
     """Against streams drawn at random: branches of unit variance, weighted by ALPHA."""
-    stream = StreamVariance()
+    factory = blocks("multiple", "sws")
     x = torch.randn(1, 1, 2, 1_000_000, dtype=torch.float64)
-    stream.add()
+    factory.residual([Layer(2, 2)])
     x = x + ALPHA * torch.randn_like(x)
-    stream.repeat()
+    factory.residual([Layer(2, 8)])
     x = Repeat(4)(x)
     x = x + 5 * ALPHA * torch.randn_like(x)  # louder than expected, so that the division is seen
-    stream.own *= 25
-    assert x.var().item() == pytest.approx(stream.variance, rel=0.01)
-    stream.average(4)
+    factory.own *= 25
+    assert x.var().item() == pytest.approx(factory.shared + factory.own, rel=0.01)
+    factory.residual([Layer(8, 2)])
     x = GroupMean(4)(x)
     x = x + ALPHA * torch.randn_like(x)
-    assert x.var().item() == pytest.approx(stream.variance, rel=0.01)
-    stream.restart()
-    assert stream.variance == 1 + ALPHA**2
+    assert x.var().item() == pytest.approx(factory.shared + factory.own, rel=0.01)
+    factory.residual([Layer(2, 2, 3, 2)])
+    assert (factory.shared, factory.own) == (1 + ALPHA**2, 0)

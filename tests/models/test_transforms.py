@@ -324,8 +324,7 @@ def test_the_selected_head_answers() -> None:
 
 
 def test_heads_begin_alike_with_weights_of_their_own() -> None:
-    network = small()
-    one, two, _ = network.classifier.heads
+    one, two, _ = small().classifier.heads
     assert torch.equal(one.weight, two.weight)
     assert one.weight.data_ptr() != two.weight.data_ptr()
 

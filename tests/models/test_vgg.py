@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models.vgg import VGG, Feedback, vgg_sws, vgg_sws_f
+from pipeline.models.vgg import VGG, vgg_sws, vgg_sws_f
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
@@ -83,8 +83,7 @@ def test_feedback_against_an_independent_network(rule, detach):
     model, x_TBCHW, target = small_vgg_f(), images(4), torch.tensor([0, 3])
     expected = by_hand(model, x_TBCHW, detach=detach)
     assert torch.allclose(outputs(model, x_TBCHW), expected, atol=1e-12)
-    loss = torch.stack([F.cross_entropy(o, target) for o in expected]).mean()
-    wanted = gradient_of(loss, model)
+    wanted = gradient_of(torch.stack([F.cross_entropy(o, target) for o in expected]).mean(), model)
     assert wanted["feedback.conv.weight"].abs().max() > 1e-3
     assert difference(gradients(rule, model, x_TBCHW, cross_entropy(target)), wanted) < 1e-12
 
@@ -109,13 +108,7 @@ def test_slices_of_a_network_with_feedback_continue_one_another():
 
 
 def test_start_of_the_classifier():
-    weight = vgg_sws().classifier.weight
-    assert weight.std().item() == pytest.approx(0.01, rel=0.05)
-
-
-def keep_two_steps() -> None:
-    with fresh_state(feedback := Feedback()):
-        feedback.keep(torch.zeros(2, 3))
+    assert vgg_sws().classifier.weight.std().item() == pytest.approx(0.01, rel=0.05)
 
 
 SMALL = {"classes": 2, "in_channels": 1, "neuron": LIF()}
@@ -149,8 +142,6 @@ test_refuses = refusals(
             lambda: VGG(stages=((4,),), stem=(5, 2), feedback="last", **SMALL),
             r"VGG: stem must keep the size .* got \(5, 2\)",
         ),
-        (keep_two_steps, r"Feedback: keep must be handed one time step, .* shape \(2, 3\)"),
-        (Feedback().recall, r"Feedback: its membrane or trace exists only inside fresh_state"),
     ]
 )
 
@@ -180,23 +171,11 @@ def test_dropout_drops_the_same_neurons_at_every_step():
     assert torch.allclose(torch.cat(record[:2]).unique(), torch.tensor([0.0, 2]))
 
 
-def test_recalls_the_step_before_and_forgets_between_batches():
-    feedback = Feedback()
-    for _ in range(2):
-        with fresh_state(feedback):
-            assert feedback.recall() is None
-            for t in range(3):
-                feedback.keep(torch.full((1, 2), float(t)))
-                assert torch.equal(feedback.recall(), torch.full((1, 2), float(t)))
-            assert state_bytes(feedback) == 8
-    assert state_bytes(feedback) == 0
-
-
 @pytest.mark.parametrize(("rule", "has_graph"), [(BPTT(), True), (SLTT(), False)])
 def test_the_graph_crosses_the_step_under_bptt_alone(rule, has_graph):
-    feedback = Feedback()
-    rule.attach(nn.ModuleList([feedback, LIF()]))
-    with fresh_state(feedback):
-        feedback.keep(torch.ones(1, 2, requires_grad=True) * 2)
-        kept = feedback.recall()
-    assert kept is not None and kept.requires_grad == has_graph
+    model = vgg_sws_f(2, in_channels=1, stages=((3,), (4,)))
+    rule.attach(model)
+    with fresh_state(model):
+        model(torch.ones(2, 1, 1, 8, 8))
+        assert model.feedback.state.read("h").requires_grad == has_graph  # type: ignore[union-attr]
+    assert state_bytes(model) == 0

@@ -1,7 +1,1 @@
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
+from tests.helpers.seeded import seeded  # noqa: F401

@@ -27,10 +27,6 @@ from tests.helpers.rule_networks import (
 )
 
 
-def smallest_model() -> nn.Sequential:
-    return lif_network()
-
-
 def contract_rules() -> list[BPTT]:
     return [BPTT(), BPTT(chunk=1), BPTT(recompute=True), BPTT(truncate=2)]
 

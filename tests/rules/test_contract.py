@@ -53,8 +53,7 @@ def attached(rule: Rule, model: nn.Module, **more) -> tuple[Rule, nn.Module]:
 
 def under(rule: Rule, model: nn.Module, *, steps: int = 4, by: Rule | None = None, **more):
     """The gradient that a batch gives under the rule, or, of the same loss, `by` another."""
-    over_time = rule.over_time_choices[0]
-    return gradients_on(steps, model, by or rule, over_time=over_time, **more)[0]
+    return gradients_on(steps, model, by or rule, over_time=rule.over_time_choices[0], **more)[0]
 
 
 def run(rule: Rule, model: nn.Module, steps: int, *, step: int | None = 0) -> list:
@@ -93,8 +92,7 @@ def test_discovery():
     """Each file in pipeline/rules is one rule, has tests beside it, and is under this contract."""
     assert {"bptt", "dsr", "hlop", "ide", "opzo", "ottt", "sltt", "spide"} <= set(FILES)
     assert {stem: len(rule_classes(stem)) for stem in FILES} == dict.fromkeys(FILES, 1)
-    beside = [stem for stem in FILES if Path(__file__).with_name(f"test_{stem}.py").exists()]
-    assert beside == FILES
+    assert [stem for stem in FILES if Path(__file__).with_name(f"test_{stem}.py").exists()] == FILES
     assert {case.name.split("-")[0] for case in CASES} == set(FILES)
 
 

@@ -58,10 +58,6 @@ LEARNING = 160
 """batches of the old task: after 80 the rows of the last synapse still miss 4e-10 of its inputs"""
 
 
-def smallest_model() -> nn.Sequential:
-    return lif_network()
-
-
 def contract_rules() -> list[HLOP]:
     return [
         HLOP(SLTT(), rows=ROWS),
@@ -213,8 +209,7 @@ def test_what_truncated_rows_miss_bounds_the_change():
         old, weight = outputs(linear, x_TB), linear.weight.detach().clone()
         optimizer = torch.optim.SGD(linear.parameters(), lr=0.1, momentum=0.9)
         for step in range(100, 130):
-            new = batch(5, size=8, features=12)
-            train(each, linear, *new, step=step, optimizer=optimizer)
+            train(each, linear, *batch(5, size=8, features=12), step=step, optimizer=optimizer)
         moved = torch.linalg.matrix_norm(linear.weight.detach() - weight, 2)
         found.append(((outputs(linear, x_TB) - old).norm(dim=-1), residual * moved))
     (change, bound), (free_change, free_bound) = found
@@ -249,8 +244,7 @@ def test_a_projected_convolution_is_one_on_projected_patches(geometry):
     rule, _ = attached(HLOP(BPTT(), rows=((4, 2), (1, 1))), model)
     train(rule, model, x_TB, target_B, step=0)
     about = (conv.kernel_size, conv.dilation, conv.padding, conv.stride)
-    patches_TBNC = torch.stack([nn.functional.unfold(x, *about).mT for x in x_TB])
-    patches_NC = patches_TBNC.flatten(0, 2)
+    patches_NC = torch.stack([nn.functional.unfold(x, *about).mT for x in x_TB]).flatten(0, 2)
     assert torch.allclose(moments_of(rule, 0), second_moment(patches_NC), atol=1e-12)
     rule.start_task(model, 1)
     errors: list[Tensor] = []

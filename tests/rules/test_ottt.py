@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.models.vgg import Feedback, vgg_sws, vgg_sws_f
+from pipeline.models.vgg import vgg_sws, vgg_sws_f
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.rules.ide import IDE
@@ -16,7 +16,7 @@ from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.limit import SpectralLimit
-from pipeline.spiking.neuron import IF, LIF
+from pipeline.spiking.neuron import IF, LIF, identity
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import State, state_bytes, states_of
@@ -41,10 +41,6 @@ from tests.helpers.rule_networks import (
 from tests.helpers.traces import traces_of
 
 
-def smallest_model() -> nn.Sequential:
-    return lif_network()
-
-
 def contract_rules() -> list[OTTT]:
     return [OTTT(), OTTT(chunk=2), OTTT(update="step"), OTTT(first="traced", readout="plain")]
 
@@ -55,8 +51,7 @@ def contract_rules() -> list[OTTT]:
 @pytest.mark.parametrize("decay", [0.5, 0.9])
 @pytest.mark.parametrize("more", [{}, {"scale_input": True}, {"subtract": 1.3}])
 def test_the_last_weight_that_feeds_a_lif_learns_as_under_bptt(decay, more):
-    model = lif_network(decay=decay, **more)
-    got, full = gradients_on(6, model, OTTT(first="traced"), BPTT())
+    got, full = gradients_on(6, lif_network(decay=decay, **more), OTTT(first="traced"), BPTT())
     largest = {name: g.abs().max() for name, g in full.items()}
     apart = {name: (g - full[name]).abs().max() for name, g in got.items()}
     assert largest["2.weight"] > 1e-3 and apart["2.weight"] < 1e-12
@@ -376,20 +371,17 @@ class Recurrent(nn.Module):
     def __init__(self, decay: float) -> None:
         super().__init__()
         self.inputs, self.lateral = Linear(INPUTS, HIDDEN), Linear(HIDDEN, HIDDEN, bias=False)
-        self.neuron, self.spikes, self.readout = (
-            LIF(decay, surrogate=Sigmoid()),
-            Feedback(),
-            Linear(HIDDEN, CLASSES),
-        )
+        self.neuron, self.readout = LIF(decay, surrogate=Sigmoid()), Linear(HIDDEN, CLASSES)
+        self.carry, self.state = identity, State("Recurrent")
 
     def forward(self, x_TBC: Tensor) -> Tensor:
         logits = []
         for x_1BC in x_TBC.split(1):
-            current, before = self.inputs(x_1BC), self.spikes.recall()
+            current, before = self.inputs(x_1BC), self.state.read("s")
             s_1BC = self.neuron(
                 current + self.lateral(torch.zeros_like(current) if before is None else before)
             )
-            self.spikes.keep(s_1BC)
+            self.state.write("s", self.carry(s_1BC))
             logits.append(self.readout(s_1BC))
         return torch.cat(logits)
 

@@ -22,10 +22,6 @@ from tests.helpers.rule_networks import (
 )
 
 
-def smallest_model() -> nn.Sequential:
-    return lif_network()
-
-
 def contract_rules() -> list[SLTT]:
     return [SLTT(), SLTT(chunk=2), SLTT(1), SLTT(1, rescale=True)]
 

@@ -56,8 +56,7 @@ def feedback_network(*widths: int, seed: int = 8, weight: float = 0.5, **neuron)
         neurons=[LIF(**neuron) for _ in widths],
         synapses=[Linear(a, b) for a, b in itertools.pairwise(widths)],
     )
-    readout = Linear(widths[-1], CLASSES)
-    model = drawn(nn.Sequential(rest, readout), seed=seed, scale=weight)
+    model = drawn(nn.Sequential(rest, Linear(widths[-1], CLASSES)), seed=seed, scale=weight)
     feedback.weight.data.div_(torch.linalg.matrix_norm(feedback.weight, 2))
     return model  # type: ignore[return-value]
 

@@ -178,8 +178,7 @@ def test_one_time_step_is_a_binary_network(weights):
 @pytest.mark.parametrize("rule", [BPTT(), SLTT(k=2), OTTT()], ids=lambda rule: rule.label)
 @pytest.mark.parametrize("weights", VARIANTS)
 def test_latent_weights_learn_under_every_kind_of_rule(weights, rule):
-    model = network(weights, normed=not isinstance(rule, OTTT))
-    (found,) = gradients_on(4, model, rule)
+    (found,) = gradients_on(4, network(weights, normed=not isinstance(rule, OTTT)), rule)
     for name in ("3.weight", *(["3.binarizer.scale"] if weights == "learnable" else [])):
         assert found[name].isfinite().all() and found[name].abs().max() > 1e-6
 

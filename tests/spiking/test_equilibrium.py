@@ -15,7 +15,7 @@ from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state, state_bytes
 from pipeline.spiking.surrogate import Triangle, spike
 from pipeline.spiking.synapse import Conv2d, Linear
-from tests.helpers.rule_networks import outputs
+from tests.helpers.rule_networks import outputs, refusals
 
 
 def network(
@@ -175,8 +175,7 @@ def test_samples_do_not_mix_in_the_jacobian_of_a_network_with_batch_norm():
     e, v_B = network(norm=True), torch.randn(4, 5, dtype=torch.float64)
     a_1B, current_1B = torch.rand(1, 4, 5).double(), e.eval().inject(frames(1, size=4))
     whole = Linearized(e.train(), a_1B, current_1B)(v_B)
-    alone = Linearized(e, a_1B[:, 1:2], current_1B[:, 1:2])(v_B[1:2])
-    assert torch.equal(whole[1:2], alone)
+    assert torch.equal(whole[1:2], Linearized(e, a_1B[:, 1:2], current_1B[:, 1:2])(v_B[1:2]))
     assert all(m.running_mean.abs().max() == 0 for m in e.modules() if isinstance(m, BatchNorm))
 
 
@@ -198,8 +197,7 @@ def test_dropout_is_one_mask_in_simulation_map_and_jacobian():
         (each[0][dropped_B] == 0).all() for each in inputs
     )  # 4 steps, the map, the Jacobian
     e.eval()
-    one = outputs(e, x_TB)
-    assert torch.equal(one, by_hand(e, x_TB).detach())
+    assert torch.equal(outputs(e, x_TB), by_hand(e, x_TB).detach())
 
 
 def test_conv_and_a_slice_too_many():
@@ -232,43 +230,43 @@ def ring(**changes) -> Equilibrium:
     return Equilibrium(**(parts | changes))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
+test_refuses = refusals(
     [
-        (
-            {"neurons": []},
-            "Equilibrium: N neurons need N - 1 synapses between them; got 0 neurons, 0 synapses",
-        ),
-        (
-            {"synapses": [Linear(3, 3)]},
-            "Equilibrium: N neurons need N - 1 synapses between them; got 1 neurons, 1 synapses",
-        ),
-        (
-            {"neurons": [nn.ReLU()]},
-            "Equilibrium: the neurons must be LIF or IF, whose rate is known; got ReLU",
-        ),
-        (
-            {"neurons": [RateIF()]},
-            "Equilibrium: the neurons must be LIF or IF, whose rate is known; got RateNeuron",
-        ),
-        (
-            {"neurons": [LIF(reset="zero")]},
-            "Equilibrium: neurons must reset by subtraction and not scale their input; got",
-        ),
-        ({"neurons": [LIF(scale_input=True)]}, "got reset='subtract', scale_input=True"),
-        (
-            {"neurons": [IF(), LIF(0.9)], "synapses": [Linear(3, 3)]},
+        (call, re.escape(message))
+        for call, message in [
             (
-                "Equilibrium: one weighted mean is the rate of all layers, so they have one decay;"
-                " got [0.9, 1.0]"
+                {"neurons": []},
+                "N neurons need N - 1 synapses between them; got 0 neurons, 0 synapses",
             ),
-        ),
-        (
-            {"feedback": nn.Sequential(Linear(3, 3))},
-            "Equilibrium: the feedback must be linear, because it starts a step late; got",
-        ),
+            (
+                {"synapses": [Linear(3, 3)]},
+                "N neurons need N - 1 synapses between them; got 1 neurons, 1 synapses",
+            ),
+            (
+                {"neurons": [nn.ReLU()]},
+                "Equilibrium: the neurons must be LIF or IF, whose rate is known; got ReLU",
+            ),
+            (
+                {"neurons": [RateIF()]},
+                "Equilibrium: the neurons must be LIF or IF, whose rate is known; got RateNeuron",
+            ),
+            (
+                {"neurons": [LIF(reset="zero")]},
+                "Equilibrium: neurons must reset by subtraction and not scale their input; got",
+            ),
+            ({"neurons": [LIF(scale_input=True)]}, "got reset='subtract', scale_input=True"),
+            (
+                {"neurons": [IF(), LIF(0.9)], "synapses": [Linear(3, 3)]},
+                (
+                    "Equilibrium: one weighted mean is the rate of all layers, so they have one"
+                    " decay; got [0.9, 1.0]"
+                ),
+            ),
+            (
+                {"feedback": nn.Sequential(Linear(3, 3))},
+                "Equilibrium: the feedback must be linear, because it starts a step late; got",
+            ),
+        ]
     ],
+    ring,
 )
-def test_refuses(changes, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        ring(**changes)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from pipeline.spiking.error_feedback import ErrorFeedback, FixedRandom, MeanJacobian, SinglePoint
 from pipeline.spiking.noise import noise
+from tests.helpers.rule_networks import refusals
 
 HIDDEN, OUTPUTS, BATCH, SCALE = 100, 5, 32, 0.2
 
@@ -140,8 +141,7 @@ def test_matrices_are_moved_by_the_mean_over_micro_batches_and_ranks():
     for rows in (slice(0, 1), slice(1, 4)):
         first.accumulate(0, o_BK[rows], z_BN[rows])
     first.end_of_batch(lambda statistic: (statistic + sent[0]) / 2)
-    matrices = [each.get_buffer("matrix_0") for each in (first, whole)]
-    assert torch.allclose(*matrices, atol=1e-14)
+    assert torch.allclose(*[each.get_buffer("matrix_0") for each in (first, whole)], atol=1e-14)
 
 
 def test_single_point_is_the_product_of_the_sample():
@@ -180,7 +180,12 @@ def test_a_checkpoint_brings_the_sizes(build):
     assert "matrix_0" not in second.state_dict()
 
 
-def test_momentum_below_one():
-    message = "MeanJacobian: momentum must be at least 0 and below 1; got momentum=1"
-    with pytest.raises(ValueError, match=message):
-        MeanJacobian(momentum=1, scale=SCALE)
+test_refuses = refusals(
+    [
+        (
+            {"momentum": 1, "scale": SCALE},
+            "MeanJacobian: momentum must be at least 0 and below 1; got momentum=1",
+        )
+    ],
+    MeanJacobian,
+)

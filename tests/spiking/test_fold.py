@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.spiking.fold import fold, following_norms
+from pipeline.spiking.binary import fold, following_norms
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.synapse import Conv2d, Linear

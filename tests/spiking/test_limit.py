@@ -83,8 +83,7 @@ def test_a_convolution_on_images_may_be_longer_and_is_bounded():
     worst = SpectralLimit(Conv2d(1, 1, 3, 1, 1, bias=False)).double()
     nn.init.ones_(worst.synapse.weight)  # type: ignore[arg-type]
     assert 2.9 < operator_norm(worst, (1, 40, 40)) < 3
-    usual = limited("conv").double()
-    assert 1 < operator_norm(usual, (6, 12, 12)) < 3
+    assert 1 < operator_norm(limited("conv").double(), (6, 12, 12)) < 3
 
 
 @pytest.mark.parametrize(

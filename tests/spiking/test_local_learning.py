@@ -33,8 +33,7 @@ def test_the_scalar_has_the_loss_as_value_and_the_signals_as_gradient():
     assert scalar.item() == loss.item()
     (3 * scalar).backward()
     gradients: Any = [end.grad for end in ends]
-    expected = [3 * signal for signal in signals]
-    assert all(map(torch.equal, gradients, expected))
+    assert all(map(torch.equal, gradients, [3 * signal for signal in signals]))
     assert loss.grad is None
 
 

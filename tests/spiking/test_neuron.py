@@ -141,8 +141,7 @@ def test_what_is_kept_for_backward(reset, reset_gradient):
     x_TB = torch.randn(steps, 2, 8, dtype=torch.float64, requires_grad=True)
     with SavedBytes() as saved, fresh_state(lif):
         s_TB = lif(x_TB)
-    floats = {("zero", "kept"): 2}.get((reset, reset_gradient), 1)
-    assert saved.peak == steps * numbers * 8 * floats
+    assert saved.peak == steps * numbers * 8 * {("zero", "kept"): 2}.get((reset, reset_gradient), 1)
     s_TB.sum().backward()
 
 

@@ -67,7 +67,7 @@ test_refuses = refusals(
     [
         (
             lambda: noise(KEYS, 3, distribution="uniform"),
-            "noise: distribution must be one of gaussian, rademacher; got distribution='uniform'",
+            "noise: distribution must be 'gaussian' or 'rademacher'; got distribution='uniform'",
         )
     ]
 )

@@ -222,8 +222,7 @@ def test_nothing_is_lost_of_what_the_last_slice_does_not_read(rule: Callable[[],
 
 
 def plain_network() -> nn.Sequential:
-    conv = Conv2d(2, 4, 3, padding=1)
-    return nn.Sequential(conv, LIF(**NEURON), head(), Linear(4, 3)).double()
+    return nn.Sequential(Conv2d(2, 4, 3, padding=1), LIF(**NEURON), head(), Linear(4, 3)).double()
 
 
 def test_a_synapse_that_was_fixed_is_plain_again() -> None:

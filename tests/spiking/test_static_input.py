@@ -125,8 +125,7 @@ def trained(
     found = {}
     for task in range(1 + isinstance(rule, HLOP)):
         rule.start_task(model, task)
-        edges = [0, *cuts, len(target_B)]
-        for first, end in itertools.pairwise(edges):
+        for first, end in itertools.pairwise([0, *cuts, len(target_B)]):
             share = (end - first) / len(target_B)
             seen = learn(
                 rule,

@@ -5,15 +5,12 @@ import torch
 
 from pipeline.spiking import subspace as module
 from pipeline.spiking.subspace import (
-    RowBudget,
     SecondMoments,
     SpikingMoments,
     Subspace,
     orthonormal,
     quantized_response,
 )
-from pipeline.spiking.synapse import Linear
-from tests.helpers.rule_networks import refusals
 
 CPU = torch.device("cpu")
 LEARNING = {"rate": 0.01, "momentum": 0.9, "iterations": 5}
@@ -127,8 +124,7 @@ def test_rows_find_the_principal_directions_and_new_ones_what_is_left():
     for task in range(2):
         for seed in range(400):
             learn(subspace, double(256, 7, seed=seed) * spectrum)
-        rows = subspace.rows
-        kept = (rows * spectrum).square().sum() / spectrum.square().sum()
+        kept = (subspace.rows * spectrum).square().sum() / spectrum.square().sum()
         best = spectrum[: 2 * (task + 1)].square().sum() / spectrum.square().sum()
         assert 0.99 * best < kept <= best + 1e-12
         subspace.grow(2, key=1 + task)
@@ -183,8 +179,7 @@ def test_spikes_of_lateral_neurons():
         moments_from(subspace, x_NC, steps=steps).drive(subspace) for steps in (None, 40, 10**9)
     )
     y_NK = (x_NC @ subspace.rows.T / 0.5).round() * 0.5
-    expected = (y_NK.T @ (x_NC - y_NK @ subspace.rows) / 24)[3:]
-    assert torch.allclose(coarse, expected, atol=1e-14)
+    assert torch.allclose(coarse, (y_NK.T @ (x_NC - y_NK @ subspace.rows) / 24)[3:], atol=1e-14)
     assert torch.allclose(fine, exact, atol=1e-7)
     assert not torch.allclose(coarse, exact, atol=1e-2)
 
@@ -217,51 +212,3 @@ def test_of_silent_inputs_all_is_kept(steps):
 
 
 # ------------------------------------------------------------------------------------------ budget
-
-
-def test_what_is_written_last_holds_for_all_later_tasks():
-    rows = RowBudget("HLOP", [[3, 2], (1, 0)])
-    assert [rows.of(task) for task in range(4)] == [(3, 2), (1, 0), (1, 0), (1, 0)]
-
-
-BUDGET = RowBudget("HLOP", ((3, 2), (1, 0)))
-TWO = {"first": Linear(5, 4), "second": Linear(4, 2)}
-
-
-def grow_beyond() -> None:
-    rows = RowBudget("HLOP", ((2, 2), (1, 1)))
-    subspaces = [Subspace(3, dtype=torch.float64, device=CPU) for _ in range(2)]
-    for task in range(3):
-        rows.grow("who", subspaces, task=task, key_of=lambda index: index)
-
-
-test_refuses = refusals(
-    [
-        (
-            lambda: BUDGET.check("who", TWO, tasks=4),
-            "who: rows of all 4 tasks must fit into the 5 inputs of first; got 6$",
-        ),
-        (
-            lambda: RowBudget("HLOP", ((3, 2),)).check("who", {"first": Linear(5, 4)}, tasks=1),
-            r"who: rows must name one for each of first; got \(3, 2\)",
-        ),
-        (
-            grow_beyond,
-            r"who: rows must fit .* got 1 more for task 2, where synapse 0 has 0 directions left",
-        ),
-    ]
-)
-
-
-@pytest.mark.parametrize("tasks", [1, 3])
-def test_there_is_room(tasks):
-    BUDGET.check("who", TWO, tasks=tasks)
-
-
-def test_rows_grow_task_by_task_from_keys_of_their_own():
-    rows = RowBudget("HLOP", ((2, 2), (1, 1)))
-    subspaces = [Subspace(3, dtype=torch.float64, device=CPU) for _ in range(2)]
-    for task in range(2):
-        rows.grow("who", subspaces, task=task, key_of=lambda index: index)
-        assert not torch.equal(*(each.rows for each in subspaces))
-    assert [(len(each.old), len(each.new), each.free) for each in subspaces] == [(2, 1, 0)] * 2

@@ -36,14 +36,13 @@ class Teacher(nn.Module):
     It is created with its weights, and stays frozen and in evaluation mode. A subclass implements
     `forward`, and `identity`, which lists everything that its predictions depend on. A `probe`, if
     there is one, fits `head` to the data set's classes before the first batch
-    (pipeline.train.teaching). `cache` stores predictions.
+    (pipeline.train.teaching). `cache` stores predictions, `precision` is that of the computation.
     """
 
     label: str
     probe: Probe | None = None
     cache: Cache | None = None
     precision: Precision = "fp32"
-    """of the computation"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,10 +66,6 @@ class Teacher(nn.Module):
         """Stay in evaluation mode: dropout and batch statistics would change the predictions."""
         del mode
         return super().train(False)
-
-    def freeze(self) -> None:
-        self.requires_grad_(False)
-        self.train(False)
 
 
 def content_hash(module: nn.Module) -> str:

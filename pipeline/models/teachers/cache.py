@@ -60,8 +60,8 @@ class Cache:
         Raises: ValueError that names the needed and the allowed size.
         """
         planned = answers * record(classes, self.storage).itemsize
-        there, whole = _bytes(kept), _bytes(Path(self.folder))
-        needed = whole + max(0, planned - there)
+        whole = _bytes(Path(self.folder))
+        needed = whole + max(0, planned - _bytes(kept))
         require(
             needed <= self.limit_gb * 1e9,
             f"Cache: {self.folder} must hold {needed / 1e9:.3g} GB, {whole / 1e9:.3g} of them"
@@ -90,10 +90,10 @@ class CachedPredictions:
         The result is None unless all are stored.
         """
         self._open(epoch)
-        places = [self._places.get(index) for index in index_B.tolist()]
-        if not all(places):
+        samples = index_B.tolist()
+        if not self._places.keys() >= set(samples):
             return None
-        rows = [self._read(*place) for place in places if place is not None]
+        rows = [self._read(*self._places[sample]) for sample in samples]
         return torch.from_numpy(np.stack(rows)).view(_TYPES[self.storage]).float()
 
     def add(self, epoch: int, index_B: Tensor, logits_BK: Tensor) -> Tensor:
@@ -115,25 +115,19 @@ class CachedPredictions:
         for path in sorted(self.folder.glob(f"epoch-{epoch:06d}.*.answers")):
             # A process that died may have left an incomplete last record.
             whole = path.stat().st_size // self._record.itemsize
-            if not whole:
-                continue
-            records = np.memmap(path, self._record, mode="r", shape=(whole,))
-            self._places.update(
-                {
-                    sample: (len(self._files), row)
-                    for row, sample in enumerate(records["sample"].tolist())
-                }
-            )
-            self._files.append((path, records))
+            if whole:  # an empty file cannot be mapped
+                records = np.memmap(path, self._record, mode="r", shape=(whole,))
+                for row, sample in enumerate(records["sample"].tolist()):
+                    self._places[sample] = (len(self._files), row)
+                self._files.append((path, records))
 
     def _read(self, file: int, row: int) -> NDArray[np.uint8]:
         path, records = self._files[file]
         stored = records[row]
-        if stored["check"] != _checksum(stored):
-            raise ValueError(
-                f"Cache: record {row} of {path} must have its checksum; it is damaged: delete the"
-                " file"
-            )
+        require(
+            stored["check"] == _checksum(stored),
+            f"Cache: record {row} of {path} must have its checksum; it is damaged: delete the file",
+        )
         return stored["answer"]
 
 

@@ -25,11 +25,8 @@ from pipeline.spiking.state import fresh_state, states_of
 class Samples(Protocol):
     """The part of a data set's interface that needs no open file."""
 
-    @property
-    def classes(self) -> int: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+    classes: int
+    shape: tuple[int, ...]
 
 
 class NetworkTeacher(Teacher):
@@ -44,14 +41,9 @@ class NetworkTeacher(Teacher):
         precision: Precision = "fp32",
     ) -> None:
         super().__init__()
-        self.label, self.body, self.time_steps, self.cache = (
-            type(body).__name__,
-            body,
-            time_steps,
-            cache,
-        )
-        self.precision = precision
-        self.freeze()
+        self.label, self.body, self.time_steps = type(body).__name__, body, time_steps
+        self.cache, self.precision = cache, precision
+        self.requires_grad_(False).eval()
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -109,10 +101,9 @@ def network_teacher(
     try:
         outputs = teacher(torch.zeros(1, *data.shape)).shape[-1]
     except RuntimeError as error:
-        shape = " x ".join(map(str, data.shape))
         raise ValueError(
-            f"network_teacher: the model must take the data's samples, {shape}; it does not:"
-            f" {error}"
+            "network_teacher: the model must take the data's samples,"
+            f" {' x '.join(map(str, data.shape))}; it does not: {error}"
         ) from error
     require(
         outputs == data.classes,

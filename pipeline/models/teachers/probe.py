@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from pipeline.core.checks import require
 
 ITERATIONS = 2000
-TOLERANCE = 1e-5
-"""largest entry of the final gradient"""
+TOLERANCE = 1e-5  # the largest entry of the final gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +78,18 @@ class Probe:
 
         from scipy.optimize import minimize  # scipy comes with the extra [train]
 
-        start = np.zeros(classes * (shape[1] + 1))
-        options = {
-            "maxiter": ITERATIONS,
-            "maxfun": 2 * ITERATIONS,
-            "ftol": 0.0,
-            "gtol": TOLERANCE / 10,
-        }
-        minimum = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
+        minimum = minimize(
+            loss,
+            np.zeros(classes * (shape[1] + 1)),
+            jac=True,
+            method="L-BFGS-B",
+            options={
+                "maxiter": ITERATIONS,
+                "maxfun": 2 * ITERATIONS,
+                "ftol": 0.0,
+                "gtol": TOLERANCE / 10,
+            },
+        )
         steepest = float(np.abs(minimum.jac).max())
         require(
             steepest <= TOLERANCE,

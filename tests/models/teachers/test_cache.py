@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.teachers.cache import Cache, CachedPredictions, record
+from tests.helpers.rule_networks import refusals
 
 K = 5
 
@@ -100,10 +101,10 @@ def test_a_run_that_would_not_fit_is_refused_before_it_begins(tmp_path, planned,
         check(least - 0.5)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "said"),
-    [({"limit_gb": 0.0}, "limit_gb"), ({"limit_gb": 1.0, "storage": "int8"}, "storage")],
+test_refuses = refusals(
+    [
+        ({"folder": Path("x"), "limit_gb": 0.0}, "limit_gb"),
+        ({"folder": Path("x"), "limit_gb": 1.0, "storage": "int8"}, "storage"),
+    ],
+    Cache,
 )
-def test_refuses(kwargs: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        Cache(folder=Path("x"), **kwargs)

