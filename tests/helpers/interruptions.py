@@ -14,6 +14,11 @@ from pipeline.train.trainer import Trainer
 Act = Callable[[Trainer], object]
 
 
+def newest(step: int, *, every: int = 3) -> int:
+    """The newest checkpoint by then, of one each `every` steps and one at each epoch's end."""
+    return max(each for each in range(step + 1) if each % every == 0 or each % 8 == 0)
+
+
 def before_batch(patch: pytest.MonkeyPatch, act: Act, *, step: int | None = None) -> None:
     """Call `act` before a trainer reads batch `step`, or any batch."""
     original = Trainer._micro_batches
