@@ -219,7 +219,7 @@ def test_verify_and_launch_name_the_page(
     else:
         flip(data)
     launch = ("launch", "recipes/fashion/sltt.py", "--inline", "--set", f"data.folder={data}")
-    where = ("--set", "data.size=8", "--runs", str(tmp_path / "runs"))
+    where = ("--set", "data.size=8", "--set", "batch_size=8", "--runs", str(tmp_path / "runs"))
     for words in (("verify", str(data)), (*launch, *where, "--verify", "full")):
         assert re.search(named(DAMAGED, fault), refused(*words))
 
