@@ -227,16 +227,20 @@ def test_a_mistake_ends_in_one_line(
     assert list(tmp_path.iterdir()) == [] and time.monotonic() - began < 60
 
 
-def _commands(within: Any, *words: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+def commands(
+    within: Any = typer.main.get_command(app), *words: str
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The words and the command of each."""
     for name, each in within.commands.items():
-        yield from (
-            _commands(each, *words, name) if hasattr(each, "commands") else [((*words, name), each)]
-        )
+        if hasattr(each, "commands"):
+            yield from commands(each, *words, name)
+        else:
+            yield (*words, name), each
 
 
 NUMBERS = [
     (words, parameter.opts[-1])
-    for words, each in _commands(typer.main.get_command(app))
+    for words, each in commands()
     for parameter in each.params
     if parameter.type_descriptor.annotation is float
 ]

@@ -43,10 +43,10 @@ from pipeline.train.schedule import cosine
 from pipeline.train.tasks import Learnt, Loaders, Task, tasks_of
 from pipeline.train.trainer import Trainer
 from tests.helpers.interruptions import (
+    before_batch,
     between_batches,
     change_losses,
     die,
-    die_at,
     dies,
 )
 from tests.helpers.rule_networks import learn, outputs
@@ -86,9 +86,9 @@ class Counting(SLTT):
 
 
 def several(**changes: Any) -> Recipe:
-    return small_recipe(
-        **{"name": "several", "rule": spec(Counting), "phases": TASKS, "epochs": 1, **changes}
-    )
+    model = spec(mlp, in_features=64, hidden=(12,))
+    about = {"name": "several", "model": model, "rule": spec(Counting), "phases": TASKS}
+    return small_recipe(**{**about, "epochs": 1, **changes})
 
 
 HEADS = [f"classifier.heads.{head}.weight" for head in range(3)]
@@ -135,7 +135,6 @@ def summary_of(run: Path) -> dict[str, Any]:
 
 
 def saved_rule(run: Path) -> dict[str, Tensor]:
-    """What the rule has learnt, of the newest checkpoint."""
     return torch.load(step_folders(run / "checkpoints")[-1] / "rule.pt", weights_only=True)
 
 
@@ -152,7 +151,6 @@ def assert_as(whole: Path, run: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wholes(tmp_path_factory: pytest.TempPathFactory) -> dict[Callable[..., Recipe], Path]:
-    """Runs that nobody touched."""
     made = {
         recipe: tmp_path_factory.mktemp("whole") / "run" for recipe in (several, split, protected)
     }
@@ -173,8 +171,7 @@ Kill = Callable[[pytest.MonkeyPatch], None]
 
 
 def at_step(step: int) -> Kill:
-    """In the middle of a batch."""
-    return lambda patch: die_at(patch, step)
+    return lambda patch: before_batch(patch, die, step=step)
 
 
 def before(owner: type, name: str, where: Callable[..., bool]) -> Kill:

@@ -111,7 +111,9 @@ def test_the_recipe_of_the_examples_trains(digits: types.ModuleType, tmp_path: P
     assert summary is not None and summary["steps"] == 2
 
 
-def test_its_data_source_gives_every_sample_once_and_hashes_its_content(digits: types.ModuleType):
+def test_its_data_source_gives_every_sample_once_and_hashes_its_content(
+    digits: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+):
     data, (x_NP, target_N) = digits.recipe().data.build(), load_digits(return_X_y=True)
     sizes = [{"rank": rank, "world": 2, "threads": 1} for rank in range(2)]
     trained = [data.train(seed=1, batch_size=60, micro_batch=15, **each) for each in sizes]
@@ -130,5 +132,6 @@ def test_its_data_source_gives_every_sample_once_and_hashes_its_content(digits: 
     assert same(read(trained[0], start=60), read(trained[0])[2:])
     found = data.fingerprint()
     x_NP[7, 9] += 1
-    sys.modules["pipeline.data.datasets.digits"].load_digits = lambda return_X_y: (x_NP, target_N)
+    module = sys.modules["pipeline.data.datasets.digits"]
+    monkeypatch.setattr(module, "load_digits", lambda return_X_y: (x_NP, target_N))
     assert data.fingerprint() != found

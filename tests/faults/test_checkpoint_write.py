@@ -86,7 +86,6 @@ def fail_first(
 
 
 def fail_writes(patch: pytest.MonkeyPatch, step: int, *, times: int) -> None:
-    """Storage fails to take the first so many files of the checkpoint of this step."""
     error, of_step = OSError(errno.EIO, "Input/output error", "x"), step_name(step)
     fail_first(patch, background, "_write", error, times=times, where=lambda f: of_step in str(f))
 
@@ -244,9 +243,6 @@ def test_going_back_waits_for_the_checkpoint_that_is_being_written(
 def test_going_back_passes_by_a_checkpoint_that_storage_failed_to_take(
     tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step that is written down is the one that training goes on from, and batches are passed
-    over from there.
-    """
     run, told = tmp_path / "hit", tmp_path / "told"
     with monkeypatch.context() as patch:
         fail_writes(patch, 6, times=1)
@@ -326,7 +322,6 @@ def test_storage_that_is_away_as_a_run_starts_is_waited_for_by_the_same_attempt(
 def test_what_a_run_has_written_down_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """By the same attempt: a note that storage does not give is not damaged."""
     run, recipe = tmp_path / "run", small_recipe(epochs=1)
     make_run(run, recipe)
     Decisions(skipped=((2, 3),)).write(run)
@@ -353,7 +348,6 @@ def test_whoever_stops_a_run_leaves_a_whole_checkpoint(tmp_path: Path, slow: Non
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 4 kB, to be grown."""
     (disk := tmp_path / "disk").mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(disk)]
     mounted = subprocess.run(mount, capture_output=True, text=True)
@@ -368,7 +362,6 @@ def grow(disk: Path, size: int) -> None:
 
 
 def fill(disk: Path) -> None:
-    """Somebody else fills the disk to its last byte."""
     with (disk / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):
             pass

@@ -65,7 +65,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def as_jpeg(image: Image.Image) -> bytes:
-    """With bytes behind its end: as many are on a page."""
     image.save(file := io.BytesIO(), "jpeg")
     assert len(file.getvalue()) <= JPEG_BYTES
     return file.getvalue().ljust(JPEG_BYTES, b"\0")
@@ -93,7 +92,6 @@ def written(
 
 @pytest.fixture
 def data(whole: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
     return shutil.copytree(whole, tmp_path / "data")
 
 
@@ -129,7 +127,6 @@ def train(run: Path, recipe: Recipe, *, verify: Any = "full") -> dict[str, Any] 
 
 
 def assert_goes_on(run: Path, damaged: Recipe, whole: Path) -> dict[str, Any]:
-    """The file is restored: the run ends with the bits of one that nobody touched. The summary."""
     summary = train(run, damaged)
     train(run.with_name("untouched"), damaged.override({"data.folder": str(whole)}))
     assert same_weights(run, run.with_name("untouched"))
@@ -229,7 +226,6 @@ def test_verify_and_launch_name_the_page(
 def test_storage_that_is_away_damages_nothing(
     tmp_path: Path, whole: Path, data: Path, monkeypatch: pytest.MonkeyPatch, when: str, number: int
 ) -> None:
-    """Its worker dies, and the next one reads on."""
     made, file = recipe(data, epochs=1), data / "train.beton"
     with monkeypatch.context() as patch:
         break_at(when, patch, lambda: damage.fail_reads(patch, file, number=number))

@@ -30,14 +30,12 @@ Start = Callable[..., Driven]
 
 @pytest.fixture
 def whole(tmp_path: Path, driven: Start, monkeypatch: pytest.MonkeyPatch) -> Driven:
-    """A driver of a run that nothing happens to; its weights can be read."""
     lab = Lab(tmp_path / "whole")
     monkeypatch.syspath_prepend(lab.folder)
     return driven(lab)
 
 
 def assert_stopped(run: Driven, number: signal.Signals) -> int:
-    """By that signal, with a checkpoint; the step."""
     assert run.process.wait(60) == 130, run.log.read_text()
     stopped = events(run.run)[-1]
     assert (stopped["event"], stopped["reason"]) == ("stopped", f"asked to stop by {number.name}")
@@ -82,9 +80,6 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
 
 
 def shown_until(master: int, lost: threading.Event) -> None:
-    """Reads what a driver shows, which would stand still before a terminal that takes nothing,
-    until it is `lost`.
-    """
     while not lost.is_set():
         os.read(master, 65536)
     os.close(master)
@@ -121,7 +116,6 @@ def test_a_lost_terminal_saves_and_stops(
 def test_the_second_is_refused_in_one_line_and_the_first_goes_on(
     tmp_path: Path, driven: Start, spiketrain: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And ends, stopped and resumed, with the bits of a run that nobody touched."""
     # Two make their stores at a time: each its own.
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     untouched, lab = driven(Lab(tmp_path / "untouched")), Lab(tmp_path / "held")

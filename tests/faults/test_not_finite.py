@@ -130,7 +130,6 @@ def test_a_loss_that_leaps_is_passed_over_or_gone_back_for(
 def test_it_never_goes_back_to_a_checkpoint_whose_evaluation_was_not_finite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_saved_before: bool
 ) -> None:
-    """Though all weights are finite."""
     run, found = tmp_path / "run", []
     evaluate_tasks, note_rollback = trainer.evaluate_tasks, worker._note_rollback
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException
 
-from benchmarks.survived import survived
 from pipeline.core.errors import UserError
 from pipeline.data.mixing import Mixing
 from pipeline.measure.memory import hardware
@@ -29,7 +28,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.train import worker
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.trainer import Trainer
-from pipeline.train.weights import load_run
+from tests.helpers.lab import assert_trained_as, samples_of
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import events, make_run, same_weights, small_recipe, train_inline
 
@@ -71,7 +70,6 @@ def smaller(run: Path) -> list[int]:
 
 
 def sizes_of(run: Path) -> list[tuple[int, int]]:
-    """The micro-batch and the accumulation of each start."""
     return [(start["micro_batch"], start["accumulation"]) for start in events(run, "start")]
 
 
@@ -114,7 +112,6 @@ def test_another_error_of_the_device_ends_the_run(
 
 
 def of_20_steps(**changes: Any) -> Recipe:
-    """They end in the middle of the third epoch."""
     return small_recipe(epochs=3, stop_after=STEPS, **changes)
 
 
@@ -131,12 +128,10 @@ def written_down(
     def loss_terms(
         self: SLTT, model: Any, x_TB: Tensor, loss_of: LossOf, *, step: int, rows: range
     ) -> Iterator[LossTerm]:
-        samples = [
-            hashlib.sha256(x_T.cpu().numpy().tobytes()).hexdigest() for x_T in x_TB.unbind(1)
-        ]
-        told = {"step": step, "rows": [*rows], "samples": samples, "time": time.time()}
-        with file.open("a") as stream:
-            print(json.dumps(told), file=stream)
+        with file.open("a") as told:
+            for row, x_T in zip(rows, x_TB.unbind(1), strict=True):
+                sample = hashlib.sha256(x_T.cpu().numpy().tobytes()).hexdigest()
+                print(step, row, sample, time.time_ns(), file=told)
         slices = original(self, model, x_TB, loss_of, step=step, rows=rows)
         yield next(slices)
         if (step, rows[0]) == met and len(rows) > room:
@@ -144,20 +139,6 @@ def written_down(
         yield from slices
 
     patch.setattr(SLTT, "loss_terms", loss_terms)
-
-
-def samples_of(run: Path, files: list[Path]) -> list[list[str]]:
-    """Of each step of the history that survived, by row; one attempt trains none twice."""
-    told = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    found = [
-        (each["step"], row, sample)
-        for each in survived(told, events(run, "start"))
-        for row, sample in zip(each["rows"], each["samples"], strict=True)
-    ]
-    places = [(step, row) for step in range(STEPS) for row in range(BATCH)]
-    assert sorted(each[:2] for each in found) == places
-    by_place = [sample for _, _, sample in sorted(found)]
-    return [by_place[first : first + BATCH] for first in range(0, len(by_place), BATCH)]
 
 
 def drawn(ranks: int) -> tuple[int, int, int]:
@@ -170,18 +151,11 @@ def drawn(ranks: int) -> tuple[int, int, int]:
 
 
 def assert_as_untouched(run: Path, files: list[Path], untouched: Path) -> None:
-    """Every sample of an epoch once, in the rows where it belongs, and the weights but for the
-    order of sums.
-    """
-    samples = samples_of(run, files)
-    for epoch in range(0, STEPS, STEPS_PER_EPOCH):
-        seen = [*itertools.chain(*samples[epoch : epoch + STEPS_PER_EPOCH])]
-        assert len(set(seen)) == len(seen)
-    assert samples == samples_of(untouched, [untouched.parent / "rows.jsonl"])
-    ours, theirs = (dict(load_run(each).named_parameters()) for each in (run, untouched))
-    assert ours.keys() == theirs.keys() and len(ours) > 5
-    for name, value in theirs.items():
-        assert torch.linalg.norm(value - ours[name]) <= 1e-5 * torch.linalg.norm(value), name
+    samples, expected = (
+        samples_of(*each, steps=STEPS, batch=BATCH)
+        for each in ((run, files), (untouched, [untouched.parent / "rows.txt"]))
+    )
+    assert_trained_as(untouched, run, samples, expected, steps_per_epoch=STEPS_PER_EPOCH)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +163,7 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one worker, a batch at a time, whose memory does not run out."""
     folder = tmp_path_factory.mktemp("untouched")
     with pytest.MonkeyPatch.context() as patch:
-        written_down(patch, folder / "rows.jsonl")
+        written_down(patch, folder / "rows.txt")
         train_inline(folder / "run", of_20_steps())
     return folder / "run"
 
@@ -199,18 +173,17 @@ def test_memory_that_runs_out_in_mid_run_costs_no_sample(
 ) -> None:
     step, row, _ = drawn(1)
     with monkeypatch.context() as patch:
-        written_down(patch, tmp_path / "rows.jsonl", met=(step, row), room=2)
+        written_down(patch, tmp_path / "rows.txt", met=(step, row), room=2)
         train_inline(run, of_20_steps(micro_batch=4))
     assert [(each["step"], each["micro_batch"]) for each in events(run, "smaller")] == [(step, 2)]
     assert sizes_of(run) == [(4, 2), (2, 4)]
-    assert_as_untouched(run, [tmp_path / "rows.jsonl"], untouched)
+    assert_as_untouched(run, [tmp_path / "rows.txt"], untouched)
 
 
 @pytest.mark.distributed
 def test_memory_that_runs_out_on_one_of_two_ranks_in_mid_run_costs_no_sample(
     run: Path, tmp_path: Path, untouched: Path
 ) -> None:
-    """The rank dies of it, which frees the other, and the next attempt goes on."""
     step, row, rank = drawn(2)
     job = make_run(run, of_20_steps(micro_batch=2, backend="deepspeed"))
     with pytest.raises(ProcessRaisedException):
@@ -219,12 +192,12 @@ def test_memory_that_runs_out_on_one_of_two_ranks_in_mid_run_costs_no_sample(
     (tmp_path / "meeting").mkdir()  # of their own: where the first two met, one has left for good
     run_ranks(_written_down, 2, tmp_path / "meeting", job, (step, row))
     assert sizes_of(run) == [(2, 2), (1, 4)]
-    assert_as_untouched(run, [tmp_path / f"rows{rank}.jsonl" for rank in range(2)], untouched)
+    assert_as_untouched(run, [tmp_path / f"rows{rank}.txt" for rank in range(2)], untouched)
 
 
 def _written_down(rank: int, ranks: int, job: Job, met: tuple[int, int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        written_down(patch, Path(job.run).parent / f"rows{rank}.jsonl", met=met, room=1)
+        written_down(patch, Path(job.run).parent / f"rows{rank}.txt", met=met, room=1)
         begin = partial(worker.run, job, RankInfo(rank, ranks))
         _told_of_its_end(rank, begin, Path(job.run).parent)
 
@@ -240,12 +213,12 @@ def _told_of_its_end(rank: int, act: Callable[[], object], folder: Path) -> None
 def test_what_was_trained_before_memory_ran_out_is_told(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In any batch after the third, which was saved."""
     _room_for(monkeypatch, SLTT, 4, after=random.Random(SEED).randrange(3, 16))
     summary = train_inline(run, small_recipe())
     assert summary is not None
-    about = {"world_size": 1, "hardware": hardware(torch.device("cpu"))}
-    assert summary["trained_on"] == [{**about, "micro_batch": size} for size in (8, 4)]
+    names, machine = ("world_size", "micro_batch", "hardware"), hardware(torch.device("cpu"))
+    found = [[on[name] for name in names] for on in summary["trained_on"]]
+    assert found == [[1, 8, machine], [1, 4, machine]]
     saved = json.loads((run / "summary.json").read_text())
     assert saved["trained_on"] == summary["trained_on"]
 

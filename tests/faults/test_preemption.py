@@ -67,7 +67,6 @@ def assert_as(untouched: Path, job: Job, *, checkpoints: list[int]) -> None:
 
 
 def test_a_notice_is_saved_upon_once_and_the_run_goes_on(job: Job, untouched: Path) -> None:
-    """And before each evaluation, which the machine may not see the end of."""
     asked, told = [], random.Random(SEED + 1).randrange(1, 8)
     given = notice_within(120)
 
@@ -89,7 +88,6 @@ def test_a_notice_is_saved_upon_once_and_the_run_goes_on(job: Job, untouched: Pa
 def test_a_notice_is_saved_upon_once_more_before_its_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is learnt between the two is not lost with the machine."""
     told, step = [], random.Random(SEED + 2).randrange(3)
 
     def slowly(training: trainer.Trainer) -> None:
@@ -130,7 +128,6 @@ def test_who_asks_for_a_save_may_know_of_a_notice_first(
 def test_a_save_that_is_asked_for_comes_at_the_next_step(
     job: Job, untouched: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    """At the end of an epoch before the evaluation, which may take longer than there is time."""
     original = trainer.Trainer._between_batches
 
     def between(self: trainer.Trainer, epoch: int, *, last: bool) -> None:
@@ -174,7 +171,6 @@ def told_in_an_evaluation(patch: pytest.MonkeyPatch, *, of: int) -> Callable[[],
 
 
 def stop_in_an_evaluation(job: Job, *, of: int) -> dict[str, Any]:
-    """The summary of the run, which is resumed after the stop."""
     with pytest.MonkeyPatch.context() as patch:
         ask_in_an_evaluation(patch, of=of)
         assert run(job, RankInfo()) is None

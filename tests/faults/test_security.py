@@ -52,7 +52,6 @@ SECRET = "sesame-b41f0c"
 
 @pytest.fixture
 def launch(tmp_path: Path) -> tuple[str, ...]:
-    """The words that launch a recipe of four steps in `tmp_path / "runs"`."""
     recipe = "from tests.helpers.small import small_recipe\n\ndef recipe():\n    return "
     (tmp_path / "small.py").write_text(f"{recipe}small_recipe(stop_after=4)\n")
     return ("launch", str(tmp_path / "small.py"), "--inline", "--runs", str(tmp_path / "runs"))
@@ -70,7 +69,6 @@ def plant(patch: pytest.MonkeyPatch) -> None:
 
 
 def holders(folder: Path) -> list[str]:
-    """Files beneath a folder that hold the secret, in any of their bytes or in their names."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 5, "what was searched is there"
     return [
@@ -192,13 +190,11 @@ class Harmful:
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Any:
-    """What is there once harm was done: the test fails."""
     yield tmp_path / "harmed"
     assert not (tmp_path / "harmed").exists()
 
 
 def harmful(file: Path, mark: Path) -> None:
-    """Into what the file holds, as somebody would who does not want to be seen."""
     content = torch.load(file, weights_only=False) if file.exists() else {}
     torch.save({**content, "harm": Harmful(mark)}, file)
     reseal(file)
@@ -324,9 +320,6 @@ def saved(tmp_path: Path, refused: Refused) -> Callable[..., None]:
 def test_a_pickle_that_a_recipe_has_read_is_not_run(
     where: str, tmp_path: Path, mark: Path, saved: Callable[..., None]
 ) -> None:
-    """By a function that reads pickles where it is told to, of a package of which others make
-    parts.
-    """
     harmful_alone(tmp_path / "weights.pt", mark)
     given = {"checkpoint_path": str(tmp_path / "weights.pt"), "weights_only": False}
     model = {"target": f"{where}.load_state_dict", "kwargs": given}
@@ -375,7 +368,6 @@ def test_a_name_stays_in_the_folder_of_runs(
 def test_a_run_from_elsewhere_names_no_folder_elsewhere(
     field: str, rule: str, name: str, tmp_path: Path
 ) -> None:
-    """Its suite lies beside it, and what MLflow keeps of its family among the artifacts."""
     write_job(replace(make_run(tmp_path / "it", small_recipe()), **{field: name}))
     with pytest.raises(ValueError, match=f"{rule}; got '{name}'"):
         read_job(tmp_path / "it")

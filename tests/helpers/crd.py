@@ -31,7 +31,6 @@ def misfits(manifest: Any, facts: dict[str, Any]) -> list[str]:
 
 
 def _schema(type_: Any) -> dict[str, Any]:
-    """The type as a JSON Schema."""
     if isinstance(type_, list):
         return {"type": "array", "items": _schema(type_[0])}
     if isinstance(type_, dict):

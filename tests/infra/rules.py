@@ -47,7 +47,6 @@ def cluster_of(manifest: Manifest) -> Manifest:
 
 
 def groups(manifest: Manifest) -> list[Manifest]:
-    """The head's and the workers'; none of a manifest without a cluster."""
     if manifest["kind"] not in ("RayCluster", "RayJob"):
         return []
     cluster = cluster_of(manifest)
@@ -55,7 +54,6 @@ def groups(manifest: Manifest) -> list[Manifest]:
 
 
 def containers(manifest: Manifest) -> list[Manifest]:
-    """Every container of its groups."""
     pods = [group["template"]["spec"] for group in groups(manifest)]
     return [each for pod in pods for each in pod["containers"]]
 
@@ -74,13 +72,11 @@ def name(manifest: Manifest) -> Iterator[str]:
 
 
 def options(job: Manifest) -> dict[str, str]:
-    """What follows each word of the entrypoint."""
     words = job["spec"]["entrypoint"].split()
     return dict(zip(words, [*words[1:], ""], strict=True))
 
 
 def loss_of_a_node(manifest: Manifest) -> Iterator[str]:
-    """Found as fast as a launch without --node-loss expects it."""
     for head in groups(manifest)[:1]:
         variables = head["template"]["spec"]["containers"][0].get("env", ())
         told = {each["name"]: each.get("value") for each in variables}

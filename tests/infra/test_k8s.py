@@ -1,14 +1,21 @@
-"""The manifests of infra/k8s, as kustomize renders them, against KubeRay's fields and our rules. No
-cluster is needed.
+"""The manifests of infra/k8s, as kustomize renders them, against KubeRay's fields and our rules;
+and the very commands by which a pod is taken away, on processes of this test. No cluster is needed.
 """
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 import tomllib
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import typer
 import yaml
@@ -16,6 +23,9 @@ import yaml
 from pipeline.cli.app import app
 from pipeline.launch.schedulers import Order, render_rayjob
 from tests.helpers.crd import GOLDEN, misfits
+from tests.helpers.driver import workers_below
+from tests.helpers.lab import Driven, Lab
+from tests.helpers.nodes import TOKEN, nodes
 from tests.infra.rules import RULES, build, cluster_of, containers, groups, versions
 
 ROOT = Path(__file__).parents[2]
@@ -288,3 +298,75 @@ def _broken(folder: str, index: int, path: tuple[str | int, ...], value: object)
     else:
         holder[path[-1]] = value
     return manifest
+
+
+# -------------------------------------------------------------------------- a pod is taken away
+
+
+def hook(group: int, *processes: int, folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """Of the head, 0, or of a worker, with these processes for all that there are."""
+    pod = groups(build(K8S / "base" / "job")[0])[group]["template"]["spec"]
+    (folder / "proc").mkdir()
+    for process in processes:
+        (folder / "proc" / str(process)).symlink_to(f"/proc/{process}")
+    command = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    mine = [word.replace(" /proc/", f" {folder}/proc/") for word in command]
+    assert mine != command
+    path = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(folder)}
+    return subprocess.Popen(mine, env={**path, **environment}, stderr=subprocess.PIPE, text=True)
+
+
+DRIVER = f"""#!{sys.executable}
+import signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: (time.sleep(2), sys.exit(130)))
+print('drives', flush=True)
+time.sleep(60)
+"""
+"""what pip's script of that name is to the kernel; a stop takes it a while"""
+
+
+def test_a_head_that_leaves_has_its_driver_save_and_waits_for_it(tmp_path: Path) -> None:
+    (script := tmp_path / "spiketrain").write_text(DRIVER)
+    script.chmod(0o755)
+    driver = subprocess.Popen([script, "launch", "r.py"], stdout=subprocess.PIPE)
+    beside = subprocess.Popen(["sleep", "60"])
+    try:
+        assert driver.stdout is not None and driver.stdout.readline()
+        began = time.monotonic()
+        leaving = hook(0, driver.pid, beside.pid, folder=tmp_path)
+        # And so it is a zombie no longer, as Ray's supervisor sees to.
+        assert driver.wait(20) == 130
+        assert leaving.wait(20) == 0 and time.monotonic() - began > 2
+        assert beside.poll() is None
+    finally:
+        for each in (driver, beside):
+            each.kill()
+            each.wait()
+
+
+def test_a_worker_that_trains_nothing_leaves_at_once(tmp_path: Path) -> None:
+    assert hook(1, os.getpid(), folder=tmp_path).wait(5) == 0
+
+
+@pytest.mark.full
+@pytest.mark.distributed
+@pytest.mark.timeout(400)
+def test_a_worker_that_leaves_has_its_run_save(
+    tmp_path: Path, driven: Callable[..., Driven]
+) -> None:
+    lab = Lab(tmp_path / "lab")
+    lab.pace(1)
+    with nodes({}) as cluster:
+        run = driven(lab, "--address", cluster.address, "--workers", "1")
+        run.start_of(1)
+        run.at_step(3)
+        mine = [each.pid for each in workers_below(psutil.Process())]
+        leaving = hook(1, *mine, folder=tmp_path, RAY_ADDRESS=cluster.address, **TOKEN)
+        notice = run.wait_for(lambda event: event["event"] == "preempted")
+        assert len(notice["machines"]) == 1 and 60 < notice["seconds_left"] <= 100
+        saved = run.wait_for(lambda event: event["event"] == "checkpoint")
+        assert saved["step"] == notice["step"]
+        assert leaving.poll() is None  # something trains here still
+        run.process.send_signal(signal.SIGUSR1)
+        assert run.end() == 130
+        assert leaving.wait(60) == 0, leaving.communicate()[1]

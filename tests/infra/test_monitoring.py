@@ -64,7 +64,6 @@ def test_the_metrics_of_an_expression():
 
 
 def test_every_expression_of_the_board_asks_for_a_metric_that_there_is():
-    """What an operator looks for among them."""
     targets = [target for panel in BOARD["panels"] for target in panel.get("targets", [])]
     assert len(targets) >= 18
     shown = metrics_in(*(target["expr"] for target in targets))

@@ -68,7 +68,6 @@ class Slurm:
         return self._process
 
     def end(self) -> tuple[int, str]:
-        """The exit status, and what was said."""
         assert self._process is not None
         return self._process.wait(30), self.left("said")
 
@@ -77,7 +76,6 @@ class Slurm:
         return self.end()
 
     def left(self, name: str) -> str:
-        """The content of a file that a stand-in writes; none where there is no such file."""
         file = self.folder / name
         return file.read_text() if file.exists() else ""
 
@@ -85,7 +83,6 @@ class Slurm:
         return until(lambda: self.left(name), within=20, said=lambda: name)
 
     def close(self) -> None:
-        """What a test that failed has left in the job's session."""
         if self._process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
