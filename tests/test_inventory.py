@@ -1,19 +1,18 @@
 """What a user had at commit 082bf30 is still there, each with its test: tests/inventory.toml."""
 
 import ast
-import importlib
 import inspect
 import tomllib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.faults.test_rows import ROWS
 from tests.helpers.small import recipes_of
 from tests.test_cli import commands
+from tests.test_names import resolved
 
 INVENTORY = tomllib.loads(Path("tests/inventory.toml").read_text())
 DROPPED = INVENTORY["dropped"]
@@ -56,17 +55,8 @@ def command_line() -> dict[str, set[str]]:
     return found
 
 
-def imported(dotted: str) -> Any:
-    """A part by its dotted name; None without such a module or such a name in it."""
-    module, _, name = dotted.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError:
-        return None
-
-
 def takes(name: str, keyword: str) -> bool:
-    part = imported(name)
+    part = resolved(name)
     return part is not None and keyword in inspect.signature(part).parameters
 
 
@@ -94,7 +84,7 @@ IS_THERE: dict[str, Callable[[str], bool]] = {
         kind: lambda entry, kind=kind: entry in command_line()[kind]
         for kind in ("command", "option", "value")
     },
-    "name": lambda entry: imported(entry) is not None,
+    "name": lambda entry: resolved(entry) is not None,
     "keyword": lambda entry: takes(*entry.split()),
     "recipe": lambda entry: entry.split()[1] in names_of_runs(entry.split()[0]),
     "fault": lambda entry: bool(ROWS.get(entry)),

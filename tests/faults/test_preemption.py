@@ -258,29 +258,25 @@ def test_two_ranks_leave_an_evaluation_together_or_save_in_it(
     assert steps_of(tmp_path / "run", "evaluation") == evaluated
 
 
-def _asked_one(rank: int, ranks: int, job: Job, file: str) -> object:
-    with pytest.MonkeyPatch.context() as patch:
-        if rank == 0:
-            ask_in_an_evaluation(patch, of=8, file=file)
-        else:
-            patch.setattr(evaluate_tasks, "LOOK_S", 1e9)
-        return run(job, RankInfo(rank, ranks, "cpu", rank))
-
-
 @pytest.mark.distributed
 def test_two_ranks_save_in_an_evaluation_upon_what_one_of_them_has_heard(
     tmp_path: Path, job: Job
 ) -> None:
-    run_ranks(_told_to_one, 2, tmp_path, job)
+    run_ranks(_asked_one, 2, tmp_path, job, "")
     assert told_of(job)[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
-    assert steps_of(Path(job.run), "preempted") == [8]
-    assert steps_of(Path(job.run), "evaluation") == [8, 16]
+    assert steps_of(tmp_path / "run", "preempted") == [8]
+    assert steps_of(tmp_path / "run", "evaluation") == [8, 16]
 
 
-def _told_to_one(rank: int, ranks: int, job: Job) -> None:
+def _asked_one(rank: int, ranks: int, job: Job, file: str) -> object:
+    """Rank 0, by a file; without one, rank 1 hears a notice."""
     with pytest.MonkeyPatch.context() as patch:
-        heard = told_in_an_evaluation(patch, of=8)
-        run(job, RankInfo(rank, ranks, "cpu", rank, notice=heard if rank == 1 else no_notice))
+        notice = told_in_an_evaluation(patch, of=8) if not file and rank == 1 else no_notice
+        if file and rank == 0:
+            ask_in_an_evaluation(patch, of=8, file=file)
+        elif file:
+            patch.setattr(evaluate_tasks, "LOOK_S", 1e9)
+        return run(job, RankInfo(rank, ranks, "cpu", rank, notice=notice))
 
 
 @pytest.mark.distributed

@@ -383,18 +383,6 @@ def test_an_order_that_does_not_fit_is_refused(fields: dict[str, Any], said: str
     assert "\n" not in str(error.value)
 
 
-def test_what_sbatch_says_is_one_line(
-    submit: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("STAND_IN_SBATCH", "invalid partition specified: gpu")
-    said = (
-        "submit: sbatch failed with exit code 1 and said: sbatch: error: invalid partition"
-        " specified: gpu"
-    )
-    with pytest.raises(ValueError, match=f"^{said}$"):
-        submit(command())
-
-
 def test_shellcheck_finds_nothing():
     checker = shutil.which("shellcheck")
     assert checker, "this test needs shellcheck, which `infra/setup.sh --tools` installs"
