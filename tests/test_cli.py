@@ -79,7 +79,6 @@ def test_a_command_ends_with_its_code_once_all_is_flushed_and_takes_nothing_apar
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe file of `small_recipe`."""
     file = tmp_path_factory.mktemp("one") / "one.py"
     file.write_text("from tests.helpers.small import small_recipe as recipe\n")
     return file
@@ -230,7 +229,6 @@ def test_a_mistake_ends_in_one_line(
 def commands(
     within: Any = typer.main.get_command(app), *words: str
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The words and the command of each."""
     for name, each in within.commands.items():
         if hasattr(each, "commands"):
             yield from commands(each, *words, name)

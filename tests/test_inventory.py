@@ -108,7 +108,6 @@ def test_what_is_dropped_was_there_and_is_gone_in_the_end() -> None:
 
 
 def test_every_test_that_the_inventory_names_exists() -> None:
-    """The test of a dropped entry may be gone with it."""
     shown_by = {f"shown {entry}": test for entry, test in SHOWN.items()}
     for kind in ("command", "option", "value", "name"):
         shown_by |= {f"{kind} {entry}": test for entry, test in INVENTORY[f"{kind}s"].items()}

@@ -68,7 +68,6 @@ def is_there(dotted: str) -> bool:
 
 
 def named(pattern: re.Pattern[str]) -> dict[str, str]:
-    """Each match, and the first file that has it."""
     found: dict[str, str] = {}
     for file, text in TEXTS.items():
         for name in pattern.findall(text):

@@ -22,7 +22,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipeline.core.errors import UserError
 from pipeline.launch.in_process import Inline
 from pipeline.recipe import Checkpointing, Policy
-from pipeline.train.checkpoint import background, step_folders, step_name
+from pipeline.train.checkpoint import background, read_trainer, step_folders, step_name
 from pipeline.train.guards import storage
 from pipeline.train.recovery import Decisions
 from tests.faults.test_not_finite import hit
@@ -51,6 +51,13 @@ FILES = ["plain/state.pt", "rng_rank0.pt", "model.safetensors", "trainer.json", 
 def train(job: Any) -> None:
     with Inline() as launcher:
         launcher.run(job, "test")
+
+
+def go_on(run: Path, untouched: Path, *starts: int) -> None:
+    """Train the run again: it has started at these steps, and ends with the bits of the other."""
+    train_inline(run, small_recipe())
+    assert steps_of(run, "start") == [*starts]
+    assert same_weights(run, untouched)
 
 
 @pytest.fixture
@@ -148,9 +155,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path: Path, untouched: Path, s
     run = tmp_path / "run"
     step = killed_at(run, "", seed, "written")
     assert list((run / "checkpoints").glob(f".writing-*-step_{step:08d}"))
-    train_inline(run, small_recipe())
-    assert steps_of(run, "start") == [0, newest(step - 1)]
-    assert same_weights(run, untouched)
+    go_on(run, untouched, 0, newest(step - 1))
     assert not list((run / "checkpoints").glob(".*"))
 
 
@@ -185,20 +190,17 @@ def test_the_newest_is_damaged(tmp_path: Path, untouched: Path, how: str) -> Non
         train_inline(run, small_recipe())
     older, last = step_folders(run / "checkpoints")[-2:]
     damage(last, how, draw.choice(FILES))
-    train_inline(run, small_recipe())
-    assert step_name(steps_of(run, "start")[-1]) == older.name
+    go_on(run, untouched, 0, read_trainer(older)["step"])
     quarantined = [last.name in event["path"] for event in events(run, "quarantine")]
     assert quarantined == [True] * (how != "missing")
-    assert same_weights(run, untouched)
 
 
 def test_all_are_damaged_and_the_run_begins_anew(killed: Path, untouched: Path) -> None:
     draw = random.Random(SEED)
     for checkpoint in step_folders(killed / "checkpoints"):
         damage(checkpoint, "flipped", draw.choice(FILES))
-    train_inline(killed, small_recipe())
-    assert steps_of(killed, "start") == [0, 0] and len(events(killed, "quarantine")) == 2
-    assert same_weights(killed, untouched)
+    go_on(killed, untouched, 0, 0)
+    assert len(events(killed, "quarantine")) == 2
 
 
 def test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back(
@@ -214,14 +216,11 @@ def test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back(
             train_inline(killed, small_recipe())
     assert steps_of(killed, "start") == [0] and len(events(killed, "failed")) == 2
     away.rename(killed / "checkpoints")
-    train_inline(killed, small_recipe())
-    assert steps_of(killed, "start") == [0, 6]
-    assert same_weights(killed, untouched)
+    go_on(killed, untouched, 0, 6)
 
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint takes longer to write than several batches to train on."""
     write = background._write
 
     def slowly(file: Path, value: Any) -> None:
@@ -447,9 +446,6 @@ def recipe():
 def test_workers_that_a_full_disk_ends_are_not_started_again(
     tmp_path: Path, small_disk: Path
 ) -> None:
-    """The journal is the first that finds no room, in the middle of the first of two long
-    epochs.
-    """
     grow(small_disk, 2**24)
     (tmp_path / "recipe.py").write_text(LONG)
     (small_disk / "full.log").symlink_to(tmp_path / "said")  # what the driver says finds room

@@ -96,7 +96,6 @@ def data(whole: Path, tmp_path: Path) -> Path:
 
 
 def place_of(data: Path, page: int, *, name: str = "train", page_bytes: int = PAGE_BYTES) -> int:
-    """Where the page begins in the file."""
     return manifests.read(data / f"{name}.beton").pages_offset + page * page_bytes
 
 
@@ -287,7 +286,6 @@ def test_each_evaluation_compares_other_pages(
 
 
 def test_a_file_that_nobody_reads_may_be_damaged(tmp_path: Path, whole: Path, data: Path) -> None:
-    """With a share of the training file held out to evaluate on."""
     flip(data, 3, name="val")
     made = recipe(data, epochs=1).override({"data.held_out": 0.25})
     assert_goes_on(tmp_path / "hit", made, whole)

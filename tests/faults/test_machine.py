@@ -58,7 +58,6 @@ def test_a_clock_that_is_set_back_in_the_middle_and_before_a_resume(
 
 @pytest.mark.distributed
 def test_training_waits_for_no_build(tmp_path: Path) -> None:
-    """A run beside the locks ends with the bits of one beside none."""
     hit, untouched = (
         [
             make_run(

@@ -160,7 +160,6 @@ def assert_as_untouched(run: Path, files: list[Path], untouched: Path) -> None:
 
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one worker, a batch at a time, whose memory does not run out."""
     folder = tmp_path_factory.mktemp("untouched")
     with pytest.MonkeyPatch.context() as patch:
         written_down(patch, folder / "rows.txt")

@@ -61,7 +61,6 @@ def launch(tmp_path: Path) -> tuple[str, ...]:
 
 
 def plant(patch: pytest.MonkeyPatch) -> None:
-    """In every variable that a user of a cluster keeps one in."""
     aws = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
     for name in (*aws, "MLFLOW_TRACKING_PASSWORD", "RAY_AUTH_TOKEN", "HF_TOKEN"):
         patch.setenv(name, SECRET)

@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 
+from tests.helpers.waiting import end_with_parent
+
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 """what a process needs in its environment to join: a cluster without it would not be answered by
 drivers that have one
@@ -68,6 +70,7 @@ _there: dict[str, Any] = {}
 
 
 def _begin(environment: dict[str, str]) -> str:
+    end_with_parent()
     os.environ.update(environment)
     import ray  # noqa: F401  (before cluster_utils)
     from ray.cluster_utils import Cluster

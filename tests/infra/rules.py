@@ -64,7 +64,6 @@ def fixed_values(manifest: Manifest) -> Iterator[str]:
 
 
 def name(manifest: Manifest) -> Iterator[str]:
-    """A retry finds the run by its name."""
     if manifest["kind"] == "RayJob":
         run, job = options(manifest).get("--name"), manifest["metadata"]["name"]
         if run != job:
@@ -110,7 +109,6 @@ def _room(told: dict[str, str], group: Manifest) -> Iterator[str]:
 
 
 def deadline(manifest: Manifest) -> Iterator[str]:
-    """A pod that is taken away has what trains saved within the time that it is given."""
     for group in groups(manifest)[1:]:
         grace = group["template"]["spec"].get("terminationGracePeriodSeconds", 30)
         hook = str(group["template"]["spec"]["containers"][0].get("lifecycle"))

@@ -45,7 +45,6 @@ def metrics_in(*expressions: str) -> set[str]:
 
 
 def ours() -> set[str]:
-    """All that a run which has told everything exposes."""
     figures = ("loss", "top1", "images_per_s", "lr", "step_s", "data_wait_s", "firing_rate")
     metrics, about = dict.fromkeys(figures, 1.0), dict.fromkeys(("run", "recipe", "rule"), "r")
     saved = {"path": "p", "stall_s": 0.1, "write_s": 1.0, "bytes": 1}

@@ -67,13 +67,15 @@ class Slurm:
         )
         return self._process
 
-    def end(self) -> tuple[int, str]:
+    def end(self, status: int = 0) -> str:
+        """With that exit status; what was said."""
         assert self._process is not None
-        return self._process.wait(30), self.left("said")
+        assert self._process.wait(30) == status, self.left("said")
+        return self.left("said")
 
-    def run(self, *words: str, **environment: str) -> tuple[int, str]:
+    def run(self, *words: str, status: int = 0, **environment: str) -> str:
         self.start(SCRIPT, *words, **environment)
-        return self.end()
+        return self.end(status)
 
     def left(self, name: str) -> str:
         file = self.folder / name
@@ -100,8 +102,7 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
 
 
 def test_the_launch_is_told_where_and_on_how_much_to_train(slurm: Slurm):
-    status, said = slurm.run("recipes/fashion/sltt.py", "--set", "optimizer.lr=0.05")
-    assert status == 0, said
+    slurm.run("recipes/fashion/sltt.py", "--set", "optimizer.lr=0.05")
     expected = (
         "launch recipes/fashion/sltt.py --set optimizer.lr=0.05 --name spiketrain --runs"
         f" {slurm.runs} --address auto --workers 16 --or-resume --node-loss patient"
@@ -140,8 +141,7 @@ def test_the_launch_is_told_where_and_on_how_much_to_train(slurm: Slurm):
 def test_a_failure_keeps_its_exit_status_and_is_not_queued_again(
     slurm: Slurm, environment: dict[str, str], status: int, said: str, started: list[str]
 ):
-    found, all_said = slurm.run("r.py", **environment)
-    assert found == status and said in all_said
+    assert said in slurm.run("r.py", status=status, **environment)
     assert not slurm.left("scontrol")
     for node, words in enumerate(started):
         assert slurm.left(f"ray.{node}").startswith(words)
@@ -162,8 +162,8 @@ def test_a_failure_keeps_its_exit_status_and_is_not_queued_again(
 def test_an_option_that_the_script_says_itself_is_refused(
     slurm: Slurm, words: tuple[str, ...], said: str
 ):
-    status, all_said = slurm.run("r.py", "--set", "seed=3", *words)
-    assert (status, len(all_said.splitlines())) == (2, 1) and said in all_said
+    [line] = slurm.run("r.py", "--set", "seed=3", *words, status=2).splitlines()
+    assert said in line
     assert not slurm.runs.exists() and not slurm.left("srun.options")
 
 
@@ -185,7 +185,7 @@ def test_a_folder_that_somebody_else_has_put_in_its_place_is_refused(slurm: Slur
         (theirs := slurm.folder / "theirs").mkdir()
         slurm.of_ray.symlink_to(theirs)
     try:
-        status, said = slurm.run("r.py")
+        said = slurm.run("r.py", status=1)
         assert list(theirs.iterdir()) == []
     finally:
         if slurm.of_ray.is_symlink():
@@ -194,7 +194,7 @@ def test_a_folder_that_somebody_else_has_put_in_its_place_is_refused(slurm: Slur
         f"{slurm.of_ray} on {socket.gethostname()} must be a directory of user {os.geteuid()}; got"
         f" {found} of user "
     )
-    assert (status, said.count(refused)) == (1, 2)  # on each node
+    assert said.count(refused) == 2  # on each node
     assert not slurm.left("driver.words") and not slurm.left("ray.0")
 
 
@@ -220,8 +220,7 @@ def test_a_time_limit_that_nears_saves_and_queues_the_job_again(
     batch = slurm.start(SCRIPT, "r.py", **environment)
     slurm.until("driver.began")
     batch.send_signal(signal.SIGUSR1)  # --signal=B: the script alone
-    status, all_said = slurm.end()
-    assert status == 130 and said in all_said
+    assert said in slurm.end(130)
     assert (slurm.folder / "driver.saved").exists() is is_saved
     assert slurm.left("scontrol") == f"requeue {slurm.number}\n"
 
@@ -242,8 +241,7 @@ def test_a_run_that_is_asked_to_stop_saves(
     pids = {"tasks": slurm.until("srun.tasks"), "script": str(batch.pid), "driver": driver}
     for pid in pids[to].split():
         os.kill(int(pid), number)
-    status, said = slurm.end()
-    assert status == 130, said
+    slurm.end(130)
     assert (slurm.folder / "driver.saved").exists()
     assert (slurm.left("scontrol") != "") is is_queued_again
 
@@ -272,14 +270,14 @@ def test_the_token_is_in_a_file_of_its_owner_and_in_no_command_line(
     assert not [words for words in lines if secret in words]
     assert slurm.left("ray.0").startswith(started)
     batch.send_signal(signal.SIGTERM)
-    slurm.end()
+    slurm.end(130)
     assert not token.exists()
 
 
 def test_another_start_has_another_token(slurm: Slurm):
     secrets = {""}
     for _ in range(2):
-        assert slurm.run("r.py")[0] == 0
+        slurm.run("r.py")
         secrets.add(slurm.left("driver.token"))
         (slurm.folder / "over").unlink()
     assert len(secrets) == 3
@@ -289,7 +287,6 @@ def test_another_start_has_another_token(slurm: Slurm):
 
 
 def command(*words: str, **changes: Any) -> str:
-    """The command line of an order of 16 workers, if nothing else is asked for."""
     asked = {"nodes": 2, "gpus_per_node": 8, "time": "10", "partition": None}
     asked = {name: changes.pop(name, value) for name, value in asked.items()}
     about = {"name": "my-run", "workers": 16, "runs": "/shared/runs", **changes}
@@ -319,8 +316,7 @@ def test_what_is_submitted_runs_as_ordered(slurm: Slurm, submit: Callable[[str],
     runs = str(slurm.folder / "its runs")
     asked = {"time": "1-00:00:00", "partition": "gpu,long", "runs": runs, "image": "a b:1"}
     assert submit(command(*words, **asked)) == "4711"
-    status, said = slurm.end()
-    assert status == 0, said
+    slurm.end()
     assert slurm.left("sbatch.options").splitlines() == [
         *("--parsable", "--export=ALL", "--job-name=my-run", "--nodes=2", "--time=1-00:00:00"),
         *("--gpus-per-node=8", "--partition=gpu,long"),
@@ -354,7 +350,7 @@ def test_workers_that_nobody_counted_are_one_for_each_gpu(
     """Whatever the environment of the submission says, which Slurm passes on."""
     monkeypatch.setenv("SPIKETRAIN_WORKERS", "3")
     submit(command(workers=None, runs=str(slurm.runs)))
-    assert slurm.end()[0] == 0
+    slurm.end()
     assert " --workers 16 " in slurm.left("driver.words").replace("\n", " ")
 
 

@@ -69,7 +69,6 @@ def program(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[None]:
-    """Its daemons run, with SLURM_CONF set."""
     if os.geteuid() != 0:
         pytest.skip("Slurm's daemons start jobs as their users, which root alone may")
     # munge takes no folder that others may write into.
@@ -208,7 +207,6 @@ def recipe():
 
 @pytest.mark.parametrize("way", ["symmetric", "manual"])
 def test_a_run_in_two_slices_of_time(tmp_path: Path, way: str):
-    """Stopped ahead of its time, queued again, finished."""
     runs, number = tmp_path / "runs", str(8_000_000 + os.getpid())
     run, log, of_ray = runs / "in-slices", tmp_path / "said", f"/tmp/spiketrain-{number}"
     (tmp_path / "sliced.py").write_text(RECIPE)
