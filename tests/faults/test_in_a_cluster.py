@@ -160,7 +160,6 @@ def faults() -> dict[str, tuple[int, int]]:
 
 
 def in_mlflow(run: Path) -> str:
-    """The status of the run."""
     [seen] = open_store(os.environ["MLFLOW_TRACKING_URI"]).listed()
     assert seen.name == run.name
     return seen.status
@@ -198,7 +197,6 @@ def hunted(file: Path, run: Path) -> list[psutil.Process]:
 
 
 def doors(driver: psutil.Process) -> list[tuple[str, str]]:
-    """Where it and all that it has started listen: the process, and the address."""
     found = []
     for each in (driver, *driver.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -290,7 +288,6 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_step(hit: Path, rank: int) -
 
 
 def test_a_cluster_of_our_own_listens_to_its_own_machine_alone(hit: Path) -> None:
-    """Of torch's store and gloo, too, which ask nobody for a token."""
     found = read_json(hit.parent.parent / "doors.json")
     assert {"gcs_server", "raylet"} <= {name for name, _ in found} and len(found) > 10
     assert {door.removeprefix("::ffff:") for _, door in found} <= {"127.0.0.1", "::1"}
@@ -328,7 +325,6 @@ Begin = Callable[..., tuple[Driven, list[int]]]
 
 @pytest.fixture(scope="module")
 def unhurt(tmp_path_factory: pytest.TempPathFactory) -> Driven:
-    """A run of one worker that nothing happens to."""
     run = Driven(Lab(tmp_path_factory.mktemp("unhurt")), "--inline")
     run.finish()
     return run
@@ -359,9 +355,6 @@ def begin(cluster: Nodes, driven: Callable[..., Driven], tmp_path: Path, own_sto
 
 
 def assert_as(unhurt: Driven, run: Driven, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each sample once in each epoch of what came to stay, and the weights of the run that nothing
-    happened to.
-    """
     run.finish()
     monkeypatch.syspath_prepend(unhurt.lab.folder)
     assert_trained_as(
@@ -439,7 +432,6 @@ def test_a_node_is_taken_away_after_a_notice(
 def test_whoever_stops_a_run_that_waits_for_a_node_is_told_so(
     cluster: Nodes, begin: Begin, monkeypatch: pytest.MonkeyPatch, sizes: str
 ) -> None:
-    """As it has to have two, nobody trains."""
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     run, [added] = begin(sizes, seed=5)
     cluster.kill(added)
@@ -556,7 +548,6 @@ def namespaces(names: dict[str, str]) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    """With Ray on both, one core each."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.fail(
             "these tests need root, and iproute2, which `infra/setup.sh --servers` installs",
