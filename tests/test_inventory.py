@@ -50,7 +50,7 @@ def command_line() -> dict[str, set[str]]:
             option = next((f" {name}" for name in parameter.opts if name.startswith("--")), "")
             if option:
                 found["option"].add(command + option)
-            choices = getattr(parameter.type_descriptor, "choices", ())
+            choices = getattr(parameter.type_descriptor, "choices", None) or ()
             found["value"] |= {f"{command}{option} {value}" for value in choices}
     return found
 
