@@ -255,17 +255,11 @@ def test_a_number_that_is_none_or_without_end_is_refused_whatever_the_option(
         assert said.startswith((f"Invalid value for '{option}': ", f"{words[-1]}: {option} is"))
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("launch recipes/fashion/sltt.py --inline --set data.folder=nowhere", "does not exist"),
-        ("evaluate none", "none"),
-    ],
-)
-def test_nothing_that_is_imported_adds_a_line_to_it(words: str, said: str, tmp_path: Path) -> None:
-    done = spiketrain_process(*words.split(), "--runs", str(tmp_path))
+def test_nothing_that_is_imported_adds_a_line_to_it(tmp_path: Path) -> None:
+    launch = ("launch", "recipes/fashion/sltt.py", "--inline", "--runs", str(tmp_path))
+    done = spiketrain_process(*launch, "--set", "data.folder=nowhere")
     [line] = without_stages(done.stderr).strip().splitlines()
-    assert done.returncode == 2 and said in line
+    assert done.returncode == 2 and "does not exist" in line
 
 
 IMPORTS = """
@@ -460,7 +454,10 @@ def test_a_recipe_file_that_goes_wrong_names_its_line(
     assert said in refused("show", str(tmp_path / "mine.py"))
 
 
-def test_a_run_that_was_moved_or_damaged(tmp_path: Path, refused: Refused) -> None:
+@pytest.mark.usefixtures("own_store")
+def test_a_run_that_was_moved_or_damaged(
+    tmp_path: Path, refused: Refused, spiketrain: Command
+) -> None:
     first, run = tmp_path / "first" / "run", tmp_path / "second" / "moved"
     with dies_at(9):
         train_inline(first, small_recipe())
@@ -470,8 +467,8 @@ def test_a_run_that_was_moved_or_damaged(tmp_path: Path, refused: Refused) -> No
     (first / "job.json").rename(run / "job.json")
     (run / "cluster.json").write_text('{"inline": true}')
     before = sorted(first.iterdir())
-    done = spiketrain_process("resume", str(run))  # as a user would, from another process
-    assert done.returncode == 0, done.stderr + done.stdout
+    code, _, error = spiketrain("resume", str(run))
+    assert code == 0, error
     assert json.loads((run / "summary.json").read_text())["steps"] == 16
     assert sorted(first.iterdir()) == before
     for damage in ("{", "[]", '{"version": 1}', '{"version": 1, "recipe": {"name": "x"}}'):

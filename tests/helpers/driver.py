@@ -71,7 +71,6 @@ class Driver:
         return workers_below(psutil.Process(self.process.pid))
 
     def end(self, *, within: float = 300.0) -> int:
-        """Its exit code."""
         return self.process.wait(within)
 
     def kill(self) -> None:

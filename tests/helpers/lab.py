@@ -100,7 +100,6 @@ class Lab:
         (self.folder / "pace.new").rename(self.folder / "pace")
 
     def samples(self) -> list[list[str]]:
-        """Of each step of the history that survived, by row."""
         files = [*(self.folder / "rows").iterdir()]
         return samples_of(self.run, files, steps=STEPS_PER_EPOCH * EPOCHS, batch=BATCH)
 
@@ -121,6 +120,5 @@ class Driven(Driver):
         return start
 
     def finish(self) -> None:
-        """At full pace, and well."""
         self.lab.pace(0)
         assert self.end() == 0, self.log.read_text()[-3000:]
