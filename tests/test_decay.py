@@ -32,7 +32,6 @@ def by_torch(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
 
 
 def latents_alone(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
-    """A group of nothing but latent weights."""
     latent = {id(parameter) for parameter in latent_parameters(model)}
     groups = [
         {

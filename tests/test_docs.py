@@ -60,28 +60,8 @@ def blocks(page: str, language: str) -> list[str]:
 MINE, PARTS, TAUGHT, RESULT = blocks("recipes.md", "python")
 [FRAME] = blocks("comparing.md", "python")
 BRIEFLY = ("--inline", "--set", "backend=plain", "--set", "stop_after=2", "--set", "batch_size=8")
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command) -> Path:
-    """A folder to work in, with pictures of two classes, written as docs/recipes.md says."""
-    monkeypatch.chdir(tmp_path)
-    draw = np.random.default_rng(0)
-    for part, count in (("train", 12), ("val", 3)):
-        for label in ("cat", "dog"):
-            (folder := tmp_path / "pictures" / part / label).mkdir(parents=True)
-            for number in range(count):
-                Image.fromarray(draw.integers(0, 256, (80, 70, 3), np.uint8)).save(
-                    folder / f"{number}.jpg"
-                )
-    assert spiketrain(*write_pictures())[0] == 0
-    return tmp_path
-
-
-def write_pictures() -> list[str]:
-    """The words of the first command of docs/recipes.md."""
-    first, *_ = blocks("recipes.md", "sh")[0].splitlines()
-    return first.removeprefix("spiketrain ").removesuffix(" --workers 2").split()
+# The first command of docs/recipes.md, which writes pictures.
+WRITE = blocks("recipes.md", "sh")[0].splitlines()[0].removesuffix(" --workers 2").split()[1:]
 
 
 @pytest.mark.timeout(240)
@@ -96,40 +76,46 @@ def write_pictures() -> list[str]:
     ],
 )
 def test_a_recipe_file_of_the_page_trains(
-    place: Path, spiketrain: Command, name: str, text: str, said: list[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spiketrain: Command,
+    name: str,
+    text: str,
+    said: list[str],
 ) -> None:
+    """On pictures of two classes, written as the page says."""
     assert f"`{name}.py`" in PAGES["recipes.md"]
-    (place / f"{name}.py").write_text(text)
-    assert spiketrain("show", f"{name}.py", "--workers", "2")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 12), ("val", 3)):
+        for label in ("cat", "dog"):
+            (folder := tmp_path / "pictures" / part / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = draw.integers(0, 256, (80, 70, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    Path(f"{name}.py").write_text(text)
+    for words in (WRITE, ("show", f"{name}.py", "--workers", "2")):
+        assert spiketrain(*words)[0] == 0
     code, out, error = spiketrain("launch", f"{name}.py", *BRIEFLY)
     assert code == 0, error
-    lines = out.splitlines()
-    assert all(any(line.startswith(beginning) for line in lines) for beginning in said), out
+    assert all(re.search(f"^{beginning}", out, re.MULTILINE) for beginning in said), out
 
 
-def test_parts_of_a_recipe() -> None:
-    names = {
-        each.__name__: each
-        for each in (spec, binarized, qkformer_10, Distillation, timm_teacher, Mixing)
-    }
-    parts = eval(f"dict({PARTS})", dict(names))
+def test_parts_and_phases_of_a_recipe() -> None:
+    known = (spec, binarized, qkformer_10, Distillation, timm_teacher, Mixing, Phase, Permuted)
+    names = {each.__name__: each for each in known}
+    parts, phases = (eval(f"dict({text})", dict(names)) for text in (PARTS, PHASES))
     assert replace(small_recipe(), **parts).teacher is not None
-
-
-def test_phases_of_a_recipe() -> None:
-    phases = eval(f"dict({PHASES})", {"Phase": Phase, "Permuted": Permuted, "spec": spec})
     assert [each.name for each in replace(small_recipe(), **phases).phases] == ["first", "second"]
 
 
 @pytest.mark.parametrize("rule", [SLTT, OTTT, BPTT])
 def test_the_plain_loop_learns(rule: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any of the rules that it names, on a task whose classes are two halves of the pixels."""
-    draw = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     target_B = torch.arange(32) % 10
-    x_BC = torch.rand(32, 784, generator=draw) + nn.functional.one_hot(target_B, 784)
-    batches = [(x_BC.expand(4, -1, -1), target_B)] * 40
-    losses: list[float] = []
-    plain = F.cross_entropy
+    x_BC = torch.rand(32, 784) + F.one_hot(target_B, 784)
+    losses, plain = [], F.cross_entropy
 
     def recorded(logits_BK: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         loss = plain(logits_BK, target)
@@ -137,9 +123,9 @@ def test_the_plain_loop_learns(rule: type, monkeypatch: pytest.MonkeyPatch) -> N
         return loss
 
     monkeypatch.setattr(F, "cross_entropy", recorded)
-    torch.manual_seed(0)
-    names = {"nn": nn, "torch": torch, "F": F, "partial": partial, "batches": batches}
-    exec(compile(LOOP, "README.md", "exec"), {**names, "Linear": Linear, "LIF": LIF, "SLTT": rule})
+    names = {"nn": nn, "torch": torch, "F": F, "partial": partial, "Linear": Linear, "LIF": LIF}
+    batches = [(x_BC.expand(4, -1, -1), target_B)] * 40
+    exec(compile(LOOP, "README.md", "exec"), {**names, "batches": batches, "SLTT": rule})
     assert fmean(losses[-4:]) < 0.5 * fmean(losses[:4])
     assert len(LOOP.splitlines()) <= 10
 
@@ -178,10 +164,7 @@ def commands(page: str) -> Iterator[str]:
 
 
 COMMANDS = [(page, each) for page in PAGES for each in commands(page)]
-
-
-def test_pages_have_commands() -> None:
-    assert len(COMMANDS) > 50
+assert len(COMMANDS) > 50
 
 
 @pytest.mark.parametrize(("page", "typed"), COMMANDS)
@@ -204,7 +187,7 @@ def test_the_template_is_stable_and_rules_are_near_each_other(
     """
     monkeypatch.chdir(tmp_path)
     write_shapes(tmp_path / "pictures", train=34, val=60)
-    assert spiketrain(*write_pictures())[0] == 0
+    assert spiketrain(*WRITE)[0] == 0
     (tmp_path / "mine.py").write_text(template(3))
     changes = ("data.size=32", "backend=plain", "evaluation.every=0", "log_every=1")
     set_ = [word for each in changes for word in ("--set", each)]

@@ -37,7 +37,6 @@ def test_a_driver_dies_with_whoever_has_started_it(tmp_path: Path) -> None:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """And no zombie, which nobody may have waited for yet."""
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import pipeline
-from pipeline.spiking.state import fresh_state
 from pipeline.train.export import export_run
-from tests.helpers.small import small_recipe, train_inline
+from tests.helpers.rule_networks import outputs
+from tests.helpers.small import small_recipe, train_inline, without_stages
 
+# Hides the modules in HIDDEN from the imports of a process.
 HIDE = """
 import sys
 from importlib.machinery import PathFinder
@@ -31,8 +32,8 @@ class AsIfNotInstalled(PathFinder):
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = AsIfNotInstalled
 """
-"""hides the modules in HIDDEN from the imports of a process"""
 
+# Trains by two rules in a plain loop, then opens saved networks.
 PLAIN = """
 import json
 import sys
@@ -77,12 +78,10 @@ for saved in sys.argv[1:]:
         logits.append(network(torch.ones(3, 2, 1, 8, 8)).mean(0).tolist())
 print(json.dumps({"losses": losses, "logits": logits}))
 """
-"""trains by two rules in a plain loop, then opens saved networks"""
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run's folder, and an export of it."""
     run = tmp_path_factory.mktemp("saved") / "run"
     train_inline(run, small_recipe(epochs=1))
     return run, export_run(run).file
@@ -92,14 +91,11 @@ def check(done: subprocess.CompletedProcess[str], saved: tuple[Path, Path]) -> N
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found["losses"]) == {"SLTT", "OTTT"}
-    for losses in found["losses"].values():
-        assert losses[-1] < losses[0] / 2
+    assert all(losses[-1] < losses[0] / 2 for losses in found["losses"].values())
     network = pipeline.load(saved[0])
-    with torch.no_grad(), fresh_state(network):
-        expected = network(torch.ones(3, 2, 1, 8, 8)).mean(0)
-    for logits in found["logits"]:
-        assert torch.allclose(torch.tensor(logits), expected, rtol=0, atol=1e-5)
-    assert len(found["logits"]) == 2
+    expected = outputs(network, torch.ones(3, 2, 1, 8, 8)).mean(0)
+    logits = torch.tensor(found["logits"])
+    assert torch.allclose(logits, torch.stack([expected] * 2), rtol=0, atol=1e-5)
 
 
 def python(code: str, *words: object, hidden: set[str]) -> subprocess.CompletedProcess[str]:
@@ -120,23 +116,23 @@ def test_an_installation_without_extras_trains_and_loads(
     saved: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """A real `pip install .` into an empty environment."""
-    source, home = tmp_path / "source", tmp_path / "venv"
+    source, bin_ = tmp_path / "source", tmp_path / "venv" / "bin"
     source.mkdir()
     for name in ("pyproject.toml", "LICENSE"):
         shutil.copy(name, source)
     for name in ("pipeline", "recipes"):
         shutil.copytree(name, source / name)
-    subprocess.run([sys.executable, "-m", "venv", home], check=True)
-    pip = [home / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", "."]
-    installed = subprocess.run(pip, cwd=source, capture_output=True, text=True)
-    assert installed.returncode == 0, installed.stderr
-    command = [home / "bin" / "python", "-c", PLAIN, *saved]
-    check(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True), saved)
-    listed = subprocess.run(
-        [home / "bin" / "spiketrain", "--help"], cwd=tmp_path, capture_output=True, text=True
+    subprocess.run([sys.executable, "-m", "venv", bin_.parent], check=True)
+    pip = [bin_ / "pip", "install", "--quiet", "--disable-pip-version-check", source]
+    plain, help_ = [bin_ / "python", "-c", PLAIN, *saved], [bin_ / "spiketrain", "--help"]
+    installed, trained, helped = (
+        subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        for words in (pip, plain, help_)
     )
-    assert (listed.returncode, listed.stdout) == (2, "")
-    assert re.fullmatch(ONE_LINE.format(module="typer", extras="train.*report"), listed.stderr)
+    assert installed.returncode == 0, installed.stderr
+    check(trained, saved)
+    assert (helped.returncode, helped.stdout) == (2, "")
+    assert re.fullmatch(ONE_LINE.format(module="typer", extras="train.*report"), helped.stderr)
 
 
 ONE_LINE = (
@@ -144,10 +140,6 @@ ONE_LINE = (
     r" pip install 'spiketrain\[{extras}\]'\n"
 )
 MAIN = "from pipeline.__main__ import main\nmain()"
-
-
-def without_stages(text: str) -> str:
-    return re.sub(r"spiketrain: .* \.\.\.\n", "", text)
 
 
 @pytest.mark.parametrize(
@@ -163,9 +155,8 @@ def test_a_command_names_the_extra_that_is_missing(
     words: str, hidden: tuple[str, ...], module: str, extras: str, tmp_path: Path
 ) -> None:
     """`hidden`: the extras that are not installed, but for what the other one brings too."""
-    recipe = tmp_path / "one.py"
-    recipe.write_text(
-        "from tests.helpers.small import small_recipe\n\ndef recipe():\n    return small_recipe()\n"
+    (recipe := tmp_path / "one.py").write_text(
+        "from tests.helpers.small import small_recipe as recipe"
     )
     given = words.replace("RUNS", str(tmp_path)).replace("RECIPE", str(recipe)).split()
     kept = modules_of(*({"train", "report"} - set(hidden)))
@@ -174,15 +165,17 @@ def test_a_command_names_the_extra_that_is_missing(
     assert re.fullmatch(ONE_LINE.format(module=module, extras=extras), without_stages(done.stderr))
 
 
-@pytest.mark.parametrize("words", ["compare", "report run"])
-def test_reports_need_their_extra_alone(words: str, saved: tuple[Path, Path]) -> None:
+def test_reports_need_their_extra_alone(saved: tuple[Path, Path]) -> None:
+    both = "import sys\nfrom pipeline.cli.app import app\nruns = ['--runs', sys.argv[1]]\n"
+    both += (
+        "for words in (['compare'], ['report', 'run']): app([*words, *runs], standalone_mode=False)"
+    )
     hidden = modules_of("train") - modules_of("report")
-    done = python(MAIN, *words.split(), "--runs", saved[0].parent, hidden=hidden)
+    done = python(both, saved[0].parent, hidden=hidden)
     assert done.returncode == 0, done.stderr
-    if words == "compare":
-        assert "SLTT-2" in done.stdout
-    else:
-        assert Path(done.stdout.strip()).stat().st_size > 1_000_000  # plotly.js is in the page
+    *table, page = done.stdout.strip().splitlines()
+    assert "SLTT-2" in "".join(table)
+    assert Path(page).stat().st_size > 1_000_000  # plotly.js is in the page
 
 
 def test_import_pipeline_is_light_and_names_are_imported_on_use() -> None:

@@ -1,21 +1,18 @@
 """What a user had at commit 082bf30 is still there, each with its test: tests/inventory.toml."""
 
 import ast
-import importlib
 import inspect
 import tomllib
-import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
 
-from pipeline.cli.app import app
 from tests.faults.test_rows import ROWS
 from tests.helpers.small import recipes_of
+from tests.test_cli import commands
+from tests.test_names import resolved
 
 INVENTORY = tomllib.loads(Path("tests/inventory.toml").read_text())
 DROPPED = INVENTORY["dropped"]
@@ -46,46 +43,20 @@ ENTRIES: dict[str, list[str]] = {
 def command_line() -> dict[str, set[str]]:
     """Commands, options and values, as the inventory writes them, from the command line itself."""
     found: dict[str, set[str]] = {"command": set(), "option": set(), "value": set()}
-    for command, callback, parameters in commands(app, typer.main.get_command(app)):
+    for words, made in commands():
+        command = " ".join(words)
         found["command"].add(command)
-        hints = typing.get_type_hints(callback)
-        for parameter in parameters:
+        for parameter in made.params:
             option = next((f" {name}" for name in parameter.opts if name.startswith("--")), "")
             if option:
                 found["option"].add(command + option)
-            for hint in (hints.get(parameter.name), *typing.get_args(hints.get(parameter.name))):
-                if typing.get_origin(hint) is typing.Literal:
-                    found["value"] |= {
-                        f"{command}{option} {value}" for value in typing.get_args(hint)
-                    }
+            choices = getattr(parameter.type_descriptor, "choices", None) or ()
+            found["value"] |= {f"{command}{option} {value}" for value in choices}
     return found
 
 
-def commands(
-    group: Any, made: Any, prefix: str = ""
-) -> Iterator[tuple[str, Callable[..., Any], Any]]:
-    for each in group.registered_commands:
-        name = each.name or each.callback.__name__
-        yield prefix + name, each.callback, made.commands[name].params
-    for each in group.registered_groups:
-        if isinstance(each.name, str):
-            inner = made.commands[each.name]
-            yield from commands(each.typer_instance, inner, f"{prefix}{each.name} ")
-        else:  # a file of commands beside one another
-            yield from commands(each.typer_instance, made, prefix)
-
-
-def imported(dotted: str) -> Any:
-    """A part by its dotted name; None without such a module or such a name in it."""
-    module, _, name = dotted.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError:
-        return None
-
-
 def takes(name: str, keyword: str) -> bool:
-    part = imported(name)
+    part = resolved(name)
     return part is not None and keyword in inspect.signature(part).parameters
 
 
@@ -99,22 +70,21 @@ def said_by_the_product() -> str:
     """Its pages, and the strings of its code without the docstrings."""
     found = [file.read_text() for file in sorted(Path("pipeline").rglob("*.html"))]
     for file in sorted(Path("pipeline").rglob("*.py")):
-        tree = ast.parse(file.read_text())
-        alone = {id(each.value) for each in ast.walk(tree) if isinstance(each, ast.Expr)}
+        nodes = [*ast.walk(ast.parse(file.read_text()))]
+        alone = {id(each.value) for each in nodes if isinstance(each, ast.Expr)}
         strings = [
-            each
-            for each in ast.walk(tree)
-            if isinstance(each, ast.Constant) and id(each) not in alone
+            each for each in nodes if isinstance(each, ast.Constant) and id(each) not in alone
         ]
         found += [each.value for each in strings if isinstance(each.value, str)]
     return "\n".join(found)
 
 
 IS_THERE: dict[str, Callable[[str], bool]] = {
-    "command": lambda entry: entry in command_line()["command"],
-    "option": lambda entry: entry in command_line()["option"],
-    "value": lambda entry: entry in command_line()["value"],
-    "name": lambda entry: imported(entry) is not None,
+    **{
+        kind: lambda entry, kind=kind: entry in command_line()[kind]
+        for kind in ("command", "option", "value")
+    },
+    "name": lambda entry: resolved(entry) is not None,
     "keyword": lambda entry: takes(*entry.split()),
     "recipe": lambda entry: entry.split()[1] in names_of_runs(entry.split()[0]),
     "fault": lambda entry: bool(ROWS.get(entry)),
@@ -124,12 +94,8 @@ IS_THERE: dict[str, Callable[[str], bool]] = {
 
 @pytest.mark.parametrize("kind", ENTRIES)
 def test_nothing_is_lost_but_what_the_design_drops(kind: str) -> None:
-    lost = [
-        entry
-        for entry in ENTRIES[kind]
-        if f"{kind} {entry}" not in DROPPED and not IS_THERE[kind](entry)
-    ]
-    assert ENTRIES[kind] and lost == []
+    kept = [entry for entry in ENTRIES[kind] if f"{kind} {entry}" not in DROPPED]
+    assert ENTRIES[kind] and [entry for entry in kept if not IS_THERE[kind](entry)] == []
 
 
 def test_what_is_dropped_was_there_and_is_gone_in_the_end() -> None:
@@ -142,25 +108,14 @@ def test_what_is_dropped_was_there_and_is_gone_in_the_end() -> None:
 
 
 def test_every_test_that_the_inventory_names_exists() -> None:
-    """The test of a dropped entry may be gone with it."""
     shown_by = {f"shown {entry}": test for entry, test in SHOWN.items()}
     for kind in ("command", "option", "value", "name"):
         shown_by |= {f"{kind} {entry}": test for entry, test in INVENTORY[f"{kind}s"].items()}
     named = {test for entry, test in shown_by.items() if entry not in DROPPED}
-    assert {test for test in named if not is_test(test)} == set()
-
-
-def is_test(reference: str) -> bool:
-    file, _, name = reference.partition("::")
-    return name in functions_in(file)
+    assert {test for test in named if not is_test(*test.split("::"))} == set()
 
 
 @cache
-def functions_in(file: str) -> set[str]:
-    if not Path(file).exists():
-        return set()
-    return {
-        each.name
-        for each in ast.walk(ast.parse(Path(file).read_text()))
-        if isinstance(each, ast.FunctionDef)
-    }
+def is_test(file: str, name: str) -> bool:
+    body = ast.parse(Path(file).read_text()).body if Path(file).exists() else []
+    return name in [each.name for each in body if isinstance(each, ast.FunctionDef)]

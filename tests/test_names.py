@@ -1,10 +1,11 @@
 """Every module, object and file that tracked text names is there, whoever was renamed last."""
 
-import importlib
 import re
 import subprocess
 from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
 import pytest
 
@@ -51,25 +52,22 @@ def is_example(name: str) -> bool:
 
 
 @cache
+def resolved(dotted: str) -> Any:
+    """A module or an object; None where there is no such one."""
+    try:
+        return resolve_name(dotted)
+    except (ImportError, AttributeError):
+        return None
+
+
 def is_there(dotted: str) -> bool:
-    parts = dotted.split(".")
-    for length in range(len(parts), 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:length]))
-        except ModuleNotFoundError as error:
-            if not dotted.startswith(str(error.name)):
-                raise
-            continue
-        for name in parts[length:]:
-            if not hasattr(found, name) and name not in getattr(found, "__annotations__", {}):
-                return False
-            found = getattr(found, name, None)
-        return True
-    return False
+    """Also as a field that a class declares without a value."""
+    holder, _, name = dotted.rpartition(".")
+    fields = getattr(resolved(holder), "__annotations__", {})
+    return resolved(dotted) is not None or name in fields
 
 
 def named(pattern: re.Pattern[str]) -> dict[str, str]:
-    """Each match, and the first file that has it."""
     found: dict[str, str] = {}
     for file, text in TEXTS.items():
         for name in pattern.findall(text):

@@ -35,7 +35,6 @@ def recipe(name: str) -> Recipe:
 
 
 def optimizer_of(this: Recipe) -> torch.optim.Optimizer:
-    """Of a network whose weights take no memory."""
     with torch.device("meta"):
         network, rule = this.model.build(), this.rule.build()
     rule.attach(network, over_time=this.over_time)
@@ -74,7 +73,6 @@ def test_pictures_of_cifar_are_normalised_as_in_the_published_code(
 
 
 def rates(name: str, *, epochs: int, epoch_steps: int, asked: list[int]) -> list[float]:
-    """Learning rates of a recipe at some of its steps."""
     this = recipe(name)
     optimizer = optimizer_of(this)
     schedule, found = build_schedule(this, optimizer, timetable([(epochs, epoch_steps)])), []

@@ -309,8 +309,7 @@ def _end_suite(folder: Path | None, trust: tuple[str, ...], *, had_ended: bool =
     if folder is None:
         sys.exit(130)
     from pipeline.report.page import publish, write
-    from pipeline.report.suite import read_study
-    from pipeline.report.suite import print_suite
+    from pipeline.report.suite import print_suite, read_study
     from pipeline.track.mlflow import REPORT
 
     reported = print_suite(folder, trust=trust)

@@ -255,8 +255,7 @@ def _measure(measurement: Measurement, runs: Mapping[str, Path], trust: tuple[st
         times_of = measure_interleaved(recipes[0], rules, **options)
         return {label: asdict(times) for label, times in times_of.items()}
     from pipeline.forecast import plan as forecast
-    from pipeline.forecast.devices import DEVICES
 
-    device, workers = DEVICES[options.pop("device")], options.pop("workers")
+    device, workers = forecast.DEVICES[options.pop("device")], options.pop("workers")
     cluster = forecast.Cluster(workers=workers, device=device)
     return asdict(forecast.plan(recipes[0], cluster, rules=rules, **options))

@@ -94,8 +94,6 @@ def test_a_gaussian_has_the_moments_of_each_channel_and_step() -> None:
 
 
 class Fixed(nn.Module):
-    """Its input is its logits."""
-
     def __init__(self) -> None:
         super().__init__()
         self.neuron = LIF()

@@ -1,36 +1,54 @@
-"""Two DeepSpeed workers under Ray meet one fault after another and end with the bits of a run that
-was told what to skip.
-
-All of them in one run, as every start of workers costs seconds; a test for each looks at what
-became of it. The last fault is the death of the run's driver, and the run is resumed by its name.
+"""Workers, drivers and machines under Ray that die, hang, drift, come and go, and a link that is
+cut: the weights are those of a run that was told what to skip, and each sample is trained once an
+epoch.
 """
 
 import contextlib
 import os
 import random
+import secrets
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from pipeline.__main__ import main
+from pipeline.launch.ray_cluster import NODES
 from pipeline.recipe.recipe import read_json, write_json
 from pipeline.report.stores import open_store
+from pipeline.track.journal import last
+from pipeline.track.mlflow import sync
 from pipeline.train import worker
 from pipeline.train.checkpoint import step_name
 from pipeline.train.job import Job, RankInfo
 from tests.faults.test_security import holders, plant
 from tests.helpers.driver import Driver
+from tests.helpers.interruptions import newest as newest_of
+from tests.helpers.lab import STEPS_PER_EPOCH, Driven, Lab, assert_trained_as
+from tests.helpers.nodes import Nodes, nodes
 from tests.helpers.processes import run_ranks
-from tests.helpers.small import events, make_run, recipes_of, same_weights
+from tests.helpers.small import events, make_run, recipes_of, same_weights, steps_of, without_stages
 from tests.helpers.waiting import until
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 SEED = 20261126  # of the steps at which something happens
+
+
+# ------------------------------------------------------------------- two workers on one machine
+# They meet one fault after another in one run, as every start of workers costs seconds; a test for
+# each looks at what became of it. The last fault is the death of the run's driver, and the run is
+# resumed by its name.
+
 LAB = '''
 import math, os, signal, time
 from contextlib import contextmanager
@@ -115,15 +133,15 @@ def recipe():
     return replace(made, {change})
 """
 
-
-CHECKPOINTS = sorted(
-    {*range(0, 49, 5), *range(0, 49, 8)}
-)  # checkpoints.every, and each epoch's end
+OPTIONS = (
+    *("--workers", "2", "--device", "cpu", "--trust", "faulty_lab"),
+    *("--hang-minutes", "0.3", "--max-restarts", "4"),
+)
 
 
 def newest(step: int) -> int:
     """The checkpoint that a worker which fails in batch `step` leaves."""
-    return max(each for each in CHECKPOINTS if each <= step)
+    return newest_of(step, every=5)
 
 
 @pytest.fixture(scope="module")
@@ -141,20 +159,10 @@ def faults() -> dict[str, tuple[int, int]]:
     return {**found, **{f"killed {rank}": (rank, found[f"killed {rank}"][1]) for rank in range(2)}}
 
 
-OPTIONS = (
-    *("--workers", "2", "--device", "cpu", "--trust", "faulty_lab"),
-    *("--hang-minutes", "0.3", "--max-restarts", "4"),
-)
-
-
-def synced(run: Path) -> str:
-    """The run's status in MLflow after `spiketrain sync`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["spiketrain", "sync", run.name, "--runs", str(run.parent)])
-        with pytest.raises(SystemExit) as end:
-            main()
-    assert end.value.code == 0
-    return in_mlflow(run)
+def in_mlflow(run: Path) -> str:
+    [seen] = open_store(os.environ["MLFLOW_TRACKING_URI"]).listed()
+    assert seen.name == run.name
+    return seen.status
 
 
 def hunted(file: Path, run: Path) -> list[psutil.Process]:
@@ -174,12 +182,12 @@ def hunted(file: Path, run: Path) -> list[psutil.Process]:
         assert len(workers) == 2
         write_json(file.parent / "doors.json", doors(psutil.Process(first.process.pid)))
         first.process.kill()
-        _, left = psutil.wait_procs(
-            workers, timeout=15
-        )  # sooner than they would take themselves to hang
+        # Sooner than they would take themselves to hang.
+        _, left = psutil.wait_procs(workers, timeout=15)
     finally:
         first.kill()
-    assert synced(run) == "KILLED"
+    sync(run, uri=os.environ["MLFLOW_TRACKING_URI"])
+    assert in_mlflow(run) == "KILLED"
     second = Driver("resume", run.name, "--trust", "faulty_lab", run=run, folder=file.parent)
     try:
         assert second.end() == 0, second.log.read_text()[-3000:]
@@ -188,14 +196,7 @@ def hunted(file: Path, run: Path) -> list[psutil.Process]:
     return left
 
 
-def in_mlflow(run: Path) -> str:
-    [seen] = open_store(os.environ["MLFLOW_TRACKING_URI"]).listed()
-    assert seen.name == run.name
-    return seen.status
-
-
 def doors(driver: psutil.Process) -> list[tuple[str, str]]:
-    """Where it and all that it has started listen: the process, and the address."""
     found = []
     for each in (driver, *driver.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -215,100 +216,85 @@ def runs(
     skipped.
     """
     folder = tmp_path_factory.mktemp("faults")
+    hit, told = folder / "runs" / "hit", folder / "runs" / "told"
     saved = {name: step_name(newest(step)) for name, (_, step) in faults.items()}
     (folder / "faulty_lab.py").write_text(LAB.format(faults=faults, saved=saved))
     step = faults["not finite"][1]
-    (folder / "hit.py").write_text(
-        RECIPE.format(change="rule=spec(Faulty), data=spec(FaultyData, **made.data.kwargs)")
-    )
-    (folder / "told.py").write_text(
-        RECIPE.format(change=f"rule=spec(SLTT), policy=Policy(skip=(({step}, {step + 1}),))")
-    )
-    with pytest.MonkeyPatch.context() as patch:
+    for name, change in (
+        ("hit.py", "rule=spec(Faulty), data=spec(FaultyData, **made.data.kwargs)"),
+        ("told.py", f"rule=spec(SLTT), policy=Policy(skip=(({step}, {step + 1}),))"),
+    ):
+        (folder / name).write_text(RECIPE.format(change=change))
+    store = shutil.copy(empty_store, folder / "mlflow.db")
+    # Of a short name: sockets lie in it.
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray") as logs:
         patch.syspath_prepend(folder)
-        store = shutil.copy(empty_store, folder / "mlflow.db")
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
-        with tempfile.TemporaryDirectory(
-            prefix="ray"
-        ) as logs:  # of a short name: sockets lie in it
-            patch.setenv("RAY_TMPDIR", logs)
-            plant(patch)
-            hit = folder / "runs" / "hit"
-            assert hunted(folder / "hit.py", hit) == []
-            shutil.copytree(
-                logs,
-                folder / "ray",
-                symlinks=True,
-                ignore=lambda _, names: [n for n in names if n == "sockets"],
-            )
+        patch.setenv("RAY_TMPDIR", logs)
+        plant(patch)
+        assert hunted(folder / "hit.py", hit) == []
+        without_sockets = shutil.ignore_patterns("sockets")
+        shutil.copytree(logs, folder / "ray", symlinks=True, ignore=without_sockets)
         [recipe] = recipes_of(folder / "told.py")
-        told = make_run(folder / "runs" / "told", recipe)
         (folder / "meeting").mkdir()
-        run_ranks(_train, 2, folder / "meeting", told)
-        yield hit, Path(told.run)
+        run_ranks(_train, 2, folder / "meeting", make_run(told, recipe))
+        yield hit, told
 
 
 def _train(rank: int, ranks: int, job: Job) -> None:
     worker.run(job, RankInfo(rank, ranks, "cpu", rank))
 
 
+@pytest.fixture
+def hit(runs: tuple[Path, Path]) -> Path:
+    return runs[0]
+
+
 def test_the_parameters_are_the_same_to_the_bit(
-    runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    runs: tuple[Path, Path], faults: dict[str, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each fault but the first has all workers start again, from the newest checkpoint."""
     monkeypatch.syspath_prepend(runs[0].parent.parent)
     assert same_weights(*runs, trust=["faulty_lab"])
-    assert len(events(runs[0], "start")) == 7 and len(events(runs[1], "start")) == 1
+    (_, *restarts) = faults.values()
+    assert steps_of(runs[0], "start") == [0, *(newest(step) for _, step in restarts)]
+    assert steps_of(runs[1], "start") == [0]
 
 
 def test_what_is_not_finite_on_one_worker_is_skipped_by_all(
-    runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]
+    hit: Path, faults: dict[str, tuple[int, int]]
 ) -> None:
-    skipped = {(event["step"], event["reason"]) for event in events(runs[0], "skipped")}
+    skipped = {(event["step"], event["reason"]) for event in events(hit, "skipped")}
     assert skipped == {(faults["not finite"][1], "its gradient is not finite on 1 of 2 workers")}
 
 
-def test_an_exception_in_the_loader_of_one_worker_starts_all_again(
-    runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]
-) -> None:
-    start = events(runs[0], "start")[1]
-    assert start["step"] == newest(faults["exception"][1])
-
-
 def test_a_loader_that_hangs_is_written_down_and_its_worker_started_again(
-    runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]
+    hit: Path, faults: dict[str, tuple[int, int]]
 ) -> None:
-    rank, step = faults["hang"]
-    assert events(runs[0], "start")[2]["step"] == newest(step)
-    files = (runs[0] / "stacks").glob(f"rank{rank}-*")
+    rank, _ = faults["hang"]
+    files = (hit / "stacks").glob(f"rank{rank}-*")
     stacks = "".join(file.read_text() for file in files)  # one that was killed leaves an empty one
     assert 'faulty_lab.py", line' in stacks and " in met" in stacks
-    told = events(runs[0], "hung")
-    assert {event["attempt"] for event in told} == {2} and rank in [
-        event["worker"] for event in told
-    ]
-    assert all((runs[0] / event["stacks"]).read_text() for event in told)
+    told = events(hit, "hung")
+    assert {event["attempt"] for event in told} == {2}
+    assert rank in [event["worker"] for event in told]
+    assert all((hit / event["stacks"]).read_text() for event in told)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_worker_that_is_killed_in_the_middle_of_a_step(
-    runs: tuple[Path, Path], faults: dict[str, tuple[int, int]], rank: int
-) -> None:
-    assert events(runs[0], "start")[3 + rank]["step"] == newest(faults[f"killed {rank}"][1])
-    [died] = [event for event in events(runs[0], "died") if event["attempt"] == 3 + rank]
+def test_a_worker_that_is_killed_in_the_middle_of_a_step(hit: Path, rank: int) -> None:
+    [died] = [event for event in events(hit, "died") if event["attempt"] == 3 + rank]
     assert died["worker"] == rank and "process has died" in died["error"]
 
 
-def test_a_cluster_of_our_own_listens_to_its_own_machine_alone(runs: tuple[Path, Path]) -> None:
-    """Of torch's store and gloo, too, which ask nobody for a token."""
-    found = read_json(runs[0].parent.parent / "doors.json")
+def test_a_cluster_of_our_own_listens_to_its_own_machine_alone(hit: Path) -> None:
+    found = read_json(hit.parent.parent / "doors.json")
     assert {"gcs_server", "raylet"} <= {name for name, _ in found} and len(found) > 10
-    assert [
-        door for door in found if door[1].removeprefix("::ffff:") not in ("127.0.0.1", "::1")
-    ] == []
+    assert {door.removeprefix("::ffff:") for _, door in found} <= {"127.0.0.1", "::1"}
 
 
-def test_no_secret_of_the_driver_is_written_down_by_anybody(runs: tuple[Path, Path]) -> None:
-    folder = runs[0].parent.parent
+def test_no_secret_of_the_driver_is_written_down_by_anybody(hit: Path) -> None:
+    folder = hit.parent.parent
     logs = [file.name for file in (folder / "ray").rglob("*") if file.is_file()]
     assert "gcs_server.out" in logs and any(name.startswith("worker-") for name in logs)
     assert (folder / "mlflow.db").exists()
@@ -316,22 +302,343 @@ def test_no_secret_of_the_driver_is_written_down_by_anybody(runs: tuple[Path, Pa
 
 
 def test_weights_that_come_apart_are_found_and_given_up(
-    runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]
+    hit: Path, faults: dict[str, tuple[int, int]]
 ) -> None:
-    [back] = events(runs[0], "rollback")
+    [back] = events(hit, "rollback")
     step = faults["drift"][1]
-    found = min(each for each in CHECKPOINTS if each > step)
+    found = next(each for each in range(step + 1, 50) if newest(each) == each)
     assert (back["step"], back["to"]) == (found - 1, newest(step))
-    assert back["reason"].startswith(
-        "what workers 1 have learnt is not what others have"
-    )  # of two, nobody can tell which
-    assert events(runs[0], "start")[5]["step"] == newest(step)
+    # Of two, nobody can tell which.
+    assert back["reason"].startswith("what workers 1 have learnt is not what others have")
 
 
-def test_a_driver_that_is_killed_takes_its_workers_along_and_the_run_is_resumed(
-    runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]
-) -> None:
+def test_a_driver_that_is_killed_takes_its_workers_along_and_the_run_is_resumed(hit: Path) -> None:
     """Within 15 s. MLflow hears of the death when the run is synced, see `hunted`."""
-    start = events(runs[0], "start")[6]
-    assert (start["step"], start["attempt"]) == (newest(faults["driver"][1]), 6)
-    assert in_mlflow(runs[0]) == "FINISHED"
+    assert events(hit, "start")[6]["attempt"] == 6
+    assert in_mlflow(hit) == "FINISHED"
+
+
+# ------------------------------------------------------------------ nodes that die, come and leave
+
+Begin = Callable[..., tuple[Driven, list[int]]]
+
+
+@pytest.fixture(scope="module")
+def unhurt(tmp_path_factory: pytest.TempPathFactory) -> Driven:
+    run = Driven(Lab(tmp_path_factory.mktemp("unhurt")), "--inline")
+    run.finish()
+    return run
+
+
+@pytest.fixture
+def cluster() -> Iterator[Nodes]:
+    with nodes(NODES["fast"]) as there:
+        yield there
+
+
+@pytest.fixture
+def begin(cluster: Nodes, driven: Callable[..., Driven], tmp_path: Path, own_store: str) -> Begin:
+    """Starts a run on the head and on more nodes, at a pace that it can be met at, and waits until
+    a step of it. The run, and the numbers of the other nodes.
+    """
+
+    def begun(sizes: str, *, seed: int, others: int = 1) -> tuple[Driven, list[int]]:
+        added = [cluster.add() for _ in range(others)]
+        lab = Lab(tmp_path / "lab")
+        lab.pace(0.3)
+        run = driven(lab, "--address", cluster.address, "--workers", sizes)
+        run.start_of(1 + others)
+        run.at_step(random.Random(SEED + seed).randrange(4, 9))
+        return run, added
+
+    return begun
+
+
+def assert_as(unhurt: Driven, run: Driven, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.finish()
+    monkeypatch.syspath_prepend(unhurt.lab.folder)
+    assert_trained_as(
+        unhurt.run,
+        run.run,
+        run.lab.samples(),
+        unhurt.lab.samples(),
+        steps_per_epoch=STEPS_PER_EPOCH,
+        trust=["told_lab"],
+    )
+
+
+def assert_from_a_checkpoint(start: dict[str, Any], run: Driven) -> None:
+    """From the newest that was told of, or from one that was whole just before its writer died."""
+    checkpoint, step = (
+        max(each["step"] for each in events(run.run, kind) if each["time"] < start["time"])
+        for kind in ("checkpoint", "step")
+    )
+    assert checkpoint <= start["step"] <= step
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("sizes", "others"),
+    [("1:2", 1), ("2,3,4,6", 2)],  # 12 samples do not divide by 5
+    ids=["2 -> 1", "3 -> 2"],
+)
+def test_a_node_dies(
+    cluster: Nodes,
+    begin: Begin,
+    unhurt: Driven,
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: str,
+    others: int,
+) -> None:
+    run, added = begin(sizes, seed=others, others=others)
+    cluster.kill(random.Random(SEED).choice(added))
+    assert_from_a_checkpoint(run.start_of(others), run)
+    assert_as(unhurt, run, monkeypatch)
+
+
+@pytest.mark.full
+def test_a_node_dies_and_another_comes(
+    cluster: Nodes, begin: Begin, unhurt: Driven, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, [first] = begin("1:2", seed=3)
+    cluster.kill(first)
+    alone = run.start_of(1)
+    run.lab.pace(2)  # until the other one is there
+    cluster.add()
+    again = run.start_of(2)["step"]
+    # It saved before it grew.
+    assert again == max(steps_of(run.run, "checkpoint")) > alone["step"]
+    assert_as(unhurt, run, monkeypatch)
+
+
+@pytest.mark.full
+def test_a_node_is_taken_away_after_a_notice(
+    cluster: Nodes, begin: Begin, unhurt: Driven, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, [first] = begin("1:2", seed=4)
+    run.lab.pace(1)
+    began = time.time()
+    cluster.drain(first, seconds=25)
+    notice = run.wait_for(lambda event: event["event"] == "preempted")
+    assert len(notice["machines"]) == 1 and 0 < notice["seconds_left"] < 25
+    saved = run.wait_for(lambda event: event["event"] == "checkpoint")
+    assert saved["step"] == notice["step"] and saved["time"] - began < 25
+    assert run.start_of(1)["step"] >= notice["step"]
+    assert_as(unhurt, run, monkeypatch)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sizes", ["2", "2,3"])
+def test_whoever_stops_a_run_that_waits_for_a_node_is_told_so(
+    cluster: Nodes, begin: Begin, monkeypatch: pytest.MonkeyPatch, sizes: str
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    run, [added] = begin(sizes, seed=5)
+    cluster.kill(added)
+    waiting = run.wait_for(lambda event: event["event"] == "waiting")  # the other one is ended too
+    assert (waiting["what"], waiting["most_s"]) == ("a place for 2 workers", 3600.0)
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == 130
+    stopped = events(run.run)[-1]
+    assert stopped["event"] == "stopped"
+    assert stopped["step"] == max(steps_of(run.run, "checkpoint"), default=0)
+    assert stopped["reason"] == "asked to stop by SIGINT while its workers had no place"
+    assert f"--address {cluster.address}" in stopped["resume_command"]
+
+
+# --------------------------------------------------------- two hosts, made of network namespaces
+
+LINK = "st0"  # the name of the interface on either host
+ADDRESS = {"a": "10.219.0.1", "b": "10.219.0.2"}
+HEAD = f"{ADDRESS['a']}:6391"
+CUT_S = 30
+SLOW_LAB = """
+import time
+from pipeline.rules.sltt import SLTT
+
+class Slow(SLTT):
+    def loss_terms(self, model, x_TB, loss_of, *, step, rows):
+        time.sleep(0.1)
+        return super().loss_terms(model, x_TB, loss_of, step=step, rows=rows)
+"""
+SLOW_RECIPE = """
+from dataclasses import replace
+from pipeline.recipe.recipe import spec
+from tests.helpers.small import small_recipe
+from slow_lab import Slow
+
+def recipe():
+    return replace(small_recipe(backend="deepspeed", epochs=15), rule=spec(Slow)).override(
+        {"checkpoints.every": 10}
+    )
+"""
+
+
+class Hosts:
+    """Two of them, `a` and `b`, and what a user does there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.names = {host: f"spiketrain-{os.getpid()}-{host}" for host in ADDRESS}
+        (token := folder / "token").write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))},
+            **NODES["patient"],
+            "HOME": str(folder),  # where a token may lie
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": os.pathsep.join((str(Path(__file__).parents[2]), str(folder))),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        }
+        self.with_token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+
+    def on(
+        self, host: str | None, *words: str, log: str, token: bool = True
+    ) -> subprocess.Popen[bytes]:
+        """A process there, in a session of its own; `host` None: outside of both."""
+        place = () if host is None else ("ip", "netns", "exec", self.names[host])
+        there = {} if host is None else {"GLOO_SOCKET_IFNAME": LINK}
+        return subprocess.Popen(
+            [*place, *words],
+            env=self.environment | (self.with_token if token else {}) | there,
+            cwd=self.folder,
+            stdout=(self.folder / log).open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def launch(
+        self, host: str | None, name: str, *words: str, token: bool = True
+    ) -> subprocess.Popen[bytes]:
+        told = ["spiketrain", "launch", "lab.py", "--workers", "2", "--device", "cpu", "--trust"]
+        told += ["slow_lab", "--node-loss", "patient", "--runs", str(self.folder / "runs")]
+        return self.on(host, *told, "--name", name, *words, token=token, log=f"{name}.log")
+
+    def said(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def line(self, name: str) -> str:
+        """All that it said, but the stages that it was waited for."""
+        [line] = without_stages(self.said(name)).strip().splitlines()
+        return line
+
+    def link(self, state: str) -> None:
+        subprocess.run(["ip", "-n", self.names["b"], "link", "set", LINK, state], check=True)
+
+
+@contextmanager
+def namespaces(names: dict[str, str]) -> Iterator[None]:
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True)
+
+    with ExitStack() as ends:
+        for name in names.values():
+            ip("netns", "add", name)
+            ends.callback(ip, "netns", "del", name)
+        pair = (LINK, "netns", names["a"], "type", "veth", "peer", "name", LINK)
+        ip("link", "add", *pair, "netns", names["b"])
+        for host, name in names.items():
+            ip("-n", name, "addr", "add", f"{ADDRESS[host]}/24", "dev", LINK)
+            for device in ("lo", LINK):
+                ip("-n", name, "link", "set", device, "up")
+        yield
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.fail(
+            "these tests need root, and iproute2, which `infra/setup.sh --servers` installs",
+            pytrace=False,
+        )
+    made = Hosts(tmp_path_factory.mktemp("hosts"))
+    (made.folder / "slow_lab.py").write_text(SLOW_LAB)
+    (made.folder / "lab.py").write_text(SLOW_RECIPE)
+    port = HEAD.rpartition(":")[2]
+    with namespaces(made.names), ExitStack() as ends:
+        for host, how in (
+            ("a", ("--head", "--port", port, "--include-dashboard", "false")),
+            ("b", ("--address", HEAD)),
+        ):
+            short = Path(f"/tmp/st-{os.getpid()}-{host}")  # a socket's name has at most 107 bytes
+            ends.callback(shutil.rmtree, short, ignore_errors=True)
+            where = ("--node-ip-address", ADDRESS[host], "--num-cpus", "1", "--block")
+            made.environment["RAY_TMPDIR"] = str(short)
+            ray = made.on(host, "ray", "start", *how, *where, log=f"ray-{host}.log")
+            ends.callback(_end, ray)
+            said = partial(made.said, f"ray-{host}")
+            runs = lambda said=said: "Ray runtime started" in said()
+            until(runs, process=ray, within=90, said=said)
+        del made.environment["RAY_TMPDIR"]
+        yield made
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.mark.full
+def test_a_client_without_the_token_is_told_so(hosts: Hosts) -> None:
+    assert hosts.launch("b", "nobody", "--address", HEAD, token=False).wait(120) == 2
+    line = hosts.line("nobody")
+    assert f"no cluster let us in at '{HEAD}'" in line
+    assert "wants its token and this client shows none" in line
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"RAY_AUTH_MODE": "token"}, "no authentication token was found"),
+        ({"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, "cannot be opened or is empty: /nowhere/token"),
+    ],
+)
+def test_a_client_that_has_lost_its_token_is_told_so(
+    hosts: Hosts, told: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "environment", {**hosts.environment, **told})
+    assert hosts.launch("b", "lost", "--address", HEAD, token=False).wait(120) == 2
+    line = hosts.line("lost")
+    assert line.startswith("ray: a token must be at hand; got none: ") and said in line
+
+
+@pytest.mark.full
+def test_the_doctor_finds_both_hosts_well(hosts: Hosts) -> None:
+    words = ("spiketrain", "doctor", "--address", HEAD, "--runs", str(hosts.folder / "runs"))
+    status = hosts.on("a", *words, log="doctor.log").wait(300)
+    said = hosts.said("doctor")
+    assert status == 0, said
+    assert "the same on 2 nodes" in said and said.count("images were written and read") == 2
+    assert "2 processes reached one another" in said
+
+
+@pytest.mark.full
+def test_a_link_that_was_cut_and_mended_costs_no_bit(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, alone = hosts.folder / "runs" / "cut", hosts.folder / "runs" / "alone"
+    assert hosts.launch(None, "alone").wait(200) == 0, hosts.said("alone")
+    at = random.Random(SEED).randrange(20, 60)
+    training = hosts.launch("a", "cut", "--address", HEAD)
+
+    def newest_step() -> int:
+        step = last(run / "journal.jsonl", "step") if (run / "journal.jsonl").exists() else None
+        return 0 if step is None else step["step"]
+
+    until(lambda: newest_step() >= at, process=training, within=120)
+    hosts.link("down")
+    time.sleep(CUT_S)
+    assert newest_step() < 120, "the training had ended before the link was cut"
+    hosts.link("up")
+    assert training.wait(200) == 0, hosts.said("cut")
+    assert {start["world_size"] for start in events(run, "start")} == {2}
+    monkeypatch.syspath_prepend(hosts.folder)
+    assert same_weights(run, alone, trust=("slow_lab",))

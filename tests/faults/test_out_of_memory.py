@@ -7,7 +7,8 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException
 
-from benchmarks.survived import survived
 from pipeline.core.errors import UserError
 from pipeline.data.mixing import Mixing
 from pipeline.measure.memory import hardware
@@ -25,10 +25,10 @@ from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.base import LossOf, LossTerm, Rule
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
+from pipeline.train import worker
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.trainer import Trainer
-from pipeline.train.weights import load_run
-from pipeline.train.worker import run
+from tests.helpers.lab import assert_trained_as, samples_of
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import events, make_run, same_weights, small_recipe, train_inline
 
@@ -47,60 +47,71 @@ def room_for(patch: pytest.MonkeyPatch, samples: int, *, error: Exception = FULL
         _room_for(patch, rule, samples, error)
 
 
-def _room_for(patch: pytest.MonkeyPatch, rule: type[Rule], samples: int, error: Exception) -> None:
-    original = rule.loss_terms
+def _room_for(
+    patch: pytest.MonkeyPatch,
+    rule: type[Rule],
+    samples: int,
+    error: Exception = FULL,
+    after: int = 0,
+) -> None:
+    """For so many samples, after so many micro-batches that held more."""
+    original, batches = rule.loss_terms, itertools.count()
 
     def loss_terms(self: Rule, model: Any, x_TB: Any, *words: Any, **more: Any) -> Any:
-        if x_TB.shape[1] > samples:
+        if x_TB.shape[1] > samples and next(batches) >= after:
             raise error
         return original(self, model, x_TB, *words, **more)
 
     patch.setattr(rule, "loss_terms", loss_terms)
 
 
-def test_the_micro_batch_is_halved_until_it_fits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        room_for(patch, 3)
-        summary = train_inline(tmp_path / "hit", small_recipe())
-    assert summary is not None and [on["micro_batch"] for on in summary["trained_on"]] == [
-        2
-    ]  # nothing of the others is left
-    assert [event["micro_batch"] for event in events(tmp_path / "hit", "smaller")] == [4, 2]
-    assert sizes_of(tmp_path / "hit") == [(8, 1), (4, 2), (2, 4)]
-    train_inline(tmp_path / "told", small_recipe(micro_batch=2))
-    assert same_weights(tmp_path / "hit", tmp_path / "told")
+def smaller(run: Path) -> list[int]:
+    return [event["micro_batch"] for event in events(run, "smaller")]
 
 
 def sizes_of(run: Path) -> list[tuple[int, int]]:
-    """The micro-batch and the accumulation of each start."""
     return [(start["micro_batch"], start["accumulation"]) for start in events(run, "start")]
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def test_the_micro_batch_is_halved_until_it_fits(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        room_for(patch, 3)
+        summary = train_inline(run, small_recipe())
+    assert summary is not None
+    # Nothing of the others is left.
+    assert [on["micro_batch"] for on in summary["trained_on"]] == [2]
+    assert (smaller(run), sizes_of(run)) == ([4, 2], [(8, 1), (4, 2), (2, 4)])
+    train_inline(tmp_path / "told", small_recipe(micro_batch=2))
+    assert same_weights(run, tmp_path / "told")
+
+
 def test_it_is_halved_too_where_another_than_torchs_allocator_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
     room_for(monkeypatch, 4, error=RuntimeError(said))
-    train_inline(tmp_path / "hit", small_recipe(stop_after=1))
-    [smaller] = events(tmp_path / "hit", "smaller")
-    assert (smaller["micro_batch"], smaller["reason"]) == (4, said)
+    train_inline(run, small_recipe(stop_after=1))
+    assert smaller(run) == [4] and events(run, "smaller")[0]["reason"] == said
 
 
 def test_another_error_of_the_device_ends_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room_for(
-        monkeypatch, 4, error=RuntimeError("CUDA error: an illegal memory access was encountered")
-    )
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        train_inline(tmp_path / "hit", small_recipe(stop_after=1))
-    assert not (tmp_path / "hit" / "micro_batch.json").exists()
+    said = "CUDA error: an illegal memory access was encountered"
+    room_for(monkeypatch, 4, error=RuntimeError(said))
+    with pytest.raises(RuntimeError, match=said):
+        train_inline(run, small_recipe(stop_after=1))
+    assert not (run / "micro_batch.json").exists()
 
 
 def of_20_steps(**changes: Any) -> Recipe:
-    """They end in the middle of the third epoch."""
     return small_recipe(epochs=3, stop_after=STEPS, **changes)
 
 
@@ -117,38 +128,17 @@ def written_down(
     def loss_terms(
         self: SLTT, model: Any, x_TB: Tensor, loss_of: LossOf, *, step: int, rows: range
     ) -> Iterator[LossTerm]:
-        samples = [
-            hashlib.sha256(x_T.cpu().numpy().tobytes()).hexdigest() for x_T in x_TB.unbind(1)
-        ]
         with file.open("a") as told:
-            print(
-                json.dumps(
-                    {"step": step, "rows": [*rows], "samples": samples, "time": time.time()}
-                ),
-                file=told,
-            )
+            for row, x_T in zip(rows, x_TB.unbind(1), strict=True):
+                sample = hashlib.sha256(x_T.cpu().numpy().tobytes()).hexdigest()
+                print(step, row, sample, time.time_ns(), file=told)
         slices = original(self, model, x_TB, loss_of, step=step, rows=rows)
         yield next(slices)
         if (step, rows[0]) == met and len(rows) > room:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise FULL
         yield from slices
 
     patch.setattr(SLTT, "loss_terms", loss_terms)
-
-
-def samples_of(run: Path, files: list[Path]) -> list[list[str]]:
-    """Of each step of the history that survived, by row."""
-    told = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    found: dict[tuple[int, int], str] = {}
-    for each in survived(told, events(run, "start")):
-        for row, sample in zip(each["rows"], each["samples"], strict=True):
-            assert (
-                each["step"],
-                row,
-            ) not in found, f"row {row} of step {each['step']} was trained twice by one attempt"
-            found[each["step"], row] = sample
-    assert len(found) == STEPS * BATCH
-    return [[found[step, row] for row in range(BATCH)] for step in range(STEPS)]
 
 
 def drawn(ranks: int) -> tuple[int, int, int]:
@@ -161,123 +151,94 @@ def drawn(ranks: int) -> tuple[int, int, int]:
 
 
 def assert_as_untouched(run: Path, files: list[Path], untouched: Path) -> None:
-    """Every sample of an epoch once, in the rows where it belongs, and the weights but for the
-    order of sums.
-    """
-    samples = samples_of(run, files)
-    for epoch in range(0, STEPS, STEPS_PER_EPOCH):
-        seen = [sample for step in samples[epoch : epoch + STEPS_PER_EPOCH] for sample in step]
-        assert len(set(seen)) == len(seen)
-    assert samples == samples_of(untouched, [untouched.parent / "rows.jsonl"])
-    ours, theirs = (dict(load_run(each).named_parameters()) for each in (run, untouched))
-    assert ours.keys() == theirs.keys() and len(ours) > 5
-    for name, value in ours.items():
-        assert torch.linalg.norm(value - theirs[name]) <= 1e-5 * torch.linalg.norm(theirs[name]), (
-            name
-        )
+    samples, expected = (
+        samples_of(*each, steps=STEPS, batch=BATCH)
+        for each in ((run, files), (untouched, [untouched.parent / "rows.txt"]))
+    )
+    assert_trained_as(untouched, run, samples, expected, steps_per_epoch=STEPS_PER_EPOCH)
 
 
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one worker, a batch at a time, whose memory does not run out."""
     folder = tmp_path_factory.mktemp("untouched")
     with pytest.MonkeyPatch.context() as patch:
-        written_down(patch, folder / "rows.jsonl")
+        written_down(patch, folder / "rows.txt")
         train_inline(folder / "run", of_20_steps())
     return folder / "run"
 
 
 def test_memory_that_runs_out_in_mid_run_costs_no_sample(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untouched: Path
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untouched: Path
 ) -> None:
     step, row, _ = drawn(1)
     with monkeypatch.context() as patch:
-        written_down(patch, tmp_path / "rows.jsonl", met=(step, row), room=2)
-        train_inline(tmp_path / "run", of_20_steps(micro_batch=4))
-    [smaller] = events(tmp_path / "run", "smaller")
-    assert (smaller["step"], smaller["micro_batch"]) == (step, 2)
-    assert sizes_of(tmp_path / "run") == [(4, 2), (2, 4)]
-    assert_as_untouched(tmp_path / "run", [tmp_path / "rows.jsonl"], untouched)
+        written_down(patch, tmp_path / "rows.txt", met=(step, row), room=2)
+        train_inline(run, of_20_steps(micro_batch=4))
+    assert [(each["step"], each["micro_batch"]) for each in events(run, "smaller")] == [(step, 2)]
+    assert sizes_of(run) == [(4, 2), (2, 4)]
+    assert_as_untouched(run, [tmp_path / "rows.txt"], untouched)
 
 
 @pytest.mark.distributed
 def test_memory_that_runs_out_on_one_of_two_ranks_in_mid_run_costs_no_sample(
-    tmp_path: Path, untouched: Path
+    run: Path, tmp_path: Path, untouched: Path
 ) -> None:
-    """The rank dies of it, which frees the other, and the next attempt goes on."""
     step, row, rank = drawn(2)
-    job = make_run(tmp_path / "run", of_20_steps(micro_batch=2, backend="deepspeed"))
+    job = make_run(run, of_20_steps(micro_batch=2, backend="deepspeed"))
     with pytest.raises(ProcessRaisedException):
         run_ranks(_written_down, 2, tmp_path, job, (step, row))
     assert (tmp_path / f"ended{rank}").read_text() == "OutOfMemoryError"
     (tmp_path / "meeting").mkdir()  # of their own: where the first two met, one has left for good
     run_ranks(_written_down, 2, tmp_path / "meeting", job, (step, row))
-    assert sizes_of(tmp_path / "run") == [(2, 2), (1, 4)]
-    assert_as_untouched(
-        tmp_path / "run", [tmp_path / f"rows{rank}.jsonl" for rank in range(2)], untouched
-    )
+    assert sizes_of(run) == [(2, 2), (1, 4)]
+    assert_as_untouched(run, [tmp_path / f"rows{rank}.txt" for rank in range(2)], untouched)
 
 
 def _written_down(rank: int, ranks: int, job: Job, met: tuple[int, int]) -> None:
-    folder = Path(job.run).parent
     with pytest.MonkeyPatch.context() as patch:
-        written_down(patch, folder / f"rows{rank}.jsonl", met=met, room=1)
-        try:
-            run(job, RankInfo(rank, ranks))
-        except Exception as error:
-            (folder / f"ended{rank}").write_text(type(error).__name__)
-            raise
+        written_down(patch, Path(job.run).parent / f"rows{rank}.txt", met=met, room=1)
+        begin = partial(worker.run, job, RankInfo(rank, ranks))
+        _told_of_its_end(rank, begin, Path(job.run).parent)
+
+
+def _told_of_its_end(rank: int, act: Callable[[], object], folder: Path) -> None:
+    try:
+        act()
+    except Exception as error:
+        (folder / f"ended{rank}").write_text(type(error).__name__)
+        raise
 
 
 def test_what_was_trained_before_memory_ran_out_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In any batch after the third, which was saved."""
-    original, batches, had = (
-        SLTT.loss_terms,
-        itertools.count(1),
-        random.Random(SEED).randrange(3, 16),
-    )
-
-    def loss_terms(self: SLTT, model: Any, x_TB: Any, *words: Any, **more: Any) -> Any:
-        if x_TB.shape[1] > 4 and next(batches) > had:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return original(self, model, x_TB, *words, **more)
-
-    monkeypatch.setattr(SLTT, "loss_terms", loss_terms)
-    summary = train_inline(tmp_path / "hit", small_recipe())
+    _room_for(monkeypatch, SLTT, 4, after=random.Random(SEED).randrange(3, 16))
+    summary = train_inline(run, small_recipe())
     assert summary is not None
-    assert [(on["world_size"], on["micro_batch"]) for on in summary["trained_on"]] == [
-        (1, 8),
-        (1, 4),
-    ]
-    assert {tuple(on["hardware"].items()) for on in summary["trained_on"]} == {
-        tuple(hardware(torch.device("cpu")).items())
-    }
-    assert (
-        json.loads((tmp_path / "hit" / "summary.json").read_text())["trained_on"]
-        == summary["trained_on"]
-    )
+    names, machine = ("world_size", "micro_batch", "hardware"), hardware(torch.device("cpu"))
+    found = [[on[name] for name in names] for on in summary["trained_on"]]
+    assert found == [[1, 8, machine], [1, 4, machine]]
+    saved = json.loads((run / "summary.json").read_text())
+    assert saved["trained_on"] == summary["trained_on"]
+
+
+ONE = "training: the device's memory runs out with one sample at a time"
 
 
 def test_one_sample_that_does_not_fit_ends_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room_for(monkeypatch, 0)
-    with pytest.raises(
-        UserError, match="training: the device's memory runs out with 1 sample at a time"
-    ):
-        train_inline(tmp_path / "hit", small_recipe())
+    with pytest.raises(UserError, match=ONE):
+        train_inline(run, small_recipe())
 
 
 def test_mixing_takes_the_next_fewer_that_are_whole_pairs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room_for(monkeypatch, 3)
-    train_inline(
-        tmp_path / "hit", small_recipe(batch_size=12, stop_after=2, mixing=spec(Mixing, mixup=0.5))
-    )
-    assert [event["micro_batch"] for event in events(tmp_path / "hit", "smaller")] == [6, 2]
+    train_inline(run, small_recipe(batch_size=12, stop_after=2, mixing=spec(Mixing, mixup=0.5)))
+    assert smaller(run) == [6, 2]
 
 
 @pytest.mark.parametrize(
@@ -302,52 +263,48 @@ def test_mixing_takes_the_next_fewer_that_are_whole_pairs(
     ],
 )
 def test_where_no_fewer_can_be_taken_it_says_why_and_notes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], samples: int, why: str
+    run: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], samples: int, why: str
 ) -> None:
     room_for(monkeypatch, 0)
+    said = (
+        rf"training: the device's memory runs out with {samples} samples at a time, and fewer"
+        rf" cannot be taken: {why}; take"
+    )
     for _ in range(2):  # with more memory the run can still go on
-        said = (
-            rf"training: the device's memory runs out with {samples} samples at a time, and fewer"
-            rf" cannot be taken: {why}; take"
-        )
         with pytest.raises(UserError, match=said):
-            train_inline(tmp_path / "hit", small_recipe(**changes))
-    assert not (tmp_path / "hit" / "micro_batch.json").exists()
+            train_inline(run, small_recipe(**changes))
+    assert not (run / "micro_batch.json").exists()
 
 
 @pytest.mark.distributed
-def test_one_sample_that_does_not_fit_one_of_two_ranks_ends_the_run(tmp_path: Path) -> None:
+def test_one_sample_that_does_not_fit_one_of_two_ranks_ends_the_run(
+    run: Path, tmp_path: Path
+) -> None:
     """The rank dies of it, which frees the other; what it noted is what every rank of the next
     attempt ends with.
     """
-    job = make_run(tmp_path / "run", small_recipe(backend="deepspeed", micro_batch=1))
+    job = make_run(run, small_recipe(backend="deepspeed", micro_batch=1))
     with pytest.raises(ProcessRaisedException):
         run_ranks(_without_room_on_one, 2, tmp_path, job)
-    assert (
-        tmp_path / "run" / "ended1"
-    ).read_text() == "ValueError"  # no UserError, which would say that every rank knows
-    with pytest.raises(
-        UserError, match="training: the device's memory runs out with 1 sample at a time"
-    ):
-        run(job, RankInfo())
+    # No UserError, which would say that every rank knows.
+    assert (run / "ended1").read_text() == "ValueError"
+    with pytest.raises(UserError, match=ONE):
+        worker.run(job, RankInfo())
 
 
 @pytest.mark.distributed
-def test_a_worker_that_dies_of_it_is_spoken_for_by_the_next_attempt(tmp_path: Path) -> None:
+def test_a_worker_that_dies_of_it_is_spoken_for_by_the_next_attempt(
+    run: Path, tmp_path: Path
+) -> None:
     """Rank 0, which holds the journal, has heard of a lost connection alone."""
-    job = make_run(tmp_path / "run", small_recipe(stop_after=1))
+    job = make_run(run, small_recipe(stop_after=1))
     with pytest.raises(ProcessRaisedException):
         run_ranks(_without_room_on_one, 2, tmp_path, job)
     for _ in range(2):  # and once alone
-        run(job, RankInfo())
-    told = events(tmp_path / "run", "start", "smaller")
-    assert [(event["event"], event["micro_batch"]) for event in told] == [
-        ("start", 4),
-        ("smaller", 2),
-        ("start", 2),
-        ("start", 2),
-    ]
-    assert told[1]["reason"] == "memory ran out on another worker"
+        worker.run(job, RankInfo())
+    told = [(event["event"], event["micro_batch"]) for event in events(run, "start", "smaller")]
+    assert told == [("start", 4), ("smaller", 2), ("start", 2), ("start", 2)]
+    assert events(run, "smaller")[0]["reason"] == "memory ran out on another worker"
 
 
 class InStep(Trainer):
@@ -362,16 +319,13 @@ def _without_room_on_one(rank: int, ranks: int, job: Job) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
             room_for(patch, 0)
-        try:
-            run(job, RankInfo(rank, ranks), trainer_of=InStep)
-        except Exception as error:
-            (Path(job.run) / f"ended{rank}").write_text(type(error).__name__)
-            raise
+        begin = partial(worker.run, job, RankInfo(rank, ranks), trainer_of=InStep)
+        _told_of_its_end(rank, begin, Path(job.run))
 
 
-def test_a_note_that_is_damaged_is_named(tmp_path: Path) -> None:
+def test_a_note_that_is_damaged_is_named(run: Path) -> None:
     recipe = small_recipe(stop_after=1)
-    train_inline(tmp_path / "hit", recipe)
-    (tmp_path / "hit" / "micro_batch.json").write_text("0")
+    train_inline(run, recipe)
+    (run / "micro_batch.json").write_text("0")
     with pytest.raises(UserError, match=r"micro_batch\.json: must hold a number of samples; got 0"):
-        train_inline(tmp_path / "hit", recipe)
+        train_inline(run, recipe)

@@ -26,8 +26,7 @@ from pipeline.train.evaluation import Evaluation
 from pipeline.train.job import Job, Notice, RankInfo, no_notice
 from pipeline.train.metadata import rule_metrics
 from pipeline.train.worker import run
-from tests.helpers.interruptions import before_batch, between_batches, dies
-from tests.helpers.interruptions import die as dying
+from tests.helpers.interruptions import before_batch, between_batches, die, dies
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import events, make_run, same_weights, small_recipe, steps_of
 
@@ -40,52 +39,66 @@ def rarely_saved(**changes: Any) -> Recipe:
     return small_recipe(checkpoints=Checkpointing(every=0), **changes)
 
 
-@pytest.fixture(scope="module")
-def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_ = tmp_path_factory.mktemp("untouched") / "run"
-    run(make_run(run_, rarely_saved()), RankInfo())
-    return run_
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return make_run(tmp_path / "run", rarely_saved())
 
 
-def test_a_notice_is_saved_upon_once_and_the_run_goes_on(tmp_path: Path, untouched: Path) -> None:
-    """And before each evaluation, which the machine may not see the end of."""
-    asked, told = 0, random.Random(SEED + 1).randrange(1, 8)
+def notice_within(seconds: float) -> Notice:
+    return Notice(("node",), time.time() + seconds)
+
+
+def told_of(job: Job) -> list[tuple[str, int]]:
+    found = events(Path(job.run), "preempted", "checkpoint", "evaluation")
+    return [(event["event"], event["step"]) for event in found]
+
+
+def assert_as(untouched: Path, job: Job, *, checkpoints: list[int]) -> None:
+    """The bits and evaluations of a run that nothing happened to, with checkpoints at these
+    steps.
+    """
+    assert steps_of(Path(job.run), "checkpoint") == checkpoints
+    ours, theirs = (
+        [(event["step"], event["metrics"]) for event in events(each, "evaluation")]
+        for each in (Path(job.run), untouched)
+    )
+    assert ours == theirs
+    assert same_weights(Path(job.run), untouched)
+
+
+def test_a_notice_is_saved_upon_once_and_the_run_goes_on(job: Job, untouched: Path) -> None:
+    asked, told = [], random.Random(SEED + 1).randrange(1, 8)
+    given = notice_within(120)
 
     def notice() -> Notice | None:
-        nonlocal asked
-        asked += 1
-        return Notice(("node",), deadline) if asked >= told else None
+        asked.append(None)
+        return given if len(asked) >= told else None
 
-    deadline = time.time() + 120
-    job = make_run(tmp_path / "run", rarely_saved())
     assert run(job, RankInfo(notice=notice)) is not None
-    [event] = events(tmp_path / "run", "preempted")
+    [event] = events(Path(job.run), "preempted")
     assert (event["step"], event["machines"]) == (told, ["node"])
     assert 60 < event["seconds_left"] <= 120
-    assert steps_of(tmp_path / "run", "checkpoint") == [told, 8, 8, 16, 16]
-    assert same_weights(tmp_path / "run", untouched)
+    assert_as(untouched, job, checkpoints=[told, 8, 8, 16, 16])
     assert Translation().tags(event) == {"spiketrain.preemptions": "1"}
     counted = Translation()
-    assert [counted.tags({"event": "unwritten", "step": 3}) for _ in range(2)][-1] == {
-        "spiketrain.unwritten_checkpoints": "2"
-    }
+    tags = [counted.tags({"event": "unwritten", "step": 3}) for _ in range(2)]
+    assert tags[-1] == {"spiketrain.unwritten_checkpoints": "2"}
 
 
 def test_a_notice_is_saved_upon_once_more_before_its_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is learnt between the two is not lost with the machine."""
     told, step = [], random.Random(SEED + 2).randrange(3)
 
     def slowly(training: trainer.Trainer) -> None:
         if training.step == step:
-            told.append(Notice(("node",), time.time() + 3.6))
+            told.append(notice_within(3.6))
         time.sleep(0.1 if told else 0.0)
 
     before_batch(monkeypatch, slowly)
     monkeypatch.setattr(checkpointing, "MARGIN_S", 2.8)
-    data = small_recipe().data.with_(samples=160)
-    job = make_run(tmp_path / "run", rarely_saved(data=data, stop_after=12))
+    recipe = rarely_saved(data=small_recipe().data.with_(samples=160), stop_after=12)
+    job = make_run(tmp_path / "run", recipe)
     assert run(job, RankInfo(notice=lambda: told[-1] if told else None)) is not None
     assert steps_of(tmp_path / "run", "preempted") == [step + 1]
     first, last, *others = events(tmp_path / "run", "checkpoint")
@@ -94,29 +107,27 @@ def test_a_notice_is_saved_upon_once_more_before_its_deadline(
 
 
 def test_who_asks_for_a_save_may_know_of_a_notice_first(
-    tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
+    job: Job, untouched: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the controller does, which takes the machine's workers away as soon as they have saved."""
     asked = sorted(random.Random(SEED + 3).sample(range(1, 8), 2))
 
     def ask(training: trainer.Trainer) -> None:
-        write_json(training.folder / "save", asdict(Notice(("node",), time.time() + 60)))
+        write_json(training.folder / "save", asdict(notice_within(60)))
 
     for step in asked:
         between_batches(monkeypatch, ask, step=step)
-    assert run(make_run(tmp_path / "run", rarely_saved()), RankInfo()) is not None
-    [event] = events(tmp_path / "run", "preempted")  # told once
+    assert run(job, RankInfo()) is not None
+    [event] = events(Path(job.run), "preempted")  # told once
     assert (event["step"], event["machines"]) == (asked[0], ["node"])
     assert 0 < event["seconds_left"] <= 60
-    assert steps_of(tmp_path / "run", "checkpoint") == [*asked, 8, 8, 16, 16]
-    assert same_weights(tmp_path / "run", untouched)
+    assert_as(untouched, job, checkpoints=[*asked, 8, 8, 16, 16])
 
 
 @pytest.mark.parametrize("step", [ASKED, 8])
 def test_a_save_that_is_asked_for_comes_at_the_next_step(
-    tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    job: Job, untouched: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    """At the end of an epoch before the evaluation, which may take longer than there is time."""
     original = trainer.Trainer._between_batches
 
     def between(self: trainer.Trainer, epoch: int, *, last: bool) -> None:
@@ -126,14 +137,13 @@ def test_a_save_that_is_asked_for_comes_at_the_next_step(
         assert not (self.folder / "save").exists()
 
     monkeypatch.setattr(trainer.Trainer, "_between_batches", between)
-    assert run(make_run(tmp_path / "run", rarely_saved()), RankInfo()) is not None
-    assert steps_of(tmp_path / "run", "checkpoint") == sorted([step, 8, 16])
-    assert told_of(tmp_path / "run")[0][0] == "checkpoint"
-    assert same_weights(tmp_path / "run", untouched)
+    assert run(job, RankInfo()) is not None
+    assert told_of(job)[0][0] == "checkpoint"
+    assert_as(untouched, job, checkpoints=sorted([step, 8, 16]))
 
 
 def in_an_evaluation(
-    patch: pytest.MonkeyPatch, act: Callable[[trainer.Trainer], None], *, of: int
+    patch: pytest.MonkeyPatch, act: Callable[[trainer.Trainer], object], *, of: int
 ) -> None:
     """Act while the evaluation after `of` steps is under way, with batches of it to come."""
     original = trainer.Trainer._evaluate
@@ -150,47 +160,46 @@ def in_an_evaluation(
 def ask_in_an_evaluation(
     patch: pytest.MonkeyPatch, *, of: int, file: str = "stop", said: str = "SIGTERM"
 ) -> None:
-    """Somebody asks to stop, or to save."""
     in_an_evaluation(patch, lambda training: (training.folder / file).write_text(said), of=of)
 
 
-@pytest.mark.parametrize("step", [8, 16])
-def test_a_stop_waits_for_no_evaluation_which_is_made_up_for(
-    tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    job = make_run(tmp_path / "run", rarely_saved())
-    with monkeypatch.context() as patch:
-        ask_in_an_evaluation(patch, of=step)
+def told_in_an_evaluation(patch: pytest.MonkeyPatch, *, of: int) -> Callable[[], Notice | None]:
+    """What a worker hears whom Ray tells of a machine then."""
+    told: list[Notice] = []
+    in_an_evaluation(patch, lambda _: told.append(notice_within(60)), of=of)
+    return lambda: told[-1] if told else None
+
+
+def stop_in_an_evaluation(job: Job, *, of: int) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        ask_in_an_evaluation(patch, of=of)
         assert run(job, RankInfo()) is None
-    assert steps_of(tmp_path / "run", "evaluation") == [8][: step // 8 - 1]
-    assert (
-        steps_of(tmp_path / "run", "checkpoint")[-1]
-        == steps_of(tmp_path / "run", "stopped")[-1]
-        == step
-    )
-    (tmp_path / "run" / "stop").unlink()  # as whoever resumes does
-    assert run(job, RankInfo()) is not None
-    assert evaluations(tmp_path / "run") == evaluations(untouched)
-    assert same_weights(tmp_path / "run", untouched)
+    assert steps_of(Path(job.run), "evaluation") == [8][: of // 8 - 1]
+    (Path(job.run) / "stop").unlink()  # as whoever resumes does
+    summary = run(job, RankInfo())
+    assert summary is not None
+    return summary
+
+
+@pytest.mark.parametrize(("step", "checkpoints"), [(8, [8, 8, 16]), (16, [8, 16, 16])])
+def test_a_stop_waits_for_no_evaluation_which_is_made_up_for(
+    job: Job, untouched: Path, step: int, checkpoints: list[int]
+) -> None:
+    stop_in_an_evaluation(job, of=step)
+    assert steps_of(Path(job.run), "stopped") == [step]
+    assert_as(untouched, job, checkpoints=checkpoints)
 
 
 @pytest.mark.parametrize("rule", [spec(IDE), spec(SPIDE, steps=8)], ids=["IDE", "SPIDE"])
 def test_what_the_rule_said_of_its_last_batch_is_told_by_whoever_makes_up_for_the_evaluation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Spec
+    tmp_path: Path, rule: Spec
 ) -> None:
     """That attempt trains no batch: 0 would be a perfect solve, and a silent network."""
     network = spec(fc_feedback, in_features=64, hidden=12)
-    recipe = small_recipe(
-        model=network, rule=rule, over_time="mean", checkpoints=Checkpointing(every=0)
-    )
+    recipe = rarely_saved(model=network, rule=rule, over_time="mean")
     whole = run(make_run(tmp_path / "whole", recipe), RankInfo())
-    job = make_run(tmp_path / "run", recipe)
-    with monkeypatch.context() as patch:
-        ask_in_an_evaluation(patch, of=16)
-        assert run(job, RankInfo()) is None
-    (tmp_path / "run" / "stop").unlink()
-    resumed = run(job, RankInfo())
-    assert whole is not None and resumed is not None
+    resumed = stop_in_an_evaluation(make_run(tmp_path / "run", recipe), of=16)
+    assert whole is not None
     assert resumed["rule_metrics"] == whole["rule_metrics"] != {}
 
 
@@ -203,55 +212,34 @@ def test_of_no_batch_nothing_is_told(rule: Rule) -> None:
 
 @pytest.mark.parametrize("how", ["a save", "a notice"])
 def test_a_save_waits_for_no_evaluation_which_is_begun_anew(
-    tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch, how: str
+    job: Job, untouched: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    run_, notice = tmp_path / "run", no_notice
+    notice = no_notice
     if how == "a save":
-        asked = json.dumps(asdict(Notice(("node",), time.time() + 60)))
+        asked = json.dumps(asdict(notice_within(60)))
         ask_in_an_evaluation(monkeypatch, of=8, file="save", said=asked)
     else:
         notice = told_in_an_evaluation(monkeypatch, of=8)
-    assert run(make_run(run_, rarely_saved()), RankInfo(notice=notice)) is not None
-    assert not (run_ / "save").exists()
-    assert told_of(run_)[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
-    assert steps_of(run_, "preempted") == [8]
+    assert run(job, RankInfo(notice=notice)) is not None
+    assert not (Path(job.run) / "save").exists()
+    assert told_of(job)[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
+    assert steps_of(Path(job.run), "preempted") == [8]
     # The second checkpoint of each has its score.
-    assert steps_of(run_, "checkpoint") == [8, 8, 16, 16]
-    assert evaluations(run_) == evaluations(untouched)
-    assert same_weights(run_, untouched)
-
-
-def told_in_an_evaluation(patch: pytest.MonkeyPatch, *, of: int) -> Callable[[], Notice | None]:
-    """What a worker hears whom Ray tells of a machine then."""
-    told: list[Notice] = []
-    in_an_evaluation(patch, lambda _: told.append(Notice(("node",), time.time() + 60)), of=of)
-    return lambda: told[-1] if told else None
-
-
-def told_of(folder: Path) -> list[tuple[str, int]]:
-    found = events(folder, "preempted", "checkpoint", "evaluation")
-    return [(event["event"], event["step"]) for event in found]
+    assert_as(untouched, job, checkpoints=[8, 8, 16, 16])
 
 
 def test_what_dies_in_an_evaluation_has_saved_before_it(
-    tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
+    job: Job, untouched: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_run(tmp_path / "run", rarely_saved())
     monkeypatch.setattr(checkpointing, "UNSAVED_S", -1.0)
-    with dies(lambda patch: patch.setattr(trainer, "evaluate_tasks", dying)):
+    with dies(lambda patch: patch.setattr(trainer, "evaluate_tasks", die)):
         run(job, RankInfo())
     assert run(job, RankInfo()) is not None
-    assert steps_of(tmp_path / "run", "start") == [0, 8]
-    assert steps_of(tmp_path / "run", "checkpoint") == [
-        8,
-        8,
-        16,
-        16,
-    ]  # without a score before each evaluation, and with it
-    *_, last = step_folders(tmp_path / "run" / "checkpoints")
-    assert read_trainer(last)["score"] is not None and not read_trainer(last)["is_epoch_end_due"]
-    assert evaluations(tmp_path / "run") == evaluations(untouched)
-    assert same_weights(tmp_path / "run", untouched)
+    assert steps_of(Path(job.run), "start") == [0, 8]
+    last = read_trainer(step_folders(Path(job.run) / "checkpoints")[-1])
+    assert last["score"] is not None and not last["is_epoch_end_due"]
+    # Without a score before each evaluation, and with it.
+    assert_as(untouched, job, checkpoints=[8, 8, 16, 16])
 
 
 @pytest.mark.distributed
@@ -270,28 +258,25 @@ def test_two_ranks_leave_an_evaluation_together_or_save_in_it(
     assert steps_of(tmp_path / "run", "evaluation") == evaluated
 
 
-def _asked_one(rank: int, ranks: int, job: Job, file: str) -> object:
-    with pytest.MonkeyPatch.context() as patch:
-        if rank == 0:
-            ask_in_an_evaluation(patch, of=8, file=file)
-        if rank == 1:
-            patch.setattr(evaluation, "LOOK_S", 1e9)
-        return run(job, RankInfo(rank, ranks, "cpu", rank))
-
-
 @pytest.mark.distributed
-def test_two_ranks_save_in_an_evaluation_upon_what_one_of_them_has_heard(tmp_path: Path) -> None:
-    job = make_run(tmp_path / "run", rarely_saved())
-    run_ranks(_told_to_one, 2, tmp_path, job)
-    assert told_of(tmp_path / "run")[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
+def test_two_ranks_save_in_an_evaluation_upon_what_one_of_them_has_heard(
+    tmp_path: Path, job: Job
+) -> None:
+    run_ranks(_asked_one, 2, tmp_path, job, "")
+    assert told_of(job)[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
     assert steps_of(tmp_path / "run", "preempted") == [8]
     assert steps_of(tmp_path / "run", "evaluation") == [8, 16]
 
 
-def _told_to_one(rank: int, ranks: int, job: Job) -> None:
+def _asked_one(rank: int, ranks: int, job: Job, file: str) -> object:
+    """Rank 0, by a file; without one, rank 1 hears a notice."""
     with pytest.MonkeyPatch.context() as patch:
-        heard = told_in_an_evaluation(patch, of=8)
-        run(job, RankInfo(rank, ranks, "cpu", rank, notice=heard if rank == 1 else no_notice))
+        notice = told_in_an_evaluation(patch, of=8) if not file and rank == 1 else no_notice
+        if file and rank == 0:
+            ask_in_an_evaluation(patch, of=8, file=file)
+        elif file:
+            patch.setattr(evaluation, "LOOK_S", 1e9)
+        return run(job, RankInfo(rank, ranks, "cpu", rank, notice=notice))
 
 
 @pytest.mark.distributed
@@ -315,17 +300,12 @@ def _without_a_group(rank: int, ranks: int, job: Job) -> str:
     return str(raised.value)
 
 
-def evaluations(folder: Path) -> list[tuple[int, dict[str, float]]]:
-    return [(event["step"], event["metrics"]) for event in events(folder, "evaluation")]
-
-
 @pytest.mark.parametrize(
     ("said", "reason"), [("SIGTERM", "asked to stop by SIGTERM"), ("", "asked to stop")]
 )
-def test_a_run_that_stopped_says_who_asked(tmp_path: Path, said: str, reason: str) -> None:
-    job = make_run(tmp_path / "run", small_recipe())
-    (tmp_path / "run" / "stop").write_text(said)
+def test_a_run_that_stopped_says_who_asked(job: Job, said: str, reason: str) -> None:
+    (Path(job.run) / "stop").write_text(said)
     assert run(job, RankInfo()) is None
-    stopped = events(tmp_path / "run")[-1]
+    stopped = events(Path(job.run))[-1]
     assert stopped["reason"] == reason
     assert Translation().tags(stopped) == {"spiketrain.stopped": reason}

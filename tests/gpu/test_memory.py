@@ -25,7 +25,6 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """A twentieth of the card's."""
     device_of("cuda")
     torch.cuda.set_per_process_memory_fraction(0.05)
     yield
@@ -61,7 +60,6 @@ def test_slTT_takes_as_much_for_many_time_steps_as_for_few() -> None:
 
 
 def _peak_bytes(steps: int) -> int:
-    """Of the second batch, above what lay there before it."""
     on, rule = device_of("cuda"), SLTT()
     network = nf_resnet18_small(classes=10, in_channels=3, width=32, blocks=(1, 1)).to(on)
     rule.attach(network)

@@ -13,15 +13,9 @@ tools/kuberay_facts.py writes the file.
 from pathlib import Path
 from typing import Any
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "kuberay.json"
+from jsonschema import Draft202012Validator
 
-TYPES = {
-    "boolean": bool,
-    "integer": int,
-    "number": int | float,
-    "string": str,
-    "integer-or-string": int | str,
-}
+GOLDEN = Path(__file__).parents[1] / "golden" / "kuberay.json"
 
 
 def misfits(manifest: Any, facts: dict[str, Any]) -> list[str]:
@@ -31,42 +25,25 @@ def misfits(manifest: Any, facts: dict[str, Any]) -> list[str]:
     kind = manifest.get("kind")
     if kind not in facts["kinds"]:
         return [f"kind: must be one of {', '.join(facts['kinds'])}; got {kind!r}"]
-    return _misfits(manifest, facts["kinds"][kind], facts["types"], kind)
+    types = {name: _schema(type_) for name, type_ in facts["types"].items()}
+    checked = Draft202012Validator({"$defs": types, **_schema(facts["kinds"][kind])})
+    return [f"{each.json_path}: {each.message}" for each in checked.iter_errors(manifest)]
 
 
-def _misfits(value: Any, type_: Any, types: dict[str, Any], path: str) -> list[str]:
-    if isinstance(type_, str):
-        name, _, words = type_.partition(":")
-        if name in types:
-            return _misfits(value, types[name], types, path)
-        if name == "object":
-            return [] if isinstance(value, dict) else [f"{path}: must be an object; got {value!r}"]
-        if not isinstance(value, TYPES[name]) or (isinstance(value, bool) and name != "boolean"):
-            return [f"{path}: must be {name}; got {value!r}"]
-        return (
-            []
-            if not words or value in words.split("|")
-            else [f"{path}: must be one of {words}; got {value!r}"]
-        )
+def _schema(type_: Any) -> dict[str, Any]:
     if isinstance(type_, list):
-        if not isinstance(value, list):
-            return [f"{path}: must be a list; got {value!r}"]
-        return [
-            each
-            for index, item in enumerate(value)
-            for each in _misfits(item, type_[0], types, f"{path}[{index}]")
-        ]
-    if not isinstance(value, dict):
-        return [f"{path}: must be an object; got {value!r}"]
-    fields = {name.removesuffix("!"): each for name, each in type_.items()}
-    found = [
-        f"{path}.{name.removesuffix('!')}: is missing"
-        for name in type_
-        if name[-1] == "!" and name[:-1] not in value
-    ]
-    for name, each in value.items():
-        if name in fields or "*" in fields:
-            found += _misfits(each, fields.get(name, fields.get("*")), types, f"{path}.{name}")
-        else:
-            found.append(f"{path}.{name}: is unknown")
-    return found
+        return {"type": "array", "items": _schema(type_[0])}
+    if isinstance(type_, dict):
+        fields = {name.removesuffix("!"): _schema(each) for name, each in type_.items()}
+        return {
+            "type": "object",
+            "additionalProperties": fields.pop("*", False),
+            "properties": fields,
+            "required": [name[:-1] for name in type_ if name[-1] == "!"],
+        }
+    name, _, words = type_.partition(":")
+    if words:
+        return {"enum": words.split("|")}
+    if name in ("string", "integer", "number", "boolean", "object"):
+        return {"type": name}
+    return {"type": ["integer", "string"]} if "-or-" in name else {"$ref": f"#/$defs/{name}"}

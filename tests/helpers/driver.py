@@ -5,7 +5,6 @@ hurt it.
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import psutil
 
 from pipeline.track.journal import Follower
+from tests.helpers.waiting import until
 
 
 class Driver:
@@ -55,14 +55,13 @@ class Driver:
     def wait_for(
         self, wanted: Callable[[dict[str, Any]], bool], *, within: float = 200.0
     ) -> dict[str, Any]:
-        deadline = time.monotonic() + within
-        while time.monotonic() < deadline:
-            for event in self.follower.poll():
-                if wanted(event):
-                    return event
-            assert self.process.poll() is None, f"the driver ended:\n{self.log.read_text()[-3000:]}"
-            time.sleep(0.005)
-        raise AssertionError(f"not seen within {within} s:\n{self.log.read_text()[-3000:]}")
+        return until(
+            lambda: next((event for event in self.follower.poll() if wanted(event)), None),
+            within=within,
+            process=self.process,
+            said=lambda: self.log.read_text()[-3000:],
+            pause=0.005,
+        )
 
     def at_step(self, step: int) -> None:
         self.wait_for(lambda event: event["event"] == "step" and event["step"] >= step)
@@ -72,7 +71,6 @@ class Driver:
         return workers_below(psutil.Process(self.process.pid))
 
     def end(self, *, within: float = 300.0) -> int:
-        """Its exit code."""
         return self.process.wait(within)
 
     def kill(self) -> None:

@@ -36,8 +36,6 @@ def step(made: Plain) -> None:
 
 
 class Counting(nn.Module):
-    """A rule with state of its own."""
-
     def __init__(self, value: float = 0.0) -> None:
         super().__init__()
         self.register_buffer("feedback", torch.full((3,), value))
@@ -51,7 +49,6 @@ def save(
     trainer: dict[str, Any],
     **more: Any,
 ) -> Saved:
-    """Until it is whole."""
     assert checkpoints.save(step, made, rule, trainer, **more) is None
     told = checkpoints.wait()
     assert told is not None

@@ -188,7 +188,6 @@ def made(
     activity: list[Any] | None = None,
     **about: Any,
 ) -> Run:
-    """A run of these events and files."""
     starts = [event for event in events if event["event"] == "start"]
     journal = list(map(typed, events))
     files: dict[str, Any] = {"journal": lambda: journal, "layers": lambda: activity}

@@ -14,28 +14,30 @@ from pipeline.train.trainer import Trainer
 Act = Callable[[Trainer], object]
 
 
+def newest(step: int, *, every: int = 3) -> int:
+    """The newest checkpoint by then, of one each `every` steps and one at each epoch's end."""
+    return max(each for each in range(step + 1) if each % every == 0 or each % 8 == 0)
+
+
 def before_batch(patch: pytest.MonkeyPatch, act: Act, *, step: int | None = None) -> None:
     """Call `act` before a trainer reads batch `step`, or any batch."""
-    original = Trainer._micro_batches
-
-    def micro_batches(self: Trainer, source: Any) -> Any:
-        if step in (None, self.step):
-            act(self)
-        return original(self, source)
-
-    patch.setattr(Trainer, "_micro_batches", micro_batches)
+    _before("_micro_batches", patch, act, step)
 
 
 def between_batches(patch: pytest.MonkeyPatch, act: Act, *, step: int | None = None) -> None:
     """Call `act` after `step` batches, or after each, before the trainer looks for requests."""
-    original = Trainer._between_batches
+    _before("_between_batches", patch, act, step)
 
-    def between(self: Trainer, epoch: int, *, last: bool) -> None:
+
+def _before(name: str, patch: pytest.MonkeyPatch, act: Act, step: int | None) -> None:
+    original = getattr(Trainer, name)
+
+    def acting(self: Trainer, *words: Any, **about: Any) -> Any:
         if step in (None, self.step):
             act(self)
-        original(self, epoch, last=last)
+        return original(self, *words, **about)
 
-    patch.setattr(Trainer, "_between_batches", between)
+    patch.setattr(Trainer, name, acting)
 
 
 def change_losses(patch: pytest.MonkeyPatch, changed: Callable[[int, Tensor], Tensor]) -> None:
@@ -59,11 +61,6 @@ def die(*args: object, **named: object) -> None:
     raise Killed
 
 
-def die_at(patch: pytest.MonkeyPatch, step: int) -> None:
-    """Training dies before it reads batch `step`."""
-    before_batch(patch, die, step=step)
-
-
 @contextmanager
 def dies(patched: Callable[[pytest.MonkeyPatch], None]) -> Iterator[None]:
     """The training inside dies where `patched` has it die."""
@@ -76,5 +73,5 @@ def dies(patched: Callable[[pytest.MonkeyPatch], None]) -> Iterator[None]:
 @contextmanager
 def dies_at(step: int) -> Iterator[None]:
     """The training inside dies before it reads batch `step`."""
-    with dies(lambda patch: die_at(patch, step)):
+    with dies(lambda patch: before_batch(patch, die, step=step)):
         yield

@@ -2,10 +2,15 @@
 it.
 """
 
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.survived import survived
+from pipeline.train.weights import load_run
 from tests.helpers.driver import Driver
 from tests.helpers.nodes import TOKEN
 from tests.helpers.small import events
@@ -42,11 +47,49 @@ def recipe():
 """
 
 
+def samples_of(run: Path, files: Iterable[Path], *, steps: int, batch: int) -> list[list[str]]:
+    """Of each step of the history that survived, by row. No attempt has trained a row twice.
+
+    A line of a file is the step, the row, the sample and the time in ns.
+    """
+    lines = [line.split() for file in files for line in file.read_text().splitlines()]
+    told = [
+        {"step": int(step), "row": int(row), "sample": sample, "time": int(when) / 1e9}
+        for step, row, sample, when in lines
+    ]
+    kept = survived(told, events(run, "start"))
+    found = {(each["step"], each["row"]): each["sample"] for each in kept}
+    assert len(found) == len(kept) == steps * batch
+    return [[found[step, row] for row in range(batch)] for step in range(steps)]
+
+
+def assert_trained_as(
+    untouched: Path,
+    run: Path,
+    samples: list[list[str]],
+    expected: list[list[str]],
+    *,
+    steps_per_epoch: int,
+    trust: Sequence[str] = (),
+) -> None:
+    """Every sample of an epoch once, in the rows where it belongs, and the weights but for the
+    order of sums.
+    """
+    for first in range(0, len(samples), steps_per_epoch):
+        seen = [*chain(*samples[first : first + steps_per_epoch])]
+        assert len(set(seen)) == len(seen)
+    assert samples == expected
+    ours, theirs = (load_run(each, trust=trust).state_dict() for each in (run, untouched))
+    assert ours.keys() == theirs.keys() and len(ours) > 5
+    for name, value in theirs.items():
+        assert torch.linalg.norm(value - ours[name]) <= 1e-5 * torch.linalg.norm(value), name
+
+
 class Lab:
     """A recipe of its own folder, and what its rule wrote down there."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.run = folder, folder / "runs" / "run"
         (folder / "rows").mkdir(parents=True)
         (folder / "told_lab.py").write_text(LAB)
         text = RECIPE.format(samples=BATCH * STEPS_PER_EPOCH + 5, batch=BATCH, epochs=EPOCHS)
@@ -57,32 +100,15 @@ class Lab:
         (self.folder / "pace.new").rename(self.folder / "pace")
 
     def samples(self) -> list[list[str]]:
-        """Of each step of the history that survived, by row."""
-        told = []
-        for file in (self.folder / "rows").iterdir():
-            for line in file.read_text().splitlines():
-                step, row, sample, when = line.split()
-                told.append(
-                    {"step": int(step), "row": int(row), "sample": sample, "time": int(when) / 1e9}
-                )
-        starts = events(self.folder / "runs" / "run", "start")
-        found: dict[tuple[int, int], str] = {}
-        for each in survived(told, starts):
-            place = each["step"], each["row"]
-            assert place not in found, (
-                f"row {place[1]} of step {place[0]} was trained twice by one attempt"
-            )
-            found[place] = each["sample"]
-        return [
-            [found[step, row] for row in range(BATCH)] for step in range(STEPS_PER_EPOCH * EPOCHS)
-        ]
+        files = [*(self.folder / "rows").iterdir()]
+        return samples_of(self.run, files, steps=STEPS_PER_EPOCH * EPOCHS, batch=BATCH)
 
 
 class Driven(Driver):
     """`spiketrain launch` of a lab, with more words; `resume`, where its run is there."""
 
     def __init__(self, lab: Lab, *more: str, terminal: int | None = None) -> None:
-        self.lab, run = lab, lab.folder / "runs" / "run"
+        self.lab, run = lab, lab.run
         words = ["launch", str(lab.folder / "told.py"), "--name", run.name, "--device", "cpu"]
         words = ["resume", run.name] if run.exists() else words
         words = [*words, *more, "--trust", "told_lab"]
@@ -94,6 +120,5 @@ class Driven(Driver):
         return start
 
     def finish(self) -> None:
-        """At full pace, and well."""
         self.lab.pace(0)
         assert self.end() == 0, self.log.read_text()[-3000:]

@@ -12,9 +12,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any
 
 import psutil
+
+from tests.helpers.waiting import end_with_parent
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 """what a process needs in its environment to join: a cluster without it would not be answered by
@@ -23,36 +28,76 @@ drivers that have one
 
 
 class Nodes:
-    """What a test says to that process."""
+    """What a test has that process do."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        self.address = self._answer()
+    def __init__(self, pool: ProcessPoolExecutor, environment: Mapping[str, str]) -> None:
+        self._pool = pool
+        self.address: str = pool.submit(_begin, dict(environment)).result()
 
     def add(self) -> int:
         """One node more; its number."""
-        return int(self._ask("add"))
+        return self._pool.submit(_add).result()
 
     def kill(self, number: int) -> None:
         """With SIGKILL, and all that runs on it."""
-        self._ask(f"kill {number}")
+        self._pool.submit(_kill, number).result()
 
     def drain(self, number: int, *, seconds: float) -> None:
         """Let the node's workers know that it is taken away in so many seconds; nobody takes it."""
-        self._ask(f"drain {number} {seconds}")
+        self._pool.submit(_drain, number, seconds).result()
 
-    def _ask(self, words: str) -> str:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{words}\n")
-        self._process.stdin.flush()
-        return self._answer()
 
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("nodes: "):
-                return line.removeprefix("nodes: ").strip()
-        raise AssertionError("the cluster's process ended")
+@contextmanager
+def nodes(environment: Mapping[str, str]) -> Iterator[Nodes]:
+    """A head with room for one worker, in this environment beside the process's own."""
+    # The place is short: Ray's sockets lie in it.
+    with (
+        tempfile.TemporaryDirectory() as place,
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
+    ):
+        process = psutil.Process(pool.submit(os.getpid).result())
+        try:
+            yield Nodes(pool, {"RAY_TMPDIR": place, **TOKEN, **environment})
+        finally:  # never `ray stop`, which ends every Ray there is
+            family = [*process.children(recursive=True), process]
+            for each in family:
+                each.kill()
+            psutil.wait_procs(family, timeout=20)
+
+
+_there: dict[str, Any] = {}
+"""in that process: the cluster, and the nodes by their numbers"""
+
+
+def _begin(environment: dict[str, str]) -> str:
+    end_with_parent()
+    os.environ.update(environment)
+    import ray  # noqa: F401  (before cluster_utils)
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 1, "include_dashboard": False}
+    _there.update(cluster=Cluster(initialize_head=True, head_node_args=head), nodes=[])
+    return _there["cluster"].address
+
+
+def _add() -> int:
+    _there["nodes"].append(_there["cluster"].add_node(num_cpus=1))
+    return len(_there["nodes"]) - 1
+
+
+def _kill(number: int) -> None:
+    _there["cluster"].remove_node(_there["nodes"][number], allow_graceful=False)
+
+
+def _drain(number: int, seconds: float) -> None:
+    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # Cython
+
+    deadline = int((time.time() + seconds) * 1e3)
+    reason = 2  # DRAIN_NODE_REASON_PREEMPTION of autoscaler.proto (ray 2.60)
+    node = _there["nodes"][number].node_id
+    gcs = GcsClient(address=_there["cluster"].address)
+    accepted, refusal = gcs.drain_node(node, reason, "taken away", deadline)
+    assert accepted, refusal
 
 
 def free_port() -> int:
@@ -79,60 +124,3 @@ def join_without_token(address: str) -> str:
     if b"InvalidAuthToken" in said:
         return "refused"
     return "joined" if code == 0 else f"no answer: {said.decode(errors='replace')}"
-
-
-@contextmanager
-def nodes(environment: Mapping[str, str]) -> Iterator[Nodes]:
-    """A head with room for one worker, in this environment beside the process's own."""
-    with tempfile.TemporaryDirectory() as place:  # short: Ray's sockets lie in it
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.nodes"],
-            env={**os.environ, "RAY_TMPDIR": place, **TOKEN, **environment},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        try:
-            yield Nodes(process)
-        finally:  # never `ray stop`, which ends every Ray there is
-            family = [
-                *psutil.Process(process.pid).children(recursive=True),
-                psutil.Process(process.pid),
-            ]
-            for each in family:
-                each.kill()
-            psutil.wait_procs(family, timeout=20)
-            process.wait()
-
-
-def main() -> None:
-    import ray  # noqa: F401  (before cluster_utils)
-    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # Cython
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
-    )
-    there = {}
-    print(f"nodes: {cluster.address}", flush=True)
-    for line in sys.stdin:
-        what, *words = line.split()
-        answer = "done"
-        if what == "add":
-            answer = str(len(there))
-            there[len(there)] = cluster.add_node(num_cpus=1)
-        elif what == "kill":
-            cluster.remove_node(there[int(words[0])], allow_graceful=False)
-        else:
-            deadline = int((time.time() + float(words[1])) * 1e3)
-            reason = 2  # DRAIN_NODE_REASON_PREEMPTION of autoscaler.proto (ray 2.60)
-            accepted, refusal = GcsClient(address=cluster.address).drain_node(
-                there[int(words[0])].node_id, reason, "taken away", deadline
-            )
-            answer = "done" if accepted else refusal
-        print(f"nodes: {answer}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

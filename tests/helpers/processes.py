@@ -2,16 +2,17 @@
 
 import os
 import sys
-import threading
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import distributed, multiprocessing
+
+from tests.helpers.waiting import end_with_parent
 
 
 def run_ranks(work: Callable[..., Any], ranks: int, folder: Path, *args: Any) -> list[Any]:
@@ -43,7 +44,7 @@ def _rank(
     args: tuple[Any, ...],
     environment: dict[str, str],
 ) -> None:
-    threading.Thread(target=_end_with_the_test, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(1)
     # as processes of their own are: what somebody draws unseeded differs between ranks
     np.random.seed()  # noqa: NPY002
@@ -65,13 +66,3 @@ def _rank(
     # belong to (torch 2.13): a rank was seen to abort there ("terminate called without an active
     # exception") with its work done.
     os._exit(0)
-
-
-def _end_with_the_test() -> None:
-    """Whose timeout ends pytest at once; the process that has forked this one would live on with
-    it.
-    """
-    parent = parent_process()
-    assert parent is not None, "started by pytest"
-    parent.join()
-    os._exit(1)

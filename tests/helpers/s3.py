@@ -22,10 +22,13 @@ def s3_server() -> Iterator[str]:
     try:
         host, port = server.get_host_and_port()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-            patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-            patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            for name, value in {
+                "ENDPOINT_URL": f"http://{host}:{port}",
+                "ACCESS_KEY_ID": "testing",
+                "SECRET_ACCESS_KEY": "testing",
+                "DEFAULT_REGION": "us-east-1",
+            }.items():
+                patch.setenv(f"AWS_{name}", value)
             # one of before knows the address of a server that is gone
             S3FileSystem.clear_instance_cache()
             boto3.client("s3").create_bucket(Bucket=BUCKET)

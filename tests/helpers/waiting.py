@@ -1,15 +1,18 @@
 """What a test waits for: a condition, within a time, while a process lives."""
 
+import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from multiprocessing import parent_process
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
 def until(
-    holds: Callable[[], T],
+    holds: Callable[[], T | None],
     *,
     within: float,
     process: subprocess.Popen[Any] | None = None,
@@ -25,3 +28,17 @@ def until(
         assert time.monotonic() < deadline, f"not within {within} s: {said()}"
         time.sleep(pause)
     return found
+
+
+def end_with_parent() -> None:
+    """Let this process, which multiprocessing has started, end with the one of the test.
+
+    A timeout ends pytest at once, without a word to others."""
+    parent = parent_process()
+    assert parent is not None, "started by pytest"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

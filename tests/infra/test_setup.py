@@ -4,7 +4,6 @@ fetched or installed.
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -13,13 +12,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PYTHON = """#!/usr/bin/env bash
+# But for pip, and for what tries whether all of it imports, the interpreter of this test.
+PYTHON = f"""#!/usr/bin/env bash
 if [[ $1 == -W ]]; then exit; fi
-if [[ $1 != -m ]]; then exec {python} "$@"; fi
+if [[ $1 != -m ]]; then exec {sys.executable} "$@"; fi
 echo "$@" >>told
 for word in "$@"; do if [[ $word == /dev/fd/* ]]; then cat "$word" >>piped; fi; done
 """
-"""but for pip, and for what tries whether all of it imports, the interpreter of this test"""
 
 
 @pytest.fixture
@@ -27,15 +26,14 @@ def clone(tmp_path: Path) -> Path:
     """What the image copies, beside a .venv that holds what this test's does; every system package
     is there.
     """
-    for name in ("pyproject.toml", "requirements.lock", "infra/setup.sh"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    python = PYTHON.format(python=sys.executable)
-    for name, text in (
-        (".venv/bin/python", python),
-        (".venv/bin/pip", ""),
-        ("system/dpkg-query", "#!/bin/sh\necho installed"),
-    ):
+    copied = {name: (ROOT / name).read_text() for name in ("pyproject.toml", "requirements.lock")}
+    for name, text in {
+        **copied,
+        "infra/setup.sh": (ROOT / "infra/setup.sh").read_text(),
+        ".venv/bin/python": PYTHON,
+        ".venv/bin/pip": "",
+        "system/dpkg-query": "#!/bin/sh\necho installed",
+    }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -45,10 +43,10 @@ def clone(tmp_path: Path) -> Path:
 
 
 def set_up(clone: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = f"{clone / 'system'}:{os.environ['PATH']}"
+    path = {"PATH": f"{clone / 'system'}:{os.environ['PATH']}"}
     return subprocess.run(
         [clone / "infra" / "setup.sh"],
-        env={**os.environ, "PATH": path, **environment},
+        env={**os.environ, **path, **environment},
         capture_output=True,
         text=True,
     )
@@ -83,14 +81,11 @@ def test_locked_nothing_is_fetched_that_has_no_hash(clone: Path) -> None:
 
 def test_cards_that_torch_cannot_use_are_told_of_and_no_failure(clone: Path) -> None:
     """The sentence is that of the clone's own code."""
-    (clone / "pipeline" / "measure").mkdir(parents=True)
+    (measure := clone / "pipeline" / "measure").mkdir(parents=True)
     said = "def unusable_gpus():\n    return 'install driver 580 or newer'\n"
-    for name, code in (
-        ("__init__.py", ""),
-        ("measure/__init__.py", ""),
-        ("measure/gpu_driver.py", said),
-    ):
-        (clone / "pipeline" / name).write_text(code)
+    for package in (measure.parent, measure):
+        (package / "__init__.py").touch()
+    (measure / "gpu_driver.py").write_text(said)
     done = set_up(clone)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines().count("setup: install driver 580 or newer") == 1
@@ -101,6 +96,5 @@ def test_the_image_asks_the_toolkit_for_what_torch_and_nvml_need() -> None:
     text = (ROOT / "Dockerfile").read_text()
     assert re.search(r"^ARG BASE=ubuntu:", text, re.MULTILINE)
     last = text.rsplit("FROM ${BASE}", 1)[1]
-    assert re.search(r"\bNVIDIA_VISIBLE_DEVICES=all\b", last) and re.search(
-        r"\bNVIDIA_DRIVER_CAPABILITIES=compute,utility\b", last
-    )
+    for variable in ("VISIBLE_DEVICES=all", "DRIVER_CAPABILITIES=compute,utility"):
+        assert re.search(rf"\bNVIDIA_{variable}\b", last)

@@ -1,5 +1,6 @@
 """The job script runs as it is, on stand-ins for Slurm's, Ray's and our own commands
-(tests/infra/stand_in).
+(tests/infra/stand_in); under Slurm's own daemons, with stand-ins for Ray and the driver; and on the
+real Ray and the real driver, with stand-ins for Slurm.
 """
 
 import json
@@ -10,6 +11,9 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +24,9 @@ import pytest
 
 from pipeline.launch.ray_cluster import NODES
 from pipeline.launch.schedulers import Order, render_sbatch, submit_sbatch
+from pipeline.track.journal import last
+from tests.helpers.nodes import free_port
+from tests.helpers.small import events
 from tests.helpers.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,10 +40,7 @@ class Slurm:
     def __init__(self, folder: Path) -> None:
         self.folder, self.runs = folder, folder / "runs"
         self.number = str(9_000_000 + os.getpid())
-        self.job, self.of_ray = (
-            self.runs / f".slurm-{self.number}",
-            Path(f"/tmp/spiketrain-{self.number}"),
-        )
+        self.of_ray = Path(f"/tmp/spiketrain-{self.number}")
         self.environment = {
             "PATH": f"{STAND_IN}:/usr/local/bin:/usr/bin:/bin",
             "PYTHONPATH": str(STAND_IN / "python"),
@@ -56,13 +60,12 @@ class Slurm:
         """As Slurm would on the first node: with the job's name and number, in the folder of
         submission.
         """
-        name = re.search(r"^#SBATCH --job-name=(.*)$", script.read_text(), re.MULTILINE)
-        assert name is not None
+        [name] = re.findall(r"^#SBATCH --job-name=(.*)$", script.read_text(), re.MULTILINE)
         self._process = subprocess.Popen(
             # The limit of memory that may be locked is that of the shell of the submission, as
             # Slurm passes it on.
             ["bash", "-c", 'ulimit -S -l 64 && exec bash "$@"', "bash", str(script), *words],
-            env=self.environment | {"SLURM_JOB_NAME": name[1]} | environment,
+            env=self.environment | {"SLURM_JOB_NAME": name} | environment,
             cwd=self.folder,
             stderr=(self.folder / "said").open(
                 "w"
@@ -71,24 +74,24 @@ class Slurm:
         )
         return self._process
 
-    def end(self, *, within: float = 30.0) -> tuple[int, str]:
-        """The exit status, and what was said."""
+    def end(self, status: int = 0) -> str:
+        """With that exit status; what was said."""
         assert self._process is not None
-        return self._process.wait(within), (self.folder / "said").read_text()
+        assert self._process.wait(30) == status, self.left("said")
+        return self.left("said")
 
-    def run(self, *words: str, **environment: str) -> tuple[int, str]:
+    def run(self, *words: str, status: int = 0, **environment: str) -> str:
         self.start(SCRIPT, *words, **environment)
-        return self.end()
+        return self.end(status)
+
+    def left(self, name: str) -> str:
+        file = self.folder / name
+        return file.read_text() if file.exists() else ""
 
     def until(self, name: str) -> str:
-        """The content of a file that a stand-in writes."""
-        file = self.folder / name
-        return until(
-            lambda: file.read_text() if file.exists() else "", within=20, said=lambda: name
-        )
+        return until(lambda: self.left(name), within=20, said=lambda: name)
 
     def close(self) -> None:
-        """What a test that failed has left in the job's session."""
         if self._process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -106,56 +109,49 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
 
 
 def test_the_launch_is_told_where_and_on_how_much_to_train(slurm: Slurm):
-    status, said = slurm.run("recipes/fashion/sltt.py", "--set", "optimizer.lr=0.05")
-
-    assert status == 0, said
-    words = (slurm.folder / "driver.words").read_text().splitlines()
+    slurm.run("recipes/fashion/sltt.py", "--set", "optimizer.lr=0.05")
     expected = (
-        "launch recipes/fashion/sltt.py --set optimizer.lr=0.05 --name spiketrain --runs RUNS"
-        " --address auto --workers 16"
+        "launch recipes/fashion/sltt.py --set optimizer.lr=0.05 --name spiketrain --runs"
+        f" {slurm.runs} --address auto --workers 16 --or-resume --node-loss patient"
     )
-    assert words == [
-        *expected.replace("RUNS", str(slurm.runs)).split(),
-        "--or-resume",
-        "--node-loss",
-        "patient",
-    ]
-    head = (slurm.folder / "driver.ray").read_text().strip()
+    assert slurm.left("driver.words").split() == expected.split()
+    head = slurm.left("driver.ray").strip()
     assert re.fullmatch(r"[\d.]+:2\d{4}", head) and not head.startswith("127.")
-    patience = (slurm.folder / "driver.patience").read_text().splitlines()
-    assert sorted(patience) == sorted(f"{name}={value}" for name, value in NODES["patient"].items())
-    soft, hard = (slurm.folder / "driver.memlock").read_text().split()
+    patience = dict(line.split("=") for line in slurm.left("driver.patience").splitlines())
+    assert patience == NODES["patient"]
+    soft, hard = slurm.left("driver.memlock").split()
     assert soft == hard != "64"  # InfiniBand needs more than a shell commonly has
-    for node in "01":
-        started = (slurm.folder / f"ray.{node}").read_text()
-        assert started.startswith(
-            f"symmetric-run --address {head} --min-nodes 2 --num-cpus=16 --num-gpus=8 "
-        )
-    assert not (slurm.folder / "scontrol").exists()
-    assert not slurm.job.exists()
-    assert (
-        stat.S_IMODE(slurm.of_ray.stat().st_mode) == 0o700
-    )  # logs of Ray, in a folder that all may write to
+    started = f"symmetric-run --address {head} --min-nodes 2 --num-cpus=16 --num-gpus=8 "
+    assert all(slurm.left(f"ray.{node}").startswith(started) for node in "01")
+    assert not slurm.left("scontrol") and not list(slurm.runs.glob(".slurm-*"))
+    # Logs of Ray, in a folder that all may write to.
+    assert stat.S_IMODE(slurm.of_ray.stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize(
-    ("ray", "started"),
+    ("environment", "status", "said", "started"),
     [
-        ("2.60", ("symmetric-run --address ", "symmetric-run --address ")),
+        ({"STAND_IN_DRIVER": "fail"}, 7, "", ["symmetric-run --address "] * 2),
         pytest.param(
-            "2.48", ("start --head --node-ip-address=", "start --address="), marks=pytest.mark.full
-        ),  # no symmetric-run
+            {"STAND_IN_DRIVER": "fail", "STAND_IN_RAY": "2.48"},
+            *(7, "", ["start --head --node-ip-address=", "start --address="]),
+            marks=pytest.mark.full,
+            id="no symmetric-run",
+        ),
+        (
+            {"SPIKETRAIN_RAY": "clever"},
+            *(1, "SPIKETRAIN_RAY must be symmetric or manual; got clever", []),
+        ),
+        ({"STAND_IN_RAY": "broken"}, 1, "never began", []),  # a Ray that did not start ends with 0
     ],
 )
 def test_a_failure_keeps_its_exit_status_and_is_not_queued_again(
-    slurm: Slurm, ray: str, started: tuple[str, str]
+    slurm: Slurm, environment: dict[str, str], status: int, said: str, started: list[str]
 ):
-    status, said = slurm.run("r.py", STAND_IN_DRIVER="fail", STAND_IN_RAY=ray)
-
-    assert status == 7, said
-    assert not (slurm.folder / "scontrol").exists()
+    assert said in slurm.run("r.py", status=status, **environment)
+    assert not slurm.left("scontrol")
     for node, words in enumerate(started):
-        assert (slurm.folder / f"ray.{node}").read_text().startswith(words)
+        assert slurm.left(f"ray.{node}").startswith(words)
 
 
 @pytest.mark.parametrize(
@@ -173,74 +169,52 @@ def test_a_failure_keeps_its_exit_status_and_is_not_queued_again(
 def test_an_option_that_the_script_says_itself_is_refused(
     slurm: Slurm, words: tuple[str, ...], said: str
 ):
-    status, all_said = slurm.run("r.py", "--set", "seed=3", *words)
-
-    assert status == 2
-    assert len(all_said.splitlines()) == 1 and said in all_said
-    assert not slurm.runs.exists() and not (slurm.folder / "srun.options").exists()
+    [line] = slurm.run("r.py", "--set", "seed=3", *words, status=2).splitlines()
+    assert said in line
+    assert not slurm.runs.exists() and not slurm.left("srun.options")
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    "found",
     [
-        ({"SPIKETRAIN_RAY": "clever"}, "SPIKETRAIN_RAY must be symmetric or manual; got clever"),
-        ({"STAND_IN_RAY": "broken"}, "never began"),  # a Ray that did not start ends with 0
-    ],
-)
-def test_what_never_begins_is_a_failure(slurm: Slurm, environment: dict[str, str], said: str):
-    status, all_said = slurm.run("r.py", **environment)
-
-    assert status == 1 and said in all_said
-    assert not (slurm.folder / "scontrol").exists()
-
-
-@pytest.mark.parametrize(
-    ("found", "of_another"),
-    [
-        ("symbolic link", False),
+        "symbolic link",
         pytest.param(
             "directory",
-            True,
             marks=pytest.mark.skipif(os.geteuid() != 0, reason="root alone gives files away"),
         ),
     ],
 )
-def test_a_folder_that_somebody_else_has_put_in_its_place_is_refused(
-    slurm: Slurm, found: str, of_another: bool
-):
-    theirs = slurm.of_ray if of_another else slurm.folder / "theirs"
-    theirs.mkdir()
-    if of_another:
+def test_a_folder_that_somebody_else_has_put_in_its_place_is_refused(slurm: Slurm, found: str):
+    if found == "directory":
+        (theirs := slurm.of_ray).mkdir()
         os.chown(theirs, 65534, -1)
     else:
+        (theirs := slurm.folder / "theirs").mkdir()
         slurm.of_ray.symlink_to(theirs)
     try:
-        status, said = slurm.run("r.py")
+        said = slurm.run("r.py", status=1)
         assert list(theirs.iterdir()) == []
     finally:
-        if not of_another:
+        if slurm.of_ray.is_symlink():
             slurm.of_ray.unlink()
-
-    assert status == 1
     refused = (
         f"{slurm.of_ray} on {socket.gethostname()} must be a directory of user {os.geteuid()}; got"
         f" {found} of user "
     )
     assert said.count(refused) == 2  # on each node
-    assert not (slurm.folder / "driver.words").exists() and not (slurm.folder / "ray.0").exists()
+    assert not slurm.left("driver.words") and not slurm.left("ray.0")
 
 
 # ------------------------------------------------------------------------------------------ signals
-
-
-OLD_RAY = {"STAND_IN_DRIVER": "train", "STAND_IN_RAY": "2.48"}
 
 
 @pytest.mark.parametrize(
     ("environment", "is_saved", "said"),
     [
         ({"STAND_IN_DRIVER": "train"}, True, ""),
-        pytest.param(OLD_RAY, True, "", marks=pytest.mark.full),
+        pytest.param(
+            {"STAND_IN_DRIVER": "train", "STAND_IN_RAY": "2.48"}, True, "", marks=pytest.mark.full
+        ),
         ({"STAND_IN_DRIVER": "asleep"}, False, "status 138"),  # it did not listen yet
         ({"STAND_IN_DRIVER": "deaf", "SPIKETRAIN_SAVE_WITHIN": "1"}, False, "status none"),
         ({"STAND_IN_DRIVER": "train", "STAND_IN_SCONTROL": "1"}, True, "submit it again"),
@@ -253,11 +227,9 @@ def test_a_time_limit_that_nears_saves_and_queues_the_job_again(
     batch = slurm.start(SCRIPT, "r.py", **environment)
     slurm.until("driver.began")
     batch.send_signal(signal.SIGUSR1)  # --signal=B: the script alone
-
-    status, all_said = slurm.end()
-    assert status == 130 and said in all_said
+    assert said in slurm.end(130)
     assert (slurm.folder / "driver.saved").exists() is is_saved
-    assert (slurm.folder / "scontrol").read_text() == f"requeue {slurm.number}\n"
+    assert slurm.left("scontrol") == f"requeue {slurm.number}\n"
 
 
 @pytest.mark.parametrize(
@@ -276,75 +248,57 @@ def test_a_run_that_is_asked_to_stop_saves(
     pids = {"tasks": slurm.until("srun.tasks"), "script": str(batch.pid), "driver": driver}
     for pid in pids[to].split():
         os.kill(int(pid), number)
-
-    status, said = slurm.end()
-    assert status == 130, said
+    slurm.end(130)
     assert (slurm.folder / "driver.saved").exists()
-    assert (slurm.folder / "scontrol").exists() is is_queued_again
+    assert (slurm.left("scontrol") != "") is is_queued_again
 
 
 # -------------------------------------------------------------------------------------------- token
 
 
-@pytest.mark.parametrize("way", ["symmetric", pytest.param("manual", marks=pytest.mark.full)])
-def test_the_token_is_in_a_file_of_its_owner_and_in_no_command_line(slurm: Slurm, way: str):
+@pytest.mark.parametrize(
+    ("way", "started"),
+    [("symmetric", "symmetric-run"), pytest.param("manual", "start", marks=pytest.mark.full)],
+)
+def test_the_token_is_in_a_file_of_its_owner_and_in_no_command_line(
+    slurm: Slurm, way: str, started: str
+):
     batch = slurm.start(
         SCRIPT, "r.py", STAND_IN_DRIVER="train", SPIKETRAIN_RAY=way, RAY_AUTH_TOKEN="one-of-before"
     )
     slurm.until("driver.began")
-
-    token = slurm.job / "token"
+    token = slurm.runs / f".slurm-{slurm.number}" / "token"
     secret = token.read_text().strip()
     assert re.fullmatch("[0-9a-f]{64}", secret)
-    assert (
-        stat.S_IMODE(token.stat().st_mode) == 0o600
-        and stat.S_IMODE(slurm.job.stat().st_mode) == 0o700
-    )
-    lines = {
-        pid: words
-        for pid, words in _command_lines().items()
-        if slurm.number in words or "r.py" in words
-    }
-    assert (
-        len(lines) >= 4
-    )  # the script, srun, its tasks, Ray, the driver: those that could have had it
-    assert not [words for words in _command_lines().values() if secret in words]
-    assert (
-        (slurm.folder / "ray.0")
-        .read_text()
-        .startswith({"symmetric": "symmetric-run", "manual": "start"}[way])
-    )
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (token, token.parent)] == [0o600, 0o700]
+    lines = [" ".join(each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"])]
+    # The script, srun, its tasks, Ray, the driver: those that could have had it.
+    assert sum(slurm.number in words or "r.py" in words for words in lines) >= 4
+    assert not [words for words in lines if secret in words]
+    assert slurm.left("ray.0").startswith(started)
     batch.send_signal(signal.SIGTERM)
-    slurm.end()
+    slurm.end(130)
     assert not token.exists()
 
 
 def test_another_start_has_another_token(slurm: Slurm):
-    secrets = set()
+    secrets = {""}
     for _ in range(2):
-        assert slurm.run("r.py")[0] == 0
-        secrets.add((slurm.folder / "driver.token").read_text())
+        slurm.run("r.py")
+        secrets.add(slurm.left("driver.token"))
         (slurm.folder / "over").unlink()
-    assert len(secrets) == 2 and "" not in secrets
+    assert len(secrets) == 3
 
 
 # -------------------------------------------------------------------------------- render and submit
 
 
-def command(
-    *words: str,
-    time: str = "10",
-    gpus: int = 8,
-    nodes: int = 2,
-    partition: str | None = None,
-    **fields: object,
-) -> str:
-    """The command line of an order of 16 workers, if nothing else is asked for."""
-    made = {"name": "my-run", "workers": 16, "runs": "/shared/runs", **fields}
-    order = Order(words=words or ("recipes/fashion/sltt.py",), **made)  # type: ignore[arg-type]
-    return render_sbatch(
-        order, SCRIPT.parent, nodes=nodes, gpus_per_node=gpus, time=time, partition=partition
-    )
+def command(*words: str, **changes: Any) -> str:
+    asked = {"nodes": 2, "gpus_per_node": 8, "time": "10", "partition": None}
+    asked = {name: changes.pop(name, value) for name, value in asked.items()}
+    about = {"name": "my-run", "workers": 16, "runs": "/shared/runs", **changes}
+    order = Order(words=words or ("recipes/fashion/sltt.py",), **about)
+    return render_sbatch(order, SCRIPT.parent, **asked)
 
 
 @pytest.fixture
@@ -355,10 +309,10 @@ def submit(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str
 
     def made(line: str) -> str:
         number = submit_sbatch(line)
-        read = (slurm.folder / "sbatch.environment").read_text().splitlines()
+        read = slurm.left("sbatch.environment").splitlines()
         environment = dict(each.split("=", 1) for each in read)
-        words = (slurm.folder / "sbatch.words").read_text().splitlines()
-        slurm.start(Path(words[0]), *words[1:], SLURM_JOB_NAME="my-run", **environment)
+        script, *words = slurm.left("sbatch.words").splitlines()
+        slurm.start(Path(script), *words, SLURM_JOB_NAME="my-run", **environment)
         return number
 
     return made
@@ -366,52 +320,32 @@ def submit(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str
 
 def test_what_is_submitted_runs_as_ordered(slurm: Slurm, submit: Callable[[str], str]):
     words = ("recipes/it's mine.py", "--set", 'data.folder="$(touch owned)"; `touch owned` & #')
-    runs = slurm.folder / "its runs"
-    assert (
-        submit(
-            command(*words, time="1-00:00:00", partition="gpu,long", runs=str(runs), image="a b:1")
-        )
-        == "4711"
-    )
-
-    status, said = slurm.end()
-    assert status == 0, said
-    options = (slurm.folder / "sbatch.options").read_text().splitlines()
-    asked = [
-        "--job-name=my-run",
-        "--nodes=2",
-        "--time=1-00:00:00",
-        "--gpus-per-node=8",
-        "--partition=gpu,long",
+    runs = str(slurm.folder / "its runs")
+    asked = {"time": "1-00:00:00", "partition": "gpu,long", "runs": runs, "image": "a b:1"}
+    assert submit(command(*words, **asked)) == "4711"
+    slurm.end()
+    assert slurm.left("sbatch.options").splitlines() == [
+        *("--parsable", "--export=ALL", "--job-name=my-run", "--nodes=2", "--time=1-00:00:00"),
+        *("--gpus-per-node=8", "--partition=gpu,long"),
     ]
-    assert options == ["--parsable", "--export=ALL", *asked]
-    launched = (slurm.folder / "driver.words").read_text().splitlines()
-    assert launched[1:4] == list(words)
     rest = ["--address", "auto", "--workers", "16", "--or-resume", "--node-loss", "patient"]
-    assert launched[4:] == ["--name", "my-run", "--runs", str(runs), *rest]
-    assert "--container-image=a b:1" in (slurm.folder / "srun.options").read_text().splitlines()
+    launched = slurm.left("driver.words").splitlines()[1:]
+    assert launched == [*words, "--name", "my-run", "--runs", runs, *rest]
+    assert "--container-image=a b:1" in slurm.left("srun.options").splitlines()
     assert not list(slurm.folder.rglob("owned"))
 
 
 def test_the_script_asks_for_what_no_option_says():
-    head = SCRIPT.read_text().partition("set -euo pipefail")[0]
-    names = re.findall(r"^#SBATCH --([a-z-]+)", head, re.MULTILINE)
-    asked = {
-        "requeue",
-        "signal",
-        "open-mode",
-        "ntasks-per-node",
-        "exclusive",
-        "mem",
-        "dependency",
-        "output",
-        "job-name",
+    head, _, body = SCRIPT.read_text().partition("set -euo pipefail")
+    assert set(re.findall(r"^#SBATCH --([a-z-]+)", head, re.MULTILINE)) == {
+        *("requeue", "signal", "open-mode", "ntasks-per-node", "exclusive", "mem", "dependency"),
+        *("output", "job-name"),
     }
-    assert sorted(names) == sorted(asked) and "#SBATCH" not in SCRIPT.read_text()[len(head) :]
+    assert "#SBATCH" not in body
 
 
 def test_what_is_not_asked_for_is_not_in_the_command():
-    line = command(gpus=0, time="10:00", workers=2)
+    line = command(gpus_per_node=0, time="10:00", workers=2)
     assert "gpus-per-node=" not in line and "partition=" not in line
     # Workers that leave GPUs alone may be more than these.
     assert " SPIKETRAIN_WORKERS=17 " in command("r.py", "--device", "cpu", workers=17)
@@ -423,37 +357,25 @@ def test_workers_that_nobody_counted_are_one_for_each_gpu(
     """Whatever the environment of the submission says, which Slurm passes on."""
     monkeypatch.setenv("SPIKETRAIN_WORKERS", "3")
     submit(command(workers=None, runs=str(slurm.runs)))
-    assert slurm.end()[0] == 0
-    assert " --workers 16 " in (slurm.folder / "driver.words").read_text().replace("\n", " ")
+    slurm.end()
+    assert " --workers 16 " in slurm.left("driver.words").replace("\n", " ")
+
+
+NOT_NAMES = ("a\n#SBATCH --uid=0", "a b", "../a", "")
+NOT_TIMES = ("", "soon", "1:2:3:4", "UNLIMITED", "10\n#SBATCH --uid=0", "10 --uid=0", "-5")
+NOT_PARTITIONS = ("", "a b", "gpu\n", "--uid=0", "gpu,")
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        *(
-            ({"name": name}, "name must match")
-            for name in ("a\n#SBATCH --uid=0", "a b", "../a", "")
-        ),
+        *(({"name": name}, "name must match") for name in NOT_NAMES),
+        *(({"time": time}, "time must match") for time in NOT_TIMES),
+        *(({"partition": name}, "partition must match") for name in NOT_PARTITIONS),
         ({"workers": 17}, "got 17 workers on 2 nodes x 8 GPUs"),
         (
             {"workers": (2, 3, 4)},
             "the number of nodes of a job is fixed, so workers must be one number; got 2:4",
-        ),
-        *(
-            ({"time": time}, "time must match")
-            for time in (
-                "",
-                "soon",
-                "1:2:3:4",
-                "UNLIMITED",
-                "10\n#SBATCH --uid=0",
-                "10 --uid=0",
-                "-5",
-            )
-        ),
-        *(
-            ({"partition": name}, "partition must match")
-            for name in ("", "a b", "gpu\n", "--uid=0", "gpu,")
         ),
         ({"nodes": 0}, "nodes must be 1 or more"),
     ],
@@ -464,33 +386,253 @@ def test_an_order_that_does_not_fit_is_refused(fields: dict[str, Any], said: str
     assert "\n" not in str(error.value)
 
 
-def test_what_sbatch_says_is_one_line(
-    submit: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("STAND_IN_SBATCH", "invalid partition specified: gpu")
-    said = (
-        "submit: sbatch failed with exit code 1 and said: sbatch: error: invalid partition"
-        " specified: gpu"
-    )
-    with pytest.raises(ValueError, match=f"^{said}$"):
-        submit(command())
-
-
-# --------------------------------------------------------------------------------------- the script
-
-
 def test_shellcheck_finds_nothing():
     checker = shutil.which("shellcheck")
     assert checker, "this test needs shellcheck, which `infra/setup.sh --tools` installs"
     scripts = [SCRIPT, ROOT / "infra" / "setup.sh", ROOT / ".ci" / "run"]
-    stand_ins = [STAND_IN / name for name in ("scontrol", "sbatch", "spiketrain")]
-
-    found = subprocess.run(
-        [checker, "--format=json", *map(str, scripts + stand_ins)], capture_output=True, text=True
-    )
+    scripts += [STAND_IN / name for name in ("scontrol", "sbatch", "spiketrain")]
+    found = subprocess.run([checker, "--format=json", *scripts], capture_output=True, text=True)
     assert json.loads(found.stdout) == []
 
 
-def _command_lines() -> dict[int, str]:
-    found = psutil.process_iter(["cmdline"])
-    return {each.pid: " ".join(each.info["cmdline"] or ()) for each in found}
+# --------------------------------------------------------------------- under Slurm's own daemons
+
+# cred_expire: how long a job that was queued again waits; 120 s by default. linuxproc: a container
+# has no cgroups to write to.
+CONFIGURATION = """
+ClusterName=spiketrain
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+CryptoType=crypto/munge
+MailProg=/bin/true
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SwitchType=switch/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+ReturnToService=2
+KillWait=20
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=1000 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def program(name: str) -> str:
+    found = shutil.which(name, path=f"/usr/sbin:/usr/bin:{os.environ['PATH']}")
+    assert found, f"this test needs {name}, which `infra/setup.sh --servers` installs"
+    return found
+
+
+@pytest.fixture(scope="module")
+def daemons() -> Iterator[None]:
+    if os.geteuid() != 0:
+        pytest.skip("Slurm's daemons start jobs as their users, which root alone may")
+    # munge takes no folder that others may write into.
+    folder = Path(tempfile.mkdtemp(prefix="spiketrain-slurm-", dir="/run"))
+    folder.chmod(0o755)
+    for name in ("munge", "state", "spool"):
+        (folder / name).mkdir(mode=0o755)
+    (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+    (folder / "munge" / "key").touch(mode=0o600)
+    (folder / "munge" / "key").write_bytes(os.urandom(128))
+    host, ports = socket.gethostname().split(".")[0], (free_port(), free_port())
+    (folder / "slurm.conf").write_text(CONFIGURATION.format(host=host, ports=ports, folder=folder))
+    named = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log"}
+    munge = [f"--{option}={folder}/munge/{name}" for option, name in named.items()]
+    commands = [
+        [program("munged"), "--foreground", *munge, f"--seed-file={folder}/munge/seed"],
+        [program("slurmctld"), "-D", "-f", f"{folder}/slurm.conf"],
+        [program("slurmd"), "-D", "-f", f"{folder}/slurm.conf", "-N", host],
+    ]
+    started = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", f"{folder}/slurm.conf")
+        try:
+            for command in commands:
+                said = (folder / f"{Path(command[0]).name}.said").open("w")
+                how = {"stdout": said, "stderr": said, "start_new_session": True}
+                started.append(subprocess.Popen(command, **how))
+                time.sleep(1)
+            sinfo = ["sinfo", "--noheader", "--format=%T"]
+            until(
+                lambda: "idle" in subprocess.run(sinfo, capture_output=True, text=True).stdout,
+                within=30,
+                pause=0.5,
+                said=lambda: "".join(each.read_text()[-2000:] for each in folder.glob("*.[ls]*")),
+            )
+            yield
+        finally:
+            for daemon in reversed(started):
+                daemon.send_signal(signal.SIGTERM)
+                daemon.wait(20)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class Submitted:
+    """A job on the stand-ins, as `pipeline.launch.schedulers` submits it."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, *, driver: str) -> None:
+        self.folder = folder
+        commands_at(folder / "bin", STAND_IN / "ray", STAND_IN / "spiketrain")
+        patch.setenv("STAND_IN", str(folder))
+        patch.setenv("STAND_IN_DRIVER", driver)
+        patch.setenv("SPIKETRAIN_PATIENCE", "30")
+        patch.setenv("PATH", f"{folder / 'bin'}:/usr/bin:/bin")
+        patch.chdir(folder)
+        order = Order(words=("r.py",), name="a-run", workers=1, runs=str(folder / "runs"))
+        # A limit below the 120 s of --signal: Slurm announces the end as soon as it looks, every 30
+        # s.
+        asked = {"nodes": 1, "gpus_per_node": 0, "time": "2", "partition": None}
+        self.number = submit_sbatch(render_sbatch(order, SCRIPT.parent, **asked))
+
+    def told(self, field: str) -> str:
+        command = ["scontrol", "show", "job", self.number]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        [found] = re.findall(rf"\b{field}=(\S*)", shown)
+        return found
+
+    def said(self) -> str:
+        file = self.folder / f"a-run-{self.number}.out"
+        return file.read_text() if file.exists() else ""
+
+    def until(self, holds: Callable[[], bool], *, within: float = 150.0) -> None:
+        said = lambda: f"{self.told('JobState')}:\n{self.said()}"
+        until(holds, within=within, pause=0.3, said=said)
+
+    def ends(self, state: str) -> None:
+        self.until(lambda: self.told("JobState") == state)
+
+
+@pytest.fixture
+def submitted(
+    daemons: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], Submitted]]:
+    jobs: list[Submitted] = []
+
+    def made(driver: str) -> Submitted:
+        jobs.append(Submitted(tmp_path, monkeypatch, driver=driver))
+        return jobs[-1]
+
+    yield made
+    for job in jobs:  # Ray's folder: numbers begin at 1 with every new Slurm
+        shutil.rmtree(f"/tmp/spiketrain-{job.number}", ignore_errors=True)
+
+
+def commands_at(folder: Path, *programs: Path) -> None:
+    folder.mkdir()
+    for each in programs:
+        (folder / each.name).symlink_to(each)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(400)
+def test_a_run_that_needs_two_limits_of_time(submitted: Callable[[str], Submitted], tmp_path: Path):
+    job = submitted("slices")
+    job.until((tmp_path / "driver.saved").exists)
+    job.ends("COMPLETED")
+    assert (job.told("Restarts"), job.told("ExitCode")) == ("1", "0:0")
+    assert "queued again" in job.said() and "start 2 of a-run" in job.said()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(400)
+def test_a_job_that_is_cancelled_saves_and_stays_cancelled(
+    submitted: Callable[[str], Submitted], tmp_path: Path
+):
+    job = submitted("train")
+    job.until((tmp_path / "driver.began").exists)
+    subprocess.run(["scancel", job.number], check=True)
+    job.until((tmp_path / "driver.saved").exists, within=30)
+    job.ends("CANCELLED")
+    time.sleep(8)  # longer than cred_expire
+    assert (job.told("JobState"), job.told("Restarts")) == ("CANCELLED", "0")
+
+
+@pytest.mark.full
+@pytest.mark.timeout(400)
+def test_a_failure_is_the_job_s(submitted: Callable[[str], Submitted]):
+    job = submitted("fail")
+    job.ends("FAILED")
+    assert job.told("ExitCode") == "7:0"
+
+
+# ------------------------------------------------------------------------------- on the real Ray
+
+PROGRAMS = Path(sys.executable).parent
+RECIPE = """
+from tests.helpers.small import small_recipe
+
+def recipe():
+    return small_recipe(name="sliced", epochs=40)
+"""
+
+
+@pytest.mark.full
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("way", ["symmetric", "manual"])
+def test_a_run_in_two_slices_of_time(tmp_path: Path, way: str):
+    runs, number = tmp_path / "runs", str(8_000_000 + os.getpid())
+    run, log, of_ray = runs / "in-slices", tmp_path / "said", f"/tmp/spiketrain-{number}"
+    (tmp_path / "sliced.py").write_text(RECIPE)
+    stand_ins = (STAND_IN / "srun", STAND_IN / "scontrol", STAND_IN / "on_ray" / "ray")
+    commands_at(tmp_path / "bin", *stand_ins)
+    foreign = ("RAY_", "SLURM_", "MLFLOW_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)} | {
+        "PATH": f"{tmp_path / 'bin'}:{PROGRAMS}:/usr/bin:/bin",
+        "PYTHONPATH": str(ROOT),
+        "STAND_IN": str(tmp_path),
+        "STAND_IN_RAY": str(PROGRAMS / "ray"),
+        "SLURM_JOB_ID": number,
+        "SLURM_JOB_NAME": "in-slices",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_CPUS_ON_NODE": "2",
+        "SPIKETRAIN_RAY": way,
+        "SPIKETRAIN_PATIENCE": "90",
+        "SPIKETRAIN_RUNS": str(runs),
+    }
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(**more: str) -> subprocess.Popen[bytes]:
+        command = ["bash", str(SCRIPT), "sliced.py", "--device", "cpu"]
+        said = log.open("a")
+        how = {"cwd": tmp_path, "stdout": said, "stderr": said, "start_new_session": True}
+        started.append(subprocess.Popen(command, env=environment | more, **how))
+        return started[-1]
+
+    try:
+        first = start()
+        until(
+            lambda: (last(run / "journal.jsonl", "step") or {"step": 0})["step"] >= 3,
+            process=first,
+            within=150,
+            said=log.read_text,
+        )
+        first.send_signal(signal.SIGUSR1)
+        assert first.wait(60) == 130, log.read_text()
+        assert (tmp_path / "scontrol").read_text() == f"requeue {number}\n"
+        assert events(run)[-1]["event"] == "stopped" and events(run, "finish") == []
+        assert start(SLURM_RESTART_COUNT="1").wait(150) == 0, log.read_text()
+        summary = json.loads((run / "summary.json").read_text())
+        assert (summary["steps"], summary["restarts"]) == (320, 1)
+        assert len((tmp_path / "scontrol").read_text().splitlines()) == 1
+        assert not list(runs.glob(".slurm-*"))
+        again = r"start 2 of in-slices: workers: 1, nodes: 1, Ray at [\d.]+:2\d{4}"
+        assert re.search(again, log.read_text())
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        stop = [tmp_path / "bin" / "ray", "stop"]
+        subprocess.run(stop, env=environment | {"RAY_TMPDIR": of_ray}, check=True)
+        shutil.rmtree(of_ray, ignore_errors=True)
