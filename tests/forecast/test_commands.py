@@ -216,14 +216,11 @@ def test_a_worker_gets_the_cores_that_a_launch_would_give_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One on a CPU; on a card its share of the node."""
-    assert (_threads("probe", "auto"), _threads("probe", "3")) == (1, 3)
+    assert (_threads("auto"), _threads(3)) == (1, 3)
     monkeypatch.setattr("pipeline.core.cores.cores_here", lambda: 16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert _threads("probe", "auto") == 8
-    said = "probe: --cpus-per-worker must be a number of cores or auto; got x"
-    with pytest.raises(ValueError, match=said):
-        _threads("probe", "x")
+    assert _threads("auto") == 8
 
 
 MEMORY = "sweep: --memory is a limit in GB, from 1e-6 to 1e6, for --batch auto; got"
