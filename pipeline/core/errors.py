@@ -1,10 +1,8 @@
 """Errors that end a run and remain after a restart. Each message is one line for the user.
 
-Messages of other programs may quote a secret, which `without_secrets` removes.
 `DataError` and `LoaderError` are here so that processes that write data need not import torch.
 """
 
-import os
 from typing import Any
 
 
@@ -46,27 +44,3 @@ def require_data(holds: object, rule: str) -> None:
 
 class LoaderError(RuntimeError):
     """A loader or writer failed or hung because of the machine. A retry may help."""
-
-
-SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")  # in the name of a variable
-LEAST_SECRET = 4  # the minimum length of a replaced value; shorter ones occur in ordinary text
-
-
-def is_secret(name: str) -> bool:
-    """Whether a variable of this name holds a secret."""
-    return any(word in name.upper() for word in SECRET)
-
-
-def without_secrets(text: str) -> str:
-    """Replace the values of secret environment variables in a text with `$NAME`.
-
-    A value may be unchanged, on one line, or quoted: http.client quotes bytes, requests text.
-    """
-    forms: dict[str, str] = {}
-    for name, value in os.environ.items():
-        plain = (value, value.strip(), " ".join(value.split())) if is_secret(name) else ()
-        quoted = [quote(each)[1:-1] for each in plain for quote in (repr, ascii)]
-        forms |= {form: f"${name}" for form in (*plain, *quoted) if len(form) >= LEAST_SECRET}
-    for form in sorted(forms, key=len, reverse=True):  # a value before its parts
-        text = text.replace(form, forms[form])
-    return text

@@ -25,8 +25,9 @@ from torch import distributed
 
 from pipeline.core.checks import require
 from pipeline.core.code_version import code_digest
-from pipeline.core.errors import DataError, without_secrets
+from pipeline.core.errors import DataError
 from pipeline.core.files import Marker
+from pipeline.core.secrets import without_secrets
 from pipeline.core.units import counted
 from pipeline.launch.ray import Ray
 from pipeline.launch.ray_cluster import alive_nodes, innermost, run_on_each, worker_environment

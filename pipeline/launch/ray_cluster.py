@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pipeline.core.errors import is_secret
+from pipeline.core.secrets import is_secret
 from pipeline.core.torch_settings import EXACT, environment
 from pipeline.launch.base import NoAnswer
 

@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.core.errors import without_secrets
 from pipeline.core.files import is_name
+from pipeline.core.secrets import without_secrets
 from pipeline.recipe.suite import is_suite, runs_of, sources_in
 from pipeline.track.journal import Record, number
 from pipeline.track.state import is_driven

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.core.errors import is_secret, without_secrets
+from pipeline.core.secrets import is_secret, without_secrets
 
 QUOTED: dict[str, Callable[[str], str]] = {
     "as it is": str,
