@@ -75,13 +75,14 @@ class Comparison:
         over = {
             each.name: group.by_seed(group.base_of(each.name), each.name) for each in compared()
         }
+        behind = {rule: tables.behind(group, rule) for rule in group.finished_rules}
         return {
             "study": group.study,
             "where": self.where or None,
             "baseline": baseline[0] if baseline else None,
             "baseline_runs": baseline,
             "time_baseline": group.fastest_baseline if baseline else None,
-            "runs": [self._run_to_json(run, over) for run in group.finished],
+            "runs": [_run_to_json(run, over, behind[run.rule]) for run in group.finished],
             "differences": [
                 {**asdict(each), "verdict": each.verdict(group.within)}
                 for each in group.differences
@@ -89,26 +90,6 @@ class Comparison:
             "within": group.within,
             "unfinished": [unfinished_to_json(run) for run in self.unfinished],
             "notes": list(self.notes),
-        }
-
-    def _run_to_json(self, run: Run, over: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
-        summary = dict(run.summary or {})
-        values = {name: run.value(name) for name in over}
-        ratios = {
-            name: None
-            if value is None or not over[name].get(run.seed)
-            else value / over[name][run.seed]
-            for name, value in values.items()
-        }
-        behind = tables.behind(self.group, run.rule)
-        return {
-            **{each.name: values[each.name] for each in compared() if each.source},
-            **finite(summary),
-            "run": run.name,
-            "rule": run.rule,
-            "behind": {re.sub("[ -]", "_", name): value for name, value in behind.items()},
-            "ratios": ratios,
-            "not_finite": dict(_not_finite(summary)),
         }
 
     def render(self, console: Console) -> None:
@@ -270,6 +251,29 @@ def comparable(runs: Sequence[Run]) -> list[list[Run]]:
 
 def unfinished_to_json(run: Run) -> dict[str, str]:
     return {"run": run.name, "rule": run.rule, "state": _state(run)}
+
+
+def _run_to_json(
+    run: Run, over: Mapping[str, Mapping[int, float]], behind: Mapping[str, str]
+) -> dict[str, Any]:
+    """`over`: the baseline's values by metric and seed."""
+    summary = dict(run.summary or {})
+    values = {name: run.value(name) for name in over}
+    ratios = {
+        name: None
+        if value is None or not over[name].get(run.seed)
+        else value / over[name][run.seed]
+        for name, value in values.items()
+    }
+    return {
+        **{each.name: values[each.name] for each in compared() if each.source},
+        **finite(summary),
+        "run": run.name,
+        "rule": run.rule,
+        "behind": {re.sub("[ -]", "_", name): value for name, value in behind.items()},
+        "ratios": ratios,
+        "not_finite": dict(_not_finite(summary)),
+    }
 
 
 def csv_of(comparisons: Sequence[Comparison]) -> str:

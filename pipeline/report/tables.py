@@ -246,15 +246,16 @@ def provenance(study: Study) -> Table:
     )
     rows: list[tuple[Cell, ...]] = []
     for run in (run for group in study.groups for run in group.runs):
-        past, machines = (
-            run.history,
-            dict.fromkeys(machine(on["hardware"]) for on in run.trained_on),
-        )
+        past = run.history
+        machines = dict.fromkeys(machine(on["hardware"]) for on in run.trained_on)
         again = "" if past.again_from is None else f", done again from {past.again_from} on"
-        state = describe_state(run.state, run.heard)
         cores = ("its own" if on["own_cores"] else "shared" for on in run.trained_on)
         row = (
-            *(run.name, run.rule, run.seed, run.study[:8], state),
+            run.name,
+            run.rule,
+            run.seed,
+            run.study[:8],
+            describe_state(run.state, run.heard),
             f"{past.step}/{run.total_steps or '?'}{again}",
             len(past.restarts),
             "; then ".join(machines) or machine({}),
@@ -399,9 +400,16 @@ def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cel
         alone = alone or speed.mean
         speed_up = speed.mean / alone
         yield (
-            *(first.rule, workers, speed.mean, speed.deviation),
-            *(speed_up, speed_up * fewest / workers, counted(fewest, "worker"), speed.runs),
-            *(first.study[:8], machine(first.hardware)),
+            first.rule,
+            workers,
+            speed.mean,
+            speed.deviation,
+            speed_up,
+            speed_up * fewest / workers,
+            counted(fewest, "worker"),
+            speed.runs,
+            first.study[:8],
+            machine(first.hardware),
             "its own" if first.trained_on[0]["own_cores"] else "shared",
         )
 
