@@ -115,17 +115,11 @@ def test_micro_batches_and_ranks_do_not_matter(per: str) -> None:
 
 
 def test_seed_and_step_draw_anew() -> None:
-    mixing = Mixing(mixup=1.0, per="sample")
-    places = [PLACE, PLACE | {"seed": 4}, PLACE | {"step": 42}]
-    assert (
-        len(
-            {
-                mixing(*batch(range(8)), rows=range(8), **place)[0].numpy().tobytes()
-                for place in places
-            }
-        )
-        == 3
-    )
+    mixed = [
+        Mixing(mixup=1.0, per="sample")(*batch(range(8)), rows=range(8), **PLACE | place)[0]
+        for place in ({}, {"seed": 4}, {"step": 42})
+    ]
+    assert len({x_B.numpy().tobytes() for x_B in mixed}) == 3
 
 
 def test_draws_have_their_distributions() -> None:
@@ -170,8 +164,11 @@ def test_recordings_are_cut_in_space_alone() -> None:
         ({}, "mixup or cutmix must be above 0; got mixup=0.0, cutmix=0.0"),
         ({"mixup": -1.0, "cutmix": 1.0}, "mixup or cutmix must be above 0; got mixup=-1.0"),
         ({"mixup": 1.0, "probability": 0.0}, r"probability must be in 0\.\.1, above 0; got 0\.0"),
-        ({"mixup": 1.0, "switch": 0.5}, "switch has no effect without both"),
-        ({"mixup": 1.0, "cutmix": 1.0, "switch": 1.0}, r"switch must be between 0 and 1; got 1\.0"),
+        ({"mixup": 1.0, "switch": 0.5}, "switch .* has no effect without both"),
+        (
+            {"mixup": 1.0, "cutmix": 1.0, "switch": 1.0},
+            r"switch must be between 0 and 1, .* switch=1\.0",
+        ),
         ({"mixup": 1.0, "per": "elem"}, "per must be 'batch', 'pair' or 'sample'; got 'elem'"),
     ],
 )

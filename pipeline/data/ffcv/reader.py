@@ -58,8 +58,10 @@ def usable_threads(threads: int) -> int:
     return threads
 
 
-class BetonLoader:
+class BetonLoader(api.Loader):
     """The batches of one rank from one file (see base.Loader).
+
+    FFCV's loader with one pipeline, for the decoded field, whose order is here.
 
     Args:
         decode: the decoder; its `parallel` and `threads` come from `usable_threads`.
@@ -83,13 +85,33 @@ class BetonLoader:
         one_in: int = 0,
     ) -> None:
         self.samples, self.steps_per_epoch = order.samples, order.steps
-        self.path, self._order, self._seed, self._hang_s = path, order, seed, hang_s
-        self._one_in = one_in
+        self.path, self.decode, self.seed, self.hang_s = path, decode, seed, hang_s
+        self._order, self._one_in = order, one_in
         self._open: list[_Reading] = []
-        with torch_threads_kept():
-            self._ffcv = _Loader(path, decode, batch_size=order.micro_batch, threads=threads)
-        metadata = self._ffcv.reader.metadata
-        self.records, self._labels = metadata["f0"], metadata["f1"]
+        # what FFCV reads
+        self.fname, self.batch_size = str(path), order.micro_batch
+        self.batches_ahead, self.num_workers = 3, threads
+        self.reader = Reader(self.fname)
+        require_data(
+            decode.name in self.reader.handlers,
+            f"data: {path} must hold a field {decode.name!r}; got"
+            f" {', '.join(self.reader.field_names)}; images are read by Beton, arrays by Events",
+        )
+        self.records, self._labels = self.reader.metadata["f0"], self.reader.metadata["f1"]
+        self.memory_manager = _Pages(self.reader)
+        pipelines = {decode.name: PipelineSpec(decode.name, decoder=decode)}
+        self.graph = Graph(
+            pipelines, self.reader.handlers, {decode.name: 0}, self.reader.metadata, None
+        )
+        # The loop is compiled once per process (loops.py). FFCV would also compile, for each
+        # loader, the function that calls it.
+        Compiler.set_enabled(False)
+        try:
+            with torch_threads_kept():
+                Compiler.set_num_threads(threads)
+            self.generate_code()
+        finally:
+            Compiler.set_enabled(True)
 
     @contextmanager
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Batch]]:
@@ -98,13 +120,11 @@ class BetonLoader:
         views = ids + len(self._labels) * self._order.copies(start=start)
         check = None
         if self._one_in:
-            table = self._ffcv.reader.alloc_table
-            check = SpotCheck(self.path, table, one_in=self._one_in, seed=self._seed, epoch=epoch)
-        # The loader also sets torch's threads, but in its own thread, which does not affect this
+            table = self.reader.alloc_table
+            check = SpotCheck(self.path, table, one_in=self._one_in, seed=self.seed, epoch=epoch)
+        # The reading also sets torch's threads, but in its own thread, which does not affect this
         # one (torch 2.13).
-        reading = _Reading(
-            self._ffcv, views, seed=self._seed, epoch=epoch, hang_s=self._hang_s, check=check
-        )
+        reading = _Reading(self, views, epoch=epoch, check=check)
         self._open.append(reading)
         try:
             yield self._batches(reading, ids)
@@ -117,9 +137,8 @@ class BetonLoader:
             reading.close()
 
     def _batches(self, reading: "_Reading", ids: NDArray[np.int64]) -> Iterator[Batch]:
-        size = self._order.micro_batch
-        for first in range(0, len(ids), size):
-            index_B = ids[first : first + size]
+        for first in range(0, len(ids), self.batch_size):
+            index_B = ids[first : first + self.batch_size]
             x_B = reading.next_batch(index_B)
             target_B = np.ascontiguousarray(self._labels[index_B], np.int64)
             yield Batch(x_B, torch.from_numpy(target_B), torch.from_numpy(index_B.copy()))
@@ -140,56 +159,21 @@ class _Pages(OSCacheManager):
         self.context = OSCacheContext(self)
 
 
-class _Loader(api.Loader):
-    """FFCV's loader with one pipeline, for the decoded field. `_Reading` holds the order."""
-
-    def __init__(self, path: Path, decode: Decoder, *, batch_size: int, threads: int) -> None:
-        self.fname, self.batch_size = str(path), batch_size
-        self.batches_ahead, self.num_workers = 3, threads
-        self.reader = Reader(self.fname)
-        require_data(
-            decode.name in self.reader.handlers,
-            f"data: {path} must hold a field {decode.name!r}; got"
-            f" {', '.join(self.reader.field_names)}; images are read by Beton, arrays by Events",
-        )
-        self.memory_manager = _Pages(self.reader)
-        Compiler.set_num_threads(threads)
-        pipelines = {decode.name: PipelineSpec(decode.name, decoder=decode)}
-        self.graph = Graph(
-            pipelines, self.reader.handlers, {decode.name: 0}, self.reader.metadata, None
-        )
-        self.what = decode.what
-        self.decode_node = self.graph.operation_to_node[decode][0].id
-        # The loop is compiled once per process (loops.py). FFCV would also compile, for each
-        # loader, the function that calls it.
-        Compiler.set_enabled(False)
-        try:
-            self.generate_code()
-        finally:
-            Compiler.set_enabled(True)
-
-
 class _Reading(api.epoch_iterator.EpochIterator):
     """One pass through an order, in a read-ahead thread."""
 
+    loader: BetonLoader  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(
-        self,
-        loader: _Loader,
-        ids: NDArray[np.int64],
-        *,
-        seed: int,
-        epoch: int,
-        hang_s: float | None,
-        check: SpotCheck | None,
+        self, loader: BetonLoader, ids: NDArray[np.int64], *, epoch: int, check: SpotCheck | None
     ) -> None:
-        self._keys, self._hang_s, self._check = (seed, epoch), hang_s, check
-        self._is_first = True
-        self._node, self._what = loader.decode_node, loader.what
+        self._keys, self._check, self._is_first = (loader.seed, epoch), check, True
         super().__init__(loader, ids.astype(np.uint64))  # pyright: ignore[reportArgumentType]
 
     def start(self) -> None:
         # Called by the base class after it has allocated its memory.
-        memory = self.memory_allocations["operation"][self._node]
+        node = self.loader.graph.operation_to_node[self.loader.decode][0].id
+        memory = self.memory_allocations["operation"][node]
         memory[Decoder.KEYS][...] = np.array(self._keys, np.uint64)
         self._status = memory[Decoder.STATUS]
         super().start()
@@ -216,8 +200,8 @@ class _Reading(api.epoch_iterator.EpochIterator):
         failed = index_B[self._status[slot][: len(index_B), 0] != 0].tolist()
         require_data(
             not failed,
-            f"data: {self.loader.fname}: cannot decode {self._what} of samples {failed[:10]};"
-            " `spiketrain verify` it",
+            f"data: {self.loader.fname}: cannot decode {self.loader.decode.what} of samples"
+            f" {failed[:10]}; `spiketrain verify` it",
         )
         # The slot is overwritten two batches later. The copy is pinned if this process computes on
         # a GPU, so that the transfer can overlap. In a CPU process, pinned memory would open a
@@ -241,7 +225,7 @@ class _Reading(api.epoch_iterator.EpochIterator):
 
     def _wait(self) -> tuple[int, Any]:
         """The next slot and its outputs. Every error of the thread is raised here."""
-        patience = self._hang_s or (FIRST_BATCH_S if self._is_first else HANG_S)
+        patience = self.loader.hang_s or (FIRST_BATCH_S if self._is_first else HANG_S)
         self._is_first = False
         give_up = time.monotonic() + patience
         while True:

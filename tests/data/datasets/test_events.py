@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
-from pipeline.data.base import Data, DataError
+from pipeline.data.base import DataError
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.datasets.events import Events
 from pipeline.data.ffcv import api
-from pipeline.data.ffcv import format as beton_format
+from pipeline.data.ffcv.format import Arrays, read_tables
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.ffcv.page_checks import verify
 from pipeline.data.write.events import write_events
@@ -22,7 +22,7 @@ from pipeline.data.write.generated_events import MovingShape
 from pipeline.data.write.recordings import Framing, frames
 from pipeline.data.write.writer import Source, write_sets
 from pipeline.spiking.encode import over_steps
-from tests.helpers.loaders import by_index, read, same
+from tests.helpers.loaders import read, same
 
 SIZE, SLICES, TRAIN, VAL = 16, 12, 61, 13  # recordings: no multiple of any batch size used here
 GOOD: dict[str, Any] = {"classes": 16, "steps": 4, "size": SIZE}
@@ -44,10 +44,9 @@ def expected(number: int, steps: int, part: int = 1) -> np.ndarray:
 def test_fulfils_the_contract(moving: Path) -> None:
     data = Events(moving, **GOOD)
     batch = read(data.train(**SIZES))[0]
-    assert isinstance(data, Data) and data.shape == (4, 2, SIZE, SIZE)
     assert over_steps(batch.x, 4).shape == (4, 12, 2, SIZE, SIZE)
     assert torch.equal(batch.target, batch.index % 16)
-    assert Events("/nowhere", **GOOD).shape == data.shape  # opens no file
+    assert Events("/nowhere", **GOOD).shape == data.shape == (4, 2, SIZE, SIZE)  # opens no file
 
 
 @pytest.mark.parametrize("steps", [12, 4, 1])
@@ -63,13 +62,12 @@ def test_one_channel_is_the_sum_of_both_polarities(moving: Path) -> None:
 
 
 def test_mean_and_std_are_those_of_the_counts_of_one_step(moving: Path) -> None:
-    plain = read(Events(moving, **GOOD).val(micro_batch=VAL))[0].x
-    normal = read(Events(moving, **GOOD, mean=(0.5, 0.25), std=(2.0, 4.0)).val(micro_batch=VAL))[
-        0
-    ].x
-    assert torch.allclose(normal[:, :, 0], (plain[:, :, 0] - 0.5) / 2.0) and torch.allclose(
-        normal[:, :, 1], (plain[:, :, 1] - 0.25) / 4
+    plain, normal = (
+        read(Events(moving, **GOOD, **how).val(micro_batch=VAL))[0].x
+        for how in ({}, {"mean": (0.5, 0.25), "std": (2.0, 4.0)})
     )
+    mean, std = (torch.tensor(each)[:, None, None] for each in ((0.5, 0.25), (2.0, 4.0)))
+    torch.testing.assert_close(normal, (plain - mean) / std)
 
 
 def test_a_recording_is_shifted_and_mirrored_as_one(moving: Path) -> None:
@@ -96,13 +94,6 @@ def test_threads_do_not_change_a_bit(moving: Path) -> None:
     assert not same(one, read(data.train(**SIZES), 2))
 
 
-def test_a_share_may_be_held_out(moving: Path) -> None:
-    data = Events(moving, **GOOD, held_out=0.2)
-    train = by_index(read(data.train(seed=0, batch_size=7, micro_batch=7)))
-    held = by_index(read(data.val(micro_batch=4)))
-    assert len(held) == 12 and not train.keys() & held.keys() and len(train) == 49
-
-
 @pytest.mark.parametrize(
     ("options", "dtype"),
     [({"counts": "int16"}, "int16"), ({"frames_by": "number"}, "uint8"), ({"slices": 3}, "uint8")],
@@ -111,12 +102,9 @@ def test_counts_of_other_types_and_cuts(
     tmp_path: Path, options: dict[str, Any], dtype: str
 ) -> None:
     train, _ = write(tmp_path, **options, samples=16, val_samples=16)
-    kind = beton_format.read_tables(tmp_path / "train.beton").kind
-    assert (
-        isinstance(kind, beton_format.Arrays)
-        and kind.dtype == dtype
-        and train.stored["saturated"] == 0
-    )
+    kind = read_tables(tmp_path / "train.beton").kind
+    assert kind == Arrays(dtype, (options.get("slices", SLICES), 2, SIZE, SIZE))
+    assert train.stored["saturated"] == 0
     x = read(Events(tmp_path, **GOOD | {"steps": 3}).val(micro_batch=16))[0].x[9]
     by: Any = options.get("frames_by", "time")
     np.testing.assert_array_equal(
@@ -173,21 +161,18 @@ def test_what_the_file_does_not_hold_is_refused(
 
 
 def test_images_are_no_events_and_events_no_images(moving: Path, fashion: Path) -> None:
-    with pytest.raises(
-        DataError,
-        match=(
-            r"^Events: .*train\.beton must hold frames .*; got Images\(\); images are read by Beton"
+    for data, said in (
+        (
+            Events(fashion, classes=10, steps=1, size=28),
+            r"Events: .*train\.beton must hold frames .*; got Images\(\); images are read by Beton",
+        ),
+        (
+            Beton(moving, classes=16, size=16),
+            r"data: .*train\.beton must hold a field 'image'; got array, label; .* by Events",
         ),
     ):
-        Events(fashion, classes=10, steps=1, size=28).train(**SIZES)
-    with pytest.raises(
-        DataError,
-        match=(
-            r"^data: .*train\.beton must hold a field 'image'; got array, label; .* arrays by"
-            r" Events"
-        ),
-    ):
-        Beton(moving, classes=16, size=16).train(**SIZES)
+        with pytest.raises(DataError, match=f"^{said}"):
+            data.train(**SIZES)
 
 
 @pytest.mark.parametrize(
@@ -211,14 +196,13 @@ def test_options_that_contradict_are_refused(wrong: dict[str, Any], said: str) -
 
 def test_files_that_were_kept_must_be_those_that_were_asked_for(copy: Path) -> None:
     assert write(copy, existing="keep") == verify(copy)
-    with pytest.raises(DataError, match=r"train\.beton was written from 61 samples .*; got 60 of"):
-        write(copy, existing="keep", samples=60)
-    with pytest.raises(
-        DataError, match=r"train\.beton was written with .*ask with --existing replace"
+    for change, said in (
+        ({"samples": 60}, r"train\.beton was written from 61 samples .*; got 60 of"),
+        ({"slices": 6}, r"train\.beton was written with .*ask with --existing replace"),
+        ({"content_seed": 1}, "content seed 0; got 61 of moving shapes, content seed 1"),
     ):
-        write(copy, existing="keep", slices=6)
-    with pytest.raises(DataError, match=r"content seed 0; got 61 of moving shapes, content seed 1"):
-        write(copy, existing="keep", content_seed=1)
+        with pytest.raises(DataError, match=said):
+            write(copy, existing="keep", **change)
 
 
 def test_saccades_over_fashion(small_fashion: Path, tmp_path: Path) -> None:

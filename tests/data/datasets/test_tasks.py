@@ -2,13 +2,13 @@
 
 # B batch, C channels, H W pixels
 
-import numpy as np
 import pytest
 import torch
 
-from pipeline.data.base import Data, DataError
+from pipeline.data.base import DataError
+from pipeline.data.datasets.beton import Beton
 from pipeline.data.datasets.synthetic import Synthetic
-from pipeline.data.datasets.tasks import ByClass, Permuted, SplitClasses
+from pipeline.data.datasets.tasks import Permuted, SplitClasses
 from pipeline.data.order import permutation
 from tests.helpers.loaders import by_index, read
 
@@ -21,12 +21,6 @@ def plain(samples=50, **changes):
 
 
 # ----------------------------------------------------------------------------------------- permuted
-
-
-def test_permuted_data_and_loader_fulfil_the_contract():
-    data = Permuted(plain(), task=1)
-    assert isinstance(data, Data) and isinstance(data, ByClass)
-    assert (data.classes, data.shape) == (6, (2, 4, 5))
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
@@ -44,23 +38,15 @@ def test_every_pixel_is_found_again_and_only_there(part):
 
 
 def test_the_order_is_the_tasks_and_the_same_in_every_run():
-    orders = {
-        tuple(Permuted(plain(), task=task, seed=seed).order.tolist())
-        for task in range(4)
-        for seed in range(2)
-    }
-    assert len(orders) == 8
-    assert np.array_equal(
-        Permuted(plain(), task=2).order, Permuted(plain(samples=60, content_seed=3), task=2).order
-    )
+    def order(**task):
+        return tuple(Permuted(plain(), **task).order.tolist())
 
-
-def test_task_0_is_as_it_is_only_when_asked():
-    assert Permuted(plain(), task=0, first="plain").order.tolist() == list(range(20))
-    assert Permuted(plain(), task=0).order.tolist() != list(range(20))
-    assert np.array_equal(
-        Permuted(plain(), task=1, first="plain").order, Permuted(plain(), task=1).order
-    )
+    assert len({order(task=task, seed=seed) for task in range(4) for seed in range(2)}) == 8
+    other = Permuted(plain(samples=60, content_seed=3), task=2).order
+    assert order(task=2) == tuple(other.tolist())
+    # task 0 is as it is only when asked
+    assert order(task=0, first="plain") == tuple(range(20)) != order(task=0)
+    assert order(task=1, first="plain") == order(task=1)
 
 
 def test_recordings_are_permuted_alike_at_every_time_step():
@@ -141,37 +127,20 @@ def test_split_fingerprint_names_classes_and_labels():
 
 
 def test_files_leave_classes_out(fashion):
-    from pipeline.data.datasets.beton import Beton
-
-    beton = Beton(
-        fashion,
-        classes=10,
-        size=28,
-        channels=1,
-        crop="shift",
-        reach=0,
-        flip="never",
-        mean=(0.5,),
-        std=(0.5,),
-    )
-    data = SplitClasses(beton, task=3)
+    how = {"classes": 10, "size": 28, "channels": 1, "mean": (0.5,), "std": (0.5,)}
+    still = {"crop": "shift", "reach": 0, "flip": "never"}
+    beton = Beton(fashion, **how, **still)
+    data, chosen = SplitClasses(beton, task=3), [i for i in range(100) if i % 10 in (6, 7)]
     batches = read(data.train(**SIZES | {"batch_size": 5, "micro_batch": 5}))
-    assert sorted(by_index(batches)) == [i for i in range(100) if i % 10 in (6, 7)]
+    assert sorted(by_index(batches)) == chosen
     assert all(torch.equal(batch.target, batch.index % 10 - 6) for batch in batches)
-    [whole] = read(beton.val(**VAL | {"micro_batch": 30}))
-    [mine] = read(data.val(**VAL))
-    assert mine.index.tolist() == [6, 7, 16, 17, 26, 27] and torch.equal(
-        mine.x, whole.x[mine.index]
-    )
-    held_out = SplitClasses(
-        Beton(fashion, classes=10, size=28, channels=1, mean=(0.5,), std=(0.5,), held_out=0.3),
-        task=3,
-    )
+    [whole], [mine] = read(beton.val(**VAL | {"micro_batch": 30})), read(data.val(**VAL))
+    assert mine.index.tolist() == [6, 7, 16, 17, 26, 27]
+    assert torch.equal(mine.x, whole.x[mine.index])
+    held_out = SplitClasses(Beton(fashion, **how, held_out=0.3), task=3)
     trained_on = held_out.train(**SIZES | {"batch_size": 1, "micro_batch": 1})
     chosen_on, learnt = (by_index(read(each)) for each in (held_out.val(**VAL), trained_on))
-    assert chosen_on and sorted([*chosen_on, *learnt]) == [
-        i for i in range(100) if i % 10 in (6, 7)
-    ]
+    assert chosen_on and sorted([*chosen_on, *learnt]) == chosen
 
 
 @pytest.mark.parametrize(
@@ -188,10 +157,13 @@ def test_files_leave_classes_out(fashion):
         ),
         (lambda: SplitClasses(plain(), task=0, classes_per_task=0), "tasks of 0 make 0 tasks"),
         (lambda: SplitClasses(plain(), task=0, classes_per_task=7), "tasks of 7 make 0 tasks"),
-        (lambda: SplitClasses(plain(), task=0, order=(0, 1)), r"each of 0\.\.5 once; got \(0, 1\)"),
+        (
+            lambda: SplitClasses(plain(), task=0, order=(0, 1)),
+            r"each of 0\.\.5 once, .*; got order=\(0, 1\)",
+        ),
         (
             lambda: SplitClasses(plain(), task=0, labels="both"),
-            "labels must be 'task' or 'data'; got 'both'",
+            "labels must be 'task' or 'data'; got .* labels='both'",
         ),
         (
             lambda: SplitClasses(SplitClasses(plain(), task=0), task=0),

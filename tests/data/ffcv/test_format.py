@@ -28,19 +28,17 @@ def data(request, tmp_path) -> Beton | Events:
     return DATA[request.param](shutil.copytree(source, tmp_path / "data"))
 
 
-def region(path: Path, name: str) -> tuple[int, int]:
-    """Offset and size of a region or of a page."""
+def regions(path: Path) -> dict[str, tuple[int, int]]:
+    """Offset and size of each region and of each page, in the file's order."""
     tables = read_tables(path)
-    regions = {name: place for name, *place in tables.regions}
-    pages = {f"page {i}": (at, tables.page_bytes) for i, at in enumerate(tables.pages)}
-    return tuple((regions | pages)[name])
+    places = {name: (offset, size) for name, offset, size in tables.regions}
+    places |= {f"page {i}": (at, tables.page_bytes) for i, at in enumerate(tables.pages)}
+    return dict(sorted(places.items(), key=lambda each: each[1]))
 
 
 def test_whole_files_pass_and_regions_cover_them(photos):
     path, end = photos / "train.beton", 0
-    tables = read_tables(path)
-    pages = [("page", offset, tables.page_bytes) for offset in tables.pages]
-    for _, offset, size in sorted([*tables.regions, *pages], key=lambda each: each[1]):
+    for offset, size in regions(path).values():
         assert offset == end
         end += size
     assert end == path.stat().st_size
@@ -55,7 +53,7 @@ def test_whole_files_pass_and_regions_cover_them(photos):
 )
 def test_a_flipped_bit_is_located(data, name):
     path = data.folder / "train.beton"
-    offset, size = region(path, name)
+    offset, size = regions(path)[name]
     flip(path, offset + size // 3)
     said = rf"train\.beton: {name} \(bytes {offset} to .* differs from its manifest"
     for look in (data.check, lambda: verify(data.folder)):
@@ -68,7 +66,7 @@ def test_a_flipped_bit_is_located(data, name):
 def test_a_bad_sector_is_located_once_it_stays_one(folder, name, times, monkeypatch):
     path, pread = folder / "train.beton", os.pread
     left = [OSError(errno.EIO, os.strerror(errno.EIO))] * times
-    begin, _ = region(path, name)
+    begin, _ = regions(path)[name]
 
     def fails(file, length, offset):
         if offset == begin and left:
@@ -100,7 +98,7 @@ def test_a_file_that_is_cut_short_is_refused_in_one_line(data):
 
 def test_field_descriptors_that_say_nothing_are_refused(copy):
     path = copy / "train.beton"
-    content, (at, _) = bytearray(path.read_bytes()), region(path, "field descriptors")
+    content, (at, _) = bytearray(path.read_bytes()), regions(path)["field descriptors"]
     content[at + 17 : at + 400] = bytes(383)
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"train\.beton: damaged field descriptors"):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline.core.errors import DataError
-from pipeline.core.random import bits
+from pipeline.data.write import generated_events
 from pipeline.data.write.generated_events import (
     CLASSES,
     SHAPES,
@@ -52,10 +52,8 @@ def place(counts_XX: np.ndarray) -> np.ndarray:
 
 
 def test_sixteen_classes_take_turns() -> None:
-    assert (
-        CLASSES[:5] == ["disc right", "disc left", "disc down", "disc up", "square right"]
-        and len(CLASSES) == 16
-    )
+    expected = ["disc right", "disc left", "disc down", "disc up", "square right"]
+    assert CLASSES[:5] == expected and len(CLASSES) == 16
     assert [MovingShape(number, 0).label for number in (0, 1, 15, 16, 35)] == [0, 1, 15, 0, 3]
 
 
@@ -74,9 +72,7 @@ def test_a_direction_is_the_exact_reversal_of_its_opposite_so_sums_over_time_are
     assert not np.array_equal(frames(forwards, 10, 34), frames(backwards, 10, 34))
     np.testing.assert_array_equal(frames(forwards, 4, 34), frames(backwards, 4, 34)[::-1])
     assert digest(reversal(backwards)) == digest(forwards)
-    is_reversed = recording.label % 2 == 1
-    played = recording.events()
-    expected = backwards if is_reversed else forwards
+    played, expected = recording.events(), backwards if recording.label % 2 else forwards
     coin = int(played.p_N[0] ^ expected.p_N[0])
     assert digest(played) == digest(expected._replace(p_N=expected.p_N ^ coin))
 
@@ -85,9 +81,8 @@ def test_the_coin_is_fair_and_knows_nothing_of_the_direction() -> None:
     coins: list[list[int]] = [[], []]
     for number in range(320):
         recording = MovingShape(number, 1)
-        coins[number % 2].append(
-            recording._draw(262, 2)
-        )  # without the recording: 262 is the coin's draw
+        # without the recording: 262 is the coin's draw
+        coins[number % 2].append(generated_events._draw(recording, 262, 2))
     for each in coins:
         assert abs(np.mean(each) - 0.5) < 3 * 0.5 / np.sqrt(160)
 
@@ -164,21 +159,17 @@ def test_the_shape_goes_where_its_class_says() -> None:
 
 
 def test_a_recording_is_a_function_of_seed_part_and_number() -> None:
-    assert (
-        digest(MovingShape(5, 0).events())
-        == digest(MovingShape(5, 0).events())
-        == "f7d69df499d7df26"
-    )
-    others = {
+    one, again, *others = (
         digest(each.events())
         for each in (
+            MovingShape(5, 0),
             MovingShape(5, 0),
             MovingShape(21, 0),
             MovingShape(5, 1),
             MovingShape(5, 0, content_seed=1),
         )
-    }
-    assert len(others) == 4
+    )
+    assert one == again == "f7d69df499d7df26" and len({one, *others}) == 4
 
 
 def test_the_sensor_may_be_larger_and_not_too_small() -> None:
@@ -186,6 +177,8 @@ def test_the_sensor_may_be_larger_and_not_too_small() -> None:
     assert stream.sensor == (48, 48) and stream.x_N.max() < 48
     with pytest.raises(DataError, match="size must be 16 or more pixels; got 8"):
         MovingShape(0, 0, size=8)
+    with pytest.raises(DataError, match="size must be the picture's 28 pixels or more; got 20"):
+        Saccades(picture(), 0, 0, 0, size=20)
 
 
 def picture() -> np.ndarray:
@@ -194,72 +187,46 @@ def picture() -> np.ndarray:
     return image
 
 
-def test_three_saccades_of_100_ms_each_and_back() -> None:
-    path = gaze()
+def test_three_saccades_of_100_ms_each_and_back_show_edges_and_no_flat_ground() -> None:
+    path = list(map(tuple, gaze()))
     assert len(path) == 76 and path[0] == path[-1] and len({path[0], path[25], path[50]}) == 3
     stream = Saccades(picture(), 3, 0, 0).events()
     assert stream.span == (0, 300_000) and stream.sensor == (34, 34)
     assert 500 < len(stream.t_N) < 10_000
-    thirds = frames(stream, 3, 34).sum((1, 2, 3))
+    counts = frames(stream, 3, 34)
+    thirds, counts = counts.sum((1, 2, 3)), counts.sum((0, 1))
     assert thirds.min() > 0.2 * thirds.sum()
+    # around the upper edge, and the ground above
+    assert counts[9:13, 13:21].mean() > 10 * counts[:4].mean()
+    black = Saccades(np.zeros((28, 28), np.uint8), 0, 7, 0).events()
+    assert 50 <= len(black.t_N) <= 100  # noise alone
 
 
-def test_edges_are_seen_and_flat_ground_is_not() -> None:
-    counts = frames(Saccades(picture(), 3, 0, 0).events(), 1, 34).sum((0, 1))
-    assert (
-        counts[9:13, 13:21].mean() > 10 * counts[:4].mean()
-    )  # around the upper edge, and the ground above
-
-
-def test_a_black_picture_shows_noise_alone() -> None:
-    stream = Saccades(np.zeros((28, 28), np.uint8), 0, 7, 0).events()
-    assert 50 <= len(stream.t_N) <= 100
-
-
-def test_a_picture_larger_than_the_sensor_is_refused() -> None:
-    with pytest.raises(DataError, match="size must be the picture's 28 pixels or more; got 20"):
-        Saccades(picture(), 0, 0, 0, size=20)
-
-
-def test_nothing_moves_nothing_is_seen() -> None:
-    assert len(film_to_events(np.ones((5, 3, 4)), threshold=0.1, step_us=10).t_N) == 0
-
-
-def test_a_ramp_gives_an_event_for_each_threshold_that_it_crosses() -> None:
-    film = np.zeros((5, 2, 3))
-    film[:, 1, 2] = [
-        0.0,
-        0.5,
-        2.25,
-        2.25,
-        1.0,
-    ]  # thresholds of 0.5: one up, three more (to 2.0), none, two down (to 1.0)
-    seen = film_to_events(film, threshold=0.5, step_us=60)
-    assert seen.t_N.tolist() == [30, 70, 90, 110, 195, 225]
-    assert seen.p_N.tolist() == [1, 1, 1, 1, 0, 0]
-    assert set(seen.y_N.tolist()) == {1} and set(seen.x_N.tolist()) == {2}
-    assert (seen.sensor, seen.span) == ((2, 3), (0, 240))
-
-
-def test_a_level_follows_by_whole_thresholds_only() -> None:
-    film = np.zeros((4, 1, 1))
-    film[:, 0, 0] = [
-        0.0,
-        0.9,
-        1.1,
-        0.05,
-    ]  # the level stays at 1 until the intensity is one threshold below it
-    seen = film_to_events(film, threshold=1.0, step_us=10)
-    assert seen.p_N.tolist() == [1]
+@pytest.mark.parametrize(
+    ("film", "threshold", "times", "signs"),
+    [
+        ([1.0] * 5, 0.1, [], []),  # nothing moves
+        # thresholds of 0.5: one up, three more (to 2.0), none, two down (to 1.0)
+        ([0.0, 0.5, 2.25, 2.25, 1.0], 0.5, [30, 70, 90, 110, 195, 225], [1, 1, 1, 1, 0, 0]),
+        # the level stays at 1 until the intensity is one threshold below it
+        ([0.0, 0.9, 1.1, 0.05], 1.0, [90], [1]),
+    ],
+)
+def test_a_pixel_gives_an_event_for_each_threshold_that_it_crosses(
+    film: list[float], threshold: float, times: list[int], signs: list[int]
+) -> None:
+    film_MHW = np.zeros((len(film), 2, 3))
+    film_MHW[:, 1, 2] = film
+    seen = film_to_events(film_MHW, threshold=threshold, step_us=60)
+    assert (seen.t_N.tolist(), seen.p_N.tolist()) == (times, signs)
+    assert (seen.y_N == 1).all() and (seen.x_N == 2).all()
+    assert (seen.sensor, seen.span) == ((2, 3), (0, 60 * (len(film) - 1)))
 
 
 def test_noise_is_laid_among_the_events_in_order_of_time() -> None:
     film = np.linspace(0, 5, 11)[:, None, None] * np.ones((1, 4, 4))
     seen = film_to_events(film, threshold=0.5, step_us=100)
-    noisy = add_noise(seen, bits(0, 0, 0, np.arange(4 * 50)))
+    noisy = add_noise(seen, MovingShape(0, 0), 50, first_draw=0)
     assert len(noisy.t_N) == len(seen.t_N) + 50
-    assert (
-        np.all(np.diff(noisy.t_N) >= 0)
-        and noisy.t_N.max() < 1000
-        and {noisy.y_N.max(), noisy.x_N.max()} == {3}
-    )
+    assert np.all(np.diff(noisy.t_N) >= 0) and noisy.t_N.max() < 1000
+    assert {noisy.y_N.max(), noisy.x_N.max()} == {3}

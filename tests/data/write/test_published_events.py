@@ -11,7 +11,6 @@ import pytest
 from pipeline.core.errors import DataError
 from pipeline.data.write.published_events import GESTURES, PublishedRecording, published_sets
 from pipeline.data.write.recordings import Framing
-from pipeline.data.write.writer import Bad
 from tests.helpers.recordings import TYXP, some_events, write_aedat4, write_bin, write_npy
 
 pytest.importorskip("tonic")
@@ -36,15 +35,10 @@ def same(recording: PublishedRecording, events: TYXP) -> bool:
 
 def test_nmnist(tmp_path: Path) -> None:
     train, val = published_sets("nmnist", nmnist(tmp_path))
-    assert (train.name, val.name, train.classes) == (
-        "train",
-        "val",
-        [str(digit) for digit in range(10)],
-    )
-    assert [item.label for item in train.items] == sorted(list(range(10)) * 3) and len(
-        val.items
-    ) == 20
-    assert same(train.items[7], some_events(21, 34, 34))
+    digits = list(range(10))
+    assert (train.name, val.name, train.classes) == ("train", "val", list(map(str, digits)))
+    assert [item.label for item in train.items] == sorted(digits * 3)
+    assert len(val.items) == 20 and same(train.items[7], some_events(21, 34, 34))
     stream = train.items[7].events()
     assert stream.sensor == (34, 34) and stream.span == (stream.t_N[0], stream.t_N[-1] + 1)
 
@@ -61,9 +55,7 @@ def test_dvs_gesture_has_milliseconds_and_labels_for_names(tmp_path: Path) -> No
     )
     assert same(train.items[0], (events[0] // 1000 * 1000, *events[1:]))
     write_npy(root / "ibmGestureTest" / "user24_led" / "11.npy", events)
-    with pytest.raises(
-        DataError, match=r"11\.npy must name its class, a number below 11; got '11'"
-    ):
+    with pytest.raises(DataError, match=r"11\.npy must name its class, one of 0, 1, .*; got '11'"):
         published_sets("gesture", tmp_path)
 
 
@@ -110,7 +102,7 @@ def test_an_event_file_that_is_cut_short_is_named(tmp_path: Path, suffix: str, c
         write_aedat4(path, events, width=34, height=34)
     path.write_bytes(path.read_bytes()[:-cut])
     result = Framing(slices=2, size=34)(PublishedRecording(path, 0, (34, 34)))
-    assert isinstance(result, Bad) and result.reason.startswith("it is cut short"), result
+    assert str(result).startswith("it is cut short"), result
 
 
 def test_recordings_that_are_not_there_are_named_with_where_to_get_them(

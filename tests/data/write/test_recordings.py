@@ -3,14 +3,16 @@ refused.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.core.errors import DataError
+from pipeline.data.ffcv.format import Arrays
 from pipeline.data.write.recordings import Framing, Stream, frames, in_order
-from pipeline.data.write.writer import Bad, Encoded
+from pipeline.data.write.writer import Encoded
 
 
 def stream(
@@ -51,12 +53,8 @@ def test_counts_are_those_of_a_loop_over_the_events(by: Any, slices: int, size: 
 def test_slices_by_time_begin_where_the_span_is_cut() -> None:
     t_N, zeros = np.arange(10, 18), np.zeros(8, np.int64)
     events = Stream(t_N, zeros, np.arange(8), zeros, (1, 8), (10, 18))
-    assert frames(events, 4, 8)[:, 0, 0].argmax(1).tolist() == [
-        0,
-        2,
-        4,
-        6,
-    ]  # each the first of its two
+    firsts = frames(events, 4, 8)[:, 0, 0].argmax(1).tolist()
+    assert firsts == [0, 2, 4, 6]  # each the first of its two
 
 
 @pytest.mark.parametrize("by", ["time", "number"])
@@ -84,77 +82,69 @@ def test_area_is_the_mean_over_the_pixels_beneath() -> None:
     np.testing.assert_allclose(frames(events, 2, 3, resize="area"), expected, rtol=1e-12)
 
 
-def test_stored_as_counts_or_as_halves() -> None:
-    class Recording:
-        label = 0
+@dataclass(frozen=True)
+class Made:
+    """A recording of the events that it is given."""
 
-        def events(self) -> Stream:
-            return stream()
+    made: Stream
+    label: int = 0
 
-    whole = Framing(slices=4, size=5, counts="int16")(Recording())
-    assert (
-        isinstance(whole, Encoded)
-        and whole.counted == {"events": 500, "saturated": 0}
-        and whole.attributes == {}
-    )
-    np.testing.assert_array_equal(
-        np.frombuffer(whole.payload, "<i2").reshape(4, 2, 5, 5), counted(stream(), 4, 5, "time")
-    )
-    mean = Framing(slices=4, size=5, resize="area")
-    assert (mean.kind.dtype, mean.kind.shape) == ("float16", (4, 2, 5, 5))
-    halves = mean(Recording())
-    assert isinstance(halves, Encoded)
-    np.testing.assert_allclose(
-        np.frombuffer(halves.payload, "<f2").reshape(4, 2, 5, 5),
-        frames(stream(), 4, 5, resize="area"),
-        rtol=1e-3,
-    )
-
-
-def test_a_count_that_does_not_fit_is_refused_or_saturates_and_is_counted() -> None:
-    class Hot:
-        label = 0
-
-        def events(self) -> Stream:
-            t_N, zeros = np.arange(600), np.zeros(600, np.int64)
-            x_N = np.repeat([0, 1, 2], [300, 256, 44])
-            return Stream(t_N, zeros, x_N, zeros, (4, 4), (0, 600))
-
-    refused = Framing(slices=1, size=4)(Hot())
-    assert isinstance(refused, Bad) and refused.reason.startswith(
-        "2 counts beyond uint8, the largest 300; store int16"
-    )
-    cut = Framing(slices=1, size=4, overflow="saturate")(Hot())
-    assert isinstance(cut, Encoded) and cut.counted == {"events": 600, "saturated": 2}
-    assert np.frombuffer(cut.payload, np.uint8)[:4].tolist() == [255, 255, 44, 0]
-    assert isinstance(Framing(slices=1, size=4, counts="int16")(Hot()), Encoded)
+    def events(self) -> Stream:
+        return self.made
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("how", "dtype", "tolerance"),
+    [({"counts": "int16"}, "<i2", 0), ({"resize": "area"}, "<f2", 1e-3)],
+)
+def test_stored_as_counts_or_as_halves(how: dict[str, Any], dtype: str, tolerance: float) -> None:
+    framing = Framing(slices=4, size=5, **how)
+    encoded = framing(Made(stream()))
+    assert isinstance(encoded, Encoded) and encoded.attributes == {}
+    assert encoded.counted == {"events": 500, "saturated": 0}
+    assert framing.kind == Arrays(np.dtype(dtype).name, (4, 2, 5, 5))
+    found = np.frombuffer(encoded.payload, dtype).reshape(4, 2, 5, 5)
+    expected = frames(stream(), 4, 5, resize=how.get("resize", "sum"))
+    np.testing.assert_allclose(found, expected, rtol=tolerance)
+
+
+def test_a_count_that_does_not_fit_is_refused_or_saturates_and_is_counted() -> None:
+    t_N, zeros = np.arange(600), np.zeros(600, np.int64)
+    x_N = np.repeat([0, 1, 2], [300, 256, 44])
+    hot = Made(Stream(t_N, zeros, x_N, zeros, (4, 4), (0, 600)))
+    refused = str(Framing(slices=1, size=4)(hot))
+    assert refused.startswith("2 counts beyond uint8, the largest 300; store int16")
+    cut = Framing(slices=1, size=4, overflow="saturate")(hot)
+    assert isinstance(cut, Encoded) and cut.counted == {"events": 600, "saturated": 2}
+    assert np.frombuffer(cut.payload, np.uint8)[:4].tolist() == [255, 255, 44, 0]
+    assert isinstance(Framing(slices=1, size=4, counts="int16")(hot), Encoded)
+
+
+def last(**change: int) -> Stream:
+    """Events of which the last has another x, y, p or t."""
+    [(name, value)] = change.items()
+    values = getattr(stream(), name).copy()
+    values[-1] = value
+    return stream()._replace(**{name: values})
+
+
+NONE = np.zeros(0, np.int64)
+
+
+@pytest.mark.parametrize(
+    ("events", "said"),
     [
-        ({"x_N": 9}, r"x of its events must be in 0\.\.8; got 0 to 9"),
-        ({"y_N": -1}, r"y of its events must be in 0\.\.11; got -1 to 11"),
-        ({"p_N": 2}, r"p of its events must be in 0\.\.1; got 0 to 2"),
-        ({"t_N": 1000}, r"t of its events must be in 0\.\.999; got 0 to 1000"),
+        (last(x_N=9), r"x of its events must be in 0\.\.8; got 0 to 9"),
+        (last(y_N=-1), r"y of its events must be in 0\.\.11; got -1 to 11"),
+        (last(p_N=2), r"p of its events must be in 0\.\.1; got 0 to 2"),
+        (last(t_N=1000), r"t of its events must be in 0\.\.999; got 0 to 1000"),
+        (Stream(NONE, NONE, NONE, NONE, (4, 4), (0, 1)), "it holds no event"),
+        (stream()._replace(t_N=stream().t_N[::-1]), "must be in order of time"),
     ],
 )
-def test_events_that_cannot_be_are_refused(change: dict[str, int], said: str) -> None:
-    events = stream()
-    [(name, value)] = change.items()
-    values = getattr(events, name).copy()
-    values[-1] = value
+def test_events_that_cannot_be_are_refused(events: Stream, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        frames(events._replace(**{name: values}), 2, 5)
-
-
-def test_no_events_and_disorder_are_refused() -> None:
-    empty = np.zeros(0, np.int64)
-    with pytest.raises(DataError, match="it holds no event"):
-        frames(Stream(empty, empty, empty, empty, (4, 4), (0, 1)), 1, 4)
-    backwards = stream()
-    with pytest.raises(DataError, match="must be in order of time"):
-        frames(backwards._replace(t_N=backwards.t_N[::-1]), 1, 4)
+        frames(events, 2, 5)
 
 
 @pytest.mark.parametrize(
