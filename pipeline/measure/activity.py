@@ -108,17 +108,16 @@ class Activity:
         """
         if not self._layers:
             return ()
-        shapes_L2 = [layer.fired_TN.shape for layer in self._layers]
-        sizes_L2 = largest(torch.tensor(shapes_L2, dtype=torch.int64)).tolist()
+        sizes_L2 = largest(torch.tensor([layer.fired_TN.shape for layer in self._layers])).tolist()
         widened = [
             _widened(layer.fired_TN.cpu(), steps, neurons)
             for layer, (steps, neurons) in zip(self._layers, sizes_L2, strict=True)
         ]
         by_step = [fired_TN.sum(1, dtype=torch.float64) for fired_TN in widened]
-        steps_T = total(torch.cat([*by_step, torch.tensor([self._samples], dtype=torch.float64)]))
-        neurons_N = total(torch.cat([fired_TN.sum(0, dtype=torch.int32) for fired_TN in widened]))
-        *by_step, samples = steps_T.split([*(steps for steps, _ in sizes_L2), 1])
-        by_neuron = neurons_N.split([neurons for _, neurons in sizes_L2])
+        by_step.append(torch.tensor([self._samples], dtype=torch.float64))
+        *by_step, samples = total(torch.cat(by_step)).split([*(steps for steps, _ in sizes_L2), 1])
+        by_neuron = [fired_TN.sum(0, dtype=torch.int32) for fired_TN in widened]
+        by_neuron = total(torch.cat(by_neuron)).split([neurons for _, neurons in sizes_L2])
         return tuple(
             LayerActivity(
                 name=name,

@@ -118,15 +118,16 @@ def fidelity(
         sltt: None if SLTT cannot train the network; the temporal share is then unknown.
         others: the gradients of each rule's draws, by rule label.
     """
-    shares = {} if sltt is None else {name: _share(g, sltt[name]) for name, g in bptt.items()}
-    cosines = {
-        label: {
-            name: statistics.fmean(_cosine(g, draw[name]) for draw in draws)
-            for name, g in bptt.items()
-        }
-        for label, draws in others.items()
-    }
-    return Fidelity(shares, cosines)
+    return Fidelity(
+        {} if sltt is None else {name: _share(g, sltt[name]) for name, g in bptt.items()},
+        {
+            label: {
+                name: statistics.fmean(_cosine(g, draw[name]) for draw in draws)
+                for name, g in bptt.items()
+            }
+            for label, draws in others.items()
+        },
+    )
 
 
 def _share(bptt: Tensor, sltt: Tensor) -> float:

@@ -186,8 +186,9 @@ class _Watch(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         count = _COUNTED.get(func.overloadpacket)
-        composite = torch._C.DispatchKey.CompositeImplicitAutograd
-        if count is None and func.has_kernel_for_dispatch_key(composite):
+        if count is None and func.has_kernel_for_dispatch_key(
+            torch._C.DispatchKey.CompositeImplicitAutograd
+        ):
             with self:  # in inference mode torch dispatches an operation that others make up
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
@@ -293,8 +294,12 @@ def _embedding_bag(
     each = more[3] if len(more) > 3 else None
     rows = (weight != 0).sum(1)[places]
     live = rows if each is None else rows * (each != 0)
-    even = each is None or operations.has_even(each) or is_even(weight)
-    operations.add(live.sum(), rows.numel() * weight.shape[1], even=even, hands_down=True)
+    operations.add(
+        live.sum(),
+        rows.numel() * weight.shape[1],
+        even=each is None or operations.has_even(each) or is_even(weight),
+        hands_down=True,
+    )
 
 
 # The two sides of each product, as matrices or batches of them, from an operation's arguments.
@@ -344,8 +349,7 @@ def is_even(x_OI: Tensor) -> bool:
     if x_OI.numel() > 2 * _HEAD and not is_even(x_OI[:1, :_HEAD]):
         return False
     low_O1, high_O1 = x_OI.aminmax(dim=1, keepdim=True)
-    is_sum = x_OI.shape[1] > 1
-    shared_O1 = torch.maximum(high_O1, -low_O1) if is_sum else torch.ones_like(x_OI)
+    shared_O1 = torch.maximum(high_O1, -low_O1) if x_OI.shape[1] > 1 else torch.ones_like(x_OI)
     return bool(((x_OI == shared_O1) | (x_OI == -shared_O1) | (x_OI == 0)).all())
 
 

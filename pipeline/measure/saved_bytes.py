@@ -48,7 +48,7 @@ class SavedBytes:
     def __enter__(self) -> SavedBytes:
         if self._hooks is not None:
             raise RuntimeError("SavedBytes: entered twice; make one for each nesting")
-        storages = [parameter.untyped_storage() for parameter in self._parameters]
+        storages = (parameter.untyped_storage() for parameter in self._parameters)
         self._excluded = {storage._cdata: storage for storage in storages}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         self._hooks.__enter__()

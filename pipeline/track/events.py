@@ -493,12 +493,10 @@ def from_dict(record: Mapping[str, Any]) -> Event:
 def uses(record: Mapping[str, Any], use: type[_Use]) -> Iterator[tuple[_Use, Any]]:
     """The metrics, tags or gauges of an event, each with the value of its field or None."""
     kind = kind_of(record)
+    own = {KIND, *(field.name for field in fields(kind))}
+    rest = {key: value for key, value in record.items() if key not in own}
     for name, each in declared(kind, use):
-        if name != _rest(kind):
-            yield each, record.get(name)
-            continue
-        own = {KIND, *(field.name for field in fields(kind))}
-        yield each, {key: value for key, value in record.items() if key not in own}
+        yield each, rest if name == _rest(kind) else record.get(name)
 
 
 @cache

@@ -25,12 +25,8 @@ def trained_on(events: Sequence[Mapping[str, Any]], *, steps: int | None) -> lis
     for start in (event for event in events if kind_of(event) is Start):
         kept = [*(earlier for earlier in kept if _first(earlier) < _first(start)), start]
     trained = [start for start in kept if steps is None or _first(start) < steps]
-    conditions: list[dict[str, Any]] = []
-    for start in trained or kept[-1:]:
-        fields = _fields(start)
-        if fields not in conditions:
-            conditions.append(fields)
-    return conditions
+    conditions = [_fields(start) for start in trained or kept[-1:]]
+    return [each for place, each in enumerate(conditions) if each not in conditions[:place]]
 
 
 def conditions_of(

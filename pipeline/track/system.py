@@ -96,6 +96,6 @@ def _collect(monitors: list[BaseMetricsMonitor]) -> dict[str, float]:
     values: dict[str, float] = {}
     for monitor in monitors:
         monitor.collect_metrics()
-        values.update(monitor.aggregate_metrics() or {})
+        values |= monitor.aggregate_metrics() or {}
         monitor.clear_metrics()
     return values

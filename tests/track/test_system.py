@@ -65,8 +65,13 @@ def test_the_mirror_samples(fake_run: Callable, sqlite_store: str, monkeypatch: 
     assert len(history(sqlite_store, run, CPU)) == len(read(run.folder / "system.jsonl"))
 
 
-def test_a_disk_that_refuses_ends_the_samples_and_nothing_else(tmp_path: Path):
-    sampler = Sampler(tmp_path / "gone", interval=0.01)
-    with pytest.warns(UserWarning, match="system metrics are no longer sampled: FileNotFoundError"):
-        sampler._thread.join(20)
-    sampler.close()
+@pytest.mark.parametrize(
+    ("interval", "error"),
+    [(0.01, "FileNotFoundError"), (None, "ValueError: could not convert string to float: 'soon'")],
+)
+def test_what_goes_wrong_ends_the_samples_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: float | None, error: str
+):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "soon")
+    with pytest.warns(UserWarning, match=f"system metrics are no longer sampled: {error}"):
+        Sampler(tmp_path / "gone", interval=interval)._thread.join(20)
