@@ -313,7 +313,6 @@ X_TBC = torch.zeros(2, 1, 4)
 
 
 def two(forward_of) -> Network:
-    """Two synapses and two norms, put together by `forward_of`."""
     synapses = {"one": Linear(4, 4), "other": Linear(4, 4)}
     norms = {"norm": BatchNorm(4), "norm2": BatchNorm(4)}
     return Network(forward_of, **synapses, **norms, neuron=LIF())
