@@ -170,10 +170,10 @@ class LateReadout(nn.Module):
         seen = self.state.read("seen")
         first = 0 if seen is None else int(seen)
         last = first + len(x_TBK)
-        if last > self.time_steps:
-            raise ValueError(
-                f"LateReadout: a recording must have {self.time_steps} time steps; got step {last}"
-            )
+        require(
+            last <= self.time_steps,
+            f"LateReadout: a recording must have {self.time_steps} time steps; got step {last}",
+        )
         self.state.write("seen", torch.tensor(last))
         speaks = [step >= self.time_steps - self.late for step in range(first, last)]
         scale_T = x_TBK.new_tensor(speaks) * (self.time_steps / self.late)

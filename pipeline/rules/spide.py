@@ -154,7 +154,7 @@ class _Adjoint:
         return [beta_B / gain for beta_B in phase.beta]
 
     def record_factor(self, g: Tensor) -> None:
-        """Record the factor of the loss, set by a backend. Its hook runs before all others."""
+        """The hook of the loss: record the factor that a backend gave it, before the solve."""
         self.factor = g.item()
 
     def _warn_once(self, cause: str, message: str) -> None:

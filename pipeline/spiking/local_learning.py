@@ -51,9 +51,8 @@ class Readout(nn.Module):
         return s_TB
 
     def logits(self, s_TB: Tensor) -> Tensor:
-        dimensions = (3, 5) if self.cells == 1 else (5,)
         require(
-            s_TB.shape[2] == self.channels and s_TB.dim() in dimensions,
+            s_TB.shape[2] == self.channels and s_TB.dim() in ((3, 5) if self.cells == 1 else (5,)),
             f"Readout: needs {self.channels} channels on {self.cells} x {self.cells} places;"
             f" got shape {tuple(s_TB.shape)}",
         )

@@ -34,7 +34,6 @@ def lively(attention: Attention) -> Attention:
 
 
 def currents(layer: nn.Module, x_BCN: Tensor) -> Tensor:
-    """1x1 synapse and norm."""
     synapse: Any = layer.synapse
     norm: Any = layer.norm
     y_BCN = torch.einsum("oc,bcn->bon", synapse.weight[:, :, 0, 0], x_BCN)

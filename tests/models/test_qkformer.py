@@ -237,7 +237,6 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "qkformer_10_384.txt"
 
 
 def published() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the published module."""
     lines = [line.split() for line in GOLDEN.read_text().splitlines()]
     return {name: tuple(map(int, shape)) for name, *shape in lines}
 

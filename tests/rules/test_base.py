@@ -114,8 +114,6 @@ def test_a_wrapper_of_the_attached_model_will_do():
 
 
 class Steps(Rule):
-    """Reports the step it was given."""
-
     memory = "constant"
 
     def _loss_terms(self, model, x_TB, loss_of, step, rows):

@@ -67,7 +67,6 @@ def map_of(
 
 
 def drawn_batch(seed: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """An input around the ramp, and a gradient."""
     generator = torch.Generator().manual_seed(seed)
     x_TB, g_TB = torch.randn(2, steps, 3, 4, generator=generator, dtype=torch.float64)
     return 8 * x_TB + 2, g_TB

@@ -266,7 +266,6 @@ def moved_by(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
 
 
 def three_batches(rule: HLOP, model: nn.Module, first: int, **how: float) -> set[str]:
-    """The names of all that moved."""
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **how)
     for step in range(3):
@@ -474,7 +473,6 @@ def test_figures_say_what_is_kept_and_what_is_free():
 
 
 def carriers_of(model: nn.Sequential) -> list[Tensor]:
-    """What carries the error down, by synapse."""
     synapses = [module for module in model if isinstance(module, Linear)]
     assert all(synapse.backward_weight is not None for synapse in synapses)
     learnt: Any = synapses

@@ -11,8 +11,6 @@ from tests.helpers.rule_networks import outputs
 
 
 class Trace:
-    """A seam with memory, as OTTT's."""
-
     def __init__(self) -> None:
         self.state = State("trace")
 

@@ -48,7 +48,6 @@ def away_from_identity(rows: torch.Tensor) -> float:
 
 
 def gram_schmidt(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """One row at a time."""
     done = list(others)
     for row in rows:
         for each in done:

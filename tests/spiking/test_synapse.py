@@ -74,7 +74,6 @@ def test_standardized_weights_keep_only_the_parameters():
 
 
 def gradients(synapse: nn.Module, y: Tensor, upstream: Tensor, x: Tensor) -> list[Tensor]:
-    """Of the input, and of every parameter."""
     operands = [x, *synapse.parameters()]
     return list(torch.autograd.grad((y * upstream).sum(), operands, materialize_grads=True))
 

@@ -152,7 +152,6 @@ def pictures(side: int, *, seed: int = 0) -> Tensor:
 
 
 def normalised(levels_BCHW: Tensor, mean, std) -> Tensor:
-    """By the data set's own table."""
     table = torch.from_numpy(lookup(mean, std))
     return torch.stack([table[c][levels_BCHW[:, c].long()] for c in range(len(mean))], 1)
 

@@ -140,7 +140,6 @@ def test_every_key_of_the_original_has_a_name_in_timm(original: torch.nn.Module)
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small timm model with 13 classes."""
     path = tmp_path_factory.mktemp("weights") / "small.safetensors"
     torch.manual_seed(1)
     save_file(timm.create_model("test_resnet", num_classes=13).state_dict(), path)
