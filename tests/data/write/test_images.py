@@ -22,8 +22,7 @@ from pipeline.data.ffcv import api, manifest
 from pipeline.data.ffcv.format import Images, read_tables
 from pipeline.data.ffcv.page_checks import verify
 from pipeline.data.write import images, writer
-from pipeline.data.write.encode import Encoding, Item
-from pipeline.data.write.images import write_fashion, write_folder
+from pipeline.data.write.images import Encoding, Item, write_fashion, write_folder
 from pipeline.data.write.writer import Encoded, TooManyUnreadable, write_sets
 from tests.helpers.loaders import by_index, read
 
