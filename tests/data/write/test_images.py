@@ -244,6 +244,7 @@ def test_groups_are_those_of_the_samples_that_were_stored(small_fashion, tmp_pat
 
 def test_a_worker_that_dies_is_noticed(photo_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "CHUNK", 1)
+    monkeypatch.setattr(writer, "AHEAD", 2)  # the rest is not begun yet
 
     def kill(done: int, _: int) -> None:
         if done == 3:
@@ -259,6 +260,7 @@ def test_workers_that_hang_are_noticed(photo_folder, monkeypatch):
     stock, limit_s = Future.result, [60.0]  # long enough for the workers to start
     monkeypatch.setattr(Future, "result", lambda self, timeout: stock(self, limit_s[0]))
     monkeypatch.setattr(writer, "CHUNK", 1)
+    monkeypatch.setattr(writer, "AHEAD", 2)  # the rest is not begun yet
     items = images.image_folder(photo_folder)[0].items
     encoded = writer.encode_all(items, Encoding(mode="jpg"), workers=2)
     next(encoded)
