@@ -45,7 +45,7 @@ class Manifest:
     # other entries of a source folder: the number of each kind, and an example
     left_out: list[str] = field(default_factory=list)
     # Counts over the samples. For images: those stored "as it is", as "jpg" and as "raw", and those
-    # "not rotated" (encode.py).
+    # "not rotated" (images.py).
     stored: dict[str, int] = field(default_factory=dict)
     # The group of each sample by name of the grouping, such as the "object" of a scene.
     groups: dict[str, list[str]] = field(default_factory=dict)

@@ -29,7 +29,7 @@ import xxhash
 from PIL import Image
 
 from pipeline.core.errors import DataError, require_data
-from pipeline.data.write.encode import DAMAGED
+from pipeline.data.write.images import DAMAGED
 
 SHARE = Path("/usr/share")
 STAMPS, MATE, PLASMA = "tuxpaint-stamps-default", "mate-backgrounds", "plasma-workspace-wallpapers"

@@ -30,7 +30,7 @@ from pipeline.core.errors import require_data
 from pipeline.core.random import below, bits
 from pipeline.data.ffcv.format import Images
 from pipeline.data.ffcv.manifest import Manifest
-from pipeline.data.write.encode import Encoding, Item
+from pipeline.data.write.images import Encoding, Item
 from pipeline.data.write.stamp_pictures import (
     SHARE,
     Picture,

@@ -22,8 +22,7 @@ from pipeline.data.ffcv import api, manifest
 from pipeline.data.ffcv.format import Images, read_tables
 from pipeline.data.ffcv.page_checks import verify
 from pipeline.data.write import images, writer
-from pipeline.data.write.encode import Encoding, Item
-from pipeline.data.write.images import write_fashion, write_folder
+from pipeline.data.write.images import Encoding, Item, write_fashion, write_folder
 from pipeline.data.write.writer import Encoded, TooManyUnreadable, write_sets
 from tests.helpers.loaders import by_index, read
 
@@ -245,6 +244,7 @@ def test_groups_are_those_of_the_samples_that_were_stored(small_fashion, tmp_pat
 
 def test_a_worker_that_dies_is_noticed(photo_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "CHUNK", 1)
+    monkeypatch.setattr(writer, "AHEAD", 2)  # the rest is not begun yet
 
     def kill(done: int, _: int) -> None:
         if done == 3:
@@ -260,6 +260,7 @@ def test_workers_that_hang_are_noticed(photo_folder, monkeypatch):
     stock, limit_s = Future.result, [60.0]  # long enough for the workers to start
     monkeypatch.setattr(Future, "result", lambda self, timeout: stock(self, limit_s[0]))
     monkeypatch.setattr(writer, "CHUNK", 1)
+    monkeypatch.setattr(writer, "AHEAD", 2)  # the rest is not begun yet
     items = images.image_folder(photo_folder)[0].items
     encoded = writer.encode_all(items, Encoding(mode="jpg"), workers=2)
     next(encoded)
