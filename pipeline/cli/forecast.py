@@ -27,7 +27,6 @@ from pipeline.cli.options import (
 from pipeline.core.checks import parse_time_steps, require
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite
-from pipeline.report.selection import find_run
 
 if TYPE_CHECKING:
     from pipeline.forecast.plan import Cluster
@@ -253,6 +252,7 @@ def _print_errors(
     as_json: bool,
 ) -> None:
     from pipeline.report.forecasts import errors, plan_to_json, print_plan, refuse_unless_comparable
+    from pipeline.report.selection import find_run
 
     if not isinstance(made, Recipe):
         raise ValueError(

@@ -49,7 +49,6 @@ from pipeline.recipe.files import refuse_unnamed, trust_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.search import joined, over_seeds, parse_search, tuned
 from pipeline.recipe.suite import Suite, is_suite, runs_of
-from pipeline.report.selection import find_run
 from pipeline.track.connect import TrackingError
 from pipeline.track.state import entries_in, over_in, state_of
 
@@ -258,6 +257,7 @@ def resume(
     """
     _handle_signals()
     from pipeline.launch.cluster import OPERATIONAL, parse_workers
+    from pipeline.report.selection import find_run
 
     sizes = None if workers is None else parse_workers(workers)
     options = {field: context.params[field] for field in OPERATIONAL if is_typed(context, field)}

@@ -7,7 +7,6 @@ import typer
 
 from pipeline.cli.options import RUNS, Commands, RunName, Runs, Sets, Trust, is_typed, made_of
 from pipeline.recipe.files import trust_of
-from pipeline.report.selection import find_run
 
 commands = Commands()
 
@@ -63,6 +62,7 @@ def evaluate(
         )
         return
     from pipeline.launch.evaluate import evaluate_run
+    from pipeline.report.selection import find_run
 
     if set_:
         raise ValueError(
@@ -97,6 +97,7 @@ def export(
     trust: Trust = [],  # noqa: B006
 ) -> None:
     """Write a trained network as one file for pipeline.load, and print its size."""
+    from pipeline.report.selection import find_run
     from pipeline.train.export import export_run
 
     layout = "packed" if packed else "plain"

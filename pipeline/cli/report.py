@@ -8,7 +8,6 @@ import typer
 
 from pipeline.cli.options import RUNS, Commands, Runs, Trust, is_typed, number_option
 from pipeline.core.stages import say_stage
-from pipeline.report.selection import runs_dir_of
 
 Names = Annotated[
     list[str] | None,
@@ -36,6 +35,7 @@ def compare(
     suite's report.
     """
     from pipeline.report.compare import print_comparison
+    from pipeline.report.selection import runs_dir_of
     from pipeline.report.suite import print_suite, suite_named
 
     runs = runs_dir_of(runs, names or [])
@@ -74,6 +74,7 @@ def report(
     In MLflow the page becomes an artifact of each suite that has some of the runs.
     """
     from pipeline.report.page import publish, write
+    from pipeline.report.selection import runs_dir_of
     from pipeline.report.suite import read_study
 
     runs = runs_dir_of(runs, names or [])

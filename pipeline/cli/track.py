@@ -7,7 +7,6 @@ import typer
 from pipeline.cli.options import RUNS, Commands, RunName, RunOrSuite, Runs
 from pipeline.core.units import counted
 from pipeline.recipe.suite import is_suite, runs_of
-from pipeline.report.selection import find_run
 from pipeline.track.connect import without_password
 from pipeline.track.state import state_of
 
@@ -17,6 +16,7 @@ commands = Commands()
 @commands.command(epilog="Example: spiketrain sync fashion-sltt-20260105-120000")
 def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
     """Deliver to MLflow what it lacks of a run, or of each run of a suite."""
+    from pipeline.report.selection import find_run
     from pipeline.track import mlflow
 
     target = find_run(runs, run, suites=True)
@@ -57,6 +57,7 @@ def register(
     """Register a run's checkpoint as a version of a model in MLflow. Its address is registered, and
     nothing is uploaded.
     """
+    from pipeline.report.selection import find_run
     from pipeline.track import mlflow
     from pipeline.train.checkpoint import pin, verified
     from pipeline.train.weights import place_of

@@ -9,7 +9,6 @@ separately and with random weights, so that nothing is downloaded.
 """
 
 import copy
-import gc
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -201,7 +200,6 @@ class Bench:
         with self.training(rule) as (made, meters, train_once):
             for _ in range(UNTIMED):  # they also load everything that is loaded at first use
                 train_once()
-            gc.collect()  # garbage freed during the batches would hide what they take
             release_freed_memory()
             reset_peak_device_bytes(device)
             is_known = reset_peak_rss() or self.x_B.is_cuda

@@ -128,9 +128,9 @@ class _Adjoint:
             return torch.full_like(g_B, math.nan)
         solve = broyden if self.solver == "broyden" else fixed_point
         solution = solve(g_B, vjp, iterations=self.iterations, tolerance=self.tolerance)
-        unsolved_B = ~(solution.residual_B <= UNSOLVED)  # True for NaN
-        if unsolved_B.any():
-            self.is_unsolved = True
+        solved_B = solution.residual_B <= UNSOLVED  # False for NaN
+        if not solved_B.all():
+            self.is_unsolved, unsolved_B = True, ~solved_B
             gains = [f"{gain:.2g}" for gain in layer_gains(solution.beta_B, unsolved_B, vjp)]
             warnings.warn(
                 "IDE: the solve of beta = g + J^T beta must converge; got a residual of"

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.errors import UserError
 from pipeline.core.run_folder import RunFolder
 from pipeline.measure.clock import synchronize
 from pipeline.measure.constants import BETWEEN
@@ -68,7 +69,14 @@ class Trainer:
             "rule_metrics": {},
         }
         self.restored, self.step = restored, restored["step"]
-        self.learnt, self.meters.totals = Learnt(**restored["learnt"]), Totals(**restored["totals"])
+        self.learnt = Learnt(**restored["learnt"])
+        try:
+            self.meters.totals = Totals(**restored["totals"])
+        except TypeError as error:
+            raise UserError(
+                "checkpoint: its measurements must be of this version's kind; it was written at"
+                f" commit {restored.get('commit')}: resume there ({error})"
+            ) from None
         self.stretch = stretch_at(context.stretches, self.step)  # the steps of the current task
         self.skipped = (*self.recipe.policy.skip, *context.decisions.skipped)
         self.guard = AnomalyGuard(

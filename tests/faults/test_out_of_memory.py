@@ -222,7 +222,7 @@ def test_what_was_trained_before_memory_ran_out_is_told(
     assert saved["trained_on"] == summary["trained_on"]
 
 
-ONE = "training: the device's memory runs out with one sample at a time"
+ONE = "training: the device's memory runs out with 1 sample at a time"
 
 
 def test_one_sample_that_does_not_fit_ends_the_run(

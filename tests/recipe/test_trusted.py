@@ -161,8 +161,7 @@ def test_of_what_is_trusted_only_data_and_teachers_take_a_path() -> None:
         ("Cache", "folder"),
         ("File", "path"),
         ("network_teacher", "weights"),
-        ("_stored", "path"),
-        ("_check_sides", "path"),  # of data sets
+        ("_stored", "path"),  # of data sets
     }
 
 

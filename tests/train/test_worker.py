@@ -4,6 +4,7 @@ import json
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, Mock
@@ -192,6 +193,18 @@ def test_a_stop_file_saves_after_the_step_and_the_run_goes_on(tmp_path: Path) ->
     train_inline(tmp_path / "run", recipe)
     train_inline(tmp_path / "whole", recipe)
     assert same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_checkpoint_with_measurements_of_another_kind_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dies_at(2):
+        train_inline(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=1)))
+    monkeypatch.setattr(trainer, "Totals", partial(trainer.Totals, joules=1.0))
+    with pytest.raises(
+        UserError, match=r"this version's kind; .* commit \w+: resume there .*joules"
+    ):
+        train_inline(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=1)))
 
 
 def test_each_epoch_trains_on_each_sample_once(
