@@ -79,8 +79,9 @@ def say(
     indent = Text(" " * label.cell_len)
     for line in _wrapped(text, width - len(indent), whole):
         if cell_len(line) > width - len(indent):
-            if label.plain.strip():
-                _print(console, Text(label.plain.rstrip()))
+            label.rstrip()
+            if label.plain:
+                _print(console, label)
             label = Text()
         _print(console, Text.assemble(label, (line, style)))
         label = indent

@@ -294,7 +294,8 @@ def _check(recipe: Recipe, cluster: Cluster) -> None:
         return
     check_precision("recipe", recipe.precision, device_here())
     if device_here().type == "cuda":
-        takes, there, most = "a card", torch.cuda.device_count(), torch.cuda.device_count()
+        takes = "a card"
+        there = most = torch.cuda.device_count()
     else:
         takes, there = count_of(cluster.threads, "core"), len(os.sched_getaffinity(0))
         most = there // cluster.threads

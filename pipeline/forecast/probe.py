@@ -99,7 +99,8 @@ def probe(
                 uncompared[label] = str(error)
     compared = None
     if BASELINE in gradients:
-        (bptt,), (sltt, *_) = gradients.pop(BASELINE), gradients.get("SLTT", [None])
+        (bptt,) = gradients.pop(BASELINE)
+        sltt = gradients["SLTT"][0] if "SLTT" in gradients else None
         compared = fidelity(bptt, sltt, gradients)
     return Probe(
         recipe=recipe.name,

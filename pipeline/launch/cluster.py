@@ -201,10 +201,11 @@ def option_name(field: str) -> str:
 
 def differences(was: Cluster, now: Cluster) -> dict[str, str]:
     """A text for each field that differs, by its name: `--verify was sampled, is full`."""
+    after = asdict(now)
     return {
-        name: f"{option_name(name)} was {a}, is {b}"
-        for name in asdict(was)
-        if (a := getattr(was, name)) != (b := getattr(now, name))
+        name: f"{option_name(name)} was {before}, is {after[name]}"
+        for name, before in asdict(was).items()
+        if before != after[name]
     }
 
 

@@ -189,8 +189,11 @@ class Shown:
 def _lines(event: Event, start: events.Start | None) -> list[str]:
     if isinstance(event, events.Finish):
         return _finish(event, on_gpu=start is not None and _has_gpu(start))
-    lines = _LINES.get(type(event), lambda event: [])(event)
-    return [lines] if isinstance(lines, str) else lines
+    write = _LINES.get(type(event))
+    if write is None:
+        return []
+    text = write(event)
+    return [text] if isinstance(text, str) else text
 
 
 def _start(event: events.Start) -> list[str]:

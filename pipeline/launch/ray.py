@@ -175,7 +175,8 @@ class Ray:
     def _refuse_too_few(self) -> None:
         import ray
 
-        (gpus, share), cores = self._share(), ray.cluster_resources().get("CPU", 0)
+        gpus, share = self._share()
+        cores = ray.cluster_resources().get("CPU", 0)
         if cores < (wanted := self.least * share.cores):
             each = f"{counted(self.least, 'worker')} x {counted(share.cores, 'cpu')}"
             raise UserError(
@@ -207,7 +208,8 @@ class Ray:
         """
         import ray
 
-        has, (gpus, share) = ray.cluster_resources(), self._share()
+        has = ray.cluster_resources()
+        gpus, share = self._share()
         cores_of_a_run = self.least * share.cores
         if gpus:
             return min(int(has.get("CPU", 0)) // cores_of_a_run, int(has["GPU"]) // self.least)

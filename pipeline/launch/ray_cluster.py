@@ -54,8 +54,16 @@ NODES: dict[NodeLoss, dict[str, str]] = {
 
 # Prefixes of variables that workers inherit: networks, caches, allocators, compilers.
 PASSED_ON = (
-    *("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "HF_", "PYTORCH_", "CUBLAS_"),
-    *("TRITON_", "TORCHINDUCTOR_"),
+    "NCCL_",
+    "GLOO_",
+    "TORCH_",
+    "UCX_",
+    "FI_",
+    "HF_",
+    "PYTORCH_",
+    "CUBLAS_",
+    "TRITON_",
+    "TORCHINDUCTOR_",
 )
 
 
@@ -158,11 +166,19 @@ def passed_on() -> dict[str, str]:
 
 # Parts of the messages of a worker that has lost another worker (torch 2.13).
 LOST_PEER = (
-    *("connection closed by peer", "connection reset by peer"),  # gloo
-    *("timed out waiting", "timeout caused pair closure"),
-    *("remote process exit", "communicator was aborted", "collective operation timeout"),  # NCCL
-    "connection was likely closed",  # torch's store
-    "process group was taken away",  # Ranks.raise_if_gone
+    # gloo
+    "connection closed by peer",
+    "connection reset by peer",
+    "timed out waiting",
+    "timeout caused pair closure",
+    # NCCL
+    "remote process exit",
+    "communicator was aborted",
+    "collective operation timeout",
+    # torch's store
+    "connection was likely closed",
+    # train/worker.py
+    "process group was taken away",
 )
 
 

@@ -5,7 +5,6 @@ infra/k8s/overlays/cpu/job and applies it, `sbatch` takes infra/slurm/train.sbat
 `ray job submit` takes a command line. This module needs neither the data nor the cluster.
 """
 
-import argparse
 import math
 import os
 import re
@@ -30,7 +29,7 @@ from pipeline.train.elastic import format_sizes
 
 # Options of a launch that the order sets.
 OWN = ("--name", "--runs", "--address", "--workers", "--or-resume")
-LONGEST_NAME = 47  # KubeRay (1.7.0) derives names of up to 63 characters from a RayJob's
+LONGEST_NAME = 47  # KubeRay (1.7.0) adds up to 16 characters, and a name has at most 63
 PATIENCE_S = 120.0
 _NAME = r"[A-Za-z0-9][\w.-]{0,127}"
 # The name of an image that fixes its content, so that a retry trains with the same code:
@@ -97,9 +96,13 @@ class Order:
 
     def option(self, name: str) -> str | None:
         """The last value of an option among the words, `--name value` or `--name=value`."""
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.add_argument(name, dest="value")
-        return parser.parse_known_args(self.words)[0].value
+        value = None
+        for word, after in zip(self.words, (*self.words[1:], None), strict=True):
+            if word == name:
+                value = after
+            elif word.startswith(f"{name}="):
+                value = word.partition("=")[2]
+        return value
 
     def count(self, name: str) -> int:
         """The number of an option among the words; 1 for `auto` or if the option is missing.

@@ -220,7 +220,7 @@ def _measure(measurement: Measurement, runs: Mapping[str, Path], trust: tuple[st
 
     Raises:
         ValueError: the run that it belongs to was trained on another machine, or on another of its
-            devices, or the function refuses.
+            devices, or the forecast refuses.
     """
     recipes = [
         each if isinstance(each, Recipe) else Recipe.read(RunFolder(runs[each]).recipe, trust=trust)

@@ -283,7 +283,8 @@ class _ChildDriver:
         else:
             lines = self._files.launch_log.read_text(errors="replace").strip().splitlines()
             text = lines[-1] if lines else f"exit status {code}"
-        return (UserError if code == 2 else LaunchError)(f"{self.folder.name}: {text}")
+        message = f"{self.folder.name}: {text}"
+        return UserError(message) if code == 2 else LaunchError(message)
 
 
 _prctl = ctypes.CDLL(None).prctl  # loaded now: nothing may be loaded between fork and exec

@@ -29,8 +29,8 @@ from pipeline.core.units import counted
 def peak_rss_bytes() -> int:
     """The highest resident memory of this process since its start or `reset_peak_rss`.
 
-    It is Linux' VmHWM. getrusage's maximum, which stands in for it where a sandbox has none,
-    survives exec: a small child of a large parent would report the parent's maximum.
+    It is Linux' VmHWM. Where a sandbox has none, it is getrusage's maximum. That maximum survives
+    exec: a small child of a large parent reports the parent's.
     """
     return (
         _proc_bytes("/proc/self/status", "VmHWM:")
@@ -247,8 +247,12 @@ def room_bytes(
 
     `groups`: the file that lists the groups of this process.
     """
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:  # no control groups, or a sandbox that hides them
+        return None
     rooms: list[int | None] = []
-    for line in groups.read_text().splitlines() if groups.exists() else ():
+    for line in lines:
         number, controllers, path = line.split(":", 2)
         if number == "0":
             root, files = mount, _V2

@@ -156,7 +156,7 @@ class Meters:
                 self.forget_peaks()  # excludes the memory of the instrument itself
         self._kinds.append("first" if is_first else "steady" if counted is None else "counted")
         self._window.micro_batches += batch.micro_batches
-        self._due -= {counted}
+        self._due.discard(counted)
         if saved is not None:
             self._note({"peak_saved_bytes": saved.peak, "state_bytes": batch.kept[1]})
         if operations is not None:

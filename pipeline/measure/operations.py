@@ -189,7 +189,7 @@ class _Watch(TorchDispatchMode):
         if count is None and func.has_kernel_for_dispatch_key(
             torch._C.DispatchKey.CompositeImplicitAutograd
         ):
-            with self:  # in inference mode torch dispatches an operation that others make up
+            with self:  # inference mode dispatches operations that are composed of others
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
         if not self.operations.is_paused:
@@ -252,7 +252,7 @@ def _convolution_backward(
 ) -> None:
     """Both products of the backward have the triples (output, input, weight) of the forward.
 
-    The third of each triple is not multiplied, so it counts as a one.
+    Each product multiplies two of the three; ones stand in the place of the third.
     """
     *how, (wants_x, wants_weight, _) = how_and_wanted
     groups, dense = how[-1], _dense(x, weight, *how)

@@ -84,9 +84,18 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     def forward(  # type: ignore[override]
         self, input: Tensor, weight: Tensor | None = None
     ) -> Tensor:
-        geometry = (self.stride[0], self.kernel_size[0] // 2, self.output_padding[0])
-        weight = self.weight if weight is None else weight
-        return folded(lambda x_NCHW: F.conv_transpose2d(x_NCHW, weight, None, *geometry), input)
+        of = self.weight if weight is None else weight
+
+        def apply(x_NCHW: Tensor) -> Tensor:
+            return F.conv_transpose2d(
+                x_NCHW,
+                of,
+                stride=self.stride[0],
+                padding=self.kernel_size[0] // 2,
+                output_padding=self.output_padding[0],
+            )
+
+        return folded(apply, input)
 
 
 class ZeroFeedback(nn.Module):

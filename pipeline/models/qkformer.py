@@ -525,9 +525,9 @@ def renamed(published: Mapping[str, Tensor], network: QKFormer) -> dict[str, Ten
 
 def to_published(network: QKFormer) -> dict[str, Tensor]:
     """Our weights under the published names and in the published shapes, without call counters."""
+    named = {published_name(name): tensor for name, tensor in network.state_dict().items()}
     return {
-        (theirs := published_name(name)): tensor.reshape(_published_shape(theirs, tensor))
-        for name, tensor in network.state_dict().items()
+        theirs: tensor.reshape(_published_shape(theirs, tensor)) for theirs, tensor in named.items()
     }
 
 

@@ -255,7 +255,8 @@ class BlockFactory:
         if self.is_multiple and stride == 1 and in_channels % out_channels == 0:
             group = in_channels // out_channels
             # The mean over copies divides what is independent in them, and keeps what they share.
-            self.shared, self.own = self.shared + (self.own / group + ALPHA**2), 0.0
+            self.shared += self.own / group + ALPHA**2
+            self.own = 0.0
             return GroupMean(group), False
         self.shared, self.own = 1.0 + ALPHA**2, 0.0
         projection = nn.Sequential()

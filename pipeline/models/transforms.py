@@ -220,7 +220,7 @@ def with_readouts(
                     "with_readouts: a synapse must stand in front of each neuron; got none before"
                     f" {name}"
                 )
-            count = next(cells_of)  # of regions a side, for an image
+            count = next(cells_of)  # regions a side; used only behind a convolution
             readout = Readout(
                 len(synapse.weight), classes, cells=count if isinstance(synapse, Conv2d) else 1
             )

@@ -138,7 +138,10 @@ def _module(path: Path) -> ModuleType:
         name = ".".join(resolved.relative_to(root).with_suffix("").parts)
         if not all(part.isidentifier() for part in name.split(".")):
             continue
-        module_spec = own_code.find_spec(name)
+        package = name.rpartition(".")[0]
+        if package and own_code.find_spec(package) is None:
+            continue
+        module_spec = importlib.util.find_spec(name)
         if module_spec is not None and Path(module_spec.origin or "").resolve() == resolved:
             return importlib.import_module(name)
     module_spec = importlib.util.spec_from_file_location(f"{_UNNAMED}{path.stem}", path)

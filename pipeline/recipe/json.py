@@ -162,7 +162,7 @@ def check_format(value: Any, version: int, *, who: str) -> None:
     """
     got = value.get("version") if isinstance(value, Mapping) else value
     require(
-        got == version and got is not value,
+        isinstance(value, Mapping) and got == version,
         f"{who}: this spiketrain reads format version {version}; got {got!r}",
     )
 
@@ -263,4 +263,6 @@ def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
 def listed(found: list[tuple[str, Any, Any]]) -> str:
     """The first six differences as text, and how many more there are."""
     shown = [f"{name}: {json.dumps(a)} and {json.dumps(b)}" for name, a, b in found[:6]]
-    return "; ".join(shown + [f"and {len(found) - 6} more"] * (len(found) > 6))
+    if len(found) > 6:
+        shown.append(f"and {len(found) - 6} more")
+    return "; ".join(shown)

@@ -552,8 +552,8 @@ class Recipe(_Fields):
             ValueError: there is no such file, or as `from_json`.
         """
         try:
-            noted, name = own_code.read(path.parent) if trust else {}, path.absolute().parent.name
-            with own_code.on_path(noted, trust, of=name):
+            noted = own_code.read(path.parent) if trust else {}
+            with own_code.on_path(noted, trust, of=path.absolute().parent.name):
                 return cls.from_json(read_json(path), trust=trust)
         except ValueError as error:
             raise ValueError(f"{path.parent}: {error}") from error

@@ -473,7 +473,7 @@ def _traces(
         about |= {"mode": "lines", "opacity": 0.75, "showlegend": named and not evaluations}
         yield scatter(run.rule, *_curve(run, points), line=line, **about)
     if evaluations:
-        line |= {"width": 2, "dash": "dot"}
+        line = line | {"width": 2, "dash": "dot"}
         about |= {"mode": "lines+markers", "opacity": 1, "showlegend": named}
         yield scatter(run.rule, *_curve(run, evaluations), line=line, marker=marker, **about)
 

@@ -215,7 +215,9 @@ def _states(cost: Cost, costs: Sequence[Cost]) -> dict[str, str]:
 
 
 def _print_rows(console: Console, rows: Sequence[Row], *, title: str, keys: int = 1) -> None:
-    heads = [number(each) if isinstance(each, str) else each for each in (rows or [{_RULE: ""}])[0]]
+    if not rows:
+        return
+    heads = [number(each) if isinstance(each, str) else each for each in rows[0]]
     print_table(console, heads, [[*row.values()] for row in rows], title=title, keys=keys)
 
 

@@ -19,9 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import counted
@@ -33,6 +31,9 @@ from pipeline.track.events import Event, Finish, Start, Step, Stopped
 from pipeline.track.journal import Record, every, last_event, read_events
 from pipeline.track.provenance import conditions_of, trained_on
 from pipeline.track.state import State, state_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 UNKNOWN_RULE = "unknown rule"  # the label of a run that names none
 NOT_SAID = "not known"
@@ -202,11 +203,15 @@ def expanded(runs: Iterable[Run]) -> list[Metric]:
 # ------------------------------------------------------------------------------------------- runs
 
 
-_LAYER = {
+def _rates(values: Iterable[Any]) -> tuple[float, ...]:
+    return tuple(map(float, values))
+
+
+_LAYER: dict[str, Callable[[Any], Any]] = {
     "name": str,
     "neurons": int,
     "samples": int,  # samples whose spikes were counted
-    "rates": tuple,  # spikes per neuron at each time step
+    "rates": _rates,  # spikes per neuron at each time step
     "silent": float,  # share of silent neurons, in 0..1
     "saturated": float,
 }
@@ -392,6 +397,8 @@ def frame(runs: Iterable[Run]) -> pd.DataFrame:
     Raises:
         ReportError: a run has a damaged file.
     """
+    import pandas as pd
+
     runs = list(runs)
     for run in runs:
         refuse_damage(run)

@@ -176,7 +176,12 @@ def runs_of_store(store: Store) -> list[Run]:
 
 def start_of(stored: StoredRun) -> Record:
     """The `start` event of a run, as far as its tags contain it."""
-    tags = {name.removeprefix("spiketrain."): text for name, text in stored.tags.items()}
+    prefix = "spiketrain."
+    tags = {
+        name.removeprefix(prefix): text
+        for name, text in stored.tags.items()
+        if name.startswith(prefix)
+    }
     numbers = ("seed", "world_size", "micro_batch", "attempt")
     return {
         KIND: Start.kind,
@@ -189,8 +194,9 @@ def start_of(stored: StoredRun) -> Record:
 
 
 def hardware_of(stored: StoredRun) -> dict[str, Any]:
-    parts = ((name.partition("hardware."), text) for name, text in stored.tags.items())
-    return {name: _value(text) for (before, here, name), text in parts if here and not before}
+    prefix = "hardware."
+    tags = {name: text for name, text in stored.tags.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): _value(text) for name, text in tags.items()}
 
 
 def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:

@@ -204,7 +204,9 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
     for run in map(read_run, runs.values()):
         by_study.setdefault((run.protocol, run.study), []).append(run)
     for protocol, title in TITLES.items():
-        for study, members in ((key[1], of) for key, of in by_study.items() if key[0] == protocol):
+        for (of_protocol, study), members in by_study.items():
+            if of_protocol != protocol:
+                continue
             fields = ", ".join(members[0].recipe.get("tuned", ()))
             say(console, title.format(fields=fields), style="bold")
             if all(run.state == "diverged" for run in members):
@@ -289,8 +291,8 @@ def read_study(
             run, if there is one.
 
     Raises:
-        ValueError: a name is unknown, a file damaged, or a suite's own report fails or takes no
-            such options.
+        ValueError: a name is unknown, a file is damaged, or a suite's own report fails or takes
+            neither `against` nor `within`.
     """
     swept = tuple(sweep_of(read_json(path), str(path)) for path in sweeps)
     suite = suite_named(runs_dir, names)
@@ -309,8 +311,9 @@ def read_study(
     else:
         if names:
             runs, notes = _with_baselines(everything, runs, against)
-        is_of_one = len({run.study for run in runs}) == 1
-        title = f"Study {runs[0].study[:8]}" if is_of_one else some(names, 3)
+        studies = {run.study for run in runs}
+        is_one = len(studies) == 1 and "" not in studies
+        title = f"Study {runs[0].study[:8]}" if is_one else some(names, 3)
         place = runs_dir / f"report-{slug(title)[:80]}.html"
     if tried:
         trials = counted(len(tried), "trial")

@@ -198,6 +198,7 @@ def _line(
         [point.time_steps for point in points],
         y,
         legendgroup=plain(name),
+        showlegend=True,  # plotly hides the legend of a single trace
         mode="lines+markers",
         line={"color": color(place), "width": 2, "dash": "solid"},
         marker={"symbol": symbol(place), "size": 9},

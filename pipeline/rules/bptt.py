@@ -61,10 +61,8 @@ class BPTT(Rule):
         )
         self.recompute = recompute
         self.truncate = truncate
-        if truncate is None:
-            self.memory, self.over_time_choices = "linear", ("steps", "mean")
-        else:
-            self.memory, self.over_time_choices = "constant", ("steps",)
+        self.memory = "linear" if truncate is None else "constant"
+        self.over_time_choices = ("steps", "mean") if truncate is None else ("steps",)
 
     @property
     def label(self) -> str:
@@ -182,8 +180,8 @@ class Recomputation:
             for x_cB, error_cBK, moment in reversed(
                 list(zip(self.slices, errors, self.moments, strict=True))
             ):
-                buffers = [kept.pop() for _ in moment.buffers][::-1]
-                membranes = [kept.pop() for _ in moment.membranes][::-1]
+                kept, buffers = _split_last(kept, len(moment.buffers))
+                kept, membranes = _split_last(kept, len(moment.membranes))
                 leaves = [v.detach().requires_grad_(v.is_floating_point()) for v in membranes]
                 self._set(moment, leaves, buffers)
                 with torch.enable_grad(), op_scope("recomputation"):
@@ -256,3 +254,8 @@ class _Scalar(torch.autograd.Function):
         error_TBK, *kept = ctx.saved_tensors
         gradients = ctx.run.gradients(error_TBK * grad_outputs[0].to(error_TBK.dtype), kept)
         return (None, None, None, None, *[None] * ctx.count, *gradients)
+
+
+def _split_last(tensors: list[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:
+    cut = len(tensors) - count
+    return tensors[:cut], tensors[cut:]

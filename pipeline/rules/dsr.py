@@ -122,9 +122,10 @@ class DSR(Rule):
     def calibrate(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
         parts = [part_TB for x_TB in batches for part_TB in x_TB.split(CALIBRATION_SAMPLES, dim=1)]
         samples = sum(part_TB.shape[1] for part_TB in parts)
-        # Of a copy, whose modes, neurons and running statistics may change.
-        twin, on_spikes = copy.deepcopy(model).eval(), self.calibrate_on == "spikes"
-        if on_spikes:
+        # A copy runs, so the model's modes, seams and running statistics stay. Its batch norms use
+        # this rank's samples, because every rank has the same batches.
+        twin = copy.deepcopy(model).eval()
+        if self.calibrate_on == "spikes":
             for norm in batch_norms(twin):
                 norm.train()
                 norm.between = "rank"
@@ -135,10 +136,10 @@ class DSR(Rule):
             ]
             for _, neuron in named_neurons(twin):
                 neuron.gradient = _unbounded_ramp  # type: ignore[assignment]
-        neurons: dict[nn.Module, Any] = dict(zip(twin.modules(), model.modules(), strict=True))
+        original_of: dict[nn.Module, Any] = dict(zip(twin.modules(), model.modules(), strict=True))
         for neuron in _execution_order(twin, parts[0]):
             height = _percentile((_input_rate(neuron, twin, x_TB) for x_TB in parts), samples)
-            for each in (neuron, neurons[neuron]):
+            for each in (neuron, original_of[neuron]):
                 each.threshold.fill_(max(neuron.dt * float(height), neuron.bound))
 
 

@@ -175,8 +175,9 @@ def layer_gains(
 
 
 class Solution:
-    """The solution of each sample: the last one or that of the lowest residual (`keep`).
+    """The solution of each sample so far.
 
+    `keep` says which iterate it is: the last one, or the one of the lowest residual.
     `beta_B` is the solution, `residual_B` its |g + J^T beta - beta| / |g| (0 if g is 0), and
     `iterations_B` the number of its evaluations of J^T. `running_B` marks unfinished samples.
     """

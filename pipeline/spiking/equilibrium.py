@@ -279,7 +279,7 @@ def norms_in_eval(model: nn.Module) -> AbstractContextManager[None]:
 
 def _own_solution(betas: list[Tensor], layer: int, g_1B: Tensor) -> Tensor:
     """The gradient of a layer's rate: its own solution, if there is one per layer."""
-    return betas[layer].unsqueeze(0) if betas else g_1B
+    return betas[layer].unsqueeze(0).to(g_1B.dtype) if betas else g_1B
 
 
 class _ImplicitGradient(torch.autograd.Function):

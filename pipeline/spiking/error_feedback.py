@@ -205,8 +205,12 @@ class FixedRandom(ErrorFeedback):
         self, layer: int, units: int, *, e_BK: Tensor, o_BK: Tensor, z_BN: Tensor | None
     ) -> Tensor:
         def drawn(shape: tuple[int, int]) -> Tensor:
-            keys, device = [self.key_of(layer)], e_BK.device
-            entries = noise(keys, math.prod(shape), distribution="gaussian", device=device)
+            entries = noise(
+                [self.key_of(layer)],
+                math.prod(shape),
+                distribution="gaussian",
+                device=e_BK.device,
+            )
             return entries.view(shape).to(e_BK.dtype) / math.sqrt(shape[1])
 
         with op_scope("feedback"):

@@ -51,8 +51,9 @@ class Readout(nn.Module):
         return s_TB
 
     def logits(self, s_TB: Tensor) -> Tensor:
+        dimensions = (3, 5) if self.cells == 1 else (5,)
         require(
-            s_TB.shape[2] == self.channels and s_TB.dim() in ((3, 5) if self.cells == 1 else (5,)),
+            s_TB.shape[2] == self.channels and s_TB.dim() in dimensions,
             f"Readout: needs {self.channels} channels on {self.cells} x {self.cells} places;"
             f" got shape {tuple(s_TB.shape)}",
         )
@@ -132,8 +133,9 @@ class LocalGradient:
         if self.sign < 0 and last_BN is not None:
             z_BN = -last_BN
         else:
-            how: Any = {"distribution": self.distribution, "device": v_B.device}
-            z_BN = noise(self.keys, v_B[0].numel(), **how).to(v_B.dtype)
+            z_BN = noise(
+                self.keys, v_B[0].numel(), distribution=self.distribution, device=v_B.device
+            ).to(v_B.dtype)
         self.state.write("z", z_BN)
         return self.scale * z_BN.view_as(v_B)
 

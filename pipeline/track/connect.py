@@ -51,10 +51,12 @@ def connect(uri: str) -> MlflowClient:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }
-    os.environ |= {**defaults, **os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     from mlflow import MlflowClient
 
-    for name in ("mlflow", "alembic"):  # mlflow may have been imported before
+    for name in ("mlflow", "alembic"):  # mlflow may have been imported earlier
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger(name).level))
     return MlflowClient(tracking_uri=uri)
 
@@ -114,10 +116,18 @@ PATIENCE_S = 120.0  # wait for another delivery; a delivery takes seconds unless
 
 def experiment_of(client: MlflowClient, start: Record, *, uri: str, runs_dir: Path) -> str:
     """The id of a run's experiment. A missing experiment is created."""
+    from mlflow.exceptions import MlflowException
+
     name = str(start.get("family") or start.get("recipe") or "spiketrain")
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        return client.create_experiment(name, artifact_location=_artifacts(uri, runs_dir, name))
+        try:
+            return client.create_experiment(name, artifact_location=_artifacts(uri, runs_dir, name))
+        except MlflowException:
+            # It was created meanwhile, from another folder of runs.
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
             f"MLflow experiment {name!r} was deleted; restore it: mlflow experiments restore"

@@ -1,9 +1,9 @@
 """The events of a run's journal: one frozen dataclass for each kind.
 
-A class declares everything that depends on its kind: its traits, such as `durable`, as keywords of
-the class (`Event` lists them), the fields, and their use in MLflow
-(`mlflow.py`) and Prometheus (`exposition.py`). `Event.to_dict` and `from_dict` convert to and
-from JSON. The name of a kind is its class name with underscores: `FirstBatch` is `first_batch`.
+A class declares everything that depends on its kind: its fields, their use in MLflow (`mlflow.py`)
+and Prometheus (`exposition.py`), and its traits. The traits, such as `durable`, are keywords of the
+class; `Event` lists them. `Event.to_dict` and `from_dict` convert to and from JSON. The name of a
+kind is its class name with underscores: `FirstBatch` is `first_batch`.
 """
 
 from __future__ import annotations
@@ -483,10 +483,10 @@ def from_dict(record: Mapping[str, Any]) -> Event:
     numeric = _numeric_fields(kind)
     try:
         return kind(**{n: _with_nonfinite(v) if n in numeric else v for n, v in values.items()})
-    except TypeError:
+    except TypeError as error:  # it names the field that is missing or unknown
         raise ValueError(
             f"journal: an event {name!r} must have the fields {', '.join(own)}; got"
-            f" {', '.join(values)}"
+            f" {', '.join(values)}: {error}"
         ) from None
 
 

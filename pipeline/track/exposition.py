@@ -77,7 +77,7 @@ class _Run(Collector):
             name: [each for event in self.events if (each := number(event.get(name))) is not None]
             for name in ("step", "time")
         }
-        if numbers["step"]:  # of the newest event with one: lower than before after a rollback
+        if numbers["step"]:  # of the newest event; a rollback lowers it
             yield "spiketrain_step", "Global batches done.", numbers["step"][-1]
         if numbers["time"]:
             yield (

@@ -146,12 +146,16 @@ def last(path: str | os.PathLike[str], *kinds: str) -> Record | None:
         return None
     heads, end = [_head(kind) for kind in kinds], len(text)
     with text:
-        while (at := max(text.rfind(head, 0, end) for head in heads)) >= 0:
+        while True:
+            at = -1
+            for head in heads:  # a kind counts only if it is newer than those before it
+                at = max(at, text.rfind(head, max(at, 0), end))
+            if at < 0:
+                return None
             line = text[at : text.find(b"\n", at) + 1]
             if (event := next(_parsed([line]), None)) is not None:
                 return event
             end = at  # this line is torn
-    return None
 
 
 def last_event(path: str | os.PathLike[str], *kinds: type[E_]) -> E_ | None:

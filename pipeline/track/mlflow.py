@@ -475,6 +475,19 @@ def log_report(page: Path, runs: Sequence[Path], *, name: str, data: str, uri: s
     return parents
 
 
+def _create_model(client: MlflowClient, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        raise TrackingError(
+            f"register: MLflow refuses the name {name!r}: {error.message}"
+        ) from error
+
+
 def register(
     run_dir: str | os.PathLike[str],
     checkpoint: Path,
@@ -506,7 +519,7 @@ def register(
             client, run = connect(uri), delivery.run
             address = checkpoint.resolve().as_uri()
             if not client.search_registered_models(f"name = '{name}'"):
-                client.create_registered_model(name)
+                _create_model(client, name)
             versions = client.search_model_versions(f"name = '{name}'")
             version = next((each for each in versions if each.tags.get("uri") == address), None)
             # A server (3.17.2) refuses a local source outside of the run's artifacts.

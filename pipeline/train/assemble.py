@@ -242,26 +242,26 @@ def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
         ValueError: recipe.json is not the recipe of the checkpoint, or of the launch. Initial
             weights (`init`) are compared only until there is a checkpoint.
     """
-    checkpoint, trainer = checkpoints.newest(), {"recipe": job.recipe}
-    when = "the run was launched"
-    if checkpoint is not None:
-        trainer = read_trainer(checkpoint)
-        when = f"step {trainer['step']} was saved"
+    checkpoint = checkpoints.newest()
+    trainer = None if checkpoint is None else read_trainer(checkpoint)
+    before, when = job.recipe, "the run was launched"
+    if trainer is not None:
+        before, when = trainer["recipe"], f"step {trainer['step']} was saved"
     elif step := lost_step(read_events(RunFolder(job.run).journal), keep=recipe.checkpoints.keep):
         raise UserError(
             f"checkpoint: {checkpoints.place.address(step_name(step))} must be there, as the"
             " journal says; got no checkpoint: mount or restore its storage, or begin anew under"
             " another --name"
         )
-    was = Recipe.from_json(trainer["recipe"], trust=job.trust)
+    was = Recipe.from_json(before, trust=job.trust)
     differences = [*differing("", was.decisive(), recipe.decisive())]
-    if checkpoint is None:
+    if trainer is None:
         differences += differing("init", was.init, recipe.init)
     require(
         not differences,
         f"resume: recipe.json must be as it was when {when}; it differs now: {listed(differences)}",
     )
-    if checkpoint is not None:
+    if trainer is not None:
         Decisions.adopt(Path(job.run), trainer["decisions"])
     return checkpoint
 

@@ -48,9 +48,8 @@ class Saving:
         self.context, self.state = context, state
         self.ranks, self.checkpoints = context.ranks, context.checkpoints
         self.files = RunFolder(context.job.run)
-        # the machines that are about to be taken away, as far as this rank knows, and the deadline
-        # of the last save on the monotonic clock
-        self.leaving, self.deadline = frozenset[str](), math.inf
+        self.leaving = frozenset[str]()  # machines that this rank knows will be taken away
+        self.deadline = math.inf  # of the last save, on the monotonic clock
         # the last save that was begun, and its time
         self._last: dict[str, Any] = {"step": step}
         self._last_at = self._batch_began = time.monotonic()
@@ -167,7 +166,8 @@ class Saving:
             while True:
                 began = time.monotonic()
                 saved, is_lost = self.checkpoints.settle()
-                stall_s = self._stall_s = self._stall_s + time.monotonic() - began
+                self._stall_s += time.monotonic() - began
+                stall_s = self._stall_s
                 self._report(saved)
                 if not is_lost or self._last["step"] != step:
                     return

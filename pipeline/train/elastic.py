@@ -67,8 +67,8 @@ def check_sizes(recipe: Recipe, sizes: Sequence[int]) -> None:
     require(
         not odd,
         f"launch: batch_size={recipe.batch_size} must divide by every number of workers; got"
-        f" {format_sizes(sizes)}, which has {', '.join(map(str, odd))}; up to {sizes[-1]} the"
-        f" numbers that do are {format_sizes(fit)}",
+        f" {format_sizes(sizes)}, with {', '.join(map(str, odd))}; take --workers of"
+        f" {format_sizes(fit)}",
     )
 
 

@@ -262,7 +262,7 @@ def evaluate_tasks(
 def mean_of(evaluations: Sequence[Evaluation]) -> Evaluation:
     """The mean over tasks, each with the same weight. Its top-1 is ACC."""
     columns = {
-        name: [asdict(each)[name] for each in evaluations] for name in asdict(evaluations[0])
+        name: [getattr(each, name) for each in evaluations] for name in asdict(evaluations[0])
     }
     means = {
         name: None if None in values else sum(values) / len(values)

@@ -128,6 +128,6 @@ def read_death(run: Path) -> dict[str, Any] | None:
     """The last death that is not in the journal yet. None if the note cannot be read: the run can
     train without it.
     """
-    with suppress(FileNotFoundError, ValueError):
+    with suppress(ValueError):
         return read_json(RunFolder(run).died)
     return None

@@ -310,8 +310,33 @@ def test_a_machine_is_known_again_however_many_cards_a_worker_saw(monkeypatch):
     assert hardware_differences(on_cores, own_cores=False) == [("gpu", "H100", "none")]
 
 
+def test_a_function_of_ones_own():
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            y = x * x
+            ctx.save_for_backward(x, y)
+            return y
+
+        @staticmethod
+        def backward(ctx, *grad_outputs: Tensor) -> Tensor:
+            x, _ = ctx.saved_tensors
+            x, _ = ctx.saved_tensors
+            return 2 * x * grad_outputs[0]
+
+    leaf = torch.randn(10, requires_grad=True)
+    with SavedBytes([leaf]) as saved:
+        y = Square.apply(leaf)
+        assert saved.now == 40
+        y.sum().backward()
+        del y
+        assert saved.now == 0
+    assert torch.equal(leaf.grad, 2 * leaf.detach())  # type: ignore[arg-type]
+
+
 def test_hardware_is_flat_and_the_same_twice():
     found = hardware(torch.device("cpu"))
+    assert found["torch"] == torch.__version__
     assert found == hardware(torch.device("cpu"))
     assert found["cpu"] and found["memory_gib"] > 0
     assert all(isinstance(value, (str, int)) for value in found.values())

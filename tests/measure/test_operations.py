@@ -435,13 +435,19 @@ def test_more_rows_than_a_float_counts() -> None:
     assert found == {"forward": (rows, rows)}
 
 
-@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
-    ("stride", "padding", "dilation", "groups"),
-    [(1, 1, 1, 1), (2, 1, 1, 2), (1, 0, 2, 1), (3, 2, 1, 4), (2, 0, 1, 1)],
+    ("stride", "padding", "dilation", "groups", "transposed", "more"),
+    [
+        *(
+            (*sizes, transposed, 0)
+            for sizes in [(1, 1, 1, 1), (2, 1, 1, 2), (1, 0, 2, 1), (3, 2, 1, 4), (2, 0, 1, 1)]
+            for transposed in (False, True)
+        ),
+        (2, 1, 1, 1, True, 1),
+    ],
 )
 def test_the_three_products_of_a_convolution(
-    stride: int, padding: int, dilation: int, groups: int, transposed: bool
+    stride: int, padding: int, dilation: int, groups: int, transposed: bool, more: int
 ) -> None:
     """A transposed convolution is the error of a convolution from its outputs to its inputs."""
     weight, how = nn.Parameter(sparse(8, 4 // groups, 3, 2)), (stride, padding)
@@ -449,7 +455,7 @@ def test_the_three_products_of_a_convolution(
 
     def convolve() -> Tensor:
         if transposed:
-            return F.conv_transpose2d(x, weight, None, *how, 0, groups, dilation)
+            return F.conv_transpose2d(x, weight, None, *how, more, groups, dilation)
         return F.conv2d(x, weight, None, *how, dilation, groups)
 
     g = sparse(*convolve().shape, seed=2)

@@ -268,6 +268,15 @@ def test_the_gradient_approaches_ide_as_one_over_the_steps(widths):
     assert errors[0] < 0.02 and fall(errors) == pytest.approx(-1, abs=0.15)
 
 
+def test_under_bf16_each_layer_gets_its_own_solution_in_its_own_type():
+    model, (x_TBC, target_B) = feedback_network(8, 7).float(), batch(20)
+    loss_of, x_TBC = cross_entropy(target_B), x_TBC.float()
+    full = gradients(SPIDE(100), model, x_TBC, loss_of, over_time="mean")
+    with torch.autocast("cpu", torch.bfloat16):
+        half = gradients(SPIDE(100), model, x_TBC, loss_of, over_time="mean")
+    assert all(0 < (half[name] - full[name]).norm() < 0.2 * full[name].norm() for name in full)
+
+
 def test_so_it_does_on_a_convolutional_network():
     layers = ((3, 3, 2), (4, 3, 2))
     model = convnet_f(CLASSES, in_channels=2, size=8, layers=layers, dropout=0.0).double()

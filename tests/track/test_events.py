@@ -69,7 +69,8 @@ def test_wrong_fields_are_refused_in_one_line() -> None:
     assert (
         str(refused.value)
         == "journal: an event 'init' must have the fields time, attempt, file, fresh;"
-        " got time, attempt, file, files"
+        " got time, attempt, file, files:"
+        " Init.__init__() got an unexpected keyword argument 'files'"
     )
 
 

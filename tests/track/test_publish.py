@@ -54,7 +54,9 @@ def test_what_cannot_be_registered_is_told_in_a_line(fake_run: Callable, sqlite_
 
     assert "no journal of a run that began" in refused("x", sqlite_store)
     finished(run)
-    assert "Invalid model name 'a/b'" in refused("a/b", sqlite_store)
+    assert "register: MLflow refuses the name 'a/b': Invalid model name" in refused(
+        "a/b", sqlite_store
+    )
     assert "cannot be filled" in refused("x", f"http://127.0.0.1:{free_port()}")
 
 

@@ -154,8 +154,8 @@ def test_sizes_are_told_as_they_are_written(sizes: tuple[int, ...], text: str) -
         (
             {},
             tuple(range(2, 9)),
-            "launch: batch_size=24 must divide by every number of workers; got 2:8, which has 5, 7;"
-            " up to 8 the numbers that do are 1,2,3,4,6,8",
+            "launch: batch_size=24 must divide by every number of workers; got 2:8, with 5, 7;"
+            " take --workers of 1,2,3,4,6,8",
         ),
         ({}, (5,), "recipe: batch_size must divide by 5 workers; got 24, near it 20 and 25 do"),
         (

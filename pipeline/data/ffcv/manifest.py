@@ -100,7 +100,7 @@ def read(path: Path) -> Manifest:
         raise DataError(
             f"data: {at} cannot be read: {error.strerror}; restore it or write the data again"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"data: {at} is damaged or no {FORMAT} {VERSION} ({error}); restore it or write the"
             " data again"

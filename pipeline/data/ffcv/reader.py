@@ -235,9 +235,14 @@ class _Reading(api.epoch_iterator.EpochIterator):
                 item: Any = self.output_queue.get(timeout=0.2)
                 break
             except Empty:
+                if not self.is_alive() and self.output_queue.empty():
+                    item = None
+                    break
                 if time.monotonic() > give_up:
                     item = TimeoutError(f"no batch for {patience:g} s")
                     break
+        if item is None:
+            item = RuntimeError("its thread ended early")
         if isinstance(item, DataError):
             raise item
         if isinstance(item, BaseException):

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import PathFinder
+from operator import attrgetter
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -356,7 +357,7 @@ def _folder_set(folder: Path, name: str) -> Source:
         folder.is_dir(),
         f"write_folder: {folder.absolute()} must be a folder of class folders; it does not exist",
     )
-    by_name = lambda entry: entry.name
+    by_name = attrgetter("name")
     entries = sorted(os.scandir(folder), key=by_name)
     classes = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     require_data(
@@ -373,7 +374,7 @@ def _folder_set(folder: Path, name: str) -> Source:
             suffix = Path(entry.name).suffix.lower()
             which = f"ending in {suffix}" if suffix else "whose name has no ending"
             kind = _kind_left_out(entry, which)
-            if suffix in IMAGE_SUFFIXES and kind == ("file", which):
+            if entry.is_file() and suffix in IMAGE_SUFFIXES and kind == ("file", which):
                 items.append(Item(len(items), folder / class_name / entry.name, label))
             else:
                 left_out[kind].append(entry.path)

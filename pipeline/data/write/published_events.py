@@ -104,7 +104,8 @@ def published_sets(name: Name, source: Path) -> list[Source]:
     known, root = PUBLISHED[name], Path(source).expanduser() / PUBLISHED[name].dataset
     found = [_files(name, root, folder) for folder in known.folders]
     classes = known.classes or sorted({path.parent.name for path in found[0]}, key=_natural)
-    labels = {str(i) if known.classes else each: i for i, each in enumerate(classes)}
+    folders = map(str, range(len(classes))) if known.classes else classes
+    labels = {folder: label for label, folder in enumerate(folders)}
     items = [[_recording(path, known, labels) for path in paths] for paths in found]
     if len(items) == 1:
         items = _first_share(items[0])

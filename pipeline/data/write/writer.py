@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import count, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,7 +31,7 @@ from pipeline.data.ffcv.format import BetonWriter
 from pipeline.data.ffcv.manifest import ContentHash, Manifest
 from pipeline.data.ffcv.page_checks import verify
 
-CHUNK, AHEAD = 16, 128  # samples per task of a worker, and per worker in all its tasks
+CHUNK, AHEAD = 16, 32  # samples per task of a worker, and per worker in all its tasks
 Existing = Literal["refuse", "replace", "keep"]
 Progress = Callable[[int, int], None]  # samples done, total samples, over both sets
 
@@ -241,8 +241,15 @@ def _store(
         source=source.where,
         command=shlex.join(sys.argv),
         options=asdict(how),
-        written_by={name: version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")},
+        written_by={name: _version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")},
     )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 @contextmanager

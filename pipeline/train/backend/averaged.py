@@ -77,9 +77,10 @@ class Averaged:
         rank, ranks = world()
         own = {name: self.average[name] for name in self._buffers()}
         mean = cloned(own)
-        for value in mean.values() if ranks > 1 else ():
-            distributed.all_reduce(value)
-            value /= ranks
+        if ranks > 1:
+            for value in mean.values():
+                distributed.all_reduce(value)
+                value /= ranks
         if rank == 0:
             files[WHOLE] = copied({**self.average, **mean})
         files[f"average_rank{rank}.pt"] = copied(own)

@@ -61,6 +61,7 @@ class Checkpoints:
         self.rank, self.ranks, self.each = rank, ranks, each
         self.on_quarantine, self.on_unwritten, self.beat = on_quarantine, on_unwritten, beat
         self._writing: Background | None = None
+        self._asides: dict[str, str] = {}  # reported, not yet moved: storage failed
         self._failures, self._is_retry = 0, False
         # Step of the newest checkpoint that is complete on every rank; 0: the run's beginning.
         self.newest_step = 0
@@ -209,10 +210,13 @@ class Checkpoints:
         The report comes first. Otherwise the journal might never explain why a checkpoint that it
         names is missing.
         """
-        folder = PurePosixPath(self.place.address(name)).name
-        aside = f"quarantine/{folder}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
-        self.on_quarantine(self.place.address(aside), reason)
-        self.place.set_aside(name, aside)
+        if name not in self._asides:
+            folder = PurePosixPath(self.place.address(name)).name
+            aside = f"quarantine/{folder}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
+            self.on_quarantine(self.place.address(aside), reason)
+            self._asides[name] = aside
+        self.place.set_aside(name, self._asides[name])
+        del self._asides[name]
 
     def load(self, path: Path, backend: Backend, rule: nn.Module) -> dict[str, Any]:
         """Load a verified checkpoint into this rank; collective. Returns its trainer.json.
@@ -324,7 +328,10 @@ def rng_state() -> dict[str, Any]:
     state = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (torch.from_numpy(numpy[1].astype(np.int64)), *numpy[2:]),
+        "numpy": {
+            "keys": torch.from_numpy(numpy[1].astype(np.int64)),
+            **dict(zip(("pos", "has_gauss", "gauss"), numpy[2:], strict=True)),
+        },
     }
     if torch.cuda.is_initialized():  # otherwise the call would create a context on a GPU
         state["cuda"] = torch.cuda.get_rng_state()
@@ -335,7 +342,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     """Restore the state that `rng_state` returned."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
-    keys, *rest = state["numpy"]
+    keys, *rest = state["numpy"].values()
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

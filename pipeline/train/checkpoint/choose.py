@@ -40,8 +40,9 @@ def verified(place: Place, which: str = "last") -> Path:
 
 
 def prune(place: Place, saved: str, *, keep: int) -> None:
-    """Delete the folders that the checkpoint `saved` has replaced, and old checkpoints, except the
-    newest `keep`, the best by score and the pinned ones.
+    """Delete the folders that the checkpoint `saved` has replaced, and old checkpoints.
+
+    The newest `keep` checkpoints, the best by score and the pinned ones stay.
 
     Checkpoints newer than `saved` belong to another attempt: they stay and do not count.
 

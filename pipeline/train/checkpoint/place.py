@@ -98,7 +98,7 @@ class Place:
         return f"{self.url}/{self.current(name)}".rstrip("/")
 
     def current(self, name: str) -> str:
-        """The name of a checkpoint's folder. A checkpoint that was saved again has had others."""
+        """The name of a checkpoint's folder; the newest one if it was saved again."""
         folder = self._whole().get(name)
         return name if folder is None else folder[0]
 

@@ -236,6 +236,7 @@ def test_a_damaged_package_is_found_by_the_hash_in_its_name(
     (folder / "__init__.py").touch()
     shutil.copy(installed, copied)
     monkeypatch.syspath_prepend(tmp_path)
+    assert installed_file(LITE0, PACKAGES[LITE0][1]) == copied
     with copied.open("r+b") as stream:
         stream.seek(5_000_000)
         byte = stream.read(1)
