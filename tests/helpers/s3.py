@@ -35,3 +35,4 @@ def s3_server() -> Iterator[str]:
             yield f"s3://{BUCKET}"
     finally:
         server.stop()
+        S3FileSystem.clear_instance_cache()  # another server may be there, which began before
