@@ -112,9 +112,9 @@ def tuned(
     finals: list[Recipe] = []
     choices: dict[str, Choice] = {}
     for recipe in suite.recipes:
-        for name in references(recipe):
+        if names := references(recipe):
             raise ValueError(
-                f"{who} is searched for recipes that stand alone; {recipe.name} takes '@{name}'"
+                f"{who} is searched for recipes that stand alone; {recipe.name} takes '@{names[0]}'"
             )
         without_seed = json.dumps(replace(recipe, name="-", seed=0).to_json(), sort_keys=True)
         tried = trials.setdefault(without_seed, [])

@@ -264,9 +264,9 @@ def refuse_references(recipe: Recipe) -> None:
     Raises:
         ValueError: it has one.
     """
-    for name in references(recipe):
+    if names := references(recipe):
         raise ValueError(
-            f"recipe: '@{name}' names an earlier recipe of the same suite; got {recipe.name}"
+            f"recipe: '@{names[0]}' names an earlier recipe of the same suite; got {recipe.name}"
             " alone; give a run's folder or a file in its place"
         )
 

@@ -503,6 +503,9 @@ def _epochs(run: Run, step: int) -> float:
 
 
 def _height_at(run: Run, step: int) -> float:
+    """The last top-1 in percent up to a step; the first one if it is later, 0 if there is none."""
     known = [(each.step, each.top1) for each in run.history.curve if each.top1 is not None]
+    if not known:
+        return 0.0
     before = [top1 for at, top1 in known if at <= step]
-    return 100 * (before or [top1 for _, top1 in known[:1]] or [0.0])[-1]
+    return 100 * (before[-1] if before else known[0][1])

@@ -62,14 +62,8 @@ def show_recipe(
             (recipe.flat(), _derived(recipe, ready, workers, step))
             for recipe, ready, step in zip(made.recipes, recipes, steps, strict=True)
         ]
-    shared_fields, shared_lines = (
-        {
-            name: text
-            for name, text in each[0].items()
-            if all(other.get(name) == text for other in each)
-        }
-        for each in zip(*resolved, strict=True)
-    )
+    shared_fields = _shared([fields for fields, _ in resolved])
+    shared_lines = _shared([lines for _, lines in resolved])
     if len(resolved) > 1:
         _print_recipe(f"shared by {len(resolved)} recipes", shared_fields, shared_lines, console)
     for recipe, (fields, lines) in zip(made.recipes, resolved, strict=True):
@@ -78,6 +72,16 @@ def show_recipe(
             fields = {key: text for key, text in fields.items() if key not in shared_fields}
             lines = {key: text for key, text in lines.items() if key not in shared_lines}
         _print_recipe(recipe.name, fields, lines, console)
+
+
+def _shared(found: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The entries that are equal in all of them."""
+    first, *others = found
+    return {
+        name: text
+        for name, text in first.items()
+        if all(other.get(name) == text for other in others)
+    }
 
 
 def _derived(recipe: Recipe, ready: Recipe, workers: int, step: str) -> dict[str, str]:

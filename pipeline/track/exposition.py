@@ -49,14 +49,16 @@ class _Run(Collector):
         if start is None:
             return
         labels = [str(start.get(label, "")) for label in _LABELS]
+        for name, help_, value in self._gauges():
+            gauge = GaugeMetricFamily(name, help_, labels=_LABELS)
+            gauge.add_metric(labels, value)
+            yield gauge
         # A counter over the whole run, so that increase() works in Prometheus.
-        attempts = number(start.get("attempt")) or 0.0
-        restarts = "spiketrain_restarts_total", "Attempts after the first.", attempts
-        for name, help_, value in (*self._gauges(), restarts):
-            family = CounterMetricFamily if name == restarts[0] else GaugeMetricFamily
-            metric = family(name, help_, labels=_LABELS)
-            metric.add_metric(labels, value)
-            yield metric
+        restarts = CounterMetricFamily(
+            "spiketrain_restarts_total", "Attempts after the first.", labels=_LABELS
+        )
+        restarts.add_metric(labels, number(start.get("attempt")) or 0.0)
+        yield restarts
         last = next(kind for event in reversed(self.events) if (kind := kind_of(event)).state)
         current = "running" if last is Start else last.state
         states = GaugeMetricFamily(

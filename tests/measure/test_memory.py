@@ -12,6 +12,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -149,11 +150,12 @@ def test_a_storage_at_an_address_that_was_freed_is_another_one():
             pass
 
 
+@pytest.mark.parametrize("is_measured", [False, True])
 @pytest.mark.parametrize("what", ["input", "result", "parameter"])
-def test_changes_in_place_are_noticed_as_without_it(what: str):
+def test_changes_in_place_are_noticed_as_without_it(what: str, is_measured: bool):
     def batch() -> Tensor:
         weight = nn.Parameter(torch.ones(4))
-        with SavedBytes([weight]):
+        with SavedBytes([weight]) if is_measured else nullcontext():
             x = torch.ones(4, requires_grad=what == "parameter")
             y = (weight * x).exp()
         with torch.no_grad():

@@ -179,22 +179,24 @@ def test_trials_are_no_seeds(make_run: Callable, runs_dir: Path):
         read_study(runs_dir, ["suite"])
 
 
+CLAIMED = {
+    "about": "SLTT",
+    "claim": "bytes",
+    "published": "0.3",
+    "bound": "<= 0.2",
+    "ours": "0.25",
+    "holds": False,
+}
+
+
 def test_a_claim_of_a_suite_may_say_that_it_is_within_the_noise():
-    about = {
-        "about": "SLTT",
-        "claim": "bytes",
-        "published": "0.3",
-        "bound": "<= 0.2",
-        "ours": "0.25",
-        "holds": False,
-    }
-    told = returned({"claims": [about, {**about, "within_noise": True}]}, "a-suite")
+    told = returned({"claims": [CLAIMED, {**CLAIMED, "within_noise": True}]}, "a-suite")
     assert [claim.verdict for claim in told.claims] == ["does not hold", "fails, within the noise"]
     with pytest.raises(
         ReportError, match="about, claim, published, bound, ours, holds; there is no ours"
     ):
         returned(
-            {"claims": [{name: value for name, value in about.items() if name != "ours"}]},
+            {"claims": [{name: value for name, value in CLAIMED.items() if name != "ours"}]},
             "a-suite",
         )
 
@@ -211,15 +213,7 @@ def test_what_a_suites_report_prints_and_returns(
     (folder / "suite.json").write_text(
         json.dumps({**value, "report": "recipes.compare.claims_fashion.report"})
     )
-    about = {
-        "about": "SLTT",
-        "claim": "bytes",
-        "published": "0.3",
-        "bound": "<= 0.2",
-        "ours": "0.25",
-        "holds": False,
-    }
-    claim: dict[str, object] = {**about}
+    claim: dict[str, object] = {**CLAIMED}
 
     def report(runs: dict[str, Path], console: Console) -> dict:
         console.print(f"of {', '.join(runs)}")

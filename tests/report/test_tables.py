@@ -11,14 +11,13 @@ from torch import nn
 from pipeline.measure.meters import Meters
 from pipeline.recipe.json import flat
 from pipeline.report import figures, tables
-from pipeline.report.claims import Claim
 from pipeline.report.drawing import Figure
 from pipeline.report.page import render
 from pipeline.report.results import SILENT_S, Run, describe_state
 from pipeline.report.study import Study
 from pipeline.report.tables import SCALING_SAID, provenance, scaling
 from pipeline.track.system import INTERVAL_S
-from tests.helpers.hand_made import MACHINE, on, recipe, run, study
+from tests.helpers.hand_made import CLAIM, MACHINE, on, recipe, run, study
 
 
 def test_costs_are_means_with_spread_and_ratio():
@@ -321,13 +320,6 @@ def test_what_else_was_measured_of_a_rule():
 
 
 def test_claims_that_do_not_hold_are_shown_so():
-    about = {
-        "about": "SLTT",
-        "claim": "bytes",
-        "published": "0.3",
-        "bound": "<= 0.2",
-        "ours": "0.25",
-    }
     found = [
         (False, False),
         (True, False),
@@ -337,7 +329,7 @@ def test_claims_that_do_not_hold_are_shown_so():
         (None, True),
     ]
     rows = tables.claims(
-        [Claim(**about, holds=holds, within_noise=noise) for holds, noise in found]
+        [replace(CLAIM, holds=holds, within_noise=noise) for holds, noise in found]
     ).rows
     assert [row[5] for row in rows[:3]] == ["does not hold", "holds", "not judged"]
     assert [row[5] for row in rows[3:]] == [

@@ -68,9 +68,12 @@ def fill_table(table, channel_SS, operation, level):
             for value in row_S:
                 counts[value] += 1
                 lowest, highest = min(lowest, value), max(highest, value)
-    scale, step = 255.0 / (highest - lowest), (channel_SS.size - counts[highest]) // 255
-    passed, kept = step // 2, 1 << (8 - max(1, 4 - int(level / 10.0 * 4)))
-    first, added = 256 - min(256, int(level / 10.0 * 256)), min(128, int(level / 10.0 * 110))
+    scale = 255.0 / (highest - lowest)  # of autocontrast
+    step = (channel_SS.size - counts[highest]) // 255  # pixels per level, of equalize
+    passed = step // 2
+    kept = 1 << (8 - max(1, 4 - int(level / 10.0 * 4)))  # of posterize
+    first = 256 - min(256, int(level / 10.0 * 256))  # of solarize
+    added = min(128, int(level / 10.0 * 110))  # of solarize-add
     for i in range(256):
         new = i
         if operation == _AUTOCONTRAST and lowest < highest:
