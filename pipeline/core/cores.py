@@ -22,6 +22,7 @@ import torch
 
 from pipeline.core.errors import UserError
 
+_MASKS = 128  # 64-bit masks of logical cores, as many as Linux may have (8192)
 PATIENCE_S = 30.0  # a worker of an ended run may still be exiting
 
 
@@ -57,9 +58,7 @@ def own_cores(
         yield cores
 
 
-def near_cores(
-    device: torch.device, *, at_least: int, devices: Path = Path("/sys/bus/pci/devices")
-) -> AbstractContextManager[None]:
+def near_cores(device: torch.device, *, at_least: int) -> AbstractContextManager[None]:
     """Keep all threads of this process on the cores of its GPU's NUMA node, inside the block.
 
     Memory is allocated on the node of the thread that touches it first. Batches then do not cross
@@ -68,28 +67,24 @@ def near_cores(
     more time than the distance.
     """
     before = os.sched_getaffinity(0)
-    near = before & _cores_near(device, devices) if device.type == "cuda" else before
+    near = before & _cores_near(device) if device.type == "cuda" else before
     return nullcontext() if near == before or len(near) < at_least else _kept_on(near)
 
 
-def _cores_near(device: torch.device, devices: Path) -> set[int]:
-    """Logical cores of the card's NUMA node; empty if NVML or the kernel does not know it."""
+def _cores_near(device: torch.device) -> set[int]:
+    """Logical cores of the card's NUMA node; empty if NVML does not know it."""
     try:
         pynvml.nvmlInit()
         # CUDA numbers only the visible cards of this process; the UUID identifies the card.
-        handle = pynvml.nvmlDeviceGetHandleByUUID(
-            f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        uuid = torch.cuda.get_device_properties(device).uuid
+        masks = pynvml.nvmlDeviceGetCpuAffinityWithinScope(
+            pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"),
+            _MASKS,
+            pynvml.NVML_AFFINITY_SCOPE_NODE,
         )
-        domain, rest = str(pynvml.nvmlDeviceGetPciInfo(handle).busId).lower().split(":", 1)
-        # NVML writes 00000000:3B:00.0, the kernel 0000:3b:00.0.
-        card = devices / f"{int(domain, 16):04x}:{rest}"
-        if int((card / "numa_node").read_text()) < 0:
-            return set()
-        spans = (card / "local_cpulist").read_text().strip().split(",")  # such as 0-31,64-95
-        ends = [tuple(map(int, span.split("-"))) for span in spans if span]
-    except (pynvml.NVMLError, OSError, ValueError):
+    except pynvml.NVMLError:
         return set()
-    return {core for span in ends for core in range(span[0], span[-1] + 1)}
+    return {core for core in range(64 * _MASKS) if masks[core // 64] >> core % 64 & 1}
 
 
 def physical_cores(

@@ -107,66 +107,46 @@ CARD = torch.device("cuda", 0)
 EVERY = sorted(os.sched_getaffinity(0))
 
 
-@pytest.fixture
-def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The kernel's folder of a card, as NVML names it; on this machine there is none."""
+def kept_on(
+    patch: pytest.MonkeyPatch, device: torch.device, near: set[int] | None, *, at_least: int = 1
+) -> list[int]:
+    """The affinity beside a card whose node has the cores `near`; None: NVML does not know it."""
+
+    def masks(handle: str, count: int, scope: int) -> list[int]:
+        if near is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return [sum(1 << core % 64 for core in near if core // 64 == at) for at in range(count)]
+
     nvml = SimpleNamespace(
         NVMLError=pynvml.NVMLError,
+        NVML_AFFINITY_SCOPE_NODE=pynvml.NVML_AFFINITY_SCOPE_NODE,
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByUUID={"GPU-abc": "it"}.__getitem__,
-        nvmlDeviceGetPciInfo=lambda handle: pynvml.nvmlPciInfo_t(busId=b"00000000:3B:00.0"),
+        nvmlDeviceGetCpuAffinityWithinScope=masks,
     )
-    monkeypatch.setattr(cores_module, "pynvml", nvml)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc")
-    )
-    folder = tmp_path / "0000:3b:00.0"
-    folder.mkdir()
-    (folder / "numa_node").write_text("1\n")
-    (folder / "local_cpulist").write_text(
-        f"{EVERY[-1]},5000-5031,6000\n"
-    )  # of which this process has the first alone
-    return folder
-
-
-def kept_on(device: torch.device, folder: Path, *, at_least: int = 1) -> list[int]:
-    with near_cores(device, at_least=at_least, devices=folder.parent):
+    patch.setattr(cores_module, "pynvml", nvml)
+    patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc"))
+    with near_cores(device, at_least=at_least):
         return sorted(os.sched_getaffinity(0))
 
 
 @pytest.mark.skipif(len(EVERY) < 2, reason="one core is as near as another")
-def test_a_worker_keeps_to_the_cores_of_its_cards_node(card: Path) -> None:
-    assert kept_on(CARD, card) == EVERY[-1:]
-    assert sorted(os.sched_getaffinity(0)) == EVERY  # and is let go
+def test_a_worker_keeps_to_the_cores_of_its_cards_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kept_on(monkeypatch, CARD, {EVERY[-1], 5000}) == EVERY[-1:]
+    assert sorted(os.sched_getaffinity(0)) == EVERY  # the affinity is restored at the end
 
 
 @pytest.mark.parametrize(
-    ("device", "node", "near", "at_least"),
+    ("device", "near", "at_least"),
     [
-        (torch.device("cpu"), "1", f"{EVERY[-1]}", 1),
-        (CARD, "1", f"{EVERY[-1]}", 2),
-        (CARD, "1", "5000-5031", 1),
-        (CARD, "1", "0-8191", 1),
-        (CARD, "-1", f"{EVERY[-1]}", 1),
-        (CARD, "unknown", f"{EVERY[-1]}", 1),
+        pytest.param(torch.device("cpu"), {EVERY[-1]}, 1, id="a CPU"),
+        pytest.param(CARD, {EVERY[-1]}, 2, id="too few"),
+        pytest.param(CARD, {5000, 5031}, 1, id="none of this process"),
+        pytest.param(CARD, set(range(8192)), 1, id="all"),
+        pytest.param(CARD, None, 1, id="NVML does not know"),
     ],
-    ids=["a CPU", "too few", "none of this process", "all", "one node", "an unknown node"],
 )
 def test_the_affinity_stays_where_no_node_is_near(
-    device: torch.device, node: str, near: str, at_least: int, card: Path
+    device: torch.device, near: set[int] | None, at_least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (card / "numa_node").write_text(node)
-    (card / "local_cpulist").write_text(near)
-    assert kept_on(device, card, at_least=at_least) == EVERY
-
-
-def test_the_affinity_stays_where_nothing_tells_of_a_node(
-    card: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse() -> None:
-        raise pynvml.NVMLError(1)
-
-    (card / "numa_node").unlink()
-    assert kept_on(CARD, card) == EVERY
-    monkeypatch.setattr(cores_module.pynvml, "nvmlInit", refuse)
-    assert kept_on(CARD, card) == EVERY
+    assert kept_on(monkeypatch, device, near, at_least=at_least) == EVERY
