@@ -24,6 +24,7 @@ from typing import Any
 
 from pipeline.core.checks import require
 from pipeline.core.run_folder import RunFolder
+from pipeline.core.units import some
 from pipeline.recipe.json import is_inside, read_json, write_json
 from pipeline.recipe.spec import arguments_of
 
@@ -111,7 +112,7 @@ def packages(value: Any, *, who: str) -> dict[str, Package]:
 def on_path(noted: Mapping[str, Package], trust: Collection[str], *, of: str) -> Iterator[None]:
     """Make trusted packages importable from their folders at launch, inside a `with` block.
 
-    If the code has moved or changed, one line on stderr reports it, and the command goes on.
+    If the code has changed, one line on stderr reports it, and the command goes on.
 
     Args:
         of: the name of the run or suite, for the messages.
@@ -186,21 +187,16 @@ def _imported(name: str) -> Package:
 
 
 def _print_if_changed(name: str, package: Package, owner: str) -> None:
-    top, was, now = name.partition(".")[0], Path(str(package.folder)), _place(name, package)
-    changed = [file for file, digest in package.files.items() if _digest(now / file) != digest]
-    notices = []
-    if now.resolve() != was.resolve():
-        notices.append(f"{top} is in {now} now, and was in {was} when {owner} was launched")
-    if changed:
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        notices.append(
-            f"{changed[0]}{more} in {now} differs from when {owner} was launched, and so may its"
-            " results"
-        )
-    notice = (top, str(was), str(now), *changed)
-    if notices and notice not in _printed:  # another run of the suite may have printed it
+    folder = _place(name, package)
+    changed = [file for file, digest in package.files.items() if _digest(folder / file) != digest]
+    notice = (str(folder), *changed)
+    if changed and notice not in _printed:  # another run of the suite may have printed it
         _printed.add(notice)
-        print("; ".join(notices), file=sys.stderr)
+        print(
+            f"{some(changed, most=1)} in {folder} differs from when {owner} was launched, and so"
+            " may its results",
+            file=sys.stderr,
+        )
 
 
 def _place(name: str, package: Package) -> Path:

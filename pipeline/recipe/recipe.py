@@ -4,8 +4,6 @@ A recipe names its parts by the Python objects themselves. There is no registry.
 fails at the line of the recipe that has it. This module imports the standard library only.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 import functools
@@ -201,7 +199,7 @@ class Split:
     accumulation: int
 
     @classmethod
-    def of(cls, batch_size: int, *, workers: int, most: int | None) -> Split:
+    def of(cls, batch_size: int, *, workers: int, most: int | None) -> "Split":
         """The split with the fewest accumulated micro-batches of at most `most` samples.
 
         Args:
@@ -360,11 +358,11 @@ class Recipe(_Fields):
             )
             self.value_of(key)
 
-    def split(self, workers: int) -> Split:
+    def split(self, workers: int) -> "Split":
         """How the global batch is divided among `workers`. Raises as `Split.of`."""
         return Split.of(self.batch_size, workers=workers, most=self.micro_batch)
 
-    def override(self, changes: Mapping[str, Any]) -> Recipe:
+    def override(self, changes: Mapping[str, Any]) -> "Recipe":
         """The recipe with dotted keys changed, such as `{"optimizer.lr": 0.05, "epochs": 3}`.
 
         Raises:
@@ -404,13 +402,13 @@ class Recipe(_Fields):
         """Advice for a diverging training, as text."""
         return remedy(self.optimizer.kwargs.get("lr"), self.clip_norm)
 
-    def resolved(self) -> Recipe:
+    def resolved(self) -> "Recipe":
         """The same recipe with absolute paths: workers and later commands run in other folders."""
         return self.with_paths(
             lambda path: str(Path(path).absolute()) if referred(path) is None else path
         )
 
-    def with_paths(self, change: Callable[[str], str]) -> Recipe:
+    def with_paths(self, change: Callable[[str], str]) -> "Recipe":
         """The same recipe with `init` and every path among the keywords of its parts changed."""
 
         def changed(part: Spec) -> Spec:
@@ -425,7 +423,7 @@ class Recipe(_Fields):
         parts = {name: _rebuilt(value, changed) for name, value in vars(self).items()}
         return replace(self, **{**parts, "init": None if self.init is None else change(self.init)})
 
-    def tiny(self, *, data: Spec | None = None) -> Recipe:
+    def tiny(self, *, data: Spec | None = None) -> "Recipe":
         """The same recipe shrunk to seconds on a CPU.
 
         It takes 4 steps of 8 samples at T = 2, evaluates on 64 and has at most 2 phases.
@@ -461,7 +459,7 @@ class Recipe(_Fields):
             log_every=1,
         )
 
-    def with_untrained_teacher(self) -> Recipe:
+    def with_untrained_teacher(self) -> "Recipe":
         """The same recipe with a teacher that needs no weights: to inspect, not to train."""
         return replace(self, teacher=_rebuilt(self.teacher, _tiny_part))
 
@@ -518,7 +516,7 @@ class Recipe(_Fields):
         )
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], *, trust: Collection[str] = ()) -> Recipe:
+    def from_json(cls, value: Mapping[str, Any], *, trust: Collection[str] = ()) -> "Recipe":
         """Read a recipe back. Only trusted names are imported.
 
         Raises:
@@ -545,7 +543,7 @@ class Recipe(_Fields):
         return cls(**arguments_of(cls, fields, who=who))
 
     @classmethod
-    def read(cls, path: Path, *, trust: Collection[str] = ()) -> Recipe:
+    def read(cls, path: Path, *, trust: Collection[str] = ()) -> "Recipe":
         """The recipe in the file `recipe.json` of a run.
 
         Raises:

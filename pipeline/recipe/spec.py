@@ -2,8 +2,6 @@
 written.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import os
@@ -68,7 +66,7 @@ class Spec:
             ) from error
         return self.target(*args, **kwargs)
 
-    def with_(self, **changes: Any) -> Spec:
+    def with_(self, **changes: Any) -> "Spec":
         """The same part with some keywords changed."""
         return Spec(self.target, {**self.kwargs, **changes})
 

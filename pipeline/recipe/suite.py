@@ -10,8 +10,6 @@ it stands for that recipe's trained weights. A `Choice` takes one field from the
 trials. Each recipe becomes a run of its own, beside the suite's folder.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -177,7 +175,7 @@ class Suite:
         """
         return next((each.family for each in self.recipes if each.family), self.recipes[0].name)
 
-    def override(self, changes: Mapping[str, Any]) -> Suite:
+    def override(self, changes: Mapping[str, Any]) -> "Suite":
         """The same suite with `Recipe.override` applied to each recipe.
 
         Raises:
@@ -196,7 +194,7 @@ class Suite:
                 raise ValueError(f"suite: {recipe.name} cannot be changed so; {error}") from error
         return replace(self, recipes=tuple(recipes))
 
-    def tiny(self) -> Suite:
+    def tiny(self) -> "Suite":
         """The same suite of `Recipe.tiny` recipes, without its report and measurements."""
         names = {recipe.name: recipe.tiny().name for recipe in self.recipes}
         choices = {
@@ -211,7 +209,7 @@ class Suite:
             choices=choices,
         )
 
-    def resolved(self) -> Suite:
+    def resolved(self) -> "Suite":
         """The same suite with every path absolute; references stay."""
         measurements = tuple(
             replace(each, of=tuple(of if isinstance(of, str) else of.resolved() for of in each.of))
@@ -319,7 +317,7 @@ class SuiteFile:
         }
 
     @classmethod
-    def from_json(cls, value: Any, *, own: str = "", trust: Collection[str] = ()) -> SuiteFile:
+    def from_json(cls, value: Any, *, own: str = "", trust: Collection[str] = ()) -> "SuiteFile":
         """Read a suite back. Only trusted names are imported.
 
         Args:
@@ -359,7 +357,7 @@ class SuiteFile:
         write_json(folder / FILE, self.to_json())
 
     @classmethod
-    def read(cls, folder: Path, *, trust: Collection[str] = ()) -> SuiteFile:
+    def read(cls, folder: Path, *, trust: Collection[str] = ()) -> "SuiteFile":
         """The suite in a folder.
 
         Raises:

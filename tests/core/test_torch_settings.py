@@ -27,7 +27,6 @@ from pipeline.models.teachers.base import Teacher
 from pipeline.models.teachers.timm import timm_teacher
 from pipeline.models.teachers.weights import Untrained
 from pipeline.recipe.recipe import spec
-from tests.helpers.small import small_recipe
 
 about_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about its malloc")
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
@@ -117,11 +116,6 @@ def test_tf32_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ValueError, match="got Tesla V100"):
         compute_in("tf32", CARD)
     assert products() == ["ieee"] * 3
-
-
-def test_the_precision_is_part_of_the_study() -> None:
-    recipes = [small_recipe(precision=each) for each in ("fp32", "tf32", "bf16")]
-    assert len({recipe.study_key({"data": "x"}) for recipe in recipes}) == 3
 
 
 @pytest.mark.usefixtures("ampere")

@@ -38,11 +38,6 @@ def test_phases_are_the_same_after_json() -> None:
     assert again.phases[1].data.build(Synthetic(shape=(1, 4, 4))).order.tolist() != list(range(16))
 
 
-def test_a_recipe_without_phases_is_written_as_ever() -> None:
-    assert "phases" not in small().to_json()["recipe"]
-    assert small().study_key({"data": "abc"}) == small(phases=()).study_key({"data": "abc"})
-
-
 def test_the_study_key_covers_phases() -> None:
     recipes = [
         small(),
@@ -57,12 +52,15 @@ def test_the_study_key_covers_phases() -> None:
     assert len({small(phases=(task,)).study_key({"data": "abc"}) for task in tasks}) == 1
 
 
-def test_resolved_reaches_paths_inside() -> None:
+def test_every_path_of_a_resolved_recipe_is_absolute() -> None:
     data = spec(Beton, folder="data/x", classes=10, size=28)
     recipe = small(
-        data=data, phases=(TASKS[0], Phase(name="other", data=spec(with_files, folder="data/y")))
+        data=data,
+        phases=(TASKS[0], Phase(name="other", data=spec(with_files, folder="data/y"))),
+        init="runs/a",
     ).resolved()
     assert Path(recipe.data.kwargs["folder"]).is_absolute()
+    assert recipe.init == str(Path("runs/a").absolute())
     assert recipe.phases[1].data.kwargs["folder"] == str(Path("data/y").absolute())
     assert recipe.phases[0] == TASKS[0]
 
