@@ -120,14 +120,15 @@ def carried_over(
 ) -> pd.DataFrame:
     """Evaluate a network with every carry-over.
 
-    Returns: a row per sample, T and carry-over: `one` and `ensemble` say whether a step (the mean
-    over
-        steps) and the mean of the logits are right, `gap` is their difference, `disagree` the share
-        of
-        pairs of steps that predict different classes, `below real` what `ensemble` lacks to that of
-        the
-        real carry-over, `same class` whether the donor is of the sample's class.
-    Raises: ValueError for a network whose carry-over is not that of its membranes alone.
+    Returns:
+        One row per sample, T and carry-over, with these columns. `one`: the share of steps that are
+        right. `ensemble`: whether the mean of the logits is right. `gap`: ensemble less one.
+        `disagree`: the share of pairs of steps that predict different classes. `below real`: the
+        ensemble with the real carry-over less this one. `same class`: whether the donor has the
+        sample's class.
+
+    Raises:
+        ValueError: the network carries over more than the membranes of its neurons.
     """
     network.eval()
     most = max(steps)
