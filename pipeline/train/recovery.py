@@ -11,18 +11,15 @@ each checkpoint in case the folder is lost. A decision that is younger than the 
 is lost with the folder.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pipeline.core.checks import is_count
 from pipeline.core.errors import Diverged, UserError
 from pipeline.core.run_folder import RunFolder
-from pipeline.core.units import counted
-from pipeline.recipe.recipe import Recipe, Split, read_json, write_json
+from pipeline.recipe.recipe import Recipe, read_json, write_json
 
 
 class Recovery(Exception):
@@ -62,7 +59,7 @@ class Decisions:
     micro_batch: int | None = None
 
     @classmethod
-    def read(cls, run: Path) -> Decisions:
+    def read(cls, run: Path) -> Self:
         """Raises: UserError if a file is damaged."""
         files, decisions = RunFolder(run), cls()
         if files.skipped.exists():
@@ -108,7 +105,7 @@ class Decisions:
         limit = min(filter(None, (self.micro_batch, recipe.micro_batch)), default=None)
         return replace(recipe, micro_batch=limit)
 
-    def after_rollback(self, back: Rollback, recipe: Recipe, *, to: int, epoch: int) -> Decisions:
+    def after_rollback(self, back: Rollback, recipe: Recipe, *, to: int, epoch: int) -> Self:
         """The decisions after one more rollback, to the checkpoint after `to` batches.
 
         Raises:
@@ -128,36 +125,6 @@ class Decisions:
             )
         skipped = (*self.skipped, (to, back.step + 1)) if back.skips else self.skipped
         return replace(self, rollbacks=self.rollbacks + 1, skipped=skipped)
-
-    def halve(self, split: Split, split_of: Callable[[Decisions], Split]) -> Decisions:
-        """The decisions after memory ran out with `split`: half as many samples at a time, or the
-        next fewer that the recipe takes.
-
-        `split_of` returns the split under other decisions; it raises ValueError if the recipe
-        refuses that size. The global batch stays the same. Results differ only by the order of
-        sums, unless a module depends on the whole micro-batch, as batch norm does.
-
-        Raises:
-            ValueError: no smaller micro-batch is possible. Only this rank raises it.
-        """
-        had, refusal = split.micro_batch, None
-        for samples in range(had // 2, 0, -1):
-            halved = replace(self, micro_batch=samples)
-            try:
-                if split_of(halved).micro_batch == samples:  # else it does not divide the batch
-                    return halved
-            except ValueError as error:
-                refusal = refusal or error  # the error for the largest size
-        why = f", and fewer cannot be taken: {refusal}" if refusal else ""
-        raise ValueError(
-            f"training: the device's memory runs out with {counted(had, 'sample')} at a time{why};"
-            " take a smaller network, or more memory"
-        ) from refusal
-
-
-def is_in(step: int, batches: Sequence[tuple[int, int]]) -> bool:
-    """Whether one of the ranges [first, end) contains `step`."""
-    return any(first <= step < end for first, end in batches)
 
 
 def _pairs(value: Any) -> tuple[tuple[int, int], ...]:

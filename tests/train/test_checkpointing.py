@@ -120,7 +120,9 @@ def test_a_last_save_comes_while_there_is_time_for_twice_a_batch_and_a_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, saved = 50.0, []
-    monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(
+        checkpointing, "time", SimpleNamespace(monotonic=lambda: now, time=time.time)
+    )
     monkeypatch.setattr(Saving, "save", lambda self, step, **about: saved.append(step))
     monkeypatch.setattr(Saving, "_answer", lambda self, step: None)
     made = saving(tmp_path, lambda *mine: list(mine))

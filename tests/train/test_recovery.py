@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.core.errors import Diverged, UserError
 from pipeline.recipe import Policy
-from pipeline.train.recovery import Decisions, Rollback, is_in
+from pipeline.train.recovery import Decisions, Rollback
 from tests.helpers.small import small_recipe
 
 
@@ -46,7 +46,6 @@ def test_each_rollback_leaves_out_the_batches_since_its_checkpoint() -> None:
     decided = Decisions().after_rollback(Rollback(7, ""), recipe, to=4, epoch=0)
     decided = decided.after_rollback(Rollback(12, ""), recipe, to=10, epoch=0)
     assert decided == Decisions(2, ((4, 8), (10, 13)))
-    assert [step for step in range(20) if is_in(step, decided.skipped)] == [4, 5, 6, 7, 10, 11, 12]
     apart = Rollback(15, "apart", skips=False)
     decided = decided.after_rollback(apart, recipe, to=15, epoch=0)
     assert decided == Decisions(3, ((4, 8), (10, 13)))
