@@ -59,10 +59,9 @@ Layout = Literal["plain", "packed"]
 
 @dataclass(frozen=True)
 class Exported:
-    """The file of an export."""
+    """The file of an export. As text: its size, and the line of Python that loads the network."""
 
     file: Path
-    bytes: int
     whole: int  # bytes before packing
     parameters: int
     bits: int = 0
@@ -70,20 +69,18 @@ class Exported:
     folded: int = 0  # synapses whose scales a norm includes
     trust: tuple[str, ...] = ()  # the user's own packages that the network needs
 
-    @property
-    def loading(self) -> str:
-        """The line of Python that loads the network."""
-        trust = f", trust={list(self.trust)}" if self.trust else ""
-        return f"pipeline.load({str(self.file.absolute())!r}{trust})"
-
     def __str__(self) -> str:
-        size = f"{self.file}: {self.bytes / 1e6:.4g} MB"
-        if not self.bits:
-            return f"{size}, {self.parameters:,} parameters"
+        holds = f", {self.parameters:,} parameters"
+        if self.bits:
+            holds = (
+                f" against {self.whole / 1e6:.4g} MB; {self.bits:,} of {self.parameters:,}"
+                f" parameters are bits, of {counted(self.synapses, 'synapse')}, {self.folded} of"
+                " them with their scales folded into the norm behind"
+            )
+        trust = f", trust={list(self.trust)}" if self.trust else ""
         return (
-            f"{size} against {self.whole / 1e6:.4g} MB; {self.bits:,} of {self.parameters:,}"
-            f" parameters are bits, of {counted(self.synapses, 'synapse')}, {self.folded} of them"
-            " with their scales folded into the norm behind"
+            f"{self.file}: {self.file.stat().st_size / 1e6:.4g} MB{holds}\n"
+            f"load    pipeline.load({str(self.file.absolute())!r}{trust})"
         )
 
 
@@ -141,7 +138,7 @@ def export_run(
         **({"code": json.dumps(own_code.note(own))} if own else {}),
     }
     write_whole(out, save(tensors, {**metadata, "sha256": _digest(metadata, tensors)}))
-    return Exported(out, out.stat().st_size, whole, parameters, **packed, trust=own)
+    return Exported(out, whole, parameters, **packed, trust=own)
 
 
 def is_export(file: Path) -> bool:
@@ -196,7 +193,8 @@ def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor
     for name, synapse in binary_synapses(network).items():
         assert isinstance(synapse.binarizer, Binarizer)
         is_positive, scale_O = synapse.binarizer.split(synapse.weight)
-        packed[f"{name}.bits"] = pack_bits(is_positive)
+        signs = is_positive.flatten().numpy()
+        packed[f"{name}.bits"] = torch.from_numpy(np.packbits(signs, bitorder="little"))
         latent |= {f"{name}.weight", f"{name}.binarizer.scale"}
         if scale_O is not None and name in norms and scale_O.min() >= SMALLEST_SCALE:
             norm: Any = network.get_submodule(norms[name])
@@ -227,26 +225,10 @@ def unpack(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
         ):
             raise ValueError(f"the weights must fit the model; got no bits, or others, for {name}")
         unbinarize(synapse)
-        state[f"{name}.weight"] = (2.0 * unpack_bits(bits, shape) - 1) * scale_O.view(
-            -1, *[1] * (len(shape) - 1)
-        )
+        signs = np.unpackbits(bits.numpy(), count=shape.numel(), bitorder="little")
+        weight = 2.0 * torch.from_numpy(signs).view(shape) - 1
+        state[f"{name}.weight"] = weight * scale_O.view(-1, *[1] * (len(shape) - 1))
     return state
-
-
-def pack_bits(is_set: Tensor) -> Tensor:
-    """A bool tensor as uint8 `[ceil(numel / 8)]`. The first is in the lowest bit of the first
-    byte.
-    """
-    return torch.from_numpy(np.packbits(is_set.flatten().numpy(), bitorder="little"))
-
-
-def unpack_bits(bits: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `pack_bits` for a tensor of `shape`."""
-    return (
-        torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel(), bitorder="little"))
-        .bool()
-        .view(shape)
-    )
 
 
 # ----------------------------------------------------------------------------------------- the file
