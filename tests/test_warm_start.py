@@ -122,7 +122,7 @@ def test_a_file_that_lacks_some_thresholds_or_has_others_is_refused(tmp_path: Pa
     save_file(state, tmp_path / "all.safetensors")
     with pytest.raises(ValueError, match=r"got 4 unknown: classifier\.neuron_in\.threshold, "):
         load_start(network(spec(nn.ReLU)).build(), tmp_path / "all.safetensors")
-    assert load_start(network(spec(RateIF)).build(), tmp_path / "all.safetensors").fresh == ()
+    assert load_start(network(spec(RateIF)).build(), tmp_path / "all.safetensors") == ()
 
 
 def test_a_head_of_rates_is_replaced_whole(tmp_path: Path) -> None:
@@ -135,9 +135,9 @@ def test_a_head_of_rates_is_replaced_whole(tmp_path: Path) -> None:
     save_file(ten.state_dict(), tmp_path / "ten.safetensors")
     before = {key: value.clone() for key, value in three.state_dict().items()}
     start = load_start(three, tmp_path / "ten.safetensors")
-    assert start.fresh and all(key.startswith("classifier.") for key in start.fresh)
+    assert start and all(key.startswith("classifier.") for key in start)
     for key, value in three.state_dict().items():
-        assert torch.equal(value, before[key] if key in start.fresh else ten.state_dict()[key])
+        assert torch.equal(value, before[key] if key in start else ten.state_dict()[key])
 
 
 def still() -> Recipe:
@@ -165,7 +165,7 @@ def test_neurons_that_learn_their_leak_start_from_plain_ones(tmp_path: Path) -> 
         convnet(10, in_channels=1, stages=STAGES, neuron=neuron) for neuron in (LIF(), PLIF(0.8))
     )
     save_file(first.state_dict(), tmp_path / "first.safetensors")
-    assert load_start(second, tmp_path / "first.safetensors").fresh == tuple(
+    assert load_start(second, tmp_path / "first.safetensors") == tuple(
         f"stages.{n}.0.neuron.decay_logit" for n in (0, 1)
     )
     found = second.state_dict()
@@ -188,14 +188,14 @@ def test_one_bit_starts_from_the_weights_of_full_precision(weights: str, tmp_pat
     found = second.state_dict()
     assert all(torch.equal(found[key], value) for key, value in first.state_dict().items())
     scale = "stages.1.0.conv.binarizer.scale"
-    assert start.fresh == ((scale,) if weights == "learnable" else ())
+    assert start == ((scale,) if weights == "learnable" else ())
     if weights == "learnable":
         assert torch.allclose(
             found[scale], 2 * found["stages.1.0.conv.weight"].abs().mean((1, 2, 3))
         )
         save_file({**found, scale: found[scale] + 1}, tmp_path / "second.safetensors")
         again = bits(weights)
-        assert load_start(again, tmp_path / "second.safetensors").fresh == ()
+        assert load_start(again, tmp_path / "second.safetensors") == ()
         assert torch.equal(again.state_dict()[scale], found[scale] + 1)
         with pytest.raises(ValueError, match=r"1 unknown: .*binarizer\.scale"):
             load_start(first, tmp_path / "second.safetensors")

@@ -58,7 +58,7 @@ from pipeline.train.part_checks import check_batch, checked_loader
 from pipeline.train.recovery import Rollback
 from pipeline.train.tasks import tasks_of
 from pipeline.train.teaching import build_teacher
-from pipeline.train.weights import load_start
+from pipeline.train.weights import load_start, weights_file
 
 # T time, B batch
 
@@ -179,7 +179,7 @@ class Bench:
         self.loss: Loss = self.recipe.objective.build()
         self.network = build_network(self.recipe, tasks_of(self.recipe))
         if self.recipe.init is not None:
-            load_start(self.network, Path(self.recipe.init))
+            load_start(self.network, weights_file(Path(self.recipe.init)))
 
     def _set_batch(self, x_B: Tensor, target_B: Tensor) -> None:
         self.x_B, self.target_B = x_B, target_B

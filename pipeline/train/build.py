@@ -33,7 +33,7 @@ from pipeline.train.part_checks import (
 )
 from pipeline.train.tasks import Task, tasks_of
 from pipeline.train.teaching import build_teacher
-from pipeline.train.weights import load_start
+from pipeline.train.weights import load_start, weights_file
 
 
 def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
@@ -48,7 +48,7 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
     tasks = tasks_of(recipe)
     network = build_network(recipe, tasks)
     if recipe.init is not None:
-        load_start(network, Path(recipe.init))
+        load_start(network, weights_file(Path(recipe.init)))
     check_network(network, recipe, tasks[0].data)
     check_objective(recipe.objective.build(), recipe.objective, classes=tasks[0].data.classes)
     rule = attached_rule(recipe, network, World(recipe.seed, size=sizes[-1]))

@@ -6,9 +6,11 @@ an evaluation, which may be long, each rank looks for requests by itself. If one
 request, all ranks leave the evaluation.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Self
 
 import torch
@@ -51,8 +53,9 @@ class Saving:
         # the last save that was begun, and its time
         self._last: dict[str, Any] = {"step": step}
         self._last_at = self._batch_began = time.monotonic()
-        self._stall_s = 0.0  # seconds that training was stopped for the last save
-        self._write_s = 0.0  # seconds until the last checkpoint was complete; known to rank 0
+        # seconds that training was stopped for the last save, and seconds until the last checkpoint
+        # was complete, which rank 0 knows
+        self._stall_s = self._write_s = 0.0
         # the requests that this rank looks for during an evaluation
         self._watched = (self.files.stop, self.files.save)
 
@@ -199,7 +202,12 @@ class Saving:
 
     def _notice(self) -> Notice | None:
         """The notice that reached this rank, or the one that a request to save holds."""
-        return self.context.place.notice() or Notice.in_file(self.files.save)
+        notice = self.context.place.notice()
+        with suppress(OSError, ValueError, KeyError, TypeError):  # gone, or written by hand
+            value = json.loads(self.files.save.read_text())
+            if notice is None and value["machines"]:
+                notice = Notice(tuple(value["machines"]), value["deadline"])
+        return notice
 
     def _answer(self, step: int) -> None:
         """Delete the request once the checkpoint is complete. Its author then ends the workers."""
@@ -216,15 +224,16 @@ class Saving:
         with context.published():
             weights = weights_of(network) if self.ranks.rank == 0 else None
         with self.ranks.averaged(network) as buffers:
-            saved = self.checkpoints.save(
-                this["step"],
-                context.backend,
-                context.rule,
-                trainer,
-                buffers=buffers,
-                weights=weights,
+            self._report(
+                self.checkpoints.save(
+                    this["step"],
+                    context.backend,
+                    context.rule,
+                    trainer,
+                    buffers=buffers,
+                    weights=weights,
+                )
             )
-            self._report(saved)
         self._last, self._last_at = this, time.monotonic()
         self._stall_s = self._last_at - began  # includes the wait for the previous checkpoint
 

@@ -145,9 +145,11 @@ def evaluate(
                 loss = torch.stack([loss_of(logits_BK) for logits_BK in logits_TBK]).mean()
             best_B5 = mean_BK.topk(min(TOP, mean_BK.shape[-1])).indices
             hits_B5 = best_B5 == target_B[:, None]
-            batch_sums = [samples, float(hits_B5[:, 0].sum()), float(loss.double() * samples)]
-            batch_sums += [samples, float(hits_B5.sum())] if mean_BK.shape[-1] > TOP else [0, 0]
-            sums += torch.tensor(batch_sums, dtype=torch.float64)
+            top1, top5, is_ranked = hits_B5[:, 0].sum(), hits_B5.sum(), mean_BK.shape[-1] > TOP
+            sums += torch.tensor(
+                [samples, top1, loss.double() * samples, samples * is_ranked, top5 * is_ranked],
+                dtype=torch.float64,
+            )
             answered.append(torch.stack([index_B, target_B.cpu(), best_B5[:, 0].cpu()]))
     readings = EnergyReadings(
         card=joules.card, samples=int(sums[0]), began=began, ended=joules.read()
@@ -170,16 +172,20 @@ def evaluate(
     samples, top1, loss, ranked, top5 = ranks.sum(sums).tolist()
     require(samples != 0, "evaluate: needs at least one sample; got none on any rank")
     layers = activity.layers(ranks.sum, ranks.max)
-    result = Evaluation(
-        samples=int(samples),
-        top1=top1 / samples,
-        top5=top5 / ranked if ranked else None,
-        loss=loss / samples,
-        firing_rate=firing_rate(layers),
-    )
     index, target, answer = torch.cat(answered, dim=1).numpy()
-    answers = Answers(index=index, target=target, answer=answer)
-    return Evaluated(result, answers, layers, inference, readings)
+    return Evaluated(
+        Evaluation(
+            samples=int(samples),
+            top1=top1 / samples,
+            top5=top5 / ranked if ranked else None,
+            loss=loss / samples,
+            firing_rate=firing_rate(layers),
+        ),
+        Answers(index=index, target=target, answer=answer),
+        layers,
+        inference,
+        readings,
+    )
 
 
 def inputs(

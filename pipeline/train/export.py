@@ -108,7 +108,6 @@ def export_run(
     )
     network = load_run(folder, which=which, trust=trust)
     state, packed = network.state_dict(), {}
-    parameters = sum(p.numel() for p in network.parameters())
     whole = sum(value.nbytes for value in state.values())
     if layout == "packed":
         synapses = binary_synapses(network)
@@ -138,7 +137,13 @@ def export_run(
         **({"code": json.dumps(own_code.note(own))} if own else {}),
     }
     write_whole(out, save(tensors, {**metadata, "sha256": _digest(metadata, tensors)}))
-    return Exported(out, whole, parameters, **packed, trust=own)
+    return Exported(
+        file=out,
+        whole=whole,
+        parameters=sum(p.numel() for p in network.parameters()),
+        trust=own,
+        **packed,
+    )
 
 
 def is_export(file: Path) -> bool:
@@ -159,7 +164,25 @@ def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str]
     Raises:
         ValueError: another file or format, a byte has changed, or the weights do not fit the model.
     """
-    metadata, tensors = _read(file)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            names = opened.keys()  # `opened` is no mapping
+            tensors = {name: opened.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file}: must be a whole file of spiketrain export; it could not be read: {error}"
+        ) from error
+    kind = tuple(metadata.get(key) for key in ("format", "version", "layout"))
+    require(
+        kind in ((FORMAT, VERSION, "plain"), (FORMAT, VERSION, "packed")),
+        f"{file}: must be a file of spiketrain export, of version {VERSION} and layout 'plain' or"
+        f" 'packed'; got format {kind[0]!r}, version {kind[1]!r}, layout {kind[2]!r}",
+    )
+    require(
+        metadata.pop("sha256", None) == _digest(metadata, tensors),
+        f"{file}: is damaged; its tensors or metadata differ from what was written",
+    )
     try:
         code = (
             own_code.packages(json.loads(metadata.get("code", "{}")), who="code") if trust else {}
@@ -179,9 +202,6 @@ def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str]
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return network.eval()
-
-
-# --------------------------------------------------------------------------------------- the layout
 
 
 def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor], int]:
@@ -229,33 +249,6 @@ def unpack(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
         weight = 2.0 * torch.from_numpy(signs).view(shape) - 1
         state[f"{name}.weight"] = weight * scale_O.view(-1, *[1] * (len(shape) - 1))
     return state
-
-
-# ----------------------------------------------------------------------------------------- the file
-
-
-def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a whole file of `export_run`."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            names = opened.keys()  # `opened` is no mapping
-            tensors = {name: opened.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file}: must be a whole file of spiketrain export; it could not be read: {error}"
-        ) from error
-    kind = tuple(metadata.get(key) for key in ("format", "version", "layout"))
-    require(
-        kind in ((FORMAT, VERSION, "plain"), (FORMAT, VERSION, "packed")),
-        f"{file}: must be a file of spiketrain export, of version {VERSION} and layout 'plain' or"
-        f" 'packed'; got format {kind[0]!r}, version {kind[1]!r}, layout {kind[2]!r}",
-    )
-    require(
-        metadata.pop("sha256", None) == _digest(metadata, tensors),
-        f"{file}: is damaged; its tensors or metadata differ from what was written",
-    )
-    return metadata, tensors
 
 
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

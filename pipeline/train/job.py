@@ -5,7 +5,6 @@ journal, which rank 0 holds. Its launcher leaves a note of the death for the pro
 journal next.
 """
 
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -52,15 +51,6 @@ class Notice:
 
     machines: tuple[str, ...]
     deadline: float | None  # unix seconds; None: unknown
-
-    @classmethod
-    def in_file(cls, save: Path) -> "Notice | None":
-        """The notice that a request to save holds; None if it holds none."""
-        try:
-            value = json.loads(save.read_text())
-            return cls(tuple(value["machines"]), value["deadline"]) if value["machines"] else None
-        except (OSError, ValueError, KeyError, TypeError):  # gone, or written by hand
-            return None
 
 
 @dataclass(frozen=True)

@@ -112,12 +112,8 @@ def open_teaching(
         is_fresh: the run begins, so the teacher's accuracy is reported.
     """
 
-    def on_device() -> Teacher:
-        teacher = build_teacher(recipe, data)
-        check_precision("teacher", teacher.precision, ranks.device)
-        return teacher.to(ranks.device)
-
-    teacher = ranks.all_or_raise(on_device)
+    teacher = ranks.all_or_raise(lambda: build_teacher(recipe, data)).to(ranks.device)
+    ranks.all_or_raise(lambda: check_precision("teacher", teacher.precision, ranks.device))
     probe, cache, kept = teacher.probe, teacher.cache, None
     key = {
         "data": data.fingerprint(),
@@ -169,10 +165,10 @@ def _fitted(
         )
         return load_file(kept[0])
     begun, device = time.monotonic(), next(teacher.parameters()).device
-    # Batches of one sample, so that no sample at the end of an epoch is dropped.
-    sizes = {"rank": 0, "world": 1, "batch_size": 1, "micro_batch": 1, "threads": threads}
     features, targets = [], []
-    with closing(data.train(seed=probe.seed, **sizes)) as loader:
+    # Batches of one sample, so that no sample at the end of an epoch is dropped.
+    one = {"batch_size": 1, "micro_batch": 1}
+    with closing(data.train(seed=probe.seed, rank=0, world=1, threads=threads, **one)) as loader:
 
         def samples() -> Iterator[Batch]:
             for epoch in itertools.count():
@@ -181,19 +177,19 @@ def _fitted(
 
         views = itertools.islice(samples(), probe.views or loader.samples)
         while chunk := list(itertools.islice(views, TOGETHER)):
-            x_B = torch.cat([each.x for each in chunk])
-            features.append(teacher.features(x_B.to(device)).cpu())
+            features.append(
+                teacher.features(torch.cat([each.x for each in chunk]).to(device)).cpu()
+            )
             targets.append(torch.cat([each.target for each in chunk]))
     features_ND, target_N = torch.cat(features), torch.cat(targets)
     head = probe.fit(features_ND, target_N, data.classes)
-    top1 = float((head(features_ND).argmax(-1) == target_N).float().mean())
     content = save(head.state_dict())
     write_whole(place / f"probe-{_digest(content)}.safetensors", content)
     tracker.write(
         events.Probe(
             teacher=teacher.label,
             views=len(target_N),
-            top1=top1,
+            top1=float((head(features_ND).argmax(-1) == target_N).float().mean()),
             seconds=time.monotonic() - begun,
         )
     )
@@ -230,8 +226,9 @@ def _accuracy(
     known = ranks.broadcast_object(lambda: read_json(file) if file.exists() else None)
     if known is not None:
         return Evaluation(**known)
-    sizes = {"rank": ranks.rank, "world": ranks.size, "micro_batch": split.micro_batch}
-    with closing(data.val(**sizes, threads=threads)) as loader:
+    with closing(
+        data.val(rank=ranks.rank, world=ranks.size, micro_batch=split.micro_batch, threads=threads)
+    ) as loader:
         batches = inputs(loader, 1, ranks.device, most=share_of(limit, ranks))
         result = evaluate(_AsNetwork(teacher), batches, CrossEntropy(), ranks=ranks).result
     if ranks.rank == 0:

@@ -78,7 +78,6 @@ class Trainer:
                 f" commit {restored.get('commit')}: resume there ({error})"
             ) from None
         self.stretch = stretch_at(context.stretches, self.step)  # the steps of the current task
-        self.skipped = (*self.recipe.policy.skip, *context.decisions.skipped)
         self.guard = AnomalyGuard(
             self.backend,
             context.rule,
@@ -177,7 +176,8 @@ class Trainer:
             )
 
     def _train_batch(self, source: Iterator[Any]) -> None:
-        if any(first <= self.step < end for first, end in self.skipped):
+        skipped = (*self.recipe.policy.skip, *self.context.decisions.skipped)
+        if any(first <= self.step < end for first, end in skipped):
             for _ in range(self.context.split.accumulation):
                 next(source)
             self._report_skip(self.step, "left out by the recipe or a rollback")
@@ -217,9 +217,13 @@ class Trainer:
                     draw_for(recipe.seed, step=self.step, row=first)
                 rows = range(first, first + split.micro_batch)
                 if context.mixing is not None:
-                    classes = self.tasks[stretch.index].data.classes
                     x_B, target_B = context.mixing(
-                        x_B, target_B, classes=classes, seed=recipe.seed, step=self.step, rows=rows
+                        x_B,
+                        target_B,
+                        classes=self.tasks[stretch.index].data.classes,
+                        seed=recipe.seed,
+                        step=self.step,
+                        rows=rows,
                     )
                 x_TB = over_steps(x_B, recipe.time_steps)
             teacher_BK = None

@@ -54,8 +54,8 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
         return
     path = RunFolder(folder).journal
     events = read_events(path)
-    last = max((event.attempt for event in events), default=OF_NONE)
-    with Journal(path, attempt=last + 1) as tracker:
+    attempt = 1 + max((event.attempt for event in events), default=OF_NONE)
+    with Journal(path, attempt=attempt) as tracker:
         hung, death = unreported_hangs(folder, events), read_death(folder)
         for stacks, worker in hung.items():
             tracker.write(Hung(worker=worker, stacks=stacks))

@@ -6,7 +6,7 @@ import itertools
 import os
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,15 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import pipeline
-from pipeline.core import files
 from pipeline.data.base import Data
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.data.write.images import write_folder
-from pipeline.measure.energy import EnergyCounter
 from pipeline.measure.operations import Operations
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.recipe.recipe import Evaluation, Recipe, read_json, spec
+from pipeline.recipe.recipe import Evaluation, read_json, spec
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
@@ -37,13 +35,13 @@ from pipeline.train.evaluation import (
     read_answers,
     write_answers,
 )
-from pipeline.train.job import RankInfo
+from pipeline.train.job import Job, RankInfo
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.tasks import tasks_of
 from pipeline.train.trainer import Trainer
 from pipeline.train.worker import run
 from tests import test_continual as continual
-from tests.helpers.interruptions import Killed, die, dies
+from tests.helpers.interruptions import dies
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import finished, make_run, small_recipe, train_inline
 
@@ -159,18 +157,6 @@ def test_shares_of_any_size_are_joined_in_the_order_of_samples(
     assert [file.name for file in tmp_path.iterdir()] == ["answers.npz"]
 
 
-def test_a_write_that_dies_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "answers.npz"
-    write_answers(file, [[share((0, 1, 1))]], tasks=False)
-
-    monkeypatch.setattr(files, "sync_file", die)
-    with pytest.raises(Killed):
-        write_answers(file, [[share((0, 1, 0))]], tasks=False)
-    assert columns(read_answers(file))["answer"] == [1]
-
-
 def test_what_is_no_file_of_answers_is_refused_in_one_line(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
     (tmp_path / "text.npz").write_text("answers")
@@ -185,14 +171,13 @@ def test_what_is_no_file_of_answers_is_refused_in_one_line(tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------------ of runs
 
 
-def test_a_run_writes_what_its_network_answers(tmp_path: Path) -> None:
-    recipe = small_recipe()
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_run_writes_what_its_network_answers(tmp_path: Path, ema_decay: float) -> None:
+    recipe = small_recipe(epochs=6, ema_decay=ema_decay)
     summary = finished(tmp_path / "run", recipe)
-    found = read_answers(tmp_path / "run" / "answers.npz")
-    assert columns(found) == {
-        **asked(pipeline.load(tmp_path / "run"), recipe.data.build(), 3),
-        "task": None,
-    }
+    found, network = read_answers(tmp_path / "run" / "answers.npz"), pipeline.load(tmp_path / "run")
+    assert not network.training
+    assert columns(found) == {**asked(network, recipe.data.build(), 3), "task": None}
     assert found.index.tolist() == list(range(20))
     assert summary["top1"] == found.right.mean() and 0 < summary["top1"] < 1
 
@@ -206,16 +191,10 @@ class Undecided(nn.Module):
 
 @pytest.mark.parametrize("classes", [2, 10, 100])
 def test_classes_that_tie_are_answered_as_they_are_counted(classes: int) -> None:
-    target_B = torch.arange(classes).repeat_interleave(
-        torch.arange(classes) + 1
-    )  # each another number of times
+    # each class another number of times
+    target_B = torch.arange(classes).repeat_interleave(torch.arange(classes) + 1)
     batches = [(torch.zeros(1, len(target_B), classes), target_B, torch.arange(len(target_B)))]
-    network = nn.Sequential(
-        Undecided(), nn.Linear(classes, classes)
-    )  # a parameter says where the network is
-    nn.init.eye_(network[1].weight)  # type: ignore[arg-type]
-    nn.init.zeros_(network[1].bias)  # type: ignore[arg-type]
-    result, answers, *_ = evaluate(network, batches, CrossEntropy())
+    result, answers, *_ = evaluate(Undecided(), batches, CrossEntropy())
     assert result.top1 == answers.right.mean() > 0
     assert (answers.answer % 2 == 1).all()
 
@@ -239,8 +218,10 @@ def test_a_run_that_died_before_its_end_evaluates_again_and_writes_the_same(
     )
     train_inline(tmp_path / "broken", small_recipe())
     assert evaluated == [16]
-    whole, broken = (tmp_path / name / "answers.npz" for name in ("whole", "broken"))
-    assert columns(read_answers(broken)) == columns(read_answers(whole))
+    whole, broken = (
+        columns(read_answers(tmp_path / name / "answers.npz")) for name in ("whole", "broken")
+    )
+    assert whole == broken
 
 
 def test_of_several_tasks_index_counts_in_the_set_of_each(tmp_path: Path) -> None:
@@ -279,13 +260,11 @@ def test_of_a_share_held_out_index_counts_in_the_training_file(tmp_path: Path) -
 
 def pictures(folder: Path) -> Path:
     """40 and 4 of two classes."""
-    draw = np.random.default_rng(0)
-    for part, count in (("train", 20), ("val", 2)):
-        for label in range(2):
-            (folder / part / f"class{label}").mkdir(parents=True)
-            for number in range(count):
-                pixels = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / part / f"class{label}" / f"{number}.png")
+    for (part, count), label in itertools.product((("train", 20), ("val", 2)), range(2)):
+        (folder / part / f"class{label}").mkdir(parents=True)
+        for number in range(count):
+            picture = Image.new("RGB", (16, 16), (12 * number, 90 * label, 40))
+            picture.save(folder / part / f"class{label}" / f"{number}.png")
     write_folder(folder, folder / "beton", mode="raw")
     return folder / "beton"
 
@@ -293,31 +272,12 @@ def pictures(folder: Path) -> Path:
 # ------------------------------------------------------------------------------------ two processes
 
 
-def uneven(**changes: Any) -> Recipe:
-    """21 samples to evaluate on: one rank has 11 of them, the other 10."""
-    return small_recipe(
-        data=spec(Synthetic, samples=64, val_samples=21, shape=(1, 8, 8)), epochs=1, **changes
-    )
-
-
-class Card(EnergyCounter):
-    """A rank's own: between the two readings of an evaluation the first uses 5 J, the second 10."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__(torch.device("cpu"))
-        self.card, self._used = f"GPU-{rank}", itertools.count(1000 * rank, 5 * (rank + 1))
-
-    def read(self) -> float:
-        return float(next(self._used))
-
-
-def _rank(rank: int, ranks: int, folder: str, samples: int | None) -> None:
-    evaluation.EnergyCounter = lambda device: Card(rank)  # type: ignore[misc, assignment]
-    recipe = uneven(evaluation=Evaluation(samples=samples))
-    job = [make_run(Path(folder) / "two", recipe) if rank == 0 else None]
-    torch.distributed.broadcast_object_list(job, src=0)
-    assert job[0] is not None
-    run(job[0], RankInfo(rank, ranks, "cpu", rank))
+def _rank(rank: int, ranks: int, job: Job) -> None:
+    """Between two readings of an evaluation the card of the first rank uses 5 J, the other 10."""
+    used_j = itertools.count(1000 * rank, 5 * (rank + 1))
+    card = Mock(card=f"GPU-{rank}", read=lambda: float(next(used_j)))
+    evaluation.EnergyCounter = lambda device: card  # type: ignore[misc, assignment]
+    run(job, RankInfo(rank, ranks, "cpu", rank))
 
 
 @pytest.mark.distributed
@@ -325,15 +285,15 @@ def _rank(rank: int, ranks: int, folder: str, samples: int | None) -> None:
 @pytest.mark.parametrize("samples", [None, 1])
 def test_two_processes_write_what_one_does(tmp_path: Path, samples: int | None) -> None:
     """With one sample to evaluate on the second rank has none."""
-    run_ranks(_rank, 2, tmp_path, str(tmp_path), samples)
-    train_inline(tmp_path / "one", uneven(evaluation=Evaluation(samples=samples)))
-    alone, both = (
-        read_json(tmp_path / name / "summary.json")["inference"] for name in ("one", "two")
-    )
-    assert both["measured_j"] == pytest.approx(
-        15 / 21 if samples is None else 5
-    )  # a card that evaluated nothing does not count
+    # 21 samples: one rank has 11 of them, the other 10.
+    data = spec(Synthetic, samples=64, val_samples=21, shape=(1, 8, 8))
+    recipe = small_recipe(data=data, epochs=1, evaluation=Evaluation(samples=samples))
+    run_ranks(_rank, 2, tmp_path, make_run(tmp_path / "two", recipe))
+    train_inline(tmp_path / "one", recipe)
+    runs = [tmp_path / "one", tmp_path / "two"]
+    alone, both = (read_json(run / "summary.json")["inference"] for run in runs)
+    # A card that evaluated nothing does not count.
+    assert both["measured_j"] == pytest.approx(15 / 21 if samples is None else 5)
     assert "measured_j" not in alone and both["energy_j"] > 0
-    one, two = (read_answers(tmp_path / name / "answers.npz") for name in ("one", "two"))
-    assert len(two.index) == (samples or 21)
-    assert columns(two) == columns(one)
+    one, two = (columns(read_answers(run / "answers.npz")) for run in runs)
+    assert one == two and two["index"] == list(range(samples or 21))

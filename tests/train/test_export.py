@@ -269,9 +269,11 @@ def test_what_does_not_fit_is_refused_by_name(
         load_export(other)
 
 
-def test_a_file_has_no_checkpoints_to_choose_from(packed: Path) -> None:
+def test_what_cannot_be_loaded_is_refused(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"load: which chooses a checkpoint, .*; got which='best'"):
         pipeline.load(packed, which="best")
+    with pytest.raises(ValueError, match=r"holds recipe\.json"):
+        pipeline.load(tmp_path)
 
 
 # --------------------------------------------------------------------------------- the command line

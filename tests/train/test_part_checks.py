@@ -300,7 +300,7 @@ class Own:
             ),
         ),
         ("flat", r"x must be float32 \[B, 1, 8, 8\]; got float32 \[8, 64\]"),
-        ("empty", r"data: a batch of Own\.val: must have samples; got x of shape \[0, 1, 8, 8\]"),
+        ("empty", r"data: a batch of Own\.val: must have samples; got none"),
         ("scores", r"target must be int64 \[B\]; got float32 \[8\]"),
         ("labels", r"target must be in 0\.\.9, of 10 classes; got 10 to 10"),
     ],
