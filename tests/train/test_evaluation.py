@@ -11,16 +11,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import pipeline
 from pipeline.data.base import Data
-from pipeline.data.datasets.beton import Beton
 from pipeline.data.datasets.synthetic import Synthetic
-from pipeline.data.write.images import write_folder
 from pipeline.measure.operations import Operations
-from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.recipe.recipe import Evaluation, read_json, spec
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.neuron import LIF
@@ -238,35 +234,6 @@ def test_of_several_tasks_index_counts_in_the_set_of_each(tmp_path: Path) -> Non
         assert summary["accuracy_matrix"][-1][number] == found.right[here].mean()
     # classes 2 and 3 of six, in the file's count
     assert found.index[10:14].tolist() == [2, 3, 8, 9]
-
-
-@pytest.mark.timeout(300)
-def test_of_a_share_held_out_index_counts_in_the_training_file(tmp_path: Path) -> None:
-    pytest.importorskip("ffcv")
-    data = spec(
-        Beton, folder=str(pictures(tmp_path)), classes=2, size=16, crop="shift", held_out=0.25
-    )
-    model = spec(nf_resnet18_small, classes=2, width=4, blocks=(1, 1))
-    summary = finished(tmp_path / "run", small_recipe(data=data, model=model, epochs=1))
-    found = read_answers(tmp_path / "run" / "answers.npz")
-    assert (
-        len(found.index) == 10 and found.index.max() >= 4
-    )  # the evaluation file has four pictures
-    with closing(data.build().val(micro_batch=1)) as loader, loader.epoch(0) as batches:
-        expected = sorted((int(batch.index), int(batch.target)) for batch in batches)
-    assert list(zip(found.index, found.target, strict=True)) == expected
-    assert summary["top1"] == found.right.mean()
-
-
-def pictures(folder: Path) -> Path:
-    """40 and 4 of two classes."""
-    for (part, count), label in itertools.product((("train", 20), ("val", 2)), range(2)):
-        (folder / part / f"class{label}").mkdir(parents=True)
-        for number in range(count):
-            picture = Image.new("RGB", (16, 16), (12 * number, 90 * label, 40))
-            picture.save(folder / part / f"class{label}" / f"{number}.png")
-    write_folder(folder, folder / "beton", mode="raw")
-    return folder / "beton"
 
 
 # ------------------------------------------------------------------------------------ two processes

@@ -170,11 +170,10 @@ def test_a_byte_holds_eight_weights_and_the_file_says_so(runs: Path, tmp_path: P
     trained = pipeline.load(runs / "scaled")
     sizes = {"stages.1.0.conv": 270, "stages.1.1.conv": 378, "stages.2.0.conv": 441}
     assert binary_synapses(trained).keys() == sizes.keys()
-    for name, size in sizes.items():
-        bits, weight = tensors[f"{name}.bits"], trained.get_submodule(name).weight
-        assert weight.numel() == size and bits.shape == (-(-size // 8),)
-        first = enumerate(weight.flatten()[:8] > 0)  # type: ignore[operator]
-        assert bits[0] == sum(2**place for place, is_positive in first if is_positive)
+    for name, synapse in binary_synapses(trained).items():
+        bits, signs = tensors[f"{name}.bits"], synapse.weight.flatten() > 0
+        assert (len(signs), len(bits)) == (sizes[name], -(-sizes[name] // 8))
+        assert bits[0] == sum(2**place for place, is_set in enumerate(signs[:8]) if is_set)
     whole = sum(value.nbytes for value in trained.state_dict().values())
     stored = sum(value.nbytes for value in tensors.values())
     assert told.whole == whole and whole - stored == 4 * 1089 - (34 + 48 + 56)
