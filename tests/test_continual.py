@@ -26,7 +26,7 @@ from pipeline.launch.evaluate import evaluate_run
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import write_job
 from pipeline.models.mlp import mlp
-from pipeline.models.transforms import multi_head, select_head
+from pipeline.models.transforms import multi_head
 from pipeline.recipe.phases import Phase
 from pipeline.recipe.recipe import Checkpointing, Policy, Recipe, spec
 from pipeline.report.forecasts import show_recipe
@@ -41,7 +41,7 @@ from pipeline.train.evaluation import Evaluation, mean_of, read_answers
 from pipeline.train.guards import anomaly as guard
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.schedule import cosine
-from pipeline.train.tasks import Learnt, Loaders, tasks_of
+from pipeline.train.tasks import Loaders
 from pipeline.train.trainer import Trainer
 from tests.helpers.interruptions import (
     before_batch,
@@ -375,19 +375,6 @@ def test_the_accuracy_matrix_is_what_each_task_was_evaluated_to(
     assert told == [(a, 1), (c, 2), (last[2], 3)]
 
 
-def test_backward_transfer_by_hand() -> None:
-    learnt, tasks = Learnt(), tasks_of(several())
-    assert learnt.metrics([0.5], tasks) == {"top1_task-0": 0.5}
-    learnt.add([0.9], {})
-    bwt = pytest.approx(-0.2)
-    assert learnt.metrics([0.7, 0.8], tasks) == {"top1_task-0": 0.7, "top1_task-1": 0.8, "bwt": bwt}
-    learnt.add([0.7, 0.8], {})
-    learnt.add([0.6, 0.85, 0.9], {})
-    summary = learnt.summary(tasks)
-    assert summary["bwt"] == pytest.approx(((0.6 - 0.9) + (0.85 - 0.8)) / 2)
-    assert summary["acc"] == pytest.approx((0.6 + 0.85 + 0.9) / 3)
-
-
 def test_the_journal_tells_phases_and_what_each_task_still_knows(whole: Path) -> None:
     names = ("step", "phase", "of", "name", "steps", "epochs")
     assert [tuple(event[name] for name in names) for event in events(whole, "phase")] == [
@@ -404,6 +391,7 @@ def test_the_journal_tells_phases_and_what_each_task_still_knows(whole: Path) ->
     assert "bwt" not in first
     row = summary_of(whole)["accuracy_matrix"][2]
     assert [last[f"top1_task-{task}"] for task in range(3)] == row
+    assert last["bwt"] == summary_of(whole)["bwt"]
     assert [each["epoch"] for each in events(whole, "step")] == sorted([*range(4)] * 8)
 
 
@@ -475,9 +463,3 @@ def test_the_mean_over_tasks_counts_each_once() -> None:
     approx = pytest.approx
     assert mean_of([one, other]) == Evaluation(40, approx(0.6), approx(0.95), 1.5, approx(0.2))
     assert mean_of([one, replace(other, top5=None)]).top5 is None
-
-
-def test_selecting_a_head_reaches_into_a_wrapped_network() -> None:
-    network = split().model.build()
-    select_head(nn.Sequential(network), 2)
-    assert network.classifier.selected == 2

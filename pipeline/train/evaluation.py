@@ -191,31 +191,30 @@ def evaluate(
 def inputs(
     loader: Loader,
     time_steps: int,
-    device: torch.device,
+    ranks: Ranks,
     *,
     most: int | None = None,
     epoch: int = 0,
 ) -> Generator[tuple[Tensor, Tensor, Tensor]]:
-    """The batches for `evaluate`: all of this rank's, or those of the first `most` samples. Close
-    the generator if you leave it early.
+    """The batches for `evaluate`: all of this rank's, or its share of the first `most` samples of
+    the set. Close the generator if you leave it early.
 
     `epoch` selects the pages of the data that are checked. The samples are always the same.
     """
-    left = most
+    left = None if most is None else len(range(ranks.rank, most, ranks.size))
     with loader.epoch(epoch) as batches:
         for batch in batches:
             x_B, target_B, index_B = batch.x[:left], batch.target[:left], batch.index[:left]
             if left is not None:
                 left -= len(target_B)
             if len(target_B):
-                yield over_steps(x_B.to(device), time_steps), target_B.to(device), index_B
+                yield (
+                    over_steps(x_B.to(ranks.device), time_steps),
+                    target_B.to(ranks.device),
+                    index_B,
+                )
             if left == 0:
                 return
-
-
-def share_of(samples: int | None, ranks: Ranks) -> int | None:
-    """This rank's number of the first `samples` of the set; None: its whole share of the set."""
-    return None if samples is None else len(range(ranks.rank, samples, ranks.size))
 
 
 def evaluate_tasks(
@@ -236,13 +235,13 @@ def evaluate_tasks(
             about once a second, at its own times, because ranks have different numbers of batches.
     """
     recipe, ranks, network = context.recipe, context.ranks, context.backend.network
-    most = share_of(recipe.evaluation.samples, ranks)
+    most = recipe.evaluation.samples
     evaluated, joules, was_interrupted = list[Evaluated](), EnergyCounter(ranks.device), False
 
     def until_interrupted(val_set: Loader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         nonlocal was_interrupted
         looked_at = time.monotonic()
-        for batch in inputs(val_set, recipe.time_steps, ranks.device, most=most, epoch=step):
+        for batch in inputs(val_set, recipe.time_steps, ranks, most=most, epoch=step):
             context.watchdog.beat()
             yield batch
             if time.monotonic() - looked_at > LOOK_S:

@@ -82,20 +82,6 @@ def checked_data(data: Any, part: Spec) -> Data:
     return data
 
 
-def checked_loader(loader: Any, data: Data, method: str) -> Loader:
-    """Check the loader that `data.train` or `data.val` returned, and return it.
-
-    Raises:
-        ValueError: it does not implement `pipeline.data.base.Loader`.
-    """
-    require_members(
-        f"data: what {type(data).__name__}.{method} returns",
-        loader,
-        ("samples", "steps_per_epoch", "epoch", "close"),
-    )
-    return loader
-
-
 def fingerprint_of(data: Data) -> str:
     """The fingerprint of `data`. Raises: ValueError if it is not text, and the errors of `data`."""
     fingerprint = data.fingerprint()
@@ -106,27 +92,24 @@ def fingerprint_of(data: Data) -> str:
     return fingerprint
 
 
-def check_first_batch(loader: Loader, data: Data, method: str) -> None:
-    """Read and check the first batch of a loader that `data.train` or `data.val` returned.
+def check_loader(loader: Loader, data: Data, method: str) -> Batch | None:
+    """Check a loader that `data.train` or `data.val` returned, and its first batch.
+
+    Returns:
+        The batch; None if an epoch has no batches.
 
     Raises:
-        ValueError: the first batch is missing, or `check_batch` refuses it.
+        ValueError: it does not implement `pipeline.data.base.Loader`, the first batch is missing,
+            its tensors have another type or shape, or a label is not a class.
     """
+    who = f"data: what {type(data).__name__}.{method} returns"
+    require_members(who, loader, ("samples", "steps_per_epoch", "epoch", "close"))
     with loader.epoch(0) as batches:
-        batch = next(iter(batches), None)
-    require(
-        batch is not None or not loader.steps_per_epoch,
-        f"data: what {type(data).__name__}.{method} returns: an epoch must have"
-        f" {counted(loader.steps_per_epoch, 'batch')}; got none",
-    )
-    if batch is not None:
-        check_batch(batch, data, method)
-
-
-def check_batch(batch: Any, data: Data, method: str) -> None:
-    """Raises: ValueError if `batch` is not a batch of `data`: tensors have another type or shape,
-    or a label is not a class.
-    """
+        batch: Any = next(iter(batches), None)
+    if batch is None:
+        expected = counted(loader.steps_per_epoch, "batch")
+        require(not loader.steps_per_epoch, f"{who}: an epoch must have {expected}; got none")
+        return None
     who = f"data: a batch of {type(data).__name__}.{method}"
     require(
         isinstance(batch, Batch),
@@ -151,6 +134,7 @@ def check_batch(batch: Any, data: Data, method: str) -> None:
         f"{who}: target must be in 0..{data.classes - 1}, of {counted(data.classes, 'class')};"
         f" got {low} to {high}",
     )
+    return batch
 
 
 # ---------------------------------------------------------------------------------- the other parts

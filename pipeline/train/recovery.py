@@ -6,17 +6,16 @@
     HalveMicroBatch   memory ran out: the run starts again with half as many samples at a time
 
 `guards/anomaly.py` and `checkpointing.py` raise the first two; `worker.py` catches the others and
-starts again. `Decisions` hold for the rest of the run. They are files in its folder, and a part of
+starts again. `Decisions` hold for the rest of the run. They are a file in its folder, and a part of
 each checkpoint in case the folder is lost. A decision that is younger than the newest checkpoint
 is lost with the folder.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from pipeline.core.checks import is_count
 from pipeline.core.errors import Diverged, UserError
 from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.recipe import Recipe, read_json, write_json
@@ -60,29 +59,26 @@ class Decisions:
 
     @classmethod
     def read(cls, run: Path) -> Self:
-        """Raises: UserError if a file is damaged."""
-        files, decisions = RunFolder(run), cls()
-        if files.skipped.exists():
-            value = read_json(files.skipped)
-            try:
-                decisions = cls(int(value["rollbacks"]), _pairs(value["batches"]))
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{files.skipped}: must hold rollbacks and batches; got {value!r}"
-                ) from error
-        if files.micro_batch.exists():
-            value = read_json(files.micro_batch)
-            if not is_count(value):
-                raise UserError(f"{files.micro_batch}: must hold a number of samples; got {value}")
-            decisions = replace(decisions, micro_batch=value)
-        return decisions
+        """Raises: UserError if the file is damaged."""
+        file = RunFolder(run).decisions
+        if not file.exists():
+            return cls()
+        value = read_json(file)
+        try:
+            return cls.from_dict(value)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{file}: must hold rollbacks, skipped and micro_batch; got {value!r}"
+            ) from error
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """The decisions that `asdict` has made a dictionary of, and JSON has kept."""
+        skipped = tuple((int(first), int(end)) for first, end in value["skipped"])
+        return cls(value["rollbacks"], skipped, value["micro_batch"])
 
     def write(self, run: Path) -> None:
-        files = RunFolder(run)
-        if self.rollbacks or self.skipped:
-            write_json(files.skipped, {"rollbacks": self.rollbacks, "batches": self.skipped})
-        if self.micro_batch is not None:
-            write_json(files.micro_batch, self.micro_batch)
+        write_json(RunFolder(run).decisions, asdict(self))
 
     @classmethod
     def adopt(cls, run: Path, saved: Mapping[str, Any]) -> None:
@@ -91,8 +87,7 @@ class Decisions:
         `saved`: the decisions as `asdict` returns them. The folder may be newer than its newest
         checkpoint, and the checkpoint may be newer than an old copy of the folder.
         """
-        own = cls.read(run)
-        other = cls(saved["rollbacks"], _pairs(saved["skipped"]), saved["micro_batch"])
+        own, other = cls.read(run), cls.from_dict(saved)
         limits = [each.micro_batch for each in (own, other) if each.micro_batch is not None]
         joined = replace(
             max(own, other, key=lambda each: each.rollbacks), micro_batch=min(limits, default=None)
@@ -125,7 +120,3 @@ class Decisions:
             )
         skipped = (*self.skipped, (to, back.step + 1)) if back.skips else self.skipped
         return replace(self, rollbacks=self.rollbacks + 1, skipped=skipped)
-
-
-def _pairs(value: Any) -> tuple[tuple[int, int], ...]:
-    return tuple((int(first), int(end)) for first, end in value)

@@ -14,7 +14,7 @@ from pipeline.data.base import Data, Loader, with_page_checks
 from pipeline.models.transforms import MultiHead, select_head
 from pipeline.recipe.json import dotted, is_trusted
 from pipeline.recipe.recipe import TRUSTED, Recipe, Split
-from pipeline.train.part_checks import check_first_batch, checked_data, checked_loader
+from pipeline.train.part_checks import check_loader, checked_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,21 +108,20 @@ class Loaders:
         self.lengths = tuple(map(self._measured, range(len(self.tasks))))
 
     def train(self, task: int) -> Loader:
-        data = self.tasks[task].data
-        return checked_loader(data.train(**self._training, **self._sizes), data, "train")
+        return self.tasks[task].data.train(**self._training, **self._sizes)
 
     def val(self, task: int) -> Loader:
-        data = self.tasks[task].data
-        return checked_loader(data.val(**self._sizes), data, "val")
+        return self.tasks[task].data.val(**self._sizes)
 
     def _measured(self, task: int) -> tuple[int, int]:
         """Samples and global batches of an epoch. Opens both sets for an instant, to find errors
         before anything is trained.
         """
-        with closing(self.train(task)) as train_set, closing(self.val(task)) as val_set:
-            if self._tries_batches:
-                check_first_batch(train_set, self.tasks[task].data, "train")
-                check_first_batch(val_set, self.tasks[task].data, "val")
+        train_set, val_set = self.train(task), self.val(task)
+        if self._tries_batches:
+            check_loader(train_set, self.tasks[task].data, "train")
+            check_loader(val_set, self.tasks[task].data, "val")
+        with closing(train_set), closing(val_set):
             return train_set.samples, train_set.steps_per_epoch
 
 

@@ -32,7 +32,7 @@ from pipeline.recipe.recipe import Recipe, Split, read_json, write_json
 from pipeline.track import events
 from pipeline.track.journal import Tracker
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.evaluation import Evaluation, evaluate, inputs, share_of
+from pipeline.train.evaluation import Evaluation, evaluate, inputs
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.part_checks import build_part, require_members
 
@@ -229,7 +229,7 @@ def _accuracy(
     with closing(
         data.val(rank=ranks.rank, world=ranks.size, micro_batch=split.micro_batch, threads=threads)
     ) as loader:
-        batches = inputs(loader, 1, ranks.device, most=share_of(limit, ranks))
+        batches = inputs(loader, 1, ranks, most=limit)
         result = evaluate(_AsNetwork(teacher), batches, CrossEntropy(), ranks=ranks).result
     if ranks.rank == 0:
         write_json(file, asdict(result))

@@ -203,7 +203,7 @@ def test_an_evaluation_of_the_first_samples_writes_those(tmp_path: Path) -> None
 def test_a_run_that_died_before_its_end_evaluates_again_and_writes_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_inline(tmp_path / "whole", small_recipe())
+    summary = finished(tmp_path / "whole", small_recipe())
     with dies(continual.before_the_summary):
         train_inline(tmp_path / "broken", small_recipe())
     assert not (tmp_path / "broken" / "answers.npz").exists()
@@ -212,8 +212,9 @@ def test_a_run_that_died_before_its_end_evaluates_again_and_writes_the_same(
     monkeypatch.setattr(
         Trainer, "_evaluate", lambda self: evaluated.append(self.step) or evaluate(self)
     )
-    train_inline(tmp_path / "broken", small_recipe())
+    resumed = finished(tmp_path / "broken", small_recipe())
     assert evaluated == [16]
+    assert [resumed[key] for key in ("top1", "loss")] == [summary[key] for key in ("top1", "loss")]
     whole, broken = (
         columns(read_answers(tmp_path / name / "answers.npz")) for name in ("whole", "broken")
     )

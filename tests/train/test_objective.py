@@ -12,7 +12,7 @@ TARGET = torch.tensor([2, 1])
 
 
 def by_hand(smoothing: float) -> float:
-    wanted_BK = smoothing / 3 + (1 - smoothing) * F.one_hot(TARGET, 3)
+    wanted_BK = smoothing / 3 + (1 - smoothing) * F.one_hot(TARGET, 3).double()
     q_BK = LOGITS.exp() / LOGITS.exp().sum(1, keepdim=True)
     return float(-(wanted_BK * q_BK.log()).sum(1).mean())
 

@@ -9,7 +9,7 @@ import pytest
 from pipeline.core.errors import Diverged, UserError
 from pipeline.recipe import Policy
 from pipeline.train.recovery import Decisions, Rollback
-from tests.helpers.small import small_recipe
+from tests.helpers.small import make_run, small_recipe, train_inline
 
 
 def of(rollbacks: int, micro_batch: int | None) -> Decisions:
@@ -24,7 +24,7 @@ def saved(decisions: Decisions) -> dict[str, Any]:
 def test_a_folder_takes_the_decisions_that_it_lacks(tmp_path: Path) -> None:
     Decisions.adopt(tmp_path, saved(of(1, 4)))
     assert Decisions.read(tmp_path) == of(1, 4)
-    assert {path.name for path in tmp_path.iterdir()} == {"skipped.json", "micro_batch.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["decisions.json"]
 
 
 def test_the_further_decision_stands_of_a_folder_and_a_checkpoint(tmp_path: Path) -> None:
@@ -55,10 +55,9 @@ def test_each_rollback_leaves_out_the_batches_since_its_checkpoint() -> None:
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "skipped.json").write_text('{"rollbacks": 1}')
-    with pytest.raises(UserError, match=r"skipped\.json: must hold rollbacks and batches; got"):
-        Decisions.read(tmp_path)
-    (tmp_path / "skipped.json").unlink()
-    (tmp_path / "micro_batch.json").write_text("0")
-    with pytest.raises(UserError, match=r"micro_batch\.json: must hold a number of samples; got 0"):
-        Decisions.read(tmp_path)
+    recipe = small_recipe(stop_after=1)
+    make_run(tmp_path / "run", recipe)
+    (tmp_path / "run" / "decisions.json").write_text('{"rollbacks": 1}')
+    said = r"decisions\.json: must hold rollbacks, skipped and micro_batch; got {'rollbacks': 1}"
+    with pytest.raises(UserError, match=said):
+        train_inline(tmp_path / "run", recipe)

@@ -2,7 +2,6 @@
 again where it is known.
 """
 
-import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -233,13 +232,6 @@ def test_weights_in_a_file_belong_to_the_study_by_content(tmp_path: Path) -> Non
         recipe = taught(teacher=spec(timm_teacher, name="test_resnet", weights=weights))
         keys.append(recipe.study_key(study_inputs(recipe, "data")))
     assert keys[0] == keys[1] != keys[2]
-
-
-def test_a_recipe_with_a_teacher_is_json_both_ways_and_one_without_keeps_its_form() -> None:
-    recipe = taught(cache="cache")
-    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
-    assert "teacher" not in small_recipe().to_json()["recipe"]
-    assert recipe.override({"teacher.precision": "bf16"}).flat()["teacher.precision"] == "bf16"
 
 
 def test_tiny_needs_no_download_and_no_cache() -> None:

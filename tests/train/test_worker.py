@@ -12,7 +12,7 @@ import torch
 from torch.multiprocessing import ProcessRaisedException
 
 import pipeline
-from pipeline.core.errors import Diverged, UserError
+from pipeline.core.errors import UserError
 from pipeline.data.datasets.synthetic import Synthetic, SyntheticLoader
 from pipeline.data.mixing import Mixing
 from pipeline.measure.constants import PARTS
@@ -25,10 +25,9 @@ from pipeline.track.state import state_of
 from pipeline.train import trainer, worker
 from pipeline.train.checkpoint import read_trainer, step_folders
 from pipeline.train.job import Job, RankInfo, note_refusal
-from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_start, weights_file
 from tests.helpers.events import event
-from tests.helpers.interruptions import before_batch, die, dies, dies_at, newest
+from tests.helpers.interruptions import before_batch, dies_at, newest
 from tests.helpers.processes import refusal, run_ranks
 from tests.helpers.small import (
     events,
@@ -155,49 +154,6 @@ def test_an_average_of_the_weights_goes_on_to_the_same_bits_and_moves_none_of_th
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_stop_file_saves_after_the_step_and_the_run_goes_on(tmp_path: Path) -> None:
-    recipe = small_recipe(checkpoints=Checkpointing(every=0))
-    run = tmp_path / "run"
-    make_run(run, recipe)
-    (run / "stop").touch()
-    assert train_inline(run, recipe) is None
-    assert [path.name for path in step_folders(run / "checkpoints")] == ["step_00000001"]
-    assert events(run)[-1]["event"] == "stopped"
-    (run / "stop").unlink()
-    for folder in (run, tmp_path / "whole"):
-        train_inline(folder, recipe)
-    assert same_weights(run, tmp_path / "whole")
-
-
-def test_a_checkpoint_with_measurements_of_another_kind_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with dies_at(2):
-        train_inline(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=1)))
-    monkeypatch.setattr(trainer, "Totals", Mock(side_effect=TypeError("unexpected joules")))
-    with pytest.raises(
-        UserError, match=r"this version's kind; .* commit \w+: resume there .*joules"
-    ):
-        train_inline(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=1)))
-
-
-def test_each_epoch_trains_on_each_sample_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[int] = []
-    made = SyntheticLoader._batch
-
-    def noted(self: SyntheticLoader, *which: Any) -> Any:
-        batch = made(self, *which)
-        seen.extend(batch.index.tolist() if self.samples == 64 else ())  # of the training set
-        return batch
-
-    monkeypatch.setattr(SyntheticLoader, "_batch", noted)
-    train_inline(tmp_path / "run", small_recipe())
-    assert sorted(seen[:64]) == sorted(seen[64:]) == list(range(64))
-    assert seen[:64] != seen[64:]
-
-
 @pytest.mark.parametrize(("every", "at"), [(1, [8, 16, 24]), (2, [16, 24]), (0, [24])])
 def test_a_run_evaluates_as_often_as_it_is_told_and_after_its_last_epoch(
     every: int, at: list[int], tmp_path: Path
@@ -275,12 +231,6 @@ def test_what_does_not_fit_is_refused_in_one_line(
         train_inline(tmp_path / "run", small_recipe(**changes))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match="training: "):
-        train_inline(tmp_path / "run", small_recipe().override({"optimizer.lr": 1e30}))
-    assert events(tmp_path / "run")[-1]["event"] == "diverged"
-
-
 def test_a_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
     train_inline(tmp_path / "first", small_recipe())
     recipe = small_recipe(init=str(tmp_path / "first"), time_steps=5)
@@ -319,17 +269,6 @@ def test_a_resumed_run_needs_the_weights_it_started_from_no_more(
     train_inline(tmp_path / "broken", recipe)
     assert same_weights(tmp_path / "whole", tmp_path / "broken")
     assert not same_weights(tmp_path / "whole", tmp_path / "moved")
-
-
-def test_a_run_that_died_after_its_last_checkpoint_is_finished_by_a_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with dies(lambda patch: patch.setattr(Trainer, "_finish", die)):
-        train_inline(tmp_path / "run", small_recipe())
-    whole = finished(tmp_path / "whole", small_recipe())
-    resumed = finished(tmp_path / "run", small_recipe())
-    for name in ("steps", "top1", "loss"):
-        assert resumed[name] == whole[name]
 
 
 def test_rows_are_the_samples_places_in_the_global_batch(
