@@ -16,15 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.core.checks import require
+from pipeline.core.units import counted
 from pipeline.data.mixing import Mixing
 from pipeline.recipe.phases import Stretch, stretch_at
 from pipeline.recipe.recipe import Recipe, Spec, Split
 from pipeline.recipe.suite import Suite, filled, references
 from pipeline.rules.base import Rule, World
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
 from pipeline.spiking.binary import latent_parameters
 from pipeline.train.checkpoint import weights_of
 from pipeline.train.elastic import check_accumulation, check_sizes, steady
-from pipeline.train.gradient_fidelity import check_comparable
 from pipeline.train.objective import Loss
 from pipeline.train.part_checks import (
     build_part,
@@ -59,7 +61,17 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
     if recipe.teacher is not None:
         build_teacher(recipe, tasks[0].data)
     if recipe.evaluation.fidelity_every:
-        check_comparable(recipe, lambda: build_network(recipe, tasks))
+        phases = counted(len(recipe.phases), "phase")
+        require(
+            not recipe.phases, f"recipe: evaluation.fidelity_every is of one task; got {phases}"
+        )
+        try:
+            for reference in (BPTT(), SLTT()):
+                reference.attach(build_network(recipe, tasks), over_time=recipe.over_time)
+        except ValueError as error:
+            raise ValueError(
+                f"recipe: evaluation.fidelity_every compares with BPTT and SLTT; {error}"
+            ) from None
     schedule = recipe.schedule.build(build_optimizer(recipe, network, rule), 1000, 100)
     require(
         callable(schedule),

@@ -235,12 +235,12 @@ def evaluate_tasks(
             about once a second, at its own times, because ranks have different numbers of batches.
     """
     recipe, ranks, network = context.recipe, context.ranks, context.backend.network
-    most = recipe.evaluation.samples
     evaluated, joules, was_interrupted = list[Evaluated](), EnergyCounter(ranks.device), False
 
     def until_interrupted(val_set: Loader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         nonlocal was_interrupted
         looked_at = time.monotonic()
+        most = recipe.evaluation.samples
         for batch in inputs(val_set, recipe.time_steps, ranks, most=most, epoch=step):
             context.watchdog.beat()
             yield batch

@@ -246,8 +246,8 @@ def unpack(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
             raise ValueError(f"the weights must fit the model; got no bits, or others, for {name}")
         unbinarize(synapse)
         signs = np.unpackbits(bits.numpy(), count=shape.numel(), bitorder="little")
-        weight = 2.0 * torch.from_numpy(signs).view(shape) - 1
-        state[f"{name}.weight"] = weight * scale_O.view(-1, *[1] * (len(shape) - 1))
+        scale = scale_O.view(-1, *[1] * (len(shape) - 1))
+        state[f"{name}.weight"] = (2.0 * torch.from_numpy(signs).view(shape) - 1) * scale
     return state
 
 

@@ -73,7 +73,6 @@ class CrossEntropy:
         return self
 
     def check(self, *, taught: bool, over_time: OverTime, time_steps: int) -> None:
-        del over_time, time_steps
         require(
             not taught,
             "CrossEntropy: knows labels alone, so a teacher has no effect; leave it out, or use"

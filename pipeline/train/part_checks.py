@@ -82,16 +82,6 @@ def checked_data(data: Any, part: Spec) -> Data:
     return data
 
 
-def fingerprint_of(data: Data) -> str:
-    """The fingerprint of `data`. Raises: ValueError if it is not text, and the errors of `data`."""
-    fingerprint = data.fingerprint()
-    require(
-        isinstance(fingerprint, str) and bool(fingerprint),
-        f"data: {type(data).__name__}.fingerprint must return a hash as text; got {fingerprint!r}",
-    )
-    return fingerprint
-
-
 def check_loader(loader: Loader, data: Data, method: str) -> Batch | None:
     """Check a loader that `data.train` or `data.val` returned, and its first batch.
 

@@ -64,6 +64,21 @@ def build_data(recipe: Recipe) -> Data:
     return checked_data(recipe.data.build(), recipe.data)
 
 
+def fingerprint_of(recipe: Recipe) -> str:
+    """The fingerprint of the recipe's data.
+
+    Raises:
+        ValueError: the data cannot be read, or the fingerprint is not text.
+    """
+    data = build_data(recipe)
+    fingerprint = data.fingerprint()
+    require(
+        isinstance(fingerprint, str) and bool(fingerprint),
+        f"data: {type(data).__name__}.fingerprint must return a hash as text; got {fingerprint!r}",
+    )
+    return fingerprint
+
+
 def check_data(data: Data, *, fingerprint: str, every_page: bool) -> None:
     """Compare the content of a data set with a fingerprint, and every page with its checksum.
 
@@ -95,8 +110,9 @@ class Loaders:
         self.tasks = tuple(tasks)
         # Tests cover the package's own data sets, so a batch is tried only of a user's own.
         parts = (recipe.data, *(phase.data for phase in recipe.phases))
-        is_own = not all(is_trusted(dotted(part.target), TRUSTED) for part in parts)
-        self._tries_batches = rank == 0 and is_own
+        self._tries_batches = rank == 0 and not all(
+            is_trusted(dotted(part.target), TRUSTED) for part in parts
+        )
         self._sizes = {
             "rank": rank,
             "world": split.workers,

@@ -134,8 +134,8 @@ def open_teaching(
         teacher.head = head.requires_grad_(False).to(ranks.device)
     accuracy = _accuracy(recipe, data, split, teacher, place, ranks, threads)
     if is_fresh:
-        figures = {name: value for name, value in accuracy.metrics.items() if name != "firing_rate"}
-        figures["samples"] = accuracy.samples
+        figures = {"samples": accuracy.samples, **accuracy.metrics}
+        del figures["firing_rate"]  # a teacher need not spike
         tracker.write(events.Teacher(teacher=teacher.label, figures=figures))
     if cache is not None:
         answers = place / f"seed-{recipe.seed}-{cache.storage}"

@@ -132,9 +132,7 @@ class Trainer:
         self.stretch = stretch = stretch_at(self.context.stretches, self.step)
         with closing(self.context.loaders.train(stretch.index)) as train_set:
             self.tasks[stretch.index].choose_head(self.backend.network)
-            if (
-                self.step == stretch.first
-            ):  # a checkpoint of this step was saved before the task began
+            if self.step == stretch.first:  # its checkpoint was saved before the task began
                 self._begin_task()
             while self.step < stretch.end:
                 epoch = stretch.epoch(self.step)
