@@ -39,13 +39,8 @@ _DRAW = 0x656C6173746963  # separates these draws from a rule's
 
 def format_sizes(sizes: Sequence[int]) -> str:
     """The sizes as a user writes them: 4, 2:4 or 2,4,8."""
-    if len(sizes) == 1:
-        return str(sizes[0])
-    return (
-        f"{sizes[0]}:{sizes[-1]}"
-        if sizes[-1] - sizes[0] == len(sizes) - 1
-        else ",".join(map(str, sizes))
-    )
+    is_range = sizes[-1] - sizes[0] == len(sizes) - 1 > 0
+    return f"{sizes[0]}:{sizes[-1]}" if is_range else ",".join(map(str, sizes))
 
 
 def check_sizes(recipe: Recipe, sizes: Sequence[int]) -> None:
@@ -60,16 +55,8 @@ def check_sizes(recipe: Recipe, sizes: Sequence[int]) -> None:
         " load on as many only and its universal ones hold Adam alone (0.19.8); got"
         f" {format_sizes(sizes)}; take one number, or zero=0",
     )
-    odd = [size for size in sizes if recipe.batch_size % size]
-    if odd and len(sizes) == 1:
-        recipe.split(sizes[0])  # names the batches that are possible
-    fit = [size for size in range(1, sizes[-1] + 1) if recipe.batch_size % size == 0]
-    require(
-        not odd,
-        f"launch: batch_size={recipe.batch_size} must divide by every number of workers; got"
-        f" {format_sizes(sizes)}, with {', '.join(map(str, odd))}; take --workers of"
-        f" {format_sizes(fit)}",
-    )
+    for size in sizes:
+        recipe.split(size)
 
 
 def steady(recipe: Recipe, network: nn.Module, sizes: Sequence[int]) -> Recipe:

@@ -25,12 +25,7 @@ def load_run(
 ) -> nn.Module:
     """See `pipeline.load`."""
     folder = Path(run)
-    file = RunFolder(folder).recipe
-    require(
-        file.is_file(),
-        f"load: {folder} must be a run's folder, which holds {file.name}; it does not",
-    )
-    network: nn.Module = Recipe.read(file, trust=trust).model.build()
+    network: nn.Module = Recipe.read(RunFolder(folder).recipe, trust=trust).model.build()
     network.load_state_dict(read_state(verified(place_of(folder), which) / WEIGHTS, who="load"))
     return network.eval()
 
