@@ -48,7 +48,7 @@ from pipeline.train.build import (
 )
 from pipeline.train.checkpoint import Checkpoints, lost_step, place_at, read_trainer, step_name
 from pipeline.train.checkpoint.background import LONGEST_S
-from pipeline.train.elastic import check_accumulation, check_sizes, seed_everything, steady
+from pipeline.train.elastic import seed_everything, steady
 from pipeline.train.gradient_fidelity import compare_gradients
 from pipeline.train.guards.storage import PATIENCE_S, patiently
 from pipeline.train.guards.watchdog import Watchdog
@@ -269,7 +269,6 @@ def _own_parts(
     process: Process, recipe: Recipe, world: World, *, is_fresh: bool
 ) -> tuple[Recipe, nn.Module, Rule, Loaders]:
     job, device, sizes = process.job, process.ranks.device, process.place.possible_sizes
-    check_sizes(recipe, sizes)
     tasks = tasks_of(recipe, one_in=ONE_IN[job.verify])
     seed_everything(recipe.seed)
     network = build_network(recipe, tasks)
@@ -278,8 +277,7 @@ def _own_parts(
         process.tracker.write(events.Init(file=str(file), fresh=[*load_start(network, file)]))
     network.to(device)
     rule = attached_rule(recipe, network, world)
-    recipe = steady(recipe, network, sizes)
-    check_accumulation(recipe, rule, (world.size,))
+    recipe = steady(recipe, network, rule, sizes)
     if is_fresh and rule.calibration_batches:
         # The first global batches, which are the same for every rank and number of ranks.
         size = recipe.batch_size

@@ -26,7 +26,7 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.binary import latent_parameters
 from pipeline.train.checkpoint import weights_of
-from pipeline.train.elastic import check_accumulation, check_sizes, steady
+from pipeline.train.elastic import steady
 from pipeline.train.objective import Loss
 from pipeline.train.part_checks import (
     build_part,
@@ -46,7 +46,6 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
     Raises:
         ValueError: a part does not fit.
     """
-    check_sizes(recipe, sizes)
     tasks = tasks_of(recipe)
     network = build_network(recipe, tasks)
     if recipe.init is not None:
@@ -54,8 +53,7 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
     check_network(network, recipe, tasks[0].data)
     check_objective(recipe.objective.build(), recipe.objective, classes=tasks[0].data.classes)
     rule = attached_rule(recipe, network, World(recipe.seed, size=sizes[-1]))
-    steady_recipe = steady(recipe, network, sizes)
-    check_accumulation(steady_recipe, rule, sizes)
+    steady_recipe = steady(recipe, network, rule, sizes)
     for size in sizes:
         build_mixing(recipe, steady_recipe.split(size))
     if recipe.teacher is not None:

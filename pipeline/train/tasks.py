@@ -150,10 +150,6 @@ class Learnt:
     rows: list[list[float]] = field(default_factory=list)
     rule_metrics: list[dict[str, float]] = field(default_factory=list)
 
-    def add(self, row: list[float], rule_metrics: dict[str, float]) -> None:
-        self.rows.append(row)
-        self.rule_metrics.append(rule_metrics)
-
     def forgotten(self, row: Sequence[float]) -> float | None:
         """BWT (backward transfer): the mean gain in top-1 on an earlier task, from directly after
         the task until now. `row`: top-1 on the tasks so far.

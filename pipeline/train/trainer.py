@@ -230,8 +230,8 @@ class Trainer:
         if self.step % self.recipe.log_every == 0 or last:
             metrics = self.meters.take(self.ranks.sum)
             self._report_slowness()
-            metrics["lr"] = self.backend.optimizer.param_groups[0]["lr"]
-            metrics |= {f"rule_{name}": value for name, value in self._rule_metrics().items()}
+            of_rule = {f"rule_{name}": value for name, value in self._rule_metrics().items()}
+            metrics |= {"lr": self.backend.optimizer.param_groups[0]["lr"], **of_rule}
             with self.meters.between("tracking"):
                 self.tracker.write(
                     events.Step(
@@ -269,7 +269,8 @@ class Trainer:
                 )
             )
             if is_learnt:
-                self.learnt.add([result.top1 for result in results], of_rule)
+                self.learnt.rows.append([result.top1 for result in results])
+                self.learnt.rule_metrics.append(of_rule)
         if (epoch + 1) % max(1, self.recipe.evaluation.fidelity_every) == 0:
             self._compare_gradients(epoch=epoch)
         self.saving.save(self.step, score=score)

@@ -23,7 +23,7 @@ from pipeline.track import events
 from pipeline.train.assemble import Process, TrainContext, assemble
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import build_mixing
-from pipeline.train.elastic import check_accumulation, steady
+from pipeline.train.elastic import steady
 from pipeline.train.guards.watchdog import Watchdog
 from pipeline.train.job import Job, RankInfo, note_refusal, raise_refusal
 from pipeline.train.recovery import HalveMicroBatch, Rollback, StartAgain
@@ -143,8 +143,8 @@ def _note_halving(trainer: Trainer, reason: str) -> None:
     for samples in range(had // 2, 0, -1):
         decisions = replace(context.decisions, micro_batch=samples)
         try:
-            recipe = steady(decisions.fit(context.recipe), context.backend.network, sizes)
-            check_accumulation(recipe, context.rule, sizes)
+            recipe = decisions.fit(context.recipe)
+            recipe = steady(recipe, context.backend.network, context.rule, sizes)
             for size in sizes:
                 build_mixing(recipe, recipe.split(size))
         except ValueError as error:
