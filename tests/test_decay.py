@@ -76,20 +76,3 @@ def test_no_optimizer_decays_latent_weights(optimizer: Spec, weights: str) -> No
         assert all(group[name] == before[key][name] for name in settings)
         assert group["weight_decay"] == (0 if key in latent else before[key]["weight_decay"])
         assert len(group.get("param_names", group["params"])) == len(group["params"])
-
-
-def test_a_step_without_a_gradient_shrinks_all_but_latent_weights() -> None:
-    model = network("learnable")
-    latent = {id(parameter) for parameter in latent_parameters(model)}
-    made = build_optimizer(
-        small_recipe(optimizer=spec(create_optimizer_v2, opt="adamw", **TIMM)), model, BPTT()
-    )
-    before = {parameter: parameter.detach().clone() for parameter in model.parameters()}
-    for parameter in before:
-        parameter.grad = torch.zeros_like(parameter)
-    made.step()
-    for parameter, value in before.items():
-        shrinks = id(parameter) not in latent and parameter.dim() > 1
-        assert torch.allclose(
-            parameter, (1 - 0.1 * DECAY) * value if shrinks else value, rtol=1e-6, atol=0
-        )

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import pipeline
 from pipeline.models.convnet import convnet
 from pipeline.models.transforms import binarized
 from pipeline.recipe.recipe import Recipe, Spec, spec, write_json
@@ -25,7 +24,7 @@ from pipeline.train.weights import lasting_weights, load_start, weights_file
 from pipeline.train.worker import run
 from tests.helpers.few import TRAINER, Counting, backend, save
 from tests.helpers.processes import run_ranks
-from tests.helpers.small import events, make_run, small_recipe, train_inline
+from tests.helpers.small import events, finished, make_run, small_recipe, state, train_inline
 
 STAGES: Any = ((4,), (6,))
 
@@ -49,29 +48,24 @@ def ann() -> Recipe:
     )
 
 
-def spiking(**changes: Any) -> Recipe:
-    return replace(
-        ann(), model=network(spec(RateIF)), rule=spec(DSR, calibrate=3), time_steps=4, **changes
-    )
+def still() -> Recipe:
+    """One step that moves no weights: what is saved is what calibration found."""
+    spiking = {"model": network(spec(RateIF)), "rule": spec(DSR, calibrate=3), "time_steps": 4}
+    return replace(ann(), **spiking, stop_after=1).override({"optimizer.lr": 0.0})
 
 
 def test_a_spiking_run_starts_from_the_ann(tmp_path: Path) -> None:
     train_inline(tmp_path / "ann", ann())
-    recipe = spiking(init=str(tmp_path / "ann"), stop_after=1).override({"optimizer.lr": 0.0})
-    assert train_inline(tmp_path / "snn", recipe) is not None
-    weights, start = (
-        pipeline.load(tmp_path / "snn").state_dict(),
-        pipeline.load(tmp_path / "ann").state_dict(),
-    )
+    finished(tmp_path / "snn", replace(still(), init=str(tmp_path / "ann")))
+    weights, start = state(tmp_path / "snn"), state(tmp_path / "ann")
     thresholds = {key for key in weights if key.endswith(".threshold")}
     assert set(weights) - set(start) == thresholds and len(thresholds) == 4
     learnt = [key for key in start if "running" not in key]
     assert all(torch.equal(weights[key], start[key]) for key in learnt)
     [told] = events(tmp_path / "snn", "init")
     assert set(told["fresh"]) == thresholds
-    assert all(
-        0.01 < weights[key].item() < 6 for key in thresholds
-    )  # calibrated: neither the bound nor the recipe's 6
+    # calibrated: neither the bound nor the recipe's 6
+    assert all(0.01 < weights[key].item() < 6 for key in thresholds)
 
 
 def test_weights_that_a_suites_recipe_names_stay_where_others_are_fetched(tmp_path: Path) -> None:
@@ -93,56 +87,40 @@ def test_calibrated_thresholds_carry_the_accuracy_over(tmp_path: Path) -> None:
     """
 
     def top1(folder: str, recipe: Recipe) -> float:
-        summary = train_inline(
-            tmp_path / folder, replace(recipe, data=recipe.data.with_(val_samples=200))
-        )
-        assert summary is not None
-        return summary["top1"]
+        data = recipe.data.with_(val_samples=200)
+        return finished(tmp_path / folder, replace(recipe, data=data))["top1"]
 
     trained = top1("ann", replace(ann(), epochs=8))
-    recipe = replace(spiking(init=str(tmp_path / "ann"), stop_after=1), time_steps=16).override(
-        {"optimizer.lr": 0.0}
-    )
+    recipe = replace(still(), init=str(tmp_path / "ann"), time_steps=16)
     assert trained > 0.4
     assert top1("calibrated", recipe) > trained - 0.05
     assert top1("as written", replace(recipe, rule=spec(DSR))) < trained - 0.15
 
 
 def test_a_file_that_lacks_some_thresholds_or_has_others_is_refused(tmp_path: Path) -> None:
-    model = network(spec(RateIF)).build()
-    state = model.state_dict()
-    save_file(
-        {key: value for key, value in state.items() if key != "stages.0.0.neuron.threshold"},
-        tmp_path / "some.safetensors",
-    )
-    with pytest.raises(
-        ValueError, match=r"init: .* got 1 missing: stages\.0\.0\.neuron\.threshold$"
+    tensors = network(spec(RateIF)).build().state_dict()
+    whole, part = tmp_path / "all.safetensors", tmp_path / "some.safetensors"
+    save_file(tensors, whole)
+    del tensors["stages.0.0.neuron.threshold"]
+    save_file(tensors, part)
+    for neuron, file, said in (
+        (RateIF, part, r"init: .* got 1 missing: stages\.0\.0\.neuron\.threshold$"),
+        (nn.ReLU, whole, r"got 4 unknown: classifier\.neuron_in\.threshold, "),
     ):
-        load_start(model, tmp_path / "some.safetensors")
-    save_file(state, tmp_path / "all.safetensors")
-    with pytest.raises(ValueError, match=r"got 4 unknown: classifier\.neuron_in\.threshold, "):
-        load_start(network(spec(nn.ReLU)).build(), tmp_path / "all.safetensors")
-    assert load_start(network(spec(RateIF)).build(), tmp_path / "all.safetensors").fresh == ()
+        with pytest.raises(ValueError, match=said):
+            load_start(network(spec(neuron)).build(), file)
+    assert load_start(network(spec(RateIF)).build(), whole) == ()
 
 
 def test_a_head_of_rates_is_replaced_whole(tmp_path: Path) -> None:
-    ten, three = (
-        spec(
-            convnet, classes=classes, in_channels=1, stages=STAGES, over="time", head="rate"
-        ).build()
-        for classes in (10, 3)
-    )
+    how: Any = {"in_channels": 1, "stages": STAGES, "over": "time", "head": "rate"}
+    ten, three = (convnet(classes, **how) for classes in (10, 3))
     save_file(ten.state_dict(), tmp_path / "ten.safetensors")
     before = {key: value.clone() for key, value in three.state_dict().items()}
     start = load_start(three, tmp_path / "ten.safetensors")
-    assert start.fresh and all(key.startswith("classifier.") for key in start.fresh)
+    assert start and all(key.startswith("classifier.") for key in start)
     for key, value in three.state_dict().items():
-        assert torch.equal(value, before[key] if key in start.fresh else ten.state_dict()[key])
-
-
-def still() -> Recipe:
-    """One step that moves no weights: what is saved is what calibration found."""
-    return spiking(stop_after=1).override({"optimizer.lr": 0.0})
+        assert torch.equal(value, before[key] if key in start else ten.state_dict()[key])
 
 
 def _rank(rank: int, ranks: int, job: Job) -> None:
@@ -153,11 +131,10 @@ def _rank(rank: int, ranks: int, job: Job) -> None:
 def test_two_ranks_calibrate_as_one_does(tmp_path: Path) -> None:
     train_inline(tmp_path / "one", still())
     run_ranks(_rank, 2, tmp_path, make_run(tmp_path / "two", still()))
-    one, two = (pipeline.load(tmp_path / name).state_dict() for name in ("one", "two"))
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
     thresholds = [key for key in one if key.endswith(".threshold")]
-    assert len(thresholds) == 4 and all(
-        torch.equal(one[key], two[key]) and one[key] != 6 for key in thresholds
-    )
+    assert len(thresholds) == 4
+    assert all(torch.equal(one[key], two[key]) and one[key] != 6 for key in thresholds)
 
 
 def test_neurons_that_learn_their_leak_start_from_plain_ones(tmp_path: Path) -> None:
@@ -165,7 +142,7 @@ def test_neurons_that_learn_their_leak_start_from_plain_ones(tmp_path: Path) -> 
         convnet(10, in_channels=1, stages=STAGES, neuron=neuron) for neuron in (LIF(), PLIF(0.8))
     )
     save_file(first.state_dict(), tmp_path / "first.safetensors")
-    assert load_start(second, tmp_path / "first.safetensors").fresh == tuple(
+    assert load_start(second, tmp_path / "first.safetensors") == tuple(
         f"stages.{n}.0.neuron.decay_logit" for n in (0, 1)
     )
     found = second.state_dict()
@@ -188,14 +165,14 @@ def test_one_bit_starts_from_the_weights_of_full_precision(weights: str, tmp_pat
     found = second.state_dict()
     assert all(torch.equal(found[key], value) for key, value in first.state_dict().items())
     scale = "stages.1.0.conv.binarizer.scale"
-    assert start.fresh == ((scale,) if weights == "learnable" else ())
+    assert start == ((scale,) if weights == "learnable" else ())
     if weights == "learnable":
         assert torch.allclose(
             found[scale], 2 * found["stages.1.0.conv.weight"].abs().mean((1, 2, 3))
         )
         save_file({**found, scale: found[scale] + 1}, tmp_path / "second.safetensors")
         again = bits(weights)
-        assert load_start(again, tmp_path / "second.safetensors").fresh == ()
+        assert load_start(again, tmp_path / "second.safetensors") == ()
         assert torch.equal(again.state_dict()[scale], found[scale] + 1)
         with pytest.raises(ValueError, match=r"1 unknown: .*binarizer\.scale"):
             load_start(first, tmp_path / "second.safetensors")

@@ -102,4 +102,4 @@ def export(
 
     layout = "packed" if packed else "plain"
     exported = export_run(find_run(runs, run), out, layout=layout, which=which, trust=tuple(trust))
-    print(f"{exported}\nload    {exported.loading}")
+    print(exported)

@@ -23,9 +23,7 @@ class RunFolder:
         self.answers = self.path / "answers.npz"  # predictions of the last evaluation
         self.checkpoints = self.path / "checkpoints"  # folder, unless the job names an address
         self.mlflow = self.path / "mlflow.json"  # the run's location in MLflow, for readers
-        # Decisions for the rest of the run
-        self.micro_batch = self.path / "micro_batch.json"  # upper limit, after memory ran out
-        self.skipped = self.path / "skipped.json"  # batches that rollbacks skipped
+        self.decisions = self.path / "decisions.json"  # of recovery, for the rest of the run
         # Locks, held by live processes
         self.driver_lock = self.path / "driver.lock"
         self.writer_lock = self.path / "writer.lock"  # of rank 0

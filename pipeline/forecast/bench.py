@@ -54,11 +54,11 @@ from pipeline.train.elastic import seed_everything
 from pipeline.train.guards.anomaly import AnomalyGuard, can_undo
 from pipeline.train.loop import Guard, MicroBatch, train_batch
 from pipeline.train.objective import Loss
-from pipeline.train.part_checks import check_batch, checked_loader
+from pipeline.train.part_checks import check_loader
 from pipeline.train.recovery import Rollback
 from pipeline.train.tasks import tasks_of
 from pipeline.train.teaching import build_teacher
-from pipeline.train.weights import load_start
+from pipeline.train.weights import load_start, weights_file
 
 # T time, B batch
 
@@ -160,9 +160,10 @@ class Bench:
         data = tasks_of(recipe)[0].data
         with self.running(recipe.name):
             try:
-                with closing(_loader(recipe, self.samples)) as loader, loader.epoch(0) as batches:
-                    batch = next(iter(batches))
-                    check_batch(batch, data, "train")
+                loader = _loader(recipe, self.samples)
+                batch = check_loader(loader, data, "train")
+                assert batch is not None, "a training set has batches"
+                with closing(loader):
                     self._set_batch(batch.x.to(device), batch.target.to(device))
             except DataError:
                 if needs_data:
@@ -179,7 +180,7 @@ class Bench:
         self.loss: Loss = self.recipe.objective.build()
         self.network = build_network(self.recipe, tasks_of(self.recipe))
         if self.recipe.init is not None:
-            load_start(self.network, Path(self.recipe.init))
+            load_start(self.network, weights_file(Path(self.recipe.init)))
 
     def _set_batch(self, x_B: Tensor, target_B: Tensor) -> None:
         self.x_B, self.target_B = x_B, target_B
@@ -358,11 +359,8 @@ def samples_per_epoch(recipe: Recipe) -> int:
 
 
 def _loader(recipe: Recipe, size: int) -> Loader:
-    data = tasks_of(recipe)[0].data
-    return checked_loader(
-        data.train(batch_size=size, micro_batch=size, threads=1, seed=recipe.seed, rank=0, world=1),
-        data,
-        "train",
+    return tasks_of(recipe)[0].data.train(
+        batch_size=size, micro_batch=size, threads=1, seed=recipe.seed, rank=0, world=1
     )
 
 

@@ -45,8 +45,7 @@ from pipeline.train.checkpoint import claim, place_at
 from pipeline.train.guards.storage import patiently
 from pipeline.train.guards.watchdog import unreported_hangs
 from pipeline.train.job import Job, raise_refusal
-from pipeline.train.part_checks import fingerprint_of
-from pipeline.train.tasks import Loaders, build_data, tasks_of
+from pipeline.train.tasks import Loaders, fingerprint_of, tasks_of
 from pipeline.train.writer_lock import PATIENCE_S, journal
 
 POLL_S = 0.25
@@ -82,7 +81,7 @@ def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
     """Refuse whatever can be refused before a file is written."""
     Recipe.from_json(recipe.to_json(), trust=trust)
     check_recipe(recipe, *cluster.sizes)
-    fingerprint_of(build_data(recipe))
+    fingerprint_of(recipe)
     Loaders(tasks_of(recipe), recipe, recipe.split(cluster.sizes[-1]))
 
 

@@ -18,6 +18,7 @@ from pipeline.measure.energy import EnergyCounter, describe_inference, joules_pe
 from pipeline.measure.memory import device_here
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite
+from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import build_network
 from pipeline.train.evaluation import Evaluated, Evaluation, evaluate, inputs, mean_of
 from pipeline.train.export import is_export, load_export
@@ -111,7 +112,7 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
         say_stage("evaluating; the first batch compiles what reads the data")
         task.choose_head(network)
         with closing(loaders.val(index)) as val_set, computing(device, recipe.precision):
-            batches = inputs(val_set, steps, device)
+            batches = inputs(val_set, steps, Ranks(device=str(device)))
             evaluated.append(evaluate(network, batches, recipe.objective.build().labels, **options))
         where = f", {task.name}" if recipe.phases else ""
         say(

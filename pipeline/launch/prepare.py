@@ -21,8 +21,7 @@ from pipeline.recipe.spec import arguments_of
 from pipeline.recipe.suite import targets_of
 from pipeline.train.checkpoint import Owner, absolute, owner_of, place_at
 from pipeline.train.job import Job
-from pipeline.train.part_checks import fingerprint_of
-from pipeline.train.tasks import build_data
+from pipeline.train.tasks import fingerprint_of
 from pipeline.train.weights import study_inputs
 
 NOT_SAVED = ("run", "trust", "place_token")  # Fields of a job that job.json does not hold
@@ -53,7 +52,7 @@ def prepare(
     """
     recipe = recipe.resolved()
     trust = own_code.needed(trust, targets_of(recipe))
-    fingerprint = fingerprint_of(build_data(recipe))
+    fingerprint = fingerprint_of(recipe)
     study = recipe.study_key(study_inputs(recipe, fingerprint))
     runs = runs.absolute()
     if name is None:

@@ -165,7 +165,7 @@ class Restarts(DefaultFailurePolicy):
     def __init__(self, config: FailureConfig, *, folder: Path, awaits_nodes: bool) -> None:
         super().__init__(config)
         self.folder, self.awaits_nodes = folder, awaits_nodes
-        self._start, self._saved, self._micro_batch = self._read()
+        self._start, self._saved, self._decisions = self._read()
         self._first_start = self._start
         # The last start before the workers found no room, and the time when the wait began.
         self._waits: tuple[str | None, float] | None = None
@@ -175,8 +175,8 @@ class Restarts(DefaultFailurePolicy):
             self._note_death(getattr(training_failed_error, "worker_failures", None))
         if needs_the_user(training_failed_error):
             return FailureDecision.RAISE
-        has_saved, is_smaller = self._progress()
-        if has_saved or is_smaller:
+        has_saved, has_decided = self._progress()
+        if has_saved or has_decided:
             self._worker_group_failures = self._controller_failures = 0
         if has_no_place(training_failed_error):
             with suppress(OSError):
@@ -186,7 +186,7 @@ class Restarts(DefaultFailurePolicy):
                 return FailureDecision.RETRY
         else:
             self._waits = None
-            if is_smaller:
+            if has_decided:
                 return FailureDecision.RETRY
         return super().make_decision(training_failed_error)
 
@@ -201,26 +201,27 @@ class Restarts(DefaultFailurePolicy):
                 note_death(self.folder, worker=worker, error=innermost(error))
 
     def _progress(self) -> tuple[bool, bool]:
-        """Whether there is a later checkpoint, and another micro-batch, since the last call.
+        """Whether there is a later checkpoint, and another decision of recovery, such as a smaller
+        micro-batch, since the last call.
 
         Neither if storage is away.
         """
         try:
-            self._start, saved, micro_batch = self._read()
+            self._start, saved, decisions = self._read()
         except OSError:
             return False, False
-        progress = saved > self._saved, micro_batch != self._micro_batch
-        self._saved, self._micro_batch = max(saved, self._saved), micro_batch
+        progress = saved > self._saved, decisions != self._decisions
+        self._saved, self._decisions = max(saved, self._saved), decisions
         return progress
 
     def _read(self) -> tuple[str | None, int, bytes]:
-        """The workers' last start, the step of the last checkpoint, and the micro-batch's file."""
+        """The workers' last start, the step of the last checkpoint, and the file of decisions."""
         files = RunFolder(self.folder)
         start, saved = last_event(files.journal, Start), last_event(files.journal, Checkpoint)
         return (
             None if start is None else f"{start.attempt} {start.time}",
             -1 if saved is None else saved.step,
-            files.micro_batch.read_bytes() if files.micro_batch.exists() else b"",
+            files.decisions.read_bytes() if files.decisions.exists() else b"",
         )
 
     def _may_wait(self, failure: Any) -> bool:

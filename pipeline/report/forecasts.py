@@ -28,8 +28,7 @@ from pipeline.report.results import ReportError, Run, read_run
 from pipeline.report.selection import trained_apart
 from pipeline.train.backend.deepspeed import config
 from pipeline.train.build import check_recipe, with_placeholder_weights
-from pipeline.train.part_checks import fingerprint_of
-from pipeline.train.tasks import build_data
+from pipeline.train.tasks import fingerprint_of
 from pipeline.train.weights import study_inputs
 
 MODEL = "a model, not measured"
@@ -135,7 +134,7 @@ def _study(recipe: Recipe) -> str:
     if names := references(recipe):
         return f"depends on what {', '.join(names)} will have learnt"
     try:
-        return recipe.study_key(study_inputs(recipe, fingerprint_of(build_data(recipe))))
+        return recipe.study_key(study_inputs(recipe, fingerprint_of(recipe)))
     except DataError as error:
         return f"depends on the data's content, which is not here yet ({error})"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.core.checks import require
 from pipeline.core.code_version import check_same_code, code_digest
@@ -22,7 +22,6 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import check_shared
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.torch_settings import compute_in
-from pipeline.data.base import Data
 from pipeline.data.ffcv.page_checks import ONE_IN
 from pipeline.data.mixing import Mixing
 from pipeline.measure.clock import Clock
@@ -49,7 +48,7 @@ from pipeline.train.build import (
 )
 from pipeline.train.checkpoint import Checkpoints, lost_step, place_at, read_trainer, step_name
 from pipeline.train.checkpoint.background import LONGEST_S
-from pipeline.train.elastic import check_accumulation, check_sizes, seed_everything, steady
+from pipeline.train.elastic import seed_everything, steady
 from pipeline.train.gradient_fidelity import compare_gradients
 from pipeline.train.guards.storage import PATIENCE_S, patiently
 from pipeline.train.guards.watchdog import Watchdog
@@ -57,7 +56,7 @@ from pipeline.train.job import Job, RankInfo
 from pipeline.train.recovery import Decisions
 from pipeline.train.tasks import Loaders, build_data, check_data, tasks_of
 from pipeline.train.teaching import Teaching, open_teaching
-from pipeline.train.weights import load_start
+from pipeline.train.weights import load_start, weights_file
 
 T_ = TypeVar("T_")
 
@@ -124,7 +123,7 @@ def assemble(process: Process) -> TrainContext:
         UserError: the user has to change something. Every rank raises it.
         ValueError: the user has to change something. Only this rank raises it.
     """
-    job, place, ranks, watchdog = process.job, process.place, process.ranks, process.watchdog
+    job, ranks, watchdog = process.job, process.ranks, process.watchdog
     watchdog.beat()
     written = _read_recipe(process)
     checkpoints = _open_checkpoints(process, written)
@@ -138,7 +137,7 @@ def assemble(process: Process) -> TrainContext:
             lambda: check_data(
                 build_data(recipe),
                 fingerprint=job.data_fingerprint,
-                every_page=place.local_rank == 0,
+                every_page=process.place.local_rank == 0,
             )
         )
     world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
@@ -269,72 +268,54 @@ def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
 def _own_parts(
     process: Process, recipe: Recipe, world: World, *, is_fresh: bool
 ) -> tuple[Recipe, nn.Module, Rule, Loaders]:
-    """Network, rule and data of this process, and the recipe with micro-batches that suit them.
-
-    Each of them may be refused here. Not collective.
-    """
     job, device, sizes = process.job, process.ranks.device, process.place.possible_sizes
-    check_sizes(recipe, sizes)
     tasks = tasks_of(recipe, one_in=ONE_IN[job.verify])
     seed_everything(recipe.seed)
     network = build_network(recipe, tasks)
     if recipe.init is not None and is_fresh:
-        start = load_start(network, Path(recipe.init))
-        process.tracker.write(events.Init(file=str(start.file), fresh=list(start.fresh)))
+        file = weights_file(Path(recipe.init))
+        process.tracker.write(events.Init(file=str(file), fresh=[*load_start(network, file)]))
     network.to(device)
     rule = attached_rule(recipe, network, world)
-    recipe = steady(recipe, network, sizes)
-    check_accumulation(recipe, rule, (world.size,))
+    recipe = steady(recipe, network, rule, sizes)
     if is_fresh and rule.calibration_batches:
-        rule.calibrate(
-            network, _first_batches(recipe, tasks[0].data, rule.calibration_batches, device)
-        )
-    return (
-        recipe,
-        network,
-        rule,
-        Loaders(
-            tasks, recipe, recipe.split(world.size), rank=world.rank, threads=job.loader_threads
-        ),
+        # The first global batches, which are the same for every rank and number of ranks.
+        size = recipe.batch_size
+        sizes = {"rank": 0, "world": 1, "batch_size": size, "micro_batch": size, "threads": 1}
+        with (
+            closing(tasks[0].data.train(seed=recipe.seed, **sizes)) as loader,
+            loader.epoch(0) as batches,
+        ):
+            first = itertools.islice(batches, rule.calibration_batches)
+            rule.calibrate(
+                network, [over_steps(batch.x.to(device), recipe.time_steps) for batch in first]
+            )
+    loaders = Loaders(
+        tasks, recipe, recipe.split(world.size), rank=world.rank, threads=job.loader_threads
     )
-
-
-def _first_batches(recipe: Recipe, data: Data, count: int, device: torch.device) -> list[Tensor]:
-    """The inputs `x_TB` of the first `count` global batches. They are the same on every rank and
-    for every number of ranks.
-    """
-    sizes = {"batch_size": recipe.batch_size, "micro_batch": recipe.batch_size, "threads": 1}
-    with (
-        closing(data.train(seed=recipe.seed, rank=0, world=1, **sizes)) as loader,
-        loader.epoch(0) as batches,
-    ):
-        return [
-            over_steps(batch.x.to(device), recipe.time_steps)
-            for batch in itertools.islice(batches, count)
-        ]
+    return recipe, network, rule, loaders
 
 
 def build_backend(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) -> Backend:
-    optimizer_of = partial(build_optimizer, recipe, rule=rule)
-    settings = {"precision": recipe.precision, "clip_norm": recipe.clip_norm}
-    backend: Backend
-    if recipe.backend == "plain":
-        backend = Plain(network, optimizer_of, **settings)
-    else:
+    kind: Callable[..., Backend] = Plain
+    if recipe.backend == "deepspeed":
         from pipeline.train.backend.deepspeed import DeepSpeed
 
-        backend = DeepSpeed(
-            network, optimizer_of, micro_batch=split.micro_batch, zero=recipe.zero, **settings
-        )
+        kind = partial(DeepSpeed, micro_batch=split.micro_batch, zero=recipe.zero)
+    backend = kind(
+        network,
+        partial(build_optimizer, recipe, rule=rule),
+        precision=recipe.precision,
+        clip_norm=recipe.clip_norm,
+    )
     return Averaged(backend, decay=recipe.ema_decay) if recipe.ema_decay else backend
 
 
 def _build_fidelity(
     recipe: Recipe, loaders: Loaders, world: World, device: torch.device
 ) -> Callable[..., Fidelity] | None:
-    """The comparison of gradients, on rank 0 alone. The others wait in their next collective."""
     if recipe.evaluation.fidelity_every == 0 or world.rank:
-        return None
+        return None  # the other ranks wait for rank 0 in their next collective
     with closing(loaders.train(0)) as loader, loader.epoch(0) as batches:
         batch = next(iter(batches))
     return partial(

@@ -16,15 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.core.checks import require
+from pipeline.core.units import counted
 from pipeline.data.mixing import Mixing
 from pipeline.recipe.phases import Stretch, stretch_at
 from pipeline.recipe.recipe import Recipe, Spec, Split
 from pipeline.recipe.suite import Suite, filled, references
 from pipeline.rules.base import Rule, World
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
 from pipeline.spiking.binary import latent_parameters
 from pipeline.train.checkpoint import weights_of
-from pipeline.train.elastic import check_accumulation, check_sizes, steady
-from pipeline.train.gradient_fidelity import check_comparable
+from pipeline.train.elastic import steady
 from pipeline.train.objective import Loss
 from pipeline.train.part_checks import (
     build_part,
@@ -33,7 +35,7 @@ from pipeline.train.part_checks import (
 )
 from pipeline.train.tasks import Task, tasks_of
 from pipeline.train.teaching import build_teacher
-from pipeline.train.weights import load_start
+from pipeline.train.weights import load_start, weights_file
 
 
 def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
@@ -44,22 +46,30 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
     Raises:
         ValueError: a part does not fit.
     """
-    check_sizes(recipe, sizes)
     tasks = tasks_of(recipe)
     network = build_network(recipe, tasks)
     if recipe.init is not None:
-        load_start(network, Path(recipe.init))
+        load_start(network, weights_file(Path(recipe.init)))
     check_network(network, recipe, tasks[0].data)
     check_objective(recipe.objective.build(), recipe.objective, classes=tasks[0].data.classes)
     rule = attached_rule(recipe, network, World(recipe.seed, size=sizes[-1]))
-    steady_recipe = steady(recipe, network, sizes)
-    check_accumulation(steady_recipe, rule, sizes)
+    steady_recipe = steady(recipe, network, rule, sizes)
     for size in sizes:
         build_mixing(recipe, steady_recipe.split(size))
     if recipe.teacher is not None:
         build_teacher(recipe, tasks[0].data)
     if recipe.evaluation.fidelity_every:
-        check_comparable(recipe, lambda: build_network(recipe, tasks))
+        phases = counted(len(recipe.phases), "phase")
+        require(
+            not recipe.phases, f"recipe: evaluation.fidelity_every is of one task; got {phases}"
+        )
+        try:
+            for reference in (BPTT(), SLTT()):
+                reference.attach(build_network(recipe, tasks), over_time=recipe.over_time)
+        except ValueError as error:
+            raise ValueError(
+                f"recipe: evaluation.fidelity_every compares with BPTT and SLTT; {error}"
+            ) from None
     schedule = recipe.schedule.build(build_optimizer(recipe, network, rule), 1000, 100)
     require(
         callable(schedule),

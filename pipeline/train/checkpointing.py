@@ -6,12 +6,12 @@ an evaluation, which may be long, each rank looks for requests by itself. If one
 request, all ranks leave the evaluation.
 """
 
-from __future__ import annotations
-
+import json
 import math
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -53,12 +53,13 @@ class Saving:
         # the last save that was begun, and its time
         self._last: dict[str, Any] = {"step": step}
         self._last_at = self._batch_began = time.monotonic()
-        self._stall_s = 0.0  # seconds that training was stopped for the last save
-        self._write_s = 0.0  # seconds until the last checkpoint was complete; known to rank 0
+        # seconds that training was stopped for the last save, and seconds until the last checkpoint
+        # was complete, which rank 0 knows
+        self._stall_s = self._write_s = 0.0
         # the requests that this rank looks for during an evaluation
         self._watched = (self.files.stop, self.files.save)
 
-    def __enter__(self) -> Saving:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
@@ -115,8 +116,8 @@ class Saving:
             or self.checkpoints.failed()
             or bool(self.leaving)
         )
-        if is_due:
-            self._save_before_epoch_end(step)
+        if is_due and self._last["step"] != step:
+            self.save(step, is_epoch_end_due=True)
 
     def is_interrupted(self) -> bool:
         """Whether this rank sees a request to stop or to save in an evaluation. Not collective."""
@@ -133,7 +134,8 @@ class Saving:
         for notice in self.ranks.all_gather_object(self._notice()):
             if self.is_new(notice):
                 self.add_notice(notice, step)
-        self._save_before_epoch_end(step)
+        if self._last["step"] != step:
+            self.save(step, is_epoch_end_due=True)
         self._answer(step)
         if self.ranks.rank:
             # NFS may show another machine for a minute what rank 0 has deleted.
@@ -182,11 +184,6 @@ class Saving:
         self._report(saved)
         return self.checkpoints.newest_step
 
-    def discard(self, step: int, reason: str) -> None:
-        """Move the checkpoint of `step` to quarantine."""
-        self.newest_step()  # nothing is being written after it
-        self.checkpoints.discard(step, reason)
-
     def is_new(self, notice: Notice | None) -> bool:
         """Whether a notice names a machine that no earlier notice has named. Not collective."""
         return notice is not None and not self.leaving.issuperset(notice.machines)
@@ -195,8 +192,9 @@ class Saving:
         """Note and journal that machines will be taken away. The earliest deadline counts."""
         assert notice is not None, "it is new"
         self.leaving |= frozenset(notice.machines)
-        left_s = notice.seconds_left
-        if left_s is not None:
+        left_s = None
+        if notice.deadline is not None:
+            left_s = notice.deadline - time.time()
             self.deadline = min(self.deadline, time.monotonic() + left_s)
         self.context.tracker.write(
             Preempted(step=step, machines=list(notice.machines), seconds_left=left_s)
@@ -204,11 +202,12 @@ class Saving:
 
     def _notice(self) -> Notice | None:
         """The notice that reached this rank, or the one that a request to save holds."""
-        return self.context.place.notice() or Notice.in_file(self.files.save)
-
-    def _save_before_epoch_end(self, step: int) -> None:
-        if self._last["step"] != step:
-            self.save(step, is_epoch_end_due=True)
+        notice = self.context.place.notice()
+        with suppress(OSError, ValueError, KeyError, TypeError):  # gone, or written by hand
+            value = json.loads(self.files.save.read_text())
+            if notice is None and value["machines"]:
+                notice = Notice(tuple(value["machines"]), value["deadline"])
+        return notice
 
     def _answer(self, step: int) -> None:
         """Delete the request once the checkpoint is complete. Its author then ends the workers."""
@@ -225,15 +224,16 @@ class Saving:
         with context.published():
             weights = weights_of(network) if self.ranks.rank == 0 else None
         with self.ranks.averaged(network) as buffers:
-            saved = self.checkpoints.save(
-                this["step"],
-                context.backend,
-                context.rule,
-                trainer,
-                buffers=buffers,
-                weights=weights,
+            self._report(
+                self.checkpoints.save(
+                    this["step"],
+                    context.backend,
+                    context.rule,
+                    trainer,
+                    buffers=buffers,
+                    weights=weights,
+                )
             )
-            self._report(saved)
         self._last, self._last_at = this, time.monotonic()
         self._stall_s = self._last_at - began  # includes the wait for the previous checkpoint
 
@@ -246,7 +246,13 @@ class Saving:
             )
 
     def _check_finite(self, step: int) -> None:
-        if not _are_finite(self._replicated()):
+        # Minimum and maximum are NaN if a number is NaN. Each device is waited for once.
+        extremes: dict[torch.device, list[Tensor]] = {}
+        for value in self._replicated():
+            if value.is_floating_point() and value.numel():
+                extreme = torch.stack(value.detach().aminmax()).double()
+                extremes.setdefault(value.device, []).append(extreme)
+        if not all(bool(torch.cat(parts).isfinite().all()) for parts in extremes.values()):
             raise Diverged(
                 "training: weights and what the rule learnt must be finite to be saved; they are"
                 f" not after step {step}: {self.context.recipe.remedy}"
@@ -273,15 +279,3 @@ class Saving:
         )
         if saved.untidy:
             self.context.tracker.write(Undeleted(step=saved.step, error=saved.untidy))
-
-
-def _are_finite(values: Iterable[Tensor]) -> bool:
-    """Whether all numbers are finite, judged by their minimum and maximum: both are NaN if a number
-    is NaN. It waits for each device once.
-    """
-    extremes: dict[torch.device, list[Tensor]] = {}
-    for value in values:
-        if value.is_floating_point() and value.numel():
-            extreme = torch.stack(value.detach().aminmax()).double()
-            extremes.setdefault(value.device, []).append(extreme)
-    return all(bool(torch.cat(parts).isfinite().all()) for parts in extremes.values())

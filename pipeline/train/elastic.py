@@ -35,24 +35,23 @@ from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.norm import BatchNorm, is_foreign_norm
 
 _DRAW = 0x656C6173746963  # separates these draws from a rule's
+DIVIDED = (BatchNorm, _DropoutNd, Dropout, DropPath)  # they depend on the division of a batch
 
 
 def format_sizes(sizes: Sequence[int]) -> str:
     """The sizes as a user writes them: 4, 2:4 or 2,4,8."""
-    if len(sizes) == 1:
-        return str(sizes[0])
-    return (
-        f"{sizes[0]}:{sizes[-1]}"
-        if sizes[-1] - sizes[0] == len(sizes) - 1
-        else ",".join(map(str, sizes))
-    )
+    is_range = sizes[-1] - sizes[0] == len(sizes) - 1 > 0
+    return f"{sizes[0]}:{sizes[-1]}" if is_range else ",".join(map(str, sizes))
 
 
-def check_sizes(recipe: Recipe, sizes: Sequence[int]) -> None:
-    """Check that the recipe can train with each of these sizes, and change between them.
+def steady(recipe: Recipe, network: nn.Module, rule: Rule, sizes: Sequence[int]) -> Recipe:
+    """The recipe with micro-batches that hold the same rows at every size, if the network depends
+    on the division of a batch.
 
     Raises:
-        ValueError: a size does not divide the global batch, or ZeRO needs one size.
+        ValueError: a size does not divide the global batch, or needs accumulation of a rule that
+            moves the weights within a batch, or of a network with statistics over all workers,
+            which would then cover more rows at a larger size; or ZeRO needs one size.
     """
     require(
         len(sizes) == 1 or not recipe.zero,
@@ -60,30 +59,8 @@ def check_sizes(recipe: Recipe, sizes: Sequence[int]) -> None:
         " load on as many only and its universal ones hold Adam alone (0.19.8); got"
         f" {format_sizes(sizes)}; take one number, or zero=0",
     )
-    odd = [size for size in sizes if recipe.batch_size % size]
-    if odd and len(sizes) == 1:
-        recipe.split(sizes[0])  # names the batches that are possible
-    fit = [size for size in range(1, sizes[-1] + 1) if recipe.batch_size % size == 0]
-    require(
-        not odd,
-        f"launch: batch_size={recipe.batch_size} must divide by every number of workers; got"
-        f" {format_sizes(sizes)}, with {', '.join(map(str, odd))}; take --workers of"
-        f" {format_sizes(fit)}",
-    )
-
-
-def steady(recipe: Recipe, network: nn.Module, sizes: Sequence[int]) -> Recipe:
-    """The recipe with micro-batches that hold the same rows at every size, if the network depends
-    on the division of a batch.
-
-    Raises:
-        ValueError: the network has statistics over all workers, and a size needs accumulation. The
-            statistics would then cover more rows at a larger size.
-    """
-    if len(sizes) == 1:
-        return recipe
-    modules = list(network.modules())
-    if any(isinstance(each, BatchNorm) and each.between == "world" for each in modules):
+    modules, changes = list(network.modules()), len(sizes) > 1
+    if changes and any(isinstance(each, BatchNorm) and each.between == "world" for each in modules):
         for size in sizes:
             require(
                 recipe.split(size).accumulation == 1,
@@ -91,23 +68,18 @@ def steady(recipe: Recipe, network: nn.Module, sizes: Sequence[int]) -> Recipe:
                 f" of workers changes; got micro_batch={recipe.micro_batch}, which is accumulated"
                 f" on {counted(size, 'worker')}; take fewer sizes, or between='rank'",
             )
-        return recipe
-    draws_or_norms = (BatchNorm, _DropoutNd, Dropout, DropPath)
-    if not any(isinstance(each, draws_or_norms) or is_foreign_norm(each) for each in modules):
-        return recipe
-    share = math.gcd(*(recipe.batch_size // size for size in sizes))
-    sizes_down = range(min(recipe.micro_batch or share, share), 0, -1)
-    return replace(recipe, micro_batch=next(size for size in sizes_down if share % size == 0))
-
-
-def check_accumulation(recipe: Recipe, rule: Rule, sizes: Sequence[int]) -> None:
-    """Raises: ValueError if a rule moves the weights within a batch that is accumulated."""
+    elif changes and any(isinstance(each, DIVIDED) or is_foreign_norm(each) for each in modules):
+        share = math.gcd(*(recipe.batch_size // size for size in sizes))
+        sizes_down = range(min(recipe.micro_batch or share, share), 0, -1)
+        micro_batch = next(size for size in sizes_down if share % size == 0)
+        recipe = replace(recipe, micro_batch=micro_batch)
     for split in map(recipe.split, sizes):
         require(
             rule.update != "step" or split.accumulation == 1,
             f"{recipe.rule.label}: moves the weights at every time step and refuses accumulation;"
             f" got {split}",
         )
+    return recipe
 
 
 def seed_everything(seed: int) -> None:

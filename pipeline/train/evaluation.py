@@ -6,22 +6,19 @@ on one set can be compared sample by sample.
 T time, B batch, N samples, K classes
 """
 
-from __future__ import annotations
-
 import io
 import time
 import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from pipeline.core.checks import require
 from pipeline.core.files import write_whole
@@ -32,7 +29,7 @@ from pipeline.measure.energy import EnergyCounter, EnergyReadings, EvenSample, I
 from pipeline.measure.operations import Operations, Work
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state
-from pipeline.train.backend.collectives import Ranks, world
+from pipeline.train.backend.collectives import Ranks
 from pipeline.train.objective import Loss
 
 if TYPE_CHECKING:
@@ -67,6 +64,24 @@ class Evaluation:
         }
 
 
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answers:
+    """Predictions: int64 arrays `[N]` with one entry per sample."""
+
+    index: Ints  # the sample's place in the evaluation file, as `Batch.index` counts
+    target: Ints
+    answer: Ints  # the class with the highest mean logit
+    # the task to whose evaluation set sample and index belong; None: the run has no phases
+    task: Ints | None = None
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        return self.answer == self.target
+
+
 class Evaluated(NamedTuple):
     """An evaluation and the data behind it."""
 
@@ -87,6 +102,7 @@ def evaluate(
     *,
     over_time: str = "steps",
     network: nn.Module | None = None,
+    ranks: Ranks | None = None,
     counts_operations: bool = False,
     joules: EnergyCounter | None = None,
     when_answered: Callable[[], None] = lambda: None,
@@ -96,6 +112,7 @@ def evaluate(
     Args:
         batches: (x_TB, target_B, index_B); ranks may hold different numbers of them, or none.
         network: the bare network inside, which names the layers; None: the model itself.
+        ranks: the ranks that hold the shares; None: this process is the only one.
         joules: the energy counter of the model's card. It is read before the first batch is read
             and after the last prediction, so it excludes the counting of operations. None: not
             measured.
@@ -104,8 +121,8 @@ def evaluate(
     Raises:
         ValueError: there is no sample on any rank.
     """
-    network, joules = network or model, joules or EnergyCounter(torch.device("cpu"))
-    was_training = model.training
+    network, ranks = network or model, ranks or Ranks()
+    joules, was_training = joules or EnergyCounter(torch.device("cpu")), model.training
     model.eval()
     answered = [torch.zeros(3, 0, dtype=torch.int64)]  # index, target, answer of each batch
     # samples, top-1 hits, loss; samples of six classes or more, top-5 hits
@@ -128,9 +145,11 @@ def evaluate(
                 loss = torch.stack([loss_of(logits_BK) for logits_BK in logits_TBK]).mean()
             best_B5 = mean_BK.topk(min(TOP, mean_BK.shape[-1])).indices
             hits_B5 = best_B5 == target_B[:, None]
-            batch_sums = [samples, float(hits_B5[:, 0].sum()), float(loss.double() * samples)]
-            batch_sums += [samples, float(hits_B5.sum())] if mean_BK.shape[-1] > TOP else [0, 0]
-            sums += torch.tensor(batch_sums, dtype=torch.float64)
+            top1, top5, is_ranked = hits_B5[:, 0].sum(), hits_B5.sum(), mean_BK.shape[-1] > TOP
+            sums += torch.tensor(
+                [samples, top1, loss.double() * samples, samples * is_ranked, top5 * is_ranked],
+                dtype=torch.float64,
+            )
             answered.append(torch.stack([index_B, target_B.cpu(), best_B5[:, 0].cpu()]))
     readings = EnergyReadings(
         card=joules.card, samples=int(sums[0]), began=began, ended=joules.read()
@@ -150,64 +169,56 @@ def evaluate(
             tuple(sorted(operations.not_counted)),
         )
     model.train(was_training)
-    total, largest_of = (
-        partial(_over_ranks, device=next(model.parameters()).device, how=how)
-        for how in (distributed.ReduceOp.SUM, distributed.ReduceOp.MAX)
-    )
-    samples, top1, loss, ranked, top5 = total(sums).tolist()
+    samples, top1, loss, ranked, top5 = ranks.sum(sums).tolist()
     require(samples != 0, "evaluate: needs at least one sample; got none on any rank")
-    layers = activity.layers(total, largest_of)
-    result = Evaluation(
-        samples=int(samples),
-        top1=top1 / samples,
-        top5=top5 / ranked if ranked else None,
-        loss=loss / samples,
-        firing_rate=firing_rate(layers),
-    )
+    layers = activity.layers(ranks.sum, ranks.max)
     index, target, answer = torch.cat(answered, dim=1).numpy()
-    answers = Answers(index=index, target=target, answer=answer)
-    return Evaluated(result, answers, layers, inference, readings)
-
-
-def _over_ranks(value: Tensor, device: torch.device, how: Any) -> Tensor:
-    if world()[1] > 1:
-        value = value.to(device, copy=True)
-        distributed.all_reduce(value, op=how)
-    return value.cpu()
+    return Evaluated(
+        Evaluation(
+            samples=int(samples),
+            top1=top1 / samples,
+            top5=top5 / ranked if ranked else None,
+            loss=loss / samples,
+            firing_rate=firing_rate(layers),
+        ),
+        Answers(index=index, target=target, answer=answer),
+        layers,
+        inference,
+        readings,
+    )
 
 
 def inputs(
     loader: Loader,
     time_steps: int,
-    device: torch.device,
+    ranks: Ranks,
     *,
     most: int | None = None,
     epoch: int = 0,
 ) -> Generator[tuple[Tensor, Tensor, Tensor]]:
-    """The batches for `evaluate`: all of this rank's, or those of the first `most` samples. Close
-    the generator if you leave it early.
+    """The batches for `evaluate`: all of this rank's, or its share of the first `most` samples of
+    the set. Close the generator if you leave it early.
 
     `epoch` selects the pages of the data that are checked. The samples are always the same.
     """
-    left = most
+    left = None if most is None else len(range(ranks.rank, most, ranks.size))
     with loader.epoch(epoch) as batches:
         for batch in batches:
             x_B, target_B, index_B = batch.x[:left], batch.target[:left], batch.index[:left]
             if left is not None:
                 left -= len(target_B)
             if len(target_B):
-                yield over_steps(x_B.to(device), time_steps), target_B.to(device), index_B
+                yield (
+                    over_steps(x_B.to(ranks.device), time_steps),
+                    target_B.to(ranks.device),
+                    index_B,
+                )
             if left == 0:
                 return
 
 
-def share_of(samples: int | None, ranks: Ranks) -> int | None:
-    """This rank's number of the first `samples` of the set; None: its whole share of the set."""
-    return None if samples is None else len(range(ranks.rank, samples, ranks.size))
-
-
 def evaluate_tasks(
-    context: TrainContext,
+    context: "TrainContext",
     *,
     step: int,
     tasks: int,
@@ -224,13 +235,13 @@ def evaluate_tasks(
             about once a second, at its own times, because ranks have different numbers of batches.
     """
     recipe, ranks, network = context.recipe, context.ranks, context.backend.network
-    most = share_of(recipe.evaluation.samples, ranks)
     evaluated, joules, was_interrupted = list[Evaluated](), EnergyCounter(ranks.device), False
 
     def until_interrupted(val_set: Loader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         nonlocal was_interrupted
         looked_at = time.monotonic()
-        for batch in inputs(val_set, recipe.time_steps, ranks.device, most=most, epoch=step):
+        most = recipe.evaluation.samples
+        for batch in inputs(val_set, recipe.time_steps, ranks, most=most, epoch=step):
             context.watchdog.beat()
             yield batch
             if time.monotonic() - looked_at > LOOK_S:
@@ -249,6 +260,7 @@ def evaluate_tasks(
                         recipe.objective.build().labels,
                         over_time=recipe.over_time,
                         network=network,
+                        ranks=ranks,
                         counts_operations=counts_operations,
                         joules=joules,
                         when_answered=note_peaks,
@@ -271,43 +283,25 @@ def mean_of(evaluations: Sequence[Evaluation]) -> Evaluation:
     return Evaluation(**{**means, "samples": sum(columns["samples"])})
 
 
-Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Answers:
-    """Predictions: int64 arrays `[N]` with one entry per sample."""
-
-    index: Ints  # the sample's place in the evaluation file, as `Batch.index` counts
-    target: Ints
-    answer: Ints  # the class with the highest mean logit
-    # the task to whose evaluation set sample and index belong; None: the run has no phases
-    task: Ints | None = None
-
-    @property
-    def right(self) -> NDArray[np.bool_]:
-        return self.answer == self.target
-
-
 def write_answers(file: Path, shares: Sequence[Sequence[Answers]], *, tasks: bool) -> None:
     """Write the answers of every rank for each task (`shares[rank][task]`), sorted by task and
     index. The file is whole or absent.
 
     `tasks`: whether the file has a column with the task of each sample.
     """
-    sorted_3N = []
-    for of_task in zip(*shares, strict=True):
-        all_3N = np.hstack([np.stack([each.index, each.target, each.answer]) for each in of_task])
-        sorted_3N.append(all_3N[:, np.argsort(all_3N[0])])
-    columns: dict[str, Ints] = dict(
-        zip(("index", "target", "answer"), np.hstack(sorted_3N), strict=True)
+    all_answers = [(task, each) for of_rank in shares for task, each in enumerate(of_rank)]
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(each, name) for _, each in all_answers])
+        for name in ("index", "target", "answer")
+    }
+    task_N = np.repeat(
+        [task for task, _ in all_answers], [len(each.index) for _, each in all_answers]
     )
+    order = np.lexsort((columns["index"], task_N))
     if tasks:
-        columns["task"] = np.repeat(
-            np.arange(len(sorted_3N)), [each.shape[1] for each in sorted_3N]
-        )
+        columns["task"] = task_N
     stream = io.BytesIO()
-    np.savez(stream, **columns)  # type: ignore[arg-type]  # no column is named allow_pickle
+    np.savez(stream, **{name: column[order] for name, column in columns.items()})
     write_whole(file, stream.getvalue())
 
 
@@ -315,18 +309,9 @@ def read_answers(file: Path) -> Answers:
     """Read the file of `write_answers`. Raises: ValueError if it is missing or another file."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            answers = Answers(**arrays)
-    except FileNotFoundError:
-        raise ValueError(f"answers: {file} must be there; a run writes it at its end") from None
+            return Answers(**arrays)
     except (TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"answers: {file} must hold index, target and answer; it could not be read: {error}"
+            f"answers: {file} must be the file that a run writes at its end, with index, target and"
+            f" answer of each sample; it could not be read: {error}"
         ) from error
-    columns = [column for column in vars(answers).values() if column is not None]
-    require(
-        all(column.ndim == 1 and column.dtype.kind == "i" for column in columns)
-        and len({len(column) for column in columns}) == 1,
-        f"answers: {file} must hold columns of whole numbers, an entry a sample in each; got"
-        f" {', '.join(f'{column.dtype} {list(column.shape)}' for column in columns)}",
-    )
-    return answers

@@ -59,10 +59,9 @@ Layout = Literal["plain", "packed"]
 
 @dataclass(frozen=True)
 class Exported:
-    """The file of an export."""
+    """The file of an export. As text: its size, and the line of Python that loads the network."""
 
     file: Path
-    bytes: int
     whole: int  # bytes before packing
     parameters: int
     bits: int = 0
@@ -70,20 +69,18 @@ class Exported:
     folded: int = 0  # synapses whose scales a norm includes
     trust: tuple[str, ...] = ()  # the user's own packages that the network needs
 
-    @property
-    def loading(self) -> str:
-        """The line of Python that loads the network."""
-        trust = f", trust={list(self.trust)}" if self.trust else ""
-        return f"pipeline.load({str(self.file.absolute())!r}{trust})"
-
     def __str__(self) -> str:
-        size = f"{self.file}: {self.bytes / 1e6:.4g} MB"
-        if not self.bits:
-            return f"{size}, {self.parameters:,} parameters"
+        holds = f", {self.parameters:,} parameters"
+        if self.bits:
+            holds = (
+                f" against {self.whole / 1e6:.4g} MB; {self.bits:,} of {self.parameters:,}"
+                f" parameters are bits, of {counted(self.synapses, 'synapse')}, {self.folded} of"
+                " them with their scales folded into the norm behind"
+            )
+        trust = f", trust={list(self.trust)}" if self.trust else ""
         return (
-            f"{size} against {self.whole / 1e6:.4g} MB; {self.bits:,} of {self.parameters:,}"
-            f" parameters are bits, of {counted(self.synapses, 'synapse')}, {self.folded} of them"
-            " with their scales folded into the norm behind"
+            f"{self.file}: {self.file.stat().st_size / 1e6:.4g} MB{holds}\n"
+            f"load    pipeline.load({str(self.file.absolute())!r}{trust})"
         )
 
 
@@ -111,7 +108,6 @@ def export_run(
     )
     network = load_run(folder, which=which, trust=trust)
     state, packed = network.state_dict(), {}
-    parameters = sum(p.numel() for p in network.parameters())
     whole = sum(value.nbytes for value in state.values())
     if layout == "packed":
         synapses = binary_synapses(network)
@@ -141,7 +137,13 @@ def export_run(
         **({"code": json.dumps(own_code.note(own))} if own else {}),
     }
     write_whole(out, save(tensors, {**metadata, "sha256": _digest(metadata, tensors)}))
-    return Exported(out, out.stat().st_size, whole, parameters, **packed, trust=own)
+    return Exported(
+        file=out,
+        whole=whole,
+        parameters=sum(p.numel() for p in network.parameters()),
+        trust=own,
+        **packed,
+    )
 
 
 def is_export(file: Path) -> bool:
@@ -162,7 +164,25 @@ def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str]
     Raises:
         ValueError: another file or format, a byte has changed, or the weights do not fit the model.
     """
-    metadata, tensors = _read(file)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            names = opened.keys()  # `opened` is no mapping
+            tensors = {name: opened.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file}: must be a whole file of spiketrain export; it could not be read: {error}"
+        ) from error
+    kind = tuple(metadata.get(key) for key in ("format", "version", "layout"))
+    require(
+        kind in ((FORMAT, VERSION, "plain"), (FORMAT, VERSION, "packed")),
+        f"{file}: must be a file of spiketrain export, of version {VERSION} and layout 'plain' or"
+        f" 'packed'; got format {kind[0]!r}, version {kind[1]!r}, layout {kind[2]!r}",
+    )
+    require(
+        metadata.pop("sha256", None) == _digest(metadata, tensors),
+        f"{file}: is damaged; its tensors or metadata differ from what was written",
+    )
     try:
         code = (
             own_code.packages(json.loads(metadata.get("code", "{}")), who="code") if trust else {}
@@ -184,9 +204,6 @@ def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str]
     return network.eval()
 
 
-# --------------------------------------------------------------------------------------- the layout
-
-
 def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor], int]:
     """The packed tensors of `network`, and the number of synapses whose scales the norm behind them
     includes. `norms`: names of synapses to names of norms.
@@ -196,7 +213,8 @@ def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor
     for name, synapse in binary_synapses(network).items():
         assert isinstance(synapse.binarizer, Binarizer)
         is_positive, scale_O = synapse.binarizer.split(synapse.weight)
-        packed[f"{name}.bits"] = pack_bits(is_positive)
+        signs = is_positive.flatten().numpy()
+        packed[f"{name}.bits"] = torch.from_numpy(np.packbits(signs, bitorder="little"))
         latent |= {f"{name}.weight", f"{name}.binarizer.scale"}
         if scale_O is not None and name in norms and scale_O.min() >= SMALLEST_SCALE:
             norm: Any = network.get_submodule(norms[name])
@@ -227,53 +245,10 @@ def unpack(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
         ):
             raise ValueError(f"the weights must fit the model; got no bits, or others, for {name}")
         unbinarize(synapse)
-        state[f"{name}.weight"] = (2.0 * unpack_bits(bits, shape) - 1) * scale_O.view(
-            -1, *[1] * (len(shape) - 1)
-        )
+        signs = np.unpackbits(bits.numpy(), count=shape.numel(), bitorder="little")
+        scale = scale_O.view(-1, *[1] * (len(shape) - 1))
+        state[f"{name}.weight"] = (2.0 * torch.from_numpy(signs).view(shape) - 1) * scale
     return state
-
-
-def pack_bits(is_set: Tensor) -> Tensor:
-    """A bool tensor as uint8 `[ceil(numel / 8)]`. The first is in the lowest bit of the first
-    byte.
-    """
-    return torch.from_numpy(np.packbits(is_set.flatten().numpy(), bitorder="little"))
-
-
-def unpack_bits(bits: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `pack_bits` for a tensor of `shape`."""
-    return (
-        torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel(), bitorder="little"))
-        .bool()
-        .view(shape)
-    )
-
-
-# ----------------------------------------------------------------------------------------- the file
-
-
-def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a whole file of `export_run`."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            names = opened.keys()  # `opened` is no mapping
-            tensors = {name: opened.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file}: must be a whole file of spiketrain export; it could not be read: {error}"
-        ) from error
-    kind = tuple(metadata.get(key) for key in ("format", "version", "layout"))
-    require(
-        kind in ((FORMAT, VERSION, "plain"), (FORMAT, VERSION, "packed")),
-        f"{file}: must be a file of spiketrain export, of version {VERSION} and layout 'plain' or"
-        f" 'packed'; got format {kind[0]!r}, version {kind[1]!r}, layout {kind[2]!r}",
-    )
-    require(
-        metadata.pop("sha256", None) == _digest(metadata, tensors),
-        f"{file}: is damaged; its tensors or metadata differ from what was written",
-    )
-    return metadata, tensors
 
 
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from pipeline.core.checks import require
-from pipeline.core.units import counted
 from pipeline.measure.fidelity import Fidelity, fidelity, gradients
 from pipeline.recipe.recipe import Recipe
 from pipeline.rules.base import Rule, World
@@ -60,19 +58,3 @@ def compare_gradients(
             own.label: [known.get(own.label) or of(own, learnt)],
         }
     return fidelity(known["BPTT"], known["SLTT"], others)
-
-
-def check_comparable(recipe: Recipe, fresh: Callable[[], nn.Module]) -> None:
-    """Raises: ValueError if there are several tasks, or BPTT or SLTT cannot train the network."""
-    require(
-        not recipe.phases,
-        "recipe: evaluation.fidelity_every is of one task; got"
-        f" {counted(len(recipe.phases), 'phase')}",
-    )
-    try:
-        for rule in (BPTT(), SLTT()):
-            rule.attach(fresh(), over_time=recipe.over_time)
-    except ValueError as error:
-        raise ValueError(
-            f"recipe: evaluation.fidelity_every compares with BPTT and SLTT; {error}"
-        ) from None

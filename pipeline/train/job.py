@@ -5,10 +5,6 @@ journal, which rank 0 holds. Its launcher leaves a note of the death for the pro
 journal next.
 """
 
-from __future__ import annotations
-
-import json
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -56,24 +52,6 @@ class Notice:
     machines: tuple[str, ...]
     deadline: float | None  # unix seconds; None: unknown
 
-    @property
-    def seconds_left(self) -> float | None:
-        return None if self.deadline is None else self.deadline - time.time()
-
-    @classmethod
-    def in_file(cls, save: Path) -> Notice | None:
-        """The notice that a request to save holds; None if it holds none."""
-        try:
-            value = json.loads(save.read_text())
-            return cls(tuple(value["machines"]), value["deadline"]) if value["machines"] else None
-        except (OSError, ValueError, KeyError, TypeError):  # gone, or written by hand
-            return None
-
-
-def no_notice() -> Notice | None:
-    """No machine is about to be taken away, or nobody reports it."""
-    return None
-
 
 @dataclass(frozen=True)
 class RankInfo:
@@ -85,8 +63,8 @@ class RankInfo:
     local_rank: int = 0  # among the workers of its machine
     # every number of workers that the run may have, ascending; (): only `workers`
     sizes: tuple[int, ...] = ()
-    # the last notice that reached this worker; not collective
-    notice: Callable[[], Notice | None] = no_notice
+    # the last notice that reached this worker, None without one; not collective
+    notice: Callable[[], Notice | None] = lambda: None
 
     @property
     def possible_sizes(self) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from pipeline.core.run_folder import RunFolder
 from pipeline.core.torch_settings import exactness
 from pipeline.measure.memory import hardware, hardware_over
 from pipeline.measure.meters import Totals
-from pipeline.measure.saved_bytes import held_bytes
+from pipeline.measure.saved_bytes import bytes_of, held_bytes
 from pipeline.recipe.phases import stretch_at
 from pipeline.recipe.recipe import Recipe
 from pipeline.rules.base import Rule
@@ -114,7 +114,7 @@ def checkpoint_metadata(
     `is_epoch_end_due`: an epoch has ended, and its evaluation is still to come. `state` is the
     trainer's.
     """
-    folder, job, recipe = Path(context.job.run), context.job, context.recipe
+    job, recipe, folder = context.job, context.recipe, Path(context.job.run)
     stretch = stretch_at(context.stretches, step)
     epoch = stretch.epoch(step)
     return {
@@ -149,13 +149,9 @@ def summary_of(
     inference: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """`summary.json` without the hardware, and the event "finish". Collective."""
-    folder, job, recipe, teaching = (
-        Path(context.job.run),
-        context.job,
-        context.recipe,
-        context.teaching,
-    )
-    held = asdict(held_bytes(context.backend.network, context.backend.optimizer))
+    job, recipe, teaching = context.job, context.recipe, context.teaching
+    folder, network = Path(job.run), context.backend.network
+    held = asdict(held_bytes(network, context.backend.optimizer))
     if recipe.zero:  # the bytes if a worker held the whole state of the optimizer
         held["optimizer"] = sum(context.ranks.all_gather_object(held["optimizer"]))
     if context.ranks.rank:
@@ -176,13 +172,13 @@ def summary_of(
         **summarise(result, totals, list(map(from_dict, records))),
         **(learnt.summary(context.loaders.tasks) if recipe.phases else {}),
         **{f"teacher_{name}": of_teacher[name] for name in ("top1", "top5") if name in of_teacher},
-        "conditions": conditions(
-            context.backend.network, context.rule, recipe, context.ranks.device
-        ),
+        "conditions": conditions(network, context.rule, recipe, context.ranks.device),
         "held": {
             **held,
             "rule": context.rule.bytes(),
-            "teacher": 0 if teaching is None else teaching.bytes,
+            "teacher": 0
+            if teaching is None
+            else bytes_of((*teaching.teacher.parameters(), *teaching.teacher.buffers())),
         },
         "rule_metrics": dict(rule_metrics),
         "loader_threads": job.loader_threads,
@@ -194,7 +190,7 @@ def summary_of(
 
 
 def _has_own_cores(context: TrainContext) -> bool:
-    """Whether the workers have reserved cores. A worker on a GPU has a card of its own instead."""
+    # A worker on a GPU has a card of its own instead.
     return context.job.own_cores and context.ranks.device.type == "cpu"
 
 

@@ -7,10 +7,8 @@ once on the mean (`"mean"`). Distillation is in distillation.py.
 A target is a class, int64 [B]. For mixed samples it is each class's share, float [B,K].
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -31,7 +29,7 @@ class Loss(Protocol):
     def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf: ...
 
     @property
-    def labels(self) -> Loss: ...
+    def labels(self) -> "Loss": ...
 
     @property
     def remembers(self) -> bool: ...
@@ -71,11 +69,10 @@ class CrossEntropy:
         )
 
     @property
-    def labels(self) -> CrossEntropy:
+    def labels(self) -> Self:
         return self
 
     def check(self, *, taught: bool, over_time: OverTime, time_steps: int) -> None:
-        del over_time, time_steps
         require(
             not taught,
             "CrossEntropy: knows labels alone, so a teacher has no effect; leave it out, or use"

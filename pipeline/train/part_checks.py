@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from pipeline.core.checks import are_counts, is_count, require
 from pipeline.core.units import counted
 from pipeline.data.base import Batch, Data, Loader
-from pipeline.recipe.json import dotted, is_trusted
-from pipeline.recipe.recipe import TRUSTED, Recipe, Spec
+from pipeline.recipe.json import dotted
+from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state
 
@@ -28,9 +28,6 @@ _DATA_METHODS: Mapping[str, tuple[str, ...]] = {
     "train": ("seed", "rank", "world", "batch_size", "micro_batch", "threads"),
     "val": ("rank", "world", "micro_batch", "threads"),
 }
-
-# networks that `check_network` has accepted; the runs of a suite share them
-_fits: list[tuple[Spec, tuple[int, ...], int, int]] = []
 
 
 def build_part(what: str, part: Spec, kind: type[T_], *arguments: Any, name: str = "") -> T_:
@@ -85,76 +82,33 @@ def checked_data(data: Any, part: Spec) -> Data:
     return data
 
 
-def is_own(recipe: Recipe) -> bool:
-    """Whether the user's own code defines the data. Tests cover the package's own data sets."""
-    parts = (recipe.data, *(phase.data for phase in recipe.phases))
-    return not all(is_trusted(dotted(part.target), TRUSTED) for part in parts)
+def check_loader(loader: Loader, data: Data, method: str) -> Batch | None:
+    """Check a loader that `data.train` or `data.val` returned, and its first batch.
 
-
-def checked_loader(loader: Any, data: Data, method: str) -> Loader:
-    """Check the loader that `data.train` or `data.val` returned, and return it.
+    Returns:
+        The batch; None if an epoch has no batches.
 
     Raises:
-        ValueError: it does not implement `pipeline.data.base.Loader`.
-    """
-    require_members(
-        f"data: what {type(data).__name__}.{method} returns",
-        loader,
-        ("samples", "steps_per_epoch", "epoch", "close"),
-    )
-    return loader
-
-
-def fingerprint_of(data: Data) -> str:
-    """The fingerprint of `data`. Raises: ValueError if it is not text, and the errors of `data`."""
-    fingerprint = data.fingerprint()
-    require(
-        isinstance(fingerprint, str) and bool(fingerprint),
-        f"data: {type(data).__name__}.fingerprint must return a hash as text; got {fingerprint!r}",
-    )
-    return fingerprint
-
-
-def check_first_batch(loader: Loader, data: Data, method: str) -> None:
-    """Read and check the first batch of a loader that `data.train` or `data.val` returned.
-
-    Raises:
-        ValueError: the sizes are not numbers, the first batch is missing, or `check_batch` refuses
-            it.
+        ValueError: it does not implement `pipeline.data.base.Loader`, the first batch is missing,
+            its tensors have another type or shape, or a label is not a class.
     """
     who = f"data: what {type(data).__name__}.{method} returns"
-    require(
-        is_count(loader.samples, least=0) and is_count(loader.steps_per_epoch, least=0),
-        f"{who}: samples and steps_per_epoch must be whole numbers; got {loader.samples!r} and"
-        f" {loader.steps_per_epoch!r}",
-    )
+    require_members(who, loader, ("samples", "steps_per_epoch", "epoch", "close"))
     with loader.epoch(0) as batches:
-        batch = next(iter(batches), None)
-    if batch is not None:
-        check_batch(batch, data, method)
-    elif loader.steps_per_epoch:
-        raise ValueError(
-            f"{who}: an epoch must have {counted(loader.steps_per_epoch, 'batch')}; got none"
-        )
-
-
-def check_batch(batch: Any, data: Data, method: str) -> None:
-    """Raises: ValueError if `batch` is not a batch of `data`: tensors have another type or shape,
-    or a label is not a class.
-    """
+        batch: Any = next(iter(batches), None)
+    if batch is None:
+        expected = counted(loader.steps_per_epoch, "batch")
+        require(not loader.steps_per_epoch, f"{who}: an epoch must have {expected}; got none")
+        return None
     who = f"data: a batch of {type(data).__name__}.{method}"
     require(
         isinstance(batch, Batch),
         f"{who}: must be a pipeline.data.base.Batch; got {type(batch).__name__}",
     )
-    samples = len(batch.x) if isinstance(batch.x, Tensor) and batch.x.dim() else 0
-    require(
-        not isinstance(batch.x, Tensor) or batch.x.numel() > 0,
-        f"{who}: must have samples; got x of shape {list(getattr(batch.x, 'shape', ()))}",
-    )
+    samples = len(batch.target) if isinstance(batch.target, Tensor) and batch.target.dim() else 0
     for name, dtype, shape in (
-        ("x", torch.float32, tuple(data.shape)),
         ("target", torch.int64, ()),
+        ("x", torch.float32, tuple(data.shape)),
         ("index", torch.int64, ()),
     ):
         value = getattr(batch, name)
@@ -163,12 +117,14 @@ def check_batch(batch: Any, data: Data, method: str) -> None:
             f"{who}: {name} must be {str(dtype).removeprefix('torch.')}"
             f" [{', '.join(map(str, ('B', *shape)))}]; got {_describe(value)}",
         )
+    require(samples > 0, f"{who}: must have samples; got none")
     low, high = int(batch.target.min()), int(batch.target.max())
     require(
         0 <= low <= high < data.classes,
         f"{who}: target must be in 0..{data.classes - 1}, of {counted(data.classes, 'class')};"
         f" got {low} to {high}",
     )
+    return batch
 
 
 # ---------------------------------------------------------------------------------- the other parts
@@ -180,9 +136,6 @@ def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
     Raises:
         ValueError: it failed, or did not map `[T,B,...]` to logits `[T,B,K]`.
     """
-    key = (recipe.model, tuple(data.shape), recipe.time_steps, data.classes)
-    if key in _fits:
-        return
     samples = 2 if recipe.time_steps == 1 else 1  # different from T, to find swapped axes
     x_TB = over_steps(torch.zeros(samples, *data.shape), recipe.time_steps)
     rule = f"model: {recipe.model.target.__name__} must map [T, B, ...] to logits [T, B, K]"
@@ -193,8 +146,9 @@ def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), fresh_state(network):
             logits = network(x_TB)
     except Exception as error:  # a network of the user's own may raise anything
-        text = " ".join(str(error).split())
-        raise ValueError(f"{rule}; {given} it raised {type(error).__name__}: {text}") from error
+        raise ValueError(
+            f"{rule}; {given} it raised {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
     finally:
         network.train(was_training)
     require(
@@ -203,7 +157,6 @@ def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
         and logits.is_floating_point(),
         f"{rule}; {given} it gave {_describe(logits)}",
     )
-    _fits.append(key)
 
 
 def check_objective(objective: Any, part: Spec, *, classes: int) -> None:

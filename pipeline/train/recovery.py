@@ -6,23 +6,19 @@
     HalveMicroBatch   memory ran out: the run starts again with half as many samples at a time
 
 `guards/anomaly.py` and `checkpointing.py` raise the first two; `worker.py` catches the others and
-starts again. `Decisions` hold for the rest of the run. They are files in its folder, and a part of
+starts again. `Decisions` hold for the rest of the run. They are a file in its folder, and a part of
 each checkpoint in case the folder is lost. A decision that is younger than the newest checkpoint
 is lost with the folder.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pipeline.core.checks import is_count
 from pipeline.core.errors import Diverged, UserError
 from pipeline.core.run_folder import RunFolder
-from pipeline.core.units import counted
-from pipeline.recipe.recipe import Recipe, Split, read_json, write_json
+from pipeline.recipe.recipe import Recipe, read_json, write_json
 
 
 class Recovery(Exception):
@@ -62,30 +58,27 @@ class Decisions:
     micro_batch: int | None = None
 
     @classmethod
-    def read(cls, run: Path) -> Decisions:
-        """Raises: UserError if a file is damaged."""
-        files, decisions = RunFolder(run), cls()
-        if files.skipped.exists():
-            value = read_json(files.skipped)
-            try:
-                decisions = cls(int(value["rollbacks"]), _pairs(value["batches"]))
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{files.skipped}: must hold rollbacks and batches; got {value!r}"
-                ) from error
-        if files.micro_batch.exists():
-            value = read_json(files.micro_batch)
-            if not is_count(value):
-                raise UserError(f"{files.micro_batch}: must hold a number of samples; got {value}")
-            decisions = replace(decisions, micro_batch=value)
-        return decisions
+    def read(cls, run: Path) -> Self:
+        """Raises: UserError if the file is damaged."""
+        file = RunFolder(run).decisions
+        if not file.exists():
+            return cls()
+        value = read_json(file)
+        try:
+            return cls.from_dict(value)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{file}: must hold rollbacks, skipped and micro_batch; got {value!r}"
+            ) from error
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """The decisions that `asdict` has made a dictionary of, and JSON has kept."""
+        skipped = tuple((int(first), int(end)) for first, end in value["skipped"])
+        return cls(value["rollbacks"], skipped, value["micro_batch"])
 
     def write(self, run: Path) -> None:
-        files = RunFolder(run)
-        if self.rollbacks or self.skipped:
-            write_json(files.skipped, {"rollbacks": self.rollbacks, "batches": self.skipped})
-        if self.micro_batch is not None:
-            write_json(files.micro_batch, self.micro_batch)
+        write_json(RunFolder(run).decisions, asdict(self))
 
     @classmethod
     def adopt(cls, run: Path, saved: Mapping[str, Any]) -> None:
@@ -94,8 +87,7 @@ class Decisions:
         `saved`: the decisions as `asdict` returns them. The folder may be newer than its newest
         checkpoint, and the checkpoint may be newer than an old copy of the folder.
         """
-        own = cls.read(run)
-        other = cls(saved["rollbacks"], _pairs(saved["skipped"]), saved["micro_batch"])
+        own, other = cls.read(run), cls.from_dict(saved)
         limits = [each.micro_batch for each in (own, other) if each.micro_batch is not None]
         joined = replace(
             max(own, other, key=lambda each: each.rollbacks), micro_batch=min(limits, default=None)
@@ -108,7 +100,7 @@ class Decisions:
         limit = min(filter(None, (self.micro_batch, recipe.micro_batch)), default=None)
         return replace(recipe, micro_batch=limit)
 
-    def after_rollback(self, back: Rollback, recipe: Recipe, *, to: int, epoch: int) -> Decisions:
+    def after_rollback(self, back: Rollback, recipe: Recipe, *, to: int, epoch: int) -> Self:
         """The decisions after one more rollback, to the checkpoint after `to` batches.
 
         Raises:
@@ -128,37 +120,3 @@ class Decisions:
             )
         skipped = (*self.skipped, (to, back.step + 1)) if back.skips else self.skipped
         return replace(self, rollbacks=self.rollbacks + 1, skipped=skipped)
-
-    def halve(self, split: Split, split_of: Callable[[Decisions], Split]) -> Decisions:
-        """The decisions after memory ran out with `split`: half as many samples at a time, or the
-        next fewer that the recipe takes.
-
-        `split_of` returns the split under other decisions; it raises ValueError if the recipe
-        refuses that size. The global batch stays the same. Results differ only by the order of
-        sums, unless a module depends on the whole micro-batch, as batch norm does.
-
-        Raises:
-            ValueError: no smaller micro-batch is possible. Only this rank raises it.
-        """
-        had, refusal = split.micro_batch, None
-        for samples in range(had // 2, 0, -1):
-            halved = replace(self, micro_batch=samples)
-            try:
-                if split_of(halved).micro_batch == samples:  # else it does not divide the batch
-                    return halved
-            except ValueError as error:
-                refusal = refusal or error  # the error for the largest size
-        why = f", and fewer cannot be taken: {refusal}" if refusal else ""
-        raise ValueError(
-            f"training: the device's memory runs out with {counted(had, 'sample')} at a time{why};"
-            " take a smaller network, or more memory"
-        ) from refusal
-
-
-def is_in(step: int, batches: Sequence[tuple[int, int]]) -> bool:
-    """Whether one of the ranges [first, end) contains `step`."""
-    return any(first <= step < end for first, end in batches)
-
-
-def _pairs(value: Any) -> tuple[tuple[int, int], ...]:
-    return tuple((int(first), int(end)) for first, end in value)

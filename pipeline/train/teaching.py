@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -25,7 +24,6 @@ from pipeline.core.checks import require
 from pipeline.core.files import write_whole
 from pipeline.core.torch_settings import check_precision
 from pipeline.data.base import Batch, Data
-from pipeline.measure.saved_bytes import bytes_of
 from pipeline.models.teachers.base import Teacher
 from pipeline.models.teachers.cache import CachedPredictions
 from pipeline.models.teachers.probe import Probe
@@ -34,7 +32,7 @@ from pipeline.recipe.recipe import Recipe, Split, read_json, write_json
 from pipeline.track import events
 from pipeline.track.journal import Tracker
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.evaluation import Evaluation, evaluate, inputs, share_of
+from pipeline.train.evaluation import Evaluation, evaluate, inputs
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.part_checks import build_part, require_members
 
@@ -48,11 +46,6 @@ class Teaching:
     teacher: Teacher
     accuracy: Evaluation
     kept: CachedPredictions | None
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the teacher's weights and statistics."""
-        return bytes_of((*self.teacher.parameters(), *self.teacher.buffers()))
 
     def __call__(self, x_B: Tensor, index_B: Tensor, epoch: int) -> Tensor:
         """The teacher's logits `[B,K]` for one epoch's views of the samples `index_B`, fp32 and
@@ -119,12 +112,8 @@ def open_teaching(
         is_fresh: the run begins, so the teacher's accuracy is reported.
     """
 
-    def on_device() -> Teacher:
-        teacher = build_teacher(recipe, data)
-        check_precision("teacher", teacher.precision, ranks.device)
-        return teacher.to(ranks.device)
-
-    teacher = ranks.all_or_raise(on_device)
+    teacher = ranks.all_or_raise(lambda: build_teacher(recipe, data)).to(ranks.device)
+    ranks.all_or_raise(lambda: check_precision("teacher", teacher.precision, ranks.device))
     probe, cache, kept = teacher.probe, teacher.cache, None
     key = {
         "data": data.fingerprint(),
@@ -145,8 +134,8 @@ def open_teaching(
         teacher.head = head.requires_grad_(False).to(ranks.device)
     accuracy = _accuracy(recipe, data, split, teacher, place, ranks, threads)
     if is_fresh:
-        figures: dict[str, Any] = {"samples": accuracy.samples, **accuracy.metrics}
-        figures.pop("firing_rate")  # a teacher need not spike
+        figures = {"samples": accuracy.samples, **accuracy.metrics}
+        del figures["firing_rate"]  # a teacher need not spike
         tracker.write(events.Teacher(teacher=teacher.label, figures=figures))
     if cache is not None:
         answers = place / f"seed-{recipe.seed}-{cache.storage}"
@@ -164,6 +153,9 @@ def _fitted(
 ) -> dict[str, Tensor]:
     """The head's weights. They are read if they were stored before, else fitted and stored. For
     rank 0.
+
+    The probe sees one view of each sample of the training part per epoch, for as many epochs as it
+    needs.
     """
     if kept := sorted(place.glob("probe-*.safetensors")):
         require(
@@ -172,32 +164,11 @@ def _fitted(
             " fitted again",
         )
         return load_file(kept[0])
-    begun = time.monotonic()
-    features_ND, target_N = _features(teacher, probe, data, threads)
-    head = probe.fit(features_ND, target_N, data.classes)
-    top1 = float((head(features_ND).argmax(-1) == target_N).float().mean())
-    content = save(head.state_dict())
-    write_whole(place / f"probe-{_digest(content)}.safetensors", content)
-    tracker.write(
-        events.Probe(
-            teacher=teacher.label,
-            views=len(target_N),
-            top1=top1,
-            seconds=time.monotonic() - begun,
-        )
-    )
-    return head.state_dict()
-
-
-def _features(teacher: Teacher, probe: Probe, data: Data, threads: int) -> tuple[Tensor, Tensor]:
-    """Features and targets of the probe's views of the training part: one view of each sample per
-    epoch, for as many epochs as are needed.
-    """
-    device = next(teacher.parameters()).device
-    # Batches of one sample, so that no sample at the end of an epoch is dropped.
-    sizes = {"rank": 0, "world": 1, "batch_size": 1, "micro_batch": 1, "threads": threads}
+    begun, device = time.monotonic(), next(teacher.parameters()).device
     features, targets = [], []
-    with closing(data.train(seed=probe.seed, **sizes)) as loader:
+    # Batches of one sample, so that no sample at the end of an epoch is dropped.
+    one = {"batch_size": 1, "micro_batch": 1}
+    with closing(data.train(seed=probe.seed, rank=0, world=1, threads=threads, **one)) as loader:
 
         def samples() -> Iterator[Batch]:
             for epoch in itertools.count():
@@ -206,10 +177,23 @@ def _features(teacher: Teacher, probe: Probe, data: Data, threads: int) -> tuple
 
         views = itertools.islice(samples(), probe.views or loader.samples)
         while chunk := list(itertools.islice(views, TOGETHER)):
-            x_B = torch.cat([each.x for each in chunk])
-            features.append(teacher.features(x_B.to(device)).cpu())
+            features.append(
+                teacher.features(torch.cat([each.x for each in chunk]).to(device)).cpu()
+            )
             targets.append(torch.cat([each.target for each in chunk]))
-    return torch.cat(features), torch.cat(targets)
+    features_ND, target_N = torch.cat(features), torch.cat(targets)
+    head = probe.fit(features_ND, target_N, data.classes)
+    content = save(head.state_dict())
+    write_whole(place / f"probe-{_digest(content)}.safetensors", content)
+    tracker.write(
+        events.Probe(
+            teacher=teacher.label,
+            views=len(target_N),
+            top1=float((head(features_ND).argmax(-1) == target_N).float().mean()),
+            seconds=time.monotonic() - begun,
+        )
+    )
+    return head.state_dict()
 
 
 def _digest(content: bytes) -> str:
@@ -242,10 +226,11 @@ def _accuracy(
     known = ranks.broadcast_object(lambda: read_json(file) if file.exists() else None)
     if known is not None:
         return Evaluation(**known)
-    sizes = {"rank": ranks.rank, "world": ranks.size, "micro_batch": split.micro_batch}
-    with closing(data.val(**sizes, threads=threads)) as loader:
-        batches = inputs(loader, 1, ranks.device, most=share_of(limit, ranks))
-        result = evaluate(_AsNetwork(teacher), batches, CrossEntropy()).result
+    with closing(
+        data.val(rank=ranks.rank, world=ranks.size, micro_batch=split.micro_batch, threads=threads)
+    ) as loader:
+        batches = inputs(loader, 1, ranks, most=limit)
+        result = evaluate(_AsNetwork(teacher), batches, CrossEntropy(), ranks=ranks).result
     if ranks.rank == 0:
         write_json(file, asdict(result))
     return result

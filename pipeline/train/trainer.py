@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import UserError
 from pipeline.core.run_folder import RunFolder
 from pipeline.measure.clock import synchronize
 from pipeline.measure.constants import BETWEEN
@@ -39,7 +38,7 @@ from pipeline.train.guards.replica_check import stragglers
 from pipeline.train.job import asked_by
 from pipeline.train.loop import MicroBatch, train_batch
 from pipeline.train.metadata import hardware_of, rule_metrics, start_event, summary_of
-from pipeline.train.recovery import Rollback, is_in
+from pipeline.train.recovery import Rollback
 from pipeline.train.tasks import Learnt
 
 MOST_DATA_WAIT = 0.2  # share of the time of steady batches; a longer wait for data is reported
@@ -70,15 +69,8 @@ class Trainer:
         }
         self.restored, self.step = restored, restored["step"]
         self.learnt = Learnt(**restored["learnt"])
-        try:
-            self.meters.totals = Totals(**restored["totals"])
-        except TypeError as error:
-            raise UserError(
-                "checkpoint: its measurements must be of this version's kind; it was written at"
-                f" commit {restored.get('commit')}: resume there ({error})"
-            ) from None
+        self.meters.totals = Totals(**restored["totals"])
         self.stretch = stretch_at(context.stretches, self.step)  # the steps of the current task
-        self.skipped = (*self.recipe.policy.skip, *context.decisions.skipped)
         self.guard = AnomalyGuard(
             self.backend,
             context.rule,
@@ -94,7 +86,6 @@ class Trainer:
         self.worked_before_s: float | None = self._worked_s()
         self.has_reported_data_wait = False
         self.evaluated: list[Evaluated] = []  # the last evaluation, of each task so far
-        self.result: Evaluation | None = None  # their mean
 
     # ------------------------------------------------------------------------- the training program
 
@@ -122,7 +113,13 @@ class Trainer:
                 return None
 
     def _start(self) -> None:
-        self._report_smaller_micro_batch()
+        limit = self.context.decisions.micro_batch
+        if limit is not None and self.ranks.rank == 0:
+            # Another worker may have halved its micro-batch, and died before it could journal it.
+            known = last_event(RunFolder(self.folder).journal, events.Start, events.Smaller)
+            if known is not None and limit < known.micro_batch:
+                reason = "memory ran out on another worker"
+                self.tracker.write(events.Smaller(step=self.step, micro_batch=limit, reason=reason))
         self.tracker.write(start_event(self.context, step=self.step))
         if self.step == 0:
             self._compare_gradients(epoch=None)
@@ -135,9 +132,7 @@ class Trainer:
         self.stretch = stretch = stretch_at(self.context.stretches, self.step)
         with closing(self.context.loaders.train(stretch.index)) as train_set:
             self.tasks[stretch.index].choose_head(self.backend.network)
-            if (
-                self.step == stretch.first
-            ):  # a checkpoint of this step was saved before the task began
+            if self.step == stretch.first:  # its checkpoint was saved before the task began
                 self._begin_task()
             while self.step < stretch.end:
                 epoch = stretch.epoch(self.step)
@@ -172,8 +167,8 @@ class Trainer:
             )
 
     def _train_batch(self, source: Iterator[Any]) -> None:
-        """Train on the next global batch, unless the recipe or a rollback leaves it out."""
-        if is_in(self.step, self.skipped):
+        skipped = (*self.recipe.policy.skip, *self.context.decisions.skipped)
+        if any(first <= self.step < end for first, end in skipped):
             for _ in range(self.context.split.accumulation):
                 next(source)
             self._report_skip(self.step, "left out by the recipe or a rollback")
@@ -189,7 +184,12 @@ class Trainer:
             self.guard,
         )
         if self.worked_before_s is not None:
-            self._report_startup(self.worked_before_s)
+            # Start-up is imports, compilation and this batch, without work between batches such as
+            # an evaluation that was due.
+            synchronize(self.ranks.device)
+            seconds = time.time() - self.context.began - (self._worked_s() - self.worked_before_s)
+            self.tracker.write(events.FirstBatch(step=self.step + 1, startup_s=max(0.0, seconds)))
+            self.worked_before_s = None
 
     def _micro_batches(self, source: Iterator[Any]) -> Iterator[MicroBatch]:
         """This rank's micro-batches of the next global batch: on the device, mixed, laid out over
@@ -208,9 +208,13 @@ class Trainer:
                     draw_for(recipe.seed, step=self.step, row=first)
                 rows = range(first, first + split.micro_batch)
                 if context.mixing is not None:
-                    classes = self.tasks[stretch.index].data.classes
                     x_B, target_B = context.mixing(
-                        x_B, target_B, classes=classes, seed=recipe.seed, step=self.step, rows=rows
+                        x_B,
+                        target_B,
+                        classes=self.tasks[stretch.index].data.classes,
+                        seed=recipe.seed,
+                        step=self.step,
+                        rows=rows,
                     )
                 x_TB = over_steps(x_B, recipe.time_steps)
             teacher_BK = None
@@ -222,14 +226,21 @@ class Trainer:
             )
 
     def _between_batches(self, epoch: int, *, last: bool) -> None:
-        """Log, save and compare replicas, each if it is due.
-
-        Raises:
-            StopAsked: the run is saved.
-        """
         self.context.watchdog.beat()
         if self.step % self.recipe.log_every == 0 or last:
-            self._log(epoch)
+            metrics = self.meters.take(self.ranks.sum)
+            self._report_slowness()
+            of_rule = {f"rule_{name}": value for name, value in self._rule_metrics().items()}
+            metrics |= {"lr": self.backend.optimizer.param_groups[0]["lr"], **of_rule}
+            with self.meters.between("tracking"):
+                self.tracker.write(
+                    events.Step(
+                        step=self.step,
+                        epoch=epoch,
+                        metrics=metrics,
+                        memory_bytes=memory_now_bytes(self.ranks.device),
+                    )
+                )
         if self.saving.between_batches(self.step, last=last):
             raise StopAsked
 
@@ -247,18 +258,19 @@ class Trainer:
             with self.meters.between("evaluation"):
                 results = self._evaluate()
             # Before the last task, the mean is over fewer tasks and cannot rank checkpoints.
-            self.result = mean_of(results)
-            score = self.result.top1 if stretch.index + 1 == len(self.tasks) else None
-            metrics = self.result.metrics
+            result = mean_of(results)
+            score = result.top1 if stretch.index + 1 == len(self.tasks) else None
+            metrics = result.metrics
             if self.recipe.phases:
                 metrics |= self.learnt.metrics([result.top1 for result in results], self.tasks)
             self.tracker.write(
                 events.Evaluation(
-                    step=self.step, epoch=epoch, samples=self.result.samples, metrics=metrics
+                    step=self.step, epoch=epoch, samples=result.samples, metrics=metrics
                 )
             )
             if is_learnt:
-                self.learnt.add([result.top1 for result in results], of_rule)
+                self.learnt.rows.append([result.top1 for result in results])
+                self.learnt.rule_metrics.append(of_rule)
         if (epoch + 1) % max(1, self.recipe.evaluation.fidelity_every) == 0:
             self._compare_gradients(epoch=epoch)
         self.saving.save(self.step, score=score)
@@ -285,13 +297,14 @@ class Trainer:
         results = [each.result for each in evaluated]
         if bad := [result.loss for result in results if not math.isfinite(result.loss)]:
             reason = f"the loss of the evaluation after it is {bad[0]}"
-            self.saving.discard(self.step, reason)
+            self.saving.newest_step()  # nothing is being written after it
+            self.context.checkpoints.discard(self.step, reason)
             raise Rollback(self.step - 1, reason)
         return results
 
     def _finish(self) -> dict[str, Any]:
-        if self.result is None:  # an earlier attempt has trained everything
-            self.result = mean_of(self._evaluate())
+        if not self.evaluated:  # an earlier attempt has trained everything
+            self._evaluate()
         self.saving.wait(self.step)
         last, inference = self.evaluated[-1], None
         answers = self.ranks.gather([each.answers for each in self.evaluated])
@@ -301,7 +314,7 @@ class Trainer:
         summary = summary_of(
             self.context,
             step=self.step,
-            result=self.result,
+            result=mean_of([each.result for each in self.evaluated]),
             totals=self.meters.over_ranks(self.ranks.max, self.ranks.mean),
             learnt=self.learnt,
             rule_metrics=self._rule_metrics(),
@@ -338,45 +351,6 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------- reports
 
-    def _log(self, epoch: int) -> None:
-        metrics = self.meters.take(self.ranks.sum)
-        self._report_slowness()
-        metrics["lr"] = self.backend.optimizer.param_groups[0]["lr"]
-        metrics |= {f"rule_{name}": value for name, value in self._rule_metrics().items()}
-        with self.meters.between("tracking"):
-            self.tracker.write(
-                events.Step(
-                    step=self.step,
-                    epoch=epoch,
-                    metrics=metrics,
-                    memory_bytes=memory_now_bytes(self.ranks.device),
-                )
-            )
-
-    def _report_smaller_micro_batch(self) -> None:
-        """Journal a micro-batch that was halved by another worker, which died of it."""
-        limit = self.context.decisions.micro_batch
-        if limit is None or self.ranks.rank > 0:
-            return
-        known = last_event(RunFolder(self.folder).journal, events.Start, events.Smaller)
-        if known is not None and limit < known.micro_batch:
-            self.tracker.write(
-                events.Smaller(
-                    step=self.step,
-                    micro_batch=limit,
-                    reason="memory ran out on another worker",
-                )
-            )
-
-    def _report_startup(self, worked_before_s: float) -> None:
-        """Report the seconds until the end of the attempt's first batch: imports, compilation and
-        that batch, without work between batches such as an evaluation that was due.
-        """
-        synchronize(self.ranks.device)
-        seconds = time.time() - self.context.began - (self._worked_s() - worked_before_s)
-        self.tracker.write(events.FirstBatch(step=self.step + 1, startup_s=max(0.0, seconds)))
-        self.worked_before_s = None
-
     def _report_skip(self, step: int, reason: str, advice: str = "") -> None:
         self.tracker.write(
             events.Skipped(
@@ -396,12 +370,13 @@ class Trainer:
                 str(rank): {"times": times, "host": hosts[rank]} for rank, times in slow.items()
             }
             self.tracker.write(events.Straggler(step=self.step, workers=workers))
-        totals, threads = self.meters.totals, self.job.loader_threads
-        share = totals.share_of_steady_time("data_wait")
-        is_long = totals.steady_batches >= STEADY_ENOUGH and share > MOST_DATA_WAIT
-        if is_long and not self.has_reported_data_wait:
+        share = self.meters.totals.share_of_steady_time("data_wait")
+        is_judged = self.meters.totals.steady_batches >= STEADY_ENOUGH
+        if is_judged and share > MOST_DATA_WAIT and not self.has_reported_data_wait:
             self.has_reported_data_wait = True
-            self.tracker.write(events.DataWait(step=self.step, share=share, loader_threads=threads))
+            self.tracker.write(
+                events.DataWait(step=self.step, share=share, loader_threads=self.job.loader_threads)
+            )
 
     def _compare_gradients(self, *, epoch: int | None) -> None:
         """Compare the rule's gradient with BPTT's, at the trained weights, not at their average.

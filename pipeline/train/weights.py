@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -21,25 +20,12 @@ from pipeline.spiking.rate import RateNeuron
 from pipeline.train.checkpoint import WEIGHTS, Place, place_at, verified
 
 
-@dataclass(frozen=True)
-class Start:
-    """The result of `load_start`: the file, and the keys that keep their initial values."""
-
-    file: Path
-    fresh: tuple[str, ...] = ()
-
-
 def load_run(
     run: str | os.PathLike[str], *, which: str = "last", trust: Collection[str] = ()
 ) -> nn.Module:
     """See `pipeline.load`."""
     folder = Path(run)
-    file = RunFolder(folder).recipe
-    require(
-        file.is_file(),
-        f"load: {folder} must be a run's folder, which holds {file.name}; it does not",
-    )
-    network: nn.Module = Recipe.read(file, trust=trust).model.build()
+    network: nn.Module = Recipe.read(RunFolder(folder).recipe, trust=trust).model.build()
     network.load_state_dict(read_state(verified(place_of(folder), which) / WEIGHTS, who="load"))
     return network.eval()
 
@@ -52,8 +38,8 @@ def load_weights(network: nn.Module, file: Path) -> nn.Module:
         ValueError: the file cannot be read, or names the first weight that does not fit.
     """
     tensors = _read(file, network, who="evaluate")
-    if mismatch := describe_mismatch(tensors, network.state_dict()):
-        raise ValueError(f"evaluate: {file} must fit the network; got {mismatch}")
+    mismatch = describe_mismatch(tensors, network.state_dict())
+    require(not mismatch, f"evaluate: {file} must fit the network; got {mismatch}")
     network.load_state_dict(tensors)
     return network.eval()
 
@@ -87,22 +73,35 @@ def lasting_weights(run: Path) -> Path:
     return lasting
 
 
-def load_start(network: nn.Module, start: Path) -> Start:
+def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
     """Load weights into a network that may have other time steps and another number of classes.
 
-    Only the head (the network's `classifier`) may differ in shape. It keeps its fresh weights and
-    is listed in the result. So are thresholds of rate-coded neurons and learnt decays if the file
+    Only the head may differ in shape: the network's `classifier`, or its last module with weights
+    of its own (thresholds and the like are none). It keeps its fresh weights and is listed in the
+    result. So are thresholds of rate-coded neurons and learnt decays if the file
     has none: it may hold an ANN with the same layers, or plain neurons. Learnable scales of 1-bit
     weights are computed from the weights if the file has none: it has full precision. The names in
     a published file of QKFormer are accepted.
 
+    Args:
+        file: see `weights_file`.
+
+    Returns:
+        The keys that keep their initial values.
+
     Raises:
         ValueError: the file cannot be read, or names the first key that does not match.
     """
-    file = weights_file(start)
     tensors = _read(file, network, who="init")
     expected = network.state_dict()
-    head = _head(network)
+    *_, head = (
+        name
+        for name, module in network.named_modules()
+        if list(module.parameters(recurse=False))
+        and not isinstance(module, (RateNeuron, PLIF, Binarizer))
+    )
+    if isinstance(getattr(network, "classifier", None), nn.Module):
+        head = "classifier"
     thresholds = {
         f"{name}.threshold"
         for name, module in network.named_modules()
@@ -126,42 +125,26 @@ def load_start(network: nn.Module, start: Path) -> Start:
     )
     replaced = unknown | in_head if is_reshaped else unknown
     kept = {key: value for key, value in tensors.items() if key not in replaced}
-    if mismatch := describe_mismatch(
+    mismatch = describe_mismatch(
         kept, {key: value for key, value in expected.items() if key not in replaced}
-    ):
-        raise ValueError(
-            f"init: {file} must fit the network but for its head, {head}; got {mismatch}"
-        )
+    )
+    require(
+        not mismatch, f"init: {file} must fit the network but for its head, {head}; got {mismatch}"
+    )
     network.load_state_dict(kept, strict=False)
     for key in synapses.keys() & unknown:
         synapses[key].binarizer.reset(synapses[key].weight)  # type: ignore[operator, union-attr]
-    return Start(file, tuple(key for key in expected if key in replaced))
+    return tuple(key for key in expected if key in replaced)
 
 
 def _read(file: Path, network: nn.Module, *, who: str) -> Mapping[str, Tensor]:
-    """The tensors of a file. The names of a published QKFormer become the network's own."""
     tensors = read_state(file, who=who)
-    if not (isinstance(network, QKFormer) and is_published(tensors)):
-        return tensors
-    try:
-        return renamed(tensors, network)
-    except ValueError as error:
-        raise ValueError(f"{who}: {file}: {error}") from error
-
-
-def _head(network: nn.Module) -> str:
-    """`classifier`, or the last module with weights of its own, without thresholds and the
-    like.
-    """
-    if isinstance(getattr(network, "classifier", None), nn.Module):
-        return "classifier"
-    *_, last = (
-        name
-        for name, module in network.named_modules()
-        if list(module.parameters(recurse=False))
-        and not isinstance(module, (RateNeuron, PLIF, Binarizer))
-    )
-    return last
+    if isinstance(network, QKFormer) and is_published(tensors):
+        try:
+            return renamed(tensors, network)
+        except ValueError as error:
+            raise ValueError(f"{who}: {file}: {error}") from error
+    return tensors
 
 
 def study_inputs(recipe: Recipe, fingerprint: str) -> dict[str, str]:
@@ -171,8 +154,9 @@ def study_inputs(recipe: Recipe, fingerprint: str) -> dict[str, str]:
         files["init"] = weights_file(Path(recipe.init))
     if recipe.teacher is not None:
         files |= _files(recipe.teacher, "teacher.")
-    hashes = {key: hashlib.sha256(file.read_bytes()).hexdigest() for key, file in files.items()}
-    return {"data": fingerprint, **hashes}
+    return {"data": fingerprint} | {
+        key: hashlib.sha256(file.read_bytes()).hexdigest() for key, file in files.items()
+    }
 
 
 def _files(part: Spec, prefix: str) -> Iterator[tuple[str, Path]]:

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,17 @@ from torch import distributed
 from pipeline.core.cores import near_cores, own_cores
 from pipeline.core.errors import UserError, as_user_error
 from pipeline.core.torch_settings import configure_torch
+from pipeline.core.units import counted
 from pipeline.measure.clock import Clock, charge_collectives
 from pipeline.measure.memory import is_out_of_memory
-from pipeline.recipe.recipe import Split
 from pipeline.track import events
 from pipeline.train.assemble import Process, TrainContext, assemble
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import build_mixing
-from pipeline.train.elastic import check_accumulation, steady
+from pipeline.train.elastic import steady
 from pipeline.train.guards.watchdog import Watchdog
 from pipeline.train.job import Job, RankInfo, note_refusal, raise_refusal
-from pipeline.train.recovery import Decisions, HalveMicroBatch, Rollback, StartAgain
+from pipeline.train.recovery import HalveMicroBatch, Rollback, StartAgain
 from pipeline.train.trainer import Trainer
 from pipeline.train.writer_lock import journal, only_writer
 
@@ -70,8 +71,7 @@ def run(
                 pass
             clock.take()  # seconds of batches that are rolled back
             gc.collect()  # the memory of the attempt that ended
-            if ranks.device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # does nothing on a CPU
             began = time.time()
 
 
@@ -114,8 +114,7 @@ def _note_rollback(trainer: Trainer, back: Rollback) -> None:
     Raises:
         UserError: the recipe allows no more rollbacks; Diverged if batches are to blame.
     """
-    recipe, epoch = trainer.recipe, trainer.epoch_of(back.step)
-    to = trainer.saving.newest_step()
+    recipe, epoch, to = trainer.recipe, trainer.epoch_of(back.step), trainer.saving.newest_step()
     decisions = trainer.context.decisions.after_rollback(back, recipe, to=to, epoch=epoch)
     trainer.ranks.broadcast_object(lambda: decisions.write(trainer.folder))
     trainer.tracker.write(
@@ -130,23 +129,35 @@ def _note_rollback(trainer: Trainer, back: Rollback) -> None:
 
 
 def _note_halving(trainer: Trainer, reason: str) -> None:
-    """Decide on a smaller micro-batch for the next attempt, and write the decision.
+    """Decide on a smaller micro-batch for the next attempt, and write the decision: half as many
+    samples at a time, or the next fewer that the recipe takes.
+
+    The global batch stays the same. Results differ only by the order of sums, unless a module
+    depends on the whole micro-batch, as batch norm does.
 
     Raises:
-        ValueError: no smaller one is possible.
+        ValueError: no smaller one is possible. Only this rank raises it.
     """
     context, sizes = trainer.context, trainer.context.place.possible_sizes
-
-    def split_of(decisions: Decisions) -> Split:
-        recipe = steady(decisions.fit(context.recipe), context.backend.network, sizes)
-        check_accumulation(recipe, context.rule, sizes)
-        for size in sizes:
-            build_mixing(recipe, recipe.split(size))
-        return recipe.split(context.ranks.size)
-
-    decisions = context.decisions.halve(context.split, split_of)
-    assert decisions.micro_batch is not None
-    decisions.write(trainer.folder)
-    trainer.tracker.write(
-        events.Smaller(step=trainer.step, micro_batch=decisions.micro_batch, reason=reason)
-    )
+    had, refusal = context.split.micro_batch, None
+    for samples in range(had // 2, 0, -1):
+        decisions = replace(context.decisions, micro_batch=samples)
+        try:
+            recipe = decisions.fit(context.recipe)
+            recipe = steady(recipe, context.backend.network, context.rule, sizes)
+            for size in sizes:
+                build_mixing(recipe, recipe.split(size))
+        except ValueError as error:
+            refusal = refusal or error  # the error for the largest number of samples
+            continue
+        if recipe.split(context.ranks.size).micro_batch == samples:  # it divides the batch
+            decisions.write(trainer.folder)
+            trainer.tracker.write(
+                events.Smaller(step=trainer.step, micro_batch=samples, reason=reason)
+            )
+            return
+    why = f", and fewer cannot be taken: {refusal}" if refusal else ""
+    raise ValueError(
+        f"training: the device's memory runs out with {counted(had, 'sample')} at a time{why};"
+        " take a smaller network, or more memory"
+    ) from refusal

@@ -54,8 +54,8 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
         return
     path = RunFolder(folder).journal
     events = read_events(path)
-    last = max((event.attempt for event in events), default=OF_NONE)
-    with Journal(path, attempt=last + 1) as tracker:
+    attempt = 1 + max((event.attempt for event in events), default=OF_NONE)
+    with Journal(path, attempt=attempt) as tracker:
         hung, death = unreported_hangs(folder, events), read_death(folder)
         for stacks, worker in hung.items():
             tracker.write(Hung(worker=worker, stacks=stacks))
@@ -79,19 +79,18 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
 def _lock(folder: Path, held: ExitStack) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while True:
-        is_last = time.monotonic() > deadline
         try:
             with ExitStack() as tried:
                 handle = tried.enter_context(RunFolder(folder).writer_lock.open("a"))
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held.enter_context(tried.pop_all())
                 return
-        except BlockingIOError:
-            if is_last:
+        except OSError as error:  # another worker has the lock, or storage is away for a while
+            is_late = time.monotonic() > deadline
+            if is_late and isinstance(error, BlockingIOError):
                 raise UserError(
                     f"{folder}: another worker still writes this run after {PATIENCE_S:.0f} s"
                 ) from None
-        except OSError as error:  # storage may be away for a while
-            if is_last or not may_pass(error):
+            if is_late or not may_pass(error):
                 raise
         time.sleep(0.1)

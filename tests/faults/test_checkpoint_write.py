@@ -317,14 +317,12 @@ def test_storage_that_is_away_as_a_run_starts_is_waited_for_by_the_same_attempt(
     assert same_weights(run, untouched)
 
 
-@pytest.mark.parametrize("name", ["skipped.json", "micro_batch.json"])
 def test_what_a_run_has_written_down_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, recipe = tmp_path / "run", small_recipe(epochs=1)
+    run, recipe, name = tmp_path / "run", small_recipe(epochs=1), "decisions.json"
     make_run(run, recipe)
-    Decisions(skipped=((2, 3),)).write(run)
-    (run / "micro_batch.json").write_text("4")
+    Decisions(skipped=((2, 3),), micro_batch=4).write(run)
     error = OSError(errno.EIO, "Input/output error", str(run / name))
     failed = fail_first(
         monkeypatch, Path, "read_text", error, times=2, where=lambda path: path.name == name

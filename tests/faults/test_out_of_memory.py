@@ -108,7 +108,7 @@ def test_another_error_of_the_device_ends_the_run(
     room_for(monkeypatch, 4, error=RuntimeError(said))
     with pytest.raises(RuntimeError, match=said):
         train_inline(run, small_recipe(stop_after=1))
-    assert not (run / "micro_batch.json").exists()
+    assert not (run / "decisions.json").exists()
 
 
 def of_20_steps(**changes: Any) -> Recipe:
@@ -273,7 +273,7 @@ def test_where_no_fewer_can_be_taken_it_says_why_and_notes_nothing(
     for _ in range(2):  # with more memory the run can still go on
         with pytest.raises(UserError, match=said):
             train_inline(run, small_recipe(**changes))
-    assert not (run / "micro_batch.json").exists()
+    assert not (run / "decisions.json").exists()
 
 
 @pytest.mark.distributed
@@ -321,11 +321,3 @@ def _without_room_on_one(rank: int, ranks: int, job: Job) -> None:
             room_for(patch, 0)
         begin = partial(worker.run, job, RankInfo(rank, ranks), trainer_of=InStep)
         _told_of_its_end(rank, begin, Path(job.run))
-
-
-def test_a_note_that_is_damaged_is_named(run: Path) -> None:
-    recipe = small_recipe(stop_after=1)
-    train_inline(run, recipe)
-    (run / "micro_batch.json").write_text("0")
-    with pytest.raises(UserError, match=r"micro_batch\.json: must hold a number of samples; got 0"):
-        train_inline(run, recipe)

@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pipeline.train import checkpointing, evaluation, trainer
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.checkpoint import read_trainer, step_folders
 from pipeline.train.evaluation import Evaluation
-from pipeline.train.job import Job, Notice, RankInfo, no_notice
+from pipeline.train.job import Job, Notice, RankInfo
 from pipeline.train.metadata import rule_metrics
 from pipeline.train.worker import run
 from tests.helpers.interruptions import before_batch, between_batches, die, dies
@@ -214,13 +214,13 @@ def test_of_no_batch_nothing_is_told(rule: Rule) -> None:
 def test_a_save_waits_for_no_evaluation_which_is_begun_anew(
     job: Job, untouched: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    notice = no_notice
+    place = RankInfo()
     if how == "a save":
         asked = json.dumps(asdict(notice_within(60)))
         ask_in_an_evaluation(monkeypatch, of=8, file="save", said=asked)
     else:
-        notice = told_in_an_evaluation(monkeypatch, of=8)
-    assert run(job, RankInfo(notice=notice)) is not None
+        place = RankInfo(notice=told_in_an_evaluation(monkeypatch, of=8))
+    assert run(job, place) is not None
     assert not (Path(job.run) / "save").exists()
     assert told_of(job)[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
     assert steps_of(Path(job.run), "preempted") == [8]
@@ -271,12 +271,14 @@ def test_two_ranks_save_in_an_evaluation_upon_what_one_of_them_has_heard(
 def _asked_one(rank: int, ranks: int, job: Job, file: str) -> object:
     """Rank 0, by a file; without one, rank 1 hears a notice."""
     with pytest.MonkeyPatch.context() as patch:
-        notice = told_in_an_evaluation(patch, of=8) if not file and rank == 1 else no_notice
+        place = RankInfo(rank, ranks, "cpu", rank)
+        if rank == 1 and not file:
+            place = replace(place, notice=told_in_an_evaluation(patch, of=8))
         if file and rank == 0:
             ask_in_an_evaluation(patch, of=8, file=file)
         elif file:
             patch.setattr(evaluation, "LOOK_S", 1e9)
-        return run(job, RankInfo(rank, ranks, "cpu", rank, notice=notice))
+        return run(job, place)
 
 
 @pytest.mark.distributed

@@ -12,6 +12,7 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.objective import CrossEntropy
 from tests.helpers.cards import CUDA, device_of
+from tests.helpers.rule_networks import learn
 
 RULES = {
     "BPTT": lambda: BPTT(),
@@ -43,11 +44,7 @@ def test_a_batch_asks_for_no_value(device: str, rule: str) -> None:
 
 def _learn(rule: Rule, network: nn.Module, on: torch.device) -> None:
     network.zero_grad()
-    x_TB, target_B = (
-        torch.zeros(4, 8, 1, 8, 8, device=on),
-        torch.zeros(8, dtype=torch.long, device=on),
-    )
-    for objective in rule.loss_terms(network, x_TB, CrossEntropy()(target_B), step=0):
-        if objective.backward is not None:
-            objective.backward.backward()
+    x_TB = torch.zeros(4, 8, 1, 8, 8, device=on)
+    target_B = torch.zeros(8, dtype=torch.long, device=on)
+    learn(rule.loss_terms(network, x_TB, CrossEntropy()(target_B), step=0))
     rule.end_of_batch()

@@ -97,7 +97,7 @@ def halves(content: str) -> Act:
     """The micro-batch."""
 
     def halve(policy: Restarts) -> None:
-        (policy.folder / "micro_batch.json").write_text(content)
+        (policy.folder / "decisions.json").write_text(content)
 
     return halve
 

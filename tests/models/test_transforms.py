@@ -319,7 +319,7 @@ def test_the_selected_head_answers() -> None:
         nn.init.zeros_(head.bias)
     first = outputs(network, x_TB)
     for index in (2, 0, 1):
-        select_head(network, index)
+        select_head(nn.Sequential(network), index)  # it reaches into a wrapped network
         torch.testing.assert_close(outputs(network, x_TB), (index + 1) * first)
 
 

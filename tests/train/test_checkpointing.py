@@ -6,59 +6,40 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from pipeline.recipe import Checkpointing, Evaluation, Policy
-from pipeline.track.journal import NullTracker, read
+from pipeline.recipe import Checkpointing, Policy
+from pipeline.track.journal import NullTracker
 from pipeline.train import checkpointing
 from pipeline.train.checkpoint import background
 from pipeline.train.checkpointing import MARGIN_S, Saving
 from pipeline.train.job import Notice, RankInfo
-from tests.helpers.small import finished, small_recipe
+from tests.helpers.small import events, finished, small_recipe
 
 
-def stalls(run: Path, **changes: Any) -> tuple[list[float], float]:
-    """Of each checkpoint of a small run, and all seconds that the run has counted for
-    checkpoints.
+@pytest.mark.timeout(60)
+def test_all_that_a_save_stops_training_for_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look at the numbers before they are copied, the wait for the save before, and at the end
+    that for the last.
     """
-    summary = finished(run, small_recipe(evaluation=Evaluation(every=2), **changes))
-    told = [
-        event["stall_s"] for event in read(run / "journal.jsonl") if event["event"] == "checkpoint"
-    ]
-    return told, summary["checkpoint_s"]
-
-
-@pytest.mark.timeout(60)
-def test_what_is_looked_at_before_a_copy_is_made_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def slowly(self: Saving, step: int) -> None:
-        time.sleep(0.1)
-
-    monkeypatch.setattr(Saving, "_check_finite", slowly)
-    told, all_s = stalls(tmp_path / "run")
-    assert len(told) == 7 and min(told) > 0.1  # of steps 3, 6, 8, 9, 12, 15 and 16
-    assert sum(told) == pytest.approx(all_s, rel=0.1)
-
-
-@pytest.mark.timeout(60)
-def test_so_does_the_wait_for_the_one_before_and_at_the_end_for_the_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     write = background._write
 
     def slowly(file: Path, value: Any) -> None:
-        if file.name == "trainer.json":
-            time.sleep(1.0)
+        time.sleep(1.0 if file.name == "trainer.json" else 0.0)
         write(file, value)
 
     monkeypatch.setattr(background, "_write", slowly)
-    told, all_s = stalls(tmp_path / "run", stop_after=2, checkpoints=Checkpointing(every=1))
-    assert (
-        len(told) == 2 and told[1] > 1.0
-    )  # for its own; for the first as well, but for the time that the run has evaluated
-    assert sum(told) == pytest.approx(all_s, rel=0.1)
+    monkeypatch.setattr(Saving, "_check_finite", lambda self, step: time.sleep(0.2))
+    recipe = small_recipe(stop_after=2, checkpoints=Checkpointing(every=1))
+    summary = finished(tmp_path / "run", recipe)
+    told = [event["stall_s"] for event in events(tmp_path / "run", "checkpoint")]
+    # The second waits for its own end, and for that of the first but for the time of a batch.
+    assert len(told) == 2 and told[0] > 0.2 and told[1] > 1.2
+    assert sum(told) == pytest.approx(summary["checkpoint_s"], rel=0.1)
 
 
 def saving(run: Path, decide: Callable[..., list[bool]], *, rank: int = 0) -> Saving:
@@ -94,16 +75,13 @@ def test_between_batches_rank_0_alone_looks_for_files(
     monkeypatch.setattr(Saving, "_answer", lambda self, step: None)
     if asked != "nothing":
         (tmp_path / asked).write_text("somebody")
-    flags: list[tuple[bool, ...]] = []
-
-    def decide(*mine: bool) -> list[bool]:
-        flags.append(mine)
-        return [asked == "stop", asked == "save", *[False] * 4]  # rank 0's
-
+    decide = Mock(return_value=[asked == "stop", asked == "save", *[False] * 4])  # rank 0's
     made = saving(tmp_path, decide, rank=rank)
     assert made.between_batches(1, last=False) is (asked == "stop")
     assert set(looked) == ({"stop", "save"} if rank == 0 else set())
-    assert flags[0][:2] == ((asked == "stop", asked == "save") if rank == 0 else (False, False))
+    assert decide.call_args.args[:2] == (
+        (asked == "stop", asked == "save") if rank == 0 else (False, False)
+    )
 
 
 def test_a_notice_is_new_where_it_names_a_machine_that_none_has_named(tmp_path: Path) -> None:
@@ -120,7 +98,9 @@ def test_a_last_save_comes_while_there_is_time_for_twice_a_batch_and_a_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, saved = 50.0, []
-    monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(
+        checkpointing, "time", SimpleNamespace(monotonic=lambda: now, time=time.time)
+    )
     monkeypatch.setattr(Saving, "save", lambda self, step, **about: saved.append(step))
     monkeypatch.setattr(Saving, "_answer", lambda self, step: None)
     made = saving(tmp_path, lambda *mine: list(mine))

@@ -20,13 +20,14 @@ from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
+from pipeline.rules.sltt import SLTT
 from pipeline.spiking.norm import BatchNorm
 from pipeline.train.build import check_recipe
 from pipeline.train.elastic import draw_for, format_sizes, steady
 from pipeline.train.job import Job, RankInfo
-from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_run
 from pipeline.train.worker import run
+from tests.helpers.interruptions import before_batch
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import events, make_run, small_recipe
 
@@ -57,41 +58,29 @@ def histories(draw: Any) -> list[tuple[int, int, int, int]]:
 def test_each_sample_is_seen_once_an_epoch_over_any_sequence_of_sizes(
     history: list[tuple[int, int, int, int]], seed: int
 ) -> None:
-    samples = 5 * BATCH + 7
+    run = {"samples": 5 * BATCH + 7, "seed": seed, "batch_size": BATCH}
     survived: dict[int, list[int]] = {}
     for size, most, first, end in history:
         split = small_recipe(batch_size=BATCH, micro_batch=most).split(size)
-        sizes = {
-            "samples": samples,
-            "seed": seed,
-            "world": size,
-            "batch_size": BATCH,
-            "micro_batch": split.micro_batch,
-        }
+        sizes = {**run, "world": size, "micro_batch": split.micro_batch}
         orders = [TrainOrder(rank=rank, **sizes) for rank in range(size)]
         for step in range(first, end):
             epoch, place = divmod(step, 5)
-            start = (
-                place * BATCH if step == first else 0
-            )  # only where it resumes it opens an epoch in its middle
-            at = 0 if step == first else place * BATCH // size
-            rows = np.full(BATCH, -1)
-            for rank, order in enumerate(orders):
-                mine = order.epoch(epoch, start=start)[at:].reshape(-1, split.micro_batch)[
-                    : split.accumulation
-                ]
-                for index, ids in enumerate(mine):
-                    row = (index * size + rank) * split.micro_batch
-                    rows[row : row + split.micro_batch] = ids
-            survived[step] = rows.tolist()
-    alone = TrainOrder(
-        samples=samples, seed=seed, rank=0, world=1, batch_size=BATCH, micro_batch=BATCH
-    )
+            # Only where it resumes it opens an epoch in its middle.
+            start, at = (place * BATCH, 0) if step == first else (0, place * BATCH // size)
+            mine = [
+                order.epoch(epoch, start=start)[at : at + BATCH // size].reshape(
+                    split.accumulation, split.micro_batch
+                )
+                for order in orders
+            ]
+            # Micro-batch by micro-batch, the rows of all ranks.
+            survived[step] = np.stack(mine, axis=1).ravel().tolist()
+    alone = TrainOrder(rank=0, world=1, micro_batch=BATCH, **run)
     for epoch in range(2):
         seen = [survived[5 * epoch + step] for step in range(5)]
-        assert (
-            seen == alone.epoch(epoch).reshape(5, BATCH).tolist()
-        )  # in the same rows, which draws go by
+        # In the same rows, which draws go by.
+        assert seen == alone.epoch(epoch).reshape(5, BATCH).tolist()
         assert len(set(np.ravel(seen))) == 5 * BATCH
 
 
@@ -116,19 +105,16 @@ def test_what_looks_at_a_micro_batch_as_one_sees_the_same_rows_at_every_size(
     sizes: tuple[int, ...], micro_batch: int | None, expected: int | None
 ) -> None:
     recipe = normed(micro_batch=micro_batch)
-    made = steady(recipe, recipe.model.build(), sizes)
+    made = steady(recipe, recipe.model.build(), SLTT(), sizes)
     assert made.micro_batch == expected
-    if expected is not None:
-        splits = [made.split(size) for size in sizes]
-        assert {split.micro_batch for split in splits} == {expected}
-        assert all(
-            split.workers * split.micro_batch * split.accumulation == BATCH for split in splits
-        )
+    for split in [made.split(size) for size in sizes if expected]:
+        assert split.micro_batch == expected
+        assert split.workers * split.micro_batch * split.accumulation == BATCH
 
 
 def test_without_norm_and_dropout_a_worker_takes_its_whole_share() -> None:
     recipe = small_recipe(batch_size=BATCH)
-    assert steady(recipe, recipe.model.build(), (1, 2, 3)) is recipe
+    assert steady(recipe, recipe.model.build(), SLTT(), (1, 2, 3)) is recipe
 
 
 def test_what_is_drawn_depends_on_seed_batch_and_row_alone() -> None:
@@ -148,16 +134,14 @@ def test_sizes_are_told_as_they_are_written(sizes: tuple[int, ...], text: str) -
     assert format_sizes(sizes) == text
 
 
+BY_FIVE = "recipe: batch_size must divide by 5 workers; got 24, near it 20 and 25 do"
+
+
 @pytest.mark.parametrize(
     ("changes", "sizes", "said"),
     [
-        (
-            {},
-            tuple(range(2, 9)),
-            "launch: batch_size=24 must divide by every number of workers; got 2:8, with 5, 7;"
-            " take --workers of 1,2,3,4,6,8",
-        ),
-        ({}, (5,), "recipe: batch_size must divide by 5 workers; got 24, near it 20 and 25 do"),
+        ({}, (2, 3, 4, 5, 6), BY_FIVE),
+        ({}, (5,), BY_FIVE),
         (
             {"zero": 2, "backend": "deepspeed"},
             (2, 4),
@@ -177,10 +161,10 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do(
 
 def test_statistics_over_all_workers_want_whole_batches() -> None:
     network, recipe = nn.Sequential(BatchNorm(4, between="world")), small_recipe(batch_size=BATCH)
-    assert steady(recipe, network, (1, 2)).micro_batch is None
+    assert steady(recipe, network, SLTT(), (1, 2)).micro_batch is None
     said = r"must see whole global batches .* micro_batch=4, which is accumulated on 1 worker"
     with pytest.raises(ValueError, match=said):
-        steady(replace(recipe, micro_batch=4), network, (1, 2))
+        steady(replace(recipe, micro_batch=4), network, SLTT(), (1, 2))
 
 
 def test_what_a_size_makes_of_a_batch_is_refused_by_the_part_that_it_disturbs() -> None:
@@ -200,22 +184,14 @@ def test_what_a_size_makes_of_a_batch_is_refused_by_the_part_that_it_disturbs() 
 # ----------------------------------------------------------------------------------- with processes
 
 
-class Stops(Trainer):
-    """Asks to stop at a step, as somebody with Ctrl-C would."""
-
-    at = -1
-
-    def _micro_batches(self, source: Any) -> Any:
-        if self.step == self.at:
-            (self.folder / "stop").touch()
-        return super()._micro_batches(source)
-
-
 def part_of_a_run(rank: int, ranks: int, job: Job, at: int) -> None:
-    stops = type("StopsThere", (Stops,), {"at": at})
+    """Somebody asks it to stop at a step, as with Ctrl-C."""
+    stop = Path(job.run) / "stop"
     if rank == 0:
-        (Path(job.run) / "stop").unlink(missing_ok=True)
-    run(job, RankInfo(rank, ranks, "cpu", rank, (1, 2, 3)), trainer_of=stops)
+        stop.unlink(missing_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        before_batch(patch, lambda trainer: stop.touch(), step=at)
+        run(job, RankInfo(rank, ranks, "cpu", rank, (1, 2, 3)))
 
 
 @pytest.mark.distributed
@@ -228,13 +204,11 @@ def test_sizes_that_change_within_an_epoch_train_the_same_network(tmp_path: Path
     part_of_a_run(0, 1, changing, 2)
     run_ranks(part_of_a_run, 3, tmp_path, changing, 15)
     part_of_a_run(0, 1, changing, -1)
-    assert [
-        (start["world_size"], start["step"], start["micro_batch"])
-        for start in events(Path(changing.run), "start")
-    ] == [(1, 0, 4), (3, 3, 4), (1, 16, 4)]
+    starts = events(Path(changing.run), "start")
+    told = [(start["world_size"], start["step"], start["micro_batch"]) for start in starts]
+    assert told == [(1, 0, 4), (3, 3, 4), (1, 16, 4)]
     ours, theirs = (dict(load_run(Path(job.run)).named_parameters()) for job in (changing, alone))
     assert len(ours) > 5
     for name, value in ours.items():
-        assert torch.linalg.norm(value - theirs[name]) <= 1e-5 * torch.linalg.norm(theirs[name]), (
-            name
-        )
+        least = 1e-5 * torch.linalg.norm(theirs[name])
+        assert torch.linalg.norm(value - theirs[name]) <= least, name

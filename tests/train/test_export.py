@@ -2,9 +2,11 @@
 cannot be read.
 """
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,26 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import pipeline
-from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.launch.prepare import write_job
 from pipeline.models.convnet import convnet
 from pipeline.models.ms_resnet import MSResNet
 from pipeline.models.qkformer import QKFormer
 from pipeline.models.transforms import binarized
-from pipeline.recipe.files import load_recipe
 from pipeline.recipe.json import encode
 from pipeline.recipe.recipe import Checkpointing, Recipe, Spec, spec
-from pipeline.spiking.binary import binary_synapses
+from pipeline.spiking.binary import binary_synapses, following_norms
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import effective_weight
-from pipeline.train.checkpoint import WEIGHTS, Place, verified
-from pipeline.train.checkpoint.manifest import facts_of, read_manifest, seal
-from pipeline.train.export import _digest, export_run, load_export, pack_bits, unpack_bits
-from tests.helpers.small import Command, Refused, make_run, small_recipe, train_inline
+from pipeline.train.export import _digest, export_run, load_export, pack, unpack
+from tests.helpers.small import Done, Refused, make_run, recipes_of, small_recipe, train_inline
 
 NET = spec(convnet, classes=10, in_channels=1, stages=((5,), (6, 7), (7,)), kernel=3)
 
@@ -65,12 +63,9 @@ def logits(network: nn.Module, *, pixels: int = 8) -> torch.Tensor:
         return network(x_TBCHW)
 
 
-def rewrite_weights(run: Path, state: dict[str, torch.Tensor]) -> None:
-    """Exchange the weights in the checkpoint of `run`."""
-    checkpoint = verified(Place(run / "checkpoints"))
-    save_file(state, checkpoint / WEIGHTS)
-    files = read_manifest((checkpoint / "manifest.json").read_bytes())
-    seal(checkpoint, facts_of(checkpoint, files))
+def metadata_of(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata()
 
 
 def awake(network: nn.Module) -> nn.Module:
@@ -87,19 +82,6 @@ def awake(network: nn.Module) -> nn.Module:
             with fresh_state(network):
                 network(torch.randn(3, 8, 1, 16, 16, generator=generator))
     return network.eval()
-
-
-@given(st.lists(st.integers(0, 9), max_size=4), st.integers(0, 2**32 - 1))
-def test_packing_is_lossless(shape: list[int], seed: int) -> None:
-    bits = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
-    packed = pack_bits(bits)
-    assert packed.dtype == torch.uint8 and packed.shape == ((bits.numel() + 7) // 8,)
-    assert torch.equal(unpack_bits(packed, bits.shape), bits)
-
-
-def test_the_first_sign_is_the_lowest_bit() -> None:
-    signs = torch.tensor([True, False, False, True] + [False] * 4 + [True])
-    assert pack_bits(signs).tolist() == [9, 1]
 
 
 @pytest.mark.parametrize("name", ["scaled", "centred", "ir", "learnable", "bare"])
@@ -119,16 +101,23 @@ def test_it_comes_back_to_the_same_logits(
             for key, value in trained.state_dict().items()
         )
         assert binary_synapses(reloaded).keys() == binary_synapses(trained).keys()
-    else:
-        assert told.synapses == 3 and told.folded == (
-            3 if name in ("scaled", "centred", "learnable") else 0
-        )
-        for key, synapse in binary_synapses(trained).items():
-            ours = effective_weight(reloaded.get_submodule(key))  # type: ignore[arg-type]
-            assert torch.equal(ours.sign(), effective_weight(synapse).sign())
-            assert name == "bare" or torch.equal(ours.abs(), torch.ones_like(ours))
-        if name in ("bare", "ir"):  # nothing was folded: nothing is rounded
-            assert torch.equal(logits(reloaded), expected)
+        return
+    is_folded = name in ("scaled", "centred", "learnable")
+    assert (told.synapses, told.folded) == (3, 3 * is_folded)
+    for key, synapse in binary_synapses(trained).items():
+        ours = effective_weight(reloaded.get_submodule(key))  # type: ignore[arg-type]
+        assert torch.equal(ours.sign(), effective_weight(synapse).sign())
+        assert name == "bare" or torch.equal(ours.abs(), torch.ones_like(ours))
+    assert is_folded or torch.equal(logits(reloaded), expected)  # only folding rounds
+
+
+def repacked(network: nn.Module, *, pixels: int = 8) -> tuple[dict[str, Tensor], int, nn.Module]:
+    """What `pack` gives for a network, and another network of these tensors."""
+    silence_TB, another = torch.zeros(3, 1, 1, pixels, pixels), copy.deepcopy(network)
+    norms = following_norms(network, binary_synapses(network), silence_TB)
+    tensors, folded = pack(network, norms)
+    another.load_state_dict(unpack(another, tensors))
+    return tensors, folded, another
 
 
 QKFORMER = spec(
@@ -149,47 +138,39 @@ MS_RESNET = spec(
     ids=["QKFormer", "MS-ResNet", "MS-ResNet, multiple"],
 )
 def test_streams_of_real_numbers_come_back_to_the_same_logits(
-    network: Spec, part: str, synapses: int, tmp_path: Path
+    network: Spec, part: Any, synapses: int
 ) -> None:
     """Packed, with all scales folded into norms that have statistics of data, and biases into those
     before them.
     """
-    trained_by = small_recipe(
-        model=spec(binarized, network=network, part=part),
-        data=spec(Synthetic, samples=64, val_samples=20, shape=(1, 16, 16)),
-        stop_after=1,
-        checkpoints=Checkpointing(every=0),
-    )
-    train_inline(tmp_path / "run", trained_by)
-    rewrite_weights(tmp_path / "run", awake(pipeline.load(tmp_path / "run")).state_dict())
-    told = export_run(tmp_path / "run", tmp_path / "net.safetensors", layout="packed")
-    trained, reloaded = pipeline.load(tmp_path / "run"), pipeline.load(told.file)
-    assert told.synapses == told.folded == len(binary_synapses(trained)) == synapses
+    torch.manual_seed(0)
+    trained = awake(binarized(network.build(), part=part))
+    _, folded, reloaded = repacked(trained, pixels=16)
+    assert folded == len(binary_synapses(trained)) == synapses
     expected = logits(trained, pixels=16)
     assert (logits(reloaded, pixels=16) - expected).abs().max() < 1e-5
     for name in binary_synapses(trained):  # each of them counts
-        with torch.no_grad():
-            reloaded.get_submodule(name).weight.neg_()  # type: ignore[operator]
-            assert (logits(reloaded, pixels=16) - expected).abs().max() > 1e-3, name
-            reloaded.get_submodule(name).weight.neg_()  # type: ignore[operator]
+        weight: Any = reloaded.get_submodule(name).weight
+        weight.data.neg_()
+        assert (logits(reloaded, pixels=16) - expected).abs().max() > 1e-3, name
+        weight.data.neg_()
 
 
 def test_a_byte_holds_eight_weights_and_the_file_says_so(runs: Path, tmp_path: Path) -> None:
     told = export_run(runs / "scaled", tmp_path / "net.safetensors", layout="packed")
     tensors = load_file(told.file)
     trained = pipeline.load(runs / "scaled")
-    sizes = {name: synapse.weight.numel() for name, synapse in binary_synapses(trained).items()}
-    assert sizes == {"stages.1.0.conv": 270, "stages.1.1.conv": 378, "stages.2.0.conv": 441}
-    for name, size in sizes.items():
-        assert tensors[f"{name}.bits"].shape == (-(-size // 8),)
-    whole = sum(value.numel() * 4 for value in trained.state_dict().values())
-    stored = sum(value.numel() * value.element_size() for value in tensors.values())
-    assert told.whole == whole and whole - stored == sum(
-        4 * size - -(-size // 8) for size in sizes.values()
-    )
-    assert told.bits == 1089 and told.bytes == told.file.stat().st_size > stored
-    with safe_open(told.file, framework="pt") as opened:
-        metadata = opened.metadata()
+    sizes = {"stages.1.0.conv": 270, "stages.1.1.conv": 378, "stages.2.0.conv": 441}
+    assert binary_synapses(trained).keys() == sizes.keys()
+    for name, synapse in binary_synapses(trained).items():
+        bits, signs = tensors[f"{name}.bits"], synapse.weight.flatten() > 0
+        assert (len(signs), len(bits)) == (sizes[name], -(-sizes[name] // 8))
+        assert bits[0] == sum(2**place for place, is_set in enumerate(signs[:8]) if is_set)
+    whole = sum(value.nbytes for value in trained.state_dict().values())
+    stored = sum(value.nbytes for value in tensors.values())
+    assert told.whole == whole and whole - stored == 4 * 1089 - (34 + 48 + 56)
+    assert told.bits == 1089 and told.file.stat().st_size > stored
+    metadata = metadata_of(told.file)
     wanted = {"format": "spiketrain", "version": "1", "layout": "packed", "time_steps": "3"}
     assert metadata.items() >= wanted.items()
     assert json.loads(metadata["model"])["target"] == "pipeline.models.transforms.binarized"
@@ -197,42 +178,18 @@ def test_a_byte_holds_eight_weights_and_the_file_says_so(runs: Path, tmp_path: P
     assert tensors.keys() - trained.state_dict().keys() == {f"{name}.bits" for name in sizes}
 
 
-def test_a_scale_that_no_norm_can_take_lies_beside_its_bits(runs: Path, tmp_path: Path) -> None:
+def test_a_scale_that_no_norm_can_take_lies_beside_its_bits() -> None:
     """A filter of zeros has a scale of 0, which cannot be divided by."""
-    run = tmp_path / "run"
-    train_inline(run, recipe().override({"optimizer.lr": 0.0, "optimizer.weight_decay": 0.0}))
-    state = load_file(verified(Place(run / "checkpoints")) / WEIGHTS)
-    state["stages.1.1.conv.weight"][2] = 0
-    rewrite_weights(run, state)
-    told = export_run(run, layout="packed")
-    assert told.folded == 2 and load_file(told.file)["stages.1.1.conv.scale"][2] == 0
-    assert torch.allclose(
-        logits(pipeline.load(told.file)), logits(pipeline.load(run)), rtol=0, atol=1e-5
-    )
-
-
-def rewritten(
-    file: Path,
-    out: Path,
-    *,
-    metadata: dict[str, str] | None = None,
-    drop: str = "",
-    **tensors: torch.Tensor,
-) -> Path:
-    """The file with other metadata or tensors, and a checksum that fits them."""
-    with safe_open(file, framework="pt") as opened:
-        found = {**opened.metadata(), **(metadata or {})}
-    state = {key: value for key, value in {**load_file(file), **tensors}.items() if key != drop}
-    found.pop("sha256")
-    save_file(state, out, {**found, "sha256": _digest(found, state)})
-    return out
+    network = recipe().model.build().eval()
+    binary_synapses(network)["stages.1.1.conv"].weight.data[2] = 0
+    tensors, folded, reloaded = repacked(network)
+    assert folded == 2 and tensors["stages.1.1.conv.scale"][2] == 0
+    assert torch.allclose(logits(reloaded), logits(network), rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
-def packed(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_run(
-        runs / "scaled", tmp_path_factory.mktemp("files") / "net.safetensors", layout="packed"
-    ).file
+def packed(runs: Path) -> Path:
+    return export_run(runs / "scaled", runs / "scaled" / "net.safetensors", layout="packed").file
 
 
 def test_a_truncated_file_is_refused(packed: Path, tmp_path: Path) -> None:
@@ -257,84 +214,80 @@ def test_no_flipped_bit_goes_unseen(
         load_export(damaged)
 
 
+CONV = "stages.1.0.conv"
+NO_BITS = r"must fit the model; got no bits, or others, for stages\.1\.0\.conv"
+RUNS = '{"target": "subprocess.run", "kwargs": {"args": "true"}}'
+
+
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("metadata", "tensors", "said"),
     [
+        ({"model": RUNS}, {}, r"subprocess\.run is not in a trusted package"),
         (
-            {"metadata": {"model": '{"target": "subprocess.run", "kwargs": {"args": "true"}}'}},
-            r"subprocess\.run is not in a trusted package",
-        ),
-        (
-            {"metadata": {"version": "2"}},
+            {"version": "2"},
+            {},
             "must be a file of spiketrain export, of version 1 .*; got .* version '2', layout",
         ),
-        ({"metadata": {"layout": "sparse"}}, "got format .*, version '1', layout 'sparse'"),
-        ({"metadata": {"format": "other"}}, "must be a file of .*; got format 'other', version"),
+        ({"layout": "sparse"}, {}, "got format .*, version '1', layout 'sparse'"),
+        ({"format": "other"}, {}, "must be a file of .*; got format 'other', version"),
+        ({}, {f"{CONV}.bits": None}, NO_BITS),
+        ({}, {f"{CONV}.bits": torch.zeros(3, dtype=torch.uint8)}, NO_BITS),
+        ({}, {f"{CONV}.scale": torch.ones(3)}, NO_BITS),
+        ({}, {"classifier.weight": None}, r"must fit the model; got 1 missing: classifier\.weight"),
+        ({}, {"more": torch.ones(3)}, r"must fit the model; got 1 unknown: more"),
         (
-            {"drop": "stages.1.0.conv.bits"},
-            r"must fit the model; got no bits, or others, for stages\.1\.0\.conv",
-        ),
-        (
-            {"stages.1.0.conv.bits": torch.zeros(3, dtype=torch.uint8)},
-            r"got no bits, or others, for stages\.1\.0\.conv",
-        ),
-        (
-            {"stages.1.0.conv.scale": torch.ones(3)},
-            r"got no bits, or others, for stages\.1\.0\.conv",
-        ),
-        ({"drop": "classifier.weight"}, r"must fit the model; got 1 missing: classifier\.weight"),
-        ({"more": torch.ones(3)}, r"must fit the model; got 1 unknown: more"),
-        (
+            {},
             {"classifier.weight": torch.ones(3)},
             r"got 1 of another shape: classifier\.weight \(\[3\] instead of \[10, 7\]\)",
         ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(
-    change: dict, said: str, packed: Path, tmp_path: Path
+    metadata: dict[str, str], tensors: dict[str, Any], said: str, packed: Path, tmp_path: Path
 ) -> None:
+    """The file with other metadata or tensors, or without a tensor, and a checksum that fits."""
+    metadata = {**metadata_of(packed), **metadata}
+    del metadata["sha256"]
+    tensors = {name: x for name, x in {**load_file(packed), **tensors}.items() if x is not None}
+    other = tmp_path / "other.safetensors"
+    save_file(tensors, other, {**metadata, "sha256": _digest(metadata, tensors)})
     with pytest.raises(ValueError, match=said):
-        load_export(rewritten(packed, tmp_path / "other.safetensors", **change))
+        load_export(other)
 
 
-def test_a_file_has_no_checkpoints_to_choose_from(packed: Path) -> None:
+def test_what_cannot_be_loaded_is_refused(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"load: which chooses a checkpoint, .*; got which='best'"):
         pipeline.load(packed, which="best")
+    with pytest.raises(ValueError, match=r"recipe\.json: must be a JSON file; it does not exist"):
+        pipeline.load(tmp_path)
 
 
 # --------------------------------------------------------------------------------- the command line
 
 
-def test_export_and_evaluate(
-    runs: Path, tmp_path: Path, spiketrain: Command, refused: Refused
-) -> None:
+def test_export_and_evaluate(runs: Path, tmp_path: Path, done: Done, refused: Refused) -> None:
     here = ("--runs", str(runs))
-    file = tmp_path / "net.safetensors"
-    packed = ("export", "learnable", "--packed", "--out", str(file), *here)
-    code, out, _ = spiketrain(*packed)
-    assert code == 0 and out.endswith(f"\nload    pipeline.load('{file}')\n")
-    assert (
-        f"{file}: " in out and "1,089 of 1,284 parameters are bits, of 3 synapses, 3 of them" in out
-    )
-    taken = "export: the file must be a new one in a folder that exists; got"
-    assert refused(*packed).startswith(f"{taken} {file}")
-    code, out, _ = spiketrain("export", "learnable", *here)
-    assert code == 0 and "learnable/weights.safetensors: " in out and "1,284 parameters" in out
+    file, nowhere = tmp_path / "net.safetensors", tmp_path / "no" / "net.safetensors"
+    packed = ("export", "learnable", "--packed", "--out", file, *here)
+    out = done(*packed)
+    assert out.startswith(f"{file}: ") and out.endswith(f"\nload    pipeline.load('{file}')\n")
+    assert "1,089 of 1,284 parameters are bits, of 3 synapses, 3 of them" in out
+    out = done("export", "learnable", *here)
+    assert "learnable/weights.safetensors: " in out and "1,284 parameters" in out
+    for words, got in ((packed, file), (("export", "full", "--out", nowhere, *here), nowhere)):
+        taken = "export: the file must be a new one in a folder that exists; got"
+        assert refused(*words).startswith(f"{taken} {got}")
     assert refused("export", "full", "--packed", *here) == (
         "export: --packed stores 1-bit weights, and the network has none; leave --packed out, or"
         " train a model of spec(binarized, ...) (pipeline/models/transforms.py)"
     )
-    nowhere = str(tmp_path / "no" / "net.safetensors")
-    assert refused("export", "full", "--out", nowhere, *here).startswith(f"{taken} {nowhere}")
 
     write_job(make_run(tmp_path / "again", recipe("learnable")))
     (tmp_path / "again" / "job.json").rename(runs / "learnable" / "job.json")
     evaluate = ("evaluate", "learnable", *here)
-    code, out, err = spiketrain(*evaluate)
-    assert code == 0, err
-    code, from_file, err = spiketrain(*evaluate, "--weights", str(file))
-    assert code == 0, err
-    assert from_file.split(": ", 1)[1].split(" in ")[0] == out.split(": ", 1)[1].split(" in ")[0]
+    from_run, from_file = done(*evaluate), done(*evaluate, "--weights", file)
+    measured = [out.split(": ", 1)[1].split(" in ")[0] for out in (from_run, from_file)]
+    assert measured[0] == measured[1]
     file.write_bytes(file.read_bytes()[:-1])
     full = export_run(runs / "full", tmp_path / "full.safetensors").file
     for weights, said in (
@@ -342,7 +295,7 @@ def test_export_and_evaluate(
         (tmp_path / "none.safetensors", ""),
         (full, "the weights must be of binarized("),
     ):
-        assert said in refused(*evaluate, "--weights", str(weights))
+        assert said in refused(*evaluate, "--weights", weights)
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path, refused: Refused) -> None:
@@ -376,7 +329,7 @@ def recipe():
 
 
 def test_a_network_of_ones_own_is_evaluated_from_its_recipe_and_an_export(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command, refused: Refused
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: Done, refused: Refused
 ) -> None:
     """Of the recipe file itself, which was trusted when it was run, and of a package beside it,
     which has to be named.
@@ -385,30 +338,20 @@ def test_a_network_of_ones_own_is_evaluated_from_its_recipe_and_an_export(
     (tmp_path / "export_lab.py").write_text(NETWORK)
     (tmp_path / "of_the_lab.py").write_text("from export_lab import network\n" + MADE_OF_IT)
     (tmp_path / "of_itself.py").write_text(NETWORK + MADE_OF_IT)
-
-    def words(name: str, weights: str, *trust: str) -> tuple[str, ...]:
-        weights = str(tmp_path / f"{weights}.safetensors")
-        return ("evaluate", str(tmp_path / f"{name}.py"), "--weights", weights, *trust)
-
-    for name in ("of_the_lab", "of_itself"):
-        made = load_recipe(tmp_path / f"{name}.py")
-        assert isinstance(made, Recipe)
+    trust = ("--trust", "export_lab")
+    for name, words in (("of_the_lab", trust), ("of_itself", ())):
+        [made] = recipes_of(tmp_path / f"{name}.py")
         tensors = made.model.build().state_dict()
         told = {"format": "spiketrain", "version": "1", "layout": "plain", "time_steps": "3"}
         told["model"] = json.dumps(encode(made.model, paths=True))
-        save_file(
-            tensors, tmp_path / f"{name}.safetensors", {**told, "sha256": _digest(told, tensors)}
-        )
-        save_file(tensors, tmp_path / f"{name}-plain.safetensors")
-    for name, trust in (("of_the_lab", ("--trust", "export_lab")), ("of_itself", ())):
-        code, out, err = spiketrain(*words(name, name, *trust))
-        assert code == 0 and "on 20 samples" in out, err
-    for weights, trust, said in (
-        ("of_the_lab", (), "export_lab.network is not in a trusted package"),
-        (
-            "of_the_lab-plain",
-            ("--trust", "export_lab"),
-            "evaluate: --trust is for a file of spiketrain export, which says what",
-        ),
+        file = tmp_path / f"{name}.safetensors"
+        save_file(tensors, file, {**told, "sha256": _digest(told, tensors)})
+        said = done("evaluate", tmp_path / f"{name}.py", "--weights", file, *words)
+        assert "on 20 samples" in said
+    plain = tmp_path / "plain.safetensors"
+    save_file(tensors, plain)
+    for weights, words, said in (
+        (tmp_path / "of_the_lab.safetensors", (), "export_lab.network is not in a trusted package"),
+        (plain, trust, "evaluate: --trust is for a file of spiketrain export, which says what"),
     ):
-        assert said in refused(*words("of_the_lab", weights, *trust))
+        assert said in refused("evaluate", tmp_path / "of_the_lab.py", "--weights", weights, *words)

@@ -39,10 +39,13 @@ def compared() -> Recipe:
 
 
 def test_it_is_told_at_the_start_and_after_each_epoch_and_changes_nothing(tmp_path: Path) -> None:
+    """A run that died tells the same."""
     train_inline(tmp_path / "plain", small())
-    summary = finished(tmp_path / "compared", compared())
-    assert same_weights(tmp_path / "plain", tmp_path / "compared")
-    found = told(tmp_path / "compared")
+    summary, _ = goes_on(tmp_path, compared())
+    assert same_weights(tmp_path / "plain", tmp_path / "whole")
+    found, again = told(tmp_path / "whole"), told(tmp_path / "broken")
+    for name in ("step", "temporal_share", "cosines"):
+        assert [event[name] for event in found] == [event[name] for event in again]
     assert [(event["step"], event["epoch"]) for event in found] == [(0, None), (8, 0), (16, 1)]
     shares = [list(event["temporal_share"].values()) for event in found]
     assert shares[0] != shares[1] != shares[2]
@@ -50,18 +53,6 @@ def test_it_is_told_at_the_start_and_after_each_epoch_and_changes_nothing(tmp_pa
     assert all(list(event["cosines"]) == ["SLTT"] for event in found)
     assert summary["fidelity_s"] > 0
     assert compared().study_key({}) == small().study_key({})
-
-
-def test_a_run_that_died_tells_the_same(tmp_path: Path) -> None:
-    goes_on(tmp_path, compared())
-    whole, broken = (
-        [
-            (event["step"], event["temporal_share"], event["cosines"])
-            for event in told(tmp_path / name)
-        ]
-        for name in ("whole", "broken")
-    )
-    assert whole == broken
 
 
 def test_bptt_is_near_itself(tmp_path: Path) -> None:
@@ -114,12 +105,9 @@ def test_a_norm_that_asks_all_workers_is_not_asked_by_the_one_that_compares(
 
 
 def test_what_bptt_or_sltt_cannot_train_is_refused_before_anything_is_launched() -> None:
-    with pytest.raises(
-        ValueError, match=r"recipe: evaluation.fidelity_every compares with BPTT and SLTT; SLTT"
-    ):
-        check_recipe(
-            small(rule=spec(BPTT), over_time="mean", evaluation=Evaluation(fidelity_every=1)), 1
-        )
+    said = r"recipe: evaluation.fidelity_every compares with BPTT and SLTT; SLTT"
+    with pytest.raises(ValueError, match=said):
+        check_recipe(replace(compared(), rule=spec(BPTT), over_time="mean"), 1)
 
 
 def test_what_the_comparison_holds_is_not_what_training_needs(
@@ -131,8 +119,7 @@ def test_what_the_comparison_holds_is_not_what_training_needs(
         assert len(ballast) > 0
         return found
 
-    recipe = small_recipe(model=spec(mlp, in_features=64, hidden=(16,)), epochs=1)
-    alone = finished(tmp_path / "alone", recipe)
+    alone = finished(tmp_path / "alone", small(epochs=1))
     monkeypatch.setattr(assemble, "compare_gradients", with_ballast)
-    beside = finished(tmp_path / "beside", replace(recipe, evaluation=Evaluation(fidelity_every=1)))
+    beside = finished(tmp_path / "beside", replace(compared(), epochs=1))
     assert abs(beside["peak_rss_bytes"] - alone["peak_rss_bytes"]) < 150 << 20

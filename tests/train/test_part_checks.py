@@ -2,14 +2,12 @@
 command meets it.
 """
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,11 +19,12 @@ from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.driver import check
 from pipeline.models.teachers.base import Teacher
-from pipeline.recipe.recipe import Recipe, spec
-from pipeline.rules.base import Rule
+from pipeline.recipe.recipe import spec
+from pipeline.rules.base import LossOf, Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.train.build import check_recipe
 from pipeline.train.distillation import Distillation
+from pipeline.train.objective import CrossEntropy
 from tests.helpers.small import Refused, small_recipe
 
 RECIPE = """
@@ -42,22 +41,49 @@ class WithoutFingerprint:
     classes, shape = 10, (1, 8, 8)
 
     def check(self) -> None: ...
-    def train(self, **sizes: int) -> None: ...
-    def val(self, **sizes: int) -> None: ...
+    def train(
+        self, *, seed: int, rank: int, world: int, batch_size: int, micro_batch: int, threads: int
+    ) -> Any:
+        return loader(batch_of("right", micro_batch))
+
+    def val(self, *, rank: int, world: int, micro_batch: int, threads: int) -> Any: ...
 
 
-class WithoutShape(WithoutFingerprint):
+class Own(WithoutFingerprint):
+    """`kind` says what is wrong with it, or with a batch of its evaluation set."""
+
+    def __init__(self, *, kind: str) -> None:
+        self.kind = kind
+
+    def fingerprint(self) -> str:
+        return "own" if self.kind != "no hash" else ""
+
+    def val(self, *, rank: int, world: int, micro_batch: int, threads: int) -> Any:
+        return object() if self.kind == "no loader" else loader(batch_of(self.kind, micro_batch))
+
+
+class WithoutShape(Own):
     shape = 64  # pyright: ignore[reportAssignmentType]
 
-    def fingerprint(self) -> str:
-        return ""
+
+class OtherSizes(Own):
+    def train(self, *, seed: int, batch: int) -> Any: ...  # type: ignore[override]
 
 
-class OtherSizes(WithoutFingerprint):
-    def fingerprint(self) -> str:
-        return "1"
+def loader(batch: Any) -> Mock:
+    """Ten batches of what it is given."""
+    batches = [] if batch is None else [batch] * 10
+    return Mock(samples=80, steps_per_epoch=10, epoch=lambda epoch: nullcontext(iter(batches)))
 
-    def train(self, *, seed: int, batch: int) -> None: ...  # type: ignore[override]
+
+def batch_of(kind: str, size: int) -> Any:
+    x, target = torch.zeros(size, 1, 8, 8), torch.zeros(size, dtype=torch.int64)
+    x = {"bytes": x.byte(), "flat": x.flatten(1), "empty": x[:0]}.get(kind, x)
+    target = {"labels": target + 10, "scores": target.float(), "empty": target[:0]}.get(
+        kind, target
+    )
+    batch = Batch(x, target, torch.arange(len(target)))
+    return {"tuple": (x, target), "none": None}.get(kind, batch)
 
 
 class Network(nn.Module):
@@ -88,19 +114,10 @@ class WithoutMemory(Rule):
 class Nothing: ...
 
 
-class PerSample:
+class PerSample(CrossEntropy):
     """A loss that is none: it keeps a value for each sample."""
 
-    remembers = False
-
-    @property
-    def labels(self) -> PerSample:
-        return self
-
-    def check(self, **about: Any) -> None: ...
-    def __call__(
-        self, target_B: Tensor, teacher_BK: Tensor | None = None
-    ) -> Callable[[Tensor], Tensor]:
+    def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf:
         return lambda logits_BK: logits_BK.sum(-1)
 
 
@@ -143,11 +160,11 @@ MEMBERS = "classes, shape, fingerprint, check, train, val"
             "it has no classes, no shape, no fingerprint, no check, no train, no val",
         ),
         (
-            {"data": spec(WithoutShape)},
+            {"data": spec(WithoutShape, kind="")},
             r"data: WithoutShape: shape must be \(C, H, W\), or .*; got 64",
         ),
         (
-            {"data": spec(OtherSizes)},
+            {"data": spec(OtherSizes, kind="")},
             (
                 r"data: OtherSizes\.train is called with seed, rank, world, batch_size,"
                 r" micro_batch, threads; .*argument: 'batch'"
@@ -206,77 +223,27 @@ MEMBERS = "classes, shape, fingerprint, check, train, val"
 )
 def test_what_is_missing_is_named(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        check_recipe(replace(small_recipe(), **changes), 1)
+        check_recipe(small_recipe(**changes), 1)
 
 
 def test_a_network_of_one_time_step_is_tried_on_two_samples() -> None:
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"for an input of shape \[1, 2, 1, 8, 8\] and 10 classes it gave float32 \[2, 1, 10\]"
-        ),
-    ):
-        check_recipe(replace(small_recipe(time_steps=1, **form("batch first"))), 1)
-    check_recipe(replace(small_recipe(time_steps=1, **form(""))), 1)
+    said = r"for an input of shape \[1, 2, 1, 8, 8\] and 10 classes it gave float32 \[2, 1, 10\]"
+    with pytest.raises(ValueError, match=said):
+        check_recipe(small_recipe(time_steps=1, **form("batch first")), 1)
+    check_recipe(small_recipe(time_steps=1, **form("")), 1)
 
 
 def test_trying_a_network_leaves_no_trace() -> None:
-    recipe = replace(small_recipe(), model=spec(Network, form="fresh"), rule=spec(BPTT))
-    torch.manual_seed(3)
-    weights = recipe.model.build().state_dict()
-    drawn = torch.rand(3)
-    torch.manual_seed(3)
-    network = check_recipe(recipe, 1)
-    assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
-    assert network.training and torch.equal(torch.rand(3), drawn)
+    recipe = small_recipe(**form("fresh"))
+    found = []
+    for make in (recipe.model.build, lambda: check_recipe(recipe, 1)):
+        torch.manual_seed(3)
+        found.append({**make().state_dict(), "drawn": torch.rand(3)})
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert check_recipe(recipe, 1).training
 
 
 # ------------------------------------------------------------------------------------------ batches
-
-
-@dataclass
-class Loader:
-    """Ten batches of what it is given."""
-
-    batch: Any
-    samples: int = 80
-    steps_per_epoch: int = 10
-
-    @contextmanager
-    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Any]]:
-        yield iter([] if self.batch is None else [self.batch] * 10)
-
-    def close(self) -> None: ...
-
-
-class Own:
-    """`kind` says what is wrong with a batch of its evaluation set."""
-
-    classes, shape = 10, (1, 8, 8)
-
-    def __init__(self, *, kind: str) -> None:
-        self.kind = kind
-
-    def fingerprint(self) -> str:
-        return "own" if self.kind != "no hash" else ""
-
-    def check(self) -> None: ...
-    def train(
-        self, *, seed: int, rank: int, world: int, batch_size: int, micro_batch: int, threads: int
-    ) -> Any:
-        return Loader(self._batch("right", micro_batch))
-
-    def val(self, *, rank: int, world: int, micro_batch: int, threads: int) -> Any:
-        return object() if self.kind == "no loader" else Loader(self._batch(self.kind, micro_batch))
-
-    def _batch(self, kind: str, size: int) -> Any:
-        x, target = torch.zeros(size, 1, 8, 8), torch.zeros(size, dtype=torch.int64)
-        x = {"bytes": x.byte(), "flat": x.flatten(1), "empty": x[:0]}.get(kind, x)
-        target = {"labels": target + 10, "scores": target.float(), "empty": target[:0]}.get(
-            kind, target
-        )
-        batch = Batch(x, target, torch.arange(len(target)))
-        return {"tuple": (x, target), "none": None}.get(kind, batch)
 
 
 @pytest.mark.parametrize(
@@ -300,19 +267,16 @@ class Own:
             ),
         ),
         ("flat", r"x must be float32 \[B, 1, 8, 8\]; got float32 \[8, 64\]"),
-        ("empty", r"data: a batch of Own\.val: must have samples; got x of shape \[0, 1, 8, 8\]"),
+        ("empty", r"data: a batch of Own\.val: must have samples; got none"),
         ("scores", r"target must be int64 \[B\]; got float32 \[8\]"),
         ("labels", r"target must be in 0\.\.9, of 10 classes; got 10 to 10"),
     ],
 )
 def test_a_batch_of_ones_own_is_tried_before_a_launch(kind: str, said: str) -> None:
+    wrong, right = (small_recipe(data=spec(Own, kind=each)) for each in (kind, "right"))
     with pytest.raises(ValueError, match=said):
-        check(_own(kind), Cluster(workers=1, inline=True), trust=("tests",))
-    check(_own("right"), Cluster(workers=1, inline=True), trust=("tests",))
-
-
-def _own(kind: str) -> Recipe:
-    return replace(small_recipe(), data=spec(Own, kind=kind))
+        check(wrong, Cluster(workers=1, inline=True), trust=("tests",))
+    check(right, Cluster(workers=1, inline=True), trust=("tests",))
 
 
 # ----------------------------------------------------------------------------------------- commands
@@ -344,11 +308,9 @@ def test_every_command_refuses_it_in_one_line(words: str, tmp_path: Path, refuse
 
 def test_evaluate_tries_the_network_first(tmp_path: Path, refused: Refused) -> None:
     made = "small_recipe(model=spec(Network, form='mean'), rule=spec(BPTT))"
-    (tmp_path / "mine.py").write_text(
-        RECIPE.replace("small_recipe(data=spec(WithoutFingerprint))", made).replace(
-            "import WithoutFingerprint", "import BPTT, Network"
-        )
-    )
+    content = RECIPE.replace("small_recipe(data=spec(WithoutFingerprint))", made)
+    imports = content.replace("import WithoutFingerprint", "import BPTT, Network")
+    (tmp_path / "mine.py").write_text(imports)
     weights = tmp_path / "weights.safetensors"
     save_file(Network(form="mean").state_dict(), weights)
     said = refused("evaluate", str(tmp_path / "mine.py"), "--weights", str(weights))

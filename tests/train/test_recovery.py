@@ -8,8 +8,8 @@ import pytest
 
 from pipeline.core.errors import Diverged, UserError
 from pipeline.recipe import Policy
-from pipeline.train.recovery import Decisions, Rollback, is_in
-from tests.helpers.small import small_recipe
+from pipeline.train.recovery import Decisions, Rollback
+from tests.helpers.small import make_run, small_recipe, train_inline
 
 
 def of(rollbacks: int, micro_batch: int | None) -> Decisions:
@@ -24,7 +24,7 @@ def saved(decisions: Decisions) -> dict[str, Any]:
 def test_a_folder_takes_the_decisions_that_it_lacks(tmp_path: Path) -> None:
     Decisions.adopt(tmp_path, saved(of(1, 4)))
     assert Decisions.read(tmp_path) == of(1, 4)
-    assert {path.name for path in tmp_path.iterdir()} == {"skipped.json", "micro_batch.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["decisions.json"]
 
 
 def test_the_further_decision_stands_of_a_folder_and_a_checkpoint(tmp_path: Path) -> None:
@@ -46,7 +46,6 @@ def test_each_rollback_leaves_out_the_batches_since_its_checkpoint() -> None:
     decided = Decisions().after_rollback(Rollback(7, ""), recipe, to=4, epoch=0)
     decided = decided.after_rollback(Rollback(12, ""), recipe, to=10, epoch=0)
     assert decided == Decisions(2, ((4, 8), (10, 13)))
-    assert [step for step in range(20) if is_in(step, decided.skipped)] == [4, 5, 6, 7, 10, 11, 12]
     apart = Rollback(15, "apart", skips=False)
     decided = decided.after_rollback(apart, recipe, to=15, epoch=0)
     assert decided == Decisions(3, ((4, 8), (10, 13)))
@@ -56,10 +55,9 @@ def test_each_rollback_leaves_out_the_batches_since_its_checkpoint() -> None:
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "skipped.json").write_text('{"rollbacks": 1}')
-    with pytest.raises(UserError, match=r"skipped\.json: must hold rollbacks and batches; got"):
-        Decisions.read(tmp_path)
-    (tmp_path / "skipped.json").unlink()
-    (tmp_path / "micro_batch.json").write_text("0")
-    with pytest.raises(UserError, match=r"micro_batch\.json: must hold a number of samples; got 0"):
-        Decisions.read(tmp_path)
+    recipe = small_recipe(stop_after=1)
+    make_run(tmp_path / "run", recipe)
+    (tmp_path / "run" / "decisions.json").write_text('{"rollbacks": 1}')
+    said = r"decisions\.json: must hold rollbacks, skipped and micro_batch; got {'rollbacks': 1}"
+    with pytest.raises(UserError, match=said):
+        train_inline(tmp_path / "run", recipe)

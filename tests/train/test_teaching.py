@@ -2,12 +2,11 @@
 again where it is known.
 """
 
-import io
-import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from pipeline.data.mixing import Mixing
 from pipeline.launch.in_process import Inline
 from pipeline.measure.constants import PARTS, REST
 from pipeline.models.mlp import mlp
-from pipeline.models.teachers.base import content_hash
+from pipeline.models.teachers.base import Teacher, content_hash
 from pipeline.models.teachers.cache import Cache
 from pipeline.models.teachers.probe import Probe
 from pipeline.models.teachers.timm import TimmTeacher, timm_teacher
@@ -37,11 +36,12 @@ from pipeline.train.assemble import TrainContext
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import check_recipe
 from pipeline.train.distillation import Distillation
-from pipeline.train.job import RankInfo
+from pipeline.train.job import Job, RankInfo
 from pipeline.train.teaching import build_teacher, open_teaching
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import study_inputs
 from pipeline.train.worker import run
+from tests.helpers import damage
 from tests.helpers.interruptions import dies_at
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import (
@@ -77,14 +77,12 @@ def taught(*, cache: Any = None, **changes: Any) -> Recipe:
     return small_recipe(**{**standard, **changes})
 
 
-class Seen:
-    """Makes a trainer, and keeps its parts."""
-
-    parts: TrainContext
-
-    def __call__(self, parts: TrainContext) -> Trainer:
-        self.parts = parts
-        return Trainer(parts)
+def trained(job: Job, place: RankInfo) -> tuple[TrainContext, Teacher]:
+    """The parts and the teacher of a run that has been trained."""
+    trainer_of = Mock(side_effect=Trainer)
+    run(job, place, trainer_of=trainer_of)
+    context = trainer_of.call_args.args[0]
+    return context, context.teaching.teacher
 
 
 @pytest.fixture
@@ -121,56 +119,37 @@ def test_the_teacher_is_asked_once_a_batch_whatever_the_time_steps(
 
 def test_the_run_tells_what_the_teacher_costs_and_how_good_it_is(tmp_path: Path) -> None:
     summary = finished(tmp_path / "run", taught())
-    (told,) = events(tmp_path / "run", "teacher")
-    (fitted,) = events(tmp_path / "run", "probe")
+    [fitted, told] = events(tmp_path / "run", "teacher", "probe")
     assert (told["teacher"], told["samples"]) == ("test_efficientnet", 20)
     assert told["top1"] == summary["teacher_top1"] and 0 <= told["top1"] <= told["top5"] <= 1
-    assert (fitted["views"], fitted["seconds"] > 0) == (64, True)
+    assert fitted["views"] == 64 and fitted["seconds"] > 0
     assert 0 < summary["teacher_s"] < summary["train_s"]
     assert sum(summary[f"{name}_s"] for name in (*PARTS, REST)) == pytest.approx(summary["train_s"])
-    step, *_ = events(tmp_path / "run", "step")
-    assert step["metrics"]["teacher_s"] > 0
+    assert events(tmp_path / "run", "step")[0]["metrics"]["teacher_s"] > 0
 
 
-def test_evaluation_reports_the_loss_on_labels(tmp_path: Path) -> None:
-    """With a learning rate of 0, what is evaluated is the network as it was made, whatever it
-    distils.
-    """
-    losses = []
-    for name, changes in (
-        ("taught", {}),
-        ("labels", {"objective": small_recipe().objective, "teacher": None}),
-    ):
-        summary = finished(
-            tmp_path / name, taught(**changes, stop_after=1).override({"optimizer.lr": 0.0})
-        )
-        losses.append(summary["loss"])
+def test_without_steps_a_student_is_and_is_evaluated_as_without_a_teacher(tmp_path: Path) -> None:
+    """Evaluation reports the loss on labels; the student's weights begin as they do alone."""
+    alone = taught(objective=small_recipe().objective, teacher=None, stop_after=1)
+    losses = [
+        finished(tmp_path / name, recipe.override({"optimizer.lr": 0.0}))["loss"]
+        for name, recipe in (("taught", taught(stop_after=1)), ("alone", alone))
+    ]
     assert losses[0] == losses[1]
+    assert same_weights(tmp_path / "taught", tmp_path / "alone")
 
 
 def test_the_teacher_is_no_part_of_what_is_trained_or_saved(tmp_path: Path) -> None:
-    recipe, trainer_of = taught(backend="deepspeed", zero=1), Seen()
+    recipe = taught(backend="deepspeed", zero=1)
     with Inline():
-        run(make_run(tmp_path / "run", recipe), RankInfo(), trainer_of=trainer_of)
-    parts = trainer_of.parts
-    assert parts.teaching is not None
-    teacher = parts.teaching.teacher
+        parts, teacher = trained(make_run(tmp_path / "run", recipe), RankInfo())
     own = {id(p) for p in teacher.parameters()}
-    assert len(own) > 50
+    assert len(own) > 50 and not own & {id(p) for p in parts.backend.model.parameters()}
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-    assert not own & {id(p) for p in parts.backend.model.parameters()}
     # no statistic has moved
-    assert teacher.identity()["weights"] == content_hash(teacher.body)  # type: ignore[index]
-    assert set(pipeline.load(tmp_path / "run").state_dict()) == set(
-        recipe.model.build().state_dict()
-    )
-
-
-def test_the_students_weights_begin_as_without_a_teacher(tmp_path: Path) -> None:
-    alone = taught(objective=small_recipe().objective, teacher=None, stop_after=1)
-    for name, recipe in (("taught", taught(stop_after=1)), ("alone", alone)):
-        train_inline(tmp_path / name, recipe.override({"optimizer.lr": 0.0}))
-    assert same_weights(tmp_path / "taught", tmp_path / "alone")
+    assert teacher.identity()["weights"] == content_hash(teacher.body)  # type: ignore[arg-type]
+    saved, built = pipeline.load(tmp_path / "run"), recipe.model.build()
+    assert saved.state_dict().keys() == built.state_dict().keys()
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -180,10 +159,8 @@ def test_a_run_that_died_goes_on_to_the_same_bits_with_the_probe_it_had(
     fits = []
     fit = Probe.fit
     monkeypatch.setattr(Probe, "fit", lambda self, *args: fits.append(1) or fit(self, *args))
-    whole, broken = (
-        taught(cache=tmp_path / f"cache-{name}" if cached else None) for name in ("whole", "broken")
-    )
-    train_inline(tmp_path / "whole", whole)
+    train_inline(tmp_path / "whole", taught(cache=tmp_path / "cache" if cached else None))
+    broken = taught(cache=tmp_path / "other" if cached else None)
     with dies_at(5):
         train_inline(tmp_path / "broken", broken)
     train_inline(tmp_path / "broken", broken)
@@ -197,16 +174,15 @@ def test_a_second_run_with_the_same_views_never_asks(tmp_path: Path, asked: Any)
     first = taught(cache=tmp_path / "cache", epochs=2)
     train_inline(tmp_path / "first", first)
     assert len(asked["forward"]) == 5 + 32
-    asked["forward"].clear()
-    asked["features"].clear()
+    for calls in asked.values():
+        calls.clear()
     train_inline(tmp_path / "again", first)
     other = replace(first, rule=spec(BPTT), objective=spec(Distillation), micro_batch=None)
     train_inline(tmp_path / "other", other)
     assert asked == {"forward": [], "features": []}
     assert same_weights(tmp_path / "first", tmp_path / "again")
     train_inline(tmp_path / "seed", replace(first, seed=1))
-    assert asked["forward"] == [4] * 32
-    assert asked["features"] == [4] * 32
+    assert asked == {"forward": [4] * 32, "features": [4] * 32}
 
 
 def test_a_cache_that_cannot_hold_the_run_is_refused(tmp_path: Path) -> None:
@@ -217,24 +193,15 @@ def test_a_cache_that_cannot_hold_the_run_is_refused(tmp_path: Path) -> None:
         train_inline(tmp_path / "run", recipe)
 
 
-class OnlyTraining(Synthetic):
-    """Refuses to show its evaluation part."""
-
-    def val(self, **sizes: Any) -> Any:
-        raise DataError("the evaluation part was opened")
-
-
 def test_the_probe_is_fitted_on_every_training_sample_and_no_other(
-    tmp_path: Path, asked: Any
+    tmp_path: Path, asked: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = taught()
-    data = OnlyTraining(samples=61, shape=(1, 8, 8))  # no batch size divides it
-    with pytest.raises(
-        DataError, match="the evaluation part was opened"
-    ):  # by the accuracy, which comes after the fit
+    recipe, opened = taught(), DataError("the evaluation part was opened")
+    monkeypatch.setattr(Synthetic, "val", Mock(side_effect=opened))
+    with pytest.raises(DataError, match=str(opened)):  # by the accuracy, which comes after the fit
         open_teaching(
             recipe,
-            data,
+            Synthetic(samples=61, shape=(1, 8, 8)),  # no batch size divides it
             recipe.split(1),
             folder=tmp_path,
             steps=1,
@@ -251,12 +218,9 @@ def test_a_damaged_probe_is_found_by_the_hash_in_its_name(tmp_path: Path) -> Non
     recipe = taught(stop_after=1)
     train_inline(tmp_path / "first", recipe)
     (probe,) = (tmp_path / "first" / "teacher").glob("*/probe-*.safetensors")
-    content = bytearray(probe.read_bytes())
-    content[-1] ^= 1
-    probe.write_bytes(content)
-    with pytest.raises(
-        UserError, match=r"Probe: .* must be what its name says; it is damaged: delete it"
-    ):
+    damage.flip(probe, probe.stat().st_size - 1)
+    said = r"Probe: .* must be what its name says; it is damaged: delete it"
+    with pytest.raises(UserError, match=said):
         train_inline(tmp_path / "first", recipe)
 
 
@@ -264,28 +228,14 @@ def test_weights_in_a_file_belong_to_the_study_by_content(tmp_path: Path) -> Non
     keys = []
     for name, value in (("a", 0.0), ("b", 0.0), ("c", 1.0)):
         save_file({"w": torch.tensor(value)}, tmp_path / f"{name}.safetensors")
-        recipe = taught(
-            teacher=spec(
-                timm_teacher,
-                name="test_resnet",
-                weights=spec(File, path=str(tmp_path / f"{name}.safetensors")),
-            )
-        )
+        weights = spec(File, path=str(tmp_path / f"{name}.safetensors"))
+        recipe = taught(teacher=spec(timm_teacher, name="test_resnet", weights=weights))
         keys.append(recipe.study_key(study_inputs(recipe, "data")))
     assert keys[0] == keys[1] != keys[2]
 
 
-def test_a_recipe_with_a_teacher_is_json_both_ways_and_one_without_keeps_its_form() -> None:
-    recipe = taught(cache="cache")
-    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
-    assert "teacher" not in small_recipe().to_json()["recipe"]
-    assert recipe.override({"teacher.precision": "bf16"}).flat()["teacher.precision"] == "bf16"
-
-
 def test_tiny_needs_no_download_and_no_cache() -> None:
-    tiny = taught(
-        cache="cache", teacher=spec(timm_teacher, name="test_resnet", probe=spec(Probe))
-    ).tiny()
+    tiny = taught(teacher=spec(timm_teacher, name="test_resnet", probe=spec(Probe))).tiny()
     assert tiny.teacher is not None
     assert dict(tiny.teacher.kwargs) == {
         "name": "test_resnet",
@@ -296,13 +246,12 @@ def test_tiny_needs_no_download_and_no_cache() -> None:
 
 
 def test_a_recipe_is_shown_without_the_weights_of_its_teacher(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Hub, "load", None)  # who calls it fails
-    shown = io.StringIO()
     recipe = taught(teacher=spec(timm_teacher, name="test_resnet", probe=spec(Probe)))
-    show_recipe(recipe, 1, Console(width=150, file=shown))
-    assert "test_resnet" in shown.getvalue()
+    show_recipe(recipe, 1, Console(width=150))
+    assert "test_resnet" in capsys.readouterr().out
 
 
 MIXED = {"mixing": spec(Mixing, mixup=0.8)}
@@ -338,24 +287,19 @@ def test_a_recipe_that_fits_is_checked_without_data() -> None:
 # ---------------------------------------------------------------------------------------- two ranks
 
 
-def _rank(rank: int, ranks: int, folder: str) -> torch.Tensor:
-    recipe, trainer_of = taught(stop_after=1, micro_batch=None), Seen()
-    job = [make_run(Path(folder) / "two", recipe) if rank == 0 else None]
-    torch.distributed.broadcast_object_list(job, src=0)
-    assert job[0] is not None
-    run(job[0], RankInfo(rank, ranks, "cpu", rank), trainer_of=trainer_of)
-    teaching = trainer_of.parts.teaching
-    assert teaching is not None and teaching.teacher.head is not None
-    return teaching.teacher.head.weight
+def _rank(rank: int, ranks: int, job: Job) -> torch.Tensor:
+    _, teacher = trained(job, RankInfo(rank, ranks, "cpu", rank))
+    assert teacher.head is not None
+    return teacher.head.weight
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_two_ranks_have_one_probe_and_learn_the_gradient_of_one(tmp_path: Path) -> None:
-    train_inline(tmp_path / "one", taught(stop_after=1, micro_batch=None))
-    heads = run_ranks(_rank, 2, tmp_path, str(tmp_path))
+    recipe = taught(stop_after=1, micro_batch=None)
+    train_inline(tmp_path / "one", recipe)
+    heads = run_ranks(_rank, 2, tmp_path, make_run(tmp_path / "two", recipe))
     assert torch.equal(heads[0], heads[1])
     assert gap(tmp_path / "one", tmp_path / "two") < 1e-6
-    still = taught(stop_after=1, micro_batch=None).override({"optimizer.lr": 0.0})
-    train_inline(tmp_path / "still", still)
+    train_inline(tmp_path / "still", recipe.override({"optimizer.lr": 0.0}))
     assert gap(tmp_path / "one", tmp_path / "still") > 1e-3

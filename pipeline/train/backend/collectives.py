@@ -81,7 +81,7 @@ class Ranks:
         return self.sum(value) / self.size
 
     def sum(self, value: Tensor) -> Tensor:
-        return self._reduce(value, distributed.ReduceOp.SUM)
+        return self._reduce(value.to(self.device), distributed.ReduceOp.SUM)
 
     def max(self, value: Tensor) -> Tensor:
         return self._reduce(value.to(self.device), distributed.ReduceOp.MAX)

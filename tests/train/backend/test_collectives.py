@@ -103,11 +103,12 @@ def _evaluate(rank: int, size: int) -> tuple[Evaluation, list[Answers], tuple[La
     share = (
         range(25) if size == 1 else (range(18, 25), range(18, 18), range(18))[rank]
     )  # one rank has nothing
+    ranks = Ranks(rank, size)
     result, answers, activity, inference, _ = evaluate(
-        _network(), _batches(share, 4), CrossEntropy(), counts_operations=True
+        _network(), _batches(share, 4), CrossEntropy(), ranks=ranks, counts_operations=True
     )
     assert (inference is None) == (not share)
-    return result, Ranks(rank, size).gather(answers), activity
+    return result, ranks.gather(answers), activity
 
 
 def test_evaluation_is_exact_over_unequal_ranks(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -218,9 +219,11 @@ def test_one_number_that_is_not_finite_is_found_wherever_it_is(
         torch.tensor(3),
         torch.full((5, 7), -1.0),
     ]
-    assert checkpointing._are_finite(values)
+    saving: Any = Mock(_replicated=lambda: values)
+    Saving._check_finite(saving, 1)
     values[0][data.draw(st.integers(0, size - 1))] = bad
-    assert not checkpointing._are_finite(values)
+    with pytest.raises(Diverged):
+        Saving._check_finite(saving, 1)
 
 
 def test_an_average_that_is_not_finite_is_not_saved(
