@@ -38,7 +38,6 @@ from pipeline.train.checkpoint.place import (
     place_at,
     refuse_credentials,
     step_folders,
-    trainer_of,
 )
 
 __all__ = [
@@ -63,7 +62,6 @@ __all__ = [
     "set_rng_state",
     "step_folders",
     "step_name",
-    "trainer_of",
     "verified",
     "weights_of",
 ]

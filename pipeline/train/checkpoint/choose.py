@@ -1,12 +1,15 @@
 """Selects, in a place, the checkpoint to use, those to delete, and the one that must exist."""
 
+import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
+from pipeline.core.files import Unreadable
 from pipeline.track.events import Checkpoint, Event, Quarantine, Start
 from pipeline.train.checkpoint.manifest import damage
-from pipeline.train.checkpoint.place import CheckpointError, Place, trainer_of
+from pipeline.train.checkpoint.place import TRAINER, CheckpointError, Place
 
 
 def step_name(step: int) -> str:
@@ -27,8 +30,7 @@ def verified(place: Place, which: str = "last") -> Path:
     """
     names = place.names()
     if which == "best":
-        scores = {name: score for name in names if (score := _score(place, name)) is not None}
-        names = sorted(scores, key=lambda name: (scores[name], name))
+        names = _by_score(place, names)
     for name in reversed(names):
         path = place.fetch(name)
         if damage(path) is None:
@@ -47,27 +49,17 @@ def prune(place: Place, saved: str, *, keep: int) -> None:
     Checkpoints newer than `saved` belong to another attempt: they stay and do not count.
 
     Raises:
-        OSError: the score of a checkpoint cannot be read now. The checkpoint stays, because it may
-            be the best.
+        OSError: the score of a checkpoint cannot be read now. No old checkpoint is deleted, because
+            any of them may be the best.
     """
     place.delete(saved, but=place.current(saved))
     names = [name for name in place.names() if name <= saved]
     if len(names) <= keep:
         return
-    scores: dict[str, float] = {}
-    unread: dict[str, OSError] = {}
-    for name in names:
-        try:
-            if (score := _score(place, name)) is not None:
-                scores[name] = score
-        except OSError as error:
-            unread[name] = error
-    best = max(scores, key=lambda name: (scores[name], name), default=None)
+    best = _by_score(place, names)[-1:]
     for name in names[:-keep]:
-        if name != best and name not in unread and not _is_pinned(place, name):
+        if name not in best and not _is_pinned(place, name):
             place.delete(name)
-    for error in unread.values():
-        raise error
 
 
 def lost_step(events: Iterable[Event], *, keep: int) -> int | None:
@@ -97,13 +89,16 @@ def _is_pinned(place: Place, name: str) -> bool:
     return True
 
 
-def _score(place: Place, name: str) -> float | None:
-    """The score of a checkpoint; None if it has none or is damaged.
+def _by_score(place: Place, names: Iterable[str]) -> list[str]:
+    """The checkpoints that have a score and are not damaged, the best last.
 
     Raises:
-        OSError: it cannot be read now, and may be intact.
+        OSError: one cannot be read now, and may be intact.
     """
-    try:
-        return trainer_of(place, name)["score"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
+    scores: dict[str, float] = {}
+    for name in names:
+        with suppress(FileNotFoundError, Unreadable, ValueError, KeyError):
+            score = json.loads(place.read(f"{name}/{TRAINER}"))["score"]
+            if score is not None:
+                scores[name] = score
+    return sorted(scores, key=lambda name: (scores[name], name))

@@ -209,7 +209,7 @@ def test_a_score_that_cannot_be_read_now_costs_nobody_the_best(
 ) -> None:
     left = unreadable(monkeypatch, tmp_path / "step_00000002" / "trainer.json", errno.ESTALE)
     checkpoints = Checkpoints(Place(tmp_path), attempt="a", keep=1)
-    for step, score, there in [(1, 0.3, "1"), (2, 0.9, "12"), (3, 0.2, "123"), (4, 0.1, "124")]:
+    for step, score, there in [(1, 0.3, "1"), (2, 0.9, "12"), (3, 0.2, "123"), (4, 0.1, "1234")]:
         told = save(checkpoints, step, backend(), Counting(), {**TRAINER, "score": score})
         assert steps_in(tmp_path) == there
         assert ("Stale file handle" in told.untidy) == (step > 1)
