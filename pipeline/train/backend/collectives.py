@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.core.errors import as_user_error
+from pipeline.train.backend.base import replaced
 
 T_ = TypeVar("T_")
 
@@ -146,15 +147,9 @@ class Ranks:
             for name, buffer in network.named_buffers()
             if buffer.is_floating_point() and self.size > 1
         }
-        own = {name: buffer.clone() for name, buffer in floating.items()}
-        for buffer in floating.values():
-            distributed.all_reduce(buffer)
-            buffer /= self.size
-        try:
+        means = {name: self.mean(buffer) for name, buffer in floating.items()}
+        with replaced(floating, means) as own:
             yield own
-        finally:
-            for name, buffer in floating.items():
-                buffer.copy_(own[name])
 
     def _reduce(self, value: Tensor, how: Any) -> Tensor:
         if self.size > 1:
