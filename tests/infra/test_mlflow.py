@@ -290,7 +290,7 @@ def test_a_run_that_is_logged_with_the_password_arrives(
     run = fake_run()
     with run.start() as journal:
         steps(journal, 0, 5)
-        journal.event("finish", steps=5, top1=0.5)
+        journal.event("finish", step=5, top1=0.5)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
     assert sync(run.folder, uri=server[0]).delivered > 0

@@ -1,5 +1,6 @@
 """What Prometheus is told of a run."""
 
+import math
 import os
 import threading
 from pathlib import Path
@@ -137,8 +138,10 @@ def test_one_state_at_a_time(kind: str, state: str):
         assert [name for name, value in states.items() if value] == [f"spiketrain_state.{current}"]
 
 
-@pytest.mark.parametrize(("told", "written"), [("nan", "NaN"), ("inf", "+Inf"), ("-inf", "-Inf")])
-def test_numbers_that_are_not_finite(told: str, written: str):
+@pytest.mark.parametrize(
+    ("told", "written"), [(math.nan, "NaN"), (math.inf, "+Inf"), (-math.inf, "-Inf")]
+)
+def test_numbers_that_are_not_finite(told: float, written: str):
     text = exposition([start(), step(1, loss=told)])
 
     assert values(text)

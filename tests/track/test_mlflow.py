@@ -67,10 +67,10 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
         )
         journal.event("skipped", reason="not finite", samples=8)
         journal.event("skipped", reason="not finite", samples=8)
-        journal.event("finish", steps=3, top1=0.7, peak_saved_bytes=4096, rule="SLTT", restarts=0)
+        journal.event("finish", step=3, top1=0.7, peak_saved_bytes=4096, rule="SLTT", restarts=0)
     for name in ("summary.json", "activity.json", "answers.npz", "job.json"):
         (run.folder / name).write_text("{}")
-    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=17, already_there=0)
+    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=18, already_there=0)
 
     found, client = find(sqlite_store, run), connect(sqlite_store)
     assert (found.info.status, found.info.run_name) == ("FINISHED", "a_run")
@@ -106,7 +106,7 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["spiketrain.study_parent"] == "f" * 32
 
-    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=0, already_there=17)
+    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=0, already_there=18)
     assert find(sqlite_store, run).info.end_time == found.info.end_time
 
 
@@ -129,7 +129,7 @@ def test_the_runs_of_one_comparison_share_a_parent(fake_run: Callable, sqlite_st
     family, parent = "bb22" * 8, "e" * 32
     first, second = (fake_run(name, family=family) for name in ("bptt", "sltt"))
     with first.start(study_parent=parent, rule="BPTT") as journal:
-        journal.event("finish", steps=1)
+        journal.event("finish", step=1)
     with second.start(study_parent=parent) as journal:
         steps(journal, 0, 1)
         sync(first.folder, uri=sqlite_store)
@@ -189,7 +189,7 @@ def test_status_follows_stop_and_resume(fake_run: Callable, sqlite_store: str):
     # the driver leaves, and the worker said nothing of an end
     assert mirror.close(20) and status() == "KILLED"
     mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05)
-    run.start(step=3).event("finish", steps=5)
+    run.start(step=3).event("finish", step=5)
     assert mirror.close(20) and status() == "FINISHED" and mirror.warning is None
 
 
@@ -222,7 +222,7 @@ def test_a_driver_may_die_at_any_call(
         run = fake_run(f"dies_at_{fatal}")
         with run.start(study_parent=run.run_id[::-1]) as journal:
             steps(journal, 0, 400)  # two batches
-            journal.event("finish", steps=400, top1=0.5)
+            journal.event("finish", step=400, top1=0.5)
         with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
             count = die_at_call(patch, fatal, effect)
             sync(run.folder, uri=sqlite_store)
@@ -367,7 +367,7 @@ def test_a_parent_says_what_its_runs_say(fake_run: Callable, sqlite_store: str, 
         return found.info.run_name, found.info.status
 
     with first.start(**about) as journal:
-        journal.event("finish", steps=1)
+        journal.event("finish", step=1)
     with (suite / "driver.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert parent_after(first) == ("a-suite", "RUNNING")
@@ -589,12 +589,12 @@ def test_a_server_that_hangs_dies_and_comes_back(
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
             steps(journal, 10, 20)
-            journal.event("finish", steps=20, top1=0.25)
+            journal.event("finish", step=20, top1=0.25)
             assert mirror.close(10) is False
             with pytest.raises(TrackingError, match="cannot be filled"):
                 sync(run.folder, uri=uri)
             server = start_server(store, port)
-            assert sync(run.folder, uri=uri) == SyncReport(delivered=31, already_there=30)
+            assert sync(run.folder, uri=uri) == SyncReport(delivered=32, already_there=30)
             assert [step for step, _ in history(uri, run, "train/loss")] == list(range(20))
             assert [step for step, _ in history(uri, run, "train/memory_bytes")] == list(range(20))
             assert find(uri, run).info.status == "FINISHED"

@@ -38,6 +38,7 @@ from pipeline.train.checkpoint.place import (
     place_at,
     refuse_credentials,
     step_folders,
+    trainer_of,
 )
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "set_rng_state",
     "step_folders",
     "step_name",
+    "trainer_of",
     "verified",
     "weights_of",
 ]

@@ -1,15 +1,12 @@
 """Selects, in a place, the checkpoint to use, those to delete, and the one that must exist."""
 
-import json
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from pipeline.core.files import Unreadable
 from pipeline.track.events import Checkpoint, Event, Quarantine, Start
 from pipeline.train.checkpoint.manifest import damage
-from pipeline.train.checkpoint.place import TRAINER, CheckpointError, Place
+from pipeline.train.checkpoint.place import CheckpointError, Place, trainer_of
 
 
 def step_name(step: int) -> str:
@@ -95,10 +92,6 @@ def _by_score(place: Place, names: Iterable[str]) -> list[str]:
     Raises:
         OSError: one cannot be read now, and may be intact.
     """
-    scores: dict[str, float] = {}
-    for name in names:
-        with suppress(FileNotFoundError, Unreadable, ValueError, KeyError):
-            score = json.loads(place.read(f"{name}/{TRAINER}"))["score"]
-            if score is not None:
-                scores[name] = score
-    return sorted(scores, key=lambda name: (scores[name], name))
+    scores = {name: trainer_of(place, name).get("score") for name in names}
+    scored = [name for name in names if scores[name] is not None]
+    return sorted(scored, key=lambda name: (scores[name], name))

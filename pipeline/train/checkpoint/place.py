@@ -309,6 +309,18 @@ def step_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
+def trainer_of(place: Place, name: str) -> dict[str, Any]:
+    """The content of a checkpoint's trainer.json, unverified; {} if it is missing or damaged.
+
+    Raises:
+        OSError: it cannot be read now, and may be intact.
+    """
+    try:
+        return json.loads(place.read(f"{name}/{TRAINER}"))
+    except (FileNotFoundError, Unreadable, ValueError):
+        return {}
+
+
 @dataclass(frozen=True)
 class Owner:
     """A run, and the driver that trains it."""
@@ -337,8 +349,7 @@ def owner_of(place: Place) -> Owner | None:
         content = place.read(OWNER)
     except FileNotFoundError:
         for name in reversed(place.names()):
-            with contextlib.suppress(FileNotFoundError, Unreadable, ValueError):
-                trainer = json.loads(place.read(f"{name}/{TRAINER}"))
+            if trainer := trainer_of(place, name):
                 return Owner(
                     *(str(trainer.get(key, "unknown")) for key in ("run_id", "study", "run"))
                 )
