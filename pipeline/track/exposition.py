@@ -75,18 +75,13 @@ class _Run(Collector):
                 value = number((field or {}).get(gauge.key) if gauge.key else field)
                 if value is not None:
                     yield gauge.name, gauge.help, value
-        numbers = {
-            name: [each for event in self.events if (each := number(event.get(name))) is not None]
-            for name in ("step", "time")
-        }
-        if numbers["step"]:  # of the newest event; a rollback lowers it
-            yield "spiketrain_step", "Global batches done.", numbers["step"][-1]
-        if numbers["time"]:
-            yield (
-                "spiketrain_event_timestamp_seconds",
-                "When the newest event was written, in Unix time.",
-                max(numbers["time"]),
-            )
+        steps = [event["step"] for event in self.events if "step" in event]
+        yield "spiketrain_step", "Global batches done.", steps[-1]  # a rollback lowers it
+        yield (
+            "spiketrain_event_timestamp_seconds",
+            "When the newest event was written, in Unix time.",
+            max(event["time"] for event in self.events),
+        )
 
 
 class Exposed:

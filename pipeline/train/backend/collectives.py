@@ -110,11 +110,6 @@ class Ranks:
             raise outcome[1]
         return outcome[0]
 
-    def gather(self, value: T_) -> list[T_]:
-        """Every rank's value, in the order of ranks, on rank 0; [] on the others."""
-        values = self.all_gather_object(value)
-        return values if self.rank == 0 else []
-
     def all_gather_object(self, value: T_) -> list[T_]:
         """Every rank's value, in the order of ranks, on every rank."""
         if self.size == 1:

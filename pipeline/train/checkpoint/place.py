@@ -45,7 +45,6 @@ TRAINER, OWNER = "trainer.json", "owner.json"
 WRITING = ".writing-"  # prefix of the folder in which an attempt writes a checkpoint
 _DELETING, _LOCK = ".deleting-", ".lock"
 _FOLDER = re.compile(r"(step_\d+)(?:\.(\d+))?(-.+)?")  # name, number of earlier saves, attempt
-_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")  # botocore's
 _locks: dict[Path, IO[str]] = {}  # the locked file beside this process's folder, by staging folder
 
 
@@ -405,14 +404,10 @@ class WithOSErrors:
         def called(*given: Any, **more: Any) -> Any:
             try:
                 return method(*given, **more)
-            except PermissionError as error:
-                if "RequestTimeTooSkewed" in repr(error.__cause__):  # a clock may be set right
-                    raise OSError(errno.EIO, str(error)) from error
-                raise
             except (OSError, ValueError):
                 raise
             except Exception as error:
-                if type(error).__name__ in _NO_CREDENTIALS:
+                if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
                     raise PermissionError(
                         "checkpoints: the environment must hold credentials (AWS_ACCESS_KEY_ID,"
                         f" ...): {error}"
