@@ -110,3 +110,19 @@ def test_tags_count_what_was_lost():
             "spiketrain.attempt": "2",
         }.items()
     )
+
+
+def test_how_an_attempt_ended_is_not_said_of_a_run_that_went_on():
+    translation, start = Translation(), {"event": "start"}
+    failed = {"spiketrain.error": "out of memory", "spiketrain.diverged": "false"}
+    assert translation.tags({"event": "failed", "error": "out of memory"}) == failed
+    assert translation.tags(start) == dict.fromkeys(failed, "")
+    stopped = {"spiketrain.stopped": "SIGTERM"}
+    assert translation.tags({"event": "stopped", "reason": "SIGTERM"}) == stopped
+    assert translation.tags(start) == dict.fromkeys({**failed, **stopped}, "")
+
+
+@pytest.mark.parametrize("protocol", [{"protocol": "tuned", "tuned": '["optimizer.lr"]'}, {}])
+def test_the_protocol_of_a_search_is_a_tag(protocol: dict[str, str]):
+    tags = Translation().tags({"event": "start", "params": {**protocol, "epochs": "2"}})
+    assert tags == {f"spiketrain.{name}": value for name, value in protocol.items()}
