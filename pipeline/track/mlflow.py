@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pipeline.core.run_folder import RunFolder
 from pipeline.track import events
@@ -50,15 +50,10 @@ from pipeline.track.journal import Follower, Record, first, number
 from pipeline.track.state import is_driven
 from pipeline.track.system import Sampler
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric, Run
-
 CHECKPOINT_TAG = "spiketrain.checkpoint"  # the URI of a run's newest checkpoint
 REPORT = "report.html"  # of a suite
 REPORT_DATA = "report.json"  # the content of the report as data, for the dashboard
 _BLOCK = 4 << 20  # bytes of journal read at a time
-_LATER = "the journal keeps everything, `spiketrain sync` delivers it later"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +115,6 @@ class Mirror:
         self._interval = interval
         self._patience = patience
         self._leaving = threading.Event()
-        self._whole = False
         self._delivery: Delivery | None = None
         self._sampler = Sampler(self.run_dir)
         # A daemon thread: a call that waits for a dead server must not keep the driver alive.
@@ -136,25 +130,28 @@ class Mirror:
         self._sampler.close()
         self._leaving.set()
         self._thread.join(timeout)
-        return not self._thread.is_alive() and self._whole
+        return not self._thread.is_alive() and self.warning is None
 
     def _follow(self) -> None:
         failures = 0
         while not self._leaving.is_set():
-            failures = 0 if self._deliver(leaving=False) else failures + 1
+            self._deliver(leaving=False)
+            failures = failures + 1 if self.warning else 0
             self._leaving.wait(min(self._interval * 2 ** min(failures, 10), self._patience))
-        self._whole = self._deliver(leaving=True)
+        self._deliver(leaving=True)
 
-    def _deliver(self, *, leaving: bool) -> bool:
-        """Deliver what is new. Returns False after a failure, which `warning` describes."""
+    def _deliver(self, *, leaving: bool) -> None:
+        """Deliver what is new. `warning` describes a failure."""
         try:
             self._delivery = self._delivery or Delivery(self.run_dir, uri=self.uri)
             self._delivery.advance(leaving=leaving)
             self.warning = None
         except Exception as error:  # of any kind: the run goes on
             self._delivery = None
-            self.warning = f"{one_line(self.uri, error)}; {_LATER}"
-        return self.warning is None
+            self.warning = (
+                f"{one_line(self.uri, error)}; the journal keeps everything, `spiketrain sync`"
+                " delivers it later"
+            )
 
 
 class Delivery:
@@ -176,7 +173,7 @@ class Delivery:
         self._parent_knows = ""  # the status of this run that its parent was last set from
 
     @property
-    def run(self) -> "Run":
+    def run(self) -> Any:
         """The run in MLflow; after `advance`."""
         return self._client.get_run(self._run_id)
 
@@ -225,7 +222,7 @@ class Delivery:
         self.translation.held = {metric.key: int(metric.step) for metric in run.data._metric_objs}
         return True
 
-    def _find_or_create(self, client: "MlflowClient", experiment_id: str, start: Record) -> "Run":
+    def _find_or_create(self, client: Any, experiment_id: str, start: Record) -> Any:
         uuid = str(start["run_id"])
         runs = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{uuid}'")
         if runs:
@@ -330,7 +327,7 @@ class Translation:
         self._rolled_back: list[str] = []
         self._of_ends: set[str] = set()  # tags of ended attempts; the next start empties them
 
-    def points(self, event: Record) -> Iterator["Metric"]:
+    def points(self, event: Record) -> Iterator[Any]:
         """The metrics to send with this event: its own, and those that waited for it."""
         kind = kind_of(event)
         step = event.get("step", self._step)
@@ -347,7 +344,7 @@ class Translation:
                     yield from self._new(self._waiting.pop(key), key[1])
         yield from self._new(event, step)
 
-    def _new(self, event: Record, step: int) -> Iterator["Metric"]:
+    def _new(self, event: Record, step: int) -> Iterator[Any]:
         from mlflow.entities import Metric
 
         points = (

@@ -89,11 +89,7 @@ class Ranks:
 
     def decide(self, *flags: bool) -> list[bool]:
         """Rank 0's flags, on every rank."""
-        if self.size == 1:
-            return list(flags)
-        decision = torch.tensor(flags, dtype=torch.uint8)
-        distributed.broadcast(decision, src=0, group=self.control)
-        return [bool(flag) for flag in decision]
+        return self.broadcast_object(lambda: list(flags))
 
     def broadcast_object(self, act: Callable[[], T_]) -> T_:
         """The result of `act` on rank 0, on every rank; a ValueError is raised on every rank."""

@@ -332,7 +332,7 @@ def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None
                 in found[f"full {writer}"]
             )
     assert first["alone"][0].endswith(
-        "Abandoned: checkpoint step_00000006: the part of worker 1 is missing"
+        "RuntimeError: checkpoint step_00000006: the part of worker 1 is missing"
     )
     assert first["left"] == [".writing-b-step_00000006", "step_00000001", "step_00000002"]
     written = {path.name for path in (tmp_path / "checkpoints" / "step_00000002").iterdir()}
@@ -347,5 +347,5 @@ def test_who_waits_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
     writing = background.Background(Place(tmp_path), 1, {"config.json": "{}"}, **about)
     wait_for(writing.temp / "config.json")
     shutil.rmtree(writing.temp)
-    with pytest.raises(background.Abandoned, match="is gone, as if another driver"):
+    with pytest.raises(RuntimeError, match="is gone, as if another driver"):
         writing.outcome.result(20)
