@@ -1,5 +1,6 @@
 """Events for tests that care about some of their fields."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
@@ -51,6 +52,10 @@ class _Raw(Event):
 
 class RawJournal(Journal):
     """A journal that takes any fields, whatever the kind of the event has."""
+
+    def events(self, events: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        for kind, values in events:
+            self.event(kind, **values)
 
     def event(self, kind: str, /, **values: Any) -> None:
         self.write(_Raw(name=kind, values=_nested(kind, values)))

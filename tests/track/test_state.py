@@ -42,7 +42,7 @@ def test_state_without_a_driver(fake_run: Callable, events: list[str], state: st
 
 def test_a_driver_that_lives_and_one_that_was_killed(fake_run: Callable):
     run = fake_run()
-    run.start().close()
+    run.attempt()
     lock = run.folder / "driver.lock"
     assert not is_driven(run.folder)
     code = (
@@ -63,8 +63,7 @@ def test_a_driver_that_lives_and_one_that_was_killed(fake_run: Callable):
 
 def test_a_finished_run_is_finished_while_its_driver_still_delivers(fake_run: Callable):
     run = fake_run()
-    with run.start() as journal:
-        journal.event("finish")
+    run.attempt(("finish", {}))
     with (run.folder / "driver.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert state_of(run.folder) == "finished"
