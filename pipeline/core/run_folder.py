@@ -22,7 +22,6 @@ class RunFolder:
         self.activity = self.path / "activity.json"  # final firing rates of each layer
         self.answers = self.path / "answers.npz"  # predictions of the last evaluation
         self.checkpoints = self.path / "checkpoints"  # folder, unless the job names an address
-        self.mlflow = self.path / "mlflow.json"  # the run's location in MLflow, for readers
         self.decisions = self.path / "decisions.json"  # of recovery, for the rest of the run
         # Locks, held by live processes
         self.driver_lock = self.path / "driver.lock"

@@ -6,7 +6,6 @@ operational options (`cluster.OPERATIONAL`). They are saved with the run or suit
 
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -99,8 +98,8 @@ def _workers_of_newest(place: Place) -> int | None:
     try:
         for name in reversed(place.names()):
             # The workers move a damaged checkpoint to quarantine.
-            with suppress(FileNotFoundError, ValueError, KeyError):
-                return trainer_of(place, name)["world_size"]
+            if trainer := trainer_of(place, name):
+                return trainer["world_size"]
     except OSError as error:
         if not may_pass(error):
             raise

@@ -34,7 +34,7 @@ from pipeline.recipe.json import read_json, write_json
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Measurement, Suite, SuiteFile, measured_in, runs_of
 from pipeline.track.events import Start
-from pipeline.track.journal import every
+from pipeline.track.journal import read
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
 from pipeline.track.provenance import conditions_of
 from pipeline.track.state import entries_in, over_in, state_of
@@ -230,7 +230,7 @@ def _measure(measurement: Measurement, runs: Mapping[str, Path], trust: tuple[st
     if trained := [RunFolder(runs[each]) for each in measurement.of if isinstance(each, str)]:
         conditions = conditions_of(
             read_json(trained[0].summary) if trained[0].summary.exists() else {},
-            every(trained[0].journal, Start.kind),
+            read(trained[0].journal, Start.kind),
         )[-1]
         differences = hardware_differences(
             conditions["hardware"] or {}, own_cores=conditions["own_cores"]

@@ -119,7 +119,7 @@ def parts(events: Iterable[Event]) -> dict[str, float]:
 
 
 def number(value: Any) -> float | None:
-    """Return a finite number; journals write infinities and NaN as text."""
+    """The value as a finite number; None if it is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None

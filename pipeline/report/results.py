@@ -28,7 +28,7 @@ from pipeline.recipe.suite import is_suite
 from pipeline.report import history
 from pipeline.report.history import History, count, number
 from pipeline.track.events import Event, Finish, Start, Step, Stopped
-from pipeline.track.journal import Record, every, last_event, read_events
+from pipeline.track.journal import Record, last_event, read, read_events
 from pipeline.track.provenance import conditions_of, trained_on
 from pipeline.track.state import State, state_of
 
@@ -369,7 +369,7 @@ def read_runs(runs_dir: Path) -> list[Run]:
 def _read(folder: Path, *, summary: Any = None, recipe: Any = None, damage: str = "") -> Run:
     files, state = RunFolder(folder), state_of(folder)
     journal = files.journal
-    starts = every(journal, Start.kind)
+    starts = read(journal, Start.kind)
     finish = last_event(journal, Finish) if state == "finished" else None
     newest = finish or last_event(journal, Step, Start, Stopped)
     return run_of(

@@ -9,28 +9,21 @@ MLflow (3.17.2) creates experiments and runs in several steps. If two callers do
 can fail, or both create one. Callers therefore hold `one_at_a_time` of the folder of runs.
 """
 
-from __future__ import annotations
-
 import fcntl
 import logging
-import math
 import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pipeline.core.files import is_name
 from pipeline.core.secrets import without_secrets
 from pipeline.recipe.suite import is_suite, runs_of, sources_in
-from pipeline.track.journal import Record, number
+from pipeline.track.journal import Record
 from pipeline.track.state import is_driven
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
 
 SQLITE = "sqlite:///"
 _LOGIN = re.compile(r"//(?:[^/\s:]*:\S*|[^/\s]*)@")
@@ -40,9 +33,9 @@ class TrackingError(RuntimeError):
     """A tracking store could not be reached or read; the message is one line for a user."""
 
 
-def connect(uri: str) -> MlflowClient:
-    """A client. The first one for an SQLite file creates the file and its schema, which takes
-    seconds.
+def connect(uri: str) -> Any:
+    """An `MlflowClient`. The first one for an SQLite file creates the file and its schema, which
+    takes seconds.
     """
     defaults = {
         "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -114,20 +107,12 @@ PARENT_OF = "mlflow.parentRunId"
 PATIENCE_S = 120.0  # wait for another delivery; a delivery takes seconds unless it was stopped
 
 
-def experiment_of(client: MlflowClient, start: Record, *, uri: str, runs_dir: Path) -> str:
+def experiment_of(client: Any, start: Record, *, uri: str, runs_dir: Path) -> str:
     """The id of a run's experiment. A missing experiment is created."""
-    from mlflow.exceptions import MlflowException
-
     name = str(start.get("family") or start.get("recipe") or "spiketrain")
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        try:
-            return client.create_experiment(name, artifact_location=_artifacts(uri, runs_dir, name))
-        except MlflowException:
-            # It was created meanwhile, from another folder of runs.
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                raise
+        return client.create_experiment(name, artifact_location=_artifacts(uri, runs_dir, name))
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
             f"MLflow experiment {name!r} was deleted; restore it: mlflow experiments restore"
@@ -148,7 +133,7 @@ def _artifacts(uri: str, runs_dir: Path, name: str) -> str | None:
     return ((runs_dir if file is None else file.parent).resolve() / "mlartifacts" / folder).as_uri()
 
 
-def parent_of(client: MlflowClient, experiment_id: str, start: Record) -> str | None:
+def parent_of(client: Any, experiment_id: str, start: Record) -> str | None:
     """The id of the parent of a run's suite. A missing parent is created.
 
     A new parent becomes the parent of all runs of the suite: the old one may have been deleted.
@@ -186,7 +171,7 @@ def suite_of(run_dir: Path, start: Record) -> Path | None:
     return run_dir.parent / str(name)
 
 
-def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | None) -> None:
+def set_parent_status(client: Any, parent_id: str, *, suite: Path | None) -> None:
     """Set a parent's status from its runs, and from the suite's folder, which lists all of them."""
     parent = client.get_run(parent_id)
     runs = client.search_runs([parent.info.experiment_id], f"tags.`{PARENT_OF}` = '{parent_id}'")
@@ -204,7 +189,7 @@ def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | Non
         client.set_terminated(parent_id, status=status)
 
 
-def _status_in_suite(run: Run, *, is_needed: bool) -> str:
+def _status_in_suite(run: Any, *, is_needed: bool) -> str:
     """A diverged run counts as finished, unless other runs need its weights."""
     has_diverged = run.info.status == "FAILED" and run.data.tags.get(DIVERGED_TAG) == "true"
     return "FINISHED" if has_diverged and not is_needed else run.info.status
@@ -234,6 +219,5 @@ def one_at_a_time(runs_dir: Path) -> Iterator[None]:
 
 
 def milliseconds(event: Record) -> int:
-    """The time of an event as MLflow counts it; 0 if the event has none."""
-    time_s = number(event.get("time"))
-    return int(time_s * 1000) if time_s is not None and math.isfinite(time_s) else 0
+    """The time of an event as MLflow counts it."""
+    return int(event["time"] * 1000)

@@ -6,14 +6,13 @@ class; `Event` lists them. `Event.to_dict` and `from_dict` convert to and from J
 kind is its class name with underscores: `FirstBatch` is `first_batch`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
+from pipeline.core.checks import require
 from pipeline.recipe.recipe import Role, roles
 
 # The states of a run.
@@ -49,14 +48,8 @@ class Gauge:
     key: str = ""
 
 
-KINDS: dict[str, type[Event]] = {}  # the class of each kind
-
-
-class Rest:
-    """The field is a mapping. Its entries lie beside the other fields in the JSON form."""
-
-
-_Use = TypeVar("_Use", Metric, Tag, Gauge, Rest)
+_Use = TypeVar("_Use", Metric, Tag, Gauge)
+KINDS: dict[str, type["Event"]] = {}  # the class of each kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,20 +81,7 @@ class Event:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, with the kind first."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        rest = values.pop(_rest(type(self)) or "", {})
-        return {KIND: self.kind, **values, **rest}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unknown(Event):
-    """An event of a kind that this version does not have, such as one of a later version."""
-
-    name: str  # of the kind
-    values: Annotated[dict[str, Any], Rest()]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {KIND: self.name, "time": self.time, "attempt": self.attempt, **self.values}
+        return {KIND: self.kind, **vars(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +158,7 @@ class Teacher(Event):
     """The teacher of a run was evaluated."""
 
     teacher: str  # label
-    figures: Annotated[dict[str, Any], Rest()]  # samples, loss, and shares in 0..1: top1, top5
+    figures: dict[str, Any]  # samples, loss, and shares in 0..1: top1, top5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,7 +411,7 @@ class Finish(
 
     step: Annotated[int, Metric("summary/step")]  # global batches done
     summary: Annotated[
-        dict[str, Any], Rest(), Metric("summary", without=("seed", "steps", "epochs"))
+        dict[str, Any], Metric("summary", without=("seed", "steps", "epochs"))
     ]  # of train/metadata.py
 
 
@@ -459,44 +439,35 @@ class Diverged(_Error, settles_weights=True, state="diverged", diverged="true"):
     """The attempt ended because training diverged. It would diverge again."""
 
 
-del KINDS[Unknown.kind]
-
-
 def kind_of(record: Mapping[str, Any]) -> type[Event]:
-    """The class of an event in its JSON form; `Unknown` for a kind that this version lacks."""
-    return KINDS.get(record[KIND], Unknown)
+    """The class of an event in its JSON form; `Event` for a kind that this version lacks."""
+    return KINDS.get(record[KIND], Event)
 
 
 def from_dict(record: Mapping[str, Any]) -> Event:
-    """The event of a JSON form. "nan", "inf" and "-inf" become numbers in numeric fields.
+    """The event of a JSON form.
 
     Raises:
-        ValueError: a field is missing, or the kind does not have it; one line.
+        ValueError: the kind is unknown, a field is missing, or the kind does not have it; one line.
     """
-    values, kind = dict(record), kind_of(record)
-    name = values.pop(KIND)
-    if kind is Unknown:
-        values["name"] = name
-    own = [field.name for field in fields(kind)]
-    if rest := _rest(kind):
-        values[rest] = {key: values.pop(key) for key in [*values] if key not in own}
-    numeric = _numeric_fields(kind)
+    kind, values = kind_of(record), {name: record[name] for name in record if name != KIND}
+    require(
+        kind is not Event,
+        f"journal: an event must be of a kind that this version knows; got {record[KIND]!r}",
+    )
     try:
-        return kind(**{n: _with_nonfinite(v) if n in numeric else v for n, v in values.items()})
+        return kind(**values)
     except TypeError as error:  # it names the field that is missing or unknown
         raise ValueError(
-            f"journal: an event {name!r} must have the fields {', '.join(own)}; got"
-            f" {', '.join(values)}: {error}"
+            f"journal: an event {kind.kind!r} must have the fields"
+            f" {', '.join(field.name for field in fields(kind))}; got {', '.join(values)}: {error}"
         ) from None
 
 
 def uses(record: Mapping[str, Any], use: type[_Use]) -> Iterator[tuple[_Use, Any]]:
     """The metrics, tags or gauges of an event, each with the value of its field or None."""
-    kind = kind_of(record)
-    own = {KIND, *(field.name for field in fields(kind))}
-    rest = {key: value for key, value in record.items() if key not in own}
-    for name, each in declared(kind, use):
-        yield each, rest if name == _rest(kind) else record.get(name)
+    for name, each in declared(kind_of(record), use):
+        yield each, record.get(name)
 
 
 @cache
@@ -508,21 +479,3 @@ def declared(kind: type[Event], use: type[_Use]) -> tuple[tuple[str, _Use], ...]
         for each in getattr(hint, "__metadata__", ())
         if isinstance(each, use)
     )
-
-
-@cache
-def _rest(kind: type[Event]) -> str | None:
-    return next((name for name, _ in declared(kind, Rest)), None)
-
-
-@cache
-def _numeric_fields(kind: type[Event]) -> frozenset[str]:
-    numeric = (float, float | None, Numbers, dict[str, Numbers])
-    return frozenset(name for name, hint in get_type_hints(kind).items() if hint in numeric)
-
-
-def _with_nonfinite(value: Any) -> Any:
-    """The value with "nan", "inf" and "-inf" as numbers: JSON has none that are not finite."""
-    if isinstance(value, dict):
-        return {key: _with_nonfinite(item) for key, item in value.items()}
-    return float(value) if value in ("nan", "inf", "-inf") else value

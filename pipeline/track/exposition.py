@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prometheus_client import generate_latest, write_to_textfile
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -49,10 +49,20 @@ class _Run(Collector):
         if start is None:
             return
         labels = [str(start.get(label, "")) for label in _LABELS]
-        for name, help_, value in self._gauges():
-            gauge = GaugeMetricFamily(name, help_, labels=_LABELS)
-            gauge.add_metric(labels, value)
-            yield gauge
+        for event in self.events:
+            for gauge, field in uses(event, Gauge):
+                value = number((field or {}).get(gauge.key) if gauge.key else field)
+                if value is not None:
+                    yield _gauge(gauge.name, gauge.help, value, labels)
+        steps = [event["step"] for event in self.events if "step" in event]
+        # of the newest event; a rollback lowers it
+        yield _gauge("spiketrain_step", "Global batches done.", steps[-1], labels)
+        yield _gauge(
+            "spiketrain_event_timestamp_seconds",
+            "When the newest event was written, in Unix time.",
+            max(event["time"] for event in self.events),
+            labels,
+        )
         # A counter over the whole run, so that increase() works in Prometheus.
         restarts = CounterMetricFamily(
             "spiketrain_restarts_total", "Attempts after the first.", labels=_LABELS
@@ -68,25 +78,11 @@ class _Run(Collector):
             states.add_metric([*labels, state], float(state == current))
         yield states
 
-    def _gauges(self) -> Iterator[tuple[str, str, float]]:
-        """Name, help text and value of each gauge that has a value."""
-        for event in self.events:
-            for gauge, field in uses(event, Gauge):
-                value = number((field or {}).get(gauge.key) if gauge.key else field)
-                if value is not None:
-                    yield gauge.name, gauge.help, value
-        numbers = {
-            name: [each for event in self.events if (each := number(event.get(name))) is not None]
-            for name in ("step", "time")
-        }
-        if numbers["step"]:  # of the newest event; a rollback lowers it
-            yield "spiketrain_step", "Global batches done.", numbers["step"][-1]
-        if numbers["time"]:
-            yield (
-                "spiketrain_event_timestamp_seconds",
-                "When the newest event was written, in Unix time.",
-                max(numbers["time"]),
-            )
+
+def _gauge(name: str, help_: str, value: float, labels: Sequence[str]) -> GaugeMetricFamily:
+    gauge = GaugeMetricFamily(name, help_, labels=_LABELS)
+    gauge.add_metric(labels, value)
+    return gauge
 
 
 class Exposed:
@@ -116,7 +112,7 @@ class Exposed:
         # The collector reads *.prom.
         hidden = self._file.with_name(f".{self._file.name}.{os.getpid()}")
         try:
-            write_to_textfile(str(hidden), _Run(self._newest))
+            hidden.write_text(exposition(self._newest), encoding="utf-8")
             hidden.chmod(0o644)  # whatever the umask: the collector is another user
             hidden.replace(self._file)
         except OSError as error:

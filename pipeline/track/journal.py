@@ -6,28 +6,19 @@ may be killed at any byte: readers skip incomplete lines, and a new attempt begi
 
 import errno
 import json
-import math
 import mmap
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 from pipeline.core.files import sync_folder
 from pipeline.track.events import KIND, Event, from_dict
 
 Record = dict[str, Any]  # an event in its JSON form
 E_ = TypeVar("E_", bound=Event)
-
-
-class Tracker(Protocol):
-    """Takes the events of one run. Rank 0 holds a `Journal`, the others a `NullTracker`."""
-
-    def write(self, event: Event, /) -> None:
-        """Take one event. It survives a power cut if its class is `durable`."""
-        ...
 
 
 class NullTracker:
@@ -57,7 +48,7 @@ class Journal:
     def write(self, event: Event, /) -> None:
         """Append one event, with the time and the attempt set.
 
-        NaN and infinities become "nan", "inf" and "-inf", which `from_dict` reads back.
+        NaN and infinities become `NaN`, `Infinity` and `-Infinity`, as Python's JSON has them.
 
         Raises:
             ValueError: the journal is closed.
@@ -66,7 +57,7 @@ class Journal:
                 the next event begins on a new line.
         """
         event = replace(event, time=time.time(), attempt=self.attempt)
-        line = json.dumps(_plain(event.to_dict()), allow_nan=False, default=_converted)
+        line = json.dumps(event.to_dict(), default=_converted)
         data = b"\n" * self._torn + line.encode() + b"\n"
         descriptor = self._file.fileno()
         try:
@@ -93,9 +84,14 @@ class Journal:
         self.close()
 
 
-def read(path: str | os.PathLike[str]) -> list[Record]:
-    """All complete events of a journal, in order; empty if there is no journal yet."""
-    return list(_parsed(_lines(path)))
+Tracker = Journal | NullTracker  # rank 0 holds a `Journal`, the others a `NullTracker`
+
+
+def read(path: str | os.PathLike[str], *kinds: str) -> list[Record]:
+    """The complete events of a journal, of these kinds or of all, oldest first; empty if there is
+    no journal yet. The lines of other kinds are not parsed.
+    """
+    return list(_parsed(_lines(path, *kinds)))
 
 
 def read_events(path: str | os.PathLike[str]) -> list[Event]:
@@ -110,11 +106,6 @@ def read_events(path: str | os.PathLike[str]) -> list[Event]:
 def first(path: str | os.PathLike[str], *kinds: str) -> Record | None:
     """The first event of one of these kinds; the lines of other kinds are not parsed."""
     return next(_parsed(_lines(path, *kinds)), None)
-
-
-def every(path: str | os.PathLike[str], kind: str) -> list[Record]:
-    """All events of one kind, oldest first; the lines of other kinds are not parsed."""
-    return list(_parsed(_lines(path, kind)))
 
 
 def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list[Record]:
@@ -199,9 +190,9 @@ class Follower:
 
 
 def number(value: Any) -> float | None:
-    """The number that a JSON value represents, "nan", "inf" and "-inf" included; else None."""
+    """The number that a JSON value is; None if it is none."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number or value in ("nan", "inf", "-inf") else None
+    return float(value) if is_number else None
 
 
 def _lines(path: str | os.PathLike[str], *kinds: str) -> Iterator[bytes]:
@@ -233,21 +224,10 @@ def _parsed(lines: Iterable[bytes]) -> Iterator[Record]:
             yield event
 
 
-def _plain(value: Any) -> Any:
-    """The value with its non-finite floats as strings, which JSON allows."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(float(value))
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
 def _converted(value: Any) -> Any:
     """The JSON form of a path, or of a scalar or array of numpy or torch."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if callable(getattr(value, "tolist", None)):
-        return _plain(value.tolist())
+        return value.tolist()
     raise TypeError(f"journal: no JSON form for a {type(value).__name__}: {value!r}")

@@ -16,22 +16,17 @@ JSON, so events of another version are delivered as far as they are understood.
 This module also puts a report, or a checkpoint in the model registry, into MLflow by command.
 """
 
-from __future__ import annotations
-
 import hashlib
-import json
 import os
 import re
 import threading
-import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pipeline.core.run_folder import RunFolder
-from pipeline.recipe.json import write_json
 from pipeline.track import events
 from pipeline.track.connect import (
     DIVERGED_TAG,
@@ -49,22 +44,16 @@ from pipeline.track.connect import (
     set_parent_status,
     suite_of,
     tracking_errors,
-    without_password,
 )
 from pipeline.track.events import KIND, Start, Tag, kind_of, uses
 from pipeline.track.journal import Follower, Record, first, number
 from pipeline.track.state import is_driven
 from pipeline.track.system import Sampler
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric, Run
-
 CHECKPOINT_TAG = "spiketrain.checkpoint"  # the URI of a run's newest checkpoint
 REPORT = "report.html"  # of a suite
 REPORT_DATA = "report.json"  # the content of the report as data, for the dashboard
 _BLOCK = 4 << 20  # bytes of journal read at a time
-_LATER = "the journal keeps everything, `spiketrain sync` delivers it later"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +115,6 @@ class Mirror:
         self._interval = interval
         self._patience = patience
         self._leaving = threading.Event()
-        self._whole = False
         self._delivery: Delivery | None = None
         self._sampler = Sampler(self.run_dir)
         # A daemon thread: a call that waits for a dead server must not keep the driver alive.
@@ -142,38 +130,28 @@ class Mirror:
         self._sampler.close()
         self._leaving.set()
         self._thread.join(timeout)
-        return not self._thread.is_alive() and self._whole
+        return not self._thread.is_alive() and self.warning is None
 
     def _follow(self) -> None:
         failures = 0
         while not self._leaving.is_set():
-            failures = 0 if self._deliver(leaving=False) else failures + 1
+            self._deliver(leaving=False)
+            failures = failures + 1 if self.warning else 0
             self._leaving.wait(min(self._interval * 2 ** min(failures, 10), self._patience))
-        self._whole = self._deliver(leaving=True)
-        if not self._whole:
-            time.sleep(0.3)  # another driver may have held the SQLite file
-            self._whole = self._deliver(leaving=True)
+        self._deliver(leaving=True)
 
-    def _deliver(self, *, leaving: bool) -> bool:
-        """Deliver what is new. Returns False after a failure, which `warning` describes."""
+    def _deliver(self, *, leaving: bool) -> None:
+        """Deliver what is new. `warning` describes a failure."""
         try:
             self._delivery = self._delivery or Delivery(self.run_dir, uri=self.uri)
             self._delivery.advance(leaving=leaving)
             self.warning = None
         except Exception as error:  # of any kind: the run goes on
             self._delivery = None
-            self.warning = f"{one_line(self.uri, error)}; {_LATER}"
-        return self.warning is None
-
-
-def read_note(run_dir: Path) -> Any:
-    """The location of the run in MLflow, noted for people; None if the note is missing or
-    damaged.
-    """
-    try:
-        return json.loads(RunFolder(run_dir).mlflow.read_text())
-    except (OSError, ValueError):
-        return None
+            self.warning = (
+                f"{one_line(self.uri, error)}; the journal keeps everything, `spiketrain sync`"
+                " delivers it later"
+            )
 
 
 class Delivery:
@@ -195,7 +173,7 @@ class Delivery:
         self._parent_knows = ""  # the status of this run that its parent was last set from
 
     @property
-    def run(self) -> Run:
+    def run(self) -> Any:
         """The run in MLflow; after `advance`."""
         return self._client.get_run(self._run_id)
 
@@ -238,20 +216,13 @@ class Delivery:
         self._suite = suite_of(self.run_dir, start)
         run = self._find_or_create(client, experiment_id, start)
         self._client, self._run_id, self._is_open = client, run.info.run_id, True
-        note = {
-            "uri": without_password(self._uri),
-            "experiment_id": experiment_id,
-            "run_id": self._run_id,
-        }
-        if read_note(self.run_dir) != note:
-            write_json(self._files.mlflow, note)
         self._params, self._tags = dict(run.data.params), dict(run.data.tags)
         self._status = (run.info.status, run.info.end_time or 0)  # milliseconds
         # The newest step of each metric: `run.data.metrics` (3.17.2) has values alone.
         self.translation.held = {metric.key: int(metric.step) for metric in run.data._metric_objs}
         return True
 
-    def _find_or_create(self, client: MlflowClient, experiment_id: str, start: Record) -> Run:
+    def _find_or_create(self, client: Any, experiment_id: str, start: Record) -> Any:
         uuid = str(start["run_id"])
         runs = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{uuid}'")
         if runs:
@@ -356,10 +327,10 @@ class Translation:
         self._rolled_back: list[str] = []
         self._of_ends: set[str] = set()  # tags of ended attempts; the next start empties them
 
-    def points(self, event: Record) -> Iterator[Metric]:
+    def points(self, event: Record) -> Iterator[Any]:
         """The metrics to send with this event: its own, and those that waited for it."""
         kind = kind_of(event)
-        step = _integer(event.get("step"), _integer(event.get("steps"), self._step))
+        step = event.get("step", self._step)
         if kind is not events.System:  # its steps count samples
             self._step = step
         if kind.measures_weights:
@@ -373,7 +344,7 @@ class Translation:
                     yield from self._new(self._waiting.pop(key), key[1])
         yield from self._new(event, step)
 
-    def _new(self, event: Record, step: int) -> Iterator[Metric]:
+    def _new(self, event: Record, step: int) -> Iterator[Any]:
         from mlflow.entities import Metric
 
         points = (
@@ -404,13 +375,11 @@ class Translation:
             path = str(event["path"])
             tags[CHECKPOINT_TAG] = path if "://" in path else Path(path).absolute().as_uri()
         if name := kind.count_tag:
-            counted = kind.counted_field
-            self._counts[name] += _integer(event.get(counted), 0) if counted else 1
+            self._counts[name] += event[kind.counted_field] if kind.counted_field else 1
             tags[name] = str(self._counts[name])
         if kind is events.Rollback:
             # The steps of the batches that were rolled back. Their training metrics stay.
-            begin, end = (_integer(event.get(name), 0) + 1 for name in ("to", "step"))
-            self._rolled_back.append(f"{begin}-{end}")
+            self._rolled_back.append(f"{event['to'] + 1}-{event['step'] + 1}")
             tags["spiketrain.rolled_back"] = ", ".join(self._rolled_back)
         return tags
 
@@ -434,10 +403,6 @@ def _numbers(
                 yield from _numbers(f"{name}/{key}", item)
     elif (converted := number(value)) is not None:
         yield _key(name), converted
-
-
-def _integer(value: Any, otherwise: int) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else otherwise
 
 
 def _key(name: str) -> str:
@@ -475,19 +440,6 @@ def log_report(page: Path, runs: Sequence[Path], *, name: str, data: str, uri: s
     return parents
 
 
-def _create_model(client: MlflowClient, name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "INVALID_PARAMETER_VALUE":
-            raise
-        raise TrackingError(
-            f"register: MLflow refuses the name {name!r}: {error.message}"
-        ) from error
-
-
 def register(
     run_dir: str | os.PathLike[str],
     checkpoint: Path,
@@ -519,7 +471,7 @@ def register(
             client, run = connect(uri), delivery.run
             address = checkpoint.resolve().as_uri()
             if not client.search_registered_models(f"name = '{name}'"):
-                _create_model(client, name)
+                client.create_registered_model(name)
             versions = client.search_model_versions(f"name = '{name}'")
             version = next((each for each in versions if each.tags.get("uri") == address), None)
             # A server (3.17.2) refuses a local source outside of the run's artifacts.

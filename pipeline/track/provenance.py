@@ -23,8 +23,8 @@ def trained_on(events: Sequence[Mapping[str, Any]], *, steps: int | None) -> lis
     """
     kept: list[Mapping[str, Any]] = []
     for start in (event for event in events if kind_of(event) is Start):
-        kept = [*(earlier for earlier in kept if _first(earlier) < _first(start)), start]
-    trained = [start for start in kept if steps is None or _first(start) < steps]
+        kept = [*(earlier for earlier in kept if earlier["step"] < start["step"]), start]
+    trained = [start for start in kept if steps is None or start["step"] < steps]
     conditions = [_fields(start) for start in trained or kept[-1:]]
     return [each for place, each in enumerate(conditions) if each not in conditions[:place]]
 
@@ -49,7 +49,3 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """FIELDS of a start or a summary. `own_cores` becomes a bool: only starts list the cores."""
     fields = {name: values.get(name) for name in FIELDS}
     return {**fields, "own_cores": bool(fields["own_cores"])}
-
-
-def _first(start: Mapping[str, Any]) -> int:
-    return start.get("step") or 0

@@ -9,24 +9,17 @@ appended to `RUN/system.jsonl` and delivered like other events, with the time of
 resume the step count continues from the file.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 import warnings
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pipeline.core.run_folder import RunFolder
 from pipeline.track.events import System
 from pipeline.track.journal import Journal, last_event
-
-if TYPE_CHECKING:
-    from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
-
-INTERVAL_S = 10.0
 
 
 class Sampler:
@@ -54,48 +47,40 @@ class Sampler:
 
     def _sample(self) -> None:
         try:
-            asked = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or INTERVAL_S
+            asked = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or 10
             interval = self._interval or max(0.1, float(asked))
             if self._closing.wait(interval):  # a short run imports nothing
                 return
-            monitors = _monitors()
+            import psutil
+            from mlflow.system_metrics.metrics import (
+                cpu_monitor,
+                disk_monitor,
+                gpu_monitor,
+                network_monitor,
+            )
+
+            # The first call returns 0, later calls return the mean since the previous call.
+            psutil.cpu_percent()
+            monitors: list[Any] = [
+                cpu_monitor.CPUMonitor(),
+                disk_monitor.DiskMonitor(),
+                network_monitor.NetworkMonitor(),
+            ]
+            with suppress(RuntimeError):  # no card
+                monitors.append(gpu_monitor.GPUMonitor())
             newest = last_event(self._file, System)
             with Journal(self._file, attempt=0) as samples:
                 for step in count(0 if newest is None else newest.step + 1):
                     if self._closing.wait(interval):
                         return
-                    samples.write(System(step=step, metrics=_collect(monitors)))
+                    metrics: dict[str, float] = {}
+                    for monitor in monitors:
+                        monitor.collect_metrics()
+                        metrics |= monitor.aggregate_metrics() or {}
+                        monitor.clear_metrics()
+                    samples.write(System(step=step, metrics=metrics))
         except Exception as error:  # such as a full disk, or a failed GPU driver
             warnings.warn(
                 f"system metrics are no longer sampled: {type(error).__name__}: {error}",
                 stacklevel=1,
             )
-
-
-def _monitors() -> list[BaseMetricsMonitor]:
-    import psutil
-    from mlflow.system_metrics.metrics import (
-        cpu_monitor,
-        disk_monitor,
-        gpu_monitor,
-        network_monitor,
-    )
-
-    psutil.cpu_percent()  # the first call returns 0, later calls the mean since the previous one
-    monitors: list[BaseMetricsMonitor] = [
-        cpu_monitor.CPUMonitor(),
-        disk_monitor.DiskMonitor(),
-        network_monitor.NetworkMonitor(),
-    ]
-    with suppress(RuntimeError):  # no card
-        monitors.append(gpu_monitor.GPUMonitor())
-    return monitors
-
-
-def _collect(monitors: list[BaseMetricsMonitor]) -> dict[str, float]:
-    values: dict[str, float] = {}
-    for monitor in monitors:
-        monitor.collect_metrics()
-        values |= monitor.aggregate_metrics() or {}
-        monitor.clear_metrics()
-    return values

@@ -29,7 +29,6 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm, foreign_norms
 from pipeline.track.events import OF_NONE, Event, FirstBatch, Rollback, Skipped, Start, from_dict
 from pipeline.track.journal import read
-from pipeline.track.mlflow import read_note
 from pipeline.track.provenance import trained_on
 from pipeline.train.assemble import TrainContext
 from pipeline.train.backend.collectives import Ranks
@@ -120,7 +119,6 @@ def checkpoint_metadata(
     return {
         "run": folder.name,
         "run_id": job.run_id,
-        "mlflow": read_note(folder),
         "study": job.study,
         "commit": job.commit,
         "phase": stretch.index,

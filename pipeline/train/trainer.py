@@ -307,8 +307,8 @@ class Trainer:
             self._evaluate()
         self.saving.wait(self.step)
         last, inference = self.evaluated[-1], None
-        answers = self.ranks.gather([each.answers for each in self.evaluated])
-        measured_j = joules_per_sample(self.ranks.gather(last.readings))
+        answers = self.ranks.all_gather_object([each.answers for each in self.evaluated])
+        measured_j = joules_per_sample(self.ranks.all_gather_object(last.readings))
         if last.inference is not None:
             inference = {**last.inference.to_dict(measured_j), "counted_on": COUNTED_ON}
         summary = summary_of(

@@ -2,6 +2,7 @@
 the summary tell them.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -228,8 +229,8 @@ def fidelity(rule: str = "SLTT") -> list[dict[str, Any]]:
     start.
     """
     at_start = {
-        "temporal_share": {"first": 0.5, "second": "nan"},
-        "cosines": {rule: {"first": 0.875, "second": "nan"}},
+        "temporal_share": {"first": 0.5, "second": math.nan},
+        "cosines": {rule: {"first": 0.875, "second": math.nan}},
     }
     later = {
         "temporal_share": {"first": 0.25, "second": 0.125},

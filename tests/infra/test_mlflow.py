@@ -288,9 +288,7 @@ def test_a_run_that_is_logged_with_the_password_arrives(
     server: tuple[str, int], fake_run: Callable[..., FakeRun], monkeypatch: pytest.MonkeyPatch
 ):
     run = fake_run()
-    with run.start() as journal:
-        steps(journal, 0, 5)
-        journal.event("finish", steps=5, top1=0.5)
+    run.attempt(*steps(0, 5), ("finish", {"step": 5, "top1": 0.5}))
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
     assert sync(run.folder, uri=server[0]).delivered > 0
@@ -318,8 +316,7 @@ def test_without_the_password_nothing_is_read_or_logged(
         if password is not None and value is not None:
             monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
     run = fake_run()
-    with run.start() as journal:
-        steps(journal, 0, 2)
+    run.attempt(*steps(0, 2))
     with pytest.raises(TrackingError) as error:
         sync(run.folder, uri=server[0])
     assert "\n" not in str(error.value)

@@ -24,7 +24,7 @@ from pipeline.recipe.recipe import Checkpointing, Recipe, spec
 from pipeline.rules import sltt
 from pipeline.rules.base import World
 from pipeline.rules.sltt import SLTT
-from pipeline.track.journal import every
+from pipeline.track.journal import read
 from pipeline.train import assemble, checkpointing, evaluation, trainer
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.deepspeed import DeepSpeed
@@ -127,7 +127,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, where: Any, name: str) -> None:
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
-    return [event["metrics"] for event in every(folder / "run" / "journal.jsonl", "step")]
+    return [event["metrics"] for event in read(folder / "run" / "journal.jsonl", "step")]
 
 
 def least_of_a_step(folder: Path) -> dict[str, float]:

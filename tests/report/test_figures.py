@@ -500,7 +500,7 @@ def test_a_long_curve_is_conditions_of_means_not_in_some_of_its_points():
         for at in range(1, 1201)
     ]
     told[-1]["step"] += 30  # a point of four times the batches
-    of_none = {**told[5], "metrics": {"loss": "nan", "top1": 0}}
+    of_none = {**told[5], "metrics": {"loss": math.nan, "top1": 0}}
     long = written("long", [begun, *told[:5], of_none, *told[6:]], state="running", recipe=recipe())
     figure = made(learning_curves(Study(title="t", runs=(long,)).groups[0]))
     rows = [row for row in figure.table.rows if row[3] == "training"]

@@ -23,11 +23,11 @@ class FakeRun:
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     study: str = field(default_factory=lambda: uuid.uuid4().hex)
     family: str = field(default_factory=lambda: uuid.uuid4().hex)
-    attempt: int = -1
+    last_attempt: int = -1
 
     def start(self, step: int = 0, **fields: Any) -> RawJournal:
-        self.attempt += 1
-        journal = RawJournal(self.folder / "journal.jsonl", attempt=self.attempt)
+        self.last_attempt += 1
+        journal = RawJournal(self.folder / "journal.jsonl", attempt=self.last_attempt)
         event = {
             "run": self.folder.name,
             "run_id": self.run_id,
@@ -47,6 +47,12 @@ class FakeRun:
         journal.event("start", **(event | fields))
         return journal
 
+    def attempt(self, *events: tuple[str, dict[str, Any]], step: int = 0, **fields: Any) -> Path:
+        """An attempt with these events after its start. Returns the journal."""
+        with self.start(step, **fields) as journal:
+            journal.events(events)
+        return journal.path
+
     def checkpoint(self, step: int, *, score: float | None) -> Path:
         folder = self.folder / "checkpoints" / f"step_{step:08d}"
         folder.mkdir(parents=True)
@@ -63,15 +69,11 @@ def write_suite(folder: Path, *runs: Path) -> None:
     (folder / "suite.json").write_text(json.dumps({"version": 1, "children": children}))
 
 
-def steps(journal: RawJournal, first: int, after: int, *, scale: float = 1.0) -> None:
-    for step in range(first, after):
-        journal.event(
-            "step",
-            step=step,
-            epoch=0,
-            metrics={"loss": scale / (step + 1), "top1": 0.5},
-            memory_bytes=1000,
-        )
+def steps(first: int, after: int, *, scale: float = 1.0) -> list[tuple[str, dict[str, Any]]]:
+    """The events of training steps."""
+    about = {"epoch": 0, "memory_bytes": 1000}
+    losses = {step: {"loss": scale / (step + 1), "top1": 0.5} for step in range(first, after)}
+    return [("step", {"step": step, "metrics": losses[step], **about}) for step in losses]
 
 
 @pytest.fixture

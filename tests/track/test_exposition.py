@@ -1,5 +1,6 @@
 """What Prometheus is told of a run."""
 
+import math
 import os
 import threading
 from pathlib import Path
@@ -60,8 +61,12 @@ def values(text: str) -> dict[str, float]:
     }
 
 
-def test_a_run_that_trains():
-    text = exposition([start(), step(10), step(20, time=120.0, images_per_s=900.0)])
+def test_every_figure_has_the_value_of_the_newest_event_that_has_it():
+    metrics = {"top1": 0.75, "loss": 0.5, "firing_rate": 0.125}
+    evaluation = {"event": "evaluation", "time": 130.0, "step": 20, "metrics": metrics}
+    checkpoint = {"event": "checkpoint", "time": 131.0, "step": 20, "write_s": 0.5}
+    steps = [step(10), step(20, time=120.0, images_per_s=900.0)]
+    text = exposition([start(run='a "run"\\\nof mine'), *steps, evaluation, checkpoint])
     expected = {
         "spiketrain_images_per_second": 900.0,
         "spiketrain_loss": 1.5,
@@ -71,38 +76,24 @@ def test_a_run_that_trains():
         "spiketrain_step_seconds": 0.5,
         "spiketrain_memory_bytes": 2**30,
         "spiketrain_restarts_total": 0,
-        "spiketrain_event_timestamp_seconds": 120.0,
-    }
-    assert values(text).items() >= expected.items()
-    assert 'spiketrain_loss{recipe="sltt",rule="SLTT",run="a-run"} 1.5' in text.splitlines()
-
-
-def test_nothing_before_its_first_attempt_has_begun():
-    assert exposition([]) == ""
-    assert exposition([{"event": "quarantine", "time": 1.0, "attempt": 0}]) == ""
-
-
-def test_what_has_not_been_told_is_left_out():
-    assert not [
-        name for name in values(exposition([start()])) if "loss" in name or "checkpoint" in name
-    ]
-
-
-def test_evaluations_and_checkpoints():
-    metrics = {"top1": 0.75, "loss": 0.5, "firing_rate": 0.125}
-    evaluation = {"event": "evaluation", "time": 130.0, "step": 20, "metrics": metrics}
-    checkpoint = {"event": "checkpoint", "time": 131.0, "step": 20, "write_s": 0.5}
-    expected = {
+        "spiketrain_event_timestamp_seconds": 131.0,
         "spiketrain_evaluation_top1_ratio": 0.75,
         "spiketrain_evaluation_loss": 0.5,
-        "spiketrain_loss": 1.5,
         "spiketrain_firing_rate": 0.125,
         "spiketrain_checkpoint_step": 20,
         "spiketrain_checkpoint_timestamp_seconds": 131.0,
         "spiketrain_checkpoint_seconds": 0.5,
     }
-    found = values(exposition([start(), step(20), evaluation, checkpoint]))
-    assert found.items() >= expected.items()
+    assert values(text).items() >= expected.items()
+    line = r"""spiketrain_loss{recipe="sltt",rule="SLTT",run="a \"run\"\\\nof mine"} 1.5"""
+    assert line in text.splitlines()
+
+
+def test_nothing_is_said_of_what_has_no_event_yet():
+    assert exposition([]) == ""
+    assert exposition([{"event": "quarantine", "time": 1.0, "attempt": 0}]) == ""
+    told = values(exposition([start()]))
+    assert not [name for name in told if "loss" in name or "checkpoint" in name]
 
 
 def test_a_real_run_tells_every_figure_that_there_is(tmp_path: Path):
@@ -137,24 +128,22 @@ def test_one_state_at_a_time(kind: str, state: str):
         assert [name for name, value in states.items() if value] == [f"spiketrain_state.{current}"]
 
 
-@pytest.mark.parametrize(("told", "written"), [("nan", "NaN"), ("inf", "+Inf"), ("-inf", "-Inf")])
-def test_numbers_that_are_not_finite(told: str, written: str):
+@pytest.mark.parametrize(
+    ("told", "written"),
+    [
+        (math.nan, "NaN"),
+        (math.inf, "+Inf"),
+        (-math.inf, "-Inf"),
+        *((nothing, None) for nothing in (None, True, "much", [1.0])),
+    ],
+)
+def test_numbers_that_are_not_finite_are_told_and_no_numbers_are_left_out(
+    told: object, written: str | None
+):
     text = exposition([start(), step(1, loss=told)])
-
-    assert values(text)
-    assert f'spiketrain_loss{{recipe="sltt",rule="SLTT",run="a-run"}} {written}' in text
-
-
-@pytest.mark.parametrize("nothing", [None, True, "much", [1.0]])
-def test_what_is_no_number_is_left_out(nothing: object):
-    assert "spiketrain_loss" not in values(exposition([start(), step(1, loss=nothing)]))
-
-
-def test_labels_are_escaped():
-    text = exposition([start(run='a "run"\\\nof mine')])
-
-    assert values(text)
-    assert r'run="a \"run\"\\\nof mine"' in text
+    assert ("spiketrain_loss" in values(text)) == (written is not None)
+    line = f'spiketrain_loss{{recipe="sltt",rule="SLTT",run="a-run"}} {written}'
+    assert (line in text.splitlines()) == (written is not None)
 
 
 def test_the_newest_events_are_enough():

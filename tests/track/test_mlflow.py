@@ -54,23 +54,25 @@ def history(uri: str, run: FakeRun, key: str) -> list[tuple[int, float]]:
 
 def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
     run = fake_run()
-    with run.start(study_parent="f" * 32) as journal:
-        steps(journal, 0, 3)
-        journal.event("evaluation", step=2, epoch=0, metrics={"top1": 0.7, "loss": math.nan})
-        journal.event(
-            "checkpoint",
-            step=2,
-            path="checkpoints/step_00000002",
-            stall_s=0.1,
-            write_s=0.5,
-            bytes=12,
-        )
-        journal.event("skipped", reason="not finite", samples=8)
-        journal.event("skipped", reason="not finite", samples=8)
-        journal.event("finish", steps=3, top1=0.7, peak_saved_bytes=4096, rule="SLTT", restarts=0)
+    checkpoint = {"path": "checkpoints/step_00000002", "stall_s": 0.1, "write_s": 0.5, "bytes": 12}
+    skipped = ("skipped", {"reason": "not finite", "samples": 8})
+    summary = {"top1": 0.7, "peak_saved_bytes": 4096, "rule": "SLTT", "restarts": 0}
+    journal = run.attempt(
+        *steps(0, 3),
+        ("evaluation", {"step": 2, "epoch": 0, "metrics": {"top1": 0.7, "loss": math.nan}}),
+        ("fidelity", {"step": 2, "temporal_share": {"0": 0.5}, "cosines": {"0": 0.5}}),
+        ("checkpoint", {"step": 2, **checkpoint}),
+        skipped,
+        skipped,
+        ("finish", {"step": 3, **summary}),
+        study_parent="f" * 32,
+    )
     for name in ("summary.json", "activity.json", "answers.npz", "job.json"):
         (run.folder / name).write_text("{}")
-    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=17, already_there=0)
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    an_hour_ago = [json.dumps({**line, "time": line["time"] - 3600}) + "\n" for line in lines]
+    journal.write_text("".join(an_hour_ago))
+    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=20, already_there=0)
 
     found, client = find(sqlite_store, run), connect(sqlite_store)
     assert (found.info.status, found.info.run_name) == ("FINISHED", "a_run")
@@ -95,43 +97,34 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
         "summary/peak_saved_bytes": [(3, 4096)],
     }
     assert {key: history(sqlite_store, run, key) for key in histories} == histories
+    points = found.data._metric_objs
+    assert {point.key.split("/")[0] for point in points} == {
+        *("train", "val", "fidelity", "checkpoint", "summary")
+    }
+    # the time of its event, and not of its delivery
+    for time_ms in (*(point.timestamp for point in points), found.info.end_time):
+        assert time_ms == pytest.approx((time.time() - 3600) * 1000, abs=60_000)
 
     sent = {"recipe.json", "journal.jsonl", "summary.json", "activity.json", "answers.npz"}
     assert {file.path for file in client.list_artifacts(found.info.run_id)} == sent
     # beside the store, and not in the working directory
     place = Path(sqlite_store.removeprefix("sqlite:///")).parent / "mlartifacts" / run.family
     artifact = place / found.info.run_id / "artifacts" / "journal.jsonl"
-    assert artifact.read_bytes() == journal.path.read_bytes()
+    assert artifact.read_bytes() == journal.read_bytes()
     parent = client.get_run(found.data.tags["mlflow.parentRunId"])
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["spiketrain.study_parent"] == "f" * 32
 
-    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=0, already_there=17)
+    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=0, already_there=20)
     assert find(sqlite_store, run).info.end_time == found.info.end_time
-
-
-def test_the_protocol_of_a_search_is_a_tag_by_which_a_store_can_be_asked(
-    fake_run: Callable, sqlite_store: str
-):
-    protocol = {"protocol": "tuned", "tuned": '["optimizer.lr"]'}
-    for more in (protocol, {}):
-        run = fake_run(f"with_{len(more)}")
-        run.start(params={**more, "epochs": "2"}).close()
-        sync(run.folder, uri=sqlite_store)
-        tags = find(sqlite_store, run).data.tags
-        found = {
-            name: tags[f"spiketrain.{name}"] for name in protocol if f"spiketrain.{name}" in tags
-        }
-        assert found == more
 
 
 def test_the_runs_of_one_comparison_share_a_parent(fake_run: Callable, sqlite_store: str):
     family, parent = "bb22" * 8, "e" * 32
     first, second = (fake_run(name, family=family) for name in ("bptt", "sltt"))
-    with first.start(study_parent=parent, rule="BPTT") as journal:
-        journal.event("finish", steps=1)
+    first.attempt(("finish", {"step": 1}), study_parent=parent, rule="BPTT")
     with second.start(study_parent=parent) as journal:
-        steps(journal, 0, 1)
+        journal.events(steps(0, 1))
         sync(first.folder, uri=sqlite_store)
         mirror = Mirror(second.folder, uri=sqlite_store, interval=0.05)
         above = find(sqlite_store, first).data.tags["mlflow.parentRunId"]
@@ -147,21 +140,18 @@ def test_the_runs_of_one_comparison_share_a_parent(fake_run: Callable, sqlite_st
 
 def test_steps_that_a_rollback_repeats_count_once(fake_run: Callable, sqlite_store: str):
     run = fake_run()
-    with run.start() as journal:
-        steps(journal, 0, 5)
+    run.attempt(*steps(0, 5))
     assert sync(run.folder, uri=sqlite_store).delivered == 15
-    with run.start(step=2, world_size=4, params={"epochs": "3", "new": "1"}) as journal:
-        steps(journal, 2, 8, scale=100.0)
+    changed = {"world_size": 4, "params": {"epochs": "3", "new": "1"}}
+    journal = run.attempt(*steps(2, 8, scale=100.0), step=2, **changed)
     # 2, 3, 4 again: neither delivered nor counted
     assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=9, already_there=15)
     expected = [
         (step, pytest.approx((1.0 if step < 5 else 100.0) / (step + 1))) for step in range(8)
     ]
-    found = find(sqlite_store, run)
-    assert found.data.tags["spiketrain.world_size"] == "4"
+    assert find(sqlite_store, run).data.tags["spiketrain.world_size"] == "4"
     other = fake_run("other")  # all of it at once gives the same
-    text = (run.folder / "journal.jsonl").read_text()
-    text = text.replace(run.run_id, other.run_id).replace(run.family, other.family)
+    text = journal.read_text().replace(run.run_id, other.run_id).replace(run.family, other.family)
     (other.folder / "journal.jsonl").write_text(text)
     sync(other.folder, uri=sqlite_store)
     for each in (run, other):
@@ -189,25 +179,8 @@ def test_status_follows_stop_and_resume(fake_run: Callable, sqlite_store: str):
     # the driver leaves, and the worker said nothing of an end
     assert mirror.close(20) and status() == "KILLED"
     mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05)
-    run.start(step=3).event("finish", steps=5)
+    run.start(step=3).event("finish", step=5)
     assert mirror.close(20) and status() == "FINISHED" and mirror.warning is None
-
-
-def test_how_an_attempt_ended_is_not_said_of_a_run_that_went_on(
-    fake_run: Callable, sqlite_store: str
-):
-    run = fake_run()
-    names = ("error", "diverged", "stopped")
-    for kind, fields, expected in (
-        ("failed", {"error": "out of memory"}, ["out of memory", "false", None]),
-        ("stopped", {"reason": "SIGTERM"}, ["", "", "SIGTERM"]),
-        ("finish", {"steps": 1}, ["", "", ""]),
-    ):
-        with run.start() as journal:
-            journal.event(kind, **fields)
-        sync(run.folder, uri=sqlite_store)
-        tags = find(sqlite_store, run).data.tags
-        assert [tags.get(f"spiketrain.{name}") for name in names] == expected
 
 
 @pytest.mark.parametrize("effect", ["before", "after"])
@@ -220,9 +193,8 @@ def test_a_driver_may_die_at_any_call(
     fatal, count = 0, list[str]()
     for fatal in itertools.count(1):
         run = fake_run(f"dies_at_{fatal}")
-        with run.start(study_parent=run.run_id[::-1]) as journal:
-            steps(journal, 0, 400)  # two batches
-            journal.event("finish", steps=400, top1=0.5)
+        finish = ("finish", {"step": 400, "top1": 0.5})
+        run.attempt(*steps(0, 400), finish, study_parent=run.run_id[::-1])  # two batches
         with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
             count = die_at_call(patch, fatal, effect)
             sync(run.folder, uri=sqlite_store)
@@ -235,27 +207,6 @@ def test_a_driver_may_die_at_any_call(
         assert (found.info.status, found.data.params["epochs"]) == ("FINISHED", "2")
         assert found.data.tags["spiketrain.artifact.recipe.json"]
     assert fatal - 1 == len(count) == 11
-
-
-def test_every_point_has_the_time_of_its_event_and_not_of_its_delivery(
-    fake_run: Callable, sqlite_store: str
-):
-    run = fake_run()
-    with run.start() as journal:
-        steps(journal, 0, 2)
-        journal.event("evaluation", step=1, metrics={"top1": 0.5})
-        journal.event("fidelity", step=1, temporal_share={"0": 0.5}, cosines={"0": 0.5})
-        journal.event("checkpoint", step=1, stall_s=0.1, write_s=0.1, bytes=1)
-        journal.event("finish", step=2, top1=0.5)
-    path, hour_ms = run.folder / "journal.jsonl", 3600 * 1000
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    moved = [json.dumps({**line, "time": line["time"] - 3600}) + "\n" for line in lines]
-    path.write_text("".join(moved))
-    assert sync(run.folder, uri=sqlite_store).delivered == 14
-    found = find(sqlite_store, run)
-    assert len({metric.key.split("/")[0] for metric in found.data._metric_objs}) == 5
-    for time_ms in (*(each.timestamp for each in found.data._metric_objs), found.info.end_time):
-        assert time_ms == pytest.approx(time.time() * 1000 - hour_ms, abs=60_000)
 
 
 def test_the_journal_is_sent_at_a_start_and_whenever_the_weights_are_looked_at_and_at_the_end(
@@ -272,11 +223,11 @@ def test_the_journal_is_sent_at_a_start_and_whenever_the_weights_are_looked_at_a
     with run.start() as journal:
         assert is_sent()  # whoever looks on learns what the run is
         for kind in ("evaluation", "fidelity"):
-            steps(journal, 0, 2)
+            journal.events(steps(0, 2))
             assert not is_sent()
             journal.event(kind, step=1)
             assert is_sent()
-        steps(journal, 2, 4)
+        journal.events(steps(2, 4))
         assert not is_sent()
     assert sync(run.folder, uri=sqlite_store)  # nobody drives it: this is its end
     assert is_sent()
@@ -294,7 +245,7 @@ def test_whoever_delivers_for_ever_is_not_waited_for(
     """
     monkeypatch.setattr(hierarchy, "PATIENCE_S", 0.5)
     run = fake_run()
-    run.start().close()
+    run.attempt()
     with (run.folder.parent / ".mlflow.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(
@@ -314,7 +265,7 @@ def test_a_run_that_is_resumed_while_a_delivery_waits_its_turn_is_not_marked_kil
 ):
     """As that of a driver that was killed, which begins at that moment."""
     run = fake_run()
-    run.start().close()
+    run.attempt()
     with (
         (run.folder.parent / ".mlflow.lock").open("ab") as turn,
         (run.folder / "driver.lock").open("wb") as driver,
@@ -346,7 +297,7 @@ def test_a_journal_from_elsewhere_names_no_folder_elsewhere(
     fake_run: Callable, sqlite_store: str, field: str, name: str
 ):
     run = fake_run()
-    run.start(study_parent=uuid.uuid4().hex, **{field: name}).close()
+    run.attempt(study_parent=uuid.uuid4().hex, **{field: name})
     with pytest.raises(TrackingError, match=rf"{field} .*must be .* {re.escape(repr(name))}$"):
         sync(run.folder, uri=sqlite_store)
 
@@ -366,8 +317,7 @@ def test_a_parent_says_what_its_runs_say(fake_run: Callable, sqlite_store: str, 
         found = connect(sqlite_store).get_run(above)
         return found.info.run_name, found.info.status
 
-    with first.start(**about) as journal:
-        journal.event("finish", steps=1)
+    first.attempt(("finish", {"step": 1}), **about)
     with (suite / "driver.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert parent_after(first) == ("a-suite", "RUNNING")
@@ -384,8 +334,7 @@ def test_a_parent_says_what_its_runs_say(fake_run: Callable, sqlite_store: str, 
             content = json.loads((suite / "suite.json").read_text())
             content["children"][0]["recipe"]["recipe"]["init"] = "@two"
             (suite / "suite.json").write_text(json.dumps(content))
-        with second.start(**about) as journal:
-            journal.event(kind, error="x")
+        second.attempt((kind, {"error": "x"}), **about)
         assert parent_after(second) == ("a-suite", status)
 
 
@@ -423,26 +372,17 @@ def die_at_call(patch: pytest.MonkeyPatch, fatal: int, effect: str) -> list[str]
 
 def test_many_deliverers_at_once(fake_run: Callable, sqlite_store: str):
     run = fake_run()
-    with run.start(study_parent="c" * 32) as journal:
-        steps(journal, 0, 30)
-    with run.start(step=10) as journal:
-        steps(journal, 10, 60, scale=3.0)
+    run.attempt(*steps(0, 30), study_parent="c" * 32)
+    run.attempt(*steps(10, 60, scale=3.0), step=10)
     from mlflow.entities import ViewType
 
     begin = threading.Barrier(6)
-
-    def deliver(_: int) -> None:
-        begin.wait()
-        while True:
-            try:
-                sync(run.folder, uri=sqlite_store)
-                return
-            except TrackingError as error:  # a busy machine: SQLite waits 5 s for another writer
-                if "locked" not in str(error):
-                    raise
-
     with ThreadPoolExecutor(6) as threads:
-        list(threads.map(deliver, range(6)))
+        deliveries = [
+            threads.submit(lambda: (begin.wait(), sync(run.folder, uri=sqlite_store)))
+            for _ in range(6)
+        ]
+    assert sum(each.result()[1].delivered for each in deliveries) == 60 * 3
     assert [step for step, _ in history(sqlite_store, run, "train/loss")] == list(range(60))
     # the run and its parent; none that had to be deleted
     experiment = find(sqlite_store, run).info.experiment_id
@@ -455,12 +395,11 @@ def test_interleaved_deliverers_agree(fake_run: Callable, sqlite_store: str):
     """
     run = fake_run()
     with run.start() as journal:
-        steps(journal, 0, 5)
+        journal.events(steps(0, 5))
         slow = Delivery(run.folder, uri=sqlite_store)
         assert slow.advance()
-        steps(journal, 5, 9)
-    with run.start(step=3) as journal:
-        steps(journal, 3, 12, scale=9.0)
+        journal.events(steps(5, 9))
+    run.attempt(*steps(3, 12, scale=9.0), step=3)
     assert sync(run.folder, uri=sqlite_store).delivered == 7 * 3
     assert slow.advance()
     assert [step for step, _ in history(sqlite_store, run, "train/loss")] == list(range(12))
@@ -469,19 +408,18 @@ def test_interleaved_deliverers_agree(fake_run: Callable, sqlite_store: str):
 def test_a_run_deleted_in_mlflow_comes_back_whole(fake_run: Callable, sqlite_store: str):
     run = fake_run()
     with run.start() as journal:
-        steps(journal, 0, 3)
+        journal.events(steps(0, 3))
         mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05, patience=0.1)
         settled(lambda: len(history(sqlite_store, run, "train/loss")) == 3)
         connect(sqlite_store).delete_run(find(sqlite_store, run).info.run_id)
-        steps(journal, 3, 5)
+        journal.events(steps(3, 5))
     settled(lambda: len(history(sqlite_store, run, "train/loss")) == 5)
     assert mirror.close(20)
 
 
 def test_a_run_that_was_created_twice_is_one_run_again(fake_run: Callable, sqlite_store: str):
     run = fake_run()
-    with run.start() as journal:
-        steps(journal, 0, 3)
+    run.attempt(*steps(0, 3))
     sync(run.folder, uri=sqlite_store)
     experiment = find(sqlite_store, run).info.experiment_id
     connect(sqlite_store).create_run(experiment, tags={"spiketrain.run_id": run.run_id})
@@ -491,16 +429,15 @@ def test_a_run_that_was_created_twice_is_one_run_again(fake_run: Callable, sqlit
 
 def test_names_and_values_that_mlflow_refuses(fake_run: Callable, sqlite_store: str):
     run = fake_run()
-    with run.start(
-        params={"augment[0].p": "x" * 9000}, rule="HLOP(OTTT)", hardware={"gpu#0": "y" * 9000}
-    ) as journal:
-        journal.event(
-            "evaluation",
-            step=0,
-            metrics={"top1@5%": 1, "flag": True, "text": "slow", "none": None, "inf": math.inf},
-        )
-        journal.event("checkpoint", step=0)
-        journal.event("invented", step=1, metrics={"x": 1})
+    metrics = {"top1@5%": 1, "flag": True, "text": "slow", "none": None, "inf": math.inf}
+    run.attempt(
+        ("evaluation", {"step": 0, "metrics": metrics}),
+        ("checkpoint", {"step": 0}),
+        ("invented", {"step": 1, "metrics": {"x": 1}}),
+        params={"augment[0].p": "x" * 9000},
+        rule="HLOP(OTTT)",
+        hardware={"gpu#0": "y" * 9000},
+    )
     assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=2, already_there=0)
     found = find(sqlite_store, run)
     assert set(found.data.metrics) == {"val/inf", "val/top1_5_"}
@@ -536,7 +473,7 @@ def test_a_server_that_refuses_costs_the_run_nothing(fake_run: Callable):
         mirror = Mirror(run.folder, uri=uri, interval=0.01, patience=0.05)
         settled(lambda: mirror.warning is not None)
         before = time.perf_counter()
-        steps(journal, 0, 200)
+        journal.events(steps(0, 200))
         assert (time.perf_counter() - before) / 200 < 1e-3
     before = time.perf_counter()
     assert mirror.close(10) is False
@@ -548,7 +485,7 @@ def test_a_server_that_refuses_costs_the_run_nothing(fake_run: Callable):
 
 def test_a_server_that_hangs_does_not_hold_the_driver(fake_run: Callable):
     run = fake_run()
-    run.start().close()
+    run.attempt()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         mirror = Mirror(run.folder, uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
         silent.accept()
@@ -574,59 +511,56 @@ def test_a_server_that_hangs_dies_and_comes_back(
     uri = f"http://127.0.0.1:{port}"
     with run.start() as journal:
         mirror = Mirror(run.folder, uri=uri, interval=0.05, patience=0.5)
-        steps(journal, 0, 5)  # before there is a server
+        journal.events(steps(0, 5))  # before there is a server
         server = start_server(store, port)
         try:
             settled(lambda: len(history(uri, run, "train/loss")) == 5)
             # Requests are taken and time out; the server carries them out later, when they have
             # been sent again.
             os.killpg(server.pid, signal.SIGSTOP)
-            steps(journal, 5, 10)
+            journal.events(steps(5, 10))
             settled(lambda: mirror.warning is not None)
             os.killpg(server.pid, signal.SIGCONT)
             settled(lambda: len(history(uri, run, "train/loss")) == 10)
             settled(lambda: mirror.warning is None)
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
-            steps(journal, 10, 20)
-            journal.event("finish", steps=20, top1=0.25)
+            journal.events(steps(10, 20))
+            journal.event("finish", step=20, top1=0.25)
             assert mirror.close(10) is False
             with pytest.raises(TrackingError, match="cannot be filled"):
                 sync(run.folder, uri=uri)
             server = start_server(store, port)
-            assert sync(run.folder, uri=uri) == SyncReport(delivered=31, already_there=30)
+            assert sync(run.folder, uri=uri) == SyncReport(delivered=32, already_there=30)
             assert [step for step, _ in history(uri, run, "train/loss")] == list(range(20))
             assert [step for step, _ in history(uri, run, "train/memory_bytes")] == list(range(20))
-            assert find(uri, run).info.status == "FINISHED"
             found = find(uri, run).info
             sent = {file.path for file in connect(uri).list_artifacts(found.run_id)}
-            assert sent == {"recipe.json", "journal.jsonl"}
+            assert (found.status, sent) == ("FINISHED", {"recipe.json", "journal.jsonl"})
             best = run.checkpoint(20, score=0.25)
             assert register(run.folder, best, name="small", alias="best", uri=uri) == "1"
             version = connect(uri).get_model_version_by_alias("small", "best")
             assert version.tags["uri"] == best.as_uri()
             store = open_store(uri)
             [seen] = store.listed()
-            expected = found.run_id, run.family, "SLTT", "FINISHED", found.end_time
-            about = seen.id, seen.experiment, seen.rule, seen.status, seen.newest * 1000
-            assert about == expected
+            assert (seen.id, seen.experiment, seen.rule, seen.status, seen.newest * 1000) == (
+                *(found.run_id, run.family, "SLTT", "FINISHED", found.end_time),
+            )
             assert store.runs(run.study)[0].metrics["summary/top1"] == 0.25
             newest = store.history(seen.id, "train/loss", since=17)
             assert [point.step for point in newest] == [18, 19]
-            assert store.text(seen.id, "journal.jsonl") == journal.path.read_text()
-            assert store.text(seen.id, "summary.json") is None
+            texts = [store.text(seen.id, name) for name in ("journal.jsonl", "summary.json")]
+            assert texts == [journal.path.read_text(), None]
         finally:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
 
 
 def start_server(store: Path, port: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{store}/mlflow.db",
-        "--artifacts-destination",
-        str(store / "artifacts"),
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{store}/mlflow.db"),
+        *("--artifacts-destination", str(store / "artifacts")),
     ]
     with (store / "log").open("ab") as log:
         server = subprocess.Popen(
@@ -663,7 +597,7 @@ def test_a_token_that_is_refused_is_not_said(
     refuse.
     """
     run = fake_run()
-    run.start().close()
+    run.attempt()
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)
     with pytest.raises(TrackingError, match="cannot be filled") as refused:
         sync(run.folder, uri="http://127.0.0.1:9")

@@ -9,15 +9,13 @@ from pipeline.report.dashboard.live import Live
 from pipeline.report.stores import ServerStore, open_store
 from pipeline.track.connect import TrackingError, connect
 from pipeline.track.mlflow import log_report, register, sync
-from tests.track.conftest import FakeRun, write_suite
+from tests.track.conftest import write_suite
 from tests.track.test_mlflow import artifacts, find, free_port
 
 DATA = '{"claims": []}'
 
 
-def finished(run: FakeRun, **fields: str) -> None:
-    with run.start(**fields) as journal:
-        journal.event("finish", steps=1)
+FINISH = ("finish", {"step": 1})
 
 
 def test_a_checkpoint_is_registered_once_and_the_alias_moves(
@@ -26,7 +24,7 @@ def test_a_checkpoint_is_registered_once_and_the_alias_moves(
     monkeypatch.chdir(tmp_path)
     run, name = fake_run(), uuid.uuid4().hex
     best, last = run.checkpoint(4, score=0.9), run.checkpoint(8, score=0.5)
-    finished(run)
+    run.attempt(FINISH)
     client = connect(sqlite_store)
     for checkpoint, alias, number in (
         (best, "best", "1"),
@@ -53,37 +51,42 @@ def test_what_cannot_be_registered_is_told_in_a_line(fake_run: Callable, sqlite_
         return line
 
     assert "no journal of a run that began" in refused("x", sqlite_store)
-    finished(run)
-    assert "register: MLflow refuses the name 'a/b': Invalid model name" in refused(
-        "a/b", sqlite_store
-    )
+    run.attempt(FINISH)
+    invalid = refused("a/b", sqlite_store)
+    assert "cannot be filled (MlflowException: Invalid model name 'a/b'" in invalid
     assert "cannot be filled" in refused("x", f"http://127.0.0.1:{free_port()}")
 
 
-def test_a_report_is_an_artifact_of_the_parent(
+def test_a_report_is_an_artifact_of_the_parent_of_each_run(
     fake_run: Callable, sqlite_store: str, tmp_path: Path
 ):
     family, about = uuid.uuid4().hex, {"study_parent": uuid.uuid4().hex, "suite": "a-suite"}
-    runs = [fake_run(name, family=family) for name in ("one", "two")]
-    page, folders = tmp_path / "anything.html", [run.folder for run in runs]
+    one, two, other, alone = (
+        fake_run(name, family=family) for name in ("one", "two", "other", "alone")
+    )
+    page, folders = tmp_path / "anything.html", [run.folder for run in (one, two, other, alone)]
 
     def log(text: str, uri: str = sqlite_store, name: str = "report.html") -> list[str]:
         page.write_text(text)
         return log_report(page, folders, name=name, data=DATA, uri=uri)
 
-    assert log("<html>é</html>") == []  # none of them began
-    finished(runs[1], **about)
+    alone.attempt(FINISH)
+    assert log("<html>é</html>") == []  # no run of a suite began
+    two.attempt(FINISH, **about)
     [parent] = log("<html>é</html>")  # before anything else was delivered
-    sync(runs[1].folder, uri=sqlite_store)
-    assert find(sqlite_store, runs[1]).data.tags["mlflow.parentRunId"] == parent
     assert log("<html>newer</html>") == [parent]
-    assert log("another", name="report-study-x.html") == [parent]
+    other.attempt(FINISH, study_parent=uuid.uuid4().hex, suite="a-suite")
+    first, second = log("another", name="report-study-x.html")
+    assert first == parent != second
     client = connect(sqlite_store)
     kept = {"report.html": "<html>newer</html>", "report.json": DATA}
-    sent = {file.path for file in client.list_artifacts(parent)}
-    assert sent == {*kept, "report-study-x.html"}
+    sent = [{file.path for file in client.list_artifacts(each)} for each in (parent, second)]
+    assert sent == [{*kept, "report-study-x.html"}, {"report-study-x.html"}]
     for name, text in kept.items():
         assert (artifacts(client.get_run(parent)) / name).read_text() == text
+    for run, above in ((two, parent), (other, second)):
+        sync(run.folder, uri=sqlite_store)
+        assert find(sqlite_store, run).data.tags["mlflow.parentRunId"] == above
     with pytest.raises(TrackingError, match="cannot be filled"):
         log("", uri=f"http://127.0.0.1:{free_port()}")
 
@@ -98,7 +101,7 @@ def test_a_parent_that_was_deleted_comes_back_with_its_runs(
     page.write_text("<html></html>")
     write_suite(tmp_path / "runs" / about["suite"], *folders)
     for run in runs:
-        finished(run, **about)
+        run.attempt(FINISH, **about)
         sync(run.folder, uri=sqlite_store)
 
     def report() -> str:
@@ -122,22 +125,3 @@ def test_a_parent_that_was_deleted_comes_back_with_its_runs(
     reports = Live(store).reports(store.runs(runs[0].study))
     assert [read.key for read in reports] == [again[:8]]
     assert store.text(again, "report.json") == DATA
-
-
-def test_a_report_is_an_artifact_of_each_suite_that_its_runs_are_of(
-    fake_run: Callable, sqlite_store: str, tmp_path: Path
-):
-    page, runs = tmp_path / "anything.html", [fake_run(name) for name in ("one", "two", "alone")]
-    page.write_text("<html></html>")
-    for run in runs[:2]:
-        finished(run, study_parent=uuid.uuid4().hex, suite="a-suite")
-    finished(runs[2])
-    about = {"name": "report-study-x.html", "data": DATA, "uri": sqlite_store}
-    parents = log_report(page, [run.folder for run in runs], **about)
-    assert len(set(parents)) == 2
-    client = connect(sqlite_store)
-    for run, parent in zip(runs, parents, strict=False):
-        assert [file.path for file in client.list_artifacts(parent)] == ["report-study-x.html"]
-        sync(run.folder, uri=sqlite_store)
-        assert find(sqlite_store, run).data.tags["mlflow.parentRunId"] == parent
-    assert log_report(page, [runs[2].folder], **about) == []

@@ -1,11 +1,21 @@
+"""The state of a run, what a suite has left to do, and which trial a choice takes."""
+
 import fcntl
+import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from pipeline.track.state import is_driven, state_of
+from pipeline.launch.cluster import Cluster
+from pipeline.launch.suite_runs import SuiteRuns
+from pipeline.recipe.suite import Choice, Suite, SuiteFile, sources, sources_in
+from pipeline.track.state import best, is_driven, over_in, state_of, top1_of
+from tests.helpers.events import RawJournal
+from tests.helpers.small import small_recipe
 
 
 @pytest.mark.parametrize(
@@ -20,8 +30,9 @@ from pipeline.track.state import is_driven, state_of
     ],
 )
 def test_state_without_a_driver(fake_run: Callable, events: list[str], state: str):
-    run = fake_run()
-    assert state_of(run.folder) == "new"
+    run, summary_alone = fake_run(), fake_run("without_journal").folder
+    (summary_alone / "summary.json").write_text("{}")
+    assert (state_of(run.folder), state_of(summary_alone)) == ("new", "finished")
     with run.start() as journal:
         for kind in events:
             journal.event(kind)
@@ -29,15 +40,9 @@ def test_state_without_a_driver(fake_run: Callable, events: list[str], state: st
     assert state_of(run.folder) == state
 
 
-def test_a_summary_without_a_journal_is_a_finished_run(fake_run: Callable):
-    run = fake_run()
-    (run.folder / "summary.json").write_text("{}")
-    assert state_of(run.folder) == "finished"
-
-
 def test_a_driver_that_lives_and_one_that_was_killed(fake_run: Callable):
     run = fake_run()
-    run.start().close()
+    run.attempt()
     lock = run.folder / "driver.lock"
     assert not is_driven(run.folder)
     code = (
@@ -58,8 +63,81 @@ def test_a_driver_that_lives_and_one_that_was_killed(fake_run: Callable):
 
 def test_a_finished_run_is_finished_while_its_driver_still_delivers(fake_run: Callable):
     run = fake_run()
-    with run.start() as journal:
-        journal.event("finish")
+    run.attempt(("finish", {}))
     with (run.folder / "driver.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert state_of(run.folder) == "finished"
+
+
+def run(folder: Path, *, end: str) -> Path:
+    folder.mkdir(parents=True)
+    with RawJournal(folder / "journal.jsonl", attempt=0) as journal:
+        journal.event("start")
+        journal.event(end)
+    (folder / "summary.json").write_text('{"top1": 0.75}') if end == "finish" else None
+    return folder
+
+
+def suite(folder: Path, **ends: str) -> SuiteRuns:
+    """A suite's runs at the value that all share, a trial and a tuned run, of which those in `ends`
+    have come to one.
+    """
+    names = ("shared", "trial", "tuned", "after")
+    recipes = [
+        small_recipe(name=name, init="@shared" if name == "after" else None) for name in names
+    ]
+    recipes[1:3] = [
+        replace(each, protocol=each.name, tuned=("optimizer.lr",)) for each in recipes[1:3]
+    ]
+    choices = {"tuned": Choice("optimizer.lr", ("trial",))}
+    made = SuiteFile(
+        suite=Suite(tuple(recipes), None, choices), runs=names, parent="0" * 32, cluster={}
+    )
+    (folder / "suite").mkdir(parents=True)
+    made.write(folder / "suite")
+    for name, end in ends.items():
+        run(folder / name, end=end)
+    return SuiteRuns(folder / "suite", made, Cluster(inline=True))
+
+
+@pytest.mark.parametrize("name", ["shared", "trial", "tuned"])
+def test_what_diverged_is_over_like_what_finished_unless_others_take_its_weights(
+    tmp_path: Path, name: str
+) -> None:
+    for end, over in (
+        ("finish", True),
+        ("diverged", name != "shared"),
+        ("failed", False),
+        ("stopped", False),
+    ):
+        folder = tmp_path / end
+        children = suite(folder, **{name: end})
+        assert over_in(folder / "suite") == ({name: folder / name} if over else {})
+        assert (name not in [recipe.name for recipe in children.left()]) is over
+    search = suite(tmp_path / "search", trial="diverged", shared="diverged")
+    assert [search.can_begin(each) for each in search.suite_file.suite.recipes[2:]] == [True, False]
+
+
+def test_whose_weights_are_taken_is_known_without_an_import(tmp_path: Path) -> None:
+    made = suite(tmp_path).suite_file.suite
+    assert sources(made) == sources_in(tmp_path / "suite") == {"shared"}
+
+
+def test_the_first_of_the_best_is_taken_and_what_diverged_is_last(tmp_path: Path) -> None:
+    assert top1_of(run(tmp_path / "a", end="finish")) == 0.75
+    assert top1_of(run(tmp_path / "b", end="diverged")) is None
+    assert best({"a": 0.5, "b": 0.75, "c": 0.75}) == "b"
+    assert best({"a": None, "b": 0.0}) == "b"
+    assert best({"a": None, "b": None}) == "a"
+
+
+def test_a_damaged_choice_is_named(tmp_path: Path) -> None:
+    suite(tmp_path)
+    file = tmp_path / "suite" / "suite.json"
+    told = json.loads(file.read_text())
+    told["children"][2]["choice"] = ["trial"]
+    file.write_text(json.dumps(told))
+    with pytest.raises(
+        ValueError, match=r"suite\.json: a choice: must be an object; got \['trial'\]"
+    ):
+        SuiteFile.read(tmp_path / "suite")

@@ -27,7 +27,7 @@ def test_samples_go_on_after_a_resume_and_arrive_once_with_their_own_time(
         first = len(read(run.folder / "system.jsonl"))
         sync(run.folder, uri=sqlite_store)
         sampled(run.folder, first + 2)
-        journal.event("finish", steps=1)
+        journal.event("finish", step=1)
     sync(run.folder, uri=sqlite_store)
     samples = read(run.folder / "system.jsonl")
     assert [sample["step"] for sample in samples] == list(range(len(samples)))
@@ -60,7 +60,7 @@ def test_the_mirror_samples(fake_run: Callable, sqlite_store: str, monkeypatch: 
     with run.start() as journal:
         mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05)
         settled(lambda: len(history(sqlite_store, run, CPU)) >= 2)
-        journal.event("finish", steps=1)
+        journal.event("finish", step=1)
     assert mirror.close(20)
     assert len(history(sqlite_store, run, CPU)) == len(read(run.folder / "system.jsonl"))
 

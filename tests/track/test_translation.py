@@ -1,8 +1,8 @@
+import math
 from typing import Any
 
 import pytest
 
-from pipeline.track.connect import milliseconds
 from pipeline.track.mlflow import Translation
 
 
@@ -25,7 +25,7 @@ def test_the_first_value_of_a_step_counts_and_what_is_held_is_left_out():
         step(0, loss=3.0),
         step(1, loss=2.0),
         step(1, loss=9.0),
-        step(2, loss="nan", ok=True, name="x"),
+        step(2, loss=math.nan, ok=True, name="x"),
     ]
     points = sent(translation, *events)
     assert [point[:2] for point in points] == [("train/loss", 1), ("train/loss", 2)]
@@ -74,17 +74,14 @@ def test_the_end_of_a_run_sends_what_waits(end: str):
 
 
 def test_a_finish_is_a_summary_at_the_newest_step():
-    finish = {
-        "event": "finish",
-        "steps": 7,
-        "epochs": 2,
-        "time": 2.0,
-        "top 1!": 0.5,
-        "rule": "SLTT",
-        "operations": {"forward": {"additions": 2.0, "who": "x"}},
-    }
-    expected = [("summary/top 1_", 7, 0.5), ("summary/operations/forward/additions", 7, 2.0)]
-    assert sent(Translation(), step(6, loss=1.0), finish)[1:] == expected
+    operations = {"forward": {"additions": 2.0, "who": "x"}}
+    summary = {"epochs": 2, "top 1!": 0.5, "rule": "SLTT", "operations": operations}
+    finish = {"event": "finish", "step": 7, "time": 2.0, "summary": summary}
+    assert sent(Translation(), step(6, loss=1.0), finish)[1:] == [
+        ("summary/step", 7, 7),
+        ("summary/top 1_", 7, 0.5),
+        ("summary/operations/forward/additions", 7, 2.0),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -115,5 +112,17 @@ def test_tags_count_what_was_lost():
     )
 
 
-def test_a_time_that_is_none_is_zero():
-    assert [milliseconds({"time": time}) for time in (1.5, float("nan"), "soon")] == [1500, 0, 0]
+def test_how_an_attempt_ended_is_not_said_of_a_run_that_went_on():
+    translation, start = Translation(), {"event": "start"}
+    failed = {"spiketrain.error": "out of memory", "spiketrain.diverged": "false"}
+    assert translation.tags({"event": "failed", "error": "out of memory"}) == failed
+    assert translation.tags(start) == dict.fromkeys(failed, "")
+    stopped = {"spiketrain.stopped": "SIGTERM"}
+    assert translation.tags({"event": "stopped", "reason": "SIGTERM"}) == stopped
+    assert translation.tags(start) == dict.fromkeys({**failed, **stopped}, "")
+
+
+@pytest.mark.parametrize("protocol", [{"protocol": "tuned", "tuned": '["optimizer.lr"]'}, {}])
+def test_the_protocol_of_a_search_is_a_tag(protocol: dict[str, str]):
+    tags = Translation().tags({"event": "start", "params": {**protocol, "epochs": "2"}})
+    assert tags == {f"spiketrain.{name}": value for name, value in protocol.items()}

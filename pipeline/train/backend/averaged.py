@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, distributed
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from pipeline.train.backend.base import Backend, cloned, copied
+from pipeline.train.backend.base import Backend, cloned, copied, replaced
 from pipeline.train.backend.collectives import world
 
 WHOLE = "average.pt"
@@ -56,15 +56,8 @@ class Averaged:
 
     @contextmanager
     def published(self) -> Iterator[None]:
-        values = self._values()
-        own = {name: value.clone() for name, value in values.items()}
-        for name, value in values.items():
-            value.copy_(self.average[name])
-        try:
+        with replaced(self._values(), self.average):
             yield
-        finally:
-            for name, value in values.items():
-                value.copy_(own[name])
 
     def replicated(self) -> list[Tensor]:
         return [
@@ -89,10 +82,10 @@ class Averaged:
     def load(self, folder: Path) -> None:
         self.backend.load(folder)
         rank, ranks = world()
-        own = (
-            (f"average_rank{rank}.pt",) if len([*folder.glob("average_rank*.pt")]) == ranks else ()
-        )
-        for file in (WHOLE, *own):
+        files = [WHOLE]
+        if len([*folder.glob("average_rank*.pt")]) == ranks:
+            files.append(f"average_rank{rank}.pt")
+        for file in files:
             state = torch.load(folder / file, map_location="cpu", weights_only=True)
             for name, value in state.items():
                 self.average[name].copy_(value)

@@ -8,8 +8,8 @@ the CPU for a checkpoint or on its device for a batch that may be undone.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -130,6 +130,23 @@ def cloned(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
             [clones[name] for name in names], [values[name].detach() for name in names]
         )
     return clones
+
+
+@contextmanager
+def replaced(
+    tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Inside, each tensor holds the value of its name. Yields copies of the tensors' own values,
+    which the tensors hold again afterwards.
+    """
+    own = {name: tensor.clone() for name, tensor in tensors.items()}
+    try:
+        for name, tensor in tensors.items():
+            tensor.copy_(values[name])
+        yield own
+    finally:
+        for name, tensor in tensors.items():
+            tensor.copy_(own[name])
 
 
 def alike(values: Mapping[T_, Tensor]) -> Iterable[list[T_]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.core.errors import as_user_error
+from pipeline.train.backend.base import replaced
 
 T_ = TypeVar("T_")
 
@@ -88,11 +89,7 @@ class Ranks:
 
     def decide(self, *flags: bool) -> list[bool]:
         """Rank 0's flags, on every rank."""
-        if self.size == 1:
-            return list(flags)
-        decision = torch.tensor(flags, dtype=torch.uint8)
-        distributed.broadcast(decision, src=0, group=self.control)
-        return [bool(flag) for flag in decision]
+        return self.broadcast_object(lambda: list(flags))
 
     def broadcast_object(self, act: Callable[[], T_]) -> T_:
         """The result of `act` on rank 0, on every rank; a ValueError is raised on every rank."""
@@ -108,11 +105,6 @@ class Ranks:
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
-
-    def gather(self, value: T_) -> list[T_]:
-        """Every rank's value, in the order of ranks, on rank 0; [] on the others."""
-        values = self.all_gather_object(value)
-        return values if self.rank == 0 else []
 
     def all_gather_object(self, value: T_) -> list[T_]:
         """Every rank's value, in the order of ranks, on every rank."""
@@ -146,15 +138,9 @@ class Ranks:
             for name, buffer in network.named_buffers()
             if buffer.is_floating_point() and self.size > 1
         }
-        own = {name: buffer.clone() for name, buffer in floating.items()}
-        for buffer in floating.values():
-            distributed.all_reduce(buffer)
-            buffer /= self.size
-        try:
+        means = {name: self.mean(buffer) for name, buffer in floating.items()}
+        with replaced(floating, means) as own:
             yield own
-        finally:
-            for name, buffer in floating.items():
-                buffer.copy_(own[name])
 
     def _reduce(self, value: Tensor, how: Any) -> Tensor:
         if self.size > 1:

@@ -1,20 +1,19 @@
 """DeepSpeed's ZeRO-0/1/2 under rules that call backward several times per optimizer step.
 
-Checked on deepspeed 0.19.8. In its default configuration ZeRO-1 and ZeRO-2 keep only the *last*
-backward call's gradient, without an error. `managed_gradient_accumulation: false` makes
-`engine.step()` the only boundary, and every call counts. `tests/train/backend/test_deepspeed.py`
-pins both facts.
+Checked on deepspeed 0.19.8, the oldest version that pyproject.toml admits. In its default
+configuration ZeRO-1 and ZeRO-2 keep only the *last* backward call's gradient, without an error.
+`managed_gradient_accumulation: false` makes `engine.step()` the only boundary, and every call
+counts. `tests/train/backend/test_deepspeed.py` pins both facts.
 """
 
 import logging
 import os
 import sys
 import tempfile
-import threading
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -24,7 +23,6 @@ from pipeline.core.checks import require
 from pipeline.core.tensor_file import load_data
 from pipeline.train.backend.base import Backend, OptimizerOf, copied, forgetter
 
-CHECKED = "0.19.8"
 CHECKPOINT_TAG = "state"
 LARGEST_BUCKET = 500_000_000  # numbers
 
@@ -178,28 +176,12 @@ class DeepSpeed(Backend):
             raise FileNotFoundError(f"deepspeed: no checkpoint {CHECKPOINT_TAG!r} in {folder}")
 
 
-class _StderrOfThisThread:
-    """Replaces `sys.stdout`: this thread prints to stderr, the others to stdout. Meanwhile the main
-    thread shows the run.
-    """
-
-    def __init__(self) -> None:
-        self._stdout, self._thread = sys.stdout, threading.get_ident()
-
-    def __getattr__(self, name: str) -> Any:
-        is_other = threading.get_ident() != self._thread
-        return getattr(self._stdout if is_other else sys.stderr, name)
-
-
 def import_deepspeed() -> Any:
     """Import DeepSpeed quietly, without an extension that training does not use, and without
     MLflow.
 
     Its autotuner, which training does not use, imports MLflow if it is installed. That takes eight
     times as long as the rest of DeepSpeed, in every worker and at every start.
-
-    Raises:
-        RuntimeError: this DeepSpeed would drop gradients without an error.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -209,23 +191,16 @@ def import_deepspeed() -> Any:
         sys.modules["mlflow"] = None  # type: ignore[assignment]  # makes its import fail
     try:
         # Stdout may be JSON for a program; without nvcc 0.19.8 prints 7 lines if there is a GPU.
-        with redirect_stdout(cast(TextIO, _StderrOfThisThread())):
+        with redirect_stdout(sys.stderr):
             import deepspeed
     finally:
         if hides_mlflow:
             del sys.modules["mlflow"]
-    from deepspeed.runtime import constants
-
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
     for handler in logger.handlers:
         if type(handler) is logging.StreamHandler:  # its own, which writes to stdout
             handler.setStream(sys.stderr)
-    if not hasattr(constants, "MANAGED_GRADIENT_ACCUMULATION"):
-        raise RuntimeError(
-            f"deepspeed: needs managed_gradient_accumulation (deepspeed >= {CHECKED}); got"
-            f" {deepspeed.__version__}, whose ZeRO-1/2 keep only the last of several backward calls"
-        )
     # Only an all-reduce for inference needs this extension. Its build inside init_distributed takes
     # a minute and a compiler.
     from deepspeed.ops import __compatible_ops__ as extensions

@@ -30,10 +30,6 @@ WAIT_S = 1.0  # between two signs of life of a rank that waits for a thread
 LONGEST_S = 1800.0
 
 
-class Abandoned(RuntimeError):
-    """A part of the checkpoint is missing, and no rank waits for it any more."""
-
-
 @dataclass(frozen=True)
 class Saved:
     """A complete checkpoint."""
@@ -150,14 +146,16 @@ class Background:
         note, until = self._note("json", rank), time.monotonic() + patience
         while not note.exists():
             if self._note("failed", rank).exists():
-                raise Abandoned(f"checkpoint {self.name}: worker {rank} could not write its part")
+                raise RuntimeError(
+                    f"checkpoint {self.name}: worker {rank} could not write its part"
+                )
             if not self.temp.is_dir():
-                raise Abandoned(
+                raise RuntimeError(
                     f"checkpoint {self.name}: {self.temp} is gone, as if another driver had taken"
                     " the place over"
                 )
             if self._nobody_waits.is_set() and time.monotonic() > until:
-                raise Abandoned(f"checkpoint {self.name}: the part of worker {rank} is missing")
+                raise RuntimeError(f"checkpoint {self.name}: the part of worker {rank} is missing")
             time.sleep(POLL_S)
         facts = json.loads(note.read_text())
         note.unlink()

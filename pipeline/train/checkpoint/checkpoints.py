@@ -61,7 +61,6 @@ class Checkpoints:
         self.rank, self.ranks, self.each = rank, ranks, each
         self.on_quarantine, self.on_unwritten, self.beat = on_quarantine, on_unwritten, beat
         self._writing: Background | None = None
-        self._asides: dict[str, str] = {}  # reported, not yet moved: storage failed
         self._failures, self._is_retry = 0, False
         # Step of the newest checkpoint that is complete on every rank; 0: the run's beginning.
         self.newest_step = 0
@@ -208,15 +207,12 @@ class Checkpoints:
         """Report a checkpoint with its new address and the reason, then move it there.
 
         The report comes first. Otherwise the journal might never explain why a checkpoint that it
-        names is missing.
+        names is missing. If storage fails in between, the next try reports it once more.
         """
-        if name not in self._asides:
-            folder = PurePosixPath(self.place.address(name)).name
-            aside = f"quarantine/{folder}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
-            self.on_quarantine(self.place.address(aside), reason)
-            self._asides[name] = aside
-        self.place.set_aside(name, self._asides[name])
-        del self._asides[name]
+        folder = PurePosixPath(self.place.address(name)).name
+        aside = f"quarantine/{folder}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
+        self.on_quarantine(self.place.address(aside), reason)
+        self.place.set_aside(name, aside)
 
     def load(self, path: Path, backend: Backend, rule: nn.Module) -> dict[str, Any]:
         """Load a verified checkpoint into this rank; collective. Returns its trainer.json.

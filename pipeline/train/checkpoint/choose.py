@@ -27,8 +27,7 @@ def verified(place: Place, which: str = "last") -> Path:
     """
     names = place.names()
     if which == "best":
-        scores = {name: score for name in names if (score := _score(place, name)) is not None}
-        names = sorted(scores, key=lambda name: (scores[name], name))
+        names = _by_score(place, names)
     for name in reversed(names):
         path = place.fetch(name)
         if damage(path) is None:
@@ -47,27 +46,17 @@ def prune(place: Place, saved: str, *, keep: int) -> None:
     Checkpoints newer than `saved` belong to another attempt: they stay and do not count.
 
     Raises:
-        OSError: the score of a checkpoint cannot be read now. The checkpoint stays, because it may
-            be the best.
+        OSError: the score of a checkpoint cannot be read now. No old checkpoint is deleted, because
+            any of them may be the best.
     """
     place.delete(saved, but=place.current(saved))
     names = [name for name in place.names() if name <= saved]
     if len(names) <= keep:
         return
-    scores: dict[str, float] = {}
-    unread: dict[str, OSError] = {}
-    for name in names:
-        try:
-            if (score := _score(place, name)) is not None:
-                scores[name] = score
-        except OSError as error:
-            unread[name] = error
-    best = max(scores, key=lambda name: (scores[name], name), default=None)
+    best = _by_score(place, names)[-1:]
     for name in names[:-keep]:
-        if name != best and name not in unread and not _is_pinned(place, name):
+        if name not in best and not _is_pinned(place, name):
             place.delete(name)
-    for error in unread.values():
-        raise error
 
 
 def lost_step(events: Iterable[Event], *, keep: int) -> int | None:
@@ -97,13 +86,12 @@ def _is_pinned(place: Place, name: str) -> bool:
     return True
 
 
-def _score(place: Place, name: str) -> float | None:
-    """The score of a checkpoint; None if it has none or is damaged.
+def _by_score(place: Place, names: Iterable[str]) -> list[str]:
+    """The checkpoints that have a score and are not damaged, the best last.
 
     Raises:
-        OSError: it cannot be read now, and may be intact.
+        OSError: one cannot be read now, and may be intact.
     """
-    try:
-        return trainer_of(place, name)["score"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
+    scores = {name: trainer_of(place, name).get("score") for name in names}
+    scored = [name for name in names if scores[name] is not None]
+    return sorted(scored, key=lambda name: (scores[name], name))

@@ -15,6 +15,10 @@ Facts = dict[str, dict[str, Any]]
 """of files, by their names inside the checkpoint: {"bytes": ..., "sha256": ...}"""
 
 
+class DamagedManifest(ValueError):
+    """A manifest that does not list a checkpoint's files."""
+
+
 def facts_of(folder: Path, names: Iterable[str]) -> Facts:
     return {name: _fact_of(folder / name) for name in names}
 
@@ -52,16 +56,16 @@ def read_manifest(content: bytes) -> Facts:
     """The facts in a manifest.
 
     Raises:
-        ValueError: it is damaged, or names a file outside of the checkpoint.
+        DamagedManifest: it is damaged, or names a file outside of the checkpoint.
     """
     try:
         manifest = json.loads(content)
         facts, digest = manifest["files"], manifest["sha256"]
         names = [PurePosixPath(name) for name in facts]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{MANIFEST} is damaged") from None
+        raise DamagedManifest(f"{MANIFEST} is damaged") from None
     if digest != _digest(facts) or any(name.is_absolute() or ".." in name.parts for name in names):
-        raise ValueError(f"{MANIFEST} is damaged")
+        raise DamagedManifest(f"{MANIFEST} is damaged")
     return facts
 
 

@@ -19,8 +19,6 @@ ends. If a process was killed, the kernel has released the lock beside the folde
 `Place.sweep` deletes both.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import errno
@@ -41,13 +39,12 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import MARKER, Unreadable, retry_read, sync_folder, write_whole
 from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.spec import arguments_of
-from pipeline.train.checkpoint.manifest import MANIFEST, read_manifest
+from pipeline.train.checkpoint.manifest import MANIFEST, DamagedManifest, read_manifest
 
 TRAINER, OWNER = "trainer.json", "owner.json"
 WRITING = ".writing-"  # prefix of the folder in which an attempt writes a checkpoint
 _DELETING, _LOCK = ".deleting-", ".lock"
 _FOLDER = re.compile(r"(step_\d+)(?:\.(\d+))?(-.+)?")  # name, number of earlier saves, attempt
-_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")  # botocore's
 _locks: dict[Path, IO[str]] = {}  # the locked file beside this process's folder, by staging folder
 
 
@@ -134,14 +131,12 @@ class Place:
             return self.folder / current
         fetched = own_folder(self.staging) / name
         fetched.mkdir()
-        with contextlib.suppress(FileNotFoundError):  # `damage` reports a missing file
-            self._get(f"{current}/{MANIFEST}", fetched / MANIFEST)
-            try:
-                files = read_manifest((fetched / MANIFEST).read_bytes())
-            except ValueError:
-                return fetched  # `damage` reports that, too
-            for file in files:
-                self._get(f"{current}/{file}", fetched / file)
+        with contextlib.suppress(FileNotFoundError, DamagedManifest):  # `damage` reports both
+            manifest = self.fs.cat_file(f"{self.root}/{current}/{MANIFEST}")
+            (fetched / MANIFEST).write_bytes(manifest)
+            for file in read_manifest(manifest):
+                (fetched / file).parent.mkdir(parents=True, exist_ok=True)
+                self.fs.get_file(f"{self.root}/{current}/{file}", str(fetched / file))
         return fetched
 
     def read(self, file: str) -> bytes:
@@ -263,10 +258,6 @@ class Place:
         if there != here:
             raise OSError(errno.EIO, f"{there} of {here} bytes arrived", path)
 
-    def _get(self, path: str, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self.fs.get_file(f"{self.root}/{path}", str(file))
-
 
 def place_at(address: str, run: Path, *, token: str = "") -> Place:
     """The place of a run's checkpoints at a path or address; "" stands for RUN/checkpoints."""
@@ -318,20 +309,15 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def trainer_of(place: Place, name: str) -> dict[str, Any]:
-    """The content of a checkpoint's trainer.json, unverified.
+    """The content of a checkpoint's trainer.json, unverified; {} if it is missing or damaged.
 
     Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it is damaged.
         OSError: it cannot be read now, and may be intact.
     """
     try:
-        value = json.loads(place.read(f"{name}/{TRAINER}"))
-    except Unreadable as error:
-        raise ValueError(f"{name}/{TRAINER} cannot be read: {error.strerror}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{name}/{TRAINER} must hold an object; got {value!r}")
-    return value
+        return json.loads(place.read(f"{name}/{TRAINER}"))
+    except (FileNotFoundError, Unreadable, ValueError):
+        return {}
 
 
 @dataclass(frozen=True)
@@ -362,8 +348,7 @@ def owner_of(place: Place) -> Owner | None:
         content = place.read(OWNER)
     except FileNotFoundError:
         for name in reversed(place.names()):
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                trainer = trainer_of(place, name)
+            if trainer := trainer_of(place, name):
                 return Owner(
                     *(str(trainer.get(key, "unknown")) for key in ("run_id", "study", "run"))
                 )
@@ -419,14 +404,10 @@ class WithOSErrors:
         def called(*given: Any, **more: Any) -> Any:
             try:
                 return method(*given, **more)
-            except PermissionError as error:
-                if "RequestTimeTooSkewed" in repr(error.__cause__):  # a clock may be set right
-                    raise OSError(errno.EIO, str(error)) from error
-                raise
             except (OSError, ValueError):
                 raise
             except Exception as error:
-                if type(error).__name__ in _NO_CREDENTIALS:
+                if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
                     raise PermissionError(
                         "checkpoints: the environment must hold credentials (AWS_ACCESS_KEY_ID,"
                         f" ...): {error}"

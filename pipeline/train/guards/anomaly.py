@@ -72,7 +72,7 @@ class AnomalyGuard(Guard):
         state = state or {"in_a_row": 0, "losses": ()}
         self._in_a_row = int(state["in_a_row"])
         self._good: deque[float] = deque(map(float, state["losses"]), maxlen=WINDOW)
-        self._before: _Before | None = None
+        self._undo: Callable[[], None] | None = None
         self._losses: list[Tensor] = []
         self._loss = math.nan
 
@@ -93,19 +93,31 @@ class AnomalyGuard(Guard):
             yield
         except SkipBatch as bad:
             self._in_a_row += 1
-            if self._before is None or self._in_a_row > self.max_skips:
+            if self._undo is None or self._in_a_row > self.max_skips:
                 raise Rollback(step, str(bad)) from bad
-            self._before.put_back()
+            self._undo()
             self.on_skip(step, str(bad))
         else:
             self._in_a_row = 0
             self._good.append(self._loss)
         finally:
-            self._before = None
+            self._undo = None
 
     def keep(self) -> None:
-        if self.can_undo:
-            self._before = _Before(self.backend, self.rule)
+        if not self.can_undo:
+            return
+        buffers = cloned(dict(self.backend.network.named_buffers()))
+        rule_state, rng = cloned(self.rule.state_dict()), rng_state()
+
+        def undo() -> None:
+            for name, buffer in self.backend.network.named_buffers():
+                buffer.copy_(buffers[name])
+            if rule_state:
+                self.rule.load_state_dict(rule_state)
+            set_rng_state(rng)
+            self.backend.discard()
+
+        self._undo = undo
 
     def add(self, loss: Tensor, share: float) -> None:
         self._losses.append(loss.detach() * share)
@@ -138,21 +150,3 @@ class AnomalyGuard(Guard):
                 f"its loss of {self._loss:.4g} is more than {self.spike:g} times the usual"
                 f" {usual:.4g}"
             )
-
-
-class _Before:
-    """A copy of the state that a batch changes beside the weights."""
-
-    def __init__(self, backend: Backend, rule: Rule) -> None:
-        self.backend, self.rule = backend, rule
-        self.buffers = cloned(dict(backend.network.named_buffers()))
-        self.rule_state = cloned(rule.state_dict())
-        self.rng = rng_state()
-
-    def put_back(self) -> None:
-        for name, buffer in self.backend.network.named_buffers():
-            buffer.copy_(self.buffers[name])
-        if self.rule_state:
-            self.rule.load_state_dict(self.rule_state)
-        set_rng_state(self.rng)
-        self.backend.discard()

@@ -6,8 +6,6 @@ actor answers. The timer is the interpreter's own (faulthandler). It runs even i
 can run.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import math
 import re
@@ -15,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 from pipeline.core.run_folder import RunFolder
 from pipeline.track.events import Event, Hung
@@ -48,7 +46,7 @@ class Watchdog:
         self._file: IO[str] | None = None
         self._set_in = 0  # the part of the patience, counted from 1970, in which the timer was set
 
-    def __enter__(self) -> Watchdog:
+    def __enter__(self) -> Self:
         if self._patience_s > 0:
             self._path.parent.mkdir(exist_ok=True)
             self._file = self._path.open("w")

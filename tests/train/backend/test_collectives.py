@@ -58,7 +58,7 @@ def _talk(rank: int, size: int) -> dict[str, Any]:
         "max": ranks.max(torch.tensor([rank, 5 - rank])).tolist(),
         "decide": ranks.decide(rank == 0, rank == 1),
         "agree": ranks.broadcast_object(lambda: f"rank {rank}"),
-        "gather": ranks.gather([rank] * rank),
+        "all": ranks.all_gather_object([rank] * rank),
         "averaged": inside,
         "own": [
             own["running_mean"].tolist() == [float(rank)] * 2,
@@ -75,16 +75,14 @@ def test_both_ranks_hear_the_same(tmp_path: Path) -> None:
         "max": [1, 5],
         "decide": [True, False],
         "agree": "rank 0",
+        "all": [[], [1]],
         "refused": "UserError: seen",
         "averaged": [0.5, 0.5],
         "own": [True, True],
         "together": "Diverged: cannot (worker 1)",
         "counted": 0,
     }
-    assert run_ranks(_talk, 2, tmp_path) == [
-        {**expected, "gather": [[], [1]]},
-        {**expected, "gather": []},
-    ]
+    assert run_ranks(_talk, 2, tmp_path) == [expected] * 2
 
 
 def _network() -> nn.Module:
@@ -108,7 +106,7 @@ def _evaluate(rank: int, size: int) -> tuple[Evaluation, list[Answers], tuple[La
         _network(), _batches(share, 4), CrossEntropy(), ranks=ranks, counts_operations=True
     )
     assert (inference is None) == (not share)
-    return result, ranks.gather(answers), activity
+    return result, ranks.all_gather_object(answers), activity
 
 
 def test_evaluation_is_exact_over_unequal_ranks(tmp_path: Path) -> None:
@@ -127,13 +125,11 @@ def test_evaluation_is_exact_over_unequal_ranks(tmp_path: Path) -> None:
     assert np.array_equal(_written(tmp_path, answers), expected)
     threes = run_ranks(_evaluate, 3, tmp_path)
     assert [each.name for each in activity] == ["1"] and 0 < activity[0].rate == one.firing_rate
-    for three, _, its_activity in threes:
+    for three, shares, its_activity in threes:
         assert its_activity == activity
         assert three == replace(one, loss=pytest.approx(one.loss, abs=1e-6))
-    assert [len(each.index) for each in threes[0][1]] == [7, 0, 18] and threes[1][1] == threes[2][
-        1
-    ] == []
-    assert np.array_equal(_written(tmp_path, threes[0][1]), _written(tmp_path, answers))
+        assert [len(each.index) for each in shares] == [7, 0, 18]
+        assert np.array_equal(_written(tmp_path, shares), _written(tmp_path, answers))
 
 
 def _written(folder: Path, shares: list[Answers]) -> np.ndarray:

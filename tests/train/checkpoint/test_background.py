@@ -7,9 +7,11 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,33 +26,42 @@ from tests.helpers.processes import refusal, run_ranks
 from tests.helpers.waiting import until
 
 
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """No file is written before it is set."""
-    opened, write = threading.Event(), background._write
-
-    def waiting(file: Path, value: Any) -> None:
-        assert opened.wait(20)
-        write(file, value)
-
-    monkeypatch.setattr(background, "_write", waiting)
-    yield opened
-    opened.set()
-
-
-def failing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Weights cannot be written; as torch has it, its own error comes on top."""
+@contextmanager
+def writing(act: Callable[[Path], object]) -> Iterator[None]:
+    """Inside, each file is written after `act`, which may wait or fail."""
     write = background._write
 
-    def fails(file: Path, value: Any) -> None:
-        if file.suffix != ".safetensors":
-            return write(file, value)
-        try:
-            raise OSError(number, os.strerror(number), str(file))
-        finally:
-            raise RuntimeError("unexpected pos 640 vs 598")
+    def acts_first(file: Path, value: Any) -> None:
+        act(file)
+        write(file, value)
 
-    monkeypatch.setattr(background, "_write", fails)
+    background._write = acts_first
+    try:
+        yield
+    finally:
+        background._write = write
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """No file is written before it is set."""
+    opened = threading.Event()
+    with writing(lambda file: until(opened.is_set, within=20, pause=0.01)):
+        yield opened
+        opened.set()
+
+
+def failing(number: int) -> AbstractContextManager[None]:
+    """Weights cannot be written; as torch has it, its own error comes on top."""
+
+    def fails(file: Path) -> None:
+        if file.suffix == ".safetensors":
+            try:
+                raise OSError(number, os.strerror(number), str(file))
+            finally:
+                raise RuntimeError("unexpected pos 640 vs 598")
+
+    return writing(fails)
 
 
 def test_training_goes_on_meanwhile_and_what_was_there_is_what_is_saved(
@@ -121,8 +132,7 @@ def test_what_cannot_be_written_ends_training_and_the_one_before_stays(
 ) -> None:
     checkpoints = Checkpoints(Place(tmp_path), attempt="a")
     save(checkpoints, 1, backend(), Counting(), TRAINER)
-    with monkeypatch.context() as patch:
-        failing(patch, number)
+    with failing(number):
         for step in range(2, last + 1):
             checkpoints.save(step, backend(), Counting(), TRAINER)
             assert has_failed(checkpoints)
@@ -141,8 +151,7 @@ def test_storage_that_failed_once_is_told_of_and_the_next_one_is_written(
         Place(tmp_path), attempt="a", on_unwritten=lambda *about: told.append(about)
     )
     for number in (2, 4):  # never two in a row
-        with monkeypatch.context() as patch:
-            failing(patch, errno.EIO)
+        with failing(errno.EIO):
             checkpoints.save(number, backend(), Counting(), TRAINER)
             assert has_failed(checkpoints) and checkpoints.done() is None
         assert checkpoints.save(number + 1, backend(), Counting(), TRAINER) is None
@@ -191,9 +200,9 @@ def test_an_error_that_ends_the_attempt_says_that_the_checkpoint_failed_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints, error = Checkpoints(Place(tmp_path), attempt="a"), KeyError("training fails")
-    failing(monkeypatch, errno.EIO)
-    checkpoints.save(1, backend(), Counting(), TRAINER)
-    assert checkpoints.close(error) is None
+    with failing(errno.EIO):
+        checkpoints.save(1, backend(), Counting(), TRAINER)
+        assert checkpoints.close(error) is None
     assert error.__notes__ == [
         "checkpoint step_00000001 was not written: RuntimeError: unexpected pos 640 vs 598"
     ]
@@ -212,39 +221,27 @@ def of_ranks(rank: int, size: int, folder: str, **more: Any) -> Checkpoints:
 
 
 def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
-    checkpoints, write, found = of_ranks(rank, size, folder), background._write, {}
-    held, made, staging = threading.Event(), backend(), Path(folder)
-
-    def each_in_turn(file: Path, value: Any) -> None:
-        assert held.wait(20)
-        write(file, value)
-
-    background._write = each_in_turn
+    checkpoints, found, held = of_ranks(rank, size, folder), {}, threading.Event()
+    made, staging = backend(), Path(folder)
     for writer in range(size):  # neither rank's part alone makes a checkpoint
         held.clear()
-        checkpoints.save(1 + writer, made, Counting(), {**TRAINER, "world_size": size})
-        if rank == writer:
+        with writing(lambda file: until(held.is_set, within=20, pause=0.01)):
+            checkpoints.save(1 + writer, made, Counting(), {**TRAINER, "world_size": size})
+            if rank == writer:
+                held.set()
+                thread: Any = checkpoints._writing
+                wait_for(thread.temp / (f".{rank}.json" if rank else "trainer.json"))
+            distributed.barrier()
+            found[f"half {writer}"] = (staging / f"step_0000000{1 + writer}").exists()
+            distributed.barrier()
             held.set()
-            writing: Any = checkpoints._writing
-            wait_for(writing.temp / (f".{rank}.json" if rank else "trainer.json"))
-        distributed.barrier()
-        found[f"half {writer}"] = (staging / f"step_0000000{1 + writer}").exists()
-        distributed.barrier()
-        held.set()
-        checkpoints.wait()
+            checkpoints.wait()
         found[f"whole {writer}"] = damage(staging / f"step_0000000{1 + writer}")
-
-    def fails(file: Path, value: Any) -> None:
-        if rank == slow_rank:
-            raise OSError(errno.ENOSPC, "No space left on device", "x")
-        write(file, value)
-
-    background._write = fails
-    for slow_rank in range(size):
-        checkpoints.save(5, made, Counting(), TRAINER)
-        found[f"full {slow_rank}"] = refusal(checkpoints.wait)
+    for full_rank in range(size):
+        with cannot_write(rank == full_rank, errno.ENOSPC, "No space left on device"):
+            checkpoints.save(5, made, Counting(), TRAINER)
+            found[f"full {full_rank}"] = refusal(checkpoints.wait)
     distributed.barrier()
-    background._write = write
     # A rank that is gone: the other ends at once, without a checkpoint.
     if rank == 0:
         alone = Checkpoints(checkpoints.place, attempt="b", rank=0, ranks=2)
@@ -256,21 +253,18 @@ def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
     return found
 
 
+def cannot_write(fails: bool, number: int, said: str) -> AbstractContextManager[None]:
+    return writing(Mock(side_effect=OSError(number, said, "x") if fails else None))
+
+
 def _one_cannot_write(rank: int, size: int, folder: str) -> dict[str, Any]:
-    write, told = background._write, []
-
-    def fails(file: Path, value: Any) -> None:
-        if rank == 1:
-            raise OSError(errno.EIO, "Input/output error", "x")
-        write(file, value)
-
+    told, about = [], {**TRAINER, "world_size": size}
     checkpoints = of_ranks(rank, size, folder, on_unwritten=lambda *about: told.append(about))
-    background._write = fails
-    checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
-    heard = has_failed(checkpoints)
-    distributed.barrier()
-    background._write = write
-    checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
+    with cannot_write(rank == 1, errno.EIO, "Input/output error"):
+        checkpoints.save(1, backend(), Counting(), about)
+        heard = has_failed(checkpoints)
+        distributed.barrier()
+    checkpoints.save(1, backend(), Counting(), about)
     checkpoints.wait()
     return {"heard": heard, "told": told, "whole": damage(Path(folder) / "step_00000001")}
 
@@ -286,17 +280,12 @@ def test_that_one_rank_cannot_write_is_known_at_once_and_all_write_again(tmp_pat
 
 
 def _one_is_slow(rank: int, size: int, folder: str) -> int:
-    write, beats = background._write, []
-
-    def slowly(file: Path, value: Any) -> None:
-        time.sleep(0.5 * rank)
-        write(file, value)
-
-    background._write, background.WAIT_S = slowly, 0.05
-    checkpoints = of_ranks(rank, size, folder, beat=lambda: beats.append(rank))
-    checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
-    checkpoints.wait()
-    return len(beats)
+    beat, background.WAIT_S = Mock(), 0.05
+    checkpoints = of_ranks(rank, size, folder, beat=beat)
+    with writing(lambda file: time.sleep(0.5 * rank)):
+        checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
+        checkpoints.wait()
+    return beat.call_count
 
 
 @pytest.mark.distributed
@@ -307,17 +296,16 @@ def test_ranks_show_signs_of_life_while_one_of_them_writes(tmp_path: Path) -> No
 def test_so_does_one_that_ends(
     tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    beats: list[int] = []
     monkeypatch.setattr(background, "WAIT_S", 0.02)
-    checkpoints = Checkpoints(Place(tmp_path), attempt="a", beat=lambda: beats.append(1))
+    checkpoints = Checkpoints(Place(tmp_path), attempt="a", beat=(beat := Mock()))
     checkpoints.save(1, backend(), Counting(), TRAINER)
     threading.Timer(0.3, gate.set).start()
-    assert checkpoints.close() is not None and len(beats) >= 3
+    assert checkpoints.close() is not None and beat.call_count >= 3
 
 
-@pytest.mark.parametrize("until", ["wait", "close"])
+@pytest.mark.parametrize("end", ["wait", "close"])
 def test_a_thread_that_writes_for_long_is_no_sign_of_life(
-    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, until: str
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     """Storage that hangs raises nothing: the watchdog, which nobody calms then, is who finds it."""
     monkeypatch.setattr(background, "WAIT_S", 0.02)
@@ -329,7 +317,7 @@ def test_a_thread_that_writes_for_long_is_no_sign_of_life(
     checkpoints.save(1, backend(), Counting(), TRAINER)
     began = time.monotonic()
     threading.Timer(2.0, gate.set).start()
-    getattr(checkpoints, until)()
+    getattr(checkpoints, end)()
     assert [beat for beat in beats if 1.0 < beat - began < 1.9] == []
 
 
@@ -344,7 +332,7 @@ def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None
                 in found[f"full {writer}"]
             )
     assert first["alone"][0].endswith(
-        "Abandoned: checkpoint step_00000006: the part of worker 1 is missing"
+        "RuntimeError: checkpoint step_00000006: the part of worker 1 is missing"
     )
     assert first["left"] == [".writing-b-step_00000006", "step_00000001", "step_00000002"]
     written = {path.name for path in (tmp_path / "checkpoints" / "step_00000002").iterdir()}
@@ -359,5 +347,5 @@ def test_who_waits_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
     writing = background.Background(Place(tmp_path), 1, {"config.json": "{}"}, **about)
     wait_for(writing.temp / "config.json")
     shutil.rmtree(writing.temp)
-    with pytest.raises(background.Abandoned, match="is gone, as if another driver"):
+    with pytest.raises(RuntimeError, match="is gone, as if another driver"):
         writing.outcome.result(20)

@@ -9,18 +9,14 @@ import uuid
 from contextlib import nullcontext
 from functools import partial, partialmethod
 from pathlib import Path
-from unittest.mock import Mock
 
 import fsspec
 import pytest
-from botocore.exceptions import ClientError
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
-from s3fs.errors import translate_boto_error
 
 from pipeline.core.errors import UserError
 from pipeline.train.checkpoint import CheckpointError, Checkpoints, Place, place_at, prune, verified
-from pipeline.train.guards.storage import may_pass
 from tests.helpers.few import FILES, TRAINER, Counting, backend, feedback, restore, save
 
 pytestmark = pytest.mark.timeout(120)
@@ -179,20 +175,6 @@ def test_a_request_that_failed_deletes_nothing(
     place.sweep()
     prune(place, "step_00000003", keep=1)
     assert paths(address) == there
-
-
-def test_a_clock_that_is_wrong_for_a_while_is_waited_for(
-    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which s3fs calls a PermissionError."""
-    place = store(address, tmp_path)
-
-    skewed = {"Code": "RequestTimeTooSkewed", "Message": "the difference is too large"}
-    error = translate_boto_error(ClientError({"Error": skewed}, "PutObject"))
-    monkeypatch.setattr(place.fs._fs, "put_file", Mock(side_effect=error))
-    with pytest.raises(OSError, match="too large") as raised:
-        place.fs.put_file("a", "b")
-    assert raised.value.errno == errno.EIO and may_pass(raised.value)
 
 
 def test_a_bucket_that_lets_nobody_write_ends_the_run(

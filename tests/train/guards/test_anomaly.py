@@ -118,11 +118,11 @@ class Timed(NoMeters):
 
 def test_what_is_copied_before_a_batch_is_charged_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """HLOP's and OPZO's state is large."""
-    made, meters, original = Trained(), Timed(), guard._Before
-    monkeypatch.setattr(guard, "_Before", lambda *parts: time.sleep(0.05) or original(*parts))
+    made, meters, original = Trained(), Timed(), guard.cloned
+    monkeypatch.setattr(guard, "cloned", lambda values: time.sleep(0.05) or original(values))
     made.batch(0, meters=meters)
     [seconds] = meters.clock.take()
-    assert seconds["metrics"] >= 0.05 and made.guard._before is None
+    assert seconds["metrics"] >= 0.05 and made.guard._undo is None
 
 
 def test_a_gradient_that_is_not_finite_is_bad_though_the_loss_is() -> None:
