@@ -8,8 +8,6 @@ their columns, titles and units from it. To add a quantity, add one line to `MET
 value into `summary.json`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -183,7 +181,7 @@ def compared() -> list[Metric]:
     return [each for each in METRICS if each.better]
 
 
-def expanded(runs: Iterable[Run]) -> list[Metric]:
+def expanded(runs: "Iterable[Run]") -> list[Metric]:
     """All metrics. A `*` is replaced by each matching key in the summaries of these runs."""
     names = list(dict.fromkeys(name for run in runs for name in run.numbers))
     metrics: list[Metric] = []
@@ -203,18 +201,9 @@ def expanded(runs: Iterable[Run]) -> list[Metric]:
 # ------------------------------------------------------------------------------------------- runs
 
 
-def _rates(values: Iterable[Any]) -> tuple[float, ...]:
-    return tuple(map(float, values))
-
-
-_LAYER: dict[str, Callable[[Any], Any]] = {
-    "name": str,
-    "neurons": int,
-    "samples": int,  # samples whose spikes were counted
-    "rates": _rates,  # spikes per neuron at each time step
-    "silent": float,  # share of silent neurons, in 0..1
-    "saturated": float,
-}
+# The fields of a layer in activity.json. `rates` are its spikes per neuron at each time step;
+# `silent` and `saturated` are shares of its neurons.
+_LAYER = ("name", "neurons", "samples", "rates", "silent", "saturated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,16 +272,12 @@ class Run:
     @cached_property
     def activity(self) -> list[dict[str, Any]]:
         """The layers of neurons in the last evaluation, with the fields in `_LAYER`."""
-        layers = []
-        for layer in self.layers() or ():
-            try:
-                layers.append({name: kind(layer[name]) for name, kind in _LAYER.items()})
-            except (KeyError, TypeError, ValueError) as error:
-                needed = ", ".join(_LAYER)
-                raise ReportError(
-                    f"activity.json: a layer must have {needed}; got {layer!r}"
-                ) from error
-        return layers
+        try:
+            return [{name: layer[name] for name in _LAYER} for layer in self.layers() or ()]
+        except (KeyError, TypeError) as error:
+            raise ReportError(
+                f"activity.json: a layer must have {', '.join(_LAYER)}; got {error!r}"
+            ) from error
 
     @cached_property
     def numbers(self) -> dict[str, float]:
@@ -388,7 +373,7 @@ def _read(folder: Path, *, summary: Any = None, recipe: Any = None, damage: str 
     )
 
 
-def frame(runs: Iterable[Run]) -> pd.DataFrame:
+def frame(runs: Iterable[Run]) -> "pd.DataFrame":
     """One row for each run.
 
     Columns: identity, state and training conditions of the run; each metric, NaN where it was not
@@ -551,9 +536,9 @@ def _accumulated(run: Run, on: Mapping[str, Any]) -> int:
     return batch // math.prod(of_workers) if isinstance(batch, int) and all(of_workers) else 1
 
 
+# A driver reports its machine's state to MLflow every 10 s. Without that, MLflow receives only
+# points of the curve, evaluations and checkpoints; the slowest of these take minutes.
 SILENT_S = 900.0
-"""A driver reports its machine's state to MLflow every 10 s. Without that, MLflow receives only
-points of the curve, evaluations and checkpoints; the slowest of these take minutes."""
 
 
 def describe_state(state: str, heard: float | None) -> str:

@@ -199,7 +199,7 @@ def test_what_a_finished_run_has_written():
     assert one.hardware == MACHINE and one.commits == ("abc",) and one.recipe["time_steps"] == 2
     assert one.value("top1") == 0.75 and one.value("inference.energy_j") == 3e-6
     assert one.value("inference.joules") is None and one.value("top1.x") is None
-    assert [layer["rates"] for layer in one.activity] == [(0.5, 0.25), (0.25, 0.0)]
+    assert [layer["rates"] for layer in one.activity] == [[0.5, 0.25], [0.25, 0.0]]
     assert one.parts == pytest.approx(
         {"forward": 0.04, "backward": 0.08, "rest": 0.005, "evaluation": 0.02}
     )
