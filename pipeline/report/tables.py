@@ -136,7 +136,7 @@ def costs(group: Group) -> Table:
     metrics = columns_of_costs(group)
     rows = []
     for rule in group.rules:
-        states = Counter(_state(run) for run in group.of(rule))
+        states = Counter(state_of(run) for run in group.of(rule))
         finished, cells = states.pop("finished", 0), _cells(group, rule, metrics)
         cells[0] = cells[0] or ", ".join(states) or None
         others = [f"{times} {state}" for state, times in states.items()]
@@ -275,7 +275,7 @@ def lone_runs(groups: Sequence[Group]) -> Table:
         for run in group.runs:
             alone = Group((run,), group.against)
             top1, *others = _cells(alone, run.rule, metrics, is_divided=False)
-            top1 = top1 if run.is_finished else _state(run)
+            top1 = top1 if run.is_finished else state_of(run)
             rows.append((run.name, run.rule, run.seed, top1, *others))
     finished = [run for group in groups for run in group.finished]
     columns = ("run", "rule", "seed", *(title(each, finished) for each in metrics))
@@ -316,6 +316,10 @@ def named(group: Group, *, among: Sequence[Group] = ()) -> str:
         fields = ", ".join(tuned_in(run.recipe))
         protocol = f", {f'tuned {fields}' if fields else 'shared settings'},"
     return f"Study {group.study[:8] or 'unknown'}{protocol} on {places(run)}"
+
+
+def state_of(run: Run) -> str:
+    return "without a summary" if run.state == "finished" and not run.is_finished else run.state
 
 
 def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
@@ -365,10 +369,6 @@ def _cells(
 def _of_metrics(group: Group, metrics: Sequence[Metric]) -> Table:
     rows = [(rule, *_cells(group, rule, metrics, is_divided=False)) for rule in group.rules]
     return Table(columns=("rule", *(each.title for each in metrics)), rows=tuple(rows))
-
-
-def _state(run: Run) -> str:
-    return "without a summary" if run.state == "finished" and not run.is_finished else run.state
 
 
 def _is_measured(run: Run, metric: Metric) -> bool:
