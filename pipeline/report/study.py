@@ -8,8 +8,6 @@ The one exception are the speeds of groups that differ only in the number of wor
 (`tables.scaling`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import statistics
@@ -195,14 +193,11 @@ class Group:
     def of(self, rule: str) -> tuple[Run, ...]:
         return tuple(run for run in self.runs if run.rule == rule)
 
-    def diverged(self, rule: str) -> set[int]:
-        """The seeds in which all runs of the rule diverged."""
-        lost = {run.seed for run in self.of(rule) if run.state == "diverged"}
-        return lost - self.by_seed(rule, "top1").keys()
-
     def lost(self, rule: str) -> int:
-        """The number of the baseline's finished seeds in which the rule diverged."""
-        return len(self.diverged(rule) & self.by_seed(self.against, "top1").keys())
+        """The number of the baseline's finished seeds in which all runs of the rule diverged."""
+        diverged = {run.seed for run in self.of(rule) if run.state == "diverged"}
+        shared = diverged & self.by_seed(self.against, "top1").keys()
+        return len(shared - self.by_seed(rule, "top1").keys())
 
     def describe_lost(self, rule: str) -> str:
         """A text such as `diverged in 2 of BPTT's 3 seeds`, or an empty text."""
@@ -268,7 +263,7 @@ class Study:
     runs: tuple[Run, ...]
     against: str = BASELINE
     within: float = WITHIN
-    claims: tuple[Claim, ...] = ()
+    claims: "tuple[Claim, ...]" = ()
     sweeps: tuple[Mapping[str, Any], ...] = ()  # outputs of `spiketrain sweep --format json`
     notes: tuple[str, ...] = ()
     printed: str = ""  # the text that the suite's own report printed
@@ -336,10 +331,10 @@ def _python(value: Any) -> str:
 
 
 def _notes(group: Group) -> Iterator[str]:
-    of_rule = {
+    finished = {
         rule: [run for run in group.of(rule) if run.is_finished] for rule in group.finished_rules
     }
-    for rule, (run, *_) in of_rule.items():
+    for rule, (run, *_) in finished.items():
         part = run.recipe.get("rule")
         if isinstance(part, Mapping) and (keywords := _keywords(part)) and keywords not in rule:
             yield f"{rule} is {_python(part)}"
@@ -360,91 +355,84 @@ def _notes(group: Group) -> Iterator[str]:
                 f"{rule} has {times} runs of seed {seed}, which count as one, their mean, in"
                 " ratios and differences"
             )
-    yield from _notes_on_clocks(group, of_rule)
-    uncounted = [
+    yield from _notes_on_clocks(group)
+    if uncounted := [
         rule
-        for rule, runs in of_rule.items()
-        if any(run.value("peak_saved_bytes") is None for run in runs)
-    ]
-    if uncounted:
+        for rule, runs in finished.items()
+        if len(group.values(rule, "peak_saved_bytes")) < len(runs)
+    ]:
         yield (
             f"saved bytes were not measured in runs of {', '.join(uncounted)}, in which no batch"
             " was whole on which bytes are counted"
         )
-    unknown = {
+    if unknown := {
         str(name)
         for summary in (flat(run.summary or {}) for run in group.finished)
         for path in ("not_counted", "inference.not_counted")
         for name in summary.get(path) or ()
-    }
-    if unknown:
+    }:
         yield (
             "operations, and the energy of an inference, leave out what no count knows:"
             f" {', '.join(sorted(unknown))}"
         )
     if group.has_baseline:
-        yield from _notes_on_divisions(
-            group, {rule: {run.seed for run in runs} for rule, runs in of_rule.items()}
-        )
+        yield from _notes_on_divisions(group)
 
 
-def _notes_on_clocks(group: Group, of_rule: Mapping[str, Sequence[Run]]) -> Iterator[str]:
-    restarts = {
-        rule: sum(run.value("restarts") or 0 for run in runs) for rule, runs in of_rule.items()
-    }
-    if texts := [f"{times:g} of {rule}" for rule, times in restarts.items() if times]:
+def _notes_on_clocks(group: Group) -> Iterator[str]:
+    rules = group.finished_rules
+    totals = {rule: group.values(rule, "restarts").sum() for rule in rules}
+    if texts := [f"{times:g} of {rule}" for rule, times in totals.items() if times]:
         yield (
             "wall clocks have restarts in them, with the batches that each lost:"
             f" {', '.join(texts)}"
         )
-    startup = {rule: group.spread(rule, "startup_s") for rule in of_rule}
-    if texts := [
-        f"{shown(each.mean, kind='s')} of {rule}"
-        for rule, each in startup.items()
-        if each and each.mean
-    ]:
+    means = {rule: group.values(rule, "startup_s").mean() for rule in rules}
+    if texts := [f"{shown(mean, kind='s')} of {rule}" for rule, mean in means.items() if mean > 0]:
         yield (
             "wall clocks leave out start-up, which ends with each start's first batch:"
             f" {', '.join(texts)}"
         )
-    looked = [
-        rule for rule, runs in of_rule.items() if any(run.value("fidelity_s") for run in runs)
-    ]
+    looked = [rule for rule in rules if group.values(rule, "fidelity_s").any()]
     if looked:
         yield (
             "wall clocks leave out what comparing gradients with BPTT's took, in runs of"
             f" {', '.join(looked)}"
         )
-        if others := [rule for rule in of_rule if rule not in looked]:
-            yield (
-                f"runs of {', '.join(looked)} compared gradients, and those of {', '.join(others)}"
-                " did not: one that has may compute some 2 % slower from then on, so a difference"
-                " as small is none"
-            )
+    others = [rule for rule in rules if rule not in looked]
+    if looked and others:
+        yield (
+            f"runs of {', '.join(looked)} compared gradients, and those of {', '.join(others)} did"
+            " not: one that has may compute some 2 % slower from then on, so a difference as small"
+            " is none"
+        )
 
 
 def _divergence(run: Run) -> str:
     """A text such as `went back 2 times as its training diverged`, or an empty text."""
     loss = number_or_text((run.summary or {}).get("loss"))
-    back = int(run.value("rollbacks") or 0)
     if run.state == "diverged":
         return "diverged"
-    if run.is_finished and loss is not None and not math.isfinite(loss):
+    if loss is not None and not math.isfinite(loss):
         return f"ended with a loss of {loss} in its evaluation"
     # Differing replicas also cause a rollback, but then no batch is skipped.
-    if run.is_finished and back and run.value("skipped_batches"):
-        return f"went back {counted(back, 'time')} as its training diverged"
+    if (back := run.value("rollbacks")) and run.value("skipped_batches"):
+        return f"went back {counted(int(back), 'time')} as its training diverged"
     return ""
 
 
-def _notes_on_divisions(group: Group, seeds: Mapping[str, set[int]]) -> Iterator[str]:
+def _notes_on_divisions(group: Group) -> Iterator[str]:
+    seeds = {
+        rule: {run.seed for run in group.of(rule) if run.is_finished}
+        for rule in group.finished_rules
+    }
     kinds = [rule for rule in seeds if is_baseline(rule, group.against)]
     has_time = any(run.recipe.get("time_steps") != 1 for run in group.finished)
-    is_compared = group.against == BASELINE and len(seeds) > len(kinds) and has_time
-    if is_compared and kinds == [BASELINE]:
-        yield FOLDED_ALONE
-    if is_compared and not any(rule.startswith(RECOMPUTED) for rule in seeds):
-        yield RECOMPUTES_NOTHING
+    if group.against == BASELINE and len(seeds) > len(kinds) and has_time:
+        if kinds == [BASELINE]:
+            yield FOLDED_ALONE
+        if not any(rule.startswith(RECOMPUTED) for rule in seeds):
+            yield RECOMPUTES_NOTHING
     faster = group.fastest_baseline
     divided = {group.against: "nothing of it is divided"}
     if faster != group.against:
