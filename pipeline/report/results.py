@@ -310,18 +310,16 @@ def run_of(
     fields = (recipe or {}).get("recipe", recipe)
     on = conditions_of(finished, starts) if finished else trained_on(starts, steps=None)
     commits = [event["commit"] for event in starts if event.get("commit")]
-    if finished and not commits:
-        commits = finished.get("commits") or [finished.get("commit")]
     return Run(
         name=name,
         state=state,
         rule=str(newest.get("rule") or UNKNOWN_RULE),
         seed=count(newest.get("seed")) or 0,
         study=str(newest.get("study") or ""),
-        recipe=(fields if isinstance(fields, Mapping) else {}) or newest.get("params") or {},
+        recipe=fields if isinstance(fields, Mapping) else {},
         summary=finished,
         trained_on=tuple({**each, "hardware": each["hardware"] or {}} for each in on),
-        commits=tuple(dict.fromkeys(map(str, filter(None, commits)))),
+        commits=tuple(dict.fromkeys(commits)),
         total_steps=count(newest.get("total_steps") or newest.get("steps")),
         steps_per_epoch=count(newest.get("steps_per_epoch")),
         **about,
@@ -522,18 +520,15 @@ def places(run: Run, *, between: str = ", ", names_loaders: bool = False) -> str
 
 def micro_batches(run: Run) -> str:
     """Samples per micro-batch of a worker, and micro-batches per batch: `128`, `64 × 2`."""
-    texts: list[str] = []
-    for on in run.trained_on:
-        times, size = _accumulated(run, on), on["micro_batch"]
-        whole = NOT_SAID if size is None else str(size)
-        texts.append(f"{whole} × {times}" if times > 1 else whole)
+    sizes = [(on["micro_batch"], _accumulated(run, on)) for on in run.trained_on]
+    texts = [f"{size} × {times}" if times > 1 else str(size or NOT_SAID) for size, times in sizes]
     return ", then ".join(dict.fromkeys(texts)) or NOT_SAID
 
 
 def _accumulated(run: Run, on: Mapping[str, Any]) -> int:
-    """Micro-batches of a worker per batch; 1 if the recipe is only known as journal text."""
+    """Micro-batches of a worker per batch; 1 if the recipe is not known."""
     batch, of_workers = run.recipe.get("batch_size"), (on["world_size"], on["micro_batch"])
-    return batch // math.prod(of_workers) if isinstance(batch, int) and all(of_workers) else 1
+    return batch // math.prod(of_workers) if batch and all(of_workers) else 1
 
 
 # A driver reports its machine's state to MLflow every 10 s. Without that, MLflow receives only

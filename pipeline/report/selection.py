@@ -9,7 +9,7 @@ from rich.console import Console
 
 from pipeline.core.printing import new_console, number, print_table, say
 from pipeline.core.run_folder import RunFolder
-from pipeline.core.units import counted
+from pipeline.core.units import counted, some
 from pipeline.recipe import is_baseline
 from pipeline.recipe.command_line import how_to_resume
 from pipeline.recipe.json import differing, listed
@@ -192,14 +192,11 @@ def trained_apart(
 
 def tuned_in(recipe: Mapping[str, Any]) -> tuple[str, ...]:
     """The dotted keys that each rule has its own value for; may be empty."""
-    keys = recipe.get("tuned")
-    return tuple(keys) if isinstance(keys, (list, tuple)) else ()
+    return tuple(recipe.get("tuned") or ())
 
 
 def written(recipe: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key such as `optimizer.lr`, in a JSON recipe or flat parameters."""
-    if key in recipe:
-        return recipe[key]
+    """The value at a dotted key of a JSON recipe, such as `optimizer.lr`."""
     value: Any = recipe
     for name in key.split("."):
         value = value.get("kwargs", value).get(name) if isinstance(value, Mapping) else None
@@ -246,10 +243,8 @@ def find_run(
     if matches:
         names = ", ".join(folder.name for folder in matches)
         raise ReportError(f"{text!r} begins the names of {len(matches)} runs: {names}")
-    known = ", ".join(folder.name for folder in folders[:8]) + (", ..." if len(folders) > 8 else "")
-    there = f"; there are {known}" if folders else ", which has no runs"
-    what = "run or suite" if suites else "run"
-    raise ReportError(f"no {what} {text!r} in {runs_dir}{there}")
+    known = some([folder.name for folder in folders], 8) or "none"
+    raise ReportError(f"no run {text!r} in {runs_dir}; there are {known}")
 
 
 def located(runs_dir: Path, names: Sequence[str]) -> tuple[Path, Path | None]:

@@ -193,11 +193,14 @@ class Group:
     def of(self, rule: str) -> tuple[Run, ...]:
         return tuple(run for run in self.runs if run.rule == rule)
 
+    def diverged(self, rule: str) -> set[int]:
+        """The seeds in which all runs of the rule diverged."""
+        lost = {run.seed for run in self.of(rule) if run.state == "diverged"}
+        return lost - self.by_seed(rule, "top1").keys()
+
     def lost(self, rule: str) -> int:
-        """The number of the baseline's finished seeds in which all runs of the rule diverged."""
-        diverged = {run.seed for run in self.of(rule) if run.state == "diverged"}
-        shared = diverged & self.by_seed(self.against, "top1").keys()
-        return len(shared - self.by_seed(rule, "top1").keys())
+        """The number of the baseline's finished seeds in which the rule diverged."""
+        return len(self.diverged(rule) & self.by_seed(self.against, "top1").keys())
 
     def describe_lost(self, rule: str) -> str:
         """A text such as `diverged in 2 of BPTT's 3 seeds`, or an empty text."""
@@ -340,10 +343,9 @@ def _notes(group: Group) -> Iterator[str]:
             yield f"{rule} is {_python(part)}"
     for run in group.runs:
         if how := _divergence(run):
-            values = (written(run.recipe, key) for key in ("optimizer.lr", "clip_norm"))
+            advice = remedy(*(written(run.recipe, key) for key in ("optimizer.lr", "clip_norm")))
             yield (
-                f"{run.name} ({run.rule}) {how}: its figures and ratios compare no rules;"
-                f" {remedy(*map(number_or_text, values))}"
+                f"{run.name} ({run.rule}) {how}: its figures and ratios compare no rules; {advice}"
                 " for every rule, and train again"
             )
     commits = sorted({commit for run in group.finished for commit in run.commits})

@@ -182,7 +182,7 @@ def behind(group: Group, rule: str) -> dict[str, str]:
     conditions = ((run.summary or {}).get("conditions") for run in runs)
     found, recipe = next(filter(None, conditions), {}), runs[0].recipe
     steps, every = found.get("steps_per_forward"), written(recipe, "evaluation.every")
-    evaluated = {"None": NOT_SAID, "0": "once, at the end", "1": "after each epoch"}
+    evaluated = {None: NOT_SAID, 0: "once, at the end", 1: "after each epoch"}
     choices = {
         "ratios to": group.against if group.has_baseline else "no baseline",
         "time to": group.fastest_baseline if group.has_baseline else "no baseline",
@@ -191,7 +191,7 @@ def behind(group: Group, rule: str) -> dict[str, str]:
         "precision": str(found.get("precision", NOT_SAID)),
         "over time": _over_time(steps, recipe),
         "micro-batch": micro_batches(runs[0]),
-        "evaluated": evaluated.get(str(every), f"every {every} epochs"),
+        "evaluated": evaluated.get(every, f"every {every} epochs"),
     }
     if any(tuned_in(run.recipe) for run in group.runs):
         choices["tuned"] = ", ".join(f"{key}={written(recipe, key)}" for key in tuned_in(recipe))
@@ -378,13 +378,13 @@ def _is_measured(run: Run, metric: Metric) -> bool:
 
 
 def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
-    """Time steps per forward. A recipe that is only known from a journal is text."""
+    """Time steps per forward."""
     whole = written(recipe, "time_steps")
     if steps is None or (steps != 1 and whole is None):
         return NOT_SAID
-    how = "folded" if str(steps) == str(whole) else f"in slices of {steps}"
+    how = "folded" if steps == whole else f"in slices of {steps}"
     how = "step by step" if steps == 1 else how
-    return f"{how}, recomputed" if written(recipe, "rule.recompute") in (True, "true") else how
+    return f"{how}, recomputed" if written(recipe, "rule.recompute") else how
 
 
 def _in_turn(values: Iterable[Cell]) -> Cell:
@@ -417,7 +417,7 @@ def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cel
 def _is_split_as_written(run: Run, workers: int) -> bool:
     """Whether all starts had equal conditions and the recipe's micro-batches."""
     size, most = run.recipe.get("batch_size"), run.recipe.get("micro_batch")
-    if len(run.trained_on) != 1 or not isinstance(size, int) or size % workers:
+    if len(run.trained_on) != 1 or not size or size % workers:
         return False
     return (
         run.trained_on[0]["micro_batch"] == Split.of(size, workers=workers, most=most).micro_batch

@@ -349,7 +349,7 @@ def test_what_was_measured_has_its_column_in_each_format(
 def test_a_narrow_terminal_has_ratios_below_values(make_run: Callable, runs_dir: Path):
     make_all(make_run, {"bptt": {}, "sltt": {"rule": "SLTT", "wall_s": 100.0}})
     values, ratios = r"SLTT +90.00% +8 MB +100 +1.7 min", r" +×1.00 +×1.00 +×1.00 +×0.50"
-    assert re.search(f"\n{values}\n{ratios}\n", text_of(compare(runs_dir), width=60))
+    assert re.search(f"\n{values}\n{ratios}\n", text_of(compare(runs_dir), width=50))
 
 
 def test_the_newest_study_that_has_a_finished_run(make_run: Callable, runs_dir: Path):
@@ -581,7 +581,7 @@ def test_what_is_refused_is_one_line(
     [
         ({"a": {"rule": "ADJOINT"}, "z": {}}, (), "BPTT .*\nADJOINT ", "cpu"),
         (
-            beside({"commits": ["abc"]}, commits=["abc", "def"]),
+            beside({"start": {"commit": "abc"}}, start={"commit": "def"}),
             (),
             "different commits: abc, def",
             "cpu",

@@ -92,7 +92,7 @@ def test_store_and_baseline_of_a_run_are_beside_it_wherever_one_stands(
 @pytest.mark.parametrize(
     ("names", "text", "said"),
     [
-        ((), "x", r"no run 'x' in .*runs, which has no runs"),
+        ((), "x", r"no run 'x' in .*runs; there are none"),
         (("f-sltt", "f-bptt"), "x", r"no run 'x' in .*; there are f-bptt, f-sltt"),
         (("f-sltt", "f-bptt"), "f", "'f' begins the names of 2 runs: f-bptt, f-sltt"),
         (("f-sltt", "f-bptt"), "", "no run ''"),

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from pipeline.measure.meters import Meters
-from pipeline.recipe.json import flat
 from pipeline.report import figures, tables
 from pipeline.report.drawing import Figure
 from pipeline.report.page import render
@@ -138,16 +137,15 @@ def test_a_rule_that_mostly_diverged_fails_in_its_sentence():
     assert tables.headlines(Study(title="t", runs=(*bptt, elsewhere)).groups[0]) == []
 
 
-def test_of_a_run_without_recipe_json_its_flat_parameters_tell():
-    told = {"reset_gradient": "kept", "norm_over": "step", "precision": "bf16"}
-    made = recipe("BPTT", rule={"target": "x.BPTT", "kwargs": {"recompute": True}}, time_steps=6)
-    for steps, parameters, said in (
-        (6, dict(flat(made)), "folded, recomputed"),
-        (1, dict(flat(recipe("BPTT"))), "step by step"),
-        (3, dict(flat(made)), "in slices of 3, recomputed"),
-        (6, {}, "not known"),  # neither the journal nor a recipe says what T is
+def test_how_many_time_steps_a_forward_takes_stands_in_every_row():
+    recompute = recipe("BPTT", rule={"target": "x.BPTT", "kwargs": {"recompute": True}})
+    for steps, fields, said in (
+        (6, {**recompute, "time_steps": 6}, "folded, recomputed"),
+        (1, recipe("BPTT"), "step by step"),
+        (3, {**recompute, "time_steps": 6}, "in slices of 3, recomputed"),
+        (6, {}, "not known"),  # no recipe says what T is
     ):
-        one = replace(run(conditions={**told, "steps_per_forward": steps}), recipe=parameters)
+        one = replace(run(conditions={"steps_per_forward": steps}), recipe=fields)
         table = tables.behind_the_rows(Study(title="t", runs=(one,)).groups[0])
         assert table.rows[0][table.columns.index("over time")] == said
     assert "<td>not known</td>" in render(
@@ -159,7 +157,7 @@ def test_every_row_says_how_often_the_set_was_read_that_its_top_1_is_of():
     for parameters, said in (
         (recipe(evaluation={"every": 0}), "once, at the end"),
         (recipe(evaluation={"every": 1}), "after each epoch"),
-        ({"evaluation.every": "5"}, "every 5 epochs"),  # of MLflow, where all is text
+        (recipe(evaluation={"every": 5}), "every 5 epochs"),
         ({}, "not known"),
     ):
         table = tables.behind_the_rows(
