@@ -99,8 +99,7 @@ class Comparison:
         self._print_costs(console)
         console.print()
         behind = {rule: tables.behind(self.group, rule) for rule in self.group.finished_rules}
-        names = next(iter(behind.values()))
-        columns = [Column(name, wraps=name in _SENTENCES) for name in names]
+        columns = [Column(name, wraps=name in _SENTENCES) for name in next(iter(behind.values()))]
         rows = [(rule, *values.values()) for rule, values in behind.items()]
         print_table(console, ("rule", *columns), rows, title="behind each row")
         differences = (each.text(self.group.within) for each in self.group.differences)
@@ -152,8 +151,9 @@ def comparisons(
     Raises:
         ReportError: no run of a study finished, or its runs differ outside the study key.
     """
-    members = list(map(read_run, folders))
-    made, refusals = _compare_each(read_runs(Path(runs_dir)), members, against, within)
+    made, refusals = _compare_each(
+        read_runs(Path(runs_dir)), list(map(read_run, folders)), against, within
+    )
     if refusals:
         raise refusals[0]
     return made
@@ -299,16 +299,19 @@ def comparison_of(
     finished = [run for run in members if run.is_finished]
     finished.sort(key=lambda run: place(run, against))
     if not finished:
-        states = ", ".join(f"{run.name} is {tables.state_of(run)}" for run in others)
-        raise ReportError(f"compare: no finished run: {states}")
+        states = (f"{run.name} is {tables.state_of(run)}" for run in others)
+        raise ReportError(f"compare: no finished run: {', '.join(states)}")
     refuse_unlike(finished)
     notes: list[str] = []
     if finished[0].rule != against or not is_whole:
         finished, notes = with_baseline(runs, finished, against)
     here = [run for run in others if kind(run) == kind(finished[0])]
     group = Group((*finished, *here), against, within)
-    elsewhere = tuple(run for run in others if run not in here)
-    return Comparison(group=group, elsewhere=elsewhere, notes=(*notes, *group.notes))
+    return Comparison(
+        group=group,
+        elsewhere=tuple(run for run in others if run not in here),
+        notes=(*notes, *group.notes),
+    )
 
 
 def _compare_each(

@@ -124,11 +124,6 @@ def number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def count(value: Any) -> int | None:
-    finite = number(value)
-    return None if finite is None else int(finite)
-
-
 def _with_seconds(events: Iterable[Event]) -> Iterator[tuple[float, Event]]:
     """Yield each event with the seconds of the attempts up to it, without time between attempts."""
     paid = begun = last = 0.0

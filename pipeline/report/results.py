@@ -24,7 +24,7 @@ from pipeline.core.units import counted
 from pipeline.measure.constants import BETWEEN, MEMORY_EVERY, PARTS, REST
 from pipeline.recipe.suite import is_suite
 from pipeline.report import history
-from pipeline.report.history import History, count, number
+from pipeline.report.history import History, number
 from pipeline.track.events import Event, Finish, Start, Step, Stopped
 from pipeline.track.journal import Record, every, last_event, read_events
 from pipeline.track.provenance import conditions_of, trained_on
@@ -309,19 +309,18 @@ def run_of(
     newest = {**(starts[-1] if starts else {}), **(finished or {})}
     fields = (recipe or {}).get("recipe", recipe)
     on = conditions_of(finished, starts) if finished else trained_on(starts, steps=None)
-    commits = [event["commit"] for event in starts if event.get("commit")]
     return Run(
         name=name,
         state=state,
         rule=str(newest.get("rule") or UNKNOWN_RULE),
-        seed=count(newest.get("seed")) or 0,
+        seed=newest.get("seed") or 0,
         study=str(newest.get("study") or ""),
         recipe=fields if isinstance(fields, Mapping) else {},
         summary=finished,
         trained_on=tuple({**each, "hardware": each["hardware"] or {}} for each in on),
-        commits=tuple(dict.fromkeys(commits)),
-        total_steps=count(newest.get("total_steps") or newest.get("steps")),
-        steps_per_epoch=count(newest.get("steps_per_epoch")),
+        commits=tuple(dict.fromkeys(filter(None, (event.get("commit") for event in starts)))),
+        total_steps=newest.get("total_steps") or newest.get("steps"),
+        steps_per_epoch=newest.get("steps_per_epoch"),
         **about,
     )
 
@@ -493,8 +492,11 @@ def machine(hardware: Mapping[str, Any]) -> str:
         return "a machine that is not known"
     if hardware.get("gpu") not in (None, "none"):
         return str(hardware["gpu"])
-    names = [name for name in ("cores", "threads") if isinstance(hardware.get(name), int)]
-    counts = [counted(hardware[name], name[:-1]) for name in names]
+    counts = [
+        counted(hardware[name], name[:-1])
+        for name in ("cores", "threads")
+        if isinstance(hardware.get(name), int)
+    ]
     return ", ".join([str(hardware.get("cpu", "a CPU")), *counts])
 
 

@@ -94,9 +94,9 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
     for run in runs[1:]:
         for other in (runs[0], namesakes.setdefault(run.rule, run)):
             if differing_fields := differences(other, run):
-                what = f"differ in more than the rule and the seed: {listed(differing_fields)}"
                 raise ReportError(
-                    f"compare: {other.name} and {run.name} {what}; name runs that agree"
+                    f"compare: {other.name} and {run.name} differ in more than the rule and the"
+                    f" seed: {listed(differing_fields)}; name runs that agree"
                 )
 
 
@@ -274,8 +274,6 @@ def located(runs_dir: Path, names: Sequence[str]) -> tuple[Path, Path | None]:
 
 # --------------------------------------------------------------------------------- spiketrain runs
 
-_OVER = ("finished", "running", "diverged")  # states of runs that cannot be resumed
-
 
 class SuiteRow(NamedTuple):
     """A suite in a list."""
@@ -310,7 +308,8 @@ def print_runs(runs_dir: str | os.PathLike[str], console: Console | None = None)
     columns = ("run", "state", "rule", "study", number("step"), number("top-1"))
     print_table(console, columns, map(_cells, runs))
     commands = [suite.resume for suite in suites if suite.resume]
-    commands += [how_to_resume(run.folder) for run in runs if run.state not in _OVER]
+    over = ("finished", "running", "diverged")
+    commands += [how_to_resume(run.folder) for run in runs if run.state not in over]
     for command in commands:
         say(console, command, whole=[command])
 
@@ -336,7 +335,7 @@ def _suite_row(folder: Path) -> SuiteRow:
         runs, over = entries_in(folder), len(over_in(folder))
     except ValueError:  # the list still shows every other suite
         return SuiteRow(folder.name, f"{FILE} is damaged", None)
-    driven = is_driven(folder)
-    resume = None if over == len(runs) or driven else how_to_resume(folder)
-    state = f"{over} of {len(runs)} finished" + (", running" if driven else "")
-    return SuiteRow(folder.name, state, resume)
+    state = f"{over} of {len(runs)} finished"
+    if is_driven(folder):
+        return SuiteRow(folder.name, f"{state}, running", None)
+    return SuiteRow(folder.name, state, None if over == len(runs) else how_to_resume(folder))

@@ -181,16 +181,17 @@ def runs_of_store(store: Store) -> list[Run]:
                 inner[last] = value
         start = start_of(stored)
         fields = {name: start[name] for name in known if start[name] not in (None, "")}
-        run = run_of(
-            stored.name,
-            state=stored.state,
-            starts=[start],
-            summary={**summary, **fields} if summary else None,
-            recipe={"protocol": stored.tags.get("spiketrain.protocol", "shared")},
-            started=stored.started,
-            heard=stored.newest if stored.state == "running" else None,
+        runs.append(
+            run_of(
+                stored.name,
+                state=stored.state,
+                starts=[start],
+                summary={**summary, **fields} if summary else None,
+                recipe={"protocol": stored.tags.get("spiketrain.protocol", "shared")},
+                started=stored.started,
+                heard=stored.newest if stored.state == "running" else None,
+            )
         )
-        runs.append(run)
     return runs
 
 
@@ -327,11 +328,11 @@ class SqliteStore(Store):
 
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
         with self._connection() as connection:
-            rows = connection.execute(_HISTORY, (run_id, metric, since)).fetchall()
-        return [
-            Point(step, time / 1000, math.nan if is_nan else value)
-            for step, time, value, is_nan in rows
-        ]
+            rows = connection.execute(_HISTORY, (run_id, metric, since))
+            return [
+                Point(step, time / 1000, math.nan if is_nan else value)
+                for step, time, value, is_nan in rows
+            ]
 
     def _unreadable(self, why: str) -> ArtifactError:
         return ArtifactError(f"store {self.file}: {why}; look at it by hand")
@@ -391,8 +392,9 @@ class SqliteStore(Store):
 
     def _opened(self, mode: str = "ro") -> sqlite3.Connection:
         """Connect read-only, unless SQLite must first undo an interrupted write."""
-        place = f"file:{quote(str(self.file))}?mode={mode}"
-        connection = sqlite3.connect(place, uri=True, timeout=LOCKED_S)
+        connection = sqlite3.connect(
+            f"file:{quote(str(self.file))}?mode={mode}", uri=True, timeout=LOCKED_S
+        )
         try:
             connection.execute("select 1 from alembic_version").fetchall()
         except sqlite3.DatabaseError as error:
@@ -450,7 +452,7 @@ class ServerStore(Store):
                 ),
                 _PAGE,
             )
-        runs = [_stored(run, names[run.info.experiment_id]) for run in found]
+        runs = (_stored(run, names[run.info.experiment_id]) for run in found)
         return sorted(runs, key=lambda run: run.started, reverse=True)
 
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:

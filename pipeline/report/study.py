@@ -301,8 +301,9 @@ def _with_distinct_labels(runs: Sequence[Run]) -> list[Run]:
     }
     labelled: list[Run] = []
     for run in runs:
-        named = _label_values(run.recipe).items()
-        values = [text for name, text in named if name in apart[run.rule]]
+        values = [
+            text for name, text in _label_values(run.recipe).items() if name in apart[run.rule]
+        ]
         labelled.append(replace(run, rule=f"{run.rule} ({', '.join(values)})") if values else run)
     return labelled
 
@@ -438,8 +439,10 @@ def _notes_on_divisions(group: Group) -> Iterator[str]:
     faster = group.fastest_baseline
     divided = {group.against: "nothing of it is divided"}
     if faster != group.against:
-        times = "images/s, wall clock and compute time"
-        yield f"{times} are divided by {faster}'s, the faster {group.against}"
+        yield (
+            f"images/s, wall clock and compute time are divided by {faster}'s, the faster"
+            f" {group.against}"
+        )
         divided = {
             group.against: "its top-1 and bytes are not divided",
             faster: "its times are not divided",

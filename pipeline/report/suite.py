@@ -187,8 +187,13 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
                 for run in members:
                     say(console, f"{run.name} ({run.rule}) diverged")
                 console.print()
-                lost = list(map(unfinished_to_json, members))
-                printed[protocol].append({"study": study, "runs": [], "unfinished": lost})
+                printed[protocol].append(
+                    {
+                        "study": study,
+                        "runs": [],
+                        "unfinished": list(map(unfinished_to_json, members)),
+                    }
+                )
                 continue
             folders = [run.folder for run in members]
             for comparison in comparisons(folders[0].parent, folders):
@@ -294,8 +299,9 @@ def read_study(
         title = f"Study {runs[0].study[:8]}" if is_one else some(names, 3)
         place = runs_dir / f"report-{slug(title)[:80]}.html"
     if tried:
-        trials = counted(len(tried), "trial")
-        notes.append(f"Left out: {trials} on a held-out part of the training set.")
+        notes.append(
+            f"Left out: {counted(len(tried), 'trial')} on a held-out part of the training set."
+        )
     for run in runs:
         refuse_damage(run)
         _ = run.activity  # the file may be damaged, too
@@ -341,8 +347,11 @@ def _own_report(
         )
     entries, over = entries_in(suite), over_in(suite)
     if len(over) < len(entries):
-        waits = "The suite's own report, with its claims, waits for all runs"
-        return Returned(), "", [f"{waits}: {len(over)} of {len(entries)} have finished."]
+        waits = (
+            "The suite's own report, with its claims, waits for all runs:"
+            f" {len(over)} of {len(entries)} have finished."
+        )
+        return Returned(), "", [waits]
     try:
         report = SuiteFile.read(suite, trust=trust).suite.report
         assert report is not None, "has_report says so"
