@@ -107,7 +107,7 @@ SEED_0_FASTER = group(
     timed("BPTT-chunk-1", 0.5, 1.5),
     *(timed("SLTT", 1.0, seconds, seed=seed) for seed, seconds in enumerate((1.5, 1.0, 1.0))),
 )
-# A machine moves from run to run by more than the bound is missed by, or kept; bytes repeat exactly.
+# A machine moves from run to run by more than the bound is missed by or kept; bytes repeat exactly.
 ONE_SEED = group(timed("BPTT", 1.0, 2.0), timed("SLTT", 1.0, 2.1), timed("SLTT-1", 1.0, 0.1))
 ALONE = group(run("SLTT"), run("SLTT", seed=1))
 UNTIMED = group(run("BPTT"), run("SLTT", forward_s=None))  # too short: no batch was steady
@@ -132,8 +132,8 @@ ALL_LOST, TWO_LOST = (f"diverged in {count} of BPTT's 3 seeds" for count in (3, 
         (saved(50, bound=None), "", "", "0.500 of BPTT's, seed 0"),
         (saved(None), "", "", "not measured"),
         (saved(50, None), "", "", "not measured"),
-        (flat({2: 101.0, 4: 102.9, 16: 100.0}), "holds", "?", "?"),
-        (flat({2: 101.0, 4: 103.1, 16: 100.0}), "does not hold", "?", "?"),
+        (flat({2: 101.0, 4: 102.9, 16: 100.0}), "holds", "<= +3 %", "+2.9%"),
+        (flat({2: 101.0, 4: 103.1, 16: 100.0}), "does not hold", "<= +3 %", "+3.1%"),
         (flat({2: 100.0, 4: 100.0}), "", "", "not measured at T = 16"),
         (flat({}), "", "", "not measured at T = 2, 4, 16"),
         (of_one_step(1.46), "holds", ONE_STEP, "0.487 of BPTT-chunk-1's, seeds 0, 1"),
@@ -147,7 +147,12 @@ ALL_LOST, TWO_LOST = (f"diverged in {count} of BPTT's 3 seeds" for count in (3, 
             "1.250 of BPTT-chunk-1's, seed 0; one seed, no interval",
         ),
         (time_of(ONE_SEED, "SLTT"), "", "<= 1", "1.033 of BPTT's, seed 0; one seed, no interval"),
-        (time_of(ONE_SEED, "SLTT-1", share_of_k(6, 1)), "", ONE_STEP, "?"),
+        (
+            time_of(ONE_SEED, "SLTT-1", share_of_k(6, 1)),
+            "",
+            ONE_STEP,
+            "0.367 of BPTT's, seed 0; one seed, no interval",
+        ),
         (
             share("SLTT", ONE_SEED, "SLTT", "peak_saved_bytes", bound=0.25),
             "holds",
@@ -159,7 +164,12 @@ ALL_LOST, TWO_LOST = (f"diverged in {count} of BPTT's 3 seeds" for count in (3, 
         (in_turn(0.97), "fails, within the noise", "<= 0.97", f"0.976 (0.955 to 0.996) {IN_TURN}"),
         (in_turn(0.9), "does not hold", "<= 0.9", f"0.976 (0.955 to 0.996) {IN_TURN}"),
         (in_turn(turns={}), "", "", "not measured in turn"),
-        (in_turn(share_of_k(6, 1), "SLTT-1"), "holds", ONE_STEP, f"? {IN_TURN}"),
+        (
+            in_turn(share_of_k(6, 1), "SLTT-1"),
+            "holds",
+            ONE_STEP,
+            f"0.333 (0.333 to 0.333) {IN_TURN}",
+        ),
         # .98 +- .0248, which is t(.975, 2) .01 / sqrt(3)
         (
             of_shares(0.97, 0.98, 0.99),
@@ -235,6 +245,11 @@ def accuracy_of(*losses: float, within: float | None = 0.7) -> Claim:
 )
 def test_accuracy_is_judged_by_the_whole_interval(claim: Claim, verdict: str, ours: str) -> None:
     assert (claim.verdict, claim.ours) == (verdict, ours)
+
+
+def test_a_claim_on_time_is_the_ratio_that_the_rest_of_the_report_shows() -> None:
+    ratios = SEED_0_FASTER.ratios("SLTT", COMPUTE)
+    assert ratios is not None and ratios.mean == 1.25
 
 
 def test_bytes_that_nobody_counted_are_named() -> None:
@@ -348,26 +363,23 @@ def test_fashions_claims_are_of_what_was_trained() -> None:
     runs = twice(*((rule, 1.0, 2.0) for rule in ("BPTT", "SLTT", "SLTT-1", "SLTT-2")))
     beside = {"by-t": SWEPT, "largest": None, "in-turn": TURNS}
     found = list(claims_fashion._claims(trained, runs, beside, ()))
-    saved, kept, flat, batches, speeds, time, turned = found[:7]
-    assert (saved.about, saved.bound, saved.holds) == ("SLTT, decay 1/4, T = 4", "<= 0.3", True)
-    assert (kept.claim, kept.holds, kept.bound) == ("saved bytes and states, of BPTT's", None, "")
-    assert (flat.claim, flat.holds) == ("saved bytes from T = 2 to 16", True)
-    assert (batches.ours, speeds.ours, batches.verdict) == ("not measured", "not measured", "")
+    assert [(claim.claim, claim.bound, claim.verdict) for claim in found[:3]] == [
+        ("saved bytes, of BPTT's", "<= 0.3", "holds"),
+        ("saved bytes and states, of BPTT's", "", ""),
+        ("saved bytes from T = 2 to 16", "<= +3 %", "holds"),
+    ]
+    assert [(claim.ours, claim.verdict) for claim in found[3:5]] == 2 * [("not measured", "")]
+    saved, time, turned = found[0], *found[5:7]
+    assert saved.about == "SLTT, decay 1/4, T = 4"
+    assert saved.published == "0.30 of GPU memory (ImageNet), 0.36 of GPU memory (CIFAR-10)"
+    assert time.holds and time.published.startswith("0.91 of training hours")
+    assert turned.holds and turned.claim == "forward and backward in turn, of BPTT's"
     bounds = {
-        claim.about.split(",")[0]: claim.bound
-        for claim in found
-        if claim.claim == "forward and backward, of BPTT's"
+        claim.about.split(",")[0]: claim.bound for claim in found if claim.claim == time.claim
     }
-    assert turned.claim == "forward and backward in turn, of BPTT's" and turned.holds
+    assert bounds["SLTT-1"] == "<= 0.550 (r = 2.00)" and bounds["SLTT-2"] == "<= 0.733 (r = 2.00)"
     unswept = list(claims_fashion._claims(trained, runs, dict.fromkeys(beside), ()))[2]
     assert (unswept.holds, unswept.ours) == (None, "not measured at T = 2, 4, 8, 16")
-    assert (
-        time.holds
-        and bounds["SLTT-1"] == "<= 0.550 (r = 2.00)"
-        and bounds["SLTT-2"] == "<= 0.733 (r = 2.00)"
-    )
-    assert saved.published == "0.30 of GPU memory (ImageNet), 0.36 of GPU memory (CIFAR-10)"
-    assert time.published.startswith("0.91 of training hours")
 
 
 @pytest.fixture
@@ -404,104 +416,108 @@ def on_two_machines(make_run: Callable, tmp_path: Path) -> dict[str, Path]:
     return runs
 
 
-def test_fashions_claims_are_judged_on_one_machine(on_two_machines: dict[str, Path]) -> None:
+def told(
+    runs: dict[str, Path],
+) -> tuple[dict[str, Any], dict[tuple[str, str, str], dict[str, Any]], str]:
+    """What the report returns, its claims by rule, decay and claim, and what it prints."""
     console = Console(file=io.StringIO(), width=200)
-    told = claims_fashion.report(on_two_machines, console)
-    said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert [len(told["studies"][study]) for study in claims_fashion.STUDIES] == [2, 1]
+    value = claims_fashion.report(runs, console)
+    claims = {(*claim["about"].split(", ")[:2], claim["claim"]): claim for claim in value["claims"]}
+    return value, claims, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_fashions_claims_are_judged_on_one_machine(on_two_machines: dict[str, Path]) -> None:
+    value, claims, said = told(on_two_machines)
+    assert [len(value["studies"][study]) for study in claims_fashion.STUDIES] == [2, 1]
     assert (
         "decay-1-11: claims are judged on a cpu, 2 cores; 2 workers alone; elsewhere:"
         " claims-decay-1-11-bptt-2," in said
     )
     assert said.count("claims are judged on") == 1
-    of_first = [claim for claim in told["claims"] if ", decay 1/11" in claim["about"]]
-    times = {
-        claim["about"].split(",")[0]: claim
-        for claim in of_first
-        if claim["claim"] == "forward and backward, of BPTT's"
-    }
     # Folded BPTT beside it takes 3 s; the faster one elsewhere, 0.11 s, is nobody's divisor.
-    assert (
-        times["SLTT"]["ours"] == "1.000 of BPTT's, seeds 0, 1"
-        and times["SLTT-1"]["ours"] == "0.367 of BPTT's, seeds 0, 1"
-    )
-    assert times["SLTT"]["holds"] and times["SLTT-1"]["holds"]
+    for rule, ratio in (("SLTT", "1.000"), ("SLTT-1", "0.367")):
+        claim = claims[rule, "decay 1/11", "forward and backward, of BPTT's"]
+        assert claim["holds"] and claim["ours"] == f"{ratio} of BPTT's, seeds 0, 1"
 
 
+LARGEST_CLAIM = "images of its largest batch in 100 MB, of the faster BPTT's at its own"
+WITH_STATES = f"{(100 + STATES) / (1000 + STATES):.3f}"
+
+
+@pytest.mark.parametrize(
+    ("claim", "of_rules"),
+    [
+        # no paper has figures of SLTT-2 and of recomputation
+        (
+            "top-1 below BPTT's, points",
+            {
+                "SLTT": (True, "+0.00 (+0.00 to +0.00)"),
+                "SLTT-1": (True, "+0.00 (+0.00 to +0.00)"),
+                "SLTT-2": (None, "+0.00 (+0.00 to +0.00)"),
+                "OTTT-A": (True, "+0.00 (+0.00 to +0.00)"),
+                "BPTT-recompute": (None, "+0.00 (+0.00 to +0.00)"),
+            },
+        ),
+        (
+            "saved bytes, of BPTT's",
+            {
+                "SLTT": (True, "0.100"),
+                "SLTT-2": (True, "0.100"),
+                "OTTT-A": (True, "0.100"),
+                "BPTT-recompute": (None, "0.100"),
+            },
+        ),
+        (
+            "saved bytes and states, of BPTT's",
+            {"SLTT": (None, WITH_STATES), "OTTT-A": (None, WITH_STATES)},
+        ),
+        (
+            LARGEST_CLAIM,
+            {
+                "SLTT": (None, "T = 6: 300 of 100"),
+                "SLTT-1": (None, "T = 6: 300 of 100"),
+                "SLTT-2": (None, "T = 6: 300 of 100"),
+                "OTTT-A": (None, "T = 6: 250 of 100"),
+                "BPTT-recompute": (None, "T = 6: 110 of 100"),
+            },
+        ),
+        (
+            "share of BPTT's gradient through time, first",
+            {"SLTT": (None, "start 0.25; seeds 0, 1, 2")},
+        ),
+    ],
+)
 def test_every_rule_of_fashions_claims_has_a_row_for_its_accuracy_and_its_bytes(
-    on_two_machines: dict[str, Path],
+    on_two_machines: dict[str, Path], claim: str, of_rules: dict[str, tuple[bool | None, str]]
 ) -> None:
-    told = claims_fashion.report(on_two_machines, Console(file=io.StringIO()))["claims"]
-    for decay in ("1/11", "1/2"):
-        rows = {
-            (claim["about"].split(",")[0], claim["claim"]): claim
-            for claim in told
-            if f"decay {decay}" in claim["about"]
-        }
-        rules = ("SLTT", "SLTT-1", "SLTT-2", "OTTT-A", "BPTT-recompute")
-        accuracies = [rows[rule, "top-1 below BPTT's, points"] for rule in rules]
-        assert [claim["ours"].startswith("+0.00 (+0.00 to +0.00)") for claim in accuracies] == 5 * [
-            True
-        ]
-        assert [claim["holds"] for claim in accuracies] == [
-            True,
-            True,
-            None,
-            True,
-            None,
-        ]  # no paper has figures of the others
-        saved = [
-            rows[rule, "saved bytes, of BPTT's"]
-            for rule in ("SLTT", "SLTT-2", "OTTT-A", "BPTT-recompute")
-        ]
-        assert [claim["holds"] for claim in saved] == [True, True, True, None]
-        kept = [rows[rule, "saved bytes and states, of BPTT's"] for rule in ("SLTT", "OTTT-A")]
-        assert [claim["ours"].split()[0] for claim in kept] == 2 * [
-            f"{(100 + STATES) / (1000 + STATES):.3f}"
-        ]
-        largest = [
-            rows[rule, "images of its largest batch in 100 MB, of the faster BPTT's at its own"]
-            for rule in rules
-        ]
-        assert [claim["ours"] for claim in largest] == [
-            f"T = 6: {batch} of 100" for batch in (300, 300, 300, 250, 110)
-        ]
-        shares = rows["SLTT", "share of BPTT's gradient through time, first"]
-        assert shares["ours"] == "start 0.25; seeds 0, 1, 2"
+    _, claims, _ = told(on_two_machines)
+    for decay in ("decay 1/11", "decay 1/2"):
+        for rule, (holds, ours) in of_rules.items():
+            found = claims[rule, decay, claim]
+            assert found["holds"] is holds and found["ours"].startswith(ours)
 
 
 def test_imagenets_plan_stands_beside_the_published_figures_and_says_why_there_is_none() -> None:
     rows = {
-        (claim.about.split(",")[0], claim.claim): claim for claim in claims_fashion._imagenet(PLAN)
+        (claim.about.split(",")[0], claim.claim): (claim.published, claim.ours)
+        for claim in claims_fashion._imagenet(PLAN)
     }
-    memory = rows["SLTT", "memory"]
-    ours = (
-        "not run here; plan in fp32, a model, not measured: 9.5 GB, 64 samples at a time x 4, 60 h"
+    assert rows["SLTT", "memory"] == (
+        "8.47 GB, AMP",
+        "not run here; plan in fp32, a model, not measured: 9.5 GB, 64 samples at a time x 4, 60 h",
     )
-    assert (memory.published, memory.ours) == ("8.47 GB, AMP", ours)
-    ours = (
-        "not run here; not planned: BPTT: a worker must fit into 28.8 GB; it needs 30 GB at least"
-    )
-    assert (rows["BPTT", "time"].published, rows["BPTT", "time"].ours) == ("73.8 h, AMP", ours)
-    assert rows["SLTT-1", "time"].ours == "not run here; not planned"
-    assert all(
-        "not planned" in claim.ours
-        for claim in claims_fashion._imagenet(None)
-        if claim.claim == "time"
-    )
+    refused = f"not run here; not planned: {PLAN['refused']['BPTT']}"
+    assert rows["BPTT", "time"] == ("73.8 h, AMP", refused)
+    assert rows["SLTT-1", "time"][1] == "not run here; not planned"
+    unplanned = [claim.ours for claim in claims_fashion._imagenet(None) if claim.claim == "time"]
+    assert all("not planned" in ours for ours in unplanned)
 
 
 def test_what_could_not_be_measured_is_named_in_the_report(
     on_two_machines: dict[str, Path],
 ) -> None:
     write_json(on_two_machines["decay-1-2-in-turn"], {"refused": "another machine"})
-    console = Console(file=io.StringIO(), width=200)
-    found = claims_fashion.report(on_two_machines, console)["claims"]
-    file: Any = console.file
-    assert "decay-1-2-in-turn: not measured: another machine" in file.getvalue()
-    [turned] = [
-        claim
-        for claim in found
-        if claim["about"].startswith("SLTT, decay 1/2") and "in turn" in claim["claim"]
-    ]
+    _, claims, said = told(on_two_machines)
+    assert "decay-1-2-in-turn: not measured: another machine" in said
+    turned = claims["SLTT", "decay 1/2", "forward and backward in turn, of BPTT's"]
     assert (turned["holds"], turned["ours"]) == (None, "not measured in turn")
