@@ -18,11 +18,11 @@ from pipeline.report.claims import (
     share_of_two_forwards,
 )
 from pipeline.report.results import Run
-from pipeline.report.study import COMPUTE, Group, Study
+from pipeline.report.study import COMPUTE, Group
 from recipes.compare import claims_fashion
 from recipes.compare.claims_base import at_their_largest, flat_in_t, temporal_shares, time_in_turn
 from tests.helpers.events import RawJournal, event
-from tests.helpers.hand_made import fidelity, run
+from tests.helpers.hand_made import fidelity, group_of, run
 
 
 def timed(rule: str, forward: float, backward: float, *, seed: int = 0) -> Run:
@@ -30,20 +30,15 @@ def timed(rule: str, forward: float, backward: float, *, seed: int = 0) -> Run:
     return run(rule, seed=seed, forward_s=100 * forward, backward_s=100 * backward)
 
 
-def group(*runs: Run) -> Group:
-    (found,) = Study(title="t", runs=runs).groups
-    return found
-
-
 def twice(*runs: tuple[str, float, float]) -> Group:
     """Each rule with its forward and backward, alike with two seeds."""
-    return group(*(timed(*each, seed=seed) for seed in (0, 1) for each in runs))
+    return group_of(*(timed(*each, seed=seed) for seed in (0, 1) for each in runs))
 
 
 def saved(count: float | None, of_bptt: float | None = 100, bound: float | None = 0.25) -> Claim:
     """On the bytes of SLTT."""
     runs = run("BPTT", peak_saved_bytes=of_bptt), run("SLTT", peak_saved_bytes=count)
-    return share("SLTT", group(*runs), "SLTT", "peak_saved_bytes", bound=bound)
+    return share("SLTT", group_of(*runs), "SLTT", "peak_saved_bytes", bound=bound)
 
 
 def flat(bytes_of: dict[int, float]) -> Claim:
@@ -71,7 +66,7 @@ def recomputed(seconds: float) -> Claim:
 def of_shares(*shares: float) -> Claim:
     bptt = [timed("BPTT", 1.0, 1.0, seed=seed) for seed in range(3)]
     sltt = [timed("SLTT", share, share, seed=seed) for seed, share in enumerate(shares)]
-    return time_of(group(*bptt, *sltt), "SLTT")
+    return time_of(group_of(*bptt, *sltt), "SLTT")
 
 
 BACKWARD_S = {
@@ -102,22 +97,22 @@ def in_turn(bound: Any = 1.0, rule: str = "SLTT", turns: Any = TURNS) -> Claim:
 
 
 # Folded BPTT has seeds 0 to 2. Step by step, of seed 0 alone, is faster: seed 0 is what is divided.
-SEED_0_FASTER = group(
+SEED_0_FASTER = group_of(
     *(timed("BPTT", 1.0, 2.0, seed=seed) for seed in range(3)),
     timed("BPTT-chunk-1", 0.5, 1.5),
     *(timed("SLTT", 1.0, seconds, seed=seed) for seed, seconds in enumerate((1.5, 1.0, 1.0))),
 )
 # A machine moves from run to run by more than the bound is missed by or kept; bytes repeat exactly.
-ONE_SEED = group(timed("BPTT", 1.0, 2.0), timed("SLTT", 1.0, 2.1), timed("SLTT-1", 1.0, 0.1))
-ALONE = group(run("SLTT"), run("SLTT", seed=1))
-UNTIMED = group(run("BPTT"), run("SLTT", forward_s=None))  # too short: no batch was steady
+ONE_SEED = group_of(timed("BPTT", 1.0, 2.0), timed("SLTT", 1.0, 2.1), timed("SLTT-1", 1.0, 0.1))
+ALONE = group_of(run("SLTT"), run("SLTT", seed=1))
+UNTIMED = group_of(run("BPTT"), run("SLTT", forward_s=None))  # too short: no batch was steady
 
 
 def lost(*seeds: int) -> Group:
     """Three seeds, in some of which SLTT diverged."""
     bptt = [run("BPTT", seed=seed) for seed in range(3)]
     ends = ["diverged" if seed in seeds else "finished" for seed in range(3)]
-    return group(*bptt, *(run("SLTT", seed=seed, state=end) for seed, end in enumerate(ends)))
+    return group_of(*bptt, *(run("SLTT", seed=seed, state=end) for seed, end in enumerate(ends)))
 
 
 ONE_STEP, NO_RUN = "<= 0.489 (r = 2.00)", "no run beside BPTT's, trained on the same"
@@ -222,7 +217,7 @@ def test_our_value_is_held_to_the_bound(claim: Claim, verdict: str, bound: str, 
 def accuracy_of(*losses: float, within: float | None = 0.7) -> Claim:
     bptt = [run("BPTT", seed=seed, top1=0.9) for seed in range(3)]
     rule = [run("SLTT", seed=seed, top1=0.9 - loss / 100) for seed, loss in enumerate(losses)]
-    return accuracy("SLTT", group(*bptt, *rule), "SLTT", within=within, published="")
+    return accuracy("SLTT", group_of(*bptt, *rule), "SLTT", within=within, published="")
 
 
 @pytest.mark.parametrize(
@@ -253,7 +248,7 @@ def test_a_claim_on_time_is_the_ratio_that_the_rest_of_the_report_shows() -> Non
 
 
 def test_bytes_that_nobody_counted_are_named() -> None:
-    uncounted = group(run("BPTT", peak_saved_bytes=None), run("SLTT"))
+    uncounted = group_of(run("BPTT", peak_saved_bytes=None), run("SLTT"))
     said = (
         "saved bytes were not measured in runs of BPTT, in which no batch was whole on which bytes"
         " are counted"

@@ -20,10 +20,10 @@ from pipeline.core.printing import NO_WIDTH
 from pipeline.report import results
 from pipeline.report.compare import Comparison, comparisons, csv_of, print_comparison
 from pipeline.report.results import ReportError
-from pipeline.report.study import FOLDED_ALONE, RECOMPUTES_NOTHING, Difference, Study
+from pipeline.report.study import FOLDED_ALONE, RECOMPUTES_NOTHING, Difference
 from pipeline.report.suite import read_study
 from tests.helpers.events import RawJournal, event
-from tests.helpers.hand_made import run
+from tests.helpers.hand_made import group_of, run
 from tests.helpers.small import command
 from tests.report.conftest import RECIPE, STUDY, compare, make_all
 
@@ -771,7 +771,7 @@ def difference(
     runs = [run("BPTT", seed=seed, top1=top1) for seed, top1 in baseline.items()]
     runs += [run("SLTT", seed=seed, top1=top1) for seed, top1 in rule.items()]
     runs += [run("SLTT", seed=seed, state="diverged") for seed in lost]
-    return Study(title="t", runs=tuple(runs)).groups[0].differences
+    return group_of(*runs).differences
 
 
 def test_the_interval_of_three_pairs_by_hand():
