@@ -35,11 +35,10 @@ def compare(
     suite's report.
     """
     from pipeline.report.compare import print_comparison
-    from pipeline.report.selection import runs_dir_of
-    from pipeline.report.suite import print_suite, suite_named
+    from pipeline.report.selection import located
+    from pipeline.report.suite import print_suite
 
-    runs = runs_dir_of(runs, names or [])
-    suite = suite_named(runs, names or [])
+    runs, suite = located(runs, names or [])
     if suite is None:
         print_comparison(runs, names or [], format=format_, against=against, within=within)
         return
@@ -74,10 +73,8 @@ def report(
     In MLflow the page becomes an artifact of each suite that has some of the runs.
     """
     from pipeline.report.page import publish, write
-    from pipeline.report.selection import runs_dir_of
     from pipeline.report.suite import read_study
 
-    runs = runs_dir_of(runs, names or [])
     options = {"against": against, "within": within, "sweeps": sweep or [], "trust": tuple(trust)}
     say_stage("reading the runs")
     result = read_study(runs, names or [], **options)

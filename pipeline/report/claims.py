@@ -71,9 +71,9 @@ def returned(value: Any, where: str) -> Returned:
     )
 
 
+# A share, or a function of r, which is the divisor's ratio of backward to forward time. Our value
+# may exceed the bound by a tenth. None: the claim has no bound that our value could be held to.
 Bound = float | Callable[[float], float] | None
-"""A share, or a function of r, which is the divisor's ratio of backward to forward time. Our value
-may exceed the bound by a tenth. None: the claim has no bound that our value could be held to."""
 
 
 def share(
@@ -140,20 +140,16 @@ def accuracy(about: str, group: Group, rule: str, *, within: float | None, publi
         f"top-1 below {group.against}'s, points",
         "" if within is None else f"<= {within:g}",
     )
-    measured = next(
-        (difference for difference in group.differences if difference.rule == rule), None
-    )
-    if measured is None and (lost := group.describe_lost(rule)):
-        holds = None if within is None else False
-        return Claim(
-            about=about, claim=claim, published=published, bound=bound, ours=lost, holds=holds
-        )
+    measured = next((each for each in group.differences if each.rule == rule), None)
     if measured is None:
-        return not_judged(
-            about,
-            claim,
-            published,
-            ours=f"no two seeds in common with {group.against}'s, trained on the same",
+        lost = group.describe_lost(rule)
+        return Claim(
+            about=about,
+            claim=claim,
+            published=published,
+            bound=bound if lost else "",
+            ours=lost or f"no two seeds in common with {group.against}'s, trained on the same",
+            holds=False if lost and within is not None else None,
         )
     verdict = None if within is None else measured.verdict(within)
     return Claim(

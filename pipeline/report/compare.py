@@ -5,15 +5,14 @@ machines are never divided. A study with runs on several machines has one compar
 """
 
 import json
-import math
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -22,7 +21,7 @@ from pipeline.core.units import counted
 from pipeline.recipe import BASELINE
 from pipeline.recipe.command_line import how_to_resume
 from pipeline.report import tables
-from pipeline.report.drawing import Cell, Table
+from pipeline.report.drawing import Table
 from pipeline.report.results import (
     ReportError,
     Run,
@@ -35,7 +34,6 @@ from pipeline.report.results import (
     refuse_damage,
 )
 from pipeline.report.selection import (
-    ComparisonError,
     chosen,
     is_study,
     refuse_unlike,
@@ -101,8 +99,7 @@ class Comparison:
         self._print_costs(console)
         console.print()
         behind = {rule: tables.behind(self.group, rule) for rule in self.group.finished_rules}
-        names = next(iter(behind.values()))
-        columns = [Column(name, wraps=name in _SENTENCES) for name in names]
+        columns = [Column(name, wraps=name in _SENTENCES) for name in next(iter(behind.values()))]
         rows = [(rule, *values.values()) for rule, values in behind.items()]
         print_table(console, ("rule", *columns), rows, title="behind each row")
         differences = (each.text(self.group.within) for each in self.group.differences)
@@ -112,7 +109,11 @@ class Comparison:
             who, resume = f"{run.name} ({run.rule})", how_to_resume(run.folder)
             if run.state != "diverged":
                 command = "" if run.state == "running" else f"; {resume}"
-                say(console, f"not in the table: {who} is {_state(run)}{command}", whole=[resume])
+                say(
+                    console,
+                    f"not in the table: {who} is {tables.state_of(run)}{command}",
+                    whole=[resume],
+                )
             elif run in self.elsewhere:  # a note names the other diverged runs
                 say(console, f"{who} diverged, trained otherwise than these: it is in no mean")
 
@@ -134,32 +135,6 @@ class Comparison:
         print_table(console, columns, rows, title=title)
 
 
-def compare(
-    runs_dir: str | os.PathLike[str],
-    names: Sequence[str | os.PathLike[str]] = (),
-    *,
-    against: str = BASELINE,
-    within: float = WITHIN,
-) -> Comparison:
-    """Compare finished runs.
-
-    Args:
-        runs_dir: where runs live.
-        names: run names, paths, or study keys (or beginnings of them). Without names, the study
-            whose run finished last is compared. For named runs, the missing kinds of the baseline
-            are added from the same study.
-        against: the rule that ratios and differences refer to.
-        within: the tolerated loss in points of accuracy, for the verdict on paired seeds.
-
-    Raises:
-        ComparisonError: no run finished, or the runs differ in more than the rule and the seed.
-        ReportError: a name belongs to neither a run nor a study.
-    """
-    runs = read_runs(Path(runs_dir))
-    members = chosen(Path(runs_dir), names, runs)
-    return _compared(runs, members, against=against, within=within, is_whole=not names)
-
-
 def comparisons(
     runs_dir: str | os.PathLike[str],
     folders: Iterable[Path],
@@ -169,12 +144,15 @@ def comparisons(
 ) -> list[Comparison]:
     """Compare runs, grouped by study and machine.
 
+    Args:
+        against: the rule that ratios and differences refer to.
+        within: the tolerated loss in points of accuracy, for the verdict on paired seeds.
+
     Raises:
-        ComparisonError: no run of a study finished, or its runs differ outside the study key.
+        ReportError: no run of a study finished, or its runs differ outside the study key.
     """
-    members = list(map(read_run, folders))
     made, refusals = _compare_each(
-        read_runs(Path(runs_dir)), members, against=against, within=within
+        read_runs(Path(runs_dir)), list(map(read_run, folders)), against, within
     )
     if refusals:
         raise refusals[0]
@@ -186,53 +164,58 @@ def print_comparison(
     names: Sequence[str | os.PathLike[str]] = (),
     *,
     folders: Iterable[Path] | None = None,
-    format: str = "table",
+    format: Literal["table", "json", "csv"] = "table",
     against: str = BASELINE,
     within: float = WITHIN,
     console: Console | None = None,
 ) -> None:
-    """Print `compare`: one whole study, or one comparison per study and machine of `folders`.
+    """Print the comparison of the named runs, or one per study and machine of `folders`.
 
     An error about some of the runs is raised after the others are printed.
 
     Args:
+        runs_dir: where runs live.
+        names: run names, paths, or study keys (or beginnings of them). Without names, the study
+            whose run finished last is compared. For named runs, the missing kinds of the baseline
+            are added from the same study.
         format: "table" prints tables on the console; "json" prints a list of comparisons; "csv"
             prints one line per finished run.
+        against, within: as in `comparisons`.
 
     Raises:
-        ComparisonError: see `compare`.
+        ReportError: no run finished, or the runs differ in more than the rule and the seed; or a
+            name belongs to neither a run nor a study.
     """
-    if format not in ("table", "json", "csv"):
-        raise ReportError(f"compare: format must be table, json or csv; got {format!r}")
     runs_dir, console = Path(runs_dir), console or new_console()
     runs = read_runs(runs_dir)
-    judged: dict[str, Any] = {"against": against, "within": within}
-    refusals: list[ComparisonError] = []
+    members = chosen(runs_dir, names, runs) if folders is None else list(map(read_run, folders))
     is_key = len(names) == 1 and is_study(runs, os.fspath(names[0]))
-    if folders is not None:
-        made, refusals = _compare_each(runs, list(map(read_run, folders)), **judged)
-    elif not names or (is_key and not (runs_dir / names[0]).exists()):
-        made, refusals = _compare_each(runs, chosen(runs_dir, names, runs), **judged)
+    if not names or (is_key and not (runs_dir / names[0]).exists()):
+        made, refusals = _compare_each(runs, members, against, within)
     else:
-        made = [_compared(runs, chosen(runs_dir, names, runs), **judged, is_whole=False)]
-    if format == "csv" and (made or not refusals):
-        sys.stdout.write(csv_of(made))
-    elif format == "json" and (made or not refusals):
-        print(json.dumps([each.to_json() for each in made], indent=2, allow_nan=False))
-    elif format == "table":
-        for index, comparison in enumerate(made):
-            if index:
-                console.print()
-            comparison.render(console)
-        for study, times in Counter(each.group.study for each in made).items():
-            if times > 1:
-                say(
-                    console,
-                    f"study {study[:8]} has {times} tables, of different machines, workers or"
-                    " micro-batches: nothing is divided from one to another",
-                )
+        made, refusals = [comparison_of(runs, members, against, within, is_whole=False)], []
+    if format == "table":
+        _print_tables(made, console)
+    elif made or not refusals:
+        values = [each.to_json() for each in made]
+        as_json = f"{json.dumps(values, indent=2, allow_nan=False)}\n"
+        sys.stdout.write(csv_of(values) if format == "csv" else as_json)
     if refusals:
         raise refusals[0]
+
+
+def _print_tables(made: Sequence[Comparison], console: Console) -> None:
+    for index, comparison in enumerate(made):
+        if index:
+            console.print()
+        comparison.render(console)
+    for study, times in Counter(each.group.study for each in made).items():
+        if times > 1:
+            say(
+                console,
+                f"study {study[:8]} has {times} tables, of different machines, workers or"
+                " micro-batches: nothing is divided from one to another",
+            )
 
 
 def comparable(runs: Sequence[Run]) -> list[list[Run]]:
@@ -250,7 +233,7 @@ def comparable(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def unfinished_to_json(run: Run) -> dict[str, str]:
-    return {"run": run.name, "rule": run.rule, "state": _state(run)}
+    return {"run": run.name, "rule": run.rule, "state": tables.state_of(run)}
 
 
 def _run_to_json(
@@ -272,16 +255,21 @@ def _run_to_json(
         "rule": run.rule,
         "behind": {re.sub("[ -]", "_", name): value for name, value in behind.items()},
         "ratios": ratios,
-        "not_finite": dict(_not_finite(summary)),
+        "not_finite": {
+            name: str(value) for name, value in flat(summary).items() if finite(value) != value
+        },
     }
 
 
-def csv_of(comparisons: Sequence[Comparison]) -> str:
-    """One line for each finished run. Nested fields have names such as `hardware.cpu`."""
+def csv_of(comparisons: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each finished run, from the JSON values of comparisons.
+
+    Nested fields have names such as `hardware.cpu`.
+    """
     rows = [
-        {**flat(run), **{name: as_json[name] for name in ("study", "where", "time_baseline")}}
-        for as_json in (comparison.to_json() for comparison in comparisons)
-        for run in as_json["runs"]
+        {**flat(run), **{name: each[name] for name in ("study", "where", "time_baseline")}}
+        for each in comparisons
+        for run in each["runs"]
     ]
     first = (*_FIRST, *(each.name for each in compared()))
     columns = (*first, *sorted({name for row in rows for name in row} - set(first)))
@@ -291,45 +279,50 @@ def csv_of(comparisons: Sequence[Comparison]) -> str:
 
 def finite(value: Any) -> Any:
     """JSON values with null in the place of NaN and infinities."""
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value), parse_constant=lambda constant: None)
 
 
-def _compared(
-    runs: Sequence[Run], members: Sequence[Run], *, against: str, within: float, is_whole: bool
+def comparison_of(
+    runs: Sequence[Run], members: Sequence[Run], against: str, within: float, *, is_whole: bool
 ) -> Comparison:
-    """Compare the members. A whole study (`is_whole`) can lack only its baseline."""
+    """Compare the members. A whole study (`is_whole`) can lack only its baseline.
+
+    Args:
+        runs: all runs of the folder, among which a missing baseline is found.
+
+    Raises:
+        ReportError: no member finished, or members differ in more than the rule and the seed.
+    """
     for run in members:
         refuse_damage(run)
     others = [run for run in members if not run.is_finished]
     finished = [run for run in members if run.is_finished]
     finished.sort(key=lambda run: place(run, against))
     if not finished:
-        states = ", ".join(f"{run.name} is {_state(run)}" for run in others)
-        raise ComparisonError(f"compare: no finished run: {states}")
+        states = (f"{run.name} is {tables.state_of(run)}" for run in others)
+        raise ReportError(f"compare: no finished run: {', '.join(states)}")
     refuse_unlike(finished)
     notes: list[str] = []
     if finished[0].rule != against or not is_whole:
         finished, notes = with_baseline(runs, finished, against)
     here = [run for run in others if kind(run) == kind(finished[0])]
     group = Group((*finished, *here), against, within)
-    elsewhere = tuple(run for run in others if run not in here)
-    return Comparison(group=group, elsewhere=elsewhere, notes=(*notes, *group.notes))
+    return Comparison(
+        group=group,
+        elsewhere=tuple(run for run in others if run not in here),
+        notes=(*notes, *group.notes),
+    )
 
 
 def _compare_each(
-    runs: Sequence[Run], members: Sequence[Run], *, against: str, within: float
-) -> tuple[list[Comparison], list[ComparisonError]]:
+    runs: Sequence[Run], members: Sequence[Run], against: str, within: float
+) -> tuple[list[Comparison], list[ReportError]]:
     made: list[Comparison] = []
-    refusals: list[ComparisonError] = []
-    judged: dict[str, Any] = {"against": against, "within": within}
-    for comparable_runs in comparable(members):
+    refusals: list[ReportError] = []
+    for alike in comparable(members):
         try:
-            made.append(_compared(runs, comparable_runs, **judged, is_whole=True))
-        except ComparisonError as error:
+            made.append(comparison_of(runs, alike, against, within, is_whole=True))
+        except ReportError as error:
             refusals.append(error)
     times = Counter(each.group.study for each in made)
     for index, each in enumerate(made):
@@ -337,11 +330,6 @@ def _compare_each(
             where = places(each.group.finished[-1], between="; ", names_loaders=True)
             made[index] = replace(each, where=where)
     return made, refusals
-
-
-def _state(run: Run) -> str:
-    """Name the run's state. A finished run without a summary was interrupted before writing it."""
-    return "interrupted" if run.state == "finished" else run.state
 
 
 def _cell(shown: tables.Shown | None, console: Console) -> str:
@@ -352,14 +340,3 @@ def _cell(shown: tables.Shown | None, console: Console) -> str:
     if has_width(console):
         return f"{shown.mean}{over}\n{shown.spread}".rstrip()
     return f"{shown.mean} {shown.spread}".rstrip() + over
-
-
-def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, Cell]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _not_finite(item, f"{name}.{key}" if name else key)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _not_finite(item, f"{name}[{index}]")
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield name, str(value)

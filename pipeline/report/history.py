@@ -1,8 +1,10 @@
 """A run over time, from its journal: curve, evaluations, starts, gradients, parts of its time."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from pipeline.measure.constants import PARTS, REST
@@ -101,20 +103,17 @@ def parts(events: Iterable[Event]) -> dict[str, float]:
 
     The first point of a start is excluded: its first batch waits for imports and compilation.
     """
-    seconds: dict[str, float] = {}
-    done = batches_known = 0
-    is_first = True
-    for event in events:
-        if not isinstance(event, (Start, Step)):
+    seconds: Counter[str] = Counter()
+    batches_known = 0
+    points = (event for event in events if isinstance(event, (Start, Step)))
+    for before, point in pairwise(points):
+        if isinstance(before, Start) or isinstance(point, Start):
             continue
-        metrics = {} if is_first or isinstance(event, Start) else event.metrics
-        means = {name: number(metrics.get(f"{name}_s")) for name in (*PARTS, REST)}
+        means = {name: number(point.metrics.get(f"{name}_s")) for name in (*PARTS, REST)}
         known = {name: mean for name, mean in means.items() if mean is not None}
-        batches = max(0, event.step - done) if known else 0
+        batches = max(0, point.step - before.step) if known else 0
         batches_known += batches
-        for name, mean in known.items():
-            seconds[name] = seconds.get(name, 0.0) + mean * batches
-        done, is_first = event.step, isinstance(event, Start)
+        seconds.update({name: mean * batches for name, mean in known.items()})
     return {name: total / batches_known for name, total in seconds.items()} if batches_known else {}
 
 
@@ -123,11 +122,6 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None
-
-
-def count(value: Any) -> int | None:
-    finite = number(value)
-    return None if finite is None else int(finite)
 
 
 def _with_seconds(events: Iterable[Event]) -> Iterator[tuple[float, Event]]:
@@ -154,12 +148,10 @@ def _point(event: Step | Evaluation, seconds: float) -> Point:
 
 def _join_points(points: Sequence[Point], again: Sequence[Point]) -> list[Point]:
     """Return the points, followed by those of `again` after the last repeated step."""
-    if not again:
-        return list(points)
-    repeated = max((each.step for each in points if each.step <= again[-1].step), default=0)
-    return sorted(
-        [*points, *(each for each in again if each.step > repeated)], key=lambda each: each.step
-    )
+    end = max((each.step for each in again), default=0)
+    repeated = max((each.step for each in points if each.step <= end), default=0)
+    later = (each for each in again if each.step > repeated)
+    return sorted([*points, *later], key=lambda each: each.step)
 
 
 def _finite_values(values: Mapping[str, float]) -> dict[str, Any]:

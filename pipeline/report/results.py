@@ -8,8 +8,6 @@ their columns, titles and units from it. To add a quantity, add one line to `MET
 value into `summary.json`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -26,7 +24,7 @@ from pipeline.core.units import counted
 from pipeline.measure.constants import BETWEEN, MEMORY_EVERY, PARTS, REST
 from pipeline.recipe.suite import is_suite
 from pipeline.report import history
-from pipeline.report.history import History, count, number
+from pipeline.report.history import History, number
 from pipeline.track.events import Event, Finish, Start, Step, Stopped
 from pipeline.track.journal import Record, last_event, read, read_events
 from pipeline.track.provenance import conditions_of, trained_on
@@ -183,7 +181,7 @@ def compared() -> list[Metric]:
     return [each for each in METRICS if each.better]
 
 
-def expanded(runs: Iterable[Run]) -> list[Metric]:
+def expanded(runs: "Iterable[Run]") -> list[Metric]:
     """All metrics. A `*` is replaced by each matching key in the summaries of these runs."""
     names = list(dict.fromkeys(name for run in runs for name in run.numbers))
     metrics: list[Metric] = []
@@ -203,18 +201,9 @@ def expanded(runs: Iterable[Run]) -> list[Metric]:
 # ------------------------------------------------------------------------------------------- runs
 
 
-def _rates(values: Iterable[Any]) -> tuple[float, ...]:
-    return tuple(map(float, values))
-
-
-_LAYER: dict[str, Callable[[Any], Any]] = {
-    "name": str,
-    "neurons": int,
-    "samples": int,  # samples whose spikes were counted
-    "rates": _rates,  # spikes per neuron at each time step
-    "silent": float,  # share of silent neurons, in 0..1
-    "saturated": float,
-}
+# The fields of a layer in activity.json. `rates` are its spikes per neuron at each time step;
+# `silent` and `saturated` are shares of its neurons.
+_LAYER = ("name", "neurons", "samples", "rates", "silent", "saturated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,16 +272,12 @@ class Run:
     @cached_property
     def activity(self) -> list[dict[str, Any]]:
         """The layers of neurons in the last evaluation, with the fields in `_LAYER`."""
-        layers = []
-        for layer in self.layers() or ():
-            try:
-                layers.append({name: kind(layer[name]) for name, kind in _LAYER.items()})
-            except (KeyError, TypeError, ValueError) as error:
-                needed = ", ".join(_LAYER)
-                raise ReportError(
-                    f"activity.json: a layer must have {needed}; got {layer!r}"
-                ) from error
-        return layers
+        try:
+            return [{name: layer[name] for name in _LAYER} for layer in self.layers() or ()]
+        except (KeyError, TypeError) as error:
+            raise ReportError(
+                f"activity.json: a layer must have {', '.join(_LAYER)}; got {error!r}"
+            ) from error
 
     @cached_property
     def numbers(self) -> dict[str, float]:
@@ -324,21 +309,18 @@ def run_of(
     newest = {**(starts[-1] if starts else {}), **(finished or {})}
     fields = (recipe or {}).get("recipe", recipe)
     on = conditions_of(finished, starts) if finished else trained_on(starts, steps=None)
-    commits = [event["commit"] for event in starts if event.get("commit")]
-    if finished and not commits:
-        commits = finished.get("commits") or [finished.get("commit")]
     return Run(
         name=name,
         state=state,
         rule=str(newest.get("rule") or UNKNOWN_RULE),
-        seed=count(newest.get("seed")) or 0,
+        seed=newest.get("seed") or 0,
         study=str(newest.get("study") or ""),
-        recipe=(fields if isinstance(fields, Mapping) else {}) or newest.get("params") or {},
+        recipe=fields if isinstance(fields, Mapping) else {},
         summary=finished,
         trained_on=tuple({**each, "hardware": each["hardware"] or {}} for each in on),
-        commits=tuple(dict.fromkeys(map(str, filter(None, commits)))),
-        total_steps=count(newest.get("total_steps") or newest.get("steps")),
-        steps_per_epoch=count(newest.get("steps_per_epoch")),
+        commits=tuple(dict.fromkeys(filter(None, (event.get("commit") for event in starts)))),
+        total_steps=newest.get("total_steps") or newest.get("steps"),
+        steps_per_epoch=newest.get("steps_per_epoch"),
         **about,
     )
 
@@ -388,7 +370,7 @@ def _read(folder: Path, *, summary: Any = None, recipe: Any = None, damage: str 
     )
 
 
-def frame(runs: Iterable[Run]) -> pd.DataFrame:
+def frame(runs: Iterable[Run]) -> "pd.DataFrame":
     """One row for each run.
 
     Columns: identity, state and training conditions of the run; each metric, NaN where it was not
@@ -510,8 +492,11 @@ def machine(hardware: Mapping[str, Any]) -> str:
         return "a machine that is not known"
     if hardware.get("gpu") not in (None, "none"):
         return str(hardware["gpu"])
-    names = [name for name in ("cores", "threads") if isinstance(hardware.get(name), int)]
-    counts = [counted(hardware[name], name[:-1]) for name in names]
+    counts = [
+        counted(hardware[name], name[:-1])
+        for name in ("cores", "threads")
+        if isinstance(hardware.get(name), int)
+    ]
     return ", ".join([str(hardware.get("cpu", "a CPU")), *counts])
 
 
@@ -537,23 +522,20 @@ def places(run: Run, *, between: str = ", ", names_loaders: bool = False) -> str
 
 def micro_batches(run: Run) -> str:
     """Samples per micro-batch of a worker, and micro-batches per batch: `128`, `64 × 2`."""
-    texts: list[str] = []
-    for on in run.trained_on:
-        times, size = _accumulated(run, on), on["micro_batch"]
-        whole = NOT_SAID if size is None else str(size)
-        texts.append(f"{whole} × {times}" if times > 1 else whole)
+    sizes = [(on["micro_batch"], _accumulated(run, on)) for on in run.trained_on]
+    texts = [f"{size} × {times}" if times > 1 else str(size or NOT_SAID) for size, times in sizes]
     return ", then ".join(dict.fromkeys(texts)) or NOT_SAID
 
 
 def _accumulated(run: Run, on: Mapping[str, Any]) -> int:
-    """Micro-batches of a worker per batch; 1 if the recipe is only known as journal text."""
+    """Micro-batches of a worker per batch; 1 if the recipe is not known."""
     batch, of_workers = run.recipe.get("batch_size"), (on["world_size"], on["micro_batch"])
-    return batch // math.prod(of_workers) if isinstance(batch, int) and all(of_workers) else 1
+    return batch // math.prod(of_workers) if batch and all(of_workers) else 1
 
 
+# A driver reports its machine's state to MLflow every 10 s. Without that, MLflow receives only
+# points of the curve, evaluations and checkpoints; the slowest of these take minutes.
 SILENT_S = 900.0
-"""A driver reports its machine's state to MLflow every 10 s. Without that, MLflow receives only
-points of the curve, evaluations and checkpoints; the slowest of these take minutes."""
 
 
 def describe_state(state: str, heard: float | None) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from pipeline.core.printing import new_console, number, print_table, say
 from pipeline.core.run_folder import RunFolder
-from pipeline.core.units import counted
+from pipeline.core.units import counted, some
 from pipeline.recipe import is_baseline
 from pipeline.recipe.command_line import how_to_resume
 from pipeline.recipe.json import differing, listed
@@ -33,10 +33,6 @@ from pipeline.track.state import entries_in, is_driven, over_in
 Differing = tuple[str, Any, Any]  # a field, and its values in two runs
 
 
-class ComparisonError(ReportError):
-    """Runs must not be compared, or none exists; the message is one line with the difference."""
-
-
 def chosen(
     runs_dir: Path, names: Sequence[str | os.PathLike[str]], runs: Sequence[Run]
 ) -> list[Run]:
@@ -49,42 +45,36 @@ def chosen(
         runs: all runs of the folder.
 
     Raises:
-        ReportError: a name matches nothing, or several runs.
-        ComparisonError: there are no names, and no run has finished.
+        ReportError: a name matches nothing or several runs; or there are no names, and no run has
+            finished.
     """
     if names:
         return _named(runs_dir, [os.fspath(name) for name in names], runs)
     for run in runs:
         refuse_damage(run)
     finished = [run for run in runs if run.is_finished]
-    newest = max(
-        (run for run in finished if run.protocol != "trial"),
-        key=lambda run: run.ended,
-        default=None,
-    )
-    if newest is not None:
-        return [run for run in runs if run.study == newest.study]
-    nothing = f"compare: no finished run in {runs_dir}"
-    if finished:
-        raise ComparisonError(
-            f"{nothing} but {counted(len(finished), 'trial')} on a held-out part, no runs to set"
-            " beside one another"
+    trained = [run for run in finished if run.protocol != "trial"]
+    if not trained:
+        raise ReportError(
+            f"compare: {runs_dir} must have a finished run that is no trial of a search; it has"
+            f" {counted(len(runs), 'run')}, of which {counted(len(finished), 'trial')} finished"
         )
-    there = f"it has {len(runs)} that did not finish" if runs else "it has no runs"
-    raise ComparisonError(f"{nothing}; {there}")
+    newest = max(trained, key=lambda run: run.ended)
+    return [run for run in runs if run.study == newest.study]
 
 
 def _named(runs_dir: Path, names: Sequence[str], runs: Sequence[Run]) -> list[Run]:
     known = {run.folder.resolve(): run for run in runs}
+    folders = folders_in(runs_dir, suites=True)
     selected: dict[Path, Run] = {}
     for text in names:
         members = [run for run in runs if text and run.study.startswith(text)]
         keys = sorted({run.study for run in members})
         if not keys or (runs_dir / text).exists():
-            folder = find_run(runs_dir, text, among=[run.folder for run in runs]).resolve()
+            folder = find_run(runs_dir, text, among=folders).resolve()
             members = [known.get(folder) or read_run(folder)]
         elif len(keys) > 1:
-            raise ComparisonError(f"compare: {text!r} begins several study keys: {', '.join(keys)}")
+            raise ReportError(f"compare: {text!r} begins several study keys: {', '.join(keys)}")
         selected |= {run.folder.resolve(): run for run in members}
     return list(selected.values())
 
@@ -98,15 +88,15 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
     """Refuse runs that differ in more than the rule and the seed.
 
     Raises:
-        ComparisonError: two runs do, or two runs of one rule differ in a tuned value.
+        ReportError: two runs do, or two runs of one rule differ in a tuned value.
     """
     namesakes: dict[str, Run] = {}
     for run in runs[1:]:
         for other in (runs[0], namesakes.setdefault(run.rule, run)):
             if differing_fields := differences(other, run):
-                what = f"differ in more than the rule and the seed: {listed(differing_fields)}"
-                raise ComparisonError(
-                    f"compare: {other.name} and {run.name} {what}; name runs that agree"
+                raise ReportError(
+                    f"compare: {other.name} and {run.name} differ in more than the rule and the"
+                    f" seed: {listed(differing_fields)}; name runs that agree"
                 )
 
 
@@ -122,7 +112,7 @@ def with_baseline(
         runs: all runs of the folder.
 
     Raises:
-        ComparisonError: the added runs would differ from one another.
+        ReportError: the added runs would differ from one another.
     """
     reference, there = finished[0], {run.rule for run in finished}
     kinds = [
@@ -138,16 +128,15 @@ def with_baseline(
         fit.sort(key=lambda run: run.rule != against)
         try:
             refuse_unlike(fit)
-        except ComparisonError as error:
+        except ReportError as error:
             if against not in there:
                 raise
             why = str(error).removeprefix("compare: ")
             return finished, [f"times may be divided by a slower {against}: {why}"]
         return sorted(fit + finished, key=lambda run: run.rule != against), []
     base = next((run for run in kinds if run.rule == against), None)
-    if base is None:
-        why = f"study {reference.study[:8]} has no finished run of {against}"
-    else:
+    why = f"study {reference.study[:8]} has no finished run of {against}"
+    if base is not None:
         why = f"{base.name} does not stand comparison: {listed(differences(base, reference))}"
     return finished, [f"no baseline, no ratios: {why}"]
 
@@ -203,14 +192,11 @@ def trained_apart(
 
 def tuned_in(recipe: Mapping[str, Any]) -> tuple[str, ...]:
     """The dotted keys that each rule has its own value for; may be empty."""
-    keys = recipe.get("tuned")
-    return tuple(keys) if isinstance(keys, (list, tuple)) else ()
+    return tuple(recipe.get("tuned") or ())
 
 
 def written(recipe: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key such as `optimizer.lr`, in a JSON recipe or flat parameters."""
-    if key in recipe:
-        return recipe[key]
+    """The value at a dotted key of a JSON recipe, such as `optimizer.lr`."""
     value: Any = recipe
     for name in key.split("."):
         value = value.get("kwargs", value).get(name) if isinstance(value, Mapping) else None
@@ -225,10 +211,6 @@ def _columns(trained_on: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             if value not in columns.setdefault(name, []):
                 columns[name].append(value)
     return {name: values[0] if len(values) == 1 else values for name, values in columns.items()}
-
-
-class AmbiguousName(ReportError):
-    """The given text is the beginning of several run names."""
 
 
 def find_run(
@@ -260,26 +242,37 @@ def find_run(
         return matches[0].absolute()
     if matches:
         names = ", ".join(folder.name for folder in matches)
-        raise AmbiguousName(f"{text!r} begins the names of {len(matches)} runs: {names}")
-    known = ", ".join(folder.name for folder in folders[:8]) + (", ..." if len(folders) > 8 else "")
-    there = f"; there are {known}" if folders else ", which has no runs"
-    what = "run or suite" if suites else "run"
-    raise ReportError(f"no {what} {text!r} in {runs_dir}{there}")
+        raise ReportError(f"{text!r} begins the names of {len(matches)} runs: {names}")
+    known = some([folder.name for folder in folders], 8) or "none"
+    raise ReportError(f"no run {text!r} in {runs_dir}; there are {known}")
 
 
-def runs_dir_of(runs_dir: Path, names: Sequence[str]) -> Path:
-    """The folder that contains all these runs and suites; `runs_dir` if a name is a study key."""
+def located(runs_dir: Path, names: Sequence[str]) -> tuple[Path, Path | None]:
+    """The folder that contains what these names select, and the suite that they name, if any.
+
+    The folder is `runs_dir` if a name is a study key.
+
+    Raises:
+        ReportError: a suite is named beside something else.
+    """
     there = folders_in(runs_dir, suites=True)
-    try:
-        folders = {find_run(runs_dir, name, suites=True, among=there).parent for name in names}
-    except ReportError:
-        return runs_dir
-    return folders.pop() if len(folders) == 1 else runs_dir
+    folders: list[Path] = []
+    for name in names:
+        try:
+            folders.append(find_run(runs_dir, name, suites=True, among=there))
+        except ReportError:
+            continue  # a study, or nothing: `chosen` raises the precise error
+    suite = next(filter(is_suite, folders), None)
+    if suite is not None and len(names) > 1:
+        raise ReportError(
+            f"compare: a suite is compared by itself; got {suite.name} among {', '.join(names)}"
+        )
+    parents = {folder.parent for folder in folders}
+    is_elsewhere = len(folders) == len(names) and len(parents) == 1
+    return parents.pop() if is_elsewhere else runs_dir, suite
 
 
 # --------------------------------------------------------------------------------- spiketrain runs
-
-_OVER = ("finished", "running", "diverged")  # states of runs that cannot be resumed
 
 
 class SuiteRow(NamedTuple):
@@ -314,33 +307,25 @@ def print_runs(runs_dir: str | os.PathLike[str], console: Console | None = None)
         console.print()
     columns = ("run", "state", "rule", "study", number("step"), number("top-1"))
     print_table(console, columns, map(_cells, runs))
-    for command in filter(None, (*(suite.resume for suite in suites), *map(how_to_go_on, runs))):
+    commands = [suite.resume for suite in suites if suite.resume]
+    over = ("finished", "running", "diverged")
+    commands += [how_to_resume(run.folder) for run in runs if run.state not in over]
+    for command in commands:
         say(console, command, whole=[command])
 
 
-def how_to_go_on(run: Run) -> str | None:
-    """Return the command that resumes a run; None for a finished or running one."""
-    return None if run.state in _OVER else how_to_resume(run.folder)
-
-
-def newest_top1(run: Run) -> float | None:
-    """Return a finished run's result, or the newest evaluation of another run."""
-    if run.state == "finished":
-        return run.value("top1")
-    evaluation = last_event(RunFolder(run.folder).journal, Evaluation)
-    return None if evaluation is None else evaluation.metrics.get("top1")
-
-
 def _cells(run: Run) -> tuple[str, ...]:
-    rule = "-" if run.rule == UNKNOWN_RULE else run.rule
-    step = "-" if run.step is None else f"{run.step}/{run.total_steps or '?'}"
-    top1 = newest_top1(run)
+    """A finished run's result, or the newest evaluation of another run, with what else is known."""
+    top1 = run.value("top1")
+    if run.state != "finished":
+        evaluation = last_event(RunFolder(run.folder).journal, Evaluation)
+        top1 = evaluation and evaluation.metrics.get("top1")
     return (
         run.name,
         run.state,
-        rule,
+        "-" if run.rule == UNKNOWN_RULE else run.rule,
         run.study[:8] or "-",
-        step,
+        "-" if run.step is None else f"{run.step}/{run.total_steps or '?'}",
         "-" if top1 is None else f"{top1:.2%}",
     )
 
@@ -350,7 +335,7 @@ def _suite_row(folder: Path) -> SuiteRow:
         runs, over = entries_in(folder), len(over_in(folder))
     except ValueError:  # the list still shows every other suite
         return SuiteRow(folder.name, f"{FILE} is damaged", None)
-    driven = is_driven(folder)
-    resume = None if over == len(runs) or driven else how_to_resume(folder)
-    state = f"{over} of {len(runs)} finished" + (", running" if driven else "")
-    return SuiteRow(folder.name, state, resume)
+    state = f"{over} of {len(runs)} finished"
+    if is_driven(folder):
+        return SuiteRow(folder.name, f"{state}, running", None)
+    return SuiteRow(folder.name, state, None if over == len(runs) else how_to_resume(folder))

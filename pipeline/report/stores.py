@@ -6,14 +6,13 @@ MLflow. MLflow's client (3.17.2) would create a missing file and its schema, and
 seconds: one sentence with the store and the remedy. An unreadable artifact raises `ArtifactError`.
 """
 
-from __future__ import annotations
-
+import json
 import math
 import os
 import re
 import sqlite3
-import stat
 import tempfile
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -70,7 +69,7 @@ class StoredRun:
     started: float
     newest: float  # time of its newest metric, its end, or its start
     tags: Mapping[str, str] = field(repr=False)
-    metrics: Mapping[str, float] = field(repr=False)  # newest values; empty when listing all runs
+    metrics: Mapping[str, float] = field(repr=False)  # newest values
 
     @property
     def state(self) -> State:
@@ -130,20 +129,41 @@ class Point:
     value: float
 
 
-def open_store(uri: str) -> Store:
-    """Open a store by tracking URI: `sqlite:///FILE`, the path of such a file, or `http://...`.
+class Store(ABC):
+    """An MLflow store. All methods may raise `StoreError`."""
 
-    Raises:
-        StoreError: the store is of another kind.
-    """
-    if uri.startswith(("http://", "https://")):
-        return ServerStore(uri)
-    if uri.startswith(SQLITE) or "://" not in uri:
-        return SqliteStore(Path(uri.removeprefix(SQLITE)))
-    raise StoreError(
-        f"store {without_password(uri)} must be sqlite:///FILE or the address of a server; start"
-        " one for it: mlflow server --backend-store-uri URI"
-    )
+    @abstractmethod
+    def runs(self, study: str | None) -> list[StoredRun]:
+        """The spiketrain runs of a study key, or all, newest start first."""
+
+    @abstractmethod
+    def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
+        """A metric of one run after the step `since`, in the order of steps."""
+
+    @abstractmethod
+    def _read(self, run_id: str, name: str, read: Callable[[Path], T_]) -> T_ | None:
+        """The result of `read` on an artifact's file; None if there is no such file."""
+
+    def listed(self) -> list[StoredRun]:
+        return self.runs(None)
+
+    def text(self, run_id: str, name: str) -> str | None:
+        """An artifact, one of `ARTIFACTS`; None if the run, or its suite's run, has none (yet).
+
+        Raises:
+            ArtifactError: the artifact cannot be read.
+        """
+        if name not in ARTIFACTS:  # a name must not lead out of the run's folder
+            raise StoreError(f"store: an artifact must be {', '.join(ARTIFACTS)}; got {name!r}")
+        return self._read(run_id, name, _whole)
+
+    def journal(self, run_id: str) -> Sent:
+        """A run's journal, thinned if it is long (ImageNet journals have about 100 MB).
+
+        Raises:
+            ArtifactError: the journal cannot be read.
+        """
+        return self._read(run_id, JOURNAL, _sent_at) or Sent()
 
 
 def runs_of_store(store: Store) -> list[Run]:
@@ -161,27 +181,23 @@ def runs_of_store(store: Store) -> list[Run]:
                 inner[last] = value
         start = start_of(stored)
         fields = {name: start[name] for name in known if start[name] not in (None, "")}
-        run = run_of(
-            stored.name,
-            state=stored.state,
-            starts=[start],
-            summary={**summary, **fields} if summary else None,
-            recipe={"protocol": stored.tags.get("spiketrain.protocol", "shared")},
-            started=stored.started,
-            heard=stored.newest if stored.state == "running" else None,
+        runs.append(
+            run_of(
+                stored.name,
+                state=stored.state,
+                starts=[start],
+                summary={**summary, **fields} if summary else None,
+                recipe={"protocol": stored.tags.get("spiketrain.protocol", "shared")},
+                started=stored.started,
+                heard=stored.newest if stored.state == "running" else None,
+            )
         )
-        runs.append(run)
     return runs
 
 
 def start_of(stored: StoredRun) -> Record:
     """The `start` event of a run, as far as its tags contain it."""
-    prefix = "spiketrain."
-    tags = {
-        name.removeprefix(prefix): text
-        for name, text in stored.tags.items()
-        if name.startswith(prefix)
-    }
+    tags = _tags(stored, "spiketrain.")
     numbers = ("seed", "world_size", "micro_batch", "attempt")
     return {
         KIND: Start.kind,
@@ -194,9 +210,16 @@ def start_of(stored: StoredRun) -> Record:
 
 
 def hardware_of(stored: StoredRun) -> dict[str, Any]:
-    prefix = "hardware."
-    tags = {name: text for name, text in stored.tags.items() if name.startswith(prefix)}
-    return {name.removeprefix(prefix): _value(text) for name, text in tags.items()}
+    return {name: _value(text) for name, text in _tags(stored, "hardware.").items()}
+
+
+def _tags(stored: StoredRun, prefix: str) -> dict[str, str]:
+    """The tags with this prefix, without it."""
+    return {
+        name.removeprefix(prefix): text
+        for name, text in stored.tags.items()
+        if name.startswith(prefix)
+    }
 
 
 def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
@@ -211,7 +234,9 @@ def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
             rules=tuple(sorted({run.rule for run in members})),
             protocol=next(filter(None, (_protocol(run.tags) for run in members)), ""),
             seeds=tuple(sorted({run.seed for run in members}, key=lambda seed: (len(seed), seed))),
-            states=dict(sorted(Counter(map(_listed_state, members)).items())),
+            states=Counter(
+                "silent" if is_silent(run.state, run.newest) else run.state for run in members
+            ),
             newest=max(run.newest for run in members),
         )
         for (experiment, study), members in groups.items()
@@ -225,12 +250,14 @@ def _protocol(tags: Mapping[str, str]) -> str:
     return texts.get(tags.get("spiketrain.protocol", ""), "")
 
 
-def _listed_state(run: StoredRun) -> str:
-    return "silent" if is_silent(run.state, run.newest) else run.state
-
-
 def _value(text: str | None) -> str | int | None:
     return int(text) if text and text.isdecimal() else text
+
+
+def _whole(file: Path) -> str:
+    if file.stat().st_size > MOST_BYTES:
+        raise ArtifactError(f"{file} has over {MOST_BYTES >> 20} MiB; look at it by hand")
+    return file.read_text(errors="replace")
 
 
 def _sent_at(file: Path) -> Sent:
@@ -243,31 +270,25 @@ def _sent_at(file: Path) -> Sent:
         raise ArtifactError(f"its {JOURNAL} in MLflow cannot be read: {error}") from error
 
 
-def _refuse_unknown_artifact(name: str) -> None:
-    """Refuse unknown names, so that no name leads out of a run's folder."""
-    if name not in ARTIFACTS:
-        raise StoreError(f"store: an artifact must be {', '.join(ARTIFACTS)}; got {name!r}")
-
-
 # ------------------------------------------------------------------------------------------ SQLite
 
-# Tags of spiketrain runs in experiments that are not deleted; schema as of MLflow 3.17.2.
+# The spiketrain runs of experiments that are not deleted; schema as of MLflow 3.17.2.
 _RUNS = f"""
     select r.run_uuid, r.name, e.name, r.status, r.start_time,
-        coalesce(r.end_time, r.start_time), t.key, t.value
+        coalesce(r.end_time, r.start_time), json_group_object(t.key, t.value)
     from runs r
     join experiments e on e.experiment_id = r.experiment_id
     join tags k on k.run_uuid = r.run_uuid and k.key = '{KIND_TAG}' and k.value = 'run'
     join tags t on t.run_uuid = r.run_uuid
     where r.lifecycle_stage = 'active' and e.lifecycle_stage = 'active'
 """
+_IN_ORDER = "group by r.run_uuid order by r.start_time desc"
 _OF_STUDY = """
     and r.run_uuid in (select run_uuid from tags where key = 'spiketrain.study' and value = ?)
 """
 _LATEST = """
     select r.run_uuid, r.key, r.value, r.is_nan, r.timestamp from latest_metrics r where true
 """
-_NEWEST = "select run_uuid, max(timestamp) from latest_metrics group by run_uuid"
 _PLACE = "select artifact_uri from runs where run_uuid = ? and lifecycle_stage = 'active'"
 _HISTORY = """
     select step, timestamp, value, is_nan from metrics
@@ -275,67 +296,48 @@ _HISTORY = """
 """
 
 
-class SqliteStore:
-    """An MLflow store in a file, opened for each query. All methods may raise `StoreError`."""
+class SqliteStore(Store):
+    """An MLflow store in a file, opened for each query."""
 
     def __init__(self, file: Path) -> None:
         self.file = file.absolute()
 
-    def listed(self) -> list[StoredRun]:
-        """All spiketrain runs, without metrics."""
-        with self._connection() as connection:
-            times = dict(connection.execute(_NEWEST).fetchall())
-            return _runs(connection.execute(_RUNS).fetchall(), times, {})
-
     def runs(self, study: str | None) -> list[StoredRun]:
-        """The runs of a study key, or all, with their metrics, newest start first."""
         condition, values = ("", ()) if study is None else (_OF_STUDY, (study,))
         with self._connection() as connection:
-            rows = connection.execute(_RUNS + condition, values).fetchall()
+            rows = connection.execute(_RUNS + condition + _IN_ORDER, values).fetchall()
             latest = connection.execute(_LATEST + condition, values).fetchall()
         times: dict[str, int] = {}
         metrics: dict[str, dict[str, float]] = {}
         for run, key, value, is_nan, time in latest:
             metrics.setdefault(run, {})[key] = math.nan if is_nan else value
             times[run] = max(time, times.get(run, 0))
-        return sorted(_runs(rows, times, metrics), key=lambda run: run.started, reverse=True)
-
-    def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
-        """A metric of one run after the step `since`, in the order of steps."""
-        with self._connection() as connection:
-            rows = connection.execute(_HISTORY, (run_id, metric, since)).fetchall()
         return [
-            Point(step, time / 1000, math.nan if is_nan else value)
-            for step, time, value, is_nan in rows
+            StoredRun(
+                id=run,
+                name=name or run,
+                experiment=experiment,
+                status=status,
+                started=(started or 0) / 1000,
+                newest=max(ended or 0, times.get(run, 0)) / 1000,
+                tags=json.loads(tags),
+                metrics=metrics.get(run, {}),
+            )
+            for run, name, experiment, status, started, ended, tags in rows
         ]
 
-    def text(self, run_id: str, name: str) -> str | None:
-        """An artifact, one of `ARTIFACTS`; None if the run, or its suite's run, has none (yet).
-
-        Raises:
-            ArtifactError: the artifact cannot be read.
-        """
-        _refuse_unknown_artifact(name)
-        return self._read(run_id, name, self._whole)
-
-    def journal(self, run_id: str) -> Sent:
-        """A run's journal, thinned if it is long (ImageNet journals have about 100 MB).
-
-        Raises:
-            ArtifactError: the journal cannot be read.
-        """
-        return self._read(run_id, JOURNAL, _sent_at) or Sent()
-
-    def _whole(self, path: Path) -> str:
-        if path.stat().st_size > MOST_BYTES:
-            raise self._unreadable(f"{path} has over {MOST_BYTES >> 20} MiB")
-        return path.read_text(errors="replace")
+    def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
+        with self._connection() as connection:
+            rows = connection.execute(_HISTORY, (run_id, metric, since))
+            return [
+                Point(step, time / 1000, math.nan if is_nan else value)
+                for step, time, value, is_nan in rows
+            ]
 
     def _unreadable(self, why: str) -> ArtifactError:
         return ArtifactError(f"store {self.file}: {why}; look at it by hand")
 
     def _read(self, run_id: str, name: str, read: Callable[[Path], T_]) -> T_ | None:
-        """The result of `read` on an artifact's file; None if there is no such file."""
         with self._connection() as connection:
             row = connection.execute(_PLACE, (run_id,)).fetchone()
         if row is None:
@@ -359,25 +361,40 @@ class SqliteStore:
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        self._refuse_unless_filled()
+        try:
+            size = self.file.stat().st_size
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise self._refused(
+                "does not exist; launch a run, or name another by MLFLOW_TRACKING_URI"
+            ) from error
+        except OSError as error:
+            raise self._refused(_UNREADABLE.format(error.strerror)) from error
+        if self.file.is_dir():
+            raise self._refused("is a folder; name the file in it, such as mlflow.db")
+        if not size:
+            raise self._refused(
+                "is empty, nothing was delivered yet; `spiketrain sync RUN` fills it"
+            )
         try:
             with closing(self._opened()) as connection:
                 yield connection
         except sqlite3.OperationalError as error:
             known = (meaning for words, meaning in _TROUBLE.items() if words in str(error))
-            raise StoreError(
-                f"store {self.file} {next(known, _UNREADABLE).format(error)}"
-            ) from error
+            raise self._refused(next(known, _UNREADABLE).format(error)) from error
         except sqlite3.DatabaseError as error:
-            raise StoreError(
-                f"store {self.file} is damaged ({error}); move it away: `spiketrain sync RUN` fills"
-                " a new one from the journals"
+            raise self._refused(
+                f"is damaged ({error}); move it away: `spiketrain sync RUN` fills a new one from"
+                " the journals"
             ) from error
+
+    def _refused(self, why: str) -> StoreError:
+        return StoreError(f"store {self.file} {why}")
 
     def _opened(self, mode: str = "ro") -> sqlite3.Connection:
         """Connect read-only, unless SQLite must first undo an interrupted write."""
-        place = f"file:{quote(str(self.file))}?mode={mode}"
-        connection = sqlite3.connect(place, uri=True, timeout=LOCKED_S)
+        connection = sqlite3.connect(
+            f"file:{quote(str(self.file))}?mode={mode}", uri=True, timeout=LOCKED_S
+        )
         try:
             connection.execute("select 1 from alembic_version").fetchall()
         except sqlite3.DatabaseError as error:
@@ -387,86 +404,55 @@ class SqliteStore:
             raise
         return connection
 
-    def _refuse_unless_filled(self) -> None:
-        try:
-            facts = self.file.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            facts = None
-        except OSError as error:
-            why = _UNREADABLE.format(error.strerror)
-            raise StoreError(f"store {self.file} {why}") from error
-        if facts is None or not stat.S_ISREG(facts.st_mode):
-            raise StoreError(
-                f"store {self.file} does not exist; launch a run, or name another by"
-                " MLFLOW_TRACKING_URI"
-            )
-        if not facts.st_size:
-            raise StoreError(
-                f"store {self.file} is empty, nothing was delivered yet; `spiketrain sync RUN`"
-                " fills it"
-            )
-
 
 _TO_BE_UNDONE = (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_CANTOPEN)
 _UNREADABLE = "cannot be read ({}); are the file and its folder readable to you?"
-_LOCKED = f"is locked by another process for over {LOCKED_S:g} s; try again, or end who holds it"
-_OTHER_VERSION = (
-    "is being made, or is of another version of MLflow ({}); look again, then mlflow db upgrade"
-    " sqlite:///FILE"
-)
+# the meaning of an SQLite message, by words that it contains
 _TROUBLE = {
-    "locked": _LOCKED,
-    "busy": _LOCKED,
+    "locked": (
+        f"is locked by another process for over {LOCKED_S:g} s; try again, or end who holds it"
+    ),
     "no such table: alembic_version": (
         "is no MLflow store, or is being made; look again, name another, or move it away:"
         " `spiketrain sync RUN` fills a new one"
     ),
-    "no such table": _OTHER_VERSION,
-    "no such column": _OTHER_VERSION,
+    "no such": (
+        "is being made, or is of another version of MLflow ({}); look again, then mlflow db upgrade"
+        " sqlite:///FILE"
+    ),
 }
-"""the meaning of an SQLite message, by words that it contains"""
-
-
-def _runs(
-    rows: list[tuple], times: Mapping[str, int], metrics: Mapping[str, dict[str, float]]
-) -> list[StoredRun]:
-    tags: dict[str, dict[str, str]] = {}
-    heads: dict[str, tuple[Any, ...]] = {}
-    for run, *head, key, value in rows:
-        tags.setdefault(run, {})[key] = value
-        heads[run] = tuple(head)
-    return [
-        StoredRun(
-            id=run,
-            name=name or run,
-            experiment=experiment,
-            status=status,
-            started=(started or 0) / 1000,
-            newest=max(ended or 0, times.get(run, 0)) / 1000,
-            tags=tags[run],
-            metrics=metrics.get(run, {}),
-        )
-        for run, (name, experiment, status, started, ended) in heads.items()
-    ]
 
 
 # ------------------------------------------------------------------------------------------ server
 
 
-class ServerStore:
-    """A server, or another store, asked through MLflow's client; see `SqliteStore`."""
+class ServerStore(Store):
+    """A server, or another store, asked through MLflow's client."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # `connect` has it not retry
 
-    def listed(self) -> list[StoredRun]:
-        return self._search(f"tags.`{KIND_TAG}` = 'run'", metrics=False)
-
     def runs(self, study: str | None) -> list[StoredRun]:
         quoted = (study or "").replace("'", "")
         of_study = "" if study is None else f" and tags.`spiketrain.study` = '{quoted}'"
-        runs = self._search(f"tags.`{KIND_TAG}` = 'run'{of_study}", metrics=True)
+        asked = f"tags.`{KIND_TAG}` = 'run'{of_study}"
+        with self._in_a_line():
+            from mlflow.utils import get_results_from_paginated_fn as whole
+
+            client = connect(self.uri)
+            experiments = whole(
+                lambda size, token: client.search_experiments(max_results=size, page_token=token),
+                _PAGE,
+            )
+            names = {each.experiment_id: each.name for each in experiments}
+            found = names and whole(
+                lambda size, token: client.search_runs(
+                    list(names), asked, max_results=size, page_token=token
+                ),
+                _PAGE,
+            )
+        runs = (_stored(run, names[run.info.experiment_id]) for run in found)
         return sorted(runs, key=lambda run: run.started, reverse=True)
 
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
@@ -475,15 +461,7 @@ class ServerStore:
         points = (Point(each.step, each.timestamp / 1000, each.value) for each in recorded)
         return sorted((each for each in points if each.step > since), key=lambda each: each.step)
 
-    def text(self, run_id: str, name: str) -> str | None:
-        _refuse_unknown_artifact(name)
-        return self._read(run_id, name, lambda path: path.read_text(errors="replace"))
-
-    def journal(self, run_id: str) -> Sent:
-        return self._read(run_id, JOURNAL, _sent_at) or Sent()
-
     def _read(self, run_id: str, name: str, read: Callable[[Path], T_]) -> T_ | None:
-        """The result of `read` on an artifact's file; None if there is no such file."""
         with self._in_a_line():
             client = connect(self.uri)
         try:
@@ -503,21 +481,6 @@ class ServerStore:
                 f" ({reason(self.uri, error)}); look at it by hand"
             ) from error
 
-    def _search(self, text: str, *, metrics: bool) -> list[StoredRun]:
-        with self._in_a_line():
-            client = connect(self.uri)
-            pages = _pages(
-                lambda token: client.search_experiments(max_results=_PAGE, page_token=token)
-            )
-            names = {experiment.experiment_id: experiment.name for experiment in pages}
-            ids = list(names)
-            if not ids:
-                return []
-            runs = _pages(
-                lambda token: client.search_runs(ids, text, max_results=_PAGE, page_token=token)
-            )
-            return [_stored(run, names[run.info.experiment_id], metrics=metrics) for run in runs]
-
     @contextmanager
     def _in_a_line(self) -> Iterator[None]:
         try:
@@ -529,19 +492,7 @@ class ServerStore:
             ) from error
 
 
-Store = SqliteStore | ServerStore
-
-
-def _pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:
-    page = ask(None)
-    while True:
-        yield from page
-        if not page.token:
-            return
-        page = ask(page.token)
-
-
-def _stored(run: Any, experiment: str, *, metrics: bool) -> StoredRun:
+def _stored(run: Any, experiment: str) -> StoredRun:
     """`run`: as MLflow's client returns it."""
     times = [
         metric.timestamp for metric in run.data._metric_objs
@@ -554,5 +505,21 @@ def _stored(run: Any, experiment: str, *, metrics: bool) -> StoredRun:
         started=(run.info.start_time or 0) / 1000,
         newest=max(run.info.end_time or 0, run.info.start_time or 0, *times) / 1000,
         tags=dict(run.data.tags),
-        metrics=dict(run.data.metrics) if metrics else {},
+        metrics=dict(run.data.metrics),
+    )
+
+
+def open_store(uri: str) -> Store:
+    """Open a store by tracking URI: `sqlite:///FILE`, the path of such a file, or `http://...`.
+
+    Raises:
+        StoreError: the store is of another kind.
+    """
+    if uri.startswith(("http://", "https://")):
+        return ServerStore(uri)
+    if uri.startswith(SQLITE) or "://" not in uri:
+        return SqliteStore(Path(uri.removeprefix(SQLITE)))
+    raise StoreError(
+        f"store {without_password(uri)} must be sqlite:///FILE or the address of a server; start"
+        " one for it: mlflow server --backend-store-uri URI"
     )

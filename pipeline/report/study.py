@@ -8,8 +8,6 @@ The one exception are the speeds of groups that differ only in the number of wor
 (`tables.scaling`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import statistics
@@ -268,7 +266,7 @@ class Study:
     runs: tuple[Run, ...]
     against: str = BASELINE
     within: float = WITHIN
-    claims: tuple[Claim, ...] = ()
+    claims: "tuple[Claim, ...]" = ()
     sweeps: tuple[Mapping[str, Any], ...] = ()  # outputs of `spiketrain sweep --format json`
     notes: tuple[str, ...] = ()
     printed: str = ""  # the text that the suite's own report printed
@@ -303,8 +301,9 @@ def _with_distinct_labels(runs: Sequence[Run]) -> list[Run]:
     }
     labelled: list[Run] = []
     for run in runs:
-        named = _label_values(run.recipe).items()
-        values = [text for name, text in named if name in apart[run.rule]]
+        values = [
+            text for name, text in _label_values(run.recipe).items() if name in apart[run.rule]
+        ]
         labelled.append(replace(run, rule=f"{run.rule} ({', '.join(values)})") if values else run)
     return labelled
 
@@ -336,19 +335,18 @@ def _python(value: Any) -> str:
 
 
 def _notes(group: Group) -> Iterator[str]:
-    of_rule = {
+    finished = {
         rule: [run for run in group.of(rule) if run.is_finished] for rule in group.finished_rules
     }
-    for rule, (run, *_) in of_rule.items():
+    for rule, (run, *_) in finished.items():
         part = run.recipe.get("rule")
         if isinstance(part, Mapping) and (keywords := _keywords(part)) and keywords not in rule:
             yield f"{rule} is {_python(part)}"
     for run in group.runs:
         if how := _divergence(run):
-            values = (written(run.recipe, key) for key in ("optimizer.lr", "clip_norm"))
+            advice = remedy(*(written(run.recipe, key) for key in ("optimizer.lr", "clip_norm")))
             yield (
-                f"{run.name} ({run.rule}) {how}: its figures and ratios compare no rules;"
-                f" {remedy(*map(number_or_text, values))}"
+                f"{run.name} ({run.rule}) {how}: its figures and ratios compare no rules; {advice}"
                 " for every rule, and train again"
             )
     commits = sorted({commit for run in group.finished for commit in run.commits})
@@ -360,96 +358,91 @@ def _notes(group: Group) -> Iterator[str]:
                 f"{rule} has {times} runs of seed {seed}, which count as one, their mean, in"
                 " ratios and differences"
             )
-    yield from _notes_on_clocks(group, of_rule)
-    uncounted = [
+    yield from _notes_on_clocks(group)
+    if uncounted := [
         rule
-        for rule, runs in of_rule.items()
-        if any(run.value("peak_saved_bytes") is None for run in runs)
-    ]
-    if uncounted:
+        for rule, runs in finished.items()
+        if len(group.values(rule, "peak_saved_bytes")) < len(runs)
+    ]:
         yield (
             f"saved bytes were not measured in runs of {', '.join(uncounted)}, in which no batch"
             " was whole on which bytes are counted"
         )
-    unknown = {
+    if unknown := {
         str(name)
         for summary in (flat(run.summary or {}) for run in group.finished)
         for path in ("not_counted", "inference.not_counted")
         for name in summary.get(path) or ()
-    }
-    if unknown:
+    }:
         yield (
             "operations, and the energy of an inference, leave out what no count knows:"
             f" {', '.join(sorted(unknown))}"
         )
     if group.has_baseline:
-        yield from _notes_on_divisions(
-            group, {rule: {run.seed for run in runs} for rule, runs in of_rule.items()}
-        )
+        yield from _notes_on_divisions(group)
 
 
-def _notes_on_clocks(group: Group, of_rule: Mapping[str, Sequence[Run]]) -> Iterator[str]:
-    restarts = {
-        rule: sum(run.value("restarts") or 0 for run in runs) for rule, runs in of_rule.items()
-    }
-    if texts := [f"{times:g} of {rule}" for rule, times in restarts.items() if times]:
+def _notes_on_clocks(group: Group) -> Iterator[str]:
+    rules = group.finished_rules
+    totals = {rule: group.values(rule, "restarts").sum() for rule in rules}
+    if texts := [f"{times:g} of {rule}" for rule, times in totals.items() if times]:
         yield (
             "wall clocks have restarts in them, with the batches that each lost:"
             f" {', '.join(texts)}"
         )
-    startup = {rule: group.spread(rule, "startup_s") for rule in of_rule}
-    if texts := [
-        f"{shown(each.mean, kind='s')} of {rule}"
-        for rule, each in startup.items()
-        if each and each.mean
-    ]:
+    means = {rule: group.values(rule, "startup_s").mean() for rule in rules}
+    if texts := [f"{shown(mean, kind='s')} of {rule}" for rule, mean in means.items() if mean > 0]:
         yield (
             "wall clocks leave out start-up, which ends with each start's first batch:"
             f" {', '.join(texts)}"
         )
-    looked = [
-        rule for rule, runs in of_rule.items() if any(run.value("fidelity_s") for run in runs)
-    ]
+    looked = [rule for rule in rules if group.values(rule, "fidelity_s").any()]
     if looked:
         yield (
             "wall clocks leave out what comparing gradients with BPTT's took, in runs of"
             f" {', '.join(looked)}"
         )
-        if others := [rule for rule in of_rule if rule not in looked]:
-            yield (
-                f"runs of {', '.join(looked)} compared gradients, and those of {', '.join(others)}"
-                " did not: one that has may compute some 2 % slower from then on, so a difference"
-                " as small is none"
-            )
+    others = [rule for rule in rules if rule not in looked]
+    if looked and others:
+        yield (
+            f"runs of {', '.join(looked)} compared gradients, and those of {', '.join(others)} did"
+            " not: one that has may compute some 2 % slower from then on, so a difference as small"
+            " is none"
+        )
 
 
 def _divergence(run: Run) -> str:
     """A text such as `went back 2 times as its training diverged`, or an empty text."""
     loss = number_or_text((run.summary or {}).get("loss"))
-    back = int(run.value("rollbacks") or 0)
     if run.state == "diverged":
         return "diverged"
-    if run.is_finished and loss is not None and not math.isfinite(loss):
+    if loss is not None and not math.isfinite(loss):
         return f"ended with a loss of {loss} in its evaluation"
     # Differing replicas also cause a rollback, but then no batch is skipped.
-    if run.is_finished and back and run.value("skipped_batches"):
-        return f"went back {counted(back, 'time')} as its training diverged"
+    if (back := run.value("rollbacks")) and run.value("skipped_batches"):
+        return f"went back {counted(int(back), 'time')} as its training diverged"
     return ""
 
 
-def _notes_on_divisions(group: Group, seeds: Mapping[str, set[int]]) -> Iterator[str]:
+def _notes_on_divisions(group: Group) -> Iterator[str]:
+    seeds = {
+        rule: {run.seed for run in group.of(rule) if run.is_finished}
+        for rule in group.finished_rules
+    }
     kinds = [rule for rule in seeds if is_baseline(rule, group.against)]
     has_time = any(run.recipe.get("time_steps") != 1 for run in group.finished)
-    is_compared = group.against == BASELINE and len(seeds) > len(kinds) and has_time
-    if is_compared and kinds == [BASELINE]:
-        yield FOLDED_ALONE
-    if is_compared and not any(rule.startswith(RECOMPUTED) for rule in seeds):
-        yield RECOMPUTES_NOTHING
+    if group.against == BASELINE and len(seeds) > len(kinds) and has_time:
+        if kinds == [BASELINE]:
+            yield FOLDED_ALONE
+        if not any(rule.startswith(RECOMPUTED) for rule in seeds):
+            yield RECOMPUTES_NOTHING
     faster = group.fastest_baseline
     divided = {group.against: "nothing of it is divided"}
     if faster != group.against:
-        times = "images/s, wall clock and compute time"
-        yield f"{times} are divided by {faster}'s, the faster {group.against}"
+        yield (
+            f"images/s, wall clock and compute time are divided by {faster}'s, the faster"
+            f" {group.against}"
+        )
         divided = {
             group.against: "its top-1 and bytes are not divided",
             faster: "its times are not divided",

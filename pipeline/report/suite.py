@@ -11,7 +11,7 @@ import json
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 
@@ -21,7 +21,7 @@ from pipeline.recipe import BASELINE
 from pipeline.recipe.command_line import how_to_resume
 from pipeline.recipe.json import flat
 from pipeline.recipe.recipe import read_json
-from pipeline.recipe.suite import Report, SuiteFile, has_report, is_suite, runs_of
+from pipeline.recipe.suite import Report, SuiteFile, has_report, runs_of
 from pipeline.report.claims import Returned, returned
 from pipeline.report.compare import (
     comparable,
@@ -34,16 +34,13 @@ from pipeline.report.drawing import slug
 from pipeline.report.results import (
     ReportError,
     Run,
-    folders_in,
     read_run,
     read_runs,
     refuse_damage,
 )
 from pipeline.report.selection import (
-    AmbiguousName,
     chosen,
-    find_run,
-    is_study,
+    located,
     with_baseline,
     written,
 )
@@ -53,33 +50,6 @@ from pipeline.track.mlflow import REPORT
 from pipeline.track.state import best, entries_in, is_driven, over_in, state_of
 
 _WIDTH = 120  # columns of the console of a suite's own report
-
-
-def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
-    """The folder of the suite that the names select; None if they select runs or studies.
-
-    Raises:
-        ReportError: a suite is named beside something else, or a name begins the names of several
-            runs and is no study's key.
-    """
-    there = folders_in(runs_dir, suites=True)
-    for name in names:
-        try:
-            folder = find_run(runs_dir, name, suites=True, among=there)
-        except AmbiguousName:
-            if not is_study(read_runs(runs_dir), name):
-                raise
-            continue
-        except ReportError:
-            continue  # a study, or nothing: `compare` raises the precise error
-        if is_suite(folder):
-            if len(names) > 1:
-                raise ReportError(
-                    f"compare: a suite is compared by itself; got {folder.name} among"
-                    f" {', '.join(names)}"
-                )
-            return folder
-    return None
 
 
 class Reported(NamedTuple):
@@ -114,7 +84,7 @@ def print_suite(
     trust: tuple[str, ...] = (),
     against: str = BASELINE,
     within: float = WITHIN,
-    format: str = "table",
+    format: Literal["table", "json", "csv"] = "table",
     console: Console | None = None,
 ) -> Reported | None:
     """Print a suite's own report or its comparisons, and the unfinished runs.
@@ -153,8 +123,14 @@ def print_suite(
         ended = [run for run in map(read_run, over.values()) if run.protocol != "trial"]
         studies = {run.study for run in ended if run.is_finished}
         folders = [run.folder for run in ended if run.study in studies]
-        judged: dict[str, Any] = {"against": against, "within": within, "console": console}
-        print_comparison(folder.parent, folders=folders, format=format, **judged)
+        print_comparison(
+            folder.parent,
+            folders=folders,
+            format=format,
+            against=against,
+            within=within,
+            console=console,
+        )
         for run in (run for run in ended if run.study not in studies):
             say(beside, f"{run.name} diverged, and so did all other ended runs of its study")
     for name, run in left.items():
@@ -200,28 +176,31 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
         The printed values as JSON values.
     """
     printed: dict[str, Any] = {protocol: [] for protocol in TITLES}
-    by_study: dict[tuple[str, str], list[Run]] = {}
+    studies: dict[str, dict[str, list[Run]]] = {}
     for run in map(read_run, runs.values()):
-        by_study.setdefault((run.protocol, run.study), []).append(run)
+        studies.setdefault(run.protocol, {}).setdefault(run.study, []).append(run)
     for protocol, title in TITLES.items():
-        for (of_protocol, study), members in by_study.items():
-            if of_protocol != protocol:
-                continue
+        for study, members in studies.get(protocol, {}).items():
             fields = ", ".join(members[0].recipe.get("tuned", ()))
             say(console, title.format(fields=fields), style="bold")
             if all(run.state == "diverged" for run in members):
                 for run in members:
                     say(console, f"{run.name} ({run.rule}) diverged")
                 console.print()
-                lost = list(map(unfinished_to_json, members))
-                printed[protocol].append({"study": study, "runs": [], "unfinished": lost})
+                printed[protocol].append(
+                    {
+                        "study": study,
+                        "runs": [],
+                        "unfinished": list(map(unfinished_to_json, members)),
+                    }
+                )
                 continue
             folders = [run.folder for run in members]
             for comparison in comparisons(folders[0].parent, folders):
                 comparison.render(console)
                 console.print()
                 printed[protocol].append(comparison.to_json())
-    tried = [run for (protocol, _), of in by_study.items() if protocol == "trial" for run in of]
+    tried = [run for of_study in studies.get("trial", {}).values() for run in of_study]
     trials = list(_trials(tried))
     rows = [
         (
@@ -295,15 +274,19 @@ def read_study(
             neither `against` nor `within`.
     """
     swept = tuple(sweep_of(read_json(path), str(path)) for path in sweeps)
-    suite = suite_named(runs_dir, names)
+    runs_dir, suite = located(runs_dir, names)
     if suite is None:
         everything = read_runs(runs_dir)
         members = chosen(runs_dir, names, everything)
     else:
         everything = members = [read_run(run) for run in runs_of(suite).values() if run.is_dir()]
-        if not members:
-            raise ReportError(f"report: {suite.name} has no run yet")
-    runs, tried = _without_trials(members)
+    runs = [run for run in members if run.protocol != "trial"]
+    tried = [run for run in members if run.protocol == "trial"]
+    if not runs:
+        raise ReportError(
+            f"report: {', '.join(names)} must have a run that was trained on the whole training"
+            f" set; there are {counted(len(tried), 'trial')} of a search"
+        )
     own, printed, notes = Returned(), "", []
     if suite is not None:
         title, place = suite.name, suite / REPORT
@@ -316,8 +299,9 @@ def read_study(
         title = f"Study {runs[0].study[:8]}" if is_one else some(names, 3)
         place = runs_dir / f"report-{slug(title)[:80]}.html"
     if tried:
-        trials = counted(len(tried), "trial")
-        notes.append(f"Left out: {trials} on a held-out part of the training set.")
+        notes.append(
+            f"Left out: {counted(len(tried), 'trial')} on a held-out part of the training set."
+        )
     for run in runs:
         refuse_damage(run)
         _ = run.activity  # the file may be damaged, too
@@ -332,17 +316,6 @@ def read_study(
         printed=printed,
     )
     return Found(study, place, tuple(run.folder for run in (*runs, *tried)))
-
-
-def _without_trials(members: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    runs = [run for run in members if run.protocol != "trial"]
-    trials = [run for run in members if run.protocol == "trial"]
-    if not runs:
-        raise ReportError(
-            "report: runs must be trained on the whole training set; got"
-            f" {counted(len(trials), 'trial')} of a search alone"
-        )
-    return runs, trials
 
 
 def _with_baselines(
@@ -374,8 +347,11 @@ def _own_report(
         )
     entries, over = entries_in(suite), over_in(suite)
     if len(over) < len(entries):
-        waits = "The suite's own report, with its claims, waits for all runs"
-        return Returned(), "", [f"{waits}: {len(over)} of {len(entries)} have finished."]
+        waits = (
+            "The suite's own report, with its claims, waits for all runs:"
+            f" {len(over)} of {len(entries)} have finished."
+        )
+        return Returned(), "", [waits]
     try:
         report = SuiteFile.read(suite, trust=trust).suite.report
         assert report is not None, "has_report says so"

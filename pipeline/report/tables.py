@@ -33,6 +33,19 @@ from pipeline.report.study import Group, Study, spread_of
 _ALWAYS = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")  # columns of every table of costs
 _HELD = "held."
 _SPLIT = ("world_size", "micro_batch")  # the conditions that follow from the number of workers
+_OF_SCALING = (
+    "rule",
+    "workers",
+    "images/s, measured",
+    "its deviation",
+    "speed-up",
+    "efficiency",
+    "over",
+    "runs",
+    "study",
+    "machine",
+    "cores",
+)
 MEASURED_SAID = (
     "what the cards used for a sample while the set was evaluated, by their own counters (NVML), "
     "with idle power and waits for data"
@@ -95,11 +108,10 @@ def shown_of(group: Group, rule: str, metric: Metric, *, is_divided: bool = True
 
 def columns_of_costs(group: Group) -> list[Metric]:
     """The columns of every table, plus the compared metrics that a finished run has."""
-    finished = group.finished
     return [
         each
         for each in compared()
-        if each.name in _ALWAYS or any(run.value(each.name) is not None for run in finished)
+        if each.name in _ALWAYS or any(run.value(each.name) is not None for run in group.finished)
     ]
 
 
@@ -136,24 +148,25 @@ def costs(group: Group) -> Table:
     metrics = columns_of_costs(group)
     rows = []
     for rule in group.rules:
-        states = Counter(_state(run) for run in group.of(rule))
+        states = Counter(state_of(run) for run in group.of(rule))
         finished, cells = states.pop("finished", 0), _cells(group, rule, metrics)
         cells[0] = cells[0] or ", ".join(states) or None
         others = [f"{times} {state}" for state, times in states.items()]
         rows.append((rule, *cells, ", ".join([str(finished), *others]) if others else finished))
-    columns = ("rule", *(title(each, group.finished) for each in metrics), "finished runs")
-    return Table(columns=columns, rows=tuple(rows))
+    return Table(
+        columns=("rule", *(title(each, group.finished) for each in metrics), "finished runs"),
+        rows=tuple(rows),
+    )
 
 
 def beside(group: Group) -> Table | None:
     """Metrics that are not compared, averaged over seeds; None if none was measured."""
-    in_costs = f"({prices(group.finished)})"
     metrics = [
         each
         for each in expanded(group.finished)
         if not each.better
         and not each.name.startswith(_HELD)
-        and not each.title.endswith(in_costs)
+        and not each.title.endswith(f"({prices(group.finished)})")  # a column of the costs
         and any(_is_measured(run, each) for run in group.finished)
     ]
     return _of_metrics(group, metrics) if metrics else None
@@ -182,7 +195,7 @@ def behind(group: Group, rule: str) -> dict[str, str]:
     conditions = ((run.summary or {}).get("conditions") for run in runs)
     found, recipe = next(filter(None, conditions), {}), runs[0].recipe
     steps, every = found.get("steps_per_forward"), written(recipe, "evaluation.every")
-    evaluated = {"None": NOT_SAID, "0": "once, at the end", "1": "after each epoch"}
+    evaluated = {None: NOT_SAID, 0: "once, at the end", 1: "after each epoch"}
     choices = {
         "ratios to": group.against if group.has_baseline else "no baseline",
         "time to": group.fastest_baseline if group.has_baseline else "no baseline",
@@ -191,7 +204,7 @@ def behind(group: Group, rule: str) -> dict[str, str]:
         "precision": str(found.get("precision", NOT_SAID)),
         "over time": _over_time(steps, recipe),
         "micro-batch": micro_batches(runs[0]),
-        "evaluated": evaluated.get(str(every), f"every {every} epochs"),
+        "evaluated": evaluated.get(every, f"every {every} epochs"),
     }
     if any(tuned_in(run.recipe) for run in group.runs):
         choices["tuned"] = ", ".join(f"{key}={written(recipe, key)}" for key in tuned_in(recipe))
@@ -199,11 +212,13 @@ def behind(group: Group, rule: str) -> dict[str, str]:
 
 
 def claims(found: Sequence[Claim]) -> Table:
-    columns = ("rule", "claim", "published", "held to", "ours", "holds?")
-    rows = [
-        (c.about, c.claim, c.published, c.bound, c.ours, c.verdict or "not judged") for c in found
-    ]
-    return Table(columns=columns, rows=tuple(rows))
+    return Table(
+        columns=("rule", "claim", "published", "held to", "ours", "holds?"),
+        rows=tuple(
+            (c.about, c.claim, c.published, c.bound, c.ours, c.verdict or "not judged")
+            for c in found
+        ),
+    )
 
 
 def recipe_differences(study: Study) -> Table:
@@ -223,10 +238,11 @@ def recipe_differences(study: Study) -> Table:
             ]
             if shown[0] != shown[1]:
                 rows.append((name, *map(json.dumps, shown), *names))
-        apart = trained_apart(*(run.trained_on for run in pair))
-        rows += [(name, *map(json.dumps, values), *names) for name, *values in apart]
-    columns = ("field", "first group", "other group", "first", "other")
-    return Table(columns=columns, rows=tuple(rows))
+        for name, *values in trained_apart(*(run.trained_on for run in pair)):
+            rows.append((name, *map(json.dumps, values), *names))
+    return Table(
+        columns=("field", "first group", "other group", "first", "other"), rows=tuple(rows)
+    )
 
 
 def provenance(study: Study) -> Table:
@@ -250,20 +266,21 @@ def provenance(study: Study) -> Table:
         machines = dict.fromkeys(machine(on["hardware"]) for on in run.trained_on)
         again = "" if past.again_from is None else f", done again from {past.again_from} on"
         cores = ("its own" if on["own_cores"] else "shared" for on in run.trained_on)
-        row = (
-            run.name,
-            run.rule,
-            run.seed,
-            run.study[:8],
-            describe_state(run.state, run.heard),
-            f"{past.step}/{run.total_steps or '?'}{again}",
-            len(past.restarts),
-            "; then ".join(machines) or machine({}),
-            _in_turn(on["world_size"] for on in run.trained_on),
-            _in_turn(cores),
-            ", ".join(run.commits) or None,
+        rows.append(
+            (
+                run.name,
+                run.rule,
+                run.seed,
+                run.study[:8],
+                describe_state(run.state, run.heard),
+                f"{past.step}/{run.total_steps or '?'}{again}",
+                len(past.restarts),
+                "; then ".join(machines) or machine({}),
+                _in_turn(on["world_size"] for on in run.trained_on),
+                _in_turn(cores),
+                ", ".join(run.commits) or None,
+            )
         )
-        rows.append(row)
     return Table(columns=columns, rows=tuple(rows))
 
 
@@ -275,11 +292,13 @@ def lone_runs(groups: Sequence[Group]) -> Table:
         for run in group.runs:
             alone = Group((run,), group.against)
             top1, *others = _cells(alone, run.rule, metrics, is_divided=False)
-            top1 = top1 if run.is_finished else _state(run)
+            top1 = top1 if run.is_finished else state_of(run)
             rows.append((run.name, run.rule, run.seed, top1, *others))
     finished = [run for group in groups for run in group.finished]
-    columns = ("run", "rule", "seed", *(title(each, finished) for each in metrics))
-    return Table(columns=columns, rows=tuple(rows))
+    return Table(
+        columns=("run", "rule", "seed", *(title(each, finished) for each in metrics)),
+        rows=tuple(rows),
+    )
 
 
 def scaling(study: Study) -> Table | None:
@@ -293,17 +312,15 @@ def scaling(study: Study) -> Table | None:
     alike: dict[str, dict[int, list[Run]]] = {}
     for run in (run for group in study.groups for run in group.finished):
         if run.workers and run.value("images_per_s") and _is_split_as_written(run, run.workers):
-            key = _key_without_workers(run)
-            alike.setdefault(key, {}).setdefault(run.workers, []).append(run)
-    columns = ("rule", "workers", "images/s, measured", "its deviation", "speed-up", "efficiency")
-    columns += ("over", "runs", "study", "machine", "cores")
+            by_workers = alike.setdefault(_key_without_workers(run), {})
+            by_workers.setdefault(run.workers, []).append(run)
     rows = [
         row
         for by_workers in alike.values()
         if len(by_workers) > 1
         for row in _scaling_rows(by_workers)
     ]
-    return Table(columns=columns, rows=tuple(rows)) if rows else None
+    return Table(columns=_OF_SCALING, rows=tuple(rows)) if rows else None
 
 
 def named(group: Group, *, among: Sequence[Group] = ()) -> str:
@@ -316,6 +333,10 @@ def named(group: Group, *, among: Sequence[Group] = ()) -> str:
         fields = ", ".join(tuned_in(run.recipe))
         protocol = f", {f'tuned {fields}' if fields else 'shared settings'},"
     return f"Study {group.study[:8] or 'unknown'}{protocol} on {places(run)}"
+
+
+def state_of(run: Run) -> str:
+    return "without a summary" if run.state == "finished" and not run.is_finished else run.state
 
 
 def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
@@ -367,10 +388,6 @@ def _of_metrics(group: Group, metrics: Sequence[Metric]) -> Table:
     return Table(columns=("rule", *(each.title for each in metrics)), rows=tuple(rows))
 
 
-def _state(run: Run) -> str:
-    return "without a summary" if run.state == "finished" and not run.is_finished else run.state
-
-
 def _is_measured(run: Run, metric: Metric) -> bool:
     """Whether the metric was measured. Without a device, its peaks are 0."""
     value = run.value(metric.name)
@@ -378,13 +395,13 @@ def _is_measured(run: Run, metric: Metric) -> bool:
 
 
 def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
-    """Time steps per forward. A recipe that is only known from a journal is text."""
+    """Time steps per forward."""
     whole = written(recipe, "time_steps")
     if steps is None or (steps != 1 and whole is None):
         return NOT_SAID
-    how = "folded" if str(steps) == str(whole) else f"in slices of {steps}"
+    how = "folded" if steps == whole else f"in slices of {steps}"
     how = "step by step" if steps == 1 else how
-    return f"{how}, recomputed" if written(recipe, "rule.recompute") in (True, "true") else how
+    return f"{how}, recomputed" if written(recipe, "rule.recompute") else how
 
 
 def _in_turn(values: Iterable[Cell]) -> Cell:
@@ -417,7 +434,7 @@ def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cel
 def _is_split_as_written(run: Run, workers: int) -> bool:
     """Whether all starts had equal conditions and the recipe's micro-batches."""
     size, most = run.recipe.get("batch_size"), run.recipe.get("micro_batch")
-    if len(run.trained_on) != 1 or not isinstance(size, int) or size % workers:
+    if len(run.trained_on) != 1 or not size or size % workers:
         return False
     return (
         run.trained_on[0]["micro_batch"] == Split.of(size, workers=workers, most=most).micro_batch

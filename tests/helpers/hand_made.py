@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.report.claims import Claim
 from pipeline.report.results import Run, run_of
-from pipeline.report.study import Study
+from pipeline.report.study import Group, Study
 from tests.helpers.events import typed
 
 KEY = "0123456789abcdef"
@@ -222,6 +222,12 @@ def study(*more: Run, **about: Any) -> Study:
         run("SLTT", seed=1, top1=0.9),
     )
     return Study(**{"title": "by hand", "runs": (*runs, *more), **about})
+
+
+def group_of(*runs: Run) -> Group:
+    """The only group of these runs."""
+    (found,) = Study(title="by hand", runs=runs).groups
+    return found
 
 
 def fidelity(rule: str = "SLTT") -> list[dict[str, Any]]:

@@ -476,7 +476,7 @@ def write_suite(folder: Path, run: str, recipe: dict[str, Any], report: str | No
             "compare: whole has a report of its own, so --against and --within have",
         ),
         ("compare nothing", "no run 'nothing'"),
-        ("resume nothing", "no run or suite 'nothing' in "),
+        ("resume nothing", "no run 'nothing' in "),
         ("resume f", "'f' begins the names of 2 runs"),
         ("evaluate whole", "no run 'whole'"),
         *(

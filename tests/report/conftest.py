@@ -1,12 +1,15 @@
 """Run folders as training leaves them, without training."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.report.compare import Comparison, comparison_of
+from pipeline.report.results import read_runs
+from pipeline.report.selection import chosen
 from tests.helpers.events import RawJournal, event
 
 RECIPE = {
@@ -102,3 +105,11 @@ def make_run(runs_dir: Path) -> Callable[..., Path]:
 def make_all(make_run: Callable[..., Path], runs: Mapping[str, Mapping[str, Any]]) -> list[Path]:
     """Several runs, by name, each with the arguments of `make_run`."""
     return [make_run(name, **about) for name, about in runs.items()]
+
+
+def compare(
+    runs_dir: Path, names: Sequence[str | Path] = (), *, against: str = "BPTT"
+) -> Comparison:
+    """The comparison of the named runs or, without names, of the newest study."""
+    runs = read_runs(runs_dir)
+    return comparison_of(runs, chosen(runs_dir, names, runs), against, 0.7, is_whole=not names)

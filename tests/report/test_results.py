@@ -12,7 +12,7 @@ import pytest
 
 import pipeline
 from pipeline.report import page, results
-from pipeline.report.compare import compare, csv_of
+from pipeline.report.compare import csv_of
 from pipeline.report.history import History
 from pipeline.report.results import METRICS, Metric, ReportError, Run, expanded, frame, read_run
 from pipeline.report.stores import ServerStore, runs_of_store
@@ -25,7 +25,7 @@ from pipeline.track.mlflow import sync
 from tests.helpers.events import RawJournal, event
 from tests.helpers.fake_store import FakeStore
 from tests.helpers.hand_made import KEY, LAYERS, MACHINE, events, fidelity, made, recipe, run
-from tests.report.conftest import STUDY, make_all
+from tests.report.conftest import STUDY, compare, make_all
 from tests.report.test_compare import text_of
 from tests.report.test_dashboard import Asking
 
@@ -45,7 +45,7 @@ def test_a_metric_is_one_line(make_run: Callable, runs_dir: Path, monkeypatch: p
     assert "share of zeros" in text_of(found) and "25.00%  ×0.50" in text_of(found)
     told = found.to_json()["runs"][1]
     assert (told["sparsity"], told["ratios"]["sparsity"]) == (0.25, 0.5)
-    assert "sparsity" in csv_of([found]).splitlines()[0].split(",")
+    assert "sparsity" in csv_of([found.to_json()]).splitlines()[0].split(",")
     html = page.render(read_study(runs_dir).study)
     assert (
         '<th scope="col">share of zeros</th>' in html and "<td>share of zeros</td>" in html
@@ -199,7 +199,7 @@ def test_what_a_finished_run_has_written():
     assert one.hardware == MACHINE and one.commits == ("abc",) and one.recipe["time_steps"] == 2
     assert one.value("top1") == 0.75 and one.value("inference.energy_j") == 3e-6
     assert one.value("inference.joules") is None and one.value("top1.x") is None
-    assert [layer["rates"] for layer in one.activity] == [(0.5, 0.25), (0.25, 0.0)]
+    assert [layer["rates"] for layer in one.activity] == [[0.5, 0.25], [0.25, 0.0]]
     assert one.parts == pytest.approx(
         {"forward": 0.04, "backward": 0.08, "rest": 0.005, "evaluation": 0.02}
     )

@@ -1,5 +1,6 @@
 import fcntl
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from pipeline.core.printing import NO_WIDTH
 from pipeline.report.results import ReportError
-from pipeline.report.selection import find_run, how_to_go_on, list_runs, newest_top1, print_runs
+from pipeline.report.selection import find_run, list_runs, print_runs
 from pipeline.track.mlflow import SyncReport
 from tests.helpers.small import command
 from tests.report.conftest import STUDY, make_all
@@ -18,11 +20,12 @@ def test_a_run_is_found_by_name_beginning_and_path(
     make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
     first, second = make_run("fashion-sltt"), make_run("fashion-bptt")
-    assert find_run(runs_dir, "fashion-sltt") == first
     assert (find_run(runs_dir, "fashion-b"), find_run(runs_dir, first)) == (second, first)
     monkeypatch.chdir(runs_dir.parent)
     assert find_run("runs", "runs/fashion-sltt") == find_run("runs", "fashion-s") == first
     assert find_run("elsewhere", str(first)) == first
+    make_run("fashion-sltt-2")
+    assert find_run(first.parent, "fashion-sltt") == first  # an exact name wins over a longer one
 
 
 def test_a_run_is_of_the_folder_that_its_path_or_its_link_lies_in(
@@ -67,11 +70,8 @@ def test_store_and_baseline_of_a_run_are_beside_it_wherever_one_stands(
     monkeypatch.setattr("pipeline.track.mlflow.register", register)
     monkeypatch.setattr("pipeline.train.checkpoint.verified", lambda place, which: place.folder)
     monkeypatch.setattr("pipeline.train.checkpoint.pin", lambda checkpoint: None)
-    assert (
-        spiketrain("sync", str(sltt))[0]
-        == spiketrain("register", str(sltt), "--as", "model")[0]
-        == 0
-    )
+    for words in (("sync", str(sltt)), ("register", str(sltt), "--as", "model")):
+        assert spiketrain(*words)[0] == 0
     assert stores == [f"sqlite:///{runs_dir}/mlflow.db"] * 2
 
     for words in ("resume", "compare"):
@@ -89,93 +89,67 @@ def test_store_and_baseline_of_a_run_are_beside_it_wherever_one_stands(
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_an_exact_name_wins_over_a_longer_one(make_run: Callable, runs_dir: Path):
-    short, _ = make_run("a"), make_run("a-2")
-    assert find_run(runs_dir, "a") == short
+@pytest.mark.parametrize(
+    ("names", "text", "said"),
+    [
+        ((), "x", r"no run 'x' in .*runs; there are none"),
+        (("f-sltt", "f-bptt"), "x", r"no run 'x' in .*; there are f-bptt, f-sltt"),
+        (("f-sltt", "f-bptt"), "f", "'f' begins the names of 2 runs: f-bptt, f-sltt"),
+        (("f-sltt", "f-bptt"), "", "no run ''"),
+    ],
+)
+def test_a_name_that_is_wrong_or_not_enough(
+    make_run: Callable, runs_dir: Path, names: tuple[str, ...], text: str, said: str
+):
+    make_all(make_run, {name: {} for name in names})
+    with pytest.raises(ReportError, match=said):
+        find_run(runs_dir, text)
 
 
-def test_a_name_that_is_wrong_or_not_enough(make_run: Callable, runs_dir: Path):
-    with pytest.raises(ReportError, match=r"no run 'x' in .*runs, which has no runs"):
-        find_run(runs_dir, "x")
-    make_all(make_run, {"fashion-sltt": {}, "fashion-bptt": {}})
-    with pytest.raises(
-        ReportError, match=r"no run 'x' in .*; there are fashion-bptt, fashion-sltt"
-    ):
-        find_run(runs_dir, "x")
-    with pytest.raises(
-        ReportError, match="'fashion' begins the names of 2 runs: fashion-bptt, fashion-sltt"
-    ):
-        find_run(runs_dir, "fashion")
-    with pytest.raises(ReportError, match="no run ''"):
-        find_run(runs_dir, "")
+def printed(runs_dir: Path) -> list[str]:
+    out = io.StringIO()
+    print_runs(runs_dir, Console(file=out, width=NO_WIDTH))
+    return out.getvalue().splitlines()
 
 
 def test_every_state_is_told_with_the_command_that_resumes(make_run: Callable, runs_dir: Path):
+    assert printed(runs_dir) == [f"no runs in {runs_dir}"]
     make_all(
         make_run,
         {
             "done": {},
+            "damaged": {},
             "asked": {"end": "stopped"},
             "broken": {"end": "failed", "rule": "SLTT"},
-            "killed": {"end": None},
+            "[red]odd name": {"end": None},
             "held": {"end": None},
         },
     )
+    (runs_dir / "damaged" / "summary.json").write_text("{")
     (runs_dir / "prepared").mkdir()
     (runs_dir / "prepared" / "recipe.json").write_text("{}")
     (runs_dir / "no_run").mkdir()
     (runs_dir / "mlflow.db").touch()
     with (runs_dir / "held" / "driver.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        rows = {row.name: row for row in list_runs(runs_dir)}
-    assert {name: row.state for name, row in rows.items()} == {
-        "done": "finished",
-        "asked": "stopped",
-        "broken": "failed",
-        "killed": "interrupted",
-        "held": "running",
-        "prepared": "new",
+        lines = printed(runs_dir)
+    rows = {tuple(re.split(" {2,}", line)) for line in lines}
+    assert {row for row in rows if len(row) > 1} == {
+        ("run", "state", "rule", "study", "step", "top-1"),
+        ("done", "finished", "BPTT", STUDY[:8], "100/100", "90.00%"),
+        ("damaged", "finished", "BPTT", STUDY[:8], "40/100", "-"),
+        ("asked", "stopped", "BPTT", STUDY[:8], "40/100", "50.00%"),
+        ("broken", "failed", "SLTT", STUDY[:8], "40/100", "50.00%"),
+        ("[red]odd name", "interrupted", "BPTT", STUDY[:8], "40/100", "50.00%"),
+        ("held", "running", "BPTT", STUDY[:8], "40/100", "50.00%"),
+        ("prepared", "new", "-", "-", "-", "-"),
     }
-    assert {name for name, row in rows.items() if how_to_go_on(row) is None} == {"done", "held"}
-    assert how_to_go_on(rows["killed"]) == f"spiketrain resume killed --runs {runs_dir}"
-    assert (rows["done"].step, rows["done"].total_steps, newest_top1(rows["done"])) == (
-        100,
-        100,
-        0.9,
-    )
-    assert (rows["killed"].step, rows["killed"].total_steps, newest_top1(rows["killed"])) == (
-        40,
-        100,
-        0.5,
-    )
-    assert (rows["broken"].rule, rows["broken"].study) == ("SLTT", STUDY)
-    assert (rows["prepared"].step, newest_top1(rows["prepared"]), rows["prepared"].rule) == (
-        None,
-        None,
-        "unknown rule",
-    )
+    resumed = ("asked", "broken", "'[red]odd name'", "prepared")
+    commands = {f"spiketrain resume {name} --runs {runs_dir}" for name in resumed}
+    assert {line for (line, *more) in rows if not more} == commands
 
 
 def test_the_run_started_last_comes_first(make_run: Callable, runs_dir: Path):
     for name in ("b", "c", "a"):
         make_run(name)
     assert [row.name for row in list_runs(runs_dir)] == ["a", "c", "b"]
-
-
-def test_a_broken_summary_does_not_hide_the_list(make_run: Callable, runs_dir: Path):
-    (make_run("done") / "summary.json").write_text("{")
-    (row,) = list_runs(runs_dir)
-    assert row.state == "finished"
-
-
-def test_the_list_in_print(make_run: Callable, runs_dir: Path):
-    out = io.StringIO()
-    print_runs(runs_dir, Console(file=out, width=80))
-    assert "no runs in" in out.getvalue()
-    make_all(make_run, {"[red]odd name": {"end": None}, "done": {}})
-    print_runs(runs_dir, Console(file=out, width=80))
-    assert "done" in out.getvalue()
-    assert "90.00%" in out.getvalue()
-    assert (
-        f"spiketrain resume '[red]odd name' --runs {runs_dir}\n" in out.getvalue()
-    )  # whole, on one line

@@ -3,7 +3,6 @@ without touching it.
 """
 
 import errno
-import hashlib
 import math
 import os
 import signal
@@ -11,7 +10,11 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from contextlib import closing
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ from pipeline.report.stores import (
     Point,
     Sent,
     ServerStore,
+    Store,
     StoredRun,
     StoreError,
     open_store,
@@ -92,113 +96,99 @@ def run_named(store: Path, name: str) -> StoredRun:
     return next(run for run in open_store(str(store)).listed() if run.name == name)
 
 
+@pytest.fixture
+def opened(store: Path) -> Store:
+    return open_store(str(store))
+
+
 def test_studies_are_the_runs_of_one_key_in_one_family(store: Path):
     listed = open_store(f"sqlite:///{store}").listed()
     assert sorted(run.name for run in listed) == ["a", "b", "c", "d"]
     found = {(study.experiment, study.study[0]): study for study in studies(listed)}
     assert list(found) == [("cifar", "1"), ("fashion", "2"), ("fashion", "1")]  # the newest first
     study = found["fashion", "1"]
-    assert (study.rules, study.seeds, study.states) == (
-        ("BPTT", "SLTT"),
-        ("0", "1"),
-        {"failed": 1, "finished": 1},
-    )
+    states = {"failed": 1, "finished": 1}
+    assert (study.rules, study.seeds, study.states) == (("BPTT", "SLTT"), ("0", "1"), states)
     assert time.time() - 600 < study.newest < time.time()
 
 
-def test_a_run_has_its_newest_metrics_tags_and_times(store: Path):
-    second, first = open_store(str(store)).runs("2" * 16) + [
-        run for run in open_store(str(store)).runs("1" * 16) if run.name == "a"
-    ]
-    assert (second.name, first.name) == ("c", "a")
-    assert first.metrics["train/loss"] == 0.2 and first.metrics["summary/top1"] == 0.5
-    assert (first.status, first.rule, first.seed, first.experiment) == (
-        "FINISHED",
-        "BPTT",
-        "0",
-        "fashion",
-    )
-    assert (
-        first.tags["spiketrain.suite"] == "a-suite"
-        and first.started <= first.newest <= second.newest
-    )
-    assert first.newest == run_named(store, "a").newest
-    assert open_store(str(store)).runs("none") == []
+def test_a_run_has_its_newest_metrics_tags_and_times(store: Path, opened: Store):
+    [other] = opened.runs("2" * 16)
+    [run] = [run for run in opened.runs("1" * 16) if run.name == "a"]
+    assert other.name == "c" and opened.runs("none") == []
+    assert (run.metrics["train/loss"], run.metrics["summary/top1"]) == (0.2, 0.5)
+    about = (run.status, run.rule, run.seed, run.experiment, run.tags["spiketrain.suite"])
+    assert about == ("FINISHED", "BPTT", "0", "fashion", "a-suite")
+    assert run.started <= run.newest == run_named(store, "a").newest <= other.newest
 
 
-def test_a_history_since_a_step(store: Path):
+def test_a_history_since_a_step(store: Path, opened: Store):
     run = run_named(store, "a")
-    points = open_store(str(store)).history(run.id, "train/loss")
-    assert [point.step for point in points] == list(range(5)) and points[3].value != points[3].value
-    assert (
-        points[4] == Point(4, points[4].time, 0.2)
-        and run.started <= points[4].time <= run.newest + 1
-    )
-    assert [
-        point.step for point in open_store(str(store)).history(run.id, "train/loss", since=3)
-    ] == [4]
-    assert open_store(str(store)).history("none", "train/loss") == []
+    points = opened.history(run.id, "train/loss")
+    assert [point.step for point in points] == list(range(5)) and math.isnan(points[3].value)
+    assert points[4] == Point(4, points[4].time, 0.2)
+    assert run.started <= points[4].time <= run.newest + 1
+    assert [point.step for point in opened.history(run.id, "train/loss", since=3)] == [4]
+    assert opened.history("none", "train/loss") == []
 
 
-def test_known_artifacts_alone_and_none_through_a_link(store: Path, tmp_path: Path):
+@pytest.mark.parametrize("through_mlflow", [False, True])
+def test_known_artifacts_alone(store: Path, through_mlflow: bool):
+    opened = ServerStore(f"sqlite:///{store}") if through_mlflow else open_store(str(store))
     run = run_named(store, "d")
-    opened = open_store(str(store))
     assert opened.text(run.id, "recipe.json") == '{"é": 1}'
     assert (opened.text(run.id, "journal.jsonl") or "").count("\n") == 7
-    assert (
-        opened.text(run.id, "summary.json") is None and opened.text("none", "recipe.json") is None
-    )
+    assert opened.text(run.id, "summary.json") is opened.text("none", "recipe.json") is None
     for name in ("../../../mlflow.db", "/etc/passwd", "answers.npz", "..", ""):
-        with pytest.raises(
-            StoreError, match=r"an artifact must be recipe\.json, .*report\.html; got"
-        ):
+        with pytest.raises(StoreError, match=r"must be recipe\.json, .*report\.html; got"):
             opened.text(run.id, name)
+
+
+def test_an_artifact_that_cannot_be_read_is_not_the_stores_trouble(
+    store: Path, opened: Store, tmp_path: Path
+):
+    run = run_named(store, "d")
     [place] = store.parent.glob(f"mlartifacts/cifar/{run.id}/artifacts")
+    file = place / "report.html"
+
+    def refused(opened: Store, said: str) -> None:
+        with pytest.raises(ArtifactError, match=said):
+            opened.text(run.id, file.name)
+        file.rmdir() if file.is_dir() else file.unlink()
+
     (tmp_path / "secret").write_text("secret")
-    (place / "report.html").symlink_to(tmp_path / "secret")
-    with pytest.raises(ArtifactError, match="is a link that leads out of"):
-        opened.text(run.id, "report.html")
-    (place / "report.html").unlink()
-    (place / "report.html").symlink_to("report.html")
-    with pytest.raises(
-        ArtifactError,
-        match=r"cannot be read \(Too many levels of symbolic links\); look at it by hand",
-    ):
-        opened.text(run.id, "report.html")
-    (place / "report.html").unlink()
-    (place / "report.html").mkdir()
-    with pytest.raises(
-        ArtifactError, match=r"report\.html cannot be read \(Is a directory\); look at it by hand"
-    ):
-        opened.text(run.id, "report.html")
+    file.symlink_to(tmp_path / "secret")
+    refused(opened, "is a link that leads out of")
+    file.symlink_to(file.name)
+    refused(opened, r"cannot be read \(Too many levels of symbolic links\); look at it by hand")
+    file.mkdir()
+    refused(opened, r"report\.html cannot be read \(Is a directory\); look at it by hand")
+    file.mkdir()
+    said = (
+        rf"report\.html of run {run.id} cannot be read \(IsADirectoryError: .*; look at it by hand"
+    )
+    refused(ServerStore(f"sqlite:///{store}"), said)
 
 
 def test_a_long_journal_is_thinned_and_any_other_long_artifact_is_not_read(
-    store: Path, monkeypatch: pytest.MonkeyPatch
+    store: Path, opened: Store, monkeypatch: pytest.MonkeyPatch
 ):
-    run = run_named(store, "a")
-    whole = open_store(str(store)).journal(run.id)
-    assert whole.every == 1 and [event.kind for event in whole.events] == [
-        "start",
-        *5 * ["step"],
-        "finish",
-    ]
+    run, stores = run_named(store, "a"), (opened, ServerStore(f"sqlite:///{store}"))
+    whole = opened.journal(run.id)
+    assert whole.every == 1
+    assert [event.kind for event in whole.events] == ["start", *5 * ["step"], "finish"]
     monkeypatch.setattr("pipeline.report.stores.MOST_BYTES", 100)
     [file] = store.parent.glob(f"mlartifacts/fashion/{run.id}/artifacts/journal.jsonl")
     monkeypatch.setattr("pipeline.report.stores._THINNED_BYTES", math.ceil(file.stat().st_size / 2))
-    for opened in (open_store(str(store)), ServerStore(f"sqlite:///{store}")):
-        told = opened.journal(run.id)
-        assert told.every == 2 and [getattr(event, "step", None) for event in told.events] == [
-            0,
-            1,
-            3,
-            4,
-            4,
-        ]
-        assert opened.journal("none") == Sent()
+    for each in stores:
+        told = each.journal(run.id)
+        steps = [getattr(event, "step", None) for event in told.events]
+        assert (told.every, steps) == (2, [0, 1, 3, 4, 4])
+        assert each.journal("none") == Sent()
     monkeypatch.setattr("pipeline.report.stores.MOST_BYTES", 4)
-    with pytest.raises(ArtifactError, match=r"recipe\.json has over 0 MiB; look at it by hand"):
-        open_store(str(store)).text(run.id, "recipe.json")
+    for each in stores:
+        with pytest.raises(ArtifactError, match=r"recipe\.json has over 0 MiB; look at it by hand"):
+            each.text(run.id, "recipe.json")
 
 
 def test_an_artifact_of_a_run_that_was_found_costs_no_question_about_the_run(
@@ -212,27 +202,9 @@ def test_an_artifact_of_a_run_that_was_found_costs_no_question_about_the_run(
         "get_run",
         lambda self, run_id, get=client.get_run: (asked.append(run_id), get(self, run_id))[1],
     )
-    assert (
-        opened.text(run.id, "summary.json") is None and asked == []
-    )  # MLflow itself asks where it downloads one
+    assert opened.text(run.id, "summary.json") is None
+    assert asked == []  # MLflow itself asks where it downloads one
     assert opened.text(run.id, "report.json") is None and asked == [run.id]
-
-
-def test_one_artifact_that_mlflow_cannot_hand_out_is_not_the_stores_trouble(store: Path):
-    """Asked through MLflow's client, as a server is."""
-    opened, run = ServerStore(f"sqlite:///{store}"), run_named(store, "c")
-    assert opened.text(run.id, "recipe.json") == '{"é": 1}'
-    assert (
-        opened.text(run.id, "summary.json") is None and opened.text("none", "recipe.json") is None
-    )
-    [place] = store.parent.glob(f"mlartifacts/fashion/{run.id}/artifacts")
-    (place / "activity.json").mkdir()
-    said = (
-        rf"activity\.json of run {run.id} cannot be read \(IsADirectoryError: .*; look at it by"
-        r" hand"
-    )
-    with pytest.raises(ArtifactError, match=said):
-        opened.text(run.id, "activity.json")
 
 
 def told(uri: str | Path, seconds: float = 4.0) -> str:
@@ -241,10 +213,9 @@ def told(uri: str | Path, seconds: float = 4.0) -> str:
     with pytest.raises(StoreError) as caught:
         open_store(str(uri)).listed()
     assert time.monotonic() - began < seconds
-    assert len(str(caught.value).splitlines()) == 1 and str(uri).removeprefix("sqlite:///") in str(
-        caught.value
-    )
-    return str(caught.value)
+    said = str(caught.value)
+    assert len(said.splitlines()) == 1 and str(uri).removeprefix("sqlite:///") in said
+    return said
 
 
 def test_a_store_that_is_missing_or_empty_is_not_made(
@@ -252,82 +223,76 @@ def test_a_store_that_is_missing_or_empty_is_not_made(
 ):
     monkeypatch.chdir(tmp_path)
     assert "does not exist; launch a run" in told("sqlite:///runs/mlflow.db")
-    assert "does not exist" in told(tmp_path)  # a folder
+    assert "is a folder; name the file in it" in told(tmp_path)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mlflow.db").touch()
-    assert "is empty, nothing was delivered yet; `spiketrain sync RUN`" in told(
-        tmp_path / "mlflow.db"
-    )
+    said = told(tmp_path / "mlflow.db")
+    assert "is empty, nothing was delivered yet; `spiketrain sync RUN`" in said
     assert (tmp_path / "mlflow.db").stat().st_size == 0
 
 
 def test_a_store_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "circle").symlink_to("circle")
-    for file, why in (
-        ("circle", "Too many levels of symbolic links"),
-        ("x" * 300, "File name too long"),
-    ):
-        assert f"cannot be read ({why}); are the file and its folder readable to you?" in told(
-            tmp_path / file
-        )
+    refusal = "cannot be read ({}); are the file and its folder readable to you?"
+    said = refusal.format("Too many levels of symbolic links")
+    assert said in told(tmp_path / "circle")
+    assert refusal.format("File name too long") in told(tmp_path / ("x" * 300))
     look = Path.stat
 
     def refused(path: Path, **how: bool) -> os.stat_result:
-        if (
-            path.name == "mlflow.db"
-        ):  # a folder of somebody else's; tests may run as root, whom nothing is refused
+        # a folder of somebody else's; tests may run as root, whom nothing is refused
+        if path.name == "mlflow.db":
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return look(path, **how)
 
     monkeypatch.setattr(Path, "stat", refused)
-    assert "cannot be read (Permission denied)" in told(tmp_path / "mlflow.db")
+    assert refusal.format("Permission denied") in told(tmp_path / "mlflow.db")
 
 
-@pytest.mark.parametrize("size", [1, 60, 4096, 100_000])
-def test_a_store_of_which_a_part_was_written(store: Path, tmp_path: Path, size: int):
-    part = tmp_path / "mlflow.db"
-    part.write_bytes(store.read_bytes()[:size])
-    assert ("is no MLflow store, or is being made" if size == 1 else "is damaged") in told(part)
-    assert part.stat().st_size == size and list(tmp_path.iterdir()) == [part]
+ANOTHER = (
+    "is being made, or is of another version of MLflow (no such table: experiments); look again"
+)
+NO_STORE = "is no MLflow store, or is being made; look again, name another, or move it away"
 
 
-def test_a_store_that_is_being_made(tmp_path: Path):
-    """Its first tables are there, and the one by which it is known is not."""
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (1, NO_STORE),
+        (60, "is damaged"),
+        (4096, "is damaged"),
+        (100_000, "is damaged"),
+        (b"never a database\n" * 100, "is damaged (file is not a database)"),
+        # its first tables are there, and the one by which it is known is not
+        ("create table runs (run_uuid text)", NO_STORE),
+        ("create table alembic_version (x text); create table runs (run_uuid text)", ANOTHER),
+    ],
+)
+def test_a_file_that_is_no_whole_store_is_refused_and_left_as_it_is(
+    store: Path, tmp_path: Path, content: int | bytes | str, said: str
+):
+    """`content`: the first bytes of a store, other bytes, or SQL that makes tables."""
     file = tmp_path / "mlflow.db"
-    with sqlite3.connect(file) as made:
-        made.execute("create table runs (run_uuid text)")
-    assert (
-        "is no MLflow store, or is being made; look again, name another, or move it away"
-        in told(file)
-    )
+    if isinstance(content, str):
+        with closing(sqlite3.connect(file)) as made:
+            made.executescript(content)
+    else:
+        file.write_bytes(content if isinstance(content, bytes) else store.read_bytes()[:content])
+    before = file.read_bytes()
+    assert said in told(file)
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 
-def test_what_is_no_store_of_this_version(store: Path, tmp_path: Path):
-    file = tmp_path / "mlflow.db"
-    file.write_text("never a database\n" * 100)
-    assert "is damaged (file is not a database)" in told(file)
-    file.unlink()
-    with sqlite3.connect(file) as other:
-        other.execute("create table alembic_version (version_num text)")
-        other.execute("create table runs (run_uuid text)")
-    before = hashlib.sha256(file.read_bytes()).digest()
-    version = "is of another version of MLflow (no such table: latest_metrics)"
-    assert told(file).endswith(
-        f"is being made, or {version}; look again, then mlflow db upgrade sqlite:///FILE"
-    )
-    assert hashlib.sha256(file.read_bytes()).digest() == before
-    assert "must be sqlite:///FILE or the address of a server" in told(
-        "mysql://somebody@host/mlflow".replace("somebody@", "")
-    )
+def test_a_store_of_another_kind():
+    assert "must be sqlite:///FILE or the address of a server" in told("mysql://host/mlflow")
 
 
 def test_a_store_that_somebody_locks(store: Path, tmp_path: Path):
     copy = tmp_path / "mlflow.db"
     copy.write_bytes(store.read_bytes())
-    holder = sqlite3.connect(copy)
-    holder.execute("begin exclusive")
-    assert "is locked by another process for over 2 s" in told(copy)
-    holder.close()
+    with closing(sqlite3.connect(copy)) as holder:
+        holder.execute("begin exclusive")
+        assert "is locked by another process for over 2 s" in told(copy)
     assert len(open_store(str(copy)).listed()) == 4
 
 
@@ -340,10 +305,8 @@ def test_a_store_whose_writer_was_killed_in_the_middle(store: Path, tmp_path: Pa
         ' cache_size = 5\')\nc.execute("update tags set value = value || hex(zeroblob(4000))");'
         " os.kill(os.getpid(), signal.SIGKILL)"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code, str(copy)], check=False).returncode
-        == -signal.SIGKILL
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(copy)], check=False)
+    assert done.returncode == -signal.SIGKILL
     assert (tmp_path / "mlflow.db-journal").stat().st_size > 0
     assert len(open_store(str(copy)).listed()) == 4
 
@@ -360,26 +323,12 @@ def test_a_server_that_is_down_or_hangs_or_is_another_one(
         with pytest.raises(StoreError) as caught:
             open_store(address.replace("//", f"//{login}")).history("x", "y")
         assert "secret" not in str(caught.value)
-    command = [
-        sys.executable,
-        "-m",
-        "http.server",
-        "0",
-        "--bind",
-        "127.0.0.1",
-        "--directory",
-        str(tmp_path),
-    ]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
-        try:
-            assert server.stdout is not None
-            port = server.stdout.readline().split("port ")[1].split()[0]
-            assert "does not answer as an MLflow server" in told(
-                f"http://127.0.0.1:{port}", seconds=20
-            )
-        finally:
-            server.kill()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert "does not answer as an MLflow server" in told(address, seconds=20)
+        server.shutdown()
 
 
 def test_looking_imports_neither_mlflow_nor_torch(store: Path):

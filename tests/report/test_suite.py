@@ -168,13 +168,13 @@ def test_trials_are_no_seeds(make_run: Callable, runs_dir: Path):
     assert mixed.notes == ("Left out: 1 trial on a held-out part of the training set.",)
     with pytest.raises(
         ReportError,
-        match="must be trained on the whole training set; got 6 trials of a search alone",
+        match="must have a run that was trained on the whole training set; there are 6 trials",
     ):
         read_study(runs_dir, ["f" * 16])
     make_suite(runs_dir, "SLTT-0.1", "not-begun")
     with pytest.raises(
         ReportError,
-        match="must be trained on the whole training set; got 1 trial of a search alone",
+        match="suite must have a run that was trained on the whole training set; there are 1 trial",
     ):
         read_study(runs_dir, ["suite"])
 
