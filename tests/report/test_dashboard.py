@@ -277,24 +277,31 @@ def members(runs: dict[str, range]) -> list[StoredRun]:
     return sorted(store.members, key=lambda run: int(run.seed), reverse=True)
 
 
-def test_of_many_runs_whole_seeds_are_picked():
-    rules = ("BPTT", *(f"rule-{count}" for count in range(8)))
-    picked = Place().picked(members(dict.fromkeys(rules, range(3))))
-    assert {(run.rule, run.seed) for run in picked} == {
-        (rule, seed) for rule in rules for seed in "12"
-    }
-    assert len(Place().picked(members(dict.fromkeys(rules[1:], range(3))))) == 24  # all of them
-
-
-def test_the_baseline_is_picked_with_its_seed_even_where_it_started_first():
-    many = {f"rule-{count}": range(1) for count in range(30)}
-    picked = Place().picked(members({"BPTT": range(1), **many}))
-    assert len(picked) == 24 and picked[-1].rule == "BPTT" and picked[0].rule == "rule-29"
-    newer = {
-        f"rule-{count}": range(1, 2) for count in range(23)
-    }  # a seed in which no BPTT has begun
-    picked = Place().picked(members({"BPTT": range(1), "SLTT": range(1), **newer}))
-    assert {run.rule for run in picked} == {"BPTT", *newer}
+@pytest.mark.parametrize(
+    ("runs", "some_picked"),
+    [
+        # nine rules: two seeds whole, and the first of the oldest
+        (
+            dict.fromkeys(("BPTT", *(f"rule-{count}" for count in range(8))), range(3)),
+            {("0", "BPTT"), *((seed, f"rule-{count}") for seed in "12" for count in range(8))},
+        ),
+        # a baseline that started first
+        (
+            {"BPTT": range(1), **{f"rule-{count}": range(1) for count in range(30)}},
+            {("0", "BPTT"), ("0", "rule-29")},
+        ),
+        # a newest seed in which no baseline has begun
+        (
+            {"BPTT": range(1), **{f"rule-{count}": range(2) for count in range(23)}},
+            {("0", "BPTT"), *(("1", f"rule-{count}") for count in range(23))},
+        ),
+    ],
+)
+def test_of_many_runs_24_of_the_newest_seeds_are_picked_baselines_first(
+    runs: dict[str, range], some_picked: set[tuple[str, str]]
+):
+    picked = Place().picked(members(runs))
+    assert len(picked) == 24 and some_picked <= {(run.seed, run.rule) for run in picked}
 
 
 def test_which_boxes_are_checked_follows_what_is_picked(store: FakeStore):
