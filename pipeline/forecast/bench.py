@@ -9,15 +9,14 @@ separately and with random weights, so that nothing is downloaded.
 """
 
 import copy
+import itertools
 import statistics
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import chain, count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -84,7 +83,6 @@ RESERVE = 0.1
 WARM_UP_BATCHES = 16  # batches that train a rule's own matrices before its gradient is taken
 DRAWS = 8
 ROUNDS = 3  # rounds in which rules alternate to compare their times
-T_ = TypeVar("T_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +270,7 @@ class Bench:
                         can_undo=can_undo(self.recipe, made),
                     )
                 batch = [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
-                schedule, steps = (lambda step: None), count()
+                schedule, steps = (lambda step: None), itertools.count()
 
                 def train_once() -> None:
                     train_batch(
@@ -420,12 +418,11 @@ def step_inputs(recipe: Recipe) -> tuple[object, ...]:
     )
 
 
-def rotated(items: Iterable[T_], rounds: int) -> Iterator[list[T_]]:
-    """The order of each round. Each begins with the next item, so drift affects all equally."""
-    order = deque(items)
-    for _ in range(rounds):
-        yield list(order)
-        order.rotate(-1)
+def in_turns(labels: Iterable[str], rounds: int) -> list[str]:
+    """The labels of all rounds. Each round begins with the next one: drift affects all equally."""
+    order = list(labels)
+    turns = itertools.product(range(rounds), range(len(order)))
+    return [order[(turn + place) % len(order)] for turn, place in turns]
 
 
 def measure_costs(
@@ -434,7 +431,7 @@ def measure_costs(
     """The costs of each rule in every round, and the reasons why other rules cannot train."""
     rounds: dict[str, list[Cost]] = {label: [] for label in rules}
     refused: dict[str, str] = {}
-    for label in chain.from_iterable(rotated(rules, ROUNDS)):
+    for label in in_turns(rules, ROUNDS):
         if label not in refused:
             try:
                 rounds[label].append(bench.cost(rules[label]))
@@ -511,7 +508,7 @@ def measure_teacher(recipe: Recipe, x_B: Tensor) -> TeacherCost | None:
     teacher(x_B)  # warms up
     return TeacherCost(
         teacher=teacher.label,
-        bytes=teacher_bytes(teacher),
+        bytes=bytes_of((*teacher.parameters(), *teacher.buffers())),
         seconds=statistics.median(
             seconds_of(lambda: teacher(x_B), x_B.device) for _ in range(TIMED)
         ),
@@ -530,8 +527,3 @@ def untrained_teacher(recipe: Recipe) -> Teacher:
             features_BD = teacher.features(torch.zeros(1, *data.shape))
             teacher.head = nn.Linear(features_BD.shape[-1], data.classes)
     return teacher
-
-
-def teacher_bytes(teacher: Teacher) -> int:
-    """Bytes of the teacher's weights and statistics."""
-    return bytes_of((*teacher.parameters(), *teacher.buffers()))

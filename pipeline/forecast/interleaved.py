@@ -17,7 +17,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from torch import distributed, multiprocessing
 
 from pipeline.core.checks import require
 from pipeline.core.code_version import commit
-from pipeline.forecast.bench import TIMED, Bench, rotated, rules_by_label
+from pipeline.forecast.bench import TIMED, Bench, in_turns, rules_by_label
 from pipeline.measure.clock import synchronize
 from pipeline.measure.memory import device_here
 from pipeline.recipe.recipe import Recipe, Spec
@@ -120,7 +119,7 @@ def rule_seconds(
     bench = Bench(recipe, batch_size=samples, threads=threads, needs_data=needs_data)
     seconds: dict[str, list[dict[str, float]]] = {label: [] for label in rules}
     refused: dict[str, str] = {}
-    for label in chain.from_iterable(rotated(rules, rounds or len(rules))):
+    for label in in_turns(rules, rounds or len(rules)):
         # DeepSpeed's engines are reference cycles. Without this, the previous one stays in memory.
         gc.collect()
         _wait_for_all(device)

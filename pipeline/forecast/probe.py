@@ -125,16 +125,14 @@ def advice(found: Probe) -> str:
     safe.
     """
     bptt, fastest, fidelity = found.cost(BASELINE), found.time_baseline, found.fidelity
+    reasons = {**found.refused, **found.uncompared}
     if bptt is None or fastest is None or fidelity is None:
-        why = found.refused.get(BASELINE) or found.uncompared.get(BASELINE, "BPTT was not tried")
+        why = reasons.get(BASELINE, "BPTT was not tried")
         return f"There is nothing to compare gradients with; {why}."
-    others = [cost for cost in found.costs if not is_baseline(cost.rule)]
+    tried = (cost for cost in found.costs if cost.rule in fidelity.cosines)
+    others = [cost for cost in tried if not is_baseline(cost.rule)]
     if not others:
-        why = "; ".join(found.refused.values()) or "none was tried"
-        return f"There is no rule to compare with BPTT; {why}."
-    others = [cost for cost in others if cost.rule in fidelity.cosines]
-    if not others:
-        why = "; ".join(found.uncompared.values())
+        why = "; ".join(reasons.values()) or "no other rule was tried"
         return f"There is no gradient to compare with BPTT's; {why}."
     if not fidelity.comparable:
         return f"{_UNKNOWN} in every layer, so there is nothing to compare gradients with."

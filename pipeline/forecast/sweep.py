@@ -6,8 +6,6 @@ leaves a part of the memory free. On request the batch is trained. If it fits, l
 tried, up to the reserve; if not, smaller ones. The largest that fits is reported.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -56,12 +54,6 @@ class Point:
     # An estimate, or the largest trained batch; None without a memory limit.
     largest_batch: int | None
     at_largest: Cost | None = None  # of one batch of that size, if it was trained
-
-    @property
-    def images_per_compute_s_at_largest(self) -> float | None:
-        if self.at_largest is None or not self.largest_batch:
-            return None
-        return self.largest_batch / self.at_largest.compute_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +179,7 @@ def _check(recipe: Recipe, steps: Sequence[int], memory_bytes: object, at_larges
 
 
 def _points(
-    bench: Bench, rules: Mapping[str, Spec], room: _Room | None, at_largest: bool
+    bench: Bench, rules: Mapping[str, Spec], room: "_Room | None", at_largest: bool
 ) -> tuple[list[Point], dict[str, str]]:
     """The points of all rules at one T, and the reasons for missing points or largest batches."""
     points: list[Point] = []

@@ -136,11 +136,15 @@ def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]]) ->
         data.append(_line(place, rule, points, [point.saved / scale for point in points], unit))
         if has_states:  # the dotted line shares the legend entry of the rule's solid line
             kept = [None if point.kept is None else point.kept / scale for point in points]
-            trace = _line(place, f"{rule}, with states", points, kept, unit)
-            dotted = {"color": color(place), "width": 1, "dash": "dot"}
-            marker = {"symbol": symbol(place), "size": 5}
-            hidden = {"legendgroup": plain(rule), "showlegend": False}
-            data.append({**trace, **hidden, "line": dotted, "marker": marker})
+            data.append(
+                {
+                    **_line(place, f"{rule}, with states", points, kept, unit),
+                    "legendgroup": plain(rule),
+                    "showlegend": False,
+                    "line": {"color": color(place), "width": 1, "dash": "dot"},
+                    "marker": {"symbol": symbol(place), "size": 5},
+                }
+            )
     said = [
         f"{rule} keeps {points[-1].saved / points[0].saved:.3g} times the bytes at T ="
         f" {points[-1].time_steps} as at T = {points[0].time_steps}"

@@ -142,6 +142,7 @@ def test_rules_take_turns_and_the_median_of_the_rounds_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a machine that gets slower with every look."""
+    monkeypatch.setattr("pipeline.forecast.bench.ROUNDS", 3)
     turns: list[str] = []
     cost = Bench.cost
 
@@ -377,7 +378,7 @@ def sltt_full(**rules: tuple[float, float, dict[str, float]]) -> Probe:
         ),
         (
             replace(probed(), refused={"SLTT": f"SLTT: {FULL}"}),
-            [f"|There is no rule to compare with BPTT; SLTT: {FULL}.|"],
+            [f"|There is no gradient to compare with BPTT's; SLTT: {FULL}.|"],
         ),
         (
             replace(

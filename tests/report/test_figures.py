@@ -646,7 +646,8 @@ def test_what_sweep_prints_is_what_a_page_reads():
     assert table is not None and len(table.rows) == len(found.points)
     for row, point in zip(table.rows, found.points, strict=True):
         assert row[:3] == (point.cost.rule, 4, point.largest_batch)
-        assert row[3] == pytest.approx(point.images_per_compute_s_at_largest)
+        assert point.at_largest is not None and point.largest_batch is not None
+        assert row[3] == pytest.approx(point.largest_batch / point.at_largest.compute_s)
 
 
 def test_what_a_report_returned_is_read_again():
