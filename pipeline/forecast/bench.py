@@ -86,28 +86,38 @@ ROUNDS = 3  # rounds in which rules alternate to compare their times
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
-    """The cost of one rule on one batch."""
+class RuleBytes:
+    """The bytes of one rule on one batch."""
 
     rule: str
     peak_saved_bytes: int
     state_bytes: int  # states that backward does not save as well
+    rule_bytes: int  # the rule's own parameters and records
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes kept for backward and from one time step to the next. Each storage counts once."""
+        return self.peak_saved_bytes + self.state_bytes
+
+    @property
+    def all_bytes(self) -> int:
+        return self.kept_bytes + self.rule_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost(RuleBytes):
+    """The cost of one rule on one batch."""
+
     # The rise of resident memory in a batch; on a GPU, of the allocator's memory. It includes
     # gradients and workspaces, but neither the network nor the batch. None if the kernel cannot
     # reset the peak.
     peak_memory_bytes: int | None
-    rule_bytes: int  # the rule's own parameters and records
     # Median seconds of a batch, without collectives and the optimizer.
     forward_s: float
     backward_s: float
     loop_s: float  # the rest of the loop: transfer, metrics, and time outside all parts
     operations: Mapping[str, Mapping[str, float]]  # by purpose, for training on one sample
     not_counted: tuple[str, ...] = ()  # torch operations with uncounted products
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes kept for backward and from one time step to the next. Each storage counts once."""
-        return self.peak_saved_bytes + self.state_bytes
 
     @property
     def compute_s(self) -> float:
@@ -452,7 +462,7 @@ def median_cost(rounds: Sequence[Cost]) -> Cost:
 
 
 def bytes_of_batch(made: Rule, meters: Meters) -> dict[str, Any]:
-    """Label and bytes of a rule after `Bench.train`, as fields of `Cost` and `Counts`."""
+    """The fields of `RuleBytes` after training on a batch."""
     totals = meters.totals
     assert totals.peak_saved_bytes is not None and totals.state_bytes is not None
     return {

@@ -369,7 +369,7 @@ class _Planner:
             micro_batch=fit.micro_batch,
             accumulation=fit.accumulation,
             saved_bytes=counts.peak_saved_bytes,
-            memory_bytes=self._peak_bytes(counts.kept_bytes, fit.micro_batch, fit.zero),
+            memory_bytes=self._peak_bytes(counts.all_bytes, fit.micro_batch, fit.zero),
             flops=counts.traffic.flops,
             moved_bytes=counts.traffic.bytes,
             kernels=counts.traffic.kernels,
@@ -496,14 +496,14 @@ class _Planner:
         if updates_each_step:  # with accumulation, the rule would update at every micro-batch
             sizes = sizes[:1]
         counts = counted(self.bench(self.wanted), rule)
-        of_a_sample = (counts.kept_bytes - counts.rule_bytes) / self.wanted
+        of_a_sample = counts.kept_bytes / self.wanted
         for micro in sizes:
             # This many bytes at least: some saved bytes do not depend on the batch.
             if stage_of(counts.rule_bytes + micro * of_a_sample, micro) is None:
                 continue
             if micro < self.wanted:
                 counts = counted(self.bench(micro), rule)
-            if (zero := stage_of(counts.kept_bytes, micro)) is not None:
+            if (zero := stage_of(counts.all_bytes, micro)) is not None:
                 accumulation, calls = self.whole // micro, counts.backward_calls
                 return _Fit(
                     rule=rule,
@@ -514,7 +514,7 @@ class _Planner:
                     updates=calls if updates_each_step else 1,
                     sums=1 if updates_each_step else calls * accumulation,
                 )
-        kept = counted(self.bench(sizes[-1]), rule).kept_bytes
+        kept = counted(self.bench(sizes[-1]), rule).all_bytes
         needs = min(self._peak_bytes(kept, sizes[-1], zero) for zero in stages)
         raise ValueError(
             f"{counts.rule}: a worker must fit into {self.memory / 1e9:.3g} GB; it needs"

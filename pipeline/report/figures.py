@@ -155,12 +155,18 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
         data.append(scatter(rule, x, y, mode="markers", **about))
     if name == ENERGY:
         how = f"{how}. {_describe_energy(group)}"
+    diverged = [
+        f"{rule} (seed {', '.join(map(str, sorted(seeds)))})"
+        for rule in group.rules
+        if (seeds := group.diverged(rule))
+    ]
     return Figure(
         name=f"accuracy-against-{what.replace(' ', '-')}",
         title=title,
         caption=(
             f"{what.capitalize()}: {how}. Filled markers are on the Pareto front: no other rule is"
-            " at least as good in both." + _describe_diverged(group)
+            " at least as good in both."
+            + (f" Diverged, and in no mean: {', '.join(diverged)}." if diverged else "")
         ),
         alt=(
             f"On the Pareto front of accuracy and {what}, of {len(points)} rules:"
@@ -174,12 +180,6 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
             yaxis=titled("top-1, %"),
         ),
     )
-
-
-def _describe_diverged(group: Group) -> str:
-    lost = {rule: group.diverged(rule) for rule in group.rules}
-    texts = [f"{rule} (seed {', '.join(map(str, sorted(of)))})" for rule, of in lost.items() if of]
-    return f" Diverged, and in no mean: {', '.join(texts)}." if texts else ""
 
 
 def _trade_off_table(
