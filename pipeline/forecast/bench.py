@@ -37,7 +37,7 @@ from pipeline.measure.memory import (
     reset_peak_rss,
 )
 from pipeline.measure.meters import Meters
-from pipeline.measure.saved_bytes import HeldBytes, bytes_of, held_bytes
+from pipeline.measure.saved_bytes import bytes_of
 from pipeline.models.teachers.base import Teacher
 from pipeline.recipe import is_baseline
 from pipeline.recipe.recipe import Recipe, Spec, spec
@@ -322,10 +322,6 @@ class Bench:
                 found.append({name: g.cpu() for name, g in of_draw.items()})
         return found
 
-    def held(self) -> HeldBytes:
-        """Bytes that training holds besides what a rule keeps of a batch."""
-        return held_bytes(*self.stepped())
-
     def stepped(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         """A copy of the network with gradients of 0, and its optimizer after a first step."""
         network = self.copy_of_network()
@@ -534,6 +530,6 @@ def untrained_teacher(recipe: Recipe) -> Teacher:
     teacher = build_teacher(recipe.with_untrained_teacher(), data)
     if teacher.probe is not None:
         with torch.random.fork_rng(devices=[]):
-            features_BD = teacher.features(torch.zeros(1, *data.shape))
-            teacher.head = nn.Linear(features_BD.shape[-1], data.classes)
+            width = teacher.features(torch.zeros(1, *data.shape)).shape[-1]
+            teacher.head = nn.Linear(width, data.classes)
     return teacher

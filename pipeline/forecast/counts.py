@@ -152,10 +152,9 @@ class FakeBench(Bench):
         with self._mode:
             for tensor in (*module.parameters(), *module.buffers()):
                 fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-                is_parameter = isinstance(tensor, nn.Parameter)
-                fakes[id(tensor)] = (
-                    nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-                )
+                if isinstance(tensor, nn.Parameter):
+                    fake = nn.Parameter(fake, tensor.requires_grad)
+                fakes[id(tensor)] = fake
         with _disable_current_modes():
             return copy.deepcopy(module, fakes)
 

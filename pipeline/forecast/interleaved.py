@@ -49,10 +49,6 @@ class InterleavedTimes:
     backend: str
     commit: str
 
-    @property
-    def compute_s(self) -> tuple[float, ...]:
-        return tuple(map(sum, zip(self.forward_s, self.backward_s, strict=True)))
-
 
 def measure_interleaved(
     recipe: Recipe,
@@ -76,8 +72,10 @@ def measure_interleaved(
     """
     labelled = rules_by_label(rules, rules[0])
     samples = samples or recipe.split(workers).micro_batch
-    cores = max(1, len(os.sched_getaffinity(0)) // threads)
-    processes = min(workers, torch.cuda.device_count() or cores)
+    processes = min(
+        workers,
+        torch.cuda.device_count() or max(1, len(os.sched_getaffinity(0)) // threads),
+    )
     given = recipe, labelled, samples, threads
     seconds: list[Mapping[str, Mapping[str, float]]] = []
     for _ in range(starts):

@@ -31,6 +31,7 @@ from pipeline.forecast.bench import (
     samples_per_epoch,
 )
 from pipeline.measure.memory import device_here, free_bytes, hardware
+from pipeline.measure.saved_bytes import held_bytes
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.build import check_recipe
 from pipeline.train.tasks import build_data
@@ -127,7 +128,18 @@ def sweep(
             `steps` is empty, or no rule can train the network.
         DataError: the data cannot be read.
     """
-    _check(recipe, steps, memory_bytes, at_largest)
+    check_recipe(recipe.with_untrained_teacher(), 1)
+    require(are_counts(steps), f"sweep: steps must be numbers of time steps, from 1; got {steps!r}")
+    shape = build_data(recipe).shape
+    require(
+        len(shape) != 4,
+        "sweep: a recording has time steps of its own, so the data must be still images; got shape"
+        f" {shape}",
+    )
+    require(
+        not at_largest or memory_bytes is not None,
+        "sweep: at_largest needs memory_bytes, to find a largest batch; got None",
+    )
     limit = free_bytes(device_here()) if memory_bytes == "free" else memory_bytes
     say_stage("reading a batch; the first one compiles what reads the data")
     benches = [
@@ -160,21 +172,6 @@ def sweep(
         at_largest=at_largest,
         teacher=teacher,
         hardware=hardware(device_here()),
-    )
-
-
-def _check(recipe: Recipe, steps: Sequence[int], memory_bytes: object, at_largest: bool) -> None:
-    check_recipe(recipe.with_untrained_teacher(), 1)
-    require(are_counts(steps), f"sweep: steps must be numbers of time steps, from 1; got {steps!r}")
-    shape = build_data(recipe).shape
-    require(
-        len(shape) != 4,
-        "sweep: a recording has time steps of its own, so the data must be still images; got shape"
-        f" {shape}",
-    )
-    require(
-        not at_largest or memory_bytes is not None,
-        "sweep: at_largest needs memory_bytes, to find a largest batch; got None",
     )
 
 
@@ -213,7 +210,8 @@ class _Room:
         self.bench, self.bytes = bench, size
         self.bench_of = partial(Bench, bench.recipe, threads=threads)
         self.half = self.bench_of(batch_size=bench.samples // 2)
-        self.held = held = bench.held()
+        # besides what a rule keeps of a batch
+        self.held = held = held_bytes(*bench.stepped())
         self.coarse = 0 if bench.x_B.is_cuda else COARSE
         copies = 2 if bench.recipe.ema_decay else 1  # of the weights
         self.beside = copies * held.parameters + held.buffers + held.optimizer

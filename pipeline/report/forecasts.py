@@ -112,15 +112,17 @@ def _derived(recipe: Recipe, ready: Recipe, workers: int, step: str) -> dict[str
             f"{rate:g} for this batch, {rate * 256 / recipe.batch_size:g} for one of 256 samples"
         )
     if recipe.backend == "deepspeed":
-        settings = config(
-            micro_batch=split.micro_batch,
-            workers=workers,
-            parameters=parameters,
-            zero=recipe.zero,
-            precision=recipe.precision,
-            clip_norm=recipe.clip_norm,
+        lines["DeepSpeed"] = json.dumps(
+            config(
+                micro_batch=split.micro_batch,
+                workers=workers,
+                parameters=parameters,
+                zero=recipe.zero,
+                precision=recipe.precision,
+                clip_norm=recipe.clip_norm,
+            ),
+            indent=2,
         )
-        lines["DeepSpeed"] = json.dumps(settings, indent=2)
     return lines
 
 
@@ -185,8 +187,11 @@ def print_probe(found: Probe, *, console: Console | None = None) -> None:
     for why in found.uncompared.values():
         say(console, f"not compared: {why}")
     if fastest is not None:
-        over = f"bytes and operations over {BASELINE}'s, seconds over {fastest.rule}'s"
-        say(console, f"×: {over}, the faster of {BASELINE} folded and in slices of time")
+        say(
+            console,
+            f"×: bytes and operations over {BASELINE}'s, seconds over {fastest.rule}'s, the faster"
+            f" of {BASELINE} folded and in slices of time",
+        )
     if unknown := sorted({name for cost in found.costs for name in cost.not_counted}):
         say(console, f"mult and add leave out what no count knows: {', '.join(unknown)}")
     say(
@@ -222,7 +227,7 @@ def _print_rows(console: Console, rows: Sequence[Row], *, title: str, keys: int 
     shown = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
     if shown:
         heads = [number(each) if isinstance(each, str) else each for each in shown]
-        cells = [[row[name] for name in shown] for row in rows]
+        cells = ([row[name] for name in shown] for row in rows)
         print_table(console, heads, cells, title=title, keys=keys)
 
 
@@ -268,8 +273,10 @@ def _below_a_sweep(found: Sweep) -> Iterator[str]:
     for rule in found.rules:
         first, *others = (point.time_steps for point in found.of(rule))
         if others:
-            growth = f"{found.growth(rule):.2f} times the bytes"
-            yield f"{rule}: {growth} at T = {others[-1]} as at T = {first}"
+            yield (
+                f"{rule}: {found.growth(rule):.2f} times the bytes at T = {others[-1]} as at T ="
+                f" {first}"
+            )
     fastest: dict[str, list[str]] = {}
     for T, cost in found.time_baselines.items():
         fastest.setdefault(cost.rule, []).append(str(T))
@@ -293,8 +300,10 @@ def _below_a_sweep(found: Sweep) -> Iterator[str]:
             " trained"
         )
         if found.at_largest:
-            trained = "trained, and fitted, or 0 where not even one sample did"
-            how = f'; without "about": {trained}; with it: {how}'
+            how = (
+                '; without "about": trained, and fitted, or 0 where not even one sample did; with'
+                f" it: {how}"
+            )
         else:
             how = f"; about: {how}"
         yield (
@@ -489,19 +498,21 @@ def errors(found: Plan, run: Run) -> dict[str, Any]:
             f" {', '.join(each.rule for each in found.rules) or 'none'}; got {run.rule} of"
             f" {run.folder.name}"
         )
-    of_rule = differing("rule", {**planned.written}, run.recipe["rule"])
-    micro_batches = differing("micro_batch", planned.micro_batch, run.trained_on[-1]["micro_batch"])
-    _refuse_if([*of_rule, *micro_batches], run)
-    summary = run.summary or {}
-    measured_s = planned.images_per_s * planned.step_s / summary["images_per_s"]
+    on, summary = run.trained_on[-1], run.summary or {}
+    differs = [
+        *differing("rule", {**planned.written}, run.recipe["rule"]),
+        *differing("micro_batch", planned.micro_batch, on["micro_batch"]),
+    ]
+    _refuse_if(differs, run)
+    batch_size = planned.images_per_s * planned.step_s
     pairs = {
         "saved_bytes": (planned.saved_bytes, summary["peak_saved_bytes"]),
-        "step_s": (planned.step_s, measured_s),
+        "step_s": (planned.step_s, batch_size / summary["images_per_s"]),
     }
     return {
         "run": run.folder.name,
         "rule": planned.rule,
-        "own_cores": run.trained_on[-1]["own_cores"],
+        "own_cores": on["own_cores"],
         **{
             name: {"planned": plan, "measured": measured, "error": plan / measured - 1}
             for name, (plan, measured) in pairs.items()

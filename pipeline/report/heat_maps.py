@@ -70,7 +70,7 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
             "no run compared its gradient with BPTT's; --set evaluation.fidelity_every=1 does"
             " after each epoch"
         )
-        others = (run for run in group.runs if run.rule != group.against)
+        others = [run for run in group.runs if run.rule != group.against]
         return Missing(title=title, why=_describe_pending(others) or why)
     rows, drawn = _by_layer(of_rule)
     known = [(value, rule, layer) for layer, rule, value in rows if value is not None]
@@ -145,8 +145,9 @@ def _by_layer(
         written=".2f",
     )
     height = 130 + _ROW * len(layers)
-    axes = {"xaxis": _CATEGORIES, "yaxis": _DOWNWARDS}
-    return rows, drawing([heat], height=height, margin={"t": 30}, **axes)
+    return rows, drawing(
+        [heat], height=height, margin={"t": 30}, xaxis=_CATEGORIES, yaxis=_DOWNWARDS
+    )
 
 
 def _describe_pending(runs: Iterable[Run]) -> str:

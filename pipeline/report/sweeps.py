@@ -82,8 +82,12 @@ def swept(sweeps: Iterable[Mapping[str, Any]]) -> Iterator[Swept]:
     found = [(sweep, largest_batches(sweep)) for sweep in sweeps if sweep["points"]]
     for index, (sweep, table) in enumerate(found, start=1):
         is_of_one = table is not None and len({each.time_steps for each in points_of(sweep)}) == 1
-        figures = () if is_of_one else of_a_sweep(sweep)
-        yield Swept(f"sweep{index}", str(sweep["recipe"]), figures, table)
+        yield Swept(
+            key=f"sweep{index}",
+            recipe=str(sweep["recipe"]),
+            figures=() if is_of_one else of_a_sweep(sweep),
+            largest=table,
+        )
 
 
 def largest_batches(sweep: Mapping[str, Any]) -> Table | None:

@@ -124,8 +124,9 @@ class _Answers:
         try:
             runs = place.picked(self._live.members(place.study)) if place.study else []
             if runs:
-                reports = self._live.reports(runs)
-                *_, offered = _render_study(place, self._live.study(runs), reports, None)
+                *_, offered = _render_study(
+                    place, self._live.study(runs), self._live.reports(runs), None
+                )
         except ReportError as error:
             return Response(f"{error}\n", 503, mimetype="text/plain")
         if (table := offered.get(request.args.get("name", ""))) is None:
@@ -190,8 +191,8 @@ def _version(
 
 
 def _json(**fields: Any) -> Response:
-    plain = {"version": "", "boxes": "", "picked": [], "drawings": {}}
-    return Response(json.dumps({**plain, **fields}, allow_nan=False), mimetype="application/json")
+    fields = {"version": "", "boxes": "", "picked": [], "drawings": {}, **fields}
+    return Response(json.dumps(fields, allow_nan=False), mimetype="application/json")
 
 
 def _trouble(error: Exception) -> str:

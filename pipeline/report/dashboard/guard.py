@@ -128,5 +128,6 @@ def _is_equal(one: str, other: str) -> bool:
 
 
 def _refused(sentence: str) -> Response:
-    headers = {"WWW-Authenticate": "Bearer"}
-    return Response(f"{sentence}\n", status=401, headers=headers, mimetype="text/plain")
+    return Response(
+        f"{sentence}\n", 401, headers={"WWW-Authenticate": "Bearer"}, mimetype="text/plain"
+    )

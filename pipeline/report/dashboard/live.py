@@ -135,16 +135,20 @@ class Live:
             at = f", commit {' and '.join(commits)}" if commits else ""
             name = tags[0].get("spiketrain.suite") or "A suite"
             title = f"{name} ({suite[:8]}){at}, on {'; '.join(machines)}"
-            read = partial(self._read_report, suite)
-            report = self._cached(("report", suite), read, fresh_s=_FRESH_S)
+            report = self._cached(
+                ("report", suite), partial(self._read_report, suite), fresh_s=_FRESH_S
+            )
             found.append(replace(report, key=suite[:8], title=title))
         return found
 
     def run(self, stored: StoredRun) -> Run:
         """Return a run from its artifacts; a running run also from its metrics."""
         sent = sorted(item for item in stored.tags.items() if item[0].startswith(_SENT))
-        version = stored.status, stored.newest, sent
-        return self._cached(("run", stored.id), partial(self._read, stored), version=version)
+        return self._cached(
+            ("run", stored.id),
+            partial(self._read, stored),
+            version=(stored.status, stored.newest, sent),
+        )
 
     def _cached(
         self,
@@ -239,8 +243,11 @@ class Live:
         except ReportError as error:
             return SuiteReport(version=str(error), note=f"Its report is left out: {error}")
         version = hashlib.sha256(json.dumps(value).encode()).hexdigest()
-        printed = str((value or {}).get("printed") or "")
-        return SuiteReport(version=version, returned=found, printed=printed)
+        return SuiteReport(
+            version=version,
+            returned=found,
+            printed=str((value or {}).get("printed") or ""),
+        )
 
     def _json(self, run_id: str, name: str, kind: type) -> Any:
         text = self.store.text(run_id, name)
