@@ -41,6 +41,7 @@ from pipeline.launch.driver import launch_run
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import Recipe
 from pipeline.report.forecasts import errors
+from pipeline.report.results import read_run
 from recipes.events.moving_sltt import recipe as moving_sltt
 from recipes.fashion.dsr_if import recipe as fashion_dsr_if
 from recipes.fashion.ide import recipe as fashion_ide
@@ -77,7 +78,8 @@ def main() -> None:
             run = launch_run(recipe, launched, Path(runs))
             assert run is not None, "nobody stopped it"
             after = plan(recipe, Cluster(workers=arguments.workers), rules=())
-            off, later = errors(before, run), errors(after, run)["step_s"]
+            trained = read_run(run)
+            off, later = errors(before, trained), errors(after, trained)["step_s"]
         saved, step = off["saved_bytes"], off["step_s"]
         is_near &= saved["error"] == 0 and abs(step["error"]) <= SECONDS
         print(

@@ -251,17 +251,16 @@ def _print_errors(
     *,
     as_json: bool,
 ) -> None:
-    from pipeline.report.forecasts import errors, plan_to_json, print_plan, refuse_unless_comparable
+    from pipeline.report.forecasts import errors, plan_to_json, print_plan, read_against
     from pipeline.report.selection import find_run
 
     if not isinstance(made, Recipe):
         raise ValueError(
             "plan: --against is one run, so the file must hold one recipe; got a suite"
         )
-    folder = find_run(runs, name)
-    refuse_unless_comparable(made, cluster, folder)
+    run = read_against(made, cluster, find_run(runs, name))
     planned = forecast(made)
-    errors_ = errors(planned, folder)
+    errors_ = errors(planned, run)
     if as_json:
         _print_json(plan_to_json(planned, errors_))
     else:

@@ -9,15 +9,14 @@ separately and with random weights, so that nothing is downloaded.
 """
 
 import copy
+import itertools
 import statistics
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import chain, count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -38,7 +37,7 @@ from pipeline.measure.memory import (
     reset_peak_rss,
 )
 from pipeline.measure.meters import Meters
-from pipeline.measure.saved_bytes import HeldBytes, bytes_of, held_bytes
+from pipeline.measure.saved_bytes import bytes_of
 from pipeline.models.teachers.base import Teacher
 from pipeline.recipe import is_baseline
 from pipeline.recipe.recipe import Recipe, Spec, spec
@@ -84,32 +83,41 @@ RESERVE = 0.1
 WARM_UP_BATCHES = 16  # batches that train a rule's own matrices before its gradient is taken
 DRAWS = 8
 ROUNDS = 3  # rounds in which rules alternate to compare their times
-T_ = TypeVar("T_")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
-    """The cost of one rule on one batch."""
+class RuleBytes:
+    """The bytes of one rule on one batch."""
 
     rule: str
     peak_saved_bytes: int
     state_bytes: int  # states that backward does not save as well
+    rule_bytes: int  # the rule's own parameters and records
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes kept for backward and from one time step to the next. Each storage counts once."""
+        return self.peak_saved_bytes + self.state_bytes
+
+    @property
+    def all_bytes(self) -> int:
+        return self.kept_bytes + self.rule_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost(RuleBytes):
+    """The cost of one rule on one batch."""
+
     # The rise of resident memory in a batch; on a GPU, of the allocator's memory. It includes
     # gradients and workspaces, but neither the network nor the batch. None if the kernel cannot
     # reset the peak.
     peak_memory_bytes: int | None
-    rule_bytes: int  # the rule's own parameters and records
     # Median seconds of a batch, without collectives and the optimizer.
     forward_s: float
     backward_s: float
     loop_s: float  # the rest of the loop: transfer, metrics, and time outside all parts
     operations: Mapping[str, Mapping[str, float]]  # by purpose, for training on one sample
     not_counted: tuple[str, ...] = ()  # torch operations with uncounted products
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes kept for backward and from one time step to the next. Each storage counts once."""
-        return self.peak_saved_bytes + self.state_bytes
 
     @property
     def compute_s(self) -> float:
@@ -273,7 +281,7 @@ class Bench:
                         can_undo=can_undo(self.recipe, made),
                     )
                 batch = [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
-                schedule, steps = (lambda step: None), count()
+                schedule, steps = (lambda step: None), itertools.count()
 
                 def train_once() -> None:
                     train_batch(
@@ -314,10 +322,6 @@ class Bench:
                 )
                 found.append({name: g.cpu() for name, g in of_draw.items()})
         return found
-
-    def held(self) -> HeldBytes:
-        """Bytes that training holds besides what a rule keeps of a batch."""
-        return held_bytes(*self.stepped())
 
     def stepped(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         """A copy of the network with gradients of 0, and its optimizer after a first step."""
@@ -418,12 +422,11 @@ def step_inputs(recipe: Recipe) -> tuple[object, ...]:
     )
 
 
-def rotated(items: Iterable[T_], rounds: int) -> Iterator[list[T_]]:
-    """The order of each round. Each begins with the next item, so drift affects all equally."""
-    order = deque(items)
-    for _ in range(rounds):
-        yield list(order)
-        order.rotate(-1)
+def in_turns(labels: Iterable[str], rounds: int) -> list[str]:
+    """The labels of all rounds. Each round begins with the next one: drift affects all equally."""
+    order = list(labels)
+    turns = itertools.product(range(rounds), range(len(order)))
+    return [order[(turn + place) % len(order)] for turn, place in turns]
 
 
 def measure_costs(
@@ -432,7 +435,7 @@ def measure_costs(
     """The costs of each rule in every round, and the reasons why other rules cannot train."""
     rounds: dict[str, list[Cost]] = {label: [] for label in rules}
     refused: dict[str, str] = {}
-    for label in chain.from_iterable(rotated(rules, ROUNDS)):
+    for label in in_turns(rules, ROUNDS):
         if label not in refused:
             try:
                 rounds[label].append(bench.cost(rules[label]))
@@ -453,7 +456,7 @@ def median_cost(rounds: Sequence[Cost]) -> Cost:
 
 
 def bytes_of_batch(made: Rule, meters: Meters) -> dict[str, Any]:
-    """Label and bytes of a rule after `Bench.train`, as fields of `Cost` and `Counts`."""
+    """The fields of `RuleBytes` after training on a batch."""
     totals = meters.totals
     assert totals.peak_saved_bytes is not None and totals.state_bytes is not None
     return {
@@ -509,7 +512,7 @@ def measure_teacher(recipe: Recipe, x_B: Tensor) -> TeacherCost | None:
     teacher(x_B)  # warms up
     return TeacherCost(
         teacher=teacher.label,
-        bytes=teacher_bytes(teacher),
+        bytes=bytes_of((*teacher.parameters(), *teacher.buffers())),
         seconds=statistics.median(
             seconds_of(lambda: teacher(x_B), x_B.device) for _ in range(TIMED)
         ),
@@ -525,11 +528,6 @@ def untrained_teacher(recipe: Recipe) -> Teacher:
     teacher = build_teacher(recipe.with_untrained_teacher(), data)
     if teacher.probe is not None:
         with torch.random.fork_rng(devices=[]):
-            features_BD = teacher.features(torch.zeros(1, *data.shape))
-            teacher.head = nn.Linear(features_BD.shape[-1], data.classes)
+            width = teacher.features(torch.zeros(1, *data.shape)).shape[-1]
+            teacher.head = nn.Linear(width, data.classes)
     return teacher
-
-
-def teacher_bytes(teacher: Teacher) -> int:
-    """Bytes of the teacher's weights and statistics."""
-    return bytes_of((*teacher.parameters(), *teacher.buffers()))

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import flop_registry
 
 from pipeline.core.stages import say_stage
 from pipeline.core.units import counted as count_of
-from pipeline.forecast.bench import Bench, bytes_of_batch, step_inputs
+from pipeline.forecast.bench import Bench, RuleBytes, bytes_of_batch, step_inputs
 from pipeline.measure.operations import Pausable
 from pipeline.measure.saved_bytes import HeldBytes, held_bytes
 from pipeline.models.teachers.base import Teacher
@@ -95,20 +95,12 @@ class Traffic(TorchDispatchMode, Pausable):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts:
+class Counts(RuleBytes):
     """The counts of one rule on one batch, without the optimizer."""
 
-    rule: str
-    peak_saved_bytes: int
-    state_bytes: int  # states that backward does not save as well
-    rule_bytes: int  # the rule's own parameters and records
     backward_calls: int
     traffic: Traffic
     forecast_note: str  # the rule's note, if its work depends on values
-
-    @property
-    def kept_bytes(self) -> int:
-        return self.peak_saved_bytes + self.state_bytes + self.rule_bytes
 
     def describe(self) -> str:
         note = f", counted {self.forecast_note}" if self.forecast_note else ""
@@ -160,10 +152,9 @@ class FakeBench(Bench):
         with self._mode:
             for tensor in (*module.parameters(), *module.buffers()):
                 fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-                is_parameter = isinstance(tensor, nn.Parameter)
-                fakes[id(tensor)] = (
-                    nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-                )
+                if isinstance(tensor, nn.Parameter):
+                    fake = nn.Parameter(fake, tensor.requires_grad)
+                fakes[id(tensor)] = fake
         with _disable_current_modes():
             return copy.deepcopy(module, fakes)
 

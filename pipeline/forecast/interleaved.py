@@ -17,7 +17,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from torch import distributed, multiprocessing
 
 from pipeline.core.checks import require
 from pipeline.core.code_version import commit
-from pipeline.forecast.bench import TIMED, Bench, rotated, rules_by_label
+from pipeline.forecast.bench import TIMED, Bench, in_turns, rules_by_label
 from pipeline.measure.clock import synchronize
 from pipeline.measure.memory import device_here
 from pipeline.recipe.recipe import Recipe, Spec
@@ -50,10 +49,6 @@ class InterleavedTimes:
     backend: str
     commit: str
 
-    @property
-    def compute_s(self) -> tuple[float, ...]:
-        return tuple(map(sum, zip(self.forward_s, self.backward_s, strict=True)))
-
 
 def measure_interleaved(
     recipe: Recipe,
@@ -77,8 +72,10 @@ def measure_interleaved(
     """
     labelled = rules_by_label(rules, rules[0])
     samples = samples or recipe.split(workers).micro_batch
-    cores = max(1, len(os.sched_getaffinity(0)) // threads)
-    processes = min(workers, torch.cuda.device_count() or cores)
+    processes = min(
+        workers,
+        torch.cuda.device_count() or max(1, len(os.sched_getaffinity(0)) // threads),
+    )
     given = recipe, labelled, samples, threads
     seconds: list[Mapping[str, Mapping[str, float]]] = []
     for _ in range(starts):
@@ -120,7 +117,7 @@ def rule_seconds(
     bench = Bench(recipe, batch_size=samples, threads=threads, needs_data=needs_data)
     seconds: dict[str, list[dict[str, float]]] = {label: [] for label in rules}
     refused: dict[str, str] = {}
-    for label in chain.from_iterable(rotated(rules, rounds or len(rules))):
+    for label in in_turns(rules, rounds or len(rules)):
         # DeepSpeed's engines are reference cycles. Without this, the previous one stays in memory.
         gc.collect()
         _wait_for_all(device)

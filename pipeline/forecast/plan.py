@@ -56,7 +56,6 @@ from pipeline.forecast.bench import (
     rules_by_label,
     samples_per_epoch,
     step_inputs,
-    teacher_bytes,
     untrained_teacher,
 )
 from pipeline.forecast.counts import (
@@ -70,6 +69,7 @@ from pipeline.forecast.counts import (
 )
 from pipeline.forecast.interleaved import rule_seconds, run_processes
 from pipeline.measure.memory import device_here, format_hardware, free_bytes, hardware
+from pipeline.measure.saved_bytes import bytes_of
 from pipeline.models.teachers.base import Teacher
 from pipeline.recipe.json import encode
 from pipeline.recipe.recipe import Recipe, Spec
@@ -248,14 +248,12 @@ def plan(
             fits[label] = planner.fit(rule)
         except ValueError as error:
             refused[label] = str(error)
-    timed: tuple[int, ...] = ()
+    timed, seconds = (), {}
     if cluster.device is not None:
         seconds = {label: planner.seconds_on(cluster.device, fit) for label, fit in fits.items()}
     elif fits:
         timed, seconds, untimed = planner.seconds_here(fits)
         refused |= untimed
-    else:
-        seconds = {}
     return Plan(
         recipe=recipe.name,
         cluster=cluster,
@@ -335,7 +333,11 @@ class _Planner:
         )
         self.held, self.optimizer = counted_optimizer(self.bench(self.wanted))
         self.teacher = None if recipe.teacher is None else untrained_teacher(recipe)
-        self.teacher_bytes = 0 if self.teacher is None else teacher_bytes(self.teacher)
+        self.teacher_bytes = (
+            0
+            if self.teacher is None
+            else bytes_of((*self.teacher.parameters(), *self.teacher.buffers()))
+        )
         if (card := cluster.device) is None:
             here = device_here()
             memory = free_bytes(here) // (cluster.workers if here.type == "cpu" else 1)
@@ -367,7 +369,7 @@ class _Planner:
             micro_batch=fit.micro_batch,
             accumulation=fit.accumulation,
             saved_bytes=counts.peak_saved_bytes,
-            memory_bytes=self._peak_bytes(counts.kept_bytes, fit.micro_batch, fit.zero),
+            memory_bytes=self._peak_bytes(counts.all_bytes, fit.micro_batch, fit.zero),
             flops=counts.traffic.flops,
             moved_bytes=counts.traffic.bytes,
             kernels=counts.traffic.kernels,
@@ -494,14 +496,14 @@ class _Planner:
         if updates_each_step:  # with accumulation, the rule would update at every micro-batch
             sizes = sizes[:1]
         counts = counted(self.bench(self.wanted), rule)
-        of_a_sample = (counts.kept_bytes - counts.rule_bytes) / self.wanted
+        of_a_sample = counts.kept_bytes / self.wanted
         for micro in sizes:
             # This many bytes at least: some saved bytes do not depend on the batch.
             if stage_of(counts.rule_bytes + micro * of_a_sample, micro) is None:
                 continue
             if micro < self.wanted:
                 counts = counted(self.bench(micro), rule)
-            if (zero := stage_of(counts.kept_bytes, micro)) is not None:
+            if (zero := stage_of(counts.all_bytes, micro)) is not None:
                 accumulation, calls = self.whole // micro, counts.backward_calls
                 return _Fit(
                     rule=rule,
@@ -512,7 +514,7 @@ class _Planner:
                     updates=calls if updates_each_step else 1,
                     sums=1 if updates_each_step else calls * accumulation,
                 )
-        kept = counted(self.bench(sizes[-1]), rule).kept_bytes
+        kept = counted(self.bench(sizes[-1]), rule).all_bytes
         needs = min(self._peak_bytes(kept, sizes[-1], zero) for zero in stages)
         raise ValueError(
             f"{counts.rule}: a worker must fit into {self.memory / 1e9:.3g} GB; it needs"
@@ -520,7 +522,6 @@ class _Planner:
         )
 
     def _peak_bytes(self, kept: float, micro: int, zero: int) -> float:
-        """Peak bytes per worker."""
         held, workers = self.held, self.cluster.workers
         averages = held.parameters if self.recipe.ema_decay else 0
         batch = self.bench(self.wanted).batch_bytes * micro / self.wanted

@@ -46,14 +46,6 @@ class Probe:
     def cost(self, rule: str) -> Cost | None:
         return next((cost for cost in self.costs if cost.rule == rule), None)
 
-    def share_of_time(self, rule: str) -> tuple[float, ...]:
-        """A rule's time over the time baseline's, in each round."""
-        base = self.time_baseline
-        assert base is not None, "asked where there is one"
-        return tuple(
-            mine / its for mine, its in zip(self.rounds[rule], self.rounds[base.rule], strict=True)
-        )
-
     @property
     def time_baseline(self) -> Cost | None:
         """The reference of times: the faster BPTT.
@@ -125,16 +117,14 @@ def advice(found: Probe) -> str:
     safe.
     """
     bptt, fastest, fidelity = found.cost(BASELINE), found.time_baseline, found.fidelity
+    reasons = {**found.refused, **found.uncompared}
     if bptt is None or fastest is None or fidelity is None:
-        why = found.refused.get(BASELINE) or found.uncompared.get(BASELINE, "BPTT was not tried")
+        why = reasons.get(BASELINE, "BPTT was not tried")
         return f"There is nothing to compare gradients with; {why}."
-    others = [cost for cost in found.costs if not is_baseline(cost.rule)]
+    tried = (cost for cost in found.costs if cost.rule in fidelity.cosines)
+    others = [cost for cost in tried if not is_baseline(cost.rule)]
     if not others:
-        why = "; ".join(found.refused.values()) or "none was tried"
-        return f"There is no rule to compare with BPTT; {why}."
-    others = [cost for cost in others if cost.rule in fidelity.cosines]
-    if not others:
-        why = "; ".join(found.uncompared.values())
+        why = "; ".join(reasons.values()) or "no other rule was tried"
         return f"There is no gradient to compare with BPTT's; {why}."
     if not fidelity.comparable:
         return f"{_UNKNOWN} in every layer, so there is nothing to compare gradients with."
@@ -142,7 +132,7 @@ def advice(found: Probe) -> str:
     near = [cost for cost in others if lowest[cost.rule][1] >= SAFE]
     layers, unknown = len(fidelity.layers), len(fidelity.layers) - len(fidelity.comparable)
     if near:
-        best = min(near, key=lambda cost: _all_bytes(cost) * cost.compute_s)
+        best = min(near, key=lambda cost: cost.all_bytes * cost.compute_s)
         called = f"{best.rule} is safe here before training"
         where = "every layer"
         if unknown:
@@ -166,7 +156,9 @@ _UNKNOWN = "BPTT's gradient is 0 or not finite"
 
 
 def _savings(found: Probe, best: Cost, bptt: Cost, fastest: Cost) -> str:
-    kept, shares = _all_bytes(best) / _all_bytes(bptt), found.share_of_time(best.rule)
+    kept = best.all_bytes / bptt.all_bytes
+    rounds = zip(found.rounds[best.rule], found.rounds[fastest.rule], strict=True)
+    shares = [mine / its for mine, its in rounds]
     own = " and the rule's own" if best.rule_bytes else ""
     saves = f"saves {1 - kept:.0%}" if kept < 1 else "saves nothing"
     its = "its time" if fastest is bptt else f"the time of {fastest.rule}, the faster BPTT"
@@ -175,7 +167,3 @@ def _savings(found: Probe, best: Cost, bptt: Cost, fastest: Cost) -> str:
         f" {kept:.0%} with states{own}, so it {saves}, and takes {statistics.median(shares):.0%} of"
         f" {its}, {min(shares):.0%} to {max(shares):.0%} in {len(shares)} rounds"
     )
-
-
-def _all_bytes(cost: Cost) -> int:
-    return cost.kept_bytes + cost.rule_bytes

@@ -6,8 +6,6 @@ leaves a part of the memory free. On request the batch is trained. If it fits, l
 tried, up to the reserve; if not, smaller ones. The largest that fits is reported.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -33,6 +31,7 @@ from pipeline.forecast.bench import (
     samples_per_epoch,
 )
 from pipeline.measure.memory import device_here, free_bytes, hardware
+from pipeline.measure.saved_bytes import held_bytes
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.build import check_recipe
 from pipeline.train.tasks import build_data
@@ -56,12 +55,6 @@ class Point:
     # An estimate, or the largest trained batch; None without a memory limit.
     largest_batch: int | None
     at_largest: Cost | None = None  # of one batch of that size, if it was trained
-
-    @property
-    def images_per_compute_s_at_largest(self) -> float | None:
-        if self.at_largest is None or not self.largest_batch:
-            return None
-        return self.largest_batch / self.at_largest.compute_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +128,18 @@ def sweep(
             `steps` is empty, or no rule can train the network.
         DataError: the data cannot be read.
     """
-    _check(recipe, steps, memory_bytes, at_largest)
+    check_recipe(recipe.with_untrained_teacher(), 1)
+    require(are_counts(steps), f"sweep: steps must be numbers of time steps, from 1; got {steps!r}")
+    shape = build_data(recipe).shape
+    require(
+        len(shape) != 4,
+        "sweep: a recording has time steps of its own, so the data must be still images; got shape"
+        f" {shape}",
+    )
+    require(
+        not at_largest or memory_bytes is not None,
+        "sweep: at_largest needs memory_bytes, to find a largest batch; got None",
+    )
     limit = free_bytes(device_here()) if memory_bytes == "free" else memory_bytes
     say_stage("reading a batch; the first one compiles what reads the data")
     benches = [
@@ -171,23 +175,8 @@ def sweep(
     )
 
 
-def _check(recipe: Recipe, steps: Sequence[int], memory_bytes: object, at_largest: bool) -> None:
-    check_recipe(recipe.with_untrained_teacher(), 1)
-    require(are_counts(steps), f"sweep: steps must be numbers of time steps, from 1; got {steps!r}")
-    shape = build_data(recipe).shape
-    require(
-        len(shape) != 4,
-        "sweep: a recording has time steps of its own, so the data must be still images; got shape"
-        f" {shape}",
-    )
-    require(
-        not at_largest or memory_bytes is not None,
-        "sweep: at_largest needs memory_bytes, to find a largest batch; got None",
-    )
-
-
 def _points(
-    bench: Bench, rules: Mapping[str, Spec], room: _Room | None, at_largest: bool
+    bench: Bench, rules: Mapping[str, Spec], room: "_Room | None", at_largest: bool
 ) -> tuple[list[Point], dict[str, str]]:
     """The points of all rules at one T, and the reasons for missing points or largest batches."""
     points: list[Point] = []
@@ -221,7 +210,8 @@ class _Room:
         self.bench, self.bytes = bench, size
         self.bench_of = partial(Bench, bench.recipe, threads=threads)
         self.half = self.bench_of(batch_size=bench.samples // 2)
-        self.held = held = bench.held()
+        # besides what a rule keeps of a batch
+        self.held = held = held_bytes(*bench.stepped())
         self.coarse = 0 if bench.x_B.is_cuda else COARSE
         copies = 2 if bench.recipe.ema_decay else 1  # of the weights
         self.beside = copies * held.parameters + held.buffers + held.optimizer

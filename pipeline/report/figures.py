@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pipeline.core.units import counted, shown, unit_of
@@ -43,8 +44,9 @@ def ratios(group: Group) -> Figure | Missing:
         return Missing(title=title, why=f"no baseline: {group.undivided}, so nothing is divided")
     rules = [rule for rule in group.rules if rule != group.against]
     costs = {each.name: each.title for each in compared() if each.better == "less"}
-    pairs = itertools.product(rules, costs)
-    ratio_of = {pair: ratio for pair in pairs if (ratio := group.ratios(*pair))}
+    ratio_of = {
+        pair: ratio for pair in itertools.product(rules, costs) if (ratio := group.ratios(*pair))
+    }
     if not ratio_of:
         return Missing(title=title, why=f"no rule has a seed in common with {group.against}")
     names = [name for name in costs if any(name == measured for _, measured in ratio_of)]
@@ -63,11 +65,16 @@ def ratios(group: Group) -> Figure | Missing:
         means, heights = [ratio.mean for ratio in here.values()], [each + offset for each in here]
         data.append(scatter(rule, means, heights, mode="markers+text", **about))
     most = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in ratio_of.values()))
-    dotted = {"color": INK, "width": 1, "dash": "dot"}
-    line = {"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "y domain", "line": dotted}
+    line = {
+        "type": "line",
+        "x0": 1,
+        "x1": 1,
+        "y0": 0,
+        "y1": 1,
+        "yref": "y domain",
+        "line": {"color": INK, "width": 1, "dash": "dot"},
+    }
     ticks = {"tickvals": [*range(len(names))], "ticktext": [costs[name] for name in names]}
-    x = titled(f"multiple of {plain(group.against)}", range=[0, 1.3 * most])
-    y = {**ticks, "range": [len(names) - 0.5, -0.75], "showgrid": False, "zeroline": False}
     caption = (
         "Left of the dotted line is less than the baseline; mean and standard deviation over the"
         " seeds that both ran."
@@ -79,19 +86,33 @@ def ratios(group: Group) -> Figure | Missing:
     if saved:
         least = min(saved, key=lambda rule: saved[rule].mean)
         alt += f": {least} keeps {saved[least].mean:.2f} of its saved bytes, the least"
-    height = 110 + len(names) * max(52, 30 * len(rules))
-    columns = ("rule", "quantity", "divided by", "ratio", "standard deviation", "paired seeds")
-    rows = tuple(
-        (rule, costs[name], group.base_of(name), ratio.mean, ratio.deviation, ratio.runs)
-        for (rule, name), ratio in ratio_of.items()
-    )
     return Figure(
         name="ratios",
         title=title,
         caption=caption,
         alt=f"{alt}.",
-        table=Table(columns=columns, rows=rows),
-        drawing=drawing(data, height=height, xaxis=x, yaxis=y, shapes=[line]),
+        table=Table(
+            columns=(
+                *("rule", "quantity", "divided by"),
+                *("ratio", "standard deviation", "paired seeds"),
+            ),
+            rows=tuple(
+                (rule, costs[name], group.base_of(name), ratio.mean, ratio.deviation, ratio.runs)
+                for (rule, name), ratio in ratio_of.items()
+            ),
+        ),
+        drawing=drawing(
+            data,
+            height=110 + len(names) * max(52, 30 * len(rules)),
+            xaxis=titled(f"multiple of {plain(group.against)}", range=[0, 1.3 * most]),
+            yaxis={
+                **ticks,
+                "range": [len(names) - 0.5, -0.75],
+                "showgrid": False,
+                "zeroline": False,
+            },
+            shapes=[line],
+        ),
     )
 
 
@@ -134,12 +155,18 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
         data.append(scatter(rule, x, y, mode="markers", **about))
     if name == ENERGY:
         how = f"{how}. {_describe_energy(group)}"
+    diverged = [
+        f"{rule} (seed {', '.join(map(str, sorted(seeds)))})"
+        for rule in group.rules
+        if (seeds := group.diverged(rule))
+    ]
     return Figure(
         name=f"accuracy-against-{what.replace(' ', '-')}",
         title=title,
         caption=(
             f"{what.capitalize()}: {how}. Filled markers are on the Pareto front: no other rule is"
-            " at least as good in both." + _describe_diverged(group)
+            " at least as good in both."
+            + (f" Diverged, and in no mean: {', '.join(diverged)}." if diverged else "")
         ),
         alt=(
             f"On the Pareto front of accuracy and {what}, of {len(points)} rules:"
@@ -155,30 +182,26 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
     )
 
 
-def _describe_diverged(group: Group) -> str:
-    lost = {rule: group.diverged(rule) for rule in group.rules}
-    texts = [f"{rule} (seed {', '.join(map(str, sorted(of)))})" for rule, of in lost.items() if of]
-    return f" Diverged, and in no mean: {', '.join(texts)}." if texts else ""
-
-
 def _trade_off_table(
     group: Group, name: str, points: Mapping[str, tuple[Spread, Spread]], front: Sequence[str]
 ) -> Table:
     cost_of = metric(name)
-    of_cost = f"{cost_of.title}, {_UNITS.get(cost_of.unit, cost_of.unit)}"
-    columns = ("rule", of_cost, "its deviation", "top-1", "its deviation", "runs")
-    columns += ("on the Pareto front",)
-    beside: tuple[str, ...] = ()
-    if name == ENERGY:
-        columns += ("measured on cards, joules", "MACs", "ACs")
-        beside = (ENERGY_MEASURED, "inference.macs", "inference.acs")
+    beside = {
+        ENERGY_MEASURED: "measured on cards, joules",
+        "inference.macs": "MACs",
+        "inference.acs": "ACs",
+    }
+    if name != ENERGY:
+        beside = {}
     rows: list[tuple[Cell, ...]] = []
     for rule, (cost, top1) in points.items():
         cells = (cost.mean, cost.deviation, top1.mean, top1.deviation, top1.runs)
         more = (group.spread(rule, each) for each in beside)
         on_front = "yes" if rule in front else "no"
         rows.append((rule, *cells, on_front, *(of and of.mean for of in more)))
-    return Table(columns=columns, rows=tuple(rows))
+    of_cost = f"{cost_of.title}, {_UNITS.get(cost_of.unit, cost_of.unit)}"
+    columns = ("rule", of_cost, "its deviation", "top-1", "its deviation", "runs")
+    return Table(columns=(*columns, "on the Pareto front", *beside.values()), rows=tuple(rows))
 
 
 def _describe_energy(group: Group) -> str:
@@ -308,6 +331,7 @@ def _seconds_by_part(group: Group) -> Any:
 
 ON_TRACK = 1.0  # points of accuracy below the published run that still count as on track
 _MOST = 300  # the most points of a curve: an ImageNet run has some hundred thousand
+_VALUES = ("top1", "loss")
 
 
 def learning_curves(group: Group) -> Figure | Missing:
@@ -357,17 +381,37 @@ def learning_curves(group: Group) -> Figure | Missing:
         )
         for points, rules in logs.items()
     ]
+    others = sorted({other for run in group.runs if (other := _other_setting(run))})
+    remarks = {
+        "Stars: the published log that recipes of a rule carry.": bool(logs),
+        **{f"Of another setting than the run's: {each}.": bool(logs) for each in others},
+        f"A curve of more than {_MOST} points is shown in {_MOST} means at most, here and in the"
+        " CSV.": any(len(run.history.curve) > _MOST for run in group.runs),
+        "Of a long journal not every point is read: what is left out is in no mean.": any(
+            run.curve_every > 1 for run in group.runs
+        ),
+        "Beyond its last cross a running run shows its earlier batches until it has repeated"
+        " them.": any(run.history.again_from is not None for run in group.runs),
+    }
+    caption = (
+        "Lines: training batches, each point the mean since the one before; markers: the"
+        f" evaluation set. Crosses: restarts ({len(restarts)})."
+    )
     columns = ("run", "rule", "seed", "what", "step", "epochs", "seconds", "top-1", "loss")
     runs, times = counted(len(group.runs), "run"), counted(len(restarts), "restart")
     beside = "; ".join(standings(group)) or "no recipe carries published points"
-    x = titled("epochs", rangemode="tozero")
     return Figure(
         name="learning-curves",
         title=title,
-        caption=" ".join(_captions(group, len(restarts), has_logs=bool(logs))),
+        caption=" ".join([caption, *(text for text, applies in remarks.items() if applies)]),
         alt=f"Accuracy of {runs} by epoch, with {times}; {beside}.",
         table=Table(columns=columns, rows=tuple(rows)),
-        drawing=drawing(data, height=420, xaxis=x, yaxis=titled("top-1, %")),
+        drawing=drawing(
+            data,
+            height=420,
+            xaxis=titled("epochs", rangemode="tozero"),
+            yaxis=titled("top-1, %"),
+        ),
     )
 
 
@@ -420,31 +464,14 @@ def thinned(curve: Sequence[Point]) -> list[Point]:
     size = math.ceil(len(curve) / _MOST)
     if size <= 1:
         return list(curve)
-    starts = range(0, len(curve), size)
-    return [_mean(curve[at : at + size], after=curve[at - 1].step if at else 0) for at in starts]
-
-
-def _captions(group: Group, restarts: int, *, has_logs: bool) -> Iterator[str]:
-    yield (
-        "Lines: training batches, each point the mean since the one before; markers: the "
-        f"evaluation set. Crosses: restarts ({restarts})."
-    )
-    if has_logs:
-        yield "Stars: the published log that recipes of a rule carry."
-        others = sorted({other for run in group.runs if (other := _other_setting(run))})
-        yield from (f"Of another setting than the run's: {other}." for other in others)
-    if any(len(run.history.curve) > _MOST for run in group.runs):
-        yield (
-            f"A curve of more than {_MOST} points is shown in {_MOST} means at most, here and in"
-            " the CSV."
-        )
-    if any(run.curve_every > 1 for run in group.runs):
-        yield "Of a long journal not every point is read: what is left out is in no mean."
-    if any(run.history.again_from is not None for run in group.runs):
-        yield (
-            "Beyond its last cross a running run shows its earlier batches until it has repeated"
-            " them."
-        )
+    steps, place = pd.Series([each.step for each in curve]), np.arange(len(curve)) // size
+    batches = steps.diff().fillna(steps).clip(lower=1)
+    values = pd.DataFrame({name: [getattr(each, name) for each in curve] for name in _VALUES})
+    known: Any = values.notna().mul(batches, axis=0).groupby(place).sum()
+    means = values.astype(float).mul(batches, axis=0).groupby(place).sum() / known
+    records = means.astype(object).where(known > 0, None).to_dict("records")
+    lasts = [curve[min(at + size, len(curve)) - 1] for at in range(0, len(curve), size)]
+    return [last._replace(**of) for last, of in zip(lasts, records, strict=True)]
 
 
 def _other_setting(run: Run) -> str:
@@ -483,29 +510,11 @@ def _curve(run: Run, points: Sequence[Point]) -> tuple[list[float], list[float]]
     return epochs, [100 * (each.top1 or 0.0) for each in points]
 
 
-def _mean(points: Sequence[Point], *, after: int) -> Point:
-    """Return the mean of the points after batch `after`; None where no point has a value."""
-    steps = [after, *(each.step for each in points)]
-    means = {}
-    for name in ("top1", "loss"):
-        known = [
-            (value, max(1, end - begin))
-            for each, (begin, end) in zip(points, itertools.pairwise(steps), strict=True)
-            if (value := getattr(each, name)) is not None
-        ]
-        total = sum(batches for _, batches in known)
-        means[name] = sum(value * batches for value, batches in known) / total if known else None
-    return points[-1]._replace(**means)
-
-
 def _epochs(run: Run, step: int) -> float:
     return step / run.steps_per_epoch if run.steps_per_epoch else float(step)
 
 
 def _height_at(run: Run, step: int) -> float:
-    """The last top-1 in percent up to a step; the first one if it is later, 0 if there is none."""
-    known = [(each.step, each.top1) for each in run.history.curve if each.top1 is not None]
-    if not known:
-        return 0.0
-    before = [top1 for at, top1 in known if at <= step]
-    return 100 * (before[-1] if before else known[0][1])
+    """The last top-1 in percent up to a step; 0 if there is none."""
+    points = [each for each in run.history.curve if each.step <= step and each.top1 is not None]
+    return 100 * (points[-1].top1 or 0.0) if points else 0.0

@@ -61,8 +61,7 @@ def show_recipe(
             (recipe.flat(), _derived(recipe, ready, workers, step))
             for recipe, ready, step in zip(made.recipes, recipes, steps, strict=True)
         ]
-    shared_fields = _shared([fields for fields, _ in resolved])
-    shared_lines = _shared([lines for _, lines in resolved])
+    shared_fields, shared_lines = map(_shared, zip(*resolved, strict=True))
     if len(resolved) > 1:
         _print_recipe(f"shared by {len(resolved)} recipes", shared_fields, shared_lines, console)
     for recipe, (fields, lines) in zip(made.recipes, resolved, strict=True):
@@ -91,9 +90,15 @@ def _derived(recipe: Recipe, ready: Recipe, workers: int, step: str) -> dict[str
     network = check_recipe(ready.with_untrained_teacher(), workers)  # may download weights
     split = recipe.split(workers)
     parameters = sum(p.numel() for p in network.parameters())
+    try:
+        study = recipe.study_key(study_inputs(recipe, fingerprint_of(recipe)))
+    except DataError as error:
+        study = f"depends on the data's content, which is not here yet ({error})"
+    if names := references(recipe):
+        study = f"depends on what {', '.join(names)} will have learnt"
     lines = {
         "parameters": f"{parameters:,}",
-        "study key": _study(recipe),
+        "study key": study,
         "global batch": (
             f"{recipe.batch_size} = {counted(workers, 'worker')} x"
             f" {counted(split.micro_batch, 'sample')} x {split.accumulation} accumulated"
@@ -106,15 +111,17 @@ def _derived(recipe: Recipe, ready: Recipe, workers: int, step: str) -> dict[str
             f"{rate:g} for this batch, {rate * 256 / recipe.batch_size:g} for one of 256 samples"
         )
     if recipe.backend == "deepspeed":
-        settings = config(
-            micro_batch=split.micro_batch,
-            workers=workers,
-            parameters=parameters,
-            zero=recipe.zero,
-            precision=recipe.precision,
-            clip_norm=recipe.clip_norm,
+        lines["DeepSpeed"] = json.dumps(
+            config(
+                micro_batch=split.micro_batch,
+                workers=workers,
+                parameters=parameters,
+                zero=recipe.zero,
+                precision=recipe.precision,
+                clip_norm=recipe.clip_norm,
+            ),
+            indent=2,
         )
-        lines["DeepSpeed"] = json.dumps(settings, indent=2)
     return lines
 
 
@@ -128,15 +135,6 @@ def _print_recipe(
             console.out(f"{name:<13} {text}", highlight=False)
         else:
             say(console, text, label=f"{name:<13} ")
-
-
-def _study(recipe: Recipe) -> str:
-    if names := references(recipe):
-        return f"depends on what {', '.join(names)} will have learnt"
-    try:
-        return recipe.study_key(study_inputs(recipe, fingerprint_of(recipe)))
-    except DataError as error:
-        return f"depends on the data's content, which is not here yet ({error})"
 
 
 # ------------------------------------------------------------------------------- probe and sweep
@@ -155,17 +153,18 @@ def print_probe(found: Probe, *, console: Console | None = None) -> None:
         if fidelity is not None and cost.rule in fidelity.cosines:
             layer, cosine = fidelity.lowest(cost.rule)
             least = "-" if math.isnan(cosine) else f"{cosine:.2f} {layer}"
-        row = {
-            _RULE: cost.rule,
-            "saved": _over(cost, base, "peak_saved_bytes", "MB", 1e6),
-            **_states(cost, found.costs),
-            "forward": _over(cost, fastest, "forward_s", "ms", 1e-3),
-            "backward": _over(cost, fastest, "backward_s", "ms", 1e-3),
-            "mult/sample": _over(cost, base, "multiplications", "M", 1e6),
-            "add/sample": _over(cost, base, "additions", "M", 1e6),
-            Column("least cosine", is_right=True, wraps=True): least,
-        }
-        rows.append(row)
+        rows.append(
+            {
+                _RULE: cost.rule,
+                "saved": _over(cost, base, "peak_saved_bytes", "MB", 1e6),
+                **_states(cost),
+                "forward": _over(cost, fastest, "forward_s", "ms", 1e-3),
+                "backward": _over(cost, fastest, "backward_s", "ms", 1e-3),
+                "mult/sample": _over(cost, base, "multiplications", "M", 1e6),
+                "add/sample": _over(cost, base, "additions", "M", 1e6),
+                Column("least cosine", is_right=True, wraps=True): least,
+            }
+        )
     _print_rows(console, rows, title=found.recipe)
     if fidelity is not None:
         console.print()
@@ -187,12 +186,18 @@ def print_probe(found: Probe, *, console: Console | None = None) -> None:
     for why in found.uncompared.values():
         say(console, f"not compared: {why}")
     if fastest is not None:
-        over = f"bytes and operations over {BASELINE}'s, seconds over {fastest.rule}'s"
-        say(console, f"×: {over}, the faster of {BASELINE} folded and in slices of time")
+        say(
+            console,
+            f"×: bytes and operations over {BASELINE}'s, seconds over {fastest.rule}'s, the faster"
+            f" of {BASELINE} folded and in slices of time",
+        )
     if unknown := sorted({name for cost in found.costs for name in cost.not_counted}):
         say(console, f"mult and add leave out what no count knows: {', '.join(unknown)}")
-    batch = f"one batch of {counted(found.samples, 'sample')}, T = {found.time_steps}"
-    say(console, f"{batch}, before any training; {format_hardware(found.hardware)}")
+    say(
+        console,
+        f"one batch of {counted(found.samples, 'sample')}, T = {found.time_steps}, before any"
+        f" training; {format_hardware(found.hardware)}",
+    )
     if found.teacher is not None:
         say(console, found.teacher.describe())
     say(console, probe_advice(found))
@@ -200,8 +205,8 @@ def print_probe(found: Probe, *, console: Console | None = None) -> None:
 
 def probe_to_json(found: Probe) -> dict[str, Any]:
     fastest = found.time_baseline
-    more = {"time_baseline": fastest and fastest.rule, "advice": probe_advice(found)}
-    return finite({**asdict(found), **more})
+    time_baseline = None if fastest is None else fastest.rule
+    return finite({**asdict(found), "time_baseline": time_baseline, "advice": probe_advice(found)})
 
 
 def _over(cost: Cost, base: Cost | None, name: str, unit: str, scale: float) -> str:
@@ -210,48 +215,54 @@ def _over(cost: Cost, base: Cost | None, name: str, unit: str, scale: float) -> 
     return f"{value / scale:.4g} {unit}{ratio}"
 
 
-def _states(cost: Cost, costs: Sequence[Cost]) -> dict[str, str]:
-    """The bytes of states and, if a rule has some, of the rules themselves."""
-    states = {"states beside": f"{cost.state_bytes / 1e6:.4g} MB"}
-    own = {"rule's own": f"{cost.rule_bytes / 1e6:.4g} MB"}
-    return {**states, **own} if any(each.rule_bytes for each in costs) else states
+def _states(cost: Cost) -> dict[str, str]:
+    """The bytes of states and of the rule itself."""
+    own = f"{cost.rule_bytes / 1e6:.4g} MB" if cost.rule_bytes else ""
+    return {"states beside": f"{cost.state_bytes / 1e6:.4g} MB", "rule's own": own}
 
 
 def _print_rows(console: Console, rows: Sequence[Row], *, title: str, keys: int = 1) -> None:
-    if not rows:
-        return
-    heads = [number(each) if isinstance(each, str) else each for each in rows[0]]
-    print_table(console, heads, [[*row.values()] for row in rows], title=title, keys=keys)
+    """Print rows as a table. A column without any text is left out."""
+    shown = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
+    if shown:
+        heads = [number(each) if isinstance(each, str) else each for each in shown]
+        cells = ([row[name] for name in shown] for row in rows)
+        print_table(console, heads, cells, title=title, keys=keys)
 
 
 def print_sweep(found: Sweep, *, console: Console | None = None) -> None:
     """Print bytes, time and largest batch against T, and each rule's growth in bytes."""
     console = console or new_console()
     base = {point.time_steps: point.cost for point in found.of(BASELINE)}
-    fastest, costs = found.time_baselines, [point.cost for point in found.points]
+    fastest = found.time_baselines
     rows: list[Row] = []
     for point in (point for rule in found.rules for point in found.of(rule)):
-        cost, T = point.cost, point.time_steps
-        saved = f"{cost.peak_saved_bytes / base[T].peak_saved_bytes:.2f}" if T in base else ""
-        row: Row = {
-            _RULE: cost.rule,
-            "T": str(T),
-            "saved": f"{cost.peak_saved_bytes / 1e6:.4g} MB",
-            f"× {BASELINE}": saved,
-            **_states(cost, costs),
-            "fwd+bwd ms": f"{cost.compute_s * 1e3:.4g}",
-            f"× faster {BASELINE}": (
-                f"{cost.compute_s / fastest[T].compute_s:.2f}" if T in fastest else ""
-            ),
-            "images/s of fwd+bwd": f"{point.images_per_compute_s:.4g}",
-        }
-        if found.memory_bytes is not None:
-            about = "about " if point.largest_batch and point.at_largest is None else ""
-            row["largest batch"] = f"{about}{point.largest_batch:,}"
-        if found.memory_bytes is not None and found.at_largest:
-            speed = point.images_per_compute_s_at_largest
-            row["images/s of its fwd+bwd"] = "" if speed is None else f"{speed:.4g}"
-        rows.append(row)
+        cost, T, largest = point.cost, point.time_steps, point.at_largest
+        about = "about " if point.largest_batch and largest is None else ""
+        rows.append(
+            {
+                _RULE: cost.rule,
+                "T": str(T),
+                "saved": f"{cost.peak_saved_bytes / 1e6:.4g} MB",
+                f"× {BASELINE}": (
+                    f"{cost.peak_saved_bytes / base[T].peak_saved_bytes:.2f}" if T in base else ""
+                ),
+                **_states(cost),
+                "fwd+bwd ms": f"{cost.compute_s * 1e3:.4g}",
+                f"× faster {BASELINE}": (
+                    f"{cost.compute_s / fastest[T].compute_s:.2f}" if T in fastest else ""
+                ),
+                "images/s of fwd+bwd": f"{found.samples / cost.compute_s:.4g}",
+                "largest batch": (
+                    "" if point.largest_batch is None else f"{about}{point.largest_batch:,}"
+                ),
+                "images/s of its fwd+bwd": (
+                    f"{point.largest_batch / largest.compute_s:.4g}"
+                    if point.largest_batch and largest
+                    else ""
+                ),
+            }
+        )
     _print_rows(console, rows, title=found.recipe, keys=2)
     for line in _below_a_sweep(found):
         say(console, line)
@@ -261,8 +272,10 @@ def _below_a_sweep(found: Sweep) -> Iterator[str]:
     for rule in found.rules:
         first, *others = (point.time_steps for point in found.of(rule))
         if others:
-            growth = f"{found.growth(rule):.2f} times the bytes"
-            yield f"{rule}: {growth} at T = {others[-1]} as at T = {first}"
+            yield (
+                f"{rule}: {found.growth(rule):.2f} times the bytes at T = {others[-1]} as at T ="
+                f" {first}"
+            )
     fastest: dict[str, list[str]] = {}
     for T, cost in found.time_baselines.items():
         fastest.setdefault(cost.rule, []).append(str(T))
@@ -286,8 +299,10 @@ def _below_a_sweep(found: Sweep) -> Iterator[str]:
             " trained"
         )
         if found.at_largest:
-            trained = "trained, and fitted, or 0 where not even one sample did"
-            how = f'; without "about": {trained}; with it: {how}'
+            how = (
+                '; without "about": trained, and fitted, or 0 where not even one sample did; with'
+                f" it: {how}"
+            )
         else:
             how = f"; about: {how}"
         yield (
@@ -324,7 +339,7 @@ def print_plan(
             "kWh": each.kwh,
             "cost": each.cost,
         }
-        row = {
+        row: Row = {
             _RULE: each.rule,
             "ZeRO": str(each.zero),
             "micro x acc.": f"{each.micro_batch} x {each.accumulation}",
@@ -332,13 +347,11 @@ def print_plan(
             "memory": f"{each.memory_bytes / 1e9:.3g} GB",
             "TFLOP": f"{each.flops / 1e12:.4g}",
             "kernels": f"{each.kernels:,}",
-            **{title: f"{1e3 * value:.3g}" for title, value in seconds.items()},
-            **{
-                title: f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-                for title, value in amounts.items()
-                if value is not None
-            },
         }
+        row |= {title: f"{1e3 * value:.3g}" for title, value in seconds.items()}
+        for title, value in amounts.items():
+            if value is not None:
+                row[title] = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
         rows.append(row)
     _print_rows(console, rows, title=f"{plan.recipe}: {MODEL}")
     for why in plan.refused.values():
@@ -362,8 +375,13 @@ def print_plan(
 
 
 def plan_to_json(plan: Plan, against: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    more = {"basis": basis(plan), "advice": advice(plan), "against": against}
-    return {"kind": MODEL, **asdict(plan), **more}
+    return {
+        "kind": MODEL,
+        **asdict(plan),
+        "basis": basis(plan),
+        "advice": advice(plan),
+        "against": against,
+    }
 
 
 def basis(plan: Plan) -> str:
@@ -423,14 +441,25 @@ def advice(plan: Plan) -> str:
 # ---------------------------------------------------------------------------------- a plan's errors
 
 
-def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> None:
-    """Refuse a run that a plan of `recipe` on `cluster` does not describe.
+def read_against(recipe: Recipe, cluster: Cluster, folder: Path) -> Run:
+    """Read the run that a plan of `recipe` on `cluster` is compared with.
 
     Raises:
         ReportError: the run has not finished, or its recipe, machines or workers differ from the
             plan's, or changed during the run.
     """
-    run, on = _measured(folder)
+    run = read_run(folder)
+    if not run.value("images_per_s") or not run.value("peak_saved_bytes"):
+        raise ReportError(
+            "plan: --against must be a run that has finished, of more than a few batches, on one"
+            f" of which its saved bytes were counted; got {folder.name}"
+        )
+    on, *later = run.trained_on
+    if later:
+        raise ReportError(
+            f"plan: --against must be a run that changed nothing on the way; {folder.name} did:"
+            f" {listed(trained_apart([on], later))}"
+        )
     there = on["hardware"]
     fields = [*differing("workers", cluster.workers, on["world_size"])]
     if cluster.device is not None:  # a plan for a card excludes the card's host
@@ -445,11 +474,12 @@ def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> 
         select(each, lambda role: Role.STUDY in role and Role.NO_STEP_COST not in role)
         for each in (recipe.resolved().to_json()["recipe"], run.recipe)
     )
-    _refuse_if([*fields, *differing("", *recipes)], folder)
+    _refuse_if([*fields, *differing("", *recipes)], run)
+    return run
 
 
-def errors(found: Plan, folder: Path) -> dict[str, Any]:
-    """The errors of the plan for the rule that trained the run, as JSON values.
+def errors(found: Plan, run: Run) -> dict[str, Any]:
+    """The errors of the plan for the rule that trained a finished run, as JSON values.
 
     Saved bytes and seconds of a step are planned and measured, with the relative error, which is
     positive if the plan was too high. A step is the mean over steady batches: not the first, and
@@ -460,51 +490,38 @@ def errors(found: Plan, folder: Path) -> dict[str, Any]:
         ReportError: the plan lacks the rule, has another rule of the same label, or has another
             micro-batch than the run.
     """
-    run, on = _measured(folder)
     planned = next((each for each in found.rules if each.rule == run.rule), None)
     if planned is None:
         raise ReportError(
             "plan: --against must be of a rule that is planned,"
             f" {', '.join(each.rule for each in found.rules) or 'none'}; got {run.rule} of"
-            f" {folder.name}"
+            f" {run.folder.name}"
         )
-    of_rule = differing("rule", {**planned.written}, run.recipe["rule"])
-    micro_batches = differing("micro_batch", planned.micro_batch, on["micro_batch"])
-    _refuse_if([*of_rule, *micro_batches], folder)
-    summary = run.summary or {}
-    measured_s = planned.images_per_s * planned.step_s / summary["images_per_s"]
+    on, summary = run.trained_on[-1], run.summary or {}
+    differs = [
+        *differing("rule", {**planned.written}, run.recipe["rule"]),
+        *differing("micro_batch", planned.micro_batch, on["micro_batch"]),
+    ]
+    _refuse_if(differs, run)
+    batch_size = planned.images_per_s * planned.step_s
     pairs = {
         "saved_bytes": (planned.saved_bytes, summary["peak_saved_bytes"]),
-        "step_s": (planned.step_s, measured_s),
+        "step_s": (planned.step_s, batch_size / summary["images_per_s"]),
     }
-    quantities = {
-        name: {"planned": plan, "measured": measured, "error": plan / measured - 1}
-        for name, (plan, measured) in pairs.items()
+    return {
+        "run": run.folder.name,
+        "rule": planned.rule,
+        "own_cores": on["own_cores"],
+        **{
+            name: {"planned": plan, "measured": measured, "error": plan / measured - 1}
+            for name, (plan, measured) in pairs.items()
+        },
     }
-    about = {"run": folder.name, "rule": planned.rule, "own_cores": on["own_cores"]}
-    return {**about, **quantities}
 
 
-def _measured(folder: Path) -> tuple[Run, Mapping[str, Any]]:
-    """The run and its training conditions, which must not change during the run."""
-    run = read_run(folder)
-    if not run.value("images_per_s") or not run.value("peak_saved_bytes"):
-        raise ReportError(
-            "plan: --against must be a run that has finished, of more than a few batches, on one"
-            f" of which its saved bytes were counted; got {folder.name}"
-        )
-    first, *later = run.trained_on
-    if later:
-        raise ReportError(
-            f"plan: --against must be a run that changed nothing on the way; {folder.name} did:"
-            f" {listed(trained_apart([first], later))}"
-        )
-    return run, first
-
-
-def _refuse_if(differs: Sequence[tuple[str, Any, Any]], folder: Path) -> None:
+def _refuse_if(differs: Sequence[tuple[str, Any, Any]], run: Run) -> None:
     if differs:
         shown = "; ".join(f"{name}: {a} and {b}" for name, a, b in differs[:4])
         raise ReportError(
-            f"plan: --against must be a run of what is planned; {folder.name} differs: {shown}"
+            f"plan: --against must be a run of what is planned; {run.folder.name} differs: {shown}"
         )

@@ -1,6 +1,5 @@
 """Heat maps of a group: firing rates, and each rule's gradient beside BPTT's."""
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -40,10 +39,7 @@ def firing_rates(group: Group) -> Figure | Missing:
     rates = means["firing rate"]
     rules = [rule for rule in group.rules if rule in rates.index.levels[0]]
     of_rule = {rule: rates[rule].unstack().reindex(rates[rule].index.unique(0)) for rule in rules}
-    most = max(float(rates.max()), 1e-9)
-
     samples = sorted({layer["samples"] for run in group.runs for layer in run.activity})
-    counted_on = " or ".join(f"{count:,}" for count in samples)
     unlike = ", on fewer samples more of them" if len(samples) > 1 else ""
     averages = ", ".join(
         f"{rule} {layers.mean(axis=1).mean():.1%}" for rule, layers in of_rule.items()
@@ -52,7 +48,8 @@ def firing_rates(group: Group) -> Figure | Missing:
         name="firing-rates",
         title=title,
         caption=(
-            f"Spikes per neuron and time step, the mean over runs, counted on {counted_on} samples"
+            "Spikes per neuron and time step, the mean over runs, counted on"
+            f" {' or '.join(f'{count:,}' for count in samples)} samples"
             " drawn from the last evaluation; on these, silent neurons never fired and saturated"
             f" ones always did (in the table){unlike}."
         ),
@@ -60,7 +57,7 @@ def firing_rates(group: Group) -> Figure | Missing:
         table=Table(
             columns=columns, rows=tuple(means.reset_index().itertuples(index=False, name=None))
         ),
-        drawing=_stacked(of_rule, most=most),
+        drawing=_stacked(of_rule, most=max(float(rates.max()), 1e-9)),
     )
 
 
@@ -73,7 +70,7 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
             "no run compared its gradient with BPTT's; --set evaluation.fidelity_every=1 does"
             " after each epoch"
         )
-        others = (run for run in group.runs if run.rule != group.against)
+        others = [run for run in group.runs if run.rule != group.against]
         return Missing(title=title, why=_describe_pending(others) or why)
     rows, drawn = _by_layer(of_rule)
     known = [(value, rule, layer) for layer, rule, value in rows if value is not None]
@@ -147,8 +144,10 @@ def _by_layer(
         most=max([1.0, *known]),
         written=".2f",
     )
-    height, axes = 130 + _ROW * len(layers), {"xaxis": _CATEGORIES, "yaxis": _DOWNWARDS}
-    return rows, drawing([heat], height=height, margin={"t": 30}, **axes)
+    height = 130 + _ROW * len(layers)
+    return rows, drawing(
+        [heat], height=height, margin={"t": 30}, xaxis=_CATEGORIES, yaxis=_DOWNWARDS
+    )
 
 
 def _describe_pending(runs: Iterable[Run]) -> str:
@@ -163,16 +162,10 @@ def _describe_pending(runs: Iterable[Run]) -> str:
 def _cosines(group: Group, rule: str) -> dict[str, float | None]:
     if rule == group.against:
         return {}
-    cosines: dict[str, list[float]] = {}
-    for run in group.of(rule):
-        if run.history.fidelity:
-            newest = run.history.fidelity[-1].cosines
-            mine = newest.get(rule) or newest.get(rule.split(" (")[0]) or {}
-            for layer, value in mine.items():
-                cosines.setdefault(layer, []).extend([] if value is None else [value])
-    return {
-        layer: statistics.fmean(values) if values else None for layer, values in cosines.items()
-    }
+    newest = [run.history.fidelity[-1].cosines for run in group.of(rule) if run.history.fidelity]
+    found = [each.get(rule) or each.get(rule.split(" (")[0]) or {} for each in newest]
+    means = pd.DataFrame(found, dtype=float).mean()
+    return {str(layer): None if pd.isna(mean) else mean for layer, mean in means.items()}
 
 
 def _map(
@@ -185,7 +178,6 @@ def _map(
     written: str,
     **about: Any,
 ) -> dict[str, Any]:
-    fits = len(x) <= _FIGURES_FIT
     return {
         "type": "heatmap",
         "z": z,
@@ -196,7 +188,7 @@ def _map(
         "zmax": most,
         "xgap": 2,
         "ygap": 2,
-        "texttemplate": f"%{{z:{written}}}" if fits else "",
+        "texttemplate": f"%{{z:{written}}}" if len(x) <= _FIGURES_FIT else "",
         "textfont": {"size": 11},
         "colorbar": {
             "thickness": 10,
@@ -224,12 +216,30 @@ def _stacked(of_rule: Mapping[str, Any], *, most: float) -> dict[str, Any]:
             "showticklabels": is_last,
             **(titled("time step") if is_last else {}),
         }
-        at = {"x": 0, "xref": "paper", "xanchor": "left", "y": top, "yref": "paper"}
-        font = {"size": 13}
-        title = {**at, "yanchor": "bottom", "text": plain(rule), "showarrow": False, "font": font}
-        titles.append(title)
-        axes = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}", "showscale": place == 1}
-        x, y = list(map(str, layers.columns)), list(map(str, layers.index))
-        data.append(_map(layers.to_numpy().tolist(), x=x, y=y, most=most, written=".1%", **axes))
+        titles.append(
+            {
+                "x": 0,
+                "xref": "paper",
+                "xanchor": "left",
+                "y": top,
+                "yref": "paper",
+                "yanchor": "bottom",
+                "text": plain(rule),
+                "showarrow": False,
+                "font": {"size": 13},
+            }
+        )
+        data.append(
+            _map(
+                layers.to_numpy().tolist(),
+                x=list(map(str, layers.columns)),
+                y=list(map(str, layers.index)),
+                most=most,
+                written=".1%",
+                xaxis=f"x{suffix}",
+                yaxis=f"y{suffix}",
+                showscale=place == 1,
+            )
+        )
         top = bottom - gap
     return drawing(data, height=height, margin={"t": 30}, annotations=titles, **layout)

@@ -118,8 +118,13 @@ def publish(found: Found, page: Path) -> list[str]:
         raise ReportError(
             f"report: what {study.title} reports by itself must be JSON values; {error}"
         ) from error
-    uri = tracking_uri(found.folders[0].parent)
-    return log_report(page, found.folders, name=found.place.name, data=text, uri=uri)
+    return log_report(
+        page,
+        found.folders,
+        name=found.place.name,
+        data=text,
+        uri=tracking_uri(found.folders[0].parent),
+    )
 
 
 WEB = Path(__file__).parent / "web"

@@ -82,8 +82,12 @@ def swept(sweeps: Iterable[Mapping[str, Any]]) -> Iterator[Swept]:
     found = [(sweep, largest_batches(sweep)) for sweep in sweeps if sweep["points"]]
     for index, (sweep, table) in enumerate(found, start=1):
         is_of_one = table is not None and len({each.time_steps for each in points_of(sweep)}) == 1
-        figures = () if is_of_one else of_a_sweep(sweep)
-        yield Swept(f"sweep{index}", str(sweep["recipe"]), figures, table)
+        yield Swept(
+            key=f"sweep{index}",
+            recipe=str(sweep["recipe"]),
+            figures=() if is_of_one else of_a_sweep(sweep),
+            largest=table,
+        )
 
 
 def largest_batches(sweep: Mapping[str, Any]) -> Table | None:
@@ -136,11 +140,15 @@ def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]]) ->
         data.append(_line(place, rule, points, [point.saved / scale for point in points], unit))
         if has_states:  # the dotted line shares the legend entry of the rule's solid line
             kept = [None if point.kept is None else point.kept / scale for point in points]
-            trace = _line(place, f"{rule}, with states", points, kept, unit)
-            dotted = {"color": color(place), "width": 1, "dash": "dot"}
-            marker = {"symbol": symbol(place), "size": 5}
-            hidden = {"legendgroup": plain(rule), "showlegend": False}
-            data.append({**trace, **hidden, "line": dotted, "marker": marker})
+            data.append(
+                {
+                    **_line(place, f"{rule}, with states", points, kept, unit),
+                    "legendgroup": plain(rule),
+                    "showlegend": False,
+                    "line": {"color": color(place), "width": 1, "dash": "dot"},
+                    "marker": {"symbol": symbol(place), "size": 5},
+                }
+            )
     said = [
         f"{rule} keeps {points[-1].saved / points[0].saved:.3g} times the bytes at T ="
         f" {points[-1].time_steps} as at T = {points[0].time_steps}"

@@ -13,9 +13,14 @@ import pytest
 import torch
 
 from pipeline.cli.forecast import _threads
+from pipeline.forecast.plan import plan
+from pipeline.forecast.probe import probe
+from pipeline.forecast.sweep import sweep
 from pipeline.recipe.recipe import Evaluation, spec, write_json
 from pipeline.rules.bptt import BPTT
-from tests.helpers.small import Command, command, recipes_of, train_inline
+from pipeline.rules.dsr import DSR
+from pipeline.rules.sltt import SLTT
+from tests.helpers.small import Command, Done, recipes_of, train_inline
 
 RECIPE = """
 from tests.helpers.small import small_recipe
@@ -41,9 +46,23 @@ def recipe():
 """
 
 
+@pytest.fixture(autouse=True)
+def few_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rules in place of ten. One of them cannot train the network."""
+    for forecast in (probe, sweep, plan):
+        few = (spec(BPTT), spec(SLTT), spec(DSR))
+        monkeypatch.setitem(forecast.__kwdefaults__ or {}, "rules", few)
+    monkeypatch.setattr("pipeline.forecast.bench.RULES", (spec(BPTT),))  # of several recipes
+
+
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    return command(monkeypatch, capsys)
+def done(spiketrain: Command) -> Done:
+    def done(*words: str) -> str:
+        code, out, err = spiketrain(*words)
+        assert (code, err) == (0, "")
+        return out
+
+    return done
 
 
 @pytest.fixture
@@ -52,41 +71,37 @@ def file(tmp_path: Path) -> str:
     return str(tmp_path / "mine.py")
 
 
-def test_probe(file: str, run: Command) -> None:
-    code, out, err = run("probe", file, "--batch", "4")
-    assert (code, err) == (0, "")
+def test_probe(file: str, done: Done) -> None:
+    out = done("probe", file, "--batch", "4")
     assert "one batch of 4 samples, T = 3, before any training" in out
     assert "temporal share" in out and "not in the tables: DSR" in out
-    found = json.loads(run("probe", file, "--format", "json")[1])
+    found = json.loads(done("probe", file, "--format", "json"))
     assert {cost["rule"] for cost in found["costs"]} >= {"BPTT", "SLTT"} and found["advice"]
 
 
-def test_sweep(file: str, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep(file: str, done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    code, out, err = run("sweep", file, *["--steps", "2,4", "--batch", "auto", "--memory", "0.001"])
-    assert (code, err) == (0, "")
+    out = done("sweep", file, *["--steps", "2,4", "--batch", "auto", "--memory", "0.001"])
     assert "largest batch" in out and "times the bytes at T = 4 as at T = 2" in out
     assert "about: an estimate" in out and "of its" not in out
-    words = "--steps 4 --batch auto --memory 0.00006 --at-largest"
-    code, out, err = run("sweep", file, *words.split())
-    assert (code, err) == (0, "")
+    out = done(
+        "sweep", file, *["--steps", "4", "--batch", "auto", "--memory", "0.00006", "--at-largest"]
+    )
     assert "of its fwd+bwd" in out and 'without "about": trained, and fitted' in out
-    _, out, _ = run("sweep", file, *["--steps", "2", "--batch", "4", "--format", "json"])
-    assert json.loads(out)["samples"] == 4 and json.loads(out)["commit"]
+    found = json.loads(done("sweep", file, *["--steps", "2", "--batch", "4", "--format", "json"]))
+    assert found["samples"] == 4 and found["commit"]
 
 
-def test_plan(file: str, run: Command) -> None:
+def test_plan(file: str, done: Done) -> None:
     words = ("plan", file, "--device", "h100", "--price", "2")
-    code, out, err = run(*words)
-    assert (code, err) == (0, "")
+    out = done(*words)
     assert "a model, not measured" in out and "Fastest" in out
     assert "roofline at 40%" in " ".join(out.split())
-    found = json.loads(run(*words, "--format", "json")[1])
+    found = json.loads(done(*words, "--format", "json"))
     assert {each["rule"] for each in found["rules"]} >= {"BPTT", "SLTT"}
     assert found["kind"] == "a model, not measured"
-    code, out, _ = run("plan", file)
-    assert code == 0
-    assert "batches of 2 and 8 that were trained on this machine (" in " ".join(out.split())
+    here = " ".join(done("plan", file).split())
+    assert "batches of 2 and 8 that were trained on this machine (" in here
 
 
 @pytest.mark.parametrize(
@@ -98,16 +113,14 @@ def test_plan(file: str, run: Command) -> None:
     ],
 )
 def test_each_network_of_several_recipes_is_forecast_once_with_all_their_rules(
-    words: str, once: list[str], file: str, run: Command, monkeypatch: pytest.MonkeyPatch
+    words: str, once: list[str], file: str, done: Done
 ) -> None:
     Path(file).write_text(SEVERAL)
-    monkeypatch.setattr("pipeline.forecast.bench.RULES", (spec(BPTT),))
     verb, *more = words.split()
-    code, out, err = run(verb, file, *more)
-    assert (code, err) == (0, "")
+    out = done(verb, file, *more)
     assert [out.count(each) for each in once] == [1, 1]
     assert "small, bptt, two" in out and "\nwide" in out
-    found = json.loads(run(verb, file, *more, "--format", "json")[1])
+    found = json.loads(done(verb, file, *more, "--format", "json"))
     rules = [re.findall(r'"rule": "([\w-]+)"', json.dumps(each)) for each in found]
     assert [each["recipe"] for each in found] == ["small, bptt, two", "wide"]
     assert list(map(set, rules)) == [{"BPTT", "SLTT", "SLTT-2"}, {"BPTT", "SLTT"}]
@@ -134,7 +147,9 @@ def test_a_plan_at_full_size_takes_less_than_a_minute_of_one_core_and_no_data() 
 
 @pytest.mark.full
 @pytest.mark.timeout(300)
-def test_a_plan_against_what_was_launched(file: str, run: Command, tmp_path: Path) -> None:
+def test_a_plan_against_what_was_launched(
+    file: str, done: Done, spiketrain: Command, tmp_path: Path
+) -> None:
     runs = tmp_path / "runs"
     (recipe,) = recipes_of(Path(file))
     # 240 batches: one that the machine delays weighs little
@@ -142,9 +157,7 @@ def test_a_plan_against_what_was_launched(file: str, run: Command, tmp_path: Pat
     summary = train_inline(runs / "launched", long)
     assert summary is not None
     words = ("plan", file, "--runs", str(runs), "--against", "launched")
-    code, out, err = run(*words, "--format", "json")
-    assert (code, err) == (0, "")
-    found = json.loads(out)
+    found = json.loads(done(*words, "--format", "json"))
     off = found["against"]
     [planned] = [each for each in found["rules"] if each["rule"] == summary["rule"]]
     assert off["rule"] == summary["rule"]
@@ -157,7 +170,7 @@ def test_a_plan_against_what_was_launched(file: str, run: Command, tmp_path: Pat
     assert step["measured"] == pytest.approx(recipe.batch_size / summary["images_per_s"])
     assert step["error"] == pytest.approx(step["planned"] / step["measured"] - 1)
     assert 0.4 < step["planned"] / step["measured"] < 2.5
-    assert "Against launched, SLTT-2: saved for backward" in " ".join(run(*words)[1].split())
+    assert "Against launched, SLTT-2: saved for backward" in " ".join(done(*words).split())
 
     written = runs / "launched" / "summary.json"
     summary = json.loads(written.read_text())
@@ -205,10 +218,10 @@ def test_a_plan_against_what_was_launched(file: str, run: Command, tmp_path: Pat
         ),
     ):
         write_json(written, {**summary, **changes})
-        got, out, err = run(*words, *more)
+        got, out, err = spiketrain(*words, *more)
         assert got == code and said in (" ".join(out.split()) if code == 0 else err), err
     written.unlink()
-    code, _, err = run(*words)
+    code, _, err = spiketrain(*words)
     assert code == 2 and "must be a run that has finished, of more than a few batches" in err
 
 
@@ -255,8 +268,10 @@ STEPS = "sweep: --steps must be numbers of time steps, such as 1,2,4,8; got"
         ),
     ],
 )
-def test_bad_use_ends_in_a_line(words: str, said: str | None, file: str, run: Command) -> None:
+def test_bad_use_ends_in_a_line(
+    words: str, said: str | None, file: str, spiketrain: Command
+) -> None:
     verb, *more = words.split()
-    code, out, err = run(verb, file, *more)
+    code, out, err = spiketrain(verb, file, *more)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert said is None or err == f"{said}\n"

@@ -101,7 +101,7 @@ def test_counts_are_those_of_the_whole_micro_batch() -> None:
 )
 def test_what_is_moved_at_each_stage(workers: int, zero: int, rule: str, sent: float) -> None:
     """In bytes of gradients and parameters over the slowest link; both have 4 bytes a parameter."""
-    assert Bench(made(), batch_size=4).held().gradients == PARAMETERS
+    assert counted_optimizer(Bench(made(), batch_size=4))[0].gradients == PARAMETERS
     found = on(workers, zero=zero, cluster={"node_link": 1e9})
     assert of(found, rule).communication_s == pytest.approx(sent * PARAMETERS)
 

@@ -142,6 +142,7 @@ def test_rules_take_turns_and_the_median_of_the_rounds_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a machine that gets slower with every look."""
+    monkeypatch.setattr("pipeline.forecast.bench.ROUNDS", 3)
     turns: list[str] = []
     cost = Bench.cost
 
@@ -155,7 +156,6 @@ def test_rules_take_turns_and_the_median_of_the_rounds_counts(
     assert turns == ["BPTT", "SLTT", "SLTT-2", "SLTT", "SLTT-2", "BPTT", "SLTT-2", "BPTT", "SLTT"]
     assert found.rounds == {"BPTT": (1, 6, 8), "SLTT": (2, 4, 9), "SLTT-2": (3, 5, 7)}
     assert [each.forward_s for each in found.costs] == [6, 4, 5]
-    assert found.share_of_time("SLTT") == (2, 4 / 6, 9 / 8)
     turns.clear()
     points = sweep(recipe_with(0.5), steps=(2,), rules=PAIR).points
     assert [point.cost.forward_s for point in points] == [6, 4, 5]
@@ -377,7 +377,7 @@ def sltt_full(**rules: tuple[float, float, dict[str, float]]) -> Probe:
         ),
         (
             replace(probed(), refused={"SLTT": f"SLTT: {FULL}"}),
-            [f"|There is no rule to compare with BPTT; SLTT: {FULL}.|"],
+            [f"|There is no gradient to compare with BPTT's; SLTT: {FULL}.|"],
         ),
         (
             replace(

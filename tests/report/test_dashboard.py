@@ -2,8 +2,6 @@
 of a store in trouble.
 """
 
-from __future__ import annotations
-
 import csv
 import html
 import io
@@ -11,7 +9,7 @@ import json
 import re
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +23,8 @@ from pipeline.report.dashboard.permalink import VIEWS, Place
 from pipeline.report.stores import Store, StoredRun, open_store
 from tests.helpers.fake_store import FakeStore
 from tests.helpers.hand_made import CLAIM, KEY, recipe, run, study
-from tests.helpers.small import command
 from tests.report.test_figures import LARGEST
 
-spiketrain = pytest.fixture(command)
 OTHER = "f" * 16
 GROUP = study().groups[0].key
 """of the runs by one worker"""
@@ -69,8 +65,13 @@ class Asking:
     def show(self, search: str = "", *, seen: str = "") -> str:
         return self.study(search, seen=seen).get("html", "")
 
-    def picked(self, search: str) -> list[str]:
+    def picked(self, search: str) -> Sequence[str]:
         return self.study(search)["picked"]
+
+
+@pytest.fixture
+def asking(store: FakeStore) -> Asking:
+    return Asking(store)
 
 
 # ---------------------------------------------------------------------------------- whom it answers
@@ -180,8 +181,7 @@ def test_an_address_is_what_it_shows():
     )
 
 
-def test_the_list_filters_and_sorts(store: FakeStore):
-    asking = Asking(store)
+def test_the_list_filters_and_sorts(store: FakeStore, asking: Asking):
     whole = asking.list()
     assert (
         whole.index(KEY[:8]) < whole.index(OTHER[:8])
@@ -239,8 +239,7 @@ def test_a_change_of_the_list_asks_the_store_for_no_other(store: FakeStore):
     assert "4 of 4 studies" in asking.list("?sort=study", look=False)
 
 
-def test_the_figures_of_the_runs_that_are_picked(store: FakeStore):
-    asking = Asking(store)
+def test_the_figures_of_the_runs_that_are_picked(store: FakeStore, asking: Asking):
     whole = asking.study(f"?study={KEY}")
     assert len(whole["picked"]) == whole["boxes"].count('role="checkbox"') == 4
     assert (
@@ -277,30 +276,36 @@ def members(runs: dict[str, range]) -> list[StoredRun]:
     return sorted(store.members, key=lambda run: int(run.seed), reverse=True)
 
 
-def test_of_many_runs_whole_seeds_are_picked():
-    rules = ("BPTT", *(f"rule-{count}" for count in range(8)))
-    picked = Place().picked(members(dict.fromkeys(rules, range(3))))
-    assert {(run.rule, run.seed) for run in picked} == {
-        (rule, seed) for rule in rules for seed in "12"
-    }
-    assert len(Place().picked(members(dict.fromkeys(rules[1:], range(3))))) == 24  # all of them
+@pytest.mark.parametrize(
+    ("runs", "some_picked"),
+    [
+        # nine rules: two seeds whole, and the first of the oldest
+        (
+            dict.fromkeys(("BPTT", *(f"rule-{count}" for count in range(8))), range(3)),
+            {("0", "BPTT"), *((seed, f"rule-{count}") for seed in "12" for count in range(8))},
+        ),
+        # a baseline that started first
+        (
+            {"BPTT": range(1), **{f"rule-{count}": range(1) for count in range(30)}},
+            {("0", "BPTT"), ("0", "rule-29")},
+        ),
+        # a newest seed in which no baseline has begun
+        (
+            {"BPTT": range(1), **{f"rule-{count}": range(2) for count in range(23)}},
+            {("0", "BPTT"), *(("1", f"rule-{count}") for count in range(23))},
+        ),
+    ],
+)
+def test_of_many_runs_24_of_the_newest_seeds_are_picked_baselines_first(
+    runs: dict[str, range], some_picked: set[tuple[str, str]]
+):
+    picked = Place().picked(members(runs))
+    assert len(picked) == 24 and some_picked <= {(run.seed, run.rule) for run in picked}
 
 
-def test_the_baseline_is_picked_with_its_seed_even_where_it_started_first():
-    many = {f"rule-{count}": range(1) for count in range(30)}
-    picked = Place().picked(members({"BPTT": range(1), **many}))
-    assert len(picked) == 24 and picked[-1].rule == "BPTT" and picked[0].rule == "rule-29"
-    newer = {
-        f"rule-{count}": range(1, 2) for count in range(23)
-    }  # a seed in which no BPTT has begun
-    picked = Place().picked(members({"BPTT": range(1), "SLTT": range(1), **newer}))
-    assert {run.rule for run in picked} == {"BPTT", *newer}
-
-
-def test_which_boxes_are_checked_follows_what_is_picked(store: FakeStore):
+def test_which_boxes_are_checked_follows_what_is_picked(store: FakeStore, asking: Asking):
     for count in range(30):
         store.add_finished(f"{count:02}-ottt", "OTTT-A")
-    asking = Asking(store)
     shown = asking.study(f"?study={KEY}")
     assert len(shown["picked"]) == 24 and "No baseline" not in shown["html"]
     ids = [run.id[:8] for run in store.members if run.study == KEY]
@@ -308,12 +313,13 @@ def test_which_boxes_are_checked_follows_what_is_picked(store: FakeStore):
     assert asking.picked(f"?study={KEY}&runs={ids[3]}") == [ids[3]]
 
 
-def test_an_address_that_names_no_runs_says_that_it_shows_the_newest(store: FakeStore):
+def test_an_address_that_names_no_runs_says_that_it_shows_the_newest(
+    store: FakeStore, asking: Asking
+):
     said = "The newest 24 of 34 runs; means are of these"
     assert "The newest" not in Asking(store).show(f"?study={KEY}")
     for count in range(30):
         store.add_finished(f"{count:02}-ottt", "OTTT-A", seed=count)
-    asking = Asking(store)
     for view in VIEWS:
         assert said in asking.show(f"?study={KEY}&view={view}")
     named = ".".join(run.id[:8] for run in store.members[:24])
@@ -366,7 +372,7 @@ def test_the_data_of_a_figure_is_a_file(store: FakeStore):
         assert client.get(f"/csv?{nothing}").status_code == 404
 
 
-def test_claims_and_sweeps_of_each_suite_are_a_view(store: FakeStore):
+def test_claims_and_sweeps_of_each_suite_are_a_view(store: FakeStore, asking: Asking):
     search = f"?study={KEY}&view=claims"
     assert (
         "The store has no claims, sweep or report of these runs; `spiketrain report SUITE`"
@@ -381,7 +387,6 @@ def test_claims_and_sweeps_of_each_suite_are_a_view(store: FakeStore):
         store.add_finished(f"sltt-{seed}", "SLTT", seed=seed, parent=parent, tags=tags)
         claim = replace(CLAIM, ours=f"ours of launch {seed}")
         store.add_report(parent, claim, sweeps=(LARGEST,), printed=f"trials of launch {seed}\n")
-    asking = Asking(store)
     shown = asking.show(search)
     assert "<pre>trials of launch 3\n</pre>" in shown and "trials of launch 2" in shown
     assert (
@@ -434,10 +439,9 @@ def several_groups(store: FakeStore) -> None:
         store.add_report(f"of-{rule}", CLAIM, sweeps=(LARGEST, LARGEST), printed="trials\n")
 
 
-def test_no_two_tables_of_a_view_have_one_name(store: FakeStore):
+def test_no_two_tables_of_a_view_have_one_name(store: FakeStore, asking: Asking):
     """Each is a landmark, by which a screen reader tells it from the others."""
     several_groups(store)
-    asking = Asking(store)
     for view in VIEWS:
         names = re.findall(
             'role="region"[^>]* aria-label="([^"]*)"', asking.show(f"?study={KEY}&view={view}")
@@ -445,9 +449,8 @@ def test_no_two_tables_of_a_view_have_one_name(store: FakeStore):
         assert len(names) >= 2 and sorted(set(names)) == sorted(names), view
 
 
-def test_every_file_that_a_view_offers_is_there(store: FakeStore):
+def test_every_file_that_a_view_offers_is_there(store: FakeStore, asking: Asking):
     several_groups(store)
-    asking = Asking(store)
     for view in VIEWS:
         links = hrefs(asking.show(f"?study={KEY}&view={view}"))
         assert len(links) >= 2 and len(set(links)) == len(links), view
@@ -482,11 +485,10 @@ def _groups(asking: Asking) -> Iterator[tuple[str, str]]:
         yield key, name
 
 
-def test_how_the_groups_differ_is_a_file(store: FakeStore):
+def test_how_the_groups_differ_is_a_file(store: FakeStore, asking: Asking):
     file = f"/csv?study={KEY}&view=runs&name=differences"
     assert Asking(store).client.get(file).status_code == 404  # there is one group
     several_groups(store)
-    asking = Asking(store)
     assert file in hrefs(asking.show(f"?study={KEY}&view=runs"))
     told = asking.client.get(file).get_data(as_text=True)
     assert (
@@ -502,7 +504,9 @@ def test_what_the_reader_of_means_must_know_stands_beside_them(store: FakeStore)
     assert said in Asking(store).show(f"?study={KEY}")
 
 
-def test_what_training_holds_and_the_published_run_are_shown_as_on_the_page(store: FakeStore):
+def test_what_training_holds_and_the_published_run_are_shown_as_on_the_page(
+    store: FakeStore, asking: Asking
+):
     for each in store.members[1:]:
         summary = json.loads(store.texts[each.id, "summary.json"])
         store.texts[each.id, "summary.json"] = json.dumps(
@@ -511,7 +515,6 @@ def test_what_training_holds_and_the_published_run_are_shown_as_on_the_page(stor
     made = {"version": 1, "recipe": recipe("SLTT", published=[[1, 0.5], [2, 0.95]])}
     [one] = [run for run in store.members if run.name == "sltt-0"]
     store.texts[one.id, "recipe.json"] = json.dumps(made)
-    asking = Asking(store)
     shown = asking.show(f"?study={KEY}")
     assert "What training holds" in shown and "as they are without ZeRO" in shown
     held = asking.client.get(f"/csv?study={KEY}&name={GROUP}-held").get_data(as_text=True)
@@ -550,12 +553,13 @@ def test_a_run_that_nobody_hears_of_says_so_beside_its_state(store: FakeStore):
     assert "running, no word for 30 min" in Asking(store).show(f"?study={KEY}&view=runs")
 
 
-def test_a_state_has_one_word_in_the_list_the_filter_the_boxes_and_the_figures(store: FakeStore):
+def test_a_state_has_one_word_in_the_list_the_filter_the_boxes_and_the_figures(
+    store: FakeStore, asking: Asking
+):
     about: dict[str, Any] = {"study": OTHER, "experiment": "cifar", "status": "FAILED"}
     store.add_finished("lost", "SLTT", **about, tags={"spiketrain.diverged": "true"})
     store.add_finished("broken", "SLTT", **about, tags={"spiketrain.diverged": "false"})
     store.add_finished("ended", "SLTT", **{**about, "status": "KILLED"})
-    asking = Asking(store)
     assert "1 diverged, 2 failed, 1 stopped" in asking.list(
         "?text=diverged"
     ) and "0 of 2 studies" in asking.list("?text=killed")
@@ -575,9 +579,8 @@ def test_a_state_has_one_word_in_the_list_the_filter_the_boxes_and_the_figures(s
     )
 
 
-def test_the_list_tells_silent_runs_from_those_that_go_on(store: FakeStore):
+def test_the_list_tells_silent_runs_from_those_that_go_on(store: FakeStore, asking: Asking):
     store.add("dead", study=OTHER, status="RUNNING", experiment="cifar", newest=0.0)
-    asking = Asking(store)
     assert "1 failed, 1 silent" in asking.list("?text=silent") and "0 of 2 studies" in asking.list(
         "?only=running"
     )
@@ -590,10 +593,9 @@ def test_the_list_tells_silent_runs_from_those_that_go_on(store: FakeStore):
     )
 
 
-def test_names_from_outside_stay_text(store: FakeStore):
+def test_names_from_outside_stay_text(store: FakeStore, asking: Asking):
     script = "<script>alert(1)</script>"
     store.add(script, rule="<b>bold</b>", experiment='"><img src=x>')
-    asking = Asking(store)
     study = asking.study(f"?study={KEY}&view=runs")
     answers = [asking.list(), asking.list(f"?text={script}"), study["html"], study["boxes"]]
     assert all("&lt;script&gt;" in answer and "&lt;b&gt;bold" in answer for answer in answers[2:])

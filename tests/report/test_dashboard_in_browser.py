@@ -82,24 +82,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
 @contextmanager
 def served(runs: Path, *, token: str | None = None) -> Iterator[str]:
     """Its address, from the command that a user types."""
-    command = [
-        sys.executable,
-        "-m",
-        "pipeline",
-        "dashboard",
-        "--runs",
-        str(runs),
-        "--port",
-        "0",
-        "--every",
-        str(EVERY),
-    ]
-    if token is not None:
-        command += ["--token", token]
+    words = f"-m pipeline dashboard --port 0 --every {EVERY} --runs".split()
+    guarded = [] if token is None else ["--token", token]
     environment = {
         name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"
     }
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+    with subprocess.Popen(
+        [sys.executable, *words, str(runs), *guarded],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as server:
         assert server.stdout is not None
         try:
             line = server.stdout.readline()
@@ -117,21 +110,30 @@ def address(runs: Path) -> Iterator[str]:
         yield address
 
 
-def opened(browser: Browser, url: str) -> tuple[Page, Watch]:
+@contextmanager
+def watched(browser: Browser, url: str) -> Iterator[tuple[Page, Watch]]:
     size = {"width": WIDE[0], "height": WIDE[1]}
-    page, watch = (
-        browser.new_page(viewport=size, reduced_motion="reduce", color_scheme="light"),
-        Watch(),
-    )
+    page = browser.new_page(viewport=size, reduced_motion="reduce", color_scheme="light")
+    watch = Watch()
     watch.over(page)
     page.goto(url)
     page.locator("#list tbody tr, #list .note").first.wait_for()
-    return page, watch
+    yield page, watch
+    page.close()
+
+
+@contextmanager
+def opened(browser: Browser, url: str) -> Iterator[Page]:
+    """A page that says nothing, whatever a test does in it."""
+    with watched(browser, url) as (page, watch):
+        yield page
+        assert watch.said == []
 
 
 @pytest.fixture(scope="module")
-def opened_once(browser: Browser, address: str) -> tuple[Page, Watch]:
-    return opened(browser, f"{address}/?study=s")
+def opened_once(browser: Browser, address: str) -> Iterator[tuple[Page, Watch]]:
+    with watched(browser, f"{address}/?study=s") as found:
+        yield found
 
 
 @pytest.fixture
@@ -217,15 +219,12 @@ def test_a_study_of_several_groups_is_accessible(browser: Browser):
     store = FakeStore()
     for workers, rule in itertools.product((1, 2), ("BPTT", "SLTT")):
         store.add_finished(f"{workers}-{rule}", rule, workers=workers)
-    with served_here(store) as address:
-        page, watch = opened(browser, address)
+    with served_here(store) as address, opened(browser, address) as page:
         drawn(page, 8)
         accessible(page)
         page.get_by_role("button", name=VIEWS["runs"], exact=True).click()
         expect(page.locator("#figures")).to_contain_text("How the groups differ")
         accessible(page)
-        assert watch.said == []
-        page.close()
 
 
 def test_the_list_is_filtered_and_sorted(page: Page):
@@ -249,71 +248,69 @@ def _text(page: Page, what: str) -> str:
 
 
 def test_an_address_shows_the_same_to_whoever_opens_it(browser: Browser, address: str):
-    page, _ = opened(browser, address)
-    page.get_by_role("link", name="s", exact=True).click()
-    drawn(page, 4)
-    page.get_by_role("checkbox", name="bptt-1").press(
-        "Space"
-    )  # at once: the page redraws twice a second
-    expect(page.get_by_role("checkbox", name="bptt-1")).to_have_attribute("aria-checked", "false")
-    expect(
-        page.get_by_role("checkbox", name="bptt-1")
-    ).to_be_focused()  # whoever uses a keyboard stays there
-    page.get_by_role("button", name="Learning curves", exact=True).click()
-    page.get_by_label("Filter by study").fill("sltt")
-    drawn(page, 1)
-    expect(page.locator("#list tbody th")).to_have_count(1)
-    other, watch = opened(browser, page.url)
-    drawn(other, 1)
-    for what in ("main", "figcaption"):
-        for _ in range(60):  # either may still be at it: figures may come before lists
-            if _text(page, what) == _text(other, what):
-                break
-            page.wait_for_timeout(500)
-        assert _text(other, what) == _text(page, what)
-    expect(other.get_by_label("Filter by study")).to_have_value("sltt")
-    checked = '[role=checkbox][aria-checked="true"]'
-    assert (
-        other.locator(checked).all_text_contents() == page.locator(checked).all_text_contents()
-        and other.locator(checked).count() == 4
-    )
-    other.go_back()
-    page.go_back()
-    expect(page.locator("#list tbody th")).to_have_count(2)
-    expect(page.get_by_label("Filter by study")).to_have_value("")
-    assert watch.said == []
-    other.close()
-    page.close()
+    with opened(browser, address) as page:
+        page.get_by_role("link", name="s", exact=True).click()
+        drawn(page, 4)
+        page.get_by_role("checkbox", name="bptt-1").press(
+            "Space"
+        )  # at once: the page redraws twice a second
+        expect(page.get_by_role("checkbox", name="bptt-1")).to_have_attribute(
+            "aria-checked", "false"
+        )
+        expect(
+            page.get_by_role("checkbox", name="bptt-1")
+        ).to_be_focused()  # whoever uses a keyboard stays there
+        page.get_by_role("button", name="Learning curves", exact=True).click()
+        page.get_by_label("Filter by study").fill("sltt")
+        drawn(page, 1)
+        expect(page.locator("#list tbody th")).to_have_count(1)
+        with opened(browser, page.url) as other:
+            drawn(other, 1)
+            for what in ("main", "figcaption"):
+                for _ in range(60):  # either may still be at it: figures may come before lists
+                    if _text(page, what) == _text(other, what):
+                        break
+                    page.wait_for_timeout(500)
+                assert _text(other, what) == _text(page, what)
+            expect(other.get_by_label("Filter by study")).to_have_value("sltt")
+            checked = '[role=checkbox][aria-checked="true"]'
+            assert (
+                other.locator(checked).all_text_contents()
+                == page.locator(checked).all_text_contents()
+                and other.locator(checked).count() == 4
+            )
+            other.go_back()
+            page.go_back()
+            expect(page.locator("#list tbody th")).to_have_count(2)
+            expect(page.get_by_label("Filter by study")).to_have_value("")
 
 
 def test_presses_in_quick_succession_all_count(browser: Browser, address: str):
     """Faster than the server answers: each answer on its way is thrown away for the next
     question.
     """
-    page, watch = opened(browser, f"{address}/?study=s")
-    checked = page.locator('[role=checkbox][aria-checked="true"]')
-    expect(checked).to_have_count(5)
-    names = [button.inner_text().split()[0] for button in page.get_by_role("checkbox").all()]
-    for wanted in (0, 5):
-        page.evaluate(
-            "() => document.querySelectorAll('[role=checkbox]').forEach(each => each.click())"
-        )
-        expect(checked).to_have_count(wanted)
-        expect(page.locator("#picked")).to_have_text(f"Runs: {wanted} of {len(names)} picked")
-    for view in ("Where the time goes", "Learning curves", "Savings and costs"):
-        page.get_by_role("button", name=view, exact=True).click()
-        expect(page.get_by_role("button", name=view, exact=True)).to_have_attribute(
+    with opened(browser, f"{address}/?study=s") as page:
+        checked = page.locator('[role=checkbox][aria-checked="true"]')
+        expect(checked).to_have_count(5)
+        names = [button.inner_text().split()[0] for button in page.get_by_role("checkbox").all()]
+        for wanted in (0, 5):
+            page.evaluate(
+                "() => document.querySelectorAll('[role=checkbox]').forEach(each => each.click())"
+            )
+            expect(checked).to_have_count(wanted)
+            expect(page.locator("#picked")).to_have_text(f"Runs: {wanted} of {len(names)} picked")
+        for view in ("Where the time goes", "Learning curves", "Savings and costs"):
+            page.get_by_role("button", name=view, exact=True).click()
+            expect(page.get_by_role("button", name=view, exact=True)).to_have_attribute(
+                "aria-pressed", "true"
+            )
+        for name in ("finished", "all", "going on", "all") * 2:
+            page.get_by_role("button", name=name, exact=True).click()
+        expect(page.get_by_role("button", name="all", exact=True)).to_have_attribute(
             "aria-pressed", "true"
         )
-    for name in ("finished", "all", "going on", "all") * 2:
-        page.get_by_role("button", name=name, exact=True).click()
-    expect(page.get_by_role("button", name="all", exact=True)).to_have_attribute(
-        "aria-pressed", "true"
-    )
-    expect(page.locator("#list tbody th")).to_have_count(2)
-    drawn(page, 4)
-    assert watch.said == []
-    page.close()
+        expect(page.locator("#list tbody th")).to_have_count(2)
+        drawn(page, 4)
 
 
 @contextmanager
@@ -333,13 +330,12 @@ def served_here(store: FakeStore, *, token: str | None = None) -> Iterator[str]:
 
 def test_a_store_that_answers_later_than_the_next_look_is_shown(browser: Browser):
     """And what the reports of two suites told, in a view of their own."""
-    store = FakeStore(pause_s=0.5)
+    store = FakeStore(pause_s=0.3)
     store.add_finished("bptt-0", "BPTT", parent="first")
     store.add_finished("sltt-0", "SLTT", parent="second")
     for parent in ("first", "second"):
         store.add_report(parent, CLAIM, sweeps=(LARGEST,), printed="rule  top-1\nSLTT  91.28%\n")
-    with served_here(store) as address:
-        page, watch = opened(browser, address)
+    with served_here(store) as address, opened(browser, address) as page:
         drawn(page, 4)
         page.get_by_role("button", name="Claims and memory against time steps").click()
         drawn(page, 4)  # memory and time, of two suites
@@ -350,15 +346,12 @@ def test_a_store_that_answers_later_than_the_next_look_is_shown(browser: Browser
             accessible(page)
         store.trouble = "store x does not answer"
         expect(page.locator("#figures")).to_contain_text("Store x does not answer.")
-        assert watch.said == []
-        page.close()
 
 
 def test_looks_go_on_after_a_request_was_lost(browser: Browser):
     store = FakeStore()
     store.add_finished("bptt-0", "BPTT")
-    with served_here(store) as address:
-        page, _ = opened(browser, address)
+    with served_here(store) as address, watched(browser, address) as (page, _):
         lost: list[str] = []
 
         def lose(route: Route) -> None:
@@ -375,44 +368,38 @@ def test_looks_go_on_after_a_request_was_lost(browser: Browser):
         store.add_finished("sltt-0", "SLTT")
         expect(page.locator("#list")).to_contain_text("2 finished")
         drawn(page, 4)
-        page.close()
 
 
 def test_whoever_reads_pauses_the_looks(browser: Browser):
     store = FakeStore()
     store.add_finished("bptt-0", "BPTT")
-    with served_here(store) as address:
-        page, watch = opened(browser, address)
+    with served_here(store) as address, opened(browser, address) as page:
         pause = page.get_by_role("button", name="Pause", exact=True)
         pause.click()
         expect(pause).to_have_attribute("aria-pressed", "true")
-        page.wait_for_timeout(1000)  # an answer may be on its way
+        page.wait_for_timeout(500)  # an answer may be on its way
         asked = len(store.asked)
         store.add_finished("sltt-0", "SLTT")
-        page.wait_for_timeout(1000)
+        page.wait_for_timeout(600)
         assert len(store.asked) == asked
         expect(page.locator("#list")).to_contain_text("1 finished")
         pause.click()
         expect(page.locator("#list")).to_contain_text("2 finished")
-        assert watch.said == []
-        page.close()
 
 
 def test_a_study_that_is_picked_is_gone_on_from_and_names_the_window(
     browser: Browser, address: str
 ):
-    page, watch = opened(browser, address)
-    expect(page).to_have_title("spiketrain dashboard")
-    page.get_by_role("link", name="s", exact=True).press("Enter")
-    expect(page.locator("#study")).to_be_focused()
-    expect(page).to_have_title("Study s of small, Savings and costs, spiketrain dashboard")
-    drawn(page, 4)
-    page.get_by_role("button", name=VIEWS["time"], exact=True).click()
-    expect(page).to_have_title("Study s of small, Where the time goes, spiketrain dashboard")
-    page.get_by_role("link", name="s", exact=True).press("Enter")  # the one that is shown
-    expect(page.locator("#study")).to_be_focused()
-    assert watch.said == []
-    page.close()
+    with opened(browser, address) as page:
+        expect(page).to_have_title("spiketrain dashboard")
+        page.get_by_role("link", name="s", exact=True).press("Enter")
+        expect(page.locator("#study")).to_be_focused()
+        expect(page).to_have_title("Study s of small, Savings and costs, spiketrain dashboard")
+        drawn(page, 4)
+        page.get_by_role("button", name=VIEWS["time"], exact=True).click()
+        expect(page).to_have_title("Study s of small, Where the time goes, spiketrain dashboard")
+        page.get_by_role("link", name="s", exact=True).press("Enter")  # the one that is shown
+        expect(page.locator("#study")).to_be_focused()
 
 
 def test_what_is_pressed_is_seen_without_colours_of_ours(page: Page):
@@ -468,8 +455,10 @@ _POINTS = """count => [...document.querySelectorAll('.js-plotly-plot')].some(
 
 
 def test_a_store_that_comes_later_is_waited_for(browser: Browser, runs: Path, tmp_path: Path):
-    with served(tmp_path) as address:
-        page, watch = opened(browser, f"{address}/?study=s&view=runs")
+    with (
+        served(tmp_path) as address,
+        opened(browser, f"{address}/?study=s&view=runs") as page,
+    ):
         expect(page.locator("#list")).to_contain_text("does not exist; launch a run")
         expect(page.locator("#figures")).to_contain_text("does not exist; launch a run")
         assert violations(page) == []
@@ -478,8 +467,6 @@ def test_a_store_that_comes_later_is_waited_for(browser: Browser, runs: Path, tm
         part.rename(tmp_path / "mlflow.db")
         expect(page.locator("#list tbody th")).to_have_count(2)
         expect(page.locator("#figures")).to_contain_text("bptt-1")
-        assert watch.said == []
-        page.close()
 
 
 def test_links_on_a_page_of_another_site_open_it(browser: Browser):
@@ -534,15 +521,15 @@ def test_behind_a_proxy_with_tls_the_cookie_is_for_tls_alone(tmp_path: Path):
 
 def test_what_the_tests_above_rest_on(browser: Browser, address: str):
     """A request to another host, and a label that is missing, are seen."""
-    page, watch = opened(browser, address)
-    page.evaluate(
-        "() => { document.body.append(document.createElement('select'));"
-        " fetch('http://127.0.0.2:1/').catch(() => 0) }"
-    )
-    page.wait_for_timeout(100)
-    found: list[Any] = violations(page)
-    assert any(line.startswith("select-name") for line in found)
-    assert any(
-        "violates the following Content Security Policy directive" in line for line in watch.said
-    )
-    page.close()
+    with watched(browser, address) as (page, watch):
+        page.evaluate(
+            "() => { document.body.append(document.createElement('select'));"
+            " fetch('http://127.0.0.2:1/').catch(() => 0) }"
+        )
+        page.wait_for_timeout(100)
+        found: list[Any] = violations(page)
+        assert any(line.startswith("select-name") for line in found)
+        assert any(
+            "violates the following Content Security Policy directive" in line
+            for line in watch.said
+        )

@@ -10,7 +10,6 @@ from pipeline.core.units import shown, unit_of
 from pipeline.forecast.sweep import sweep
 from pipeline.measure.constants import BETWEEN, PARTS, REST
 from pipeline.recipe.recipe import spec
-from pipeline.report import page
 from pipeline.report.claims import Returned, returned
 from pipeline.report.drawing import THEMES, Figure, Missing, Table, harmless, plain
 from pipeline.report.figures import learning_curves, pareto, ratios, standing, time_parts, trade_off
@@ -624,19 +623,6 @@ def test_what_was_not_tried_is_not_measured_and_what_nobody_looked_for_has_no_ta
     ]
 
 
-def test_a_page_shows_it():
-    html = page.render(study(sweeps=(LARGEST,))).split('<script type="application/json"')[0]
-    assert (
-        "Each rule's own largest batch" in html
-        and ">133.3<" in html
-        and 'download="by-hand-sweep1-largest.csv"' in html
-    )
-    assert (
-        "largest batch"
-        not in page.render(study(sweeps=(SWEEP,))).split('<script type="application/json"')[0]
-    )
-
-
 def test_what_sweep_prints_is_what_a_page_reads():
     recipe = recipe_with(0.5, data=recipe_with(0.5).data.with_(samples=4000))
     found = sweep(
@@ -646,7 +632,8 @@ def test_what_sweep_prints_is_what_a_page_reads():
     assert table is not None and len(table.rows) == len(found.points)
     for row, point in zip(table.rows, found.points, strict=True):
         assert row[:3] == (point.cost.rule, 4, point.largest_batch)
-        assert row[3] == pytest.approx(point.images_per_compute_s_at_largest)
+        assert point.at_largest is not None and point.largest_batch is not None
+        assert row[3] == pytest.approx(point.largest_batch / point.at_largest.compute_s)
 
 
 def test_what_a_report_returned_is_read_again():

@@ -55,7 +55,9 @@ def going_on(store: FakeStore, steps: int, *, newest: dict[str, float] | None = 
     )
 
 
-def test_of_a_run_that_goes_on_only_new_points_are_asked_for(store: FakeStore):
+def test_of_a_run_that_goes_on_only_the_points_after_its_sent_journal_are_asked_for(
+    store: FakeStore,
+):
     live = Live(store)
     going_on(store, 70)
     first = live.run(store.members[0])
@@ -79,7 +81,7 @@ def test_of_a_run_that_goes_on_only_new_points_are_asked_for(store: FakeStore):
         90,
     ]
     assert [what for what in store.asked if what[0] == "history"] == [
-        ("history", store.members[0].id, "train/top1", 70)
+        ("history", store.members[0].id, "train/top1", 50)
     ]
     del store.asked[:]
     live.run(store.members[0])
@@ -128,12 +130,12 @@ def test_a_resumed_run_stands_where_it_stood_until_it_has_passed_that(store: Fak
 def test_a_run_that_goes_on_is_divided_by_the_batches_that_its_parts_are_of(store: FakeStore):
     """The journal tells of 50, each of 40 + 80 ms, of which the point of the first 25 is left out;
     of those after it metrics tell the parts of the newest ten alone."""
-    live = Live(store)
     going_on(store, 90)
-    assert live.run(store.members[0]).history.step == 90
-    assert live.run(store.members[0]).parts == pytest.approx({"forward": 0.04, "backward": 0.08})
+    found = Live(store).run(store.members[0])
+    assert found.history.step == 90
+    assert found.parts == pytest.approx({"forward": 0.04, "backward": 0.08})
     going_on(store, 90, newest={"train/forward_s": 0.1, "train/backward_s": 0.08})
-    assert live.run(store.members[0]).parts == pytest.approx(
+    assert Live(store).run(store.members[0]).parts == pytest.approx(
         {"forward": (25 * 0.04 + 10 * 0.1) / 35, "backward": 0.08}
     )
 

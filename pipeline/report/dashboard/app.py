@@ -43,14 +43,19 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
         every: seconds between looks of an open page.
         patience_s: seconds after which a page repeats a request that has no answer.
     """
+    environment().filters |= {"seeds": _seeds, "states": describe_states, "moment": _format_time}
     app = Flask(__name__, static_folder=str(WEB), static_url_path="/web", template_folder=None)
     answers = _Answers(Live(store), every)
-    shell = _template("dashboard.html").render(
-        name=name,
-        views=VIEWS,
-        only={key: words for key, (words, _) in ONLY.items()},
-        every=f"{every:g}",
-        patience=patience_s or max(30.0, 5 * every),
+    shell = (
+        environment()
+        .get_template("dashboard.html")
+        .render(
+            name=name,
+            views=VIEWS,
+            only={key: words for key, (words, _) in ONLY.items()},
+            every=f"{every:g}",
+            patience=patience_s or max(30.0, 5 * every),
+        )
     )
     app.add_url_rule("/", "shell", lambda: shell)
     app.add_url_rule(
@@ -74,8 +79,12 @@ class _Answers:
         except ReportError as error:
             return _trouble(error)
         place, known = _requested_place(), studies(listed)
-        return _template("list.html").render(
-            studies=known, found=place.listed(known), place=place, columns=SORTS, most=SHOWN
+        return (
+            environment()
+            .get_template("list.html")
+            .render(
+                studies=known, found=place.listed(known), place=place, columns=SORTS, most=SHOWN
+            )
         )
 
     def study(self) -> Response | tuple[str, int]:
@@ -97,14 +106,13 @@ class _Answers:
             study = self._live.study(runs)
         except ReportError as error:
             return _json(title=title, window=window, html=_trouble(error))
-        is_part = place.runs is None and len(runs) < len(members)
-        newest = (len(runs), len(members)) if is_part else None
-        html, drawings, _ = _render_study(place, study, reports, newest)
+        shown = None if place.runs is not None or runs == members else (len(runs), len(members))
+        html, drawings, _ = _render_study(place, study, reports, shown)
         return _json(
             title=title,
             window=window,
             version=version,
-            boxes=_template("macros.html").module.boxes(members),  # type: ignore[attr-defined]
+            boxes=environment().get_template("macros.html").module.boxes(members),  # type: ignore[attr-defined]
             picked=[run.short for run in runs],
             html=html,
             drawings=drawings,
@@ -116,8 +124,9 @@ class _Answers:
         try:
             runs = place.picked(self._live.members(place.study)) if place.study else []
             if runs:
-                reports = self._live.reports(runs)
-                *_, offered = _render_study(place, self._live.study(runs), reports, None)
+                *_, offered = _render_study(
+                    place, self._live.study(runs), self._live.reports(runs), None
+                )
         except ReportError as error:
             return Response(f"{error}\n", 503, mimetype="text/plain")
         if (table := offered.get(request.args.get("name", ""))) is None:
@@ -143,17 +152,21 @@ def _render_study(
         return f"{slug(where)[:_NAME] if where else place.study[:8]}-{key}"
 
     sections = [section_of(group, group.key, (place.view,)) for group in study.groups]
-    html = _template("study.html").render(
-        place=place,
-        study=study,
-        sections=sections,
-        missing=[reason for each in sections for reason in each.reasons],
-        reports=reports,
-        newest=newest,
-        scaled=tables.scaling(study) if place.view == "costs" else None,
-        largest_said=LARGEST_SAID,
-        offer=offer,
-        file=file,
+    html = (
+        environment()
+        .get_template("study.html")
+        .render(
+            place=place,
+            study=study,
+            sections=sections,
+            missing=[reason for each in sections for reason in each.reasons],
+            reports=reports,
+            newest=newest,
+            scaled=tables.scaling(study) if place.view == "costs" else None,
+            largest_said=LARGEST_SAID,
+            offer=offer,
+            file=file,
+        )
     )
     return html, drawings, offered
 
@@ -178,20 +191,13 @@ def _version(
 
 
 def _json(**fields: Any) -> Response:
-    plain = {"version": "", "boxes": "", "picked": [], "drawings": {}}
-    return Response(json.dumps({**plain, **fields}, allow_nan=False), mimetype="application/json")
+    fields = {"version": "", "boxes": "", "picked": [], "drawings": {}, **fields}
+    return Response(json.dumps(fields, allow_nan=False), mimetype="application/json")
 
 
 def _trouble(error: Exception) -> str:
-    text = str(error)
-    macros: Any = _template("macros.html").module
-    return macros.trouble(text[:1].upper() + text[1:])
-
-
-def _template(name: str) -> Any:
-    made = environment()
-    made.filters |= {"seeds": _seeds, "states": describe_states, "moment": _format_time}
-    return made.get_template(name)
+    macros: Any = environment().get_template("macros.html").module
+    return macros.trouble(str(error)[:1].upper() + str(error)[1:])
 
 
 def _format_time(seconds: float) -> str:
@@ -223,17 +229,20 @@ def serve(
             token, or the port is taken.
     """
     uri = store or tracking_uri(runs)
-    opened = open_store(uri)
-    from waitress.server import create_server
-
-    app = make_app(opened, name=without_password(uri), every=every)
+    app = make_app(open_store(uri), name=without_password(uri), every=every)
     guard(app, host=host, token=token)
     address = "127.0.0.1" if host == "localhost" else host
+    from waitress.server import create_server
+
     try:
-        kept: dict[str, Any] = {
-            "clear_untrusted_proxy_headers": False
-        }  # guard.py reads one of them
-        server = create_server(app, host=address, port=port, threads=_THREADS, ident=None, **kept)
+        server = create_server(
+            app,
+            host=address,
+            port=port,
+            threads=_THREADS,
+            ident=None,
+            clear_untrusted_proxy_headers=False,  # guard.py reads one of them
+        )
     except OSError as error:
         raise ValueError(
             f"dashboard: cannot listen at {host}:{port} ({error.strerror or error}); name another"

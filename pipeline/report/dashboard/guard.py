@@ -55,11 +55,12 @@ def guard(server: Flask, *, host: str, token: str | None) -> None:
         if token is not None:
             return _refuse_unknown(token)
         if not is_loopback(_name_of(request.host)):
-            message = (
+            return Response(
                 "dashboard: without a --token it answers to localhost and 127.0.0.1 alone; got the"
-                " name"
+                f" name {request.host[:100]!r}\n",
+                status=403,
+                mimetype="text/plain",
             )
-            return _sentence(403, f"{message} {request.host[:100]!r}")
         return None
 
     @server.after_request
@@ -87,6 +88,8 @@ def _name_of(host: str) -> str:
 
 def _refuse_unknown(token: str) -> AnyResponse | None:
     """Return None if the request has the cookie or the bearer token. `?token=` sets the cookie."""
+    # It is derived from the token and does not reveal it.
+    cookie = hmac.digest(token.encode(), b"spiketrain dashboard", hashlib.sha256).hex()
     query_token = request.args.get("token")
     if query_token is not None:
         if not _is_equal(query_token, token):
@@ -97,17 +100,20 @@ def _refuse_unknown(token: str) -> AnyResponse | None:
             [(name, value) for name, value in request.args.items(multi=True) if name != "token"]
         )
         answer = redirect(request.path + (f"?{others}" if others else ""), 303)
-        # SameSite=Lax: links on other sites send the cookie; posts, images and frames do not.
-        cookie_options = {
-            "max_age": _DAYS * 86400,
-            "httponly": True,
-            "samesite": "Lax",
-            "secure": _used_tls(),
-        }
-        answer.set_cookie(COOKIE, _cookie_value(token), **cookie_options)
+        # A proxy with TLS says so in a header. A forged header harms its sender only.
+        schemes = request.headers.get("X-Forwarded-Proto", "").lower().replace(" ", "").split(",")
+        answer.set_cookie(
+            COOKIE,
+            cookie,
+            max_age=_DAYS * 86400,
+            httponly=True,
+            # links on other sites send the cookie; posts, images and frames do not
+            samesite="Lax",
+            secure=request.is_secure or "https" in schemes,
+        )
         return answer
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
-    if _is_equal(request.cookies.get(COOKIE, ""), _cookie_value(token)) or (
+    if _is_equal(request.cookies.get(COOKIE, ""), cookie) or (
         scheme.lower() == "bearer" and _is_equal(bearer, token)
     ):
         return None
@@ -116,30 +122,12 @@ def _refuse_unknown(token: str) -> AnyResponse | None:
     )
 
 
-def _used_tls() -> bool:
-    """Whether the request used TLS, to this server or to a proxy.
-
-    A forged header harms its sender only.
-    """
-    protocol = request.headers.get("X-Forwarded-Proto", "")
-    return request.is_secure or "https" in (each.strip().lower() for each in protocol.split(","))
-
-
-def _cookie_value(token: str) -> str:
-    """Return the cookie's value. It is derived from the token and does not reveal it."""
-    return hmac.digest(token.encode(), b"spiketrain dashboard", hashlib.sha256).hex()
-
-
 def _is_equal(one: str, other: str) -> bool:
     """Compare in constant time."""
     return hmac.compare_digest(one.encode("utf-8", "replace"), other.encode())
 
 
 def _refused(sentence: str) -> Response:
-    answer = _sentence(401, sentence)
-    answer.headers["WWW-Authenticate"] = "Bearer"
-    return answer
-
-
-def _sentence(status: int, text: str) -> Response:
-    return Response(text + "\n", status=status, mimetype="text/plain")
+    return Response(
+        f"{sentence}\n", 401, headers={"WWW-Authenticate": "Bearer"}, mimetype="text/plain"
+    )

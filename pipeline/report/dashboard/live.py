@@ -3,8 +3,8 @@
     live = Live(open_store(uri))
     live.study(live.members(key))
 
-A cache keeps what was read. An ended run is read again when MLflow has a newer artifact or metric.
-For a running run, the next look asks only for points after the known ones.
+A cache keeps what was read. A run is read again when MLflow has a newer artifact or metric. Of a
+running run, only the points after its sent journal are asked for.
 """
 
 import hashlib
@@ -14,13 +14,12 @@ import shlex
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from pipeline.measure.constants import PARTS, REST
-from pipeline.recipe import BASELINE
 from pipeline.report.claims import Returned, returned
 from pipeline.report.history import UNKNOWN_EPOCH
 from pipeline.report.results import (
@@ -35,7 +34,6 @@ from pipeline.report.stores import (
     FILES,
     JOURNAL,
     ArtifactError,
-    Point,
     Sent,
     Store,
     StoredRun,
@@ -50,17 +48,9 @@ from pipeline.track.mlflow import REPORT_DATA
 _METRICS = ("loss", "top1")  # under train/ and val/
 _PARTS = tuple(f"{name}_s" for name in (*PARTS, REST))
 _SENT = "spiketrain.artifact."  # prefix of the tags that hold each sent artifact's version
-_KEPT = 512  # the most runs in the cache
+_KEPT = 512  # the most answers in the cache
 _FRESH_S = 0.5  # two callbacks of one look ask for the same runs
 T_ = TypeVar("T_")
-
-
-@dataclass
-class _Running:
-    seen: float = 0.0  # the time of MLflow's newest metric at the last look
-    points: dict[str, list[Point]] = field(default_factory=dict)
-    version: str = ""  # of the sent journal
-    sent: Sent = Sent()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,20 +70,19 @@ class Live:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._lock = threading.RLock()
-        self._recent: OrderedDict[tuple[str, str], tuple[float, Any]] = OrderedDict()
-        self._ended: OrderedDict[tuple[Any, ...], Run] = OrderedDict()
-        self._running: OrderedDict[str, _Running] = OrderedDict()
+        self._lock = threading.Lock()
+        # by key: the time of the answer, its version, and the answer
+        self._kept: OrderedDict[tuple[str, str], tuple[float, object, Any]] = OrderedDict()
 
     def listed(self, *, fresh_s: float) -> list[StoredRun]:
         """Return all runs, at most `fresh_s` seconds old; 0 asks the store."""
-        return self._cached("listed", "", self.store.listed, fresh_s=fresh_s)
+        return self._cached(("listed", ""), self.store.listed, fresh_s=fresh_s)
 
     def members(self, study: str) -> list[StoredRun]:
         """The runs of a study key, newest start first."""
-        return self._cached("members", study, lambda: self.store.runs(study))
+        return self._cached(("members", study), lambda: self.store.runs(study), fresh_s=_FRESH_S)
 
-    def study(self, runs: Sequence[StoredRun], *, against: str = BASELINE) -> Study:
+    def study(self, runs: Sequence[StoredRun]) -> Study:
         """Return a study of these runs. Its notes name the runs that cannot be read.
 
         Raises:
@@ -107,11 +96,10 @@ class Live:
             except StoreError:
                 raise  # the store failed, not this run
             except ReportError as error:
-                resent = f"; `spiketrain sync {shlex.quote(stored.name)}`"
-                notes.append(
-                    f"{stored.name} is left out:"
-                    f" {error}{'' if isinstance(error, ArtifactError) else resent}"
-                )
+                remedy = f"; `spiketrain sync {shlex.quote(stored.name)}`"
+                if isinstance(error, ArtifactError):  # which names its own
+                    remedy = ""
+                notes.append(f"{stored.name} is left out: {error}{remedy}")
                 continue
             if run.protocol == "trial":
                 notes.append(
@@ -127,9 +115,7 @@ class Live:
                     f" {run.curve_every} is shown{parts}."
                 )
         keys = ", ".join(sorted({run.study[:8] for run in runs}))
-        return Study(
-            title=f"Study {keys}", runs=tuple(readable), against=against, notes=tuple(notes)
-        )
+        return Study(title=f"Study {keys}", runs=tuple(readable), notes=tuple(notes))
 
     def reports(self, runs: Sequence[StoredRun]) -> list[SuiteReport]:
         """The reports of the suites that these runs belong to, newest launch first.
@@ -149,69 +135,94 @@ class Live:
             at = f", commit {' and '.join(commits)}" if commits else ""
             name = tags[0].get("spiketrain.suite") or "A suite"
             title = f"{name} ({suite[:8]}){at}, on {'; '.join(machines)}"
-            report = self._cached("report", suite, partial(self._read_report, suite))
+            report = self._cached(
+                ("report", suite), partial(self._read_report, suite), fresh_s=_FRESH_S
+            )
             found.append(replace(report, key=suite[:8], title=title))
         return found
 
     def run(self, stored: StoredRun) -> Run:
         """Return a run from its artifacts; a running run also from its metrics."""
-        with self._lock:
-            if stored.state == "running":
-                running = self._running.setdefault(stored.id, _Running())
-                _keep(self._running, stored.id, running)
-                sent = self._with_metrics(stored, running)
-                # MLflow stores no second value of a step. It lacks the batches that a restart
-                # repeats until the journal is sent again.
-                return self._run_from(stored, sent, redone="kept", heard=stored.newest)
-            sent = tuple(sorted(item for item in stored.tags.items() if item[0].startswith(_SENT)))
-            key = (stored.id, stored.status, stored.newest, sent)
-            run = self._ended.get(key) or self._read_ended(stored)
-            _keep(self._ended, key, run)
-            self._running.pop(stored.id, None)
-            return run
+        sent = sorted(item for item in stored.tags.items() if item[0].startswith(_SENT))
+        return self._cached(
+            ("run", stored.id),
+            partial(self._read, stored),
+            version=(stored.status, stored.newest, sent),
+        )
 
     def _cached(
-        self, what: str, key: str, ask: Callable[[], T_], *, fresh_s: float = _FRESH_S
+        self,
+        key: tuple[str, str],
+        ask: Callable[[], T_],
+        *,
+        version: object = None,
+        fresh_s: float = math.inf,
     ) -> T_:
-        asked_at, answer = self._recent.get((what, key), (-math.inf, None))
-        if time.monotonic() - asked_at >= fresh_s:
+        """Return the kept answer, unless it is of another version or at least `fresh_s` old."""
+        asked_at, known, answer = self._kept.get(key, (-math.inf, None, None))
+        if known != version or time.monotonic() - asked_at >= fresh_s:
             answer = ask()  # outside the lock: a slow list must not block the figures
-            _keep(self._recent, (what, key), (time.monotonic(), answer))
+            asked_at = time.monotonic()
+        with self._lock:
+            self._kept[key] = asked_at, version, answer
+            self._kept.move_to_end(key)
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
         return answer  # type: ignore[return-value]
 
-    def _read_ended(self, stored: StoredRun) -> Run:
-        sent = self.store.journal(stored.id)
-        if not any(isinstance(event, Start) for event in sent.events):
-            sent = self._with_metrics(stored, _Running())
-        summary = self._json(stored.id, FILES.summary.name, dict)
-        refuse_damaged_summary(summary or {}, f"its {FILES.summary.name} in MLflow")
-        layers = self._json(stored.id, FILES.activity.name, list)
-        run = self._run_from(stored, sent, summary=summary, layers=lambda: layers)
+    def _read(self, stored: StoredRun) -> Run:
+        sent = self._cached(
+            ("journal", stored.id),
+            partial(self.store.journal, stored.id),
+            version=stored.tags.get(_SENT + JOURNAL),
+        )
+        starts = [event.to_dict() for event in sent.events if isinstance(event, Start)]
+        is_running = stored.state == "running"
+        if is_running or not starts:
+            sent = self._with_metrics(stored, sent)
+        if is_running:
+            # MLflow stores no second value of a step. It lacks the batches that a restart repeats
+            # until the journal is sent again.
+            about: dict[str, Any] = {"redone": "kept", "heard": stored.newest}
+        else:
+            summary = self._json(stored.id, FILES.summary.name, dict)
+            refuse_damaged_summary(summary or {}, f"its {FILES.summary.name} in MLflow")
+            layers = self._json(stored.id, FILES.activity.name, list)
+            about = {"summary": summary, "layers": lambda: layers}
+        run = run_of(
+            stored.name,
+            state=stored.state,
+            starts=starts or [start_of(stored)],
+            recipe=self._json(stored.id, FILES.recipe.name, dict),
+            curve_every=sent.every,
+            journal=lambda: sent.events,
+            **about,
+        )
         _ = run.activity  # the file may be damaged
         return run
 
-    def _run_from(self, stored: StoredRun, sent: Sent, **about: Any) -> Run:
-        starts = [event.to_dict() for event in sent.events if isinstance(event, Start)]
-        recipe = self._json(stored.id, FILES.recipe.name, dict)
-        about |= {"recipe": recipe, "curve_every": sent.every, "journal": lambda: sent.events}
-        starts = starts or [start_of(stored)]
-        return run_of(stored.name, state=stored.state, starts=starts, **about)
-
-    def _with_metrics(self, stored: StoredRun, running: _Running) -> Sent:
+    def _with_metrics(self, stored: StoredRun, sent: Sent) -> Sent:
         """Return the journal as it was last sent, with the later metrics as events."""
-        version = stored.tags.get(_SENT + JOURNAL, "")
-        if version != running.version:
-            running.version, running.sent = version, self.store.journal(stored.id)
-        if stored.newest > running.seen:
-            for key in (f"{prefix}/{name}" for prefix in ("train", "val") for name in _METRICS):
-                if key in stored.metrics:
-                    known = running.points.setdefault(key, [])
-                    known += self.store.history(
-                        stored.id, key, since=known[-1].step if known else -1
-                    )
-            running.seen = stored.newest
-        events = list(running.sent.events) or [Event(time=stored.started, attempt=0)]
-        later = _events_after(events, running.points)
+        events = list(sent.events) or [Event(time=stored.started, attempt=0)]
+        later: list[Step | Evaluation] = []
+        for kind, prefix, more in (
+            (Step, "train", {"memory_bytes": None}),
+            (Evaluation, "val", {"samples": 0}),
+        ):
+            since = max((event.step for event in events if isinstance(event, kind)), default=-1)
+            metrics: dict[int, dict[str, float]] = {}
+            times: dict[int, float] = {}
+            for name in _METRICS:
+                if (key := f"{prefix}/{name}") in stored.metrics:
+                    for point in self.store.history(stored.id, key, since=since):
+                        metrics.setdefault(point.step, {})[name] = point.value
+                        times.setdefault(point.step, point.time)
+            about: dict[str, Any] = {"epoch": UNKNOWN_EPOCH, "attempt": events[-1].attempt, **more}
+            later += [
+                kind(step=step, metrics=values, time=times[step], **about)
+                for step, values in metrics.items()
+            ]
+        later.sort(key=lambda event: (event.time, event.step))
         if newest := next((event for event in reversed(later) if isinstance(event, Step)), None):
             # The run's newest values cost no further request. Earlier values are not requested.
             newest.metrics.update(
@@ -221,7 +232,7 @@ class Live:
                     if f"train/{name}" in stored.metrics
                 }
             )
-        return replace(running.sent, events=[*events, *later])
+        return replace(sent, events=[*events, *later])
 
     def _read_report(self, suite: str) -> SuiteReport:
         try:
@@ -232,45 +243,12 @@ class Live:
         except ReportError as error:
             return SuiteReport(version=str(error), note=f"Its report is left out: {error}")
         version = hashlib.sha256(json.dumps(value).encode()).hexdigest()
-        printed = str((value or {}).get("printed") or "")
-        return SuiteReport(version=version, returned=found, printed=printed)
+        return SuiteReport(
+            version=version,
+            returned=found,
+            printed=str((value or {}).get("printed") or ""),
+        )
 
     def _json(self, run_id: str, name: str, kind: type) -> Any:
         text = self.store.text(run_id, name)
         return None if text is None else parsed(text, f"its {name} in MLflow", kind)
-
-
-def _events_after(
-    events: Sequence[Event], points: Mapping[str, Sequence[Point]]
-) -> list[Step | Evaluation]:
-    """Return points of steps that the journal lacks, as events in the order of their time."""
-    later: list[Step | Evaluation] = []
-    for kind, prefix in ((Step, "train"), (Evaluation, "val")):
-        known = max((event.step for event in events if isinstance(event, kind)), default=-1)
-        metrics: dict[int, dict[str, float]] = {}
-        times: dict[int, float] = {}
-        for name in _METRICS:
-            for point in points.get(f"{prefix}/{name}", ()):
-                if point.step > known:
-                    metrics.setdefault(point.step, {})[name] = point.value
-                    times.setdefault(point.step, point.time)
-        more: dict[str, Any] = {"samples": 0} if kind is Evaluation else {"memory_bytes": None}
-        later += [
-            kind(
-                step=step,
-                epoch=UNKNOWN_EPOCH,
-                metrics=values,
-                time=times[step],
-                attempt=events[-1].attempt,
-                **more,
-            )
-            for step, values in metrics.items()
-        ]
-    return sorted(later, key=lambda event: (event.time, event.step))
-
-
-def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
-    kept[key] = value
-    kept.move_to_end(key)
-    while len(kept) > _KEPT:
-        kept.popitem(last=False)

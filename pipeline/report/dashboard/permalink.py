@@ -3,11 +3,9 @@
 A URL that names no runs shows all runs of the study, at most the newest MOST.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 from urllib.parse import parse_qs, urlencode
 
 from pipeline.recipe import is_baseline
@@ -54,7 +52,7 @@ class Place:
     descending: bool = True
 
     @classmethod
-    def at(cls, search: str) -> Place:
+    def at(cls, search: str) -> Self:
         """Parse the query of a URL. Wrong values become defaults."""
         try:
             fields = parse_qs(search.lstrip("?"), max_num_fields=20)
@@ -88,12 +86,12 @@ class Place:
             fields["order"] = "up"
         return f"?{urlencode(fields)}" if fields else ""
 
-    def at_study(self, study: StoredStudy) -> Place:
+    def at_study(self, study: StoredStudy) -> Self:
         if (self.study, self.family) == (study.study, study.experiment):
             return self
         return replace(self, study=study.study, family=study.experiment, runs=None)
 
-    def sorted_by(self, column: str) -> Place:
+    def sorted_by(self, column: str) -> Self:
         """Sort by a column. The second call reverses the order."""
         down = not self.descending if self.sort == column else column in _DOWN_FIRST
         return replace(self, sort=column, descending=down)
@@ -110,11 +108,20 @@ class Place:
         return sorted(kept, key=lambda study: _key(study, self.sort), reverse=self.descending)
 
     def picked(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
-        """The runs of the study that are shown."""
+        """The runs of the study that are shown. `runs`: all runs of the study, newest first.
+
+        Without a choice, these are the runs of the newest seeds, at most MOST. A baseline comes
+        before the other runs of its seed, so it is left out last.
+        """
         members = self.members(runs)
-        if self.runs is None:
-            return _newest_seeds(members)
-        return [run for run in members if run.short in self.runs]
+        if self.runs is not None:
+            return [run for run in members if run.short in self.runs]
+        seeds = list(dict.fromkeys(run.seed for run in members))
+        by_seed = sorted(
+            members, key=lambda run: (seeds.index(run.seed), not is_baseline(run.rule))
+        )
+        kept = {run.id for run in by_seed[:MOST]}
+        return [run for run in members if run.id in kept]
 
     def members(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
         return [run for run in runs if self.family in ("", run.experiment)]
@@ -127,29 +134,6 @@ def _among(known: tuple[Any, ...], value: str | None, default: str) -> Any:
 def describe_states(states: dict[str, int]) -> str:
     """A text such as `3 finished, 1 running, 1 silent`."""
     return ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-
-
-def _newest_seeds(members: Sequence[StoredRun]) -> list[StoredRun]:
-    """Return all members; of more than MOST, the runs of the newest seeds, each seed complete.
-
-    The runs include the baseline of the newest seed that has one. If the newest seed alone has
-    more than MOST runs, its newest runs are returned.
-    """
-    if len(members) <= MOST:
-        return list(members)
-    by_seed: dict[str, list[StoredRun]] = {}
-    for run in members:
-        by_seed.setdefault(run.seed, []).append(run)
-    bases = [[run.id for run in runs if is_baseline(run.rule)] for runs in by_seed.values()]
-    kept = set(next(filter(None, bases), [])[:MOST])
-    for place, runs in enumerate(by_seed.values()):
-        more = [run.id for run in runs if run.id not in kept]
-        room = MOST - len(kept)
-        if len(more) > room:
-            kept.update(more[:room] if place == 0 else ())
-            break
-        kept.update(more)
-    return [run for run in members if run.id in kept]
 
 
 def _key(study: StoredStudy, column: str) -> Any:
