@@ -165,7 +165,7 @@ def launch(
     here = _cluster(context.params, made)
     refuse_unnamed(made, recipes)
     trusted = trust_of(made, recipes, trust)
-    if hand_over(context, made, workers=here.workers, trust=trusted):
+    if hand_over(context, made, sizes=here.sizes, trust=trusted):
         return  # hand_over has read the options from --cluster to --partition
     if or_resume and _continued(context, made, here, trusted):
         return

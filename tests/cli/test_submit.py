@@ -237,9 +237,10 @@ NODES = "slurm --nodes 2 --time 1 --gpus-per-node 4"
         ),
         (
             f"--cluster k8s --name a {CPU_PODS} --inline",
-            "a job trains with workers of Ray; got --inline",
+            "launch: --cluster k8s does not take --inline",
         ),
-        (f"--cluster k8s --name a {CPU_PODS} --or-resume", "--or-resume follows from the job"),
+        (f"--cluster k8s --name a {CPU_PODS} --or-resume", "does not take --or-resume"),
+        ("--cluster ray://a:1 --name a --address b", "--cluster ray://a:1 does not take --address"),
         (f"--cluster k8s --name a {CPU_PODS} --set nothing=1", "nothing"),
         *(
             (

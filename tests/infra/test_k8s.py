@@ -12,6 +12,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,17 @@ def test_an_example_is_what_its_order_gives(folder: str) -> None:
     order = Order(
         words=tuple(words[2:named]),
         name=words[named + 1],
-        workers=int(words[words.index("--workers") + 1]),
-        image=containers(job)[0]["image"],
+        sizes=(int(words[words.index("--workers") + 1]),),
         runs=words[words.index("--runs") + 1],
+        options={
+            "image": containers(job)[0]["image"],
+            "infra": K8S / folder,
+            "cpus_per_worker": int(dict(pairwise(words)).get("--cpus-per-worker", 1)),
+        },
     )
     workers = groups(job)[1]
     workers["maxReplicas"] = workers["replicas"]
-    assert yaml.safe_load(render_rayjob(order, K8S / folder)) == job
+    assert yaml.safe_load(render_rayjob(order)) == job
     assert all((ROOT / word).is_file() for word in words if word.endswith(".py"))
     command: Any = typer.main.get_command(app)
     options = {name for each in command.commands["launch"].params for name in each.opts}
