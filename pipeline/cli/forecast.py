@@ -314,7 +314,7 @@ def _threads(cores: Any) -> int:
     import torch
 
     from pipeline.core.cores import cores_here
-    from pipeline.launch.base import share_of
+    from pipeline.launch.cluster import share_of
 
     here = {"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}
-    return share_of([here], gpus=torch.cuda.is_available(), loader_threads=1).cores
+    return share_of([here], gpus=torch.cuda.is_available(), loader_threads=1)[0]

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,11 @@ from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.units import some
-from pipeline.launch.base import LaunchError, WorkersEnded
-from pipeline.launch.cluster import Cluster, Launcher
+from pipeline.launch.cluster import Cluster, LaunchError, WorkersEnded
+from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare, write_job
 from pipeline.launch.progress import Shown
+from pipeline.launch.ray import Ray
 from pipeline.launch.signals import StopRequest, on_stop_signals
 from pipeline.recipe.command_line import command
 from pipeline.recipe.recipe import Recipe
@@ -53,7 +54,15 @@ POLL_S = 0.25
 MLFLOW_PATIENCE_S = 30.0
 INSTANT_S = 1.0  # `spiketrain runs` takes the lock for an instant, to check for a driver
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-_STDERR = 2
+# Starts the workers of one run after another and waits for them. It is entered and left in the main
+# thread of its process.
+Launcher = Ray | Inline
+
+
+def launcher_of(cluster: Cluster) -> Launcher:
+    if cluster.inline:
+        return Inline(device=cluster.device, loader_threads=cluster.loader_threads)
+    return Ray(cluster)
 
 
 def launch_run(
@@ -70,7 +79,7 @@ def launch_run(
     `prepare` explains `adopts`.
     """
     refuse_references(recipe)
-    launcher = cluster.launcher()
+    launcher = launcher_of(cluster)
     say_stage("checking the recipe and its data")
     check(recipe, cluster, trust=trust)
     with launcher:
@@ -124,22 +133,27 @@ def drive(
         write_job(job)
         shown = Shown(folder, console, store=uri, resume_command=resume, also=exposed.show)
         request = StopRequest(folder, print_line)
-        with _mirrored(folder, uri, print_line), closing(shown):
-            try:
-                with on_stop_signals(request.hear):
-                    return _in_thread(
-                        lambda: launcher.run(job, attempt=uuid.uuid4().hex[:8]),
-                        meanwhile=(request.report, shown.look),
-                    )
-            except LaunchError as failure:
-                hung = _journal_failure(folder, failure)
-                if not isinstance(failure, WorkersEnded):
-                    raise
-                if failure.is_for_the_user:
-                    raise UserError(str(failure)) from failure
-                if hung:
-                    raise LaunchError(_describe_hang(hung, job)) from failure
-                raise
+        mirror = Mirror(folder, uri=uri)
+        try:
+            with on_stop_signals(request.hear):
+                return _in_thread(
+                    lambda: launcher.run(job, attempt=uuid.uuid4().hex[:8]),
+                    meanwhile=(request.report, shown.look),
+                )
+        except LaunchError as failure:
+            hung = _journal_failure(folder, failure)
+            if isinstance(failure, WorkersEnded) and failure.is_for_the_user:
+                raise UserError(str(failure)) from failure
+            if isinstance(failure, WorkersEnded) and hung:
+                raise LaunchError(_describe_hang(hung, job)) from failure
+            raise
+        finally:
+            shown.close()
+            if not mirror.close(timeout=MLFLOW_PATIENCE_S):
+                print_line(
+                    f"MLflow at {without_password(uri)} has not answered; `spiketrain sync"
+                    f" {folder}` delivers the rest later"
+                )
 
 
 def _with_checkpoint_token(job: Job, say: Callable[[str], None]) -> Job:
@@ -159,20 +173,6 @@ def _with_checkpoint_token(job: Job, say: Callable[[str], None]) -> Job:
             ),
         ),
     )
-
-
-@contextmanager
-def _mirrored(folder: Path, uri: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Inside, deliver the journal to MLflow. At the end, wait some time for the rest."""
-    mirror = Mirror(folder, uri=uri)
-    try:
-        yield
-    finally:
-        if not mirror.close(timeout=MLFLOW_PATIENCE_S):
-            say(
-                f"MLflow at {without_password(uri)} has not answered; `spiketrain sync {folder}`"
-                " delivers the rest later"
-            )
 
 
 def _journal_failure(folder: Path, failure: LaunchError) -> dict[str, int]:
@@ -296,34 +296,37 @@ def ignore_lost_terminal(console: Console) -> None:
 
 
 class _LosableFile:
-    """Writes to `file` until that fails. rich (15.0) would end the process at a broken pipe."""
+    """Writes to `file` until that fails, then to nowhere. rich (15.0) would end the process at a
+    broken pipe.
+    """
 
     def __init__(self, file: IO[str]) -> None:
-        self._file, self._is_lost = file, False
+        self._file = file
 
     def write(self, text: str) -> int:
-        self._unless_lost(lambda: self._file.write(text))
+        with self._or_nowhere():
+            self._file.write(text)
         return len(text)
 
     def flush(self) -> None:
-        self._unless_lost(self._file.flush)
+        with self._or_nowhere():
+            self._file.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
-    def _unless_lost(self, act: Callable[[], object]) -> None:
-        if self._is_lost:
-            return
+    @contextmanager
+    def _or_nowhere(self) -> Iterator[None]:
         try:
-            act()
+            yield
         except OSError as error:
-            self._is_lost = True
+            lost, self._file = self._file, Path(os.devnull).open("w")  # noqa: SIM115
             line = (
                 f"shown no more: {error.strerror or error}; training goes on, and its journal has"
                 " everything\n"
             )
             with suppress(OSError):
-                os.write(_STDERR, line.encode())
+                os.write(2, line.encode())
             # Python 3.11 would try to write the buffered text at exit, and end with exit code 120.
             with suppress(OSError, ValueError):  # the file may have no descriptor
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
+                os.dup2(self._file.fileno(), lost.fileno())

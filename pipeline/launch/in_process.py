@@ -8,7 +8,7 @@ import torch
 
 from pipeline.core.cores import cores_here
 from pipeline.core.torch_settings import keep_freed_memory
-from pipeline.launch.base import (
+from pipeline.launch.cluster import (
     CountOrAuto,
     Device,
     refuse_unusable_cards,
@@ -47,6 +47,6 @@ class Inline:
         del attempt
         if self.device == "cuda":
             here = {"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}
-            share = share_of([here], gpus=True, loader_threads=self.loader_threads)
-            job = replace(job, threads=share.cores, loader_threads=share.loader_threads)
+            cores, loaders = share_of([here], gpus=True, loader_threads=self.loader_threads)
+            job = replace(job, threads=cores, loader_threads=loaders)
         return run(job, RankInfo(device=self.device))

@@ -29,6 +29,7 @@ from pipeline.core.errors import DataError
 from pipeline.core.files import Marker
 from pipeline.core.secrets import without_secrets
 from pipeline.core.units import counted
+from pipeline.launch.cluster import Cluster
 from pipeline.launch.ray import Ray
 from pipeline.launch.ray_cluster import alive_nodes, innermost, run_on_each, worker_environment
 from pipeline.measure.gpu_driver import unusable_gpus
@@ -98,7 +99,7 @@ def preflight(
             report = examine(*stores)
             findings = [*compare([report]), *report.findings]
         else:
-            stack.enter_context(Ray(workers=0, device="cpu", address=address))
+            stack.enter_context(Ray(Cluster(device="cpu", address=address)))
             findings = [*_nodes(stores), _network(runs.absolute())]
     return [*findings, of_mlflow(tracking_uri(runs))]
 

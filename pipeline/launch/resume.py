@@ -18,7 +18,7 @@ from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.launch.cluster import OPERATIONAL, Cluster, differences
-from pipeline.launch.driver import driver_lock, train_alone
+from pipeline.launch.driver import driver_lock, launcher_of, train_alone
 from pipeline.launch.prepare import read_job, write_job
 from pipeline.recipe.json import differing, listed, recipe_fields
 from pipeline.recipe.recipe import Recipe, read_json, write_json
@@ -61,7 +61,7 @@ def resume_run(
     check_resumed(folder, cluster, launched, trust=trust)
     with driver_lock(folder):
         pass  # a second driver is refused before it starts a cluster
-    with cluster.launcher() as launcher:
+    with launcher_of(cluster) as launcher:
         save_options(folder, [folder], options, new_console())
         return train_alone(
             read_job(folder, trust=trust), launcher, address=cluster.resume_address(launched)

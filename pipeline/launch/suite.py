@@ -22,8 +22,16 @@ from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
-from pipeline.launch.cluster import Cluster, Launcher
-from pipeline.launch.driver import check, drive, driver_lock, ignore_lost_terminal, say_stopped
+from pipeline.launch.cluster import Cluster
+from pipeline.launch.driver import (
+    Launcher,
+    check,
+    drive,
+    driver_lock,
+    ignore_lost_terminal,
+    launcher_of,
+    say_stopped,
+)
 from pipeline.launch.prepare import atomic_folder, free_folder, named, open_place, refuse_taken
 from pipeline.launch.resume import check_resumed, save_options
 from pipeline.launch.suite_runs import SuiteRuns, begun_job, parallel_runs, train_side_by_side
@@ -55,7 +63,7 @@ def launch_suite(
 
     `name` is the name of its folder. None: `stem` and the time.
     """
-    launcher = cluster.launcher()
+    launcher = launcher_of(cluster)
     if name is not None:
         refuse_taken(named(runs, name))
     # The runs get their folders only later. The mark makes their names differ from those of a suite
@@ -106,7 +114,7 @@ def resume_suite(
         return folder
     launched = Cluster.from_json(suite_file.cluster)
     cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
-    launcher = cluster.launcher()
+    launcher = launcher_of(cluster)
     say_stage(
         f"checking {counted(len(suite_file.suite.recipes), 'recipe')} and where they continue"
     )

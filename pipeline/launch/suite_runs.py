@@ -24,9 +24,8 @@ from pipeline.core.checks import require
 from pipeline.core.errors import UserError
 from pipeline.core.printing import say
 from pipeline.core.run_folder import RunFolder
-from pipeline.launch.base import CountOrAuto, LaunchError
-from pipeline.launch.cluster import Cluster, Launcher
-from pipeline.launch.driver import check
+from pipeline.launch.cluster import Cluster, CountOrAuto, LaunchError
+from pipeline.launch.driver import Launcher, check
 from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.progress import Shown
 from pipeline.launch.signals import PATIENT, on_stop_signals

@@ -24,6 +24,7 @@ from ray.exceptions import AuthenticationError
 from pipeline.cli.launch import resume
 from pipeline.core.errors import UserError
 from pipeline.launch.cluster import OPERATIONAL, Cluster, parse_workers
+from pipeline.launch.driver import launcher_of
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray
 from pipeline.launch.ray_cluster import NODES, worker_start_timeout
@@ -95,11 +96,9 @@ def test_a_damaged_cluster_is_refused_in_one_line(value: Any, said: str) -> None
 def test_what_is_rays_has_no_effect_in_this_process_and_is_refused(
     launched: dict[str, Any], how: dict[str, Any] | None, got: str
 ) -> None:
-    now = Cluster(**launched)
-    now = now if how is None else now.resumed(**how, inline=True)
     said = f"--inline is one worker in this process, without Ray; got {got}$"
     with pytest.raises(ValueError, match=said):
-        now.launcher()
+        Cluster(**launched).resumed(**(how or {}), inline=True)
 
 
 @pytest.mark.parametrize("joins", [False, True])
@@ -121,7 +120,7 @@ def test_a_token_that_is_not_at_hand_is_said_in_one_line(
     )
     with socket.create_server(("127.0.0.1", 0)) as door:
         address = f"127.0.0.1:{door.getsockname()[1]}" if joins else None
-        with pytest.raises(UserError, match=f"^{said}"), Ray(workers=1, address=address):
+        with pytest.raises(UserError, match=f"^{said}"), Ray(Cluster(address=address)):
             pass
 
 
@@ -212,11 +211,7 @@ JOINED = Cluster(workers=4, address="10.0.0.1:6379")
             {"workers": 2, "options": {"cpus_per_worker": 3}},
             Cluster(workers=2, cpus_per_worker=3, **KEPT),
         ),
-        (
-            Cluster(workers=2, cpus_per_worker=3, inline=True, **KEPT),
-            {"options": {"verify": "sampled"}},
-            replace(HERE, verify="sampled"),
-        ),
+        (HERE, {"options": {"verify": "sampled"}}, replace(HERE, verify="sampled")),
         # A suite whose runs were as many as there is room for goes on in turn where it must.
         (SEVERAL, {}, SEVERAL),
         (SEVERAL, {"workers": 1}, replace(SEVERAL, workers=1)),
@@ -271,11 +266,9 @@ def test_a_resume_can_be_told_all_that_a_launch_can_but_where_checkpoints_are() 
 def test_cores_and_threads_that_nobody_has_said_are_the_launchers_to_find() -> None:
     settings = Cluster().worker_settings
     assert (settings["threads"], settings["loader_threads"]) == (1, 1)  # on a CPU
-    here, under_ray = Cluster(inline=True, device="cpu").launcher(), Cluster(device="cpu")
-    assert isinstance(here, Inline)
-    assert here.loader_threads == under_ray.launcher().loader_threads == "auto"
-    said = replace(under_ray, cpus_per_worker=4, loader_threads=2).launcher()
-    assert isinstance(said, Ray) and (said.cpus_per_worker, said.loader_threads) == (4, 2)
+    here, under_ray = launcher_of(Cluster(inline=True, device="cpu")), launcher_of(Cluster())
+    assert isinstance(here, Inline) and isinstance(under_ray, Ray)
+    assert here.loader_threads == under_ray.cluster.loader_threads == "auto"
 
 
 @pytest.fixture

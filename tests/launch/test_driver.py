@@ -29,7 +29,7 @@ from rich.console import Console
 from pipeline.core.errors import UserError
 from pipeline.launch import driver, signals, suite_runs
 from pipeline.launch import driver as driving
-from pipeline.launch.base import LaunchError, WorkersEnded
+from pipeline.launch.cluster import LaunchError, WorkersEnded
 from pipeline.launch.driver import drive, driver_lock, this_machine
 from pipeline.launch.in_process import Inline
 from pipeline.launch.signals import ECHO_S, StopRequest, blocked_signal, on_stop_signals

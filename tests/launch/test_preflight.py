@@ -25,7 +25,6 @@ from torch import distributed
 from pipeline.cli.doctor import doctor
 from pipeline.core.files import Marker
 from pipeline.launch import preflight as module
-from pipeline.launch.base import NoAnswer
 from pipeline.launch.preflight import (
     PACKAGES,
     Finding,
@@ -37,6 +36,7 @@ from pipeline.launch.preflight import (
     preflight,
     try_store,
 )
+from pipeline.launch.ray_cluster import NoAnswer
 from pipeline.measure.gpu_driver import UnusableGPUs
 from tests.helpers.nodes import TOKEN, nodes
 from tests.helpers.s3 import s3_server
@@ -47,6 +47,7 @@ WITH_GPU = replace(ONE, gpus=("H100",))
 SCRIPT = """
 import sys, time
 from pathlib import Path
+from pipeline.launch.cluster import Cluster
 from pipeline.launch.ray import Ray
 from pipeline.launch.ray_cluster import run_on_each as on_each
 
@@ -70,7 +71,7 @@ def cores(count):
     return count
 
 folder = sys.argv[2]
-with Ray(workers=0, address=sys.argv[1]):
+with Ray(Cluster(address=sys.argv[1])):
     print(sorted(map(repr, on_each(raises, lambda has: folder + "/r", within_s=60))))
     print(sorted(map(repr, on_each(hangs, lambda has: folder + "/h", within_s=6))))
     print(on_each(cores, lambda has: has["CPU"], within_s=60))
@@ -114,7 +115,7 @@ def sick(monkeypatch: pytest.MonkeyPatch, no_ffcv: None) -> None:
             NoAnswer("10.0.0.2", "ModuleNotFoundError: No module named 'pipeline'"),
         ]
 
-    monkeypatch.setattr(module, "Ray", lambda **given: nullcontext())
+    monkeypatch.setattr(module, "Ray", nullcontext)
     monkeypatch.setattr(module, "run_on_each", run_on_each)
     monkeypatch.setattr(module, "_network", lambda runs: Finding("network", "ok", "reached"))
 
@@ -141,7 +142,7 @@ def test_a_node_that_does_not_answer_hides_no_other(tmp_path: Path) -> None:
 def test_local_is_this_machine_and_starts_no_ray(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "Ray", lambda **given: pytest.fail(f"a Ray at {given['address']}"))
+    monkeypatch.setattr(module, "Ray", lambda cluster: pytest.fail(f"a Ray at {cluster.address}"))
     for address in (None, "local"):
         assert [each.check for each in run(tmp_path, address)] == [
             "versions",

@@ -147,11 +147,12 @@ def told(folder: Path, file: str) -> Any:
 def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Cluster]:
     made: list[Cluster] = []
 
-    def launcher(self: Cluster) -> Inline:
-        made.append(self)
+    def launcher_of(cluster: Cluster) -> Inline:
+        made.append(cluster)
         return Inline(device="cpu")
 
-    monkeypatch.setattr(Cluster, "launcher", launcher)
+    for module in ("driver", "resume", "suite"):
+        monkeypatch.setattr(f"pipeline.launch.{module}.launcher_of", launcher_of)
     return made
 
 
