@@ -31,8 +31,9 @@ from tests.helpers.small import (
 
 
 def spiketrain_process(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=110)
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, timeout=110
+    )
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -70,10 +71,15 @@ spiketrain.run()
 def test_a_command_ends_with_its_code_once_all_is_flushed_and_takes_nothing_apart(
     how: str, code: int
 ) -> None:
-    words = [sys.executable, "-c", ENDS.replace("{how}", how)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    ended = (code, "the last line\nregistered for the end\n")
-    assert (done.returncode, done.stdout) == ended, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS.replace("{how}", how)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (code, "the last line\nregistered for the end\n"), (
+        done.stderr
+    )
     assert ("ZeroDivisionError" in done.stderr) == (code == 1)
 
 
@@ -250,14 +256,17 @@ def test_a_number_that_is_none_or_without_end_is_refused_whatever_the_option(
 ) -> None:
     assert len(NUMBERS) == 9
     for words, option in NUMBERS:
-        named = ["x"] if words[0] not in ("compare", "report") else []
-        said = refused(*words, option, value, *named)
+        said = refused(
+            *words, option, value, *(["x"] if words[0] not in ("compare", "report") else [])
+        )
         assert said.startswith((f"Invalid value for '{option}': ", f"{words[-1]}: {option} is"))
 
 
 def test_nothing_that_is_imported_adds_a_line_to_it(tmp_path: Path) -> None:
-    launch = ("launch", "recipes/fashion/sltt.py", "--inline", "--runs", str(tmp_path))
-    done = spiketrain_process(*launch, "--set", "data.folder=nowhere")
+    done = spiketrain_process(
+        *f"launch recipes/fashion/sltt.py --inline --runs {tmp_path}".split(),
+        *("--set", "data.folder=nowhere"),
+    )
     [line] = without_stages(done.stderr).strip().splitlines()
     assert done.returncode == 2 and "does not exist" in line
 
@@ -378,8 +387,9 @@ def test_what_does_not_fit_together_is_refused(
     "change", ["optimizer.weight_decay=1e-4", "optimizer.opt=adamw", "optimizer.opt=lamb"]
 )
 def test_hlop_refuses_what_moves_weights_off_the_gradient(change: str, refused: Refused) -> None:
-    recipe = "recipes/continual/permuted_fashion_hlop_sltt.py"
-    assert refused("show", recipe, "--set", change).startswith("HLOP(SLTT): ")
+    assert refused(
+        "show", "recipes/continual/permuted_fashion_hlop_sltt.py", "--set", change
+    ).startswith("HLOP(SLTT): ")
 
 
 def test_an_event_file_that_is_cut_short_is_refused_by_verify_and_by_launch(
@@ -390,8 +400,14 @@ def test_an_event_file_that_is_cut_short_is_refused_by_verify_and_by_launch(
     os.truncate(file, file.stat().st_size - 1000)
     capsys.readouterr()
     changes = ("--set", f"data.folder={tmp_path / 'data'}", "--set", "batch_size=16")
-    where = ("--inline", "--runs", str(tmp_path / "runs"))
-    launch = ("launch", "recipes/events/moving_sltt.py", *changes, *where)
+    launch = (
+        "launch",
+        "recipes/events/moving_sltt.py",
+        *changes,
+        "--inline",
+        "--runs",
+        str(tmp_path / "runs"),
+    )
     for words in (("verify", str(tmp_path / "data")), launch):
         line = refused(*words)
         assert "train.beton" in line and "truncated" in line
@@ -529,13 +545,13 @@ def test_events_are_written_verified_and_refused(
     tmp_path: Path, spiketrain: Command, refused: Refused
 ) -> None:
     folder, write = str(tmp_path / "moving"), ("write", "events", "moving", "--out")
-    sizes = ("--samples", "20", "--val-samples", "10", "--slices", "4", "--size", "16")
-    code, out, _ = spiketrain(*write, folder, *sizes)
+    code, out, _ = spiketrain(
+        *write, folder, *"--samples 20 --val-samples 10 --slices 4 --size 16".split()
+    )
     lines = [f"{name}.beton: {n} samples, 16 classes" for name, n in (("train", 20), ("val", 10))]
     assert (code, out.splitlines()) == (0, [f"{line}, 0 skipped" for line in lines])
     assert spiketrain("verify", folder)[0] == 0
-    said = refused(*write, str(tmp_path / "other"), "--resize", "sum")
-    assert "resize has no effect" in said
+    assert "resize has no effect" in refused(*write, str(tmp_path / "other"), "--resize", "sum")
 
 
 NOISY = """

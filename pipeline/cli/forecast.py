@@ -292,8 +292,10 @@ def _print(
             _print_json(shown)
         return
     with with_placeholder_weights(made) as recipes:
-        networks = group_by_network(recipes, network_key)
-        forecasts = (forecast(each, rules=(*RULES, *rules)) for each, rules in networks)
+        forecasts = (
+            forecast(each, rules=(*RULES, *rules))
+            for each, rules in group_by_network(recipes, network_key)
+        )
         if as_json:
             _print_json([show(each) for each in forecasts])
             return

@@ -189,8 +189,12 @@ def _cluster(params: dict[str, Any], made: Recipe | Suite) -> Cluster:
     if options["side_by_side"] is None:
         # An existing Ray cluster has other users, and its CPUs may be half cores. There the user
         # sets the number of runs that train at once.
-        is_ours = params["address"] in (None, "local") and not params["inline"]
-        fits = isinstance(made, Suite) and is_ours and isinstance(options["workers"], int)
+        fits = (
+            isinstance(made, Suite)
+            and isinstance(options["workers"], int)
+            and params["address"] in (None, "local")
+            and not params["inline"]
+        )
         options["side_by_side"] = "auto" if fits else 1
     if options["side_by_side"] != 1 and not isinstance(made, Suite):
         raise ValueError(
@@ -259,11 +263,14 @@ def resume(
     from pipeline.launch.cluster import OPERATIONAL, parse_workers
     from pipeline.report.selection import find_run
 
-    sizes = None if workers is None else parse_workers(workers)
     options = {field: context.params[field] for field in OPERATIONAL if is_typed(context, field)}
-    folder = find_run(runs, run, suites=True)
     _resume(
-        folder, workers=sizes, inline=inline, address=address, options=options, trust=tuple(trust)
+        find_run(runs, run, suites=True),
+        workers=None if workers is None else parse_workers(workers),
+        inline=inline,
+        address=address,
+        options=options,
+        trust=tuple(trust),
     )
 
 
@@ -320,9 +327,11 @@ def _end_suite(folder: Path | None, trust: tuple[str, ...], *, had_ended: bool =
             print(f"page    {page}")
             publish(result, page)
         except (ValueError, OSError, TrackingError) as error:  # the runs themselves are complete
-            retry = command("report", folder)
-            text = f"{error}; its page is made anew, and put into MLflow, by: {retry}"
-            print(text, file=sys.stderr)
+            print(
+                f"{error}; its page is made anew, and put into MLflow, by:"
+                f" {command('report', folder)}",
+                file=sys.stderr,
+            )
     finished = (run for run in runs_of(folder).values() if state_of(run) == "finished")
     _print_next(folder, run=next(finished, None))
 
@@ -342,8 +351,9 @@ def _comparison(made: list[Recipe | Suite], seeds: int, tune: str | None) -> Rec
     """One recipe or suite; a suite if there are several files, seeds or a search."""
     if len(made) == seeds == 1 and tune is None:
         return made[0]
-    suites = [each if isinstance(each, Suite) else Suite((each,)) for each in made]
-    suite = over_seeds(joined(suites), seeds)
+    suite = over_seeds(
+        joined([each if isinstance(each, Suite) else Suite((each,)) for each in made]), seeds
+    )
     if tune is None:
         return suite
     from pipeline.report.suite import print_protocols

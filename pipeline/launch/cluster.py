@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pipeline.core.checks import is_count, refuse_unless_counts, require
 from pipeline.core.errors import DataError, UserError
+from pipeline.core.units import counted
 from pipeline.launch.ray_cluster import NodeLoss
 from pipeline.measure.gpu_driver import unusable_gpus
 from pipeline.recipe.spec import arguments_of
@@ -100,8 +101,10 @@ class Cluster:
         if self.address == "local":
             object.__setattr__(self, "address", None)
         counts = ("workers", "cpus_per_worker", "loader_threads", "side_by_side")
-        given = {name: each for name in counts if (each := getattr(self, name)) != "auto"}
-        refuse_unless_counts("cluster", given)
+        refuse_unless_counts(
+            "cluster",
+            {name: each for name in counts if (each := getattr(self, name)) != "auto"},
+        )
         refuse_unless_counts("cluster", {"max_restarts": self.max_restarts}, least=0)
         if self.checkpoints is not None:
             refuse_credentials(self.checkpoints)
@@ -252,10 +255,9 @@ def takes_gpus(device: Device, workers: int, gpus: int) -> bool:
     if device == "cpu" or (device == "auto" and gpus == 0):
         return False
     if gpus < workers:
-        need = "1 worker needs a GPU" if workers == 1 else f"{workers} workers need as many GPUs"
-        fewer = "fewer workers or " if gpus else ""
         raise UserError(
-            f"launch: {need}; there {'is' if gpus == 1 else 'are'} {gpus}; take {fewer}--device cpu"
+            f"launch: each worker needs a GPU; got {counted(workers, 'worker')} and"
+            f" {counted(gpus, 'GPU')}; take fewer workers or --device cpu"
         )
     return True
 

@@ -83,8 +83,11 @@ def launch_run(
     say_stage("checking the recipe and its data")
     check(recipe, cluster, trust=trust)
     with launcher:
-        job = prepare(recipe, cluster, runs, name=name, adopts=adopts, trust=trust)
-        return train_alone(job, launcher, address=cluster.address)
+        return train_alone(
+            prepare(recipe, cluster, runs, name=name, adopts=adopts, trust=trust),
+            launcher,
+            address=cluster.address,
+        )
 
 
 def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
@@ -124,14 +127,15 @@ def drive(
     job = replace(job, resume_command=resume, commit=commit())
     ignore_lost_terminal(console)
     print_line = partial(say, console)
-    exposed = Exposed(folder, print_line)
     with driver_lock(folder):
         job = _with_checkpoint_token(job, print_line)
         files = RunFolder(folder)
         for message in (files.stop, files.save, files.refusal):
             message.unlink(missing_ok=True)
         write_job(job)
-        shown = Shown(folder, console, store=uri, resume_command=resume, also=exposed.show)
+        shown = Shown(
+            folder, console, store=uri, resume_command=resume, also=Exposed(folder, print_line).show
+        )
         request = StopRequest(folder, print_line)
         mirror = Mirror(folder, uri=uri)
         try:
@@ -196,11 +200,10 @@ def _describe_hang(hung: dict[str, int], job: Job) -> str:
 
     A worker that waits for a hung one gives no sign of life either, and may be ended first.
     """
-    ranks = ", ".join(map(str, sorted(set(hung.values()))))
     stacks = some([str(Path(job.run) / file) for file in hung], most=4)
     return (
-        f"worker {ranks}, or one that was waited for: no sign of life for too long"
-        f" (--hang-minutes); what its threads were at is in {stacks}"
+        f"worker {', '.join(map(str, sorted(set(hung.values()))))}, or one that was waited for: no"
+        f" sign of life for too long (--hang-minutes); what its threads were at is in {stacks}"
     )
 
 
@@ -321,12 +324,12 @@ class _LosableFile:
             yield
         except OSError as error:
             lost, self._file = self._file, Path(os.devnull).open("w")  # noqa: SIM115
-            line = (
-                f"shown no more: {error.strerror or error}; training goes on, and its journal has"
-                " everything\n"
-            )
             with suppress(OSError):
-                os.write(2, line.encode())
+                os.write(
+                    2,
+                    f"shown no more: {error.strerror or error}; training goes on, and its journal"
+                    " has everything\n".encode(),
+                )
             # Python 3.11 would try to write the buffered text at exit, and end with exit code 120.
             with suppress(OSError, ValueError):  # the file may have no descriptor
                 os.dup2(self._file.fileno(), lost.fileno())

@@ -128,8 +128,7 @@ class Ray:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             if address is None:
-                per_worker = self.cluster.worker_settings["threads"]
-                cores = max(self.least * per_worker, cores_here())
+                cores = max(self.least * self.cluster.worker_settings["threads"], cores_here())
                 # A terminal that closes sends SIGHUP to all its processes. Workers have to save
                 # first. "local": Ray would otherwise join a cluster that runs on this machine.
                 with blocked_signal(signal.SIGHUP):
@@ -162,9 +161,9 @@ class Ray:
         gpus, cores_each, _ = self._share()
         cores = ray.cluster_resources().get("CPU", 0)
         if cores < (wanted := self.least * cores_each):
-            each = f"{counted(self.least, 'worker')} x {counted(cores_each, 'cpu')}"
             raise UserError(
-                f"launch: {each} need {counted(wanted, 'core')}; the cluster has {cores:.0f}"
+                f"launch: {counted(self.least, 'worker')} x {counted(cores_each, 'cpu')} need"
+                f" {counted(wanted, 'core')}; the cluster has {cores:.0f}"
             )
         if gpus and self.cluster.address is not None:  # this machine was checked before
             answers = run_on_each(
@@ -232,8 +231,9 @@ class Ray:
             outcome = self._trainer(job, attempt).fit().return_value
         except Exception as error:  # Ray wraps what a worker raised in several layers
             if not has_no_place(error):
-                needs_user = needs_the_user(error)
-                raise WorkersEnded(innermost(error), is_for_the_user=needs_user) from error
+                raise WorkersEnded(
+                    innermost(error), is_for_the_user=needs_the_user(error)
+                ) from error
             folder = Path(job.run)
             if not was_stopped(folder):
                 raise LaunchError(no_place(self.least)) from error

@@ -109,8 +109,8 @@ def run_on_each(
             ray.cancel(task, force=True)
             answers.append(NoAnswer(node["NodeManagerAddress"], "it does not answer in time"))
         except RayError as error:
-            why = innermost(getattr(error, "cause", None) or error)
-            answers.append(NoAnswer(node["NodeManagerAddress"], why))
+            raised = getattr(error, "cause", None) or error
+            answers.append(NoAnswer(node["NodeManagerAddress"], innermost(raised)))
     return answers
 
 

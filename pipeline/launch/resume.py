@@ -134,8 +134,11 @@ def refuse_unless_launched_so(
     if [*was] == [*now]:
         differ = [each for name in was for each in differing(name, was[name], now[name])]
     require(not differ, f"{rule}; its recipe differs now: {listed(differ)}")
-    options = differences(Cluster.from_json(launched), cluster)
-    changed = [text for name, text in options.items() if name not in MAY_DIFFER]
+    changed = [
+        text
+        for name, text in differences(Cluster.from_json(launched), cluster).items()
+        if name not in MAY_DIFFER
+    ]
     require(not changed, f"{rule}; its options differ now: {', '.join(changed)}")
 
 

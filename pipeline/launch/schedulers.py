@@ -204,8 +204,10 @@ def _fill_rayjob(job: dict[str, Any], order: Order, folder: Path) -> None:
     job["metadata"]["name"] = order.name
     # The driver runs on the head, which has no GPU, so the device is named.
     device = ["--device", "gpu" if "nvidia.com/gpu" in limits else "cpu"]
-    launch = order.launch(*([] if "device" in order.options else device))
-    job["spec"]["entrypoint"] = shlex.join(launch)  # a shell of the head reads it
+    # A shell of the head reads the entrypoint.
+    job["spec"]["entrypoint"] = shlex.join(
+        order.launch(*([] if "device" in order.options else device))
+    )
     for pod in pods:
         pod["containers"][0]["image"] = order.image  # the first container is Ray's (KubeRay 1.7.0)
 
@@ -246,11 +248,11 @@ def _refuse_unless_shared(order: Order, pods: Sequence[dict[str, Any]]) -> None:
 
 
 def _shared_mounts(pod: dict[str, Any]) -> set[str]:
-    volumes = pod.get("volumes", ())
-    claims = {each["name"] for each in volumes if "persistentVolumeClaim" in each}
-    mounts = pod["containers"][0].get("volumeMounts", ())
+    claims = {each["name"] for each in pod.get("volumes", ()) if "persistentVolumeClaim" in each}
     return {
-        each["mountPath"] for each in mounts if each["name"] in claims and not each.get("readOnly")
+        each["mountPath"]
+        for each in pod["containers"][0].get("volumeMounts", ())
+        if each["name"] in claims and not each.get("readOnly")
     }
 
 
@@ -290,8 +292,8 @@ def render_sbatch(order: Order) -> str:
     if gpus_per_node:
         options["gpus-per-node"] = str(gpus_per_node)
     if "partition" in order.options:
-        partition = order.options["partition"]
-        options["partition"] = _matching("partition", partition, r"[\w.-]+(,[\w.-]+)*")
+        names = r"[\w.-]+(,[\w.-]+)*"
+        options["partition"] = _matching("partition", order.options["partition"], names)
     return shlex.join(
         [
             "env",
@@ -314,8 +316,8 @@ def submit_sbatch(command: str) -> str:
     """
     _, *words = shlex.split(command)
     at = words.index("sbatch")
-    environment = dict(word.split("=", 1) for word in words[:at])
-    return answer_of("sbatch", *words[at + 1 :], environment=environment).split(";")[0]
+    variables = dict(word.split("=", 1) for word in words[:at])
+    return answer_of("sbatch", *words[at + 1 :], environment=variables).split(";")[0]
 
 
 def _matching(name: str, value: str, pattern: str) -> str:

@@ -140,9 +140,11 @@ def _train(suite: SuiteRuns, launcher: Launcher, slots: int) -> Path | None:
         suite = replace(suite, cluster=replace(suite.cluster, side_by_side=1))
     with ExitStack() as at_the_end, driver_lock(folder):
         at_the_end.callback(_sync_states, suite, console)
-        train = train_side_by_side if slots > 1 else _train_in_turn
         try:
-            done = train(suite, launcher, slots, console)
+            if slots > 1:
+                done = train_side_by_side(suite, launcher, slots, console)
+            else:
+                done = _train_in_turn(suite, launcher, console)
             if done:
                 measure_the_rest(folder, suite.suite_file.suite, trust=suite.trust)
         except KeyboardInterrupt:  # between two runs, or during a measurement
@@ -170,11 +172,10 @@ def _sync_states(suite: SuiteRuns, console: Console) -> None:
         say(console, str(error))  # not raised: the caller may be raising another error
 
 
-def _train_in_turn(suite: SuiteRuns, launcher: Launcher, slots: int, console: Console) -> bool:
+def _train_in_turn(suite: SuiteRuns, launcher: Launcher, console: Console) -> bool:
     """As `train_side_by_side`, but train one run after another, driven by this process. A diverged
     run counts as trained.
     """
-    del slots
     left = suite.left()
     for recipe in left:
         try:
@@ -260,8 +261,10 @@ def _measure(measurement: Measurement, runs: Mapping[str, Path], trust: tuple[st
             "threads": conditions["hardware"].get("threads", 1),
             **options,
         }
-        times_of = measure_interleaved(recipes[0], rules, **options)
-        return {label: asdict(times) for label, times in times_of.items()}
+        return {
+            label: asdict(times)
+            for label, times in measure_interleaved(recipes[0], rules, **options).items()
+        }
     from pipeline.forecast import plan as forecast
 
     device, workers = forecast.DEVICES[options.pop("device")], options.pop("workers")

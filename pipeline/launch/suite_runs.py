@@ -90,8 +90,10 @@ class SuiteRuns:
         """
         run, suite = self.where[recipe.name], self.suite_file.suite
         if run.exists():  # it may have begun with another number of runs side by side
-            job = begun_job(run, self.suite_file.parent, trust=self.trust)
-            return replace(job, own_cores=self.cluster.worker_settings["own_cores"])
+            return replace(
+                begun_job(run, self.suite_file.parent, trust=self.trust),
+                own_cores=self.cluster.side_by_side != 1,
+            )
         if choice := suite.choices.get(recipe.name):
             best_trial = best({name: top1_of(self.where[name]) for name in choice.trials})
             [trial] = [each for each in suite.recipes if each.name == best_trial]
@@ -174,8 +176,7 @@ def train_side_by_side(suite: SuiteRuns, launcher: Launcher, slots: int, console
             if _is_driven_elsewhere(recipe.name, suite.where[recipe.name], driven_since, console):
                 elsewhere += 1
             else:
-                job = suite.job(recipe)
-                running[recipe.name] = _ChildDriver(recipe.name, job, suite, launcher, console)
+                running[recipe.name] = _ChildDriver(recipe, suite, launcher, console)
         return elsewhere > 0
 
     failed: Exception | None = None
@@ -221,8 +222,10 @@ def _is_driven_elsewhere(
         return False
     if name not in driven_since:
         driven_since[name] = time.monotonic()
-        text = f"another process still trains it: waiting for up to {LEAVING_S:.0f} s"
-        say(console, f"{name}  {text}")
+        say(
+            console,
+            f"{name}  another process still trains it: waiting for up to {LEAVING_S:.0f} s",
+        )
     if time.monotonic() - driven_since[name] > LEAVING_S:
         raise UserError(
             f"{run.name}: is being trained by another process, which still does after"
@@ -235,8 +238,9 @@ class _ChildDriver:
     """The process that drives one run of the suite."""
 
     def __init__(
-        self, name: str, job: Job, suite: SuiteRuns, launcher: Launcher, console: Console
+        self, recipe: Recipe, suite: SuiteRuns, launcher: Launcher, console: Console
     ) -> None:
+        job, name = suite.job(recipe), recipe.name
         self.folder, self._is_over = Path(job.run), partial(suite.is_over, name)
         self._files, runs = RunFolder(self.folder), suite.folder.parent
         self._files.stop.unlink(missing_ok=True)

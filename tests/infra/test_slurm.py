@@ -244,8 +244,11 @@ def test_a_run_that_is_asked_to_stop_saves(
     slurm: Slurm, to: str, number: signal.Signals, is_queued_again: bool
 ):
     batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train")
-    driver = slurm.until("driver.began")
-    pids = {"tasks": slurm.until("srun.tasks"), "script": str(batch.pid), "driver": driver}
+    pids = {
+        "tasks": slurm.until("srun.tasks"),
+        "script": str(batch.pid),
+        "driver": slurm.until("driver.began"),
+    }
     for pid in pids[to].split():
         os.kill(int(pid), number)
     slurm.end(130)
@@ -313,8 +316,9 @@ def submit(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str
 
     def made(line: str) -> str:
         number = submit_sbatch(line)
-        read = slurm.left("sbatch.environment").splitlines()
-        environment = dict(each.split("=", 1) for each in read)
+        environment = dict(
+            each.split("=", 1) for each in slurm.left("sbatch.environment").splitlines()
+        )
         script, *words = slurm.left("sbatch.words").splitlines()
         slurm.start(Path(script), *words, SLURM_JOB_NAME="my-run", **environment)
         return number
@@ -325,16 +329,18 @@ def submit(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str
 def test_what_is_submitted_runs_as_ordered(slurm: Slurm, submit: Callable[[str], str]):
     words = ("recipes/it's mine.py", "--set", 'data.folder="$(touch owned)"; `touch owned` & #')
     runs = str(slurm.folder / "its runs")
-    asked = {"time": "1-00:00:00", "partition": "gpu,long", "image": "a b:1"}
-    assert submit(command(*words, runs=runs, **asked)) == "4711"
+    options = {"time": "1-00:00:00", "partition": "gpu,long", "image": "a b:1"}
+    assert submit(command(*words, runs=runs, **options)) == "4711"
     slurm.end()
     assert slurm.left("sbatch.options").splitlines() == [
         *("--parsable", "--export=ALL", "--job-name=my-run", "--nodes=2", "--time=1-00:00:00"),
         *("--gpus-per-node=8", "--partition=gpu,long"),
     ]
     rest = ["--address", "auto", "--workers", "16", "--or-resume", "--node-loss", "patient"]
-    launched = slurm.left("driver.words").splitlines()[1:]
-    assert launched == [*words, "--name", "my-run", "--runs", runs, *rest]
+    assert slurm.left("driver.words").splitlines()[1:] == [
+        *(*words, "--name", "my-run", "--runs", runs),
+        *rest,
+    ]
     assert "--container-image=a b:1" in slurm.left("srun.options").splitlines()
     assert not list(slurm.folder.rglob("owned"))
 
@@ -464,8 +470,9 @@ def daemons() -> Iterator[None]:
         try:
             for command in commands:
                 said = (folder / f"{Path(command[0]).name}.said").open("w")
-                how = {"stdout": said, "stderr": said, "start_new_session": True}
-                started.append(subprocess.Popen(command, **how))
+                started.append(
+                    subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+                )
                 time.sleep(1)
             sinfo = ["sinfo", "--noheader", "--format=%T"]
             until(
@@ -495,12 +502,22 @@ class Submitted:
         patch.chdir(folder)
         # A limit below the 120 s of --signal: Slurm announces the end as soon as it looks, every 30
         # s.
-        asked = {"runs": str(folder / "runs"), "nodes": 1, "gpus_per_node": 0, "time": "2"}
-        self.number = submit_sbatch(command("r.py", name="a-run", sizes=(1,), **asked))
+        self.number = submit_sbatch(
+            command(
+                "r.py",
+                name="a-run",
+                sizes=(1,),
+                runs=str(folder / "runs"),
+                nodes=1,
+                gpus_per_node=0,
+                time="2",
+            )
+        )
 
     def told(self, field: str) -> str:
-        command = ["scontrol", "show", "job", self.number]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        shown = subprocess.run(
+            ["scontrol", "show", "job", self.number], capture_output=True, text=True, check=True
+        ).stdout
         [found] = re.findall(rf"\b{field}=(\S*)", shown)
         return found
 
@@ -509,8 +526,12 @@ class Submitted:
         return file.read_text() if file.exists() else ""
 
     def until(self, holds: Callable[[], bool], *, within: float = 150.0) -> None:
-        said = lambda: f"{self.told('JobState')}:\n{self.said()}"
-        until(holds, within=within, pause=0.3, said=said)
+        until(
+            holds,
+            within=within,
+            pause=0.3,
+            said=lambda: f"{self.told('JobState')}:\n{self.said()}",
+        )
 
     def ends(self, state: str) -> None:
         self.until(lambda: self.told("JobState") == state)
@@ -587,8 +608,7 @@ def test_a_run_in_two_slices_of_time(tmp_path: Path, way: str):
     runs, number = tmp_path / "runs", str(8_000_000 + os.getpid())
     run, log, of_ray = runs / "in-slices", tmp_path / "said", f"/tmp/spiketrain-{number}"
     (tmp_path / "sliced.py").write_text(RECIPE)
-    stand_ins = (STAND_IN / "srun", STAND_IN / "scontrol", STAND_IN / "on_ray" / "ray")
-    commands_at(tmp_path / "bin", *stand_ins)
+    commands_at(tmp_path / "bin", *(STAND_IN / name for name in ("srun", "scontrol", "on_ray/ray")))
     foreign = ("RAY_", "SLURM_", "MLFLOW_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)} | {
         "PATH": f"{tmp_path / 'bin'}:{PROGRAMS}:/usr/bin:/bin",
@@ -629,12 +649,14 @@ def test_a_run_in_two_slices_of_time(tmp_path: Path, way: str):
         assert (summary["steps"], summary["restarts"]) == (320, 1)
         assert len((tmp_path / "scontrol").read_text().splitlines()) == 1
         assert not list(runs.glob(".slurm-*"))
-        again = r"start 2 of in-slices: workers: 1, nodes: 1, Ray at [\d.]+:2\d{4}"
-        assert re.search(again, log.read_text())
+        assert re.search(
+            r"start 2 of in-slices: workers: 1, nodes: 1, Ray at [\d.]+:2\d{4}", log.read_text()
+        )
     finally:
         for process in started:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-        stop = [tmp_path / "bin" / "ray", "stop"]
-        subprocess.run(stop, env=environment | {"RAY_TMPDIR": of_ray}, check=True)
+        subprocess.run(
+            [tmp_path / "bin" / "ray", "stop"], env=environment | {"RAY_TMPDIR": of_ray}, check=True
+        )
         shutil.rmtree(of_ray, ignore_errors=True)

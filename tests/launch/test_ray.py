@@ -210,8 +210,8 @@ def test_so_are_those_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> Non
         (
             {"workers": 17, "device": "gpu"},
             {"CPU": 128.0, "GPU": 16.0},
-            "launch: 17 workers need as many GPUs; there are 16; take fewer workers or --device"
-            " cpu",
+            "launch: each worker needs a GPU; got 17 workers and 16 GPUs; take fewer workers or"
+            " --device cpu",
         ),
         (
             {"workers": 9, "device": "gpu", "cpus_per_worker": 16},
@@ -221,7 +221,8 @@ def test_so_are_those_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> Non
         (
             {"workers": 1, "device": "gpu"},
             {"CPU": 2.0},
-            "launch: 1 worker needs a GPU; there are 0; take --device cpu",
+            "launch: each worker needs a GPU; got 1 worker and 0 GPUs; take fewer workers or"
+            " --device cpu",
         ),
         (
             {"workers": 3, "device": "cpu"},
@@ -449,9 +450,9 @@ def test_where_all_have_lost_another_one_the_lowest_is_told() -> None:
         ("auto", 2, 8, True),
         ("cpu", 2, 8, False),
         ("gpu", 1, 1, True),
-        ("auto", 2, 1, "there is 1; take fewer workers or --device cpu"),
-        ("gpu", 2, 0, "there are 0; take --device cpu"),
-        ("gpu", 2, 1, "there is 1; take fewer workers or --device cpu"),
+        ("auto", 2, 1, "1 GPU"),
+        ("gpu", 2, 0, "0 GPUs"),
+        ("gpu", 2, 1, "1 GPU"),
     ],
 )
 def test_gpus_are_taken_where_there_is_one_for_each_worker(
@@ -460,7 +461,8 @@ def test_gpus_are_taken_where_there_is_one_for_each_worker(
     if isinstance(expected, bool):
         assert takes_gpus(device, workers, gpus) is expected
         return
-    with pytest.raises(UserError, match=f"^launch: 2 workers need as many GPUs; {expected}$"):
+    said = f"^launch: each worker needs a GPU; got 2 workers and {expected}; take fewer workers or "
+    with pytest.raises(UserError, match=said):
         takes_gpus(device, workers, gpus)
 
 
