@@ -75,7 +75,6 @@ def main() -> None:
                 workers=arguments.workers, inline=False, address=None, device="auto"
             )
             run = launch_run(recipe, launched, Path(runs))
-            assert run is not None, "nobody stopped it"
             after = plan(recipe, Cluster(workers=arguments.workers), rules=())
             off, later = errors(before, run), errors(after, run)["step_s"]
         saved, step = off["saved_bytes"], off["step_s"]

@@ -1,7 +1,5 @@
 """`spiketrain show`, `probe`, `sweep` and `plan`: the costs of a recipe before any training."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import partial
@@ -245,7 +243,7 @@ def plan(
 def _print_errors(
     made: Recipe | Suite,
     forecast: Callable[..., Any],
-    cluster: Cluster,
+    cluster: "Cluster",
     runs: Path,
     name: str,
     *,
@@ -318,5 +316,8 @@ def _threads(cores: Any) -> int:
     from pipeline.core.cores import cores_here
     from pipeline.launch.cluster import share_of
 
-    here = {"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}
-    return share_of([here], gpus=torch.cuda.is_available(), loader_threads=1)[0]
+    return share_of(
+        [{"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}],
+        gpus=torch.cuda.is_available(),
+        loader_threads=1,
+    )[0]

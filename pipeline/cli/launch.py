@@ -1,7 +1,5 @@
 """`spiketrain launch` and `resume`."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from dataclasses import fields
@@ -181,7 +179,7 @@ def launch(
         _end_run(launch_run(made, here, runs, name=name, adopts=or_resume, trust=trusted))
 
 
-def _cluster(params: dict[str, Any], made: Recipe | Suite) -> Cluster:
+def _cluster(params: dict[str, Any], made: Recipe | Suite) -> "Cluster":
     from pipeline.launch.cluster import Cluster, parse_workers
 
     options = {each.name: params[each.name] for each in fields(Cluster)}
@@ -205,7 +203,7 @@ def _cluster(params: dict[str, Any], made: Recipe | Suite) -> Cluster:
 
 
 def _continued(
-    context: typer.Context, made: Recipe | Suite, here: Cluster, trust: tuple[str, ...]
+    context: typer.Context, made: Recipe | Suite, here: "Cluster", trust: tuple[str, ...]
 ) -> bool:
     runs, name = context.params["runs"], context.params["name"]
     if name is None:
@@ -275,7 +273,6 @@ def resume(
 
 
 def _resume(folder: Path, *, trust: tuple[str, ...], **how: Any) -> None:
-    """Resume a run or a suite; `how`: workers, inline, address and options of `resume_run`."""
     if is_suite(folder):
         from pipeline.launch.suite import resume_suite
 
@@ -297,24 +294,19 @@ def _handle_signals() -> None:
         signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
-def _end_run(folder: Path | None) -> None:
-    """Print the table of the run; exit code 130 if a user stopped it."""
-    if folder is None:
-        sys.exit(130)
+def _end_run(folder: Path) -> None:
     from pipeline.report.compare import print_comparison
 
     print_comparison(folder.parent, folders=[folder])
     _print_next(folder, run=folder)
 
 
-def _end_suite(folder: Path | None, trust: tuple[str, ...], *, had_ended: bool = False) -> None:
+def _end_suite(folder: Path, trust: tuple[str, ...], *, had_ended: bool = False) -> None:
     """Print the table or report of a suite, and write its page to its folder and to MLflow.
 
     `had_ended`: the suite was over before this command. An existing page is then kept, because
     `report` may have added to it.
     """
-    if folder is None:
-        sys.exit(130)
     from pipeline.report.page import publish, write
     from pipeline.report.suite import print_suite, read_study
     from pipeline.track.mlflow import REPORT

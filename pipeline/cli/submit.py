@@ -91,8 +91,11 @@ def hand_over(
     )
     # infra/ sets the node loss of its clusters.
     foreign = {"k8s": (*_OF_SLURM, "node_loss"), "slurm": ("node_loss",)}
-    of_others = (*_OF_THE_JOB, *foreign.get(where, (*_OF_SLURM, "infra")))
-    _refuse(f"--cluster {where} does not take", of_others, given)
+    _refuse(
+        f"--cluster {where} does not take",
+        (*_OF_THE_JOB, *foreign.get(where, (*_OF_SLURM, "infra"))),
+        given,
+    )
     require(
         "name" in given,
         "launch: --cluster needs a --name, by which the job continues; got none",

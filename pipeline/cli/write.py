@@ -1,9 +1,7 @@
 """`spiketrain write`, which makes data sets, and `verify`, which checks them."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,7 +16,6 @@ from pipeline.core.units import counted
 
 if TYPE_CHECKING:
     from pipeline.data.ffcv.manifest import Manifest
-    from pipeline.data.write.writer import Progress as OnProgress
 
 EventSource = Annotated[
     str | None,
@@ -270,12 +267,12 @@ def verify(
         print(f"{manifest.file}: {_size(manifest)}, content {manifest.content[:16]}: whole")
 
 
-def _size(manifest: Manifest) -> str:
+def _size(manifest: "Manifest") -> str:
     return f"{counted(manifest.samples, 'sample')}, {counted(len(manifest.classes), 'class')}"
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[OnProgress]:
+def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar with the time left on a terminal. If too much is unreadable, list everything."""
     from pipeline.data.write.writer import TooManyUnreadable
 
@@ -296,7 +293,7 @@ def _progress(name: str) -> Iterator[OnProgress]:
         raise
 
 
-def _report(manifests: list[Manifest]) -> None:
+def _report(manifests: list["Manifest"]) -> None:
     for manifest in manifests:
         print(f"{manifest.file}: {_size(manifest)}, {len(manifest.skipped)} skipped", flush=True)
         _list_unreadable("skipped", manifest.skipped)

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NoReturn, cast
 
 from rich.console import Console
 
@@ -73,11 +73,8 @@ def launch_run(
     name: str | None = None,
     adopts: bool = False,
     trust: tuple[str, ...] = (),
-) -> Path | None:
-    """Train a recipe. Returns the run's folder, or None if it was asked to stop.
-
-    `prepare` explains `adopts`.
-    """
+) -> Path:
+    """Train a recipe. Returns the run's folder. `prepare` explains `adopts`."""
     refuse_references(recipe)
     launcher = launcher_of(cluster)
     say_stage("checking the recipe and its data")
@@ -98,20 +95,21 @@ def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
     Loaders(tasks_of(recipe), recipe, recipe.split(cluster.sizes[-1]))
 
 
-def train_alone(job: Job, launcher: Launcher, *, address: str | None) -> Path | None:
-    """Train one run on its own, not as a part of a suite. Returns its folder.
-
-    If it was asked to stop, print the command that resumes it and return None.
-    """
+def train_alone(job: Job, launcher: Launcher, *, address: str | None) -> Path:
+    """Train one run on its own, not as a part of a suite. Returns its folder."""
     console, folder = new_console(), Path(job.run)
-    if drive(job, launcher, console, address=address) is not None:
-        return folder
-    say_stopped(console, command("resume", folder, address=address))
-    return None
+    if drive(job, launcher, console, address=address) is None:
+        end_stopped(console, command("resume", folder, address=address))
+    return folder
 
 
-def say_stopped(console: Console, resume: str) -> None:
+def end_stopped(console: Console, resume: str) -> NoReturn:
+    """End the process with exit code 130 after a run or suite that was asked to stop.
+
+    `resume` is the command that resumes it, which is printed.
+    """
     say(console, f"stopped; resume with: {resume}", whole=[resume])
+    raise SystemExit(130)
 
 
 def drive(
@@ -149,7 +147,7 @@ def drive(
             if isinstance(failure, WorkersEnded) and failure.is_for_the_user:
                 raise UserError(str(failure)) from failure
             if isinstance(failure, WorkersEnded) and hung:
-                raise LaunchError(_describe_hang(hung, job)) from failure
+                raise LaunchError(hung) from failure
             raise
         finally:
             shown.close()
@@ -179,8 +177,11 @@ def _with_checkpoint_token(job: Job, say: Callable[[str], None]) -> Job:
     )
 
 
-def _journal_failure(folder: Path, failure: LaunchError) -> dict[str, int]:
-    """Journal the cause of the workers' end. Returns the new hangs (`unreported_hangs`).
+def _journal_failure(folder: Path, failure: LaunchError) -> str:
+    """Journal the cause of the workers' end.
+
+    Returns: the message for workers that hung since the last call; empty if none did. Ray and the
+    other workers report a lost connection only.
 
     Raises:
         UserError: a worker refused to continue, for a reason that the user can change.
@@ -192,18 +193,14 @@ def _journal_failure(folder: Path, failure: LaunchError) -> dict[str, int]:
             raise_refusal(folder)
     except OSError as error:  # a full disk, which may have caused the failure itself
         failure.add_note(f"the journal could not be written: {error}")
-    return hung
-
-
-def _describe_hang(hung: dict[str, int], job: Job) -> str:
-    """The message for workers that hung. Ray and the other workers report a lost connection only.
-
-    A worker that waits for a hung one gives no sign of life either, and may be ended first.
-    """
-    stacks = some([str(Path(job.run) / file) for file in hung], most=4)
+    if not hung:
+        return ""
+    # A worker that waits for a hung one gives no sign of life either, and may be ended first.
+    ranks = ", ".join(map(str, sorted(set(hung.values()))))
     return (
-        f"worker {', '.join(map(str, sorted(set(hung.values()))))}, or one that was waited for: no"
-        f" sign of life for too long (--hang-minutes); what its threads were at is in {stacks}"
+        f"worker {ranks}, or one that was waited for: no sign of life for too long"
+        " (--hang-minutes); what its threads were at is in"
+        f" {some([str(folder / file) for file in hung], most=4)}"
     )
 
 

@@ -46,7 +46,10 @@ class Inline:
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
         del attempt
         if self.device == "cuda":
-            here = {"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}
-            cores, loaders = share_of([here], gpus=True, loader_threads=self.loader_threads)
+            cores, loaders = share_of(
+                [{"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}],
+                gpus=True,
+                loader_threads=self.loader_threads,
+            )
             job = replace(job, threads=cores, loader_threads=loaders)
         return run(job, RankInfo(device=self.device))

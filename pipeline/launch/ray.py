@@ -7,8 +7,8 @@ The run's own folder is the only record.
 
 import logging
 import os
-import platform
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from torch import distributed
 
-from pipeline.core.cores import cores_here, cores_of_a_node, cores_of_machines
+from pipeline.core.cores import cores_here
 from pipeline.core.errors import UserError
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
@@ -33,19 +33,15 @@ from pipeline.launch.cluster import (
 )
 from pipeline.launch.ray_cluster import (
     TOKEN_ADVICE,
-    NoAnswer,
     alive_nodes,
     draw_token,
     innermost,
     offer_token,
-    refuse_silent_address,
-    run_on_each,
     silent_stderr,
     worker_environment,
     worker_start_timeout,
 )
 from pipeline.launch.signals import blocked_signal
-from pipeline.measure.gpu_driver import unusable_gpus
 from pipeline.track.events import Checkpoint, Stopped
 from pipeline.track.journal import last_event
 from pipeline.train.backend.collectives import PATIENCE, Ranks
@@ -68,7 +64,6 @@ SETTINGS = {
 # nowhere else (2.60).
 OWN_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
-ANSWER_S = 30.0  # Longest wait for a node's answer to a request
 MEETING_S = 600  # Longest wait for starting workers to connect. No watchdog runs yet.
 # Additional time that a healthy worker waits for another one, after the watchdog should have ended
 # that worker.
@@ -89,7 +84,6 @@ class Ray:
 
     def __post_init__(self) -> None:
         self.least = self.cluster.sizes[0]
-        self._owned = False
 
     def __enter__(self) -> Self:
         """Join the cluster, or start one.
@@ -106,14 +100,10 @@ class Ray:
         else:
             say_stage(f"joining the Ray cluster at {address}")
             offer_token()
-        for name, value in settings.items():
+        for name, value in settings.items():  # Ray reads them when it is imported
             os.environ.setdefault(name, value)
-        import ray  # reads its settings when it is imported
-
-        self._owned = not ray.is_initialized()
         try:
-            if self._owned:
-                self._connect()
+            self._connect()
             self._refuse_too_few()
         except BaseException:
             self.__exit__()
@@ -134,7 +124,10 @@ class Ray:
                 with blocked_signal(signal.SIGHUP):
                     ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
             else:
-                refuse_silent_address(address)
+                # If nothing listens there, Ray 2.60 would try for minutes.
+                host, colon, port = address.rpartition("://")[2].rpartition(":")
+                if colon and port.isdigit():
+                    socket.create_connection((host, int(port)), timeout=5).close()
                 with silent_stderr():  # Ray's C++ code writes a line for each attempt to join
                     ray.init(address=address, **quiet)
         except AuthenticationError as error:  # this process has no token
@@ -149,29 +142,20 @@ class Ray:
             ) from error
 
     def __exit__(self, *exc: object) -> None:
-        if self._owned:
-            import ray
+        import ray
 
-            ray.shutdown()
-            self._owned = False
+        ray.shutdown()
 
     def _refuse_too_few(self) -> None:
         import ray
 
-        gpus, cores_each, _ = self._share()
+        _, cores_each, _ = self._share()
         cores = ray.cluster_resources().get("CPU", 0)
         if cores < (wanted := self.least * cores_each):
             raise UserError(
                 f"launch: {counted(self.least, 'worker')} x {counted(cores_each, 'cpu')} need"
                 f" {counted(wanted, 'core')}; the cluster has {cores:.0f}"
             )
-        if gpus and self.cluster.address is not None:  # this machine was checked before
-            answers = run_on_each(
-                _unusable_cards, lambda has: int(has.get("GPU", 0)), within_s=ANSWER_S
-            )
-            for answer in answers:  # a node without an answer fails later, when it gets a worker
-                if isinstance(answer, str):
-                    raise UserError(f"launch: {answer}")
 
     def _share(self) -> tuple[bool, int, int]:
         """Whether each worker gets a GPU, and its cores and loader threads on the nodes that are up
@@ -197,26 +181,22 @@ class Ray:
 
         has = ray.cluster_resources()
         gpus, cores, _ = self._share()
-        cores_of_a_run = self.least * cores
-        if gpus:
-            return min(int(has.get("CPU", 0)) // cores_of_a_run, int(has["GPU"]) // self.least)
-        if self.cluster.address is None:
-            return cores_here() // cores_of_a_run
-        # Physical cores: a CPU of the user's own cluster may be half a core.
-        answers = run_on_each(
-            cores_of_a_node, lambda has: int(has.get("CPU", 0)), within_s=ANSWER_S
-        )
-        # A node without an answer is given no run.
-        known = [each for each in answers if not isinstance(each, NoAnswer)]
-        return cores_of_machines(known) // cores_of_a_run
+        # Our own cluster has physical cores. Another one has the CPUs that its nodes were given.
+        there = cores_here() if self.cluster.address is None else int(has.get("CPU", 0))
+        runs = there // (self.least * cores)
+        return min(runs, int(has["GPU"]) // self.least) if gpus else runs
 
     def resume_options(self) -> list[str]:
         """Options of `spiketrain resume` that make another process train on the same machines."""
         import ray
 
         # The address of our own cluster is the one by which other processes find it.
-        address = self.cluster.address or ray.get_runtime_context().gcs_address
-        return ["--address", address, "--workers", str(self.least)]
+        return [
+            "--address",
+            self.cluster.address or ray.get_runtime_context().gcs_address,
+            "--workers",
+            str(self.least),
+        ]
 
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
         """Train to the end. Returns the summary, or None when the run was asked to stop.
@@ -298,11 +278,6 @@ class Ray:
                 },
             ),
         )
-
-
-def _unusable_cards(gpus: int) -> str | None:
-    problem = unusable_gpus() if gpus else None
-    return None if problem is None else f"{platform.node()}: {problem}"
 
 
 # Runs in every worker process.

@@ -22,19 +22,15 @@ to the next step `fast` took 16 s, Ray's defaults 40 s.
 
 import os
 import secrets
-import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pipeline.core.secrets import is_secret
 from pipeline.core.torch_settings import EXACT, environment
 
-G = TypeVar("G")
-R = TypeVar("R")
 NodeLoss = Literal["fast", "patient"]
 
 NODES: dict[NodeLoss, dict[str, str]] = {
@@ -73,45 +69,6 @@ def worker_start_timeout(node_loss: NodeLoss, *, sizes: int) -> dict[str, str]:
     """
     seconds = "120" if node_loss == "patient" else "8" if sizes > 1 else None
     return {} if seconds is None else {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": seconds}
-
-
-@dataclass(frozen=True)
-class NoAnswer:
-    """A node that did not answer a request."""
-
-    address: str
-    why: str
-
-
-def run_on_each(
-    work: Callable[[G], R], given: Callable[[Mapping[str, float]], G], *, within_s: float
-) -> list[R | NoAnswer]:
-    """Run `work(given(resources))` on each node that is up, the head first."""
-    import ray
-    from ray.exceptions import GetTimeoutError, RayError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    run, nodes = ray.remote(work), alive_nodes()
-    tasks = [
-        run.options(
-            num_cpus=0,
-            max_retries=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-        ).remote(given(node["Resources"]))
-        for node in nodes
-    ]
-    ray.wait(tasks, num_returns=len(tasks), timeout=within_s)
-    answers: list[R | NoAnswer] = []
-    for task, node in zip(tasks, nodes, strict=True):
-        try:
-            answers.append(ray.get(task, timeout=0))
-        except GetTimeoutError:
-            ray.cancel(task, force=True)
-            answers.append(NoAnswer(node["NodeManagerAddress"], "it does not answer in time"))
-        except RayError as error:
-            raised = getattr(error, "cause", None) or error
-            answers.append(NoAnswer(node["NodeManagerAddress"], innermost(raised)))
-    return answers
 
 
 def alive_nodes() -> list[dict[str, Any]]:
@@ -232,15 +189,6 @@ def offer_token() -> None:
     file = Path("~/.ray/auth_token").expanduser()
     if any(name in os.environ for name in _TOKENS) or file.exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-
-
-def refuse_silent_address(address: str) -> None:
-    """Raises: OSError within seconds if nothing listens at the address. Ray 2.60 would try for
-    minutes.
-    """
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 @contextmanager

@@ -43,10 +43,8 @@ def resume_run(
     address: str | None,
     options: Mapping[str, Any],
     trust: tuple[str, ...] = (),
-) -> Path | None:
-    """Continue a run. `options` are saved with it. Returns its folder, or None if it was asked to
-    stop.
-    """
+) -> Path:
+    """Continue a run. `options` are saved with it. Returns its folder."""
     if state_of(folder) == "finished":
         say(new_console(), f"{folder.name} has finished")
         return folder
@@ -162,21 +160,19 @@ def save_options(
     if not options:
         return
     changes: dict[str, str] = {}
-
-    def changed(launched: Any) -> Cluster:
-        was = Cluster.from_json(launched)
-        now = replace(was, **options)
-        changes.update(differences(was, now))
-        return now
-
     with driver_lock(folder):
         for run in runs:
             file = RunFolder(run).cluster
-            now = changed(read_json(file))
+            was = Cluster.from_json(read_json(file))
+            now = replace(was, **options)
+            changes |= differences(was, now)
             write_job(replace(read_job(run), **now.worker_settings))
             write_json(file, asdict(now))
         if is_suite(folder):
             written = read_json(folder / SUITE)
-            write_json(folder / SUITE, {**written, "cluster": asdict(changed(written["cluster"]))})
+            was = Cluster.from_json(written["cluster"])
+            now = replace(was, **options)
+            changes |= differences(was, now)
+            write_json(folder / SUITE, {**written, "cluster": asdict(now)})
     if changes:
         say(console, f"{folder.name}: {', '.join(changes.values())} from here on")

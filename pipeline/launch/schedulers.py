@@ -74,8 +74,7 @@ class Order:
     def describe(self, workers: int) -> str:
         """`4 workers`, or `2 runs side by side of 4 workers`."""
         runs = self.count("side_by_side")
-        at_a_time = "" if runs == 1 else f"{runs} runs side by side of "
-        return at_a_time + counted(workers, "worker")
+        return ("" if runs == 1 else f"{runs} runs side by side of ") + counted(workers, "worker")
 
     def launch(self, *options: str) -> list[str]:
         """The command that the machines run. It starts the run or continues it."""
@@ -92,8 +91,8 @@ def answer_of(
     Raises:
         UserError: the program is missing, fails, or does not answer in time.
     """
-    path = os.environ.get("PATH", os.defpath)
-    program = shutil.which(name, path=f"{path}{os.pathsep}{Path(sys.executable).parent}")
+    paths = (os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent))
+    program = shutil.which(name, path=os.pathsep.join(paths))
     if program is None:
         raise UserError(f"submit: needs {name} on the path; got none")
     try:

@@ -28,9 +28,9 @@ from pipeline.launch.driver import (
     check,
     drive,
     driver_lock,
+    end_stopped,
     ignore_lost_terminal,
     launcher_of,
-    say_stopped,
 )
 from pipeline.launch.prepare import atomic_folder, free_folder, named, open_place, refuse_taken
 from pipeline.launch.resume import check_resumed, save_options
@@ -58,8 +58,8 @@ def launch_suite(
     stem: str,
     name: str | None = None,
     trust: tuple[str, ...] = (),
-) -> Path | None:
-    """Train a suite. Returns its folder, or None if it was asked to stop.
+) -> Path:
+    """Train a suite. Returns its folder.
 
     `name` is the name of its folder. None: `stem` and the time.
     """
@@ -99,10 +99,8 @@ def resume_suite(
     address: str | None,
     options: Mapping[str, Any],
     trust: tuple[str, ...] = (),
-) -> Path | None:
-    """Continue a suite. `options` are saved with it. Returns its folder, or None if it was asked to
-    stop.
-    """
+) -> Path:
+    """Continue a suite. `options` are saved with it. Returns its folder."""
     suite_file = SuiteFile.read(folder, trust=trust)
     begun = {name: run for name, run in runs_of(folder).items() if run.exists()}
     for run in begun.values():
@@ -128,7 +126,7 @@ def resume_suite(
         return _train(SuiteRuns(folder, suite_file, cluster, trust), launcher, slots)
 
 
-def _train(suite: SuiteRuns, launcher: Launcher, slots: int) -> Path | None:
+def _train(suite: SuiteRuns, launcher: Launcher, slots: int) -> Path:
     console, folder = new_console(), suite.folder
     ignore_lost_terminal(console)
     resume = command("resume", folder, address=suite.resume_address)
@@ -149,10 +147,9 @@ def _train(suite: SuiteRuns, launcher: Launcher, slots: int) -> Path | None:
                 measure_the_rest(folder, suite.suite_file.suite, trust=suite.trust)
         except KeyboardInterrupt:  # between two runs, or during a measurement
             done = False
-    if done:
-        return folder
-    say_stopped(console, resume)
-    return None
+    if not done:
+        end_stopped(console, resume)
+    return folder
 
 
 def _sync_states(suite: SuiteRuns, console: Console) -> None:
@@ -179,8 +176,7 @@ def _train_in_turn(suite: SuiteRuns, launcher: Launcher, console: Console) -> bo
     left = suite.left()
     for recipe in left:
         try:
-            job = suite.job(recipe)
-            if drive(job, launcher, console, address=suite.resume_address) is None:
+            if drive(suite.job(recipe), launcher, console, address=suite.resume_address) is None:
                 return False
         except UserError:
             if not suite.is_over(recipe.name):
@@ -268,5 +264,8 @@ def _measure(measurement: Measurement, runs: Mapping[str, Path], trust: tuple[st
     from pipeline.forecast import plan as forecast
 
     device, workers = forecast.DEVICES[options.pop("device")], options.pop("workers")
-    cluster = forecast.Cluster(workers=workers, device=device)
-    return asdict(forecast.plan(recipes[0], cluster, rules=rules, **options))
+    return asdict(
+        forecast.plan(
+            recipes[0], forecast.Cluster(workers=workers, device=device), rules=rules, **options
+        )
+    )

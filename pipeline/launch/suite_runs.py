@@ -6,8 +6,6 @@ driven by a `spiketrain resume` of its own. Each worker keeps to cores of its ow
 others use the same memory bus, but never the same cores.
 """
 
-from __future__ import annotations
-
 import ctypes
 import signal
 import subprocess
@@ -36,11 +34,7 @@ from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import best, is_driven, is_over, top1_of
 from pipeline.train.job import Job, was_stopped
 from pipeline.train.weights import lasting_weights
-from pipeline.train.writer_lock import PATIENCE_S
 
-# Time in which the driver of a run saves and ends after its suite was killed, and in which a dead
-# machine loses its lock.
-LEAVING_S = PATIENCE_S
 _POLL_S = 0.25
 _PR_SET_PDEATHSIG = 1
 
@@ -163,18 +157,24 @@ def train_side_by_side(suite: SuiteRuns, launcher: Launcher, slots: int, console
         UserError: a run was refused.
     """
     running: dict[str, _ChildDriver] = {}
-    driven_since: dict[str, float] = {}
+    driven_elsewhere: set[str] = set()
 
     def begin_more() -> bool:
-        """Fill the free slots, in the suite's order. Returns whether other processes drive runs."""
+        """Fill the free slots, in the suite's order. Returns whether other processes drive runs.
+
+        Most likely these are the drivers of a killed suite, which save their runs and end.
+        """
         elsewhere = 0
         for recipe in suite.left():
             if len(running) + elsewhere == slots:
                 break
             if recipe.name in running or not suite.can_begin(recipe):
                 continue
-            if _is_driven_elsewhere(recipe.name, suite.where[recipe.name], driven_since, console):
+            if is_driven(suite.where[recipe.name]):
                 elsewhere += 1
+                if recipe.name not in driven_elsewhere:
+                    driven_elsewhere.add(recipe.name)
+                    say(console, f"{recipe.name}  another process still trains it: waiting")
             else:
                 running[recipe.name] = _ChildDriver(recipe, suite, launcher, console)
         return elsewhere > 0
@@ -206,37 +206,7 @@ def train_side_by_side(suite: SuiteRuns, launcher: Launcher, slots: int, console
     return not suite.left()
 
 
-def _is_driven_elsewhere(
-    name: str, run: Path, driven_since: dict[str, float], console: Console
-) -> bool:
-    """Whether another process drives the run, most likely the driver of a killed suite, which saves
-    its run and ends.
-
-    Args:
-        driven_since: by name, when another process was first seen to drive a run.
-
-    Raises: UserError if it has done so for more than LEAVING_S.
-    """
-    if not is_driven(run):
-        driven_since.pop(name, None)
-        return False
-    if name not in driven_since:
-        driven_since[name] = time.monotonic()
-        say(
-            console,
-            f"{name}  another process still trains it: waiting for up to {LEAVING_S:.0f} s",
-        )
-    if time.monotonic() - driven_since[name] > LEAVING_S:
-        raise UserError(
-            f"{run.name}: is being trained by another process, which still does after"
-            f" {LEAVING_S:.0f} s"
-        )
-    return True
-
-
 class _ChildDriver:
-    """The process that drives one run of the suite."""
-
     def __init__(
         self, recipe: Recipe, suite: SuiteRuns, launcher: Launcher, console: Console
     ) -> None:
