@@ -3,7 +3,6 @@ run from end to end.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,14 +15,12 @@ import pytest
 import typer
 
 from pipeline.cli.app import app
-from pipeline.data.write.events import write_events
 from pipeline.launch.prepare import write_job
 from tests.helpers.interruptions import dies_at
 from tests.helpers.small import (
     Command,
     Refused,
     make_run,
-    same_weights,
     small_recipe,
     train_inline,
     without_stages,
@@ -392,67 +389,6 @@ def test_hlop_refuses_what_moves_weights_off_the_gradient(change: str, refused: 
     ).startswith("HLOP(SLTT): ")
 
 
-def test_an_event_file_that_is_cut_short_is_refused_by_verify_and_by_launch(
-    tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_events("moving", tmp_path / "data", samples=32, val_samples=16)
-    file = tmp_path / "data" / "train.beton"
-    os.truncate(file, file.stat().st_size - 1000)
-    capsys.readouterr()
-    changes = ("--set", f"data.folder={tmp_path / 'data'}", "--set", "batch_size=16")
-    launch = (
-        "launch",
-        "recipes/events/moving_sltt.py",
-        *changes,
-        "--inline",
-        "--runs",
-        str(tmp_path / "runs"),
-    )
-    for words in (("verify", str(tmp_path / "data")), launch):
-        line = refused(*words)
-        assert "train.beton" in line and "truncated" in line
-    assert not (tmp_path / "runs").exists()
-
-
-OWN = """
-from dataclasses import replace
-from torch import nn
-from pipeline.recipe.recipe import spec
-from pipeline.spiking.neuron import LIF
-from pipeline.spiking.synapse import Linear
-from pipeline.rules.bptt import BPTT
-from tests.helpers.small import small_recipe
-
-class Flat(nn.Module):
-    def forward(self, x_TBCHW):
-        return x_TBCHW.flatten(2)
-
-def my_network(classes):
-    return nn.Sequential(Flat(), Linear(64, 8), LIF(), Linear(8, classes))
-
-def recipe():
-    base = small_recipe(epochs=1, backend="deepspeed", model=spec(my_network, classes=10))
-    base = base.override({"checkpoints.every": 0})
-    return [replace(base, name="own-bptt", rule=spec(BPTT)), replace(base, name="own-sltt")]
-"""
-
-
-def test_a_network_of_the_recipe_files_own_trains_by_two_rules_with_deepspeed_inline(
-    tmp_path: Path,
-) -> None:
-    """In processes of its own: that the file's folder is not on the path is the point."""
-    (tmp_path / "own_lab.py").write_text(OWN)
-    runs = ["--runs", str(tmp_path / "runs")]
-    done = spiketrain_process("launch", str(tmp_path / "own_lab.py"), "--inline", *runs)
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert "SLTT-2 is SLTT(k=2, rescale=True)" in done.stdout
-    assert "--trust own_lab" in done.stdout
-    [run] = (tmp_path / "runs").glob("own-sltt*")
-    untrusted = spiketrain_process("evaluate", run.name, *runs)
-    [line] = without_stages(untrusted.stderr).strip().splitlines()
-    assert untrusted.returncode == 2 and "name its package with --trust" in line
-
-
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -503,50 +439,12 @@ def test_show_needs_no_data_and_prints_what_will_be_used(spiketrain: Command) ->
     assert settings["managed_gradient_accumulation"] is False
 
 
-RECIPE = """
-from dataclasses import replace
-from pipeline.recipe.recipe import spec
-from pipeline.rules.bptt import BPTT
-from tests.helpers.small import small_recipe
-
-def recipe():
-    base = small_recipe(epochs=1).override({"checkpoints.every": 0})
-    return [replace(base, name="one-bptt", rule=spec(BPTT)), replace(base, name="one-sltt")]
-"""
-
-
-@pytest.mark.usefixtures("own_store")
-def test_a_comparison_from_launch_to_table(tmp_path: Path, spiketrain: Command) -> None:
-    def said(*words: str, where: str = "runs") -> str:
-        code, out, error = spiketrain(*words, "--runs", str(tmp_path / where))
-        assert code == 0, error
-        return out
-
-    (tmp_path / "two.py").write_text(RECIPE)
-    launch = ("launch", str(tmp_path / "two.py"), "--inline")
-    assert "resume  spiketrain resume one-bptt" in said(*launch)
-    [table] = json.loads(said("compare", "--format", "json"))
-    assert [each["rule"] for each in table["runs"]] == ["BPTT", "SLTT-2"]
-    assert table["study"]
-    [suite] = (tmp_path / "runs").glob("two-*/suite.json")
-    assert json.loads(said("compare", suite.parent.name, "--format", "json")) == [table]
-    listed = said("runs")
-    assert "2 of 2 finished" in listed and listed.count("finished") == 3  # the suite, and its runs
-    [sltt] = (tmp_path / "runs").glob("one-sltt*")
-    assert "on 20 samples" in said("evaluate", sltt.name)
-    assert "has finished" in said("resume", sltt.name)
-    assert " 0 points delivered" in said("sync", sltt.name)
-    said(*launch, where="other")
-    [other] = (tmp_path / "other").glob("one-sltt*")
-    assert same_weights(sltt, other)
-
-
 def test_events_are_written_verified_and_refused(
     tmp_path: Path, spiketrain: Command, refused: Refused
 ) -> None:
     folder, write = str(tmp_path / "moving"), ("write", "events", "moving", "--out")
     code, out, _ = spiketrain(
-        *write, folder, *"--samples 20 --val-samples 10 --slices 4 --size 16".split()
+        *write, folder, *["--samples", "20", "--val-samples", "10", "--slices", "4", "--size", "16"]
     )
     lines = [f"{name}.beton: {n} samples, 16 classes" for name, n in (("train", 20), ("val", 10))]
     assert (code, out.splitlines()) == (0, [f"{line}, 0 skipped" for line in lines])

@@ -49,8 +49,15 @@ def test_slurm(launch: Command) -> None:
     assert code == 0
     variables = ["SPIKETRAIN_RUNS=runs", "SPIKETRAIN_WORKERS=4", "SPIKETRAIN_IMAGE=a b"]
     options = ["--job-name=mine", "--nodes=2", "--time=10", "--gpus-per-node=2", "--partition=gpu"]
-    script = str(Path("infra/slurm/train.sbatch").absolute())
-    sbatch = ["sbatch", "--parsable", "--export=ALL", *options, script, RECIPE, *TYPED_IN_ORDER]
+    sbatch = [
+        "sbatch",
+        "--parsable",
+        "--export=ALL",
+        *options,
+        str(Path("infra/slurm/train.sbatch").absolute()),
+        RECIPE,
+        *TYPED_IN_ORDER,
+    ]
     assert out == shlex.join(["env", *variables, *sbatch]) + "\n"
 
 
@@ -312,5 +319,5 @@ def test_what_a_scheduler_requires_is_said_in_the_help(
     code, _, err = launch(SMALL, "--cluster", where, "--name", "mine", *others.split(), "--dry-run")
     assert code == 2 and missing in err
     group: Any = get_command(app)
-    options = {each.name: each for each in group.commands["launch"].params}
-    assert options[missing].help.startswith(f"{where}, required")
+    [option] = [each for each in group.commands["launch"].params if each.name == missing]
+    assert option.help.startswith(f"{where}, required")

@@ -34,7 +34,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch import distributed
 from torch.distributed import DistBackendError, DistNetworkError
 
-from pipeline.core.cores import physical_cores
+from pipeline.core.cores import cores_here
 from pipeline.core.errors import DataError, UserError
 from pipeline.core.torch_settings import EXACT
 from pipeline.data.ffcv import tbb
@@ -49,7 +49,7 @@ from pipeline.launch.cluster import (
 )
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray, _train
-from pipeline.launch.ray_cluster import NoAnswer, innermost, worker_environment
+from pipeline.launch.ray_cluster import innermost, worker_environment
 from pipeline.launch.ray_trainer import NoPlace, OnLoopback
 from pipeline.measure.gpu_driver import UnusableGPUs
 from pipeline.train.job import Job, RankInfo
@@ -105,22 +105,20 @@ def test_a_cluster_is_of_this_machine_alone_where_all_of_its_nodes_are_on_loopba
     ) is alone
 
 
-def test_runs_side_by_side_find_as_much_room_as_there_are_physical_cores(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("cluster", "resources", "runs"),
+    [
+        (Cluster(workers=2, device="cpu"), {"CPU": 128.0}, cores_here() // 2),
+        (Cluster(workers=2, device="cpu", address="auto"), {"CPU": 128.0}, 64),
+        # Each worker has a card.
+        (Cluster(workers=2, address="auto"), {"CPU": 128.0, "GPU": 8.0}, 4),
+    ],
+)
+def test_runs_side_by_side_have_cores_and_cards_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, cluster: Cluster, resources: dict[str, float], runs: int
 ) -> None:
-    def run_on_each(work: Any, given: Any, *, within_s: float) -> list[Any]:
-        return [work(given({"CPU": 64.0})), NoAnswer("10.0.0.2", "no answer")]
-
-    here = len(physical_cores(os.sched_getaffinity(0)))
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 128.0})
-    launcher = Ray(Cluster(workers=1, address="10.0.0.1:6379", device="cpu"))
-    monkeypatch.setattr("pipeline.launch.ray.run_on_each", run_on_each)
-    assert launcher.room() == min(64, here) and Ray(Cluster(workers=1, device="cpu")).room() == here
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 128.0, "GPU": 8.0})
-    monkeypatch.setattr(ray, "nodes", lambda: NODES)
-    assert (
-        Ray(Cluster(workers=2, address="10.0.0.1:6379", device="gpu")).room() == 4
-    )  # each worker has a card
+    in_a_cluster(monkeypatch, **resources)
+    assert Ray(cluster).room() == runs
 
 
 NODES = [
@@ -153,7 +151,7 @@ def test_a_worker_with_a_gpu_gets_its_share_of_the_node_and_one_on_a_cpu_a_core(
 
 def in_a_cluster(patch: pytest.MonkeyPatch, **resources: float) -> None:
     patch.setattr(os, "environ", {**os.environ})
-    patch.setattr(ray, "is_initialized", lambda: True)
+    patch.setattr(ray, "init", lambda **about: None)
     patch.setattr(ray, "nodes", lambda: NODES)
     patch.setattr(ray, "cluster_resources", lambda: resources)
 
@@ -170,38 +168,12 @@ def test_cards_that_torch_cannot_use_are_refused_before_anything_starts(
         " newer$"
     )
     monkeypatch.setattr(ray, "init", lambda **about: pytest.fail("started"))
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     for device in ("auto", "gpu"):
         with pytest.raises(UserError, match=said), Ray(Cluster(workers=1, device=device)):
             pass
         with pytest.raises(UserError, match=said):
             Inline(device=device)
     assert Inline(device="cpu").device == "cpu"
-
-
-def test_so_are_those_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_a_cluster(monkeypatch, CPU=128.0, GPU=16.0)
-    launcher, asked = Ray(Cluster(workers=2, address="auto")), list[int]()
-
-    def run_on_each(work: Any, given: Any, *, within_s: float) -> list[Any]:
-        asked.extend(given(node) for node in ({"CPU": 4.0}, {"CPU": 64.0, "GPU": 8.0}))
-        return [
-            None,
-            NoAnswer("10.0.0.2", "no answer"),
-            "two: torch is built without CUDA; install another",
-        ]
-
-    monkeypatch.setattr("pipeline.launch.ray.run_on_each", run_on_each)
-    with (
-        pytest.raises(
-            UserError, match=r"^launch: two: torch is built without CUDA; install another$"
-        ),
-        launcher,
-    ):
-        pass
-    assert asked == [0, 8]
-    with Ray(Cluster(workers=2, address="auto", device="cpu")):  # which asks for none
-        pass
 
 
 @pytest.mark.parametrize(

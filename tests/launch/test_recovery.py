@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -75,8 +76,9 @@ def write_recipe(folder: Path, train: int, **about: object) -> Path:
             pictures = folder / part / f"class{label}"
             pictures.mkdir(parents=True)
             for index in range(count):
-                pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8) // 2
-                Image.fromarray(pixels + np.uint8(60 * label)).save(pictures / f"{index}.jpg")
+                Image.fromarray(
+                    draw.integers(0, 256, (32, 32, 3), dtype=np.uint8) // 2 + np.uint8(60 * label)
+                ).save(pictures / f"{index}.jpg")
     write_folder(folder, folder / "beton", workers=1)
     file = folder / "recovery.py"
     file.write_text(RECIPE.format(folder=str(folder / "beton"), **about))
@@ -97,23 +99,33 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def launched(recipe_file: Path, run: Path) -> Driver:
-    words = ("launch", str(recipe_file), "--workers", "2", "--name", run.name)
-    return Driver(*words, "--trust", "recovery_lab", run=run, folder=recipe_file.parent)
+Start = Callable[..., Driver]
 
 
 @pytest.fixture
-def drivers() -> Iterator[list[Driver]]:
+def start() -> Iterator[Start]:
+    """Starts a driver, which ends with the test."""
     started: list[Driver] = []
-    yield started
+
+    def start(*words: str, **about: Any) -> Driver:
+        started.append(Driver(*words, **about))
+        return started[-1]
+
+    yield start
     for driver in started:
         driver.kill()
+
+
+def launched(start: Start, recipe_file: Path, run: Path, verb: str = "launch") -> Driver:
+    words = ["launch", str(recipe_file), "--workers", "2", "--name", run.name]
+    words = words if verb == "launch" else [verb, run.name]
+    return start(*words, "--trust", "recovery_lab", run=run, folder=recipe_file.parent)
 
 
 @pytest.fixture(scope="module")
 def untouched(recipe_file: Path) -> Path:
     run = recipe_file.parent / "untouched" / "whole"
-    driver = launched(recipe_file, run)
+    driver = launched(Driver, recipe_file, run)
     assert driver.end() == 0, driver.log.read_text()
     return run
 
@@ -122,7 +134,7 @@ def test_killed_in_every_way_it_ends_with_the_same_bits(
     recipe_file: Path,
     untouched: Path,
     tmp_path: Path,
-    drivers: list[Driver],
+    start: Start,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(recipe_file.parent)
@@ -130,8 +142,7 @@ def test_killed_in_every_way_it_ends_with_the_same_bits(
     run = tmp_path / "hunted"
 
     # A worker, in mid-epoch: Ray starts the group again within the same launch.
-    driver = launched(recipe_file, run)
-    drivers.append(driver)
+    driver = launched(start, recipe_file, run)
     driver.at_step(draw.randrange(6, 14))
     draw.choice(driver.workers()).kill()
     assert driver.wait_for(lambda event: event["event"] == "start")["attempt"] == 1
@@ -139,8 +150,7 @@ def test_killed_in_every_way_it_ends_with_the_same_bits(
     # The writer, while it writes a checkpoint: held still first, so that it surely dies inside.
     [torn] = kill_inside_a_checkpoint(driver)
     restarted = driver.wait_for(lambda event: event["event"] == "start")
-    assert restarted["attempt"] == 2
-    assert not torn.exists()
+    assert restarted["attempt"] == 2 and not torn.exists()
 
     # Ctrl-C: saved after the step, exit code of the shell's convention.
     driver.at_step(restarted["step"] + draw.randrange(3, 9))
@@ -160,10 +170,7 @@ def test_killed_in_every_way_it_ends_with_the_same_bits(
         )
 
     # The driver, with kill -9: its workers are gone within seconds.
-    driver = Driver(
-        "resume", run.name, "--trust", "recovery_lab", run=run, folder=recipe_file.parent
-    )
-    drivers.append(driver)
+    driver = launched(start, recipe_file, run, "resume")
     assert driver.wait_for(lambda event: event["event"] == "start")["step"] == stopped["step"]
     driver.at_step(stopped["step"] + draw.randrange(3, 9))
     orphans = driver.workers()
@@ -178,15 +185,11 @@ def test_killed_in_every_way_it_ends_with_the_same_bits(
     content = bytearray(weights.read_bytes())
     content[-1] ^= 4
     weights.write_bytes(content)
-    driver = Driver(
-        "resume", run.name, "--trust", "recovery_lab", run=run, folder=recipe_file.parent
-    )
-    drivers.append(driver)
+    driver = launched(start, recipe_file, run, "resume")
     quarantined = driver.wait_for(lambda event: event["event"] == "quarantine")
-    assert newest.name in quarantined["path"]
-    assert "model.safetensors" in quarantined["reason"]
-    start = driver.wait_for(lambda event: event["event"] == "start")
-    assert f"step_{start['step']:08d}" == older.name
+    assert newest.name in quarantined["path"] and "model.safetensors" in quarantined["reason"]
+    began = driver.wait_for(lambda event: event["event"] == "start")
+    assert f"step_{began['step']:08d}" == older.name
     assert driver.end() == 0, driver.log.read_text()
 
     assert same_weights(run, untouched, trust=["recovery_lab"])
@@ -222,19 +225,12 @@ def every_step_was_trained(run: Path) -> bool:
     } == set(range(1, STEPS_PER_EPOCH * EPOCHS + 1))
 
 
-def test_the_table_of_the_untouched_run_names_its_missing_baseline(untouched: Path) -> None:
-    text = (untouched.parent / "whole.log").read_text()
-    assert re.search(r"SLTT-2", text)
-    assert "BPTT" in text
-
-
 # ------------------------------------------------------------------------------------- on one core
 
 GONE_S = 10.0
 """after its last line"""
 MARK = "SPIKETRAIN_TEST_OF"
 """in the environment of each process of a launch, whoever its parent is by then"""
-Launch = Callable[..., Driver]
 
 
 @pytest.fixture(scope="module")
@@ -245,33 +241,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def launch(folder: Path) -> Iterator[Launch]:
-    started: list[Driver] = []
+def launch(folder: Path, start: Start) -> Iterator[Start]:
+    """Starts a driver of this verb and run, on one core."""
 
-    def started_now(verb: str, name: str, *words: str) -> Driver:
-        started.append(
-            Driver(
-                *(
-                    ["launch", str(folder / "recovery.py"), "--workers", "1", "--name", name]
-                    if verb == "launch"
-                    else [verb, name]
-                ),
-                *words,
-                run=folder / "runs" / name,
-                folder=folder,
-                environment={MARK: str(folder)},
-            )
+    def start_now(verb: str, name: str, *words: str) -> Driver:
+        recipe = ["launch", str(folder / "recovery.py"), "--workers", "1", "--name", name]
+        return start(
+            *(recipe if verb == "launch" else [verb, name]),
+            *words,
+            run=folder / "runs" / name,
+            folder=folder,
+            environment={MARK: str(folder)},
         )
-        return started[-1]
 
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})  # whoever is started inherits it
-    try:
-        yield started_now
-    finally:
-        os.sched_setaffinity(0, cores)
-        for driver in started:
-            driver.kill()
+    yield start_now
+    os.sched_setaffinity(0, cores)
 
 
 def at_step(driver: Driver, step: int) -> None:
@@ -303,12 +289,12 @@ def of_a_launch(folder: Path) -> list[str]:
     return found
 
 
-def test_it_finishes_and_another_of_its_name_is_refused_once_ray_is_up(launch: Launch) -> None:
+def test_it_finishes_and_another_of_its_name_is_refused_once_ray_is_up(launch: Start) -> None:
     ends(launch("launch", "finished"), 0, "^ +spiketrain export finished")
     ends(launch("launch", "finished"), 2, "launch: --name must be new in ")
 
 
-def test_it_is_stopped_by_ctrl_c_and_resumed(launch: Launch) -> None:
+def test_it_is_stopped_by_ctrl_c_and_resumed(launch: Start) -> None:
     driver = launch("launch", "resumed")
     at_step(driver, 7)
     driver.process.send_signal(signal.SIGINT)
@@ -317,11 +303,11 @@ def test_it_is_stopped_by_ctrl_c_and_resumed(launch: Launch) -> None:
     assert [event["event"] for event in read(driver.run / "journal.jsonl")].count("start") == 2
 
 
-def test_it_diverges(launch: Launch) -> None:
+def test_it_diverges(launch: Start) -> None:
     ends(launch("launch", "diverged", "--set", "optimizer.lr=1e30"), 2, "^training: ")
 
 
-def test_its_worker_is_killed(launch: Launch) -> None:
+def test_its_worker_is_killed(launch: Start) -> None:
     driver = launch("launch", "killed", "--max-restarts", "0")
     at_step(driver, 3)
     [worker] = driver.workers()
