@@ -458,38 +458,27 @@ def send(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return send
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_the_first_asks_to_save_and_the_second_ends_at_once(
     tmp_path: Path, send: Callable[[int], None], number: int
 ) -> None:
+    """The signals of schedulers and lost terminals never mean "at once"."""
     said: list[str] = []
-    request = StopRequest(tmp_path, said.append)
+    request, name = StopRequest(tmp_path, said.append), signal.Signals(number).name
     with on_stop_signals(request.hear):
         request.report()
         assert said == []
         send(number)
-        assert (tmp_path / "stop").read_text() == signal.Signals(number).name
+        assert (tmp_path / "stop").read_text() == name
         assert said == []  # in the middle of whatever the main thread does
         for _ in range(2):
             request.report()
-        assert said == [
-            f"{signal.Signals(number).name}: saving after this step; once more to stop at once"
-        ]
-        with pytest.raises(AtOnce):
+        assert said == [f"{name}: saving after this step; once more to stop at once"]
+        if number in signals.PATIENT:
             send(number)
+        with pytest.raises(AtOnce):
+            send(signal.SIGTERM if number in signals.PATIENT else number)
     assert said[1:] == ["stopped at once; the last checkpoint counts"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
-def test_the_signals_of_schedulers_and_lost_terminals_never_mean_at_once(
-    tmp_path: Path, send: Callable[[int], None], number: int
-) -> None:
-    with on_stop_signals(StopRequest(tmp_path, print).hear):
-        for _ in range(2):
-            send(number)
-        assert (tmp_path / "stop").read_text() == signal.Signals(number).name
-        with pytest.raises(AtOnce):
-            send(signal.SIGTERM)
 
 
 @pytest.fixture

@@ -485,27 +485,29 @@ def test_a_bucket_that_is_not_there_is_not_made(bucket: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["pipe_file", "ls", "cat_file", "rm_file"])
-def test_what_is_forbidden_is_named_and_no_secret_is(
-    name: str, monkeypatch: pytest.MonkeyPatch
+DENIED = raising(PermissionError("Access Denied\nto AKIAPLANTED with planted-secret"))
+SAID = "PermissionError: Access Denied to $AWS_ACCESS_KEY_ID with $AWS_SECRET_ACCESS_KEY"
+
+
+@pytest.mark.parametrize(
+    ("name", "act", "said"),
+    [
+        *((name, DENIED, SAID) for name in ("pipe_file", "ls", "cat_file", "rm_file")),
+        ("cat_file", lambda *given: b"other", "ValueError: it does not give back what was written"),
+    ],
+)
+def test_what_is_forbidden_or_wrong_is_named_and_no_secret_is(
+    name: str, act: Callable[..., Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAPLANTED")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret")
     monkeypatch.setenv("MONKEY", "to")  # a word that is no secret, for all its name
     address = f"memory://{uuid.uuid4().hex}"
-    denied = raising(PermissionError("Access Denied\nto AKIAPLANTED with planted-secret"))
     with monkeypatch.context() as patch:
-        patch.setattr(MemoryFileSystem, name, denied)
+        patch.setattr(MemoryFileSystem, name, act)
         found = try_store(address)
-    said = "PermissionError: Access Denied to $AWS_ACCESS_KEY_ID with $AWS_SECRET_ACCESS_KEY"
-    assert found.text.endswith(f"cannot use {address}: {said}")
+    assert found.state == "bad" and found.text.endswith(f"cannot use {address}: {said}")
     assert names(address) == [] or name == "rm_file"
-
-
-def test_a_store_that_gives_back_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda *given: b"other")
-    found = try_store(f"memory://{uuid.uuid4().hex}")
-    assert found.state == "bad" and found.text.endswith("does not give back what was written")
 
 
 # ----------------------------------------------------------------------------------------- MLflow
