@@ -167,7 +167,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs, out = Path(folder), Path(folder) / "seconds.json"
         job = prepare(recipe, Cluster(), runs)
-        with Ray(workers=1, work=partial(work, rule_name=arguments.rule, out=str(out))) as launcher:
+        measured = partial(work, rule_name=arguments.rule, out=str(out))
+        with Ray(Cluster(), measured) as launcher:
             drive(job, launcher, new_console())
         seconds = json.loads(out.read_text())
     ours, bare = (torch.tensor(seconds[key][WARM_UP:]) for key in ("ours_s", "bare_s"))

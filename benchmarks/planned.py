@@ -76,7 +76,6 @@ def main() -> None:
                 workers=arguments.workers, inline=False, address=None, device="auto"
             )
             run = launch_run(recipe, launched, Path(runs))
-            assert run is not None, "nobody stopped it"
             after = plan(recipe, Cluster(workers=arguments.workers), rules=())
             trained = read_run(run)
             off, later = errors(before, trained), errors(after, trained)["step_s"]

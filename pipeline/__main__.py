@@ -10,8 +10,8 @@ from typing import Any
 
 from pipeline.core.stages import announce_imports
 
+# Distributions in the extras whose module has another name.
 PACKAGES = {"yaml": "pyyaml", "PIL": "pillow"}
-"""distributions in the extras whose module has another name"""
 
 
 def run() -> None:

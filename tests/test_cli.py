@@ -3,7 +3,6 @@ run from end to end.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,14 +15,12 @@ import pytest
 import typer
 
 from pipeline.cli.app import app
-from pipeline.data.write.events import write_events
 from pipeline.launch.prepare import write_job
 from tests.helpers.interruptions import dies_at
 from tests.helpers.small import (
     Command,
     Refused,
     make_run,
-    same_weights,
     small_recipe,
     train_inline,
     without_stages,
@@ -31,8 +28,9 @@ from tests.helpers.small import (
 
 
 def spiketrain_process(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=110)
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, timeout=110
+    )
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -70,10 +68,15 @@ spiketrain.run()
 def test_a_command_ends_with_its_code_once_all_is_flushed_and_takes_nothing_apart(
     how: str, code: int
 ) -> None:
-    words = [sys.executable, "-c", ENDS.replace("{how}", how)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    ended = (code, "the last line\nregistered for the end\n")
-    assert (done.returncode, done.stdout) == ended, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS.replace("{how}", how)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (code, "the last line\nregistered for the end\n"), (
+        done.stderr
+    )
     assert ("ZeroDivisionError" in done.stderr) == (code == 1)
 
 
@@ -250,14 +253,17 @@ def test_a_number_that_is_none_or_without_end_is_refused_whatever_the_option(
 ) -> None:
     assert len(NUMBERS) == 9
     for words, option in NUMBERS:
-        named = ["x"] if words[0] not in ("compare", "report") else []
-        said = refused(*words, option, value, *named)
+        said = refused(
+            *words, option, value, *(["x"] if words[0] not in ("compare", "report") else [])
+        )
         assert said.startswith((f"Invalid value for '{option}': ", f"{words[-1]}: {option} is"))
 
 
 def test_nothing_that_is_imported_adds_a_line_to_it(tmp_path: Path) -> None:
-    launch = ("launch", "recipes/fashion/sltt.py", "--inline", "--runs", str(tmp_path))
-    done = spiketrain_process(*launch, "--set", "data.folder=nowhere")
+    done = spiketrain_process(
+        *f"launch recipes/fashion/sltt.py --inline --runs {tmp_path}".split(),
+        *("--set", "data.folder=nowhere"),
+    )
     [line] = without_stages(done.stderr).strip().splitlines()
     assert done.returncode == 2 and "does not exist" in line
 
@@ -378,63 +384,9 @@ def test_what_does_not_fit_together_is_refused(
     "change", ["optimizer.weight_decay=1e-4", "optimizer.opt=adamw", "optimizer.opt=lamb"]
 )
 def test_hlop_refuses_what_moves_weights_off_the_gradient(change: str, refused: Refused) -> None:
-    recipe = "recipes/continual/permuted_fashion_hlop_sltt.py"
-    assert refused("show", recipe, "--set", change).startswith("HLOP(SLTT): ")
-
-
-def test_an_event_file_that_is_cut_short_is_refused_by_verify_and_by_launch(
-    tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_events("moving", tmp_path / "data", samples=32, val_samples=16)
-    file = tmp_path / "data" / "train.beton"
-    os.truncate(file, file.stat().st_size - 1000)
-    capsys.readouterr()
-    changes = ("--set", f"data.folder={tmp_path / 'data'}", "--set", "batch_size=16")
-    where = ("--inline", "--runs", str(tmp_path / "runs"))
-    launch = ("launch", "recipes/events/moving_sltt.py", *changes, *where)
-    for words in (("verify", str(tmp_path / "data")), launch):
-        line = refused(*words)
-        assert "train.beton" in line and "truncated" in line
-    assert not (tmp_path / "runs").exists()
-
-
-OWN = """
-from dataclasses import replace
-from torch import nn
-from pipeline.recipe.recipe import spec
-from pipeline.spiking.neuron import LIF
-from pipeline.spiking.synapse import Linear
-from pipeline.rules.bptt import BPTT
-from tests.helpers.small import small_recipe
-
-class Flat(nn.Module):
-    def forward(self, x_TBCHW):
-        return x_TBCHW.flatten(2)
-
-def my_network(classes):
-    return nn.Sequential(Flat(), Linear(64, 8), LIF(), Linear(8, classes))
-
-def recipe():
-    base = small_recipe(epochs=1, backend="deepspeed", model=spec(my_network, classes=10))
-    base = base.override({"checkpoints.every": 0})
-    return [replace(base, name="own-bptt", rule=spec(BPTT)), replace(base, name="own-sltt")]
-"""
-
-
-def test_a_network_of_the_recipe_files_own_trains_by_two_rules_with_deepspeed_inline(
-    tmp_path: Path,
-) -> None:
-    """In processes of its own: that the file's folder is not on the path is the point."""
-    (tmp_path / "own_lab.py").write_text(OWN)
-    runs = ["--runs", str(tmp_path / "runs")]
-    done = spiketrain_process("launch", str(tmp_path / "own_lab.py"), "--inline", *runs)
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert "SLTT-2 is SLTT(k=2, rescale=True)" in done.stdout
-    assert "--trust own_lab" in done.stdout
-    [run] = (tmp_path / "runs").glob("own-sltt*")
-    untrusted = spiketrain_process("evaluate", run.name, *runs)
-    [line] = without_stages(untrusted.stderr).strip().splitlines()
-    assert untrusted.returncode == 2 and "name its package with --trust" in line
+    assert refused(
+        "show", "recipes/continual/permuted_fashion_hlop_sltt.py", "--set", change
+    ).startswith("HLOP(SLTT): ")
 
 
 @pytest.mark.parametrize(
@@ -487,55 +439,17 @@ def test_show_needs_no_data_and_prints_what_will_be_used(spiketrain: Command) ->
     assert settings["managed_gradient_accumulation"] is False
 
 
-RECIPE = """
-from dataclasses import replace
-from pipeline.recipe.recipe import spec
-from pipeline.rules.bptt import BPTT
-from tests.helpers.small import small_recipe
-
-def recipe():
-    base = small_recipe(epochs=1).override({"checkpoints.every": 0})
-    return [replace(base, name="one-bptt", rule=spec(BPTT)), replace(base, name="one-sltt")]
-"""
-
-
-@pytest.mark.usefixtures("own_store")
-def test_a_comparison_from_launch_to_table(tmp_path: Path, spiketrain: Command) -> None:
-    def said(*words: str, where: str = "runs") -> str:
-        code, out, error = spiketrain(*words, "--runs", str(tmp_path / where))
-        assert code == 0, error
-        return out
-
-    (tmp_path / "two.py").write_text(RECIPE)
-    launch = ("launch", str(tmp_path / "two.py"), "--inline")
-    assert "resume  spiketrain resume one-bptt" in said(*launch)
-    [table] = json.loads(said("compare", "--format", "json"))
-    assert [each["rule"] for each in table["runs"]] == ["BPTT", "SLTT-2"]
-    assert table["study"]
-    [suite] = (tmp_path / "runs").glob("two-*/suite.json")
-    assert json.loads(said("compare", suite.parent.name, "--format", "json")) == [table]
-    listed = said("runs")
-    assert "2 of 2 finished" in listed and listed.count("finished") == 3  # the suite, and its runs
-    [sltt] = (tmp_path / "runs").glob("one-sltt*")
-    assert "on 20 samples" in said("evaluate", sltt.name)
-    assert "has finished" in said("resume", sltt.name)
-    assert " 0 points delivered" in said("sync", sltt.name)
-    said(*launch, where="other")
-    [other] = (tmp_path / "other").glob("one-sltt*")
-    assert same_weights(sltt, other)
-
-
 def test_events_are_written_verified_and_refused(
     tmp_path: Path, spiketrain: Command, refused: Refused
 ) -> None:
     folder, write = str(tmp_path / "moving"), ("write", "events", "moving", "--out")
-    sizes = ("--samples", "20", "--val-samples", "10", "--slices", "4", "--size", "16")
-    code, out, _ = spiketrain(*write, folder, *sizes)
+    code, out, _ = spiketrain(
+        *write, folder, *["--samples", "20", "--val-samples", "10", "--slices", "4", "--size", "16"]
+    )
     lines = [f"{name}.beton: {n} samples, 16 classes" for name, n in (("train", 20), ("val", 10))]
     assert (code, out.splitlines()) == (0, [f"{line}, 0 skipped" for line in lines])
     assert spiketrain("verify", folder)[0] == 0
-    said = refused(*write, str(tmp_path / "other"), "--resize", "sum")
-    assert "resize has no effect" in said
+    assert "resize has no effect" in refused(*write, str(tmp_path / "other"), "--resize", "sum")
 
 
 NOISY = """

@@ -1,24 +1,11 @@
 """`spiketrain doctor`: checks whether this machine, or a cluster, can train."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from pipeline.cli.options import RUNS, Commands, Runs
-from pipeline.core.printing import new_console, say
-
-if TYPE_CHECKING:
-    from pipeline.launch.preflight import Finding
-
-
-_MARKS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "bad": ("BAD", "bold red")}
-
 
 commands = Commands()
 
@@ -49,21 +36,8 @@ def doctor(
 
     Exit code 1 if a training would fail.
     """
-    from pipeline.launch.preflight import preflight
+    from pipeline.launch.preflight import preflight, print_findings
 
     findings = preflight(runs, address=address, checkpoints=checkpoints)
     print_findings(findings)
     sys.exit(any(each.state == "bad" for each in findings))
-
-
-def print_findings(found: Sequence[Finding], console: Console | None = None) -> None:
-    """Print a line for each finding, its advice on the next line, and a summary at the end."""
-    console = console or new_console()
-    for each in found:
-        mark, style = _MARKS[each.state]
-        label = Text.assemble((f"{mark:4}", style), f"  {each.check:9} ")
-        say(console, each.text, label=label)
-        if each.advice:
-            say(console, each.advice, label=" " * label.cell_len)
-    bad = sum(each.state == "bad" for each in found)
-    say(console, "fit to train" if not bad else f"not fit to train: {bad} of the above to mend")

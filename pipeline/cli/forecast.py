@@ -1,7 +1,5 @@
 """`spiketrain show`, `probe`, `sweep` and `plan`: the costs of a recipe before any training."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import partial
@@ -245,7 +243,7 @@ def plan(
 def _print_errors(
     made: Recipe | Suite,
     forecast: Callable[..., Any],
-    cluster: Cluster,
+    cluster: "Cluster",
     runs: Path,
     name: str,
     *,
@@ -291,8 +289,10 @@ def _print(
             _print_json(shown)
         return
     with with_placeholder_weights(made) as recipes:
-        networks = group_by_network(recipes, network_key)
-        forecasts = (forecast(each, rules=(*RULES, *rules)) for each, rules in networks)
+        forecasts = (
+            forecast(each, rules=(*RULES, *rules))
+            for each, rules in group_by_network(recipes, network_key)
+        )
         if as_json:
             _print_json([show(each) for each in forecasts])
             return
@@ -313,7 +313,10 @@ def _threads(cores: Any) -> int:
     import torch
 
     from pipeline.core.cores import cores_here
-    from pipeline.launch.base import share_of
+    from pipeline.launch.cluster import share_of
 
-    here = {"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}
-    return share_of([here], gpus=torch.cuda.is_available(), loader_threads=1).cores
+    return share_of(
+        [{"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}],
+        gpus=torch.cuda.is_available(),
+        loader_threads=1,
+    )[0]

@@ -1,7 +1,5 @@
 """`spiketrain launch` and `resume`."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from dataclasses import fields
@@ -165,7 +163,7 @@ def launch(
     here = _cluster(context.params, made)
     refuse_unnamed(made, recipes)
     trusted = trust_of(made, recipes, trust)
-    if hand_over(context, made, workers=here.workers, trust=trusted):
+    if hand_over(context, made, sizes=here.sizes, trust=trusted):
         return  # hand_over has read the options from --cluster to --partition
     if or_resume and _continued(context, made, here, trusted):
         return
@@ -181,7 +179,7 @@ def launch(
         _end_run(launch_run(made, here, runs, name=name, adopts=or_resume, trust=trusted))
 
 
-def _cluster(params: dict[str, Any], made: Recipe | Suite) -> Cluster:
+def _cluster(params: dict[str, Any], made: Recipe | Suite) -> "Cluster":
     from pipeline.launch.cluster import Cluster, parse_workers
 
     options = {each.name: params[each.name] for each in fields(Cluster)}
@@ -189,8 +187,12 @@ def _cluster(params: dict[str, Any], made: Recipe | Suite) -> Cluster:
     if options["side_by_side"] is None:
         # An existing Ray cluster has other users, and its CPUs may be half cores. There the user
         # sets the number of runs that train at once.
-        is_ours = params["address"] in (None, "local") and not params["inline"]
-        fits = isinstance(made, Suite) and is_ours and isinstance(options["workers"], int)
+        fits = (
+            isinstance(made, Suite)
+            and isinstance(options["workers"], int)
+            and params["address"] in (None, "local")
+            and not params["inline"]
+        )
         options["side_by_side"] = "auto" if fits else 1
     if options["side_by_side"] != 1 and not isinstance(made, Suite):
         raise ValueError(
@@ -201,7 +203,7 @@ def _cluster(params: dict[str, Any], made: Recipe | Suite) -> Cluster:
 
 
 def _continued(
-    context: typer.Context, made: Recipe | Suite, here: Cluster, trust: tuple[str, ...]
+    context: typer.Context, made: Recipe | Suite, here: "Cluster", trust: tuple[str, ...]
 ) -> bool:
     runs, name = context.params["runs"], context.params["name"]
     if name is None:
@@ -259,16 +261,18 @@ def resume(
     from pipeline.launch.cluster import OPERATIONAL, parse_workers
     from pipeline.report.selection import find_run
 
-    sizes = None if workers is None else parse_workers(workers)
     options = {field: context.params[field] for field in OPERATIONAL if is_typed(context, field)}
-    folder = find_run(runs, run, suites=True)
     _resume(
-        folder, workers=sizes, inline=inline, address=address, options=options, trust=tuple(trust)
+        find_run(runs, run, suites=True),
+        workers=None if workers is None else parse_workers(workers),
+        inline=inline,
+        address=address,
+        options=options,
+        trust=tuple(trust),
     )
 
 
 def _resume(folder: Path, *, trust: tuple[str, ...], **how: Any) -> None:
-    """Resume a run or a suite; `how`: workers, inline, address and options of `resume_run`."""
     if is_suite(folder):
         from pipeline.launch.suite import resume_suite
 
@@ -290,24 +294,19 @@ def _handle_signals() -> None:
         signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
-def _end_run(folder: Path | None) -> None:
-    """Print the table of the run; exit code 130 if a user stopped it."""
-    if folder is None:
-        sys.exit(130)
+def _end_run(folder: Path) -> None:
     from pipeline.report.compare import print_comparison
 
     print_comparison(folder.parent, folders=[folder])
     _print_next(folder, run=folder)
 
 
-def _end_suite(folder: Path | None, trust: tuple[str, ...], *, had_ended: bool = False) -> None:
+def _end_suite(folder: Path, trust: tuple[str, ...], *, had_ended: bool = False) -> None:
     """Print the table or report of a suite, and write its page to its folder and to MLflow.
 
     `had_ended`: the suite was over before this command. An existing page is then kept, because
     `report` may have added to it.
     """
-    if folder is None:
-        sys.exit(130)
     from pipeline.report.page import publish, write
     from pipeline.report.suite import print_suite, read_study
     from pipeline.track.mlflow import REPORT
@@ -320,9 +319,11 @@ def _end_suite(folder: Path | None, trust: tuple[str, ...], *, had_ended: bool =
             print(f"page    {page}")
             publish(result, page)
         except (ValueError, OSError, TrackingError) as error:  # the runs themselves are complete
-            retry = command("report", folder)
-            text = f"{error}; its page is made anew, and put into MLflow, by: {retry}"
-            print(text, file=sys.stderr)
+            print(
+                f"{error}; its page is made anew, and put into MLflow, by:"
+                f" {command('report', folder)}",
+                file=sys.stderr,
+            )
     finished = (run for run in runs_of(folder).values() if state_of(run) == "finished")
     _print_next(folder, run=next(finished, None))
 
@@ -342,8 +343,9 @@ def _comparison(made: list[Recipe | Suite], seeds: int, tune: str | None) -> Rec
     """One recipe or suite; a suite if there are several files, seeds or a search."""
     if len(made) == seeds == 1 and tune is None:
         return made[0]
-    suites = [each if isinstance(each, Suite) else Suite((each,)) for each in made]
-    suite = over_seeds(joined(suites), seeds)
+    suite = over_seeds(
+        joined([each if isinstance(each, Suite) else Suite((each,)) for each in made]), seeds
+    )
     if tune is None:
         return suite
     from pipeline.report.suite import print_protocols

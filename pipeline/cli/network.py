@@ -47,6 +47,8 @@ def evaluate(
     trust: Trust = [],  # noqa: B006
 ) -> None:
     """Evaluate the network of a run or a recipe on its whole evaluation set, in this process."""
+    from pipeline.launch.evaluate import evaluate_recipe, evaluate_run
+
     if run.endswith(".py"):
         if is_typed(context, "runs"):
             raise ValueError(
@@ -54,14 +56,15 @@ def evaluate(
                 f" --runs {runs}"
             )
         made = made_of(Path(run), set_, tiny=False)
-        from pipeline.launch.evaluate import evaluate_recipe
-
-        own = trust_of(made, [Path(run)])
         evaluate_recipe(
-            made, which=which, weights=weights, time_steps=steps, own=own, trust=tuple(trust)
+            made,
+            which=which,
+            weights=weights,
+            time_steps=steps,
+            own=trust_of(made, [Path(run)]),
+            trust=tuple(trust),
         )
         return
-    from pipeline.launch.evaluate import evaluate_run
     from pipeline.report.selection import find_run
 
     if set_:
@@ -100,6 +103,11 @@ def export(
     from pipeline.report.selection import find_run
     from pipeline.train.export import export_run
 
-    layout = "packed" if packed else "plain"
-    exported = export_run(find_run(runs, run), out, layout=layout, which=which, trust=tuple(trust))
+    exported = export_run(
+        find_run(runs, run),
+        out,
+        layout="packed" if packed else "plain",
+        which=which,
+        trust=tuple(trust),
+    )
     print(exported)

@@ -4,8 +4,6 @@ Modules of the command line import at their top only what needs the standard lib
 typer. What imports torch, Ray or MLflow is imported by the command that needs it.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal

@@ -75,9 +75,15 @@ def report(
     from pipeline.report.page import publish, write
     from pipeline.report.suite import read_study
 
-    options = {"against": against, "within": within, "sweeps": sweep or [], "trust": tuple(trust)}
     say_stage("reading the runs")
-    result = read_study(runs, names or [], **options)
+    result = read_study(
+        runs,
+        names or [],
+        against=against,
+        within=within,
+        sweeps=sweep or [],
+        trust=tuple(trust),
+    )
     say_stage("drawing the page")
     page = write(result.study, out or result.place)
     print(page)

@@ -3,9 +3,7 @@
 This machine does not need the data.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +16,6 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite, refuse_references, refuse_untrusted
 
 _PANEL = "Launch on a cluster"
-_SLURM = Path(__file__).parents[2] / "infra" / "slurm"
 
 
 def _option(*words: str, **settings: Any) -> Any:
@@ -62,17 +59,19 @@ Partition = Annotated[str | None, _option("--partition", help="slurm")]
 _OF_SLURM = ("nodes", "gpus_per_node", "time", "partition")
 _OPTIONS = ("cluster", "dry_run", "image", "infra", *_OF_SLURM)
 _REQUIRED = {"k8s": ("image", "infra"), "slurm": ("nodes", "time")}
+# The order sets these options of the launch.
 _IN_THE_ORDER = ("name", "runs", "workers")
+# These follow from the job: workers of a Ray cluster train, and a job of the same name resumes.
+_OF_THE_JOB = ("inline", "address", "or_resume")
 
 
 def hand_over(
-    context: typer.Context,
-    made: Recipe | Suite,
-    *,
-    workers: int | tuple[int, ...],
-    trust: tuple[str, ...],
+    context: typer.Context, made: Recipe | Suite, *, sizes: tuple[int, ...], trust: tuple[str, ...]
 ) -> bool:
     """Submit a launch to a cluster, or print what would be submitted.
+
+    Args:
+        sizes: the numbers of workers of the launch.
 
     Returns: False if the launch is not for a cluster.
 
@@ -92,7 +91,11 @@ def hand_over(
     )
     # infra/ sets the node loss of its clusters.
     foreign = {"k8s": (*_OF_SLURM, "node_loss"), "slurm": ("node_loss",)}
-    _refuse(f"--cluster {where} does not take", foreign.get(where, (*_OF_SLURM, "infra")), given)
+    _refuse(
+        f"--cluster {where} does not take",
+        (*_OF_THE_JOB, *foreign.get(where, (*_OF_SLURM, "infra"))),
+        given,
+    )
     require(
         "name" in given,
         "launch: --cluster needs a --name, by which the job continues; got none",
@@ -101,44 +104,27 @@ def hand_over(
     missing = ", ".join(_dashed(name) for name in required if name not in given)
     needs = " and ".join(map(_dashed, required))
     require(not missing, f"launch: --cluster {where} needs {needs}; got no {missing}")
-    rendered, submit, sizes = _render(where, context, given, workers)
-    _check(made, sizes, trust=trust)
-    typer.echo(rendered if given.get("dry_run") else submit(rendered))
-    return True
-
-
-def _render(
-    where: str, context: typer.Context, given: dict[str, Any], workers: int | tuple[int, ...]
-) -> tuple[str, Callable[[str], str], tuple[int, ...]]:
-    """The text to submit, the function that submits it, and the numbers of workers."""
     from pipeline.launch import schedulers
 
     order = schedulers.Order(
         words=tuple(_words(context)),
         name=given["name"],
         # Slurm's script counts the workers if none were asked for.
-        workers=None if where == "slurm" and "workers" not in given else workers,
-        image=given.get("image", ""),
+        sizes=() if where == "slurm" and "workers" not in given else sizes,
         runs=str(given.get("runs", "/shared/runs" if where == "k8s" else "runs")),
+        options=given,
     )
-    if where == "k8s":
-        rayjob = schedulers.render_rayjob(order, given["infra"])
-        return rayjob, schedulers.submit_rayjob, order.sizes
-    if where == "slurm":
-        nodes, gpus = given["nodes"], given.get("gpus_per_node", 0)
-        command = schedulers.render_sbatch(
-            order,
-            given.get("infra", _SLURM),
-            nodes=nodes,
-            gpus_per_node=gpus,
-            time=given["time"],
-            partition=given.get("partition"),
-        )
-        return command, schedulers.submit_sbatch, order.sizes or (nodes * max(gpus, 1),)
-    return schedulers.render_ray_job(order, where), schedulers.submit_ray_job, order.sizes
+    render, submit = {
+        "k8s": (schedulers.render_rayjob, schedulers.submit_rayjob),
+        "slurm": (schedulers.render_sbatch, schedulers.submit_sbatch),
+    }.get(where, (schedulers.render_ray_job, schedulers.submit_ray_job))
+    rendered = render(order)
+    _check(made, order.sizes or (given["nodes"] * max(given.get("gpus_per_node", 0), 1),), trust)
+    typer.echo(rendered if given.get("dry_run") else submit(rendered))
+    return True
 
 
-def _check(made: Recipe | Suite, sizes: tuple[int, ...], *, trust: tuple[str, ...]) -> None:
+def _check(made: Recipe | Suite, sizes: tuple[int, ...], trust: tuple[str, ...]) -> None:
     """Refuse now a recipe that would be refused after hours in a queue.
 
     A file of initial weights may exist on the cluster only.
@@ -165,13 +151,13 @@ def _words(context: typer.Context) -> Iterator[str]:
         if name in (*_OPTIONS, *_IN_THE_ORDER) or not is_typed(context, name):
             continue
         value = context.params[name]
-        values = value if isinstance(value, (list, tuple)) else [value]
         if parameter.param_type_name == "argument":
-            yield from map(str, values)
+            yield from map(str, value)
         elif isinstance(value, bool):
             yield parameter.opts[0]
         else:
-            yield from (word for each in values for word in (parameter.opts[0], str(each)))
+            for each in value if isinstance(value, (list, tuple)) else [value]:
+                yield from (parameter.opts[0], str(each))
 
 
 def _dashed(name: str) -> str:

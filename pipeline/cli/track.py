@@ -28,10 +28,9 @@ def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
     )
     for folder in begun:
         report = mlflow.sync(folder, uri=uri)
-        points = counted(report.delivered, "point")
         print(
-            f"{folder.name} -> {without_password(uri)}: {points} delivered,"
-            f" {report.already_there} were there"
+            f"{folder.name} -> {without_password(uri)}: {counted(report.delivered, 'point')}"
+            f" delivered, {report.already_there} were there"
         )
     if not begun:
         print(f"{target.name}: none of its runs has begun")
@@ -71,8 +70,9 @@ def register(
         )
     checkpoint = verified(place, which)
     pin(checkpoint)  # before it is registered: a run that still trains deletes old checkpoints
-    uri = mlflow.tracking_uri(folder.parent)
-    version = mlflow.register(folder, checkpoint, name=name, alias=which, uri=uri)
+    version = mlflow.register(
+        folder, checkpoint, name=name, alias=which, uri=mlflow.tracking_uri(folder.parent)
+    )
     print(
         f"{folder.name} -> models:/{name}@{which}, version {version}:"
         f" {checkpoint.resolve().as_uri()}"

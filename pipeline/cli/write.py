@@ -1,9 +1,7 @@
 """`spiketrain write`, which makes data sets, and `verify`, which checks them."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,7 +16,6 @@ from pipeline.core.units import counted
 
 if TYPE_CHECKING:
     from pipeline.data.ffcv.manifest import Manifest
-    from pipeline.data.write.writer import Progress as OnProgress
 
 EventSource = Annotated[
     str | None,
@@ -115,18 +112,19 @@ def write_folder(
     from pipeline.data.write.images import write_folder as write_files
 
     with _progress(source.name) as bar:
-        manifests = write_files(
-            source,
-            out,
-            mode=mode,
-            max_resolution=max_resolution,
-            quality=quality,
-            workers=workers,
-            max_bad=max_bad,
-            progress=bar,
-            existing=existing,
+        _report(
+            write_files(
+                source,
+                out,
+                mode=mode,
+                max_resolution=max_resolution,
+                quality=quality,
+                workers=workers,
+                max_bad=max_bad,
+                progress=bar,
+                existing=existing,
+            )
         )
-    _report(manifests)
 
 
 @write.command("events", epilog="Example: spiketrain write events moving --out data/moving")
@@ -173,19 +171,20 @@ def write_events(
     given = {"source": source, "slices": slices, "size": size, "resize": resize}
     given |= {"samples": samples, "val_samples": val_samples}
     with _progress(name) as bar:
-        manifests = write_files(
-            name,
-            out,
-            frames_by=frames_by,
-            counts=counts,
-            overflow=overflow,
-            workers=workers,
-            max_bad=max_bad,
-            progress=bar,
-            existing=existing,
-            **{key: value for key, value in given.items() if value is not None},
+        _report(
+            write_files(
+                name,
+                out,
+                frames_by=frames_by,
+                counts=counts,
+                overflow=overflow,
+                workers=workers,
+                max_bad=max_bad,
+                progress=bar,
+                existing=existing,
+                **{key: value for key, value in given.items() if value is not None},
+            )
         )
-    _report(manifests)
 
 
 @write.command(
@@ -235,22 +234,23 @@ def write_stamps(
     from pipeline.data.write.stamps import write_stamps as write_files
 
     with _progress("stamps") as bar:
-        manifests = write_files(
-            out,
-            size=size,
-            split=split,
-            samples=samples,
-            val_samples=val_samples,
-            smallest=smallest,
-            content_seed=content_seed,
-            source=source,
-            mode=mode,
-            quality=quality,
-            workers=workers,
-            progress=bar,
-            existing=existing,
+        _report(
+            write_files(
+                out,
+                size=size,
+                split=split,
+                samples=samples,
+                val_samples=val_samples,
+                smallest=smallest,
+                content_seed=content_seed,
+                source=source,
+                mode=mode,
+                quality=quality,
+                workers=workers,
+                progress=bar,
+                existing=existing,
+            )
         )
-    _report(manifests)
 
 
 @commands.command(epilog="Example: spiketrain verify data/fashion")
@@ -267,24 +267,25 @@ def verify(
         print(f"{manifest.file}: {_size(manifest)}, content {manifest.content[:16]}: whole")
 
 
-def _size(manifest: Manifest) -> str:
+def _size(manifest: "Manifest") -> str:
     return f"{counted(manifest.samples, 'sample')}, {counted(len(manifest.classes), 'class')}"
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[OnProgress]:
+def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar with the time left on a terminal. If too much is unreadable, list everything."""
     from pipeline.data.write.writer import TooManyUnreadable
 
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
     try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as shown:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        ) as shown:
             task = shown.add_task(name, total=None)
             yield lambda done, total: shown.update(task, completed=done, total=total)
     except TooManyUnreadable as error:
@@ -292,7 +293,7 @@ def _progress(name: str) -> Iterator[OnProgress]:
         raise
 
 
-def _report(manifests: list[Manifest]) -> None:
+def _report(manifests: list["Manifest"]) -> None:
     for manifest in manifests:
         print(f"{manifest.file}: {_size(manifest)}, {len(manifest.skipped)} skipped", flush=True)
         _list_unreadable("skipped", manifest.skipped)

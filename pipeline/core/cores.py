@@ -8,14 +8,12 @@ that reserve cores use the same files. Other programs may still use these cores.
 
 import fcntl
 import os
-import platform
 import re
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import pynvml
 import torch
@@ -105,28 +103,6 @@ def physical_cores(
 def cores_here() -> int:
     """The number of physical cores that this process may use."""
     return len(physical_cores(os.sched_getaffinity(0)))
-
-
-class NodeCores(NamedTuple):
-    """The cores of one node of a cluster. Several nodes may be on one machine."""
-
-    machine: str
-    given: int  # cores that the cluster counts on the node, logical or physical
-    physical: int  # physical cores of the machine that the node may use
-
-
-def cores_of_a_node(given: int) -> NodeCores:
-    """The cores of the node of this process."""
-    return NodeCores(platform.node(), given, cores_here())
-
-
-def cores_of_machines(nodes: Collection[NodeCores]) -> int:
-    """The number of physical cores of a cluster; a machine with several nodes counts once."""
-    there = {node.machine: node.physical for node in nodes}
-    return sum(
-        min(physical, sum(node.given for node in nodes if node.machine == machine))
-        for machine, physical in there.items()
-    )
 
 
 def _lock_cores(

@@ -1,24 +1,23 @@
-"""`Cluster`: the machines that a run or a suite trains on, and how it runs there."""
+"""`Cluster`: the machines that a run or a suite trains on, how it runs there, and what each worker
+gets: a GPU, cores, loader threads. The errors of launchers.
+"""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from types import MappingProxyType
 from typing import Any, Literal
 
 from pipeline.core.checks import is_count, refuse_unless_counts, require
-from pipeline.launch.base import Device
-from pipeline.launch.in_process import Inline
-from pipeline.launch.ray import Ray
+from pipeline.core.errors import DataError, UserError
+from pipeline.core.units import counted
 from pipeline.launch.ray_cluster import NodeLoss
+from pipeline.measure.gpu_driver import unusable_gpus
 from pipeline.recipe.spec import arguments_of
 from pipeline.train.checkpoint import refuse_credentials
 from pipeline.train.elastic import format_sizes
 
-# Starts the workers of one run after another and waits for them. It is entered and left in the main
-# thread of its process.
-Launcher = Ray | Inline
+Device = Literal["auto", "cpu", "gpu"]
+CountOrAuto = int | Literal["auto"]
 # Fields that `resume` may change for good: a run may continue on other machines.
 OPERATIONAL = (
     "device",
@@ -38,6 +37,21 @@ MOST_WORKERS = 65_536
 MOST_HANG_MINUTES = 7 * 24 * 60.0
 
 
+class LaunchError(RuntimeError):
+    """A run that failed, in one line."""
+
+
+class WorkersEnded(LaunchError):
+    """The workers died and are not started again.
+
+    `is_for_the_user`: the cause stays until a user changes something.
+    """
+
+    def __init__(self, message: str, *, is_for_the_user: bool = False) -> None:
+        super().__init__(message)
+        self.is_for_the_user = is_for_the_user
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
     """The options of a launch. None of them belongs to the recipe.
@@ -46,11 +60,14 @@ class Cluster:
         workers: processes that train together. With several ascending numbers, the largest number
             that there is room for trains; it may change during the run.
         inline: one worker in this process, without Ray.
-        address: of an existing Ray cluster. None or "local": a cluster of our own on this machine.
-        device: whether workers train on GPUs; auto: if there are any.
-        cpus_per_worker: cores of a worker; `launch.base.share_of` explains `auto`.
+        address: of an existing Ray cluster (`auto`, `host:6379`, `ray://...`). None or "local": a
+            cluster of our own on this machine.
+        device: whether workers train on GPUs (`takes_gpus`).
+        cpus_per_worker: cores of a worker, which Ray reserves, and torch's threads; `share_of`
+            explains `auto`.
         loader_threads: threads that read data in a worker. auto: one per core with a GPU, else one.
-        max_restarts: how often dead workers are restarted without progress between.
+        max_restarts: how often dead workers are restarted without progress between
+            (`ray_trainer.py`).
         hang_minutes: the time without a sign of life after which a worker writes its stacks and
             ends. 0: never.
         verify: which data pages are compared with their checksums while training reads them: those
@@ -60,20 +77,23 @@ class Cluster:
         node_loss: how long the run waits for a node that does not answer (`ray_cluster.py`).
         side_by_side: runs of a suite that train at the same time, each on cores and GPUs of its
             own. auto: as many as there is room for.
+
+    Raises:
+        ValueError: a value that is refused, or an option of Ray for one worker in this process.
     """
 
     workers: int | tuple[int, ...] = 1
     inline: bool = False
     address: str | None = None
     device: Device = "auto"
-    cpus_per_worker: int | Literal["auto"] = "auto"
-    loader_threads: int | Literal["auto"] = "auto"
+    cpus_per_worker: CountOrAuto = "auto"
+    loader_threads: CountOrAuto = "auto"
     max_restarts: int = 3
     hang_minutes: float = 30.0
     verify: Literal["sampled", "full"] = "sampled"
     checkpoints: str | None = None
     node_loss: NodeLoss = "fast"
-    side_by_side: int | Literal["auto"] = 1
+    side_by_side: CountOrAuto = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.workers, list):  # from JSON
@@ -81,8 +101,10 @@ class Cluster:
         if self.address == "local":
             object.__setattr__(self, "address", None)
         counts = ("workers", "cpus_per_worker", "loader_threads", "side_by_side")
-        given = {name: each for name in counts if (each := getattr(self, name)) != "auto"}
-        refuse_unless_counts("cluster", given)
+        refuse_unless_counts(
+            "cluster",
+            {name: each for name in counts if (each := getattr(self, name)) != "auto"},
+        )
         refuse_unless_counts("cluster", {"max_restarts": self.max_restarts}, least=0)
         if self.checkpoints is not None:
             refuse_credentials(self.checkpoints)
@@ -96,6 +118,13 @@ class Cluster:
             "cluster: runs side by side need one number of workers; got"
             f" {format_sizes(self.sizes)}",
         )
+        for name in _OF_RAY if self.inline else ():
+            got = format_sizes(self.sizes) if name == "workers" else getattr(self, name)
+            require(
+                getattr(self, name) == getattr(Cluster, name),
+                "cluster: --inline is one worker in this process, without Ray; got"
+                f" {option_name(name)} {got}",
+            )
 
     @property
     def worker_settings(self) -> dict[str, Any]:
@@ -116,43 +145,24 @@ class Cluster:
         """Every number of workers that a run may have."""
         return self.workers if isinstance(self.workers, tuple) else (self.workers,)
 
-    def launcher(self) -> Launcher:
-        if self.inline:
-            for name in _OF_RAY:
-                if getattr(self, name) != getattr(Cluster, name):
-                    got = format_sizes(self.sizes) if name == "workers" else getattr(self, name)
-                    raise ValueError(
-                        "cluster: --inline is one worker in this process, without Ray; got"
-                        f" {option_name(name)} {got}"
-                    )
-            return Inline(device=self.device, loader_threads=self.loader_threads)
-        return Ray(
-            workers=self.workers,
-            address=self.address,
-            cpus_per_worker=self.cpus_per_worker,
-            loader_threads=self.loader_threads,
-            device=self.device,
-            max_restarts=self.max_restarts,
-            node_loss=self.node_loss,
-        )
-
     def resumed(
         self,
         *,
         workers: int | tuple[int, ...] | None = None,
         inline: bool = False,
         address: str | None = None,
-        options: Mapping[str, Any] = MappingProxyType({}),
-    ) -> Cluster:
+        options: Mapping[str, Any] = {},
+    ) -> "Cluster":
         """This cluster with the options of a resume; `options` are fields of OPERATIONAL.
 
         If one worker trains in this process, the launch's options for Ray are ignored, and options
         for Ray in the resume are refused.
 
         Raises:
-            ValueError: the run was launched on a Ray cluster, and no address is given. The address
-                in the folder is not used: the folder may be from another person, and a cluster that
-                this process joins gets the token and can run code here.
+            ValueError: an option for Ray without Ray; or the run was launched on a Ray cluster, and
+                no address is given. The address in the folder is not used: the folder may be from
+                another person, and a cluster that this process joins gets the token and can run
+                code here.
         """
         require(
             address is not None or self.address is None or inline,
@@ -172,12 +182,12 @@ class Cluster:
         }
         return replace(self, **{**before, **options, **now})
 
-    def resume_address(self, launched: Cluster) -> str | None:
+    def resume_address(self, launched: "Cluster") -> str | None:
         """The `--address` of the command that resumes, on this cluster, a run of `launched`."""
         return None if launched.address is None else self.address or "local"
 
     @classmethod
-    def from_json(cls, value: Any) -> Cluster:
+    def from_json(cls, value: Any) -> "Cluster":
         """The cluster that `dataclasses.asdict` turned into JSON values.
 
         Raises:
@@ -230,3 +240,63 @@ def parse_workers(text: str) -> int | tuple[int, ...]:
     if colon:
         return tuple(range(numbers[0], numbers[1] + 1))
     return numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+
+# ------------------------------------------------------------------------- what each worker gets
+
+
+def takes_gpus(device: Device, workers: int, gpus: int) -> bool:
+    """Whether each worker gets a GPU. `auto` takes GPUs if there are any.
+
+    Raises:
+        UserError: there are fewer GPUs than workers. Otherwise some workers would silently train
+            on CPUs.
+    """
+    if device == "cpu" or (device == "auto" and gpus == 0):
+        return False
+    if gpus < workers:
+        raise UserError(
+            f"launch: each worker needs a GPU; got {counted(workers, 'worker')} and"
+            f" {counted(gpus, 'GPU')}; take fewer workers or --device cpu"
+        )
+    return True
+
+
+def refuse_unusable_cards(device: Device) -> None:
+    """Raises: UserError if torch cannot use the GPUs of this machine and `device` is not `cpu`."""
+    if device != "cpu" and (problem := unusable_gpus()) is not None:
+        raise UserError(f"launch: {problem}")
+
+
+def share_of(
+    nodes: Iterable[Mapping[str, float]],
+    *,
+    gpus: bool,
+    cores: CountOrAuto = "auto",
+    loader_threads: CountOrAuto = "auto",
+) -> tuple[int, int]:
+    """Cores and loader threads of a worker. Numbers from the user are kept.
+
+    One core decodes some hundreds of JPEGs in a second, which leaves a GPU idle most of the time.
+    So a worker with a GPU gets the cores of its node divided by the node's GPUs. A worker on a CPU
+    gets one core, which keeps runs comparable.
+
+    Args:
+        nodes: the resources of each node, as Ray counts them.
+    """
+    if cores == "auto":
+        # The smallest number of cores per GPU over all nodes.
+        with_gpu = [node for node in nodes if gpus and node.get("GPU", 0) >= 1]
+        cores = max(1, min((int(has.get("CPU", 0) // has["GPU"]) for has in with_gpu), default=1))
+    if loader_threads == "auto":
+        loader_threads = cores if gpus and _has_tbb() else 1
+    return cores, loader_threads
+
+
+def _has_tbb() -> bool:
+    from pipeline.data.ffcv.tbb import require_tbb  # imports numba, which takes a second
+
+    with suppress(DataError):
+        require_tbb()
+        return True
+    return False

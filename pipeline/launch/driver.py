@@ -13,11 +13,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NoReturn, cast
 
 from rich.console import Console
 
@@ -27,10 +27,11 @@ from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.units import some
-from pipeline.launch.base import LaunchError, WorkersEnded
-from pipeline.launch.cluster import Cluster, Launcher
+from pipeline.launch.cluster import Cluster, LaunchError, WorkersEnded
+from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare, write_job
 from pipeline.launch.progress import Shown
+from pipeline.launch.ray import Ray
 from pipeline.launch.signals import StopRequest, on_stop_signals
 from pipeline.recipe.command_line import command
 from pipeline.recipe.recipe import Recipe
@@ -52,7 +53,15 @@ POLL_S = 0.25
 MLFLOW_PATIENCE_S = 30.0
 INSTANT_S = 1.0  # `spiketrain runs` takes the lock for an instant, to check for a driver
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-_STDERR = 2
+# Starts the workers of one run after another and waits for them. It is entered and left in the main
+# thread of its process.
+Launcher = Ray | Inline
+
+
+def launcher_of(cluster: Cluster) -> Launcher:
+    if cluster.inline:
+        return Inline(device=cluster.device, loader_threads=cluster.loader_threads)
+    return Ray(cluster)
 
 
 def launch_run(
@@ -63,18 +72,18 @@ def launch_run(
     name: str | None = None,
     adopts: bool = False,
     trust: tuple[str, ...] = (),
-) -> Path | None:
-    """Train a recipe. Returns the run's folder, or None if it was asked to stop.
-
-    `prepare` explains `adopts`.
-    """
+) -> Path:
+    """Train a recipe. Returns the run's folder. `prepare` explains `adopts`."""
     refuse_references(recipe)
-    launcher = cluster.launcher()
+    launcher = launcher_of(cluster)
     say_stage("checking the recipe and its data")
     check(recipe, cluster, trust=trust)
     with launcher:
-        job = prepare(recipe, cluster, runs, name=name, adopts=adopts, trust=trust)
-        return train_alone(job, launcher, address=cluster.address)
+        return train_alone(
+            prepare(recipe, cluster, runs, name=name, adopts=adopts, trust=trust),
+            launcher,
+            address=cluster.address,
+        )
 
 
 def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
@@ -85,20 +94,21 @@ def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
     Loaders(tasks_of(recipe), recipe, recipe.split(cluster.sizes[-1]))
 
 
-def train_alone(job: Job, launcher: Launcher, *, address: str | None) -> Path | None:
-    """Train one run on its own, not as a part of a suite. Returns its folder.
-
-    If it was asked to stop, print the command that resumes it and return None.
-    """
+def train_alone(job: Job, launcher: Launcher, *, address: str | None) -> Path:
+    """Train one run on its own, not as a part of a suite. Returns its folder."""
     console, folder = new_console(), Path(job.run)
-    if drive(job, launcher, console, address=address) is not None:
-        return folder
-    say_stopped(console, command("resume", folder, address=address))
-    return None
+    if drive(job, launcher, console, address=address) is None:
+        end_stopped(console, command("resume", folder, address=address))
+    return folder
 
 
-def say_stopped(console: Console, resume: str) -> None:
+def end_stopped(console: Console, resume: str) -> NoReturn:
+    """End the process with exit code 130 after a run or suite that was asked to stop.
+
+    `resume` is the command that resumes it, which is printed.
+    """
     say(console, f"stopped; resume with: {resume}", whole=[resume])
+    raise SystemExit(130)
 
 
 def drive(
@@ -114,31 +124,37 @@ def drive(
     job = replace(job, resume_command=resume, commit=commit())
     ignore_lost_terminal(console)
     print_line = partial(say, console)
-    exposed = Exposed(folder, print_line)
     with driver_lock(folder):
         job = _with_checkpoint_token(job, print_line)
         files = RunFolder(folder)
         for message in (files.stop, files.save, files.refusal):
             message.unlink(missing_ok=True)
         write_job(job)
-        shown = Shown(folder, console, store=uri, resume_command=resume, also=exposed.show)
+        shown = Shown(
+            folder, console, store=uri, resume_command=resume, also=Exposed(folder, print_line).show
+        )
         request = StopRequest(folder, print_line)
-        with _mirrored(folder, uri, print_line), closing(shown):
-            try:
-                with on_stop_signals(request.hear):
-                    return _in_thread(
-                        lambda: launcher.run(job, attempt=uuid.uuid4().hex[:8]),
-                        meanwhile=(request.report, shown.look),
-                    )
-            except LaunchError as failure:
-                hung = _journal_failure(folder, failure)
-                if not isinstance(failure, WorkersEnded):
-                    raise
-                if failure.is_for_the_user:
-                    raise UserError(str(failure)) from failure
-                if hung:
-                    raise LaunchError(_describe_hang(hung, job)) from failure
-                raise
+        mirror = Mirror(folder, uri=uri)
+        try:
+            with on_stop_signals(request.hear):
+                return _in_thread(
+                    lambda: launcher.run(job, attempt=uuid.uuid4().hex[:8]),
+                    meanwhile=(request.report, shown.look),
+                )
+        except LaunchError as failure:
+            hung = _journal_failure(folder, failure)
+            if isinstance(failure, WorkersEnded) and failure.is_for_the_user:
+                raise UserError(str(failure)) from failure
+            if isinstance(failure, WorkersEnded) and hung:
+                raise LaunchError(hung) from failure
+            raise
+        finally:
+            shown.close()
+            if not mirror.close(timeout=MLFLOW_PATIENCE_S):
+                print_line(
+                    f"MLflow at {without_password(uri)} has not answered; `spiketrain sync"
+                    f" {folder}` delivers the rest later"
+                )
 
 
 def _with_checkpoint_token(job: Job, say: Callable[[str], None]) -> Job:
@@ -160,22 +176,11 @@ def _with_checkpoint_token(job: Job, say: Callable[[str], None]) -> Job:
     )
 
 
-@contextmanager
-def _mirrored(folder: Path, uri: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Inside, deliver the journal to MLflow. At the end, wait some time for the rest."""
-    mirror = Mirror(folder, uri=uri)
-    try:
-        yield
-    finally:
-        if not mirror.close(timeout=MLFLOW_PATIENCE_S):
-            say(
-                f"MLflow at {without_password(uri)} has not answered; `spiketrain sync {folder}`"
-                " delivers the rest later"
-            )
+def _journal_failure(folder: Path, failure: LaunchError) -> str:
+    """Journal the cause of the workers' end.
 
-
-def _journal_failure(folder: Path, failure: LaunchError) -> dict[str, int]:
-    """Journal the cause of the workers' end. Returns the new hangs (`unreported_hangs`).
+    Returns: the message for workers that hung since the last call; empty if none did. Ray and the
+    other workers report a lost connection only.
 
     Raises:
         UserError: a worker refused to continue, for a reason that the user can change.
@@ -187,19 +192,14 @@ def _journal_failure(folder: Path, failure: LaunchError) -> dict[str, int]:
             raise_refusal(folder)
     except OSError as error:  # a full disk, which may have caused the failure itself
         failure.add_note(f"the journal could not be written: {error}")
-    return hung
-
-
-def _describe_hang(hung: dict[str, int], job: Job) -> str:
-    """The message for workers that hung. Ray and the other workers report a lost connection only.
-
-    A worker that waits for a hung one gives no sign of life either, and may be ended first.
-    """
+    if not hung:
+        return ""
+    # A worker that waits for a hung one gives no sign of life either, and may be ended first.
     ranks = ", ".join(map(str, sorted(set(hung.values()))))
-    stacks = some([str(Path(job.run) / file) for file in hung], most=4)
     return (
         f"worker {ranks}, or one that was waited for: no sign of life for too long"
-        f" (--hang-minutes); what its threads were at is in {stacks}"
+        " (--hang-minutes); what its threads were at is in"
+        f" {some([str(folder / file) for file in hung], most=4)}"
     )
 
 
@@ -295,34 +295,37 @@ def ignore_lost_terminal(console: Console) -> None:
 
 
 class _LosableFile:
-    """Writes to `file` until that fails. rich (15.0) would end the process at a broken pipe."""
+    """Writes to `file` until that fails, then to nowhere. rich (15.0) would end the process at a
+    broken pipe.
+    """
 
     def __init__(self, file: IO[str]) -> None:
-        self._file, self._is_lost = file, False
+        self._file = file
 
     def write(self, text: str) -> int:
-        self._unless_lost(lambda: self._file.write(text))
+        with self._or_nowhere():
+            self._file.write(text)
         return len(text)
 
     def flush(self) -> None:
-        self._unless_lost(self._file.flush)
+        with self._or_nowhere():
+            self._file.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
-    def _unless_lost(self, act: Callable[[], object]) -> None:
-        if self._is_lost:
-            return
+    @contextmanager
+    def _or_nowhere(self) -> Iterator[None]:
         try:
-            act()
+            yield
         except OSError as error:
-            self._is_lost = True
-            line = (
-                f"shown no more: {error.strerror or error}; training goes on, and its journal has"
-                " everything\n"
-            )
+            lost, self._file = self._file, Path(os.devnull).open("w")  # noqa: SIM115
             with suppress(OSError):
-                os.write(_STDERR, line.encode())
+                os.write(
+                    2,
+                    f"shown no more: {error.strerror or error}; training goes on, and its journal"
+                    " has everything\n".encode(),
+                )
             # Python 3.11 would try to write the buffered text at exit, and end with exit code 120.
             with suppress(OSError, ValueError):  # the file may have no descriptor
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
+                os.dup2(self._file.fileno(), lost.fileno())

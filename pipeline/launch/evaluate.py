@@ -101,19 +101,23 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
     tasks[0].choose_head(network)
     check_network(network, recipe, tasks[0].data)
     network.to(device)
-    options = {
-        "over_time": recipe.over_time,
-        "counts_operations": True,
-        "joules": EnergyCounter(device),
-    }
     loaders, evaluated = Loaders(tasks, recipe, recipe.split(1)), list[Evaluated]()
+    joules = EnergyCounter(device)
     for index, task in enumerate(loaders.tasks):
         begun = time.monotonic()
         say_stage("evaluating; the first batch compiles what reads the data")
         task.choose_head(network)
         with closing(loaders.val(index)) as val_set, computing(device, recipe.precision):
-            batches = inputs(val_set, steps, Ranks(device=str(device)))
-            evaluated.append(evaluate(network, batches, recipe.objective.build().labels, **options))
+            evaluated.append(
+                evaluate(
+                    network,
+                    inputs(val_set, steps, Ranks(device=str(device))),
+                    recipe.objective.build().labels,
+                    over_time=recipe.over_time,
+                    counts_operations=True,
+                    joules=joules,
+                )
+            )
         where = f", {task.name}" if recipe.phases else ""
         say(
             console,
@@ -125,8 +129,12 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
         say(console, f"{name}, T = {steps}, mean of {counted(len(evaluated), 'task')}): {mean}")
     last = evaluated[-1]
     assert last.inference is not None, "an evaluation of one worker has samples"
-    energy = last.inference.to_dict(joules_per_sample([last.readings]))
-    say(console, describe_inference(energy, on_gpu=device.type == "cuda"))
+    say(
+        console,
+        describe_inference(
+            last.inference.to_dict(joules_per_sample([last.readings])), on_gpu=device.type == "cuda"
+        ),
+    )
 
 
 def _describe(result: Evaluation) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.core.cores import cores_here
 from pipeline.core.torch_settings import keep_freed_memory
-from pipeline.launch.base import (
+from pipeline.launch.cluster import (
     CountOrAuto,
     Device,
     refuse_unusable_cards,
@@ -46,7 +46,10 @@ class Inline:
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
         del attempt
         if self.device == "cuda":
-            here = {"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}
-            share = share_of([here], gpus=True, loader_threads=self.loader_threads)
-            job = replace(job, threads=share.cores, loader_threads=share.loader_threads)
+            cores, loaders = share_of(
+                [{"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}],
+                gpus=True,
+                loader_threads=self.loader_threads,
+            )
+            job = replace(job, threads=cores, loader_threads=loaders)
         return run(job, RankInfo(device=self.device))

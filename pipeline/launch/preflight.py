@@ -15,22 +15,30 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import psutil
 import torch
+from rich.console import Console
+from rich.text import Text
 from torch import distributed
 
 from pipeline.core.checks import require
 from pipeline.core.code_version import code_digest
 from pipeline.core.errors import DataError
 from pipeline.core.files import Marker
+from pipeline.core.printing import new_console, say
 from pipeline.core.secrets import without_secrets
 from pipeline.core.units import counted
+from pipeline.launch.cluster import Cluster
 from pipeline.launch.ray import Ray
-from pipeline.launch.ray_cluster import alive_nodes, innermost, run_on_each, worker_environment
+from pipeline.launch.ray_cluster import (
+    alive_nodes,
+    innermost,
+    worker_environment,
+)
 from pipeline.measure.gpu_driver import unusable_gpus
 from pipeline.track.connect import connect, is_server, reason, sqlite_file, without_password
 from pipeline.track.mlflow import tracking_uri
@@ -63,12 +71,11 @@ class NodeReport:
     findings: tuple[Finding, ...] = ()
 
 
-@dataclass(frozen=True)
-class Store:
-    """A place for runs or checkpoints: a folder, or an address such as s3://bucket/prefix."""
+# Places for runs and checkpoints, the runs first: folders, or addresses such as s3://bucket/prefix.
+# Each has the marker that the driver wrote there; None: it wrote none.
+Stores = Mapping[str, Marker | None]
 
-    address: str
-    marker: Marker | None = None  # The marker that the driver wrote there; None: it wrote none
+_MARKS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "bad": ("BAD", "bold red")}
 
 
 def preflight(
@@ -87,20 +94,32 @@ def preflight(
     places = [str(runs.absolute())] + ([] if checkpoints is None else [absolute(checkpoints)])
     runs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        stores: list[Store] = []
+        stores: dict[str, Marker | None] = {}
         for place in places:
             try:
-                stores.append(Store(place, stack.enter_context(_marker_in(place))))
+                stores[place] = stack.enter_context(_marker_in(place))
             except Exception as error:
                 bad = _unusable(place, "this machine", error)
                 return [replace(bad, text=f"{bad.text}; nothing else was examined")]
         if address in (None, "local"):  # a launch starts a cluster here
-            report = examine(*stores)
-            findings = [*compare([report]), *report.findings]
+            findings = [*_findings([examine(stores, None)])]
         else:
-            stack.enter_context(Ray(workers=0, device="cpu", address=address))
-            findings = [*_nodes(stores), _network(runs.absolute())]
+            stack.enter_context(Ray(Cluster(device="cpu", address=address)))
+            findings = [*_findings(_examine_nodes(stores)), _network(runs.absolute())]
     return [*findings, of_mlflow(tracking_uri(runs))]
+
+
+def print_findings(found: Sequence[Finding], console: Console | None = None) -> None:
+    """Print a line for each finding, its advice on the next line, and a summary at the end."""
+    console = console or new_console()
+    for each in found:
+        mark, style = _MARKS[each.state]
+        label = Text.assemble((f"{mark:4}", style), f"  {each.check:9} ")
+        say(console, each.text, label=label)
+        if each.advice:
+            say(console, each.advice, label=" " * label.cell_len)
+    bad = sum(each.state == "bad" for each in found)
+    say(console, "fit to train" if not bad else f"not fit to train: {bad} of the above to mend")
 
 
 @contextmanager
@@ -134,22 +153,47 @@ def _bad(check: str, what: str, error: Exception, advice: str) -> Finding:
 # ---------------------------------------------------------------------------------- of a cluster
 
 
-def _nodes(stores: Sequence[Store]) -> Iterator[Finding]:
-    answers = run_on_each(
-        lambda has: examine(*stores, resources=has), lambda has: has, within_s=NODE_S
-    )
+def _findings(answers: Sequence[NodeReport | Finding]) -> Iterator[Finding]:
     yield from compare([each for each in answers if isinstance(each, NodeReport)])
     for each in answers:
-        if isinstance(each, NodeReport):
-            yield from each.findings
-        else:
-            yield Finding(
-                "node",
-                "bad",
-                f"{each.address} cannot be examined: {each.why}",
-                "see that it is up, has what the other nodes have installed, and reaches the"
-                " storage",
+        yield from each.findings if isinstance(each, NodeReport) else [each]
+
+
+def _examine_nodes(stores: Stores) -> list[NodeReport | Finding]:
+    """The report of each node that is up, the head first, or why it cannot be examined."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    run, nodes = ray.remote(examine), alive_nodes()
+    tasks = [
+        run.options(
+            num_cpus=0,
+            max_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+        ).remote(stores, node["Resources"])
+        for node in nodes
+    ]
+    ray.wait(tasks, num_returns=len(tasks), timeout=NODE_S)
+    answers: list[NodeReport | Finding] = []
+    for task, node in zip(tasks, nodes, strict=True):
+        try:
+            answers.append(ray.get(task, timeout=0))
+        except RayError as error:
+            why = innermost(getattr(error, "cause", None) or error)
+            if isinstance(error, GetTimeoutError):
+                ray.cancel(task, force=True)
+                why = "it does not answer in time"
+            answers.append(
+                Finding(
+                    "node",
+                    "bad",
+                    f"{node['NodeManagerAddress']} cannot be examined: {why}",
+                    "see that it is up, has what the other nodes have installed, and reaches the"
+                    " storage",
+                )
             )
+    return answers
 
 
 def _network(runs: Path) -> Finding:
@@ -164,7 +208,6 @@ def _network(runs: Path) -> Finding:
     nodes = [node["Resources"] for node in alive_nodes()]
     gpus = sum(int(has.get("GPU", 0)) for has in nodes)
     count = gpus or sum(has.get("CPU", 0) > 0 for has in nodes)
-    environment = worker_environment(threads=1, loader_threads=1, gpus=gpus > 0, alone=False)
     with tempfile.TemporaryDirectory(
         dir=runs, prefix=".doctor-", ignore_cleanup_errors=True
     ) as storage:
@@ -177,7 +220,11 @@ def _network(runs: Path) -> Finding:
             run_config=RunConfig(
                 storage_path=storage,
                 failure_config=FailureConfig(controller_failure_limit=0),
-                worker_runtime_env={"env_vars": environment},
+                worker_runtime_env={
+                    "env_vars": worker_environment(
+                        threads=1, loader_threads=1, gpus=gpus > 0, alone=False
+                    )
+                },
             ),
         )
         try:
@@ -218,9 +265,8 @@ def compare(reports: Sequence[NodeReport]) -> Iterator[Finding]:
         return
     first, bad = reports[0].versions, []
     for package in first:
-        found = {each.name: each.versions[package] for each in reports}
-        if len(set(found.values())) > 1:
-            text = ", ".join(f"{name} has {number}" for name, number in found.items())
+        if len({each.versions[package] for each in reports}) > 1:
+            text = ", ".join(f"{each.name} has {each.versions[package]}" for each in reports)
             bad.append(
                 Finding(
                     "versions",
@@ -238,33 +284,32 @@ def compare(reports: Sequence[NodeReport]) -> Iterator[Finding]:
     healthy = [each for each in reports if all(found.check != "gpus" for found in each.findings)]
     if healthy:
         text = "; ".join(f"{each.name}: {', '.join(each.gpus) or 'no GPU'}" for each in healthy)
-        advice = "workers wait for the slowest GPU: train on nodes that have the same GPUs"
-        are_alike = len({each.gpus for each in healthy if each.gpus or each.trains}) <= 1
-        yield Finding("gpus", "ok", text) if are_alike else Finding("gpus", "warn", text, advice)
+        if len({each.gpus for each in healthy if each.gpus or each.trains}) <= 1:
+            yield Finding("gpus", "ok", text)
+        else:
+            advice = "workers wait for the slowest GPU: train on nodes that have the same GPUs"
+            yield Finding("gpus", "warn", text, advice)
 
 
 # ------------------------------------------------------------------------------------ on a node
 
 
-def examine(
-    runs: Store, *others: Store, resources: Mapping[str, float] | None = None
-) -> NodeReport:
+def examine(stores: Stores, resources: Mapping[str, float] | None) -> NodeReport:
     """Examine the machine that this runs on.
 
     Args:
-        runs: the folder of runs.
-        others: other places to write to.
         resources: of the node, as Ray counts them. None: this machine, without Ray.
     """
     name = socket.gethostname()
     gpus, findings = _gpus(resources)
     findings = [replace(each, text=f"{name}: {each.text}") for each in (*findings, *_try_reading())]
-    findings.append(storage := try_store(runs))
-    if storage.state == "ok" and runs.marker is not None:
-        folder = Path(runs.address)
-        findings += [*_run_lock(name, folder / runs.marker.name), *_nfs(name, folder)]
-    findings += map(try_store, others)
-    versions = {package: _version(package) for package in PACKAGES}
+    tried = [try_store(address, marker) for address, marker in stores.items()]
+    findings += tried
+    runs, marker = next(iter(stores.items()))
+    if tried[0].state == "ok" and marker is not None:
+        findings += [*_run_lock(name, Path(runs) / marker.name), *_nfs(name, Path(runs))]
+    installed = {each.name: each.version for each in distributions()}
+    versions = {package: installed.get(package, "not installed") for package in PACKAGES}
     versions |= {"python": platform.python_version(), "spiketrain's code": code_digest()}
     return NodeReport(
         name,
@@ -273,13 +318,6 @@ def examine(
         trains=resources is None or resources.get("CPU", 0) > 0,
         findings=tuple(findings),
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[Finding]]:
@@ -295,12 +333,11 @@ def _gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[
             names.append(torch.cuda.get_device_name(index))
         except Exception as error:  # of many types
             findings.append(_bad("gpus", f"GPU {index} fails", error, advice))
-    if resources is not None:
-        promised = int(resources.get("GPU", 0))
-    elif "CUDA_VISIBLE_DEVICES" in os.environ:  # the user has chosen some GPUs
-        promised = 0
-    else:
-        promised = len(list(DEVICES.glob("nvidia[0-9]*")))  # files of NVIDIA's driver
+    # Without Ray, NVIDIA's driver has a file for each GPU. The user may have chosen some GPUs.
+    files = (
+        len(list(DEVICES.glob("nvidia[0-9]*"))) if ("CUDA_VISIBLE_DEVICES" not in os.environ) else 0
+    )
+    promised = files if resources is None else int(resources.get("GPU", 0))
     if count < promised:
         advice += "; without Ray, CUDA_VISIBLE_DEVICES names the GPUs to use"
         findings.append(Finding("gpus", "bad", f"torch finds {count} of {promised} GPUs", advice))
@@ -349,8 +386,9 @@ def _read_written(shades: Sequence[int]) -> list[int]:
                 Image.new("RGB", (8, 8), (shade,) * 3).save(folder / f"{shade}.png")
         write_folder(pictures, written, mode="raw")
         mean, std = (0.0,) * 3, (1.0,) * 3
-        data = Beton(written, classes=1, size=8, crop="shift", mean=mean, std=std)
-        loader = data.val(rank=0, world=1, micro_batch=2, threads=1)
+        loader = Beton(written, classes=1, size=8, crop="shift", mean=mean, std=std).val(
+            rank=0, world=1, micro_batch=2, threads=1
+        )
         with closing(loader), loader.epoch(0) as batches:
             return sorted(round(float(x.mean()) * 255) for batch in batches for x in batch.x)
 
@@ -361,7 +399,6 @@ def _run_lock(name: str, file: Path) -> Iterator[Finding]:
     Some storage keeps locks local to each machine (Lustre mounted with localflock, NFS with
     local_lock, some FUSE file systems), and some storage has no locks.
     """
-
     try:
         with file.open("r+b") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -386,8 +423,11 @@ def _nfs(name: str, folder: Path) -> Iterator[Finding]:
     minute (acdirmax) that the file does not exist, unless the NFS is mounted with
     lookupcache=positive (nfs(5)).
     """
-    mounts = psutil.disk_partitions(all=True)
-    above = [each for each in mounts if folder.resolve().is_relative_to(each.mountpoint)]
+    above = [
+        each
+        for each in psutil.disk_partitions(all=True)
+        if folder.resolve().is_relative_to(each.mountpoint)
+    ]
     # Of two mounts at one place the later one counts.
     mount = max(reversed(above), key=lambda each: len(Path(each.mountpoint).parts))
     safe = {"lookupcache=pos", "lookupcache=positive", "lookupcache=none", "noac"}
@@ -403,10 +443,10 @@ def _nfs(name: str, folder: Path) -> Iterator[Finding]:
 # --------------------------------------------------------------------------------------- storage
 
 
-def try_store(store: Store) -> Finding:
+def try_store(address: str, marker: Marker | None = None) -> Finding:
     """Find the driver's marker. Write, list, read and delete an object of this node."""
-    node, address, folder = socket.gethostname(), store.address, folder_of(store.address)
-    if folder is not None and store.marker is not None and not store.marker.is_in(folder):
+    node, folder = socket.gethostname(), folder_of(address)
+    if folder is not None and marker is not None and not marker.is_in(folder):
         return Finding(
             "storage",
             "bad",
@@ -422,8 +462,10 @@ def try_store(store: Store) -> Finding:
         name, content = f".doctor-{secrets.token_hex(8)}", secrets.token_bytes(16)
         fs.pipe_file(f"{root}/{name}", content)
         try:
-            names = {PurePosixPath(each).name for each in fs.ls(root, detail=False)}
-            is_whole = name in names and fs.cat_file(f"{root}/{name}") == content
+            is_whole = (
+                name in {PurePosixPath(each).name for each in fs.ls(root, detail=False)}
+                and fs.cat_file(f"{root}/{name}") == content
+            )
         finally:
             fs.rm_file(f"{root}/{name}")
         require(is_whole, "it does not give back what was written")
@@ -486,23 +528,20 @@ def of_mlflow(uri: str) -> Finding:
             "see MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD, or _TOKEN; a training goes on"
             " without the server, and `spiketrain sync` delivers later",
         )
-    if _lets_everybody_in(shown):
-        return Finding(
-            "mlflow",
-            "warn",
-            f"{shown} answers without a password",
-            "let it ask for a password: `mlflow server --app-name basic-auth` (infra/mlflow)",
-        )
-    return Finding("mlflow", "ok", f"{shown} answers, and asks for a password")
-
-
-def _lets_everybody_in(server: str) -> bool:
     import requests
 
-    page = f"{server}/api/2.0/mlflow/experiments/search?max_results=1"
-    # `auth` keeps requests from using a login in ~/.netrc.
-    options = {"auth": lambda request: request, "timeout": MLFLOW_S, "allow_redirects": False}
-    try:
-        return requests.get(page, **options).status_code == 200
-    except requests.RequestException:
-        return False
+    with suppress(requests.RequestException):
+        answer = requests.get(
+            f"{shown}/api/2.0/mlflow/experiments/search?max_results=1",
+            auth=lambda request: request,  # else a login in ~/.netrc would be used
+            timeout=MLFLOW_S,
+            allow_redirects=False,
+        )
+        if answer.status_code == 200:
+            return Finding(
+                "mlflow",
+                "warn",
+                f"{shown} answers without a password",
+                "let it ask for a password: `mlflow server --app-name basic-auth` (infra/mlflow)",
+            )
+    return Finding("mlflow", "ok", f"{shown} answers, and asks for a password")

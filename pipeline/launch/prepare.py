@@ -130,8 +130,10 @@ def write_job(job: Job, folder: Path | None = None) -> None:
     Trust is not saved: the user who resumes has to state it again. The token is not saved: it
     belongs to one start of the driver.
     """
-    saved = {name: value for name, value in asdict(job).items() if name not in NOT_SAVED}
-    write_json(RunFolder(folder or job.run).job, saved)
+    write_json(
+        RunFolder(folder or job.run).job,
+        {name: value for name, value in asdict(job).items() if name not in NOT_SAVED},
+    )
 
 
 def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:

@@ -28,6 +28,8 @@ from pipeline.track.connect import without_password
 from pipeline.track.events import Event, from_dict
 from pipeline.track.journal import Follower, Record, number
 
+_TASK = TaskID(0)  # the only task of the bar
+
 
 class Shown:
     """Shows a run while it trains, from its growing journal: a bar on a terminal, else lines.
@@ -61,11 +63,22 @@ class Shown:
         self._follower = Follower(journal, offset=end)
         self._is_blind = self._is_broken = False
         self._prefix = f"{name}  " if name else ""
-        self._has_bar = console.is_terminal and not name
         self._every, self._clock = every, clock
         self._shown = float("-inf")  # when the last plain line about steps was printed
+        self._bar_width = 20 if console.width >= 120 else 6
         self._bar: Progress | None = None
-        self._task = TaskID(0)
+        if console.is_terminal and not name:
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=self._bar_width),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}", markup=False),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+                refresh_per_second=4,
+            )
+            self._bar.add_task("", text="")
         self._start: events.Start | None = None
         self._since_step, self._since = 0, 0.0  # steps done and time of the first batch's end
         self._accuracy = ""
@@ -106,7 +119,6 @@ class Shown:
         self.look()
         if self._bar is not None:
             self._bar.stop()
-            self._bar = None
 
     def show(self, new: Iterable[Event]) -> None:
         """Show new events of the journal, in order. Of consecutive steps only the last is drawn."""
@@ -129,23 +141,17 @@ class Shown:
             self._accuracy = _share(event.metrics["top1"]) if "top1" in event.metrics else ""
         elif isinstance(event, events.Start):
             self._start = event
-            if self._has_bar and self._bar is None:
-                self._bar = Progress(
-                    TextColumn("{task.description}", markup=False),
-                    BarColumn(bar_width=self._bar_width),
-                    MofNCompleteColumn(),
-                    TextColumn("{task.fields[text]}", markup=False),
-                    TimeElapsedColumn(),
-                    TimeRemainingColumn(),
-                    console=self._console,
-                    refresh_per_second=4,
-                )
-                self._task = self._bar.add_task(event.rule, text="")
-                self._bar.start()
             if self._bar is not None:
-                self._bar.reset(self._task, total=event.total_steps, completed=event.step, text="")
+                self._bar.start()
+                self._bar.reset(
+                    _TASK,
+                    description=event.rule,
+                    total=event.total_steps,
+                    completed=event.step,
+                    text="",
+                )
         elif isinstance(event, events.Finish) and self._bar is not None and self._start is not None:
-            self._bar.update(self._task, completed=self._start.total_steps)
+            self._bar.update(_TASK, completed=self._start.total_steps)
 
     def _draw(self, event: events.Step) -> None:
         metrics, start = event.metrics, self._start
@@ -160,13 +166,17 @@ class Shown:
         ]
         if self._bar is not None and start is not None:
             # As many parts as fit beside the bar. Else rich would cut the times after them.
-            steps = 2 * len(str(start.total_steps)) + 1
-            beside = (len(start.rule), self._bar_width, steps, *2 * [len("00:00:00")])
+            beside = (
+                len(start.rule),
+                self._bar_width,
+                2 * len(str(start.total_steps)) + 1,
+                *2 * [len("00:00:00")],
+            )
             room = self._console.width - sum(beside) - len(beside)
             while parts and len("  ".join(parts)) > room:
                 parts.pop()
-            self._bar.update(self._task, completed=event.step, text="  ".join(parts))
-        elif not self._has_bar and self._clock() - self._shown >= self._every:
+            self._bar.update(_TASK, completed=event.step, text="  ".join(parts))
+        elif self._bar is None and self._clock() - self._shown >= self._every:
             self._shown = self._clock()
             # The remaining time, at the mean speed since the first batch of this start.
             done, seconds = event.step - self._since_step, event.time - self._since
@@ -174,10 +184,6 @@ class Shown:
                 left_s = int((start.total_steps - event.step) * seconds / done)
                 parts.append(f"{timedelta(seconds=left_s)} left")
             self._say(f"step {event.step}/{total}  {'  '.join(parts)}")
-
-    @property
-    def _bar_width(self) -> int:
-        return 20 if self._console.width >= 120 else 6
 
     def _say(self, line: str, *, label: str = "", whole: Sequence[str] = ()) -> None:
         say(self._console, line, label=f"{self._prefix}{label}", whole=whole)
@@ -236,8 +242,7 @@ def _evaluation(event: events.Evaluation) -> list[str]:
         for key, top1 in metrics.items()
         if key.startswith("top1_")
     ]
-    done = f"step {event.step} (epoch {event.epoch + 1})"
-    lines = [f"evaluation after {done}: {', '.join(parts)}"]
+    lines = [f"evaluation after step {event.step} (epoch {event.epoch + 1}): {', '.join(parts)}"]
     return [*lines, f"each task: {', '.join(tasks)}"] if len(tasks) > 1 else lines
 
 

@@ -7,8 +7,8 @@ The run's own folder is the only record.
 
 import logging
 import os
-import platform
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -18,17 +18,14 @@ from typing import Any, Self
 
 from torch import distributed
 
-from pipeline.core.cores import cores_here, cores_of_a_node, cores_of_machines
+from pipeline.core.cores import cores_here
 from pipeline.core.errors import UserError
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
-from pipeline.launch.base import (
-    CountOrAuto,
-    Device,
+from pipeline.launch.cluster import (
+    Cluster,
     LaunchError,
-    NoAnswer,
-    Share,
     WorkersEnded,
     refuse_unusable_cards,
     share_of,
@@ -36,20 +33,15 @@ from pipeline.launch.base import (
 )
 from pipeline.launch.ray_cluster import (
     TOKEN_ADVICE,
-    NodeLoss,
     alive_nodes,
-    captured_stderr,
     draw_token,
     innermost,
     offer_token,
-    reason,
-    refuse_silent_address,
-    run_on_each,
+    silent_stderr,
     worker_environment,
     worker_start_timeout,
 )
 from pipeline.launch.signals import blocked_signal
-from pipeline.measure.gpu_driver import unusable_gpus
 from pipeline.track.events import Checkpoint, Stopped
 from pipeline.track.journal import last_event
 from pipeline.train.backend.collectives import PATIENCE, Ranks
@@ -72,7 +64,6 @@ SETTINGS = {
 # nowhere else (2.60).
 OWN_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
-ANSWER_S = 30.0  # Longest wait for a node's answer to a request
 MEETING_S = 600  # Longest wait for starting workers to connect. No watchdog runs yet.
 # Additional time that a healthy worker waits for another one, after the watchdog should have ended
 # that worker.
@@ -84,54 +75,35 @@ class Ray:
     """Workers on a Ray cluster: an existing one, or one of our own on this machine.
 
     Args:
-        workers: processes that train together. With several ascending numbers, the largest number
-            that there is room for trains; it may change during the run.
-        address: of an existing cluster (`auto`, `host:6379`, `ray://...`). None starts one here.
-        cpus_per_worker: cores that Ray reserves for a worker; torch gets one thread for each.
-        loader_threads: threads that read data in each worker. `share_of` explains `auto`.
-        device: whether each worker gets a GPU (`takes_gpus`).
-        max_restarts: how often dead workers are restarted without progress between
-            (`ray_trainer.py`).
-        node_loss: how long the run waits for a node that does not answer.
+        cluster: the options of the launch.
         work: a worker calls it with its job. Benchmarks measure inside it.
     """
 
-    workers: int | tuple[int, ...]
-    address: str | None = None
-    cpus_per_worker: CountOrAuto = "auto"
-    loader_threads: CountOrAuto = "auto"
-    device: Device = "auto"
-    max_restarts: int = 3
-    node_loss: NodeLoss = "fast"
+    cluster: Cluster
     work: Work = run
 
     def __post_init__(self) -> None:
-        self.sizes = self.workers if isinstance(self.workers, tuple) else (self.workers,)
-        self.least = self.sizes[0]
-        self._owned = False
+        self.least = self.cluster.sizes[0]
 
     def __enter__(self) -> Self:
         """Join the cluster, or start one.
 
         This must happen in the main thread: Ray's servers end with the thread that started them.
         """
-        settings = SETTINGS | worker_start_timeout(self.node_loss, sizes=len(self.sizes))
-        if self.address is None:
-            refuse_unusable_cards(self.device)
+        address, sizes = self.cluster.address, len(self.cluster.sizes)
+        settings = SETTINGS | worker_start_timeout(self.cluster.node_loss, sizes=sizes)
+        if address is None:
+            refuse_unusable_cards(self.cluster.device)
             settings |= OWN_CLUSTER
             say_stage("starting Ray")
             draw_token()
         else:
-            say_stage(f"joining the Ray cluster at {self.address}")
+            say_stage(f"joining the Ray cluster at {address}")
             offer_token()
-        for name, value in settings.items():
+        for name, value in settings.items():  # Ray reads them when it is imported
             os.environ.setdefault(name, value)
-        import ray  # reads its settings when it is imported
-
-        self._owned = not ray.is_initialized()
         try:
-            if self._owned:
-                self._connect()
+            self._connect()
             self._refuse_too_few()
         except BaseException:
             self.__exit__()
@@ -142,65 +114,64 @@ class Ray:
         import ray
         from ray.exceptions import AuthenticationError
 
+        address = self.cluster.address
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-        stderr: list[str] = []
         try:
-            if self.address is None:
-                per_worker = 1 if self.cpus_per_worker == "auto" else self.cpus_per_worker
-                cores = max(self.least * per_worker, cores_here())
+            if address is None:
+                cores = max(self.least * self.cluster.worker_settings["threads"], cores_here())
                 # A terminal that closes sends SIGHUP to all its processes. Workers have to save
                 # first. "local": Ray would otherwise join a cluster that runs on this machine.
                 with blocked_signal(signal.SIGHUP):
                     ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
             else:
-                refuse_silent_address(self.address)
-                with captured_stderr() as stderr:
-                    ray.init(address=self.address, **quiet)
+                # If nothing listens there, Ray 2.60 would try for minutes.
+                host, colon, port = address.rpartition("://")[2].rpartition(":")
+                if colon and port.isdigit():
+                    socket.create_connection((host, int(port)), timeout=5).close()
+                with silent_stderr():  # Ray's C++ code writes a line for each attempt to join
+                    ray.init(address=address, **quiet)
         except AuthenticationError as error:  # this process has no token
             raise UserError(
                 f"ray: a token must be at hand; got none: {error.message}; {TOKEN_ADVICE}"
             ) from error
         except (OSError, RuntimeError) as error:  # a ConnectionError is an OSError
+            # Ray 2.60 raises "no cluster found" also if a cluster refused the token.
             raise UserError(
-                f"ray: no cluster let us in at {self.address!r}: {reason(error, stderr)}"
+                f"ray: no cluster let us in at {address!r}: {str(error).splitlines()[0]}; is it"
+                f" running, and has this client its token? {TOKEN_ADVICE}"
             ) from error
 
     def __exit__(self, *exc: object) -> None:
-        if self._owned:
-            import ray
+        import ray
 
-            ray.shutdown()
-            self._owned = False
+        ray.shutdown()
 
     def _refuse_too_few(self) -> None:
         import ray
 
-        gpus, share = self._share()
+        _, cores_each, _ = self._share()
         cores = ray.cluster_resources().get("CPU", 0)
-        if cores < (wanted := self.least * share.cores):
-            each = f"{counted(self.least, 'worker')} x {counted(share.cores, 'cpu')}"
+        if cores < (wanted := self.least * cores_each):
             raise UserError(
-                f"launch: {each} need {counted(wanted, 'core')}; the cluster has {cores:.0f}"
+                f"launch: {counted(self.least, 'worker')} x {counted(cores_each, 'cpu')} need"
+                f" {counted(wanted, 'core')}; the cluster has {cores:.0f}"
             )
-        if gpus and self.address is not None:  # this machine was checked before
-            answers = run_on_each(
-                _unusable_cards, lambda has: int(has.get("GPU", 0)), within_s=ANSWER_S
-            )
-            for answer in answers:  # a node without an answer fails later, when it gets a worker
-                if isinstance(answer, str):
-                    raise UserError(f"launch: {answer}")
 
-    def _share(self) -> tuple[bool, Share]:
-        """Whether each worker gets a GPU, and its share of the nodes that are up now."""
+    def _share(self) -> tuple[bool, int, int]:
+        """Whether each worker gets a GPU, and its cores and loader threads on the nodes that are up
+        now.
+        """
         import ray
 
-        gpus = takes_gpus(self.device, self.least, int(ray.cluster_resources().get("GPU", 0)))
-        return gpus, share_of(
+        has, asked = ray.cluster_resources(), self.cluster
+        gpus = takes_gpus(asked.device, self.least, int(has.get("GPU", 0)))
+        cores, loader_threads = share_of(
             [node["Resources"] for node in alive_nodes()] if gpus else [],
             gpus=gpus,
-            cores=self.cpus_per_worker,
-            loader_threads=self.loader_threads,
+            cores=asked.cpus_per_worker,
+            loader_threads=asked.loader_threads,
         )
+        return gpus, cores, loader_threads
 
     def room(self) -> int:
         """The number of runs of this size that can train at the same time on cores and GPUs of
@@ -209,19 +180,11 @@ class Ray:
         import ray
 
         has = ray.cluster_resources()
-        gpus, share = self._share()
-        cores_of_a_run = self.least * share.cores
-        if gpus:
-            return min(int(has.get("CPU", 0)) // cores_of_a_run, int(has["GPU"]) // self.least)
-        if self.address is None:
-            return cores_here() // cores_of_a_run
-        # Physical cores: a CPU of the user's own cluster may be half a core.
-        answers = run_on_each(
-            cores_of_a_node, lambda has: int(has.get("CPU", 0)), within_s=ANSWER_S
-        )
-        # A node without an answer is given no run.
-        known = [each for each in answers if not isinstance(each, NoAnswer)]
-        return cores_of_machines(known) // cores_of_a_run
+        gpus, cores, _ = self._share()
+        # Our own cluster has physical cores. Another one has the CPUs that its nodes were given.
+        there = cores_here() if self.cluster.address is None else int(has.get("CPU", 0))
+        runs = there // (self.least * cores)
+        return min(runs, int(has["GPU"]) // self.least) if gpus else runs
 
     def resume_options(self) -> list[str]:
         """Options of `spiketrain resume` that make another process train on the same machines."""
@@ -230,7 +193,7 @@ class Ray:
         # The address of our own cluster is the one by which other processes find it.
         return [
             "--address",
-            self.address or ray.get_runtime_context().gcs_address,
+            self.cluster.address or ray.get_runtime_context().gcs_address,
             "--workers",
             str(self.least),
         ]
@@ -247,11 +210,23 @@ class Ray:
         try:
             outcome = self._trainer(job, attempt).fit().return_value
         except Exception as error:  # Ray wraps what a worker raised in several layers
-            if has_no_place(error):
-                if was_stopped(Path(job.run)):
-                    return _stopped_without_workers(job)
+            if not has_no_place(error):
+                raise WorkersEnded(
+                    innermost(error), is_for_the_user=needs_the_user(error)
+                ) from error
+            folder = Path(job.run)
+            if not was_stopped(folder):
                 raise LaunchError(no_place(self.least)) from error
-            raise WorkersEnded(innermost(error), is_for_the_user=needs_the_user(error)) from error
+            saved = last_event(RunFolder(folder).journal, Checkpoint)
+            with journal(folder, Ranks()) as tracker:
+                tracker.write(
+                    Stopped(
+                        step=0 if saved is None else saved.step,
+                        reason=f"{asked_by(folder)} while its workers had no place",
+                        resume_command=job.resume_command,
+                    )
+                )
+            return None
         if outcome is not None and "refused" in outcome:
             raise UserError(outcome["refused"])
         return outcome
@@ -262,63 +237,46 @@ class Ray:
 
         from pipeline.launch.ray_trainer import HOST, LOOK_S, OnLoopback, Trainer
 
-        gpus, share = self._share()
+        gpus, cores, loader_threads = self._share()
         if gpus:
-            job = replace(job, threads=share.cores, loader_threads=share.loader_threads)
-        elastic = len(self.sizes) > 1
+            job = replace(job, threads=cores, loader_threads=loader_threads)
+        sizes = self.cluster.sizes
+        elastic = len(sizes) > 1
         # Whether the cluster is ours, or belongs to a suite of ours that this process has joined.
-        # Only the nodes show this: `address` may be that of a client elsewhere.
+        # Only the nodes show this: the address may be that of a client elsewhere.
         alone = all(node["NodeManagerAddress"] == HOST for node in alive_nodes())
         return Trainer(
-            partial(_train, work=self.work, sizes=self.sizes),
-            sizes=self.sizes,
+            partial(_train, work=self.work, sizes=sizes),
+            sizes=sizes,
             folder=Path(job.run),
-            awaits_nodes=self.address is not None,
+            awaits_nodes=self.cluster.address is not None,
             train_loop_config=asdict(job),
             torch_config=(OnLoopback if alone else TorchConfig)(
                 backend="nccl" if gpus else "gloo", timeout_s=MEETING_S
             ),
             scaling_config=ScalingConfig(
-                num_workers=(self.sizes[0], self.sizes[-1]) if elastic else self.least,
+                num_workers=(sizes[0], sizes[-1]) if elastic else self.least,
                 elastic_resize_monitor_interval_s=LOOK_S,
                 use_gpu=gpus,
-                resources_per_worker={"CPU": share.cores, **({"GPU": 1} if gpus else {})},
+                resources_per_worker={"CPU": cores, **({"GPU": 1} if gpus else {})},
             ),
             run_config=RunConfig(
                 name=f"attempt-{attempt}",  # always new: nothing that Ray remembers applies
                 storage_path=str(Path(job.run) / "ray"),
                 failure_config=FailureConfig(
-                    max_failures=self.max_restarts,
+                    max_failures=self.cluster.max_restarts,
                     # No room in time: `Resizing` and `Restarts` decide how long to wait.
                     controller_failure_limit=-1 if elastic else 1,
                 ),
                 worker_runtime_env={
                     "env_vars": worker_environment(
-                        threads=share.cores,
+                        threads=cores,
                         loader_threads=job.loader_threads,
                         gpus=gpus,
                         alone=alone,
                     )
                 },
             ),
-        )
-
-
-def _unusable_cards(gpus: int) -> str | None:
-    problem = unusable_gpus() if gpus else None
-    return None if problem is None else f"{platform.node()}: {problem}"
-
-
-def _stopped_without_workers(job: Job) -> None:
-    folder = Path(job.run)
-    saved = last_event(RunFolder(folder).journal, Checkpoint)
-    with journal(folder, Ranks()) as tracker:
-        tracker.write(
-            Stopped(
-                step=0 if saved is None else saved.step,
-                reason=f"{asked_by(folder)} while its workers had no place",
-                resume_command=job.resume_command,
-            )
         )
 
 
@@ -337,23 +295,17 @@ def _train(config: dict[str, Any], *, work: Work, sizes: tuple[int, ...]) -> dic
         sizes,
         _notice,
     )
-    _outwait_watchdog(job.hang_minutes)
+    # Collectives of all workers wait longer than a watchdog does. A collective that gave up earlier
+    # would end a healthy worker. Ray would then end the one that hangs, before its stacks are
+    # written.
+    watched = timedelta(minutes=job.hang_minutes, seconds=AFTER_WATCHDOG_S)
+    distributed.distributed_c10d._set_pg_timeout(
+        watched if job.hang_minutes else PATIENCE, distributed.group.WORLD
+    )
     try:
         return work(job, rank)
     except UserError as error:  # returned, not raised: a restart would not help
         return {"refused": str(error)}
-
-
-def _outwait_watchdog(hang_minutes: float) -> None:
-    """Let collectives of all workers wait longer than a watchdog does.
-
-    A collective that gave up earlier would end a healthy worker. Ray would then end the one that
-    hangs, before its stacks are written.
-    """
-    distributed.distributed_c10d._set_pg_timeout(
-        timedelta(minutes=hang_minutes, seconds=AFTER_WATCHDOG_S) if hang_minutes else PATIENCE,
-        distributed.group.WORLD,
-    )
 
 
 def _notice() -> Notice | None:

@@ -22,20 +22,15 @@ to the next step `fast` took 16 s, Ray's defaults 40 s.
 
 import os
 import secrets
-import socket
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pipeline.core.secrets import is_secret
 from pipeline.core.torch_settings import EXACT, environment
-from pipeline.launch.base import NoAnswer
 
-G = TypeVar("G")
-R = TypeVar("R")
 NodeLoss = Literal["fast", "patient"]
 
 NODES: dict[NodeLoss, dict[str, str]] = {
@@ -76,37 +71,6 @@ def worker_start_timeout(node_loss: NodeLoss, *, sizes: int) -> dict[str, str]:
     return {} if seconds is None else {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": seconds}
 
 
-def run_on_each(
-    work: Callable[[G], R], given: Callable[[Mapping[str, float]], G], *, within_s: float
-) -> list[R | NoAnswer]:
-    """Run `work(given(resources))` on each node that is up, the head first."""
-    import ray
-    from ray.exceptions import GetTimeoutError, RayError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    run, nodes = ray.remote(work), alive_nodes()
-    tasks = [
-        run.options(
-            num_cpus=0,
-            max_retries=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-        ).remote(given(node["Resources"]))
-        for node in nodes
-    ]
-    ray.wait(tasks, num_returns=len(tasks), timeout=within_s)
-    answers: list[R | NoAnswer] = []
-    for task, node in zip(tasks, nodes, strict=True):
-        try:
-            answers.append(ray.get(task, timeout=0))
-        except GetTimeoutError:
-            ray.cancel(task, force=True)
-            answers.append(NoAnswer(node["NodeManagerAddress"], "it does not answer in time"))
-        except RayError as error:
-            why = innermost(getattr(error, "cause", None) or error)
-            answers.append(NoAnswer(node["NodeManagerAddress"], why))
-    return answers
-
-
 def alive_nodes() -> list[dict[str, Any]]:
     """Ray's description of each node that is up, the head first."""
     import ray
@@ -122,7 +86,8 @@ def worker_environment(
 ) -> dict[str, str]:
     """The environment variables of every worker.
 
-    Ray passes on a fixed list of its own, and forces OMP_NUM_THREADS to 1.
+    Ray passes on a fixed list of its own, and forces OMP_NUM_THREADS to 1. Secrets are left out:
+    Ray writes these variables to its logs, and each machine has its own secrets.
 
     Args:
         threads: torch's threads.
@@ -131,10 +96,14 @@ def worker_environment(
     # A worker starts in another folder. Packages that the user trusts lie beside the recipe or on
     # the path.
     return {
-        # Defaults first: passed_on() holds the user's own values.
+        # Defaults first: the variables that are passed on hold the user's own values.
         **({"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if alone else {}),
         **(EXACT if gpus else {}),  # NCCL reads it when it first connects
-        **passed_on(),
+        **{
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(PASSED_ON) and not is_secret(name)
+        },
         "PYTHONPATH": os.pathsep.join(
             dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)
         ),
@@ -148,19 +117,6 @@ def worker_environment(
         # has a GPU, none of them may use the few that exist.
         "DS_ACCELERATOR": "cuda" if gpus else "cpu",
         **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
-    }
-
-
-def passed_on() -> dict[str, str]:
-    """The variables of this process with the prefixes PASSED_ON.
-
-    Secrets are left out: Ray writes these variables to its logs, and each machine has its own
-    secrets.
-    """
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith(PASSED_ON) and not is_secret(name)
     }
 
 
@@ -199,22 +155,23 @@ def cause(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
     all did.
     """
     errors = {rank: getattr(error, "cause", None) or error for rank, error in failures.items()}
-    rank = min(errors, key=lambda rank: (_lost_peer(errors[rank]), rank))
+    # A failed collective raises a RuntimeError, a lost connection to storage an OSError.
+    lost_peer = {
+        rank
+        for rank, error in errors.items()
+        if isinstance(error, RuntimeError)
+        and any(words in str(error).lower() for words in LOST_PEER)
+    }
+    rank = min(errors, key=lambda rank: (rank in lost_peer, rank))
     return rank, errors[rank]
-
-
-def _lost_peer(error: BaseException) -> bool:
-    """Whether the error is that of a failed collective: a RuntimeError. A lost connection to
-    storage raises an OSError.
-    """
-    return isinstance(error, RuntimeError) and any(
-        words in str(error).lower() for words in LOST_PEER
-    )
 
 
 # --------------------------------------------------------------------------------------- the token
 
 TOKEN_ADVICE = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that has it"
+
+
+_TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 def draw_token() -> None:
@@ -223,56 +180,25 @@ def draw_token() -> None:
     The token stays in the environment of our processes, which no other user can read. Ray 2.60
     would write its own token to ~/.ray/auth_token.
     """
-    if not _is_in_environment():
+    if not any(name in os.environ for name in _TOKENS):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def offer_token() -> None:
     """Let this driver show its token. A driver of Ray 2.60 shows it only in this mode."""
-    if _is_in_environment() or Path("~/.ray/auth_token").expanduser().exists():
+    file = Path("~/.ray/auth_token").expanduser()
+    if any(name in os.environ for name in _TOKENS) or file.exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
-def _is_in_environment() -> bool:
-    return any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-
-
-def refuse_silent_address(address: str) -> None:
-    """Raises: OSError within seconds if nothing listens at the address. Ray 2.60 would try for
-    minutes.
-    """
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=5).close()
-
-
 @contextmanager
-def captured_stderr() -> Iterator[list[str]]:
-    """Capture what Ray's C++ code writes to stderr, which is one line for each attempt to join.
-
-    The list has the lines after the `with` block. They are also printed if no exception was raised.
-    """
-    lines: list[str] = []
+def silent_stderr() -> Iterator[None]:
+    """Inside, drop what C++ code of this process writes to stderr."""
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield lines
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            file.seek(0)
-            lines += file.read().decode(errors="replace").splitlines()
-    for line in lines:
-        print(line, file=sys.stderr)
-
-
-def reason(error: Exception, stderr: Sequence[str]) -> str:
-    """The reason why the cluster could not be joined, in one line.
-
-    Ray 2.60 raises "no cluster found" also if a cluster refused the token.
-    """
-    if any("InvalidAuthToken" in line for line in stderr):  # of Ray's C++ code
-        shown = "shows another" if os.environ.get("RAY_AUTH_MODE") == "token" else "shows none"
-        return f"it wants its token and this client {shown}; {TOKEN_ADVICE}"
-    return f"{str(error).splitlines()[0]}; is it running?"
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -248,7 +248,6 @@ class Resizing(ElasticScalingPolicy):
         self._wanted: ResizeDecision | None = None
         self._asked = self._ticked = 0.0
         self._none_since: float | None = None  # When the workers were gone; None: there are workers
-        self._is_journalled = False
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
         staying = {node["NodeID"] for node in alive_nodes()} - set(state.get_draining_nodes())

@@ -17,7 +17,7 @@ from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.launch.cluster import OPERATIONAL, Cluster, differences
-from pipeline.launch.driver import driver_lock, train_alone
+from pipeline.launch.driver import driver_lock, launcher_of, train_alone
 from pipeline.launch.prepare import read_job, write_job
 from pipeline.recipe.json import differing, listed, recipe_fields
 from pipeline.recipe.recipe import Recipe, read_json, write_json
@@ -42,10 +42,8 @@ def resume_run(
     address: str | None,
     options: Mapping[str, Any],
     trust: tuple[str, ...] = (),
-) -> Path | None:
-    """Continue a run. `options` are saved with it. Returns its folder, or None if it was asked to
-    stop.
-    """
+) -> Path:
+    """Continue a run. `options` are saved with it. Returns its folder."""
     if state_of(folder) == "finished":
         say(new_console(), f"{folder.name} has finished")
         return folder
@@ -60,7 +58,7 @@ def resume_run(
     check_resumed(folder, cluster, launched, trust=trust)
     with driver_lock(folder):
         pass  # a second driver is refused before it starts a cluster
-    with cluster.launcher() as launcher:
+    with launcher_of(cluster) as launcher:
         save_options(folder, [folder], options, new_console())
         return train_alone(
             read_job(folder, trust=trust), launcher, address=cluster.resume_address(launched)
@@ -133,8 +131,11 @@ def refuse_unless_launched_so(
     if [*was] == [*now]:
         differ = [each for name in was for each in differing(name, was[name], now[name])]
     require(not differ, f"{rule}; its recipe differs now: {listed(differ)}")
-    options = differences(Cluster.from_json(launched), cluster)
-    changed = [text for name, text in options.items() if name not in MAY_DIFFER]
+    changed = [
+        text
+        for name, text in differences(Cluster.from_json(launched), cluster).items()
+        if name not in MAY_DIFFER
+    ]
     require(not changed, f"{rule}; its options differ now: {', '.join(changed)}")
 
 
@@ -158,21 +159,19 @@ def save_options(
     if not options:
         return
     changes: dict[str, str] = {}
-
-    def changed(launched: Any) -> Cluster:
-        was = Cluster.from_json(launched)
-        now = replace(was, **options)
-        changes.update(differences(was, now))
-        return now
-
     with driver_lock(folder):
         for run in runs:
             file = RunFolder(run).cluster
-            now = changed(read_json(file))
+            was = Cluster.from_json(read_json(file))
+            now = replace(was, **options)
+            changes |= differences(was, now)
             write_job(replace(read_job(run), **now.worker_settings))
             write_json(file, asdict(now))
         if is_suite(folder):
             written = read_json(folder / SUITE)
-            write_json(folder / SUITE, {**written, "cluster": asdict(changed(written["cluster"]))})
+            was = Cluster.from_json(written["cluster"])
+            now = replace(was, **options)
+            changes |= differences(was, now)
+            write_json(folder / SUITE, {**written, "cluster": asdict(now)})
     if changes:
         say(console, f"{folder.name}: {', '.join(changes.values())} from here on")

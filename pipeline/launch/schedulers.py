@@ -20,17 +20,16 @@ from uuid import uuid4
 
 import yaml
 
-from pipeline.core.checks import is_count, require
+from pipeline.core.checks import require
 from pipeline.core.errors import UserError
 from pipeline.core.units import counted
 from pipeline.launch.ray_cluster import offer_token
 from pipeline.train.checkpoint import folder_of
 from pipeline.train.elastic import format_sizes
 
-# Options of a launch that the order sets.
-OWN = ("--name", "--runs", "--address", "--workers", "--or-resume")
 LONGEST_NAME = 47  # KubeRay (1.7.0) adds up to 16 characters, and a name has at most 63
 PATIENCE_S = 120.0
+SLURM = Path(__file__).parents[2] / "infra" / "slurm"
 _NAME = r"[A-Za-z0-9][\w.-]{0,127}"
 # The name of an image that fixes its content, so that a retry trains with the same code:
 # `[host[:port]/]path/name` with `:tag`, `@sha256:...` or both.
@@ -47,81 +46,35 @@ class Order:
     """One launch, for any scheduler.
 
     Args:
-        words: the arguments of `spiketrain launch`: recipes, and options other than OWN.
+        words: the arguments of `spiketrain launch`: recipes, and the options that the order does
+            not set.
         name: of the run or suite, and of the job.
-        workers: processes that train together; several numbers, ascending, if the number may change
-            while the run trains; None: the scheduler's template counts them.
-        image: the container image that the machines use; empty: none.
+        sizes: every number of workers that the run may have, ascending; none: the scheduler's
+            template counts the workers.
         runs: the folder of runs, as the machines that train see it.
-
-    Raises:
-        ValueError: a field that no scheduler would take.
+        options: the typed options of `spiketrain launch --cluster` by their names, as parsed.
     """
 
     words: tuple[str, ...]
     name: str
-    workers: int | tuple[int, ...] | None
-    image: str = ""
+    sizes: tuple[int, ...]
     runs: str
-
-    def __post_init__(self) -> None:
-        require(
-            self.words and not self.words[0].startswith("-"),
-            f"order: words must begin with a recipe; got {' '.join(self.words) or 'none'}",
-        )
-        texts = [*(("words", word) for word in self.words), ("runs", self.runs)]
-        for name, text in (*texts, ("image", self.image)):
-            require(
-                not any(ord(character) < 32 or ord(character) == 127 for character in text),
-                f"order: {name} must be free of control characters; got {text!r}",
-            )
-        options = [word.partition("=")[0] for word in self.words]
-        require("--inline" not in options, "order: a job trains with workers of Ray; got --inline")
-        for option in OWN:
-            require(
-                option not in options,
-                f"order: {option} follows from the job; got it among the words",
-            )
-        require(
-            self.workers is None or (self.sizes and all(map(is_count, self.sizes))),
-            f"order: workers must be 1 or more; got {self.workers!r}",
-        )
+    options: Mapping[str, Any]
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Every number of workers that the run may have; none if the template counts them."""
-        if self.workers is None:
-            return ()
-        return self.workers if isinstance(self.workers, tuple) else (self.workers,)
-
-    def option(self, name: str) -> str | None:
-        """The last value of an option among the words, `--name value` or `--name=value`."""
-        value = None
-        for word, after in zip(self.words, (*self.words[1:], None), strict=True):
-            if word == name:
-                value = after
-            elif word.startswith(f"{name}="):
-                value = word.partition("=")[2]
-        return value
+    def image(self) -> str:
+        """The container image that the machines use; empty: none."""
+        return self.options.get("image", "")
 
     def count(self, name: str) -> int:
-        """The number of an option among the words; 1 for `auto` or if the option is missing.
-
-        Raises:
-            ValueError: it is neither a count nor `auto`.
-        """
-        text = self.option(name) or "auto"
-        require(
-            text == "auto" or (text.isdecimal() and int(text) >= 1),
-            f"order: {name} must be a whole number >= 1 or auto; got {text}",
-        )
-        return 1 if text == "auto" else int(text)
+        """The value of an option that is a count; 1 for `auto` or if the option is missing."""
+        value = self.options.get(name, "auto")
+        return 1 if value == "auto" else value
 
     def describe(self, workers: int) -> str:
         """`4 workers`, or `2 runs side by side of 4 workers`."""
-        runs = self.count("--side-by-side")
-        at_a_time = "" if runs == 1 else f"{runs} runs side by side of "
-        return at_a_time + counted(workers, "worker")
+        runs = self.count("side_by_side")
+        return ("" if runs == 1 else f"{runs} runs side by side of ") + counted(workers, "worker")
 
     def launch(self, *options: str) -> list[str]:
         """The command that the machines run. It starts the run or continues it."""
@@ -138,8 +91,8 @@ def answer_of(
     Raises:
         UserError: the program is missing, fails, or does not answer in time.
     """
-    path = os.environ.get("PATH", os.defpath)
-    program = shutil.which(name, path=f"{path}{os.pathsep}{Path(sys.executable).parent}")
+    paths = (os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent))
+    program = shutil.which(name, path=os.pathsep.join(paths))
     if program is None:
         raise UserError(f"submit: needs {name} on the path; got none")
     try:
@@ -179,8 +132,9 @@ def manifests_of(folder: Path) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(answer_of(*command, str(folder))))
 
 
-def render_rayjob(order: Order, folder: Path) -> str:
-    """The RayJob of a kustomize folder, with the order's name, entrypoint, image and pods, as YAML.
+def render_rayjob(order: Order) -> str:
+    """The RayJob of the order's kustomize folder, its option `infra`, with the order's name,
+    entrypoint, image and pods, as YAML.
 
     There are as many pods as the workers need, and never fewer: the driver counts them when it
     starts. With several numbers of workers, the job begins with the pods for the smallest number.
@@ -190,6 +144,7 @@ def render_rayjob(order: Order, folder: Path) -> str:
         ValueError: Kubernetes would not take the name or image; the folder has no RayJob, or is too
             small for so many workers; runs or checkpoints would lie on a pod's own disk.
     """
+    folder = order.options["infra"]
     require(
         len(order.name) <= LONGEST_NAME and re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", order.name),
         "k8s: name must be lower-case letters, digits and inner -, begin with a letter, and be "
@@ -247,19 +202,29 @@ def _fill_rayjob(job: dict[str, Any], order: Order, folder: Path) -> None:
     group["maxReplicas"] = _pods(order, order.sizes[-1], limits, most, folder)
     job["metadata"]["name"] = order.name
     # The driver runs on the head, which has no GPU, so the device is named.
-    device = ["--device", "gpu" if _gpus(limits) else "cpu"]
-    launch = order.launch(*(device if order.option("--device") is None else ()))
-    job["spec"]["entrypoint"] = shlex.join(launch)  # a shell of the head reads it
+    device = ["--device", "gpu" if "nvidia.com/gpu" in limits else "cpu"]
+    # A shell of the head reads the entrypoint.
+    job["spec"]["entrypoint"] = shlex.join(
+        order.launch(*([] if "device" in order.options else device))
+    )
     for pod in pods:
         pod["containers"][0]["image"] = order.image  # the first container is Ray's (KubeRay 1.7.0)
 
 
 def _pods(order: Order, workers: int, limits: dict[str, Any], most: int, folder: Path) -> int:
-    asked = order.count("--cpus-per-worker")  # auto: with a GPU for each worker, as many as fit
-    cores, gpus = _cores(limits), _gpus(limits)
-    takes_gpus = gpus and order.option("--device") != "cpu"
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(limits.get("cpu", "")))
+    if match is None:
+        raise ValueError(
+            "k8s: a worker's limit of cpu must be a number of cores, or of thousandths with m; got"
+            f" {limits.get('cpu')!r}"
+        )
+    # Rounded up as KubeRay does for Ray.
+    cores = math.ceil(float(match[1]) / (1000 if match[2] else 1))
+    gpus = int(limits.get("nvidia.com/gpu", 0))
+    asked = order.count("cpus_per_worker")  # auto: with a GPU for each worker, as many as fit
+    takes_gpus = gpus and order.options.get("device") != "cpu"
     room = min(cores // asked, gpus) if takes_gpus else cores // asked
-    pods = math.ceil(order.count("--side-by-side") * workers / room) if room else None
+    pods = math.ceil(order.count("side_by_side") * workers / room) if room else None
     if pods is None or pods > most:
         each = counted(cores, "core") + (f" and {counted(gpus, 'GPU')}" if gpus else "")
         raise ValueError(
@@ -269,28 +234,10 @@ def _pods(order: Order, workers: int, limits: dict[str, Any], most: int, folder:
     return pods
 
 
-def _cores(limits: dict[str, Any]) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(limits.get("cpu", "")))
-    if match is None:
-        raise ValueError(
-            "k8s: a worker's limit of cpu must be a number of cores, or of thousandths with m; got"
-            f" {limits.get('cpu')!r}"
-        )
-    # Rounded up as KubeRay does for Ray.
-    return math.ceil(float(match[1]) / (1000 if match[2] else 1))
-
-
-def _gpus(limits: dict[str, Any]) -> int:
-    return int(limits.get("nvidia.com/gpu", 0))
-
-
 def _refuse_unless_shared(order: Order, pods: Sequence[dict[str, Any]]) -> None:
     shared = sorted(set.intersection(*map(_shared_mounts, pods)))
-    kept = order.option("--checkpoints")
-    for name, given, folder in (
-        ("runs", order.runs, Path(order.runs)),
-        ("--checkpoints", kept, None if kept is None else folder_of(kept)),
-    ):
+    for name, given in (("runs", order.runs), ("--checkpoints", order.options.get("checkpoints"))):
+        folder = None if given is None else folder_of(given)
         require(
             folder is None
             or (".." not in folder.parts and any(folder.is_relative_to(mount) for mount in shared)),
@@ -300,31 +247,26 @@ def _refuse_unless_shared(order: Order, pods: Sequence[dict[str, Any]]) -> None:
 
 
 def _shared_mounts(pod: dict[str, Any]) -> set[str]:
-    volumes = pod.get("volumes", ())
-    claims = {each["name"] for each in volumes if "persistentVolumeClaim" in each}
-    mounts = pod["containers"][0].get("volumeMounts", ())
+    claims = {each["name"] for each in pod.get("volumes", ()) if "persistentVolumeClaim" in each}
     return {
-        each["mountPath"] for each in mounts if each["name"] in claims and not each.get("readOnly")
+        each["mountPath"]
+        for each in pod["containers"][0].get("volumeMounts", ())
+        if each["name"] in claims and not each.get("readOnly")
     }
 
 
 # ------------------------------------------------------------------------------------------- Slurm
 
 
-def render_sbatch(
-    order: Order, folder: Path, *, nodes: int, gpus_per_node: int, time: str, partition: str | None
-) -> str:
-    """The command line of sbatch for a folder's train.sbatch, such as infra/slurm.
+def render_sbatch(order: Order) -> str:
+    """The command line of sbatch for the order's train.sbatch, by default that of infra/slurm.
 
-    `time` is Slurm's: minutes, hours:minutes:seconds, or days-hours.
+    The option `time` is Slurm's: minutes, hours:minutes:seconds, or days-hours.
 
     Raises:
         ValueError: a value that Slurm would not take, too few GPUs, or no script in the folder.
     """
-    require(
-        nodes >= 1 and gpus_per_node >= 0,
-        f"slurm: nodes must be 1 or more, gpus_per_node 0 or more; got {nodes} and {gpus_per_node}",
-    )
+    nodes, gpus_per_node = order.options["nodes"], order.options.get("gpus_per_node", 0)
     sizes = format_sizes(order.sizes) if order.sizes else ""  # empty: one for each GPU, or node
     require(
         len(order.sizes) <= 1,
@@ -334,22 +276,23 @@ def render_sbatch(
     workers = order.sizes[0] if order.sizes else gpus  # as the script counts them
     require(
         not gpus
-        or order.option("--device") == "cpu"
-        or order.count("--side-by-side") * workers <= gpus,
+        or order.options.get("device") == "cpu"
+        or order.count("side_by_side") * workers <= gpus,
         f"slurm: each worker takes a GPU; got {order.describe(workers)} on"
         f" {counted(nodes, 'node')} x {counted(gpus_per_node, 'GPU')}",
     )
-    script = folder / "train.sbatch"
+    script = order.options.get("infra", SLURM) / "train.sbatch"
     require(script.is_file(), f"slurm: the script of the job must be a file; got {script}")
     options = {
         "job-name": _matching("name", order.name, _NAME),
         "nodes": str(nodes),
-        "time": _matching("time", time, r"(\d{1,4}-)?\d{1,6}(:\d{1,2}){0,2}"),
+        "time": _matching("time", order.options["time"], r"(\d{1,4}-)?\d{1,6}(:\d{1,2}){0,2}"),
     }
     if gpus_per_node:
         options["gpus-per-node"] = str(gpus_per_node)
-    if partition is not None:
-        options["partition"] = _matching("partition", partition, r"[\w.-]+(,[\w.-]+)*")
+    if "partition" in order.options:
+        names = r"[\w.-]+(,[\w.-]+)*"
+        options["partition"] = _matching("partition", order.options["partition"], names)
     return shlex.join(
         [
             "env",
@@ -372,8 +315,8 @@ def submit_sbatch(command: str) -> str:
     """
     _, *words = shlex.split(command)
     at = words.index("sbatch")
-    environment = dict(word.split("=", 1) for word in words[:at])
-    return answer_of("sbatch", *words[at + 1 :], environment=environment).split(";")[0]
+    variables = dict(word.split("=", 1) for word in words[:at])
+    return answer_of("sbatch", *words[at + 1 :], environment=variables).split(";")[0]
 
 
 def _matching(name: str, value: str, pattern: str) -> str:
@@ -386,8 +329,9 @@ def _matching(name: str, value: str, pattern: str) -> str:
 # -------------------------------------------------------------------------- a running Ray cluster
 
 
-def render_ray_job(order: Order, address: str) -> str:
-    """The command line that submits the order to `address`, ray://HOST:PORT of the dashboard.
+def render_ray_job(order: Order) -> str:
+    """The command line that submits the order to its option `cluster`, ray://HOST:PORT of the
+    dashboard.
 
     The driver runs on the head, in the folder where Ray was started. `runs` and recipes are paths
     there.
@@ -396,6 +340,7 @@ def render_ray_job(order: Order, address: str) -> str:
         ValueError: another address, a name that a run cannot have, or an image, which a cluster
             that is up has already.
     """
+    address = order.options["cluster"]
     require(
         re.fullmatch(r"ray://[A-Za-z0-9.-]+:\d{1,5}", address, re.ASCII),
         f"ray: a cluster must be ray://HOST:PORT, with the port of its dashboard; got {address!r}",

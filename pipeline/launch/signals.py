@@ -60,7 +60,7 @@ class StopRequest:
 
         The first time nothing is printed here: the main thread may be in the middle of a line.
         """
-        if not self._by and not self._is_asked():
+        if not self._by:
             self._by = number.name
             self._ask()
         elif number not in PATIENT:
@@ -71,20 +71,17 @@ class StopRequest:
 
     def report(self) -> None:
         """Print the request, and repeat it if the storage did not take the file. Call it often."""
-        if self._by and not self._is_asked():
-            self._ask()
-        if self._by and not self._is_said:
+        if not self._by:
+            return
+        self._ask()
+        if not self._is_said:
             self._is_said = True
             self._say(f"{self._by}: saving after this step; once more to stop at once")
 
     def _ask(self) -> None:
         with suppress(OSError):
-            RunFolder(self._folder).stop.write_text(self._by)
-
-    def _is_asked(self) -> bool:
-        with suppress(OSError):
-            return was_stopped(self._folder)
-        return False
+            if not was_stopped(self._folder):
+                RunFolder(self._folder).stop.write_text(self._by)
 
 
 @contextmanager

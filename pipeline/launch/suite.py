@@ -22,8 +22,16 @@ from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
-from pipeline.launch.cluster import Cluster, Launcher
-from pipeline.launch.driver import check, drive, driver_lock, ignore_lost_terminal, say_stopped
+from pipeline.launch.cluster import Cluster
+from pipeline.launch.driver import (
+    Launcher,
+    check,
+    drive,
+    driver_lock,
+    end_stopped,
+    ignore_lost_terminal,
+    launcher_of,
+)
 from pipeline.launch.prepare import atomic_folder, free_folder, named, open_place, refuse_taken
 from pipeline.launch.resume import check_resumed, save_options
 from pipeline.launch.suite_runs import SuiteRuns, begun_job, parallel_runs, train_side_by_side
@@ -50,12 +58,12 @@ def launch_suite(
     stem: str,
     name: str | None = None,
     trust: tuple[str, ...] = (),
-) -> Path | None:
-    """Train a suite. Returns its folder, or None if it was asked to stop.
+) -> Path:
+    """Train a suite. Returns its folder.
 
     `name` is the name of its folder. None: `stem` and the time.
     """
-    launcher = cluster.launcher()
+    launcher = launcher_of(cluster)
     if name is not None:
         refuse_taken(named(runs, name))
     # The runs get their folders only later. The mark makes their names differ from those of a suite
@@ -91,10 +99,8 @@ def resume_suite(
     address: str | None,
     options: Mapping[str, Any],
     trust: tuple[str, ...] = (),
-) -> Path | None:
-    """Continue a suite. `options` are saved with it. Returns its folder, or None if it was asked to
-    stop.
-    """
+) -> Path:
+    """Continue a suite. `options` are saved with it. Returns its folder."""
     suite_file = SuiteFile.read(folder, trust=trust)
     begun = {name: run for name, run in runs_of(folder).items() if run.exists()}
     for run in begun.values():
@@ -106,7 +112,7 @@ def resume_suite(
         return folder
     launched = Cluster.from_json(suite_file.cluster)
     cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
-    launcher = cluster.launcher()
+    launcher = launcher_of(cluster)
     say_stage(
         f"checking {counted(len(suite_file.suite.recipes), 'recipe')} and where they continue"
     )
@@ -120,7 +126,7 @@ def resume_suite(
         return _train(SuiteRuns(folder, suite_file, cluster, trust), launcher, slots)
 
 
-def _train(suite: SuiteRuns, launcher: Launcher, slots: int) -> Path | None:
+def _train(suite: SuiteRuns, launcher: Launcher, slots: int) -> Path:
     console, folder = new_console(), suite.folder
     ignore_lost_terminal(console)
     resume = command("resume", folder, address=suite.resume_address)
@@ -132,17 +138,18 @@ def _train(suite: SuiteRuns, launcher: Launcher, slots: int) -> Path | None:
         suite = replace(suite, cluster=replace(suite.cluster, side_by_side=1))
     with ExitStack() as at_the_end, driver_lock(folder):
         at_the_end.callback(_sync_states, suite, console)
-        train = train_side_by_side if slots > 1 else _train_in_turn
         try:
-            done = train(suite, launcher, slots, console)
+            if slots > 1:
+                done = train_side_by_side(suite, launcher, slots, console)
+            else:
+                done = _train_in_turn(suite, launcher, console)
             if done:
                 measure_the_rest(folder, suite.suite_file.suite, trust=suite.trust)
         except KeyboardInterrupt:  # between two runs, or during a measurement
             done = False
-    if done:
-        return folder
-    say_stopped(console, resume)
-    return None
+    if not done:
+        end_stopped(console, resume)
+    return folder
 
 
 def _sync_states(suite: SuiteRuns, console: Console) -> None:
@@ -162,16 +169,14 @@ def _sync_states(suite: SuiteRuns, console: Console) -> None:
         say(console, str(error))  # not raised: the caller may be raising another error
 
 
-def _train_in_turn(suite: SuiteRuns, launcher: Launcher, slots: int, console: Console) -> bool:
+def _train_in_turn(suite: SuiteRuns, launcher: Launcher, console: Console) -> bool:
     """As `train_side_by_side`, but train one run after another, driven by this process. A diverged
     run counts as trained.
     """
-    del slots
     left = suite.left()
     for recipe in left:
         try:
-            job = suite.job(recipe)
-            if drive(job, launcher, console, address=suite.resume_address) is None:
+            if drive(suite.job(recipe), launcher, console, address=suite.resume_address) is None:
                 return False
         except UserError:
             if not suite.is_over(recipe.name):
@@ -252,10 +257,15 @@ def _measure(measurement: Measurement, runs: Mapping[str, Path], trust: tuple[st
             "threads": conditions["hardware"].get("threads", 1),
             **options,
         }
-        times_of = measure_interleaved(recipes[0], rules, **options)
-        return {label: asdict(times) for label, times in times_of.items()}
+        return {
+            label: asdict(times)
+            for label, times in measure_interleaved(recipes[0], rules, **options).items()
+        }
     from pipeline.forecast import plan as forecast
 
     device, workers = forecast.DEVICES[options.pop("device")], options.pop("workers")
-    cluster = forecast.Cluster(workers=workers, device=device)
-    return asdict(forecast.plan(recipes[0], cluster, rules=rules, **options))
+    return asdict(
+        forecast.plan(
+            recipes[0], forecast.Cluster(workers=workers, device=device), rules=rules, **options
+        )
+    )

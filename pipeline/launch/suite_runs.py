@@ -6,8 +6,6 @@ driven by a `spiketrain resume` of its own. Each worker keeps to cores of its ow
 others use the same memory bus, but never the same cores.
 """
 
-from __future__ import annotations
-
 import ctypes
 import signal
 import subprocess
@@ -24,9 +22,8 @@ from pipeline.core.checks import require
 from pipeline.core.errors import UserError
 from pipeline.core.printing import say
 from pipeline.core.run_folder import RunFolder
-from pipeline.launch.base import CountOrAuto, LaunchError
-from pipeline.launch.cluster import Cluster, Launcher
-from pipeline.launch.driver import check
+from pipeline.launch.cluster import Cluster, CountOrAuto, LaunchError
+from pipeline.launch.driver import Launcher, check
 from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.progress import Shown
 from pipeline.launch.signals import PATIENT, on_stop_signals
@@ -37,11 +34,7 @@ from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import best, is_driven, is_over, top1_of
 from pipeline.train.job import Job, was_stopped
 from pipeline.train.weights import lasting_weights
-from pipeline.train.writer_lock import PATIENCE_S
 
-# Time in which the driver of a run saves and ends after its suite was killed, and in which a dead
-# machine loses its lock.
-LEAVING_S = PATIENCE_S
 _POLL_S = 0.25
 _PR_SET_PDEATHSIG = 1
 
@@ -91,8 +84,10 @@ class SuiteRuns:
         """
         run, suite = self.where[recipe.name], self.suite_file.suite
         if run.exists():  # it may have begun with another number of runs side by side
-            job = begun_job(run, self.suite_file.parent, trust=self.trust)
-            return replace(job, own_cores=self.cluster.worker_settings["own_cores"])
+            return replace(
+                begun_job(run, self.suite_file.parent, trust=self.trust),
+                own_cores=self.cluster.side_by_side != 1,
+            )
         if choice := suite.choices.get(recipe.name):
             best_trial = best({name: top1_of(self.where[name]) for name in choice.trials})
             [trial] = [each for each in suite.recipes if each.name == best_trial]
@@ -162,21 +157,26 @@ def train_side_by_side(suite: SuiteRuns, launcher: Launcher, slots: int, console
         UserError: a run was refused.
     """
     running: dict[str, _ChildDriver] = {}
-    driven_since: dict[str, float] = {}
+    driven_elsewhere: set[str] = set()
 
     def begin_more() -> bool:
-        """Fill the free slots, in the suite's order. Returns whether other processes drive runs."""
+        """Fill the free slots, in the suite's order. Returns whether other processes drive runs.
+
+        Most likely these are the drivers of a killed suite, which save their runs and end.
+        """
         elsewhere = 0
         for recipe in suite.left():
             if len(running) + elsewhere == slots:
                 break
             if recipe.name in running or not suite.can_begin(recipe):
                 continue
-            if _is_driven_elsewhere(recipe.name, suite.where[recipe.name], driven_since, console):
+            if is_driven(suite.where[recipe.name]):
                 elsewhere += 1
+                if recipe.name not in driven_elsewhere:
+                    driven_elsewhere.add(recipe.name)
+                    say(console, f"{recipe.name}  another process still trains it: waiting")
             else:
-                job = suite.job(recipe)
-                running[recipe.name] = _ChildDriver(recipe.name, job, suite, launcher, console)
+                running[recipe.name] = _ChildDriver(recipe, suite, launcher, console)
         return elsewhere > 0
 
     failed: Exception | None = None
@@ -206,38 +206,11 @@ def train_side_by_side(suite: SuiteRuns, launcher: Launcher, slots: int, console
     return not suite.left()
 
 
-def _is_driven_elsewhere(
-    name: str, run: Path, driven_since: dict[str, float], console: Console
-) -> bool:
-    """Whether another process drives the run, most likely the driver of a killed suite, which saves
-    its run and ends.
-
-    Args:
-        driven_since: by name, when another process was first seen to drive a run.
-
-    Raises: UserError if it has done so for more than LEAVING_S.
-    """
-    if not is_driven(run):
-        driven_since.pop(name, None)
-        return False
-    if name not in driven_since:
-        driven_since[name] = time.monotonic()
-        text = f"another process still trains it: waiting for up to {LEAVING_S:.0f} s"
-        say(console, f"{name}  {text}")
-    if time.monotonic() - driven_since[name] > LEAVING_S:
-        raise UserError(
-            f"{run.name}: is being trained by another process, which still does after"
-            f" {LEAVING_S:.0f} s"
-        )
-    return True
-
-
 class _ChildDriver:
-    """The process that drives one run of the suite."""
-
     def __init__(
-        self, name: str, job: Job, suite: SuiteRuns, launcher: Launcher, console: Console
+        self, recipe: Recipe, suite: SuiteRuns, launcher: Launcher, console: Console
     ) -> None:
+        job, name = suite.job(recipe), recipe.name
         self.folder, self._is_over = Path(job.run), partial(suite.is_over, name)
         self._files, runs = RunFolder(self.folder), suite.folder.parent
         self._files.stop.unlink(missing_ok=True)

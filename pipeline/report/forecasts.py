@@ -91,11 +91,12 @@ def _derived(recipe: Recipe, ready: Recipe, workers: int, step: str) -> dict[str
     split = recipe.split(workers)
     parameters = sum(p.numel() for p in network.parameters())
     try:
-        study = recipe.study_key(study_inputs(recipe, fingerprint_of(recipe)))
+        if names := references(recipe):
+            study = f"depends on what {', '.join(names)} will have learnt"
+        else:
+            study = recipe.study_key(study_inputs(recipe, fingerprint_of(recipe)))
     except DataError as error:
         study = f"depends on the data's content, which is not here yet ({error})"
-    if names := references(recipe):
-        study = f"depends on what {', '.join(names)} will have learnt"
     lines = {
         "parameters": f"{parameters:,}",
         "study key": study,

@@ -18,16 +18,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urlparse
 
 from pipeline.core.run_folder import RunFolder
-from pipeline.report.results import ReportError, Run, is_silent, run_of
+from pipeline.report.results import ReportError, Run, frame, is_silent, read_runs, run_of
 from pipeline.track.connect import KIND_TAG, PARENT_OF, SQLITE, connect, reason, without_password
 from pipeline.track.events import KIND, Event, Start, Step, from_dict
 from pipeline.track.journal import Record, read_thinned
 from pipeline.track.mlflow import REPORT, REPORT_DATA
 from pipeline.track.state import State
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FILES = RunFolder("")  # a run's artifacts have the names of its files
 JOURNAL = FILES.journal.name
@@ -193,6 +196,31 @@ def runs_of_store(store: Store) -> list[Run]:
             )
         )
     return runs
+
+
+def results(source: str | os.PathLike[str] = "runs") -> pd.DataFrame:
+    """All runs as a pandas frame: a row for each, with what it is and every quantity measured.
+
+        frame = pipeline.results("runs/")
+        frame[frame.state == "finished"].groupby(["study", "rule"])["top1"].agg(["mean", "std"])
+
+    Quantities are in bytes, seconds, joules, and shares in 0..1; NaN where one was not measured.
+    `pipeline.report.results.METRICS` lists them. The columns `recipe` and `summary` hold what the
+    files of a run say; a store has neither a recipe nor text of a summary.
+
+    Args:
+        source: a folder of runs, the SQLite file of an MLflow store or its URI, or the address of
+            an MLflow server.
+
+    Raises:
+        ValueError: the source cannot be read, or a file of a run is damaged.
+    """
+    place = os.fspath(source)
+    if "://" in place or Path(place).is_file():
+        return frame(runs_of_store(open_store(place)))
+    if not Path(place).is_dir():
+        raise ValueError(f"results: source must be a folder of runs or a store; got {place}")
+    return frame(read_runs(Path(place)))
 
 
 def start_of(stored: StoredRun) -> Record:

@@ -20,6 +20,7 @@ or another machine may also change such a spike.
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +203,43 @@ def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str]
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return network.eval()
+
+
+def load(
+    run: str | os.PathLike[str],
+    *,
+    which: Literal["last", "best"] = "last",
+    trust: Collection[str] = (),
+) -> nn.Module:
+    """Load the trained network of a run or an export, ready for evaluation.
+
+    It needs neither Ray nor DeepSpeed. The network is time first, `[T,B,...]` to `[T,B,K]`, and is
+    called inside `fresh_state`:
+
+        network = pipeline.load("runs/fashion-sltt")
+        with torch.no_grad(), fresh_state(network):
+            logits_BK = network(repeat(x_BCHW, 6)).mean(0)
+
+    A network with a head for each task answers with the first head until
+    `models.heads.select_head` chooses another.
+
+    Args:
+        run: the run's folder, or a file of `spiketrain export`.
+        which: the newest checkpoint, or the one with the best top-1.
+        trust: packages outside spiketrain that the recipe may import from.
+
+    Raises:
+        ValueError: the folder is not a run's, none of its checkpoints is intact, or the file is
+            damaged or not an export.
+    """
+    if Path(run).is_file():
+        if which != "last":
+            raise ValueError(
+                f"load: which chooses a checkpoint, and the file {run} has none; got"
+                f" which={which!r}"
+            )
+        return load_export(Path(run), trust=trust)
+    return load_run(run, which=which, trust=trust)
 
 
 def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor], int]:

@@ -49,8 +49,15 @@ def test_slurm(launch: Command) -> None:
     assert code == 0
     variables = ["SPIKETRAIN_RUNS=runs", "SPIKETRAIN_WORKERS=4", "SPIKETRAIN_IMAGE=a b"]
     options = ["--job-name=mine", "--nodes=2", "--time=10", "--gpus-per-node=2", "--partition=gpu"]
-    script = str(Path("infra/slurm/train.sbatch").absolute())
-    sbatch = ["sbatch", "--parsable", "--export=ALL", *options, script, RECIPE, *TYPED_IN_ORDER]
+    sbatch = [
+        "sbatch",
+        "--parsable",
+        "--export=ALL",
+        *options,
+        str(Path("infra/slurm/train.sbatch").absolute()),
+        RECIPE,
+        *TYPED_IN_ORDER,
+    ]
     assert out == shlex.join(["env", *variables, *sbatch]) + "\n"
 
 
@@ -237,9 +244,10 @@ NODES = "slurm --nodes 2 --time 1 --gpus-per-node 4"
         ),
         (
             f"--cluster k8s --name a {CPU_PODS} --inline",
-            "a job trains with workers of Ray; got --inline",
+            "launch: --cluster k8s does not take --inline",
         ),
-        (f"--cluster k8s --name a {CPU_PODS} --or-resume", "--or-resume follows from the job"),
+        (f"--cluster k8s --name a {CPU_PODS} --or-resume", "does not take --or-resume"),
+        ("--cluster ray://a:1 --name a --address b", "--cluster ray://a:1 does not take --address"),
         (f"--cluster k8s --name a {CPU_PODS} --set nothing=1", "nothing"),
         *(
             (
@@ -311,5 +319,5 @@ def test_what_a_scheduler_requires_is_said_in_the_help(
     code, _, err = launch(SMALL, "--cluster", where, "--name", "mine", *others.split(), "--dry-run")
     assert code == 2 and missing in err
     group: Any = get_command(app)
-    options = {each.name: each for each in group.commands["launch"].params}
-    assert options[missing].help.startswith(f"{where}, required")
+    [option] = [each for each in group.commands["launch"].params if each.name == missing]
+    assert option.help.startswith(f"{where}, required")

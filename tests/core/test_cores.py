@@ -14,9 +14,6 @@ import torch
 
 from pipeline.core import cores as cores_module
 from pipeline.core.cores import (
-    NodeCores,
-    cores_of_a_node,
-    cores_of_machines,
     near_cores,
     own_cores,
     physical_cores,
@@ -70,13 +67,6 @@ def test_no_core_has_two_holders_and_a_killed_holder_frees_its_cores(tmp_path: P
             other.wait()
     with own_cores(everything, folder=tmp_path) as mine:
         assert theirs in mine
-
-
-def test_cores_of_a_machine_with_several_nodes_count_once() -> None:
-    halves, few = NodeCores("a", given=64, physical=32), NodeCores("b", given=2, physical=16)
-    twice = [NodeCores("c", given=4, physical=6)] * 2  # two nodes on one machine
-    assert [cores_of_machines(nodes) for nodes in ([halves, few], twice, [])] == [34, 6, 0]
-    assert cores_of_a_node(3)[1:] == (3, len(physical_cores(os.sched_getaffinity(0))))
 
 
 @pytest.mark.parametrize(

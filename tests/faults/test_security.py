@@ -77,9 +77,10 @@ def holders(folder: Path) -> list[str]:
 OF_OUR_OWN = """
 import os
 from pathlib import Path
+from pipeline.launch.cluster import Cluster
 from pipeline.launch.ray import Ray
 from tests.helpers.nodes import join_without_token
-with Ray(workers=1, device="cpu") as launcher:
+with Ray(Cluster(device="cpu")) as launcher:
     import ray
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     files = [path for path in session.rglob("*") if path.is_file()]

@@ -54,8 +54,7 @@ def groups(manifest: Manifest) -> list[Manifest]:
 
 
 def containers(manifest: Manifest) -> list[Manifest]:
-    pods = [group["template"]["spec"] for group in groups(manifest)]
-    return [each for pod in pods for each in pod["containers"]]
+    return [each for group in groups(manifest) for each in group["template"]["spec"]["containers"]]
 
 
 def fixed_values(manifest: Manifest) -> Iterator[str]:
@@ -77,8 +76,10 @@ def options(job: Manifest) -> dict[str, str]:
 
 def loss_of_a_node(manifest: Manifest) -> Iterator[str]:
     for head in groups(manifest)[:1]:
-        variables = head["template"]["spec"]["containers"][0].get("env", ())
-        told = {each["name"]: each.get("value") for each in variables}
+        told = {
+            each["name"]: each.get("value")
+            for each in head["template"]["spec"]["containers"][0].get("env", ())
+        }
         if not told.items() >= NODES["fast"].items():
             yield f"the head must have {NODES['fast']}; got {told}"
 
@@ -111,8 +112,10 @@ def _room(told: dict[str, str], group: Manifest) -> Iterator[str]:
 def deadline(manifest: Manifest) -> Iterator[str]:
     for group in groups(manifest)[1:]:
         grace = group["template"]["spec"].get("terminationGracePeriodSeconds", 30)
-        hook = str(group["template"]["spec"]["containers"][0].get("lifecycle"))
-        for seconds in re.findall(r"--deadline-remaining-seconds (\d+)", hook):
+        for seconds in re.findall(
+            r"--deadline-remaining-seconds (\d+)",
+            str(group["template"]["spec"]["containers"][0].get("lifecycle")),
+        ):
             if int(seconds) >= grace:
                 yield f"the deadline must lie before the end of the pod, {grace} s; got {seconds}"
 

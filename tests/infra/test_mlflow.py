@@ -53,8 +53,15 @@ SECRETS = ("POSTGRES_PASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERV
 def docker_compose(*words: str, file: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     program = shutil.which("docker-compose")
     assert program, "this test needs docker-compose, which `infra/setup.sh --tools` installs"
-    compose = ROOT / "infra" / "mlflow" / "compose.yaml"
-    command = [program, "--file", compose, "--env-file", file, "config", *words]
+    command = [
+        program,
+        "--file",
+        ROOT / "infra" / "mlflow" / "compose.yaml",
+        "--env-file",
+        file,
+        "config",
+        *words,
+    ]
     environment = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", **environment}
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -83,9 +90,11 @@ def test_docker_compose_takes_the_file_and_binds_to_loopback(tmp_path: Path, giv
 
 @pytest.mark.parametrize("missing", SECRETS)
 def test_the_example_does_not_work_until_it_is_filled_in(missing: str):
-    others = {name: "a-long-secret" for name in SECRETS if name != missing}
-    example = ROOT / "infra" / "mlflow" / ".env.example"
-    refused = docker_compose("--quiet", file=example, **others)
+    refused = docker_compose(
+        "--quiet",
+        file=ROOT / "infra" / "mlflow" / ".env.example",
+        **{name: "a-long-secret" for name in SECRETS if name != missing},
+    )
     assert refused.returncode != 0
     assert missing in refused.stderr and "must be set in .env" in refused.stderr
 
@@ -99,8 +108,9 @@ def test_every_value_that_is_asked_for_is_in_the_example_and_no_secret_has_one()
 
 def test_a_filled_in_env_is_not_in_git():
     files = ("infra/mlflow/.env", "infra/mlflow/.env.example")
-    words = ["git", "-C", str(ROOT), "check-ignore", *files]
-    assert subprocess.run(words, capture_output=True, text=True).stdout.splitlines() == [files[0]]
+    assert subprocess.run(
+        ["git", "-C", str(ROOT), "check-ignore", *files], capture_output=True, text=True
+    ).stdout.splitlines() == [files[0]]
 
 
 def test_services_are_healthy_before_others_rest_on_them():
@@ -158,12 +168,13 @@ def test_manifests_refer_to_one_another(name: str):
     assert pod["securityContext"]["runAsNonRoot"] and not pod["automountServiceAccountToken"]
     claimed = [each["metadata"]["name"] for each in spec.get("volumeClaimTemplates", [])]
     volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
-    mounted = {mount["name"] for mount in CONTAINERS[name]["volumeMounts"]}
-    assert mounted == {*volumes, *claimed}
+    assert {mount["name"] for mount in CONTAINERS[name]["volumeMounts"]} == {*volumes, *claimed}
     for volume in volumes.values():
         if "persistentVolumeClaim" in volume:
-            claim = volume["persistentVolumeClaim"]["claimName"]
-            assert ("PersistentVolumeClaim", claim) in MANIFESTS
+            assert (
+                "PersistentVolumeClaim",
+                volume["persistentVolumeClaim"]["claimName"],
+            ) in MANIFESTS
         if "configMap" in volume:
             assert ("ConfigMap", volume["configMap"]["name"]) in MANIFESTS
     assert WORKLOADS["postgres"]["spec"]["serviceName"] == "postgres"
@@ -298,8 +309,9 @@ def test_a_run_that_is_logged_with_the_password_arrives(
     (found,) = client.search_runs([experiment.experiment_id])
     assert (found.info.status, found.data.params["epochs"]) == ("FINISHED", "2")
     assert len(client.get_metric_history(found.info.run_id, "train/loss")) == 5
-    files = {file.path for file in client.list_artifacts(found.info.run_id)}
-    assert {"recipe.json", "journal.jsonl"} <= files
+    assert {"recipe.json", "journal.jsonl"} <= {
+        file.path for file in client.list_artifacts(found.info.run_id)
+    }
 
 
 @pytest.mark.full

@@ -244,8 +244,11 @@ def test_a_run_that_is_asked_to_stop_saves(
     slurm: Slurm, to: str, number: signal.Signals, is_queued_again: bool
 ):
     batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train")
-    driver = slurm.until("driver.began")
-    pids = {"tasks": slurm.until("srun.tasks"), "script": str(batch.pid), "driver": driver}
+    pids = {
+        "tasks": slurm.until("srun.tasks"),
+        "script": str(batch.pid),
+        "driver": slurm.until("driver.began"),
+    }
     for pid in pids[to].split():
         os.kill(int(pid), number)
     slurm.end(130)
@@ -293,12 +296,16 @@ def test_another_start_has_another_token(slurm: Slurm):
 # -------------------------------------------------------------------------------- render and submit
 
 
-def command(*words: str, **changes: Any) -> str:
-    asked = {"nodes": 2, "gpus_per_node": 8, "time": "10", "partition": None}
-    asked = {name: changes.pop(name, value) for name, value in asked.items()}
-    about = {"name": "my-run", "workers": 16, "runs": "/shared/runs", **changes}
-    order = Order(words=words or ("recipes/fashion/sltt.py",), **about)
-    return render_sbatch(order, SCRIPT.parent, **asked)
+def command(
+    *words: str,
+    name: str = "my-run",
+    sizes: tuple[int, ...] = (16,),
+    runs: str = "/shared/runs",
+    **options: Any,
+) -> str:
+    options = {"nodes": 2, "gpus_per_node": 8, "time": "10", **options}
+    words = words or ("recipes/fashion/sltt.py",)
+    return render_sbatch(Order(words=words, name=name, sizes=sizes, runs=runs, options=options))
 
 
 @pytest.fixture
@@ -309,8 +316,9 @@ def submit(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str
 
     def made(line: str) -> str:
         number = submit_sbatch(line)
-        read = slurm.left("sbatch.environment").splitlines()
-        environment = dict(each.split("=", 1) for each in read)
+        environment = dict(
+            each.split("=", 1) for each in slurm.left("sbatch.environment").splitlines()
+        )
         script, *words = slurm.left("sbatch.words").splitlines()
         slurm.start(Path(script), *words, SLURM_JOB_NAME="my-run", **environment)
         return number
@@ -321,16 +329,18 @@ def submit(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str
 def test_what_is_submitted_runs_as_ordered(slurm: Slurm, submit: Callable[[str], str]):
     words = ("recipes/it's mine.py", "--set", 'data.folder="$(touch owned)"; `touch owned` & #')
     runs = str(slurm.folder / "its runs")
-    asked = {"time": "1-00:00:00", "partition": "gpu,long", "runs": runs, "image": "a b:1"}
-    assert submit(command(*words, **asked)) == "4711"
+    options = {"time": "1-00:00:00", "partition": "gpu,long", "image": "a b:1"}
+    assert submit(command(*words, runs=runs, **options)) == "4711"
     slurm.end()
     assert slurm.left("sbatch.options").splitlines() == [
         *("--parsable", "--export=ALL", "--job-name=my-run", "--nodes=2", "--time=1-00:00:00"),
         *("--gpus-per-node=8", "--partition=gpu,long"),
     ]
     rest = ["--address", "auto", "--workers", "16", "--or-resume", "--node-loss", "patient"]
-    launched = slurm.left("driver.words").splitlines()[1:]
-    assert launched == [*words, "--name", "my-run", "--runs", runs, *rest]
+    assert slurm.left("driver.words").splitlines()[1:] == [
+        *(*words, "--name", "my-run", "--runs", runs),
+        *rest,
+    ]
     assert "--container-image=a b:1" in slurm.left("srun.options").splitlines()
     assert not list(slurm.folder.rglob("owned"))
 
@@ -345,10 +355,10 @@ def test_the_script_asks_for_what_no_option_says():
 
 
 def test_what_is_not_asked_for_is_not_in_the_command():
-    line = command(gpus_per_node=0, time="10:00", workers=2)
+    line = command(gpus_per_node=0, time="10:00", sizes=(2,))
     assert "gpus-per-node=" not in line and "partition=" not in line
     # Workers that leave GPUs alone may be more than these.
-    assert " SPIKETRAIN_WORKERS=17 " in command("r.py", "--device", "cpu", workers=17)
+    assert " SPIKETRAIN_WORKERS=17 " in command("r.py", device="cpu", sizes=(17,))
 
 
 def test_workers_that_nobody_counted_are_one_for_each_gpu(
@@ -356,7 +366,7 @@ def test_workers_that_nobody_counted_are_one_for_each_gpu(
 ):
     """Whatever the environment of the submission says, which Slurm passes on."""
     monkeypatch.setenv("SPIKETRAIN_WORKERS", "3")
-    submit(command(workers=None, runs=str(slurm.runs)))
+    submit(command(sizes=(), runs=str(slurm.runs)))
     slurm.end()
     assert " --workers 16 " in slurm.left("driver.words").replace("\n", " ")
 
@@ -372,12 +382,11 @@ NOT_PARTITIONS = ("", "a b", "gpu\n", "--uid=0", "gpu,")
         *(({"name": name}, "name must match") for name in NOT_NAMES),
         *(({"time": time}, "time must match") for time in NOT_TIMES),
         *(({"partition": name}, "partition must match") for name in NOT_PARTITIONS),
-        ({"workers": 17}, "got 17 workers on 2 nodes x 8 GPUs"),
+        ({"sizes": (17,)}, "got 17 workers on 2 nodes x 8 GPUs"),
         (
-            {"workers": (2, 3, 4)},
+            {"sizes": (2, 3, 4)},
             "the number of nodes of a job is fixed, so workers must be one number; got 2:4",
         ),
-        ({"nodes": 0}, "nodes must be 1 or more"),
     ],
 )
 def test_an_order_that_does_not_fit_is_refused(fields: dict[str, Any], said: str):
@@ -461,8 +470,9 @@ def daemons() -> Iterator[None]:
         try:
             for command in commands:
                 said = (folder / f"{Path(command[0]).name}.said").open("w")
-                how = {"stdout": said, "stderr": said, "start_new_session": True}
-                started.append(subprocess.Popen(command, **how))
+                started.append(
+                    subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+                )
                 time.sleep(1)
             sinfo = ["sinfo", "--noheader", "--format=%T"]
             until(
@@ -490,15 +500,24 @@ class Submitted:
         patch.setenv("SPIKETRAIN_PATIENCE", "30")
         patch.setenv("PATH", f"{folder / 'bin'}:/usr/bin:/bin")
         patch.chdir(folder)
-        order = Order(words=("r.py",), name="a-run", workers=1, runs=str(folder / "runs"))
         # A limit below the 120 s of --signal: Slurm announces the end as soon as it looks, every 30
         # s.
-        asked = {"nodes": 1, "gpus_per_node": 0, "time": "2", "partition": None}
-        self.number = submit_sbatch(render_sbatch(order, SCRIPT.parent, **asked))
+        self.number = submit_sbatch(
+            command(
+                "r.py",
+                name="a-run",
+                sizes=(1,),
+                runs=str(folder / "runs"),
+                nodes=1,
+                gpus_per_node=0,
+                time="2",
+            )
+        )
 
     def told(self, field: str) -> str:
-        command = ["scontrol", "show", "job", self.number]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        shown = subprocess.run(
+            ["scontrol", "show", "job", self.number], capture_output=True, text=True, check=True
+        ).stdout
         [found] = re.findall(rf"\b{field}=(\S*)", shown)
         return found
 
@@ -507,8 +526,12 @@ class Submitted:
         return file.read_text() if file.exists() else ""
 
     def until(self, holds: Callable[[], bool], *, within: float = 150.0) -> None:
-        said = lambda: f"{self.told('JobState')}:\n{self.said()}"
-        until(holds, within=within, pause=0.3, said=said)
+        until(
+            holds,
+            within=within,
+            pause=0.3,
+            said=lambda: f"{self.told('JobState')}:\n{self.said()}",
+        )
 
     def ends(self, state: str) -> None:
         self.until(lambda: self.told("JobState") == state)
@@ -585,8 +608,7 @@ def test_a_run_in_two_slices_of_time(tmp_path: Path, way: str):
     runs, number = tmp_path / "runs", str(8_000_000 + os.getpid())
     run, log, of_ray = runs / "in-slices", tmp_path / "said", f"/tmp/spiketrain-{number}"
     (tmp_path / "sliced.py").write_text(RECIPE)
-    stand_ins = (STAND_IN / "srun", STAND_IN / "scontrol", STAND_IN / "on_ray" / "ray")
-    commands_at(tmp_path / "bin", *stand_ins)
+    commands_at(tmp_path / "bin", *(STAND_IN / name for name in ("srun", "scontrol", "on_ray/ray")))
     foreign = ("RAY_", "SLURM_", "MLFLOW_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)} | {
         "PATH": f"{tmp_path / 'bin'}:{PROGRAMS}:/usr/bin:/bin",
@@ -627,12 +649,14 @@ def test_a_run_in_two_slices_of_time(tmp_path: Path, way: str):
         assert (summary["steps"], summary["restarts"]) == (320, 1)
         assert len((tmp_path / "scontrol").read_text().splitlines()) == 1
         assert not list(runs.glob(".slurm-*"))
-        again = r"start 2 of in-slices: workers: 1, nodes: 1, Ray at [\d.]+:2\d{4}"
-        assert re.search(again, log.read_text())
+        assert re.search(
+            r"start 2 of in-slices: workers: 1, nodes: 1, Ray at [\d.]+:2\d{4}", log.read_text()
+        )
     finally:
         for process in started:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-        stop = [tmp_path / "bin" / "ray", "stop"]
-        subprocess.run(stop, env=environment | {"RAY_TMPDIR": of_ray}, check=True)
+        subprocess.run(
+            [tmp_path / "bin" / "ray", "stop"], env=environment | {"RAY_TMPDIR": of_ray}, check=True
+        )
         shutil.rmtree(of_ray, ignore_errors=True)

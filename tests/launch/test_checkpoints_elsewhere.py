@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from s3fs import S3FileSystem
@@ -19,6 +18,7 @@ from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_run
 from tests.faults.test_not_finite import hit
 from tests.faults.test_out_of_memory import room_for
+from tests.helpers.interruptions import before_batch, between_batches
 from tests.helpers.s3 import s3_server
 from tests.helpers.small import (
     Command,
@@ -100,17 +100,15 @@ def test_what_a_run_has_decided_outlives_its_folder(
     """
     one, other, elsewhere = (tmp_path / name / "run" for name in ("one", "other", "elsewhere"))
     changes = ("--set", "policy.max_skips=0", "--set", "policy.max_rollbacks=1")
-    between = Trainer._between_batches
 
-    def stopped(self: Trainer, epoch: int, *, last: bool) -> None:
-        if self.step == 4 and self.context.decisions.rollbacks:
-            (self.folder / "stop").touch()
-        between(self, epoch, last=last)
+    def stop(trainer: Trainer) -> None:
+        if trainer.context.decisions.rollbacks:
+            (trainer.folder / "stop").touch()
 
     hit(monkeypatch, {5})
     with monkeypatch.context() as patch:
         room_for(patch, 4)
-        patch.setattr(Trainer, "_between_batches", stopped)
+        between_batches(patch, stop, step=4)
         code, _, said = spiketrain(*run("one", *changes))
     assert code == 130, said
     assert newest(elsewhere) == "step_00000004"
@@ -123,40 +121,6 @@ def test_what_a_run_has_decided_outlives_its_folder(
     said = small_recipe(epochs=1, micro_batch=4, policy=Policy(skip=((3, 6),)))
     train_inline(tmp_path / "told", said)
     assert same_weights(other, tmp_path / "told")
-
-
-def test_a_driver_whose_place_another_has_taken_over_ends_at_its_next_save(
-    tmp_path: Path, run: Words, done: Done, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As by the same launch with --or-resume where the folder of runs is another, or by a copy of
-    the run's folder.
-    """
-    address, original = tmp_path / "elsewhere" / "run", Trainer._micro_batches
-
-    def micro_batches(self: Trainer, source: Any) -> Any:
-        if self.step == 4:
-            self.saving.wait(4)
-            place = place_at(self.job.checkpoints, tmp_path / "other")
-            claim(place, run="other", run_id=self.job.run_id, study=self.job.study)
-            (address / ".writing-other").mkdir()
-        return original(self, source)
-
-    words = run("one", "--set", "checkpoints.keep=1")
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_micro_batches", micro_batches)
-        said = refused(*words)
-    assert said.startswith(
-        f"checkpoint: cannot be written after step 6: checkpoints: the owner of {address} must be"
-        " this driver"
-    )
-    assert said.endswith(
-        f"it writes nothing more there; the newest whole one is {address}/step_00000003"
-    )
-    there = {path.name for path in address.iterdir()}
-    assert there == {"owner.json", "step_00000003", ".writing-other"}
-    assert steps_of(tmp_path / "one" / "run", "checkpoint") == [3]
-    done(*words, "--or-resume")  # whoever begins last has it
-    assert {path.name for path in address.iterdir()} == {"owner.json", "step_00000008"}
 
 
 def test_a_run_whose_folder_names_anothers_place_is_not_gone_on_with_and_nothing_is_touched(
@@ -185,8 +149,9 @@ def test_a_place_whose_run_has_not_saved_yet_is_that_runs_all_the_same(
     tmp_path: Path, run: Words, refused: Refused
 ) -> None:
     address = tmp_path / "elsewhere" / "run"
-    place = place_at(str(address), tmp_path / "theirs")
-    token = claim(place, run="theirs", run_id="a" * 32, study="another")
+    token = claim(
+        place_at(str(address), tmp_path / "theirs"), run="theirs", run_id="a" * 32, study="another"
+    )
     assert refused(*run("runs")).startswith(
         f"launch: {address} must hold no checkpoints yet; got those to come of run aaaaaaaa"
     )
@@ -245,15 +210,9 @@ def test_a_run_whose_credentials_are_not_at_hand_asks_for_them_at_once(
     key: str | None,
     got: str,
 ) -> None:
-    train = Trainer._train
-
-    def stopped(self: Trainer) -> Any:
-        (self.folder / "stop").touch()
-        return train(self)
-
     with s3_server() as bucket:
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "_train", stopped)
+            before_batch(patch, lambda trainer: (trainer.folder / "stop").touch(), step=0)
             code, _, said = spiketrain(*run("runs", elsewhere=f"{bucket}/{key}"))
         assert code == 130, said
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

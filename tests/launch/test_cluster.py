@@ -6,17 +6,10 @@ import json
 import math
 import os
 import socket
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 from ray.exceptions import AuthenticationError
@@ -24,10 +17,10 @@ from ray.exceptions import AuthenticationError
 from pipeline.cli.launch import resume
 from pipeline.core.errors import UserError
 from pipeline.launch.cluster import OPERATIONAL, Cluster, parse_workers
+from pipeline.launch.driver import launcher_of
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray
 from pipeline.launch.ray_cluster import NODES, worker_start_timeout
-from tests.helpers.nodes import free_port
 
 
 @pytest.mark.parametrize(
@@ -95,11 +88,10 @@ def test_a_damaged_cluster_is_refused_in_one_line(value: Any, said: str) -> None
 def test_what_is_rays_has_no_effect_in_this_process_and_is_refused(
     launched: dict[str, Any], how: dict[str, Any] | None, got: str
 ) -> None:
-    now = Cluster(**launched)
-    now = now if how is None else now.resumed(**how, inline=True)
-    said = f"--inline is one worker in this process, without Ray; got {got}$"
-    with pytest.raises(ValueError, match=said):
-        now.launcher()
+    with pytest.raises(
+        ValueError, match=f"--inline is one worker in this process, without Ray; got {got}$"
+    ):
+        Cluster(**launched).resumed(**(how or {}), inline=True)
 
 
 @pytest.mark.parametrize("joins", [False, True])
@@ -121,7 +113,7 @@ def test_a_token_that_is_not_at_hand_is_said_in_one_line(
     )
     with socket.create_server(("127.0.0.1", 0)) as door:
         address = f"127.0.0.1:{door.getsockname()[1]}" if joins else None
-        with pytest.raises(UserError, match=f"^{said}"), Ray(workers=1, address=address):
+        with pytest.raises(UserError, match=f"^{said}"), Ray(Cluster(address=address)):
             pass
 
 
@@ -212,11 +204,7 @@ JOINED = Cluster(workers=4, address="10.0.0.1:6379")
             {"workers": 2, "options": {"cpus_per_worker": 3}},
             Cluster(workers=2, cpus_per_worker=3, **KEPT),
         ),
-        (
-            Cluster(workers=2, cpus_per_worker=3, inline=True, **KEPT),
-            {"options": {"verify": "sampled"}},
-            replace(HERE, verify="sampled"),
-        ),
+        (HERE, {"options": {"verify": "sampled"}}, replace(HERE, verify="sampled")),
         # A suite whose runs were as many as there is room for goes on in turn where it must.
         (SEVERAL, {}, SEVERAL),
         (SEVERAL, {"workers": 1}, replace(SEVERAL, workers=1)),
@@ -271,64 +259,6 @@ def test_a_resume_can_be_told_all_that_a_launch_can_but_where_checkpoints_are() 
 def test_cores_and_threads_that_nobody_has_said_are_the_launchers_to_find() -> None:
     settings = Cluster().worker_settings
     assert (settings["threads"], settings["loader_threads"]) == (1, 1)  # on a CPU
-    here, under_ray = Cluster(inline=True, device="cpu").launcher(), Cluster(device="cpu")
-    assert isinstance(here, Inline)
-    assert here.loader_threads == under_ray.launcher().loader_threads == "auto"
-    said = replace(under_ray, cpus_per_worker=4, loader_threads=2).launcher()
-    assert isinstance(said, Ray) and (said.cpus_per_worker, said.loader_threads) == (4, 2)
-
-
-@pytest.fixture
-def cluster() -> Iterator[str]:
-    """A head on this machine; its address. Ended by its own process, never by `ray stop`, which
-    ends every Ray there is.
-    """
-    port = free_port()
-    with tempfile.TemporaryDirectory() as place:  # short: Ray's sockets lie in it
-        words = [
-            "start",
-            "--head",
-            "--num-cpus",
-            "2",
-            "--port",
-            str(port),
-            "--include-dashboard=false",
-            "--block",
-        ]
-        ray = Path(sys.executable).with_name("ray")
-        head = subprocess.Popen(
-            [ray, *words],
-            env={**os.environ, "RAY_TMPDIR": place},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            deadline = time.monotonic() + 60
-            while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
-                assert time.monotonic() < deadline, "the head does not answer"
-                time.sleep(0.2)
-            yield f"127.0.0.1:{port}"
-        finally:  # asked to end, a head takes half a minute
-            family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
-            for process in family:
-                process.kill()
-            psutil.wait_procs(family, timeout=20)
-            head.wait()
-
-
-@pytest.mark.full
-@pytest.mark.timeout(240)
-def test_two_workers_on_a_cluster_that_was_there(cluster: str, tmp_path: Path) -> None:
-    (tmp_path / "one.py").write_text(
-        "from tests.helpers.small import small_recipe\n\ndef recipe():\n    return"
-        " small_recipe(backend='deepspeed')\n"
-    )
-    words = f"launch {tmp_path}/one.py --workers 2 --address {cluster} --runs {tmp_path}/runs"
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *words.split(), "--device", "cpu"],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "finished: 16 steps" in done.stdout
+    here, under_ray = launcher_of(Cluster(inline=True, device="cpu")), launcher_of(Cluster())
+    assert isinstance(here, Inline) and isinstance(under_ray, Ray)
+    assert here.loader_threads == under_ray.cluster.loader_threads == "auto"

@@ -4,7 +4,6 @@ line where they do not fit.
 
 import argparse
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,13 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from pipeline.data.datasets.synthetic import Synthetic
-from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import write_job
 from pipeline.models.qkformer import QKFormer, to_published
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from pipeline.train.weights import load_start
-from tests.helpers.small import Done, Refused, events, make_run, small_recipe
+from tests.helpers.small import Done, Refused, make_run, small_recipe
 
 RECIPE = """
 from pipeline.models.qkformer import QKFormer
@@ -119,24 +117,11 @@ def test_a_run_with_the_weights_of_a_file(done: Done, refused: Refused, tmp_path
     file = tmp_path / "other.safetensors"
     save_file(plain.model.build().state_dict(), file)
     words = ("evaluate", tmp_path / "run")
-    said = done(*words, "--weights", file)
-    assert said.startswith("run (other.safetensors, T = 3): top-1 ")
-    error = refused(*words, "--weights", file, "--which", "best")
-    assert "--which has no effect; got --which best" in error
+    assert done(*words, "--weights", file).startswith("run (other.safetensors, T = 3): top-1 ")
+    assert "--which has no effect; got --which best" in refused(
+        *words, "--weights", file, "--which", "best"
+    )
     assert "a run keeps its own" in refused(*words, "--set", "epochs=1")
-
-
-def test_of_two_classes_no_top_5_is_told(done: Done, tmp_path: Path) -> None:
-    model, data = small_recipe().model.with_(classes=2), small_recipe().data.with_(classes=2)
-    job = make_run(tmp_path / "run", replace(small_recipe(stop_after=1), model=model, data=data))
-    write_job(job)
-    with Inline() as launcher:
-        summary = launcher.run(job, "test")
-    assert summary is not None and "top1" in summary and "top5" not in summary
-    [event] = events(tmp_path / "run", "evaluation")
-    assert list(event["metrics"]) == ["top1", "loss", "firing_rate"]
-    said = done("evaluate", tmp_path / "run")
-    assert "top-1 " in said and "top-5" not in said
 
 
 def test_what_does_not_fit_is_refused_in_one_line(

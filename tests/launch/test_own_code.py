@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import torch
 
 import pipeline
 from pipeline.__main__ import main
-from pipeline.recipe.suite import is_suite, runs_of
 from pipeline.spiking.state import fresh_state
 from pipeline.track.journal import Follower, read
 from tests.helpers.small import without_stages
@@ -140,8 +140,6 @@ class Batches:
     ),
 }
 RECIPE = """
-from dataclasses import replace
-
 from timm.optim import create_optimizer_v2
 
 from mysnn.data import Stripes
@@ -149,7 +147,6 @@ from mysnn.network import Striped
 from mysnn.rule import LastStep
 from pipeline.train.objective import CrossEntropy
 from pipeline.recipe import Checkpointing, Recipe, spec
-from pipeline.rules.bptt import BPTT
 from pipeline.train.schedule import cosine
 
 
@@ -182,9 +179,6 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, text in PACKAGE.items():
         (lab / "mysnn" / name).write_text(text)
     (lab / "one.py").write_text(RECIPE + "    return mine\n")
-    (lab / "two.py").write_text(
-        RECIPE + '    return [replace(mine, name="bptt", rule=spec(BPTT)), mine]\n'
-    )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     yield lab
@@ -192,7 +186,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def forget() -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("mysnn", "one", "two")]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("mysnn", "one")]:
         del sys.modules[name]
     sys.path[:] = [entry for entry in sys.path if not entry.endswith("/lab")]
 
@@ -217,50 +211,20 @@ def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 NO_PARENT = "no artifact in MLflow: these runs were launched by themselves\n"
 
 
-def in_a_process(command: str) -> str:
-    done = subprocess.run(
-        [SPIKETRAIN, *shlex.split(command)[1:]],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def killed_launch(recipe: Path, *words: str) -> str:
-    """What a launch has printed until it was killed (`kill -9`), some steps after a checkpoint of a
-    run whose rule is ours.
-    """
-    begun = [
-        SPIKETRAIN,
-        "launch",
-        str(recipe),
-        *words,
-        "--device",
-        "cpu",
-        "--name",
-        "it",
-        "--trust",
-        "mysnn",
-    ]
+def killed_launch(recipe: Path) -> str:
+    """What a launch has printed until it was killed (`kill -9`), some steps after a checkpoint."""
+    words = f"launch {recipe} --inline --device cpu --name it --trust mysnn".split()
     with Path("log").open("w") as log:
         driver = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *begun], stdout=log, stderr=log
+            ["setpriv", "--pdeathsig", "KILL", SPIKETRAIN, *words], stdout=log, stderr=log
         )
-    saved = False
-    followers: dict[Path, Follower] = {}
+    journal, saved = Follower(Path("runs/it/journal.jsonl")), False
     while driver.poll() is None:
-        for journal in Path("runs").glob("*/journal.jsonl"):
-            for event in followers.setdefault(journal, Follower(journal)).poll():
-                saved = saved or event["event"] == "checkpoint"
-                if saved and event["event"] == "step" and event["step"] >= 10:
-                    driver.kill()
-        try:
-            driver.wait(0.05)
-        except subprocess.TimeoutExpired:
-            continue
+        for event in journal.poll():
+            saved = saved or event["event"] == "checkpoint"
+            if saved and event["event"] == "step" and event["step"] >= 10:
+                driver.kill()
+        time.sleep(0.05)
     assert driver.returncode == -signal.SIGKILL, Path("log").read_text()
     return Path("log").read_text()
 
@@ -271,43 +235,20 @@ def printed(verb: str, said: str) -> str:
     return found[-1]
 
 
-def use_everything_that_is_printed(said: str, typed: Typed) -> None:
-    resumed = typed(printed("resume", said))
-    whole = Path("runs/it")
-    runs = list(runs_of(whole).values()) if is_suite(whole) else [whole]
-    # Each run began once or, where it was killed, twice, and learnt every batch of its three
-    # epochs.
-    assert all(read(run / "journal.jsonl")[-1]["event"] == "finish" for run in runs)
-    assert any(
-        sum(event["event"] == "start" for event in read(run / "journal.jsonl")) == 2 for run in runs
-    )
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+def test_every_command_that_is_printed_works_with_a_strangers_package(
+    lab: Path, typed: Typed
+) -> None:
+    resumed = typed(printed("resume", killed_launch(lab / "one.py")))
+    # It began twice, and learnt every batch of its three epochs.
+    journal = [event["event"] for event in read(Path("runs/it/journal.jsonl"))]
+    assert journal.count("start") == 2 and journal[-1] == "finish"
     assert "LastStep" in typed(printed("compare", resumed))
-    page = typed(printed("report", resumed)).splitlines()[-1]
-    assert "LastStep" in Path(page).read_text()
+    assert "LastStep" in Path(typed(printed("report", resumed)).splitlines()[-1]).read_text()
     assert "top-1 " in typed(printed("evaluate", resumed))
-    exported = typed(printed("export", resumed))
-    [line] = re.findall(r"^load    (.*)$", exported, re.MULTILINE)
+    [line] = re.findall(r"^load    (.*)$", typed(printed("export", resumed)), re.MULTILINE)
     forget()
     network = eval(line, {"pipeline": pipeline})
     with torch.no_grad(), fresh_state(network):
         assert network(torch.zeros(3, 5, 1, 8, 8)).shape == (3, 5, 2)
-
-
-@pytest.mark.distributed
-@pytest.mark.timeout(300)
-def test_a_strangers_package_inline(lab: Path, typed: Typed) -> None:
-    use_everything_that_is_printed(killed_launch(lab / "one.py", "--inline"), typed)
-
-
-@pytest.mark.full
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    ("file", "words"),
-    [("one", ("--workers", "2")), ("two", ())],
-    ids=["two workers", "side by side"],
-)
-def test_a_strangers_package_under_ray(
-    lab: Path, file: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    use_everything_that_is_printed(killed_launch(lab / f"{file}.py", *words), in_a_process)

@@ -11,12 +11,8 @@ from pipeline.launch.cluster import Cluster
 from pipeline.launch.prepare import atomic_folder, prepare, read_job
 from pipeline.report.selection import list_runs
 from pipeline.track.state import state_of
+from tests.helpers.interruptions import Killed, die
 from tests.helpers.small import small_recipe
-
-
-class Killed(BaseException):
-    """Stands for a process that dies: nothing in the product catches it."""
-
 
 CLUSTER = Cluster(inline=True, loader_threads=2)
 
@@ -28,13 +24,13 @@ def test_killed_while_the_folder_is_made_there_is_none(
 ) -> None:
     write = preparing.write_json
 
-    def die(path: Path, value: Any) -> None:
+    def write_or_die(path: Path, value: Any) -> None:
         if path.name == file:
-            raise Killed
+            die()
         write(path, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparing, "write_json", die)
+        patch.setattr(preparing, "write_json", write_or_die)
         if not tidies:
             patch.setattr("shutil.rmtree", lambda path, **how: None)
         with pytest.raises(Killed):

@@ -261,8 +261,10 @@ FINISHED = "finished: 8 steps in 17.6 s, top-1 33.33%"
 
 
 def inference(gpu: str, **measured: float) -> list[dict[str, Any]]:
-    energy = {"energy_j": 1.43e-5, "prices": "45 nm, fp32", **measured}
-    return [{**START, "hardware": {"gpu": gpu}}, {**FINISH, "inference": energy}]
+    return [
+        {**START, "hardware": {"gpu": gpu}},
+        {**FINISH, "inference": {"energy_j": 1.43e-5, "prices": "45 nm, fp32", **measured}},
+    ]
 
 
 ENERGY = "an inference: 14.3 µJ estimated (45 nm, fp32), "

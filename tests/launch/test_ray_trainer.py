@@ -56,8 +56,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def restarts(folder: Path, *, most: int = 2, awaits_nodes: bool = True) -> Restarts:
-    config = FailureConfig(max_failures=most, controller_failure_limit=1)
-    return Restarts(config, folder=folder, awaits_nodes=awaits_nodes)
+    return Restarts(
+        FailureConfig(max_failures=most, controller_failure_limit=1),
+        folder=folder,
+        awaits_nodes=awaits_nodes,
+    )
 
 
 @pytest.fixture
@@ -192,8 +195,9 @@ def test_a_run_goes_on_as_long_as_it_gets_on(
 ) -> None:
     """It is retried so often, and then it ends."""
     policy = restarts(tmp_path, **about)
-    decisions = [decision for act in acts if (decision := act(policy)) is not None]
-    assert decisions == [RETRY] * retries + [RAISE] * ends
+    assert [decision for act in acts if (decision := act(policy)) is not None] == [
+        RETRY
+    ] * retries + [RAISE] * ends
 
 
 def test_what_was_there_when_it_began_is_nothing_new(policy: Restarts) -> None:
@@ -207,38 +211,53 @@ DEATH = WorkerHealthCheckFailedError(
 )
 
 
+FULL = OSError(errno.ENOSPC, "No space left on device")
+GONE = {"worker": 1, "error": "WorkerHealthCheckFailedError: The actor is dead."}
+
+
 @pytest.mark.parametrize(
-    ("failures", "told"),
+    ("failures", "decision", "death"),
     [
-        ({0: LOST, 1: KeyError("cable")}, {"worker": 1, "error": "KeyError: 'cable'"}),
-        (
-            {0: LOST, 1: DEATH},
-            {"worker": 1, "error": "WorkerHealthCheckFailedError: The actor is dead."},
-        ),
-        (
-            {0: DEATH, 1: LOST},
-            {"worker": 0, "error": "WorkerHealthCheckFailedError: The actor is dead."},
-        ),
-        ({0: KeyError("cable"), 1: LOST}, None),  # which holds the journal
-        ({0: LOST}, None),
+        ({0: LOST, 1: KeyError("cable")}, RETRY, {"worker": 1, "error": "KeyError: 'cable'"}),
+        ({0: LOST, 1: DEATH}, RETRY, GONE),
+        ({0: DEATH, 1: LOST}, RETRY, {**GONE, "worker": 0}),
+        ({0: KeyError("cable"), 1: LOST}, RETRY, None),  # worker 0 holds the journal
+        ({0: LOST}, RETRY, None),
+        # Refusals and too large micro-batches have notes of their own.
+        ({1: ValueError("recipe: must be another")}, RETRY, None),
+        ({1: torch.OutOfMemoryError("CUDA out of memory")}, RETRY, None),
+        # What the user alone can change is not met again.
+        ({0: FULL}, RAISE, None),
+        ({0: PermissionError("Access Denied")}, RAISE, None),  # as s3fs says it, without a number
+        ({0: OSError(errno.ESTALE, "Stale file handle")}, RETRY, None),
+        ({0: FileNotFoundError(errno.ENOENT, "No such file or directory")}, RETRY, None),
+        # A new process draws a name of its own.
+        ({0: FileExistsError(errno.EEXIST, "File exists")}, RETRY, None),
+        # The worker whose line the run ends with decides.
+        ({0: KeyError("cable"), 1: FULL}, RETRY, None),
     ],
-    ids=["raised", "died", "worker 0 died", "worker 0 raised", "lost alone"],
+    ids=str,
 )
-def test_what_ended_the_workers_is_noted_for_the_journal(
-    policy: Restarts, failures: dict[int, Exception], told: dict[str, object] | None
+def test_what_ended_the_workers_decides_and_is_noted_for_the_journal(
+    policy: Restarts,
+    failures: dict[int, Exception],
+    decision: FailureDecision,
+    death: dict[str, object] | None,
 ) -> None:
-    died = WorkerGroupError("died", failures)
-    decisions = [policy.make_decision(died) for _ in range(3)]
-    assert decisions == [RETRY, RETRY, RAISE]
-    assert read_death(policy.folder) == told
+    """Worker 0 notes its own errors."""
+    assert policy.make_decision(WorkerGroupError("died", failures)) == decision
+    assert read_death(policy.folder) == death
 
 
 def test_a_wait_for_places_is_journalled_once(policy: Restarts) -> None:
     starts(0)(policy)
     assert {lacks_room(policy) for _ in range(20)} == {RETRY}
     [told] = events(policy.folder, "waiting")
-    waits = (told["what"], told["most_s"], told["attempt"])
-    assert waits == ("a place for 2 workers", PLACES_S, -1)
+    assert (told["what"], told["most_s"], told["attempt"]) == (
+        "a place for 2 workers",
+        PLACES_S,
+        -1,
+    )
 
 
 def test_storage_that_is_away_as_a_worker_dies_ends_nothing(
@@ -256,47 +275,6 @@ def test_storage_that_is_away_as_a_worker_dies_ends_nothing(
         assert [dies(policy, worker=1), lacks_room(policy)] == [RETRY, RETRY]
     saves(10)(policy)
     assert [dies(policy) for _ in range(3)] == [RETRY, RETRY, RAISE]
-
-
-FULL = OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.parametrize(
-    ("failures", "decision"),
-    [
-        ({1: FULL}, RAISE),
-        ({1: PermissionError("Access Denied")}, RAISE),  # as s3fs says it, without a number
-        ({1: OSError(errno.ESTALE, "Stale file handle")}, RETRY),
-        ({1: FileNotFoundError(errno.ENOENT, "No such file or directory")}, RETRY),
-        # A new process draws a name of its own.
-        ({1: FileExistsError(errno.EEXIST, "File exists")}, RETRY),
-        # The worker whose line the run ends with decides.
-        ({0: KeyError("cable"), 1: FULL}, RETRY),
-    ],
-    ids=str,
-)
-def test_what_the_user_alone_can_change_is_not_met_again(
-    policy: Restarts, failures: dict[int, Exception], decision: FailureDecision
-) -> None:
-    assert policy.make_decision(WorkerGroupError("died", failures)) == decision
-
-
-@pytest.mark.parametrize(
-    ("failure", "worker", "is_noted"),
-    [
-        (KeyError("cable"), 1, True),
-        (KeyError("cable"), 0, False),  # which has told it itself
-        (WorkerHealthCheckFailedError("it is gone", RuntimeError()), 0, True),
-        (ValueError("recipe: must be another"), 1, False),  # a refusal, or a page that is left out
-        (torch.OutOfMemoryError("CUDA out of memory"), 1, False),
-    ],
-    ids=str,
-)
-def test_a_death_that_nobody_else_tells_is_noted(
-    policy: Restarts, failure: Exception, worker: int, is_noted: bool
-) -> None:
-    policy.make_decision(WorkerGroupError("died", {worker: failure}))
-    assert (read_death(policy.folder) is not None) == is_noted
 
 
 NOTHING, GROW = NoopDecision(), ResizeDecision(num_workers=2, resources_per_worker={"CPU": 1})

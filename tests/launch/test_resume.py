@@ -24,7 +24,7 @@ from pipeline.launch.ray import Ray
 from pipeline.recipe.recipe import spec
 from pipeline.recipe.suite import Suite, SuiteFile, runs_of
 from pipeline.track.state import state_of
-from pipeline.train.trainer import Trainer
+from tests.helpers.interruptions import before_batch
 from tests.helpers.small import Command, Done, Refused, same_weights, small_recipe, steps_of
 
 pytestmark = pytest.mark.timeout(120)  # a few runs and a new MLflow store
@@ -54,19 +54,15 @@ def place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterat
 def words(
     place: Path, runs: Path, file: str = "one.py", name: str = "it", how: str = "--inline"
 ) -> list[str]:
-    options = f"{how} --device cpu --runs {runs} --name {name} --or-resume"
-    return ["launch", str(place / file), *options.split()]
+    return [
+        "launch",
+        str(place / file),
+        *f"{how} --device cpu --runs {runs} --name {name} --or-resume".split(),
+    ]
 
 
 def stopped_at(patch: pytest.MonkeyPatch, step: int) -> None:
-    original = Trainer._micro_batches
-
-    def micro_batches(self: Trainer, source):
-        if self.step == step:
-            (self.folder / "stop").touch()
-        return original(self, source)
-
-    patch.setattr(Trainer, "_micro_batches", micro_batches)
+    before_batch(patch, lambda trainer: (trainer.folder / "stop").touch(), step=step)
 
 
 def stopped(spiketrain: Command, words: list[str], step: int = 3) -> None:
@@ -81,8 +77,9 @@ def test_the_same_words_begin_go_on_and_end(
     run, again = tmp_path / "it", words(place, tmp_path)
     stopped(spiketrain, again)
     assert state_of(run) == "stopped"
-    said = done(*again, "--verify", "full")
-    assert said.startswith("it: --verify was sampled, is full from here on\n")
+    assert done(*again, "--verify", "full").startswith(
+        "it: --verify was sampled, is full from here on\n"
+    )
     assert {told(run, file)["verify"] for file in ("cluster.json", "job.json")} == {"full"}
     assert steps_of(run, "start") == [0, 4]
     assert done(*again).startswith("it has finished")
@@ -117,8 +114,9 @@ def test_another_recipe_is_refused_with_the_fields_that_differ(
     # What only a launch can say is refused, and the rest is not.
     error = refused(*again, "--checkpoints", elsewhere, "--loader-threads", "2")
     assert error == f"{rule}its options differ now: --checkpoints was None, is {elsewhere}"
-    said = done(*words(place, tmp_path, how="--workers 2 --loader-threads 2"))
-    assert said.startswith("it has finished")
+    assert done(*words(place, tmp_path, how="--workers 2 --loader-threads 2")).startswith(
+        "it has finished"
+    )
 
 
 @pytest.mark.parametrize("written", ["[]", '{"version": 1}', '{"version": 1, "recipe": []}'])
@@ -127,8 +125,9 @@ def test_a_recipe_json_without_a_recipe_is_refused_in_one_line(
 ) -> None:
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / "recipe.json").write_text(written)
-    error = refused(*words(place, tmp_path))
-    assert error.startswith(f"{tmp_path}/it/recipe.json: must hold a recipe; got ")
+    assert refused(*words(place, tmp_path)).startswith(
+        f"{tmp_path}/it/recipe.json: must hold a recipe; got "
+    )
 
 
 def test_it_needs_a_name(place: Path, tmp_path: Path, refused: Refused) -> None:
@@ -147,11 +146,12 @@ def told(folder: Path, file: str) -> Any:
 def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Cluster]:
     made: list[Cluster] = []
 
-    def launcher(self: Cluster) -> Inline:
-        made.append(self)
+    def launcher_of(cluster: Cluster) -> Inline:
+        made.append(cluster)
         return Inline(device="cpu")
 
-    monkeypatch.setattr(Cluster, "launcher", launcher)
+    for module in ("driver", "resume", "suite"):
+        monkeypatch.setattr(f"pipeline.launch.{module}.launcher_of", launcher_of)
     return made
 
 
@@ -180,8 +180,9 @@ def test_a_suite_goes_on_with_fewer_cores_in_the_run_that_has_begun_and_in_the_n
 ) -> None:
     launch = f"launch {place}/two.py --cpus-per-worker 2 --side-by-side 1 --runs {tmp_path}"
     stopped(spiketrain, [*launch.split(), "--name", "it"])
-    said = done("resume", tmp_path / "it", "--cpus-per-worker", "1")
-    assert "it: --cpus-per-worker was 2, is 1 from here on\n" in said
+    assert "it: --cpus-per-worker was 2, is 1 from here on\n" in done(
+        "resume", tmp_path / "it", "--cpus-per-worker", "1"
+    )
     assert told(tmp_path / "it", "suite.json")["cluster"]["cpus_per_worker"] == 1
     for run in runs_of(tmp_path / "it").values():
         assert told(run, "cluster.json")["cpus_per_worker"] == told(run, "job.json")["threads"] == 1
@@ -282,8 +283,12 @@ def test_zero_goes_on_with_as_many_workers_as_wrote_its_newest_checkpoint(
     spiketrain: Command,
     refused: Refused,
 ) -> None:
-    recipe = small_recipe(zero=2, backend="deepspeed")
-    prepare(recipe, Cluster(workers=2, device="cpu"), tmp_path, name="it")
+    prepare(
+        small_recipe(zero=2, backend="deepspeed"),
+        Cluster(workers=2, device="cpu"),
+        tmp_path,
+        name="it",
+    )
     for step, trainer in enumerate(trainers, start=1):
         folder = tmp_path / "it" / "checkpoints" / f"step_{step:08d}"
         folder.mkdir(parents=True)

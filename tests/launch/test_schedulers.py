@@ -4,7 +4,10 @@ line.
 
 import json
 import os
+import re
 import shlex
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,8 @@ import yaml
 
 from pipeline.core.errors import UserError
 from pipeline.launch import schedulers
-from pipeline.launch.schedulers import OWN, Order, answer_of, render_rayjob, submit_rayjob
+from pipeline.launch.schedulers import Order, answer_of, render_rayjob, submit_rayjob
+from pipeline.train.elastic import format_sizes
 from tests.helpers.crd import GOLDEN, misfits
 from tests.infra.rules import EXPORTER, RULES, containers, require_kustomize
 
@@ -31,72 +35,53 @@ GROUPS = "/spec/rayClusterSpec/workerGroupSpecs"
 ORDER = Order(
     words=("recipes/imagenet/nf_resnet34_sltt.py", "--cpus-per-worker", "8"),
     name="nf-resnet34",
-    workers=32,
-    image="registry.example.com/spiketrain:1",
+    sizes=(32,),
     runs="/shared/runs",
+    options={
+        "cpus_per_worker": 8,
+        "image": "registry.example.com/spiketrain:1",
+        "infra": OVERLAYS / "four-nodes-32-gpus" / "job",
+    },
 )
 
 
-def rendered(size: str | Path = "four-nodes-32-gpus", **changes: Any) -> str:
+def rendered(size: str | None = None, *, options: Mapping[str, Any] = {}, **changes: Any) -> str:
     require_kustomize()
-    return render_rayjob(
-        replace(ORDER, **changes), OVERLAYS / size / "job" if isinstance(size, str) else size
-    )
+    infra = {} if size is None else {"infra": OVERLAYS / size / "job"}
+    changes["options"] = {**ORDER.options, **infra, **options}
+    return render_rayjob(replace(ORDER, **changes))
 
 
-def job_of(*size: str | Path, **changes: Any) -> dict[str, Any]:
+def job_of(*size: str, **changes: Any) -> dict[str, Any]:
     return yaml.safe_load(rendered(*size, **changes))
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "said"),
-    [
-        ("words", (), "words must begin with a recipe; got none"),
-        ("words", ("--set", "a=b"), "words must begin with a recipe; got --set a=b"),
-        ("words", ("recipe.py", "a\nb"), "words must be free of control characters; got 'a\\nb'"),
-        ("words", ("recipe.py", "\x7f"), "words must be free of control characters; got '\\x7f'"),
-        (
-            "runs",
-            "/shared\nrm -rf /",
-            "runs must be free of control characters; got '/shared\\nrm -rf /'",
-        ),
-        ("image", "a:1\x00", "image must be free of control characters; got 'a:1\\x00'"),
-        ("workers", 0, "workers must be 1 or more; got 0"),
-        ("workers", True, "workers must be 1 or more; got True"),
-        ("workers", 2.0, "workers must be 1 or more; got 2.0"),
-        ("workers", (), "workers must be 1 or more; got ()"),
-        ("workers", (0, 1), "workers must be 1 or more; got (0, 1)"),
-        *(
-            ("words", (*ORDER.words, option), f"{option.partition('=')[0]} follows from the job;")
-            for option in (*OWN, "--workers=4")
-        ),
-        (
-            "words",
-            (*ORDER.words, "--inline"),
-            "a job trains with workers of Ray; got --inline",
-        ),
-    ],
-)
-def test_a_bad_field_is_refused_in_one_line(field: str, value: Any, said: str) -> None:
-    with pytest.raises(ValueError) as refused:
-        replace(ORDER, **{field: value})
-    assert str(refused.value).startswith(f"order: {said}")
+def pods_of(job: dict[str, Any]) -> list[int]:
+    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    return [group[name] for name in ("minReplicas", "replicas", "maxReplicas")]
 
 
 # ---------------------------------------------------------------------------- a scheduler's program
 
 
+Script = Callable[[str, str | bytes], Path]
+
+
 @pytest.fixture
-def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
+    """Writes a program of this name and text, which the PATH has."""
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    file = tmp_path / "sbatch"
-    file.touch()
-    file.chmod(0o755)
-    return file
+
+    def write(name: str, text: str | bytes) -> Path:
+        (file := tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        file.chmod(0o755)
+        return file
+
+    return write
 
 
-def test_it_is_given_the_order_and_answers(sbatch: Path) -> None:
-    sbatch.write_text('#!/bin/sh\necho "$@"; cat\n')
+def test_it_is_given_the_order_and_answers(script: Script) -> None:
+    script("sbatch", '#!/bin/sh\necho "$@"; cat\n')
     said = answer_of("sbatch", "--parsable", "a b", given="#!/bin/bash\n")
     assert said == "--parsable a b\n#!/bin/bash"
 
@@ -105,7 +90,7 @@ FAILED = "sbatch failed with exit code 3 and said: "
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("text", "said"),
     [
         (
             'echo "no kind RayJob" >&2; echo "  install the CRDs first" >&2; exit 3',
@@ -122,26 +107,20 @@ FAILED = "sbatch failed with exit code 3 and said: "
             "exec sleep 30",
             "sbatch must answer within 1 s; it has not, and may have taken the job",
         ),
+        (b"\x7fELF", "PROGRAM cannot be run: Exec format error"),
+        (None, "needs sbatch on the path; got none"),
     ],
 )
-def test_one_that_fails_or_does_not_answer(
-    sbatch: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str
+def test_a_program_that_fails_or_does_not_answer_or_is_not_there(
+    script: Script, monkeypatch: pytest.MonkeyPatch, text: str | bytes | None, said: str
 ) -> None:
-    sbatch.write_text(f"#!/bin/sh\n{script}\n")
+    if text is None:
+        monkeypatch.setenv("PATH", "/nowhere")
+    else:
+        file = script("sbatch", text if isinstance(text, bytes) else f"#!/bin/sh\n{text}\n")
+        said = said.replace("PROGRAM", str(file))
     monkeypatch.setattr(schedulers, "PATIENCE_S", 1.0)
-    with pytest.raises(UserError) as refused:
-        answer_of("sbatch")
-    assert str(refused.value) == f"submit: {said}"
-
-
-def test_one_that_is_no_program_or_is_not_there(
-    sbatch: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sbatch.write_bytes(b"\x7fELF")
-    with pytest.raises(UserError, match=r"^submit: .*sbatch cannot be run: Exec format error$"):
-        answer_of("sbatch")
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(UserError, match=r"^submit: needs sbatch on the path; got none$"):
+    with pytest.raises(UserError, match=f"^submit: {re.escape(said)}$"):
         answer_of("sbatch")
 
 
@@ -186,52 +165,42 @@ def test_an_order_becomes_a_rayjob_that_fits_the_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "workers", "words", "pods"),
+    ("size", "sizes", "options", "pods"),
     [
-        ("four-nodes-32-gpus", 32, (), 4),
-        ("four-nodes-32-gpus", 17, (), 3),
-        ("eight-nodes-64-gpus", 64, (), 8),
-        ("eight-nodes-64-gpus-infiniband", 40, (), 5),
-        ("four-nodes-32-gpus", 1, (), 1),
-        ("four-nodes-32-gpus", 8, ("--cpus-per-worker=16",), 2),  # 64 cores hold four such workers
-        ("four-nodes-32-gpus", 64, ("--device", "cpu"), 1),  # one core each, and no GPU
-        ("cpu", 8, (), 2),
-        ("cpu", 8, ("--cpus-per-worker", "2"), 4),
-        (
-            "four-nodes-32-gpus",
-            32,
-            ("--cpus-per-worker", "auto"),
-            4,
-        ),  # as many as there are GPUs, however many cores
-        ("cpu", 4, ("--side-by-side", "3"), 3),
-        ("cpu", 4, ("--side-by-side=auto",), 1),  # which takes what room there is
+        ("four-nodes-32-gpus", (32,), {}, [4, 4, 4]),
+        ("four-nodes-32-gpus", (17,), {}, [3, 3, 3]),
+        ("eight-nodes-64-gpus", (64,), {}, [8, 8, 8]),
+        ("eight-nodes-64-gpus-infiniband", (40,), {}, [5, 5, 5]),
+        ("four-nodes-32-gpus", (1,), {}, [1, 1, 1]),
+        # 64 cores hold four such workers
+        ("four-nodes-32-gpus", (8,), {"cpus_per_worker": 16}, [2, 2, 2]),
+        # one core each, and no GPU
+        ("four-nodes-32-gpus", (64,), {"device": "cpu", "cpus_per_worker": "auto"}, [1, 1, 1]),
+        ("cpu", (8,), {"cpus_per_worker": "auto"}, [2, 2, 2]),
+        ("cpu", (8,), {"cpus_per_worker": 2}, [4, 4, 4]),
+        # as many as there are GPUs, however many cores
+        ("four-nodes-32-gpus", (32,), {"cpus_per_worker": "auto"}, [4, 4, 4]),
+        ("cpu", (4,), {"cpus_per_worker": 1, "side_by_side": 3}, [3, 3, 3]),
+        # which takes what room there is
+        ("cpu", (4,), {"cpus_per_worker": 1, "side_by_side": "auto"}, [1, 1, 1]),
+        # workers that come and go begin with the pods of the fewest
+        ("four-nodes-32-gpus", (16, 24, 32), {}, [2, 2, 4]),
     ],
 )
 def test_there_are_as_many_pods_as_the_workers_need(
-    size: str, workers: int, words: tuple[str, ...], pods: int
+    size: str, sizes: tuple[int, ...], options: dict[str, Any], pods: list[int]
 ) -> None:
-    group = job_of(size, workers=workers, words=("recipe.py", *words))["spec"]["rayClusterSpec"][
-        "workerGroupSpecs"
-    ][0]
-    assert [group[name] for name in ("minReplicas", "replicas", "maxReplicas")] == [pods] * 3
-
-
-def test_workers_that_come_and_go_begin_with_the_pods_of_the_fewest() -> None:
-    job = job_of(workers=(16, 24, 32))
-    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
-    assert [group[name] for name in ("minReplicas", "replicas", "maxReplicas")] == [2, 2, 4]
-    assert " --workers 16,24,32 " in job["spec"]["entrypoint"]
-    assert [complaint for rule in RULES for complaint in rule(job)] == []
+    job = job_of(size, sizes=sizes, options=options)
+    assert pods_of(job) == pods
+    assert f" --workers {format_sizes(sizes)} " in job["spec"]["entrypoint"]
+    assert len(sizes) == 1 or not [text for rule in RULES for text in rule(job)]
 
 
 @pytest.mark.parametrize(("size", "device"), [("cpu", "cpu"), ("one-node-8-gpus", "gpu")])
 def test_the_device_is_that_of_the_pods_unless_said(size: str, device: str) -> None:
-    words = job_of(size, workers=1, words=("recipe.py",))["spec"]["entrypoint"].split()
-    assert words[words.index("--device") + 1] == device
-    words = job_of(size, workers=1, words=("recipe.py", "--device=cpu"))["spec"][
-        "entrypoint"
-    ].split()
-    assert "--device" not in words and "--device=cpu" in words
+    for options, said in (({}, f"--device {device} "), ({"device": "cpu"}, "")):
+        job = job_of(size, sizes=(1,), options={"cpus_per_worker": "auto", **options})
+        assert job["spec"]["entrypoint"].endswith(f" --workers 1 {said}--or-resume")
 
 
 def test_words_reach_the_command_as_they_are() -> None:
@@ -245,7 +214,7 @@ def test_words_reach_the_command_as_they_are() -> None:
         "--trust",
         "a*b",
     )
-    entrypoint = job_of(workers=1, words=words)["spec"]["entrypoint"]
+    entrypoint = job_of(sizes=(1,), words=words)["spec"]["entrypoint"]
     assert tuple(shlex.split(entrypoint)[2 : 2 + len(words)]) == words
     assert "\n" not in entrypoint
 
@@ -260,28 +229,20 @@ def test_words_reach_the_command_as_they_are() -> None:
         ({"name": "a\n"}, f"{NAME}; got 'a\\n'"),
         ({"name": ""}, f"{NAME}; got ''"),
         ({"name": "a" * 48}, f"{NAME}; got '{'a' * 48}'"),
-        ({"image": ""}, f"{IMAGE}; got ''"),
-        ({"image": "spiketrain"}, f"{IMAGE}; got 'spiketrain'"),
-        ({"image": "a:latest"}, f"{IMAGE}; got 'a:latest'"),
-        ({"image": "host:5000/a"}, f"{IMAGE}; got 'host:5000/a'"),
-        ({"image": "a b:1"}, f"{IMAGE}; got 'a b:1'"),
-        ({"image": "a@sha256:1"}, f"{IMAGE}; got 'a@sha256:1'"),
+        ({"options": {"image": ""}}, f"{IMAGE}; got ''"),
+        ({"options": {"image": "spiketrain"}}, f"{IMAGE}; got 'spiketrain'"),
+        ({"options": {"image": "a:latest"}}, f"{IMAGE}; got 'a:latest'"),
+        ({"options": {"image": "host:5000/a"}}, f"{IMAGE}; got 'host:5000/a'"),
+        ({"options": {"image": "a b:1"}}, f"{IMAGE}; got 'a b:1'"),
+        ({"options": {"image": "a@sha256:1"}}, f"{IMAGE}; got 'a@sha256:1'"),
         ({"runs": "runs"}, f"k8s: runs {SHARED}; got 'runs'"),
         ({"runs": "/shared/runs/../../etc"}, f"k8s: runs {SHARED}; got '/shared/runs/../../etc'"),
-        ({"workers": 33}, "must fit into pods of 64 cores and 8 GPUs, of which"),
+        ({"sizes": (33,)}, "must fit into pods of 64 cores and 8 GPUs, of which"),
         (
-            {"workers": (8, 40)},
+            {"sizes": (8, 40)},
             "k8s: 40 workers x 8 cpus must fit into pods of 64 cores and 8 GPUs, of which",
         ),
-        ({"words": ("a.py", "--cpus-per-worker", "65")}, "job has 4: room for 0 workers"),
-        (
-            {"words": ("a.py", "--cpus-per-worker", "x")},
-            "order: --cpus-per-worker must be a whole number >= 1 or auto; got x",
-        ),
-        (
-            {"words": ("a.py", "--side-by-side", "none")},
-            "order: --side-by-side must be a whole number >= 1 or auto; got none",
-        ),
+        ({"options": {"cpus_per_worker": 65}}, "job has 4: room for 0 workers"),
         ({"runs": "/tmp/runs"}, f"k8s: runs {SHARED}; got '/tmp/runs'"),
         ({"runs": "/shared/runs2"}, f"k8s: runs {SHARED}; got '/shared/runs2'"),
         ({"runs": "/dev/shm/runs"}, f"k8s: runs {SHARED}; got '/dev/shm/runs'"),
@@ -289,7 +250,10 @@ def test_words_reach_the_command_as_they_are() -> None:
             {"runs": "/opt/spiketrain/data/runs"},
             f"k8s: runs {SHARED}; got '/opt/spiketrain/data/runs'",
         ),
-        ({"size": OVERLAYS / "cpu" / "cluster"}, "cluster must hold one RayJob; got 0"),
+        (
+            {"options": {"infra": OVERLAYS / "cpu" / "cluster"}},
+            "cluster must hold one RayJob; got 0",
+        ),
     ],
 )
 def test_an_order_that_does_not_fit_is_refused(changes: dict[str, Any], said: str) -> None:
@@ -326,14 +290,9 @@ PLACES = [
 
 @pytest.mark.parametrize(("place", "lasts"), PLACES)
 def test_checkpoints_that_a_pod_would_take_with_it_are_refused(place: str, lasts: bool) -> None:
-    words = ("recipe.py", f"--checkpoints={place}")
-    if lasts:
-        entrypoint = job_of(words=words, workers=1)["spec"]["entrypoint"]
-        assert f" --checkpoints={place} " in entrypoint
-        return
-    with pytest.raises(ValueError) as refused:
-        rendered(words=words, workers=1)
-    assert str(refused.value) == f"k8s: --checkpoints {SHARED}; got {place!r}"
+    said = re.escape(f"k8s: --checkpoints {SHARED}; got {place!r}")
+    with nullcontext() if lasts else pytest.raises(ValueError, match=f"^{said}$"):
+        rendered(options={"checkpoints": place}, sizes=(1,))
 
 
 @pytest.mark.parametrize(
@@ -346,7 +305,7 @@ def test_checkpoints_that_a_pod_would_take_with_it_are_refused(place: str, lasts
     ],
 )
 def test_images_that_stay_what_they_are(image: str) -> None:
-    assert containers(job_of(image=image))[0]["image"] == image
+    assert containers(job_of(options={"image": image}))[0]["image"] == image
 
 
 @pytest.mark.parametrize(
@@ -371,7 +330,7 @@ def test_a_folder_that_holds_another_kind_of_rayjob_is_refused(
     tmp_path: Path, patch: str, said: str
 ) -> None:
     with pytest.raises(ValueError) as refused:
-        rendered(over(tmp_path, patch))
+        rendered(options={"infra": over(tmp_path, patch)})
     assert said in str(refused.value)
 
 
@@ -380,7 +339,7 @@ def test_a_container_beside_ray_keeps_its_image(tmp_path: Path) -> None:
     added = over(
         tmp_path, f"{{op: add, path: {containers_}/-, value: {{name: logs, image: 'logs:1'}}}}"
     )
-    assert [each["image"] for each in containers(job_of(added))] == [
+    assert [each["image"] for each in containers(job_of(options={"infra": added}))] == [
         ORDER.image,
         EXPORTER,
         "logs:1",
@@ -410,24 +369,16 @@ ASKED = (
 )
 
 
-@pytest.fixture
-def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in, which says $STATUS of any RayJob, and writes down what it is told."""
-    program = tmp_path / "kubectl"
-    program.write_text(KUBECTL)
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    return program
-
-
 # Without a status there is no such RayJob. KubeRay leaves one that has ended as it is: the launch
 # would train nothing, and say nothing of it.
 @pytest.mark.parametrize(
     "status", ["", "Initializing", "Running", "Retrying", "Complete", "Failed"]
 )
 def test_kubectl_gets_the_rayjob_unless_one_that_has_ended_is_to_be_deleted_first(
-    kubectl: Path, monkeypatch: pytest.MonkeyPatch, status: str
+    script: Script, monkeypatch: pytest.MonkeyPatch, status: str
 ) -> None:
+    """The stand-in for kubectl says $STATUS of any RayJob, and writes down its words."""
+    kubectl = script("kubectl", KUBECTL)
     monkeypatch.setenv("STATUS", status)
     manifest, words = rendered(), kubectl.with_name("kubectl.words")
     if status in ("Complete", "Failed"):

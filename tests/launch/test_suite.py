@@ -31,6 +31,7 @@ from pipeline.track.connect import connect
 from pipeline.track.state import state_of
 from pipeline.train.trainer import Trainer
 from tests.helpers.events import RawJournal
+from tests.helpers.interruptions import Act, before_batch, die, dies
 from tests.helpers.nodes import free_port
 from tests.helpers.small import Command, Done, Refused, same_weights, small_recipe, steps_of
 from tests.helpers.waiting import until
@@ -64,10 +65,6 @@ WITHOUT = RECIPES + "def recipe():\n    return list(recipes())\n"
 pytestmark = pytest.mark.timeout(300)  # three runs and a new MLflow store
 
 
-class Killed(BaseException):
-    """Stands for a process that dies: nothing in the product catches it."""
-
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("suites")
@@ -84,28 +81,13 @@ def launch(file: Path, runs: Path, name: str) -> list[str]:
     return ["launch", str(file), "--inline", "--runs", str(runs), "--name", name]
 
 
-def at_step(
-    patch: pytest.MonkeyPatch, recipe: str, step: int, act: Callable[[Trainer], None]
-) -> None:
-    original = Trainer._micro_batches
-
-    def micro_batches(self: Trainer, source: Any) -> Any:
-        if (self.recipe.name, self.step) == (recipe, step):
-            act(self)
-        return original(self, source)
-
-    patch.setattr(Trainer, "_micro_batches", micro_batches)
-
-
-def die(attempt: Trainer) -> None:
-    raise Killed
+def at_step(patch: pytest.MonkeyPatch, recipe: str, step: int, act: Act) -> None:
+    before_batch(patch, lambda trainer: trainer.recipe.name == recipe and act(trainer), step=step)
 
 
 def killed(spiketrain: Command, recipe: str, step: int, words: list[str]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, recipe, step, die)
-        with pytest.raises(Killed):
-            spiketrain(*words)
+    with dies(lambda patch: at_step(patch, recipe, step, die)):
+        spiketrain(*words)
 
 
 def interrupt(attempt: Trainer) -> None:
@@ -201,8 +183,9 @@ def test_a_page_that_mlflow_does_not_take_costs_the_suite_nothing(
     page.unlink()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
-        words = ("--runs", str(untouched.parent), "--trust", "lab_suite")
-        code, said, error = spiketrain("resume", untouched.name, *words)
+        code, said, error = spiketrain(
+            "resume", untouched.name, "--runs", str(untouched.parent), "--trust", "lab_suite"
+        )
     assert code == 0 and said.splitlines()[1].startswith("REPORT ")
     assert f"\npage    {page}\nnext    " in said and page.exists()
     assert error.startswith("MLflow at http://127.0.0.1:") and error.count("\n") == 1
@@ -262,10 +245,12 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(
     assert said.splitlines()[-6] == f"REPORT {named}"
     assert same_bits(tmp_path / "broken", untouched)
     # What had finished was left alone.
-    begun_twice = {name for name, run in runs.items() if len(steps_of(run, "start")) == 2}
-    assert begun_twice == {recipe for recipe, _ in stops}
-    parent = SuiteFile.read(tmp_path / "broken", trust=["lab_suite"]).parent
-    assert {read_json(run / "job.json")["parent"] for run in runs.values()} == {parent}
+    assert {name for name, run in runs.items() if len(steps_of(run, "start")) == 2} == {
+        recipe for recipe, _ in stops
+    }
+    assert {read_json(run / "job.json")["parent"] for run in runs.values()} == {
+        SuiteFile.read(tmp_path / "broken", trust=["lab_suite"]).parent
+    }
 
 
 def test_asked_to_stop_during_a_runs_last_batch_the_suite_stops_and_goes_on(
@@ -320,8 +305,9 @@ def test_what_is_listed_and_reported_while_children_are_missing(
     with driver_lock(folder):
         [row] = list_suites(tmp_path)
         assert (row.state, row.resume) == ("1 of 3 finished, running", None)
-        said = "half: is being trained by another process on this machine"
-        assert refused(*resume.split()) == said
+        assert (
+            refused(*resume.split()) == "half: is being trained by another process on this machine"
+        )
     out = io.StringIO()
     print_suite(folder, trust=("lab_suite",), console=Console(file=out, width=NO_WIDTH))
     assert out.getvalue().startswith(f"not finished: second ({second.name}) is interrupted\n")
@@ -344,8 +330,10 @@ def test_a_child_that_is_refused_stops_the_suite_and_after_mending_it_goes_on(
 
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, "second", 6, refuse)
-        words = launch(places / "lab_list.py", tmp_path, "s")
-        assert refused(*words) == "IDE: the solve must converge"
+        assert (
+            refused(*launch(places / "lab_list.py", tmp_path, "s"))
+            == "IDE: the solve must converge"
+        )
     runs, resume = runs_of(tmp_path / "s"), ("resume", "s", "--runs", str(tmp_path))
     assert [state_of(run) for run in runs.values()] == ["finished", "failed", "new"]
     # The weights that the third starts from are damaged before its turn: refused then, and nothing
@@ -559,12 +547,16 @@ def test_tiny_follows_references_and_names_do_not_collide(
     done(*words, "--tiny")
     [suite] = [tmp_path / "runs" / row.name for row in list_suites(tmp_path / "runs")]
     runs = runs_of(suite)
-    states = {name: state_of(run) for name, run in runs.items()}
-    assert states == {"twin-tiny": "finished", "after-tiny": "finished"}
-    init = read_json(runs["after-tiny"] / "recipe.json")["recipe"]["init"]
-    assert init.startswith(str(runs["twin-tiny"]))
-    error = refused(*words, "--set", "epochs=1", "--name", suite.name)
-    assert f"--name must be new in {tmp_path / 'runs'}; got {suite.name}" in error
+    assert {name: state_of(run) for name, run in runs.items()} == {
+        "twin-tiny": "finished",
+        "after-tiny": "finished",
+    }
+    assert read_json(runs["after-tiny"] / "recipe.json")["recipe"]["init"].startswith(
+        str(runs["twin-tiny"])
+    )
+    assert f"--name must be new in {tmp_path / 'runs'}; got {suite.name}" in refused(
+        *words, "--set", "epochs=1", "--name", suite.name
+    )
     done(*words, "--set", "epochs=1")
     newest = tmp_path / "runs" / list_suites(tmp_path / "runs")[0].name
     names = [newest.name, *(run.name for run in runs_of(newest).values())]
@@ -585,8 +577,12 @@ def test_two_suites_launched_in_one_second_are_both_trained_to_their_end(
         "pipeline.launch.suite.time.strftime", lambda form, when=None: "20260105-120000"
     )
     for name in "ab":
-        words = launch(places / "lab_list.py", tmp_path, name)
-        killed(spiketrain, "first", 1, [*words, "--set", "epochs=1"])
+        killed(
+            spiketrain,
+            "first",
+            1,
+            [*launch(places / "lab_list.py", tmp_path, name), "--set", "epochs=1"],
+        )
     for name in "ab":
         done("resume", name, "--runs", tmp_path)
         assert all(state_of(run) == "finished" for run in runs_of(tmp_path / name).values())
@@ -605,8 +601,9 @@ def test_show_prints_every_recipe_of_a_suite_without_what_it_refers_to(
     keys = [line[0] for line in fields]
     assert all(keys.count(key) == 1 for key in ("time_steps", "batch_size", "parameters"))
     assert [line[1] for line in fields if line[0] == "name"] == ["first", "second", "third"]
-    error = refused("evaluate", str(places / "lab_suite.py"), "--weights", "x.pt")
-    assert "the file must hold one recipe; got first, second, third" in error
+    assert "the file must hold one recipe; got first, second, third" in refused(
+        "evaluate", str(places / "lab_suite.py"), "--weights", "x.pt"
+    )
 
 
 def test_storage_that_is_away_at_the_end_hides_no_other_error(tmp_path: Path) -> None:
@@ -619,37 +616,3 @@ def test_storage_that_is_away_at_the_end_hides_no_other_error(tmp_path: Path) ->
     children: Any = SimpleNamespace(where={"one": tmp_path}, runs=tmp_path, left=away)
     _sync_states(children, Console(file=out))
     assert "Stale file handle" in out.getvalue()
-
-
-MEASURED = """
-import json
-from pipeline.recipe.suite import Measurement, Suite
-from tests.helpers.small import small_recipe
-
-def told(runs, console):
-    rules = {point["cost"]["rule"] for point in json.loads(runs["by-t"].read_text())["points"]}
-    console.print("MEASURED", ", ".join(sorted(rules)))
-
-def recipe():
-    measurement = Measurement("by-t", "sweep", ("only",), {"steps": [2]})
-    return Suite((small_recipe(name="only", epochs=1),), told, measurements=(measurement,))
-"""
-
-
-def test_a_measurement_is_an_entry_that_a_resume_makes(
-    places: Path, spiketrain: Command, done: Done, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (places / "lab_measured.py").write_text(MEASURED)
-    runs = ("--runs", str(places / "measured"))
-    resume = ("resume", "study", "--inline", *runs, "--trust", "lab_measured")
-    with monkeypatch.context() as patch:
-        patch.setattr("pipeline.launch.suite.measure_the_rest", interrupted)
-        words = launch(places / "lab_measured.py", places / "measured", "study")
-        code, out, error = spiketrain(*words)
-    assert code == 130 and "MEASURED" not in out, error
-    out = done("compare", "study", *runs, "--trust", "lab_measured")
-    assert "not finished: by-t (measured-by-t.json) has not begun" in out
-    assert "1 of 2 finished" in done("runs", *runs)
-    assert "MEASURED SLTT-2" in done(*resume)
-    assert "2 of 2 finished" in done("runs", *runs)
-    assert "study has finished" in done(*resume)

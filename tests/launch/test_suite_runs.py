@@ -21,7 +21,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 from rich.console import Console
 
@@ -34,7 +33,6 @@ from pipeline.launch.suite_runs import parallel_runs, train_side_by_side
 from pipeline.recipe.recipe import Recipe, read_json
 from pipeline.recipe.suite import runs_of
 from pipeline.report.selection import list_suites
-from pipeline.track.connect import connect
 from pipeline.track.journal import first, last
 from pipeline.track.state import is_driven, state_of
 from pipeline.train.job import Job
@@ -58,14 +56,6 @@ from tests.helpers.small import small_recipe
 def recipe():
     one = small_recipe(name="one", epochs=EPOCHS)
     return [one, replace(one, name="after", init="@one"), replace(one, name="other", seed=1)]
-"""
-
-UNEVEN = """
-from dataclasses import replace
-from tests.helpers.small import small_recipe
-
-def recipe():
-    return [small_recipe(name="one", epochs=2000), small_recipe(name="other", epochs=1, seed=1)]
 """
 
 SEARCHED = """
@@ -95,7 +85,6 @@ def place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterat
     folder = tmp_path_factory.mktemp("side-by-side")
     for name, epochs in (("short", 1), ("long", 12)):
         (folder / f"{name}.py").write_text(RECIPES.replace("EPOCHS", str(epochs)))
-    (folder / "uneven.py").write_text(UNEVEN)
     write_fashion(folder / "fashion")
     (folder / "searched.py").write_text(SEARCHED.replace("FOLDER", str(folder / "fashion")))
     with pytest.MonkeyPatch.context() as patch:
@@ -105,8 +94,18 @@ def place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterat
 
 
 def words(file: Path, runs: Path, name: str, *more: str) -> list[str]:
-    options = ["--inline", "--device", "cpu", "--runs", str(runs), "--name", name]
-    return ["launch", str(file), *options, *more]
+    return [
+        "launch",
+        str(file),
+        "--inline",
+        "--device",
+        "cpu",
+        "--runs",
+        str(runs),
+        "--name",
+        name,
+        *more,
+    ]
 
 
 def begun(file: Path, runs: Path, name: str) -> subprocess.Popen[bytes]:
@@ -177,46 +176,21 @@ def test_a_run_that_fails_lets_the_others_end_and_says_why(
 
 @cores
 @pytest.mark.full
-def test_a_run_that_is_killed_is_marked_so_and_so_is_its_suite(place: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "uneven"
-    with begun(place / "uneven.py", tmp_path, "uneven") as suite:
-        try:
-            wait_for(lambda: steps(children(folder).get("one", folder)) > 2)
-            wait_for(lambda: marked(place, folder).get("one") == "RUNNING")
-            [one] = [
-                each
-                for each in psutil.Process(suite.pid).children()
-                if any("/one-" in word for word in each.cmdline())
-            ]
-            one.kill()
-            assert suite.wait(timeout=90) == 1
-        finally:
-            suite.kill()  # which its runs, too, would not survive
-    assert marked(place, folder) == {"one": "KILLED", "other": "FINISHED", "uneven": "KILLED"}
-
-
-def marked(place: Path, suite: Path) -> dict[str, str]:
-    client = connect(f"sqlite:///{place}/mlflow.db")
-    found = client.search_runs(
-        [each.experiment_id for each in client.search_experiments()],
-        f"tags.`spiketrain.study_parent` = '{read_json(suite / 'suite.json')['parent']}'",
-    )
-    return {str(run.info.run_name).split("-")[0]: run.info.status for run in found}
-
-
-@cores
-@pytest.mark.full
 @pytest.mark.distributed
 def test_a_run_that_is_stopped_alone_stops_the_suite_once_the_others_have_ended(
     place: Path, tmp_path: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(saboteur(tmp_path / "hook", STOP)))
-    command = words(place / "short.py", tmp_path, "alone", "--side-by-side", "2")
-    code, said, _ = spiketrain(*command)
-    resume = f"stopped; resume with: spiketrain resume alone --runs {tmp_path}"
-    assert (code, said.splitlines()[-1]) == (130, resume)
-    states = {name: state_of(run) for name, run in runs_of(tmp_path / "alone").items()}
-    assert states == {"one": "stopped", "after": "new", "other": "finished"}
+    code, said, _ = spiketrain(*words(place / "short.py", tmp_path, "alone", "--side-by-side", "2"))
+    assert (code, said.splitlines()[-1]) == (
+        130,
+        f"stopped; resume with: spiketrain resume alone --runs {tmp_path}",
+    )
+    assert {name: state_of(run) for name, run in runs_of(tmp_path / "alone").items()} == {
+        "one": "stopped",
+        "after": "new",
+        "other": "finished",
+    }
 
 
 def test_where_there_is_no_room_for_two_they_take_turns_on_shared_cores(
@@ -235,13 +209,21 @@ def test_a_search_takes_what_did_best_though_the_shared_value_diverges(
 ) -> None:
     rates = (0.001, 0.01, 0.1, 0.3, 1e38)
     *ended, diverged = rates
-    tune = f"optimizer.lr={','.join(map(str, rates))}"
-    said = done(*words(place / "searched.py", tmp_path, "s", "--tune", tune))
+    said = done(
+        *words(
+            place / "searched.py",
+            tmp_path,
+            "s",
+            "--tune",
+            f"optimizer.lr={','.join(map(str, rates))}",
+        )
+    )
     page, runs, at = tmp_path / "s" / "report.html", runs_of(tmp_path / "s"), ("--runs", tmp_path)
 
     def is_an_artifact() -> bool:
-        artifacts = place.glob("**/artifacts/report.html")
-        return page.read_bytes() in [each.read_bytes() for each in artifacts]
+        return page.read_bytes() in [
+            each.read_bytes() for each in place.glob("**/artifacts/report.html")
+        ]
 
     next_words = f"\npage    {page}\nnext    spiketrain compare s "
     assert next_words in said and is_an_artifact()
@@ -331,7 +313,7 @@ def test_a_run_that_the_child_of_a_killed_suite_still_saves_is_begun_once_that_h
     (tmp_path / "run" / "stop").write_text("SIGUSR1")
     # Signals are of the main thread alone.
     monkeypatch.setattr(suite_runs, "on_stop_signals", lambda hear: nullcontext())
-    waiting = "another process still trains it: waiting for up to 600 s"
+    waiting = "another process still trains it: waiting"
     with ThreadPoolExecutor(1) as beside:
         with driven_by_another(tmp_path / "run"):
             finished = beside.submit(train_side_by_side, children, Inline(), 1, Console(file=said))
@@ -340,17 +322,6 @@ def test_a_run_that_the_child_of_a_killed_suite_still_saves_is_begun_once_that_h
             assert (tmp_path / "run" / "stop").exists() and not finished.done()
         assert finished.result(20) is True
     assert said.getvalue().count("another process") == 1
-
-
-def test_one_that_another_process_goes_on_with_is_refused_after_a_while(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(suite_runs, "LEAVING_S", 0.05)
-    drives_as(monkeypatch, "false")
-    refused = "^run: is being trained by another process, which still does after 0 s$"
-    suite = stand_ins(tmp_path)
-    with driven_by_another(tmp_path / "run"), pytest.raises(UserError, match=refused):
-        train_side_by_side(suite, Inline(), 1, Console(file=io.StringIO()))
 
 
 def test_a_run_that_is_refused_was_not_stopped_whatever_note_lies_there(

@@ -122,7 +122,6 @@ def test_a_suite_finds_it_too(lab: Path, tmp_path: Path, monkeypatch: pytest.Mon
     folder = launch.launch_suite(
         suite, Cluster(inline=True), tmp_path, stem="s", name="s", trust=OWN
     )
-    assert folder is not None
     # A run of it that has no part of the package does not ask for it.
     prepare(suite.recipes[1], Cluster(inline=True), tmp_path, name="plain", trust=OWN)
     assert (own_code.names(folder), own_code.names(tmp_path / "plain")) == (OWN, ())

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.cli.doctor import print_findings
 from pipeline.core.printing import new_console
 from pipeline.forecast.bench import Cost, TeacherCost
 from pipeline.forecast.plan import DEVICES, Cluster, Plan, Planned
 from pipeline.forecast.probe import Probe
 from pipeline.forecast.sweep import Point, Sweep
-from pipeline.launch.preflight import Finding
+from pipeline.launch.preflight import Finding, print_findings
 from pipeline.measure.fidelity import Fidelity
 from pipeline.recipe.recipe import spec
 from pipeline.report.claims import Claim, print_claims
