@@ -57,21 +57,16 @@ class BPTT(Rule):
             "BPTT: truncate excludes recompute and chunk: a piece is one forward, and short; "
             f"got truncate={truncate}, recompute={recompute}, chunk={chunk}",
         )
-        self.chunk = (
-            truncate if truncate is not None else 1 if recompute and chunk is None else chunk
-        )
+        if recompute:
+            self.label, self.chunk = "BPTT-recompute", chunk or 1
+        elif truncate is not None:
+            self.label, self.chunk = f"BPTT-truncate-{truncate}", truncate
+        elif chunk is not None:
+            self.label, self.chunk = f"BPTT-chunk-{chunk}", chunk
         self.recompute = recompute
         self.truncate = truncate
         self.memory = "linear" if truncate is None else "constant"
         self.over_time_choices = ("steps", "mean") if truncate is None else ("steps",)
-
-    @property
-    def label(self) -> str:
-        if self.truncate is not None:
-            return f"BPTT-truncate-{self.truncate}"
-        if self.recompute:
-            return "BPTT-recompute"
-        return "BPTT" if self.chunk is None else f"BPTT-chunk-{self.chunk}"
 
     def check_steps(self, steps: int) -> None:
         require(

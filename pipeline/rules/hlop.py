@@ -152,6 +152,9 @@ class HLOP(Rule):
             f"HLOP: {inner.label} hands no error from layer to layer, so error must be"
             f" 'backprop'; got {error=}",
         )
+        path = "" if error == "backprop" else f", {error.replace('_', '-')}"
+        spiking = "" if lateral_steps is None else ", spiking"
+        self.label = f"HLOP({inner.label}{path}{spiking})"
         self.inner = inner
         for name in INHERITED:
             setattr(self, name, getattr(inner, name))
@@ -168,12 +171,6 @@ class HLOP(Rule):
         self._recorders: list[InputRecorder] = []
         self._feedback: list[FixedFeedback] = []
         self._hooks: list[RemovableHandle] = []
-
-    @property
-    def label(self) -> str:
-        spiking = "" if self.lateral_steps is None else ", spiking"
-        error = "" if self.error == "backprop" else f", {self.error.replace('_', '-')}"
-        return f"HLOP({self.inner.label}{error}{spiking})"
 
     # --------------------------------------------------------------------------- attach and release
 

@@ -414,7 +414,7 @@ def test_warns_once_where_the_scale_is_out_of_range(scale, message):
 def test_a_gradient_that_is_not_finite_is_handed_on_as_that():
     x_TBC, _ = batch(12)
     with pytest.warns(
-        RuntimeWarning, match="SPIDE: the gradient of the loss must be finite; got nan"
+        RuntimeWarning, match="Equilibrium: the gradient of the loss must be finite; got nan"
     ):
         found = gradients(
             SPIDE(), smallest_model(), x_TBC, lambda o: o.sum() * math.nan, over_time="mean"
