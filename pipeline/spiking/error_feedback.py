@@ -113,7 +113,6 @@ class MeanJacobian(ErrorFeedback):
     The dtype is that of the noise, at least fp32, because the mean moves by a thousandth per batch.
     M starts at 0 and is divided by 1 - lam^k. Before the first update the signal is 0.
 
-    Raises: ValueError for a momentum outside 0..1, 1 excluded.
     Source: the correction is that of Kingma & Ba 2015 (arXiv 1412.6980), section 3.
     """
 
@@ -121,10 +120,6 @@ class MeanJacobian(ErrorFeedback):
 
     def __init__(self, *, momentum: float, scale: float) -> None:
         super().__init__()
-        require(
-            0 <= momentum < 1,
-            f"MeanJacobian: momentum must be at least 0 and below 1; got momentum={momentum}",
-        )
         self.momentum = momentum
         self.scale = scale
         # Stays on the CPU, because its value is read at every step.

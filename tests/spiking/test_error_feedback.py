@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from pipeline.spiking.error_feedback import ErrorFeedback, FixedRandom, MeanJacobian, SinglePoint
 from pipeline.spiking.noise import noise
-from tests.helpers.rule_networks import refusals
 
 HIDDEN, OUTPUTS, BATCH, SCALE = 100, 5, 32, 0.2
 
@@ -178,14 +177,3 @@ def test_a_checkpoint_brings_the_sizes(build):
         signal(second, 7)
     second.begin(torch.device("cpu"))
     assert "matrix_0" not in second.state_dict()
-
-
-test_refuses = refusals(
-    [
-        (
-            {"momentum": 1, "scale": SCALE},
-            "MeanJacobian: momentum must be at least 0 and below 1; got momentum=1",
-        )
-    ],
-    MeanJacobian,
-)
