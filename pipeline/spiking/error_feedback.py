@@ -94,15 +94,11 @@ class ErrorFeedback(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # Keep exactly the matrices of this state: a rollback may undo the batch that created them.
-        self._buffers = {
-            name: buffer
-            for name, buffer in self._buffers.items()
-            if not name.startswith("matrix_") or prefix + name in state_dict
-        }
+        # Exactly the matrices of this state: a rollback may undo the batch that created them.
+        self.begin(self.device)
         for key, value in state_dict.items():
-            name = key.removeprefix(prefix)
-            if key.startswith(f"{prefix}matrix_") and name not in self._buffers:
+            if key.startswith(f"{prefix}matrix_"):
+                name = key.removeprefix(prefix)
                 self.register_buffer(name, torch.zeros_like(value, device=self.device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

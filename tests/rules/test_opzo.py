@@ -561,11 +561,11 @@ test_refuses = refusals(
         ),
         (
             lambda: OPZO(decay=0.9).attach(lif_network()),
-            r"OPZO: decay must be that of the neurons, .* got 0.9 and 0.5 at 1",
+            r"OPZO: traces and all neurons must share one decay, here 0.9; got 0.5 at 1, 0.5 at 3",
         ),
         (
             lambda: OPZO().attach(other_decay()),
-            r"OPZO: the neurons must share one decay; got 0.5 at 1, 0.25 at 3",
+            r"OPZO: traces and all neurons must share one decay, here 0.5; got 0.25 at 3",
         ),
         (
             lambda: OPZO().attach(nn.Sequential(*lif_network(), BatchNorm(3))),

@@ -284,11 +284,11 @@ test_refuses = refusals(
         (lambda: OTTT().attach(LIF()), r"OTTT-A: the model must have synapses, .* got LIF"),
         (
             lambda: OTTT().attach(two_decays()),
-            r"OTTT-A: the neurons must share one decay; got 0\.5 at 1, 0\.9 at 3$",
+            r"OTTT-A: traces and all neurons must share one decay, here 0\.5; got 0\.9 at 3$",
         ),
         (
-            lambda: OTTT(0.5).attach(two_decays()),
-            r"OTTT-A: decay must be that of the neurons, .* got 0\.5 and 0\.9 at 3$",
+            lambda: OTTT(0.9).attach(two_decays()),
+            r"OTTT-A: traces and all neurons must share one decay, here 0\.9; got 0\.5 at 1$",
         ),
         (
             lambda: OTTT(update="step").attach(nn.Sequential(LIF(), nn.Linear(2, 2))),
