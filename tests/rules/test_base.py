@@ -1,4 +1,3 @@
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -6,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.random import counter_hash
-from pipeline.rules.base import LossTerm, Rule, World, slices
+from pipeline.rules.base import LossTerm, Rule, slices
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.rules.hlop import HLOP
@@ -41,20 +40,6 @@ from tests.rules import test_ide, test_spide
 def test_counter_hash_starts_as_splitmix64(state, first):
     """The first outputs of the reference C code (prng.di.unimi.it/splitmix64.c)."""
     assert counter_hash(state) == first
-
-
-def test_counter_hash_tells_counters_apart():
-    words = list(itertools.product(range(8), repeat=3))
-    assert len({counter_hash(*word) for word in words}) == len(words)
-    bits = [counter_hash(0, step, 0) for step in range(4000)]
-    for position in range(64):
-        share = sum(word >> position & 1 for word in bits) / len(bits)
-        assert 0.46 < share < 0.54  # 5 standard errors
-
-
-def test_world_is_one_rank_by_default():
-    statistic = torch.ones(2)
-    assert World() == World(seed=0, rank=0, size=1) and World().mean(statistic) is statistic
 
 
 def test_a_rule_does_not_own_the_network():
@@ -272,13 +257,6 @@ def test_a_foreign_norm_is_refused_by_name_where_steps_are_differentiated_apart(
     said = str(refused.value)
     assert said.split(":")[0] in rule.label and "1.norm" in said
     assert "pipeline.spiking.norm" in said or "weights='standardized'" in said
-
-
-def test_the_forward_of_slices_would_differ() -> None:
-    """The reason for the refusal."""
-    x_TBC, _ = batch(4)
-    model = nn.Sequential(folded(nn.BatchNorm1d(x_TBC.shape[-1]))).double()
-    assert not torch.allclose(model(x_TBC), torch.cat([model(x_1BC) for x_1BC in x_TBC.split(1)]))
 
 
 @pytest.mark.parametrize(

@@ -165,32 +165,6 @@ def test_old_outputs_stay_where_rows_span_the_old_inputs(inner):
     assert (outputs(model, old_task()[0]) - old).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize(
-    ("make", "settings", "is_fresh"),
-    [
-        (torch.optim.Adam, {"lr": 1e-3}, True),
-        (torch.optim.SGD, {"lr": 0.2, "momentum": 0.9, "weight_decay": 5e-4}, True),
-        (torch.optim.SGD, {"lr": 0.2, "momentum": 0.9}, False),
-    ],
-    ids=["adam", "weight_decay", "momentum"],
-)
-def test_what_is_refused_or_must_be_fresh_moves_old_outputs(make, settings, is_fresh):
-    """Why: the same run as above with Adam, with weight decay, or with the old task's momentum."""
-    model = wide_network()
-    rule = with_the_old_task_learnt(BPTT(), model)
-    optimizer = make(model.parameters(), **settings)
-    if not is_fresh:
-        at = copy.deepcopy(model.state_dict())
-        train(rule, model, *old_task(), step=LEARNING, optimizer=optimizer)
-        model.load_state_dict(at)
-    rule.start_task(model, 1)
-    old = outputs(model, old_task()[0])
-    for step in range(10):
-        x_TB, target_B = batch(5 + step % 7, size=8, features=12)
-        train(rule, model, x_TB, target_B, step=81 + step, optimizer=optimizer)
-    assert (outputs(model, old_task()[0]) - old).norm() / old.norm() > 1e-3
-
-
 def test_what_truncated_rows_miss_bounds_the_change():
     """Without neurons the outputs are W x: their change is dW (x - x H^T H)."""
     x_TB, target_B = batch(4, size=6, features=12)

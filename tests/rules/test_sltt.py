@@ -35,16 +35,6 @@ def test_gradient_equals_both_references_and_is_not_bptts(reset_gradient):
     assert all((got[name] - full[name]).abs().max() > 1e-3 for name in ("0.weight", "2.weight"))
 
 
-def test_the_temporal_part_is_alive():
-    """BPTT with the reset kept, BPTT with the reset detached, and SLTT: three different
-    gradients.
-    """
-    kept = gradients_on(6, lif_network(decay=0.5, reset_gradient="kept"), BPTT())
-    detached = gradients_on(6, lif_network(decay=0.5, reset_gradient="detached"), BPTT(), SLTT())
-    for one, other in itertools.combinations((*kept, *detached), 2):
-        assert difference(one, other) > 1e-3
-
-
 @pytest.mark.parametrize(("steps", "k"), [(4, 1), (4, 2), (5, 3), (4, 4)])
 @pytest.mark.parametrize("rescale", [False, True])
 def test_mean_over_all_subsets(monkeypatch, steps, k, rescale):
