@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.rules.spide import SPIDE
 from pipeline.spiking.encode import is_static, repeat
 from pipeline.spiking.neuron import LIF
+from pipeline.spiking.rate import RateIF
 from pipeline.spiking.synapse import Linear
 from pipeline.train.backend.plain import Plain
 from pipeline.train.objective import CrossEntropy
@@ -29,9 +31,10 @@ from tests.helpers.rule_networks import (
     gradients_on,
     lif_network,
     one_batch,
+    outputs,
     spikes_of,
 )
-from tests.rules import test_ide, test_spide
+from tests.rules import test_dsr, test_ide, test_spide
 
 
 @pytest.mark.parametrize(
@@ -151,6 +154,19 @@ def test_slices_own_their_storage_and_a_still_image_stays_still():
 def test_chunks_and_a_choice_of_all_steps_change_nothing(whole, sliced, over_time):
     found = gradients_on(6, lif_network(), whole, sliced, over_time=over_time)
     assert difference(*found) < (1e-14 if isinstance(whole, BPTT) else 1e-15)
+
+
+@pytest.mark.parametrize(("over_time", "calls"), [("steps", 4), ("mean", 1)])
+@pytest.mark.parametrize("make", [BPTT, partial(BPTT, recompute=True), DSR])
+def test_both_losses_are_reported_as_they_are_differentiated(make, over_time, calls):
+    model = test_dsr.smallest_model(RateIF(), RateIF()).double()
+    rule, _ = attached(make(), model, over_time=over_time)
+    (x_TBC, target), seen = batch(4), []
+    loss_of = cross_entropy(target)
+    (term,) = rule.loss_terms(model, x_TBC, lambda o_BK: seen.append(o_BK) or loss_of(o_BK))
+    losses = torch.stack([loss_of(o_BK) for o_BK in seen])
+    assert len(seen) == calls and torch.allclose(term.loss, losses.mean(), atol=1e-14)
+    assert torch.allclose(term.logits, outputs(model, x_TBC).mean(0), atol=1e-14)
 
 
 def test_labels():

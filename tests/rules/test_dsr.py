@@ -18,6 +18,7 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, RateLIF, RateNeuron, rate_readout, rate_weights
 from pipeline.spiking.synapse import Linear
+from tests.helpers.references import gradient_of
 from tests.helpers.rule_networks import (
     attached,
     batch,
@@ -134,7 +135,8 @@ def test_the_published_backward_of_lif(seed, steps):
     gradient times dt.
     """
     dt, tau, threshold = 0.2, 1.3, 0.4
-    neuron = exact_lif(RateLIF(threshold=threshold, dt=dt, tau=tau), threshold)
+    neuron = RateLIF(threshold=threshold, dt=dt, tau=tau).double()
+    nn.init.constant_(neuron.threshold, threshold)  # as it was written, in float64
     (x_TB, g_TB), w_T = drawn_batch(seed, steps), weights_of(math.exp(-dt / tau), steps)
     mean_B, G_B = (w_T * x_TB).sum(0), steps * (w_T * g_TB).sum(0)
     top = threshold / dt * tau
@@ -145,26 +147,7 @@ def test_the_published_backward_of_lif(seed, steps):
     assert torch.allclose(got_threshold, expected_threshold, atol=1e-12)
 
 
-def exact_lif(neuron: RateNeuron, threshold: float) -> RateNeuron:
-    """In float64, with the threshold as it was written."""
-    neuron.double()
-    nn.init.constant_(neuron.threshold, threshold)
-    return neuron
-
-
 # ---------------------------------------------------------------------------------------- a network
-
-
-class Ramp(nn.Module):
-    """r = clamp(gain I, 0, height) with torch's own autograd, the network of rates' neuron."""
-
-    def __init__(self, neuron: RateNeuron) -> None:
-        super().__init__()
-        self.threshold = nn.Parameter(neuron.threshold.detach().clone())
-        self.dt, self.gain = neuron.dt, neuron.gain
-
-    def forward(self, rate_B: torch.Tensor) -> torch.Tensor:
-        return torch.minimum((self.gain * rate_B).clamp_min(0), self.threshold / self.dt)
 
 
 @pytest.mark.parametrize(
@@ -180,20 +163,14 @@ def test_a_network_that_follows_its_rates_has_the_gradient_of_the_network_of_rat
     weights_T = rate_weights(spiking[1].decay, x_TBC).view(-1, 1, 1)
     # Straight-through: the value of the spikes' own rate, the gradient of the ramp's.
     out_TBC, h = x_TBC, (weights_T * x_TBC).sum(0)
-    ramps = {}
-    for index, layer in enumerate(spiking[:5]):
+    for layer in list(spiking)[:5]:
         out_TBC = outputs(layer, out_TBC)
         if isinstance(layer, Linear):
             h = nn.functional.linear(h, layer.weight, layer.bias)
         else:
-            ramps[f"{index}.threshold"] = ramp = Ramp(layer).double()
-            rate = ramp(h)
+            rate = torch.minimum((layer.gain * h).clamp_min(0), layer.threshold / layer.dt)
             h = rate + ((weights_T * out_TBC).sum(0) - rate).detach()
-    loss = F.cross_entropy(h, target)
-    names = [name for name, _ in spiking.named_parameters() if "threshold" not in name]
-    learnt = [*(spiking.get_parameter(name) for name in names)]
-    learnt += [ramp.threshold for ramp in ramps.values()]
-    expected = dict(zip([*names, *ramps], torch.autograd.grad(loss, learnt), strict=True))
+    expected = gradient_of(F.cross_entropy(h, target), spiking)
     (got,) = gradients_on(6, spiking, DSR(), **MEAN)
     assert difference(got, expected) < 1e-13
     assert all(g.abs().max() > 1e-3 for g in got.values())

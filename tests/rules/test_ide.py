@@ -388,12 +388,6 @@ def test_a_batch_that_is_not_solved_is_skipped(tmp_path, monkeypatch):
     assert same_weights(tmp_path / "hit", tmp_path / "skipped")
 
 
-class Outside(nn.Module):
-    def __init__(self, *parts: nn.Module) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-
-
 test_refuses = refusals(
     [
         (call, re.escape(message))
@@ -418,10 +412,12 @@ test_refuses = refusals(
                 ),
             ),
             (
-                lambda: IDE().attach(Outside(smallest_model(), smallest_model()), over_time="mean"),
+                lambda: IDE().attach(
+                    nn.ModuleList([smallest_model(), smallest_model()]), over_time="mean"
+                ),
                 (
                     "IDE: the model must have one equilibrium, whose rates are differentiated; got"
-                    " parts.0.0 and parts.1.0"
+                    " 0.0 and 1.0"
                 ),
             ),
             (

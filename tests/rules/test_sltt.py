@@ -94,12 +94,10 @@ def test_every_subset_is_equally_likely_and_sorted():
 
 
 def test_the_subset_depends_on_seed_and_step_alone():
-    found = []
-    for generator in (0, 1):
-        torch.manual_seed(generator)
-        found.append([selected_steps(12, 6, seed=0, step=step) for step in range(20)])
-    other = [selected_steps(12, 6, seed=1, step=step) for step in range(20)]
-    assert found[0] == found[1] != other and len(set(found[0])) > 15
+    one, again, other = (
+        [selected_steps(12, 6, seed=seed, step=step) for step in range(20)] for seed in (0, 0, 1)
+    )
+    assert one == again != other and len(set(one)) > 15
 
 
 def normed(over: str) -> nn.Sequential:
