@@ -25,6 +25,7 @@ from pipeline.spiking.encode import is_static, repeat
 from pipeline.spiking.neuron import identity
 from pipeline.spiking.norm import BatchNorm, foreign_norms
 from pipeline.spiking.rate import WeightedRates
+from pipeline.spiking.state import fresh_state
 
 OverTime = Literal["steps", "mean"]
 LossOf = Callable[[Tensor], Tensor]
@@ -63,7 +64,8 @@ class Rule(nn.Module):
 
     A subclass overrides `_loss_terms`, and `attach` if it sets seams. State that a rule learns
     without gradients is in fp32 buffers, which are checkpointed. It is updated in `end_of_batch`,
-    bit for bit equally on every rank. A subclass declares:
+    bit for bit equally on every rank. `label` is the rule's name in tables, unique within a study;
+    by default the name of the class. A subclass declares:
 
         memory                  how the memory for its backward grows with T
         update                  when the loop may update the weights: after the batch, or after
@@ -99,15 +101,11 @@ class Rule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.label = type(self).__name__
         self._last_step = -1
         # In a list, because nn.Module would register the network and its parameters.
         self._attached: list[nn.Module] = []
         self._seams: list[tuple[nn.Module, str, Any]] = []
-
-    @property
-    def label(self) -> str:
-        """The rule's name in tables; unique within a study."""
-        return type(self).__name__
 
     def attach(
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
@@ -295,6 +293,14 @@ class Rule(nn.Module):
         return self._loss_terms(
             model, x_TB, loss_of, step, rows if rows is not None else range(x_TB.shape[1])
         )
+
+    def _one_loss_term(
+        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
+    ) -> Iterator[LossTerm]:
+        """`_loss_terms` of a rule with one forward and one backward for all T steps."""
+        with fresh_state(model):
+            loss, mean_logits_BK = self.loss_over_time(model(x_TB), loss_of)
+            yield LossTerm(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
 
     def loss_over_time(self, logits_TBK: Tensor, loss_of: LossOf) -> tuple[Tensor, Tensor]:
         """The loss of all T steps as defined by `over_time`, and the mean logits `[B, K]`.

@@ -2,12 +2,13 @@
 
 # T time, B batch, K classes
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.rules.base import (
@@ -56,21 +57,16 @@ class BPTT(Rule):
             "BPTT: truncate excludes recompute and chunk: a piece is one forward, and short; "
             f"got truncate={truncate}, recompute={recompute}, chunk={chunk}",
         )
-        self.chunk = (
-            truncate if truncate is not None else 1 if recompute and chunk is None else chunk
-        )
+        if recompute:
+            self.label, self.chunk = "BPTT-recompute", chunk or 1
+        elif truncate is not None:
+            self.label, self.chunk = f"BPTT-truncate-{truncate}", truncate
+        elif chunk is not None:
+            self.label, self.chunk = f"BPTT-chunk-{chunk}", chunk
         self.recompute = recompute
         self.truncate = truncate
         self.memory = "linear" if truncate is None else "constant"
         self.over_time_choices = ("steps", "mean") if truncate is None else ("steps",)
-
-    @property
-    def label(self) -> str:
-        if self.truncate is not None:
-            return f"BPTT-truncate-{self.truncate}"
-        if self.recompute:
-            return "BPTT-recompute"
-        return "BPTT" if self.chunk is None else f"BPTT-chunk-{self.chunk}"
 
     def check_steps(self, steps: int) -> None:
         require(
@@ -87,10 +83,9 @@ class BPTT(Rule):
         with fresh_state(model), slice_cache(model, steps=steps, backwards=backwards) as cache:
             if self.truncate is not None:
                 yield from self._in_pieces(model, x_TB, loss_of, cache)
-            elif self.recompute:
-                yield self._computed_twice(model, x_TB, loss_of)
             else:
-                logits_TBK = torch.cat([model(x_cB) for x_cB in x_TB.split(self.chunk or steps)])
+                forward = partial(recomputed, model) if self.recompute else model
+                logits_TBK = torch.cat([forward(x_cB) for x_cB in x_TB.split(self.chunk or steps)])
                 loss, mean_logits_BK = self.loss_over_time(logits_TBK, loss_of)
                 yield LossTerm(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
 
@@ -108,154 +103,103 @@ class BPTT(Rule):
                 state: State = module.state  # type: ignore[assignment]
                 state.values.update({name: value.detach() for name, value in state.values.items()})
 
-    def _computed_twice(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf) -> LossTerm:
-        run = Recomputation(model, x_TB.split(self.chunk or 1))
-        with torch.enable_grad():
-            logits_TBK = run.forward().requires_grad_()
-            loss, mean_logits_BK = self.loss_over_time(logits_TBK, loss_of)
-            (error_TBK,) = torch.autograd.grad(loss, logits_TBK)
-        return LossTerm(
-            backward=run.scalar(loss, error_TBK), loss=loss.detach(), logits=mean_logits_BK
-        )
+
+Values = Mapping[tuple[State, str], Tensor]
 
 
-@dataclass(frozen=True)
-class _Snapshot:
-    """The state that a forward depends on, besides weights and input."""
+def recomputed(model: nn.Module, x_cB: Tensor) -> Tensor:
+    """The logits of one slice. The backward computes the slice again.
 
-    places: list[tuple[State, str]]
-    membranes: list[Tensor]
-    buffers: list[Tensor]
-    generators: tuple[Tensor, Tensor | None]
+    Until then only the state before the slice is kept: membranes, buffers and random generators.
+    So the graph of one slice exists at a time. torch's checkpoint was not used: without reentry it
+    hides the recomputed tensors from the counter of saved bytes (`measure/saved_bytes.py`), with
+    reentry it adds to the gradients of the weights at each slice (torch 2.13).
 
-
-class Recomputation:
-    """One forward over `slices` without a graph, and a backward that recomputes each slice.
-
-        run = Recomputation(model, slices)
-        logits_TBK = run.forward()                       # no graph
-        run.scalar(loss, dloss/dlogits_TBK).backward()   # newest slice first
-
-    Only the graph of one slice exists at a time. Forward and backward must share one `fresh_state`.
+    Forward and backward must share one `fresh_state`.
 
     Source: Chen et al. 2016 (arXiv 1604.06174), with one segment per slice of time steps.
     """
-
-    def __init__(self, model: nn.Module, slices: Sequence[Tensor]) -> None:
-        self.model = model
-        self.slices = slices
-        self.learnt = [p for p in model.parameters() if p.requires_grad]
-        self.moments: list[_Snapshot] = []
-
-    def forward(self) -> Tensor:
-        """The logits `[T, B, K]` of all slices, without a graph."""
-        logits = []
-        with torch.no_grad():
-            for x_cB in self.slices:
-                self.moments.append(self._now())
-                logits.append(self.model(x_cB))
-        return torch.cat(logits)
-
-    def scalar(self, loss: Tensor, error_TBK: Tensor) -> Tensor:
-        """A scalar with the value of `loss` and the gradient of sum(error logits).
-
-        The error is a constant.
-        """
-        kept = [each for now in self.moments for each in (*now.membranes, *now.buffers)]
-        return _Scalar.apply(  # type: ignore[return-value]
-            loss.detach(), self, len(kept), error_TBK, *kept, *self.learnt
-        )
-
-    def gradients(self, error_TBK: Tensor, kept: Sequence[Tensor]) -> list[Tensor | None]:
-        """The gradients, summed over slices, newest first.
-
-        Each slice contributes error^T dlogits/dW, and the gradient through the membranes after it.
-        """
-        total: list[Tensor | None] = [None] * len(self.learnt)
-        errors = error_TBK.split([x_cB.shape[0] for x_cB in self.slices])
-        kept = list(kept)
-        after: dict[tuple[State, str], Tensor | None] = {}
-        now = self._now()
-        with torch.random.fork_rng([error_TBK.device] if error_TBK.is_cuda else []):
-            for x_cB, error_cBK, moment in reversed(
-                list(zip(self.slices, errors, self.moments, strict=True))
-            ):
-                kept, buffers = _split_last(kept, len(moment.buffers))
-                kept, membranes = _split_last(kept, len(moment.membranes))
-                leaves = [v.detach().requires_grad_(v.is_floating_point()) for v in membranes]
-                self._set(moment, leaves, buffers)
-                with torch.enable_grad(), op_scope("recomputation"):
-                    logits_cBK = self.model(x_cB)
-                outputs, incoming = [logits_cBK], [error_cBK]
-                for state, name in self._now().places:
-                    value, gradient = state.values[name], after.get((state, name))
-                    if gradient is not None and value.requires_grad:
-                        outputs.append(value)
-                        incoming.append(gradient)
-                inputs = [*self.learnt, *(leaf for leaf in leaves if leaf.requires_grad)]
-                gradients = torch.autograd.grad(outputs, inputs, incoming, allow_unused=True)
-                for index, gradient in enumerate(gradients[: len(self.learnt)]):
-                    if gradient is not None:
-                        so_far = total[index]
-                        total[index] = gradient if so_far is None else so_far + gradient
-                pairs = zip(moment.places, leaves, strict=True)
-                carried = [place for place, leaf in pairs if leaf.requires_grad]
-                after = dict(zip(carried, gradients[len(self.learnt) :], strict=True))
-        self._set(now, now.membranes, now.buffers)
-        return total
-
-    def _now(self) -> _Snapshot:
-        places = [(state, name) for state in states_of(self.model) for name in state.values]
-        cuda = next((p.device for p in self.model.parameters() if p.is_cuda), None)
-        return _Snapshot(
-            places=places,
-            membranes=[state.values[name].detach() for state, name in places],
-            buffers=[buffer.clone() for buffer in self.model.buffers()],
-            generators=(
-                torch.get_rng_state(),
-                None if cuda is None else torch.cuda.get_rng_state(cuda),
-            ),
-        )
-
-    def _set(
-        self, moment: _Snapshot, membranes: Sequence[Tensor], buffers: Sequence[Tensor]
-    ) -> None:
-        """Restore a snapshot. Membranes and buffers are arguments, as autograd has saved them."""
-        for state in states_of(self.model):
-            state.values.clear()
-        for (state, name), value in zip(moment.places, membranes, strict=True):
-            state.values[name] = value
-        for buffer, value in zip(self.model.buffers(), buffers, strict=True):
-            buffer.copy_(value)
-        host, device = moment.generators
-        torch.set_rng_state(host)
-        if device is not None:
-            torch.cuda.set_rng_state(
-                device, next(p.device for p in self.model.parameters() if p.is_cuda)
-            )
+    before, after = _values(model), []
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    logits_cBK, *values = _Recomputed.apply(  # type: ignore[misc]
+        model, x_cB, list(before), after, *before.values(), *learnt
+    )
+    for (state, name), value in zip(after, values, strict=True):
+        state.values[name] = value
+    return logits_cBK
 
 
-class _Scalar(torch.autograd.Function):
-    """The scalar of `Recomputation.scalar`.
+class _Recomputed(torch.autograd.Function):
+    """(membranes before the slice, weights) -> (logits, membranes after it).
 
-    Kept tensors pass through `save_for_backward`, so that the counter of saved bytes sees them.
+    `before` and `after` name the membranes; the forward fills `after`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, loss: Tensor, run: Recomputation, count: int, error_TBK: Tensor, *tensors: Tensor
-    ) -> Tensor:
-        ctx.run, ctx.count = run, count
-        ctx.save_for_backward(error_TBK, *tensors[:count])
-        return loss.clone()
+        ctx: Any,
+        model: nn.Module,
+        x_cB: Tensor,
+        before: list[tuple[State, str]],
+        after: list[tuple[State, str]],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.model, ctx.x_cB, ctx.before, ctx.after = model, x_cB, before, after
+        ctx.generators = torch.get_rng_state(), *get_device_states(x_cB)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[: len(before)], *(b.clone() for b in model.buffers()))
+        logits_cBK, values = model(x_cB), _values(model)
+        after.extend(values)
+        return logits_cBK, *values.values()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        error_TBK, *kept = ctx.saved_tensors
-        gradients = ctx.run.gradients(error_TBK * grad_outputs[0].to(error_TBK.dtype), kept)
-        return (None, None, None, None, *[None] * ctx.count, *gradients)
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        model, kept, count = ctx.model, ctx.saved_tensors, len(ctx.before)
+        leaves = [v.detach().requires_grad_(v.is_floating_point()) for v in kept[:count]]
+        inputs = [*leaves, *(p for p in model.parameters() if p.requires_grad)]
+        values, buffers = _values(model), [buffer.clone() for buffer in model.buffers()]
+        host, devices, device_states = ctx.generators
+        _restore(model, dict(zip(ctx.before, leaves, strict=True)), kept[count:])
+        with (
+            torch.random.fork_rng(devices),
+            torch.enable_grad(),
+            op_scope("recomputation"),
+        ):
+            torch.set_rng_state(host)
+            set_device_states(devices, device_states)
+            outputs = [model(ctx.x_cB), *(state.values[name] for state, name in ctx.after)]
+        ends = [
+            (output, gradient)
+            for output, gradient in zip(outputs, grad_outputs, strict=True)
+            if gradient is not None and output.requires_grad
+        ]
+        gradients = torch.autograd.grad(
+            [output for output, _ in ends],
+            [each for each in inputs if each.requires_grad],
+            [gradient for _, gradient in ends],
+            allow_unused=True,
+        )
+        _restore(model, values, buffers)  # not earlier: the graph of batch norm holds its buffers
+        in_order = iter(gradients)
+        return (
+            None,
+            None,
+            None,
+            None,
+            *(next(in_order) if each.requires_grad else None for each in inputs),
+        )
 
 
-def _split_last(tensors: list[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:
-    cut = len(tensors) - count
-    return tensors[:cut], tensors[cut:]
+def _values(model: nn.Module) -> Values:
+    return {
+        (state, name): value for state in states_of(model) for name, value in state.values.items()
+    }
+
+
+def _restore(model: nn.Module, values: Values, buffers: Sequence[Tensor]) -> None:
+    for state in states_of(model):
+        state.values.clear()
+    for (state, name), value in values.items():
+        state.values[name] = value
+    for buffer, kept in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(kept)

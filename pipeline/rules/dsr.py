@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of, require
-from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World
+from pipeline.rules.base import OverTime, Rule, World
 from pipeline.spiking.encode import is_static
 from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.norm import batch_norms
 from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.rate import RateNeuron, rate_weights
-from pipeline.spiking.state import attribute_set, fresh_state, hooked
+from pipeline.spiking.state import attribute_set, fresh_state
+from pipeline.spiking.trace import running_order
 
 # Calibration processes this many samples at a time, and keeps the largest 1 / 1000 of the rates.
 CALIBRATION_SAMPLES = 32
@@ -110,13 +111,7 @@ class DSR(Rule):
             evenly = self.backward == "published" and neuron.decay < 1
             self.set_seam(neuron, "gradient", partial(_rate_map, evenly=evenly))
 
-    def _loss_terms(
-        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
-    ) -> Iterator[LossTerm]:
-        with fresh_state(model):
-            logits_TBK = model(x_TB)
-            loss, mean_logits_BK = self.loss_over_time(logits_TBK, loss_of)
-            yield LossTerm(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
+    _loss_terms = Rule._one_loss_term
 
     @torch.no_grad()
     def calibrate(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
@@ -136,10 +131,14 @@ class DSR(Rule):
             ]
             for _, neuron in named_neurons(twin):
                 neuron.gradient = _unbounded_ramp  # type: ignore[assignment]
-        original_of: dict[nn.Module, Any] = dict(zip(twin.modules(), model.modules(), strict=True))
-        for neuron in _execution_order(twin, parts[0]):
+        neurons: dict[str, Any] = dict(named_neurons(twin))
+        originals: dict[str, Any] = dict(named_neurons(model))
+        with running_order(neurons) as ran, fresh_state(twin):
+            twin(parts[0])
+        for name in dict.fromkeys(ran):
+            neuron = neurons[name]
             height = _percentile((_input_rate(neuron, twin, x_TB) for x_TB in parts), samples)
-            for each in (neuron, original_of[neuron]):
+            for each in (neuron, originals[name]):
                 each.threshold.fill_(max(neuron.dt * float(height), neuron.bound))
 
 
@@ -219,23 +218,11 @@ def _input_rate(neuron: RateNeuron, model: nn.Module, x_TB: Tensor) -> Tensor:
     raise AssertionError("a neuron that ran once runs again")
 
 
-def _execution_order(model: nn.Module, x_TB: Tensor) -> list[RateNeuron]:
-    met: dict[nn.Module, None] = {}
-    hooks = [
-        lif.register_forward_pre_hook(lambda lif, _: met.setdefault(lif))
-        for _, lif in named_neurons(model)
-    ]
-    with hooked(hooks), fresh_state(model):
-        model(x_TB)
-    return [lif for lif in met if isinstance(lif, RateNeuron)]
-
-
 def _percentile(rates: Iterator[Tensor], samples: int) -> Tensor:
     """The exact 99.9th percentile of max(0, rate), with memory for the largest 0.1 % only."""
-    largest = None
+    largest = torch.empty(0)
     for rate_B in rates:
         keep = rate_B[0].numel() * samples // OUTLIERS + 1
-        candidates = rate_B.flatten() if largest is None else torch.cat([largest, rate_B.flatten()])
+        candidates = torch.cat([largest.to(rate_B), rate_B.flatten()])
         largest = candidates.topk(min(keep, candidates.numel())).values
-    assert largest is not None
     return largest[-1].clamp_min(0)

@@ -7,6 +7,7 @@ Gradients are projected away from the inputs of old tasks.
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import cycle
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,6 @@ from pipeline.spiking.norm import BatchNorm, is_foreign_norm
 from pipeline.spiking.state import attribute_set, fresh_state
 from pipeline.spiking.subspace import (
     InputRecorder,
-    RecordedFactor,
     SecondMoments,
     SpikingMoments,
     Subspace,
@@ -152,6 +152,9 @@ class HLOP(Rule):
             f"HLOP: {inner.label} hands no error from layer to layer, so error must be"
             f" 'backprop'; got {error=}",
         )
+        path = "" if error == "backprop" else f", {error.replace('_', '-')}"
+        spiking = "" if lateral_steps is None else ", spiking"
+        self.label = f"HLOP({inner.label}{path}{spiking})"
         self.inner = inner
         for name in INHERITED:
             setattr(self, name, getattr(inner, name))
@@ -168,12 +171,6 @@ class HLOP(Rule):
         self._recorders: list[InputRecorder] = []
         self._feedback: list[FixedFeedback] = []
         self._hooks: list[RemovableHandle] = []
-
-    @property
-    def label(self) -> str:
-        spiking = "" if self.lateral_steps is None else ", spiking"
-        error = "" if self.error == "backprop" else f", {self.error.replace('_', '-')}"
-        return f"HLOP({self.inner.label}{error}{spiking})"
 
     # --------------------------------------------------------------------------- attach and release
 
@@ -248,12 +245,11 @@ class HLOP(Rule):
             if self.lateral_steps is None
             else partial(SpikingMoments, steps=self.lateral_steps)
         )
-        recorder = InputRecorder(name, synapse, subspace, moments, decay)
+        factor = synapse.presynaptic if self.learn_from == "traces" else None
+        recorder = InputRecorder(name, synapse, subspace, moments, decay, factor)
         self._recorders.append(recorder)
-        if self.learn_from == "traces" and synapse.presynaptic is not None:
-            self.set_seam(
-                synapse, "presynaptic", RecordedFactor(synapse.presynaptic, recorder.record)
-            )
+        if factor is not None:
+            self.set_seam(synapse, "presynaptic", recorder)
         else:
             # A closure: copying the model would copy the rule along with a bound method.
             self._hooks.append(
@@ -306,14 +302,10 @@ class HLOP(Rule):
         )
         self._check_rows(self._synapses_of(model), tasks=tasks)
 
-    def _rows_of(self, task: int) -> tuple[int, ...]:
-        return self.rows[min(task, len(self.rows) - 1)]
-
     def _begin_rows(self) -> None:
         task = int(self.task)
-        for index, (subspace, count) in enumerate(
-            zip(self.subspaces, self._rows_of(task), strict=True)
-        ):
+        counts = self.rows[min(task, len(self.rows) - 1)]
+        for index, (subspace, count) in enumerate(zip(self.subspaces, counts, strict=True)):
             require(
                 count <= subspace.free,
                 f"{self.label}: rows must fit into the inputs of a synapse; got {count} more for"
@@ -378,7 +370,7 @@ class HLOP(Rule):
         It takes one or three collectives per synapse.
         """
         self.inner.end_of_batch()
-        for recorder, rate in zip(self._recorders, self._rates(len(self._recorders)), strict=True):
+        for recorder, rate in zip(self._recorders, cycle(self.learning_rates), strict=False):
             moments = recorder.finish(self.world.mean)
             if moments is not None:
                 recorder.subspace.learn(
@@ -439,11 +431,10 @@ class HLOP(Rule):
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
         synapses = plain_synapses(self.label, model, skip=self.skip)
         self._check_rows(synapses, tasks=1)
-        rates = self._rates(len(synapses))
         require(
-            len(rates) == len(synapses),
+            len(self.learning_rates) in (1, len(synapses)),
             f"{self.label}: learning_rate must name one for each of {', '.join(synapses)}; got"
-            f" {rates}",
+            f" {self.learning_rates}",
         )
         return synapses
 
@@ -455,16 +446,14 @@ class HLOP(Rule):
                 f"{self.label}: rows must name one for each of {', '.join(synapses)}; got {each}",
             )
         what = "rows" if tasks == 1 else f"rows of all {tasks} tasks"
-        for index, (name, synapse) in enumerate(synapses.items()):
-            rows = sum(self._rows_of(task)[index] for task in range(tasks))
+        repeated = (self.rows[min(task, len(self.rows) - 1)] for task in range(tasks))
+        totals = map(sum, zip(*repeated, strict=True))
+        for (name, synapse), rows in zip(synapses.items(), totals, strict=True):
             inputs = synapse.weight[0].numel()
             require(
                 rows <= inputs,
                 f"{self.label}: {what} must fit into the {inputs} inputs of {name}; got {rows}",
             )
-
-    def _rates(self, count: int) -> tuple[float, ...]:
-        return self.learning_rates * count if len(self.learning_rates) == 1 else self.learning_rates
 
 
 def plain_synapses(
@@ -484,12 +473,25 @@ def plain_synapses(
     for name, module in modules.items():
         if is_inside(name, skip):
             continue
-        why = _why_not(module)
-        require(
-            why is None,
-            f"{who}: every layer must be a plain Linear or Conv2d, whose weight is the"
-            f" parameter itself; got {why} at {name or 'the model itself'}",
-        )
+        kind, is_synapse = type(module).__name__, isinstance(module, (Linear, Conv2d))
+        weights = module.weights if is_synapse else "plain"
+        groups = getattr(module, "groups", 1) if is_synapse else 1
+        for is_refused, got in (
+            (
+                is_foreign_norm(module),
+                f"{kind}, which cannot be frozen (pipeline.spiking.norm.BatchNorm can),",
+            ),
+            (isinstance(module, LimitedSynapse), f"{kind}, which scales the weight,"),
+            (isinstance(module, (nn.Linear, _ConvNd)) and not is_synapse, f"torch's {kind}"),
+            (weights != "plain", f"{weights} weights"),
+            (is_synapse and is_parametrized(module), "parametrised weights"),
+            (groups != 1, f"groups={groups}"),
+        ):
+            require(
+                not is_refused,
+                f"{who}: every layer must be a plain Linear or Conv2d, whose weight is the"
+                f" parameter itself; got {got} at {name or 'the model itself'}",
+            )
         if isinstance(module, (Linear, Conv2d)):
             synapses[name] = module
     weights = {id(synapse.weight) for synapse in synapses.values()}
@@ -504,21 +506,3 @@ def plain_synapses(
         f" {', '.join(synapses) or 'none'}",
     )
     return synapses
-
-
-def _why_not(module: nn.Module) -> str | None:
-    """The reason why a module is refused, or None."""
-    kind = type(module).__name__
-    if is_foreign_norm(module):
-        return f"{kind}, which cannot be frozen (pipeline.spiking.norm.BatchNorm can),"
-    if isinstance(module, LimitedSynapse):
-        return f"{kind}, which scales the weight,"
-    if not isinstance(module, (nn.Linear, _ConvNd)):
-        return None
-    if not isinstance(module, (Linear, Conv2d)):
-        return f"torch's {kind}"
-    if module.weights != "plain":
-        return f"{module.weights} weights"
-    if is_parametrized(module):
-        return "parametrised weights"
-    return f"groups={module.groups}" if getattr(module, "groups", 1) > 1 else None

@@ -8,19 +8,17 @@ scale of the loss. A stopped sample keeps its solution while the others continue
 
 # T time, B batch, K classes or terms of a low-rank history, N layers, D units of a sample
 
-import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of, require
-from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World, refuse_foreign_norms
+from pipeline.rules.base import OverTime, Rule, World, refuse_foreign_norms
 from pipeline.spiking.equilibrium import Linearized, find_equilibrium
-from pipeline.spiking.state import fresh_state
 
 # IDE warns if the mean residual of a batch exceeds COARSE. If the residual of a sample exceeds
 # UNSOLVED, the batch has no gradient.
@@ -94,13 +92,7 @@ class IDE(Rule):
     def is_unsolved(self) -> bool:
         return self.adjoint.is_unsolved
 
-    def _loss_terms(
-        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
-    ) -> Iterator[LossTerm]:
-        with fresh_state(model):
-            (logits_BK,) = model(x_TB)  # of a[T]: one step
-            loss = loss_of(logits_BK)
-            yield LossTerm(backward=loss, loss=loss.detach(), logits=logits_BK.detach())
+    _loss_terms = Rule._one_loss_term  # the model gives one step of logits, of a[T]
 
 
 class _Adjoint:
@@ -118,26 +110,17 @@ class _Adjoint:
         self.is_unsolved, self.warned = False, False
 
     def __call__(self, g_B: Tensor, vjp: Linearized) -> Tensor:
-        if not g_B.isfinite().all():  # the solver is not the cause
-            warnings.warn(
-                "IDE: the gradient of the loss must be finite; got"
-                f" {g_B[~g_B.isfinite()][0].item()}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return torch.full_like(g_B, math.nan)
         solve = broyden if self.solver == "broyden" else fixed_point
         solution = solve(g_B, vjp, iterations=self.iterations, tolerance=self.tolerance)
         solved_B = solution.residual_B <= UNSOLVED  # False for NaN
         if not solved_B.all():
-            self.is_unsolved, unsolved_B = True, ~solved_B
-            gains = [f"{gain:.2g}" for gain in layer_gains(solution.beta_B, unsolved_B, vjp)]
+            self.is_unsolved = True
             warnings.warn(
                 "IDE: the solve of beta = g + J^T beta must converge; got a residual of"
-                f" {solution.residual_B.max().item():.2g} |g| on {int(unsolved_B.sum())} of"
-                f" {len(unsolved_B)} samples after {self.iterations} iterations of {self.solver};"
-                f" there the gain of J^T is {', '.join(gains)} in layers {len(gains)} to 1: limit"
-                " the synapses (SpectralLimit), raise the threshold, or lower the learning rate",
+                f" {solution.residual_B.max().item():.2g} |g| on {int((~solved_B).sum())} of"
+                f" {len(solved_B)} samples after {self.iterations} iterations of {self.solver};"
+                " limit the synapses (SpectralLimit), raise the threshold, or lower the learning"
+                " rate",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -157,21 +140,6 @@ class _Adjoint:
             "iterations": solution.iterations_B.double().mean().item(),
         }
         return solution.beta_B
-
-
-def layer_gains(
-    beta_B: Tensor, unsolved_B: Tensor, vjp: Linearized, *, turns: int = 20
-) -> list[float]:
-    """The gain of each layer of J^T along the dominant direction of J^T.
-
-    The gains are measured on the samples that did not converge.
-    """
-    some = unsolved_B.to(beta_B.dtype).view(-1, *[1] * (beta_B.dim() - 1))
-    v_B = some * torch.nan_to_num(beta_B, nan=1.0, posinf=1.0, neginf=1.0) + some
-    for _ in range(turns):
-        v_B = vjp(v_B / v_B.norm().clamp_min(torch.finfo(v_B.dtype).tiny))
-    norms = [v_B.norm().item(), *(each.norm().item() for each in vjp.layer_vjps(v_B))]
-    return [after / max(before, 1e-30) for before, after in itertools.pairwise(norms)]
 
 
 class Solution:

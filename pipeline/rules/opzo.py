@@ -167,10 +167,7 @@ class OPZO(Rule):
         }[feedback]()
         self._layers: list[LocalGradient] = []
         self._paths_are_known = False
-
-    @property
-    def label(self) -> str:
-        return NAMES[self.feedback] + "-LL" * self.local_readouts + "-IGL" * bool(self.intermediate)
+        self.label = NAMES[feedback] + "-LL" * local_readouts + "-IGL" * bool(intermediate)
 
     def attach(
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"

@@ -84,10 +84,7 @@ class OTTT(Rule):
         self.readout = readout
         self.chunk = chunk
         self._order_is_known = False
-
-    @property
-    def label(self) -> str:
-        return "OTTT-A" if self.update == "batch" else "OTTT-O"
+        self.label = "OTTT-A" if update == "batch" else "OTTT-O"
 
     def attach(
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"

@@ -58,10 +58,7 @@ class SLTT(Rule):
         self.k = k
         self.chunk = chunk
         self.rescale = rescale
-
-    @property
-    def label(self) -> str:
-        return "SLTT" if self.k is None else f"SLTT-{self.k}"
+        self.label = "SLTT" if k is None else f"SLTT-{k}"
 
     def attach(
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"

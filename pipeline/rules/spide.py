@@ -16,7 +16,7 @@ from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World, refuse_foreign_norms
 from pipeline.spiking.equilibrium import Linearized, find_equilibrium
 from pipeline.spiking.limit import LimitedSynapse
-from pipeline.spiking.state import fresh_state, hooked
+from pipeline.spiking.state import hooked
 from pipeline.spiking.synapse import Linear, effective_weight, error_weight
 
 # Adds to a layer's potentials u_B, in place, the input from emissions s_B of the layer above.
@@ -46,7 +46,7 @@ class SPIDE(Rule):
 
     Metrics of the last micro-batch: spikes per neuron and step in the forward and in the backward
     phase, and the share of saturated backward neurons. If no neuron fires, or most saturate, the
-    rule warns once. A gradient that is not finite is passed on as NaN, with a warning.
+    rule warns once.
 
     Raises: ValueError for arguments out of range (when made); for a model without an `Equilibrium`,
     with several, with neurons outside it, or with a norm that mixes time steps (`attach`).
@@ -91,14 +91,13 @@ class SPIDE(Rule):
             places.append(s_1B.numel())
 
         neurons = find_equilibrium(self.label, model).neurons
-        with fresh_state(model):
-            with hooked(neuron.register_forward_hook(count) for neuron in neurons):
-                (logits_BK,) = model(x_TB)  # of a[T]: one step
-            self.forward_rate = sum(spikes) / sum(places)
-            self.adjoint.samples = len(logits_BK)
-            loss = loss_of(logits_BK)
-            loss.register_hook(self.adjoint.record_factor)
-            yield LossTerm(backward=loss, loss=loss.detach(), logits=logits_BK.detach())
+        with hooked(neuron.register_forward_hook(count) for neuron in neurons):
+            for term in self._one_loss_term(model, x_TB, loss_of, step, rows):
+                self.forward_rate = sum(spikes) / sum(places)
+                self.adjoint.samples = x_TB.shape[1]
+                assert term.backward is not None
+                term.backward.register_hook(self.adjoint.record_factor)
+                yield term
 
 
 class _Adjoint:
@@ -112,14 +111,6 @@ class _Adjoint:
 
     def __call__(self, g_B: Tensor, vjp: Linearized) -> list[Tensor]:
         g_B = g_B.to(torch.promote_types(g_B.dtype, torch.float32))
-        if not g_B.isfinite().all():
-            warnings.warn(
-                "SPIDE: the gradient of the loss must be finite; got"
-                f" {g_B[~g_B.isfinite()][0].item()}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return [torch.full_like(mask_B, math.nan, dtype=g_B.dtype) for mask_B in vjp.masks]
         if self.factor == 0:  # a loss of weight 0 has no gradient
             return [torch.zeros_like(mask_B, dtype=g_B.dtype) for mask_B in vjp.masks]
         # g_B is the gradient of `factor` times a mean over `samples`.

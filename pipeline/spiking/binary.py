@@ -51,7 +51,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.core.checks import refuse_unless_one_of, require
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.state import State, fresh_state, hooked
+from pipeline.spiking.state import State, attribute_set, fresh_state, hooked
 from pipeline.spiking.synapse import Conv2d, Linear
 
 Binarization = Literal["scaled", "centred", "ir", "learnable"]
@@ -226,30 +226,24 @@ def following_norms(
     The norms are found by running `network` on `x_TB`; the values of `x_TB` do not matter. Every
     operation on an output counts as a consumer. A synapse that does not run has no norm.
     """
-    consumers = _Consumers()
-    norms = {
-        name: module for name, module in network.named_modules() if isinstance(module, BatchNorm)
-    }
-    was_training = network.training
-    network.eval()
+    consumers, modules = _Consumers(), dict(network.named_modules())
     hooks = [
         module.register_forward_hook(partial(consumers.made, name))
         for name, module in synapses.items()
     ]
-    hooks += [
-        norm.register_forward_pre_hook(partial(consumers.begins, name))
-        for name, norm in norms.items()
-    ]
-    hooks += [norm.register_forward_hook(consumers.ends) for norm in norms.values()]
-    with fresh_state(network), hooked(hooks), consumers:
+    for name, module in modules.items():
+        if isinstance(module, BatchNorm):
+            hooks.append(module.register_forward_pre_hook(partial(consumers.begins, name)))
+            hooks.append(module.register_forward_hook(consumers.ends))
+    in_evaluation = attribute_set(modules.values(), "training", False)
+    with in_evaluation, fresh_state(network), hooked(hooks), consumers:
         network(x_TB)
-    network.train(was_training)
     followers = {}
     for name in synapses:
-        consumed_by = consumers.of.get(name, set())
-        only = next(iter(consumed_by)) if len(consumed_by) == 1 else None
-        if only is not None and consumers.inputs[only] == {name}:
-            followers[name] = only
+        norms = [norm for synapse, norm in consumers.uses if synapse == name]
+        inputs = [synapse for synapse, norm in consumers.uses if [norm] == norms]
+        if norms != [None] and inputs == [name]:
+            followers[name] = norms[0]
     return followers
 
 
@@ -263,20 +257,22 @@ def fold(scale_O: Tensor, bias_O: Tensor | None, norm: BatchNorm) -> None:
 
 
 class _Consumers(TorchDispatchMode):
-    """Records the norm that consumes the output of each synapse; None: any other operation."""
+    """Records pairs `uses` of a synapse and the norm that consumes its output.
+
+    The norm is None for any other operation; the synapse is None if the norm has another input.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         # The tensor is kept alive so that no other tensor gets its id.
         self.outputs: dict[int, tuple[str, Tensor]] = {}
         self.running: str | None = None
-        self.of: dict[str, set[str | None]] = {}
-        self.inputs: dict[str, set[str | None]] = {}
+        self.uses: set[tuple[str | None, str | None]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for argument in tree_leaves((args, kwargs)):
             if id(argument) in self.outputs:
-                self.of.setdefault(self.outputs[id(argument)][0], set()).add(self.running)
+                self.uses.add((self.outputs[id(argument)][0], self.running))
         return func(*args, **(kwargs or {}))
 
     def made(self, name: str, _: nn.Module, __: Any, y_TB: Tensor) -> None:
@@ -284,7 +280,7 @@ class _Consumers(TorchDispatchMode):
 
     def begins(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.running = name
-        self.inputs.setdefault(name, set()).add(self.outputs.get(id(inputs[0]), (None,))[0])
+        self.uses.add((self.outputs.get(id(inputs[0]), (None,))[0], name))
 
     def ends(self, *_: Any) -> None:
         self.running = None

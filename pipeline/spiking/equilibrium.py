@@ -20,8 +20,9 @@ implicit gradient.
 
 # T time, B batch, N layers; v_B and the like are [B, ...] in the shape of the last layer
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -61,7 +62,8 @@ class Equilibrium(nn.Module):
 
     `vjp` is a `Linearized`: it maps v_B to J^T v_B and gives access to single layers. If `adjoint`
     returns N tensors, one per layer's rate, each layer of f uses its own tensor instead of the
-    gradient from the layer above.
+    gradient from the layer above. A gradient that is not finite is not solved for: it gives a
+    warning and NaN.
 
     During such a simulation and in J, batch norm uses its running statistics. Its statistics and
     its batch gradient come from the one application of f. A static input (`encode.repeat`) is
@@ -163,7 +165,8 @@ class Equilibrium(nn.Module):
         )
         same = x_TB.shape[0] == 1 or is_static(x_TB)
         current_1B = self.inject(x_TB[:1] if same else weighted_mean(x_TB, self.decay))
-        with torch.no_grad(), norms_in_eval(self):
+        # Batch norm uses its running statistics, and does not update them.
+        with torch.no_grad(), attribute_set(batch_norms(self), "training", False):
             a_1B = self._simulate(x_TB, current_1B if same else None)
         # f at a[T], with a[T] as the value and the adjoint's solution as the gradient.
         betas: list[Tensor] = []
@@ -228,7 +231,8 @@ class Linearized:
         self.masks: list[Tensor] = []
         self._maps: list[tuple[Tensor, Tensor]] = []
         rate_1B = a_1B
-        with torch.enable_grad(), norms_in_eval(equilibrium):
+        norms = batch_norms(equilibrium)
+        with torch.enable_grad(), attribute_set(norms, "training", False):
             for layer, synapse in enumerate(self.synapses):
                 input_1B = rate_1B.detach().requires_grad_()
                 output_1B = synapse(input_1B)
@@ -240,18 +244,9 @@ class Linearized:
                 self.masks.append(((rate_1B > 0) & (rate_1B < 1)).to(rate_1B.dtype).squeeze(0))
 
     def __call__(self, v_B: Tensor) -> Tensor:
-        return self.layer_vjps(v_B)[-1]
-
-    def layer_vjps(self, v_B: Tensor) -> list[Tensor]:
-        """The gradients of all rates below the last layer.
-
-        They are those of layers N - 1 to 1, and J^T v of the feedback.
-        """
-        gradients = []
         for layer in reversed(range(len(self.masks))):
             v_B = self.transposed(layer, self.masks[layer] * v_B / self.divisors[layer])
-            gradients.append(v_B)
-        return gradients
+        return v_B
 
     def transposed(self, layer: int, d_B: Tensor) -> Tensor:
         input_1B, output_1B = self._maps[layer]
@@ -267,14 +262,6 @@ def weighted_mean(x_TB: Tensor, decay: float) -> Tensor:
     for t in range(1, steps):
         mean_B = torch.add(mean_B, x_TB[t], alpha=weights[t])
     return mean_B.unsqueeze(0)
-
-
-def norms_in_eval(model: nn.Module) -> AbstractContextManager[None]:
-    """Make every batch norm under `model` use its running statistics, and not update them.
-
-    This holds inside the block. Other modules keep their mode.
-    """
-    return attribute_set(batch_norms(model), "training", False)
 
 
 def _own_solution(betas: list[Tensor], layer: int, g_1B: Tensor) -> Tensor:
@@ -305,10 +292,19 @@ class _ImplicitGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         a_1B, current_1B = ctx.saved_tensors
+        (g_1B,) = grad_outputs
+        if not g_1B.isfinite().all():
+            got = g_1B[~g_1B.isfinite()][0].item()
+            warnings.warn(
+                f"Equilibrium: the gradient of the loss must be finite; got {got}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return torch.full_like(g_1B, math.nan), None, None, None, None, None
         # At least fp32: the rounding errors of bf16 add up over the iterations of a solve.
         with torch.autocast(a_1B.device.type, enabled=False), op_scope("solver"):
             solved = ctx.adjoint(
-                grad_outputs[0].squeeze(0),
+                g_1B.squeeze(0),
                 Linearized(ctx.equilibrium, a_1B, current_1B.to(a_1B.dtype)),
             )
         if not isinstance(solved, Tensor):

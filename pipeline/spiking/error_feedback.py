@@ -94,15 +94,11 @@ class ErrorFeedback(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # Keep exactly the matrices of this state: a rollback may undo the batch that created them.
-        self._buffers = {
-            name: buffer
-            for name, buffer in self._buffers.items()
-            if not name.startswith("matrix_") or prefix + name in state_dict
-        }
+        # Exactly the matrices of this state: a rollback may undo the batch that created them.
+        self.begin(self.device)
         for key, value in state_dict.items():
-            name = key.removeprefix(prefix)
-            if key.startswith(f"{prefix}matrix_") and name not in self._buffers:
+            if key.startswith(f"{prefix}matrix_"):
+                name = key.removeprefix(prefix)
                 self.register_buffer(name, torch.zeros_like(value, device=self.device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -113,7 +109,6 @@ class MeanJacobian(ErrorFeedback):
     The dtype is that of the noise, at least fp32, because the mean moves by a thousandth per batch.
     M starts at 0 and is divided by 1 - lam^k. Before the first update the signal is 0.
 
-    Raises: ValueError for a momentum outside 0..1, 1 excluded.
     Source: the correction is that of Kingma & Ba 2015 (arXiv 1412.6980), section 3.
     """
 
@@ -121,10 +116,6 @@ class MeanJacobian(ErrorFeedback):
 
     def __init__(self, *, momentum: float, scale: float) -> None:
         super().__init__()
-        require(
-            0 <= momentum < 1,
-            f"MeanJacobian: momentum must be at least 0 and below 1; got momentum={momentum}",
-        )
         self.momentum = momentum
         self.scale = scale
         # Stays on the CPU, because its value is read at every step.

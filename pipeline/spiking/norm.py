@@ -154,17 +154,14 @@ def foreign_norms(model: nn.Module) -> dict[str, nn.Module]:
     A norm that stays in evaluation mode after `model.train()` uses its running statistics and is
     omitted.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    norms = {
-        name or "the model itself": module
-        for name, module in model.named_modules()
-        if is_foreign_norm(module)
-        and (module.training or not getattr(module, "track_running_stats", True))
-    }
-    for module, mode in modes.items():
-        module.training = mode
-    return norms
+    with attribute_set(model.modules(), "training", True):  # the old modes come back
+        model.train()
+        return {
+            name or "the model itself": module
+            for name, module in model.named_modules()
+            if is_foreign_norm(module)
+            and (module.training or not getattr(module, "track_running_stats", True))
+        }
 
 
 def batch_norms(model: nn.Module) -> list[BatchNorm]:

@@ -5,7 +5,7 @@ its own backward, the rule marks the last differentiated slice and passes its lo
 `with_gradients`:
 
     first slice     y = compute(), with a graph if any slice is differentiated
-    slice t         reads a copy of y without a graph, which accumulates G = sum_t dL[t]/dy
+    slice t         reads y without a graph, and collects G = sum_t dL[t]/dy
     last slice      reads y itself; the backward of its loss gives y dL[last]/dy + G
 
 So `compute` has one forward and one backward per batch. No backward call is added, and no gradient
@@ -20,12 +20,10 @@ linear in dL[t]/dy with the same factor for all t.
 With a `presynaptic` seam, whose factor changes from step to step, they are computed at each step.
 """
 
-from __future__ import annotations
-
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -46,19 +44,11 @@ class SliceCache:
     Args:
         backwards: "one" if a single backward call passes through all slices, "several" if there are
             more.
-        parameters: returns the tensors that receive gradients besides the cached values.
     """
 
-    def __init__(
-        self,
-        *,
-        steps: int,
-        backwards: Backwards,
-        parameters: Callable[[], Iterable[Tensor]] = tuple,
-    ) -> None:
+    def __init__(self, *, steps: int, backwards: Backwards) -> None:
         self.steps = steps
         self.backwards: Backwards = backwards
-        self.parameters = parameters
         self.is_last = False
         self.needs_graph = torch.is_grad_enabled()
         self.frame_B: Tensor | None = None
@@ -89,50 +79,43 @@ class SliceCache:
             or not torch.is_grad_enabled()
         ):
             return y
-        # A copy without a graph accumulates the gradients of several backward calls, at least in
-        # fp32, like the gradients of the weights behind y.
-        copy = state.read("copy")
-        if copy is None:
-            copy = y.detach().to(torch.promote_types(y.dtype, torch.float32)).requires_grad_()
-            state.write("copy", copy)
-        return copy.to(y.dtype)
+        return _Collected.apply(y.detach().requires_grad_(), state)  # type: ignore[return-value]
 
     def with_gradients(self, loss: Tensor) -> Tensor:
         """The loss of the current slice.
 
         For the last slice its backward adds the gradients that the other slices collected.
-
-        It must be called before every backward.
         """
-        self._store_gradients()
         if self.backwards == "one" or not self.is_last or not self._computed:
             return loss
         states, made = zip(*self._computed, strict=True)
         # apply is untyped
         return _AddGradients.apply(loss, states, *made)  # type: ignore[return-value]
 
-    def _store_gradients(self) -> None:
-        """Store the first gradients of the copies in their states, as memory of the network.
 
-        Later gradients are added in place, so each needs its own memory. For a sum, autograd passes
-        one gradient tensor to all terms (torch 2.13); it is cloned here.
-        """
-        copies = [
-            (state, copy) for state, _ in self._computed if (copy := state.read("copy")) is not None
-        ]
-        new = [
-            (state, copy, copy.grad)
-            for state, copy in copies
-            if copy.grad is not None and state.read("gradient") is None
-        ]
-        if not new:
-            return
-        leaves = (*(copy for _, copy in copies), *self.parameters())
-        places = Counter(_storage(leaf.grad)[0] for leaf in leaves if leaf.grad is not None)
-        for state, copy, gradient in new:
-            if places[_storage(gradient)[0]] > 1:
-                gradient = copy.grad = gradient.clone()
-            state.write("gradient", gradient)
+class _Collected(torch.autograd.Function):
+    """Identity on y. Its backward adds the gradient to `state`, and passes none on.
+
+    The sum has at least fp32, like the gradients of the weights behind y. It is memory of the
+    network. The first gradient is copied, because autograd passes one tensor to all terms of a sum,
+    and a parameter among them may adopt it as its own gradient (torch 2.13).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, state: State) -> Tensor:
+        ctx.state = state
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None]:
+        (g,) = grad_outputs
+        total = ctx.state.read("gradient")
+        if total is None:
+            wide = torch.promote_types(g.dtype, torch.float32)
+            ctx.state.write("gradient", g.to(wide, copy=True))
+        else:
+            total.add_(g)
+        return None, None
 
 
 class _AddGradients(torch.autograd.Function):
@@ -154,7 +137,7 @@ def slice_cache(model: nn.Module, *, steps: int, backwards: Backwards) -> Iterat
 
     It is entered inside `fresh_state`, for one batch during which the weights do not change.
     """
-    cache = SliceCache(steps=steps, backwards=backwards, parameters=model.parameters)
+    cache = SliceCache(steps=steps, backwards=backwards)
     modules = [module for module in model.modules() if hasattr(module, "slice_cache")]
     with attribute_set(modules, "slice_cache", cache):
         yield cache
@@ -176,7 +159,7 @@ class StaticInput(nn.Sequential):
         self.state = State("StaticInput")
 
     @classmethod
-    def of(cls, sequence: nn.Sequential) -> StaticInput:
+    def of(cls, sequence: nn.Sequential) -> Self:
         """A StaticInput with the modules of `sequence` under the same names."""
         return cls(OrderedDict(sequence.named_children()))
 
@@ -206,10 +189,10 @@ def _is_slice_of_static_frame(x_TB: Tensor, cache: SliceCache) -> bool:
         return False
     if cache.frame_B is None:
         cache.frame_B = x_TB[0]
-    return _storage(x_TB) == _storage(cache.frame_B) and x_TB.shape[1:] == cache.frame_B.shape
-
-
-def _storage(x: Tensor) -> tuple[int, int]:
-    """Storage and offset; not the address, which a meta tensor lacks."""
-    # torch's stub says Tensor
-    return x.untyped_storage()._cdata, x.storage_offset()  # type: ignore[return-value]
+    frame_B, x_B = cache.frame_B, x_TB[0]
+    # Storage and offset; not the address, which a meta tensor lacks.
+    return (
+        x_B.untyped_storage()._cdata == frame_B.untyped_storage()._cdata
+        and x_B.storage_offset() == frame_B.storage_offset()
+        and x_B.shape == frame_B.shape
+    )

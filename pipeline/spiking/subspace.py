@@ -225,6 +225,8 @@ class InputRecorder:
     The inputs are the values of each step, or with `decay` their weighted mean over time. `steps`
     is the number of time steps of the batch while recording, else None. `pending` are the moments
     of the current global batch, `last` those of the one before.
+
+    With `factor`, a `presynaptic` seam, the recorder takes the place of the seam.
     """
 
     def __init__(
@@ -234,12 +236,21 @@ class InputRecorder:
         subspace: Subspace,
         moments: Callable[[Subspace], Moments],
         decay: float | None,
+        factor: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self.name, self.synapse, self.subspace = name, synapse, subspace
         self.moments, self.decay = moments, decay
+        self.factor, self.state = factor, getattr(factor, "state", None)
         self.steps: int | None = None
         self.pending: Moments | None = None
         self.last: Moments | None = None
+
+    def __call__(self, x_TB: Tensor) -> Tensor:
+        """The factor of `x_TB`, which is recorded."""
+        assert self.factor is not None
+        factor_TB = self.factor(x_TB)
+        self.record(factor_TB)
+        return factor_TB
 
     @torch.no_grad()
     def record(self, x_TB: Tensor) -> None:
@@ -292,19 +303,6 @@ class InputRecorder:
             pending.mean(over_ranks)
             self.last = pending
         return pending
-
-
-class RecordedFactor:
-    """A `presynaptic` seam that also passes its factor to a recorder."""
-
-    def __init__(self, seam: Callable[[Tensor], Tensor], record: Callable[[Tensor], None]) -> None:
-        self.seam, self.record = seam, record
-        self.state = getattr(seam, "state", None)
-
-    def __call__(self, x_TB: Tensor) -> Tensor:
-        factor_TB = self.seam(x_TB)
-        self.record(factor_TB)
-        return factor_TB
 
 
 def input_rows(synapse: Linear | Conv2d, x_TB: Tensor) -> Iterator[Tensor]:

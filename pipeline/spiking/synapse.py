@@ -102,10 +102,7 @@ class Linear(nn.Linear, _Synapse):
             if is_static(input):
                 return repeat(F.linear(input[0], weight, self.bias), len(input))
             return F.linear(input, weight, self.bias)
-        x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
-        return _LinearWithSeams.apply(  # type: ignore[return-value]
-            x_TB, factor_TB, weight, bias, self.backward_weight
-        )
+        return _with_seams(self, input, weight)
 
 
 class Conv2d(nn.Conv2d, _Synapse):
@@ -148,16 +145,8 @@ class Conv2d(nn.Conv2d, _Synapse):
         weight = _weight_for(self, input) if weight is None else weight
         if self.presynaptic is None and self.backward_weight is None:
             return folded(lambda x_NCHW: self._conv_forward(x_NCHW, weight, self.bias), input)
-        x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
-        # apply is untyped
-        return _ConvWithSeams.apply(  # type: ignore[union-attr]
-            x_TB.flatten(0, 1),
-            factor_TB.flatten(0, 1),
-            weight,
-            bias,
-            self.backward_weight,
-            (self.stride, self.padding, self.dilation, self.groups),
-        ).unflatten(0, input.shape[:2])
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return _with_seams(self, input, weight, geometry)
 
 
 def effective_weight(synapse: Linear | Conv2d) -> Tensor:
@@ -192,73 +181,6 @@ def _standardized(weight: Tensor, gain: Tensor) -> Tensor:
     ).view_as(weight)
 
 
-class _LinearWithSeams(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TBC: Tensor,
-        factor_TBC: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        downward: BackwardWeight | None,
-    ) -> Tensor:
-        ctx.save_for_backward(factor_TBC, weight)
-        ctx.downward = downward
-        return F.linear(x_TBC, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (g_TBK,) = grad_outputs
-        factor_TBC, weight = ctx.saved_tensors
-        want_x, _, want_weight, want_bias, _ = ctx.needs_input_grad
-        return (
-            g_TBK @ error_weight(weight, ctx.downward) if want_x else None,
-            None,
-            g_TBK.flatten(0, -2).T @ factor_TBC.flatten(0, -2) if want_weight else None,
-            g_TBK.flatten(0, -2).sum(0) if want_bias else None,
-            None,
-        )
-
-
-class _ConvWithSeams(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_NCHW: Tensor,
-        factor_NCHW: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        downward: BackwardWeight | None,
-        geometry: tuple[Any, ...],
-    ) -> Tensor:
-        ctx.save_for_backward(factor_NCHW, weight)
-        ctx.downward = downward
-        ctx.geometry = geometry
-        return F.conv2d(x_NCHW, weight, bias, *geometry)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        factor_NCHW, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
-        want_x, _, want_weight, want_bias, *_ = ctx.needs_input_grad
-        # This operation uses the input only for the weight gradient (except its shape), and the
-        # weight only for the input gradient. So both can be replaced in one call.
-        g_x, g_weight, g_bias = torch.ops.aten.convolution_backward(
-            grad_outputs[0],
-            factor_NCHW,
-            error_weight(weight, ctx.downward),
-            [weight.shape[0]],
-            stride,
-            padding,
-            dilation,
-            False,
-            [0, 0],
-            groups,
-            [want_x, want_weight, want_bias],
-        )
-        return g_x, None, g_weight, g_bias, None, None
-
-
 def is_inside(name: str, modules: Sequence[str]) -> bool:
     """Whether the dotted name of a module or parameter is one of `modules` or lies in one."""
     return any(name == each or name.startswith(each + ".") for each in modules)
@@ -272,15 +194,17 @@ def error_weight(weight: Tensor, downward: BackwardWeight | None) -> Tensor:
     return weight if downward is None else downward(weight).to(weight.dtype)
 
 
-def _operands(
-    x_TB: Tensor, presynaptic: Presynaptic | None, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """x, its factor, weight and bias in one dtype.
+def _with_seams(
+    synapse: Linear | Conv2d, x_TB: Tensor, weight: Tensor, geometry: tuple[Any, ...] | None = None
+) -> Tensor:
+    """The output of a synapse whose seams change its backward.
 
-    Autocast converts the operands of torch's operations, but not those of custom ones.
+    `geometry` are the further arguments of a convolution; None: the synapse is a product.
+
+    All operands get one dtype, because autocast does not convert those of custom operations.
     """
     with torch.no_grad():
-        factor_TB = x_TB if presynaptic is None else presynaptic(x_TB)
+        factor_TB = x_TB if synapse.presynaptic is None else synapse.presynaptic(x_TB)
     if factor_TB.shape != x_TB.shape:
         raise ValueError(
             f"presynaptic: the factor must have the shape of the input, {tuple(x_TB.shape)}; got"
@@ -288,9 +212,60 @@ def _operands(
         )
     kind = x_TB.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return (
-        x_TB.to(dtype),
-        factor_TB.to(dtype),
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
+    bias = None if synapse.bias is None else synapse.bias.to(dtype)
+    operands = (x_TB.to(dtype), factor_TB.to(dtype), weight.to(dtype), bias)
+    return _WithSeams.apply(  # type: ignore[return-value]
+        *operands, synapse.backward_weight, geometry
     )
+
+
+class _WithSeams(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TB: Tensor,
+        factor_TB: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        downward: BackwardWeight | None,
+        geometry: tuple[Any, ...] | None,
+    ) -> Tensor:
+        ctx.save_for_backward(factor_TB, weight)
+        ctx.downward, ctx.geometry = downward, geometry
+        if geometry is None:
+            return F.linear(x_TB, weight, bias)
+        y_NCHW = F.conv2d(x_TB.flatten(0, 1), weight, bias, *geometry)
+        return y_NCHW.unflatten(0, x_TB.shape[:2])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (g_TB,) = grad_outputs
+        factor_TB, weight = ctx.saved_tensors
+        want_x, _, want_weight, want_bias, *_ = ctx.needs_input_grad
+        if ctx.geometry is None:
+            return (
+                g_TB @ error_weight(weight, ctx.downward) if want_x else None,
+                None,
+                g_TB.flatten(0, -2).T @ factor_TB.flatten(0, -2) if want_weight else None,
+                g_TB.flatten(0, -2).sum(0) if want_bias else None,
+                None,
+                None,
+            )
+        stride, padding, dilation, groups = ctx.geometry
+        # This operation uses the input only for the weight gradient (except its shape), and the
+        # weight only for the input gradient. So both can be replaced in one call.
+        g_x, g_weight, g_bias = torch.ops.aten.convolution_backward(
+            g_TB.flatten(0, 1),
+            factor_TB.flatten(0, 1),
+            error_weight(weight, ctx.downward),
+            [weight.shape[0]],
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            [want_x, want_weight, want_bias],
+        )
+        g_x_TB = g_x.view_as(factor_TB) if want_x else None
+        return g_x_TB, None, g_weight, g_bias, None, None

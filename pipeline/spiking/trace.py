@@ -63,17 +63,14 @@ def shared_decay(who: str, model: nn.Module, decay: float | None = None) -> floa
         f"{who}: the model must have LIF neurons, whose decay traces and rates share; got"
         f" {type(model).__name__}",
     )
-    others = {name: each for name, each in decays.items() if each != decay}
+    shared = next(iter(decays.values())) if decay is None else decay
+    others = [f"{each:g} at {name}" for name, each in decays.items() if each != shared]
     require(
-        decay is None or not others,
-        f"{who}: decay must be that of the neurons, which the traces feed; got {decay} and"
-        f" {_format_decays(others)}",
+        not others,
+        f"{who}: traces and all neurons must share one decay, here {shared:g}; got"
+        f" {', '.join(others)}",
     )
-    require(
-        len(set(decays.values())) <= 1,
-        f"{who}: the neurons must share one decay; got {_format_decays(decays)}",
-    )
-    return next(iter(decays.values()))
+    return shared
 
 
 def traceable_synapses(who: str, model: nn.Module) -> dict[str, Linear | Conv2d]:
@@ -127,7 +124,3 @@ def running_order(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
         module.register_forward_pre_hook(partial(note, name)) for name, module in modules.items()
     ):
         yield ran
-
-
-def _format_decays(decays: dict[str, float]) -> str:
-    return ", ".join(f"{decay:g} at {name}" for name, decay in decays.items())

@@ -1,12 +1,12 @@
-import itertools
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from pipeline.core.random import counter_hash
-from pipeline.rules.base import LossTerm, Rule, World, slices
+from pipeline.rules.base import LossTerm, Rule, slices
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.rules.hlop import HLOP
@@ -17,6 +17,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.rules.spide import SPIDE
 from pipeline.spiking.encode import is_static, repeat
 from pipeline.spiking.neuron import LIF
+from pipeline.spiking.rate import RateIF
 from pipeline.spiking.synapse import Linear
 from pipeline.train.backend.plain import Plain
 from pipeline.train.objective import CrossEntropy
@@ -30,9 +31,10 @@ from tests.helpers.rule_networks import (
     gradients_on,
     lif_network,
     one_batch,
+    outputs,
     spikes_of,
 )
-from tests.rules import test_ide, test_spide
+from tests.rules import test_dsr, test_ide, test_spide
 
 
 @pytest.mark.parametrize(
@@ -41,20 +43,6 @@ from tests.rules import test_ide, test_spide
 def test_counter_hash_starts_as_splitmix64(state, first):
     """The first outputs of the reference C code (prng.di.unimi.it/splitmix64.c)."""
     assert counter_hash(state) == first
-
-
-def test_counter_hash_tells_counters_apart():
-    words = list(itertools.product(range(8), repeat=3))
-    assert len({counter_hash(*word) for word in words}) == len(words)
-    bits = [counter_hash(0, step, 0) for step in range(4000)]
-    for position in range(64):
-        share = sum(word >> position & 1 for word in bits) / len(bits)
-        assert 0.46 < share < 0.54  # 5 standard errors
-
-
-def test_world_is_one_rank_by_default():
-    statistic = torch.ones(2)
-    assert World() == World(seed=0, rank=0, size=1) and World().mean(statistic) is statistic
 
 
 def test_a_rule_does_not_own_the_network():
@@ -168,6 +156,19 @@ def test_chunks_and_a_choice_of_all_steps_change_nothing(whole, sliced, over_tim
     assert difference(*found) < (1e-14 if isinstance(whole, BPTT) else 1e-15)
 
 
+@pytest.mark.parametrize(("over_time", "calls"), [("steps", 4), ("mean", 1)])
+@pytest.mark.parametrize("make", [BPTT, partial(BPTT, recompute=True), DSR])
+def test_both_losses_are_reported_as_they_are_differentiated(make, over_time, calls):
+    model = test_dsr.smallest_model(RateIF(), RateIF()).double()
+    rule, _ = attached(make(), model, over_time=over_time)
+    (x_TBC, target), seen = batch(4), []
+    loss_of = cross_entropy(target)
+    (term,) = rule.loss_terms(model, x_TBC, lambda o_BK: seen.append(o_BK) or loss_of(o_BK))
+    losses = torch.stack([loss_of(o_BK) for o_BK in seen])
+    assert len(seen) == calls and torch.allclose(term.loss, losses.mean(), atol=1e-14)
+    assert torch.allclose(term.logits, outputs(model, x_TBC).mean(0), atol=1e-14)
+
+
 def test_labels():
     labels = {
         "BPTT": BPTT(),
@@ -272,13 +273,6 @@ def test_a_foreign_norm_is_refused_by_name_where_steps_are_differentiated_apart(
     said = str(refused.value)
     assert said.split(":")[0] in rule.label and "1.norm" in said
     assert "pipeline.spiking.norm" in said or "weights='standardized'" in said
-
-
-def test_the_forward_of_slices_would_differ() -> None:
-    """The reason for the refusal."""
-    x_TBC, _ = batch(4)
-    model = nn.Sequential(folded(nn.BatchNorm1d(x_TBC.shape[-1]))).double()
-    assert not torch.allclose(model(x_TBC), torch.cat([model(x_1BC) for x_1BC in x_TBC.split(1)]))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 import torch
 from torch import nn
@@ -19,7 +17,6 @@ from tests.helpers.rule_networks import (
     difference,
     gradients,
     gradients_on,
-    learn,
     lif_network,
     one_batch,
     refusals,
@@ -38,23 +35,6 @@ def test_gradient_is_autograds_through_an_independent_loop(over_time, reset_grad
     how = {"keep_reset": reset_gradient == "kept", "over_time": over_time}
     (got,) = gradients_on(5, model, BPTT(), over_time=over_time)
     assert difference(got, by_autograd(model, *batch(5), **how)) < 1e-13
-
-
-@pytest.mark.parametrize(("over_time", "losses"), [("steps", 4), ("mean", 1)])
-def test_both_losses_are_reported_as_they_are_differentiated(over_time, losses):
-    model, rule, (x_TBC, target) = lif_network(), BPTT(), batch(4)
-    seen_logits = []
-    rule.attach(model, over_time=over_time)
-
-    def loss_of(logits_BK):
-        seen_logits.append(logits_BK.detach())
-        return nn.functional.cross_entropy(logits_BK, target)
-
-    (objective,) = learn(rule.loss_terms(model, x_TBC, loss_of))
-    expected = sum(nn.functional.cross_entropy(o, target).item() for o in seen_logits) / losses
-    assert len(seen_logits) == losses and objective.loss.item() == pytest.approx(expected)
-    assert not objective.loss.requires_grad and not objective.logits.requires_grad
-    assert torch.allclose(objective.logits, sum(seen_logits) / losses)
 
 
 def test_a_model_without_neurons_is_plain_backpropagation():
@@ -111,14 +91,6 @@ def test_truncated_is_an_independent_loop_cut_every_so_many_steps(length):
     model = lif_network(decay=0.5)
     (got,) = gradients_on(5, model, BPTT(truncate=length))
     assert difference(got, by_autograd(model, *batch(5), cut=length)) < 1e-13
-
-
-def test_truncation_lies_between_sltt_and_bptt():
-    truncated = (BPTT(truncate=length) for length in (1, 2, 6))
-    one, two, six, whole, sltt = gradients_on(6, lif_network(), *truncated, BPTT(), SLTT())
-    assert difference(one, sltt) < 1e-14 and difference(six, whole) < 1e-14
-    for each, other in itertools.combinations((sltt, two, whole), 2):
-        assert difference(each, other) > 1e-3
 
 
 def weighted() -> nn.Sequential:

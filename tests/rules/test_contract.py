@@ -94,6 +94,8 @@ def test_discovery():
     assert {stem: len(rule_classes(stem)) for stem in FILES} == dict.fromkeys(FILES, 1)
     assert [stem for stem in FILES if Path(__file__).with_name(f"test_{stem}.py").exists()] == FILES
     assert {case.name.split("-")[0] for case in CASES} == set(FILES)
+    for rule in (case.rule() for case in CASES):
+        assert rule.update in ("batch", "step") and rule.label.startswith(type(rule).__name__)
 
 
 def test_losses_and_logits_sum_to_the_batch(case):
@@ -218,11 +220,6 @@ def test_a_batch_that_fails_leaves_the_model_usable(case):
         list(rule.loss_terms(model, batch(4)[0], lambda logits_BK: 1 / 0))
     assert state_bytes(model) == 0
     run(rule, model, 4)
-
-
-def test_names_are_known(case):
-    rule = case.rule()
-    assert rule.update in ("batch", "step") and rule.label.startswith(type(rule).__name__)
 
 
 def test_pickles(case):

@@ -17,17 +17,14 @@ from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, RateLIF, RateNeuron, rate_readout, rate_weights
-from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
+from tests.helpers.references import gradient_of
 from tests.helpers.rule_networks import (
     attached,
     batch,
-    cross_entropy,
     difference,
     drawn,
-    gradients,
     gradients_on,
-    one_batch,
     outputs,
     refusals,
 )
@@ -138,7 +135,8 @@ def test_the_published_backward_of_lif(seed, steps):
     gradient times dt.
     """
     dt, tau, threshold = 0.2, 1.3, 0.4
-    neuron = exact_lif(RateLIF(threshold=threshold, dt=dt, tau=tau), threshold)
+    neuron = RateLIF(threshold=threshold, dt=dt, tau=tau).double()
+    nn.init.constant_(neuron.threshold, threshold)  # as it was written, in float64
     (x_TB, g_TB), w_T = drawn_batch(seed, steps), weights_of(math.exp(-dt / tau), steps)
     mean_B, G_B = (w_T * x_TB).sum(0), steps * (w_T * g_TB).sum(0)
     top = threshold / dt * tau
@@ -149,62 +147,7 @@ def test_the_published_backward_of_lif(seed, steps):
     assert torch.allclose(got_threshold, expected_threshold, atol=1e-12)
 
 
-def exact_lif(neuron: RateNeuron, threshold: float) -> RateNeuron:
-    """In float64, with the threshold as it was written."""
-    neuron.double()
-    nn.init.constant_(neuron.threshold, threshold)
-    return neuron
-
-
-def test_the_published_backward_of_a_network_of_lif():
-    """The published chain written out: gain 1 / tau in each layer, handed back evenly, plain means
-    as the factors of weights.
-    """
-    steps, dt, tau, threshold = 6, 0.1, 1.3, 0.1
-    neurons = [exact_lif(RateLIF(threshold=threshold, dt=dt, tau=tau), threshold) for _ in range(2)]
-    model = smallest_model(*neurons).double()
-    with torch.no_grad():
-        model.get_parameter("2.weight").mul_(
-            3
-        )  # so that some neurons of either layer lie above the ramp, and teach its threshold
-    x_TBC, target = batch(steps)
-    got = gradients(DSR(backward="published"), model, x_TBC, cross_entropy(target), **MEAN)
-
-    w_T = weights_of(math.exp(-dt / tau), steps)
-    p = {name: each.detach() for name, each in model.named_parameters()}
-    spikes, currents = [x_TBC], []
-    with torch.no_grad(), fresh_state(model):
-        for layer in (0, 2):
-            currents.append(model[layer](spikes[-1]))
-            spikes.append(model[layer + 1](currents[-1]))
-    logits = ((w_T * spikes[2]).sum(0) @ p["4.weight"].T + p["4.bias"]).requires_grad_()
-    (g_BK,) = torch.autograd.grad(F.cross_entropy(logits, target), logits)
-    g_TB = w_T * (g_BK @ p["4.weight"])
-    expected = {"4.weight": g_BK.T @ (w_T * spikes[2]).sum(0), "4.bias": g_BK.sum(0)}
-    for layer, current, before in ((2, currents[1], spikes[1]), (0, currents[0], spikes[0])):
-        mean_B, G_B = (w_T * current).sum(0), steps * (w_T * g_TB).sum(0)
-        top = threshold / dt * tau
-        expected[f"{layer + 1}.threshold"] = torch.where(mean_B > top, G_B, 0.0).sum().view(1) * dt
-        g_B = torch.where((mean_B > 0) & (mean_B < top), G_B / tau, 0.0)
-        expected[f"{layer}.weight"], expected[f"{layer}.bias"] = g_B.T @ before.mean(0), g_B.sum(0)
-        g_TB = (g_B @ p[f"{layer}.weight"]).expand(steps, -1, -1) / steps
-    assert difference(got, expected) < 1e-13
-    assert all(g.abs().max() > 0 for g in got.values())
-
-
 # ---------------------------------------------------------------------------------------- a network
-
-
-class Ramp(nn.Module):
-    """r = clamp(gain I, 0, height) with torch's own autograd, the network of rates' neuron."""
-
-    def __init__(self, neuron: RateNeuron) -> None:
-        super().__init__()
-        self.threshold = nn.Parameter(neuron.threshold.detach().clone())
-        self.dt, self.gain = neuron.dt, neuron.gain
-
-    def forward(self, rate_B: torch.Tensor) -> torch.Tensor:
-        return torch.minimum((self.gain * rate_B).clamp_min(0), self.threshold / self.dt)
 
 
 @pytest.mark.parametrize(
@@ -220,34 +163,17 @@ def test_a_network_that_follows_its_rates_has_the_gradient_of_the_network_of_rat
     weights_T = rate_weights(spiking[1].decay, x_TBC).view(-1, 1, 1)
     # Straight-through: the value of the spikes' own rate, the gradient of the ramp's.
     out_TBC, h = x_TBC, (weights_T * x_TBC).sum(0)
-    ramps = {}
-    for index, layer in enumerate(spiking[:5]):
+    for layer in list(spiking)[:5]:
         out_TBC = outputs(layer, out_TBC)
         if isinstance(layer, Linear):
             h = nn.functional.linear(h, layer.weight, layer.bias)
         else:
-            ramps[f"{index}.threshold"] = ramp = Ramp(layer).double()
-            rate = ramp(h)
+            rate = torch.minimum((layer.gain * h).clamp_min(0), layer.threshold / layer.dt)
             h = rate + ((weights_T * out_TBC).sum(0) - rate).detach()
-    loss = F.cross_entropy(h, target)
-    names = [name for name, _ in spiking.named_parameters() if "threshold" not in name]
-    learnt = [*(spiking.get_parameter(name) for name in names)]
-    learnt += [ramp.threshold for ramp in ramps.values()]
-    expected = dict(zip([*names, *ramps], torch.autograd.grad(loss, learnt), strict=True))
+    expected = gradient_of(F.cross_entropy(h, target), spiking)
     (got,) = gradients_on(6, spiking, DSR(), **MEAN)
     assert difference(got, expected) < 1e-13
     assert all(g.abs().max() > 1e-3 for g in got.values())
-
-
-@pytest.mark.parametrize("over_time", ["mean", "steps"])
-def test_the_two_losses_over_time(over_time):
-    (x_TBC, target), model = batch(5), smallest_model(RateIF(), RateIF()).double()
-    logits_TBK = outputs(model, x_TBC)
-    each = logits_TBK if over_time == "steps" else logits_TBK.mean(0, keepdim=True)
-    expected = torch.stack([F.cross_entropy(o, target) for o in each]).mean().item()
-    (objective,) = one_batch(DSR(), model, 5, over_time=over_time)
-    assert objective.loss.item() == pytest.approx(expected, abs=1e-12)
-    assert torch.allclose(objective.logits, logits_TBK.mean(0), atol=1e-14)
 
 
 def test_other_rules_train_the_same_neurons_by_another_gradient():

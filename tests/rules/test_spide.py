@@ -23,7 +23,6 @@ from pipeline.rules.ide import IDE
 from pipeline.rules.spide import SPIDE, Ternary, _transposed_layer, ternary_phase
 from pipeline.spiking.equilibrium import Equilibrium, Linearized, find_equilibrium
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
 from tests.helpers.rule_networks import (
     CLASSES,
@@ -37,7 +36,6 @@ from tests.helpers.rule_networks import (
     gradients_on,
     lif_network,
     one_batch,
-    outputs,
     refusals,
     spikes_of,
 )
@@ -148,26 +146,6 @@ def test_the_error_falls_as_one_over_the_steps(seed, sizes):
     assert math.log10(errors[2] / errors[0]) / 2 == pytest.approx(-1, abs=0.15)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_without_the_symmetric_reset_the_range_halves(seed):
-    ring = Chain(seed, (24,), largest=0.6)
-    plain = [ring.solve(steps, threshold=0.5, quantum=0.5) for steps in STEPS[1:]]
-    symmetric = [ring.error(ring.solve(steps, **SYMMETRIC)) for steps in STEPS[1:]]
-    assert [ring.error(found) for found in plain] == pytest.approx([0.1, 0.1], abs=0.002)
-    assert symmetric[1] < 0.2 * symmetric[0] < 0.001
-    assert 0 < plain[1].saturated < 0.2 and ring.solve(5000, **SYMMETRIC).saturated == 0
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_without_the_symmetric_reset_the_error_is_larger_at_equal_range(seed):
-    ring = Chain(seed, (24,))
-    for steps in STEPS:
-        symmetric, plain = (
-            ring.error(ring.solve(steps, threshold=v, quantum=1.0)) for v in (0.5, 1.0)
-        )
-        assert plain > 1.5 * symmetric
-
-
 def test_odd_in_its_input():
     ring = Chain(0, (9, 12, 7))
     one, other, nothing = (
@@ -182,14 +160,6 @@ def test_a_scale_of_input_and_emission_changes_no_spike():
     one = ring.solve(60, **SYMMETRIC)
     other = ring.solve(60, g_BN=4 * ring.g_BN, threshold=2.0, quantum=4.0)
     assert torch.equal(4 * one.beta[0], other.beta[0]) and one.rate == other.rate > 0
-
-
-def test_no_sample_hears_another():
-    ring = Chain(2, (9, 12, 7))
-    whole = ring.solve(200, **SYMMETRIC)
-    for row in range(3):
-        alone = ring.solve(200, rows=slice(row, row + 1), **SYMMETRIC)
-        assert all(torch.equal(a[row], b[0]) for a, b in zip(whole.beta, alone.beta, strict=True))
 
 
 def one_neuron(g: float, steps: int) -> Ternary:
@@ -331,31 +301,6 @@ def test_events_are_handed_down_as_a_product_is(limit):
         assert bool((expected_BN != 1).any()) == bool(emitted_BN.any())
 
 
-def test_beta_stays_within_the_bound_of_ide_s():
-    """The error that the equation's inverse allows, on the Jacobian that the equilibrium itself
-    hands out.
-    """
-    model, (x_TBC, target), eye = feedback_network(12), batch(20), torch.eye(12).double()
-    norms = []
-
-    def adjoint(g_B: Tensor, vjp: Linearized) -> Tensor:
-        exact_B = EXACT.adjoint(g_B, vjp)
-        columns = torch.stack([vjp(row.expand(len(g_B), -1)) for row in eye], -1)
-        norms.append(torch.linalg.inv(eye - columns).abs().sum(-1).max().item())
-        for steps in STEPS:
-            phase = SPIDE(steps, scale=0.25).adjoint
-            phase.samples = len(g_B)
-            (beta_B,) = phase(g_B, vjp)
-            scale = phase.scale * phase.samples
-            assert 0 < scale * beta_B.abs().max() < 1
-            assert scale * (beta_B - exact_B).abs().max() <= norms[0] / steps
-        return exact_B
-
-    model[0].adjoint = adjoint
-    cross_entropy(target)(outputs(model, x_TBC, grad=True)[0]).backward()
-    assert len(norms) == 1 and 1.1 < norms[0] < 4
-
-
 def test_spikes_know_neither_batch_nor_backend():
     x_TBC, target = batch(20, size=6)
     counts, gradient = emissions(x_TBC, target)
@@ -370,23 +315,6 @@ def test_spikes_know_neither_batch_nor_backend():
         found.append(part)
         total = {name: total[name] + g * len(rows) / 6 for name, g in own.items()}
     assert torch.equal(torch.cat(found), counts) and difference(total, gradient) < 1e-14
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_symmetric_reset_of_the_forward_phase_centres_its_rates(seed):
-    """Same fixed point; the rate's error is about half, and its sign no longer gives it away."""
-    x_TBC, found = batch(1, size=16)[0].expand(30, -1, -1), []
-    for threshold in (1.0, 2.0):
-        model = feedback_network(24, seed=seed, weight=0.35, threshold=threshold, subtract=2.0)
-        rest: Any = model[0]
-        with torch.no_grad(), fresh_state(rest):
-            a_1B = torch.zeros(1, 16, 24).double()
-            for _ in range(500):
-                a_1B = rest.rate(0, rest.inject(x_TBC[:1]) + rest.feedback(a_1B))
-            found.append(rest(x_TBC).mean(0) - a_1B[0])
-    symmetric, plain = found
-    assert symmetric.abs().mean() < 0.7 * plain.abs().mean() < 0.02
-    assert abs(symmetric.mean()) < 0.5 * abs(plain.mean())
 
 
 def test_figures_are_of_both_phases():
@@ -414,7 +342,7 @@ def test_warns_once_where_the_scale_is_out_of_range(scale, message):
 def test_a_gradient_that_is_not_finite_is_handed_on_as_that():
     x_TBC, _ = batch(12)
     with pytest.warns(
-        RuntimeWarning, match="SPIDE: the gradient of the loss must be finite; got nan"
+        RuntimeWarning, match="Equilibrium: the gradient of the loss must be finite; got nan"
     ):
         found = gradients(
             SPIDE(), smallest_model(), x_TBC, lambda o: o.sum() * math.nan, over_time="mean"

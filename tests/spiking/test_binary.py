@@ -26,9 +26,8 @@ from pipeline.spiking.binary import (
 from pipeline.spiking.limit import SpectralLimit
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.surrogate import Triangle, spike
 from pipeline.spiking.synapse import Conv2d, Linear, effective_weight
-from tests.helpers.rule_networks import Network, difference, gradients_on, outputs
+from tests.helpers.rule_networks import Network, difference, gradients_on
 from tests.helpers.saved import SavedBytes
 
 VARIANTS = ["scaled", "centred", "ir", "learnable"]
@@ -157,27 +156,6 @@ def network(weights: str, *, normed: bool = True) -> Any:
     return model
 
 
-@pytest.mark.parametrize("weights", VARIANTS)
-def test_one_time_step_is_a_binary_network(weights):
-    """At T = 1 a membrane from rest is the current, and a spike is (sign + 1) / 2: what a BNN of 0
-    and 1 computes.
-    """
-    model, x_BC = network(weights), 3 * torch.randn(20, 6, dtype=torch.float64)
-    first, second, last = model[0], model[3], model[6]
-    scale = getattr(second.binarizer, "scale", None)
-    W_b, *_ = by_hand(weights, second.weight.detach(), scale, torch.zeros_like(second.weight))
-    h_BC = x_BC
-    for norm, weight, bias in ((model[1], first.weight, first.bias), (model[4], W_b, second.bias)):
-        current_BC = nn.functional.linear(h_BC, weight, bias)
-        z_BC = nn.functional.batch_norm(
-            current_BC, None, None, norm.weight, norm.bias, training=True
-        )
-        h_BC = (z_BC >= 1).double()
-    assert 0.05 < h_BC.mean() < 0.95
-    (logits_BK,) = outputs(model, x_BC.unsqueeze(0))
-    assert torch.allclose(logits_BK, nn.functional.linear(h_BC, last.weight, last.bias), atol=1e-12)
-
-
 @pytest.mark.parametrize("rule", [BPTT(), SLTT(k=2), OTTT()], ids=lambda rule: rule.label)
 @pytest.mark.parametrize("weights", VARIANTS)
 def test_latent_weights_learn_under_every_kind_of_rule(weights, rule):
@@ -189,19 +167,6 @@ def test_latent_weights_learn_under_every_kind_of_rule(weights, rule):
 def test_slices_equal_the_whole_in_value_and_gradient():
     whole, slices = gradients_on(4, network("scaled", normed=False), BPTT(), BPTT(chunk=1))
     assert difference(whole, slices) < 1e-12
-
-
-def test_the_polynomial_sign_of_binary_networks_is_twice_the_triangle():
-    """sign = 2 H - 1, so the surrogate of SLTT (a = 1) is the estimator of Bi-Real Net (Liu et al.
-    2018).
-    """
-    x = torch.linspace(-1.5, 1.5, 601, dtype=torch.float64).requires_grad_()
-    pieces = torch.where(x < 0, 2 * x + x.square(), 2 * x - x.square())
-    polynomial = torch.where(x.abs() < 1, pieces, x.detach().sign())
-    (of_polynomial,) = torch.autograd.grad(polynomial.sum(), x)
-    assert torch.allclose(of_polynomial, (2 - 2 * x.abs()).clamp_min(0), atol=1e-15)
-    (of_spike,) = torch.autograd.grad((2 * spike(x, surrogate=Triangle()) - 1).sum(), x)
-    assert torch.allclose(of_polynomial, of_spike, atol=1e-15)
 
 
 @pytest.mark.parametrize("weights", VARIANTS)

@@ -306,19 +306,6 @@ def test_the_gradient_of_the_leak_with_and_without_what_comes_through_time(
     assert abs(found[0] - found[1]) > 1e-3
 
 
-@pytest.mark.parametrize("scale_input", [False, True])
-def test_the_potential_is_differentiated_as_finite_differences_say(scale_input: bool) -> None:
-    """u[t] alone, which is smooth."""
-    neuron = PLIF(0.7, scale_input=scale_input).double()
-    neuron.forward = neuron.charged  # type: ignore[method-assign]
-
-    def charged(x_B: Tensor, v_B: Tensor, w: Tensor) -> Tensor:
-        return torch.func.functional_call(neuron, {"decay_logit": w}, (x_B, v_B))
-
-    operands = [torch.randn(*shape).double().requires_grad_() for shape in ((3, 4), (3, 4), (1,))]
-    assert torch.autograd.gradcheck(charged, tuple(operands))
-
-
 @pytest.mark.parametrize(
     "neuron",
     [{}, {"scale_input": True}, {"reset": "zero"}, {"subtract": 1.3}, {"reset_gradient": "kept"}],

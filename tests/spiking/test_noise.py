@@ -57,12 +57,6 @@ def test_a_row_depends_on_its_key_alone(distribution, units):
     assert units < 63 or len({tuple(row) for row in whole.tolist()}) == 64
 
 
-def test_the_global_generator_is_left_alone():
-    before = torch.get_rng_state()
-    noise(KEYS, 10, distribution="gaussian")
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 test_refuses = refusals(
     [
         (

@@ -115,15 +115,6 @@ def test_if_error_falls_with_t_and_lif_error_with_dt_alone():
     assert by_dt[0] > 1.8 * by_dt[1] > 3.2 * by_dt[2]
 
 
-def test_an_input_that_changes_has_no_such_bound():
-    """A threshold's worth in the last step: the rate has no time left to follow."""
-    neuron = RateIF(threshold=1.0)
-    for steps in (10, 100):
-        x_TBC = torch.zeros(steps, 1, 1)
-        x_TBC[-1] = steps
-        assert (run(neuron, x_TBC).mean() - 1).abs() > 0.5 * 0.9 * (steps - 1) / steps
-
-
 def test_weighted_rates_are_the_weighted_mean():
     x_TBK, readout = torch.randn(5, 2, 3, dtype=torch.float64), rate_readout(RateLIF())
     w_T = torch.exp(-0.05 * torch.arange(4, -1, -1, dtype=torch.float64))

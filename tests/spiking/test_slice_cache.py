@@ -22,7 +22,7 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking import synapse
-from pipeline.spiking.binary import Binarization, binarize, unbinarize
+from pipeline.spiking.binary import Binarization, binarize
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.slice_cache import SliceCache, StaticInput
@@ -223,17 +223,6 @@ def test_nothing_is_lost_of_what_the_last_slice_does_not_read(rule: Callable[[],
 
 def plain_network() -> nn.Sequential:
     return nn.Sequential(Conv2d(2, 4, 3, padding=1), LIF(**NEURON), head(), Linear(4, 3)).double()
-
-
-def test_a_synapse_that_was_fixed_is_plain_again() -> None:
-    """Of a packed export: its parameter is what every slice reads."""
-    model, (x_BCHW, target_B) = plain_network(), images()
-    twin = copy.deepcopy(model)
-    for each in (model[0], model[3]):
-        binarize(each)  # type: ignore[arg-type]
-        unbinarize(each)  # type: ignore[arg-type]
-    x_TB = repeat(x_BCHW, STEPS)
-    assert distance(*(trained(SLTT(), each, x_TB, target_B) for each in (model, twin))) == 0
 
 
 def test_plain_weights_are_nobodys_state() -> None:

@@ -7,18 +7,8 @@ from torch import nn
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import State, attribute_set, fresh_state, hooked, state_bytes, states_of
 from pipeline.spiking.synapse import Linear
+from pipeline.spiking.trace import Trace
 from tests.helpers.rule_networks import outputs
-
-
-class Trace:
-    def __init__(self) -> None:
-        self.state = State("trace")
-
-    def __call__(self, x_TB: torch.Tensor) -> torch.Tensor:
-        before = self.state.read("sum")
-        total = x_TB.sum(0) if before is None else before + x_TB.sum(0)
-        self.state.write("sum", total)
-        return x_TB
 
 
 def network() -> nn.Sequential:
@@ -55,14 +45,14 @@ def test_nested_use_is_refused_and_leaves_the_first_intact():
 def test_a_wrapper_and_a_seam_are_found():
     model, wrapper = network(), nn.Module()
     wrapper.module = model
-    model[2].presynaptic = Trace()
+    model[2].presynaptic = Trace(0.5)
     assert len(states_of(wrapper)) == 3
     with fresh_state(wrapper):
         model(X_TBC)
         assert state_bytes(wrapper) == 7 * (5 + 4 + 5) * 4
     assert state_bytes(wrapper) == 0
-    with pytest.raises(ValueError, match=r"trace: .*with fresh_state\(model\)"):
-        Trace()(X_TBC)
+    with pytest.raises(ValueError, match=r"Trace: .*with fresh_state\(model\)"):
+        Trace(0.5)(X_TBC)
 
 
 def test_state_is_no_part_of_the_checkpoint_nor_of_a_copy():

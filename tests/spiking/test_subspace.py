@@ -3,12 +3,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.spiking import subspace as module
 from pipeline.spiking.subspace import (
     SecondMoments,
     SpikingMoments,
     Subspace,
-    orthonormal,
     quantized_response,
 )
 
@@ -82,26 +80,6 @@ def test_learning_is_the_published_rule_sample_by_sample(counts, scale):
         assert torch.allclose(subspace.velocity, velocity, atol=1e-11)
         assert torch.allclose(subspace.new, new, atol=1e-11)
     assert torch.equal(subspace.old, old)
-
-
-def test_the_rule_alone_makes_rows_orthonormal_where_they_have_inputs(monkeypatch):
-    """300 batches, never two the same, from as many directions as there are rows; a second task's
-    from new ones beside the old.
-
-    Nothing is made orthonormal here but by the Hebbian rule, and the rows begin far from it.
-    """
-    basis = orthonormal(double(9, 30), double(0, 30))
-    subspace = Subspace(30, dtype=torch.float64, device=CPU)
-    monkeypatch.setattr(module, "orthonormal", lambda rows, others: rows)
-    for task, seen in enumerate((basis[:5], basis)):
-        subspace.grow(5 if task == 0 else 4, key=task)
-        subspace.new = subspace.new / subspace.new.norm(dim=1, keepdim=True)
-        assert away_from_identity(subspace.rows) > 0.05
-        for seed in range(300):
-            learn(subspace, double(64, len(seen), seed=seed) @ seen, rate=0.1)
-        assert away_from_identity(subspace.rows) < 1e-8
-        assert (seen - seen @ subspace.rows.T @ subspace.rows).abs().max() < 1e-8
-    assert (subspace.new @ subspace.old.T).abs().max() < 1e-8
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3])
