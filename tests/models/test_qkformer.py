@@ -7,11 +7,11 @@ from torch.nn import functional as F
 from pipeline.measure.activity import Activity
 from pipeline.models.qkformer import (
     IGNORED,
-    Block,
     OverSamples,
     QKFormer,
     SelfAttention,
     TokenQK,
+    block,
     from_published,
     published_name,
     qkformer_10,
@@ -37,14 +37,14 @@ def test_fresh_blocks_on_a_stream_of_real_numbers_are_the_identity(shortcut):
     """
     blocks = BlockFactory(shortcut=shortcut, neuron=LIF(0.5, surrogate=Sigmoid(4.0)))
     for attention in (TokenQK, SelfAttention):
-        block = Block(blocks, 16, attention=attention, heads=2, expansion=4, drop_path=0.0)
+        made = block(blocks, 16, attention=attention, heads=2, expansion=4, drop_path=0.0)
         x_TBCHW = 3 * torch.randn(2, 3, 16, 8, 8)
-        y_TBCHW = outputs(block, x_TBCHW, grad=True)
+        y_TBCHW = outputs(made, x_TBCHW, grad=True)
         assert torch.allclose(y_TBCHW, x_TBCHW, atol=1e-6)
         (y_TBCHW * torch.randn_like(y_TBCHW)).sum().backward()
         last = [
             norm.weight
-            for norm in block.modules()
+            for norm in made.modules()
             if isinstance(norm, BatchNorm) and not norm.weight.any()
         ]
         assert len(last) == (2 if shortcut == "membrane" else 3)
@@ -303,7 +303,7 @@ test_refuses_what_does_not_fit = refusals(
     [
         (
             lambda: from_published(without("head.weight")),
-            r"must be those of a published QKFormer; got none named 'head.weight'",
+            r"a published QKFormer has 'head.weight' with 2 dimensions; got none",
         ),
         (
             lambda: from_published(without("stage2.1.mlp.fc2_bn.bias")),
@@ -319,7 +319,7 @@ test_refuses_what_does_not_fit = refusals(
         ),
         (
             lambda: from_published(WEIGHTS | {"head.weight": torch.zeros(7)}),
-            r"head.weight must have 2 dimensions; got the shape \(7,\)",
+            r"'head.weight' with 2 dimensions; got \(7,\)",
         ),
         (
             lambda: from_published(WEIGHTS | {"head.weight": torch.zeros(7, 36)}),
