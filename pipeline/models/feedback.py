@@ -21,6 +21,7 @@ networks without norm.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
@@ -84,17 +85,13 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     def forward(  # type: ignore[override]
         self, input: Tensor, weight: Tensor | None = None
     ) -> Tensor:
-        of = self.weight if weight is None else weight
-
-        def apply(x_NCHW: Tensor) -> Tensor:
-            return F.conv_transpose2d(
-                x_NCHW,
-                of,
-                stride=self.stride[0],
-                padding=self.kernel_size[0] // 2,
-                output_padding=self.output_padding[0],
-            )
-
+        apply = partial(
+            F.conv_transpose2d,
+            weight=self.weight if weight is None else weight,
+            stride=self.stride[0],
+            padding=self.kernel_size[0] // 2,
+            output_padding=self.output_padding[0],
+        )
         return folded(apply, input)
 
 

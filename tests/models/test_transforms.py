@@ -22,7 +22,6 @@ from pipeline.models.preact_resnet import preact_resnet18_small
 from pipeline.models.qkformer import qkformer_10
 from pipeline.models.transforms import (
     LateReadout,
-    MultiHead,
     binarized,
     late,
     multi_head,
@@ -215,7 +214,6 @@ test_refuses = refusals(
             r"module `classifier`; got heads=2, Linear",
         ),
         (lambda: multi_head(mlp(3, in_features=4), heads=0), "got heads=0, MLP"),
-        (lambda: MultiHead([]), "at least one head; got none"),
         (lambda: select_head(small(), 3), r"head must be in 0\.\.2; got 3"),
         (
             lambda: select_head(mlp(3, in_features=4), 0),
