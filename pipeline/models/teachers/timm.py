@@ -8,8 +8,6 @@
 
 # B batch, C channels, H W pixels, D features, K classes
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import timm.data
@@ -36,7 +34,7 @@ class TimmTeacher(Teacher):
         self,
         name: str,
         body: nn.Module,
-        view: TeacherView,
+        view: "TeacherView",
         *,
         precision: Precision,
         probe: Probe | None,

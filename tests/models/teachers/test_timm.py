@@ -105,11 +105,11 @@ test_refuses = refusals(
         ),
         (
             {"name": "test_efficientnett"},
-            "name must be a model of timm .*; got 'test_efficientnett'; near it: test_efficientnet",
+            r"name must be a model of timm .*; got 'test_efficientnett': Unknown model",
         ),
         (
             {"name": "test_efficientnet.r160_in1l"},
-            "test_efficientnet must have the tag 'r160_in1l'; timm .* knows r160_in1k",
+            r"got 'test_efficientnet\.r160_in1l': Invalid pretrained tag \(r160_in1l\)",
         ),
         (
             {"name": "test_vit", "size": 96},

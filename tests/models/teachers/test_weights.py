@@ -204,7 +204,7 @@ def not_finite(file: Path) -> dict[str, Tensor]:
         ),
         (
             lambda f: File(path=f).load("test_resnett"),
-            "must be a model of timm .*; near it: test_resnet",
+            r"must be a model of timm .*; got 'test_resnett': ",
         ),
         (
             lambda f: Package(name="resnet").load("tf_efficientnet_lite0"),
