@@ -91,10 +91,6 @@ class FeedbackConv(nn.Module):
         )
 
     def keep(self, h_1BCHW: Tensor) -> None:
-        require(
-            len(h_1BCHW) == 1,
-            f"FeedbackConv: keep takes one time step; got shape {tuple(h_1BCHW.shape)}",
-        )
         self.state.write("h", self.carry(h_1BCHW))
 
 

@@ -111,10 +111,6 @@ def timm_teacher(
     )
     body = weights.load(name)
     own = timm.data.resolve_data_config(model=body)
-    require(
-        own["input_size"][0] == 3,
-        f"timm_teacher: {name} must see RGB; it sees {own['input_size'][0]} channels",
-    )
     own_size = tuple(own["input_size"][1:])
     config: dict[str, Any] = body.pretrained_cfg  # type: ignore[assignment]
     is_fixed = config.get("fixed_input_size") and (size, size) != own_size
