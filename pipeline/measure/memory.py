@@ -114,9 +114,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    if not isinstance(error, RuntimeError):
-        return False
-    message = str(error).lower()
+    message = str(error).lower() if isinstance(error, RuntimeError) else ""
     return any(text in message for text in _OUT_OF_MEMORY) or (
         any(text in message for text in _PERHAPS) and _is_card_full()
     )

@@ -297,8 +297,10 @@ class Meters:
             if name.endswith("_bytes")
         }
         maxima = reduce_max(torch.tensor(list(own.values()))).tolist()
-        known = (None if peak < 0 else peak for peak in maxima)
-        return replace(self.totals, **dict(zip(own, known, strict=True)))
+        return replace(
+            self.totals,
+            **{name: None if peak < 0 else peak for name, peak in zip(own, maxima, strict=True)},
+        )
 
     def _counted_on(self, batch: int, step: int) -> Counted | None:
         """The quantity to count on this batch of the attempt and step of the run, if any."""

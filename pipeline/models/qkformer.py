@@ -156,8 +156,9 @@ class QKFormer(nn.Module):
                 else _stem(blocks, in_channels, wide // 2, shrink=shrink)
             )
             layers = [Layer(wide // 2, wide, 3, pools=True), Layer(wide, wide, 3)]
-            residual = blocks.one_residual(layers, shortcut_of="first")
-            stage = nn.Sequential(named(stem=stem, residual=residual))
+            stage = nn.Sequential(
+                named(stem=stem, residual=blocks.one_residual(layers, shortcut_of="first"))
+            )
             build = partial(block, attention=attention, heads=heads, expansion=expansion)
             stage.extend(build(blocks, wide, drop_path=next(shares)) for _ in range(count))
             self.stages.append(stage)
@@ -429,11 +430,10 @@ def from_published(
         heads is not None or channels >= 64,
         f"from_published: heads must be given for fewer than 64 channels; got {channels} channels",
     )
-    depth = len({name.rsplit(".mlp.", 1)[0] for name in published if ".mlp." in name})
     with torch.device("meta"):
         network = QKFormer(
             channels=channels,
-            depth=depth,
+            depth=len({name.rsplit(".mlp.", 1)[0] for name in published if ".mlp." in name}),
             heads=channels // 64 if heads is None else heads,
             classes=classes,
             in_channels=in_channels,
@@ -486,26 +486,19 @@ def renamed(published: Mapping[str, Tensor], network: QKFormer) -> dict[str, Ten
         theirs = published_name(name)
         if theirs in left:
             tensor = left.pop(theirs)
-            ours[name] = (
-                tensor.reshape(mine.shape)
-                if tensor.shape == _published_shape(theirs, mine)
-                else tensor
-            )
+            # published synapses of an attention are 1-D convolutions over tokens
+            ours[name] = tensor.unsqueeze(-1) if tensor.dim() + 1 == mine.dim() == 4 else tensor
     return ours | left
 
 
 def to_published(network: QKFormer) -> dict[str, Tensor]:
-    """Our weights under the published names and in the published shapes, without call counters."""
-    named = {published_name(name): tensor for name, tensor in network.state_dict().items()}
+    """Our weights under the published names and in the published shapes, without call counters.
+
+    Published synapses of an attention are 1-D convolutions over tokens.
+    """
     return {
-        theirs: tensor.reshape(_published_shape(theirs, tensor)) for theirs, tensor in named.items()
+        published_name(name): tensor.squeeze(-1)
+        if ".attention." in name and name.endswith("synapse.weight")
+        else tensor
+        for name, tensor in network.state_dict().items()
     }
-
-
-def _published_shape(theirs: str, tensor: Tensor) -> torch.Size:
-    """The published shape: synapses of an attention were 1-D convolutions over tokens."""
-    return (
-        tensor.shape[:-1]
-        if re.search(r"\.(tssa|attn)\.\w+_conv\.weight$", theirs)
-        else tensor.shape
-    )

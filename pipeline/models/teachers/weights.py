@@ -1,6 +1,7 @@
 """Sources of a teacher's weights: timm's hub, a file, or a package of weights.
 
-Each source returns a timm model whose weights fit to the last key, or raises a one-line error.
+The method `load` of a source returns the named timm model with its weights, which fit to the last
+key. It raises a ValueError of one line for weights that are unavailable, damaged, or do not fit.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import timm
 import torch
@@ -18,15 +19,6 @@ from torch import Tensor, nn
 
 from pipeline.core.checks import require
 from pipeline.core.tensor_file import describe_mismatch, read_state
-
-
-class Weights(Protocol):
-    def load(self, name: str) -> nn.Module:
-        """The timm model `name` with these weights.
-
-        Raises: ValueError for weights that are unavailable, damaged, or do not fit.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -100,6 +92,8 @@ class Untrained:
             torch.manual_seed(self.seed)
             return timm.create_model(name)
 
+
+Weights = Hub | File | Package | Untrained
 
 # The packages, the model of each, and the file of its weights.
 PACKAGES: Mapping[str, tuple[str, str]] = {
