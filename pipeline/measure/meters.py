@@ -311,7 +311,8 @@ class Meters:
         return min(self._due, default=None)  # "bytes" precedes "operations"
 
     def _account(self) -> None:
-        totals, (kinds, self._kinds) = self.totals, (self._kinds, [])
+        totals = self.totals
+        kinds, self._kinds = self._kinds, []
         for kind, seconds in zip(kinds, self.clock.take(), strict=True):
             self._seconds.append(seconds)
             if kind == "first":
