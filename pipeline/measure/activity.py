@@ -9,14 +9,12 @@ activity.layers()
 
 # T time, B batch, C counted samples of it, R = T B rows, N neurons of a layer
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -78,7 +76,7 @@ class Activity:
         self._layers = [_Layer() for _ in self._neurons]
         self._hooks: list[Any] = []
 
-    def __enter__(self) -> Activity:
+    def __enter__(self) -> Self:
         for (_, neuron), layer in zip(self._neurons, self._layers, strict=True):
             self._hooks.append(neuron.register_forward_hook(layer.record))
         return self
@@ -146,7 +144,12 @@ class _Layer:
         steps, batch = s_TB.shape[:2]
         s_RN = s_TB.reshape(steps * batch, -1)
         row_TC, first_T = _rows(self.places, steps, batch, s_TB.device)
-        if _fires_ones(neuron) and s_TB.dtype == torch.float32:
+        # Each spike of LIF's own step is a 1. Those of a rate neuron have a height, and a rule's
+        # gradient function may change them.
+        fires_ones = (
+            isinstance(neuron, LIF) and type(neuron).step is LIF.step and neuron.gradient is None
+        )
+        if fires_ones and s_TB.dtype == torch.float32:
             # sums the rows in place, without copying them
             fired_TN = torch.embedding_bag(s_RN, row_TC, first_T)[0]
         else:
@@ -173,11 +176,3 @@ def _rows(
     row_TC = torch.tensor([step * batch + place for step in range(steps) for place in places])
     first_T = torch.arange(0, len(row_TC), len(places))
     return row_TC.to(device, non_blocking=True), first_T.to(device, non_blocking=True)
-
-
-def _fires_ones(neuron: nn.Module) -> bool:
-    """Whether each spike is a 1, as in LIF's own step.
-
-    Spikes of a rate neuron have a height, and a rule's gradient function may change spikes.
-    """
-    return isinstance(neuron, LIF) and type(neuron).step is LIF.step and neuron.gradient is None

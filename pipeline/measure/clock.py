@@ -16,8 +16,6 @@ A batch has about thirty boundaries. Each follows a layer that has just filled t
 every call costs microseconds. A boundary therefore only records a name and the time.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, contextmanager
@@ -69,7 +67,7 @@ class Clock:
         finally:
             self._boundaries = None
 
-    def part(self, name: Part) -> _Part:
+    def part(self, name: Part) -> "_Part":
         """Charge the time inside to `name`. It has no effect outside a batch."""
         return self._parts[name]
 

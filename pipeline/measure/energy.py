@@ -35,27 +35,14 @@ from pipeline.core.units import shown
 from pipeline.measure.operations import Work
 from pipeline.spiking.encode import is_static, repeat
 
-
-@dataclass(frozen=True, kw_only=True)
-class Prices:
-    """Energy of one operation, in pJ."""
-
-    name: str
-    mac_pj: float
-    ac_pj: float
-    source: str
-
-
-TABLES = tuple(
-    Prices(
-        name=f"45 nm, {numbers}",
-        mac_pj=mac_pj,
-        ac_pj=ac_pj,
-        source="Horowitz 2014, ISSCC (doi 10.1109/ISSCC.2014.6757323)",
-    )
-    for numbers, mac_pj, ac_pj in (("fp32", 4.6, 0.9), ("fp16", 1.5, 0.4), ("int8", 0.23, 0.03))
-)
-FP32 = TABLES[0]
+# Energy of a multiply-accumulate and of an addition, in pJ: Horowitz 2014, ISSCC (doi
+# 10.1109/ISSCC.2014.6757323).
+PRICES = {
+    "45 nm, fp32": (4.6, 0.9),
+    "45 nm, fp16": (1.5, 0.4),
+    "45 nm, int8": (0.23, 0.03),
+}
+FP32 = "45 nm, fp32"
 
 
 @dataclass(frozen=True)
@@ -76,18 +63,18 @@ class Inference:
         """Additions without a multiplication per sample, over all its time steps."""
         return (self.work.additions - self.work.multiplications) / self.samples
 
-    def to_dict(self, measured_j: float | None = None, *, prices: Prices = FP32) -> dict[str, Any]:
-        """Operations per sample and their energy in J, by `prices` and by every price table.
+    def to_dict(self, measured_j: float | None = None) -> dict[str, Any]:
+        """Operations per sample and their energy in J, at the prices of fp32 and at all prices.
 
         `measured_j`: measured joules per sample. None omits the key.
         """
         return {
             "macs": self.macs,
             "acs": self.acs,
-            "energy_j": energy_j(self.macs, self.acs, prices),
-            "prices": prices.name,
+            "energy_j": energy_j(self.macs, self.acs),
+            "prices": FP32,
             "energy_j_by_table": {
-                table.name: energy_j(self.macs, self.acs, table) for table in TABLES
+                prices: energy_j(self.macs, self.acs, prices) for prices in PRICES
             },
             **({} if measured_j is None else {"measured_j": measured_j}),
             "samples": self.samples,
@@ -130,9 +117,10 @@ class EvenSample:
             yield repeat(torch.stack(kept), self._steps) if self._steps else torch.stack(kept, 1)
 
 
-def energy_j(macs: float, acs: float, prices: Prices = FP32) -> float:
-    """Estimated energy E in joules."""
-    return (prices.mac_pj * macs + prices.ac_pj * acs) * 1e-12
+def energy_j(macs: float, acs: float, prices: str = FP32) -> float:
+    """Estimated energy E in joules, at the named `PRICES`."""
+    mac_pj, ac_pj = PRICES[prices]
+    return (mac_pj * macs + ac_pj * acs) * 1e-12
 
 
 def describe_inference(inference: Mapping[str, Any], *, on_gpu: bool) -> str:

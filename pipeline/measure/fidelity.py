@@ -64,11 +64,10 @@ def gradients(
     for module in network.modules():
         if isinstance(module, (_DropoutNd, Dropout)):
             module.eval()
-    device = x_TB.device
     try:
         for index in range(step, step + batches):
             network.zero_grad()
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with torch.random.fork_rng([x_TB.device] if x_TB.is_cuda else []):
                 torch.manual_seed(world.seed)
                 for term in rule.loss_terms(network, x_TB, loss_for(), step=index):
                     if term.backward is not None:

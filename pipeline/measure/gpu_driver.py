@@ -15,13 +15,16 @@ from typing import NamedTuple
 import pynvml
 import torch
 
+from pipeline.core.units import counted
+
 DEVICES = Path("/dev")
 # By CUDA's major version. A newer minor version runs on an older driver of the same major version.
 OLDEST_DRIVERS = {12: 525, 13: 580}
-INDEX = "https://download.pytorch.org/whl"
 # The builds of PyTorch that run on the oldest drivers, by CUDA's major version.
+INDEX = "https://download.pytorch.org/whl"
 INDEX_OF = {12: "cu126", 13: "cu130"}
 ON_A_CPU = "train on the CPU (--device cpu)"
+CHECK = "see nvidia-smi; a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility"
 
 
 class UnusableGPUs(NamedTuple):
@@ -55,43 +58,24 @@ def unusable_gpus() -> UnusableGPUs | None:
             return None
         return UnusableGPUs(
             f"NVIDIA's driver does not answer for the GPUs in {DEVICES}: {error}",
-            "see nvidia-smi; after an update of the driver restart the machine; a container needs"
-            f" NVIDIA_DRIVER_CAPABILITIES=compute,utility; or {ON_A_CPU}",
+            f"{CHECK}; after an update of the driver restart the machine; or {ON_A_CPU}",
         )
     if not cards:
         return None
-    built, major = torch.version.cuda, newest // 1000
+    built, runs = torch.version.cuda, newest // 1000
     wanted = min(OLDEST_DRIVERS) if built is None else int(built.split(".")[0])
-    another_driver = (
-        f"install driver {OLDEST_DRIVERS[wanted]} or newer"
-        if wanted in OLDEST_DRIVERS
-        else f"install a driver that runs CUDA {wanted}"
-    )
-    build = INDEX_OF.get(min(major, max(INDEX_OF)))
-    install = f"{sys.executable} -m pip install --force-reinstall torch torchvision"
-    another_torch = (
-        [f"install a torch for this driver: {install} --index-url {INDEX}/{build}"] if build else []
-    )
-    here = f"cannot use the {cards} GPUs here" if cards > 1 else "cannot use the GPU here"
-    driver = f"NVIDIA's driver {version}, which runs CUDA {major}.{newest % 1000 // 10} and older"
-    if built is None:
-        problem = f"is built without CUDA and {here} ({driver})"
-        ways = another_torch or [another_driver]
-    elif major < wanted:
-        problem = f"is built for CUDA {built} and {here}: this is {driver}"
-        ways = [another_driver, *another_torch]
-    else:
-        problem = (
-            f"is built for CUDA {built} and {here}: {_reason()}; the driver is new enough"
-            f" ({driver})"
+    ways = []
+    if runs < wanted:
+        oldest = OLDEST_DRIVERS.get(wanted, f"for CUDA {wanted}")
+        ways.append(f"install driver {oldest} or newer")
+    if (built is None or runs < wanted) and runs >= min(INDEX_OF):
+        ways.append(
+            f"install a torch for this driver: {sys.executable} -m pip install --force-reinstall"
+            f" torch torchvision --index-url {INDEX}/{INDEX_OF[min(runs, max(INDEX_OF))]}"
         )
-        ways = ["see nvidia-smi; a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility"]
-    return UnusableGPUs(f"torch {torch.__version__} {problem}", ", or ".join([*ways, ON_A_CPU]))
-
-
-def _reason() -> str:
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
-    return "CUDA finds no device"
+    return UnusableGPUs(
+        f"torch {torch.__version__} is built {f'for CUDA {built}' if built else 'without CUDA'} and"
+        f" cannot use the {counted(cards, 'GPU')} here; NVIDIA's driver {version} runs CUDA"
+        f" {runs}.{newest % 1000 // 10} and older",
+        ", or ".join([*(ways or [CHECK]), ON_A_CPU]),
+    )

@@ -49,12 +49,12 @@ def reset_peak_rss() -> bool:
 
 def pss_bytes() -> int:
     """Resident memory now; a page shared by n processes counts as 1/n of a page. 0 if unknown."""
-    return _proc_bytes("/proc/self/smaps_rollup", "Pss:") or 0
+    return _proc_bytes("/proc/self/smaps_rollup", "Pss:")
 
 
 def rss_bytes() -> int:
     """Resident memory of this process now; 0 if unknown."""
-    return _proc_bytes("/proc/self/status", "VmRSS:") or 0
+    return _proc_bytes("/proc/self/status", "VmRSS:")
 
 
 # ------------------------------------------------------------------------------------------ device
@@ -74,8 +74,7 @@ def free_bytes(device: torch.device) -> int:
     """Free memory of a GPU, or of this machine within the limits of its control groups."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    available = _proc_bytes("/proc/meminfo", "MemAvailable:") or 0
-    room = room_bytes()
+    available, room = _proc_bytes("/proc/meminfo", "MemAvailable:"), room_bytes()
     return available if room is None else min(available, room)
 
 
@@ -90,17 +89,17 @@ def peak_device_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def peak_reserved_bytes(device: torch.device) -> int:
-    """Peak bytes that torch's allocator has reserved on a GPU; 0 on a CPU.
+def peaks(device: torch.device) -> dict[str, int]:
+    """The peaks of this process and of its device, by the names of `Totals`.
 
-    This amount must fit on the card.
+    torch's allocator reserves more than the tensors take. What it reserves must fit on the card.
     """
-    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
-
-
-def reserved_bytes(device: torch.device) -> int:
-    """Bytes that torch's allocator has reserved on a GPU now; 0 on a CPU."""
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+    is_cuda = device.type == "cuda"
+    return {
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": peak_device_bytes(device),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if is_cuda else 0,
+    }
 
 
 # ----------------------------------------------------------------------------------- out of memory
@@ -115,9 +114,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    if not isinstance(error, RuntimeError):
-        return False
-    message = str(error).lower()
+    message = str(error).lower() if isinstance(error, RuntimeError) else ""
     return any(text in message for text in _OUT_OF_MEMORY) or (
         any(text in message for text in _PERHAPS) and _is_card_full()
     )
@@ -163,9 +160,11 @@ def hardware(device: torch.device) -> dict[str, Any]:
     It excludes the host name, so that two equal machines compare equal.
     """
     return {
-        "cpu": _cpu_model(),
+        "cpu": (
+            _proc_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+        ),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round((_proc_bytes("/proc/meminfo", "MemTotal:") or 0) / 2**30),
+        "memory_gib": round(_proc_bytes("/proc/meminfo", "MemTotal:") / 2**30),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
@@ -213,23 +212,19 @@ def format_hardware(machine: Mapping[str, Any]) -> str:
     return cpu if machine["gpu"] == "none" else machine["gpu"]
 
 
-def _cpu_model() -> str:
-    return _proc_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
-
-
-def _proc_field(path: str, field: str) -> str | None:
-    """The text after a field name and its colon, or None."""
+def _proc_field(path: str, field: str) -> str:
+    """The text after a field name and its colon; "" if it is missing."""
     try:
         with Path(path).open() as file:  # read up to the field: the whole takes long on many cores
             line = next((line for line in file if line.startswith(field)), "")
     except OSError:
-        return None
-    return line.removeprefix(field).strip(": \t\n") or None
+        return ""
+    return line.removeprefix(field).strip(": \t\n")
 
 
-def _proc_bytes(path: str, field: str) -> int | None:
-    text = _proc_field(path, field)
-    return None if text is None else int(text.split()[0]) * 1024
+def _proc_bytes(path: str, field: str) -> int:
+    """The bytes of a field in kB; 0 if it is missing."""
+    return int(_proc_field(path, field).removesuffix("kB") or 0) * 1024
 
 
 # ---------------------------------------------------------------------------------- control groups
@@ -254,15 +249,11 @@ def room_bytes(
     rooms: list[int | None] = []
     for line in lines:
         number, controllers, path = line.split(":", 2)
-        if number == "0":
-            root, files = mount, _V2
-        elif "memory" in controllers.split(","):
-            root, files = mount / "memory", _V1
-        else:
-            continue
-        own = root / path.lstrip("/")
-        above = (folder for folder in own.parents if folder.is_relative_to(root))
-        rooms += [_room(folder, *files) for folder in (own, *above)]
+        root, files = (mount, _V2) if number == "0" else (mount / "memory", _V1)
+        if number == "0" or "memory" in controllers.split(","):
+            own = root / path.lstrip("/")
+            above = (folder for folder in own.parents if folder.is_relative_to(root))
+            rooms += [_room(folder, *files) for folder in (own, *above)]
     return min((room for room in rooms if room is not None), default=None)
 
 

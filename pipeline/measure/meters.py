@@ -3,14 +3,11 @@
 `Totals` are the costs of a run's training so far: sums, counts and peaks. Checkpoints store them.
 """
 
-from __future__ import annotations
-
 import math
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -29,11 +26,8 @@ from pipeline.measure.constants import (
 )
 from pipeline.measure.energy import EnergyCounter
 from pipeline.measure.memory import (
-    peak_device_bytes,
-    peak_reserved_bytes,
-    peak_rss_bytes,
+    peaks,
     pss_bytes,
-    reserved_bytes,
     reset_peak_device_bytes,
     reset_peak_rss,
     rss_bytes,
@@ -66,15 +60,6 @@ class _Batch:
     backward_calls: int = 0
     # If bytes are counted: (saved, states beside them) after the forward with the largest sum.
     kept: tuple[int, int] = (0, 0)
-
-
-@dataclass
-class _Window:
-    """Measurements since the last `take`."""
-
-    micro_batches: list[_MicroBatch] = field(default_factory=list)
-    batches: int = 0
-    seconds: Counter[str] = field(default_factory=Counter)
 
 
 class Meters:
@@ -114,13 +99,15 @@ class Meters:
         self._joules_then: float | None = None  # at the last reading during training
         self._begun = 0
         # the kinds of the batches that ended since the clock was read
-        self._kinds: deque[Literal["first", "counted", "steady"]] = deque()
+        self._kinds: list[Literal["first", "counted", "steady"]] = []
         self._due: set[Counted] = set()  # counts that are due on the next completed batch
         self._counting: SavedBytes | None = None
-        self._watching: Pausable | None = None
-        self._next_instrument: Pausable | None = None
+        self._watching: Pausable | None = None  # observes the current batch, or the next one
         self._inside_s = 0.0  # seconds of sections nested in the open section between batches
-        self._window, self._batch = _Window(), _Batch()
+        self._batch = _Batch()
+        # since the last `take`: micro-batches, and the seconds of each batch by part
+        self._micro_batches: list[_MicroBatch] = []
+        self._seconds: list[dict[str, float]] = []
 
     @contextmanager
     def batch(self, step: int) -> Iterator[None]:
@@ -133,8 +120,8 @@ class Meters:
         begun = time.perf_counter()
         is_first, counted = self._begun == 0, self._counted_on(self._begun, step)
         operations = Operations(self.network) if counted == "operations" else None
-        self._watching = watching = operations or self._next_instrument
-        self._begun, self._next_instrument = self._begun + 1, None
+        self._watching = watching = operations or self._watching
+        self._begun += 1
         self._batch = batch = _Batch()
         if watching is not None:
             self.note_peaks()
@@ -155,7 +142,7 @@ class Meters:
             if watching is not None:
                 self.forget_peaks()  # excludes the memory of the instrument itself
         self._kinds.append("first" if is_first else "steady" if counted is None else "counted")
-        self._window.micro_batches += batch.micro_batches
+        self._micro_batches += batch.micro_batches
         self._due.discard(counted)
         if saved is not None:
             self._note({"peak_saved_bytes": saved.peak, "state_bytes": batch.kept[1]})
@@ -168,7 +155,7 @@ class Meters:
 
     def watch(self, instrument: Pausable) -> None:
         """Let an instrument observe the next batch, unless its operations are counted."""
-        self._next_instrument = instrument
+        self._watching = instrument
 
     def part(self, name: Part) -> AbstractContextManager[None]:
         """Surround a part of a batch (`measure/clock.py`)."""
@@ -231,22 +218,30 @@ class Meters:
         `reduce` sums over ranks.
         """
         self._account()
-        window, self._window = self._window, _Window()
-        loss, hits, samples = reduce(_sums(window.micro_batches, self.device)).tolist()
-        seconds = sum(window.seconds.values())
-        self.busy_s = seconds - window.seconds["communication"]
-        batches = max(1, window.batches)
+        done, self._micro_batches = self._micro_batches, []
+        batches, self._seconds = self._seconds, []
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, hits, samples
+        if done:
+            losses, hits, _ = zip(*done, strict=True)
+            hit_B = torch.cat(hits)
+            shares = [each.share for each in done for _ in range(len(each.losses_K))]
+            sums[0] = torch.cat(losses).double() @ sums.new_tensor(shares)
+            sums[1], sums[2] = hit_B.sum(), len(hit_B)
+        loss, hits, samples = reduce(sums).tolist()
+        by_part = {name: sum(each[name] for each in batches) for name in (*PARTS, REST)}
+        seconds, count = sum(by_part.values()), max(1, len(batches))
+        self.busy_s = seconds - by_part["communication"]
         return {
-            "loss": loss / batches if window.batches else math.nan,
+            "loss": loss / count if batches else math.nan,
             "top1": hits / max(1.0, samples),
-            "images_per_s": window.batches * self.batch_size / max(seconds, 1e-9),
-            **{f"{name}_s": window.seconds[name] / batches for name in (*PARTS, REST)},
-            "step_s": seconds / batches,
+            "images_per_s": len(batches) * self.batch_size / max(seconds, 1e-9),
+            **{f"{name}_s": value / count for name, value in by_part.items()},
+            "step_s": seconds / count,
         }
 
     def note_peaks(self) -> None:
         """Add the current memory peaks, and the energy since the last reading, to the totals."""
-        self._note({**_peaks(self.device), "peak_pss_bytes": pss_bytes()})
+        self._note({**peaks(self.device), "peak_pss_bytes": pss_bytes()})
         then, now = self._joules_then, self._joules.read()
         if then is not None and now is not None:
             self.totals.device_j = (self.totals.device_j or 0.0) + now - then
@@ -262,13 +257,13 @@ class Meters:
         self.forget_peaks(gives_back=True)  # otherwise memory that training freed would count
         try:
             yield lambda: self._note(
-                {f"evaluation_{name}": value for name, value in _peaks(self.device).items()}
+                {f"evaluation_{name}": value for name, value in peaks(self.device).items()}
             )
         finally:
             self.forget_peaks()
 
-    def _note(self, peaks: Mapping[str, int]) -> None:
-        for name, value in peaks.items():
+    def _note(self, found: Mapping[str, int]) -> None:
+        for name, value in found.items():
             setattr(self.totals, name, max(getattr(self.totals, name) or 0, value))
 
     def forget_peaks(self, *, gives_back: bool = False) -> None:
@@ -280,13 +275,15 @@ class Meters:
         """
         if gives_back or rss_bytes() > self.totals.peak_rss_bytes:
             release_freed_memory()
-        if gives_back or reserved_bytes(self.device) > self.totals.peak_reserved_bytes:
-            torch.cuda.empty_cache()  # nothing where no card is in use
+        if self.device.type == "cuda" and (
+            gives_back or torch.cuda.memory_reserved(self.device) > self.totals.peak_reserved_bytes
+        ):
+            torch.cuda.empty_cache()
         reset_peak_rss()
         reset_peak_device_bytes(self.device)
         self._joules_then = self._joules.read()
 
-    def over_ranks(self, reduce_max: Reduce, reduce_mean: Reduce) -> Totals:
+    def over_ranks(self, reduce_max: Reduce, reduce_mean: Reduce) -> "Totals":
         """The totals, with the maximum of each peak and the mean energy over ranks. Collective."""
         self._account()
         self.note_peaks()
@@ -294,13 +291,16 @@ class Meters:
         used = math.nan if self.totals.device_j is None else self.totals.device_j
         mean = float(reduce_mean(torch.tensor(used, dtype=torch.float64, device=self.device)))
         self.totals.device_j = None if math.isnan(mean) else mean
-        own = asdict(self.totals)
-        names = [name for name in own if name.endswith("_bytes")]
-        peaks = [-1 if own[name] is None else own[name] for name in names]
-        maxima = reduce_max(torch.tensor(peaks, dtype=torch.int64)).tolist()
-        for name, peak in zip(names, maxima, strict=True):
-            own[name] = None if peak < 0 else peak
-        return Totals(**own)
+        own = {
+            name: -1 if value is None else value
+            for name, value in asdict(self.totals).items()
+            if name.endswith("_bytes")
+        }
+        maxima = reduce_max(torch.tensor(list(own.values()))).tolist()
+        return replace(
+            self.totals,
+            **{name: None if peak < 0 else peak for name, peak in zip(own, maxima, strict=True)},
+        )
 
     def _counted_on(self, batch: int, step: int) -> Counted | None:
         """The quantity to count on this batch of the attempt and step of the run, if any."""
@@ -312,10 +312,9 @@ class Meters:
 
     def _account(self) -> None:
         totals = self.totals
-        for seconds in self.clock.take():
-            kind = self._kinds.popleft()
-            self._window.batches += 1
-            self._window.seconds.update(seconds)  # type: ignore[arg-type]  # a Counter of floats
+        kinds, self._kinds = self._kinds, []
+        for kind, seconds in zip(kinds, self.clock.take(), strict=True):
+            self._seconds.append(seconds)
             if kind == "first":
                 continue
             totals.timed_batches += 1
@@ -326,26 +325,6 @@ class Meters:
                 totals.seconds[name] += value
                 if kind == "steady":
                     totals.steady_seconds[name] += value
-
-
-def _sums(done: Sequence[_MicroBatch], device: torch.device) -> Tensor:
-    """Loss, hits and samples."""
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    if done:
-        losses, hits, _ = zip(*done, strict=True)
-        hit_B = torch.cat(hits)
-        shares = [each.share for each in done for _ in range(len(each.losses_K))]
-        sums[0] = torch.cat(losses).double() @ sums.new_tensor(shares)
-        sums[1], sums[2] = hit_B.sum(), len(hit_B)
-    return sums
-
-
-def _peaks(device: torch.device) -> dict[str, int]:
-    return {
-        "peak_rss_bytes": peak_rss_bytes(),
-        "peak_device_bytes": peak_device_bytes(device),
-        "peak_reserved_bytes": peak_reserved_bytes(device),
-    }
 
 
 def _no_seconds(*names: str) -> Any:

@@ -29,8 +29,6 @@ one side is a weight (or a rule's replacement of it), or if it is one of a batch
 attention. Otherwise it is "weights".
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -58,7 +56,7 @@ class Work:
     additions: int = 0
     dense: int = 0  # all pairs, zeros included: the multiplications of a network without spikes
 
-    def __add__(self, other: Work) -> Work:
+    def __add__(self, other: "Work") -> "Work":
         return Work(
             self.multiplications + other.multiplications,
             self.additions + other.additions,
@@ -81,37 +79,51 @@ class Pausable(AbstractContextManager[Any]):
             self.is_paused = False
 
 
-class Operations(Pausable):
+class Operations(TorchDispatchMode, Pausable):
     """Counts operations inside the `with` block; `work` holds them by purpose.
 
     Counting reads both sides of every product, and waits for each product on a GPU. Use it on
-    single batches.
+    single batches. Create it where the block begins: the storages of the weights are looked up
+    then, and DeepSpeed and others move weights to flat buffers.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.network = network
+        super().__init__()
         self.work: dict[str, Work] = {}
         self.not_counted: set[str] = set()  # torch operations with products that `work` lacks
         # Keyed by address. A reference keeps the address from being reused.
         self._fixed: dict[int, StorageWeakRef] = {}
-        self._given: frozenset[int] = frozenset()
-        self._watch = _Watch(self)
-
-    def __enter__(self) -> Operations:
-        # Parameters are looked up here, because DeepSpeed and others move them to flat buffers.
-        for parameter in self.network.parameters():
+        for parameter in network.parameters():
             self._note(parameter)
-        for module in self.network.modules():
+        for module in network.modules():
             carrier = getattr(module, "backward_weight", None)
             if isinstance(carrier, FixedFeedback):
                 self._note(carrier.matrix)
         self._given = frozenset(self._fixed)
-        self._watch.__enter__()
-        return self
 
-    def __exit__(self, *exc: Any) -> None:
-        self._watch.__exit__(*exc)
-        self._fixed = {}
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        count = _COUNTED.get(func.overloadpacket)
+        if count is None and func.has_kernel_for_dispatch_key(
+            torch._C.DispatchKey.CompositeImplicitAutograd
+        ):
+            with self:  # inference mode dispatches operations that are composed of others
+                return func.decompose(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if not self.is_paused:
+            if count is not None:
+                with torch.no_grad():
+                    count(self, *args, **kwargs)
+            elif func.overloadpacket in _OPAQUE:
+                self.not_counted.add(func.overloadpacket.__name__)
+        self._follow(func, (args, kwargs), result)
+        return result
 
     def add(self, live: Tensor, dense: int, *, even: bool, hands_down: bool) -> None:
         """Count a product with `live` pairs without a zero, of `dense` pairs.
@@ -153,7 +165,7 @@ class Operations(Pausable):
         storage = weight.untyped_storage()
         self._fixed[storage._cdata] = StorageWeakRef(storage)
 
-    def follow(self, func: Any, given: Any, result: Any) -> None:
+    def _follow(self, func: Any, given: Any, result: Any) -> None:
         """Mark results that depend only on weights as weights.
 
         Examples are standardised, clipped or binarised weights, or weights in another precision.
@@ -168,38 +180,6 @@ class Operations(Pausable):
                 key = value.untyped_storage()._cdata
                 if key not in self._given:
                     self._fixed.pop(key, None)
-
-
-class _Watch(TorchDispatchMode):
-    """Receives every operation below autograd."""
-
-    def __init__(self, operations: Operations) -> None:
-        super().__init__()
-        self.operations = operations
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        count = _COUNTED.get(func.overloadpacket)
-        if count is None and func.has_kernel_for_dispatch_key(
-            torch._C.DispatchKey.CompositeImplicitAutograd
-        ):
-            with self:  # inference mode dispatches operations that are composed of others
-                return func.decompose(*args, **kwargs)
-        result = func(*args, **kwargs)
-        if not self.operations.is_paused:
-            if count is not None:
-                with torch.no_grad():
-                    count(self.operations, *args, **kwargs)
-            elif func.overloadpacket in _OPAQUE:
-                self.operations.not_counted.add(func.overloadpacket.__name__)
-        self.operations.follow(func, (args, kwargs), result)
-        return result
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -334,7 +314,6 @@ _OPAQUE = {
 
 
 _HEAD = 1024  # numbers of the first row that are checked before all others
-_EXACT = 2**24  # the largest count that is exact in fp32
 
 
 def is_even(x_OI: Tensor) -> bool:
@@ -355,8 +334,4 @@ def is_even(x_OI: Tensor) -> bool:
 
 def _nonzero(x: Tensor, dim: int) -> Tensor:
     """The number of non-zeros along `dim`, in float64."""
-    if x.is_cuda:  # the intermediate has one byte per number, because GPU memory is short
-        return (x != 0).sum(dim, dtype=torch.float64)
-    # The intermediate is fp32, which torch sums several times faster on a CPU.
-    live = torch.ne(x, 0, out=torch.empty_like(x, dtype=torch.float32))
-    return live.sum(dim, dtype=torch.float32 if x.shape[dim] <= _EXACT else torch.float64).double()
+    return (x != 0).sum(dim, dtype=torch.float64)

@@ -1,10 +1,10 @@
 """Bytes of tensors: saved by autograd for backward, or held by training between two batches."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Collection, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -42,22 +42,17 @@ class SavedBytes:
         # A lock, because autograd runs one thread per device. It is reentrant, because the garbage
         # collector may free a saved tensor while this thread saves another.
         self._lock = threading.RLock()
-        self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
+        self._hooks = ExitStack()
         self.now = self.peak = 0
 
-    def __enter__(self) -> SavedBytes:
-        if self._hooks is not None:
-            raise RuntimeError("SavedBytes: entered twice; make one for each nesting")
+    def __enter__(self) -> Self:
         storages = (parameter.untyped_storage() for parameter in self._parameters)
         self._excluded = {storage._cdata: storage for storage in storages}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
-        self._hooks.__enter__()
+        self._hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        hooks, self._hooks = self._hooks, None
-        if hooks is not None:
-            hooks.__exit__(*exc)
+        self._hooks.close()
         self._excluded = {}
 
     @property
@@ -65,7 +60,7 @@ class SavedBytes:
         """Addresses (`_cdata`) of the storages that are held now."""
         return self._held.keys()
 
-    def _pack(self, tensor: Tensor) -> _Saved:
+    def _pack(self, tensor: Tensor) -> "_Saved":
         storage = tensor.untyped_storage()
         key = storage._cdata  # unique while the storage is held here
         if key in self._excluded:
@@ -130,10 +125,6 @@ class HeldBytes:
     buffers: int
     gradients: int  # of all trained parameters, while a batch is differentiated
     optimizer: int  # state such as momentum; under ZeRO, the state of this worker's share
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.buffers + self.gradients + self.optimizer
 
 
 def held_bytes(network: nn.Module, optimizer: torch.optim.Optimizer) -> HeldBytes:

@@ -100,15 +100,18 @@ class ConvNet(nn.Module):
             is_count(kernel) and kernel % 2 != 0,
             f"ConvNet: kernel must be odd, to keep the size of the image; got kernel={kernel}",
         )
-        numbers = {
-            "classes": classes,
-            "in_channels": in_channels,
-            "stem_stride": stem_stride,
-            "grid": grid,
-        }
-        refuse_unless_counts("ConvNet", numbers)
+        refuse_unless_counts(
+            "ConvNet",
+            {
+                "classes": classes,
+                "in_channels": in_channels,
+                "stem_stride": stem_stride,
+                "grid": grid,
+            },
+        )
         refuse_unless_one_of("ConvNet", ("batch", "none"), norm=norm)
         refuse_unless_one_of("ConvNet", ("linear", "rate"), head=head)
+        refuse_unless_one_of("ConvNet", ("batch", "step"), mask=mask)
         require(
             norm != "none" or head != "linear" or over == "step",
             f"ConvNet: over must be 'step' without batch norm; got {over=}",
@@ -117,7 +120,6 @@ class ConvNet(nn.Module):
             0 <= dropout < 1,
             f"ConvNet: dropout is a probability in 0..1, below 1; got dropout={dropout}",
         )
-        refuse_unless_one_of("ConvNet", ("batch", "step"), mask=mask)
         require(
             mask == "batch" or dropout != 0,
             f"ConvNet: mask must be 'batch' without dropout; got {mask=}",

@@ -21,6 +21,7 @@ networks without norm.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
@@ -84,17 +85,13 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     def forward(  # type: ignore[override]
         self, input: Tensor, weight: Tensor | None = None
     ) -> Tensor:
-        of = self.weight if weight is None else weight
-
-        def apply(x_NCHW: Tensor) -> Tensor:
-            return F.conv_transpose2d(
-                x_NCHW,
-                of,
-                stride=self.stride[0],
-                padding=self.kernel_size[0] // 2,
-                output_padding=self.output_padding[0],
-            )
-
+        apply = partial(
+            F.conv_transpose2d,
+            weight=self.weight if weight is None else weight,
+            stride=self.stride[0],
+            padding=self.kernel_size[0] // 2,
+            output_padding=self.output_padding[0],
+        )
         return folded(apply, input)
 
 
@@ -134,15 +131,18 @@ def fc_feedback(
         "fc_feedback", {"classes": classes, "in_features": in_features, "hidden": hidden}
     )
     inside, outside = _shares(dropout, dropout_on)
-    equilibrium = Equilibrium(
-        inject=_with_dropout(
-            _with_norm(Linear(in_features, hidden, norm == "none"), hidden, norm), inside
-        ),
-        feedback=_with_dropout(_with_limit(Linear(hidden, hidden, bias=False), limit), inside),
-        neurons=[copy_neuron(neuron)],
-    )
     return FeedbackNetwork(
-        equilibrium, features=hidden, classes=classes, dropout=outside, flat=True
+        Equilibrium(
+            inject=_with_dropout(
+                _with_norm(Linear(in_features, hidden, norm == "none"), hidden, norm), inside
+            ),
+            feedback=_with_dropout(_with_limit(Linear(hidden, hidden, bias=False), limit), inside),
+            neurons=[copy_neuron(neuron)],
+        ),
+        features=hidden,
+        classes=classes,
+        dropout=outside,
+        flat=True,
     )
 
 
@@ -195,14 +195,13 @@ def conv_feedback(
         if up > 1
         else Conv2d(last, first, kernel, 1, kernel // 2, bias=False)
     )
-    equilibrium = Equilibrium(
-        inject=synapses[0],
-        feedback=_with_dropout(_with_limit(feedback, limit), inside),
-        neurons=[copy_neuron(neuron) for _ in layers],
-        synapses=synapses[1:],
-    )
     return FeedbackNetwork(
-        equilibrium,
+        Equilibrium(
+            inject=synapses[0],
+            feedback=_with_dropout(_with_limit(feedback, limit), inside),
+            neurons=[copy_neuron(neuron) for _ in layers],
+            synapses=synapses[1:],
+        ),
         features=last * (size // total) ** 2,
         classes=classes,
         dropout=outside,
@@ -358,8 +357,10 @@ def _init_weights(equilibrium: Equilibrium, gain: float) -> None:
 
 
 def _five_layers(channels: Sequence[int], width: float) -> list[tuple[int, int, int]]:
-    strides = (2, 1, 2, 1, 1)
-    return [(max(1, round(n * width)), 3, by) for n, by in zip(channels, strides, strict=True)]
+    return [
+        (max(1, round(count * width)), 3, stride)
+        for count, stride in zip(channels, (2, 1, 2, 1, 1), strict=True)
+    ]
 
 
 def _shares(dropout: float, dropout_on: DropoutOn) -> tuple[float, float]:

@@ -71,13 +71,16 @@ class MSResNet(nn.Module):
         neuron: nn.Module = NEURON,
     ) -> None:
         super().__init__()
-        numbers = {
-            "classes": classes,
-            "in_channels": in_channels,
-            "width": width,
-            "stem_stride": stem_stride,
-        }
-        refuse_unless_counts("MSResNet", {**numbers, "blocks": blocks})
+        refuse_unless_counts(
+            "MSResNet",
+            {
+                "classes": classes,
+                "in_channels": in_channels,
+                "width": width,
+                "stem_stride": stem_stride,
+                "blocks": blocks,
+            },
+        )
         refuse_unless_one_of("MSResNet", ("one", "three"), stem=stem)
         refuse_unless_one_of("MSResNet", ("membrane", "multiple"), shortcut=shortcut)
         factory = BlockFactory(
@@ -86,12 +89,12 @@ class MSResNet(nn.Module):
         if stem == "one":
             self.stem = StaticInput.of(factory.currents(Layer(in_channels, width, 7, stem_stride)))
         else:
-            first, second, third = (
+            first, further = (
                 Layer(in_channels, width, 3, stem_stride, True),
-                *[Layer(width, width, 3, 1, True)] * 2,
+                Layer(width, width, 3, 1, True),
             )
             self.stem = StaticInput(
-                factory.synapse(first), factory.synapse(second), factory.currents(third)
+                factory.synapse(first), factory.synapse(further), factory.currents(further)
             )
         self.stages, channels = resnet_stages(
             factory,

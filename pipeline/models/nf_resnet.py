@@ -54,13 +54,16 @@ class NFResNet(nn.Module):
         neuron: nn.Module,
     ) -> None:
         super().__init__()
-        numbers = {
-            "classes": classes,
-            "in_channels": in_channels,
-            "width": width,
-            "stem_stride": stem_stride,
-        }
-        refuse_unless_counts("NFResNet", {**numbers, "blocks": blocks})
+        refuse_unless_counts(
+            "NFResNet",
+            {
+                "classes": classes,
+                "in_channels": in_channels,
+                "width": width,
+                "stem_stride": stem_stride,
+                "blocks": blocks,
+            },
+        )
         refuse_unless_one_of("NFResNet", ("imagenet", "small"), stem=stem)
         factory = BlockFactory(shortcut="membrane", neuron=neuron, norm="sws")
         self.stem = StaticInput()

@@ -81,8 +81,10 @@ class PreActResNet(nn.Module):
         neuron: nn.Module,
     ) -> None:
         super().__init__()
-        numbers = {"classes": classes, "in_channels": in_channels, "width": width, "blocks": blocks}
-        refuse_unless_counts("PreActResNet", numbers)
+        refuse_unless_counts(
+            "PreActResNet",
+            {"classes": classes, "in_channels": in_channels, "width": width, "blocks": blocks},
+        )
         refuse_unless_one_of("PreActResNet", ("imagenet", "small"), stem=stem)
         refuse_unless_one_of("PreActResNet", ("rate", "linear"), head=head)
         self.stem, self.stem_spikes = StaticInput(), nn.Sequential()

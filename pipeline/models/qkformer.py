@@ -113,15 +113,17 @@ class QKFormer(nn.Module):
         neuron: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        numbers = {
-            "classes": classes,
-            "in_channels": in_channels,
-            "expansion": expansion,
-            "heads": heads,
-            "channels": channels,
-            "shrink": shrink,
-        }
-        refuse_unless_counts("QKFormer", numbers)
+        refuse_unless_counts(
+            "QKFormer",
+            {
+                "classes": classes,
+                "in_channels": in_channels,
+                "expansion": expansion,
+                "heads": heads,
+                "channels": channels,
+                "shrink": shrink,
+            },
+        )
         require(
             not channels % (4 * heads),
             "QKFormer: channels must be a multiple of 4 heads; got"
@@ -148,9 +150,16 @@ class QKFormer(nn.Module):
             (channels // 2, 2, TokenQK),
             (channels, depth - 3, partial(SelfAttention, projection_neuron=projection_neuron)),
         ):
-            stem = None if self.stages else _stem(blocks, in_channels, wide // 2, shrink=shrink)
-            stage = nn.Sequential(Embed(blocks, wide // 2, wide, stem=stem))
-            build = partial(Block, attention=attention, heads=heads, expansion=expansion)
+            stem = (
+                nn.Sequential()
+                if self.stages
+                else _stem(blocks, in_channels, wide // 2, shrink=shrink)
+            )
+            layers = [Layer(wide // 2, wide, 3, pools=True), Layer(wide, wide, 3)]
+            stage = nn.Sequential(
+                named(stem=stem, residual=blocks.one_residual(layers, shortcut_of="first"))
+            )
+            build = partial(block, attention=attention, heads=heads, expansion=expansion)
             stage.extend(build(blocks, wide, drop_path=next(shares)) for _ in range(count))
             self.stages.append(stage)
         self.last = nn.Identity() if blocks.carries_spikes else blocks.stream_spikes()
@@ -168,24 +177,6 @@ class QKFormer(nn.Module):
         return self.classifier(self.last(self.stages(x_TBCHW)).mean((3, 4)))
 
 
-class Embed(nn.Module):
-    """Halves the image and changes the channels.
-
-    The first one has a stem and quarters the image.
-    """
-
-    def __init__(
-        self, blocks: BlockFactory, in_channels: int, channels: int, *, stem: nn.Sequential | None
-    ) -> None:
-        super().__init__()
-        self.stem = nn.Sequential() if stem is None else stem
-        layers = [Layer(in_channels, channels, 3, pools=True), Layer(channels, channels, 3)]
-        self.residual = blocks.one_residual(layers, shortcut_of="first")
-
-    def forward(self, x_TBCHW: Tensor) -> Tensor:
-        return self.residual(self.stem(x_TBCHW))
-
-
 def _stem(blocks: BlockFactory, in_channels: int, channels: int, *, shrink: int) -> nn.Sequential:
     layers = dict(blocks.currents(Layer(in_channels, channels, 3, pools=True)).named_children())
     if shrink > 1:
@@ -194,28 +185,22 @@ def _stem(blocks: BlockFactory, in_channels: int, channels: int, *, shrink: int)
     return nn.Sequential(first, blocks.neuron()) if blocks.carries_spikes else nn.Sequential(first)
 
 
-class Block(nn.Module):
+def block(
+    blocks: BlockFactory,
+    channels: int,
+    *,
+    attention: Callable[..., "Attention"],
+    heads: int,
+    expansion: int,
+    drop_path: float,
+) -> nn.Sequential:
     """Attention and FFN, each with its shortcut."""
-
-    def __init__(
-        self,
-        blocks: BlockFactory,
-        channels: int,
-        *,
-        attention: Callable[..., "Attention"],
-        heads: int,
-        expansion: int,
-        drop_path: float,
-    ) -> None:
-        super().__init__()
-        self.attention = blocks.wrap(attention(blocks, channels, heads=heads), drop_path=drop_path)
-        wide = channels * expansion
-        layers = [Layer(channels, wide, bias=True), Layer(wide, channels, bias=True)]
-        self.ffn = blocks.residual(layers, last_gain=blocks.branch_gain, drop_path=drop_path)
-        self.ffn.part = "ffn"  # type: ignore[assignment]  # read by models/transforms.py
-
-    def forward(self, x_TBCHW: Tensor) -> Tensor:
-        return self.ffn(self.attention(x_TBCHW))
+    mixer = blocks.wrap(attention(blocks, channels, heads=heads), drop_path=drop_path)
+    wide = channels * expansion
+    layers = [Layer(channels, wide, bias=True), Layer(wide, channels, bias=True)]
+    ffn = blocks.residual(layers, last_gain=blocks.branch_gain, drop_path=drop_path)
+    ffn.part = "ffn"  # type: ignore[assignment]  # read by models/transforms.py
+    return named(attention=mixer, ffn=ffn)
 
 
 class Projection(nn.Module):
@@ -232,20 +217,12 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Base class of the attentions, `[T, B, C, H, W]` to the same shape; `_mix` combines tokens.
-
-    Raises: ValueError for channels that are not divisible by heads.
-    """
+    """Base class of the attentions, `[T, B, C, H, W]` to the same shape; `_mix` combines tokens."""
 
     def __init__(
         self, blocks: BlockFactory, channels: int, *, heads: int, projections: tuple[str, ...]
     ) -> None:
         super().__init__()
-        require(
-            heads >= 1 and not channels % heads,
-            f"{type(self).__name__}: the channels must divide into heads; got {channels} and"
-            f" heads={heads}",
-        )
         self.heads = heads
         self.has_shortcuts = blocks.shortcut == "multiple_all"
         self.first = nn.Identity() if blocks.carries_spikes else blocks.stream_spikes()
@@ -265,9 +242,12 @@ class Attention(nn.Module):
             each(h, stream).flatten(3).unflatten(2, (self.heads, -1))
             for each in self.projections.values()
         ]
-        return self.last(self._mix(*heads, shape=x_TBCHW.shape))
+        a, s = (each.reshape(x_TBCHW.shape) for each in self._mix(*heads))
+        y = self.project(s)
+        return self.last(y + a if self.has_shortcuts else y)
 
-    def _mix(self, *heads_TBhdN: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def _mix(self, *heads_TBhdN: Tensor) -> tuple[Tensor, Tensor]:
+        """a, and the spikes that S reads."""
         raise NotImplementedError(f"{type(self).__name__} must override _mix")
 
 
@@ -277,12 +257,10 @@ class TokenQK(Attention):
     def __init__(self, blocks: BlockFactory, channels: int, *, heads: int) -> None:
         super().__init__(blocks, channels, heads=heads, projections=("q", "k"))
 
-    def _mix(self, *heads_TBhdN: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def _mix(self, *heads_TBhdN: Tensor) -> tuple[Tensor, Tensor]:
         q_TBhdN, k_TBhdN = heads_TBhdN
-        mask_TBh1N = self.attention_neuron(q_TBhdN.sum(3, keepdim=True))
-        a = (mask_TBh1N * k_TBhdN).reshape(shape)
-        y = self.project(a)
-        return y + a if self.has_shortcuts else y
+        a_TBhdN = self.attention_neuron(q_TBhdN.sum(3, keepdim=True)) * k_TBhdN
+        return a_TBhdN, a_TBhdN
 
 
 class SelfAttention(Attention):
@@ -312,12 +290,10 @@ class SelfAttention(Attention):
             )
             self.last = OverSamples.of(self.last)
 
-    def _mix(self, *heads_TBhdN: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def _mix(self, *heads_TBhdN: Tensor) -> tuple[Tensor, Tensor]:
         q_TBhdN, k_TBhdN, v_TBhdN = heads_TBhdN
-        seen_TBhdd = v_TBhdN @ k_TBhdN.transpose(-1, -2)
-        a = (seen_TBhdd @ q_TBhdN * SCALE).reshape(shape)
-        y = self.project(self.attention_neuron(a))
-        return y + a if self.has_shortcuts else y
+        a_TBhdN = v_TBhdN @ k_TBhdN.transpose(-1, -2) @ q_TBhdN * SCALE
+        return a_TBhdN, self.attention_neuron(a_TBhdN)
 
 
 class OverSamples(LIF):
@@ -454,11 +430,10 @@ def from_published(
         heads is not None or channels >= 64,
         f"from_published: heads must be given for fewer than 64 channels; got {channels} channels",
     )
-    depth = len({name.rsplit(".mlp.", 1)[0] for name in published if ".mlp." in name})
     with torch.device("meta"):
         network = QKFormer(
             channels=channels,
-            depth=depth,
+            depth=len({name.rsplit(".mlp.", 1)[0] for name in published if ".mlp." in name}),
             heads=channels // 64 if heads is None else heads,
             classes=classes,
             in_channels=in_channels,
@@ -476,18 +451,14 @@ def from_published(
     return network
 
 
-def _sizes(published: Mapping[str, Tensor], name: str, dimensions: int) -> torch.Size:
+def _sizes(published: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+    found = tuple(published[name].shape) if name in published else ()
     require(
-        name in published,
-        "from_published: the weights must be those of a published QKFormer; got none named"
-        f" '{name}'",
+        len(found) == dimensions,
+        f"from_published: a published QKFormer has '{name}' with {dimensions} dimensions; got"
+        f" {found or 'none'}",
     )
-    shape = published[name].shape
-    require(
-        len(shape) == dimensions,
-        f"from_published: {name} must have {dimensions} dimensions; got the shape {tuple(shape)}",
-    )
-    return shape
+    return found
 
 
 def is_published(weights: Mapping[str, Tensor]) -> bool:
@@ -515,26 +486,19 @@ def renamed(published: Mapping[str, Tensor], network: QKFormer) -> dict[str, Ten
         theirs = published_name(name)
         if theirs in left:
             tensor = left.pop(theirs)
-            ours[name] = (
-                tensor.reshape(mine.shape)
-                if tensor.shape == _published_shape(theirs, mine)
-                else tensor
-            )
+            # published synapses of an attention are 1-D convolutions over tokens
+            ours[name] = tensor.unsqueeze(-1) if tensor.dim() + 1 == mine.dim() == 4 else tensor
     return ours | left
 
 
 def to_published(network: QKFormer) -> dict[str, Tensor]:
-    """Our weights under the published names and in the published shapes, without call counters."""
-    named = {published_name(name): tensor for name, tensor in network.state_dict().items()}
+    """Our weights under the published names and in the published shapes, without call counters.
+
+    Published synapses of an attention are 1-D convolutions over tokens.
+    """
     return {
-        theirs: tensor.reshape(_published_shape(theirs, tensor)) for theirs, tensor in named.items()
+        published_name(name): tensor.squeeze(-1)
+        if ".attention." in name and name.endswith("synapse.weight")
+        else tensor
+        for name, tensor in network.state_dict().items()
     }
-
-
-def _published_shape(theirs: str, tensor: Tensor) -> torch.Size:
-    """The published shape: synapses of an attention were 1-D convolutions over tokens."""
-    return (
-        tensor.shape[:-1]
-        if re.search(r"\.(tssa|attn)\.\w+_conv\.weight$", theirs)
-        else tensor.shape
-    )

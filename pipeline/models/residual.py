@@ -238,7 +238,6 @@ class BlockFactory:
 
         It does not support "post_activation".
         """
-        assert self.shortcut != "post_activation"
         self._add_branch()
         return Residual(branch, alpha=ALPHA if self.is_sws else None, drop_path=drop_path)
 

@@ -64,8 +64,10 @@ class SEWResNet(nn.Module):
         neuron: nn.Module = NEURON,
     ) -> None:
         super().__init__()
-        numbers = {"classes": classes, "in_channels": in_channels, "width": width, "blocks": blocks}
-        refuse_unless_counts("SEWResNet", numbers)
+        refuse_unless_counts(
+            "SEWResNet",
+            {"classes": classes, "in_channels": in_channels, "width": width, "blocks": blocks},
+        )
         refuse_unless_one_of("SEWResNet", ("sew", "post_activation"), shortcut=shortcut)
         factory = BlockFactory(shortcut=shortcut, neuron=neuron, over=over)
         self.stem = nn.Sequential(

@@ -87,8 +87,6 @@ class MultiHead(nn.Module):
 
     `selected` is a plain attribute, set by `select_head`, so `state_dict` does not depend on it.
     The other heads are outside the graph and get no gradient.
-
-    Raises: ValueError for no heads.
     """
 
     # Marks networks with a new Jacobian in each task, for rules that estimate it.
@@ -97,14 +95,10 @@ class MultiHead(nn.Module):
     def __init__(self, heads: Iterable[nn.Module]) -> None:
         super().__init__()
         self.heads = nn.ModuleList(heads)
-        require(len(self.heads), "MultiHead: needs at least one head; got none")
         self.selected = 0
 
     def forward(self, x_TB: Tensor) -> Tensor:
         return self.heads[self.selected](x_TB)
-
-    def extra_repr(self) -> str:
-        return f"selected={self.selected}"
 
 
 def multi_head(network: nn.Module, *, heads: int) -> nn.Module:
@@ -178,9 +172,6 @@ class LateReadout(nn.Module):
         speaks = [step >= self.time_steps - self.late for step in range(first, last)]
         scale_T = x_TBK.new_tensor(speaks) * (self.time_steps / self.late)
         return x_TBK * scale_T.view(-1, *[1] * (x_TBK.dim() - 1))
-
-    def extra_repr(self) -> str:
-        return f"late={self.late}, time_steps={self.time_steps}"
 
 
 def late(network: nn.Module, *, share: float = 0.5, time_steps: int) -> nn.Sequential:

@@ -44,12 +44,12 @@ class Layer(nn.Module):
         width: int,
         *,
         is_first: bool,
-        kernel: int = 3,
-        stride: int = 1,
-        dropout: float = 0.0,
+        stem: tuple[int, int],
+        dropout: float,
         neuron: nn.Module,
     ) -> None:
         super().__init__()
+        kernel, stride = stem if is_first else (3, 1)
         conv = standardized_conv(in_channels, width, kernel, stride=stride)
         self.conv = StaticInput(conv) if is_first else conv
         self.neuron = copy_neuron(neuron)
@@ -91,10 +91,6 @@ class FeedbackConv(nn.Module):
         )
 
     def keep(self, h_1BCHW: Tensor) -> None:
-        require(
-            len(h_1BCHW) == 1,
-            f"FeedbackConv: keep takes one time step; got shape {tuple(h_1BCHW.shape)}",
-        )
         self.state.write("h", self.carry(h_1BCHW))
 
 
@@ -133,9 +129,8 @@ class VGG(nn.Module):
             are_counts(stem) and len(stem) == 2 and stem[0] % 2 != 0,
             f"VGG: stem must be an odd kernel and a stride >= 1; got stem={stem}",
         )
-        kernel, stride = stem
         require(
-            feedback != "last" or stride <= 1,
+            feedback != "last" or stem[1] == 1,
             "VGG: stem must keep the size of the image with feedback='last', so its stride must"
             f" be 1; got {stem}",
         )
@@ -144,11 +139,17 @@ class VGG(nn.Module):
         for widths in stages:
             layers = nn.Sequential()
             for width in widths:
-                options = {"kernel": kernel, "stride": stride, "dropout": dropout, "neuron": neuron}
                 layers.append(
-                    Layer(channels, width, is_first=not self.stages and not layers, **options)
+                    Layer(
+                        channels,
+                        width,
+                        is_first=not self.stages and not layers,
+                        stem=stem,
+                        dropout=dropout,
+                        neuron=neuron,
+                    )
                 )
-                channels, kernel, stride = width, 3, 1
+                channels = width
             self.stages.append(layers)
         self.pool = MeanPool(2)
         self.gain = variance_gain(neuron)

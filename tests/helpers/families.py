@@ -3,6 +3,7 @@ speaks.
 """
 
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from pipeline.models.sew_resnet import SEWResNet
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 
+M = TypeVar("M", bound=nn.Module)
 STREAMS = [
     ("sew", "batch"),
     ("sew_multiple", "batch"),
@@ -70,7 +72,7 @@ def small_qkformer(shortcut="sew", norm="batch", **choices) -> QKFormer:
     return lively(QKFormer(**(sizes | choices), shortcut=shortcut, norm=norm))
 
 
-def lively(model: QKFormer) -> QKFormer:
+def lively(model: M) -> M:
     """Statistics and gains under which every neuron has something to say."""
     for module in model.modules():
         if isinstance(module, BatchNorm):

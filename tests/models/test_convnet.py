@@ -109,18 +109,6 @@ def test_the_rate_head_ends_in_rates():
     assert torch.allclose(logits_TBK.mean(0), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("head", ["linear", "rate"])
-def test_relu_is_the_ann(head):
-    spiking, ann = (
-        convnet(over="time", head=head),
-        convnet(over="time", head=head, neuron=nn.ReLU()),
-    )
-    assert {k: v.shape for k, v in spiking.state_dict().items()} == {
-        k: v.shape for k, v in ann.state_dict().items()
-    }
-    assert ann(torch.randn(1, 2, 3, 8, 8)).shape == (1, 2, 10)
-
-
 test_refuses = refusals(
     [
         (

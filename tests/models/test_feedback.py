@@ -20,12 +20,11 @@ from pipeline.rules.spide import SPIDE
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.limit import FrobeniusLimit, SpectralLimit
-from pipeline.spiking.neuron import IF
 from pipeline.spiking.synapse import Linear
-from tests.helpers.rule_networks import cross_entropy, learn, outputs, refusals
+from tests.helpers.rule_networks import cross_entropy, learn, refusals
 
 
-def rate_by_hand(model: nn.Module, current_BC, W, *, steps: int, mask_BC=1.0) -> torch.Tensor:
+def rate_by_hand(current_BC, W, *, steps: int, mask_BC) -> torch.Tensor:
     """The mean spikes of IF neurons with threshold 2 and a feedback W."""
     v = s = total = torch.zeros(5, 9, dtype=torch.float64)
     for _ in range(steps):
@@ -33,22 +32,6 @@ def rate_by_hand(model: nn.Module, current_BC, W, *, steps: int, mask_BC=1.0) ->
         s = (u >= 2).double()
         v, total = u - 2 * s, total + s
     return total / steps
-
-
-def limited(V: torch.Tensor) -> torch.Tensor:
-    return V / torch.linalg.matrix_norm(V, 2)
-
-
-def test_fully_connected_against_an_independent_forward():
-    model = fc_feedback(4, in_features=6, hidden=9, neuron=IF(threshold=2.0)).double().eval()
-    x_BCHW = 3 * torch.randn(5, 1, 2, 3, dtype=torch.float64)
-    p = dict(model.named_parameters())
-    W = limited(p["equilibrium.feedback.synapse.weight"])
-    inject = (p[f"equilibrium.inject.{name}"] for name in ("weight", "bias"))
-    rate = rate_by_hand(model, F.linear(x_BCHW.flatten(1), *inject), W, steps=6)
-    assert 0.05 < rate.mean() < 0.8
-    expected = F.linear(rate, p["classifier.weight"], p["classifier.bias"])
-    assert torch.allclose(outputs(model, repeat(x_BCHW, 6)).mean(0), expected, atol=1e-12)
 
 
 def trained(rule: Rule, model: nn.Module, shape: tuple[int, ...], *, steps: int) -> None:
@@ -82,7 +65,7 @@ def test_the_feedback_brings_the_last_layer_to_the_first():
     assert same.equilibrium.feedback(torch.ones(1, 2, 4, 6, 6)).shape == (1, 2, 3, 6, 6)
 
 
-def test_dropout_on_currents_drops_the_same_inside_the_loop_and_in_the_solve():
+def test_fully_connected_against_an_independent_network_with_dropout_on_its_currents():
     """As published for IDE: one mask behind each synapse, in all steps and in the equation for
     beta; none at the readout.
     """
@@ -97,19 +80,20 @@ def test_dropout_on_currents_drops_the_same_inside_the_loop_and_in_the_solve():
     for name, module in model.named_modules():
         if isinstance(module, Dropout) and module.share > 0:
             module.register_forward_hook(lambda module, _, __, name=name: keep(name, module))
-    x_BC, target = 3 * torch.randn(5, 6, dtype=torch.float64), torch.randint(4, (5,))
+    x_BCHW, target = 3 * torch.randn(5, 1, 2, 3, dtype=torch.float64), torch.randint(4, (5,))
     rule = IDE(iterations=60, tolerance=0.0)
     rule.attach(model, over_time="mean")
-    (objective,) = learn(rule.loss_terms(model, repeat(x_BC, 6), cross_entropy(target)))
+    (objective,) = learn(rule.loss_terms(model, repeat(x_BCHW, 6), cross_entropy(target)))
     assert list(masks) == ["equilibrium.inject.1", "equilibrium.feedback.1"]
     into_BC, back_BC = masks.values()
     assert 0 < (into_BC == 0).double().mean() < 1 and not torch.equal(into_BC, back_BC)
 
     p = {name: each.detach() for name, each in model.named_parameters()}
-    W = limited(p["equilibrium.feedback.0.synapse.weight"])
+    V = p["equilibrium.feedback.0.synapse.weight"]
+    W = V / torch.linalg.matrix_norm(V, 2)
     inject = (p[f"equilibrium.inject.0.{name}"] for name in ("weight", "bias"))
-    current_BC = into_BC * F.linear(x_BC, *inject)
-    a = rate_by_hand(model, current_BC, W, steps=6, mask_BC=back_BC).requires_grad_()
+    current_BC = into_BC * F.linear(x_BCHW.flatten(1), *inject)
+    a = rate_by_hand(current_BC, W, steps=6, mask_BC=back_BC).requires_grad_()
     logits = F.linear(a, p["classifier.weight"], p["classifier.bias"])
     assert torch.allclose(objective.logits, logits, atol=1e-12)
     (g,) = torch.autograd.grad(F.cross_entropy(logits, target), a)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.models.convnet import convnet
 from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.parts import (
     RELU_GAIN,
     SPIKE_GAIN,
     MeanPool,
-    copy_neuron,
     spread_by_interpolation,
     spread_by_slices,
 )
@@ -30,18 +30,14 @@ def test_gains_restore_unit_variance():
     assert (RELU_GAIN * x.relu()).var().item() == pytest.approx(1, abs=0.01)
 
 
-def test_one_more_neuron_shares_nothing():
-    prototype = LIF(0.25)
-    copy = copy_neuron(prototype)
-    assert copy.state is not prototype.state and copy.decay == 0.25
-
-
 @pytest.mark.parametrize(
     "build",
     [
         lambda n: vgg_sws(stages=((4,), (4,)), neuron=n),
         lambda n: nf_resnet18_small(width=4, blocks=(1, 1), neuron=n),
         lambda n: mlp(in_features=3 * 8 * 8, neuron=n),
+        lambda n: convnet(neuron=n, over="time").eval(),
+        lambda n: convnet(neuron=n, over="time", head="rate").eval(),
     ],
 )
 def test_the_ann_has_the_same_layers(build):
@@ -83,15 +79,17 @@ def test_a_gpus_backward_is_the_same(size, pixels):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_rounds_once(dtype):
-    x = (4e4 * torch.rand(2, 3, 8, 8)).to(dtype)
+@pytest.mark.parametrize(
+    "x",
+    [
+        (4e4 * torch.rand(2, 3, 8, 8)).bfloat16(),
+        (4e4 * torch.rand(2, 3, 8, 8)).half(),
+        (torch.rand(4, 8, 14, 14) > 0.7).float(),
+    ],
+    ids=["bf16", "fp16", "spikes"],
+)
+def test_half_precision_rounds_once_and_spikes_are_averaged_exactly(x):
     assert torch.equal(MeanPool(2)(x), nn.AvgPool2d(2)(x))
-
-
-def test_spikes_are_averaged_exactly():
-    s = (torch.rand(4, 8, 14, 14) > 0.7).float()
-    assert torch.equal(MeanPool(2)(s), nn.AvgPool2d(2)(s))
 
 
 def test_nothing_is_kept_for_the_backward():

@@ -17,6 +17,7 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d
+from tests.helpers.families import lively
 from tests.helpers.rule_networks import outputs, refusals
 
 FFN = [Layer(4, 12, bias=True), Layer(12, 4, bias=True)]
@@ -25,17 +26,6 @@ DOWN = [Layer(4, 8, 3, 2), Layer(8, 8, 3)]
 
 def blocks(shortcut, norm="batch", **choices) -> BlockFactory:
     return BlockFactory(shortcut=shortcut, norm=norm, neuron=LIF(0.5), **choices)
-
-
-def lively(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, BatchNorm):
-            gain, bias, mean = torch.rand(3, module.channels, generator=generator)
-            module.weight.data.copy_(1 + 2 * gain)
-            module.bias.data.copy_(bias)
-            module.running_mean.copy_(mean)
-    return model.double().eval()
 
 
 def norm(module: BatchNorm, x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +75,7 @@ def by_hand(shortcut: str, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     "shortcut", ["post_activation", "sew", "sew_multiple", "membrane", "multiple"]
 )
 def test_orders(shortcut):
-    model = lively(blocks(shortcut).residual(DOWN))
+    model = lively(blocks(shortcut).residual(DOWN)).double().eval()
     x_BCHW = torch.randn(3, 4, 8, 8, dtype=torch.float64)
     x_BCHW = x_BCHW if shortcut in ("membrane", "multiple") else spike(x_BCHW)
     got = outputs(model, x_BCHW[None])[0]
@@ -95,7 +85,7 @@ def test_orders(shortcut):
 
 @pytest.mark.parametrize("shortcut", ["sew", "membrane"])
 def test_pooled_projection(shortcut):
-    model = lively(blocks(shortcut).residual(DOWN, pooled=True))
+    model = lively(blocks(shortcut).residual(DOWN, pooled=True)).double().eval()
     x_BCHW = spike(torch.randn(3, 4, 8, 8, dtype=torch.float64))
     _, (_, last), (cs, ns) = layers(model)
     assert cs.stride == (1, 1)
@@ -170,7 +160,8 @@ def test_what_the_stream_holds(shortcut, unit):
     their number.
     """
     x_TBCHW = (torch.rand(2, 3, 4, 5, 5) < 0.5).double()
-    model = lively(nn.Sequential(*(blocks(shortcut).residual(FFN) for _ in range(2))))
+    model = nn.Sequential(*(blocks(shortcut).residual(FFN) for _ in range(2)))
+    model = lively(model).double().eval()
     y_TBCHW = outputs(model, x_TBCHW)
     assert torch.allclose(y_TBCHW * unit, (y_TBCHW * unit).round(), rtol=0, atol=1e-9)
     assert (unit == 1) == torch.equal(y_TBCHW, y_TBCHW.round())

@@ -2,10 +2,8 @@
 
 # B batch, C channels, H W pixels, K classes
 
-from __future__ import annotations
-
 import hashlib
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +60,8 @@ class Teacher(nn.Module):
         """
         raise ValueError(f"{self.label}: shows no features, so no probe can be fitted")
 
-    def train(self, mode: bool = True) -> Teacher:
+    def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: dropout and batch statistics would change the predictions."""
-        del mode
         return super().train(False)
 
 

@@ -81,8 +81,8 @@ class CachedPredictions:
         self._record = record(classes, storage)
         self._writer = f"rank{rank}-{os.getpid()}-{time.time_ns():x}"
         self._epoch: int | None = None
-        self._files: list[tuple[Path, NDArray[np.void]]] = []
-        self._places: dict[int, tuple[int, int]] = {}  # sample -> (file, record)
+        # by sample: the file, the number of the record, and the file's records
+        self._places: dict[int, tuple[Path, int, NDArray[np.void]]] = {}
 
     def find(self, epoch: int, index_B: Tensor) -> Tensor | None:
         """The predictions for these samples in this epoch's views, fp32 on the CPU.
@@ -93,8 +93,15 @@ class CachedPredictions:
         samples = index_B.tolist()
         if not self._places.keys() >= set(samples):
             return None
-        rows = [self._read(*self._places[sample]) for sample in samples]
-        return torch.from_numpy(np.stack(rows)).view(_TYPES[self.storage]).float()
+        answers = []
+        for path, row, records in map(self._places.__getitem__, samples):
+            require(
+                records[row]["check"] == _checksum(records[row]),
+                f"Cache: record {row} of {path} must have its checksum; it is damaged: delete the"
+                " file",
+            )
+            answers.append(records[row]["answer"])
+        return torch.from_numpy(np.stack(answers)).view(_TYPES[self.storage]).float()
 
     def add(self, epoch: int, index_B: Tensor, logits_BK: Tensor) -> Tensor:
         """Store predictions, and return them as a later read does."""
@@ -111,24 +118,14 @@ class CachedPredictions:
     def _open(self, epoch: int) -> None:
         if epoch == self._epoch:
             return
-        self._epoch, self._files, self._places = epoch, [], {}
+        self._epoch, self._places = epoch, {}
         for path in sorted(self.folder.glob(f"epoch-{epoch:06d}.*.answers")):
             # A process that died may have left an incomplete last record.
             whole = path.stat().st_size // self._record.itemsize
             if whole:  # an empty file cannot be mapped
                 records = np.memmap(path, self._record, mode="r", shape=(whole,))
                 for row, sample in enumerate(records["sample"].tolist()):
-                    self._places[sample] = (len(self._files), row)
-                self._files.append((path, records))
-
-    def _read(self, file: int, row: int) -> NDArray[np.uint8]:
-        path, records = self._files[file]
-        stored = records[row]
-        require(
-            stored["check"] == _checksum(stored),
-            f"Cache: record {row} of {path} must have its checksum; it is damaged: delete the file",
-        )
-        return stored["answer"]
+                    self._places[sample] = (path, row, records)
 
 
 def record(classes: int, storage: Storage) -> np.dtype[np.void]:

@@ -8,7 +8,7 @@ teacher=spec(network_teacher, model=spec(...), time_steps=2,
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,11 @@ from torch import Tensor, nn
 from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.core.tensor_file import describe_mismatch, read_state
 from pipeline.core.torch_settings import Precision, computing
+from pipeline.data.base import Data
 from pipeline.models.teachers.base import Teacher, content_hash
 from pipeline.models.teachers.cache import Cache
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state, states_of
-
-
-class Samples(Protocol):
-    """The part of a data set's interface that needs no open file."""
-
-    classes: int
-    shape: tuple[int, ...]
 
 
 class NetworkTeacher(Teacher):
@@ -66,7 +60,7 @@ class NetworkTeacher(Teacher):
 
 
 def network_teacher(
-    data: Samples,
+    data: Data,
     *,
     model: nn.Module,
     weights: Path,

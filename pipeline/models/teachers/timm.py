@@ -8,8 +8,6 @@
 
 # B batch, C channels, H W pixels, D features, K classes
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import timm.data
@@ -36,7 +34,7 @@ class TimmTeacher(Teacher):
         self,
         name: str,
         body: nn.Module,
-        view: TeacherView,
+        view: "TeacherView",
         *,
         precision: Precision,
         probe: Probe | None,
@@ -53,8 +51,14 @@ class TimmTeacher(Teacher):
         self.requires_grad_(False).eval()
 
     def identity(self) -> dict[str, Any]:
-        view = {name: getattr(self.view, name) for name in ("size", "crop", "interpolation")}
-        return {"timm": self.label, "weights": self._weights, **view, "precision": self.precision}
+        return {
+            "timm": self.label,
+            "weights": self._weights,
+            "size": self.view.size,
+            "crop": self.view.crop,
+            "interpolation": self.view.interpolation,
+            "precision": self.precision,
+        }
 
     @torch.no_grad()
     def features(self, x_BCHW: Tensor) -> Tensor:
@@ -113,10 +117,6 @@ def timm_teacher(
     )
     body = weights.load(name)
     own = timm.data.resolve_data_config(model=body)
-    require(
-        own["input_size"][0] == 3,
-        f"timm_teacher: {name} must see RGB; it sees {own['input_size'][0]} channels",
-    )
     own_size = tuple(own["input_size"][1:])
     config: dict[str, Any] = body.pretrained_cfg  # type: ignore[assignment]
     is_fixed = config.get("fixed_input_size") and (size, size) != own_size
@@ -124,10 +124,6 @@ def timm_teacher(
         size is None or (size >= 1 and not is_fixed),
         f"timm_teacher: size must be 1 or more, and {own_size[0]} if {name} has a fixed size;"
         f" got {size}",
-    )
-    require(
-        not isinstance(crop, str) or crop == "own",
-        f"timm_teacher: crop must be a share or 'own'; got {crop!r}",
     )
     require(
         probe is not None or body.num_classes == data.classes,
@@ -177,10 +173,17 @@ class TeacherView(nn.Module):
     ) -> None:
         super().__init__()
         refuse_unless_one_of("TeacherView", ("bicubic", "bilinear"), interpolation=interpolation)
-        require(0 < crop <= 1, f"TeacherView: crop must be a share in 0..1, 0 excluded; got {crop}")
+        require(
+            isinstance(crop, int | float) and 0 < crop <= 1,
+            f"TeacherView: crop must be a share in 0..1, 0 excluded, or 'own'; got {crop!r}",
+        )
         self.size, self.crop, self.interpolation = size, crop, interpolation
-        of_rgb = {"mean": mean, "std": std, "own_mean": own_mean, "own_std": own_std}
-        for name, values in of_rgb.items():
+        for name, values in (
+            ("mean", mean),
+            ("std", std),
+            ("own_mean", own_mean),
+            ("own_std", own_std),
+        ):
             self.register_buffer(
                 name, torch.tensor(values, dtype=torch.float32)[:, None, None], persistent=False
             )
@@ -192,10 +195,9 @@ class TeacherView(nn.Module):
         top, left = (height - side) // 2, (width - side) // 2
         pixels_BCHW = pixels_BCHW[..., top : top + side, left : left + side]
         if (side, side) != self.size:
-            resized_BCHW = F.interpolate(
+            pixels_BCHW = F.interpolate(
                 pixels_BCHW, self.size, mode=self.interpolation, align_corners=False, antialias=True
-            )
-            pixels_BCHW = resized_BCHW.clamp(0, 1)  # bicubic overshoots at edges
+            ).clamp(0, 1)  # bicubic overshoots at edges
         return (pixels_BCHW - self.own_mean) / self.own_std
 
     def pixels(self, x_BCHW: Tensor) -> Tensor:

@@ -1,16 +1,17 @@
 """Sources of a teacher's weights: timm's hub, a file, or a package of weights.
 
-Each source returns a timm model whose weights fit to the last key, or raises a one-line error.
+The method `load` of a source returns the named timm model with its weights, which fit to the last
+key. It raises a ValueError of one line for weights that are unavailable, damaged, or do not fit.
 """
 
 import hashlib
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import timm
 import torch
@@ -20,21 +21,11 @@ from pipeline.core.checks import require
 from pipeline.core.tensor_file import describe_mismatch, read_state
 
 
-class Weights(Protocol):
-    def load(self, name: str) -> nn.Module:
-        """The timm model `name` with these weights.
-
-        Raises: ValueError for weights that are unavailable, damaged, or do not fit.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class Hub:
     """The weights that timm downloads for the model's name with its tag (`resnet50.a1_in1k`)."""
 
     def load(self, name: str) -> nn.Module:
-        _check_name(name)
         try:
             return timm.create_model(name, pretrained=True)
         # The hub, its cache and the network raise many exceptions (timm 1.0.31).
@@ -54,11 +45,12 @@ class File:
 
     def load(self, name: str) -> nn.Module:
         state = read_state(Path(self.path), who="File")
-        _check_name(name)
-        head = timm.get_pretrained_cfg_value(name, "classifier")
-        weight = state.get(f"{head}.weight") if isinstance(head, str) else None
-        classes: dict[str, Any] = {} if weight is None else {"num_classes": weight.shape[0]}
-        return _load(timm.create_model(name, **classes), state, str(self.path))
+        with _known_to_timm(name):
+            head = timm.get_pretrained_cfg_value(name, "classifier")
+            weight = state.get(f"{head}.weight") if isinstance(head, str) else None
+            classes: dict[str, Any] = {} if weight is None else {"num_classes": len(weight)}
+            model = timm.create_model(name, **classes)
+        return _load(model, state, str(self.path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +75,9 @@ class Package:
             f"Package: the weights of {self.name} are those of {packed_model} and of no other;"
             f" got {name}",
         )
-        _check_name(name)
         path = installed_file(self.name, file)
-        model = timm.create_model(name)
+        with _known_to_timm(name):
+            model = timm.create_model(name)
         return _load(model, to_timm_names(read_state(path, who="Package"), model), str(path))
 
 
@@ -96,11 +88,12 @@ class Untrained:
     seed: int = 0
 
     def load(self, name: str) -> nn.Module:
-        _check_name(name)
-        with torch.random.fork_rng(devices=[]):
+        with _known_to_timm(name), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return timm.create_model(name)
 
+
+Weights = Hub | File | Package | Untrained
 
 # The packages, the model of each, and the file of its weights.
 PACKAGES: Mapping[str, tuple[str, str]] = {
@@ -176,20 +169,16 @@ def installed_file(package: str, name: str) -> Path:
     return path
 
 
-def _check_name(name: str) -> None:
-    if not timm.is_model(name):
-        near = ", ".join(get_close_matches(name, timm.list_models(), n=4)) or "none"
+@contextmanager
+def _known_to_timm(name: str) -> Iterator[None]:
+    """Refuse a model or a tag that timm does not know with timm's own reason."""
+    try:
+        yield
+    except RuntimeError as error:
         raise ValueError(
-            f"timm_teacher: name must be a model of timm {timm.__version__}; got {name!r}; near it:"
-            f" {near}"
-        )
-    model, _, tag = name.partition(".")
-    tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{model}.*")]
-    require(
-        not tag or tag in tags,
-        f"timm_teacher: {model} must have the tag {tag!r}; timm {timm.__version__} knows"
-        f" {', '.join(tags) or 'none'}",
-    )
+            f"timm_teacher: name must be a model of timm {timm.__version__}, with one of its tags;"
+            f" got {name!r}: {error}"
+        ) from error
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:

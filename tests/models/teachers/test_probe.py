@@ -34,20 +34,6 @@ def test_it_is_the_minimum_that_scikit_learn_finds() -> None:
     assert np.abs(head(x_ND).softmax(-1).numpy() - wanted).max() < 1e-4
 
 
-def test_the_gradient_of_its_loss_is_zero() -> None:
-    """In the standardised features, whose mean and variance are folded into the head's weights."""
-    x_ND, target_N = data()
-    head = Probe(l2=0.01).fit(x_ND, target_N, 4)
-    mean_D, std_D = x_ND.double().mean(0), x_ND.double().std(0, correction=0)
-    w_KD = (head.weight.double() * std_D).requires_grad_()
-    b_K = (head.bias.double() + head.weight.double() @ mean_D).requires_grad_()
-    loss = torch.nn.functional.cross_entropy(
-        (x_ND.double() - mean_D) / std_D @ w_KD.T + b_K, target_N
-    )
-    for gradient in torch.autograd.grad(loss + 0.005 * w_KD.square().sum(), (w_KD, b_K)):
-        assert float(gradient.abs().max()) < 1e-5
-
-
 def test_neither_the_order_nor_a_generator_decides_it() -> None:
     x_ND, target_N = data()
     order = torch.randperm(len(x_ND))
