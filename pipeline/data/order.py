@@ -47,12 +47,10 @@ class TrainOrder:
         )
         require_data(0 <= self.seed < 2**63, f"train: seed must be in 0..2^63-1; got {self.seed}")
         share = self.world * self.micro_batch
-        lower = self.batch_size // share * share
-        near = " or ".join(str(size) for size in (lower, lower + share) if size > 0)
         require_data(
             self.batch_size >= 1 and self.batch_size % share == 0,
-            f"train: batch_size must be a multiple of world x micro_batch = {self.world} x"
-            f" {self.micro_batch} = {share}; got {self.batch_size}; {near} would do",
+            "train: batch_size must be above 0 and a multiple of world x micro_batch ="
+            f" {self.world} x {self.micro_batch} = {share}; got {self.batch_size}",
         )
         require_data(
             self.samples >= self.batch_size,

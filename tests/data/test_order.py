@@ -111,12 +111,8 @@ def test_evaluation_takes_each_sample_once(samples, world, micro):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"batch_size": 10},
-            r"multiple of world x micro_batch = 2 x 4 = 8; got 10; 8 or 16 would do",
-        ),
-        ({"batch_size": 3}, r"got 3; 8 would do"),
-        ({"batch_size": 0}, r"got 0; 8 would do"),
+        ({"batch_size": 10}, r"multiple of world x micro_batch = 2 x 4 = 8; got 10"),
+        ({"batch_size": 0}, r"batch_size must be above 0 and .*; got 0"),
         ({"batch_size": 104}, r"at most the 100 samples of the set; got 104"),
         ({"rank": 2}, r"rank must be in 0..world-1, .* rank=2, world=2"),
         ({"micro_batch": 0}, r"micro_batch 1 or more; got .* micro_batch=0"),
