@@ -42,8 +42,9 @@ class Manifest:
     pages: list[str]  # xxh3-64 of each page
     # unreadable samples, with the reason
     skipped: list[dict[str, str]] = field(default_factory=list)
-    # other entries of a source folder: the number of each kind, and an example
-    left_out: list[str] = field(default_factory=list)
+    # Other entries of a source folder: the number of each kind, and an example. They are text for
+    # people, which no program reads; older files hold records in their place.
+    left_out: list[Any] = field(default_factory=list)
     # Counts over the samples. For images: those stored "as it is", as "jpg" and as "raw", and those
     # "not rotated" (images.py).
     stored: dict[str, int] = field(default_factory=dict)
