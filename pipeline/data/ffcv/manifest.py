@@ -60,9 +60,8 @@ class Manifest:
         body["checksum"] = _checksum(body)
         write_whole(path, (json.dumps(body, indent=1) + "\n").encode())
 
-    def require_size(self, path: Path) -> None:
-        """Raises: DataError if the file at `path` has another size."""
-        size = path.stat().st_size
+    def require_size(self, path: Path, size: int) -> None:
+        """Raises: DataError if `size`, the bytes of the file at `path`, is another."""
         require_data(
             size == self.bytes,
             f"data: {path} must have {self.bytes} bytes by its manifest; got {size}: truncated, or"
@@ -78,17 +77,13 @@ def read(path: Path) -> Manifest:
             of another file.
         OSError: the storage is unreachable.
     """
-    require_data(
-        path.is_file(),
-        f"data: {path.absolute()} does not exist; write it first (`spiketrain write`), or name"
-        " another folder",
-    )
     at = path.with_name(path.name + SUFFIX)
-    require_data(
-        at.is_file(),
-        f"data: {path} has no manifest {at.name}; write the data again, an unchecked file is"
-        " not trained on",
-    )
+    for file in (path, at):
+        require_data(
+            file.is_file(),
+            f"data: {file.absolute()} does not exist; write the data first (`spiketrain write`), or"
+            " name another folder",
+        )
     try:
         body = json.loads(retry_read(lambda: at.read_text(encoding="utf-8")))
         if body.pop("checksum") != _checksum(body):
@@ -107,7 +102,7 @@ def read(path: Path) -> Manifest:
             " data again"
         ) from error
     require_data(manifest.file == path.name, f"data: {at} belongs to another file, {manifest.file}")
-    manifest.require_size(path)
+    manifest.require_size(path, path.stat().st_size)
     return manifest
 
 
@@ -138,12 +133,10 @@ def describe(
 ) -> Manifest:
     """The manifest of a file that was just written. It reads the file. `name`: the final name."""
     tables = beton.read_tables(path)
-    with path.open("rb", buffering=0) as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return Manifest(
         file=name,
         bytes=path.stat().st_size,
-        sha256=sha256,
+        sha256=sha256_of(path),
         content=content,
         samples=len(tables.labels),
         classes=classes,
@@ -156,6 +149,11 @@ def describe(
     )
 
 
+def sha256_of(path: Path) -> str:
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def content_of(path: Path, classes: list[str]) -> str:
     """Compute the content hash from a file's samples.
 
@@ -163,15 +161,11 @@ def content_of(path: Path, classes: list[str]) -> str:
     """
     tables, view = beton.read_tables(path), np.memmap(path, np.uint8, "r")
     content = ContentHash(classes, tables.kind)
+    names = ("mode", "width", "height") if isinstance(tables.kind, Images) else ()
     for record, address, label, size in zip(
-        tables.records.tolist(),
-        tables.addresses.tolist(),
-        tables.labels.tolist(),
-        tables.sizes.tolist(),
-        strict=True,
+        tables.records, tables.addresses, tables.labels, tables.sizes, strict=True
     ):
-        image = isinstance(tables.kind, Images)
-        attributes = dict(zip(("mode", "width", "height"), record, strict=False)) if image else {}
+        attributes = {name: record[name] for name in names}
         content.add(view[address : address + size].data, label=label, **attributes)
     return content.hexdigest()
 

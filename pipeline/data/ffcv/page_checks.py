@@ -5,7 +5,6 @@ sector). A run refuses a damaged page in one line with the file, the page and it
 that is unreachable as a whole raises OSError instead, and the workers are restarted.
 """
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -60,21 +59,17 @@ def verify(path: Path) -> list[Manifest]:
 
     Raises: DataError with the file and the difference.
     """
-    path, written = Path(path), []
+    path, verified = Path(path), []
     files = sorted(path.glob("*.beton")) if path.is_dir() else [path]
     require_data(files, f"verify: no .beton in {path.absolute()}")
     for file in files:
         manifest = check(file)
-        with file.open("rb", buffering=0) as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        expected = f"sha256 {manifest.sha256}, content hash {manifest.content}"
         content = manifests.content_of(file, manifest.classes)
-        for name, expected, got in (
-            ("sha256", manifest.sha256, sha256),
-            ("content hash", manifest.content, content),
-        ):
-            require_data(got == expected, f"verify: {file}: {name} must be {expected}; got {got}")
-        written.append(manifest)
-    return written
+        got = f"sha256 {manifests.sha256_of(file)}, content hash {content}"
+        require_data(got == expected, f"verify: {file} must have {expected}; got {got}")
+        verified.append(manifest)
+    return verified
 
 
 class SpotCheck:
@@ -90,15 +85,15 @@ class SpotCheck:
         self._page_of = np.empty(len(table), np.int64)
         self._page_of[table["sample_id"]] = _page_of(self.manifest, table["ptr"])
 
-    def before(self) -> None:
-        """Raises: DataError if the file became shorter.
+    def check_size(self, size: int) -> None:
+        """Raises: DataError if the opened file has another size than the manifest says.
 
         Reading beyond the end of a mapped file would kill the process.
         """
-        self.manifest.require_size(self.path)
+        self.manifest.require_size(self.path, size)
 
-    def after(self, index_B: NDArray[np.int64], failed_B: NDArray[np.bool_]) -> None:
-        """Compare pages after a batch is decoded, so that damage at that time is detected.
+    def check_batch(self, index_B: NDArray[np.int64], failed_B: NDArray[np.bool_]) -> None:
+        """Compare pages of a decoded batch, so that damage at that time is detected.
 
         Raises:
             DataError: a page is damaged.

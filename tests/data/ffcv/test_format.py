@@ -96,20 +96,7 @@ def test_a_file_that_is_cut_short_is_refused_in_one_line(data):
         read_tables(path)
 
 
-def test_field_descriptors_that_say_nothing_are_refused(copy):
-    path = copy / "train.beton"
-    content, (at, _) = bytearray(path.read_bytes()), regions(path)["field descriptors"]
-    content[at + 17 : at + 400] = bytes(383)
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"train\.beton: damaged field descriptors"):
-        read_tables(path)
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [(b"GIF89a" * 1000, r"not a \.beton of version 2"), (b"", "0 bytes are less than its header")],
-)
-def test_something_else_is_not_a_beton(tmp_path, content, said):
-    (tmp_path / "x.beton").write_bytes(content)
-    with pytest.raises(DataError, match=said):
+def test_something_else_is_not_a_beton(tmp_path):
+    (tmp_path / "x.beton").write_bytes(b"GIF89a" * 1000)
+    with pytest.raises(DataError, match=r"not a \.beton of version 2"):
         read_tables(tmp_path / "x.beton")

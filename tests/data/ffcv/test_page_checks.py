@@ -95,7 +95,7 @@ def test_one_sample_in_so_many_has_its_page_compared(fashion, monkeypatch):
         compared.clear()
         check = SpotCheck(path, table, one_in=100, seed=1, epoch=epoch)
         for first in range(0, 10_000, 10):
-            check.after(np.arange(first, first + 10), np.zeros(10, np.bool_))
+            check.check_batch(np.arange(first, first + 10), np.zeros(10, np.bool_))
         return [*compared]
 
     one, again, other = drawn(0), drawn(0), drawn(1)

@@ -150,12 +150,6 @@ def test_an_error_in_the_thread_arrives(data, monkeypatch):
     assert time.monotonic() - begin < 10  # seconds, on a busy machine
 
 
-def test_a_thread_that_dies_is_noticed(data, monkeypatch):
-    monkeypatch.setattr(reader._Reading, "run", lambda _: None)
-    with pytest.raises(LoaderError, match="thread ended"), data.train(**SIZES).epoch(0) as batches:
-        next(batches)
-
-
 @pytest.mark.parametrize(("whole", "given"), [(0, {"hang_s": 0.5}), (2, {})])
 def test_a_hang_arrives_at_the_limit(data, monkeypatch, whole, given):
     """Of the first batch, and of a later one, whose limit is shorter."""
