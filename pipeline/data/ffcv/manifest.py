@@ -16,13 +16,12 @@ import numpy as np
 import xxhash
 
 from pipeline.core.errors import DataError, require_data
-from pipeline.core.files import Unreadable, retry_read, write_whole
+from pipeline.core.files import write_whole
 from pipeline.data.ffcv import format as beton
 from pipeline.data.ffcv.format import Arrays, Images, Kind
 
 FORMAT, VERSION = "spiketrain beton manifest", 1
 SUFFIX = ".manifest.json"
-PROBES = 8  # number of bytes that `probe_file` reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,7 @@ def read(path: Path) -> Manifest:
     Raises:
         DataError: file or manifest is missing, or the manifest is damaged, of another version or
             of another file.
-        OSError: the storage is unreachable.
+        OSError: the storage fails.
     """
     at = path.with_name(path.name + SUFFIX)
     for file in (path, at):
@@ -85,17 +84,12 @@ def read(path: Path) -> Manifest:
             " name another folder",
         )
     try:
-        body = json.loads(retry_read(lambda: at.read_text(encoding="utf-8")))
+        body = json.loads(at.read_text(encoding="utf-8"))
         if body.pop("checksum") != _checksum(body):
             raise ValueError("its own checksum differs")
         if (kind := (body.pop("format"), body.pop("version"))) != (FORMAT, VERSION):
             raise ValueError(f"it is a {kind[0]} {kind[1]}")
         manifest = Manifest(**body)
-    except Unreadable as error:
-        probe_file(path)
-        raise DataError(
-            f"data: {at} cannot be read: {error.strerror}; restore it or write the data again"
-        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"data: {at} is damaged or no {FORMAT} {VERSION} ({error}); restore it or write the"
@@ -172,28 +166,8 @@ def content_of(path: Path, classes: list[str]) -> str:
 
 def xxh3(path: Path, offset: int, length: int) -> str:
     """The xxh3-64 of a part of a file; it differs if the file is shorter."""
-    digest, end = xxhash.xxh3_64(), offset + length
     with path.open("rb", buffering=0) as file:
-        while offset < end and (
-            block := os.pread(file.fileno(), min(end - offset, 1 << 20), offset)
-        ):
-            digest.update(block)
-            offset += len(block)
-    return digest.hexdigest()
-
-
-def probe_file(path: Path, *, besides: range = range(0)) -> None:
-    """Read single bytes evenly over the file, outside the range `besides`.
-
-    This distinguishes a bad sector from unreachable storage.
-
-    Raises: OSError if a byte cannot be read.
-    """
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        for at in range(0, size, max(1, size // PROBES)):
-            if at not in besides:
-                os.pread(file.fileno(), 1, at)
+        return xxhash.xxh3_64_hexdigest(os.pread(file.fileno(), length, offset))
 
 
 def _checksum(body: dict[str, Any]) -> str:

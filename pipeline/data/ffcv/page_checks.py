@@ -5,6 +5,8 @@ sector). A run refuses a damaged page in one line with the file, the page and it
 that is unreachable as a whole raises OSError instead, and the workers are restarted.
 """
 
+import os
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +28,7 @@ ONE_IN: dict[Verify, int] = {"sampled": 256, "full": 1}
 # Number of threads. Reading and hashing release the interpreter's lock, and a disk is faster with
 # several requests.
 CHECKERS = 4
+PROBES = 8  # bytes that are read elsewhere in a file of which a part cannot be read
 
 
 def check(path: Path) -> Manifest:
@@ -43,12 +46,8 @@ def check(path: Path) -> Manifest:
         for (name, offset, length, _), fault in zip(manifest.regions, faults, strict=True):
             if fault:
                 raise _damaged(path, [f"{name} ({_bytes(offset, length)}) {fault}"])
-        pages = range(len(manifest.pages))
-        faults = pool.map(lambda page: page_fault(path, manifest, page), pages)
-        damaged = {page: fault for page, fault in enumerate(faults) if fault}
-    if damaged:
         page_of = _page_of(manifest, read_tables(path).addresses)
-        raise damaged_pages(path, manifest, damaged, page_of)
+        _compare_pages(path, manifest, range(len(manifest.pages)), page_of, pool.map)
     return manifest
 
 
@@ -101,9 +100,7 @@ class SpotCheck:
         """
         drawn_B = below(bits(*self._keys, index_B, PAGE), self.one_in) == 0
         pages = np.unique(self._page_of[index_B[drawn_B | failed_B]]).tolist()
-        faults = {page: page_fault(self.path, self.manifest, page) for page in pages}
-        if damaged := {page: fault for page, fault in faults.items() if fault}:
-            raise damaged_pages(self.path, self.manifest, damaged, self._page_of)
+        _compare_pages(self.path, self.manifest, pages, self._page_of, map)
 
 
 def page_fault(path: Path, manifest: Manifest, page: int) -> str:
@@ -115,19 +112,29 @@ def page_fault(path: Path, manifest: Manifest, page: int) -> str:
     return _fault(path, offset, manifest.page_bytes, manifest.pages[page])
 
 
-def damaged_pages(
-    path: Path, manifest: Manifest, faults: dict[int, str], page_of: NDArray[np.int64]
-) -> DataError:
-    """The error for a file. `faults`: faults by page. `page_of`: the page of each sample.
+def _compare_pages(
+    path: Path,
+    manifest: Manifest,
+    pages: Iterable[int],
+    page_of: NDArray[np.int64],
+    run: Callable[..., Iterable[str]],
+) -> None:
+    """Compare pages by `run`, which is `map` or does the same in threads.
 
-    The samples of a page follow each other, because files are written in their order.
+    `page_of`: the page of each sample. The samples of a page follow each other, because files are
+    written in their order.
+
+    Raises: DataError with each damaged page and its samples.
     """
     parts = []
-    for page, fault in faults.items():
-        first, last = np.flatnonzero(page_of == page)[[0, -1]].tolist()
-        place = _bytes(manifest.pages_offset + page * manifest.page_bytes, manifest.page_bytes)
-        parts.append(f"page {page} ({place}, samples {first} to {last}) {fault}")
-    return _damaged(path, parts)
+    faults = run(lambda page: page_fault(path, manifest, page), pages)
+    for page, fault in zip(pages, faults, strict=True):
+        if fault:
+            first, last = np.flatnonzero(page_of == page)[[0, -1]].tolist()
+            place = _bytes(manifest.pages_offset + page * manifest.page_bytes, manifest.page_bytes)
+            parts.append(f"page {page} ({place}, samples {first} to {last}) {fault}")
+    if parts:
+        raise _damaged(path, parts)
 
 
 def _damaged(path: Path, parts: list[str]) -> DataError:
@@ -140,7 +147,12 @@ def _fault(path: Path, offset: int, length: int, expected: str) -> str:
     try:
         digest = retry_read(lambda: manifests.xxh3(path, offset, length))
     except Unreadable as error:
-        manifests.probe_file(path, besides=range(offset, offset + length))
+        # If bytes elsewhere in the file cannot be read either, the storage is unreachable.
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            for at in range(0, size, max(1, size // PROBES)):
+                if not offset <= at < offset + length:
+                    os.pread(file.fileno(), 1, at)
         return f"cannot be read ({error.strerror})"
     return "" if digest == expected else "differs from its manifest"
 

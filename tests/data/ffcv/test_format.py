@@ -92,11 +92,3 @@ def test_a_file_that_is_cut_short_is_refused_in_one_line(data):
     for look in (data.check, lambda: data.train(seed=5, batch_size=12, micro_batch=12)):
         with pytest.raises(DataError, match=rf"^data: \S*train\.beton must have {said}"):
             look()
-    with pytest.raises(DataError, match="truncated or damaged"):
-        read_tables(path)
-
-
-def test_something_else_is_not_a_beton(tmp_path):
-    (tmp_path / "x.beton").write_bytes(b"GIF89a" * 1000)
-    with pytest.raises(DataError, match=r"not a \.beton of version 2"):
-        read_tables(tmp_path / "x.beton")

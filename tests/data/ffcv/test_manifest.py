@@ -1,38 +1,15 @@
-import errno
 import hashlib
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import xxhash
 
-from pipeline.core import files
 from pipeline.data.base import DataError
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.format import Arrays
 from pipeline.data.ffcv.page_checks import check, verify
-from tests.helpers.damage import fail_reads
-
-
-def test_a_manifest_that_cannot_be_read_is_named(folder, monkeypatch):
-    read_text = Path.read_text
-
-    def fails(self, *words, **more):
-        if self.name == "train.beton.manifest.json":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return read_text(self, *words, **more)
-
-    monkeypatch.setattr(Path, "read_text", fails)
-    monkeypatch.setattr(files, "TRY_S", 0.0)
-    said = r"train\.beton\.manifest\.json cannot be read: Input/output error; restore it"
-    with pytest.raises(DataError, match=said):
-        check(folder / "train.beton")
-    fail_reads(monkeypatch, *folder.glob("*.beton"))
-    with pytest.raises(OSError, match="Input/output error"):
-        check(folder / "train.beton")
 
 
 def test_the_content_hash_is_that_of_its_definition():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.__main__ import extras_with
 from pipeline.core.errors import DataError
 from pipeline.data.write.published_events import GESTURES, PublishedRecording, published_sets
 from pipeline.data.write.recordings import Framing
@@ -123,16 +124,9 @@ def test_recordings_that_are_not_there_are_named_with_where_to_get_them(
         published_sets("nmnist", tmp_path)
 
 
-def test_without_tonic_the_reader_is_named_with_its_licence(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
-    nmnist(tmp_path)
+def test_without_tonic_the_extra_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    [recording, *_] = published_sets("nmnist", nmnist(tmp_path))[0].items
     monkeypatch.setitem(sys.modules, "tonic.io", None)
-    with pytest.raises(
-        DataError,
-        match=(
-            r"^write events: recordings are read by tonic \(GPL-3\.0\), pip install"
-            r" 'spiketrain\[events\]'"
-        ),
-    ):
-        published_sets("nmnist", tmp_path)[0].items[0].events()
+    with pytest.raises(ModuleNotFoundError) as missing:
+        recording.events()
+    assert extras_with(str(missing.value.name)) == ["events"]
