@@ -149,9 +149,8 @@ class Ordered:
         batch_size: int,
         micro_batch: int,
         threads: int = 1,
-        hang_s: float | None = None,
     ) -> Any:
-        """See base.Data. `hang_s`: the longest wait for one batch in seconds (ffcv/reader.py)."""
+        """See base.Data."""
         ids = self._ids("train")
         order = TrainOrder(
             samples=len(ids),
@@ -163,7 +162,7 @@ class Ordered:
             micro_batch=micro_batch,
             repeats=self.repeats,
         )
-        return self._loader("train", order, seed=seed, threads=threads, hang_s=hang_s)
+        return self._loader("train", order, seed=seed, threads=threads)
 
     def val(
         self,
@@ -172,12 +171,11 @@ class Ordered:
         world: int = 1,
         micro_batch: int,
         threads: int = 1,
-        hang_s: float | None = None,
     ) -> Any:
         """See base.Data."""
         ids = self._ids("val")
         order = ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch)
-        return self._loader("val", order, seed=0, threads=threads, hang_s=hang_s)
+        return self._loader("val", order, seed=0, threads=threads)
 
 
 def permutation(samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -65,8 +65,6 @@ class BetonLoader(api.Loader):
 
     Args:
         decode: the decoder; its `parallel` and `threads` come from `usable_threads`.
-        hang_s: the longest wait for one batch, in seconds; None: 300 for the first, which waits for
-            compilation, and 30 for every later one.
         one_in: one in this many samples has its page compared; 0: none (page_checks.py).
 
     Raises:
@@ -81,11 +79,10 @@ class BetonLoader(api.Loader):
         *,
         seed: int,
         threads: int,
-        hang_s: float | None = None,
         one_in: int = 0,
     ) -> None:
         self.samples, self.steps_per_epoch = order.samples, order.steps
-        self.path, self.decode, self.seed, self.hang_s = path, decode, seed, hang_s
+        self.path, self.decode, self.seed = path, decode, seed
         self._order, self._one_in = order, one_in
         self._open: list[_Reading] = []
         # what FFCV reads
@@ -229,7 +226,7 @@ class _Reading(api.epoch_iterator.EpochIterator):
         who = f"data: the loader of {self.loader.fname}"
         if self.closed:
             raise LoaderError(f"{who} was closed")
-        patience = self.loader.hang_s or (FIRST_BATCH_S if self._is_first else HANG_S)
+        patience = FIRST_BATCH_S if self._is_first else HANG_S
         self._is_first = False
         try:
             item: Any = self.output_queue.get(timeout=patience)
