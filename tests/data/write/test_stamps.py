@@ -20,30 +20,32 @@ from pipeline.core.errors import DataError
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.ffcv.page_checks import verify
-from pipeline.data.write import stamp_pictures as pictures_module
-from pipeline.data.write.stamp_pictures import CLASSES, Picture, Pictures, installed, parts
+from pipeline.data.write.stamp_pictures import (
+    CLASSES,
+    Picture,
+    Pictures,
+    cut_out,
+    ground,
+    installed,
+    parts,
+)
 from pipeline.data.write.stamps import Rendering, Scene, render, scenes, write_stamps
 from tests.helpers.loaders import by_index, read
 from tests.helpers.made_pictures import real
 from tests.helpers.small import Command
 
 
-def some(
-    pictures: Pictures, count: int, *, part: int = 1, split: int = 0, content_seed: int = 0
-) -> list:
-    return list(
-        scenes(
-            parts(pictures, split)[part], count, part=part, split=split, content_seed=content_seed
-        )
-    )
+def some(pictures: Pictures, count: int, **changes: int) -> list[Scene]:
+    how = {"part": 1, "split": 0, "content_seed": 0} | changes
+    return list(scenes(parts(pictures, how["split"])[how["part"]], count, **how))
 
 
 def test_a_scene_is_a_function_of_its_counters_alone(share: Path) -> None:
     many = some(installed(share), 40)
     assert some(installed(share), 30) == many[:30]
     in_order = [render(scene, 48) for scene in many]
-    pictures_module.cut_out.cache_clear()
-    pictures_module.ground.cache_clear()
+    for cached in (cut_out, ground):
+        cached.cache_clear()
     for number in (31, 7, 0, 39):
         assert np.array_equal(render(many[number], 48), in_order[number])
     others = ({"content_seed": 1}, {"split": 1}, {"part": 0})
@@ -64,10 +66,10 @@ def test_classes_and_their_objects_take_turns(share: Path) -> None:
     assert {scene.ground for scene in made} == set(train.grounds)
 
 
-def scenes_of(thing: Image.Image, ground: Image.Image, folder: Path) -> list[Scene]:
+def scenes_of(thing: Image.Image, below: Image.Image, folder: Path) -> list[Scene]:
     """200 scenes of one object on one ground: what they show can be calculated."""
     thing.save(folder / "object.png")
-    ground.save(folder / "ground.png")
+    below.save(folder / "ground.png")
     made, under = (Picture(name, folder / f"{name}.png", "none") for name in ("object", "ground"))
     return list(scenes(Pictures({"only": [made]}, [under]), 200, part=0, split=0, content_seed=0))
 
@@ -211,11 +213,10 @@ def test_files_are_the_same_from_one_and_two_workers(
 
 def test_seed_and_split_make_other_sets(share: Path, written: Path, tmp_path: Path) -> None:
     options = ({"content_seed": 5}, {"split": 2}, {"smallest": 0.7}, {"mode": "jpg"})
-    others = {
-        write(share, tmp_path / str(i), samples=13, **option)[1].content
-        for i, option in enumerate(options)
-    }
-    assert len(others | {verify(written)[1].content}) == 5
+    made = [
+        write(share, tmp_path / str(i), samples=13, **option) for i, option in enumerate(options)
+    ]
+    assert len({val.content for _, val in [*made, verify(written)]}) == 5
 
 
 def test_files_that_are_kept_must_be_of_the_same_scenes_and_pictures(
@@ -250,8 +251,8 @@ def test_groups_that_are_not_there_are_refused(written: Path, photos: Path) -> N
 
 def test_groups_with_a_share_held_out_are_those_of_the_training_file(written: Path) -> None:
     data = Beton(written, classes=13, size=40, held_out=0.2)
-    objects = data.groups("val", by="object")
-    assert objects == data.groups("train", by="object") and len(objects) == 70
+    val, train = (data.groups(use, by="object") for use in ("val", "train"))
+    assert val == train and len(val) == 70
 
 
 def test_the_command_writes_a_set(share: Path, tmp_path: Path, spiketrain: Command) -> None:
