@@ -80,8 +80,7 @@ def test_it_is_timms_fed_with_the_same_draws(
         monkeypatch.setitem(PLACE, "step", step)
         x_B, target_B = ours(*batch(range(24)), rows=range(24), **PLACE)
         for row in range(0, 24, 2):
-            keys = {"batch": [0], "pair": [row // 2], "sample": [row, row + 1]}[per]
-            fed = Fed(keys, mode)
+            fed = Fed({"batch": [0], "pair": [row // 2], "sample": [row, row + 1]}[per], mode)
             with monkeypatch.context() as patch:
                 patch.setattr(timm_mixup, "np", fed)
                 expected_x, expected_target = theirs(*batch(range(row, row + 2)))

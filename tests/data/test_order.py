@@ -40,8 +40,9 @@ def test_micro_batches_are_slices_of_the_global_batch(size, seed, epoch):
             rows = whole[step * batch : (step + 1) * batch]
             for a in range(accumulation):
                 first = (a * world + order.rank) * micro
-                mine = ids[(step * accumulation + a) * micro :][:micro]
-                assert np.array_equal(mine, rows[first : first + micro])
+                assert np.array_equal(
+                    ids[(step * accumulation + a) * micro :][:micro], rows[first : first + micro]
+                )
 
 
 @given(sizes(), st.data())
@@ -150,8 +151,10 @@ def test_a_held_out_part_is_fixed_and_disjoint():
 def test_an_order_of_some_ids_is_the_order_of_their_places():
     ids = np.array([3, 5, 8, 13, 21, 34, 55])
     sizes = {"seed": 1, "rank": 0, "world": 1, "batch_size": 3, "micro_batch": 3}
-    places = TrainOrder(samples=7, **sizes).epoch(2, start=3)
-    assert np.array_equal(TrainOrder(samples=7, ids=ids, **sizes).epoch(2, start=3), ids[places])
+    assert np.array_equal(
+        TrainOrder(samples=7, ids=ids, **sizes).epoch(2, start=3),
+        ids[TrainOrder(samples=7, **sizes).epoch(2, start=3)],
+    )
     parts = [
         ValOrder(samples=7, ids=ids, rank=rank, world=2, micro_batch=2).epoch(0)
         for rank in range(2)

@@ -191,8 +191,9 @@ def test_the_newest_is_damaged(tmp_path: Path, untouched: Path, how: str) -> Non
     older, last = step_folders(run / "checkpoints")[-2:]
     damage(last, how, draw.choice(FILES))
     go_on(run, untouched, 0, read_trainer(older)["step"])
-    quarantined = [last.name in event["path"] for event in events(run, "quarantine")]
-    assert quarantined == [True] * (how != "missing")
+    assert [last.name in event["path"] for event in events(run, "quarantine")] == [True] * (
+        how != "missing"
+    )
 
 
 def test_all_are_damaged_and_the_run_begins_anew(killed: Path, untouched: Path) -> None:
@@ -306,8 +307,13 @@ def test_storage_that_is_away_as_a_run_starts_is_waited_for_by_the_same_attempt(
     (run / "job.json").write_text(f'{{"checkpoints": "{address}"}}')
     with dies_at(7):
         train(job)
-    error = RuntimeError("Could not connect to the endpoint URL")
-    failed = fail_first(monkeypatch, MemoryFileSystem, "ls", error, times=3)
+    failed = fail_first(
+        monkeypatch,
+        MemoryFileSystem,
+        "ls",
+        RuntimeError("Could not connect to the endpoint URL"),
+        times=3,
+    )
     monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
     train(job)
     said = "[Errno 5] RuntimeError: Could not connect to the endpoint URL"
@@ -325,9 +331,13 @@ def test_what_a_run_has_written_down_is_waited_for(
     make_run(run, recipe)
     Decisions(skipped=((2, 3),)).write(run)
     (run / "micro_batch.json").write_text("4")
-    error = OSError(errno.EIO, "Input/output error", str(run / name))
     failed = fail_first(
-        monkeypatch, Path, "read_text", error, times=2, where=lambda path: path.name == name
+        monkeypatch,
+        Path,
+        "read_text",
+        OSError(errno.EIO, "Input/output error", str(run / name)),
+        times=2,
+        where=lambda path: path.name == name,
     )
     monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
     train_inline(run, recipe)

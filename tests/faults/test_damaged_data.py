@@ -80,8 +80,13 @@ def written(
     for name, count in (("train.beton", 64), ("val.beton", 20)):
         pixels = rng.integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)
         images = [stored(Image.fromarray(each)) for each in pixels]
-        labels = [i % 10 for i in range(count)]
-        write_pages(folder / name, images, page_bytes=page_bytes, labels=labels, **about)
+        write_pages(
+            folder / name,
+            images,
+            page_bytes=page_bytes,
+            labels=[i % 10 for i in range(count)],
+            **about,
+        )
     return folder
 
 
@@ -110,8 +115,11 @@ def bad_sector(patch: pytest.MonkeyPatch, data: Path) -> None:
 
 def recipe(data: Path, **changes: Any) -> Recipe:
     how = {"classes": 10, "size": SIDE, "channels": 1, "crop": "shift", "mean": (0.5,)}
-    beton = spec(Beton, folder=str(data), **how, std=(0.5,))
-    return small_recipe(data=beton, policy=Policy(replicas_every=0), **changes)
+    return small_recipe(
+        data=spec(Beton, folder=str(data), **how, std=(0.5,)),
+        policy=Policy(replicas_every=0),
+        **changes,
+    )
 
 
 def train(run: Path, recipe: Recipe, *, verify: Any = "full") -> dict[str, Any] | None:
@@ -222,8 +230,9 @@ def test_storage_that_is_away_damages_nothing(
         break_at(when, patch, lambda: damage.fail_reads(patch, file, number=number))
         with pytest.raises((OSError, LoaderError), match=os.strerror(number)):
             train(tmp_path / "hit", made)
-    summary = assert_goes_on(tmp_path / "hit", made, whole)
-    assert summary["restarts"] == int(when == "while it is read")
+    assert assert_goes_on(tmp_path / "hit", made, whole)["restarts"] == int(
+        when == "while it is read"
+    )
 
 
 @pytest.mark.parametrize("verify", ["full", "sampled"])
@@ -279,8 +288,9 @@ def test_each_evaluation_compares_other_pages(
 
 def test_a_file_that_nobody_reads_may_be_damaged(tmp_path: Path, whole: Path, data: Path) -> None:
     flip(data, 3, name="val")
-    made = recipe(data, epochs=1).override({"data.held_out": 0.25})
-    assert_goes_on(tmp_path / "hit", made, whole)
+    assert_goes_on(
+        tmp_path / "hit", recipe(data, epochs=1).override({"data.held_out": 0.25}), whole
+    )
 
 
 def test_a_file_that_is_cut_short_while_it_is_read_is_refused(
@@ -295,8 +305,10 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_refused(
         os.truncate(path, size - 100)  # of the table at its end, which nobody reads by now
 
     monkeypatch.setattr(Trainer, "_micro_batches", micro_batches)
-    said = rf"train\.beton must have {size} bytes by its manifest; got {size - 100}: truncated"
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(
+        UserError,
+        match=rf"train\.beton must have {size} bytes by its manifest; got {size - 100}: truncated",
+    ):
         train(tmp_path / "hit", recipe(data, epochs=1), verify="sampled")
     assert events(tmp_path / "hit", "step") != []  # it was whole when it was opened
 
@@ -334,10 +346,19 @@ def test_a_page_that_one_of_two_workers_meets_ends_the_run_in_one_line(
     (tmp_path / "damage_lab.py").write_text(LAB.format(at=place_of(data, page)))
     monkeypatch.syspath_prepend(tmp_path)
     runs = tmp_path / "runs"
-    flips = importlib.import_module("damage_lab").Flips
-    made = recipe(data, rule=spec(flips), backend="deepspeed", batch_size=size)
-    cluster = Cluster(workers=2, device="cpu", verify="full")
-    prepare(made, cluster, runs, name="hit", trust=("damage_lab",))
+    made = recipe(
+        data,
+        rule=spec(importlib.import_module("damage_lab").Flips),
+        backend="deepspeed",
+        batch_size=size,
+    )
+    prepare(
+        made,
+        Cluster(workers=2, device="cpu", verify="full"),
+        runs,
+        name="hit",
+        trust=("damage_lab",),
+    )
     code, _, said = spiketrain("resume", "hit", "--runs", str(runs), "--trust", "damage_lab")
     assert code == 2
     assert re.search(named(page), said.strip().splitlines()[-1])

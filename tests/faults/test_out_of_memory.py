@@ -213,10 +213,11 @@ def test_what_was_trained_before_memory_ran_out_is_told(
     summary = train_inline(run, small_recipe())
     assert summary is not None
     names, machine = ("world_size", "micro_batch", "hardware"), hardware(torch.device("cpu"))
-    found = [[on[name] for name in names] for on in summary["trained_on"]]
-    assert found == [[1, 8, machine], [1, 4, machine]]
-    saved = json.loads((run / "summary.json").read_text())
-    assert saved["trained_on"] == summary["trained_on"]
+    assert [[on[name] for name in names] for on in summary["trained_on"]] == [
+        [1, 8, machine],
+        [1, 4, machine],
+    ]
+    assert json.loads((run / "summary.json").read_text())["trained_on"] == summary["trained_on"]
 
 
 ONE = "training: the device's memory runs out with 1 sample at a time"
@@ -300,8 +301,9 @@ def test_a_worker_that_dies_of_it_is_spoken_for_by_the_next_attempt(
         run_ranks(_without_room_on_one, 2, tmp_path, job)
     for _ in range(2):  # and once alone
         worker.run(job, RankInfo())
-    told = [(event["event"], event["micro_batch"]) for event in events(run, "start", "smaller")]
-    assert told == [("start", 4), ("smaller", 2), ("start", 2), ("start", 2)]
+    assert [
+        (event["event"], event["micro_batch"]) for event in events(run, "start", "smaller")
+    ] == [("start", 4), ("smaller", 2), ("start", 2), ("start", 2)]
     assert events(run, "smaller")[0]["reason"] == "memory ran out on another worker"
 
 

@@ -24,8 +24,9 @@ DATA = {
 @pytest.fixture(params=DATA)
 def data(request, tmp_path) -> Beton | Events:
     """A copy of images and of recordings, which a test may damage."""
-    source = request.getfixturevalue(request.param)
-    return DATA[request.param](shutil.copytree(source, tmp_path / "data"))
+    return DATA[request.param](
+        shutil.copytree(request.getfixturevalue(request.param), tmp_path / "data")
+    )
 
 
 def regions(path: Path) -> dict[str, tuple[int, int]]:

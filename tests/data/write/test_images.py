@@ -63,8 +63,9 @@ def test_content_does_not_depend_on_pages_or_on_who_wrote(photo_folder, tmp_path
         stock, name="stock.beton", content=ours.content, classes=ours.classes, labels=[0]
     )
     assert described.page_bytes != ours.page_bytes and described.sha256 != ours.sha256
-    reader = api.Reader(str(tmp_path / "val.beton"))
-    assert reader.metadata["f1"].tolist() == [label for _, label in pictures]
+    assert api.Reader(str(tmp_path / "val.beton")).metadata["f1"].tolist() == [
+        label for _, label in pictures
+    ]
 
 
 def test_fashion(small_fashion, fashion, tmp_path):
@@ -86,8 +87,9 @@ def test_fashion_that_is_nowhere_says_what_to_install(tmp_path, monkeypatch):
     offline = Mock(side_effect=RuntimeError("Error downloading train-images-idx3-ubyte.gz"))
     monkeypatch.setattr(images, "FASHION_PACKAGE", tmp_path / "none")
     monkeypatch.setattr("torchvision.datasets.FashionMNIST", offline)
-    said = r"apt install dataset-fashion-mnist.*Error downloading.*or pass source="
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(
+        DataError, match=r"apt install dataset-fashion-mnist.*Error downloading.*or pass source="
+    ):
         write_fashion(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -144,8 +146,10 @@ def test_odd_images_become_rgb(folder, tmp_path):
     assert val.stored == {"as it is": 15, "jpg": 5} and not val.skipped
     data = Beton(tmp_path / "out", classes=2, size=64, mean=(0.0,) * 3, std=(1.0,) * 3)
     items = images.image_folder(folder)[1].items
-    found = by_index(read(data.val(micro_batch=4)))
-    x = {Path(str(items[i].image)).name: each for i, each in found.items()}
+    x = {
+        Path(str(items[i].image)).name: each
+        for i, each in by_index(read(data.val(micro_batch=4))).items()
+    }
     assert x["b_grey.jpg"].std(0).max() == 0  # three equal channels
     colours = x["c_progressive.jpg"].mean((1, 2))
     for name in ("a_cmyk.jpg", "d_palette.png", "e_alpha.PNG"):
@@ -234,8 +238,9 @@ def test_workers_that_hang_are_noticed(photo_folder, monkeypatch):
     monkeypatch.setattr(Future, "result", lambda self, timeout: stock(self, limit_s[0]))
     monkeypatch.setattr(writer, "CHUNK", 1)
     monkeypatch.setattr(writer, "AHEAD", 2)  # the rest is not begun yet
-    items = images.image_folder(photo_folder)[0].items
-    encoded = writer.encode_all(items, Encoding(mode="jpg"), workers=2)
+    encoded = writer.encode_all(
+        images.image_folder(photo_folder)[0].items, Encoding(mode="jpg"), workers=2
+    )
     next(encoded)
     limit_s[0] = 0.5
     workers = [psutil.Process(worker.pid) for worker in multiprocessing.active_children()]
@@ -309,8 +314,9 @@ def test_existing_files_are_refused_or_replaced(small_fashion, tmp_path):
 
 
 def test_a_raw_image_larger_than_a_page_is_named(folder, tmp_path):
-    large = Image.fromarray(np.zeros((1700, 1700, 3), np.uint8))
-    large.save(folder / "train" / "china" / "000.jpg")
+    Image.fromarray(np.zeros((1700, 1700, 3), np.uint8)).save(
+        folder / "train" / "china" / "000.jpg"
+    )
     said = r"000\.jpg: .*must fit a page of 8388608 bytes; got 8670000 bytes; set max_resolution"
     with pytest.raises(DataError, match=said):
         write_folder(folder, tmp_path / "out", mode="raw")

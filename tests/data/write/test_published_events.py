@@ -79,8 +79,10 @@ def test_ncaltech101_begins_where_its_window_did(tmp_path: Path) -> None:
     t_N, y_N, x_N, p_N = some_events(1, 90, 100)
     for name in ("BACKGROUND_Google", "accordion"):
         for number in range(10):
-            path = tmp_path / "NCALTECH101" / "Caltech101" / name / f"image_{number:04d}.bin"
-            write_bin(path, (t_N, y_N + 30, x_N + 70, p_N))
+            write_bin(
+                tmp_path / "NCALTECH101" / "Caltech101" / name / f"image_{number:04d}.bin",
+                (t_N, y_N + 30, x_N + 70, p_N),
+            )
     train, val = published_sets("ncaltech101", tmp_path)
     assert (len(train.items), len(val.items)) == (18, 2) and train.items[0].events().sensor == (
         180,

@@ -77,9 +77,10 @@ def scenes_of(thing: Image.Image, below: Image.Image, folder: Path) -> list[Scen
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> list[Scene]:
     """A half-transparent rectangle, 40 x 20 pixels, on grey."""
-    thing = Image.new("RGBA", (40, 20), (200, 100, 0, 153))
     return scenes_of(
-        thing, Image.new("RGB", (150, 110), (90, 90, 90)), tmp_path_factory.mktemp("plain")
+        Image.new("RGBA", (40, 20), (200, 100, 0, 153)),
+        Image.new("RGB", (150, 110), (90, 90, 90)),
+        tmp_path_factory.mktemp("plain"),
     )
 
 
@@ -197,8 +198,9 @@ def test_what_was_written_reads_back_with_the_object_of_each_image(
     batches = read(data.val(micro_batch=16))
     assert torch.cat([b.target for b in batches]).tolist() == [scene.label for scene in expected]
     for (index, x), scene in zip(by_index(batches).items(), expected, strict=True):
-        pixels = np.rint(x.numpy() * 255).astype(np.uint8).transpose(1, 2, 0)
-        assert index == scene.number and np.array_equal(pixels, render(scene, 40))
+        assert index == scene.number and np.array_equal(
+            np.rint(x.numpy() * 255).astype(np.uint8).transpose(1, 2, 0), render(scene, 40)
+        )
         assert scene.object in pictures.objects[val.classes[scene.label]]
 
 
@@ -285,8 +287,7 @@ def test_bad_use_ends_in_one_line(
 ) -> None:
     if source == "spoilt":
         shutil.copytree(share, tmp_path / "spoilt")
-        dune = tmp_path / "spoilt" / "backgrounds" / "mate" / "nature" / "Dune.jpg"
-        os.truncate(dune, 999)
+        os.truncate(tmp_path / "spoilt" / "backgrounds" / "mate" / "nature" / "Dune.jpg", 999)
     where = share if source == "share" else tmp_path / source
     words = ["--out", str(tmp_path / "out"), "--source", str(where), *words]
     code, _, line = spiketrain("write", "stamps", *words)
