@@ -221,7 +221,7 @@ def test_verify_and_launch_name_the_page(
 
 
 @pytest.mark.parametrize("when", ["at the start", "while it is read"])
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
 def test_storage_that_is_away_damages_nothing(
     tmp_path: Path, whole: Path, data: Path, monkeypatch: pytest.MonkeyPatch, when: str, number: int
 ) -> None:

@@ -595,23 +595,6 @@ def test_a_client_without_the_token_is_told_so(hosts: Hosts) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("told", "said"),
-    [
-        ({"RAY_AUTH_MODE": "token"}, "no authentication token was found"),
-        ({"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, "cannot be opened or is empty: /nowhere/token"),
-    ],
-)
-def test_a_client_that_has_lost_its_token_is_told_so(
-    hosts: Hosts, told: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hosts, "environment", {**hosts.environment, **told})
-    assert hosts.launch("b", "lost", "--address", HEAD, token=False).wait(120) == 2
-    line = hosts.line("lost")
-    assert line.startswith("ray: a token must be at hand; got none: ") and said in line
-
-
-@pytest.mark.full
 def test_the_doctor_finds_both_hosts_well(hosts: Hosts) -> None:
     status = hosts.on(
         "a",

@@ -80,14 +80,6 @@ def test_batches_are_bit_identical_in_another_process_whose_torch_keeps_its_thre
     assert run.stdout.split() == [*digests(data.train(**SIZES)), "3"], run.stderr
 
 
-def test_batches_can_be_kept(data):
-    with data.train(seed=5, batch_size=2, micro_batch=2).epoch(0) as batches:
-        first = next(batches)
-        before = digest(first)
-        list(batches)
-    assert digest(first) == before
-
-
 def test_a_process_on_the_cpu_of_a_machine_with_a_gpu_pins_no_memory(data, monkeypatch):
     """There torch would open a context on the card."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

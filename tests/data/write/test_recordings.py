@@ -65,10 +65,6 @@ def test_neighbouring_slices_make_those_of_a_coarser_cut(by: Any, resize: Any) -
     np.testing.assert_allclose(fine.reshape(4, 3, 2, 6, 6).sum(1), coarse, atol=1e-12)
 
 
-def test_slices_by_number_hold_equally_many_events() -> None:
-    assert frames(stream(), 5, 12, by="number").sum((1, 2, 3)).tolist() == [100.0] * 5
-
-
 def test_area_is_the_mean_over_the_pixels_beneath() -> None:
     """128 to 48 as 8 to 3: each pixel cut in three by three, then blocks of eight by eight
     averaged.

@@ -6,6 +6,7 @@ ends in one line.
 """
 
 import os
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -29,7 +30,7 @@ from pipeline.data.write.stamp_pictures import (
     installed,
     parts,
 )
-from pipeline.data.write.stamps import Rendering, Scene, render, scenes, write_stamps
+from pipeline.data.write.stamps import Scene, render, scenes, write_stamps
 from tests.helpers.loaders import by_index, read
 from tests.helpers.made_pictures import real
 from tests.helpers.small import Command
@@ -145,13 +146,6 @@ def test_every_size_holds_the_largest_object(share: Path) -> None:
     for size in (32, 33, 64):
         for scene in made:
             assert render(scene, size, smallest=0.9).shape == (size, size, 3)
-
-
-@pytest.mark.parametrize("wrong", [{"size": 31}, {"size": 1025}, {"smallest": 0.95}])
-def test_a_size_that_makes_no_scene_is_refused(wrong: dict) -> None:
-    [(name, value)] = wrong.items()
-    with pytest.raises(DataError, match=rf"^write stamps: size .*; got .*{name}={value}"):
-        Rendering(**{"size": 160, "split": 0, "content_seed": 0} | wrong)
 
 
 @real
@@ -275,11 +269,13 @@ def test_the_command_writes_a_set(share: Path, tmp_path: Path, spiketrain: Comma
 @pytest.mark.parametrize(
     ("words", "source", "said"),
     [
-        (["--split", "4"], "share", "write stamps: split must be in 0..3; got 4"),
-        (["--size", "8"], "share", "write stamps: size must be in 32..1024 pixels, "),
+        (["--split", "4"], "share", r"write stamps: split must be in 0\.\.3; got 4"),
+        (["--size", "31"], "share", "size must be in 32..1024 pixels, smallest .*; got size=31"),
+        (["--size", "1025"], "share", "size must be in 32..1024 pixels, .* got size=1025"),
+        (["--smallest", "0.95"], "share", r"in 0\.1\.\.0\.9; got .* smallest=0\.95"),
         (["--mode", "raw", "--quality", "80"], "share", "no effect in mode 'raw'; got 80"),
         ([], "none", "does not exist: apt install tuxpaint-stamps-default; or name"),
-        ([], "spoilt", "): apt install --reinstall mate-backgrounds"),
+        ([], "spoilt", r"\): apt install --reinstall mate-backgrounds"),
     ],
 )
 def test_bad_use_ends_in_one_line(
@@ -291,5 +287,5 @@ def test_bad_use_ends_in_one_line(
     where = share if source == "share" else tmp_path / source
     words = ["--out", str(tmp_path / "out"), "--source", str(where), *words]
     code, _, line = spiketrain("write", "stamps", *words)
-    assert code == 2 and said in line and len(line.strip().splitlines()) == 1, line
+    assert code == 2 and re.search(said, line) and len(line.strip().splitlines()) == 1, line
     assert not (tmp_path / "out").exists()
