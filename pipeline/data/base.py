@@ -34,17 +34,10 @@ class Batch:
 class Loader(Protocol):
     """The batches of one rank."""
 
-    @property
-    def samples(self) -> int:
-        """Samples in the whole set, over all ranks."""
-        ...
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Training: global batches in an epoch, `samples // batch_size`. Evaluation: batches of
-        this rank, which may be 0.
-        """
-        ...
+    samples: int  # in the whole set, over all ranks
+    # Training: global batches in an epoch, `samples // batch_size`. Evaluation: batches of this
+    # rank, which may be 0.
+    steps_per_epoch: int
 
     def epoch(self, epoch: int, *, start: int = 0) -> AbstractContextManager[Iterator[Batch]]:
         """The micro-batches of this rank, in order. Leaving the context stops reading ahead.
@@ -63,7 +56,6 @@ class Loader(Protocol):
 
     def close(self) -> None:
         """Stop all threads and release the file. May be called twice."""
-        ...
 
 
 @runtime_checkable
@@ -98,7 +90,6 @@ class Data(Protocol):
 
         Raises: DataError with the file and the page that differ.
         """
-        ...
 
     def train(
         self, *, seed: int, rank: int, world: int, batch_size: int, micro_batch: int, threads: int

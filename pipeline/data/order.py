@@ -47,12 +47,10 @@ class TrainOrder:
         )
         require_data(0 <= self.seed < 2**63, f"train: seed must be in 0..2^63-1; got {self.seed}")
         share = self.world * self.micro_batch
-        lower = self.batch_size // share * share
-        near = " or ".join(str(size) for size in (lower, lower + share) if size > 0)
         require_data(
             self.batch_size >= 1 and self.batch_size % share == 0,
-            f"train: batch_size must be a multiple of world x micro_batch = {self.world} x"
-            f" {self.micro_batch} = {share}; got {self.batch_size}; {near} would do",
+            "train: batch_size must be above 0 and a multiple of world x micro_batch ="
+            f" {self.world} x {self.micro_batch} = {share}; got {self.batch_size}",
         )
         require_data(
             self.samples >= self.batch_size,
@@ -151,9 +149,8 @@ class Ordered:
         batch_size: int,
         micro_batch: int,
         threads: int = 1,
-        hang_s: float | None = None,
     ) -> Any:
-        """See base.Data. `hang_s`: the longest wait for one batch in seconds (ffcv/reader.py)."""
+        """See base.Data."""
         ids = self._ids("train")
         order = TrainOrder(
             samples=len(ids),
@@ -165,7 +162,7 @@ class Ordered:
             micro_batch=micro_batch,
             repeats=self.repeats,
         )
-        return self._loader("train", order, seed=seed, threads=threads, hang_s=hang_s)
+        return self._loader("train", order, seed=seed, threads=threads)
 
     def val(
         self,
@@ -174,12 +171,11 @@ class Ordered:
         world: int = 1,
         micro_batch: int,
         threads: int = 1,
-        hang_s: float | None = None,
     ) -> Any:
         """See base.Data."""
         ids = self._ids("val")
         order = ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch)
-        return self._loader("val", order, seed=0, threads=threads, hang_s=hang_s)
+        return self._loader("val", order, seed=0, threads=threads)
 
 
 def permutation(samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:

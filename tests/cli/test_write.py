@@ -32,10 +32,10 @@ def test_what_is_not_written_is_told(
     code, _, error = run(*map(str, words))
     *listed, refused = error.splitlines()
     assert code == 2 and listed == [f"  unreadable {reason}" for reason in reasons]
-    assert (
-        refused
-        == "write: at most 0 images of each set may be unreadable; got 25 in train and 1 in val; "
-        "mend or remove what is listed, or allow more with --max-bad"
+    assert refused == (
+        "write: at most 0 images of each set may be unreadable, and one must be readable; got"
+        " 25 of 26 in train.beton and 1 of 2 in val.beton unreadable; mend or remove what is"
+        " listed, or allow more with --max-bad"
     )
 
     code, out, error = run(*map(str, words), "--max-bad", "25")
@@ -47,6 +47,6 @@ def test_what_is_not_written_is_told(
     assert [line for line in error.splitlines() if "skipped" in line] == [
         f"  skipped {reason}" for reason in reasons
     ]
-    assert f"  left out 1 file ending in .gif, such as {train / '1.gif'}" in error
+    assert f"  left out 1 (suffix '.gif'), such as {train / '1.gif'}" in error
     for name in ("train", "val"):
         assert f"  not rotated 1 picture of {name}.beton: EXIF orientation is not applied" in error

@@ -73,8 +73,10 @@ def small_fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng, folder = np.random.default_rng(1), tmp_path_factory.mktemp("idx")
     for prefix, count in (("train", 100), ("t10k", 30)):
         images = rng.integers(0, 256, (count, 28, 28), np.uint8)
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        for array, name in ((images, "images-idx3-ubyte"), (labels, "labels-idx1-ubyte")):
+        for array, name in (
+            (images, "images-idx3-ubyte"),
+            ((np.arange(count) % 10).astype(np.uint8), "labels-idx1-ubyte"),
+        ):
             head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
             (folder / f"{prefix}-{name}").write_bytes(head + array.tobytes())
     return folder

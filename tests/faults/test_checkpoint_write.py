@@ -171,34 +171,31 @@ def test_killed_while_a_checkpoint_goes_to_s3_and_gone_on_with_in_a_fresh_folder
         assert same_weights(fresh, untouched)
 
 
-def damage(checkpoint: Path, how: str, name: str) -> None:
-    file = checkpoint / name
-    if how == "missing":
-        shutil.rmtree(checkpoint)
-    elif how == "without its manifest":
-        (checkpoint / "manifest.json").unlink()
-    elif how == "truncated":
-        os.truncate(file, file.stat().st_size // 2)
-    else:
-        flip(file, file.stat().st_size // 3)
+DAMAGES: dict[str, Callable[[Path, str], object]] = {  # of a checkpoint, or of a file in it
+    "truncated": lambda at, name: os.truncate(at / name, (at / name).stat().st_size // 2),
+    "flipped": lambda at, name: flip(at / name, (at / name).stat().st_size // 3),
+    "missing": lambda at, name: shutil.rmtree(at),
+    "without its manifest": lambda at, name: (at / "manifest.json").unlink(),
+}
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "without its manifest"])
+@pytest.mark.parametrize("how", DAMAGES)
 def test_the_newest_is_damaged(tmp_path: Path, untouched: Path, how: str) -> None:
     run, draw = tmp_path / "run", random.Random(f"{SEED} {how}")
     with dies_at(draw.randrange(STEPS[1], STEPS[-1])):
         train_inline(run, small_recipe())
     older, last = step_folders(run / "checkpoints")[-2:]
-    damage(last, how, draw.choice(FILES))
+    DAMAGES[how](last, draw.choice(FILES))
     go_on(run, untouched, 0, read_trainer(older)["step"])
-    quarantined = [last.name in event["path"] for event in events(run, "quarantine")]
-    assert quarantined == [True] * (how != "missing")
+    assert [last.name in event["path"] for event in events(run, "quarantine")] == [True] * (
+        how != "missing"
+    )
 
 
 def test_all_are_damaged_and_the_run_begins_anew(killed: Path, untouched: Path) -> None:
     draw = random.Random(SEED)
     for checkpoint in step_folders(killed / "checkpoints"):
-        damage(checkpoint, "flipped", draw.choice(FILES))
+        DAMAGES["flipped"](checkpoint, draw.choice(FILES))
     go_on(killed, untouched, 0, 0)
     assert len(events(killed, "quarantine")) == 2
 
@@ -306,8 +303,13 @@ def test_storage_that_is_away_as_a_run_starts_is_waited_for_by_the_same_attempt(
     (run / "job.json").write_text(f'{{"checkpoints": "{address}"}}')
     with dies_at(7):
         train(job)
-    error = RuntimeError("Could not connect to the endpoint URL")
-    failed = fail_first(monkeypatch, MemoryFileSystem, "ls", error, times=3)
+    failed = fail_first(
+        monkeypatch,
+        MemoryFileSystem,
+        "ls",
+        RuntimeError("Could not connect to the endpoint URL"),
+        times=3,
+    )
     monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
     train(job)
     said = "[Errno 5] RuntimeError: Could not connect to the endpoint URL"
@@ -323,9 +325,13 @@ def test_what_a_run_has_written_down_is_waited_for(
     run, recipe, name = tmp_path / "run", small_recipe(epochs=1), "decisions.json"
     make_run(run, recipe)
     Decisions(skipped=((2, 3),), micro_batch=4).write(run)
-    error = OSError(errno.EIO, "Input/output error", str(run / name))
     failed = fail_first(
-        monkeypatch, Path, "read_text", error, times=2, where=lambda path: path.name == name
+        monkeypatch,
+        Path,
+        "read_text",
+        OSError(errno.EIO, "Input/output error", str(run / name)),
+        times=2,
+        where=lambda path: path.name == name,
     )
     monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
     train_inline(run, recipe)

@@ -233,8 +233,9 @@ def runs(
         patch.setenv("RAY_TMPDIR", logs)
         plant(patch)
         assert hunted(folder / "hit.py", hit) == []
-        without_sockets = shutil.ignore_patterns("sockets")
-        shutil.copytree(logs, folder / "ray", symlinks=True, ignore=without_sockets)
+        shutil.copytree(
+            logs, folder / "ray", symlinks=True, ignore=shutil.ignore_patterns("sockets")
+        )
         [recipe] = recipes_of(folder / "told.py")
         (folder / "meeting").mkdir()
         run_ranks(_train, 2, folder / "meeting", make_run(told, recipe))
@@ -264,8 +265,9 @@ def test_the_parameters_are_the_same_to_the_bit(
 def test_what_is_not_finite_on_one_worker_is_skipped_by_all(
     hit: Path, faults: dict[str, tuple[int, int]]
 ) -> None:
-    skipped = {(event["step"], event["reason"]) for event in events(hit, "skipped")}
-    assert skipped == {(faults["not finite"][1], "its gradient is not finite on 1 of 2 workers")}
+    assert {(event["step"], event["reason"]) for event in events(hit, "skipped")} == {
+        (faults["not finite"][1], "its gradient is not finite on 1 of 2 workers")
+    }
 
 
 def test_a_loader_that_hangs_is_written_down_and_its_worker_started_again(
@@ -405,9 +407,8 @@ def test_a_node_dies_and_another_comes(
     alone = run.start_of(1)
     run.lab.pace(2)  # until the other one is there
     cluster.add()
-    again = run.start_of(2)["step"]
     # It saved before it grew.
-    assert again == max(steps_of(run.run, "checkpoint")) > alone["step"]
+    assert run.start_of(2)["step"] == max(steps_of(run.run, "checkpoint")) > alone["step"]
     assert_as(unhurt, run, monkeypatch)
 
 
@@ -594,26 +595,12 @@ def test_a_client_without_the_token_is_told_so(hosts: Hosts) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("told", "said"),
-    [
-        ({"RAY_AUTH_MODE": "token"}, "no authentication token was found"),
-        ({"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, "cannot be opened or is empty: /nowhere/token"),
-    ],
-)
-def test_a_client_that_has_lost_its_token_is_told_so(
-    hosts: Hosts, told: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hosts, "environment", {**hosts.environment, **told})
-    assert hosts.launch("b", "lost", "--address", HEAD, token=False).wait(120) == 2
-    line = hosts.line("lost")
-    assert line.startswith("ray: a token must be at hand; got none: ") and said in line
-
-
-@pytest.mark.full
 def test_the_doctor_finds_both_hosts_well(hosts: Hosts) -> None:
-    words = ("spiketrain", "doctor", "--address", HEAD, "--runs", str(hosts.folder / "runs"))
-    status = hosts.on("a", *words, log="doctor.log").wait(300)
+    status = hosts.on(
+        "a",
+        *("spiketrain", "doctor", "--address", HEAD, "--runs", str(hosts.folder / "runs")),
+        log="doctor.log",
+    ).wait(300)
     said = hosts.said("doctor")
     assert status == 0, said
     assert "the same on 2 nodes" in said and said.count("images were written and read") == 2

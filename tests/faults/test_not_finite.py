@@ -100,8 +100,11 @@ def test_one_is_skipped_and_several_lead_back_to_the_checkpoint_and_around_them(
         about = {"step": first, "epoch": first // 8, "samples": 8}
         assert skipped.items() >= {**about, "reason": REASON, "advice": advice}.items()
         assert back == []
-    counted = [summary[name] for name in ("rollbacks", "restarts", "skipped_batches")]
-    assert counted == [len(back), len(back), last + 1 - (to if "rule" in changes else first)]
+    assert [summary[name] for name in ("rollbacks", "restarts", "skipped_batches")] == [
+        len(back),
+        len(back),
+        last + 1 - (to if "rule" in changes else first),
+    ]
     assert_as_told(run, to if "rule" in changes else first, last + 1, **changes)
 
 
@@ -156,8 +159,9 @@ def test_it_never_goes_back_to_a_checkpoint_whose_evaluation_was_not_finite(
     assert [event["to"] for event in events(run, "rollback")] == [6]
     assert [*found, max((run / "checkpoints").glob("step_*")).name] == ["step_00000006"] * 2
     assert not events(run, "evaluation")  # no score to be best by
-    quarantined = [event["reason"] for event in events(run, "quarantine")]
-    assert quarantined == ["the loss of the evaluation after it is nan"] * 2 * is_saved_before
+    assert [event["reason"] for event in events(run, "quarantine")] == [
+        "the loss of the evaluation after it is nan"
+    ] * 2 * is_saved_before
     train_inline(run, small_recipe(policy=Policy(max_rollbacks=2)))  # it goes on from there
     assert steps_of(run, "start") == [0, 6, 6]
 
@@ -231,8 +235,9 @@ def test_a_ladder_without_rungs_is_refused(changes: dict[str, Any], said: str) -
 @pytest.mark.distributed
 def test_weights_that_are_not_finite_on_one_rank_end_all(tmp_path: Path) -> None:
     # Else the other's weights come back.
-    policy = Policy(replicas_every=0)
-    job = make_run(tmp_path / "run", small_recipe(backend="deepspeed", policy=policy))
+    job = make_run(
+        tmp_path / "run", small_recipe(backend="deepspeed", policy=Policy(replicas_every=0))
+    )
     said = (
         "training: weights and what the rule learnt must be finite to be saved; they are not after"
         " step 3: lower optimizer.lr (0.1) or set clip_norm=1.0 (worker 1)"

@@ -8,6 +8,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,19 +43,15 @@ NEVER = (-1, -1)
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-def room_for(patch: pytest.MonkeyPatch, samples: int, *, error: Exception = FULL) -> None:
-    for rule in (SLTT, OTTT):
-        _room_for(patch, rule, samples, error)
-
-
-def _room_for(
+def room_for(
     patch: pytest.MonkeyPatch,
-    rule: type[Rule],
     samples: int,
+    *,
     error: Exception = FULL,
     after: int = 0,
+    rule: type[Rule] = SLTT,
 ) -> None:
-    """For so many samples, after so many micro-batches that held more."""
+    """There is room for so many samples alone, after so many micro-batches that held more."""
     original, batches = rule.loss_terms, itertools.count()
 
     def loss_terms(self: Rule, model: Any, x_TB: Any, *words: Any, **more: Any) -> Any:
@@ -92,23 +89,23 @@ def test_the_micro_batch_is_halved_until_it_fits(
     assert same_weights(run, tmp_path / "told")
 
 
-def test_it_is_halved_too_where_another_than_torchs_allocator_says_so(
-    run: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("said", "is_met"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_of_other_errors_of_the_device_a_lack_of_memory_alone_is_met(
+    run: Path, monkeypatch: pytest.MonkeyPatch, said: str, is_met: bool
 ) -> None:
-    said = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
     room_for(monkeypatch, 4, error=RuntimeError(said))
-    train_inline(run, small_recipe(stop_after=1))
-    assert smaller(run) == [4] and events(run, "smaller")[0]["reason"] == said
-
-
-def test_another_error_of_the_device_ends_the_run(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = "CUDA error: an illegal memory access was encountered"
-    room_for(monkeypatch, 4, error=RuntimeError(said))
-    with pytest.raises(RuntimeError, match=said):
+    ends = nullcontext() if is_met else pytest.raises(RuntimeError, match=said)
+    with ends:
         train_inline(run, small_recipe(stop_after=1))
-    assert not (run / "decisions.json").exists()
+    found = [(each["micro_batch"], each["reason"]) for each in events(run, "smaller")]
+    assert found == [(4, said)] * is_met
+    assert (run / "decisions.json").exists() == is_met
 
 
 def of_20_steps(**changes: Any) -> Recipe:
@@ -212,14 +209,15 @@ def _told_of_its_end(rank: int, act: Callable[[], object], folder: Path) -> None
 def test_what_was_trained_before_memory_ran_out_is_told(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _room_for(monkeypatch, SLTT, 4, after=random.Random(SEED).randrange(3, 16))
+    room_for(monkeypatch, 4, after=random.Random(SEED).randrange(3, 16))
     summary = train_inline(run, small_recipe())
     assert summary is not None
     names, machine = ("world_size", "micro_batch", "hardware"), hardware(torch.device("cpu"))
-    found = [[on[name] for name in names] for on in summary["trained_on"]]
-    assert found == [[1, 8, machine], [1, 4, machine]]
-    saved = json.loads((run / "summary.json").read_text())
-    assert saved["trained_on"] == summary["trained_on"]
+    assert [[on[name] for name in names] for on in summary["trained_on"]] == [
+        [1, 8, machine],
+        [1, 4, machine],
+    ]
+    assert json.loads((run / "summary.json").read_text())["trained_on"] == summary["trained_on"]
 
 
 ONE = "training: the device's memory runs out with 1 sample at a time"
@@ -265,7 +263,8 @@ def test_mixing_takes_the_next_fewer_that_are_whole_pairs(
 def test_where_no_fewer_can_be_taken_it_says_why_and_notes_nothing(
     run: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], samples: int, why: str
 ) -> None:
-    room_for(monkeypatch, 0)
+    for rule in (SLTT, OTTT):
+        room_for(monkeypatch, 0, rule=rule)
     said = (
         rf"training: the device's memory runs out with {samples} samples at a time, and fewer"
         rf" cannot be taken: {why}; take"
@@ -302,8 +301,9 @@ def test_a_worker_that_dies_of_it_is_spoken_for_by_the_next_attempt(
         run_ranks(_without_room_on_one, 2, tmp_path, job)
     for _ in range(2):  # and once alone
         worker.run(job, RankInfo())
-    told = [(event["event"], event["micro_batch"]) for event in events(run, "start", "smaller")]
-    assert told == [("start", 4), ("smaller", 2), ("start", 2), ("start", 2)]
+    assert [
+        (event["event"], event["micro_batch"]) for event in events(run, "start", "smaller")
+    ] == [("start", 4), ("smaller", 2), ("start", 2), ("start", 2)]
     assert events(run, "smaller")[0]["reason"] == "memory ran out on another worker"
 
 

@@ -195,8 +195,9 @@ def test_what_the_rule_said_of_its_last_batch_is_told_by_whoever_makes_up_for_th
     tmp_path: Path, rule: Spec
 ) -> None:
     """That attempt trains no batch: 0 would be a perfect solve, and a silent network."""
-    network = spec(fc_feedback, in_features=64, hidden=12)
-    recipe = rarely_saved(model=network, rule=rule, over_time="mean")
+    recipe = rarely_saved(
+        model=spec(fc_feedback, in_features=64, hidden=12), rule=rule, over_time="mean"
+    )
     whole = run(make_run(tmp_path / "whole", recipe), RankInfo())
     resumed = stop_in_an_evaluation(make_run(tmp_path / "run", recipe), of=16)
     assert whole is not None
@@ -216,8 +217,9 @@ def test_a_save_waits_for_no_evaluation_which_is_begun_anew(
 ) -> None:
     place = RankInfo()
     if how == "a save":
-        asked = json.dumps(asdict(notice_within(60)))
-        ask_in_an_evaluation(monkeypatch, of=8, file="save", said=asked)
+        ask_in_an_evaluation(
+            monkeypatch, of=8, file="save", said=json.dumps(asdict(notice_within(60)))
+        )
     else:
         place = RankInfo(notice=told_in_an_evaluation(monkeypatch, of=8))
     assert run(job, place) is not None
@@ -251,8 +253,9 @@ def test_two_ranks_leave_an_evaluation_together_or_save_in_it(
     tmp_path: Path, file: str, kind: str, at: list[int], evaluated: list[int]
 ) -> None:
     """Also where one of them alone has seen what is asked, or has no more batches."""
-    job = make_run(tmp_path / "run", rarely_saved(backend="deepspeed"))
-    summaries = run_ranks(_asked_one, 2, tmp_path, job, file)
+    summaries = run_ranks(
+        _asked_one, 2, tmp_path, make_run(tmp_path / "run", rarely_saved(backend="deepspeed")), file
+    )
     assert [each is None for each in summaries] == [file == "stop"] * 2
     assert steps_of(tmp_path / "run", kind) == at
     assert steps_of(tmp_path / "run", "evaluation") == evaluated

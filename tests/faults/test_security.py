@@ -130,8 +130,10 @@ def test_a_run_and_its_store_hold_no_secret(
     assert code == 0, error
     assert len(open_store(own_store).listed()) == 1
     with monkeypatch.context() as patch:
-        fails = Mock(side_effect=KeyError("the cable fell out"))  # with a traceback in its journal
-        patch.setattr("pipeline.train.evaluation.Evaluation.__init__", fails)
+        patch.setattr(
+            "pipeline.train.evaluation.Evaluation.__init__",
+            Mock(side_effect=KeyError("the cable fell out")),
+        )
         with pytest.raises(KeyError):
             spiketrain(*launch, "--name", "failed")
     assert "KeyError" in (tmp_path / "runs" / "failed" / "journal.jsonl").read_text()
@@ -287,8 +289,9 @@ def test_weights_that_are_a_pickle_are_refused(
     for file in (tmp_path / "weights.pt", tmp_path / "weights.safetensors"):
         harmful_alone(file, mark)
         for what in (("it", *runs), (recipe,)):
-            line = refused("evaluate", *what, "--weights", str(file))
-            assert f"{file.name} must hold weights" in line
+            assert f"{file.name} must hold weights" in refused(
+                "evaluate", *what, "--weights", str(file)
+            )
         assert file.name in refused(*launch, "--set", f"init={file}")
     newest = step_folders(tmp_path / "runs" / "it" / "checkpoints")[-1]
     harmful(newest / "plain" / "state.pt", mark)  # which nobody reads for its weights
@@ -380,8 +383,9 @@ def test_a_run_from_elsewhere_leads_to_no_cluster(
         elsewhere.setblocking(False)
         address = f"127.0.0.1:{elsewhere.getsockname()[1]}"
         prepare(small_recipe(), Cluster(address=address), tmp_path / "runs", name="it")
-        line = refused("resume", "it", "--runs", str(tmp_path / "runs"))
-        assert f"needs --address anew; got none, it was {address}" in line
+        assert f"needs --address anew; got none, it was {address}" in refused(
+            "resume", "it", "--runs", str(tmp_path / "runs")
+        )
         with pytest.raises(BlockingIOError):
             elsewhere.accept()
 

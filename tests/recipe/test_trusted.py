@@ -161,7 +161,6 @@ def test_of_what_is_trusted_only_data_and_teachers_take_a_path() -> None:
         ("Cache", "folder"),
         ("File", "path"),
         ("network_teacher", "weights"),
-        ("_stored", "path"),  # of data sets
     }
 
 

@@ -1,15 +1,12 @@
 """Image data sets in files: train.beton and val.beton of a folder."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from pipeline.core.errors import require_data
 from pipeline.data.ffcv.files import FileData, Name, check_views
-
-if TYPE_CHECKING:
-    from pipeline.data.ffcv.reader import BetonLoader
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VAL_RATIO = 224 / 256  # share of the shorter side: resize to 256, crop to 224
@@ -71,11 +68,35 @@ class Beton(FileData):
         )
         self.crop, self.flip, self.mean, self.std = crop, flip, tuple(mean), tuple(std)
         self.colour, self.erase = float(colour), float(erase)
-        _check_options(self, area, ratio, reach)
+        require_data(
+            min(classes, size, repeats) >= 1
+            and channels in (1, 3)
+            and 0 <= colour <= 10
+            and 0 <= erase <= 1,
+            "Beton: classes, size and repeats must be 1 or more, channels 1 or 3, colour in 0..10,"
+            f" erase in 0..1; got classes={classes}, size={size}, repeats={repeats},"
+            f" channels={channels}, colour={colour}, erase={erase}",
+        )
+        require_data(
+            not colour or channels != 1,
+            f"Beton: colour has no effect on images of 1 channel; got colour={colour}",
+        )
+        check_views(self, channels, size, crops=("resized", "shift", "centre"), reach=reach)
+        for name, value in (("area", area), ("ratio", ratio)):
+            require_data(
+                value is None or crop == "resized",
+                f"Beton: {name} has no effect with crop={crop!r}; leave it out or set"
+                " crop='resized'",
+            )
+            require_data(
+                value is None or (0 < value[0] <= value[1] and (name == "ratio" or value[1] <= 1)),
+                f"Beton: {name} must be (low, high) with 0 < low <="
+                f" high{' <= 1' * (name == 'area')}; got {value}",
+            )
         self.area, self.ratio = area or (0.08, 1.0), ratio or (3 / 4, 4 / 3)
         self.reach = 4 if reach is None else reach
 
-    def _loader(self, *given: Any, **options: Any) -> "BetonLoader":
+    def _loader(self, *given: Any, **options: Any) -> Any:
         loader = super()._loader(*given, **options)
         size, sides = self.shape[1], [loader.records["width"], loader.records["height"]]
         shortest, longest = int(np.min(sides)), int(np.max(sides))
@@ -107,38 +128,4 @@ class Beton(FileData):
             mean=self.mean,
             std=self.std,
             parallel=parallel,
-        )
-
-
-def _check_options(
-    data: Beton,
-    area: tuple[float, float] | None,
-    ratio: tuple[float, float] | None,
-    reach: int | None,
-) -> None:
-    channels, size, _ = data.shape
-    require_data(
-        min(data.classes, size, data.repeats) >= 1
-        and channels in (1, 3)
-        and 0 <= data.colour <= 10
-        and 0 <= data.erase <= 1,
-        "Beton: classes, size and repeats must be 1 or more, channels 1 or 3, colour in 0..10,"
-        f" erase in 0..1; got classes={data.classes}, size={size}, repeats={data.repeats},"
-        f" channels={channels}, colour={data.colour}, erase={data.erase}",
-    )
-    require_data(
-        not data.colour or channels != 1,
-        f"Beton: colour has no effect on images of 1 channel; got colour={data.colour}",
-    )
-    check_views(data, channels, size, crops=("resized", "shift", "centre"), reach=reach)
-    for name, value in (("area", area), ("ratio", ratio)):
-        require_data(
-            value is None or data.crop == "resized",
-            f"Beton: {name} has no effect with crop={data.crop!r}; leave it out or set"
-            " crop='resized'",
-        )
-        require_data(
-            value is None or (0 < value[0] <= value[1] and (name == "ratio" or value[1] <= 1)),
-            f"Beton: {name} must be (low, high) with 0 < low <="
-            f" high{' <= 1' * (name == 'area')}; got {value}",
         )

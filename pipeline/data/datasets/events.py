@@ -67,11 +67,29 @@ class Events(FileData):
         self.reach = 4 if reach is None else reach
 
     def _decoder(self, use: Name, path: Path, *, parallel: bool) -> Any:
+        """Raises: DataError if the file holds images or frames of another size, or the steps do
+        not divide its slices.
+        """
         from pipeline.data.ffcv.event_frames import DecodeEvents
 
+        stored, (steps, _, size, _) = read_tables(path).kind, self.shape
+        if not isinstance(stored, Arrays) or len(stored.shape) != 4 or stored.shape[1] != 2:
+            raise DataError(
+                f"Events: {path} must hold frames [slices, 2, H, W]; got {stored}; images are read"
+                " by Beton"
+            )
+        slices, _, *sides = stored.shape
+        require_data(
+            sides == [size, size],
+            f"Events: size must be the file's, {sides[0]}x{sides[1]} in {path}; got {size}",
+        )
+        require_data(
+            slices % steps == 0,
+            f"Events: steps must divide the {slices} slices of {path}; got {steps}",
+        )
         train = use == "train"
         return DecodeEvents(
-            _stored(path, self.shape),
+            stored,
             shape=self.shape,
             reach=self.reach if train and self.crop == "shift" else 0,
             flip=train and self.flip == "random",
@@ -79,31 +97,3 @@ class Events(FileData):
             std=self.std,
             parallel=parallel,
         )
-
-
-def _stored(path: Path, shape: tuple[int, ...]) -> Arrays:
-    """The arrays of the file, if `shape` can be made of them.
-
-    Raises:
-        DataError: the file holds images or frames of another size, or the steps do not divide the
-            slices.
-    """
-    stored = read_tables(path).kind
-    steps, _, size, _ = shape
-    if not isinstance(stored, Arrays) or len(stored.shape) != 4 or stored.shape[1] != 2:
-        raise DataError(
-            f"Events: {path} must hold frames [slices, 2, H, W]; got {stored}; images are read by"
-            " Beton"
-        )
-    slices, _, *sides = stored.shape
-    require_data(
-        sides == [size, size],
-        f"Events: size must be the file's, {sides[0]}x{sides[1]} in {path}; got {size}",
-    )
-    if slices % steps:
-        near = [str(each) for each in range(1, slices + 1) if slices % each == 0]
-        raise DataError(
-            f"Events: steps must divide the {slices} slices of {path}: {', '.join(near)}; got"
-            f" {steps}"
-        )
-    return stored

@@ -24,7 +24,6 @@ from pipeline.data.order import Ordered, TrainOrder, ValOrder
 
 _PATTERN, _NOISE, _CONTRAST, _FIELD_A, _FIELD_B = 64, 65, 66, 67, 68  # draws, see random.py
 _FIELDS = 61  # noise fields; a sample adds two of them, so there are 61 x 61 combinations
-_TRAIN, _VAL = 0, 1
 
 
 class Synthetic(Ordered):
@@ -78,15 +77,8 @@ class Synthetic(Ordered):
 
     def fingerprint(self) -> str:
         """A hash of everything that determines the samples."""
-        parts = (
-            "synthetic-1",
-            self.samples,
-            self.val_samples,
-            self.classes,
-            self.shape,
-            self.noise,
-            self.content_seed,
-        )
+        sizes = (self.samples, self.val_samples, self.classes, self.shape)
+        parts = ("synthetic-1", *sizes, self.noise, self.content_seed)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def check(self) -> None:
@@ -99,8 +91,8 @@ class Synthetic(Ordered):
     def _loader(
         self, use: str, order: TrainOrder | ValOrder, *, seed: int, **how: Any
     ) -> "SyntheticLoader":
-        is_moved = use == "train" and self.augment == "shift-flip"
-        return SyntheticLoader(self, order, seed=seed if is_moved else None)
+        is_augmented = use == "train" and self.augment == "shift-flip"
+        return SyntheticLoader(self, order, seed=seed if is_augmented else None)
 
 
 class SyntheticLoader:
@@ -111,9 +103,24 @@ class SyntheticLoader:
     ) -> None:
         self.samples, self.steps_per_epoch = order.samples, order.steps
         self._data, self._order, self._seed = data, order, seed
-        self._part = _TRAIN if isinstance(order, TrainOrder) else _VAL
-        self._patterns_KCHW = _patterns(data)
-        self._fields_FCHW = _fields(data)
+        self._part = int(isinstance(order, ValOrder))
+        *channels, height, width = data.shape
+        many = math.prod(channels)
+        # A smooth pattern for each class, with mean 0 and standard deviation 1. Each channel
+        # interpolates 4 x 4 random values linearly.
+        corners = _uniform(data.content_seed, _PATTERN, (data.classes, many, 4, 4))
+        rows, columns = (
+            np.maximum(0.0, 1.0 - np.abs(np.linspace(0, 3, size)[:, None] - np.arange(4)))
+            for size in (height, width)
+        )
+        x_KCHW = np.einsum("hi,kcij,wj->kchw", rows, corners, columns)
+        x_KCHW -= x_KCHW.mean((1, 2, 3), keepdims=True)
+        x_KCHW /= np.maximum(x_KCHW.std((1, 2, 3), keepdims=True), 1e-6)
+        self._patterns_KCHW = x_KCHW.astype(np.float32)
+        # Noise fields F; the sum of two has the standard deviation `data.noise`, as a uniform
+        # distribution of width 1 has variance 1/12.
+        fields_FCHW = _uniform(data.content_seed, _NOISE, (_FIELDS, many, height, width))
+        self._fields_FCHW = (fields_FCHW * (data.noise * np.sqrt(6.0))).astype(np.float32)
 
     @contextmanager
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Batch]]:
@@ -141,33 +148,9 @@ class SyntheticLoader:
         return Batch(x_B, torch.from_numpy(target_B), torch.from_numpy(ids_B.copy()))
 
 
-def _patterns(data: Synthetic) -> NDArray[np.float32]:
-    """One smooth pattern per class, with mean 0 and standard deviation 1: [K,C,H,W].
-
-    Each channel interpolates 4 x 4 random values linearly.
-    """
-    *channels, height, width = data.shape
-    corners = _uniform(data.content_seed, _PATTERN, (data.classes, math.prod(channels), 4, 4))
-    rows, columns = (
-        np.maximum(0.0, 1.0 - np.abs(np.linspace(0, 3, size)[:, None] - np.arange(4)))
-        for size in (height, width)
-    )
-    x = np.einsum("hi,kcij,wj->kchw", rows, corners, columns)
-    x -= x.mean((1, 2, 3), keepdims=True)
-    return (x / np.maximum(x.std((1, 2, 3), keepdims=True), 1e-6)).astype(np.float32)
-
-
-def _fields(data: Synthetic) -> NDArray[np.float32]:
-    """Noise fields; the sum of two has the standard deviation `data.noise`. [F,C,H,W]"""
-    *channels, height, width = data.shape
-    x = _uniform(data.content_seed, _NOISE, (_FIELDS, math.prod(channels), height, width))
-    # a uniform distribution of width 1 has variance 1/12
-    return (x * (data.noise * np.sqrt(6.0))).astype(np.float32)
-
-
 def _uniform(seed: int, draw: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Uniform in -0.5..0.5."""
-    drawn = bits(seed, 0, np.arange(int(np.prod(shape))), draw)
+    drawn = bits(seed, 0, np.arange(math.prod(shape)), draw)
     return np.asarray((drawn >> np.uint64(11)) * 2.0**-53 - 0.5, np.float64).reshape(shape)
 
 

@@ -9,7 +9,6 @@ mirrored alike. The random numbers depend on (seed, epoch, sample), as for image
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.data.ffcv.format import Arrays
 from pipeline.data.ffcv.loops import Decoder, compiled, mirrored, shifted
@@ -37,12 +36,15 @@ class DecodeEvents(Decoder):
         std: tuple[float, ...],
         parallel: bool,
     ) -> None:
-        word = np.dtype(stored.dtype).itemsize
-        stored_bytes = math.prod(stored.shape) * word
+        kind = np.dtype(stored.dtype)
+        word, stored_bytes = kind.itemsize, math.prod(stored.shape) * kind.itemsize
         options = np.array(
             [stored.shape[0] // shape[0], stored_bytes, word, reach, int(flip)], np.int64
         )
-        how = (options, counts_of_words(stored.dtype), np.array([mean, std], np.float32))
+        # The count of each stored word, as a table: numba 0.68.1 has no float16 on a CPU.
+        words = np.arange(1 << 8 * word, dtype=f"<u{word}")
+        counts = words.view(kind.newbyteorder("<")).astype(np.float32)
+        how = (options, counts, np.array([mean, std], np.float32))
         super().__init__(
             name=Arrays.name,
             what="the frames",
@@ -51,16 +53,6 @@ class DecodeEvents(Decoder):
             how=how,
             parallel=parallel,
         )
-
-
-def counts_of_words(dtype: str) -> NDArray[np.float32]:
-    """The count of each stored word, as a table: [256] or [65536].
-
-    numba 0.68.1 does not support float16 on a CPU.
-    """
-    kind = np.dtype(dtype)
-    words = np.arange(1 << 8 * kind.itemsize, dtype=f"<u{kind.itemsize}")
-    return words.view(kind.newbyteorder("<")).astype(np.float32)
 
 
 @compiled

@@ -8,7 +8,7 @@ import copy
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,6 @@ from pipeline.data.ffcv.format import read_tables
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.ffcv.page_checks import check
 from pipeline.data.order import Ordered, TrainOrder, ValOrder, held_out
-
-if TYPE_CHECKING:
-    from pipeline.data.ffcv.reader import BetonLoader
 
 Name = Literal["train", "val"]
 
@@ -62,8 +59,8 @@ class FileData(Ordered):
 
     def fingerprint(self) -> str:
         """See base.Data."""
-        parts = [self._manifest(name).content for name in ("train", "val")]
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+        contents = f"{self._manifest('train').content} {self._manifest('val').content}"
+        return hashlib.sha256(contents.encode()).hexdigest()
 
     def check(self) -> None:
         """See base.Data. If a share of the training file is held out, val.beton is not read."""
@@ -98,9 +95,7 @@ class FileData(Ordered):
         same._one_in = one_in
         return same
 
-    def _loader(
-        self, use: Name, order: TrainOrder | ValOrder, *, threads: int, **how: Any
-    ) -> "BetonLoader":
+    def _loader(self, use: Name, order: TrainOrder | ValOrder, *, threads: int, **how: Any) -> Any:
         from pipeline.data.ffcv.reader import BetonLoader, usable_threads
 
         threads, path = usable_threads(threads), self._path(self._file_of(use))

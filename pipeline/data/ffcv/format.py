@@ -16,10 +16,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pipeline.core.errors import DataError, require_data
+from pipeline.core.errors import require_data
 
 PAGE_BYTES = 8 << 20  # FFCV's default
 JPG, RAW = 0, 1  # FFCV's codes for the storage of an image
+_LABEL, _LABEL_ID = "label", 1  # the name, and FFCV's type number of an IntField (1.0.2)
 
 
 def _ffcv():
@@ -153,101 +154,57 @@ class Tables:
 
 
 def read_tables(path: Path) -> Tables:
-    """Read everything but the pages.
+    """Read everything but the pages of a whole file, as this writer and FFCV's write it.
 
-    Raises: DataError if the file is not a complete .beton of images or arrays with labels, as this
-    writer and FFCV produce it, or its tables contradict each other.
+    Its manifest says whether it is whole.
+
+    Raises: DataError if its samples are neither images nor arrays, or have no labels.
     """
-    ffcv, size, header_size = _ffcv(), path.stat().st_size, _ffcv().HeaderType.itemsize
+    reader = _ffcv().Reader(str(path))
+    names, field = tuple(reader.field_names), next(iter(reader.handlers.values()))
     require_data(
-        size >= header_size, f"{path}: not a .beton: {size} bytes are less than its header"
+        names in ((Images.name, _LABEL), (Arrays.name, _LABEL)),
+        f"{path}: must hold the fields image or array, and label, in this order; got {names}",
     )
+    is_image = names[0] == Images.name
+    kind = Images() if is_image else Arrays(field.dtype.name, tuple(map(int, field.shape)))
+    table = reader.alloc_table[np.argsort(reader.alloc_table["sample_id"], kind="stable")]
+    records = reader.metadata["f0"]
+    addresses = records["data_ptr"] if is_image else records
     # As Python's integers: FFCV's 16-bit ones overflow in arithmetic under NumPy 2.
-    header = np.fromfile(path, ffcv.HeaderType, count=1)[0].tolist()
-    version, fields, page_bytes, samples, table_offset = header
-    require_data(
-        version == ffcv.CURRENT_VERSION and page_bytes.bit_count() == 1,
-        f"{path}: not a .beton of version {ffcv.CURRENT_VERSION}, whose page size is a power of 2;"
-        f" got version {version} and page size {page_bytes}",
-    )
-    kind = _kind(path, np.fromfile(path, ffcv.FieldDescType, count=fields, offset=header_size))
-    metadata_type, metadata_offset = _metadata_type(kind), _metadata_offset()
-    metadata_end = metadata_offset + samples * metadata_type.itemsize
-    lowest = -(-metadata_end // page_bytes) * page_bytes
-    table_size = samples * ffcv.ALLOC_TABLE_TYPE.itemsize
-    require_data(
-        table_offset % page_bytes == 0 and lowest <= table_offset == size - table_size,
-        f"{path}: truncated or damaged: {size} bytes, but its header places a table of"
-        f" {samples} samples at {table_offset}",
-    )
-    metadata = np.fromfile(path, metadata_type, count=samples, offset=metadata_offset)
-    table: Any = np.fromfile(path, ffcv.ALLOC_TABLE_TYPE, offset=table_offset)
-    table, records = table[np.argsort(table["sample_id"], kind="stable")], metadata["f0"]
-    addresses = records["data_ptr"] if isinstance(kind, Images) else records
+    page_bytes, table_offset = int(reader.page_size), int(reader.header["alloc_table_ptr"])
     # If images were skipped, some reserved metadata is unused.
-    first = int(addresses.min()) // page_bytes * page_bytes if samples else lowest
-    require_data(
-        first >= lowest
-        and np.array_equal(table["sample_id"], np.arange(samples))
-        and np.array_equal(table["ptr"], addresses)
-        and (table["ptr"] + table["size"]).max(initial=0) <= table_offset,
-        f"{path}: damaged: metadata and allocation table contradict each other",
-    )
-    front = (
+    first = int(addresses.min()) // page_bytes * page_bytes if len(addresses) else table_offset
+    header_size, metadata_offset = _ffcv().HeaderType.itemsize, _metadata_offset()
+    metadata_end = metadata_offset + reader.metadata.nbytes
+    regions = (
         ("header", 0, header_size),
         ("field descriptors", header_size, metadata_offset - header_size),
         ("metadata", metadata_offset, metadata_end - metadata_offset),
         ("padding", metadata_end, first - metadata_end),
+        ("allocation table", table_offset, table.nbytes),
     )
     return Tables(
         kind,
         page_bytes,
         pages=range(first, table_offset, page_bytes),
-        regions=[
-            *(region for region in front if region[2]),
-            ("allocation table", table_offset, table_size),
-        ],
+        regions=[region for region in regions if region[2]],
         records=records,
         addresses=addresses,
-        labels=metadata["f1"],
+        labels=reader.metadata["f1"],
         sizes=table["size"],
     )
-
-
-_LABEL = ("label", 1)  # the name, and FFCV's type number of an IntField (1.0.2)
 
 
 def _descriptors(kind: Kind) -> bytes:
     """The two field descriptors of a file, as FFCV writes them."""
     descriptors = np.zeros(2, _ffcv().FieldDescType)
-    fields = ((kind.name, kind.type_id, kind.field()), (*_LABEL, _ffcv().IntField()))
+    fields = ((kind.name, kind.type_id, kind.field()), (_LABEL, _LABEL_ID, _ffcv().IntField()))
     for descriptor, (name, type_id, field) in zip(descriptors, fields, strict=True):
         descriptor["type_id"] = type_id
         descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
         descriptor["arguments"] = field.to_binary()[0]
     return descriptors.tobytes()
-
-
-def _kind(path: Path, fields: np.ndarray[Any, Any]) -> Kind:
-    """The kind of samples that a file's field descriptors declare."""
-    found = [
-        (bytes(field["name"]).rstrip(b"\0").decode(errors="replace"), int(field["type_id"]))
-        for field in fields
-    ]
-    if found == [(Images.name, Images.type_id), _LABEL]:
-        return Images()
-    require_data(
-        found == [(Arrays.name, Arrays.type_id), _LABEL],
-        f"{path}: must hold the fields image or array, and label, in this order; got {found}",
-    )
-    try:
-        field: Any = _ffcv().NDArrayField.from_binary(fields[0]["arguments"])
-        return Arrays(field.dtype.name, tuple(int(side) for side in field.shape))
-    # FFCV 1.0.2 raises these for meaningless bytes.
-    except (ValueError, IndexError, TypeError, KeyError, AssertionError) as error:
-        raise DataError(
-            f"{path}: damaged field descriptors: no array's type and shape ({error})"
-        ) from error
 
 
 def _metadata_type(kind: Kind) -> np.dtype[Any]:

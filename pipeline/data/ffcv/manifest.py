@@ -16,13 +16,12 @@ import numpy as np
 import xxhash
 
 from pipeline.core.errors import DataError, require_data
-from pipeline.core.files import Unreadable, retry_read, write_whole
+from pipeline.core.files import write_whole
 from pipeline.data.ffcv import format as beton
 from pipeline.data.ffcv.format import Arrays, Images, Kind
 
 FORMAT, VERSION = "spiketrain beton manifest", 1
 SUFFIX = ".manifest.json"
-PROBES = 8  # number of bytes that `probe_file` reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +41,9 @@ class Manifest:
     pages: list[str]  # xxh3-64 of each page
     # unreadable samples, with the reason
     skipped: list[dict[str, str]] = field(default_factory=list)
-    # other entries of a source folder: the number of each kind, and an example
-    left_out: list[str] = field(default_factory=list)
+    # Other entries of a source folder: the number of each kind, and an example. They are text for
+    # people, which no program reads; older files hold records in their place.
+    left_out: list[Any] = field(default_factory=list)
     # Counts over the samples. For images: those stored "as it is", as "jpg" and as "raw", and those
     # "not rotated" (images.py).
     stored: dict[str, int] = field(default_factory=dict)
@@ -59,9 +59,8 @@ class Manifest:
         body["checksum"] = _checksum(body)
         write_whole(path, (json.dumps(body, indent=1) + "\n").encode())
 
-    def require_size(self, path: Path) -> None:
-        """Raises: DataError if the file at `path` has another size."""
-        size = path.stat().st_size
+    def require_size(self, path: Path, size: int) -> None:
+        """Raises: DataError if `size`, the bytes of the file at `path`, is another."""
         require_data(
             size == self.bytes,
             f"data: {path} must have {self.bytes} bytes by its manifest; got {size}: truncated, or"
@@ -75,38 +74,29 @@ def read(path: Path) -> Manifest:
     Raises:
         DataError: file or manifest is missing, or the manifest is damaged, of another version or
             of another file.
-        OSError: the storage is unreachable.
+        OSError: the storage fails.
     """
-    require_data(
-        path.is_file(),
-        f"data: {path.absolute()} does not exist; write it first (`spiketrain write`), or name"
-        " another folder",
-    )
     at = path.with_name(path.name + SUFFIX)
-    require_data(
-        at.is_file(),
-        f"data: {path} has no manifest {at.name}; write the data again, an unchecked file is"
-        " not trained on",
-    )
+    for file in (path, at):
+        require_data(
+            file.is_file(),
+            f"data: {file.absolute()} does not exist; write the data first (`spiketrain write`), or"
+            " name another folder",
+        )
     try:
-        body = json.loads(retry_read(lambda: at.read_text(encoding="utf-8")))
+        body = json.loads(at.read_text(encoding="utf-8"))
         if body.pop("checksum") != _checksum(body):
             raise ValueError("its own checksum differs")
         if (kind := (body.pop("format"), body.pop("version"))) != (FORMAT, VERSION):
             raise ValueError(f"it is a {kind[0]} {kind[1]}")
         manifest = Manifest(**body)
-    except Unreadable as error:
-        probe_file(path)
-        raise DataError(
-            f"data: {at} cannot be read: {error.strerror}; restore it or write the data again"
-        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"data: {at} is damaged or no {FORMAT} {VERSION} ({error}); restore it or write the"
             " data again"
         ) from error
     require_data(manifest.file == path.name, f"data: {at} belongs to another file, {manifest.file}")
-    manifest.require_size(path)
+    manifest.require_size(path, path.stat().st_size)
     return manifest
 
 
@@ -137,12 +127,10 @@ def describe(
 ) -> Manifest:
     """The manifest of a file that was just written. It reads the file. `name`: the final name."""
     tables = beton.read_tables(path)
-    with path.open("rb", buffering=0) as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return Manifest(
         file=name,
         bytes=path.stat().st_size,
-        sha256=sha256,
+        sha256=sha256_of(path),
         content=content,
         samples=len(tables.labels),
         classes=classes,
@@ -155,6 +143,11 @@ def describe(
     )
 
 
+def sha256_of(path: Path) -> str:
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def content_of(path: Path, classes: list[str]) -> str:
     """Compute the content hash from a file's samples.
 
@@ -162,43 +155,19 @@ def content_of(path: Path, classes: list[str]) -> str:
     """
     tables, view = beton.read_tables(path), np.memmap(path, np.uint8, "r")
     content = ContentHash(classes, tables.kind)
+    names = ("mode", "width", "height") if isinstance(tables.kind, Images) else ()
     for record, address, label, size in zip(
-        tables.records.tolist(),
-        tables.addresses.tolist(),
-        tables.labels.tolist(),
-        tables.sizes.tolist(),
-        strict=True,
+        tables.records, tables.addresses, tables.labels, tables.sizes, strict=True
     ):
-        image = isinstance(tables.kind, Images)
-        attributes = dict(zip(("mode", "width", "height"), record, strict=False)) if image else {}
+        attributes = {name: record[name] for name in names}
         content.add(view[address : address + size].data, label=label, **attributes)
     return content.hexdigest()
 
 
 def xxh3(path: Path, offset: int, length: int) -> str:
     """The xxh3-64 of a part of a file; it differs if the file is shorter."""
-    digest, end = xxhash.xxh3_64(), offset + length
     with path.open("rb", buffering=0) as file:
-        while offset < end and (
-            block := os.pread(file.fileno(), min(end - offset, 1 << 20), offset)
-        ):
-            digest.update(block)
-            offset += len(block)
-    return digest.hexdigest()
-
-
-def probe_file(path: Path, *, besides: range = range(0)) -> None:
-    """Read single bytes evenly over the file, outside the range `besides`.
-
-    This distinguishes a bad sector from unreachable storage.
-
-    Raises: OSError if a byte cannot be read.
-    """
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        for at in range(0, size, max(1, size // PROBES)):
-            if at not in besides:
-                os.pread(file.fileno(), 1, at)
+        return xxhash.xxh3_64_hexdigest(os.pread(file.fileno(), length, offset))
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -5,7 +5,8 @@ sector). A run refuses a damaged page in one line with the file, the page and it
 that is unreachable as a whole raises OSError instead, and the workers are restarted.
 """
 
-import hashlib
+import os
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ ONE_IN: dict[Verify, int] = {"sampled": 256, "full": 1}
 # Number of threads. Reading and hashing release the interpreter's lock, and a disk is faster with
 # several requests.
 CHECKERS = 4
+PROBES = 8  # bytes that are read elsewhere in a file of which a part cannot be read
 
 
 def check(path: Path) -> Manifest:
@@ -44,12 +46,8 @@ def check(path: Path) -> Manifest:
         for (name, offset, length, _), fault in zip(manifest.regions, faults, strict=True):
             if fault:
                 raise _damaged(path, [f"{name} ({_bytes(offset, length)}) {fault}"])
-        pages = range(len(manifest.pages))
-        faults = pool.map(lambda page: page_fault(path, manifest, page), pages)
-        damaged = {page: fault for page, fault in enumerate(faults) if fault}
-    if damaged:
         page_of = _page_of(manifest, read_tables(path).addresses)
-        raise damaged_pages(path, manifest, damaged, page_of)
+        _compare_pages(path, manifest, range(len(manifest.pages)), page_of, pool.map)
     return manifest
 
 
@@ -60,21 +58,17 @@ def verify(path: Path) -> list[Manifest]:
 
     Raises: DataError with the file and the difference.
     """
-    path, written = Path(path), []
+    path, verified = Path(path), []
     files = sorted(path.glob("*.beton")) if path.is_dir() else [path]
     require_data(files, f"verify: no .beton in {path.absolute()}")
     for file in files:
         manifest = check(file)
-        with file.open("rb", buffering=0) as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        expected = f"sha256 {manifest.sha256}, content hash {manifest.content}"
         content = manifests.content_of(file, manifest.classes)
-        for name, expected, got in (
-            ("sha256", manifest.sha256, sha256),
-            ("content hash", manifest.content, content),
-        ):
-            require_data(got == expected, f"verify: {file}: {name} must be {expected}; got {got}")
-        written.append(manifest)
-    return written
+        got = f"sha256 {manifests.sha256_of(file)}, content hash {content}"
+        require_data(got == expected, f"verify: {file} must have {expected}; got {got}")
+        verified.append(manifest)
+    return verified
 
 
 class SpotCheck:
@@ -90,15 +84,15 @@ class SpotCheck:
         self._page_of = np.empty(len(table), np.int64)
         self._page_of[table["sample_id"]] = _page_of(self.manifest, table["ptr"])
 
-    def before(self) -> None:
-        """Raises: DataError if the file became shorter.
+    def check_size(self, size: int) -> None:
+        """Raises: DataError if the opened file has another size than the manifest says.
 
         Reading beyond the end of a mapped file would kill the process.
         """
-        self.manifest.require_size(self.path)
+        self.manifest.require_size(self.path, size)
 
-    def after(self, index_B: NDArray[np.int64], failed_B: NDArray[np.bool_]) -> None:
-        """Compare pages after a batch is decoded, so that damage at that time is detected.
+    def check_batch(self, index_B: NDArray[np.int64], failed_B: NDArray[np.bool_]) -> None:
+        """Compare pages of a decoded batch, so that damage at that time is detected.
 
         Raises:
             DataError: a page is damaged.
@@ -106,9 +100,7 @@ class SpotCheck:
         """
         drawn_B = below(bits(*self._keys, index_B, PAGE), self.one_in) == 0
         pages = np.unique(self._page_of[index_B[drawn_B | failed_B]]).tolist()
-        faults = {page: page_fault(self.path, self.manifest, page) for page in pages}
-        if damaged := {page: fault for page, fault in faults.items() if fault}:
-            raise damaged_pages(self.path, self.manifest, damaged, self._page_of)
+        _compare_pages(self.path, self.manifest, pages, self._page_of, map)
 
 
 def page_fault(path: Path, manifest: Manifest, page: int) -> str:
@@ -120,19 +112,29 @@ def page_fault(path: Path, manifest: Manifest, page: int) -> str:
     return _fault(path, offset, manifest.page_bytes, manifest.pages[page])
 
 
-def damaged_pages(
-    path: Path, manifest: Manifest, faults: dict[int, str], page_of: NDArray[np.int64]
-) -> DataError:
-    """The error for a file. `faults`: faults by page. `page_of`: the page of each sample.
+def _compare_pages(
+    path: Path,
+    manifest: Manifest,
+    pages: Iterable[int],
+    page_of: NDArray[np.int64],
+    run: Callable[..., Iterable[str]],
+) -> None:
+    """Compare pages by `run`, which is `map` or does the same in threads.
 
-    The samples of a page follow each other, because files are written in their order.
+    `page_of`: the page of each sample. The samples of a page follow each other, because files are
+    written in their order.
+
+    Raises: DataError with each damaged page and its samples.
     """
     parts = []
-    for page, fault in faults.items():
-        first, last = np.flatnonzero(page_of == page)[[0, -1]].tolist()
-        place = _bytes(manifest.pages_offset + page * manifest.page_bytes, manifest.page_bytes)
-        parts.append(f"page {page} ({place}, samples {first} to {last}) {fault}")
-    return _damaged(path, parts)
+    faults = run(lambda page: page_fault(path, manifest, page), pages)
+    for page, fault in zip(pages, faults, strict=True):
+        if fault:
+            first, last = np.flatnonzero(page_of == page)[[0, -1]].tolist()
+            place = _bytes(manifest.pages_offset + page * manifest.page_bytes, manifest.page_bytes)
+            parts.append(f"page {page} ({place}, samples {first} to {last}) {fault}")
+    if parts:
+        raise _damaged(path, parts)
 
 
 def _damaged(path: Path, parts: list[str]) -> DataError:
@@ -145,7 +147,12 @@ def _fault(path: Path, offset: int, length: int, expected: str) -> str:
     try:
         digest = retry_read(lambda: manifests.xxh3(path, offset, length))
     except Unreadable as error:
-        manifests.probe_file(path, besides=range(offset, offset + length))
+        # If bytes elsewhere in the file cannot be read either, the storage is unreachable.
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            for at in range(0, size, max(1, size // PROBES)):
+                if not offset <= at < offset + length:
+                    os.pread(file.fileno(), 1, at)
         return f"cannot be read ({error.strerror})"
     return "" if digest == expected else "differs from its manifest"
 

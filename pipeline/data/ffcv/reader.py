@@ -65,8 +65,6 @@ class BetonLoader(api.Loader):
 
     Args:
         decode: the decoder; its `parallel` and `threads` come from `usable_threads`.
-        hang_s: the longest wait for one batch, in seconds; None: 300 for the first, which waits for
-            compilation, and 30 for every later one.
         one_in: one in this many samples has its page compared; 0: none (page_checks.py).
 
     Raises:
@@ -81,11 +79,10 @@ class BetonLoader(api.Loader):
         *,
         seed: int,
         threads: int,
-        hang_s: float | None = None,
         one_in: int = 0,
     ) -> None:
         self.samples, self.steps_per_epoch = order.samples, order.steps
-        self.path, self.decode, self.seed, self.hang_s = path, decode, seed, hang_s
+        self.path, self.decode, self.seed = path, decode, seed
         self._order, self._one_in = order, one_in
         self._open: list[_Reading] = []
         # what FFCV reads
@@ -99,9 +96,12 @@ class BetonLoader(api.Loader):
         )
         self.records, self._labels = self.reader.metadata["f0"], self.reader.metadata["f1"]
         self.memory_manager = _Pages(self.reader)
-        pipelines = {decode.name: PipelineSpec(decode.name, decoder=decode)}
         self.graph = Graph(
-            pipelines, self.reader.handlers, {decode.name: 0}, self.reader.metadata, None
+            {decode.name: PipelineSpec(decode.name, decoder=decode)},
+            self.reader.handlers,
+            {decode.name: 0},
+            self.reader.metadata,
+            None,
         )
         # The loop is compiled once per process (loops.py). FFCV would also compile, for each
         # loader, the function that calls it.
@@ -118,30 +118,21 @@ class BetonLoader(api.Loader):
         ids = self._order.epoch(epoch, start=start)
         # the number of the view is encoded in the id; the compiled loop separates the two
         views = ids + len(self._labels) * self._order.copies(start=start)
-        check = None
-        if self._one_in:
-            table = self.reader.alloc_table
-            check = SpotCheck(self.path, table, one_in=self._one_in, seed=self.seed, epoch=epoch)
+        table, keys = self.reader.alloc_table, {"seed": self.seed, "epoch": epoch}
+        check = SpotCheck(self.path, table, one_in=self._one_in, **keys) if self._one_in else None
         # The reading also sets torch's threads, but in its own thread, which does not affect this
         # one (torch 2.13).
         reading = _Reading(self, views, epoch=epoch, check=check)
         self._open.append(reading)
         try:
-            yield self._batches(reading, ids)
+            yield reading.batches(ids, self._labels)
         finally:
             reading.close()
             self._open.remove(reading)
 
     def close(self) -> None:
-        for reading in list(self._open):
+        for reading in self._open:
             reading.close()
-
-    def _batches(self, reading: "_Reading", ids: NDArray[np.int64]) -> Iterator[Batch]:
-        for first in range(0, len(ids), self.batch_size):
-            index_B = ids[first : first + self.batch_size]
-            x_B = reading.next_batch(index_B)
-            target_B = np.ascontiguousarray(self._labels[index_B], np.int64)
-            yield Batch(x_B, torch.from_numpy(target_B), torch.from_numpy(index_B.copy()))
 
 
 class _Pages(OSCacheManager):
@@ -185,29 +176,36 @@ class _Reading(api.epoch_iterator.EpochIterator):
             self.output_queue.put(error)
 
     def run_pipeline(self, b_ix: int, batch_indices: Any, batch_slot: int, cuda_event: Any) -> Any:
-        if self._check is None:
-            return super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
-        self._check.before()
+        if self._check is not None:
+            # the size that the opened file has now, which may be shorter than its mapping
+            self._check.check_size(self.storage_state[0]._mmap.size())
         result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
-        failed_B = self._status[batch_slot][: len(batch_indices), 0] != 0
-        ids = batch_indices.astype(np.int64) % len(self.metadata)  # removes the view's number
-        self._check.after(ids, failed_B)
+        if self._check is not None:
+            failed_B = self._status[batch_slot][: len(batch_indices), 0] != 0
+            ids = batch_indices.astype(np.int64) % len(self.metadata)  # removes the view's number
+            self._check.check_batch(ids, failed_B)
         return result
 
-    def next_batch(self, index_B: NDArray[np.int64]) -> torch.Tensor:
-        """A copy of the next batch, whose samples are `index_B`: float32 [B, ...]."""
-        slot, (view_B,) = self._wait()
-        failed = index_B[self._status[slot][: len(index_B), 0] != 0].tolist()
-        require_data(
-            not failed,
-            f"data: {self.loader.fname}: cannot decode {self.loader.decode.what} of samples"
-            f" {failed[:10]}; `spiketrain verify` it",
-        )
-        # The slot is overwritten two batches later. The copy is pinned if this process computes on
-        # a GPU, so that the transfer can overlap. In a CPU process, pinned memory would open a
-        # context on an unused card.
-        x_B = torch.empty(view_B.shape, dtype=torch.float32, pin_memory=torch.cuda.is_initialized())
-        return x_B.copy_(torch.from_numpy(view_B))
+    def batches(self, ids: NDArray[np.int64], labels: NDArray[Any]) -> Iterator[Batch]:
+        """The batches with the samples `ids`, as copies."""
+        for first in range(0, len(ids), self.loader.batch_size):
+            index_B = ids[first : first + self.loader.batch_size]
+            slot, (view_B,) = self._wait()
+            failed = index_B[self._status[slot][: len(index_B), 0] != 0].tolist()
+            require_data(
+                not failed,
+                f"data: {self.loader.fname}: cannot decode {self.loader.decode.what} of samples"
+                f" {failed[:10]}; `spiketrain verify` it",
+            )
+            # The slot is overwritten two batches later. The copy is pinned if this process computes
+            # on a GPU, so that the transfer can overlap. In a CPU process, pinned memory would open
+            # a context on an unused card.
+            x_B = torch.empty(
+                view_B.shape, dtype=torch.float32, pin_memory=torch.cuda.is_initialized()
+            )
+            x_B.copy_(torch.from_numpy(view_B))
+            target_B = np.ascontiguousarray(labels[index_B], np.int64)
+            yield Batch(x_B, torch.from_numpy(target_B), torch.from_numpy(index_B.copy()))
 
     def close(self) -> None:
         """Stop reading ahead and wait for the thread. A hanging daemon thread is abandoned."""
@@ -225,28 +223,17 @@ class _Reading(api.epoch_iterator.EpochIterator):
 
     def _wait(self) -> tuple[int, Any]:
         """The next slot and its outputs. Every error of the thread is raised here."""
-        patience = self.loader.hang_s or (FIRST_BATCH_S if self._is_first else HANG_S)
+        who = f"data: the loader of {self.loader.fname}"
+        if self.closed:
+            raise LoaderError(f"{who} was closed")
+        patience = FIRST_BATCH_S if self._is_first else HANG_S
         self._is_first = False
-        give_up = time.monotonic() + patience
-        while True:
-            if self.closed:
-                raise LoaderError(f"data: the loader of {self.loader.fname} was closed")
-            try:
-                item: Any = self.output_queue.get(timeout=0.2)
-                break
-            except Empty:
-                if not self.is_alive() and self.output_queue.empty():
-                    item = None
-                    break
-                if time.monotonic() > give_up:
-                    item = TimeoutError(f"no batch for {patience:g} s")
-                    break
-        if item is None:
-            item = RuntimeError("its thread ended early")
+        try:
+            item: Any = self.output_queue.get(timeout=patience)
+        except Empty:
+            item = TimeoutError(f"no batch for {patience:g} s")
         if isinstance(item, DataError):
             raise item
         if isinstance(item, BaseException):
-            raise LoaderError(
-                f"data: the loader of {self.loader.fname} failed: {type(item).__name__}: {item}"
-            ) from item
+            raise LoaderError(f"{who} failed: {type(item).__name__}: {item}") from item
         return item

@@ -67,11 +67,6 @@ def write_events(
         )
         _refuse(name, "is generated in the size asked for", resize=framing.get("resize"))
         counts = {key: value for key, value in generated.items() if value is not None}
-        require_data(
-            min(counts.get("samples", 1), counts.get("val_samples", 1)) >= 1,
-            f"write events: samples and val_samples must be 1 or more; got {samples} and"
-            f" {val_samples}",
-        )
         slices = SLICES[name] if slices is None else slices
         size = 34 if size is None else size
         sets = (_moving if name == "moving" else _saccades)(source, size, **counts)
@@ -98,11 +93,11 @@ def _moving(
 ) -> list[Source]:
     _refuse("moving", "is generated", source=source)
     where = f"moving shapes, content seed {content_seed}"
-    sets: list[Source] = []
-    for part, (name, count) in enumerate((("train", samples), ("val", val_samples))):
-        items = [MovingShape(number, part, size, content_seed) for number in range(count)]
-        sets.append(Source(name, CLASSES, items, where))
-    return sets
+    train, val = (
+        [MovingShape(number, part, size, content_seed) for number in range(count)]
+        for part, count in enumerate((samples, val_samples))
+    )
+    return [Source("train", CLASSES, train, where), Source("val", CLASSES, val, where)]
 
 
 def _saccades(

@@ -53,10 +53,8 @@ CLASSES = [f"{shape} {direction}" for shape in SHAPES for direction in DIRECTION
 INSTANTS, STEP_US = 93, 1000  # 92 ms
 SMALLEST = 16  # pixels a side of the smallest sensor with room for the shapes
 
-_FIRST_DRAW = 256  # draws, see random.py: 256.. of the film, 512.. of the noise
-_RADIUS, _ACROSS, _START, _SPEED, _THRESHOLD, _COIN, _NOISE_COUNT = range(
-    _FIRST_DRAW, _FIRST_DRAW + 7
-)
+# Draws, see random.py: 256.. of the film, 512.. of the noise.
+_RADIUS, _ACROSS, _START, _SPEED, _THRESHOLD, _COIN, _NOISE_COUNT = range(256, 263)
 _NOISE = 512
 
 
@@ -82,8 +80,8 @@ class MovingShape:
     def events(self) -> Stream:
         shape, direction = divmod(self.label, len(DIRECTIONS))
         axis, is_reversed = divmod(direction, 2)
-        stream = self.base(shape, axis)
-        stream = reversal(stream) if is_reversed else stream
+        base = self.base(shape, axis)
+        stream = reversal(base) if is_reversed else base
         return stream._replace(p_N=stream.p_N ^ _draw(self, _COIN, 2))
 
     def base(self, shape: int, axis: int) -> Stream:
@@ -130,7 +128,13 @@ def moving_shape_events(
     along_M = start + speed * np.arange(-before, INSTANTS, dtype=np.float64)
     across_M = np.full_like(along_M, across)
     y_M, x_M = (across_M, along_M) if axis == 0 else (along_M, across_M)
-    film_MHW = _film(shape, y_M, x_M, size=size, radius=radius)
+    pixels = np.arange(size, dtype=np.float64)
+    # the shorter signed distance on a ring of `size` pixels: -size/2 up to size/2
+    down_MH, right_MW = (
+        (pixels - middle_M[:, None] + size / 2) % size - size / 2 for middle_M in (y_M, x_M)
+    )
+    distance_MHW = signed_distance(shape, down_MH[:, :, None], right_MW[:, None, :], radius)
+    film_MHW = np.clip(0.5 - distance_MHW, 0.0, 1.0)  # with an edge one pixel wide
     # In units of the threshold, so that levels are whole numbers and exactly 0 after the shape has
     # left a pixel.
     stream = film_to_events(
@@ -141,19 +145,6 @@ def moving_shape_events(
     begin = (1 + before) * STEP_US
     t_N, y_N, x_N, p_N = (values_N[stream.t_N >= begin] for values_N in stream[:4])
     return Stream(t_N - begin, y_N, x_N, p_N, stream.sensor, (0, (INSTANTS - 1) * STEP_US))
-
-
-def _film(
-    shape: str, y_M: NDArray[np.float64], x_M: NDArray[np.float64], *, size: int, radius: float
-) -> NDArray[np.float64]:
-    """The intensity at each instant, in 0..1, with an edge one pixel wide: [M,H,W]."""
-    pixels = np.arange(size, dtype=np.float64)
-    # the shorter signed distance on a ring of `size` pixels: -size/2 up to size/2
-    down_MH, right_MW = (
-        (pixels - middle_M[:, None] + size / 2) % size - size / 2 for middle_M in (y_M, x_M)
-    )
-    distance_MHW = signed_distance(shape, down_MH[:, :, None], right_MW[:, None, :], radius)
-    return np.clip(0.5 - distance_MHW, 0.0, 1.0)
 
 
 def reversal(stream: Stream) -> Stream:
@@ -215,22 +206,19 @@ class Saccades:
         )
 
     def events(self) -> Stream:
-        stream = film_to_events(
-            self._film(), threshold=SACCADE_THRESHOLD, step_us=SACCADE_US // SACCADE_INSTANTS
-        )
-        noise = 50 + _draw(self, _SACCADE_NOISE_COUNT, 51)
-        return add_noise(stream, self, noise, first_draw=_SACCADE_NOISE)
-
-    def _film(self) -> NDArray[np.float64]:
-        """The intensity at each instant, in 0..1, interpolated between pixels: [M,H,W]."""
         height, width = self.image_hw.shape
         reach = max(abs(step) for corner in CORNERS for step in corner) + 1
         field = np.zeros((self.size + 2 * reach, self.size + 2 * reach))
         top, left = (len(field) - height) // 2, (len(field) - width) // 2
         field[top : top + height, left : left + width] = self.image_hw / 255.0
-        return np.stack(
-            [_window(field, reach + down, reach + right, self.size) for down, right in gaze()]
+        views = [_view(field, reach + down, reach + right, self.size) for down, right in gaze()]
+        stream = film_to_events(
+            np.stack(views),  # the intensity at each instant, in 0..1
+            threshold=SACCADE_THRESHOLD,
+            step_us=SACCADE_US // SACCADE_INSTANTS,
         )
+        noise = 50 + _draw(self, _SACCADE_NOISE_COUNT, 51)
+        return add_noise(stream, self, noise, first_draw=_SACCADE_NOISE)
 
     def __str__(self) -> str:
         return f"saccades over picture {self.number}"
@@ -247,7 +235,7 @@ def gaze() -> NDArray[np.float64]:
     return np.concatenate([corners[:1], *sides])
 
 
-def _window(field: NDArray[np.float64], top: float, left: float, size: int) -> NDArray[np.float64]:
+def _view(field: NDArray[np.float64], top: float, left: float, size: int) -> NDArray[np.float64]:
     """`size` x `size` interpolated values of `field`, starting at (top, left)."""
     row, column = int(top), int(left)
     down, right = top - row, left - column
@@ -293,17 +281,16 @@ def add_noise(
 ) -> Stream:
     """Add `count` noise events of a recording at uniform places and times."""
     begin, end = stream.span
-    draws = _bits(recording, first_draw + np.arange(4 * count)).reshape(-1, 4).T
-    t_K, y_K, x_K, p_K = map(below, draws, (end - begin, *stream.sensor, 2))
+    draws = first_draw + np.arange(4 * count).reshape(-1, 4).T
+    many = (end - begin, *stream.sensor, 2)
+    t_K, y_K, x_K, p_K = (_draw(recording, *pair) for pair in zip(draws, many, strict=True))
     pairs = zip(stream[:4], (begin + t_K, y_K, x_K, p_K), strict=True)
     return in_order(
         *(np.concatenate(pair) for pair in pairs), sensor=stream.sensor, span=stream.span
     )
 
 
-def _draw(recording: MovingShape | Saccades, number: int, many: int) -> int:
-    return int(below(_bits(recording, number), many))
-
-
-def _bits(recording: MovingShape | Saccades, draw: Any) -> NDArray[np.uint64]:
-    return bits(recording.content_seed, recording.part, recording.number, draw)
+def _draw(recording: MovingShape | Saccades, number: Any, many: int) -> Any:
+    """A whole number 0..many-1 for the draw `number`, or for each of an array of draws."""
+    drawn = bits(recording.content_seed, recording.part, recording.number, number)
+    return below(drawn, many)

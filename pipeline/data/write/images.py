@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib.machinery import PathFinder
+from importlib.metadata import distribution
 from operator import attrgetter
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -27,7 +27,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.core.errors import DataError, require_data
 from pipeline.core.random import bits
-from pipeline.core.units import counted, some
+from pipeline.core.units import some
 from pipeline.data.ffcv.format import JPG, RAW, Images
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.write.writer import Encoded, Existing, Progress, Source, write_sets
@@ -80,15 +80,13 @@ class Encoding:
 
     def __post_init__(self) -> None:
         require_data(
-            self.mode in ("jpg", "raw", "mixed"),
-            f"write: mode must be 'jpg', 'raw' or 'mixed'; got {self.mode!r}",
-        )
-        require_data(
-            (self.max_resolution is None or self.max_resolution >= 1)
+            self.mode in ("jpg", "raw", "mixed")
+            and (self.max_resolution is None or self.max_resolution >= 1)
             and 1 <= self.quality <= 100
             and 0 <= self.jpg_share <= 1,
-            "write: max_resolution must be 1 or more pixels, quality in 1..100, jpg_share in 0..1;"
-            f" got max_resolution={self.max_resolution}, quality={self.quality},"
+            "write: mode must be 'jpg', 'raw' or 'mixed', max_resolution 1 or more pixels, quality"
+            f" in 1..100, jpg_share in 0..1; got mode={self.mode!r},"
+            f" max_resolution={self.max_resolution}, quality={self.quality},"
             f" jpg_share={self.jpg_share}",
         )
 
@@ -100,37 +98,30 @@ class Encoding:
             if isinstance(item.image, Path):
                 return _encode_file(item.image, self, as_jpg)
             return _encode_picture(Image.fromarray(item.image), self, as_jpg)
-        except DataError:
-            raise
-        except UnidentifiedImageError:  # its text contains the address of an object
+        except UnidentifiedImageError:
             return "it is no picture that Pillow can read"
         except DAMAGED as error:
             return f"{type(error).__name__}: {error}"
 
 
 def _encode_file(path: Path, how: Encoding, as_jpg: bool) -> Encoded | str:
-    content = path.read_bytes()
-    if not content:
-        return "it is empty"
-    with Image.open(io.BytesIO(content)) as picture:
+    with Image.open(path) as picture:
         width, height = picture.size
         fits = how.max_resolution is None or max(width, height) <= how.max_resolution
-        if as_jpg and fits and picture.format == "JPEG" and _ffcv_decodes(content, height, width):
+        may_stay = as_jpg and fits and picture.format == "JPEG"
+        if may_stay and _ffcv_decodes(content := path.read_bytes(), height, width):
             attributes = {"mode": JPG, "height": height, "width": width}
             encoded = Encoded(content, attributes, {"as it is": 1})
         else:
             encoded = _encode_picture(picture, how, as_jpg)
-        if isinstance(encoded, Encoded) and not _is_upright(picture):
+        try:
+            orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        except (SyntaxError, struct.error):  # EXIF that Pillow 13.0 cannot read
+            orientation = 1
+        # values outside 1..8 have no meaning
+        if isinstance(encoded, Encoded) and orientation in range(2, 9):
             encoded.counted["not rotated"] = 1
         return encoded
-
-
-def _is_upright(picture: Image.Image) -> bool:
-    try:
-        # values outside 1..8 have no meaning
-        return picture.getexif().get(ExifTags.Base.Orientation, 1) not in range(2, 9)
-    except (SyntaxError, struct.error):  # EXIF that Pillow 13.0 cannot read
-        return True
 
 
 def _encode_picture(picture: Image.Image, how: Encoding, as_jpg: bool) -> Encoded | str:
@@ -171,15 +162,8 @@ def _ffcv_imdecode() -> Callable[..., int]:
 
     The package would import torch and numba in each worker, which takes seconds.
     """
-    package = PathFinder.find_spec("ffcv")
-    folders = list(package.submodule_search_locations or []) if package else []
-    libraries = [file for folder in folders for file in Path(folder).glob("_libffcv*.so")]
-    require_data(
-        libraries,
-        "write: FFCV must be installed, its decoder judges what it will read; got no"
-        " ffcv/_libffcv*.so",
-    )
-    function = ctypes.CDLL(str(libraries[0])).imdecode
+    library = next(Path(str(distribution("ffcv").locate_file("ffcv"))).glob("_libffcv*.so"))
+    function = ctypes.CDLL(str(library)).imdecode
     words = [ctypes.c_uint32] * 2
     # (bytes, size, height, width, pixels, crop height and width, offset x and y, scale as a
     # fraction, crop?, flip?) in 1.0.2
@@ -217,8 +201,14 @@ def write_fashion(
         DataError: no source is available, `out` is already written, or the disk is full.
         LoaderError: a worker died or hung.
     """
-    sets, how = fashion(source), Encoding(mode="raw")
-    return write_sets(sets, Path(out), how, workers=workers, progress=progress, existing=existing)
+    return write_sets(
+        fashion(source),
+        Path(out),
+        Encoding(mode="raw"),
+        workers=workers,
+        progress=progress,
+        existing=existing,
+    )
 
 
 def write_folder(
@@ -265,9 +255,14 @@ def write_folder(
         quality=90 if quality is None else quality,
         jpg_share=0.5 if jpg_share is None else jpg_share,
     )
-    sets = image_folder(Path(source))
     return write_sets(
-        sets, Path(out), how, workers=workers, max_bad=max_bad, progress=progress, existing=existing
+        image_folder(Path(source)),
+        Path(out),
+        how,
+        workers=workers,
+        max_bad=max_bad,
+        progress=progress,
+        existing=existing,
     )
 
 
@@ -303,11 +298,10 @@ def image_folder(source: Path) -> list[Source]:
     """
     sets = [_folder_set(source / name, name) for name in ("train", "val")]
     train, val = (set(each.classes) for each in sets)
-    differ = [("train", sorted(train - val)), ("val", sorted(val - train))]
     require_data(
         train == val,
-        f"write_folder: train and val of {source} must have the same classes; "
-        + "; ".join(f"only in {name}: {some(names)}" for name, names in differ if names),
+        f"write_folder: train and val of {source} must have the same classes; one of them alone"
+        f" has {some(sorted(train ^ val))}",
     )
     return sets
 
@@ -364,37 +358,28 @@ def _folder_set(folder: Path, name: str) -> Source:
         classes, f"write_folder: {folder.absolute()} must hold a folder for each class; it has none"
     )
     items: list[Item] = []
-    left_out: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    left_out: defaultdict[str, list[str]] = defaultdict(list)  # paths by kind
     for entry in entries:
         if entry.name not in classes:
-            left_out[_kind_left_out(entry, "beside the class folders")].append(entry.path)
+            left_out["beside the class folders"].append(entry.path)
     for label, class_name in enumerate(classes):
         before = len(items)
         for entry in sorted(os.scandir(folder / class_name), key=by_name):
             suffix = Path(entry.name).suffix.lower()
-            which = f"ending in {suffix}" if suffix else "whose name has no ending"
-            kind = _kind_left_out(entry, which)
-            if entry.is_file() and suffix in IMAGE_SUFFIXES and kind == ("file", which):
-                items.append(Item(len(items), folder / class_name / entry.name, label))
+            if entry.name.startswith("."):
+                left_out["hidden"].append(entry.path)
+            elif not entry.is_file():
+                left_out["no file"].append(entry.path)
+            elif suffix not in IMAGE_SUFFIXES:
+                left_out[f"suffix {suffix!r}"].append(entry.path)
             else:
-                left_out[kind].append(entry.path)
+                items.append(Item(len(items), Path(entry.path), label))
         require_data(
             len(items) != before,
             f"write_folder: class folder {folder / class_name} must hold images"
             f" ({' '.join(sorted(IMAGE_SUFFIXES))})",
         )
     listed = (
-        f"{counted(len(paths), noun)}{which and ' '}{which}, such as {paths[0]}"
-        for (noun, which), paths in sorted(left_out.items())
+        f"{len(paths)} ({kind}), such as {paths[0]}" for kind, paths in sorted(left_out.items())
     )
     return Source(name, classes, items, str(folder.absolute()), tuple(listed))
-
-
-def _kind_left_out(entry: os.DirEntry[str], which: str) -> tuple[str, str]:
-    """The noun and the addition for an entry that is neither a class folder nor an image.
-
-    `which`: the addition for a file that is not hidden.
-    """
-    if entry.name.startswith("."):
-        return ("hidden folder" if entry.is_dir() else "hidden file"), ""
-    return ("folder", "inside a class folder") if entry.is_dir() else ("file", which)

@@ -119,26 +119,23 @@ def _files(name: Name, root: Path, folder: str) -> list[Path]:
     """The recordings in a folder of the set, downloaded if there are none."""
     known = PUBLISHED[name]
     find = lambda: sorted((root / folder).rglob(f"*{known.suffix}"), key=_natural)
-    if not (paths := find()):
-        dataset, is_train = getattr(_tonic("datasets"), known.dataset), folder == known.folders[0]
-        address = getattr(dataset, "url", None) or (
-            dataset.train_url if is_train else dataset.test_url
-        )
-        try:
-            dataset(str(root.parent), **({"train": is_train} if len(known.folders) == 2 else {}))
-        # No network, a full disk or a changed archive: the user has the same choice in each case.
-        except Exception as error:
-            raise DataError(
-                f"write events: {name} is neither in {root.absolute()} nor could tonic download it"
-                f" ({type(error).__name__}: {error}); download {address} and unpack it there, or"
-                " pass another --source"
-            ) from error
+    if paths := find():
+        return paths
+    import tonic.datasets
+
+    dataset, is_train = getattr(tonic.datasets, known.dataset), folder == known.folders[0]
+    address = getattr(dataset, "url", None) or (dataset.train_url if is_train else dataset.test_url)
+    try:
+        dataset(str(root.parent), **({"train": is_train} if len(known.folders) == 2 else {}))
         paths = find()
-    require_data(
-        paths,
-        f"write events: {name}: {(root / folder).absolute()} must hold recordings *{known.suffix};"
-        " it has none",
-    )
+        require_data(paths, f"the download holds no *{known.suffix}")
+    # No network, a full disk or a changed archive: the user has the same choice in each case.
+    except Exception as error:
+        raise DataError(
+            f"write events: {name} is neither in {root.absolute()} nor could tonic download it"
+            f" ({type(error).__name__}: {error}); download {address} and unpack it there, or"
+            " pass another --source"
+        ) from error
     return paths
 
 
@@ -151,32 +148,16 @@ def _recording(path: Path, known: Published, labels: dict[str, int]) -> Publishe
     return PublishedRecording(path, labels[name], known.sensor)
 
 
-def _tonic(part: str) -> Any:
-    try:
-        import tonic.datasets
-        import tonic.io
-    except ImportError as error:
-        raise DataError(
-            "write events: recordings are read by tonic (GPL-3.0), pip install"
-            f" 'spiketrain[events]'; got {error}"
-        ) from error
-    return getattr(tonic, part)
-
-
 def _first_share(items: list[PublishedRecording]) -> list[list[PublishedRecording]]:
     """Split into training, the first 90 % of each class, and evaluation, the rest."""
-    parts: list[list[PublishedRecording]] = [[], []]
+    train: list[PublishedRecording] = []
+    val: list[PublishedRecording] = []
     for _, group in groupby(items, key=lambda item: item.label):  # they are in order of class
         of_class = list(group)
         cut = round(TRAIN_SHARE * len(of_class))
-        parts[0] += of_class[:cut]
-        parts[1] += of_class[cut:]
-    require_data(
-        all(parts),
-        f"write events: each class must have 10 recordings or so, to be split; got {len(items)}"
-        " in all",
-    )
-    return parts
+        train += of_class[:cut]
+        val += of_class[cut:]
+    return [train, val]
 
 
 def _natural(path: "Path | str") -> list[Any]:
@@ -186,13 +167,15 @@ def _natural(path: "Path | str") -> list[Any]:
 
 def _read_bin(path: Path) -> tuple[Any, ...]:
     """Read N-MNIST's and N-Caltech101's format: 5 bytes per event."""
+    import tonic.io
+
     size = path.stat().st_size
     require_data(
         size % 5 == 0,
         f"it is cut short: {size} bytes are no whole number of events of 5 bytes",
     )
     kind = np.dtype([("x", np.int64), ("y", np.int64), ("t", np.int64), ("p", np.int64)])
-    events_N = _tonic("io").read_mnist_file(str(path), kind)
+    events_N = tonic.io.read_mnist_file(str(path), kind)
     # The coordinates of N-Caltech101 begin at the window of the sensor.
     if path.parent.parent.name == "Caltech101" and len(events_N):
         events_N["x"] -= events_N["x"].min()
@@ -201,14 +184,12 @@ def _read_bin(path: Path) -> tuple[Any, ...]:
 
 
 def _read_aedat4(path: Path) -> tuple[Any, ...]:
-    reader = _tonic("io").read_aedat4
+    import tonic.io
+
     try:
-        events_N = reader(str(path))
-    except ImportError as error:
-        raise DataError(
-            "write events: tonic reads .aedat4 with the package aedat, pip install"
-            f" 'spiketrain[events]'; got {error}"
-        ) from error
+        events_N: Any = tonic.io.read_aedat4(str(path))
+    except ImportError:  # of the package aedat
+        raise
     except Exception as error:  # aedat 2.3.0 raises RuntimeError, tonic 1.7.0 a bare Exception
         raise DataError(f"it is cut short or damaged ({error})") from error
     t, x, y, p = events_N.dtype.names

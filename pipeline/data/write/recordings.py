@@ -17,7 +17,7 @@ normalise.
 # N events of a recording, J slices, P polarities (0 off, 1 on), h w of the sensor, H W of a frame
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,23 +42,12 @@ class Stream(NamedTuple):
     span: tuple[int, int]  # begin, end in microseconds
 
 
-class Recording(Protocol):
-    """A recording that is read or generated on request. `str` names it in error messages."""
-
-    @property
-    def label(self) -> int: ...
-
-    def events(self) -> Stream:
-        """Read or generate the events.
-
-        Raises: OSError, ValueError if the recording is damaged.
-        """
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Framing:
     """Encodes recordings as `slices` frames of `size` x `size` pixels with two polarities.
+
+    `events()` of a recording reads or generates its Stream. It raises OSError or ValueError if the
+    recording is damaged.
 
     Args:
         counts: "uint8" up to 255, or "int16" up to 32767. It has no effect with "area", which
@@ -105,7 +94,7 @@ class Framing:
         dtype = "float16" if self.resize == "area" else self.counts
         return Arrays(dtype, (self.slices, 2, self.size, self.size))
 
-    def __call__(self, recording: Recording) -> Encoded | str:
+    def __call__(self, recording: Any) -> Encoded | str:
         try:
             stream = recording.events()
             frames_JPHW = frames(
@@ -154,8 +143,8 @@ def frames(
     if resize == "sum":
         y_N, x_N, h, w = y_N * size // height, x_N * size // width, size, size
     place_N = ((slice_N * 2 + p_N) * h + y_N) * w + x_N
-    counts = np.bincount(place_N, minlength=slices * 2 * h * w).astype(np.float64)
-    counts_JPhw = counts.reshape(slices, 2, h, w)
+    counts = np.bincount(place_N, minlength=slices * 2 * h * w)
+    counts_JPhw = counts.reshape(slices, 2, h, w).astype(np.float64)
     if resize == "sum":
         return counts_JPhw
     rows_Hh, columns_Ww = _covered(height, size), _covered(width, size)

@@ -99,35 +99,16 @@ LEFT_OUT = frozenset(
 )
 
 _NATURE = (
-    "Aqua",
-    "Blinds",
-    "Dune",
-    "FreshFlower",
-    "Garden",
-    "GreenMeadow",
-    "LadyBird",
-    "RainDrops",
-    "Storm",
-    "TwoWings",
-    "Wood",
+    *("Aqua", "Blinds", "Dune", "FreshFlower", "Garden", "GreenMeadow", "LadyBird", "RainDrops"),
+    *("Storm", "TwoWings", "Wood", "YellowFlower"),
 )
 _PHOTOS = (
-    "BytheWater",
-    "ColdRipple",
-    "ColorfulCups",
-    "DarkestHour",
-    "EveningGlow",
-    "FallenLeaf",
-    "Grey",
-    "Kite",
-    "OneStandsOut",
+    *("BytheWater", "ColdRipple", "ColorfulCups", "DarkestHour", "EveningGlow", "FallenLeaf"),
+    *("Grey", "Kite", "OneStandsOut", "Path", "summer_1am"),
 )
 GROUNDS = {  # paths below /usr/share, with the package that installs them
-    **{f"backgrounds/mate/nature/{name}.jpg": MATE for name in (*_NATURE, "YellowFlower")},
-    **{
-        f"wallpapers/{name}/contents/images/2560x1600.jpg": PLASMA
-        for name in (*_PHOTOS, "Path", "summer_1am")
-    },
+    **{f"backgrounds/mate/nature/{name}.jpg": MATE for name in _NATURE},
+    **{f"wallpapers/{name}/contents/images/2560x1600.jpg": PLASMA for name in _PHOTOS},
     "wallpapers/Mountain/contents/images/5120x2880.png": PLASMA,
     "wallpapers/Volna/contents/images/5120x2880.jpg": PLASMA,
 }
@@ -153,11 +134,14 @@ def installed(share: Path = SHARE) -> Pictures:
     Raises: DataError with the missing or incomplete package.
     """
     stamps = share / "tuxpaint" / "stamps"
-    _require_there(stamps, STAMPS)
-    objects = {
-        name: [picture for folder in folders for picture in _photographs(stamps, folder)]
-        for name, folders in CLASSES.items()
-    }
+    objects: dict[str, list[Picture]] = {class_name: [] for class_name in CLASSES}
+    for class_name, folders in CLASSES.items():
+        for folder in folders:
+            _require_there(stamps / folder, STAMPS)
+            for path in sorted((stamps / folder).glob("*.png")):
+                name, is_drawing = f"{folder}/{path.stem}", path.with_suffix(".svg").exists()
+                if not (name in LEFT_OUT or name.endswith("_mirror") or is_drawing):
+                    objects[class_name].append(Picture(name, path, STAMPS))
     grounds = [
         Picture(str(Path(name).with_suffix("")), share / name, package)
         for name, package in GROUNDS.items()
@@ -217,17 +201,6 @@ def _divided(
         f" {len(pictures)}",
     )
     return [each for each in ordered if each not in val], val
-
-
-def _photographs(stamps: Path, folder: str) -> list[Picture]:
-    _require_there(stamps / folder, STAMPS)
-    return [
-        Picture(name, path, STAMPS)
-        for path in sorted((stamps / folder).glob("*.png"))
-        if (name := f"{folder}/{path.stem}") not in LEFT_OUT
-        and not name.endswith("_mirror")
-        and not path.with_suffix(".svg").exists()
-    ]
 
 
 def _read(picture: Picture, mode: str, *, least: int | None = None) -> Image.Image:

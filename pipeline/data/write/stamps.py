@@ -32,6 +32,7 @@ from pipeline.data.ffcv.format import Images
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.write.images import Encoding, Item
 from pipeline.data.write.stamp_pictures import (
+    CLASSES,
     SHARE,
     Picture,
     Pictures,
@@ -57,10 +58,8 @@ TURN = 15.0  # degrees in either direction
 BRIGHTNESS = 0.3  # the factor is 0.7 to 1.3
 SMALLEST_PIECE = 0.25  # share of a ground's shorter side
 
-_FIRST_DRAW = 2048  # draws, see random.py
-_GROUND, _PIECE, _PIECE_Y, _PIECE_X, _SHARE, _FLIP, _TURN, _BRIGHTNESS, _Y, _X = range(
-    _FIRST_DRAW, _FIRST_DRAW + 10
-)
+# draws, see random.py
+_GROUND, _PIECE, _PIECE_Y, _PIECE_X, _SHARE, _FLIP, _TURN, _BRIGHTNESS, _Y, _X = range(2048, 2058)
 
 
 @dataclass(frozen=True)
@@ -246,10 +245,8 @@ def write_stamps(
     where = f"{share.absolute()}, pictures {_read_all(pictures, size)}"
     sets: list[Source] = []
     for part, (name, count) in enumerate((("train", samples), ("val", val_samples))):
-        items = list(
-            scenes(divided[part], count, part=part, split=split, content_seed=content_seed)
-        )
-        sets.append(Source(name, list(divided[part].objects), items, where))
+        shown = scenes(divided[part], count, part=part, split=split, content_seed=content_seed)
+        sets.append(Source(name, list(CLASSES), list(shown), where))
     written = write_sets(
         sets, Path(out), how, workers=workers, progress=progress, existing=existing
     )

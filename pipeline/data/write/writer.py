@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import count, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -44,7 +44,7 @@ class Source:
     classes: list[str]  # a name's position is its label
     items: Sequence[Any]  # each has a `label`, and `str` names it in error messages
     where: str
-    left_out: tuple[str, ...] = ()  # what is not a sample, by kind: the number, and an example
+    left_out: tuple[str, ...] = ()  # see Manifest
 
 
 @dataclass(frozen=True)
@@ -95,31 +95,47 @@ def write_sets(
         "write: workers must be 1 or more, max_bad 0 or more, existing 'refuse', 'replace' or"
         f" 'keep'; got workers={workers}, max_bad={max_bad}, existing={existing!r}",
     )
-    out = Path(out)
-    finals = [out / f"{each.name}.beton" for each in sets]
+    finals = [Path(out) / f"{each.name}.beton" for each in sets]
     there = [str(final) for final in finals if final.exists()]
     if existing == "keep" and len(there) == len(finals):
-        return [_verified_manifest(final, how) for final in finals]
+        kept = [verify(final)[0] for final in finals]
+        for final, manifest in zip(finals, kept, strict=True):
+            require_data(
+                manifest.options == asdict(how),
+                f"write: {final} was written with {manifest.options}; got {asdict(how)}; ask with"
+                " --existing replace",
+            )
+        return kept
     require_data(
         not there or existing == "replace",
         f"write: {' and '.join(there)} must not exist yet; remove them, or ask with --existing"
         " replace",
     )
-    out.mkdir(parents=True, exist_ok=True)
+    Path(out).mkdir(parents=True, exist_ok=True)
     total, done = sum(len(each.items) for each in sets), count(1)
     report = lambda: progress(next(done), total) if progress else None
-    written: list[Manifest] = []
+    manifest_of = lambda final: final.with_name(final.name + manifests.SUFFIX)
     with ExitStack() as held:  # renames the files together, once all are complete
-        for each, final in zip(sets, finals, strict=True):
-            written.append(
-                _store(each, held.enter_context(_whole_or_nothing(final)), how, workers, report)
+        written = [
+            _store(each, held.enter_context(_whole_or_nothing(final)), how, workers, report)
+            for each, final in zip(sets, finals, strict=True)
+        ]
+        if any(len(each.skipped) > max_bad or not each.samples for each in written):
+            counts = [
+                f"{len(each.skipped)} of {each.samples + len(each.skipped)} in {each.file}"
+                for each in written
+            ]
+            raise TooManyUnreadable(
+                f"write: at most {counted(max_bad, how.kind.name)} of each set may be unreadable,"
+                f" and one must be readable; got {' and '.join(counts)} unreadable; mend or remove"
+                " what is listed, or allow more with --max-bad",
+                [bad for each in written for bad in each.skipped],
             )
-        _refuse_unreadable(sets, written, kind=how.kind.name, max_bad=max_bad)
         for final in finals:
             # An old manifest must not vouch for a new file, nor a new one for an old file.
-            final.with_name(final.name + manifests.SUFFIX).unlink(missing_ok=True)
+            manifest_of(final).unlink(missing_ok=True)
     for manifest, final in zip(written, finals, strict=True):
-        manifest.write(final.with_name(final.name + manifests.SUFFIX))
+        manifest.write(manifest_of(final))
     return written
 
 
@@ -175,37 +191,6 @@ def encode_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _verified_manifest(final: Path, how: Any) -> Manifest:
-    """The manifest of an existing file, after all its bytes were verified."""
-    manifest = verify(final)[0]
-    require_data(
-        manifest.options == asdict(how),
-        f"write: {final} was written with {manifest.options}; got {asdict(how)}; ask with"
-        " --existing replace",
-    )
-    return manifest
-
-
-def _refuse_unreadable(
-    sets: Sequence[Source], written: Sequence[Manifest], *, kind: str, max_bad: int
-) -> None:
-    unreadable = [bad for manifest in written for bad in manifest.skipped]
-    counts = [len(manifest.skipped) for manifest in written]
-    if max(counts) > max_bad:
-        pairs = zip(counts, sets, strict=True)
-        raise TooManyUnreadable(
-            f"write: at most {counted(max_bad, kind)} of each set may be unreadable; got "
-            + " and ".join(f"{count} in {each.name}" for count, each in pairs if count)
-            + "; mend or remove what is listed, or allow more with --max-bad",
-            unreadable,
-        )
-    for each, manifest in zip(sets, written, strict=True):
-        if not manifest.samples:
-            raise TooManyUnreadable(
-                f"write: {each.name} must have a readable {kind}; got none", unreadable
-            )
-
-
 def _store(
     source: Source, path: Path, how: Any, workers: int, report: Callable[[], None]
 ) -> Manifest:
@@ -241,15 +226,8 @@ def _store(
         source=source.where,
         command=shlex.join(sys.argv),
         options=asdict(how),
-        written_by={name: _version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")},
+        written_by={name: version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")},
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 @contextmanager

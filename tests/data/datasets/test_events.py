@@ -57,8 +57,10 @@ def test_what_is_read_is_what_was_counted(moving: Path, steps: int) -> None:
 
 
 def test_one_channel_is_the_sum_of_both_polarities(moving: Path) -> None:
-    batch = read(Events(moving, **GOOD, channels=1).val(micro_batch=VAL))[0]
-    np.testing.assert_array_equal(batch.x[3, :, 0].numpy(), expected(3, 4).sum(1))
+    np.testing.assert_array_equal(
+        read(Events(moving, **GOOD, channels=1).val(micro_batch=VAL))[0].x[3, :, 0].numpy(),
+        expected(3, 4).sum(1),
+    )
 
 
 def test_mean_and_std_are_those_of_the_counts_of_one_step(moving: Path) -> None:
@@ -83,8 +85,7 @@ def test_a_recording_is_shifted_and_mirrored_as_one(moving: Path) -> None:
                 window = padded[:, :, down : down + SIZE, right : right + SIZE]
                 turned = window[..., ::-1] if below(bits(5, epoch, number, FLIP), 2) else window
                 np.testing.assert_array_equal(x.numpy(), turned)
-    still = read(moved.val(micro_batch=VAL))[0]
-    np.testing.assert_array_equal(still.x[5].numpy(), expected(5, 4))
+    np.testing.assert_array_equal(read(moved.val(micro_batch=VAL))[0].x[5].numpy(), expected(5, 4))
 
 
 def test_threads_do_not_change_a_bit(moving: Path) -> None:
@@ -102,8 +103,9 @@ def test_counts_of_other_types_and_cuts(
     tmp_path: Path, options: dict[str, Any], dtype: str
 ) -> None:
     train, _ = write(tmp_path, **options, samples=16, val_samples=16)
-    kind = read_tables(tmp_path / "train.beton").kind
-    assert kind == Arrays(dtype, (options.get("slices", SLICES), 2, SIZE, SIZE))
+    assert read_tables(tmp_path / "train.beton").kind == Arrays(
+        dtype, (options.get("slices", SLICES), 2, SIZE, SIZE)
+    )
     assert train.stored["saturated"] == 0
     x = read(Events(tmp_path, **GOOD | {"steps": 3}).val(micro_batch=16))[0].x[9]
     by: Any = options.get("frames_by", "time")
@@ -145,10 +147,7 @@ def test_ffcv_itself_reads_the_file(moving: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (
-            {"steps": 5},
-            r"steps must divide the 12 slices of .*train\.beton: 1, 2, 3, 4, 6, 12; got 5",
-        ),
+        ({"steps": 5}, r"steps must divide the 12 slices of .*train\.beton; got 5"),
         ({"size": 34}, r"size must be the file's, 16x16 in .*; got 34"),
         ({"classes": 10}, r"classes must be those of .*, 16; got 10"),
     ],
@@ -241,7 +240,6 @@ def test_saccades_over_fashion(small_fashion: Path, tmp_path: Path) -> None:
                 " slices=None"
             ),
         ),
-        ({"name": "moving", "samples": 0}, "samples and val_samples must be 1 or more; got 0"),
     ],
 )
 def test_wrong_options_are_refused(tmp_path: Path, call: dict[str, Any], said: str) -> None:

@@ -42,8 +42,9 @@ def test_the_order_is_the_tasks_and_the_same_in_every_run():
         return tuple(Permuted(plain(), **task).order.tolist())
 
     assert len({order(task=task, seed=seed) for task in range(4) for seed in range(2)}) == 8
-    other = Permuted(plain(samples=60, content_seed=3), task=2).order
-    assert order(task=2) == tuple(other.tolist())
+    assert order(task=2) == tuple(
+        Permuted(plain(samples=60, content_seed=3), task=2).order.tolist()
+    )
     # task 0 is as it is only when asked
     assert order(task=0, first="plain") == tuple(range(20)) != order(task=0)
     assert order(task=1, first="plain") == order(task=1)
@@ -110,8 +111,7 @@ def test_classes_may_come_in_another_order():
 
 
 def test_permuted_classes_are_split_too():
-    data = SplitClasses(Permuted(plain(), task=4), task=1)
-    [batch] = read(data.val(**VAL))
+    [batch] = read(SplitClasses(Permuted(plain(), task=4), task=1).val(**VAL))
     [whole] = read(Permuted(plain(), task=4).val(**VAL | {"micro_batch": 20}))
     assert torch.equal(batch.x, whole.x[batch.index]) and set((batch.index % 6).tolist()) == {2, 3}
 

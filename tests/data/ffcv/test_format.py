@@ -24,8 +24,9 @@ DATA = {
 @pytest.fixture(params=DATA)
 def data(request, tmp_path) -> Beton | Events:
     """A copy of images and of recordings, which a test may damage."""
-    source = request.getfixturevalue(request.param)
-    return DATA[request.param](shutil.copytree(source, tmp_path / "data"))
+    return DATA[request.param](
+        shutil.copytree(request.getfixturevalue(request.param), tmp_path / "data")
+    )
 
 
 def regions(path: Path) -> dict[str, tuple[int, int]]:
@@ -92,24 +93,3 @@ def test_a_file_that_is_cut_short_is_refused_in_one_line(data):
     for look in (data.check, lambda: data.train(seed=5, batch_size=12, micro_batch=12)):
         with pytest.raises(DataError, match=rf"^data: \S*train\.beton must have {said}"):
             look()
-    with pytest.raises(DataError, match="truncated or damaged"):
-        read_tables(path)
-
-
-def test_field_descriptors_that_say_nothing_are_refused(copy):
-    path = copy / "train.beton"
-    content, (at, _) = bytearray(path.read_bytes()), regions(path)["field descriptors"]
-    content[at + 17 : at + 400] = bytes(383)
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"train\.beton: damaged field descriptors"):
-        read_tables(path)
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [(b"GIF89a" * 1000, r"not a \.beton of version 2"), (b"", "0 bytes are less than its header")],
-)
-def test_something_else_is_not_a_beton(tmp_path, content, said):
-    (tmp_path / "x.beton").write_bytes(content)
-    with pytest.raises(DataError, match=said):
-        read_tables(tmp_path / "x.beton")

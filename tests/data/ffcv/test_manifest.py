@@ -1,38 +1,15 @@
-import errno
 import hashlib
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import xxhash
 
-from pipeline.core import files
 from pipeline.data.base import DataError
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.format import Arrays
 from pipeline.data.ffcv.page_checks import check, verify
-from tests.helpers.damage import fail_reads
-
-
-def test_a_manifest_that_cannot_be_read_is_named(folder, monkeypatch):
-    read_text = Path.read_text
-
-    def fails(self, *words, **more):
-        if self.name == "train.beton.manifest.json":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return read_text(self, *words, **more)
-
-    monkeypatch.setattr(Path, "read_text", fails)
-    monkeypatch.setattr(files, "TRY_S", 0.0)
-    said = r"train\.beton\.manifest\.json cannot be read: Input/output error; restore it"
-    with pytest.raises(DataError, match=said):
-        check(folder / "train.beton")
-    fail_reads(monkeypatch, *folder.glob("*.beton"))
-    with pytest.raises(OSError, match="Input/output error"):
-        check(folder / "train.beton")
 
 
 def test_the_content_hash_is_that_of_its_definition():
@@ -53,7 +30,10 @@ def test_the_content_hash_is_that_of_its_definition():
 def test_missing_parts_are_named(folder, tmp_path):
     (folder / "val.beton.manifest.json").unlink()
     for look, said in (
-        (Beton(folder, classes=2, size=8).fingerprint, r"val\.beton has no manifest val\.beton\.m"),
+        (
+            Beton(folder, classes=2, size=8).fingerprint,
+            r"/val\.beton\.manifest\.json does not exist",
+        ),
         (Beton(tmp_path / "a", classes=2, size=8).fingerprint, r"/a/train\.beton does not exist"),
         (lambda: verify(tmp_path), r"no \.beton in"),
     ):
@@ -79,8 +59,11 @@ def forged(text: str, **changes) -> str:
         (lambda text: forged(text, classes=None), "missing .* 'classes'"),
         (lambda text: forged(text, more=1), "unexpected keyword argument 'more'"),
         (lambda text: forged(text, file="val.beton"), r"belongs to another file, val\.beton"),
-        (lambda text: forged(text, sha256="0" * 64), r"train\.beton: sha256 must be 0000"),
-        (lambda text: forged(text, content="1" * 64), r"train\.beton: content hash must be 1111"),
+        (lambda text: forged(text, sha256="0" * 64), r"train\.beton must have sha256 0000.*; got"),
+        (
+            lambda text: forged(text, content="1" * 64),
+            r"train\.beton must have .* content hash 1111.*; got",
+        ),
     ],
 )
 def test_a_bad_manifest_is_refused(folder, change, message):

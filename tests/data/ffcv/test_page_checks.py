@@ -1,7 +1,5 @@
 """Files compared with their manifests, whole or page by page while they are read."""
 
-import errno
-import os
 import shutil
 
 import numpy as np
@@ -13,33 +11,19 @@ from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.data.datasets.tasks import Permuted, SplitClasses
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv import page_checks
-from pipeline.data.ffcv.format import RAW, BetonWriter
+from pipeline.data.ffcv.format import RAW
 from pipeline.data.ffcv.page_checks import SpotCheck, check, verify
-from tests.helpers.damage import fail_reads, flip
+from tests.helpers.damage import flip
 from tests.helpers.loaders import read
+from tests.helpers.small_pages import write_pages
 
 SIZES = {"seed": 5, "batch_size": 5, "rank": 0, "world": 1, "micro_batch": 5, "threads": 1}
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
-def test_storage_that_is_away_is_no_damage(folder, monkeypatch, number):
-    fail_reads(monkeypatch, *folder.glob("*.beton"), number=number)
-    with pytest.raises(OSError, match=os.strerror(number)):
-        check(folder / "train.beton")
-
-
 def test_some_pages_and_samples_are_named_and_the_rest_counted(tmp_path):
-    path, content = tmp_path / "train.beton", manifests.ContentHash(["a"])
-    writer = BetonWriter(path, capacity=64, page_bytes=1 << 12)
-    for i in range(64):  # five on a page
-        sample = {"mode": RAW, "height": 16, "width": 16, "label": 0}
-        writer.add(bytes([i]) * 768, **sample)
-        content.add(bytes([i]) * 768, **sample)
-    writer.finish()
-    manifest = manifests.describe(
-        path, name=path.name, content=content.hexdigest(), classes=["a"], labels=[0] * 64
-    )
-    manifest.write(tmp_path / "train.beton.manifest.json")
+    path, images = tmp_path / "train.beton", [bytes([i]) * 768 for i in range(64)]  # 5 on a page
+    about = {"mode": RAW, "height": 16, "width": 16, "labels": [0] * 64, "classes": ["a"]}
+    manifest = write_pages(path, images, page_bytes=1 << 12, **about)
     assert len(manifest.pages) == 13 and verify(path) == [manifest]
     begin = manifest.pages_offset + 6 * 4096
     for page in range(7):
@@ -95,7 +79,7 @@ def test_one_sample_in_so_many_has_its_page_compared(fashion, monkeypatch):
         compared.clear()
         check = SpotCheck(path, table, one_in=100, seed=1, epoch=epoch)
         for first in range(0, 10_000, 10):
-            check.after(np.arange(first, first + 10), np.zeros(10, np.bool_))
+            check.check_batch(np.arange(first, first + 10), np.zeros(10, np.bool_))
         return [*compared]
 
     one, again, other = drawn(0), drawn(0), drawn(1)

@@ -111,12 +111,6 @@ def test_views_are_recoloured_by_their_counters(raw, monkeypatch: pytest.MonkeyP
         assert np.array_equal(x, normalised(recoloured(shown, i, monkeypatch)))
 
 
-def test_all_operations_are_drawn_half_of_the_time() -> None:
-    whether, which = (bits(0, 0, np.arange(4000), COLOUR + 8 + draw) for draw in range(2))
-    counts = np.bincount(below(which[whether >> np.uint64(63) == 1], 10), minlength=10)
-    assert 1900 < counts.sum() < 2100 and counts.min() > 160
-
-
 def test_a_moved_window_is_recoloured_with_the_black_around_it(
     fashion, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,9 +80,8 @@ def test_a_direction_is_the_exact_reversal_of_its_opposite_so_sums_over_time_are
 def test_the_coin_is_fair_and_knows_nothing_of_the_direction() -> None:
     coins: list[list[int]] = [[], []]
     for number in range(320):
-        recording = MovingShape(number, 1)
         # without the recording: 262 is the coin's draw
-        coins[number % 2].append(generated_events._draw(recording, 262, 2))
+        coins[number % 2].append(generated_events._draw(MovingShape(number, 1), 262, 2))
     for each in coins:
         assert abs(np.mean(each) - 0.5) < 3 * 0.5 / np.sqrt(160)
 
@@ -224,8 +223,9 @@ def test_a_pixel_gives_an_event_for_each_threshold_that_it_crosses(
 
 
 def test_noise_is_laid_among_the_events_in_order_of_time() -> None:
-    film = np.linspace(0, 5, 11)[:, None, None] * np.ones((1, 4, 4))
-    seen = film_to_events(film, threshold=0.5, step_us=100)
+    seen = film_to_events(
+        np.linspace(0, 5, 11)[:, None, None] * np.ones((1, 4, 4)), threshold=0.5, step_us=100
+    )
     noisy = add_noise(seen, MovingShape(0, 0), 50, first_draw=0)
     assert len(noisy.t_N) == len(seen.t_N) + 50
     assert np.all(np.diff(noisy.t_N) >= 0) and noisy.t_N.max() < 1000

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.__main__ import extras_with
 from pipeline.core.errors import DataError
 from pipeline.data.write.published_events import GESTURES, PublishedRecording, published_sets
 from pipeline.data.write.recordings import Framing
@@ -78,8 +79,10 @@ def test_ncaltech101_begins_where_its_window_did(tmp_path: Path) -> None:
     t_N, y_N, x_N, p_N = some_events(1, 90, 100)
     for name in ("BACKGROUND_Google", "accordion"):
         for number in range(10):
-            path = tmp_path / "NCALTECH101" / "Caltech101" / name / f"image_{number:04d}.bin"
-            write_bin(path, (t_N, y_N + 30, x_N + 70, p_N))
+            write_bin(
+                tmp_path / "NCALTECH101" / "Caltech101" / name / f"image_{number:04d}.bin",
+                (t_N, y_N + 30, x_N + 70, p_N),
+            )
     train, val = published_sets("ncaltech101", tmp_path)
     assert (len(train.items), len(val.items)) == (18, 2) and train.items[0].events().sensor == (
         180,
@@ -123,16 +126,9 @@ def test_recordings_that_are_not_there_are_named_with_where_to_get_them(
         published_sets("nmnist", tmp_path)
 
 
-def test_without_tonic_the_reader_is_named_with_its_licence(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
-    nmnist(tmp_path)
+def test_without_tonic_the_extra_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    [recording, *_] = published_sets("nmnist", nmnist(tmp_path))[0].items
     monkeypatch.setitem(sys.modules, "tonic.io", None)
-    with pytest.raises(
-        DataError,
-        match=(
-            r"^write events: recordings are read by tonic \(GPL-3\.0\), pip install"
-            r" 'spiketrain\[events\]'"
-        ),
-    ):
-        published_sets("nmnist", tmp_path)[0].items[0].events()
+    with pytest.raises(ModuleNotFoundError) as missing:
+        recording.events()
+    assert extras_with(str(missing.value.name)) == ["events"]

@@ -51,7 +51,6 @@ def test_drawings_mirror_images_and_deeper_folders_are_no_objects(
 @pytest.mark.parametrize(
     ("gone", "package"),
     [
-        ("tuxpaint/stamps", "tuxpaint-stamps-default"),
         ("tuxpaint/stamps/food/nuts", "tuxpaint-stamps-default"),
         ("backgrounds/mate/nature/Dune.jpg", "mate-backgrounds"),
         ("wallpapers/Volna/contents/images/5120x2880.jpg", "plasma-workspace-wallpapers"),

@@ -6,6 +6,7 @@ ends in one line.
 """
 
 import os
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -20,30 +21,32 @@ from pipeline.core.errors import DataError
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.ffcv.page_checks import verify
-from pipeline.data.write import stamp_pictures as pictures_module
-from pipeline.data.write.stamp_pictures import CLASSES, Picture, Pictures, installed, parts
-from pipeline.data.write.stamps import Rendering, Scene, render, scenes, write_stamps
+from pipeline.data.write.stamp_pictures import (
+    CLASSES,
+    Picture,
+    Pictures,
+    cut_out,
+    ground,
+    installed,
+    parts,
+)
+from pipeline.data.write.stamps import Scene, render, scenes, write_stamps
 from tests.helpers.loaders import by_index, read
 from tests.helpers.made_pictures import real
 from tests.helpers.small import Command
 
 
-def some(
-    pictures: Pictures, count: int, *, part: int = 1, split: int = 0, content_seed: int = 0
-) -> list:
-    return list(
-        scenes(
-            parts(pictures, split)[part], count, part=part, split=split, content_seed=content_seed
-        )
-    )
+def some(pictures: Pictures, count: int, **changes: int) -> list[Scene]:
+    how = {"part": 1, "split": 0, "content_seed": 0} | changes
+    return list(scenes(parts(pictures, how["split"])[how["part"]], count, **how))
 
 
 def test_a_scene_is_a_function_of_its_counters_alone(share: Path) -> None:
     many = some(installed(share), 40)
     assert some(installed(share), 30) == many[:30]
     in_order = [render(scene, 48) for scene in many]
-    pictures_module.cut_out.cache_clear()
-    pictures_module.ground.cache_clear()
+    for cached in (cut_out, ground):
+        cached.cache_clear()
     for number in (31, 7, 0, 39):
         assert np.array_equal(render(many[number], 48), in_order[number])
     others = ({"content_seed": 1}, {"split": 1}, {"part": 0})
@@ -64,10 +67,10 @@ def test_classes_and_their_objects_take_turns(share: Path) -> None:
     assert {scene.ground for scene in made} == set(train.grounds)
 
 
-def scenes_of(thing: Image.Image, ground: Image.Image, folder: Path) -> list[Scene]:
+def scenes_of(thing: Image.Image, below: Image.Image, folder: Path) -> list[Scene]:
     """200 scenes of one object on one ground: what they show can be calculated."""
     thing.save(folder / "object.png")
-    ground.save(folder / "ground.png")
+    below.save(folder / "ground.png")
     made, under = (Picture(name, folder / f"{name}.png", "none") for name in ("object", "ground"))
     return list(scenes(Pictures({"only": [made]}, [under]), 200, part=0, split=0, content_seed=0))
 
@@ -75,9 +78,10 @@ def scenes_of(thing: Image.Image, ground: Image.Image, folder: Path) -> list[Sce
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> list[Scene]:
     """A half-transparent rectangle, 40 x 20 pixels, on grey."""
-    thing = Image.new("RGBA", (40, 20), (200, 100, 0, 153))
     return scenes_of(
-        thing, Image.new("RGB", (150, 110), (90, 90, 90)), tmp_path_factory.mktemp("plain")
+        Image.new("RGBA", (40, 20), (200, 100, 0, 153)),
+        Image.new("RGB", (150, 110), (90, 90, 90)),
+        tmp_path_factory.mktemp("plain"),
     )
 
 
@@ -144,13 +148,6 @@ def test_every_size_holds_the_largest_object(share: Path) -> None:
             assert render(scene, size, smallest=0.9).shape == (size, size, 3)
 
 
-@pytest.mark.parametrize("wrong", [{"size": 31}, {"size": 1025}, {"smallest": 0.95}])
-def test_a_size_that_makes_no_scene_is_refused(wrong: dict) -> None:
-    [(name, value)] = wrong.items()
-    with pytest.raises(DataError, match=rf"^write stamps: size .*; got .*{name}={value}"):
-        Rendering(**{"size": 160, "split": 0, "content_seed": 0} | wrong)
-
-
 @real
 def test_scenes_of_the_real_pictures() -> None:
     """Two of each class: all differ, and none is nearly one colour."""
@@ -195,8 +192,9 @@ def test_what_was_written_reads_back_with_the_object_of_each_image(
     batches = read(data.val(micro_batch=16))
     assert torch.cat([b.target for b in batches]).tolist() == [scene.label for scene in expected]
     for (index, x), scene in zip(by_index(batches).items(), expected, strict=True):
-        pixels = np.rint(x.numpy() * 255).astype(np.uint8).transpose(1, 2, 0)
-        assert index == scene.number and np.array_equal(pixels, render(scene, 40))
+        assert index == scene.number and np.array_equal(
+            np.rint(x.numpy() * 255).astype(np.uint8).transpose(1, 2, 0), render(scene, 40)
+        )
         assert scene.object in pictures.objects[val.classes[scene.label]]
 
 
@@ -211,11 +209,10 @@ def test_files_are_the_same_from_one_and_two_workers(
 
 def test_seed_and_split_make_other_sets(share: Path, written: Path, tmp_path: Path) -> None:
     options = ({"content_seed": 5}, {"split": 2}, {"smallest": 0.7}, {"mode": "jpg"})
-    others = {
-        write(share, tmp_path / str(i), samples=13, **option)[1].content
-        for i, option in enumerate(options)
-    }
-    assert len(others | {verify(written)[1].content}) == 5
+    made = [
+        write(share, tmp_path / str(i), samples=13, **option) for i, option in enumerate(options)
+    ]
+    assert len({val.content for _, val in [*made, verify(written)]}) == 5
 
 
 def test_files_that_are_kept_must_be_of_the_same_scenes_and_pictures(
@@ -250,8 +247,8 @@ def test_groups_that_are_not_there_are_refused(written: Path, photos: Path) -> N
 
 def test_groups_with_a_share_held_out_are_those_of_the_training_file(written: Path) -> None:
     data = Beton(written, classes=13, size=40, held_out=0.2)
-    objects = data.groups("val", by="object")
-    assert objects == data.groups("train", by="object") and len(objects) == 70
+    val, train = (data.groups(use, by="object") for use in ("val", "train"))
+    assert val == train and len(val) == 70
 
 
 def test_the_command_writes_a_set(share: Path, tmp_path: Path, spiketrain: Command) -> None:
@@ -272,11 +269,13 @@ def test_the_command_writes_a_set(share: Path, tmp_path: Path, spiketrain: Comma
 @pytest.mark.parametrize(
     ("words", "source", "said"),
     [
-        (["--split", "4"], "share", "write stamps: split must be in 0..3; got 4"),
-        (["--size", "8"], "share", "write stamps: size must be in 32..1024 pixels, "),
+        (["--split", "4"], "share", r"write stamps: split must be in 0\.\.3; got 4"),
+        (["--size", "31"], "share", "size must be in 32..1024 pixels, smallest .*; got size=31"),
+        (["--size", "1025"], "share", "size must be in 32..1024 pixels, .* got size=1025"),
+        (["--smallest", "0.95"], "share", r"in 0\.1\.\.0\.9; got .* smallest=0\.95"),
         (["--mode", "raw", "--quality", "80"], "share", "no effect in mode 'raw'; got 80"),
         ([], "none", "does not exist: apt install tuxpaint-stamps-default; or name"),
-        ([], "spoilt", "): apt install --reinstall mate-backgrounds"),
+        ([], "spoilt", r"\): apt install --reinstall mate-backgrounds"),
     ],
 )
 def test_bad_use_ends_in_one_line(
@@ -284,10 +283,9 @@ def test_bad_use_ends_in_one_line(
 ) -> None:
     if source == "spoilt":
         shutil.copytree(share, tmp_path / "spoilt")
-        dune = tmp_path / "spoilt" / "backgrounds" / "mate" / "nature" / "Dune.jpg"
-        os.truncate(dune, 999)
+        os.truncate(tmp_path / "spoilt" / "backgrounds" / "mate" / "nature" / "Dune.jpg", 999)
     where = share if source == "share" else tmp_path / source
     words = ["--out", str(tmp_path / "out"), "--source", str(where), *words]
     code, _, line = spiketrain("write", "stamps", *words)
-    assert code == 2 and said in line and len(line.strip().splitlines()) == 1, line
+    assert code == 2 and re.search(said, line) and len(line.strip().splitlines()) == 1, line
     assert not (tmp_path / "out").exists()
