@@ -198,7 +198,7 @@ def runs_of_store(store: Store) -> list[Run]:
     return runs
 
 
-def results(source: str | os.PathLike[str] = "runs") -> pd.DataFrame:
+def results(source: str | os.PathLike[str] = "runs") -> "pd.DataFrame":
     """All runs as a pandas frame: a row for each, with what it is and every quantity measured.
 
         frame = pipeline.results("runs/")
