@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 TOP = 5  # classes of the top-5 accuracy
 COUNTED = 64  # the most samples whose operations are counted
-# describes, in a summary, the samples whose operations were counted
-COUNTED_ON = "from all over the first worker's share of the evaluation set"
 LOOK_S = 1.0  # seconds between two looks for a request to stop or to save
 
 
