@@ -41,14 +41,13 @@ from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.plain import Plain
 from pipeline.train.build import (
     attached_rule,
-    build_mixing,
     build_network,
     build_optimizer,
     build_schedule,
 )
 from pipeline.train.checkpoint import Checkpoints, lost_step, place_at, read_trainer, step_name
 from pipeline.train.checkpoint.background import LONGEST_S
-from pipeline.train.elastic import seed_everything, steady
+from pipeline.train.elastic import build_mixing, seed_everything, steady
 from pipeline.train.gradient_fidelity import compare_gradients
 from pipeline.train.guards.storage import PATIENCE_S, patiently
 from pipeline.train.guards.watchdog import Watchdog

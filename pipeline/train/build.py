@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from pipeline.core.checks import require
 from pipeline.core.units import counted
-from pipeline.data.mixing import Mixing
 from pipeline.recipe.phases import Stretch, stretch_at
-from pipeline.recipe.recipe import Recipe, Spec, Split
+from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.recipe.suite import Suite, filled, references
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
@@ -53,9 +52,7 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
     check_network(network, recipe, tasks[0].data)
     check_objective(recipe.objective.build(), recipe.objective, classes=tasks[0].data.classes)
     rule = attached_rule(recipe, network, World(recipe.seed, size=sizes[-1]))
-    steady_recipe = steady(recipe, network, rule, sizes)
-    for size in sizes:
-        build_mixing(recipe, steady_recipe.split(size))
+    steady(recipe, network, rule, sizes)
     if recipe.teacher is not None:
         build_teacher(recipe, tasks[0].data)
     if recipe.evaluation.fidelity_every:
@@ -129,14 +126,6 @@ def attached_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
         f" between them; got {recipe.objective.label}",
     )
     return rule
-
-
-def build_mixing(recipe: Recipe, split: Split) -> Mixing | None:
-    if recipe.mixing is None:
-        return None
-    mixing = build_part("mixing", recipe.mixing, Mixing)
-    mixing.check(micro_batch=split.micro_batch)
-    return mixing
 
 
 @contextmanager

@@ -29,10 +29,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from pipeline.core.checks import require
 from pipeline.core.random import counter_hash
 from pipeline.core.units import counted
-from pipeline.recipe.recipe import Recipe
+from pipeline.data.mixing import Mixing
+from pipeline.recipe.recipe import Recipe, Split
 from pipeline.rules.base import Rule
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.norm import BatchNorm, is_foreign_norm
+from pipeline.train.part_checks import build_part
 
 _DRAW = 0x656C6173746963  # separates these draws from a rule's
 DIVIDED = (BatchNorm, _DropoutNd, Dropout, DropPath)  # they depend on the division of a batch
@@ -51,7 +53,8 @@ def steady(recipe: Recipe, network: nn.Module, rule: Rule, sizes: Sequence[int])
     Raises:
         ValueError: a size does not divide the global batch, or needs accumulation of a rule that
             moves the weights within a batch, or of a network with statistics over all workers,
-            which would then cover more rows at a larger size; or ZeRO needs one size.
+            which would then cover more rows at a larger size; or mixing does not take its
+            micro-batch; or ZeRO needs one size.
     """
     require(
         len(sizes) == 1 or not recipe.zero,
@@ -60,6 +63,14 @@ def steady(recipe: Recipe, network: nn.Module, rule: Rule, sizes: Sequence[int])
         f" {format_sizes(sizes)}; take one number, or zero=0",
     )
     modules, changes = list(network.modules()), len(sizes) > 1
+    odd = [size for size in sizes if recipe.batch_size % size]
+    fit = [size for size in range(1, sizes[-1] + 1) if recipe.batch_size % size == 0]
+    require(
+        not (changes and odd),
+        f"launch: batch_size={recipe.batch_size} must divide by every number of workers; got"
+        f" {format_sizes(sizes)}, with {', '.join(map(str, odd))}; take --workers of"
+        f" {format_sizes(fit)}",
+    )
     if changes and any(isinstance(each, BatchNorm) and each.between == "world" for each in modules):
         for size in sizes:
             require(
@@ -79,7 +90,16 @@ def steady(recipe: Recipe, network: nn.Module, rule: Rule, sizes: Sequence[int])
             f"{recipe.rule.label}: moves the weights at every time step and refuses accumulation;"
             f" got {split}",
         )
+        build_mixing(recipe, split)
     return recipe
+
+
+def build_mixing(recipe: Recipe, split: Split) -> Mixing | None:
+    if recipe.mixing is None:
+        return None
+    mixing = build_part("mixing", recipe.mixing, Mixing)
+    mixing.check(micro_batch=split.micro_batch)
+    return mixing
 
 
 def seed_everything(seed: int) -> None:

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 TOP = 5  # classes of the top-5 accuracy
 COUNTED = 64  # the most samples whose operations are counted
-# describes, in a summary, the samples whose operations were counted
-COUNTED_ON = "from all over the first worker's share of the evaluation set"
 LOOK_S = 1.0  # seconds between two looks for a request to stop or to save
 
 
@@ -145,10 +143,10 @@ def evaluate(
                 loss = torch.stack([loss_of(logits_BK) for logits_BK in logits_TBK]).mean()
             best_B5 = mean_BK.topk(min(TOP, mean_BK.shape[-1])).indices
             hits_B5 = best_B5 == target_B[:, None]
-            top1, top5, is_ranked = hits_B5[:, 0].sum(), hits_B5.sum(), mean_BK.shape[-1] > TOP
+            ranked = samples if mean_BK.shape[-1] > TOP else 0
+            top1, top5 = hits_B5[:, 0].sum(), hits_B5[:ranked].sum()
             sums += torch.tensor(
-                [samples, top1, loss.double() * samples, samples * is_ranked, top5 * is_ranked],
-                dtype=torch.float64,
+                [samples, top1, loss.double() * samples, ranked, top5], dtype=torch.float64
             )
             answered.append(torch.stack([index_B, target_B.cpu(), best_B5[:, 0].cpu()]))
     readings = EnergyReadings(

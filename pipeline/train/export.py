@@ -290,7 +290,6 @@ def unpack(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of the metadata, and of names, types, shapes and bytes of the tensors."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())

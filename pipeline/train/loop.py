@@ -65,8 +65,9 @@ def train_batch(
         with meters.part("optimizer"):
             schedule(step)
         for x_TB, target_B, rows, share, teacher_BK in micro_batches:
-            loss_of = loss_for(target_B, teacher_BK)
-            loss_terms = rule.loss_terms(backend.model, x_TB, loss_of, step=step, rows=rows)
+            loss_terms = rule.loss_terms(
+                backend.model, x_TB, loss_for(target_B, teacher_BK), step=step, rows=rows
+            )
             for term in meters.each("forward", loss_terms):
                 meters.add(term)
                 if term.backward is not None:  # SLTT-K reports T steps and differentiates K

@@ -35,8 +35,6 @@ from pipeline.train.backend.collectives import Ranks
 from pipeline.train.evaluation import Evaluation
 from pipeline.train.tasks import Learnt
 
-PACKAGES = ("torch", "deepspeed", "ray", "ffcv", "mlflow", "timm", "numpy", "numba")
-
 
 def start_event(context: TrainContext, *, step: int) -> Start:
     """The event of an attempt that starts with batch `step`. Collective."""
@@ -71,7 +69,10 @@ def start_event(context: TrainContext, *, step: int) -> Start:
         zero=recipe.zero,
         commit=job.commit,
         hardware=hardware_of(context.ranks),
-        versions={name: version(name) for name in PACKAGES},
+        versions={
+            name: version(name)
+            for name in ("torch", "deepspeed", "ray", "ffcv", "mlflow", "timm", "numpy", "numba")
+        },
         data_fingerprint=job.data_fingerprint,
         params=recipe.flat(),
         loader_threads=job.loader_threads,

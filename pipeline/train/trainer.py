@@ -26,7 +26,6 @@ from pipeline.train.assemble import TrainContext
 from pipeline.train.checkpointing import Saving
 from pipeline.train.elastic import draw_for
 from pipeline.train.evaluation import (
-    COUNTED_ON,
     Evaluated,
     Evaluation,
     evaluate_tasks,
@@ -118,8 +117,13 @@ class Trainer:
             # Another worker may have halved its micro-batch, and died before it could journal it.
             known = last_event(RunFolder(self.folder).journal, events.Start, events.Smaller)
             if known is not None and limit < known.micro_batch:
-                reason = "memory ran out on another worker"
-                self.tracker.write(events.Smaller(step=self.step, micro_batch=limit, reason=reason))
+                self.tracker.write(
+                    events.Smaller(
+                        step=self.step,
+                        micro_batch=limit,
+                        reason="memory ran out on another worker",
+                    )
+                )
         self.tracker.write(start_event(self.context, step=self.step))
         if self.step == 0:
             self._compare_gradients(epoch=None)
@@ -310,7 +314,11 @@ class Trainer:
         answers = self.ranks.all_gather_object([each.answers for each in self.evaluated])
         measured_j = joules_per_sample(self.ranks.all_gather_object(last.readings))
         if last.inference is not None:
-            inference = {**last.inference.to_dict(measured_j), "counted_on": COUNTED_ON}
+            inference = {
+                **last.inference.to_dict(measured_j),
+                # describes the samples whose operations were counted
+                "counted_on": "from all over the first worker's share of the evaluation set",
+            }
         summary = summary_of(
             self.context,
             step=self.step,

@@ -74,17 +74,15 @@ def lasting_weights(run: Path) -> Path:
 
 
 def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
-    """Load weights into a network that may have other time steps and another number of classes.
+    """Load the file of `weights_file` into a network that may have other time steps and classes.
 
     Only the head may differ in shape: the network's `classifier`, or its last module with weights
     of its own (thresholds and the like are none). It keeps its fresh weights and is listed in the
-    result. So are thresholds of rate-coded neurons and learnt decays if the file
-    has none: it may hold an ANN with the same layers, or plain neurons. Learnable scales of 1-bit
-    weights are computed from the weights if the file has none: it has full precision. The names in
-    a published file of QKFormer are accepted.
+    result. So are thresholds of rate-coded neurons and learnt decays if the file has none: it may
+    hold an ANN with the same layers, or plain neurons. Learnable scales of 1-bit weights are
+    computed from the weights if the file has none: it has full precision. The names in a published
+    file of QKFormer are accepted.
 
-    Args:
-        file: see `weights_file`.
 
     Returns:
         The keys that keep their initial values.

@@ -22,7 +22,6 @@ from pipeline.measure.memory import is_out_of_memory
 from pipeline.track import events
 from pipeline.train.assemble import Process, TrainContext, assemble
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.build import build_mixing
 from pipeline.train.elastic import steady
 from pipeline.train.guards.watchdog import Watchdog
 from pipeline.train.job import Job, RankInfo, note_refusal, raise_refusal
@@ -145,8 +144,6 @@ def _note_halving(trainer: Trainer, reason: str) -> None:
         try:
             recipe = decisions.fit(context.recipe)
             recipe = steady(recipe, context.backend.network, context.rule, sizes)
-            for size in sizes:
-                build_mixing(recipe, recipe.split(size))
         except ValueError as error:
             refusal = refusal or error  # the error for the largest number of samples
             continue

@@ -134,14 +134,16 @@ def test_sizes_are_told_as_they_are_written(sizes: tuple[int, ...], text: str) -
     assert format_sizes(sizes) == text
 
 
-BY_FIVE = "recipe: batch_size must divide by 5 workers; got 24, near it 20 and 25 do"
-
-
 @pytest.mark.parametrize(
     ("changes", "sizes", "said"),
     [
-        ({}, (2, 3, 4, 5, 6), BY_FIVE),
-        ({}, (5,), BY_FIVE),
+        (
+            {},
+            tuple(range(2, 9)),
+            "launch: batch_size=24 must divide by every number of workers; got 2:8, with 5, 7;"
+            " take --workers of 1,2,3,4,6,8",
+        ),
+        ({}, (5,), "recipe: batch_size must divide by 5 workers; got 24, near it 20 and 25 do"),
         (
             {"zero": 2, "backend": "deepspeed"},
             (2, 4),

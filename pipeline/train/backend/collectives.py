@@ -82,10 +82,10 @@ class Ranks:
         return self.sum(value) / self.size
 
     def sum(self, value: Tensor) -> Tensor:
-        return self._reduce(value.to(self.device), distributed.ReduceOp.SUM)
+        return self._reduce(value, distributed.ReduceOp.SUM)
 
     def max(self, value: Tensor) -> Tensor:
-        return self._reduce(value.to(self.device), distributed.ReduceOp.MAX)
+        return self._reduce(value, distributed.ReduceOp.MAX)
 
     def decide(self, *flags: bool) -> list[bool]:
         """Rank 0's flags, on every rank."""
@@ -144,6 +144,6 @@ class Ranks:
 
     def _reduce(self, value: Tensor, how: Any) -> Tensor:
         if self.size > 1:
-            value = value.clone()
+            value = value.to(self.device, copy=True)  # NCCL takes no tensor of the host
             distributed.all_reduce(value, op=how)
         return value
