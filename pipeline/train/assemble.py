@@ -280,9 +280,9 @@ def _own_parts(
     if is_fresh and rule.calibration_batches:
         # The first global batches, which are the same for every rank and number of ranks.
         size = recipe.batch_size
-        sizes = {"rank": 0, "world": 1, "batch_size": size, "micro_batch": size, "threads": 1}
+        alone = {"rank": 0, "world": 1, "batch_size": size, "micro_batch": size, "threads": 1}
         with (
-            closing(tasks[0].data.train(seed=recipe.seed, **sizes)) as loader,
+            closing(tasks[0].data.train(seed=recipe.seed, **alone)) as loader,
             loader.epoch(0) as batches,
         ):
             first = itertools.islice(batches, rule.calibration_batches)

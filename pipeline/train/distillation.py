@@ -114,6 +114,7 @@ class Distillation:
         assert (teacher_BK is not None) == (self.teacher_weight > 0), (
             "check asks for a teacher where it has a weight"
         )
+        on_labels = self.labels(target_B)
         sum_BK: Tensor | None = None
         steps = 0
 
@@ -122,7 +123,7 @@ class Distillation:
             z_BK = widened(logits_BK)
             terms = []
             if self.label_weight > 0:
-                terms.append(self.label_weight * self.labels(target_B)(z_BK))
+                terms.append(self.label_weight * on_labels(z_BK))
             if teacher_BK is not None:
                 answer_BK = teacher_BK.detach().to(z_BK.dtype)
                 if self.form == "hard":

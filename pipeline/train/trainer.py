@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.errors import UserError
 from pipeline.core.run_folder import RunFolder
 from pipeline.measure.clock import synchronize
 from pipeline.measure.constants import BETWEEN
@@ -68,7 +69,13 @@ class Trainer:
         }
         self.restored, self.step = restored, restored["step"]
         self.learnt = Learnt(**restored["learnt"])
-        self.meters.totals = Totals(**restored["totals"])
+        try:
+            self.meters.totals = Totals(**restored["totals"])
+        except TypeError as error:
+            raise UserError(
+                "checkpoint: its measurements must be of this version's kind; it was written at"
+                f" commit {restored.get('commit')}: resume there ({error})"
+            ) from None
         self.stretch = stretch_at(context.stretches, self.step)  # the steps of the current task
         self.guard = AnomalyGuard(
             self.backend,

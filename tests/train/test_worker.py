@@ -200,6 +200,19 @@ def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
     assert "measured_j" not in summary["inference"]
 
 
+def test_a_checkpoint_with_measurements_of_another_kind_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe(checkpoints=Checkpointing(every=1))
+    with dies_at(2):
+        train_inline(tmp_path / "run", recipe)
+    monkeypatch.setattr(trainer, "Totals", Mock(side_effect=TypeError("unexpected joules")))
+    with pytest.raises(
+        UserError, match=r"this version's kind; .* commit \w+: resume there .*joules"
+    ):
+        train_inline(tmp_path / "run", recipe)
+
+
 def test_another_data_set_than_the_one_launched_on_is_refused(tmp_path: Path) -> None:
     job = replace(make_run(tmp_path / "run", small_recipe()), data_fingerprint="of another")
     with pytest.raises(UserError, match="another file lies where the recipe points"):
