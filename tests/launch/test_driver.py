@@ -176,17 +176,6 @@ def test_a_mistake_in_what_is_shown_ends_the_showing_alone(
     )
 
 
-def test_a_launcher_that_fails_on_a_lost_terminal_leaves_mlflow_told(
-    driven: Callable[..., Any],
-) -> None:
-    def fail(step: int) -> None:
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        driven(Lost(OSError(errno.ENOSPC, "No space left on device")), Launcher(fail))
-    assert Mirror.is_closed
-
-
 def hang(folder: Path, failure: LaunchError, *ranks: int) -> Callable[[int], None]:
     """An end of the workers in which worker 2 died and these hung."""
 
@@ -241,7 +230,7 @@ def test_another_end_keeps_its_line_and_the_journal_is_told_of_workers_all_the_s
 ) -> None:
     with pytest.raises(kind, match=f"^{failure}$"):
         driven(io.StringIO(), Launcher(hang(tmp_path, failure, 1)))
-    assert lost_workers(tmp_path) == [("hung", 1), ("died", 2)]
+    assert lost_workers(tmp_path) == [("hung", 1), ("died", 2)] and Mirror.is_closed
 
 
 def test_a_journal_that_takes_no_more_leaves_the_line_that_the_workers_ended_with(
@@ -381,7 +370,7 @@ def other_boot() -> str:
 
 @pytest.mark.parametrize(
     "holder",
-    ["gpu-node-7 0123", other_boot()],
+    [f"gpu-node-7 {'0' * 300}", other_boot()],
     ids=["another machine", "this one before it was restarted"],
 )
 def test_the_lock_of_a_machine_that_may_be_dead_is_waited_for(
@@ -429,13 +418,6 @@ def test_a_driver_that_lives_keeps_a_second_one_off(
     with pytest.raises(UserError, match=f"^{trained}{said}"), driver_lock(tmp_path):
         pass
     assert 0.9 < time.monotonic() - begun < 10
-
-
-def test_a_shorter_name_leaves_nothing_of_a_longer_one(tmp_path: Path) -> None:
-    (tmp_path / "driver.lock").write_text("x" * 300)
-    for _ in range(2):
-        with driver_lock(tmp_path):
-            assert (tmp_path / "driver.lock").read_text() == this_machine()
 
 
 class AtOnce(Exception):
