@@ -38,15 +38,8 @@ def step(number: int, **metrics: Any) -> dict[str, Any]:
     }
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def watch(*, terminal: bool = False, width: int = 60) -> tuple[Shown, io.StringIO, Clock]:
-    out, clock = io.StringIO(), Clock()
+def watch(*, terminal: bool = False, width: int = 60) -> tuple[Shown, io.StringIO, list[float]]:
+    out, clock = io.StringIO(), [0.0]
     return (
         Shown(
             Path("/runs/[b]a"),
@@ -55,7 +48,7 @@ def watch(*, terminal: bool = False, width: int = 60) -> tuple[Shown, io.StringI
             resume_command=(
                 "spiketrain resume a-run-with-a-name --runs /a/long/path/to/the/runs/of/somebody"
             ),
-            clock=clock,
+            clock=lambda: clock[0],
         ),
         out,
         clock,
@@ -81,7 +74,7 @@ def test_plain_lines_come_every_ten_seconds():
     out.truncate(0)
     show(view, [START])
     for number in range(1, 26):
-        clock.now = float(number)
+        clock[0] = float(number)
         show(view, [step(number)])
     lines = out.getvalue().lstrip("\0").splitlines()
     assert (
@@ -106,7 +99,7 @@ def test_everything_else_is_a_line_of_its_own_at_once():
     view, out, clock = watch()
     show(view, [START, step(10)])
     out.truncate(0)
-    clock.now = 1.0
+    clock[0] = 1.0
     show(
         view,
         [
@@ -199,7 +192,7 @@ def test_everything_else_is_a_line_of_its_own_at_once():
         "stopped after step 12: asked to stop",
         "finished: 100 steps in 34.5 s, top-1 61.00%",
     ]
-    clock.now = 20.0
+    clock[0] = 20.0
     show(view, [step(13)])
     assert "top-1 25.00% (val 50.00%)" in out.getvalue()
 

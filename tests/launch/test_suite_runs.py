@@ -94,18 +94,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterat
 
 
 def words(file: Path, runs: Path, name: str, *more: str) -> list[str]:
-    return [
-        "launch",
-        str(file),
-        "--inline",
-        "--device",
-        "cpu",
-        "--runs",
-        str(runs),
-        "--name",
-        name,
-        *more,
-    ]
+    return [*f"launch {file} --inline --device cpu --runs {runs} --name {name}".split(), *more]
 
 
 def begun(file: Path, runs: Path, name: str) -> subprocess.Popen[bytes]:
