@@ -87,8 +87,9 @@ class PublishedRecording:
             for values_N in _READERS[self.path.suffix](self.path)
         )
         require_data(len(t_N), "it holds no event")
-        span = (int(t_N.min()), int(t_N.max()) + 1)
-        return in_order(t_N, y_N, x_N, p_N, sensor=self.sensor, span=span)
+        return in_order(
+            t_N, y_N, x_N, p_N, sensor=self.sensor, span=(int(t_N.min()), int(t_N.max()) + 1)
+        )
 
     def __str__(self) -> str:
         return str(self.path)
