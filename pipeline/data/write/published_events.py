@@ -158,6 +158,10 @@ def _first_share(items: list[PublishedRecording]) -> list[list[PublishedRecordin
         cut = round(TRAIN_SHARE * len(of_class))
         train += of_class[:cut]
         val += of_class[cut:]
+    require_data(
+        train and val,
+        f"write events: a class must have about 10 recordings to be split; got {len(items)} in all",
+    )
     return [train, val]
 
 
