@@ -59,6 +59,15 @@ def test_a_damaged_page_is_refused_while_it_is_read(wrap, fashion, tmp_path):
         read(with_page_checks(data, 1).train(**SIZES))
 
 
+def test_a_file_that_is_replaced_while_it_is_read_stops_nothing(folder):
+    data = Beton(folder, classes=2, size=8).with_page_checks(1 << 30)
+    with data.train(**SIZES | {"batch_size": 1, "micro_batch": 1}).epoch(0) as batches:
+        next(batches)
+        (folder / "other").write_bytes(b"another file")
+        (folder / "other").replace(folder / "train.beton")
+        assert len(list(batches)) == 60
+
+
 def test_data_without_pages_is_read_as_it_is():
     data = Synthetic()
     assert with_page_checks(data, 1) is data
