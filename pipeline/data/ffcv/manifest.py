@@ -80,8 +80,8 @@ def read(path: Path) -> Manifest:
     for file in (path, at):
         require_data(
             file.is_file(),
-            f"data: {file.absolute()} does not exist; write the data first (`spiketrain write`), or"
-            " name another folder",
+            f"data: {file.absolute()} does not exist; write it first (`spiketrain write`), or name"
+            " another folder",
         )
     try:
         body = json.loads(at.read_text(encoding="utf-8"))
