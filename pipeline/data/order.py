@@ -152,17 +152,21 @@ class Ordered:
     ) -> Any:
         """See base.Data."""
         ids = self._ids("train")
-        order = TrainOrder(
-            samples=len(ids),
-            ids=ids,
+        return self._loader(
+            "train",
+            TrainOrder(
+                samples=len(ids),
+                ids=ids,
+                seed=seed,
+                rank=rank,
+                world=world,
+                batch_size=batch_size,
+                micro_batch=micro_batch,
+                repeats=self.repeats,
+            ),
             seed=seed,
-            rank=rank,
-            world=world,
-            batch_size=batch_size,
-            micro_batch=micro_batch,
-            repeats=self.repeats,
+            threads=threads,
         )
-        return self._loader("train", order, seed=seed, threads=threads)
 
     def val(
         self,
@@ -174,8 +178,12 @@ class Ordered:
     ) -> Any:
         """See base.Data."""
         ids = self._ids("val")
-        order = ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch)
-        return self._loader("val", order, seed=0, threads=threads)
+        return self._loader(
+            "val",
+            ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch),
+            seed=0,
+            threads=threads,
+        )
 
 
 def permutation(samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:

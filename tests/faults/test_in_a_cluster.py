@@ -139,9 +139,8 @@ OPTIONS = (
 )
 
 
-def newest(step: int) -> int:
-    """The checkpoint that a worker which fails in batch `step` leaves."""
-    return newest_of(step, every=5)
+# The checkpoint that a worker which fails in a batch leaves.
+newest = partial(newest_of, every=5)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +155,7 @@ def faults() -> dict[str, tuple[int, int]]:
         for place, name in enumerate(names)
     }
     found["driver"] = (draw.randrange(2), 41 + draw.randrange(5))
-    return {**found, **{f"killed {rank}": (rank, found[f"killed {rank}"][1]) for rank in range(2)}}
+    return found | {f"killed {rank}": (rank, found[f"killed {rank}"][1]) for rank in range(2)}
 
 
 def in_mlflow(run: Path) -> str:

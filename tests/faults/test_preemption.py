@@ -7,8 +7,10 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -62,18 +64,12 @@ def assert_as(untouched: Path, job: Job, *, checkpoints: list[int]) -> None:
         [(event["step"], event["metrics"]) for event in events(each, "evaluation")]
         for each in (Path(job.run), untouched)
     )
-    assert ours == theirs
-    assert same_weights(Path(job.run), untouched)
+    assert ours == theirs and same_weights(Path(job.run), untouched)
 
 
 def test_a_notice_is_saved_upon_once_and_the_run_goes_on(job: Job, untouched: Path) -> None:
-    asked, told = [], random.Random(SEED + 1).randrange(1, 8)
-    given = notice_within(120)
-
-    def notice() -> Notice | None:
-        asked.append(None)
-        return given if len(asked) >= told else None
-
+    told = random.Random(SEED + 1).randrange(1, 8)
+    notice = Mock(side_effect=chain(repeat(None, told - 1), repeat(notice_within(120))))
     assert run(job, RankInfo(notice=notice)) is not None
     [event] = events(Path(job.run), "preempted")
     assert (event["step"], event["machines"]) == (told, ["node"])

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -178,14 +179,14 @@ def test_a_worker_is_told_settings_and_no_secrets(monkeypatch: pytest.MonkeyPatc
 # ------------------------------------------------------------------------------------------ pickles
 
 
+@dataclass
 class Harmful:
     """Leaves a file when it is unpickled."""
 
-    def __init__(self, mark: Path) -> None:
-        self.mark = str(mark)
+    mark: Path
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (self.mark,)
+        return os.mkdir, (str(self.mark),)
 
 
 @pytest.fixture
@@ -232,20 +233,18 @@ def test_a_pickle_in_a_checkpoint_is_not_run(
     mark: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe = small_recipe(stop_after=7, ema_decay=0.9)
+    train = partial(train_inline, tmp_path / "it", small_recipe(stop_after=7, ema_decay=0.9))
     with dies_at(5):
-        train_inline(tmp_path / "it", recipe)
+        train()
     newest = step_folders(tmp_path / "it" / "checkpoints")[-1]
     how(newest / name, mark)
-    said = (
-        rf"checkpoint .*{newest.name}: must hold data alone; {name} (calls posix.mkdir|cannot be)"
-    )
-    with pytest.raises(UserError, match=said):
-        train_inline(tmp_path / "it", recipe)
+    said = f"{newest.name}: must hold data alone; {name} (calls posix.mkdir|cannot be)"
+    with pytest.raises(UserError, match=rf"checkpoint .*{said}"):
+        train()
     assert newest.is_dir()  # for whoever asks where it came from
     monkeypatch.setattr(checkpoints, "find_code", lambda folder: None)  # the second wall
     with pytest.raises(pickle.UnpicklingError):
-        train_inline(tmp_path / "it", recipe)
+        train()
 
 
 @pytest.mark.distributed

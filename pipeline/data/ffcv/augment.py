@@ -61,22 +61,21 @@ class Decode(Decoder):
         parallel: bool,
     ) -> None:
         assert strong or colour == erase == 0
-        how = (
-            # Arrays, because numba would compile the loop again for each type of number.
-            np.array([kind, reach, int(flip)], np.int64),
-            np.array(area, np.float64),
-            ratio_table(ratio),
-            lookup(mean, std),
-            np.array([colour, erase], np.float64),
-            ratio_table(strongly.RATIO),
-            normal_table(),
-        )
         super().__init__(
             name=Images.name,
             what="the JPEG",
             shape=(channels, size, size),
             sample=sampler(strong),
-            how=how,
+            how=(
+                # Arrays, because numba would compile the loop again for each type of number.
+                np.array([kind, reach, int(flip)], np.int64),
+                np.array(area, np.float64),
+                ratio_table(ratio),
+                lookup(mean, std),
+                np.array([colour, erase], np.float64),
+                ratio_table(strongly.RATIO),
+                normal_table(),
+            ),
             parallel=parallel,
         )
 

@@ -44,13 +44,12 @@ class DecodeEvents(Decoder):
         # The count of each stored word, as a table: numba 0.68.1 has no float16 on a CPU.
         words = np.arange(1 << 8 * word, dtype=f"<u{word}")
         counts = words.view(kind.newbyteorder("<")).astype(np.float32)
-        how = (options, counts, np.array([mean, std], np.float32))
         super().__init__(
             name=Arrays.name,
             what="the frames",
             shape=shape,
             sample=sample,
-            how=how,
+            how=(options, counts, np.array([mean, std], np.float32)),
             parallel=parallel,
         )
 

@@ -80,8 +80,8 @@ def read(path: Path) -> Manifest:
     for file in (path, at):
         require_data(
             file.is_file(),
-            f"data: {file.absolute()} does not exist; write the data first (`spiketrain write`), or"
-            " name another folder",
+            f"data: {file.absolute()} does not exist; write it first (`spiketrain write`), or name"
+            " another folder",
         )
     try:
         body = json.loads(at.read_text(encoding="utf-8"))
@@ -149,10 +149,7 @@ def sha256_of(path: Path) -> str:
 
 
 def content_of(path: Path, classes: list[str]) -> str:
-    """Compute the content hash from a file's samples.
-
-    Raises: DataError if the file's tables contradict each other.
-    """
+    """Compute the content hash from the samples of a whole file."""
     tables, view = beton.read_tables(path), np.memmap(path, np.uint8, "r")
     content = ContentHash(classes, tables.kind)
     names = ("mode", "width", "height") if isinstance(tables.kind, Images) else ()

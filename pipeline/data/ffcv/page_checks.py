@@ -103,15 +103,6 @@ class SpotCheck:
         _compare_pages(self.path, self.manifest, pages, self._page_of, map)
 
 
-def page_fault(path: Path, manifest: Manifest, page: int) -> str:
-    """The fault of a page; "" if it is intact.
-
-    Raises: OSError if the storage is unreachable.
-    """
-    offset = manifest.pages_offset + page * manifest.page_bytes
-    return _fault(path, offset, manifest.page_bytes, manifest.pages[page])
-
-
 def _compare_pages(
     path: Path,
     manifest: Manifest,
@@ -127,12 +118,13 @@ def _compare_pages(
     Raises: DataError with each damaged page and its samples.
     """
     parts = []
-    faults = run(lambda page: page_fault(path, manifest, page), pages)
-    for page, fault in zip(pages, faults, strict=True):
+    size = manifest.page_bytes
+    places = [(manifest.pages_offset + page * size, size, manifest.pages[page]) for page in pages]
+    faults = run(lambda place: _fault(path, *place), places)
+    for page, (offset, _, _), fault in zip(pages, places, faults, strict=True):
         if fault:
             first, last = np.flatnonzero(page_of == page)[[0, -1]].tolist()
-            place = _bytes(manifest.pages_offset + page * manifest.page_bytes, manifest.page_bytes)
-            parts.append(f"page {page} ({place}, samples {first} to {last}) {fault}")
+            parts.append(f"page {page} ({_bytes(offset, size)}, samples {first} to {last}) {fault}")
     if parts:
         raise _damaged(path, parts)
 

@@ -249,16 +249,15 @@ def write_folder(
         quality is None or mode != "raw",
         f"write_folder: quality has no effect in mode 'raw'; got {quality}",
     )
-    how = Encoding(
-        mode=mode,
-        max_resolution=max_resolution,
-        quality=90 if quality is None else quality,
-        jpg_share=0.5 if jpg_share is None else jpg_share,
-    )
     return write_sets(
         image_folder(Path(source)),
         Path(out),
-        how,
+        Encoding(
+            mode=mode,
+            max_resolution=max_resolution,
+            quality=90 if quality is None else quality,
+            jpg_share=0.5 if jpg_share is None else jpg_share,
+        ),
         workers=workers,
         max_bad=max_bad,
         progress=progress,

@@ -87,8 +87,9 @@ class PublishedRecording:
             for values_N in _READERS[self.path.suffix](self.path)
         )
         require_data(len(t_N), "it holds no event")
-        span = (int(t_N.min()), int(t_N.max()) + 1)
-        return in_order(t_N, y_N, x_N, p_N, sensor=self.sensor, span=span)
+        return in_order(
+            t_N, y_N, x_N, p_N, sensor=self.sensor, span=(int(t_N.min()), int(t_N.max()) + 1)
+        )
 
     def __str__(self) -> str:
         return str(self.path)
@@ -157,6 +158,10 @@ def _first_share(items: list[PublishedRecording]) -> list[list[PublishedRecordin
         cut = round(TRAIN_SHARE * len(of_class))
         train += of_class[:cut]
         val += of_class[cut:]
+    require_data(
+        train and val,
+        f"write events: a class must have about 10 recordings to be split; got {len(items)} in all",
+    )
     return [train, val]
 
 

@@ -98,14 +98,7 @@ def write_sets(
     finals = [Path(out) / f"{each.name}.beton" for each in sets]
     there = [str(final) for final in finals if final.exists()]
     if existing == "keep" and len(there) == len(finals):
-        kept = [verify(final)[0] for final in finals]
-        for final, manifest in zip(finals, kept, strict=True):
-            require_data(
-                manifest.options == asdict(how),
-                f"write: {final} was written with {manifest.options}; got {asdict(how)}; ask with"
-                " --existing replace",
-            )
-        return kept
+        return _verified(finals, how)
     require_data(
         not there or existing == "replace",
         f"write: {' and '.join(there)} must not exist yet; remove them, or ask with --existing"
@@ -114,28 +107,18 @@ def write_sets(
     Path(out).mkdir(parents=True, exist_ok=True)
     total, done = sum(len(each.items) for each in sets), count(1)
     report = lambda: progress(next(done), total) if progress else None
-    manifest_of = lambda final: final.with_name(final.name + manifests.SUFFIX)
+    beside = [final.with_name(final.name + manifests.SUFFIX) for final in finals]
     with ExitStack() as held:  # renames the files together, once all are complete
         written = [
             _store(each, held.enter_context(_whole_or_nothing(final)), how, workers, report)
             for each, final in zip(sets, finals, strict=True)
         ]
-        if any(len(each.skipped) > max_bad or not each.samples for each in written):
-            counts = [
-                f"{len(each.skipped)} of {each.samples + len(each.skipped)} in {each.file}"
-                for each in written
-            ]
-            raise TooManyUnreadable(
-                f"write: at most {counted(max_bad, how.kind.name)} of each set may be unreadable,"
-                f" and one must be readable; got {' and '.join(counts)} unreadable; mend or remove"
-                " what is listed, or allow more with --max-bad",
-                [bad for each in written for bad in each.skipped],
-            )
-        for final in finals:
+        _refuse_unreadable(written, how.kind.name, max_bad)
+        for path in beside:
             # An old manifest must not vouch for a new file, nor a new one for an old file.
-            manifest_of(final).unlink(missing_ok=True)
-    for manifest, final in zip(written, finals, strict=True):
-        manifest.write(manifest_of(final))
+            path.unlink(missing_ok=True)
+    for manifest, path in zip(written, beside, strict=True):
+        manifest.write(path)
     return written
 
 
@@ -189,6 +172,32 @@ def encode_all(
         for process in list((getattr(pool, "_processes", None) or {}).values()):
             process.kill()  # a stopped process would not receive SIGTERM
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _verified(files: Sequence[Path], how: Any) -> list[Manifest]:
+    kept = [manifest for file in files for manifest in verify(file)]
+    for manifest in kept:
+        require_data(
+            manifest.options == asdict(how),
+            f"write: {manifest.file} was written with {manifest.options}; got {asdict(how)}; ask"
+            " with --existing replace",
+        )
+    return kept
+
+
+def _refuse_unreadable(written: Sequence[Manifest], kind: str, max_bad: int) -> None:
+    if all(each.samples and len(each.skipped) <= max_bad for each in written):
+        return
+    counts = [
+        f"{len(each.skipped)} of {each.samples + len(each.skipped)} in {each.file}"
+        for each in written
+    ]
+    raise TooManyUnreadable(
+        f"write: at most {counted(max_bad, kind)} of each set may be unreadable, and one must be"
+        f" readable; got {' and '.join(counts)} unreadable; mend or remove what is listed, or"
+        " allow more with --max-bad",
+        [bad for each in written for bad in each.skipped],
+    )
 
 
 def _store(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -132,9 +133,7 @@ def test_close_stops_what_is_open(data):
 
 
 def test_an_error_in_the_thread_arrives(data, monkeypatch):
-    def broken(*_):
-        raise OSError("disk on fire")
-
+    broken = Mock(side_effect=OSError("disk on fire"))
     monkeypatch.setattr(reader._Reading, "run_pipeline", broken)
     begin, said = time.monotonic(), r"train\.beton failed: OSError: disk on fire"
     with pytest.raises(LoaderError, match=said), data.train(**SIZES).epoch(0) as batches:
@@ -203,9 +202,7 @@ def test_too_many_threads_are_refused_and_tbb_demanded(monkeypatch):
         with pytest.raises(DataError, match=rf"threads must be in 1\.\.{most} .*; got {threads}"):
             reader.usable_threads(threads)
 
-    def missing(name):
-        raise ImportError("libtbb.so.12: cannot open shared object file")
-
+    missing = Mock(side_effect=ImportError("libtbb.so.12: cannot open shared object file"))
     monkeypatch.setattr(tbb.importlib, "import_module", missing)
     assert reader.usable_threads(1) == 1
     with pytest.raises(DataError, match=r"needs TBB .*threads=1; got: libtbb"):

@@ -29,17 +29,15 @@ from pipeline.data.write.recordings import Stream, frames
 
 
 def digest(stream: Stream) -> str:
-    arrays = (stream.t_N, stream.y_N, stream.x_N, stream.p_N)
-    return hashlib.sha256(b"".join(each.astype("<i8").tobytes() for each in arrays)).hexdigest()[
-        :16
-    ]
+    content = b"".join(values_N.astype("<i8").tobytes() for values_N in stream[:4])
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def events(stream: Stream, begin: int, end: int) -> np.ndarray:
     """Those from `begin` to `end`, in an order that does not depend on which comes first of two in
     one microsecond: [N,4].
     """
-    rows = np.stack([stream.t_N, stream.y_N, stream.x_N, stream.p_N], 1)
+    rows = np.stack(stream[:4], 1)
     rows = rows[(rows[:, 0] >= begin) & (rows[:, 0] < end)]
     return rows[np.lexsort(rows.T)]
 
@@ -86,6 +84,7 @@ def test_the_coin_is_fair_and_knows_nothing_of_the_direction() -> None:
         assert abs(np.mean(each) - 0.5) < 3 * 0.5 / np.sqrt(160)
 
 
+PICTURE = np.pad(np.full((12, 8), 200, np.uint8), ((8, 8), (10, 10)))  # 28 x 28
 GIVEN: dict[str, Any] = {
     "size": 34,
     "radius": 6.5,
@@ -177,19 +176,13 @@ def test_the_sensor_may_be_larger_and_not_too_small() -> None:
     with pytest.raises(DataError, match="size must be 16 or more pixels; got 8"):
         MovingShape(0, 0, size=8)
     with pytest.raises(DataError, match="size must be the picture's 28 pixels or more; got 20"):
-        Saccades(picture(), 0, 0, 0, size=20)
-
-
-def picture() -> np.ndarray:
-    image = np.zeros((28, 28), np.uint8)
-    image[8:20, 10:18] = 200
-    return image
+        Saccades(PICTURE, 0, 0, 0, size=20)
 
 
 def test_three_saccades_of_100_ms_each_and_back_show_edges_and_no_flat_ground() -> None:
     path = list(map(tuple, gaze()))
     assert len(path) == 76 and path[0] == path[-1] and len({path[0], path[25], path[50]}) == 3
-    stream = Saccades(picture(), 3, 0, 0).events()
+    stream = Saccades(PICTURE, 3, 0, 0).events()
     assert stream.span == (0, 300_000) and stream.sensor == (34, 34)
     assert 500 < len(stream.t_N) < 10_000
     counts = frames(stream, 3, 34)

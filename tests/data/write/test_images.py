@@ -252,19 +252,19 @@ def test_workers_that_hang_are_noticed(photo_folder, monkeypatch):
 
 
 def test_folders_must_hold_images_of_the_same_classes(folder, tmp_path):
-    train, val = folder / "train", folder / "val"
-    for change, said in (
-        (
-            lambda: shutil.copytree(val / "china", val / "tulip"),
-            "same classes; one of them alone has tulip",
-        ),
-        (lambda: (train / "tulip").mkdir(), r"class folder .*tulip must hold images"),
-        (lambda: shutil.rmtree(train), r"train must be a folder of class folders; it does not"),
-        (lambda: train.mkdir(), r"photos/train must hold a folder for each class"),
-    ):
-        change()
+    def refused(said: str) -> None:
         with pytest.raises(DataError, match=said):
             write_folder(folder, tmp_path / "out")
+
+    shutil.copytree(folder / "val" / "china", folder / "val" / "tulip")
+    shutil.copytree(folder / "train" / "china", folder / "train" / "porcelain")
+    refused("same classes; one of them alone has porcelain, tulip")
+    (folder / "train" / "tulip").mkdir()
+    refused(r"class folder .*tulip must hold images")
+    shutil.rmtree(folder / "train")
+    refused(r"photos/train must be a folder of class folders; it does not exist")
+    (folder / "train").mkdir()
+    refused(r"photos/train must hold a folder for each class")
 
 
 def test_a_full_disk_leaves_nothing(photo_folder, tmp_path):

@@ -140,43 +140,31 @@ def of_sizes(*sizes: int) -> Pictures:
     return Pictures(made, grounds)
 
 
-def names(pictures: list[Picture]) -> set[str]:
-    return {picture.name for picture in pictures}
+def names(pictures: Pictures) -> dict[str, set[str]]:
+    """The names of the objects of each class, and of the grounds."""
+    kinds = {**pictures.objects, "grounds": pictures.grounds}
+    return {kind: {picture.name for picture in found} for kind, found in kinds.items()}
 
 
 def test_training_and_evaluation_share_no_object_and_no_ground(share: Path) -> None:
     """The three splits evaluate on different ones."""
     for pictures in (installed(share), of_sizes(4, 5, 6, 7, 8, 9, 65)):
-        divided = [parts(pictures, split) for split in range(SPLITS)]
-        assert {tuple(each.objects) for pair in divided for each in pair} == {
-            tuple(pictures.objects)
-        }
-        groups = [
-            (pictures.objects[name], [(t.objects[name], v.objects[name]) for t, v in divided])
-            for name in pictures.objects
-        ]
-        for found, pairs in (
-            *groups,
-            (pictures.grounds, [(t.grounds, v.grounds) for t, v in divided]),
-        ):
-            for train, val in pairs:
-                assert train and len(val) == round(len(found) / 4) >= 1
-                assert not names(train) & names(val)
-                assert names(train) | names(val) == names(found)
-            chosen = [each.name for _, val in pairs for each in val]
+        divided = [tuple(map(names, parts(pictures, split))) for split in range(SPLITS)]
+        for kind, found in names(pictures).items():
+            for train, val in divided:
+                assert train[kind] and len(val[kind]) == round(len(found) / 4) >= 1
+                assert not train[kind] & val[kind] and train[kind] | val[kind] == found
+            chosen = [name for _, val in divided for name in val[kind]]
             assert len(chosen) == len(set(chosen))
 
 
 def test_settings_are_chosen_on_objects_and_grounds_with_which_every_split_trains() -> None:
     pictures = of_sizes(4, 5, 7, 8, 9, 65)
-    train, val = parts(pictures, CHOICE)
-    for name, found in pictures.objects.items():
-        assert val.objects[name] and names(train.objects[name]) == names(found) - names(
-            val.objects[name]
-        )
+    train, val = map(names, parts(pictures, CHOICE))
+    for kind, found in names(pictures).items():
+        assert val[kind] and train[kind] == found - val[kind]
         for split in range(SPLITS):
-            assert names(val.objects[name]) <= names(parts(pictures, split)[0].objects[name])
-            assert names(val.grounds) <= names(parts(pictures, split)[0].grounds)
+            assert val[kind] <= names(parts(pictures, split)[0])[kind]
 
 
 def test_the_parts_depend_on_names_alone() -> None:
