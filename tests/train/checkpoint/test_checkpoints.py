@@ -238,23 +238,18 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new(
     old, new = (
         (folder / "model.safetensors").read_bytes() for folder in (tmp_path / "step_00000003", made)
     )
-    left, rename, remove = call, Path.rename, shutil.rmtree
-
-    def killed() -> bool:
-        nonlocal left
-        left -= 1
-        return left < 0
-
-    def renamed(self: Path, target: Path) -> Path:
-        if killed():
-            raise Killed
-        return rename(self, target)
+    outlived, remove = iter([False] * call), shutil.rmtree
 
     def removed(path: Path, **how: Any) -> None:
-        if path.exists() and killed():
+        if path.exists() and next(outlived, True):
             (path / "model.safetensors").unlink()  # in the middle of it
             raise Killed
         remove(path, **how)
+
+    def renamed(self: Path, target: Path, rename: Any = Path.rename) -> Path:
+        if next(outlived, True):
+            raise Killed
+        return rename(self, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", renamed)
