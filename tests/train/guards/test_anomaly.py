@@ -169,26 +169,22 @@ def test_a_loss_that_leaps_is_bad_once_there_is_something_to_hold_it_against() -
     )
 
 
-def test_what_it_has_seen_is_part_of_a_checkpoint() -> None:
+def test_what_it_has_seen_is_part_of_a_checkpoint_and_forgotten_at_a_new_task() -> None:
     one = Trained(max_skips=2)
     one.batch(0)
     one.batch(1, bad=True)
-    other = Trained(max_skips=2, state=one.guard.state_dict())
-    assert other.guard.state_dict() == one.guard.state_dict()
-    assert len(one.guard.state_dict()["losses"]) == 1
+    seen = one.guard.state_dict()
+    assert (seen["in_a_row"], len(seen["losses"])) == (1, 1)
+    other = Trained(max_skips=2, state=seen)
+    assert other.guard.state_dict() == seen
     other.batch(2, bad=True)
     with pytest.raises(Rollback):
         other.batch(3, bad=True)
-
-
-def test_a_task_begins_with_nothing_against_it() -> None:
-    hit = Trained(max_skips=1)
-    hit.batch(0)
-    hit.batch(1, bad=True)
-    hit.guard.begin_task()
-    assert hit.guard.state_dict() == {"in_a_row": 0, "losses": []}
-    hit.batch(2, bad=True)  # the first of its own
-    assert [step for step, _ in hit.told] == [1, 2]
+    one.guard.begin_task()
+    assert one.guard.state_dict() == {"in_a_row": 0, "losses": []}
+    for step in (2, 3):
+        one.batch(step, bad=True)
+    assert [step for step, _ in one.told] == [1, 2, 3]
 
 
 def _one_rank_meets_it(rank: int, size: int) -> dict[str, Any]:
