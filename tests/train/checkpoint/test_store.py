@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial, partialmethod
 from pathlib import Path
+from unittest.mock import Mock
 
 import fsspec
 import pytest
@@ -51,12 +52,8 @@ def paths(address: str) -> set[str]:
     return {path.removeprefix(root).strip("/") for path in fs.find(root)}
 
 
-def lost(*args: object, **more: object) -> None:
-    raise OSError(errno.ECONNRESET, "Connection reset by peer")
-
-
-def denied(*args: object, **more: object) -> None:
-    raise PermissionError("Access Denied")  # as s3fs says it, without a number
+lost = Mock(side_effect=OSError(errno.ECONNRESET, "Connection reset by peer"))
+denied = Mock(side_effect=PermissionError("Access Denied"))  # as s3fs says it, without a number
 
 
 def cut_at(patch: pytest.MonkeyPatch, name: str) -> None:
@@ -262,6 +259,7 @@ def test_an_address_is_a_folder_or_something_that_can_be_opened(tmp_path: Path) 
 OTHER = """
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 from pipeline.train.checkpoint.place import own_folder
 
 folder = own_folder(Path(sys.argv[1]))

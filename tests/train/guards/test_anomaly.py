@@ -103,25 +103,14 @@ def test_a_bad_batch_leaves_no_trace(rule: str, bad: int) -> None:
     assert all(p.grad is None for p in hit.backend.network.parameters())
 
 
-class Timed(NoMeters):
-    """The clock of a run."""
-
-    def __init__(self) -> None:
-        self.clock = Clock()
-
-    def batch(self, step: int) -> Any:
-        return self.clock.batch()
-
-    def part(self, name: str) -> Any:
-        return self.clock.part(name)  # type: ignore[arg-type]
-
-
 def test_what_is_copied_before_a_batch_is_charged_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """HLOP's and OPZO's state is large."""
-    made, meters, original = Trained(), Timed(), guard.cloned
+    made, original, clock, meters = Trained(), guard.cloned, Clock(), NoMeters()
     monkeypatch.setattr(guard, "cloned", lambda values: time.sleep(0.05) or original(values))
+    monkeypatch.setattr(meters, "batch", lambda step: clock.batch())
+    monkeypatch.setattr(meters, "part", clock.part)
     made.batch(0, meters=meters)
-    [seconds] = meters.clock.take()
+    [seconds] = clock.take()
     assert seconds["metrics"] >= 0.05 and made.guard._undo is None
 
 
