@@ -265,8 +265,7 @@ def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
     assert [on_disk["held"][kind] for kind in kinds] == [size, size, size, 0, 0]  # momentum
     assert on_disk["device_j"] is None and "measured_j" not in on_disk["inference"]
     needed = (
-        "step epoch sample seed run_id mlflow commit world_size data_fingerprint score recipe"
-        " decisions"
+        "step epoch sample seed run_id commit world_size data_fingerprint score recipe decisions"
     )
     last = step_folders(tmp_path / "run" / "checkpoints")[-1]
     assert set(needed.split()) <= set(read_trainer(last))
