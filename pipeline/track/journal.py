@@ -10,7 +10,7 @@ import mmap
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
@@ -159,6 +159,7 @@ def last_event(path: str | os.PathLike[str], *kinds: type[E_]) -> E_ | None:
     return None if newest is None else cast("E_", from_dict(newest))
 
 
+@dataclass
 class Follower:
     """Reads a growing journal: `poll` returns the events completed since the last poll.
 
@@ -166,9 +167,8 @@ class Follower:
     events, the attribute `offset` is the start of a line.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, offset: int = 0) -> None:
-        self.path = Path(path)
-        self.offset = offset
+    path: Path
+    offset: int = 0
 
     def poll(self, *, limit_bytes: int | None = None) -> list[Record]:
         """New events, oldest first, from about `limit_bytes` of the file at most.

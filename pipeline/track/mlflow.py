@@ -169,7 +169,7 @@ class Delivery:
         # The event up to which the journal must be sent as an artifact, and the last event read.
         self._journal_due = self._newest = ""
         self.translation = Translation()
-        self._is_open = False
+        self._run_id = ""  # in MLflow; empty until the run is found or created there
         self._parent_knows = ""  # the status of this run that its parent was last set from
 
     @property
@@ -184,7 +184,7 @@ class Delivery:
         checks for a driver under the lock: one may have begun while another process delivered.
         """
         with one_at_a_time(self.run_dir.parent):
-            if not self._is_open and not self._open():
+            if not self._run_id and not self._open():
                 return False
             status, ended = "", 0
             while new := self._journal.poll(limit_bytes=_BLOCK):
@@ -215,7 +215,7 @@ class Delivery:
         self._parent_id = parent_of(client, experiment_id, start)
         self._suite = suite_of(self.run_dir, start)
         run = self._find_or_create(client, experiment_id, start)
-        self._client, self._run_id, self._is_open = client, run.info.run_id, True
+        self._client, self._run_id = client, run.info.run_id
         self._params, self._tags = dict(run.data.params), dict(run.data.tags)
         self._status = (run.info.status, run.info.end_time or 0)  # milliseconds
         # The newest step of each metric: `run.data.metrics` (3.17.2) has values alone.

@@ -21,6 +21,8 @@ from pipeline.core.run_folder import RunFolder
 from pipeline.track.events import System
 from pipeline.track.journal import Journal, last_event
 
+INTERVAL_S = 10.0
+
 
 class Sampler:
     """Appends a sample every `interval` seconds from a daemon thread, until `close`; raises
@@ -47,7 +49,7 @@ class Sampler:
 
     def _sample(self) -> None:
         try:
-            asked = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or 10
+            asked = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or INTERVAL_S
             interval = self._interval or max(0.1, float(asked))
             if self._closing.wait(interval):  # a short run imports nothing
                 return

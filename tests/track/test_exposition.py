@@ -210,15 +210,9 @@ def test_a_run_that_goes_on_tells_what_its_journal_had_said(tmp_path: Path, fold
     ) == (40, 0.5, 3)
 
 
-def test_nothing_is_written_where_nobody_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_nothing_is_written_where_nobody_asked_and_a_folder_that_goes_away_is_said_once(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("SPIKETRAIN_METRICS", raising=False)
-    Exposed(tmp_path, pytest.fail).show([start()])
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_goes_away_is_said_once(tmp_path: Path, folder: Path) -> None:
     said: list[str] = []
     exposed = Exposed(tmp_path / "a-run", said.append)
     folder.rmdir()
@@ -227,3 +221,6 @@ def test_a_folder_that_goes_away_is_said_once(tmp_path: Path, folder: Path) -> N
     assert len(said) == 1 and "cannot be written (No such file or directory)" in said[0]
     with pytest.raises(ValueError, match="must be a folder that is there"):
         Exposed(tmp_path / "a-run", said.append)
+    monkeypatch.delenv("SPIKETRAIN_METRICS")
+    Exposed(tmp_path, pytest.fail).show([start()])
+    assert not list(tmp_path.iterdir())

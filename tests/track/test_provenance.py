@@ -48,30 +48,24 @@ def test_starts_whose_steps_were_kept(
     assert [(each["world_size"], each["micro_batch"]) for each in found] == wanted
 
 
-def test_machines_count_too_and_so_does_the_newest_start_of_a_run_that_goes_on() -> None:
-    events = [start(0), start(20, cpu="another")]
-    assert [each["hardware"] for each in trained_on(events, steps=30)] == [
-        {"cpu": "a cpu"},
-        {"cpu": "another"},
-    ]
-    assert trained_on(events, steps=20) == trained_on(events[:1], steps=20)
-    assert len(trained_on(events, steps=None)) == 2 and trained_on([], steps=None) == []
-
-
-def test_loader_threads_and_whether_it_had_cores_of_its_own_count_too() -> None:
+def test_machines_loader_threads_and_cores_count_too() -> None:
     alone, more = {"own_cores": [3]}, {"loader_threads": 2}
     starts = [
         start(0, own_cores=[0]),
         start(5, **alone),
         start(10, **alone, **more),
         start(15, **more),
+        start(20, **more, cpu="another"),
     ]
-    found = trained_on(starts, steps=20)
-    assert [(each["loader_threads"], each["own_cores"]) for each in found] == [
-        (1, True),
-        (2, True),
-        (2, False),
+    found = [tuple(each.values())[2:] for each in trained_on(starts, steps=30)]
+    here, there = {"cpu": "a cpu"}, {"cpu": "another"}
+    assert found == [
+        *((here, 1, True), (here, 2, True), (here, 2, False)),
+        (there, 2, False),
     ]
+    assert len(trained_on(starts, steps=20)) == 3  # the newest start has trained nothing
+    assert len(trained_on(starts, steps=None)) == 4  # unless the run goes on
+    assert trained_on([], steps=None) == []
 
 
 def test_a_summary_that_does_not_say_has_its_journal_or_the_last_machine() -> None:
@@ -89,19 +83,3 @@ def test_a_summary_that_does_not_say_has_its_journal_or_the_last_machine() -> No
         "own_cores": False,
     }
     assert conditions_of(summary) == [last]
-
-
-def test_what_an_entry_does_not_tell_is_as_it_was_at_the_end() -> None:
-    """Of a version that kept neither loader threads nor cores of each start."""
-    before, later = (
-        {"world_size": workers, "micro_batch": 2, "hardware": {}} for workers in (4, 2)
-    )
-    summary = {
-        "world_size": 2,
-        "loader_threads": 2,
-        "own_cores": True,
-        "trained_on": [before, later],
-    }
-    assert conditions_of(summary) == [
-        {**each, "loader_threads": 2, "own_cores": True} for each in (before, later)
-    ]

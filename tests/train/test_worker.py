@@ -182,7 +182,7 @@ def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
         ),
         (
             last,
-            "step epoch sample seed run_id mlflow commit world_size data_fingerprint score recipe"
+            "step epoch sample seed run_id commit world_size data_fingerprint score recipe"
             " decisions",
         ),
     ):

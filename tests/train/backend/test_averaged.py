@@ -106,17 +106,6 @@ def test_the_weights_are_back_after_an_evaluation_that_failed() -> None:
     assert same(values(backend), last)
 
 
-def test_a_resume_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    whole, before, after = (Averaged(Plain(network(seed), sgd), decay=DECAY) for seed in (0, 0, 1))
-    train(whole, 0, 5)
-    train(before, 0, 3)
-    write_captured(before.capture(), tmp_path)
-    after.load(tmp_path)
-    assert same(published(after), published(before))
-    train(after, 3, 5)
-    assert same(published(after), published(whole)) and same(values(after), values(whole))
-
-
 def test_a_new_task_begins_a_new_average() -> None:
     backend = Averaged(Plain(network(), sgd), decay=DECAY)
     [*_, last] = train(backend, 0, 3)

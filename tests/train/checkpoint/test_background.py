@@ -186,25 +186,19 @@ def test_an_old_one_that_cannot_be_deleted_is_told_and_costs_no_new_one(
     assert [path.name for path in tmp_path.iterdir()] == [last]  # swept
 
 
-def test_an_attempt_that_ends_by_an_error_finishes_what_it_was_writing(
+def test_an_attempt_that_ends_by_an_error_finishes_what_it_was_writing_or_says_that_it_failed(
     tmp_path: Path, gate: threading.Event
 ) -> None:
-    checkpoints = Checkpoints(Place(tmp_path), attempt="a")
+    checkpoints, error = Checkpoints(Place(tmp_path), attempt="a"), KeyError("training fails")
     checkpoints.save(1, backend(), Counting(), TRAINER)
     threading.Timer(0.1, gate.set).start()
-    told = checkpoints.close(KeyError("training fails"))
+    told = checkpoints.close(error)
     assert told is not None and damage(Path(told.address)) is None
-
-
-def test_an_error_that_ends_the_attempt_says_that_the_checkpoint_failed_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoints, error = Checkpoints(Place(tmp_path), attempt="a"), KeyError("training fails")
     with failing(errno.EIO):
-        checkpoints.save(1, backend(), Counting(), TRAINER)
+        checkpoints.save(2, backend(), Counting(), TRAINER)
         assert checkpoints.close(error) is None
     assert error.__notes__ == [
-        "checkpoint step_00000001 was not written: RuntimeError: unexpected pos 640 vs 598"
+        "checkpoint step_00000002 was not written: RuntimeError: unexpected pos 640 vs 598"
     ]
 
 

@@ -72,11 +72,14 @@ def saved(folder: Path, steps: list[int], **checkpoints: Any) -> Checkpoints:
 
 
 def test_what_is_saved_comes_back_bit_for_bit(place: Place) -> None:
-    original, checkpoints = backend(1), Checkpoints(place, attempt="a")
+    original, other, checkpoints = backend(1), backend(2), Checkpoints(place, attempt="a")
+    for each in (original, other):
+        each.network.register_buffer("running_mean", torch.tensor([3.0]))
     torch.manual_seed(5)
     random.seed(5)
     np.random.seed(5)  # noqa: NPY002
-    told = save(checkpoints, 7, original, Counting(2.5), TRAINER)
+    own = {"running_mean": torch.tensor([1.0])}  # of this rank
+    told = save(checkpoints, 7, original, Counting(2.5), TRAINER, buffers=own)
     drawn = (torch.rand(3), random.random(), np.random.rand())  # noqa: NPY002
     made = "step_00000007" if place.folder else "step_00000007-a"
     assert told.address == f"{place.url}/{made}" and told.bytes > 0
@@ -85,9 +88,9 @@ def test_what_is_saved_comes_back_bit_for_bit(place: Place) -> None:
         "manifest.json"
     }
     assert place.folder or not [*place.staging.iterdir()]  # the run's own disk keeps nothing
-    other, rule = backend(2), Counting()
-    trainer = restore(checkpoints, other, rule)
-    assert trainer["step"] == 7
+    rule = Counting()
+    assert restore(checkpoints, other, rule)["step"] == 7
+    assert other.network.get_buffer("running_mean") == 1.0
     for a, b in zip(original.network.parameters(), other.network.parameters(), strict=True):
         assert torch.equal(a, b)
     momenta = (
@@ -238,23 +241,18 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new(
     old, new = (
         (folder / "model.safetensors").read_bytes() for folder in (tmp_path / "step_00000003", made)
     )
-    left, rename, remove = call, Path.rename, shutil.rmtree
-
-    def killed() -> bool:
-        nonlocal left
-        left -= 1
-        return left < 0
-
-    def renamed(self: Path, target: Path) -> Path:
-        if killed():
-            raise Killed
-        return rename(self, target)
+    outlived, remove = iter([False] * call), shutil.rmtree
 
     def removed(path: Path, **how: Any) -> None:
-        if path.exists() and killed():
+        if path.exists() and next(outlived, True):
             (path / "model.safetensors").unlink()  # in the middle of it
             raise Killed
         remove(path, **how)
+
+    def renamed(self: Path, target: Path, rename: Any = Path.rename) -> Path:
+        if next(outlived, True):
+            raise Killed
+        return rename(self, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", renamed)
@@ -321,15 +319,6 @@ def test_a_kill_while_an_old_checkpoint_is_deleted_is_survived(tmp_path: Path) -
     assert steps_in(tmp_path) == "34"
     assert checkpoints.newest() == tmp_path / "step_00000004"
     assert not half.exists()
-
-
-def test_each_rank_gets_its_own_running_statistics_back(tmp_path: Path) -> None:
-    made = backend(1)
-    made.network.register_buffer("running_mean", torch.tensor([3.0]))
-    own = {"running_mean": torch.tensor([1.0])}
-    save(Checkpoints(Place(tmp_path), attempt="a"), 1, made, Counting(), TRAINER, buffers=own)
-    restore(Checkpoints(Place(tmp_path), attempt="b"), made, Counting())
-    assert made.network.running_mean.item() == 1.0  # type: ignore[union-attr, operator]
 
 
 def test_one_that_is_newer_than_what_is_saved_takes_nobodys_room(tmp_path: Path) -> None:

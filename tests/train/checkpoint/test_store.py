@@ -5,10 +5,15 @@ verified, pruned, swept.
 import errno
 import hashlib
 import json
+import shutil
+import subprocess
+import sys
 import uuid
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial, partialmethod
 from pathlib import Path
+from unittest.mock import Mock
 
 import fsspec
 import pytest
@@ -16,7 +21,16 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from pipeline.core.errors import UserError
-from pipeline.train.checkpoint import CheckpointError, Checkpoints, Place, place_at, prune, verified
+from pipeline.train.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Place,
+    damage,
+    place_at,
+    prune,
+    verified,
+)
+from pipeline.train.checkpoint.place import sweep_fetched
 from tests.helpers.few import FILES, TRAINER, Counting, backend, feedback, restore, save
 
 pytestmark = pytest.mark.timeout(120)
@@ -28,7 +42,7 @@ def store(address: str, run: Path) -> Place:
     return place
 
 
-def checkpoints(address: str, run: Path, **more: object) -> Checkpoints:
+def checkpoints_at(address: str, run: Path, **more: object) -> Checkpoints:
     return Checkpoints(store(address, run), attempt="a", **more)  # type: ignore[arg-type]
 
 
@@ -38,12 +52,8 @@ def paths(address: str) -> set[str]:
     return {path.removeprefix(root).strip("/") for path in fs.find(root)}
 
 
-def lost(*args: object, **more: object) -> None:
-    raise OSError(errno.ECONNRESET, "Connection reset by peer")
-
-
-def denied(*args: object, **more: object) -> None:
-    raise PermissionError("Access Denied")  # as s3fs says it, without a number
+lost = Mock(side_effect=OSError(errno.ECONNRESET, "Connection reset by peer"))
+denied = Mock(side_effect=PermissionError("Access Denied"))  # as s3fs says it, without a number
 
 
 def cut_at(patch: pytest.MonkeyPatch, name: str) -> None:
@@ -59,7 +69,7 @@ def cut_at(patch: pytest.MonkeyPatch, name: str) -> None:
 def test_an_upload_that_was_cut_short_is_no_checkpoint_and_is_swept(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saving = checkpoints(address, tmp_path)
+    saving = checkpoints_at(address, tmp_path)
     save(saving, 1, backend(), Counting(), TRAINER)
     with monkeypatch.context() as patch:
         cut_at(patch, "manifest.json")
@@ -70,7 +80,7 @@ def test_an_upload_that_was_cut_short_is_no_checkpoint_and_is_swept(
             saving.wait()
     assert "step_00000002-a/model.safetensors" in paths(address)
     assert store(address, tmp_path).names() == ["step_00000001"]
-    assert restore(checkpoints(address, tmp_path / "fresh"), backend(), Counting())["step"] == 1
+    assert restore(checkpoints_at(address, tmp_path / "fresh"), backend(), Counting())["step"] == 1
     assert not any("step_00000002" in path for path in paths(address))
 
 
@@ -81,7 +91,7 @@ def test_an_upload_that_was_cut_short_is_no_checkpoint_and_is_swept(
 def test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, how: str
 ) -> None:
-    saving = checkpoints(address, tmp_path, keep=1)
+    saving = checkpoints_at(address, tmp_path, keep=1)
     save(saving, 1, backend(1), Counting(1), TRAINER)
     save(saving, 2, backend(2), Counting(2), TRAINER)
     fs = saving.place.fs
@@ -103,7 +113,7 @@ def test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut
                 how == "removed"
             )
     assert store(address, tmp_path).names() == ["step_00000002"]
-    fresh = checkpoints(address, tmp_path / "fresh", keep=1)
+    fresh = checkpoints_at(address, tmp_path / "fresh", keep=1)
     assert feedback(fresh.place) == (3 if is_new else 2)
     assert restore(fresh, backend(), Counting())["score"] == (0.5 if is_new else None)
     folders = {path.split("/")[0] for path in paths(address)}
@@ -145,7 +155,7 @@ def test_a_request_that_failed_deletes_nothing(
     """Of a store whose `exists` is fsspec's own, which says no of any failure."""
     address, lost = f"memory://away/{uuid.uuid4().hex}", list[str]()
     originals = {name: getattr(MemoryFileSystem, name) for name in ("info", "cat_file")}
-    saving = checkpoints(address, tmp_path)
+    saving = checkpoints_at(address, tmp_path)
     for step, score in ((1, 0.9), (2, 0.1)):
         save(saving, step, backend(), Counting(), {**TRAINER, "score": score})
     place = store(address, tmp_path)
@@ -177,37 +187,32 @@ def test_a_request_that_failed_deletes_nothing(
     assert paths(address) == there
 
 
-def test_a_bucket_that_lets_nobody_write_ends_the_run(
-    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def short(put: Callable[[str, str], None], here: str, there: str) -> None:
+    """Puts the first bytes of a file of 11."""
+    Path(here).write_bytes(b"x" * 10)
+    put(here, there)
+    Path(here).write_bytes(b"x" * 11)
+
+
+@pytest.mark.parametrize(
+    ("put", "error", "said"),
+    [
+        (denied, UserError, "step 1: Access Denied; there is no whole one yet"),
+        (short, OSError, "10 of 11 bytes arrived"),
+    ],
+)
+def test_what_cannot_be_put_or_arrives_short_is_no_checkpoint(
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    put: Callable[..., None],
+    error: type[Exception],
+    said: str,
 ) -> None:
-    place = store(address, tmp_path)
-
-    monkeypatch.setattr(place.fs, "put_file", denied)
-    saving = Checkpoints(place, attempt="a")
+    saving = checkpoints_at(address, tmp_path)
+    monkeypatch.setattr(saving.place.fs, "put_file", partial(put, saving.place.fs.put_file))
     saving.save(1, backend(), Counting(), TRAINER)
-    with pytest.raises(
-        UserError,
-        match=(
-            "checkpoint: cannot be written after step 1: Access Denied; there is no whole one yet"
-        ),
-    ):
-        saving.wait()
-
-
-def test_what_arrives_shorter_than_it_was_is_told(
-    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = store(address, tmp_path)
-    put, saving = place.fs.put_file, Checkpoints(place, attempt="a")
-
-    def short(here: str, there: str) -> None:
-        Path(here).write_bytes(Path(here).read_bytes()[:10])
-        put(here, there)
-        Path(here).write_bytes(b"x" * 11)
-
-    monkeypatch.setattr(place.fs, "put_file", short)
-    saving.save(1, backend(), Counting(), TRAINER)
-    with pytest.raises(OSError, match="10 of 11 bytes arrived"):
+    with pytest.raises(error, match=said):
         saving.wait()
     assert store(address, tmp_path).names() == []
 
@@ -247,3 +252,89 @@ def test_an_address_is_a_folder_or_something_that_can_be_opened(tmp_path: Path) 
         with pytest.raises(CheckpointError, match=said) as refused:
             place_at(address, tmp_path)
         assert "secret" not in str(refused.value)
+
+
+# ------------------------------------------------------------------ what a process has fetched
+
+OTHER = """
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+from pipeline.train.checkpoint.place import own_folder
+
+folder = own_folder(Path(sys.argv[1]))
+(folder / "file").touch()
+print(folder, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    made = Checkpoints(place_at(f"memory://fetched/{uuid.uuid4().hex}", tmp_path), attempt="a")
+    save(made, 1, backend(1), Counting(1), TRAINER)
+    return made
+
+
+def test_no_other_process_takes_away_what_one_has_fetched_and_what_a_dead_one_left_is_swept(
+    checkpoints: Checkpoints,
+) -> None:
+    path, staging = checkpoints.newest(), checkpoints.place.staging
+    assert path is not None
+    with subprocess.Popen(
+        [sys.executable, "-c", OTHER, str(staging)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        theirs = Path(other.stdout.readline().strip())
+        assert theirs != path.parent and damage(path) is None
+        checkpoints.place.sweep()
+        assert (theirs / "file").exists() and damage(path) is None
+        other.kill()
+        other.wait()
+    assert (theirs / "file").exists()
+    checkpoints.place.sweep()
+    assert not theirs.exists() and damage(path) is None
+    again = checkpoints.newest()
+    assert again == path and len([*staging.iterdir()]) == 2  # this process's, and its lock
+
+
+def test_a_process_that_ends_leaves_nothing_of_what_it_fetched(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", OTHER, str(tmp_path)],
+        input="",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.stdout and [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("name", ["rule.pt", "rng_rank0.pt", "plain/state.pt", "model.safetensors"])
+def test_a_file_that_is_gone_since_it_was_verified_is_an_error_and_nothing_is_loaded(
+    checkpoints: Checkpoints, name: str
+) -> None:
+    path, made, rule = checkpoints.newest(), backend(2), Counting()
+    assert path is not None
+    before = [p.clone() for p in made.network.parameters()]
+    (path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        checkpoints.load(path, made, rule)
+    assert rule.feedback.tolist() == [0.0] * 3  # type: ignore[operator]
+    assert all(a.equal(b) for a, b in zip(before, made.network.parameters(), strict=True))
+
+
+def test_a_folder_that_cannot_be_deleted_keeps_its_lock_by_which_the_next_sweep_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, folder = tmp_path / ".fetched-a.lock", tmp_path / ".fetched-a"
+    lock.touch()
+    folder.mkdir()
+    with monkeypatch.context() as refusing:
+        refusing.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+        sweep_fetched(tmp_path)
+    assert lock.exists() and folder.exists()
+    sweep_fetched(tmp_path)
+    assert not lock.exists() and not folder.exists()

@@ -103,25 +103,14 @@ def test_a_bad_batch_leaves_no_trace(rule: str, bad: int) -> None:
     assert all(p.grad is None for p in hit.backend.network.parameters())
 
 
-class Timed(NoMeters):
-    """The clock of a run."""
-
-    def __init__(self) -> None:
-        self.clock = Clock()
-
-    def batch(self, step: int) -> Any:
-        return self.clock.batch()
-
-    def part(self, name: str) -> Any:
-        return self.clock.part(name)  # type: ignore[arg-type]
-
-
 def test_what_is_copied_before_a_batch_is_charged_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """HLOP's and OPZO's state is large."""
-    made, meters, original = Trained(), Timed(), guard.cloned
+    made, original, clock, meters = Trained(), guard.cloned, Clock(), NoMeters()
     monkeypatch.setattr(guard, "cloned", lambda values: time.sleep(0.05) or original(values))
+    monkeypatch.setattr(meters, "batch", lambda step: clock.batch())
+    monkeypatch.setattr(meters, "part", clock.part)
     made.batch(0, meters=meters)
-    [seconds] = meters.clock.take()
+    [seconds] = clock.take()
     assert seconds["metrics"] >= 0.05 and made.guard._undo is None
 
 
@@ -169,26 +158,22 @@ def test_a_loss_that_leaps_is_bad_once_there_is_something_to_hold_it_against() -
     )
 
 
-def test_what_it_has_seen_is_part_of_a_checkpoint() -> None:
+def test_what_it_has_seen_is_part_of_a_checkpoint_and_forgotten_at_a_new_task() -> None:
     one = Trained(max_skips=2)
     one.batch(0)
     one.batch(1, bad=True)
-    other = Trained(max_skips=2, state=one.guard.state_dict())
-    assert other.guard.state_dict() == one.guard.state_dict()
-    assert len(one.guard.state_dict()["losses"]) == 1
+    seen = one.guard.state_dict()
+    assert (seen["in_a_row"], len(seen["losses"])) == (1, 1)
+    other = Trained(max_skips=2, state=seen)
+    assert other.guard.state_dict() == seen
     other.batch(2, bad=True)
     with pytest.raises(Rollback):
         other.batch(3, bad=True)
-
-
-def test_a_task_begins_with_nothing_against_it() -> None:
-    hit = Trained(max_skips=1)
-    hit.batch(0)
-    hit.batch(1, bad=True)
-    hit.guard.begin_task()
-    assert hit.guard.state_dict() == {"in_a_row": 0, "losses": []}
-    hit.batch(2, bad=True)  # the first of its own
-    assert [step for step, _ in hit.told] == [1, 2]
+    one.guard.begin_task()
+    assert one.guard.state_dict() == {"in_a_row": 0, "losses": []}
+    for step in (2, 3):
+        one.batch(step, bad=True)
+    assert [step for step, _ in one.told] == [1, 2, 3]
 
 
 def _one_rank_meets_it(rank: int, size: int) -> dict[str, Any]:

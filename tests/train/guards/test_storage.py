@@ -67,15 +67,14 @@ def test_what_waiting_does_not_mend_is_raised_at_once(error: Exception) -> None:
     assert raised.value is error and told == []
 
 
-def test_in_the_end_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "PATIENCE_S", 0.2)
-    with pytest.raises(OSError, match="Stale file handle"):
-        patiently(Ranks(), away(1000))
-
-
-def test_a_journal_on_the_same_storage_need_not_be_told() -> None:
+def test_in_the_end_it_is_given_up_and_a_journal_on_the_same_storage_need_not_be_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     assert patiently(Ranks(), away(2), on_wait=full) == "there"
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.2)
+    with pytest.raises(OSError, match="Stale file handle"):
+        patiently(Ranks(), away(1000), on_wait=full)
 
 
 def _of_two(rank: int, ranks: int) -> dict[str, Any]:
