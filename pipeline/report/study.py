@@ -54,7 +54,10 @@ class Spread:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of the mean, mean ± t(0.975, n - 1) deviation / √n; None for 1 run."""
+        """The 95 % interval of the mean: mean ± t(0.975, n - 1) deviation / √n.
+
+        None for one run.
+        """
         if self.deviation is None:
             return None
         from scipy import stats

@@ -133,15 +133,20 @@ def print_suite(
         )
         for run in (run for run in ended if run.study not in studies):
             say(beside, f"{run.name} diverged, and so did all other ended runs of its study")
+    if left:
+        _say_unfinished(beside, folder, left, done=done, has_report=report is not None)
+    return None
+
+
+def _say_unfinished(
+    console: Console, folder: Path, left: Mapping[str, Path], *, done: str, has_report: bool
+) -> None:
     for name, run in left.items():
         state = f"is {state_of(run)}" if run.exists() else "has not begun"
-        say(beside, f"not finished: {name} ({run.name}) {state}")
-    if left:
-        counts = f"{done} finished"
-        counts += "" if report is None else ", the report is printed when all have"
-        command = "" if is_driven(folder) else how_to_resume(folder)
-        say(beside, f"{counts}; {command}" if command else counts, whole=[command])
-    return None
+        say(console, f"not finished: {name} ({run.name}) {state}")
+    counts = f"{done} finished" + (", the report is printed when all have" if has_report else "")
+    command = "" if is_driven(folder) else how_to_resume(folder)
+    say(console, f"{counts}; {command}" if command else counts, whole=[command])
 
 
 def _print_json(suite: str, report: Report, over: Mapping[str, Path], console: Console) -> None:
@@ -280,13 +285,7 @@ def read_study(
         members = chosen(runs_dir, names, everything)
     else:
         everything = members = [read_run(run) for run in runs_of(suite).values() if run.is_dir()]
-    runs = [run for run in members if run.protocol != "trial"]
-    tried = [run for run in members if run.protocol == "trial"]
-    if not runs:
-        raise ReportError(
-            f"report: {', '.join(names)} must have a run that was trained on the whole training"
-            f" set; there are {counted(len(tried), 'trial')} of a search"
-        )
+    runs, tried = _without_trials(members, names)
     own, printed, notes = Returned(), "", []
     if suite is not None:
         title, place = suite.name, suite / REPORT
@@ -316,6 +315,18 @@ def read_study(
         printed=printed,
     )
     return Found(study, place, tuple(run.folder for run in (*runs, *tried)))
+
+
+def _without_trials(members: Sequence[Run], names: Sequence[str]) -> tuple[list[Run], list[Run]]:
+    """The runs on the whole training set, and the trials of a search."""
+    runs = [run for run in members if run.protocol != "trial"]
+    tried = [run for run in members if run.protocol == "trial"]
+    if not runs:
+        raise ReportError(
+            f"report: {', '.join(names)} must have a run that was trained on the whole training"
+            f" set; got {counted(len(tried), 'trial')} of a search"
+        )
+    return runs, tried
 
 
 def _with_baselines(

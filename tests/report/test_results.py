@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 import pipeline
 from pipeline.report import page, results
 from pipeline.report.compare import csv_of
-from pipeline.report.history import History
 from pipeline.report.results import METRICS, Metric, ReportError, Run, expanded, frame, read_run
 from pipeline.report.stores import ServerStore, runs_of_store
 from pipeline.report.study import Study
@@ -22,7 +22,6 @@ from pipeline.report.tables import provenance
 from pipeline.track.events import OF_NONE
 from pipeline.track.journal import Record
 from pipeline.track.mlflow import sync
-from tests.helpers.events import RawJournal, event
 from tests.helpers.fake_store import FakeStore
 from tests.helpers.hand_made import KEY, LAYERS, MACHINE, events, fidelity, made, recipe, run
 from tests.report.conftest import STUDY, compare, make_all
@@ -100,65 +99,37 @@ def test_a_folder_and_a_store_have_the_same_rows(
     """
     runs_dir.mkdir(exist_ok=True)
     shutil.copy(empty_store, runs_dir / "mlflow.db")
-    for name, rule in (("bptt", "BPTT"), ("sltt", "SLTT")):
-        folder = make_run(
-            name,
-            rule=rule,
-            inference={"energy_j": 4e-6},
-            end="failed" if name == "bptt" else "finish",
-        )
-        lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-        about = {"run_id": name * 8, "micro_batch": 32}
-        told = [{**event, **about} if event["event"] == "start" else event for event in lines]
-        (folder / "journal.jsonl").write_text(
-            "".join(json.dumps(event) + "\n" for event in told[:-1])
-        )
-        with RawJournal(folder / "journal.jsonl", attempt=0) as journal:
-            summary = folder / "summary.json"
-            whole = json.loads(summary.read_text()) if summary.exists() else {}
-            journal.write(
-                event(
-                    told[-1]["event"],
-                    **{key: value for key, value in whole.items() if key not in ("run",)},
-                )
-            )
-        sync(folder, uri=f"sqlite:///{runs_dir / 'mlflow.db'}")
-    here = pipeline.results(runs_dir).set_index("run")
     uri = f"sqlite:///{runs_dir / 'mlflow.db'}"
+    known = {"inference": {"energy_j": 4e-6}, "start": {"micro_batch": 32}}
+    for name, end in (("bptt", "failed"), ("sltt", "finish")):
+        folder = make_run(name, rule=name.upper(), end=end, **known)
+        journal, summary = folder / "journal.jsonl", folder / "summary.json"
+        *told, last = map(json.loads, journal.read_text().splitlines())
+        told[0]["run_id"] = name * 8
+        # the last event tells the whole summary, as that of a run does
+        last |= json.loads(summary.read_text()) if summary.exists() else {}
+        journal.write_text("".join(json.dumps(each) + "\n" for each in (*told, last)))
+        sync(folder, uri=uri)
+    names = ["rule", "seed", "study", "state", "workers", "top1", "wall_s", "inference.energy_j"]
+    here = pipeline.results(runs_dir).set_index("run")[[*names, "images_per_s"]]
     for there in (
         pipeline.results(uri),
         pipeline.results(runs_dir / "mlflow.db"),
         frame(runs_of_store(ServerStore(uri))),
     ):
-        there = there.set_index("run").loc[here.index]
-        for name in (
-            "rule",
-            "seed",
-            "study",
-            "state",
-            "workers",
-            "top1",
-            "wall_s",
-            "inference.energy_j",
-            "images_per_s",
-        ):
-            assert there[name].fillna(-1).tolist() == here[name].fillna(-1).tolist(), name
-    assert here.loc["sltt", ["state", "top1", "inference.energy_j", "study"]].tolist() == [
-        "finished",
-        0.9,
-        4e-6,
-        STUDY,
-    ]
+        found = there.set_index("run").loc[here.index, here.columns]
+        pd.testing.assert_frame_equal(found, here, check_dtype=False)
+    sltt = here.loc["sltt", ["state", "top1", "inference.energy_j", "study"]]
+    assert sltt.tolist() == ["finished", 0.9, 4e-6, STUDY]
 
 
 def test_a_damaged_run_is_named(make_run: Callable, runs_dir: Path):
-    make_run("bptt")
-    (make_run("sltt", rule="SLTT", study="f" * 16) / "summary.json").write_text("{")
+    _, sltt = make_all(make_run, {"bptt": {}, "sltt": {"rule": "SLTT", "study": "f" * 16}})
+    (sltt / "summary.json").write_text("{")
     with pytest.raises(ReportError, match=r"sltt/summary\.json is not JSON"):
         pipeline.results(runs_dir)
-    assert [run.name for run in compare(runs_dir, ["bptt"]).group.finished] == [
-        "bptt"
-    ]  # of another study
+    of_another_study = compare(runs_dir, ["bptt"])
+    assert [run.name for run in of_another_study.group.finished] == ["bptt"]
 
 
 def test_where_nothing_is(tmp_path: Path):
@@ -183,44 +154,23 @@ def test_results_wait_for_no_torch(make_run: Callable, runs_dir: Path):
 
 def test_what_a_finished_run_has_written():
     one = run("SLTT", seed=3, top1=0.75)
-    assert (one.name, one.rule, one.seed, one.study, one.state) == (
-        "sltt-3",
-        "SLTT",
-        3,
-        KEY,
-        "finished",
-    )
-    assert (one.history.step, one.total_steps, one.steps_per_epoch, one.workers) == (
-        100,
-        100,
-        50,
-        1,
-    )
-    assert one.hardware == MACHINE and one.commits == ("abc",) and one.recipe["time_steps"] == 2
-    assert one.value("top1") == 0.75 and one.value("inference.energy_j") == 3e-6
-    assert one.value("inference.joules") is None and one.value("top1.x") is None
+    about = (one.name, one.rule, one.seed, one.study, one.state, one.commits)
+    assert about == ("sltt-3", "SLTT", 3, KEY, "finished", ("abc",))
+    assert (one.history.step, one.total_steps, one.steps_per_epoch) == (100, 100, 50)
+    assert (one.workers, one.hardware, one.recipe["time_steps"]) == (1, MACHINE, 2)
+    names = ("top1", "inference.energy_j", "inference.joules", "top1.x")
+    assert [one.value(name) for name in names] == [0.75, 3e-6, None, None]
     assert [layer["rates"] for layer in one.activity] == [[0.5, 0.25], [0.25, 0.0]]
-    assert one.parts == pytest.approx(
-        {"forward": 0.04, "backward": 0.08, "rest": 0.005, "evaluation": 0.02}
-    )
 
 
 def test_seconds_are_those_of_its_attempts_alone():
     plain, restarted = run(), run(restart=True)
-    assert [(point.step, point.seconds) for point in plain.history.curve] == [
-        (25, 5),
-        (50, 8),
-        (75, 13),
-        (100, 16),
-    ]
+    seconds = [(point.step, point.seconds) for point in plain.history.curve]
+    assert seconds == [(25, 5), (50, 8), (75, 13), (100, 16)]
     # The first attempt took 10 s, the second began a second before its first event; the 999 s
     # between them are nobody's.
-    assert [(point.step, point.seconds) for point in restarted.history.curve] == [
-        (25, 5),
-        (50, 8),
-        (75, 14),
-        (100, 17),
-    ]
+    seconds = [(point.step, point.seconds) for point in restarted.history.curve]
+    assert seconds == [(25, 5), (50, 8), (75, 14), (100, 17)]
     assert [(each.step, each.seconds) for each in restarted.history.restarts] == [(50, 11)]
     assert [(each.epoch, each.top1, each.seconds) for each in restarted.history.evaluations] == [
         (0, 0.8, 9),
@@ -232,127 +182,122 @@ def test_seconds_are_those_of_its_attempts_alone():
 def test_waiting_for_places_between_attempts_costs_nothing():
     told = events(restart=True)
     again = next(at for at, event in enumerate(told) if event["event"] == "start" and at)
-    before = float(told[again - 1]["time"])
-    waiting = [
-        {"event": "waiting", "time": before + later, "attempt": OF_NONE, "most_s": 3600.0}
-        for later in (1.0, 86_401.0)
-    ]
+    about, before = {"event": "waiting", "attempt": OF_NONE, "most_s": 3600.0}, told[again - 1]
+    waiting = [{**about, "time": before["time"] + later} for later in (1.0, 86_401.0)]
     late = [
         {**event, **{name: event[name] + 90_000 for name in ("time", "began") if name in event}}
         for event in told[again:]
     ]
 
     def seconds(*events: Record) -> list[float]:
-        one = made("r", events, state="running")
-        return [
-            each.seconds
-            for each in (*one.history.curve, *one.history.restarts, *one.history.evaluations)
-        ]
+        past = made("r", events, state="running").history
+        return [each.seconds for each in (*past.curve, *past.restarts, *past.evaluations)]
 
     assert seconds(*told[:again], *waiting, *late) == pytest.approx(seconds(*told))
     assert seconds(*waiting, *told) == pytest.approx(seconds(*told))
 
 
-def test_a_run_that_goes_on_has_no_summary_and_the_parts_so_far():
-    one = made(
-        "r",
-        events()[:4],
-        state="running",
-        summary={"top1": 0.5},
-        recipe={"version": 1, "recipe": recipe()},
-    )
-    assert one.summary is None and not one.is_finished and one.value("top1") is None
+def test_a_run_that_goes_on_has_no_summary():
+    files = {"summary": {"top1": 0.5}, "recipe": {"version": 1, "recipe": recipe()}}
+    one = made("r", events()[:4], state="running", **files)
+    assert (one.summary, one.is_finished, one.value("top1")) == (None, False, None)
     assert (one.history.step, one.rule, one.hardware) == (50, "BPTT", MACHINE)
-    assert one.parts == pytest.approx({"forward": 0.04, "backward": 0.08})
     assert one.recipe["optimizer"]["kwargs"] == {"lr": 0.1}
 
 
-def test_parts_so_far_leave_out_the_point_in_which_compilation_is():
-    told = events()[:4]
-    first = next(event for event in told if event["event"] == "step")
-    first["metrics"] = {**first["metrics"], "data_wait_s": 1.0, "forward_s": 2.0}
-    one = made("r", told, state="running")
-    assert one.parts == pytest.approx({"forward": 0.04, "backward": 0.08})
+TOLD = events(restart=True)  # a start, 25, 50, its evaluation, 60, a start from 50, 75, ...
+COMPILING = {**TOLD[1], "metrics": {**TOLD[1]["metrics"], "data_wait_s": 1.0, "forward_s": 2.0}}
+STEADY = {"forward": 0.04, "backward": 0.08}
 
 
-def test_batches_that_a_restart_did_again_are_divided_by_as_well():
-    """60 were done, then the last 50; of 40 + 80 ms each, the first point of either start left
-    out.
-    """
-    one = made("r", events(restart=True)[:-1], state="stopped")
-    assert one.history.step == 100 and one.parts == pytest.approx(
-        {"forward": 0.04, "backward": 0.08}
-    )
+@pytest.mark.parametrize(
+    ("one", "parts"),
+    [
+        (run("SLTT"), {**STEADY, "rest": 0.005, "evaluation": 0.02}),
+        (made("r", TOLD[:4], state="running"), STEADY),
+        # the first point, in which compilation is, is left out
+        (made("r", [TOLD[0], COMPILING, *TOLD[2:4]], state="running"), STEADY),
+        # 60 batches were done, then the last 50; the first point of either start is left out
+        (made("r", TOLD[:-1], state="stopped"), STEADY),
+        (made("r", [], state="new"), {}),
+    ],
+)
+def test_the_parts_of_a_batch(one: Run, parts: dict[str, float]):
+    assert one.parts == pytest.approx(parts)
 
 
-def test_what_a_restart_does_again_is_kept_until_it_is_told_again():
-    """As MLflow tells of a run, which takes no second value of a step."""
-    told = events(restart=True)  # a start, 25, 50, its evaluation, 60, a start from 50, 75, ...
-
-    def at(*more: dict) -> History:
-        return made("r", [*told[:6], *more], state="running", redone="kept").history
-
-    assert [(point.step, point.seconds) for point in at().curve] == [(25, 5), (50, 8), (60, 10)]
-    assert (at().step, at().again_from) == (60, 50) and [each.step for each in at().restarts] == [
-        50
-    ]
-    anew = {**told[4], "time": told[5]["time"] + 2, "attempt": 1, "metrics": {"top1": 0.75}}
-    assert [(point.step, point.top1) for point in at(anew).curve][1:] == [(50, 0.4), (60, 0.75)]
-    half = {**anew, "step": 55}
-    assert [point.step for point in at(half).curve] == [25, 50, 55, 60] and (
-        at(half).step,
-        at(half).again_from,
-    ) == (60, 55)
-    passed = at(told[6])
-    assert [point.step for point in passed.curve] == [25, 50, 60, 75] and (
-        passed.step,
-        passed.again_from,
-    ) == (75, None)
-    twice = at({**told[5], "attempt": 2})
-    assert [point.step for point in twice.curve] == [25, 50, 60] and (
-        twice.step,
-        twice.again_from,
-    ) == (60, 50)
-    run = made("r", told[:6], state="running", redone="kept")
-    assert provenance(Study(title="t", runs=(run,))).rows[0][5] == "60/100, done again from 50 on"
-    dropped = made("r", told[:6], state="running").history
-    assert [point.step for point in dropped.curve] == [25, 50] and (
-        dropped.step,
-        dropped.again_from,
-    ) == (50, None)
+ANEW = {**TOLD[4], "time": TOLD[5]["time"] + 2, "attempt": 1, "metrics": {"top1": 0.75}}
+LATE = {"event": "checkpoint", "step": 25, "time": TOLD[2]["time"], "attempt": 0}
 
 
-def test_a_checkpoint_that_is_told_of_late_is_no_step_back():
-    """Threads write them."""
-    told = events()[:3]  # a start, 25, 50
-    late = {"event": "checkpoint", "step": 25, "time": told[-1]["time"], "attempt": 0}
-    for redone in ("kept", "dropped"):
-        found = made("r", [*told, late], state="running", redone=redone)
-        assert (found.history.step, found.history.again_from) == (50, None)
+@pytest.mark.parametrize(
+    ("told", "redone", "curve", "step", "again_from"),
+    [
+        (TOLD[:6], "dropped", [(25, 0.2), (50, 0.4)], 50, None),
+        # kept until it is told again, as MLflow takes no second value of a step
+        (TOLD[:6], "kept", [(25, 0.2), (50, 0.4), (60, 0.48)], 60, 50),
+        ([*TOLD[:6], ANEW], "kept", [(25, 0.2), (50, 0.4), (60, 0.75)], 60, None),
+        (
+            [*TOLD[:6], {**ANEW, "step": 55}],
+            "kept",
+            [(25, 0.2), (50, 0.4), (55, 0.75), (60, 0.48)],
+            60,
+            55,
+        ),
+        (TOLD[:7], "kept", [(25, 0.2), (50, 0.4), (60, 0.48), (75, 0.6)], 75, None),
+        (
+            [*TOLD[:6], {**TOLD[5], "attempt": 2}],
+            "kept",
+            [(25, 0.2), (50, 0.4), (60, 0.48)],
+            60,
+            50,
+        ),
+        # threads write checkpoints: one that is told of late is no step back
+        ([*TOLD[:3], LATE], "kept", [(25, 0.2), (50, 0.4)], 50, None),
+        ([*TOLD[:3], LATE], "dropped", [(25, 0.2), (50, 0.4)], 50, None),
+        ([], "dropped", [], 0, None),
+    ],
+)
+def test_what_a_restart_does_again(
+    told: list[Record],
+    redone: str,
+    curve: list[tuple[int, float]],
+    step: int,
+    again_from: int | None,
+):
+    one = made("r", told, state="running", redone=redone)
+    past = one.history
+    assert [(point.step, point.top1) for point in past.curve] == curve
+    assert (past.step, past.again_from) == (step, again_from)
+    again = "" if again_from is None else f", done again from {again_from} on"
+    [row] = provenance(Study(title="t", runs=(one,))).rows
+    assert row[5] == f"{step}/{100 if told else '?'}{again}"
 
 
-def test_an_evaluation_that_is_done_again_counts_as_it_was_done_last():
+BACK = {**TOLD[0], "time": TOLD[3]["time"] + 1, "attempt": 1, "step": 0}
+AGAIN = {**TOLD[3], "time": BACK["time"] + 5, "attempt": 1, "metrics": {"top1": 0.25}}
+
+
+@pytest.mark.parametrize(
+    ("more", "redone", "top1"),
+    [
+        ([], "dropped", []),
+        ([], "kept", [0.8]),
+        ([AGAIN], "dropped", [0.25]),
+        ([AGAIN], "kept", [0.25]),
+    ],
+)
+def test_an_evaluation_that_is_done_again_counts_as_it_was_done_last(
+    more: list[Record], redone: str, top1: list[float]
+):
     """The first was of weights that were given up: saving found that the workers' differed."""
-    told = events()  # a start, 25, 50, its evaluation, ...
-    back = {**told[0], "time": told[3]["time"] + 1, "attempt": 1, "step": 0}
-    again = {**told[3], "time": back["time"] + 5, "attempt": 1, "metrics": {"top1": 0.25}}
-
-    def top1(*more: dict, **how: Any) -> list[float | None]:
-        return [
-            each.top1
-            for each in made(
-                "r", [*told[:4], back, *more], state="running", **how
-            ).history.evaluations
-        ]
-
-    assert top1() == [] and top1(redone="kept") == [0.8]
-    assert top1(again) == top1(again, redone="kept") == [0.25]
+    one = made("r", [*TOLD[:4], BACK, *more], state="running", redone=redone)
+    assert [each.top1 for each in one.history.evaluations] == top1
 
 
 def test_nothing_yet():
     one = made("new", [], state="new")
-    assert (one.rule, one.parts, one.hardware) == ("unknown rule", {}, {})
-    assert (one.history.curve, one.history.evaluations, one.history.step) == ((), (), 0)
+    assert (one.rule, one.hardware, one.history.evaluations) == ("unknown rule", {}, ())
 
 
 def test_gradients_beside_bptts():

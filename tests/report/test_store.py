@@ -54,29 +54,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = runs / name
         folder.mkdir()
         (folder / "recipe.json").write_text('{"é": 1}')
+        about = {"run": name, "rule": rule, "study": study, "family": family, "seed": seed}
+        ids = {"run_id": name * 8, "study_parent": "f" * 32, "suite": "a-suite"}
         with RawJournal(folder / "journal.jsonl", attempt=0) as journal:
-            journal.write(
-                event(
-                    "start",
-                    run=name,
-                    rule=rule,
-                    study=study,
-                    family=family,
-                    seed=seed,
-                    params={"lr": "1"},
-                    run_id=name * 8,
-                    study_parent="f" * 32,
-                    suite="a-suite",
-                )
-            )
+            journal.write(event("start", **about, **ids, params={"lr": "1"}))
             for step in range(5):
-                journal.write(
-                    event(
-                        "step",
-                        step=step,
-                        metrics={"loss": float("nan") if step == 3 else 1.0 / (step + 1)},
-                    )
-                )
+                loss = float("nan") if step == 3 else 1.0 / (step + 1)
+                journal.write(event("step", step=step, metrics={"loss": loss}))
             journal.write(event("failed") if name == "b" else event("finish", step=4, top1=0.5))
         sync(folder, uri=uri)
     client = connect(uri)
@@ -144,30 +128,29 @@ def test_known_artifacts_alone(store: Path, through_mlflow: bool):
             opened.text(run.id, name)
 
 
+@pytest.mark.parametrize(
+    ("damage", "through_mlflow", "said"),
+    [
+        ("link", False, "is a link that leads out of"),
+        ("circle", False, r"cannot be read \(Too many levels of symbolic links\); look at it by"),
+        ("folder", False, r"report\.html cannot be read \(Is a directory\); look at it by hand"),
+        ("folder", True, r"report\.html of run .* cannot be read \(IsADirectoryError: .*; look at"),
+    ],
+)
 def test_an_artifact_that_cannot_be_read_is_not_the_stores_trouble(
-    store: Path, opened: Store, tmp_path: Path
+    store: Path, tmp_path: Path, damage: str, through_mlflow: bool, said: str
 ):
+    opened = ServerStore(f"sqlite:///{store}") if through_mlflow else open_store(str(store))
     run = run_named(store, "d")
     [place] = store.parent.glob(f"mlartifacts/cifar/{run.id}/artifacts")
     file = place / "report.html"
-
-    def refused(opened: Store, said: str) -> None:
-        with pytest.raises(ArtifactError, match=said):
-            opened.text(run.id, file.name)
-        file.rmdir() if file.is_dir() else file.unlink()
-
-    (tmp_path / "secret").write_text("secret")
-    file.symlink_to(tmp_path / "secret")
-    refused(opened, "is a link that leads out of")
-    file.symlink_to(file.name)
-    refused(opened, r"cannot be read \(Too many levels of symbolic links\); look at it by hand")
-    file.mkdir()
-    refused(opened, r"report\.html cannot be read \(Is a directory\); look at it by hand")
-    file.mkdir()
-    said = (
-        rf"report\.html of run {run.id} cannot be read \(IsADirectoryError: .*; look at it by hand"
-    )
-    refused(ServerStore(f"sqlite:///{store}"), said)
+    if damage == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(tmp_path if damage == "link" else file.name)
+    with pytest.raises(ArtifactError, match=said):
+        opened.text(run.id, file.name)
+    file.rmdir() if damage == "folder" else file.unlink()
 
 
 def test_a_long_journal_is_thinned_and_any_other_long_artifact_is_not_read(
@@ -218,25 +201,25 @@ def told(uri: str | Path, seconds: float = 4.0) -> str:
     return said
 
 
-def test_a_store_that_is_missing_or_empty_is_not_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(tmp_path)
-    assert "does not exist; launch a run" in told("sqlite:///runs/mlflow.db")
-    assert "is a folder; name the file in it" in told(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "mlflow.db").touch()
-    said = told(tmp_path / "mlflow.db")
-    assert "is empty, nothing was delivered yet; `spiketrain sync RUN`" in said
-    assert (tmp_path / "mlflow.db").stat().st_size == 0
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("runs/mlflow.db", "does not exist; launch a run"),
+        ("", "is a folder; name the file in it"),
+        ("empty.db", "is empty, nothing was delivered yet; `spiketrain sync RUN`"),
+        ("circle", "cannot be read (Too many levels of symbolic links); are the file and its"),
+        ("x" * 300, "cannot be read (File name too long); are the file and its folder readable"),
+    ],
+)
+def test_a_store_that_is_not_there_is_not_made(tmp_path: Path, name: str, said: str):
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "empty.db").touch()
+    assert said in told(f"sqlite:///{tmp_path / name}")
+    assert {path.name for path in tmp_path.iterdir()} == {"circle", "empty.db"}
+    assert (tmp_path / "empty.db").stat().st_size == 0
 
 
 def test_a_store_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "circle").symlink_to("circle")
-    refusal = "cannot be read ({}); are the file and its folder readable to you?"
-    said = refusal.format("Too many levels of symbolic links")
-    assert said in told(tmp_path / "circle")
-    assert refusal.format("File name too long") in told(tmp_path / ("x" * 300))
     look = Path.stat
 
     def refused(path: Path, **how: bool) -> os.stat_result:
@@ -246,7 +229,7 @@ def test_a_store_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.M
         return look(path, **how)
 
     monkeypatch.setattr(Path, "stat", refused)
-    assert refusal.format("Permission denied") in told(tmp_path / "mlflow.db")
+    assert "cannot be read (Permission denied); are the file" in told(tmp_path / "mlflow.db")
 
 
 ANOTHER = (

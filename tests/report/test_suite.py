@@ -22,7 +22,7 @@ from tests.report.conftest import STUDY, make_all
 from tests.report.test_figures import SWEEP
 
 
-def make_suite(runs_dir: Path, *runs: str, told: object = None) -> Path:
+def make_suite(runs_dir: Path, *runs: str) -> Path:
     folder = runs_dir / "suite"
     folder.mkdir()
     recipes = tuple(replace(small_recipe(), name=f"recipe-{run}") for run in runs)
@@ -30,65 +30,89 @@ def make_suite(runs_dir: Path, *runs: str, told: object = None) -> Path:
     return folder
 
 
-def test_as_compare_takes_them(make_run: Callable, runs_dir: Path):
-    make_all(
-        make_run,
-        {"bptt": {}, "sltt": {"rule": "SLTT"}, "other": {"study": "f" * 16, "rule": "SLTT"}},
-    )
-    study, out, _ = read_study(runs_dir, [STUDY[:6]])
-    assert [run.name for run in study.runs] == ["bptt", "sltt"]
-    assert (study.title, out) == (f"Study {STUDY[:8]}", runs_dir / f"report-study-{STUDY[:8]}.html")
-    assert {run.name for run in read_study(runs_dir, ["sltt"])[0].runs} == {
-        "bptt",
-        "sltt",
-    }  # with its baseline
-    assert read_study(runs_dir, ["other"])[0].groups[0].has_baseline is False
-    assert len(read_study(runs_dir, ["sltt", "other"])[0].groups) == 2
+def name_report(suite: Path, report: str) -> None:
+    file = suite / "suite.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "report": report}))
 
 
-def test_named_runs_of_several_studies_have_each_their_baseline_or_a_note_that_says_why_not(
-    make_run: Callable, runs_dir: Path
+OWN_REPORT = "recipes.compare.claims_fashion.report"
+TRIAL = {
+    "study": "f" * 16,
+    "recipe": {
+        "protocol": "trial",
+        "tuned": ["optimizer.lr"],
+        "optimizer": {"target": "timm.optim.create", "kwargs": {"lr": 0.3}},
+    },
+}
+# trials finished last: a launch with --tune that was stopped during its trials
+FOLDER = {
+    "bptt": {},
+    "sltt": {"rule": "SLTT"},
+    "far-sltt": {
+        "rule": "SLTT",
+        "hardware": {"cpu": "another", "cores": 2, "gpu": "none"},
+        "end": "finish",
+    },
+    "alone": {"study": "d" * 16, "rule": "SLTT"},
+    "other-bptt": {"study": "e" * 16},
+    "other-sltt": {"study": "e" * 16, "rule": "SLTT"},
+    "trial-bptt": TRIAL,
+    "trial-sltt": {"rule": "SLTT", **TRIAL},
+}
+LEFT_OUT = "Left out: 1 trial on a held-out part of the training set."
+NO_BASE = "no baseline, no ratios: study dddddddd has no finished run of BPTT"
+FAR = 'no baseline, no ratios: bptt does not stand comparison: hardware.cpu: "a cpu" and "another"'
+
+
+@pytest.mark.parametrize(
+    ("names", "runs", "title", "page", "notes"),
+    [
+        ([], {"other-bptt", "other-sltt"}, "Study eeeeeeee", "study-eeeeeeee", ()),
+        (["eeee"], {"other-bptt", "other-sltt"}, "Study eeeeeeee", "study-eeeeeeee", ()),
+        (["sltt"], {"bptt", "sltt"}, "Study 01234567", "study-01234567", ()),
+        (["alone"], {"alone"}, "Study dddddddd", "study-dddddddd", (NO_BASE,)),
+        (
+            ["sltt", "other-sltt", "far-sltt"],
+            {"bptt", "sltt", "other-bptt", "other-sltt", "far-sltt"},
+            "sltt, other-sltt, far-sltt",
+            "sltt-other-sltt-far-sltt",
+            (FAR,),
+        ),
+        (
+            ["sltt", "trial-sltt"],
+            {"bptt", "sltt"},
+            "Study 01234567",
+            "study-01234567",
+            (LEFT_OUT,),
+        ),
+    ],
+)
+def test_runs_are_named_as_compare_takes_them_and_have_each_their_baseline(
+    make_run: Callable,
+    runs_dir: Path,
+    names: list[str],
+    runs: set[str],
+    title: str,
+    page: str,
+    notes: tuple[str, ...],
 ):
-    for name, rule, about in (
-        ("bptt", "BPTT", {}),
-        ("sltt", "SLTT", {}),
-        ("other-bptt", "BPTT", {"study": "e" * 16}),
-        ("other-sltt", "SLTT", {"study": "e" * 16}),
-        ("far-sltt", "SLTT", {"hardware": {"cpu": "another", "cores": 2, "gpu": "none"}}),
-    ):
-        make_run(name, rule=rule, **about)
-    study = read_study(runs_dir, ["sltt", "other-sltt", "far-sltt"]).study
-    assert {run.name for run in study.runs} == {
-        "bptt",
-        "sltt",
-        "other-bptt",
-        "other-sltt",
-        "far-sltt",
-    }
-    [note] = study.notes
-    assert note.startswith("no baseline, no ratios: bptt does not stand comparison: hardware.cpu")
+    make_all(make_run, FOLDER)
+    study, out, _ = read_study(runs_dir, names)
+    assert ({run.name for run in study.runs}, study.title, study.notes) == (runs, title, notes)
+    assert out == runs_dir / f"report-{page}.html"
 
 
 def test_a_suite(make_run: Callable, runs_dir: Path):
     make_run("bptt")
     folder = make_suite(runs_dir, "bptt", "not-begun")
     study, out, folders = read_study(runs_dir, ["suite"])
-    assert folders == (runs_dir / "bptt",)
-    assert ([run.name for run in study.runs], study.title, out) == (
-        ["bptt"],
-        "suite",
-        folder / "report.html",
-    )
-    value = json.loads((folder / "suite.json").read_text())
-    (folder / "suite.json").write_text(
-        json.dumps({**value, "report": "recipes.compare.claims_fashion.report"})
-    )
+    assert ([run.name for run in study.runs], study.title) == (["bptt"], "suite")
+    assert (out, folders) == (folder / "report.html", (runs_dir / "bptt",))
+    name_report(folder, OWN_REPORT)
     assert "waits for all runs: 1 of 2 have finished" in read_study(runs_dir, ["suite"])[0].notes[0]
+    said = "report: suite has a report of its own, so --against and --within have no effect"
     for about in ({"within": 2.0}, {"against": "SLTT"}):
-        with pytest.raises(
-            ReportError,
-            match="report: suite has a report of its own, so --against and --within have no effect",
-        ):
+        with pytest.raises(ReportError, match=said):
             read_study(runs_dir, ["suite"], **about)
 
 
@@ -99,84 +123,51 @@ def test_a_suite_without_a_report_as_json_and_csv(
     runs to compare.
     """
     folder = make_suite(runs_dir, "bptt", "sltt", "trial", "failed", "not-begun")
-    print_suite(folder, format="json")
-    assert json.loads(capsys.readouterr().out) == []
-    make_all(
-        make_run,
-        {
-            "bptt": {},
-            "sltt": {"rule": "SLTT", "wall_s": 100.0},
-            "trial": {
-                "study": "f" * 16,
-                "recipe": {"protocol": "trial", "tuned": ["optimizer.lr"]},
-            },
-            "failed": {"study": "e" * 16, "end": "failed"},
-        },
-    )
-    print_suite(folder, format="json")
-    said = capsys.readouterr()
-    [told] = json.loads(said.out)
-    assert [(run["run"], run["ratios"]["wall_s"]) for run in told["runs"]] == [
-        ("bptt", 1.0),
-        ("sltt", 0.5),
-    ]
-    assert (
-        "not finished: recipe-failed (failed) is failed\n" in said.err
-        and "3 of 5 finished; spiketrain resume" in said.err
-    )
-    print_suite(folder, format="csv")
-    said = capsys.readouterr()
-    assert [row["run"] for row in csv.DictReader(io.StringIO(said.out))] == ["bptt", "sltt"]
-    assert "not finished: recipe-not-begun (not-begun) has not begun\n" in said.err
+
+    def told(format: Any) -> tuple[Any, str]:
+        print_suite(folder, format=format)
+        said = capsys.readouterr()
+        rows = csv.DictReader(io.StringIO(said.out))
+        return json.loads(said.out) if format == "json" else list(rows), said.err
+
+    assert told("json")[0] == []
+    runs = {"bptt": {}, "sltt": {"rule": "SLTT", "wall_s": 100.0}, "trial": TRIAL}
+    make_all(make_run, {**runs, "failed": {"study": "e" * 16, "end": "failed"}})
+    [found], said = told("json")
+    ratios = {run["run"]: run["ratios"]["wall_s"] for run in found["runs"]}
+    assert ratios == {"bptt": 1.0, "sltt": 0.5}
+    assert "not finished: recipe-failed (failed) is failed\n" in said
+    assert "3 of 5 finished; spiketrain resume" in said
+    rows, said = told("csv")
+    assert [row["run"] for row in rows] == ["bptt", "sltt"]
+    assert "not finished: recipe-not-begun (not-begun) has not begun\n" in said
     make_run("not-begun", rule="OTTT", end="diverged")
-    print_suite(folder, format="json")
-    said = capsys.readouterr()
-    assert [each["run"] for each in json.loads(said.out)[0]["unfinished"]] == [
-        "not-begun"
-    ] and "4 of 5 finished" in said.err
+    [found], said = told("json")
+    assert [each["run"] for each in found["unfinished"]] == ["not-begun"]
+    assert "4 of 5 finished" in said
 
 
 def test_a_suites_study_of_which_all_diverged_is_named_and_the_others_have_their_tables(
     make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]
 ):
-    folder = make_suite(runs_dir, "bptt", "lost")
     make_all(make_run, {"bptt": {}, "lost": {"study": "e" * 16, "end": "diverged"}})
-    print_suite(folder)
+    print_suite(make_suite(runs_dir, "bptt", "lost"))
     said = capsys.readouterr().out
-    assert "BPTT" in said and said.endswith(
-        "\nlost diverged, and so did all other ended runs of its study\n"
-    )
+    last = "\nlost diverged, and so did all other ended runs of its study\n"
+    assert "BPTT" in said and said.endswith(last)
 
 
-def test_trials_are_no_seeds(make_run: Callable, runs_dir: Path):
-    """Three learning rates of each rule on nine tenths of the training set: a launch with --tune,
-    stopped during its trials.
-    """
-    make_all(make_run, {"bptt": {}, "sltt": {"rule": "SLTT"}})
-    for rule in ("BPTT", "SLTT"):
-        for rate in (0.03, 0.1, 0.3):
-            optimizer = {"target": "timm.optim.create", "kwargs": {"lr": rate}}
-            about = {"protocol": "trial", "tuned": ["optimizer.lr"], "optimizer": optimizer}
-            make_run(f"{rule}-{rate}", rule=rule, study="f" * 16, top1=rate, recipe=about)
-    study, out, _ = read_study(runs_dir)
-    assert ([run.name for run in study.runs], out.name) == (
-        ["bptt", "sltt"],
-        f"report-study-{STUDY[:8]}.html",
-    )
-    mixed = read_study(runs_dir, ["sltt", "SLTT-0.1"]).study
-    assert [run.name for run in mixed.runs] == ["bptt", "sltt"]
-    assert mixed.notes == ("Left out: 1 trial on a held-out part of the training set.",)
-    with pytest.raises(
-        ReportError,
-        match="must have a run that was trained on the whole training set; there are 6 trials",
-    ):
-        read_study(runs_dir, ["f" * 16])
-    make_suite(runs_dir, "SLTT-0.1", "not-begun")
-    with pytest.raises(
-        ReportError,
-        match="suite must have a run that was trained on the whole training set; there are 1 trial",
-    ):
-        read_study(runs_dir, ["suite"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("f" * 16, "got 2 trials"), ("suite", "got 1 trial"), ("empty", "got 0 trial")],
+)
+def test_trials_are_no_seeds(make_run: Callable, runs_dir: Path, name: str, said: str):
+    make_all(make_run, FOLDER)
+    make_suite(runs_dir, "trial-sltt", "not-begun")
+    make_suite(runs_dir / "..", "not-begun").rename(runs_dir / "empty")
+    refusal = f"{name} must have a run that was trained on the whole training set; {said}"
+    with pytest.raises(ReportError, match=refusal):
+        read_study(runs_dir, [name])
 
 
 CLAIMED = {
@@ -192,13 +183,10 @@ CLAIMED = {
 def test_a_claim_of_a_suite_may_say_that_it_is_within_the_noise():
     told = returned({"claims": [CLAIMED, {**CLAIMED, "within_noise": True}]}, "a-suite")
     assert [claim.verdict for claim in told.claims] == ["does not hold", "fails, within the noise"]
-    with pytest.raises(
-        ReportError, match="about, claim, published, bound, ours, holds; there is no ours"
-    ):
-        returned(
-            {"claims": [{name: value for name, value in CLAIMED.items() if name != "ours"}]},
-            "a-suite",
-        )
+    less = {name: value for name, value in CLAIMED.items() if name != "ours"}
+    said = "about, claim, published, bound, ours, holds; there is no ours"
+    with pytest.raises(ReportError, match=said):
+        returned({"claims": [less]}, "a-suite")
 
 
 def test_what_a_suites_report_prints_and_returns(
@@ -209,53 +197,30 @@ def test_what_a_suites_report_prints_and_returns(
 ):
     make_run("bptt")
     folder = make_suite(runs_dir, "bptt")
-    value = json.loads((folder / "suite.json").read_text())
-    (folder / "suite.json").write_text(
-        json.dumps({**value, "report": "recipes.compare.claims_fashion.report"})
-    )
+    name_report(folder, OWN_REPORT)
     claim: dict[str, object] = {**CLAIMED}
 
     def report(runs: dict[str, Path], console: Console) -> dict:
         console.print(f"of {', '.join(runs)}")
         return {"claims": [claim], "sweeps": {"a": SWEEP}}
 
-    def read(folder: Path, **_: object) -> SuiteFile:
-        return SuiteFile(
-            suite=Suite((small_recipe(),), report), runs=("bptt",), parent="0" * 32, cluster={}
-        )
-
-    monkeypatch.setattr(SuiteFile, "read", read)
     monkeypatch.setattr("pipeline.recipe.suite._check_report", lambda _: None)
+    suite = Suite((small_recipe(),), report)
+    file = SuiteFile(suite=suite, runs=("bptt",), parent="0" * 32, cluster={})
+    monkeypatch.setattr(SuiteFile, "read", lambda folder, **_: file)
     study = read_study(runs_dir, ["suite"]).study
-    assert (study.printed, study.claims[0].holds, study.sweeps, study.notes) == (
-        "of recipe-bptt\n",
-        False,
-        (SWEEP,),
-        (),
-    )
+    assert (study.printed, study.sweeps, study.notes) == ("of recipe-bptt\n", (SWEEP,), ())
+    assert study.claims == (Claim(**CLAIMED),)
     claim["ours"] = math.nan
     print_suite(folder, format="json")
     assert json.loads(capsys.readouterr().out)["claims"][0]["ours"] is None
     claim["ours"] = folder
-    with pytest.raises(
-        ReportError, match=r"the report of suite must return JSON values; .*Path is not JSON"
-    ):
+    said = r"the report of suite must return JSON values; .*Path is not JSON"
+    with pytest.raises(ReportError, match=said):
         print_suite(folder, format="json")
-    print_suite(
-        folder, format="csv", against="SLTT"
-    )  # runs are told, for which there are baselines
+    # runs are told, for which there are baselines
+    print_suite(folder, format="csv", against="SLTT")
     assert capsys.readouterr().out.startswith("run,rule,seed,study,where,")
-    monkeypatch.setattr(
-        SuiteFile, "read", lambda *_, **__: (_ for _ in ()).throw(ValueError("no data here"))
-    )
-    with pytest.raises(
-        ReportError,
-        match=(
-            "what suite reports by itself cannot be made; its runs can be named instead: no data"
-            " here"
-        ),
-    ):
-        read_study(runs_dir, ["suite"])
 
 
 def test_a_report_that_ends_in_an_error_of_its_own_is_a_sentence():
@@ -276,12 +241,10 @@ def test_what_a_report_returned_that_json_cannot_tell_ends_in_a_sentence(
     """As a comparison of numpy's does: the page is there, and MLflow takes none of it."""
     make_run("bptt")
     found = read_study(runs_dir)
-    claim = Claim(about="BPTT", claim="fast", published="", bound="", ours="", holds=np.bool_(True))
-    with pytest.raises(
-        ReportError,
-        match=r"^report: what .* reports by itself must be JSON values; .*bool.* is not JSON",
-    ):
-        publish(found._replace(study=replace(found.study, claims=(claim,))), runs_dir / "page.html")
+    claims = (Claim(**{**CLAIMED, "holds": np.bool_(True)}),)
+    said = r"^report: what .* reports by itself must be JSON values; .*bool.* is not JSON"
+    with pytest.raises(ReportError, match=said):
+        publish(found._replace(study=replace(found.study, claims=claims)), runs_dir / "page.html")
 
 
 def test_a_sweep(make_run: Callable, runs_dir: Path, tmp_path: Path):
@@ -290,10 +253,8 @@ def test_a_sweep(make_run: Callable, runs_dir: Path, tmp_path: Path):
     path.write_text(json.dumps(SWEEP))
     assert read_study(runs_dir, sweeps=[path])[0].sweeps == (SWEEP,)
     path.write_text(json.dumps({**SWEEP, "points": [{"time_steps": 1, "cost": {}}]}))
-    with pytest.raises(
-        ValueError,
-        match=r"sweep\.json must hold what sweep --format json prints; KeyError\('peak_saved",
-    ):
+    said = r"sweep\.json must hold what sweep --format json prints; KeyError\('peak_saved"
+    with pytest.raises(ValueError, match=said):
         read_study(runs_dir, sweeps=[path])
 
 
@@ -303,15 +264,15 @@ def test_on_the_command_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ):
-    spiketrain = command(monkeypatch, capsys)
+    def report(*words: str) -> tuple[int, str, str]:
+        return command(monkeypatch, capsys)("report", *words, "--runs", str(runs_dir))
+
     make_run("bptt")
-    code, out, said = spiketrain("report", "--runs", str(runs_dir))
+    code, out, said = report()
     assert said.endswith("no artifact in MLflow: these runs were launched by themselves\n")
     assert code == 0 and Path(out.strip()).read_text().startswith("<!doctype html>")
-    code, out, _ = spiketrain(
-        "report", STUDY, "--runs", str(runs_dir), "--out", str(runs_dir / "x.html")
-    )
-    assert (code, out.strip()) == (0, str(runs_dir / "x.html"))
+    elsewhere = str(runs_dir / "x.html")
+    assert report(STUDY, "--out", elsewhere)[:2] == (0, f"{elsewhere}\n")
     point = SWEEP["points"][0]
     lost = {**SWEEP, "points": [{**point, "cost": {**point["cost"], "loading_s": math.nan}}]}
     (runs_dir / "sweep.json").write_text(json.dumps(lost))
@@ -319,49 +280,48 @@ def test_on_the_command_line(
     monkeypatch.setattr(
         "pipeline.report.page.log_report", lambda *_, data, **__: [sent.append(data)]
     )
-    assert (
-        spiketrain("report", "--runs", str(runs_dir), "--sweep", str(runs_dir / "sweep.json"))[0]
-        == 0
-    )
+    assert report("--sweep", str(runs_dir / "sweep.json"))[0] == 0
     assert '"loading_s": null' in sent[0] and "NaN" not in sent[0]
-    make_suite(runs_dir, "bptt")
-    file = runs_dir / "suite" / "suite.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "report": "elsewhere.report"}))
-    code, out, said = spiketrain("report", "suite", "--runs", str(runs_dir))
-    assert (code, out, len(sent)) == (2, "", 1) and not (
-        runs_dir / "suite" / "report.html"
-    ).exists()
-    assert (
-        "what suite reports by itself cannot be made; its runs can be named instead: " in said
-        and "elsewhere" in said
-    )
+    name_report(make_suite(runs_dir, "bptt"), "elsewhere.report")
+    code, out, said = report("suite")
+    assert (code, out, len(sent)) == (2, "", 1)
+    assert not (runs_dir / "suite" / "report.html").exists()
+    hint = "what suite reports by itself cannot be made; its runs can be named instead: "
+    assert re.search(f"{hint}.*elsewhere", said)
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]"])
-def test_stores_that_cannot_be_read_end_in_a_sentence(
+@pytest.mark.parametrize(
+    ("damage", "names", "about"),
+    [
+        (None, (), "must have a finished run"),
+        (None, ("nothing",), "no run 'nothing'"),
+        ("", ("bptt",), "summary.json"),
+        ("{", ("bptt",), "summary.json"),
+        ("[]", ("bptt",), "summary.json"),
+    ],
+)
+def test_runs_that_cannot_be_read_end_in_a_sentence(
     make_run: Callable,
     runs_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
-    damage: str,
+    damage: str | None,
+    names: tuple[str, ...],
+    about: str,
 ):
-    spiketrain = command(monkeypatch, capsys)
-    assert spiketrain("report", "--runs", str(runs_dir))[0] == 2
-    assert spiketrain("report", "nothing", "--runs", str(runs_dir))[0] == 2
-    (make_run("bptt") / "summary.json").write_text(damage)
-    code, _, said = spiketrain("report", "bptt", "--runs", str(runs_dir))
-    assert code == 2 and len(said.splitlines()) == 1 and "summary.json" in said
+    if damage is not None:
+        (make_run("bptt") / "summary.json").write_text(damage)
+    code, _, said = command(monkeypatch, capsys)("report", *names, "--runs", str(runs_dir))
+    assert code == 2 and len(said.splitlines()) == 1 and about in said
 
 
 TRIALS, TUNED = "e" * 16, "f" * 16
 
 
 def told(runs: list[Path]) -> tuple[dict[str, Any], str]:
-    out = io.StringIO()
-    return (
-        print_protocols({run.name: run for run in runs}, Console(file=out, width=140)),
-        out.getvalue(),
-    )
+    console = Console(file=io.StringIO(), width=140)
+    value = print_protocols({run.name: run for run in runs}, console)
+    return value, console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def searched(rate: float, protocol: str = "trial", **more: Any) -> dict[str, Any]:
@@ -386,26 +346,26 @@ def test_each_search_has_a_value_of_its_own_that_was_taken(make_run: Callable):
 
 
 def test_what_diverged_is_named_and_keeps_no_other_table_from_being_printed(make_run: Callable):
-    runs = [
-        make_run("bptt", end="diverged"),
-        make_run("sltt", rule="SLTT-1", end="diverged"),
-        make_run("bptt-0.1", study=TRIALS, recipe=searched(0.1)),
-        make_run("bptt-0.3", study=TRIALS, recipe=searched(0.3), end="diverged"),
-        make_run("bptt-tuned", study=TUNED, recipe=searched(0.1, "tuned")),
-        make_run(
-            "sltt-tuned", study=TUNED, rule="SLTT-1", recipe=searched(0.3, "tuned"), end="diverged"
-        ),
-    ]
+    diverged = {"rule": "SLTT-1", "end": "diverged"}
+    tuned = {"study": TUNED, "recipe": searched(0.1, "tuned")}
+    runs = make_all(
+        make_run,
+        {
+            "bptt": {"end": "diverged"},
+            "sltt": diverged,
+            "bptt-0.1": {"study": TRIALS, "recipe": searched(0.1)},
+            "bptt-0.3": {"study": TRIALS, "recipe": searched(0.3), "end": "diverged"},
+            "bptt-tuned": tuned,
+            "sltt-tuned": {**tuned, **diverged, "recipe": searched(0.3, "tuned")},
+        },
+    )
     found, said = told(runs)
     assert "shared: only the rule differs\nbptt (BPTT) diverged\nsltt (SLTT-1) diverged\n" in said
-    [shared] = found["shared"]
-    assert [(run["run"], run["state"]) for run in shared["unfinished"]] == [
-        ("bptt", "diverged"),
-        ("sltt", "diverged"),
-    ]
-    [tuned] = found["tuned"]
-    assert [run["run"] for run in tuned["runs"]] == ["bptt-tuned"] and tuned["unfinished"][0][
-        "run"
-    ] == "sltt-tuned"
     assert re.search(r"SLTT-1 +diverged +- +-", said)
+    names = {
+        protocol: [[run["run"] for run in each[part]] for part in ("runs", "unfinished")]
+        for protocol in ("shared", "tuned")
+        for each in found[protocol]
+    }
+    assert names == {"shared": [[], ["bptt", "sltt"]], "tuned": [["bptt-tuned"], ["sltt-tuned"]]}
     assert [trial["top1"] for trial in found["trials"]] == [0.9, None]
