@@ -1,12 +1,14 @@
 """Run folders as training leaves them, without training."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser
 
+from tests.helpers.browser import chromium
 from tests.helpers.events import RawJournal, event
 
 RECIPE = {
@@ -23,6 +25,13 @@ RECIPE = {
     "init": None,
 }
 STUDY = "0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Closed, with its pages, after a module's tests."""
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture
