@@ -100,11 +100,6 @@ class Figure:
     table: Table
     drawing: dict[str, Any]  # data and layout, with `Colour`s
 
-    @property
-    def height(self) -> int:
-        """Height in pixels."""
-        return self.drawing["layout"]["height"]
-
     def draw(self, theme: str) -> Any:
         """The drawing in the colours of a theme."""
         return _coloured(self.drawing, THEMES[theme])

@@ -151,8 +151,7 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
             | {"line": {"width": 2, "color": color(place)}},
             "hovertemplate": f"%{{x:.4g}} {unit}, %{{y:.2f}} %<extra>{plain(rule)}</extra>",
         }
-        x, y = [cost.mean / scale], [100 * top1.mean]
-        data.append(scatter(rule, x, y, mode="markers", **about))
+        data.append(scatter(rule, [cost.mean / scale], [100 * top1.mean], mode="markers", **about))
     if name == ENERGY:
         how = f"{how}. {_describe_energy(group)}"
     diverged = [
@@ -228,12 +227,11 @@ def _describe_energy(group: Group) -> str:
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
     """The names on the Pareto front (least cost, most gain), the cheapest first."""
-    kept = [
+    return [
         name
-        for name, (cost, gain) in points.items()
+        for name, (cost, gain) in sorted(points.items(), key=lambda item: item[1])
         if not any(c <= cost and g >= gain and (c, g) != (cost, gain) for c, g in points.values())
     ]
-    return sorted(kept, key=lambda name: points[name])
 
 
 def _errors(spreads: Sequence[Spread], place: int, *, scale: float = 1.0) -> dict[str, Any]:

@@ -80,13 +80,15 @@ def test_what_cannot_be_planned_is_refused(make: Callable[[], object], said: str
 
 def test_counts_are_those_of_the_whole_micro_batch() -> None:
     """As a bench with values measures them."""
-    found, bench = on(2), Bench(made(), batch_size=32)
-    for planned, rule in zip(found.rules, RULES, strict=True):
-        measured = counted(bench, rule)
-        work = measured.traffic
-        assert (planned.rule, planned.saved_bytes) == (measured.rule, measured.peak_saved_bytes)
-        assert (planned.flops, planned.kernels) == (work.flops, work.kernels)
-        assert planned.moved_bytes == work.bytes
+    bench = Bench(made(), batch_size=32)
+    measured = [counted(bench, rule) for rule in RULES]
+    assert [
+        (each.rule, each.saved_bytes, each.flops, each.kernels, each.moved_bytes)
+        for each in on(2).rules
+    ] == [
+        (of.rule, of.peak_saved_bytes, of.traffic.flops, of.traffic.kernels, of.traffic.bytes)
+        for of in measured
+    ]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_what_is_held_at_each_stage() -> None:
     """SGD with momentum: P of parameters, G of gradients, O of momentum, all as large; a bucket of
     G, a master copy of P / 8.
     """
-    held = [of(on(8, zero=zero), "SLTT").memory_bytes for zero in (0, 1, 2)]
+    held = [of(on(8, zero=zero, rules=()), "SLTT").memory_bytes for zero in (0, 1, 2)]
     more = [(each - held[0]) / PARAMETERS for each in held]
     assert more == pytest.approx([0, 2 + 2 / 8 + 1 - 3, 1 + 1 / 8 + 2 / 8 + 1 - 3])
 
@@ -138,8 +140,8 @@ def test_a_step_takes_the_longer_of_its_roofline_and_its_launches() -> None:
 def test_a_card_computes_in_tf32_what_is_to_be_computed_so() -> None:
     """Counted on a machine without it, and priced by the card's own rate."""
     card = replace(H100, flops={"fp32": 1e9, "tf32": 8e9}, launch=1e-12, bandwidth=1e18)
-    ieee, tf32 = (
-        of(on(1, precision=each, cluster={"device": card}), "BPTT") for each in ("fp32", "tf32")
+    (ieee,), (tf32,) = (
+        on(1, precision=each, cluster={"device": card}, rules=()).rules for each in ("fp32", "tf32")
     )
     assert ieee.compute_s == pytest.approx(8 * tf32.compute_s)
 
@@ -157,8 +159,8 @@ def test_without_the_data_and_their_number_hours_are_not_known(
         raise DataError("not here")
 
     monkeypatch.setattr("pipeline.forecast.plan.samples_per_epoch", missing)
-    found = on(1, samples=None, cluster={"price": 3.0})
-    planned = of(found, "BPTT")
+    found = on(1, samples=None, cluster={"price": 3.0}, rules=())
+    (planned,) = found.rules
     assert (found.samples, planned.hours, planned.kwh, planned.cost) == (None, None, None, None)
     assert planned.images_per_s > 0
     assert "Hours need --samples: the data are not here." in basis(found)
@@ -167,7 +169,7 @@ def test_without_the_data_and_their_number_hours_are_not_known(
 
 
 def test_hours_energy_and_cost_follow_from_the_step() -> None:
-    planned = of(on(8, cluster={"price": 3.0}, epochs=5), "BPTT")
+    planned = of(on(8, cluster={"price": 3.0}, epochs=5, rules=(), rule=spec(BPTT)), "BPTT")
     hours = 6400 // 64 * 5 * planned.step_s / 3600
     assert (planned.hours, planned.kwh, planned.cost, planned.images_per_s) == pytest.approx(
         (hours, hours * 8 * 0.7, hours * 8 * 3, 64 / planned.step_s)
@@ -175,7 +177,7 @@ def test_hours_energy_and_cost_follow_from_the_step() -> None:
 
 
 def test_a_small_plan_is_not_for_nothing_and_says_what_its_energy_is() -> None:
-    found = on(1, cluster={"price": 3.0})
+    found = on(1, cluster={"price": 3.0}, rules=(), rule=spec(BPTT))
     found = replace(found, rules=(replace(found.rules[0], kwh=12_345.6, cost=0.00123),))
     [row] = [line for line in printed(print_plan, found) if line.startswith("BPTT")]
     assert row.split()[-2:] == ["12,346", "0.00123"]
@@ -187,10 +189,10 @@ def test_a_small_plan_is_not_for_nothing_and_says_what_its_energy_is() -> None:
 
 def test_a_small_card_takes_smaller_micro_batches_and_a_tiny_one_refuses() -> None:
     def with_memory(size: float) -> Plan:
-        return on(1, cluster={"device": replace(H100, memory=size)})
+        return on(1, cluster={"device": replace(H100, memory=size)}, rules=(), rule=spec(BPTT))
 
-    whole = of(on(1), "BPTT")
-    smaller = of(with_memory(0.6 * whole.memory_bytes / 0.9), "BPTT")
+    (whole,) = with_memory(H100.memory).rules
+    (smaller,) = with_memory(0.6 * whole.memory_bytes / 0.9).rules
     assert (whole.micro_batch, whole.accumulation) == (64, 1)
     assert smaller.micro_batch * smaller.accumulation == 64 and smaller.accumulation > 1
     assert smaller.memory_bytes < 0.6 * whole.memory_bytes

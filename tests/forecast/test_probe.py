@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -220,18 +221,12 @@ def test_without_bptts_gradient_none_is_compared_and_why_is_told(
     assert as_json["advice"] == advice(found) == why
 
 
-class OnCard:
-    """A gradient there."""
-
-    def cpu(self) -> str:
-        return "here"
-
-
 def test_gradients_that_wait_to_be_compared_are_kept_off_the_card(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    on_card = Mock(cpu=lambda: "here")
     monkeypatch.setattr(
-        "pipeline.forecast.bench.gradients", lambda *args, **about: {"layers.0": OnCard()}
+        "pipeline.forecast.bench.gradients", lambda *args, **about: {"layers.0": on_card}
     )
     assert Bench(recipe_with(0.5)).gradients(spec(BPTT)) == [{"layers.0": "here"}]
 

@@ -66,18 +66,11 @@ def test_seconds_are_over_the_faster_of_folded_and_stepped_bptt_at_each_t(found:
     assert made.to_json()["time_baselines"] == {"2": "BPTT", "4": "BPTT-chunk-1"}
     lines = printed(print_sweep, made)
     assert "×: bytes over BPTT's, fwd+bwd over BPTT's at T = 2, BPTT-chunk-1's at T = 4" in lines
-    assert [line.split()[-2] for line in lines if " MB " in line] == [
-        "1.00",
-        "2.00",
-        "2.00",
-        "1.00",
-        "3.00",
-        "1.50",
-    ]
+    ratios = [line.split()[-2] for line in lines if " MB " in line]
+    assert ratios == ["1.00", "2.00", "2.00", "1.00", "3.00", "1.50"]
     out, own = "\n".join(lines), replace(points[0].cost, rule_bytes=1_500_000)
-    with_own = replace(made, points=(replace(points[0], cost=own), *points[1:]))
-    assert "rule's own" not in out and "1.5 MB" not in out
-    assert "rule's own" in as_text(with_own) and "1.5 MB" in as_text(with_own)
+    with_own = as_text(replace(made, points=(replace(points[0], cost=own), *points[1:])))
+    assert "rule's own" not in out and "rule's own" in with_own and "1.5 MB" in with_own
     assert "fwd+bwd ms" in out and "images/s of fwd+bwd" in out
     assert "without loading, optimizer and collectives" in out
 
@@ -158,6 +151,11 @@ def test_a_largest_batch_that_is_trained_takes_what_there_is_and_no_more(rule: S
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         pool.submit(_trained_at_the_largest, rule).result()
+
+
+def test_what_cannot_be_swept_is_refused() -> None:
+    with pytest.raises(ValueError, match="at_largest needs memory_bytes"):
+        sweep(recipe_with(0.5), steps=(8,), rules=RULES, at_largest=True)
 
 
 def bptt_of(samples: int) -> Recipe:
@@ -251,17 +249,13 @@ def test_a_teachers_bytes_lie_beside_a_largest_batch() -> None:
     assert said in as_text(found)
 
 
-def test_where_not_one_sample_fits_the_largest_batch_is_0() -> None:
-    points = sweep(recipe_with(0.5), steps=(2,), rules=RULES, memory_bytes=10).points
-    assert {point.largest_batch for point in points} == {0}
-
-
-def test_a_largest_batch_is_timed_on_as_many_threads_as_the_rest() -> None:
-    found = sweep(recipe_with(0.5), steps=(2,), rules=RULES, memory_bytes=LIMIT, threads=2)
+def test_where_not_one_sample_fits_the_largest_batch_is_0_and_threads_are_as_asked() -> None:
     try:
+        found = sweep(recipe_with(0.5), steps=(2,), rules=(), memory_bytes=10, threads=2)
         assert (found.hardware["threads"], torch.get_num_threads()) == (2, 2)
     finally:
         torch.set_num_threads(1)
+    assert [point.largest_batch for point in found.points] == [0]
 
 
 def test_a_rule_that_fits_some_time_steps_is_in_the_table_and_one_that_fits_none_says_why() -> None:

@@ -1,15 +1,17 @@
 """Run folders as training leaves them, without training."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser
 
 from pipeline.report.compare import Comparison, comparison_of
 from pipeline.report.results import read_runs
 from pipeline.report.selection import chosen
+from tests.helpers.browser import chromium
 from tests.helpers.events import RawJournal, event
 
 RECIPE = {
@@ -26,6 +28,13 @@ RECIPE = {
     "init": None,
 }
 STUDY = "0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Closed, with its pages, after a module's tests."""
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture

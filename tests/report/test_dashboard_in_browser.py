@@ -25,7 +25,7 @@ from pipeline.report.dashboard.guard import guard
 from pipeline.report.dashboard.permalink import VIEWS, View
 from pipeline.track.journal import read
 from pipeline.track.mlflow import Mirror, sync
-from tests.helpers.browser import Watch, chromium, violations
+from tests.helpers.browser import Watch, violations
 from tests.helpers.events import RawJournal, event
 from tests.helpers.fake_store import FakeStore
 from tests.helpers.hand_made import CLAIM, KEY
@@ -46,12 +46,6 @@ SHOWN: dict[View, tuple[str, int]] = {
 """of the real study: words of each view, and how many figures it has"""
 TOKEN, WIKI = "a-token", "http://wiki.example/"
 expect.set_options(timeout=20_000)  # as long as a busy machine may take to redraw
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import csv
 import io
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,7 +14,7 @@ from pipeline.report.page import shown
 from pipeline.report.study import Study
 from pipeline.report.suite import read_study
 from pipeline.spiking.op_scope import OpScope
-from tests.helpers.browser import Watch, chromium, violations
+from tests.helpers.browser import Watch, violations
 from tests.helpers.events import RawJournal, event
 from tests.helpers.hand_made import fidelity, run, study
 from tests.helpers.real_study import train_real_study
@@ -24,12 +23,6 @@ WIDE, PHONE = (1280, 900), (390, 844)
 PAPER = 640  # pixels between the margins of A4 and of letter, as page.js has it
 FIGURES = 9
 Scheme = Literal["light", "dark"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +71,10 @@ def watch(opened_once: tuple[Page, Watch]) -> Watch:
 def opened(browser: Browser, path: Path) -> tuple[Page, Watch]:
     """With every figure drawn, those that are folded away, too."""
     size = {"width": WIDE[0], "height": WIDE[1]}
-    page, watch = (
-        browser.new_page(
-            viewport=size, accept_downloads=True, reduced_motion="reduce", color_scheme="light"
-        ),
-        Watch(),
+    page = browser.new_page(
+        viewport=size, accept_downloads=True, reduced_motion="reduce", color_scheme="light"
     )
+    watch = Watch()
     watch.over(page)
     page.goto(path.as_uri())
     fold(page, "open")
@@ -210,7 +201,6 @@ def test_names_from_outside_stay_text(browser: Browser, tmp_path: Path):
     assert page.locator("h1").text_content() == bad
     assert page.locator("b b, h1 script, td script, img").count() == 0
     assert watch.said == [] and watch.asked == [(tmp_path / "report.html").as_uri()]
-    page.close()
 
 
 def test_a_page_of_several_groups_is_accessible(browser: Browser, tmp_path: Path):
@@ -221,7 +211,6 @@ def test_a_page_of_several_groups_is_accessible(browser: Browser, tmp_path: Path
     assert page.locator("h2#g2, h2#scaling").count() == 2
     page.evaluate("() => document.querySelectorAll('details').forEach(each => each.open = true)")
     assert violations(page) == [] and watch.said == []
-    page.close()
 
 
 def test_runs_alone_have_figures_that_are_drawn_as_they_are_unfolded(
@@ -243,7 +232,6 @@ def test_runs_alone_have_figures_that_are_drawn_as_they_are_unfolded(
         page.locator("details [data-figure]").count() == 2 * 5
         and page.locator("details [data-theme]").count() == 0
     )
-    page.close()
     page, watch = opened(browser, path)
     page.evaluate("() => document.querySelectorAll('details').forEach(each => each.open = true)")
     assert violations(page) == [] and watch.said == []
@@ -257,7 +245,6 @@ def test_runs_alone_have_figures_that_are_drawn_as_they_are_unfolded(
     fold(page, "open")
     page.wait_for_function("() => document.querySelectorAll('[data-theme=light]').length === 0")
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE[0] and watch.said == []
-    page.close()
 
 
 def test_no_table_is_wider_than_paper(browser: Browser, tmp_path: Path):
@@ -286,7 +273,6 @@ def test_no_table_is_wider_than_paper(browser: Browser, tmp_path: Path):
         " each.getBoundingClientRect().right)"
     )
     assert len(found) > 10 and max(found) <= PAPER
-    page.close()
 
 
 def test_a_page_that_asks_the_network_is_seen(browser: Browser, tmp_path: Path):
@@ -299,4 +285,3 @@ def test_a_page_that_asks_the_network_is_seen(browser: Browser, tmp_path: Path):
     page, watch = opened(browser, path)
     assert any("broken" in line for line in watch.said) and "file:///nothing.png" in watch.asked
     assert any(line.startswith("image-alt") for line in violations(page))
-    page.close()
