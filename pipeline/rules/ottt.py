@@ -19,7 +19,7 @@ from pipeline.rules.base import (
     slice_loss,
     slices,
 )
-from pipeline.spiking.slice_cache import slice_cache
+from pipeline.spiking.slice_cache import SliceCache, slice_cache
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.trace import (
     Trace,
@@ -107,20 +107,19 @@ class OTTT(Rule):
     ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
         last = (steps - 1) // (self.chunk or steps)
-        # Under OTTT-O the weights change at every step, so nothing can be cached.
-        once = (
+        # Under OTTT-O the weights change at every step, so no module gets the cache.
+        caching = (
             slice_cache(model, steps=steps, backwards="several")
             if self.update == "batch"
-            else nullcontext()
+            else nullcontext(SliceCache(steps=steps, backwards="several"))
         )
-        with fresh_state(model), once as cache:
+        with fresh_state(model), caching as cache:
             for index, x_cB in enumerate(slices(x_TB, self.chunk)):
-                if cache is not None:
-                    cache.is_last = index == last
+                cache.is_last = index == last
                 logits_TBK = model(x_cB) if self._order_is_known else self._checked(model, x_cB)
                 loss, share_BK = slice_loss(logits_TBK, loss_of, steps=steps)
                 yield LossTerm(
-                    backward=loss if cache is None else cache.with_gradients(loss),
+                    backward=cache.with_gradients(loss),
                     loss=loss.detach(),
                     logits=share_BK,
                 )
