@@ -95,12 +95,10 @@ class OTTT(Rule):
         super().attach(model, world=world, over_time=over_time)
         detach_between_steps(self, model)
         self._order_is_known = False
-        names = list(synapses)
-        ends = ((names[0], self.first), (names[-1], self.readout))
-        plain = {name for name, choice in ends if choice == "plain"}
-        for name, synapse in synapses.items():
-            if name not in plain:
-                self.set_seam(synapse, "presynaptic", Trace(decay))
+        start = 1 if self.first == "plain" else 0
+        end = -1 if self.readout == "plain" else None
+        for synapse in list(synapses.values())[start:end]:
+            self.set_seam(synapse, "presynaptic", Trace(decay))
 
     def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
