@@ -4,7 +4,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from pipeline.rules.base import (
     slices,
 )
 from pipeline.spiking.op_scope import op_scope
-from pipeline.spiking.slice_cache import SliceCache, slice_cache
+from pipeline.spiking.slice_cache import slice_cache
 from pipeline.spiking.state import State, fresh_state, states_of
 
 
@@ -81,27 +81,21 @@ class BPTT(Rule):
         steps = x_TB.shape[0]
         backwards = "one" if self.truncate is None else "several"
         with fresh_state(model), slice_cache(model, steps=steps, backwards=backwards) as cache:
-            if self.truncate is not None:
-                yield from self._in_pieces(model, x_TB, loss_of, cache)
-            else:
+            if self.truncate is None:
                 forward = partial(recomputed, model) if self.recompute else model
                 logits_TBK = torch.cat([forward(x_cB) for x_cB in x_TB.split(self.chunk or steps)])
                 loss, mean_logits_BK = self.loss_over_time(logits_TBK, loss_of)
                 yield LossTerm(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
-
-    def _in_pieces(
-        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, cache: SliceCache
-    ) -> Iterator[LossTerm]:
-        steps = x_TB.shape[0]
-        for first, x_cB in zip(
-            range(0, steps, self.chunk or 1), slices(x_TB, self.chunk), strict=True
-        ):
-            cache.is_last = first + len(x_cB) == steps
-            loss, share_BK = slice_loss(model(x_cB), loss_of, steps=steps)
-            yield LossTerm(backward=cache.with_gradients(loss), loss=loss.detach(), logits=share_BK)
-            for module in carrying_modules(model):
-                state: State = module.state  # type: ignore[assignment]
-                state.values.update({name: value.detach() for name, value in state.values.items()})
+                return
+            last = (steps - 1) // self.truncate
+            for index, x_cB in enumerate(slices(x_TB, self.truncate)):
+                cache.is_last = index == last
+                loss, share_BK = slice_loss(model(x_cB), loss_of, steps=steps)
+                backward = cache.with_gradients(loss)
+                yield LossTerm(backward=backward, loss=loss.detach(), logits=share_BK)
+                for module in carrying_modules(model):
+                    values = cast(State, module.state).values
+                    values.update({name: value.detach() for name, value in values.items()})
 
 
 Values = Mapping[tuple[State, str], Tensor]
@@ -120,7 +114,7 @@ def recomputed(model: nn.Module, x_cB: Tensor) -> Tensor:
     Source: Chen et al. 2016 (arXiv 1604.06174), with one segment per slice of time steps.
     """
     before, after = _values(model), []
-    learnt = [p for p in model.parameters() if p.requires_grad]
+    learnt = (p for p in model.parameters() if p.requires_grad)
     logits_cBK, *values = _Recomputed.apply(  # type: ignore[misc]
         model, x_cB, list(before), after, *before.values(), *learnt
     )

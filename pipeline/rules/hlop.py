@@ -138,10 +138,8 @@ class HLOP(Rule):
             rates and all(admits(float, rate) and rate > 0 for rate in rates),
             f"HLOP: learning_rate must be numbers > 0; got learning_rate={learning_rate!r}",
         )
-        counts = {"inner_iterations": inner_iterations}
-        refuse_unless_counts(
-            "HLOP", counts if lateral_steps is None else {**counts, "lateral_steps": lateral_steps}
-        )
+        lateral = {} if lateral_steps is None else {"lateral_steps": lateral_steps}
+        refuse_unless_counts("HLOP", {"inner_iterations": inner_iterations, **lateral})
         require(
             0 <= momentum < 1, f"HLOP: momentum must be in 0..1, below 1; got momentum={momentum}"
         )
@@ -429,7 +427,54 @@ class HLOP(Rule):
     # --------------------------------------------------------------------------------------- checks
 
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
-        synapses = plain_synapses(self.label, model, skip=self.skip)
+        """Every Linear and Conv2d outside the modules in `skip`, by name, in order of registration.
+
+        Raises: ValueError for a weight that is not a plain parameter (standardised, parametrised,
+        norm-limited, of another class), a matrix outside the synapses, two synapses that share a
+        weight, groups, a batch norm other than spiking.norm's, an entry of `skip` that is not a
+        module, or rows and learning rates that do not fit.
+        """
+        modules = dict(model.named_modules())
+        for name in self.skip:
+            require(
+                name in modules, f"{self.label}: skip must name modules of the model; got {name!r}"
+            )
+        synapses: dict[str, Linear | Conv2d] = {}
+        for name, module in modules.items():
+            if is_inside(name, self.skip):
+                continue
+            kind, is_synapse = type(module).__name__, isinstance(module, (Linear, Conv2d))
+            weights = module.weights if is_synapse else "plain"
+            groups = getattr(module, "groups", 1) if is_synapse else 1
+            for is_refused, got in (
+                (
+                    is_foreign_norm(module),
+                    f"{kind}, which cannot be frozen (pipeline.spiking.norm.BatchNorm can),",
+                ),
+                (isinstance(module, LimitedSynapse), f"{kind}, which scales the weight,"),
+                (isinstance(module, (nn.Linear, _ConvNd)) and not is_synapse, f"torch's {kind}"),
+                (weights != "plain", f"{weights} weights"),
+                (is_synapse and is_parametrized(module), "parametrised weights"),
+                (groups != 1, f"groups={groups}"),
+            ):
+                require(
+                    not is_refused,
+                    f"{self.label}: every layer must be a plain Linear or Conv2d, whose weight is"
+                    f" the parameter itself; got {got} at {name or 'the model itself'}",
+                )
+            if isinstance(module, (Linear, Conv2d)):
+                synapses[name] = module
+        own_weights = {id(synapse.weight) for synapse in synapses.values()}
+        for name, parameter in model.named_parameters():
+            require(
+                parameter.dim() <= 1 or id(parameter) in own_weights or is_inside(name, self.skip),
+                f"{self.label}: every matrix must be the weight of a Linear or Conv2d; got {name}",
+            )
+        require(
+            synapses and len(own_weights) >= len(synapses),
+            f"{self.label}: the model must have synapses, each with a weight of its own; got"
+            f" {', '.join(synapses) or 'none'}",
+        )
         self._check_rows(synapses, tasks=1)
         require(
             len(self.learning_rates) in (1, len(synapses)),
@@ -454,55 +499,3 @@ class HLOP(Rule):
                 rows <= inputs,
                 f"{self.label}: {what} must fit into the {inputs} inputs of {name}; got {rows}",
             )
-
-
-def plain_synapses(
-    who: str, model: nn.Module, *, skip: Sequence[str] = ()
-) -> dict[str, Linear | Conv2d]:
-    """Every Linear and Conv2d outside the modules in `skip`, by name, in order of registration.
-
-    Raises: ValueError, in the name of `who`, for a weight that is not a plain parameter
-    (standardised, parametrised, norm-limited, of another class), a matrix outside the synapses, two
-    synapses that share a weight, groups, a batch norm other than spiking.norm's, or an entry of
-    `skip` that is not a module.
-    """
-    modules = dict(model.named_modules())
-    for name in skip:
-        require(name in modules, f"{who}: skip must name modules of the model; got {name!r}")
-    synapses: dict[str, Linear | Conv2d] = {}
-    for name, module in modules.items():
-        if is_inside(name, skip):
-            continue
-        kind, is_synapse = type(module).__name__, isinstance(module, (Linear, Conv2d))
-        weights = module.weights if is_synapse else "plain"
-        groups = getattr(module, "groups", 1) if is_synapse else 1
-        for is_refused, got in (
-            (
-                is_foreign_norm(module),
-                f"{kind}, which cannot be frozen (pipeline.spiking.norm.BatchNorm can),",
-            ),
-            (isinstance(module, LimitedSynapse), f"{kind}, which scales the weight,"),
-            (isinstance(module, (nn.Linear, _ConvNd)) and not is_synapse, f"torch's {kind}"),
-            (weights != "plain", f"{weights} weights"),
-            (is_synapse and is_parametrized(module), "parametrised weights"),
-            (groups != 1, f"groups={groups}"),
-        ):
-            require(
-                not is_refused,
-                f"{who}: every layer must be a plain Linear or Conv2d, whose weight is the"
-                f" parameter itself; got {got} at {name or 'the model itself'}",
-            )
-        if isinstance(module, (Linear, Conv2d)):
-            synapses[name] = module
-    weights = {id(synapse.weight) for synapse in synapses.values()}
-    for name, parameter in model.named_parameters():
-        require(
-            parameter.dim() <= 1 or id(parameter) in weights or is_inside(name, skip),
-            f"{who}: every matrix must be the weight of a Linear or Conv2d; got {name}",
-        )
-    require(
-        synapses and len(weights) >= len(synapses),
-        f"{who}: the model must have synapses, each with a weight of its own; got"
-        f" {', '.join(synapses) or 'none'}",
-    )
-    return synapses

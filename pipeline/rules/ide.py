@@ -236,8 +236,9 @@ def broyden(
         is_live_B1 = solution.running_B[:, None] & (bend_B1.abs() > torch.finfo(g_BD.dtype).tiny)
         u_BKD[:, k] = torch.where(is_live_B1, -h_BD / bend_B1, 0)
         w_BKD[:, k] = torch.where(is_live_B1, w_BD, 0)
-        step_BD = -h_BD - u_BKD[:, k] * (w_BKD[:, k] * new_BD).sum(1, keepdim=True)
-        delta_BD = solution.of_running(step_BD)
+        delta_BD = solution.of_running(
+            -h_BD - u_BKD[:, k] * (w_BKD[:, k] * new_BD).sum(1, keepdim=True)
+        )
         r_BD = new_BD
     return solution
 

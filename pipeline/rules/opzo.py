@@ -144,9 +144,9 @@ class OPZO(Rule):
             0 <= momentum < 1,
             f"OPZO: momentum must be at least 0 and below 1; got momentum={momentum}",
         )
-        are_places = are_counts(intermediate) and list(intermediate) == sorted(set(intermediate))
         require(
-            are_places or intermediate in ((), []),
+            intermediate in ((), [])
+            or (are_counts(intermediate) and list(intermediate) == sorted(set(intermediate))),
             "OPZO: intermediate must be increasing indices of hidden layers, 1 or more, because"
             f" no layer is below layer 0; got intermediate={intermediate!r}",
         )
@@ -223,7 +223,6 @@ class OPZO(Rule):
     def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
-        steps = x_TB.shape[0]
         with fresh_state(model):
             for t, x_1B in enumerate(slices(x_TB, 1)):
                 # The second step of an antithetic pair has the negative noise of the first.
@@ -237,7 +236,7 @@ class OPZO(Rule):
                     logits_1BK = (
                         model(x_1B) if self._paths_are_known else self._checked(model, x_1B)
                     )
-                yield self._loss_term(logits_1BK, loss_of, steps)
+                yield self._loss_term(logits_1BK, loss_of, len(x_TB))
 
     def _loss_term(self, logits_1BK: Tensor, loss_of: LossOf, steps: int) -> LossTerm:
         """The loss term of one step.
@@ -275,8 +274,11 @@ class OPZO(Rule):
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
         """The synapses that hold traces, which excludes those of readouts."""
         readouts = {id(module.linear) for module in model.modules() if isinstance(module, Readout)}
-        synapses = traceable_synapses(self.label, model)
-        return {name: synapse for name, synapse in synapses.items() if id(synapse) not in readouts}
+        return {
+            name: synapse
+            for name, synapse in traceable_synapses(self.label, model).items()
+            if id(synapse) not in readouts
+        }
 
     def _readouts_of(self, model: nn.Module) -> dict[int, Readout]:
         """The readouts in use, by the index of their hidden layer."""

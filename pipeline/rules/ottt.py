@@ -19,7 +19,7 @@ from pipeline.rules.base import (
     slice_loss,
     slices,
 )
-from pipeline.spiking.slice_cache import slice_cache
+from pipeline.spiking.slice_cache import SliceCache, slice_cache
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.trace import (
     Trace,
@@ -95,32 +95,29 @@ class OTTT(Rule):
         super().attach(model, world=world, over_time=over_time)
         detach_between_steps(self, model)
         self._order_is_known = False
-        names = list(synapses)
-        ends = ((names[0], self.first), (names[-1], self.readout))
-        plain = {name for name, choice in ends if choice == "plain"}
-        for name, synapse in synapses.items():
-            if name not in plain:
-                self.set_seam(synapse, "presynaptic", Trace(decay))
+        start = 1 if self.first == "plain" else 0
+        end = -1 if self.readout == "plain" else None
+        for synapse in list(synapses.values())[start:end]:
+            self.set_seam(synapse, "presynaptic", Trace(decay))
 
     def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
         last = (steps - 1) // (self.chunk or steps)
-        # Under OTTT-O the weights change at every step, so nothing can be cached.
-        once = (
+        # Under OTTT-O the weights change at every step, so no module gets the cache.
+        caching = (
             slice_cache(model, steps=steps, backwards="several")
             if self.update == "batch"
-            else nullcontext()
+            else nullcontext(SliceCache(steps=steps, backwards="several"))
         )
-        with fresh_state(model), once as cache:
+        with fresh_state(model), caching as cache:
             for index, x_cB in enumerate(slices(x_TB, self.chunk)):
-                if cache is not None:
-                    cache.is_last = index == last
+                cache.is_last = index == last
                 logits_TBK = model(x_cB) if self._order_is_known else self._checked(model, x_cB)
                 loss, share_BK = slice_loss(logits_TBK, loss_of, steps=steps)
                 yield LossTerm(
-                    backward=loss if cache is None else cache.with_gradients(loss),
+                    backward=cache.with_gradients(loss),
                     loss=loss.detach(),
                     logits=share_BK,
                 )

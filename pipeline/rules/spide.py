@@ -231,11 +231,14 @@ def ternary_phase(
 
 def _transposed_layer(vjp: Linearized, layer: int) -> Transposed:
     """Mask and divisor of a layer's neurons, then the transposed synapse into it."""
-    gain_B = vjp.masks[layer] / vjp.divisors[layer]
-    weight = _matrix(vjp.synapses[layer])
+    gain_B, synapse = vjp.masks[layer] / vjp.divisors[layer], vjp.synapses[layer]
+    is_limited = isinstance(synapse, LimitedSynapse)
+    linear = synapse.synapse if is_limited else synapse
     has_values = gain_B.untyped_storage().device.type != "meta"  # fake tensors have none
-    if weight is not None and gain_B.device.type == "cpu" and has_values:
-        return _event_driven(weight.to(gain_B.dtype), gain_B)
+    if isinstance(linear, Linear) and gain_B.device.type == "cpu" and has_values:
+        weight = synapse.weight() if is_limited else effective_weight(linear)
+        carrier = error_weight(weight, linear.backward_weight).detach()
+        return _event_driven(carrier.to(gain_B.dtype), gain_B)
 
     def transposed(u_B: Tensor, s_B: Tensor) -> None:
         u_B.add_(vjp.transposed(layer, gain_B * s_B))
@@ -268,12 +271,3 @@ def _event_driven(weight: Tensor, gain_BM: Tensor) -> Transposed:
         )
 
     return transposed
-
-
-def _matrix(synapse: nn.Module) -> Tensor | None:
-    """The matrix that carries errors down a fully connected synapse; None for other synapses."""
-    linear = synapse.synapse if isinstance(synapse, LimitedSynapse) else synapse
-    if not isinstance(linear, Linear):
-        return None
-    weight = synapse.weight() if isinstance(synapse, LimitedSynapse) else effective_weight(linear)
-    return error_weight(weight, linear.backward_weight).detach()

@@ -105,8 +105,8 @@ class FrobeniusLimit(LimitedSynapse):
     def weight(self) -> Tensor:
         # The maximum comes before the square root, whose derivative is infinite at 0. Where the
         # limit is active, the scale has a gradient too.
-        smallest = torch.tensor(self.largest**2, dtype=self.V.dtype, device=self.V.device)
-        return self.largest * self.V.square().sum().maximum(smallest).rsqrt() * self.V
+        square = self.V.square().sum().maximum(self.V.new_tensor(self.largest**2))
+        return self.largest * square.rsqrt() * self.V
 
 
 # --------------------------------------------------------------------------- largest singular value

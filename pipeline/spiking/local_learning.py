@@ -51,9 +51,8 @@ class Readout(nn.Module):
         return s_TB
 
     def logits(self, s_TB: Tensor) -> Tensor:
-        dimensions = (3, 5) if self.cells == 1 else (5,)
         require(
-            s_TB.shape[2] == self.channels and s_TB.dim() in dimensions,
+            s_TB.shape[2] == self.channels and s_TB.dim() in ((3, 5) if self.cells == 1 else (5,)),
             f"Readout: needs {self.channels} channels on {self.cells} x {self.cells} places;"
             f" got shape {tuple(s_TB.shape)}",
         )
@@ -179,9 +178,8 @@ class _InjectGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        signals = ctx.saved_tensors
-        gradients = [grad_outputs[0].to(signal.dtype) * signal for signal in signals]
-        return (None, *gradients, *[None] * len(signals))
+        (g,), signals = grad_outputs, ctx.saved_tensors
+        return (None, *(g.to(each.dtype) * each for each in signals), *[None] * len(signals))
 
 
 def refuse_skip_connections(who: str, model: nn.Module, ends: Mapping[str, Tensor]) -> None:

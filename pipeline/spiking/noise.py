@@ -66,8 +66,8 @@ def _normal(keys_B: Tensor, units: int) -> Tensor:
 
 def _signs(keys_B: Tensor, units: int) -> Tensor:
     bits_BW = _bits(keys_B, (units + 63) // 64)
-    places = torch.arange(64, device=keys_B.device)
-    return ((bits_BW[..., None] >> places) & 1).flatten(1)[:, :units].float().mul_(2).sub_(1)
+    signs_BN = ((bits_BW[..., None] >> torch.arange(64, device=keys_B.device)) & 1).flatten(1)
+    return signs_BN[:, :units].float().mul_(2).sub_(1)
 
 
 def _bits(keys_B: Tensor, count: int) -> Tensor:

@@ -14,7 +14,6 @@ and the running statistics are updated as by all steps.
 
 # T time, B batch, C channels, R ranks
 
-from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -166,14 +165,6 @@ def foreign_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 def batch_norms(model: nn.Module) -> list[BatchNorm]:
     return [module for module in model.modules() if isinstance(module, BatchNorm)]
-
-
-def local_statistics(model: nn.Module) -> AbstractContextManager[None]:
-    """Make batch norms under `model` use only this rank's samples inside the block.
-
-    No collective is then needed.
-    """
-    return attribute_set(batch_norms(model), "between", "rank")
 
 
 def moments_over_ranks(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

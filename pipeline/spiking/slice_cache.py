@@ -111,8 +111,8 @@ class _Collected(torch.autograd.Function):
         (g,) = grad_outputs
         total = ctx.state.read("gradient")
         if total is None:
-            wide = torch.promote_types(g.dtype, torch.float32)
-            ctx.state.write("gradient", g.to(wide, copy=True))
+            total = g.to(torch.promote_types(g.dtype, torch.float32), copy=True)
+            ctx.state.write("gradient", total)
         else:
             total.add_(g)
         return None, None

@@ -70,8 +70,8 @@ class _Synapse(nn.Module):
                 f"{type(self).__name__}: standardized weights need a fan-in of at least 2; got"
                 f" {self.weight[0].numel()}",
             )
-            ones = torch.ones(len(self.weight), *[1] * (self.weight.dim() - 1))
-            self.gain = nn.Parameter(ones)
+            shape = (len(self.weight), *[1] * (self.weight.dim() - 1))
+            self.gain = nn.Parameter(torch.ones(shape))
         self.binarizer: nn.Module | None = None
         self.slice_cache: SliceCache | None = None
         self.state = None if self.gain is None else State(type(self).__name__)
@@ -145,8 +145,9 @@ class Conv2d(nn.Conv2d, _Synapse):
         weight = _weight_for(self, input) if weight is None else weight
         if self.presynaptic is None and self.backward_weight is None:
             return folded(lambda x_NCHW: self._conv_forward(x_NCHW, weight, self.bias), input)
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return _with_seams(self, input, weight, geometry)
+        return _with_seams(
+            self, input, weight, (self.stride, self.padding, self.dilation, self.groups)
+        )
 
 
 def effective_weight(synapse: Linear | Conv2d) -> Tensor:
@@ -234,8 +235,7 @@ class _WithSeams(torch.autograd.Function):
         ctx.downward, ctx.geometry = downward, geometry
         if geometry is None:
             return F.linear(x_TB, weight, bias)
-        y_NCHW = F.conv2d(x_TB.flatten(0, 1), weight, bias, *geometry)
-        return y_NCHW.unflatten(0, x_TB.shape[:2])
+        return F.conv2d(x_TB.flatten(0, 1), weight, bias, *geometry).unflatten(0, x_TB.shape[:2])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -267,5 +267,4 @@ class _WithSeams(torch.autograd.Function):
             groups,
             [want_x, want_weight, want_bias],
         )
-        g_x_TB = g_x.view_as(factor_TB) if want_x else None
-        return g_x_TB, None, g_weight, g_bias, None, None
+        return (g_x.view_as(factor_TB) if want_x else None, None, g_weight, g_bias, None, None)

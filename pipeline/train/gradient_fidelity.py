@@ -13,7 +13,8 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
-from pipeline.spiking.norm import local_statistics
+from pipeline.spiking.norm import batch_norms
+from pipeline.spiking.state import attribute_set
 from pipeline.train.objective import Loss
 
 
@@ -51,7 +52,8 @@ def compare_gradients(
             step=step,
         )
 
-    with local_statistics(network):  # only this rank compares
+    # Only this rank compares, so batch norm must not wait for others.
+    with attribute_set(batch_norms(network), "between", "rank"):
         known = {"BPTT": of(BPTT()), "SLTT": of(SLTT())}
         others = {
             "SLTT": [known["SLTT"]],

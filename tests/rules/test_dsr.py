@@ -163,7 +163,8 @@ def test_a_network_that_follows_its_rates_has_the_gradient_of_the_network_of_rat
     weights_T = rate_weights(spiking[1].decay, x_TBC).view(-1, 1, 1)
     # Straight-through: the value of the spikes' own rate, the gradient of the ramp's.
     out_TBC, h = x_TBC, (weights_T * x_TBC).sum(0)
-    for layer in list(spiking)[:5]:
+    layers: Any = spiking[:5]
+    for layer in layers:
         out_TBC = outputs(layer, out_TBC)
         if isinstance(layer, Linear):
             h = nn.functional.linear(h, layer.weight, layer.bias)

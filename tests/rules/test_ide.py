@@ -560,17 +560,6 @@ def test_a_gradient_that_is_not_finite_is_not_called_solved(solve):
     assert not bad <= 0.5 and good <= 1e-6
 
 
-def test_any_shape():
-    J, g, beta = problem(3, units=24)
-    found = broyden(
-        g.view(3, 2, 3, 4),
-        lambda v: times(J)(v.flatten(1)).view_as(v),
-        iterations=60,
-        tolerance=1e-12,
-    )
-    assert relative(found.beta_B.flatten(1), beta).max() < 1e-11
-
-
 def test_an_explosion_is_left_alone():
     J, g, _ = problem(2)
     J[0] *= 100

@@ -372,12 +372,6 @@ def test_labels():
     assert [rule.label for rule in rules] == expected
 
 
-def other_decay() -> nn.Module:
-    model = lif_network()
-    model[3] = LIF(0.25)
-    return model
-
-
 def run(model: nn.Module, x_TB: Tensor) -> None:
     rule, _ = attached(OPZO(), model)
     target_B = torch.zeros(x_TB.shape[1], dtype=torch.int64)
@@ -491,7 +485,7 @@ test_refuses = refusals(
             r"OPZO: traces and all neurons must share one decay, here 0.9; got 0.5 at 1, 0.5 at 3",
         ),
         (
-            lambda: OPZO().attach(other_decay()),
+            lambda: OPZO().attach(nn.Sequential(*list(lif_network())[:3], LIF(0.25), Linear(7, 3))),
             r"OPZO: traces and all neurons must share one decay, here 0.5; got 0.25 at 3",
         ),
         (

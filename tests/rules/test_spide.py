@@ -146,20 +146,14 @@ def test_the_error_falls_as_one_over_the_steps(seed, sizes):
     assert math.log10(errors[2] / errors[0]) / 2 == pytest.approx(-1, abs=0.15)
 
 
-def test_odd_in_its_input():
-    ring = Chain(0, (9, 12, 7))
-    one, other, nothing = (
-        ring.solve(60, g_BN=sign * ring.g_BN, **SYMMETRIC) for sign in (1, -1, 0)
-    )
-    assert all(torch.equal(a, -b) and a.any() for a, b in zip(one.beta, other.beta, strict=True))
-    assert nothing.rate == 0 and not any(beta_BN.any() for beta_BN in nothing.beta)
-
-
-def test_a_scale_of_input_and_emission_changes_no_spike():
-    ring = Chain(1, (24,))
+@pytest.mark.parametrize("factor", [-1, 0, 4])
+def test_emissions_follow_a_factor_of_the_input_and_of_their_size(factor):
+    """The sign of the input, no input, and one that is four times as large with its neurons."""
+    ring, size = Chain(0, (9, 12, 7)), max(1, abs(factor))
     one = ring.solve(60, **SYMMETRIC)
-    other = ring.solve(60, g_BN=4 * ring.g_BN, threshold=2.0, quantum=4.0)
-    assert torch.equal(4 * one.beta[0], other.beta[0]) and one.rate == other.rate > 0
+    other = ring.solve(60, g_BN=factor * ring.g_BN, threshold=0.5 * size, quantum=1.0 * size)
+    assert all(map(torch.equal, other.beta, [factor * beta_BN for beta_BN in one.beta]))
+    assert all(beta_BN.any() for beta_BN in one.beta) and other.rate == one.rate * (factor != 0)
 
 
 def one_neuron(g: float, steps: int) -> Ternary:

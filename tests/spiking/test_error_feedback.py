@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.spiking.error_feedback import ErrorFeedback, FixedRandom, MeanJacobian, SinglePoint
+from pipeline.spiking.error_feedback import ErrorFeedback, FixedRandom, MeanJacobian
 from pipeline.spiking.noise import noise
 
 HIDDEN, OUTPUTS, BATCH, SCALE = 100, 5, 32, 0.2
@@ -115,14 +115,6 @@ def test_matrices_are_moved_by_the_mean_over_micro_batches_and_ranks():
         first.accumulate(0, o_BK[rows], z_BN[rows])
     first.end_of_batch(lambda statistic: (statistic + sent[0]) / 2)
     assert torch.allclose(*[each.get_buffer("matrix_0") for each in (first, whole)], atol=1e-14)
-
-
-def test_single_point_is_the_product_of_the_sample():
-    network = Tanh()
-    z_BN, o_BK, e_BK = network.draw(4, HIDDEN), network.draw(4, OUTPUTS), network.draw(4, OUTPUTS)
-    g_BN = SinglePoint(scale=SCALE).signal(0, HIDDEN, e_BK=e_BK, o_BK=o_BK, z_BN=z_BN)
-    for z_N, o_K, e_K, g_N in zip(z_BN, o_BK, e_BK, g_BN, strict=True):
-        assert torch.allclose(torch.outer(z_N, o_K) @ e_K / SCALE, g_N, atol=1e-12)
 
 
 def test_a_fixed_matrix_has_the_scale_of_the_errors():
