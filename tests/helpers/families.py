@@ -53,7 +53,7 @@ RESNETS = {
 }
 
 
-def awake(model: nn.Module) -> nn.Module:
+def awake(model: M) -> M:
     torch.manual_seed(1)
     with torch.no_grad():
         for name, p in model.named_parameters():

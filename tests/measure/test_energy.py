@@ -105,32 +105,26 @@ def a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.usefixtures("a_card")
-def test_millijoules_of_the_right_card_are_joules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.measure.energy.pynvml", stand_in(lambda card: 7_500))
-    assert EnergyCounter(torch.device("cuda")).read() == 7.5
+def not_supported(card: Any) -> int:
+    raise NVMLError("not supported")
 
 
 @pytest.mark.usefixtures("a_card")
-def test_a_card_without_a_counter_has_no_joules(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(card: Any) -> int:
-        raise NVMLError("not supported")
-
-    monkeypatch.setattr("pipeline.measure.energy.pynvml", stand_in(refuse))
-    assert EnergyCounter(torch.device("cuda")).read() is None
+@pytest.mark.parametrize(
+    ("device", "counter", "joules"),
+    [("cuda", lambda card: 7_500, 7.5), ("cuda", not_supported, None), ("cpu", None, None)],
+)
+def test_millijoules_of_the_right_card_are_joules_where_there_is_a_counter(
+    device: str, counter: Any, joules: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.measure.energy.pynvml", stand_in(counter))
+    assert EnergyCounter(torch.device(device)).read() == joules
 
 
 def test_a_rank_without_a_counter_takes_part_in_the_mean() -> None:
     meters, asked = Meters(torch.nn.Linear(2, 2), batch_size=1, device=torch.device("cpu")), []
-    assert (
-        meters.over_ranks(lambda peaks: peaks, lambda used: asked.append(used) or used).device_j
-        is None
-    )
-    assert len(asked) == 1
-
-
-def test_a_cpu_has_none() -> None:
-    assert EnergyCounter(torch.device("cpu")).read() is None
+    totals = meters.over_ranks(lambda peaks: peaks, lambda used: asked.append(used) or used)
+    assert totals.device_j is None and len(asked) == 1
 
 
 def test_a_run_sums_what_training_used_and_not_what_was_used_between(
@@ -142,9 +136,8 @@ def test_a_run_sums_what_training_used_and_not_what_was_used_between(
     meters.forget_peaks()  # training begins
     meters.note_peaks()  # 3 J later an evaluation begins
     meters.forget_peaks()  # which ends at 20 J
-    assert (
-        meters.over_ranks(lambda peaks: peaks, lambda used: used / 2).device_j == 3.5
-    )  # of two ranks, the other used none
+    # of two ranks, the other used none
+    assert meters.over_ranks(lambda peaks: peaks, lambda used: used / 2).device_j == 3.5
 
 
 @pytest.mark.usefixtures("a_card")
