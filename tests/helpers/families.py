@@ -86,3 +86,8 @@ def lively(model: M) -> M:
         elif name.endswith("synapse.bias"):
             nn.init.uniform_(p, 0, 1.5)
     return model
+
+
+def spike(x: torch.Tensor, threshold: float = 1.0) -> torch.Tensor:
+    """A neuron at its first time step."""
+    return (x >= threshold).to(x.dtype)

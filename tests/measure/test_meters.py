@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 
@@ -85,15 +85,9 @@ def test_a_part_has_the_seconds_of_what_makes_the_next_one_alone(
     meters: Meters, host: Host
 ) -> None:
     """And a teacher's seconds are its own."""
-
-    def slow() -> Iterator[int]:
-        for index in range(2):
-            host.sleep(2)
-            yield index
-
     for step in range(2):
         with meters.batch(step):
-            for _ in meters.each("forward", slow()):
+            for _ in meters.each("forward", (host.sleep(2) for _ in range(2))):
                 host.sleep(1)
             with meters.part("teacher"):
                 host.sleep(5)
