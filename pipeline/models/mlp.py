@@ -36,8 +36,7 @@ class MLP(nn.Module):
         self.layers = nn.Sequential()
         size = in_features
         for width in hidden:
-            self.layers.append(Linear(size, width, bias, weights=weights))
-            self.layers.append(copy_neuron(neuron))
+            self.layers.extend([Linear(size, width, bias, weights=weights), copy_neuron(neuron)])
             size = width
         self.classifier = Linear(size, classes, bias)
         self.readout = rate_readout(neuron)

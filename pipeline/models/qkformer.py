@@ -237,9 +237,10 @@ class Attention(nn.Module):
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         h = self.first(x_TBCHW)
-        stream = x_TBCHW if self.has_shortcuts else None
         heads = [
-            each(h, stream).flatten(3).unflatten(2, (self.heads, -1))
+            each(h, x_TBCHW if self.has_shortcuts else None)
+            .flatten(3)
+            .unflatten(2, (self.heads, -1))
             for each in self.projections.values()
         ]
         a, s = (each.reshape(x_TBCHW.shape) for each in self._mix(*heads))

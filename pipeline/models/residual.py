@@ -394,6 +394,3 @@ class Rescaled(nn.Module):
 
     def forward(self, x_TB: Tensor) -> Tensor:
         return self.gain * self.neuron(x_TB / self.beta if self.beta != 1 else x_TB)
-
-    def extra_repr(self) -> str:
-        return f"gain={self.gain:.4g}, beta={self.beta:.4g}"

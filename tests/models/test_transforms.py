@@ -71,12 +71,23 @@ class FeedForward(nn.Sequential):
         return h_TBC + super().forward(h_TBC)
 
 
+class Mixer(nn.Module):
+    """What stands between two feed-forward blocks."""
+
+    part = "attention"
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.neuron, self.projection = LIF(), Linear(channels, channels)
+
+    def forward(self, h_TBC: Tensor) -> Tensor:
+        return h_TBC + self.projection(self.neuron(h_TBC))
+
+
 def blocks(classes: int = 3, *, channels: int = 4, plain: bool = True) -> nn.Sequential:
     """The smallest network with the parts "attention" and "ffn"."""
     torch.manual_seed(0)
-    mixer = FeedForward(channels)
-    mixer.part = "attention"
-    hidden = (mixer, FeedForward(channels, plain=plain), FeedForward(channels), LIF())
+    hidden = (Mixer(channels), FeedForward(channels, plain=plain), FeedForward(channels), LIF())
     return nn.Sequential(Linear(5, channels), *hidden, Linear(channels, classes))
 
 
@@ -90,7 +101,7 @@ def bits_of(network: nn.Module) -> list[str]:
 def test_a_part_is_the_synapses_inside_its_modules_whatever_the_network_is_wrapped_in():
     wrapped = [f"0.{name}" for name in FFN]
     assert bits_of(binarized(blocks(), part="ffn")) == FFN
-    assert bits_of(binarized(blocks(), part="attention")) == ["1.up", "1.down"]
+    assert bits_of(binarized(blocks(), part="attention")) == ["1.projection"]
     assert bits_of(binarized(late(blocks(), time_steps=2), part="ffn", weights="ir")) == wrapped
     assert bits_of(late(binarized(blocks(), part="ffn"), time_steps=2)) == wrapped
 
@@ -98,7 +109,7 @@ def test_a_part_is_the_synapses_inside_its_modules_whatever_the_network_is_wrapp
 @pytest.mark.parametrize(
     ("network", "expected"),
     [
-        (blocks(), ["1.up", "1.down", *FFN]),
+        (blocks(), ["1.projection", *FFN]),
         (mlp(3, in_features=4, hidden=(5, 6, 7)), ["layers.2", "layers.4"]),
         (convnet(3, stages=((4,), (4, 4))), ["stages.1.0.conv", "stages.1.1.conv"]),
         (convnet(3, stages=((4,), (4,)), head="rate"), ["stages.1.0.conv"]),

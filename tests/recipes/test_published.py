@@ -149,8 +149,10 @@ def rates(name: str, *, epochs: int, epoch_steps: int, asked: list[int]) -> list
 def test_dsr_on_imagenet_has_a_cosine_by_epoch_behind_5000_steps_of_warm_up() -> None:
     steps = 1_281_167 // 144
     asked = [0, 2500, 4999, 5000, steps - 1, steps, 2 * steps - 1, 45 * steps + 7]
-    expected = [1e-3 * step / 5000 for step in asked[:3]]
-    expected += [0.5e-3 * (1 + math.cos(math.pi * epoch / 90)) for epoch in (0, 0, 1, 1, 45)]
+    expected = [
+        *(1e-3 * step / 5000 for step in asked[:3]),
+        *(0.5e-3 * (1 + math.cos(math.pi * epoch / 90)) for epoch in (0, 0, 1, 1, 45)),
+    ]
     assert rates(
         "imagenet.preact18_dsr", epochs=90, epoch_steps=steps, asked=asked
     ) == pytest.approx(expected)
@@ -161,10 +163,12 @@ def test_qkformers_cosine_starts_at_the_end_of_its_warm_up() -> None:
     195)), at fractions of epochs.
     """
     epochs = [0.0, 2.5, 5.0, 5.1, 100.0, 199.9]
-    expected = [1.2e-3 * epoch / 5 for epoch in epochs[:2]]
-    expected += [
-        1e-6 + (1.2e-3 - 1e-6) / 2 * (1 + math.cos(math.pi * (epoch - 5) / 195))
-        for epoch in epochs[2:]
+    expected = [
+        *(1.2e-3 * epoch / 5 for epoch in epochs[:2]),
+        *(
+            1e-6 + (1.2e-3 - 1e-6) / 2 * (1 + math.cos(math.pi * (epoch - 5) / 195))
+            for epoch in epochs[2:]
+        ),
     ]
     asked = [round(10 * epoch) for epoch in epochs]
     assert rates(
