@@ -65,8 +65,7 @@ def unusable_gpus() -> UnusableGPUs | None:
     wanted = min(OLDEST_DRIVERS) if built is None else int(built.split(".")[0])
     ways = []
     if runs < wanted:
-        oldest = OLDEST_DRIVERS.get(wanted, f"for CUDA {wanted}")
-        ways.append(f"install driver {oldest} or newer")
+        ways.append(f"install driver {OLDEST_DRIVERS.get(wanted, f'for CUDA {wanted}')} or newer")
     if (built is None or runs < wanted) and runs >= min(INDEX_OF):
         ways.append(
             f"install a torch for this driver: {sys.executable} -m pip install --force-reinstall"

@@ -31,8 +31,14 @@ class MLP(nn.Module):
         neuron: nn.Module,
     ) -> None:
         super().__init__()
-        sizes = {"in_features": in_features, "classes": classes}
-        refuse_unless_counts("MLP", {**sizes, "hidden": hidden} if hidden else sizes)
+        refuse_unless_counts(
+            "MLP",
+            {
+                "in_features": in_features,
+                "classes": classes,
+                **({"hidden": hidden} if hidden else {}),
+            },
+        )
         self.layers = nn.Sequential()
         size = in_features
         for width in hidden:

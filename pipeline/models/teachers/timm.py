@@ -78,8 +78,10 @@ class TimmTeacher(Teacher):
         return self.head(self.features(x_BCHW))
 
     def _seen(self, x_BCHW: Tensor) -> Tensor:
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        return self.view(x_BCHW).to(dtype, memory_format=torch.channels_last)
+        return self.view(x_BCHW).to(
+            torch.bfloat16 if self.precision == "bf16" else torch.float32,
+            memory_format=torch.channels_last,
+        )
 
 
 def timm_teacher(
