@@ -102,7 +102,7 @@ class CachedPredictions:
         if not self._places.keys() >= set(samples):
             return None
         answers = []
-        for path, row, records in map(self._places.__getitem__, samples):
+        for path, row, records in (self._places[sample] for sample in samples):
             require(
                 records[row]["check"] == _checksum(records[row]),
                 f"Cache: record {row} of {path} must have its checksum; it is damaged: delete the"
