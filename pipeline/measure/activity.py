@@ -28,11 +28,6 @@ from pipeline.spiking.neuron import LIF, named_neurons
 Reduce = Callable[[Tensor], Tensor]  # reduces a vector over ranks; collective
 
 
-def alone(value: Tensor) -> Tensor:
-    """The `Reduce` of a single rank."""
-    return value
-
-
 @dataclass(frozen=True, kw_only=True)
 class LayerActivity:
     """Activity of one layer of neurons over a set of samples. Shares are in 0..1."""
@@ -98,11 +93,13 @@ class Activity:
         """Positions of the counted samples in `ids`."""
         return tuple(np.flatnonzero(below(bits(0, 0, ids, COUNTED), self.every) == 0).tolist())
 
-    def layers(self, total: Reduce = alone, largest: Reduce = alone) -> tuple[LayerActivity, ...]:
+    def layers(
+        self, total: Reduce = torch.clone, largest: Reduce = torch.clone
+    ) -> tuple[LayerActivity, ...]:
         """Activity over all ranks, in order of construction. Collective.
 
-        `total` sums over ranks, `largest` takes the maximum. Layers that never ran are omitted. If
-        no sample was counted, all layers are.
+        `total` sums over ranks, `largest` takes the maximum; the defaults are those of one rank.
+        Layers that never ran are omitted. If no sample was counted, all layers are.
         """
         if not self._layers:
             return ()

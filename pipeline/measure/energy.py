@@ -185,14 +185,12 @@ def joules_per_sample(ranks: Iterable[EnergyReadings]) -> float | None:
     very short evaluation may not move it.
     """
     spans: dict[str, tuple[float, float]] = {}
-    samples = 0
-    for rank in ranks:
-        if not rank.samples:
-            continue
+    evaluated = [rank for rank in ranks if rank.samples]
+    for rank in evaluated:
         if rank.began is None or rank.ended is None:
             return None
         began, ended = spans.get(rank.card, (rank.began, rank.ended))
         spans[rank.card] = min(began, rank.began), max(ended, rank.ended)
-        samples += rank.samples
     used = [ended - began for began, ended in spans.values()]
+    samples = sum(rank.samples for rank in evaluated)
     return sum(used) / samples if used and min(used) > 0 else None

@@ -21,7 +21,6 @@ DEVICES = Path("/dev")
 # By CUDA's major version. A newer minor version runs on an older driver of the same major version.
 OLDEST_DRIVERS = {12: 525, 13: 580}
 # The builds of PyTorch that run on the oldest drivers, by CUDA's major version.
-INDEX = "https://download.pytorch.org/whl"
 INDEX_OF = {12: "cu126", 13: "cu130"}
 ON_A_CPU = "train on the CPU (--device cpu)"
 CHECK = "see nvidia-smi; a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility"
@@ -66,12 +65,12 @@ def unusable_gpus() -> UnusableGPUs | None:
     wanted = min(OLDEST_DRIVERS) if built is None else int(built.split(".")[0])
     ways = []
     if runs < wanted:
-        oldest = OLDEST_DRIVERS.get(wanted, f"for CUDA {wanted}")
-        ways.append(f"install driver {oldest} or newer")
+        ways.append(f"install driver {OLDEST_DRIVERS.get(wanted, f'for CUDA {wanted}')} or newer")
     if (built is None or runs < wanted) and runs >= min(INDEX_OF):
         ways.append(
             f"install a torch for this driver: {sys.executable} -m pip install --force-reinstall"
-            f" torch torchvision --index-url {INDEX}/{INDEX_OF[min(runs, max(INDEX_OF))]}"
+            " torch torchvision --index-url"
+            f" https://download.pytorch.org/whl/{INDEX_OF[min(runs, max(INDEX_OF))]}"
         )
     return UnusableGPUs(
         f"torch {torch.__version__} is built {f'for CUDA {built}' if built else 'without CUDA'} and"

@@ -252,8 +252,11 @@ def room_bytes(
         root, files = (mount, _V2) if number == "0" else (mount / "memory", _V1)
         if number == "0" or "memory" in controllers.split(","):
             own = root / path.lstrip("/")
-            above = (folder for folder in own.parents if folder.is_relative_to(root))
-            rooms += [_room(folder, *files) for folder in (own, *above)]
+            rooms += [
+                _room(folder, *files)
+                for folder in (own, *own.parents)
+                if folder.is_relative_to(root)
+            ]
     return min((room for room in rooms if room is not None), default=None)
 
 

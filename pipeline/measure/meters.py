@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -327,10 +327,6 @@ class Meters:
                     totals.steady_seconds[name] += value
 
 
-def _no_seconds(*names: str) -> Any:
-    return field(default_factory=lambda: dict.fromkeys(names, 0.0))
-
-
 @dataclass
 class Totals:
     """Seconds, bytes and operations of one rank.
@@ -341,11 +337,15 @@ class Totals:
     """
 
     # for each part of the timed batches, and for the work between batches
-    seconds: dict[str, float] = _no_seconds(*PARTS, REST, *BETWEEN)
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys((*PARTS, REST, *BETWEEN), 0.0)
+    )
     timed_batches: int = 0
     steady_batches: int = 0
     steady_samples: int = 0
-    steady_seconds: dict[str, float] = _no_seconds(*PARTS, REST)
+    steady_seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys((*PARTS, REST), 0.0)
+    )
     # None until a batch with counted bytes has ended
     peak_saved_bytes: int | None = None
     state_bytes: int | None = None  # states that backward does not save as well

@@ -31,13 +31,18 @@ class MLP(nn.Module):
         neuron: nn.Module,
     ) -> None:
         super().__init__()
-        sizes = {"in_features": in_features, "classes": classes}
-        refuse_unless_counts("MLP", {**sizes, "hidden": hidden} if hidden else sizes)
+        refuse_unless_counts(
+            "MLP",
+            {
+                "in_features": in_features,
+                "classes": classes,
+                **({"hidden": hidden} if hidden else {}),
+            },
+        )
         self.layers = nn.Sequential()
         size = in_features
         for width in hidden:
-            self.layers.append(Linear(size, width, bias, weights=weights))
-            self.layers.append(copy_neuron(neuron))
+            self.layers.extend([Linear(size, width, bias, weights=weights), copy_neuron(neuron)])
             size = width
         self.classifier = Linear(size, classes, bias)
         self.readout = rate_readout(neuron)

@@ -30,8 +30,6 @@ from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.surrogate import Rectangle
 from pipeline.spiking.synapse import Linear
 
-Stem = Literal["one", "three"]
-
 THRESHOLD = 0.5
 NEURON = LIF(0.25, threshold=THRESHOLD, reset="zero", surrogate=Rectangle(1.0))
 
@@ -60,7 +58,7 @@ class MSResNet(nn.Module):
         classes: int,
         in_channels: int = 3,
         width: int = 64,
-        stem: Stem = "one",
+        stem: Literal["one", "three"] = "one",
         stem_stride: int = 2,
         pooled: bool = False,
         dropout: float = 0.0,

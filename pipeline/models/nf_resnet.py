@@ -66,16 +66,13 @@ class NFResNet(nn.Module):
         )
         refuse_unless_one_of("NFResNet", ("imagenet", "small"), stem=stem)
         factory = BlockFactory(shortcut="membrane", neuron=neuron, norm="sws")
-        self.stem = StaticInput()
         if stem == "imagenet":
-            self.stem.extend(
-                [
-                    standardized_conv(in_channels, width, 7, stride=2),
-                    Pool(nn.AvgPool2d(3, stride=2, padding=1)),
-                ]
+            self.stem = StaticInput(
+                standardized_conv(in_channels, width, 7, stride=2),
+                Pool(nn.AvgPool2d(3, stride=2, padding=1)),
             )
         else:
-            self.stem.append(standardized_conv(in_channels, width, 3, stride=stem_stride))
+            self.stem = StaticInput(standardized_conv(in_channels, width, 3, stride=stem_stride))
         self.stages, channels = resnet_stages(factory, blocks, width, bottleneck=bottleneck)
         self.classifier = Linear(channels, classes)
         nn.init.zeros_(self.classifier.weight)

@@ -126,9 +126,6 @@ class MeanPool(nn.Module):
             )
         return _Mean.apply(x_NCHW, self.size)  # type: ignore[return-value]  # apply is untyped
 
-    def extra_repr(self) -> str:
-        return f"size={self.size}"
-
 
 class _Mean(torch.autograd.Function):
     @staticmethod

@@ -26,7 +26,6 @@ from pipeline.spiking.rate import RateIF, rate_readout
 from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.synapse import Conv2d, Linear
 
-Stem = Literal["imagenet", "small"]
 Head = Literal["rate", "linear"]
 
 
@@ -75,7 +74,7 @@ class PreActResNet(nn.Module):
         classes: int,
         in_channels: int,
         width: int,
-        stem: Stem,
+        stem: Literal["imagenet", "small"],
         head: Head,
         over: Over,
         neuron: nn.Module,

@@ -159,8 +159,17 @@ class QKFormer(nn.Module):
             stage = nn.Sequential(
                 named(stem=stem, residual=blocks.one_residual(layers, shortcut_of="first"))
             )
-            build = partial(block, attention=attention, heads=heads, expansion=expansion)
-            stage.extend(build(blocks, wide, drop_path=next(shares)) for _ in range(count))
+            stage.extend(
+                block(
+                    blocks,
+                    wide,
+                    attention=attention,
+                    heads=heads,
+                    expansion=expansion,
+                    drop_path=next(shares),
+                )
+                for _ in range(count)
+            )
             self.stages.append(stage)
         self.last = nn.Identity() if blocks.carries_spikes else blocks.stream_spikes()
         self.classifier = Linear(channels, classes)
@@ -220,7 +229,12 @@ class Attention(nn.Module):
     """Base class of the attentions, `[T, B, C, H, W]` to the same shape; `_mix` combines tokens."""
 
     def __init__(
-        self, blocks: BlockFactory, channels: int, *, heads: int, projections: tuple[str, ...]
+        self,
+        blocks: BlockFactory,
+        channels: int,
+        *,
+        heads: int,
+        projections: tuple[str, ...] = ("q", "k"),
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -237,9 +251,10 @@ class Attention(nn.Module):
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         h = self.first(x_TBCHW)
-        stream = x_TBCHW if self.has_shortcuts else None
         heads = [
-            each(h, stream).flatten(3).unflatten(2, (self.heads, -1))
+            each(h, x_TBCHW if self.has_shortcuts else None)
+            .flatten(3)
+            .unflatten(2, (self.heads, -1))
             for each in self.projections.values()
         ]
         a, s = (each.reshape(x_TBCHW.shape) for each in self._mix(*heads))
@@ -253,9 +268,6 @@ class Attention(nn.Module):
 
 class TokenQK(Attention):
     """A mask over the tokens of k."""
-
-    def __init__(self, blocks: BlockFactory, channels: int, *, heads: int) -> None:
-        super().__init__(blocks, channels, heads=heads, projections=("q", "k"))
 
     def _mix(self, *heads_TBhdN: Tensor) -> tuple[Tensor, Tensor]:
         q_TBhdN, k_TBhdN = heads_TBhdN

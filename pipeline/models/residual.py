@@ -218,9 +218,11 @@ class BlockFactory:
         branch.append(self.currents(layers[-1], gain=last_gain))
         if self.shortcut in ("sew", "sew_multiple"):
             branch.append(self.neuron())
-        stride = math.prod(2 * layer.stride if layer.pools else layer.stride for layer in layers)
         shortcut, projects = self._shortcut(
-            layers[0].in_channels, layers[-1].out_channels, stride, pooled=pooled
+            layers[0].in_channels,
+            layers[-1].out_channels,
+            math.prod(2 * layer.stride if layer.pools else layer.stride for layer in layers),
+            pooled=pooled,
         )
         return Residual(
             branch,
@@ -394,6 +396,3 @@ class Rescaled(nn.Module):
 
     def forward(self, x_TB: Tensor) -> Tensor:
         return self.gain * self.neuron(x_TB / self.beta if self.beta != 1 else x_TB)
-
-    def extra_repr(self) -> str:
-        return f"gain={self.gain:.4g}, beta={self.beta:.4g}"

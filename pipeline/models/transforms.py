@@ -27,8 +27,6 @@ from pipeline.spiking.norm import batch_norms
 from pipeline.spiking.state import State
 from pipeline.spiking.synapse import Conv2d, Linear, is_inside
 
-ALL_BUT_ENDS = "all_but_ends"
-
 
 def binarized(network: nn.Module, *, part: str, weights: Binarization = "scaled") -> nn.Module:
     """`network` with 1-bit `weights` (`spiking/binary.py`) in its `part`.
@@ -55,7 +53,7 @@ def binarized(network: nn.Module, *, part: str, weights: Binarization = "scaled"
             places.setdefault(named, []).append(name)
     ends = [name for name in layers if is_inside(name, classifiers)] or layers[-1:]
     inner = [name for name in layers[1:] if name not in ends and "shortcut" not in name.split(".")]
-    parts = {ALL_BUT_ENDS: inner} | {
+    parts = {"all_but_ends": inner} | {
         each: [name for name in layers if is_inside(name, inside)]
         for each, inside in places.items()
     }
@@ -169,8 +167,9 @@ class LateReadout(nn.Module):
             f"LateReadout: a recording must have {self.time_steps} time steps; got step {last}",
         )
         self.state.write("seen", torch.tensor(last))
-        speaks = [step >= self.time_steps - self.late for step in range(first, last)]
-        scale_T = x_TBK.new_tensor(speaks) * (self.time_steps / self.late)
+        scale_T = x_TBK.new_tensor(
+            [step >= self.time_steps - self.late for step in range(first, last)]
+        ) * (self.time_steps / self.late)
         return x_TBK * scale_T.view(-1, *[1] * (x_TBK.dim() - 1))
 
 

@@ -85,9 +85,8 @@ class FeedbackConv(nn.Module):
         h_TBCHW = self.state.read("h")
         if h_TBCHW is None:
             return x_TBCHW.new_zeros(())
-        size = x_TBCHW.shape[3:]
         return self.conv(
-            folded(lambda h_NCHW: F.interpolate(h_NCHW, size, mode="nearest"), h_TBCHW)
+            folded(lambda h_NCHW: F.interpolate(h_NCHW, x_TBCHW.shape[3:], mode="nearest"), h_TBCHW)
         )
 
     def keep(self, h_1BCHW: Tensor) -> None:

@@ -53,7 +53,7 @@ RESNETS = {
 }
 
 
-def awake(model: nn.Module) -> nn.Module:
+def awake(model: M) -> M:
     torch.manual_seed(1)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -86,3 +86,8 @@ def lively(model: M) -> M:
         elif name.endswith("synapse.bias"):
             nn.init.uniform_(p, 0, 1.5)
     return model
+
+
+def spike(x: torch.Tensor, threshold: float = 1.0) -> torch.Tensor:
+    """A neuron at its first time step."""
+    return (x >= threshold).to(x.dtype)

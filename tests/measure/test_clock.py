@@ -87,9 +87,11 @@ def test_collectives_are_given_back() -> None:
 # ----------------------------------------------------------------------------------------- in a run
 
 
-def sleeping(original: Callable[..., Any]) -> Callable[..., Any]:
+def sleeping(
+    original: Callable[..., Any], is_slow: Callable[[], bool] = lambda: True
+) -> Callable[..., Any]:
     def act(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(SLEEP)
+        time.sleep(SLEEP if is_slow() else 0)
         return original(*args, **kwargs)
 
     return act
@@ -218,16 +220,8 @@ def slow_collectives(rank: int, ranks: int) -> dict[str, list[dict[str, float]]]
     first.
     """
     slow = {"on": False}
-
-    def slowly(original: Callable[..., Any]) -> Callable[..., Any]:
-        def act(*args: Any, **kwargs: Any) -> Any:
-            time.sleep(SLEEP if slow["on"] else 0)
-            return original(*args, **kwargs)
-
-        return act
-
     for name in COLLECTIVES:
-        setattr(distributed, name, slowly(getattr(distributed, name)))
+        setattr(distributed, name, sleeping(getattr(distributed, name), lambda: slow["on"]))
     clock = Clock()
     with charge_collectives(clock):
         return {

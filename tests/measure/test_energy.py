@@ -6,6 +6,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from pipeline.measure.energy import (
     PRICES,
     EnergyCounter,
     EnergyReadings,
+    EvenSample,
     Inference,
     describe_inference,
     energy_j,
@@ -21,6 +23,7 @@ from pipeline.measure.energy import (
 )
 from pipeline.measure.meters import Meters
 from pipeline.measure.operations import Work
+from pipeline.spiking.encode import is_static, repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
 from pipeline.train.evaluation import evaluate
@@ -105,32 +108,26 @@ def a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.usefixtures("a_card")
-def test_millijoules_of_the_right_card_are_joules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.measure.energy.pynvml", stand_in(lambda card: 7_500))
-    assert EnergyCounter(torch.device("cuda")).read() == 7.5
+def not_supported(card: Any) -> int:
+    raise NVMLError("not supported")
 
 
 @pytest.mark.usefixtures("a_card")
-def test_a_card_without_a_counter_has_no_joules(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(card: Any) -> int:
-        raise NVMLError("not supported")
-
-    monkeypatch.setattr("pipeline.measure.energy.pynvml", stand_in(refuse))
-    assert EnergyCounter(torch.device("cuda")).read() is None
+@pytest.mark.parametrize(
+    ("device", "counter", "joules"),
+    [("cuda", lambda card: 7_500, 7.5), ("cuda", not_supported, None), ("cpu", None, None)],
+)
+def test_millijoules_of_the_right_card_are_joules_where_there_is_a_counter(
+    device: str, counter: Any, joules: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.measure.energy.pynvml", stand_in(counter))
+    assert EnergyCounter(torch.device(device)).read() == joules
 
 
 def test_a_rank_without_a_counter_takes_part_in_the_mean() -> None:
     meters, asked = Meters(torch.nn.Linear(2, 2), batch_size=1, device=torch.device("cpu")), []
-    assert (
-        meters.over_ranks(lambda peaks: peaks, lambda used: asked.append(used) or used).device_j
-        is None
-    )
-    assert len(asked) == 1
-
-
-def test_a_cpu_has_none() -> None:
-    assert EnergyCounter(torch.device("cpu")).read() is None
+    totals = meters.over_ranks(lambda peaks: peaks, lambda used: asked.append(used) or used)
+    assert totals.device_j is None and len(asked) == 1
 
 
 def test_a_run_sums_what_training_used_and_not_what_was_used_between(
@@ -142,9 +139,8 @@ def test_a_run_sums_what_training_used_and_not_what_was_used_between(
     meters.forget_peaks()  # training begins
     meters.note_peaks()  # 3 J later an evaluation begins
     meters.forget_peaks()  # which ends at 20 J
-    assert (
-        meters.over_ranks(lambda peaks: peaks, lambda used: used / 2).device_j == 3.5
-    )  # of two ranks, the other used none
+    # of two ranks, the other used none
+    assert meters.over_ranks(lambda peaks: peaks, lambda used: used / 2).device_j == 3.5
 
 
 @pytest.mark.usefixtures("a_card")
@@ -218,3 +214,53 @@ def test_cards_add_and_one_that_ranks_share_counts_once(
 )
 def test_what_some_card_did_not_tell_is_not_measured(ranks: list[EnergyReadings]) -> None:
     assert joules_per_sample(ranks) is None
+
+
+# ------------------------------------------------------------------------------------------ samples
+
+
+def places(evenly: EvenSample) -> list[int]:
+    """Of the samples that are held, each of which was its place in the set."""
+    return [int(value) for x_TB in evenly.batches(3) for value in x_TB[0].flatten()]
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 8])
+def test_all_are_held_until_there_are_so_many_and_then_so_many(most: int):
+    evenly, others, held = EvenSample(most), EvenSample(most), list[int]()
+    for place in range(100):
+        evenly.add(torch.full((1, 1, 1), float(place)))
+        held = places(evenly)
+        assert len(evenly) == len(set(held)) == min(place + 1, most) and max(held) <= place
+    for first in range(0, 100, 7):
+        others.add(torch.arange(first, min(100, first + 7.0))[None, :, None])
+    assert places(others) == held
+
+
+@pytest.mark.parametrize("classes", [2, 7, 8, 10, 16])
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_each_class_is_among_them_and_each_about_as_often(classes: int, is_sorted: bool):
+    """Whether the set is sorted by class or its classes take turns."""
+    samples = 1600
+    evenly = EvenSample(640)
+    for first in range(0, samples, 100):
+        evenly.add(torch.arange(first, first + 100.0)[None, :, None])
+    held = np.array(places(evenly))
+    counts = np.bincount(
+        held * classes // samples if is_sorted else held % classes, minlength=classes
+    )
+    assert np.all(np.abs(counts - 640 / classes) < 4 * np.sqrt(640 / classes))
+
+
+def test_still_images_are_held_once_and_stay_still():
+    x_B = torch.randn(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    moving_TB = torch.randn(3, 5, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    for x_TB in (repeat(x_B, 3), moving_TB):
+        evenly = EvenSample(8)
+        evenly.add(x_TB)
+        first, second = evenly.batches(4)
+        assert is_static(first) == is_static(second) == is_static(x_TB)
+        assert torch.equal(by_first(torch.cat([first, second], dim=1)), by_first(x_TB))
+
+
+def by_first(x_TB: torch.Tensor) -> torch.Tensor:
+    return x_TB[:, x_TB[0].flatten(1)[:, 0].argsort()]

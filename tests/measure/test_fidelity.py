@@ -84,11 +84,7 @@ def test_dropout_and_a_loss_that_remembers_are_no_part_of_it() -> None:
     network.insert(2, nn.Dropout(0.5))
     x_TBC, target_B = batch(6, size=32)
     made: list[int] = []
-
-    def loss_for():
-        made.append(1)
-        return cross_entropy(target_B)
-
+    loss_for = lambda: made.append(1) or cross_entropy(target_B)
     bptt, sltt = (gradients(network, rule, x_TBC, loss_for) for rule in (BPTT(), SLTT()))
     assert max(fidelity(bptt, sltt, {}).temporal_share.values()) < 1e-12
     gradients(network, SLTT(), x_TBC, loss_for, batches=3)

@@ -258,8 +258,7 @@ def test_a_machine_is_known_again_however_many_cards_a_worker_saw(monkeypatch):
 
 def test_hardware_is_flat_and_the_same_twice():
     found = hardware(torch.device("cpu"))
-    assert found["torch"] == torch.__version__
-    assert found == hardware(torch.device("cpu"))
+    assert found == hardware(torch.device("cpu")) and found["torch"] == torch.__version__
     assert found["cpu"] and found["memory_gib"] > 0
     assert all(isinstance(value, (str, int)) for value in found.values())
 
@@ -281,10 +280,14 @@ def room(mount: Path, groups: str) -> int | None:
 
 
 @pytest.mark.parametrize("group", ["/", "/kubepods/of/the/host"])
-def test_a_container_that_sees_its_own_group_as_the_root(tmp_path: Path, group: str) -> None:
+@pytest.mark.parametrize(("limit", "left"), [("1000", 1000 - 700 + 200), ("max", None)])
+def test_a_container_that_sees_its_own_group_as_the_root(
+    tmp_path: Path, group: str, limit: str, left: int | None
+) -> None:
     """The cache that is not in use can be given back."""
-    plant(tmp_path, limit="1000", used=700, cache=200)
-    assert room(tmp_path, f"0::{group}\n") == 1000 - 700 + 200
+    plant(tmp_path, limit=limit, used=700, cache=200)
+    assert room(tmp_path, f"0::{group}\n") == left
+    assert room_bytes(mount=tmp_path, groups=tmp_path / "absent") is None
 
 
 def test_the_least_of_a_group_and_those_above_it(tmp_path: Path) -> None:
@@ -310,12 +313,6 @@ def test_the_first_version_has_files_of_its_own(tmp_path: Path) -> None:
     assert room(tmp_path, groups) == 400
     plant(tmp_path / "full" / "memory", limit="1000", used=1001, cache=0, version=1)
     assert room(tmp_path / "full", groups) == 0
-
-
-def test_without_a_limit_there_is_nothing_to_say(tmp_path: Path) -> None:
-    plant(tmp_path, limit="max", used=700, cache=200)
-    assert room(tmp_path, "0::/\n") is None
-    assert room_bytes(mount=tmp_path, groups=tmp_path / "absent") is None
 
 
 def test_what_is_free_is_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:

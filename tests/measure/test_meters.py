@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 
@@ -85,15 +85,9 @@ def test_a_part_has_the_seconds_of_what_makes_the_next_one_alone(
     meters: Meters, host: Host
 ) -> None:
     """And a teacher's seconds are its own."""
-
-    def slow() -> Iterator[int]:
-        for index in range(2):
-            host.sleep(2)
-            yield index
-
     for step in range(2):
         with meters.batch(step):
-            for _ in meters.each("forward", slow()):
+            for _ in meters.each("forward", (host.sleep(2) for _ in range(2))):
                 host.sleep(1)
             with meters.part("teacher"):
                 host.sleep(5)
@@ -224,19 +218,28 @@ def test_of_a_batch_that_is_skipped_its_seconds_alone_are_kept_and_the_next_is_c
     assert totals.steady_batches == 1 and totals.train_s < 2 * 0.05
 
 
-def test_operations_are_counted_on_the_third_batch_and_told_by_the_sample() -> None:
-    network = nn.Linear(2, 2, bias=False)
-    meters = Meters(network, batch_size=4, device=torch.device("cpu"))
+def test_operations_of_the_rule_alone_are_counted_on_the_third_batch_by_the_sample() -> None:
+    """Neither a teacher's products nor an optimizer's; and an instrument of somebody else looks
+    away there, too.
+    """
+    network, x_BC = nn.Linear(2, 2, bias=False), torch.tensor([[2.0, 3.0], [0.0, 5.0]])
+    meters, traffic = Meters(network, batch_size=2, device=torch.device("cpu")), Traffic()
     for step in range(4):
+        if step == 3:
+            meters.watch(traffic)
         with meters.batch(step):
-            x_BC = torch.tensor([[2.0, 3.0], [0.0, 5.0]])
+            with meters.part("teacher"):
+                network(x_BC)
             logits_BK = network(x_BC)
             logits_BK.square().sum().backward()
             meters.add(LossTerm(None, torch.tensor(0.0), logits_BK.detach()))
             meters.end_of_micro_batch(torch.tensor([0, 1]), 1.0)
+            with meters.part("optimizer"):
+                torch.mm(x_BC, x_BC)
     work = {"multiplications": 3.0, "additions": 3.0, "dense": 4.0}
     assert meters.totals.operation_samples == 2
     assert meters.totals.operations_per_sample() == {"forward": work, "weights": work}
+    assert [each.flops for each in traffic.operations if each.flops] == [16, 16]
     # as a checkpoint keeps it
     assert Totals(**json.loads(json.dumps(asdict(meters.totals)))) == meters.totals
 
@@ -253,27 +256,6 @@ def test_operations_are_counted_at_the_same_steps_whatever_attempt_makes_them() 
                 at += [step] if what == "operations" else []
                 meters._due.remove(what)
     assert at == [2, 1002]
-
-
-def test_operations_are_the_rules_alone() -> None:
-    """Neither a teacher's products nor an optimizer's; and an instrument of somebody else looks
-    away there, too.
-    """
-    network, x_BC = nn.Linear(2, 2, bias=False), torch.tensor([[2.0, 3.0], [0.0, 5.0]])
-    meters, traffic = Meters(network, batch_size=2, device=torch.device("cpu")), Traffic()
-    for step in range(4):
-        if step == 3:
-            meters.watch(traffic)
-        with meters.batch(step):
-            with meters.part("teacher"):
-                network(x_BC)
-            logits_BK = network(x_BC)
-            meters.add(LossTerm(None, torch.tensor(0.0), logits_BK.detach()))
-            meters.end_of_micro_batch(torch.tensor([0, 1]), 1.0)
-            with meters.part("optimizer"):
-                torch.mm(x_BC, x_BC)
-    assert meters.totals.operations["forward"]["dense"] == 8
-    assert [each.flops for each in traffic.operations if each.flops] == [16]
 
 
 @pytest.mark.parametrize("of", ["rss", "reserved"])

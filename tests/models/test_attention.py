@@ -11,14 +11,10 @@ from pipeline.models.residual import BlockFactory
 from pipeline.spiking.neuron import LIF, PLIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.surrogate import Sigmoid
+from tests.helpers.families import spike
 from tests.helpers.rule_networks import outputs, refusals
 
 HEADS, CHANNELS = 2, 6
-
-
-def spike(x: Tensor, threshold: float = 1.0) -> Tensor:
-    """A neuron at its first time step."""
-    return (x >= threshold).to(x.dtype)
 
 
 def lively(attention: Attention) -> Attention:

@@ -3,13 +3,11 @@ import torch
 from torch import nn
 
 from pipeline.models.convnet import convnet
-from pipeline.rules.bptt import BPTT
-from pipeline.rules.sltt import SLTT
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateLIF
-from tests.helpers.rule_networks import attached, cross_entropy, learn, outputs, refusals, spikes_of
+from tests.helpers.rule_networks import outputs, refusals
 
 
 @pytest.mark.parametrize(("norm", "stride"), [("batch", 1), ("none", 1), ("none", 2)])
@@ -77,19 +75,6 @@ def test_dropout_stands_behind_each_neuron_with_one_mask_for_a_batch_or_each_ste
     assert len(dropped) == 3 and all(0.42 < each.mean() < 0.58 for each in dropped)
     first_T = dropped[0].view(4, -1)
     assert all(torch.equal(first_T[0], each) for each in first_T[1:]) == (mask == "batch")
-
-
-def test_bptt_and_sltt_drop_the_same_units():
-    x_TBCHW, target_B, found = 2 * torch.randn(4, 5, 1, 8, 8).double(), torch.arange(5) % 3, []
-    how = {"in_channels": 1, "stages": ((4,), (4,)), "dropout": 0.3}
-    for rule in (BPTT(), SLTT()):
-        torch.manual_seed(0)
-        rule, model = attached(rule, convnet(3, neuron=LIF(threshold=0.5), **how).double())
-        record = spikes_of(model)
-        learn(rule.loss_terms(model, x_TBCHW, cross_entropy(target_B)))
-        found.append([torch.cat(slices) for slices in record.values()])
-    assert len(found[0]) == 2 and all(s.any() for s in found[0])
-    assert all(map(torch.equal, *found))
 
 
 def test_the_rate_head_ends_in_rates():

@@ -108,11 +108,13 @@ def network(name: str) -> nn.Module:
 
 
 def test_the_recipes_with_1_bit_weights():
-    of_qkformer = [
-        f"qkformer_10_{which}"
-        for which in ("384_sei_bw", "384_sei_bw_reading_b", "512_sei_bw", "768_sei_bw")
+    assert list(RECIPES) == [
+        "ms_resnet34_sei_bw",
+        "qkformer_10_384_sei_bw",
+        "qkformer_10_384_sei_bw_reading_b",
+        "qkformer_10_512_sei_bw",
+        "qkformer_10_768_sei_bw",
     ]
-    assert list(RECIPES) == ["ms_resnet34_sei_bw", *of_qkformer]
 
 
 @pytest.mark.full

@@ -15,17 +15,8 @@ from pipeline.rules.bptt import BPTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Conv2d
+from tests.helpers.families import awake
 from tests.helpers.rule_networks import attached, cross_entropy, outputs, refusals
-
-
-def awake(model: NFResNet) -> NFResNet:
-    """Gains, biases and a classifier under which every branch speaks."""
-    for name, p in model.named_parameters():
-        if "gain" in name:
-            nn.init.uniform_(p, 0.5, 1.5)
-        elif p.dim() < 4:
-            nn.init.normal_(p)
-    return model.double()
 
 
 def tiny(**choices) -> NFResNet:
@@ -102,7 +93,7 @@ def by_hand(model: NFResNet, x_BCHW: torch.Tensor, steps: int) -> torch.Tensor:
 @pytest.mark.parametrize("bottleneck", [False, True])
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
 def test_against_an_independent_forward(bottleneck, stem):
-    model = awake(tiny(bottleneck=bottleneck, stem=stem))
+    model = awake(tiny(bottleneck=bottleneck, stem=stem)).double()
     x_BCHW = torch.randn(3, 2, 16, 16, dtype=torch.float64)
     got, expected = outputs(model, repeat(x_BCHW, 4)), by_hand(model, x_BCHW, 4)
     assert got.shape == (4, 3, 5) and got.std() > 0.1

@@ -107,6 +107,10 @@ test_refuses = refusals(
             lambda: preact_resnet18_small(blocks=()),
             r"PreActResNet: blocks must be whole numbers >= 1; got blocks=\(\)",
         ),
+        (
+            lambda: preact_resnet18_small(head="none"),  # type: ignore[arg-type]
+            r"PreActResNet: head must be 'rate' or 'linear'; got head='none'",
+        ),
     ]
 )
 
@@ -120,7 +124,3 @@ def test_with_a_linear_head_it_is_slTTs_network():
     biases = 64 + 2 * 2 * (64 + 128 + 256 + 512) + 128 + 256 + 512  # stem, blocks, shortcuts
     assert round((sum(p.numel() for p in model.parameters()) + biases) / 1e6, 2) == 11.18
     assert sum(isinstance(m, LIF) for m in model.modules()) == 17
-    with pytest.raises(
-        ValueError, match=r"PreActResNet: head must be 'rate' or 'linear'; got head='none'"
-    ):
-        preact_resnet18_small(head="none")

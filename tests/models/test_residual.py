@@ -10,14 +10,13 @@ from pipeline.models.residual import (
     Layer,
     Repeat,
     Rescaled,
-    Residual,
 )
-from pipeline.spiking.neuron import LIF, named_neurons
+from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d
-from tests.helpers.families import lively
+from tests.helpers.families import lively, spike
 from tests.helpers.rule_networks import outputs, refusals
 
 FFN = [Layer(4, 12, bias=True), Layer(12, 4, bias=True)]
@@ -34,11 +33,6 @@ def norm(module: BatchNorm, x: torch.Tensor) -> torch.Tensor:
 
 def conv(module: Conv2d, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
     return F.conv2d(x, module.weight, module.bias, stride, module.weight.shape[-1] // 2)
-
-
-def spike(x: torch.Tensor) -> torch.Tensor:
-    """A neuron at its first time step."""
-    return (x >= 1).to(x.dtype)
 
 
 def layers(model: nn.Module) -> list[tuple[Conv2d, BatchNorm]]:
@@ -115,13 +109,6 @@ def test_a_stream_passes_silent_layers_whole(shortcut, kind):
         y_TB.backward(g_TB)
     assert (y_TB - x_TB).abs().max() < 1e-15
     assert (x_TB.grad - g_TB).abs().max() < 1e-15  # type: ignore[operator]
-
-
-@pytest.mark.parametrize(("shortcut", "residuals"), [("multiple", 2), ("membrane", 1)])
-def test_every_layer_has_its_shortcut(shortcut, residuals):
-    found = blocks(shortcut).residual(DOWN).modules()
-    assert sum(isinstance(m, Residual) for m in found) == residuals
-    assert len(named_neurons(blocks(shortcut).residual(FFN))) == 2
 
 
 def test_sws_divides_by_the_stream_and_projects_spikes():

@@ -113,5 +113,6 @@ def test_a_run_tells_of_both_its_workers_machines(tmp_path: Path) -> None:
 
 def _on_its_own(rank: int, ranks: int, job: Job) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.measure.memory._cpu_model", lambda: f"cpu {rank}")
+        cpu = {"model name": f"cpu {rank}"}
+        patch.setattr("pipeline.measure.memory._proc_field", lambda _, field: cpu.get(field, "0"))
         run(job, RankInfo(rank, ranks))

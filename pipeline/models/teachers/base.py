@@ -3,7 +3,7 @@
 # B batch, C channels, H W pixels, K classes
 
 import hashlib
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +11,6 @@ from torch import Tensor, nn
 from pipeline.core.torch_settings import Precision
 from pipeline.models.teachers.cache import Cache
 from pipeline.models.teachers.probe import Probe
-
-
-@runtime_checkable
-class ImageData(Protocol):
-    """A data set of images, with one mean and one std per channel.
-
-    Its batches contain `(pixels - mean) / std`, for pixels in 0..1.
-    """
-
-    classes: int
-    shape: tuple[int, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 class Teacher(nn.Module):

@@ -89,12 +89,20 @@ class CachedPredictions:
 
         The result is None unless all are stored.
         """
-        self._open(epoch)
+        if epoch != self._epoch:
+            self._epoch, self._places = epoch, {}
+            for path in sorted(self.folder.glob(f"epoch-{epoch:06d}.*.answers")):
+                # A process that died may have left an incomplete last record.
+                whole = path.stat().st_size // self._record.itemsize
+                if whole:  # an empty file cannot be mapped
+                    records = np.memmap(path, self._record, mode="r", shape=(whole,))
+                    for row, sample in enumerate(records["sample"].tolist()):
+                        self._places[sample] = (path, row, records)
         samples = index_B.tolist()
         if not self._places.keys() >= set(samples):
             return None
         answers = []
-        for path, row, records in map(self._places.__getitem__, samples):
+        for path, row, records in (self._places[sample] for sample in samples):
             require(
                 records[row]["check"] == _checksum(records[row]),
                 f"Cache: record {row} of {path} must have its checksum; it is damaged: delete the"
@@ -114,18 +122,6 @@ class CachedPredictions:
         with (self.folder / f"epoch-{epoch:06d}.{self._writer}.answers").open("ab") as file:
             file.write(records.tobytes())
         return stored_BK.float().to(logits_BK.device)
-
-    def _open(self, epoch: int) -> None:
-        if epoch == self._epoch:
-            return
-        self._epoch, self._places = epoch, {}
-        for path in sorted(self.folder.glob(f"epoch-{epoch:06d}.*.answers")):
-            # A process that died may have left an incomplete last record.
-            whole = path.stat().st_size // self._record.itemsize
-            if whole:  # an empty file cannot be mapped
-                records = np.memmap(path, self._record, mode="r", shape=(whole,))
-                for row, sample in enumerate(records["sample"].tolist()):
-                    self._places[sample] = (path, row, records)
 
 
 def record(classes: int, storage: Storage) -> np.dtype[np.void]:

@@ -98,8 +98,9 @@ class Probe:
         )
         w_KD = minimum.x[:-classes].reshape(shape) / std_D
         # Created on the meta device, so that no random numbers are drawn.
-        head = nn.Linear(shape[1], classes, device="meta").to_empty(device="cpu")
-        head.requires_grad_(False)
+        head = (
+            nn.Linear(shape[1], classes, device="meta").to_empty(device="cpu").requires_grad_(False)
+        )
         head.weight.copy_(torch.from_numpy(w_KD))
         head.bias.copy_(torch.from_numpy(minimum.x[-classes:] - w_KD @ mean_D))
         return head

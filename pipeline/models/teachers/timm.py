@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from pipeline.core.checks import refuse_unless_one_of, require
 from pipeline.core.torch_settings import Precision, products_in
-from pipeline.models.teachers.base import ImageData, Teacher, content_hash
+from pipeline.data.base import Data
+from pipeline.models.teachers.base import Teacher, content_hash
 from pipeline.models.teachers.cache import Cache
 from pipeline.models.teachers.probe import Probe
 from pipeline.models.teachers.weights import Hub, Untrained, Weights
@@ -63,9 +64,9 @@ class TimmTeacher(Teacher):
     @torch.no_grad()
     def features(self, x_BCHW: Tensor) -> Tensor:
         with products_in(self.precision), torch.autocast(x_BCHW.device.type, enabled=False):
-            features = self.body.forward_features(self._seen(x_BCHW))  # type: ignore[operator]
             return self.body.forward_head(  # type: ignore[operator]
-                features, pre_logits=True
+                self.body.forward_features(self._seen(x_BCHW)),  # type: ignore[operator]
+                pre_logits=True,
             ).float()
 
     @torch.no_grad()
@@ -77,12 +78,14 @@ class TimmTeacher(Teacher):
         return self.head(self.features(x_BCHW))
 
     def _seen(self, x_BCHW: Tensor) -> Tensor:
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        return self.view(x_BCHW).to(dtype, memory_format=torch.channels_last)
+        return self.view(x_BCHW).to(
+            torch.bfloat16 if self.precision == "bf16" else torch.float32,
+            memory_format=torch.channels_last,
+        )
 
 
 def timm_teacher(
-    data: ImageData,
+    data: Data,
     *,
     name: str,
     weights: Weights = Hub(),
@@ -98,7 +101,8 @@ def timm_teacher(
     resized to the teacher's size and normalised as in the teacher's training.
 
     Args:
-        data: the data set.
+        data: a data set of images with `mean` and `std`, one value per channel. Its batches contain
+            `(pixels - mean) / std`, for pixels in 0..1.
         weights: Hub(), File or Package (models/teachers/weights.py).
         size: pixels a side of the teacher's input; None: its own. A smaller size costs less.
         crop: the share of the view's side that the teacher sees. The view is already a crop, so the
@@ -110,10 +114,11 @@ def timm_teacher(
     Raises: ValueError for a name that timm does not know, weights that are unavailable or do not
     fit, data without images, or other classes without a probe.
     """
+    mean, std = getattr(data, "mean", ()), getattr(data, "std", ())
     require(
-        isinstance(data, ImageData) and len(data.shape) == 3 and data.shape[0] in (1, 3),
+        len(data.shape) == 3 and data.shape[0] in (1, 3) and len(mean) and len(std),
         f"timm_teacher: {name} needs images, RGB or grey, and the data set's mean and std; got"
-        f" {type(data).__name__} of shape {getattr(data, 'shape', None)}",
+        f" {type(data).__name__} of shape {data.shape}",
     )
     body = weights.load(name)
     own = timm.data.resolve_data_config(model=body)
@@ -131,8 +136,8 @@ def timm_teacher(
         " it needs a probe, probe=spec(Probe); got None",
     )
     view = TeacherView(
-        mean=data.mean,
-        std=data.std,
+        mean=mean,
+        std=std,
         size=own_size if size is None else (size, size),
         crop=own["crop_pct"] if crop == "own" else crop,
         interpolation=own["interpolation"],
@@ -155,11 +160,6 @@ class TeacherView(nn.Module):
     Raises: ValueError for another interpolation or a crop outside 0..1.
     """
 
-    mean: Tensor
-    std: Tensor
-    own_mean: Tensor
-    own_std: Tensor
-
     def __init__(
         self,
         *,
@@ -178,15 +178,10 @@ class TeacherView(nn.Module):
             f"TeacherView: crop must be a share in 0..1, 0 excluded, or 'own'; got {crop!r}",
         )
         self.size, self.crop, self.interpolation = size, crop, interpolation
-        for name, values in (
-            ("mean", mean),
-            ("std", std),
-            ("own_mean", own_mean),
-            ("own_std", own_std),
-        ):
-            self.register_buffer(
-                name, torch.tensor(values, dtype=torch.float32)[:, None, None], persistent=False
-            )
+        self.mean, self.std, self.own_mean, self.own_std = (
+            nn.Buffer(torch.tensor(values, dtype=torch.float32)[:, None, None], persistent=False)
+            for values in (mean, std, own_mean, own_std)
+        )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         pixels_BCHW = self.pixels(x_BCHW)

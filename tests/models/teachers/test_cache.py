@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.teachers.cache import Cache, CachedPredictions, record
+from tests.helpers.damage import flip
 from tests.helpers.rule_networks import refusals
 
 K = 5
@@ -64,9 +65,7 @@ def test_what_a_death_left_half_written_is_not_read(tmp_path: Path) -> None:
 def test_a_damaged_answer_is_refused(tmp_path: Path) -> None:
     kept(tmp_path).add(0, *answers(0, 4))
     (file,) = tmp_path.iterdir()
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1
-    file.write_bytes(content)
+    flip(file, file.stat().st_size - 3)
     reader = kept(tmp_path)
     assert reader.find(0, torch.arange(3)) is not None
     with pytest.raises(ValueError, match=r"record 3 of .* it is damaged: delete the file"):
