@@ -72,7 +72,8 @@ def write_fashion(
     from pipeline.data.write.images import write_fashion as write_files
 
     with _progress("fashion") as bar:
-        _report(write_files(out, workers=workers, source=source, progress=bar, existing=existing))
+        written = write_files(out, workers=workers, source=source, progress=bar, existing=existing)
+    _report(written)
 
 
 @write.command(
@@ -112,19 +113,18 @@ def write_folder(
     from pipeline.data.write.images import write_folder as write_files
 
     with _progress(source.name) as bar:
-        _report(
-            write_files(
-                source,
-                out,
-                mode=mode,
-                max_resolution=max_resolution,
-                quality=quality,
-                workers=workers,
-                max_bad=max_bad,
-                progress=bar,
-                existing=existing,
-            )
+        written = write_files(
+            source,
+            out,
+            mode=mode,
+            max_resolution=max_resolution,
+            quality=quality,
+            workers=workers,
+            max_bad=max_bad,
+            progress=bar,
+            existing=existing,
         )
+    _report(written)
 
 
 @write.command("events", epilog="Example: spiketrain write events moving --out data/moving")
@@ -171,20 +171,19 @@ def write_events(
     given = {"source": source, "slices": slices, "size": size, "resize": resize}
     given |= {"samples": samples, "val_samples": val_samples}
     with _progress(name) as bar:
-        _report(
-            write_files(
-                name,
-                out,
-                frames_by=frames_by,
-                counts=counts,
-                overflow=overflow,
-                workers=workers,
-                max_bad=max_bad,
-                progress=bar,
-                existing=existing,
-                **{key: value for key, value in given.items() if value is not None},
-            )
+        written = write_files(
+            name,
+            out,
+            frames_by=frames_by,
+            counts=counts,
+            overflow=overflow,
+            workers=workers,
+            max_bad=max_bad,
+            progress=bar,
+            existing=existing,
+            **{key: value for key, value in given.items() if value is not None},
         )
+    _report(written)
 
 
 @write.command(
@@ -234,23 +233,22 @@ def write_stamps(
     from pipeline.data.write.stamps import write_stamps as write_files
 
     with _progress("stamps") as bar:
-        _report(
-            write_files(
-                out,
-                size=size,
-                split=split,
-                samples=samples,
-                val_samples=val_samples,
-                smallest=smallest,
-                content_seed=content_seed,
-                source=source,
-                mode=mode,
-                quality=quality,
-                workers=workers,
-                progress=bar,
-                existing=existing,
-            )
+        written = write_files(
+            out,
+            size=size,
+            split=split,
+            samples=samples,
+            val_samples=val_samples,
+            smallest=smallest,
+            content_seed=content_seed,
+            source=source,
+            mode=mode,
+            quality=quality,
+            workers=workers,
+            progress=bar,
+            existing=existing,
         )
+    _report(written)
 
 
 @commands.command(epilog="Example: spiketrain verify data/fashion")

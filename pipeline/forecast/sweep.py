@@ -161,7 +161,7 @@ def sweep(
             refused.setdefault(label, {})[time_steps] = reason
     reasons = dict.fromkeys(why for at_T in refused.values() for why in at_T.values())
     require(points, "sweep: no rule can train this network; " + "; ".join(reasons))
-    order = list(dict.fromkeys(point.cost.rule for point in points))
+    order = [point.cost.rule for point in points]
     points.sort(key=lambda point: (order.index(point.cost.rule), point.time_steps))
     return Sweep(
         recipe=recipe.name,

@@ -334,9 +334,8 @@ def _gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[
         except Exception as error:  # of many types
             findings.append(_bad("gpus", f"GPU {index} fails", error, advice))
     # Without Ray, NVIDIA's driver has a file for each GPU. The user may have chosen some GPUs.
-    files = (
-        len(list(DEVICES.glob("nvidia[0-9]*"))) if ("CUDA_VISIBLE_DEVICES" not in os.environ) else 0
-    )
+    chosen = "CUDA_VISIBLE_DEVICES" in os.environ
+    files = 0 if chosen else len(list(DEVICES.glob("nvidia[0-9]*")))
     promised = files if resources is None else int(resources.get("GPU", 0))
     if count < promised:
         advice += "; without Ray, CUDA_VISIBLE_DEVICES names the GPUs to use"

@@ -173,18 +173,18 @@ class Ray:
         )
         return gpus, cores, loader_threads
 
-    def room(self) -> int:
+    def room(self) -> int | None:
         """The number of runs of this size that can train at the same time on cores and GPUs of
-        their own.
+        their own. None: unknown, since the CPUs of a cluster that was joined may be logical cores,
+        and workers reserve physical ones.
         """
         import ray
 
         has = ray.cluster_resources()
         gpus, cores, _ = self._share()
-        # Our own cluster has physical cores. Another one has the CPUs that its nodes were given.
-        there = cores_here() if self.cluster.address is None else int(has.get("CPU", 0))
-        runs = there // (self.least * cores)
-        return min(runs, int(has["GPU"]) // self.least) if gpus else runs
+        if gpus:
+            return min(int(has["CPU"]) // (self.least * cores), int(has["GPU"]) // self.least)
+        return cores_here() // (self.least * cores) if self.cluster.address is None else None
 
     def resume_options(self) -> list[str]:
         """Options of `spiketrain resume` that make another process train on the same machines."""

@@ -132,14 +132,19 @@ def parallel_runs(launcher: Launcher, wanted: CountOrAuto) -> int:
     """The number of runs that train at once. `auto`: as many as there is room for.
 
     Raises:
-        UserError: there is no room for so many.
+        UserError: there is no room for so many, or `auto` where the room is unknown.
     """
     if wanted == 1:
         return 1
     room = launcher.room()
     if wanted == "auto":
+        if room is None:
+            raise UserError(
+                "launch: --side-by-side must be a number on a cluster without GPUs that was joined,"
+                " whose physical cores are unknown; got auto"
+            )
         return max(1, room)
-    if wanted > room:
+    if room is not None and wanted > room:
         raise UserError(
             f"launch: {wanted} runs side by side need cores and cards of their own; there is room"
             f" for {room}"

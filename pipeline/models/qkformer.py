@@ -150,26 +150,17 @@ class QKFormer(nn.Module):
             (channels // 2, 2, TokenQK),
             (channels, depth - 3, partial(SelfAttention, projection_neuron=projection_neuron)),
         ):
-            stem = (
-                nn.Sequential()
-                if self.stages
-                else _stem(blocks, in_channels, wide // 2, shrink=shrink)
-            )
+            stem = nn.Sequential()
+            if not self.stages:
+                stem = _stem(blocks, in_channels, wide // 2, shrink=shrink)
             layers = [Layer(wide // 2, wide, 3, pools=True), Layer(wide, wide, 3)]
             stage = nn.Sequential(
                 named(stem=stem, residual=blocks.one_residual(layers, shortcut_of="first"))
             )
-            stage.extend(
-                block(
-                    blocks,
-                    wide,
-                    attention=attention,
-                    heads=heads,
-                    expansion=expansion,
-                    drop_path=next(shares),
-                )
-                for _ in range(count)
-            )
+            mixing = partial(attention, blocks, wide, heads=heads)
+            for _ in range(count):
+                drop = next(shares)
+                stage.append(block(blocks, wide, mixing, expansion=expansion, drop_path=drop))
             self.stages.append(stage)
         self.last = nn.Identity() if blocks.carries_spikes else blocks.stream_spikes()
         self.classifier = Linear(channels, classes)
@@ -197,14 +188,13 @@ def _stem(blocks: BlockFactory, in_channels: int, channels: int, *, shrink: int)
 def block(
     blocks: BlockFactory,
     channels: int,
+    attention: Callable[[], "Attention"],
     *,
-    attention: Callable[..., "Attention"],
-    heads: int,
     expansion: int,
     drop_path: float,
 ) -> nn.Sequential:
     """Attention and FFN, each with its shortcut."""
-    mixer = blocks.wrap(attention(blocks, channels, heads=heads), drop_path=drop_path)
+    mixer = blocks.wrap(attention(), drop_path=drop_path)
     wide = channels * expansion
     layers = [Layer(channels, wide, bias=True), Layer(wide, channels, bias=True)]
     ffn = blocks.residual(layers, last_gain=blocks.branch_gain, drop_path=drop_path)

@@ -50,30 +50,8 @@ def ratios(group: Group) -> Figure | Missing:
     if not ratio_of:
         return Missing(title=title, why=f"no rule has a seed in common with {group.against}")
     names = [name for name in costs if any(name == measured for _, measured in ratio_of)]
-    data = []
-    for index, rule in enumerate(rules, start=1):  # a row of markers, apart from those of others
-        offset = 0.6 * ((index - 1) / (len(rules) - 1) - 0.5) if len(rules) > 1 else 0.0
-        here = {names.index(name): ratio for (of, name), ratio in ratio_of.items() if of == rule}
-        about = {
-            "error_x": _errors([*here.values()], index),
-            "text": [f"{ratio.mean:.2f}" for ratio in here.values()],
-            "textposition": "top center",
-            "textfont": {"size": 12, "color": color(index)},
-            "marker": {"color": color(index), "symbol": symbol(index), "size": 10},
-            "hovertemplate": "%{x:.3f}<extra>" + plain(rule) + "</extra>",
-        }
-        means, heights = [ratio.mean for ratio in here.values()], [each + offset for each in here]
-        data.append(scatter(rule, means, heights, mode="markers+text", **about))
     most = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in ratio_of.values()))
-    line = {
-        "type": "line",
-        "x0": 1,
-        "x1": 1,
-        "y0": 0,
-        "y1": 1,
-        "yref": "y domain",
-        "line": {"color": INK, "width": 1, "dash": "dot"},
-    }
+    line = {"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "y domain"}
     ticks = {"tickvals": [*range(len(names))], "ticktext": [costs[name] for name in names]}
     caption = (
         "Left of the dotted line is less than the baseline; mean and standard deviation over the"
@@ -102,7 +80,7 @@ def ratios(group: Group) -> Figure | Missing:
             ),
         ),
         drawing=drawing(
-            data,
+            _ratio_markers(rules, names, ratio_of),
             height=110 + len(names) * max(52, 30 * len(rules)),
             xaxis=titled(f"multiple of {plain(group.against)}", range=[0, 1.3 * most]),
             yaxis={
@@ -111,9 +89,30 @@ def ratios(group: Group) -> Figure | Missing:
                 "showgrid": False,
                 "zeroline": False,
             },
-            shapes=[line],
+            shapes=[line | {"line": {"color": INK, "width": 1, "dash": "dot"}}],
         ),
     )
+
+
+def _ratio_markers(
+    rules: Sequence[str], names: Sequence[str], ratio_of: Mapping[tuple[str, str], Spread]
+) -> list[dict[str, Any]]:
+    """A row of markers for each rule, a little apart from those of the others."""
+    data = []
+    for index, rule in enumerate(rules, start=1):
+        offset = 0.6 * ((index - 1) / (len(rules) - 1) - 0.5) if len(rules) > 1 else 0.0
+        here = {names.index(name): ratio for (of, name), ratio in ratio_of.items() if of == rule}
+        about = {
+            "error_x": _errors([*here.values()], index),
+            "text": [f"{ratio.mean:.2f}" for ratio in here.values()],
+            "textposition": "top center",
+            "textfont": {"size": 12, "color": color(index)},
+            "marker": {"color": color(index), "symbol": symbol(index), "size": 10},
+            "hovertemplate": "%{x:.3f}<extra>" + plain(rule) + "</extra>",
+        }
+        means, heights = [ratio.mean for ratio in here.values()], [each + offset for each in here]
+        data.append(scatter(rule, means, heights, mode="markers+text", **about))
+    return data
 
 
 def trade_off(group: Group, name: str) -> Figure | Missing:
@@ -154,18 +153,14 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
         data.append(scatter(rule, [cost.mean / scale], [100 * top1.mean], mode="markers", **about))
     if name == ENERGY:
         how = f"{how}. {_describe_energy(group)}"
-    diverged = [
-        f"{rule} (seed {', '.join(map(str, sorted(seeds)))})"
-        for rule in group.rules
-        if (seeds := group.diverged(rule))
-    ]
+    diverged = _diverged(group)
     return Figure(
         name=f"accuracy-against-{what.replace(' ', '-')}",
         title=title,
         caption=(
             f"{what.capitalize()}: {how}. Filled markers are on the Pareto front: no other rule is"
             " at least as good in both."
-            + (f" Diverged, and in no mean: {', '.join(diverged)}." if diverged else "")
+            + (f" Diverged, and in no mean: {diverged}." if diverged else "")
         ),
         alt=(
             f"On the Pareto front of accuracy and {what}, of {len(points)} rules:"
@@ -178,6 +173,14 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
             xaxis=titled(f"{what}, {unit}", rangemode="tozero"),
             yaxis=titled("top-1, %"),
         ),
+    )
+
+
+def _diverged(group: Group) -> str:
+    return ", ".join(
+        f"{rule} (seed {', '.join(map(str, sorted(seeds)))})"
+        for rule in group.rules
+        if (seeds := group.diverged(rule))
     )
 
 
@@ -379,29 +382,13 @@ def learning_curves(group: Group) -> Figure | Missing:
         )
         for points, rules in logs.items()
     ]
-    others = sorted({other for run in group.runs if (other := _other_setting(run))})
-    remarks = {
-        "Stars: the published log that recipes of a rule carry.": bool(logs),
-        **{f"Of another setting than the run's: {each}.": bool(logs) for each in others},
-        f"A curve of more than {_MOST} points is shown in {_MOST} means at most, here and in the"
-        " CSV.": any(len(run.history.curve) > _MOST for run in group.runs),
-        "Of a long journal not every point is read: what is left out is in no mean.": any(
-            run.curve_every > 1 for run in group.runs
-        ),
-        "Beyond its last cross a running run shows its earlier batches until it has repeated"
-        " them.": any(run.history.again_from is not None for run in group.runs),
-    }
-    caption = (
-        "Lines: training batches, each point the mean since the one before; markers: the"
-        f" evaluation set. Crosses: restarts ({len(restarts)})."
-    )
     columns = ("run", "rule", "seed", "what", "step", "epochs", "seconds", "top-1", "loss")
     runs, times = counted(len(group.runs), "run"), counted(len(restarts), "restart")
     beside = "; ".join(standings(group)) or "no recipe carries published points"
     return Figure(
         name="learning-curves",
         title=title,
-        caption=" ".join([caption, *(text for text, applies in remarks.items() if applies)]),
+        caption=_curves_caption(group, has_logs=bool(logs)),
         alt=f"Accuracy of {runs} by epoch, with {times}; {beside}.",
         table=Table(columns=columns, rows=tuple(rows)),
         drawing=drawing(
@@ -411,6 +398,27 @@ def learning_curves(group: Group) -> Figure | Missing:
             yaxis=titled("top-1, %"),
         ),
     )
+
+
+def _curves_caption(group: Group, *, has_logs: bool) -> str:
+    others = sorted({other for run in group.runs if (other := _other_setting(run))})
+    remarks = {
+        "Stars: the published log that recipes of a rule carry.": has_logs,
+        **{f"Of another setting than the run's: {each}.": has_logs for each in others},
+        f"A curve of more than {_MOST} points is shown in {_MOST} means at most, here and in the"
+        " CSV.": any(len(run.history.curve) > _MOST for run in group.runs),
+        "Of a long journal not every point is read: what is left out is in no mean.": any(
+            run.curve_every > 1 for run in group.runs
+        ),
+        "Beyond its last cross a running run shows its earlier batches until it has repeated"
+        " them.": any(run.history.again_from is not None for run in group.runs),
+    }
+    restarts = sum(len(run.history.restarts) for run in group.runs)
+    caption = (
+        "Lines: training batches, each point the mean since the one before; markers: the"
+        f" evaluation set. Crosses: restarts ({restarts})."
+    )
+    return " ".join([caption, *(text for text, applies in remarks.items() if applies)])
 
 
 def _logs(runs: Sequence[Run]) -> dict[tuple[tuple[int, float], ...], list[str]]:

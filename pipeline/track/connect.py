@@ -17,13 +17,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline.core.files import is_name
 from pipeline.core.secrets import without_secrets
 from pipeline.recipe.suite import is_suite, runs_of, sources_in
 from pipeline.track.journal import Record
 from pipeline.track.state import is_driven
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 SQLITE = "sqlite:///"
 _LOGIN = re.compile(r"//(?:[^/\s:]*:\S*|[^/\s]*)@")
@@ -33,10 +37,8 @@ class TrackingError(RuntimeError):
     """A tracking store could not be reached or read; the message is one line for a user."""
 
 
-def connect(uri: str) -> Any:
-    """An `MlflowClient`. The first one for an SQLite file creates the file and its schema, which
-    takes seconds.
-    """
+def connect(uri: str) -> "MlflowClient":
+    """A client of a store. The first one for an SQLite file creates it, which takes seconds."""
     defaults = {
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         # 3.17.2 retries 7 times with 120 s each. Here the owner of the client retries.
@@ -107,7 +109,7 @@ PARENT_OF = "mlflow.parentRunId"
 PATIENCE_S = 120.0  # wait for another delivery; a delivery takes seconds unless it was stopped
 
 
-def experiment_of(client: Any, start: Record, *, uri: str, runs_dir: Path) -> str:
+def experiment_of(client: "MlflowClient", start: Record, *, uri: str, runs_dir: Path) -> str:
     """The id of a run's experiment. A missing experiment is created."""
     name = str(start.get("family") or start.get("recipe") or "spiketrain")
     experiment = client.get_experiment_by_name(name)
@@ -133,7 +135,7 @@ def _artifacts(uri: str, runs_dir: Path, name: str) -> str | None:
     return ((runs_dir if file is None else file.parent).resolve() / "mlartifacts" / folder).as_uri()
 
 
-def parent_of(client: Any, experiment_id: str, start: Record) -> str | None:
+def parent_of(client: "MlflowClient", experiment_id: str, start: Record) -> str | None:
     """The id of the parent of a run's suite. A missing parent is created.
 
     A new parent becomes the parent of all runs of the suite: the old one may have been deleted.
@@ -171,7 +173,7 @@ def suite_of(run_dir: Path, start: Record) -> Path | None:
     return run_dir.parent / str(name)
 
 
-def set_parent_status(client: Any, parent_id: str, *, suite: Path | None) -> None:
+def set_parent_status(client: "MlflowClient", parent_id: str, *, suite: Path | None) -> None:
     """Set a parent's status from its runs, and from the suite's folder, which lists all of them."""
     parent = client.get_run(parent_id)
     runs = client.search_runs([parent.info.experiment_id], f"tags.`{PARENT_OF}` = '{parent_id}'")
@@ -189,7 +191,7 @@ def set_parent_status(client: Any, parent_id: str, *, suite: Path | None) -> Non
         client.set_terminated(parent_id, status=status)
 
 
-def _status_in_suite(run: Any, *, is_needed: bool) -> str:
+def _status_in_suite(run: "Run", *, is_needed: bool) -> str:
     """A diverged run counts as finished, unless other runs need its weights."""
     has_diverged = run.info.status == "FAILED" and run.data.tags.get(DIVERGED_TAG) == "true"
     return "FINISHED" if has_diverged and not is_needed else run.info.status

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.core.run_folder import RunFolder
 from pipeline.track import events
@@ -49,6 +49,10 @@ from pipeline.track.events import KIND, Start, Tag, kind_of, uses
 from pipeline.track.journal import Follower, Record, first, number
 from pipeline.track.state import is_driven
 from pipeline.track.system import Sampler
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
 
 CHECKPOINT_TAG = "spiketrain.checkpoint"  # the URI of a run's newest checkpoint
 REPORT = "report.html"  # of a suite
@@ -173,7 +177,7 @@ class Delivery:
         self._parent_knows = ""  # the status of this run that its parent was last set from
 
     @property
-    def run(self) -> Any:
+    def run(self) -> "Run":
         """The run in MLflow; after `advance`."""
         return self._client.get_run(self._run_id)
 
@@ -222,7 +226,7 @@ class Delivery:
         self.translation.held = {metric.key: int(metric.step) for metric in run.data._metric_objs}
         return True
 
-    def _find_or_create(self, client: Any, experiment_id: str, start: Record) -> Any:
+    def _find_or_create(self, client: "MlflowClient", experiment_id: str, start: Record) -> "Run":
         uuid = str(start["run_id"])
         runs = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{uuid}'")
         if runs:
@@ -327,7 +331,7 @@ class Translation:
         self._rolled_back: list[str] = []
         self._of_ends: set[str] = set()  # tags of ended attempts; the next start empties them
 
-    def points(self, event: Record) -> Iterator[Any]:
+    def points(self, event: Record) -> Iterator["Metric"]:
         """The metrics to send with this event: its own, and those that waited for it."""
         kind = kind_of(event)
         step = event.get("step", self._step)
@@ -344,7 +348,7 @@ class Translation:
                     yield from self._new(self._waiting.pop(key), key[1])
         yield from self._new(event, step)
 
-    def _new(self, event: Record, step: int) -> Iterator[Any]:
+    def _new(self, event: Record, step: int) -> Iterator["Metric"]:
         from mlflow.entities import Metric
 
         points = (

@@ -221,7 +221,7 @@ def load(
             logits_BK = network(repeat(x_BCHW, 6)).mean(0)
 
     A network with a head for each task answers with the first head until
-    `models.heads.select_head` chooses another.
+    `models.transforms.select_head` chooses another.
 
     Args:
         run: the run's folder, or a file of `spiketrain export`.

@@ -335,6 +335,10 @@ def test_more_than_there_is_room_for_is_refused() -> None:
     refused = f"{room + 1} runs side by side need cores and cards of their own; there is room for"
     with pytest.raises(UserError, match=f"{refused} {room}"):
         parallel_runs(launcher, room + 1)
+    joined: Any = SimpleNamespace(room=lambda: None)  # whose physical cores are unknown
+    assert parallel_runs(joined, 3) == 3
+    with pytest.raises(UserError, match=r"must be a number on a cluster .* joined,.*got auto"):
+        parallel_runs(joined, "auto")
 
 
 def children(suite: Path) -> dict[str, Path]:

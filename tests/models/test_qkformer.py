@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,8 @@ def test_fresh_blocks_on_a_stream_of_real_numbers_are_the_identity(shortcut):
     """
     blocks = BlockFactory(shortcut=shortcut, neuron=LIF(0.5, surrogate=Sigmoid(4.0)))
     for attention in (TokenQK, SelfAttention):
-        made = block(blocks, 16, attention=attention, heads=2, expansion=4, drop_path=0.0)
+        mixing = partial(attention, blocks, 16, heads=2)
+        made = block(blocks, 16, mixing, expansion=4, drop_path=0.0)
         x_TBCHW = 3 * torch.randn(2, 3, 16, 8, 8)
         y_TBCHW = outputs(made, x_TBCHW, grad=True)
         assert torch.allclose(y_TBCHW, x_TBCHW, atol=1e-6)

@@ -7,7 +7,6 @@ depends only on the samples, not on pages, file or number of writers; studies ar
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,8 +162,9 @@ def content_of(path: Path, classes: list[str]) -> str:
 
 def xxh3(path: Path, offset: int, length: int) -> str:
     """The xxh3-64 of a part of a file; it differs if the file is shorter."""
-    with path.open("rb", buffering=0) as file:
-        return xxhash.xxh3_64_hexdigest(os.pread(file.fileno(), length, offset))
+    with path.open("rb") as file:
+        file.seek(offset)
+        return xxhash.xxh3_64_hexdigest(file.read(length))
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -108,11 +108,12 @@ class _Answers:
             return _json(title=title, window=window, html=_trouble(error))
         shown = None if place.runs is not None or runs == members else (len(runs), len(members))
         html, drawings, _ = _render_study(place, study, reports, shown)
+        macros: Any = environment().get_template("macros.html").module
         return _json(
             title=title,
             window=window,
             version=version,
-            boxes=environment().get_template("macros.html").module.boxes(members),  # type: ignore[attr-defined]
+            boxes=macros.boxes(members),
             picked=[run.short for run in runs],
             html=html,
             drawings=drawings,

@@ -89,7 +89,10 @@ class Ranks:
 
     def decide(self, *flags: bool) -> list[bool]:
         """Rank 0's flags, on every rank."""
-        return self.broadcast_object(lambda: list(flags))
+        decision = torch.tensor(flags, dtype=torch.uint8)
+        if self.size > 1:  # each step: a tensor, which is faster than a pickled object
+            distributed.broadcast(decision, src=0, group=self.control)
+        return decision.bool().tolist()
 
     def broadcast_object(self, act: Callable[[], T_]) -> T_:
         """The result of `act` on rank 0, on every rank; a ValueError is raised on every rank."""
