@@ -113,32 +113,9 @@ class QKFormer(nn.Module):
         neuron: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        refuse_unless_counts(
-            "QKFormer",
-            {
-                "classes": classes,
-                "in_channels": in_channels,
-                "expansion": expansion,
-                "heads": heads,
-                "channels": channels,
-                "shrink": shrink,
-            },
-        )
-        require(
-            not channels % (4 * heads),
-            "QKFormer: channels must be a multiple of 4 heads; got"
-            f" channels={channels}, heads={heads}",
-        )
-        require(
-            depth >= 4,
-            "QKFormer: depth must be >= 4, one block for the first stage and two for the second;"
-            f" got {depth=}",
-        )
-        require(
-            shortcut != "post_activation",
-            "QKFormer: shortcut must not be 'post_activation', which has no published form for"
-            " attention",
-        )
+        counts = {"classes": classes, "in_channels": in_channels, "expansion": expansion}
+        counts |= {"heads": heads, "channels": channels, "shrink": shrink}
+        _check(counts, depth=depth, shortcut=shortcut)
         if neuron is None:
             neuron = SWS_NEURON if norm == "sws" else NEURON
         self.shrink = shrink
@@ -175,6 +152,25 @@ class QKFormer(nn.Module):
                 f" {height} x {width}"
             )
         return self.classifier(self.last(self.stages(x_TBCHW)).mean((3, 4)))
+
+
+def _check(counts: Mapping[str, int], *, depth: int, shortcut: Shortcut) -> None:
+    refuse_unless_counts("QKFormer", counts)
+    channels, heads = counts["channels"], counts["heads"]
+    require(
+        not channels % (4 * heads),
+        f"QKFormer: channels must be a multiple of 4 heads; got {channels=}, {heads=}",
+    )
+    require(
+        depth >= 4,
+        "QKFormer: depth must be >= 4, one block for the first stage and two for the second; got"
+        f" {depth=}",
+    )
+    require(
+        shortcut != "post_activation",
+        "QKFormer: shortcut must not be 'post_activation', which has no published form for"
+        " attention",
+    )
 
 
 def _stem(blocks: BlockFactory, in_channels: int, channels: int, *, shrink: int) -> nn.Sequential:

@@ -371,17 +371,6 @@ def learning_curves(group: Group) -> Figure | Missing:
                 hovertemplate="started again after %{x:.4g} epochs<extra></extra>",
             )
         )
-    data += [
-        scatter(
-            f"published, {', '.join(rules)}",
-            [epoch for epoch, _ in points],
-            [100 * top1 for _, top1 in points],
-            mode="lines+markers",
-            line={"color": color(group.rules.index(rules[0])), "dash": "dashdot"},
-            marker={"symbol": "star", "size": 9},
-        )
-        for points, rules in logs.items()
-    ]
     columns = ("run", "rule", "seed", "what", "step", "epochs", "seconds", "top-1", "loss")
     runs, times = counted(len(group.runs), "run"), counted(len(restarts), "restart")
     beside = "; ".join(standings(group)) or "no recipe carries published points"
@@ -392,12 +381,28 @@ def learning_curves(group: Group) -> Figure | Missing:
         alt=f"Accuracy of {runs} by epoch, with {times}; {beside}.",
         table=Table(columns=columns, rows=tuple(rows)),
         drawing=drawing(
-            data,
+            data + _log_traces(group, logs),
             height=420,
             xaxis=titled("epochs", rangemode="tozero"),
             yaxis=titled("top-1, %"),
         ),
     )
+
+
+def _log_traces(
+    group: Group, logs: Mapping[tuple[tuple[int, float], ...], Sequence[str]]
+) -> list[dict[str, Any]]:
+    return [
+        scatter(
+            f"published, {', '.join(rules)}",
+            [epoch for epoch, _ in points],
+            [100 * top1 for _, top1 in points],
+            mode="lines+markers",
+            line={"color": color(group.rules.index(rules[0])), "dash": "dashdot"},
+            marker={"symbol": "star", "size": 9},
+        )
+        for points, rules in logs.items()
+    ]
 
 
 def _curves_caption(group: Group, *, has_logs: bool) -> str:
