@@ -307,9 +307,16 @@ def read_answers(file: Path) -> Answers:
     """Read the file of `write_answers`. Raises: ValueError if it is missing or another file."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            return Answers(**arrays)
+            answers = Answers(**arrays)
     except (TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"answers: {file} must be the file that a run writes at its end, with index, target and"
             f" answer of each sample; it could not be read: {error}"
         ) from error
+    columns = [each for each in vars(answers).values() if each is not None]
+    require(
+        all(each.ndim == 1 and each.dtype.kind == "i" for each in columns)
+        and len({len(each) for each in columns}) == 1,
+        f"answers: {file} must hold columns of whole numbers, one for each sample",
+    )
+    return answers

@@ -7,7 +7,7 @@ import pytest
 from pipeline.forecast import bench
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_round() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "ROUNDS", 1)

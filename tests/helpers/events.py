@@ -11,8 +11,8 @@ _PLAIN: dict[Any, Any] = {str: "", int: 0, float: 0.0}
 
 
 def event(kind: str, /, **values: Any) -> Event:
-    """The event with these fields, where zero, "", None, [] and {} stand for missing ones. Other
-    values go into the summary of a `finish`.
+    """The event with these fields, where zero, "", None, [] and {} stand for missing ones. Values
+    that are no fields go into the `summary` of a `finish` and the `figures` of a `teacher`.
     """
     hints = get_type_hints(KINDS[kind])
     plain = {each.name: _plain(hints[each.name]) for each in fields(KINDS[kind])}

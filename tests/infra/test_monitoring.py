@@ -72,6 +72,15 @@ def test_every_expression_of_the_board_asks_for_a_metric_that_there_is():
     assert shown >= {f"ray_node_{name}" for name in machines}
 
 
+def test_panels_are_in_their_places():
+    places = [tuple(panel["gridPos"][key] for key in "xywh") for panel in BOARD["panels"]]
+    assert len({panel["id"] for panel in BOARD["panels"]}) == len(BOARD["panels"])
+    taken = [(x + i, y + j) for x, y, w, h in places for i in range(w) for j in range(h)]
+    assert len(taken) == len(set(taken)) and max(x for x, _ in taken) < 24
+    for panel in BOARD["panels"]:
+        assert panel["type"] == "row" or panel["datasource"]["uid"] == "${source}"
+
+
 def test_names_of_ray_are_those_of_the_installed_one():
     spec = find_spec("ray")
     assert spec is not None and spec.origin is not None

@@ -399,7 +399,7 @@ def test_a_driver_that_lives_keeps_a_second_one_off(
     said: str,
 ) -> None:
     """On this machine at once, but `spiketrain runs` may have held it for an instant."""
-    monkeypatch.setattr(driver, "PATIENCE_S", 1.2 if "7" in holder else 600.0)
+    monkeypatch.setattr(driver, "PATIENCE_S", 1.2 if holder.startswith("gpu-node-7 ") else 600.0)
     held(holder)
     begun, trained = time.monotonic(), f"{tmp_path.name}: is being trained by another process on "
     with pytest.raises(UserError, match=f"^{trained}{said}"), driver_lock(tmp_path):

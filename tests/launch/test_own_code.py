@@ -16,6 +16,7 @@ import torch
 
 import pipeline
 from pipeline.__main__ import main
+from pipeline.recipe.suite import runs_of
 from pipeline.spiking.state import fresh_state
 from pipeline.track.journal import Follower, read
 from tests.helpers.small import without_stages
@@ -252,3 +253,19 @@ def test_every_command_that_is_printed_works_with_a_strangers_package(
     network = eval(line, {"pipeline": pipeline})
     with torch.no_grad(), fresh_state(network):
         assert network(torch.zeros(3, 5, 1, 8, 8)).shape == (3, 5, 2)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_runs_side_by_side_join_the_launchs_ray_and_trust_the_package(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = "from dataclasses import replace\nfrom pipeline.rules.bptt import BPTT\n"
+    both = '    return [replace(mine, name="bptt", rule=spec(BPTT)), mine]\n'
+    (lab / "two.py").write_text(head + RECIPE + both)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    words = f"launch {lab}/two.py --device cpu --side-by-side 2 --name it --trust mysnn"
+    done = subprocess.run([SPIKETRAIN, *words.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ends = [read(run / "journal.jsonl")[-1]["event"] for run in runs_of(Path("runs/it")).values()]
+    assert ends == ["finish", "finish"]

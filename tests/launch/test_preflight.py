@@ -67,7 +67,8 @@ def hangs(folder, resources):
     return resources["CPU"]
 
 with Ray(Cluster(address=sys.argv[1])):
-    for preflight.examine, preflight.NODE_S in ((raises, 60), (hangs, 6)):
+    for work, seconds in ((raises, 60), (hangs, 6)):
+        preflight.examine, preflight.NODE_S = work, seconds
         found = preflight._examine_nodes(sys.argv[2])
         print(sorted((getattr(each, "text", each) for each in found), key=str))
 """

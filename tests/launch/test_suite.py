@@ -616,3 +616,37 @@ def test_storage_that_is_away_at_the_end_hides_no_other_error(tmp_path: Path) ->
     children: Any = SimpleNamespace(where={"one": tmp_path}, runs=tmp_path, left=away)
     _sync_states(children, Console(file=out))
     assert "Stale file handle" in out.getvalue()
+
+
+MEASURED = """
+import json
+from pipeline.recipe.suite import Measurement, Suite
+from tests.helpers.small import small_recipe
+
+def told(runs, console):
+    rules = {point["cost"]["rule"] for point in json.loads(runs["by-t"].read_text())["points"]}
+    console.print("MEASURED", ", ".join(sorted(rules)))
+
+def recipe():
+    measurement = Measurement("by-t", "sweep", ("only",), {"steps": [2]})
+    return Suite((small_recipe(name="only", epochs=1),), told, measurements=(measurement,))
+"""
+
+
+def test_a_measurement_is_an_entry_that_a_resume_makes(
+    places: Path, spiketrain: Command, done: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (places / "lab_measured.py").write_text(MEASURED)
+    runs = ("--runs", str(places / "measured"))
+    resume = ("resume", "study", "--inline", *runs, "--trust", "lab_measured")
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.launch.suite.measure_the_rest", interrupted)
+        words = launch(places / "lab_measured.py", places / "measured", "study")
+        code, out, error = spiketrain(*words)
+    assert code == 130 and "MEASURED" not in out, error
+    out = done("compare", "study", *runs, "--trust", "lab_measured")
+    assert "not finished: by-t (measured-by-t.json) has not begun" in out
+    assert "1 of 2 finished" in done("runs", *runs)
+    assert "MEASURED SLTT-2" in done(*resume)
+    assert "2 of 2 finished" in done("runs", *runs)
+    assert "study has finished" in done(*resume)

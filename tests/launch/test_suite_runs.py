@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -33,6 +34,7 @@ from pipeline.launch.suite_runs import parallel_runs, train_side_by_side
 from pipeline.recipe.recipe import Recipe, read_json
 from pipeline.recipe.suite import runs_of
 from pipeline.report.selection import list_suites
+from pipeline.track.connect import connect
 from pipeline.track.journal import first, last
 from pipeline.track.state import is_driven, state_of
 from pipeline.train.job import Job
@@ -56,6 +58,14 @@ from tests.helpers.small import small_recipe
 def recipe():
     one = small_recipe(name="one", epochs=EPOCHS)
     return [one, replace(one, name="after", init="@one"), replace(one, name="other", seed=1)]
+"""
+
+UNEVEN = """
+from dataclasses import replace
+from tests.helpers.small import small_recipe
+
+def recipe():
+    return [small_recipe(name="one", epochs=2000), small_recipe(name="other", epochs=1, seed=1)]
 """
 
 SEARCHED = """
@@ -85,6 +95,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterat
     folder = tmp_path_factory.mktemp("side-by-side")
     for name, epochs in (("short", 1), ("long", 12)):
         (folder / f"{name}.py").write_text(RECIPES.replace("EPOCHS", str(epochs)))
+    (folder / "uneven.py").write_text(UNEVEN)
     write_fashion(folder / "fashion")
     (folder / "searched.py").write_text(SEARCHED.replace("FOLDER", str(folder / "fashion")))
     with pytest.MonkeyPatch.context() as patch:
@@ -161,6 +172,35 @@ def test_a_run_that_fails_lets_the_others_end_and_says_why(
     assert error == f"{runs['one'].name}: sabotage: must not be; got one"
     assert state_of(runs["other"]) == "finished" and not runs["after"].exists()
     assert "sabotage" in (runs["one"] / "launch.log").read_text()
+
+
+@cores
+@pytest.mark.full
+def test_a_run_that_is_killed_is_marked_so_and_so_is_its_suite(place: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "uneven"
+    with begun(place / "uneven.py", tmp_path, "uneven") as suite:
+        try:
+            wait_for(lambda: steps(children(folder).get("one", folder)) > 2)
+            wait_for(lambda: marked(place, folder).get("one") == "RUNNING")
+            [one] = [
+                each
+                for each in psutil.Process(suite.pid).children()
+                if any("/one-" in word for word in each.cmdline())
+            ]
+            one.kill()
+            assert suite.wait(timeout=90) == 1
+        finally:
+            suite.kill()  # which its runs, too, would not survive
+    assert marked(place, folder) == {"one": "KILLED", "other": "FINISHED", "uneven": "KILLED"}
+
+
+def marked(place: Path, suite: Path) -> dict[str, str]:
+    client = connect(f"sqlite:///{place}/mlflow.db")
+    found = client.search_runs(
+        [each.experiment_id for each in client.search_experiments()],
+        f"tags.`spiketrain.study_parent` = '{read_json(suite / 'suite.json')['parent']}'",
+    )
+    return {str(run.info.run_name).split("-")[0]: run.info.status for run in found}
 
 
 @cores

@@ -118,7 +118,7 @@ def test_a_folder_and_a_store_have_the_same_rows(
         frame(runs_of_store(ServerStore(uri))),
     ):
         found = there.set_index("run").loc[here.index, here.columns]
-        pd.testing.assert_frame_equal(found, here, check_dtype=False)
+        pd.testing.assert_frame_equal(found, here, check_dtype=False, check_exact=True)
     sltt = here.loc["sltt", ["state", "top1", "inference.energy_j", "study"]]
     assert sltt.tolist() == ["finished", 0.9, 4e-6, STUDY]
 

@@ -148,9 +148,14 @@ def test_an_artifact_that_cannot_be_read_is_not_the_stores_trouble(
         file.mkdir()
     else:
         file.symlink_to(tmp_path if damage == "link" else file.name)
-    with pytest.raises(ArtifactError, match=said):
-        opened.text(run.id, file.name)
-    file.rmdir() if damage == "folder" else file.unlink()
+    try:
+        with pytest.raises(ArtifactError, match=said):
+            opened.text(run.id, file.name)
+    finally:
+        if damage == "folder":
+            file.rmdir()
+        else:
+            file.unlink()
 
 
 def test_a_long_journal_is_thinned_and_any_other_long_artifact_is_not_read(

@@ -22,8 +22,8 @@ from tests.report.conftest import STUDY, make_all
 from tests.report.test_figures import SWEEP
 
 
-def make_suite(runs_dir: Path, *runs: str) -> Path:
-    folder = runs_dir / "suite"
+def make_suite(runs_dir: Path, *runs: str, name: str = "suite") -> Path:
+    folder = runs_dir / name
     folder.mkdir()
     recipes = tuple(replace(small_recipe(), name=f"recipe-{run}") for run in runs)
     SuiteFile(suite=Suite(recipes), runs=runs, parent="0" * 32, cluster={}).write(folder)
@@ -164,7 +164,7 @@ def test_a_suites_study_of_which_all_diverged_is_named_and_the_others_have_their
 def test_trials_are_no_seeds(make_run: Callable, runs_dir: Path, name: str, said: str):
     make_all(make_run, FOLDER)
     make_suite(runs_dir, "trial-sltt", "not-begun")
-    make_suite(runs_dir / "..", "not-begun").rename(runs_dir / "empty")
+    make_suite(runs_dir, "not-begun", name="empty")
     refusal = f"{name} must have a run that was trained on the whole training set; {said}"
     with pytest.raises(ReportError, match=refusal):
         read_study(runs_dir, [name])

@@ -162,6 +162,10 @@ def test_what_is_no_file_of_answers_is_refused_in_one_line(tmp_path: Path) -> No
         wanted = "must be the file that a run writes at its end, with .*; it could not be read: "
         with pytest.raises(ValueError, match=rf"^answers: .*{name}\.npz {wanted}"):
             read_answers(tmp_path / f"{name}.npz")
+    for answer in ([1.0, 1.0], [True, False], [1], [[1], [1]]):
+        np.savez(tmp_path / "answers.npz", index=[0, 1], target=[1, 0], answer=answer)
+        with pytest.raises(ValueError, match=r"answers\.npz must hold columns of whole numbers"):
+            read_answers(tmp_path / "answers.npz")
 
 
 # ------------------------------------------------------------------------------------------ of runs

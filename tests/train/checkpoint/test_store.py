@@ -259,7 +259,6 @@ def test_an_address_is_a_folder_or_something_that_can_be_opened(tmp_path: Path) 
 OTHER = """
 import sys
 from pathlib import Path
-from unittest.mock import Mock
 from pipeline.train.checkpoint.place import own_folder
 
 folder = own_folder(Path(sys.argv[1]))
