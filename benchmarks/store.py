@@ -104,11 +104,13 @@ def copied(like: Path, folder: Path, *, study: str, rule: str, seed: int) -> Pat
         json.dumps(json.loads((like / "summary.json").read_text()) | about, indent=1)
     )
     (folder / "activity.json").write_text((like / "activity.json").read_text())
-    told = [
-        event | about if event["event"] in ("start", "finish") else event
-        for event in read(like / "journal.jsonl")
-    ]
-    _write(folder / "journal.jsonl", told)
+    events = read(like / "journal.jsonl")
+    for event in events:
+        if event["event"] == "start":
+            event |= about
+        elif event["event"] == "finish":
+            event["summary"] |= about
+    _write(folder / "journal.jsonl", events)
     return folder
 
 

@@ -198,8 +198,10 @@ def print_comparison(
         _print_tables(made, console)
     elif made or not refusals:
         values = [each.to_json() for each in made]
-        as_json = f"{json.dumps(values, indent=2, allow_nan=False)}\n"
-        sys.stdout.write(csv_of(values) if format == "csv" else as_json)
+        if format == "csv":
+            sys.stdout.write(csv_of(values))
+        else:
+            print(json.dumps(values, indent=2, allow_nan=False))
     if refusals:
         raise refusals[0]
 

@@ -37,6 +37,9 @@ from pipeline.report.tables import MEASURED_SAID, prices
 _UNITS = {"B": "bytes", "s": "seconds", "J": "joules"}
 
 
+_OF_RATIOS = ("rule", "quantity", "divided by", "ratio", "standard deviation", "paired seeds")
+
+
 def ratios(group: Group) -> Figure | Missing:
     """Each rule's costs over the baseline's."""
     title = f"Cost of each rule, as a multiple of {group.against}'s"
@@ -70,10 +73,7 @@ def ratios(group: Group) -> Figure | Missing:
         caption=caption,
         alt=f"{alt}.",
         table=Table(
-            columns=(
-                *("rule", "quantity", "divided by"),
-                *("ratio", "standard deviation", "paired seeds"),
-            ),
+            columns=_OF_RATIOS,
             rows=tuple(
                 (rule, costs[name], group.base_of(name), ratio.mean, ratio.deviation, ratio.runs)
                 for (rule, name), ratio in ratio_of.items()
@@ -526,6 +526,7 @@ def _epochs(run: Run, step: int) -> float:
 
 
 def _height_at(run: Run, step: int) -> float:
-    """The last top-1 in percent up to a step; 0 if there is none."""
-    points = [each for each in run.history.curve if each.step <= step and each.top1 is not None]
-    return 100 * (points[-1].top1 or 0.0) if points else 0.0
+    """The last top-1 in percent up to a step; the first one if it is later, 0 if there is none."""
+    points = [each for each in run.history.curve if each.top1 is not None]
+    before = [each for each in points if each.step <= step]
+    return 100 * ((before[-1:] or points[:1])[0].top1 or 0.0) if points else 0.0

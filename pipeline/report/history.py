@@ -118,7 +118,7 @@ def parts(events: Iterable[Event]) -> dict[str, float]:
 
 
 def number(value: Any) -> float | None:
-    """The value as a finite number; None if it is none."""
+    """The value as a float; None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None

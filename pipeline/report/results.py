@@ -201,9 +201,18 @@ def expanded(runs: "Iterable[Run]") -> list[Metric]:
 # ------------------------------------------------------------------------------------------- runs
 
 
-# The fields of a layer in activity.json. `rates` are its spikes per neuron at each time step;
-# `silent` and `saturated` are shares of its neurons.
-_LAYER = ("name", "neurons", "samples", "rates", "silent", "saturated")
+def _rates(values: "Iterable[Any]") -> list[float]:
+    return [float(value) for value in values]
+
+
+_LAYER: dict[str, Callable[[Any], Any]] = {
+    "name": str,
+    "neurons": int,
+    "samples": int,  # samples whose spikes were counted
+    "rates": _rates,  # spikes per neuron at each time step
+    "silent": float,  # share of silent neurons, in 0..1
+    "saturated": float,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,10 +282,14 @@ class Run:
     def activity(self) -> list[dict[str, Any]]:
         """The layers of neurons in the last evaluation, with the fields in `_LAYER`."""
         try:
-            return [{name: layer[name] for name in _LAYER} for layer in self.layers() or ()]
-        except (KeyError, TypeError) as error:
+            return [
+                {name: kind(layer[name]) for name, kind in _LAYER.items()}
+                for layer in self.layers() or ()
+            ]
+        except (KeyError, TypeError, ValueError) as error:
             raise ReportError(
-                f"activity.json: a layer must have {', '.join(_LAYER)}; got {error!r}"
+                f"activity.json: each layer must have {', '.join(_LAYER)}; got"
+                f" {type(error).__name__}: {error}"
             ) from error
 
     @cached_property
@@ -309,6 +322,7 @@ def run_of(
     newest = {**(starts[-1] if starts else {}), **(finished or {})}
     fields = (recipe or {}).get("recipe", recipe)
     on = conditions_of(finished, starts) if finished else trained_on(starts, steps=None)
+    commits = [event.get("commit") for event in starts] or (finished or {}).get("commits") or ()
     return Run(
         name=name,
         state=state,
@@ -318,7 +332,7 @@ def run_of(
         recipe=fields if isinstance(fields, Mapping) else {},
         summary=finished,
         trained_on=tuple({**each, "hardware": each["hardware"] or {}} for each in on),
-        commits=tuple(dict.fromkeys(filter(None, (event.get("commit") for event in starts)))),
+        commits=tuple(dict.fromkeys(filter(None, commits))),
         total_steps=newest.get("total_steps") or newest.get("steps"),
         steps_per_epoch=newest.get("steps_per_epoch"),
         **about,
@@ -345,6 +359,10 @@ def read_runs(runs_dir: Path) -> list[Run]:
             runs.append(read_run(folder))
         except ReportError as error:
             runs.append(_read(folder, damage=str(error)))
+        except ValueError as error:  # an event of the journal is not of this version
+            runs.append(
+                Run(name=folder.name, state=state_of(folder), folder=folder, damage=str(error))
+            )
     return runs
 
 
@@ -423,6 +441,7 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "commits": (list, "a list"),
     "hardware": (dict, "an object"),
     "conditions": (dict, "an object"),
+    **dict.fromkeys(("seed", "total_steps", "steps_per_epoch"), (int, "a whole number")),
     **dict.fromkeys(("steps", "images_per_s", "peak_saved_bytes"), ((int, float), "a number")),
 }  # the types of those summary fields that readers rely on
 

@@ -315,7 +315,9 @@ def print_runs(runs_dir: str | os.PathLike[str], console: Console | None = None)
 
 
 def _cells(run: Run) -> tuple[str, ...]:
-    """A finished run's result, or the newest evaluation of another run, with what else is known."""
+    """The cells of a run in the list. top-1 is the result of a finished run, and of another run
+    that of its newest evaluation.
+    """
     top1 = run.value("top1")
     if run.state != "finished":
         evaluation = last_event(RunFolder(run.folder).journal, Evaluation)

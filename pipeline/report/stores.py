@@ -1,4 +1,5 @@
-"""spiketrain's data in an MLflow store: studies, runs, metric histories, artifacts.
+"""spiketrain's data in an MLflow store: studies, runs, metric histories, artifacts. `results` gives
+the runs of a store or of a folder as a frame.
 
 Reading never creates or changes a store. An SQLite file is read with read-only SQL and without
 MLflow. MLflow's client (3.17.2) would create a missing file and its schema, and took 1.9 s to list

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from pipeline.core.checks import is_count
 from pipeline.core.errors import Diverged, UserError
 from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.recipe import Recipe, read_json, write_json
@@ -75,7 +76,10 @@ class Decisions:
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
         """The decisions that `asdict` has made a dictionary of, and JSON has kept."""
         skipped = tuple((int(first), int(end)) for first, end in value["skipped"])
-        return cls(value["rollbacks"], skipped, value["micro_batch"])
+        rollbacks, limit = value["rollbacks"], value["micro_batch"]
+        if not (is_count(rollbacks, least=0) and (limit is None or is_count(limit))):
+            raise ValueError("no count")
+        return cls(rollbacks, skipped, limit)
 
     def write(self, run: Path) -> None:
         write_json(RunFolder(run).decisions, asdict(self))

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -138,12 +139,13 @@ def assert_goes_on(run: Path, damaged: Recipe, whole: Path) -> dict[str, Any]:
 
 def break_at(when: str, patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Act at the start, or once after a run has found its files whole and before it reads them."""
-    original, acts = assemble.check_data, [act]
+    original, has_acted = assemble.check_data, threading.Event()
 
     def check_data(*words: Any, **named: Any) -> None:
         original(*words, **named)
-        while acts:
-            acts.pop()()
+        if not has_acted.is_set():
+            has_acted.set()
+            act()
 
     if when == "at the start":
         act()
@@ -291,6 +293,20 @@ def test_a_file_that_nobody_reads_may_be_damaged(tmp_path: Path, whole: Path, da
     assert_goes_on(
         tmp_path / "hit", recipe(data, epochs=1).override({"data.held_out": 0.25}), whole
     )
+
+
+def test_a_truncated_file_is_refused_in_one_line(
+    tmp_path: Path, data: Path, refused: Refused
+) -> None:
+    path, runs = data / "train.beton", tmp_path / "runs"
+    size = path.stat().st_size
+    os.truncate(path, size - 100)
+    changes = ("--set", f"data.folder={data}", "--set", "data.size=8")
+    line = refused(
+        *("launch", "recipes/fashion/sltt.py", "--inline", *changes, "--runs", str(runs))
+    )
+    assert f"{path} must have {size} bytes by its manifest; got {size - 100}: truncated" in line
+    assert not runs.exists()
 
 
 def test_a_file_that_is_cut_short_while_it_is_read_is_refused(

@@ -59,6 +59,8 @@ def awake(model: M) -> M:
         for name, p in model.named_parameters():
             if "skip_gain" in name or (p.dim() == 1 and name.endswith("norm.weight")):
                 p.uniform_(1, 2)
+            elif name.endswith(".gain"):
+                p.uniform_(0.5, 1.5)
             elif p.dim() == 1:
                 p.uniform_(0, 1)
             elif not p.any():  # a classifier that starts at 0

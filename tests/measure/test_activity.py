@@ -1,6 +1,7 @@
 """Firing by layer and time step, against spikes that were chosen."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -60,9 +61,15 @@ def test_a_rank_without_samples_and_a_layer_that_nobody_ran() -> None:
         run(one, nn.Sequential(network[0]), SPIKES_TBN, slices=2)
     # A `Reduce` notes what the first rank gives to a collective. The second one's finds it there.
     sums, sizes = list[Tensor](), list[Tensor]()
-    alone = one.layers(
-        lambda value: sums.append(value) or value, lambda value: sizes.append(value) or value
-    )
+
+    def noted(notes: list[Tensor]) -> Callable[[Tensor], Tensor]:
+        def reduce(value: Tensor) -> Tensor:
+            notes.append(value)
+            return value
+
+        return reduce
+
+    alone = one.layers(noted(sums), noted(sizes))
     together = other.layers(
         lambda value: value + sums.pop(0), lambda value: torch.maximum(value, sizes.pop(0))
     )

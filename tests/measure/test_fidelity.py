@@ -1,6 +1,7 @@
 """Cosines and temporal shares: known gradients, and how the decay decides them."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -84,7 +85,11 @@ def test_dropout_and_a_loss_that_remembers_are_no_part_of_it() -> None:
     network.insert(2, nn.Dropout(0.5))
     x_TBC, target_B = batch(6, size=32)
     made: list[int] = []
-    loss_for = lambda: made.append(1) or cross_entropy(target_B)
+
+    def loss_for() -> Callable[[torch.Tensor], torch.Tensor]:
+        made.append(1)
+        return cross_entropy(target_B)
+
     bptt, sltt = (gradients(network, rule, x_TBC, loss_for) for rule in (BPTT(), SLTT()))
     assert max(fidelity(bptt, sltt, {}).temporal_share.values()) < 1e-12
     gradients(network, SLTT(), x_TBC, loss_for, batches=3)

@@ -80,15 +80,16 @@ def test_a_gpus_backward_is_the_same(size, pixels):
 
 
 @pytest.mark.parametrize(
-    "x",
+    "draw",
     [
-        (4e4 * torch.rand(2, 3, 8, 8)).bfloat16(),
-        (4e4 * torch.rand(2, 3, 8, 8)).half(),
-        (torch.rand(4, 8, 14, 14) > 0.7).float(),
+        lambda: (4e4 * torch.rand(2, 3, 8, 8)).bfloat16(),
+        lambda: (4e4 * torch.rand(2, 3, 8, 8)).half(),
+        lambda: (torch.rand(4, 8, 14, 14) > 0.7).float(),
     ],
     ids=["bf16", "fp16", "spikes"],
 )
-def test_half_precision_rounds_once_and_spikes_are_averaged_exactly(x):
+def test_half_precision_rounds_once_and_spikes_are_averaged_exactly(draw):
+    x = draw()
     assert torch.equal(MeanPool(2)(x), nn.AvgPool2d(2)(x))
 
 

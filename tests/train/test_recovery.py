@@ -1,5 +1,7 @@
 """Decisions of recovery are kept in the run's folder and in its checkpoints."""
 
+import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,10 +56,18 @@ def test_each_rollback_leaves_out_the_batches_since_its_checkpoint() -> None:
             decided.after_rollback(back, recipe, to=15, epoch=2)
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"rollbacks": 1},
+        {"rollbacks": 0, "skipped": [], "micro_batch": 0},
+        {"rollbacks": "x", "skipped": [], "micro_batch": None},
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, value: dict[str, Any]) -> None:
     recipe = small_recipe(stop_after=1)
     make_run(tmp_path / "run", recipe)
-    (tmp_path / "run" / "decisions.json").write_text('{"rollbacks": 1}')
-    said = r"decisions\.json: must hold rollbacks, skipped and micro_batch; got {'rollbacks': 1}"
-    with pytest.raises(UserError, match=said):
+    (tmp_path / "run" / "decisions.json").write_text(json.dumps(value))
+    said = f"decisions.json: must hold rollbacks, skipped and micro_batch; got {value}"
+    with pytest.raises(UserError, match=re.escape(said)):
         train_inline(tmp_path / "run", recipe)

@@ -120,8 +120,9 @@ def test_the_teacher_is_asked_once_a_batch_whatever_the_time_steps(
 def test_the_run_tells_what_the_teacher_costs_and_how_good_it_is(tmp_path: Path) -> None:
     summary = finished(tmp_path / "run", taught())
     [fitted, told] = events(tmp_path / "run", "teacher", "probe")
-    assert (told["teacher"], told["samples"]) == ("test_efficientnet", 20)
-    assert told["top1"] == summary["teacher_top1"] and 0 <= told["top1"] <= told["top5"] <= 1
+    figures = told["figures"]
+    assert (told["teacher"], figures["samples"]) == ("test_efficientnet", 20)
+    assert figures["top1"] == summary["teacher_top1"] and figures["top1"] <= figures["top5"] <= 1
     assert fitted["views"] == 64 and fitted["seconds"] > 0
     assert 0 < summary["teacher_s"] < summary["train_s"]
     assert sum(summary[f"{name}_s"] for name in (*PARTS, REST)) == pytest.approx(summary["train_s"])

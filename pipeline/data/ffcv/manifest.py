@@ -7,6 +7,7 @@ depends only on the samples, not on pages, file or number of writers; studies ar
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import xxhash
 
 from pipeline.core.errors import DataError, require_data
-from pipeline.core.files import write_whole
+from pipeline.core.files import retry_read, write_whole
 from pipeline.data.ffcv import format as beton
 from pipeline.data.ffcv.format import Arrays, Images, Kind
 
@@ -83,7 +84,7 @@ def read(path: Path) -> Manifest:
             " another folder",
         )
     try:
-        body = json.loads(at.read_text(encoding="utf-8"))
+        body = json.loads(retry_read(lambda: at.read_text(encoding="utf-8")))
         if body.pop("checksum") != _checksum(body):
             raise ValueError("its own checksum differs")
         if (kind := (body.pop("format"), body.pop("version"))) != (FORMAT, VERSION):
@@ -162,9 +163,14 @@ def content_of(path: Path, classes: list[str]) -> str:
 
 def xxh3(path: Path, offset: int, length: int) -> str:
     """The xxh3-64 of a part of a file; it differs if the file is shorter."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        return xxhash.xxh3_64_hexdigest(file.read(length))
+    digest, end = xxhash.xxh3_64(), offset + length
+    with path.open("rb", buffering=0) as file:
+        while offset < end and (
+            block := os.pread(file.fileno(), min(end - offset, 1 << 20), offset)
+        ):
+            digest.update(block)
+            offset += len(block)
+    return digest.hexdigest()
 
 
 def _checksum(body: dict[str, Any]) -> str:

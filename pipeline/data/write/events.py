@@ -67,6 +67,11 @@ def write_events(
         )
         _refuse(name, "is generated in the size asked for", resize=framing.get("resize"))
         counts = {key: value for key, value in generated.items() if value is not None}
+        require_data(
+            min(counts.get("samples", 1), counts.get("val_samples", 1)) >= 1,
+            f"write events: samples and val_samples must be 1 or more; got {samples} and"
+            f" {val_samples}",
+        )
         slices = SLICES[name] if slices is None else slices
         size = 34 if size is None else size
         sets = (_moving if name == "moving" else _saccades)(source, size, **counts)

@@ -299,8 +299,8 @@ def image_folder(source: Path) -> list[Source]:
     train, val = (set(each.classes) for each in sets)
     require_data(
         train == val,
-        f"write_folder: train and val of {source} must have the same classes; one of them alone"
-        f" has {some(sorted(train ^ val))}",
+        f"write_folder: train and val of {source} must have the same classes; train alone has"
+        f" {some(sorted(train - val)) or 'none'}, val alone {some(sorted(val - train)) or 'none'}",
     )
     return sets
 

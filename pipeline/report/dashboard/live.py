@@ -71,6 +71,7 @@ class Live:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._lock = threading.Lock()
+        self._reading = threading.Lock()  # one thread reads a run, the others find the answer
         # by key: the time of the answer, its version, and the answer
         self._kept: OrderedDict[tuple[str, str], tuple[float, object, Any]] = OrderedDict()
 
@@ -144,11 +145,12 @@ class Live:
     def run(self, stored: StoredRun) -> Run:
         """Return a run from its artifacts; a running run also from its metrics."""
         sent = sorted(item for item in stored.tags.items() if item[0].startswith(_SENT))
-        return self._cached(
-            ("run", stored.id),
-            partial(self._read, stored),
-            version=(stored.status, stored.newest, sent),
-        )
+        with self._reading:
+            return self._cached(
+                ("run", stored.id),
+                partial(self._read, stored),
+                version=(stored.status, stored.newest, sent),
+            )
 
     def _cached(
         self,

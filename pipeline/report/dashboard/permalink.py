@@ -110,8 +110,8 @@ class Place:
     def picked(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
         """The runs of the study that are shown. `runs`: all runs of the study, newest first.
 
-        Without a choice, these are the runs of the newest seeds, at most MOST. A baseline comes
-        before the other runs of its seed, so it is left out last.
+        Without a choice, these are the runs of the newest seeds, at most MOST. Within a
+        seed a baseline comes first. Of the oldest of these seeds some runs may be left out.
         """
         members = self.members(runs)
         if self.runs is not None:

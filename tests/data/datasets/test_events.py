@@ -240,6 +240,7 @@ def test_saccades_over_fashion(small_fashion: Path, tmp_path: Path) -> None:
                 " slices=None"
             ),
         ),
+        ({"name": "moving", "samples": 0}, "samples and val_samples must be 1 or more; got 0"),
     ],
 )
 def test_wrong_options_are_refused(tmp_path: Path, call: dict[str, Any], said: str) -> None:

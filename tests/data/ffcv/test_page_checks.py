@@ -80,8 +80,9 @@ def test_one_sample_in_so_many_has_its_page_compared(fashion, monkeypatch):
     manifest = manifests.read(path)
     table["sample_id"] = np.arange(10_000)[::-1]
     table["ptr"] = manifest.pages_offset + manifest.page_bytes * table["sample_id"]  # a page each
-    compare = lambda path, manifest, pages, *how: compared.extend(pages)
-    monkeypatch.setattr(page_checks, "_compare_pages", compare)
+    monkeypatch.setattr(
+        page_checks, "_compare_pages", lambda path, manifest, pages, *how: compared.extend(pages)
+    )
 
     def drawn(epoch: int) -> list[int]:
         compared.clear()

@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock, call
 
@@ -20,8 +21,8 @@ from pipeline.data.ffcv import api, manifest
 from pipeline.data.ffcv.format import read_tables
 from pipeline.data.ffcv.page_checks import verify
 from pipeline.data.write import images, writer
-from pipeline.data.write.images import Encoding, write_fashion, write_folder
-from pipeline.data.write.writer import TooManyUnreadable
+from pipeline.data.write.images import Encoding, Item, write_fashion, write_folder
+from pipeline.data.write.writer import Encoded, TooManyUnreadable, write_sets
 from tests.helpers.loaders import by_index, read
 
 
@@ -219,6 +220,22 @@ def test_what_is_left_out_of_a_folder_and_what_exif_would_rotate_is_counted(fold
     assert of_val.left_out == [] and verify(tmp_path / "out")[0] == of_train
 
 
+class Odd(Encoding):
+    """Stores the images of odd numbers, each in a group of its own."""
+
+    def __call__(self, item: Item) -> Encoded | str:
+        encoded = super().__call__(item)
+        if item.number % 2 == 0:
+            return "even"
+        assert isinstance(encoded, Encoded)
+        return replace(encoded, groups={"number": str(item.number)})
+
+
+def test_groups_are_those_of_the_samples_that_were_stored(small_fashion, tmp_path):
+    train, _ = write_sets(images.fashion(small_fashion), tmp_path, Odd(mode="raw"), max_bad=50)
+    assert train.groups == {"number": [str(number) for number in range(1, 100, 2)]}
+
+
 def test_a_worker_that_dies_is_noticed(photo_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "CHUNK", 1)
     monkeypatch.setattr(writer, "AHEAD", 2)  # the rest is not begun yet
@@ -258,7 +275,7 @@ def test_folders_must_hold_images_of_the_same_classes(folder, tmp_path):
 
     shutil.copytree(folder / "val" / "china", folder / "val" / "tulip")
     shutil.copytree(folder / "train" / "china", folder / "train" / "porcelain")
-    refused("same classes; one of them alone has porcelain, tulip")
+    refused("same classes; train alone has porcelain, val alone tulip")
     (folder / "train" / "tulip").mkdir()
     refused(r"class folder .*tulip must hold images")
     shutil.rmtree(folder / "train")
