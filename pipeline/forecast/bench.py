@@ -168,9 +168,10 @@ class Bench:
         data = tasks_of(recipe)[0].data
         with self.running(recipe.name):
             try:
-                with closing(_loader(recipe, self.samples)) as loader:
-                    batch = check_loader(loader, data, "train")
-                    assert batch is not None, "a training set has batches"
+                loader = _loader(recipe, self.samples)
+                batch = check_loader(loader, data, "train")
+                assert batch is not None, "a training set has batches"
+                with closing(loader):
                     self._set_batch(batch.x.to(device), batch.target.to(device))
             except DataError:
                 if needs_data:

@@ -30,7 +30,7 @@ OPERATIONAL = (
     "side_by_side",
 )
 # Fields without effect on one worker in this process.
-_OF_RAY = ("workers", "address", "cpus_per_worker", "max_restarts", "node_loss")
+OF_RAY = ("workers", "address", "cpus_per_worker", "max_restarts", "node_loss")
 # Far above any number that divides a global batch. Each number of a range is checked.
 MOST_WORKERS = 65_536
 # A week. The watchdog's timers overflow after some hundred years.
@@ -79,7 +79,7 @@ class Cluster:
             own. auto: as many as there is room for.
 
     Raises:
-        ValueError: a value that is refused, or an option of Ray for one worker in this process.
+        ValueError: a value that is refused.
     """
 
     workers: int | tuple[int, ...] = 1
@@ -118,13 +118,6 @@ class Cluster:
             "cluster: runs side by side need one number of workers; got"
             f" {format_sizes(self.sizes)}",
         )
-        for name in _OF_RAY if self.inline else ():
-            got = format_sizes(self.sizes) if name == "workers" else getattr(self, name)
-            require(
-                getattr(self, name) == getattr(Cluster, name),
-                "cluster: --inline is one worker in this process, without Ray; got"
-                f" {option_name(name)} {got}",
-            )
 
     @property
     def worker_settings(self) -> dict[str, Any]:
@@ -159,10 +152,9 @@ class Cluster:
         for Ray in the resume are refused.
 
         Raises:
-            ValueError: an option for Ray without Ray; or the run was launched on a Ray cluster, and
-                no address is given. The address in the folder is not used: the folder may be from
-                another person, and a cluster that this process joins gets the token and can run
-                code here.
+            ValueError: the run was launched on a Ray cluster, and no address is given. The address
+                in the folder is not used: the folder may be from another person, and a cluster that
+                this process joins gets the token and can run code here.
         """
         require(
             address is not None or self.address is None or inline,
@@ -170,7 +162,7 @@ class Cluster:
             f" none, it was {self.address}; --address local starts a cluster here",
         )
         is_inline = inline or (self.inline and workers is None and address is None)
-        before = {name: getattr(Cluster, name) for name in _OF_RAY} if is_inline else {}
+        before = {name: getattr(Cluster, name) for name in OF_RAY} if is_inline else {}
         if self.side_by_side == "auto" and (
             isinstance(workers, tuple) or (inline and not self.inline)
         ):

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,14 @@ from typing import IO, Any, NoReturn, cast
 
 from rich.console import Console
 
+from pipeline.core.checks import require
 from pipeline.core.code_version import commit
 from pipeline.core.errors import UserError
 from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.units import some
-from pipeline.launch.cluster import Cluster, LaunchError, WorkersEnded
+from pipeline.launch.cluster import OF_RAY, Cluster, LaunchError, WorkersEnded, option_name
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare, write_job
 from pipeline.launch.progress import Shown
@@ -43,6 +44,7 @@ from pipeline.track.mlflow import Mirror, tracking_uri
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import check_recipe
 from pipeline.train.checkpoint import claim, place_at
+from pipeline.train.elastic import format_sizes
 from pipeline.train.guards.storage import patiently
 from pipeline.train.guards.watchdog import unreported_hangs
 from pipeline.train.job import Job, raise_refusal
@@ -59,9 +61,17 @@ Launcher = Ray | Inline
 
 
 def launcher_of(cluster: Cluster) -> Launcher:
-    if cluster.inline:
-        return Inline(device=cluster.device, loader_threads=cluster.loader_threads)
-    return Ray(cluster)
+    """Raises: ValueError if one worker in this process has an option that only Ray uses."""
+    if not cluster.inline:
+        return Ray(cluster)
+    for name in OF_RAY:
+        got = format_sizes(cluster.sizes) if name == "workers" else getattr(cluster, name)
+        require(
+            getattr(cluster, name) == getattr(Cluster, name),
+            "cluster: --inline is one worker in this process, without Ray; got"
+            f" {option_name(name)} {got}",
+        )
+    return Inline(device=cluster.device, loader_threads=cluster.loader_threads)
 
 
 def launch_run(
@@ -136,20 +146,21 @@ def drive(
         request = StopRequest(folder, print_line)
         mirror = Mirror(folder, uri=uri)
         try:
-            with on_stop_signals(request.hear):
-                return _in_thread(
-                    lambda: launcher.run(job, attempt=uuid.uuid4().hex[:8]),
-                    meanwhile=(request.report, shown.look),
-                )
-        except LaunchError as failure:
-            hung = _journal_failure(folder, failure)
-            if isinstance(failure, WorkersEnded) and failure.is_for_the_user:
-                raise UserError(str(failure)) from failure
-            if isinstance(failure, WorkersEnded) and hung:
-                raise LaunchError(hung) from failure
-            raise
+            with closing(shown):
+                try:
+                    with on_stop_signals(request.hear):
+                        return _in_thread(
+                            lambda: launcher.run(job, attempt=uuid.uuid4().hex[:8]),
+                            meanwhile=(request.report, shown.look),
+                        )
+                except LaunchError as failure:
+                    hung = _journal_failure(folder, failure)
+                    if isinstance(failure, WorkersEnded) and failure.is_for_the_user:
+                        raise UserError(str(failure)) from failure
+                    if isinstance(failure, WorkersEnded) and hung:
+                        raise LaunchError(hung) from failure
+                    raise
         finally:
-            shown.close()
             if not mirror.close(timeout=MLFLOW_PATIENCE_S):
                 print_line(
                     f"MLflow at {without_password(uri)} has not answered; `spiketrain sync"

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -104,7 +104,7 @@ def preflight(
         if address in (None, "local"):  # a launch starts a cluster here
             findings = [*_findings([examine(stores, None)])]
         else:
-            stack.enter_context(Ray(Cluster(device="cpu", address=address)))
+            stack.enter_context(Ray(Cluster(device="cpu", address=address), needs_room=False))
             findings = [*_findings(_examine_nodes(stores)), _network(runs.absolute())]
     return [*findings, of_mlflow(tracking_uri(runs))]
 
@@ -308,8 +308,7 @@ def examine(stores: Stores, resources: Mapping[str, float] | None) -> NodeReport
     runs, marker = next(iter(stores.items()))
     if tried[0].state == "ok" and marker is not None:
         findings += [*_run_lock(name, Path(runs) / marker.name), *_nfs(name, Path(runs))]
-    installed = {each.name: each.version for each in distributions()}
-    versions = {package: installed.get(package, "not installed") for package in PACKAGES}
+    versions = {package: _version(package) for package in PACKAGES}
     versions |= {"python": platform.python_version(), "spiketrain's code": code_digest()}
     return NodeReport(
         name,
@@ -318,6 +317,13 @@ def examine(stores: Stores, resources: Mapping[str, float] | None) -> NodeReport
         trains=resources is None or resources.get("CPU", 0) > 0,
         findings=tuple(findings),
     )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[Finding]]:

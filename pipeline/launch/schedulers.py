@@ -236,8 +236,11 @@ def _pods(order: Order, workers: int, limits: dict[str, Any], most: int, folder:
 
 def _refuse_unless_shared(order: Order, pods: Sequence[dict[str, Any]]) -> None:
     shared = sorted(set.intersection(*map(_shared_mounts, pods)))
-    for name, given in (("runs", order.runs), ("--checkpoints", order.options.get("checkpoints"))):
-        folder = None if given is None else folder_of(given)
+    kept = order.options.get("checkpoints")
+    for name, given, folder in (
+        ("runs", order.runs, Path(order.runs)),
+        ("--checkpoints", kept, None if kept is None else folder_of(kept)),
+    ):
         require(
             folder is None
             or (".." not in folder.parts and any(folder.is_relative_to(mount) for mount in shared)),

@@ -273,7 +273,8 @@ def _own_parts(
     network = build_network(recipe, tasks)
     if recipe.init is not None and is_fresh:
         file = weights_file(Path(recipe.init))
-        process.tracker.write(events.Init(file=str(file), fresh=[*load_start(network, file)]))
+        fresh = load_start(network, file)
+        process.tracker.write(events.Init(file=str(file), fresh=[*fresh]))
     network.to(device)
     rule = attached_rule(recipe, network, world)
     recipe = steady(recipe, network, rule, sizes)

@@ -42,7 +42,7 @@ DIVIDED = (BatchNorm, _DropoutNd, Dropout, DropPath)  # they depend on the divis
 
 def format_sizes(sizes: Sequence[int]) -> str:
     """The sizes as a user writes them: 4, 2:4 or 2,4,8."""
-    is_range = sizes[-1] - sizes[0] == len(sizes) - 1 > 0
+    is_range = len(sizes) > 1 and sizes[-1] - sizes[0] == len(sizes) - 1
     return f"{sizes[0]}:{sizes[-1]}" if is_range else ",".join(map(str, sizes))
 
 

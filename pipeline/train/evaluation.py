@@ -120,7 +120,8 @@ def evaluate(
         ValueError: there is no sample on any rank.
     """
     network, ranks = network or model, ranks or Ranks()
-    joules, was_training = joules or EnergyCounter(torch.device("cpu")), model.training
+    joules = joules or EnergyCounter(torch.device("cpu"))
+    was_training = model.training
     model.eval()
     answered = [torch.zeros(3, 0, dtype=torch.int64)]  # index, target, answer of each batch
     # samples, top-1 hits, loss; samples of six classes or more, top-5 hits
@@ -143,8 +144,9 @@ def evaluate(
                 loss = torch.stack([loss_of(logits_BK) for logits_BK in logits_TBK]).mean()
             best_B5 = mean_BK.topk(min(TOP, mean_BK.shape[-1])).indices
             hits_B5 = best_B5 == target_B[:, None]
-            ranked = samples if mean_BK.shape[-1] > TOP else 0
-            top1, top5 = hits_B5[:, 0].sum(), hits_B5[:ranked].sum()
+            has_top5 = mean_BK.shape[-1] > TOP
+            ranked, top5 = (samples, hits_B5.sum()) if has_top5 else (0, 0)
+            top1 = hits_B5[:, 0].sum()
             sums += torch.tensor(
                 [samples, top1, loss.double() * samples, ranked, top5], dtype=torch.float64
             )

@@ -83,7 +83,8 @@ def checked_data(data: Any, part: Spec) -> Data:
 
 
 def check_loader(loader: Loader, data: Data, method: str) -> Batch | None:
-    """Check a loader that `data.train` or `data.val` returned, and its first batch.
+    """Check a loader that `data.train` or `data.val` returned, and its first batch. A loader whose
+    batch is refused is closed.
 
     Returns:
         The batch; None if an epoch has no batches.
@@ -94,6 +95,21 @@ def check_loader(loader: Loader, data: Data, method: str) -> Batch | None:
     """
     who = f"data: what {type(data).__name__}.{method} returns"
     require_members(who, loader, ("samples", "steps_per_epoch", "epoch", "close"))
+    sizes = (loader.samples, loader.steps_per_epoch)
+    require(
+        all(is_count(size, least=0) for size in sizes),
+        f"{who}: samples and steps_per_epoch must be whole numbers; got {sizes[0]!r} and"
+        f" {sizes[1]!r}",
+    )
+    try:
+        return _first_batch(loader, data, method)
+    except BaseException:
+        loader.close()
+        raise
+
+
+def _first_batch(loader: Loader, data: Data, method: str) -> Batch | None:
+    who = f"data: what {type(data).__name__}.{method} returns"
     with loader.epoch(0) as batches:
         batch: Any = next(iter(batches), None)
     if batch is None:

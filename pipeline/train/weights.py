@@ -25,7 +25,12 @@ def load_run(
 ) -> nn.Module:
     """See `pipeline.load`."""
     folder = Path(run)
-    network: nn.Module = Recipe.read(RunFolder(folder).recipe, trust=trust).model.build()
+    file = RunFolder(folder).recipe
+    require(
+        file.is_file(),
+        f"load: {folder} must be a run's folder, which holds {file.name}; it does not",
+    )
+    network: nn.Module = Recipe.read(file, trust=trust).model.build()
     network.load_state_dict(read_state(verified(place_of(folder), which) / WEIGHTS, who="load"))
     return network.eval()
 
@@ -82,7 +87,6 @@ def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
     hold an ANN with the same layers, or plain neurons. Learnable scales of 1-bit weights are
     computed from the weights if the file has none: it has full precision. The names in a published
     file of QKFormer are accepted.
-
 
     Returns:
         The keys that keep their initial values.

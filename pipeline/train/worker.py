@@ -113,7 +113,8 @@ def _note_rollback(trainer: Trainer, back: Rollback) -> None:
     Raises:
         UserError: the recipe allows no more rollbacks; Diverged if batches are to blame.
     """
-    recipe, epoch, to = trainer.recipe, trainer.epoch_of(back.step), trainer.saving.newest_step()
+    recipe, epoch = trainer.recipe, trainer.epoch_of(back.step)
+    to = trainer.saving.newest_step()
     decisions = trainer.context.decisions.after_rollback(back, recipe, to=to, epoch=epoch)
     trainer.ranks.broadcast_object(lambda: decisions.write(trainer.folder))
     trainer.tracker.write(

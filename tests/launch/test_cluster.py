@@ -91,7 +91,7 @@ def test_what_is_rays_has_no_effect_in_this_process_and_is_refused(
     with pytest.raises(
         ValueError, match=f"--inline is one worker in this process, without Ray; got {got}$"
     ):
-        Cluster(**launched).resumed(**(how or {}), inline=True)
+        launcher_of(Cluster(**launched).resumed(**(how or {}), inline=True))
 
 
 @pytest.mark.parametrize("joins", [False, True])
@@ -205,6 +205,11 @@ JOINED = Cluster(workers=4, address="10.0.0.1:6379")
             Cluster(workers=2, cpus_per_worker=3, **KEPT),
         ),
         (HERE, {"options": {"verify": "sampled"}}, replace(HERE, verify="sampled")),
+        (
+            Cluster(workers=2, cpus_per_worker=3, inline=True, **KEPT),
+            {"options": {"verify": "sampled"}},
+            replace(HERE, verify="sampled"),
+        ),
         # A suite whose runs were as many as there is room for goes on in turn where it must.
         (SEVERAL, {}, SEVERAL),
         (SEVERAL, {"workers": 1}, replace(SEVERAL, workers=1)),

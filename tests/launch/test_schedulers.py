@@ -243,6 +243,7 @@ def test_words_reach_the_command_as_they_are() -> None:
             "k8s: 40 workers x 8 cpus must fit into pods of 64 cores and 8 GPUs, of which",
         ),
         ({"options": {"cpus_per_worker": 65}}, "job has 4: room for 0 workers"),
+        ({"runs": "s3://b/x"}, f"k8s: runs {SHARED}; got 's3://b/x'"),
         ({"runs": "/tmp/runs"}, f"k8s: runs {SHARED}; got '/tmp/runs'"),
         ({"runs": "/shared/runs2"}, f"k8s: runs {SHARED}; got '/shared/runs2'"),
         ({"runs": "/dev/shm/runs"}, f"k8s: runs {SHARED}; got '/dev/shm/runs'"),

@@ -9,6 +9,7 @@ worker processes race for pages; it waits forever for a dead one and cannot stor
 FFCV reads the files of both writers.
 """
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pipeline.core.errors import require_data
+from pipeline.core.errors import DataError, require_data
 
 PAGE_BYTES = 8 << 20  # FFCV's default
 JPG, RAW = 0, 1  # FFCV's codes for the storage of an image
@@ -156,23 +157,39 @@ class Tables:
 def read_tables(path: Path) -> Tables:
     """Read everything but the pages of a whole file, as this writer and FFCV's write it.
 
-    Its manifest says whether it is whole.
+    `page_checks` finds damage that FFCV's reader accepts.
 
-    Raises: DataError if its samples are neither images nor arrays, or have no labels.
+    Raises:
+        DataError: it is no .beton, its header is damaged, its samples are neither images nor
+            arrays, or they have no labels.
+        OSError: the storage fails.
     """
-    reader = _ffcv().Reader(str(path))
-    names, field = tuple(reader.field_names), next(iter(reader.handlers.values()))
+    try:
+        reader = _ffcv().Reader(str(path))
+    # FFCV 1.0.2 raises these for meaningless bytes, and EINVAL for a table that lies nowhere.
+    except (AssertionError, LookupError, MemoryError, OSError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise DataError(
+            f"{path}: no .beton, or its header or field descriptors are damaged"
+            f" ({type(error).__name__}: {error})"
+        ) from error
+    names = tuple(reader.field_names)
     require_data(
         names in ((Images.name, _LABEL), (Arrays.name, _LABEL)),
         f"{path}: must hold the fields image or array, and label, in this order; got {names}",
     )
-    is_image = names[0] == Images.name
+    is_image, field = names[0] == Images.name, next(iter(reader.handlers.values()))
     kind = Images() if is_image else Arrays(field.dtype.name, tuple(map(int, field.shape)))
     table = reader.alloc_table[np.argsort(reader.alloc_table["sample_id"], kind="stable")]
     records = reader.metadata["f0"]
     addresses = records["data_ptr"] if is_image else records
     # As Python's integers: FFCV's 16-bit ones overflow in arithmetic under NumPy 2.
     page_bytes, table_offset = int(reader.page_size), int(reader.header["alloc_table_ptr"])
+    require_data(
+        page_bytes.bit_count() == 1,
+        f"{path}: damaged header: a page must have a power of 2 bytes; got {page_bytes}",
+    )
     # If images were skipped, some reserved metadata is unused.
     first = int(addresses.min()) // page_bytes * page_bytes if len(addresses) else table_offset
     header_size, metadata_offset = _ffcv().HeaderType.itemsize, _metadata_offset()

@@ -109,7 +109,8 @@ def _encode_file(path: Path, how: Encoding, as_jpg: bool) -> Encoded | str:
         width, height = picture.size
         fits = how.max_resolution is None or max(width, height) <= how.max_resolution
         may_stay = as_jpg and fits and picture.format == "JPEG"
-        if may_stay and _ffcv_decodes(content := path.read_bytes(), height, width):
+        content = path.read_bytes() if may_stay else b""
+        if may_stay and _ffcv_decodes(content, height, width):
             attributes = {"mode": JPG, "height": height, "width": width}
             encoded = Encoded(content, attributes, {"as it is": 1})
         else:

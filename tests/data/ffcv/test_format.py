@@ -93,3 +93,34 @@ def test_a_file_that_is_cut_short_is_refused_in_one_line(data):
     for look in (data.check, lambda: data.train(seed=5, batch_size=12, micro_batch=12)):
         with pytest.raises(DataError, match=rf"^data: \S*train\.beton must have {said}"):
             look()
+
+
+@pytest.mark.parametrize(
+    ("at", "content"),
+    [
+        ("field descriptors", bytes(400)),
+        ("field descriptors", b"\x80" * 400),
+        ("header", b"GIF89a" * 1000),
+        ("header", b"\xff\xff"),  # the version
+    ],
+)
+def test_damaged_beginnings_are_refused(folder, at, content):
+    path = folder / "train.beton"
+    whole, (first, size) = bytearray(path.read_bytes()), regions(path)[at]
+    end = first + min(size, len(content))
+    whole[first:end] = content[: end - first]
+    path.write_bytes(whole)
+    with pytest.raises(DataError, match=r"train\.beton: (no \.beton|must hold the fields)"):
+        read_tables(path)
+
+
+def test_an_empty_file_is_no_beton(tmp_path):
+    (tmp_path / "x.beton").touch()
+    with pytest.raises(DataError, match=r"x\.beton: no \.beton"):
+        read_tables(tmp_path / "x.beton")
+
+
+def test_a_short_read_is_continued(folder, monkeypatch):
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, length, at: pread(file, min(length, 1000), at))
+    verify(folder / "train.beton")
