@@ -1,6 +1,7 @@
 """Files compared with their manifests, whole or page by page while they are read."""
 
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
