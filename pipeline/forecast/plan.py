@@ -489,8 +489,9 @@ class _Planner:
         stages = [self.recipe.zero] if is_fixed else range(self.recipe.zero, 3)
 
         def stage_of(kept: float, micro: int) -> int | None:
-            fits = (zero for zero in stages if self._peak_bytes(kept, micro, zero) <= self.memory)
-            return next(fits, None)
+            return next(
+                (z for z in stages if self._peak_bytes(kept, micro, z) <= self.memory), None
+            )
 
         sizes = [size for size in range(self.wanted, 0, -1) if self.whole % size == 0]
         if updates_each_step:  # with accumulation, the rule would update at every micro-batch

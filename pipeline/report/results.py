@@ -201,15 +201,13 @@ def expanded(runs: "Iterable[Run]") -> list[Metric]:
 # ------------------------------------------------------------------------------------------- runs
 
 
-def _rates(values: "Iterable[Any]") -> list[float]:
-    return [float(value) for value in values]
-
-
 _LAYER: dict[str, Callable[[Any], Any]] = {
     "name": str,
     "neurons": int,
     "samples": int,  # samples whose spikes were counted
-    "rates": _rates,  # spikes per neuron at each time step
+    "rates": lambda values: [
+        float(value) for value in values
+    ],  # spikes per neuron at each time step
     "silent": float,  # share of silent neurons, in 0..1
     "saturated": float,
 }

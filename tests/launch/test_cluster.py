@@ -88,10 +88,11 @@ def test_a_damaged_cluster_is_refused_in_one_line(value: Any, said: str) -> None
 def test_what_is_rays_has_no_effect_in_this_process_and_is_refused(
     launched: dict[str, Any], how: dict[str, Any] | None, got: str
 ) -> None:
+    cluster = Cluster(**launched)
     with pytest.raises(
         ValueError, match=f"--inline is one worker in this process, without Ray; got {got}$"
     ):
-        launcher_of(Cluster(**launched).resumed(**(how or {}), inline=True))
+        launcher_of(cluster if how is None else cluster.resumed(**how, inline=True))
 
 
 @pytest.mark.parametrize("joins", [False, True])
