@@ -121,11 +121,11 @@ def carried_over(
     """Evaluate a network with every carry-over.
 
     Returns:
-        One row per sample, T and carry-over, with these columns. `one`: the share of steps that are
-        right. `ensemble`: whether the mean of the logits is right. `gap`: ensemble less one.
-        `disagree`: the share of pairs of steps that predict different classes. `below real`: the
-        ensemble with the real carry-over less this one. `same class`: whether the donor has the
-        sample's class.
+        One row per sample, `T` and `carry-over`. `index`: the sample. `one`: the share of steps
+        that are right. `ensemble`: whether the mean of the logits is right. `gap`: `ensemble` minus
+        `one`. `disagree`: the share of pairs of steps that predict different classes. `loss of
+        one`, `loss of ensemble`: their cross-entropy. `below real`: `ensemble` with the real
+        carry-over minus this `ensemble`. `same class`: whether the donor has the sample's class.
 
     Raises:
         ValueError: the network carries over more than the membranes of its neurons.

@@ -267,7 +267,11 @@ class Bench:
                 operations_every=every,
             )
             with charge_collectives(meters.clock) if as_in_a_run else nullcontext():
-                backend: Backend = Plain(network, _resting, precision=self.recipe.precision)
+                backend: Backend = Plain(
+                    network,
+                    lambda module: torch.optim.SGD(module.parameters(), lr=0.0),
+                    precision=self.recipe.precision,
+                )
                 guard = Guard()
                 if as_in_a_run:
                     backend = build_backend(self.recipe, network, made, self.recipe.split(1))
@@ -480,10 +484,6 @@ def _seconds(
 
 def _labels(of: Loss) -> Loss:
     return of.labels
-
-
-def _resting(network: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(network.parameters(), lr=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

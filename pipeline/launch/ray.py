@@ -185,9 +185,11 @@ class Ray:
 
         has = ray.cluster_resources()
         gpus, cores, _ = self._share()
-        if gpus:
-            return min(int(has["CPU"]) // (self.least * cores), int(has["GPU"]) // self.least)
-        return cores_here() // (self.least * cores) if self.cluster.address is None else None
+        if not gpus and self.cluster.address is not None:
+            return None
+        there = int(has.get("CPU", 0)) if gpus else cores_here()
+        runs = there // (self.least * cores)
+        return min(runs, int(has["GPU"]) // self.least) if gpus else runs
 
     def resume_options(self) -> list[str]:
         """Options of `spiketrain resume` that make another process train on the same machines."""

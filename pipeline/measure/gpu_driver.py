@@ -65,7 +65,12 @@ def unusable_gpus() -> UnusableGPUs | None:
     wanted = min(OLDEST_DRIVERS) if built is None else int(built.split(".")[0])
     ways = []
     if runs < wanted:
-        ways.append(f"install driver {OLDEST_DRIVERS.get(wanted, f'for CUDA {wanted}')} or newer")
+        oldest = OLDEST_DRIVERS.get(wanted)
+        ways.append(
+            f"install a driver that runs CUDA {wanted}"
+            if oldest is None
+            else f"install driver {oldest} or newer"
+        )
     if (built is None or runs < wanted) and runs >= min(INDEX_OF):
         ways.append(
             f"install a torch for this driver: {sys.executable} -m pip install --force-reinstall"

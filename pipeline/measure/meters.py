@@ -102,7 +102,8 @@ class Meters:
         self._kinds: list[Literal["first", "counted", "steady"]] = []
         self._due: set[Counted] = set()  # counts that are due on the next completed batch
         self._counting: SavedBytes | None = None
-        self._watching: Pausable | None = None  # observes the current batch, or the next one
+        self._watching: Pausable | None = None  # observes the current batch
+        self._next: Pausable | None = None  # is to observe the next batch
         self._inside_s = 0.0  # seconds of sections nested in the open section between batches
         self._batch = _Batch()
         # since the last `take`: micro-batches, and the seconds of each batch by part
@@ -120,8 +121,8 @@ class Meters:
         begun = time.perf_counter()
         is_first, counted = self._begun == 0, self._counted_on(self._begun, step)
         operations = Operations(self.network) if counted == "operations" else None
-        self._watching = watching = operations or self._watching
-        self._begun += 1
+        self._watching = watching = operations or self._next
+        self._begun, self._next = self._begun + 1, None
         self._batch = batch = _Batch()
         if watching is not None:
             self.note_peaks()
@@ -155,7 +156,7 @@ class Meters:
 
     def watch(self, instrument: Pausable) -> None:
         """Let an instrument observe the next batch, unless its operations are counted."""
-        self._watching = instrument
+        self._next = instrument
 
     def part(self, name: Part) -> AbstractContextManager[None]:
         """Surround a part of a batch (`measure/clock.py`)."""

@@ -198,8 +198,9 @@ class Group:
 
     def diverged(self, rule: str) -> set[int]:
         """The seeds in which all runs of the rule diverged."""
-        lost = {run.seed for run in self.of(rule) if run.state == "diverged"}
-        return lost - self.by_seed(rule, "top1").keys()
+        return {run.seed for run in self.of(rule) if run.state == "diverged"} - self.by_seed(
+            rule, "top1"
+        ).keys()
 
     def lost(self, rule: str) -> int:
         """The number of the baseline's finished seeds in which the rule diverged."""

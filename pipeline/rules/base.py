@@ -65,7 +65,7 @@ class Rule(nn.Module):
     A subclass overrides `_loss_terms`, and `attach` if it sets seams. State that a rule learns
     without gradients is in fp32 buffers, which are checkpointed. It is updated in `end_of_batch`,
     bit for bit equally on every rank. `label` is the rule's name in tables, unique within a study;
-    by default the name of the class. A subclass declares:
+    by default the name of the class; a subclass may set it. A subclass declares:
 
         memory                  how the memory for its backward grows with T
         update                  when the loop may update the weights: after the batch, or after
@@ -101,7 +101,7 @@ class Rule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.label = type(self).__name__
+        self.label: str = getattr(type(self), "label", type(self).__name__)
         self._last_step = -1
         # In a list, because nn.Module would register the network and its parameters.
         self._attached: list[nn.Module] = []

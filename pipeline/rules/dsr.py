@@ -130,7 +130,7 @@ class DSR(Rule):
                 for part_TB in parts
             ]
             for _, neuron in named_neurons(twin):
-                neuron.gradient = _unbounded_ramp  # type: ignore[assignment]
+                neuron.gradient = lambda lif, x_TB: lif.gain * x_TB.clamp_min(0)  # type: ignore[operator]
         neurons: dict[str, Any] = dict(named_neurons(twin))
         originals: dict[str, Any] = dict(named_neurons(model))
         with running_order(neurons) as ran, fresh_state(twin):
@@ -202,10 +202,6 @@ class _Reached(Exception):
 
 def _stop_here(lif: RateNeuron, x_TB: Tensor) -> Tensor:
     raise _Reached(_rate(lif, x_TB, lif.gain))
-
-
-def _unbounded_ramp(lif: RateNeuron, x_TB: Tensor) -> Tensor:
-    return lif.gain * x_TB.clamp_min(0)
 
 
 def _input_rate(neuron: RateNeuron, model: nn.Module, x_TB: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.core.checks import refuse_unless_one_of
 from pipeline.spiking.encode import is_static, repeat
-from pipeline.spiking.state import attribute_set
 
 
 class BatchNorm(nn.Module):
@@ -153,7 +152,8 @@ def foreign_norms(model: nn.Module) -> dict[str, nn.Module]:
     A norm that stays in evaluation mode after `model.train()` uses its running statistics and is
     omitted.
     """
-    with attribute_set(model.modules(), "training", True):  # the old modes come back
+    before = {module: module.training for module in model.modules()}
+    try:
         model.train()
         return {
             name or "the model itself": module
@@ -161,6 +161,9 @@ def foreign_norms(model: nn.Module) -> dict[str, nn.Module]:
             if is_foreign_norm(module)
             and (module.training or not getattr(module, "track_running_stats", True))
         }
+    finally:
+        for module, mode in before.items():
+            module.training = mode
 
 
 def batch_norms(model: nn.Module) -> list[BatchNorm]:

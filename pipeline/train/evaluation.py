@@ -146,9 +146,9 @@ def evaluate(
             hits_B5 = best_B5 == target_B[:, None]
             has_top5 = mean_BK.shape[-1] > TOP
             ranked, top5 = (samples, hits_B5.sum()) if has_top5 else (0, 0)
-            top1 = hits_B5[:, 0].sum()
             sums += torch.tensor(
-                [samples, top1, loss.double() * samples, ranked, top5], dtype=torch.float64
+                [samples, hits_B5[:, 0].sum(), loss.double() * samples, ranked, top5],
+                dtype=torch.float64,
             )
             answered.append(torch.stack([index_B, target_B.cpu(), best_B5[:, 0].cpu()]))
     readings = EnergyReadings(

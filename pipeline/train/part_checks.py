@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.checks import are_counts, is_count, require
+from pipeline.core.checks import are_counts, is_count, refuse_unless_counts, require
 from pipeline.core.units import counted
 from pipeline.data.base import Batch, Data, Loader
 from pipeline.recipe.json import dotted
@@ -95,12 +95,8 @@ def check_loader(loader: Loader, data: Data, method: str) -> Batch | None:
     """
     who = f"data: what {type(data).__name__}.{method} returns"
     require_members(who, loader, ("samples", "steps_per_epoch", "epoch", "close"))
-    sizes = (loader.samples, loader.steps_per_epoch)
-    require(
-        all(is_count(size, least=0) for size in sizes),
-        f"{who}: samples and steps_per_epoch must be whole numbers; got {sizes[0]!r} and"
-        f" {sizes[1]!r}",
-    )
+    sizes = {"samples": loader.samples, "steps_per_epoch": loader.steps_per_epoch}
+    refuse_unless_counts(who, sizes, least=0)
     try:
         return _first_batch(loader, data, method)
     except BaseException:

@@ -60,19 +60,20 @@ def recipe_of(module: str) -> Recipe:
     return tiny(importlib.import_module(f"recipes.{module}").recipe())
 
 
-RULES = [
-    spec(BPTT),
-    spec(BPTT, chunk=1),
-    spec(BPTT, recompute=True),
-    spec(BPTT, truncate=1),
-    spec(SLTT),
-    spec(SLTT, k=1),
-    spec(OTTT),
-    spec(OTTT, update="step", first="traced"),
-]
-
-
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.build().label)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        spec(BPTT),
+        spec(BPTT, chunk=1),
+        spec(BPTT, recompute=True),
+        spec(BPTT, truncate=1),
+        spec(SLTT),
+        spec(SLTT, k=1),
+        spec(OTTT),
+        spec(OTTT, update="step", first="traced"),
+    ],
+    ids=lambda rule: rule.build().label,
+)
 def test_a_rule_is_counted_to_the_unit(rule: Spec) -> None:
     check(small_recipe(rule=rule))
 

@@ -234,9 +234,7 @@ def test_gradients_that_wait_to_be_compared_are_kept_off_the_card(
 def test_a_teacher_that_does_not_fit_is_refused_before_rules_are_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full(act: Callable[[], object], device: torch.device) -> float:
-        raise torch.OutOfMemoryError
-
+    full = Mock(side_effect=torch.OutOfMemoryError)
     monkeypatch.setattr("pipeline.forecast.bench.seconds_of", full)
     monkeypatch.delattr(Bench, "cost")
     why = r"^small's teacher: a batch must fit into memory; \d samples at T = 4 do not$"

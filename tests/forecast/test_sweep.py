@@ -51,14 +51,15 @@ def test_seconds_are_over_the_faster_of_folded_and_stepped_bptt_at_each_t(found:
     """And bytes over those of BPTT folded over time."""
     seconds = {"BPTT": (1.0, 4.0), "BPTT-chunk-1": (2.0, 2.0), "SLTT": (3.0, 3.0)}
     point = found.points[0]
-
-    def cost(rule: str, T: int, each: float) -> Cost:
-        return replace(
-            point.cost, rule=rule, forward_s=0.0, backward_s=each, peak_saved_bytes=1000 * T
-        )
-
     points = [
-        replace(point, time_steps=T, cost=cost(rule, T, each), largest_batch=None)
+        replace(
+            point,
+            time_steps=T,
+            cost=replace(
+                point.cost, rule=rule, forward_s=0.0, backward_s=each, peak_saved_bytes=1000 * T
+            ),
+            largest_batch=None,
+        )
         for rule, both in seconds.items()
         for T, each in zip((2, 4), both, strict=True)
     ]

@@ -22,13 +22,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
 
 from pipeline.core.errors import UserError
 from pipeline.launch import driver, signals, suite_runs
-from pipeline.launch import driver as driving
 from pipeline.launch.cluster import LaunchError, WorkersEnded
 from pipeline.launch.driver import drive, driver_lock, this_machine
 from pipeline.launch.in_process import Inline
@@ -41,22 +41,9 @@ from pipeline.train.job import Job, note_death
 from tests.faults.test_checkpoint_write import fail_first
 from tests.helpers.events import event
 from tests.helpers.small import events
-
-START = {"step": 0, "total_steps": 3, "world_size": 1, "rule": "SLTT"}
-
+from tests.helpers.waiting import until
 
 STALE = OSError(errno.ESTALE, "Stale file handle")
-
-
-class Mirror:
-    is_closed = False
-
-    def __init__(self, run: Path, **about: Any) -> None:
-        type(self).is_closed = False
-
-    def close(self, timeout: float) -> bool:
-        type(self).is_closed = True
-        return True
 
 
 class Launcher:
@@ -67,7 +54,7 @@ class Launcher:
 
     def run(self, job: Job, attempt: str) -> dict[str, Any]:
         with Journal(Path(job.run) / "journal.jsonl", attempt=0) as journal:
-            journal.write(event("start", **START))
+            journal.write(event("start", step=0, total_steps=3, world_size=1, rule="SLTT"))
             for step in range(1, 4):
                 time.sleep(0.06)
                 self.meanwhile(step)
@@ -78,14 +65,19 @@ class Launcher:
 
 @pytest.fixture
 def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any] | None]:
-    monkeypatch.setattr(driving, "POLL_S", 0.01)
-    monkeypatch.setattr(driving, "Mirror", Mirror)
-    monkeypatch.setattr(driving, "commit", lambda: "c")
+    monkeypatch.setattr(driver, "POLL_S", 0.01)
+    monkeypatch.setattr(driver, "commit", lambda: "c")
     job = Job(run=str(tmp_path), study="s", data_fingerprint="d", commit="c", recipe={}, run_id="r")
 
     def run(file: Any, launcher: Launcher | None = None) -> dict[str, Any] | None:
+        """Drive it to its end, at which MLflow is told."""
         started: Any = launcher or Launcher()
-        return drive(job, started, Console(file=file, width=200))
+        mirror = Mock()
+        monkeypatch.setattr(driver, "Mirror", Mock(return_value=mirror))
+        try:
+            return drive(job, started, Console(file=file, width=200))
+        finally:
+            mirror.close.assert_called_once()
 
     return run
 
@@ -115,7 +107,7 @@ def test_a_terminal_that_takes_no_more_costs_nothing_but_what_it_would_have_show
     driven: Callable[..., Any], capfd: pytest.CaptureFixture[str], error: OSError
 ) -> None:
     file = Lost(error)
-    assert driven(file) == {"steps": 3} and Mirror.is_closed
+    assert driven(file) == {"steps": 3}
     assert file.refused == 1 and "evaluation" not in file.getvalue()
     assert (
         capfd.readouterr().err
@@ -154,7 +146,7 @@ def test_a_journal_that_cannot_be_read_for_a_moment_is_read_again(
         monkeypatch, Follower, "poll", STALE, times=3, where=lambda follower: follower.offset > 0
     )
     file = io.StringIO()
-    assert driven(file) == {"steps": 3} and Mirror.is_closed and len(failed) == 3
+    assert driven(file) == {"steps": 3} and len(failed) == 3
     assert file.getvalue().count("the journal cannot be read (Stale file handle)") == 1
     assert [f"evaluation after step {step}" in file.getvalue() for step in (1, 2, 3)] == [True] * 3
 
@@ -162,12 +154,10 @@ def test_a_journal_that_cannot_be_read_for_a_moment_is_read_again(
 def test_a_mistake_in_what_is_shown_ends_the_showing_alone(
     driven: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mistaken(event: Any, start: Any) -> None:
-        raise KeyError("top1")
-
+    mistaken = Mock(side_effect=KeyError("top1"))
     monkeypatch.setattr("pipeline.launch.progress._lines", mistaken)
     file = io.StringIO()
-    assert driven(file) == {"steps": 3} and Mirror.is_closed
+    assert driven(file) == {"steps": 3}
     assert (
         file.getvalue().count("shown no more (KeyError: 'top1')") == 1
         and "finished" not in file.getvalue()
@@ -228,7 +218,7 @@ def test_another_end_keeps_its_line_and_the_journal_is_told_of_workers_all_the_s
 ) -> None:
     with pytest.raises(kind, match=f"^{failure}$"):
         driven(io.StringIO(), Launcher(hang(tmp_path, failure, 1)))
-    assert lost_workers(tmp_path) == [("hung", 1), ("died", 2)] and Mirror.is_closed
+    assert lost_workers(tmp_path) == [("hung", 1), ("died", 2)]
 
 
 def test_a_journal_that_takes_no_more_leaves_the_line_that_the_workers_ended_with(
@@ -236,11 +226,9 @@ def test_a_journal_that_takes_no_more_leaves_the_line_that_the_workers_ended_wit
 ) -> None:
     def end(step: int) -> None:
         note_death(tmp_path, worker=2, error="KeyError: 'cable'")
-        monkeypatch.setattr(Journal, "write", full)
+        full = OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr(Journal, "write", Mock(side_effect=full))
         raise LaunchError("worker 2: 'cable'")
-
-    def full(*given: Any, **about: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(LaunchError, match=r"^worker 2: 'cable'") as ended:
         driven(io.StringIO(), Launcher(end))
@@ -255,20 +243,15 @@ def test_whoever_asks_to_stop_is_heard_and_told_so_on_storage_that_is_away(
     failed = fail_first(
         monkeypatch, Path, "write_text", STALE, times=2, where=lambda path: path.name == "stop"
     )
-    there: list[Path] = []
 
     def ask(step: int) -> None:
-        if step > 1:
-            return
-        os.kill(os.getpid(), signal.SIGTERM)
-        deadline = time.monotonic() + 20
-        while not there and time.monotonic() < deadline:
-            there.extend(tmp_path.glob("stop"))
-            time.sleep(0.01)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            until((tmp_path / "stop").exists, within=20, pause=0.01)
 
     file = io.StringIO()
     driven(file, Launcher(ask))
-    assert len(failed) == 2 and [path.read_text() for path in there] == ["SIGTERM"]
+    assert len(failed) == 2 and (tmp_path / "stop").read_text() == "SIGTERM"
     assert file.getvalue().count("SIGTERM: saving after this step; once more to stop at once") == 1
 
 
@@ -276,18 +259,14 @@ def test_at_once_is_at_once_where_nothing_can_be_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python refuses a write in the middle of another one to the same stream."""
-    ended: list[int] = []
-    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(os, "_exit", sys.exit)
 
-    def reentrant(line: str) -> None:
-        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
-
+    reentrant = Mock(side_effect=RuntimeError("reentrant call inside <_io.BufferedWriter>"))
     request = StopRequest(tmp_path, reentrant)
     request.hear(signal.SIGTERM)
-    assert (tmp_path / "stop").read_text() == "SIGTERM" and ended == []
-    with pytest.raises(RuntimeError):
+    assert (tmp_path / "stop").read_text() == "SIGTERM"
+    with pytest.raises(SystemExit, match=r"^130$"):
         request.hear(signal.SIGTERM)
-    assert ended == [130]
 
 
 def test_a_place_of_checkpoints_that_does_not_answer_is_waited_for_and_then_owned(
@@ -305,13 +284,11 @@ def test_a_place_of_checkpoints_that_does_not_answer_is_waited_for_and_then_owne
         run_id="r",
     )
     assert (
-        driving._with_checkpoint_token(job, said.append) is job and failed == []
+        driver._with_checkpoint_token(job, said.append) is job and failed == []
     )  # its folder's locks are enough
     place = tmp_path / "elsewhere"
     tokens = [
-        driving._with_checkpoint_token(
-            replace(job, checkpoints=str(place)), said.append
-        ).place_token
+        driver._with_checkpoint_token(replace(job, checkpoints=str(place)), said.append).place_token
         for _ in range(2)
     ]
     assert said == [f"{place} does not answer, and is waited for: [Errno 5] Input/output error"]
@@ -330,51 +307,32 @@ time.sleep(60)
 """
 
 
-@pytest.fixture
-def held(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
-    started: list[subprocess.Popen[str]] = []
-
-    def hold(holder: str) -> subprocess.Popen[str]:
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", HOLD, str(tmp_path / "driver.lock"), holder],
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        )
-        assert started[-1].stdout is not None and started[-1].stdout.readline() == "held\n"
-        return started[-1]
-
-    yield hold
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def other_boot() -> str:
-    return f"{socket.gethostname()} 11111111-2222-3333-4444-555555555555"
+@contextmanager
+def held(folder: Path, holder: str) -> Iterator[subprocess.Popen[str]]:
+    """A process of this holder has the lock of the run's driver, until it is killed."""
+    words = [sys.executable, "-c", HOLD, str(folder / "driver.lock"), holder]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(
     "holder",
-    [f"gpu-node-7 {'0' * 300}", other_boot()],
+    [f"gpu-node-7 {'0' * 300}", f"{socket.gethostname()} 11111111-2222-3333-4444-555555555555"],
     ids=["another machine", "this one before it was restarted"],
 )
 def test_the_lock_of_a_machine_that_may_be_dead_is_waited_for(
-    tmp_path: Path,
-    held: Callable[[str], subprocess.Popen[str]],
-    capsys: pytest.CaptureFixture[str],
-    holder: str,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], holder: str
 ) -> None:
-    process = held(holder)
-    begun, dies = time.monotonic(), threading.Timer(2, process.kill)
-    dies.start()
-    try:
+    with held(tmp_path, holder) as process:
+        begun = time.monotonic()
+        threading.Timer(2, process.kill).start()
         with driver_lock(tmp_path):
             assert time.monotonic() - begun > 1.8
             assert (tmp_path / "driver.lock").read_text() == this_machine()
-    finally:
-        dies.cancel()
     host = holder.partition(" ")[0]
     assert capsys.readouterr().out == (
         f"{tmp_path.name}: is held by {host}: waiting for up to 600 s, in which a dead machine"
@@ -392,33 +350,23 @@ def test_the_lock_of_a_machine_that_may_be_dead_is_waited_for(
     ids=["elsewhere", "this machine", "nobody knows whose"],
 )
 def test_a_driver_that_lives_keeps_a_second_one_off(
-    tmp_path: Path,
-    held: Callable[[str], subprocess.Popen[str]],
-    monkeypatch: pytest.MonkeyPatch,
-    holder: str,
-    said: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: str, said: str
 ) -> None:
     """On this machine at once, but `spiketrain runs` may have held it for an instant."""
     monkeypatch.setattr(driver, "PATIENCE_S", 1.2 if holder.startswith("gpu-node-7 ") else 600.0)
-    held(holder)
-    begun, trained = time.monotonic(), f"{tmp_path.name}: is being trained by another process on "
-    with pytest.raises(UserError, match=f"^{trained}{said}"), driver_lock(tmp_path):
-        pass
-    assert 0.9 < time.monotonic() - begun < 10
-
-
-class AtOnce(Exception):
-    """Stands for the end of this process."""
+    trained = f"{tmp_path.name}: is being trained by another process on "
+    with held(tmp_path, holder):
+        begun = time.monotonic()
+        with pytest.raises(UserError, match=f"^{trained}{said}"), driver_lock(tmp_path):
+            pass
+        assert 0.9 < time.monotonic() - begun < 10
 
 
 @pytest.fixture
 def send(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sends a signal that is no echo; what would end this process at once raises SystemExit."""
     monkeypatch.setattr(signals, "ECHO_S", 0.01)
-
-    def end(code: int) -> None:
-        raise AtOnce(code)
-
-    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(os, "_exit", sys.exit)
 
     def send(number: int) -> None:
         time.sleep(0.02)
@@ -445,26 +393,23 @@ def test_the_first_asks_to_save_and_the_second_ends_at_once(
         assert said == [f"{name}: saving after this step; once more to stop at once"]
         if number in signals.PATIENT:
             send(number)
-        with pytest.raises(AtOnce):
+        with pytest.raises(SystemExit, match=r"^130$"):
             send(signal.SIGTERM if number in signals.PATIENT else number)
     assert said[1:] == ["stopped at once; the last checkpoint counts"]
 
 
-@pytest.fixture
-def ignored() -> Iterator[None]:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
 def test_a_lost_terminal_that_was_ignored_before_stays_so(
-    tmp_path: Path, send: Callable[[int], None], ignored: None
+    tmp_path: Path, send: Callable[[int], None]
 ) -> None:
-    with on_stop_signals(StopRequest(tmp_path, print).hear):
-        send(signal.SIGHUP)
-        assert not (tmp_path / "stop").exists()
-        send(signal.SIGTERM)
-        assert (tmp_path / "stop").exists()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with on_stop_signals(StopRequest(tmp_path, print).hear):
+            send(signal.SIGHUP)
+            assert not (tmp_path / "stop").exists()
+            send(signal.SIGTERM)
+            assert (tmp_path / "stop").exists()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_two_signals_of_one_wish_are_one() -> None:

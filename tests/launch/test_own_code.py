@@ -166,11 +166,10 @@ def recipe():
         checkpoints=Checkpointing(every=3),
     )
 """
+# Not `python -m pipeline`, which has the folder that it is started in on its path.
 SPIKETRAIN = str(Path(sys.executable).with_name("spiketrain"))
-"""not `python -m pipeline`, which has the folder that it is started in on its path"""
-
+# From a command as it was printed to all that it has printed.
 Typed = Callable[[str], str]
-"""from a command as it was printed to all that it has printed"""
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import fsspec
 import psutil
@@ -43,6 +44,7 @@ from tests.helpers.s3 import s3_server
 ONE = NodeReport("one", {"python": "3.11.7", **dict.fromkeys(PACKAGES, "1.0")})
 TWO = replace(ONE, name="two")
 WITH_GPU = replace(ONE, gpus=("H100",))
+FULL = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
 SCRIPT = """
 import sys, time
 from pathlib import Path
@@ -111,13 +113,9 @@ def sick(monkeypatch: pytest.MonkeyPatch, no_ffcv: None) -> None:
     monkeypatch.setattr(module, "_network", lambda runs: Finding("network", "ok", "reached"))
 
 
-def run(runs: Path, address: str | None = "auto", at: str | None = None) -> Any:
-    return preflight(runs, address=address, checkpoints=at)
-
-
 @pytest.mark.usefixtures("sick")
 def test_a_node_that_does_not_answer_hides_no_other(tmp_path: Path) -> None:
-    found = run(tmp_path)
+    found = preflight(tmp_path, address="auto")
     [bad] = [each for each in found if each.state == "bad"]
     assert (bad.check, bad.text) == ("node", "it is silent")
     assert {"versions", "gpus", "ffcv", "storage", "network", "mlflow"} <= {
@@ -132,7 +130,7 @@ def test_local_is_this_machine_and_starts_no_ray(
 ) -> None:
     monkeypatch.setattr(module, "Ray", lambda cluster: pytest.fail(f"a Ray at {cluster.address}"))
     for address in (None, "local"):
-        assert [each.check for each in run(tmp_path, address)] == [
+        assert [each.check for each in preflight(tmp_path, address=address)] == [
             "versions",
             "gpus",
             "ffcv",
@@ -144,11 +142,19 @@ def test_local_is_this_machine_and_starts_no_ray(
 @pytest.mark.usefixtures("sick")
 def test_each_node_tries_where_checkpoints_are_kept(tmp_path: Path) -> None:
     runs, place = tmp_path / "runs", tmp_path / "kept"
-    found = [each for each in run(runs, at=str(place)) if each.check == "storage"]
+    found = [
+        each
+        for each in preflight(runs, address="auto", checkpoints=str(place))
+        if each.check == "storage"
+    ]
     assert [each.state for each in found] == ["ok", "ok"]
     assert f"written to {runs}" in found[0].text and f"written to {place}" in found[1].text
     assert list(place.iterdir()) == []
-    [bad, _] = [each for each in run(runs, at="nosuch://x") if each.state == "bad"]
+    [bad, _] = [
+        each
+        for each in preflight(runs, address="auto", checkpoints="nosuch://x")
+        if each.state == "bad"
+    ]
     assert "cannot use nosuch://x: ValueError: Protocol not known" in bad.text
 
 
@@ -162,21 +168,12 @@ def test_an_address_with_credentials_is_refused_first(address: str, tmp_path: Pa
 def test_a_full_disk_is_reported_with_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        module, "_marker_in", raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    )
-    (found,) = run(tmp_path / "runs")
+    monkeypatch.setattr(module, "_marker_in", FULL)
+    (found,) = preflight(tmp_path / "runs")
     assert (found.check, found.state) == ("storage", "bad") and found.text.startswith(
         f"this machine cannot use {tmp_path / 'runs'}: OSError: [Errno 28] No space"
     )
     assert "make room" in found.advice and found.text.endswith("; nothing else was examined")
-
-
-def raising(error: Exception) -> Callable[..., Any]:
-    def act(*given: Any, **more: Any) -> Any:
-        raise error
-
-    return act
 
 
 # ------------------------------------------------------------------------------ nodes are compared
@@ -326,7 +323,7 @@ def test_a_lock_of_another_process_is_seen(tmp_path: Path) -> None:
     ("flock", "reason"),
     [
         (lambda handle, how: None, "a second lock was granted"),
-        (raising(OSError(errno.ENOSYS, "not implemented")), "[Errno 38] not implemented"),
+        (Mock(side_effect=OSError(errno.ENOSYS, "not implemented")), "[Errno 38] not implemented"),
     ],
     ids=["locks of each machine", "no locks"],
 )
@@ -453,22 +450,25 @@ def bucket() -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(params=["folder", "file", "memory", "s3"])
-def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param in ("folder", "file"):
-        return {"folder": "", "file": "file://"}[request.param] + str(tmp_path / "not" / "there")
-    base = (
-        "memory://checkpoints" if (request.param == "memory") else request.getfixturevalue("bucket")
-    )
-    return f"{base}/{uuid.uuid4().hex}"
-
-
 def names(address: str) -> list[str]:
     fs, root = fsspec.url_to_fs(address, use_listings_cache=False, skip_instance_cache=True)
     return fs.find(root)
 
 
-def test_an_object_is_written_found_read_and_deleted(address: str) -> None:
+@pytest.mark.parametrize(
+    "place",
+    [
+        "{folder}/not/there",
+        "file://{folder}/not/there",
+        "memory://checkpoints/{name}",
+        "{bucket}/{name}",
+    ],
+    ids=["folder", "file", "memory", "s3"],
+)
+def test_an_object_is_written_found_read_and_deleted(
+    place: str, bucket: str, tmp_path: Path
+) -> None:
+    address = place.format(folder=tmp_path, bucket=bucket, name=uuid.uuid4().hex)
     with module._marker_in(address) as marker:
         found = try_store(address, marker)
     assert found.state == "ok" and f"an object was written to {address}" in found.text
@@ -486,7 +486,7 @@ def test_a_bucket_that_is_not_there_is_not_made(bucket: str) -> None:
     ]
 
 
-DENIED = raising(PermissionError("Access Denied\nto AKIAPLANTED with planted-secret"))
+DENIED = Mock(side_effect=PermissionError("Access Denied\nto AKIAPLANTED with planted-secret"))
 SAID = "PermissionError: Access Denied to $AWS_ACCESS_KEY_ID with $AWS_SECRET_ACCESS_KEY"
 
 
@@ -573,9 +573,7 @@ def test_a_store_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for file, why in ((kept / "x.db", "Not a directory"), (tmp_path, "Is a directory")):
         found = of_mlflow(f"sqlite:///{file}")
         assert f"the store {file} cannot be written: " in found.text and why in found.text
-    monkeypatch.setattr(
-        tempfile, "TemporaryFile", raising(OSError(errno.ENOSPC, "No space left on device"))
-    )
+    monkeypatch.setattr(tempfile, "TemporaryFile", FULL)
     assert of_mlflow(f"sqlite:///{kept}").text.endswith("No space left on device")
 
 

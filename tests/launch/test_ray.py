@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import ray
@@ -68,7 +69,28 @@ def test_workers_wait_for_one_another_until_long_after_a_watchdog_has_ended_one(
     """Else the one that is well gives up first, and Ray ends the other before it has said what it
     hangs in.
     """
-    assert patience_in_a_worker(tmp_path, monkeypatch, hang_minutes) >= least
+    context = SimpleNamespace(
+        get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0
+    )
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: "cpu")
+
+    def work(job: Job, place: RankInfo) -> dict[str, Any]:
+        group: Any = distributed.group.WORLD
+        return {"patience": group._get_backend(torch.device("cpu")).options._timeout}
+
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{tmp_path}/meeting",
+        rank=0,
+        world_size=1,
+        timeout=timedelta(minutes=10),
+    )
+    try:
+        told = _train(asdict(job_in(tmp_path, hang_minutes=hang_minutes)), work=work, sizes=(1,))
+    finally:
+        distributed.destroy_process_group()
+    assert told is not None and told["patience"] >= least
 
 
 @pytest.mark.parametrize("hang_minutes", [0.0, 600.0])
@@ -196,6 +218,15 @@ def test_cards_that_torch_cannot_use_are_refused_before_anything_starts(
             "launch: each worker needs a GPU; got 1 worker and 0 GPUs; take fewer workers or"
             " --device cpu",
         ),
+        *(
+            (
+                {"workers": 2, "device": device},
+                {"CPU": 2.0, "GPU": 1.0},
+                "launch: each worker needs a GPU; got 2 workers and 1 GPU; take fewer workers or"
+                " --device cpu",
+            )
+            for device in ("auto", "gpu")
+        ),
         (
             {"workers": 3, "device": "cpu"},
             {"CPU": 2.0},
@@ -242,38 +273,8 @@ def test_of_what_the_user_alone_can_change_it_says_so(
     assert ended.value.is_for_the_user == is_for_the_user
 
 
-def patience_in_a_worker(folder: Path, patch: pytest.MonkeyPatch, hang_minutes: float) -> timedelta:
-    context = SimpleNamespace(
-        get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0
-    )
-    patch.setattr(ray.train, "get_context", lambda: context)
-    patch.setattr(ray.train.torch, "get_device", lambda: "cpu")
-
-    def work(job: Job, place: RankInfo) -> dict[str, Any]:
-        group: Any = distributed.group.WORLD
-        return {"patience": group._get_backend(torch.device("cpu")).options._timeout}
-
-    job = Job(
-        run=str(folder),
-        study="s",
-        data_fingerprint="f",
-        commit="c",
-        recipe={},
-        hang_minutes=hang_minutes,
-    )
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=0,
-        world_size=1,
-        timeout=timedelta(minutes=10),
-    )
-    try:
-        told = _train(asdict(job), work=work, sizes=(1,))
-    finally:
-        distributed.destroy_process_group()
-    assert told is not None
-    return told["patience"]
+def job_in(folder: Path, **about: Any) -> Job:
+    return Job(run=str(folder), study="s", data_fingerprint="f", commit="c", recipe={}, **about)
 
 
 def run(
@@ -286,23 +287,15 @@ def run(
     launcher: Ray | None = None,
     **about: Any,
 ) -> dict[str, Any]:
-    asked: dict[str, Any] = {}
-
-    def fit() -> SimpleNamespace:
-        if error is not None:
-            raise error
-        return SimpleNamespace(return_value=None)
-
-    def asks(work: Any, **words: Any) -> SimpleNamespace:
-        asked.update(words)
-        return SimpleNamespace(fit=fit)
-
-    patch.setattr(ray_trainer, "Trainer", asks)
+    """What Ray's trainer is asked for, and the job; it ends in this error."""
+    fit = Mock(side_effect=error, return_value=SimpleNamespace(return_value=None))
+    trainer = Mock(return_value=SimpleNamespace(fit=fit))
+    patch.setattr(ray_trainer, "Trainer", trainer)
     patch.setattr(ray, "cluster_resources", lambda: dict(resources))
     patch.setattr(ray, "nodes", lambda: list(nodes))
-    job = Job(run=str(folder), study="s", data_fingerprint="f", commit="c", recipe={}, **about)
     launcher = Ray(Cluster(workers=2, device="cpu")) if launcher is None else launcher
-    launcher.run(job, "1")
+    launcher.run(job_in(folder, **about), "1")
+    asked = trainer.call_args.kwargs
     return {**asked, "job": asked["train_loop_config"]}
 
 
@@ -422,20 +415,12 @@ def test_where_all_have_lost_another_one_the_lowest_is_told() -> None:
         ("auto", 2, 8, True),
         ("cpu", 2, 8, False),
         ("gpu", 1, 1, True),
-        ("auto", 2, 1, "1 GPU"),
-        ("gpu", 2, 0, "0 GPUs"),
-        ("gpu", 2, 1, "1 GPU"),
     ],
 )
 def test_gpus_are_taken_where_there_is_one_for_each_worker(
-    device: Device, workers: int, gpus: int, expected: bool | str
+    device: Device, workers: int, gpus: int, expected: bool
 ) -> None:
-    if isinstance(expected, bool):
-        assert takes_gpus(device, workers, gpus) is expected
-        return
-    said = f"^launch: each worker needs a GPU; got 2 workers and {expected}; take fewer workers or "
-    with pytest.raises(UserError, match=said):
-        takes_gpus(device, workers, gpus)
+    assert takes_gpus(device, workers, gpus) is expected
 
 
 NODE = {"CPU": 64.0, "GPU": 8.0, "memory": 1e12}
@@ -465,10 +450,7 @@ def test_the_share_of_a_worker_and_what_somebody_has_said_stays(
 
 def test_without_tbb_one_thread_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """numba's wheels have none for ARM; the reader refuses several threads there."""
-
-    def none() -> None:
-        raise DataError("data: more than 1 loader thread needs TBB")
-
+    none = Mock(side_effect=DataError("data: more than 1 loader thread needs TBB"))
     monkeypatch.setattr(tbb, "require_tbb", none)
     assert share_of([NODE], gpus=True) == (8, 1)
     # The reader refuses this, in its own words.

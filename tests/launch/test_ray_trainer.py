@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -28,7 +29,6 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from pipeline.launch import ray_trainer
-from pipeline.launch import ray_trainer as resizing
 from pipeline.launch.ray_trainer import (
     LOOK_S,
     PATIENCE_S,
@@ -112,9 +112,6 @@ def passes(seconds: float) -> Act:
     return wait
 
 
-HOUR = PLACES_S
-
-
 @pytest.mark.parametrize(
     ("about", "acts", "retries", "ends"),
     [
@@ -147,11 +144,11 @@ HOUR = PLACES_S
                     each
                     for attempt in (0, 1)
                     for each in (
-                        *(starts(attempt), lacks_room, passes(HOUR - 1)),
-                        *(lacks_room, passes(10 * HOUR)),
+                        *(starts(attempt), lacks_room, passes(PLACES_S - 1)),
+                        *(lacks_room, passes(10 * PLACES_S)),
                     )
                 ),
-                *(starts(2), lacks_room, passes(HOUR), lacks_room, lacks_room),
+                *(starts(2), lacks_room, passes(PLACES_S), lacks_room, lacks_room),
             ],
             6,
             True,
@@ -168,8 +165,8 @@ HOUR = PLACES_S
         (
             {},
             [
-                *(starts(0), lacks_room, passes(HOUR - 1), dies, passes(10)),
-                *(lacks_room, passes(HOUR - 1), lacks_room),
+                *(starts(0), lacks_room, passes(PLACES_S - 1), dies, passes(10)),
+                *(lacks_room, passes(PLACES_S - 1), lacks_room),
             ],
             4,
             False,
@@ -212,6 +209,7 @@ DEATH = WorkerHealthCheckFailedError(
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
+UNABLE = Mock(side_effect=OSError(errno.ESTALE, "Stale file handle"))
 GONE = {"worker": 1, "error": "WorkerHealthCheckFailedError: The actor is dead."}
 
 
@@ -263,15 +261,12 @@ def test_a_wait_for_places_is_journalled_once(policy: Restarts) -> None:
 def test_storage_that_is_away_as_a_worker_dies_ends_nothing(
     policy: Restarts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def away(*asked: object, **about: object) -> None:
-        raise OSError(errno.ESTALE, "Stale file handle")
-
     starts(0)(policy)
     saves(5)(policy)
     assert dies(policy) == RETRY
     with monkeypatch.context() as patch:
         for name in ("last_event", "was_stopped", "note_death"):
-            patch.setattr(ray_trainer, name, away)
+            patch.setattr(ray_trainer, name, UNABLE)
         assert [dies(policy, worker=1), lacks_room(policy)] == [RETRY, RETRY]
     saves(10)(policy)
     assert [dies(policy) for _ in range(3)] == [RETRY, RETRY, RAISE]
@@ -288,7 +283,7 @@ def elastic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resizing:
     monkeypatch.setattr(
         ElasticScalingPolicy, "make_decision_for_non_running_worker_group", lambda *about: NOTHING
     )
-    monkeypatch.setattr(resizing, "_leaving", lambda state: Notice((), None))
+    monkeypatch.setattr(ray_trainer, "_leaving", lambda state: Notice((), None))
     made = Resizing(ScalingConfig(num_workers=(1, 2)), sizes=(1, 2), folder=tmp_path)
     made._ticked = math.inf  # there is no coordinator to ask
     return made
@@ -298,14 +293,10 @@ def looks(elastic: Resizing) -> ScalingDecision:
     return elastic.make_decision_for_running_worker_group(None, None)
 
 
-def unable(*asked: Any, **how: Any) -> None:
-    raise OSError(errno.ESTALE, "Stale file handle")
-
-
 def take_away(patch: pytest.MonkeyPatch) -> None:
     for name in ("exists", "unlink"):
-        patch.setattr(Path, name, unable)
-    patch.setattr(resizing, "write_json", unable)
+        patch.setattr(Path, name, UNABLE)
+    patch.setattr(ray_trainer, "write_json", UNABLE)
 
 
 def test_it_grows_once_it_has_saved(elastic: Resizing) -> None:
@@ -369,7 +360,7 @@ def test_a_place_is_waited_for_an_hour_and_somebody_is_told_once(
         )
         NOW[0] += LOOK_S + 1
         with monkeypatch.context() as patch:
-            patch.setattr(resizing, "journal_waiting", unable)
+            patch.setattr(ray_trainer, "journal_waiting", UNABLE)
             assert elastic.make_decision_for_non_running_worker_group() == NOTHING
         assert [elastic.make_decision_for_non_running_worker_group() for _ in range(3)] == [
             NOTHING

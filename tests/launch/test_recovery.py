@@ -34,10 +34,9 @@ def triangle(optimizer, steps, epoch_steps):
 
     return schedule
 """
-GONE_S = 10.0
-"""after its last line"""
+GONE_S = 10.0  # after its last line
+# In the environment of each process of a launch, whoever its parent is by then.
 MARK = "SPIKETRAIN_TEST_OF"
-"""in the environment of each process of a launch, whoever its parent is by then"""
 Launch = Callable[..., Driver]
 
 

@@ -12,7 +12,8 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -21,7 +22,7 @@ from pipeline.launch.cluster import Cluster
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.ray import Ray
-from pipeline.recipe.recipe import spec
+from pipeline.recipe.recipe import read_json, spec
 from pipeline.recipe.suite import Suite, SuiteFile, runs_of
 from pipeline.track.state import state_of
 from tests.helpers.interruptions import before_batch
@@ -80,7 +81,7 @@ def test_the_same_words_begin_go_on_and_end(
     assert done(*again, "--verify", "full").startswith(
         "it: --verify was sampled, is full from here on\n"
     )
-    assert {told(run, file)["verify"] for file in ("cluster.json", "job.json")} == {"full"}
+    assert {read_json(run / file)["verify"] for file in ("cluster.json", "job.json")} == {"full"}
     assert steps_of(run, "start") == [0, 4]
     assert done(*again).startswith("it has finished")
     done(*words(place, tmp_path, name="whole"))
@@ -138,25 +139,17 @@ def test_it_needs_a_name(place: Path, tmp_path: Path, refused: Refused) -> None:
 # ----------------------------------------------------------------------- a machine of another shape
 
 
-def told(folder: Path, file: str) -> Any:
-    return json.loads((folder / file).read_text())
-
-
 @pytest.fixture
-def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Cluster]:
-    made: list[Cluster] = []
-
-    def launcher_of(cluster: Cluster) -> Inline:
-        made.append(cluster)
-        return Inline(device="cpu")
-
+def launcher_of(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Is asked for the launcher of a cluster. All train in this process."""
+    launcher_of = Mock(side_effect=lambda cluster: Inline(device="cpu"))
     for module in ("driver", "resume", "suite"):
         monkeypatch.setattr(f"pipeline.launch.{module}.launcher_of", launcher_of)
-    return made
+    return launcher_of
 
 
 def test_a_run_goes_on_with_fewer_cores_and_keeps_what_nobody_changes(
-    place: Path, tmp_path: Path, spiketrain: Command, done: Done, trained_on: list[Cluster]
+    place: Path, tmp_path: Path, spiketrain: Command, done: Done, launcher_of: Mock
 ) -> None:
     launch = f"launch {place}/one.py --cpus-per-worker 2 --verify full --runs {tmp_path} --name it"
     stopped(spiketrain, launch.split())
@@ -168,24 +161,27 @@ def test_a_run_goes_on_with_fewer_cores_and_keeps_what_nobody_changes(
     assert said.startswith(
         "it: --cpus-per-worker was 2, is 1, --hang-minutes was 30.0, is 5.0 from here on\n"
     )
-    job = told(tmp_path / "it", "job.json")
+    job = read_json(tmp_path / "it" / "job.json")
     assert (job["threads"], job["hang_minutes"], job["verify"]) == (1, 5.0, "full")
     assert "from here on" not in done(*resume)
-    now = [(each.cpus_per_worker, each.hang_minutes, each.verify) for each in trained_on]
-    assert now == [(2, 30.0, "full"), (1, 5.0, "full"), (1, 5.0, "full")]
+    assert [
+        (cluster.cpus_per_worker, cluster.hang_minutes, cluster.verify)
+        for (cluster,), _ in launcher_of.call_args_list
+    ] == [(2, 30.0, "full"), (1, 5.0, "full"), (1, 5.0, "full")]
 
 
 def test_a_suite_goes_on_with_fewer_cores_in_the_run_that_has_begun_and_in_the_next(
-    place: Path, tmp_path: Path, spiketrain: Command, done: Done, trained_on: list[Cluster]
+    place: Path, tmp_path: Path, spiketrain: Command, done: Done, launcher_of: Mock
 ) -> None:
     launch = f"launch {place}/two.py --cpus-per-worker 2 --side-by-side 1 --runs {tmp_path}"
     stopped(spiketrain, [*launch.split(), "--name", "it"])
     assert "it: --cpus-per-worker was 2, is 1 from here on\n" in done(
         "resume", tmp_path / "it", "--cpus-per-worker", "1"
     )
-    assert told(tmp_path / "it", "suite.json")["cluster"]["cpus_per_worker"] == 1
+    assert read_json(tmp_path / "it" / "suite.json")["cluster"]["cpus_per_worker"] == 1
     for run in runs_of(tmp_path / "it").values():
-        assert told(run, "cluster.json")["cpus_per_worker"] == told(run, "job.json")["threads"] == 1
+        assert read_json(run / "cluster.json")["cpus_per_worker"] == 1
+        assert read_json(run / "job.json")["threads"] == 1
 
 
 def test_a_run_that_has_begun_has_cores_of_its_own_where_those_do_that_begin_now(
@@ -201,14 +197,17 @@ def test_a_run_that_has_begun_has_cores_of_its_own_where_those_do_that_begin_now
     write_job(replace(read_job(begun), own_cores=True))  # two had room for one another
     monkeypatch.setattr(Inline, "room", lambda self: 1)
     done("resume", tmp_path / "it", "--side-by-side", "auto")
-    assert [told(run, "job.json")["own_cores"] for run in runs] == [False, False]
+    assert [read_json(run / "job.json")["own_cores"] for run in runs] == [False, False]
 
 
 def test_what_is_refused_changes_nothing(
     place: Path, tmp_path: Path, spiketrain: Command, refused: Refused
 ) -> None:
     stopped(spiketrain, words(place, tmp_path))
-    before = {file: told(tmp_path / "it", file) for file in ("cluster.json", "job.json")}
+    before = {
+        file: read_json(file)
+        for file in (tmp_path / "it" / "cluster.json", tmp_path / "it" / "job.json")
+    }
     for more, said in (
         (("--cpus-per-worker", "2"), "without Ray; got --cpus-per-worker 2"),
         (("--side-by-side", "2"), "resume: --side-by-side is for a suite; got 2 with it alone"),
@@ -219,7 +218,7 @@ def test_what_is_refused_changes_nothing(
         ),
     ):
         assert said in refused("resume", str(tmp_path / "it"), "--verify", "full", *more)
-    assert {file: told(tmp_path / "it", file) for file in before} == before
+    assert {file: read_json(file) for file in before} == before
 
 
 # ---------------------------------------------------------------------- other numbers of workers
@@ -237,10 +236,7 @@ class Started(Exception):
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(self: Ray) -> NoReturn:
-        raise Started
-
-    monkeypatch.setattr(Ray, "__enter__", start)
+    monkeypatch.setattr(Ray, "__enter__", Mock(side_effect=Started))
 
 
 def test_a_run_is_checked_at_its_new_size(

@@ -15,18 +15,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
 
 from pipeline.__main__ import main
-from pipeline.core.printing import NO_WIDTH
 from pipeline.launch.driver import driver_lock
 from pipeline.launch.suite import _sync_states
-from pipeline.recipe.recipe import Recipe, read_json, write_json
+from pipeline.recipe.recipe import read_json, write_json
 from pipeline.recipe.suite import SuiteFile, runs_of
 from pipeline.report.selection import list_suites, print_runs
-from pipeline.report.suite import print_suite
 from pipeline.track.connect import connect
 from pipeline.track.state import state_of
 from pipeline.train.trainer import Trainer
@@ -285,21 +284,19 @@ def test_asked_to_stop_during_a_runs_last_batch_the_suite_stops_and_goes_on(
     assert error.splitlines() == lines[-3:]
     with pytest.MonkeyPatch.context() as patch:
         # Between two runs, where nobody else listens.
-        patch.setattr("pipeline.launch.suite_runs.prepare", interrupted)
+        patch.setattr("pipeline.launch.suite_runs.prepare", Mock(side_effect=KeyboardInterrupt))
         code, said, _ = spiketrain("resume", "s", "--runs", str(tmp_path))
     assert (code, said.splitlines()[-1]) == (130, stopped)
 
 
-def interrupted(*given: Any, **more: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def test_what_is_listed_and_reported_while_children_are_missing(
-    places: Path, tmp_path: Path, spiketrain: Command, refused: Refused
+    places: Path, tmp_path: Path, spiketrain: Command, done: Done, refused: Refused
 ) -> None:
     killed(spiketrain, "second", 3, launch(places / "lab_suite.py", tmp_path, "half"))
-    folder, second = tmp_path / "half", runs_of(tmp_path / "half")["second"]
-    resume = f"resume half --runs {tmp_path} --trust lab_suite"
+    folder = tmp_path / "half"
+    _, second, third = runs_of(folder).values()
+    at = f"half --runs {tmp_path} --trust lab_suite"
+    resume = f"resume {at}"
     [row] = list_suites(tmp_path)
     assert (row.name, row.state, row.resume) == ("half", "1 of 3 finished", f"spiketrain {resume}")
     with driver_lock(folder):
@@ -308,12 +305,11 @@ def test_what_is_listed_and_reported_while_children_are_missing(
         assert (
             refused(*resume.split()) == "half: is being trained by another process on this machine"
         )
-    out = io.StringIO()
-    print_suite(folder, trust=("lab_suite",), console=Console(file=out, width=NO_WIDTH))
-    assert out.getvalue().startswith(f"not finished: second ({second.name}) is interrupted\n")
-    assert "REPORT" not in out.getvalue() and out.getvalue().splitlines()[2].startswith(
-        "1 of 3 finished, the report is printed when all have; spiketrain resume half --runs "
-    )
+    assert done("compare", *at.split()).splitlines() == [
+        f"not finished: second ({second.name}) is interrupted",
+        f"not finished: third ({third.name}) has not begun",
+        f"1 of 3 finished, the report is printed when all have; spiketrain {resume}",
+    ]
     out = io.StringIO()
     print_runs(tmp_path, Console(file=out, width=80))
     assert "half   1 of 3 finished" in out.getvalue()
@@ -325,9 +321,7 @@ def test_what_is_listed_and_reported_while_children_are_missing(
 def test_a_child_that_is_refused_stops_the_suite_and_after_mending_it_goes_on(
     untouched: Path, places: Path, tmp_path: Path, refused: Refused, done: Done
 ) -> None:
-    def refuse(attempt: Trainer) -> None:
-        raise ValueError("IDE: the solve must converge")
-
+    refuse = Mock(side_effect=ValueError("IDE: the solve must converge"))
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, "second", 6, refuse)
         assert (
@@ -607,9 +601,7 @@ def test_show_prints_every_recipe_of_a_suite_without_what_it_refers_to(
 
 
 def test_storage_that_is_away_at_the_end_hides_no_other_error(tmp_path: Path) -> None:
-    def away() -> list[Recipe]:
-        raise OSError(errno.ESTALE, "Stale file handle")
-
+    away = Mock(side_effect=OSError(errno.ESTALE, "Stale file handle"))
     with RawJournal(tmp_path / "journal.jsonl", attempt=0) as journal:
         journal.event("start")
     out = io.StringIO()

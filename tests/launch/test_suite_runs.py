@@ -15,11 +15,12 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -31,7 +32,7 @@ from pipeline.data.write.images import write_fashion
 from pipeline.launch import suite_runs
 from pipeline.launch.in_process import Inline
 from pipeline.launch.suite_runs import parallel_runs, train_side_by_side
-from pipeline.recipe.recipe import Recipe, read_json
+from pipeline.recipe.recipe import read_json
 from pipeline.recipe.suite import runs_of
 from pipeline.report.selection import list_suites
 from pipeline.track.connect import connect
@@ -108,11 +109,6 @@ def words(file: Path, runs: Path, name: str, *more: str) -> list[str]:
     return [*f"launch {file} --inline --device cpu --runs {runs} --name {name}".split(), *more]
 
 
-def begun(file: Path, runs: Path, name: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "pipeline", *words(file, runs, name, "--side-by-side", "2")]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
-
-
 def span(run: Path) -> tuple[float, float]:
     start, finish = first(run / "journal.jsonl", "start"), last(run / "journal.jsonl", "finish")
     assert start is not None and finish is not None
@@ -146,19 +142,21 @@ def test_what_needs_nothing_runs_at_once_and_what_does_waits(
 def test_when_the_suite_is_killed_its_runs_are_saved_and_it_goes_on(
     place: Path, tmp_path: Path, done: Done
 ) -> None:
-    def going() -> list[Path]:
-        return [run for name, run in children(tmp_path / "killed").items() if name != "after"]
-
-    with begun(place / "long.py", tmp_path, "killed") as suite:
-        wait_for(lambda: all(steps(run) > 2 for run in going()))
+    launch = words(place / "long.py", tmp_path, "killed", "--side-by-side", "2")
+    command = [sys.executable, "-m", "pipeline", *launch]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as suite:
+        wait_for((tmp_path / "killed" / "suite.json").exists)
+        runs = runs_of(tmp_path / "killed")
+        going = (runs["one"], runs["other"])
+        wait_for(lambda: all(max(steps_of(run, "step"), default=0) > 2 for run in going))
         suite.send_signal(signal.SIGKILL)
-    wait_for(lambda: not any(is_driven(run) for run in going()))
-    assert [state_of(run) for run in going()] == ["stopped", "stopped"]
+    wait_for(lambda: not any(is_driven(run) for run in going))
+    assert [state_of(run) for run in going] == ["stopped", "stopped"]
     [row] = list_suites(tmp_path)
     resume = f"resume killed --runs {tmp_path}"
     assert (row.state, row.resume) == ("0 of 3 finished", f"spiketrain {resume}")
     done(*resume.split())
-    for run in going():  # each step once: nothing was lost
+    for run in going:  # each step once: nothing was lost
         assert steps_of(run, "step") == list(range(1, 12 * 8 + 1))
 
 
@@ -314,19 +312,10 @@ def drives_as(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     monkeypatch.setattr(suite_runs, "_POLL_S", 0.01)
 
 
-@contextmanager
-def driven_by_another(run: Path) -> Iterator[None]:
-    with (run / "driver.lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield
-
-
 def test_a_run_that_storage_does_not_let_begin_is_told_once_the_others_have_ended(
     tmp_path: Path,
 ) -> None:
-    def away(recipe: Recipe) -> Job:
-        raise OSError(errno.ESTALE, "Stale file handle")
-
+    away = Mock(side_effect=OSError(errno.ESTALE, "Stale file handle"))
     with pytest.raises(OSError, match="Stale"):
         train_side_by_side(stand_ins(tmp_path, job=away), Inline(), 2, Console())
 
@@ -344,7 +333,8 @@ def test_a_run_that_the_child_of_a_killed_suite_still_saves_is_begun_once_that_h
     monkeypatch.setattr(suite_runs, "on_stop_signals", lambda hear: nullcontext())
     waiting = "another process still trains it: waiting"
     with ThreadPoolExecutor(1) as beside:
-        with driven_by_another(tmp_path / "run"):
+        with (tmp_path / "run" / "driver.lock").open("w") as held_by_another:
+            fcntl.flock(held_by_another, fcntl.LOCK_EX)
             finished = beside.submit(train_side_by_side, children, Inline(), 1, Console(file=said))
             wait_for(lambda: waiting in said.getvalue())
             time.sleep(0.1)
@@ -379,15 +369,6 @@ def test_more_than_there_is_room_for_is_refused() -> None:
     assert parallel_runs(joined, 3) == 3
     with pytest.raises(UserError, match=r"must be a number on a cluster .* joined,.*got auto"):
         parallel_runs(joined, "auto")
-
-
-def children(suite: Path) -> dict[str, Path]:
-    return runs_of(suite) if (suite / "suite.json").exists() else {"none yet": suite}
-
-
-def steps(run: Path) -> int:
-    newest = last(run / "journal.jsonl", "step")
-    return newest["step"] if newest else 0
 
 
 wait_for = partial(until, within=90, pause=0.1)

@@ -64,7 +64,7 @@ def machine(
         (  # too old for a torch that is newer than the table of drivers
             {"version": "580.65", "cuda": 13000, "cards": 1, "built": "14.1"},
             f"{TORCH} for CUDA 14.1 and cannot use the 1 GPU here; NVIDIA's driver 580.65 runs CUDA"
-            f" 13.0 and older; install driver for CUDA 14 or newer, or {INSTALL}cu130, {CPU}",
+            f" 13.0 and older; install a driver that runs CUDA 14, or {INSTALL}cu130, {CPU}",
         ),
         *(
             (

@@ -1,4 +1,5 @@
 import copy
+from typing import Self
 
 import pytest
 import torch
@@ -147,6 +148,13 @@ def test_two_unequal_ranks_equal_one(tmp_path):
     run_ranks(rank_of_two, 2, tmp_path, x, upstream, expected)
 
 
+class Frozen(nn.BatchNorm2d):
+    """A norm that is kept in evaluation mode in the usual way."""
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
+
+
 @pytest.mark.parametrize(
     ("norm", "is_foreign"),
     [
@@ -165,6 +173,7 @@ def test_two_unequal_ranks_equal_one(tmp_path):
         (nn.GroupNorm(1, 3), False),
         (nn.LayerNorm(3), False),
         (FrozenBatchNormAct2d(3), False),
+        (Frozen(3), False),
         (BatchNorm(3), False),
         (BatchNorm(3, over="time"), False),
         (nn.Conv2d(3, 3, 1), False),

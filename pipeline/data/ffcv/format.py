@@ -77,7 +77,8 @@ class BetonWriter:
         self, path: Path, *, capacity: int, kind: Kind = Images(), page_bytes: int = PAGE_BYTES
     ) -> None:
         self.path, self.kind, self.page_bytes, self.samples = path, kind, page_bytes, 0
-        self._metadata = np.zeros(capacity, _metadata_type(kind))
+        record = _ffcv().get_metadata_type([kind.field(), _ffcv().IntField()])
+        self._metadata = np.zeros(capacity, record)
         self._table = np.zeros(capacity, _ffcv().ALLOC_TABLE_TYPE)
         front_bytes = _metadata_offset() + self._metadata.nbytes
         self._pages_offset = -(-front_bytes // page_bytes) * page_bytes
@@ -222,10 +223,6 @@ def _descriptors(kind: Kind) -> bytes:
         descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
         descriptor["arguments"] = field.to_binary()[0]
     return descriptors.tobytes()
-
-
-def _metadata_type(kind: Kind) -> np.dtype[Any]:
-    return _ffcv().get_metadata_type([kind.field(), _ffcv().IntField()])
 
 
 def _metadata_offset() -> int:

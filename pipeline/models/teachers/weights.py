@@ -7,8 +7,7 @@ key. It raises a ValueError of one line for weights that are unavailable, damage
 import hashlib
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ class Hub:
     """The weights that timm downloads for the model's name with its tag (`resnet50.a1_in1k`)."""
 
     def load(self, name: str) -> nn.Module:
+        _check_name(name)
         try:
             return timm.create_model(name, pretrained=True)
         # The hub, its cache and the network raise many exceptions (timm 1.0.31).
@@ -45,12 +45,11 @@ class File:
 
     def load(self, name: str) -> nn.Module:
         state = read_state(Path(self.path), who="File")
-        with _known_to_timm(name):
-            head = timm.get_pretrained_cfg_value(name, "classifier")
-            weight = state.get(f"{head}.weight") if isinstance(head, str) else None
-            classes: dict[str, Any] = {} if weight is None else {"num_classes": len(weight)}
-            model = timm.create_model(name, **classes)
-        return _load(model, state, str(self.path))
+        _check_name(name)
+        head = timm.get_pretrained_cfg_value(name, "classifier")
+        weight = state.get(f"{head}.weight") if isinstance(head, str) else None
+        classes: dict[str, Any] = {} if weight is None else {"num_classes": len(weight)}
+        return _load(timm.create_model(name, **classes), state, str(self.path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +74,9 @@ class Package:
             f"Package: the weights of {self.name} are those of {packed_model} and of no other;"
             f" got {name}",
         )
+        _check_name(name)
         path = installed_file(self.name, file)
-        with _known_to_timm(name):
-            model = timm.create_model(name)
+        model = timm.create_model(name)
         return _load(model, to_timm_names(read_state(path, who="Package"), model), str(path))
 
 
@@ -88,7 +87,8 @@ class Untrained:
     seed: int = 0
 
     def load(self, name: str) -> nn.Module:
-        with _known_to_timm(name), torch.random.fork_rng(devices=[]):
+        _check_name(name)
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return timm.create_model(name)
 
@@ -169,16 +169,17 @@ def installed_file(package: str, name: str) -> Path:
     return path
 
 
-@contextmanager
-def _known_to_timm(name: str) -> Iterator[None]:
-    """Refuse a model or a tag that timm does not know with timm's own reason."""
+def _check_name(name: str) -> None:
+    """Refuse a model or a tag that timm does not know, before anything is loaded."""
+    rule = (
+        f"timm_teacher: name must be a model of timm {timm.__version__}, with one of its tags;"
+        f" got {name!r}"
+    )
+    require(timm.is_model(name), f"{rule}: Unknown model")
     try:
-        yield
-    except RuntimeError as error:
-        raise ValueError(
-            f"timm_teacher: name must be a model of timm {timm.__version__}, with one of its tags;"
-            f" got {name!r}: {error}"
-        ) from error
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # an unknown tag
+        raise ValueError(f"{rule}: {error}") from error
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:

@@ -43,7 +43,11 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
         every: seconds between looks of an open page.
         patience_s: seconds after which a page repeats a request that has no answer.
     """
-    environment().filters |= {"seeds": _seeds, "states": describe_states, "moment": _format_time}
+    environment().filters |= {
+        "seeds": _seeds,
+        "states": describe_states,
+        "moment": lambda s: time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(s)),
+    }
     app = Flask(__name__, static_folder=str(WEB), static_url_path="/web", template_folder=None)
     answers = _Answers(Live(store), every)
     shell = (
@@ -199,10 +203,6 @@ def _json(**fields: Any) -> Response:
 def _trouble(error: Exception) -> str:
     macros: Any = environment().get_template("macros.html").module
     return macros.trouble(str(error)[:1].upper() + str(error)[1:])
-
-
-def _format_time(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
 def _seeds(seeds: Sequence[str]) -> str:
