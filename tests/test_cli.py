@@ -18,19 +18,13 @@ from pipeline.cli.app import app
 from pipeline.launch.prepare import write_job
 from tests.helpers.interruptions import dies_at
 from tests.helpers.small import (
-    Command,
+    Done,
     Refused,
     make_run,
     small_recipe,
     train_inline,
     without_stages,
 )
-
-
-def spiketrain_process(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, timeout=110
-    )
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -260,9 +254,12 @@ def test_a_number_that_is_none_or_without_end_is_refused_whatever_the_option(
 
 
 def test_nothing_that_is_imported_adds_a_line_to_it(tmp_path: Path) -> None:
-    done = spiketrain_process(
-        *f"launch recipes/fashion/sltt.py --inline --runs {tmp_path}".split(),
-        *("--set", "data.folder=nowhere"),
+    typed = f"launch recipes/fashion/sltt.py --inline --runs {tmp_path} --set data.folder=nowhere"
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", *typed.split()],
+        capture_output=True,
+        text=True,
+        timeout=110,
     )
     [line] = without_stages(done.stderr).strip().splitlines()
     assert done.returncode == 2 and "does not exist" in line
@@ -407,9 +404,7 @@ def test_a_recipe_file_that_goes_wrong_names_its_line(
 
 
 @pytest.mark.usefixtures("own_store")
-def test_a_run_that_was_moved_or_damaged(
-    tmp_path: Path, refused: Refused, spiketrain: Command
-) -> None:
+def test_a_run_that_was_moved_or_damaged(tmp_path: Path, refused: Refused, done: Done) -> None:
     first, run = tmp_path / "first" / "run", tmp_path / "second" / "moved"
     with dies_at(9):
         train_inline(first, small_recipe())
@@ -419,8 +414,7 @@ def test_a_run_that_was_moved_or_damaged(
     (first / "job.json").rename(run / "job.json")
     (run / "cluster.json").write_text('{"inline": true}')
     before = sorted(first.iterdir())
-    code, _, error = spiketrain("resume", str(run))
-    assert code == 0, error
+    done("resume", run)
     assert json.loads((run / "summary.json").read_text())["steps"] == 16
     assert sorted(first.iterdir()) == before
     for damage in ("{", "[]", '{"version": 1}', '{"version": 1, "recipe": {"name": "x"}}'):
@@ -428,9 +422,8 @@ def test_a_run_that_was_moved_or_damaged(
         assert "recipe.json" in refused("evaluate", str(run))
 
 
-def test_show_needs_no_data_and_prints_what_will_be_used(spiketrain: Command) -> None:
-    code, out, error = spiketrain("show", "recipes/imagenet/nf_resnet34_sltt.py", "--workers", "8")
-    assert code == 0, error
+def test_show_needs_no_data_and_prints_what_will_be_used(done: Done) -> None:
+    out = done("show", "recipes/imagenet/nf_resnet34_sltt.py", "--workers", "8")
     assert "21,797,688" in out
     assert "256 = 8 workers x 32 samples x 1 accumulated" in out
     assert "779.202 MB saved for backward" in out and "4,099.81 GFLOP" in out
@@ -440,18 +433,19 @@ def test_show_needs_no_data_and_prints_what_will_be_used(spiketrain: Command) ->
 
 
 def test_events_are_written_verified_and_refused(
-    tmp_path: Path, spiketrain: Command, refused: Refused
+    tmp_path: Path, done: Done, refused: Refused
 ) -> None:
-    folder, write = str(tmp_path / "moving"), ("write", "events", "moving", "--out")
-    code, out, _ = spiketrain(
-        *write, folder, *["--samples", "20", "--val-samples", "10", "--slices", "4", "--size", "16"]
-    )
-    lines = [f"{name}.beton: {n} samples, 16 classes" for name, n in (("train", 20), ("val", 10))]
-    assert (code, out.splitlines()) == (0, [f"{line}, 0 skipped" for line in lines])
-    assert spiketrain("verify", folder)[0] == 0
-    assert "resize has no effect" in refused(*write, str(tmp_path / "other"), "--resize", "sum")
+    folder, write = tmp_path / "moving", ("write", "events", "moving", "--out")
+    counts = ("--samples", "20", "--val-samples", "10", "--slices", "4", "--size", "16")
+    assert done(*write, folder, *counts).splitlines() == [
+        "train.beton: 20 samples, 16 classes, 0 skipped",
+        "val.beton: 10 samples, 16 classes, 0 skipped",
+    ]
+    done("verify", folder)
+    assert "resize has no effect" in refused(*write, tmp_path / "other", "--resize", "sum")
 
 
+# The command line on a machine where DeepSpeed prints warnings when it is imported.
 NOISY = """
 import sys
 from pipeline.__main__ import main
@@ -464,7 +458,6 @@ class Noisy:
 sys.meta_path.insert(0, Noisy())
 main()
 """
-"""the command line on a machine where DeepSpeed prints warnings when it is imported"""
 
 
 @pytest.mark.full

@@ -42,8 +42,8 @@ from pipeline.train.guards import anomaly as guard
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.schedule import cosine
 from pipeline.train.tasks import Loaders
-from pipeline.train.trainer import Trainer
 from tests.helpers.interruptions import (
+    act_before,
     before_batch,
     between_batches,
     change_losses,
@@ -87,35 +87,38 @@ class Counting(SLTT):
 
 
 def several(**changes: Any) -> Recipe:
-    about: dict[str, Any] = {
-        "name": "several",
-        "model": spec(mlp, in_features=64, hidden=(12,)),
-        "rule": spec(Counting),
-        "phases": TASKS,
-        "epochs": 1,
-    }
-    return small_recipe(**{**about, **changes})
+    return small_recipe(
+        **{
+            "name": "several",
+            "model": spec(mlp, in_features=64, hidden=(12,)),
+            "rule": spec(Counting),
+            "phases": TASKS,
+            "epochs": 1,
+            **changes,
+        }
+    )
 
 
-HEADS = [f"classifier.heads.{head}.weight" for head in range(3)]
 UNDECAYED = several().optimizer.with_(weight_decay=0.0)
 
 
 def split(**changes: Any) -> Recipe:
     """Three tasks of two classes, a head each: 8 steps of 4 samples a task."""
-    written = {
-        "model": spec(
-            multi_head, network=spec(mlp, classes=2, in_features=64, hidden=(12,)), heads=3
-        ),
-        "data": spec(Synthetic, samples=96, val_samples=30, classes=6, shape=(1, 8, 8)),
-        "optimizer": UNDECAYED,
-        "batch_size": 4,
-        "phases": tuple(
-            Phase(name=f"pair-{task}", data=spec(SplitClasses, task=task), head=task)
-            for task in range(3)
-        ),
-    }
-    return several(**{**written, **changes})
+    return several(
+        **{
+            "model": spec(
+                multi_head, network=spec(mlp, classes=2, in_features=64, hidden=(12,)), heads=3
+            ),
+            "data": spec(Synthetic, samples=96, val_samples=30, classes=6, shape=(1, 8, 8)),
+            "optimizer": UNDECAYED,
+            "batch_size": 4,
+            "phases": tuple(
+                Phase(name=f"pair-{task}", data=spec(SplitClasses, task=task), head=task)
+                for task in range(3)
+            ),
+            **changes,
+        }
+    )
 
 
 def protected(**changes: Any) -> Recipe:
@@ -186,18 +189,11 @@ def before_saving(step: int) -> Kill:
     return lambda patch: patch.setattr(Saving, "save", dying)
 
 
-def before_task(task: int) -> Kill:
-    """The checkpoint at the boundary is there; the rule has not heard of the next task."""
-    begin = Trainer._begin_task
-
-    def dying(trainer: Trainer) -> None:
-        (die if trainer.stretch.index == task else begin)(trainer)
-
-    return lambda patch: patch.setattr(Trainer, "_begin_task", dying)
-
-
-def before_the_summary(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Trainer, "_finish", die)
+def before(method: str, step: int) -> Kill:
+    """The trainer dies before it calls that method of its own after `step` batches. Before
+    `_begin_task` the checkpoint at the boundary is there; the rule has not heard of the next task.
+    """
+    return lambda patch: act_before(method, patch, die, step)
 
 
 @pytest.mark.parametrize(
@@ -205,16 +201,16 @@ def before_the_summary(patch: pytest.MonkeyPatch) -> None:
     [
         (several, at_step(5), 3),
         (several, before_saving(8), 6),
-        (several, before_task(1), 8),
+        (several, before("_begin_task", 8), 8),
         (several, at_step(8), 8),
         (several, at_step(13), 12),
         (several, before_saving(24), 21),
-        (several, before_task(2), 24),
+        (several, before("_begin_task", 24), 24),
         (several, at_step(26), 24),
-        (several, before_the_summary, 32),
+        (several, before("_finish", 32), 32),
         (protected, at_step(13), 12),
         (protected, before_saving(24), 21),
-        (protected, before_task(2), 24),
+        (protected, before("_begin_task", 24), 24),
         (protected, at_step(30), 30),
         (split, at_step(13), 12),
     ],
@@ -266,9 +262,8 @@ def test_a_run_that_is_stopped_at_a_boundary_begins_the_next_task_once(
 def test_checkpoints_say_where_they_stand(tmp_path: Path) -> None:
     train(tmp_path / "run", several(checkpoints=Checkpointing(every=3, keep=99)))
     found = [read_trainer(path) for path in step_folders(tmp_path / "run" / "checkpoints")]
-    places = {each["step"]: (each["phase"], each["epoch"], each["sample"]) for each in found}
-    expected = {6: (0, 0, 48), 8: (1, 1, 0), 18: (1, 2, 16), 24: (2, 3, 0), 30: (2, 3, 48)}
-    assert places.items() >= expected.items()
+    places = [(each["step"], each["phase"], each["epoch"], each["sample"]) for each in found]
+    assert {(6, 0, 0, 48), (8, 1, 1, 0), (18, 1, 2, 16), (24, 2, 3, 0), (30, 2, 3, 48)} <= {*places}
     # Only there is the score one of all tasks.
     assert [each["step"] for each in found if each["score"] is not None] == [32]
 
@@ -310,10 +305,11 @@ def test_the_learning_rate_begins_anew(whole: Path) -> None:
 def test_a_head_learns_in_its_own_phase_alone(tmp_path: Path) -> None:
     train(tmp_path / "run", split(checkpoints=Checkpointing(every=3, keep=99)))
     torch.manual_seed(0)
+    heads = [f"classifier.heads.{head}.weight" for head in range(3)]
     folders = [tmp_path / "run" / "checkpoints" / step_name(step) for step in (8, 16, 24)]
     ends = [split().model.build().state_dict(), *(load_file(each / WEIGHTS) for each in folders)]
     moved = [
-        [not torch.equal(before[name], after[name]) for name in HEADS]
+        [not torch.equal(before[name], after[name]) for name in heads]
         for before, after in itertools.pairwise(ends)
     ]
     assert moved == [[True, False, False], [False, True, False], [False, False, True]]
@@ -350,7 +346,7 @@ def test_a_task_that_opens_with_a_higher_loss_is_not_taken_for_a_leap(
     more[14] = 1e6
     change_losses(monkeypatch, lambda step, loss: loss + more[step])
     recipe = several(policy=Policy(loss_spike=4.0))
-    with dies(before_task(1)):
+    with dies(before("_begin_task", 8)):
         train(tmp_path / "run", recipe)
     train(tmp_path / "run", recipe)
     assert steps_of(tmp_path / "run", "start") == [0, 8]
@@ -460,6 +456,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
 
 def test_the_mean_over_tasks_counts_each_once() -> None:
     one, other = Evaluation(10, 0.5, 0.9, 1.0, 0.1), Evaluation(30, 0.7, 1.0, 2.0, 0.3)
-    approx = pytest.approx
-    assert mean_of([one, other]) == Evaluation(40, approx(0.6), approx(0.95), 1.5, approx(0.2))
+    assert mean_of([one, other]) == Evaluation(
+        *(40, pytest.approx(0.6), pytest.approx(0.95), 1.5, pytest.approx(0.2))
+    )
     assert mean_of([one, replace(other, top5=None)]).top5 is None

@@ -14,7 +14,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from tests.helpers.loaders import read, same
-from tests.helpers.small import small_recipe, train_inline
+from tests.helpers.small import finished, small_recipe, train_inline
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -40,8 +40,8 @@ def tree(tmp_path: Path) -> Path:
     """A copy of what git tracks, and the examples in it."""
     parts = ("pipeline", "recipes", "tests", "pyproject.toml")
     tracked = subprocess.run(("git", "ls-files", *parts), cwd=ROOT, capture_output=True, text=True)
-    files = {name: ROOT / name for name in tracked.stdout.splitlines()}
-    texts = {name: file.read_text() for name, file in files.items() if file.is_file()}
+    names = [name for name in tracked.stdout.splitlines() if (ROOT / name).is_file()]
+    texts = {name: (ROOT / name).read_text() for name in names}
     assert len(texts) > 400 and not texts.keys() & FILES.keys()
     texts |= FILES
     diffs = re.findall(r"`([\w/]+\.py)`[^`]*\n\n```diff\n (.*)\n\+(.*)\n```", TEXT)
@@ -58,8 +58,10 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_in_a_copy_of_the_tree_they_pass_their_tests_and_the_contracts(tree: Path):
-    tests = [name for name in FILES if name.startswith("tests/")]
-    tests += ["tests/rules/test_contract.py", "tests/cli/test_examples.py"]
+    tests = [
+        *(name for name in FILES if name.startswith("tests/")),
+        *("tests/rules/test_contract.py", "tests/cli/test_examples.py"),
+    ]
     mine = "LastStep or where or looked_at or not (contract or examples)"
     done = subprocess.run(
         (sys.executable, "-m", "pytest", "-q", "-k", mine, *tests),
@@ -107,8 +109,7 @@ def digits(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 def test_the_recipe_of_the_examples_trains(digits: types.ModuleType, tmp_path: Path):
     recipe = replace(digits.recipe(), backend="plain", stop_after=2)
-    summary = train_inline(tmp_path / "run", recipe)
-    assert summary is not None and summary["steps"] == 2
+    assert finished(tmp_path / "run", recipe)["steps"] == 2
 
 
 def test_its_data_source_gives_every_sample_once_and_hashes_its_content(

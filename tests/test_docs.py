@@ -38,17 +38,17 @@ from pipeline.spiking.synapse import Linear
 from pipeline.train.distillation import Distillation
 from recipes.fashion.base import fashion
 from tests.data.conftest import small_fashion
-from tests.helpers.small import Command, events, small_recipe, train_inline
+from tests.helpers.small import Command, Done, events, small_recipe, train_inline
 
 __all__ = ["small_fashion"]  # a fixture
 
 ROOT = Path(__file__).parents[1]
+# Without the log, whose commands belong to their commits.
 PAGES = {
     file.name: file.read_text()
     for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
     if file.name != "LOG.md"
 }
-"""without the log, whose commands belong to their commits"""
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -78,7 +78,7 @@ WRITE = blocks("recipes.md", "sh")[0].splitlines()[0].removesuffix(" --workers 2
 def test_a_recipe_file_of_the_page_trains(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    spiketrain: Command,
+    done: Done,
     name: str,
     text: str,
     said: list[str],
@@ -94,10 +94,9 @@ def test_a_recipe_file_of_the_page_trains(
                 pixels = draw.integers(0, 256, (80, 70, 3), np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.jpg")
     Path(f"{name}.py").write_text(text)
-    for words in (WRITE, ("show", f"{name}.py", "--workers", "2")):
-        assert spiketrain(*words)[0] == 0
-    code, out, error = spiketrain("launch", f"{name}.py", *BRIEFLY)
-    assert code == 0, error
+    done(*WRITE)
+    done("show", f"{name}.py", "--workers", "2")
+    out = done("launch", f"{name}.py", *BRIEFLY)
     assert all(re.search(f"^{beginning}", out, re.MULTILINE) for beginning in said), out
 
 
@@ -180,19 +179,18 @@ def test_a_command_of_a_page_exists_with_its_options(
 @pytest.mark.full
 @pytest.mark.timeout(600)
 def test_the_template_is_stable_and_rules_are_near_each_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: Done
 ) -> None:
     """On 102 pictures, at half their size for speed. benchmarks/pictures.py takes several sets and
     seeds at full size.
     """
     monkeypatch.chdir(tmp_path)
     write_shapes(tmp_path / "pictures", train=34, val=60)
-    assert spiketrain(*WRITE)[0] == 0
+    done(*WRITE)
     (tmp_path / "mine.py").write_text(template(3))
     changes = ("data.size=32", "backend=plain", "evaluation.every=0", "log_every=1")
     set_ = [word for each in changes for word in ("--set", each)]
-    code, _, error = spiketrain("launch", "mine.py", "--inline", "--device", "cpu", *set_)
-    assert code == 0, error
+    done("launch", "mine.py", "--inline", "--device", "cpu", *set_)
     top1 = {}
     for folder in Path("runs").glob("mine-*/"):
         if (folder / "summary.json").exists():

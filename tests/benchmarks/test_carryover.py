@@ -81,8 +81,7 @@ def test_a_gaussian_has_the_moments_of_each_channel_and_step() -> None:
     torch.testing.assert_close(
         (mean_C, deviation_C), (kept_CN.mean(1), kept_CN.std(1, correction=0))
     )
-    keys_of = lambda place, t: range(400)
-    (drawn,) = moments.drawn_like({"n": [v_BCN]}, keys_of)["n"]
+    (drawn,) = moments.drawn_like({"n": [v_BCN]}, lambda place, t: range(400))["n"]
     (one,) = moments.drawn_like({"n": [v_BCN[7:8]]}, lambda place, t: [7])["n"]
     assert torch.equal(one, drawn[7:8])
     drawn_CN = drawn.double().movedim(1, 0).flatten(1)

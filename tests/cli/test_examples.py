@@ -13,7 +13,7 @@ from typer.main import get_command_name
 
 from pipeline.cli.app import app
 from pipeline.launch.cluster import Cluster
-from tests.helpers.small import command
+from tests.helpers.small import Command, Done
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,24 +57,19 @@ def test_every_command_is_looked_at() -> None:
 
 
 @pytest.mark.parametrize("words", EPILOGS)
-def test_help_shows_an_example(
-    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, said, _ = command(monkeypatch, capsys)(*words.split(), "--help")
-    assert code == 0
-    assert "Example: spiketrain" in said
+def test_help_shows_an_example(words: str, done: Done) -> None:
+    assert "Example: spiketrain" in done(*words.split(), "--help")
 
 
 @pytest.mark.parametrize(("words", "example"), EXAMPLES)
 def test_an_example_is_of_its_command_and_has_its_options(
-    words: str, example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: str, example: str, monkeypatch: pytest.MonkeyPatch, done: Done
 ) -> None:
     typed, parsed = shlex.split(example), []
     monkeypatch.setattr(
         TyperCommand, "invoke", lambda self, context: parsed.append(context.command_path)
     )
-    code, _, error = command(monkeypatch, capsys)(*typed)
-    assert code == 0, error
+    done(*typed)
     [path] = parsed
     assert f"{path} ".startswith(f"spiketrain {words}".rstrip() + " ")
     assert all((ROOT / word).is_file() for word in typed if word.endswith(".py"))
@@ -100,7 +95,7 @@ def test_runs_of_a_suite_train_side_by_side_where_there_is_room(
     words: str,
     at_a_time: object,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    spiketrain: Command,
 ) -> None:
     def launched(suite: object, cluster: Cluster, *given: object, **more: object) -> None:
         assert cluster.side_by_side == at_a_time
@@ -109,12 +104,12 @@ def test_runs_of_a_suite_train_side_by_side_where_there_is_room(
     monkeypatch.setattr(WORK["launch recipes/compare/"], launched)
     [example] = [each for _, each in EXAMPLES if each.startswith("launch recipes/fashion/")]
     with pytest.raises(AtWork):
-        command(monkeypatch, capsys)(*shlex.split(example)[:2], *words.split(), "--seeds", "2")
+        spiketrain(*shlex.split(example)[:2], *words.split(), "--seeds", "2")
 
 
 @pytest.mark.parametrize(("begins", "work"), WORK.items())
 def test_an_example_is_not_refused(
-    begins: str, work: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    begins: str, work: str, monkeypatch: pytest.MonkeyPatch, spiketrain: Command
 ) -> None:
     def is_at_work(*given: object, **more: object) -> None:
         raise AtWork
@@ -122,4 +117,4 @@ def test_an_example_is_not_refused(
     monkeypatch.setattr(work, is_at_work)
     [example] = [each for _, each in EXAMPLES if each.startswith(begins)]
     with pytest.raises(AtWork):
-        command(monkeypatch, capsys)(*shlex.split(example))
+        spiketrain(*shlex.split(example))

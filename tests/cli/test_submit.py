@@ -13,7 +13,7 @@ import yaml
 from typer.main import get_command
 
 from pipeline.cli.app import app
-from tests.helpers.small import Command
+from tests.helpers.small import Command, Done
 from tests.infra.rules import require_kustomize
 
 RECIPE = "recipes/imagenet/nf_resnet34_sltt.py"  # whose data nobody has here
@@ -36,29 +36,21 @@ def launch(spiketrain: Command) -> Command:
     def run(*words: str) -> tuple[int, str, str]:
         if "k8s" in words:
             require_kustomize()
-        code, out, error = spiketrain("launch", *words)
-        return code, out, error.strip()
+        return spiketrain("launch", *words)
 
     return run
 
 
 def test_slurm(launch: Command) -> None:
     slurm = "--cluster slurm --nodes 2 --time 10 --gpus-per-node 2 --partition gpu --workers 4"
-    words = (*TYPED, RECIPE, *slurm.split(), "--name", "mine", "--image", "a b", "--dry-run")
-    code, out, _ = launch(*words)
-    assert code == 0
-    variables = ["SPIKETRAIN_RUNS=runs", "SPIKETRAIN_WORKERS=4", "SPIKETRAIN_IMAGE=a b"]
-    options = ["--job-name=mine", "--nodes=2", "--time=10", "--gpus-per-node=2", "--partition=gpu"]
-    sbatch = [
-        "sbatch",
-        "--parsable",
-        "--export=ALL",
-        *options,
-        str(Path("infra/slurm/train.sbatch").absolute()),
-        RECIPE,
-        *TYPED_IN_ORDER,
+    printed = [
+        *("env", "SPIKETRAIN_RUNS=runs", "SPIKETRAIN_WORKERS=4", "SPIKETRAIN_IMAGE=a b"),
+        *("sbatch", "--parsable", "--export=ALL", "--job-name=mine", "--nodes=2", "--time=10"),
+        *("--gpus-per-node=2", "--partition=gpu"),
+        *(str(Path("infra/slurm/train.sbatch").absolute()), RECIPE, *TYPED_IN_ORDER),
     ]
-    assert out == shlex.join(["env", *variables, *sbatch]) + "\n"
+    words = (*TYPED, RECIPE, *slurm.split(), "--name", "mine", "--image", "a b", "--dry-run")
+    assert launch(*words) == (0, f"{shlex.join(printed)}\n", "")
 
 
 def test_slurm_that_is_given_no_number_of_workers_counts_its_gpus(launch: Command) -> None:
@@ -82,18 +74,9 @@ def test_workers_that_come_and_go(launch: Command) -> None:
     assert [group[name] for name in ("minReplicas", "replicas", "maxReplicas")] == [2, 2, 4]
 
 
-def test_weights_that_lie_on_the_cluster_alone_are_no_reason(launch: Command) -> None:
-    code, out, err = launch(
-        SMALL,
-        "--set",
-        "init=/shared/w.safetensors",
-        "--cluster",
-        "ray://h:1",
-        "--name",
-        "a",
-        "--dry-run",
-    )
-    assert code == 0 and "init=/shared/w.safetensors" in out, err
+def test_weights_that_lie_on_the_cluster_alone_are_no_reason(done: Done) -> None:
+    asked = "--set init=/shared/w.safetensors --cluster ray://h:1 --name a --dry-run"
+    assert "init=/shared/w.safetensors" in done("launch", SMALL, *asked.split())
 
 
 def test_kubernetes(launch: Command) -> None:
@@ -101,9 +84,8 @@ def test_kubernetes(launch: Command) -> None:
     code, out, _ = launch(
         RECIPE, *TYPED, *f"--workers 4 --cluster k8s --name mine {pods} --dry-run".split()
     )
-    assert code == 0
     job = yaml.safe_load(out)
-    assert (job["kind"], job["metadata"]["name"]) == ("RayJob", "mine")
+    assert (code, job["kind"], job["metadata"]["name"]) == (0, "RayJob", "mine")
     theirs = "--name mine --runs /shared/runs --address auto --workers 4 --device gpu --or-resume"
     assert (
         job["spec"]["entrypoint"]
@@ -123,7 +105,6 @@ def test_a_ray_that_is_up(launch: Command) -> None:
         "mine",
         "--dry-run",
     )
-    assert code == 0
     ray, launched = out.strip().split(" -- ")
     assert re.fullmatch(
         r"ray job submit --address http://head.example:8265 --submission-id mine-[0-9a-f]{8}"
@@ -131,7 +112,10 @@ def test_a_ray_that_is_up(launch: Command) -> None:
         ray,
     )
     theirs = "--name mine --runs /r --address auto --workers 1 --or-resume"
-    assert launched == f"spiketrain launch {RECIPE} {shlex.join(TYPED_IN_ORDER)} {theirs}"
+    assert (code, launched) == (
+        0,
+        f"spiketrain launch {RECIPE} {shlex.join(TYPED_IN_ORDER)} {theirs}",
+    )
 
 
 def test_what_is_printed_is_what_is_submitted(

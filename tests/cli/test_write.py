@@ -3,15 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import ExifTags, Image
 
-from tests.helpers.small import command
+from tests.helpers.small import Command
 
 
-def test_what_is_not_written_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_not_written_is_told(tmp_path: Path, spiketrain: Command) -> None:
     for name in ("train", "val"):
         (tmp_path / name / "a").mkdir(parents=True)
         picture = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
@@ -23,13 +20,10 @@ def test_what_is_not_written_is_told(
     unreadable = [train / f"{number}.png" for number in range(25)] + [val / "text.png"]
     for file in unreadable:
         file.write_text("no picture")
-    run, words = (
-        command(monkeypatch, capsys),
-        ("write", "folder", "--source", tmp_path, "--out", tmp_path / "out"),
-    )
+    words = ("write", "folder", "--source", str(tmp_path), "--out", str(tmp_path / "out"))
     reasons = [f"{file}: it is no picture that Pillow can read" for file in sorted(unreadable)]
 
-    code, _, error = run(*map(str, words))
+    code, _, error = spiketrain(*words)
     *listed, refused = error.splitlines()
     assert code == 2 and listed == [f"  unreadable {reason}" for reason in reasons]
     assert refused == (
@@ -38,12 +32,14 @@ def test_what_is_not_written_is_told(
         " listed, or allow more with --max-bad"
     )
 
-    code, out, error = run(*map(str, words), "--max-bad", "25")
-    assert code == 0
-    assert out.splitlines() == [
-        "train.beton: 1 sample, 1 class, 25 skipped",
-        "val.beton: 1 sample, 1 class, 1 skipped",
-    ]
+    code, out, error = spiketrain(*words, "--max-bad", "25")
+    assert (code, out.splitlines()) == (
+        0,
+        [
+            "train.beton: 1 sample, 1 class, 25 skipped",
+            "val.beton: 1 sample, 1 class, 1 skipped",
+        ],
+    )
     assert [line for line in error.splitlines() if "skipped" in line] == [
         f"  skipped {reason}" for reason in reasons
     ]

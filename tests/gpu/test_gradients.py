@@ -9,10 +9,9 @@ from tests.helpers.cards import device_of
 from tests.helpers.rule_cases import CASES, Case
 from tests.helpers.rule_networks import batch, cross_entropy, gradients
 
+# Of the largest gradient. No spike of these networks is so near its threshold that float32 moves
+# it.
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
-"""of the largest gradient; no spike of these networks is so near its threshold that float32 moves
-it
-"""
 
 
 def gradients_on(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

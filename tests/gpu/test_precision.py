@@ -13,8 +13,8 @@ from tests.helpers.small import events, make_run, small_recipe
 
 pytestmark = pytest.mark.gpu
 
+# fp32 holds it exactly; TF32, with 10 bits of mantissa, rounds it to 1.
 NEAR_ONE = 1 + 2**-12
-"""fp32 holds it exactly; TF32, with 10 bits of mantissa, rounds it to 1"""
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
@@ -27,18 +27,10 @@ def test_products_and_convolutions_are_computed_as_a_run_tells(
         launcher.run(job, "test")
     [start] = events(tmp_path / "run", "start")
     assert start["precision"] == precision
+    # What follows is computed in this process, as the run has left it.
     expected = NEAR_ONE if precision == "fp32" else 1.0
-    assert (
-        _product(on) == expected and _convolution(on) == expected
-    )  # of this process, as the run has left it
-
-
-def _product(on: torch.device) -> float:
     one = torch.eye(512, device=on)
-    return float((one * NEAR_ONE @ one).diagonal().mean())
-
-
-def _convolution(on: torch.device) -> float:
+    assert float((one * NEAR_ONE @ one).diagonal().mean()) == expected
     x_BCHW = torch.full((16, 64, 32, 32), NEAR_ONE, device=on)
-    weight = torch.eye(64, device=on)[:, :, None, None]  # hands each channel on as it is
-    return float(F.conv2d(x_BCHW, weight).mean(dtype=torch.float64))
+    hand_on = torch.eye(64, device=on)[:, :, None, None]  # each channel as it is
+    assert float(F.conv2d(x_BCHW, hand_on).mean(dtype=torch.float64)) == expected

@@ -10,7 +10,6 @@ from tests.helpers.small import same_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
-DEVICE = "cuda"
 RECIPE = """
 from timm.optim import create_optimizer_v2
 from pipeline.data.datasets.synthetic import Synthetic
@@ -39,10 +38,9 @@ def recipe():
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    device = {"cuda": "gpu", "cpu": "cpu"}[device_of(DEVICE).type]
-    file = tmp_path / "killed.py"
-    file.write_text(RECIPE)
-    how = ["launch", str(file), "--inline", "--device", device]
+    device_of("cuda")
+    (tmp_path / "killed.py").write_text(RECIPE)
+    how = ["launch", "killed.py", "--inline", "--device", "gpu"]
     untouched = Driver(
         *how, "--name", "untouched", run=tmp_path / "runs" / "untouched", folder=tmp_path
     )

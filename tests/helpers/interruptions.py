@@ -21,15 +21,16 @@ def newest(step: int, *, every: int = 3) -> int:
 
 def before_batch(patch: pytest.MonkeyPatch, act: Act, *, step: int | None = None) -> None:
     """Call `act` before a trainer reads batch `step`, or any batch."""
-    _before("_micro_batches", patch, act, step)
+    act_before("_micro_batches", patch, act, step)
 
 
 def between_batches(patch: pytest.MonkeyPatch, act: Act, *, step: int | None = None) -> None:
     """Call `act` after `step` batches, or after each, before the trainer looks for requests."""
-    _before("_between_batches", patch, act, step)
+    act_before("_between_batches", patch, act, step)
 
 
-def _before(name: str, patch: pytest.MonkeyPatch, act: Act, step: int | None) -> None:
+def act_before(name: str, patch: pytest.MonkeyPatch, act: Act, step: int | None) -> None:
+    """Call `act` before the trainer's method of that name, after `step` batches or always."""
     original = getattr(Trainer, name)
 
     def acting(self: Trainer, *words: Any, **about: Any) -> Any:

@@ -58,8 +58,7 @@ def containers(manifest: Manifest) -> list[Manifest]:
 
 
 def fixed_values(manifest: Manifest) -> Iterator[str]:
-    for error in SCHEMA.iter_errors(manifest):
-        yield f"{error.json_path}: {error.message}"
+    yield from (f"{each.json_path}: {each.message}" for each in SCHEMA.iter_errors(manifest))
 
 
 def name(manifest: Manifest) -> Iterator[str]:
@@ -132,19 +131,16 @@ def amounts(manifest: Manifest) -> Iterator[str]:
             yield f"{name}: must request what it is limited to; got {resources}"
     for group in groups(manifest):
         pod, store = group["template"]["spec"], group["rayStartParams"].get("object-store-memory")
-        [shm] = [
-            _gibibytes(v["emptyDir"]["sizeLimit"]) for v in pod["volumes"] if v["name"] == "shm"
-        ]
-        memory = _gibibytes(pod["containers"][0]["resources"]["limits"]["memory"])
+        [shared] = [v["emptyDir"]["sizeLimit"] for v in pod["volumes"] if v["name"] == "shm"]
+        # Another unit than Gi would be no number.
+        shm, memory = (
+            float(text.removesuffix("Gi"))
+            for text in (shared, pod["containers"][0]["resources"]["limits"]["memory"])
+        )
         if shm * 2 > memory:
             yield f"/dev/shm must take at most half of {memory} Gi; got {shm} Gi"
         if not 0 < int(store or 0) <= shm * 2**30:
             yield f"object-store-memory must be said and fit into /dev/shm, {shm} Gi; got {store}"
-
-
-def _gibibytes(text: str) -> float:
-    assert text.endswith("Gi"), text
-    return float(text[:-2])
 
 
 RULES = (fixed_values, name, loss_of_a_node, scale, deadline, amounts)

@@ -60,8 +60,7 @@ def test_all_of_them_are_looked_at() -> None:
         *sorted(f"overlays/{size}/{kind}" for size in SIZES for kind in ("cluster", "job")),
         "shared",
     ] == FOLDERS
-    kinds = [build(K8S / folder)[index]["kind"] for folder, index in MANIFESTS]
-    assert sorted(kinds) == [
+    assert sorted(build(K8S / folder)[index]["kind"] for folder, index in MANIFESTS) == [
         "NetworkPolicy",
         *["PersistentVolumeClaim"] * 2,
         "PodMonitor",
@@ -328,13 +327,13 @@ def hook(group: int, *processes: int, folder: Path, **environment: str) -> subpr
     return subprocess.Popen(mine, env={**path, **environment}, stderr=subprocess.PIPE, text=True)
 
 
+# What pip's script of that name is to the kernel; a stop takes it a while.
 DRIVER = f"""#!{sys.executable}
 import signal, sys, time
 signal.signal(signal.SIGUSR1, lambda *_: (time.sleep(2), sys.exit(130)))
 print('drives', flush=True)
 time.sleep(60)
 """
-"""what pip's script of that name is to the kernel; a stop takes it a while"""
 
 
 def test_a_head_that_leaves_has_its_driver_save_and_waits_for_it(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import yaml
 from pipeline.track.connect import TrackingError, connect
 from pipeline.track.mlflow import sync
 from tests.helpers.nodes import free_port
+from tests.helpers.programs import program
 from tests.helpers.waiting import until
 from tests.track.conftest import FakeRun, fake_run, steps
 
@@ -51,19 +52,13 @@ SECRETS = ("POSTGRES_PASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERV
 
 
 def docker_compose(*words: str, file: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    program = shutil.which("docker-compose")
-    assert program, "this test needs docker-compose, which `infra/setup.sh --tools` installs"
-    command = [
-        program,
-        "--file",
-        ROOT / "infra" / "mlflow" / "compose.yaml",
-        "--env-file",
-        file,
-        "config",
-        *words,
-    ]
-    environment = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    files = ("--file", ROOT / "infra" / "mlflow" / "compose.yaml", "--env-file", file)
+    return subprocess.run(
+        [program("docker-compose"), *files, "config", *words],
+        env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", **environment},
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize("given", ["the example", "secrets alone"])
@@ -169,14 +164,12 @@ def test_manifests_refer_to_one_another(name: str):
     claimed = [each["metadata"]["name"] for each in spec.get("volumeClaimTemplates", [])]
     volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
     assert {mount["name"] for mount in CONTAINERS[name]["volumeMounts"]} == {*volumes, *claimed}
-    for volume in volumes.values():
-        if "persistentVolumeClaim" in volume:
-            assert (
-                "PersistentVolumeClaim",
-                volume["persistentVolumeClaim"]["claimName"],
-            ) in MANIFESTS
-        if "configMap" in volume:
-            assert ("ConfigMap", volume["configMap"]["name"]) in MANIFESTS
+    for source, kind, key in (
+        ("persistentVolumeClaim", "PersistentVolumeClaim", "claimName"),
+        ("configMap", "ConfigMap", "name"),
+    ):
+        named = {(kind, each[source][key]) for each in volumes.values() if source in each}
+        assert named <= MANIFESTS.keys()
     assert WORKLOADS["postgres"]["spec"]["serviceName"] == "postgres"
 
 
@@ -185,15 +178,6 @@ def test_manifests_refer_to_one_another(name: str):
 ORIGIN = "https://mlflow.example.org"
 GIVEN = {**{name: secrets.token_hex(24) for name in SECRETS}, "MLFLOW_ALLOWED_ORIGINS": ORIGIN}
 PASSWORD = GIVEN["MLFLOW_AUTH_ADMIN_PASSWORD"]
-SEARCH = "/api/2.0/mlflow/experiments/search?max_results=10"
-
-
-def postgres_program(name: str) -> str:
-    """Debian keeps the server's programs of each release in a folder of its own, off PATH."""
-    found = sorted(map(str, Path("/usr/lib/postgresql").glob(f"*/bin/{name}")))
-    program = found[-1] if found else shutil.which(name)
-    assert program, f"this test needs PostgreSQL's {name}: `infra/setup.sh --servers` installs it"
-    return program
 
 
 @pytest.fixture(scope="module")
@@ -209,22 +193,23 @@ def postgres() -> Iterator[int]:
         how |= {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
     (folder / "given").write_text(password)
     (folder / "given").chmod(0o644)
-    options = ["--username=mlflow", "--auth=scram-sha-256", f"--pwfile={folder}/given", "--no-sync"]
-    options += ["--encoding=UTF8", "--locale=C", f"{folder}/data"]
-    subprocess.run([postgres_program("initdb"), *options], check=True, capture_output=True, **how)
-    settings = [
-        "--listen_addresses=127.0.0.1",
-        f"--unix_socket_directories={folder}",
-        "--fsync=off",
+    initdb = [
+        *(program("initdb"), "--username=mlflow", "--auth=scram-sha-256", "--no-sync"),
+        *(f"--pwfile={folder}/given", "--encoding=UTF8", "--locale=C", f"{folder}/data"),
     ]
+    subprocess.run(initdb, check=True, capture_output=True, **how)
     server = subprocess.Popen(
-        [postgres_program("postgres"), "-D", f"{folder}/data", "-p", str(port), *settings],
+        [
+            *(program("postgres"), "-D", f"{folder}/data", "-p", str(port)),
+            *("--listen_addresses=127.0.0.1", f"--unix_socket_directories={folder}", "--fsync=off"),
+        ],
         stdout=subprocess.DEVNULL,
         stderr=(folder / "log").open("w"),
         **how,
     )
-    createdb = [postgres_program("createdb"), "--host=127.0.0.1", f"--port={port}"]
-    createdb += ["--username=mlflow", "mlflow"]
+    createdb = [
+        *(program("createdb"), "--host=127.0.0.1", f"--port={port}", "--username=mlflow", "mlflow")
+    ]
     try:
         until(
             lambda: not subprocess.run(createdb, capture_output=True, env=environment).returncode,
@@ -284,10 +269,15 @@ def answer(
     url: str, *, password: str | None = None, asked: Any = None, **headers: str | None
 ) -> tuple[int, str]:
     """Status and body; 0 where nobody listens. What is `asked` goes in a POST, as JSON."""
-    login = None if password is None else ("admin", password)
-    how = "GET" if asked is None else "POST"
     try:
-        found = requests.request(how, url, headers=headers, auth=login, json=asked, timeout=20)
+        found = requests.request(
+            "GET" if asked is None else "POST",
+            url,
+            headers=headers,
+            auth=None if password is None else ("admin", password),
+            json=asked,
+            timeout=20,
+        )
     except requests.ConnectionError:
         return 0, ""
     return found.status_code, found.text
@@ -332,7 +322,11 @@ def test_without_the_password_nothing_is_read_or_logged(
     with pytest.raises(TrackingError) as error:
         sync(run.folder, uri=server[0])
     assert "\n" not in str(error.value)
-    for path in (SEARCH, "/", "/api/2.0/mlflow-artifacts/artifacts"):
+    for path in (
+        "/",
+        "/api/2.0/mlflow/experiments/search?max_results=10",
+        "/api/2.0/mlflow-artifacts/artifacts",
+    ):
         assert answer(f"{server[0]}{path}", password=password)[0] == 401
 
 

@@ -4,10 +4,8 @@ package exposes.
 
 import json
 import re
-import shutil
 import subprocess
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 import yaml
 
 from pipeline.track.exposition import STATES, exposition
+from tests.helpers.programs import program
 from tests.infra.rules import build, containers
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
@@ -67,8 +66,8 @@ def test_every_expression_of_the_board_asks_for_a_metric_that_there_is():
     )
     assert {*shown, *named} <= ours() | {f"ray_{name}" for name in RAY}
     watched = ("images_per_second", "loss", "data_wait_seconds", "memory_bytes", "restarts_total")
-    machines = ("cpu_utilization", "gpus_utilization", "mem_used", "gram_used")
     assert shown >= {f"spiketrain_{name}" for name in watched}
+    machines = ("cpu_utilization", "gpus_utilization", "mem_used", "gram_used")
     assert shown >= {f"ray_node_{name}" for name in machines}
 
 
@@ -82,12 +81,11 @@ def test_panels_are_in_their_places():
 
 
 def test_names_of_ray_are_those_of_the_installed_one():
-    spec = find_spec("ray")
-    assert spec is not None and spec.origin is not None
-    reporter = Path(spec.origin).parent / "dashboard" / "modules" / "reporter" / "reporter_agent.py"
+    ray = distribution("ray")
+    reporter = Path(str(ray.locate_file("ray/dashboard/modules/reporter/reporter_agent.py")))
     text = reporter.read_text()
     assert not [name for name in RAY if f'"{name}": Gauge(' not in text], (
-        f"ray {version('ray')} has other names than 2.60.0"
+        f"ray {ray.version} has other names than 2.60.0"
     )
 
 
@@ -97,8 +95,11 @@ def test_the_scrape_configuration():
     assert "/tmp/ray/prom_metrics_service_discovery.json" in discovered["files"]
     # Prometheus takes a * in the last part alone.
     assert all(re.fullmatch(r"(/[^*]+)*/[^/]+\.json", file) for file in discovered["files"])
-    assert JOBS["spiketrain"]["params"] == {"collect[]": ["textfile"]}
-    assert JOBS["spiketrain"]["static_configs"] == [{"targets": ["localhost:9100"]}]
+    assert JOBS["spiketrain"] == {
+        "job_name": "spiketrain",
+        "params": {"collect[]": ["textfile"]},
+        "static_configs": [{"targets": ["localhost:9100"]}],
+    }
 
 
 def test_every_alert_asks_for_a_metric_that_there_is():
@@ -126,9 +127,7 @@ def test_every_alert_is_tried_and_says_of_what_and_what_to_do():
     [(("test", "rules"), ALERTS), (("check", "config"), PROMETHEUS / "prometheus.yml")],
 )
 def test_prometheus_reads_it_and_alerts_when_it_is_due(what: tuple[str, str], file: Path):
-    promtool = shutil.which("promtool")
-    assert promtool, "this test needs promtool, which `infra/setup.sh --tools` installs"
-    done = subprocess.run([promtool, *what, str(file)], capture_output=True, text=True)
+    done = subprocess.run([program("promtool"), *what, file], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

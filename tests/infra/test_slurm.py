@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pipeline.launch.ray_cluster import NODES
 from pipeline.launch.schedulers import Order, render_sbatch, submit_sbatch
 from pipeline.track.journal import last
 from tests.helpers.nodes import free_port
+from tests.helpers.programs import program
 from tests.helpers.small import events
 from tests.helpers.waiting import until
 
@@ -54,30 +56,30 @@ class Slurm:
             "SPIKETRAIN_PATIENCE": "30",
             "SPIKETRAIN_RUNS": str(self.runs),
         }
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, script: Path, *words: str, **environment: str) -> subprocess.Popen[bytes]:
         """As Slurm would on the first node: with the job's name and number, in the folder of
         submission.
         """
         [name] = re.findall(r"^#SBATCH --job-name=(.*)$", script.read_text(), re.MULTILINE)
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             # The limit of memory that may be locked is that of the shell of the submission, as
             # Slurm passes it on.
             ["bash", "-c", 'ulimit -S -l 64 && exec bash "$@"', "bash", str(script), *words],
-            env=self.environment | {"SLURM_JOB_NAME": name} | environment,
+            env={"SLURM_JOB_NAME": name} | self.environment | environment,
             cwd=self.folder,
-            stderr=(self.folder / "said").open(
-                "w"
-            ),  # no pipe, which would stay open as long as any process of the job
+            # No pipe, which would stay open as long as any process of the job.
+            stdout=(self.folder / "said").open("a"),
+            stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        return self._process
+        return self.process
 
-    def end(self, status: int = 0) -> str:
+    def end(self, status: int = 0, *, within: float = 30) -> str:
         """With that exit status; what was said."""
-        assert self._process is not None
-        assert self._process.wait(30) == status, self.left("said")
+        assert self.process is not None
+        assert self.process.wait(within) == status, self.left("said")
         return self.left("said")
 
     def run(self, *words: str, status: int = 0, **environment: str) -> str:
@@ -91,18 +93,17 @@ class Slurm:
     def until(self, name: str) -> str:
         return until(lambda: self.left(name), within=20, said=lambda: name)
 
-    def close(self) -> None:
-        if self._process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-        shutil.rmtree(self.of_ray, ignore_errors=True)
-
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Iterator[Slurm]:
     job = Slurm(tmp_path)
     yield job
-    job.close()
+    if job.process is not None:
+        with suppress(ProcessLookupError):
+            os.killpg(job.process.pid, signal.SIGKILL)
+    if job.of_ray.is_symlink():
+        job.of_ray.unlink()
+    shutil.rmtree(job.of_ray, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------- a job that ends
@@ -191,12 +192,8 @@ def test_a_folder_that_somebody_else_has_put_in_its_place_is_refused(slurm: Slur
     else:
         (theirs := slurm.folder / "theirs").mkdir()
         slurm.of_ray.symlink_to(theirs)
-    try:
-        said = slurm.run("r.py", status=1)
-        assert list(theirs.iterdir()) == []
-    finally:
-        if slurm.of_ray.is_symlink():
-            slurm.of_ray.unlink()
+    said = slurm.run("r.py", status=1)
+    assert list(theirs.iterdir()) == []
     refused = (
         f"{slurm.of_ray} on {socket.gethostname()} must be a directory of user {os.geteuid()}; got"
         f" {found} of user "
@@ -303,9 +300,15 @@ def command(
     runs: str = "/shared/runs",
     **options: Any,
 ) -> str:
-    options = {"nodes": 2, "gpus_per_node": 8, "time": "10", **options}
-    words = words or ("recipes/fashion/sltt.py",)
-    return render_sbatch(Order(words=words, name=name, sizes=sizes, runs=runs, options=options))
+    return render_sbatch(
+        Order(
+            words=words or ("recipes/fashion/sltt.py",),
+            name=name,
+            sizes=sizes,
+            runs=runs,
+            options={"nodes": 2, "gpus_per_node": 8, "time": "10", **options},
+        )
+    )
 
 
 @pytest.fixture
@@ -336,10 +339,9 @@ def test_what_is_submitted_runs_as_ordered(slurm: Slurm, submit: Callable[[str],
         *("--parsable", "--export=ALL", "--job-name=my-run", "--nodes=2", "--time=1-00:00:00"),
         *("--gpus-per-node=8", "--partition=gpu,long"),
     ]
-    rest = ["--address", "auto", "--workers", "16", "--or-resume", "--node-loss", "patient"]
     assert slurm.left("driver.words").splitlines()[1:] == [
         *(*words, "--name", "my-run", "--runs", runs),
-        *rest,
+        *("--address", "auto", "--workers", "16", "--or-resume", "--node-loss", "patient"),
     ]
     assert "--container-image=a b:1" in slurm.left("srun.options").splitlines()
     assert not list(slurm.folder.rglob("owned"))
@@ -371,17 +373,21 @@ def test_workers_that_nobody_counted_are_one_for_each_gpu(
     assert " --workers 16 " in slurm.left("driver.words").replace("\n", " ")
 
 
-NOT_NAMES = ("a\n#SBATCH --uid=0", "a b", "../a", "")
-NOT_TIMES = ("", "soon", "1:2:3:4", "UNLIMITED", "10\n#SBATCH --uid=0", "10 --uid=0", "-5")
-NOT_PARTITIONS = ("", "a b", "gpu\n", "--uid=0", "gpu,")
-
-
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        *(({"name": name}, "name must match") for name in NOT_NAMES),
-        *(({"time": time}, "time must match") for time in NOT_TIMES),
-        *(({"partition": name}, "partition must match") for name in NOT_PARTITIONS),
+        *(
+            ({field: value}, f"{field} must match")
+            for field, values in {
+                "name": ("a\n#SBATCH --uid=0", "a b", "../a", ""),
+                "time": (
+                    *("", "soon", "1:2:3:4", "UNLIMITED", "10\n#SBATCH --uid=0", "10 --uid=0"),
+                    "-5",
+                ),
+                "partition": ("", "a b", "gpu\n", "--uid=0", "gpu,"),
+            }.items()
+            for value in values
+        ),
         ({"sizes": (17,)}, "got 17 workers on 2 nodes x 8 GPUs"),
         (
             {"sizes": (2, 3, 4)},
@@ -396,12 +402,10 @@ def test_an_order_that_does_not_fit_is_refused(fields: dict[str, Any], said: str
 
 
 def test_shellcheck_finds_nothing():
-    checker = shutil.which("shellcheck")
-    assert checker, "this test needs shellcheck, which `infra/setup.sh --tools` installs"
-    scripts = [SCRIPT, ROOT / "infra" / "setup.sh", ROOT / ".ci" / "run"]
-    scripts += [STAND_IN / name for name in ("scontrol", "sbatch", "spiketrain")]
-    found = subprocess.run([checker, "--format=json", *scripts], capture_output=True, text=True)
-    assert json.loads(found.stdout) == []
+    stand_ins = (STAND_IN / name for name in ("scontrol", "sbatch", "spiketrain"))
+    scripts = [SCRIPT, ROOT / "infra" / "setup.sh", ROOT / ".ci" / "run", *stand_ins]
+    checked = [program("shellcheck"), "--format=json", *scripts]
+    assert json.loads(subprocess.run(checked, capture_output=True, text=True).stdout) == []
 
 
 # --------------------------------------------------------------------- under Slurm's own daemons
@@ -437,12 +441,6 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def program(name: str) -> str:
-    found = shutil.which(name, path=f"/usr/sbin:/usr/bin:{os.environ['PATH']}")
-    assert found, f"this test needs {name}, which `infra/setup.sh --servers` installs"
-    return found
-
-
 @pytest.fixture(scope="module")
 def daemons() -> Iterator[None]:
     if os.geteuid() != 0:
@@ -457,10 +455,13 @@ def daemons() -> Iterator[None]:
     (folder / "munge" / "key").write_bytes(os.urandom(128))
     host, ports = socket.gethostname().split(".")[0], (free_port(), free_port())
     (folder / "slurm.conf").write_text(CONFIGURATION.format(host=host, ports=ports, folder=folder))
-    named = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log"}
-    munge = [f"--{option}={folder}/munge/{name}" for option, name in named.items()]
+    munge = f"{folder}/munge"
     commands = [
-        [program("munged"), "--foreground", *munge, f"--seed-file={folder}/munge/seed"],
+        [
+            *(program("munged"), "--foreground", f"--socket={munge}/socket"),
+            *(f"--key-file={munge}/key", f"--pid-file={munge}/pid"),
+            *(f"--log-file={munge}/log", f"--seed-file={munge}/seed"),
+        ],
         [program("slurmctld"), "-D", "-f", f"{folder}/slurm.conf"],
         [program("slurmd"), "-D", "-f", f"{folder}/slurm.conf", "-N", host],
     ]
@@ -469,9 +470,13 @@ def daemons() -> Iterator[None]:
         patch.setenv("SLURM_CONF", f"{folder}/slurm.conf")
         try:
             for command in commands:
-                said = (folder / f"{Path(command[0]).name}.said").open("w")
                 started.append(
-                    subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+                    subprocess.Popen(
+                        command,
+                        stdout=(folder / f"{Path(command[0]).name}.said").open("w"),
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
                 )
                 time.sleep(1)
             sinfo = ["sinfo", "--noheader", "--format=%T"]
@@ -489,30 +494,12 @@ def daemons() -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@dataclass
 class Submitted:
     """A job on the stand-ins, as `pipeline.launch.schedulers` submits it."""
 
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, *, driver: str) -> None:
-        self.folder = folder
-        commands_at(folder / "bin", STAND_IN / "ray", STAND_IN / "spiketrain")
-        patch.setenv("STAND_IN", str(folder))
-        patch.setenv("STAND_IN_DRIVER", driver)
-        patch.setenv("SPIKETRAIN_PATIENCE", "30")
-        patch.setenv("PATH", f"{folder / 'bin'}:/usr/bin:/bin")
-        patch.chdir(folder)
-        # A limit below the 120 s of --signal: Slurm announces the end as soon as it looks, every 30
-        # s.
-        self.number = submit_sbatch(
-            command(
-                "r.py",
-                name="a-run",
-                sizes=(1,),
-                runs=str(folder / "runs"),
-                nodes=1,
-                gpus_per_node=0,
-                time="2",
-            )
-        )
+    folder: Path
+    number: str
 
     def told(self, field: str) -> str:
         shown = subprocess.run(
@@ -538,18 +525,28 @@ class Submitted:
 
 
 @pytest.fixture
-def submitted(
-    daemons: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[str], Submitted]]:
-    jobs: list[Submitted] = []
-
-    def made(driver: str) -> Submitted:
-        jobs.append(Submitted(tmp_path, monkeypatch, driver=driver))
-        return jobs[-1]
-
-    yield made
-    for job in jobs:  # Ray's folder: numbers begin at 1 with every new Slurm
-        shutil.rmtree(f"/tmp/spiketrain-{job.number}", ignore_errors=True)
+def job(
+    daemons: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Iterator[Submitted]:
+    """A job whose driver does what the test's parameter says."""
+    commands_at(tmp_path / "bin", STAND_IN / "ray", STAND_IN / "spiketrain")
+    for name, value in {
+        "STAND_IN": str(tmp_path),
+        "STAND_IN_DRIVER": request.param,
+        "SPIKETRAIN_PATIENCE": "30",
+        "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    # A limit below the 120 s of --signal: Slurm announces the end as soon as it looks, every 30 s.
+    limits: dict[str, Any] = {"nodes": 1, "gpus_per_node": 0, "time": "2", "sizes": (1,)}
+    number = submit_sbatch(command("r.py", name="a-run", runs=f"{tmp_path}/runs", **limits))
+    yield Submitted(tmp_path, number)
+    # Ray's folder: numbers begin at 1 with every new Slurm.
+    shutil.rmtree(f"/tmp/spiketrain-{number}", ignore_errors=True)
 
 
 def commands_at(folder: Path, *programs: Path) -> None:
@@ -560,8 +557,8 @@ def commands_at(folder: Path, *programs: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(400)
-def test_a_run_that_needs_two_limits_of_time(submitted: Callable[[str], Submitted], tmp_path: Path):
-    job = submitted("slices")
+@pytest.mark.parametrize("job", ["slices"], indirect=True)
+def test_a_run_that_needs_two_limits_of_time(job: Submitted, tmp_path: Path):
     job.until((tmp_path / "driver.saved").exists)
     job.ends("COMPLETED")
     assert (job.told("Restarts"), job.told("ExitCode")) == ("1", "0:0")
@@ -570,10 +567,8 @@ def test_a_run_that_needs_two_limits_of_time(submitted: Callable[[str], Submitte
 
 @pytest.mark.full
 @pytest.mark.timeout(400)
-def test_a_job_that_is_cancelled_saves_and_stays_cancelled(
-    submitted: Callable[[str], Submitted], tmp_path: Path
-):
-    job = submitted("train")
+@pytest.mark.parametrize("job", ["train"], indirect=True)
+def test_a_job_that_is_cancelled_saves_and_stays_cancelled(job: Submitted, tmp_path: Path):
     job.until((tmp_path / "driver.began").exists)
     subprocess.run(["scancel", job.number], check=True)
     job.until((tmp_path / "driver.saved").exists, within=30)
@@ -584,8 +579,8 @@ def test_a_job_that_is_cancelled_saves_and_stays_cancelled(
 
 @pytest.mark.full
 @pytest.mark.timeout(400)
-def test_a_failure_is_the_job_s(submitted: Callable[[str], Submitted]):
-    job = submitted("fail")
+@pytest.mark.parametrize("job", ["fail"], indirect=True)
+def test_a_failure_is_the_job_s(job: Submitted):
     job.ends("FAILED")
     assert job.told("ExitCode") == "7:0"
 
@@ -604,59 +599,48 @@ def recipe():
 @pytest.mark.full
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("way", ["symmetric", "manual"])
-def test_a_run_in_two_slices_of_time(tmp_path: Path, way: str):
-    runs, number = tmp_path / "runs", str(8_000_000 + os.getpid())
-    run, log, of_ray = runs / "in-slices", tmp_path / "said", f"/tmp/spiketrain-{number}"
+def test_a_run_in_two_slices_of_time(slurm: Slurm, tmp_path: Path, way: str):
+    run, words = slurm.runs / "in-slices", ("sliced.py", "--device", "cpu")
     (tmp_path / "sliced.py").write_text(RECIPE)
     commands_at(tmp_path / "bin", *(STAND_IN / name for name in ("srun", "scontrol", "on_ray/ray")))
     foreign = ("RAY_", "SLURM_", "MLFLOW_")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)} | {
+    outside = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    slurm.environment = {
+        **outside,
+        **slurm.environment,
         "PATH": f"{tmp_path / 'bin'}:{PROGRAMS}:/usr/bin:/bin",
         "PYTHONPATH": str(ROOT),
-        "STAND_IN": str(tmp_path),
+        "HOME": os.environ["HOME"],  # where numba and matplotlib keep what they made
         "STAND_IN_RAY": str(PROGRAMS / "ray"),
-        "SLURM_JOB_ID": number,
         "SLURM_JOB_NAME": "in-slices",
         "SLURM_JOB_NUM_NODES": "1",
         "SLURM_CPUS_ON_NODE": "2",
+        "SLURM_GPUS_ON_NODE": "",
         "SPIKETRAIN_RAY": way,
         "SPIKETRAIN_PATIENCE": "90",
-        "SPIKETRAIN_RUNS": str(runs),
     }
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(**more: str) -> subprocess.Popen[bytes]:
-        command = ["bash", str(SCRIPT), "sliced.py", "--device", "cpu"]
-        said = log.open("a")
-        how = {"cwd": tmp_path, "stdout": said, "stderr": said, "start_new_session": True}
-        started.append(subprocess.Popen(command, env=environment | more, **how))
-        return started[-1]
-
+    first = slurm.start(SCRIPT, *words)
     try:
-        first = start()
         until(
             lambda: (last(run / "journal.jsonl", "step") or {"step": 0})["step"] >= 3,
             process=first,
             within=150,
-            said=log.read_text,
+            said=lambda: slurm.left("said"),
         )
         first.send_signal(signal.SIGUSR1)
-        assert first.wait(60) == 130, log.read_text()
-        assert (tmp_path / "scontrol").read_text() == f"requeue {number}\n"
+        slurm.end(130, within=60)
+        assert slurm.left("scontrol") == f"requeue {slurm.number}\n"
         assert events(run)[-1]["event"] == "stopped" and events(run, "finish") == []
-        assert start(SLURM_RESTART_COUNT="1").wait(150) == 0, log.read_text()
+        slurm.start(SCRIPT, *words, SLURM_RESTART_COUNT="1")
+        again = r"start 2 of in-slices: workers: 1, nodes: 1, Ray at [\d.]+:2\d{4}"
+        assert re.search(again, slurm.end(within=150))
         summary = json.loads((run / "summary.json").read_text())
         assert (summary["steps"], summary["restarts"]) == (320, 1)
-        assert len((tmp_path / "scontrol").read_text().splitlines()) == 1
-        assert not list(runs.glob(".slurm-*"))
-        assert re.search(
-            r"start 2 of in-slices: workers: 1, nodes: 1, Ray at [\d.]+:2\d{4}", log.read_text()
-        )
+        assert len(slurm.left("scontrol").splitlines()) == 1
+        assert not list(slurm.runs.glob(".slurm-*"))
     finally:
-        for process in started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
         subprocess.run(
-            [tmp_path / "bin" / "ray", "stop"], env=environment | {"RAY_TMPDIR": of_ray}, check=True
+            [tmp_path / "bin" / "ray", "stop"],
+            env=slurm.environment | {"RAY_TMPDIR": str(slurm.of_ray)},
+            check=True,
         )
-        shutil.rmtree(of_ray, ignore_errors=True)
