@@ -632,7 +632,7 @@ def test_a_measurement_is_an_entry_that_a_resume_makes(
     runs = ("--runs", str(places / "measured"))
     resume = ("resume", "study", "--inline", *runs, "--trust", "lab_measured")
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.launch.suite.measure_the_rest", interrupted)
+        patch.setattr("pipeline.launch.suite.measure_the_rest", Mock(side_effect=KeyboardInterrupt))
         words = launch(places / "lab_measured.py", places / "measured", "study")
         code, out, error = spiketrain(*words)
     assert code == 130 and "MEASURED" not in out, error

@@ -176,9 +176,12 @@ def test_a_run_that_fails_lets_the_others_end_and_says_why(
 @pytest.mark.full
 def test_a_run_that_is_killed_is_marked_so_and_so_is_its_suite(place: Path, tmp_path: Path) -> None:
     folder = tmp_path / "uneven"
-    with begun(place / "uneven.py", tmp_path, "uneven") as suite:
+    launch = words(place / "uneven.py", tmp_path, "uneven", "--side-by-side", "2")
+    with subprocess.Popen([sys.executable, "-m", "pipeline", *launch]) as suite:
         try:
-            wait_for(lambda: steps(children(folder).get("one", folder)) > 2)
+            wait_for((folder / "suite.json").exists)
+            going = runs_of(folder)["one"]
+            wait_for(lambda: max(steps_of(going, "step"), default=0) > 2)
             wait_for(lambda: marked(place, folder).get("one") == "RUNNING")
             [one] = [
                 each

@@ -208,7 +208,7 @@ def test_a_run_that_died_before_its_end_evaluates_again_and_writes_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     summary = finished(tmp_path / "whole", small_recipe())
-    with dies(continual.before_the_summary):
+    with dies(continual.before("_finish", 16)):
         train_inline(tmp_path / "broken", small_recipe())
     assert not (tmp_path / "broken" / "answers.npz").exists()
     evaluated: list[int] = []
