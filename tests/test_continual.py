@@ -36,7 +36,7 @@ from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
 from pipeline.train.checkpoint import WEIGHTS, read_trainer, step_folders, step_name
-from pipeline.train.checkpointing import Saving
+from pipeline.train.checkpointing import SavingHooks
 from pipeline.train.evaluation import Evaluation, mean_of, read_answers
 from pipeline.train.guards import anomaly as guard
 from pipeline.train.objective import CrossEntropy
@@ -181,12 +181,12 @@ def at_step(step: int) -> Kill:
 
 def before_saving(step: int) -> Kill:
     """The task is learnt and evaluated; its checkpoint is not there."""
-    save = Saving.save
+    save = SavingHooks.save
 
-    def dying(saving: Saving, at: int, **about: Any) -> None:
+    def dying(saving: SavingHooks, at: int, **about: Any) -> None:
         (die if at == step else save)(saving, at, **about)
 
-    return lambda patch: patch.setattr(Saving, "save", dying)
+    return lambda patch: patch.setattr(SavingHooks, "save", dying)
 
 
 def before(method: str, step: int) -> Kill:

@@ -48,7 +48,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.search import joined, over_seeds, parse_search, tuned
 from pipeline.recipe.suite import Suite, is_suite, runs_of
 from pipeline.track.connect import TrackingError
-from pipeline.track.state import entries_in, over_in, state_of
+from pipeline.track.state import done_entries, state_of, suite_entries
 
 if TYPE_CHECKING:
     from pipeline.launch.cluster import Cluster
@@ -276,7 +276,7 @@ def _resume(folder: Path, *, trust: tuple[str, ...], **how: Any) -> None:
     if is_suite(folder):
         from pipeline.launch.suite import resume_suite
 
-        had_ended = len(over_in(folder)) == len(entries_in(folder))
+        had_ended = len(done_entries(folder)) == len(suite_entries(folder))
         _end_suite(resume_suite(folder, **how, trust=trust), trust, had_ended=had_ended)
     else:
         from pipeline.launch.resume import resume_run

@@ -35,10 +35,10 @@ def compare(
     suite's report.
     """
     from pipeline.report.compare import print_comparison
-    from pipeline.report.selection import located
+    from pipeline.report.selection import locate
     from pipeline.report.suite import print_suite
 
-    runs, suite = located(runs, names or [])
+    runs, suite = locate(runs, names or [])
     if suite is None:
         print_comparison(runs, names or [], format=format_, against=against, within=within)
         return

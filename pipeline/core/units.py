@@ -43,7 +43,7 @@ def rounded(value: float, *, digits: int = 4) -> str:
     return f"{value:.0f}" if 10 ** (digits - 1) <= abs(value) < math.inf else f"{value:.{digits}g}"
 
 
-def shown(value: float, *, kind: str) -> str:
+def format_quantity(value: float, *, kind: str) -> str:
     """A number as text: bytes, seconds or joules with the unit, a count, rate, ratio or share."""
     if kind == "share":
         return f"{value:.2%}"
@@ -55,7 +55,7 @@ def shown(value: float, *, kind: str) -> str:
     return f"{rounded(value / scale, digits=3)} {unit}".rstrip()
 
 
-def some(names: Sequence[str], most: int = 5) -> str:
+def first_few(names: Sequence[str], most: int = 5) -> str:
     """The first names, and the number of further ones."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.core.torch_settings import compute_in, configure_torch, release_freed_memory
-from pipeline.core.units import counted, some
+from pipeline.core.units import counted, first_few
 from pipeline.data.base import DataError, Loader
 from pipeline.measure.clock import charge_collectives, seconds_of
 from pipeline.measure.constants import REST
@@ -404,7 +404,7 @@ def group_by_network(
         groups.setdefault(inputs(recipe), []).append(recipe)
     for group in groups.values():
         yield (
-            replace(group[0], name=some([recipe.name for recipe in group], most=3)),
+            replace(group[0], name=first_few([recipe.name for recipe in group], most=3)),
             tuple(recipe.rule for recipe in group),
         )
 

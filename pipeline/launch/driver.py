@@ -27,7 +27,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
-from pipeline.core.units import some
+from pipeline.core.units import first_few
 from pipeline.launch.cluster import OF_RAY, Cluster, LaunchError, WorkersEnded, option_name
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare, write_job
@@ -45,7 +45,7 @@ from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import check_recipe
 from pipeline.train.checkpoint import claim, place_at
 from pipeline.train.elastic import format_sizes
-from pipeline.train.guards.storage import patiently
+from pipeline.train.guards.storage import retry_while_away
 from pipeline.train.guards.watchdog import unreported_hangs
 from pipeline.train.job import Job, raise_refusal
 from pipeline.train.tasks import Loaders, fingerprint_of, tasks_of
@@ -177,7 +177,7 @@ def _with_checkpoint_token(job: Job, say: Callable[[str], None]) -> Job:
     place = place_at(job.checkpoints, Path(job.run))
     return replace(
         job,
-        place_token=patiently(
+        place_token=retry_while_away(
             Ranks(),
             lambda: claim(place, run=job.run, run_id=job.run_id, study=job.study),
             on_wait=lambda error: say(
@@ -210,7 +210,7 @@ def _journal_failure(folder: Path, failure: LaunchError) -> str:
     return (
         f"worker {ranks}, or one that was waited for: no sign of life for too long"
         " (--hang-minutes); what its threads were at is in"
-        f" {some([str(folder / file) for file in hung], most=4)}"
+        f" {first_few([str(folder / file) for file in hung], most=4)}"
     )
 
 

@@ -106,7 +106,7 @@ def preflight(
         else:
             stack.enter_context(Ray(Cluster(device="cpu", address=address), needs_room=False))
             findings = [*_findings(_examine_nodes(stores)), _network(runs.absolute())]
-    return [*findings, of_mlflow(tracking_uri(runs))]
+    return [*findings, check_mlflow(tracking_uri(runs))]
 
 
 def print_findings(found: Sequence[Finding], console: Console | None = None) -> None:
@@ -212,7 +212,7 @@ def _network(runs: Path) -> Finding:
         dir=runs, prefix=".doctor-", ignore_cleanup_errors=True
     ) as storage:
         trainer = TorchTrainer(
-            add_up,
+            check_sums,
             torch_config=TorchConfig("nccl" if gpus else "gloo", timeout_s=30 + 2 * count),
             scaling_config=ScalingConfig(
                 num_workers=count, use_gpu=gpus > 0, placement_strategy="SPREAD"
@@ -240,7 +240,7 @@ def _network(runs: Path) -> Finding:
     return Finding("network", "ok", f"{counted(count, 'process')} reached one another")
 
 
-def add_up() -> None:
+def check_sums() -> None:
     """Add up a number with all other processes.
 
     Workers with GPUs average gradients over NCCL and exchange everything else over gloo. gloo has
@@ -497,7 +497,7 @@ def _unusable(address: str, node: str, error: Exception) -> Finding:
 # ---------------------------------------------------------------------------------------- MLflow
 
 
-def of_mlflow(uri: str) -> Finding:
+def check_mlflow(uri: str) -> Finding:
     """The finding about MLflow. A file must be writable. A server must answer, and should ask for a
     password.
     """

@@ -21,7 +21,7 @@ from rich.progress import (
 
 from pipeline.core.printing import say
 from pipeline.core.run_folder import RunFolder
-from pipeline.core.units import counted, shown
+from pipeline.core.units import counted, format_quantity
 from pipeline.measure.energy import describe_inference
 from pipeline.track import events
 from pipeline.track.connect import without_password
@@ -279,7 +279,7 @@ def _short(value: Any) -> str:
 
 def _shown(value: Any, kind: str) -> str:
     size = number(value)
-    return "-" if size is None else shown(size, kind=kind)
+    return "-" if size is None else format_quantity(size, kind=kind)
 
 
 _share = partial(_shown, kind="share")

@@ -27,7 +27,7 @@ from pipeline.track.state import state_of
 from pipeline.train.build import check_recipe
 from pipeline.train.checkpoint import Place, trainer_of
 from pipeline.train.elastic import format_sizes
-from pipeline.train.guards.storage import may_pass
+from pipeline.train.guards.storage import may_be_temporary
 from pipeline.train.weights import place_of
 
 # Fields of `Cluster` in which a launch may differ from the one that it continues.
@@ -99,7 +99,7 @@ def _workers_of_newest(place: Place) -> int | None:
             if trainer := trainer_of(place, name):
                 return trainer["world_size"]
     except OSError as error:
-        if not may_pass(error):
+        if not may_be_temporary(error):
             raise
     return None
 

@@ -45,7 +45,7 @@ from pipeline.track.events import Start
 from pipeline.track.journal import read
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
 from pipeline.track.provenance import conditions_of
-from pipeline.track.state import entries_in, over_in, state_of
+from pipeline.track.state import done_entries, state_of, suite_entries
 from pipeline.train.build import with_placeholder_weights
 from pipeline.train.job import was_stopped
 
@@ -105,9 +105,9 @@ def resume_suite(
     begun = {name: run for name, run in runs_of(folder).items() if run.exists()}
     for run in begun.values():
         begun_job(run, suite_file.parent, trust=trust)
-    over = over_in(folder)
+    over = done_entries(folder)
     left = [run for name, run in begun.items() if name not in over]
-    if len(over) == len(entries_in(folder)):
+    if len(over) == len(suite_entries(folder)):
         say(new_console(), f"{folder.name} has finished")
         return folder
     launched = Cluster.from_json(suite_file.cluster)
@@ -159,7 +159,7 @@ def _sync_states(suite: SuiteRuns, console: Console) -> None:
     suite as running.
     """
     try:
-        begun = {name: run for name, run in suite.where.items() if state_of(run) != "new"}
+        begun = {name: run for name, run in suite.folders.items() if state_of(run) != "new"}
         if not begun or not suite.left():  # the last run has delivered the state
             return
         unfinished = [run for name, run in begun.items() if not suite.is_over(name)]
@@ -182,7 +182,7 @@ def _train_in_turn(suite: SuiteRuns, launcher: Launcher, console: Console) -> bo
             if not suite.is_over(recipe.name):
                 raise
         # A request during a run's last batch comes too late for the run, and stops the suite.
-        if was_stopped(suite.where[recipe.name]) and recipe is not left[-1]:
+        if was_stopped(suite.folders[recipe.name]) and recipe is not left[-1]:
             return False
     return True
 

@@ -29,7 +29,7 @@ from pipeline.launch.progress import Shown
 from pipeline.launch.signals import PATIENT, on_stop_signals
 from pipeline.recipe.command_line import trust_words
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.suite import SuiteFile, filled, needed, runs_of, sources
+from pipeline.recipe.suite import SuiteFile, fill_references, needed, runs_of, sources
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import best, is_driven, is_over, top1_of
 from pipeline.train.job import Job, was_stopped
@@ -49,7 +49,7 @@ class SuiteRuns:
     trust: tuple[str, ...] = ()
 
     @cached_property
-    def where(self) -> dict[str, Path]:
+    def folders(self) -> dict[str, Path]:
         """The folder of each recipe's run, by the recipe's name. It may not exist yet."""
         return runs_of(self.folder)
 
@@ -60,7 +60,7 @@ class SuiteRuns:
 
     def is_over(self, name: str) -> bool:
         """Whether the run of the recipe of this name needs no more training."""
-        return is_over(self.where[name], is_needed=name in self._sources)
+        return is_over(self.folders[name], is_needed=name in self._sources)
 
     @cached_property
     def _sources(self) -> set[str]:
@@ -82,17 +82,17 @@ class SuiteRuns:
             ValueError: its folder is damaged or not of this suite, or the completed recipe is
                 refused.
         """
-        run, suite = self.where[recipe.name], self.suite_file.suite
+        run, suite = self.folders[recipe.name], self.suite_file.suite
         if run.exists():  # it may have begun with another number of runs side by side
             return replace(
                 begun_job(run, self.suite_file.parent, trust=self.trust),
                 own_cores=self.cluster.side_by_side != 1,
             )
         if choice := suite.choices.get(recipe.name):
-            best_trial = best({name: top1_of(self.where[name]) for name in choice.trials})
+            best_trial = best({name: top1_of(self.folders[name]) for name in choice.trials})
             [trial] = [each for each in suite.recipes if each.name == best_trial]
             recipe = recipe.override({choice.field: trial.value_of(choice.field)})
-        ready = filled(recipe, lambda name: lasting_weights(self.where[name]))
+        ready = fill_references(recipe, lambda name: lasting_weights(self.folders[name]))
         check(ready, self.cluster, trust=self.trust)
         return prepare(
             ready,
@@ -175,7 +175,7 @@ def train_side_by_side(suite: SuiteRuns, launcher: Launcher, slots: int, console
                 break
             if recipe.name in running or not suite.can_begin(recipe):
                 continue
-            if is_driven(suite.where[recipe.name]):
+            if is_driven(suite.folders[recipe.name]):
                 elsewhere += 1
                 if recipe.name not in driven_elsewhere:
                     driven_elsewhere.add(recipe.name)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.random import COUNTED, bits
-from pipeline.core.units import shown
+from pipeline.core.units import format_quantity
 from pipeline.measure.operations import Work
 from pipeline.spiking.encode import is_static, repeat
 
@@ -130,15 +130,15 @@ def describe_inference(inference: Mapping[str, Any], *, on_gpu: bool) -> str:
     """
     if (measured := inference.get("measured_j")) is not None:
         measurement = (
-            f"{shown(measured, kind='J')} measured on the whole card, idle power and waits for data"
-            " included"
+            f"{format_quantity(measured, kind='J')} measured on the whole card, idle power and"
+            " waits for data included"
         )
     else:
         measurement = "not measured: no card has a counter" if on_gpu else "not measured on a CPU"
     unknown = ", ".join(inference.get("not_counted", ()))
     prices = f"{inference['prices']}, without {unknown}" if unknown else inference["prices"]
     return (
-        f"an inference: {shown(inference['energy_j'], kind='J')} estimated ({prices}),"
+        f"an inference: {format_quantity(inference['energy_j'], kind='J')} estimated ({prices}),"
         f" {measurement}"
     )
 

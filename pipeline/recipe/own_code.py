@@ -24,7 +24,7 @@ from typing import Any
 
 from pipeline.core.checks import require
 from pipeline.core.run_folder import RunFolder
-from pipeline.core.units import some
+from pipeline.core.units import first_few
 from pipeline.recipe.json import is_inside, read_json, write_json
 from pipeline.recipe.spec import arguments_of
 
@@ -193,8 +193,8 @@ def _print_if_changed(name: str, package: Package, owner: str) -> None:
     if changed and notice not in _printed:  # another run of the suite may have printed it
         _printed.add(notice)
         print(
-            f"{some(changed, most=1)} in {folder} differs from when {owner} was launched, and so"
-            " may its results",
+            f"{first_few(changed, most=1)} in {folder} differs from when {owner} was launched, and"
+            " so may its results",
             file=sys.stderr,
         )
 

@@ -21,7 +21,7 @@ from typing import Any
 from pipeline.core.checks import require
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.spec import reference_to
-from pipeline.recipe.suite import Choice, Report, Suite, filled, references
+from pipeline.recipe.suite import Choice, Report, Suite, fill_references, references
 
 BASELINE = "BPTT"  # the rule that other rules are compared with
 LEAST_VALUES = 5
@@ -158,7 +158,7 @@ def _name_part(value: Any) -> str:
 
 def _seeded(recipe: Recipe, offset: int) -> Recipe:
     return replace(
-        filled(recipe, lambda name: reference_to(f"{name}-seed{offset}")),
+        fill_references(recipe, lambda name: reference_to(f"{name}-seed{offset}")),
         name=f"{recipe.name}-seed{offset}",
         seed=recipe.seed + offset,
     )

@@ -203,7 +203,7 @@ class Suite:
         }
         return Suite(
             tuple(
-                filled(recipe.tiny(), lambda name: reference_to(names[name]))
+                fill_references(recipe.tiny(), lambda name: reference_to(names[name]))
                 for recipe in self.recipes
             ),
             choices=choices,
@@ -231,7 +231,7 @@ class Suite:
 def references(recipe: Recipe) -> tuple[str, ...]:
     """The names that a recipe refers to, each once."""
     names: dict[str, str] = {}
-    filled(recipe, lambda name: names.setdefault(name, reference_to(name)))
+    fill_references(recipe, lambda name: names.setdefault(name, reference_to(name)))
     return tuple(names)
 
 
@@ -240,7 +240,7 @@ def sources(suite: Suite) -> set[str]:
     return {name for recipe in suite.recipes for name in references(recipe)}
 
 
-def filled(recipe: Recipe, path_of: Callable[[str], str | Path]) -> Recipe:
+def fill_references(recipe: Recipe, path_of: Callable[[str], str | Path]) -> Recipe:
     """The recipe with each reference `@NAME` replaced by the path `path_of(NAME)`."""
 
     def fill(path: str) -> str:

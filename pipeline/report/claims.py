@@ -48,7 +48,7 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Returned:
+class SuiteResult:
     """The claims and sweeps that a suite's own report returns, or that MLflow stores for it."""
 
     claims: tuple[Claim, ...] = ()
@@ -58,14 +58,14 @@ class Returned:
         return {"claims": list(map(asdict, self.claims)), "sweeps": list(map(dict, self.sweeps))}
 
 
-def returned(value: Any, where: str) -> Returned:
+def parse_result(value: Any, where: str) -> SuiteResult:
     """Read the "claims" and the "sweeps" of a report's value, each a list or a mapping.
 
     Raises:
         ReportError: an entry is not a claim or not a sweep. `where` names the source of the value.
     """
     value = value if isinstance(value, Mapping) else {}
-    return Returned(
+    return SuiteResult(
         claims=tuple(map(_claim_of, _objects(value.get("claims")))),
         sweeps=tuple(sweep_of(each, where) for each in _objects(value.get("sweeps"))),
     )

@@ -34,9 +34,9 @@ from pipeline.report.results import (
     refuse_damage,
 )
 from pipeline.report.selection import (
-    chosen,
     is_study,
     refuse_unlike,
+    select_runs,
     with_baseline,
 )
 from pipeline.report.study import WITHIN, Group, place
@@ -73,7 +73,7 @@ class Comparison:
         over = {
             each.name: group.by_seed(group.base_of(each.name), each.name) for each in compared()
         }
-        behind = {rule: tables.behind(group, rule) for rule in group.finished_rules}
+        behind = {rule: tables.conditions_of_rule(group, rule) for rule in group.finished_rules}
         return {
             "study": group.study,
             "where": self.where or None,
@@ -98,7 +98,9 @@ class Comparison:
         """
         self._print_costs(console)
         console.print()
-        behind = {rule: tables.behind(self.group, rule) for rule in self.group.finished_rules}
+        behind = {
+            rule: tables.conditions_of_rule(self.group, rule) for rule in self.group.finished_rules
+        }
         columns = [Column(name, wraps=name in _SENTENCES) for name in next(iter(behind.values()))]
         rows = [(rule, *values.values()) for rule, values in behind.items()]
         print_table(console, ("rule", *columns), rows, title="behind each row")
@@ -128,7 +130,7 @@ class Comparison:
                 label = f"{rule} ({finished[rule]} of {counted(runs, 'run')}, {lost} diverged)"
             elif runs > 1:
                 label = f"{rule} ({counted(runs, 'run')})"
-            cells = [_cell(tables.shown_of(group, rule, each), console) for each in metrics]
+            cells = [_cell(tables.format_metric(group, rule, each), console) for each in metrics]
             rows.append((label, cells[0] if finished[rule] else "diverged", *cells[1:]))
         title = f"study {group.study[:8]}" + (f" on {self.where}" if self.where else "")
         columns = (prose("rule"), *(number(each.title) for each in metrics))
@@ -188,7 +190,7 @@ def print_comparison(
     """
     runs_dir, console = Path(runs_dir), console or new_console()
     runs = read_runs(runs_dir)
-    members = chosen(runs_dir, names, runs) if folders is None else list(map(read_run, folders))
+    members = select_runs(runs_dir, names, runs) if folders is None else [*map(read_run, folders)]
     is_key = len(names) == 1 and is_study(runs, os.fspath(names[0]))
     if not names or (is_key and not (runs_dir / names[0]).exists()):
         made, refusals = _compare_each(runs, members, against, within)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.core.units import counted, shown, unit_of
+from pipeline.core.units import counted, format_quantity, unit_of
 from pipeline.measure.constants import BETWEEN, PARTS, REST
 from pipeline.recipe.json import flat
 from pipeline.report.drawing import (
@@ -299,8 +299,8 @@ def time_parts(group: Group) -> Figure | Missing:
             + "; rest is the time outside every named part."
         ),
         alt=(
-            f"{slowest} takes longest with {shown(totals[slowest], kind='s')} a batch, of which"
-            f" {most.replace('_', ' ')} is {shares.at[most, slowest]:.0%}."
+            f"{slowest} takes longest with {format_quantity(totals[slowest], kind='s')} a batch, of"
+            f" which {most.replace('_', ' ')} is {shares.at[most, slowest]:.0%}."
         ),
         table=Table(columns=("rule", "part", "seconds of a batch", "share"), rows=tuple(rows)),
         drawing=drawing(

@@ -8,7 +8,7 @@ import pandas as pd
 from pipeline.core.units import counted
 from pipeline.report.drawing import SCALE, Figure, Missing, Table, drawing, plain, titled
 from pipeline.report.results import Run
-from pipeline.report.selection import written
+from pipeline.report.selection import recipe_value
 from pipeline.report.study import Group
 
 _ROW = 24  # height of a layer in pixels
@@ -142,7 +142,7 @@ def _by_layer(
         y=layers,
         least=min([0.0, *known]),
         most=max([1.0, *known]),
-        written=".2f",
+        number_format=".2f",
     )
     height = 130 + _ROW * len(layers)
     return rows, drawing(
@@ -154,7 +154,7 @@ def _describe_pending(runs: Iterable[Run]) -> str:
     looking = [
         run.name
         for run in runs
-        if str(written(run.recipe, "evaluation.fidelity_every") or 0) != "0"
+        if str(recipe_value(run.recipe, "evaluation.fidelity_every") or 0) != "0"
     ]
     return f"not yet in {', '.join(looking)}" if looking else ""
 
@@ -175,7 +175,7 @@ def _map(
     y: Sequence[str],
     least: float = 0.0,
     most: float,
-    written: str,
+    number_format: str,
     **about: Any,
 ) -> dict[str, Any]:
     return {
@@ -188,14 +188,14 @@ def _map(
         "zmax": most,
         "xgap": 2,
         "ygap": 2,
-        "texttemplate": f"%{{z:{written}}}" if len(x) <= _FIGURES_FIT else "",
+        "texttemplate": f"%{{z:{number_format}}}" if len(x) <= _FIGURES_FIT else "",
         "textfont": {"size": 11},
         "colorbar": {
             "thickness": 10,
             "outlinewidth": 0,
-            "tickformat": ".0%" if "%" in written else ".1f",
+            "tickformat": ".0%" if "%" in number_format else ".1f",
         },
-        "hovertemplate": f"%{{y}}, %{{x}}: %{{z:{written}}}<extra></extra>",
+        "hovertemplate": f"%{{y}}, %{{x}}: %{{z:{number_format}}}<extra></extra>",
         **about,
     }
 
@@ -235,7 +235,7 @@ def _stacked(of_rule: Mapping[str, Any], *, most: float) -> dict[str, Any]:
                 x=list(map(str, layers.columns)),
                 y=list(map(str, layers.index)),
                 most=most,
-                written=".1%",
+                number_format=".1%",
                 xaxis=f"x{suffix}",
                 yaxis=f"y{suffix}",
                 showscale=place == 1,

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from pipeline.core.files import write_whole
 from pipeline.core.units import rounded
 from pipeline.report import tables
-from pipeline.report.claims import Returned
+from pipeline.report.claims import SuiteResult
 from pipeline.report.compare import finite
 from pipeline.report.drawing import NOT_MEASURED, THEMES, Cell, Figure, Missing, Table, slug
 from pipeline.report.figures import learning_curves, ratios, standings, time_parts, trade_off
@@ -111,7 +111,9 @@ def publish(found: Found, page: Path) -> list[str]:
         TrackingError: MLflow could not be reached or refused; one line.
     """
     study = found.study
-    own = Returned(claims=study.claims, sweeps=study.sweeps).to_json() | {"printed": study.printed}
+    own = SuiteResult(claims=study.claims, sweeps=study.sweeps).to_json() | {
+        "printed": study.printed
+    }
     try:
         text = json.dumps(finite(own), allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 UNKNOWN_RULE = "unknown rule"  # the label of a run that names none
-NOT_SAID = "not known"
+UNKNOWN = "not known"
 
 
 class ReportError(ValueError):
@@ -234,7 +234,7 @@ class Run:
     steps_per_epoch: int | None = None
     started: float = 0.0  # unix seconds
     ended: float = 0.0
-    heard: float | None = None  # the last sign of life of a run that MLflow calls running
+    last_heard: float | None = None  # the last sign of life of a run that MLflow calls running
     folder: Path = Path()  # the folder that the run was read from
     damage: str = ""  # why the run cannot be used, if one of its files is damaged
     curve_every: int = 1  # the curve has every n-th point of the journal
@@ -540,8 +540,8 @@ def places(run: Run, *, between: str = ", ", names_loaders: bool = False) -> str
 def micro_batches(run: Run) -> str:
     """Samples per micro-batch of a worker, and micro-batches per batch: `128`, `64 × 2`."""
     sizes = [(on["micro_batch"], _accumulated(run, on)) for on in run.trained_on]
-    texts = [f"{size} × {times}" if times > 1 else str(size or NOT_SAID) for size, times in sizes]
-    return ", then ".join(dict.fromkeys(texts)) or NOT_SAID
+    texts = [f"{size} × {times}" if times > 1 else str(size or UNKNOWN) for size, times in sizes]
+    return ", then ".join(dict.fromkeys(texts)) or UNKNOWN
 
 
 def _accumulated(run: Run, on: Mapping[str, Any]) -> int:
@@ -555,20 +555,20 @@ def _accumulated(run: Run, on: Mapping[str, Any]) -> int:
 SILENT_S = 900.0
 
 
-def describe_state(state: str, heard: float | None) -> str:
+def describe_state(state: str, last_heard: float | None) -> str:
     """A state such as `running, no word for 25 min`: a killed driver cannot report to MLflow.
 
     Args:
-        heard: the last sign of life in unix seconds; None if the state is certain.
+        last_heard: the last sign of life in unix seconds; None if the state is certain.
     """
-    if heard is None or not is_silent(state, heard):
+    if last_heard is None or not is_silent(state, last_heard):
         return state
-    minutes = int((time.time() - heard) // 60)
+    minutes = int((time.time() - last_heard) // 60)
     return f"{state}, no word for {f'{minutes} min' if minutes < 120 else f'{minutes // 60} h'}"
 
 
-def is_silent(state: str, heard: float) -> bool:
-    return state == "running" and time.time() - heard >= SILENT_S
+def is_silent(state: str, last_heard: float) -> bool:
+    return state == "running" and time.time() - last_heard >= SILENT_S
 
 
 def kind(run: Run) -> str:

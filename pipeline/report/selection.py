@@ -9,7 +9,7 @@ from rich.console import Console
 
 from pipeline.core.printing import new_console, number, print_table, say
 from pipeline.core.run_folder import RunFolder
-from pipeline.core.units import counted, some
+from pipeline.core.units import counted, first_few
 from pipeline.recipe import is_baseline
 from pipeline.recipe.command_line import how_to_resume
 from pipeline.recipe.json import differing, listed
@@ -28,12 +28,12 @@ from pipeline.report.results import (
 )
 from pipeline.track.events import Evaluation
 from pipeline.track.journal import last_event
-from pipeline.track.state import entries_in, is_driven, over_in
+from pipeline.track.state import done_entries, is_driven, suite_entries
 
 Differing = tuple[str, Any, Any]  # a field, and its values in two runs
 
 
-def chosen(
+def select_runs(
     runs_dir: Path, names: Sequence[str | os.PathLike[str]], runs: Sequence[Run]
 ) -> list[Run]:
     """The runs that names, paths and study keys select, in the order of the names.
@@ -151,8 +151,8 @@ def differences(a: Run, b: Run) -> list[Differing]:
     if a.rule == b.rule:
         # One label in the table must be one rule with one tuned value.
         fields += differing("rule", a.recipe.get("rule"), b.recipe.get("rule"))
-        for key in tuned_in(a.recipe):
-            fields += differing(key, written(a.recipe, key), written(b.recipe, key))
+        for key in tuned_keys(a.recipe):
+            fields += differing(key, recipe_value(a.recipe, key), recipe_value(b.recipe, key))
     if a.study == b.study:
         return fields
     of_recipes = differing_recipes(a, b)
@@ -190,12 +190,12 @@ def trained_apart(
     return list(differing("", _columns(mine), _columns(theirs))) or [("trained_on", mine, theirs)]
 
 
-def tuned_in(recipe: Mapping[str, Any]) -> tuple[str, ...]:
+def tuned_keys(recipe: Mapping[str, Any]) -> tuple[str, ...]:
     """The dotted keys that each rule has its own value for; may be empty."""
     return tuple(recipe.get("tuned") or ())
 
 
-def written(recipe: Mapping[str, Any], key: str) -> Any:
+def recipe_value(recipe: Mapping[str, Any], key: str) -> Any:
     """The value at a dotted key of a JSON recipe, such as `optimizer.lr`."""
     value: Any = recipe
     for name in key.split("."):
@@ -243,11 +243,11 @@ def find_run(
     if matches:
         names = ", ".join(folder.name for folder in matches)
         raise ReportError(f"{text!r} begins the names of {len(matches)} runs: {names}")
-    known = some([folder.name for folder in folders], 8) or "none"
+    known = first_few([folder.name for folder in folders], 8) or "none"
     raise ReportError(f"no run {text!r} in {runs_dir}; there are {known}")
 
 
-def located(runs_dir: Path, names: Sequence[str]) -> tuple[Path, Path | None]:
+def locate(runs_dir: Path, names: Sequence[str]) -> tuple[Path, Path | None]:
     """The folder that contains what these names select, and the suite that they name, if any.
 
     The folder is `runs_dir` if a name is a study key.
@@ -261,7 +261,7 @@ def located(runs_dir: Path, names: Sequence[str]) -> tuple[Path, Path | None]:
         try:
             folders.append(find_run(runs_dir, name, suites=True, among=there))
         except ReportError:
-            continue  # a study, or nothing: `chosen` raises the precise error
+            continue  # a study, or nothing: `select_runs` raises the precise error
     suite = next(filter(is_suite, folders), None)
     if suite is not None and len(names) > 1:
         raise ReportError(
@@ -334,7 +334,7 @@ def _cells(run: Run) -> tuple[str, ...]:
 
 def _suite_row(folder: Path) -> SuiteRow:
     try:
-        runs, over = entries_in(folder), len(over_in(folder))
+        runs, over = suite_entries(folder), len(done_entries(folder))
     except ValueError:  # the list still shows every other suite
         return SuiteRow(folder.name, f"{FILE} is damaged", None)
     state = f"{over} of {len(runs)} finished"

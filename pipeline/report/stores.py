@@ -119,7 +119,7 @@ class StoredStudy:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sent:
+class SentJournal:
     """A run's journal as stored in MLflow. It has every `every`-th point of the curve."""
 
     events: Sequence[Event] = ()
@@ -161,13 +161,13 @@ class Store(ABC):
             raise StoreError(f"store: an artifact must be {', '.join(ARTIFACTS)}; got {name!r}")
         return self._read(run_id, name, _whole)
 
-    def journal(self, run_id: str) -> Sent:
+    def journal(self, run_id: str) -> SentJournal:
         """A run's journal, thinned if it is long (ImageNet journals have about 100 MB).
 
         Raises:
             ArtifactError: the journal cannot be read.
         """
-        return self._read(run_id, JOURNAL, _sent_at) or Sent()
+        return self._read(run_id, JOURNAL, _sent_at) or SentJournal()
 
 
 def runs_of_store(store: Store) -> list[Run]:
@@ -193,7 +193,7 @@ def runs_of_store(store: Store) -> list[Run]:
                 summary={**summary, **fields} if summary else None,
                 recipe={"protocol": stored.tags.get("spiketrain.protocol", "shared")},
                 started=stored.started,
-                heard=stored.newest if stored.state == "running" else None,
+                last_heard=stored.newest if stored.state == "running" else None,
             )
         )
     return runs
@@ -289,12 +289,12 @@ def _whole(file: Path) -> str:
     return file.read_text(errors="replace")
 
 
-def _sent_at(file: Path) -> Sent:
+def _sent_at(file: Path) -> SentJournal:
     size = file.stat().st_size
     every = 1 if size <= MOST_BYTES else math.ceil(size / _THINNED_BYTES)
     records = read_thinned(file, Step.kind, every=every)
     try:
-        return Sent(events=list(map(from_dict, records)), every=every)
+        return SentJournal(events=list(map(from_dict, records)), every=every)
     except ValueError as error:
         raise ArtifactError(f"its {JOURNAL} in MLflow cannot be read: {error}") from error
 

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from pipeline.core.errors import remedy
-from pipeline.core.units import counted, shown
+from pipeline.core.units import counted, format_quantity
 from pipeline.recipe import BASELINE, is_baseline
 from pipeline.report import results
 from pipeline.report.history import number
 from pipeline.report.results import COMPUTE, Run, flat, kind
-from pipeline.report.selection import tuned_in, written
+from pipeline.report.selection import recipe_value, tuned_keys
 from pipeline.track.journal import number as number_or_text
 
 if TYPE_CHECKING:
@@ -321,7 +321,7 @@ def _label_values(recipe: Mapping[str, Any]) -> dict[str, str]:
     """The rule's keywords and the value of each tuned field, as text."""
     rule = recipe.get("rule")
     described = {"keywords": _keywords(rule) or "as it comes"} if isinstance(rule, Mapping) else {}
-    return described | {key: f"{key}={written(recipe, key)}" for key in tuned_in(recipe)}
+    return described | {key: f"{key}={recipe_value(recipe, key)}" for key in tuned_keys(recipe)}
 
 
 def _keywords(part: Mapping[str, Any]) -> str:
@@ -348,7 +348,9 @@ def _notes(group: Group) -> Iterator[str]:
             yield f"{rule} is {_python(part)}"
     for run in group.runs:
         if how := _divergence(run):
-            advice = remedy(*(written(run.recipe, key) for key in ("optimizer.lr", "clip_norm")))
+            advice = remedy(
+                *(recipe_value(run.recipe, key) for key in ("optimizer.lr", "clip_norm"))
+            )
             yield (
                 f"{run.name} ({run.rule}) {how}: its figures and ratios compare no rules; {advice}"
                 " for every rule, and train again"
@@ -395,7 +397,9 @@ def _notes_on_clocks(group: Group) -> Iterator[str]:
             f" {', '.join(texts)}"
         )
     means = {rule: group.values(rule, "startup_s").mean() for rule in rules}
-    if texts := [f"{shown(mean, kind='s')} of {rule}" for rule, mean in means.items() if mean > 0]:
+    if texts := [
+        f"{format_quantity(mean, kind='s')} of {rule}" for rule, mean in means.items() if mean > 0
+    ]:
         yield (
             "wall clocks leave out start-up, which ends with each start's first batch:"
             f" {', '.join(texts)}"

@@ -16,13 +16,13 @@ from typing import Any, Literal, NamedTuple
 from rich.console import Console
 
 from pipeline.core.printing import new_console, number, print_table, say
-from pipeline.core.units import counted, some
+from pipeline.core.units import counted, first_few
 from pipeline.recipe import BASELINE
 from pipeline.recipe.command_line import how_to_resume
 from pipeline.recipe.json import flat
 from pipeline.recipe.recipe import read_json
 from pipeline.recipe.suite import Report, SuiteFile, has_report, runs_of
-from pipeline.report.claims import Returned, returned
+from pipeline.report.claims import SuiteResult, parse_result
 from pipeline.report.compare import (
     comparable,
     comparisons,
@@ -39,15 +39,15 @@ from pipeline.report.results import (
     refuse_damage,
 )
 from pipeline.report.selection import (
-    chosen,
-    located,
+    locate,
+    recipe_value,
+    select_runs,
     with_baseline,
-    written,
 )
 from pipeline.report.study import WITHIN, Study
 from pipeline.report.sweeps import sweep_of
 from pipeline.track.mlflow import REPORT
-from pipeline.track.state import best, entries_in, is_driven, over_in, state_of
+from pipeline.track.state import best, done_entries, is_driven, state_of, suite_entries
 
 _WIDTH = 120  # columns of the console of a suite's own report
 
@@ -109,8 +109,8 @@ def print_suite(
             f"compare: {folder.name} has a report of its own, so --against and --within have no"
             f" effect; got {against}, {within:g}"
         )
-    over = over_in(folder)
-    left = {name: run for name, run in entries_in(folder).items() if name not in over}
+    over = done_entries(folder)
+    left = {name: run for name, run in suite_entries(folder).items() if name not in over}
     done = f"{len(over)} of {len(over) + len(left)}"
     if format == "json" and report is not None:
         if left:
@@ -235,7 +235,7 @@ def _trials(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
             "run": run.name,
             "rule": run.rule,
             "field": field,
-            "value": written(run.recipe, field),
+            "value": recipe_value(run.recipe, field),
             "top1": tried[run.name],
             "taken": run.name == best(tried),
         }
@@ -279,14 +279,14 @@ def read_study(
             neither `against` nor `within`.
     """
     swept = tuple(sweep_of(read_json(path), str(path)) for path in sweeps)
-    runs_dir, suite = located(runs_dir, names)
+    runs_dir, suite = locate(runs_dir, names)
     if suite is None:
         everything = read_runs(runs_dir)
-        members = chosen(runs_dir, names, everything)
+        members = select_runs(runs_dir, names, everything)
     else:
         everything = members = [read_run(run) for run in runs_of(suite).values() if run.is_dir()]
     runs, tried = _without_trials(members, names)
-    own, printed, notes = Returned(), "", []
+    own, printed, notes = SuiteResult(), "", []
     if suite is not None:
         title, place = suite.name, suite / REPORT
         own, printed, notes = _own_report(suite, trust, reported, judged=(against, within))
@@ -295,7 +295,7 @@ def read_study(
             runs, notes = _with_baselines(everything, runs, against)
         studies = {run.study for run in runs}
         is_one = len(studies) == 1 and "" not in studies
-        title = f"Study {runs[0].study[:8]}" if is_one else some(names, 3)
+        title = f"Study {runs[0].study[:8]}" if is_one else first_few(names, 3)
         place = runs_dir / f"report-{slug(title)[:80]}.html"
     if tried:
         notes.append(
@@ -344,25 +344,25 @@ def _with_baselines(
 
 def _own_report(
     suite: Path, trust: tuple[str, ...], reported: Reported | None, *, judged: tuple[str, float]
-) -> tuple[Returned, str, list[str]]:
+) -> tuple[SuiteResult, str, list[str]]:
     """The values and the text of the suite's report, or a note that it waits for runs.
 
     If the report fails, an error says so: an earlier page is worth more than one without claims.
     """
     if not has_report(suite):
-        return Returned(), "", []
+        return SuiteResult(), "", []
     if judged != (BASELINE, WITHIN):
         raise ReportError(
             f"report: {suite.name} has a report of its own, so --against and --within have no"
             " effect on its claims"
         )
-    entries, over = entries_in(suite), over_in(suite)
+    entries, over = suite_entries(suite), done_entries(suite)
     if len(over) < len(entries):
         waits = (
             "The suite's own report, with its claims, waits for all runs:"
             f" {len(over)} of {len(entries)} have finished."
         )
-        return Returned(), "", [waits]
+        return SuiteResult(), "", [waits]
     try:
         report = SuiteFile.read(suite, trust=trust).suite.report
         assert report is not None, "has_report says so"
@@ -373,4 +373,4 @@ def _own_report(
             f"report: what {suite.name} reports by itself cannot be made; its runs can be named"
             f" instead: {str(error).removeprefix('compare: ')}"
         ) from error
-    return returned(reported.value, suite.name), reported.printed, []
+    return parse_result(reported.value, suite.name), reported.printed, []

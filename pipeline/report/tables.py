@@ -16,7 +16,7 @@ from pipeline.report.results import (
     ENERGY,
     KEPT,
     METRICS,
-    NOT_SAID,
+    UNKNOWN,
     Metric,
     Run,
     compared,
@@ -27,7 +27,7 @@ from pipeline.report.results import (
     micro_batches,
     places,
 )
-from pipeline.report.selection import differing_recipes, trained_apart, tuned_in, written
+from pipeline.report.selection import differing_recipes, recipe_value, trained_apart, tuned_keys
 from pipeline.report.study import Group, Study, spread_of
 
 _ALWAYS = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")  # columns of every table of costs
@@ -91,7 +91,9 @@ class Shown(NamedTuple):
         return " ".join(filter(None, (self.mean, self.spread, self.ratio and f"({self.ratio})")))
 
 
-def shown_of(group: Group, rule: str, metric: Metric, *, is_divided: bool = True) -> Shown | None:
+def format_metric(
+    group: Group, rule: str, metric: Metric, *, is_divided: bool = True
+) -> Shown | None:
     """A rule's mean over its finished runs, its deviation, and its ratio over paired seeds.
 
     None if no run measured it.
@@ -125,7 +127,7 @@ def prices(runs: Iterable[Run]) -> str:
     """The price tables of the estimated joules, such as `45 nm, fp32`; may be empty."""
     inferences = ((run.summary or {})["inference"] for run in runs if run.value(ENERGY) is not None)
     return "; ".join(
-        dict.fromkeys(str(inference.get("prices", NOT_SAID)) for inference in inferences)
+        dict.fromkeys(str(inference.get("prices", UNKNOWN)) for inference in inferences)
     )
 
 
@@ -159,7 +161,7 @@ def costs(group: Group) -> Table:
     )
 
 
-def beside(group: Group) -> Table | None:
+def other_metrics(group: Group) -> Table | None:
     """Metrics that are not compared, averaged over seeds; None if none was measured."""
     metrics = [
         each
@@ -172,7 +174,7 @@ def beside(group: Group) -> Table | None:
     return _of_metrics(group, metrics) if metrics else None
 
 
-def held(group: Group) -> Table | None:
+def held_memory(group: Group) -> Table | None:
     """The bytes that each rule holds in training, by kind; None if no run measured them."""
     if all(run.value("held.parameters") is None for run in group.finished):
         return None
@@ -180,34 +182,36 @@ def held(group: Group) -> Table | None:
     return _of_metrics(group, [*kinds, metric("state_bytes")])
 
 
-def behind_the_rows(group: Group) -> Table:
+def conditions_table(group: Group) -> Table:
     """For each rule: its divisor, the choices that affect the comparison, and its seeds."""
     rows = []
     for rule in group.rules:
         seeds = ", ".join(str(run.seed) for run in group.of(rule) if run.is_finished)
-        rows.append({"rule": rule, **behind(group, rule), "seeds": seeds or "none"})
+        rows.append({"rule": rule, **conditions_of_rule(group, rule), "seeds": seeds or "none"})
     return Table(columns=tuple(rows[0]), rows=tuple(tuple(row.values()) for row in rows))
 
 
-def behind(group: Group, rule: str) -> dict[str, str]:
+def conditions_of_rule(group: Group, rule: str) -> dict[str, str]:
     """The rules that a rule is divided by, and the choices that affect the comparison."""
     runs = group.of(rule)
     conditions = ((run.summary or {}).get("conditions") for run in runs)
     found, recipe = next(filter(None, conditions), {}), runs[0].recipe
-    steps, every = found.get("steps_per_forward"), written(recipe, "evaluation.every")
-    evaluated = {None: NOT_SAID, 0: "once, at the end", 1: "after each epoch"}
+    steps, every = found.get("steps_per_forward"), recipe_value(recipe, "evaluation.every")
+    evaluated = {None: UNKNOWN, 0: "once, at the end", 1: "after each epoch"}
     choices = {
         "ratios to": group.against if group.has_baseline else "no baseline",
         "time to": group.fastest_baseline if group.has_baseline else "no baseline",
-        "reset gradient": str(found.get("reset_gradient", NOT_SAID)),
-        "norm statistics": str(found.get("norm_over", NOT_SAID)),
-        "precision": str(found.get("precision", NOT_SAID)),
+        "reset gradient": str(found.get("reset_gradient", UNKNOWN)),
+        "norm statistics": str(found.get("norm_over", UNKNOWN)),
+        "precision": str(found.get("precision", UNKNOWN)),
         "over time": _over_time(steps, recipe),
         "micro-batch": micro_batches(runs[0]),
         "evaluated": evaluated.get(every, f"every {every} epochs"),
     }
-    if any(tuned_in(run.recipe) for run in group.runs):
-        choices["tuned"] = ", ".join(f"{key}={written(recipe, key)}" for key in tuned_in(recipe))
+    if any(tuned_keys(run.recipe) for run in group.runs):
+        choices["tuned"] = ", ".join(
+            f"{key}={recipe_value(recipe, key)}" for key in tuned_keys(recipe)
+        )
     return choices
 
 
@@ -233,7 +237,7 @@ def recipe_differences(study: Study) -> Table:
         names = tuple(named(each, among=study.groups) for each in (first, group))
         for name, *values in differing_recipes(*pair):
             shown = [
-                "each rule's own" if name in tuned_in(run.recipe) else value
+                "each rule's own" if name in tuned_keys(run.recipe) else value
                 for run, value in zip(pair, values, strict=True)
             ]
             if shown[0] != shown[1]:
@@ -272,7 +276,7 @@ def provenance(study: Study) -> Table:
                 run.rule,
                 run.seed,
                 run.study[:8],
-                describe_state(run.state, run.heard),
+                describe_state(run.state, run.last_heard),
                 f"{past.step}/{run.total_steps or '?'}{again}",
                 len(past.restarts),
                 "; then ".join(machines) or machine({}),
@@ -329,8 +333,8 @@ def named(group: Group, *, among: Sequence[Group] = ()) -> str:
     The protocol is named if one of the groups beside it was tuned.
     """
     run, protocol = group.runs[0], ""
-    if any(tuned_in(each.runs[0].recipe) for each in (group, *among)):
-        fields = ", ".join(tuned_in(run.recipe))
+    if any(tuned_keys(each.runs[0].recipe) for each in (group, *among)):
+        fields = ", ".join(tuned_keys(run.recipe))
         protocol = f", {f'tuned {fields}' if fields else 'shared settings'},"
     return f"Study {group.study[:8] or 'unknown'}{protocol} on {places(run)}"
 
@@ -379,7 +383,7 @@ def _without_interval(group: Group, rule: str) -> str:
 def _cells(
     group: Group, rule: str, metrics: Sequence[Metric], *, is_divided: bool = True
 ) -> list[Cell]:
-    cells = [shown_of(group, rule, each, is_divided=is_divided) for each in metrics]
+    cells = [format_metric(group, rule, each, is_divided=is_divided) for each in metrics]
     return [each and each.in_a_line() for each in cells]
 
 
@@ -396,12 +400,12 @@ def _is_measured(run: Run, metric: Metric) -> bool:
 
 def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
     """Time steps per forward."""
-    whole = written(recipe, "time_steps")
+    whole = recipe_value(recipe, "time_steps")
     if steps is None or (steps != 1 and whole is None):
-        return NOT_SAID
+        return UNKNOWN
     how = "folded" if steps == whole else f"in slices of {steps}"
     how = "step by step" if steps == 1 else how
-    return f"{how}, recomputed" if written(recipe, "rule.recompute") else how
+    return f"{how}, recomputed" if recipe_value(recipe, "rule.recompute") else how
 
 
 def _in_turn(values: Iterable[Cell]) -> Cell:

@@ -130,7 +130,9 @@ class DSR(Rule):
                 for part_TB in parts
             ]
             for _, neuron in named_neurons(twin):
-                neuron.gradient = lambda lif, x_TB: lif.gain * x_TB.clamp_min(0)  # type: ignore[operator]
+                neuron.gradient = (
+                    lambda lif, x_TB: lif.gain * x_TB.clamp_min(0)  # type: ignore[operator]
+                )
         neurons: dict[str, Any] = dict(named_neurons(twin))
         originals: dict[str, Any] = dict(named_neurons(model))
         with running_order(neurons) as ran, fresh_state(twin):

@@ -56,7 +56,7 @@ def is_over(run: Path, *, is_needed: bool) -> bool:
     return state_of(run) in (("finished",) if is_needed else ("finished", "diverged"))
 
 
-def entries_in(suite: Path) -> dict[str, Path]:
+def suite_entries(suite: Path) -> dict[str, Path]:
     """The folder of each run of a suite and the file of each measurement, by name, in their order.
 
     Raises:
@@ -65,12 +65,12 @@ def entries_in(suite: Path) -> dict[str, Path]:
     return {**runs_of(suite), **measured_in(suite)}
 
 
-def over_in(suite: Path) -> dict[str, Path]:
-    """The entries of a suite that are done; see `entries_in`."""
+def done_entries(suite: Path) -> dict[str, Path]:
+    """The entries of a suite that are done; see `suite_entries`."""
     needed, runs = sources_in(suite), runs_of(suite)
     return {
         name: place
-        for name, place in entries_in(suite).items()
+        for name, place in suite_entries(suite).items()
         if (is_over(place, is_needed=name in needed) if name in runs else place.exists())
     }
 

@@ -47,9 +47,9 @@ from pipeline.train.build import (
 )
 from pipeline.train.checkpoint import Checkpoints, lost_step, place_at, read_trainer, step_name
 from pipeline.train.checkpoint.background import LONGEST_S
-from pipeline.train.elastic import build_mixing, seed_everything, steady
+from pipeline.train.elastic import build_mixing, fit_to_sizes, seed_everything
 from pipeline.train.gradient_fidelity import compare_gradients
-from pipeline.train.guards.storage import PATIENCE_S, patiently
+from pipeline.train.guards.storage import PATIENCE_S, retry_while_away
 from pipeline.train.guards.watchdog import Watchdog
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.recovery import Decisions
@@ -72,9 +72,9 @@ class Process:
     clock: Clock
     began: float  # unix seconds at the attempt's first line of work
 
-    def patiently(self, act: Callable[[], T_]) -> T_:
+    def retry_while_away(self, act: Callable[[], T_]) -> T_:
         """Rank 0's result of `act`, on every rank. Waits for storage that is away. Collective."""
-        return patiently(
+        return retry_while_away(
             self.ranks,
             act,
             beat=self.watchdog.beat,
@@ -127,8 +127,8 @@ def assemble(process: Process) -> TrainContext:
     written = _read_recipe(process)
     checkpoints = _open_checkpoints(process, written)
     with watchdog.patient(LONGEST_S):  # rank 0 fetches and verifies, which may take this long
-        checkpoint = process.patiently(lambda: _newest(checkpoints, written, job))
-    decisions = process.patiently(lambda: Decisions.read(Path(job.run)))
+        checkpoint = process.retry_while_away(lambda: _newest(checkpoints, written, job))
+    decisions = process.retry_while_away(lambda: Decisions.read(Path(job.run)))
     recipe, is_fresh = decisions.fit(written), checkpoint is None
     with watchdog.off():
         # One worker of each machine reads every page: machines may hold copies of their own.
@@ -211,7 +211,7 @@ def _open_checkpoints(process: Process, recipe: Recipe) -> Checkpoints:
         lambda: place_at(job.checkpoints, Path(job.run), token=job.place_token)
     )
     if ranks.size > 1:
-        process.patiently(place.sweep)  # first: files of a killed attempt may fill the disk
+        process.retry_while_away(place.sweep)  # first: files of a killed attempt may fill the disk
         check_shared(place.staging, rank=ranks.rank, each=ranks.all_gather_object, beat=beat)
     return Checkpoints(
         place,
@@ -277,7 +277,7 @@ def _own_parts(
         process.tracker.write(events.Init(file=str(file), fresh=[*fresh]))
     network.to(device)
     rule = attached_rule(recipe, network, world)
-    recipe = steady(recipe, network, rule, sizes)
+    recipe = fit_to_sizes(recipe, network, rule, sizes)
     if is_fresh and rule.calibration_batches:
         # The first global batches, which are the same for every rank and number of ranks.
         size = recipe.batch_size

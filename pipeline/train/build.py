@@ -19,13 +19,13 @@ from pipeline.core.checks import require
 from pipeline.core.units import counted
 from pipeline.recipe.phases import Stretch, stretch_at
 from pipeline.recipe.recipe import Recipe, Spec
-from pipeline.recipe.suite import Suite, filled, references
+from pipeline.recipe.suite import Suite, fill_references, references
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.binary import latent_parameters
 from pipeline.train.checkpoint import weights_of
-from pipeline.train.elastic import steady
+from pipeline.train.elastic import fit_to_sizes
 from pipeline.train.objective import Loss
 from pipeline.train.part_checks import (
     build_part,
@@ -52,7 +52,7 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
     check_network(network, recipe, tasks[0].data)
     check_objective(recipe.objective.build(), recipe.objective, classes=tasks[0].data.classes)
     rule = attached_rule(recipe, network, World(recipe.seed, size=sizes[-1]))
-    steady(recipe, network, rule, sizes)
+    fit_to_sizes(recipe, network, rule, sizes)
     if recipe.teacher is not None:
         build_teacher(recipe, tasks[0].data)
     if recipe.evaluation.fidelity_every:
@@ -144,7 +144,7 @@ def with_placeholder_weights(suite: Suite) -> Iterator[tuple[Recipe, ...]]:
     recipes: list[Recipe] = []
     with tempfile.TemporaryDirectory(prefix="spiketrain-") as place:
         for recipe in suite.recipes:
-            recipes.append(filled(recipe, files.__getitem__))
+            recipes.append(fill_references(recipe, files.__getitem__))
             if recipe.name in wanted:
                 files[recipe.name] = Path(place) / f"{len(recipes)}.safetensors"
                 network = build_network(recipes[-1], tasks_of(recipes[-1]))

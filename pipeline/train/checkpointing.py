@@ -31,7 +31,7 @@ UNSAVED_S = 30.0
 MARGIN_S = 2.0  # seconds between the expected end of the last save and its deadline
 
 
-class Saving:
+class SavingHooks:
     """Saves one attempt. Every method is collective unless it says otherwise.
 
     Checkpoints are written while training goes on. A checkpoint counts, and is journaled, once it

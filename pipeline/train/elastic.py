@@ -46,7 +46,7 @@ def format_sizes(sizes: Sequence[int]) -> str:
     return f"{sizes[0]}:{sizes[-1]}" if is_range else ",".join(map(str, sizes))
 
 
-def steady(recipe: Recipe, network: nn.Module, rule: Rule, sizes: Sequence[int]) -> Recipe:
+def fit_to_sizes(recipe: Recipe, network: nn.Module, rule: Rule, sizes: Sequence[int]) -> Recipe:
     """The recipe with micro-batches that hold the same rows at every size, if the network depends
     on the division of a batch.
 
@@ -109,6 +109,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def draw_for(seed: int, *, step: int, row: int) -> None:
+def seed_row(seed: int, *, step: int, row: int) -> None:
     """Seed the global generators for the micro-batch that begins at this row of this batch."""
     seed_everything(counter_hash(_DRAW, seed, step, row) >> 1)

@@ -71,7 +71,7 @@ class RankInfo:
         return self.sizes or (self.workers,)
 
 
-def asked_by(run: Path) -> str:
+def stop_requester(run: Path) -> str:
     """Who asked a run to stop, if that is known."""
     file = RunFolder(run).stop
     by = file.read_text().strip() if file.exists() else ""

@@ -33,7 +33,7 @@ from pipeline.track.provenance import trained_on
 from pipeline.train.assemble import TrainContext
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.evaluation import Evaluation
-from pipeline.train.tasks import Learnt
+from pipeline.train.tasks import TaskResults
 
 
 def start_event(context: TrainContext, *, step: int) -> Start:
@@ -143,7 +143,7 @@ def summary_of(
     step: int,
     result: Evaluation,
     totals: Totals,
-    learnt: Learnt,
+    learnt: TaskResults,
     rule_metrics: Mapping[str, float],
     inference: Mapping[str, Any] | None,
 ) -> dict[str, Any]:

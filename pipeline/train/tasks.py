@@ -142,7 +142,7 @@ class Loaders:
 
 
 @dataclass
-class Learnt:
+class TaskResults:
     """The results after each task: top-1 on this task and on the earlier ones (the accuracy
     matrix), and the rule's metrics.
     """

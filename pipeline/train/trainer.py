@@ -24,8 +24,8 @@ from pipeline.spiking.encode import over_steps
 from pipeline.track import events
 from pipeline.track.journal import last_event
 from pipeline.train.assemble import TrainContext
-from pipeline.train.checkpointing import Saving
-from pipeline.train.elastic import draw_for
+from pipeline.train.checkpointing import SavingHooks
+from pipeline.train.elastic import seed_row
 from pipeline.train.evaluation import (
     Evaluated,
     Evaluation,
@@ -35,11 +35,11 @@ from pipeline.train.evaluation import (
 )
 from pipeline.train.guards.anomaly import AnomalyGuard, can_undo
 from pipeline.train.guards.replica_check import stragglers
-from pipeline.train.job import asked_by
+from pipeline.train.job import stop_requester
 from pipeline.train.loop import MicroBatch, train_batch
 from pipeline.train.metadata import hardware_of, rule_metrics, start_event, summary_of
 from pipeline.train.recovery import Rollback
-from pipeline.train.tasks import Learnt
+from pipeline.train.tasks import TaskResults
 
 MOST_DATA_WAIT = 0.2  # share of the time of steady batches; a longer wait for data is reported
 STEADY_ENOUGH = 50  # steady batches before the wait is judged
@@ -68,7 +68,7 @@ class Trainer:
             "rule_metrics": {},
         }
         self.restored, self.step = restored, restored["step"]
-        self.learnt = Learnt(**restored["learnt"])
+        self.learnt = TaskResults(**restored["learnt"])
         try:
             self.meters.totals = Totals(**restored["totals"])
         except TypeError as error:
@@ -87,7 +87,7 @@ class Trainer:
             on_skip=lambda step, reason: self._report_skip(step, reason, self.recipe.remedy),
             state=restored["guard"],
         )
-        self.saving = Saving(context, step=self.step, state=self._state)
+        self.saving = SavingHooks(context, step=self.step, state=self._state)
         # seconds of work between batches of earlier attempts; None once a batch has ended
         self.worked_before_s: float | None = self._worked_s()
         self.has_reported_data_wait = False
@@ -112,7 +112,7 @@ class Trainer:
                 self.tracker.write(
                     events.Stopped(
                         step=self.step,
-                        reason=asked_by(self.folder),
+                        reason=stop_requester(self.folder),
                         resume_command=self.job.resume_command,
                     )
                 )
@@ -216,7 +216,7 @@ class Trainer:
                 target_B = batch.target.to(device, non_blocking=True)
                 first = (index * split.workers + self.ranks.rank) * split.micro_batch
                 if len(context.place.possible_sizes) > 1:
-                    draw_for(recipe.seed, step=self.step, row=first)
+                    seed_row(recipe.seed, step=self.step, row=first)
                 rows = range(first, first + split.micro_batch)
                 if context.mixing is not None:
                     x_B, target_B = context.mixing(

@@ -22,7 +22,7 @@ from pipeline.measure.memory import is_out_of_memory
 from pipeline.track import events
 from pipeline.train.assemble import Process, TrainContext, assemble
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.elastic import steady
+from pipeline.train.elastic import fit_to_sizes
 from pipeline.train.guards.watchdog import Watchdog
 from pipeline.train.job import Job, RankInfo, note_refusal, raise_refusal
 from pipeline.train.recovery import HalveMicroBatch, Rollback, StartAgain
@@ -144,7 +144,7 @@ def _note_halving(trainer: Trainer, reason: str) -> None:
         decisions = replace(context.decisions, micro_batch=samples)
         try:
             recipe = decisions.fit(context.recipe)
-            recipe = steady(recipe, context.backend.network, context.rule, sizes)
+            recipe = fit_to_sizes(recipe, context.backend.network, context.rule, sizes)
         except ValueError as error:
             refusal = refusal or error  # the error for the largest number of samples
             continue

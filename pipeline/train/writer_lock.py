@@ -19,7 +19,7 @@ from pipeline.track import events as track
 from pipeline.track.events import OF_NONE, Died, Hung
 from pipeline.track.journal import Journal, NullTracker, Tracker, read_events
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.guards.storage import may_pass
+from pipeline.train.guards.storage import may_be_temporary
 from pipeline.train.guards.watchdog import unreported_hangs
 from pipeline.train.job import read_death
 from pipeline.train.recovery import StartAgain
@@ -91,6 +91,6 @@ def _lock(folder: Path, held: ExitStack) -> None:
                 raise UserError(
                     f"{folder}: another worker still writes this run after {PATIENCE_S:.0f} s"
                 ) from None
-            if is_late or not may_pass(error):
+            if is_late or not may_be_temporary(error):
                 raise
         time.sleep(0.1)

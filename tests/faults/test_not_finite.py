@@ -19,7 +19,7 @@ from pipeline.rules.ottt import OTTT
 from pipeline.spiking.encode import over_steps
 from pipeline.track.state import state_of
 from pipeline.train import checkpointing, trainer, worker
-from pipeline.train.checkpointing import Saving
+from pipeline.train.checkpointing import SavingHooks
 from pipeline.train.guards import anomaly
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.recovery import Decisions
@@ -246,15 +246,15 @@ def test_weights_that_are_not_finite_on_one_rank_end_all(tmp_path: Path) -> None
 
 
 def _damaged_on_one(rank: int, ranks: int, job: Job) -> str:
-    save = Saving.save
+    save = SavingHooks.save
 
-    def damaged(self: Saving, step: int, **about: Any) -> None:
+    def damaged(self: SavingHooks, step: int, **about: Any) -> None:
         if rank == 1:
             next(self.context.backend.network.parameters()).data.fill_(torch.nan)
         save(self, step, **about)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Saving, "save", damaged)
+        patch.setattr(SavingHooks, "save", damaged)
         with pytest.raises(Diverged) as told:
             worker.run(job, RankInfo(rank, ranks))
     return str(told.value)

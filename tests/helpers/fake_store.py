@@ -5,8 +5,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.report.claims import Claim, Returned
-from pipeline.report.stores import ArtifactError, Point, Sent, StoredRun, StoreError
+from pipeline.report.claims import Claim, SuiteResult
+from pipeline.report.stores import ArtifactError, Point, SentJournal, StoredRun, StoreError
 from pipeline.track.connect import PARENT_OF
 from tests.helpers.events import typed
 from tests.helpers.hand_made import KEY, LAYERS, events, recipe, run
@@ -46,9 +46,9 @@ class FakeStore:
             raise ArtifactError(self.refused[run_id])
         return self.texts.get((run_id, name))
 
-    def journal(self, run_id: str) -> Sent:
+    def journal(self, run_id: str) -> SentJournal:
         lines = (self.text(run_id, "journal.jsonl") or "").splitlines()
-        return Sent(events=[typed(json.loads(line)) for line in lines], every=self.every)
+        return SentJournal(events=[typed(json.loads(line)) for line in lines], every=self.every)
 
     def _ask(self, *what: Any) -> None:
         time.sleep(self.pause_s)
@@ -99,5 +99,5 @@ class FakeStore:
         self, parent: str, *claims: Claim, sweeps: tuple[Any, ...] = (), printed: str = ""
     ) -> None:
         """What a suite's own report returned and printed."""
-        told = Returned(claims=claims, sweeps=sweeps).to_json()
+        told = SuiteResult(claims=claims, sweeps=sweeps).to_json()
         self.texts[parent, "report.json"] = json.dumps({**told, "printed": printed})

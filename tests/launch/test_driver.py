@@ -443,7 +443,7 @@ def test_a_suite_stops_its_runs_at_once_only_by_a_second_signal_of_a_user(
         left=lambda: [] if asked else [SimpleNamespace(name="one")],
         is_over=lambda name: True,
         can_begin=lambda recipe: True,
-        where={"one": Path("nowhere")},
+        folders={"one": Path("nowhere")},
         job=lambda recipe: None,
     )
 

@@ -14,7 +14,7 @@ from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe.recipe import Recipe, spec, write_json
 from pipeline.recipe.suite import Measurement, Suite, SuiteFile, measured_in
 from pipeline.rules.bptt import BPTT
-from pipeline.track.state import entries_in, over_in
+from pipeline.track.state import done_entries, suite_entries
 from tests.helpers.small import small_recipe
 
 RECIPES = (small_recipe(name="sltt"), small_recipe(name="bptt", rule=spec(BPTT)))
@@ -59,7 +59,9 @@ def found_in(folder: Path) -> dict[str, Any]:
 def test_a_sweep_is_measured_once_and_is_an_entry_beside_the_runs(made: Callable) -> None:
     suite = suite_of(SWEEP)
     folder = made(suite)
-    assert [*entries_in(folder)] == ["sltt", "bptt", "by-t"] and [*over_in(folder)] == [*NAMES]
+    assert [*suite_entries(folder)] == ["sltt", "bptt", "by-t"] and [*done_entries(folder)] == [
+        *NAMES
+    ]
     measure_the_rest(folder, suite, trust=())
     points = found_in(folder)["by-t"]["points"]
     assert {(point["cost"]["rule"], point["time_steps"]) for point in points} >= {
@@ -68,7 +70,7 @@ def test_a_sweep_is_measured_once_and_is_an_entry_beside_the_runs(made: Callable
         ("SLTT-2", 2),
         ("SLTT-2", 3),
     }
-    assert [*over_in(folder)] == ["sltt", "bptt", "by-t"]
+    assert [*done_entries(folder)] == ["sltt", "bptt", "by-t"]
     write_json(measured_in(folder)["by-t"], {"kept": True})
     measure_the_rest(folder, suite, trust=())
     assert found_in(folder) == {"by-t": {"kept": True}}
@@ -122,7 +124,7 @@ def test_what_cannot_be_measured_says_why_and_is_over(
     suite = suite_of(Measurement("by-t", "sweep", NAMES, options))
     folder = made(suite, **machine)
     measure_the_rest(folder, suite, trust=())
-    assert found_in(folder)["by-t"]["refused"].startswith(why) and "by-t" in over_in(folder)
+    assert found_in(folder)["by-t"]["refused"].startswith(why) and "by-t" in done_entries(folder)
 
 
 def test_a_suite_file_has_its_measurements(made: Callable) -> None:

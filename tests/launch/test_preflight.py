@@ -31,9 +31,9 @@ from pipeline.launch.preflight import (
     Finding,
     NodeReport,
     Stores,
+    check_mlflow,
     compare,
     examine,
-    of_mlflow,
     preflight,
     try_store,
 )
@@ -434,11 +434,11 @@ def test_processes_add_up_a_number(monkeypatch: pytest.MonkeyPatch, backend: str
     )
     monkeypatch.setattr(module, "distributed", processes)
     monkeypatch.setattr(module.torch, "tensor", tensor)
-    module.add_up()
+    module.check_sums()
     assert devices == (["cuda", "cpu"] if backend == "nccl" else ["cpu"])
     sums[:] = [4]
     with pytest.raises(RuntimeError, match=r"^the sum on c[a-z]+ must be 3; got 4$"):
-        module.add_up()
+        module.check_sums()
 
 
 # ---------------------------------------------------------------------------------------- storage
@@ -549,39 +549,39 @@ ME = "Basic bWU6cGFzcw=="  # me:pass
 def test_a_tracking_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The login of MLflow's client, such as in ~/.netrc, is not shown where none is asked for."""
     with server(password=ME) as (place, _):
-        assert of_mlflow(f"http://{place}").state == "bad"
-        found = of_mlflow(f"http://me:pass@{place}")
+        assert check_mlflow(f"http://{place}").state == "bad"
+        found = check_mlflow(f"http://me:pass@{place}")
         assert found.state == "ok" and "pass@" not in found.text
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password pass\n")
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with server(password=ME) as (place, shown):
-        assert of_mlflow(f"http://{place}").state == "ok"
+        assert check_mlflow(f"http://{place}").state == "ok"
     assert shown == [ME, None]
     with server(password=None) as (place, _):
-        assert of_mlflow(f"http://{place}").state == "warn"
-    found = of_mlflow(f"http://{place}")
+        assert check_mlflow(f"http://{place}").state == "warn"
+    found = check_mlflow(f"http://{place}")
     assert found.state == "bad" and found.text.startswith(f"http://{place}: ") and found.advice
 
 
 def test_a_store_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for file in (kept := tmp_path / "x.db", tmp_path / "not" / "there" / "x.db"):
-        assert of_mlflow(f"sqlite:///{file}").state == "ok"
+        assert check_mlflow(f"sqlite:///{file}").state == "ok"
     kept.touch()
-    assert of_mlflow(f"sqlite:///{kept}").state == "ok"
+    assert check_mlflow(f"sqlite:///{kept}").state == "ok"
     assert [*tmp_path.iterdir()] == [kept]
     for file, why in ((kept / "x.db", "Not a directory"), (tmp_path, "Is a directory")):
-        found = of_mlflow(f"sqlite:///{file}")
+        found = check_mlflow(f"sqlite:///{file}")
         assert f"the store {file} cannot be written: " in found.text and why in found.text
     monkeypatch.setattr(tempfile, "TemporaryFile", FULL)
-    assert of_mlflow(f"sqlite:///{kept}").text.endswith("No space left on device")
+    assert check_mlflow(f"sqlite:///{kept}").text.endswith("No space left on device")
 
 
 @pytest.mark.parametrize(
     "uri", ["mlflow.example.org:5000", "htp://a", "./mlruns", "postgresql://u:planted@nobody/x"]
 )
 def test_what_is_not_an_address_of_a_store(uri: str) -> None:
-    found = of_mlflow(uri)
+    found = check_mlflow(uri)
     assert found.state == "bad" and "must be http://HOST:PORT" in found.text and found.advice
     assert "planted" not in found.text
 
@@ -592,5 +592,5 @@ def test_a_token_that_no_header_may_hold_is_not_shown(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)
     with server(password="Bearer x") as (place, _):
-        found = of_mlflow(f"http://{place}")
+        found = check_mlflow(f"http://{place}")
     assert found.state == "bad" and "planted" not in found.text

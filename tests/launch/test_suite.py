@@ -605,7 +605,7 @@ def test_storage_that_is_away_at_the_end_hides_no_other_error(tmp_path: Path) ->
     with RawJournal(tmp_path / "journal.jsonl", attempt=0) as journal:
         journal.event("start")
     out = io.StringIO()
-    children: Any = SimpleNamespace(where={"one": tmp_path}, runs=tmp_path, left=away)
+    children: Any = SimpleNamespace(folders={"one": tmp_path}, runs=tmp_path, left=away)
     _sync_states(children, Console(file=out))
     assert "Stale file handle" in out.getvalue()
 

@@ -296,7 +296,7 @@ def stand_ins(folder: Path, *, job: Any = None) -> Any:
     return SimpleNamespace(
         trust=(),
         folder=folder / "suite",
-        where={recipe.name: run},
+        folders={recipe.name: run},
         can_begin=lambda recipe: True,
         is_over=lambda name: state_of(run) == "finished",
         left=lambda: [] if state_of(run) == "finished" else [recipe],

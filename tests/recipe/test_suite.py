@@ -19,7 +19,14 @@ from pipeline.models.teachers.network import network_teacher
 from pipeline.recipe.files import load_recipe, trust_of
 from pipeline.recipe.phases import Phase
 from pipeline.recipe.recipe import Recipe, spec
-from pipeline.recipe.suite import Suite, SuiteFile, filled, references, refuse_references, runs_of
+from pipeline.recipe.suite import (
+    Suite,
+    SuiteFile,
+    fill_references,
+    references,
+    refuse_references,
+    runs_of,
+)
 from pipeline.train.build import check_recipe, with_placeholder_weights
 from pipeline.train.distillation import Distillation
 from tests.helpers.small import recipes_of, small_recipe
@@ -59,7 +66,7 @@ def test_references_are_found_wherever_a_path_may_stand_and_filled() -> None:
     phase = Phase(name="task", data=spec(pointed, folder="@fourth"))
     recipe = replace(taught(), phases=(phase,))
     assert sorted(references(recipe)) == ["first", "fourth", "second"]
-    ready = filled(recipe, lambda name: Path("runs") / name)
+    ready = fill_references(recipe, lambda name: Path("runs") / name)
     assert ready.teacher is not None and references(ready) == () and ready.name == recipe.name
     paths = (ready.init, ready.teacher.kwargs["weights"], ready.phases[0].data.kwargs["folder"])
     assert paths == ("runs/first", "runs/second", "runs/fourth")
@@ -73,7 +80,7 @@ def test_one_family_for_all() -> None:
 def test_resolved_paths_are_absolute_and_references_stay() -> None:
     recipe = three().resolved().recipes[2]
     assert sorted(references(recipe)) == ["first", "second"]
-    assert Path(filled(recipe, Path).resolved().init or "").is_absolute()
+    assert Path(fill_references(recipe, Path).resolved().init or "").is_absolute()
 
 
 def test_tiny_and_set_reach_every_recipe_and_references_follow() -> None:

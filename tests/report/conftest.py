@@ -10,7 +10,7 @@ from playwright.sync_api import Browser
 
 from pipeline.report.compare import Comparison, comparison_of
 from pipeline.report.results import read_runs
-from pipeline.report.selection import chosen
+from pipeline.report.selection import select_runs
 from tests.helpers.browser import chromium
 from tests.helpers.events import RawJournal, event
 
@@ -121,4 +121,4 @@ def compare(
 ) -> Comparison:
     """The comparison of the named runs or, without names, of the newest study."""
     runs = read_runs(runs_dir)
-    return comparison_of(runs, chosen(runs_dir, names, runs), against, 0.7, is_whole=not names)
+    return comparison_of(runs, select_runs(runs_dir, names, runs), against, 0.7, is_whole=not names)

@@ -6,11 +6,11 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
-from pipeline.core.units import shown, unit_of
+from pipeline.core.units import format_quantity, unit_of
 from pipeline.forecast.sweep import sweep
 from pipeline.measure.constants import BETWEEN, PARTS, REST
 from pipeline.recipe.recipe import spec
-from pipeline.report.claims import Returned, returned
+from pipeline.report.claims import SuiteResult, parse_result
 from pipeline.report.drawing import THEMES, Figure, Missing, Table, harmless, plain
 from pipeline.report.figures import learning_curves, pareto, ratios, standing, time_parts, trade_off
 from pipeline.report.heat_maps import firing_rates, gradient_fidelity, temporal_share
@@ -531,7 +531,11 @@ def test_names_are_text_in_drawings_and_in_spreadsheets():
 def test_units():
     units = (unit_of("B", [5, 2_000_000]), unit_of("s", [7300]), unit_of("J", [3e-9]))
     assert units == ((1e6, "MB"), (3600, "h"), (1e-9, "nJ"))
-    texts = (shown(3e-6, kind="J"), shown(0.25, kind="ratio"), shown(90.0, kind="s"))
+    texts = (
+        format_quantity(3e-6, kind="J"),
+        format_quantity(0.25, kind="ratio"),
+        format_quantity(90.0, kind="s"),
+    )
     assert texts == ("3 µJ", "×0.25", "90 s")
 
 
@@ -623,9 +627,13 @@ def test_what_sweep_prints_is_what_a_page_reads():
 
 
 def test_what_a_report_returned_is_read_again():
-    kept = Returned(sweeps=(LARGEST, SWEEP))
-    assert returned(json.loads(json.dumps(kept.to_json())), "here") == kept
-    assert returned(None, "here") == returned({"claims": 3, "sweeps": "x"}, "here") == Returned()
+    kept = SuiteResult(sweeps=(LARGEST, SWEEP))
+    assert parse_result(json.loads(json.dumps(kept.to_json())), "here") == kept
+    assert (
+        parse_result(None, "here")
+        == parse_result({"claims": 3, "sweeps": "x"}, "here")
+        == SuiteResult()
+    )
 
 
 POINT = SWEEP["points"][0]

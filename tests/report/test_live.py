@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pipeline.report.claims import Returned
+from pipeline.report.claims import SuiteResult
 from pipeline.report.dashboard.live import Live
 from pipeline.report.stores import Point
 from tests.helpers.fake_store import FakeStore
@@ -118,7 +118,7 @@ def test_a_resumed_run_stands_where_it_stood_until_it_has_passed_that(store: Fak
     found = live.run(store.members[0])
     assert [point.step for point in found.history.curve] == [25, 50, 60, 70]
     assert (found.history.step, found.history.again_from) == (70, None)
-    assert found.heard == 2011.0
+    assert found.last_heard == 2011.0
 
 
 def test_a_run_that_goes_on_is_divided_by_the_batches_that_its_parts_are_of(store: FakeStore):
@@ -242,14 +242,14 @@ def test_what_the_report_of_each_suite_tells_is_by_itself(store: FakeStore):
     )
     live = Live(store)
     before = live.reports(store.members)
-    assert [report.returned for report in before] == [Returned(), Returned()]
+    assert [report.returned for report in before] == [SuiteResult(), SuiteResult()]
     store.add_report("first-launch", CLAIM, sweeps=(SWEEP,))
     later = Live(store)  # a look lasts half a second
     second, first = later.reports(store.members)  # the newest first
     assert (first.returned, first.note, second.returned) == (
-        Returned(claims=(CLAIM,), sweeps=(SWEEP,)),
+        SuiteResult(claims=(CLAIM,), sweeps=(SWEEP,)),
         "",
-        Returned(),
+        SuiteResult(),
     )
     assert first.title == "claims-1 (first-la), commit abc, on a cpu, 2 cores"
     assert second.title == "claims-1 (second-l), commit def, on a cpu, 2 cores"

@@ -22,7 +22,7 @@ import pytest
 from pipeline.report.stores import (
     ArtifactError,
     Point,
-    Sent,
+    SentJournal,
     ServerStore,
     Store,
     StoredRun,
@@ -172,7 +172,7 @@ def test_a_long_journal_is_thinned_and_any_other_long_artifact_is_not_read(
         told = each.journal(run.id)
         steps = [getattr(event, "step", None) for event in told.events]
         assert (told.every, steps) == (2, [0, 1, 3, 4, 4])
-        assert each.journal("none") == Sent()
+        assert each.journal("none") == SentJournal()
     monkeypatch.setattr("pipeline.report.stores.MOST_BYTES", 4)
     for each in stores:
         with pytest.raises(ArtifactError, match=r"recipe\.json has over 0 MiB; look at it by hand"):

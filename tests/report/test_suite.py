@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.recipe.suite import Suite, SuiteFile
-from pipeline.report.claims import Claim, returned
+from pipeline.report.claims import Claim, parse_result
 from pipeline.report.page import publish
 from pipeline.report.results import ReportError
 from pipeline.report.suite import own_report, print_protocols, print_suite, read_study
@@ -181,12 +181,12 @@ CLAIMED = {
 
 
 def test_a_claim_of_a_suite_may_say_that_it_is_within_the_noise():
-    told = returned({"claims": [CLAIMED, {**CLAIMED, "within_noise": True}]}, "a-suite")
+    told = parse_result({"claims": [CLAIMED, {**CLAIMED, "within_noise": True}]}, "a-suite")
     assert [claim.verdict for claim in told.claims] == ["does not hold", "fails, within the noise"]
     less = {name: value for name, value in CLAIMED.items() if name != "ours"}
     said = "about, claim, published, bound, ours, holds; there is no ours"
     with pytest.raises(ReportError, match=said):
-        returned({"claims": [less]}, "a-suite")
+        parse_result({"claims": [less]}, "a-suite")
 
 
 def test_what_a_suites_report_prints_and_returns(

@@ -84,7 +84,7 @@ def test_what_has_not_finished_says_so_and_is_of_no_seed_of_the_means():
         "OTTT": ("running, failed", None, "0, 2 running, 1 failed"),
         "DSR": ("without a summary", None, "0, 1 without a summary"),
     }
-    assert column(tables.behind_the_rows(group), "seeds") == {
+    assert column(tables.conditions_table(group), "seeds") == {
         "BPTT": "0, 1",
         **dict.fromkeys(("DSR", "OTTT", "SLTT-1"), "none"),
         "SLTT": "0, 1",
@@ -158,7 +158,7 @@ def stepping(steps: int, **fields: Any) -> Run:
     ],
 )
 def test_what_decides_a_comparison_stands_in_every_row(one: Run, name: str, said: str):
-    assert column(tables.behind_the_rows(group_of(one)), name) == {"BPTT": said}
+    assert column(tables.conditions_table(group_of(one)), name) == {"BPTT": said}
 
 
 @pytest.mark.parametrize(
@@ -197,9 +197,9 @@ def test_protocols_are_told_apart_and_each_rules_own_value_stands_in_its_row():
     assert tables.named(first) == f"Study 01234567 {on}"
     assert tables.named(first, among=both.groups) == f"Study 01234567, shared settings, {on}"
     assert tables.named(second) == f"Study ffffffff, tuned optimizer.lr, {on}"
-    assert "tuned" not in tables.behind_the_rows(first).columns
+    assert "tuned" not in tables.conditions_table(first).columns
     values = {"BPTT": "optimizer.lr=0.3", "SLTT": "optimizer.lr=0.6"}
-    assert column(tables.behind_the_rows(second), "tuned") == values
+    assert column(tables.conditions_table(second), "tuned") == values
     rows = {row[0]: row[1:3] for row in tables.recipe_differences(both).rows}
     assert rows["protocol"] == ('"(absent)"', '"tuned"')
     assert rows["optimizer.lr"] == ("0.1", '"each rule\'s own"')
@@ -215,14 +215,14 @@ def test_what_training_holds_by_kind():
         "rule": 5e3,
     }
     group = group_of(run(held=kinds, state_bytes=3e3), run("SLTT", state_bytes=None))
-    found, names = tables.held(group), [*kinds][:-1]
+    found, names = tables.held_memory(group), [*kinds][:-1]
     assert found is not None
     assert found.columns == ("rule", *names, "the rule's own", "states beside saved bytes")
     assert found.rows == (
         ("BPTT", "4 MB", "0 B", "4 MB", "8 MB", "2 GB", "5 kB", "3 kB"),
         ("SLTT", *7 * (None,)),
     )
-    assert tables.held(study().groups[0]) is None
+    assert tables.held_memory(study().groups[0]) is None
 
 
 def test_what_else_was_measured_of_a_rule():
@@ -252,7 +252,7 @@ def test_what_else_was_measured_of_a_rule():
             **used,
         ),
     )
-    found = tables.beside(group_of(*runs))
+    found = tables.other_metrics(group_of(*runs))
     assert found is not None and found.columns == (
         "rule",
         "states beside saved bytes",
@@ -282,7 +282,7 @@ def test_what_else_was_measured_of_a_rule():
         ),
         ("SLTT", "0 B", None, "2.5 s", None, "2.5 kJ", "2 µJ", None, "0", None, "3 M"),
     )
-    assert tables.beside(group_of(run(state_bytes=None, startup_s=None))) is None
+    assert tables.other_metrics(group_of(run(state_bytes=None, startup_s=None))) is None
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_what_is_sampled_says_so():
 )
 def test_a_run_that_nobody_hears_of_says_so(minutes: float, said: str):
     heard = time.time() - 60 * minutes
-    going = replace(run(state="running"), heard=heard)
+    going = replace(run(state="running"), last_heard=heard)
     assert column(provenance(Study(title="t", runs=(going,))), "state") == {"bptt-0": said}
     states = describe_state("killed", heard), describe_state("running", None)
     assert states == ("killed", "running")

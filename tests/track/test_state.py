@@ -13,7 +13,7 @@ import pytest
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.suite_runs import SuiteRuns
 from pipeline.recipe.suite import Choice, Suite, SuiteFile, sources, sources_in
-from pipeline.track.state import best, is_driven, over_in, state_of, top1_of
+from pipeline.track.state import best, done_entries, is_driven, state_of, top1_of
 from tests.helpers.events import RawJournal
 from tests.helpers.small import small_recipe
 
@@ -112,7 +112,7 @@ def test_what_diverged_is_over_like_what_finished_unless_others_take_its_weights
     ):
         folder = tmp_path / end
         children = suite(folder, **{name: end})
-        assert over_in(folder / "suite") == ({name: folder / name} if over else {})
+        assert done_entries(folder / "suite") == ({name: folder / name} if over else {})
         assert (name not in [recipe.name for recipe in children.left()]) is over
     search = suite(tmp_path / "search", trial="diverged", shared="diverged")
     assert [search.can_begin(each) for each in search.suite_file.suite.recipes[2:]] == [True, False]

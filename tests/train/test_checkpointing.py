@@ -14,7 +14,7 @@ from pipeline.recipe import Checkpointing, Policy
 from pipeline.track.journal import NullTracker
 from pipeline.train import checkpointing
 from pipeline.train.checkpoint import background
-from pipeline.train.checkpointing import MARGIN_S, Saving
+from pipeline.train.checkpointing import MARGIN_S, SavingHooks
 from pipeline.train.job import Notice, RankInfo
 from tests.helpers.small import events, finished, small_recipe
 
@@ -33,7 +33,7 @@ def test_all_that_a_save_stops_training_for_counts(
         write(file, value)
 
     monkeypatch.setattr(background, "_write", slowly)
-    monkeypatch.setattr(Saving, "_check_finite", lambda self, step: time.sleep(0.2))
+    monkeypatch.setattr(SavingHooks, "_check_finite", lambda self, step: time.sleep(0.2))
     recipe = small_recipe(stop_after=2, checkpoints=Checkpointing(every=1))
     summary = finished(tmp_path / "run", recipe)
     told = [event["stall_s"] for event in events(tmp_path / "run", "checkpoint")]
@@ -42,7 +42,7 @@ def test_all_that_a_save_stops_training_for_counts(
     assert sum(told) == pytest.approx(summary["checkpoint_s"], rel=0.1)
 
 
-def saving(run: Path, decide: Callable[..., list[bool]], *, rank: int = 0) -> Saving:
+def saving(run: Path, decide: Callable[..., list[bool]], *, rank: int = 0) -> SavingHooks:
     """Between two batches of a run without policies, with nothing to save."""
     recipe = SimpleNamespace(
         checkpoints=Checkpointing(every=0, minutes=0.0), policy=Policy(replicas_every=0)
@@ -55,7 +55,7 @@ def saving(run: Path, decide: Callable[..., list[bool]], *, rank: int = 0) -> Sa
         checkpoints=SimpleNamespace(failed=lambda: False, done=lambda: None),
         tracker=NullTracker(),
     )
-    return Saving(context, step=0, state=dict)
+    return SavingHooks(context, step=0, state=dict)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -71,8 +71,8 @@ def test_between_batches_rank_0_alone_looks_for_files(
     monkeypatch.setattr(
         Path, "exists", lambda self, **about: (looked.append(self.name), exists(self, **about))[1]
     )
-    monkeypatch.setattr(Saving, "save", lambda self, step, **about: None)
-    monkeypatch.setattr(Saving, "_answer", lambda self, step: None)
+    monkeypatch.setattr(SavingHooks, "save", lambda self, step, **about: None)
+    monkeypatch.setattr(SavingHooks, "_answer", lambda self, step: None)
     if asked != "nothing":
         (tmp_path / asked).write_text("somebody")
     decide = Mock(return_value=[asked == "stop", asked == "save", *[False] * 4])  # rank 0's
@@ -101,8 +101,8 @@ def test_a_last_save_comes_while_there_is_time_for_twice_a_batch_and_a_write(
     monkeypatch.setattr(
         checkpointing, "time", SimpleNamespace(monotonic=lambda: now, time=time.time)
     )
-    monkeypatch.setattr(Saving, "save", lambda self, step, **about: saved.append(step))
-    monkeypatch.setattr(Saving, "_answer", lambda self, step: None)
+    monkeypatch.setattr(SavingHooks, "save", lambda self, step, **about: saved.append(step))
+    monkeypatch.setattr(SavingHooks, "_answer", lambda self, step: None)
     made = saving(tmp_path, lambda *mine: list(mine))
     for machine, left in (("a", 100.0), ("b", 300.0)):  # the first to leave counts
         made.add_notice(Notice((machine,), time.time() + left), 0)

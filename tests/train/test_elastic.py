@@ -23,7 +23,7 @@ from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.norm import BatchNorm
 from pipeline.train.build import check_recipe
-from pipeline.train.elastic import draw_for, format_sizes, steady
+from pipeline.train.elastic import fit_to_sizes, format_sizes, seed_row
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.weights import load_run
 from pipeline.train.worker import run
@@ -105,7 +105,7 @@ def test_what_looks_at_a_micro_batch_as_one_sees_the_same_rows_at_every_size(
     sizes: tuple[int, ...], micro_batch: int | None, expected: int | None
 ) -> None:
     recipe = normed(micro_batch=micro_batch)
-    made = steady(recipe, recipe.model.build(), SLTT(), sizes)
+    made = fit_to_sizes(recipe, recipe.model.build(), SLTT(), sizes)
     assert made.micro_batch == expected
     for split in [made.split(size) for size in sizes if expected]:
         assert split.micro_batch == expected
@@ -114,12 +114,12 @@ def test_what_looks_at_a_micro_batch_as_one_sees_the_same_rows_at_every_size(
 
 def test_without_norm_and_dropout_a_worker_takes_its_whole_share() -> None:
     recipe = small_recipe(batch_size=BATCH)
-    assert steady(recipe, recipe.model.build(), SLTT(), (1, 2, 3)) is recipe
+    assert fit_to_sizes(recipe, recipe.model.build(), SLTT(), (1, 2, 3)) is recipe
 
 
 def test_what_is_drawn_depends_on_seed_batch_and_row_alone() -> None:
     def drawn(step: int, row: int) -> list[float]:
-        draw_for(3, step=step, row=row)
+        seed_row(3, step=step, row=row)
         return torch.rand(4).tolist()
 
     first = drawn(5, 8)
@@ -163,10 +163,10 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do(
 
 def test_statistics_over_all_workers_want_whole_batches() -> None:
     network, recipe = nn.Sequential(BatchNorm(4, between="world")), small_recipe(batch_size=BATCH)
-    assert steady(recipe, network, SLTT(), (1, 2)).micro_batch is None
+    assert fit_to_sizes(recipe, network, SLTT(), (1, 2)).micro_batch is None
     said = r"must see whole global batches .* micro_batch=4, which is accumulated on 1 worker"
     with pytest.raises(ValueError, match=said):
-        steady(replace(recipe, micro_batch=4), network, SLTT(), (1, 2))
+        fit_to_sizes(replace(recipe, micro_batch=4), network, SLTT(), (1, 2))
 
 
 def test_what_a_size_makes_of_a_batch_is_refused_by_the_part_that_it_disturbs() -> None:

@@ -18,7 +18,7 @@ from pipeline.data.mixing import Mixing
 from pipeline.measure.constants import PARTS
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.recipe.recipe import Checkpointing, Evaluation, spec
-from pipeline.recipe.suite import filled
+from pipeline.recipe.suite import fill_references
 from pipeline.rules.sltt import SLTT
 from pipeline.track.events import OF_NONE
 from pipeline.track.state import state_of
@@ -266,7 +266,7 @@ def test_every_recipe_trains_in_small(tmp_path: Path, path: Path) -> None:
         tiny = recipe.tiny(
             data=spec(Synthetic, samples=160, val_samples=10, classes=data.classes, shape=shape)
         )
-        tiny = filled(tiny, lambda name: weights_file(tmp_path / name))
+        tiny = fill_references(tiny, lambda name: weights_file(tmp_path / name))
         summary = finished(tmp_path / recipe.name, replace(tiny, backend="plain", batch_size=2))
         assert summary["steps"] == 4
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.core.errors import DataError, require_data
 from pipeline.core.files import Unreadable, retry_read
 from pipeline.core.random import PAGE, below, bits
-from pipeline.core.units import some
+from pipeline.core.units import first_few
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.format import read_tables
 from pipeline.data.ffcv.manifest import Manifest
@@ -131,7 +131,7 @@ def _compare_pages(
 
 def _damaged(path: Path, parts: list[str]) -> DataError:
     return DataError(
-        f"data: {path}: {some(parts)}: damaged; restore the file or write the data again"
+        f"data: {path}: {first_few(parts)}: damaged; restore the file or write the data again"
     )
 
 

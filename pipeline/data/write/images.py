@@ -27,7 +27,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.core.errors import DataError, require_data
 from pipeline.core.random import bits
-from pipeline.core.units import some
+from pipeline.core.units import first_few
 from pipeline.data.ffcv.format import JPG, RAW, Images
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.write.writer import Encoded, Existing, Progress, Source, write_sets
@@ -301,7 +301,8 @@ def image_folder(source: Path) -> list[Source]:
     require_data(
         train == val,
         f"write_folder: train and val of {source} must have the same classes; train alone has"
-        f" {some(sorted(train - val)) or 'none'}, val alone {some(sorted(val - train)) or 'none'}",
+        f" {first_few(sorted(train - val)) or 'none'}, val alone"
+        f" {first_few(sorted(val - train)) or 'none'}",
     )
     return sets
 

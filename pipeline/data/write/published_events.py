@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.core.errors import DataError, require_data
-from pipeline.core.units import some
+from pipeline.core.units import first_few
 from pipeline.data.write.recordings import Stream, in_order
 from pipeline.data.write.writer import Source
 
@@ -144,7 +144,8 @@ def _recording(path: Path, known: Published, labels: dict[str, int]) -> Publishe
     name = path.stem if known.classes else path.parent.name
     require_data(
         name in labels,
-        f"write events: {path} must name its class, one of {some(list(labels), 10)}; got {name!r}",
+        f"write events: {path} must name its class, one of {first_few(list(labels), 10)}; got"
+        f" {name!r}",
     )
     return PublishedRecording(path, labels[name], known.sensor)
 

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from pipeline.measure.constants import PARTS, REST
-from pipeline.report.claims import Returned, returned
+from pipeline.report.claims import SuiteResult, parse_result
 from pipeline.report.history import UNKNOWN_EPOCH
 from pipeline.report.results import (
     ReportError,
@@ -34,7 +34,7 @@ from pipeline.report.stores import (
     FILES,
     JOURNAL,
     ArtifactError,
-    Sent,
+    SentJournal,
     Store,
     StoredRun,
     StoreError,
@@ -60,7 +60,7 @@ class SuiteReport:
     key: str = ""  # the beginning of the MLflow run id of the suite
     title: str = ""  # the suite, with the commits and machines of its shown runs
     version: str = ""
-    returned: Returned = Returned()
+    returned: SuiteResult = SuiteResult()
     printed: str = ""  # the text that the suite's own report printed
     note: str = ""  # why the report is omitted
 
@@ -185,7 +185,7 @@ class Live:
         if is_running:
             # MLflow stores no second value of a step. It lacks the batches that a restart repeats
             # until the journal is sent again.
-            about: dict[str, Any] = {"redone": "kept", "heard": stored.newest}
+            about: dict[str, Any] = {"redone": "kept", "last_heard": stored.newest}
         else:
             summary = self._json(stored.id, FILES.summary.name, dict)
             refuse_damaged_summary(summary or {}, f"its {FILES.summary.name} in MLflow")
@@ -203,7 +203,7 @@ class Live:
         _ = run.activity  # the file may be damaged
         return run
 
-    def _with_metrics(self, stored: StoredRun, sent: Sent) -> Sent:
+    def _with_metrics(self, stored: StoredRun, sent: SentJournal) -> SentJournal:
         """Return the journal as it was last sent, with the later metrics as events."""
         events = list(sent.events) or [Event(time=stored.started, attempt=0)]
         later: list[Step | Evaluation] = []
@@ -239,7 +239,7 @@ class Live:
     def _read_report(self, suite: str) -> SuiteReport:
         try:
             value = self._json(suite, REPORT_DATA, dict)
-            found = returned(value, f"{REPORT_DATA} in MLflow")
+            found = parse_result(value, f"{REPORT_DATA} in MLflow")
         except StoreError:
             raise  # the store failed, not this report
         except ReportError as error:

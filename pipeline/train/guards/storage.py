@@ -16,7 +16,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 BEAT_S = 1.0
 
 
-def patiently(
+def retry_while_away(
     ranks: Ranks,
     act: Callable[[], T_],
     *,
@@ -39,7 +39,7 @@ def patiently(
         try:
             return act(), None
         except OSError as error:
-            if not may_pass(error) or time.monotonic() - begun > PATIENCE_S:
+            if not may_be_temporary(error) or time.monotonic() - begun > PATIENCE_S:
                 raise
             return None, str(error)
 
@@ -62,6 +62,6 @@ def _pause(seconds: float, beat: Callable[[], None]) -> None:
         time.sleep(min(left, BEAT_S))
 
 
-def may_pass(error: OSError) -> bool:
+def may_be_temporary(error: OSError) -> bool:
     """Whether the error may go away by itself: not if a file is missing or access is denied."""
     return not isinstance(error, FileNotFoundError) and not is_for_the_user(error)

@@ -17,7 +17,7 @@ from pipeline.train import checkpointing
 from pipeline.train.backend.averaged import Averaged
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.plain import Plain
-from pipeline.train.checkpointing import Saving
+from pipeline.train.checkpointing import SavingHooks
 from pipeline.train.guards import replica_check
 from pipeline.train.guards.replica_check import _ROW as ROW
 from pipeline.train.guards.replica_check import drifted, fingerprint, stragglers
@@ -170,7 +170,7 @@ def _damaged(rank: int, size: int) -> dict[str, str]:
         job=SimpleNamespace(run="."),
         checkpoints=None,
     )
-    checkpointing = Saving(parts, step=0, state=dict)
+    checkpointing = SavingHooks(parts, step=0, state=dict)
     found = {}
     for name, value in {
         "nothing": torch.zeros(1),
@@ -216,10 +216,10 @@ def test_one_number_that_is_not_finite_is_found_wherever_it_is(
         torch.full((5, 7), -1.0),
     ]
     saving: Any = Mock(_replicated=lambda: values)
-    Saving._check_finite(saving, 1)
+    SavingHooks._check_finite(saving, 1)
     values[0][data.draw(st.integers(0, size - 1))] = bad
     with pytest.raises(Diverged):
-        Saving._check_finite(saving, 1)
+        SavingHooks._check_finite(saving, 1)
 
 
 def test_an_average_that_is_not_finite_is_not_saved(
