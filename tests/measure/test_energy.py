@@ -5,6 +5,7 @@ needed.
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -48,8 +49,7 @@ def test_prices_are_the_published_ones_of_a_multiplication_and_an_addition() -> 
 
 
 def test_an_addition_beside_a_multiplication_is_part_of_its_mac() -> None:
-    inference = Inference(Work(multiplications=3, additions=10, dense=20), samples=2)
-    assert inference.to_dict() == {
+    assert Inference(Work(multiplications=3, additions=10, dense=20), samples=2).to_dict() == {
         "macs": 1.5,
         "acs": 3.5,
         "energy_j": pytest.approx(1.5 * 4.6e-12 + 3.5 * 0.9e-12),
@@ -75,8 +75,9 @@ def test_an_inference_is_described_in_a_line(
     not_counted: tuple[str, ...], on_gpu: bool, expected: str
 ) -> None:
     described = {**Inference(Work(), 2, not_counted).to_dict(), "energy_j": 1.43e-5}
-    line = describe_inference(described, on_gpu=on_gpu)
-    assert line == f"an inference: 14.3 µJ estimated {expected}"
+    assert describe_inference(described, on_gpu=on_gpu) == (
+        f"an inference: 14.3 µJ estimated {expected}"
+    )
 
 
 class NVMLError(Exception):
@@ -108,14 +109,14 @@ def a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def not_supported(card: Any) -> int:
-    raise NVMLError("not supported")
-
-
 @pytest.mark.usefixtures("a_card")
 @pytest.mark.parametrize(
     ("device", "counter", "joules"),
-    [("cuda", lambda card: 7_500, 7.5), ("cuda", not_supported, None), ("cpu", None, None)],
+    [
+        ("cuda", lambda card: 7_500, 7.5),
+        ("cuda", Mock(side_effect=NVMLError("not supported")), None),
+        ("cpu", None, None),
+    ],
 )
 def test_millijoules_of_the_right_card_are_joules_where_there_is_a_counter(
     device: str, counter: Any, joules: float | None, monkeypatch: pytest.MonkeyPatch

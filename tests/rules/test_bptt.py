@@ -97,14 +97,16 @@ def weighted() -> nn.Sequential:
     return nn.Sequential(Linear(5, 8), LIF(), Linear(8, 3), WeightedRates(0.5))
 
 
-def run(rule: BPTT, steps: int) -> None:
-    next(iter(one_batch(rule, lif_network(), steps)))
-
-
 test_refuses = refusals(
     [
-        (lambda: run(BPTT(chunk=4), 3), r"BPTT: chunk must be in 1\.\.T; got chunk=4, T=3"),
-        (lambda: run(BPTT(truncate=4), 3), r"BPTT: truncate must be in 1\.\.T; got truncate=4, T"),
+        (
+            lambda: one_batch(BPTT(chunk=4), lif_network(), 3),
+            r"BPTT: chunk must be in 1\.\.T; got chunk=4, T=3",
+        ),
+        (
+            lambda: one_batch(BPTT(truncate=4), lif_network(), 3),
+            r"BPTT: truncate must be in 1\.\.T; got truncate=4, T",
+        ),
         (lambda: BPTT(truncate=2, recompute=True), "BPTT: truncate excludes recompute and chunk"),
         (lambda: BPTT(truncate=2, chunk=2), "BPTT: truncate excludes recompute and chunk"),
         (

@@ -58,9 +58,8 @@ def smallest_model() -> nn.Sequential:
     difference.
     """
     readouts = nn.ModuleList([Readout(8, CLASSES), Readout(7, CLASSES)])
-    one, other = lif_network(), drawn(readouts, seed=3, scale=0.5)
-    a, b, c, d, e = one.children()
-    first, last = other.children()
+    first, last = drawn(readouts, seed=3, scale=0.5)
+    a, b, c, d, e = lif_network()
     return nn.Sequential(a, b, first, c, d, last, e)
 
 
@@ -93,10 +92,9 @@ def with_matrices(
     """Attach, and give the layers matrices that have learnt something: as those of a checkpoint."""
     rule.attach(model, **attach)
     generator = torch.Generator().manual_seed(5)
-    sizes = zip((8, 7), columns, strict=True)
     matrices = [
         torch.randn(units, outputs, generator=generator, dtype=torch.float64)
-        for units, outputs in sizes
+        for units, outputs in zip((8, 7), columns, strict=True)
     ]
     state = {f"signals.matrix_{layer}": matrix for layer, matrix in enumerate(matrices)}
     if rule.feedback == "momentum":
@@ -138,7 +136,6 @@ def by_hand(
     v = [torch.zeros(size, units, dtype=torch.float64) for units in (8, 7)]
     trace: list[Tensor | float] = [0.0, 0.0, 0.0]
     found = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    names = ("0", "2", "4")
     for t, x_BC in enumerate(x_TBC):
         factors, slopes, noises = [], [], []
         drawn, sign = (t // 2 * 2, (-1) ** t) if antithetic else (t, 1)
@@ -167,7 +164,7 @@ def by_hand(
         else:
             signals = [e_BK @ matrix.T for matrix in matrices]
         errors = [slope * g for slope, g in zip(slopes, signals, strict=True)] + [e_BK]
-        for name, factor, g in zip(names, factors, errors, strict=True):
+        for name, factor, g in zip(("0", "2", "4"), factors, errors, strict=True):
             found[f"{name}.weight"] += g.T @ factor
             found[f"{name}.bias"] += g.sum(0)
     return found
@@ -368,8 +365,14 @@ def test_its_own_bytes_are_the_matrices_and_what_is_noted_of_a_batch(feedback, m
 
 def test_labels():
     rules = [*contract_rules(), OPZO(local_readouts=True), OPZO("random", intermediate=(1, 2))]
-    expected = ["OPZO", "OPZO-LL-IGL", "OPZO-DFA", "OPZO-ZO", "OPZO-LL", "OPZO-DFA-IGL"]
-    assert [rule.label for rule in rules] == expected
+    assert [rule.label for rule in rules] == [
+        "OPZO",
+        "OPZO-LL-IGL",
+        "OPZO-DFA",
+        "OPZO-ZO",
+        "OPZO-LL",
+        "OPZO-DFA-IGL",
+    ]
 
 
 def run(model: nn.Module, x_TB: Tensor) -> None:
@@ -380,21 +383,25 @@ def run(model: nn.Module, x_TB: Tensor) -> None:
 
 def swapped() -> nn.Module:
     """Registers the synapse of its second layer first."""
-    layers = {"second": Linear(8, 7), "first": Linear(FEATURES, 8), "third": Linear(7, CLASSES)}
     return Network(
-        lambda m, x: m.third(m.two(m.second(m.one(m.first(x))))), **layers, one=LIF(), two=LIF()
+        lambda m, x: m.third(m.two(m.second(m.one(m.first(x))))),
+        second=Linear(8, 7),
+        first=Linear(FEATURES, 8),
+        third=Linear(7, CLASSES),
+        one=LIF(),
+        two=LIF(),
     )
-
-
-def a_neuron_twice() -> nn.Module:
-    lif = LIF()
-    return nn.Sequential(Linear(FEATURES, 8), lif, Linear(8, 8), lif, Linear(8, CLASSES))
 
 
 test_refuses = refusals(
     [
         (
-            lambda: run(a_neuron_twice(), torch.ones(2, 4, FEATURES)),
+            lambda: run(
+                nn.Sequential(
+                    Linear(FEATURES, 8), lif := LIF(), Linear(8, 8), lif, Linear(8, CLASSES)
+                ),
+                torch.ones(2, 4, FEATURES),
+            ),
             r"OPZO: a layer must run once in a time step, .* got 1 twice",
         ),
         (

@@ -100,10 +100,6 @@ def test_the_subset_depends_on_seed_and_step_alone():
     assert one == again != other and len(set(one)) > 15
 
 
-def normed(over: str) -> nn.Sequential:
-    return nn.Sequential(lif_network(), nn.ModuleDict({"norm": BatchNorm(3, over=over)}))
-
-
 def test_running_statistics_move_alike_under_every_rule():
     statistics = []
     for rule in (BPTT(), SLTT(), SLTT(1), SLTT(chunk=3)):
@@ -115,20 +111,22 @@ def test_running_statistics_move_alike_under_every_rule():
     assert not torch.allclose(statistics[0], fresh, atol=0.01)
 
 
-def run(rule: SLTT) -> None:
-    one_batch(rule, lif_network(), 4)
-
-
 test_refuses = refusals(
     [
         (
             lambda: SLTT(rescale=True),
             r"SLTT: rescale multiplies by T/k, so it needs a k; got k=None",
         ),
-        (lambda: run(SLTT(9)), r"SLTT: k must be in 1\.\.T; got k=9, T=4"),
-        (lambda: run(SLTT(chunk=5)), r"SLTT: chunk must be in 1\.\.T; got chunk=5, T=4"),
         (
-            lambda: run(SLTT(2, chunk=2)),
+            lambda: one_batch(SLTT(9), lif_network(), 4),
+            r"SLTT: k must be in 1\.\.T; got k=9, T=4",
+        ),
+        (
+            lambda: one_batch(SLTT(chunk=5), lif_network(), 4),
+            r"SLTT: chunk must be in 1\.\.T; got chunk=5, T=4",
+        ),
+        (
+            lambda: one_batch(SLTT(2, chunk=2), lif_network(), 4),
             r"SLTT: k < T selects single steps, so chunk must be 1; got k=2, T=4, chunk=2",
         ),
         (
@@ -140,7 +138,9 @@ test_refuses = refusals(
             r"SLTT: the model must have LIF neurons, .* got Linear",
         ),
         (
-            lambda: SLTT(2).attach(normed("time")),
+            lambda: SLTT(2).attach(
+                nn.Sequential(lif_network(), nn.ModuleDict({"norm": BatchNorm(3, over="time")}))
+            ),
             r"SLTT-2: a rule that runs in slices of time needs .* got over='time' at 1\.norm",
         ),
     ]

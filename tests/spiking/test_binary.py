@@ -37,8 +37,7 @@ SHAPES = {"linear": (2, 3, 20), "conv": (2, 3, 4, 6, 6), "groups": (2, 3, 4, 6, 
 def binary(weights: str, kind: str = "linear") -> Any:
     """In float64, with latent weights on both sides of the clip and a scale that has moved."""
     torch.manual_seed(0)
-    groups = 2 if kind == "groups" else 1
-    conv = Conv2d(4, 6, 3, padding=1, groups=groups)
+    conv = Conv2d(4, 6, 3, padding=1, groups=2 if kind == "groups" else 1)
     synapse: Any = (Linear(20, 5) if kind == "linear" else conv).double()
     nn.init.normal_(synapse.weight, mean=0.1, std=0.8)
     binarize(synapse, weights)
@@ -222,11 +221,6 @@ def test_a_fixed_synapse_is_plain_and_multiplies_by_its_weight():
     assert torch.equal(synapse(torch.eye(4).unsqueeze(0))[0].T, synapse.weight)
 
 
-def twice(synapse: Linear) -> None:
-    binarize(synapse)
-    binarize(synapse)
-
-
 NARROW = Conv2d(1, 3, 1)
 
 
@@ -245,7 +239,7 @@ NARROW = Conv2d(1, 3, 1)
             lambda: binarize(Linear(4, 3, weights="standardized")),
             r"plain before they are 1-bit; got standardized weights",
         ),
-        (lambda: twice(Linear(4, 3)), r"plain before they are 1-bit; got 1-bit weights"),
+        (lambda: binarize(binary("scaled")), r"plain before they are 1-bit; got 1-bit weights"),
         (
             lambda: binarize(NARROW, "centred"),
             r"weights='centred' need a fan-in of at least 2; got 1",
@@ -273,14 +267,14 @@ X_TBC = torch.zeros(2, 1, 4)
 
 
 def two(forward_of) -> Network:
-    synapses = {"one": Linear(4, 4), "other": Linear(4, 4)}
-    norms = {"norm": BatchNorm(4), "norm2": BatchNorm(4)}
-    return Network(forward_of, **synapses, **norms, neuron=LIF())
-
-
-def found(forward_of) -> dict[str, str]:
-    model = two(forward_of)
-    return following_norms(model, {"one": model.one, "other": model.other}, X_TBC)
+    return Network(
+        forward_of,
+        one=Linear(4, 4),
+        other=Linear(4, 4),
+        norm=BatchNorm(4),
+        norm2=BatchNorm(4),
+        neuron=LIF(),
+    )
 
 
 def heard_twice(m: Any, x_TBC: Tensor) -> Tensor:
@@ -325,7 +319,9 @@ def by_a_neuron_too(m: Any, x_TBC: Tensor) -> Tensor:
     ],
 )
 def test_only_a_norm_that_hears_all_and_nothing_else(forward_of, expected):
-    assert found(forward_of) == expected
+    model = two(forward_of)
+    synapses = {"one": model.one, "other": model.other}
+    assert following_norms(model, synapses, X_TBC) == expected
 
 
 def test_the_network_is_as_before():

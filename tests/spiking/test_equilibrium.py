@@ -211,12 +211,13 @@ def test_conv_and_a_slice_too_many():
         torch.randn(4, 2, 1, 5, 5),
     )
     e.adjoint = lambda g, vjp: g + vjp(g)
-    message = "Equilibrium: with an adjoint a batch is one call on all T steps"
     with fresh_state(e):
         a_1B = e(x_TB)
         assert a_1B.shape == (1, 2, 2, 5, 5) and state_bytes(e) > 0
         a_1B.sum().backward()
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(
+            ValueError, match="Equilibrium: with an adjoint a batch is one call on all T steps"
+        ):
             e(x_TB)
     assert state_bytes(e) == 0
 
@@ -230,8 +231,10 @@ def test_weighted_mean():
 
 
 def ring(**changes) -> Equilibrium:
-    parts = {"inject": Linear(2, 3), "feedback": Linear(3, 3, bias=False), "neurons": [IF()]}
-    return Equilibrium(**(parts | changes))
+    return Equilibrium(
+        **{"inject": Linear(2, 3), "feedback": Linear(3, 3, bias=False), "neurons": [IF()]}
+        | changes
+    )
 
 
 test_refuses = refusals(

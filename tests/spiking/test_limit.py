@@ -19,7 +19,7 @@ from pipeline.spiking.limit import (
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
-from tests.helpers.rule_networks import gradients_on, outputs
+from tests.helpers.rule_networks import gradients_on, outputs, refusals
 
 
 def spectral_norm(V: Tensor) -> Tensor:
@@ -33,8 +33,9 @@ def exact(V: Tensor) -> float:
 
 def limited(kind: str) -> SpectralLimit:
     torch.manual_seed(0)
-    shapes = {"linear": lambda: Linear(60, 70, bias=False)}
-    return SpectralLimit(shapes.get(kind, lambda: Conv2d(6, 8, 3, 1, 1, bias=False))())
+    return SpectralLimit(
+        Linear(60, 70, bias=False) if kind == "linear" else Conv2d(6, 8, 3, 1, 1, bias=False)
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
@@ -75,19 +76,18 @@ def test_the_gradient_is_that_of_the_whole_map():
     assert torch.autograd.gradcheck(out, tuple(value.requires_grad_() for value in values))
 
 
-@pytest.mark.parametrize(
-    "synapse",
+test_refuses = refusals(
     [
-        Linear(3, 3),
-        nn.ReLU(),
-        nn.Linear(3, 3, bias=False),
-        Linear(3, 3, bias=False, weights="standardized"),
+        ({"synapse": synapse}, r"SpectralLimit: the synapse must be one of .* without bias; got")
+        for synapse in (
+            Linear(3, 3),
+            nn.ReLU(),
+            nn.Linear(3, 3, bias=False),
+            Linear(3, 3, bias=False, weights="standardized"),
+        )
     ],
+    SpectralLimit,
 )
-def test_refuses(synapse):
-    message = r"SpectralLimit: the synapse must be one of .* without bias; got"
-    with pytest.raises(ValueError, match=message):
-        SpectralLimit(synapse)
 
 
 def test_a_weight_of_zeros_can_leave_zero():
@@ -168,8 +168,7 @@ HARD = {
 @pytest.mark.parametrize("name", HARD)
 def test_the_largest_singular_value(name, scale):
     V = HARD[name] * scale
-    found = spectral_norm(V).item() / exact(V)
-    assert 1 - 1e-3 < found < 1 + 1e-5
+    assert 1 - 1e-3 < spectral_norm(V).item() / exact(V) < 1 + 1e-5
 
 
 def test_exact_for_small_matrices_and_so_is_its_gradient():

@@ -12,10 +12,6 @@ from pipeline.spiking.rate import RateIF, RateLIF, RateNeuron, rate_readout
 from tests.helpers.rule_networks import outputs, refusals
 
 
-def run(neuron: nn.Module, *slices_TB: torch.Tensor) -> torch.Tensor:
-    return outputs(neuron, *slices_TB)
-
-
 def constant(steps: int, value: float) -> torch.Tensor:
     return torch.full((steps, 1, 1), value, dtype=torch.float64)
 
@@ -58,7 +54,7 @@ def test_equations_against_a_loop_over_numbers(x, threshold, alpha, leaky):
     expected, closest = by_hand(x, threshold=threshold, alpha=alpha, **more)
     if 0 < closest < 1e-9:
         return  # one rounding decides whether it fires
-    got = run(neuron.double(), torch.tensor(x, dtype=torch.float64).view(-1, 1, 1))
+    got = outputs(neuron.double(), torch.tensor(x, dtype=torch.float64).view(-1, 1, 1))
     assert got.flatten().tolist() == pytest.approx(
         expected, abs=1e-6
     )  # the threshold itself was rounded to fp32
@@ -74,7 +70,7 @@ def test_equations_against_a_loop_over_numbers(x, threshold, alpha, leaky):
 def test_if_rate_of_a_constant_input(share, threshold, alpha, steps):
     """|r - clamp(I)| <= max(alpha, 1 - alpha) threshold / T."""
     neuron, x = exact(RateIF(threshold=threshold, alpha=alpha), threshold), share * threshold
-    error = abs(run(neuron, constant(steps, x)).mean().item() - x)
+    error = abs(outputs(neuron, constant(steps, x)).mean().item() - x)
     assert error <= max(alpha, 1 - alpha) * threshold / steps + 1e-9
 
 
@@ -92,7 +88,7 @@ def test_lif_rate_of_a_constant_input(share, alpha, dt, tau, steps):
     height, gain = threshold / dt, (1 - b) / dt
     neuron = exact(RateLIF(threshold=threshold, alpha=alpha, dt=dt, tau=tau), threshold)
     w_T = b ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
-    out_T = run(neuron, constant(steps, share * height / gain)).flatten()
+    out_T = outputs(neuron, constant(steps, share * height / gain)).flatten()
     error = abs((w_T @ out_T / w_T.sum()).item() - share * height)
     assert error <= max(alpha, 1 - alpha) * height * (1 - b) / (1 - b**steps) + 1e-9
 
@@ -101,8 +97,8 @@ def mean_error(neuron: RateNeuron, steps: int) -> float:
     """Mean |weighted rate - ramp| / height over constant inputs spread over the ramp."""
     share_B = torch.linspace(0, 1, 501, dtype=torch.float64)
     height = neuron.threshold.item() / neuron.dt
-    out_TB = run(neuron.double(), (share_B * height / neuron.gain).expand(steps, 1, -1))
-    rate_B = run(rate_readout(neuron), out_TB).mean(0)
+    out_TB = outputs(neuron.double(), (share_B * height / neuron.gain).expand(steps, 1, -1))
+    rate_B = outputs(rate_readout(neuron), out_TB).mean(0)
     return ((rate_B - share_B * height).abs().mean() / height).item()
 
 
@@ -120,7 +116,7 @@ def test_weighted_rates_are_the_weighted_mean():
     w_T = torch.exp(-0.05 * torch.arange(4, -1, -1, dtype=torch.float64))
     expected = torch.einsum("t,tbk->bk", w_T / w_T.sum(), x_TBK)
     for _ in range(2):  # the next batch is a first slice again
-        assert torch.allclose(run(readout, x_TBK).mean(0), expected, atol=1e-15)
+        assert torch.allclose(outputs(readout, x_TBK).mean(0), expected, atol=1e-15)
     plain = (RateIF(), LIF(), nn.ReLU())
     assert all(isinstance(rate_readout(neuron), nn.Identity) for neuron in plain)
 
@@ -128,8 +124,8 @@ def test_weighted_rates_are_the_weighted_mean():
 @pytest.mark.parametrize("make", [RateIF, RateLIF])
 def test_slices_continue_one_another(make):
     neuron, x_TB = make().double(), 4 * torch.rand(6, 2, 4, dtype=torch.float64) + 1
-    sliced = run(neuron, *x_TB.split([1, 3, 2]))
-    assert torch.equal(run(neuron, x_TB), sliced) and sliced.count_nonzero() > 0
+    sliced = outputs(neuron, *x_TB.split([1, 3, 2]))
+    assert torch.equal(outputs(neuron, x_TB), sliced) and sliced.count_nonzero() > 0
 
 
 def test_surrogate_gradients_of_one_step():
@@ -138,8 +134,9 @@ def test_surrogate_gradients_of_one_step():
     """
     x, threshold, alpha, dt = 3.0, 1.2, 0.5, 0.5
     height, b = threshold / dt, math.exp(-dt)
-    how = {"alpha": alpha, "dt": dt, "threshold_gradient": 0.1}
-    neuron = exact(RateLIF(threshold=threshold, **how), threshold)
+    neuron = exact(
+        RateLIF(threshold=threshold, alpha=alpha, dt=dt, threshold_gradient=0.1), threshold
+    )
     x_TBC = constant(1, x).requires_grad_()
     out = outputs(neuron, x_TBC, grad=True)
     u = (1 - b) * x
@@ -154,7 +151,7 @@ def test_surrogate_gradients_of_one_step():
 def test_the_threshold_is_held_by_a_view():
     neuron = RateIF(threshold=1.0, bound=0.5, threshold_gradient=2.0)
     neuron.threshold.data.fill_(0.1)
-    assert run(neuron, torch.full((4, 1, 1), 0.5)).flatten().tolist() == [0.5] * 4
+    assert outputs(neuron, torch.full((4, 1, 1), 0.5)).flatten().tolist() == [0.5] * 4
     neuron.clamped_threshold().sum().backward()
     assert neuron.threshold.item() == pytest.approx(0.1)
     assert neuron.threshold.grad.tolist() == [2.0]  # type: ignore[union-attr]
@@ -174,7 +171,7 @@ def test_it_is_a_neuron_as_others_are():
 test_refuses = refusals(
     [
         (
-            lambda: run(rate_readout(RateLIF()), *torch.ones(4, 2, 3).split(2)),
+            lambda: outputs(rate_readout(RateLIF()), *torch.ones(4, 2, 3).split(2)),
             "all T steps must come at once; got a second slice",
         ),
         (lambda: RateIF(alpha=0), r"RateIF: alpha must be above 0 and at most 1; got alpha=0"),

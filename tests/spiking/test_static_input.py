@@ -270,8 +270,7 @@ def test_memory(rule, held):
     """
     x_BCHW, target_B = images()
     still, recording = (peaks(rule(), small(), x, target_B) for x in both(x_BCHW))
-    y = 6 * 4 * 6 * 6 * 8
-    assert still[0] <= recording[0] and still[1] - recording[1] == held * y
+    assert still[0] <= recording[0] and still[1] - recording[1] == held * (6 * 4 * 6 * 6 * 8)
 
 
 def test_bfloat16_collects_in_float32():
@@ -279,9 +278,8 @@ def test_bfloat16_collects_in_float32():
     synapse, steps = Linear(1, 1, bias=False), 1000
     nn.init.ones_(synapse.weight)
     first = StaticInput(synapse).bfloat16()
-    x_TB = repeat(torch.ones(1, 1, dtype=torch.bfloat16), steps)
     with fresh_state(first), slice_cache(first, steps=steps, backwards="several") as slices:
-        for t, x_1B in enumerate(x_TB.split(1)):
+        for t, x_1B in enumerate(repeat(torch.ones(1, 1, dtype=torch.bfloat16), steps).split(1)):
             slices.is_last = t == steps - 1
             slices.with_gradients(first(x_1B).sum()).backward()
     assert synapse.weight.grad is not None and synapse.weight.grad.item() == steps

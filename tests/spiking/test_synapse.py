@@ -27,10 +27,9 @@ def standardized(weight: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     """Scaled weight standardisation written out filter by filter."""
     filters = []
     for w, g in zip(weight, gain.flatten(), strict=True):
-        n = w.numel()
-        mean = w.sum() / n
-        unbiased = (w - mean).square().sum() / (n - 1)
-        filters.append(g * (w - mean) / torch.sqrt(unbiased * n + 1e-4))
+        centred = w - w.sum() / w.numel()
+        unbiased = centred.square().sum() / (w.numel() - 1)
+        filters.append(g * centred / torch.sqrt(unbiased * w.numel() + 1e-4))
     return torch.stack(filters)
 
 
@@ -74,8 +73,11 @@ def test_standardized_weights_keep_only_the_parameters():
 
 
 def gradients(synapse: nn.Module, y: Tensor, upstream: Tensor, x: Tensor) -> list[Tensor]:
-    operands = [x, *synapse.parameters()]
-    return list(torch.autograd.grad((y * upstream).sum(), operands, materialize_grads=True))
+    return list(
+        torch.autograd.grad(
+            (y * upstream).sum(), [x, *synapse.parameters()], materialize_grads=True
+        )
+    )
 
 
 def close(one: Sequence[Tensor], other: Sequence[Tensor], atol: float = 1e-12) -> bool:
