@@ -12,8 +12,8 @@ import pytest
 from tests.test_contributing import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
+# These name what has gone. tests/test_inventory.py checks the last one.
 HISTORY = ("CHANGELOG.md", "docs/LOG.md", "tests/inventory.toml")
-"""These name what has gone. tests/test_inventory.py checks the last one."""
 KINDS = {".py", ".md", ".toml", ".yaml", ".yml", ".sh", ".sbatch", ".json", ".css", ".js"}
 TEXTS = {
     name: (ROOT / name).read_text()
@@ -31,6 +31,7 @@ PATH = re.compile(
     r"(?<![\w/.-])(?:pipeline|tests|docs|recipes|benchmarks|infra|tools)/[\w./-]*\w(?![\w{*</-])"
 )
 LINK = re.compile(r"\]\(([^()\s]+)\)")
+# Tests give these to runs that they write by hand, and users make the last one.
 INVENTED = {
     "pipeline.data.Fashion",
     "pipeline.models.vgg.vgg",
@@ -38,7 +39,6 @@ INVENTED = {
     "recipes/it",
     "infra/mlflow/.env",
 }
-"""Tests give these to runs that they write by hand, and users make the last one."""
 
 
 def is_example(name: str) -> bool:

@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks.survived import Record, survived, wrong
 
+# two steps an epoch
 ABOUT = {"batch_size": 4, "samples": 8, "workers": 2}
-"""two steps an epoch"""
 
 
 def start(step: int, *, began: float) -> Record:

@@ -5,8 +5,8 @@ are skipped with a reason.
 import pytest
 import torch
 
+# of a test that runs on another device, too, in `make test`
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-"""of a test that runs on another device, too, in `make test`"""
 
 
 def device_of(name: str) -> torch.device:

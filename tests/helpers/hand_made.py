@@ -41,8 +41,8 @@ LAYERS = [
 CLAIM = Claim(
     about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False
 )
+# Saved bytes, forward and backward seconds of 100 batches, joules of an inference
 COSTS = {"BPTT": (8_000_000, 4.0, 12.0, 4e-6), "SLTT": (2_000_000, 4.0, 8.0, 3e-6)}
-"""saved bytes, forward and backward seconds of 100 batches, joules of an inference"""
 
 
 def on(*, workers: int = 1, micro_batch: int | None = None, **machine: Any) -> dict[str, Any]:

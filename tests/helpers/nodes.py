@@ -21,10 +21,9 @@ import psutil
 
 from tests.helpers.waiting import end_with_parent
 
+# What a process needs in its environment to join: a cluster without it would not be answered by
+# drivers that have one
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-"""what a process needs in its environment to join: a cluster without it would not be answered by
-drivers that have one
-"""
 
 
 class Nodes:
@@ -65,8 +64,8 @@ def nodes(environment: Mapping[str, str]) -> Iterator[Nodes]:
             psutil.wait_procs(family, timeout=20)
 
 
+# in that process: the cluster, and the nodes by their numbers
 _there: dict[str, Any] = {}
-"""in that process: the cluster, and the nodes by their numbers"""
 
 
 def _begin(environment: dict[str, str]) -> str:

@@ -25,12 +25,12 @@ from pipeline.train.schedule import cosine
 from pipeline.train.weights import load_run
 from tests.helpers.interruptions import dies_at
 
+# From the words of a command to its exit code, stdout and stderr
 Command = Callable[..., tuple[int, str, str]]
-"""from the words of a command to its exit code, stdout and stderr"""
+# From the words of a command that ends with exit code 0 to what it prints
 Done = Callable[..., str]
-"""from the words of a command that ends with exit code 0 to what it prints"""
+# from the words of a command to the line that refuses it
 Refused = Callable[..., str]
-"""from the words of a command to the line that refuses it"""
 
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:

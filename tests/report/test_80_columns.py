@@ -259,6 +259,7 @@ PRINTS: dict[str, Print] = {
     "show": a_recipe,
     "claims": some_claims,
 }
+# what stays in one piece
 WHOLE: dict[str, tuple[str, ...]] = {
     "probe": ("imagenet-qkformer-10-384-sltt-k1", "BPTT-recompute", *LAYERS, "mult/sample"),
     "sweep": ("imagenet-qkformer-10-384-sltt-k1", "BPTT-recompute", "12,345", "images/s"),
@@ -277,7 +278,6 @@ WHOLE: dict[str, tuple[str, ...]] = {
     "show": (run_name("SLTT"), "pipeline.rules.sltt.SLTT", '"gradient_accumulation_steps"'),
     "claims": ("stages.0.blocks.1.attn.qkv.conv", "SLTT-1, ImageNet"),
 }
-"""what stays in one piece"""
 
 
 def check(

@@ -27,8 +27,8 @@ from tests.helpers.small import Refused
 from tests.report.test_figures import LARGEST
 
 OTHER = "f" * 16
+# of the runs by one worker
 GROUP = study().groups[0].key
-"""of the runs by one worker"""
 TOKEN = "a token of more than a word"
 
 

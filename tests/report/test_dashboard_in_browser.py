@@ -35,6 +35,7 @@ from tests.report.test_figures import LARGEST
 WIDE, PHONE = (1280, 900), (390, 844)
 EVERY = 0.5
 LIGHT, DARK = "rgb(253, 252, 249)", "rgb(25, 26, 29)"
+# Of the real study: words of each view, and how many figures it has
 SHOWN: dict[View, tuple[str, int]] = {
     "costs": ("Cost of each rule", 4),
     "learning": ("Learning curves", 1),
@@ -43,7 +44,6 @@ SHOWN: dict[View, tuple[str, int]] = {
     "claims": ("no claims, sweep or report", 0),
     "runs": ("Hardware and commits", 0),
 }
-"""of the real study: words of each view, and how many figures it has"""
 TOKEN, WIKI = "a-token", "http://wiki.example/"
 expect.set_options(timeout=20_000)  # as long as a busy machine may take to redraw
 

@@ -54,8 +54,8 @@ from tests.rules.test_opzo import smallest_model as with_readouts
 
 ROWS = ((3, 4, 3), (1, 2, 2))
 SIZES = ((12, 60), (60, 60), (60, 3))
+# Batches of the old task: after 80 the rows of the last synapse still miss 4e-10 of its inputs
 LEARNING = 160
-"""batches of the old task: after 80 the rows of the last synapse still miss 4e-10 of its inputs"""
 
 
 def contract_rules() -> list[HLOP]:
@@ -481,8 +481,8 @@ def test_feedback_depends_on_the_seed_and_the_layer_alone():
 
 # -------------------------------------------------------------------------------------------- bytes
 
+# inputs, and rows of the first task, of each
 SYNAPSES = ((6, 3), (8, 4), (7, 3))
-"""inputs, and rows of the first task, of each"""
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ else:
 job = make_run(Path(sys.argv[1]), small_recipe(epochs=1).override({"checkpoints.every": 0}))
 worker.run(replace(job, hang_minutes=patience_s / 60), RankInfo())
 """
+# each with a watchdog, which ends a process
 PROCESSES = {
     "hangs": (HANGS,),
     "goes on": (GOES_ON,),
@@ -109,7 +110,6 @@ PROCESSES = {
     "a worker restores": (WORKER, "restores"),
     "a worker writes": (WORKER, "writes"),
 }
-"""each with a watchdog, which ends a process"""
 
 
 class Ran(NamedTuple):
