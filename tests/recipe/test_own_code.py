@@ -86,15 +86,19 @@ def run(lab: Path, tmp_path: Path) -> Path:
 
 def test_a_package_is_trusted_once_and_where_a_part_comes_from_it() -> None:
     targets = ["a.nets.Net", "b.rule", "pipeline.rules.sltt.SLTT"]
-    assert needed(["a", "b", "a"], targets) == ("a", "b")
-    assert needed(["a.nets", "a", "a.nets.Net", "b.rule"], targets) == ("a", "b.rule")
-    assert needed(["c", "a.net", "rule"], targets) == ()
+    for trust, wanted in (
+        (["a", "b", "a"], ("a", "b")),
+        (["a.nets", "a", "a.nets.Net", "b.rule"], ("a", "b.rule")),
+        (["c", "a.net", "rule"], ()),
+    ):
+        assert needed(trust, targets) == wanted
 
 
 def test_a_run_finds_the_package_that_its_user_trusts(run: Path, lab: Path) -> None:
     noted = json.loads((run / "code.json").read_text())
-    assert list(noted) == ["own_nets"] and noted["own_nets"]["folder"] == str(lab)
-    assert list(noted["own_nets"]["files"]) == ["own_nets/__init__.py", "own_nets/nets.py"]
+    assert {name: (each["folder"], list(each["files"])) for name, each in noted.items()} == {
+        "own_nets": (str(lab), ["own_nets/__init__.py", "own_nets/nets.py"])
+    }
     for trust in ([], ["other", "own"]):
         with pytest.raises(ValueError, match=NOT_TRUSTED):
             Recipe.read(run / "recipe.json", trust=trust)
@@ -130,15 +134,15 @@ def test_a_suite_finds_it_too(lab: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_an_export_finds_it_wherever_the_file_is(lab: Path, tmp_path: Path) -> None:
-    job = make_run(tmp_path / "trained", load(lab))
     with Inline() as launcher:
-        launcher.run(replace(job, trust=OWN), "test")
+        launcher.run(replace(make_run(tmp_path / "trained", load(lab)), trust=OWN), "test")
     exported = export_run(
         tmp_path / "trained", tmp_path / "net.safetensors", trust=["own_nets", "own_recipe"]
     )
     forget()
-    loading = f"\nload    pipeline.load('{tmp_path}/net.safetensors', trust=['own_nets'])"
-    assert str(exported).endswith(loading)
+    assert str(exported).endswith(
+        f"\nload    pipeline.load('{tmp_path}/net.safetensors', trust=['own_nets'])"
+    )
     with pytest.raises(ValueError, match=NOT_TRUSTED):
         pipeline.load(exported.file)
     assert str(lab) not in sys.path

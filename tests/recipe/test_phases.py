@@ -28,11 +28,8 @@ def with_files(data: Any, folder: Path) -> Any:
 
 
 def test_phases_are_the_same_after_json() -> None:
-    phases = (
-        *TASKS[:2],
-        Phase(name="last", data=spec(SplitClasses, task=0, order=(1, 0)), epochs=3),
-    )
-    recipe = small(phases=phases)
+    last = Phase(name="last", data=spec(SplitClasses, task=0, order=(1, 0)), epochs=3)
+    recipe = small(phases=(*TASKS[:2], last))
     again = Recipe.from_json(json.loads(json.dumps(recipe.to_json())))
     assert again == recipe and again.phases[2].epochs == 3
     assert again.phases[1].data.build(Synthetic(shape=(1, 4, 4))).order.tolist() != list(range(16))
@@ -53,15 +50,15 @@ def test_the_study_key_covers_phases() -> None:
 
 
 def test_every_path_of_a_resolved_recipe_is_absolute() -> None:
-    data = spec(Beton, folder="data/x", classes=10, size=28)
     recipe = small(
-        data=data,
+        data=spec(Beton, folder="data/x", classes=10, size=28),
         phases=(TASKS[0], Phase(name="other", data=spec(with_files, folder="data/y"))),
         init="runs/a",
     ).resolved()
-    assert Path(recipe.data.kwargs["folder"]).is_absolute()
-    assert recipe.init == str(Path("runs/a").absolute())
-    assert recipe.phases[1].data.kwargs["folder"] == str(Path("data/y").absolute())
+    own, of_phase = (each.data.kwargs["folder"] for each in (recipe, recipe.phases[1]))
+    assert [own, of_phase, recipe.init] == [
+        str(Path(path).absolute()) for path in ("data/x", "data/y", "runs/a")
+    ]
     assert recipe.phases[0] == TASKS[0]
 
 

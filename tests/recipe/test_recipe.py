@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from timm.optim import create_optimizer_v2
@@ -185,15 +186,21 @@ def test_what_is_wrong_is_refused_in_one_line(make: Callable[[], object], said: 
 
 def recordings(**changes: Any) -> Recipe:
     network = spec(mlp, classes=10, in_features=128, hidden=(8,))
-    data = spec(Events, folder="data/nowhere", classes=10, steps=4, size=8)
-    return small(model=spec(late, network=network, time_steps=4), data=data, **changes)
+    return small(
+        model=spec(late, network=network, time_steps=4),
+        data=spec(Events, folder="data/nowhere", classes=10, steps=4, size=8),
+        **changes,
+    )
 
 
 def test_tiny_tells_every_part_the_time_steps_it_is_left_with() -> None:
     tiny = recordings().tiny()
-    assert (tiny.time_steps, tiny.data.kwargs["steps"]) == (2, 2)
     assert tiny.model == recordings().model.with_(time_steps=2)
-    assert tiny.data.build().shape == (2, 2, 8, 8)
+    assert (tiny.time_steps, tiny.data.kwargs["steps"], tiny.data.build().shape) == (
+        2,
+        2,
+        (2, 2, 8, 8),
+    )
     for k, expected in ((3, 2), (1, 1)):
         assert recordings(rule=spec(SLTT, k=k)).tiny().rule == spec(SLTT, k=expected)
     tiny.check_time_steps(tiny.data.build().shape)
@@ -201,8 +208,11 @@ def test_tiny_tells_every_part_the_time_steps_it_is_left_with() -> None:
 
 
 def test_a_recipe_is_the_same_after_json() -> None:
-    setting = (("time_steps", 4), ("model.over", "time"))
-    log = small(family="fashion", published=((1, 0.04), (200, 0.79)), published_setting=setting)
+    log = small(
+        family="fashion",
+        published=((1, 0.04), (200, 0.79)),
+        published_setting=(("time_steps", 4), ("model.over", "time")),
+    )
     for recipe in (small(), log):
         assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
     assert log.study_key({}) == small().study_key({})
@@ -268,10 +278,8 @@ def test_a_file_that_is_no_json_is_refused(name: str, said: str, tmp_path: Path)
 def test_what_is_the_users_is_said_and_storage_that_fails_is_no_damage(
     number: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(self: Path) -> str:
-        raise OSError(number, os.strerror(number), str(self))
-
-    monkeypatch.setattr(Path, "read_text", fails)
+    error = OSError(number, os.strerror(number), "whole.json")
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=error))
     with pytest.raises(kind, match=os.strerror(number)):
         read_json(Path("whole.json"))
 
@@ -280,8 +288,7 @@ def test_what_has_no_json_form_leaves_the_file_as_it_was(tmp_path: Path) -> None
     write_json(tmp_path / "job.json", 1)
     with pytest.raises(TypeError):
         write_json(tmp_path / "job.json", object())
-    assert read_json(tmp_path / "job.json") == 1
-    assert [each.name for each in tmp_path.iterdir()] == ["job.json"]
+    assert {each.name: read_json(each) for each in tmp_path.iterdir()} == {"job.json": 1}
 
 
 @pytest.mark.parametrize(
@@ -328,8 +335,11 @@ def test_overrides_reach_into_parts_and_are_validated() -> None:
     changed = small().override(
         {"optimizer.lr": 0.05, "rule.k": 2, "epochs": 3, "rule.rescale": True}
     )
-    assert changed.rule == spec(SLTT, k=2, rescale=True)
-    assert (changed.optimizer.kwargs["lr"], changed.epochs) == (0.05, 3)
+    assert (changed.rule, changed.optimizer.kwargs["lr"], changed.epochs) == (
+        spec(SLTT, k=2, rescale=True),
+        0.05,
+        3,
+    )
 
 
 def test_set_parses_python_literals_and_leaves_words_alone() -> None:
@@ -356,14 +366,14 @@ def test_a_global_batch_splits_exactly(
     batch: int, micro: int | None, workers: int, expected: tuple[int, int]
 ) -> None:
     split = small(batch_size=batch, micro_batch=micro).split(workers)
-    assert (split.micro_batch, split.accumulation) == expected
-    assert split.workers * split.micro_batch * split.accumulation == batch
+    assert (split.workers, split.micro_batch, split.accumulation) == (workers, *expected)
 
 
 def test_each_field_says_whether_a_study_covers_it_and_whether_it_may_change() -> None:
-    main = Role.STUDY | Role.BESIDE | Role.FREE
     both = Role.STUDY | Role.BESIDE
-    assert [name for name, role in roles().items() if not role & main or both in role] == []
+    assert [
+        name for name, role in roles().items() if not role & (both | Role.FREE) or both in role
+    ] == []
     assert {name for name, role in roles().items() if Role.FREE in role} == {
         "micro_batch",
         "init",
@@ -374,8 +384,10 @@ def test_each_field_says_whether_a_study_covers_it_and_whether_it_may_change() -
         "checkpoints.keep",
         "log_every",
     }
-    decide = ("policy.skip", "policy.loss_spike", "evaluation.samples")
-    assert all(Role.STUDY in roles()[name] for name in decide)
+    assert all(
+        Role.STUDY in roles()[name]
+        for name in ("policy.skip", "policy.loss_spike", "evaluation.samples")
+    )
 
 
 def test_a_study_and_an_attempt_are_told_apart_by_the_roles_of_fields() -> None:
@@ -392,8 +404,10 @@ def test_a_study_and_an_attempt_are_told_apart_by_the_roles_of_fields() -> None:
             assert (other.decisive() != base.decisive()) == (role != "free"), key
             assert Recipe.from_json(json.loads(json.dumps(other.to_json()))) == other
     encoded = {"seed": 1, "evaluation": {"every": 2, "fidelity_every": 3}, "log_every": 4}
-    beside = {"seed": 1, "evaluation": {"fidelity_every": 3}}
-    assert select(encoded, lambda role: Role.BESIDE in role) == beside
+    assert select(encoded, lambda role: Role.BESIDE in role) == {
+        "seed": 1,
+        "evaluation": {"fidelity_every": 3},
+    }
 
 
 def test_a_recipe_keeps_its_study_key_when_recipes_learn_more() -> None:
@@ -479,8 +493,9 @@ def test_every_recipe_file_resolves_and_survives_tiny() -> None:
 def test_a_recipes_family_is_its_folders_name() -> None:
     paths = [path for path in RECIPES if path.parent.name in FAMILIES]
     assert len(paths) >= 80
-    families = {path: {recipe.family for recipe in recipes_of(path)} for path in paths}
-    assert families == {path: {path.parent.name} for path in paths}
+    assert {path: {recipe.family for recipe in recipes_of(path)} for path in paths} == {
+        path: {path.parent.name} for path in paths
+    }
 
 
 def test_a_spec_survives_pickling() -> None:

@@ -66,8 +66,10 @@ def test_every_rule_gets_the_same_search_and_the_tuned_field_leaves_the_key() ->
     assert [len(each) for each in by_protocol.values()] == [4, 10, 4]
     for rule in (BPTT, SLTT):
         trials = [each for each in by_protocol["trial"] if each.rule.target is rule]
-        assert [each.value_of("optimizer.lr") for each in trials] == list(RATES)
-        assert {(each.seed, each.data.kwargs["held_out"]) for each in trials} == {(0, 0.1)}
+        assert [
+            (each.value_of("optimizer.lr"), each.seed, each.data.kwargs["held_out"])
+            for each in trials
+        ] == [(rate, 0, 0.1) for rate in RATES]
         for final in (each for each in by_protocol["tuned"] if each.rule.target is rule):
             assert suite.choices[final.name].trials == tuple(each.name for each in trials)
             assert not final.data.kwargs.get("held_out")
@@ -100,15 +102,16 @@ def test_a_tuned_field_may_be_one_that_is_written_only_where_it_is_not_zero() ->
 
 
 def test_networks_of_one_rule_are_searched_apart() -> None:
-    wide = recipe(name="wide", time_steps=5)
-    suite = tuned(Suite((recipe(name="narrow"), wide)), "optimizer.lr", RATES)
+    networks = Suite((recipe(name="narrow"), recipe(name="wide", time_steps=5)))
+    suite = tuned(networks, "optimizer.lr", RATES)
     assert len(suite.recipes) == 2 + 10 + 2
     assert not set(suite.choices["wide-tuned"].trials) & set(suite.choices["narrow-tuned"].trials)
 
 
 def test_a_search_as_it_is_written_on_the_command_line() -> None:
-    assert parse_search("optimizer.lr=.03, 1,3e-1") == ("optimizer.lr", [0.03, 1, 0.3])
-    assert parse_search("schedule.at=[.3],[.3, .6]") == ("schedule.at", [[0.3], [0.3, 0.6]])
+    assert [
+        parse_search(text) for text in ("optimizer.lr=.03, 1,3e-1", "schedule.at=[.3],[.3, .6]")
+    ] == [("optimizer.lr", [0.03, 1, 0.3]), ("schedule.at", [[0.3], [0.3, 0.6]])]
 
 
 def test_a_search_over_lists_has_a_plain_name_for_each_and_no_list_twice() -> None:
@@ -121,10 +124,6 @@ def test_a_search_over_lists_has_a_plain_name_for_each_and_no_list_twice() -> No
     assert trials[-1].name == "small-at-0.3_0.6"
     with pytest.raises(ValueError, match="at needs at least 5 different values"):
         tuned(base, "schedule.at", [*lists, [0.3, 0.6]])
-
-
-def with_reference() -> Suite:
-    return Suite((recipe(name="first"), recipe(name="second", init="@first")))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +156,11 @@ def with_reference() -> Suite:
         ),
         (lambda: tuned(two_rules(), "speed", RATES), "recipe: no field 'speed'"),
         (
-            lambda: tuned(with_reference(), "optimizer.lr", RATES),
+            lambda: tuned(
+                Suite((recipe(name="first"), recipe(name="second", init="@first"))),
+                "optimizer.lr",
+                RATES,
+            ),
             "searched for recipes that stand alone; second takes '@first'",
         ),
         (

@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +62,7 @@ def pointed(data: Any, *, folder: Path) -> Any:
 
 
 def test_references_are_found_wherever_a_path_may_stand_and_filled() -> None:
-    phase = Phase(name="task", data=spec(pointed, folder="@fourth"))
-    recipe = replace(taught(), phases=(phase,))
+    recipe = taught(phases=(Phase(name="task", data=spec(pointed, folder="@fourth")),))
     assert sorted(references(recipe)) == ["first", "fourth", "second"]
     ready = fill_references(recipe, lambda name: Path("runs") / name)
     assert ready.teacher is not None and references(ready) == () and ready.name == recipe.name
@@ -85,10 +83,10 @@ def test_resolved_paths_are_absolute_and_references_stay() -> None:
 
 def test_tiny_and_set_reach_every_recipe_and_references_follow() -> None:
     suite = three(report).override({"optimizer.lr": 0.5}).tiny()
-    assert [recipe.name for recipe in suite.recipes] == ["first-tiny", "second-tiny", "third-tiny"]
+    assert [
+        (recipe.name, recipe.optimizer.kwargs["lr"], recipe.batch_size) for recipe in suite.recipes
+    ] == [(f"{name}-tiny", 0.5, 8) for name in ("first", "second", "third")]
     assert set(references(suite.recipes[2])) == {"first-tiny", "second-tiny"}
-    assert {recipe.optimizer.kwargs["lr"] for recipe in suite.recipes} == {0.5}
-    assert {recipe.batch_size for recipe in suite.recipes} == {8}
     assert suite.report is None  # which speaks of runs by the names, and of the sizes, of the whole
 
 
@@ -197,12 +195,13 @@ def suite_json(**changes: Any) -> dict[str, Any]:
 
 def test_a_suite_is_the_same_after_json(tmp_path: Path) -> None:
     suite_file = SuiteFile.from_json(suite_json(), trust=["tests"])
-    assert suite_file.suite == three(report).resolved()
-    assert suite_file.to_json() == suite_json()
+    assert (suite_file.suite, suite_file.to_json()) == (three(report).resolved(), suite_json())
     suite_file.write(tmp_path)
     assert SuiteFile.read(tmp_path, trust=["tests"]) == suite_file
-    runs = {"first": "a", "second": "b", "third": "c"}
-    assert runs_of(tmp_path) == {name: tmp_path.parent / run for name, run in runs.items()}
+    assert runs_of(tmp_path) == {
+        name: tmp_path.parent / run
+        for name, run in (("first", "a"), ("second", "b"), ("third", "c"))
+    }
 
 
 def with_child(**changes: Any) -> dict[str, Any]:
@@ -307,8 +306,9 @@ def test_a_run_is_not_a_file(tmp_path: Path) -> None:
 
 
 def test_nothing_of_ones_own_is_imported_without_trust() -> None:
-    said = r"suite\.json: tests\.recipe\.test_suite\.report is not in a trusted package"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(
+        ValueError, match=r"suite\.json: tests\.recipe\.test_suite\.report is not in"
+    ):
         SuiteFile.from_json(suite_json())
 
 

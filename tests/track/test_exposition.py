@@ -19,33 +19,35 @@ Event = dict[str, Any]
 
 
 def start(*, attempt: int = 0, step: int = 0, time: float = 100.0, **fields: Any) -> Event:
-    told = {
+    return {
+        "event": "start",
+        "time": time,
+        "attempt": attempt,
         "run": "a-run",
         "recipe": "sltt",
         "rule": "SLTT",
         "world_size": 2,
         "total_steps": 40,
         "step": step,
+        **fields,
     }
-    return {"event": "start", "time": time, "attempt": attempt, **told, **fields}
 
 
 def step(number: int, *, time: float = 110.0, **metrics: Any) -> Event:
-    figures = {
-        "loss": 1.5,
-        "top1": 0.25,
-        "images_per_s": 800.0,
-        "lr": 0.1,
-        "step_s": 0.5,
-        "data_wait_s": 0.125,
-        **metrics,
-    }
     return {
         "event": "step",
         "time": time,
         "attempt": 0,
         "step": number,
-        "metrics": figures,
+        "metrics": {
+            "loss": 1.5,
+            "top1": 0.25,
+            "images_per_s": 800.0,
+            "lr": 0.1,
+            "step_s": 0.5,
+            "data_wait_s": 0.125,
+            **metrics,
+        },
         "memory_bytes": 2**30,
     }
 

@@ -184,10 +184,15 @@ def test_first_and_last_of_a_kind(path: Path):
         journal.event("epoch", step=2)
     with path.open("ab") as file:
         file.write(b'{"event": "evaluation", "step": 3')
-    assert [first(path, "evaluation"), last(path, "evaluation")] == [read(path)[1], read(path)[5]]
-    assert last(path, "evaluation", "epoch") == read(path)[6]
-    assert first(path, "epoch", "step") == read(path)[0]
-    assert last(path, "finish") is None
+    events = read(path)
+    for find, kinds, wanted in (
+        (first, ["evaluation"], events[1]),
+        (last, ["evaluation"], events[5]),
+        (last, ["evaluation", "epoch"], events[6]),
+        (first, ["epoch", "step"], events[0]),
+        (last, ["finish"], None),
+    ):
+        assert find(path, *kinds) == wanted
 
 
 def test_an_event_costs_less_than_a_millisecond(path: Path):

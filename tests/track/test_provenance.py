@@ -11,14 +11,15 @@ def start(
     step: int, *, workers: int = 1, micro_batch: int = 8, cpu: str = "a cpu", **more: Any
 ) -> dict[str, Any]:
     """`more`: loader_threads, and the cores of its own."""
-    about = {"loader_threads": 1, "own_cores": None, **more}
     return {
         "event": "start",
         "step": step,
         "world_size": workers,
         "micro_batch": micro_batch,
         "hardware": {"cpu": cpu},
-        **about,
+        "loader_threads": 1,
+        "own_cores": None,
+        **more,
     }
 
 
@@ -63,8 +64,8 @@ def test_machines_loader_threads_and_cores_count_too() -> None:
         *((here, 1, True), (here, 2, True), (here, 2, False)),
         (there, 2, False),
     ]
-    assert len(trained_on(starts, steps=20)) == 3  # the newest start has trained nothing
-    assert len(trained_on(starts, steps=None)) == 4  # unless the run goes on
+    # The newest start has trained nothing, unless the run goes on.
+    assert [len(trained_on(starts, steps=steps)) for steps in (20, None)] == [3, 4]
     assert trained_on([], steps=None) == []
 
 

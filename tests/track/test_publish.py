@@ -34,9 +34,12 @@ def test_a_checkpoint_is_registered_once_and_the_alias_moves(
     ):
         made = register(run.folder, checkpoint, name=name, alias=alias, uri=sqlite_store)
         version = client.get_model_version_by_alias(name, alias)
-        assert made == str(version.version) == number
-        assert version.run_id == find(sqlite_store, run).info.run_id
-        assert version.tags["uri"] == checkpoint.as_uri()
+        assert (made, str(version.version), version.run_id, version.tags["uri"]) == (
+            number,
+            number,
+            find(sqlite_store, run).info.run_id,
+            checkpoint.as_uri(),
+        )
     assert not (tmp_path / "mlflow.db").exists() and not (tmp_path / "mlruns").exists()
 
 
@@ -52,8 +55,9 @@ def test_what_cannot_be_registered_is_told_in_a_line(fake_run: Callable, sqlite_
 
     assert "no journal of a run that began" in refused("x", sqlite_store)
     run.attempt(FINISH)
-    invalid = refused("a/b", sqlite_store)
-    assert "cannot be filled (MlflowException: Invalid model name 'a/b'" in invalid
+    assert "cannot be filled (MlflowException: Invalid model name 'a/b'" in refused(
+        "a/b", sqlite_store
+    )
     assert "cannot be filled" in refused("x", f"http://127.0.0.1:{free_port()}")
 
 
@@ -80,8 +84,10 @@ def test_a_report_is_an_artifact_of_the_parent_of_each_run(
     assert first == parent != second
     client = connect(sqlite_store)
     kept = {"report.html": "<html>newer</html>", "report.json": DATA}
-    sent = [{file.path for file in client.list_artifacts(each)} for each in (parent, second)]
-    assert sent == [{*kept, "report-study-x.html"}, {"report-study-x.html"}]
+    assert [{file.path for file in client.list_artifacts(each)} for each in (parent, second)] == [
+        {*kept, "report-study-x.html"},
+        {"report-study-x.html"},
+    ]
     for name, text in kept.items():
         assert (artifacts(client.get_run(parent)) / name).read_text() == text
     for run, above in ((two, parent), (other, second)):
@@ -114,14 +120,16 @@ def test_a_parent_that_was_deleted_comes_back_with_its_runs(
     for each in (store, ServerStore(sqlite_store)):
         assert each.text(first, "report.json") is None
     if how == "died":
-        died = patch.object(type(client), "set_tag", side_effect=KeyboardInterrupt)
-        with died, pytest.raises(KeyboardInterrupt):
+        with (
+            patch.object(type(client), "set_tag", side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+        ):
             sync(folders[0], uri=sqlite_store)
     for folder in {"sync": folders[:1], "report": [], "died": folders}[how]:
         sync(folder, uri=sqlite_store)
     again = report()
     assert again != first and client.get_run(again).info.status == "FINISHED"
     assert {find(sqlite_store, run).data.tags["mlflow.parentRunId"] for run in runs} == {again}
-    reports = Live(store).reports(store.runs(runs[0].study))
-    assert [read.key for read in reports] == [again[:8]]
+    shown = [read.key for read in Live(store).reports(store.runs(runs[0].study))]
+    assert shown == [again[:8]]
     assert store.text(again, "report.json") == DATA

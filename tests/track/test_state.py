@@ -124,11 +124,14 @@ def test_whose_weights_are_taken_is_known_without_an_import(tmp_path: Path) -> N
 
 
 def test_the_first_of_the_best_is_taken_and_what_diverged_is_last(tmp_path: Path) -> None:
-    assert top1_of(run(tmp_path / "a", end="finish")) == 0.75
-    assert top1_of(run(tmp_path / "b", end="diverged")) is None
-    assert best({"a": 0.5, "b": 0.75, "c": 0.75}) == "b"
-    assert best({"a": None, "b": 0.0}) == "b"
-    assert best({"a": None, "b": None}) == "a"
+    runs = [run(tmp_path / end, end=end) for end in ("finish", "diverged")]
+    assert [top1_of(folder) for folder in runs] == [0.75, None]
+    for scores, name in (
+        ({"a": 0.5, "b": 0.75, "c": 0.75}, "b"),
+        ({"a": None, "b": 0.0}, "b"),
+        ({"a": None, "b": None}, "a"),
+    ):
+        assert best(scores) == name
 
 
 def test_a_damaged_choice_is_named(tmp_path: Path) -> None:

@@ -36,8 +36,9 @@ def test_samples_go_on_after_a_resume_and_arrive_once_with_their_own_time(
     assert [(point.step, point.timestamp) for point in points] == [
         (sample["step"], int(sample["time"] * 1000)) for sample in samples
     ]
-    names = {CPU, "system/system_memory_usage_megabytes", "system/disk_usage_percentage"}
-    assert found.data.metrics.keys() >= names
+    assert found.data.metrics.keys() >= {
+        *(CPU, "system/system_memory_usage_megabytes", "system/disk_usage_percentage")
+    }
     assert all(0 <= point.value <= 100 for point in points)
 
 

@@ -86,8 +86,11 @@ def test_each_sample_is_seen_once_an_epoch_over_any_sequence_of_sizes(
 
 def normed(**changes: Any) -> Recipe:
     """Batch norm of each worker's own samples, and dropout."""
-    model = spec(convnet, classes=10, in_channels=1, stages=((8,), (8,)), dropout=0.2)
-    return small_recipe(model=model, batch_size=BATCH, **changes)
+    return small_recipe(
+        model=spec(convnet, classes=10, in_channels=1, stages=((8,), (8,)), dropout=0.2),
+        batch_size=BATCH,
+        **changes,
+    )
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,6 @@ from pipeline.train.gradient_fidelity import compare_gradients
 from tests.helpers.small import events, finished, goes_on, same_weights, small_recipe, train_inline
 
 
-def told(folder: Path) -> list[dict[str, Any]]:
-    return events(folder, "fidelity")
-
-
 def small(**changes: Any) -> Recipe:
     return small_recipe(
         model=spec(mlp, in_features=64, hidden=(16,)), **{"rule": spec(SLTT), **changes}
@@ -43,7 +39,7 @@ def test_it_is_told_at_the_start_and_after_each_epoch_and_changes_nothing(tmp_pa
     train_inline(tmp_path / "plain", small())
     summary, _ = goes_on(tmp_path, compared())
     assert same_weights(tmp_path / "plain", tmp_path / "whole")
-    found, again = told(tmp_path / "whole"), told(tmp_path / "broken")
+    found, again = (events(tmp_path / name, "fidelity") for name in ("whole", "broken"))
     for name in ("step", "temporal_share", "cosines"):
         assert [event[name] for event in found] == [event[name] for event in again]
     assert [(event["step"], event["epoch"]) for event in found] == [(0, None), (8, 0), (16, 1)]
@@ -57,7 +53,7 @@ def test_it_is_told_at_the_start_and_after_each_epoch_and_changes_nothing(tmp_pa
 
 def test_bptt_is_near_itself(tmp_path: Path) -> None:
     train_inline(tmp_path / "run", small(rule=spec(BPTT), evaluation=Evaluation(fidelity_every=2)))
-    start, end = told(tmp_path / "run")
+    start, end = events(tmp_path / "run", "fidelity")
     assert end["step"] == 16
     assert all(cosine == pytest.approx(1) for cosine in start["cosines"]["BPTT"].values())
 
@@ -65,9 +61,9 @@ def test_bptt_is_near_itself(tmp_path: Path) -> None:
 def test_what_a_rule_learns_by_itself_is_compared_as_it_trains(tmp_path: Path) -> None:
     """OPZO's matrices are 0 before the first batch, and so is what they hand to hidden layers."""
     train_inline(tmp_path / "run", small(rule=spec(OPZO), evaluation=Evaluation(fidelity_every=2)))
-    hidden, *_ = told(tmp_path / "run")[0]["cosines"]["OPZO"]
-    start, end = (event["cosines"]["OPZO"][hidden] for event in told(tmp_path / "run"))
-    assert start == 0 and end > 0.05
+    start, end = (event["cosines"]["OPZO"] for event in events(tmp_path / "run", "fidelity"))
+    hidden, *_ = start
+    assert start[hidden] == 0 and end[hidden] > 0.05
 
 
 @pytest.mark.parametrize("rule", [spec(OPZO, feedback="random"), spec(SLTT, k=1)])
@@ -105,8 +101,9 @@ def test_a_norm_that_asks_all_workers_is_not_asked_by_the_one_that_compares(
 
 
 def test_what_bptt_or_sltt_cannot_train_is_refused_before_anything_is_launched() -> None:
-    said = r"recipe: evaluation.fidelity_every compares with BPTT and SLTT; SLTT"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(
+        ValueError, match=r"recipe: evaluation.fidelity_every compares with BPTT and SLTT; SLTT"
+    ):
         check_recipe(replace(compared(), rule=spec(BPTT), over_time="mean"), 1)
 
 

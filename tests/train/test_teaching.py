@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, create_autospec
 
 import pytest
 import torch
@@ -111,10 +111,10 @@ def test_the_teacher_is_asked_once_a_batch_whatever_the_time_steps(
     4.
     """
     finished(tmp_path / "run", taught(rule=rule))
-    assert asked["forward"] == [4] * (5 + 16)
-    assert asked["features"] == [32, 32] + [4] * (
-        5 + 16
-    )  # the probe's 64 samples, then one for each answer
+    assert asked == {
+        "forward": [4] * (5 + 16),
+        "features": [32, 32] + [4] * (5 + 16),  # the probe's 64 samples, then each answer's
+    }
 
 
 def test_the_run_tells_what_the_teacher_costs_and_how_good_it_is(tmp_path: Path) -> None:
@@ -157,16 +157,15 @@ def test_the_teacher_is_no_part_of_what_is_trained_or_saved(tmp_path: Path) -> N
 def test_a_run_that_died_goes_on_to_the_same_bits_with_the_probe_it_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
 ) -> None:
-    fits = []
-    fit = Probe.fit
-    monkeypatch.setattr(Probe, "fit", lambda self, *args: fits.append(1) or fit(self, *args))
+    fit = create_autospec(Probe.fit, side_effect=Probe.fit)
+    monkeypatch.setattr(Probe, "fit", fit)
     train_inline(tmp_path / "whole", taught(cache=tmp_path / "cache" if cached else None))
     broken = taught(cache=tmp_path / "other" if cached else None)
     with dies_at(5):
         train_inline(tmp_path / "broken", broken)
     train_inline(tmp_path / "broken", broken)
     assert same_weights(tmp_path / "whole", tmp_path / "broken")
-    assert len(fits) == 2  # once for each run
+    assert fit.call_count == 2  # once for each run
     assert len(events(tmp_path / "broken", "teacher")) == 1
 
 
@@ -220,8 +219,9 @@ def test_a_damaged_probe_is_found_by_the_hash_in_its_name(tmp_path: Path) -> Non
     train_inline(tmp_path / "first", recipe)
     (probe,) = (tmp_path / "first" / "teacher").glob("*/probe-*.safetensors")
     damage.flip(probe, probe.stat().st_size - 1)
-    said = r"Probe: .* must be what its name says; it is damaged: delete it"
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(
+        UserError, match=r"Probe: .* must be what its name says; it is damaged: delete it"
+    ):
         train_inline(tmp_path / "first", recipe)
 
 
@@ -237,13 +237,13 @@ def test_weights_in_a_file_belong_to_the_study_by_content(tmp_path: Path) -> Non
 
 def test_tiny_needs_no_download_and_no_cache() -> None:
     tiny = taught(teacher=spec(timm_teacher, name="test_resnet", probe=spec(Probe))).tiny()
-    assert tiny.teacher is not None
-    assert dict(tiny.teacher.kwargs) == {
-        "name": "test_resnet",
-        "probe": spec(Probe, views=64),
-        "weights": spec(Untrained),
-        "cache": None,
-    }
+    assert tiny.teacher == spec(
+        timm_teacher,
+        name="test_resnet",
+        probe=spec(Probe, views=64),
+        weights=spec(Untrained),
+        cache=None,
+    )
 
 
 def test_a_recipe_is_shown_without_the_weights_of_its_teacher(

@@ -24,14 +24,18 @@ from tests.helpers.events import event
 def test_the_next_writer_waits_until_the_last_is_gone_or_gives_up_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = "echo held; exec sleep 60"  # in another process, with the lock
-    command = ["flock", "--no-fork", str(tmp_path / "writer.lock"), "sh", "-c", held]
+    command = [
+        *("flock", "--no-fork", str(tmp_path / "writer.lock")),
+        *("sh", "-c", "echo held; exec sleep 60"),  # in another process, with the lock
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with monkeypatch.context() as patch:
             patch.setattr(writer_lock, "PATIENCE_S", 0.3)
-            said = "another worker still writes this run after 0 s"
-            with pytest.raises(UserError, match=said), only_writer(tmp_path, Ranks()):
+            with (
+                pytest.raises(UserError, match="another worker still writes this run after 0 s"),
+                only_writer(tmp_path, Ranks()),
+            ):
                 pass
         begun = time.monotonic()
         threading.Timer(1.0, holder.kill).start()
@@ -86,8 +90,9 @@ def test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same
         with pytest.raises(ZeroDivisionError) as raised, journal(tmp_path, Ranks()):
             print(1 // 0)
     [note] = raised.value.__notes__
-    said = "it could not be journaled: [Errno 28] journal: No space left on device: "
-    assert note.startswith(said)
+    assert note.startswith(
+        "it could not be journaled: [Errno 28] journal: No space left on device: "
+    )
     assert read(tmp_path / "journal.jsonl") == []
 
 
@@ -96,8 +101,9 @@ def test_what_ended_other_workers_is_told_once_by_the_next_attempt(tmp_path: Pat
     (tmp_path / "stacks").mkdir()
     for second, death in enumerate((2, 1, 2)):
         if second < 2:
-            file = tmp_path / "stacks" / f"rank1-20260105-12000{second}.txt"
-            file.write_text("Timeout (0:30:00)!")
+            (tmp_path / "stacks" / f"rank1-20260105-12000{second}.txt").write_text(
+                "Timeout (0:30:00)!"
+            )
         note_death(tmp_path, worker=death, error=f"KeyError: {second}")
         for _ in range(2):
             with pytest.raises(ZeroDivisionError), journal(tmp_path, Ranks()):

@@ -172,9 +172,7 @@ def test_an_old_one_that_cannot_be_deleted_is_told_and_costs_no_new_one(
     checkpoints = Checkpoints(Place(tmp_path), attempt="a", keep=1)
     save(checkpoints, steps[0], backend(0), Counting(0.0), TRAINER)
 
-    def fails(path: Path, **how: Any) -> None:
-        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
-
+    fails = Mock(side_effect=OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), "x"))
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.train.checkpoint.place.shutil.rmtree", fails)
         for value, number in enumerate(steps[1:]):
@@ -209,9 +207,14 @@ def wait_for(file: Path) -> None:
 
 
 def of_ranks(rank: int, size: int, folder: str, **more: Any) -> Checkpoints:
-    each = Ranks(rank, size).all_gather_object
-    place = Place(Path(folder))
-    return Checkpoints(place, attempt="a", rank=rank, ranks=size, each=each, **more)
+    return Checkpoints(
+        Place(Path(folder)),
+        attempt="a",
+        rank=rank,
+        ranks=size,
+        each=Ranks(rank, size).all_gather_object,
+        **more,
+    )
 
 
 def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
@@ -337,8 +340,9 @@ def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None
 
 def test_who_waits_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
     """Another driver has taken the place over and swept it, with the part of worker 1."""
-    about = {"attempt": "a", "rank": 0, "ranks": 2, "keep": 2}
-    writing = background.Background(Place(tmp_path), 1, {"config.json": "{}"}, **about)
+    writing = background.Background(
+        Place(tmp_path), 1, {"config.json": "{}"}, attempt="a", rank=0, ranks=2, keep=2
+    )
     wait_for(writing.temp / "config.json")
     shutil.rmtree(writing.temp)
     with pytest.raises(RuntimeError, match="is gone, as if another driver"):

@@ -296,8 +296,8 @@ def test_no_other_process_takes_away_what_one_has_fetched_and_what_a_dead_one_le
     assert (theirs / "file").exists()
     checkpoints.place.sweep()
     assert not theirs.exists() and damage(path) is None
-    again = checkpoints.newest()
-    assert again == path and len([*staging.iterdir()]) == 2  # this process's, and its lock
+    # this process's, and its lock
+    assert checkpoints.newest() == path and len([*staging.iterdir()]) == 2
 
 
 def test_a_process_that_ends_leaves_nothing_of_what_it_fetched(tmp_path: Path) -> None:

@@ -187,8 +187,7 @@ def test_without_patience_nobody_watches(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_takes_longer_to_write_ends_nobody(ran: dict[str, Ran]) -> None:
     wrote = ran["a worker writes"]
-    assert wrote.code == 0, wrote.err
-    assert wrote.stacks == []
+    assert (wrote.code, wrote.stacks) == (0, []), wrote.err
     [event] = [
         event for event in read(wrote.run / "journal.jsonl") if event["event"] == "checkpoint"
     ]
