@@ -108,7 +108,7 @@ def sick(monkeypatch: pytest.MonkeyPatch, no_ffcv: None) -> None:
     def examine_nodes(stores: Stores) -> list[NodeReport | Finding]:
         return [examine(stores, resources={"CPU": 4.0}), Finding("node", "bad", "it is silent")]
 
-    monkeypatch.setattr(module, "Ray", nullcontext)
+    monkeypatch.setattr(module, "Ray", lambda cluster, needs_room: nullcontext())
     monkeypatch.setattr(module, "_examine_nodes", examine_nodes)
     monkeypatch.setattr(module, "_network", lambda runs: Finding("network", "ok", "reached"))
 

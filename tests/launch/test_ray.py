@@ -241,7 +241,10 @@ def test_more_than_there_is_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     in_a_cluster(monkeypatch, **resources)
-    with pytest.raises(UserError, match=f"^{said}$"), Ray(Cluster(address="auto", **about)):
+    cluster = Cluster(address="auto", **about)
+    with pytest.raises(UserError, match=f"^{said}$"), Ray(cluster):
+        pass
+    with Ray(cluster, needs_room=False):  # of the doctor: a cluster may be at rest
         pass
 
 

@@ -178,7 +178,7 @@ def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):
             "activity.json",
             '[{"name": "a"}]',
             (
-                "activity.json: a layer must have name, neurons, samples, rates, silent,"
+                "activity.json: each layer must have name, neurons, samples, rates, silent,"
                 " saturated; got"
             ),
         ),

@@ -334,3 +334,10 @@ def test_a_gradient_in_bf16_is_within_two_per_cent(name: str) -> None:
     assert len(full) == 6 and full.keys() == half.keys()
     apart = {key: float((half[key] - g).norm() / g.norm()) for key, g in full.items()}
     assert max(apart.values()) < 0.02 and min(apart[f"{layer}.weight"] for layer in (0, 2, 4)) > 0
+
+
+def test_a_rule_may_declare_its_label() -> None:
+    class Mine(Rule):
+        label = "mine"
+
+    assert Mine().label == "mine"
