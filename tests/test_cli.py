@@ -193,7 +193,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             "evaluate recipes/fashion/sltt.py --weights x.pt --runs RUNS",
-            "--runs is where a run is found, and a recipe is a file; got",
+            "--runs has no effect with a recipe's file; got",
         ),
         (
             "plan recipes/fashion/sltt.py --runs RUNS",

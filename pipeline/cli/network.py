@@ -31,7 +31,7 @@ def evaluate(
         typer.Option(
             "--weights",
             metavar="FILE",
-            help="what export wrote, .safetensors, .pt or .pth; QKFormer's also as published",
+            help="weights of export (.safetensors, .pt, .pth), or published ones of QKFormer",
         ),
     ] = None,
     which: Annotated[
@@ -52,8 +52,7 @@ def evaluate(
     if run.endswith(".py"):
         if is_typed(context, "runs"):
             raise ValueError(
-                f"evaluate: --runs is where a run is found, and a recipe is a file; got {run} with"
-                f" --runs {runs}"
+                f"evaluate: --runs has no effect with a recipe's file; got {run} with --runs {runs}"
             )
         made = made_of(Path(run), set_, tiny=False)
         evaluate_recipe(
@@ -69,8 +68,8 @@ def evaluate(
 
     if set_:
         raise ValueError(
-            f"evaluate: --set changes a recipe, and a run keeps its own; got {run} with --set"
-            f" {set_[0]}"
+            "evaluate: --set needs a recipe's file, because a run keeps its recipe; got"
+            f" {run} with --set {set_[0]}"
         )
     evaluate_run(
         find_run(runs, run), which=which, weights=weights, time_steps=steps, trust=tuple(trust)

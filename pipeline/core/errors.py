@@ -1,5 +1,6 @@
-"""Errors that end a run and remain after a restart. Each message is one line for the user.
+"""The project's errors. Each message is one line for the user.
 
+A restart does not help against a `UserError` or a `DataError`; it may help against a `LoaderError`.
 `DataError` and `LoaderError` are here so that processes that write data need not import torch.
 """
 
@@ -13,7 +14,7 @@ class UserError(ValueError):
 class Diverged(UserError):
     """A loss, a gradient or weights are not finite.
 
-    A run has then failed. A trial of a search has a result: its learning rate is too high.
+    A run has then failed. For a trial of a search it is a result: its learning rate is too high.
     """
 
 
@@ -33,7 +34,7 @@ def as_user_error(error: ValueError) -> UserError:
 
 
 class DataError(ValueError):
-    """Unusable data, or an invalid size that was requested of data. A retry does not help."""
+    """Unusable data, or an invalid argument of a data set. A retry does not help."""
 
 
 def require_data(holds: object, rule: str) -> None:

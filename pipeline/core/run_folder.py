@@ -1,4 +1,4 @@
-"""The files of a run's folder. No other module contains their names."""
+"""The paths of the files in a run's folder. Code takes each path from here."""
 
 import os
 from pathlib import Path
@@ -22,7 +22,7 @@ class RunFolder:
         self.activity = self.path / "activity.json"  # final firing rates of each layer
         self.answers = self.path / "answers.npz"  # predictions of the last evaluation
         self.checkpoints = self.path / "checkpoints"  # folder, unless the job names an address
-        self.decisions = self.path / "decisions.json"  # of recovery, for the rest of the run
+        self.decisions = self.path / "decisions.json"  # rollbacks, skipped batches, micro-batch
         # Locks, held by live processes
         self.driver_lock = self.path / "driver.lock"
         self.writer_lock = self.path / "writer.lock"  # of rank 0

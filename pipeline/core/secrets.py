@@ -14,7 +14,8 @@ def is_secret(name: str) -> bool:
 def without_secrets(text: str) -> str:
     """Replace the values of secret environment variables in a text with `$NAME`.
 
-    A value may be unchanged, on one line, or quoted: http.client quotes bytes, requests text.
+    A value is also found without its line ends, and as http.client (bytes) and requests (text)
+    quote it.
     """
     forms: dict[str, str] = {}
     for name, value in os.environ.items():

@@ -132,7 +132,7 @@ class Ordered:
     repeats: int  # views of each sample in a training batch
     only: tuple[int, ...] | None = None  # the labels whose samples are used; None: all
     _ids: Callable[..., NDArray[np.int64]]  # ascending ids of the samples of "train" or "val"
-    _loader: Callable[..., Any]  # makes one rank's loader for "train" or "val", an order and seed
+    _loader: Callable[..., Any]  # one rank's loader, given "train" or "val", an order and a seed
 
     def of_classes(self, classes: tuple[int, ...]) -> Self:
         """The same sets without the samples of other classes; labels do not change."""

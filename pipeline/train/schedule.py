@@ -1,9 +1,9 @@
 """Schedules of the learning rate. `Schedule(step)` sets the rate as a function of the step, so
 a resume needs no state.
 
-Each is made with the optimizer, the number of global batches of the run (or of a phase), and that
-of one epoch. timm's schedulers do the arithmetic. DeepSpeed gets no schedule: it would count steps
-itself.
+A function here takes the optimizer, the number of global batches of the run (or of a phase), and
+that of one epoch. timm's schedulers do the arithmetic. DeepSpeed gets no schedule: it would count
+steps itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ def cosine(
     Args:
         warmup: share of the run spent warming up, in 0..1.
         floor: the learning rate at the end of the cosine.
-        by: "epoch" keeps s at the first step of its epoch, like code that sets the rate once per
+        by: "epoch" holds the rate of the epoch's first step, like code that sets it once per
             epoch. The warm-up goes by step in both cases.
         starts: "at_once" has s0 = 0: the cosine begins during the warm-up; "after_warmup" has s0
             at the end of the warm-up.

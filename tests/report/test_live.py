@@ -201,8 +201,11 @@ def test_a_run_whose_journal_was_thinned_says_so(store: FakeStore):
     assert Live(store).study(store.members).notes == ()
     store.every = 12
     study = Live(store).study(store.members)
-    of = "has a long journal: of the points of its curve one of 12 is shown"
-    assert study.notes == (f"going {of}, and its parts of time are of those.", f"bptt {of}.")
+    long = "has a long journal: its curve shows one of 12 points"
+    assert study.notes == (
+        f"going {long}, and its parts of time are means over these.",
+        f"bptt {long}.",
+    )
     assert study.runs[0].parts and [point.step for point in study.runs[0].history.curve] == [
         25,
         50,

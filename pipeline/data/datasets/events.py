@@ -6,7 +6,8 @@
 `Batch.x` then contains counts, float32 [B, T, 2, 34, 34], and a rule gets [T, B, 2, 34, 34].
 
 `spiketrain write events SET --out FOLDER` writes the folder. A file holds `slices` frames of counts
-by polarity for each recording, which `Events` sums to any number of `steps` that divides `slices`.
+by polarity for each recording. `Events` sums neighbouring frames to `steps` frames; `steps` divides
+`slices`.
 Tests and `tiny()` use `Synthetic(shape=(T, C, H, W))` instead, counts of the same shape.
 """
 

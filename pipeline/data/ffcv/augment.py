@@ -110,8 +110,8 @@ def crop_box(h, w, seed, epoch, index, area, ratios):
             top = below(bits(seed, epoch, index, _DRAWS[attempt, 2]), h - height + 1)
             left = below(bits(seed, epoch, index, _DRAWS[attempt, 3]), w - width + 1)
             return top, left, height, width
-        # All attempts failed, which is rare: use the largest central crop whose ratio is within
-        # bounds, as in torchvision's RandomResizedCrop.
+    # All attempts failed, which is rare: use the largest central crop whose ratio is within
+    # bounds, as in torchvision's RandomResizedCrop.
     width, height = w, h
     if w < ratios[0] * h:
         height = max(1, np.int64(math.floor(w / ratios[0] + 0.5)))

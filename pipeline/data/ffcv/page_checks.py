@@ -23,12 +23,12 @@ from pipeline.data.ffcv.format import read_tables
 from pipeline.data.ffcv.manifest import Manifest
 
 Verify = Literal["sampled", "full"]
-# Samples read per sample whose page is compared. A page of 8 MiB holds about 80.
+# The page of one in so many samples is compared. A page of 8 MiB holds about 80.
 ONE_IN: dict[Verify, int] = {"sampled": 256, "full": 1}
 # Number of threads. Reading and hashing release the interpreter's lock, and a disk is faster with
 # several requests.
 CHECKERS = 4
-PROBES = 8  # bytes that are read elsewhere in a file of which a part cannot be read
+PROBES = 8  # bytes read elsewhere in the file if a part cannot be read
 
 
 def check(path: Path) -> Manifest:
@@ -110,7 +110,7 @@ def _compare_pages(
     page_of: NDArray[np.int64],
     run: Callable[..., Iterable[str]],
 ) -> None:
-    """Compare pages by `run`, which is `map` or does the same in threads.
+    """Compare pages. `run` is `map`, or the `map` of a pool of threads.
 
     `page_of`: the page of each sample. The samples of a page follow each other, because files are
     written in their order.

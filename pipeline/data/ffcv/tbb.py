@@ -18,7 +18,7 @@ def load_tbb() -> None:
     At exit numba unloads the module and waits for an empty task that it gave TBB when its threads
     started (`unload_tbb` of numba 0.68.1). With one core TBB has no thread of its own, and after a
     fork, or when the thread that started TBB is gone, no thread is left to run that task, so the
-    wait never ended. A reference that is never released keeps the module loaded.
+    wait never ends. A reference that is never released keeps the module loaded.
 
     Raises:
         ImportError, OSError: TBB is not installed.

@@ -33,7 +33,7 @@ def write_events(
     existing: Existing = "refuse",
     **framing: Any,
 ) -> list[Manifest]:
-    """Write a set as event files.
+    """Write a data set of events as train.beton and val.beton.
 
     Args:
         source: for a published set, the folder that tonic fills (published_events.py); for
@@ -44,7 +44,7 @@ def write_events(
             one per image (saccades).
         content_seed: selects the generated recordings; default 0.
         framing: `frames_by`, `resize`, `counts`, `overflow` of recordings.Framing.
-        max_bad, existing: as in `write_folder`.
+        max_bad, existing: as in `write_sets`.
 
     Raises:
         DataError: an option is missing or has no effect, or recordings are unavailable; also as
@@ -118,8 +118,8 @@ def _saccades(
     for part, (each, count) in enumerate(zip(pictures, (samples, val_samples), strict=True)):
         require_data(
             count is None or count <= len(each.items),
-            f"write events: saccades: {each.name} has {len(each.items)} images; got {count} to"
-            " be seen",
+            f"write events: saccades: samples of {each.name} must be at most its"
+            f" {len(each.items)} images; got {count}",
         )
         items = [
             Saccades(np.asarray(item.image), item.label, item.number, part, size, content_seed)

@@ -48,7 +48,7 @@ from pipeline.core.random import below, bits
 from pipeline.data.write.recordings import Stream, in_order
 
 SHAPES = ("disc", "square", "triangle", "cross")
-DIRECTIONS = ("right", "left", "down", "up")  # 2 axis + reversed
+DIRECTIONS = ("right", "left", "down", "up")  # the index is 2 * axis + is_reversed
 CLASSES = [f"{shape} {direction}" for shape in SHAPES for direction in DIRECTIONS]
 INSTANTS, STEP_US = 93, 1000  # 92 ms
 SMALLEST = 16  # pixels a side of the smallest sensor with room for the shapes
@@ -124,7 +124,9 @@ def moving_shape_events(
     The film begins empty, and the shape first moves until it has left its first place. The level
     that a pixel remembers at time 0 then depends on the motion, not on the beginning of the film.
     """
-    before = math.ceil((2.2 * radius + 2) / speed)  # the longest shape with its soft edge
+    before = math.ceil(
+        (2.2 * radius + 2) / speed
+    )  # instants until the largest shape, with its soft edge, has left
     along_M = start + speed * np.arange(-before, INSTANTS, dtype=np.float64)
     across_M = np.full_like(along_M, across)
     y_M, x_M = (across_M, along_M) if axis == 0 else (along_M, across_M)
@@ -279,7 +281,7 @@ def film_to_events(film_MHW: NDArray[np.float64], *, threshold: float, step_us: 
 def add_noise(
     stream: Stream, recording: MovingShape | Saccades, count: int, *, first_draw: int
 ) -> Stream:
-    """Add `count` noise events of a recording at uniform places and times."""
+    """Add `count` noise events to a recording, at uniform places and times."""
     begin, end = stream.span
     draws = first_draw + np.arange(4 * count).reshape(-1, 4).T
     many = (end - begin, *stream.sensor, 2)

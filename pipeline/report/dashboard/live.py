@@ -49,7 +49,7 @@ _METRICS = ("loss", "top1")  # under train/ and val/
 _PARTS = tuple(f"{name}_s" for name in (*PARTS, REST))
 _SENT = "spiketrain.artifact."  # prefix of the tags that hold each sent artifact's version
 _KEPT = 512  # the most answers in the cache
-_FRESH_S = 0.5  # two callbacks of one look ask for the same runs
+_FRESH_S = 0.5  # one view of a page asks for the same runs twice
 T_ = TypeVar("T_")
 
 
@@ -71,7 +71,9 @@ class Live:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._lock = threading.Lock()
-        self._reading = threading.Lock()  # one thread reads a run, the others find the answer
+        self._reading = (
+            threading.Lock()
+        )  # one thread reads a run; the others wait and take its answer
         # by key: the time of the answer, its version, and the answer
         self._kept: OrderedDict[tuple[str, str], tuple[float, object, Any]] = OrderedDict()
 
@@ -104,16 +106,16 @@ class Live:
                 continue
             if run.protocol == "trial":
                 notes.append(
-                    f"{run.name} is a trial on a held-out part, no run to set beside others."
+                    f"{run.name} is a trial on a held-out part; it is not compared with runs."
                 )
                 continue
             readable.append(run)
             if run.curve_every > 1:
                 is_of_points = run.summary is None and run.parts
-                parts = ", and its parts of time are of those" if is_of_points else ""
+                parts = ", and its parts of time are means over these" if is_of_points else ""
                 notes.append(
-                    f"{run.name} has a long journal: of the points of its curve one of"
-                    f" {run.curve_every} is shown{parts}."
+                    f"{run.name} has a long journal: its curve shows one of {run.curve_every}"
+                    f" points{parts}."
                 )
         keys = ", ".join(sorted({run.study[:8] for run in runs}))
         return Study(title=f"Study {keys}", runs=tuple(readable), notes=tuple(notes))
