@@ -148,8 +148,8 @@ class Cluster:
     ) -> "Cluster":
         """This cluster with the options of a resume; `options` are fields of OPERATIONAL.
 
-        If one worker trains in this process, the launch's options for Ray are ignored, and options
-        for Ray in the resume are refused.
+        If one worker trains in this process, the launch's options for Ray are ignored, and
+        `launcher_of` refuses those of the resume.
 
         Raises:
             ValueError: the run was launched on a Ray cluster, and no address is given. The address

@@ -153,10 +153,10 @@ class NoPlace(Exception):
 class Restarts(DefaultFailurePolicy):
     """Ends the run in `folder` after more than `max_failures` deaths of workers without progress.
 
-    Progress is a checkpoint of a later step, or a smaller micro-batch. The death that makes the
-    micro-batch smaller does not count: several workers restart after it, while a single worker
-    continues by itself (worker.py). If only the user can remove the cause of a death, the run ends
-    at once.
+    Progress is a checkpoint of a later step, or a decision of recovery (a rollback, a smaller
+    micro-batch). The death that led to a decision does not count: several workers restart after it,
+    while a single worker continues by itself (worker.py). If only the user can remove the cause of
+    a death, the run ends at once.
 
     If `awaits_nodes`, workers that have started before may wait for room for up to an hour when
     their node is gone. This does not count as a death.

@@ -26,7 +26,7 @@ from pipeline.recipe.suite import is_suite
 from pipeline.report import history
 from pipeline.report.history import History, number
 from pipeline.track.events import Event, Finish, Start, Step, Stopped
-from pipeline.track.journal import Record, last_event, read, read_events
+from pipeline.track.journal import Record, last, read, read_events
 from pipeline.track.provenance import conditions_of, trained_on
 from pipeline.track.state import State, state_of
 
@@ -205,9 +205,7 @@ _LAYER: dict[str, Callable[[Any], Any]] = {
     "name": str,
     "neurons": int,
     "samples": int,  # samples whose spikes were counted
-    "rates": lambda values: [
-        float(value) for value in values
-    ],  # spikes per neuron at each time step
+    "rates": lambda values: list(map(float, values)),  # spikes per neuron at each time step
     "silent": float,  # share of silent neurons, in 0..1
     "saturated": float,
 }
@@ -284,7 +282,7 @@ class Run:
                 {name: kind(layer[name]) for name, kind in _LAYER.items()}
                 for layer in self.layers() or ()
             ]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise ReportError(
                 f"activity.json: each layer must have {', '.join(_LAYER)}; got"
                 f" {type(error).__name__}: {error}"
@@ -320,7 +318,7 @@ def run_of(
     newest = {**(starts[-1] if starts else {}), **(finished or {})}
     fields = (recipe or {}).get("recipe", recipe)
     on = conditions_of(finished, starts) if finished else trained_on(starts, steps=None)
-    commits = [event.get("commit") for event in starts] or (finished or {}).get("commits") or ()
+    commits = [event["commit"] for event in starts if event.get("commit")]
     return Run(
         name=name,
         state=state,
@@ -330,7 +328,7 @@ def run_of(
         recipe=fields if isinstance(fields, Mapping) else {},
         summary=finished,
         trained_on=tuple({**each, "hardware": each["hardware"] or {}} for each in on),
-        commits=tuple(dict.fromkeys(filter(None, commits))),
+        commits=tuple(dict.fromkeys(commits or (finished or {}).get("commits") or ())),
         total_steps=newest.get("total_steps") or newest.get("steps"),
         steps_per_epoch=newest.get("steps_per_epoch"),
         **about,
@@ -357,10 +355,6 @@ def read_runs(runs_dir: Path) -> list[Run]:
             runs.append(read_run(folder))
         except ReportError as error:
             runs.append(_read(folder, damage=str(error)))
-        except ValueError as error:  # an event of the journal is not of this version
-            runs.append(
-                Run(name=folder.name, state=state_of(folder), folder=folder, damage=str(error))
-            )
     return runs
 
 
@@ -368,17 +362,18 @@ def _read(folder: Path, *, summary: Any = None, recipe: Any = None, damage: str 
     files, state = RunFolder(folder), state_of(folder)
     journal = files.journal
     starts = read(journal, Start.kind)
-    finish = last_event(journal, Finish) if state == "finished" else None
-    newest = finish or last_event(journal, Step, Start, Stopped)
+    # As records: an event may be of another version.
+    finish = last(journal, Finish.kind) if state == "finished" else None
+    newest = finish or last(journal, Step.kind, Start.kind, Stopped.kind) or {}
     return run_of(
         folder.name,
         state=state,
         starts=starts,
         summary=summary,
         recipe=recipe,
-        step=(summary or {}).get("steps") or (newest and newest.step),
+        step=(summary or {}).get("steps") or newest.get("step"),
         started=float(starts[0]["time"]) if starts else folder.stat().st_mtime,
-        ended=finish.time if finish else folder.stat().st_mtime,
+        ended=finish["time"] if finish else folder.stat().st_mtime,
         folder=folder,
         damage=damage,
         journal=lambda: read_events(journal),

@@ -27,7 +27,7 @@ from pipeline.report.results import (
     refuse_damage,
 )
 from pipeline.track.events import Evaluation
-from pipeline.track.journal import last_event
+from pipeline.track.journal import last
 from pipeline.track.state import done_entries, is_driven, suite_entries
 
 Differing = tuple[str, Any, Any]  # a field, and its values in two runs
@@ -320,8 +320,8 @@ def _cells(run: Run) -> tuple[str, ...]:
     """
     top1 = run.value("top1")
     if run.state != "finished":
-        evaluation = last_event(RunFolder(run.folder).journal, Evaluation)
-        top1 = evaluation and evaluation.metrics.get("top1")
+        evaluation = last(RunFolder(run.folder).journal, Evaluation.kind) or {}
+        top1 = (evaluation.get("metrics") or {}).get("top1")
     return (
         run.name,
         run.state,

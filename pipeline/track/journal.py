@@ -100,7 +100,10 @@ def read_events(path: str | os.PathLike[str]) -> list[Event]:
     Raises:
         ValueError: the fields of an event are not those of its kind; one line.
     """
-    return [from_dict(event) for event in read(path)]
+    try:
+        return [from_dict(event) for event in read(path)]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def first(path: str | os.PathLike[str], *kinds: str) -> Record | None:

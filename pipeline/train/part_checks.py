@@ -95,9 +95,12 @@ def check_loader(loader: Loader, data: Data, method: str) -> Batch | None:
     """
     who = f"data: what {type(data).__name__}.{method} returns"
     require_members(who, loader, ("samples", "steps_per_epoch", "epoch", "close"))
-    sizes = {"samples": loader.samples, "steps_per_epoch": loader.steps_per_epoch}
-    refuse_unless_counts(who, sizes, least=0)
     try:
+        refuse_unless_counts(
+            who,
+            {"samples": loader.samples, "steps_per_epoch": loader.steps_per_epoch},
+            least=0,
+        )
         return _first_batch(loader, data, method)
     except BaseException:
         loader.close()

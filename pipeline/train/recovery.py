@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from pipeline.core.checks import is_count
+from pipeline.core.checks import is_count, require
 from pipeline.core.errors import Diverged, UserError
 from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.recipe import Recipe, read_json, write_json
@@ -77,8 +77,11 @@ class Decisions:
         """The decisions that `asdict` has made a dictionary of, and JSON has kept."""
         skipped = tuple((int(first), int(end)) for first, end in value["skipped"])
         rollbacks, limit = value["rollbacks"], value["micro_batch"]
-        if not (is_count(rollbacks, least=0) and (limit is None or is_count(limit))):
-            raise ValueError("no count")
+        require(
+            is_count(rollbacks, least=0) and (limit is None or is_count(limit)),
+            "decisions: rollbacks and micro_batch must be whole numbers; got"
+            f" {rollbacks!r} and {limit!r}",
+        )
         return cls(rollbacks, skipped, limit)
 
     def write(self, run: Path) -> None:

@@ -21,6 +21,8 @@ from pipeline.core.errors import DataError, require_data
 
 PAGE_BYTES = 8 << 20  # FFCV's default
 JPG, RAW = 0, 1  # FFCV's codes for the storage of an image
+# FFCV 1.0.2 raises these for meaningless bytes.
+_MEANINGLESS = (AssertionError, LookupError, MemoryError, OverflowError, TypeError, ValueError)
 _LABEL, _LABEL_ID = "label", 1  # the name, and FFCV's type number of an IntField (1.0.2)
 
 
@@ -167,8 +169,7 @@ def read_tables(path: Path) -> Tables:
     """
     try:
         reader = _ffcv().Reader(str(path))
-    # FFCV 1.0.2 raises these for meaningless bytes, and EINVAL for a table that lies nowhere.
-    except (AssertionError, LookupError, MemoryError, OSError, TypeError, ValueError) as error:
+    except (*_MEANINGLESS, OSError) as error:  # EINVAL: its header places a table nowhere
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise DataError(
