@@ -117,7 +117,7 @@ def test_a_run_with_the_weights_of_a_file(done: Done, refused: Refused, tmp_path
     assert "--which has no effect; got --which best" in refused(
         *words, "--weights", file, "--which", "best"
     )
-    assert "a run keeps its own" in refused(*words, "--set", "epochs=1")
+    assert "a run keeps its recipe" in refused(*words, "--set", "epochs=1")
 
 
 def test_what_does_not_fit_is_refused_in_one_line(
