@@ -18,6 +18,7 @@ from pipeline.track.events import (
     Step,
     Unwritten,
 )
+from pipeline.track.journal import number as any_number
 
 UNKNOWN_EPOCH = -1  # of an event that was reconstructed from a store's metrics
 
@@ -119,9 +120,8 @@ def parts(events: Iterable[Event]) -> dict[str, float]:
 
 def number(value: Any) -> float | None:
     """The value as a float; None if it is not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if math.isfinite(value) else None
+    known = any_number(value)
+    return known if known is not None and math.isfinite(known) else None
 
 
 def _with_seconds(events: Iterable[Event]) -> Iterator[tuple[float, Event]]:

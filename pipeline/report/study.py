@@ -26,7 +26,7 @@ from pipeline.report import results
 from pipeline.report.history import number
 from pipeline.report.results import COMPUTE, Run, flat, kind
 from pipeline.report.selection import recipe_value, tuned_keys
-from pipeline.track.journal import number as number_or_text
+from pipeline.track.journal import number as any_number
 
 if TYPE_CHECKING:
     from pipeline.report.claims import Claim
@@ -198,9 +198,8 @@ class Group:
 
     def diverged(self, rule: str) -> set[int]:
         """The seeds in which all runs of the rule diverged."""
-        return {run.seed for run in self.of(rule) if run.state == "diverged"} - self.by_seed(
-            rule, "top1"
-        ).keys()
+        lost = {run.seed for run in self.of(rule) if run.state == "diverged"}
+        return lost - self.by_seed(rule, "top1").keys()
 
     def lost(self, rule: str) -> int:
         """The number of the baseline's finished seeds in which the rule diverged."""
@@ -421,7 +420,7 @@ def _notes_on_clocks(group: Group) -> Iterator[str]:
 
 def _divergence(run: Run) -> str:
     """A text such as `went back 2 times as its training diverged`, or an empty text."""
-    loss = number_or_text((run.summary or {}).get("loss"))
+    loss = any_number((run.summary or {}).get("loss"))
     if run.state == "diverged":
         return "diverged"
     if loss is not None and not math.isfinite(loss):
