@@ -340,8 +340,7 @@ def _gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[
         except Exception as error:  # of many types
             findings.append(_bad("gpus", f"GPU {index} fails", error, advice))
     # Without Ray, NVIDIA's driver has a file for each GPU. The user may have chosen some GPUs.
-    has_chosen = "CUDA_VISIBLE_DEVICES" in os.environ
-    files = 0 if has_chosen else len(list(DEVICES.glob("nvidia[0-9]*")))
+    files = 0 if "CUDA_VISIBLE_DEVICES" in os.environ else len(list(DEVICES.glob("nvidia[0-9]*")))
     promised = files if resources is None else int(resources.get("GPU", 0))
     if count < promised:
         advice += "; without Ray, CUDA_VISIBLE_DEVICES names the GPUs to use"

@@ -181,11 +181,15 @@ def read_tables(path: Path) -> Tables:
         names in ((Images.name, _LABEL), (Arrays.name, _LABEL)),
         f"{path}: must hold the fields image or array, and label, in this order; got {names}",
     )
-    is_image, field = names[0] == Images.name, next(iter(reader.handlers.values()))
-    kind = Images() if is_image else Arrays(field.dtype.name, tuple(map(int, field.shape)))
+    field = next(iter(reader.handlers.values()))
+    kind = (
+        Images()
+        if names[0] == Images.name
+        else Arrays(field.dtype.name, tuple(map(int, field.shape)))
+    )
     table = reader.alloc_table[np.argsort(reader.alloc_table["sample_id"], kind="stable")]
     records = reader.metadata["f0"]
-    addresses = records["data_ptr"] if is_image else records
+    addresses = records["data_ptr"] if isinstance(kind, Images) else records
     # As Python's integers: FFCV's 16-bit ones overflow in arithmetic under NumPy 2.
     page_bytes, table_offset = int(reader.page_size), int(reader.header["alloc_table_ptr"])
     require_data(
