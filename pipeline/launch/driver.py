@@ -144,28 +144,34 @@ def drive(
             folder, console, store=uri, resume_command=resume, also=Exposed(folder, print_line).show
         )
         request = StopRequest(folder, print_line)
-        mirror = Mirror(folder, uri=uri)
-        try:
-            with closing(shown):
-                try:
-                    with on_stop_signals(request.hear):
-                        return _in_thread(
-                            lambda: launcher.run(job, attempt=uuid.uuid4().hex[:8]),
-                            meanwhile=(request.report, shown.look),
-                        )
-                except LaunchError as failure:
-                    hung = _journal_failure(folder, failure)
-                    if isinstance(failure, WorkersEnded) and failure.is_for_the_user:
-                        raise UserError(str(failure)) from failure
-                    if isinstance(failure, WorkersEnded) and hung:
-                        raise LaunchError(hung) from failure
-                    raise
-        finally:
-            if not mirror.close(timeout=MLFLOW_PATIENCE_S):
-                print_line(
-                    f"MLflow at {without_password(uri)} has not answered; `spiketrain sync"
-                    f" {folder}` delivers the rest later"
-                )
+        with _mirrored(folder, uri, print_line), closing(shown):
+            try:
+                with on_stop_signals(request.hear):
+                    return _in_thread(
+                        lambda: launcher.run(job, attempt=uuid.uuid4().hex[:8]),
+                        meanwhile=(request.report, shown.look),
+                    )
+            except LaunchError as failure:
+                hung = _journal_failure(folder, failure)
+                if isinstance(failure, WorkersEnded) and failure.is_for_the_user:
+                    raise UserError(str(failure)) from failure
+                if isinstance(failure, WorkersEnded) and hung:
+                    raise LaunchError(hung) from failure
+                raise
+
+
+@contextmanager
+def _mirrored(folder: Path, uri: str, print_line: Callable[[str], None]) -> Iterator[None]:
+    """Deliver the run to MLflow while the block runs, and the rest at its end."""
+    mirror = Mirror(folder, uri=uri)
+    try:
+        yield
+    finally:
+        if not mirror.close(timeout=MLFLOW_PATIENCE_S):
+            print_line(
+                f"MLflow at {without_password(uri)} has not answered; `spiketrain sync"
+                f" {folder}` delivers the rest later"
+            )
 
 
 def _with_checkpoint_token(job: Job, say: Callable[[str], None]) -> Job:
