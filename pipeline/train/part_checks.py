@@ -82,32 +82,27 @@ def checked_data(data: Any, part: Spec) -> Data:
     return data
 
 
-def check_loader(loader: Loader, data: Data, method: str) -> Batch | None:
-    """Check a loader that `data.train` or `data.val` returned, and its first batch. A loader whose
-    batch is refused is closed.
+def checked_loader(loader: Loader, data: Data, method: str) -> Loader:
+    """Check a loader that `data.train` or `data.val` made, and return it. Reads nothing.
 
-    Returns:
-        The batch; None if an epoch has no batches.
-
-    Raises:
-        ValueError: it does not implement `pipeline.data.base.Loader`, the first batch is missing,
-            its tensors have another type or shape, or a label is not a class.
+    Raises: ValueError if it does not implement `pipeline.data.base.Loader`.
     """
     who = f"data: what {type(data).__name__}.{method} returns"
     require_members(who, loader, ("samples", "steps_per_epoch", "epoch", "close"))
-    try:
-        refuse_unless_counts(
-            who,
-            {"samples": loader.samples, "steps_per_epoch": loader.steps_per_epoch},
-            least=0,
-        )
-        return _first_batch(loader, data, method)
-    except BaseException:
-        loader.close()
-        raise
+    refuse_unless_counts(
+        who,
+        {"samples": loader.samples, "steps_per_epoch": loader.steps_per_epoch},
+        least=0,
+    )
+    return loader
 
 
-def _first_batch(loader: Loader, data: Data, method: str) -> Batch | None:
+def first_batch(loader: Loader, data: Data, method: str) -> Batch | None:
+    """Check the first batch of a loader, and return it; None if an epoch has no batches.
+
+    Raises: ValueError if it is missing, its tensors have another type or shape, or a label is not
+    a class.
+    """
     who = f"data: what {type(data).__name__}.{method} returns"
     with loader.epoch(0) as batches:
         batch: Any = next(iter(batches), None)

@@ -14,7 +14,7 @@ from pipeline.data.base import Data, Loader, with_page_checks
 from pipeline.models.transforms import MultiHead, select_head
 from pipeline.recipe.json import dotted, is_trusted
 from pipeline.recipe.recipe import TRUSTED, Recipe, Split
-from pipeline.train.part_checks import check_loader, checked_data
+from pipeline.train.part_checks import checked_data, checked_loader, first_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,11 +133,14 @@ class Loaders:
         """Samples and global batches of an epoch. Opens both sets for an instant, to find errors
         before anything is trained.
         """
-        train_set, val_set = self.train(task), self.val(task)
-        if self._tries_batches:
-            check_loader(train_set, self.tasks[task].data, "train")
-            check_loader(val_set, self.tasks[task].data, "val")
-        with closing(train_set), closing(val_set):
+        data = self.tasks[task].data
+        with (
+            closing(checked_loader(self.train(task), data, "train")) as train_set,
+            closing(checked_loader(self.val(task), data, "val")) as val_set,
+        ):
+            if self._tries_batches:
+                first_batch(train_set, data, "train")
+                first_batch(val_set, data, "val")
             return train_set.samples, train_set.steps_per_epoch
 
 
