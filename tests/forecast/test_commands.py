@@ -151,6 +151,8 @@ def test_a_plan_against_what_was_launched(
     file: str, done: Done, spiketrain: Command, tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs"
+    # a step of 12 ms: one of 1 ms is less than what a run does around it, which is not planned
+    Path(file).write_text(RECIPE.replace("model=spec(mlp, in_features=64, hidden=(16,))", ""))
     (recipe,) = recipes_of(Path(file))
     # 240 batches: one that the machine delays weighs little
     long = replace(recipe, epochs=30, evaluation=Evaluation(every=0))
@@ -169,7 +171,7 @@ def test_a_plan_against_what_was_launched(
     step = off["step_s"]
     assert step["measured"] == pytest.approx(recipe.batch_size / summary["images_per_s"])
     assert step["error"] == pytest.approx(step["planned"] / step["measured"] - 1)
-    assert 0.4 < step["planned"] / step["measured"] < 2.5
+    assert 0.5 < step["planned"] / step["measured"] < 2
     assert "Against launched, SLTT-2: saved for backward" in " ".join(done(*words).split())
 
     written = runs / "launched" / "summary.json"
