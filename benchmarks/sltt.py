@@ -14,7 +14,7 @@ Result:   of 256 images on one worker, beside the claims (turns.json): SLTT 0.96
           0.517 (commit 4032ee417d7f)
 
 Rules alternate on one batch of images of a worker of that study, in as many processes as there are
-workers (forecast/interleaved.py). Each of several starts has one round for each rule, so drift of
+workers (forecast/rule_timing.py). Each of several starts has one round for each rule, so drift of
 the machine affects all rules equally. Timed are forward, loss and backward of all T steps. SLTT
 calls everything T times, and the fixed cost of a call does not shrink with the number of images:
 `--images` sets how many each worker holds. The exit code is 1 when SLTT takes longer than the
@@ -27,7 +27,7 @@ from dataclasses import asdict, replace
 
 from pipeline.core.code_version import commit
 from pipeline.core.printing import new_console
-from pipeline.forecast.interleaved import STARTS, measure_interleaved
+from pipeline.forecast.rule_timing import STARTS, measure_interleaved
 from pipeline.measure.memory import device_here, hardware
 from pipeline.report.claims import print_claims, share_of_k
 from recipes.compare.claims_base import time_in_turn

@@ -93,7 +93,7 @@ def refused(spiketrain: Command) -> Refused:
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow's SQLite store without a run. To make its tables takes seconds, to copy it none."""
-    from pipeline.track.connect import connect
+    from pipeline.track.mlflow_store import connect
 
     file = tmp_path_factory.mktemp("store") / "mlflow.db"
     connect(f"sqlite:///{file}").search_experiments()

@@ -18,7 +18,7 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.spiking.neuron import LIF, PLIF
 from pipeline.spiking.rate import RateIF
-from pipeline.train.checkpoint import Checkpoints, place_at
+from pipeline.train.checkpoint import Checkpoints, store_at
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.weights import lasting_weights, load_start, weights_file
 from pipeline.train.worker import run
@@ -72,7 +72,7 @@ def test_weights_that_a_suites_recipe_names_stay_where_others_are_fetched(tmp_pa
     run, address = tmp_path / "run", f"memory://weights/{tmp_path.name}"
     run.mkdir()
     write_json(run / "job.json", {"checkpoints": address})
-    saving = Checkpoints(place_at(address, run), attempt="a")
+    saving = Checkpoints(store_at(address, run), attempt="a")
     save(saving, 1, backend(1), Counting(), TRAINER)
     named = lasting_weights(run)
     content = named.read_bytes()

@@ -312,7 +312,7 @@ def _threads(cores: Any) -> int:
         return cores
     import torch
 
-    from pipeline.core.cores import cores_here
+    from pipeline.core.cpu_affinity import cores_here
     from pipeline.launch.cluster import share_of
 
     return share_of(

@@ -42,13 +42,13 @@ from pipeline.cli.submit import (
     Where,
     hand_over,
 )
-from pipeline.recipe.command_line import command
-from pipeline.recipe.files import refuse_unnamed, trust_of
+from pipeline.recipe.printed_commands import command
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.recipe_files import refuse_unnamed, trust_of
 from pipeline.recipe.search import joined, over_seeds, parse_search, tuned
 from pipeline.recipe.suite import Suite, is_suite, runs_of
-from pipeline.track.connect import TrackingError
-from pipeline.track.state import done_entries, state_of, suite_entries
+from pipeline.track.mlflow_store import TrackingError
+from pipeline.track.run_state import done_entries, state_of, suite_entries
 
 if TYPE_CHECKING:
     from pipeline.launch.cluster import Cluster

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline.cli.options import RUNS, Commands, RunName, Runs, Sets, Trust, is_typed, made_of
-from pipeline.recipe.files import trust_of
+from pipeline.recipe.recipe_files import trust_of
 
 commands = Commands()
 

@@ -1,18 +1,21 @@
-"""Options that several commands share, and the reading of a recipe file.
+"""Options that several commands share, `--set`, and the reading of a recipe file.
 
 Modules of the command line import at their top only what needs the standard library alone, rich and
 typer. What imports torch, Ray or MLflow is imported by the command that needs it.
 """
 
+import ast
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
 
-from pipeline.recipe.files import load_recipe, parse_changes
+from pipeline.core.checks import require
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.recipe_files import load_recipe
 from pipeline.recipe.suite import Suite
 
 
@@ -174,3 +177,25 @@ def made_of(path: Path, changes: list[str], tiny: bool) -> Recipe | Suite:
     """The recipe or suite of a recipe file, with the changes of --set, or in its tiny form."""
     made = load_recipe(path).override(parse_changes(changes))
     return made.tiny() if tiny else made
+
+
+def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """Keys and values of `["optimizer.lr=0.05", "precision=bf16"]`.
+
+    Values are Python literals; anything else is text.
+
+    Raises:
+        ValueError: a text without `=`.
+    """
+    changes: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        require(
+            equals and key,
+            f"--set: must look like key=value, for example optimizer.lr=0.05; got {text!r}",
+        )
+        try:
+            changes[key.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[key.strip()] = value
+    return changes

@@ -7,8 +7,8 @@ import typer
 from pipeline.cli.options import RUNS, Commands, RunName, RunOrSuite, Runs
 from pipeline.core.units import counted
 from pipeline.recipe.suite import is_suite, runs_of
-from pipeline.track.connect import without_password
-from pipeline.track.state import state_of
+from pipeline.track.mlflow_store import without_password
+from pipeline.track.run_state import state_of
 
 commands = Commands()
 
@@ -59,10 +59,10 @@ def register(
     from pipeline.report.selection import find_run
     from pipeline.track import mlflow
     from pipeline.train.checkpoint import pin, verified
-    from pipeline.train.weights import place_of
+    from pipeline.train.weights import store_of
 
     folder = find_run(runs, run)
-    place = place_of(folder)
+    place = store_of(folder)
     if place.folder is None:
         raise ValueError(
             "register: a checkpoint must be in a folder, where it can be pinned; got"

@@ -26,7 +26,7 @@ from pipeline.core.units import counted, first_few
 from pipeline.data.base import DataError, Loader
 from pipeline.measure.clock import charge_collectives, seconds_of
 from pipeline.measure.constants import REST
-from pipeline.measure.fidelity import gradients
+from pipeline.measure.gradient_similarity import gradients
 from pipeline.measure.memory import (
     device_here,
     is_out_of_memory,
@@ -342,7 +342,7 @@ class Bench:
 
     @contextmanager
     def running(self, who: str) -> Iterator[None]:
-        """Surround the work on a batch. A bench without values overrides it (`counts.py`).
+        """Surround the work on a batch. A bench without values overrides it (`step_counts.py`).
 
         Raises: DoesNotFit if memory runs out inside.
         """

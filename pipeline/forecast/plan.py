@@ -3,7 +3,7 @@
     step = compute + teacher + communication + optimizer
 
 It is a model, not a measurement. Work and memory are counted at full size on tensors without
-values (`counts.py`); no data set is needed. The model assumes that loaders keep up.
+values (`step_counts.py`); no data set is needed. The model assumes that loaders keep up.
 
 A card takes the longer of two times: its roofline time over its efficiency, and the time to launch
 all kernels. The roofline has no caches: each kernel reads the previous kernel's output again from
@@ -58,7 +58,8 @@ from pipeline.forecast.bench import (
     step_inputs,
     untrained_teacher,
 )
-from pipeline.forecast.counts import (
+from pipeline.forecast.rule_timing import rule_seconds, run_processes
+from pipeline.forecast.step_counts import (
     Counts,
     FakeBench,
     Operation,
@@ -67,7 +68,6 @@ from pipeline.forecast.counts import (
     counted_optimizer,
     counted_teacher,
 )
-from pipeline.forecast.interleaved import rule_seconds, run_processes
 from pipeline.measure.memory import device_here, format_hardware, free_bytes, hardware
 from pipeline.measure.saved_bytes import bytes_of
 from pipeline.models.teachers.base import Teacher

@@ -17,7 +17,7 @@ from pipeline.forecast.bench import (
     median_cost,
     rules_by_label,
 )
-from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
+from pipeline.measure.gradient_similarity import Fidelity, Gradients, fidelity
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import BASELINE, is_baseline
 from pipeline.recipe.recipe import Recipe, Spec

@@ -11,7 +11,7 @@ from pipeline.core.checks import is_count, refuse_unless_counts, require
 from pipeline.core.errors import DataError, UserError
 from pipeline.core.units import counted
 from pipeline.launch.ray_cluster import NodeLoss
-from pipeline.measure.gpu_driver import unusable_gpus
+from pipeline.measure.unusable_gpus import unusable_gpus
 from pipeline.recipe.spec import arguments_of
 from pipeline.train.checkpoint import refuse_credentials
 from pipeline.train.elastic import format_sizes
@@ -286,7 +286,7 @@ def share_of(
 
 
 def _has_tbb() -> bool:
-    from pipeline.data.ffcv.tbb import require_tbb  # imports numba, which takes a second
+    from pipeline.data.ffcv.numba_threads import require_tbb  # imports numba, which takes a second
 
     with suppress(DataError):
         require_tbb()

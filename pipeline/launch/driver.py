@@ -2,7 +2,7 @@
 workers and watches them. It does not train.
 
 It holds `RUN/driver.lock`, follows the journal of the run to show progress and to fill MLflow, and
-passes requests from signals (`signals.py`) to the workers through files in the run's folder.
+passes requests from signals (`driver_signals.py`) to the workers through files in the run's folder.
 """
 
 import fcntl
@@ -29,23 +29,23 @@ from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.units import first_few
 from pipeline.launch.cluster import OF_RAY, Cluster, LaunchError, WorkersEnded, option_name
+from pipeline.launch.driver_signals import StopRequest, on_stop_signals
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare, write_job
 from pipeline.launch.progress import Shown
 from pipeline.launch.ray import Ray
-from pipeline.launch.signals import StopRequest, on_stop_signals
-from pipeline.recipe.command_line import command
+from pipeline.recipe.printed_commands import command
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import refuse_references
-from pipeline.track.connect import without_password
-from pipeline.track.exposition import Exposed
 from pipeline.track.journal import read_events
 from pipeline.track.mlflow import Mirror, tracking_uri
+from pipeline.track.mlflow_store import without_password
+from pipeline.track.prometheus import Exposed
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import check_recipe
-from pipeline.train.checkpoint import claim, place_at
+from pipeline.train.checkpoint import claim, store_at
 from pipeline.train.elastic import format_sizes
-from pipeline.train.guards.storage import retry_while_away
+from pipeline.train.guards.storage_outage import retry_while_away
 from pipeline.train.guards.watchdog import unreported_hangs
 from pipeline.train.job import Job, raise_refusal
 from pipeline.train.tasks import Loaders, fingerprint_of, tasks_of
@@ -180,10 +180,10 @@ def _with_checkpoint_token(job: Job, say: Callable[[str], None]) -> Job:
     """
     if not job.checkpoints:
         return job
-    place = place_at(job.checkpoints, Path(job.run))
+    place = store_at(job.checkpoints, Path(job.run))
     return replace(
         job,
-        place_token=retry_while_away(
+        store_token=retry_while_away(
             Ranks(),
             lambda: claim(place, run=job.run, run_id=job.run_id, study=job.study),
             on_wait=lambda error: say(

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import torch
 
-from pipeline.core.cores import cores_here
+from pipeline.core.cpu_affinity import cores_here
 from pipeline.core.torch_settings import keep_freed_memory
 from pipeline.launch.cluster import (
     CountOrAuto,

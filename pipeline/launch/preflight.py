@@ -39,9 +39,9 @@ from pipeline.launch.ray_cluster import (
     innermost,
     worker_environment,
 )
-from pipeline.measure.gpu_driver import unusable_gpus
-from pipeline.track.connect import connect, is_server, reason, sqlite_file, without_password
+from pipeline.measure.unusable_gpus import unusable_gpus
 from pipeline.track.mlflow import tracking_uri
+from pipeline.track.mlflow_store import connect, is_server, reason, sqlite_file, without_password
 from pipeline.train.checkpoint import absolute, folder_of
 
 PACKAGES = ("spiketrain", "torch", "deepspeed", "ray", "ffcv", "mlflow", "numpy", "numba", "timm")
@@ -362,7 +362,7 @@ def _try_reading() -> Iterator[Finding]:
             "infra/setup.sh builds FFCV and what it needs",
         )
         return
-    from pipeline.data.ffcv.tbb import require_tbb
+    from pipeline.data.ffcv.numba_threads import require_tbb
 
     try:
         require_tbb()

@@ -15,16 +15,16 @@ from pipeline.core.files import is_name
 from pipeline.core.run_folder import RunFolder
 from pipeline.launch.cluster import Cluster, refuse_unless_watchable
 from pipeline.recipe import own_code
-from pipeline.recipe.command_line import how_to_resume
+from pipeline.recipe.printed_commands import how_to_resume
 from pipeline.recipe.recipe import Recipe, read_json, write_json
 from pipeline.recipe.spec import arguments_of
 from pipeline.recipe.suite import targets_of
-from pipeline.train.checkpoint import Owner, absolute, owner_of, place_at
+from pipeline.train.checkpoint import Owner, absolute, owner_of, store_at
 from pipeline.train.job import Job
 from pipeline.train.tasks import fingerprint_of
 from pipeline.train.weights import study_inputs
 
-NOT_SAVED = ("run", "trust", "place_token")  # Fields of a job that job.json does not hold
+NOT_SAVED = ("run", "trust", "store_token")  # Fields of a job that job.json does not hold
 
 
 def prepare(
@@ -73,7 +73,7 @@ def prepare(
         **cluster.worker_settings,
     )
     if cluster.checkpoints is not None:
-        address, run_id = _own_place(cluster.checkpoints, folder, study, adopts=adopts)
+        address, run_id = _own_store(cluster.checkpoints, folder, study, adopts=adopts)
         job = replace(job, checkpoints=address, run_id=run_id or job.run_id)
     with atomic_folder(folder) as hidden:
         files = RunFolder(hidden)
@@ -84,14 +84,14 @@ def prepare(
     return job
 
 
-def _own_place(place: str, run: Path, study: str, *, adopts: bool) -> tuple[str, str | None]:
+def _own_store(place: str, run: Path, study: str, *, adopts: bool) -> tuple[str, str | None]:
     """The address of the run's checkpoints below `place`, and the run_id of their owner, if any.
 
     Raises:
         ValueError: there is an owner and not `adopts`, the owner is of another study, or the
             address cannot be opened.
     """
-    address, names, owner = open_place(place, run)
+    address, names, owner = open_store(place, run)
     require(
         adopts or (not names and not owner),
         f"launch: {address} must hold no checkpoints yet; got"
@@ -108,14 +108,14 @@ def _own_place(place: str, run: Path, study: str, *, adopts: bool) -> tuple[str,
     return address, owner.run_id
 
 
-def open_place(place: str, run: Path) -> tuple[str, list[str], Owner | None]:
+def open_store(place: str, run: Path) -> tuple[str, list[str], Owner | None]:
     """The address of a run's checkpoints below `place`, their names there, and their owner.
 
     Raises:
         ValueError: the address cannot be opened.
     """
     address = f"{absolute(place).rstrip('/')}/{run.name}"
-    checkpoints = place_at(address, run)
+    checkpoints = store_at(address, run)
     try:
         return address, checkpoints.names(), owner_of(checkpoints)
     except Exception as error:  # each store has errors of its own

@@ -24,9 +24,9 @@ from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import counted, format_quantity
 from pipeline.measure.energy import describe_inference
 from pipeline.track import events
-from pipeline.track.connect import without_password
 from pipeline.track.events import Event, from_dict
 from pipeline.track.journal import Follower, Record, number
+from pipeline.track.mlflow_store import without_password
 
 _TASK = TaskID(0)  # the only task of the bar
 

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from torch import distributed
 
-from pipeline.core.cores import cores_here
+from pipeline.core.cpu_affinity import cores_here
 from pipeline.core.errors import UserError
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
@@ -31,6 +31,7 @@ from pipeline.launch.cluster import (
     share_of,
     takes_gpus,
 )
+from pipeline.launch.driver_signals import blocked_signal
 from pipeline.launch.ray_cluster import (
     TOKEN_ADVICE,
     alive_nodes,
@@ -41,7 +42,6 @@ from pipeline.launch.ray_cluster import (
     worker_environment,
     worker_start_timeout,
 )
-from pipeline.launch.signals import blocked_signal
 from pipeline.track.events import Checkpoint, Stopped
 from pipeline.track.journal import last_event
 from pipeline.train.backend.collectives import PATIENCE, Ranks

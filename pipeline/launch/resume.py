@@ -23,12 +23,12 @@ from pipeline.recipe.json import differing, listed, recipe_fields
 from pipeline.recipe.recipe import Recipe, read_json, write_json
 from pipeline.recipe.suite import FILE as SUITE
 from pipeline.recipe.suite import Suite, SuiteFile, is_suite
-from pipeline.track.state import state_of
+from pipeline.track.run_state import state_of
 from pipeline.train.build import check_recipe
-from pipeline.train.checkpoint import Place, trainer_of
+from pipeline.train.checkpoint import CheckpointStore, trainer_of
 from pipeline.train.elastic import format_sizes
-from pipeline.train.guards.storage import may_be_temporary
-from pipeline.train.weights import place_of
+from pipeline.train.guards.storage_outage import may_be_temporary
+from pipeline.train.weights import store_of
 
 # Fields of `Cluster` in which a launch may differ from the one that it continues.
 MAY_DIFFER = ("workers", "inline", "address", *OPERATIONAL)
@@ -80,7 +80,7 @@ def check_resumed(
         # The file that the run began from need not exist any more.
         check_recipe(replace(recipe.with_untrained_teacher(), init=None), *cluster.sizes)
     if zero := recipe_fields(folder).get("zero"):
-        wrote = _workers_of_newest(place_of(folder))
+        wrote = _workers_of_newest(store_of(folder))
         require(
             wrote is None or cluster.sizes == (wrote,),
             f"resume: ZeRO-{zero} needs the number of workers of its newest checkpoint,"
@@ -88,15 +88,15 @@ def check_resumed(
         )
 
 
-def _workers_of_newest(place: Place) -> int | None:
+def _workers_of_newest(store: CheckpointStore) -> int | None:
     """The number of workers that wrote the newest checkpoint.
 
     None: there is no checkpoint, or its storage is away, which the workers wait for.
     """
     try:
-        for name in reversed(place.names()):
+        for name in reversed(store.names()):
             # The workers move a damaged checkpoint to quarantine.
-            if trainer := trainer_of(place, name):
+            if trainer := trainer_of(store, name):
                 return trainer["world_size"]
     except OSError as error:
         if not may_be_temporary(error):

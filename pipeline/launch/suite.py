@@ -32,20 +32,20 @@ from pipeline.launch.driver import (
     ignore_lost_terminal,
     launcher_of,
 )
-from pipeline.launch.prepare import atomic_folder, free_folder, named, open_place, refuse_taken
+from pipeline.launch.prepare import atomic_folder, free_folder, named, open_store, refuse_taken
 from pipeline.launch.resume import check_resumed, save_options
 from pipeline.launch.suite_runs import SuiteRuns, begun_job, parallel_runs, train_side_by_side
 from pipeline.measure.memory import hardware_differences
 from pipeline.recipe import own_code
-from pipeline.recipe.command_line import command
 from pipeline.recipe.json import read_json, write_json
+from pipeline.recipe.printed_commands import command
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Measurement, Suite, SuiteFile, measured_in, runs_of
 from pipeline.track.events import Start
 from pipeline.track.journal import read
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
 from pipeline.track.provenance import conditions_of
-from pipeline.track.state import done_entries, state_of, suite_entries
+from pipeline.track.run_state import done_entries, state_of, suite_entries
 from pipeline.train.build import with_placeholder_weights
 from pipeline.train.job import was_stopped
 
@@ -82,7 +82,7 @@ def launch_suite(
     say_stage(f"checking {counted(len(suite.recipes), 'recipe')} and their data")
     _check_ahead(suite, cluster, trust=trust)
     if cluster.checkpoints is not None:
-        open_place(cluster.checkpoints, folder.parent / suite_file.runs[0])
+        open_store(cluster.checkpoints, folder.parent / suite_file.runs[0])
     with launcher:
         slots = parallel_runs(launcher, cluster.side_by_side)
         with atomic_folder(folder) as hidden:  # nothing can be refused after this
@@ -249,7 +249,7 @@ def _measure(measurement: Measurement, runs: Mapping[str, Path], trust: tuple[st
         options = {"steps": (recipes[0].time_steps,), **options}
         return sweep(recipes[0], rules=rules, **options).to_json()
     if measurement.kind == "interleaved":
-        from pipeline.forecast.interleaved import measure_interleaved
+        from pipeline.forecast.rule_timing import measure_interleaved
 
         options = {
             "workers": conditions.get("world_size") or 1,

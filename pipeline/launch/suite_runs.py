@@ -1,9 +1,9 @@
 """The runs of a suite: which are left, which can begin, the job of each, and several at a time.
 
-A run can begin once the runs that it depends on are over. Runs that train at the same time are each
-driven by a `spiketrain resume` of its own. Each worker keeps to cores of its own
-(pipeline.core.cores), or gets a GPU of its own from Ray. The cost of a run is thus measured while
-others use the same memory bus, but never the same cores.
+A run can begin once the runs that it depends on are over. Each of several runs that train at the
+same time has a `spiketrain resume` of its own. Each worker has its own cores
+(`core/cpu_affinity.py`), or its own GPU from Ray. The cost of a run is thus measured while others
+use the same memory bus, but never the same cores.
 """
 
 import ctypes
@@ -24,14 +24,14 @@ from pipeline.core.printing import say
 from pipeline.core.run_folder import RunFolder
 from pipeline.launch.cluster import Cluster, CountOrAuto, LaunchError
 from pipeline.launch.driver import Launcher, check
+from pipeline.launch.driver_signals import PATIENT, on_stop_signals
 from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.progress import Shown
-from pipeline.launch.signals import PATIENT, on_stop_signals
-from pipeline.recipe.command_line import trust_words
+from pipeline.recipe.printed_commands import trust_words
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import SuiteFile, fill_references, needed, runs_of, sources
 from pipeline.track.mlflow import tracking_uri
-from pipeline.track.state import best, is_driven, is_over, top1_of
+from pipeline.track.run_state import best, is_driven, is_over, top1_of
 from pipeline.train.job import Job, was_stopped
 from pipeline.train.weights import lasting_weights
 

@@ -31,9 +31,9 @@ from pipeline.core.checks import are_counts, refuse_unless_counts, refuse_unless
 from pipeline.models.parts import Pool, copy_neuron
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.equilibrium import Equilibrium
-from pipeline.spiking.limit import FrobeniusLimit, SpectralLimit
 from pipeline.spiking.neuron import IF, LIF
 from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.norm_limit import FrobeniusLimit, SpectralLimit
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 Norm = Literal["batch", "none"]

@@ -20,10 +20,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.spiking.binary import Binarization, binarize
-from pipeline.spiking.limit import LimitedSynapse
 from pipeline.spiking.local_learning import Readout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import batch_norms
+from pipeline.spiking.norm_limit import LimitedSynapse
 from pipeline.spiking.state import State
 from pipeline.spiking.synapse import Conv2d, Linear, is_inside
 

@@ -36,7 +36,7 @@ from pipeline.recipe.spec import arguments_of, reference_to, referred
 
 # A function that prints a suite's results. Its first argument has the folder of each recipe's run
 # and the file of each measurement, by name and in order; all runs have finished or diverged
-# (pipeline/track/state.py). The second is rich's Console. The function may return JSON values,
+# (pipeline/track/run_state.py). The second is rich's Console. The function may return JSON values,
 # which `compare --format json` prints. If they are an object, `report` shows its "claims", as in
 # report/claims.py, and its "sweeps", as `sweep --format json` prints them.
 Report = Callable[[Mapping[str, Path], Any], object]

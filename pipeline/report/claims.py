@@ -15,7 +15,8 @@ from rich.console import Console
 
 from pipeline.core.printing import print_table, prose
 from pipeline.core.units import counted
-from pipeline.report.results import COMPUTE, KEPT, ReportError
+from pipeline.report.metrics import COMPUTE, KEPT
+from pipeline.report.results import ReportError
 from pipeline.report.study import Group, spread_of
 from pipeline.report.sweeps import sweep_of
 

@@ -30,7 +30,8 @@ from pipeline.report.drawing import (
     titled,
 )
 from pipeline.report.history import Point
-from pipeline.report.results import ENERGY, ENERGY_MEASURED, Run, compared, metric
+from pipeline.report.metrics import ENERGY, ENERGY_MEASURED, compared, metric
+from pipeline.report.results import Run
 from pipeline.report.study import Group, Spread
 from pipeline.report.tables import MEASURED_SAID, prices
 

@@ -13,10 +13,10 @@ from pipeline.core.printing import Column, new_console, number, print_fields, pr
 from pipeline.core.units import counted
 from pipeline.data.base import DataError
 from pipeline.forecast.bench import RESERVE, Cost
-from pipeline.forecast.counts import describe_steps
 from pipeline.forecast.plan import Cluster, Plan
 from pipeline.forecast.probe import Probe
 from pipeline.forecast.probe import advice as probe_advice
+from pipeline.forecast.step_counts import describe_steps
 from pipeline.forecast.sweep import Sweep
 from pipeline.measure.memory import format_hardware, hardware_differences
 from pipeline.recipe import BASELINE

@@ -24,7 +24,8 @@ from pipeline.report.compare import finite
 from pipeline.report.drawing import NOT_MEASURED, THEMES, Cell, Figure, Missing, Table, slug
 from pipeline.report.figures import learning_curves, ratios, standings, time_parts, trade_off
 from pipeline.report.heat_maps import firing_rates, gradient_fidelity, temporal_share
-from pipeline.report.results import ENERGY, ReportError, describe_state
+from pipeline.report.metrics import ENERGY
+from pipeline.report.results import ReportError, describe_state
 from pipeline.report.study import Group, Study
 from pipeline.report.suite import Found
 from pipeline.report.sweeps import LARGEST_SAID, swept

@@ -11,8 +11,8 @@ from pipeline.core.printing import new_console, number, print_table, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import counted, first_few
 from pipeline.recipe import is_baseline
-from pipeline.recipe.command_line import how_to_resume
 from pipeline.recipe.json import differing, listed
+from pipeline.recipe.printed_commands import how_to_resume
 from pipeline.recipe.recipe import Role, select
 from pipeline.recipe.suite import FILE, is_suite
 from pipeline.report.results import (
@@ -28,7 +28,7 @@ from pipeline.report.results import (
 )
 from pipeline.track.events import Evaluation
 from pipeline.track.journal import last
-from pipeline.track.state import done_entries, is_driven, suite_entries
+from pipeline.track.run_state import done_entries, is_driven, suite_entries
 
 Differing = tuple[str, Any, Any]  # a field, and its values in two runs
 

@@ -24,11 +24,18 @@ from urllib.parse import quote, unquote, urlparse
 
 from pipeline.core.run_folder import RunFolder
 from pipeline.report.results import ReportError, Run, frame, is_silent, read_runs, run_of
-from pipeline.track.connect import KIND_TAG, PARENT_OF, SQLITE, connect, reason, without_password
 from pipeline.track.events import KIND, Event, Start, Step, from_dict
 from pipeline.track.journal import Record, read_thinned
 from pipeline.track.mlflow import REPORT, REPORT_DATA
-from pipeline.track.state import State
+from pipeline.track.mlflow_store import (
+    KIND_TAG,
+    PARENT_OF,
+    SQLITE,
+    connect,
+    reason,
+    without_password,
+)
+from pipeline.track.run_state import State
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -206,7 +213,7 @@ def results(source: str | os.PathLike[str] = "runs") -> "pd.DataFrame":
         frame[frame.state == "finished"].groupby(["study", "rule"])["top1"].agg(["mean", "std"])
 
     Quantities are in bytes, seconds, joules, and shares in 0..1; NaN where one was not measured.
-    `pipeline.report.results.METRICS` lists them. The columns `recipe` and `summary` hold what the
+    `pipeline.report.metrics.METRICS` lists them. The columns `recipe` and `summary` hold what the
     files of a run say; a store has neither a recipe nor text of a summary.
 
     Args:

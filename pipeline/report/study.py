@@ -24,7 +24,8 @@ from pipeline.core.units import counted, format_quantity
 from pipeline.recipe import BASELINE, is_baseline
 from pipeline.report import results
 from pipeline.report.history import number
-from pipeline.report.results import COMPUTE, Run, flat, kind
+from pipeline.report.metrics import COMPUTE
+from pipeline.report.results import Run, flat, kind
 from pipeline.report.selection import recipe_value, tuned_keys
 from pipeline.track.journal import number as any_number
 

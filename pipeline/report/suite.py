@@ -18,8 +18,8 @@ from rich.console import Console
 from pipeline.core.printing import new_console, number, print_table, say
 from pipeline.core.units import counted, first_few
 from pipeline.recipe import BASELINE
-from pipeline.recipe.command_line import how_to_resume
 from pipeline.recipe.json import flat
+from pipeline.recipe.printed_commands import how_to_resume
 from pipeline.recipe.recipe import read_json
 from pipeline.recipe.suite import Report, SuiteFile, has_report, runs_of
 from pipeline.report.claims import SuiteResult, parse_result
@@ -47,7 +47,7 @@ from pipeline.report.selection import (
 from pipeline.report.study import WITHIN, Study
 from pipeline.report.sweeps import sweep_of
 from pipeline.track.mlflow import REPORT
-from pipeline.track.state import best, done_entries, is_driven, state_of, suite_entries
+from pipeline.track.run_state import best, done_entries, is_driven, state_of, suite_entries
 
 _WIDTH = 120  # columns of the console of a suite's own report
 

@@ -12,18 +12,13 @@ from pipeline.measure.constants import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.recipe.recipe import Split
 from pipeline.report.claims import Claim
 from pipeline.report.drawing import Cell, Table
+from pipeline.report.metrics import ENERGY, KEPT, METRICS, Metric, compared, metric
 from pipeline.report.results import (
-    ENERGY,
-    KEPT,
-    METRICS,
     UNKNOWN,
-    Metric,
     Run,
-    compared,
     describe_state,
     expanded,
     machine,
-    metric,
     micro_batches,
     places,
 )

@@ -80,7 +80,7 @@ class Rule(nn.Module):
         one_loss_per_step       whether `loss_of` sees only the network's logits, once per step or
                                 once; False: it also sees other logits
         forecast_note           how a forecast counts a batch whose work depends on values
-                                (`forecast/counts.py`); "" if the work does not depend on them
+                                (`forecast/step_counts.py`); "" if the work does not depend on them
         chunk                   the number of time steps per forward; None: all
         tiny                    keywords of the rule that `Recipe.tiny` sets in a small recipe
     """

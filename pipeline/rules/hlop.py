@@ -22,9 +22,9 @@ from pipeline.recipe.spec import admits
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World
 from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.error_feedback import FixedFeedback, sign_symmetric
-from pipeline.spiking.limit import LimitedSynapse
 from pipeline.spiking.local_learning import run_readouts
 from pipeline.spiking.norm import BatchNorm, is_foreign_norm
+from pipeline.spiking.norm_limit import LimitedSynapse
 from pipeline.spiking.state import attribute_set, fresh_state
 from pipeline.spiking.subspace import (
     InputRecorder,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World, refuse_foreign_norms
 from pipeline.spiking.equilibrium import Linearized, find_equilibrium
-from pipeline.spiking.limit import LimitedSynapse
+from pipeline.spiking.norm_limit import LimitedSynapse
 from pipeline.spiking.state import hooked
 from pipeline.spiking.synapse import Linear, effective_weight, error_weight
 

@@ -14,8 +14,8 @@ g[t] factor[t]^T. The seam `backward_weight: weight -> weight` replaces the weig
 gradient: dL/dx = backward_weight(W)^T g. They are independent. Each call is one forward and one
 backward operation, without a second pass.
 
-`forward` accepts another `weight`, such as a norm-limited one (`spiking/limit.py`); bias and seams
-stay.
+`forward` accepts another `weight`, such as one of limited norm (`spiking/norm_limit.py`); bias and
+seams stay.
 
 Source of sWS: Brock et al. 2021 (arXiv 2101.08692), eq. 1, in the form of OTTT's and SLTT's
 NF-ResNet.

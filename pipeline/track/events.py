@@ -1,7 +1,7 @@
 """The events of a run's journal: one frozen dataclass for each kind.
 
 A class declares everything that depends on its kind: its fields, their use in MLflow (`mlflow.py`)
-and Prometheus (`exposition.py`), and its traits. The traits, such as `durable`, are keywords of the
+and Prometheus (`prometheus.py`), and its traits. The traits, such as `durable`, are keywords of the
 class; `Event` lists them. `Event.to_dict` and `from_dict` convert to and from JSON. The name of a
 kind is its class name with underscores: `FirstBatch` is `first_batch`.
 """

@@ -28,7 +28,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.core.run_folder import RunFolder
 from pipeline.track import events
-from pipeline.track.connect import (
+from pipeline.track.events import KIND, Start, Tag, kind_of, uses
+from pipeline.track.journal import Follower, Record, first, number
+from pipeline.track.mlflow_store import (
     DIVERGED_TAG,
     KIND_TAG,
     PARENT_OF,
@@ -45,10 +47,8 @@ from pipeline.track.connect import (
     suite_of,
     tracking_errors,
 )
-from pipeline.track.events import KIND, Start, Tag, kind_of, uses
-from pipeline.track.journal import Follower, Record, first, number
-from pipeline.track.state import is_driven
-from pipeline.track.system import Sampler
+from pipeline.track.run_state import is_driven
+from pipeline.track.system_metrics import Sampler
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -25,7 +25,7 @@ from pipeline.core.torch_settings import compute_in
 from pipeline.data.ffcv.page_checks import ONE_IN
 from pipeline.data.mixing import Mixing
 from pipeline.measure.clock import Clock
-from pipeline.measure.fidelity import Fidelity
+from pipeline.measure.gradient_similarity import Fidelity
 from pipeline.measure.meters import Meters
 from pipeline.recipe import own_code
 from pipeline.recipe.json import differing, listed
@@ -35,9 +35,9 @@ from pipeline.rules.base import Rule, World
 from pipeline.spiking.encode import over_steps
 from pipeline.track import events
 from pipeline.track.journal import Tracker, read_events
-from pipeline.train.backend.averaged import Averaged
 from pipeline.train.backend.base import Backend
 from pipeline.train.backend.collectives import Ranks
+from pipeline.train.backend.ema import Averaged
 from pipeline.train.backend.plain import Plain
 from pipeline.train.build import (
     attached_rule,
@@ -45,11 +45,11 @@ from pipeline.train.build import (
     build_optimizer,
     build_schedule,
 )
-from pipeline.train.checkpoint import Checkpoints, lost_step, place_at, read_trainer, step_name
+from pipeline.train.checkpoint import Checkpoints, lost_step, read_trainer, step_name, store_at
 from pipeline.train.checkpoint.background import LONGEST_S
 from pipeline.train.elastic import build_mixing, fit_to_sizes, seed_everything
 from pipeline.train.gradient_fidelity import compare_gradients
-from pipeline.train.guards.storage import PATIENCE_S, retry_while_away
+from pipeline.train.guards.storage_outage import PATIENCE_S, retry_while_away
 from pipeline.train.guards.watchdog import Watchdog
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.recovery import Decisions
@@ -65,7 +65,7 @@ class Process:
     """A worker process in one of its attempts, before anything is built."""
 
     job: Job
-    place: RankInfo
+    rank_info: RankInfo
     ranks: Ranks
     tracker: Tracker
     watchdog: Watchdog  # armed
@@ -136,7 +136,7 @@ def assemble(process: Process) -> TrainContext:
             lambda: check_data(
                 build_data(recipe),
                 fingerprint=job.data_fingerprint,
-                every_page=process.place.local_rank == 0,
+                every_page=process.rank_info.local_rank == 0,
             )
         )
     world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
@@ -207,14 +207,14 @@ def _read_recipe(process: Process) -> Recipe:
 
 def _open_checkpoints(process: Process, recipe: Recipe) -> Checkpoints:
     job, ranks, tracker, beat = process.job, process.ranks, process.tracker, process.watchdog.beat
-    place = ranks.all_or_raise(
-        lambda: place_at(job.checkpoints, Path(job.run), token=job.place_token)
+    store = ranks.all_or_raise(
+        lambda: store_at(job.checkpoints, Path(job.run), token=job.store_token)
     )
     if ranks.size > 1:
-        process.retry_while_away(place.sweep)  # first: files of a killed attempt may fill the disk
-        check_shared(place.staging, rank=ranks.rank, each=ranks.all_gather_object, beat=beat)
+        process.retry_while_away(store.sweep)  # first: files of a killed attempt may fill the disk
+        check_shared(store.staging, rank=ranks.rank, each=ranks.all_gather_object, beat=beat)
     return Checkpoints(
-        place,
+        store,
         attempt=ranks.broadcast_object(lambda: f"{os.getpid()}-{time.time_ns():x}"),
         keep=recipe.checkpoints.keep,
         rank=ranks.rank,
@@ -247,7 +247,7 @@ def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
         before, when = trainer["recipe"], f"step {trainer['step']} was saved"
     elif step := lost_step(read_events(RunFolder(job.run).journal), keep=recipe.checkpoints.keep):
         raise UserError(
-            f"checkpoint: {checkpoints.place.address(step_name(step))} must be there, as the"
+            f"checkpoint: {checkpoints.store.address(step_name(step))} must be there, as the"
             " journal says; got no checkpoint: mount or restore its storage, or begin anew under"
             " another --name"
         )
@@ -267,7 +267,7 @@ def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
 def _own_parts(
     process: Process, recipe: Recipe, world: World, *, is_fresh: bool
 ) -> tuple[Recipe, nn.Module, Rule, Loaders]:
-    job, device, sizes = process.job, process.ranks.device, process.place.possible_sizes
+    job, device, sizes = process.job, process.ranks.device, process.rank_info.possible_sizes
     tasks = tasks_of(recipe, one_in=ONE_IN[job.verify])
     seed_everything(recipe.seed)
     network = build_network(recipe, tasks)

@@ -84,7 +84,7 @@ class SavingHooks:
         # Each look is a request to the file server, so only rank 0 looks.
         looks = self.ranks.rank == 0
         save_asked = looks and self.files.save.exists()
-        notice = self._notice() if save_asked else self.context.place.notice()
+        notice = self._notice() if save_asked else self.context.rank_info.notice()
         stop_asked, save_asked, is_late, has_failed, is_noticed, is_last_call = self.ranks.decide(
             looks and self.files.stop.exists(),
             save_asked,
@@ -122,7 +122,7 @@ class SavingHooks:
     def is_interrupted(self) -> bool:
         """Whether this rank sees a request to stop or to save in an evaluation. Not collective."""
         self._report(self.checkpoints.done())
-        return self.is_new(self.context.place.notice()) or any(
+        return self.is_new(self.context.rank_info.notice()) or any(
             file.exists() for file in self._watched
         )
 
@@ -202,7 +202,7 @@ class SavingHooks:
 
     def _notice(self) -> Notice | None:
         """The notice that reached this rank, or the one that a request to save holds."""
-        notice = self.context.place.notice()
+        notice = self.context.rank_info.notice()
         with suppress(OSError, ValueError, KeyError, TypeError):  # gone, or written by hand
             value = json.loads(self.files.save.read_text())
             if notice is None and value["machines"]:

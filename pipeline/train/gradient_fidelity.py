@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from pipeline.measure.fidelity import Fidelity, fidelity, gradients
+from pipeline.measure.gradient_similarity import Fidelity, fidelity, gradients
 from pipeline.recipe.recipe import Recipe
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT

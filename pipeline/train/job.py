@@ -39,9 +39,9 @@ class Job:
     verify: Literal["sampled", "full"] = "sampled"
     # the place of its checkpoints: a folder or an address; "": in the run's folder
     checkpoints: str = ""
-    # the token with which its workers may write there (checkpoint/place.py); "": the place is the
+    # the token with which its workers may write there (checkpoint/store.py); "": the place is the
     # run's folder, whose locks are enough
-    place_token: str = ""
+    store_token: str = ""
     own_cores: bool = False  # whether each worker on a CPU keeps to cores that no other run uses
 
 

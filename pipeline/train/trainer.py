@@ -215,7 +215,7 @@ class Trainer:
                 x_B = batch.x.to(device, non_blocking=True)
                 target_B = batch.target.to(device, non_blocking=True)
                 first = (index * split.workers + self.ranks.rank) * split.micro_batch
-                if len(context.place.possible_sizes) > 1:
+                if len(context.rank_info.possible_sizes) > 1:
                     seed_row(recipe.seed, step=self.step, row=first)
                 rows = range(first, first + split.micro_batch)
                 if context.mixing is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from pipeline.core.cores import near_cores, own_cores
+from pipeline.core.cpu_affinity import near_cores, own_cores
 from pipeline.core.errors import UserError, as_user_error
 from pipeline.core.torch_settings import configure_torch
 from pipeline.core.units import counted
@@ -31,7 +31,7 @@ from pipeline.train.writer_lock import journal, only_writer
 
 
 def run(
-    job: Job, place: RankInfo, *, trainer_of: Callable[[TrainContext], Trainer] = Trainer
+    job: Job, rank_info: RankInfo, *, trainer_of: Callable[[TrainContext], Trainer] = Trainer
 ) -> dict[str, Any] | None:
     """Train a run to its end. Returns the summary (on rank 0), or None if a stop was requested.
 
@@ -39,8 +39,8 @@ def run(
         UserError: the user has to change something.
     """
     began, folder = time.time(), Path(job.run)
-    configure_torch(job.threads, torch.device(place.device))
-    ranks = Ranks(place.rank, place.workers, place.device)
+    configure_torch(job.threads, torch.device(rank_info.device))
+    ranks = Ranks(rank_info.rank, rank_info.workers, rank_info.device)
     clock = Clock(ranks.device)
     watchdog = Watchdog(folder, rank=ranks.rank, patience_s=60 * job.hang_minutes)
     with ExitStack() as held:
@@ -57,7 +57,7 @@ def run(
                     return _attempt(
                         Process(
                             job=job,
-                            place=place,
+                            rank_info=rank_info,
                             ranks=ranks,
                             tracker=tracker,
                             watchdog=watchdog,
@@ -138,7 +138,7 @@ def _note_halving(trainer: Trainer, reason: str) -> None:
     Raises:
         ValueError: no smaller one is possible. Only this rank raises it.
     """
-    context, sizes = trainer.context, trainer.context.place.possible_sizes
+    context, sizes = trainer.context, trainer.context.rank_info.possible_sizes
     had, refusal = context.split.micro_batch, None
     for samples in range(had // 2, 0, -1):
         decisions = replace(context.decisions, micro_batch=samples)

@@ -19,7 +19,7 @@ from pipeline.track import events as track
 from pipeline.track.events import OF_NONE, Died, Hung
 from pipeline.track.journal import Journal, NullTracker, Tracker, read_events
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.guards.storage import may_be_temporary
+from pipeline.train.guards.storage_outage import may_be_temporary
 from pipeline.train.guards.watchdog import unreported_hangs
 from pipeline.train.job import read_death
 from pipeline.train.recovery import StartAgain

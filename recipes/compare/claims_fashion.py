@@ -36,12 +36,13 @@ from pipeline.report.claims import (
     share_of_two_forwards,
 )
 from pipeline.report.compare import Comparison, comparisons
-from pipeline.report.results import COMPUTE, KEPT, Run, read_run
+from pipeline.report.metrics import COMPUTE, KEPT
+from pipeline.report.results import Run, read_run
 from pipeline.report.study import WITHIN, Group
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from pipeline.track.state import state_of
+from pipeline.track.run_state import state_of
 from recipes.compare.claims_base import (
     at_their_largest,
     flat_in_t,

@@ -27,7 +27,7 @@ from pipeline.models.teachers.network import network_teacher
 from pipeline.models.transforms import binarized
 from pipeline.recipe import Recipe, Suite, spec
 from pipeline.recipe.json import read_json
-from pipeline.track.state import state_of
+from pipeline.track.run_state import state_of
 from pipeline.train.objective import CrossEntropy
 from recipes.compare.factorial_base import Levels, all_effects, effect, factorial, read_right
 from recipes.stamps.base import pictures, sei_first_stage

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from pipeline.core.printing import number, print_table, prose
 from pipeline.recipe import Evaluation, Suite
-from pipeline.track.state import top1_of
+from pipeline.track.run_state import top1_of
 from recipes.compare.sei_stamps import FACTORS, trained
 from recipes.stamps.base import pictures
 

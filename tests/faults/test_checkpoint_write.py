@@ -23,7 +23,7 @@ from pipeline.core.errors import UserError
 from pipeline.launch.in_process import Inline
 from pipeline.recipe import Checkpointing, Policy
 from pipeline.train.checkpoint import background, read_trainer, step_folders, step_name
-from pipeline.train.guards import storage
+from pipeline.train.guards import storage_outage
 from pipeline.train.recovery import Decisions
 from tests.faults.test_not_finite import hit
 from tests.helpers.damage import flip
@@ -102,13 +102,13 @@ import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
 from pipeline.train.checkpoint import background
-from pipeline.train.checkpoint import Place
+from pipeline.train.checkpoint import CheckpointStore
 from pipeline.launch.in_process import Inline
 from tests.helpers.small import make_run, small_recipe
 
 run, address, step, name, how = sys.argv[1:6]
 run = Path(run)
-write, seal, put = background._write, background.seal, Place._put
+write, seal, put = background._write, background.seal, CheckpointStore._put
 
 def die(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -132,7 +132,7 @@ def brought(self, file, path):
 if how == "written":
     background._write, background.seal = written, sealed
 else:
-    Place._put = brought
+    CheckpointStore._put = brought
 with Inline() as launcher:
     launcher.run(replace(make_run(run, small_recipe()), checkpoints=address), "test")
 """
@@ -310,7 +310,7 @@ def test_storage_that_is_away_as_a_run_starts_is_waited_for_by_the_same_attempt(
         RuntimeError("Could not connect to the endpoint URL"),
         times=3,
     )
-    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(storage_outage, "FIRST_PAUSE_S", 0.01)
     train(job)
     said = "[Errno 5] RuntimeError: Could not connect to the endpoint URL"
     assert [(each["error"], each["attempt"]) for each in events(run, "waiting")] == [(said, 1)]
@@ -333,7 +333,7 @@ def test_what_a_run_has_written_down_is_waited_for(
         times=2,
         where=lambda path: path.name == name,
     )
-    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(storage_outage, "FIRST_PAUSE_S", 0.01)
     train_inline(run, recipe)
     [waiting], [start] = events(run, "waiting"), events(run, "start")
     assert waiting["error"] == f"[Errno 5] Input/output error: '{run / name}'" and len(failed) == 2

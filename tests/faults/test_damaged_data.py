@@ -33,7 +33,7 @@ from pipeline.launch.cluster import Cluster
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare
 from pipeline.recipe.recipe import Policy, Recipe, spec
-from pipeline.track.state import state_of
+from pipeline.track.run_state import state_of
 from pipeline.train import assemble
 from pipeline.train.trainer import Trainer
 from tests.helpers import damage
@@ -96,17 +96,17 @@ def data(whole: Path, tmp_path: Path) -> Path:
     return shutil.copytree(whole, tmp_path / "data")
 
 
-def place_of(data: Path, page: int, *, name: str = "train", page_bytes: int = PAGE_BYTES) -> int:
+def store_of(data: Path, page: int, *, name: str = "train", page_bytes: int = PAGE_BYTES) -> int:
     return manifests.read(data / f"{name}.beton").pages_offset + page * page_bytes
 
 
 def flip(data: Path, page: int = DAMAGED, *, name: str = "train") -> None:
     """One bit of the page's second sample."""
-    damage.flip(data / f"{name}.beton", place_of(data, page, name=name) + 3 * SIDE * SIDE + 7)
+    damage.flip(data / f"{name}.beton", store_of(data, page, name=name) + 3 * SIDE * SIDE + 7)
 
 
 def bad_sector(patch: pytest.MonkeyPatch, data: Path) -> None:
-    sector = place_of(data, DAMAGED) + 7
+    sector = store_of(data, DAMAGED) + 7
     damage.fail_reads(
         patch,
         data / "train.beton",
@@ -248,11 +248,11 @@ def test_damage_in_the_middle_is_refused_and_restored_the_run_goes_on_at_the_new
     step, made = random.Random(SEED).randrange(8, 16), recipe(data, epochs=3)
     if verify == "full":
         shutil.copytree(whole, data)
-        start, count = place_of(data, DAMAGED) + 3 * SIDE * SIDE, 1
+        start, count = store_of(data, DAMAGED) + 3 * SIDE * SIDE, 1
     else:
         data.mkdir()
         written(data, as_jpeg, JPG, JPEG_PAGE_BYTES)
-        start, count = place_of(data, DAMAGED, page_bytes=JPEG_PAGE_BYTES) + JPEG_BYTES, 512
+        start, count = store_of(data, DAMAGED, page_bytes=JPEG_PAGE_BYTES) + JPEG_BYTES, 512
         monkeypatch.setitem(ONE_IN, "sampled", 1 << 30)
     shutil.copytree(data, tmp_path / "kept")
 
@@ -359,7 +359,7 @@ def test_a_page_that_one_of_two_workers_meets_ends_the_run_in_one_line(
     page = int(places.min(1).argmax())
     # No worker has read ahead so far when it is damaged.
     assert places[page].min() // size >= 6
-    (tmp_path / "damage_lab.py").write_text(LAB.format(at=place_of(data, page)))
+    (tmp_path / "damage_lab.py").write_text(LAB.format(at=store_of(data, page)))
     monkeypatch.syspath_prepend(tmp_path)
     runs = tmp_path / "runs"
     made = recipe(

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.track.events import Event, Step
 from pipeline.track.journal import Journal
-from pipeline.track.state import state_of
+from pipeline.track.run_state import state_of
 from pipeline.train.backend.deepspeed import import_deepspeed
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.worker import run

@@ -17,7 +17,7 @@ from pipeline.core.errors import Diverged, remedy
 from pipeline.recipe.recipe import Policy, spec
 from pipeline.rules.ottt import OTTT
 from pipeline.spiking.encode import over_steps
-from pipeline.track.state import state_of
+from pipeline.track.run_state import state_of
 from pipeline.train import checkpointing, trainer, worker
 from pipeline.train.checkpointing import SavingHooks
 from pipeline.train.guards import anomaly

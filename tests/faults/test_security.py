@@ -35,7 +35,7 @@ from pipeline.train.checkpoint import (
     WEIGHTS,
     CheckpointError,
     Checkpoints,
-    Place,
+    CheckpointStore,
     checkpoints,
     damage,
     step_folders,
@@ -261,7 +261,10 @@ def tampered_with(rank: int, ranks: int, folder: Path, mark: Path) -> None:
         backend = DeepSpeed(
             network, lambda net: torch.optim.SGD(net.parameters(), lr=0.1), micro_batch=1, zero=zero
         )
-        checkpoints, rule = Checkpoints(Place(folder / str(zero)), attempt="a"), nn.Module()
+        checkpoints, rule = (
+            Checkpoints(CheckpointStore(folder / str(zero)), attempt="a"),
+            nn.Module(),
+        )
         checkpoints.save(1, backend, rule, {"world_size": 1, "zero": zero, "score": None})
         whole = checkpoints.wait()
         assert whole is not None

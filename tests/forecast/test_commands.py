@@ -232,7 +232,7 @@ def test_a_worker_gets_the_cores_that_a_launch_would_give_it(
 ) -> None:
     """One on a CPU; on a card its share of the node."""
     assert (_threads("auto"), _threads(3)) == (1, 3)
-    monkeypatch.setattr("pipeline.core.cores.cores_here", lambda: 16)
+    monkeypatch.setattr("pipeline.core.cpu_affinity.cores_here", lambda: 16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert _threads("auto") == 8

@@ -11,8 +11,8 @@ from torch import nn
 from pipeline.core.errors import DataError
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.forecast.bench import RESERVE, Bench
-from pipeline.forecast.counts import Operation, Traffic, counted, counted_optimizer
 from pipeline.forecast.plan import DEVICES, LIMIT, Cluster, Plan, Planned, _at, _Planner, plan
+from pipeline.forecast.step_counts import Operation, Traffic, counted, counted_optimizer
 from pipeline.measure.saved_bytes import bytes_of
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.report.forecasts import advice, basis, print_plan

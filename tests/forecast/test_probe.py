@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from pipeline.forecast.bench import DRAWS, RULES, Bench, Cost, DoesNotFit
 from pipeline.forecast.probe import Probe, advice, probe
 from pipeline.forecast.sweep import sweep
-from pipeline.measure.fidelity import Fidelity, gradients
+from pipeline.measure.gradient_similarity import Fidelity, gradients
 from pipeline.models.mlp import mlp
 from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.report.forecasts import print_probe, probe_to_json

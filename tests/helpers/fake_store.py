@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.report.claims import Claim, SuiteResult
 from pipeline.report.stores import ArtifactError, Point, SentJournal, StoredRun, StoreError
-from pipeline.track.connect import PARENT_OF
+from pipeline.track.mlflow_store import PARENT_OF
 from tests.helpers.events import typed
 from tests.helpers.hand_made import KEY, LAYERS, events, recipe, run
 

@@ -8,7 +8,7 @@ from torch import nn
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
 from pipeline.train.backend.plain import Plain
-from pipeline.train.checkpoint import Checkpoints, Place, Saved
+from pipeline.train.checkpoint import Checkpoints, CheckpointStore, Saved
 
 FILES = {
     "model.safetensors",
@@ -55,7 +55,7 @@ def save(
     return told
 
 
-def feedback(place: Place, *, made: Plain | None = None) -> float:
+def feedback(place: CheckpointStore, *, made: Plain | None = None) -> float:
     """What the rule of the newest checkpoint has counted, as another attempt finds it."""
     rule = Counting()
     restore(Checkpoints(place, attempt="another"), made or backend(), rule)
@@ -68,7 +68,7 @@ def restore(checkpoints: Checkpoints, backend: Plain, rule: nn.Module) -> dict[s
     return checkpoints.load(path, backend, rule)
 
 
-def content(place: Place) -> set[str]:
+def content(place: CheckpointStore) -> set[str]:
     """The files in a place, without the owner's."""
     if place.folder is not None:
         files = {

@@ -15,8 +15,8 @@ from pipeline.__main__ import main
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.launch.in_process import Inline
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.recipe.files import load_recipe
 from pipeline.recipe.recipe import Checkpointing, Recipe, spec, write_json
+from pipeline.recipe.recipe_files import load_recipe
 from pipeline.rules.sltt import SLTT
 from pipeline.track.journal import read
 from pipeline.train.job import Job

@@ -21,8 +21,8 @@ import pytest
 import requests
 import yaml
 
-from pipeline.track.connect import TrackingError, connect
 from pipeline.track.mlflow import sync
+from pipeline.track.mlflow_store import TrackingError, connect
 from tests.helpers.nodes import free_port
 from tests.helpers.programs import program
 from tests.helpers.waiting import until

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.track.exposition import STATES, exposition
+from pipeline.track.prometheus import STATES, exposition
 from tests.helpers.programs import program
 from tests.infra.rules import build, containers
 

@@ -11,8 +11,8 @@ import pytest
 from s3fs import S3FileSystem
 
 from pipeline.recipe.recipe import Policy, read_json, write_json
-from pipeline.track.connect import connect
-from pipeline.train.checkpoint import claim, place_at, step_folders
+from pipeline.track.mlflow_store import connect
+from pipeline.train.checkpoint import claim, step_folders, store_at
 from pipeline.train.recovery import Decisions
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_run
@@ -78,7 +78,7 @@ def test_they_are_there_and_a_run_whose_folder_is_lost_goes_on_with_them(
     [start] = events(third, "start")
     run_id = read_json(one / "job.json")["run_id"]
     assert (start["step"], start["run_id"]) == (8, run_id)
-    assert "place_token" not in read_json(third / "job.json")  # of one start of its driver
+    assert "store_token" not in read_json(third / "job.json")  # of one start of its driver
     owner = read_json(address / "owner.json")
     assert (owner["run_id"], owner["run"]) == (run_id, str(third))
     assert same_weights(one, third)
@@ -150,7 +150,7 @@ def test_a_place_whose_run_has_not_saved_yet_is_that_runs_all_the_same(
 ) -> None:
     address = tmp_path / "elsewhere" / "run"
     token = claim(
-        place_at(str(address), tmp_path / "theirs"), run="theirs", run_id="a" * 32, study="another"
+        store_at(str(address), tmp_path / "theirs"), run="theirs", run_id="a" * 32, study="another"
     )
     assert refused(*run("runs")).startswith(
         f"launch: {address} must hold no checkpoints yet; got those to come of run aaaaaaaa"

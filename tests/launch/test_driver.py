@@ -28,15 +28,15 @@ import pytest
 from rich.console import Console
 
 from pipeline.core.errors import UserError
-from pipeline.launch import driver, signals, suite_runs
+from pipeline.launch import driver, driver_signals, suite_runs
 from pipeline.launch.cluster import LaunchError, WorkersEnded
 from pipeline.launch.driver import drive, driver_lock, this_machine
+from pipeline.launch.driver_signals import ECHO_S, StopRequest, blocked_signal, on_stop_signals
 from pipeline.launch.in_process import Inline
-from pipeline.launch.signals import ECHO_S, StopRequest, blocked_signal, on_stop_signals
 from pipeline.launch.suite_runs import train_side_by_side
 from pipeline.track.journal import Follower, Journal
-from pipeline.train.checkpoint import Place, owner_of, place_at
-from pipeline.train.guards import storage
+from pipeline.train.checkpoint import CheckpointStore, owner_of, store_at
+from pipeline.train.guards import storage_outage
 from pipeline.train.job import Job, note_death
 from tests.faults.test_checkpoint_write import fail_first
 from tests.helpers.events import event
@@ -273,8 +273,8 @@ def test_a_place_of_checkpoints_that_does_not_answer_is_waited_for_and_then_owne
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error, said = OSError(errno.EIO, "Input/output error"), list[str]()
-    failed = fail_first(monkeypatch, Place, "read", error, times=2)
-    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
+    failed = fail_first(monkeypatch, CheckpointStore, "read", error, times=2)
+    monkeypatch.setattr(storage_outage, "FIRST_PAUSE_S", 0.01)
     job = Job(
         run=str(tmp_path / "run"),
         study="s",
@@ -288,11 +288,11 @@ def test_a_place_of_checkpoints_that_does_not_answer_is_waited_for_and_then_owne
     )  # its folder's locks are enough
     place = tmp_path / "elsewhere"
     tokens = [
-        driver._with_checkpoint_token(replace(job, checkpoints=str(place)), said.append).place_token
+        driver._with_checkpoint_token(replace(job, checkpoints=str(place)), said.append).store_token
         for _ in range(2)
     ]
     assert said == [f"{place} does not answer, and is waited for: [Errno 5] Input/output error"]
-    owner = owner_of(place_at(str(place), tmp_path))
+    owner = owner_of(store_at(str(place), tmp_path))
     assert owner is not None and tokens[1] == owner.token != tokens[0]  # a token of each start
 
 
@@ -365,7 +365,7 @@ def test_a_driver_that_lives_keeps_a_second_one_off(
 @pytest.fixture
 def send(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sends a signal that is no echo; what would end this process at once raises SystemExit."""
-    monkeypatch.setattr(signals, "ECHO_S", 0.01)
+    monkeypatch.setattr(driver_signals, "ECHO_S", 0.01)
     monkeypatch.setattr(os, "_exit", sys.exit)
 
     def send(number: int) -> None:
@@ -391,10 +391,10 @@ def test_the_first_asks_to_save_and_the_second_ends_at_once(
         for _ in range(2):
             request.report()
         assert said == [f"{name}: saving after this step; once more to stop at once"]
-        if number in signals.PATIENT:
+        if number in driver_signals.PATIENT:
             send(number)
         with pytest.raises(SystemExit, match=r"^130$"):
-            send(signal.SIGTERM if number in signals.PATIENT else number)
+            send(signal.SIGTERM if number in driver_signals.PATIENT else number)
     assert said[1:] == ["stopped at once; the last checkpoint counts"]
 
 

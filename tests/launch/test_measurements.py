@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from pipeline.forecast import interleaved
+from pipeline.forecast import rule_timing
 from pipeline.launch.suite import measure_the_rest
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe.recipe import Recipe, spec, write_json
 from pipeline.recipe.suite import Measurement, Suite, SuiteFile, measured_in
 from pipeline.rules.bptt import BPTT
-from pipeline.track.state import done_entries, suite_entries
+from pipeline.track.run_state import done_entries, suite_entries
 from tests.helpers.small import small_recipe
 
 RECIPES = (small_recipe(name="sltt"), small_recipe(name="bptt", rule=spec(BPTT)))
@@ -85,7 +85,7 @@ def test_rules_take_turns_as_the_runs_were_trained(
         asked.append((recipe.name, [rule.label for rule in rules], about))
         return {}
 
-    monkeypatch.setattr(interleaved, "measure_interleaved", measure)
+    monkeypatch.setattr(rule_timing, "measure_interleaved", measure)
     suite = suite_of(Measurement("in-turn", "interleaved", NAMES))
     measure_the_rest(made(suite), suite, trust=())
     assert asked == [

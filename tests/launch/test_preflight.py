@@ -37,7 +37,7 @@ from pipeline.launch.preflight import (
     preflight,
     try_store,
 )
-from pipeline.measure.gpu_driver import UnusableGPUs
+from pipeline.measure.unusable_gpus import UnusableGPUs
 from tests.helpers.nodes import TOKEN, nodes
 from tests.helpers.s3 import s3_server
 

@@ -10,7 +10,7 @@ from pipeline.launch import prepare as preparing
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.prepare import atomic_folder, prepare, read_job
 from pipeline.report.selection import list_runs
-from pipeline.track.state import state_of
+from pipeline.track.run_state import state_of
 from tests.helpers.interruptions import Killed, die
 from tests.helpers.small import small_recipe
 

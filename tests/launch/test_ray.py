@@ -35,10 +35,10 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch import distributed
 from torch.distributed import DistBackendError, DistNetworkError
 
-from pipeline.core.cores import cores_here
+from pipeline.core.cpu_affinity import cores_here
 from pipeline.core.errors import DataError, UserError
 from pipeline.core.torch_settings import EXACT
-from pipeline.data.ffcv import tbb
+from pipeline.data.ffcv import numba_threads
 from pipeline.launch import ray_trainer
 from pipeline.launch.cluster import (
     Cluster,
@@ -52,7 +52,7 @@ from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray, _train
 from pipeline.launch.ray_cluster import innermost, worker_environment
 from pipeline.launch.ray_trainer import NoPlace, OnLoopback
-from pipeline.measure.gpu_driver import UnusableGPUs
+from pipeline.measure.unusable_gpus import UnusableGPUs
 from pipeline.train.job import Job, RankInfo
 
 
@@ -454,7 +454,7 @@ def test_the_share_of_a_worker_and_what_somebody_has_said_stays(
 def test_without_tbb_one_thread_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """numba's wheels have none for ARM; the reader refuses several threads there."""
     none = Mock(side_effect=DataError("data: more than 1 loader thread needs TBB"))
-    monkeypatch.setattr(tbb, "require_tbb", none)
+    monkeypatch.setattr(numba_threads, "require_tbb", none)
     assert share_of([NODE], gpus=True) == (8, 1)
     # The reader refuses this, in its own words.
     assert share_of([NODE], gpus=True, loader_threads=8) == (8, 8)

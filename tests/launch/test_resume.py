@@ -24,7 +24,7 @@ from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.ray import Ray
 from pipeline.recipe.recipe import read_json, spec
 from pipeline.recipe.suite import Suite, SuiteFile, runs_of
-from pipeline.track.state import state_of
+from pipeline.track.run_state import state_of
 from tests.helpers.interruptions import before_batch
 from tests.helpers.small import Command, Done, Refused, same_weights, small_recipe, steps_of
 

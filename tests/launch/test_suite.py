@@ -26,8 +26,8 @@ from pipeline.launch.suite import _sync_states
 from pipeline.recipe.recipe import read_json, write_json
 from pipeline.recipe.suite import SuiteFile, runs_of
 from pipeline.report.selection import list_suites, print_runs
-from pipeline.track.connect import connect
-from pipeline.track.state import state_of
+from pipeline.track.mlflow_store import connect
+from pipeline.track.run_state import state_of
 from pipeline.train.trainer import Trainer
 from tests.helpers.events import RawJournal
 from tests.helpers.interruptions import Act, before_batch, die, dies

@@ -26,7 +26,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from pipeline.core.cores import physical_cores
+from pipeline.core.cpu_affinity import physical_cores
 from pipeline.core.errors import UserError
 from pipeline.data.write.images import write_fashion
 from pipeline.launch import suite_runs
@@ -35,9 +35,9 @@ from pipeline.launch.suite_runs import parallel_runs, train_side_by_side
 from pipeline.recipe.recipe import read_json
 from pipeline.recipe.suite import runs_of
 from pipeline.report.selection import list_suites
-from pipeline.track.connect import connect
 from pipeline.track.journal import first, last
-from pipeline.track.state import is_driven, state_of
+from pipeline.track.mlflow_store import connect
+from pipeline.track.run_state import is_driven, state_of
 from pipeline.train.job import Job
 from tests.helpers.small import (
     Command,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.forecast.counts import Traffic
+from pipeline.forecast.step_counts import Traffic
 from pipeline.measure.constants import PARTS, REST
 from pipeline.measure.meters import Meters, Totals
 from pipeline.rules.base import LossTerm, Rule

@@ -19,7 +19,7 @@ from pipeline.rules.ide import IDE
 from pipeline.rules.spide import SPIDE
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.encode import repeat
-from pipeline.spiking.limit import FrobeniusLimit, SpectralLimit
+from pipeline.spiking.norm_limit import FrobeniusLimit, SpectralLimit
 from pipeline.spiking.synapse import Linear
 from tests.helpers.rule_networks import cross_entropy, learn, refusals
 

@@ -16,9 +16,9 @@ from pipeline.launch.cluster import Cluster
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare
 from pipeline.recipe import own_code
-from pipeline.recipe.files import load_recipe, refuse_unnamed, trust_of
 from pipeline.recipe.own_code import needed
 from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe.recipe_files import load_recipe, refuse_unnamed, trust_of
 from pipeline.recipe.suite import Suite, SuiteFile
 from pipeline.train.export import export_run
 from tests.helpers.small import make_run, small_recipe

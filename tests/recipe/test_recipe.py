@@ -16,6 +16,7 @@ from unittest.mock import Mock
 import pytest
 from timm.optim import create_optimizer_v2
 
+from pipeline.cli.options import parse_changes
 from pipeline.core import files
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.datasets.events import Events
@@ -24,8 +25,8 @@ from pipeline.data.mixing import Mixing
 from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.transforms import late
-from pipeline.recipe.files import load_recipe, parse_changes, trust_of
 from pipeline.recipe.recipe import Recipe, Role, Spec, read_json, roles, select, spec, write_json
+from pipeline.recipe.recipe_files import load_recipe, trust_of
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
@@ -310,7 +311,7 @@ def test_what_has_no_json_form_leaves_the_file_as_it_was(tmp_path: Path) -> None
         "pipeline.data.write.images.write_folder",
         "pipeline.data.ffcv.format.BetonWriter",
         "pipeline.data.write.published_events._files",
-        "pipeline.recipe.files.load_recipe",
+        "pipeline.recipe.recipe_files.load_recipe",
         "pipeline.models.teachers.cache.CachedPredictions",
         "recipes.compare.factorial_base.read_right",
         "recipesque.run",

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from pipeline.core.tensor_file import describe_mismatch
 from pipeline.models.mlp import mlp
 from pipeline.models.teachers.network import network_teacher
-from pipeline.recipe.files import load_recipe, trust_of
 from pipeline.recipe.phases import Phase
 from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe.recipe_files import load_recipe, trust_of
 from pipeline.recipe.suite import (
     Suite,
     SuiteFile,

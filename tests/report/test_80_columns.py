@@ -15,7 +15,7 @@ from pipeline.forecast.plan import DEVICES, Cluster, Plan, Planned
 from pipeline.forecast.probe import Probe
 from pipeline.forecast.sweep import Point, Sweep
 from pipeline.launch.preflight import Finding, print_findings
-from pipeline.measure.fidelity import Fidelity
+from pipeline.measure.gradient_similarity import Fidelity
 from pipeline.recipe.recipe import spec
 from pipeline.report.claims import Claim, print_claims
 from pipeline.report.compare import print_comparison

@@ -19,7 +19,7 @@ from flask.testing import FlaskClient
 
 from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import COOKIE, guard
-from pipeline.report.dashboard.permalink import VIEWS, Place
+from pipeline.report.dashboard.permalink import VIEWS, ViewState
 from pipeline.report.stores import Store, StoredRun, open_store
 from tests.helpers.fake_store import FakeStore
 from tests.helpers.hand_made import CLAIM, KEY, recipe, run, study
@@ -172,7 +172,7 @@ def test_another_host_takes_a_token(refused: Refused, store: str, words: tuple[s
 
 
 def test_an_address_is_what_it_shows():
-    place = Place(
+    place = ViewState(
         study=KEY,
         family="a b&c",
         runs=("01", "23"),
@@ -182,9 +182,13 @@ def test_an_address_is_what_it_shows():
         sort="runs",
         descending=False,
     )
-    assert Place.at(place.search) == place and Place.at("") == Place() and Place().search == ""
-    assert Place.at(Place(runs=()).search).runs == ()
-    assert Place.at("?view=nothing&only=x&sort=__class__&order=x&runs=none") == Place(
+    assert (
+        ViewState.at(place.search) == place
+        and ViewState.at("") == ViewState()
+        and ViewState().search == ""
+    )
+    assert ViewState.at(ViewState(runs=()).search).runs == ()
+    assert ViewState.at("?view=nothing&only=x&sort=__class__&order=x&runs=none") == ViewState(
         runs=(), descending=False
     )
 
@@ -320,7 +324,7 @@ def members(runs: dict[str, range]) -> list[StoredRun]:
 def test_of_many_runs_24_of_the_newest_seeds_are_picked_baselines_first(
     runs: dict[str, range], some_picked: set[tuple[str, str]]
 ):
-    picked = Place().picked(members(runs))
+    picked = ViewState().picked(members(runs))
     assert len(picked) == 24 and some_picked <= {(run.seed, run.rule) for run in picked}
 
 

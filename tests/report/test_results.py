@@ -14,7 +14,8 @@ import pytest
 import pipeline
 from pipeline.report import page, results
 from pipeline.report.compare import csv_of
-from pipeline.report.results import METRICS, Metric, ReportError, Run, expanded, frame, read_run
+from pipeline.report.metrics import METRICS, Metric
+from pipeline.report.results import ReportError, Run, expanded, frame, read_run
 from pipeline.report.stores import ServerStore, runs_of_store
 from pipeline.report.study import Study
 from pipeline.report.suite import read_study

@@ -30,8 +30,8 @@ from pipeline.report.stores import (
     open_store,
     studies,
 )
-from pipeline.track.connect import connect
 from pipeline.track.mlflow import sync
+from pipeline.track.mlflow_store import connect
 from tests.helpers.events import RawJournal, event
 
 

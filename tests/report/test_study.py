@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.report.results import COMPUTE, Run
+from pipeline.report.metrics import COMPUTE
+from pipeline.report.results import Run
 from pipeline.report.study import FOLDED_ALONE, RECOMPUTES_NOTHING, Spread, Study, spread_of
 from pipeline.track.provenance import trained_on
 from tests.helpers.hand_made import MACHINE, events, group_of, on, recipe, run, study

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP
-from pipeline.spiking.limit import SpectralLimit
+from pipeline.spiking.norm_limit import SpectralLimit
 from pipeline.spiking.state import SEAMS, state_bytes
 from pipeline.spiking.synapse import Conv2d, Linear
 from tests.helpers.rule_cases import CASES, FILES, Case, rule_classes

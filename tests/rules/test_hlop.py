@@ -27,9 +27,9 @@ from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.error_feedback import FixedFeedback, sign_symmetric
-from pipeline.spiking.limit import SpectralLimit
 from pipeline.spiking.neuron import IF, LIF
 from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.norm_limit import SpectralLimit
 from pipeline.spiking.rate import RateIF, RateLIF, WeightedRates
 from pipeline.spiking.subspace import orthonormal
 from pipeline.spiking.synapse import Conv2d, Linear

@@ -22,8 +22,8 @@ from pipeline.rules.hlop import HLOP
 from pipeline.rules.ide import ESCAPED, IDE, Solution, broyden, fixed_point
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.equilibrium import Equilibrium
-from pipeline.spiking.limit import SpectralLimit
 from pipeline.spiking.neuron import IF, LIF
+from pipeline.spiking.norm_limit import SpectralLimit
 from pipeline.spiking.synapse import Conv2d, Linear
 from pipeline.track.journal import read
 from tests.helpers.rule_networks import (

@@ -13,9 +13,9 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.equilibrium import Equilibrium
-from pipeline.spiking.limit import SpectralLimit
 from pipeline.spiking.neuron import IF, LIF, identity
 from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.norm_limit import SpectralLimit
 from pipeline.spiking.state import State, state_bytes, states_of
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear

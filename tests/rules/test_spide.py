@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.feedback import convnet_f, fc_feedback
-from pipeline.recipe.files import load_recipe
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.recipe_files import load_recipe
 from pipeline.rules.base import Rule
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.ide import IDE

@@ -23,9 +23,9 @@ from pipeline.spiking.binary import (
     latent_parameters,
     unbinarize,
 )
-from pipeline.spiking.limit import SpectralLimit
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.norm_limit import SpectralLimit
 from pipeline.spiking.synapse import Conv2d, Linear, effective_weight
 from tests.helpers.rule_networks import Network, gradients_on
 from tests.helpers.saved import SavedBytes

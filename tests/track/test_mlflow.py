@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 
 from pipeline.report.stores import open_store
-from pipeline.track import connect as hierarchy
-from pipeline.track.connect import TrackingError, connect
+from pipeline.track import mlflow_store as hierarchy
 from pipeline.track.mlflow import Delivery, Mirror, SyncReport, register, sync, tracking_uri
+from pipeline.track.mlflow_store import TrackingError, connect
 from tests.helpers.nodes import free_port
 from tests.helpers.waiting import until
 from tests.track.conftest import FakeRun, steps, write_suite

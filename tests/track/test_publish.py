@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.report.dashboard.live import Live
 from pipeline.report.stores import ServerStore, open_store
-from pipeline.track.connect import TrackingError, connect
 from pipeline.track.mlflow import log_report, register, sync
+from pipeline.track.mlflow_store import TrackingError, connect
 from tests.track.conftest import write_suite
 from tests.track.test_mlflow import artifacts, find, free_port
 

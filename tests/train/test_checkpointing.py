@@ -51,7 +51,7 @@ def saving(run: Path, decide: Callable[..., list[bool]], *, rank: int = 0) -> Sa
         recipe=recipe,
         ranks=SimpleNamespace(rank=rank, decide=decide),
         job=SimpleNamespace(run=str(run)),
-        place=RankInfo(),
+        rank_info=RankInfo(),
         checkpoints=SimpleNamespace(failed=lambda: False, done=lambda: None),
         tracker=NullTracker(),
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.measure.fidelity import fidelity, gradients
+from pipeline.measure.gradient_similarity import fidelity, gradients
 from pipeline.models.convnet import convnet
 from pipeline.models.mlp import mlp
 from pipeline.models.transforms import synchronized

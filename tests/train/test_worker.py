@@ -21,7 +21,7 @@ from pipeline.recipe.recipe import Checkpointing, Evaluation, spec
 from pipeline.recipe.suite import fill_references
 from pipeline.rules.sltt import SLTT
 from pipeline.track.events import OF_NONE
-from pipeline.track.state import state_of
+from pipeline.track.run_state import state_of
 from pipeline.train import trainer, worker
 from pipeline.train.checkpoint import read_trainer, step_folders
 from pipeline.train.job import Job, RankInfo, note_refusal

@@ -15,7 +15,7 @@ from typing import Any
 import numba.typed
 import torch
 
-from pipeline.data.ffcv.tbb import load_tbb
+from pipeline.data.ffcv.numba_threads import load_tbb
 
 
 @contextmanager

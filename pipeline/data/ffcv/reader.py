@@ -30,8 +30,8 @@ from pipeline.data.ffcv.api import (
     torch_threads_kept,
 )
 from pipeline.data.ffcv.loops import Decoder
+from pipeline.data.ffcv.numba_threads import require_tbb
 from pipeline.data.ffcv.page_checks import SpotCheck
-from pipeline.data.ffcv.tbb import require_tbb
 from pipeline.data.order import TrainOrder, ValOrder
 
 # Longest waits, in seconds. The first batch waits for compilation: 5 to 20 s on two busy cores.

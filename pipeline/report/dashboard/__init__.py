@@ -2,6 +2,6 @@
 
 app.py     the server and its endpoints
 guard.py   access control
-place.py   the mapping between a URL and a view
+permalink.py the mapping between a URL and a view
 live.py    the current runs of the store
 """

@@ -1,6 +1,6 @@
 """The dashboard's server: an HTML shell, and the parts of it that `web/dashboard.js` requests.
 
-The URL is the only state: the list and the figures are made from it (place.py). Each look reads
+The URL is the only state: the list and the figures are made from it (permalink.py). Each look reads
 the list again. No journal is read before a study is picked.
 
 `spiketrain dashboard`: a waitress server, on loopback unless a token guards it.
@@ -19,15 +19,15 @@ from flask import Flask, Response, request
 from pipeline.report import tables
 from pipeline.report.dashboard.guard import guard, is_loopback
 from pipeline.report.dashboard.live import Live, SuiteReport
-from pipeline.report.dashboard.permalink import ONLY, SORTS, VIEWS, Place, describe_states
+from pipeline.report.dashboard.permalink import ONLY, SORTS, VIEWS, ViewState, describe_states
 from pipeline.report.drawing import Figure, Table, slug
 from pipeline.report.page import WEB, drawn, environment, plotly_script, section_of
 from pipeline.report.results import ReportError, describe_state
 from pipeline.report.stores import Store, StoredRun, open_store, studies
 from pipeline.report.study import Study
 from pipeline.report.sweeps import LARGEST_SAID
-from pipeline.track.connect import without_password
 from pipeline.track.mlflow import tracking_uri
+from pipeline.track.mlflow_store import without_password
 
 SHOWN = 200  # the most studies in a list
 _NAME = 120  # the most letters of a group or suite in a file name, which may have 255 bytes
@@ -140,7 +140,7 @@ class _Answers:
 
 
 def _render_study(
-    place: Place, study: Study, reports: Sequence[SuiteReport], newest: tuple[int, int] | None
+    place: ViewState, study: Study, reports: Sequence[SuiteReport], newest: tuple[int, int] | None
 ) -> tuple[str, dict[str, Any], dict[str, Table]]:
     drawings: dict[str, Any] = {}
     offered: dict[str, Table] = {}
@@ -176,12 +176,12 @@ def _render_study(
     return html, drawings, offered
 
 
-def _requested_place() -> Place:
-    return Place.at(request.query_string.decode("ascii", "replace"))
+def _requested_place() -> ViewState:
+    return ViewState.at(request.query_string.decode("ascii", "replace"))
 
 
 def _version(
-    place: Place,
+    place: ViewState,
     members: Sequence[StoredRun],
     runs: Sequence[StoredRun],
     reports: Sequence[SuiteReport],

@@ -41,7 +41,7 @@ MOST = 24  # the most runs of a study that are shown if the URL names none
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ViewState:
     study: str = ""  # the study key
     family: str = ""  # the experiment: one key may be in several
     runs: tuple[str, ...] | None = None  # short ids of the picked runs; None: all, or the newest
@@ -74,7 +74,7 @@ class Place:
     @property
     def search(self) -> str:
         """Return the query, without defaults."""
-        plain = Place()
+        plain = ViewState()
         fields: dict[str, Any] = {
             name: getattr(self, name)
             for name in ("study", "family", "view", "text", "only", "sort")

@@ -11,7 +11,7 @@
 The newest checkpoint that verifies is used, regardless of a scheduler's own list. A damaged
 checkpoint is moved to `quarantine/`, and the previous one is used.
 
-In reading order: `checkpoints` saves and restores, `background` is the thread that writes, `place`
+In reading order: `checkpoints` saves and restores, `background` is the thread that writes, `store`
 is a folder or an address of checkpoints and its owner, `choose` selects a checkpoint, and
 `manifest` detects damage.
 """
@@ -25,28 +25,28 @@ from pipeline.train.checkpoint.checkpoints import (
     set_rng_state,
     weights_of,
 )
-from pipeline.train.checkpoint.choose import lost_step, pin, prune, step_name, verified
 from pipeline.train.checkpoint.manifest import damage
-from pipeline.train.checkpoint.place import (
+from pipeline.train.checkpoint.selection import lost_step, pin, prune, step_name, verified
+from pipeline.train.checkpoint.store import (
     CheckpointError,
+    CheckpointStore,
     Owner,
-    Place,
     absolute,
     claim,
     folder_of,
     owner_of,
-    place_at,
     refuse_credentials,
     step_folders,
+    store_at,
     trainer_of,
 )
 
 __all__ = [
     "WEIGHTS",
     "CheckpointError",
+    "CheckpointStore",
     "Checkpoints",
     "Owner",
-    "Place",
     "Saved",
     "absolute",
     "claim",
@@ -55,7 +55,6 @@ __all__ = [
     "lost_step",
     "owner_of",
     "pin",
-    "place_at",
     "prune",
     "read_trainer",
     "refuse_credentials",
@@ -63,6 +62,7 @@ __all__ = [
     "set_rng_state",
     "step_folders",
     "step_name",
+    "store_at",
     "trainer_of",
     "verified",
     "weights_of",

@@ -2,7 +2,7 @@
 
 A checkpoint is complete once all parts are. The threads cannot use collectives, because training
 uses them. Instead, each rank leaves a note of its files in the checkpoint's folder. Rank 0's thread
-waits for the notes, seals the folder and moves it to its place.
+waits for the notes, seals the folder and moves it to its store.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ import torch
 from safetensors import torch as safetensors
 
 from pipeline.core.files import sync_folder, write_whole
-from pipeline.train.checkpoint.choose import prune, step_name
 from pipeline.train.checkpoint.manifest import Facts, facts_of, seal
-from pipeline.train.checkpoint.place import WRITING, Place
+from pipeline.train.checkpoint.selection import prune, step_name
+from pipeline.train.checkpoint.store import WRITING, CheckpointStore
 
 POLL_S = 0.05
 WAIT_S = 1.0  # between two signs of life of a rank that waits for a thread
@@ -53,7 +53,7 @@ class Background:
 
     def __init__(
         self,
-        place: Place,
+        store: CheckpointStore,
         step: int,
         files: dict[str, Any],
         *,
@@ -62,9 +62,9 @@ class Background:
         ranks: int,
         keep: int,
     ) -> None:
-        self.place, self.step, self.name = place, step, step_name(step)
+        self.store, self.step, self.name = store, step, step_name(step)
         self.rank, self.ranks, self.keep = rank, ranks, keep
-        self.temp = place.staging / f"{WRITING}{attempt}-{self.name}"
+        self.temp = store.staging / f"{WRITING}{attempt}-{self.name}"
         # The complete checkpoint on rank 0. None on another rank, once its part is written.
         self.outcome: Future[Saved | None] = Future()
         self._is_taken, self._nobody_waits = False, threading.Event()
@@ -126,9 +126,9 @@ class Background:
         for rank in range(1, self.ranks):
             facts |= self._facts_of(rank, patience)
         seal(self.temp, facts)
-        address, untidy = self.place.finish(self.temp, self.name), ""
+        address, untidy = self.store.finish(self.temp, self.name), ""
         try:
-            prune(self.place, self.name, keep=self.keep)
+            prune(self.store, self.name, keep=self.keep)
         except Exception as error:
             untidy = f"{type(error).__name__}: {error}"
         return Saved(
@@ -152,7 +152,7 @@ class Background:
             if not self.temp.is_dir():
                 raise RuntimeError(
                     f"checkpoint {self.name}: {self.temp} is gone, as if another driver had taken"
-                    " the place over"
+                    " the store over"
                 )
             if self._nobody_waits.is_set() and time.monotonic() > until:
                 raise RuntimeError(f"checkpoint {self.name}: the part of worker {rank} is missing")

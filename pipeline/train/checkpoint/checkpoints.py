@@ -21,9 +21,9 @@ from pipeline.core.units import counted
 from pipeline.train.backend.base import Backend, copied
 from pipeline.train.checkpoint import background
 from pipeline.train.checkpoint.background import Background, Saved
-from pipeline.train.checkpoint.choose import step_name
 from pipeline.train.checkpoint.manifest import MANIFEST, damage, read_manifest
-from pipeline.train.checkpoint.place import TRAINER, CheckpointError, Place
+from pipeline.train.checkpoint.selection import step_name
+from pipeline.train.checkpoint.store import TRAINER, CheckpointError, CheckpointStore
 
 WEIGHTS = "model.safetensors"
 
@@ -32,7 +32,7 @@ class Checkpoints:
     """The checkpoints of one run, written by all of its ranks together.
 
     Args:
-        place: the place where they are kept.
+        store: the store where they are kept.
         attempt: the name of this process group. Workers of an abandoned group write elsewhere.
         keep: the newest checkpoints that stay, beside the best by score and the pinned ones.
         ranks: the number of ranks.
@@ -46,7 +46,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        place: Place,
+        store: CheckpointStore,
         *,
         attempt: str,
         keep: int = 2,
@@ -57,7 +57,7 @@ class Checkpoints:
         on_unwritten: Callable[[int, str], None] = lambda step, error: None,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
-        self.place, self.attempt, self.keep = place, attempt, keep
+        self.store, self.attempt, self.keep = store, attempt, keep
         self.rank, self.ranks, self.each = rank, ranks, each
         self.on_quarantine, self.on_unwritten, self.beat = on_quarantine, on_unwritten, beat
         self._writing: Background | None = None
@@ -98,7 +98,7 @@ class Checkpoints:
             files[TRAINER] = json.dumps({**trainer, "step": step}, indent=1) + "\n"
         # A failed save may have left files under its own name.
         self._writing = Background(
-            self.place,
+            self.store,
             step,
             files,
             attempt=f"{self.attempt}.{self._failures}" if self._failures else self.attempt,
@@ -178,9 +178,9 @@ class Checkpoints:
             CheckpointError: it verifies, but one of its files would run code when it is loaded.
             OSError: the storage failed. A later call continues.
         """
-        self.place.sweep()
-        for name in reversed(self.place.names()):
-            path = self.place.fetch(name)
+        self.store.sweep()
+        for name in reversed(self.store.names()):
+            path = self.store.fetch(name)
             reason = damage(path)
             if reason is not None:
                 self._quarantine(name, reason)
@@ -197,7 +197,7 @@ class Checkpoints:
         """Quarantine the checkpoint of `step`, if there is one. Collective. No save may be in
         progress.
         """
-        names = self.place.names() if self.rank == 0 else []
+        names = self.store.names() if self.rank == 0 else []
         if step_name(step) in names:
             names.remove(step_name(step))
             self._quarantine(step_name(step), reason)
@@ -209,10 +209,10 @@ class Checkpoints:
         The report comes first. Otherwise the journal might never explain why a checkpoint that it
         names is missing. If storage fails in between, the next try reports it once more.
         """
-        folder = PurePosixPath(self.place.address(name)).name
+        folder = PurePosixPath(self.store.address(name)).name
         aside = f"quarantine/{folder}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
-        self.on_quarantine(self.place.address(aside), reason)
-        self.place.set_aside(name, aside)
+        self.on_quarantine(self.store.address(aside), reason)
+        self.store.set_aside(name, aside)
 
     def load(self, path: Path, backend: Backend, rule: nn.Module) -> dict[str, Any]:
         """Load a verified checkpoint into this rank; collective. Returns its trainer.json.
@@ -271,8 +271,8 @@ class Checkpoints:
         # Rank 0's own error may only report the failure of another rank. It then has no number.
         number, reason = min(filter(None, failures), key=lambda failure: failure[0] is None)
         if number in FOR_THE_USER:
-            names = self.place.names()
-            left = f"the newest whole one is {self.place.address(names[-1])}" if names else ""
+            names = self.store.names()
+            left = f"the newest whole one is {self.store.address(names[-1])}" if names else ""
             raise UserError(
                 f"checkpoint: cannot be written after step {writing.step}: {reason};"
                 f" {left or 'there is no whole one yet'}"

@@ -18,7 +18,7 @@ import torch
 from pipeline.data.base import DataError, LoaderError
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv import manifest as manifests
-from pipeline.data.ffcv import reader, tbb
+from pipeline.data.ffcv import numba_threads, reader
 from pipeline.data.ffcv.format import JPG, read_tables
 
 SIZES = {"seed": 5, "batch_size": 12, "micro_batch": 12}
@@ -203,7 +203,7 @@ def test_too_many_threads_are_refused_and_tbb_demanded(monkeypatch):
             reader.usable_threads(threads)
 
     missing = Mock(side_effect=ImportError("libtbb.so.12: cannot open shared object file"))
-    monkeypatch.setattr(tbb.importlib, "import_module", missing)
+    monkeypatch.setattr(numba_threads.importlib, "import_module", missing)
     assert reader.usable_threads(1) == 1
     with pytest.raises(DataError, match=r"needs TBB .*threads=1; got: libtbb"):
         reader.usable_threads(2)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.train.checkpoint import Place, place_at
+from pipeline.train.checkpoint import CheckpointStore, store_at
 from tests.helpers.s3 import s3_server
 
 
@@ -23,8 +23,8 @@ def address(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=["folder", "memory", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
     """A place of each kind."""
     base = {"folder": str(tmp_path / "elsewhere"), "memory": "memory://checkpoints"}
     address = base.get(request.param) or request.getfixturevalue("bucket")
-    return place_at(f"{address}/{uuid.uuid4().hex}/run", tmp_path / "run")
+    return store_at(f"{address}/{uuid.uuid4().hex}/run", tmp_path / "run")

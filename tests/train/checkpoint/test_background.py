@@ -20,7 +20,7 @@ from torch import distributed
 from pipeline.core.errors import UserError
 from pipeline.train.backend.base import copied
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.checkpoint import Checkpoints, Place, background, damage, step_folders
+from pipeline.train.checkpoint import Checkpoints, CheckpointStore, background, damage, step_folders
 from tests.helpers.few import TRAINER, Counting, backend, feedback, save, step
 from tests.helpers.processes import refusal, run_ranks
 from tests.helpers.waiting import until
@@ -67,7 +67,11 @@ def failing(number: int) -> AbstractContextManager[None]:
 def test_training_goes_on_meanwhile_and_what_was_there_is_what_is_saved(
     tmp_path: Path, gate: threading.Event
 ) -> None:
-    made, rule, checkpoints = backend(1), Counting(1.0), Checkpoints(Place(tmp_path), attempt="a")
+    made, rule, checkpoints = (
+        backend(1),
+        Counting(1.0),
+        Checkpoints(CheckpointStore(tmp_path), attempt="a"),
+    )
     then = copied(made.network.state_dict())
     momenta = copied([state["momentum_buffer"] for state in made.optimizer.state.values()])
     assert checkpoints.save(1, made, rule, TRAINER) is None
@@ -78,7 +82,7 @@ def test_training_goes_on_meanwhile_and_what_was_there_is_what_is_saved(
     told = checkpoints.wait()
     assert told is not None and told.write_s > 0
     other = backend(2)
-    assert feedback(Place(tmp_path), made=other) == 1
+    assert feedback(CheckpointStore(tmp_path), made=other) == 1
     assert all(torch.equal(value, then[name]) for name, value in other.network.state_dict().items())
     assert not torch.equal(then["0.weight"], made.network.state_dict()["0.weight"])
     found = [state["momentum_buffer"] for state in other.optimizer.state.values()]
@@ -86,7 +90,7 @@ def test_training_goes_on_meanwhile_and_what_was_there_is_what_is_saved(
 
 
 def test_it_is_told_once_as_soon_as_it_is_whole(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(Place(tmp_path), attempt="a")
+    checkpoints = Checkpoints(CheckpointStore(tmp_path), attempt="a")
     checkpoints.save(1, backend(), Counting(), TRAINER)
     told = until(checkpoints.done, within=20, pause=0.01)
     assert told is not None
@@ -95,7 +99,7 @@ def test_it_is_told_once_as_soon_as_it_is_whole(tmp_path: Path) -> None:
 
 
 def test_the_next_one_waits_for_the_one_before(tmp_path: Path, gate: threading.Event) -> None:
-    checkpoints = Checkpoints(Place(tmp_path), attempt="a")
+    checkpoints = Checkpoints(CheckpointStore(tmp_path), attempt="a")
     checkpoints.save(1, backend(), Counting(), TRAINER)
     threading.Timer(0.2, gate.set).start()
     before = checkpoints.save(2, backend(), Counting(), TRAINER)
@@ -130,7 +134,7 @@ def test_what_cannot_be_written_ends_training_and_the_one_before_stays(
     error: type[Exception],
     said: str,
 ) -> None:
-    checkpoints = Checkpoints(Place(tmp_path), attempt="a")
+    checkpoints = Checkpoints(CheckpointStore(tmp_path), attempt="a")
     save(checkpoints, 1, backend(), Counting(), TRAINER)
     with failing(number):
         for step in range(2, last + 1):
@@ -148,7 +152,7 @@ def test_storage_that_failed_once_is_told_of_and_the_next_one_is_written(
 ) -> None:
     told: list[tuple[int, str]] = []
     checkpoints = Checkpoints(
-        Place(tmp_path), attempt="a", on_unwritten=lambda *about: told.append(about)
+        CheckpointStore(tmp_path), attempt="a", on_unwritten=lambda *about: told.append(about)
     )
     for number in (2, 4):  # never two in a row
         with failing(errno.EIO):
@@ -169,25 +173,28 @@ def test_an_old_one_that_cannot_be_deleted_is_told_and_costs_no_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], last: str
 ) -> None:
     """As where NFS keeps the name of a file that somebody has open."""
-    checkpoints = Checkpoints(Place(tmp_path), attempt="a", keep=1)
+    checkpoints = Checkpoints(CheckpointStore(tmp_path), attempt="a", keep=1)
     save(checkpoints, steps[0], backend(0), Counting(0.0), TRAINER)
 
     fails = Mock(side_effect=OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), "x"))
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.train.checkpoint.place.shutil.rmtree", fails)
+        patch.setattr("pipeline.train.checkpoint.store.shutil.rmtree", fails)
         for value, number in enumerate(steps[1:]):
             told = save(checkpoints, number, backend(), Counting(value + 1.0), TRAINER)
             assert told.step == number and told.untidy.startswith(
                 "OSError: [Errno 39] Directory not empty: "
             )
-    assert feedback(Place(tmp_path)) == 3
+    assert feedback(CheckpointStore(tmp_path)) == 3
     assert [path.name for path in tmp_path.iterdir()] == [last]  # swept
 
 
 def test_an_attempt_that_ends_by_an_error_finishes_what_it_was_writing_or_says_that_it_failed(
     tmp_path: Path, gate: threading.Event
 ) -> None:
-    checkpoints, error = Checkpoints(Place(tmp_path), attempt="a"), KeyError("training fails")
+    checkpoints, error = (
+        Checkpoints(CheckpointStore(tmp_path), attempt="a"),
+        KeyError("training fails"),
+    )
     checkpoints.save(1, backend(), Counting(), TRAINER)
     threading.Timer(0.1, gate.set).start()
     told = checkpoints.close(error)
@@ -208,7 +215,7 @@ def wait_for(file: Path) -> None:
 
 def of_ranks(rank: int, size: int, folder: str, **more: Any) -> Checkpoints:
     return Checkpoints(
-        Place(Path(folder)),
+        CheckpointStore(Path(folder)),
         attempt="a",
         rank=rank,
         ranks=size,
@@ -241,7 +248,7 @@ def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
     distributed.barrier()
     # A rank that is gone: the other ends at once, without a checkpoint.
     if rank == 0:
-        alone = Checkpoints(checkpoints.place, attempt="b", rank=0, ranks=2)
+        alone = Checkpoints(checkpoints.store, attempt="b", rank=0, ranks=2)
         alone.save(6, made, Counting(), TRAINER)
         error = RuntimeError("connection reset by peer")
         alone.close(error)
@@ -294,7 +301,7 @@ def test_so_does_one_that_ends(
     tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background, "WAIT_S", 0.02)
-    checkpoints = Checkpoints(Place(tmp_path), attempt="a", beat=(beat := Mock()))
+    checkpoints = Checkpoints(CheckpointStore(tmp_path), attempt="a", beat=(beat := Mock()))
     checkpoints.save(1, backend(), Counting(), TRAINER)
     threading.Timer(0.3, gate.set).start()
     assert checkpoints.close() is not None and beat.call_count >= 3
@@ -309,7 +316,7 @@ def test_a_thread_that_writes_for_long_is_no_sign_of_life(
     monkeypatch.setattr(background, "LONGEST_S", 0.5)
     beats: list[float] = []
     checkpoints = Checkpoints(
-        Place(tmp_path), attempt="a", beat=lambda: beats.append(time.monotonic())
+        CheckpointStore(tmp_path), attempt="a", beat=lambda: beats.append(time.monotonic())
     )
     checkpoints.save(1, backend(), Counting(), TRAINER)
     began = time.monotonic()
@@ -341,7 +348,7 @@ def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None
 def test_who_waits_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
     """Another driver has taken the place over and swept it, with the part of worker 1."""
     writing = background.Background(
-        Place(tmp_path), 1, {"config.json": "{}"}, attempt="a", rank=0, ranks=2, keep=2
+        CheckpointStore(tmp_path), 1, {"config.json": "{}"}, attempt="a", rank=0, ranks=2, keep=2
     )
     wait_for(writing.temp / "config.json")
     shutil.rmtree(writing.temp)

@@ -21,7 +21,7 @@ from pipeline.track.events import Event
 from pipeline.train.checkpoint import (
     CheckpointError,
     Checkpoints,
-    Place,
+    CheckpointStore,
     damage,
     lost_step,
     pin,
@@ -65,13 +65,13 @@ def steps_in(folder: Path) -> str:
 
 
 def saved(folder: Path, steps: list[int], **checkpoints: Any) -> Checkpoints:
-    made = Checkpoints(Place(folder), attempt="a", **checkpoints)
+    made = Checkpoints(CheckpointStore(folder), attempt="a", **checkpoints)
     for step in steps:
         save(made, step, backend(step), Counting(step), {**TRAINER, "score": None})
     return made
 
 
-def test_what_is_saved_comes_back_bit_for_bit(place: Place) -> None:
+def test_what_is_saved_comes_back_bit_for_bit(place: CheckpointStore) -> None:
     original, other, checkpoints = backend(1), backend(2), Checkpoints(place, attempt="a")
     for each in (original, other):
         each.network.register_buffer("running_mean", torch.tensor([3.0]))
@@ -111,7 +111,7 @@ def test_what_is_saved_comes_back_bit_for_bit(place: Place) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(
-    place: Place, name: str, how: str
+    place: CheckpointStore, name: str, how: str
 ) -> None:
     told: list[tuple[str, str]] = []
     checkpoints = Checkpoints(place, attempt="a", on_quarantine=lambda *about: told.append(about))
@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(
     assert any(file.startswith("quarantine/step_00000002") for file in content(place))
 
 
-def test_the_newest_the_best_and_the_pinned_are_kept(place: Place) -> None:
+def test_the_newest_the_best_and_the_pinned_are_kept(place: CheckpointStore) -> None:
     checkpoints = Checkpoints(place, attempt="a", keep=2)
     for step, score in [(1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, 0.4)]:
         save(checkpoints, step, backend(), Counting(), {**TRAINER, "score": score})
@@ -162,14 +162,14 @@ def test_a_damaged_one_is_told_before_it_is_moved(
     flip_a_byte(tmp_path / "step_00000001" / "rule.pt")
     dying, next_one = (
         Checkpoints(
-            Place(tmp_path),
+            CheckpointStore(tmp_path),
             attempt=name,
             on_quarantine=lambda address, reason: told.append(address),
         )
         for name in "bc"
     )
     with monkeypatch.context() as patch:
-        patch.setattr(Place, "set_aside", lambda self, name, aside: sys.exit("killed"))
+        patch.setattr(CheckpointStore, "set_aside", lambda self, name, aside: sys.exit("killed"))
         with pytest.raises(SystemExit, match="killed"):
             dying.newest()
     assert len(told) == 1 and not Path(told[0]).exists()
@@ -190,15 +190,15 @@ def test_a_score_that_cannot_be_read_now_costs_nobody_the_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = unreadable(monkeypatch, tmp_path / "step_00000002" / "trainer.json", errno.ESTALE)
-    checkpoints = Checkpoints(Place(tmp_path), attempt="a", keep=1)
+    checkpoints = Checkpoints(CheckpointStore(tmp_path), attempt="a", keep=1)
     for step, score, there in [(1, 0.3, "1"), (2, 0.9, "12"), (3, 0.2, "123"), (4, 0.1, "1234")]:
         told = save(checkpoints, step, backend(), Counting(), {**TRAINER, "score": score})
         assert steps_in(tmp_path) == there
         assert ("Stale file handle" in told.untidy) == (step > 1)
     with pytest.raises(OSError, match="Stale file handle"):
-        verified(Place(tmp_path), "best")
+        verified(CheckpointStore(tmp_path), "best")
     left.clear()
-    assert verified(Place(tmp_path), "best").name == "step_00000002"
+    assert verified(CheckpointStore(tmp_path), "best").name == "step_00000002"
     told = save(checkpoints, 5, backend(), Counting(), {**TRAINER, "score": 0.4})
     assert (steps_in(tmp_path), told.untidy) == ("25", "")
 
@@ -210,10 +210,10 @@ def test_one_on_a_bad_sector_is_nobodys_best_and_does_not_stay_for_good(
     unreadable(monkeypatch, tmp_path / "step_00000001" / "trainer.json", errno.EIO)
     assert save(checkpoints, 3, backend(), Counting(), {**TRAINER, "score": 0.1}).untidy == ""
     assert steps_in(tmp_path) == "23"
-    assert verified(Place(tmp_path), "best").name == "step_00000003"
+    assert verified(CheckpointStore(tmp_path), "best").name == "step_00000003"
 
 
-def test_a_step_that_is_saved_again_is_found_where_its_event_says(place: Place) -> None:
+def test_a_step_that_is_saved_again_is_found_where_its_event_says(place: CheckpointStore) -> None:
     checkpoints, attempt = Checkpoints(place, attempt="a", keep=2), "" if place.folder else "-a"
     told = [save(checkpoints, 1, backend(), Counting(value), TRAINER) for value in range(12)]
     names = ["step_00000001", *(f"step_00000001.{number}" for number in range(1, 12))]
@@ -256,14 +256,14 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", renamed)
-        patch.setattr("pipeline.train.checkpoint.place.shutil.rmtree", removed)
+        patch.setattr("pipeline.train.checkpoint.store.shutil.rmtree", removed)
         try:
-            Place(tmp_path).finish(made, "step_00000003")
-            prune(Place(tmp_path), "step_00000003", keep=2)
+            CheckpointStore(tmp_path).finish(made, "step_00000003")
+            prune(CheckpointStore(tmp_path), "step_00000003", keep=2)
             assert call == 3  # after a rename, one to the name of what goes, and its end
         except Killed:
             assert call < 3
-    checkpoints = Checkpoints(Place(tmp_path), attempt="b")
+    checkpoints = Checkpoints(CheckpointStore(tmp_path), attempt="b")
     path = tmp_path / ("step_00000003" if call == 0 else "step_00000003.1")
     assert checkpoints.newest() == path
     assert (path / "model.safetensors").read_bytes() == (new if call else old)
@@ -282,7 +282,7 @@ def test_one_whose_medium_fails_is_quarantined_and_the_one_before_is_used(
     told: list[str] = []
     unreadable(monkeypatch, tmp_path / "step_00000002" / name, number, times)
     checkpoints = Checkpoints(
-        Place(tmp_path), attempt="b", on_quarantine=lambda *about: told.append(about[1])
+        CheckpointStore(tmp_path), attempt="b", on_quarantine=lambda *about: told.append(about[1])
     )
     if number in (errno.EACCES, errno.ESTALE):
         with pytest.raises(OSError, match=os.strerror(number)):
@@ -295,10 +295,10 @@ def test_one_whose_medium_fails_is_quarantined_and_the_one_before_is_used(
 
 
 def test_what_cannot_be_loaded_is_refused_and_nothing_is_no_error(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(Place(tmp_path), attempt="a")
+    checkpoints = Checkpoints(CheckpointStore(tmp_path), attempt="a")
     assert checkpoints.newest() is None
     with pytest.raises(CheckpointError, match="got none"):
-        verified(Place(tmp_path))
+        verified(CheckpointStore(tmp_path))
     save(checkpoints, 1, backend(), Counting(), {"world_size": 2, "zero": 1, "score": None})
     with pytest.raises(
         CheckpointError, match="ZeRO-1 state of 2 workers loads on as many only; got 1"
@@ -323,11 +323,17 @@ def test_a_kill_while_an_old_checkpoint_is_deleted_is_survived(tmp_path: Path) -
 
 def test_one_that_is_newer_than_what_is_saved_takes_nobodys_room(tmp_path: Path) -> None:
     """Its manifest came late, of a driver whose place was taken over."""
-    save(Checkpoints(Place(tmp_path), attempt="a", keep=1), 5, backend(), Counting(), TRAINER)
-    later = Checkpoints(Place(tmp_path), attempt="b", keep=1)
+    save(
+        Checkpoints(CheckpointStore(tmp_path), attempt="a", keep=1),
+        5,
+        backend(),
+        Counting(),
+        TRAINER,
+    )
+    later = Checkpoints(CheckpointStore(tmp_path), attempt="b", keep=1)
     for step in (1, 2):
         save(later, step, backend(), Counting(), TRAINER)
-    assert Place(tmp_path).names() == ["step_00000002", "step_00000005"]
+    assert CheckpointStore(tmp_path).names() == ["step_00000002", "step_00000005"]
 
 
 # ------------------------------------------------------ what the journal knows, where none is found

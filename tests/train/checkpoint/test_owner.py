@@ -15,10 +15,10 @@ from pipeline.core.errors import UserError
 from pipeline.train.checkpoint import (
     CheckpointError,
     Checkpoints,
-    Place,
+    CheckpointStore,
     claim,
     owner_of,
-    place_at,
+    store_at,
 )
 from pipeline.train.checkpoint import background as thread
 from tests.helpers.few import TRAINER, Counting, backend, content, feedback, save
@@ -29,25 +29,25 @@ OF_A = {**TRAINER, "run_id": "a" * 32, "study": "s", "run": "first"}
 
 
 @pytest.fixture(params=["folder", "memory"])
-def place_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Place]:
+def store_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], CheckpointStore]:
     """The one place, as a run of each name knows it."""
     address = (
         str(tmp_path / "elsewhere")
         if request.param == "folder"
         else f"memory://owned/{uuid.uuid4().hex}"
     )
-    return lambda run: place_at(address, tmp_path / run)
+    return lambda run: store_at(address, tmp_path / run)
 
 
-def claimed(place: Place, run: str = "first") -> Place:
+def claimed(place: CheckpointStore, run: str = "first") -> CheckpointStore:
     token = claim(place, run=run, run_id="a" * 32, study="s")
-    return Place(place.url, place.staging, token=token)
+    return CheckpointStore(place.url, place.staging, token=token)
 
 
 def test_a_place_that_is_anothers_is_not_claimed_and_nothing_in_it_is_touched(
-    place_of: Callable[[str], Place],
+    store_of: Callable[[str], CheckpointStore],
 ) -> None:
-    place = place_of("first")
+    place = store_of("first")
     save(Checkpoints(place, attempt="a"), 1, backend(), Counting(), OF_A)
     there, mine = content(place), {"run": "mine", "run_id": "b" * 32, "study": "s"}
     theirs = r"must be of run bbbbbbbb \(mine\); got those of run aaaaaaaa \(first"
@@ -71,7 +71,7 @@ def test_a_place_that_is_anothers_is_not_claimed_and_nothing_in_it_is_touched(
 def test_a_full_disk_leaves_the_owner_that_there_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = Place(tmp_path)
+    place = CheckpointStore(tmp_path)
     token = claimed(place).token
 
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
@@ -88,14 +88,14 @@ def test_a_full_disk_leaves_the_owner_that_there_was(
 
 @pytest.mark.parametrize("when", ["before its manifest", "with its manifest"])
 def test_the_earlier_of_two_drivers_stops_at_its_save_and_tells_nothing_whole(
-    place_of: Callable[[str], Place], monkeypatch: pytest.MonkeyPatch, when: str
+    store_of: Callable[[str], CheckpointStore], monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    first, told = claimed(place_of("first")), list[str]()
+    first, told = claimed(store_of("first")), list[str]()
     one = Checkpoints(first, attempt="a", keep=1)
     save(one, 1, backend(1), Counting(1), OF_A)
 
     def taken_over() -> None:
-        second = claimed(place_of("second"), "second")
+        second = claimed(store_of("second"), "second")
         second.sweep()
         save(Checkpoints(second, attempt="b", keep=3), 2, backend(2), Counting(2), OF_A)
 
@@ -110,7 +110,7 @@ def test_the_earlier_of_two_drivers_stops_at_its_save_and_tells_nothing_whole(
     def checked() -> None:
         if "step_00000002" in first.names() and not told:  # after its last step
             told.append("finished")
-            claimed(place_of("second"), "second")
+            claimed(store_of("second"), "second")
         check()
 
     if when == "before its manifest":
@@ -124,7 +124,7 @@ def test_the_earlier_of_two_drivers_stops_at_its_save_and_tells_nothing_whole(
     ) as said:
         one.wait()
     assert "\n" not in str(said.value) and one.done() is None
-    assert "step_00000001" in place_of("third").names()  # with keep=1 it would have gone
+    assert "step_00000001" in store_of("third").names()  # with keep=1 it would have gone
     for change in (
         first.sweep,
         lambda: first.delete("step_00000001"),
@@ -133,23 +133,23 @@ def test_the_earlier_of_two_drivers_stops_at_its_save_and_tells_nothing_whole(
         with pytest.raises(CheckpointError, match="must be this driver"):
             change()
     if when == "before its manifest":
-        assert feedback(place_of("third")) == 2
+        assert feedback(store_of("third")) == 2
 
 
 def test_what_an_abandoned_attempt_still_uploads_reaches_no_checkpoint_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, put = place_at(f"memory://owned/{uuid.uuid4().hex}", tmp_path), Place._put
+    place, put = store_at(f"memory://owned/{uuid.uuid4().hex}", tmp_path), CheckpointStore._put
     late = tmp_path / ".writing-a-step_00000001"
     late.mkdir()
     (late / "model.safetensors").write_bytes(b"late")
 
-    def meanwhile(self: Place, file: Path, path: str) -> None:
-        monkeypatch.setattr(Place, "_put", put)
+    def meanwhile(self: CheckpointStore, file: Path, path: str) -> None:
+        monkeypatch.setattr(CheckpointStore, "_put", put)
         save(Checkpoints(place, attempt="b"), 1, backend(2), Counting(2), OF_A)
         put(self, file, path)
 
-    monkeypatch.setattr(Place, "_put", meanwhile)
+    monkeypatch.setattr(CheckpointStore, "_put", meanwhile)
     with pytest.raises(FileNotFoundError, match=r"manifest\.json"):  # it is not sealed
         place.finish(late, "step_00000001")
     assert feedback(place) == 2

@@ -14,7 +14,7 @@ from pipeline.core import files as shared
 from pipeline.core.files import Marker
 from pipeline.train import assemble, worker
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.checkpoint import Place
+from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.job import RankInfo
 from tests.helpers.processes import refusal, run_ranks
 from tests.helpers.small import job_of, make_run, small_recipe
@@ -29,7 +29,7 @@ def _each_on_its_own_disk(rank: int, ranks: int, folder: str) -> str:
         make_run(run, small_recipe(backend="deepspeed"))
     Ranks(rank, ranks).all_gather_object(None)
     job = job_of(run, small_recipe())
-    assemble.place_at = lambda address, run, token: Place(Path(folder) / f"disk{rank}")
+    assemble.store_at = lambda address, run, token: CheckpointStore(Path(folder) / f"disk{rank}")
     return refusal(worker.run, job, RankInfo(rank, ranks))
 
 
@@ -80,5 +80,5 @@ def test_one_that_shows_late_is_waited_for_and_storage_that_fails_is_told_to_eve
 
 def test_a_marker_that_a_killed_worker_left_is_swept(tmp_path: Path) -> None:
     (tmp_path / f"{shared.MARKER}1234").write_text("x")
-    Place(tmp_path).sweep()
+    CheckpointStore(tmp_path).sweep()
     assert not [*tmp_path.iterdir()]

@@ -24,20 +24,20 @@ from pipeline.core.errors import UserError
 from pipeline.train.checkpoint import (
     CheckpointError,
     Checkpoints,
-    Place,
+    CheckpointStore,
     damage,
-    place_at,
     prune,
+    store_at,
     verified,
 )
-from pipeline.train.checkpoint.place import sweep_fetched
+from pipeline.train.checkpoint.store import sweep_fetched
 from tests.helpers.few import FILES, TRAINER, Counting, backend, feedback, restore, save
 
 pytestmark = pytest.mark.timeout(120)
 
 
-def store(address: str, run: Path) -> Place:
-    place = place_at(address, run)
+def store(address: str, run: Path) -> CheckpointStore:
+    place = store_at(address, run)
     assert place.folder is None
     return place
 
@@ -58,9 +58,9 @@ denied = Mock(side_effect=PermissionError("Access Denied"))  # as s3fs says it, 
 
 def cut_at(patch: pytest.MonkeyPatch, name: str) -> None:
     """The connection is lost before a file of this name is put."""
-    put = Place._put
+    put = CheckpointStore._put
     patch.setattr(
-        Place,
+        CheckpointStore,
         "_put",
         lambda self, file, path: (lost if path.endswith(f"/{name}") else put)(self, file, path),
     )
@@ -94,7 +94,7 @@ def test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut
     saving = checkpoints_at(address, tmp_path, keep=1)
     save(saving, 1, backend(1), Counting(1), TRAINER)
     save(saving, 2, backend(2), Counting(2), TRAINER)
-    fs = saving.place.fs
+    fs = saving.store.fs
 
     def remove(path: str, recursive: bool = False) -> None:
         for found in fs.find(path):
@@ -114,7 +114,7 @@ def test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut
             )
     assert store(address, tmp_path).names() == ["step_00000002"]
     fresh = checkpoints_at(address, tmp_path / "fresh", keep=1)
-    assert feedback(fresh.place) == (3 if is_new else 2)
+    assert feedback(fresh.store) == (3 if is_new else 2)
     assert restore(fresh, backend(), Counting())["score"] == (0.5 if is_new else None)
     folders = {path.split("/")[0] for path in paths(address)}
     assert folders == {
@@ -210,7 +210,7 @@ def test_what_cannot_be_put_or_arrives_short_is_no_checkpoint(
     said: str,
 ) -> None:
     saving = checkpoints_at(address, tmp_path)
-    monkeypatch.setattr(saving.place.fs, "put_file", partial(put, saving.place.fs.put_file))
+    monkeypatch.setattr(saving.store.fs, "put_file", partial(put, saving.store.fs.put_file))
     saving.save(1, backend(), Counting(), TRAINER)
     with pytest.raises(error, match=said):
         saving.wait()
@@ -238,7 +238,7 @@ def test_an_address_is_a_folder_or_something_that_can_be_opened(tmp_path: Path) 
         ("/big/run", Path("/big/run")),
         ("file:///big/run", Path("/big/run")),
     ):
-        place = place_at(address, tmp_path)
+        place = store_at(address, tmp_path)
         assert place.folder == place.staging == folder and place.url == str(folder)
     chain = "an address must be of one store, without fsspec's '::'"
     for address, said in (
@@ -250,7 +250,7 @@ def test_an_address_is_a_folder_or_something_that_can_be_opened(tmp_path: Path) 
         ("file:///run::s3://bucket", chain),
     ):
         with pytest.raises(CheckpointError, match=said) as refused:
-            place_at(address, tmp_path)
+            store_at(address, tmp_path)
         assert "secret" not in str(refused.value)
 
 
@@ -259,7 +259,7 @@ def test_an_address_is_a_folder_or_something_that_can_be_opened(tmp_path: Path) 
 OTHER = """
 import sys
 from pathlib import Path
-from pipeline.train.checkpoint.place import own_folder
+from pipeline.train.checkpoint.store import own_folder
 
 folder = own_folder(Path(sys.argv[1]))
 (folder / "file").touch()
@@ -270,7 +270,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Checkpoints:
-    made = Checkpoints(place_at(f"memory://fetched/{uuid.uuid4().hex}", tmp_path), attempt="a")
+    made = Checkpoints(store_at(f"memory://fetched/{uuid.uuid4().hex}", tmp_path), attempt="a")
     save(made, 1, backend(1), Counting(1), TRAINER)
     return made
 
@@ -278,7 +278,7 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
 def test_no_other_process_takes_away_what_one_has_fetched_and_what_a_dead_one_left_is_swept(
     checkpoints: Checkpoints,
 ) -> None:
-    path, staging = checkpoints.newest(), checkpoints.place.staging
+    path, staging = checkpoints.newest(), checkpoints.store.staging
     assert path is not None
     with subprocess.Popen(
         [sys.executable, "-c", OTHER, str(staging)],
@@ -289,12 +289,12 @@ def test_no_other_process_takes_away_what_one_has_fetched_and_what_a_dead_one_le
         assert other.stdout is not None
         theirs = Path(other.stdout.readline().strip())
         assert theirs != path.parent and damage(path) is None
-        checkpoints.place.sweep()
+        checkpoints.store.sweep()
         assert (theirs / "file").exists() and damage(path) is None
         other.kill()
         other.wait()
     assert (theirs / "file").exists()
-    checkpoints.place.sweep()
+    checkpoints.store.sweep()
     assert not theirs.exists() and damage(path) is None
     # this process's, and its lock
     assert checkpoints.newest() == path and len([*staging.iterdir()]) == 2

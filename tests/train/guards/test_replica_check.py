@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from pipeline.core.errors import Diverged, UserError
 from pipeline.recipe import Policy
 from pipeline.train import checkpointing
-from pipeline.train.backend.averaged import Averaged
 from pipeline.train.backend.collectives import Ranks
+from pipeline.train.backend.ema import Averaged
 from pipeline.train.backend.plain import Plain
 from pipeline.train.checkpointing import SavingHooks
 from pipeline.train.guards import replica_check

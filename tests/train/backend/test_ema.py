@@ -13,9 +13,9 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
-from pipeline.train.backend.averaged import Averaged
 from pipeline.train.backend.base import Backend
 from pipeline.train.backend.deepspeed import DeepSpeed
+from pipeline.train.backend.ema import Averaged
 from pipeline.train.backend.plain import Plain
 from tests.helpers.captured import write_captured
 from tests.helpers.processes import run_ranks

@@ -131,7 +131,7 @@ def top_singular_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
     The method is Golub-Kahan-Lanczos with reorthogonalisation. The result is a pure function of V.
     u^T V v is the largest singular value for `steps` >= min(M, N). With 32 steps it is at most 1e-3
     too small, even for random square matrices of size 400, whose top singular values lie close
-    together (tests/spiking/test_limit.py).
+    together (tests/spiking/test_norm_limit.py).
     """
     with torch.no_grad(), torch.autocast(V.device.type, enabled=False), op_scope("limit"):
         V = V.to(torch.promote_types(V.dtype, torch.float32))

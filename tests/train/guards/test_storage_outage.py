@@ -11,14 +11,14 @@ import pytest
 
 from pipeline.core.errors import UserError
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.guards import storage
-from pipeline.train.guards.storage import retry_while_away
+from pipeline.train.guards import storage_outage
+from pipeline.train.guards.storage_outage import retry_while_away
 from tests.helpers.processes import run_ranks
 
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(storage_outage, "FIRST_PAUSE_S", 0.01)
 
 
 def away(times: int, error: Exception = OSError(errno.ESTALE, "Stale file handle")) -> Mock:
@@ -28,21 +28,21 @@ def away(times: int, error: Exception = OSError(errno.ESTALE, "Stale file handle
 
 def test_it_is_tried_again_and_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(storage, "_pause", lambda seconds, beat: pauses.append(seconds))
+    monkeypatch.setattr(storage_outage, "_pause", lambda seconds, beat: pauses.append(seconds))
     told: list[str] = []
     assert retry_while_away(Ranks(), away(20), on_wait=told.append) == "there"
     assert told == ["[Errno 116] Stale file handle"]
     assert (
         pauses[:3] == [0.01, 0.02, 0.04]
-        and pauses[-1] == storage.LONGEST_PAUSE_S
+        and pauses[-1] == storage_outage.LONGEST_PAUSE_S
         and len(pauses) == 20
     )
 
 
 def test_a_pause_is_full_of_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long it is: a watchdog may have less patience."""
-    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.5)
-    monkeypatch.setattr(storage, "BEAT_S", 0.1)
+    monkeypatch.setattr(storage_outage, "FIRST_PAUSE_S", 0.5)
+    monkeypatch.setattr(storage_outage, "BEAT_S", 0.1)
     beat = Mock()
     retry_while_away(Ranks(), away(1), beat=beat)
     assert 1 < beat.call_count <= 6
@@ -72,13 +72,13 @@ def test_in_the_end_it_is_given_up_and_a_journal_on_the_same_storage_need_not_be
 ) -> None:
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     assert retry_while_away(Ranks(), away(2), on_wait=full) == "there"
-    monkeypatch.setattr(storage, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(storage_outage, "PATIENCE_S", 0.2)
     with pytest.raises(OSError, match="Stale file handle"):
         retry_while_away(Ranks(), away(1000), on_wait=full)
 
 
 def _of_two(rank: int, ranks: int) -> dict[str, Any]:
-    storage.FIRST_PAUSE_S, storage.BEAT_S = 0.2, 0.1
+    storage_outage.FIRST_PAUSE_S, storage_outage.BEAT_S = 0.2, 0.1
     act, beat, told = away(2), Mock(), Mock()
     found = retry_while_away(Ranks(rank, ranks), act, beat=beat, on_wait=told)
     counts = {"acted": act.call_count, "told": told.call_count, "beats": beat.call_count}

@@ -23,7 +23,7 @@ from pipeline.core.files import is_name
 from pipeline.core.secrets import without_secrets
 from pipeline.recipe.suite import is_suite, runs_of, sources_in
 from pipeline.track.journal import Record
-from pipeline.track.state import is_driven
+from pipeline.track.run_state import is_driven
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

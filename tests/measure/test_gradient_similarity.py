@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.measure.fidelity import fidelity, gradients
+from pipeline.measure.gradient_similarity import fidelity, gradients
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT

@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
-from pipeline.spiking import limit as limit_module
+from pipeline.spiking import norm_limit as limit_module
 from pipeline.spiking.encode import repeat
-from pipeline.spiking.limit import (
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.norm_limit import (
     STEPS,
     FrobeniusLimit,
     SpectralLimit,
     singular_value,
     top_singular_vectors,
 )
-from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
 from tests.helpers.rule_networks import gradients_on, outputs, refusals

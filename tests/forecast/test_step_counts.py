@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.forecast.bench import Bench, step_inputs
-from pipeline.forecast.counts import (
+from pipeline.forecast.plan import DEVICES, Device
+from pipeline.forecast.step_counts import (
     Counts,
     FakeBench,
     Operation,
@@ -21,7 +22,6 @@ from pipeline.forecast.counts import (
     counted_optimizer,
     describe_steps,
 )
-from pipeline.forecast.plan import DEVICES, Device
 from pipeline.models.feedback import fc_feedback
 from pipeline.models.mlp import mlp
 from pipeline.recipe.recipe import Recipe, Spec, spec

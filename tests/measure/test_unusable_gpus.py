@@ -10,8 +10,8 @@ import pynvml
 import pytest
 import torch
 
-from pipeline.measure import gpu_driver
-from pipeline.measure.gpu_driver import unusable_gpus
+from pipeline.measure import unusable_gpus as gpu_driver
+from pipeline.measure.unusable_gpus import unusable_gpus
 
 INSTALL = (
     f"install a torch for this driver: {sys.executable} -m pip install --force-reinstall torch"

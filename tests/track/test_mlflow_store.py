@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.track.connect import one_line, reason, without_password
+from pipeline.track.mlflow_store import one_line, reason, without_password
 
 
 @pytest.mark.parametrize(

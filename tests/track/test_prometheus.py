@@ -10,8 +10,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.track.events import KINDS, Gauge, declared
-from pipeline.track.exposition import Exposed, exposition, newest
 from pipeline.track.journal import read
+from pipeline.track.prometheus import Exposed, exposition, newest
 from tests.helpers.events import RawJournal
 from tests.helpers.small import small_recipe, train_inline
 

@@ -1,4 +1,4 @@
-"""The place of a run's checkpoints: a folder, or an address that fsspec knows (s3://bucket/prefix).
+"""The store of a run's checkpoints: a folder, or an address that fsspec knows (s3://bucket/prefix).
 
 A checkpoint is a folder with the name of its step, `step_00000120`. If the step is saved again,
 `step_00000120.1` replaces it, then `.2`: the highest number counts, and the others are deleted.
@@ -9,14 +9,14 @@ a store, names end with the attempt, as in `step_00000120.1-ATTEMPT`, so that la
 abandoned attempt reach no other checkpoint. Uploads are compared by size; sha256 is compared after
 a fetch.
 
-A place outside of its run's folder has an owner, because the lock of the run's folder does not
+A store outside of its run's folder has an owner, because the lock of the run's folder does not
 protect it. A driver writes `owner.json` with a token of its own before it changes anything. Every
-change checks the token first. Of two drivers, the later one owns the place, and the earlier one
+change checks the token first. Of two drivers, the later one owns the store, and the earlier one
 ends at its next save, on any machine.
 
 What a process fetches from a store lies in a folder of its own, which is deleted when the process
 ends. If a process was killed, the kernel has released the lock beside the folder, and the next
-`Place.sweep` deletes both.
+`CheckpointStore.sweep` deletes both.
 """
 
 import atexit
@@ -52,7 +52,7 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be used, in one line."""
 
 
-class Place:
+class CheckpointStore:
     """The checkpoints of one run. A checkpoint is complete under its name, or it is absent.
 
     Args:
@@ -171,7 +171,7 @@ class Place:
                 self._remove(folder[0])
 
     def set_aside(self, name: str, aside: str) -> None:
-        """Move a checkpoint to the path `aside` in this place."""
+        """Move a checkpoint to the path `aside` in this store."""
         self.check_owner()
         current = self.current(name)
         if self.folder is not None:
@@ -184,7 +184,7 @@ class Place:
     def sweep(self) -> None:
         """Delete the files that dead writers have left.
 
-        Only for the holder of the run's lock (train/writer_lock.py) and owner of the place.
+        Only for the holder of the run's lock (train/writer_lock.py) and owner of the store.
         """
         self.check_owner()
         for prefix in (WRITING, _DELETING):
@@ -200,7 +200,7 @@ class Place:
                     self._remove(folder[0])
 
     def check_owner(self) -> None:
-        """Raises: CheckpointError if another driver owns the place."""
+        """Raises: CheckpointError if another driver owns the store."""
         owner = owner_of(self) if self.token else None
         if self.token and (owner is None or owner.token != self.token):
             raise CheckpointError(
@@ -259,10 +259,10 @@ class Place:
             raise OSError(errno.EIO, f"{there} of {here} bytes arrived", path)
 
 
-def place_at(address: str, run: Path, *, token: str = "") -> Place:
-    """The place of a run's checkpoints at a path or address; "" stands for RUN/checkpoints."""
+def store_at(address: str, run: Path, *, token: str = "") -> CheckpointStore:
+    """The store of a run's checkpoints at a path or address; "" stands for RUN/checkpoints."""
     inside = RunFolder(run).checkpoints
-    return Place(address or inside, inside, token=token)
+    return CheckpointStore(address or inside, inside, token=token)
 
 
 def refuse_credentials(address: str) -> None:
@@ -308,14 +308,14 @@ def step_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
-def trainer_of(place: Place, name: str) -> dict[str, Any]:
+def trainer_of(store: CheckpointStore, name: str) -> dict[str, Any]:
     """The content of a checkpoint's trainer.json, unverified; {} if it is missing or damaged.
 
     Raises:
         OSError: it cannot be read now, and may be intact.
     """
     try:
-        return json.loads(place.read(f"{name}/{TRAINER}"))
+        return json.loads(store.read(f"{name}/{TRAINER}"))
     except (FileNotFoundError, Unreadable, ValueError):
         return {}
 
@@ -327,7 +327,7 @@ class Owner:
     run_id: str
     study: str
     run: str  # its folder
-    # of one start of a driver; "": no driver has claimed the place, a checkpoint names the owner
+    # of one start of a driver; "": no driver has claimed the store, a checkpoint names the owner
     token: str = ""
     host: str = ""
     since: str = ""
@@ -337,18 +337,18 @@ class Owner:
         return f"run {self.run_id[:8]} ({self.run}{driver})"
 
 
-def owner_of(place: Place) -> Owner | None:
+def owner_of(store: CheckpointStore) -> Owner | None:
     """The owner in owner.json, else in the newest intact trainer.json; None: there is no owner.
 
     Raises:
         CheckpointError: owner.json is damaged.
-        OSError: the place cannot be read.
+        OSError: the store cannot be read.
     """
     try:
-        content = place.read(OWNER)
+        content = store.read(OWNER)
     except FileNotFoundError:
-        for name in reversed(place.names()):
-            if trainer := trainer_of(place, name):
+        for name in reversed(store.names()):
+            if trainer := trainer_of(store, name):
                 return Owner(
                     *(str(trainer.get(key, "unknown")) for key in ("run_id", "study", "run"))
                 )
@@ -357,22 +357,22 @@ def owner_of(place: Place) -> Owner | None:
         return Owner(**arguments_of(Owner, json.loads(content), who=OWNER))
     except ValueError as error:
         raise CheckpointError(
-            f"checkpoints: {place.address(OWNER)} must say whose they are; it is damaged: {error};"
+            f"checkpoints: {store.address(OWNER)} must say whose they are; it is damaged: {error};"
             " move it away if nobody trains there"
         ) from error
 
 
-def claim(place: Place, *, run: str, run_id: str, study: str) -> str:
-    """Make a run the owner of a place that is free or its own. Returns the token of its workers.
+def claim(store: CheckpointStore, *, run: str, run_id: str, study: str) -> str:
+    """Make a run the owner of a store that is free or its own. Returns the token of its workers.
 
     Raises:
         CheckpointError: another run owns it, or owner.json is damaged. Nothing was changed.
-        OSError: the place cannot be read or written.
+        OSError: the store cannot be read or written.
     """
-    owner = owner_of(place)
+    owner = owner_of(store)
     if owner is not None and owner.run_id != run_id:
         raise CheckpointError(
-            f"checkpoints: {place.address('')} must be of run {run_id[:8]} ({run}); got those of"
+            f"checkpoints: {store.address('')} must be of run {run_id[:8]} ({run}); got those of"
             f" {owner}"
         )
     new = Owner(
@@ -383,7 +383,7 @@ def claim(place: Place, *, run: str, run_id: str, study: str) -> str:
         host=socket.gethostname(),
         since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     )
-    place.write(OWNER, json.dumps(asdict(new), indent=1).encode())
+    store.write(OWNER, json.dumps(asdict(new), indent=1).encode())
     return new.token
 
 

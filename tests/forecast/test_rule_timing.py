@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.forecast import bench, interleaved
+from pipeline.forecast import bench, rule_timing
 from pipeline.forecast.bench import in_turns
-from pipeline.forecast.interleaved import measure_interleaved
+from pipeline.forecast.rule_timing import measure_interleaved
 from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
@@ -43,7 +43,7 @@ def test_every_turn_stands_behind_the_recipes_backend_whose_moves_leave_the_weig
 
     monkeypatch.setattr(bench, "build_backend", noted)
     with group_of_one("cpu"):
-        interleaved.rule_seconds(
+        rule_timing.rule_seconds(
             torch.device("cpu"), recipe_with(0.5), {"BPTT": spec(BPTT), "SLTT": spec(SLTT)}, 4, 1
         )
     assert len(made) == 4  # two rounds of two rules

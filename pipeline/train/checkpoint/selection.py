@@ -1,4 +1,4 @@
-"""Selects, in a place, the checkpoint to use, those to delete, and the one that must exist."""
+"""Selects, in a store, the checkpoint to use, those to delete, and the one that must exist."""
 
 import re
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.track.events import Checkpoint, Event, Quarantine, Start
 from pipeline.train.checkpoint.manifest import damage
-from pipeline.train.checkpoint.place import CheckpointError, Place, trainer_of
+from pipeline.train.checkpoint.store import CheckpointError, CheckpointStore, trainer_of
 
 
 def step_name(step: int) -> str:
@@ -18,27 +18,27 @@ def pin(path: Path) -> None:
     path.with_name(f"{path.name.split('.')[0]}.pinned").touch()
 
 
-def verified(place: Place, which: str = "last") -> Path:
+def verified(store: CheckpointStore, which: str = "last") -> Path:
     """The newest checkpoint that verifies, or with "best" the one with the best score.
 
     Raises:
         CheckpointError: there is none.
         OSError: a checkpoint cannot be read now, and may be the right one.
     """
-    names = place.names()
+    names = store.names()
     if which == "best":
-        names = _by_score(place, names)
+        names = _by_score(store, names)
     for name in reversed(names):
-        path = place.fetch(name)
+        path = store.fetch(name)
         if damage(path) is None:
             return path
     with_score = " with a score" if which == "best" else ""
     raise CheckpointError(
-        f"{place.address('')}: needs a checkpoint{with_score} that verifies; got none"
+        f"{store.address('')}: needs a checkpoint{with_score} that verifies; got none"
     )
 
 
-def prune(place: Place, saved: str, *, keep: int) -> None:
+def prune(store: CheckpointStore, saved: str, *, keep: int) -> None:
     """Delete the folders that the checkpoint `saved` has replaced, and old checkpoints.
 
     The newest `keep` checkpoints, the best by score and the pinned ones stay.
@@ -49,14 +49,14 @@ def prune(place: Place, saved: str, *, keep: int) -> None:
         OSError: the score of a checkpoint cannot be read now. No old checkpoint is deleted, because
             any of them may be the best.
     """
-    place.delete(saved, but=place.current(saved))
-    names = [name for name in place.names() if name <= saved]
+    store.delete(saved, but=store.current(saved))
+    names = [name for name in store.names() if name <= saved]
     if len(names) <= keep:
         return
-    best = _by_score(place, names)[-1:]
+    best = _by_score(store, names)[-1:]
     for name in names[:-keep]:
-        if name not in best and not _is_pinned(place, name):
-            place.delete(name)
+        if name not in best and not _is_pinned(store, name):
+            store.delete(name)
 
 
 def lost_step(events: Iterable[Event], *, keep: int) -> int | None:
@@ -78,20 +78,20 @@ def lost_step(events: Iterable[Event], *, keep: int) -> int | None:
     return max(existing, default=None)
 
 
-def _is_pinned(place: Place, name: str) -> bool:
+def _is_pinned(store: CheckpointStore, name: str) -> bool:
     try:
-        place.read(f"{name}.pinned")
+        store.read(f"{name}.pinned")
     except FileNotFoundError:
         return False
     return True
 
 
-def _by_score(place: Place, names: Iterable[str]) -> list[str]:
+def _by_score(store: CheckpointStore, names: Iterable[str]) -> list[str]:
     """The checkpoints that have a score and are not damaged, the best last.
 
     Raises:
         OSError: one cannot be read now, and may be intact.
     """
-    scores = {name: trainer_of(place, name).get("score") for name in names}
+    scores = {name: trainer_of(store, name).get("score") for name in names}
     scored = [name for name in names if scores[name] is not None]
     return sorted(scored, key=lambda name: (scores[name], name))

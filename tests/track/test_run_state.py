@@ -13,7 +13,7 @@ import pytest
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.suite_runs import SuiteRuns
 from pipeline.recipe.suite import Choice, Suite, SuiteFile, sources, sources_in
-from pipeline.track.state import best, done_entries, is_driven, state_of, top1_of
+from pipeline.track.run_state import best, done_entries, is_driven, state_of, top1_of
 from tests.helpers.events import RawJournal
 from tests.helpers.small import small_recipe
 

@@ -1,6 +1,5 @@
-"""Recipe files, and `--set` options such as `--set optimizer.lr=0.05`."""
+"""Recipe files: their recipes, and refusals of parts that could not be imported again."""
 
-import ast
 import importlib
 import importlib.util
 import sys
@@ -100,28 +99,6 @@ def refuse_unnamed(made: Recipe | Suite, paths: Sequence[Path]) -> None:
             f"{path}: a file that defines parts must have a name that Python can import and no"
             f" other module has: letters, digits and _; got {path.name}",
         )
-
-
-def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
-    """Keys and values of `["optimizer.lr=0.05", "precision=bf16"]`.
-
-    Values are Python literals; anything else is text.
-
-    Raises:
-        ValueError: a text without `=`.
-    """
-    changes: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        require(
-            equals and key,
-            f"--set: must look like key=value, for example optimizer.lr=0.05; got {text!r}",
-        )
-        try:
-            changes[key.strip()] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            changes[key.strip()] = value
-    return changes
 
 
 def _module(path: Path) -> ModuleType:

@@ -12,8 +12,8 @@ import pynvml
 import pytest
 import torch
 
-from pipeline.core import cores as cores_module
-from pipeline.core.cores import (
+from pipeline.core import cpu_affinity as cores_module
+from pipeline.core.cpu_affinity import (
     near_cores,
     own_cores,
     physical_cores,
@@ -23,7 +23,7 @@ from pipeline.core.errors import UserError
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pipeline.core.cores import own_cores
+from pipeline.core.cpu_affinity import own_cores
 with own_cores(1, folder=Path(sys.argv[1])) as cores:
     print(*cores, flush=True)
     time.sleep(60)
