@@ -369,7 +369,7 @@ class HLOP(Rule):
         """
         self.inner.end_of_batch()
         for recorder, rate in zip(self._recorders, cycle(self.learning_rates), strict=False):
-            moments = recorder.finish(self.world.mean)
+            moments = recorder.finish_batch(self.world.mean)
             if moments is not None:
                 recorder.subspace.learn(
                     moments, rate=rate, momentum=self.momentum, iterations=self.inner_iterations

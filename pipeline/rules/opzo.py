@@ -177,7 +177,7 @@ class OPZO(Rule):
         _, *synapses = self._synapses_of(model).values()
         readouts = self._readouts_of(model)
         super().attach(model, world=world, over_time=over_time)
-        self.signals.begin(next(model.parameters()).device)
+        self.signals.reset(next(model.parameters()).device)
         if isinstance(self.signals, FixedRandom):
             self.signals.key_of = partial(counter_hash, world.seed, _MATRIX)
         self._paths_are_known = False
@@ -205,7 +205,7 @@ class OPZO(Rule):
 
     def start_task(self, model: nn.Module, task: int) -> None:
         if task > 0 and any(getattr(module, "has_task_heads", False) for module in model.modules()):
-            self.signals.begin(self.signals.device)  # the Jacobian of a new head is unknown
+            self.signals.reset(self.signals.device)  # the Jacobian of a new head is unknown
 
     def release(self) -> None:
         super().release()

@@ -1,4 +1,4 @@
-"""1-bit weights: the synapse multiplies by scaled signs of its latent weight W.
+"""1-bit weights: a synapse uses the scaled signs of its latent weight W.
 
     W_b = a sign(V),   sign(0) = +1,   one scale a per output channel (filter),   g = dL/dW_b
 
@@ -8,26 +8,28 @@
                  dL/dV = g where |V| <= 1, else 0
     "ir"         V = (W - mean W) / sqrt(var W + 1e-8)   a = 1
                  dL/dV = g
-    "learnable"  V = W                                   a >= 1e-5 is learnt from 2 mean |W|
+    "learnable"  V = W                                   a >= 1e-5 is learnt, from 2 mean |W| on
                  dL/dV = g where |V| <= a, else 0;   dL/da = sum g sign(V) / sqrt(fan_in)
 
-The mean and the (unbiased) variance are those of one filter. The gradient passes through them. The
-straight-through gradient is that of V, not of a V: a latent weight moves as far as a full-precision
-weight would. "ir" leaves the size of the current to the following batch norm, so it needs one.
+Each filter has its own mean and (unbiased) variance, and the gradient passes through both. The
+straight-through gradient is dL/dV = g without the factor a, so the step of a latent weight is as
+large as the step of a full-precision weight. "ir" does not scale the weights, so it requires a
+batch norm after the synapse.
 
 W stays the full-precision parameter under its own name. A network has the same `state_dict` with
-and without 1-bit weights (except a learnable scale), and can start from the weights of its
-full-precision twin. torch.nn.utils.parametrize was not used because it renames the parameter,
-replaces the synapse's class and cannot be pickled (torch 2.13). The seams of a synapse see W_b like
-any other weight.
+and without 1-bit weights (except a learnable scale), and can start from the weights of the same
+network with full precision. torch.nn.utils.parametrize was not used because it renames the
+parameter, replaces the synapse's class and cannot be pickled (torch 2.13). The seams of a synapse
+(`synapse.py`) use W_b like any other weight.
 
-W_b is computed once per batch (`slice_cache.py`), or at each slice if the rule moves W in between.
-At 768 to 3072 channels this costs 14 ("scaled") to 48 ms ("ir"), while the product takes 222 ms for
-8 images of 196 tokens, forward and backward (one core, torch 2.13). For the backward, "scaled" and
-"learnable" keep no tensor of W's size except the parameter; the others keep V.
+W_b is computed once per batch (`slice_cache.py`), or at each slice if the rule updates W between
+slices. At 768 to 3072 channels this takes 14 ms ("scaled") to 48 ms ("ir"). The synapse itself
+takes 222 ms for 8 images of 196 tokens, forward and backward (one core, torch 2.13). For the
+backward, "scaled" and "learnable" keep no tensor of W's size except the parameter; the others keep
+V.
 
-An export can store a W as W if a batch norm is the only consumer of the synapse's output
-(`following_norms`). `fold` moves a > 0 into that norm, whose running statistics eval mode uses:
+An export can store only the signs if a batch norm is the only consumer of the synapse's output
+(`following_norms`). `fold` moves the scale a > 0 into this batch norm, in evaluation mode:
 
     gain (a z + bias - mean) / sqrt(var + eps) + shift
         = (a gain) (z + bias / a - mean / a) / sqrt(var + eps) + shift
@@ -56,7 +58,7 @@ from pipeline.spiking.synapse import Conv2d, Linear
 
 Binarization = Literal["scaled", "centred", "ir", "learnable"]
 
-# The largest |V| at which the gradient passes. None: the scale.
+# The largest |V| at which the straight-through gradient is not 0. None: the scale a.
 WINDOWS: dict[Binarization, float | None] = {
     "scaled": 1.0,
     "centred": 1.0,
@@ -70,9 +72,11 @@ SMALLEST_SCALE = 1e-5
 def binarize(synapse: Linear | Conv2d, weights: Binarization = "scaled") -> None:
     """Give a plain synapse 1-bit weights. Its current weight becomes the latent weight.
 
-    Raises: ValueError for an unknown `weights`, another module class, or a synapse whose weights
-    are not plain. Standardised weights have mean 0 and variance 1 / fan_in per filter, which
-    replaces the network's batch norm; their signs have neither.
+    Standardised weights are refused: they replace batch norm by their mean 0 and variance
+    1 / fan_in per filter, which their signs do not have.
+
+    Raises: ValueError for an unknown `weights`, a module that is not a synapse, a synapse whose
+    weights are not plain, or a fan-in of 1 with "centred" or "ir".
     """
     refuse_unless_one_of("binarize", WINDOWS, weights=weights)
     require(
@@ -90,9 +94,10 @@ def binarize(synapse: Linear | Conv2d, weights: Binarization = "scaled") -> None
 
 
 class Binarizer(nn.Module):
-    """The map from W to W_b for one synapse; `weights` selects the formula at the head of the file.
+    """Maps W to W_b for one synapse. `weights` is the formula, see the head of the file.
 
-    Raises: ValueError for "centred" or "ir" with a fan-in of 1, whose weight equals its own mean.
+    Raises: ValueError for "centred" or "ir" with a fan-in of 1: the only weight of a filter equals
+    the mean, so V would be 0.
     """
 
     def __init__(self, weight: Tensor, weights: Binarization) -> None:
@@ -107,7 +112,7 @@ class Binarizer(nn.Module):
 
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
-        """Initialise a learnable scale from the latent weight."""
+        """Set a learnable scale to its initial value for the latent weight."""
         if self.scale is not None:
             self.scale.copy_(2 * _mean_abs(weight))
 
@@ -119,7 +124,7 @@ class Binarizer(nn.Module):
 
     @torch.no_grad()
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The two factors of W_b: the mask `V >= 0` and the scale a `[out]` (None where a is 1)."""
+        """The two factors of W_b: the mask `V >= 0`, and the scale a `[out]` (None if a = 1)."""
         V = self._latent(weight)
         return V >= 0, None if self.weights == "ir" else self._scale(V)
 
@@ -130,14 +135,14 @@ class Binarizer(nn.Module):
         W_ON = weight.flatten(1)
         var_O1, mean_O1 = torch.var_mean(W_ON, 1, keepdim=True)
         V_ON = W_ON - mean_O1
-        return (
-            V_ON if self.weights == "centred" else V_ON * torch.rsqrt(var_O1 + VARIANCE_EPS)
-        ).view_as(weight)
+        if self.weights == "ir":
+            V_ON = V_ON * torch.rsqrt(var_O1 + VARIANCE_EPS)
+        return V_ON.view_as(weight)
 
     def _scale(self, V: Tensor) -> Tensor:
         """a of the equations, `[out]`."""
         if self.scale is not None:
-            # The gradient also passes below the floor, so that the scale can rise above it again.
+            # The gradient also passes below the minimum, so that the scale can rise above it again.
             return self.scale + (self.scale.clamp_min(SMALLEST_SCALE) - self.scale).detach()
         return V.new_ones(len(V)) if self.weights == "ir" else _mean_abs(V.detach())
 
@@ -146,7 +151,7 @@ class Binarizer(nn.Module):
 
 
 def unbinarize(synapse: Linear | Conv2d) -> None:
-    """Make a 1-bit synapse plain again. From now on it multiplies by its latent weight."""
+    """Make a 1-bit synapse plain again. Its latent weight becomes its weight."""
     synapse.binarizer = synapse.state = None
     synapse.weights = "plain"
 
@@ -161,9 +166,9 @@ def binary_synapses(model: nn.Module) -> dict[str, Linear | Conv2d]:
 
 
 def latent_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters that weight decay must not touch: latent weights and learnable scales.
+    """The latent weights and learnable scales of `model`, which must not have weight decay.
 
-    Under weight decay, latent weights would move to 0 and flip.
+    Weight decay would move latent weights to 0, where their signs flip.
     """
     for synapse in binary_synapses(model).values():
         yield synapse.weight
@@ -173,32 +178,28 @@ def latent_parameters(model: nn.Module) -> Iterator[Tensor]:
 class _ScaledSign(torch.autograd.Function):
     """(V, a [out]) -> a sign(V), with a straight-through gradient.
 
-    The gradient of V passes where |V| <= window (None: |V| <= a). That of a is divided by
-    sqrt(fan_in).
+    dL/dV is g where |V| <= window (None: |V| <= a), else 0. dL/da is divided by sqrt(fan_in).
     """
 
     @staticmethod
     def forward(ctx: Any, V: Tensor, a_O: Tensor, window: float | None) -> Tensor:
         ctx.save_for_backward(V, a_O)
         ctx.window = window
-        a = _over_filters(a_O, V)
+        a = _broadcast_to_filters(a_O, V)
         return torch.where(V >= 0, a, -a)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grad_outputs
         V, a_O = ctx.saved_tensors
-        want_V, want_a, _ = ctx.needs_input_grad
-        window = _over_filters(a_O, V) if ctx.window is None else ctx.window
-        return (
-            g.masked_fill(V.abs() > window, 0) if want_V else None,
-            (
-                torch.where(V >= 0, g, -g).flatten(1).sum(1) / math.sqrt(V[0].numel())
-                if want_a
-                else None
-            ),
-            None,
-        )
+        needs_V, needs_a, _ = ctx.needs_input_grad
+        g_V = g_a_O = None
+        if needs_V:
+            window = _broadcast_to_filters(a_O, V) if ctx.window is None else ctx.window
+            g_V = g.masked_fill(V.abs() > window, 0)
+        if needs_a:
+            g_a_O = torch.where(V >= 0, g, -g).flatten(1).sum(1) / math.sqrt(V[0].numel())
+        return g_V, g_a_O, None
 
 
 def _mean_abs(V: Tensor) -> Tensor:
@@ -206,11 +207,11 @@ def _mean_abs(V: Tensor) -> Tensor:
     return torch.linalg.vector_norm(V.flatten(1), ord=1, dim=1) / V[0].numel()
 
 
-def _over_filters(values_O: Tensor, V: Tensor) -> Tensor:
+def _broadcast_to_filters(values_O: Tensor, V: Tensor) -> Tensor:
     return values_O.view(-1, *[1] * (V.dim() - 1))
 
 
-# ------------------------------------------------------------------------- the scale, folded away
+# --------------------------------------------------------------- folding the scale into batch norm
 
 # T time, B batch
 
@@ -219,36 +220,38 @@ def _over_filters(values_O: Tensor, V: Tensor) -> Tensor:
 def following_norms(
     network: nn.Module, synapses: Mapping[str, nn.Module], x_TB: Tensor
 ) -> dict[str, str]:
-    """The batch norm behind each of `synapses`, by name.
+    """The name of the batch norm after each of `synapses`, by the name of the synapse.
 
-    The norm is the only consumer of the synapse's output and has no other input.
+    The batch norm is the only consumer of the synapse's output, and has no other input. A synapse
+    without such a batch norm is omitted, also a synapse that does not run.
 
-    The norms are found by running `network` on `x_TB`; the values of `x_TB` do not matter. Every
-    operation on an output counts as a consumer. A synapse that does not run has no norm.
+    The result is found by running `network` on `x_TB`, whose values do not matter. Every operation
+    on an output is a consumer.
     """
-    consumers, modules = _Consumers(), dict(network.named_modules())
+    consumers = _Consumers()
+    modules = dict(network.named_modules())
     hooks = [
-        module.register_forward_hook(partial(consumers.made, name))
+        module.register_forward_hook(partial(consumers.record_output, name))
         for name, module in synapses.items()
     ]
     for name, module in modules.items():
         if isinstance(module, BatchNorm):
-            hooks.append(module.register_forward_pre_hook(partial(consumers.begins, name)))
-            hooks.append(module.register_forward_hook(consumers.ends))
-    in_evaluation = attribute_set(modules.values(), "training", False)
-    with in_evaluation, fresh_state(network), hooked(hooks), consumers:
+            hooks.append(module.register_forward_pre_hook(partial(consumers.enter_norm, name)))
+            hooks.append(module.register_forward_hook(consumers.leave_norm))
+    evaluation_mode = attribute_set(modules.values(), "training", False)
+    with evaluation_mode, fresh_state(network), hooked(hooks), consumers:
         network(x_TB)
-    followers = {}
+    norm_of_synapse = {}
     for name in synapses:
         norms = [norm for synapse, norm in consumers.uses if synapse == name]
         inputs = [synapse for synapse, norm in consumers.uses if [norm] == norms]
         if norms != [None] and inputs == [name]:
-            followers[name] = norms[0]
-    return followers
+            norm_of_synapse[name] = norms[0]
+    return norm_of_synapse
 
 
 def fold(scale_O: Tensor, bias_O: Tensor | None, norm: BatchNorm) -> None:
-    """Move a `scale_O` > 0 of the weight into `norm`, and into the bias before it, if any."""
+    """Move the scales `scale_O` > 0 of a weight into `norm`, and into the synapse's bias."""
     with torch.no_grad():
         norm.weight.copy_(norm.weight.double() * scale_O)
         norm.running_mean.copy_(norm.running_mean.double() / scale_O)
@@ -257,30 +260,31 @@ def fold(scale_O: Tensor, bias_O: Tensor | None, norm: BatchNorm) -> None:
 
 
 class _Consumers(TorchDispatchMode):
-    """Records pairs `uses` of a synapse and the norm that consumes its output.
+    """Records `uses`: pairs of a synapse and the batch norm that consumes its output, as names.
 
-    The norm is None for any other operation; the synapse is None if the norm has another input.
+    The batch norm is None for another consumer. The synapse is None for another input of a batch
+    norm.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        # The tensor is kept alive so that no other tensor gets its id.
+        # It keeps the tensors alive, so that no other tensor gets the id of an output.
         self.outputs: dict[int, tuple[str, Tensor]] = {}
-        self.running: str | None = None
+        self.running_norm: str | None = None
         self.uses: set[tuple[str | None, str | None]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for argument in tree_leaves((args, kwargs)):
             if id(argument) in self.outputs:
-                self.uses.add((self.outputs[id(argument)][0], self.running))
+                self.uses.add((self.outputs[id(argument)][0], self.running_norm))
         return func(*args, **(kwargs or {}))
 
-    def made(self, name: str, _: nn.Module, __: Any, y_TB: Tensor) -> None:
+    def record_output(self, name: str, _: nn.Module, __: Any, y_TB: Tensor) -> None:
         self.outputs[id(y_TB)] = (name, y_TB)
 
-    def begins(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.running = name
+    def enter_norm(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.running_norm = name
         self.uses.add((self.outputs.get(id(inputs[0]), (None,))[0], name))
 
-    def ends(self, *_: Any) -> None:
-        self.running = None
+    def leave_norm(self, *_: Any) -> None:
+        self.running_norm = None

@@ -1,13 +1,16 @@
 """Leaky integrate-and-fire neurons: fixed decay (LIF), decay 1 (IF), learnt decay (PLIF).
 
 Spike and reset are one operation with its own backward, because a network runs them for each neuron
-and time step. With a = u - threshold, and psi the derivative that the surrogate substitutes for
+at each time step. With a = u - threshold, and psi the derivative of the surrogate, which replaces
 ds/du:
 
-    dL/du = psi(a) dL/ds + r dL/dv,   r = 1 (reset "subtract")   or   1 - s (reset "zero")
+    dL/du = psi(a) G + r dL/dv,   r = 1 (reset "subtract")   or   1 - s (reset "zero")
 
-If the reset is differentiated too, dL/ds is reduced by subtract dL/dv ("subtract") or u dL/dv
-("zero"). The backward itself cannot be differentiated.
+    reset detached        G = dL/ds
+    reset differentiated  G = dL/ds - subtract dL/dv (reset "subtract")
+                          G = dL/ds - u dL/dv        (reset "zero")
+
+The backward itself cannot be differentiated.
 """
 
 # T time, B batch
@@ -25,34 +28,35 @@ from pipeline.spiking.surrogate import Surrogate, Triangle, heaviside
 
 
 def identity(v_B: Tensor) -> Tensor:
-    """Return the input. As `LIF.carry`, it lets the membrane cross a time step with its graph."""
+    """Return the input. As `LIF.carry`, it passes the membrane to the next step with its graph."""
     return v_B
 
 
 class LIF(nn.Module):
-    """Leaky integrate-and-fire: currents `[T, B, ...]` to spikes `[T, B, ...]`.
+    """Leaky integrate-and-fire: maps currents `[T, B, ...]` to spikes `[T, B, ...]`.
 
         u[t] = decay v[t-1] + x[t],   v[0] = 0
                (scale_input: u[t] = decay v[t-1] + (1 - decay) x[t])
         s[t] = 1 if u[t] >= threshold else 0
         v[t] = u[t] - subtract s[t]   (reset "subtract")   or   u[t] (1 - s[t])   (reset "zero")
 
-    The membrane has at least fp32 (float64 stays). Spikes have the dtype of the current.
+    The membrane v has at least fp32 (float64 for a float64 current). Spikes have the dtype of the
+    current.
 
     Args:
-        decay: the fraction of the membrane kept per time step, 1 - 1/tau with tau in steps
-            (snnTorch's beta).
+        decay: the fraction of the membrane that remains after a time step: 1 - 1/tau with tau in
+            steps, snnTorch's beta.
         threshold: in units of the current.
         reset: "subtract" or "zero", see above.
-        subtract: the amount that a spike subtracts, in units of the current; None: the threshold. A
-            larger amount leaves the membrane negative after a spike.
-        reset_gradient: "detached" treats s in the reset as a constant.
-        scale_input: multiply the current by 1 - decay.
-        surrogate: its derivative replaces that of the step function.
+        subtract: the amount that a spike subtracts from the membrane, in units of the current;
+            None: the threshold. With a larger amount the membrane can be negative after a spike.
+        reset_gradient: "detached" treats s in the reset as a constant; "kept" differentiates it.
+        scale_input: whether the current is multiplied by 1 - decay.
+        surrogate: its derivative replaces the derivative of the step function.
 
-    Rules have two seams. `carry` is applied to the membrane after every step, within a slice and
-    between slices. `gradient(lif, x_TB) -> s_TB` replaces the loop; it can use `step`, `membrane`
-    and `state`.
+    A rule can set two seams (attributes). `carry(v) -> v` is applied to the membrane after every
+    time step. `gradient(lif, x_TB) -> s_TB` replaces the whole forward; it can use `step`,
+    `membrane` and `state`.
 
     Raises: ValueError for arguments out of range, outside `fresh_state`, or if the shape of a batch
     changes between slices.
@@ -81,12 +85,13 @@ class LIF(nn.Module):
         refuse_unless_one_of("LIF", ("detached", "kept"), reset_gradient=reset_gradient)
         require(
             not scale_input or decay != 1,
-            "LIF: scale_input scales the current by 1 - decay, so decay must be < 1; got decay=1",
+            "LIF: scale_input multiplies the current by 1 - decay, so decay must be < 1; got"
+            " decay=1",
         )
         require(
             not isinstance(surrogate, nn.Module)
             and callable(getattr(surrogate, "derivative", None)),
-            "LIF: surrogate must be a value with a derivative and without parameters; got"
+            "LIF: surrogate must have a method derivative, and must not be a torch module; got"
             f" {surrogate}",
         )
         self.decay = decay
@@ -104,24 +109,21 @@ class LIF(nn.Module):
         if self.gradient is not None:
             return self.gradient(self, x_TB)
         v_B = self.membrane(x_TB)
-        if len(x_TB) == 1:  # without `unbind`, whose backward copies
+        if len(x_TB) == 1:  # avoids `unbind`, whose backward copies the gradient
             s_TB, v_1B = self.step(x_TB.to(v_B.dtype), v_B.unsqueeze(0))
             self.state.write("v", self.carry(v_1B.squeeze(0)))
             return s_TB.to(x_TB.dtype)
         spikes = []
         for x_B in x_TB.unbind(0):
             s_B, v_B = self.step(x_B.to(v_B.dtype), v_B)
-            # Applied at the end of a step, so that the stored membrane holds no graph under SLTT.
+            # At the end of the step, so that under SLTT the stored membrane has no graph.
             v_B = self.carry(v_B)
             spikes.append(s_B.to(x_TB.dtype))
         self.state.write("v", v_B)
         return torch.stack(spikes)
 
     def membrane(self, x_TB: Tensor) -> Tensor:
-        """v before the first step of the slice `x_TB`.
-
-        It is the last membrane, or zeros at the start of a batch.
-        """
+        """The membrane v before the first step of the slice `x_TB`; 0 at the start of a batch."""
         v_B = self.state.read("v")
         if v_B is None:
             return x_TB.new_zeros(
@@ -129,27 +131,26 @@ class LIF(nn.Module):
             )
         if v_B.shape != x_TB.shape[1:]:
             raise ValueError(
-                "LIF: the slices of one fresh_state must agree in all but time; "
+                "LIF: within one fresh_state all time steps must have the same shape; "
                 f"got {tuple(x_TB.shape[1:])} after {tuple(v_B.shape)}"
             )
         return v_B
 
     def step(self, x_B: Tensor, v_B: Tensor) -> tuple[Tensor, Tensor]:
-        """One time step, elementwise: (x[t], v[t-1]) -> (s[t], v[t]), all `[B, ...]` or `[1, B,
-        ...]`.
-        """
+        """One time step, elementwise: (x[t], v[t-1]) -> (s[t], v[t]). All have the same shape."""
         return fire(
-            self.charged(x_B, v_B),
+            self.charge(x_B, v_B),
             threshold=self.threshold,
             subtract=self.subtract if self.reset == "subtract" else None,
-            keeps_gradient=self.reset_gradient == "kept",
+            has_reset_gradient=self.reset_gradient == "kept",
             surrogate=self.surrogate,
         )
 
-    def charged(self, x_B: Tensor, v_B: Tensor) -> Tensor:
-        """u[t] of x[t] and v[t-1], elementwise, in new memory that `fire` may overwrite.
+    def charge(self, x_B: Tensor, v_B: Tensor) -> Tensor:
+        """Compute u[t] from x[t] and v[t-1], elementwise.
 
-        It is not a view, and the backward of the operation that made it does not need its value.
+        `fire` may overwrite the result, so it must be a new tensor, not a view, and the backward
+        must not need its value.
         """
         current_B = (1 - self.decay) * x_B if self.scale_input else x_B
         return torch.add(current_B, v_B, alpha=self.decay)
@@ -166,14 +167,15 @@ class PLIF(LIF):
     """Parametric LIF: the neurons of a layer share one learnt decay, which starts at `decay`.
 
         decay = sigmoid(w)
-        dL/dw = decay (1 - decay) sum_t g[t] v[t-1]   (scale_input: v[t-1] - x[t] for v[t-1])
+        dL/dw = decay (1 - decay) sum_t g[t] v[t-1],   g[t] = dL/du[t]
+                (scale_input: v[t-1] - x[t] in place of v[t-1])
 
-    Under BPTT g[t] = dL/du[t] is the full gradient; under a rule that cuts the membrane's graph
-    (SLTT) it is that of the time step alone. Everything else, seams included, is LIF's. Rules whose
-    traces or rates need a constant decay refuse it.
+    Under BPTT g[t] is the full gradient. Under a rule that detaches the membrane between time steps
+    (SLTT), g[t] is the gradient within step t. All else is as in LIF. Rules with traces or weighted
+    rates refuse PLIF, because they need a constant decay.
 
-    Raises: ValueError for a decay outside 0..1, both excluded, and for LIF's reasons.
-    Source: Fang et al. 2021 (arXiv 2007.05785), whose 1 / tau is 1 - decay, with scale_input.
+    Raises: ValueError unless 0 < decay < 1, and in the cases of LIF.
+    Source: Fang et al. 2021 (arXiv 2007.05785), with 1 / tau = 1 - decay and scale_input=True.
     """
 
     def __init__(
@@ -189,7 +191,7 @@ class PLIF(LIF):
     ) -> None:
         require(
             0 < decay < 1,
-            "PLIF: decay must be in 0..1, both excluded, for a sigmoid reaches neither; got"
+            "PLIF: decay must be > 0 and < 1, because it is the value of a sigmoid; got"
             f" decay={decay}",
         )
         super().__init__(
@@ -201,10 +203,10 @@ class PLIF(LIF):
             scale_input=scale_input,
             surrogate=surrogate,
         )
-        del self.decay  # LIF's constant: here the decay is sigmoid(decay_logit)
+        del self.decay  # the constant of LIF; the decay of PLIF is sigmoid(decay_logit)
         self.decay_logit = nn.Parameter(torch.tensor([math.log(decay / (1 - decay))]))
 
-    def charged(self, x_B: Tensor, v_B: Tensor) -> Tensor:
+    def charge(self, x_B: Tensor, v_B: Tensor) -> Tensor:
         decay = self.decay_logit.sigmoid().to(v_B.dtype)
         return torch.lerp(x_B, v_B, decay) if self.scale_input else torch.addcmul(x_B, v_B, decay)
 
@@ -218,7 +220,7 @@ class PLIF(LIF):
 
 
 def learnt_decays(model: nn.Module) -> list[str]:
-    """The names of all neurons in `model` with a learnt decay."""
+    """The module names of all neurons in `model` with a learnt decay."""
     return [
         name or "the model itself"
         for name, module in model.named_modules()
@@ -234,7 +236,7 @@ def IF(
     reset_gradient: Literal["detached", "kept"] = "detached",
     surrogate: Surrogate = Triangle(),
 ) -> LIF:
-    """Integrate-and-fire: a LIF without leak, decay 1."""
+    """Integrate-and-fire: a LIF neuron without leak (decay 1)."""
     return LIF(
         1.0,
         threshold=threshold,
@@ -246,7 +248,10 @@ def IF(
 
 
 def named_neurons(model: nn.Module) -> list[tuple[str, LIF]]:
-    """Every LIF of `model` with its module name, in order of registration."""
+    """Every LIF neuron of `model`, of subclasses too, with its module name.
+
+    They are in order of registration.
+    """
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LIF)]
 
 
@@ -255,24 +260,23 @@ def fire(
     *,
     threshold: float,
     subtract: float | None,
-    keeps_gradient: bool,
+    has_reset_gradient: bool,
     surrogate: Surrogate,
 ) -> tuple[Tensor, Tensor]:
     """Spike and reset: u -> (s, v).
 
-    `u_B` may be overwritten, so it must not be a view, and nothing else may need it.
+    It may overwrite `u_B`, so `u_B` must not be a view, and no other code may use it afterwards.
 
     The backward keeps only a = u - threshold, and also u if a reset to zero is differentiated.
 
     Args:
         subtract: the amount that a spike subtracts from the membrane; None: a reset to zero.
-        keeps_gradient: whether the reset is differentiated; otherwise its s is a constant.
+        has_reset_gradient: whether the reset is differentiated; if not, its s is a constant.
 
     Raises: RuntimeError in a backward with `create_graph`.
     """
-    # apply is untyped
-    return _Fire.apply(  # type: ignore[return-value]
-        u_B, threshold, subtract, keeps_gradient, surrogate
+    return _Fire.apply(  # type: ignore[return-value]  # apply is untyped
+        u_B, threshold, subtract, has_reset_gradient, surrogate
     )
 
 
@@ -283,32 +287,35 @@ class _Fire(torch.autograd.Function):
         u_B: Tensor,
         threshold: float,
         subtract: float | None,
-        keeps_gradient: bool,
+        has_reset_gradient: bool,
         surrogate: Surrogate,
     ) -> tuple[Tensor, Tensor]:
         a_B = u_B - threshold
         s_B = heaviside(a_B)
-        ctx.subtract, ctx.keeps_gradient, ctx.surrogate = subtract, keeps_gradient, surrogate
+        ctx.subtract = subtract
+        ctx.has_reset_gradient = has_reset_gradient
+        ctx.surrogate = surrogate
         ctx.set_materialize_grads(False)  # a detached membrane has no gradient
-        if subtract is None and keeps_gradient:
+        if subtract is None and has_reset_gradient:
             ctx.save_for_backward(a_B, u_B)
             return s_B, u_B.masked_fill(a_B >= 0, 0)
         ctx.save_for_backward(a_B)
         ctx.mark_dirty(u_B)
-        return s_B, (
-            u_B.masked_fill_(a_B >= 0, 0) if subtract is None else u_B.sub_(s_B, alpha=subtract)
-        )
+        if subtract is None:
+            return s_B, u_B.masked_fill_(a_B >= 0, 0)
+        return s_B, u_B.sub_(s_B, alpha=subtract)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        # torch's `once_differentiable` would return a constant if no incoming gradient has a graph.
+        # torch's `once_differentiable` would return a constant, without an error, if no incoming
+        # gradient has a graph.
         if torch.is_grad_enabled():
             raise RuntimeError("fire: a spike has no second derivative; create_graph must be False")
         g_s, g_v = grad_outputs
         a_B, *u = ctx.saved_tensors
-        if g_v is not None and ctx.keeps_gradient:
-            taken = g_v * (u[0] if ctx.subtract is None else ctx.subtract)
-            g_s = -taken if g_s is None else g_s - taken
+        if g_v is not None and ctx.has_reset_gradient:
+            reset_g_s = g_v * (u[0] if ctx.subtract is None else ctx.subtract)
+            g_s = -reset_g_s if g_s is None else g_s - reset_g_s
         if g_v is not None and ctx.subtract is None:
             g_v = g_v.masked_fill(a_B >= 0, 0)
         g_u = g_v

@@ -2,14 +2,17 @@
 
     y = gain (x - mean) / sqrt(var + eps) + bias
 
-Two choices are part of the model, and so of the study. `over="step"` takes mean and (biased)
-variance at each time step, so one call on T steps equals T calls on slices. `over="time"` takes
-them over T and B together, as most published Transformers do; online rules refuse it.
-`between="rank"` uses the samples of each rank. `between="world"` uses the samples of all ranks,
-exactly, for any local batch sizes (torch's SyncBatchNorm needs CUDA, checked on torch 2.13).
+Two arguments determine which samples give mean and (biased) variance:
+
+    over="step"       each time step alone, so one call on T steps equals T calls on one step
+    over="time"       all T steps together, as in most published Transformers; rules that pass
+                      slices of time to the model refuse it
+    between="rank"    the samples of this rank
+    between="world"   the samples of all ranks. The statistics are exact, also if the ranks have
+                      different batch sizes. (torch's SyncBatchNorm requires CUDA, torch 2.13.)
 
 A static input (`encode.is_static`) has the same statistics at every step. They are computed once,
-and the running statistics are updated as by all steps.
+and the running statistics are updated as T separate steps would update them.
 """
 
 # T time, B batch, C channels, R ranks
@@ -26,11 +29,13 @@ from pipeline.spiking.encode import is_static, repeat
 
 
 class BatchNorm(nn.Module):
-    """Batch norm on `[T, B, C]` or `[T, B, C, H, W]`.
+    """Batch norm on `[T, B, C, ...]`.
 
     In train mode the running statistics are updated once per time step (`over="time"`: once per
-    call), under `no_grad` too. In eval mode, and if `frozen` is set, they are constant and replace
-    the batch statistics. With `between="world"` every rank must make the same calls.
+    call), also under `no_grad`. In eval mode, or if `frozen` is set, they are constant and replace
+    the batch statistics. With `between="world"` every rank must make the same calls, because each
+    call is collective. If `repeats` is set, the input is one frame, and the running statistics are
+    updated as by `repeats` steps.
 
     Raises: ValueError for an unknown `over` or `between`, or if the third dimension is not
     `channels`.
@@ -72,56 +77,59 @@ class BatchNorm(nn.Module):
             )
         if self.repeats is not None or is_static(x_TBC):
             return repeat(self._normalize(x_TBC[0], self.repeats or len(x_TBC)), len(x_TBC))
-        if self.uses_batch and self.over == "step":
+        if self.uses_batch_statistics and self.over == "step":
             return torch.stack([self._normalize(x_BC) for x_BC in x_TBC.unbind(0)])
         return self._normalize(x_TBC.flatten(0, 1)).view_as(x_TBC)
 
     @property
-    def uses_batch(self) -> bool:
-        """Whether batch statistics are used, rather than running ones."""
+    def uses_batch_statistics(self) -> bool:
+        """Whether it normalises with batch statistics (False: with running statistics)."""
         return self.training and not self.frozen
 
-    def _normalize(self, x_NC: Tensor, times: int = 1) -> Tensor:
-        """`times`: the number of time steps that hold these values."""
-        if self.uses_batch and self.between == "world" and distributed.is_initialized():
-            return self._normalize_over_ranks(x_NC, times)
-        if not self.uses_batch or times == 1:
+    def _normalize(self, x_NC: Tensor, steps: int = 1) -> Tensor:
+        """The output for one frame, which is the input at `steps` time steps."""
+        if self.uses_batch_statistics and self.between == "world" and distributed.is_initialized():
+            return self._normalize_over_ranks(x_NC, steps)
+        if not self.uses_batch_statistics or steps == 1:
             return F.batch_norm(
                 x_NC,
                 self.running_mean,
                 self.running_var,
                 self.weight,
                 self.bias,
-                self.uses_batch,
+                self.uses_batch_statistics,
                 self.momentum,
                 self.eps,
             )
-        # With momentum 1 the updated statistics are those of the batch.
+        # With momentum 1, batch_norm writes the statistics of the batch into mean_C and var_C.
         mean_C, var_C = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
         y_NC = F.batch_norm(x_NC, mean_C, var_C, self.weight, self.bias, True, 1.0, self.eps)
         count = x_NC.numel() // self.channels
-        self._move(mean_C, var_C * ((count - 1) / count), count, times)
+        self._update_running_statistics(mean_C, var_C * ((count - 1) / count), count, steps)
         return y_NC
 
-    def _normalize_over_ranks(self, x_NC: Tensor, times: int) -> Tensor:
+    def _normalize_over_ranks(self, x_NC: Tensor, steps: int) -> Tensor:
         wide_NC = x_NC.to(torch.promote_types(x_NC.dtype, torch.float32))
         mean_C, var_C, count = moments_over_ranks(wide_NC)
-        self._move(mean_C, var_C, count, times)
+        self._update_running_statistics(mean_C, var_C, count, steps)
         shape = (-1, *[1] * (x_NC.dim() - 2))
         scale_C = self.weight * torch.rsqrt(var_C + self.eps)
         y_NC = (wide_NC - mean_C.view(shape)) * scale_C.view(shape) + self.bias.view(shape)
         return y_NC.to(x_NC.dtype)
 
     @torch.no_grad()
-    def _move(self, mean_C: Tensor, var_C: Tensor, count: Tensor | int, times: int) -> None:
-        """Update the running statistics `times` times.
+    def _update_running_statistics(
+        self, mean_C: Tensor, var_C: Tensor, count: Tensor | int, steps: int
+    ) -> None:
+        """Update as for `steps` time steps with the same `mean_C` and biased `var_C`.
 
-        The new values are mean and biased variance of `count` samples.
+        `count` is the number of values per channel in one time step.
         """
-        moves, samples = (times, count) if self.over == "step" else (1, count * times)
-        part = 1 - (1 - self.momentum) ** moves  # the effect of `moves` updates
-        self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), part)
-        self.running_var.lerp_((var_C * (samples / (samples - 1))).to(self.running_var.dtype), part)
+        updates, samples = (steps, count) if self.over == "step" else (1, count * steps)
+        weight = 1 - (1 - self.momentum) ** updates
+        unbiased_C = var_C * (samples / (samples - 1))
+        self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), weight)
+        self.running_var.lerp_(unbiased_C.to(self.running_var.dtype), weight)
 
     def extra_repr(self) -> str:
         return (
@@ -131,12 +139,12 @@ class BatchNorm(nn.Module):
 
 
 def is_foreign_norm(module: nn.Module) -> bool:
-    """Whether `module` is no `BatchNorm` but has statistics over all samples of its input.
+    """Whether `module` is not a `BatchNorm` here, but has statistics over all samples of its input.
 
-    Examples are torch's BatchNorm, its InstanceNorm with running statistics, and timm's
+    Examples are torch's BatchNorm, torch's InstanceNorm with running statistics, and timm's
     BatchNormAct2d and EvoNorm2dB0. Their input `[T B, C, ...]` has no time axis, so their
-    statistics mix time steps. A layer whose weight is a buffer (torchvision's FrozenBatchNorm2d)
-    takes no statistics.
+    statistics mix time steps. A layer with a buffer `weight` (torchvision's FrozenBatchNorm2d) is
+    not such a norm, because its statistics are constant.
     """
     if isinstance(module, BatchNorm):
         return False
@@ -147,12 +155,12 @@ def is_foreign_norm(module: nn.Module) -> bool:
 
 
 def foreign_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """The foreign norms of `model` that use batch statistics in training, by module name.
+    """The norms of `model` that mix time steps in training (`is_foreign_norm`), by module name.
 
-    A norm that stays in evaluation mode after `model.train()` uses its running statistics and is
-    omitted.
+    A norm that stays in evaluation mode after `model.train()` is omitted, because it uses its
+    running statistics.
     """
-    before = {module: module.training for module in model.modules()}
+    modes = {module: module.training for module in model.modules()}
     try:
         model.train()
         return {
@@ -162,7 +170,7 @@ def foreign_norms(model: nn.Module) -> dict[str, nn.Module]:
             and (module.training or not getattr(module, "track_running_stats", True))
         }
     finally:
-        for module, mode in before.items():
+        for module, mode in modes.items():
             module.training = mode
 
 
@@ -171,13 +179,13 @@ def batch_norms(model: nn.Module) -> list[BatchNorm]:
 
 
 def moments_over_ranks(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance per channel over the samples of all ranks, and their number.
+    """Mean and biased variance per channel over the samples of all ranks, and the sample count.
 
     Mean and variance have a gradient.
 
-    It uses one collective: each rank fills its own row of a table, and the sum over ranks gives the
-    whole table. Mean and squared deviations are combined by Chan's rule, which is free of the
-    cancellation in E[x^2] - E[x]^2.
+    It makes one collective call: each rank fills its own row of a table, and the sum over ranks is
+    the whole table. Chan's formula combines the means and squared deviations of the ranks. It
+    avoids the cancellation in E[x^2] - E[x]^2.
 
     Source: Chan, Golub & LeVeque 1983 (doi 10.1080/00031305.1983.10483115), eq. 2.1.
     """
@@ -198,7 +206,10 @@ def moments_over_ranks(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """all_reduce(sum) in both directions: the gradient is that of the sum of all ranks' losses."""
+    """The sum over ranks, in the forward and for the gradient in the backward.
+
+    So the gradient is the gradient of the sum of the losses of all ranks.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -7,21 +7,23 @@
 With threshold 2, a fully connected feedback of spectral norm 1 has the Lipschitz constant 1/2. The
 operator norm of a convolution on images differs from the norm of its matrix: with k taps (9 for
 3x3) it can be up to sqrt(k) times as large. For convolutions, and for chains that contain unlimited
-synapses, contraction is likely but not certain. The solvers of `rules/ide.py` detect a failure.
+synapses, contraction is likely but not certain. The solver of `rules/ide.py` warns if it does not
+converge.
 
-The weight is limited, not the output. A seam that replaces the synapse's input acts on V and gain
-too.
+The weight is limited, not the output. So the seam `presynaptic` of a synapse changes the gradients
+of V and gain too.
 
 Source: Xiao et al. 2021 (IDE, arXiv 2109.14247) for the spectral limit, Xiao et al. 2023 (SPIDE,
 arXiv 2302.00232) for the Frobenius limit. The published code estimates both norms from random
-vectors. It keeps the vectors of a power iteration as buffers and makes one iteration per forward,
-so its value lags behind a large step and depends on the number of micro-batches. Here each norm is
-computed anew from a fixed start (Golub & Kahan 1965, doi 10.1137/0702016). The Frobenius norm is
-exact. The spectral norm is exact up to 32 directions; beyond them it is at most 1e-3 too small, so
-that W can be too long by that factor.
+vectors. It keeps the vectors of a power iteration as buffers and makes one iteration per forward.
+So after a large weight update the estimate is too old, and it depends on the number of
+micro-batches. Here each norm depends on the weight alone. The Frobenius norm is exact. The spectral
+norm is computed from a fixed start vector (Golub & Kahan 1965, doi 10.1137/0702016). It is exact
+for matrices with at most 32 rows or columns. For larger matrices it is at most 1e-3 too small
+(relative), so the norm of W can be too large by this factor.
 """
 
-# V [M, N] the weight as a matrix; K Lanczos steps
+# V [M, N] the weight as a matrix
 
 import inspect
 
@@ -36,10 +38,10 @@ STEPS = 32
 
 
 class LimitedSynapse(nn.Module):
-    """`synapse` with the weight `weight()`. Its own weight V stays the parameter.
+    """A synapse that uses the limited weight `weight()`. The parameter is its unlimited weight V.
 
-    Raises: ValueError for a synapse that takes no weight argument, whose weights are not plain, or
-    that has a bias.
+    Raises: ValueError for a module whose forward has no argument `weight`, weights that are not
+    plain, or a synapse with a bias.
     """
 
     def __init__(self, synapse: nn.Module) -> None:
@@ -48,8 +50,8 @@ class LimitedSynapse(nn.Module):
             "weight" in inspect.signature(synapse.forward).parameters
             and getattr(synapse, "weights", "plain") == "plain"
             and getattr(synapse, "bias", None) is None,
-            f"{type(self).__name__}: the synapse must be one of pipeline.spiking.synapse, plain"
-            f" and without bias; got {synapse}",
+            f"{type(self).__name__}: the synapse must be one of pipeline.spiking.synapse, with"
+            f" plain weights and without bias; got {synapse}",
         )
         self.synapse = synapse
 
@@ -66,8 +68,9 @@ class LimitedSynapse(nn.Module):
 
 
 class SpectralLimit(LimitedSynapse):
-    """Limits the spectral norm to 1; `gain` is learnable and starts at 1. A zero weight stays
-    zero.
+    """Sets the spectral norm to |clamp(gain, -1, 1)|; `gain` is learnable and starts at 1.
+
+    A weight V of zeros gives W = 0.
     """
 
     def __init__(self, synapse: nn.Module) -> None:
@@ -77,18 +80,17 @@ class SpectralLimit(LimitedSynapse):
 
     def weight(self) -> Tensor:
         sigma = self._sigma()
-        return (
-            self.gain.clamp(-1, 1) / torch.where(sigma > 0, sigma, torch.ones_like(sigma)) * self.V
-        )
+        divisor = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
+        return self.gain.clamp(-1, 1) / divisor * self.V
 
     def _sigma(self) -> Tensor:
-        """sigma(V). The singular vectors are computed once per batch, and if the weight changes."""
+        """sigma(V). In a batch, the singular vectors are recomputed only if V has changed."""
         V_MN = self.V.flatten(1)
-        kept = self.state.values if self.state.is_open else {}
-        if not kept or not torch.equal(product(V_MN, kept["v"]), kept["product"]):
+        cache = self.state.values if self.state.is_open else {}
+        if not cache or not torch.equal(product(V_MN, cache["v"]), cache["product"]):
             u, v = top_singular_vectors(V_MN, steps=STEPS)
-            kept.update(u=u, v=v, product=product(V_MN, v))
-        return singular_value(kept["u"], V_MN, kept["v"])
+            cache.update(u=u, v=v, product=product(V_MN, v))
+        return singular_value(cache["u"], V_MN, cache["v"])
 
 
 class FrobeniusLimit(LimitedSynapse):
@@ -103,8 +105,8 @@ class FrobeniusLimit(LimitedSynapse):
         self.largest = largest
 
     def weight(self) -> Tensor:
-        # The maximum comes before the square root, whose derivative is infinite at 0. Where the
-        # limit is active, the scale has a gradient too.
+        # The maximum comes before the square root, whose derivative is infinite at 0. Above the
+        # limit the gradient also passes through the norm.
         square = self.V.square().sum().maximum(self.V.new_tensor(self.largest**2))
         return self.largest * square.rsqrt() * self.V
 
@@ -120,26 +122,26 @@ def singular_value(u: Tensor, V: Tensor, v: Tensor) -> Tensor:
 
 @torch.no_grad()
 def product(V: Tensor, v: Tensor) -> Tensor:
-    """V v without a graph. A changed product shows that V has changed."""
+    """V v without a graph. If the product has changed, V has changed."""
     with torch.autocast(V.device.type, enabled=False), op_scope("limit"):
         return V.to(v.dtype) @ v
 
 
 def top_singular_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
-    """Unit vectors u, v that maximise u^T V v over the Krylov space of a fixed start vector.
+    """Unit vectors u, v that maximise u^T V v over the Krylov spaces of a fixed start vector.
 
     The method is Golub-Kahan-Lanczos with reorthogonalisation. The result is a pure function of V.
-    u^T V v is the largest singular value for `steps` >= min(M, N). With 32 steps it is at most 1e-3
-    too small, even for random square matrices of size 400, whose top singular values lie close
-    together (tests/spiking/test_norm_limit.py).
+    u^T V v is the largest singular value if `steps` >= min(M, N). With 32 steps it is at most 1e-3
+    too small (relative), also for random square matrices of size 400, whose largest singular values
+    are close to each other (tests/spiking/test_norm_limit.py).
     """
     with torch.no_grad(), torch.autocast(V.device.type, enabled=False), op_scope("limit"):
         V = V.to(torch.promote_types(V.dtype, torch.float32))
         A = V if V.shape[0] >= V.shape[1] else V.T
         size = A.shape[1]
         steps = min(steps, size)
-        # Irregular positive numbers: the top singular vector is often close to the direction of
-        # equal entries, and the start must not be orthogonal to it.
+        # Irregular positive numbers: the start must not be orthogonal to the top singular vector,
+        # which often has almost equal entries.
         start = (
             torch.arange(1, size + 1, device=V.device, dtype=torch.float64) * 0.6180339887498949
         ) % 1
@@ -150,7 +152,7 @@ def top_singular_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
             p = _orthogonal(A @ q, left[:k])
             left[k] = p
             q = _orthogonal(A.T @ p, right[: k + 1])
-        # Rayleigh-Ritz on both spaces.
+        # The Rayleigh-Ritz projection on both Krylov spaces.
         P, _, Qh = torch.linalg.svd(left @ A @ right.T)
         p, q = P[:, 0] @ left, Qh[0] @ right
         tiny = torch.finfo(V.dtype).tiny  # a zero matrix gives 0, not 0 / 0
@@ -159,18 +161,14 @@ def top_singular_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:
-    """The unit vector of x's part orthogonal to the rows of `basis`.
+    """The component of `x` orthogonal to the rows of `basis`, scaled to norm 1.
 
-    It is 0 if only rounding error is left.
+    It is 0 if the component is only rounding error. This occurs for a matrix of low rank, whose
+    Krylov space is small. Zero rows do not change the projection.
     """
-    size = x.norm()
+    norm_before = x.norm()
     for _ in range(2):
         x = x - (basis @ x) @ basis
-    left = x.norm()
-    # For a matrix of low rank the Krylov space is exhausted early. A zero vector then leaves the
-    # projection unchanged.
-    return torch.where(
-        left > 10 * torch.finfo(x.dtype).eps * size,
-        x / left.clamp_min(torch.finfo(x.dtype).tiny),
-        0 * x,
-    )
+    norm = x.norm()
+    limits = torch.finfo(x.dtype)
+    return torch.where(norm > 10 * limits.eps * norm_before, x / norm.clamp_min(limits.tiny), 0 * x)

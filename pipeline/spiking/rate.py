@@ -94,7 +94,7 @@ class RateNeuron(LIF):
     def step(self, x_B: Tensor, v_B: Tensor) -> tuple[Tensor, Tensor]:
         """One time step: (x[t], v[t-1]) -> (out[t], v[t])."""
         threshold = self.clamped_threshold().to(v_B.dtype)
-        u_B = self.charged(x_B, v_B)
+        u_B = self.charge(x_B, v_B)
         s_B = spike((u_B - self.alpha * threshold) / threshold, surrogate=self.surrogate)
         return s_B * (threshold / self.dt), u_B - threshold * s_B.detach()
 

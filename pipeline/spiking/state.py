@@ -1,9 +1,9 @@
 """The memory of a network between time steps.
 
-A stateful module holds a `State` as its attribute `state`. `fresh_state(model)` is the only owner:
-it opens all states of a model at the start of a batch and clears them at the end. The values are
-plain tensors. Buffers would enter `state_dict`, and DDP would overwrite them with those of rank 0
-at each forward (measured on torch 2.13).
+A module with memory has a `State` as its attribute `state`. Only `fresh_state(model)` opens and
+clears states: it opens all states of a model at the start of a batch, and clears them at the end.
+The values are plain tensors, not buffers. Buffers would be in `state_dict`, and DDP would overwrite
+them with the buffers of rank 0 at each forward (measured on torch 2.13).
 """
 
 from collections.abc import Container, Iterable, Iterator
@@ -15,12 +15,15 @@ from torch.utils.hooks import RemovableHandle
 
 from pipeline.core.checks import require
 
-# Attributes that a rule sets on modules. A seam with memory (a trace) holds a `State` as `state`.
+# The seams: attributes of modules that a rule sets to change their forward or backward. The value
+# of a seam, such as a trace, can have a `State` as its attribute `state`.
 SEAMS = ("presynaptic", "backward_weight", "carry", "gradient", "adjoint")
 
 
 class State:
-    """The memory of one neuron or synapse: named tensors, accessible only inside `fresh_state`.
+    """The memory of one module or trace: named tensors, accessible only inside `fresh_state`.
+
+    `owner` is the name of the module in error messages.
 
     Raises: ValueError on access outside `fresh_state`.
     """
@@ -31,7 +34,7 @@ class State:
         self.values: dict[str, Tensor] = {}
 
     def read(self, name: str) -> Tensor | None:
-        """The tensor written at the last step, or None at the first step of a batch."""
+        """The last tensor written under `name` in this batch, or None."""
         self._check_open()
         return self.values.get(name)
 
@@ -42,7 +45,7 @@ class State:
     def _check_open(self) -> None:
         require(
             self.is_open,
-            f"{self.owner}: its membrane or trace exists only inside fresh_state; write"
+            f"{self.owner}: the state exists only inside fresh_state; write"
             " `with fresh_state(model): logits_TBK = model(x_TB)`",
         )
 
@@ -51,9 +54,9 @@ class State:
 def fresh_state(model: nn.Module) -> Iterator[None]:
     """Give the model empty memory for one batch inside the block.
 
-    T slices of length 1 continue one another and equal one call on T steps. On exit, also by an
-    exception, all memory is cleared. A membrane with a graph would keep that graph alive and break
-    `deepcopy`.
+    Calls inside one block continue each other: T calls on one step equal one call on T steps. On
+    exit, also by an exception, all memory is cleared. Otherwise a membrane would keep its graph
+    alive, and `deepcopy` of the model would fail.
 
     Raises: ValueError if the model is already inside a fresh_state.
     """
@@ -61,8 +64,8 @@ def fresh_state(model: nn.Module) -> Iterator[None]:
     for state in states:
         require(
             not state.is_open,
-            "fresh_state: leave the first fresh_state before entering another; got a"
-            f" {state.owner} already open",
+            "fresh_state: the model must not be inside another fresh_state; got an open state of"
+            f" {state.owner}",
         )
     try:
         with attribute_set(states, "is_open", True):
@@ -73,41 +76,41 @@ def fresh_state(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def attribute_set(holders: Iterable[Any], name: str, value: object) -> Iterator[None]:
-    """Set the attribute `name` of each of `holders` to `value` inside the block.
+def attribute_set(owners: Iterable[Any], name: str, value: object) -> Iterator[None]:
+    """Set the attribute `name` of each of `owners` to `value` inside the block.
 
-    The old value is restored afterwards.
+    Afterwards the old values are restored.
     """
-    before = [(holder, getattr(holder, name)) for holder in holders]
-    for holder, _ in before:
-        setattr(holder, name, value)
+    old_values = [(owner, getattr(owner, name)) for owner in owners]
+    for owner, _ in old_values:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        for holder, old in before:
-            setattr(holder, name, old)
+        for owner, old_value in old_values:
+            setattr(owner, name, old_value)
 
 
 @contextmanager
 def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Keep `hooks` registered inside the block, and remove them afterwards."""
-    registered = list(hooks)
+    """Remove `hooks` at the end of the block. A generator registers them at the start."""
+    handles = list(hooks)
     try:
         yield
     finally:
-        for hook in registered:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def states_of(model: nn.Module) -> list[State]:
-    """Every state in `model` and its seams, each once.
+    """Every state in `model` and in its seams, once each.
 
     `model` may be a wrapper around a network.
     """
     states: dict[int, State] = {}
     for module in model.modules():
-        for holder in (module, *(getattr(module, seam, None) for seam in SEAMS)):
-            state = getattr(holder, "state", None)
+        for owner in (module, *(getattr(module, seam, None) for seam in SEAMS)):
+            state = getattr(owner, "state", None)
             if isinstance(state, State):
                 states[id(state)] = state
     return list(states.values())
@@ -116,10 +119,8 @@ def states_of(model: nn.Module) -> list[State]:
 def state_bytes(model: nn.Module, *, beside: Container[int] = ()) -> int:
     """Bytes of all state tensors (membranes, traces, cached values and gradients).
 
-    Each storage counts once. Outside `fresh_state` the result is 0.
-
-    Storages whose `_cdata` is in `beside` are skipped, such as traces that the backward keeps
-    anyway.
+    Each storage counts once. Outside `fresh_state` the result is 0. Storages with a `_cdata` in
+    `beside` do not count, such as traces that the backward keeps too.
     """
     values = (value for state in states_of(model) for value in state.values.values())
     storages = {value.untyped_storage()._cdata: value.untyped_storage() for value in values}

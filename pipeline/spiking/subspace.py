@@ -1,19 +1,19 @@
-"""The subspace of a layer's inputs, learnt by lateral neurons.
+"""The subspace of a synapse's inputs, learnt by lateral neurons.
 
-Their rule has a Hebbian and an anti-Hebbian term:
+The learning rule has a Hebbian and an anti-Hebbian term:
 
     y = x H^T                               lateral neurons, one per row of H
     D = clamp(E[y^T (x - y H)], -10, 10)    Hebbian in y x, anti-Hebbian in y (y H);
                                             E over samples and time steps
-    m <- momentum m + (1 - momentum) D,   H <- H + rate m      for the rows that still learn
+    m <- momentum m + (1 - momentum) D,   H <- H + rate m      for the learning rows only
 
-Frozen rows take part in y H, so new rows learn the rest of the input space. D depends on the inputs
-only through their second moments: D = H S (I - H^T H) with S = E[x^T x]. S is summed over time
-steps, micro-batches and ranks, and H is updated once per global batch. So every rank has the same
-H, however the batch was divided.
+The frozen rows also contribute to y H, so the learning rows find the rest of the input space. With
+real-valued responses, D depends on the inputs only through their second moments: E[y^T (x - y H)] =
+H S (I - H^T H) with S = E[x^T x]. The moments are averaged over time steps, micro-batches and
+ranks. Then H is updated: several iterations, once per global batch. So every rank has the same H,
+whatever the division of the batch.
 
-`InputRecorder` records what D is learnt from: the factors that a synapse's weight gradient
-multiplies, as rows.
+`InputRecorder` accumulates the moments of one synapse's inputs.
 
 Source: Xiao et al. 2024 (HLOP, arXiv 2402.11984), section 4; Oja 1989 (doi
 10.1142/S0129065789000475) for the subspace rule.
@@ -30,23 +30,25 @@ from pipeline.core.checks import require
 from pipeline.spiking.encode import is_static
 from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.rate import rate_weights
-from pipeline.spiking.synapse import Conv2d, Linear
+from pipeline.spiking.synapse import Conv2d, Linear, Presynaptic
 
-# N samples and time steps, C inputs of a layer, K lateral neurons
+# T time, B batch, N samples and time steps, K lateral neurons, O outputs of a synapse,
+# C inputs of a synapse (for a convolution: of a patch)
 
-
-LARGEST_CHANGE = 10.0
-LARGEST_RESPONSE = 20.0
+MAX_CHANGE = 10.0
+MAX_RESPONSE = 20.0
 
 
 class Subspace(nn.Module):
-    """H over `size` inputs: frozen rows `old` and learning rows `new`. All are orthonormal.
+    """The matrix H over `size` inputs: frozen rows `old` and learning rows `new`.
 
-    `energy` is the share of E|x|^2 that the rows kept, when last computed.
+    `velocity` is m of the equations. `energy` is the share of E|x|^2 that the rows preserve, as of
+    its last computation.
 
-    The projection needs orthonormal rows. The Hebbian rule converges to them, but only for rows
-    that have inputs to learn from. So the new rows are orthonormalised after each batch, which
-    keeps their span; this is an addition to the published rule.
+    All rows are orthonormal, because the projection requires it. The Hebbian rule converges to
+    orthonormal rows only if the rows have inputs to learn from. So the learning rows are
+    orthonormalised after each batch, which preserves their span. The published rule does not do
+    this.
     """
 
     old: Tensor
@@ -66,65 +68,63 @@ class Subspace(nn.Module):
 
     @property
     def free(self) -> int:
-        """Number of directions that no row covers yet."""
+        """The number of input directions without a row."""
         return self.old.shape[1] - len(self.old) - len(self.new)
 
     @torch.no_grad()
     def grow(self, count: int, *, key: int) -> None:
-        """Freeze the learnt rows and start `count` new ones.
+        """Freeze the learning rows, and add `count` random learning rows.
 
-        The new rows are drawn from `key` alone and are orthogonal to all others.
+        The random rows depend on `key` alone. They are orthogonal to the frozen rows.
         """
         generator = torch.Generator().manual_seed(key & 0x7FFF_FFFF_FFFF_FFFF)
-        size, double = self.old.shape[1], torch.float64
-        drawn = torch.randn(count, size, generator=generator, dtype=double).to(self.old.device)
-        self.old = torch.cat([self.old, self._beside_old(self.new)])
-        self.new = self._beside_old(drawn)
+        random_KC = torch.randn(
+            count, self.old.shape[1], generator=generator, dtype=torch.float64
+        ).to(self.old.device)
+        self.old = torch.cat([self.old, self._orthogonal_to_old(self.new)])
+        self.new = self._orthogonal_to_old(random_KC)
         self.velocity = torch.zeros_like(self.new)
 
-    def _beside_old(self, rows: Tensor) -> Tensor:
-        """Orthonormal rows, orthogonal to the frozen ones, in float64 and twice for exactness."""
+    def _orthogonal_to_old(self, rows: Tensor) -> Tensor:
+        """`rows`, orthonormalised and orthogonal to `old`: twice and in float64, to be exact."""
         old = self.old.double()
         return orthonormal(orthonormal(rows.double(), old), old).to(self.old.dtype)
 
     @torch.no_grad()
     def learn(self, moments: "Moments", *, rate: float, momentum: float, iterations: int) -> None:
-        """Apply the Hebbian update `iterations` times."""
+        """Apply the Hebbian update `iterations` times, then orthonormalise the learning rows."""
         with op_scope("lateral"):
             for _ in range(iterations):
-                change = moments.drive(self).clamp_(-LARGEST_CHANGE, LARGEST_CHANGE)
+                change = moments.hebbian_change(self).clamp_(-MAX_CHANGE, MAX_CHANGE)
                 self.velocity = momentum * self.velocity + (1 - momentum) * change
                 self.new = self.new + rate * self.velocity
             self.new = orthonormal(self.new, self.old)
 
     @torch.no_grad()
     def project(self, g: Tensor) -> Tensor:
-        """g - (g H^T) H over the frozen rows.
-
-        `g` is a weight gradient, flattened to `[outputs, C]`.
-        """
+        """g - (g H^T) H with the frozen rows H, for a weight gradient `g` in the weight's shape."""
         with torch.autocast(g.device.type, enabled=False), op_scope("lateral"):
-            g_KC = g.flatten(1).to(self.old.dtype)
-            return (g_KC - (g_KC @ self.old.T) @ self.old).view_as(g).to(g.dtype)
+            g_OC = g.flatten(1).to(self.old.dtype)
+            return (g_OC - (g_OC @ self.old.T) @ self.old).view_as(g).to(g.dtype)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **more: Any
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # The number of rows depends on the finished tasks, so it comes from the checkpoint.
+        # The number of rows depends on the finished tasks, so the checkpoint determines it.
         for name in ("old", "new", "velocity"):
             saved = state_dict.get(prefix + name)
             if saved is not None:
                 setattr(self, name, getattr(self, name).new_empty(len(saved), self.old.shape[1]))
-        super()._load_from_state_dict(state_dict, prefix, *args, **more)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class SecondMoments:
-    """S = E[x^T x], for lateral neurons with real-valued responses: D = H S (I - H^T H).
+    """S = E[x^T x], for lateral neurons with real-valued responses.
 
-    `mean` turns sums over this rank's samples into means over all ranks; it is collective, and
-    every rank must hold the same number of samples. `drive` is E[y^T (x - y H)] of the learning
-    rows. `energy` is the share of E|x|^2 that the rows keep, E|y|^2 / E|x|^2 for orthonormal rows,
-    and 1 if x is 0.
+    `average` divides the sums by the number of this rank's samples, and averages over ranks. It is
+    collective, and every rank must have the same number of samples. `hebbian_change` is
+    E[y^T (x - y H)] of the learning rows. `energy` is the share of E|x|^2 that the rows preserve:
+    E|y|^2 / E|x|^2 for orthonormal rows, and 1 if x is 0.
     """
 
     def __init__(self, subspace: Subspace) -> None:
@@ -135,13 +135,13 @@ class SecondMoments:
         self.second_CC.addmm_(x_NC.T, x_NC)
         self.samples += len(x_NC)
 
-    def mean(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
-        self.second_CC = over_ranks(self.second_CC / self.samples)
+    def average(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        self.second_CC = mean_over_ranks(self.second_CC / self.samples)
 
-    def drive(self, subspace: Subspace) -> Tensor:
+    def hebbian_change(self, subspace: Subspace) -> Tensor:
         old, new = subspace.old, subspace.new
-        response_KC = new @ self.second_CC
-        return response_KC - (response_KC @ old.T) @ old - (response_KC @ new.T) @ new
+        cross_KC = new @ self.second_CC
+        return cross_KC - (cross_KC @ old.T) @ old - (cross_KC @ new.T) @ new
 
     def energy(self, subspace: Subspace) -> Tensor:
         rows = subspace.rows
@@ -151,18 +151,18 @@ class SecondMoments:
 class SpikingMoments:
     """E[y^T x] and E[y^T y] for lateral neurons with spiking responses.
 
-    The methods are those of `SecondMoments`.
+    It has the methods of `SecondMoments`. y is `quantized_response`.
 
-    y is clipped to +-20 and rounded to multiples of 20 / steps. The neurons fire once per batch,
-    with the weights at its start, and all iterations use these spikes. (The published neurons fire
-    anew in each iteration, for which the whole global batch would have to be stored.)
+    The neurons fire once per batch, with H at the start of the batch. All iterations use these
+    spikes. The published neurons fire again in each iteration, which would require storing the
+    whole global batch.
     """
 
     def __init__(self, subspace: Subspace, *, steps: int) -> None:
-        self.rows, self.steps = subspace.rows, steps
-        count = len(self.rows)
+        self.rows = subspace.rows
+        self.steps = steps
         self.cross_KC = torch.zeros_like(self.rows)
-        self.lateral_KK = self.rows.new_zeros(count, count)
+        self.lateral_KK = self.rows.new_zeros(len(self.rows), len(self.rows))
         self.power = self.rows.new_zeros(1)
         self.samples = 0
 
@@ -173,14 +173,14 @@ class SpikingMoments:
         self.power += x_NC.square().sum()
         self.samples += len(x_NC)
 
-    def mean(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
-        self.cross_KC = over_ranks(self.cross_KC / self.samples)
-        self.lateral_KK = over_ranks(self.lateral_KK / self.samples)
-        self.power = over_ranks(self.power / self.samples)
+    def average(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        self.cross_KC = mean_over_ranks(self.cross_KC / self.samples)
+        self.lateral_KK = mean_over_ranks(self.lateral_KK / self.samples)
+        self.power = mean_over_ranks(self.power / self.samples)
 
-    def drive(self, subspace: Subspace) -> Tensor:
-        first = len(subspace.old)
-        return self.cross_KC[first:] - self.lateral_KK[first:] @ subspace.rows
+    def hebbian_change(self, subspace: Subspace) -> Tensor:
+        frozen = len(subspace.old)
+        return self.cross_KC[frozen:] - self.lateral_KK[frozen:] @ subspace.rows
 
     def energy(self, subspace: Subspace) -> Tensor:
         return _share(self.lateral_KK.trace(), self.power[0])
@@ -190,43 +190,42 @@ class SpikingMoments:
 Moments = SecondMoments | SpikingMoments
 
 
-def _share(kept: Tensor, energy: Tensor) -> Tensor:
-    """kept / energy; 1 for inputs that are 0."""
-    return torch.where(
-        energy > 0, kept / energy.clamp_min(torch.finfo(energy.dtype).tiny), torch.ones_like(energy)
-    )
+def _share(preserved: Tensor, total: Tensor) -> Tensor:
+    """preserved / total, or 1 if the total is 0."""
+    tiny = torch.finfo(total.dtype).tiny
+    return torch.where(total > 0, preserved / total.clamp_min(tiny), torch.ones_like(total))
 
 
 def quantized_response(y: Tensor, steps: int) -> Tensor:
-    """y as `steps` time steps of signed spikes can represent it.
+    """y, rounded to a value that the signed spikes of `steps` time steps can represent.
 
     It is clipped to +-20 and rounded to multiples of 20 / `steps`.
     """
-    return (y.clamp(-LARGEST_RESPONSE, LARGEST_RESPONSE) * (steps / LARGEST_RESPONSE)).round() * (
-        LARGEST_RESPONSE / steps
-    )
+    levels = y.clamp(-MAX_RESPONSE, MAX_RESPONSE) * (steps / MAX_RESPONSE)
+    return levels.round() * (MAX_RESPONSE / steps)
 
 
-def orthonormal(rows: Tensor, others: Tensor) -> Tensor:
-    """Orthonormal rows, orthogonal to `others`, that span `rows` apart from the span of `others`.
+def orthonormal(rows: Tensor, basis: Tensor) -> Tensor:
+    """Remove the span of the orthonormal `basis` from `rows`, and orthonormalise the result.
 
-    Gram-Schmidt in the order of the rows. Rows that are orthonormal already do not change.
+    The method is Gram-Schmidt in the order of the rows. Rows that are already orthonormal, and
+    orthogonal to `basis`, do not change.
     """
-    q, r = torch.linalg.qr((rows - (rows @ others.T) @ others).T)
-    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)).T.contiguous()
-
-
-# T time, B batch, N samples and time steps, C inputs of a synapse (for a convolution: of a patch)
+    q, r = torch.linalg.qr((rows - (rows @ basis.T) @ basis).T)
+    signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    return (q * signs).T.contiguous()
 
 
 class InputRecorder:
-    """Accumulates moments of one synapse's inputs, for one subspace.
+    """Accumulates the moments of one synapse's inputs, for one subspace.
 
-    The inputs are the values of each step, or with `decay` their weighted mean over time. `steps`
-    is the number of time steps of the batch while recording, else None. `pending` are the moments
-    of the current global batch, `last` those of the one before.
+    The inputs are the values of each step, or with `decay` their weighted mean over time.
+    `moments` creates empty moments. `steps` is the number of time steps of the batch; None turns
+    the recording off. `pending` has the moments of the current global batch, and `last` those of
+    the previous batch.
 
-    With `factor`, a `presynaptic` seam, the recorder takes the place of the seam.
+    With `presynaptic`, the trace of a synapse, the recorder takes its place as the synapse's
+    attribute `presynaptic`, and records the trace.
     """
 
     def __init__(
@@ -236,25 +235,29 @@ class InputRecorder:
         subspace: Subspace,
         moments: Callable[[Subspace], Moments],
         decay: float | None,
-        factor: Callable[[Tensor], Tensor] | None,
+        presynaptic: Presynaptic | None,
     ) -> None:
-        self.name, self.synapse, self.subspace = name, synapse, subspace
-        self.moments, self.decay = moments, decay
-        self.factor, self.state = factor, getattr(factor, "state", None)
+        self.name = name
+        self.synapse = synapse
+        self.subspace = subspace
+        self.moments = moments
+        self.decay = decay
+        self.presynaptic = presynaptic
+        self.state = getattr(presynaptic, "state", None)
         self.steps: int | None = None
         self.pending: Moments | None = None
         self.last: Moments | None = None
 
     def __call__(self, x_TB: Tensor) -> Tensor:
-        """The factor of `x_TB`, which is recorded."""
-        assert self.factor is not None
-        factor_TB = self.factor(x_TB)
-        self.record(factor_TB)
-        return factor_TB
+        """Record the trace of `x_TB`, and return it."""
+        assert self.presynaptic is not None
+        trace_TB = self.presynaptic(x_TB)
+        self.record(trace_TB)
+        return trace_TB
 
     @torch.no_grad()
     def record(self, x_TB: Tensor) -> None:
-        """Add the inputs `x_TB` to the moments.
+        """Add the inputs `x_TB` to the moments, if the recording is on.
 
         Raises: ValueError if a mean over time is needed and `x_TB` is only a part of the sequence.
         """
@@ -267,20 +270,18 @@ class InputRecorder:
         )
         if self.pending is None:
             self.pending = self.moments(self.subspace)
+        dtype = self.subspace.old.dtype
         with torch.autocast(x_TB.device.type, enabled=False), op_scope("lateral"):
-            if is_static(x_TB):  # the mean over time is the frame itself
+            if is_static(x_TB):  # all steps are one frame
                 x_TB = x_TB[:1]
             elif self.decay is not None:
-                x_TB = torch.einsum(
-                    "t,tb...->b...",
-                    rate_weights(self.decay, x_TB),
-                    x_TB.to(self.subspace.old.dtype),
-                ).unsqueeze(0)
-            for x_NC in input_rows(self.synapse, x_TB.to(self.subspace.old.dtype)):
+                weights_T = rate_weights(self.decay, x_TB)
+                x_TB = torch.einsum("t,tb...->b...", weights_T, x_TB.to(dtype)).unsqueeze(0)
+            for x_NC in input_rows(self.synapse, x_TB.to(dtype)):
                 self.pending.add(x_NC)
 
     def energy(self) -> float:
-        """The share of the inputs' energy in the last batch that the rows keep.
+        """The share of the energy of the last batch's inputs that the rows preserve.
 
         Before the first batch it is the checkpoint's value, or 0.
         """
@@ -289,26 +290,26 @@ class InputRecorder:
         return float(self.subspace.energy)
 
     def bytes(self) -> int:
-        """Bytes of the moments of the current batch and of the last one."""
+        """Bytes of the moments of the current and of the previous batch."""
         values = vars(self.moments(self.subspace)).values()
         return 2 * sum(each.nbytes for each in values if isinstance(each, Tensor))
 
-    def finish(self, over_ranks: Callable[[Tensor], Tensor]) -> Moments | None:
-        """The moments of a global batch, averaged over ranks, and a new start. Collective.
+    def finish_batch(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> Moments | None:
+        """Average the moments of the global batch over ranks, and start the next batch.
 
-        The result is None if the batch did not pass this synapse.
+        It returns None, and makes no collective call, if the batch did not run this synapse.
         """
-        pending, self.pending = self.pending, None
-        if pending is not None:
-            pending.mean(over_ranks)
-            self.last = pending
-        return pending
+        moments, self.pending = self.pending, None
+        if moments is not None:
+            moments.average(mean_over_ranks)
+            self.last = moments
+        return moments
 
 
 def input_rows(synapse: Linear | Conv2d, x_TB: Tensor) -> Iterator[Tensor]:
-    """Blocks `[N, C]` of the inputs that each row of the weight multiplies.
+    """The input vectors that the weight matrix multiplies, in blocks `[N, C]`.
 
-    For a convolution they are the patches, one time step after another.
+    For a convolution they are its patches, one block per time step.
     """
     if isinstance(synapse, Linear):
         yield x_TB.flatten(0, -2)

@@ -1,8 +1,7 @@
-"""Surrogate gradients: a step function in the forward, a smooth derivative in the backward.
+"""Surrogate gradients: a step function in the forward, and a substitute derivative in the backward.
 
-Each surrogate is a frozen value without parameters. The forward of `spike` is the same for all: 1
-where `u - threshold` (in thresholds) is >= 0, in the same dtype; it keeps only that argument. The
-backward multiplies by `derivative`.
+A surrogate is a frozen value without learnable parameters. It has only the derivative psi. The
+forward is the step function for all surrogates.
 """
 
 import math
@@ -16,16 +15,19 @@ from pipeline.core.checks import require
 
 
 class Surrogate(Protocol):
-    """The interface that a neuron needs from a surrogate."""
+    """The interface of a surrogate."""
 
     def derivative(self, u_minus_threshold: Tensor) -> Tensor:
-        """psi, elementwise, in a new tensor: the gradient is multiplied into it in place."""
+        """psi, elementwise, in a new tensor, which the caller may overwrite."""
         ...
 
 
 @dataclass(frozen=True)
 class _Scaled:
-    """Base of the surrogates with a parameter `alpha` > 0."""
+    """Base class of the surrogates with a parameter `alpha` > 0.
+
+    Raises: ValueError unless `alpha` > 0.
+    """
 
     alpha: float
 
@@ -37,8 +39,8 @@ class _Scaled:
 class Triangle(_Scaled):
     """psi(x) = max(0, a - a^2 |x|), a = `alpha`.
 
-    Source: SLTT's default (Meng et al. 2023, arXiv 2302.14311); with a = 1 also half the derivative
-    of the polynomial sign of Bi-Real Net (Liu et al. 2018, arXiv 1808.00278).
+    Source: the default of SLTT (Meng et al. 2023, arXiv 2302.14311). With a = 1 it is also half the
+    derivative of Bi-Real Net's polynomial for the sign (Liu et al. 2018, arXiv 1808.00278).
     """
 
     alpha: float = 1.0
@@ -94,16 +96,18 @@ class ATan(_Scaled):
 
 
 def spike(u_minus_threshold: Tensor, *, surrogate: Surrogate) -> Tensor:
-    """s = 1 where the argument is >= 0, else 0; backward g * surrogate.derivative."""
+    """1 where the argument is >= 0, else 0, in its dtype. Its backward uses the surrogate.
+
+    The argument can also be in units of the threshold: (u - threshold) / threshold.
+    """
     # apply is untyped in torch 2.13
     return _Spike.apply(u_minus_threshold, surrogate)  # type: ignore[return-value]
 
 
 def heaviside(u_minus_threshold: Tensor) -> Tensor:
-    """1 where the argument is >= 0, else 0, in its dtype; for operations with own backward."""
-    return torch.ge(
-        u_minus_threshold, 0, out=torch.empty_like(u_minus_threshold)
-    )  # no booleans in between
+    """1 where the argument is >= 0, else 0, in its dtype. It has no backward."""
+    # With `out` there is no intermediate tensor of booleans.
+    return torch.ge(u_minus_threshold, 0, out=torch.empty_like(u_minus_threshold))
 
 
 class _Spike(torch.autograd.Function):

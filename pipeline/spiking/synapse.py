@@ -1,4 +1,4 @@
-"""Synapses: linear maps on time-first tensors, with a seam for each factor of their backward.
+"""Synapses: linear layers and convolutions on time-first tensors, whose backward a rule can change.
 
 `weights="standardized"` is scaled weight standardisation (sWS), the normalisation of networks
 without batch norm:
@@ -6,16 +6,21 @@ without batch norm:
     W^ = gain (W - mean) / sqrt(fan_in var + 1e-4)
     mean and unbiased var per output filter, gain learnable
 
-A `binarizer` (`spiking/binary.py`) derives a 1-bit weight from the parameter; then `weights` is
-"1-bit". Derived weights are computed once for all slices of a batch (`slice_cache.py`).
+A `binarizer` (`spiking/binary.py`) computes a 1-bit weight from the parameter; then `weights` is
+"1-bit". Standardised and 1-bit weights are computed once for all slices of a batch
+(`slice_cache.py`).
 
-The seam `presynaptic: x_TB -> factor_TB` replaces the input in the weight gradient: dL/dW = sum_t
-g[t] factor[t]^T. The seam `backward_weight: weight -> weight` replaces the weight in the input
-gradient: dL/dx = backward_weight(W)^T g. They are independent. Each call is one forward and one
-backward operation, without a second pass.
+A seam is an attribute of a module that a rule sets to change the module's forward or backward. With
+g = dL/dy, the gradient of the output, a synapse has two seams:
 
-`forward` accepts another `weight`, such as one of limited norm (`spiking/norm_limit.py`); bias and
-seams stay.
+    presynaptic: x_TB -> factor_TB        dL/dW = sum_t g[t] factor[t]^T   (without it: factor = x)
+    backward_weight: weight -> weight     dL/dx = backward_weight(W)^T g   (without it: W^T g)
+
+They are independent of each other. With a seam too, a call needs only one forward operation and one
+backward operation.
+
+`forward` accepts another `weight` for this call, such as one with a limited norm
+(`spiking/norm_limit.py`). Bias and seams are used as usual.
 
 Source of sWS: Brock et al. 2021 (arXiv 2101.08692), eq. 1, in the form of OTTT's and SLTT's
 NF-ResNet.
@@ -46,9 +51,9 @@ BackwardWeight = Callable[[Tensor], Tensor]
 
 
 def folded(op: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
-    """Apply a stateless map to all time steps at once, with `[T, B, ...]` as a batch of T * B.
+    """Apply the stateless map `op` to all time steps at once, with T and B as one batch dimension.
 
-    A static input is mapped only once.
+    For a static input, `op` is applied to one frame.
     """
     if is_static(x_TB):
         return repeat(op(x_TB[0]), len(x_TB))
@@ -56,11 +61,11 @@ def folded(op: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
 
 
 class _Synapse(nn.Module):
-    """The seams that Linear and Conv2d share."""
+    """The attributes that Linear and Conv2d share."""
 
     weight: Tensor
 
-    def _add_seams(self, weights: Weights) -> None:
+    def _init_synapse(self, weights: Weights) -> None:
         refuse_unless_one_of(type(self).__name__, ("plain", "standardized"), weights=weights)
         self.weights: str = weights
         self.gain: nn.Parameter | None = None
@@ -80,16 +85,17 @@ class _Synapse(nn.Module):
 
 
 class Linear(nn.Linear, _Synapse):
-    """`torch.nn.Linear` on `[T, B, ..., C]`, with the `weights` and seams at the head of the file.
+    """`torch.nn.Linear` on `[T, B, ..., C]`, with `weights` and seams (see the head of the file).
 
-    Raises: ValueError for unknown `weights`, or an input without a time axis.
+    Raises: ValueError for unknown `weights`, standardised weights with a fan-in of 1, an input
+    without a time axis, or a `presynaptic` factor whose shape is not that of the input.
     """
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, weights: Weights = "plain"
     ) -> None:
         super().__init__(in_features, out_features, bias)
-        self._add_seams(weights)
+        self._init_synapse(weights)
 
     def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         if input.dim() < 3:
@@ -108,10 +114,9 @@ class Linear(nn.Linear, _Synapse):
 class Conv2d(nn.Conv2d, _Synapse):
     """`torch.nn.Conv2d` on `[T, B, C, H, W]` with zero padding.
 
-    It has the `weights` and seams at the head of the file.
+    It has `weights` and seams (see the head of the file).
 
-    Raises: ValueError for unknown `weights`, padding given as text, or an input without a time
-    axis.
+    Raises: ValueError in the cases of `Linear`, or for a `padding` that is text.
     """
 
     def __init__(
@@ -134,7 +139,7 @@ class Conv2d(nn.Conv2d, _Synapse):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias
         )
-        self._add_seams(weights)
+        self._init_synapse(weights)
 
     def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         if input.dim() != 5:
@@ -145,64 +150,67 @@ class Conv2d(nn.Conv2d, _Synapse):
         weight = _weight_for(self, input) if weight is None else weight
         if self.presynaptic is None and self.backward_weight is None:
             return folded(lambda x_NCHW: self._conv_forward(x_NCHW, weight, self.bias), input)
-        return _with_seams(
-            self, input, weight, (self.stride, self.padding, self.dilation, self.groups)
-        )
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return _with_seams(self, input, weight, geometry)
 
 
 def effective_weight(synapse: Linear | Conv2d) -> Tensor:
-    """The weight used in the forward: the parameter, its standardised form, or its 1-bit form."""
+    """The weight in the forward: the parameter, or its standardised or 1-bit form."""
     if synapse.binarizer is not None:
         return synapse.binarizer(synapse.weight)
     return synapse.weight if synapse.gain is None else _standardized(synapse.weight, synapse.gain)
 
 
 def _weight_for(synapse: Linear | Conv2d, x_TB: Tensor) -> Tensor:
-    """The effective weight, cached if `x_TB` is only a slice of the batch."""
-    if (
-        synapse.slice_cache is None
-        or synapse.state is None
-        or len(x_TB) == synapse.slice_cache.steps
-    ):
+    """The effective weight, from the cache if `x_TB` has only a part of the T steps."""
+    cache = synapse.slice_cache
+    if cache is None or synapse.state is None or len(x_TB) == cache.steps:
         return effective_weight(synapse)
-    return synapse.slice_cache.once(synapse.state, partial(effective_weight, synapse))
+    return cache.once(synapse.state, partial(effective_weight, synapse))
 
 
 def _standardized(weight: Tensor, gain: Tensor) -> Tensor:
     fan_in = weight[0].numel()
-    # Batch norm with filters as channels computes this in one fused operation, which keeps the
-    # parameter and a mean and a scale per filter (as timm's ScaledStdConv). Its variance is biased,
-    # so both constants are converted:
+    # Batch norm with filters as channels is one fused operation (as in timm's ScaledStdConv). For
+    # the backward it keeps only the parameter, and a mean and a scale per filter. Its variance is
+    # biased, so gain and eps are converted:
     # fan_in unbiased + eps = fan_in^2 / (fan_in - 1) (biased + eps (fan_in - 1) / fan_in^2).
     scale = math.sqrt(fan_in - 1) / fan_in
-    flat_1CN = weight.reshape(1, weight.shape[0], fan_in)
     eps = STANDARDIZATION_EPS * scale**2
     return F.batch_norm(
-        flat_1CN, None, None, (gain * scale).flatten(), training=True, eps=eps
+        weight.reshape(1, weight.shape[0], fan_in),
+        None,
+        None,
+        (gain * scale).flatten(),
+        training=True,
+        eps=eps,
     ).view_as(weight)
 
 
 def is_inside(name: str, modules: Sequence[str]) -> bool:
-    """Whether the dotted name of a module or parameter is one of `modules` or lies in one."""
-    return any(name == each or name.startswith(each + ".") for each in modules)
+    """Whether a module or parameter `name` is one of `modules` or is inside one of them."""
+    return any(name == module or name.startswith(module + ".") for module in modules)
 
 
-def error_weight(weight: Tensor, downward: BackwardWeight | None) -> Tensor:
-    """The weight that carries the error to the input.
+def error_weight(weight: Tensor, backward_weight: BackwardWeight | None) -> Tensor:
+    """The weight in the gradient of the input.
 
-    It is computed in the backward, so nothing is kept for it.
+    It is computed in the backward, so the graph does not keep it.
     """
-    return weight if downward is None else downward(weight).to(weight.dtype)
+    return weight if backward_weight is None else backward_weight(weight).to(weight.dtype)
 
 
 def _with_seams(
     synapse: Linear | Conv2d, x_TB: Tensor, weight: Tensor, geometry: tuple[Any, ...] | None = None
 ) -> Tensor:
-    """The output of a synapse whose seams change its backward.
+    """The output of a synapse with a seam, which changes its backward.
 
-    `geometry` are the further arguments of a convolution; None: the synapse is a product.
+    `geometry` has stride, padding, dilation and groups of a convolution; None: the synapse is a
+    `Linear`.
 
-    All operands get one dtype, because autocast does not convert those of custom operations.
+    All operands get one dtype, because autocast does not convert operands of custom operations.
+
+    Raises: ValueError if the factor of `presynaptic` has another shape than the input.
     """
     with torch.no_grad():
         factor_TB = x_TB if synapse.presynaptic is None else synapse.presynaptic(x_TB)
@@ -211,8 +219,8 @@ def _with_seams(
             f"presynaptic: the factor must have the shape of the input, {tuple(x_TB.shape)}; got"
             f" {tuple(factor_TB.shape)}"
         )
-    kind = x_TB.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    device = x_TB.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     bias = None if synapse.bias is None else synapse.bias.to(dtype)
     operands = (x_TB.to(dtype), factor_TB.to(dtype), weight.to(dtype), bias)
     return _WithSeams.apply(  # type: ignore[return-value]
@@ -228,11 +236,12 @@ class _WithSeams(torch.autograd.Function):
         factor_TB: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        downward: BackwardWeight | None,
+        backward_weight: BackwardWeight | None,
         geometry: tuple[Any, ...] | None,
     ) -> Tensor:
         ctx.save_for_backward(factor_TB, weight)
-        ctx.downward, ctx.geometry = downward, geometry
+        ctx.backward_weight = backward_weight
+        ctx.geometry = geometry
         if geometry is None:
             return F.linear(x_TB, weight, bias)
         return F.conv2d(x_TB.flatten(0, 1), weight, bias, *geometry).unflatten(0, x_TB.shape[:2])
@@ -241,23 +250,23 @@ class _WithSeams(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (g_TB,) = grad_outputs
         factor_TB, weight = ctx.saved_tensors
-        want_x, _, want_weight, want_bias, *_ = ctx.needs_input_grad
+        needs_x, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         if ctx.geometry is None:
             return (
-                g_TB @ error_weight(weight, ctx.downward) if want_x else None,
+                g_TB @ error_weight(weight, ctx.backward_weight) if needs_x else None,
                 None,
-                g_TB.flatten(0, -2).T @ factor_TB.flatten(0, -2) if want_weight else None,
-                g_TB.flatten(0, -2).sum(0) if want_bias else None,
+                g_TB.flatten(0, -2).T @ factor_TB.flatten(0, -2) if needs_weight else None,
+                g_TB.flatten(0, -2).sum(0) if needs_bias else None,
                 None,
                 None,
             )
         stride, padding, dilation, groups = ctx.geometry
-        # This operation uses the input only for the weight gradient (except its shape), and the
-        # weight only for the input gradient. So both can be replaced in one call.
+        # This operation uses the values of the input only for the weight gradient, and the weight
+        # only for the input gradient. So one call is enough, with both of them replaced.
         g_x, g_weight, g_bias = torch.ops.aten.convolution_backward(
             g_TB.flatten(0, 1),
             factor_TB.flatten(0, 1),
-            error_weight(weight, ctx.downward),
+            error_weight(weight, ctx.backward_weight),
             [weight.shape[0]],
             stride,
             padding,
@@ -265,6 +274,6 @@ class _WithSeams(torch.autograd.Function):
             False,
             [0, 0],
             groups,
-            [want_x, want_weight, want_bias],
+            [needs_x, needs_weight, needs_bias],
         )
-        return (g_x.view_as(factor_TB) if want_x else None, None, g_weight, g_bias, None, None)
+        return (g_x.view_as(factor_TB) if needs_x else None, None, g_weight, g_bias, None, None)

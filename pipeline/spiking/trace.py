@@ -1,4 +1,4 @@
-"""Presynaptic traces, which OTTT and OPZO multiply with the error, and checks of their models."""
+"""Presynaptic traces, and checks of the models that are trained with them (OTTT, OPZO)."""
 
 # T time, B batch
 
@@ -18,9 +18,10 @@ from pipeline.spiking.synapse import Conv2d, Linear
 
 
 class Trace:
-    """The `presynaptic` seam x[t] -> a[t] = decay a[t-1] + x[t].
+    """The trace a[t] = decay a[t-1] + x[t] of a synapse's input x.
 
-    It has no graph and is at least fp32.
+    A rule sets it as the attribute `presynaptic` of the synapse. The trace has no graph and at
+    least fp32.
     """
 
     def __init__(self, decay: float) -> None:
@@ -30,7 +31,7 @@ class Trace:
     @torch.no_grad()
     def __call__(self, x_TB: Tensor) -> Tensor:
         a_B = self.state.read("a")
-        # A new tensor from the first step on: the factor must not be x itself.
+        # A new tensor, also at the first step: the trace must not share memory with x.
         a_TB = torch.empty_like(x_TB, dtype=torch.promote_types(x_TB.dtype, torch.float32))
         for t, x_B in enumerate(x_TB.unbind(0)):
             a_B = (
@@ -38,46 +39,44 @@ class Trace:
                 if a_B is None
                 else torch.add(x_B, a_B, alpha=self.decay, out=a_TB[t])
             )
-        # The stored trace has its own memory, so that it does not keep the whole slice alive.
+        # The stored trace has memory of its own, so that it does not keep the whole slice alive.
         self.state.write("a", a_TB[-1] if len(a_TB) == 1 else a_TB[-1].clone())
         return a_TB
 
 
-def shared_decay(who: str, model: nn.Module, decay: float | None = None) -> float:
-    """The decay that all neurons of `model` share. Traces use it too.
+def shared_decay(error_prefix: str, model: nn.Module, decay: float | None = None) -> float:
+    """The decay that all neurons of `model` share. Traces and rates use the same decay.
 
-    A given `decay` must equal it.
-
-    Raises: ValueError, in the name of `who`, for neurons that differ or learn their decay, or for
-    none.
+    Raises: ValueError, which starts with `error_prefix`, for a model without neurons, for learnt or
+    different decays of neurons, or for a `decay` that differs from the decay of the neurons.
     """
     learnt = learnt_decays(model)
     require(
         not learnt,
-        f"{who}: traces and rates take the decay for a constant, so it must not be learnt; got"
-        f" PLIF at {', '.join(learnt)}",
+        f"{error_prefix}: the decay of neurons must be a constant, because traces and rates use it;"
+        f" got the learnt decay of PLIF at {', '.join(learnt)}",
     )
     decays = {name or "the model itself": neuron.decay for name, neuron in named_neurons(model)}
     require(
         decays,
-        f"{who}: the model must have LIF neurons, whose decay traces and rates share; got"
-        f" {type(model).__name__}",
+        f"{error_prefix}: the model must have LIF neurons, because traces and rates use their"
+        f" decay; got {type(model).__name__}",
     )
     shared = next(iter(decays.values())) if decay is None else decay
     others = [f"{each:g} at {name}" for name, each in decays.items() if each != shared]
     require(
         not others,
-        f"{who}: traces and all neurons must share one decay, here {shared:g}; got"
+        f"{error_prefix}: traces and all neurons must share one decay, here {shared:g}; got"
         f" {', '.join(others)}",
     )
     return shared
 
 
-def traceable_synapses(who: str, model: nn.Module) -> dict[str, Linear | Conv2d]:
+def traceable_synapses(error_prefix: str, model: nn.Module) -> dict[str, Linear | Conv2d]:
     """Every synapse of `model` by module name, in order of registration.
 
-    Raises: ValueError, in the name of `who`, for a weight layer that cannot hold a trace, or a
-    model without synapses.
+    Raises: ValueError, which starts with `error_prefix`, for a linear layer or convolution of
+    torch, which cannot have a trace, or for a model without synapses.
     """
     synapses = {}
     for name, module in model.named_modules():
@@ -85,20 +84,22 @@ def traceable_synapses(who: str, model: nn.Module) -> dict[str, Linear | Conv2d]
             synapses[name] = module
         elif isinstance(module, (nn.Linear, _ConvNd)):
             raise ValueError(
-                f"{who}: the layers with weights must be of pipeline.spiking.synapse, which holds"
-                f" the traces; got torch's {type(module).__name__} at {name}"
+                f"{error_prefix}: linear layers and convolutions must be those of"
+                " pipeline.spiking.synapse, because only these can have a trace; got torch's"
+                f" {type(module).__name__} at {name}"
             )
     require(
         synapses,
-        f"{who}: the model must have synapses, which hold the traces; got {type(model).__name__}",
+        f"{error_prefix}: the model must have a synapse (pipeline.spiking.synapse); got"
+        f" {type(model).__name__}",
     )
     return synapses
 
 
-def refuse_batch_norm(who: str, model: nn.Module) -> None:
+def refuse_batch_norm(error_prefix: str, model: nn.Module) -> None:
     """Refuse batch norm: a normalised current is not a sum over past inputs, so it has no trace.
 
-    Raises: ValueError, in the name of `who`, that names every batch norm of `model`.
+    Raises: ValueError, which starts with `error_prefix` and names every batch norm of `model`.
     """
     names = [
         name or "the model itself"
@@ -107,20 +108,20 @@ def refuse_batch_norm(who: str, model: nn.Module) -> None:
     ]
     require(
         not names,
-        f"{who}: a trace cannot pass batch norm; standardise the weights instead"
+        f"{error_prefix}: a trace cannot pass batch norm; standardise the weights instead"
         f" (weights='standardized'); got batch norm at {', '.join(names)}",
     )
 
 
 @contextmanager
 def running_order(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
-    """Yield a list that fills with the names of `modules` as they run, once per time step."""
-    ran: list[str] = []
+    """Yield a list to which each of `modules` appends its name at each time step that it runs."""
+    order: list[str] = []
 
-    def note(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        ran.extend([name] * len(inputs[0]))
+    def append(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        order.extend([name] * len(inputs[0]))
 
     with hooked(
-        module.register_forward_pre_hook(partial(note, name)) for name, module in modules.items()
+        module.register_forward_pre_hook(partial(append, name)) for name, module in modules.items()
     ):
-        yield ran
+        yield order

@@ -636,8 +636,8 @@ test_refuses = refusals(
                 nn.Sequential(Linear(6, 5), Linear(5, 3)),
             ),
             (
-                r"HLOP\(BPTT\): the model must have LIF neurons, whose decay traces and rates"
-                r" share;"
+                r"HLOP\(BPTT\): the model must have LIF neurons, because traces and rates use their"
+                r" decay;"
                 r" got Sequential"
             ),
         ),

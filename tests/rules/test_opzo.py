@@ -501,7 +501,7 @@ test_refuses = refusals(
         ),
         (
             lambda: OPZO().attach(nn.Sequential(nn.Linear(6, 8), LIF())),
-            r"OPZO: the layers with weights must be .* torch's Linear at 0",
+            r"OPZO: linear layers and convolutions must be .* torch's Linear at 0",
         ),
         (
             lambda: OPZO(local_readouts=True).attach(lif_network()),

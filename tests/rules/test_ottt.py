@@ -278,7 +278,7 @@ test_refuses = refusals(
             lambda: OTTT().attach(nn.Sequential(Linear(2, 2))),
             r"OTTT-A: the model must have LIF neurons, .* got Sequential",
         ),
-        (lambda: OTTT().attach(LIF()), r"OTTT-A: the model must have synapses, .* got LIF"),
+        (lambda: OTTT().attach(LIF()), r"OTTT-A: the model must have a synapse .*; got LIF"),
         (
             lambda: OTTT().attach(two_decays()),
             r"OTTT-A: traces and all neurons must share one decay, here 0\.5; got 0\.9 at 3$",
@@ -290,8 +290,8 @@ test_refuses = refusals(
         (
             lambda: OTTT(update="step").attach(nn.Sequential(LIF(), nn.Linear(2, 2))),
             (
-                r"OTTT-O: the layers with weights must be of pipeline\.spiking\.synapse, .* got"
-                r" torch's Linear at 1"
+                r"OTTT-O: linear layers and convolutions must be those of"
+                r" pipeline\.spiking\.synapse, .* got torch's Linear at 1"
             ),
         ),
         (

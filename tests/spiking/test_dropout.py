@@ -51,7 +51,7 @@ test_refuses = refusals(
     [
         (
             lambda: Dropout(0.5)(torch.ones(1, 2, 3)),
-            "Dropout: its membrane or trace exists only inside fresh_state",
+            "Dropout: the state exists only inside fresh_state",
         ),
         (
             lambda: Dropout(1.0),

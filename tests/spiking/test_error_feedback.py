@@ -138,8 +138,10 @@ def test_a_checkpoint_brings_the_sizes(build):
     first.end_of_batch(lambda statistic: statistic)
     second.load_state_dict(first.state_dict())
     assert torch.equal(second.get_buffer("matrix_0"), first.get_buffer("matrix_0"))
-    message = r"a layer must keep its size; got 7 units and 5 outputs at layer 0, .* \(6, 5\)"
+    message = (
+        r"the size of a layer must not change; got 7 units and 5 outputs at layer 0, .* \(6, 5\)"
+    )
     with pytest.raises(ValueError, match=message):
         signal(second, 7)
-    second.begin(torch.device("cpu"))
+    second.reset(torch.device("cpu"))
     assert "matrix_0" not in second.state_dict()

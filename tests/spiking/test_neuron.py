@@ -151,7 +151,7 @@ def test_IF_forgets_nothing():
     assert IF(threshold=2.0, surrogate=Sigmoid()).threshold == 2.0
 
 
-SURROGATE = "^LIF: surrogate must be a value with a derivative and without parameters"
+SURROGATE = "^LIF: surrogate must have a method derivative, and must not be a torch module"
 
 
 test_refuses = refusals(
@@ -178,7 +178,7 @@ test_refuses = refusals(
         (lambda: LIF()(torch.zeros(1, 1, 1)), r"LIF: .* only inside fresh_state"),
         (
             lambda: run(LIF(), torch.zeros(1, 2, 4), torch.zeros(1, 3, 4)),
-            r"must agree in all but time; got \(3, 4\) after \(2, 4\)",
+            r"all time steps must have the same shape; got \(3, 4\) after \(2, 4\)",
         ),
         (lambda: LIF(surrogate=torch.nn.Sigmoid()), rf"{SURROGATE}; got Sigmoid\(\)$"),
         (lambda: LIF(surrogate=torch.sigmoid), rf"{SURROGATE}; got <built-in method sigmoid .*$"),
@@ -206,10 +206,10 @@ THRESHOLD = 0.7
 
 
 def expressions(
-    u_B: Tensor, *, subtract: float | None, keeps_gradient: bool, surrogate: Surrogate
+    u_B: Tensor, *, subtract: float | None, has_reset_gradient: bool, surrogate: Surrogate
 ) -> tuple[Tensor, Tensor]:
     s_B = spike(u_B - THRESHOLD, surrogate=surrogate)
-    s_reset_B = s_B if keeps_gradient else s_B.detach()
+    s_reset_B = s_B if has_reset_gradient else s_B.detach()
     return s_B, (
         u_B * (1 - s_reset_B) if subtract is None else torch.sub(u_B, s_reset_B, alpha=subtract)
     )
@@ -217,14 +217,16 @@ def expressions(
 
 @pytest.mark.parametrize("surrogate", [Triangle(), Triangle(2.0), Sigmoid(), Rectangle(), ATan()])
 @pytest.mark.parametrize("subtract", [None, THRESHOLD, 1.3])
-@pytest.mark.parametrize("keeps_gradient", [False, True])
+@pytest.mark.parametrize("has_reset_gradient", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_values_and_gradients_of_either_output_and_both(surrogate, subtract, keeps_gradient, dtype):
+def test_values_and_gradients_of_either_output_and_both(
+    surrogate, subtract, has_reset_gradient, dtype
+):
     x_B = torch.randn(64, dtype=dtype).add_(THRESHOLD)
     x_B[:2] = torch.tensor([THRESHOLD, 0.0], dtype=dtype)
     x_B.requires_grad_()
     g_s, g_v = torch.randn(2, 64, dtype=dtype)
-    about = {"subtract": subtract, "keeps_gradient": keeps_gradient, "surrogate": surrogate}
+    about = {"subtract": subtract, "has_reset_gradient": has_reset_gradient, "surrogate": surrogate}
     for asked in ((0,), (1,), (0, 1)):
         found = []
         for pair in (fire(x_B * 1, threshold=THRESHOLD, **about), expressions(x_B * 1, **about)):
@@ -238,13 +240,17 @@ def test_values_and_gradients_of_either_output_and_both(surrogate, subtract, kee
 @pytest.mark.parametrize("subtract", [1.0, None])
 def test_the_membrane_takes_the_place_of_what_was_given_away(subtract):
     u_B = torch.randn(8)
-    _, v_B = fire(u_B, threshold=1.0, subtract=subtract, keeps_gradient=False, surrogate=Triangle())
+    _, v_B = fire(
+        u_B, threshold=1.0, subtract=subtract, has_reset_gradient=False, surrogate=Triangle()
+    )
     assert v_B.data_ptr() == u_B.data_ptr()
 
 
 def test_a_second_derivative_is_refused():
     x_B = torch.randn(8, requires_grad=True)
-    s_B, _ = fire(x_B * 1, threshold=0.1, subtract=1.0, keeps_gradient=False, surrogate=Sigmoid())
+    s_B, _ = fire(
+        x_B * 1, threshold=0.1, subtract=1.0, has_reset_gradient=False, surrogate=Sigmoid()
+    )
     with pytest.raises(
         RuntimeError, match=r"^fire: a spike has no second derivative; create_graph must be False$"
     ):
@@ -345,7 +351,7 @@ def test_under_sltt_it_costs_one_membrane_whatever_t() -> None:
         *[
             (
                 lambda rule=rule: rule.attach(learnt()),
-                r": traces and rates take the decay for a constant, .* not be learnt; got PLIF at"
+                r": the decay of neurons must be a constant, .* got the learnt decay of PLIF at"
                 r" 1, 3",
             )
             for rule in (
@@ -367,7 +373,7 @@ def test_under_sltt_it_costs_one_membrane_whatever_t() -> None:
         *[
             (
                 lambda decay=decay: PLIF(decay),
-                rf"PLIF: decay must be in 0\.\.1, both excluded, .*; got decay={decay}",
+                rf"PLIF: decay must be > 0 and < 1, .*; got decay={decay}",
             )
             for decay in (0.0, 1.0)
         ],

@@ -37,7 +37,7 @@ def test_state_is_cleared_when_the_block_raises():
 def test_nested_use_is_refused_and_leaves_the_first_intact():
     with fresh_state(model := network()):
         model(X_TBC)
-        with pytest.raises(ValueError, match="leave the first fresh_state"):
+        with pytest.raises(ValueError, match="must not be inside another fresh_state"):
             outputs(nn.Sequential(model), X_TBC)
         assert state_bytes(model) > 0
 

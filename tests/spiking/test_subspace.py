@@ -32,7 +32,7 @@ def moments_from(
     moments = SecondMoments(subspace) if steps is None else SpikingMoments(subspace, steps=steps)
     for x_NC in parts:
         moments.add(x_NC)
-    moments.mean(mean)
+    moments.average(mean)
     return moments
 
 
@@ -135,7 +135,9 @@ def test_moments_do_not_depend_on_how_a_batch_is_cut(steps):
         subspace, x_NC[12:], steps=steps, mean=lambda sums: (sent.pop(0) + sums) / 2
     )
     for each in (other, of_two_ranks):
-        assert torch.allclose(each.drive(subspace), one.drive(subspace), atol=1e-14)
+        assert torch.allclose(
+            each.hebbian_change(subspace), one.hebbian_change(subspace), atol=1e-14
+        )
         assert torch.allclose(each.energy(subspace), one.energy(subspace), atol=1e-14)
 
 
@@ -153,7 +155,8 @@ def test_spikes_of_lateral_neurons():
     assert quantized_response(y, 40).tolist() == [0.0, 0.5, -0.5, 20.0, 20.0, -20.0, 0.0]
     subspace, x_NC = grown(9, 3, 4), 2 * double(24, 9)
     exact, coarse, fine = (
-        moments_from(subspace, x_NC, steps=steps).drive(subspace) for steps in (None, 40, 10**9)
+        moments_from(subspace, x_NC, steps=steps).hebbian_change(subspace)
+        for steps in (None, 40, 10**9)
     )
     y_NK = (x_NC @ subspace.rows.T / 0.5).round() * 0.5
     assert torch.allclose(coarse, (y_NK.T @ (x_NC - y_NK @ subspace.rows) / 24)[3:], atol=1e-14)

@@ -34,7 +34,7 @@ def test_it_answers_with_the_mean_logits_of_the_network_that_was_saved(tmp_path:
     assert not any(p.requires_grad for p in found.parameters())
     with fresh_state(found):  # as `evaluate` opens it to know the teacher's own accuracy
         assert torch.equal(found(x_BCHW), wanted)
-        with pytest.raises(ValueError, match="leave the first fresh_state"):
+        with pytest.raises(ValueError, match="must not be inside another fresh_state"):
             found(x_BCHW)
 
 

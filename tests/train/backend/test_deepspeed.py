@@ -44,8 +44,8 @@ class Watched(LIF):
 
     nearest = float("inf")
 
-    def charged(self, x_B: Tensor, v_B: Tensor) -> Tensor:
-        u_B = super().charged(x_B, v_B)
+    def charge(self, x_B: Tensor, v_B: Tensor) -> Tensor:
+        u_B = super().charge(x_B, v_B)
         Watched.nearest = min(Watched.nearest, float((u_B.detach() - self.threshold).abs().min()))
         return u_B
 
