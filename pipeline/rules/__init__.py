@@ -1,3 +1,1 @@
-"""Training rules, one file each. A rule replaces `loss.backward()`; `base.py` defines the
-interface.
-"""
+"""Training rules, one file each. A rule replaces `loss.backward()`. `base.py` has the interface."""

@@ -1,4 +1,4 @@
-"""The interface of a training rule. A rule decides what is differentiated, and when.
+"""The interface of a training rule: how a loss is differentiated, and at which time steps.
 
     rule.attach(model)                                              # once
     # once per micro-batch:
@@ -8,7 +8,8 @@
     rule.end_of_batch()                                             # once per global batch,
                                                                     # before the optimizer step
 
-A rule sets seams of neurons and synapses. It never sees an optimizer, a label or a process group.
+A rule changes the model by setting seams: attributes of neurons, synapses and other modules
+(`spiking/state.py`). It does not use the process group, and does not see the labels.
 """
 
 # T time, B batch, K classes
@@ -33,9 +34,9 @@ LossOf = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class World:
-    """The part of the run that a rule may know: seed, rank, number of ranks, and `mean`.
+    """What a rule knows about the run. `size` is the number of ranks.
 
-    `mean` averages a tensor over ranks.
+    `mean` averages a tensor over ranks. It is collective.
     """
 
     seed: int = 0
@@ -48,10 +49,10 @@ class World:
 class LossTerm:
     """One part of a batch's loss.
 
-    Over one call of `loss_terms`, the `loss` values sum to the mean loss over samples and time, and
-    the `logits` `[B, K]` sum to the mean over T; both are detached. `backward` is the scalar to
-    differentiate. Its gradients sum to the gradient of that loss, or to the rule's estimate of it.
-    It is None for a step that is reported but not learnt from.
+    All terms of one call of `loss_terms` belong together. The sum of their `loss` is the loss of
+    the batch, and the sum of their `logits` `[B, K]` is the mean of the logits over time. Both are
+    detached. `backward` is the scalar to differentiate. The sum of its gradients is the gradient of
+    the loss, or the rule's estimate of it. It is None for a term without a gradient.
     """
 
     backward: Tensor | None
@@ -60,29 +61,28 @@ class LossTerm:
 
 
 class Rule(nn.Module):
-    """Base class of the rules. It is a Module so that a rule's state is moved and checkpointed.
+    """Base class of the rules. It is a Module, so the device and checkpoints include its buffers.
 
     A subclass overrides `_loss_terms`, and `attach` if it sets seams. State that a rule learns
-    without gradients is in fp32 buffers, which are checkpointed. It is updated in `end_of_batch`,
-    bit for bit equally on every rank. `label` is the rule's name in tables, unique within a study;
-    by default the name of the class; a subclass may set it. A subclass declares:
+    without gradients must be in fp32 buffers. It must be updated in `end_of_batch`, with bit-equal
+    results on all ranks. `label` is the rule's name in tables; it must be unique within a study.
+    The default is the name of the class. A subclass declares:
 
         memory                  how the memory for its backward grows with T
-        update                  when the loop may update the weights: after the batch, or after
-                                each loss term
-        over_time_choices       the losses that it can differentiate
+        update                  when the training loop may update the weights: after the batch, or
+                                after each loss term
+        over_time_choices       the losses that it can differentiate (`loss_over_time`)
         calibration_batches     the number of global training batches that `calibrate` needs before
                                 the first step
-        adds_noise              whether it adds noise to the forward; training activity is then not
-                                the network's own
-        backpropagates_errors   whether a layer's error passes through the synapse of the layer
+        adds_noise              whether it adds noise to the forward in training
+        backpropagates_errors   whether the error of a layer passes through the synapse of the layer
                                 above it
-        one_loss_per_step       whether `loss_of` sees only the network's logits, once per step or
-                                once; False: it also sees other logits
-        forecast_note           how a forecast counts a batch whose work depends on values
-                                (`forecast/step_counts.py`); "" if the work does not depend on them
+        one_loss_per_step       whether `loss_of` is called only with the network's logits; False:
+                                it is also called with other logits
+        forecast_note           the assumption of a forecast if the number of operations depends on
+                                values (`forecast/step_counts.py`); "" if it does not
         chunk                   the number of time steps per forward; None: all
-        tiny                    keywords of the rule that `Recipe.tiny` sets in a small recipe
+        tiny                    keyword arguments of the rule in a small recipe (`Recipe.tiny`)
     """
 
     memory: Literal["constant", "linear"]
@@ -103,61 +103,61 @@ class Rule(nn.Module):
         super().__init__()
         self.label: str = getattr(type(self), "label", type(self).__name__)
         self._last_step = -1
-        # In a list, because nn.Module would register the network and its parameters.
+        # In a list, because nn.Module would register an attribute that is a module.
         self._attached: list[nn.Module] = []
         self._seams: list[tuple[nn.Module, str, Any]] = []
 
     def attach(
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
     ) -> None:
-        """Attach the rule to `model` and set its seams. The model's `state_dict` keeps its keys.
+        """Attach the rule to `model` and set its seams. The keys of `state_dict` do not change.
 
-        Raises: ValueError if the rule or the model is attached already, or if the rule cannot train
-        this model or this loss.
+        Raises: ValueError for an unknown `over_time`, if the rule or the model is already attached,
+        or if the rule cannot train this model or this loss.
         """
         refuse_unless_one_of(self.label, ("steps", "mean"), over_time=over_time)
-        why = (
+        reason = (
             "the loss of the mean logits needs all T steps in one graph"
             if over_time == "mean"
-            else "it has one loss, of rates"
+            else "the rule has only one loss, of rates"
         )
         require(
             over_time in self.over_time_choices,
-            f"{self.label}: {why}, so over_time must be {self.over_time_choices[0]!r}; got"
+            f"{self.label}: over_time must be {self.over_time_choices[0]!r}, because {reason}; got"
             f" over_time={over_time!r}",
         )
         require(
             not self._attached, f"{self.label}: release the first model before attaching another"
         )
         for name, module in model.named_modules():
-            carried = getattr(module, "carried_rule", None)
+            other_rule = getattr(module, "attached_rule", None)
             require(
-                carried is None,
-                f"{self.label}: the model must carry no rule yet; got {carried} on"
+                other_rule is None,
+                f"{self.label}: the model must not be attached to another rule; got {other_rule} on"
                 f" {name or type(module).__name__}",
             )
         if self.chunk is not None:
             refuse_whole_sequence_modules(self, model)
-        weighted = next(
-            (name for name, module in model.named_modules() if isinstance(module, WeightedRates)),
-            None,
-        )
-        require(
-            weighted is None or over_time != "steps",
-            f"{self.label}: logits that weigh the steps by their distance to the last, as"
-            f" {weighted}, are a rate only as their mean, so over_time must be 'mean'; got"
-            " over_time='steps'",
-        )
+        for name, module in model.named_modules():
+            require(
+                over_time == "mean" or not isinstance(module, WeightedRates),
+                f"{self.label}: over_time must be 'mean' for a model with WeightedRates, because"
+                " only the mean of its outputs is a rate; got over_time='steps' and WeightedRates"
+                f" at {name or 'the model itself'}",
+            )
+        self._mark_attached(model, world, over_time)
+
+    def _mark_attached(self, model: nn.Module, world: World, over_time: OverTime) -> None:
         self.world = world
         self.over_time = over_time
         self._attached.append(model)
         for module in model.modules():
-            self.set_seam(module, "carried_rule", self.label)
+            self.set_seam(module, "attached_rule", self.label)
 
     def check_steps(self, steps: int) -> None:
         """Check that the rule can train on sequences of `steps` time steps.
 
-        Called before a run is launched.
+        Called before a run is launched, and by `loss_terms`.
 
         Raises: ValueError that names the argument.
         """
@@ -167,9 +167,9 @@ class Rule(nn.Module):
         )
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check that the rule's guarantees hold with this optimizer.
+        """Check that the rule works with this optimizer.
 
-        Called before a run is launched, and whenever an optimizer is built.
+        Called before a run is launched, and whenever an optimizer is created.
 
         Raises: ValueError that names the setting.
         """
@@ -183,69 +183,52 @@ class Rule(nn.Module):
         """
 
     def calibrate(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
-        """Set data-dependent values, such as thresholds, before the first step.
+        """Set data-dependent values, such as thresholds, before the first training step.
 
-        `batches` are `calibration_batches` training inputs `x_TB`.
-
-        Called once at a fresh start, after `attach` and before anything is distributed. Every rank
-        gets the same batches.
+        `batches` are `calibration_batches` training inputs `x_TB`, the same on every rank. Called
+        once, after `attach` and before the model is distributed, but not in a resumed run.
         """
 
     def start_task(self, model: nn.Module, task: int) -> None:
-        """Called when task `task` (from 0) of a recipe with several tasks begins.
-
-        Most rules ignore it.
-        """
+        """Called at the start of task `task` (from 0) of a recipe with several tasks."""
 
     def begin_batch(self) -> None:
         """Called before the first micro-batch of a global batch.
 
-        A rule discards what an unfinished batch has left.
+        A rule discards its statistics of an unfinished batch.
         """
 
     def end_of_batch(self) -> None:
-        """Called after all micro-batches of a global batch are differentiated.
+        """Called after the backward of all micro-batches of a global batch.
 
         It is collective in rules that average over ranks.
         """
 
     def metrics(self) -> dict[str, float]:
-        """The rule's own metrics of its last batch, such as the residual of a solve.
+        """The rule's metrics of the last batch, such as the residual of a solver.
 
-        The journal reports their means over ranks, so the names must be the same on every rank. A
-        value is NaN if no batch or checkpoint has set it yet.
+        The journal reports their means over ranks, so every rank must have the same names. A value
+        is NaN before a batch or checkpoint sets it.
         """
         return {}
 
     def bytes(self) -> int:
-        """Peak bytes of the rule's own state within a batch.
-
-        They include buffers, and statistics that are kept until the end of the batch.
-        """
+        """Peak bytes of the rule's state within a batch: buffers and statistics of the batch."""
         return sum(buffer.nbytes for buffer in self.buffers()) + self.extra_bytes()
 
     def extra_bytes(self) -> int:
-        """The part of `bytes` that is not in buffers.
-
-        State of the network (`spiking/state.py`) is not included.
-        """
+        """The part of `bytes` that is not in buffers, without the state of the network."""
         return 0
 
     def is_unsolved(self) -> bool:
-        """Whether the rule failed to find a gradient for the current global batch.
-
-        The gradient is then NaN.
-        """
+        """Whether the rule found no gradient for the current global batch, so it is NaN."""
         return False
 
     def release(self) -> None:
-        """Restore every seam to its value before `attach`.
-
-        It has no effect if nothing is attached.
-        """
+        """Restore every seam to its value before `attach`, if a model is attached."""
         while self._seams:
-            module, seam, before = self._seams.pop()
-            setattr(module, seam, before)
+            module, seam, old_value = self._seams.pop()
+            setattr(module, seam, old_value)
         self._attached.clear()
 
     def set_seam(self, module: nn.Module, seam: str, value: Any) -> None:
@@ -262,19 +245,19 @@ class Rule(nn.Module):
         step: int | None = None,
         rows: Sequence[int] | None = None,
     ) -> Iterator[LossTerm]:
-        """The loss terms of one batch, in time order.
+        """The loss terms of one micro-batch, in time order.
 
-        Differentiate each term before requesting the next.
+        The caller must differentiate each term before it requests the next term.
 
         `model` is the attached model or a wrapper around it. `loss_of(logits_BK)` returns the mean
-        loss over the batch; under `over_time="steps"` it is called once per step, in time order.
-        `step` is the index of the global batch (None: the last one plus 1), `rows` the index of
-        each sample in it (None: 0..B-1).
+        loss over the samples; under `over_time="steps"` it is called once per step, in time order.
+        `step` is the index of the global batch (None: the last index plus 1). `rows` are the
+        indices of the samples in the global batch (None: 0..B-1).
 
-        Raises: ValueError, immediately, if the model is not the attached one, the input has no time
-        axis, or T does not fit.
+        Raises: ValueError, already at the call, if no model or another model is attached, the input
+        has no time axis, or T does not fit.
         """
-        require(self._attached, f"{self.label}: attach(model) comes before loss_terms")
+        require(self._attached, f"{self.label}: call attach(model) before loss_terms")
         require(
             any(module is self._attached[0] for module in model.modules()),
             f"{self.label}: loss_terms needs the attached model or a wrapper around it; got"
@@ -297,15 +280,16 @@ class Rule(nn.Module):
     def _one_loss_term(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
-        """`_loss_terms` of a rule with one forward and one backward for all T steps."""
+        """An implementation of `_loss_terms`: one forward and one backward for all T steps."""
         with fresh_state(model):
             loss, mean_logits_BK = self.loss_over_time(model(x_TB), loss_of)
             yield LossTerm(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
 
     def loss_over_time(self, logits_TBK: Tensor, loss_of: LossOf) -> tuple[Tensor, Tensor]:
-        """The loss of all T steps as defined by `over_time`, and the mean logits `[B, K]`.
+        """The loss of all T steps, and the mean logits `[B, K]` without a graph.
 
-        The loss has a graph, the logits have none.
+        With `over_time="steps"` it is the mean loss of the steps, with "mean" the loss of the mean
+        logits.
         """
         if self.over_time == "steps":
             return slice_loss(logits_TBK, loss_of, steps=len(logits_TBK))
@@ -318,11 +302,11 @@ class Rule(nn.Module):
 
 
 def slice_loss(logits_TBK: Tensor, loss_of: LossOf, *, steps: int) -> tuple[Tensor, Tensor]:
-    """A slice's part of the mean over `steps`: its losses / `steps` and its logits / `steps`.
+    """The sums of a slice's losses and of its logits, divided by the number T of all `steps`.
 
-    The losses have a graph, the logits have none.
+    The loss has a graph, the logits have none.
     """
-    if len(logits_TBK) == 1:  # a shortcut for rules with single steps, which call this T times
+    if len(logits_TBK) == 1:  # a faster path for rules that call this at each step
         logits_BK = logits_TBK.squeeze(0)
         return loss_of(logits_BK) / steps, logits_BK.detach() / steps
     losses = [loss_of(logits_BK) for logits_BK in logits_TBK.unbind(0)]
@@ -330,12 +314,10 @@ def slice_loss(logits_TBK: Tensor, loss_of: LossOf, *, steps: int) -> tuple[Tens
 
 
 def slices(x_TB: Tensor, chunk: int | None) -> Iterator[Tensor]:
-    """The input of an online rule, `chunk` steps at a time (None: all).
+    """The input in slices of `chunk` time steps (None: all), for rules with a backward per slice.
 
-    Each slice has its own storage.
-
-    The first synapse keeps its input for the backward. A view would keep all T steps, and count as
-    all T steps. The slices of a static input share one frame and stay static.
+    Each slice has its own storage. The first synapse keeps its input for the backward, and a view
+    would keep all T steps in memory. The slices of a static input share one frame and are static.
     """
     size = chunk or len(x_TB)
     if is_static(x_TB):
@@ -345,53 +327,51 @@ def slices(x_TB: Tensor, chunk: int | None) -> Iterator[Tensor]:
 
 
 def _compact(x: Tensor) -> Tensor:
-    """`x` in storage of its own."""
+    """`x`, copied if its storage also has other values."""
     return x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x
 
 
 def detach_between_steps(rule: Rule, model: nn.Module) -> None:
-    """Detach everything that `model` carries between time steps: membranes and feedback."""
+    """Detach all values that pass from one time step to the next: membranes and feedback."""
     for module in carrying_modules(model):
         rule.set_seam(module, "carry", torch.detach)
 
 
 def carrying_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules whose `state` crosses time steps through their `carry`."""
+    """The modules with a seam `carry`, which is applied to their state after each time step."""
     return [module for module in model.modules() if hasattr(module, "carry")]
 
 
 def refuse_whole_sequence_modules(rule: Rule, model: nn.Module) -> None:
-    """Refuse modules that need all T steps in one call. For rules that pass slices to the model.
+    """Refuse modules that need all T steps in one call, for a rule that passes slices of time.
 
-    Raises: ValueError that names the first norm with statistics over time, or the first
-    `WeightedRates`.
+    Raises: ValueError that names all norms of `refuse_foreign_norms`, or the first `BatchNorm` with
+    statistics over time or `WeightedRates`.
     """
     refuse_foreign_norms(rule.label, model)
     for name, module in model.named_modules():
         if isinstance(module, BatchNorm) and module.over == "time":
-            need = "needs batch statistics per step, BatchNorm(over='step'); got over='time'"
+            problem = "batch norm must be BatchNorm(over='step'); got over='time'"
         elif isinstance(module, WeightedRates):
-            need = (
-                "cannot weigh steps by their distance to the last, which WeightedRates does; got it"
-            )
+            problem = "the model must not have WeightedRates, whose weights depend on T; got one"
         else:
             continue
         raise ValueError(
-            f"{rule.label}: a rule that runs in slices of time {need} at"
+            f"{rule.label}: under a rule that passes slices of time to the model, {problem} at"
             f" {name or 'the model itself'}"
         )
 
 
-def refuse_foreign_norms(who: str, model: nn.Module) -> None:
-    """Refuse norms that mix time steps: slices would change the forward.
+def refuse_foreign_norms(error_prefix: str, model: nn.Module) -> None:
+    """Refuse norms that mix time steps, because slices of time would change their statistics.
 
-    Raises: ValueError, in the name of `who`, that names every such norm and its replacement.
+    Raises: ValueError, which starts with `error_prefix` and names every such norm.
     """
     norms = [f"{type(norm).__name__} at {name}" for name, norm in foreign_norms(model).items()]
     require(
         not norms,
-        f"{who}: every norm must have statistics of one time step, or BPTT would train another"
-        f" forward; got {', '.join(norms)}; take pipeline.spiking.norm.BatchNorm, or standardise"
-        " the weights (weights='standardized'); a norm that train() leaves in evaluation mode is"
+        f"{error_prefix}: the statistics of a norm must not mix time steps; got {', '.join(norms)};"
+        " use pipeline.spiking.norm.BatchNorm, or standardise the weights"
+        " (weights='standardized'); a norm that stays in evaluation mode after train() is also"
         " accepted",
     )

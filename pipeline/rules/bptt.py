@@ -31,15 +31,18 @@ class BPTT(Rule):
         L = loss_of(1/T sum_t o[t])   (over_time "mean")
 
     Args:
-        chunk: number of steps per forward call (None: T). The graph is the same, built in slices.
-        recompute: keep only the membranes between slices of `chunk` steps (None: 1), and recompute
-            each slice in the backward. The gradient is the same, for about 4/3 of the time. Of the
-            saved memory only membranes and the running statistics of batch norm grow with T. The
-            running statistics are updated once, and dropout draws the same masks again.
-        truncate: cut the graph after every `truncate` steps, and differentiate each piece when it
-            is complete. Memory does not grow with T. 1 is SLTT; T is BPTT.
+        chunk: the number of time steps per forward (None: T). The gradient is the same.
+        recompute: whether the forward keeps only the state between slices of `chunk` steps (None:
+            1), and the backward recomputes each slice. The gradient is the same, and the time is
+            about 4/3. Only membranes, and copies of the model's buffers, need memory that grows
+            with T. The running statistics of batch norm are updated once, and dropout uses the same
+            masks again.
+        truncate: the number of time steps per backward (None: T). The graph is cut after each
+            backward, so memory does not grow with T. 1 is SLTT; T is BPTT.
 
-    Raises: ValueError if chunk or truncate is not in 1..T, or if options exclude each other.
+    Raises: ValueError for chunk or truncate below 1, truncate with recompute or chunk (`__init__`);
+    for chunk or truncate above T (`check_steps`); for chunk, recompute or truncate with a module
+    that needs all T steps in one call, or truncate with a loss over mean logits (`attach`).
     Source: Neftci et al. 2019 (arXiv 1901.09948) for the surrogate gradient through time; Chen et
     al. 2016 (arXiv 1604.06174) for recomputation; Williams & Peng 1990 (doi
     10.1162/neco.1990.2.4.490) for truncation.
@@ -49,13 +52,13 @@ class BPTT(Rule):
         self, chunk: int | None = None, *, recompute: bool = False, truncate: int | None = None
     ) -> None:
         super().__init__()
-        given = {"chunk": chunk, "truncate": truncate}
-        given = {name: value for name, value in given.items() if value is not None}
-        refuse_unless_counts("BPTT", given, up_to="T")
+        counts = {"chunk": chunk, "truncate": truncate}
+        counts = {name: value for name, value in counts.items() if value is not None}
+        refuse_unless_counts("BPTT", counts, up_to="T")
         require(
             truncate is None or (not recompute and chunk is None),
-            "BPTT: truncate excludes recompute and chunk: a piece is one forward, and short; "
-            f"got truncate={truncate}, recompute={recompute}, chunk={chunk}",
+            "BPTT: truncate must not be combined with recompute or chunk; got"
+            f" truncate={truncate}, recompute={recompute}, chunk={chunk}",
         )
         if recompute:
             self.label, self.chunk = "BPTT-recompute", chunk or 1
@@ -87,46 +90,49 @@ class BPTT(Rule):
                 loss, mean_logits_BK = self.loss_over_time(logits_TBK, loss_of)
                 yield LossTerm(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
                 return
-            last = (steps - 1) // self.truncate
+            last_slice = (steps - 1) // self.truncate
             for index, x_cB in enumerate(slices(x_TB, self.truncate)):
-                cache.is_last = index == last
-                loss, share_BK = slice_loss(model(x_cB), loss_of, steps=steps)
+                cache.is_last = index == last_slice
+                loss, logits_BK = slice_loss(model(x_cB), loss_of, steps=steps)
                 backward = cache.with_gradients(loss)
-                yield LossTerm(backward=backward, loss=loss.detach(), logits=share_BK)
+                yield LossTerm(backward=backward, loss=loss.detach(), logits=logits_BK)
                 for module in carrying_modules(model):
                     values = cast(State, module.state).values
                     values.update({name: value.detach() for name, value in values.items()})
 
 
-Values = Mapping[tuple[State, str], Tensor]
+StateKey = tuple[State, str]
+StateValues = Mapping[StateKey, Tensor]
 
 
 def recomputed(model: nn.Module, x_cB: Tensor) -> Tensor:
     """The logits of one slice. The backward computes the slice again.
 
-    Until then only the state before the slice is kept: membranes, buffers and random generators.
-    So the graph of one slice exists at a time. torch's checkpoint was not used: without reentry it
-    hides the recomputed tensors from the counter of saved bytes (`measure/saved_bytes.py`), with
-    reentry it adds to the gradients of the weights at each slice (torch 2.13).
+    Until the backward, only the state before the slice is kept: membranes, buffers and random
+    generators. So only one slice has a graph at any time. torch's checkpoint was not used. Without
+    reentry, it hides the recomputed tensors from the counter of saved bytes
+    (`measure/saved_bytes.py`). With reentry, it adds to the gradients of the weights at each slice
+    (torch 2.13).
 
-    Forward and backward must share one `fresh_state`.
+    Forward and backward must run inside the same `fresh_state`.
 
     Source: Chen et al. 2016 (arXiv 1604.06174), with one segment per slice of time steps.
     """
-    before, after = _values(model), []
-    learnt = (p for p in model.parameters() if p.requires_grad)
-    logits_cBK, *values = _Recomputed.apply(  # type: ignore[misc]
-        model, x_cB, list(before), after, *before.values(), *learnt
+    state_before = _state_values(model)
+    keys_after: list[StateKey] = []
+    learnable = (p for p in model.parameters() if p.requires_grad)
+    logits_cBK, *values_after = _Recompute.apply(  # type: ignore[misc]
+        model, x_cB, list(state_before), keys_after, *state_before.values(), *learnable
     )
-    for (state, name), value in zip(after, values, strict=True):
+    for (state, name), value in zip(keys_after, values_after, strict=True):
         state.values[name] = value
     return logits_cBK
 
 
-class _Recomputed(torch.autograd.Function):
-    """(membranes before the slice, weights) -> (logits, membranes after it).
+class _Recompute(torch.autograd.Function):
+    """(state before the slice, parameters) -> (logits, state after the slice).
 
-    `before` and `after` name the membranes; the forward fills `after`.
+    `keys_before` and `keys_after` are the keys of the state values. The forward fills `keys_after`.
     """
 
     @staticmethod
@@ -134,66 +140,67 @@ class _Recomputed(torch.autograd.Function):
         ctx: Any,
         model: nn.Module,
         x_cB: Tensor,
-        before: list[tuple[State, str]],
-        after: list[tuple[State, str]],
+        keys_before: list[StateKey],
+        keys_after: list[StateKey],
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.model, ctx.x_cB, ctx.before, ctx.after = model, x_cB, before, after
+        ctx.model, ctx.x_cB = model, x_cB
+        ctx.keys_before, ctx.keys_after = keys_before, keys_after
         ctx.generators = torch.get_rng_state(), *get_device_states(x_cB)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[: len(before)], *(b.clone() for b in model.buffers()))
-        logits_cBK, values = model(x_cB), _values(model)
-        after.extend(values)
-        return logits_cBK, *values.values()
+        ctx.save_for_backward(*tensors[: len(keys_before)], *(b.clone() for b in model.buffers()))
+        logits_cBK = model(x_cB)
+        state_after = _state_values(model)
+        keys_after.extend(state_after)
+        return logits_cBK, *state_after.values()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        model, kept, count = ctx.model, ctx.saved_tensors, len(ctx.before)
-        leaves = [v.detach().requires_grad_(v.is_floating_point()) for v in kept[:count]]
+        model = ctx.model
+        count = len(ctx.keys_before)
+        state_before, buffers_before = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        leaves = [v.detach().requires_grad_(v.is_floating_point()) for v in state_before]
         inputs = [*leaves, *(p for p in model.parameters() if p.requires_grad)]
-        values, buffers = _values(model), [buffer.clone() for buffer in model.buffers()]
-        host, devices, device_states = ctx.generators
-        _restore(model, dict(zip(ctx.before, leaves, strict=True)), kept[count:])
+        current_state = _state_values(model)
+        current_buffers = [buffer.clone() for buffer in model.buffers()]
+        cpu_state, devices, device_states = ctx.generators
+        _restore(model, dict(zip(ctx.keys_before, leaves, strict=True)), buffers_before)
         with (
             torch.random.fork_rng(devices),
             torch.enable_grad(),
             op_scope("recomputation"),
         ):
-            torch.set_rng_state(host)
+            torch.set_rng_state(cpu_state)
             set_device_states(devices, device_states)
-            outputs = [model(ctx.x_cB), *(state.values[name] for state, name in ctx.after)]
-        ends = [
+            outputs = [model(ctx.x_cB), *(state.values[name] for state, name in ctx.keys_after)]
+        differentiated = [
             (output, gradient)
             for output, gradient in zip(outputs, grad_outputs, strict=True)
             if gradient is not None and output.requires_grad
         ]
         gradients = torch.autograd.grad(
-            [output for output, _ in ends],
+            [output for output, _ in differentiated],
             [each for each in inputs if each.requires_grad],
-            [gradient for _, gradient in ends],
+            [gradient for _, gradient in differentiated],
             allow_unused=True,
         )
-        _restore(model, values, buffers)  # not earlier: the graph of batch norm holds its buffers
-        in_order = iter(gradients)
-        return (
-            None,
-            None,
-            None,
-            None,
-            *(next(in_order) if each.requires_grad else None for each in inputs),
-        )
+        # After the backward, because the graph of batch norm uses its buffers.
+        _restore(model, current_state, current_buffers)
+        remaining = iter(gradients)
+        input_gradients = [next(remaining) if each.requires_grad else None for each in inputs]
+        return (None, None, None, None, *input_gradients)
 
 
-def _values(model: nn.Module) -> Values:
+def _state_values(model: nn.Module) -> StateValues:
     return {
         (state, name): value for state in states_of(model) for name, value in state.values.items()
     }
 
 
-def _restore(model: nn.Module, values: Values, buffers: Sequence[Tensor]) -> None:
+def _restore(model: nn.Module, state_values: StateValues, buffers: Sequence[Tensor]) -> None:
     for state in states_of(model):
         state.values.clear()
-    for (state, name), value in values.items():
+    for (state, name), value in state_values.items():
         state.values[name] = value
-    for buffer, kept in zip(model.buffers(), buffers, strict=True):
-        buffer.copy_(kept)
+    for buffer, old_buffer in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(old_buffer)

@@ -1,4 +1,4 @@
-"""Online Training Through Time: weights learn from a trace, without a graph over time."""
+"""Online Training Through Time: gradients from input traces, without a graph over time."""
 
 # T time, B batch, K classes
 
@@ -36,25 +36,29 @@ class OTTT(Rule):
         a[t] = decay a[t-1] + x[t],   a[0] = 0
         grad W = 1/T sum_t g[t] a[t]^T,   g[t] = dL[t]/du[t] within step t
 
-    x[t] is the synapse's input and u[t] the potential that it feeds (`spiking/neuron.py`). If the
-    reset subtracts a constant, du[t]/dW = a[t]. So the last weight before a LIF gets its exact BPTT
-    gradient, and other weights get the product of three local factors: trace, surrogate, error from
-    above. Biases see the constant 1 without a trace. First and last synapse are those in order of
-    registration; the first slice must run them in these places.
+    x[t] is the synapse's input, and u[t] is the membrane before the reset in the next neurons
+    (`spiking/neuron.py`). If the reset subtracts a constant, du[t]/dW = a[t]. So the last synapse
+    before a LIF gets exactly the gradient of BPTT. The gradient of other synapses is the product of
+    three factors: trace, surrogate derivative and backpropagated error. Biases have no trace.
 
     Args:
-        decay: of the traces; must equal the neurons' shared decay. None takes it from the model.
-        update: "batch" is OTTT-A; "step" is OTTT-O, which updates the weights at every time step.
-        first: "plain" gives the first synapse, which sees the data, no trace, as published.
-        readout: "plain" gives the last synapse no trace. No membrane follows it, so its plain
-            gradient is that of BPTT (published: traced in VGG, plain in NF-ResNet).
-        chunk: steps that share one forward and one backward: more memory, better use of the device,
-            the same gradient.
+        decay: the decay of the traces, which must be the decay of all neurons; None: taken from the
+            model.
+        update: "batch" is OTTT-A. "step" is OTTT-O, which updates the weights at every time step.
+        first: with "plain", the first synapse has no trace, as published. Its input is the data.
+        readout: with "plain", the last synapse has no trace. No neuron follows it, so this is the
+            gradient of BPTT. (Published: traced in VGG, plain in NF-ResNet.)
+        chunk: the number of time steps per forward and backward. A larger chunk needs more memory
+            and is faster on most devices. The gradient is the same.
 
-    Raises: ValueError for chunk below 1, and chunk > 1 with update="step" (when made); for a loss
-    over mean logits, batch norm, no neurons, several or learnt decays, a `decay` that differs from
-    theirs, weight layers of torch (`attach`); for chunk above T (`check_steps`); for a first or
-    last synapse that runs in another place (`loss_terms`).
+    With "plain", the first or last synapse in order of registration must also be the first or last
+    to run.
+
+    Raises: ValueError for an unknown choice, chunk below 1, or chunk > 1 with update="step"
+    (`__init__`); for a loss over mean logits, batch norm, no neurons, different or learnt decays, a
+    `decay` that differs from the neurons', or linear layers and convolutions of torch (`attach`);
+    for chunk above T (`check_steps`); for a first or last synapse that runs in another place, or a
+    synapse that runs twice in a step (`loss_terms`).
     Source: Xiao et al. 2022 (arXiv 2210.04195), eq. 6-8 and section 4.3.
     """
 
@@ -75,7 +79,7 @@ class OTTT(Rule):
         refuse_unless_counts("OTTT", {"chunk": chunk}, up_to="T")
         require(
             update != "step" or chunk <= 1,
-            "OTTT: update='step' moves the weights at every step, so chunk must be 1; got"
+            "OTTT: chunk must be 1 with update='step', which updates the weights at every step; got"
             f" chunk={chunk}",
         )
         self.decay = decay
@@ -83,7 +87,7 @@ class OTTT(Rule):
         self.first = first
         self.readout = readout
         self.chunk = chunk
-        self._order_is_known = False
+        self._is_order_checked = False
         self.label = "OTTT-A" if update == "batch" else "OTTT-O"
 
     def attach(
@@ -94,7 +98,7 @@ class OTTT(Rule):
         synapses = traceable_synapses(self.label, model)
         super().attach(model, world=world, over_time=over_time)
         detach_between_steps(self, model)
-        self._order_is_known = False
+        self._is_order_checked = False
         start = 1 if self.first == "plain" else 0
         end = -1 if self.readout == "plain" else None
         for synapse in list(synapses.values())[start:end]:
@@ -104,45 +108,43 @@ class OTTT(Rule):
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
-        last = (steps - 1) // (self.chunk or steps)
-        # Under OTTT-O the weights change at every step, so no module gets the cache.
-        caching = (
+        last_slice = (steps - 1) // (self.chunk or steps)
+        # Under OTTT-O the weights change at every step, so no module uses the cache.
+        cache_context = (
             slice_cache(model, steps=steps, backwards="several")
             if self.update == "batch"
             else nullcontext(SliceCache(steps=steps, backwards="several"))
         )
-        with fresh_state(model), caching as cache:
+        with fresh_state(model), cache_context as cache:
             for index, x_cB in enumerate(slices(x_TB, self.chunk)):
-                cache.is_last = index == last
-                logits_TBK = model(x_cB) if self._order_is_known else self._checked(model, x_cB)
-                loss, share_BK = slice_loss(logits_TBK, loss_of, steps=steps)
-                yield LossTerm(
-                    backward=cache.with_gradients(loss),
-                    loss=loss.detach(),
-                    logits=share_BK,
-                )
+                cache.is_last = index == last_slice
+                logits_cBK = model(x_cB) if self._is_order_checked else self._checked(model, x_cB)
+                loss, logits_BK = slice_loss(logits_cBK, loss_of, steps=steps)
+                backward = cache.with_gradients(loss)
+                yield LossTerm(backward=backward, loss=loss.detach(), logits=logits_BK)
 
     def _checked(self, model: nn.Module, x_cB: Tensor) -> Tensor:
-        """The logits of the first slice.
+        """The logits of the first slice, after a check of the order in which the synapses run.
 
-        The synapses must run in their order, and once per time step.
+        Raises: ValueError for a synapse that runs twice in a time step, or for a first or last
+        synapse that runs in another place.
         """
         synapses = traceable_synapses(self.label, self._attached[0])
         names = list(synapses)
-        with running_order(synapses) as ran:
-            logits_TBK = model(x_cB)
+        with running_order(synapses) as order:
+            logits_cBK = model(x_cB)
         for name in names:
             require(
-                ran.count(name) <= len(x_cB),
-                f"{self.label}: a synapse must run once in a time step, because its trace is of one"
-                f" input; got {name}, which ran {ran.count(name)} times in {len(x_cB)}",
+                order.count(name) <= len(x_cB),
+                f"{self.label}: a synapse must run once in a time step, because its trace has one"
+                f" input; got {order.count(name)} runs of {name} in {len(x_cB)} steps",
             )
-        for what, choice, place in (("first", self.first, 0), ("readout", self.readout, -1)):
+        for argument, choice, index in (("first", self.first, 0), ("readout", self.readout, -1)):
             require(
-                choice != "plain" or ran[place] == names[place],
-                f"{self.label}: {what}='plain' means {names[place]}, by order of registration,"
-                f" but {ran[place]} ran in its place; register the synapses in the order in"
-                f" which they run, or set {what}='traced'",
+                choice != "plain" or order[index] == names[index],
+                f"{self.label}: {argument}='plain' applies to {names[index]} by the order of"
+                f" registration; got {order[index]} in its place in the order of running; register"
+                f" the synapses in the order in which they run, or set {argument}='traced'",
             )
-        self._order_is_known = True
-        return logits_TBK
+        self._is_order_checked = True
+        return logits_cBK

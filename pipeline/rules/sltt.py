@@ -1,4 +1,4 @@
-"""Spatial Learning Through Time: a backward at each step, through the layers but not time."""
+"""Spatial Learning Through Time: a backward at each time step, through layers but not through time."""
 
 # T time, B batch, K classes
 
@@ -30,17 +30,21 @@ class SLTT(Rule):
         grad W = 1/T sum_{t in S} g[t] x[t]^T,   g[t] = dL[t]/du[t] within step t
         S = all steps, or k of them
 
-    x[t] is the synapse's input and u[t] the potential that it feeds (`spiking/neuron.py`).
+    x[t] is the synapse's input, and u[t] is the membrane before the reset in the next neurons
+    (`spiking/neuron.py`).
 
-    S is a uniform k-subset of the T steps. It is drawn for each batch from (seed, step) alone. The
-    other steps run without a graph, update the state, and are reported with `backward=None`. The
-    divisor stays T as published, so the expected gradient is k/T of SLTT's. `rescale` multiplies
-    the gradients, not the reported losses, by T/k. With `chunk`, that many steps share one forward
-    and one backward: more memory, better use of the device, the same gradient.
+    Args:
+        k: the number of time steps with a backward; None: all. For each batch, S is a random subset
+            of k steps, drawn from (seed, step) alone. The other steps run without a graph; their
+            loss terms have `backward=None`. The sum is divided by T, as published, so the expected
+            gradient is k/T times that of SLTT.
+        chunk: the number of time steps per forward and backward. A larger chunk needs more memory
+            and is faster on most devices. The gradient is the same.
+        rescale: whether the gradients, but not the reported losses, are multiplied by T/k.
 
-    Raises: ValueError for k or chunk below 1 and for rescale without k (when made); for a loss over
-    mean logits, a model without LIF, and a norm that mixes time steps (`attach`); for k or chunk
-    above T, and chunk > 1 with k < T (`check_steps`).
+    Raises: ValueError for k or chunk below 1, or rescale without k (`__init__`); for a loss over
+    mean logits, a model without LIF, or a module that needs all T steps in one call (`attach`); for
+    k or chunk above T, or chunk > 1 with k < T (`check_steps`).
     Source: Meng et al. 2023 (arXiv 2302.14311), eq. 8 and section 4.3.
     """
 
@@ -65,8 +69,8 @@ class SLTT(Rule):
     ) -> None:
         require(
             named_neurons(model),
-            f"{self.label}: the model must have LIF neurons, whose membrane is cut; got"
-            f" {type(model).__name__}",
+            f"{self.label}: the model must have LIF neurons, because the rule detaches their"
+            f" membranes; got {type(model).__name__}",
         )
         super().attach(model, world=world, over_time=over_time)
         detach_between_steps(self, model)
@@ -77,8 +81,8 @@ class SLTT(Rule):
         super().check_steps(steps)
         require(
             k >= steps or self.chunk == 1,
-            f"SLTT: k < T selects single steps, so chunk must be 1; got k={k}, T={steps},"
-            f" chunk={self.chunk}",
+            f"SLTT: chunk must be 1 if k < T, because single steps are selected; got k={k},"
+            f" T={steps}, chunk={self.chunk}",
         )
 
     def _loss_terms(
@@ -87,29 +91,28 @@ class SLTT(Rule):
         steps = x_TB.shape[0]
         k = steps if self.k is None else self.k
         selected = selected_steps(steps, k, seed=self.world.seed, step=step)
-        last = selected[-1] // (self.chunk or steps)
+        last_slice = selected[-1] // (self.chunk or steps)
         with fresh_state(model), slice_cache(model, steps=steps, backwards="several") as cache:
             for index, x_cB in enumerate(slices(x_TB, self.chunk)):
-                learns = k == steps or index in selected
-                cache.is_last = index == last
+                is_selected = k == steps or index in selected
+                cache.is_last = index == last_slice
+                backward = None
                 # The block ends before the yield. Otherwise the suspended generator would disable
                 # gradients in the caller.
-                with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-                    logits_TBK = model(x_cB)
-                    loss, share_BK = slice_loss(logits_TBK, loss_of, steps=steps)
-                    backward = (
-                        cache.with_gradients(loss * (steps / k) if self.rescale else loss)
-                        if learns
-                        else None
-                    )
-                yield LossTerm(backward=backward, loss=loss.detach(), logits=share_BK)
+                with torch.set_grad_enabled(is_selected and torch.is_grad_enabled()):
+                    loss, logits_BK = slice_loss(model(x_cB), loss_of, steps=steps)
+                    if is_selected:
+                        backward = cache.with_gradients(
+                            loss * (steps / k) if self.rescale else loss
+                        )
+                yield LossTerm(backward=backward, loss=loss.detach(), logits=logits_BK)
 
 
 def selected_steps(steps: int, k: int, *, seed: int, step: int) -> tuple[int, ...]:
-    """The sorted k time steps of 0..steps-1 that batch `step` learns from.
+    """A random subset of k time steps of 0..steps-1 for batch `step`, in time order.
 
-    Every k-subset is equally likely.
-
-    Each time step draws 64 bits from (seed, step, t), and the k smallest are selected.
+    Every subset has the same probability: each time step t has a hash of (seed, step, t), and the k
+    steps with the smallest hashes are selected.
     """
-    return tuple(sorted(sorted(range(steps), key=lambda t: counter_hash(seed, step, t))[:k]))
+    by_hash = sorted(range(steps), key=lambda t: counter_hash(seed, step, t))
+    return tuple(sorted(by_hash[:k]))

@@ -1,4 +1,4 @@
-"""Dropout with one mask per batch, of single units or of whole branches."""
+"""Dropout with one mask for all time steps, of single units or of residual branches."""
 
 # T time, B batch
 
@@ -10,13 +10,13 @@ from pipeline.spiking.state import State
 
 
 class Dropout(nn.Module):
-    """y[t] = m x[t] / (1 - share), with m = 0 with probability `share`, else 1.
+    """y[t] = m x[t] / (1 - share). The mask m is 0 with probability `share`, else 1.
 
     The mask is drawn once per `fresh_state`, from torch's generator of the device. It is the same
-    at all time steps and in every pass of a batch, so a unit is dropped rather than a spike. In
-    evaluation the layer is the identity.
+    at all time steps and in every forward of a batch, so it drops units, not single spikes. In
+    evaluation mode the layer is the identity.
 
-    Raises: ValueError for a share outside 0..1, or in training outside `fresh_state`.
+    Raises: ValueError unless 0 <= share < 1, or in training mode outside `fresh_state`.
     Source: Gal & Ghahramani 2016 (arXiv 1512.05287).
     """
 
@@ -24,7 +24,7 @@ class Dropout(nn.Module):
         super().__init__()
         require(
             0 <= share < 1,
-            f"{type(self).__name__}: the share must be in 0..1, 1 excluded; got share={share}",
+            f"{type(self).__name__}: share must be in 0..1, 1 excluded; got share={share}",
         )
         self.share = share
         self.state = State(type(self).__name__)
@@ -34,8 +34,8 @@ class Dropout(nn.Module):
             return x_TB
         mask_B = self.state.read("mask")
         if mask_B is None:
-            kept_B = torch.rand(self._mask_shape(x_TB[0]), device=x_TB.device) >= self.share
-            mask_B = kept_B.to(x_TB.dtype) / (1 - self.share)
+            is_kept_B = torch.rand(self._mask_shape(x_TB[0]), device=x_TB.device) >= self.share
+            mask_B = is_kept_B.to(x_TB.dtype) / (1 - self.share)
             self.state.write("mask", mask_B)
         return x_TB * mask_B
 
@@ -47,7 +47,7 @@ class Dropout(nn.Module):
 
 
 class DropPath(Dropout):
-    """Dropout with one m per sample. A dropped residual branch leaves only the shortcut.
+    """Dropout of residual branches: one m per sample. If m = 0, only the shortcut remains.
 
     Source: Huang et al. 2016 (stochastic depth, arXiv 1603.09382).
     """

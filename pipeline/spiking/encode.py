@@ -1,4 +1,4 @@
-"""Inputs with a time axis: repeated images and recorded frames."""
+"""Inputs with a time axis: repeated images, or the frames of recordings."""
 
 # T time, B batch, C channels, H W pixels
 
@@ -8,11 +8,11 @@ from pipeline.core.checks import refuse_unless_counts, require
 
 
 def over_steps(x_B: Tensor, steps: int) -> Tensor:
-    """A data-set batch with time first.
+    """A batch of a data set, time first: `[T, B, C, H, W]` with T = `steps`.
 
-    Images `[B, C, H, W]` are repeated, recordings `[B, T, C, H, W]` are transposed.
+    Images `[B, C, H, W]` are repeated. Recordings `[B, T, C, H, W]` are transposed.
 
-    Raises: ValueError for recordings whose length is not `steps`.
+    Raises: ValueError for another shape, or recordings with a length other than `steps`.
     """
     if x_B.dim() == 4:
         return repeat(x_B, steps)
@@ -25,8 +25,7 @@ def over_steps(x_B: Tensor, steps: int) -> Tensor:
 
 
 def repeat(x_B: Tensor, steps: int) -> Tensor:
-    """The same frame at each of `steps` time steps: `[B, ...]` to a view `[T, B, ...]`, without a
-    copy.
+    """The same frame at each of `steps` time steps, as a view `[T, B, ...]` without a copy.
 
     Raises: ValueError for fewer than one step.
     """
@@ -35,9 +34,9 @@ def repeat(x_B: Tensor, steps: int) -> Tensor:
 
 
 def is_static(x_TB: Tensor) -> bool:
-    """Whether all time steps are one frame in memory, as `repeat` makes them.
+    """Whether all time steps are one frame in memory, as in the result of `repeat`.
 
-    Slices along T stay static. Equal frames in separate memory are not static. `folded` and the
-    layers of `pipeline.spiking` compute a static input once and return a static view.
+    Slices along T are static too. Equal frames in separate memory are not static. For a static
+    input, the stateless layers of `pipeline.spiking` compute one step and return a static view.
     """
     return x_TB.stride(0) == 0

@@ -105,8 +105,8 @@ class Equilibrium(nn.Module):
         decays: set[Any] = {neuron.decay for neuron in neurons}
         require(
             len(decays) == 1,
-            "Equilibrium: all neurons must have the same decay, because their rates are one weighted"
-            f" mean; got {sorted(decays)}",
+            "Equilibrium: all neurons must have the same decay, because their rates are one"
+            f" weighted mean; got {sorted(decays)}",
         )
         for name, module in feedback.named_modules(prefix="feedback"):
             require(
@@ -186,7 +186,7 @@ class Equilibrium(nn.Module):
         )
 
     def _simulate(self, x_TB: Tensor, current_1B: Tensor | None) -> Tensor:
-        """a[T]. `current_1B` is the constant current of a static input; None: it is not constant."""
+        """a[T]. `current_1B` is the current of a constant input; None: the input changes."""
         for x_1B in x_TB.split(1):
             self._step(self.inject(x_1B) if current_1B is None else current_1B)
         sum_1B = self.state.read("sum")

@@ -1,13 +1,13 @@
 """Local learning: layers that learn from a signal and pass no gradient to the layer below.
 
-`LocalGradient` is the seam that a rule sets on each neuron. The neuron then outputs its spikes
-(with noise, if the rule asks for it) without a graph. It records the spikes with the graph of its
-own layer, which ends at the synapse that feeds it. `inject_gradients` builds a scalar whose value
-is the loss and whose gradient at each layer's spikes is that layer's signal.
+A rule sets a `LocalGradient` on each neuron. Then the neuron outputs its spikes, optionally with
+noise, without a graph. It also records the spikes with a graph, which reaches back only to the
+synapse before the neuron. `inject_gradients` returns a scalar with the value of the loss. Its
+gradient at the recorded spikes of each layer is the layer's signal g.
 
     noise on spikes     s[t] = LIF(x[t]),   out[t] = s[t] + alpha z[t]
-    noise on membrane   s[t] = 1 if u[t] + alpha z[t] >= threshold
-    backward            dL/dx[t] = psi(u[t]) g[t],   g[t] the signal
+    noise on membrane   s[t] = 1 if u[t] + alpha z[t] >= threshold,   out[t] = s[t]
+    backward            dL/dx[t] = psi(u[t]) g[t]
                         (with noise on the membrane: psi(u[t] + alpha z[t]) g[t])
 """
 
@@ -31,13 +31,13 @@ Inject = Literal["spikes", "membrane"]
 
 
 class Readout(nn.Module):
-    """A linear readout of the preceding neuron. Only rules that ask for it use it.
+    """A linear readout of the preceding neuron, for rules that give hidden layers a local loss.
 
-    As a module of the network it is the identity. `logits(s_TB)` averages each channel of an image
-    over `cells` x `cells` regions and maps them to the classes: `[T, B, C]` or `[T, B, C, H, W]` to
-    `[T, B, K]`.
+    Its forward is the identity. `logits` maps spikes `[T, B, C]` or `[T, B, C, H, W]` to logits
+    `[T, B, K]`: it averages each channel of an image over a grid of `cells` x `cells` regions, and
+    applies a linear layer.
 
-    Raises: ValueError for numbers below 1, or spikes of another shape.
+    Raises: ValueError for numbers below 1, or in `logits` for spikes of another shape.
     """
 
     def __init__(self, channels: int, classes: int, *, cells: int = 1) -> None:
@@ -51,10 +51,11 @@ class Readout(nn.Module):
         return s_TB
 
     def logits(self, s_TB: Tensor) -> Tensor:
+        is_vector = s_TB.dim() == 3 and self.cells == 1
         require(
-            s_TB.shape[2] == self.channels and s_TB.dim() in ((3, 5) if self.cells == 1 else (5,)),
-            f"Readout: needs {self.channels} channels on {self.cells} x {self.cells} places;"
-            f" got shape {tuple(s_TB.shape)}",
+            s_TB.shape[2] == self.channels and (is_vector or s_TB.dim() == 5),
+            f"Readout: the spikes must have {self.channels} channels, and height and width if cells"
+            f" > 1; got shape {tuple(s_TB.shape)} with cells={self.cells}",
         )
         if s_TB.dim() == 5:
             s_TB = folded(lambda s_NCHW: F.adaptive_avg_pool2d(s_NCHW, self.cells), s_TB).flatten(2)
@@ -65,15 +66,15 @@ class Readout(nn.Module):
 
 
 class LocalGradient:
-    """The seam `LIF.gradient` of one layer. A rule opens it for each time step that it learns from.
+    """Replaces the forward of one neuron. A rule sets it as the attribute `gradient` of a LIF.
 
-    While `is_open` the neuron runs as at the head of the file. It records, until the batch ends,
-    `spikes` with the graph of its own layer, `z` if noise is added, and the `logits` of its
-    `readout` if it has one. Otherwise it is the plain neuron, so an evaluation has no noise.
+    If `is_open`, the neuron runs as described at the head of the file. It records the `spikes` with
+    the graph of its layer, the noise `z` if there is noise, and the `logits` of its `readout` if
+    there is one. If `is_open` is False, it runs as the plain neuron, so evaluation has no noise.
 
-    `scale` is alpha, in spikes or in units of the membrane. Noise on the membrane decides on the
-    spike and is not carried to the next step. A rule sets `keys`, one per sample (none: no noise),
-    and `sign`. A negative sign reuses the noise of the step before.
+    `scale` is alpha, in spikes or in units of the membrane. Noise on the membrane only changes the
+    spike of its own step. A rule sets `keys`, one per sample (empty: no noise), and `sign`. With a
+    negative sign, z is the negative of the last z in this batch, if there is one.
     """
 
     def __init__(
@@ -94,15 +95,17 @@ class LocalGradient:
         self.sign = 1.0
 
     def recorded(self, name: str) -> Tensor:
-        """The recorded tensor of the last step.
+        """The recorded tensor `name` of the last call.
 
-        It is `spikes` or `logits` `[T, B, ...]` with graph, or `z` `[B, N]` including its sign.
+        `spikes` and `logits` are `[T, B, ...]` with a graph. `z` is `[B, N]`, after the sign.
+
+        Raises: ValueError if the neuron has not run.
         """
         value = self.state.read(name)
         require(
             value is not None,
-            "LocalGradient: the network must run every neuron at every time step; got one without"
-            f" {name}",
+            "LocalGradient: the network must run every neuron at every time step; got a neuron that"
+            f" has no recorded {name}",
         )
         return value  # type: ignore[return-value]
 
@@ -122,15 +125,15 @@ class LocalGradient:
         if self.readout is not None:
             self.state.write("logits", self.readout.logits(s_TB.to(x_TB.dtype)))
         out_TB = s_TB.detach()
-        return (out_TB if noise_B is None or self.inject == "membrane" else out_TB + noise_B).to(
-            x_TB.dtype
-        )
+        if noise_B is not None and self.inject == "spikes":
+            out_TB = out_TB + noise_B
+        return out_TB.to(x_TB.dtype)
 
     def _noise(self, v_B: Tensor) -> Tensor:
-        """alpha z `[B, ...]` of this step."""
-        last_BN = self.state.read("z")
-        if self.sign < 0 and last_BN is not None:
-            z_BN = -last_BN
+        """alpha z of this call, in the shape of `v_B`."""
+        last_z_BN = self.state.read("z")
+        if self.sign < 0 and last_z_BN is not None:
+            z_BN = -last_z_BN
         else:
             z_BN = noise(
                 self.keys, v_B[0].numel(), distribution=self.distribution, device=v_B.device
@@ -141,76 +144,85 @@ class LocalGradient:
     def _step(
         self, lif: LIF, x_B: Tensor, v_B: Tensor, noise_B: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """One step of the neuron, with noise on the membrane if there is noise for it."""
         if noise_B is None or self.inject == "spikes":
             return lif.step(x_B, v_B)
-        s_B, v_B = lif.step(x_B + (noise_B / (1 - lif.decay) if lif.scale_input else noise_B), v_B)
+        # Adding the noise to the current adds it to u.
+        current_noise_B = noise_B / (1 - lif.decay) if lif.scale_input else noise_B
+        s_B, v_B = lif.step(x_B + current_noise_B, v_B)
+        # The noise must not remain in v. A reset to zero has already removed it where s = 1.
         return s_B, v_B - (noise_B if lif.reset == "subtract" else noise_B * (1 - s_B.detach()))
 
 
 def run_readouts(model: nn.Module) -> AbstractContextManager[None]:
-    """Make each `Readout` under `model` compute its logits at every forward inside the block.
+    """Make each `Readout` of `model` also compute its logits, at every forward inside the block.
 
-    Local learning does the same.
+    So a recorder of its linear layer's inputs sees the same inputs as in local learning.
     """
 
-    def answer(readout: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+    def compute_logits(readout: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         assert isinstance(readout, Readout)
         readout.logits(inputs[0])
 
     return hooked(
-        module.register_forward_hook(answer)
+        module.register_forward_hook(compute_logits)
         for module in model.modules()
         if isinstance(module, Readout)
     )
 
 
-def inject_gradients(loss: Tensor, ends: Sequence[Tensor], signals: Sequence[Tensor]) -> Tensor:
-    """A scalar with the value of `loss` and the gradients `signals` at `ends`."""
+def inject_gradients(loss: Tensor, outputs: Sequence[Tensor], signals: Sequence[Tensor]) -> Tensor:
+    """A scalar with the value of `loss`, and the gradient `signals[i]` at `outputs[i]`."""
     # apply is untyped in torch 2.13
-    return _InjectGradients.apply(loss.detach(), *ends, *signals)  # type: ignore[return-value]
+    return _InjectGradients.apply(loss.detach(), *outputs, *signals)  # type: ignore[return-value]
 
 
 class _InjectGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors[len(tensors) // 2 :])
+    def forward(ctx: Any, loss: Tensor, *outputs_and_signals: Tensor) -> Tensor:
+        ctx.save_for_backward(*outputs_and_signals[len(outputs_and_signals) // 2 :])
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), signals = grad_outputs, ctx.saved_tensors
-        return (None, *(g.to(each.dtype) * each for each in signals), *[None] * len(signals))
+        (g,) = grad_outputs
+        gradients = [g.to(signal.dtype) * signal for signal in ctx.saved_tensors]
+        return (None, *gradients, *[None] * len(gradients))
 
 
-def refuse_skip_connections(who: str, model: nn.Module, ends: Mapping[str, Tensor]) -> None:
+def refuse_skip_connections(
+    error_prefix: str, model: nn.Module, outputs: Mapping[str, Tensor]
+) -> None:
     """Check that no gradient can pass around the neurons from one layer to another.
 
-    Each parameter must lead to only one of `ends`, the spikes of each layer and the output. A skip
-    connection, as in a residual network, carries the graph of lower layers to higher ones.
+    `outputs` are the recorded spikes of each layer and the output of the model, by name. Each
+    parameter must be in the graph of only one of them. A skip connection, as in a residual network,
+    would put the parameters of lower layers into the graphs of higher layers.
 
-    Raises: ValueError that names the first parameter with paths to two ends.
+    Raises: ValueError, which starts with `error_prefix` and names the first parameter in two
+    graphs.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    reached: dict[int, str] = {}
-    for end, value in ends.items():
+    output_of_leaf: dict[int, str] = {}
+    for output, value in outputs.items():
         leaves = _leaves(value)
         # In the model's order, so that repeated runs name the same parameter.
-        for parameter in [*filter(leaves.__contains__, names), *leaves - names.keys()]:
-            other = reached.setdefault(parameter, end)
+        for leaf in [*filter(leaves.__contains__, names), *leaves - names.keys()]:
+            other = output_of_leaf.setdefault(leaf, output)
             require(
-                other == end,
-                f"{who}: a stream that passes by the neurons would carry gradients between"
-                f" layers; got {names.get(parameter, 'a tensor')} with a path to {other} and to"
-                f" {end}",
+                other == output,
+                f"{error_prefix}: the model must not have skip connections around the neurons,"
+                " because they would pass gradients between layers; got"
+                f" {names.get(leaf, 'a tensor')} with a path to {other} and to {output}",
             )
 
 
 def _leaves(value: Tensor) -> set[int]:
     """The ids of the leaf tensors in the graph of `value`."""
-    nodes, todo = set(), [value.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in nodes:
-            nodes.add(node)
-            todo.extend(after for after, _ in node.next_functions)
-    return {id(node.variable) for node in nodes if hasattr(node, "variable")}
+    visited, stack = set(), [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in visited:
+            visited.add(node)
+            stack.extend(next_node for next_node, _ in node.next_functions)
+    return {id(node.variable) for node in visited if hasattr(node, "variable")}

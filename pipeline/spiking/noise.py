@@ -1,15 +1,15 @@
-"""Noise for the layers of a network, a pure function of one key per row.
+"""Noise for the layers of a network: each row is a pure function of its key.
 
-    bits[b, j] = mix(key[b] + (j + 1) g)   splitmix64: a stream of row b, numbered from its key
+    bits[b, j] = mix(key[b] + (j + 1) g)   splitmix64: the random bits of row b
 
     gaussian     64 bits give two normal numbers:
                  sqrt(-2 ln u) (cos 2 pi w, sin 2 pi w), u and w of 32 bits each
     rademacher   64 bits give 64 signs
 
-Rows with equal keys are equal. A row does not depend on the other rows, the rank or the batch. The
-global generators are neither read nor advanced.
+A row does not depend on other rows, the rank or the batch. The global random generators are not
+used. `mix` and g (`STEP`) are those of core/random.py.
 
-Source: `mix` and g as in core/random.py; Box & Muller 1958 (doi 10.1214/aoms/1177706645).
+Source: Box & Muller 1958 (doi 10.1214/aoms/1177706645).
 """
 
 # B batch, N units of a layer
@@ -48,8 +48,8 @@ def noise(
 
 def _normal(keys_B: Tensor, units: int) -> Tensor:
     bits_BP = _bits(keys_B, (units + 1) // 2)
-    # The upper 32 bits give a number in (0, 1] with a finite logarithm, which fp32 rounds to 24
-    # bits. The lower 32 bits give the angle.
+    # The upper 32 bits give u in (0, 1], so its logarithm is finite (fp32 rounds u to 24 bits).
+    # The lower 32 bits give the angle.
     radius_BP = (
         ((bits_BP >> 32) & _LOW32)
         .float()
@@ -71,7 +71,7 @@ def _signs(keys_B: Tensor, units: int) -> Tensor:
 
 
 def _bits(keys_B: Tensor, count: int) -> Tensor:
-    """`[B, count]` of int64, whose arithmetic wraps like that of unsigned 64-bit numbers."""
+    """`count` random 64-bit numbers per row, as int64, which wraps like unsigned integers."""
     return mix(keys_B[:, None] + torch.arange(1, count + 1, device=keys_B.device) * STEP)
 
 

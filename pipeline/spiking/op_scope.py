@@ -1,11 +1,10 @@
-"""The purpose of matrix products outside the network's own forward and backward.
+"""The purpose of operations outside the network's own forward and backward.
 
     with op_scope("solver"):
-        ...                      # products in here are counted for the solver
+        ...                      # operations here are counted under "solver"
 
-Rules open a scope where their own work begins. The operation counter (`measure/operations.py`)
-reads `current_scope()`. The innermost scope counts. A scope costs two updates of a context
-variable.
+Rules open a scope around their own computations. The operation counter (`measure/operations.py`)
+reads `current_scope()`, which is the innermost scope.
 """
 
 from collections.abc import Iterator
@@ -13,24 +12,24 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
-# recomputation: a forward repeated for its backward; solver: the adjoint of an equilibrium;
-# feedback: signals to hidden layers and the update of their matrices; lateral: the subspaces of old
-# tasks and the projection; rates: means over time; limit: the norm of a limited weight
+# recomputation: a second forward, for the backward; solver: the adjoint of an equilibrium;
+# feedback: signals to hidden layers, and the update of their matrices; lateral: lateral neurons,
+# and the projection of gradients; rates: means over time; limit: the norm of a limited weight
 OpScope = Literal["recomputation", "solver", "feedback", "lateral", "rates", "limit"]
 
-_served: ContextVar[OpScope | None] = ContextVar("op_scope", default=None)
+_current_scope: ContextVar[OpScope | None] = ContextVar("op_scope", default=None)
 
 
 @contextmanager
-def op_scope(what: OpScope) -> Iterator[None]:
-    """Count products inside the block for `what`."""
-    token = _served.set(what)
+def op_scope(scope: OpScope) -> Iterator[None]:
+    """Count operations inside the block under `scope`."""
+    token = _current_scope.set(scope)
     try:
         yield
     finally:
-        _served.reset(token)
+        _current_scope.reset(token)
 
 
 def current_scope() -> OpScope | None:
     """The innermost scope; None for the network's own forward or backward."""
-    return _served.get()
+    return _current_scope.get()

@@ -1,4 +1,4 @@
-"""Rate-coded neurons: spikes of a learnable height. Their mean over time is a clamped linear map.
+"""Rate-coded neurons with a learnable spike height. Their rate is a clamped map of the mean input.
 
     IF:    u[t] = v[t-1] + x[t]
     LIF:   u[t] = b v[t-1] + (1 - b) x[t],   b = exp(-dt / tau)
@@ -6,8 +6,8 @@
     v[t] = u[t] - threshold s[t],   v[0] = 0
     out[t] = height s[t]
 
-Unrolled from 0 to T, with weights w[t] that sum to 1, rate r = sum_t w[t] out[t] and mean input I =
-sum_t w[t] x[t]:
+With weights w[t] that sum to 1, the rate r = sum_t w[t] out[t] and the mean input I = sum_t w[t]
+x[t], the sum of these equations over t = 1..T gives
 
     r = gain I - v[T] / (dt sum_t b^(T-t)),   so   r is close to clamp(gain I, 0, height)
 
@@ -16,11 +16,11 @@ sum_t w[t] x[t]:
     LIF    b^(T-t) / sum   (1 - b) / dt   threshold / dt   max(alpha, 1 - alpha) height
                                                            (1 - b) / (1 - b^T)
 
-The error of IF falls with T. The error of LIF falls with dt, not with T. The bounds do not hold for
-an input that changes.
+For IF, b = 1 and dt = 1. The error of IF falls with T. The error of LIF falls with dt, not with T.
+The bounds do not hold for an input that changes.
 
-Source: Meng et al. 2022 (DSR, arXiv 2205.00459), sections 3 and 4. There LIF's gain is 1 / tau, the
-limit of (1 - b) / dt at dt = 0.
+Source: Meng et al. 2022 (DSR, arXiv 2205.00459), sections 3 and 4. There the gain of LIF is 1 /
+tau, the limit of (1 - b) / dt for dt -> 0.
 """
 
 # T time, B batch, K classes
@@ -40,19 +40,19 @@ from pipeline.spiking.surrogate import Surrogate, Triangle, spike
 class RateNeuron(LIF):
     """The neuron of `RateIF` and `RateLIF`: a LIF whose spikes have the height `threshold / dt`.
 
-    `threshold`, a parameter of shape (1,), is in units of the potential. The neuron fires at
-    `alpha` times it, which centres the error of the rate. The forward uses max(threshold, bound).
-    The parameter itself is never clamped, because ZeRO trains a copy of it. Its gradient passes the
-    bound unchanged, so it is linear in the batch and the same for any number of ranks. The gradient
-    is multiplied by `threshold_gradient` under every rule.
+    `threshold` is a parameter of shape (1,) in units of the membrane. The neuron fires at `alpha`
+    times the threshold; an `alpha` below 1 reduces the bias of the rate. The forward uses
+    max(threshold, bound). The parameter itself is never clamped, because ZeRO trains a copy of it.
+    The gradient ignores the bound, so it is linear in the batch and the same for any number of
+    ranks. Under every rule it is multiplied by `threshold_gradient`.
 
-    The seams are LIF's. Without a rule the spike has the surrogate's derivative at u / threshold -
-    alpha, and the reset is detached.
+    The seams are those of LIF. Without a rule, the surrogate's derivative is taken at u / threshold
+    - alpha, and the reset is detached.
 
     Raises: ValueError for arguments out of range.
     """
 
-    threshold: nn.Parameter  # type: ignore[assignment]  # LIF's is a number
+    threshold: nn.Parameter  # type: ignore[assignment]  # in LIF it is a number
 
     def __init__(
         self,
@@ -65,19 +65,19 @@ class RateNeuron(LIF):
         threshold_gradient: float,
         surrogate: Surrogate,
     ) -> None:
-        who = "RateIF" if decay == 1 else "RateLIF"
-        require(0 < alpha <= 1, f"{who}: alpha must be above 0 and at most 1; got alpha={alpha}")
+        name = "RateIF" if decay == 1 else "RateLIF"
+        require(0 < alpha <= 1, f"{name}: alpha must be above 0 and at most 1; got alpha={alpha}")
         require(
             0 < bound <= threshold,
-            f"{who}: bound must be above 0 and at most the threshold; got bound={bound},"
+            f"{name}: bound must be above 0 and at most the threshold; got bound={bound},"
             f" threshold={threshold}",
         )
         require(
             threshold_gradient >= 0,
-            f"{who}: threshold_gradient must be >= 0; got threshold_gradient={threshold_gradient}",
+            f"{name}: threshold_gradient must be >= 0; got threshold_gradient={threshold_gradient}",
         )
         super().__init__(decay, scale_input=decay < 1, surrogate=surrogate)
-        del self.threshold, self.subtract  # LIF's numbers: here one parameter replaces both
+        del self.threshold, self.subtract  # numbers of LIF; one parameter replaces both
         self.threshold = nn.Parameter(torch.tensor([float(threshold)]))
         self.dt = dt
         self.alpha = alpha
@@ -86,7 +86,7 @@ class RateNeuron(LIF):
         self.gain = 1.0 if decay == 1 else (1 - decay) / dt
 
     def clamped_threshold(self) -> Tensor:
-        """max(threshold, bound), with the scaled gradient."""
+        """max(threshold, bound). Its gradient is multiplied by `threshold_gradient`."""
         return _ClampedThreshold.apply(  # type: ignore[return-value]
             self.threshold, self.bound, self.threshold_gradient
         )
@@ -113,9 +113,9 @@ def RateIF(
     threshold_gradient: float = 1.0,
     surrogate: Surrogate = Triangle(),
 ) -> RateNeuron:
-    """DSR's integrate-and-fire neuron, with the defaults published for CIFAR.
+    """DSR's integrate-and-fire neuron. The defaults are the values published for CIFAR.
 
-    On ImageNet the published `threshold_gradient` is 0.001.
+    The `threshold_gradient` published for ImageNet is 0.001.
     """
     return RateNeuron(
         threshold=threshold,
@@ -138,16 +138,16 @@ def RateLIF(
     threshold_gradient: float | None = None,
     surrogate: Surrogate = Triangle(),
 ) -> RateNeuron:
-    """DSR's leaky neuron, with the defaults published for CIFAR.
+    """DSR's leaky neuron. The defaults are the values published for CIFAR.
 
     `tau` and the time step `dt` have the same unit.
 
-    `threshold_gradient=None` is dt^2. The network sees the height threshold / dt. With the exact
-    derivative by the threshold (1.0), SGD moves the height by 1 / dt^2 = 400 times the step of a
-    height parameter. dt^2 cancels this factor, as in the published code (its gradient has dt in
-    place of 1 / dt).
+    `threshold_gradient=None` means dt^2, as in the published code, whose gradient has the factor dt
+    instead of 1 / dt. The spikes have the height threshold / dt. With the exact gradient
+    (`threshold_gradient=1.0`), a step of SGD changes the height by 1 / dt^2 = 400 times more than
+    if the height were the parameter. The factor dt^2 cancels this.
 
-    Raises: ValueError unless tau and dt are positive.
+    Raises: ValueError unless tau and dt are positive, and for other arguments out of range.
     """
     require(tau > 0 and dt > 0, f"RateLIF: tau and dt must be > 0; got tau={tau}, dt={dt}")
     return RateNeuron(
@@ -162,11 +162,11 @@ def RateLIF(
 
 
 class WeightedRates(nn.Module):
-    """Readout of LIF rates: scales step t by T w[t], so the mean over time is the weighted rate.
+    """Readout of LIF rates: multiplies step t by T w[t], so the mean over T is the weighted rate.
 
         y[t] = T w[t] x[t],   mean_t y[t] = sum_t w[t] x[t]
 
-    The weights count from the last step, so the whole sequence must come in one call.
+    The weights depend on T, so one call must have all T steps.
 
     Raises: ValueError for a second slice within one fresh_state.
     """
@@ -179,32 +179,30 @@ class WeightedRates(nn.Module):
     def forward(self, x_TBK: Tensor) -> Tensor:
         require(
             self.state.read("seen") is None,
-            "WeightedRates: weights depend on T, so all T steps must come at once; got a second"
-            " slice",
+            "WeightedRates: one call must have all T steps, because the weights depend on T; got a"
+            " second slice",
         )
         self.state.write("seen", x_TBK.new_empty(0))
-        weights_T = rate_weights(self.decay, x_TBK).view(-1, *[1] * (x_TBK.dim() - 1))
-        return x_TBK * (len(x_TBK) * weights_T).to(x_TBK.dtype)
+        factors_T = len(x_TBK) * rate_weights(self.decay, x_TBK)
+        return x_TBK * factors_T.view(-1, *[1] * (x_TBK.dim() - 1)).to(x_TBK.dtype)
 
     def extra_repr(self) -> str:
         return f"decay={self.decay}"
 
 
 def rate_readout(neuron: nn.Module) -> nn.Module:
-    """The readout for a network of such neurons.
+    """The readout of a network of neurons like `neuron`.
 
-    It is `WeightedRates` for leaky rate neurons, otherwise the identity.
+    It is `WeightedRates` for leaky rate neurons, and the identity for all others.
     """
-    return (
-        WeightedRates(neuron.decay)
-        if isinstance(neuron, RateNeuron) and neuron.decay < 1
-        else nn.Identity()
-    )
+    if isinstance(neuron, RateNeuron) and neuron.decay < 1:
+        return WeightedRates(neuron.decay)
+    return nn.Identity()
 
 
 def rate_weights(decay: float, x_TB: Tensor) -> Tensor:
     """decay^(T-t) / sum over the T steps of `x_TB`, `[T]`; for decay 1 each weight is 1 / T."""
-    powers = [decay**age for age in reversed(range(len(x_TB)))]
+    powers = [decay**exponent for exponent in reversed(range(len(x_TB)))]
     total = sum(powers)
     dtype = torch.promote_types(x_TB.dtype, torch.float32)
     return torch.tensor([power / total for power in powers], dtype=dtype, device=x_TB.device)

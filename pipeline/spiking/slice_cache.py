@@ -1,23 +1,24 @@
-"""A cache of values that all slices of a batch share: outputs for a static input, derived weights.
+"""A cache of values that are equal in all slices of a batch.
 
-A rule that passes slices of time to the model opens `slice_cache` around them. If each slice has
-its own backward, the rule marks the last differentiated slice and passes its loss through
+The values are outputs for a static input, and standardised or 1-bit weights. A rule that passes
+slices of time to the model opens `slice_cache` around them. If each slice has its own backward, the
+rule sets `is_last` at the last differentiated slice, and passes the loss of each slice through
 `with_gradients`:
 
     first slice     y = compute(), with a graph if any slice is differentiated
-    slice t         reads y without a graph, and collects G = sum_t dL[t]/dy
-    last slice      reads y itself; the backward of its loss gives y dL[last]/dy + G
+    slice t         uses y without its graph; its backward adds dL[t]/dy to the sum G
+    last slice      uses y with its graph; the backward of its loss gives y the gradient
+                    dL[last]/dy + G
 
-So `compute` has one forward and one backward per batch. No backward call is added, and no gradient
-is lost if the last slice does not read y. All gradients of a micro-batch, and so G, have the same
-factor (its weight in the batch, a loss scale).
+So `compute` has one forward and one backward per batch, with no additional backward call. No
+gradient is lost if the last slice does not use y.
 
-The result is exact if the weights do not change within the batch and each slice's gradient is
-linear in dL[t]/dy with the same factor for all t.
+The result is exact if the weights do not change within the batch, and if all slices of a
+micro-batch scale their loss by the same factor (the micro-batch's weight, a loss scale).
 
-`StaticInput` holds the layers before the first neuron. A call on several steps of a static input
-(`encode.is_static`) computes them once, and slices of a batch share the result of the first slice.
-With a `presynaptic` seam, whose factor changes from step to step, they are computed at each step.
+`StaticInput` is a container for the layers before the first neuron. For a static input
+(`encode.is_static`), all slices of a batch share the output of the first slice. If a module in the
+container has a `presynaptic` trace, which changes at each step, each slice computes its own output.
 """
 
 from collections import OrderedDict
@@ -36,14 +37,14 @@ Backwards = Literal["one", "several"]
 
 
 class SliceCache:
-    """The shared values of the slices of one batch of `steps` time steps.
+    """The shared values of all slices of one batch with `steps` time steps.
 
-    A rule sets `is_last` for the last differentiated slice. `frame_B` is the frame of a static
-    input, once it was seen.
+    A rule sets `is_last` at the last differentiated slice. `frame_B` is the frame of a static
+    input; it is None before the first slice.
 
     Args:
-        backwards: "one" if a single backward call passes through all slices, "several" if there are
-            more.
+        backwards: "one" if a single backward call differentiates all slices, "several" if each
+            slice has its own.
     """
 
     def __init__(self, *, steps: int, backwards: Backwards) -> None:
@@ -56,18 +57,19 @@ class SliceCache:
         self._computed: list[tuple[State, Tensor]] = []
 
     def once(self, state: State, compute: Callable[[], Tensor]) -> Tensor:
-        """The cached value of `state`, for the current slice; `compute` runs at the first call.
+        """The value of the module with the state `state`, for the current slice.
 
-        A value that is needed inside another `compute` is computed there and not cached.
+        The first call runs `compute` and caches the result in `state`. Inside another `compute`,
+        the result is not cached, because it is a part of that value.
         """
         if self._is_computing:
             return compute()
         y = state.read("y")
         if y is None:
-            # The first slice may run without a graph although a later one needs it. With one
-            # backward call all slices have the same mode.
-            with_graph = torch.is_grad_enabled() if self.backwards == "one" else self.needs_graph
-            with torch.set_grad_enabled(with_graph), attribute_set([self], "_is_computing", True):
+            # The first slice may run without gradients although a later slice needs the graph. With
+            # one backward call, all slices have the same mode.
+            has_graph = torch.is_grad_enabled() if self.backwards == "one" else self.needs_graph
+            with torch.set_grad_enabled(has_graph), attribute_set([self], "_is_computing", True):
                 y = compute()
             state.write("y", y)
             if y.requires_grad:
@@ -79,26 +81,27 @@ class SliceCache:
             or not torch.is_grad_enabled()
         ):
             return y
-        return _Collected.apply(y.detach().requires_grad_(), state)  # type: ignore[return-value]
+        return _CollectGradient.apply(y.detach().requires_grad_(), state)  # type: ignore[return-value]
 
     def with_gradients(self, loss: Tensor) -> Tensor:
         """The loss of the current slice.
 
-        For the last slice its backward adds the gradients that the other slices collected.
+        For the last slice, the backward of the result also gives each cached value the sum of the
+        gradients from the other slices.
         """
         if self.backwards == "one" or not self.is_last or not self._computed:
             return loss
-        states, made = zip(*self._computed, strict=True)
+        states, values = zip(*self._computed, strict=True)
         # apply is untyped
-        return _AddGradients.apply(loss, states, *made)  # type: ignore[return-value]
+        return _AddGradients.apply(loss, states, *values)  # type: ignore[return-value]
 
 
-class _Collected(torch.autograd.Function):
-    """Identity on y. Its backward adds the gradient to `state`, and passes none on.
+class _CollectGradient(torch.autograd.Function):
+    """The identity. Its backward adds the gradient to the sum in `state`, and stops there.
 
-    The sum has at least fp32, like the gradients of the weights behind y. It is memory of the
-    network. The first gradient is copied, because autograd passes one tensor to all terms of a sum,
-    and a parameter among them may adopt it as its own gradient (torch 2.13).
+    The sum has at least fp32, like the gradients of the weights. The first gradient is copied,
+    because autograd passes the same tensor to all terms of a sum, and a parameter in the sum may
+    use this tensor as its own gradient (torch 2.13).
     """
 
     @staticmethod
@@ -119,10 +122,10 @@ class _Collected(torch.autograd.Function):
 
 
 class _AddGradients(torch.autograd.Function):
-    """Identity on the loss. Its backward gives each y the accumulated gradient of its state."""
+    """The loss. Its backward also gives each of `values` the sum of gradients in its state."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, states: tuple[State, ...], *made: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, states: tuple[State, ...], *values: Tensor) -> Tensor:
         ctx.states = states
         return loss.view_as(loss)
 
@@ -133,9 +136,9 @@ class _AddGradients(torch.autograd.Function):
 
 @contextmanager
 def slice_cache(model: nn.Module, *, steps: int, backwards: Backwards) -> Iterator[SliceCache]:
-    """Share the cached values of modules with a `slice_cache` seam among the slices of a batch.
+    """Give one cache to all modules with an attribute `slice_cache`, inside the block.
 
-    It is entered inside `fresh_state`, for one batch during which the weights do not change.
+    The block must be inside `fresh_state`, and the weights must not change in it.
     """
     cache = SliceCache(steps=steps, backwards=backwards)
     modules = [module for module in model.modules() if hasattr(module, "slice_cache")]
@@ -149,8 +152,8 @@ def slice_cache(model: nn.Module, *, steps: int, backwards: Backwards) -> Iterat
 class StaticInput(nn.Sequential):
     """Stateless layers before the first neuron, such as synapse, norm and pool.
 
-    The running statistics are updated at the first slice, by as much as all T steps would update
-    them.
+    In a static input, the first slice updates the running statistics of batch norm as all T steps
+    would.
     """
 
     def __init__(self, *modules: Any) -> None:
@@ -173,7 +176,7 @@ class StaticInput(nn.Sequential):
             return super().forward(input)
 
         def compute() -> Tensor:
-            # Batch norm treats its input as one frame repeated `steps` times.
+            # Batch norm updates its statistics as for one frame at all T steps.
             with attribute_set(batch_norms(self), "repeats", cache.steps):
                 return super(StaticInput, self).forward(input)[0]
 
@@ -181,16 +184,17 @@ class StaticInput(nn.Sequential):
 
 
 def _is_slice_of_static_frame(x_TB: Tensor, cache: SliceCache) -> bool:
-    """Whether `x_TB` is a slice of the batch's static frame.
+    """Whether `x_TB` is a part of the T steps of a static input.
 
-    The frame is kept alive, so that its storage is not reused.
+    The first call stores the frame in the cache. This keeps the storage of the frame alive, so that
+    no other tensor gets the same storage.
     """
     if not is_static(x_TB) or len(x_TB) == cache.steps:
         return False
     if cache.frame_B is None:
         cache.frame_B = x_TB[0]
     frame_B, x_B = cache.frame_B, x_TB[0]
-    # Storage and offset; not the address, which a meta tensor lacks.
+    # It compares storage and offset, not the address, because a meta tensor has no address.
     return (
         x_B.untyped_storage()._cdata == frame_B.untyped_storage()._cdata
         and x_B.storage_offset() == frame_B.storage_offset()

@@ -63,7 +63,7 @@ def twice(model: nn.Module, first: nn.Module) -> None:
 
 
 X_TBC = torch.ones(2, 5, 6)
-TAKEN = r"BPTT: the model must carry no rule yet; got BPTT"
+TAKEN = r"BPTT: the model must not be attached to another rule; got BPTT"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ TAKEN = r"BPTT: the model must carry no rule yet; got BPTT"
     [
         (
             lambda model: loss_terms_of(None, model, X_TBC),
-            r"BPTT: attach\(model\) comes before loss_terms",
+            r"BPTT: call attach\(model\) before loss_terms",
         ),
         (
             lambda model: BPTT().attach(model, over_time="sum"),

@@ -116,7 +116,7 @@ test_refuses = refusals(
         *[
             (
                 lambda rule=rule: rule.attach(weighted()),
-                r": a rule that runs in slices of time cannot weigh steps .* at 3$",
+                r": under a rule that passes slices .* must not have WeightedRates, .* at 3$",
             )
             for rule in (BPTT(1), BPTT(recompute=True), BPTT(truncate=2), SLTT(), OTTT(), OPZO())
         ],

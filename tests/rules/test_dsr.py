@@ -309,8 +309,8 @@ test_refuses = refusals(
         ),
         (
             lambda: DSR().attach(smallest_model(), over_time="steps"),
-            r"DSR: logits that weigh the steps .* so over_time must be 'mean'; got"
-            r" over_time='steps'",
+            r"DSR: over_time must be 'mean' for a model with WeightedRates, .* got"
+            r" over_time='steps' and WeightedRates at",
         ),
     ]
 )

@@ -406,27 +406,21 @@ test_refuses = refusals(
             ),
             (
                 lambda: IDE().attach(lif_network(), over_time="mean"),
-                (
-                    "IDE: the model must have one equilibrium, whose rates are differentiated; got"
-                    " none in Sequential"
-                ),
+                ("IDE: the model must have exactly one Equilibrium; got none in Sequential"),
             ),
             (
                 lambda: IDE().attach(
                     nn.ModuleList([smallest_model(), smallest_model()]), over_time="mean"
                 ),
-                (
-                    "IDE: the model must have one equilibrium, whose rates are differentiated; got"
-                    " 0.0 and 1.0"
-                ),
+                ("IDE: the model must have exactly one Equilibrium; got 0.0 and 1.0 in ModuleList"),
             ),
             (
                 lambda: IDE().attach(nn.Sequential(*smallest_model(), LIF()), over_time="mean"),
-                "IDE: every neuron must be part of the equilibrium; got 2 outside it",
+                "IDE: every neuron must be inside the Equilibrium; got 2 outside",
             ),
             (
                 lambda: IDE().attach(smallest_model()),
-                "IDE: it has one loss, of rates, so over_time must be 'mean'; got",
+                "IDE: over_time must be 'mean', because the rule has only one loss, of rates; got",
             ),
         ]
     ]

@@ -481,7 +481,8 @@ test_refuses = refusals(
         ),
         (
             lambda: OPZO().attach(lif_network(), over_time="mean"),
-            r"OPZO: the loss of the mean logits needs all T steps",
+            r"OPZO: over_time must be 'steps', because the loss of the mean logits needs"
+            r" all T steps",
         ),
         (
             lambda: OPZO().attach(nn.Sequential(Linear(2, 2))),
@@ -517,7 +518,7 @@ test_refuses = refusals(
                 torch.randn(2, 2, 1, 8, 8),
             ),
             (
-                r"OPZO: a stream that passes by the neurons .* got stem\..* with a path to"
+                r"OPZO: the model must not have skip connections .* got stem\..* with a path to"
                 r" stages\.0\.0\.first\.neuron and to "
             ),
         ),

@@ -272,7 +272,8 @@ test_refuses = refusals(
         (lambda: OTTT(chunk=5).check_steps(4), r"OTTT: chunk must be in 1\.\.T; got chunk=5, T=4"),
         (
             lambda: OTTT().attach(lif_network(), over_time="mean"),
-            r"OTTT-A: the loss of the mean logits needs all T steps",
+            r"OTTT-A: over_time must be 'steps', because the loss of the mean logits needs"
+            r" all T steps",
         ),
         (
             lambda: OTTT().attach(nn.Sequential(Linear(2, 2))),
@@ -305,13 +306,13 @@ test_refuses = refusals(
         (
             lambda: one_batch(OTTT(), back_to_front(), 4),
             (
-                r"OTTT-A: first='plain' means readout, by order of registration, but hidden ran in"
+                r"OTTT-A: first='plain' applies to readout .* registration; got hidden in"
                 r" its place; .*first='traced'"
             ),
         ),
         (
             lambda: one_batch(OTTT(first="traced", readout="plain"), back_to_front(), 4),
-            r"readout='plain' means hidden, .* but readout ran in its place",
+            r"readout='plain' applies to hidden .*; got readout in its place",
         ),
         *[
             (
@@ -338,7 +339,7 @@ def test_what_is_refused_for_one_choice_is_accepted_for_another():
 
 def test_a_batch_that_is_refused_leaves_no_hooks():
     rule, model = attached(OTTT(), back_to_front())
-    with pytest.raises(ValueError, match="ran in its place"):
+    with pytest.raises(ValueError, match="in its place in the order of running"):
         list(rule.loss_terms(model, torch.ones(4, 2, 6).double(), torch.sum))
     assert not any(module._forward_pre_hooks for module in model.modules())
 

@@ -353,11 +353,11 @@ test_refuses = refusals(
         (lambda: SPIDE(decay=0), r"SPIDE: decay must be > 0 and at most 1; got decay=0"),
         (
             lambda: SPIDE().attach(lif_network(), over_time="mean"),
-            r"SPIDE: the model must have one equilibrium, .* got none in",
+            r"SPIDE: the model must have exactly one Equilibrium; got none in",
         ),
         (
             lambda: SPIDE().attach(smallest_model()),
-            r"SPIDE: it has one loss, of rates, so over_time must be 'mean'",
+            r"SPIDE: over_time must be 'mean', because the rule has only one loss, of rates",
         ),
     ]
 )

@@ -55,7 +55,7 @@ test_refuses = refusals(
         ),
         (
             lambda: Dropout(1.0),
-            r"Dropout: the share must be in 0\.\.1, 1 excluded; got share=1",
+            r"Dropout: share must be in 0\.\.1, 1 excluded; got share=1",
         ),
     ]
 )

@@ -216,7 +216,8 @@ def test_conv_and_a_slice_too_many():
         assert a_1B.shape == (1, 2, 2, 5, 5) and state_bytes(e) > 0
         a_1B.sum().backward()
         with pytest.raises(
-            ValueError, match="Equilibrium: with an adjoint a batch is one call on all T steps"
+            ValueError,
+            match="Equilibrium: with an adjoint, one call must have all T steps of a batch",
         ):
             e(x_TB)
     assert state_bytes(e) == 0
@@ -251,27 +252,30 @@ test_refuses = refusals(
             ),
             (
                 {"neurons": [nn.ReLU()]},
-                "Equilibrium: the neurons must be LIF or IF, whose rate is known; got ReLU",
+                "Equilibrium: the neurons must be LIF or IF, because their rate has a formula;"
+                " got ReLU",
             ),
             (
                 {"neurons": [RateIF()]},
-                "Equilibrium: the neurons must be LIF or IF, whose rate is known; got RateNeuron",
+                "Equilibrium: the neurons must be LIF or IF, because their rate has a formula;"
+                " got RateNeuron",
             ),
             (
                 {"neurons": [LIF(reset="zero")]},
-                "Equilibrium: neurons must reset by subtraction and not scale their input; got",
+                "Equilibrium: the neurons must have reset='subtract' and scale_input=False; got",
             ),
             ({"neurons": [LIF(scale_input=True)]}, "got reset='subtract', scale_input=True"),
             (
                 {"neurons": [IF(), LIF(0.9)], "synapses": [Linear(3, 3)]},
                 (
-                    "Equilibrium: one weighted mean is the rate of all layers, so they have one"
-                    " decay; got [0.9, 1.0]"
+                    "Equilibrium: all neurons must have the same decay, because their rates are one"
+                    " weighted mean; got [0.9, 1.0]"
                 ),
             ),
             (
                 {"feedback": nn.Sequential(Linear(3, 3))},
-                "Equilibrium: the feedback must be linear, because it starts a step late; got",
+                "Equilibrium: the feedback must be linear, because it does not run at the first"
+                " step; got",
             ),
         ]
     ],

@@ -76,11 +76,11 @@ test_refuses = refusals(
         (lambda: Readout(3, 0), "Readout: classes must be a whole number >= 1; got classes=0"),
         (
             lambda: Readout(3, 4, cells=2).logits(torch.zeros(1, 1, 2, 6, 6)),
-            r"Readout: needs 3 channels on 2 x 2 places; got shape \(1, 1, 2, 6, 6\)",
+            r"the spikes must have 3 channels, .* got shape \(1, 1, 2, 6, 6\) with cells=2",
         ),
         (
             a_neuron_that_was_not_run,
-            r"run every neuron at every time step; got one without spikes",
+            r"run every neuron at every time step; got a neuron that has no recorded spikes",
         ),
         (
             lambda: one_stream(MODEL, MODEL["a"]),

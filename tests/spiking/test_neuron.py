@@ -368,7 +368,8 @@ def test_under_sltt_it_costs_one_membrane_whatever_t() -> None:
             lambda: Equilibrium(
                 inject=Linear(6, 4), feedback=Linear(4, 4, bias=False), neurons=[PLIF()]
             ),
-            "Equilibrium: the neurons must be LIF or IF, whose rate is known; got PLIF",
+            "Equilibrium: the neurons must be LIF or IF, because their rate has a formula;"
+            " got PLIF",
         ),
         *[
             (

@@ -172,7 +172,7 @@ test_refuses = refusals(
     [
         (
             lambda: outputs(rate_readout(RateLIF()), *torch.ones(4, 2, 3).split(2)),
-            "all T steps must come at once; got a second slice",
+            "one call must have all T steps, because the weights depend on T; got a second slice",
         ),
         (lambda: RateIF(alpha=0), r"RateIF: alpha must be above 0 and at most 1; got alpha=0"),
         (
