@@ -144,8 +144,7 @@ class _Recompute(torch.autograd.Function):
         keys_after: list[StateKey],
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.model, ctx.x_cB = model, x_cB
-        ctx.keys_before, ctx.keys_after = keys_before, keys_after
+        ctx.model, ctx.x_cB, ctx.keys_before, ctx.keys_after = model, x_cB, keys_before, keys_after
         ctx.generators = torch.get_rng_state(), *get_device_states(x_cB)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[: len(keys_before)], *(b.clone() for b in model.buffers()))
@@ -156,15 +155,13 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        model = ctx.model
-        count = len(ctx.keys_before)
-        state_before, buffers_before = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        leaves = [v.detach().requires_grad_(v.is_floating_point()) for v in state_before]
+        model, saved, count = ctx.model, ctx.saved_tensors, len(ctx.keys_before)
+        leaves = [v.detach().requires_grad_(v.is_floating_point()) for v in saved[:count]]
         inputs = [*leaves, *(p for p in model.parameters() if p.requires_grad)]
         current_state = _state_values(model)
         current_buffers = [buffer.clone() for buffer in model.buffers()]
         cpu_state, devices, device_states = ctx.generators
-        _restore(model, dict(zip(ctx.keys_before, leaves, strict=True)), buffers_before)
+        _restore(model, dict(zip(ctx.keys_before, leaves, strict=True)), saved[count:])
         with (
             torch.random.fork_rng(devices),
             torch.enable_grad(),

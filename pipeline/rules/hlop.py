@@ -1,6 +1,6 @@
-"""Hebbian Learning based Orthogonal Projection, which combines with any rule.
+"""Hebbian Learning based Orthogonal Projection: any rule, with gradients that protect old tasks.
 
-Gradients are projected away from the inputs of old tasks.
+Gradients are projected to be orthogonal to the inputs of old tasks.
 """
 
 # T time, B batch
@@ -38,7 +38,7 @@ from pipeline.spiking.trace import shared_decay
 LearnFrom = Literal["spikes", "traces", "rates"]
 Error = Literal["backprop", "sign_symmetric", "feedback"]
 
-# What a rule declares (`Rule`) that HLOP takes over from the rule inside it.
+# The declarations of `Rule` that HLOP copies from the inner rule.
 INHERITED = (
     "memory",
     "update",
@@ -51,62 +51,62 @@ INHERITED = (
     "chunk",
 )
 
-# Purposes of random draws, the first part of their keys.
+# Purposes of random draws, which are a part of their keys.
 _ROWS, _FEEDBACK = 0x484C4F50, 0x46414C47
 
 
 class HLOP(Rule):
-    """HLOP(inner): gradients of `inner`, projected orthogonally to the inputs of old tasks.
+    """HLOP(inner): the gradients of `inner`, projected orthogonally to the inputs of old tasks.
 
-        dL/dW <- dL/dW - (dL/dW H^T) H      from the second task on; H the synapse's frozen rows
+        dL/dW <- dL/dW - (dL/dW H^T) H      from the second task on; H: the synapse's frozen rows
 
-    H spans the inputs that the synapse had in old tasks, so its response to them does not change.
-    Hebbian lateral neurons (`spiking/subspace.py`) learn H beside the weights, from the inputs of
-    every batch, once per global batch. The inputs of a convolution are its patches, and its weight
-    is a matrix `[out, C k k]`; the projection itself needs no patches.
+    H spans the inputs of the synapse in old tasks, so its outputs for them do not change. Hebbian
+    lateral neurons (`spiking/subspace.py`) learn H from the inputs of every batch, once per global
+    batch. The inputs of a convolution are its patches, and its weight is a matrix `[out, C k k]`.
 
-    `start_task` freezes the learnt rows and starts new ones, orthogonal to them. From the second
-    task on, all parameter vectors (biases, thresholds, gains) are frozen, with gradient 0, and
-    batch norm uses its running statistics and keeps them. Old outputs stay exactly the same if H
-    spans the old inputs of every step; otherwise they change by |dW| times the part of the inputs
-    that H misses. This holds for SGD with or without momentum. The momentum must start at 0 in each
-    task, because an old one still points into the subspace. Weight decay, Adam and similar
-    optimizers, and weights that are not the plain parameter (standardised, 1-bit, norm-limited)
-    violate it, so they are refused.
+    `start_task` freezes the learnt rows and adds learning rows, which are orthogonal to the frozen
+    rows. From the second task on, all parameter vectors (biases, thresholds, gains) are frozen by a
+    gradient of 0, and batch norm uses its running statistics without updates. The outputs of old
+    tasks do not change if H spans the old inputs of every time step. Otherwise they change by at
+    most |dW| times the component of the inputs outside H. This requires SGD, with or without
+    momentum. The momentum must start at 0 in each task, because an old momentum has a component
+    inside the subspace. Weight decay, other optimizers such as Adam, and weights that are not the
+    parameter itself (standardised, 1-bit, norm-limited) are refused.
 
     Args:
-        rows: number of rows that each synapse, in order of registration, gets in each task, such as
-            `((80, 200, 100), (70, 70, 70))`; the last entry holds for all later tasks.
-        learning_rate: of the lateral neurons, one number or one per synapse, in units of 1 / x^2.
-            Times the largest eigenvalue of E[x^T x] it must stay below about 4 (published: 0.01,
-            and 0.001 for 784 normalised pixels).
-        inner_iterations: Hebbian updates per batch.
-        momentum: of the Hebbian updates.
-        learn_from: "spikes" are the inputs of each step (of an equilibrium: of each simulated step,
-            and of its final state). "traces" are the factors that the inner rule multiplies with
-            the error (OTTT, OPZO). "rates" are their weighted means over time (DSR), for rules that
-            process all steps at once; they protect the mean current of old tasks, not that of each
-            step.
-        lateral_steps: the lateral neurons' responses are spikes of this many steps while they learn
-            (published: 1000, 40); None: real numbers. The published neurons differ in two ways.
-            They fire anew in each inner iteration, here once per batch. Their projection is rounded
-            too, which leaves part of the gradient in the old subspace (.0015 and .037 of it on
-            random inputs of 50 numbers); here the projection is exact.
-        error: "backprop", or another weight that carries the error down: "sign_symmetric" or
-            "feedback" (`spiking/error_feedback.py`). OPZO does not backpropagate errors and refuses
-            them.
-        skip: modules whose content is neither projected nor frozen, such as heads of single tasks.
+        rows: the number of new rows of each synapse, in order of registration, for each task, such
+            as `((80, 200, 100), (70, 70, 70))`. The last entry applies to all later tasks.
+        learning_rate: the learning rate of the lateral neurons, one number or one per synapse, in
+            units of 1 / x^2. Its product with the largest eigenvalue of E[x^T x] must be below
+            about 4 (published: 0.01, and 0.001 for 784 normalised pixels).
+        inner_iterations: the number of Hebbian updates per batch.
+        momentum: the momentum of the Hebbian updates.
+        learn_from: the inputs from which H is learnt. "spikes": the inputs of each time step. (In
+            an equilibrium: the inputs of each simulated step, and those of f at a[T].) "traces":
+            the traces of the inputs, under a rule with traces (OTTT, OPZO). "rates": the weighted
+            means of the inputs over time, under a rule that passes all steps at once (DSR). "rates"
+            protects the mean current of old tasks, but not the current of each step.
+        lateral_steps: the number of time steps of spiking lateral neurons (published: 1000, 40);
+            None: their responses are real numbers. The published spiking neurons differ in two
+            ways. They fire again in each inner iteration; here they fire once per batch. They also
+            compute the projection, so a part of the gradient remains in the old subspace (.0015 and
+            .037 of it on random inputs of size 50); here the projection is exact.
+        error: how the error passes to the layer below: "backprop", or with the backward weights
+            "sign_symmetric" or "feedback" (`spiking/error_feedback.py`). An inner rule without
+            backpropagation (OPZO) must use "backprop".
+        skip: names of modules that are neither projected nor frozen, such as the heads of tasks.
 
-    The published code learns at every forward from its own samples (under OTTT at each step, from
-    stacked spikes and traces). Here H learns from the mean over the global batch, so that ranks and
-    micro-batches agree, and it is orthonormalised after each batch. Each backward call is projected
-    separately, so an online rule with `chunk` = T needs one projection per batch instead of T.
+    The published code updates H at every forward from the samples of this forward (under OTTT at
+    each step, from stacked spikes and traces). Here H learns from the mean over the global batch,
+    so that it does not depend on ranks and micro-batches, and H is orthonormalised after each
+    batch. The gradient of each backward call is projected separately.
 
-    Raises: ValueError for arguments out of range (when made); for a synapse or parameter that
-    cannot be projected, torch's batch norm, rows that do not fit, traces or rates that the inner
-    rule or model does not have (`attach`); for an optimizer other than plain SGD
-    (`check_optimizer`); for slices under "rates" (`check_steps`); for fewer than two tasks, or rows
-    of all tasks that do not fit (`check_tasks`); for a task out of order (`start_task`).
+    Raises: ValueError for arguments out of range (`__init__`); for a synapse or parameter that
+    cannot be projected, batch norm of torch, rows or learning rates that do not fit the synapses,
+    or traces or rates without an inner rule or model that has them (`attach`); for an optimizer
+    other than SGD without weight decay (`check_optimizer`); for slices of time under "rates"
+    (`check_steps`); for fewer than two tasks, or too many rows of all tasks (`check_tasks`); for a
+    task out of order (`start_task`); and in the cases of the inner rule.
     Source: Xiao et al. 2024 (arXiv 2402.11984), sections 4.1-4.3.
     """
 
@@ -130,7 +130,7 @@ class HLOP(Rule):
         )
         require(
             isinstance(rows, Sequence) and rows and all(are_counts(each, least=0) for each in rows),
-            "HLOP: rows must hold, for each task, a number >= 0 for each synapse; got"
+            "HLOP: rows must have, for each task, a whole number >= 0 for each synapse; got"
             f" rows={rows!r}",
         )
         rates = tuple(learning_rate) if isinstance(learning_rate, Sequence) else (learning_rate,)
@@ -138,21 +138,24 @@ class HLOP(Rule):
             rates and all(admits(float, rate) and rate > 0 for rate in rates),
             f"HLOP: learning_rate must be numbers > 0; got learning_rate={learning_rate!r}",
         )
-        lateral = {} if lateral_steps is None else {"lateral_steps": lateral_steps}
-        refuse_unless_counts("HLOP", {"inner_iterations": inner_iterations, **lateral})
+        counts = {"inner_iterations": inner_iterations}
+        if lateral_steps is not None:
+            counts["lateral_steps"] = lateral_steps
+        refuse_unless_counts("HLOP", counts)
         require(
-            0 <= momentum < 1, f"HLOP: momentum must be in 0..1, below 1; got momentum={momentum}"
+            0 <= momentum < 1,
+            f"HLOP: momentum must be in 0..1, 1 excluded; got momentum={momentum}",
         )
         refuse_unless_one_of("HLOP", ("spikes", "traces", "rates"), learn_from=learn_from)
         refuse_unless_one_of("HLOP", ("backprop", "sign_symmetric", "feedback"), error=error)
         require(
             error == "backprop" or inner.backpropagates_errors,
-            f"HLOP: {inner.label} hands no error from layer to layer, so error must be"
-            f" 'backprop'; got {error=}",
+            f"HLOP: error must be 'backprop' with {inner.label}, which does not backpropagate"
+            f" errors between layers; got {error=}",
         )
-        path = "" if error == "backprop" else f", {error.replace('_', '-')}"
-        spiking = "" if lateral_steps is None else ", spiking"
-        self.label = f"HLOP({inner.label}{path}{spiking})"
+        error_label = "" if error == "backprop" else f", {error.replace('_', '-')}"
+        lateral_label = "" if lateral_steps is None else ", spiking"
+        self.label = f"HLOP({inner.label}{error_label}{lateral_label})"
         self.inner = inner
         for name in INHERITED:
             setattr(self, name, getattr(inner, name))
@@ -182,25 +185,22 @@ class HLOP(Rule):
         require(
             self.learn_from != "rates"
             or not any(isinstance(module, Equilibrium) for module in model.modules()),
-            f"{self.label}: an equilibrium is run one step at a time, so learn_from must not be"
-            " 'rates'",
+            f"{self.label}: learn_from must not be 'rates' for a model with an Equilibrium, whose"
+            " synapses run one step at a time; got learn_from='rates'",
         )
         decay = shared_decay(self.label, model) if self.learn_from == "rates" else None
-        # Not super().attach: the inner rule checks that no rule is attached to the model.
+        # The inner rule does the checks of super().attach, which would refuse the attached model.
         self.inner.attach(model, world=world, over_time=over_time)
         if self.learn_from == "traces" and all(
             synapse.presynaptic is None for synapse in synapses.values()
         ):
             self.inner.release()
             raise ValueError(
-                f"{self.label}: learn_from='traces' needs a rule that keeps traces, such as OTTT;"
+                f"{self.label}: learn_from='traces' needs an inner rule with traces, such as OTTT;"
                 f" got {self.inner.label}"
             )
-        self.world, self.over_time = world, over_time
-        self._attached.append(model)
-        for module in model.modules():
-            self.set_seam(module, "carried_rule", self.label)
-        self.task = torch.tensor([0])  # not `zeros`, which has no value under fake tensors
+        self._mark_attached(model, world, over_time)
+        self.task = torch.tensor([0])  # not `zeros`, because fake tensors would have no value
         self.subspaces = nn.ModuleList(
             Subspace(
                 synapse.weight[0].numel(),
@@ -209,10 +209,10 @@ class HLOP(Rule):
             )
             for synapse in synapses.values()
         )
-        self._begin_rows()
+        self._grow_subspaces()
         for (name, synapse), subspace in zip(synapses.items(), self.subspaces, strict=True):
             self._attach_synapse(name, synapse, subspace, decay)
-        self._set_error_path(model)
+        self._set_backward_weights(model)
         projected = {id(synapse.weight) for synapse in synapses.values()}
         for name, parameter in model.named_parameters():
             if (
@@ -220,7 +220,7 @@ class HLOP(Rule):
                 and id(parameter) not in projected
                 and not is_inside(name, self.skip)
             ):
-                # From the second task on the gradient is 0; the parameter stays in the optimizer.
+                # From the second task on the gradient is 0. The optimizer keeps the parameter.
                 self._hooks.append(
                     parameter.register_hook(
                         lambda g: torch.zeros_like(g) if int(self.task) else None
@@ -243,13 +243,13 @@ class HLOP(Rule):
             if self.lateral_steps is None
             else partial(SpikingMoments, steps=self.lateral_steps)
         )
-        factor = synapse.presynaptic if self.learn_from == "traces" else None
-        recorder = InputRecorder(name, synapse, subspace, moments, decay, factor)
+        trace = synapse.presynaptic if self.learn_from == "traces" else None
+        recorder = InputRecorder(name, synapse, subspace, moments, decay, trace)
         self._recorders.append(recorder)
-        if factor is not None:
+        if trace is not None:
             self.set_seam(synapse, "presynaptic", recorder)
         else:
-            # A closure: copying the model would copy the rule along with a bound method.
+            # A closure, because a copy of the model would also copy the object of a bound method.
             self._hooks.append(
                 synapse.register_forward_pre_hook(lambda _, inputs: recorder.record(inputs[0]))
             )
@@ -260,7 +260,7 @@ class HLOP(Rule):
                 )
             )
 
-    def _set_error_path(self, model: nn.Module) -> None:
+    def _set_backward_weights(self, model: nn.Module) -> None:
         synapses = [module for module in model.modules() if isinstance(module, (Linear, Conv2d))]
         for index, synapse in enumerate(synapses):
             if self.error == "sign_symmetric":
@@ -273,21 +273,20 @@ class HLOP(Rule):
     # ---------------------------------------------------------------------------------------- tasks
 
     def start_task(self, model: nn.Module, task: int) -> None:
-        """Freeze the learnt rows and start those of `task`; task 0 starts in `attach`.
+        """Freeze the learnt rows and add the rows of `task`. `attach` adds those of task 0.
 
-        It is collective if the model has batch norm.
+        It is collective if the model has batch norm that is not frozen.
         """
         self.inner.start_task(model, task)
         if task == int(self.task) == 0:
             return
         require(
             task == int(self.task) + 1,
-            f"{self.label}: tasks come one after another; got task {task} after task"
-            f" {int(self.task)}",
+            f"{self.label}: tasks must start in order; got task {task} after task {int(self.task)}",
         )
         self.task += 1
-        self._begin_rows()
-        for norm in self._moving_norms():  # frozen statistics are equal on every rank
+        self._grow_subspaces()
+        for norm in self._unfrozen_norms():  # the mean, so that all ranks freeze the same values
             norm.running_mean.copy_(self.world.mean(norm.running_mean))
             norm.running_var.copy_(self.world.mean(norm.running_var))
             self.set_seam(norm, "frozen", True)
@@ -295,24 +294,26 @@ class HLOP(Rule):
     def check_tasks(self, model: nn.Module, tasks: int) -> None:
         require(
             tasks >= 2,
-            f"{self.label}: to protect earlier tasks, a recipe must have 2 phases or more;"
+            f"{self.label}: a recipe must have at least 2 phases, so that there is an earlier task;"
             f" got {tasks}",
         )
         self._check_rows(self._synapses_of(model), tasks=tasks)
 
-    def _begin_rows(self) -> None:
+    def _grow_subspaces(self) -> None:
+        """Freeze the rows of each subspace, and add the rows of the current task."""
         task = int(self.task)
         counts = self.rows[min(task, len(self.rows) - 1)]
         for index, (subspace, count) in enumerate(zip(self.subspaces, counts, strict=True)):
             require(
                 count <= subspace.free,
-                f"{self.label}: rows must fit into the inputs of a synapse; got {count} more for"
-                f" task {task}, where synapse {index} has {subspace.free} directions left",
+                f"{self.label}: the rows of task {task} must be at most the free directions of each"
+                f" synapse; got {count} rows for {subspace.free} free directions of synapse"
+                f" {index}",
             )
             subspace.grow(count, key=counter_hash(self.world.seed, _ROWS, index, task))
 
-    def _moving_norms(self) -> list[BatchNorm]:
-        """The batch norms outside `skip` that are not frozen yet."""
+    def _unfrozen_norms(self) -> list[BatchNorm]:
+        """The batch norms outside `skip` that are not yet frozen."""
         return [
             module
             for name, module in self._attached[0].named_modules()
@@ -322,14 +323,14 @@ class HLOP(Rule):
         ]
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **more: Any
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **more)
-        for recorder in self._recorders:  # after a rollback the last batch is void
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for recorder in self._recorders:  # the last batch is not the last batch of the checkpoint
             recorder.last = None
-        # start_task is not called again for the task that was running.
+        # start_task is not called again for the task of the checkpoint.
         if int(self.task) and self._attached:
-            for norm in self._moving_norms():
+            for norm in self._unfrozen_norms():
                 self.set_seam(norm, "frozen", True)
 
     # -------------------------------------------------------------------------------------- batches
@@ -343,7 +344,7 @@ class HLOP(Rule):
     ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
         if self.inner.adds_noise:
-            # The responses to protect are those without noise, which need one more forward.
+            # One more forward without noise, because H must protect the outputs without noise.
             with (
                 torch.no_grad(),
                 fresh_state(model),
@@ -351,21 +352,21 @@ class HLOP(Rule):
                 attribute_set(self._recorders, "steps", steps),
             ):
                 model(x_TB)
-        shares = self.inner.loss_terms(model, x_TB, loss_of, step=step, rows=rows)
+        terms = self.inner.loss_terms(model, x_TB, loss_of, step=step, rows=rows)
         recorders = [] if self.inner.adds_noise else self._recorders
         while True:
-            # Recording ends before the yield, so that a recomputation in the backward is not
-            # recorded again.
+            # Recording is off during the yield. Otherwise a recomputation in the backward would be
+            # recorded too.
             with attribute_set(recorders, "steps", steps):
-                share = next(shares, None)
-            if share is None:
+                term = next(terms, None)
+            if term is None:
                 return
-            yield share
+            yield term
 
     def end_of_batch(self) -> None:
         """Update the rows from the inputs of all micro-batches and ranks.
 
-        It takes one or three collectives per synapse.
+        It makes one collective call per synapse (with spiking lateral neurons: three).
         """
         self.inner.end_of_batch()
         for recorder, rate in zip(self._recorders, cycle(self.learning_rates), strict=False):
@@ -376,9 +377,10 @@ class HLOP(Rule):
                 )
 
     def metrics(self) -> dict[str, float]:
-        """The inner rule's metrics, and two metrics per synapse.
+        """The metrics of the inner rule, and two metrics per synapse.
 
-        They are the share of energy that its rows keep, and its number of free directions.
+        `energy_` is the share of the inputs' energy that the rows preserve. `free_` is the number
+        of free directions.
         """
         metrics = dict(self.inner.metrics())
         for recorder in self._recorders:
@@ -387,14 +389,14 @@ class HLOP(Rule):
         return metrics
 
     def extra_bytes(self) -> int:
-        """Bytes of the recorded moments, of fixed feedback weights, and of the inner rule."""
+        """Bytes of recorded moments, fixed feedback weights, and the inner rule."""
         return (
             sum(recorder.bytes() for recorder in self._recorders)
             + sum(each.matrix.nbytes for each in self._feedback)
             + self.inner.extra_bytes()
         )
 
-    # ----------------------------------------------------------- checks shared with the inner rule
+    # ------------------------------------------------------- methods that also call the inner rule
 
     def is_unsolved(self) -> bool:
         return self.inner.is_unsolved()
@@ -403,8 +405,8 @@ class HLOP(Rule):
         self.inner.check_steps(steps)
         require(
             self.learn_from != "rates" or (self.chunk or steps) >= steps,
-            f"{self.label}: learn_from='rates' needs a rule that gives all T steps to the model"
-            f" at once; {self.inner.label} gives {self.chunk} of {steps}",
+            f"{self.label}: learn_from='rates' needs an inner rule that passes all T steps to the"
+            f" model at once; got {self.inner.label}, which passes {self.chunk} of {steps}",
         )
 
     def calibrate(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
@@ -414,14 +416,14 @@ class HLOP(Rule):
         self.inner.check_optimizer(optimizer)
         require(
             isinstance(optimizer, torch.optim.SGD),
-            f"{self.label}: the optimizer must be SGD, whose steps are sums of projected"
+            f"{self.label}: the optimizer must be SGD, because its steps are sums of projected"
             f" gradients; got {type(optimizer).__name__}",
         )
-        decay = max(group["weight_decay"] for group in optimizer.param_groups)
+        weight_decay = max(group["weight_decay"] for group in optimizer.param_groups)
         require(
-            decay == 0,
-            f"{self.label}: weight_decay must be 0, because it also shrinks weights in the"
-            f" directions of old tasks; got weight_decay={decay}",
+            weight_decay == 0,
+            f"{self.label}: weight_decay must be 0, because it would change weights in the"
+            f" directions of old tasks; got weight_decay={weight_decay}",
         )
 
     # --------------------------------------------------------------------------------------- checks
@@ -429,10 +431,10 @@ class HLOP(Rule):
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
         """Every Linear and Conv2d outside the modules in `skip`, by name, in order of registration.
 
-        Raises: ValueError for a weight that is not a plain parameter (standardised, parametrised,
-        norm-limited, of another class), a matrix outside the synapses, two synapses that share a
-        weight, groups, a batch norm other than spiking.norm's, an entry of `skip` that is not a
-        module, or rows and learning rates that do not fit.
+        Raises: ValueError for an entry of `skip` that is not a module, a norm that mixes time
+        steps, a limited synapse, a linear layer or convolution of torch, weights that are not plain
+        or are parametrised, groups, a matrix that is not the weight of a synapse, a model without
+        synapses, two synapses with one weight, or rows and learning rates that do not fit.
         """
         modules = dict(model.named_modules())
         for name in self.skip:
@@ -443,59 +445,65 @@ class HLOP(Rule):
         for name, module in modules.items():
             if is_inside(name, self.skip):
                 continue
-            kind, is_synapse = type(module).__name__, isinstance(module, (Linear, Conv2d))
+            layer = type(module).__name__
+            is_synapse = isinstance(module, (Linear, Conv2d))
             weights = module.weights if is_synapse else "plain"
             groups = getattr(module, "groups", 1) if is_synapse else 1
-            for is_refused, got in (
+            for is_refused, problem in (
                 (
                     is_foreign_norm(module),
-                    f"{kind}, which cannot be frozen (pipeline.spiking.norm.BatchNorm can),",
+                    f"{layer}, which cannot be frozen (pipeline.spiking.norm.BatchNorm can),",
                 ),
-                (isinstance(module, LimitedSynapse), f"{kind}, which scales the weight,"),
-                (isinstance(module, (nn.Linear, _ConvNd)) and not is_synapse, f"torch's {kind}"),
+                (isinstance(module, LimitedSynapse), f"{layer}, which scales the weight,"),
+                (isinstance(module, (nn.Linear, _ConvNd)) and not is_synapse, f"torch's {layer}"),
                 (weights != "plain", f"{weights} weights"),
                 (is_synapse and is_parametrized(module), "parametrised weights"),
                 (groups != 1, f"groups={groups}"),
             ):
                 require(
                     not is_refused,
-                    f"{self.label}: every layer must be a plain Linear or Conv2d, whose weight is"
-                    f" the parameter itself; got {got} at {name or 'the model itself'}",
+                    f"{self.label}: every layer must be a Linear or Conv2d of"
+                    " pipeline.spiking.synapse, with the parameter itself as its weight; got"
+                    f" {problem} at {name or 'the model itself'}",
                 )
             if isinstance(module, (Linear, Conv2d)):
                 synapses[name] = module
-        own_weights = {id(synapse.weight) for synapse in synapses.values()}
+        weight_ids = {id(synapse.weight) for synapse in synapses.values()}
         for name, parameter in model.named_parameters():
             require(
-                parameter.dim() <= 1 or id(parameter) in own_weights or is_inside(name, self.skip),
+                parameter.dim() <= 1 or id(parameter) in weight_ids or is_inside(name, self.skip),
                 f"{self.label}: every matrix must be the weight of a Linear or Conv2d; got {name}",
             )
         require(
-            synapses and len(own_weights) >= len(synapses),
+            synapses and len(weight_ids) >= len(synapses),
             f"{self.label}: the model must have synapses, each with a weight of its own; got"
             f" {', '.join(synapses) or 'none'}",
         )
         self._check_rows(synapses, tasks=1)
         require(
             len(self.learning_rates) in (1, len(synapses)),
-            f"{self.label}: learning_rate must name one for each of {', '.join(synapses)}; got"
-            f" {self.learning_rates}",
+            f"{self.label}: learning_rate must be one number, or one for each of"
+            f" {', '.join(synapses)}; got {self.learning_rates}",
         )
         return synapses
 
     def _check_rows(self, synapses: Mapping[str, Linear | Conv2d], *, tasks: int) -> None:
-        """Each synapse needs a number of rows, and enough inputs for the rows of `tasks` tasks."""
-        for each in self.rows:
+        """Check that `rows` has a number for each synapse, and that a synapse has enough inputs.
+
+        Raises: ValueError if not.
+        """
+        for counts in self.rows:
             require(
-                len(each) == len(synapses),
-                f"{self.label}: rows must name one for each of {', '.join(synapses)}; got {each}",
+                len(counts) == len(synapses),
+                f"{self.label}: rows must have a number for each of {', '.join(synapses)}; got"
+                f" {counts}",
             )
-        what = "rows" if tasks == 1 else f"rows of all {tasks} tasks"
-        repeated = (self.rows[min(task, len(self.rows) - 1)] for task in range(tasks))
-        totals = map(sum, zip(*repeated, strict=True))
-        for (name, synapse), rows in zip(synapses.items(), totals, strict=True):
+        counts_of_tasks = (self.rows[min(task, len(self.rows) - 1)] for task in range(tasks))
+        totals = map(sum, zip(*counts_of_tasks, strict=True))
+        for (name, synapse), total in zip(synapses.items(), totals, strict=True):
             inputs = synapse.weight[0].numel()
             require(
-                rows <= inputs,
-                f"{self.label}: {what} must fit into the {inputs} inputs of {name}; got {rows}",
+                total <= inputs,
+                f"{self.label}: the sum of rows over tasks 0..{tasks - 1} must be at most the"
+                f" {inputs} inputs of {name}; got {total}",
             )

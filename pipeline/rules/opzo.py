@@ -1,9 +1,6 @@
-"""Online Pseudo-Zeroth-Order training: learnt matrices carry errors to hidden layers.
+"""Online Pseudo-Zeroth-Order training: learnt matrices map the output error to hidden layers."""
 
-The matrices are learnt from noise.
-"""
-
-# T time, B batch, N units of a layer, K outputs, L hidden layers
+# T time, B batch, N units of a layer, K outputs
 
 import math
 from collections.abc import Iterator, Sequence
@@ -46,8 +43,8 @@ from pipeline.spiking.trace import (
 )
 
 Feedback = Literal["momentum", "random", "single_point"]
-NAMES = {"momentum": "OPZO", "random": "OPZO-DFA", "single_point": "OPZO-ZO"}
-NOISE = 0.2
+LABELS = {"momentum": "OPZO", "random": "OPZO-DFA", "single_point": "OPZO-ZO"}
+DEFAULT_NOISE = 0.2
 
 
 class OPZO(Rule):
@@ -62,42 +59,45 @@ class OPZO(Rule):
         M     <- lam M + (1 - lam) mean of z[t] o[t]^T / alpha
                                         after each global batch, over its samples and steps
 
-    M estimates the mean Jacobian E[do/ds]^T. With task-specific heads it starts anew for each head.
-    No gradient passes to the layer below. The readout learns from e itself. Neurons, traces and
-    losses are those of OTTT. "random": M is drawn once, with independent entries of variance 1/K.
-    "single_point": g = z (o^T e) / alpha, from the one sample and step.
+    M estimates the transposed mean Jacobian E[do/ds]^T from the noise. With task-specific heads it
+    is reset at each new head. No gradient passes to the layer below. The readout uses e itself.
+    Neurons, traces and losses are those of OTTT.
 
     Args:
-        noise: alpha, in spikes (`inject="spikes"`, the default) or in units of the membrane
-            (`"membrane"`: the noise decides on the spike and is not carried to the next step).
-            None: 0.2 if the feedback is learnt from noise, 0 for "random". Without noise, its other
-            settings are refused.
-        distribution: of z, "gaussian" (the default) or "rademacher".
+        feedback: "momentum" is OPZO. "random": M is drawn once, with independent entries of
+            variance 1/K. "single_point": g = z (o^T e) / alpha, from each sample and step alone.
+        noise: alpha, in spikes or in units of the membrane (see `inject`); None: 0 for "random",
+            otherwise 0.2. At 0, the other arguments of the noise must not be set.
+        distribution: the distribution of z, "gaussian" (default) or "rademacher".
+        inject: "spikes" (default) adds noise to the spikes. "membrane" adds it to the membrane,
+            where it only changes the spike of its own step.
         momentum: lam, for "momentum" only; 0.999 by default.
-        antithetic: every second time step uses the negative noise of the step before (the default,
-            without effect at T = 1; if set there, it is refused).
+        antithetic: whether every second time step uses the negative noise of the step before it. By
+            default this is so if T > 1. True is refused at T = 1.
         local_readouts: OPZO+LL. Each hidden layer also learns from the loss of its own linear
-            readout, a `Readout` of the model (`models/transforms.py`), whose weights learn from
-            that loss alone.
-        intermediate: IGL. The indices of hidden layers, from 0, whose readouts send their errors to
-            all layers below too. For the layers below, M has K columns for each of them and K for
-            the output. The layer itself learns from its readout's loss.
-        decay: of the traces; must equal the neurons' shared decay. None takes it from the model.
+            readout, a `Readout` of the model (`models/transforms.py`). The weights of the readout
+            learn only from this loss.
+        intermediate: IGL. The indices of hidden layers (from 0) with a readout that sends its error
+            to all layers below. For a layer below, M has K columns for each of these readouts and K
+            for the output. The hidden layer itself also learns from the loss of its readout.
+        decay: the decay of the traces, which must be the decay of all neurons; None: taken from the
+            model.
 
-    Each z is a pure function of (seed, step, row, layer, time). `loss_of` is also called on each
-    readout's logits, after the output's. A loss with memory between calls does not support
-    readouts.
+    Each z is a pure function of (seed, step, row, layer, time step). `loss_of` is called with the
+    logits of the network, and then with the logits of each readout. So a loss with memory between
+    calls cannot be used with readouts.
 
-    There is no public code. The paper gives the noise, M's average, g, the three factors,
+    There is no public code. The paper describes the noise, the average in M, g, the three factors,
     antithetic pairs, and the ideas of both extensions. These are our choices: M starts at 0 and is
-    bias-corrected as in Adam; it is updated once per global batch, not per step; with noise on the
-    membrane, psi is taken at u + alpha z; IGL's errors and LL's losses have weight 1; readouts
+    bias-corrected as in Adam; M is updated once per global batch, not per step; with noise on the
+    membrane, psi is taken at u + alpha z; errors of IGL and losses of LL have weight 1; readouts
     average over regions; the variance of DFA.
 
-    Raises: ValueError for arguments out of range (when made); for a loss over mean logits, no
-    neurons, several or learnt decays, batch norm, weight layers of torch, missing readouts
-    (`attach`); for a skip connection around the neurons, which would carry gradients, layers that
-    run twice in a step or change their size (`loss_terms`); for antithetic=True at T = 1
+    Raises: ValueError for arguments out of range or without effect (`__init__`); for a loss over
+    mean logits, no neurons, different or learnt decays, a `decay` that differs from the neurons',
+    batch norm, linear layers and convolutions of torch, or missing readouts (`attach`); for a skip
+    connection around the neurons, a layer that runs twice in a step, a first synapse that does not
+    run first, or a layer that changes its size (`loss_terms`); for antithetic=True at T = 1
     (`check_steps`).
     Source: Xiao et al. 2024 (OPZO, arXiv 2407.12516); Noekland 2016 (DFA, arXiv 1609.01596).
     """
@@ -120,20 +120,20 @@ class OPZO(Rule):
         decay: float | None = None,
     ) -> None:
         super().__init__()
-        refuse_unless_one_of("OPZO", tuple(NAMES), feedback=feedback)
+        refuse_unless_one_of("OPZO", tuple(LABELS), feedback=feedback)
         refuse_unless_one_of("OPZO", (*DISTRIBUTIONS, None), distribution=distribution)
         refuse_unless_one_of("OPZO", ("spikes", "membrane", None), inject=inject)
         if noise is None:
-            noise = 0.0 if feedback == "random" else NOISE
+            noise = 0.0 if feedback == "random" else DEFAULT_NOISE
         require(
             0 <= noise < math.inf and (noise != 0 or feedback == "random"),
-            "OPZO: noise must be > 0, because the feedback is learnt from it; got"
+            "OPZO: noise must be finite and > 0 (>= 0 with feedback='random'); got"
             f" noise={noise}, {feedback=}",
         )
-        inert = {} if feedback == "momentum" else {"momentum": momentum}
+        unused = {} if feedback == "momentum" else {"momentum": momentum}
         if noise == 0:
-            inert |= {"distribution": distribution, "inject": inject, "antithetic": antithetic}
-        for name, value in inert.items():
+            unused |= {"distribution": distribution, "inject": inject, "antithetic": antithetic}
+        for name, value in unused.items():
             require(
                 value is None,
                 f"OPZO: {name} has no effect with {feedback=} and noise={noise}; got"
@@ -147,8 +147,8 @@ class OPZO(Rule):
         require(
             intermediate in ((), [])
             or (are_counts(intermediate) and list(intermediate) == sorted(set(intermediate))),
-            "OPZO: intermediate must be increasing indices of hidden layers, 1 or more, because"
-            f" no layer is below layer 0; got intermediate={intermediate!r}",
+            "OPZO: intermediate must be increasing indices >= 1 of hidden layers, because layer 0"
+            f" has no hidden layer below it; got intermediate={intermediate!r}",
         )
         self.feedback = feedback
         self.noise = noise
@@ -166,8 +166,10 @@ class OPZO(Rule):
             "single_point": lambda: SinglePoint(scale=noise),
         }[feedback]()
         self._layers: list[LocalGradient] = []
-        self._paths_are_known = False
-        self.label = NAMES[feedback] + "-LL" * local_readouts + "-IGL" * bool(intermediate)
+        self._are_paths_checked = False
+        self.label = (
+            LABELS[feedback] + ("-LL" if local_readouts else "") + ("-IGL" if intermediate else "")
+        )
 
     def attach(
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
@@ -180,9 +182,9 @@ class OPZO(Rule):
         self.signals.reset(next(model.parameters()).device)
         if isinstance(self.signals, FixedRandom):
             self.signals.key_of = partial(counter_hash, world.seed, _MATRIX)
-        self._paths_are_known = False
+        self._are_paths_checked = False
         detach_between_steps(self, model)
-        # The first synapse sees the data and has no trace, as published for OTTT.
+        # The first synapse, whose input is the data, has no trace, as published for OTTT.
         for synapse in synapses:
             self.set_seam(synapse, "presynaptic", Trace(decay))
         for index, (_, neuron) in enumerate(named_neurons(model)):
@@ -225,54 +227,59 @@ class OPZO(Rule):
     ) -> Iterator[LossTerm]:
         with fresh_state(model):
             for t, x_1B in enumerate(slices(x_TB, 1)):
-                # The second step of an antithetic pair has the negative noise of the first.
-                drawn, sign = (t, 1.0) if self.antithetic is False else (t // 2 * 2, (-1.0) ** t)
+                # The second step of an antithetic pair has the key of the first, and sign -1.
+                is_second = self.antithetic is not False and t % 2 == 1
                 for index, layer in enumerate(self._layers if self.noise else ()):
-                    layer.sign = sign
+                    layer.sign = -1.0 if is_second else 1.0
                     layer.keys = [
-                        counter_hash(self.world.seed, step, row, index, drawn) for row in rows
+                        counter_hash(self.world.seed, step, row, index, t - 1 if is_second else t)
+                        for row in rows
                     ]
                 with attribute_set(self._layers, "is_open", True):
                     logits_1BK = (
-                        model(x_1B) if self._paths_are_known else self._checked(model, x_1B)
+                        model(x_1B) if self._are_paths_checked else self._checked(model, x_1B)
                     )
                 yield self._loss_term(logits_1BK, loss_of, len(x_TB))
 
     def _loss_term(self, logits_1BK: Tensor, loss_of: LossOf, steps: int) -> LossTerm:
         """The loss term of one step.
 
-        Each output receives its own error. Each hidden layer receives the signal computed from the
-        errors.
+        The network's logits, and the logits of each readout, receive their own error. Each hidden
+        layer receives its signal.
         """
-        loss, share_BK, e_BK = _loss_and_error(logits_1BK, loss_of, steps)
-        readouts = {
+        loss, logits_BK, e_1BK = _loss_and_error(logits_1BK, loss_of, steps)
+        readout_logits = {
             index: layer.recorded("logits")
             for index, layer in enumerate(self._layers)
             if layer.readout is not None
         }
-        errors = {
+        readout_errors = {
             index: _loss_and_error(local_1BK, loss_of, steps)[2]
-            for index, local_1BK in readouts.items()
+            for index, local_1BK in readout_logits.items()
         }
-        ends, signals = [logits_1BK, *readouts.values()], [e_BK, *errors.values()]
+        outputs = [logits_1BK, *readout_logits.values()]
+        signals = [e_1BK, *readout_errors.values()]
         for index, layer in enumerate(self._layers):
             s_1B = layer.recorded("spikes")
-            above = [place for place in self.intermediate if place > index]
+            above = [other for other in self.intermediate if other > index]
+            errors = [*(readout_errors[other] for other in above), e_1BK]
+            logits = [*(readout_logits[other] for other in above), logits_1BK]
             g_BN = self.signals.signal(
                 index,
                 s_1B[0, 0].numel(),
-                e_BK=_columns([*(errors[place] for place in above), e_BK], s_1B.dtype),
-                o_BK=_columns([*(readouts[place] for place in above), logits_1BK], s_1B.dtype),
+                e_BK=_columns(errors, s_1B.dtype),
+                o_BK=_columns(logits, s_1B.dtype),
                 z_BN=layer.recorded("z") if self.noise else None,
             )
-            ends.append(s_1B)
+            outputs.append(s_1B)
             signals.append(g_BN.view_as(s_1B))
-        return LossTerm(backward=inject_gradients(loss, ends, signals), loss=loss, logits=share_BK)
+        backward = inject_gradients(loss, outputs, signals)
+        return LossTerm(backward=backward, loss=loss, logits=logits_BK)
 
     # --------------------------------------------------------------------------------------- checks
 
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
-        """The synapses that hold traces, which excludes those of readouts."""
+        """All synapses except those of readouts, by name."""
         readouts = {id(module.linear) for module in model.modules() if isinstance(module, Readout)}
         return {
             name: synapse
@@ -281,64 +288,77 @@ class OPZO(Rule):
         }
 
     def _readouts_of(self, model: nn.Module) -> dict[int, Readout]:
-        """The readouts in use, by the index of their hidden layer."""
-        place, readouts = -1, {}
+        """The readouts that the rule uses, by the index of their hidden layer.
+
+        Raises: ValueError if the model has no `Readout` at one of these layers.
+        """
+        layer = -1
+        readouts: dict[int, Readout] = {}
         for module in model.modules():
             if isinstance(module, LIF):
-                place += 1
+                layer += 1
             elif isinstance(module, Readout):
-                readouts[place] = module
-        wanted = range(place + 1) if self.local_readouts else self.intermediate
-        lacking = [index for index in wanted if index not in readouts]
+                readouts[layer] = module
+        required = range(layer + 1) if self.local_readouts else self.intermediate
+        missing = [index for index in required if index not in readouts]
         require(
-            not lacking,
-            f"{self.label}: the model must have a Readout behind each hidden layer that learns"
-            f" from one (models/transforms.py); got none at layer"
-            f" {', '.join(map(str, lacking))} of 0..{place}",
+            not missing,
+            f"{self.label}: the model must have a Readout after each hidden layer that learns from"
+            f" its own loss (models/transforms.py); got none at layer"
+            f" {', '.join(map(str, missing))} of 0..{layer}",
         )
-        return {index: readouts[index] for index in wanted}
+        return {index: readouts[index] for index in required}
 
     def _checked(self, model: nn.Module, x_1B: Tensor) -> Tensor:
-        """The logits of the first step, after a check that only neurons connect the layers."""
+        """The logits of the first step, after a check of the order and the connections of layers.
+
+        Raises: ValueError for a layer that runs twice, a first synapse that does not run first, or
+        a skip connection around the neurons.
+        """
         network = self._attached[0]
         synapses = self._synapses_of(network)
         neurons = dict(named_neurons(network))
-        with running_order(synapses) as ran, running_order(neurons) as fired:
+        with running_order({**synapses, **neurons}) as order:
             logits_1BK = model(x_1B)
-        twice = [name for name in (*synapses, *neurons) if ran.count(name) + fired.count(name) > 1]
+        twice = [name for name in (*synapses, *neurons) if order.count(name) > 1]
         require(
             not twice,
-            f"{self.label}: a layer must run once in a time step, because it takes one signal;"
-            f" got {', '.join(twice)} twice",
+            f"{self.label}: a layer must run once in a time step, because it has one signal per"
+            f" step; got {', '.join(twice)} twice",
         )
+        first = next(name for name in order if name in synapses)
         require(
-            ran[0] == next(iter(synapses)),
+            first == next(iter(synapses)),
             f"{self.label}: the first synapse in order of registration must run first, because"
-            f" it has no trace; got {ran[0]} before {next(iter(synapses))}",
+            f" it has no trace; got {first} before {next(iter(synapses))}",
         )
-        ends = dict(zip(neurons, (layer.recorded("spikes") for layer in self._layers), strict=True))
-        refuse_skip_connections(self.label, network, {**ends, "the output": logits_1BK})
-        self._paths_are_known = True
+        spikes = {
+            name: layer.recorded("spikes")
+            for name, layer in zip(neurons, self._layers, strict=True)
+        }
+        refuse_skip_connections(self.label, network, {**spikes, "the output": logits_1BK})
+        self._are_paths_checked = True
         return logits_1BK
 
 
 def _loss_and_error(
     logits_1BK: Tensor, loss_of: LossOf, steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A step's part of the loss and of the logits, and dloss/dlogits.
+    """The loss and the logits of one step, both divided by `steps`, and the error dloss/dlogits.
 
-    The gradient is taken on a leaf: DeepSpeed 0.19.8 treats any gradient through its engine's
-    output as a backward of its own.
+    The error is the gradient of a detached copy of the logits, because DeepSpeed 0.19.8 mistakes a
+    gradient through the output of its engine for a backward of the engine.
     """
     leaf_1BK = logits_1BK.detach().requires_grad_()
     with torch.enable_grad():
-        loss, share_BK = slice_loss(leaf_1BK, loss_of, steps=steps)
+        loss, logits_BK = slice_loss(leaf_1BK, loss_of, steps=steps)
     (e_1BK,) = torch.autograd.grad(loss, leaf_1BK)
-    return loss.detach(), share_BK, e_1BK
+    return loss.detach(), logits_BK, e_1BK
 
 
 def _columns(parts_1BK: list[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat([part_1BK.detach()[0] for part_1BK in parts_1BK], dim=1).to(dtype)
 
 
-_MATRIX = 0x4D  # purpose of a random draw; its keys differ from all (seed, step, row, layer, time)
+# The purpose in the keys of random matrices. They differ from all keys of the noise.
+_MATRIX = 0x4D

@@ -1,4 +1,4 @@
-"""Spatial Learning Through Time: a backward at each time step, through layers but not through time."""
+"""Spatial Learning Through Time: a backward at each time step, through layers but not time."""
 
 # T time, B batch, K classes
 

@@ -1,6 +1,6 @@
 """SPIDE: the gradient at an equilibrium, solved by a second phase of spiking neurons."""
 
-# T time, B batch, K classes, N layers; T_B steps of the backward phase
+# T time, B batch, K classes, T_B steps of the backward phase, N and M neurons of two layers
 
 import math
 import warnings
@@ -19,37 +19,47 @@ from pipeline.spiking.norm_limit import LimitedSynapse
 from pipeline.spiking.state import hooked
 from pipeline.spiking.synapse import Linear, effective_weight, error_weight
 
-# Adds to a layer's potentials u_B, in place, the input from emissions s_B of the layer above.
+# (u_B, s_B) -> None: adds J^T s_B, the input from the emissions s_B of another layer, to the
+# potentials u_B of a layer, in place.
 Transposed = Callable[[Tensor, Tensor], None]
 
 
 class SPIDE(Rule):
-    """Spike-based implicit differentiation: solves IDE's equation in `steps` (T_B) backward steps.
+    """Spike-based implicit differentiation: solves the equation of IDE with spiking neurons.
 
-        forward      T steps without a graph; a[T] is the rate at their end
-                     (`spiking/equilibrium.py`)
-        backward     beta = g + J^T beta, as mean emissions of ternary neurons (`ternary_phase`)
+        forward      T steps without a graph, which give the rate a[T] (`spiking/equilibrium.py`)
+        backward     beta = g + J^T beta, as mean emissions of ternary neurons in T_B steps
+                     (`ternary_phase`)
         grad W_l   = mean_b (mask_l beta_l / subtract_l) z_{l-1}^T,   one beta per layer
 
-    The input of the backward phase is `scale` times the gradient g of each sample's own loss;
-    afterwards the result is divided by `scale`. A neuron emits multiples of q = 2 threshold, so
-    scale |beta| has the resolution q / T_B and must stay below q. With too small a scale no neuron
-    fires; with too large a scale they saturate. The spikes depend on the sample alone, not on
-    batch, micro-batches or ranks, and the gradient has the same size as under other rules. The
-    published factor S multiplies a mean over 128 samples, so it is `scale` = S / 128 here.
+    The input of the backward phase is `scale` times the gradient g of each sample's own loss. The
+    resulting beta is divided by `scale`, so the gradient has the same size as under other rules.
+    The spikes depend only on the sample, not on the batch, micro-batches or ranks. The published
+    factor S multiplies the mean loss of 128 samples, so it is `scale` = S / 128 here.
 
-    The published symmetric reset of the forward neurons, rest at -threshold, is `subtract` = 2
-    threshold in the network. A `decay` below 1 makes the backward neurons leaky: they average over
-    about their last 1 / (1 - decay) steps. Masks and z_l are those of f at a[T], as in IDE, so that
-    SPIDE differs only in the solution of the equation. The published code takes them from each
-    layer's simulated rate.
+    The emissions are -q, 0 or q with q = 2 threshold. So scale |beta| has the resolution q / T_B,
+    and must be below q. If `scale` is too small, no neuron fires. If it is too large, the neurons
+    saturate.
 
-    Metrics of the last micro-batch: spikes per neuron and step in the forward and in the backward
-    phase, and the share of saturated backward neurons. If no neuron fires, or most saturate, the
-    rule warns once.
+    The published symmetric reset of the forward neurons, with rest at -threshold, is `subtract` = 2
+    threshold in the network. Masks and z_l are taken from f at a[T], as in IDE, so SPIDE differs
+    from IDE only in the solver. The published code takes them from the simulated rate of each
+    layer.
 
-    Raises: ValueError for arguments out of range (when made); for a model without an `Equilibrium`,
-    with several, with neurons outside it, or with a norm that mixes time steps (`attach`).
+    The metrics of the last micro-batch are the spikes per neuron and step in the forward and in the
+    backward phase, and the share of saturated backward neurons. The rule warns once if no backward
+    neuron fires, and once if more than half of them saturate.
+
+    Args:
+        steps: T_B, the number of time steps of the backward phase.
+        scale: the factor of the gradient in the backward phase, see above.
+        threshold: the threshold of the backward neurons.
+        decay: the decay of the backward neurons. Below 1 they are leaky, and average over about
+            their last 1 / (1 - decay) steps.
+
+    Raises: ValueError for arguments out of range (`__init__`); for over_time="steps", a model
+    without an `Equilibrium`, with several, with neurons outside it, or with a norm that mixes time
+    steps (`attach`).
     Source: Xiao et al. 2023 (arXiv 2302.00232, doi 10.1016/j.neunet.2023.01.026).
     """
 
@@ -84,37 +94,41 @@ class SPIDE(Rule):
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
         spikes: list[float] = []
-        places: list[int] = []
+        neuron_steps: list[int] = []
 
         def count(_: nn.Module, __: object, s_1B: Tensor) -> None:
             spikes.append(s_1B.count_nonzero().item())
-            places.append(s_1B.numel())
+            neuron_steps.append(s_1B.numel())
 
         neurons = find_equilibrium(self.label, model).neurons
         with hooked(neuron.register_forward_hook(count) for neuron in neurons):
             for term in self._one_loss_term(model, x_TB, loss_of, step, rows):
-                self.forward_rate = sum(spikes) / sum(places)
+                self.forward_rate = sum(spikes) / sum(neuron_steps)
                 self.adjoint.samples = x_TB.shape[1]
                 assert term.backward is not None
-                term.backward.register_hook(self.adjoint.record_factor)
+                term.backward.register_hook(self.adjoint.record_loss_factor)
                 yield term
 
 
 class _Adjoint:
-    """The seam `Equilibrium.adjoint`. It holds no references to rule or model."""
+    """The seam `Equilibrium.adjoint`. It has no references to rule or model.
+
+    `samples` and `loss_factor` are those of the current micro-batch: its loss is the mean over
+    `samples`, and the backward of a backend multiplies it by `loss_factor`.
+    """
 
     def __init__(self, steps: int, scale: float, threshold: float, decay: float) -> None:
         self.steps, self.scale, self.threshold, self.decay = steps, scale, threshold, decay
-        self.samples, self.factor = 1, 1.0
+        self.samples, self.loss_factor = 1, 1.0
         self.metrics = {"backward_rate": math.nan, "saturated": math.nan}
-        self.warned: set[str] = set()
+        self.reported_problems: set[str] = set()
 
     def __call__(self, g_B: Tensor, vjp: Linearized) -> list[Tensor]:
         g_B = g_B.to(torch.promote_types(g_B.dtype, torch.float32))
-        if self.factor == 0:  # a loss of weight 0 has no gradient
+        if self.loss_factor == 0:  # the gradient is 0
             return [torch.zeros_like(mask_B, dtype=g_B.dtype) for mask_B in vjp.masks]
-        # g_B is the gradient of `factor` times a mean over `samples`.
-        gain = self.scale * self.samples / self.factor
+        # gain * g_B is `scale` times the gradient of each sample's own loss.
+        gain = self.scale * self.samples / self.loss_factor
         phase = ternary_phase(
             gain * g_B,
             [_transposed_layer(vjp, layer) for layer in range(len(vjp.masks))],
@@ -125,32 +139,32 @@ class _Adjoint:
             decay=self.decay,
         )
         self.metrics = {"backward_rate": phase.rate, "saturated": phase.saturated}
-        largest = gain * g_B.abs().max().item()
+        max_input = gain * g_B.abs().max().item()
         settings = (
-            f"the largest gradient times scale is {largest:.2g} at scale={self.scale},"
-            f" steps={self.steps}, threshold={self.threshold}"
+            f"got a maximum of {max_input:.2g} for the gradient times scale, with"
+            f" scale={self.scale}, steps={self.steps}, threshold={self.threshold}"
         )
-        if phase.rate == 0 and largest > 0:
+        if phase.rate == 0 and max_input > 0:
             self._warn_once(
                 "silent",
-                "SPIDE: no backward neuron fired, so only the readout learnt from the batch:"
-                f" {settings}; raise scale or steps",
+                "SPIDE: no backward neuron fired, so the batch trained only the readout;"
+                f" {settings}; increase scale or steps",
             )
         if phase.saturated > 0.5:
             self._warn_once(
                 "saturated",
-                f"SPIDE: {phase.saturated:.0%} of the backward neurons saturated: {settings}; lower"
-                " scale",
+                f"SPIDE: {phase.saturated:.0%} of the backward neurons saturated; {settings};"
+                " decrease scale",
             )
         return [beta_B / gain for beta_B in phase.beta]
 
-    def record_factor(self, g: Tensor) -> None:
-        """The hook of the loss: record the factor that a backend gave it, before the solve."""
-        self.factor = g.item()
+    def record_loss_factor(self, g: Tensor) -> None:
+        """A hook of the loss. It runs before the solve, and its gradient is the factor."""
+        self.loss_factor = g.item()
 
-    def _warn_once(self, cause: str, message: str) -> None:
-        if cause not in self.warned:
-            self.warned.add(cause)
+    def _warn_once(self, problem: str, message: str) -> None:
+        if problem not in self.reported_problems:
+            self.reported_problems.add(problem)
             warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
@@ -158,9 +172,9 @@ class _Adjoint:
 class Ternary:
     """The result of a backward phase.
 
-    `beta` holds the mean emissions of each layer and `rate` the emissions per neuron and step.
-    `saturated` is the share of the neurons whose potential ends above one emission; the quantum
-    limits their beta.
+    `beta` is the mean emission of the neurons of each layer. `rate` is the number of emissions per
+    neuron and step. `saturated` is the share of neurons with a final |u| above the quantum; their
+    beta is too small.
     """
 
     beta: list[Tensor]
@@ -185,22 +199,23 @@ def ternary_phase(
         s[t] = quantum sign(u[t]) if |u[t]| >= threshold else 0,   then u[t] -= s[t]
         beta = sum_t decay^(T_B-t) s[t] / sum_t decay^(T_B-t)
 
-    J^T is applied layer by layer from the last to the first, each with its own potentials. Within a
-    step a layer receives the emissions that the layer above has just made; the last layer receives
-    those of the first layer from the step before. g is the input of the last layer.
+    Each layer has its own potentials, and J^T is applied layer by layer from the last to the first.
+    A layer receives the emissions of the layer above in the same step. The last layer receives g,
+    and the emissions of the first layer in the step before.
 
     With decay 1, the error is at most quantum ||(I - J^T)^-1||_inf / T_B while |beta| < quantum.
-    The symmetric reset, quantum = 2 threshold (rest at -threshold), keeps potentials within
+    The symmetric reset, quantum = 2 threshold (rest at -threshold), keeps the potentials within
     +-threshold and has the smallest error.
 
     Args:
-        transposed: `transposed[l]` maps the emissions of layer l to the layer below, those of layer
-            0 to the last layer.
-        shapes: of the layers' potentials.
+        transposed: `transposed[l]` adds the input from the emissions of layer l to the potentials
+            of the layer below, or of the last layer for l = 0.
+        shapes: the shapes of the layers' potentials.
+        quantum: the size of an emission.
     """
     last = len(shapes) - 1
-    # |u| > below equals |u| >= threshold, and hardshrink computes the former in one operation.
-    below = torch.nextafter(g_B.new_tensor(threshold), g_B.new_tensor(0.0)).item()
+    # hardshrink keeps |u| > limit in one operation, which is the same as |u| >= threshold.
+    limit = torch.nextafter(g_B.new_tensor(threshold), g_B.new_tensor(0.0)).item()
     potentials, emissions, sums, counts = (
         [g_B.new_zeros(shape) for shape in shapes] for _ in range(4)
     )
@@ -210,11 +225,11 @@ def ternary_phase(
             if decay != 1:
                 u_B.mul_(decay)
                 sum_B.mul_(decay)
-            behind = 0 if layer == last else layer + 1
-            transposed[behind](u_B, emissions[behind])
+            source = 0 if layer == last else layer + 1
+            transposed[source](u_B, emissions[source])
             if layer == last:
                 u_B.add_(g_B)
-            torch.ops.aten.hardshrink.out(u_B, below, out=s_B)
+            torch.ops.aten.hardshrink.out(u_B, limit, out=s_B)
             s_B.sign_()
             counts[layer].addcmul_(s_B, s_B)
             s_B.mul_(quantum)
@@ -230,15 +245,16 @@ def ternary_phase(
 
 
 def _transposed_layer(vjp: Linearized, layer: int) -> Transposed:
-    """Mask and divisor of a layer's neurons, then the transposed synapse into it."""
-    gain_B, synapse = vjp.masks[layer] / vjp.divisors[layer], vjp.synapses[layer]
+    """J^T of one layer: mask and divisor of its neurons, then the transposed synapse into it."""
+    gain_B = vjp.masks[layer] / vjp.divisors[layer]
+    synapse = vjp.synapses[layer]
     is_limited = isinstance(synapse, LimitedSynapse)
     linear = synapse.synapse if is_limited else synapse
     has_values = gain_B.untyped_storage().device.type != "meta"  # fake tensors have none
     if isinstance(linear, Linear) and gain_B.device.type == "cpu" and has_values:
         weight = synapse.weight() if is_limited else effective_weight(linear)
-        carrier = error_weight(weight, linear.backward_weight).detach()
-        return _event_driven(carrier.to(gain_B.dtype), gain_B)
+        backward_weight = error_weight(weight, linear.backward_weight).detach()
+        return _event_driven(backward_weight.to(gain_B.dtype), gain_B)
 
     def transposed(u_B: Tensor, s_B: Tensor) -> None:
         u_B.add_(vjp.transposed(layer, gain_B * s_B))
@@ -247,26 +263,26 @@ def _transposed_layer(vjp: Linearized, layer: int) -> Transposed:
 
 
 def _event_driven(weight: Tensor, gain_BM: Tensor) -> Transposed:
-    """u += (gain s) W, as a sum of the rows of W whose neuron emitted (a few per cent).
+    """u += (gain s) W, as a sum of the rows of W whose neurons have emitted (a few per cent).
 
-    It takes a quarter of the time of the product at 128 samples, 400 neurons and 3 % (one core,
-    torch 2.13). The order of a sample's sum, and so its bits, do not depend on the batch.
+    With 128 samples, 400 neurons and 3 % emissions it takes a quarter of the time of the matrix
+    product (one core, torch 2.13). The order of a sample's sum does not depend on the batch, so the
+    result is bit-equal for any batch.
     """
     samples, neurons = gain_BM.shape
-    rows_B = torch.arange(samples)
+    sample_B = torch.arange(samples)
 
     def transposed(u_BN: Tensor, s_BM: Tensor) -> None:
-        flat = (gain_BM * s_BM).flatten()
-        places = flat.nonzero().squeeze(1)
-        sample = places.div(neurons, rounding_mode="floor")
-        starts_B = torch.searchsorted(sample, rows_B)
+        values = (gain_BM * s_BM).flatten()
+        indices = values.nonzero().squeeze(1)
+        samples_of_indices = indices.div(neurons, rounding_mode="floor")
         u_BN.add_(
             F.embedding_bag(
-                places - sample * neurons,
+                indices - samples_of_indices * neurons,
                 weight,
-                starts_B,
+                torch.searchsorted(samples_of_indices, sample_B),
                 mode="sum",
-                per_sample_weights=flat[places],
+                per_sample_weights=values[indices],
             )
         )
 

@@ -204,7 +204,7 @@ COUNTED = [
         "HLOP: lateral_steps must be a whole number >= 1",
     ),
 ]
-ROWS_MUST = "HLOP: rows must hold, for each task, a number >= 0 for each synapse"
+ROWS_MUST = "HLOP: rows must have, for each task, a whole number >= 0 for each synapse"
 WRONG_ROWS = ["12", ("12",), (3, 4), ((3, 4.0),), ((3, True),), ((3, -1),), ((),), (), (None,), 12]
 OPTIONS = [
     *[(make, rule, value) for make, rule in COUNTED for value in (True, 2.0, 2.5, "2", -1)],

@@ -107,8 +107,14 @@ test_refuses = refusals(
             lambda: one_batch(BPTT(truncate=4), lif_network(), 3),
             r"BPTT: truncate must be in 1\.\.T; got truncate=4, T",
         ),
-        (lambda: BPTT(truncate=2, recompute=True), "BPTT: truncate excludes recompute and chunk"),
-        (lambda: BPTT(truncate=2, chunk=2), "BPTT: truncate excludes recompute and chunk"),
+        (
+            lambda: BPTT(truncate=2, recompute=True),
+            "BPTT: truncate must not be combined with recompute or chunk",
+        ),
+        (
+            lambda: BPTT(truncate=2, chunk=2),
+            "BPTT: truncate must not be combined with recompute or chunk",
+        ),
         (
             lambda: BPTT(truncate=2).attach(lif_network(), over_time="mean"),
             r"BPTT-truncate-2: .* got over_time='mean'",

@@ -289,7 +289,7 @@ test_refuses = refusals(
         ),
         (
             lambda: DSR(calibrate_on="activations"),
-            r"DSR: calibrate_on='activations' needs batches to calibrate on; got calibrate=0",
+            r"DSR: calibrate must be >= 1 with calibrate_on='activations'; got calibrate=0",
         ),
         (
             lambda: DSR(backward="exact"),
@@ -297,7 +297,7 @@ test_refuses = refusals(
         ),
         (
             lambda: DSR(backward="published").attach(RateIF()),
-            r"DSR: backward='published' changes RateLIF alone; got .* RateIF alone",
+            r"DSR: backward='published' has an effect only on RateLIF, .*; got only RateIF",
         ),
         (
             lambda: DSR().attach(nn.Linear(2, 2)),

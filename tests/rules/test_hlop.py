@@ -572,7 +572,7 @@ test_refuses = refusals(
         ),
         (
             lambda: HLOP(SLTT(), rows=(3, 4, 3)),
-            r"HLOP: rows must hold, for each task, .* got rows=\(3, 4, 3\)",
+            r"HLOP: rows must have, for each task, .* got rows=\(3, 4, 3\)",
         ),
         (
             lambda: HLOP(SLTT(), rows=ROWS, learning_rate=0.0),
@@ -584,7 +584,7 @@ test_refuses = refusals(
         ),
         (
             lambda: HLOP(SLTT(), rows=ROWS, momentum=1.0),
-            r"HLOP: momentum must be in 0\.\.1, below 1; got momentum=1\.0",
+            r"HLOP: momentum must be in 0\.\.1, 1 excluded; got momentum=1\.0",
         ),
         (
             lambda: HLOP(SLTT(), rows=ROWS, lateral_steps=0),
@@ -600,25 +600,25 @@ test_refuses = refusals(
         ),
         (
             lambda: HLOP(OPZO(), rows=ROWS, error="feedback"),
-            r"OPZO hands no error from layer to layer, .*; got error='feedback'",
+            r"HLOP: error must be 'backprop' with OPZO, .*; got error='feedback'",
         ),
         (
             lambda: attached(HLOP(SLTT(), rows=((3, 4),))),
-            r"HLOP\(SLTT\): rows must name one for each of 0, 2, 4; got \(3, 4\)",
+            r"HLOP\(SLTT\): rows must have a number for each of 0, 2, 4; got \(3, 4\)",
         ),
         (
             lambda: attached(HLOP(SLTT(), rows=ROWS, learning_rate=(1, 2))),
-            r"HLOP\(SLTT\): learning_rate must name one for each",
+            r"HLOP\(SLTT\): learning_rate must be one number, or one for each",
         ),
         (
             lambda: attached(HLOP(SLTT(), rows=((7, 4, 3), (4, 1, 1)))),
-            r"HLOP\(SLTT\): rows must fit into the 6 inputs of 0; got 7",
+            r"HLOP\(SLTT\): the sum of rows over tasks 0\.\.0 must be at most the 6 inputs of 0; got 7",
         ),
         (
             lambda: HLOP(SLTT(), rows=ROWS, learn_from="rates").check_steps(4),
             (
-                r"HLOP\(SLTT\): learn_from='rates' needs a rule that gives all T steps to the model"
-                r" at once; SLTT gives 1 of 4"
+                r"HLOP\(SLTT\): learn_from='rates' needs an inner rule that passes all T steps"
+                r" to the model at once; got SLTT, which passes 1 of 4"
             ),
         ),
         (
@@ -627,7 +627,7 @@ test_refuses = refusals(
         ),
         (
             lambda: attached(HLOP(SLTT(), rows=ROWS, learn_from="traces")),
-            r"needs a rule that keeps traces, .*; got SLTT",
+            r"needs an inner rule with traces, .*; got SLTT",
         ),
         (lambda: attached(HLOP(SLTT(), rows=ROWS), over_time="mean"), r"over_time must be 'steps'"),
         (
@@ -646,7 +646,7 @@ test_refuses = refusals(
                 HLOP(SLTT(), rows=ROWS), network_with(Linear(8, 3, weights="standardized"))
             ),
             (
-                r"HLOP\(SLTT\): every layer must be a plain Linear or Conv2d, .* got standardized"
+                r"HLOP\(SLTT\): every layer must be a Linear or Conv2d of .* got standardized"
                 r" weights at 2"
             ),
         ),
@@ -692,14 +692,14 @@ test_refuses = refusals(
                 torch.optim.Adam([nn.Parameter(torch.ones(1))])
             ),
             (
-                r"HLOP\(SLTT\): the optimizer must be SGD, whose steps are sums of projected"
+                r"HLOP\(SLTT\): the optimizer must be SGD, because its steps are sums of projected"
                 r" gradients; got Adam"
             ),
         ),
         (
             lambda: HLOP(SLTT(), rows=ROWS).check_optimizer(sgd(weight_decay=1e-4)),
             (
-                r"HLOP\(SLTT\): weight_decay must be 0, because it also shrinks .*; got"
+                r"HLOP\(SLTT\): weight_decay must be 0, because it would change .*; got"
                 r" weight_decay=0\.0001"
             ),
         ),
@@ -712,18 +712,19 @@ test_refuses = refusals(
                 r" BPTT-chunk-1 gives 1 of 4"
             ),
         ),
-        (more_tasks_than_room, r"got 1 more for task 2, where synapse 0 has 0 directions left"),
+        (more_tasks_than_room, r"got 1 rows for 0 free directions of synapse 0"),
         (
             rates_of_an_equilibrium,
-            r"HLOP\(IDE\): an equilibrium is run one step at a time, so learn_from must not be",
+            r"HLOP\(IDE\): learn_from must not be 'rates' for a model with an Equilibrium, whose",
         ),
         (
             lambda: tasks_that_come(6),
-            r"HLOP\(SLTT\): rows of all 6 tasks must fit into the 6 inputs of layers\.0; got 7",
+            r"HLOP\(SLTT\): the sum of rows over tasks 0\.\.5 must be at most the 6 inputs of"
+            r" layers\.0; got 7",
         ),
         (
             lambda: recipe_of(((3, 2),), 0),
-            r"HLOP\(SLTT\): .* a recipe must have 2 phases or more; got 1",
+            r"HLOP\(SLTT\): .* a recipe must have at least 2 phases, .*; got 1",
         ),
         *[
             (lambda changes=changes: recipe_of(((3, 2), (1, 1)), 2, **changes), message)
@@ -746,7 +747,7 @@ test_refuses = refusals(
                 ),
                 (
                     {"rule.rows": ((3, 8), (1, 2))},
-                    r"rows of all 2 tasks must fit into the 8 inputs of classifier; got 10",
+                    r"rows over tasks 0\.\.1 must be at most the 8 inputs of classifier; got 10",
                 ),
             )
         ],

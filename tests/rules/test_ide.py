@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from pipeline.models.feedback import fc_feedback
 from pipeline.recipe.recipe import spec
 from pipeline.rules.hlop import HLOP
-from pipeline.rules.ide import ESCAPED, IDE, Solution, broyden, fixed_point
+from pipeline.rules.ide import DIVERGED_RESIDUAL, IDE, Solution, broyden, fixed_point
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.neuron import IF, LIF
@@ -308,7 +308,7 @@ def test_convergence_is_reported():
 
 def test_a_coarse_solve_warns_once():
     rule = IDE(iterations=1)
-    message = r"IDE: broyden left a residual of .* \|g\| after 1 iterations"
+    message = r"IDE: the gradient is not exact; got .* \|g\| after 1 iterations of broyden"
     with pytest.warns(RuntimeWarning, match=message):
         ide(rule, fully_connected(), *image((FEATURES,)), steps=20)
     with warnings.catch_warnings():
@@ -358,7 +358,7 @@ def test_a_solve_that_diverges_says_what_to_do_and_gives_no_gradient(monkeypatch
         return rule.is_unsolved()
 
     message = (
-        r"IDE: the solve of beta = g \+ J\^T beta must converge; got a residual of .* on 4 of 4"
+        r"IDE: the residual of beta = g \+ J\^T beta must be at most .*; got .* on 4 of 4"
         r" samples after 30 iterations of fixed_point; limit the synapses \(SpectralLimit\)"
     )
     with pytest.warns(RuntimeWarning, match=message):
@@ -379,7 +379,7 @@ def test_a_batch_that_is_not_solved_is_skipped(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.rules.ide.broyden", solve)
-        with pytest.warns(RuntimeWarning, match="IDE: the solve of beta = .* must converge"):
+        with pytest.warns(RuntimeWarning, match="IDE: the residual of beta = .* must be at most"):
             train_inline(tmp_path / "hit", recipe)
     events = read(tmp_path / "hit" / "journal.jsonl")
     reason = "its gradient is not finite on 1 of 1 worker: IDE could not solve for it on 1"
@@ -402,7 +402,8 @@ test_refuses = refusals(
             ),
             (
                 lambda: IDE(tolerance=1.0),
-                "IDE: tolerance is relative to the gradient and must be in 0..1; got tolerance=1.0",
+                "IDE: tolerance is relative to the gradient and must be in 0..1, 1 excluded; got"
+                " tolerance=1.0",
             ),
             (
                 lambda: IDE().attach(lif_network(), over_time="mean"),
@@ -564,4 +565,4 @@ def test_an_explosion_is_left_alone():
         return times(J)(v)
 
     fixed_point(g, counted, iterations=1000, tolerance=1e-12)
-    assert len(calls) < 200 and max(calls) < 1e3 * ESCAPED
+    assert len(calls) < 200 and max(calls) < 1e3 * DIVERGED_RESIDUAL

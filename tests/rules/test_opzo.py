@@ -411,7 +411,7 @@ test_refuses = refusals(
         (
             lambda: OPZO(noise=0),
             (
-                r"OPZO: noise must be > 0, because the feedback is learnt from it; got noise=0,"
+                r"OPZO: noise must be finite and > 0 \(>= 0 with feedback='random'\); got noise=0,"
                 r" feedback='momentum'"
             ),
         ),
