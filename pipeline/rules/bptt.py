@@ -86,23 +86,23 @@ class BPTT(Rule):
         with fresh_state(model), slice_cache(model, steps=steps, backwards=backwards) as cache:
             if self.truncate is None:
                 forward = partial(recomputed, model) if self.recompute else model
-                logits_TBK = torch.cat([forward(x_cB) for x_cB in x_TB.split(self.chunk or steps)])
-                loss, mean_logits_BK = self.loss_over_time(logits_TBK, loss_of)
+                logits = [forward(x_cB) for x_cB in x_TB.split(self.chunk or steps)]
+                loss, mean_logits_BK = self.loss_over_time(torch.cat(logits), loss_of)
                 yield LossTerm(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
                 return
             last_slice = (steps - 1) // self.truncate
             for index, x_cB in enumerate(slices(x_TB, self.truncate)):
                 cache.is_last = index == last_slice
                 loss, logits_BK = slice_loss(model(x_cB), loss_of, steps=steps)
-                backward = cache.with_gradients(loss)
-                yield LossTerm(backward=backward, loss=loss.detach(), logits=logits_BK)
+                yield LossTerm(
+                    backward=cache.with_gradients(loss), loss=loss.detach(), logits=logits_BK
+                )
                 for module in carrying_modules(model):
                     values = cast(State, module.state).values
                     values.update({name: value.detach() for name, value in values.items()})
 
 
-StateKey = tuple[State, str]
-StateValues = Mapping[StateKey, Tensor]
+StateValues = Mapping[tuple[State, str], Tensor]
 
 
 def recomputed(model: nn.Module, x_cB: Tensor) -> Tensor:
@@ -119,10 +119,14 @@ def recomputed(model: nn.Module, x_cB: Tensor) -> Tensor:
     Source: Chen et al. 2016 (arXiv 1604.06174), with one segment per slice of time steps.
     """
     state_before = _state_values(model)
-    keys_after: list[StateKey] = []
-    learnable = (p for p in model.parameters() if p.requires_grad)
+    keys_after: list[tuple[State, str]] = []
     logits_cBK, *values_after = _Recompute.apply(  # type: ignore[misc]
-        model, x_cB, list(state_before), keys_after, *state_before.values(), *learnable
+        model,
+        x_cB,
+        list(state_before),
+        keys_after,
+        *state_before.values(),
+        *(p for p in model.parameters() if p.requires_grad),
     )
     for (state, name), value in zip(keys_after, values_after, strict=True):
         state.values[name] = value
@@ -140,8 +144,8 @@ class _Recompute(torch.autograd.Function):
         ctx: Any,
         model: nn.Module,
         x_cB: Tensor,
-        keys_before: list[StateKey],
-        keys_after: list[StateKey],
+        keys_before: list[tuple[State, str]],
+        keys_after: list[tuple[State, str]],
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.model, ctx.x_cB, ctx.keys_before, ctx.keys_after = model, x_cB, keys_before, keys_after
@@ -184,8 +188,10 @@ class _Recompute(torch.autograd.Function):
         # After the backward, because the graph of batch norm uses its buffers.
         _restore(model, current_state, current_buffers)
         remaining = iter(gradients)
-        input_gradients = [next(remaining) if each.requires_grad else None for each in inputs]
-        return (None, None, None, None, *input_gradients)
+        return (
+            *[None] * 4,
+            *(next(remaining) if each.requires_grad else None for each in inputs),
+        )
 
 
 def _state_values(model: nn.Module) -> StateValues:

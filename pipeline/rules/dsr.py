@@ -140,15 +140,16 @@ class DSR(Rule):
         for name in dict.fromkeys(order):
             neuron = neurons[name]
             rates = (_rate_of_neuron(neuron, model_copy, x_TB) for x_TB in inputs)
-            height = float(_percentile(rates, samples))
+            threshold = neuron.dt * float(_percentile(rates, samples))
             for each in (neuron, originals[name]):
-                each.threshold.fill_(max(neuron.dt * height, neuron.bound))
+                each.threshold.fill_(max(threshold, neuron.bound))
 
 
 def _rate_map(lif: RateNeuron, x_TB: Tensor, *, is_published: bool) -> Tensor:
     """The spikes of the neuron, with the derivative of its rate. Replaces the neuron's forward."""
-    threshold = lif.clamped_threshold()
-    return _RateMap.apply(x_TB, threshold, lif, is_published)  # type: ignore[return-value]
+    return _RateMap.apply(  # type: ignore[return-value]
+        x_TB, lif.clamped_threshold(), lif, is_published
+    )
 
 
 class _RateMap(torch.autograd.Function):
@@ -166,10 +167,9 @@ class _RateMap(torch.autograd.Function):
         )  # -log(decay) / dt: 1 / tau
         rate_B = _unclamped_rate(lif, x_TB, gain)
         height = (threshold / lif.dt).to(rate_B.dtype)
-        if is_published:
-            is_inside_B = (rate_B > 0) & (rate_B < height)
-        else:
-            is_inside_B = (rate_B >= 0) & (rate_B <= height)
+        is_inside_B = (
+            (rate_B > 0) & (rate_B < height) if is_published else (rate_B >= 0) & (rate_B <= height)
+        )
         ctx.save_for_backward(is_inside_B, rate_B > height)
         ctx.decay, ctx.gain, ctx.dt, ctx.is_published = lif.decay, gain, lif.dt, is_published
         return out_TB

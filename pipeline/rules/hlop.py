@@ -138,10 +138,8 @@ class HLOP(Rule):
             rates and all(admits(float, rate) and rate > 0 for rate in rates),
             f"HLOP: learning_rate must be numbers > 0; got learning_rate={learning_rate!r}",
         )
-        counts = {"inner_iterations": inner_iterations}
-        if lateral_steps is not None:
-            counts["lateral_steps"] = lateral_steps
-        refuse_unless_counts("HLOP", counts)
+        lateral_counts = {} if lateral_steps is None else {"lateral_steps": lateral_steps}
+        refuse_unless_counts("HLOP", {"inner_iterations": inner_iterations, **lateral_counts})
         require(
             0 <= momentum < 1,
             f"HLOP: momentum must be in 0..1, 1 excluded; got momentum={momentum}",
@@ -300,7 +298,6 @@ class HLOP(Rule):
         self._check_rows(self._synapses_of(model), tasks=tasks)
 
     def _grow_subspaces(self) -> None:
-        """Freeze the rows of each subspace, and add the rows of the current task."""
         task = int(self.task)
         counts = self.rows[min(task, len(self.rows) - 1)]
         for index, (subspace, count) in enumerate(zip(self.subspaces, counts, strict=True)):
@@ -389,7 +386,6 @@ class HLOP(Rule):
         return metrics
 
     def extra_bytes(self) -> int:
-        """Bytes of recorded moments, fixed feedback weights, and the inner rule."""
         return (
             sum(recorder.bytes() for recorder in self._recorders)
             + sum(each.matrix.nbytes for each in self._feedback)
@@ -445,8 +441,7 @@ class HLOP(Rule):
         for name, module in modules.items():
             if is_inside(name, self.skip):
                 continue
-            layer = type(module).__name__
-            is_synapse = isinstance(module, (Linear, Conv2d))
+            layer, is_synapse = type(module).__name__, isinstance(module, (Linear, Conv2d))
             weights = module.weights if is_synapse else "plain"
             groups = getattr(module, "groups", 1) if is_synapse else 1
             for is_refused, problem in (

@@ -153,7 +153,7 @@ class Solution:
     def __init__(self, g_B: Tensor, tolerance: float, *, keep: Literal["last", "lowest"]) -> None:
         self.tolerance = tolerance
         self.keep = keep
-        self.g_norm_B = _norm(g_B)
+        self.g_norm_B = g_B.flatten(1).norm(dim=1)
         self.beta_B = torch.zeros_like(g_B)
         self.residual_B = torch.where(self.g_norm_B == 0, 0.0, 1.0).to(self.g_norm_B.dtype)
         self.is_running_B = self.residual_B > tolerance
@@ -165,16 +165,15 @@ class Solution:
 
     def update(self, beta_B: Tensor, r_B: Tensor) -> None:
         """Use the iterate `beta_B` with the residual vector `r_B`, for the running samples."""
-        residual_B = _norm(r_B) / self.g_norm_B
-        is_used_B = self.is_running_B
-        if self.keep == "lowest":
-            is_used_B = is_used_B & (residual_B < self.residual_B)
+        residual_B = r_B.flatten(1).norm(dim=1) / self.g_norm_B
+        is_used_B = self.is_running_B & ((self.keep == "last") | (residual_B < self.residual_B))
         self.residual_B = torch.where(is_used_B, residual_B, self.residual_B)
         self.beta_B = torch.where(_broadcast(is_used_B, beta_B), beta_B, self.beta_B)
         self.iterations_B = self.iterations_B + self.is_running_B
         # A residual of NaN stops the sample too.
-        is_between_B = (residual_B > self.tolerance) & (residual_B < DIVERGED_RESIDUAL)
-        self.is_running_B = self.is_running_B & is_between_B
+        self.is_running_B = (
+            self.is_running_B & (residual_B > self.tolerance) & (residual_B < DIVERGED_RESIDUAL)
+        )
 
 
 @torch.no_grad()
@@ -233,8 +232,9 @@ def broyden(
         h_BD = _low_rank_product(u_BkD, w_BkD, next_r_BD) - next_r_BD
         denominator_B1 = (w_BD * (next_r_BD - r_BD)).sum(1, keepdim=True)
         # H does not change for a stopped sample, or if the denominator is 0.
-        tiny = torch.finfo(g_BD.dtype).tiny
-        is_updated_B1 = solution.is_running_B[:, None] & (denominator_B1.abs() > tiny)
+        is_updated_B1 = solution.is_running_B[:, None] & (
+            denominator_B1.abs() > torch.finfo(g_BD.dtype).tiny
+        )
         u_BKD[:, k] = torch.where(is_updated_B1, -h_BD / denominator_B1, 0)
         w_BKD[:, k] = torch.where(is_updated_B1, w_BD, 0)
         delta_BD = solution.zero_stopped(
@@ -248,10 +248,6 @@ def _low_rank_product(left_BkD: Tensor, right_BkD: Tensor, x_BD: Tensor) -> Tens
     """sum_k left_k (right_k . x)"""
     inner_Bk = (right_BkD @ x_BD.unsqueeze(2)).squeeze(2)
     return (inner_Bk.unsqueeze(1) @ left_BkD).squeeze(1)
-
-
-def _norm(x_B: Tensor) -> Tensor:
-    return x_B.flatten(1).norm(dim=1)
 
 
 def _broadcast(flag_B: Tensor, x_B: Tensor) -> Tensor:

@@ -257,8 +257,7 @@ class OPZO(Rule):
             index: _loss_and_error(local_1BK, loss_of, steps)[2]
             for index, local_1BK in readout_logits.items()
         }
-        outputs = [logits_1BK, *readout_logits.values()]
-        signals = [e_1BK, *readout_errors.values()]
+        outputs, signals = [logits_1BK, *readout_logits.values()], [e_1BK, *readout_errors.values()]
         for index, layer in enumerate(self._layers):
             s_1B = layer.recorded("spikes")
             above = [other for other in self.intermediate if other > index]
@@ -273,13 +272,13 @@ class OPZO(Rule):
             )
             outputs.append(s_1B)
             signals.append(g_BN.view_as(s_1B))
-        backward = inject_gradients(loss, outputs, signals)
-        return LossTerm(backward=backward, loss=loss, logits=logits_BK)
+        return LossTerm(
+            backward=inject_gradients(loss, outputs, signals), loss=loss, logits=logits_BK
+        )
 
     # --------------------------------------------------------------------------------------- checks
 
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
-        """All synapses except those of readouts, by name."""
         readouts = {id(module.linear) for module in model.modules() if isinstance(module, Readout)}
         return {
             name: synapse
@@ -326,11 +325,11 @@ class OPZO(Rule):
             f"{self.label}: a layer must run once in a time step, because it has one signal per"
             f" step; got {', '.join(twice)} twice",
         )
-        first = next(name for name in order if name in synapses)
+        synapse_order = [name for name in order if name in synapses]
         require(
-            first == next(iter(synapses)),
+            synapse_order[0] == next(iter(synapses)),
             f"{self.label}: the first synapse in order of registration must run first, because"
-            f" it has no trace; got {first} before {next(iter(synapses))}",
+            f" it has no trace; got {synapse_order[0]} before {next(iter(synapses))}",
         )
         spikes = {
             name: layer.recorded("spikes")

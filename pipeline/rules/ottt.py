@@ -120,8 +120,9 @@ class OTTT(Rule):
                 cache.is_last = index == last_slice
                 logits_cBK = model(x_cB) if self._is_order_checked else self._checked(model, x_cB)
                 loss, logits_BK = slice_loss(logits_cBK, loss_of, steps=steps)
-                backward = cache.with_gradients(loss)
-                yield LossTerm(backward=backward, loss=loss.detach(), logits=logits_BK)
+                yield LossTerm(
+                    backward=cache.with_gradients(loss), loss=loss.detach(), logits=logits_BK
+                )
 
     def _checked(self, model: nn.Module, x_cB: Tensor) -> Tensor:
         """The logits of the first slice, after a check of the order in which the synapses run.

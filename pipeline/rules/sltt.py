@@ -94,17 +94,14 @@ class SLTT(Rule):
         last_slice = selected[-1] // (self.chunk or steps)
         with fresh_state(model), slice_cache(model, steps=steps, backwards="several") as cache:
             for index, x_cB in enumerate(slices(x_TB, self.chunk)):
-                is_selected = k == steps or index in selected
+                is_selected = index in selected
                 cache.is_last = index == last_slice
-                backward = None
                 # The block ends before the yield. Otherwise the suspended generator would disable
                 # gradients in the caller.
                 with torch.set_grad_enabled(is_selected and torch.is_grad_enabled()):
                     loss, logits_BK = slice_loss(model(x_cB), loss_of, steps=steps)
-                    if is_selected:
-                        backward = cache.with_gradients(
-                            loss * (steps / k) if self.rescale else loss
-                        )
+                    scaled_loss = loss * (steps / k) if self.rescale else loss
+                    backward = cache.with_gradients(scaled_loss) if is_selected else None
                 yield LossTerm(backward=backward, loss=loss.detach(), logits=logits_BK)
 
 

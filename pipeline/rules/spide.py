@@ -100,8 +100,8 @@ class SPIDE(Rule):
             spikes.append(s_1B.count_nonzero().item())
             neuron_steps.append(s_1B.numel())
 
-        neurons = find_equilibrium(self.label, model).neurons
-        with hooked(neuron.register_forward_hook(count) for neuron in neurons):
+        equilibrium = find_equilibrium(self.label, model)
+        with hooked(neuron.register_forward_hook(count) for neuron in equilibrium.neurons):
             for term in self._one_loss_term(model, x_TB, loss_of, step, rows):
                 self.forward_rate = sum(spikes) / sum(neuron_steps)
                 self.adjoint.samples = x_TB.shape[1]
@@ -246,8 +246,7 @@ def ternary_phase(
 
 def _transposed_layer(vjp: Linearized, layer: int) -> Transposed:
     """J^T of one layer: mask and divisor of its neurons, then the transposed synapse into it."""
-    gain_B = vjp.masks[layer] / vjp.divisors[layer]
-    synapse = vjp.synapses[layer]
+    gain_B, synapse = vjp.masks[layer] / vjp.divisors[layer], vjp.synapses[layer]
     is_limited = isinstance(synapse, LimitedSynapse)
     linear = synapse.synapse if is_limited else synapse
     has_values = gain_B.untyped_storage().device.type != "meta"  # fake tensors have none

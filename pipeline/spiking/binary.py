@@ -114,7 +114,7 @@ class Binarizer(nn.Module):
     def reset(self, weight: Tensor) -> None:
         """Set a learnable scale to its initial value for the latent weight."""
         if self.scale is not None:
-            self.scale.copy_(2 * _mean_abs(weight))
+            self.scale.copy_(2 * _mean_abs_per_filter(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
         V = self._latent(weight)
@@ -144,7 +144,7 @@ class Binarizer(nn.Module):
         if self.scale is not None:
             # The gradient also passes below the minimum, so that the scale can rise above it again.
             return self.scale + (self.scale.clamp_min(SMALLEST_SCALE) - self.scale).detach()
-        return V.new_ones(len(V)) if self.weights == "ir" else _mean_abs(V.detach())
+        return V.new_ones(len(V)) if self.weights == "ir" else _mean_abs_per_filter(V.detach())
 
     def extra_repr(self) -> str:
         return repr(self.weights)
@@ -157,7 +157,6 @@ def unbinarize(synapse: Linear | Conv2d) -> None:
 
 
 def binary_synapses(model: nn.Module) -> dict[str, Linear | Conv2d]:
-    """Every synapse of `model` with 1-bit weights, by module name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -193,17 +192,16 @@ class _ScaledSign(torch.autograd.Function):
         (g,) = grad_outputs
         V, a_O = ctx.saved_tensors
         needs_V, needs_a, _ = ctx.needs_input_grad
-        g_V = g_a_O = None
-        if needs_V:
-            window = _broadcast_to_filters(a_O, V) if ctx.window is None else ctx.window
-            g_V = g.masked_fill(V.abs() > window, 0)
+        window = _broadcast_to_filters(a_O, V) if ctx.window is None else ctx.window
+        g_V = g.masked_fill(V.abs() > window, 0) if needs_V else None
+        g_a_O = None
         if needs_a:
             g_a_O = torch.where(V >= 0, g, -g).flatten(1).sum(1) / math.sqrt(V[0].numel())
         return g_V, g_a_O, None
 
 
-def _mean_abs(V: Tensor) -> Tensor:
-    """mean |V| of each filter, `[out]`, without an intermediate tensor of V's size."""
+def _mean_abs_per_filter(V: Tensor) -> Tensor:
+    # The norm needs no intermediate tensor of V's size.
     return torch.linalg.vector_norm(V.flatten(1), ord=1, dim=1) / V[0].numel()
 
 
@@ -228,8 +226,7 @@ def following_norms(
     The result is found by running `network` on `x_TB`, whose values do not matter. Every operation
     on an output is a consumer.
     """
-    consumers = _Consumers()
-    modules = dict(network.named_modules())
+    consumers, modules = _Consumers(), dict(network.named_modules())
     hooks = [
         module.register_forward_hook(partial(consumers.record_output, name))
         for name, module in synapses.items()

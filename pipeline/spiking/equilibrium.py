@@ -146,8 +146,7 @@ class Equilibrium(nn.Module):
 
     def _add_to_rate(self, s_1B: Tensor) -> Tensor:
         """Add the spikes to the running sum_t decay^(T-t) s[t]. Returns the output of this step."""
-        old_sum_1B = self.state.read("sum")
-        steps = self.state.read("steps")
+        old_sum_1B, steps = self.state.read("sum"), self.state.read("steps")
         t = 1 if steps is None else int(steps) + 1
         sum_1B = s_1B.to(torch.promote_types(s_1B.dtype, torch.float32))
         if old_sum_1B is not None:
@@ -158,8 +157,9 @@ class Equilibrium(nn.Module):
             return s_1B
         out_1B = sum_1B * (t / _sum_of_powers(self.decay, t))
         if old_sum_1B is not None:
-            old_factor = (t - 1) / _sum_of_powers(self.decay, t - 1)
-            out_1B = torch.sub(out_1B, old_sum_1B, alpha=old_factor)
+            out_1B = torch.sub(
+                out_1B, old_sum_1B, alpha=(t - 1) / _sum_of_powers(self.decay, t - 1)
+            )
         return out_1B.to(s_1B.dtype)
 
     def _implicit(self, x_TB: Tensor, adjoint: Adjoint) -> Tensor:
@@ -211,7 +211,7 @@ def find_equilibrium(error_prefix: str, model: nn.Module) -> Equilibrium:
         f" {' and '.join(equilibria) or 'none'} in {type(model).__name__}",
     )
     (equilibrium,) = equilibria.values()
-    inside = {neuron for _, neuron in named_neurons(equilibrium)}
+    inside = set(equilibrium.modules())
     outside = [name for name, neuron in named_neurons(model) if neuron not in inside]
     require(
         not outside,
@@ -239,8 +239,7 @@ class Linearized:
         self.masks: list[Tensor] = []
         self._synapse_graphs: list[tuple[Tensor, Tensor]] = []  # input and output of each synapse
         rate_1B = a_1B
-        norms = batch_norms(equilibrium)
-        with torch.enable_grad(), attribute_set(norms, "training", False):
+        with torch.enable_grad(), attribute_set(batch_norms(equilibrium), "training", False):
             for layer, synapse in enumerate(self.synapses):
                 input_1B = rate_1B.detach().requires_grad_()
                 output_1B = synapse(input_1B)
@@ -294,9 +293,7 @@ class _ImplicitGradient(torch.autograd.Function):
         betas: list[Tensor],
     ) -> Tensor:
         ctx.save_for_backward(a_1B, current_1B)
-        ctx.equilibrium = equilibrium
-        ctx.adjoint = adjoint
-        ctx.betas = betas
+        ctx.equilibrium, ctx.adjoint, ctx.betas = equilibrium, adjoint, betas
         return a_1B.clone()
 
     @staticmethod
@@ -304,9 +301,9 @@ class _ImplicitGradient(torch.autograd.Function):
         a_1B, current_1B = ctx.saved_tensors
         (g_1B,) = grad_outputs
         if not g_1B.isfinite().all():
-            value = g_1B[~g_1B.isfinite()][0].item()
             warnings.warn(
-                f"Equilibrium: the gradient of the loss must be finite; got {value}",
+                "Equilibrium: the gradient of the loss must be finite; got"
+                f" {g_1B[~g_1B.isfinite()][0].item()}",
                 RuntimeWarning,
                 stacklevel=2,
             )

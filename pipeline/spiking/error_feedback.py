@@ -100,8 +100,9 @@ class ErrorFeedback(nn.Module):
         self.reset(self.device)
         for key, value in state_dict.items():
             if key.startswith(f"{prefix}matrix_"):
-                name = key.removeprefix(prefix)
-                self.register_buffer(name, torch.zeros_like(value, device=self.device))
+                self.register_buffer(
+                    key.removeprefix(prefix), torch.zeros_like(value, device=self.device)
+                )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -135,7 +136,7 @@ class MeanJacobian(ErrorFeedback):
         self._samples: dict[int, int] = {}
 
     def pending_bytes(self) -> int:
-        """Bytes of the sums: one per matrix, of the same size."""
+        # One sum per matrix, of the same size.
         return sum(
             buffer.nbytes for name, buffer in self.named_buffers() if name.startswith("matrix_")
         )
@@ -158,8 +159,7 @@ class MeanJacobian(ErrorFeedback):
 
     def jacobian(self, layer: int) -> Tensor:
         """M / (1 - lam^k) `[N, K]`: the estimate of a layer's mean Jacobian (do/ds)^T."""
-        matrix = self.get_buffer(f"matrix_{layer}")
-        updates = int(self.updates)
+        matrix, updates = self.get_buffer(f"matrix_{layer}"), int(self.updates)
         return matrix / (1 - self.momentum**updates) if updates else matrix
 
     @torch.no_grad()
@@ -229,8 +229,7 @@ class SinglePoint(ErrorFeedback):
 
 def sign_symmetric(weight: Tensor) -> Tensor:
     """sign(W) / sqrt(in) for a matrix, sign(W) sqrt(2 / (k^2 out)) for a convolution."""
-    is_matrix = weight.dim() == 2
-    variance = 1 / weight.shape[1] if is_matrix else 2 / weight[:, 0].numel()
+    variance = 1 / weight.shape[1] if weight.dim() == 2 else 2 / weight[:, 0].numel()
     return weight.sign() * math.sqrt(variance)
 
 

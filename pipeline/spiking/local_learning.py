@@ -51,9 +51,9 @@ class Readout(nn.Module):
         return s_TB
 
     def logits(self, s_TB: Tensor) -> Tensor:
-        is_vector = s_TB.dim() == 3 and self.cells == 1
         require(
-            s_TB.shape[2] == self.channels and (is_vector or s_TB.dim() == 5),
+            s_TB.shape[2] == self.channels
+            and (s_TB.dim() == 5 or (s_TB.dim() == 3 and self.cells == 1)),
             f"Readout: the spikes must have {self.channels} channels, and height and width if cells"
             f" > 1; got shape {tuple(s_TB.shape)} with cells={self.cells}",
         )
@@ -124,10 +124,9 @@ class LocalGradient:
         self.state.write("spikes", s_TB)
         if self.readout is not None:
             self.state.write("logits", self.readout.logits(s_TB.to(x_TB.dtype)))
-        out_TB = s_TB.detach()
         if noise_B is not None and self.inject == "spikes":
-            out_TB = out_TB + noise_B
-        return out_TB.to(x_TB.dtype)
+            return (s_TB.detach() + noise_B).to(x_TB.dtype)
+        return s_TB.detach().to(x_TB.dtype)
 
     def _noise(self, v_B: Tensor) -> Tensor:
         """alpha z of this call, in the shape of `v_B`."""
@@ -147,9 +146,8 @@ class LocalGradient:
         """One step of the neuron, with noise on the membrane if there is noise for it."""
         if noise_B is None or self.inject == "spikes":
             return lif.step(x_B, v_B)
-        # Adding the noise to the current adds it to u.
-        current_noise_B = noise_B / (1 - lif.decay) if lif.scale_input else noise_B
-        s_B, v_B = lif.step(x_B + current_noise_B, v_B)
+        # Noise on the current is noise on u.
+        s_B, v_B = lif.step(x_B + (noise_B / (1 - lif.decay) if lif.scale_input else noise_B), v_B)
         # The noise must not remain in v. A reset to zero has already removed it where s = 1.
         return s_B, v_B - (noise_B if lif.reset == "subtract" else noise_B * (1 - s_B.detach()))
 
@@ -160,8 +158,7 @@ def run_readouts(model: nn.Module) -> AbstractContextManager[None]:
     So a recorder of its linear layer's inputs sees the same inputs as in local learning.
     """
 
-    def compute_logits(readout: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-        assert isinstance(readout, Readout)
+    def compute_logits(readout: Any, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         readout.logits(inputs[0])
 
     return hooked(
@@ -185,8 +182,7 @@ class _InjectGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = grad_outputs
-        gradients = [g.to(signal.dtype) * signal for signal in ctx.saved_tensors]
+        gradients = [grad_outputs[0].to(each.dtype) * each for each in ctx.saved_tensors]
         return (None, *gradients, *[None] * len(gradients))
 
 
@@ -205,7 +201,7 @@ def refuse_skip_connections(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     output_of_leaf: dict[int, str] = {}
     for output, value in outputs.items():
-        leaves = _leaves(value)
+        leaves = _leaf_ids(value)
         # In the model's order, so that repeated runs name the same parameter.
         for leaf in [*filter(leaves.__contains__, names), *leaves - names.keys()]:
             other = output_of_leaf.setdefault(leaf, output)
@@ -217,8 +213,7 @@ def refuse_skip_connections(
             )
 
 
-def _leaves(value: Tensor) -> set[int]:
-    """The ids of the leaf tensors in the graph of `value`."""
+def _leaf_ids(value: Tensor) -> set[int]:
     visited, stack = set(), [value.grad_fn]
     while stack:
         node = stack.pop()

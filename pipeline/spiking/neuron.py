@@ -27,9 +27,8 @@ from pipeline.spiking.state import State
 from pipeline.spiking.surrogate import Surrogate, Triangle, heaviside
 
 
-def identity(v_B: Tensor) -> Tensor:
-    """Return the input. As `LIF.carry`, it passes the membrane to the next step with its graph."""
-    return v_B
+def identity(x: Tensor) -> Tensor:
+    return x
 
 
 class LIF(nn.Module):
@@ -292,18 +291,17 @@ class _Fire(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         a_B = u_B - threshold
         s_B = heaviside(a_B)
-        ctx.subtract = subtract
+        ctx.subtract, ctx.surrogate = subtract, surrogate
         ctx.has_reset_gradient = has_reset_gradient
-        ctx.surrogate = surrogate
         ctx.set_materialize_grads(False)  # a detached membrane has no gradient
         if subtract is None and has_reset_gradient:
             ctx.save_for_backward(a_B, u_B)
             return s_B, u_B.masked_fill(a_B >= 0, 0)
         ctx.save_for_backward(a_B)
         ctx.mark_dirty(u_B)
-        if subtract is None:
-            return s_B, u_B.masked_fill_(a_B >= 0, 0)
-        return s_B, u_B.sub_(s_B, alpha=subtract)
+        return s_B, (
+            u_B.masked_fill_(a_B >= 0, 0) if subtract is None else u_B.sub_(s_B, alpha=subtract)
+        )
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -83,7 +83,6 @@ class BatchNorm(nn.Module):
 
     @property
     def uses_batch_statistics(self) -> bool:
-        """Whether it normalises with batch statistics (False: with running statistics)."""
         return self.training and not self.frozen
 
     def _normalize(self, x_NC: Tensor, steps: int = 1) -> Tensor:
@@ -114,8 +113,9 @@ class BatchNorm(nn.Module):
         self._update_running_statistics(mean_C, var_C, count, steps)
         shape = (-1, *[1] * (x_NC.dim() - 2))
         scale_C = self.weight * torch.rsqrt(var_C + self.eps)
-        y_NC = (wide_NC - mean_C.view(shape)) * scale_C.view(shape) + self.bias.view(shape)
-        return y_NC.to(x_NC.dtype)
+        return ((wide_NC - mean_C.view(shape)) * scale_C.view(shape) + self.bias.view(shape)).to(
+            x_NC.dtype
+        )
 
     @torch.no_grad()
     def _update_running_statistics(
@@ -189,10 +189,9 @@ def moments_over_ranks(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Source: Chan, Golub & LeVeque 1983 (doi 10.1080/00031305.1983.10483115), eq. 2.1.
     """
-    dims = [d for d in range(x_NC.dim()) if d != 1]
     channels = x_NC.shape[1]
     count = x_NC.numel() // channels
-    var_C, mean_C = torch.var_mean(x_NC, dims, correction=0)
+    var_C, mean_C = torch.var_mean(x_NC, [0, *range(2, x_NC.dim())], correction=0)
     row = torch.cat([mean_C, var_C * count, mean_C.new_tensor([float(count)])])
     ranks, rank = distributed.get_world_size(), distributed.get_rank()
     table_R = _SumOverRanks.apply(F.pad(row.unsqueeze(0), (0, 0, rank, ranks - 1 - rank)))
@@ -219,6 +218,4 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        total = grad_outputs[0].clone()
-        distributed.all_reduce(total)
-        return total
+        return _SumOverRanks.forward(ctx, grad_outputs[0])

@@ -195,17 +195,22 @@ def rate_readout(neuron: nn.Module) -> nn.Module:
 
     It is `WeightedRates` for leaky rate neurons, and the identity for all others.
     """
-    if isinstance(neuron, RateNeuron) and neuron.decay < 1:
-        return WeightedRates(neuron.decay)
-    return nn.Identity()
+    return (
+        WeightedRates(neuron.decay)
+        if isinstance(neuron, RateNeuron) and neuron.decay < 1
+        else nn.Identity()
+    )
 
 
 def rate_weights(decay: float, x_TB: Tensor) -> Tensor:
     """decay^(T-t) / sum over the T steps of `x_TB`, `[T]`; for decay 1 each weight is 1 / T."""
     powers = [decay**exponent for exponent in reversed(range(len(x_TB)))]
     total = sum(powers)
-    dtype = torch.promote_types(x_TB.dtype, torch.float32)
-    return torch.tensor([power / total for power in powers], dtype=dtype, device=x_TB.device)
+    return torch.tensor(
+        [power / total for power in powers],
+        dtype=torch.promote_types(x_TB.dtype, torch.float32),
+        device=x_TB.device,
+    )
 
 
 class _ClampedThreshold(torch.autograd.Function):

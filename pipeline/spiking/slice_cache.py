@@ -141,7 +141,7 @@ def slice_cache(model: nn.Module, *, steps: int, backwards: Backwards) -> Iterat
     The block must be inside `fresh_state`, and the weights must not change in it.
     """
     cache = SliceCache(steps=steps, backwards=backwards)
-    modules = [module for module in model.modules() if hasattr(module, "slice_cache")]
+    modules = (module for module in model.modules() if hasattr(module, "slice_cache"))
     with attribute_set(modules, "slice_cache", cache):
         yield cache
 

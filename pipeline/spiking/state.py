@@ -122,6 +122,9 @@ def state_bytes(model: nn.Module, *, beside: Container[int] = ()) -> int:
     Each storage counts once. Outside `fresh_state` the result is 0. Storages with a `_cdata` in
     `beside` do not count, such as traces that the backward keeps too.
     """
-    values = (value for state in states_of(model) for value in state.values.values())
-    storages = {value.untyped_storage()._cdata: value.untyped_storage() for value in values}
+    storages = {
+        value.untyped_storage()._cdata: value.untyped_storage()
+        for state in states_of(model)
+        for value in state.values.values()
+    }
     return sum(storage.nbytes() for key, storage in storages.items() if key not in beside)

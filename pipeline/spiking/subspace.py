@@ -159,8 +159,7 @@ class SpikingMoments:
     """
 
     def __init__(self, subspace: Subspace, *, steps: int) -> None:
-        self.rows = subspace.rows
-        self.steps = steps
+        self.rows, self.steps = subspace.rows, steps
         self.cross_KC = torch.zeros_like(self.rows)
         self.lateral_KK = self.rows.new_zeros(len(self.rows), len(self.rows))
         self.power = self.rows.new_zeros(1)
@@ -192,8 +191,11 @@ Moments = SecondMoments | SpikingMoments
 
 def _share(preserved: Tensor, total: Tensor) -> Tensor:
     """preserved / total, or 1 if the total is 0."""
-    tiny = torch.finfo(total.dtype).tiny
-    return torch.where(total > 0, preserved / total.clamp_min(tiny), torch.ones_like(total))
+    return torch.where(
+        total > 0,
+        preserved / total.clamp_min(torch.finfo(total.dtype).tiny),
+        torch.ones_like(total),
+    )
 
 
 def quantized_response(y: Tensor, steps: int) -> Tensor:
@@ -237,13 +239,9 @@ class InputRecorder:
         decay: float | None,
         presynaptic: Presynaptic | None,
     ) -> None:
-        self.name = name
-        self.synapse = synapse
-        self.subspace = subspace
-        self.moments = moments
-        self.decay = decay
-        self.presynaptic = presynaptic
-        self.state = getattr(presynaptic, "state", None)
+        self.name, self.synapse, self.subspace = name, synapse, subspace
+        self.moments, self.decay = moments, decay
+        self.presynaptic, self.state = presynaptic, getattr(presynaptic, "state", None)
         self.steps: int | None = None
         self.pending: Moments | None = None
         self.last: Moments | None = None
@@ -290,9 +288,12 @@ class InputRecorder:
         return float(self.subspace.energy)
 
     def bytes(self) -> int:
-        """Bytes of the moments of the current and of the previous batch."""
-        values = vars(self.moments(self.subspace)).values()
-        return 2 * sum(each.nbytes for each in values if isinstance(each, Tensor))
+        # The moments of the current and of the previous batch.
+        return 2 * sum(
+            value.nbytes
+            for value in vars(self.moments(self.subspace)).values()
+            if isinstance(value, Tensor)
+        )
 
     def finish_batch(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> Moments | None:
         """Average the moments of the global batch over ranks, and start the next batch.

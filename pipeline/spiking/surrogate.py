@@ -15,11 +15,8 @@ from pipeline.core.checks import require
 
 
 class Surrogate(Protocol):
-    """The interface of a surrogate."""
-
     def derivative(self, u_minus_threshold: Tensor) -> Tensor:
         """psi, elementwise, in a new tensor, which the caller may overwrite."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,6 @@ def folded(op: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
 
 
 class _Synapse(nn.Module):
-    """The attributes that Linear and Conv2d share."""
-
     weight: Tensor
 
     def _init_synapse(self, weights: Weights) -> None:
@@ -75,8 +73,7 @@ class _Synapse(nn.Module):
                 f"{type(self).__name__}: standardized weights need a fan-in of at least 2; got"
                 f" {self.weight[0].numel()}",
             )
-            shape = (len(self.weight), *[1] * (self.weight.dim() - 1))
-            self.gain = nn.Parameter(torch.ones(shape))
+            self.gain = nn.Parameter(torch.ones(len(self.weight), *[1] * (self.weight.dim() - 1)))
         self.binarizer: nn.Module | None = None
         self.slice_cache: SliceCache | None = None
         self.state = None if self.gain is None else State(type(self).__name__)
@@ -176,14 +173,13 @@ def _standardized(weight: Tensor, gain: Tensor) -> Tensor:
     # biased, so gain and eps are converted:
     # fan_in unbiased + eps = fan_in^2 / (fan_in - 1) (biased + eps (fan_in - 1) / fan_in^2).
     scale = math.sqrt(fan_in - 1) / fan_in
-    eps = STANDARDIZATION_EPS * scale**2
     return F.batch_norm(
         weight.reshape(1, weight.shape[0], fan_in),
         None,
         None,
         (gain * scale).flatten(),
         training=True,
-        eps=eps,
+        eps=STANDARDIZATION_EPS * scale**2,
     ).view_as(weight)
 
 
@@ -221,10 +217,13 @@ def _with_seams(
         )
     device = x_TB.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    bias = None if synapse.bias is None else synapse.bias.to(dtype)
-    operands = (x_TB.to(dtype), factor_TB.to(dtype), weight.to(dtype), bias)
     return _WithSeams.apply(  # type: ignore[return-value]
-        *operands, synapse.backward_weight, geometry
+        x_TB.to(dtype),
+        factor_TB.to(dtype),
+        weight.to(dtype),
+        None if synapse.bias is None else synapse.bias.to(dtype),
+        synapse.backward_weight,
+        geometry,
     )
 
 
@@ -240,8 +239,7 @@ class _WithSeams(torch.autograd.Function):
         geometry: tuple[Any, ...] | None,
     ) -> Tensor:
         ctx.save_for_backward(factor_TB, weight)
-        ctx.backward_weight = backward_weight
-        ctx.geometry = geometry
+        ctx.backward_weight, ctx.geometry = backward_weight, geometry
         if geometry is None:
             return F.linear(x_TB, weight, bias)
         return F.conv2d(x_TB.flatten(0, 1), weight, bias, *geometry).unflatten(0, x_TB.shape[:2])

@@ -171,7 +171,7 @@ def test_second_attach_is_refused(case):
     rule, model = attached(case.rule(), case.model())
     with pytest.raises(ValueError, match=rf"^{re.escape(rule.label)}: "):
         attached(rule, case.model())
-    with pytest.raises(ValueError, match=r"BPTT: .* no rule yet"):
+    with pytest.raises(ValueError, match=r"BPTT: .* must not be attached to another rule"):
         BPTT().attach(model)
 
 

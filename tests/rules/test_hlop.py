@@ -612,7 +612,7 @@ test_refuses = refusals(
         ),
         (
             lambda: attached(HLOP(SLTT(), rows=((7, 4, 3), (4, 1, 1)))),
-            r"HLOP\(SLTT\): the sum of rows over tasks 0\.\.0 must be at most the 6 inputs of 0; got 7",
+            r"HLOP\(SLTT\): .* rows over tasks 0\.\.0 must be at most the 6 inputs of 0; got 7",
         ),
         (
             lambda: HLOP(SLTT(), rows=ROWS, learn_from="rates").check_steps(4),
@@ -685,7 +685,7 @@ test_refuses = refusals(
         ),
         (
             lambda: attached(HLOP(SLTT(), rows=ROWS))[0].start_task(nn.Module(), 2),
-            r"one after another; got task 2 after task 0",
+            r"tasks must start in order; got task 2 after task 0",
         ),
         (
             lambda: HLOP(SLTT(), rows=ROWS).check_optimizer(
@@ -708,8 +708,8 @@ test_refuses = refusals(
                 *attached(HLOP(BPTT(chunk=1), rows=ROWS, learn_from="rates")), *batch(4), step=0
             ),
             (
-                r"HLOP\(BPTT-chunk-1\): learn_from='rates' needs .* all T steps .*;"
-                r" BPTT-chunk-1 gives 1 of 4"
+                r"HLOP\(BPTT-chunk-1\): learn_from='rates' needs .* all T steps .*; got"
+                r" BPTT-chunk-1, which passes 1 of 4"
             ),
         ),
         (more_tasks_than_room, r"got 1 rows for 0 free directions of synapse 0"),
@@ -724,7 +724,7 @@ test_refuses = refusals(
         ),
         (
             lambda: recipe_of(((3, 2),), 0),
-            r"HLOP\(SLTT\): .* a recipe must have at least 2 phases, .*; got 1",
+            r"HLOP\(SLTT\): a recipe must have at least 2 phases, .*; got 1",
         ),
         *[
             (lambda changes=changes: recipe_of(((3, 2), (1, 1)), 2, **changes), message)
@@ -743,7 +743,7 @@ test_refuses = refusals(
                 ),
                 (
                     {"model.weights": "standardized"},
-                    r"every layer must be a plain .*; got standardized weights at layers\.0",
+                    r"every layer must be a Linear or .*; got standardized weights at layers\.0",
                 ),
                 (
                     {"rule.rows": ((3, 8), (1, 2))},

@@ -442,21 +442,21 @@ test_refuses = refusals(
         (
             lambda: OPZO(intermediate=(0, 1)),
             (
-                r"OPZO: intermediate must be increasing indices .*, 1 or more, .* got"
+                r"OPZO: intermediate must be increasing indices >= 1 .*, because .* got"
                 r" intermediate=\(0, 1\)"
             ),
         ),
         (
             lambda: OPZO(intermediate="12"),
             (
-                r"OPZO: intermediate must be increasing indices of hidden layers, .* got"
+                r"OPZO: intermediate must be increasing indices >= 1 of hidden layers, .* got"
                 r" intermediate='12'"
             ),
         ),  # type: ignore[arg-type]
         (
             lambda: OPZO(intermediate=1),
             (
-                r"OPZO: intermediate must be increasing indices of hidden layers, .* got"
+                r"OPZO: intermediate must be increasing indices >= 1 of hidden layers, .* got"
                 r" intermediate=1"
             ),
         ),  # type: ignore[arg-type]
@@ -471,11 +471,11 @@ test_refuses = refusals(
                 r" antithetic=True, T=1"
             ),
         ),
-        (lambda: OPZO(noise=math.nan), r"OPZO: noise must be > 0, .* got noise=nan"),
+        (lambda: OPZO(noise=math.nan), r"OPZO: noise must be finite and > 0 .* got noise=nan"),
         (
             lambda: OPZO(intermediate=(1, 0)),
             (
-                r"OPZO: intermediate must be increasing indices of hidden layers, .* got"
+                r"OPZO: intermediate must be increasing indices >= 1 of hidden layers, .* got"
                 r" intermediate=\(1, 0\)"
             ),
         ),

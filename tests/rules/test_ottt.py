@@ -267,7 +267,7 @@ test_refuses = refusals(
         ),
         (
             lambda: OTTT(update="step", chunk=2),
-            r"OTTT: update='step' moves .* so chunk must be 1; got chunk=2",
+            r"OTTT: chunk must be 1 with update='step', .*; got chunk=2",
         ),
         (lambda: OTTT(chunk=5).check_steps(4), r"OTTT: chunk must be in 1\.\.T; got chunk=5, T=4"),
         (
@@ -317,14 +317,14 @@ test_refuses = refusals(
         *[
             (
                 lambda chunk=chunk: one_batch(OTTT(chunk=chunk), runs_twice(), 4),
-                rf"synapse must run once in a time step, .* got 1, which ran {2 * chunk} times in"
-                rf" {chunk}$",
+                rf"synapse must run once in a time step, .* got {2 * chunk} runs of 1 in"
+                rf" {chunk} steps$",
             )
             for chunk in (1, 2, 4)
         ],
         (
             lambda: one_batch(OTTT(), runs_twice(limit=True), 4),
-            r"must run once in a time step, .* got 1.synapse, which ran 2 times in 1$",
+            r"must run once in a time step, .* got 2 runs of 1\.synapse in 1 steps$",
         ),
     ]
 )

@@ -196,7 +196,8 @@ class Recorded:
 
     def __call__(self, g_B: Tensor, vjp: Linearized) -> list[Tensor]:
         betas, phase = self.adjoint(g_B, vjp), self.adjoint
-        emission = 2 * phase.threshold / phase.steps * phase.factor / (phase.scale * phase.samples)
+        gain = phase.scale * phase.samples
+        emission = 2 * phase.threshold / phase.steps * phase.loss_factor / gain
         counts = torch.cat(betas, 1) / emission
         assert (counts - counts.round()).abs().max() < 1e-9
         self.seen.append(counts.round())

@@ -246,7 +246,7 @@ NARROW = Conv2d(1, 3, 1)
         ),
         (
             lambda: SpectralLimit(binary("scaled")),
-            r"SpectralLimit: the synapse must be one of .*, plain and without bias",
+            r"SpectralLimit: the synapse must be one of .*, with plain weights and without bias",
         ),
     ],
 )

@@ -244,11 +244,11 @@ test_refuses = refusals(
         for call, message in [
             (
                 {"neurons": []},
-                "N neurons need N - 1 synapses between them; got 0 neurons, 0 synapses",
+                "there must be N >= 1 neurons and N - 1 synapses between them; got 0 neurons, 0",
             ),
             (
                 {"synapses": [Linear(3, 3)]},
-                "N neurons need N - 1 synapses between them; got 1 neurons, 1 synapses",
+                "there must be N >= 1 neurons and N - 1 synapses between them; got 1 neurons, 1",
             ),
             (
                 {"neurons": [nn.ReLU()]},
