@@ -17,6 +17,7 @@ from pipeline.core.checks import require
 class Surrogate(Protocol):
     def derivative(self, u_minus_threshold: Tensor) -> Tensor:
         """psi, elementwise, in a new tensor, which the caller may overwrite."""
+        ...
 
 
 @dataclass(frozen=True)

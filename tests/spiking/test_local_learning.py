@@ -84,8 +84,8 @@ test_refuses = refusals(
         ),
         (
             lambda: one_stream(MODEL, MODEL["a"]),
-            r"^X: the model must not have skip connections .* got a\.(weight|bias) with a path to one"
-            r" and to two$",
+            r"^X: the model must not have skip connections .* got a\.(weight|bias) with a path to"
+            r" one and to two$",
         ),
         (lambda: one_stream(DEEP, DEEP), r"got 0\.weight with a path"),
     ]
