@@ -18,7 +18,7 @@ from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.norm import batch_norms
 from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.rate import RateNeuron, rate_weights
-from pipeline.spiking.state import attribute_set, fresh_state
+from pipeline.spiking.state import fresh_state, set_temporarily
 from pipeline.spiking.trace import running_order
 
 CALIBRATION_BATCH = 32
@@ -216,7 +216,7 @@ def _raise_rate(lif: RateNeuron, x_TB: Tensor) -> Tensor:
 def _rate_of_neuron(neuron: RateNeuron, model: nn.Module, x_TB: Tensor) -> Tensor:
     """gain I of `neuron`, `[B, ...]`, for the model's input `x_TB`."""
     try:
-        with attribute_set([neuron], "gradient", _raise_rate), fresh_state(model):
+        with set_temporarily([neuron], "gradient", _raise_rate), fresh_state(model):
             model(x_TB)
     except _RateFound as found:
         return found.args[0]

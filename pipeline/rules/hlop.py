@@ -25,7 +25,7 @@ from pipeline.spiking.error_feedback import FixedFeedback, sign_symmetric
 from pipeline.spiking.local_learning import run_readouts
 from pipeline.spiking.norm import BatchNorm, is_foreign_norm
 from pipeline.spiking.norm_limit import LimitedSynapse
-from pipeline.spiking.state import attribute_set, fresh_state
+from pipeline.spiking.state import fresh_state, set_temporarily
 from pipeline.spiking.subspace import (
     InputRecorder,
     SecondMoments,
@@ -346,7 +346,7 @@ class HLOP(Rule):
                 torch.no_grad(),
                 fresh_state(model),
                 run_readouts(model),
-                attribute_set(self._recorders, "steps", steps),
+                set_temporarily(self._recorders, "steps", steps),
             ):
                 model(x_TB)
         terms = self.inner.loss_terms(model, x_TB, loss_of, step=step, rows=rows)
@@ -354,7 +354,7 @@ class HLOP(Rule):
         while True:
             # Recording is off during the yield. Otherwise a recomputation in the backward would be
             # recorded too.
-            with attribute_set(recorders, "steps", steps):
+            with set_temporarily(recorders, "steps", steps):
                 term = next(terms, None)
             if term is None:
                 return

@@ -32,7 +32,7 @@ from pipeline.spiking.local_learning import (
 )
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.noise import DISTRIBUTIONS, Distribution
-from pipeline.spiking.state import attribute_set, fresh_state
+from pipeline.spiking.state import fresh_state, set_temporarily
 from pipeline.spiking.synapse import Conv2d, Linear
 from pipeline.spiking.trace import (
     Trace,
@@ -235,7 +235,7 @@ class OPZO(Rule):
                         counter_hash(self.world.seed, step, row, index, t - 1 if is_second else t)
                         for row in rows
                     ]
-                with attribute_set(self._layers, "is_open", True):
+                with set_temporarily(self._layers, "is_open", True):
                     logits_1BK = (
                         model(x_1B) if self._are_paths_checked else self._checked(model, x_1B)
                     )

@@ -36,7 +36,7 @@ from pipeline.spiking.neuron import LIF, PLIF, identity, named_neurons
 from pipeline.spiking.norm import batch_norms
 from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.rate import RateNeuron
-from pipeline.spiking.state import State, attribute_set
+from pipeline.spiking.state import State, set_temporarily
 
 Adjoint = Callable[[Tensor, "Linearized"], "Tensor | Sequence[Tensor]"]
 
@@ -171,7 +171,7 @@ class Equilibrium(nn.Module):
         is_constant = x_TB.shape[0] == 1 or is_static(x_TB)
         current_1B = self.inject(x_TB[:1] if is_constant else weighted_mean(x_TB, self.decay))
         # Batch norm uses its running statistics, and does not update them.
-        with torch.no_grad(), attribute_set(batch_norms(self), "training", False):
+        with torch.no_grad(), set_temporarily(batch_norms(self), "training", False):
             a_1B = self._simulate(x_TB, current_1B if is_constant else None)
         # The application of f at a[T]. Its value is replaced by a[T], and the gradient of its value
         # by the adjoint's solution.
@@ -239,7 +239,7 @@ class Linearized:
         self.masks: list[Tensor] = []
         self._synapse_graphs: list[tuple[Tensor, Tensor]] = []  # input and output of each synapse
         rate_1B = a_1B
-        with torch.enable_grad(), attribute_set(batch_norms(equilibrium), "training", False):
+        with torch.enable_grad(), set_temporarily(batch_norms(equilibrium), "training", False):
             for layer, synapse in enumerate(self.synapses):
                 input_1B = rate_1B.detach().requires_grad_()
                 output_1B = synapse(input_1B)

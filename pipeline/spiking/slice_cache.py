@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from pipeline.spiking.encode import is_static, repeat
 from pipeline.spiking.norm import batch_norms
-from pipeline.spiking.state import State, attribute_set
+from pipeline.spiking.state import State, set_temporarily
 
 Backwards = Literal["one", "several"]
 
@@ -69,7 +69,7 @@ class SliceCache:
             # The first slice may run without gradients although a later slice needs the graph. With
             # one backward call, all slices have the same mode.
             has_graph = torch.is_grad_enabled() if self.backwards == "one" else self.needs_graph
-            with torch.set_grad_enabled(has_graph), attribute_set([self], "_is_computing", True):
+            with torch.set_grad_enabled(has_graph), set_temporarily([self], "_is_computing", True):
                 y = compute()
             state.write("y", y)
             if y.requires_grad:
@@ -142,7 +142,7 @@ def slice_cache(model: nn.Module, *, steps: int, backwards: Backwards) -> Iterat
     """
     cache = SliceCache(steps=steps, backwards=backwards)
     modules = (module for module in model.modules() if hasattr(module, "slice_cache"))
-    with attribute_set(modules, "slice_cache", cache):
+    with set_temporarily(modules, "slice_cache", cache):
         yield cache
 
 
@@ -177,7 +177,7 @@ class StaticInput(nn.Sequential):
 
         def compute() -> Tensor:
             # Batch norm updates its statistics as for one frame at all T steps.
-            with attribute_set(batch_norms(self), "repeats", cache.steps):
+            with set_temporarily(batch_norms(self), "repeats", cache.steps):
                 return super(StaticInput, self).forward(input)[0]
 
         return repeat(cache.once(self.state, compute), len(input))

@@ -68,7 +68,7 @@ def fresh_state(model: nn.Module) -> Iterator[None]:
             f" {state.owner}",
         )
     try:
-        with attribute_set(states, "is_open", True):
+        with set_temporarily(states, "is_open", True):
             yield
     finally:
         for state in states:
@@ -76,7 +76,7 @@ def fresh_state(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def attribute_set(owners: Iterable[Any], name: str, value: object) -> Iterator[None]:
+def set_temporarily(owners: Iterable[Any], name: str, value: object) -> Iterator[None]:
     """Set the attribute `name` of each of `owners` to `value` inside the block.
 
     Afterwards the old values are restored.

@@ -14,7 +14,7 @@ from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.norm import batch_norms
-from pipeline.spiking.state import attribute_set
+from pipeline.spiking.state import set_temporarily
 from pipeline.train.objective import Loss
 
 
@@ -53,7 +53,7 @@ def compare_gradients(
         )
 
     # Only this rank compares, so batch norm must not wait for others.
-    with attribute_set(batch_norms(network), "between", "rank"):
+    with set_temporarily(batch_norms(network), "between", "rank"):
         known = {"BPTT": of(BPTT()), "SLTT": of(SLTT())}
         others = {
             "SLTT": [known["SLTT"]],

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.state import State, attribute_set, fresh_state, hooked, state_bytes, states_of
+from pipeline.spiking.state import (
+    State,
+    fresh_state,
+    hooked,
+    set_temporarily,
+    state_bytes,
+    states_of,
+)
 from pipeline.spiking.synapse import Linear
 from pipeline.spiking.trace import Trace
 from tests.helpers.rule_networks import outputs
@@ -74,7 +81,7 @@ def test_attributes_and_hooks_are_given_back_when_the_block_raises():
 
     def broken() -> None:
         hooks = [model.register_forward_pre_hook(lambda *_: ran.append(1))]
-        with attribute_set([one, other], "is_open", "set"), hooked(hooks):
+        with set_temporarily([one, other], "is_open", "set"), hooked(hooks):
             assert one.is_open == other.is_open == "set"
             model(torch.ones(1))
             raise ZeroDivisionError
