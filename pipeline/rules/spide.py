@@ -16,7 +16,7 @@ from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World, refuse_foreign_norms
 from pipeline.spiking.equilibrium import Linearized, find_equilibrium
 from pipeline.spiking.norm_limit import LimitedSynapse
-from pipeline.spiking.state import hooked
+from pipeline.spiking.state import temporary_hooks
 from pipeline.spiking.synapse import Linear, effective_weight, error_weight
 
 # (u_B, s_B) -> None: adds J^T s_B, the input from the emissions s_B of another layer, to the
@@ -101,7 +101,7 @@ class SPIDE(Rule):
             neuron_steps.append(s_1B.numel())
 
         equilibrium = find_equilibrium(self.label, model)
-        with hooked(neuron.register_forward_hook(count) for neuron in equilibrium.neurons):
+        with temporary_hooks(neuron.register_forward_hook(count) for neuron in equilibrium.neurons):
             for term in self._one_loss_term(model, x_TB, loss_of, step, rows):
                 self.forward_rate = sum(spikes) / sum(neuron_steps)
                 self.adjoint.samples = x_TB.shape[1]

@@ -53,7 +53,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.core.checks import refuse_unless_one_of, require
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.state import State, fresh_state, hooked, set_temporarily
+from pipeline.spiking.state import State, fresh_state, set_temporarily, temporary_hooks
 from pipeline.spiking.synapse import Conv2d, Linear
 
 Binarization = Literal["scaled", "centred", "ir", "learnable"]
@@ -236,7 +236,7 @@ def following_norms(
             hooks.append(module.register_forward_pre_hook(partial(consumers.enter_norm, name)))
             hooks.append(module.register_forward_hook(consumers.leave_norm))
     evaluation_mode = set_temporarily(modules.values(), "training", False)
-    with evaluation_mode, fresh_state(network), hooked(hooks), consumers:
+    with evaluation_mode, fresh_state(network), temporary_hooks(hooks), consumers:
         network(x_TB)
     norm_of_synapse = {}
     for name in synapses:

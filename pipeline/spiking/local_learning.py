@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.noise import Distribution, noise
-from pipeline.spiking.state import State, hooked
+from pipeline.spiking.state import State, temporary_hooks
 from pipeline.spiking.synapse import Linear, folded
 
 Inject = Literal["spikes", "membrane"]
@@ -161,7 +161,7 @@ def run_readouts(model: nn.Module) -> AbstractContextManager[None]:
     def compute_logits(readout: Any, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         readout.logits(inputs[0])
 
-    return hooked(
+    return temporary_hooks(
         module.register_forward_hook(compute_logits)
         for module in model.modules()
         if isinstance(module, Readout)

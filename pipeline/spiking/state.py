@@ -92,7 +92,7 @@ def set_temporarily(owners: Iterable[Any], name: str, value: object) -> Iterator
 
 
 @contextmanager
-def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+def temporary_hooks(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
     """Remove `hooks` at the end of the block. A generator registers them at the start."""
     handles = list(hooks)
     try:

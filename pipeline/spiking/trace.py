@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from pipeline.core.checks import require
 from pipeline.spiking.neuron import learnt_decays, named_neurons
 from pipeline.spiking.norm import BatchNorm, is_foreign_norm
-from pipeline.spiking.state import State, hooked
+from pipeline.spiking.state import State, temporary_hooks
 from pipeline.spiking.synapse import Conv2d, Linear
 
 
@@ -121,7 +121,7 @@ def running_order(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
     def append(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         order.extend([name] * len(inputs[0]))
 
-    with hooked(
+    with temporary_hooks(
         module.register_forward_pre_hook(partial(append, name)) for name, module in modules.items()
     ):
         yield order

@@ -8,10 +8,10 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import (
     State,
     fresh_state,
-    hooked,
     set_temporarily,
     state_bytes,
     states_of,
+    temporary_hooks,
 )
 from pipeline.spiking.synapse import Linear
 from pipeline.spiking.trace import Trace
@@ -81,7 +81,7 @@ def test_attributes_and_hooks_are_given_back_when_the_block_raises():
 
     def broken() -> None:
         hooks = [model.register_forward_pre_hook(lambda *_: ran.append(1))]
-        with set_temporarily([one, other], "is_open", "set"), hooked(hooks):
+        with set_temporarily([one, other], "is_open", "set"), temporary_hooks(hooks):
             assert one.is_open == other.is_open == "set"
             model(torch.ones(1))
             raise ZeroDivisionError
