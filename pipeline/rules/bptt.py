@@ -85,7 +85,7 @@ class BPTT(Rule):
         backwards = "one" if self.truncate is None else "several"
         with fresh_state(model), slice_cache(model, steps=steps, backwards=backwards) as cache:
             if self.truncate is None:
-                forward = partial(recomputed, model) if self.recompute else model
+                forward = partial(recompute_in_backward, model) if self.recompute else model
                 logits = [forward(x_cB) for x_cB in x_TB.split(self.chunk or steps)]
                 loss, mean_logits_BK = self.loss_over_time(torch.cat(logits), loss_of)
                 yield LossTerm(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
@@ -105,7 +105,7 @@ class BPTT(Rule):
 StateValues = Mapping[tuple[State, str], Tensor]
 
 
-def recomputed(model: nn.Module, x_cB: Tensor) -> Tensor:
+def recompute_in_backward(model: nn.Module, x_cB: Tensor) -> Tensor:
     """The logits of one slice. The backward computes the slice again.
 
     Until the backward, only the state before the slice is kept: membranes, buffers and random
