@@ -333,11 +333,11 @@ def _compact(x: Tensor) -> Tensor:
 
 def detach_between_steps(rule: Rule, model: nn.Module) -> None:
     """Detach all values that pass from one time step to the next: membranes and feedback."""
-    for module in carrying_modules(model):
+    for module in modules_with_carry(model):
         rule.set_seam(module, "carry", torch.detach)
 
 
-def carrying_modules(model: nn.Module) -> list[nn.Module]:
+def modules_with_carry(model: nn.Module) -> list[nn.Module]:
     """The modules with a seam `carry`, which is applied to their state after each time step."""
     return [module for module in model.modules() if hasattr(module, "carry")]
 

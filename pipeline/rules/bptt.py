@@ -15,7 +15,7 @@ from pipeline.rules.base import (
     LossOf,
     LossTerm,
     Rule,
-    carrying_modules,
+    modules_with_carry,
     slice_loss,
     slices,
 )
@@ -97,7 +97,7 @@ class BPTT(Rule):
                 yield LossTerm(
                     backward=cache.with_gradients(loss), loss=loss.detach(), logits=logits_BK
                 )
-                for module in carrying_modules(model):
+                for module in modules_with_carry(model):
                     values = cast(State, module.state).values
                     values.update({name: value.detach() for name, value in values.items()})
 
