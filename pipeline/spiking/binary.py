@@ -66,7 +66,7 @@ WINDOWS: dict[Binarization, float | None] = {
     "learnable": None,
 }
 VARIANCE_EPS = 1e-8
-SMALLEST_SCALE = 1e-5
+MIN_SCALE = 1e-5
 
 
 def binarize(synapse: Linear | Conv2d, weights: Binarization = "scaled") -> None:
@@ -143,7 +143,7 @@ class Binarizer(nn.Module):
         """a of the equations, `[out]`."""
         if self.scale is not None:
             # The gradient also passes below the minimum, so that the scale can rise above it again.
-            return self.scale + (self.scale.clamp_min(SMALLEST_SCALE) - self.scale).detach()
+            return self.scale + (self.scale.clamp_min(MIN_SCALE) - self.scale).detach()
         return V.new_ones(len(V)) if self.weights == "ir" else _mean_abs_per_filter(V.detach())
 
     def extra_repr(self) -> str:

@@ -41,7 +41,7 @@ from pipeline.recipe import own_code
 from pipeline.recipe.json import decode, encode, targets
 from pipeline.recipe.recipe import TRUSTED, Recipe, Spec
 from pipeline.spiking.binary import (
-    SMALLEST_SCALE,
+    MIN_SCALE,
     Binarizer,
     binary_synapses,
     fold,
@@ -254,7 +254,7 @@ def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor
         signs = is_positive.flatten().numpy()
         packed[f"{name}.bits"] = torch.from_numpy(np.packbits(signs, bitorder="little"))
         latent |= {f"{name}.weight", f"{name}.binarizer.scale"}
-        if scale_O is not None and name in norms and scale_O.min() >= SMALLEST_SCALE:
+        if scale_O is not None and name in norms and scale_O.min() >= MIN_SCALE:
             norm: Any = network.get_submodule(norms[name])
             fold(scale_O, synapse.bias, norm)
             folded += 1
