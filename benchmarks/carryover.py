@@ -46,7 +46,7 @@ from pipeline.data.base import Data
 from pipeline.measure.memory import device_here
 from pipeline.models.qkformer import OverSamples
 from pipeline.recipe import Recipe
-from pipeline.spiking.encode import over_steps
+from pipeline.spiking.encode import to_time_first
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.noise import noise
 from pipeline.spiking.rate import WeightedRates
@@ -134,10 +134,10 @@ def carried_over(
     most = max(steps)
     moments = Moments()
     for x_B, _, _ in batches:
-        moments.add(record(network, over_steps(x_B.to(device), most))[1])
+        moments.add(record(network, to_time_first(x_B.to(device), most))[1])
     tables = []
     for x_B, target_B, index_B in batches:
-        x_TB, target = over_steps(x_B.to(device), most), target_B[:-1].to(device)
+        x_TB, target = to_time_first(x_B.to(device), most), target_B[:-1].to(device)
         logits_TBK, real = record(network, x_TB)
         keys_of = lambda place, t, rows=index_B.tolist(): [
             counter_hash(seed, row, place, t) for row in rows

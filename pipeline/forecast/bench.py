@@ -43,7 +43,7 @@ from pipeline.recipe import is_baseline
 from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.rules import bptt, dsr, hlop, ide, opzo, ottt, sltt, spide
 from pipeline.rules.base import Rule, World
-from pipeline.spiking.encode import over_steps
+from pipeline.spiking.encode import to_time_first
 from pipeline.train.assemble import build_backend
 from pipeline.train.backend.base import Backend
 from pipeline.train.backend.collectives import Ranks
@@ -193,7 +193,7 @@ class Bench:
 
     def _set_batch(self, x_B: Tensor, target_B: Tensor) -> None:
         self.x_B, self.target_B = x_B, target_B
-        self.x_TB = over_steps(x_B, self.recipe.time_steps)
+        self.x_TB = to_time_first(x_B, self.recipe.time_steps)
 
     @property
     def batch_bytes(self) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 from pipeline.core.checks import refuse_unless_counts, require
 
 
-def over_steps(x_B: Tensor, steps: int) -> Tensor:
+def to_time_first(x_B: Tensor, steps: int) -> Tensor:
     """A batch of a data set, time first: `[T, B, C, H, W]` with T = `steps`.
 
     Images `[B, C, H, W]` are repeated. Recordings `[B, T, C, H, W]` are transposed.
@@ -18,7 +18,7 @@ def over_steps(x_B: Tensor, steps: int) -> Tensor:
         return repeat(x_B, steps)
     require(
         x_B.dim() == 5 and x_B.shape[1] == steps,
-        f"over_steps: a sample must be an image [C, H, W] or {steps} frames [T, C, H, W]; got"
+        f"to_time_first: a sample must be an image [C, H, W] or {steps} frames [T, C, H, W]; got"
         f" {tuple(x_B.shape[1:])}",
     )
     return x_B.transpose(0, 1).contiguous()

@@ -32,7 +32,7 @@ from pipeline.recipe.json import differing, listed
 from pipeline.recipe.phases import Stretch, timetable
 from pipeline.recipe.recipe import Recipe, Split
 from pipeline.rules.base import Rule, World
-from pipeline.spiking.encode import over_steps
+from pipeline.spiking.encode import to_time_first
 from pipeline.track import events
 from pipeline.track.journal import Tracker, read_events
 from pipeline.train.backend.base import Backend
@@ -288,7 +288,7 @@ def _own_parts(
         ):
             first = itertools.islice(batches, rule.calibration_batches)
             rule.calibrate(
-                network, [over_steps(batch.x.to(device), recipe.time_steps) for batch in first]
+                network, [to_time_first(batch.x.to(device), recipe.time_steps) for batch in first]
             )
     loaders = Loaders(
         tasks, recipe, recipe.split(world.size), rank=world.rank, threads=job.loader_threads
@@ -323,6 +323,6 @@ def _build_fidelity(
         recipe,
         lambda: build_network(recipe, loaders.tasks).to(device),
         recipe.objective.build().labels,
-        over_steps(batch.x.to(device), recipe.time_steps),
+        to_time_first(batch.x.to(device), recipe.time_steps),
         batch.target.to(device),
     )

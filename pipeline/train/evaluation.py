@@ -27,7 +27,7 @@ from pipeline.measure.activity import Activity, LayerActivity, firing_rate
 from pipeline.measure.constants import ACTIVITY_EVERY
 from pipeline.measure.energy import EnergyCounter, EnergyReadings, EvenSample, Inference
 from pipeline.measure.operations import Operations, Work
-from pipeline.spiking.encode import over_steps
+from pipeline.spiking.encode import to_time_first
 from pipeline.spiking.state import fresh_state
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.objective import Loss
@@ -209,7 +209,7 @@ def inputs(
                 left -= len(target_B)
             if len(target_B):
                 yield (
-                    over_steps(x_B.to(ranks.device), time_steps),
+                    to_time_first(x_B.to(ranks.device), time_steps),
                     target_B.to(ranks.device),
                     index_B,
                 )

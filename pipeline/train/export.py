@@ -48,7 +48,7 @@ from pipeline.spiking.binary import (
     following_norms,
     unbinarize,
 )
-from pipeline.spiking.encode import over_steps
+from pipeline.spiking.encode import to_time_first
 from pipeline.train.tasks import tasks_of
 from pipeline.train.weights import load_run
 
@@ -119,7 +119,7 @@ def export_run(
         )
         task = tasks_of(recipe)[0]
         task.choose_head(network)
-        silence_TB = over_steps(torch.zeros(1, *task.data.shape), recipe.time_steps)
+        silence_TB = to_time_first(torch.zeros(1, *task.data.shape), recipe.time_steps)
         state, folded = pack(network, following_norms(network, synapses, silence_TB))
         packed = {
             "bits": sum(synapse.weight.numel() for synapse in synapses.values()),

@@ -16,7 +16,7 @@ from pipeline.core.units import counted
 from pipeline.data.base import Batch, Data, Loader
 from pipeline.recipe.json import dotted
 from pipeline.recipe.recipe import Recipe, Spec
-from pipeline.spiking.encode import over_steps
+from pipeline.spiking.encode import to_time_first
 from pipeline.spiking.state import fresh_state
 
 T_ = TypeVar("T_")
@@ -147,7 +147,7 @@ def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
         ValueError: it failed, or did not map `[T,B,...]` to logits `[T,B,K]`.
     """
     samples = 2 if recipe.time_steps == 1 else 1  # different from T, to find swapped axes
-    x_TB = over_steps(torch.zeros(samples, *data.shape), recipe.time_steps)
+    x_TB = to_time_first(torch.zeros(samples, *data.shape), recipe.time_steps)
     rule = f"model: {recipe.model.target.__name__} must map [T, B, ...] to logits [T, B, K]"
     given = f"for an input of shape {list(x_TB.shape)} and {counted(data.classes, 'class')}"
     was_training = network.training

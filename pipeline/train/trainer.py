@@ -20,7 +20,7 @@ from pipeline.measure.memory import memory_now_bytes
 from pipeline.measure.meters import Totals
 from pipeline.recipe.phases import stretch_at
 from pipeline.recipe.recipe import write_json
-from pipeline.spiking.encode import over_steps
+from pipeline.spiking.encode import to_time_first
 from pipeline.track import events
 from pipeline.track.journal import last_event
 from pipeline.train.assemble import TrainContext
@@ -227,7 +227,7 @@ class Trainer:
                         step=self.step,
                         rows=rows,
                     )
-                x_TB = over_steps(x_B, recipe.time_steps)
+                x_TB = to_time_first(x_B, recipe.time_steps)
             teacher_BK = None
             if context.teaching is not None:
                 with self.meters.part("teacher"):

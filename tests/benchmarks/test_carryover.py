@@ -106,7 +106,7 @@ BY_HAND_BTK = torch.tensor(
 
 
 def test_figures_and_errors_of_logits_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carryover, "over_steps", lambda x_BTK, steps: x_BTK.movedim(1, 0))
+    monkeypatch.setattr(carryover, "to_time_first", lambda x_BTK, steps: x_BTK.movedim(1, 0))
     batches = [(BY_HAND_BTK, torch.tensor([0, 0, 0, 1]), torch.tensor([5, 3, 4, 0]))]
     samples = carried_over(Fixed(), batches, steps=(2,))
     alone = means(samples).loc[2, "real"]

@@ -16,7 +16,7 @@ import torch
 from pipeline.core.errors import Diverged, remedy
 from pipeline.recipe.recipe import Policy, spec
 from pipeline.rules.ottt import OTTT
-from pipeline.spiking.encode import over_steps
+from pipeline.spiking.encode import to_time_first
 from pipeline.track.run_state import state_of
 from pipeline.train import checkpointing, trainer, worker
 from pipeline.train.checkpointing import SavingHooks
@@ -48,7 +48,7 @@ def hit(patch: pytest.MonkeyPatch, steps: Collection[int]) -> None:
 
     def micro_batches(self: Trainer, source: Any) -> Any:
         for batch in original(self, source):
-            nothing_TB = over_steps(
+            nothing_TB = to_time_first(
                 batch.x_TB[0] * math.nan, len(batch.x_TB)
             )  # a still image on this rank as on the others
             yield batch._replace(x_TB=nothing_TB) if self.step in steps else batch

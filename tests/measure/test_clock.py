@@ -106,7 +106,7 @@ def recipe_of_a_few_steps() -> Recipe:
 
 IN_A_BATCH: dict[str, tuple[Any, str]] = {  # where and what is slow, once in each batch
     "data_wait": (trainer, "next"),
-    "transfer": (trainer, "over_steps"),
+    "transfer": (trainer, "to_time_first"),
     "teacher": (Teaching, "__call__"),
     "forward": (sltt, "slice_loss"),
     "backward": (Plain, "backward"),

@@ -1,6 +1,6 @@
 import torch
 
-from pipeline.spiking.encode import is_static, over_steps, repeat
+from pipeline.spiking.encode import is_static, repeat, to_time_first
 from tests.helpers.rule_networks import refusals
 
 
@@ -26,14 +26,14 @@ def test_still_is_what_repeat_made():
 
 def test_recordings_come_time_first_and_as_long_as_asked():
     x_BTCHW = torch.randn(2, 3, 2, 4, 4)
-    assert torch.equal(over_steps(x_BTCHW, 3), x_BTCHW.transpose(0, 1))
-    assert torch.equal(over_steps(x_BTCHW[:, 0], 5), repeat(x_BTCHW[:, 0], 5))
+    assert torch.equal(to_time_first(x_BTCHW, 3), x_BTCHW.transpose(0, 1))
+    assert torch.equal(to_time_first(x_BTCHW[:, 0], 5), repeat(x_BTCHW[:, 0], 5))
 
 
 test_refuses = refusals(
     [
         (
-            lambda: over_steps(torch.randn(2, 3, 2, 4, 4), 4),
+            lambda: to_time_first(torch.randn(2, 3, 2, 4, 4), 4),
             r"an image \[C, H, W\] or 4 frames \[T, C, H, W\]; got \(3, 2, 4, 4\)",
         ),
         (

@@ -18,7 +18,7 @@ from pipeline.data.base import Data
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.measure.operations import Operations
 from pipeline.recipe.recipe import Evaluation, read_json, spec
-from pipeline.spiking.encode import over_steps
+from pipeline.spiking.encode import to_time_first
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
@@ -112,7 +112,7 @@ def asked(network: nn.Module, data: Data, steps: int) -> dict[str, list[int]]:
     ):
         for batch in batches:
             with fresh_state(network):
-                logits_TBK = network(over_steps(batch.x, steps))
+                logits_TBK = network(to_time_first(batch.x, steps))
             rows.append((int(batch.index), int(batch.target), int(logits_TBK.sum(0).argmax())))
     index, target, answer = map(list, zip(*sorted(rows), strict=True))
     return {"index": index, "target": target, "answer": answer}

@@ -19,7 +19,7 @@ from pipeline.core.torch_settings import Precision, computing
 from pipeline.data.base import Data
 from pipeline.models.teachers.base import Teacher, content_hash
 from pipeline.models.teachers.cache import Cache
-from pipeline.spiking.encode import over_steps
+from pipeline.spiking.encode import to_time_first
 from pipeline.spiking.state import fresh_state, states_of
 
 
@@ -56,7 +56,7 @@ class NetworkTeacher(Teacher):
             computing(x_B.device, self.precision),
             nullcontext() if at_rest else fresh_state(self.body),
         ):
-            return self.body(over_steps(x_B, self.time_steps)).mean(0).float()
+            return self.body(to_time_first(x_B, self.time_steps)).mean(0).float()
 
 
 def network_teacher(

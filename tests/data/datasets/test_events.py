@@ -21,7 +21,7 @@ from pipeline.data.write.events import write_events
 from pipeline.data.write.generated_events import MovingShape
 from pipeline.data.write.recordings import Framing, frames
 from pipeline.data.write.writer import Source, write_sets
-from pipeline.spiking.encode import over_steps
+from pipeline.spiking.encode import to_time_first
 from tests.helpers.loaders import read, same
 
 SIZE, SLICES, TRAIN, VAL = 16, 12, 61, 13  # recordings: no multiple of any batch size used here
@@ -44,7 +44,7 @@ def expected(number: int, steps: int, part: int = 1) -> np.ndarray:
 def test_fulfils_the_contract(moving: Path) -> None:
     data = Events(moving, **GOOD)
     batch = read(data.train(**SIZES))[0]
-    assert over_steps(batch.x, 4).shape == (4, 12, 2, SIZE, SIZE)
+    assert to_time_first(batch.x, 4).shape == (4, 12, 2, SIZE, SIZE)
     assert torch.equal(batch.target, batch.index % 16)
     assert Events("/nowhere", **GOOD).shape == data.shape == (4, 2, SIZE, SIZE)  # opens no file
 
