@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.recipe import Checkpointing, Evaluation, Recipe, spec
-from pipeline.rules.base import LossOf, LossTerm
+from pipeline.rules.base import LossFn, LossTerm
 from pipeline.rules.sltt import SLTT
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.schedule import cosine
@@ -35,7 +35,7 @@ class Recorded(SLTT):
         self,
         model: nn.Module,
         x_TB: Tensor,
-        loss_of: LossOf,
+        loss_fn: LossFn,
         *,
         step: int | None = None,
         rows: Sequence[int] | None = None,
@@ -54,7 +54,7 @@ class Recorded(SLTT):
         os.write(file, json.dumps(told).encode() + b"\n")  # at once: two ranks write here
         os.close(file)
         time.sleep(self.pause_s)  # as of a larger network
-        return super().loss_terms(model, x_TB, loss_of, step=step, rows=rows)
+        return super().loss_terms(model, x_TB, loss_fn, step=step, rows=rows)
 
 
 def recorded(into: str) -> Recipe:

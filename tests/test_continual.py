@@ -31,7 +31,7 @@ from pipeline.recipe.phases import Phase
 from pipeline.recipe.recipe import Checkpointing, Policy, Recipe, spec
 from pipeline.report.forecasts import show_recipe
 from pipeline.report.selection import list_runs
-from pipeline.rules.base import LossOf, LossTerm
+from pipeline.rules.base import LossFn, LossTerm
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
@@ -79,9 +79,9 @@ class Counting(SLTT):
         return {"begun": float(self.begun.sum())}
 
     def _loss_terms(
-        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
+        self, model: nn.Module, x_TB: Tensor, loss_fn: LossFn, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
-        for objective in super()._loss_terms(model, x_TB, loss_of, step, rows):
+        for objective in super()._loss_terms(model, x_TB, loss_fn, step, rows):
             assert objective.backward is not None
             yield replace(objective, backward=objective.backward / float(self.begun.sum()))
 
@@ -287,8 +287,8 @@ def test_each_task_has_a_new_optimizer_and_schedule(tmp_path: Path) -> None:
             with loader.epoch(next(epochs)) as batches:
                 for step, batch in enumerate(batches, first):
                     schedule(step)
-                    loss_of = CrossEntropy()(batch.target)
-                    learn(rule.loss_terms(network, repeat(batch.x, 3), loss_of))
+                    loss_fn = CrossEntropy()(batch.target)
+                    learn(rule.loss_terms(network, repeat(batch.x, 3), loss_fn))
                     optimizer.step()
                     optimizer.zero_grad()
     trained = pipeline.load(tmp_path / "run").state_dict()

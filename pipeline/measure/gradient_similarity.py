@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from pipeline.rules.base import LossOf, OverTime, Rule, World
+from pipeline.rules.base import LossFn, OverTime, Rule, World
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.synapse import Conv2d, Linear
 
@@ -32,7 +32,7 @@ def gradients(
     network: nn.Module,
     rule: Rule,
     x_TB: Tensor,
-    loss_for: Callable[[], LossOf],
+    loss_for: Callable[[], LossFn],
     *,
     world: World = World(),
     over_time: OverTime = "steps",

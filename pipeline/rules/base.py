@@ -2,7 +2,7 @@
 
     rule.attach(model)                                              # once
     # once per micro-batch:
-    for term in rule.loss_terms(model, x_TB, loss_of, step=step):
+    for term in rule.loss_terms(model, x_TB, loss_fn, step=step):
         if term.backward is not None:
             term.backward.backward()
     rule.end_of_batch()                                             # once per global batch,
@@ -29,7 +29,7 @@ from pipeline.spiking.rate import WeightedRates
 from pipeline.spiking.state import fresh_state
 
 OverTime = Literal["steps", "mean"]
-LossOf = Callable[[Tensor], Tensor]
+LossFn = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Rule(nn.Module):
         adds_noise              whether it adds noise to the forward in training
         backpropagates_errors   whether the error of a layer passes through the synapse of the layer
                                 above it
-        one_loss_per_step       whether `loss_of` is called only with the network's logits; False:
+        one_loss_per_step       whether `loss_fn` is called only with the network's logits; False:
                                 it is also called with other logits
         forecast_note           the assumption of a forecast if the number of operations depends on
                                 values (`forecast/step_counts.py`); "" if it does not
@@ -240,7 +240,7 @@ class Rule(nn.Module):
         self,
         model: nn.Module,
         x_TB: Tensor,
-        loss_of: LossOf,
+        loss_fn: LossFn,
         *,
         step: int | None = None,
         rows: Sequence[int] | None = None,
@@ -249,7 +249,7 @@ class Rule(nn.Module):
 
         The caller must differentiate each term before it requests the next term.
 
-        `model` is the attached model or a wrapper around it. `loss_of(logits_BK)` returns the mean
+        `model` is the attached model or a wrapper around it. `loss_fn(logits_BK)` returns the mean
         loss over the samples; under `over_time="steps"` it is called once per step, in time order.
         `step` is the index of the global batch (None: the last index plus 1). `rows` are the
         indices of the samples in the global batch (None: 0..B-1).
@@ -274,42 +274,42 @@ class Rule(nn.Module):
             self.begin_batch()
         self._last_step = step
         return self._loss_terms(
-            model, x_TB, loss_of, step, rows if rows is not None else range(x_TB.shape[1])
+            model, x_TB, loss_fn, step, rows if rows is not None else range(x_TB.shape[1])
         )
 
     def _one_loss_term(
-        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
+        self, model: nn.Module, x_TB: Tensor, loss_fn: LossFn, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
         """An implementation of `_loss_terms`: one forward and one backward for all T steps."""
         with fresh_state(model):
-            loss, mean_logits_BK = self.loss_over_time(model(x_TB), loss_of)
+            loss, mean_logits_BK = self.loss_over_time(model(x_TB), loss_fn)
             yield LossTerm(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
 
-    def loss_over_time(self, logits_TBK: Tensor, loss_of: LossOf) -> tuple[Tensor, Tensor]:
+    def loss_over_time(self, logits_TBK: Tensor, loss_fn: LossFn) -> tuple[Tensor, Tensor]:
         """The loss of all T steps, and the mean logits `[B, K]` without a graph.
 
         With `over_time="steps"` it is the mean loss of the steps, with "mean" the loss of the mean
         logits.
         """
         if self.over_time == "steps":
-            return slice_loss(logits_TBK, loss_of, steps=len(logits_TBK))
-        return loss_of(logits_TBK.mean(0)), logits_TBK.detach().mean(0)
+            return slice_loss(logits_TBK, loss_fn, steps=len(logits_TBK))
+        return loss_fn(logits_TBK.mean(0)), logits_TBK.detach().mean(0)
 
     def _loss_terms(
-        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
+        self, model: nn.Module, x_TB: Tensor, loss_fn: LossFn, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
         raise NotImplementedError(f"{type(self).__name__} must override _loss_terms")
 
 
-def slice_loss(logits_TBK: Tensor, loss_of: LossOf, *, steps: int) -> tuple[Tensor, Tensor]:
+def slice_loss(logits_TBK: Tensor, loss_fn: LossFn, *, steps: int) -> tuple[Tensor, Tensor]:
     """The sums of a slice's losses and of its logits, divided by the number T of all `steps`.
 
     The loss has a graph, the logits have none.
     """
     if len(logits_TBK) == 1:  # a faster path for rules that call this at each step
         logits_BK = logits_TBK.squeeze(0)
-        return loss_of(logits_BK) / steps, logits_BK.detach() / steps
-    losses = [loss_of(logits_BK) for logits_BK in logits_TBK.unbind(0)]
+        return loss_fn(logits_BK) / steps, logits_BK.detach() / steps
+    losses = [loss_fn(logits_BK) for logits_BK in logits_TBK.unbind(0)]
     return torch.stack(losses).sum() / steps, logits_TBK.detach().sum(0) / steps
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.rules.base import (
-    LossOf,
+    LossFn,
     LossTerm,
     Rule,
     modules_with_carry,
@@ -27,8 +27,8 @@ from pipeline.spiking.state import State, fresh_state, states_of
 class BPTT(Rule):
     """One backward through all T steps. Memory grows with T.
 
-        L = 1/T sum_t loss_of(o[t])   (over_time "steps")
-        L = loss_of(1/T sum_t o[t])   (over_time "mean")
+        L = 1/T sum_t loss_fn(o[t])   (over_time "steps")
+        L = loss_fn(1/T sum_t o[t])   (over_time "mean")
 
     Args:
         chunk: the number of time steps per forward (None: T). The gradient is the same.
@@ -79,7 +79,7 @@ class BPTT(Rule):
         super().check_steps(steps)
 
     def _loss_terms(
-        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
+        self, model: nn.Module, x_TB: Tensor, loss_fn: LossFn, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
         backwards = "one" if self.truncate is None else "several"
@@ -87,13 +87,13 @@ class BPTT(Rule):
             if self.truncate is None:
                 forward = partial(recompute_in_backward, model) if self.recompute else model
                 logits = [forward(x_cB) for x_cB in x_TB.split(self.chunk or steps)]
-                loss, mean_logits_BK = self.loss_over_time(torch.cat(logits), loss_of)
+                loss, mean_logits_BK = self.loss_over_time(torch.cat(logits), loss_fn)
                 yield LossTerm(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
                 return
             last_slice = (steps - 1) // self.truncate
             for index, x_cB in enumerate(slices(x_TB, self.truncate)):
                 cache.is_last = index == last_slice
-                loss, logits_BK = slice_loss(model(x_cB), loss_of, steps=steps)
+                loss, logits_BK = slice_loss(model(x_cB), loss_fn, steps=steps)
                 yield LossTerm(
                     backward=cache.with_gradients(loss), loss=loss.detach(), logits=logits_BK
                 )

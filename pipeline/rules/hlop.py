@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from pipeline.core.checks import are_counts, refuse_unless_counts, refuse_unless_one_of, require
 from pipeline.core.random import counter_hash
 from pipeline.recipe.spec import admits
-from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World
+from pipeline.rules.base import LossFn, LossTerm, OverTime, Rule, World
 from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.error_feedback import FixedFeedback, sign_symmetric
 from pipeline.spiking.local_learning import run_readouts
@@ -337,7 +337,7 @@ class HLOP(Rule):
             recorder.pending = None
 
     def _loss_terms(
-        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
+        self, model: nn.Module, x_TB: Tensor, loss_fn: LossFn, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
         if self.inner.adds_noise:
@@ -349,7 +349,7 @@ class HLOP(Rule):
                 set_temporarily(self._recorders, "steps", steps),
             ):
                 model(x_TB)
-        terms = self.inner.loss_terms(model, x_TB, loss_of, step=step, rows=rows)
+        terms = self.inner.loss_terms(model, x_TB, loss_fn, step=step, rows=rows)
         recorders = [] if self.inner.adds_noise else self._recorders
         while True:
             # Recording is off during the yield. Otherwise a recomputation in the backward would be

@@ -26,7 +26,7 @@ COARSE_RESIDUAL, MAX_RESIDUAL, DIVERGED_RESIDUAL = 0.05, 0.5, 1e6
 
 
 class IDE(Rule):
-    """Differentiate L = loss_of(readout of a[T]) as if a[T] were the fixed point a* = f(a*).
+    """Differentiate L = loss_fn(readout of a[T]) as if a[T] were the fixed point a* = f(a*).
 
         dL/dtheta = beta^T df/dtheta at a[T],   beta = g + J^T beta
         g = dL/da[T],   J = df/da at a[T]

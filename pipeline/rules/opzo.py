@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.core.checks import are_counts, refuse_unless_one_of, require
 from pipeline.core.random import counter_hash
 from pipeline.rules.base import (
-    LossOf,
+    LossFn,
     LossTerm,
     OverTime,
     Rule,
@@ -83,7 +83,7 @@ class OPZO(Rule):
         decay: the decay of the traces, which must be the decay of all neurons; None: taken from the
             model.
 
-    Each z is a pure function of (seed, step, row, layer, time step). `loss_of` is called with the
+    Each z is a pure function of (seed, step, row, layer, time step). `loss_fn` is called with the
     logits of the network, and then with the logits of each readout. So a loss with memory between
     calls cannot be used with readouts.
 
@@ -223,7 +223,7 @@ class OPZO(Rule):
         return self.signals.pending_bytes()
 
     def _loss_terms(
-        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
+        self, model: nn.Module, x_TB: Tensor, loss_fn: LossFn, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
         with fresh_state(model):
             for t, x_1B in enumerate(slices(x_TB, 1)):
@@ -239,22 +239,22 @@ class OPZO(Rule):
                     logits_1BK = (
                         model(x_1B) if self._are_paths_checked else self._checked(model, x_1B)
                     )
-                yield self._loss_term(logits_1BK, loss_of, len(x_TB))
+                yield self._loss_term(logits_1BK, loss_fn, len(x_TB))
 
-    def _loss_term(self, logits_1BK: Tensor, loss_of: LossOf, steps: int) -> LossTerm:
+    def _loss_term(self, logits_1BK: Tensor, loss_fn: LossFn, steps: int) -> LossTerm:
         """The loss term of one step.
 
         The network's logits, and the logits of each readout, receive their own error. Each hidden
         layer receives its signal.
         """
-        loss, logits_BK, e_1BK = _loss_and_error(logits_1BK, loss_of, steps)
+        loss, logits_BK, e_1BK = _loss_and_error(logits_1BK, loss_fn, steps)
         readout_logits = {
             index: layer.recorded("logits")
             for index, layer in enumerate(self._layers)
             if layer.readout is not None
         }
         readout_errors = {
-            index: _loss_and_error(local_1BK, loss_of, steps)[2]
+            index: _loss_and_error(local_1BK, loss_fn, steps)[2]
             for index, local_1BK in readout_logits.items()
         }
         outputs, signals = [logits_1BK, *readout_logits.values()], [e_1BK, *readout_errors.values()]
@@ -341,7 +341,7 @@ class OPZO(Rule):
 
 
 def _loss_and_error(
-    logits_1BK: Tensor, loss_of: LossOf, steps: int
+    logits_1BK: Tensor, loss_fn: LossFn, steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and the logits of one step, both divided by `steps`, and the error dloss/dlogits.
 
@@ -350,7 +350,7 @@ def _loss_and_error(
     """
     leaf_1BK = logits_1BK.detach().requires_grad_()
     with torch.enable_grad():
-        loss, logits_BK = slice_loss(leaf_1BK, loss_of, steps=steps)
+        loss, logits_BK = slice_loss(leaf_1BK, loss_fn, steps=steps)
     (e_1BK,) = torch.autograd.grad(loss, leaf_1BK)
     return loss.detach(), logits_BK, e_1BK
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of, require
 from pipeline.rules.base import (
-    LossOf,
+    LossFn,
     LossTerm,
     OverTime,
     Rule,
@@ -105,7 +105,7 @@ class OTTT(Rule):
             self.set_seam(synapse, "presynaptic", Trace(decay))
 
     def _loss_terms(
-        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
+        self, model: nn.Module, x_TB: Tensor, loss_fn: LossFn, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
         last_slice = (steps - 1) // (self.chunk or steps)
@@ -119,7 +119,7 @@ class OTTT(Rule):
             for index, x_cB in enumerate(slices(x_TB, self.chunk)):
                 cache.is_last = index == last_slice
                 logits_cBK = model(x_cB) if self._is_order_checked else self._checked(model, x_cB)
-                loss, logits_BK = slice_loss(logits_cBK, loss_of, steps=steps)
+                loss, logits_BK = slice_loss(logits_cBK, loss_fn, steps=steps)
                 yield LossTerm(
                     backward=cache.with_gradients(loss), loss=loss.detach(), logits=logits_BK
                 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.core.random import counter_hash
 from pipeline.rules.base import (
-    LossOf,
+    LossFn,
     LossTerm,
     OverTime,
     Rule,
@@ -86,7 +86,7 @@ class SLTT(Rule):
         )
 
     def _loss_terms(
-        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
+        self, model: nn.Module, x_TB: Tensor, loss_fn: LossFn, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
         k = steps if self.k is None else self.k
@@ -99,7 +99,7 @@ class SLTT(Rule):
                 # The block ends before the yield. Otherwise the suspended generator would disable
                 # gradients in the caller.
                 with torch.set_grad_enabled(is_selected and torch.is_grad_enabled()):
-                    loss, logits_BK = slice_loss(model(x_cB), loss_of, steps=steps)
+                    loss, logits_BK = slice_loss(model(x_cB), loss_fn, steps=steps)
                     scaled_loss = loss * (steps / k) if self.rescale else loss
                     backward = cache.with_gradients(scaled_loss) if is_selected else None
                 yield LossTerm(backward=backward, loss=loss.detach(), logits=logits_BK)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.core.checks import refuse_unless_counts, require
-from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World, refuse_foreign_norms
+from pipeline.rules.base import LossFn, LossTerm, OverTime, Rule, World, refuse_foreign_norms
 from pipeline.spiking.equilibrium import Linearized, find_equilibrium
 from pipeline.spiking.norm_limit import LimitedSynapse
 from pipeline.spiking.state import temporary_hooks
@@ -91,7 +91,7 @@ class SPIDE(Rule):
         return {"forward_rate": self.forward_rate, **self.adjoint.metrics}
 
     def _loss_terms(
-        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
+        self, model: nn.Module, x_TB: Tensor, loss_fn: LossFn, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
         spikes: list[float] = []
         neuron_steps: list[int] = []
@@ -102,7 +102,7 @@ class SPIDE(Rule):
 
         equilibrium = find_equilibrium(self.label, model)
         with temporary_hooks(neuron.register_forward_hook(count) for neuron in equilibrium.neurons):
-            for term in self._one_loss_term(model, x_TB, loss_of, step, rows):
+            for term in self._one_loss_term(model, x_TB, loss_fn, step, rows):
                 self.forward_rate = sum(spikes) / sum(neuron_steps)
                 self.adjoint.samples = x_TB.shape[1]
                 assert term.backward is not None

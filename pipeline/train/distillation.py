@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.core.checks import require
-from pipeline.rules.base import LossOf, OverTime
+from pipeline.rules.base import LossFn, OverTime
 from pipeline.train.objective import CrossEntropy, widened
 
 
@@ -110,7 +110,7 @@ class Distillation:
             f" time_steps={time_steps}",
         )
 
-    def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf:
+    def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossFn:
         assert (teacher_BK is not None) == (self.teacher_weight > 0), (
             "check asks for a teacher where it has a weight"
         )
@@ -118,7 +118,7 @@ class Distillation:
         sum_BK: Tensor | None = None
         steps = 0
 
-        def loss_of(logits_BK: Tensor) -> Tensor:
+        def loss_fn(logits_BK: Tensor) -> Tensor:
             nonlocal sum_BK, steps
             z_BK = widened(logits_BK)
             terms = []
@@ -139,7 +139,7 @@ class Distillation:
                 )
             return torch.stack(terms).sum()
 
-        return loss_of
+        return loss_fn
 
 
 def soft_loss(

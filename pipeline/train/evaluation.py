@@ -136,12 +136,12 @@ def evaluate(
                 largest = max(largest, samples)
             with activity.batch(index_B), fresh_state(model):
                 logits_TBK = model(x_TB).float()
-            loss_of = loss_for(target_B)
+            loss_fn = loss_for(target_B)
             mean_BK = logits_TBK.mean(0)
             if over_time == "mean":
-                loss = loss_of(mean_BK)
+                loss = loss_fn(mean_BK)
             else:
-                loss = torch.stack([loss_of(logits_BK) for logits_BK in logits_TBK]).mean()
+                loss = torch.stack([loss_fn(logits_BK) for logits_BK in logits_TBK]).mean()
             best_B5 = mean_BK.topk(min(TOP, mean_BK.shape[-1])).indices
             hits_B5 = best_B5 == target_B[:, None]
             has_top5 = mean_BK.shape[-1] > TOP

@@ -1,7 +1,7 @@
 """The objective: a scalar of the logits that training minimises.
 
 A recipe's objective is a value. Called with the targets of one micro-batch, it returns a new
-`loss_of`, which a rule calls on logits: once per time step in time order (`over_time="steps"`) or
+`loss_fn`, which a rule calls on logits: once per time step in time order (`over_time="steps"`) or
 once on the mean (`"mean"`). Distillation is in distillation.py.
 
 A target is a class, int64 [B]. For mixed samples it is each class's share, float [B,K].
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.core.checks import require
-from pipeline.rules.base import LossOf, OverTime
+from pipeline.rules.base import LossFn, OverTime
 
 
 class Loss(Protocol):
@@ -23,10 +23,10 @@ class Loss(Protocol):
     mean over the batch).
 
     `labels` is the loss on labels alone, which evaluation reports. `remembers` says whether a
-    `loss_of` depends on its earlier calls, so that it must be called once per step, in time order.
+    `loss_fn` depends on its earlier calls, so that it must be called once per step, in time order.
     """
 
-    def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf: ...
+    def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossFn: ...
 
     @property
     def labels(self) -> "Loss": ...
@@ -79,10 +79,10 @@ class CrossEntropy:
             " Distillation",
         )
 
-    def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf:
+    def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossFn:
         assert teacher_BK is None, "check refuses a teacher"
 
-        def loss_of(logits_BK: Tensor) -> Tensor:
+        def loss_fn(logits_BK: Tensor) -> Tensor:
             logits_BK = widened(logits_BK)
             wanted = target_B if target_B.dim() == 1 else target_B.to(logits_BK.dtype)
             loss = F.cross_entropy(logits_BK, wanted, label_smoothing=self.label_smoothing)
@@ -96,7 +96,7 @@ class CrossEntropy:
                 goal_BK = logits_BK.new_zeros(logits_BK.shape).scatter_(1, wanted[:, None], 1.0)
             return (1 - self.mse) * loss + self.mse * F.mse_loss(logits_BK, goal_BK)
 
-        return loss_of
+        return loss_fn
 
 
 def widened(logits: Tensor) -> Tensor:

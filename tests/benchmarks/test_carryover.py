@@ -45,14 +45,14 @@ DATA = Synthetic(samples=8, val_samples=41, shape=(1, 2, 2), noise=1.0)
 )
 def test_a_replay_fires_the_same_spikes_and_its_gradient_is_that_of_sltt(neuron: dict) -> None:
     (x_TBC, target_B), model = batch(4), lif_network(**neuron)
-    loss_of = cross_entropy(target_B)
-    by_sltt, by_bptt = (gradients(rule, model, x_TBC, loss_of) for rule in (SLTT(), BPTT()))
+    loss_fn = cross_entropy(target_B)
+    by_sltt, by_bptt = (gradients(rule, model, x_TBC, loss_fn) for rule in (SLTT(), BPTT()))
     spikes = spikes_of(model)
     logits_TBK, membranes = record(model, x_TBC)
     model.zero_grad()
     with replaying(model, membranes), fresh_state(model):
         again_TBK = model(x_TBC)
-        torch.stack([loss_of(logits_BK) for logits_BK in again_TBK]).mean().backward()
+        torch.stack([loss_fn(logits_BK) for logits_BK in again_TBK]).mean().backward()
     assert torch.equal(logits_TBK, again_TBK)
     assert all(torch.equal(run, replayed) for run, replayed in spikes.values())
     found = {

@@ -340,11 +340,11 @@ HERE = Path(__file__).parent
 class Flips(SLTT):
     \"\"\"SLTT beside a disk that fails in the first batch.\"\"\"
 
-    def loss_terms(self, model, x_TB, loss_of, *, step, rows):
+    def loss_terms(self, model, x_TB, loss_fn, *, step, rows):
         if self.world.rank == 1 and not (HERE / "flipped").exists():
             (HERE / "flipped").touch()
             flip(HERE / "data" / "train.beton", {at})
-        return super().loss_terms(model, x_TB, loss_of, step=step, rows=rows)
+        return super().loss_terms(model, x_TB, loss_fn, step=step, rows=rows)
 """
 
 

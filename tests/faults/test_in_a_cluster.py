@@ -81,7 +81,7 @@ def strikes(name, rank, step):
 class Faulty(SLTT):
     """SLTT on a machine that is not well."""
 
-    def loss_terms(self, model, x_TB, loss_of, *, step, rows):
+    def loss_terms(self, model, x_TB, loss_fn, *, step, rows):
         here = self.world.rank, step
         if due("not finite", *here):
             x_TB = x_TB * math.nan
@@ -92,7 +92,7 @@ class Faulty(SLTT):
             next(model.parameters()).data.flatten()[0] += 1e-4
         if strikes("driver", *here):
             time.sleep(1000)  # until whoever sees the file kills the driver, and Ray us
-        return super().loss_terms(model, x_TB, loss_of, step=step, rows=rows)
+        return super().loss_terms(model, x_TB, loss_fn, step=step, rows=rows)
 
 class FaultyData(Synthetic):
     """Synthetic on a disk that is not well."""
@@ -457,9 +457,9 @@ import time
 from pipeline.rules.sltt import SLTT
 
 class Slow(SLTT):
-    def loss_terms(self, model, x_TB, loss_of, *, step, rows):
+    def loss_terms(self, model, x_TB, loss_fn, *, step, rows):
         time.sleep(0.1)
-        return super().loss_terms(model, x_TB, loss_of, step=step, rows=rows)
+        return super().loss_terms(model, x_TB, loss_fn, step=step, rows=rows)
 """
 SLOW_RECIPE = """
 from dataclasses import replace

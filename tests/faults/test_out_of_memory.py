@@ -23,7 +23,7 @@ from pipeline.data.mixing import Mixing
 from pipeline.measure.memory import hardware
 from pipeline.models.mlp import mlp
 from pipeline.recipe.recipe import Recipe, spec
-from pipeline.rules.base import LossOf, LossTerm, Rule
+from pipeline.rules.base import LossFn, LossTerm, Rule
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train import worker
@@ -123,13 +123,13 @@ def written_down(
     original = SLTT.loss_terms
 
     def loss_terms(
-        self: SLTT, model: Any, x_TB: Tensor, loss_of: LossOf, *, step: int, rows: range
+        self: SLTT, model: Any, x_TB: Tensor, loss_fn: LossFn, *, step: int, rows: range
     ) -> Iterator[LossTerm]:
         with file.open("a") as told:
             for row, x_T in zip(rows, x_TB.unbind(1), strict=True):
                 sample = hashlib.sha256(x_T.cpu().numpy().tobytes()).hexdigest()
                 print(step, row, sample, time.time_ns(), file=told)
-        slices = original(self, model, x_TB, loss_of, step=step, rows=rows)
+        slices = original(self, model, x_TB, loss_fn, step=step, rows=rows)
         yield next(slices)
         if (step, rows[0]) == met and len(rows) > room:
             raise FULL

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from pipeline.rules.base import LossOf
+from pipeline.rules.base import LossFn
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.trainer import Trainer
 
@@ -45,9 +45,9 @@ def change_losses(patch: pytest.MonkeyPatch, changed: Callable[[int, Tensor], Te
     """`changed(step, loss)` stands in the place of the loss of each micro-batch."""
     loss_for, now = CrossEntropy.__call__, [0]
 
-    def call(self: CrossEntropy, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf:
-        loss_of = loss_for(self, target_B, teacher_BK)
-        return lambda logits_BK: changed(now[0], loss_of(logits_BK))
+    def call(self: CrossEntropy, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossFn:
+        loss_fn = loss_for(self, target_B, teacher_BK)
+        return lambda logits_BK: changed(now[0], loss_fn(logits_BK))
 
     before_batch(patch, lambda trainer: now.__setitem__(0, trainer.step))
     patch.setattr(CrossEntropy, "__call__", call)

@@ -40,8 +40,8 @@ def by_hand(
         optimizer.zero_grad()
 
     for step, (x_TB, target_B) in batches:
-        loss_of = CrossEntropy()(target_B)
-        for term in rule.loss_terms(forward or model, x_TB, loss_of, step=step):
+        loss_fn = CrossEntropy()(target_B)
+        for term in rule.loss_terms(forward or model, x_TB, loss_fn, step=step):
             if term.backward is not None:
                 term.backward.backward()
             if rule.update == "step":

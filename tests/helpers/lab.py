@@ -24,14 +24,14 @@ from pipeline.rules.sltt import SLTT
 class Told(SLTT):
     """SLTT that notes beside its file which sample each row of a batch held; slowly on request."""
 
-    def loss_terms(self, model, x_TB, loss_of, *, step, rows):
+    def loss_terms(self, model, x_TB, loss_fn, *, step, rows):
         pace = Path(__file__).parent / "pace"
         time.sleep(float(pace.read_text()) if pace.exists() else 0.0)
         with (Path(__file__).parent / "rows" / f"{os.getpid()}.txt").open("a") as file:
             for row, x_T in zip(rows, x_TB.unbind(1)):
                 sample = hashlib.sha256(x_T.numpy().tobytes()).hexdigest()[:16]
                 print(step, row, sample, time.time_ns(), file=file)
-        return super().loss_terms(model, x_TB, loss_of, step=step, rows=rows)
+        return super().loss_terms(model, x_TB, loss_fn, step=step, rows=rows)
 '''
 RECIPE = """
 from dataclasses import replace

@@ -90,7 +90,7 @@ def one_batch(
 
 
 def gradients(
-    rule: Rule, model: nn.Module, x_TB: Tensor, loss_of, *, step: int = 0, **attach
+    rule: Rule, model: nn.Module, x_TB: Tensor, loss_fn, *, step: int = 0, **attach
 ) -> dict[str, Tensor]:
     """The gradient of every parameter that one batch gives under `rule`; the model is as before
     afterwards.
@@ -98,7 +98,7 @@ def gradients(
     model.zero_grad()
     rule.attach(model, **attach)
     try:
-        learn(rule.loss_terms(model, x_TB, loss_of, step=step))
+        learn(rule.loss_terms(model, x_TB, loss_fn, step=step))
     finally:
         rule.release()
     found = {

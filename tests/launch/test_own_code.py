@@ -68,14 +68,14 @@ class LastStep(Rule):
         super().__init__()
         self.pause = pause
 
-    def _loss_terms(self, model, x_TB, loss_of, step, rows):
+    def _loss_terms(self, model, x_TB, loss_fn, step, rows):
         time.sleep(self.pause)  # so that somebody can end it in the middle
         steps = x_TB.shape[0]
         with fresh_state(model):
             for index, x_cB in enumerate(slices(x_TB, 1)):
                 learns = index == steps - 1
                 with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-                    loss, share_BK = slice_loss(model(x_cB), loss_of, steps=steps)
+                    loss, share_BK = slice_loss(model(x_cB), loss_fn, steps=steps)
                 backward = loss if learns else None
                 yield LossTerm(backward=backward, loss=loss.detach(), logits=share_BK)
 '''

@@ -126,13 +126,13 @@ def test_gradients_are_finite_in_bf16(name, make_rule):
     assert bool(binary_synapses(model)) == (name in RECIPES)
     rule.attach(model)
 
-    def loss_of(logits_BK: Tensor) -> Tensor:
+    def loss_fn(logits_BK: Tensor) -> Tensor:
         shapes.append(logits_BK.shape)
         return nn.functional.cross_entropy(logits_BK, torch.tensor([3]))
 
     x_TBCHW = torch.randn(1, 1, 3, 224, 224)
     with torch.autocast("cpu", torch.bfloat16):
-        for objective in rule.loss_terms(model, x_TBCHW, loss_of, step=0):
+        for objective in rule.loss_terms(model, x_TBCHW, loss_fn, step=0):
             assert objective.backward is not None and objective.backward.isfinite()
             objective.backward.backward()
     assert shapes == [(1, 1000)]

@@ -44,8 +44,8 @@ def test_betas_of_34_layers():
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_first_logits_are_zero_and_the_first_loss_is_ln_K(classes):
     rule, model = attached(BPTT(), nf_resnet18_small(classes, width=4, blocks=(1, 1)))
-    x_TB, loss_of = torch.randn(2, 3, 3, 8, 8), cross_entropy(torch.arange(3))
-    (objective,) = rule.loss_terms(model, x_TB, loss_of)
+    x_TB, loss_fn = torch.randn(2, 3, 3, 8, 8), cross_entropy(torch.arange(3))
+    (objective,) = rule.loss_terms(model, x_TB, loss_fn)
     assert objective.logits.abs().max() == 0
     assert objective.loss.item() == pytest.approx(math.log(classes), rel=1e-6)
 

@@ -104,7 +104,7 @@ def test_a_wrapper_of_the_attached_model_will_do():
 class Steps(Rule):
     memory = "constant"
 
-    def _loss_terms(self, model, x_TB, loss_of, step, rows):
+    def _loss_terms(self, model, x_TB, loss_fn, step, rows):
         yield LossTerm(
             backward=None, loss=torch.tensor(float(step)), logits=torch.tensor(list(rows))
         )
@@ -162,9 +162,9 @@ def test_both_losses_are_reported_as_they_are_differentiated(make, over_time, ca
     model = test_dsr.smallest_model(RateIF(), RateIF()).double()
     rule, _ = attached(make(), model, over_time=over_time)
     (x_TBC, target), seen = batch(4), []
-    loss_of = cross_entropy(target)
-    (term,) = rule.loss_terms(model, x_TBC, lambda o_BK: seen.append(o_BK) or loss_of(o_BK))
-    losses = torch.stack([loss_of(o_BK) for o_BK in seen])
+    loss_fn = cross_entropy(target)
+    (term,) = rule.loss_terms(model, x_TBC, lambda o_BK: seen.append(o_BK) or loss_fn(o_BK))
+    losses = torch.stack([loss_fn(o_BK) for o_BK in seen])
     assert len(seen) == calls and torch.allclose(term.loss, losses.mean(), atol=1e-14)
     assert torch.allclose(term.logits, outputs(model, x_TBC).mean(0), atol=1e-14)
 

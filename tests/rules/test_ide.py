@@ -271,9 +271,9 @@ def test_units_of_a_sample_know_nothing_of_the_other_samples():
 
 def test_the_scale_of_the_loss_changes_nothing():
     model, (x_B, target) = two_layers(), image((FEATURES,))
-    loss_of = cross_entropy(target)
+    loss_fn = cross_entropy(target)
     one, other = (
-        gradients(IDE(), model, repeat(x_B, 6), lambda o, s=s: s * loss_of(o), over_time="mean")
+        gradients(IDE(), model, repeat(x_B, 6), lambda o, s=s: s * loss_fn(o), over_time="mean")
         for s in (1.0, 2.0**-20)
     )
     assert difference(one, {name: 2.0**20 * g for name, g in other.items()}) < 1e-15
@@ -350,11 +350,11 @@ def test_a_solve_that_diverges_says_what_to_do_and_gives_no_gradient(monkeypatch
     a_1B = torch.full((1, 4, 1), 0.3).double()
     monkeypatch.setattr(Equilibrium, "_simulate", lambda self, x_TB, current_1B: a_1B)
     rule, model = attached(IDE(solver="fixed_point"), too_strong(), over_time="mean")
-    loss_of = cross_entropy(torch.zeros(4, dtype=torch.int64))
+    loss_fn = cross_entropy(torch.zeros(4, dtype=torch.int64))
 
     def unsolved(x: float, *, step: int) -> bool:
         """Whether the batch counts as unsolved after a micro-batch of this input."""
-        learn(rule.loss_terms(model, torch.full((1, 4, 1), x).double(), loss_of, step=step))
+        learn(rule.loss_terms(model, torch.full((1, 4, 1), x).double(), loss_fn, step=step))
         return rule.is_unsolved()
 
     message = (

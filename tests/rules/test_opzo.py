@@ -106,9 +106,9 @@ def with_matrices(
 
 def gradient_of(rule: OPZO, model: nn.Module, steps: int, *, rows=slice(None)) -> dict[str, Tensor]:
     x_TBC, target_B = batch(steps)
-    loss_of, about = cross_entropy(target_B[rows]), None if rows == slice(None) else rows
+    loss_fn, about = cross_entropy(target_B[rows]), None if rows == slice(None) else rows
     model.zero_grad()
-    learn(rule.loss_terms(model, x_TBC[:, rows], loss_of, step=0, rows=about))
+    learn(rule.loss_terms(model, x_TBC[:, rows], loss_fn, step=0, rows=about))
     return {
         n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for n, p in model.named_parameters()

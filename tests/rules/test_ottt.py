@@ -138,9 +138,9 @@ class TwoForwards(nn.Module):
 
 
 def check_two_forwards(model: nn.Module, reference: nn.Module, x_TBCHW: Tensor) -> None:
-    loss_of = cross_entropy(torch.tensor([0, 2]))
-    got = gradients(OTTT(), model, x_TBCHW, loss_of)
-    expected = gradients(SLTT(), reference, x_TBCHW, loss_of)
+    loss_fn = cross_entropy(torch.tensor([0, 2]))
+    got = gradients(OTTT(), model, x_TBCHW, loss_fn)
+    expected = gradients(SLTT(), reference, x_TBCHW, loss_fn)
     learnt = [g for name, g in got.items() if "weight" in name or "gain" in name]
     assert all(g.abs().max() > 1e-5 for g in learnt)
     assert difference(got, {name.replace(".op.", "."): g for name, g in expected.items()}) < 1e-12

@@ -235,10 +235,10 @@ def test_the_gradient_approaches_ide_as_one_over_the_steps(widths):
 
 def test_under_bf16_each_layer_gets_its_own_solution_in_its_own_type():
     model, (x_TBC, target_B) = feedback_network(8, 7).float(), batch(20)
-    loss_of, x_TBC = cross_entropy(target_B), x_TBC.float()
-    full = gradients(SPIDE(100), model, x_TBC, loss_of, over_time="mean")
+    loss_fn, x_TBC = cross_entropy(target_B), x_TBC.float()
+    full = gradients(SPIDE(100), model, x_TBC, loss_fn, over_time="mean")
     with torch.autocast("cpu", torch.bfloat16):
-        half = gradients(SPIDE(100), model, x_TBC, loss_of, over_time="mean")
+        half = gradients(SPIDE(100), model, x_TBC, loss_fn, over_time="mean")
     assert all(0 < (half[name] - full[name]).norm() < 0.2 * full[name].norm() for name in full)
 
 

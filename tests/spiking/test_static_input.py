@@ -145,10 +145,10 @@ def trained(
 
 
 def learn(
-    rule: Rule, model: nn.Module, x_TB: Tensor, loss_of, *, share=1.0, step=0, rows=(0, 6)
+    rule: Rule, model: nn.Module, x_TB: Tensor, loss_fn, *, share=1.0, step=0, rows=(0, 6)
 ) -> list[LossTerm]:
     seen = []
-    for objective in rule.loss_terms(model, x_TB, loss_of, step=step, rows=range(*rows)):
+    for objective in rule.loss_terms(model, x_TB, loss_fn, step=step, rows=range(*rows)):
         if objective.backward is not None:
             (objective.backward * share).backward()
         seen.append(objective)

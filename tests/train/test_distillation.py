@@ -66,18 +66,18 @@ def test_soft_answers_are_learnt_as_the_formula_says(form: Any, tau: float) -> N
     """A student that answers as the teacher is at the minimum, also one whose logits are shifted:
     answers are probabilities. The soft cross-entropy ends at the teacher's entropy.
     """
-    loss_of = Distillation(**ONLY_TEACHER, form=form, temperature=tau)(TARGET, TEACHER)
+    loss_fn = Distillation(**ONLY_TEACHER, form=form, temperature=tau)(TARGET, TEACHER)
     for seed in (0, *range(2, 12)):
         student = draw(5, CLASSES, seed=seed)
         wanted = soft(form, TEACHER, student, tau)
-        assert float(loss_of(student)) == pytest.approx(wanted, abs=1e-12)
+        assert float(loss_fn(student)) == pytest.approx(wanted, abs=1e-12)
     alike = (TEACHER + 0.7).requires_grad_()
-    loss = loss_of(alike)
+    loss = loss_fn(alike)
     (gradient,) = torch.autograd.grad(loss, alike)
     least = soft(form, TEACHER, TEACHER, tau)  # tau^2 times the teacher's entropy, or 0
     assert float(gradient.abs().max()) < 1e-15
     assert float(loss.detach()) == pytest.approx(least, abs=1e-12)
-    assert all(float(loss_of(TEACHER + draw(5, CLASSES, seed=seed))) > least for seed in range(9))
+    assert all(float(loss_fn(TEACHER + draw(5, CLASSES, seed=seed))) > least for seed in range(9))
 
 
 def test_tau_squared_keeps_the_gradient_as_large_as_the_logits_differ() -> None:
@@ -173,9 +173,9 @@ def test_each_micro_batch_begins_a_mean_of_its_own() -> None:
 
 def test_the_loss_over_the_mean_is_of_the_mean_logits() -> None:
     model, (x_TBC, target_B) = lif_network(decay=0.5), batch(TIME)
-    loss_of = Distillation(**ONLY_TEACHER, form="kl")(target_B, TEACHER)
+    loss_fn = Distillation(**ONLY_TEACHER, form="kl")(target_B, TEACHER)
     rule, _ = attached(BPTT(), model, over_time="mean")
-    (found,) = learn(rule.loss_terms(model, x_TBC, loss_of, step=0))
+    (found,) = learn(rule.loss_terms(model, x_TBC, loss_fn, step=0))
     wanted = soft("kl", TEACHER, outputs(model, x_TBC).mean(0), 1.0)
     assert float(found.loss) == pytest.approx(wanted, abs=1e-12)
 

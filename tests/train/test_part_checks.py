@@ -20,7 +20,7 @@ from pipeline.launch.cluster import Cluster
 from pipeline.launch.driver import check
 from pipeline.models.teachers.base import Teacher
 from pipeline.recipe.recipe import spec
-from pipeline.rules.base import LossOf, Rule
+from pipeline.rules.base import LossFn, Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.train.build import check_recipe
 from pipeline.train.distillation import Distillation
@@ -117,7 +117,7 @@ class Nothing: ...
 class PerSample(CrossEntropy):
     """A loss that is none: it keeps a value for each sample."""
 
-    def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf:
+    def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossFn:
         return lambda logits_BK: logits_BK.sum(-1)
 
 

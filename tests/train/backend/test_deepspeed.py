@@ -238,8 +238,8 @@ def _default_settings(rank: int, ranks: int) -> dict[tuple[str, int], float]:
         )
         half = slice(rank * BATCH // RANKS, (rank + 1) * BATCH // RANKS)
         for step, (x_TB, target_B) in steps(batch, STEPS):
-            loss_of = CrossEntropy()(target_B[half])
-            for term in rule.loss_terms(engine, x_TB[:, half], loss_of, step=step):
+            loss_fn = CrossEntropy()(target_B[half])
+            for term in rule.loss_terms(engine, x_TB[:, half], loss_fn, step=step):
                 engine.backward(term.backward)
             engine.step()
         found[mode, zero] = distance(model, reference(SLTT(), 0.0))
