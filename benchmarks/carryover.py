@@ -231,12 +231,12 @@ def _keeping(carry: Callable[[Tensor], Tensor], kept: list[Tensor]) -> Callable[
 def replaying(model: nn.Module, membranes: Membranes) -> Iterator[None]:
     """Inside, each neuron is a threshold unit without memory, with `membranes` as constants."""
     for name, neuron in named_neurons(model):
-        neuron.gradient = _replay(membranes[name])
+        neuron.custom_forward = _replay(membranes[name])
     try:
         yield
     finally:
         for _, neuron in named_neurons(model):
-            neuron.gradient = None
+            neuron.custom_forward = None
 
 
 def _replay(membranes: list[Tensor]) -> Callable[[LIF, Tensor], Tensor]:
@@ -309,7 +309,7 @@ def check(model: nn.Module) -> None:
                 "carryover: membranes of LIF neurons must be all that crosses a time step; "
                 f"got {type(module).__name__} at {name or 'the model itself'}"
             )
-        if isinstance(module, LIF) and module.gradient is not None:
+        if isinstance(module, LIF) and module.custom_forward is not None:
             raise ValueError(f"carryover: release the rule that replaces the neuron at {name}")
 
 

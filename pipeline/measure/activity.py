@@ -144,7 +144,9 @@ class _Layer:
         # Each spike of LIF's own step is a 1. Those of a rate neuron have a height, and a rule's
         # gradient function may change them.
         fires_ones = (
-            isinstance(neuron, LIF) and type(neuron).step is LIF.step and neuron.gradient is None
+            isinstance(neuron, LIF)
+            and type(neuron).step is LIF.step
+            and neuron.custom_forward is None
         )
         if fires_ones and s_TB.dtype == torch.float32:
             # sums the rows in place, without copying them

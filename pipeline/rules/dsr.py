@@ -110,7 +110,7 @@ class DSR(Rule):
         super().attach(model, world=world, over_time=over_time)
         for _, neuron in neurons:
             is_published = self.backward == "published" and neuron.decay < 1
-            self.set_seam(neuron, "gradient", partial(_rate_map, is_published=is_published))
+            self.set_seam(neuron, "custom_forward", partial(_rate_map, is_published=is_published))
 
     _loss_terms = Rule._one_loss_term
 
@@ -130,7 +130,7 @@ class DSR(Rule):
                 x_TB[:1] if is_static(x_TB) else x_TB.mean(0, keepdim=True) for x_TB in inputs
             ]
             for _, neuron in named_neurons(model_copy):
-                neuron.gradient = (
+                neuron.custom_forward = (
                     lambda lif, x_TB: lif.gain * x_TB.clamp_min(0)  # type: ignore[operator]
                 )
         neurons: dict[str, Any] = dict(named_neurons(model_copy))
@@ -216,7 +216,7 @@ def _raise_rate(lif: RateNeuron, x_TB: Tensor) -> Tensor:
 def _rate_of_neuron(neuron: RateNeuron, model: nn.Module, x_TB: Tensor) -> Tensor:
     """gain I of `neuron`, `[B, ...]`, for the model's input `x_TB`."""
     try:
-        with set_temporarily([neuron], "gradient", _raise_rate), fresh_state(model):
+        with set_temporarily([neuron], "custom_forward", _raise_rate), fresh_state(model):
             model(x_TB)
     except _RateFound as found:
         return found.args[0]

@@ -195,7 +195,7 @@ class OPZO(Rule):
                 readout=readouts.get(index),
             )
             self._layers.append(layer)
-            self.set_seam(neuron, "gradient", layer)
+            self.set_seam(neuron, "custom_forward", layer)
 
     def check_steps(self, steps: int) -> None:
         super().check_steps(steps)

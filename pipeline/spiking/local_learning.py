@@ -66,7 +66,7 @@ class Readout(nn.Module):
 
 
 class LocalGradient:
-    """Replaces the forward of one neuron. A rule sets it as the attribute `gradient` of a LIF.
+    """Replaces the forward of one LIF. A rule sets it as the attribute `custom_forward` of the LIF.
 
     If `is_open`, the neuron runs as described at the head of the file. It records the `spikes` with
     the graph of its layer, the noise `z` if there is noise, and the `logits` of its `readout` if

@@ -54,7 +54,7 @@ class LIF(nn.Module):
         surrogate: its derivative replaces the derivative of the step function.
 
     A rule can set two seams (attributes). `carry(v) -> v` is applied to the membrane after every
-    time step. `gradient(lif, x_TB) -> s_TB` replaces the whole forward; it can use `step`,
+    time step. `custom_forward(lif, x_TB) -> s_TB` replaces the whole forward; it can use `step`,
     `membrane` and `state`.
 
     Raises: ValueError for arguments out of range, outside `fresh_state`, or if the shape of a batch
@@ -101,12 +101,12 @@ class LIF(nn.Module):
         self.scale_input = scale_input
         self.surrogate = surrogate
         self.carry: Callable[[Tensor], Tensor] = identity
-        self.gradient: Callable[[LIF, Tensor], Tensor] | None = None
+        self.custom_forward: Callable[[LIF, Tensor], Tensor] | None = None
         self.state = State("LIF")
 
     def forward(self, x_TB: Tensor) -> Tensor:
-        if self.gradient is not None:
-            return self.gradient(self, x_TB)
+        if self.custom_forward is not None:
+            return self.custom_forward(self, x_TB)
         v_B = self.membrane(x_TB)
         if len(x_TB) == 1:  # avoids `unbind`, whose backward copies the gradient
             s_TB, v_1B = self.step(x_TB.to(v_B.dtype), v_B.unsqueeze(0))

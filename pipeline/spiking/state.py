@@ -17,7 +17,7 @@ from pipeline.core.checks import require
 
 # The seams: attributes of modules that a rule sets to change their forward or backward. The value
 # of a seam, such as a trace, can have a `State` as its attribute `state`.
-SEAMS = ("presynaptic", "backward_weight", "carry", "gradient", "adjoint")
+SEAMS = ("presynaptic", "backward_weight", "carry", "custom_forward", "adjoint")
 
 
 class State:

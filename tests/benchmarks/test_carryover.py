@@ -61,7 +61,7 @@ def test_a_replay_fires_the_same_spikes_and_its_gradient_is_that_of_sltt(neuron:
         if parameter.grad is not None
     }
     assert difference(found, by_sltt) < 1e-12 < 1e-4 < difference(found, by_bptt)
-    assert all(neuron.gradient is None for _, neuron in named_neurons(model))
+    assert all(neuron.custom_forward is None for _, neuron in named_neurons(model))
 
 
 def test_what_one_neuron_carries_over() -> None:

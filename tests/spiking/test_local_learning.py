@@ -42,7 +42,7 @@ def test_a_closed_seam_is_the_plain_neuron_with_its_graph():
     found = []
     for seam in (None, LocalGradient(**SEAM)):
         neuron = LIF(reset_gradient="kept")
-        neuron.gradient = seam
+        neuron.custom_forward = seam
         s_TB = outputs(neuron, *x_TB.split([2, 3]), grad=True)
         found.append((s_TB, *torch.autograd.grad(s_TB.cumsum(0).sum(), x_TB)))
     assert all(map(torch.equal, *found))
@@ -65,7 +65,7 @@ def one_stream(layers: nn.Module, first: nn.Module) -> None:
 
 def a_neuron_that_was_not_run() -> None:
     neuron, seam = LIF(), LocalGradient(**SEAM)
-    neuron.gradient = seam
+    neuron.custom_forward = seam
     with fresh_state(neuron):
         seam.recorded("spikes")
 
