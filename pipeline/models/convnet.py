@@ -27,7 +27,7 @@ from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import rate_readout
-from pipeline.spiking.synapse import Conv2d, Linear, folded
+from pipeline.spiking.synapse import Conv2d, Linear, apply_folded
 
 Norm = Literal["batch", "none"]
 Mask = Literal["batch", "step"]
@@ -164,10 +164,10 @@ class ConvNet(nn.Module):
             )
         h = x_TBCHW
         for index, layers in enumerate(self.stages):
-            h = layers(h if index == 0 else folded(self.pool, h))
+            h = layers(h if index == 0 else apply_folded(self.pool, h))
         # Without this condition torch 2.13 spends 9 % of a step on a pool without effect.
         if h.shape[-2:] != (self.grid, self.grid):
-            h = folded(self.last_pool, h)
+            h = apply_folded(self.last_pool, h)
         return self.readout(self.classifier(h.flatten(2)))
 
 

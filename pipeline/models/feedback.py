@@ -34,7 +34,7 @@ from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.neuron import IF, LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.norm_limit import FrobeniusLimit, SpectralLimit
-from pipeline.spiking.synapse import Conv2d, Linear, folded
+from pipeline.spiking.synapse import Conv2d, Linear, apply_folded
 
 Norm = Literal["batch", "none"]
 # Limit of the feedback's weight: "spectral" is SpectralLimit; a number is the Frobenius norm.
@@ -92,7 +92,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
             padding=self.kernel_size[0] // 2,
             output_padding=self.output_padding[0],
         )
-        return folded(apply, input)
+        return apply_folded(apply, input)
 
 
 class ZeroFeedback(nn.Module):

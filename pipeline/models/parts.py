@@ -21,7 +21,7 @@ from pipeline.core.checks import refuse_unless_counts
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import rate_readout
-from pipeline.spiking.synapse import Conv2d, Linear, folded
+from pipeline.spiking.synapse import Conv2d, Linear, apply_folded
 
 # T time, B batch, C channels, H W pixels
 
@@ -60,7 +60,7 @@ class Pool(nn.Module):
         self.pool = pool
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
-        return folded(self.pool, x_TBCHW)
+        return apply_folded(self.pool, x_TBCHW)
 
 
 def standardized_conv(

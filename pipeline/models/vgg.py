@@ -29,7 +29,7 @@ from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF, identity
 from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.state import State
-from pipeline.spiking.synapse import Conv2d, Linear, folded
+from pipeline.spiking.synapse import Conv2d, Linear, apply_folded
 
 
 class Layer(nn.Module):
@@ -86,7 +86,9 @@ class FeedbackConv(nn.Module):
         if h_TBCHW is None:
             return x_TBCHW.new_zeros(())
         return self.conv(
-            folded(lambda h_NCHW: F.interpolate(h_NCHW, x_TBCHW.shape[3:], mode="nearest"), h_TBCHW)
+            apply_folded(
+                lambda h_NCHW: F.interpolate(h_NCHW, x_TBCHW.shape[3:], mode="nearest"), h_TBCHW
+            )
         )
 
     def keep(self, h_1BCHW: Tensor) -> None:
@@ -179,7 +181,7 @@ class VGG(nn.Module):
         for layer in others:
             s = layer(s)
         for layers in self.stages[1:]:
-            s = layers(folded(self.pool, s))
+            s = layers(apply_folded(self.pool, s))
         return s
 
 

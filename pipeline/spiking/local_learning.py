@@ -25,7 +25,7 @@ from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.noise import Distribution, noise
 from pipeline.spiking.state import State, temporary_hooks
-from pipeline.spiking.synapse import Linear, folded
+from pipeline.spiking.synapse import Linear, apply_folded
 
 Inject = Literal["spikes", "membrane"]
 
@@ -58,7 +58,9 @@ class Readout(nn.Module):
             f" > 1; got shape {tuple(s_TB.shape)} with cells={self.cells}",
         )
         if s_TB.dim() == 5:
-            s_TB = folded(lambda s_NCHW: F.adaptive_avg_pool2d(s_NCHW, self.cells), s_TB).flatten(2)
+            s_TB = apply_folded(
+                lambda s_NCHW: F.adaptive_avg_pool2d(s_NCHW, self.cells), s_TB
+            ).flatten(2)
         return self.linear(s_TB)
 
     def extra_repr(self) -> str:

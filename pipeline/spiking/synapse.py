@@ -50,7 +50,7 @@ Presynaptic = Callable[[Tensor], Tensor]
 BackwardWeight = Callable[[Tensor], Tensor]
 
 
-def folded(op: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
+def apply_folded(op: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
     """Apply the stateless map `op` to all time steps at once, with T and B as one batch dimension.
 
     For a static input, `op` is applied to one frame.
@@ -146,7 +146,7 @@ class Conv2d(nn.Conv2d, _Synapse):
             )
         weight = _weight_for(self, input) if weight is None else weight
         if self.presynaptic is None and self.backward_weight is None:
-            return folded(lambda x_NCHW: self._conv_forward(x_NCHW, weight, self.bias), input)
+            return apply_folded(lambda x_NCHW: self._conv_forward(x_NCHW, weight, self.bias), input)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         return _with_seams(self, input, weight, geometry)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.spiking.synapse import Conv2d, Linear, effective_weight, folded
+from pipeline.spiking.synapse import Conv2d, Linear, apply_folded, effective_weight
 from tests.helpers.rule_networks import refusals
 from tests.helpers.saved import SavedBytes
 
@@ -56,7 +56,7 @@ def test_standardized_weights_and_their_gradients():
     )
     nn.init.normal_(conv.gain)
     weight = standardized(conv.weight, conv.gain)
-    reference = folded(lambda x_N: nn.functional.conv2d(x_N, weight, conv.bias), x)
+    reference = apply_folded(lambda x_N: nn.functional.conv2d(x_N, weight, conv.bias), x)
     assert torch.allclose(conv(x), reference, atol=1e-13)
     upstream = torch.randn_like(reference)
     ours, expected = (gradients(conv, y, upstream, x) for y in (conv(x), reference))
