@@ -302,9 +302,9 @@ class HLOP(Rule):
         counts = self.rows[min(task, len(self.rows) - 1)]
         for index, (subspace, count) in enumerate(zip(self.subspaces, counts, strict=True)):
             require(
-                count <= subspace.free,
+                count <= subspace.free_directions,
                 f"{self.label}: the rows of task {task} must be at most the free directions of each"
-                f" synapse; got {count} rows for {subspace.free} free directions of synapse"
+                f" synapse; got {count} rows for {subspace.free_directions} free directions of synapse"
                 f" {index}",
             )
             subspace.grow(count, key=counter_hash(self.world.seed, _ROWS, index, task))
@@ -382,7 +382,7 @@ class HLOP(Rule):
         metrics = dict(self.inner.metrics())
         for recorder in self._recorders:
             metrics[f"energy_{recorder.name}"] = recorder.energy()
-            metrics[f"free_{recorder.name}"] = float(recorder.subspace.free)
+            metrics[f"free_{recorder.name}"] = float(recorder.subspace.free_directions)
         return metrics
 
     def extra_bytes(self) -> int:

@@ -67,7 +67,7 @@ class Subspace(nn.Module):
         return torch.cat([self.old, self.new])
 
     @property
-    def free(self) -> int:
+    def free_directions(self) -> int:
         """The number of input directions without a row."""
         return self.old.shape[1] - len(self.old) - len(self.new)
 

@@ -147,7 +147,7 @@ def test_energy_is_what_the_rows_keep():
     for steps in (None, 10**9):
         energy = moments_from(subspace, x_NC, steps=steps).energy(subspace)
         assert torch.allclose(energy, expected, atol=1e-8)
-    assert subspace.free == 2
+    assert subspace.free_directions == 2
 
 
 def test_spikes_of_lateral_neurons():
