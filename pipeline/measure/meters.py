@@ -198,7 +198,7 @@ class Meters:
         self._batch.loss_terms.append((term.loss, term.logits))
         if (saved := self._counting) is not None:
             with self.part("metrics"):
-                beside = state_bytes(self.network, beside=saved.storages)
+                beside = state_bytes(self.network, excluded=saved.storages)
                 self._batch.kept = max(self._batch.kept, (saved.now, beside))
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:

@@ -304,8 +304,8 @@ class HLOP(Rule):
             require(
                 count <= subspace.free_directions,
                 f"{self.label}: the rows of task {task} must be at most the free directions of each"
-                f" synapse; got {count} rows for {subspace.free_directions} free directions of synapse"
-                f" {index}",
+                f" synapse; got {count} rows for {subspace.free_directions} free directions of"
+                f" synapse {index}",
             )
             subspace.grow(count, key=counter_hash(self.world.seed, _ROWS, index, task))
 

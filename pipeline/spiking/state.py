@@ -116,15 +116,15 @@ def states_of(model: nn.Module) -> list[State]:
     return list(states.values())
 
 
-def state_bytes(model: nn.Module, *, beside: Container[int] = ()) -> int:
+def state_bytes(model: nn.Module, *, excluded: Container[int] = ()) -> int:
     """Bytes of all state tensors (membranes, traces, cached values and gradients).
 
     Each storage counts once. Outside `fresh_state` the result is 0. Storages with a `_cdata` in
-    `beside` do not count, such as traces that the backward keeps too.
+    `excluded` do not count, such as traces that the backward keeps too.
     """
     storages = {
         value.untyped_storage()._cdata: value.untyped_storage()
         for state in states_of(model)
         for value in state.values.values()
     }
-    return sum(storage.nbytes() for key, storage in storages.items() if key not in beside)
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in excluded)
