@@ -72,7 +72,7 @@ class IDE(Rule):
             "IDE: tolerance is relative to the gradient and must be in 0..1, 1 excluded; got"
             f" tolerance={tolerance}",
         )
-        self.forecast_note = f"at its most solver iterations, {iterations}"
+        self.forecast_note = f"with the maximum of {iterations} solver iterations"
         self.adjoint = _Adjoint(solver, iterations, tolerance)
 
     def attach(

@@ -119,7 +119,7 @@ def test_a_solver_is_counted_at_its_most_iterations() -> None:
     bench, kernels = FakeBench(recipe, 2), []
     for iterations in (3, 4, 9):
         counts = counted(bench, recipe.rule.with_(tolerance=1e-5, iterations=iterations))
-        assert f", counted at its most solver iterations, {iterations};" in counts.describe()
+        assert f", counted with the maximum of {iterations} solver iterations;" in counts.describe()
         kernels.append(counts.traffic.kernels)
     assert kernels[2] - kernels[0] == 6 * (kernels[1] - kernels[0]) > 0
 
