@@ -143,9 +143,9 @@ class OTTT(Rule):
         for argument, choice, index in (("first", self.first, 0), ("readout", self.readout, -1)):
             require(
                 choice != "plain" or order[index] == names[index],
-                f"{self.label}: {argument}='plain' applies to {names[index]} by the order of"
-                f" registration; got {order[index]} in its place in the order of running; register"
-                f" the synapses in the order in which they run, or set {argument}='traced'",
+                f"{self.label}: {argument}='plain' applies to {names[index]}, by the order of"
+                f" registration; got {order[index]}, which runs in its place; register the synapses"
+                f" in the order in which they run, or set {argument}='traced'",
             )
         self._is_order_checked = True
         return logits_cBK

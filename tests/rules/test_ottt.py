@@ -306,13 +306,13 @@ test_refuses = refusals(
         (
             lambda: one_batch(OTTT(), back_to_front(), 4),
             (
-                r"OTTT-A: first='plain' applies to readout .* registration; got hidden in"
-                r" its place; .*first='traced'"
+                r"OTTT-A: first='plain' applies to readout, .* registration; got hidden, which runs"
+                r" in its place; .*first='traced'"
             ),
         ),
         (
             lambda: one_batch(OTTT(first="traced", readout="plain"), back_to_front(), 4),
-            r"readout='plain' applies to hidden .*; got readout in its place",
+            r"readout='plain' applies to hidden, .*; got readout, which runs in its place",
         ),
         *[
             (
@@ -339,7 +339,7 @@ def test_what_is_refused_for_one_choice_is_accepted_for_another():
 
 def test_a_batch_that_is_refused_leaves_no_hooks():
     rule, model = attached(OTTT(), back_to_front())
-    with pytest.raises(ValueError, match="in its place in the order of running"):
+    with pytest.raises(ValueError, match="which runs in its place"):
         list(rule.loss_terms(model, torch.ones(4, 2, 6).double(), torch.sum))
     assert not any(module._forward_pre_hooks for module in model.modules())
 
