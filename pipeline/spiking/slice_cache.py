@@ -81,7 +81,9 @@ class SliceCache:
             or not torch.is_grad_enabled()
         ):
             return y
-        return _CollectGradient.apply(y.detach().requires_grad_(), state)  # type: ignore[return-value]
+        return _CollectGradient.apply(  # type: ignore[return-value]
+            y.detach().requires_grad_(), state
+        )
 
     def with_gradients(self, loss: Tensor) -> Tensor:
         """The loss of the current slice.
