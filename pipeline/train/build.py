@@ -70,7 +70,7 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
     schedule = recipe.schedule.build(build_optimizer(recipe, network, rule), 1000, 100)
     require(
         callable(schedule),
-        f"schedule: {recipe.schedule.target.__name__} must make a function of the step, as"
+        f"schedule: {recipe.schedule.target.__name__} must return a function of the step, as"
         f" pipeline.train.schedule does; got {type(schedule).__name__}",
     )
     return network
