@@ -25,7 +25,7 @@ from pipeline.track import events
 from pipeline.track.journal import last_event
 from pipeline.train.assemble import TrainContext
 from pipeline.train.checkpointing import SavingHooks
-from pipeline.train.elastic import seed_row
+from pipeline.train.elastic import seed_micro_batch
 from pipeline.train.evaluation import (
     Evaluated,
     Evaluation,
@@ -216,7 +216,7 @@ class Trainer:
                 target_B = batch.target.to(device, non_blocking=True)
                 first = (index * split.workers + self.ranks.rank) * split.micro_batch
                 if len(context.rank_info.possible_sizes) > 1:
-                    seed_row(recipe.seed, step=self.step, row=first)
+                    seed_micro_batch(recipe.seed, step=self.step, first_row=first)
                 rows = range(first, first + split.micro_batch)
                 if context.mixing is not None:
                     x_B, target_B = context.mixing(

@@ -249,8 +249,8 @@ def test_mixing_takes_the_next_fewer_that_are_whole_pairs(
             },
             8,
             (
-                r"OTTT.*: moves the weights at every time step and refuses accumulation; got"
-                r" .*micro_batch=4.*"
+                r"OTTT.*: moves the weights at every time step, so a batch must not be accumulated;"
+                r" got .*micro_batch=4.*"
             ),
         ),
         (
