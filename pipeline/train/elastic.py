@@ -1,4 +1,4 @@
-"""Elastic runs: the number of workers (size) may change while a run trains. What stays the same, and
+"""Elastic runs, whose number of workers (size) may change during training: what stays the same, and
 what is refused.
 
 Global batch, learning rate, schedule and steps stay the same. Row r of batch b is the same sample
