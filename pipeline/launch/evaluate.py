@@ -102,7 +102,7 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
     check_network(network, recipe, tasks[0].data)
     network.to(device)
     loaders, evaluated = Loaders(tasks, recipe, recipe.split(1)), list[Evaluated]()
-    joules = EnergyCounter(device)
+    energy_counter = EnergyCounter(device)
     for index, task in enumerate(loaders.tasks):
         begun = time.monotonic()
         say_stage("evaluating; the first batch compiles what reads the data")
@@ -115,7 +115,7 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
                     recipe.objective.build().labels,
                     over_time=recipe.over_time,
                     counts_operations=True,
-                    joules=joules,
+                    energy_counter=energy_counter,
                 )
             )
         where = f", {task.name}" if recipe.phases else ""

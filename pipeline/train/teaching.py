@@ -229,7 +229,7 @@ def _accuracy(
     with closing(
         data.val(rank=ranks.rank, world=ranks.size, micro_batch=split.micro_batch, threads=threads)
     ) as loader:
-        batches = inputs(loader, 1, ranks, most=limit)
+        batches = inputs(loader, 1, ranks, max_samples=limit)
         result = evaluate(_AsNetwork(teacher), batches, CrossEntropy(), ranks=ranks).result
     if ranks.rank == 0:
         write_json(file, asdict(result))

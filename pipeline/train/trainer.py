@@ -297,7 +297,7 @@ class Trainer:
             evaluated := evaluate_tasks(
                 self.context,
                 step=self.step,
-                tasks=self.stretch.index + 1,
+                tasks_so_far=self.stretch.index + 1,
                 counts_operations=self.step == self.steps,
                 is_interrupted=self.saving.is_interrupted,
             )
@@ -339,7 +339,7 @@ class Trainer:
         if self.ranks.rank == 0:
             files = RunFolder(self.folder)
             write_json(files.activity, [asdict(layer) for layer in last.activity])
-            write_answers(files.answers, answers, tasks=bool(self.recipe.phases))
+            write_answers(files.answers, answers, has_task_column=bool(self.recipe.phases))
             write_json(files.summary, {**summary, "hardware": hardware})
         self.tracker.write(events.Finish(step=self.step, summary=summary))
         return summary

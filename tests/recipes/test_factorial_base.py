@@ -203,7 +203,7 @@ def write_run(
         answer=np.asarray(index >= first + right, np.int64),
     )
     write_json(folder / "recipe.json", small_recipe(data=data).to_json())
-    write_answers(folder / "answers.npz", [[answers]], tasks=False)
+    write_answers(folder / "answers.npz", [[answers]], has_task_column=False)
     summary = {"data_fingerprint": data.build().fingerprint(), "world_size": 2} | summary
     write_json(folder / "summary.json", summary)
     return folder

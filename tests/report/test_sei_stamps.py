@@ -106,7 +106,7 @@ def test_the_report_of_made_up_runs(recipes: dict[str, Recipe], tmp_path: Path) 
         answers = Answers(
             index=np.arange(scenes), target=target, answer=np.where(right[name], target, target + 1)
         )
-        write_answers(run / "answers.npz", [[answers]], tasks=False)
+        write_answers(run / "answers.npz", [[answers]], has_task_column=False)
         made = {
             "data_fingerprint": data.build().fingerprint(),
             "world_size": 2,

@@ -24,7 +24,7 @@ from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
 from pipeline.train import evaluation
 from pipeline.train.evaluation import (
-    COUNTED,
+    MAX_COUNTED_SAMPLES,
     Answers,
     Evaluated,
     evaluate,
@@ -74,9 +74,11 @@ def evaluated(x_TBI: Tensor, *, counts: bool = True) -> Evaluated:
 
 def test_operations_are_of_samples_from_all_over_the_set() -> None:
     inference = evaluated(sorted_set()).inference
-    assert inference is not None and inference.samples == COUNTED < B // 2
-    loud = inference.macs * COUNTED / (T * I * 6)  # of a product with silence nothing is made
-    assert loud == int(loud) and COUNTED / 3 < loud < COUNTED * 2 / 3
+    assert inference is not None and inference.samples == MAX_COUNTED_SAMPLES < B // 2
+    loud = (
+        inference.macs * MAX_COUNTED_SAMPLES / (T * I * 6)
+    )  # of a product with silence nothing is made
+    assert loud == int(loud) and MAX_COUNTED_SAMPLES / 3 < loud < MAX_COUNTED_SAMPLES * 2 / 3
 
 
 def test_of_a_set_that_is_no_larger_each_sample_is_counted() -> None:
@@ -146,7 +148,7 @@ def test_shares_of_any_size_are_joined_in_the_order_of_samples(
     answer: list[int],
     task: list[int] | None,
 ) -> None:
-    write_answers(tmp_path / "answers.npz", shares, tasks=task is not None)
+    write_answers(tmp_path / "answers.npz", shares, has_task_column=task is not None)
     found = read_answers(tmp_path / "answers.npz")
     assert columns(found) == {"index": index, "target": target, "answer": answer, "task": task}
     assert found.right.tolist() == [a == t for a, t in zip(answer, target, strict=True)]
@@ -156,7 +158,7 @@ def test_shares_of_any_size_are_joined_in_the_order_of_samples(
 def test_what_is_no_file_of_answers_is_refused_in_one_line(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
     (tmp_path / "text.npz").write_text("answers")
-    write_answers(tmp_path / "torn.npz", [[share((0, 1, 1))]], tasks=False)
+    write_answers(tmp_path / "torn.npz", [[share((0, 1, 1))]], has_task_column=False)
     os.truncate(tmp_path / "torn.npz", (tmp_path / "torn.npz").stat().st_size - 40)
     for name in ("nothing", "other", "text", "torn"):
         wanted = "must be the file that a run writes at its end, with .*; it could not be read: "

@@ -133,7 +133,7 @@ def test_evaluation_is_exact_over_unequal_ranks(tmp_path: Path) -> None:
 
 
 def _written(folder: Path, shares: list[Answers]) -> np.ndarray:
-    write_answers(folder / "answers.npz", [[share] for share in shares], tasks=False)
+    write_answers(folder / "answers.npz", [[share] for share in shares], has_task_column=False)
     found = read_answers(folder / "answers.npz")
     return np.stack([found.index, found.target, found.answer])
 
