@@ -349,7 +349,7 @@ def recipe():
                 "replace(shared, teacher=spec(timm_teacher, name='test_resnet',"
                 " weights=spec(Untrained)))"
             ),
-            "CrossEntropy: knows labels alone, so a teacher has no effect",
+            "CrossEntropy: uses labels alone, so a teacher has no effect",
         ),
         (
             "replace(shared, model=spec(binarized, network=shared.model, part='ffn'))",

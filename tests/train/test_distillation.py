@@ -212,7 +212,7 @@ ENSEMBLE = spec(Distillation, teacher_weight=0.0, ensemble_weight=1.0)
     ("changes", "said"),
     [
         ({"objective": spec(Distillation)}, "teacher_weight=1.0 needs a teacher"),
-        ({"teacher": TEACHER_PART}, "CrossEntropy: knows labels alone, so a teacher has no effect"),
+        ({"teacher": TEACHER_PART}, "CrossEntropy: uses labels alone, so a teacher has no effect"),
         (
             {"teacher": TEACHER_PART, "objective": ENSEMBLE},
             "a teacher has no effect with teacher_weight=0",
