@@ -438,7 +438,7 @@ def test_stop_after_cuts_each_phase(tmp_path: Path) -> None:
         (split(batch_size=64), "batch_size must be at most the 32 samples of the set"),
         (
             several(model=spec(multi_head, network=spec(mlp, in_features=64), heads=2)),
-            "a phase must name its own; got head=None for task-",
+            "each phase must name its head; got head=None for task-",
         ),
         (protected(optimizer=small_recipe().optimizer), "weight_decay must be 0"),
         (

@@ -118,10 +118,12 @@ def attached_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
     rule.check_tasks(network, max(1, len(recipe.phases)))
     objective: Loss = recipe.objective.build()
     objective.check(
-        taught=recipe.teacher is not None, over_time=recipe.over_time, time_steps=recipe.time_steps
+        has_teacher=recipe.teacher is not None,
+        over_time=recipe.over_time,
+        time_steps=recipe.time_steps,
     )
     require(
-        rule.one_loss_per_step or not objective.remembers,
+        rule.one_loss_per_step or not objective.is_stateful,
         f"{rule.label}: asks for more than one loss a step, so the objective must keep nothing"
         f" between them; got {recipe.objective.label}",
     )

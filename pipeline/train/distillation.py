@@ -90,21 +90,21 @@ class Distillation:
             )
 
     @property
-    def remembers(self) -> bool:
+    def is_stateful(self) -> bool:
         return self.ensemble_weight > 0
 
-    def check(self, *, taught: bool, over_time: OverTime, time_steps: int) -> None:
+    def check(self, *, has_teacher: bool, over_time: OverTime, time_steps: int) -> None:
         require(
-            taught or self.teacher_weight == 0,
+            has_teacher or self.teacher_weight == 0,
             f"Distillation: teacher_weight={self.teacher_weight} needs a teacher in the recipe,"
             " teacher=spec(timm_teacher, ...); got None",
         )
         require(
-            not taught or self.teacher_weight > 0,
+            not has_teacher or self.teacher_weight > 0,
             "Distillation: a teacher has no effect with teacher_weight=0; omit the teacher",
         )
         require(
-            not self.remembers or (over_time == "steps" and time_steps >= 2),
+            not self.is_stateful or (over_time == "steps" and time_steps >= 2),
             "Distillation: ensemble_weight teaches each step the mean over steps, so it needs"
             f" over_time='steps' and time_steps of 2 or more; got over_time={over_time!r},"
             f" time_steps={time_steps}",
@@ -131,7 +131,7 @@ class Distillation:
                 else:
                     teacher_loss = soft_loss(self.form, constant_BK, z_BK, self.temperature)
                 terms.append(self.teacher_weight * teacher_loss)
-            if self.remembers:
+            if self.is_stateful:
                 steps += 1
                 sum_BK = z_BK.detach() if sum_BK is None else sum_BK + z_BK.detach()
                 ensemble_loss = soft_loss("kl", sum_BK / steps, z_BK, self.temperature)

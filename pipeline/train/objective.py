@@ -22,7 +22,7 @@ class Loss(Protocol):
     """Maps the targets of a micro-batch, and the teacher's logits if there is a teacher, to a
     `loss_of`, which maps logits [B,K] to a scalar, the mean over the batch.
 
-    `labels` is the loss on labels alone, which evaluation reports. `remembers` says whether a
+    `labels` is the loss on labels alone, which evaluation reports. `is_stateful` says whether a
     `loss_of` depends on its earlier calls. A rule must then call it once per step, in time order.
     """
 
@@ -32,12 +32,12 @@ class Loss(Protocol):
     def labels(self) -> "Loss": ...
 
     @property
-    def remembers(self) -> bool: ...
+    def is_stateful(self) -> bool: ...
 
-    def check(self, *, taught: bool, over_time: OverTime, time_steps: int) -> None:
-        """Check the objective against the rest of a recipe. `taught`: the recipe has a teacher.
+    def check(self, *, has_teacher: bool, over_time: OverTime, time_steps: int) -> None:
+        """Check that the objective fits the rest of a recipe. `has_teacher`: the recipe has one.
 
-        Raises: ValueError if they do not fit together.
+        Raises: ValueError if it does not fit.
         """
 
 
@@ -57,7 +57,7 @@ class CrossEntropy:
     label_smoothing: float = 0.0
     mse: float = 0.0
     goal: Literal["ones", "one_hot"] = "ones"
-    remembers = False
+    is_stateful = False
 
     def __post_init__(self) -> None:
         for name in ("label_smoothing", "mse"):
@@ -74,9 +74,9 @@ class CrossEntropy:
     def labels(self) -> Self:
         return self
 
-    def check(self, *, taught: bool, over_time: OverTime, time_steps: int) -> None:
+    def check(self, *, has_teacher: bool, over_time: OverTime, time_steps: int) -> None:
         require(
-            not taught,
+            not has_teacher,
             "CrossEntropy: uses labels alone, so a teacher has no effect; omit the teacher, or use"
             " Distillation",
         )

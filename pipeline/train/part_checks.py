@@ -177,7 +177,7 @@ def check_objective(objective: Any, part: Spec, *, classes: int) -> None:
     labels is not a scalar.
     """
     subject = f"objective: {part.target.__name__}"
-    require_members(subject, objective, ("__call__", "labels", "remembers", "check"))
+    require_members(subject, objective, ("__call__", "labels", "is_stateful", "check"))
     loss = objective.labels(torch.zeros(2, dtype=torch.int64))(torch.zeros(2, classes))
     require(
         isinstance(loss, Tensor) and not loss.dim(),

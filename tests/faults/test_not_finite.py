@@ -210,8 +210,8 @@ def test_at_the_end_of_the_ladder_it_gives_up(
     run, first = tmp_path / "hit", random.Random(SEED + 3).choice(places)
     hit(monkeypatch, range(first, 100))
     said = (
-        rf"training: batch {first + 3} \(epoch {(first + 3) // 8 + 1}\): {REASON}; it has gone back"
-        r" max_rollbacks=1 times; lower optimizer.lr \(0.1\) or set clip_norm=1.0$"
+        rf"training: batch {first + 3} \(epoch {(first + 3) // 8 + 1}\): {REASON}; all rollbacks"
+        r" of max_rollbacks=1 are used; lower optimizer.lr \(0.1\) or set clip_norm=1.0$"
     )
     with pytest.raises(Diverged, match=said):
         train_inline(run, small_recipe(policy=Policy(max_skips=1, max_rollbacks=1)))

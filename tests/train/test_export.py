@@ -103,7 +103,7 @@ def test_it_comes_back_to_the_same_logits(
         assert binary_synapses(reloaded).keys() == binary_synapses(trained).keys()
         return
     is_folded = name in ("scaled", "centred", "learnable")
-    assert (told.synapses, told.folded) == (3, 3 * is_folded)
+    assert (told.bit_synapses, told.folded_synapses) == (3, 3 * is_folded)
     for key, synapse in binary_synapses(trained).items():
         ours = effective_weight(reloaded.get_submodule(key))  # type: ignore[arg-type]
         assert torch.equal(ours.sign(), effective_weight(synapse).sign())
@@ -261,7 +261,7 @@ def test_what_cannot_be_loaded_is_refused(packed: Path, tmp_path: Path) -> None:
     ):
         pipeline.load(packed, which="best")
     with pytest.raises(
-        ValueError, match=r"load: .* a run's folder, which holds recipe\.json; it does not"
+        ValueError, match=r"load: .* a run's folder, with a recipe\.json; it has none"
     ):
         pipeline.load(tmp_path)
 

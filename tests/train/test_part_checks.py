@@ -193,7 +193,7 @@ MEMBERS = "classes, shape, fingerprint, check, train, val"
         ),
         (
             {"objective": spec(Nothing)},
-            "objective: Nothing must have __call__, labels, remembers, check; it has no __call__",
+            "objective: Nothing must have __call__, labels, is_stateful, check; it has no __call__",
         ),
         (
             {"objective": spec(PerSample)},

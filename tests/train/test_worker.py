@@ -215,7 +215,7 @@ def test_a_checkpoint_with_measurements_of_another_kind_is_refused(
 
 def test_another_data_set_than_the_one_launched_on_is_refused(tmp_path: Path) -> None:
     job = replace(make_run(tmp_path / "run", small_recipe()), data_fingerprint="of another")
-    with pytest.raises(UserError, match="another file lies where the recipe points"):
+    with pytest.raises(UserError, match="restore the file that the recipe names"):
         worker.run(job, RankInfo())
 
 

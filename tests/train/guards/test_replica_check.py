@@ -242,8 +242,8 @@ def test_weights_that_come_apart_again_and_again_are_no_matter_of_the_learning_r
     monkeypatch.setattr(checkpointing, "drifted", lambda values, ranks: [1])
     said = (
         "training: batch 0 (epoch 1): what workers 1 have learnt is not what others have; "
-        "it has gone back max_rollbacks=1 times; "
-        "a memory, a device or a network is at fault: look with spiketrain doctor"
+        "all rollbacks of max_rollbacks=1 are used; "
+        "memory, a device or a network is faulty: check with spiketrain doctor"
     )
     with pytest.raises(UserError) as refusal:
         train_inline(
