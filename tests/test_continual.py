@@ -433,7 +433,7 @@ def test_stop_after_cuts_each_phase(tmp_path: Path) -> None:
         ),
         (
             split(optimizer=small_recipe().optimizer),
-            "weight_decay must be 0 where phases have heads.*got 0.0001",
+            "weight_decay must be 0 if phases have heads.*got 0.0001",
         ),
         (split(batch_size=64), "batch_size must be at most the 32 samples of the set"),
         (

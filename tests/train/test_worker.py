@@ -225,7 +225,7 @@ def test_another_data_set_than_the_one_launched_on_is_refused(tmp_path: Path) ->
         ({"batch_size": 128}, "batch_size must be at most the 64 samples"),
         (
             {"model": spec(nf_resnet18_small, classes=7, in_channels=1, width=4, blocks=(1,))},
-            "must have the same classes; got 7 and 10",
+            "must have the same number of classes; got 7 and 10",
         ),
         (
             {"data": spec(Synthetic, samples=64, shape=(2, 1, 8, 8))},
