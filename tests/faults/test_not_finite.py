@@ -150,7 +150,7 @@ def test_it_never_goes_back_to_a_checkpoint_whose_evaluation_was_not_finite(
         patch.setattr(trainer, "evaluate_tasks", evaluate)
         patch.setattr(worker, "_note_rollback", noted)
         if is_saved_before:  # a long evaluation is preceded by a checkpoint without a score
-            patch.setattr(checkpointing, "UNSAVED_S", 0.0)
+            patch.setattr(checkpointing, "MAX_UNSAVED_S", 0.0)
         said = (
             r"batch 7 \(epoch 1\): the loss of the evaluation after it is nan; .* lower optimizer"
         )
@@ -239,7 +239,7 @@ def test_weights_that_are_not_finite_on_one_rank_end_all(tmp_path: Path) -> None
         tmp_path / "run", small_recipe(backend="deepspeed", policy=Policy(replicas_every=0))
     )
     said = (
-        "training: weights and what the rule learnt must be finite to be saved; they are not after"
+        "training: weights and the rule's buffers must be finite in a checkpoint; they are not after"
         " step 3: lower optimizer.lr (0.1) or set clip_norm=1.0 (worker 1)"
     )
     assert run_ranks(_damaged_on_one, 2, tmp_path, job) == [said, said]

@@ -229,7 +229,7 @@ def test_a_save_waits_for_no_evaluation_which_is_begun_anew(
 def test_what_dies_in_an_evaluation_has_saved_before_it(
     job: Job, untouched: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpointing, "UNSAVED_S", -1.0)
+    monkeypatch.setattr(checkpointing, "MAX_UNSAVED_S", -1.0)
     with dies(lambda patch: patch.setattr(trainer, "evaluate_tasks", die)):
         run(job, RankInfo())
     assert run(job, RankInfo()) is not None
