@@ -151,16 +151,14 @@ def test_it_never_goes_back_to_a_checkpoint_whose_evaluation_was_not_finite(
         patch.setattr(worker, "_note_rollback", noted)
         if is_saved_before:  # a long evaluation is preceded by a checkpoint without a score
             patch.setattr(checkpointing, "MAX_UNSAVED_S", 0.0)
-        said = (
-            r"batch 7 \(epoch 1\): the loss of the evaluation after it is nan; .* lower optimizer"
-        )
+        said = r"batch 7 \(epoch 1\): the loss of the next evaluation is nan; .* lower optimizer"
         with pytest.raises(Diverged, match=said):
             train_inline(run, small_recipe(policy=Policy(max_rollbacks=1)))
     assert [event["to"] for event in events(run, "rollback")] == [6]
     assert [*found, max((run / "checkpoints").glob("step_*")).name] == ["step_00000006"] * 2
     assert not events(run, "evaluation")  # no score to be best by
     assert [event["reason"] for event in events(run, "quarantine")] == [
-        "the loss of the evaluation after it is nan"
+        "the loss of the next evaluation is nan"
     ] * 2 * is_saved_before
     train_inline(run, small_recipe(policy=Policy(max_rollbacks=2)))  # it goes on from there
     assert steps_of(run, "start") == [0, 6, 6]
@@ -239,8 +237,8 @@ def test_weights_that_are_not_finite_on_one_rank_end_all(tmp_path: Path) -> None
         tmp_path / "run", small_recipe(backend="deepspeed", policy=Policy(replicas_every=0))
     )
     said = (
-        "training: weights and the rule's buffers must be finite in a checkpoint; they are not after"
-        " step 3: lower optimizer.lr (0.1) or set clip_norm=1.0 (worker 1)"
+        "training: weights and the rule's buffers must be finite in a checkpoint; they are not"
+        " after step 3: lower optimizer.lr (0.1) or set clip_norm=1.0 (worker 1)"
     )
     assert run_ranks(_damaged_on_one, 2, tmp_path, job) == [said, said]
 

@@ -370,7 +370,7 @@ def test_a_worker_that_waits_for_data_much_of_the_time_says_so_once(
         return made(self, *which)
 
     monkeypatch.setattr(SyntheticLoader, "_batch", slow)
-    monkeypatch.setattr(trainer, "STEADY_ENOUGH", batches)
+    monkeypatch.setattr(trainer, "MIN_STEADY_BATCHES", batches)
     train_inline(tmp_path / "run", small_recipe(stop_after=7, checkpoints=Checkpointing(every=0)))
     told = events(tmp_path / "run", "data_wait")
     assert [each["loader_threads"] for each in told] == [1] * times

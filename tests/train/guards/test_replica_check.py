@@ -242,8 +242,8 @@ def test_weights_that_come_apart_again_and_again_are_no_matter_of_the_learning_r
 ) -> None:
     monkeypatch.setattr(checkpointing, "drifted", lambda values, ranks: [1])
     said = (
-        "training: batch 0 (epoch 1): weights or rule buffers of workers 1 differ from those of others; "
-        "all rollbacks of max_rollbacks=1 are used; "
+        "training: batch 0 (epoch 1): weights or rule buffers of workers 1 differ from those of"
+        " others; all rollbacks of max_rollbacks=1 are used; "
         "memory, a device or a network is faulty: check with spiketrain doctor"
     )
     with pytest.raises(UserError) as refusal:
