@@ -203,8 +203,9 @@ def _read_recipe(process: Process) -> Recipe:
     ranks.all_or_raise(lambda: compute_in(recipe.precision, ranks.device))
     if ranks.size > 1 and job.trust:
         digest = ranks.all_or_raise(lambda: own_code.digest(Path(job.run), job.trust))
-        packages = f"the {', '.join(job.trust)}"
-        check_same_code(host, digest, each=ranks.all_gather_object, of=packages)
+        check_same_code(
+            host, digest, each=ranks.all_gather_object, of=f"the {', '.join(job.trust)}"
+        )
     return recipe
 
 
@@ -297,10 +298,14 @@ def _build_local_parts(
                     for batch in itertools.islice(batches, rule.calibration_batches)
                 ],
             )
-    loaders = Loaders(
-        tasks, recipe, recipe.split(world.size), rank=world.rank, threads=job.loader_threads
+    return (
+        recipe,
+        network,
+        rule,
+        Loaders(
+            tasks, recipe, recipe.split(world.size), rank=world.rank, threads=job.loader_threads
+        ),
     )
-    return recipe, network, rule, loaders
 
 
 def build_backend(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) -> Backend:

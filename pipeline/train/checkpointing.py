@@ -52,8 +52,9 @@ class SavingHooks:
         self.deadline = math.inf  # of the last save before they leave, on the monotonic clock
         self._last_save: dict[str, Any] = {"step": step}  # the arguments of the last `_save`
         self._last_save_at = self._batch_began = time.monotonic()
-        self._stall_s = 0.0  # seconds that the last save stopped the training
-        self._write_s = 0.0  # seconds until the last checkpoint was complete; known to rank 0
+        # _stall_s: how long the last save stopped the training
+        # _write_s: how long the last checkpoint took until it was complete; known to rank 0
+        self._stall_s = self._write_s = 0.0
         # the files of requests that this rank looks for during an evaluation
         self._request_files = (self.files.stop, self.files.save)
 
@@ -258,8 +259,9 @@ class SavingHooks:
         extremes: dict[torch.device, list[Tensor]] = {}
         for value in self._replicated():
             if value.is_floating_point() and value.numel():
-                extreme = torch.stack(value.detach().aminmax()).double()
-                extremes.setdefault(value.device, []).append(extreme)
+                extremes.setdefault(value.device, []).append(
+                    torch.stack(value.detach().aminmax()).double()
+                )
         if not all(bool(torch.cat(parts).isfinite().all()) for parts in extremes.values()):
             raise Diverged(
                 "training: weights and the rule's buffers must be finite in a checkpoint; they are"

@@ -134,8 +134,9 @@ class Distillation:
             if self.is_stateful:
                 steps += 1
                 sum_BK = z_BK.detach() if sum_BK is None else sum_BK + z_BK.detach()
-                ensemble_loss = soft_loss("kl", sum_BK / steps, z_BK, self.temperature)
-                terms.append(self.ensemble_weight * ensemble_loss)
+                terms.append(
+                    self.ensemble_weight * soft_loss("kl", sum_BK / steps, z_BK, self.temperature)
+                )
             return torch.stack(terms).sum()
 
         return loss_of

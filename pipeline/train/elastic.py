@@ -74,9 +74,8 @@ def fit_to_sizes(recipe: Recipe, network: nn.Module, rule: Rule, sizes: Sequence
         f" {format_sizes(sizes)}, with {', '.join(map(str, unfit_sizes))}; take --workers of"
         f" {format_sizes(fit_sizes)}",
     )
-    modules = list(network.modules())
     if is_elastic and any(
-        isinstance(module, BatchNorm) and module.between == "world" for module in modules
+        isinstance(module, BatchNorm) and module.between == "world" for module in network.modules()
     ):
         for size in sizes:
             require(
@@ -86,7 +85,8 @@ def fit_to_sizes(recipe: Recipe, network: nn.Module, rule: Rule, sizes: Sequence
                 f" on {counted(size, 'worker')}; take fewer sizes, or between='rank'",
             )
     elif is_elastic and any(
-        isinstance(module, _MICRO_BATCH_DEPENDENT) or is_foreign_norm(module) for module in modules
+        isinstance(module, _MICRO_BATCH_DEPENDENT) or is_foreign_norm(module)
+        for module in network.modules()
     ):
         max_rows = math.gcd(*(recipe.batch_size // size for size in sizes))
         candidates = range(min(recipe.micro_batch or max_rows, max_rows), 0, -1)

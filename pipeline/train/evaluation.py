@@ -9,6 +9,7 @@ T time, B batch, N samples, K classes
 import io
 import time
 import zipfile
+from collections import namedtuple
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -76,8 +77,6 @@ class Answers:
 
 
 class Evaluated(NamedTuple):
-    """The result of an evaluation, with details."""
-
     result: Evaluation  # over all ranks
     answers: Answers  # this rank's
     # over all ranks, from one sample in `ACTIVITY_EVERY`; () if the network has no neurons
@@ -87,14 +86,8 @@ class Evaluated(NamedTuple):
     readings: EnergyReadings  # of this rank's card
 
 
-class _Sums(NamedTuple):
-    """Sums over samples."""
-
-    samples: float
-    top1: float  # hits
-    loss: float
-    top5_samples: float  # samples for which the top-5 accuracy is defined
-    top5: float  # hits
+# sums over samples; top1 and top5 count hits, top5_samples the samples of more than five classes
+_Sums = namedtuple("_Sums", ("samples", "top1", "loss", "top5_samples", "top5"))
 
 
 @torch.no_grad()
@@ -150,14 +143,16 @@ def evaluate(
             top_B5 = mean_BK.topk(min(TOP_K, mean_BK.shape[-1])).indices
             is_hit_B5 = top_B5 == target_B[:, None]
             has_top5 = mean_BK.shape[-1] > TOP_K
-            batch_sums = _Sums(
-                samples=samples,
-                top1=float(is_hit_B5[:, 0].sum()),
-                loss=float(loss) * samples,
-                top5_samples=samples if has_top5 else 0,
-                top5=float(is_hit_B5.sum()) if has_top5 else 0,
+            sums += torch.tensor(
+                _Sums(
+                    samples=samples,
+                    top1=is_hit_B5[:, 0].sum(),
+                    loss=loss.double() * samples,
+                    top5_samples=samples if has_top5 else 0,
+                    top5=is_hit_B5.sum() if has_top5 else 0,
+                ),
+                dtype=torch.float64,
             )
-            sums += torch.tensor(batch_sums, dtype=torch.float64)
             columns.append(torch.stack([index_B, target_B.cpu(), top_B5[:, 0].cpu()]))
     index, target, answer = torch.cat(columns, dim=1).numpy()
     readings = EnergyReadings(
@@ -214,8 +209,9 @@ def inputs(
     remaining = None if max_samples is None else len(range(ranks.rank, max_samples, ranks.size))
     with loader.epoch(epoch) as batches:
         for batch in batches:
-            target_B = batch.target[:remaining]
-            x_B, index_B = batch.x[:remaining], batch.index[:remaining]
+            x_B, target_B, index_B = (
+                tensor[:remaining] for tensor in (batch.x, batch.target, batch.index)
+            )
             if remaining is not None:
                 remaining -= len(target_B)
             if len(target_B):
@@ -253,8 +249,13 @@ def evaluate_tasks(
     def until_interrupted(val_set: Loader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         nonlocal was_interrupted
         looked_at = time.monotonic()
-        limit = recipe.evaluation.samples
-        for batch in inputs(val_set, recipe.time_steps, ranks, max_samples=limit, epoch=step):
+        for batch in inputs(
+            val_set,
+            recipe.time_steps,
+            ranks,
+            max_samples=recipe.evaluation.samples,
+            epoch=step,
+        ):
             context.watchdog.beat()
             yield batch
             if time.monotonic() - looked_at > LOOK_S:

@@ -172,8 +172,7 @@ def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str]
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            names = opened.keys()  # `opened` is not a mapping
-            tensors = {name: opened.get_tensor(name) for name in names}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file}: must be a whole file of spiketrain export; it could not be read: {error}"
@@ -258,8 +257,8 @@ def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor
     for name, synapse in binary_synapses(network).items():
         assert isinstance(synapse.binarizer, Binarizer)
         is_positive, scale_O = synapse.binarizer.split(synapse.weight)
-        signs = is_positive.flatten().numpy()
-        packed[f"{name}.bits"] = torch.from_numpy(np.packbits(signs, bitorder="little"))
+        bits = np.packbits(is_positive.flatten().numpy(), bitorder="little")
+        packed[f"{name}.bits"] = torch.from_numpy(bits)
         latent |= {f"{name}.weight", f"{name}.binarizer.scale"}
         if scale_O is not None and name in norms and scale_O.min() >= SMALLEST_SCALE:
             norm: Any = network.get_submodule(norms[name])
@@ -267,8 +266,8 @@ def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor
             folded += 1
         elif scale_O is not None:
             packed[f"{name}.scale"] = scale_O
-    state = network.state_dict()
-    return {key: state[key] for key in state if key not in latent} | packed, folded
+    plain = {key: value for key, value in network.state_dict().items() if key not in latent}
+    return plain | packed, folded
 
 
 def unpack(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

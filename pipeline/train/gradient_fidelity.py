@@ -59,5 +59,8 @@ def compare_gradients(
         by_rule = {"BPTT": gradients_of(BPTT()), "SLTT": gradients_of(SLTT())}
         if rule.label not in by_rule:
             by_rule[rule.label] = gradients_of(rule, rule_state)
-    compared = {label: [by_rule[label]] for label in ("SLTT", rule.label)}
-    return fidelity(by_rule["BPTT"], by_rule["SLTT"], compared)
+    return fidelity(
+        by_rule["BPTT"],
+        by_rule["SLTT"],
+        {label: [by_rule[label]] for label in ("SLTT", rule.label)},
+    )

@@ -40,8 +40,7 @@ from pipeline.train.tasks import TaskResults
 def start_event(context: TrainContext, *, step: int) -> Start:
     """The event of an attempt that starts with batch `step`. Collective."""
     job, recipe, split = context.job, context.recipe, context.split
-    current_task = stretch_at(context.stretches, step).index
-    samples, steps_per_epoch = context.loaders.lengths[current_task]
+    samples, steps_per_epoch = context.loaders.lengths[stretch_at(context.stretches, step).index]
     return Start(
         run=Path(job.run).name,
         run_id=job.run_id,
@@ -158,14 +157,7 @@ def summary_of(
     if context.ranks.rank:
         return {}
     records = read(RunFolder(folder).journal)
-    teacher_metrics = {}
-    teacher_bytes = 0
-    if teaching is not None:
-        accuracy = teaching.accuracy.metrics
-        teacher_metrics = {
-            f"teacher_{name}": accuracy[name] for name in ("top1", "top5") if name in accuracy
-        }
-        teacher_bytes = bytes_of((*teaching.teacher.parameters(), *teaching.teacher.buffers()))
+    teacher_metrics = {} if teaching is None else teaching.accuracy.metrics
     return {
         "run": folder.name,
         "run_id": job.run_id,
@@ -179,9 +171,19 @@ def summary_of(
         "trained_on": trained_on(records, steps=step),
         **summarise(result, totals, list(map(from_dict, records))),
         **(task_results.summary(context.loaders.tasks) if recipe.phases else {}),
-        **teacher_metrics,
+        **{
+            f"teacher_{name}": value
+            for name, value in teacher_metrics.items()
+            if name in ("top1", "top5")
+        },
         "conditions": conditions(network, context.rule, recipe, context.ranks.device),
-        "held": {**held, "rule": context.rule.bytes(), "teacher": teacher_bytes},
+        "held": {
+            **held,
+            "rule": context.rule.bytes(),
+            "teacher": 0
+            if teaching is None
+            else bytes_of((*teaching.teacher.parameters(), *teaching.teacher.buffers())),
+        },
         "rule_metrics": dict(rule_metrics),
         "loader_threads": job.loader_threads,
         "own_cores": _has_own_cores(context),

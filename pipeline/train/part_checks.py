@@ -108,10 +108,10 @@ def first_batch(loader: Loader, data: Data, method: str) -> Batch | None:
         batch: Any = next(iter(batches), None)
     subject = f"data: a batch of {type(data).__name__}.{method}"
     if batch is None:
-        expected = counted(loader.steps_per_epoch, "batch")
         require(
             not loader.steps_per_epoch,
-            f"data: an epoch of {type(data).__name__}.{method} must have {expected}; got none",
+            f"data: an epoch of {type(data).__name__}.{method} must have"
+            f" {counted(loader.steps_per_epoch, 'batch')}; got none",
         )
         return None
     require(

@@ -98,17 +98,18 @@ class Decisions:
         The folder lacks them if it was lost, or if it is an old copy.
         """
         in_folder, in_checkpoint = cls.read(run), cls.from_dict(saved)
-        both = (in_folder, in_checkpoint)
-        limits = [each.micro_batch for each in both if each.micro_batch is not None]
-        newest = max(both, key=lambda each: each.rollbacks)
-        merged = replace(newest, micro_batch=min(limits, default=None))
+        limits = filter(None, (in_folder.micro_batch, in_checkpoint.micro_batch))
+        merged = replace(
+            max(in_folder, in_checkpoint, key=lambda each: each.rollbacks),
+            micro_batch=min(limits, default=None),
+        )
         if merged != in_folder:
             merged.write(run)
 
     def fit(self, recipe: Recipe) -> Recipe:
         """The recipe with its `micro_batch` reduced to the limit of these decisions."""
-        limit = min(filter(None, (self.micro_batch, recipe.micro_batch)), default=None)
-        return replace(recipe, micro_batch=limit)
+        limits = filter(None, (self.micro_batch, recipe.micro_batch))
+        return replace(recipe, micro_batch=min(limits, default=None))
 
     def after_rollback(
         self, rollback: Rollback, recipe: Recipe, *, to_step: int, epoch: int
@@ -130,7 +131,5 @@ class Decisions:
             raise UserError(
                 f"{message}; memory, a device or a network is faulty: check with spiketrain doctor"
             )
-        skipped = self.skipped
-        if rollback.skips:
-            skipped = (*skipped, (to_step, rollback.step + 1))
-        return replace(self, rollbacks=self.rollbacks + 1, skipped=skipped)
+        skipped = ((to_step, rollback.step + 1),) if rollback.skips else ()
+        return replace(self, rollbacks=self.rollbacks + 1, skipped=self.skipped + skipped)

@@ -135,9 +135,11 @@ def open_teaching(
         teacher.head = head.requires_grad_(False).to(ranks.device)
     accuracy = _accuracy(recipe, data, split, teacher, results_folder, ranks, threads)
     if is_fresh:
-        figures = {"samples": accuracy.samples, **accuracy.metrics}
-        del figures["firing_rate"]  # the teacher may have no spiking neurons
-        tracker.write(events.Teacher(teacher=teacher.label, figures=figures))
+        # `firing_rate` is omitted, because the teacher may have no spiking neurons.
+        metrics = {name: x for name, x in accuracy.metrics.items() if name != "firing_rate"}
+        tracker.write(
+            events.Teacher(teacher=teacher.label, figures={"samples": accuracy.samples, **metrics})
+        )
     if cache is not None:
         cache_folder = results_folder / f"seed-{recipe.seed}-{cache.storage}"
         ranks.broadcast_object(
@@ -170,8 +172,9 @@ def _fit_head(
     begun, device = time.monotonic(), next(teacher.parameters()).device
     features, targets = [], []
     # Batches of one sample, so that no sample at the end of an epoch is dropped.
-    one = {"batch_size": 1, "micro_batch": 1}
-    with closing(data.train(seed=probe.seed, rank=0, world=1, threads=threads, **one)) as loader:
+    with closing(
+        data.train(seed=probe.seed, rank=0, world=1, batch_size=1, micro_batch=1, threads=threads)
+    ) as loader:
 
         def samples() -> Iterator[Batch]:
             for epoch in itertools.count():

@@ -52,8 +52,6 @@ class StopRequested(Exception):
 
 
 class Trainer:
-    """Trains a run from its restored state to its end."""
-
     def __init__(self, context: TrainContext) -> None:
         self.context = context
         self.job, self.ranks, self.tracker = context.job, context.ranks, context.tracker
@@ -145,7 +143,6 @@ class Trainer:
             self._end_epoch(self.stretch.epoch(self.step - 1))
 
     def _train(self) -> None:
-        """Train on the rest of the current task."""
         self.stretch = stretch = stretch_at(self.context.stretches, self.step)
         with closing(self.context.loaders.train(stretch.index)) as train_set:
             self.tasks[stretch.index].choose_head(self.backend.network)
@@ -214,13 +211,12 @@ class Trainer:
         time and the teacher have been applied.
         """
         context, recipe, split = self.context, self.recipe, self.context.split
-        device, stretch = self.ranks.device, self.stretch
         for index in range(split.accumulation):
             with self.meters.part("data_wait"):
                 batch = next(source)
             with self.meters.part("transfer"):
-                x_B = batch.x.to(device, non_blocking=True)
-                target_B = batch.target.to(device, non_blocking=True)
+                x_B = batch.x.to(self.ranks.device, non_blocking=True)
+                target_B = batch.target.to(self.ranks.device, non_blocking=True)
                 first = (index * split.workers + self.ranks.rank) * split.micro_batch
                 if len(context.rank_info.possible_sizes) > 1:
                     seed_micro_batch(recipe.seed, step=self.step, first_row=first)
@@ -229,7 +225,7 @@ class Trainer:
                     x_B, target_B = context.mixing(
                         x_B,
                         target_B,
-                        classes=self.tasks[stretch.index].data.classes,
+                        classes=self.tasks[self.stretch.index].data.classes,
                         seed=recipe.seed,
                         step=self.step,
                         rows=rows,
@@ -238,9 +234,14 @@ class Trainer:
             teacher_BK = None
             if context.teaching is not None:
                 with self.meters.part("teacher"):
-                    teacher_BK = context.teaching(x_B, batch.index, stretch.epoch(self.step))
-            share = split.micro_batch / recipe.batch_size
-            yield MicroBatch(x_TB, target_B, rows, share, teacher_BK)
+                    teacher_BK = context.teaching(x_B, batch.index, self.stretch.epoch(self.step))
+            yield MicroBatch(
+                x_TB=x_TB,
+                target_B=target_B,
+                rows=rows,
+                share=split.micro_batch / recipe.batch_size,
+                teacher_BK=teacher_BK,
+            )
 
     def _between_batches(self, epoch: int, *, last: bool) -> None:
         self.context.watchdog.beat()
@@ -267,18 +268,18 @@ class Trainer:
         The checkpoint has the score of the evaluation. If much training is unsaved, a checkpoint
         without a score is written before the evaluation.
         """
-        stretch, score, every = self.stretch, None, self.recipe.evaluation.every
+        stretch, score, evaluation = self.stretch, None, self.recipe.evaluation
         is_task_end = self.step == stretch.end
-        if is_task_end or (every and (epoch - stretch.first_epoch + 1) % every == 0):
+        epochs = epoch - stretch.first_epoch + 1  # of this task
+        if is_task_end or (evaluation.every and epochs % evaluation.every == 0):
             rule_metrics_before = self._rule_metrics()
             self.saving.before_evaluation(self.step)
             with self.meters.between("evaluation"):
                 results = self._evaluate()
             mean = mean_of(results)
             metrics, top1_row = mean.metrics, [result.top1 for result in results]
-            if stretch.index + 1 == len(self.tasks):
-                # Only means over all tasks can rank checkpoints.
-                score = mean.top1
+            # Only means over all tasks can rank checkpoints.
+            score = mean.top1 if stretch.index + 1 == len(self.tasks) else None
             if self.recipe.phases:
                 metrics |= self.task_results.metrics(top1_row, self.tasks)
             self.tracker.write(
@@ -289,8 +290,7 @@ class Trainer:
             if is_task_end:
                 self.task_results.rows.append(top1_row)
                 self.task_results.rule_metrics.append(rule_metrics_before)
-        fidelity_every = self.recipe.evaluation.fidelity_every
-        if fidelity_every and (epoch + 1) % fidelity_every == 0:
+        if evaluation.fidelity_every and (epoch + 1) % evaluation.fidelity_every == 0:
             self._compare_gradients(epoch=epoch)
         self.saving.save(self.step, score=score)
 
@@ -314,8 +314,7 @@ class Trainer:
                 raise StopRequested
         self.evaluated = evaluated
         results = [each.result for each in evaluated]
-        bad_losses = [result.loss for result in results if not math.isfinite(result.loss)]
-        if bad_losses:
+        if bad_losses := [each.loss for each in results if not math.isfinite(each.loss)]:
             reason = f"the loss of the next evaluation is {bad_losses[0]}"
             self.saving.newest_step()  # waits until no checkpoint is being written
             self.context.checkpoints.discard(self.step, reason)
@@ -395,8 +394,11 @@ class Trainer:
             }
             self.tracker.write(events.Straggler(step=self.step, workers=workers))
         share = self.meters.totals.share_of_steady_time("data_wait")
-        is_known = self.meters.totals.steady_batches >= MIN_STEADY_BATCHES
-        if is_known and share > MAX_DATA_WAIT_SHARE and not self.has_reported_data_wait:
+        if (
+            self.meters.totals.steady_batches >= MIN_STEADY_BATCHES
+            and share > MAX_DATA_WAIT_SHARE
+            and not self.has_reported_data_wait
+        ):
             self.has_reported_data_wait = True
             self.tracker.write(
                 events.DataWait(step=self.step, share=share, loader_threads=self.job.loader_threads)

@@ -124,8 +124,12 @@ def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
         for name, synapse in binary_synapses(network).items()
         if f"{name}.binarizer.scale" in expected
     }
-    optional = (thresholds, decays, synapses.keys())
-    absent = {key for keys in optional if not keys & tensors.keys() for key in keys}
+    absent = {
+        key
+        for keys in (thresholds, decays, synapses.keys())
+        if not keys & tensors.keys()
+        for key in keys
+    }
     in_head = {key for key in expected if key.startswith(head + ".")}
     is_reshaped = any(
         key in tensors and tensors[key].shape != expected[key].shape for key in in_head
