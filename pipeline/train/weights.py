@@ -87,18 +87,14 @@ def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
 
     These weights are not loaded and keep their initial values:
 
-    - the head, if one of its weights has another shape in the file. The head is the network's
-      `classifier`, or its last module with weights of its own (thresholds, decays and scales do not
-      count)
-    - thresholds of rate-coded neurons, if the file has none, such as a file of an ANN
-    - learnt decays, if the file has none, such as a file of neurons with fixed decays
-    - learnable scales of 1-bit weights, if the file has none, such as a file in full precision.
-      They are computed from the loaded weights
+        head          if a shape in it differs. It is the network's `classifier`, or the last module
+                      that has weights other than those below
+        thresholds    of rate-coded neurons, if the file has none, such as a file of an ANN
+        decays        if they are learnt and the file has none
+        scales        of 1-bit weights, if they are learnt and the file has none. They are computed
+                      from the loaded weights
 
-    A file of QKFormer may have the published names.
-
-    Returns:
-        The keys that were not loaded.
+    A file of QKFormer may have the published names. Returns the keys that were not loaded.
 
     Raises:
         ValueError: the file cannot be read, or keys do not match. The message names the first ones.
@@ -140,8 +136,7 @@ def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
         loaded, {key: value for key, value in expected.items() if key not in not_loaded}
     )
     require(
-        not mismatch,
-        f"init: {file} must fit the network, except for its head, {head}; got {mismatch}",
+        not mismatch, f"init: {file} must fit the network except its head, {head}; got {mismatch}"
     )
     network.load_state_dict(loaded, strict=False)
     for key in synapses.keys() & absent:

@@ -52,7 +52,7 @@ def test_each_rollback_leaves_out_the_batches_since_its_checkpoint() -> None:
     decided = decided.after_rollback(apart, recipe, to_step=15, epoch=0)
     assert decided == Decisions(3, ((4, 8), (10, 13)))
     for back, error in ((apart, UserError), (Rollback(15, "nan"), Diverged)):
-        with pytest.raises(error, match=rf"^training: batch 15 \(epoch 3\): {back.reason}; it"):
+        with pytest.raises(error, match=rf"^training: batch 15 \(epoch 3\): {back.reason}; all"):
             decided.after_rollback(back, recipe, to_step=15, epoch=2)
 
 
