@@ -5,7 +5,7 @@ and starts again after a fault that the run survives (recovery.py).
 import gc
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,23 +53,20 @@ def run(
         stack.enter_context(charge_collectives(clock))
         stack.enter_context(watchdog)
         while True:
-            try:
-                with journal(folder, ranks) as tracker:
-                    ranks.all_or_raise(lambda: raise_refusal(folder))
-                    return _attempt(
-                        Process(
-                            job=job,
-                            rank_info=rank_info,
-                            ranks=ranks,
-                            tracker=tracker,
-                            watchdog=watchdog,
-                            clock=clock,
-                            began=began,
-                        ),
-                        trainer_of,
-                    )
-            except StartAgain:
-                pass
+            with suppress(StartAgain), journal(folder, ranks) as tracker:
+                ranks.all_or_raise(lambda: raise_refusal(folder))
+                return _attempt(
+                    Process(
+                        job=job,
+                        rank_info=rank_info,
+                        ranks=ranks,
+                        tracker=tracker,
+                        watchdog=watchdog,
+                        clock=clock,
+                        began=began,
+                    ),
+                    trainer_of,
+                )
             clock.take()  # drops the seconds of the batches that are rolled back
             gc.collect()  # frees the memory of the previous attempt
             torch.cuda.empty_cache()  # has no effect on a CPU
