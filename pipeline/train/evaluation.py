@@ -199,7 +199,7 @@ def inputs(
     max_samples: int | None = None,
     epoch: int = 0,
 ) -> Generator[tuple[Tensor, Tensor, Tensor]]:
-    """This rank's batches for `evaluate`. Close the generator if you leave it early.
+    """This rank's batches for `evaluate`. Close the generator if you stop before its end.
 
     Args:
         max_samples: limit for all ranks together. Each rank takes the first samples of its own part
