@@ -20,7 +20,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import build_network
-from pipeline.train.evaluation import Evaluated, Evaluation, evaluate, inputs, mean_of
+from pipeline.train.evaluation import Evaluated, Evaluation, evaluate, evaluation_batches, mean_of
 from pipeline.train.export import is_export, load_export
 from pipeline.train.part_checks import check_network
 from pipeline.train.tasks import Loaders, build_data, check_data, tasks_of
@@ -111,7 +111,7 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
             evaluated.append(
                 evaluate(
                     network,
-                    inputs(val_set, steps, Ranks(device=str(device))),
+                    evaluation_batches(val_set, steps, Ranks(device=str(device))),
                     recipe.objective.build().labels,
                     over_time=recipe.over_time,
                     counts_operations=True,

@@ -191,7 +191,7 @@ def evaluate(
     )
 
 
-def inputs(
+def evaluation_batches(
     loader: Loader,
     time_steps: int,
     ranks: Ranks,
@@ -249,7 +249,7 @@ def evaluate_tasks(
     def until_interrupted(val_set: Loader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         nonlocal was_interrupted
         looked_at = time.monotonic()
-        for batch in inputs(
+        for batch in evaluation_batches(
             val_set,
             recipe.time_steps,
             ranks,

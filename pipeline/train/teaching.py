@@ -33,7 +33,7 @@ from pipeline.recipe.recipe import Recipe, Split, read_json, write_json
 from pipeline.track import events
 from pipeline.track.journal import Tracker
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.evaluation import Evaluation, evaluate, inputs
+from pipeline.train.evaluation import Evaluation, evaluate, evaluation_batches
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.part_checks import build_part, require_members
 
@@ -235,7 +235,7 @@ def _accuracy(
     with closing(
         data.val(rank=ranks.rank, world=ranks.size, micro_batch=split.micro_batch, threads=threads)
     ) as loader:
-        batches = inputs(loader, 1, ranks, max_samples=limit)
+        batches = evaluation_batches(loader, 1, ranks, max_samples=limit)
         result = evaluate(_OneStepNetwork(teacher), batches, CrossEntropy(), ranks=ranks).result
     if ranks.rank == 0:
         write_json(file, asdict(result))
