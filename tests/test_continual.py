@@ -37,7 +37,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
 from pipeline.train.checkpoint import WEIGHTS, read_trainer, step_folders, step_name
 from pipeline.train.checkpointing import SavingHooks
-from pipeline.train.evaluation import Evaluation, mean_of, read_answers
+from pipeline.train.evaluation import Evaluation, mean_of, read_predictions
 from pipeline.train.guards import anomaly as guard
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.schedule import cosine
@@ -363,8 +363,8 @@ def test_the_accuracy_matrix_is_what_each_task_was_evaluated_to(
     summary = train(tmp_path / "run", replace(recipe, epochs=3))
     assert summary_of(tmp_path / "run")["accuracy_matrix"] == summary["accuracy_matrix"]
     [a], [_, c], last = summary["accuracy_matrix"]
-    answers = read_answers(tmp_path / "run" / "answers.npz")
-    assert last == [answers.right[answers.task == task].mean() for task in range(3)]
+    predictions = read_predictions(tmp_path / "run" / "answers.npz")
+    assert last == [predictions.is_correct[predictions.task == task].mean() for task in range(3)]
     assert summary["acc"] == summary["top1"] == pytest.approx(fmean(last))
     assert summary["bwt"] == pytest.approx((last[0] - a + last[1] - c) / 2)
     told = [(phase["top1"], phase["rule_metrics"]["begun"]) for phase in summary["phases"]]

@@ -63,8 +63,8 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Answers:
-    """Predictions: int64 arrays `[N]` with one entry per sample."""
+class Predictions:
+    """int64 arrays `[N]` with one entry per sample."""
 
     index: Ints  # `Batch.index`: the sample's position in the evaluation file
     target: Ints
@@ -72,13 +72,13 @@ class Answers:
     task: Ints | None = None  # the number of the task of this set; None: the run has no phases
 
     @property
-    def right(self) -> NDArray[np.bool_]:
+    def is_correct(self) -> NDArray[np.bool_]:
         return self.answer == self.target
 
 
 class Evaluated(NamedTuple):
     result: Evaluation  # over all ranks
-    answers: Answers  # this rank's
+    predictions: Predictions  # this rank's
     # over all ranks, from one sample in `ACTIVITY_EVERY`; () if the network has no neurons
     activity: tuple[LayerActivity, ...]
     # from samples spread over this rank's share; None if no operations were counted
@@ -184,7 +184,7 @@ def evaluate(
             loss=total.loss / total.samples,
             firing_rate=firing_rate(layers),
         ),
-        Answers(index=index, target=target, answer=answer),
+        Predictions(index=index, target=target, answer=answer),
         layers,
         inference,
         readings,
@@ -297,8 +297,8 @@ def mean_of(evaluations: Sequence[Evaluation]) -> Evaluation:
     return Evaluation(**{**means, "samples": sum(columns["samples"])})
 
 
-def write_answers(
-    file: Path, by_rank: Sequence[Sequence[Answers]], *, has_task_column: bool
+def write_predictions(
+    file: Path, by_rank: Sequence[Sequence[Predictions]], *, has_task_column: bool
 ) -> None:
     """Write the predictions of every rank for each task (`by_rank[rank][task]`), sorted by task and
     index. The file is whole or absent.
@@ -317,20 +317,20 @@ def write_answers(
     write_whole(file, stream.getvalue())
 
 
-def read_answers(file: Path) -> Answers:
-    """Read a file of `write_answers`. Raises: ValueError if it is missing or has another form."""
+def read_predictions(file: Path) -> Predictions:
+    """Read a file of `write_predictions`. Raises: ValueError if it is missing or malformed."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            answers = Answers(**arrays)
+            predictions = Predictions(**arrays)
     except (TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"answers: {file} must be the file that a run writes at its end, with index, target and"
             f" answer of each sample; it could not be read: {error}"
         ) from error
-    columns = [each for each in vars(answers).values() if each is not None]
+    columns = [each for each in vars(predictions).values() if each is not None]
     require(
         all(each.ndim == 1 and each.dtype.kind == "i" for each in columns)
         and len({len(each) for each in columns}) == 1,
         f"answers: {file} must hold columns of whole numbers, with one entry for each sample",
     )
-    return answers
+    return predictions

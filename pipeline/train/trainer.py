@@ -31,7 +31,7 @@ from pipeline.train.evaluation import (
     Evaluation,
     evaluate_tasks,
     mean_of,
-    write_answers,
+    write_predictions,
 )
 from pipeline.train.guards.anomaly import AnomalyGuard, can_undo
 from pipeline.train.guards.replica_check import stragglers
@@ -326,7 +326,7 @@ class Trainer:
             self._evaluate()
         self.saving.wait(self.step)
         last, inference = self.evaluated[-1], None
-        answers = self.ranks.all_gather_object([each.answers for each in self.evaluated])
+        predictions = self.ranks.all_gather_object([each.predictions for each in self.evaluated])
         measured_j = joules_per_sample(self.ranks.all_gather_object(last.readings))
         if last.inference is not None:
             inference = {
@@ -347,7 +347,7 @@ class Trainer:
         if self.ranks.rank == 0:
             files = RunFolder(self.folder)
             write_json(files.activity, [asdict(layer) for layer in last.activity])
-            write_answers(files.answers, answers, has_task_column=bool(self.recipe.phases))
+            write_predictions(files.answers, predictions, has_task_column=bool(self.recipe.phases))
             write_json(files.summary, {**summary, "hardware": hardware})
         self.tracker.write(events.Finish(step=self.step, summary=summary))
         return summary
