@@ -20,7 +20,13 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import build_network
-from pipeline.train.evaluation import Evaluated, Evaluation, evaluate, evaluation_batches, mean_of
+from pipeline.train.evaluation import (
+    Evaluation,
+    EvaluationOutput,
+    evaluate,
+    evaluation_batches,
+    mean_of,
+)
 from pipeline.train.export import is_export, load_export
 from pipeline.train.part_checks import check_network
 from pipeline.train.tasks import Loaders, build_data, check_data, tasks_of
@@ -101,7 +107,7 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
     tasks[0].choose_head(network)
     check_network(network, recipe, tasks[0].data)
     network.to(device)
-    loaders, evaluated = Loaders(tasks, recipe, recipe.split(1)), list[Evaluated]()
+    loaders, evaluated = Loaders(tasks, recipe, recipe.split(1)), list[EvaluationOutput]()
     energy_counter = EnergyCounter(device)
     for index, task in enumerate(loaders.tasks):
         begun = time.monotonic()

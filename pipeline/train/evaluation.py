@@ -76,7 +76,7 @@ class Predictions:
         return self.answer == self.target
 
 
-class Evaluated(NamedTuple):
+class EvaluationOutput(NamedTuple):
     result: Evaluation  # over all ranks
     predictions: Predictions  # this rank's
     # over all ranks, from one sample in `ACTIVITY_EVERY`; () if the network has no neurons
@@ -102,7 +102,7 @@ def evaluate(
     counts_operations: bool = False,
     energy_counter: EnergyCounter | None = None,
     on_last_prediction: Callable[[], None] = lambda: None,
-) -> Evaluated:
+) -> EvaluationOutput:
     """Evaluate the model on this rank's share of a set. Collective.
 
     Args:
@@ -176,7 +176,7 @@ def evaluate(
     total = _Sums(*ranks.sum(sums).tolist())
     require(total.samples > 0, "evaluate: needs at least one sample; got none on any rank")
     layers = activity.layers(ranks.sum, ranks.max)
-    return Evaluated(
+    return EvaluationOutput(
         Evaluation(
             samples=int(total.samples),
             top1=total.top1 / total.samples,
@@ -231,7 +231,7 @@ def evaluate_tasks(
     tasks_so_far: int,
     counts_operations: bool,
     is_interrupted: Callable[[], bool],
-) -> list[Evaluated] | None:
+) -> list[EvaluationOutput] | None:
     """Evaluate the published network on each of the first `tasks_so_far` tasks, in their order.
     Returns None if a rank interrupted an evaluation. Collective.
 
@@ -242,7 +242,7 @@ def evaluate_tasks(
             about once a second, at its own times, because ranks have different numbers of batches.
     """
     recipe, ranks, network = context.recipe, context.ranks, context.backend.network
-    evaluated = list[Evaluated]()
+    evaluated = list[EvaluationOutput]()
     energy_counter = EnergyCounter(ranks.device)
     was_interrupted = False
 

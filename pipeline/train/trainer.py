@@ -27,8 +27,8 @@ from pipeline.train.assemble import TrainContext
 from pipeline.train.checkpointing import SavingHooks
 from pipeline.train.elastic import seed_micro_batch
 from pipeline.train.evaluation import (
-    Evaluated,
     Evaluation,
+    EvaluationOutput,
     evaluate_tasks,
     mean_of,
     write_predictions,
@@ -91,7 +91,9 @@ class Trainer:
         # seconds of work between batches, at the start of the attempt; None after its first batch
         self.restored_between_s: float | None = self._between_s()
         self.has_reported_data_wait = False
-        self.evaluated: list[Evaluated] = []  # the last evaluation: an entry for each task so far
+        self.evaluated: list[
+            EvaluationOutput
+        ] = []  # the last evaluation: an entry for each task so far
 
     # ------------------------------------------------------------------------- the training program
 

@@ -25,7 +25,7 @@ from pipeline.spiking.synapse import Linear
 from pipeline.train import evaluation
 from pipeline.train.evaluation import (
     MAX_COUNTED_SAMPLES,
-    Evaluated,
+    EvaluationOutput,
     Predictions,
     evaluate,
     read_predictions,
@@ -65,7 +65,7 @@ def test_top_5_is_measured_of_six_classes_or_more(classes: int, measured: bool) 
     assert list(result.metrics) == ["top1", *["top5"] * measured, "loss", "firing_rate"]
 
 
-def evaluated(x_TBI: Tensor, *, counts: bool = True) -> Evaluated:
+def evaluated(x_TBI: Tensor, *, counts: bool = True) -> EvaluationOutput:
     index_B = torch.arange(x_TBI.shape[1])
     parts = (x_TBI.split(16, dim=1), (index_B % K).split(16), index_B.split(16))
     batches = zip(*parts, strict=True)
