@@ -37,7 +37,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
 from pipeline.train.checkpoint import WEIGHTS, read_trainer, step_folders, step_name
 from pipeline.train.checkpointing import SavingHooks
-from pipeline.train.evaluation import Evaluation, mean_of, read_predictions
+from pipeline.train.evaluation import Evaluation, mean_over_tasks, read_predictions
 from pipeline.train.guards import anomaly as guard
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.schedule import cosine
@@ -456,7 +456,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
 
 def test_the_mean_over_tasks_counts_each_once() -> None:
     one, other = Evaluation(10, 0.5, 0.9, 1.0, 0.1), Evaluation(30, 0.7, 1.0, 2.0, 0.3)
-    assert mean_of([one, other]) == Evaluation(
+    assert mean_over_tasks([one, other]) == Evaluation(
         *(40, pytest.approx(0.6), pytest.approx(0.95), 1.5, pytest.approx(0.2))
     )
-    assert mean_of([one, replace(other, top5=None)]).top5 is None
+    assert mean_over_tasks([one, replace(other, top5=None)]).top5 is None

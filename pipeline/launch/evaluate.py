@@ -25,7 +25,7 @@ from pipeline.train.evaluation import (
     EvaluationOutput,
     evaluate,
     evaluation_batches,
-    mean_of,
+    mean_over_tasks,
 )
 from pipeline.train.export import is_export, load_export
 from pipeline.train.part_checks import check_network
@@ -131,7 +131,7 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
             f" {time.monotonic() - begun:.1f} s",
         )
     if recipe.phases:
-        mean = _describe(mean_of([each.result for each in evaluated]))
+        mean = _describe(mean_over_tasks([each.result for each in evaluated]))
         say(console, f"{name}, T = {steps}, mean of {counted(len(evaluated), 'task')}): {mean}")
     last = evaluated[-1]
     assert last.inference is not None, "an evaluation of one worker has samples"

@@ -285,7 +285,7 @@ def evaluate_tasks(
     return evaluated
 
 
-def mean_of(evaluations: Sequence[Evaluation]) -> Evaluation:
+def mean_over_tasks(evaluations: Sequence[Evaluation]) -> Evaluation:
     """The mean over tasks, each with the same weight; the sum of their samples. `top1` is ACC."""
     columns = {
         name: [getattr(each, name) for each in evaluations] for name in asdict(evaluations[0])

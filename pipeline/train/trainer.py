@@ -30,7 +30,7 @@ from pipeline.train.evaluation import (
     Evaluation,
     EvaluationOutput,
     evaluate_tasks,
-    mean_of,
+    mean_over_tasks,
     write_predictions,
 )
 from pipeline.train.guards.anomaly import AnomalyGuard, can_undo
@@ -278,7 +278,7 @@ class Trainer:
             self.saving.before_evaluation(self.step)
             with self.meters.between("evaluation"):
                 results = self._evaluate()
-            mean = mean_of(results)
+            mean = mean_over_tasks(results)
             metrics, top1_row = mean.metrics, [result.top1 for result in results]
             # Only means over all tasks can rank checkpoints.
             score = mean.top1 if stretch.index + 1 == len(self.tasks) else None
@@ -339,7 +339,7 @@ class Trainer:
         summary = summary_of(
             self.context,
             step=self.step,
-            result=mean_of([each.result for each in self.evaluated]),
+            result=mean_over_tasks([each.result for each in self.evaluated]),
             totals=self.meters.over_ranks(self.ranks.max, self.ranks.mean),
             task_results=self.task_results,
             rule_metrics=self._rule_metrics(),
