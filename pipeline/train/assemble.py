@@ -40,7 +40,7 @@ from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.ema import Averaged
 from pipeline.train.backend.plain import Plain
 from pipeline.train.build import (
-    attached_rule,
+    attach_rule,
     build_network,
     build_optimizer,
     build_schedule,
@@ -281,7 +281,7 @@ def _build_local_parts(
         not_loaded = load_start(network, file)
         process.tracker.write(events.Init(file=str(file), fresh=[*not_loaded]))
     network.to(device)
-    rule = attached_rule(recipe, network, world)
+    rule = attach_rule(recipe, network, world)
     recipe = fit_to_sizes(recipe, network, rule, sizes)
     if is_fresh and rule.calibration_batches:
         # Each rank reads the first global batches whole, as a single rank would.

@@ -49,7 +49,7 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
         load_start(network, weights_file(Path(recipe.init)))
     check_network(network, recipe, tasks[0].data)
     check_objective(recipe.objective.build(), recipe.objective, classes=tasks[0].data.classes)
-    rule = attached_rule(recipe, network, World(recipe.seed, size=sizes[-1]))
+    rule = attach_rule(recipe, network, World(recipe.seed, size=sizes[-1]))
     fit_to_sizes(recipe, network, rule, sizes)
     if recipe.teacher is not None:
         build_teacher(recipe, tasks[0].data)
@@ -101,7 +101,7 @@ def _classes_in(part: Spec) -> int | None:
     return part.kwargs.get("classes") or next(filter(None, inside), None)
 
 
-def attached_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
+def attach_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
     """Attach the recipe's rule to its network. Returns the rule.
 
     Raises:
