@@ -74,7 +74,7 @@ class RankInfo:
         return self.sizes or (self.workers,)
 
 
-def stop_requester(run: Path) -> str:
+def stop_reason(run: Path) -> str:
     """The reason of a stop, such as "asked to stop by ..." if the requester is known."""
     file = RunFolder(run).stop
     requester = file.read_text().strip() if file.exists() else ""

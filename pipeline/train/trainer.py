@@ -35,7 +35,7 @@ from pipeline.train.evaluation import (
 )
 from pipeline.train.guards.anomaly import AnomalyGuard, can_undo
 from pipeline.train.guards.replica_check import stragglers
-from pipeline.train.job import stop_requester
+from pipeline.train.job import stop_reason
 from pipeline.train.loop import MicroBatch, train_batch
 from pipeline.train.metadata import hardware_of, rule_metrics, start_event, summary_of
 from pipeline.train.recovery import Rollback
@@ -116,7 +116,7 @@ class Trainer:
                 self.tracker.write(
                     events.Stopped(
                         step=self.step,
-                        reason=stop_requester(self.folder),
+                        reason=stop_reason(self.folder),
                         resume_command=self.job.resume_command,
                     )
                 )
