@@ -227,7 +227,7 @@ class Ray:
                 tracker.write(
                     Stopped(
                         step=0 if saved is None else saved.step,
-                        reason=f"{stop_requester(folder)} while its workers had no place",
+                        reason=f"{stop_reason(folder)} while its workers had no place",
                         resume_command=job.resume_command,
                     )
                 )
