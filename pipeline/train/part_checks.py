@@ -56,7 +56,7 @@ def require_members(subject: str, value: object, names: Sequence[str]) -> None:
 # --------------------------------------------------------------------------------------------- data
 
 
-def checked_data(data: Any, part: Spec) -> Data:
+def check_data_members(data: Any, part: Spec) -> Data:
     """Check `data`, which `part` built, and return it. Opens no file.
 
     Raises:
@@ -83,7 +83,7 @@ def checked_data(data: Any, part: Spec) -> Data:
     return data
 
 
-def checked_loader(loader: Loader, data: Data, method: str) -> Loader:
+def check_loader(loader: Loader, data: Data, method: str) -> Loader:
     """Check a loader that `data.train` or `data.val` returned, and return it. Reads no sample.
 
     Raises: ValueError if it does not implement `pipeline.data.base.Loader`.
@@ -98,7 +98,7 @@ def checked_loader(loader: Loader, data: Data, method: str) -> Loader:
     return loader
 
 
-def first_batch(loader: Loader, data: Data, method: str) -> Batch | None:
+def check_first_batch(loader: Loader, data: Data, method: str) -> Batch | None:
     """Check the first batch of a loader, and return it. None if `steps_per_epoch` is 0.
 
     Raises: ValueError if the batch is missing or empty, is not a `Batch`, has tensors of another

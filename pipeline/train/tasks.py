@@ -14,7 +14,7 @@ from pipeline.data.base import Data, Loader, with_page_checks
 from pipeline.models.transforms import MultiHead, select_head
 from pipeline.recipe.json import dotted, is_trusted
 from pipeline.recipe.recipe import TRUSTED, Recipe, Split
-from pipeline.train.part_checks import checked_data, checked_loader, first_batch
+from pipeline.train.part_checks import check_data_members, check_first_batch, check_loader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def tasks_of(recipe: Recipe, *, one_in: int = 0) -> tuple[Task, ...]:
     return tuple(
         Task(
             name=phase.name,
-            data=checked_data(phase.data.build(data), phase.data),
+            data=check_data_members(phase.data.build(data), phase.data),
             epochs=phase.epochs or recipe.epochs,
             head=phase.head,
         )
@@ -65,7 +65,7 @@ def build_data(recipe: Recipe) -> Data:
     Raises:
         ValueError: the data does not implement `pipeline.data.base.Data`.
     """
-    return checked_data(recipe.data.build(), recipe.data)
+    return check_data_members(recipe.data.build(), recipe.data)
 
 
 def fingerprint_of(recipe: Recipe) -> str:
@@ -141,12 +141,12 @@ class Loaders:
         """Open both sets once, to find errors before training. Returns the entry of `lengths`."""
         data = self.tasks[task].data
         with (
-            closing(checked_loader(self.train(task), data, "train")) as train_set,
-            closing(checked_loader(self.val(task), data, "val")) as val_set,
+            closing(check_loader(self.train(task), data, "train")) as train_set,
+            closing(check_loader(self.val(task), data, "val")) as val_set,
         ):
             if self._checks_batches:
-                first_batch(train_set, data, "train")
-                first_batch(val_set, data, "val")
+                check_first_batch(train_set, data, "train")
+                check_first_batch(val_set, data, "val")
             return train_set.samples, train_set.steps_per_epoch
 
 
