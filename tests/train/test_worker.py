@@ -208,7 +208,7 @@ def test_a_checkpoint_with_measurements_of_another_kind_is_refused(
         train_inline(tmp_path / "run", recipe)
     monkeypatch.setattr(trainer, "Totals", Mock(side_effect=TypeError("unexpected joules")))
     with pytest.raises(
-        UserError, match=r"this version's kind; .* commit \w+: resume there .*joules"
+        UserError, match=r"this version of spiketrain; .* commit \w+: resume the run there .*joules"
     ):
         train_inline(tmp_path / "run", recipe)
 
