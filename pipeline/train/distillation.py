@@ -112,7 +112,7 @@ class Distillation:
 
     def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf:
         assert (teacher_BK is not None) == (self.teacher_weight > 0), (
-            "check asks for a teacher where it has a weight"
+            "`check` requires a teacher exactly if teacher_weight > 0"
         )
         label_loss_of = self.labels(target_B)
         sum_BK: Tensor | None = None
