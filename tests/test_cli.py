@@ -203,7 +203,10 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "dashboard --store sqlite:///x.db --runs RUNS",
             "dashboard: --store names the store, so --runs has no effect; got --runs",
         ),
-        ("launch ONE --inline --set model.classes=3", "must have the same classes; got 3 and 10"),
+        (
+            "launch ONE --inline --set model.classes=3",
+            "must have the same number of classes; got 3 and 10",
+        ),
         ("launch ONE --inline --set batch_size=1000", "batch_size must be at most the 64"),
         ("launch ONE --inline --set optimizer.lrr=1", "lrr"),
         ("launch ONE --inline --set optimizer.opt=sgdd", "sgdd"),
@@ -349,7 +352,7 @@ def recipe():
                 "replace(shared, teacher=spec(timm_teacher, name='test_resnet',"
                 " weights=spec(Untrained)))"
             ),
-            "CrossEntropy: knows labels alone, so a teacher has no effect",
+            "CrossEntropy: uses labels alone, so a teacher has no effect",
         ),
         (
             "replace(shared, model=spec(binarized, network=shared.model, part='ffn'))",

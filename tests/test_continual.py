@@ -37,7 +37,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
 from pipeline.train.checkpoint import WEIGHTS, read_trainer, step_folders, step_name
 from pipeline.train.checkpointing import SavingHooks
-from pipeline.train.evaluation import Evaluation, mean_of, read_answers
+from pipeline.train.evaluation import Evaluation, mean_over_tasks, read_predictions
 from pipeline.train.guards import anomaly as guard
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.schedule import cosine
@@ -363,8 +363,8 @@ def test_the_accuracy_matrix_is_what_each_task_was_evaluated_to(
     summary = train(tmp_path / "run", replace(recipe, epochs=3))
     assert summary_of(tmp_path / "run")["accuracy_matrix"] == summary["accuracy_matrix"]
     [a], [_, c], last = summary["accuracy_matrix"]
-    answers = read_answers(tmp_path / "run" / "answers.npz")
-    assert last == [answers.right[answers.task == task].mean() for task in range(3)]
+    predictions = read_predictions(tmp_path / "run" / "answers.npz")
+    assert last == [predictions.is_correct[predictions.task == task].mean() for task in range(3)]
     assert summary["acc"] == summary["top1"] == pytest.approx(fmean(last))
     assert summary["bwt"] == pytest.approx((last[0] - a + last[1] - c) / 2)
     told = [(phase["top1"], phase["rule_metrics"]["begun"]) for phase in summary["phases"]]
@@ -433,12 +433,12 @@ def test_stop_after_cuts_each_phase(tmp_path: Path) -> None:
         ),
         (
             split(optimizer=small_recipe().optimizer),
-            "weight_decay must be 0 where phases have heads.*got 0.0001",
+            "weight_decay must be 0 if phases have heads.*got 0.0001",
         ),
         (split(batch_size=64), "batch_size must be at most the 32 samples of the set"),
         (
             several(model=spec(multi_head, network=spec(mlp, in_features=64), heads=2)),
-            "a phase must name its own; got head=None for task-",
+            "each phase must name its head; got head=None for task-",
         ),
         (protected(optimizer=small_recipe().optimizer), "weight_decay must be 0"),
         (
@@ -456,7 +456,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
 
 def test_the_mean_over_tasks_counts_each_once() -> None:
     one, other = Evaluation(10, 0.5, 0.9, 1.0, 0.1), Evaluation(30, 0.7, 1.0, 2.0, 0.3)
-    assert mean_of([one, other]) == Evaluation(
+    assert mean_over_tasks([one, other]) == Evaluation(
         *(40, pytest.approx(0.6), pytest.approx(0.95), 1.5, pytest.approx(0.2))
     )
-    assert mean_of([one, replace(other, top5=None)]).top5 is None
+    assert mean_over_tasks([one, replace(other, top5=None)]).top5 is None

@@ -53,7 +53,7 @@ from pipeline.train.elastic import seed_everything
 from pipeline.train.guards.anomaly import AnomalyGuard, can_undo
 from pipeline.train.loop import Guard, MicroBatch, train_batch
 from pipeline.train.objective import Loss
-from pipeline.train.part_checks import checked_loader, first_batch
+from pipeline.train.part_checks import check_first_batch, check_loader
 from pipeline.train.recovery import Rollback
 from pipeline.train.tasks import tasks_of
 from pipeline.train.teaching import build_teacher
@@ -168,10 +168,8 @@ class Bench:
         data = tasks_of(recipe)[0].data
         with self.running(recipe.name):
             try:
-                with closing(
-                    checked_loader(_loader(recipe, self.samples), data, "train")
-                ) as loader:
-                    batch = first_batch(loader, data, "train")
+                with closing(check_loader(_loader(recipe, self.samples), data, "train")) as loader:
+                    batch = check_first_batch(loader, data, "train")
                     assert batch is not None, "a training set has batches"
                     self._set_batch(batch.x.to(device), batch.target.to(device))
             except DataError:

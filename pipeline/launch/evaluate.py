@@ -20,7 +20,13 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import build_network
-from pipeline.train.evaluation import Evaluated, Evaluation, evaluate, inputs, mean_of
+from pipeline.train.evaluation import (
+    Evaluation,
+    EvaluationOutput,
+    evaluate,
+    evaluation_batches,
+    mean_over_tasks,
+)
 from pipeline.train.export import is_export, load_export
 from pipeline.train.part_checks import check_network
 from pipeline.train.tasks import Loaders, build_data, check_data, tasks_of
@@ -101,8 +107,8 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
     tasks[0].choose_head(network)
     check_network(network, recipe, tasks[0].data)
     network.to(device)
-    loaders, evaluated = Loaders(tasks, recipe, recipe.split(1)), list[Evaluated]()
-    joules = EnergyCounter(device)
+    loaders, evaluated = Loaders(tasks, recipe, recipe.split(1)), list[EvaluationOutput]()
+    energy_counter = EnergyCounter(device)
     for index, task in enumerate(loaders.tasks):
         begun = time.monotonic()
         say_stage("evaluating; the first batch compiles what reads the data")
@@ -111,11 +117,11 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
             evaluated.append(
                 evaluate(
                     network,
-                    inputs(val_set, steps, Ranks(device=str(device))),
+                    evaluation_batches(val_set, steps, Ranks(device=str(device))),
                     recipe.objective.build().labels,
                     over_time=recipe.over_time,
                     counts_operations=True,
-                    joules=joules,
+                    energy_counter=energy_counter,
                 )
             )
         where = f", {task.name}" if recipe.phases else ""
@@ -125,7 +131,7 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
             f" {time.monotonic() - begun:.1f} s",
         )
     if recipe.phases:
-        mean = _describe(mean_of([each.result for each in evaluated]))
+        mean = _describe(mean_over_tasks([each.result for each in evaluated]))
         say(console, f"{name}, T = {steps}, mean of {counted(len(evaluated), 'task')}): {mean}")
     last = evaluated[-1]
     assert last.inference is not None, "an evaluation of one worker has samples"

@@ -45,7 +45,7 @@ from pipeline.launch.ray_cluster import (
 from pipeline.track.events import Checkpoint, Stopped
 from pipeline.track.journal import last_event
 from pipeline.train.backend.collectives import PATIENCE, Ranks
-from pipeline.train.job import Job, Notice, RankInfo, stop_requester, was_stopped
+from pipeline.train.job import Job, Notice, RankInfo, stop_reason, was_stopped
 from pipeline.train.worker import run
 from pipeline.train.writer_lock import journal
 
@@ -227,7 +227,7 @@ class Ray:
                 tracker.write(
                     Stopped(
                         step=0 if saved is None else saved.step,
-                        reason=f"{stop_requester(folder)} while its workers had no place",
+                        reason=f"{stop_reason(folder)} while its workers had no place",
                         resume_command=job.resume_command,
                     )
                 )

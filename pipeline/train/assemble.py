@@ -1,5 +1,5 @@
-"""Builds everything that one attempt trains with from its job: data, network, rule, backend and
-newest checkpoint.
+"""Builds everything that an attempt needs for training: data, network, rule, backend and the state
+of the newest checkpoint.
 """
 
 import itertools
@@ -40,7 +40,7 @@ from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.ema import Averaged
 from pipeline.train.backend.plain import Plain
 from pipeline.train.build import (
-    attached_rule,
+    attach_rule,
     build_network,
     build_optimizer,
     build_schedule,
@@ -62,18 +62,18 @@ T_ = TypeVar("T_")
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """A worker process in one of its attempts, before anything is built."""
+    """A worker process at the start of an attempt."""
 
     job: Job
     rank_info: RankInfo
     ranks: Ranks
     tracker: Tracker
-    watchdog: Watchdog  # armed
+    watchdog: Watchdog  # already started
     clock: Clock
-    began: float  # unix seconds at the attempt's first line of work
+    began: float  # unix seconds at the start of the attempt
 
     def retry_while_away(self, act: Callable[[], T_]) -> T_:
-        """Rank 0's result of `act`, on every rank. Waits for storage that is away. Collective."""
+        """Rank 0's result of `act`, on every rank. Waits for unavailable storage. Collective."""
         return retry_while_away(
             self.ranks,
             act,
@@ -86,7 +86,7 @@ class Process:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainContext(Process):
-    """Everything that one attempt trains with: the process, and the parts that the recipe names."""
+    """Everything that an attempt needs for training: the process, and the parts of the recipe."""
 
     recipe: Recipe
     split: Split
@@ -102,20 +102,21 @@ class TrainContext(Process):
     meters: Meters
     checkpoints: Checkpoints
     decisions: Decisions
-    # `trainer.json` of the checkpoint that was restored; None if the run begins
+    # `trainer.json` of the restored checkpoint; None if the run starts at step 0
     restored: dict[str, Any] | None
 
     @contextmanager
     def published(self) -> Iterator[None]:
-        """Inside, the network holds the values that are evaluated and published: its weights, or
-        their average if the recipe asks for one, and running statistics averaged over ranks.
+        """Inside the block, the network has the values for evaluations and checkpoints: its
+        weights (averaged over steps if the recipe sets `ema_decay`) and its running statistics
+        averaged over ranks.
         """
         with self.backend.published(), self.ranks.averaged(self.backend.network):
             yield
 
 
 def assemble(process: Process) -> TrainContext:
-    """Build everything that this process trains with, and restore the newest checkpoint into it.
+    """Build everything that this process needs for training, and restore the newest checkpoint.
     Collective.
 
     Raises:
@@ -124,14 +125,15 @@ def assemble(process: Process) -> TrainContext:
     """
     job, ranks, watchdog = process.job, process.ranks, process.watchdog
     watchdog.beat()
-    written = _read_recipe(process)
-    checkpoints = _open_checkpoints(process, written)
-    with watchdog.patient(LONGEST_S):  # rank 0 fetches and verifies, which may take this long
-        checkpoint = process.retry_while_away(lambda: _newest(checkpoints, written, job))
+    recipe = _read_recipe(process)
+    checkpoints = _open_checkpoints(process, recipe)
+    with watchdog.patient(LONGEST_S):  # rank 0 may fetch and verify for this long
+        checkpoint = process.retry_while_away(lambda: _newest(checkpoints, recipe, job))
+    is_fresh = checkpoint is None
     decisions = process.retry_while_away(lambda: Decisions.read(Path(job.run)))
-    recipe, is_fresh = decisions.fit(written), checkpoint is None
+    recipe = decisions.fit(recipe)
     with watchdog.off():
-        # One worker of each machine reads every page: machines may hold copies of their own.
+        # One worker of each machine reads every page, because a machine may have its own copy.
         ranks.all_or_raise(
             lambda: check_data(
                 build_data(recipe),
@@ -140,16 +142,16 @@ def assemble(process: Process) -> TrainContext:
             )
         )
     world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
-    # Parts that one machine can refuse alone come first. In this step no rank waits for another.
+    # In this step no rank waits for another. So a part may raise an error on one machine only.
     recipe, network, rule, loaders = ranks.all_or_raise(
-        lambda: _own_parts(process, recipe, world, is_fresh=is_fresh)
+        lambda: _build_local_parts(process, recipe, world, is_fresh=is_fresh)
     )
     watchdog.beat()
     split = recipe.split(ranks.size)
     mixing = ranks.all_or_raise(lambda: build_mixing(recipe, split))
     backend = ranks.all_or_raise(lambda: build_backend(recipe, network, rule, split))
     watchdog.beat()
-    seed_everything(recipe.seed + 1 + ranks.rank)  # ranks draw different dropout
+    seed_everything(recipe.seed + 1 + ranks.rank)  # so that dropout differs between ranks
     stretches = timetable(
         [
             (task.epochs, steps)
@@ -159,7 +161,7 @@ def assemble(process: Process) -> TrainContext:
     )
     teaching = None
     if recipe.teacher is not None:
-        with watchdog.off():  # one worker may fit a head on all of the data
+        with watchdog.off():  # one worker may train the teacher's head on all of the data
             teaching = open_teaching(
                 recipe,
                 loaders.tasks[0].data,
@@ -196,12 +198,14 @@ def _read_recipe(process: Process) -> Recipe:
     job, ranks, host = process.job, process.ranks, socket.gethostname()
     if ranks.size > 1:
         check_same_code(host, code_digest(), each=ranks.all_gather_object)
-    # A node may lack the user's package.
+    # A machine may lack the user's package.
     recipe = ranks.all_or_raise(lambda: Recipe.read(RunFolder(job.run).recipe, trust=job.trust))
     ranks.all_or_raise(lambda: compute_in(recipe.precision, ranks.device))
     if ranks.size > 1 and job.trust:
-        own = ranks.all_or_raise(lambda: own_code.digest(Path(job.run), job.trust))
-        check_same_code(host, own, each=ranks.all_gather_object, of=f"the {', '.join(job.trust)}")
+        digest = ranks.all_or_raise(lambda: own_code.digest(Path(job.run), job.trust))
+        check_same_code(
+            host, digest, each=ranks.all_gather_object, of=f"the {', '.join(job.trust)}"
+        )
     return recipe
 
 
@@ -211,7 +215,8 @@ def _open_checkpoints(process: Process, recipe: Recipe) -> Checkpoints:
         lambda: store_at(job.checkpoints, Path(job.run), token=job.store_token)
     )
     if ranks.size > 1:
-        process.retry_while_away(store.sweep)  # first: files of a killed attempt may fill the disk
+        # This comes first, because files of a killed attempt may fill the disk.
+        process.retry_while_away(store.sweep)
         check_shared(store.staging, rank=ranks.rank, each=ranks.all_gather_object, beat=beat)
     return Checkpoints(
         store,
@@ -229,42 +234,42 @@ def _open_checkpoints(process: Process, recipe: Recipe) -> Checkpoints:
 
 
 def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
-    """The checkpoint to continue from. None: the run begins at step 0, because no checkpoint was
+    """The checkpoint to continue from; None if the run starts at step 0, because no checkpoint was
     saved or all are in quarantine.
 
-    The checkpoint's decisions are written to the run's folder, in case the folder was lost.
+    Its decisions are added to the run's folder, in case the folder was lost.
 
     Raises:
-        UserError: the journal names a checkpoint that was never found damaged, but there is no
-            checkpoint. A disk may not be mounted, and a new beginning would lose the checkpoint.
-        ValueError: recipe.json is not the recipe of the checkpoint, or of the launch. Initial
-            weights (`init`) are compared only until there is a checkpoint.
+        UserError: there is no checkpoint, although the journal names one that is not in quarantine.
+            A disk may not be mounted, and a new start would lose the checkpoint.
+        ValueError: recipe.json differs from the recipe of the checkpoint or, without a checkpoint,
+            of the launch. Only the latter includes the initial weights (`init`).
     """
     checkpoint = checkpoints.newest()
     trainer = None if checkpoint is None else read_trainer(checkpoint)
-    before, when = job.recipe, "the run was launched"
+    expected_json, origin = job.recipe, "at the launch"
     if trainer is not None:
-        before, when = trainer["recipe"], f"step {trainer['step']} was saved"
+        expected_json, origin = trainer["recipe"], f"at step {trainer['step']}"
     elif step := lost_step(read_events(RunFolder(job.run).journal), keep=recipe.checkpoints.keep):
         raise UserError(
-            f"checkpoint: {checkpoints.store.address(step_name(step))} must be there, as the"
-            " journal says; got no checkpoint: mount or restore its storage, or begin anew under"
-            " another --name"
+            f"checkpoint: {checkpoints.store.address(step_name(step))} must exist, because the"
+            " journal names it; got no checkpoint: mount or restore its storage, or start a new run"
+            " under another --name"
         )
-    was = Recipe.from_json(before, trust=job.trust)
-    differences = [*differing("", was.decisive(), recipe.decisive())]
+    expected = Recipe.from_json(expected_json, trust=job.trust)
+    differences = [*differing("", expected.decisive(), recipe.decisive())]
     if trainer is None:
-        differences += differing("init", was.init, recipe.init)
+        differences += differing("init", expected.init, recipe.init)
     require(
         not differences,
-        f"resume: recipe.json must be as it was when {when}; it differs now: {listed(differences)}",
+        f"resume: recipe.json must be the same as {origin}; it differs in {listed(differences)}",
     )
     if trainer is not None:
         Decisions.adopt(Path(job.run), trainer["decisions"])
     return checkpoint
 
 
-def _own_parts(
+def _build_local_parts(
     process: Process, recipe: Recipe, world: World, *, is_fresh: bool
 ) -> tuple[Recipe, nn.Module, Rule, Loaders]:
     job, device, sizes = process.job, process.ranks.device, process.rank_info.possible_sizes
@@ -273,36 +278,43 @@ def _own_parts(
     network = build_network(recipe, tasks)
     if recipe.init is not None and is_fresh:
         file = weights_file(Path(recipe.init))
-        fresh = load_start(network, file)
-        process.tracker.write(events.Init(file=str(file), fresh=[*fresh]))
+        not_loaded = load_start(network, file)
+        process.tracker.write(events.Init(file=str(file), fresh=[*not_loaded]))
     network.to(device)
-    rule = attached_rule(recipe, network, world)
+    rule = attach_rule(recipe, network, world)
     recipe = fit_to_sizes(recipe, network, rule, sizes)
     if is_fresh and rule.calibration_batches:
-        # The first global batches, which are the same for every rank and number of ranks.
+        # Each rank reads the first global batches whole, as a single rank would.
         size = recipe.batch_size
-        alone = {"rank": 0, "world": 1, "batch_size": size, "micro_batch": size, "threads": 1}
+        whole = {"rank": 0, "world": 1, "batch_size": size, "micro_batch": size, "threads": 1}
         with (
-            closing(tasks[0].data.train(seed=recipe.seed, **alone)) as loader,
+            closing(tasks[0].data.train(seed=recipe.seed, **whole)) as loader,
             loader.epoch(0) as batches,
         ):
-            first = itertools.islice(batches, rule.calibration_batches)
             rule.calibrate(
-                network, [to_time_first(batch.x.to(device), recipe.time_steps) for batch in first]
+                network,
+                [
+                    to_time_first(batch.x.to(device), recipe.time_steps)
+                    for batch in itertools.islice(batches, rule.calibration_batches)
+                ],
             )
-    loaders = Loaders(
-        tasks, recipe, recipe.split(world.size), rank=world.rank, threads=job.loader_threads
+    return (
+        recipe,
+        network,
+        rule,
+        Loaders(
+            tasks, recipe, recipe.split(world.size), rank=world.rank, threads=job.loader_threads
+        ),
     )
-    return recipe, network, rule, loaders
 
 
 def build_backend(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) -> Backend:
-    kind: Callable[..., Backend] = Plain
+    make_backend: Callable[..., Backend] = Plain
     if recipe.backend == "deepspeed":
         from pipeline.train.backend.deepspeed import DeepSpeed
 
-        kind = partial(DeepSpeed, micro_batch=split.micro_batch, zero=recipe.zero)
-    backend = kind(
+        make_backend = partial(DeepSpeed, micro_batch=split.micro_batch, zero=recipe.zero)
+    backend = make_backend(
         network,
         partial(build_optimizer, recipe, rule=rule),
         precision=recipe.precision,

@@ -1,7 +1,6 @@
-"""Builds and checks the parts of a recipe on one machine alone: network, rule, mixing, optimizer
-and schedule.
+"""Builds and checks the parts of a recipe in one process: network, rule, optimizer and schedule.
 
-Nothing here reads a data file or speaks to another process.
+No function here reads a data file or communicates with another process.
 """
 
 import itertools
@@ -9,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -38,12 +36,12 @@ from pipeline.train.weights import load_start, weights_file
 
 
 def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
-    """Check that everything in a recipe fits together. Returns its network. Needs no data file.
+    """Check that the parts of a recipe fit together. Returns its network. Needs no data file.
 
-    `sizes` are the numbers of workers that the run may have.
+    `sizes`: the numbers of workers that the run may have.
 
     Raises:
-        ValueError: a part does not fit.
+        ValueError: a part cannot be built, or does not fit.
     """
     tasks = tasks_of(recipe)
     network = build_network(recipe, tasks)
@@ -51,14 +49,15 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
         load_start(network, weights_file(Path(recipe.init)))
     check_network(network, recipe, tasks[0].data)
     check_objective(recipe.objective.build(), recipe.objective, classes=tasks[0].data.classes)
-    rule = attached_rule(recipe, network, World(recipe.seed, size=sizes[-1]))
+    rule = attach_rule(recipe, network, World(recipe.seed, size=sizes[-1]))
     fit_to_sizes(recipe, network, rule, sizes)
     if recipe.teacher is not None:
         build_teacher(recipe, tasks[0].data)
     if recipe.evaluation.fidelity_every:
-        phases = counted(len(recipe.phases), "phase")
         require(
-            not recipe.phases, f"recipe: evaluation.fidelity_every is of one task; got {phases}"
+            not recipe.phases,
+            "recipe: evaluation.fidelity_every needs a recipe without phases; got"
+            f" {counted(len(recipe.phases), 'phase')}",
         )
         try:
             for reference in (BPTT(), SLTT()):
@@ -70,83 +69,91 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
     schedule = recipe.schedule.build(build_optimizer(recipe, network, rule), 1000, 100)
     require(
         callable(schedule),
-        f"schedule: {recipe.schedule.target.__name__} must make a function of the step, as"
+        f"schedule: {recipe.schedule.target.__name__} must return a function of the step, as"
         f" pipeline.train.schedule does; got {type(schedule).__name__}",
     )
     return network
 
 
 def build_network(recipe: Recipe, tasks: Sequence[Task]) -> nn.Module:
-    """The recipe's network, with fresh weights, ready for its first task."""
-    classes = _written_classes(recipe.model)
+    """The recipe's network with initial weights and the head of its first task.
+
+    Raises:
+        ValueError: the network cannot be built, or does not fit the data of a task.
+    """
+    classes = _classes_in(recipe.model)
     for task in tasks:
         recipe.check_time_steps(task.data.shape)
         require(
             classes in (None, task.data.classes),
-            f"recipe: model and data must have the same classes; got {classes} and"
-            f" {task.data.classes}{f' in {task.name}' if recipe.phases else ''}",
+            "recipe: model and data must have the same number of classes; got"
+            f" {classes} and {task.data.classes} ({task.name})",
         )
     network = build_part("model", recipe.model, nn.Module, name="torch.nn.Module")
-    for task in reversed(tasks):
+    for task in reversed(tasks):  # checks every head, and leaves the first one chosen
         task.choose_head(network)
     return network
 
 
-def _written_classes(part: Spec) -> int | None:
-    inside = [_written_classes(value) for value in part.kwargs.values() if isinstance(value, Spec)]
+def _classes_in(part: Spec) -> int | None:
+    """The argument `classes` of a part, or else of a part inside it."""
+    inside = [_classes_in(value) for value in part.kwargs.values() if isinstance(value, Spec)]
     return part.kwargs.get("classes") or next(filter(None, inside), None)
 
 
-def attached_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
-    """The recipe's rule on its network.
+def attach_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
+    """Attach the recipe's rule to its network. Returns the rule.
 
     Raises:
         ValueError: rule, network, tasks, objective and teacher do not fit together.
     """
     rule = build_part("rule", recipe.rule, Rule)
-    who, memory = f"rule: {recipe.rule.target.__name__}", getattr(rule, "memory", None)
+    subject, memory = f"rule: {recipe.rule.target.__name__}", getattr(rule, "memory", None)
     require(
         type(rule)._loss_terms is not Rule._loss_terms,
-        f"{who} must override _loss_terms, which yields the losses to differentiate; it does not",
+        f"{subject} must override _loss_terms, which yields the losses to differentiate; it does"
+        " not",
     )
     require(
         memory in ("constant", "linear"),
-        f"{who}: memory must be 'constant' or 'linear'; got {memory!r}",
+        f"{subject}: memory must be 'constant' or 'linear'; got {memory!r}",
     )
     rule.check_steps(recipe.time_steps)
     rule.attach(network, world=world, over_time=recipe.over_time)
     rule.check_tasks(network, max(1, len(recipe.phases)))
     objective: Loss = recipe.objective.build()
     objective.check(
-        taught=recipe.teacher is not None, over_time=recipe.over_time, time_steps=recipe.time_steps
+        has_teacher=recipe.teacher is not None,
+        over_time=recipe.over_time,
+        time_steps=recipe.time_steps,
     )
     require(
-        rule.one_loss_per_step or not objective.remembers,
-        f"{rule.label}: asks for more than one loss a step, so the objective must keep nothing"
-        f" between them; got {recipe.objective.label}",
+        rule.one_loss_per_step or not objective.is_stateful,
+        f"{rule.label}: needs several losses per step, so the loss must not depend on earlier ones;"
+        f" got {recipe.objective.label}",
     )
     return rule
 
 
 @contextmanager
 def with_placeholder_weights(suite: Suite) -> Iterator[tuple[Recipe, ...]]:
-    """The recipes of a suite before its first run has trained. A file of fresh weights stands for
-    each reference to another run's weights; the files are gone afterwards.
+    """The recipes of a suite, with a temporary file of initial weights in place of each reference
+    to the weights of another run. The files exist inside the `with` block.
 
-    The files have the names and shapes of the later weights. So everything that does not depend on
-    the values can be checked in advance.
+    They have the names and shapes of the trained weights. So all checks that do not depend on
+    values are possible before the first run.
 
     Raises:
-        ValueError: a network that is referred to cannot be built.
+        ValueError: a network whose weights are needed cannot be built.
     """
-    wanted = {name for recipe in suite.recipes for name in references(recipe)}
+    referenced = {name for recipe in suite.recipes for name in references(recipe)}
     files: dict[str, Path] = {}
     recipes: list[Recipe] = []
-    with tempfile.TemporaryDirectory(prefix="spiketrain-") as place:
+    with tempfile.TemporaryDirectory(prefix="spiketrain-") as folder:
         for recipe in suite.recipes:
             recipes.append(fill_references(recipe, files.__getitem__))
-            if recipe.name in wanted:
-                files[recipe.name] = Path(place) / f"{len(recipes)}.safetensors"
+            if recipe.name in referenced:
+                files[recipe.name] = Path(folder) / f"{len(recipes)}.safetensors"
                 network = build_network(recipes[-1], tasks_of(recipes[-1]))
                 save_file(weights_of(network), files[recipe.name])
         yield tuple(recipes)
@@ -161,54 +168,50 @@ def build_optimizer(recipe: Recipe, network: nn.Module, rule: Rule) -> torch.opt
             network,
             name="torch.optim.Optimizer",
         )
-    except (TypeError, AssertionError, RuntimeError) as error:  # timm's ways to refuse a keyword
+    except (TypeError, AssertionError, RuntimeError) as error:  # timm's errors for a wrong argument
         raise ValueError(f"{recipe.optimizer.label}: {error}") from error
-    spare_from_decay(optimizer, latent_parameters(network))
+    exclude_from_decay(optimizer, latent_parameters(network))
     rule.check_optimizer(optimizer)
     decay = max(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
     require(
         not decay or all(phase.head is None for phase in recipe.phases),
-        "recipe: weight_decay must be 0 where phases have heads, for it shrinks the others too; got"
-        f" {decay}",
+        "recipe: weight_decay must be 0 if phases have heads, because it also shrinks the heads of"
+        f" other phases; got {decay}",
     )
     return optimizer
 
 
-def spare_from_decay(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Exclude `parameters` from weight decay: they get parameter groups of their own.
+def exclude_from_decay(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Exclude `parameters` from weight decay: they move to new parameter groups.
 
     timm (1.0.31) can do this only for groups that it makes itself, by names that the outermost
     network lists in `no_weight_decay`.
     """
-    spared = {id(parameter) for parameter in parameters}
+    excluded = {id(parameter) for parameter in parameters}
     for group in list(optimizer.param_groups):
-        is_spared = [id(parameter) in spared for parameter in group["params"]]
-        if not group.get("weight_decay") or not any(is_spared):
+        is_excluded = [id(parameter) in excluded for parameter in group["params"]]
+        if not group.get("weight_decay") or not any(is_excluded):
             continue
-        if all(is_spared):
+        if all(is_excluded):
             group["weight_decay"] = 0.0
             continue
-        out: dict[str, list[Any]] = {
-            name: list(itertools.compress(group[name], is_spared))
-            for name in ("params", "param_names")
-            if name in group
-        }
-        for name in out:
-            group[name] = [
-                x for x, is_out in zip(group[name], is_spared, strict=True) if not is_out
-            ]
-        optimizer.add_param_group({**group, **out, "weight_decay": 0.0})
+        is_kept = [not each for each in is_excluded]
+        new_group = {**group, "weight_decay": 0.0}
+        for name in {"params", "param_names"} & group.keys():
+            new_group[name] = list(itertools.compress(group[name], is_excluded))
+            group[name] = list(itertools.compress(group[name], is_kept))
+        optimizer.add_param_group(new_group)
 
 
 def build_schedule(
     recipe: Recipe, optimizer: torch.optim.Optimizer, stretches: Sequence[Stretch]
 ) -> Callable[[int], None]:
-    """The recipe's schedule of learning rates. It begins anew in each phase."""
+    """The recipe's schedule of the learning rate. It begins again with each phase."""
     rates = [group["lr"] for group in optimizer.param_groups]
     schedules = []
     for stretch in stretches:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate  # a schedule with a warm-up sets it as soon as it is made
+            group["lr"] = rate  # the previous schedule may set its first rate when it is built
         schedules.append(recipe.schedule.build(optimizer, stretch.steps, stretch.epoch_steps))
 
     def schedule(step: int) -> None:

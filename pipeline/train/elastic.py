@@ -1,17 +1,18 @@
-"""Runs whose number of workers (size) changes while they train: invariants, and refusals.
+"""Elastic runs, whose number of workers (size) may change during training: what stays the same, and
+what is refused.
 
 Global batch, learning rate, schedule and steps stay the same. Row r of batch b is the same sample
-in the same view at every size, because the order depends on (seed, epoch) alone. So an epoch sees
-each sample once at any size. Results differ only by the order of sums, if nothing else depends on
-the division of a batch. The parts that could depend on it:
+in the same view at every size, because the order depends on (seed, epoch) alone. So an epoch has
+each sample once at any size. Results differ only by the order of sums. Some parts of a network
+depend on how a batch is divided. They are handled so:
 
-    norms and dropout     depend on the samples of a micro-batch. A micro-batch holds the same rows
-                          at every size: at most the largest common share of a worker. Only the
-                          number of micro-batches that a worker accumulates changes
+    norms and dropout     depend on the samples of a micro-batch. A micro-batch has the same rows at
+                          every size. Only the number of micro-batches that a worker accumulates
+                          changes
     dropout               is drawn from (seed, step, first row of the micro-batch), not from a
                           stream of each rank
-    running statistics    are saved as their mean over ranks. All ranks of another size begin with
-                          this mean
+    running statistics    are saved as their mean over ranks. After a change of size, all ranks
+                          start with this mean
     a rule's own state    is averaged over ranks by every rule
 """
 
@@ -36,8 +37,8 @@ from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.norm import BatchNorm, is_foreign_norm
 from pipeline.train.part_checks import build_part
 
-_DRAW = 0x656C6173746963  # separates these draws from a rule's
-DIVIDED = (BatchNorm, _DropoutNd, Dropout, DropPath)  # they depend on the division of a batch
+_STREAM = 0x656C6173746963  # separates these random numbers from a rule's
+_MICRO_BATCH_DEPENDENT = (BatchNorm, _DropoutNd, Dropout, DropPath)
 
 
 def format_sizes(sizes: Sequence[int]) -> str:
@@ -47,50 +48,57 @@ def format_sizes(sizes: Sequence[int]) -> str:
 
 
 def fit_to_sizes(recipe: Recipe, network: nn.Module, rule: Rule, sizes: Sequence[int]) -> Recipe:
-    """The recipe with micro-batches that hold the same rows at every size, if the network depends
-    on the division of a batch.
+    """Check that a recipe can train at each of `sizes`. Returns the recipe. If there are several
+    sizes and the network depends on the micro-batch, its `micro_batch` is the same at every size.
 
     Raises:
-        ValueError: a size does not divide the global batch, or needs accumulation of a rule that
-            moves the weights within a batch, or of a network with statistics over all workers,
-            which would then cover more rows at a larger size; or mixing does not take its
-            micro-batch; or ZeRO needs one size.
+        ValueError: one of these:
+            - a size does not divide the global batch
+            - a rule that moves the weights within a batch needs accumulation at a size
+            - mixing does not accept the micro-batch of a size
+            - with several sizes: the recipe uses ZeRO
+            - with several sizes: batch norm over all workers needs accumulation at a size
     """
+    is_elastic = len(sizes) > 1
     require(
-        len(sizes) == 1 or not recipe.zero,
-        f"launch: ZeRO-{recipe.zero} needs one number of workers, for DeepSpeed's checkpoints of it"
-        " load on as many only and its universal ones hold Adam alone (0.19.8); got"
-        f" {format_sizes(sizes)}; take one number, or zero=0",
+        not (is_elastic and recipe.zero),
+        f"launch: ZeRO-{recipe.zero} needs one number of workers; got {format_sizes(sizes)}; take"
+        " one number, or zero=0 (DeepSpeed 0.19.8 loads ZeRO checkpoints only on the same number,"
+        " and its universal checkpoints support only Adam)",
     )
-    modules, changes = list(network.modules()), len(sizes) > 1
-    odd = [size for size in sizes if recipe.batch_size % size]
-    fit = [size for size in range(1, sizes[-1] + 1) if recipe.batch_size % size == 0]
+    unfit_sizes = [size for size in sizes if recipe.batch_size % size]
+    fit_sizes = [size for size in range(1, sizes[-1] + 1) if recipe.batch_size % size == 0]
     require(
-        not (changes and odd),
-        f"launch: batch_size={recipe.batch_size} must divide by every number of workers; got"
-        f" {format_sizes(sizes)}, with {', '.join(map(str, odd))}; take --workers of"
-        f" {format_sizes(fit)}",
+        not (is_elastic and unfit_sizes),
+        f"launch: every number of workers must divide batch_size={recipe.batch_size}; got"
+        f" {format_sizes(sizes)}, with {', '.join(map(str, unfit_sizes))}; take --workers of"
+        f" {format_sizes(fit_sizes)}",
     )
-    if changes and any(isinstance(each, BatchNorm) and each.between == "world" for each in modules):
+    if is_elastic and any(
+        isinstance(module, BatchNorm) and module.between == "world" for module in network.modules()
+    ):
         for size in sizes:
             require(
                 recipe.split(size).accumulation == 1,
-                "launch: BatchNorm(between='world') must see whole global batches where the number"
-                f" of workers changes; got micro_batch={recipe.micro_batch}, which is accumulated"
+                "launch: BatchNorm(between='world') needs whole global batches if the number of"
+                f" workers may change; got micro_batch={recipe.micro_batch}, which is accumulated"
                 f" on {counted(size, 'worker')}; take fewer sizes, or between='rank'",
             )
-    elif changes and any(isinstance(each, DIVIDED) or is_foreign_norm(each) for each in modules):
-        share = math.gcd(*(recipe.batch_size // size for size in sizes))
-        sizes_down = range(min(recipe.micro_batch or share, share), 0, -1)
-        micro_batch = next(size for size in sizes_down if share % size == 0)
+    elif is_elastic and any(
+        isinstance(module, _MICRO_BATCH_DEPENDENT) or is_foreign_norm(module)
+        for module in network.modules()
+    ):
+        max_rows = math.gcd(*(recipe.batch_size // size for size in sizes))
+        candidates = range(min(recipe.micro_batch or max_rows, max_rows), 0, -1)
+        micro_batch = next(rows for rows in candidates if max_rows % rows == 0)
         recipe = replace(recipe, micro_batch=micro_batch)
     for split in map(recipe.split, sizes):
         require(
             rule.update != "step" or split.accumulation == 1,
-            f"{recipe.rule.label}: moves the weights at every time step and refuses accumulation;"
-            f" got {split}",
+            f"{recipe.rule.label}: moves the weights at every time step, so a batch must not be"
+            f" accumulated; got {split}",
         )
-        build_mixing(recipe, split)
+        build_mixing(recipe, split)  # for its checks
     return recipe
 
 
@@ -105,10 +113,10 @@ def build_mixing(recipe: Recipe, split: Split) -> Mixing | None:
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  (for a user's own parts)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (a user's own parts may use it)
     torch.manual_seed(seed)
 
 
-def seed_row(seed: int, *, step: int, row: int) -> None:
-    """Seed the global generators for the micro-batch that begins at this row of this batch."""
-    seed_everything(counter_hash(_DRAW, seed, step, row) >> 1)
+def seed_micro_batch(seed: int, *, step: int, first_row: int) -> None:
+    """Seed the global generators for the micro-batch of batch `step` that begins at `first_row`."""
+    seed_everything(counter_hash(_STREAM, seed, step, first_row) >> 1)

@@ -1,7 +1,7 @@
-"""Exact evaluation over ranks: sums are reduced, nothing is padded, no sample counts twice.
+"""Exact evaluation over ranks: sums are reduced, no batch is padded, and no sample counts twice.
 
-The predictions of a run's last evaluation are in `RUN/answers.npz`. So two runs that were evaluated
-on one set can be compared sample by sample.
+`RUN/answers.npz` contains the predictions of a run's last evaluation. So two runs that were
+evaluated on one set can be compared sample by sample.
 
 T time, B batch, N samples, K classes
 """
@@ -9,6 +9,7 @@ T time, B batch, N samples, K classes
 import io
 import time
 import zipfile
+from collections import namedtuple
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -35,26 +36,22 @@ from pipeline.train.objective import Loss
 if TYPE_CHECKING:
     from pipeline.train.assemble import TrainContext
 
-TOP = 5  # classes of the top-5 accuracy
-COUNTED = 64  # the most samples whose operations are counted
+TOP_K = 5  # classes of the top-5 accuracy
+MAX_COUNTED_SAMPLES = 64  # samples of a rank whose operations are counted
 LOOK_S = 1.0  # seconds between two looks for a request to stop or to save
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Shares in 0..1. The firing rate is spikes per neuron and time step, of the samples on which
-    spikes are counted.
-    """
-
     samples: int
-    top1: float
-    top5: float | None  # None if there are fewer than six classes
-    loss: float
-    firing_rate: float
+    top1: float  # a share in 0..1
+    top5: float | None  # a share in 0..1; None if there are fewer than six classes
+    loss: float  # the mean over samples
+    firing_rate: float  # spikes per neuron and time step, over the samples with counted spikes
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The measured values by name, without the number of samples."""
+        """The measured values that are known, by name. `samples` is not among them."""
         return {
             name: value
             for name, value in asdict(self).items()
@@ -66,30 +63,31 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Answers:
-    """Predictions: int64 arrays `[N]` with one entry per sample."""
+class Predictions:
+    """int64 arrays `[N]` with one entry per sample."""
 
-    index: Ints  # the sample's place in the evaluation file, as `Batch.index` counts
+    index: Ints  # `Batch.index`: the sample's position in the evaluation file
     target: Ints
-    answer: Ints  # the class with the highest mean logit
-    # the task to whose evaluation set sample and index belong; None: the run has no phases
-    task: Ints | None = None
+    answer: Ints  # the predicted class: it has the highest mean logit
+    task: Ints | None = None  # the number of the task of this set; None: the run has no phases
 
     @property
-    def right(self) -> NDArray[np.bool_]:
+    def is_correct(self) -> NDArray[np.bool_]:
         return self.answer == self.target
 
 
-class Evaluated(NamedTuple):
-    """An evaluation and the data behind it."""
-
-    result: Evaluation  # of all ranks together
-    answers: Answers  # of this rank
-    # of all ranks together, on one sample in `ACTIVITY_EVERY`; () without neurons
+class EvaluationOutput(NamedTuple):
+    result: Evaluation  # over all ranks
+    predictions: Predictions  # this rank's
+    # over all ranks, from one sample in `ACTIVITY_EVERY`; () if the network has no neurons
     activity: tuple[LayerActivity, ...]
-    # of samples spread over this rank's share; None if operations were not counted
+    # from samples spread over this rank's share; None if no operations were counted
     inference: Inference | None
     readings: EnergyReadings  # of this rank's card
+
+
+# sums over samples; top1 and top5 count hits, top5_samples the samples of more than five classes
+_Sums = namedtuple("_Sums", ("samples", "top1", "loss", "top5_samples", "top5"))
 
 
 @torch.no_grad()
@@ -102,38 +100,38 @@ def evaluate(
     network: nn.Module | None = None,
     ranks: Ranks | None = None,
     counts_operations: bool = False,
-    joules: EnergyCounter | None = None,
-    when_answered: Callable[[], None] = lambda: None,
-) -> Evaluated:
-    """Run the model over this rank's share of a set. Collective.
+    energy_counter: EnergyCounter | None = None,
+    on_last_prediction: Callable[[], None] = lambda: None,
+) -> EvaluationOutput:
+    """Evaluate the model on this rank's share of a set. Collective.
 
     Args:
-        batches: (x_TB, target_B, index_B); ranks may hold different numbers of them, or none.
-        network: the bare network inside, which names the layers; None: the model itself.
-        ranks: the ranks that hold the shares; None: this process is the only one.
-        joules: the energy counter of the model's card. It is read before the first batch is read
-            and after the last prediction, so it excludes the counting of operations. None: not
-            measured.
-        when_answered: called after the last prediction.
+        batches: (x_TB, target_B, index_B) of each batch. Ranks may have different numbers of
+            batches, or none.
+        network: the network inside `model`, whose modules name the layers; None: `model` itself.
+        ranks: the ranks that share the set; None: this process is the only one.
+        energy_counter: of the model's card. It is read before the first batch and after the last
+            prediction, so its energy excludes the counting of operations. None: not measured.
+        on_last_prediction: called after the last prediction.
 
     Raises:
         ValueError: there is no sample on any rank.
     """
     network, ranks = network or model, ranks or Ranks()
-    joules = joules or EnergyCounter(torch.device("cpu"))
+    energy_counter = energy_counter or EnergyCounter(torch.device("cpu"))
     was_training = model.training
     model.eval()
-    answered = [torch.zeros(3, 0, dtype=torch.int64)]  # index, target, answer of each batch
-    # samples, top-1 hits, loss; samples of six classes or more, top-5 hits
-    sums = torch.zeros(5, dtype=torch.float64)
-    counted, largest = EvenSample(COUNTED), 1
-    began = joules.read()
+    # (index, target, predicted class) of each batch; the first tensor is for ranks without batches
+    columns = [torch.zeros(3, 0, dtype=torch.int64)]
+    sums = torch.zeros(len(_Sums._fields), dtype=torch.float64)
+    counted_samples, max_batch = EvenSample(MAX_COUNTED_SAMPLES), 1
+    began = energy_counter.read()
     with Activity(network, every=ACTIVITY_EVERY) as activity:
         for x_TB, target_B, index_B in batches:
             samples = len(target_B)
             if counts_operations:
-                counted.add(x_TB)
-                largest = max(largest, samples)
+                counted_samples.add(x_TB)
+                max_batch = max(max_batch, samples)
             with activity.batch(index_B), fresh_state(model):
                 logits_TBK = model(x_TB).float()
             loss_fn = loss_for(target_B)
@@ -142,78 +140,87 @@ def evaluate(
                 loss = loss_fn(mean_BK)
             else:
                 loss = torch.stack([loss_fn(logits_BK) for logits_BK in logits_TBK]).mean()
-            best_B5 = mean_BK.topk(min(TOP, mean_BK.shape[-1])).indices
-            hits_B5 = best_B5 == target_B[:, None]
-            has_top5 = mean_BK.shape[-1] > TOP
-            ranked, top5 = (samples, hits_B5.sum()) if has_top5 else (0, 0)
+            top_B5 = mean_BK.topk(min(TOP_K, mean_BK.shape[-1])).indices
+            is_hit_B5 = top_B5 == target_B[:, None]
+            has_top5 = mean_BK.shape[-1] > TOP_K
             sums += torch.tensor(
-                [samples, hits_B5[:, 0].sum(), loss.double() * samples, ranked, top5],
+                _Sums(
+                    samples=samples,
+                    top1=is_hit_B5[:, 0].sum(),
+                    loss=loss.double() * samples,
+                    top5_samples=samples if has_top5 else 0,
+                    top5=is_hit_B5.sum() if has_top5 else 0,
+                ),
                 dtype=torch.float64,
             )
-            answered.append(torch.stack([index_B, target_B.cpu(), best_B5[:, 0].cpu()]))
+            columns.append(torch.stack([index_B, target_B.cpu(), top_B5[:, 0].cpu()]))
+    index, target, answer = torch.cat(columns, dim=1).numpy()
     readings = EnergyReadings(
-        card=joules.card, samples=int(sums[0]), began=began, ended=joules.read()
+        card=energy_counter.card, samples=len(index), began=began, ended=energy_counter.read()
     )
-    when_answered()
+    on_last_prediction()
     inference = None
-    if len(counted):
+    if len(counted_samples):
         with Operations(network) as operations:
             # In batches no larger than those of the evaluation, which fit in memory.
-            for x_TB in counted.batches(largest):
+            for x_TB in counted_samples.batches(max_batch):
                 with fresh_state(model):
                     model(x_TB)
-        # The forward alone: inference has no rule.
+        # Only "forward" has operations, because inference needs no rule.
         inference = Inference(
             operations.work.get("forward", Work()),
-            len(counted),
+            len(counted_samples),
             tuple(sorted(operations.not_counted)),
         )
     model.train(was_training)
-    samples, top1, loss, ranked, top5 = ranks.sum(sums).tolist()
-    require(samples != 0, "evaluate: needs at least one sample; got none on any rank")
+    total = _Sums(*ranks.sum(sums).tolist())
+    require(total.samples > 0, "evaluate: needs at least one sample; got none on any rank")
     layers = activity.layers(ranks.sum, ranks.max)
-    index, target, answer = torch.cat(answered, dim=1).numpy()
-    return Evaluated(
+    return EvaluationOutput(
         Evaluation(
-            samples=int(samples),
-            top1=top1 / samples,
-            top5=top5 / ranked if ranked else None,
-            loss=loss / samples,
+            samples=int(total.samples),
+            top1=total.top1 / total.samples,
+            top5=total.top5 / total.top5_samples if total.top5_samples else None,
+            loss=total.loss / total.samples,
             firing_rate=firing_rate(layers),
         ),
-        Answers(index=index, target=target, answer=answer),
+        Predictions(index=index, target=target, answer=answer),
         layers,
         inference,
         readings,
     )
 
 
-def inputs(
+def evaluation_batches(
     loader: Loader,
     time_steps: int,
     ranks: Ranks,
     *,
-    most: int | None = None,
+    max_samples: int | None = None,
     epoch: int = 0,
 ) -> Generator[tuple[Tensor, Tensor, Tensor]]:
-    """The batches for `evaluate`: all of this rank's, or its share of the first `most` samples of
-    the set. Close the generator if you leave it early.
+    """This rank's batches for `evaluate`. Close the generator if you stop before its end.
 
-    `epoch` selects the pages of the data that are checked. The samples are always the same.
+    Args:
+        max_samples: limit for all ranks together. Each rank takes the first samples of its own part
+            of the set, so the samples depend on the number of ranks. None: all samples.
+        epoch: selects the pages of the data that are checked, not the samples.
     """
-    left = None if most is None else len(range(ranks.rank, most, ranks.size))
+    remaining = None if max_samples is None else len(range(ranks.rank, max_samples, ranks.size))
     with loader.epoch(epoch) as batches:
         for batch in batches:
-            x_B, target_B, index_B = batch.x[:left], batch.target[:left], batch.index[:left]
-            if left is not None:
-                left -= len(target_B)
+            x_B, target_B, index_B = (
+                tensor[:remaining] for tensor in (batch.x, batch.target, batch.index)
+            )
+            if remaining is not None:
+                remaining -= len(target_B)
             if len(target_B):
                 yield (
                     to_time_first(x_B.to(ranks.device), time_steps),
                     target_B.to(ranks.device),
                     index_B,
                 )
-            if left == 0:
+            if remaining == 0:
                 return
 
 
@@ -221,12 +228,12 @@ def evaluate_tasks(
     context: "TrainContext",
     *,
     step: int,
-    tasks: int,
+    tasks_so_far: int,
     counts_operations: bool,
     is_interrupted: Callable[[], bool],
-) -> list[Evaluated] | None:
-    """Evaluate the published network on each of the first `tasks`, the current one last. None if an
-    evaluation was interrupted on any rank. Collective.
+) -> list[EvaluationOutput] | None:
+    """Evaluate the published network on each of the first `tasks_so_far` tasks, in their order.
+    Returns None if a rank interrupted an evaluation. Collective.
 
     Args:
         step: the step of the run. It selects the pages of the data that are compared with their
@@ -235,13 +242,20 @@ def evaluate_tasks(
             about once a second, at its own times, because ranks have different numbers of batches.
     """
     recipe, ranks, network = context.recipe, context.ranks, context.backend.network
-    evaluated, joules, was_interrupted = list[Evaluated](), EnergyCounter(ranks.device), False
+    evaluated = list[EvaluationOutput]()
+    energy_counter = EnergyCounter(ranks.device)
+    was_interrupted = False
 
     def until_interrupted(val_set: Loader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         nonlocal was_interrupted
         looked_at = time.monotonic()
-        most = recipe.evaluation.samples
-        for batch in inputs(val_set, recipe.time_steps, ranks, most=most, epoch=step):
+        for batch in evaluation_batches(
+            val_set,
+            recipe.time_steps,
+            ranks,
+            max_samples=recipe.evaluation.samples,
+            epoch=step,
+        ):
             context.watchdog.beat()
             yield batch
             if time.monotonic() - looked_at > LOOK_S:
@@ -250,7 +264,7 @@ def evaluate_tasks(
                     return
 
     with context.meters.evaluating() as note_peaks, context.published():
-        for index, task in enumerate(context.loaders.tasks[:tasks]):
+        for index, task in enumerate(context.loaders.tasks[:tasks_so_far]):
             task.choose_head(network)
             with closing(context.loaders.val(index)) as val_set:
                 evaluated.append(
@@ -262,8 +276,8 @@ def evaluate_tasks(
                         network=network,
                         ranks=ranks,
                         counts_operations=counts_operations,
-                        joules=joules,
-                        when_answered=note_peaks,
+                        energy_counter=energy_counter,
+                        on_last_prediction=note_peaks,
                     )
                 )
             if ranks.max(torch.tensor(float(was_interrupted))):
@@ -271,8 +285,8 @@ def evaluate_tasks(
     return evaluated
 
 
-def mean_of(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """The mean over tasks, each with the same weight. Its top-1 is ACC."""
+def mean_over_tasks(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """The mean over tasks, each with the same weight; the sum of their samples. `top1` is ACC."""
     columns = {
         name: [getattr(each, name) for each in evaluations] for name in asdict(evaluations[0])
     }
@@ -283,42 +297,40 @@ def mean_of(evaluations: Sequence[Evaluation]) -> Evaluation:
     return Evaluation(**{**means, "samples": sum(columns["samples"])})
 
 
-def write_answers(file: Path, shares: Sequence[Sequence[Answers]], *, tasks: bool) -> None:
-    """Write the answers of every rank for each task (`shares[rank][task]`), sorted by task and
+def write_predictions(
+    file: Path, by_rank: Sequence[Sequence[Predictions]], *, has_task_column: bool
+) -> None:
+    """Write the predictions of every rank for each task (`by_rank[rank][task]`), sorted by task and
     index. The file is whole or absent.
-
-    `tasks`: whether the file has a column with the task of each sample.
     """
-    all_answers = [(task, each) for of_rank in shares for task, each in enumerate(of_rank)]
+    parts = [(task, part) for by_task in by_rank for task, part in enumerate(by_task)]
     columns: dict[str, Any] = {
-        name: np.concatenate([getattr(each, name) for _, each in all_answers])
+        name: np.concatenate([getattr(part, name) for _, part in parts])
         for name in ("index", "target", "answer")
     }
-    task_N = np.repeat(
-        [task for task, _ in all_answers], [len(each.index) for _, each in all_answers]
-    )
+    task_N = np.repeat([task for task, _ in parts], [len(part.index) for _, part in parts])
     order = np.lexsort((columns["index"], task_N))
-    if tasks:
+    if has_task_column:
         columns["task"] = task_N
     stream = io.BytesIO()
     np.savez(stream, **{name: column[order] for name, column in columns.items()})
     write_whole(file, stream.getvalue())
 
 
-def read_answers(file: Path) -> Answers:
-    """Read the file of `write_answers`. Raises: ValueError if it is missing or another file."""
+def read_predictions(file: Path) -> Predictions:
+    """Read a file of `write_predictions`. Raises: ValueError if it is missing or malformed."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            answers = Answers(**arrays)
+            predictions = Predictions(**arrays)
     except (TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"answers: {file} must be the file that a run writes at its end, with index, target and"
             f" answer of each sample; it could not be read: {error}"
         ) from error
-    columns = [each for each in vars(answers).values() if each is not None]
+    columns = [each for each in vars(predictions).values() if each is not None]
     require(
         all(each.ndim == 1 and each.dtype.kind == "i" for each in columns)
         and len({len(each) for each in columns}) == 1,
-        f"answers: {file} must hold columns of whole numbers, one for each sample",
+        f"answers: {file} must hold columns of whole numbers, with one entry for each sample",
     )
-    return answers
+    return predictions

@@ -1,20 +1,21 @@
 """Writes a trained network as one safetensors file that describes the network, and loads it again.
 
     layout      tensors
-    "plain"     the network's `state_dict`; 1-bit synapses have their latent weights and can train
-    "packed"    the same, but each 1-bit synapse X has its signs alone and, if it has one, its scale
+    "plain"     the network's `state_dict`, with the latent weights of 1-bit synapses. The network
+                can train further
+    "packed"    the same, but these tensors replace the latent weights of each 1-bit synapse X:
                     X.bits     uint8 [ceil(numel / 8)], 1 for +: 8 signs to a byte, the first in
                                the lowest bit
-                    X.scale    [out], unless the batch norm that directly follows X includes it
-                               (`spiking/binary.py`)
+                    X.scale    [out]; absent if X has no scale, or if it is folded into the batch
+                               norm directly behind X (`spiking/binary.py`)
 
-The metadata hold format, version, layout, the recipe's `model` as JSON, its `time_steps`, where the
-user's own code of the model is (`code`, see own_code.py), and the sha256 of all this and the
-tensors.
+The metadata contain the format, the version, the layout, the recipe's `model` as JSON, its
+`time_steps`, the place of the user's own code of the model (`code`, see own_code.py), and the
+sha256 of the other metadata and the tensors.
 
-A packed network computes the same as the trained one up to rounding, which folding changes.
-Rounding may change a spike if a potential equals its threshold to the last bits. Another batch size
-or another machine may also change such a spike.
+A packed network computes the same as the trained one up to rounding, because folding changes the
+rounding. Rounding may change a spike if a potential equals its threshold to the last bits. Another
+batch size or another machine may also change such a spike.
 """
 
 import copy
@@ -59,28 +60,30 @@ Layout = Literal["plain", "packed"]
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedFile:
     """The file of an export. As text: its size, and the line of Python that loads the network."""
 
     file: Path
-    whole: int  # bytes before packing
+    plain_bytes: int  # size of the tensors before packing
     parameters: int
-    bits: int = 0
-    synapses: int = 0
-    folded: int = 0  # synapses whose scales a norm includes
+    # of a packed network:
+    bit_parameters: int = 0
+    bit_synapses: int = 0
+    folded_synapses: int = 0  # whose scales are folded into a norm
     trust: tuple[str, ...] = ()  # the user's own packages that the network needs
 
     def __str__(self) -> str:
-        holds = f", {self.parameters:,} parameters"
-        if self.bits:
-            holds = (
-                f" against {self.whole / 1e6:.4g} MB; {self.bits:,} of {self.parameters:,}"
-                f" parameters are bits, of {counted(self.synapses, 'synapse')}, {self.folded} of"
-                " them with their scales folded into the norm behind"
+        content = f", {self.parameters:,} parameters"
+        if self.bit_parameters:
+            content = (
+                f" (unpacked {self.plain_bytes / 1e6:.4g} MB); {self.bit_parameters:,} of"
+                f" {self.parameters:,} parameters are bits, in"
+                f" {counted(self.bit_synapses, 'synapse')}; the scales of"
+                f" {self.folded_synapses} of them are folded into the next norm"
             )
         trust = f", trust={list(self.trust)}" if self.trust else ""
         return (
-            f"{self.file}: {self.file.stat().st_size / 1e6:.4g} MB{holds}\n"
+            f"{self.file}: {self.file.stat().st_size / 1e6:.4g} MB{content}\n"
             f"load    pipeline.load({str(self.file.absolute())!r}{trust})"
         )
 
@@ -92,39 +95,39 @@ def export_run(
     layout: Layout = "plain",
     which: str = "last",
     trust: Collection[str] = (),
-) -> Exported:
+) -> ExportedFile:
     """Write the trained network of a run, by default into the run's folder.
 
     Raises:
-        ValueError: the run's network cannot be loaded, `out` exists or its folder does not, or the
-            layout is "packed" and no weight has 1 bit.
+        ValueError: the run's network cannot be loaded, `out` exists, its folder does not exist, or
+            the layout is "packed" and no weight has 1 bit.
     """
     files = RunFolder(folder)
     recipe = Recipe.read(files.recipe, trust=trust)
     out = files.weights(layout) if out is None else out
     require(
         out.parent.is_dir() and not out.exists(),
-        f"export: the file must be a new one in a folder that exists; got {out}: name another with"
-        " --out",
+        f"export: the file must be a new one in a folder that exists; got {out}: choose another"
+        " with --out",
     )
     network = load_run(folder, which=which, trust=trust)
     state, packed = network.state_dict(), {}
-    whole = sum(value.nbytes for value in state.values())
+    plain_bytes = sum(value.nbytes for value in state.values())
     if layout == "packed":
         synapses = binary_synapses(network)
         require(
             synapses,
-            "export: --packed stores 1-bit weights, and the network has none; leave --packed"
-            " out, or train a model of spec(binarized, ...) (pipeline/models/transforms.py)",
+            "export: --packed needs 1-bit weights, and the network has none; omit --packed, or"
+            " train a model of spec(binarized, ...) (pipeline/models/transforms.py)",
         )
         task = tasks_of(recipe)[0]
         task.choose_head(network)
-        silence_TB = to_time_first(torch.zeros(1, *task.data.shape), recipe.time_steps)
-        state, folded = pack(network, following_norms(network, synapses, silence_TB))
+        zeros_TB = to_time_first(torch.zeros(1, *task.data.shape), recipe.time_steps)
+        state, folded = pack(network, following_norms(network, synapses, zeros_TB))
         packed = {
-            "bits": sum(synapse.weight.numel() for synapse in synapses.values()),
-            "synapses": len(synapses),
-            "folded": folded,
+            "bit_parameters": sum(synapse.weight.numel() for synapse in synapses.values()),
+            "bit_synapses": len(synapses),
+            "folded_synapses": folded,
         }
     tensors = {name: value.detach().contiguous().clone() for name, value in state.items()}
     model = encode(recipe.model, paths=True)
@@ -138,9 +141,9 @@ def export_run(
         **({"code": json.dumps(own_code.note(own))} if own else {}),
     }
     write_whole(out, save(tensors, {**metadata, "sha256": _digest(metadata, tensors)}))
-    return Exported(
+    return ExportedFile(
         file=out,
-        whole=whole,
+        plain_bytes=plain_bytes,
         parameters=sum(p.numel() for p in network.parameters()),
         trust=own,
         **packed,
@@ -148,7 +151,7 @@ def export_run(
 
 
 def is_export(file: Path) -> bool:
-    """Whether the metadata say that `export_run` wrote the file. It may be damaged."""
+    """Whether the metadata say that `export_run` wrote the file. Its tensors may be damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
             return (opened.metadata() or {}).get("format") == FORMAT
@@ -157,28 +160,30 @@ def is_export(file: Path) -> bool:
 
 
 def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str] = ()) -> nn.Module:
-    """The network of a file that `export_run` wrote, in evaluation mode. The 1-bit weights of a
-    packed network become plain numbers.
+    """Load the network of a file that `export_run` wrote. Returns it in evaluation mode. The 1-bit
+    weights of a packed network become floats.
 
-    `model`: the model that the file must hold; None: any.
+    `model`: the model that the file must contain; None: any.
 
     Raises:
-        ValueError: another file or format, a byte has changed, or the weights do not fit the model.
+        ValueError: the file is not an export of this version, it is damaged, its network cannot be
+            built (such as code outside `trust`), or the model or the weights do not fit.
     """
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            names = opened.keys()  # `opened` is no mapping
-            tensors = {name: opened.get_tensor(name) for name in names}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file}: must be a whole file of spiketrain export; it could not be read: {error}"
         ) from error
-    kind = tuple(metadata.get(key) for key in ("format", "version", "layout"))
+    header = {key: metadata.get(key) for key in ("format", "version", "layout")}
     require(
-        kind in ((FORMAT, VERSION, "plain"), (FORMAT, VERSION, "packed")),
+        header["format"] == FORMAT
+        and header["version"] == VERSION
+        and header["layout"] in ("plain", "packed"),
         f"{file}: must be a file of spiketrain export, of version {VERSION} and layout 'plain' or"
-        f" 'packed'; got format {kind[0]!r}, version {kind[1]!r}, layout {kind[2]!r}",
+        f" 'packed'; got {', '.join(f'{key} {value!r}' for key, value in header.items())}",
     )
     require(
         metadata.pop("sha256", None) == _digest(metadata, tensors),
@@ -192,7 +197,7 @@ def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str]
             written_model: Spec = decode(json.loads(metadata["model"]), (*TRUSTED, *trust))
         if model is not None and model != written_model:
             raise ValueError(
-                f"the weights must be of {model.label}; they are of {written_model.label}"
+                f"the file must contain {model.label}; it contains {written_model.label}"
             )
         network: nn.Module = written_model.build()
         if metadata["layout"] == "packed":
@@ -211,48 +216,49 @@ def load(
     which: Literal["last", "best"] = "last",
     trust: Collection[str] = (),
 ) -> nn.Module:
-    """Load the trained network of a run or an export, ready for evaluation.
+    """Load the trained network of a run or an export, in evaluation mode.
 
-    It needs neither Ray nor DeepSpeed. The network is time first, `[T,B,...]` to `[T,B,K]`, and is
-    called inside `fresh_state`:
+    Ray and DeepSpeed are not needed. The network is time first, `[T,B,...]` to `[T,B,K]`. Call it
+    inside `fresh_state`:
 
         network = pipeline.load("runs/fashion-sltt")
         with torch.no_grad(), fresh_state(network):
             logits_BK = network(repeat(x_BCHW, 6)).mean(0)
 
-    A network with a head for each task answers with the first head until
-    `models.transforms.select_head` chooses another.
+    A network with a head for each task uses the first head until
+    `models.transforms.select_head` selects another.
 
     Args:
         run: the run's folder, or a file of `spiketrain export`.
-        which: the newest checkpoint, or the one with the best top-1.
+        which: "last" is the newest checkpoint, "best" the checkpoint with the best top-1.
         trust: packages outside spiketrain that the recipe may import from.
 
     Raises:
-        ValueError: the folder is not a run's, none of its checkpoints is intact, or the file is
-            damaged or not an export.
+        ValueError: the folder is not a run's, it has no intact checkpoint, its recipe needs a
+            package outside `trust`, `load_export` refuses the file, or `which` is not "last" for
+            a file.
     """
     if Path(run).is_file():
         if which != "last":
             raise ValueError(
-                f"load: which chooses a checkpoint, and the file {run} has none; got"
-                f" which={which!r}"
+                f"load: which must be 'last' for a file, which has one network; got which={which!r}"
+                f" and {run}"
             )
         return load_export(Path(run), trust=trust)
     return load_run(run, which=which, trust=trust)
 
 
 def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor], int]:
-    """The packed tensors of `network`, and the number of synapses whose scales the norm behind them
-    includes. `norms`: names of synapses to names of norms.
+    """The packed tensors of `network`, and the number of synapses whose scales are folded into a
+    norm. `norms`: the name of the norm directly behind a synapse, by the name of the synapse.
     """
     network = copy.deepcopy(network)
     packed, latent, folded = {}, set(), 0
     for name, synapse in binary_synapses(network).items():
         assert isinstance(synapse.binarizer, Binarizer)
         is_positive, scale_O = synapse.binarizer.split(synapse.weight)
-        signs = is_positive.flatten().numpy()
-        packed[f"{name}.bits"] = torch.from_numpy(np.packbits(signs, bitorder="little"))
+        bits = np.packbits(is_positive.flatten().numpy(), bitorder="little")
+        packed[f"{name}.bits"] = torch.from_numpy(bits)
         latent |= {f"{name}.weight", f"{name}.binarizer.scale"}
         if scale_O is not None and name in norms and scale_O.min() >= MIN_SCALE:
             norm: Any = network.get_submodule(norms[name])
@@ -260,15 +266,16 @@ def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor
             folded += 1
         elif scale_O is not None:
             packed[f"{name}.scale"] = scale_O
-    state = network.state_dict()
-    return {key: state[key] for key in state if key not in latent} | packed, folded
+    plain = {key: value for key, value in network.state_dict().items() if key not in latent}
+    return plain | packed, folded
 
 
 def unpack(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Make the 1-bit synapses of `network` plain. Returns the `state_dict` for the plain network.
+    """Replace the 1-bit synapses of `network` with plain ones. Returns the `state_dict` for them.
 
     Raises:
-        ValueError: bits or scales are missing or have another shape.
+        ValueError: the bits of a synapse are missing or of another type or shape, or its scale has
+            another shape.
     """
     state = dict(tensors)
     for name, synapse in binary_synapses(network).items():
@@ -281,7 +288,10 @@ def unpack(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
             or bits.shape != ((shape.numel() + 7) // 8,)
             or scale_O.shape != (filters,)
         ):
-            raise ValueError(f"the weights must fit the model; got no bits, or others, for {name}")
+            raise ValueError(
+                f"the weights must fit the model; the bits or the scale of {name} are missing or of"
+                " another shape or type"
+            )
         unbinarize(synapse)
         signs = np.unpackbits(bits.numpy(), count=shape.numel(), bitorder="little")
         scale = scale_O.view(-1, *[1] * (len(shape) - 1))

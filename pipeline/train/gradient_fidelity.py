@@ -1,4 +1,4 @@
-"""Gradient fidelity while a run trains: the gradients of its rule and of SLTT, compared with
+"""Gradient fidelity during training: compares the gradients of the run's rule and of SLTT with
 BPTT's, on one batch and with the current weights.
 """
 
@@ -20,43 +20,47 @@ from pipeline.train.objective import Loss
 
 def compare_gradients(
     recipe: Recipe,
-    fresh: Callable[[], nn.Module],
+    make_network: Callable[[], nn.Module],
     loss: Loss,
     x_TB: Tensor,
     target_B: Tensor,
-    weights: Mapping[str, Tensor],
-    learnt: Mapping[str, Tensor],
+    network_state: Mapping[str, Tensor],
+    rule_state: Mapping[str, Tensor],
     *,
     step: int,
 ) -> Fidelity:
-    """Compare the gradients on this batch with these state dicts of the network and the rule.
+    """Compare the gradients of the rules on one batch.
 
     Args:
-        fresh: makes a network of the recipe without a rule.
-        loss: on labels alone, without a teacher.
-        step: the rule draws the random numbers of this batch.
+        make_network: builds the recipe's network, without a rule.
+        loss: the loss on labels alone, without a teacher.
+        network_state: the state dict of the network.
+        rule_state: the state dict of the recipe's rule.
+        step: the number of the batch. It determines the rule's random draws.
     """
-    network = fresh()
-    network.load_state_dict(weights)
-    own: Rule = recipe.rule.build()
+    network = make_network()
+    network.load_state_dict(network_state)
 
-    def of(rule: Rule, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def gradients_of(rule: Rule, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         return gradients(
             network,
             rule,
             x_TB,
             lambda: loss(target_B),
-            world=World(recipe.seed),  # one rank: a mean over ranks would wait for the others
+            world=World(recipe.seed),  # one rank, because the other ranks do not compare
             over_time=recipe.over_time,
             learnt=state,
             step=step,
         )
 
-    # Only this rank compares, so batch norm must not wait for others.
+    rule: Rule = recipe.rule.build()
+    # For the same reason, batch norm must not wait for the other ranks.
     with set_temporarily(batch_norms(network), "between", "rank"):
-        known = {"BPTT": of(BPTT()), "SLTT": of(SLTT())}
-        others = {
-            "SLTT": [known["SLTT"]],
-            own.label: [known.get(own.label) or of(own, learnt)],
-        }
-    return fidelity(known["BPTT"], known["SLTT"], others)
+        by_rule = {"BPTT": gradients_of(BPTT()), "SLTT": gradients_of(SLTT())}
+        if rule.label not in by_rule:
+            by_rule[rule.label] = gradients_of(rule, rule_state)
+    return fidelity(
+        by_rule["BPTT"],
+        by_rule["SLTT"],
+        {label: [by_rule[label]] for label in ("SLTT", rule.label)},
+    )

@@ -1,8 +1,9 @@
-"""A worker's knowledge of its run: values that are sent to it, and messages in the run's folder.
+"""What a worker knows of its run: the values that the driver sends it, and messages in the run's
+folder.
 
-The driver, the workers and commands leave messages there. A worker that dies cannot write to the
-journal, which rank 0 holds. Its launcher leaves a note of the death for the process that opens the
-journal next.
+The driver, the workers and commands write the messages. A worker that dies cannot write to the
+journal, which rank 0 has open. Its launcher writes a note of the death for the process that opens
+the journal next.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ class Job:
     study: str
     data_fingerprint: str
     commit: str
-    recipe: dict[str, Any]  # the recipe of the launch as JSON, which recipe.json still has to hold
+    recipe: dict[str, Any]  # the recipe at the launch, as JSON; recipe.json must be the same
     parent: str | None = None  # shared by the runs of one suite
     suite: str | None = None  # the name of the suite's folder
     family: str | None = None  # the MLflow experiment; all runs of a suite share one
@@ -33,16 +34,16 @@ class Job:
     trust: tuple[str, ...] = ()
     threads: int = 1  # torch's threads in each worker
     loader_threads: int = 1
-    # minutes without a sign of life after which a worker counts as hung; 0: never
+    # a worker counts as hung after so many minutes without progress; 0: never
     hang_minutes: float = 0.0
     # the samples whose pages are compared with their checksums: data/ffcv/page_checks.py
     verify: Literal["sampled", "full"] = "sampled"
-    # the place of its checkpoints: a folder or an address; "": in the run's folder
+    # where checkpoints are stored: a folder or an address; "": in the run's folder
     checkpoints: str = ""
-    # the token with which its workers may write there (checkpoint/store.py); "": the place is the
-    # run's folder, whose locks are enough
+    # the token that lets the workers write to this store (checkpoint/store.py); "": none, because
+    # the lock of the run's folder protects a store in this folder
     store_token: str = ""
-    own_cores: bool = False  # whether each worker on a CPU keeps to cores that no other run uses
+    own_cores: bool = False  # whether each worker on a CPU uses only cores that no other run uses
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,17 @@ class Notice:
 
 @dataclass(frozen=True)
 class RankInfo:
-    """The place of this worker among the others. If there are several, the process group exists."""
+    """The position of this worker among all workers of the run. If there are several, the process
+    group exists.
+    """
 
     rank: int = 0
     workers: int = 1
     device: str = "cpu"
     local_rank: int = 0  # among the workers of its machine
-    # every number of workers that the run may have, ascending; (): only `workers`
+    # the numbers of workers that the run may have, ascending; (): only `workers`
     sizes: tuple[int, ...] = ()
-    # the last notice that reached this worker, None without one; not collective
+    # returns the last notice that reached this worker, or None; not collective
     notice: Callable[[], Notice | None] = lambda: None
 
     @property
@@ -71,28 +74,28 @@ class RankInfo:
         return self.sizes or (self.workers,)
 
 
-def stop_requester(run: Path) -> str:
-    """Who asked a run to stop, if that is known."""
+def stop_reason(run: Path) -> str:
+    """The reason of a stop, such as "asked to stop by ..." if the requester is known."""
     file = RunFolder(run).stop
-    by = file.read_text().strip() if file.exists() else ""
-    return f"asked to stop by {by}" if by else "asked to stop"
+    requester = file.read_text().strip() if file.exists() else ""
+    return f"asked to stop by {requester}" if requester else "asked to stop"
 
 
 def was_stopped(run: Path) -> bool:
-    """Whether somebody asked this run to stop since it was last launched or resumed."""
+    """Whether there is a request to stop. A launch or resume deletes an older request."""
     return RunFolder(run).stop.exists()
 
 
 def note_refusal(run: Path, error: ValueError) -> None:
-    """Leave a note of an error that one rank met and that a restart would meet again."""
+    """Write a note of an error on one rank that a restart would only repeat."""
     write_json(RunFolder(run).refusal, {"error": str(error)})
 
 
 def raise_refusal(run: Path) -> None:
-    """Raise the error of `note_refusal`, if there is one. A launch or resume deletes the note.
+    """Raise the error of `note_refusal`. A launch or resume deletes the note.
 
     Raises:
-        UserError: there is such a note.
+        UserError: there is a note.
     """
     if (file := RunFolder(run).refusal).exists():
         raise UserError(read_json(file)["error"])
@@ -103,8 +106,8 @@ def note_death(run: Path, *, worker: int, error: str) -> None:
 
 
 def read_death(run: Path) -> dict[str, Any] | None:
-    """The last death that is not in the journal yet. None if the note cannot be read: the run can
-    train without it.
+    """The last death that is not in the journal yet; None if there is no note, or if it cannot be
+    read, because the run can train without it.
     """
     with suppress(ValueError):
         return read_json(RunFolder(run).died)

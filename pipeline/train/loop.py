@@ -1,4 +1,4 @@
-"""One batch of training, as the algorithm box of a paper has it. Start reading here.
+"""One batch of training, written like the algorithm in a paper. Start reading here.
 
 T time, B batch, C channels, H W pixels, K classes
 """
@@ -19,33 +19,31 @@ class MicroBatch(NamedTuple):
     """The samples of a global batch that one worker holds at a time."""
 
     x_TB: Tensor
-    target_B: Tensor  # a class [B], or shares of the classes [B,K]
-    # place of each sample in the global batch. A rule's random draws for a sample depend on it, so
-    # they do not depend on the number of ranks
+    target_B: Tensor  # classes [B], or shares of the classes [B,K]
+    # the positions of the samples in the global batch. A rule's random draws depend on them, and so
+    # not on the number of ranks
     rows: range
     share: float  # weight of this micro-batch; shares sum to 1 over ranks and micro-batches
     teacher_BK: Tensor | None = None  # the teacher's logits, if there is a teacher
 
 
 class Guard:
-    """Judges a batch before it moves the weights. This one lets every batch pass."""
+    """Decides whether a batch may change the weights. This base class accepts every batch."""
 
     def batch(self, step: int) -> AbstractContextManager[None]:
-        """Surrounds a batch, and ends it without a trace if the weights must not follow it."""
+        """A context around a batch. It undoes the effects of a batch that `check` rejects."""
         return nullcontext()
 
     def keep(self) -> None:
-        """Called first in a batch: copies what is needed to undo it."""
+        """Copy the state that is needed to undo the batch. Called at the start of the batch."""
 
     def add(self, loss: Tensor, share: float) -> None:
-        """Called with each loss term. The terms, weighted by their shares, sum to the batch's loss
-        over micro-batches and ranks.
+        """Take note of a loss term. The loss of the batch is the sum of the terms times their
+        shares, over micro-batches and ranks.
         """
 
     def check(self) -> None:
-        """Called before every optimizer step. Raises an exception if the batch is bad.
-        Collective.
-        """
+        """Raise an exception if the batch is bad. Called before each optimizer step. Collective."""
 
 
 def train_batch(
@@ -58,7 +56,7 @@ def train_batch(
     meters: Meters,
     guard: Guard,
 ) -> None:
-    """Train on global batch `step`, of which this worker has `micro_batches`. Collective."""
+    """Train on global batch `step`. This worker has `micro_batches` of it. Collective."""
     with guard.batch(step), meters.batch(step):
         with meters.part("metrics"):
             guard.keep()
@@ -70,7 +68,7 @@ def train_batch(
             )
             for term in meters.each("forward", loss_terms):
                 meters.add(term)
-                if term.backward is not None:  # SLTT-K reports T steps and differentiates K
+                if term.backward is not None:  # SLTT-K has losses of T steps, gradients of K
                     with meters.part("backward"):
                         backend.backward(term.backward, share)
                 guard.add(term.loss, share)

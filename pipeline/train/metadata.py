@@ -1,10 +1,11 @@
-"""The data that a run writes about itself: when an attempt starts, in each checkpoint, and at its
-end.
+"""The data that a run writes about itself: at the start of an attempt, in each checkpoint, and at
+the end.
 
-The conditions of a run are read from the parts that were built. So a reader need not guess what a
-recipe leaves out.
+The conditions of a run are read from its built parts. So they include the values that a recipe does
+not set.
 """
 
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,9 +40,7 @@ from pipeline.train.tasks import TaskResults
 def start_event(context: TrainContext, *, step: int) -> Start:
     """The event of an attempt that starts with batch `step`. Collective."""
     job, recipe, split = context.job, context.recipe, context.split
-    samples, epoch_steps = context.loaders.lengths[
-        stretch_at(context.stretches, step).index
-    ]  # of the task at hand
+    samples, steps_per_epoch = context.loaders.lengths[stretch_at(context.stretches, step).index]
     return Start(
         run=Path(job.run).name,
         run_id=job.run_id,
@@ -57,11 +56,11 @@ def start_event(context: TrainContext, *, step: int) -> Start:
         micro_batch=split.micro_batch,
         accumulation=split.accumulation,
         parameters=sum(p.numel() for p in context.backend.network.parameters()),
-        steps_per_epoch=epoch_steps,
+        steps_per_epoch=steps_per_epoch,
         total_steps=context.stretches[-1].end,
         epochs=sum(task.epochs for task in context.loaders.tasks),
         samples=samples,
-        dropped_per_epoch=samples - epoch_steps * recipe.batch_size,
+        dropped_per_epoch=samples - steps_per_epoch * recipe.batch_size,
         step=step,
         began=context.began,
         time_steps=recipe.time_steps,
@@ -87,18 +86,18 @@ def hardware_of(ranks: Ranks) -> dict[str, Any]:
 
 
 def rule_metrics(rule: Rule, ranks: Ranks, saved: Mapping[str, float]) -> dict[str, float]:
-    """The rule's metrics of its last batch: their means over ranks. Collective.
+    """The means over ranks of the rule's metrics of the last batch. Collective.
 
-    If no batch of this attempt has set a metric, its value in `saved` counts, which has the metrics
-    of the restored checkpoint. If `saved` lacks the metric, it is left out.
+    A metric that is NaN, because no batch of this attempt has set it, has the value in `saved`, the
+    metrics of the restored checkpoint. If `saved` lacks the metric, the result lacks it, too.
     """
-    own = rule.metrics()
-    if not own:
+    metrics = rule.metrics()
+    if not metrics:
         return {}
-    values = torch.tensor(list(own.values()), dtype=torch.float64, device=ranks.device)
-    means = dict(zip(own, ranks.mean(values).tolist(), strict=True))
-    known = {**saved, **{name: mean for name, mean in means.items() if mean == mean}}
-    return {name: known[name] for name in own if name in known}
+    values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=ranks.device)
+    means = dict(zip(metrics, ranks.mean(values).tolist(), strict=True))
+    known = {**saved, **{name: mean for name, mean in means.items() if not math.isnan(mean)}}
+    return {name: known[name] for name in metrics if name in known}
 
 
 def checkpoint_metadata(
@@ -109,10 +108,12 @@ def checkpoint_metadata(
     is_epoch_end_due: bool,
     state: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """`trainer.json`: the progress of the run after `step` steps, and the identity of the run.
+    """The content of `trainer.json`: the progress of the run after `step` steps, and its identity.
 
-    `is_epoch_end_due`: an epoch has ended, and its evaluation is still to come. `state` is the
-    trainer's.
+    Args:
+        score: the score of the evaluation at this step; None: no score.
+        is_epoch_end_due: an epoch has ended, and its evaluation is not done yet.
+        state: the state of the trainer.
     """
     job, recipe, folder = context.job, context.recipe, Path(context.job.run)
     stretch = stretch_at(context.stretches, step)
@@ -143,20 +144,20 @@ def summary_of(
     step: int,
     result: Evaluation,
     totals: Totals,
-    learnt: TaskResults,
+    task_results: TaskResults,
     rule_metrics: Mapping[str, float],
     inference: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """`summary.json` without the hardware, and the event "finish". Collective."""
+    """The content of `summary.json` without the hardware; {} on ranks other than 0. Collective."""
     job, recipe, teaching = context.job, context.recipe, context.teaching
     folder, network = Path(job.run), context.backend.network
     held = asdict(held_bytes(network, context.backend.optimizer))
-    if recipe.zero:  # the bytes if a worker held the whole state of the optimizer
+    if recipe.zero:  # the state of the optimizer is divided among the workers
         held["optimizer"] = sum(context.ranks.all_gather_object(held["optimizer"]))
     if context.ranks.rank:
         return {}
     records = read(RunFolder(folder).journal)
-    of_teacher = {} if teaching is None else teaching.accuracy.metrics
+    teacher_metrics = {} if teaching is None else teaching.accuracy.metrics
     return {
         "run": folder.name,
         "run_id": job.run_id,
@@ -169,8 +170,12 @@ def summary_of(
         "epochs": stretch_at(context.stretches, step).epoch(step - 1) + 1,
         "trained_on": trained_on(records, steps=step),
         **summarise(result, totals, list(map(from_dict, records))),
-        **(learnt.summary(context.loaders.tasks) if recipe.phases else {}),
-        **{f"teacher_{name}": of_teacher[name] for name in ("top1", "top5") if name in of_teacher},
+        **(task_results.summary(context.loaders.tasks) if recipe.phases else {}),
+        **{
+            f"teacher_{name}": value
+            for name, value in teacher_metrics.items()
+            if name in ("top1", "top5")
+        },
         "conditions": conditions(network, context.rule, recipe, context.ranks.device),
         "held": {
             **held,
@@ -189,20 +194,23 @@ def summary_of(
 
 
 def _has_own_cores(context: TrainContext) -> bool:
-    # A worker on a GPU has a card of its own instead.
+    # `own_cores` of a job has no effect on workers with a GPU.
     return context.job.own_cores and context.ranks.device.type == "cpu"
 
 
 def summarise(result: Evaluation, totals: Totals, events: Sequence[Event]) -> dict[str, Any]:
-    """Accuracy, speed, memory and time; `events` is the run's whole journal. Seconds, bytes, shares
-    in 0..1.
+    """The entries of a summary about accuracy, speed, memory and time. Units are seconds, bytes and
+    shares in 0..1.
 
-    `steady_*` averages exclude each attempt's first batch and batches whose bytes or operations
-    were counted; None if there was no other batch. Saved bytes and states are None if no batch on
-    which they are counted was completed. `wall_s` is all time from a worker's first line of code to
-    the run's end. `startup_s` is the part of it up to the end of each attempt's first batch
-    (imports, compilation, the first batch itself), without work between batches such as
-    evaluations. `net_s` excludes start-up and work that was repeated after restarts.
+    `events`: the run's whole journal.
+
+    `steady_*` are averages without each attempt's first batch and without batches whose bytes or
+    operations were counted; None if there was no other batch. Saved bytes and states are None if no
+    batch with counted bytes was completed. `wall_s` is the time of all attempts, each from the
+    first line of a worker's code to its last event. `startup_s` is the part of `wall_s` up to the
+    end of each attempt's first batch (imports, compilation, that batch), without work between
+    batches such as evaluations. `net_s` excludes start-up and work that was repeated after
+    restarts.
     """
     starts = [event for event in events if isinstance(event, Start)]
     seconds = [
@@ -242,21 +250,21 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[Event]) -> di
 
 
 def _attempt_seconds(events: Sequence[Event], attempt: int) -> tuple[float, float]:
-    """Seconds from the worker's first line of code to the attempt's last event, and those of its
-    start-up.
+    """The seconds of an attempt from the worker's first line of code to its last event (for the
+    current attempt: to now), and the seconds of its start-up.
 
-    The time that a killed attempt lost is included. If the clock was set back between two events,
-    no time counts between them. If the attempt ended before its first batch, the time before its
-    event "start" is its start-up.
+    If the clock was set back between two events, no time counts between them. If the attempt ended
+    before its first batch, the time before its event "start" is its start-up.
     """
-    mine = [event for event in events if event.attempt == attempt]
-    start = next((event for event in mine if isinstance(event, Start)), None)
-    times = [mine[0].time if start is None else start.began, *(event.time for event in mine)]
+    own_events = [event for event in events if event.attempt == attempt]
+    start = next((event for event in own_events if isinstance(event, Start)), None)
+    began = own_events[0].time if start is None else start.began
+    times = [began, *(event.time for event in own_events)]
     if attempt == events[-1].attempt:
         times.append(time.time())
     wall_s = sum(max(0.0, later - earlier) for earlier, later in pairwise(times))
     startup_s = wall_s if start is None else max(0.0, start.time - start.began)
-    for event in mine:
+    for event in own_events:
         if isinstance(event, FirstBatch):
             startup_s = event.startup_s
     return wall_s, min(startup_s, wall_s)
@@ -265,12 +273,13 @@ def _attempt_seconds(events: Sequence[Event], attempt: int) -> tuple[float, floa
 def conditions(
     network: nn.Module, rule: Rule, recipe: Recipe, device: torch.device
 ) -> dict[str, str | int]:
-    """The conditions of a training, for a summary. A value is `none` if the network has no such
-    part, and `a, b` for parts of several kinds.
+    """The conditions of a training, for a summary. A value is "none" if the network has no such
+    part, and "a, b" if its parts differ.
 
-    `norm_over` of a norm that is not this project's is "time" with its class, because it sees time
-    steps folded into the batch. `steps_per_forward` is T for a rule that folds time into the batch,
-    1 for a rule that goes step by step. `exact`: see `exactness`.
+    norm_over            the norms of the network. A norm of another library is "time" with its
+                         class, because it gets the time steps in the batch dimension
+    exact                see `exactness`
+    steps_per_forward    the time steps in one forward pass of the network, in 1..T
     """
     modules = list(network.modules())
     return {

@@ -1,10 +1,10 @@
-"""The objective: a scalar of the logits that training minimises.
+"""The objective: the loss that training minimises, as a function of logits and targets.
 
-A recipe's objective is a value. Called with the targets of one micro-batch, it returns a new
-`loss_fn`, which a rule calls on logits: once per time step in time order (`over_time="steps"`) or
-once on the mean (`"mean"`). Distillation is in distillation.py.
+A recipe's objective is called with the targets of one micro-batch and returns a new `loss_fn`. A
+rule calls `loss_fn` on logits: once per time step in time order (`over_time="steps"`), or once on
+their mean over time (`"mean"`). Distillation is in distillation.py.
 
-A target is a class, int64 [B]. For mixed samples it is each class's share, float [B,K].
+Targets are classes, int64 [B], or, for mixed samples, the shares of the classes, float [B,K].
 """
 
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ from pipeline.rules.base import LossFn, OverTime
 
 
 class Loss(Protocol):
-    """Targets [B], and a teacher's logits [B,K] if there is one -> (logits [B,K] -> scalar, the
-    mean over the batch).
+    """Maps the targets of a micro-batch, and the teacher's logits if there is a teacher, to a
+    `loss_fn`, which maps logits [B,K] to a scalar, the mean over the batch.
 
-    `labels` is the loss on labels alone, which evaluation reports. `remembers` says whether a
-    `loss_fn` depends on its earlier calls, so that it must be called once per step, in time order.
+    `labels` is the loss on labels alone, which evaluation reports. `is_stateful` says whether a
+    `loss_fn` depends on its earlier calls. A rule must then call it once per step, in time order.
     """
 
     def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossFn: ...
@@ -32,11 +32,13 @@ class Loss(Protocol):
     def labels(self) -> "Loss": ...
 
     @property
-    def remembers(self) -> bool: ...
+    def is_stateful(self) -> bool: ...
 
-    def check(self, *, taught: bool, over_time: OverTime, time_steps: int) -> None:
-        """Raises: ValueError if the objective does not fit the rest of a recipe."""
-        ...
+    def check(self, *, has_teacher: bool, over_time: OverTime, time_steps: int) -> None:
+        """Check that the objective fits the rest of a recipe. `has_teacher`: the recipe has one.
+
+        Raises: ValueError if it does not fit.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +47,9 @@ class CrossEntropy:
 
     Args:
         label_smoothing: share of the target's probability that is spread over all classes.
-        mse: weight of the regulariser on the raw logits; 0 leaves it out.
-        goal: the values that the regulariser pulls logits to: a constant 1 for every class, or the
-            target as shares of the classes.
+        mse: weight of the squared error of the raw logits, a regulariser, in 0..1; 0: none.
+        goal: the logits at which the squared error is 0: "ones" is 1 for every class, "one_hot" is
+            1 for the target and 0 for other classes (the shares of the classes for mixed samples).
 
     Source: Meng et al. 2023 (SLTT), arXiv:2302.14311; the constant goal goes back to Deng et al.
     2022 (TET), arXiv:2202.11946."""
@@ -55,7 +57,7 @@ class CrossEntropy:
     label_smoothing: float = 0.0
     mse: float = 0.0
     goal: Literal["ones", "one_hot"] = "ones"
-    remembers = False
+    is_stateful = False
 
     def __post_init__(self) -> None:
         for name in ("label_smoothing", "mse"):
@@ -72,10 +74,10 @@ class CrossEntropy:
     def labels(self) -> Self:
         return self
 
-    def check(self, *, taught: bool, over_time: OverTime, time_steps: int) -> None:
+    def check(self, *, has_teacher: bool, over_time: OverTime, time_steps: int) -> None:
         require(
-            not taught,
-            "CrossEntropy: knows labels alone, so a teacher has no effect; leave it out, or use"
+            not has_teacher,
+            "CrossEntropy: uses labels alone, so a teacher has no effect; omit the teacher, or use"
             " Distillation",
         )
 
@@ -83,22 +85,23 @@ class CrossEntropy:
         assert teacher_BK is None, "check refuses a teacher"
 
         def loss_fn(logits_BK: Tensor) -> Tensor:
-            logits_BK = widened(logits_BK)
-            wanted = target_B if target_B.dim() == 1 else target_B.to(logits_BK.dtype)
-            loss = F.cross_entropy(logits_BK, wanted, label_smoothing=self.label_smoothing)
+            logits_BK = to_fp32(logits_BK)
+            is_mixed = target_B.dim() == 2
+            target = target_B.to(logits_BK.dtype) if is_mixed else target_B
+            loss = F.cross_entropy(logits_BK, target, label_smoothing=self.label_smoothing)
             if self.mse == 0:
                 return loss
             if self.goal == "ones":
                 goal_BK = torch.ones_like(logits_BK)
-            elif wanted.dim() == 2:
-                goal_BK = wanted
-            else:  # F.one_hot reads the values, which waits for a GPU
-                goal_BK = logits_BK.new_zeros(logits_BK.shape).scatter_(1, wanted[:, None], 1.0)
+            elif is_mixed:
+                goal_BK = target
+            else:  # F.one_hot reads the values, which makes the CPU wait for the GPU
+                goal_BK = torch.zeros_like(logits_BK).scatter_(1, target[:, None], 1.0)
             return (1 - self.mse) * loss + self.mse * F.mse_loss(logits_BK, goal_BK)
 
         return loss_fn
 
 
-def widened(logits: Tensor) -> Tensor:
-    """The logits in fp32, or in float64 if they are float64."""
+def to_fp32(logits: Tensor) -> Tensor:
+    """The logits in fp32; float64 stays float64."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

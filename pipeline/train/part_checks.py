@@ -1,5 +1,5 @@
-"""Checks that the parts of a recipe have the interfaces that the pipeline needs, before anything
-trains. An error names the missing member in one line.
+"""Checks, before training, that the parts of a recipe have the interfaces that the pipeline needs.
+An error message has one line and names the member at fault.
 
 T time, B batch, C channels, H W pixels, K classes
 """
@@ -21,7 +21,7 @@ from pipeline.spiking.state import fresh_state
 
 T_ = TypeVar("T_")
 
-# the methods of pipeline.data.base.Data, with the keywords that each is called with
+# the methods of pipeline.data.base.Data, and the keyword arguments of their calls
 _DATA_METHODS: Mapping[str, tuple[str, ...]] = {
     "fingerprint": (),
     "check": (),
@@ -30,8 +30,8 @@ _DATA_METHODS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def build_part(what: str, part: Spec, kind: type[T_], *arguments: Any, name: str = "") -> T_:
-    """The object that `part` builds. `name` is the name of `kind` in the message.
+def build_part(subject: str, part: Spec, kind: type[T_], *arguments: Any, name: str = "") -> T_:
+    """Build `part`, which must be a `kind`. `name` is the name of `kind` in the message.
 
     Raises:
         ValueError: the object is not of this kind.
@@ -39,81 +39,84 @@ def build_part(what: str, part: Spec, kind: type[T_], *arguments: Any, name: str
     value = part.build(*arguments)
     require(
         isinstance(value, kind),
-        f"{what}: {part.target.__name__} must make a {name or dotted(kind)}; got"
+        f"{subject}: {part.target.__name__} must return a {name or dotted(kind)}; got"
         f" {type(value).__name__}",
     )
     return value
 
 
-def require_members(who: str, value: object, names: Sequence[str]) -> None:
+def require_members(subject: str, value: object, names: Sequence[str]) -> None:
     missing = [name for name in names if not hasattr(value, name)]
     require(
         not missing,
-        f"{who} must have {', '.join(names)}; it has no {', no '.join(missing)}",
+        f"{subject} must have {', '.join(names)}; it has no {', no '.join(missing)}",
     )
 
 
 # --------------------------------------------------------------------------------------------- data
 
 
-def checked_data(data: Any, part: Spec) -> Data:
+def check_data_members(data: Any, part: Spec) -> Data:
     """Check `data`, which `part` built, and return it. Opens no file.
 
     Raises:
-        ValueError: it does not implement `pipeline.data.base.Data`.
+        ValueError: `data` does not implement `pipeline.data.base.Data`.
     """
-    who = f"data: {part.target.__name__}"
-    require_members(who, data, ("classes", "shape", *_DATA_METHODS))
+    subject = f"data: {part.target.__name__}"
+    require_members(subject, data, ("classes", "shape", *_DATA_METHODS))
     require(
         is_count(data.classes),
-        f"{who}: classes must be a whole number of 1 or more; got {data.classes!r}",
+        f"{subject}: classes must be a whole number of 1 or more; got {data.classes!r}",
     )
     require(
         are_counts(data.shape) and len(data.shape) in (3, 4),
-        f"{who}: shape must be (C, H, W), or (T, C, H, W) of recordings; got {data.shape!r}",
+        f"{subject}: shape must be (C, H, W), or (T, C, H, W) for recordings; got {data.shape!r}",
     )
     for name, keywords in _DATA_METHODS.items():
         try:
             inspect.signature(getattr(data, name)).bind(**dict.fromkeys(keywords))
         except TypeError as error:
             raise ValueError(
-                f"{who}.{name} is called with {', '.join(keywords) or 'no arguments'}; {error}"
+                f"{subject}.{name} must accept a call with"
+                f" {', '.join(keywords) or 'no arguments'}; {error}"
             ) from error
     return data
 
 
-def checked_loader(loader: Loader, data: Data, method: str) -> Loader:
-    """Check a loader that `data.train` or `data.val` made, and return it. Reads nothing.
+def check_loader(loader: Loader, data: Data, method: str) -> Loader:
+    """Check a loader that `data.train` or `data.val` returned, and return it. Reads no sample.
 
     Raises: ValueError if it does not implement `pipeline.data.base.Loader`.
     """
-    who = f"data: what {type(data).__name__}.{method} returns"
-    require_members(who, loader, ("samples", "steps_per_epoch", "epoch", "close"))
+    subject = f"data: the loader of {type(data).__name__}.{method}"
+    require_members(subject, loader, ("samples", "steps_per_epoch", "epoch", "close"))
     refuse_unless_counts(
-        who,
+        subject,
         {"samples": loader.samples, "steps_per_epoch": loader.steps_per_epoch},
         least=0,
     )
     return loader
 
 
-def first_batch(loader: Loader, data: Data, method: str) -> Batch | None:
-    """Check the first batch of a loader, and return it; None if an epoch has no batches.
+def check_first_batch(loader: Loader, data: Data, method: str) -> Batch | None:
+    """Check the first batch of a loader, and return it. None if `steps_per_epoch` is 0.
 
-    Raises: ValueError if it is missing, its tensors have another type or shape, or a label is not
-    a class.
+    Raises: ValueError if the batch is missing or empty, is not a `Batch`, has tensors of another
+    type or shape, or has a label that is not a class.
     """
-    who = f"data: what {type(data).__name__}.{method} returns"
     with loader.epoch(0) as batches:
         batch: Any = next(iter(batches), None)
+    subject = f"data: a batch of {type(data).__name__}.{method}"
     if batch is None:
-        expected = counted(loader.steps_per_epoch, "batch")
-        require(not loader.steps_per_epoch, f"{who}: an epoch must have {expected}; got none")
+        require(
+            not loader.steps_per_epoch,
+            f"data: an epoch of {type(data).__name__}.{method} must have"
+            f" {counted(loader.steps_per_epoch, 'batch')}; got none",
+        )
         return None
-    who = f"data: a batch of {type(data).__name__}.{method}"
     require(
         isinstance(batch, Batch),
-        f"{who}: must be a pipeline.data.base.Batch; got {type(batch).__name__}",
+        f"{subject} must be a pipeline.data.base.Batch; got {type(batch).__name__}",
     )
     samples = len(batch.target) if isinstance(batch.target, Tensor) and batch.target.dim() else 0
     for name, dtype, shape in (
@@ -124,14 +127,14 @@ def first_batch(loader: Loader, data: Data, method: str) -> Batch | None:
         value = getattr(batch, name)
         require(
             isinstance(value, Tensor) and value.dtype == dtype and value.shape == (samples, *shape),
-            f"{who}: {name} must be {str(dtype).removeprefix('torch.')}"
+            f"{subject}: {name} must be {str(dtype).removeprefix('torch.')}"
             f" [{', '.join(map(str, ('B', *shape)))}]; got {_describe(value)}",
         )
-    require(samples > 0, f"{who}: must have samples; got none")
+    require(samples > 0, f"{subject} must have samples; got none")
     low, high = int(batch.target.min()), int(batch.target.max())
     require(
         0 <= low <= high < data.classes,
-        f"{who}: target must be in 0..{data.classes - 1}, of {counted(data.classes, 'class')};"
+        f"{subject}: target must be in 0..{data.classes - 1}, of {counted(data.classes, 'class')};"
         f" got {low} to {high}",
     )
     return batch
@@ -141,15 +144,15 @@ def first_batch(loader: Loader, data: Data, method: str) -> Batch | None:
 
 
 def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
-    """Run one forward pass on the CPU, with zeros in place of samples.
+    """Check the network by one forward pass on the CPU, with samples of zeros.
 
     Raises:
-        ValueError: it failed, or did not map `[T,B,...]` to logits `[T,B,K]`.
+        ValueError: the pass failed, or the result is not logits `[T,B,K]` of floats.
     """
-    samples = 2 if recipe.time_steps == 1 else 1  # different from T, to find swapped axes
+    samples = 2 if recipe.time_steps == 1 else 1  # B is not T, so that swapped axes are found
     x_TB = to_time_first(torch.zeros(samples, *data.shape), recipe.time_steps)
     rule = f"model: {recipe.model.target.__name__} must map [T, B, ...] to logits [T, B, K]"
-    given = f"for an input of shape {list(x_TB.shape)} and {counted(data.classes, 'class')}"
+    case = f"for an input of shape {list(x_TB.shape)} and {counted(data.classes, 'class')}"
     was_training = network.training
     network.eval()
     try:
@@ -157,7 +160,7 @@ def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
             logits = network(x_TB)
     except Exception as error:  # a network of the user's own may raise anything
         raise ValueError(
-            f"{rule}; {given} it raised {type(error).__name__}: {' '.join(str(error).split())}"
+            f"{rule}; {case} it raised {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     finally:
         network.train(was_training)
@@ -165,7 +168,7 @@ def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
         isinstance(logits, Tensor)
         and logits.shape == (recipe.time_steps, samples, data.classes)
         and logits.is_floating_point(),
-        f"{rule}; {given} it gave {_describe(logits)}",
+        f"{rule}; {case} it returned {_describe(logits)}",
     )
 
 
@@ -173,12 +176,13 @@ def check_objective(objective: Any, part: Spec, *, classes: int) -> None:
     """Raises: ValueError if it does not implement `pipeline.train.objective.Loss`, or its loss on
     labels is not a scalar.
     """
-    who = f"objective: {part.target.__name__}"
-    require_members(who, objective, ("__call__", "labels", "remembers", "check"))
+    subject = f"objective: {part.target.__name__}"
+    require_members(subject, objective, ("__call__", "labels", "is_stateful", "check"))
     loss = objective.labels(torch.zeros(2, dtype=torch.int64))(torch.zeros(2, classes))
     require(
         isinstance(loss, Tensor) and not loss.dim(),
-        f"{who} must map logits [B, K] to a scalar, the mean over the batch; got {_describe(loss)}",
+        f"{subject} must map logits [B, K] to a scalar, the mean over the batch; got"
+        f" {_describe(loss)}",
     )
 
 

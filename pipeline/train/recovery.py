@@ -1,14 +1,13 @@
 """Recovery: how a run survives a fault by itself.
 
-    SkipBatch         the batch leaves no trace, and training takes the next one
-    Rollback          the run starts again at its newest checkpoint; if batches are to blame, it
-                      skips the batches from there up to the fault
+    SkipBatch         the effects of the batch are undone, and training continues with the next one
+    Rollback          the run starts again at its newest checkpoint. If the batches caused the
+                      fault, it skips the batches since that checkpoint, the last one included
     HalveMicroBatch   memory ran out: the run starts again with half as many samples at a time
 
-`guards/anomaly.py` and `checkpointing.py` raise the first two; `worker.py` catches the others and
-starts again. `Decisions` hold for the rest of the run. They are a file in its folder, and a part of
-each checkpoint in case the folder is lost. A decision that is younger than the newest checkpoint
-is lost with the folder.
+`worker.py` catches `StartAgain`, the base of the last two, and starts the next attempt. `Decisions`
+apply to the rest of the run. They are stored in a file of the run's folder, and in each checkpoint
+in case the folder is lost. If it is lost, so are the decisions since the newest checkpoint.
 """
 
 from collections.abc import Mapping
@@ -31,11 +30,13 @@ class SkipBatch(Recovery):
 
 
 class StartAgain(Recovery):
-    """The attempt ends. The worker starts the next one at the newest checkpoint."""
+    """The attempt ends. The worker starts another attempt at the newest checkpoint."""
 
 
 class Rollback(StartAgain):
-    """Every rank raises it. `skips`: the run skips the batches since the checkpoint from now on."""
+    """Every rank raises it. `step`: the number of the last batch. `skips`: from now on the run
+    skips the batches since the checkpoint.
+    """
 
     def __init__(self, step: int, reason: str, *, skips: bool = True) -> None:
         super().__init__(f"batch {step}: {reason}")
@@ -50,12 +51,12 @@ class HalveMicroBatch(StartAgain):
 
 @dataclass(frozen=True)
 class Decisions:
-    """The decisions of recovery so far. No decision is taken back."""
+    """The decisions of recovery so far. No decision is revoked."""
 
     rollbacks: int = 0
     # batches [first, end) that are skipped after rollbacks
     skipped: tuple[tuple[int, int], ...] = ()
-    # the most samples that a worker holds at a time; None: memory has not run out
+    # limit of the samples that a worker holds at a time; None: memory has not run out
     micro_batch: int | None = None
 
     @classmethod
@@ -74,7 +75,10 @@ class Decisions:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
-        """The decisions that `asdict` has made a dictionary of, and JSON has kept."""
+        """Restore decisions from `asdict(decisions)`, which may have passed through JSON.
+
+        Raises: KeyError, TypeError or ValueError if `value` has another form.
+        """
         skipped = tuple((int(first), int(end)) for first, end in value["skipped"])
         rollbacks, limit = value["rollbacks"], value["micro_batch"]
         require(
@@ -89,41 +93,43 @@ class Decisions:
 
     @classmethod
     def adopt(cls, run: Path, saved: Mapping[str, Any]) -> None:
-        """Write the decisions of a checkpoint that the run's folder lacks into the folder.
+        """Add the decisions of a checkpoint, `saved`, to the decisions in the run's folder.
 
-        `saved`: the decisions as `asdict` returns them. The folder may be newer than its newest
-        checkpoint, and the checkpoint may be newer than an old copy of the folder.
+        The folder lacks them if it was lost, or if it is an old copy.
         """
-        own, other = cls.read(run), cls.from_dict(saved)
-        limits = [each.micro_batch for each in (own, other) if each.micro_batch is not None]
-        joined = replace(
-            max(own, other, key=lambda each: each.rollbacks), micro_batch=min(limits, default=None)
+        in_folder, in_checkpoint = cls.read(run), cls.from_dict(saved)
+        limits = filter(None, (in_folder.micro_batch, in_checkpoint.micro_batch))
+        merged = replace(
+            max(in_folder, in_checkpoint, key=lambda each: each.rollbacks),
+            micro_batch=min(limits, default=None),
         )
-        if joined != own:
-            joined.write(run)
+        if merged != in_folder:
+            merged.write(run)
 
     def fit(self, recipe: Recipe) -> Recipe:
-        """The recipe with micro-batches that fit in memory."""
-        limit = min(filter(None, (self.micro_batch, recipe.micro_batch)), default=None)
-        return replace(recipe, micro_batch=limit)
+        """The recipe with its `micro_batch` reduced to the limit of these decisions."""
+        limits = filter(None, (self.micro_batch, recipe.micro_batch))
+        return replace(recipe, micro_batch=min(limits, default=None))
 
-    def after_rollback(self, back: Rollback, recipe: Recipe, *, to: int, epoch: int) -> Self:
-        """The decisions after one more rollback, to the checkpoint after `to` batches.
+    def after_rollback(
+        self, rollback: Rollback, recipe: Recipe, *, to_step: int, epoch: int
+    ) -> Self:
+        """The decisions after one more rollback, to the checkpoint of `to_step`.
 
         Raises:
-            Diverged: `policy.max_rollbacks` are used up, and batches are to blame.
-            UserError: they are used up, and batches are not to blame.
+            Diverged: the run already had `policy.max_rollbacks` rollbacks, and batches caused this
+                one.
+            UserError: the same, but batches did not cause it.
         """
         if self.rollbacks == recipe.policy.max_rollbacks:
             message = (
-                f"training: batch {back.step} (epoch {epoch + 1}): {back.reason}; it has gone back"
-                f" max_rollbacks={self.rollbacks} times"
+                f"training: batch {rollback.step} (epoch {epoch + 1}): {rollback.reason}; all"
+                f" rollbacks of max_rollbacks={self.rollbacks} are used"
             )
-            if back.skips:
+            if rollback.skips:
                 raise Diverged(f"{message}; {recipe.remedy}")
             raise UserError(
-                f"{message}; a memory, a device or a network is at fault: look with spiketrain"
-                " doctor"
+                f"{message}; memory, a device or a network is faulty: check with spiketrain doctor"
             )
-        skipped = (*self.skipped, (to, back.step + 1)) if back.skips else self.skipped
-        return replace(self, rollbacks=self.rollbacks + 1, skipped=skipped)
+        skipped = ((to_step, rollback.step + 1),) if rollback.skips else ()
+        return replace(self, rollbacks=self.rollbacks + 1, skipped=self.skipped + skipped)

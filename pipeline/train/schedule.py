@@ -1,9 +1,9 @@
 """Schedules of the learning rate. `Schedule(step)` sets the rate as a function of the step, so
 a resume needs no state.
 
-A function here takes the optimizer, the number of global batches of the run (or of a phase), and
-that of one epoch. timm's schedulers do the arithmetic. DeepSpeed gets no schedule: it would count
-steps itself.
+Each function here takes the optimizer, the number of global batches in the run (or in its phase),
+and the number in one epoch. timm's schedulers compute the rates. DeepSpeed gets no schedule,
+because it would count steps itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from pipeline.core.checks import require
 Schedule = Callable[[int], None]
 
 
-def constant(optimizer: torch.optim.Optimizer, steps: int, epoch_steps: int) -> Schedule:
+def constant(optimizer: torch.optim.Optimizer, steps: int, steps_per_epoch: int) -> Schedule:
     """The optimizer's own learning rate throughout."""
     return lambda step: None
 
@@ -27,39 +27,38 @@ def constant(optimizer: torch.optim.Optimizer, steps: int, epoch_steps: int) -> 
 def cosine(
     optimizer: torch.optim.Optimizer,
     steps: int,
-    epoch_steps: int,
+    steps_per_epoch: int,
     *,
     warmup: float = 0.0,
-    floor: float = 0.0,
-    by: Literal["step", "epoch"] = "step",
-    starts: Literal["at_once", "after_warmup"] = "at_once",
+    min_lr: float = 0.0,
+    update_every: Literal["step", "epoch"] = "step",
+    warmup_prefix: bool = False,
 ) -> Schedule:
-    """Half a cosine from the optimizer's learning rate down to `floor`, after a linear warm-up
-    from 0.
+    """Half a cosine from the optimizer's learning rate down to `min_lr`, with a linear warm-up from
+    0 at the start.
 
-        rate[s] = floor + (lr - floor) / 2 * (1 + cos(pi * (s - s0) / (steps - s0)))
+        rate[s] = min_lr + (lr - min_lr) / 2 * (1 + cos(pi * (s - s0) / (steps - s0)))
 
     Args:
-        warmup: share of the run spent warming up, in 0..1.
-        floor: the learning rate at the end of the cosine.
-        by: "epoch" holds the rate of the epoch's first step, like code that sets it once per
-            epoch. The warm-up goes by step in both cases.
-        starts: "at_once" has s0 = 0: the cosine begins during the warm-up; "after_warmup" has s0
-            at the end of the warm-up.
+        warmup: the share of the run's steps in the warm-up, in 0..1.
+        min_lr: the learning rate at the end of the cosine.
+        update_every: "epoch" holds the rate of the epoch's first step, like code that sets the rate
+            once per epoch. The warm-up changes the rate at each step in both cases.
+        warmup_prefix: whether the cosine begins at the end of the warm-up (s0), as timm says it.
+            Otherwise it begins at s0 = 0, and the warm-up replaces its first rates.
 
     Raises:
-        ValueError: a share is outside 0..1, or `by` or `starts` is another word.
+        ValueError: `warmup` is outside 0..1, or `update_every` is another word.
     """
-    require(by in ("step", "epoch"), f"cosine: by must be 'step' or 'epoch'; got {by!r}")
     require(
-        starts in ("at_once", "after_warmup"),
-        f"cosine: starts must be 'at_once' or 'after_warmup'; got {starts!r}",
+        update_every in ("step", "epoch"),
+        f"cosine: update_every must be 'step' or 'epoch'; got {update_every!r}",
     )
-    warmup_steps = _share("cosine", "warmup", warmup, steps)
-    first = warmup_steps if starts == "after_warmup" else 0
+    warmup_steps = _steps_in("cosine", "warmup", warmup, steps)
+    first = warmup_steps if warmup_prefix else 0
     # timm's own warm-up would last to the end of the epoch in which it ends.
     scheduler = CosineLRScheduler(
-        optimizer, t_initial=max(1, steps - first), lr_min=floor, t_in_epochs=False
+        optimizer, t_initial=max(1, steps - first), lr_min=min_lr, t_in_epochs=False
     )
     rates = [group["lr"] for group in optimizer.param_groups]
 
@@ -68,8 +67,8 @@ def cosine(
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = step * (rate / warmup_steps)
             return
-        if by == "epoch":
-            step -= step % epoch_steps
+        if update_every == "epoch":
+            step -= step % steps_per_epoch
         scheduler.step_update(max(0, step - first))
 
     return schedule
@@ -78,15 +77,21 @@ def cosine(
 def staircase(
     optimizer: torch.optim.Optimizer,
     steps: int,
-    epoch_steps: int,
+    steps_per_epoch: int,
     *,
-    every: float = 1 / 3,
+    decay_every: float = 1 / 3,
     factor: float = 0.1,
 ) -> Schedule:
-    """The learning rate times `factor` after each `every` of the run (a share in 0..1)."""
+    """The learning rate times `factor` once more after each `decay_every` of the run.
+
+    `decay_every` is a share of the run's steps.
+
+    Raises:
+        ValueError: the share is outside 0..1.
+    """
     return StepLRScheduler(
         optimizer,
-        decay_t=max(1, _share("staircase", "every", every, steps)),
+        decay_t=max(1, _steps_in("staircase", "decay_every", decay_every, steps)),
         decay_rate=factor,
         t_in_epochs=False,
     ).step_update
@@ -95,29 +100,38 @@ def staircase(
 def milestones(
     optimizer: torch.optim.Optimizer,
     steps: int,
-    epoch_steps: int,
+    steps_per_epoch: int,
     *,
     at: Sequence[float],
     factor: float = 0.1,
     warmup: float = 0.0,
 ) -> Schedule:
-    """Linear warm-up from 0, then the learning rate times `factor` at each place `at` in the run
-    (shares in 0..1).
+    """Linear warm-up from 0, then the learning rate times `factor` once more at each milestone.
+
+    `at` has the milestones in order and `warmup` the length of the warm-up, both as shares of the
+    run's steps.
+
+    Raises:
+        ValueError: a share is outside 0..1, or a milestone is before the previous one.
     """
-    places = [_share("milestones", "at", share, steps) for share in at]
-    require(places == sorted(places), f"milestones: at must rise; got at={tuple(at)}")
+    decay_steps = [_steps_in("milestones", "at", share, steps) for share in at]
+    require(
+        decay_steps == sorted(decay_steps),
+        f"milestones: at must be in ascending order; got at={tuple(at)}",
+    )
     return MultiStepLRScheduler(
         optimizer,
-        decay_t=[place + 1 for place in places],  # timm 1.0.31 applies m from step m - 1
+        decay_t=[step + 1 for step in decay_steps],  # timm 1.0.31 applies m from step m - 1
         decay_rate=factor,
-        warmup_t=_share("milestones", "warmup", warmup, steps),
+        warmup_t=_steps_in("milestones", "warmup", warmup, steps),
         warmup_prefix=False,
         t_in_epochs=False,
     ).step_update
 
 
-def _share(who: str, name: str, share: float, steps: int) -> int:
+def _steps_in(subject: str, name: str, share: float, steps: int) -> int:
     require(
-        0 <= share <= 1, f"{who}: {name} is a share of the run and must be in 0..1; got {share}"
+        0 <= share <= 1,
+        f"{subject}: {name} is a share of the run and must be in 0..1; got {name}={share}",
     )
     return round(share * steps)

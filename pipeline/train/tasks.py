@@ -14,7 +14,7 @@ from pipeline.data.base import Data, Loader, with_page_checks
 from pipeline.models.transforms import MultiHead, select_head
 from pipeline.recipe.json import dotted, is_trusted
 from pipeline.recipe.recipe import TRUSTED, Recipe, Split
-from pipeline.train.part_checks import checked_data, checked_loader, first_batch
+from pipeline.train.part_checks import check_data_members, check_first_batch, check_loader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,29 +25,33 @@ class Task:
     head: int | None = None  # the head of the network for this task; None: the network has one head
 
     def choose_head(self, network: nn.Module) -> None:
-        """Select the task's head, if the network has several.
+        """Select the task's head, if the network has several heads.
 
         Raises:
-            ValueError: the head does not exist, or the network has several and none is named.
+            ValueError: the head does not exist, or the task names none and the network has several.
         """
         if self.head is not None:
             select_head(network, self.head)
         elif any(isinstance(module, MultiHead) for module in network.modules()):
             raise ValueError(
-                "recipe: the network has several heads, so a phase must name its own; got"
+                "recipe: the network has several heads, so each phase must name its head; got"
                 f" head=None for {self.name}"
             )
 
 
 def tasks_of(recipe: Recipe, *, one_in: int = 0) -> tuple[Task, ...]:
-    """The tasks in training order. Opens no file. `one_in`: see `data.base.with_page_checks`."""
+    """The tasks in training order. Opens no file. `one_in`: see `data.base.with_page_checks`.
+
+    Raises:
+        ValueError: a task's data does not implement `pipeline.data.base.Data`.
+    """
     data = with_page_checks(build_data(recipe), one_in)
     if not recipe.phases:
         return (Task(name=recipe.name, data=data, epochs=recipe.epochs),)
     return tuple(
         Task(
             name=phase.name,
-            data=checked_data(phase.data.build(data), phase.data),
+            data=check_data_members(phase.data.build(data), phase.data),
             epochs=phase.epochs or recipe.epochs,
             head=phase.head,
         )
@@ -59,9 +63,9 @@ def build_data(recipe: Recipe) -> Data:
     """The recipe's data. Opens no file.
 
     Raises:
-        ValueError: it does not implement `pipeline.data.base.Data`.
+        ValueError: the data does not implement `pipeline.data.base.Data`.
     """
-    return checked_data(recipe.data.build(), recipe.data)
+    return check_data_members(recipe.data.build(), recipe.data)
 
 
 def fingerprint_of(recipe: Recipe) -> str:
@@ -80,23 +84,28 @@ def fingerprint_of(recipe: Recipe) -> str:
 
 
 def check_data(data: Data, *, fingerprint: str, every_page: bool) -> None:
-    """Compare the content of a data set with a fingerprint, and every page with its checksum.
+    """Compare the fingerprint of a data set with that of the launch.
+
+    `every_page`: also compare every page with its checksum.
 
     Raises:
-        ValueError: the content differs, or a page is damaged.
+        ValueError: the fingerprint differs, or a page is damaged.
     """
-    content = data.fingerprint()
+    current = data.fingerprint()
     require(
-        content == fingerprint,
-        f"data: this run was launched on content {fingerprint[:12]}; got {content[:12]}: another"
-        " file lies where the recipe points",
+        current == fingerprint,
+        f"data: the content must be as at the launch, {fingerprint[:12]}; got {current[:12]}:"
+        " restore the file that the recipe names",
     )
     if every_page:
         data.check()
 
 
 class Loaders:
-    """Opens the training and evaluation set of each task for one rank. The caller closes them."""
+    """Opens the training and evaluation set of each task for one rank. The caller closes them.
+
+    `lengths` has the number of samples and the global batches per epoch of each training set.
+    """
 
     def __init__(
         self,
@@ -108,75 +117,74 @@ class Loaders:
         threads: int = 1,
     ) -> None:
         self.tasks = tuple(tasks)
-        # Tests cover the package's own data sets, so a batch is tried only of a user's own.
+        # Batches of a user's own data sets are checked. Tests cover those of the package's own.
         parts = (recipe.data, *(phase.data for phase in recipe.phases))
-        self._tries_batches = rank == 0 and not all(
+        self._checks_batches = rank == 0 and not all(
             is_trusted(dotted(part.target), TRUSTED) for part in parts
         )
-        self._sizes = {
+        self._loader_arguments = {
             "rank": rank,
             "world": split.workers,
             "micro_batch": split.micro_batch,
             "threads": threads,
         }
-        self._training = {"seed": recipe.seed, "batch_size": recipe.batch_size}
-        # (samples, global batches an epoch) of each training set
-        self.lengths = tuple(map(self._measured, range(len(self.tasks))))
+        self._train_arguments = {"seed": recipe.seed, "batch_size": recipe.batch_size}
+        self.lengths = tuple(map(self._check_sets, range(len(self.tasks))))
 
     def train(self, task: int) -> Loader:
-        return self.tasks[task].data.train(**self._training, **self._sizes)
+        return self.tasks[task].data.train(**self._train_arguments, **self._loader_arguments)
 
     def val(self, task: int) -> Loader:
-        return self.tasks[task].data.val(**self._sizes)
+        return self.tasks[task].data.val(**self._loader_arguments)
 
-    def _measured(self, task: int) -> tuple[int, int]:
-        """Samples and global batches of an epoch. Opens both sets for an instant, to find errors
-        before anything is trained.
-        """
+    def _check_sets(self, task: int) -> tuple[int, int]:
+        """Open both sets once, to find errors before training. Returns the entry of `lengths`."""
         data = self.tasks[task].data
         with (
-            closing(checked_loader(self.train(task), data, "train")) as train_set,
-            closing(checked_loader(self.val(task), data, "val")) as val_set,
+            closing(check_loader(self.train(task), data, "train")) as train_set,
+            closing(check_loader(self.val(task), data, "val")) as val_set,
         ):
-            if self._tries_batches:
-                first_batch(train_set, data, "train")
-                first_batch(val_set, data, "val")
+            if self._checks_batches:
+                check_first_batch(train_set, data, "train")
+                check_first_batch(val_set, data, "val")
             return train_set.samples, train_set.steps_per_epoch
 
 
 @dataclass
 class TaskResults:
-    """The results after each task: top-1 on this task and on the earlier ones (the accuracy
-    matrix), and the rule's metrics.
-    """
+    """The results after each finished task."""
 
+    # the accuracy matrix: each row has the top-1 on this task and the earlier ones, in their order
     rows: list[list[float]] = field(default_factory=list)
     rule_metrics: list[dict[str, float]] = field(default_factory=list)
 
-    def forgotten(self, row: Sequence[float]) -> float | None:
-        """BWT (backward transfer): the mean gain in top-1 on an earlier task, from directly after
-        the task until now. `row`: top-1 on the tasks so far.
+    def backward_transfer(self, row: Sequence[float]) -> float | None:
+        """BWT (backward transfer): the mean change of the top-1 on an earlier task since the end of
+        its training. Negative values mean forgetting. `row`: the current top-1 on the k tasks so
+        far.
 
-            1/(k-1) sum_{i<k} (row[i] - rows[i][i]),      None for the first task
+            1/(k-1) sum_{i<k} (row[i] - rows[i][i]),      None for k = 1
 
         Source: Lopez-Paz & Ranzato 2017 (arXiv 1706.08840), eq. 3.
         """
-        gains = [now - then[-1] for now, then in zip(row[:-1], self.rows, strict=False)]
-        return sum(gains) / len(gains) if gains else None
+        changes = [now - then[-1] for now, then in zip(row[:-1], self.rows, strict=False)]
+        return sum(changes) / len(changes) if changes else None
 
     def metrics(self, row: Sequence[float], tasks: Sequence[Task]) -> dict[str, float]:
         """The metrics of an evaluation on the tasks so far, for the journal."""
         values = {f"top1_{task.name}": top1 for task, top1 in zip(tasks, row, strict=False)}
-        bwt = self.forgotten(row)
+        bwt = self.backward_transfer(row)
         return values if bwt is None else {**values, "bwt": bwt}
 
     def summary(self, tasks: Sequence[Task]) -> dict[str, Any]:
-        """Entries of a summary. ACC is the mean of the last row. Shares in 0..1, BWT in -1..1."""
+        """Entries of summary.json. "acc" (ACC) is the mean of the last row, in 0..1; "bwt" is in
+        -1..1.
+        """
         last = self.rows[-1]
         return {
             "accuracy_matrix": self.rows,
             "acc": sum(last) / len(last),
-            "bwt": self.forgotten(last),
+            "bwt": self.backward_transfer(last),
             "phases": [
                 {"name": task.name, "head": task.head, "top1": row[-1], "rule_metrics": metrics}
                 for task, row, metrics in zip(tasks, self.rows, self.rule_metrics, strict=True)

@@ -1,8 +1,9 @@
-"""The teacher of a run in one of its processes: built, its probe fitted, its accuracy measured, its
-answers cached.
+"""The teacher of a run in one process: builds it, fits its probe, measures its accuracy and caches
+its logits.
 
-Results of a teacher are stored under a key of everything that determines them, in the folder of its
-cache or, without a cache, in the run's folder. So a resume neither fits nor evaluates again.
+Results of a teacher are stored under a key that includes everything that determines them. The place
+is the folder of its cache or, without a cache, the run's folder. So a resume neither fits nor
+evaluates again.
 
 B batch, K classes, N samples, D features
 """
@@ -32,63 +33,64 @@ from pipeline.recipe.recipe import Recipe, Split, read_json, write_json
 from pipeline.track import events
 from pipeline.track.journal import Tracker
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.evaluation import Evaluation, evaluate, inputs
+from pipeline.train.evaluation import Evaluation, evaluate, evaluation_batches
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.part_checks import build_part, require_members
 
-TOGETHER = 32  # images whose features are computed at a time
+FEATURE_BATCH = 32  # images whose features are computed at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Teaching:
-    """The teacher's answers for a micro-batch, from the cache or the teacher itself."""
+    """The teacher's logits for a micro-batch, from the cache or from the teacher itself."""
 
     teacher: Teacher
     accuracy: Evaluation
-    kept: CachedPredictions | None
+    cache: CachedPredictions | None
 
     def __call__(self, x_B: Tensor, index_B: Tensor, epoch: int) -> Tensor:
-        """The teacher's logits `[B,K]` for one epoch's views of the samples `index_B`, fp32 and
-        without a graph.
+        """The teacher's logits `[B,K]` for `x_B`, which are one epoch's views of the samples
+        `index_B`. They are fp32 and have no graph.
 
-        If one answer is missing, the teacher computes all of them: the other samples of a batch
-        change the last bits of an answer.
+        If the logits of one sample are missing, the teacher computes the whole batch, because the
+        last bits of its logits depend on the other samples of the batch.
         """
-        if self.kept is None:
+        if self.cache is None:
             return self.teacher(x_B)
-        if (cached_BK := self.kept.find(epoch, index_B)) is not None:
+        if (cached_BK := self.cache.find(epoch, index_B)) is not None:
             return cached_BK.to(x_B.device)
-        return self.kept.add(epoch, index_B, self.teacher(x_B))
+        return self.cache.add(epoch, index_B, self.teacher(x_B))
 
 
 def build_teacher(recipe: Recipe, data: Data) -> Teacher:
-    """The recipe's teacher with its weights. The random numbers for the student's weights stay the
-    same.
+    """The recipe's teacher with its weights. The state of the random generators does not change, so
+    the student has the same weights with and without a teacher.
 
     Raises:
-        ValueError: teacher and recipe do not fit together.
+        ValueError: the teacher cannot be built, or does not fit the recipe.
     """
     assert recipe.teacher is not None
     require(
         not recipe.phases,
-        "recipe: a teacher knows the classes of one data set, so it takes no phases; got"
-        f" {len(recipe.phases)}",
+        "recipe: a teacher must be used without phases, because it has the classes of one data set;"
+        f" got {len(recipe.phases)}",
     )
     with torch.random.fork_rng(devices=[]):
         teacher = build_part("teacher", recipe.teacher, Teacher, data)
-    who = f"teacher: {recipe.teacher.target.__name__}"
-    require_members(who, teacher, ("label",))
+    subject = f"teacher: {recipe.teacher.target.__name__}"
+    require_members(subject, teacher, ("label",))
     for name in ("forward", "identity"):
         require(
             getattr(type(teacher), name) is not getattr(Teacher, name),
-            f"{who} must override {name}; it does not",
+            f"{subject} must override {name}; it does not",
         )
     repeats = recipe.data.kwargs.get("repeats", 1)
     mixing = None if recipe.mixing is None else recipe.mixing.label
     require(
         teacher.cache is None or (mixing is None and repeats == 1),
-        "recipe: a teacher's cache keeps one answer a sample and epoch, so it takes neither mixed"
-        f" nor repeated samples; leave teacher.cache out; got mixing={mixing}, repeats={repeats}",
+        "recipe: a teacher with a cache needs samples without mixing and repeats, because the cache"
+        f" has one prediction per sample and epoch; got mixing={mixing}, repeats={repeats}; omit"
+        " teacher.cache",
     )
     return teacher
 
@@ -109,12 +111,11 @@ def open_teaching(
 
     Args:
         steps: the number of global batches of the whole run.
-        is_fresh: the run begins, so the teacher's accuracy is reported.
+        is_fresh: the run starts at step 0. The teacher's accuracy is then reported.
     """
-
     teacher = ranks.all_or_raise(lambda: build_teacher(recipe, data)).to(ranks.device)
     ranks.all_or_raise(lambda: check_precision("teacher", teacher.precision, ranks.device))
-    probe, cache, kept = teacher.probe, teacher.cache, None
+    probe, cache, predictions = teacher.probe, teacher.cache, None
     key = {
         "data": data.fingerprint(),
         "views": encode(recipe.data, paths=False),
@@ -122,53 +123,58 @@ def open_teaching(
         "probe": None if probe is None else asdict(probe),
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    place = (folder / "teacher" if cache is None else Path(cache.folder)) / name
-    place.mkdir(parents=True, exist_ok=True)
+    results_folder = (folder / "teacher" if cache is None else Path(cache.folder)) / name
+    results_folder.mkdir(parents=True, exist_ok=True)
     if probe is not None:
         state = ranks.broadcast_object(
-            lambda: _fitted(teacher, probe, data, place, tracker, threads)
+            lambda: _fit_head(teacher, probe, data, results_folder, tracker, threads)
         )
         classes, features = state["weight"].shape
         head = nn.Linear(features, classes, device="meta")
         head.load_state_dict(state, assign=True)
         teacher.head = head.requires_grad_(False).to(ranks.device)
-    accuracy = _accuracy(recipe, data, split, teacher, place, ranks, threads)
+    accuracy = _accuracy(recipe, data, split, teacher, results_folder, ranks, threads)
     if is_fresh:
-        figures = {"samples": accuracy.samples, **accuracy.metrics}
-        del figures["firing_rate"]  # a teacher need not spike
-        tracker.write(events.Teacher(teacher=teacher.label, figures=figures))
+        # `firing_rate` is omitted, because the teacher may have no spiking neurons.
+        metrics = {name: x for name, x in accuracy.metrics.items() if name != "firing_rate"}
+        tracker.write(
+            events.Teacher(teacher=teacher.label, figures={"samples": accuracy.samples, **metrics})
+        )
     if cache is not None:
-        answers = place / f"seed-{recipe.seed}-{cache.storage}"
+        cache_folder = results_folder / f"seed-{recipe.seed}-{cache.storage}"
         ranks.broadcast_object(
-            lambda: cache.check(answers, answers=steps * recipe.batch_size, classes=data.classes)
+            lambda: cache.check(
+                cache_folder, answers=steps * recipe.batch_size, classes=data.classes
+            )
         )
-        kept = CachedPredictions(
-            answers, classes=data.classes, storage=cache.storage, rank=ranks.rank
+        predictions = CachedPredictions(
+            cache_folder, classes=data.classes, storage=cache.storage, rank=ranks.rank
         )
-    return Teaching(teacher=teacher, accuracy=accuracy, kept=kept)
+    return Teaching(teacher=teacher, accuracy=accuracy, cache=predictions)
 
 
-def _fitted(
-    teacher: Teacher, probe: Probe, data: Data, place: Path, tracker: Tracker, threads: int
+def _fit_head(
+    teacher: Teacher, probe: Probe, data: Data, folder: Path, tracker: Tracker, threads: int
 ) -> dict[str, Tensor]:
-    """The head's weights. They are read if they were stored before, else fitted and stored. For
-    rank 0.
+    """The weights of the teacher's head, from a file in `folder`. If there is none, fits the head
+    and writes the file. Only for rank 0.
 
-    The probe sees one view of each sample of the training part per epoch, for as many epochs as it
-    needs.
+    The probe gets `probe.views` views of training samples, or one view of each sample if it sets no
+    number. Each epoch has one view of each sample.
     """
-    if kept := sorted(place.glob("probe-*.safetensors")):
+    if stored := sorted(folder.glob("probe-*.safetensors")):
         require(
-            _digest(kept[0].read_bytes()) == kept[0].stem.removeprefix("probe-"),
-            f"Probe: {kept[0]} must be what its name says; it is damaged: delete it, and it is"
-            " fitted again",
+            _digest(stored[0].read_bytes()) == stored[0].stem.removeprefix("probe-"),
+            f"Probe: {stored[0]} must have the checksum in its name; it is damaged: delete the"
+            " file, and the probe is fitted again",
         )
-        return load_file(kept[0])
+        return load_file(stored[0])
     begun, device = time.monotonic(), next(teacher.parameters()).device
     features, targets = [], []
     # Batches of one sample, so that no sample at the end of an epoch is dropped.
-    one = {"batch_size": 1, "micro_batch": 1}
-    with closing(data.train(seed=probe.seed, rank=0, world=1, threads=threads, **one)) as loader:
+    with closing(
+        data.train(seed=probe.seed, rank=0, world=1, batch_size=1, micro_batch=1, threads=threads)
+    ) as loader:
 
         def samples() -> Iterator[Batch]:
             for epoch in itertools.count():
@@ -176,7 +182,7 @@ def _fitted(
                     yield from batches
 
         views = itertools.islice(samples(), probe.views or loader.samples)
-        while chunk := list(itertools.islice(views, TOGETHER)):
+        while chunk := list(itertools.islice(views, FEATURE_BATCH)):
             features.append(
                 teacher.features(torch.cat([each.x for each in chunk]).to(device)).cpu()
             )
@@ -184,7 +190,7 @@ def _fitted(
     features_ND, target_N = torch.cat(features), torch.cat(targets)
     head = probe.fit(features_ND, target_N, data.classes)
     content = save(head.state_dict())
-    write_whole(place / f"probe-{_digest(content)}.safetensors", content)
+    write_whole(folder / f"probe-{_digest(content)}.safetensors", content)
     tracker.write(
         events.Probe(
             teacher=teacher.label,
@@ -200,7 +206,7 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:8]
 
 
-class _AsNetwork(nn.Module):
+class _OneStepNetwork(nn.Module):
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
         self.teacher = teacher
@@ -214,23 +220,23 @@ def _accuracy(
     data: Data,
     split: Split,
     teacher: Teacher,
-    place: Path,
+    folder: Path,
     ranks: Ranks,
     threads: int,
 ) -> Evaluation:
-    """The teacher's accuracy on the samples that the student is evaluated on. It is stored in
-    `place`. Collective.
+    """The teacher's accuracy on the evaluation samples of the student. It is stored in `folder` and
+    measured once. Collective.
     """
     limit = recipe.evaluation.samples
-    file = place / ("accuracy.json" if limit is None else f"accuracy-{limit}.json")
+    file = folder / ("accuracy.json" if limit is None else f"accuracy-{limit}.json")
     known = ranks.broadcast_object(lambda: read_json(file) if file.exists() else None)
     if known is not None:
         return Evaluation(**known)
     with closing(
         data.val(rank=ranks.rank, world=ranks.size, micro_batch=split.micro_batch, threads=threads)
     ) as loader:
-        batches = inputs(loader, 1, ranks, most=limit)
-        result = evaluate(_AsNetwork(teacher), batches, CrossEntropy(), ranks=ranks).result
+        batches = evaluation_batches(loader, 1, ranks, max_samples=limit)
+        result = evaluate(_OneStepNetwork(teacher), batches, CrossEntropy(), ranks=ranks).result
     if ranks.rank == 0:
         write_json(file, asdict(result))
     return result

@@ -25,39 +25,39 @@ from pipeline.track import events
 from pipeline.track.journal import last_event
 from pipeline.train.assemble import TrainContext
 from pipeline.train.checkpointing import SavingHooks
-from pipeline.train.elastic import seed_row
+from pipeline.train.elastic import seed_micro_batch
 from pipeline.train.evaluation import (
-    Evaluated,
     Evaluation,
+    EvaluationOutput,
     evaluate_tasks,
-    mean_of,
-    write_answers,
+    mean_over_tasks,
+    write_predictions,
 )
 from pipeline.train.guards.anomaly import AnomalyGuard, can_undo
 from pipeline.train.guards.replica_check import stragglers
-from pipeline.train.job import stop_requester
+from pipeline.train.job import stop_reason
 from pipeline.train.loop import MicroBatch, train_batch
 from pipeline.train.metadata import hardware_of, rule_metrics, start_event, summary_of
 from pipeline.train.recovery import Rollback
 from pipeline.train.tasks import TaskResults
 
-MOST_DATA_WAIT = 0.2  # share of the time of steady batches; a longer wait for data is reported
-STEADY_ENOUGH = 50  # steady batches before the wait is judged
+# A wait for data is reported if it takes a larger share of the time of steady batches. The share is
+# known after so many steady batches.
+MAX_DATA_WAIT_SHARE = 0.2
+MIN_STEADY_BATCHES = 50
 
 
-class StopAsked(Exception):
-    """Somebody asked the run to stop, and it is saved. Every rank raises it."""
+class StopRequested(Exception):
+    """The run must stop. Every rank raises it, after the run is saved."""
 
 
 class Trainer:
-    """Trains the rest of a run with the parts of this process."""
-
     def __init__(self, context: TrainContext) -> None:
         self.context = context
         self.job, self.ranks, self.tracker = context.job, context.ranks, context.tracker
         self.recipe, self.meters, self.backend = context.recipe, context.meters, context.backend
         self.folder = Path(context.job.run)
-        self.tasks, self.steps = context.loaders.tasks, context.stretches[-1].end
+        self.tasks, self.total_steps = context.loaders.tasks, context.stretches[-1].end
         self.loss_for = context.recipe.objective.build()
         restored = context.restored or {
             "step": 0,
@@ -68,13 +68,13 @@ class Trainer:
             "rule_metrics": {},
         }
         self.restored, self.step = restored, restored["step"]
-        self.learnt = TaskResults(**restored["learnt"])
+        self.task_results = TaskResults(**restored["learnt"])
         try:
             self.meters.totals = Totals(**restored["totals"])
         except TypeError as error:
             raise UserError(
-                "checkpoint: its measurements must be of this version's kind; it was written at"
-                f" commit {restored.get('commit')}: resume there ({error})"
+                "checkpoint: it must have the measurements of this version of spiketrain; it was"
+                f" written at commit {restored.get('commit')}: resume the run there ({error})"
             ) from None
         self.stretch = stretch_at(context.stretches, self.step)  # the steps of the current task
         self.guard = AnomalyGuard(
@@ -88,31 +88,35 @@ class Trainer:
             state=restored["guard"],
         )
         self.saving = SavingHooks(context, step=self.step, state=self._state)
-        # seconds of work between batches of earlier attempts; None once a batch has ended
-        self.worked_before_s: float | None = self._worked_s()
+        # seconds of work between batches, at the start of the attempt; None after its first batch
+        self.restored_between_s: float | None = self._between_s()
         self.has_reported_data_wait = False
-        self.evaluated: list[Evaluated] = []  # the last evaluation, of each task so far
+        self.evaluated: list[
+            EvaluationOutput
+        ] = []  # the last evaluation: an entry for each task so far
 
     # ------------------------------------------------------------------------- the training program
 
     def run(self) -> dict[str, Any] | None:
-        """Train to the end. Returns the summary (on rank 0), or None if a stop was requested.
+        """Train to the end. Returns the summary on rank 0 and {} on other ranks; None if a stop was
+        requested.
 
         Raises:
-            Rollback: the run has to start again at its newest checkpoint; on every rank.
+            Rollback: the run has to start again at its newest checkpoint. Every rank raises it.
+            Diverged: the weights are not finite.
         """
         with self.saving:
             try:
                 self._start()
-                while self.step < self.steps:
+                while self.step < self.total_steps:
                     self._train()
                 return self._finish()
-            except StopAsked:
+            except StopRequested:
                 self.saving.wait(self.step)
                 self.tracker.write(
                     events.Stopped(
                         step=self.step,
-                        reason=stop_requester(self.folder),
+                        reason=stop_reason(self.folder),
                         resume_command=self.job.resume_command,
                     )
                 )
@@ -121,9 +125,10 @@ class Trainer:
     def _start(self) -> None:
         limit = self.context.decisions.micro_batch
         if limit is not None and self.ranks.rank == 0:
-            # Another worker may have halved its micro-batch, and died before it could journal it.
-            known = last_event(RunFolder(self.folder).journal, events.Start, events.Smaller)
-            if known is not None and limit < known.micro_batch:
+            # A worker that runs out of memory writes the smaller micro-batch to the decisions, but
+            # only rank 0 can write to the journal.
+            last = last_event(RunFolder(self.folder).journal, events.Start, events.Smaller)
+            if last is not None and limit < last.micro_batch:
                 self.tracker.write(
                     events.Smaller(
                         step=self.step,
@@ -143,7 +148,7 @@ class Trainer:
         self.stretch = stretch = stretch_at(self.context.stretches, self.step)
         with closing(self.context.loaders.train(stretch.index)) as train_set:
             self.tasks[stretch.index].choose_head(self.backend.network)
-            if self.step == stretch.first:  # its checkpoint was saved before the task began
+            if self.step == stretch.first:  # a checkpoint of this step is of the previous task
                 self._begin_task()
             while self.step < stretch.end:
                 epoch = stretch.epoch(self.step)
@@ -182,7 +187,7 @@ class Trainer:
         if any(first <= self.step < end for first, end in skipped):
             for _ in range(self.context.split.accumulation):
                 next(source)
-            self._report_skip(self.step, "left out by the recipe or a rollback")
+            self._report_skip(self.step, "excluded by the recipe or by a rollback")
             return
         train_batch(
             self.context.rule,
@@ -194,35 +199,35 @@ class Trainer:
             self.meters,
             self.guard,
         )
-        if self.worked_before_s is not None:
+        if self.restored_between_s is not None:
             # Start-up is imports, compilation and this batch, without work between batches such as
             # an evaluation that was due.
             synchronize(self.ranks.device)
-            seconds = time.time() - self.context.began - (self._worked_s() - self.worked_before_s)
-            self.tracker.write(events.FirstBatch(step=self.step + 1, startup_s=max(0.0, seconds)))
-            self.worked_before_s = None
+            between_s = self._between_s() - self.restored_between_s
+            startup_s = max(0.0, time.time() - self.context.began - between_s)
+            self.tracker.write(events.FirstBatch(step=self.step + 1, startup_s=startup_s))
+            self.restored_between_s = None
 
     def _micro_batches(self, source: Iterator[Any]) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of the next global batch: on the device, mixed, laid out over
-        time, and with the teacher's logits.
+        """This rank's micro-batches of the next global batch, on the device. Mixing, encoding over
+        time and the teacher have been applied.
         """
         context, recipe, split = self.context, self.recipe, self.context.split
-        device, stretch = self.ranks.device, self.stretch
         for index in range(split.accumulation):
             with self.meters.part("data_wait"):
                 batch = next(source)
             with self.meters.part("transfer"):
-                x_B = batch.x.to(device, non_blocking=True)
-                target_B = batch.target.to(device, non_blocking=True)
+                x_B = batch.x.to(self.ranks.device, non_blocking=True)
+                target_B = batch.target.to(self.ranks.device, non_blocking=True)
                 first = (index * split.workers + self.ranks.rank) * split.micro_batch
                 if len(context.rank_info.possible_sizes) > 1:
-                    seed_row(recipe.seed, step=self.step, row=first)
+                    seed_micro_batch(recipe.seed, step=self.step, first_row=first)
                 rows = range(first, first + split.micro_batch)
                 if context.mixing is not None:
                     x_B, target_B = context.mixing(
                         x_B,
                         target_B,
-                        classes=self.tasks[stretch.index].data.classes,
+                        classes=self.tasks[self.stretch.index].data.classes,
                         seed=recipe.seed,
                         step=self.step,
                         rows=rows,
@@ -231,9 +236,13 @@ class Trainer:
             teacher_BK = None
             if context.teaching is not None:
                 with self.meters.part("teacher"):
-                    teacher_BK = context.teaching(x_B, batch.index, stretch.epoch(self.step))
+                    teacher_BK = context.teaching(x_B, batch.index, self.stretch.epoch(self.step))
             yield MicroBatch(
-                x_TB, target_B, rows, split.micro_batch / recipe.batch_size, teacher_BK
+                x_TB=x_TB,
+                target_B=target_B,
+                rows=rows,
+                share=split.micro_batch / recipe.batch_size,
+                teacher_BK=teacher_BK,
             )
 
     def _between_batches(self, epoch: int, *, last: bool) -> None:
@@ -241,8 +250,8 @@ class Trainer:
         if self.step % self.recipe.log_every == 0 or last:
             metrics = self.meters.take(self.ranks.sum)
             self._report_slowness()
-            of_rule = {f"rule_{name}": value for name, value in self._rule_metrics().items()}
-            metrics |= {"lr": self.backend.optimizer.param_groups[0]["lr"], **of_rule}
+            metrics["lr"] = self.backend.optimizer.param_groups[0]["lr"]
+            metrics |= {f"rule_{name}": value for name, value in self._rule_metrics().items()}
             with self.meters.between("tracking"):
                 self.tracker.write(
                     events.Step(
@@ -253,36 +262,37 @@ class Trainer:
                     )
                 )
         if self.saving.between_batches(self.step, last=last):
-            raise StopAsked
+            raise StopRequested
 
     def _end_epoch(self, epoch: int) -> None:
-        """Evaluate, compare gradients and save, each if it is due.
+        """Evaluate and compare gradients if they are due, and save.
 
         The checkpoint has the score of the evaluation. If much training is unsaved, a checkpoint
         without a score is written before the evaluation.
         """
-        stretch, score, every = self.stretch, None, self.recipe.evaluation.every
-        is_learnt = self.step == stretch.end
-        if is_learnt or (every and (epoch - stretch.first_epoch + 1) % every == 0):
-            of_rule = self._rule_metrics()
+        stretch, score, evaluation = self.stretch, None, self.recipe.evaluation
+        is_task_end = self.step == stretch.end
+        epochs = epoch - stretch.first_epoch + 1  # of this task
+        if is_task_end or (evaluation.every and epochs % evaluation.every == 0):
+            rule_metrics_before = self._rule_metrics()
             self.saving.before_evaluation(self.step)
             with self.meters.between("evaluation"):
                 results = self._evaluate()
-            # Before the last task, the mean is over fewer tasks and cannot rank checkpoints.
-            result = mean_of(results)
-            score = result.top1 if stretch.index + 1 == len(self.tasks) else None
-            metrics = result.metrics
+            mean = mean_over_tasks(results)
+            metrics, top1_row = mean.metrics, [result.top1 for result in results]
+            # Only means over all tasks can rank checkpoints.
+            score = mean.top1 if stretch.index + 1 == len(self.tasks) else None
             if self.recipe.phases:
-                metrics |= self.learnt.metrics([result.top1 for result in results], self.tasks)
+                metrics |= self.task_results.metrics(top1_row, self.tasks)
             self.tracker.write(
                 events.Evaluation(
-                    step=self.step, epoch=epoch, samples=result.samples, metrics=metrics
+                    step=self.step, epoch=epoch, samples=mean.samples, metrics=metrics
                 )
             )
-            if is_learnt:
-                self.learnt.rows.append([result.top1 for result in results])
-                self.learnt.rule_metrics.append(of_rule)
-        if (epoch + 1) % max(1, self.recipe.evaluation.fidelity_every) == 0:
+            if is_task_end:
+                self.task_results.rows.append(top1_row)
+                self.task_results.rule_metrics.append(rule_metrics_before)
+        if evaluation.fidelity_every and (epoch + 1) % evaluation.fidelity_every == 0:
             self._compare_gradients(epoch=epoch)
         self.saving.save(self.step, score=score)
 
@@ -290,35 +300,35 @@ class Trainer:
         """The results on each task so far, the current one last.
 
         Raises:
-            StopAsked: the run is saved.
-            Rollback: a loss is not finite. Finite weights can still give such a loss.
+            StopRequested: a stop was requested during the evaluation. The run is saved.
+            Rollback: the loss on a task is not finite, which is possible with finite weights.
         """
         while (
             evaluated := evaluate_tasks(
                 self.context,
                 step=self.step,
-                tasks=self.stretch.index + 1,
-                counts_operations=self.step == self.steps,
+                tasks_so_far=self.stretch.index + 1,
+                counts_operations=self.step == self.total_steps,
                 is_interrupted=self.saving.is_interrupted,
             )
         ) is None:
             if self.saving.in_evaluation(self.step):
-                raise StopAsked
+                raise StopRequested
         self.evaluated = evaluated
         results = [each.result for each in evaluated]
-        if bad := [result.loss for result in results if not math.isfinite(result.loss)]:
-            reason = f"the loss of the evaluation after it is {bad[0]}"
-            self.saving.newest_step()  # nothing is being written after it
+        if bad_losses := [each.loss for each in results if not math.isfinite(each.loss)]:
+            reason = f"the loss of the next evaluation is {bad_losses[0]}"
+            self.saving.newest_step()  # waits until no checkpoint is being written
             self.context.checkpoints.discard(self.step, reason)
             raise Rollback(self.step - 1, reason)
         return results
 
     def _finish(self) -> dict[str, Any]:
-        if not self.evaluated:  # an earlier attempt has trained everything
+        if not self.evaluated:  # an earlier attempt has finished the training
             self._evaluate()
         self.saving.wait(self.step)
         last, inference = self.evaluated[-1], None
-        answers = self.ranks.all_gather_object([each.answers for each in self.evaluated])
+        predictions = self.ranks.all_gather_object([each.predictions for each in self.evaluated])
         measured_j = joules_per_sample(self.ranks.all_gather_object(last.readings))
         if last.inference is not None:
             inference = {
@@ -329,9 +339,9 @@ class Trainer:
         summary = summary_of(
             self.context,
             step=self.step,
-            result=mean_of([each.result for each in self.evaluated]),
+            result=mean_over_tasks([each.result for each in self.evaluated]),
             totals=self.meters.over_ranks(self.ranks.max, self.ranks.mean),
-            learnt=self.learnt,
+            task_results=self.task_results,
             rule_metrics=self._rule_metrics(),
             inference=inference,
         )
@@ -339,7 +349,7 @@ class Trainer:
         if self.ranks.rank == 0:
             files = RunFolder(self.folder)
             write_json(files.activity, [asdict(layer) for layer in last.activity])
-            write_answers(files.answers, answers, tasks=bool(self.recipe.phases))
+            write_predictions(files.answers, predictions, has_task_column=bool(self.recipe.phases))
             write_json(files.summary, {**summary, "hardware": hardware})
         self.tracker.write(events.Finish(step=self.step, summary=summary))
         return summary
@@ -351,14 +361,14 @@ class Trainer:
         return {
             "totals": asdict(self.meters.over_ranks(self.ranks.max, self.ranks.mean)),
             "rule_metrics": self._rule_metrics(),
-            "learnt": asdict(self.learnt),
+            "learnt": asdict(self.task_results),
             "guard": self.guard.state_dict(),
         }
 
     def _rule_metrics(self) -> dict[str, float]:
         return rule_metrics(self.context.rule, self.ranks, self.restored["rule_metrics"])
 
-    def _worked_s(self) -> float:
+    def _between_s(self) -> float:
         return sum(self.meters.totals.seconds[name] for name in BETWEEN)
 
     def epoch_of(self, step: int) -> int:
@@ -378,7 +388,7 @@ class Trainer:
         )
 
     def _report_slowness(self) -> None:
-        """Report slow ranks, and once per attempt that this rank waits much for data."""
+        """Report slow ranks and, once per attempt, a long wait of this rank for data."""
         if slow := stragglers(self.meters.busy_s, self.ranks):
             hosts = self.ranks.all_gather_object(socket.gethostname())
             workers = {
@@ -386,15 +396,18 @@ class Trainer:
             }
             self.tracker.write(events.Straggler(step=self.step, workers=workers))
         share = self.meters.totals.share_of_steady_time("data_wait")
-        is_judged = self.meters.totals.steady_batches >= STEADY_ENOUGH
-        if is_judged and share > MOST_DATA_WAIT and not self.has_reported_data_wait:
+        if (
+            self.meters.totals.steady_batches >= MIN_STEADY_BATCHES
+            and share > MAX_DATA_WAIT_SHARE
+            and not self.has_reported_data_wait
+        ):
             self.has_reported_data_wait = True
             self.tracker.write(
                 events.DataWait(step=self.step, share=share, loader_threads=self.job.loader_threads)
             )
 
     def _compare_gradients(self, *, epoch: int | None) -> None:
-        """Compare the rule's gradient with BPTT's, at the trained weights, not at their average.
+        """Compare the rule's gradient with BPTT's, at the current weights, not at their average.
         `epoch`: the epoch that has ended; None: the start of the run.
         """
         if self.context.fidelity is None:
@@ -404,7 +417,7 @@ class Trainer:
             fidelity = self.context.fidelity(
                 self.backend.network.state_dict(), self.context.rule.state_dict(), step=self.step
             )
-        self.meters.forget_peaks()  # memory of the comparison, such as BPTT's graph
+        self.meters.forget_peaks()  # those of the comparison, such as the memory of BPTT's graph
         self.tracker.write(
             events.Fidelity(
                 step=self.step,

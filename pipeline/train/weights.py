@@ -1,4 +1,4 @@
-"""Weights of a run or a file, loaded for evaluation or as the start of another run."""
+"""Loads the weights of a run or a file, for evaluation or as the start of another run."""
 
 import hashlib
 import os
@@ -28,7 +28,7 @@ def load_run(
     file = RunFolder(folder).recipe
     require(
         file.is_file(),
-        f"load: {folder} must be a run's folder, which holds {file.name}; it does not",
+        f"load: {folder} must be a run's folder, with a {file.name}; it has none",
     )
     network: nn.Module = Recipe.read(file, trust=trust).model.build()
     network.load_state_dict(read_state(verified(store_of(folder), which) / WEIGHTS, who="load"))
@@ -36,13 +36,14 @@ def load_run(
 
 
 def load_weights(network: nn.Module, file: Path) -> nn.Module:
-    """Load all weights of a network from a file. Returns the network in evaluation mode. The names
-    in a published file of QKFormer are accepted.
+    """Load all weights of a network from a file. Returns the network in evaluation mode. A file of
+    QKFormer may have the published names.
 
     Raises:
-        ValueError: the file cannot be read, or names the first weight that does not fit.
+        ValueError: the file cannot be read, or weights do not fit. The message names the first
+            ones.
     """
-    tensors = _read(file, network, who="evaluate")
+    tensors = _read(file, network, subject="evaluate")
     mismatch = describe_mismatch(tensors, network.state_dict())
     require(not mismatch, f"evaluate: {file} must fit the network; got {mismatch}")
     network.load_state_dict(tensors)
@@ -50,14 +51,16 @@ def load_weights(network: nn.Module, file: Path) -> nn.Module:
 
 
 def store_of(run: Path) -> CheckpointStore:
-    """The store of a run's checkpoints."""
     job = RunFolder(run).job
     return store_at(read_json(job).get("checkpoints", "") if job.exists() else "", run)
 
 
 def weights_file(start: Path) -> Path:
-    """The weights file of `init`: `start` itself, or the weights in the newest verified checkpoint
-    of a run's folder.
+    """The weights file of a recipe's `init`: `start` itself, or the weights in the newest verified
+    checkpoint of the run's folder `start`.
+
+    Raises:
+        ValueError: `start` does not exist, or the run has no intact checkpoint.
     """
     if start.is_dir():
         return verified(store_of(start)) / WEIGHTS
@@ -69,32 +72,34 @@ def weights_file(start: Path) -> Path:
 
 
 def lasting_weights(run: Path) -> Path:
-    """The weights of a finished run, in a file of its folder that a recipe.json may name. The
-    folder of a fetched checkpoint is deleted later.
+    """Copy the weights of a finished run to its folder, so that a recipe.json may name the file.
+
+    The folder of a fetched checkpoint is deleted later, so its file must not be named.
     """
-    source, lasting = weights_file(run), run / WEIGHTS
-    if not lasting.exists():
-        write_whole(lasting, source.read_bytes())
-    return lasting
+    copy = run / WEIGHTS
+    if not copy.exists():
+        write_whole(copy, weights_file(run).read_bytes())
+    return copy
 
 
 def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
     """Load the file of `weights_file` into a network that may have other time steps and classes.
 
-    Only the head may differ in shape: the network's `classifier`, or its last module with weights
-    of its own (thresholds and the like are none). It keeps its fresh weights and is listed in the
-    result. So are thresholds of rate-coded neurons and learnt decays if the file has none: it may
-    hold an ANN with the same layers, or plain neurons. Learnable scales of 1-bit weights are
-    computed from the weights if the file has none: it has full precision. The names in a published
-    file of QKFormer are accepted.
+    These weights are not loaded and keep their initial values:
 
-    Returns:
-        The keys that keep their initial values.
+        head          if a shape in it differs. It is the network's `classifier`, or the last module
+                      that has weights other than those below
+        thresholds    of rate-coded neurons, if the file has none, such as a file of an ANN
+        decays        if they are learnt and the file has none
+        scales        of 1-bit weights, if they are learnt and the file has none. They are computed
+                      from the loaded weights
+
+    A file of QKFormer may have the published names. Returns the keys that were not loaded.
 
     Raises:
-        ValueError: the file cannot be read, or names the first key that does not match.
+        ValueError: the file cannot be read, or keys do not match. The message names the first ones.
     """
-    tensors = _read(file, network, who="init")
+    tensors = _read(file, network, subject="init")
     expected = network.state_dict()
     *_, head = (
         name
@@ -115,7 +120,7 @@ def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
         for name, synapse in binary_synapses(network).items()
         if f"{name}.binarizer.scale" in expected
     }
-    unknown = {
+    absent = {
         key
         for keys in (thresholds, decays, synapses.keys())
         if not keys & tensors.keys()
@@ -125,32 +130,34 @@ def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
     is_reshaped = any(
         key in tensors and tensors[key].shape != expected[key].shape for key in in_head
     )
-    replaced = unknown | in_head if is_reshaped else unknown
-    kept = {key: value for key, value in tensors.items() if key not in replaced}
+    not_loaded = absent | in_head if is_reshaped else absent
+    loaded = {key: value for key, value in tensors.items() if key not in not_loaded}
     mismatch = describe_mismatch(
-        kept, {key: value for key, value in expected.items() if key not in replaced}
+        loaded, {key: value for key, value in expected.items() if key not in not_loaded}
     )
     require(
-        not mismatch, f"init: {file} must fit the network but for its head, {head}; got {mismatch}"
+        not mismatch, f"init: {file} must fit the network except its head, {head}; got {mismatch}"
     )
-    network.load_state_dict(kept, strict=False)
-    for key in synapses.keys() & unknown:
+    network.load_state_dict(loaded, strict=False)
+    for key in synapses.keys() & absent:
         synapses[key].binarizer.reset(synapses[key].weight)  # type: ignore[operator, union-attr]
-    return tuple(key for key in expected if key in replaced)
+    return tuple(key for key in expected if key in not_loaded)
 
 
-def _read(file: Path, network: nn.Module, *, who: str) -> Mapping[str, Tensor]:
-    tensors = read_state(file, who=who)
+def _read(file: Path, network: nn.Module, *, subject: str) -> Mapping[str, Tensor]:
+    tensors = read_state(file, who=subject)
     if isinstance(network, QKFormer) and is_published(tensors):
         try:
             return renamed(tensors, network)
         except ValueError as error:
-            raise ValueError(f"{who}: {file}: {error}") from error
+            raise ValueError(f"{subject}: {file}: {error}") from error
     return tensors
 
 
 def study_inputs(recipe: Recipe, fingerprint: str) -> dict[str, str]:
-    """Content hashes of the files that a recipe names."""
+    """Content hashes of the recipe's inputs: its data (`fingerprint`), and the files of `init` and
+    of its teacher.
+    """
     files: dict[str, Path] = {}
     if recipe.init is not None:
         files["init"] = weights_file(Path(recipe.init))
@@ -162,7 +169,9 @@ def study_inputs(recipe: Recipe, fingerprint: str) -> dict[str, str]:
 
 
 def _files(part: Spec, prefix: str) -> Iterator[tuple[str, Path]]:
-    """The files that the keywords of a part, and of parts inside it, name; not the folders."""
+    """The files, but not the folders, that are arguments of a part or of a part inside it. The key
+    of a file is `prefix` with the dotted name of the argument.
+    """
     for key, value in part.kwargs.items():
         if isinstance(value, Spec):
             yield from _files(value, f"{prefix}{key}.")

@@ -1,11 +1,11 @@
-"""One process of a run: it trains from the newest checkpoint to the end, and starts again after a
-fault that the run survives (recovery.py).
+"""The main function of a worker process: trains from the newest checkpoint to the end of the run,
+and starts again after a fault that the run survives (recovery.py).
 """
 
 import gc
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,44 +33,43 @@ from pipeline.train.writer_lock import journal, only_writer
 def run(
     job: Job, rank_info: RankInfo, *, trainer_of: Callable[[TrainContext], Trainer] = Trainer
 ) -> dict[str, Any] | None:
-    """Train a run to its end. Returns the summary (on rank 0), or None if a stop was requested.
+    """Train a run to its end. Returns the summary on rank 0 and {} on other ranks; None if a stop
+    was requested.
 
     Raises:
         UserError: the user has to change something.
+        Exception: any other error that ends the attempt, such as a fault of storage.
     """
     began, folder = time.time(), Path(job.run)
     configure_torch(job.threads, torch.device(rank_info.device))
     ranks = Ranks(rank_info.rank, rank_info.workers, rank_info.device)
     clock = Clock(ranks.device)
     watchdog = Watchdog(folder, rank=ranks.rank, patience_s=60 * job.hang_minutes)
-    with ExitStack() as held:
+    with ExitStack() as stack:
         if job.own_cores and ranks.device.type == "cpu":
-            ranks.all_or_raise(lambda: held.enter_context(own_cores(job.threads)))
-        held.enter_context(near_cores(ranks.device, at_least=max(job.threads, job.loader_threads)))
-        held.enter_context(only_writer(folder, ranks))
-        held.enter_context(charge_collectives(clock))
-        held.enter_context(watchdog)
+            ranks.all_or_raise(lambda: stack.enter_context(own_cores(job.threads)))
+        stack.enter_context(near_cores(ranks.device, at_least=max(job.threads, job.loader_threads)))
+        stack.enter_context(only_writer(folder, ranks))
+        stack.enter_context(charge_collectives(clock))
+        stack.enter_context(watchdog)
         while True:
-            try:
-                with journal(folder, ranks) as tracker:
-                    ranks.all_or_raise(lambda: raise_refusal(folder))
-                    return _attempt(
-                        Process(
-                            job=job,
-                            rank_info=rank_info,
-                            ranks=ranks,
-                            tracker=tracker,
-                            watchdog=watchdog,
-                            clock=clock,
-                            began=began,
-                        ),
-                        trainer_of,
-                    )
-            except StartAgain:
-                pass
-            clock.take()  # seconds of batches that are rolled back
-            gc.collect()  # the memory of the attempt that ended
-            torch.cuda.empty_cache()  # does nothing on a CPU
+            with suppress(StartAgain), journal(folder, ranks) as tracker:
+                ranks.all_or_raise(lambda: raise_refusal(folder))
+                return _attempt(
+                    Process(
+                        job=job,
+                        rank_info=rank_info,
+                        ranks=ranks,
+                        tracker=tracker,
+                        watchdog=watchdog,
+                        clock=clock,
+                        began=began,
+                    ),
+                    trainer_of,
+                )
+            clock.take()  # drops the seconds of the batches that are rolled back
+            gc.collect()  # frees the memory of the previous attempt
+            torch.cuda.empty_cache()  # has no effect on a CPU
             began = time.time()
 
 
@@ -81,72 +80,72 @@ def _attempt(
         trainer = trainer_of(assemble(process))
         try:
             return trainer.run()
-        except Rollback as back:
-            _note_rollback(trainer, back)
+        except Rollback as rollback:
+            _note_rollback(trainer, rollback)
             raise
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             _note_halving(trainer, str(error))
             if process.ranks.size > 1:
-                raise  # the others wait for this rank, and only its death frees them
+                raise  # other ranks wait for this rank until its process ends
             raise HalveMicroBatch from None
     except UserError:
         raise  # every rank raises it
     except ValueError as error:
-        # Ray (2.60) removes the process group of workers that it is about to end. An error of such
-        # a worker has no meaning.
+        # Before Ray (2.60) ends workers, it removes their process group. Errors that follow from
+        # this are no errors of the user.
         if process.ranks.size > 1 and not distributed.is_initialized():
-            raise RuntimeError(
-                "worker: its process group was taken away while it trained"
-            ) from error
+            raise RuntimeError("worker: Ray removed its process group during training") from error
         if process.ranks.size == 1:
             raise as_user_error(error) from error
-        # The others wait for this rank. Its death frees them, and the next attempt reads the note.
+        # Other ranks wait for this rank until its process ends. The next attempt reads the note.
         note_refusal(Path(process.job.run), error)
         raise
 
 
-def _note_rollback(trainer: Trainer, back: Rollback) -> None:
+def _note_rollback(trainer: Trainer, rollback: Rollback) -> None:
     """Decide which batches the next attempt skips, and write the decision. Collective.
 
     Raises:
-        UserError: the recipe allows no more rollbacks; Diverged if batches are to blame.
+        UserError: the recipe allows no more rollbacks; Diverged if batches caused the rollback.
     """
-    recipe, epoch = trainer.recipe, trainer.epoch_of(back.step)
-    to = trainer.saving.newest_step()
-    decisions = trainer.context.decisions.after_rollback(back, recipe, to=to, epoch=epoch)
+    recipe, epoch = trainer.recipe, trainer.epoch_of(rollback.step)
+    to_step = trainer.saving.newest_step()
+    decisions = trainer.context.decisions.after_rollback(
+        rollback, recipe, to_step=to_step, epoch=epoch
+    )
     trainer.ranks.broadcast_object(lambda: decisions.write(trainer.folder))
     trainer.tracker.write(
         events.Rollback(
-            step=back.step,
+            step=rollback.step,
             epoch=epoch,
-            to=to,
-            reason=back.reason,
-            advice=recipe.remedy if back.skips else "",
+            to=to_step,
+            reason=rollback.reason,
+            advice=recipe.remedy if rollback.skips else "",
         )
     )
 
 
 def _note_halving(trainer: Trainer, reason: str) -> None:
-    """Decide on a smaller micro-batch for the next attempt, and write the decision: half as many
-    samples at a time, or the next fewer that the recipe takes.
+    """Decide on the micro-batch of the next attempt, and write the decision. It is the largest that
+    the recipe accepts, up to half of the current micro-batch.
 
     The global batch stays the same. Results differ only by the order of sums, unless a module
-    depends on the whole micro-batch, as batch norm does.
+    depends on the micro-batch, as batch norm does.
 
     Raises:
-        ValueError: no smaller one is possible. Only this rank raises it.
+        ValueError: the recipe accepts no smaller micro-batch. Only this rank raises it.
     """
     context, sizes = trainer.context, trainer.context.rank_info.possible_sizes
-    had, refusal = context.split.micro_batch, None
-    for samples in range(had // 2, 0, -1):
+    current, refusal = context.split.micro_batch, None
+    for samples in range(current // 2, 0, -1):
         decisions = replace(context.decisions, micro_batch=samples)
         try:
             recipe = decisions.fit(context.recipe)
             recipe = fit_to_sizes(recipe, context.backend.network, context.rule, sizes)
         except ValueError as error:
-            refusal = refusal or error  # the error for the largest number of samples
+            refusal = refusal or error  # keeps the error of the largest micro-batch
             continue
         if recipe.split(context.ranks.size).micro_batch == samples:  # it divides the batch
             decisions.write(trainer.folder)
@@ -154,8 +153,8 @@ def _note_halving(trainer: Trainer, reason: str) -> None:
                 events.Smaller(step=trainer.step, micro_batch=samples, reason=reason)
             )
             return
-    why = f", and fewer cannot be taken: {refusal}" if refusal else ""
+    why = f", and the recipe does not accept fewer: {refusal}" if refusal else ""
     raise ValueError(
-        f"training: the device's memory runs out with {counted(had, 'sample')} at a time{why};"
-        " take a smaller network, or more memory"
+        f"training: the device's memory runs out with {counted(current, 'sample')} at a time{why};"
+        " take a smaller network, or a device with more memory"
     ) from refusal

@@ -1,9 +1,9 @@
 """One writer for a run's folder.
 
-Rank 0 holds an exclusive lock on `RUN/writer.lock` as long as it lives; the kernel releases it when
-the process dies. So a run can be resumed only after the last rank 0 is gone, and an abandoned
-attempt cannot write to the journal or a finished checkpoint. (The other ranks write into folders
-with the name of the attempt, also in a bucket.)
+Rank 0 holds an exclusive lock on `RUN/writer.lock`. The kernel releases the lock when the process
+ends. So a run can be resumed only after the previous rank 0 has ended, and an abandoned attempt
+cannot write to the journal or to a complete checkpoint. (The other ranks write only to folders
+with the name of their attempt, also in a bucket.)
 """
 
 import fcntl
@@ -24,30 +24,31 @@ from pipeline.train.guards.watchdog import unreported_hangs
 from pipeline.train.job import read_death
 from pipeline.train.recovery import StartAgain
 
-# wait for a writer whose machine is dead: the file system releases its lock (CephFS after 5
-# minutes, NFSv4 after 1.5)
+# longest wait for the lock. If the writer's machine has failed, the file system releases the lock
+# after a while (CephFS after 5 minutes, NFSv4 after 1.5).
 PATIENCE_S = 600.0
 
 
 @contextmanager
 def only_writer(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Rank 0 waits until the last writer of this run is gone, and then holds the lock.
-    Collective.
+    """Hold the lock of a run's folder on rank 0, after its previous writer has ended. Collective.
 
     Raises:
-        UserError: the other writer is still there after ten minutes.
-        OSError: the lock file cannot be opened, even after ten minutes; on rank 0.
+        UserError: another writer has the lock for ten minutes.
+        OSError: the lock file cannot be opened or locked. If the error may be temporary, it is
+            raised after ten minutes. Only rank 0 raises it.
     """
-    with ExitStack() as held:
-        ranks.broadcast_object(lambda: _lock(folder, held))
+    with ExitStack() as stack:
+        ranks.broadcast_object(lambda: _lock(folder, stack))
         yield
 
 
 @contextmanager
 def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
-    """Rank 0's journal of a new attempt. It first records the deaths and hangs of workers since the
-    last attempt, and at the end an exception that ends the attempt. The other ranks have no
-    journal.
+    """Rank 0's journal of a new attempt; a `NullTracker` on other ranks.
+
+    The first events are the deaths and hangs of workers since the last attempt. An exception that
+    ends the attempt is the last event.
     """
     if ranks.rank != 0:
         yield NullTracker()
@@ -56,40 +57,41 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
     events = read_events(path)
     attempt = 1 + max((event.attempt for event in events), default=OF_NONE)
     with Journal(path, attempt=attempt) as tracker:
-        hung, death = unreported_hangs(folder, events), read_death(folder)
-        for stacks, worker in hung.items():
+        hangs, death = unreported_hangs(folder, events), read_death(folder)
+        for stacks, worker in hangs.items():
             tracker.write(Hung(worker=worker, stacks=stacks))
-        if death is not None and death["worker"] not in hung.values():
+        if death is not None and death["worker"] not in hangs.values():
             tracker.write(Died(**death))
         RunFolder(folder).died.unlink(missing_ok=True)
         try:
             yield tracker
         except StartAgain:
-            raise  # it is already in the journal
+            raise  # the fault is already in the journal
         except Exception as error:
             kind = track.Diverged if isinstance(error, Diverged) else track.Failed
             end = kind(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
             try:
                 tracker.write(end)
-            except OSError as unwritten:  # a full disk, which may be this very error
-                error.add_note(f"it could not be journaled: {unwritten}")
+            except OSError as journal_error:  # such as a full disk, which may also be `error`
+                error.add_note(f"this error could not be journaled: {journal_error}")
             raise
 
 
-def _lock(folder: Path, held: ExitStack) -> None:
+def _lock(folder: Path, stack: ExitStack) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
-            with ExitStack() as tried:
-                handle = tried.enter_context(RunFolder(folder).writer_lock.open("a"))
+            with ExitStack() as opened:
+                handle = opened.enter_context(RunFolder(folder).writer_lock.open("a"))
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held.enter_context(tried.pop_all())
+                stack.enter_context(opened.pop_all())
                 return
-        except OSError as error:  # another worker has the lock, or storage is away for a while
+        except OSError as error:  # another worker has the lock, or storage is unavailable
             is_late = time.monotonic() > deadline
             if is_late and isinstance(error, BlockingIOError):
                 raise UserError(
-                    f"{folder}: another worker still writes this run after {PATIENCE_S:.0f} s"
+                    f"{folder}: must have one writer; another worker still has the lock after"
+                    f" {PATIENCE_S:.0f} s: stop the other launch of this run, or wait for its end"
                 ) from None
             if is_late or not may_be_temporary(error):
                 raise

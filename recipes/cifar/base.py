@@ -52,7 +52,7 @@ def cifar(classes: int = 10) -> Recipe:
         data=images(classes),
         objective=spec(CrossEntropy, mse=0.05, goal="one_hot"),
         optimizer=spec(create_optimizer_v2, opt="momentum", lr=0.1, momentum=0.9, weight_decay=0.0),
-        schedule=spec(cosine, by="epoch"),  # as the published codes of OTTT, SLTT and DSR
+        schedule=spec(cosine, update_every="epoch"),  # as the published codes of OTTT, SLTT and DSR
         time_steps=6,
         batch_size=128,
         epochs=300,

@@ -32,7 +32,9 @@ def recipe() -> Recipe:
         objective=spec(CrossEntropy),
         # The published optimizer decays everything, and thresholds come down by it.
         optimizer=shared.optimizer.with_(lr=0.1, weight_decay=5e-4, filter_bias_and_bn=False),
-        schedule=spec(cosine, warmup=WARMUP_STEPS / (EPOCHS * (SAMPLES // BATCH)), by="epoch"),
+        schedule=spec(
+            cosine, warmup=WARMUP_STEPS / (EPOCHS * (SAMPLES // BATCH)), update_every="epoch"
+        ),
         time_steps=20,
         over_time="mean",
         batch_size=BATCH,

@@ -39,7 +39,7 @@ from scipy import stats
 from pipeline.core.printing import number, print_table, prose, say
 from pipeline.recipe import Recipe
 from pipeline.recipe.json import read_json
-from pipeline.train.evaluation import read_answers
+from pipeline.train.evaluation import read_predictions
 
 Levels = tuple[str, str]
 Weights = dict[tuple[str, ...], float]
@@ -220,7 +220,7 @@ def _read_run(run: Path, *, by: str, trust: Collection[str]) -> pd.Series:
     """True for each sample that a finished run answered right, indexed by what the sample is."""
     if not (run / "summary.json").exists():
         raise ValueError(f"factorial: {run.name} must have finished; it has no summary.json")
-    answers = read_answers(run / "answers.npz")
+    predictions = read_predictions(run / "answers.npz")
     data = Recipe.read(run / "recipe.json", trust=trust).data.build()
     content, evaluated = data.fingerprint(), read_json(run / "summary.json")["data_fingerprint"]
     if content != evaluated:
@@ -228,9 +228,9 @@ def _read_run(run: Path, *, by: str, trust: Collection[str]) -> pd.Series:
             f"factorial: {run.name} was evaluated on content {evaluated[:12]}; its data now has"
             f" {content[:12]}"
         )
-    groups = np.array(data.groups("val", by=by))[answers.index]
-    levels = [groups, np.full(len(groups), content), answers.index, answers.target]
+    groups = np.array(data.groups("val", by=by))[predictions.index]
+    levels = [groups, np.full(len(groups), content), predictions.index, predictions.target]
     return pd.Series(
-        answers.right,
+        predictions.is_correct,
         pd.MultiIndex.from_arrays(levels, names=["group", "content", "index", "target"]),
     )

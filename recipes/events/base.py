@@ -95,7 +95,7 @@ def sltt_k(
             weight_decay=5e-4,
             filter_bias_and_bn=False,
         ),
-        schedule=spec(cosine, by="epoch"),
+        schedule=spec(cosine, update_every="epoch"),
         time_steps=steps,
         batch_size=batch_size,
         epochs=300,

@@ -51,7 +51,9 @@ def recipe() -> Recipe:
         ),
         optimizer=shared.optimizer.with_(lr=0.05),
         schedule=spec(
-            cosine, warmup=WARMUP_STEPS / (EPOCHS * (SAMPLES // shared.batch_size)), by="epoch"
+            cosine,
+            warmup=WARMUP_STEPS / (EPOCHS * (SAMPLES // shared.batch_size)),
+            update_every="epoch",
         ),
         epochs=EPOCHS,
     )

@@ -38,7 +38,7 @@ def first_stage(network: Callable[..., nn.Module], name: str) -> Recipe:
             weight_decay=1e-5,
             filter_bias_and_bn=False,
         ),
-        schedule=spec(cosine, by="epoch"),
+        schedule=spec(cosine, update_every="epoch"),
         time_steps=1,
         batch_size=256,
         epochs=100,

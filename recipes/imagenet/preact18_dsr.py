@@ -34,7 +34,9 @@ def recipe() -> Recipe:
         model=stage.model.with_(neuron=spec(RateIF, threshold_gradient=0.001)),
         rule=spec(DSR, calibrate=5, calibrate_on="activations"),
         optimizer=spec(create_optimizer_v2, opt="adam", lr=0.001, weight_decay=0.0),
-        schedule=spec(cosine, warmup=WARMUP_STEPS / (EPOCHS * (SAMPLES // BATCH)), by="epoch"),
+        schedule=spec(
+            cosine, warmup=WARMUP_STEPS / (EPOCHS * (SAMPLES // BATCH)), update_every="epoch"
+        ),
         time_steps=50,
         batch_size=BATCH,
         epochs=EPOCHS,

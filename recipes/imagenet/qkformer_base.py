@@ -55,7 +55,7 @@ def qkformer(channels: int, *, batch_size: int) -> Recipe:
         optimizer=spec(
             create_optimizer_v2, opt="adamw", lr=RATE_FOR_256 * batch_size / 256, weight_decay=0.05
         ),
-        schedule=spec(cosine, warmup=5 / 200, floor=1e-6, starts="after_warmup"),
+        schedule=spec(cosine, warmup=5 / 200, min_lr=1e-6, warmup_prefix=True),
         time_steps=2,
         batch_size=batch_size,
         epochs=200,

@@ -18,7 +18,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.state import fresh_state
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.evaluation import evaluate, inputs
+from pipeline.train.evaluation import evaluate, evaluation_batches
 from pipeline.train.objective import CrossEntropy
 from tests.helpers.rule_networks import (
     batch,
@@ -163,7 +163,7 @@ def test_the_table_of_a_run(
     network = carryover.load_run(tmp_path / "run", which="last")
     plain, *_ = evaluate(
         network,
-        inputs(recipe.data.build().val(micro_batch=7), 3, Ranks()),
+        evaluation_batches(recipe.data.build().val(micro_batch=7), 3, Ranks()),
         CrossEntropy(),
     )
     assert table.loc[3, "real"]["ensemble"] == pytest.approx(plain.top1)

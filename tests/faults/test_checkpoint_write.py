@@ -205,8 +205,9 @@ def test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back(
 ) -> None:
     away = (killed / "checkpoints").rename(killed.with_name("away"))
     said = (
-        f"^checkpoint: {killed}/checkpoints/step_00000006 must be there, as the journal says; got"
-        " no checkpoint: mount or restore its storage, or begin anew under another --name$"
+        f"^checkpoint: {killed}/checkpoints/step_00000006 must exist, because the journal names"
+        " it; got no checkpoint: mount or restore its storage, or start a new run under another"
+        " --name$"
     )
     for _ in range(2):
         with pytest.raises(UserError, match=said):

@@ -310,7 +310,9 @@ def test_weights_that_come_apart_are_found_and_given_up(
     found = next(each for each in range(step + 1, 50) if newest(each) == each)
     assert (back["step"], back["to"]) == (found - 1, newest(step))
     # Of two, nobody can tell which.
-    assert back["reason"].startswith("what workers 1 have learnt is not what others have")
+    assert back["reason"].startswith(
+        "weights or rule buffers of workers 1 differ from those of others"
+    )
 
 
 def test_a_driver_that_is_killed_takes_its_workers_along_and_the_run_is_resumed(hit: Path) -> None:

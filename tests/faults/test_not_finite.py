@@ -150,17 +150,15 @@ def test_it_never_goes_back_to_a_checkpoint_whose_evaluation_was_not_finite(
         patch.setattr(trainer, "evaluate_tasks", evaluate)
         patch.setattr(worker, "_note_rollback", noted)
         if is_saved_before:  # a long evaluation is preceded by a checkpoint without a score
-            patch.setattr(checkpointing, "UNSAVED_S", 0.0)
-        said = (
-            r"batch 7 \(epoch 1\): the loss of the evaluation after it is nan; .* lower optimizer"
-        )
+            patch.setattr(checkpointing, "MAX_UNSAVED_S", 0.0)
+        said = r"batch 7 \(epoch 1\): the loss of the next evaluation is nan; .* lower optimizer"
         with pytest.raises(Diverged, match=said):
             train_inline(run, small_recipe(policy=Policy(max_rollbacks=1)))
     assert [event["to"] for event in events(run, "rollback")] == [6]
     assert [*found, max((run / "checkpoints").glob("step_*")).name] == ["step_00000006"] * 2
     assert not events(run, "evaluation")  # no score to be best by
     assert [event["reason"] for event in events(run, "quarantine")] == [
-        "the loss of the evaluation after it is nan"
+        "the loss of the next evaluation is nan"
     ] * 2 * is_saved_before
     train_inline(run, small_recipe(policy=Policy(max_rollbacks=2)))  # it goes on from there
     assert steps_of(run, "start") == [0, 6, 6]
@@ -210,8 +208,8 @@ def test_at_the_end_of_the_ladder_it_gives_up(
     run, first = tmp_path / "hit", random.Random(SEED + 3).choice(places)
     hit(monkeypatch, range(first, 100))
     said = (
-        rf"training: batch {first + 3} \(epoch {(first + 3) // 8 + 1}\): {REASON}; it has gone back"
-        r" max_rollbacks=1 times; lower optimizer.lr \(0.1\) or set clip_norm=1.0$"
+        rf"training: batch {first + 3} \(epoch {(first + 3) // 8 + 1}\): {REASON}; all rollbacks"
+        r" of max_rollbacks=1 are used; lower optimizer.lr \(0.1\) or set clip_norm=1.0$"
     )
     with pytest.raises(Diverged, match=said):
         train_inline(run, small_recipe(policy=Policy(max_skips=1, max_rollbacks=1)))
@@ -239,8 +237,8 @@ def test_weights_that_are_not_finite_on_one_rank_end_all(tmp_path: Path) -> None
         tmp_path / "run", small_recipe(backend="deepspeed", policy=Policy(replicas_every=0))
     )
     said = (
-        "training: weights and what the rule learnt must be finite to be saved; they are not after"
-        " step 3: lower optimizer.lr (0.1) or set clip_norm=1.0 (worker 1)"
+        "training: weights and the rule's buffers must be finite in a checkpoint; they are not"
+        " after step 3: lower optimizer.lr (0.1) or set clip_norm=1.0 (worker 1)"
     )
     assert run_ranks(_damaged_on_one, 2, tmp_path, job) == [said, said]
 

@@ -249,8 +249,8 @@ def test_mixing_takes_the_next_fewer_that_are_whole_pairs(
             },
             8,
             (
-                r"OTTT.*: moves the weights at every time step and refuses accumulation; got"
-                r" .*micro_batch=4.*"
+                r"OTTT.*: moves the weights at every time step, so a batch must not be accumulated;"
+                r" got .*micro_batch=4.*"
             ),
         ),
         (
@@ -266,8 +266,8 @@ def test_where_no_fewer_can_be_taken_it_says_why_and_notes_nothing(
     for rule in (SLTT, OTTT):
         room_for(monkeypatch, 0, rule=rule)
     said = (
-        rf"training: the device's memory runs out with {samples} samples at a time, and fewer"
-        rf" cannot be taken: {why}; take"
+        rf"training: the device's memory runs out with {samples} samples at a time, and the"
+        rf" recipe does not accept fewer: {why}; take"
     )
     for _ in range(2):  # with more memory the run can still go on
         with pytest.raises(UserError, match=said):

@@ -229,7 +229,7 @@ def test_a_save_waits_for_no_evaluation_which_is_begun_anew(
 def test_what_dies_in_an_evaluation_has_saved_before_it(
     job: Job, untouched: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpointing, "UNSAVED_S", -1.0)
+    monkeypatch.setattr(checkpointing, "MAX_UNSAVED_S", -1.0)
     with dies(lambda patch: patch.setattr(trainer, "evaluate_tasks", die)):
         run(job, RankInfo())
     assert run(job, RankInfo()) is not None
@@ -286,7 +286,7 @@ def test_a_group_that_is_taken_from_workers_who_train_is_no_refusal(tmp_path: Pa
     job = make_run(tmp_path / "run", small_recipe(backend="deepspeed"))
     (tmp_path / "meeting").mkdir()
     said = run_ranks(_without_a_group, 2, tmp_path / "meeting", job)
-    assert said == ["worker: its process group was taken away while it trained"] * 2
+    assert said == ["worker: Ray removed its process group during training"] * 2
     assert not (tmp_path / "run" / "refusal.json").exists()
 
 

@@ -177,7 +177,10 @@ def test_what_does_not_fit_is_refused_in_one_line(
             (recipe, "--weights", whole, "--set", "model.shortcut=sew_multiple"),
             "whole.pth: .*only tensors of a QKFormer",
         ),
-        ((recipe, "--weights", whole, "--set", "data.classes=3"), "same classes; got 10 and 3"),
+        (
+            (recipe, "--weights", whole, "--set", "data.classes=3"),
+            "same number of classes; got 10 and 3",
+        ),
         ((recipe,), "needs --weights FILE; got no --weights"),
         ((recipe, "--weights", whole, "--which", "last"), "needs --weights FILE; got --which last"),
         ((tmp_path / "several.py", "--weights", whole), "must hold one recipe; got small, other"),
@@ -199,5 +202,5 @@ def test_a_recipe_starts_from_published_weights_with_a_head_of_its_own(
         assert torch.equal(tensor, head[name] if name in head else made.state_dict()[name]), name
     show = ("show", recipe, "--set", f"init={file}", "--set")
     done(*show, "model.classes=3", "--set", "data.classes=3")
-    said = "init: .*must fit the network but for its head, classifier; got 33 missing: "
+    said = "init: .*must fit the network except its head, classifier; got 33 missing: "
     assert re.search(said, refused(*show, "model.depth=5"))

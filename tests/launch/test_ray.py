@@ -372,7 +372,7 @@ STORE = DistNetworkError(
     "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or"
     " crash?"
 )
-TAKEN = RuntimeError("worker: its process group was taken away while it trained")
+TAKEN = RuntimeError("worker: Ray removed its process group during training")
 LOST = (CLOSED, RESET, LATE, REMOTE, STORE, TAKEN)
 DIED = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
 

@@ -167,7 +167,7 @@ def test_an_evaluation_is_measured_from_its_first_batch_to_its_last_and_told_by_
         batches(),
         CrossEntropy(),
         counts_operations=True,
-        joules=EnergyCounter(torch.device("cuda")),
+        energy_counter=EnergyCounter(torch.device("cuda")),
     )
     assert found.inference is not None and used_mj == [
         5_000_000 + 3 * 400 + 3 * 100

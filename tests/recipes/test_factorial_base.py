@@ -15,7 +15,7 @@ from rich.console import Console
 from scipy import stats
 
 from pipeline.recipe.recipe import spec, write_json
-from pipeline.train.evaluation import Answers, write_answers
+from pipeline.train.evaluation import Predictions, write_predictions
 from recipes.compare.factorial_base import all_effects, effect, factorial, read_right
 from tests.helpers.small import small_recipe
 
@@ -197,13 +197,13 @@ def write_run(
     folder.mkdir()
     data = spec(Objects, names=tuple(names))
     index = np.arange(first, len(names))
-    answers = Answers(
+    answers = Predictions(
         index=index,
         target=np.zeros_like(index),
         answer=np.asarray(index >= first + right, np.int64),
     )
     write_json(folder / "recipe.json", small_recipe(data=data).to_json())
-    write_answers(folder / "answers.npz", [[answers]], tasks=False)
+    write_predictions(folder / "answers.npz", [[answers]], has_task_column=False)
     summary = {"data_fingerprint": data.build().fingerprint(), "world_size": 2} | summary
     write_json(folder / "summary.json", summary)
     return folder

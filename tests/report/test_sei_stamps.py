@@ -13,7 +13,7 @@ from rich.console import Console
 from pipeline.recipe.recipe import Recipe, write_json
 from pipeline.recipe.suite import Suite, references
 from pipeline.train.distillation import Distillation
-from pipeline.train.evaluation import Answers, write_answers
+from pipeline.train.evaluation import Predictions, write_predictions
 from pipeline.train.export import pack
 from recipes.compare import sei_stamps
 
@@ -103,10 +103,10 @@ def test_the_report_of_made_up_runs(recipes: dict[str, Recipe], tmp_path: Path) 
         )
         target = np.arange(scenes) % 13
         right[name] = draw.random(scenes) < (0.5 if "1-bit-multiple-teacher" in name else 0.2)
-        answers = Answers(
+        answers = Predictions(
             index=np.arange(scenes), target=target, answer=np.where(right[name], target, target + 1)
         )
-        write_answers(run / "answers.npz", [[answers]], tasks=False)
+        write_predictions(run / "answers.npz", [[answers]], has_task_column=False)
         made = {
             "data_fingerprint": data.build().fingerprint(),
             "world_size": 2,

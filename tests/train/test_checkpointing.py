@@ -72,7 +72,7 @@ def test_between_batches_rank_0_alone_looks_for_files(
         Path, "exists", lambda self, **about: (looked.append(self.name), exists(self, **about))[1]
     )
     monkeypatch.setattr(SavingHooks, "save", lambda self, step, **about: None)
-    monkeypatch.setattr(SavingHooks, "_answer", lambda self, step: None)
+    monkeypatch.setattr(SavingHooks, "_fulfil_request", lambda self, step: None)
     if asked != "nothing":
         (tmp_path / asked).write_text("somebody")
     decide = Mock(return_value=[asked == "stop", asked == "save", *[False] * 4])  # rank 0's
@@ -90,7 +90,7 @@ def test_a_notice_is_new_where_it_names_a_machine_that_none_has_named(tmp_path: 
         notice = Notice(tuple(machines), None)
         assert made.is_new(notice) is is_new
         made.add_notice(notice, 1)
-    assert made.leaving == {"a", "b", "c"} and not made.is_new(None)
+    assert made.leaving_machines == {"a", "b", "c"} and not made.is_new(None)
     assert made.deadline == math.inf  # nobody knows when
 
 
@@ -102,7 +102,7 @@ def test_a_last_save_comes_while_there_is_time_for_twice_a_batch_and_a_write(
         checkpointing, "time", SimpleNamespace(monotonic=lambda: now, time=time.time)
     )
     monkeypatch.setattr(SavingHooks, "save", lambda self, step, **about: saved.append(step))
-    monkeypatch.setattr(SavingHooks, "_answer", lambda self, step: None)
+    monkeypatch.setattr(SavingHooks, "_fulfil_request", lambda self, step: None)
     made = saving(tmp_path, lambda *mine: list(mine))
     for machine, left in (("a", 100.0), ("b", 300.0)):  # the first to leave counts
         made.add_notice(Notice((machine,), time.time() + left), 0)

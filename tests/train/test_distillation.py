@@ -212,7 +212,7 @@ ENSEMBLE = spec(Distillation, teacher_weight=0.0, ensemble_weight=1.0)
     ("changes", "said"),
     [
         ({"objective": spec(Distillation)}, "teacher_weight=1.0 needs a teacher"),
-        ({"teacher": TEACHER_PART}, "CrossEntropy: knows labels alone, so a teacher has no effect"),
+        ({"teacher": TEACHER_PART}, "CrossEntropy: uses labels alone, so a teacher has no effect"),
         (
             {"teacher": TEACHER_PART, "objective": ENSEMBLE},
             "a teacher has no effect with teacher_weight=0",
@@ -242,6 +242,6 @@ def test_what_does_not_fit_the_recipe_is_refused_before_a_launch(
 def test_a_loss_that_remembers_is_refused_where_a_rule_asks_for_other_losses_between() -> None:
     network = spec(with_readouts, network=spec(mlp, in_features=64, hidden=(8,)))
     recipe = small_recipe(model=network, rule=spec(OPZO, local_readouts=True), objective=ENSEMBLE)
-    with pytest.raises(ValueError, match="OPZO-LL: asks for more than one loss a step"):
+    with pytest.raises(ValueError, match="OPZO-LL: needs several losses per step"):
         check_recipe(recipe, 1)
     check_recipe(replace(recipe, rule=spec(OPZO)), 1)

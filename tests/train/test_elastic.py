@@ -23,7 +23,7 @@ from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.norm import BatchNorm
 from pipeline.train.build import check_recipe
-from pipeline.train.elastic import fit_to_sizes, format_sizes, seed_row
+from pipeline.train.elastic import fit_to_sizes, format_sizes, seed_micro_batch
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.weights import load_run
 from pipeline.train.worker import run
@@ -122,7 +122,7 @@ def test_without_norm_and_dropout_a_worker_takes_its_whole_share() -> None:
 
 def test_what_is_drawn_depends_on_seed_batch_and_row_alone() -> None:
     def drawn(step: int, row: int) -> list[float]:
-        seed_row(3, step=step, row=row)
+        seed_micro_batch(3, step=step, first_row=row)
         return torch.rand(4).tolist()
 
     first = drawn(5, 8)
@@ -143,16 +143,16 @@ def test_sizes_are_told_as_they_are_written(sizes: tuple[int, ...], text: str) -
         (
             {},
             tuple(range(2, 9)),
-            "launch: batch_size=24 must divide by every number of workers; got 2:8, with 5, 7;"
+            "launch: every number of workers must divide batch_size=24; got 2:8, with 5, 7;"
             " take --workers of 1,2,3,4,6,8",
         ),
         ({}, (5,), "recipe: batch_size must divide by 5 workers; got 24, near it 20 and 25 do"),
         (
             {"zero": 2, "backend": "deepspeed"},
             (2, 4),
-            "launch: ZeRO-2 needs one number of workers, for DeepSpeed's checkpoints of it load on"
-            " as many only and its universal ones hold Adam alone (0.19.8); got 2,4; take one"
-            " number, or zero=0",
+            "launch: ZeRO-2 needs one number of workers; got 2,4; take one number, or zero=0"
+            " (DeepSpeed 0.19.8 loads ZeRO checkpoints only on the same number, and its universal"
+            " checkpoints support only Adam)",
         ),
     ],
 )
@@ -167,7 +167,7 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do(
 def test_statistics_over_all_workers_want_whole_batches() -> None:
     network, recipe = nn.Sequential(BatchNorm(4, between="world")), small_recipe(batch_size=BATCH)
     assert fit_to_sizes(recipe, network, SLTT(), (1, 2)).micro_batch is None
-    said = r"must see whole global batches .* micro_batch=4, which is accumulated on 1 worker"
+    said = r"needs whole global batches .* micro_batch=4, which is accumulated on 1 worker"
     with pytest.raises(ValueError, match=said):
         fit_to_sizes(replace(recipe, micro_batch=4), network, SLTT(), (1, 2))
 
@@ -180,7 +180,7 @@ def test_what_a_size_makes_of_a_batch_is_refused_by_the_part_that_it_disturbs() 
     zero = small_recipe(batch_size=BATCH, zero=2, backend="deepspeed")
     for recipe, sizes in ((moves, (1, 2)), (mixed, (1, 2, 3)), (zero, (4,))):
         check_recipe(recipe, *sizes)
-    with pytest.raises(ValueError, match="refuses accumulation; got Split"):
+    with pytest.raises(ValueError, match="must not be accumulated; got Split"):
         check_recipe(replace(moves, micro_batch=6), 2, 4)
     with pytest.raises(ValueError, match="a micro-batch must be even"):
         check_recipe(mixed, 2, 8)

@@ -24,12 +24,12 @@ from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
 from pipeline.train import evaluation
 from pipeline.train.evaluation import (
-    COUNTED,
-    Answers,
-    Evaluated,
+    MAX_COUNTED_SAMPLES,
+    EvaluationOutput,
+    Predictions,
     evaluate,
-    read_answers,
-    write_answers,
+    read_predictions,
+    write_predictions,
 )
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.objective import CrossEntropy
@@ -65,7 +65,7 @@ def test_top_5_is_measured_of_six_classes_or_more(classes: int, measured: bool) 
     assert list(result.metrics) == ["top1", *["top5"] * measured, "loss", "firing_rate"]
 
 
-def evaluated(x_TBI: Tensor, *, counts: bool = True) -> Evaluated:
+def evaluated(x_TBI: Tensor, *, counts: bool = True) -> EvaluationOutput:
     index_B = torch.arange(x_TBI.shape[1])
     parts = (x_TBI.split(16, dim=1), (index_B % K).split(16), index_B.split(16))
     batches = zip(*parts, strict=True)
@@ -74,9 +74,11 @@ def evaluated(x_TBI: Tensor, *, counts: bool = True) -> Evaluated:
 
 def test_operations_are_of_samples_from_all_over_the_set() -> None:
     inference = evaluated(sorted_set()).inference
-    assert inference is not None and inference.samples == COUNTED < B // 2
-    loud = inference.macs * COUNTED / (T * I * 6)  # of a product with silence nothing is made
-    assert loud == int(loud) and COUNTED / 3 < loud < COUNTED * 2 / 3
+    assert inference is not None and inference.samples == MAX_COUNTED_SAMPLES < B // 2
+    loud = (
+        inference.macs * MAX_COUNTED_SAMPLES / (T * I * 6)
+    )  # of a product with silence nothing is made
+    assert loud == int(loud) and MAX_COUNTED_SAMPLES / 3 < loud < MAX_COUNTED_SAMPLES * 2 / 3
 
 
 def test_of_a_set_that_is_no_larger_each_sample_is_counted() -> None:
@@ -96,7 +98,7 @@ def test_counting_adds_nothing_to_what_is_evaluated() -> None:
     assert (plain.result, plain.activity) == (counted.result, counted.activity)
 
 
-def columns(found: Answers) -> dict[str, list[int] | None]:
+def columns(found: Predictions) -> dict[str, list[int] | None]:
     parts = vars(found)
     assert all(part is None or part.dtype == np.int64 for part in parts.values())
     return {name: None if part is None else part.tolist() for name, part in parts.items()}
@@ -121,9 +123,9 @@ def asked(network: nn.Module, data: Data, steps: int) -> dict[str, list[int]]:
 # ----------------------------------------------------------------------------------------- the file
 
 
-def share(*rows: tuple[int, int, int]) -> Answers:
+def share(*rows: tuple[int, int, int]) -> Predictions:
     index, target, answer = np.array(rows, np.int64).reshape(-1, 3).T
-    return Answers(index=index, target=target, answer=answer)
+    return Predictions(index=index, target=target, answer=answer)
 
 
 SHARES = [[share((4, 1, 1), (0, 2, 0))], [share()], [share((3, 0, 0))]]
@@ -140,32 +142,32 @@ OF_TASKS = [[share((5, 1, 1)), share((2, 0, 1))], [share((1, 1, 0), (0, 0, 0)), 
 )
 def test_shares_of_any_size_are_joined_in_the_order_of_samples(
     tmp_path: Path,
-    shares: list[list[Answers]],
+    shares: list[list[Predictions]],
     index: list[int],
     target: list[int],
     answer: list[int],
     task: list[int] | None,
 ) -> None:
-    write_answers(tmp_path / "answers.npz", shares, tasks=task is not None)
-    found = read_answers(tmp_path / "answers.npz")
+    write_predictions(tmp_path / "answers.npz", shares, has_task_column=task is not None)
+    found = read_predictions(tmp_path / "answers.npz")
     assert columns(found) == {"index": index, "target": target, "answer": answer, "task": task}
-    assert found.right.tolist() == [a == t for a, t in zip(answer, target, strict=True)]
+    assert found.is_correct.tolist() == [a == t for a, t in zip(answer, target, strict=True)]
     assert [file.name for file in tmp_path.iterdir()] == ["answers.npz"]
 
 
 def test_what_is_no_file_of_answers_is_refused_in_one_line(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
     (tmp_path / "text.npz").write_text("answers")
-    write_answers(tmp_path / "torn.npz", [[share((0, 1, 1))]], tasks=False)
+    write_predictions(tmp_path / "torn.npz", [[share((0, 1, 1))]], has_task_column=False)
     os.truncate(tmp_path / "torn.npz", (tmp_path / "torn.npz").stat().st_size - 40)
     for name in ("nothing", "other", "text", "torn"):
         wanted = "must be the file that a run writes at its end, with .*; it could not be read: "
         with pytest.raises(ValueError, match=rf"^answers: .*{name}\.npz {wanted}"):
-            read_answers(tmp_path / f"{name}.npz")
+            read_predictions(tmp_path / f"{name}.npz")
     for answer in ([1.0, 1.0], [True, False], [1], [[1], [1]]):
         np.savez(tmp_path / "answers.npz", index=[0, 1], target=[1, 0], answer=answer)
         with pytest.raises(ValueError, match=r"answers\.npz must hold columns of whole numbers"):
-            read_answers(tmp_path / "answers.npz")
+            read_predictions(tmp_path / "answers.npz")
 
 
 # ------------------------------------------------------------------------------------------ of runs
@@ -175,11 +177,14 @@ def test_what_is_no_file_of_answers_is_refused_in_one_line(tmp_path: Path) -> No
 def test_a_run_writes_what_its_network_answers(tmp_path: Path, ema_decay: float) -> None:
     recipe = small_recipe(epochs=6, ema_decay=ema_decay)
     summary = finished(tmp_path / "run", recipe)
-    found, network = read_answers(tmp_path / "run" / "answers.npz"), pipeline.load(tmp_path / "run")
+    found, network = (
+        read_predictions(tmp_path / "run" / "answers.npz"),
+        pipeline.load(tmp_path / "run"),
+    )
     assert not network.training
     assert columns(found) == {**asked(network, recipe.data.build(), 3), "task": None}
     assert found.index.tolist() == list(range(20))
-    assert summary["top1"] == found.right.mean() and 0 < summary["top1"] < 1
+    assert summary["top1"] == found.is_correct.mean() and 0 < summary["top1"] < 1
 
 
 class Undecided(nn.Module):
@@ -195,13 +200,13 @@ def test_classes_that_tie_are_answered_as_they_are_counted(classes: int) -> None
     target_B = torch.arange(classes).repeat_interleave(torch.arange(classes) + 1)
     batches = [(torch.zeros(1, len(target_B), classes), target_B, torch.arange(len(target_B)))]
     result, answers, *_ = evaluate(Undecided(), batches, CrossEntropy())
-    assert result.top1 == answers.right.mean() > 0
+    assert result.top1 == answers.is_correct.mean() > 0
     assert (answers.answer % 2 == 1).all()
 
 
 def test_an_evaluation_of_the_first_samples_writes_those(tmp_path: Path) -> None:
     train_inline(tmp_path / "run", small_recipe(evaluation=Evaluation(samples=7)))
-    assert columns(read_answers(tmp_path / "run" / "answers.npz"))["index"] == list(range(7))
+    assert columns(read_predictions(tmp_path / "run" / "answers.npz"))["index"] == list(range(7))
 
 
 def test_a_run_that_died_before_its_end_evaluates_again_and_writes_the_same(
@@ -220,7 +225,7 @@ def test_a_run_that_died_before_its_end_evaluates_again_and_writes_the_same(
     assert evaluated == [16]
     assert [resumed[key] for key in ("top1", "loss")] == [summary[key] for key in ("top1", "loss")]
     whole, broken = (
-        columns(read_answers(tmp_path / name / "answers.npz")) for name in ("whole", "broken")
+        columns(read_predictions(tmp_path / name / "answers.npz")) for name in ("whole", "broken")
     )
     assert whole == broken
 
@@ -228,7 +233,7 @@ def test_a_run_that_died_before_its_end_evaluates_again_and_writes_the_same(
 def test_of_several_tasks_index_counts_in_the_set_of_each(tmp_path: Path) -> None:
     recipe = continual.split()
     summary = continual.train(tmp_path / "run", recipe)
-    found = read_answers(tmp_path / "run" / "answers.npz")
+    found = read_predictions(tmp_path / "run" / "answers.npz")
     assert found.task is not None and found.task.tolist() == [0] * 10 + [1] * 10 + [2] * 10
     network = pipeline.load(tmp_path / "run", trust=["tests"])
     for number, task in enumerate(tasks_of(recipe)):
@@ -236,7 +241,7 @@ def test_of_several_tasks_index_counts_in_the_set_of_each(tmp_path: Path) -> Non
         here = found.task == number
         mine = {name: getattr(found, name)[here].tolist() for name in ("index", "target", "answer")}
         assert mine == asked(network, task.data, 3)
-        assert summary["accuracy_matrix"][-1][number] == found.right[here].mean()
+        assert summary["accuracy_matrix"][-1][number] == found.is_correct[here].mean()
     # classes 2 and 3 of six, in the file's count
     assert found.index[10:14].tolist() == [2, 3, 8, 9]
 
@@ -267,5 +272,5 @@ def test_two_processes_write_what_one_does(tmp_path: Path, samples: int | None) 
     # A card that evaluated nothing does not count.
     assert both["measured_j"] == pytest.approx(15 / 21 if samples is None else 5)
     assert "measured_j" not in alone and both["energy_j"] > 0
-    one, two = (columns(read_answers(run / "answers.npz")) for run in runs)
+    one, two = (columns(read_predictions(run / "answers.npz")) for run in runs)
     assert one == two and two["index"] == list(range(samples or 21))

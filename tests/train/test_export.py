@@ -103,7 +103,7 @@ def test_it_comes_back_to_the_same_logits(
         assert binary_synapses(reloaded).keys() == binary_synapses(trained).keys()
         return
     is_folded = name in ("scaled", "centred", "learnable")
-    assert (told.synapses, told.folded) == (3, 3 * is_folded)
+    assert (told.bit_synapses, told.folded_synapses) == (3, 3 * is_folded)
     for key, synapse in binary_synapses(trained).items():
         ours = effective_weight(reloaded.get_submodule(key))  # type: ignore[arg-type]
         assert torch.equal(ours.sign(), effective_weight(synapse).sign())
@@ -168,8 +168,8 @@ def test_a_byte_holds_eight_weights_and_the_file_says_so(runs: Path, tmp_path: P
         assert bits[0] == sum(2**place for place, is_set in enumerate(signs[:8]) if is_set)
     whole = sum(value.nbytes for value in trained.state_dict().values())
     stored = sum(value.nbytes for value in tensors.values())
-    assert told.whole == whole and whole - stored == 4 * 1089 - (34 + 48 + 56)
-    assert told.bits == 1089 and told.file.stat().st_size > stored
+    assert told.plain_bytes == whole and whole - stored == 4 * 1089 - (34 + 48 + 56)
+    assert told.bit_parameters == 1089 and told.file.stat().st_size > stored
     metadata = metadata_of(told.file)
     wanted = {"format": "spiketrain", "version": "1", "layout": "packed", "time_steps": "3"}
     assert metadata.items() >= wanted.items()
@@ -215,7 +215,7 @@ def test_no_flipped_bit_goes_unseen(
 
 
 CONV = "stages.1.0.conv"
-NO_BITS = r"must fit the model; got no bits, or others, for stages\.1\.0\.conv"
+NO_BITS = r"must fit the model; the bits or the scale of stages\.1\.0\.conv"
 RUNS = '{"target": "subprocess.run", "kwargs": {"args": "true"}}'
 
 
@@ -256,10 +256,12 @@ def test_what_does_not_fit_is_refused_by_name(
 
 
 def test_what_cannot_be_loaded_is_refused(packed: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"load: which chooses a checkpoint, .*; got which='best'"):
+    with pytest.raises(
+        ValueError, match=r"load: which must be 'last' for a file, .*; got which='best'"
+    ):
         pipeline.load(packed, which="best")
     with pytest.raises(
-        ValueError, match=r"load: .* a run's folder, which holds recipe\.json; it does not"
+        ValueError, match=r"load: .* a run's folder, with a recipe\.json; it has none"
     ):
         pipeline.load(tmp_path)
 
@@ -273,14 +275,14 @@ def test_export_and_evaluate(runs: Path, tmp_path: Path, done: Done, refused: Re
     packed = ("export", "learnable", "--packed", "--out", file, *here)
     out = done(*packed)
     assert out.startswith(f"{file}: ") and out.endswith(f"\nload    pipeline.load('{file}')\n")
-    assert "1,089 of 1,284 parameters are bits, of 3 synapses, 3 of them" in out
+    assert "1,089 of 1,284 parameters are bits, in 3 synapses; the scales of 3 of them" in out
     out = done("export", "learnable", *here)
     assert "learnable/weights.safetensors: " in out and "1,284 parameters" in out
     for words, got in ((packed, file), (("export", "full", "--out", nowhere, *here), nowhere)):
         taken = "export: the file must be a new one in a folder that exists; got"
         assert refused(*words).startswith(f"{taken} {got}")
     assert refused("export", "full", "--packed", *here) == (
-        "export: --packed stores 1-bit weights, and the network has none; leave --packed out, or"
+        "export: --packed needs 1-bit weights, and the network has none; omit --packed, or"
         " train a model of spec(binarized, ...) (pipeline/models/transforms.py)"
     )
 
@@ -295,7 +297,7 @@ def test_export_and_evaluate(runs: Path, tmp_path: Path, done: Done, refused: Re
     for weights, said in (
         (file, "could not be read"),
         (tmp_path / "none.safetensors", ""),
-        (full, "the weights must be of binarized("),
+        (full, "the file must contain binarized("),
     ):
         assert said in refused(*evaluate, "--weights", weights)
 

@@ -166,15 +166,15 @@ MEMBERS = "classes, shape, fingerprint, check, train, val"
         (
             {"data": spec(OtherSizes, kind="")},
             (
-                r"data: OtherSizes\.train is called with seed, rank, world, batch_size,"
+                r"data: OtherSizes\.train must accept a call with seed, rank, world, batch_size,"
                 r" micro_batch, threads; .*argument: 'batch'"
             ),
         ),
-        ({"model": spec(Nothing)}, r"model: Nothing must make a torch\.nn\.Module; got Nothing"),
-        (form("mean"), MODEL + r"gave float32 \[1, 10\]"),
-        (form("batch first"), MODEL + r"gave float32 \[1, 3, 10\]"),
-        (form("seven"), MODEL + r"gave float32 \[3, 1, 7\]"),
-        (form("tuple"), MODEL + "gave a tuple"),
+        ({"model": spec(Nothing)}, r"model: Nothing must return a torch\.nn\.Module; got Nothing"),
+        (form("mean"), MODEL + r"returned float32 \[1, 10\]"),
+        (form("batch first"), MODEL + r"returned float32 \[1, 3, 10\]"),
+        (form("seven"), MODEL + r"returned float32 \[3, 1, 7\]"),
+        (form("tuple"), MODEL + "returned a tuple"),
         (
             {**form(""), "data": spec(Synthetic, shape=(3, 8, 8))},
             (
@@ -184,7 +184,7 @@ MEMBERS = "classes, shape, fingerprint, check, train, val"
         ),
         (
             {"rule": spec(Nothing)},
-            r"rule: Nothing must make a pipeline\.rules\.base\.Rule; got Nothing",
+            r"rule: Nothing must return a pipeline\.rules\.base\.Rule; got Nothing",
         ),
         ({"rule": spec(WithoutObjectives)}, "rule: WithoutObjectives must override _loss_terms"),
         (
@@ -193,7 +193,7 @@ MEMBERS = "classes, shape, fingerprint, check, train, val"
         ),
         (
             {"objective": spec(Nothing)},
-            "objective: Nothing must have __call__, labels, remembers, check; it has no __call__",
+            "objective: Nothing must have __call__, labels, is_stateful, check; it has no __call__",
         ),
         (
             {"objective": spec(PerSample)},
@@ -201,20 +201,20 @@ MEMBERS = "classes, shape, fingerprint, check, train, val"
         ),
         (
             {"optimizer": spec(nothing)},
-            r"optimizer: nothing must make a torch\.optim\.Optimizer; got Nothing",
+            r"optimizer: nothing must return a torch\.optim\.Optimizer; got Nothing",
         ),
         (
             {"schedule": spec(nothing)},
-            "schedule: nothing must make a function of the step, .*; got Nothing",
+            "schedule: nothing must return a function of the step, .*; got Nothing",
         ),
         (
             {"mixing": spec(nothing)},
-            r"mixing: nothing must make a pipeline\.data\.mixing\.Mixing; got Nothing",
+            r"mixing: nothing must return a pipeline\.data\.mixing\.Mixing; got Nothing",
         ),
         (
             teacher("none"),
             (
-                r"teacher: taught_by must make a pipeline\.models\.teachers\.base\.Teacher; got"
+                r"teacher: taught_by must return a pipeline\.models\.teachers\.base\.Teacher; got"
                 r" Nothing"
             ),
         ),
@@ -227,7 +227,9 @@ def test_what_is_missing_is_named(changes: dict[str, Any], said: str) -> None:
 
 
 def test_a_network_of_one_time_step_is_tried_on_two_samples() -> None:
-    said = r"for an input of shape \[1, 2, 1, 8, 8\] and 10 classes it gave float32 \[2, 1, 10\]"
+    said = (
+        r"for an input of shape \[1, 2, 1, 8, 8\] and 10 classes it returned float32 \[2, 1, 10\]"
+    )
     with pytest.raises(ValueError, match=said):
         check_recipe(small_recipe(time_steps=1, **form("batch first")), 1)
     check_recipe(small_recipe(time_steps=1, **form("")), 1)
@@ -253,12 +255,12 @@ def test_trying_a_network_leaves_no_trace() -> None:
         (
             "no loader",
             (
-                "data: what Own.val returns must have samples, steps_per_epoch, epoch, close; it"
+                "data: the loader of Own.val must have samples, steps_per_epoch, epoch, close; it"
                 " has no samples"
             ),
         ),
-        ("none", "data: what Own.val returns: an epoch must have 10 batches; got none"),
-        ("tuple", r"data: a batch of Own\.val: must be a pipeline\.data\.base\.Batch; got tuple"),
+        ("none", "data: an epoch of Own.val must have 10 batches; got none"),
+        ("tuple", r"data: a batch of Own\.val must be a pipeline\.data\.base\.Batch; got tuple"),
         (
             "bytes",
             (
@@ -267,7 +269,7 @@ def test_trying_a_network_leaves_no_trace() -> None:
             ),
         ),
         ("flat", r"x must be float32 \[B, 1, 8, 8\]; got float32 \[8, 64\]"),
-        ("empty", r"data: a batch of Own\.val: must have samples; got none"),
+        ("empty", r"data: a batch of Own\.val must have samples; got none"),
         ("scores", r"target must be int64 \[B\]; got float32 \[8\]"),
         ("labels", r"target must be in 0\.\.9, of 10 classes; got 10 to 10"),
     ],
@@ -314,4 +316,4 @@ def test_evaluate_tries_the_network_first(tmp_path: Path, refused: Refused) -> N
     weights = tmp_path / "weights.safetensors"
     save_file(Network(form="mean").state_dict(), weights)
     said = refused("evaluate", str(tmp_path / "mine.py"), "--weights", str(weights))
-    assert re.fullmatch(MODEL + r"gave float32 \[1, 10\]", said), said
+    assert re.fullmatch(MODEL + r"returned float32 \[1, 10\]", said), said

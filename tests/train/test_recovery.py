@@ -45,15 +45,15 @@ def test_without_a_decision_nothing_is_written(tmp_path: Path) -> None:
 
 def test_each_rollback_leaves_out_the_batches_since_its_checkpoint() -> None:
     recipe = small_recipe(policy=Policy(max_rollbacks=3))
-    decided = Decisions().after_rollback(Rollback(7, ""), recipe, to=4, epoch=0)
-    decided = decided.after_rollback(Rollback(12, ""), recipe, to=10, epoch=0)
+    decided = Decisions().after_rollback(Rollback(7, ""), recipe, to_step=4, epoch=0)
+    decided = decided.after_rollback(Rollback(12, ""), recipe, to_step=10, epoch=0)
     assert decided == Decisions(2, ((4, 8), (10, 13)))
     apart = Rollback(15, "apart", skips=False)
-    decided = decided.after_rollback(apart, recipe, to=15, epoch=0)
+    decided = decided.after_rollback(apart, recipe, to_step=15, epoch=0)
     assert decided == Decisions(3, ((4, 8), (10, 13)))
     for back, error in ((apart, UserError), (Rollback(15, "nan"), Diverged)):
-        with pytest.raises(error, match=rf"^training: batch 15 \(epoch 3\): {back.reason}; it"):
-            decided.after_rollback(back, recipe, to=15, epoch=2)
+        with pytest.raises(error, match=rf"^training: batch 15 \(epoch 3\): {back.reason}; all"):
+            decided.after_rollback(back, recipe, to_step=15, epoch=2)
 
 
 @pytest.mark.parametrize(

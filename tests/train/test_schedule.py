@@ -13,10 +13,10 @@ from tests.helpers.rule_networks import refusals
 
 
 def rates(
-    schedule_of, steps: int, asked: list[int], *, epoch_steps: int = 10, **kwargs: Any
+    schedule_of, steps: int, asked: list[int], *, steps_per_epoch: int = 10, **kwargs: Any
 ) -> list[float]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.2)
-    schedule = schedule_of(optimizer, steps, epoch_steps, **kwargs)
+    schedule = schedule_of(optimizer, steps, steps_per_epoch, **kwargs)
     found = []
     for step in asked:
         schedule(step)
@@ -24,24 +24,24 @@ def rates(
     return found
 
 
-def cosine_of(lr: float, floor: float, share: float) -> float:
-    return floor + (lr - floor) / 2 * (1 + math.cos(math.pi * share))
+def cosine_of(lr: float, min_lr: float, share: float) -> float:
+    return min_lr + (lr - min_lr) / 2 * (1 + math.cos(math.pi * share))
 
 
 @pytest.mark.parametrize(
     ("kwargs", "warmup", "after"),
     [
-        ({"warmup": 0.1, "floor": 0.01}, 10, lambda step: cosine_of(0.2, 0.01, step / 100)),
+        ({"warmup": 0.1, "min_lr": 0.01}, 10, lambda step: cosine_of(0.2, 0.01, step / 100)),
         # Each epoch has the rate of its first step, and the warm-up is within the first epoch, as
         # in DSR's published code for ImageNet: lr/2 (1 + cos(pi epoch / epochs)).
         (
-            {"epoch_steps": 20, "warmup": 0.05, "by": "epoch"},
+            {"steps_per_epoch": 20, "warmup": 0.05, "update_every": "epoch"},
             5,
             lambda step: cosine_of(0.2, 0.0, (step // 20) / 5),
         ),
         # As QKFormer's published code: at the end of the warm-up the rate is the optimizer's own.
         (
-            {"warmup": 0.1, "floor": 0.01, "starts": "after_warmup"},
+            {"warmup": 0.1, "min_lr": 0.01, "warmup_prefix": True},
             10,
             lambda step: cosine_of(0.2, 0.01, (step - 10) / 90),
         ),
@@ -56,15 +56,17 @@ def test_cosine_with_warm_up(
 
 test_refuses = refusals(
     [
-        (lambda: rates(cosine, 10, [0], by="batch"), "cosine: by must be .* or .*; got 'batch'"),
-        (lambda: rates(cosine, 10, [0], starts="later"), "cosine: starts must be .*; got 'later'"),
+        (
+            lambda: rates(cosine, 10, [0], update_every="batch"),
+            "cosine: update_every must be .* or .*; got 'batch'",
+        ),
         (
             lambda: rates(cosine, 10, [0], warmup=5),
-            r"cosine: warmup is a share of the run and must be in 0\.\.1; got 5",
+            r"cosine: warmup is a share of the run and must be in 0\.\.1; got warmup=5",
         ),
         (
             lambda: rates(partial(milestones, at=(0.75, 0.5)), 100, [0]),
-            r"milestones: at must rise; got at=\(0\.75, 0\.5\)",
+            r"milestones: at must be in ascending order; got at=\(0\.75, 0\.5\)",
         ),
     ]
 )

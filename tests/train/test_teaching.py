@@ -220,7 +220,7 @@ def test_a_damaged_probe_is_found_by_the_hash_in_its_name(tmp_path: Path) -> Non
     (probe,) = (tmp_path / "first" / "teacher").glob("*/probe-*.safetensors")
     damage.flip(probe, probe.stat().st_size - 1)
     with pytest.raises(
-        UserError, match=r"Probe: .* must be what its name says; it is damaged: delete it"
+        UserError, match=r"Probe: .* must have the checksum in its name; it is damaged: delete the"
     ):
         train_inline(tmp_path / "first", recipe)
 
@@ -265,10 +265,14 @@ REPEATED = {"data": spec(Synthetic, samples=64, shape=(1, 8, 8), repeats=2)}
         (
             False,
             {"phases": (Phase(name="one", data=spec(Synthetic)),)},
-            "a teacher knows the classes of one data set, so it takes no phases; got 1",
+            "a teacher must be used without phases, .*; got 1",
         ),
-        (True, MIXED, "cache keeps one answer a sample and epoch, so it takes neither mixed nor"),
-        (True, REPEATED, "it takes neither mixed nor repeated samples"),
+        (
+            True,
+            MIXED,
+            "a cache needs samples without mixing and repeats, because the cache has one",
+        ),
+        (True, REPEATED, "a cache needs samples without mixing and repeats"),
         (False, MIXED, ""),
         (False, REPEATED, ""),
     ],

@@ -208,14 +208,14 @@ def test_a_checkpoint_with_measurements_of_another_kind_is_refused(
         train_inline(tmp_path / "run", recipe)
     monkeypatch.setattr(trainer, "Totals", Mock(side_effect=TypeError("unexpected joules")))
     with pytest.raises(
-        UserError, match=r"this version's kind; .* commit \w+: resume there .*joules"
+        UserError, match=r"this version of spiketrain; .* commit \w+: resume the run there .*joules"
     ):
         train_inline(tmp_path / "run", recipe)
 
 
 def test_another_data_set_than_the_one_launched_on_is_refused(tmp_path: Path) -> None:
     job = replace(make_run(tmp_path / "run", small_recipe()), data_fingerprint="of another")
-    with pytest.raises(UserError, match="another file lies where the recipe points"):
+    with pytest.raises(UserError, match="restore the file that the recipe names"):
         worker.run(job, RankInfo())
 
 
@@ -225,7 +225,7 @@ def test_another_data_set_than_the_one_launched_on_is_refused(tmp_path: Path) ->
         ({"batch_size": 128}, "batch_size must be at most the 64 samples"),
         (
             {"model": spec(nf_resnet18_small, classes=7, in_channels=1, width=4, blocks=(1,))},
-            "must have the same classes; got 7 and 10",
+            "must have the same number of classes; got 7 and 10",
         ),
         (
             {"data": spec(Synthetic, samples=64, shape=(2, 1, 8, 8))},
@@ -370,7 +370,7 @@ def test_a_worker_that_waits_for_data_much_of_the_time_says_so_once(
         return made(self, *which)
 
     monkeypatch.setattr(SyntheticLoader, "_batch", slow)
-    monkeypatch.setattr(trainer, "STEADY_ENOUGH", batches)
+    monkeypatch.setattr(trainer, "MIN_STEADY_BATCHES", batches)
     train_inline(tmp_path / "run", small_recipe(stop_after=7, checkpoints=Checkpointing(every=0)))
     told = events(tmp_path / "run", "data_wait")
     assert [each["loader_threads"] for each in told] == [1] * times

@@ -33,7 +33,7 @@ def test_the_next_writer_waits_until_the_last_is_gone_or_gives_up_in_one_line(
         with monkeypatch.context() as patch:
             patch.setattr(writer_lock, "PATIENCE_S", 0.3)
             with (
-                pytest.raises(UserError, match="another worker still writes this run after 0 s"),
+                pytest.raises(UserError, match="another worker still has the lock after 0 s"),
                 only_writer(tmp_path, Ranks()),
             ):
                 pass
@@ -91,7 +91,7 @@ def test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same
             print(1 // 0)
     [note] = raised.value.__notes__
     assert note.startswith(
-        "it could not be journaled: [Errno 28] journal: No space left on device: "
+        "this error could not be journaled: [Errno 28] journal: No space left on device: "
     )
     assert read(tmp_path / "journal.jsonl") == []
 

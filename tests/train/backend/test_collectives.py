@@ -18,7 +18,13 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
 from pipeline.train.backend.collectives import Ranks, group_of_one
-from pipeline.train.evaluation import Answers, Evaluation, evaluate, read_answers, write_answers
+from pipeline.train.evaluation import (
+    Evaluation,
+    Predictions,
+    evaluate,
+    read_predictions,
+    write_predictions,
+)
 from pipeline.train.objective import CrossEntropy
 from tests.helpers.processes import refusal, run_ranks
 
@@ -97,7 +103,9 @@ def _batches(samples: range, size: int) -> list[tuple[torch.Tensor, torch.Tensor
     return [(x_TBC[:, index_B], target_B[index_B], 100 + index_B) for index_B in index]
 
 
-def _evaluate(rank: int, size: int) -> tuple[Evaluation, list[Answers], tuple[LayerActivity, ...]]:
+def _evaluate(
+    rank: int, size: int
+) -> tuple[Evaluation, list[Predictions], tuple[LayerActivity, ...]]:
     share = (
         range(25) if size == 1 else (range(18, 25), range(18, 18), range(18))[rank]
     )  # one rank has nothing
@@ -132,9 +140,9 @@ def test_evaluation_is_exact_over_unequal_ranks(tmp_path: Path) -> None:
         assert np.array_equal(_written(tmp_path, shares), _written(tmp_path, answers))
 
 
-def _written(folder: Path, shares: list[Answers]) -> np.ndarray:
-    write_answers(folder / "answers.npz", [[share] for share in shares], tasks=False)
-    found = read_answers(folder / "answers.npz")
+def _written(folder: Path, shares: list[Predictions]) -> np.ndarray:
+    write_predictions(folder / "answers.npz", [[share] for share in shares], has_task_column=False)
+    found = read_predictions(folder / "answers.npz")
     return np.stack([found.index, found.target, found.answer])
 
 

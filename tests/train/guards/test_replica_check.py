@@ -194,7 +194,8 @@ def test_all_that_ranks_hold_alike_is_compared_and_what_is_their_own_is_not(tmp_
     for found in run_ranks(_damaged, 3, tmp_path):
         assert [*found] == ["a weight", "an average of weights", "what the rule learnt"]
         assert all(
-            "what workers 2 have learnt is not what others have" in said for said in found.values()
+            "weights or rule buffers of workers 2 differ from those of others" in said
+            for said in found.values()
         )
 
 
@@ -232,7 +233,7 @@ def test_an_average_that_is_not_finite_is_not_saved(
         next(iter(self.average.values())).fill_(torch.nan)
 
     monkeypatch.setattr(Averaged, "step", spoilt)
-    with pytest.raises(Diverged, match="must be finite to be saved; they are not after step 3"):
+    with pytest.raises(Diverged, match="must be finite in a checkpoint; they are not after step 3"):
         train_inline(tmp_path / "run", small_recipe(ema_decay=0.9))
 
 
@@ -241,9 +242,9 @@ def test_weights_that_come_apart_again_and_again_are_no_matter_of_the_learning_r
 ) -> None:
     monkeypatch.setattr(checkpointing, "drifted", lambda values, ranks: [1])
     said = (
-        "training: batch 0 (epoch 1): what workers 1 have learnt is not what others have; "
-        "it has gone back max_rollbacks=1 times; "
-        "a memory, a device or a network is at fault: look with spiketrain doctor"
+        "training: batch 0 (epoch 1): weights or rule buffers of workers 1 differ from those of"
+        " others; all rollbacks of max_rollbacks=1 are used; "
+        "memory, a device or a network is faulty: check with spiketrain doctor"
     )
     with pytest.raises(UserError) as refusal:
         train_inline(
