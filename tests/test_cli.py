@@ -120,7 +120,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "without Ray; got --max-restarts 1",
         ),
         ("launch recipes/fashion/sltt.py --workers 3", "batch_size must divide by 3 workers"),
-        ("launch recipes/fashion/sltt.py --inline --workers 2", "--inline is one worker"),
+        ("launch recipes/fashion/sltt.py --inline --workers 2", "--inline trains one worker"),
         ("launch recipes/fashion/sltt.py --set data.folder=nowhere", "does not exist"),
         (
             "launch recipes/fashion/sltt.py --inline --side-by-side 2",
@@ -209,7 +209,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("launch ONE --inline --set optimizer.opt=sgdd", "sgdd"),
         ("launch ONE --inline --set init=README.md", "init: "),
         ("launch ONE --inline --set rule.k=9", "k must be in 1..T; got k=9, T=3"),
-        ("launch ONE --address 127.0.0.1:1", "no cluster let us in at '127.0.0.1:1'"),
+        ("launch ONE --address 127.0.0.1:1", "the cluster at 127.0.0.1:1 must run"),
     ],
 )
 def test_a_mistake_ends_in_one_line(

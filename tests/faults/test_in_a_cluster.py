@@ -436,13 +436,13 @@ def test_whoever_stops_a_run_that_waits_for_a_node_is_told_so(
     run, [added] = begin(sizes, seed=5)
     cluster.kill(added)
     waiting = run.wait_for(lambda event: event["event"] == "waiting")  # the other one is ended too
-    assert (waiting["what"], waiting["most_s"]) == ("a place for 2 workers", 3600.0)
+    assert (waiting["what"], waiting["most_s"]) == ("resources for 2 workers", 3600.0)
     run.process.send_signal(signal.SIGINT)
     assert run.end() == 130
     stopped = events(run.run)[-1]
     assert stopped["event"] == "stopped"
     assert stopped["step"] == max(steps_of(run.run, "checkpoint"), default=0)
-    assert stopped["reason"] == "asked to stop by SIGINT while its workers had no place"
+    assert stopped["reason"] == "asked to stop by SIGINT while it waited for resources"
     assert f"--address {cluster.address}" in stopped["resume_command"]
 
 
@@ -589,7 +589,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def test_a_client_without_the_token_is_told_so(hosts: Hosts) -> None:
     assert hosts.launch("b", "nobody", "--address", HEAD, token=False).wait(120) == 2
     line = hosts.line("nobody")
-    assert f"no cluster let us in at '{HEAD}'" in line
+    assert f"the cluster at {HEAD} must run and accept this process" in line
     assert "is it running, and has this client its token? set RAY_AUTH_TOKEN" in line
 
 
