@@ -256,28 +256,31 @@ NODES = "slurm --nodes 2 --time 1 --gpus-per-node 4"
         (
             f"{BOTH} {MINE} --cluster k8s {CPU_PODS} --workers 4 --side-by-side 8",
             (
-                "k8s: 8 runs side by side of 4 workers x 1 cpu must fit into pods of 4 cores, of"
-                " which "
+                "k8s: 8 runs side by side, each with 4 workers x 1 cpu must fit into 4 pods"
+                " of 4 cores ("
             ),
         ),
         (
             (f"{BOTH} {MINE} --cluster {NODES} --workers 4 --side-by-side 3"),
             (
-                "slurm: each worker takes a GPU; got 3 runs side by side of 4 workers on 2 nodes x"
-                " 4 GPUs"
+                "slurm: each worker must get a GPU; got 3 runs side by side, each with 4"
+                " workers on 2"
+                " nodes x 4 GPUs"
             ),
         ),
         (
             f"{BOTH} {MINE} --cluster {NODES} --side-by-side 2",
             (
-                "slurm: each worker takes a GPU; got 2 runs side by side of 8 workers on 2 nodes x"
-                " 4 GPUs"
+                "slurm: each worker must get a GPU; got 2 runs side by side, each with 8"
+                " workers on 2"
+                " nodes x 4 GPUs"
             ),
         ),
         (
             f"{BOTH} {MINE} --cluster slurm --nodes 1 --time 1 --gpus-per-node 1 --workers 1"
             " --side-by-side 2",
-            "slurm: each worker takes a GPU; got 2 runs side by side of 1 worker on 1 node x 1 GPU",
+            "slurm: each worker must get a GPU; got 2 runs side by side, each with 1 worker on"
+            " 1 node x 1 GPU",
         ),
     ],
 )

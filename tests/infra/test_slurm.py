@@ -377,7 +377,7 @@ def test_workers_that_nobody_counted_are_one_for_each_gpu(
     ("fields", "said"),
     [
         *(
-            ({field: value}, f"{field} must match")
+            ({field: value}, f"slurm: {field} must be ")
             for field, values in {
                 "name": ("a\n#SBATCH --uid=0", "a b", "../a", ""),
                 "time": (
@@ -391,7 +391,7 @@ def test_workers_that_nobody_counted_are_one_for_each_gpu(
         ({"sizes": (17,)}, "got 17 workers on 2 nodes x 8 GPUs"),
         (
             {"sizes": (2, 3, 4)},
-            "the number of nodes of a job is fixed, so workers must be one number; got 2:4",
+            "workers must be one number, because the number of nodes of a job is fixed; got 2:4",
         ),
     ],
 )
