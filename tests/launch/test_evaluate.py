@@ -95,7 +95,7 @@ def test_a_recipe_with_published_weights_or_with_ours(
     assert len({*expected}) == 3 and 0 < expected[0] < 1
     line = (
         r"T = \d\): top-1 ([\d.]+)%, top-5 ([\d.]+)%, loss ([\d.]+) on 20 samples, firing rate .*;"
-        r" it took .*\nan inference: [\d.]+ [nµ]J estimated \(45 nm, fp32\),"
+        r" evaluated in .*\nan inference: [\d.]+ [nµ]J estimated \(45 nm, fp32\),"
         r" not measured on a CPU\n$"
     )
     for file in (published, tmp_path / "ours.safetensors"):
