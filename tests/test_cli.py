@@ -117,7 +117,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("compare --format xml", "'xml' is not one of 'table', 'json', 'csv'"),
         (
             "launch recipes/fashion/sltt.py --inline --max-restarts 1",
-            "without Ray; got --max-restarts 1",
+            "options of Ray must not be given; got --max-restarts 1",
         ),
         ("launch recipes/fashion/sltt.py --workers 3", "batch_size must divide by 3 workers"),
         ("launch recipes/fashion/sltt.py --inline --workers 2", "--inline trains one worker"),
@@ -173,7 +173,10 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("resume none --runs RUNS", "no run 'none' in RUNS; there are none"),
         ("evaluate none --runs RUNS", "no run 'none' in RUNS; there are none"),
         ("export none --runs RUNS", "no run 'none' in RUNS; there are none"),
-        ("evaluate recipes/fashion/sltt.py", "needs --weights FILE; got no --weights"),
+        (
+            "evaluate recipes/fashion/sltt.py",
+            "--weights FILE must be given without --which; got no --weights",
+        ),
         (
             "evaluate recipes/fashion/sltt.py --weights nowhere.pt",
             "nowhere.pt must be a file of weights; it does not exist",
@@ -189,7 +192,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             "launch recipes/fashion/sltt.py --inline --node-loss patient",
-            "without Ray; got --node-loss patient",
+            "options of Ray must not be given; got --node-loss patient",
         ),
         (
             "evaluate recipes/fashion/sltt.py --weights x.pt --runs RUNS",

@@ -224,7 +224,7 @@ NODES = "slurm --nodes 2 --time 1 --gpus-per-node 4"
         ),
         (
             "--cluster slurm --name a --nodes 1 --time 1 --infra /nowhere",
-            "script of the job must be a file; got /nowhere",
+            "the job's script must be a file; got /nowhere",
         ),
         (
             f"--cluster k8s --name a {CPU_PODS} --inline",

@@ -590,7 +590,7 @@ def test_a_client_without_the_token_is_told_so(hosts: Hosts) -> None:
     assert hosts.launch("b", "nobody", "--address", HEAD, token=False).wait(120) == 2
     line = hosts.line("nobody")
     assert f"the cluster at {HEAD} must run and accept this process" in line
-    assert "is it running, and has this client its token? set RAY_AUTH_TOKEN" in line
+    assert "if it runs, set RAY_AUTH_TOKEN to its token" in line
 
 
 @pytest.mark.full

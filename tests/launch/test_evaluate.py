@@ -114,9 +114,8 @@ def test_a_run_with_the_weights_of_a_file(done: Done, refused: Refused, tmp_path
     save_file(plain.model.build().state_dict(), file)
     words = ("evaluate", tmp_path / "run")
     assert done(*words, "--weights", file).startswith("run (other.safetensors, T = 3): top-1 ")
-    assert "--which has no effect; got --which best" in refused(
-        *words, "--weights", file, "--which", "best"
-    )
+    assert "--which must not be given with --weights, which replace the checkpoint; got --which"
+    " best" in refused(*words, "--weights", file, "--which", "best")
     assert "a run keeps its recipe" in refused(*words, "--set", "epochs=1")
 
 
@@ -178,9 +177,12 @@ def test_what_does_not_fit_is_refused_in_one_line(
             "whole.pth: .*only tensors of a QKFormer",
         ),
         ((recipe, "--weights", whole, "--set", "data.classes=3"), "same classes; got 10 and 3"),
-        ((recipe,), "needs --weights FILE; got no --weights"),
-        ((recipe, "--weights", whole, "--which", "last"), "needs --weights FILE; got --which last"),
-        ((tmp_path / "several.py", "--weights", whole), "must hold one recipe; got small, other"),
+        ((recipe,), "--weights FILE must be given without --which; got no --weights"),
+        (
+            (recipe, "--weights", whole, "--which", "last"),
+            "--weights FILE must be given without --which; got --which last",
+        ),
+        ((tmp_path / "several.py", "--weights", whole), "must have one recipe; got small, other"),
     ):
         said = refused("evaluate", *words)
         assert re.search(expected, said), said

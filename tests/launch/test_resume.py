@@ -209,7 +209,7 @@ def test_what_is_refused_changes_nothing(
         for file in (tmp_path / "it" / "cluster.json", tmp_path / "it" / "job.json")
     }
     for more, said in (
-        (("--cpus-per-worker", "2"), "without Ray; got --cpus-per-worker 2"),
+        (("--cpus-per-worker", "2"), "options of Ray must not be given; got --cpus-per-worker 2"),
         (("--side-by-side", "2"), "resume: --side-by-side must be 1 for one run; got 2 for it"),
         (("--workers", "3"), "batch_size must divide by 3 workers; got 8"),
         (
