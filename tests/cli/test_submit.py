@@ -187,7 +187,7 @@ NODES = "slurm --nodes 2 --time 1 --gpus-per-node 4"
         ("--nodes 2 --dry-run", "without --cluster there is nothing that takes --dry-run, --nodes"),
         (
             "--cluster slurm --name a --nodes 1 --time 1 --workers 2:4",
-            "workers must be one number; got 2:4",
+            "workers must be one number, because the number of nodes of a job is fixed; got 2:4",
         ),
         (
             "--cluster ray://a:1 --name a --workers x",
@@ -216,7 +216,7 @@ NODES = "slurm --nodes 2 --time 1 --gpus-per-node 4"
         ),
         (
             f"--cluster k8s --name a {CPU_PODS.replace('a.example/s:1', 'a')}",
-            "image must be a name with a tag",
+            "image must be a name with a digest",
         ),
         (
             "--cluster slurm --name a",

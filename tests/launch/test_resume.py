@@ -195,7 +195,7 @@ def test_a_run_that_has_begun_has_cores_of_its_own_where_those_do_that_begin_now
     runs = runs_of(tmp_path / "it").values()
     [begun] = [run for run in runs if run.exists()]
     write_job(replace(read_job(begun), own_cores=True))  # two had room for one another
-    monkeypatch.setattr(Inline, "room", lambda self: 1)
+    monkeypatch.setattr(Inline, "max_parallel_runs", lambda self: 1)
     done("resume", tmp_path / "it", "--side-by-side", "auto")
     assert [read_json(run / "job.json")["own_cores"] for run in runs] == [False, False]
 
