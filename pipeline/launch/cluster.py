@@ -87,10 +87,13 @@ class Cluster:
             object.__setattr__(self, "workers", tuple(self.workers))
         if self.address == "local":
             object.__setattr__(self, "address", None)
-        counts = ("workers", "cpus_per_worker", "loader_threads", "side_by_side")
         refuse_unless_counts(
             "cluster",
-            {name: each for name in counts if (each := getattr(self, name)) != "auto"},
+            {
+                name: getattr(self, name)
+                for name in ("workers", "cpus_per_worker", "loader_threads", "side_by_side")
+                if getattr(self, name) != "auto"
+            },
         )
         refuse_unless_counts("cluster", {"max_restarts": self.max_restarts}, least=0)
         if self.checkpoints is not None:
@@ -186,7 +189,6 @@ def check_hang_minutes(subject: str, hang_minutes: float) -> None:
 
 
 def option_name(field: str) -> str:
-    """The command-line option of a field of `Cluster`."""
     return f"--{field.replace('_', '-')}"
 
 
@@ -267,8 +269,9 @@ def share_of(
     if cores == "auto":
         # The smallest number of cores per GPU over all nodes.
         gpu_nodes = [node for node in nodes if gpus and node.get("GPU", 0) >= 1]
-        per_gpu = [int(node.get("CPU", 0) // node["GPU"]) for node in gpu_nodes]
-        cores = max(1, min(per_gpu, default=1))
+        cores = max(
+            1, min((int(node.get("CPU", 0) // node["GPU"]) for node in gpu_nodes), default=1)
+        )
     if loader_threads == "auto":
         loader_threads = cores if gpus and _has_tbb() else 1
     return cores, loader_threads

@@ -34,8 +34,7 @@ def on_stop_signals(on_signal: Callable[[signal.Signals], None]) -> Iterator[Non
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal last_at
-        is_echo = time.monotonic() - last_at < ECHO_S
-        last_at = time.monotonic()
+        is_echo, last_at = time.monotonic() - last_at < ECHO_S, time.monotonic()
         if not is_echo:
             on_signal(signal.Signals(number))
 

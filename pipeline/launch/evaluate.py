@@ -90,11 +90,11 @@ def evaluate_recipe(
             f" got {', '.join(each.name for each in recipe.recipes)}"
         )
     network = _with_weights(recipe, weights, trust=(*trust, *own))
-    if trust and not is_export(weights):  # errors of the file come first
-        raise ValueError(
-            "evaluate: --trust must only be given with a file of spiketrain export, which names the"
-            f" code of its network; got --trust {' --trust '.join(trust)} with {weights}"
-        )
+    require(  # after the errors of the file
+        not trust or is_export(weights),
+        "evaluate: --trust must only be given with a file of spiketrain export, which names the"
+        f" code of its network; got --trust {' --trust '.join(trust)} with {weights}",
+    )
     build_data(recipe).check()
     _print_accuracy(network, recipe, f"{recipe.name} ({weights.name}", time_steps)
 
@@ -108,14 +108,13 @@ def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...]) -> nn.M
 def _print_accuracy(
     network: nn.Module, recipe: Recipe, line_prefix: str, time_steps: int | None
 ) -> None:
-    """Print the accuracy on each task. `line_prefix` opens a parenthesis, such as `NAME (FILE`."""
+
     console, steps, device = new_console(), time_steps or recipe.time_steps, device_here()
     tasks = tasks_of(recipe)
     tasks[0].choose_head(network)
     check_network(network, recipe, tasks[0].data)
     network.to(device)
-    loaders = Loaders(tasks, recipe, recipe.split(1))
-    evaluated: list[Evaluated] = []
+    loaders, evaluated = Loaders(tasks, recipe, recipe.split(1)), list[Evaluated]()
     energy_counter = EnergyCounter(device)
     for index, task in enumerate(loaders.tasks):
         start = time.monotonic()
@@ -139,9 +138,11 @@ def _print_accuracy(
             f" in {time.monotonic() - start:.1f} s",
         )
     if recipe.phases:
-        mean = _describe(mean_of([each.result for each in evaluated]))
-        n_tasks = counted(len(evaluated), "task")
-        say(console, f"{line_prefix}, T = {steps}, mean of {n_tasks}): {mean}")
+        say(
+            console,
+            f"{line_prefix}, T = {steps}, mean of {counted(len(evaluated), 'task')}):"
+            f" {_describe(mean_of([each.result for each in evaluated]))}",
+        )
     last = evaluated[-1]
     assert last.inference is not None, "an evaluation of one worker has samples"
     inference = last.inference.to_dict(joules_per_sample([last.readings]))

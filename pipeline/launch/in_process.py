@@ -29,8 +29,7 @@ class Inline:
 
     def __init__(self, *, device: Device = "auto", loader_threads: CountOrAuto = "auto") -> None:
         refuse_unusable_gpus(device)
-        uses_gpu = workers_use_gpus(device, 1, torch.cuda.device_count())
-        self.device = "cuda" if uses_gpu else "cpu"
+        self.device = "cuda" if workers_use_gpus(device, 1, torch.cuda.device_count()) else "cpu"
         self.loader_threads: CountOrAuto = loader_threads
         self._group = ExitStack()
 

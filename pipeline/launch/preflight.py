@@ -46,6 +46,7 @@ from pipeline.train.checkpoint import absolute, folder_of
 
 PACKAGES = ("spiketrain", "torch", "deepspeed", "ray", "ffcv", "mlflow", "numpy", "numba", "timm")
 DEVICES = Path("/dev")
+SAFE_NFS_OPTIONS = {"lookupcache=pos", "lookupcache=positive", "lookupcache=none", "noac"}
 NODE_TIMEOUT_S = 300.0  # For the checks on a node. The first time, FFCV and numba compile.
 MLFLOW_TIMEOUT_S = 10.0
 
@@ -255,13 +256,12 @@ def check_sums() -> None:
         RuntimeError: a process did not answer in time, or a sum is wrong.
     """
     world_size = distributed.get_world_size()
-    expected = world_size * (world_size + 1) // 2
     gloo = distributed.new_group(backend="gloo")
     on_gpu = [("cuda", None)] if distributed.get_backend() == "nccl" else []
     for device, group in [*on_gpu, ("cpu", gloo)]:
         number = torch.tensor(distributed.get_rank() + 1, device=device)
         distributed.all_reduce(number, group=group)
-        if int(number) != expected:
+        if int(number) != (expected := world_size * (world_size + 1) // 2):
             raise RuntimeError(f"the sum on {device} must be {expected}; got {int(number)}")
 
 
@@ -269,8 +269,7 @@ def compare(reports: Sequence[NodeReport]) -> Iterator[Finding]:
     """The findings about versions and GPUs, which should be the same on all nodes."""
     if not reports:
         return
-    first = reports[0].versions
-    problems: list[Finding] = []
+    first, problems = reports[0].versions, list[Finding]()
     for package in first:
         if len({each.versions[package] for each in reports}) > 1:
             text = ", ".join(f"{each.name} has {each.versions[package]}" for each in reports)
@@ -298,8 +297,12 @@ def compare(reports: Sequence[NodeReport]) -> Iterator[Finding]:
         if len({each.gpus for each in healthy if each.gpus or each.can_train}) <= 1:
             yield Finding("gpus", "ok", text)
         else:
-            advice = "workers wait for the slowest GPU: train on nodes that have the same GPUs"
-            yield Finding("gpus", "warn", text, advice)
+            yield Finding(
+                "gpus",
+                "warn",
+                text,
+                "workers wait for the slowest GPU: train on nodes that have the same GPUs",
+            )
 
 
 # ------------------------------------------------------------------------------------ on a node
@@ -340,7 +343,7 @@ def _version(package: str) -> str:
 
 
 def _check_gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[Finding]]:
-    """The names of the usable GPUs, and the findings about the others."""
+
     if (unusable := unusable_gpus()) is not None:
         return (), [Finding("gpus", "bad", unusable.problem, unusable.advice)]
     advice = (
@@ -395,7 +398,7 @@ def _check_reading() -> Iterator[Finding]:
 
 
 def _write_and_read(pixels: Sequence[int]) -> list[int]:
-    """Write an image for each pixel value. Returns the values that FFCV reads, in order."""
+
     from PIL import Image
 
     from pipeline.data.datasets.beton import Beton
@@ -404,15 +407,13 @@ def _write_and_read(pixels: Sequence[int]) -> list[int]:
     with tempfile.TemporaryDirectory() as name:
         images, beton_files = Path(name) / "images", Path(name) / "beton_files"
         for part in ("train", "val"):
-            class_folder = images / part / "grey"
-            class_folder.mkdir(parents=True)
+            (class_folder := images / part / "grey").mkdir(parents=True)
             for pixel in pixels:
                 Image.new("RGB", (8, 8), (pixel,) * 3).save(class_folder / f"{pixel}.png")
         write_folder(images, beton_files, mode="raw")
-        mean, std = (0.0,) * 3, (1.0,) * 3
-        loader = Beton(beton_files, classes=1, size=8, crop="shift", mean=mean, std=std).val(
-            rank=0, world=1, micro_batch=2, threads=1
-        )
+        loader = Beton(
+            beton_files, classes=1, size=8, crop="shift", mean=(0.0,) * 3, std=(1.0,) * 3
+        ).val(rank=0, world=1, micro_batch=2, threads=1)
         with closing(loader), loader.epoch(0) as batches:
             return sorted(round(float(x.mean()) * 255) for batch in batches for x in batch.x)
 
@@ -455,8 +456,7 @@ def _check_nfs(name: str, folder: Path) -> Iterator[Finding]:
     ]
     # The deepest mount point counts. Of two mounts at one mount point, the later one counts.
     mount = max(reversed(mounts), key=lambda each: len(Path(each.mountpoint).parts))
-    safe_options = {"lookupcache=pos", "lookupcache=positive", "lookupcache=none", "noac"}
-    if mount.fstype.startswith("nfs") and not safe_options & set(mount.opts.split(",")):
+    if mount.fstype.startswith("nfs") and not SAFE_NFS_OPTIONS & set(mount.opts.split(",")):
         yield Finding(
             "storage",
             "warn",

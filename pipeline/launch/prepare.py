@@ -155,11 +155,11 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
     job = Job(**fields, run=str(folder.absolute()), trust=trust)
     refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})
     check_hang_minutes(str(file), job.hang_minutes)
-    for field in ("suite", "family"):  # they become parts of paths
-        value = getattr(job, field)
+    # Both become parts of paths.
+    for name, value in (("suite", job.suite), ("family", job.family)):
         require(
             value is None or is_name(value),
-            f"{file}: {field} must be a valid name of a folder; got {value!r}",
+            f"{file}: {name} must be a valid name of a folder; got {value!r}",
         )
     return job
 

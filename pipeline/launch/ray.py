@@ -168,8 +168,7 @@ class Ray:
 
         _, cores, _ = self._worker_resources()
         available = ray.cluster_resources().get("CPU", 0)
-        required = self.min_workers * cores
-        if available < required:
+        if available < (required := self.min_workers * cores):
             raise UserError(
                 f"launch: {counted(self.min_workers, 'worker')} x {counted(cores, 'cpu')} need"
                 f" {counted(required, 'core')}; the cluster has {available:.0f}"

@@ -69,8 +69,7 @@ def worker_start_timeout(node_loss: NodeLoss, *, n_sizes: int) -> dict[str, str]
     """
     if node_loss == "fast" and n_sizes == 1:
         return {}
-    seconds = "120" if node_loss == "patient" else "8"
-    return {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": seconds}
+    return {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120" if node_loss == "patient" else "8"}
 
 
 def alive_nodes() -> list[dict[str, Any]]:

@@ -106,8 +106,7 @@ class LoopbackConfig(TorchConfig):
 
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        port = worker_group.execute_single(0, _open_store)
-        worker_group.execute(_set_store_address, port)
+        worker_group.execute(_set_store_address, worker_group.execute_single(0, _open_store))
         worker_group.execute(_set_torch_distributed_env_vars)
         options = {
             "backend": backend_config.backend,
@@ -317,8 +316,10 @@ class Resizing(ElasticScalingPolicy):
                 write_json(self.files.save, asdict(_drain_notice(worker_group_state)))
                 self._pending, self._requested_at = decision, time.monotonic()
             return NoopDecision()
-        waited_s = time.monotonic() - self._requested_at
-        if _exists(self.files.save, on_error=True) and waited_s < SAVE_TIMEOUT_S:
+        if (
+            _exists(self.files.save, on_error=True)
+            and time.monotonic() - self._requested_at < SAVE_TIMEOUT_S
+        ):
             return NoopDecision()
         decision, self._pending = self._pending, None
         with suppress(OSError):  # if the request stays, the next workers save once
@@ -338,7 +339,7 @@ def _exists(file: Path, *, on_error: bool) -> bool:
 
 
 def _drain_notice(worker_group_state: Any) -> Notice:
-    """The run's nodes that are being drained, and the first of their deadlines."""
+
     nodes = {worker.metadata.node_id for worker in worker_group_state.workers}
     draining = {node: ms for node, ms in state.get_draining_nodes().items() if node in nodes}
     return Notice(
@@ -354,7 +355,7 @@ def is_lack_of_resources(error: Exception) -> bool:
 
 
 def no_resources(workers: int) -> str:
-    """The message of a launch that had no resources for its workers."""
+
     return (
         f"launch: there were no resources for {counted(workers, 'worker')} in time: other jobs use"
         " them, or a node was lost and not replaced"

@@ -123,9 +123,8 @@ def refuse_unless_launched_so(
             the old and the new values.
     """
     error_prefix = f"launch: --or-resume continues {folder.name} as it was launched"
-    if is_suite(folder) != isinstance(made, Suite):
-        old, new = ("a suite", "one recipe") if is_suite(folder) else ("one run", "a suite")
-        raise ValueError(f"{error_prefix}, as {old}; got {new}")
+    old, new = ("a suite", "one recipe") if is_suite(folder) else ("one run", "a suite")
+    require(is_suite(folder) == isinstance(made, Suite), f"{error_prefix}, as {old}; got {new}")
     if isinstance(made, Recipe):
         old_recipes, new_recipes = {"": recipe_fields(folder)}, {"": _json_fields(made.resolved())}
         launched = read_json(RunFolder(folder).cluster)
@@ -153,7 +152,7 @@ def refuse_unless_launched_so(
 
 
 def _json_fields(recipe: Recipe) -> Any:
-    """The fields of a recipe as recipe.json has them: tuples are lists there."""
+    # As recipe.json has them: tuples are lists there.
     return json.loads(json.dumps(recipe.to_json()))["recipe"]
 
 

@@ -68,7 +68,6 @@ class Order:
 
     @property
     def image(self) -> str:
-        """The container image that the machines use. Empty: none."""
         return self.options.get("image", "")
 
     def count(self, name: str) -> int:
@@ -79,8 +78,8 @@ class Order:
     def describe(self, workers: int) -> str:
         """`4 workers`, or `2 runs side by side, each with 4 workers`."""
         runs = self.count("side_by_side")
-        text = counted(workers, "worker")
-        return text if runs == 1 else f"{runs} runs side by side, each with {text}"
+        prefix = "" if runs == 1 else f"{runs} runs side by side, each with "
+        return prefix + counted(workers, "worker")
 
     def launch_command(self, *options: str) -> list[str]:
         """The command that the scheduler starts. It starts the run or continues it."""
@@ -99,8 +98,8 @@ def run_program(
     Raises:
         UserError: the program is missing, cannot be run, fails, or does not end in time.
     """
-    paths = (os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent))
-    program = shutil.which(name, path=os.pathsep.join(paths))
+    folders = [os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)]
+    program = shutil.which(name, path=os.pathsep.join(folders))
     if program is None:
         raise UserError(f"submit: {name} must be on the path; got none")
     try:
@@ -121,9 +120,8 @@ def run_program(
         raise UserError(f"submit: {program} cannot be run: {error.strerror}") from error
     if process.returncode != 0:
         lines = (process.stderr.strip() or process.stdout.strip() or "nothing").splitlines()
-        if len(lines) > 3:  # a traceback, whose last line has the error
-            lines = lines[-1:]
-        text = " ".join(" ".join(lines).split())
+        # More than three lines are a traceback, whose last line has the error.
+        text = " ".join(" ".join(lines[-1:] if len(lines) > 3 else lines).split())
         raise UserError(
             f"submit: {name} failed with exit code {process.returncode} and printed: {text}"
         )
@@ -215,17 +213,21 @@ def _fill_rayjob(job: dict[str, Any], order: Order, folder: Path) -> None:
     )
     group = groups[0]
     pods = [part["template"]["spec"] for part in (cluster["headGroupSpec"], group)]
-    _refuse_unless_shared(order, pods)
+    _refuse_unless_shared(order, pods)  # a pod's own disk ends with the pod
     limits, max_pods = pods[1]["containers"][0]["resources"]["limits"], group["maxReplicas"]
-    min_pods = _count_pods(order, order.sizes[0], limits, max_pods, folder)
-    group["replicas"] = group["minReplicas"] = min_pods
+    group["replicas"] = group["minReplicas"] = _count_pods(
+        order, order.sizes[0], limits, max_pods, folder
+    )
     group["maxReplicas"] = _count_pods(order, order.sizes[-1], limits, max_pods, folder)
     job["metadata"]["name"] = order.name
-    options: list[str] = []
-    if "device" not in order.options:  # explicit: the driver runs on the head, which has no GPU
-        options = ["--device", "gpu" if "nvidia.com/gpu" in limits else "cpu"]
+    # The driver runs on the head, which has no GPU, so the device is explicit.
+    device = (
+        []
+        if "device" in order.options
+        else ["--device", "gpu" if "nvidia.com/gpu" in limits else "cpu"]
+    )
     # A shell in the head's pod parses the entrypoint.
-    job["spec"]["entrypoint"] = shlex.join(order.launch_command(*options))
+    job["spec"]["entrypoint"] = shlex.join(order.launch_command(*device))
     for pod in pods:
         pod["containers"][0]["image"] = order.image  # the first container is Ray's (KubeRay 1.7.0)
 
@@ -248,18 +250,17 @@ def _count_pods(
         workers_per_pod = min(workers_per_pod, gpus)
     needed = order.count("side_by_side") * workers
     max_workers = max_pods * workers_per_pod
-    if needed > max_workers:
-        pod = counted(cores, "core") + (f" and {counted(gpus, 'GPU')}" if gpus else "")
-        raise ValueError(
-            f"k8s: {order.describe(workers)} x {counted(cpus_per_worker, 'cpu')} must fit into"
-            f" {counted(max_pods, 'pod')} of {pod} ({folder}), which hold only"
-            f" {counted(max_workers, 'worker')}"
-        )
+    pod = counted(cores, "core") + (f" and {counted(gpus, 'GPU')}" if gpus else "")
+    require(
+        needed <= max_workers,
+        f"k8s: {order.describe(workers)} x {counted(cpus_per_worker, 'cpu')} must fit into"
+        f" {counted(max_pods, 'pod')} of {pod} ({folder}), which hold only"
+        f" {counted(max_workers, 'worker')}",
+    )
     return math.ceil(needed / workers_per_pod)
 
 
 def _refuse_unless_shared(order: Order, pods: Sequence[dict[str, Any]]) -> None:
-    """Refuse folders of runs and checkpoints on a pod's own disk, which ends with the pod."""
     mounts = sorted(set.intersection(*map(_shared_mounts, pods)))
     checkpoints = order.options.get("checkpoints")
     for name, value, folder in (
@@ -324,8 +325,12 @@ def render_sbatch(order: Order) -> str:
         options["gpus-per-node"] = str(gpus_per_node)
     if "partition" in order.options:
         options["partition"] = order.options["partition"]
-        rule = "names of partitions, separated by commas"
-        _require_match("slurm: partition", options["partition"], r"[\w.-]+(,[\w.-]+)*", rule)
+        _require_match(
+            "slurm: partition",
+            options["partition"],
+            r"[\w.-]+(,[\w.-]+)*",
+            "names of partitions, separated by commas",
+        )
     return shlex.join(
         [
             "env",
@@ -349,8 +354,8 @@ def submit_sbatch(command: str) -> str:
     _, *words = shlex.split(command)  # env NAME=VALUE ... sbatch ARGUMENT ...
     sbatch_index = words.index("sbatch")
     variables = dict(word.split("=", 1) for word in words[:sbatch_index])
-    output = run_program("sbatch", *words[sbatch_index + 1 :], environment=variables)
-    return output.split(";")[0]  # JOB_ID[;CLUSTER]
+    # sbatch prints JOB_ID[;CLUSTER].
+    return run_program("sbatch", *words[sbatch_index + 1 :], environment=variables).split(";")[0]
 
 
 def _require_match(subject: str, value: str, pattern: str, rule: str) -> None:

@@ -76,15 +76,16 @@ def launch_suite(
     launcher = launcher_of(cluster)
     if name is not None:
         refuse_taken(named(runs, name))
-    parent = uuid.uuid4().hex
-    timestamp = time.strftime("%Y%m%d-%H%M%S")
+    parent, timestamp = uuid.uuid4().hex, time.strftime("%Y%m%d-%H%M%S")
     folder = runs / (name or free_folder(runs / f"{stem}-{timestamp}").name)
     # The folders of the runs are made later. A part of `parent` in their names keeps them apart
     # from the runs of another suite that is launched in the same second.
-    suffix = f"{timestamp}-{parent[:4]}"
     suite_file = SuiteFile(
         suite=suite.resolved(),
-        runs=tuple(free_folder(runs / f"{each.name}-{suffix}").name for each in suite.recipes),
+        runs=tuple(
+            free_folder(runs / f"{each.name}-{timestamp}-{parent[:4]}").name
+            for each in suite.recipes
+        ),
         parent=parent,
         cluster=asdict(cluster),
     )
@@ -254,13 +255,16 @@ def _measure(measurement: Measurement, runs: Mapping[str, Path], trust: tuple[st
     if trained := [RunFolder(runs[each]) for each in measurement.of if isinstance(each, str)]:
         summary = read_json(trained[0].summary) if trained[0].summary.exists() else {}
         conditions = conditions_of(summary, read(trained[0].journal, Start.kind))[-1]
-        differences = hardware_differences(
-            conditions["hardware"] or {}, own_cores=conditions["own_cores"]
+        differences = "; ".join(
+            f"{name} {there}, here {here}"
+            for name, here, there in hardware_differences(
+                conditions["hardware"] or {}, own_cores=conditions["own_cores"]
+            )
         )
-        text = "; ".join(f"{name} {there}, here {here}" for name, here, there in differences)
-        require(not text, f"the runs must have been trained on this hardware; got {text}")
-    rules = [each.rule for each in recipes]
-    options = dict(measurement.options)
+        require(
+            not differences, f"the runs must have been trained on this hardware; got {differences}"
+        )
+    rules, options = [each.rule for each in recipes], dict(measurement.options)
     if measurement.kind == "sweep":
         from pipeline.forecast.sweep import sweep
 

@@ -60,7 +60,7 @@ class SuiteRuns:
         return self.cluster.resume_address(Cluster.from_json(self.suite_file.cluster))
 
     def is_over(self, name: str) -> bool:
-        """Whether the run of the recipe of this name needs no more training."""
+
         return is_over(self.folders[name], is_needed=name in self._sources)
 
     @cached_property
@@ -156,8 +156,7 @@ def count_parallel_runs(launcher: Launcher, side_by_side: CountOrAuto) -> int:
 def train_side_by_side(suite: SuiteRuns, launcher: Launcher, slots: int, console: Console) -> bool:
     """Train the remaining runs, `slots` at a time. Returns False if asked to stop.
 
-    After the first failure no further run starts. The error is raised once the other runs have
-    ended.
+    After the first failure no further run starts. It is raised when the other runs have ended.
 
     Raises:
         LaunchError: a run failed. The message is the last line of its driver.
@@ -193,9 +192,8 @@ def train_side_by_side(suite: SuiteRuns, launcher: Launcher, slots: int, console
     with on_stop_signals(signals.append):
         while True:
             if signals:
-                at_once = any(number not in SAVING_SIGNALS for number in signals[1:])
                 for child in running.values():
-                    child.stop(at_once=at_once)
+                    child.stop(at_once=any(number not in SAVING_SIGNALS for number in signals[1:]))
             for name, child in list(running.items()):
                 if child.has_ended():
                     del running[name]
@@ -217,14 +215,11 @@ def train_side_by_side(suite: SuiteRuns, launcher: Launcher, slots: int, console
 
 
 class _ChildDriver:
-    """The process that drives one of several runs: `spiketrain resume`."""
-
     def __init__(
         self, recipe: Recipe, suite: SuiteRuns, launcher: Launcher, console: Console
     ) -> None:
         job, name = suite.job(recipe), recipe.name
-        self.folder = Path(job.run)
-        self._is_over = partial(suite.is_over, name)
+        self.folder, self._is_over = Path(job.run), partial(suite.is_over, name)
         self._files, runs = RunFolder(self.folder), suite.folder.parent
         self._files.stop.unlink(missing_ok=True)
         write_job(job)
@@ -245,7 +240,7 @@ class _ChildDriver:
         self._is_terminated = False
 
     def has_ended(self) -> bool:
-        """Show the new events of the run. Returns whether its driver has ended."""
+
         if self._process.poll() is None:
             self._display.update()
             return False
