@@ -210,7 +210,7 @@ def _continued(
         raise ValueError("launch: --or-resume needs a --name to continue; got none")
     if not (runs / name).exists():
         return False
-    from pipeline.launch.cluster import OPERATIONAL
+    from pipeline.launch.cluster import OPERATIONAL_FIELDS
     from pipeline.launch.resume import refuse_unless_launched_so
 
     refuse_unless_launched_so(runs / name, made, here, trust=trust)
@@ -219,7 +219,9 @@ def _continued(
         workers=None if here.inline else here.workers,
         inline=here.inline,
         address=context.params["address"] or (None if here.inline else "local"),
-        options={field: getattr(here, field) for field in OPERATIONAL if is_typed(context, field)},
+        options={
+            field: getattr(here, field) for field in OPERATIONAL_FIELDS if is_typed(context, field)
+        },
         trust=trust,
     )
     return True
@@ -258,10 +260,12 @@ def resume(
     it was launched.
     """
     _handle_signals()
-    from pipeline.launch.cluster import OPERATIONAL, parse_workers
+    from pipeline.launch.cluster import OPERATIONAL_FIELDS, parse_workers
     from pipeline.report.selection import find_run
 
-    options = {field: context.params[field] for field in OPERATIONAL if is_typed(context, field)}
+    options = {
+        field: context.params[field] for field in OPERATIONAL_FIELDS if is_typed(context, field)
+    }
     _resume(
         find_run(runs, run, suites=True),
         workers=None if workers is None else parse_workers(workers),

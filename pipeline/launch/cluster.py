@@ -19,7 +19,7 @@ from pipeline.train.elastic import format_sizes
 Device = Literal["auto", "cpu", "gpu"]
 CountOrAuto = int | Literal["auto"]
 # Fields that `resume` may change and save: a run may continue on other machines.
-OPERATIONAL = (
+OPERATIONAL_FIELDS = (
     "device",
     "cpus_per_worker",
     "loader_threads",
@@ -136,7 +136,7 @@ class Cluster:
         address: str | None = None,
         options: Mapping[str, Any] = {},
     ) -> "Cluster":
-        """This cluster with the options of a resume; `options` are values of OPERATIONAL.
+        """This cluster with the options of a resume; `options` are values of OPERATIONAL_FIELDS.
 
         If one worker trains in this process, the options for Ray of the launch are ignored.
         `launcher_of` refuses options for Ray of the resume.

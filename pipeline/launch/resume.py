@@ -1,7 +1,7 @@
 """`spiketrain resume` of one run, and the checks of `launch --or-resume`.
 
 `launch --or-resume` continues a run only if it was launched with the same recipe and options.
-`resume` may change the options in `cluster.OPERATIONAL`, and saves them with the run or suite.
+`resume` may change the options in `cluster.OPERATIONAL_FIELDS`, and saves them with the run or suite.
 """
 
 import json
@@ -16,7 +16,7 @@ from pipeline.core.checks import require
 from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
-from pipeline.launch.cluster import OPERATIONAL, Cluster, differences
+from pipeline.launch.cluster import OPERATIONAL_FIELDS, Cluster, differences
 from pipeline.launch.driver import driver_lock, launcher_of, train_alone
 from pipeline.launch.prepare import read_job, write_job
 from pipeline.recipe.json import differing, listed, recipe_fields
@@ -31,7 +31,7 @@ from pipeline.train.guards.storage_outage import may_be_temporary
 from pipeline.train.weights import store_of
 
 # Fields of `Cluster` that `launch --or-resume` may change.
-CHANGEABLE_FIELDS = ("workers", "inline", "address", *OPERATIONAL)
+CHANGEABLE_FIELDS = ("workers", "inline", "address", *OPERATIONAL_FIELDS)
 
 
 def resume_run(
@@ -46,7 +46,7 @@ def resume_run(
     """Continue a run. Returns its folder.
 
     Args:
-        options: values of OPERATIONAL. They replace those of the launch for good.
+        options: values of OPERATIONAL_FIELDS. They replace those of the launch for good.
 
     Raises:
         ValueError: the folder is damaged, another process trains the run, or an option is refused.
@@ -159,7 +159,7 @@ def _json_fields(recipe: Recipe) -> Any:
 def save_options(
     folder: Path, runs: Iterable[Path], options: Mapping[str, Any], console: Console
 ) -> None:
-    """Save values of OPERATIONAL with a run or a suite, and print the changes.
+    """Save values of OPERATIONAL_FIELDS with a run or a suite, and print the changes.
 
     cluster.json is written after job.json. If a driver is killed between the two, cluster.json is
     unchanged, and the same command writes both again.

@@ -114,7 +114,7 @@ def resume_suite(
     """Continue a suite. Returns its folder.
 
     Args:
-        options: values of OPERATIONAL. They replace those of the launch for good.
+        options: values of OPERATIONAL_FIELDS. They replace those of the launch for good.
 
     Raises:
         ValueError: a folder is damaged, or a run, a recipe or an option is refused.

@@ -16,7 +16,7 @@ from ray.exceptions import AuthenticationError
 
 from pipeline.cli.launch import resume
 from pipeline.core.errors import UserError
-from pipeline.launch.cluster import OPERATIONAL, Cluster, parse_workers
+from pipeline.launch.cluster import OPERATIONAL_FIELDS, Cluster, parse_workers
 from pipeline.launch.driver import launcher_of
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray
@@ -262,13 +262,15 @@ def test_a_resume_that_cannot_be(launched: Cluster, workers: Any, said: str) -> 
 
 def test_a_resume_can_be_told_all_that_a_launch_can_but_where_checkpoints_are() -> None:
     assert {each.name for each in fields(Cluster)} == {
-        *OPERATIONAL,
+        *OPERATIONAL_FIELDS,
         "workers",
         "inline",
         "address",
         "checkpoints",
     }
-    assert {*OPERATIONAL, "workers", "inline", "address"} < signature(resume).parameters.keys()
+    assert {*OPERATIONAL_FIELDS, "workers", "inline", "address"} < signature(
+        resume
+    ).parameters.keys()
 
 
 def test_cores_and_threads_that_nobody_has_said_are_the_launchers_to_find() -> None:
