@@ -50,7 +50,7 @@ class Cluster:
             "local": the launch starts a cluster on this machine.
         device: whether workers train on GPUs (`workers_use_gpus`).
         cpus_per_worker: the cores that Ray reserves for a worker, and the number of torch's
-            threads. `share_of` explains `auto`.
+            threads. `cores_and_loader_threads` explains `auto`.
         loader_threads: threads that read data in a worker. auto: one per core with a GPU, else one.
         max_restarts: how many times dead workers are restarted until the run makes progress again
             (`ray_trainer.py`).
@@ -250,10 +250,10 @@ def refuse_unusable_gpus(device: Device) -> None:
         raise UserError(f"launch: {problem}")
 
 
-def share_of(
+def cores_and_loader_threads(
     nodes: Iterable[Mapping[str, float]],
     *,
-    gpus: bool,
+    uses_gpus: bool,
     cores: CountOrAuto = "auto",
     loader_threads: CountOrAuto = "auto",
 ) -> tuple[int, int]:
@@ -268,12 +268,12 @@ def share_of(
     """
     if cores == "auto":
         # The smallest number of cores per GPU over all nodes.
-        gpu_nodes = [node for node in nodes if gpus and node.get("GPU", 0) >= 1]
+        gpu_nodes = [node for node in nodes if uses_gpus and node.get("GPU", 0) >= 1]
         cores = max(
             1, min((int(node.get("CPU", 0) // node["GPU"]) for node in gpu_nodes), default=1)
         )
     if loader_threads == "auto":
-        loader_threads = cores if gpus and _has_tbb() else 1
+        loader_threads = cores if uses_gpus and _has_tbb() else 1
     return cores, loader_threads
 
 

@@ -11,8 +11,8 @@ from pipeline.core.torch_settings import keep_freed_memory
 from pipeline.launch.cluster import (
     CountOrAuto,
     Device,
+    cores_and_loader_threads,
     refuse_unusable_gpus,
-    share_of,
     workers_use_gpus,
 )
 from pipeline.train.backend.collectives import group_of_one
@@ -50,9 +50,9 @@ class Inline:
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
         del attempt
         if self.device == "cuda":
-            cores, loader_threads = share_of(
+            cores, loader_threads = cores_and_loader_threads(
                 [{"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}],
-                gpus=True,
+                uses_gpus=True,
                 loader_threads=self.loader_threads,
             )
             job = replace(job, threads=cores, loader_threads=loader_threads)

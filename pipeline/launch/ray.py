@@ -23,7 +23,12 @@ from pipeline.core.errors import UserError
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
-from pipeline.launch.cluster import Cluster, refuse_unusable_gpus, share_of, workers_use_gpus
+from pipeline.launch.cluster import (
+    Cluster,
+    cores_and_loader_threads,
+    refuse_unusable_gpus,
+    workers_use_gpus,
+)
 from pipeline.launch.driver_signals import blocked_signal
 from pipeline.launch.ray_cluster import (
     TOKEN_ADVICE,
@@ -185,9 +190,9 @@ class Ray:
 
         gpus = int(ray.cluster_resources().get("GPU", 0))
         uses_gpus = workers_use_gpus(self.cluster.device, self.min_workers, gpus)
-        cores, loader_threads = share_of(
+        cores, loader_threads = cores_and_loader_threads(
             [node["Resources"] for node in alive_nodes()] if uses_gpus else [],
-            gpus=uses_gpus,
+            uses_gpus=uses_gpus,
             cores=self.cluster.cpus_per_worker,
             loader_threads=self.cluster.loader_threads,
         )

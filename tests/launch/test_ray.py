@@ -43,7 +43,7 @@ from pipeline.launch import ray_trainer
 from pipeline.launch.cluster import (
     Cluster,
     Device,
-    share_of,
+    cores_and_loader_threads,
     workers_use_gpus,
 )
 from pipeline.launch.in_process import Inline
@@ -434,28 +434,28 @@ HEAD = {"CPU": 4.0}
 @pytest.mark.parametrize(
     ("nodes", "said", "share"),
     [
-        ([NODE], {"gpus": True}, (8, 8)),
-        ([NODE, HEAD], {"gpus": True}, (8, 8)),
-        ([NODE, {"CPU": 30.0, "GPU": 4.0}], {"gpus": True}, (7, 7)),
-        ([{"CPU": 4.0, "GPU": 8.0}], {"gpus": True}, (1, 1)),
-        ([{"CPU": 0.0, "GPU": 1.0}], {"gpus": True}, (1, 1)),
-        ([], {"gpus": True}, (1, 1)),
-        ([NODE], {"gpus": False}, (1, 1)),
-        ([NODE], {"gpus": True, "cores": 4}, (4, 4)),
-        ([NODE], {"gpus": True, "loader_threads": 2}, (8, 2)),
-        ([NODE], {"gpus": True, "cores": 16, "loader_threads": 12}, (16, 12)),
+        ([NODE], {"uses_gpus": True}, (8, 8)),
+        ([NODE, HEAD], {"uses_gpus": True}, (8, 8)),
+        ([NODE, {"CPU": 30.0, "GPU": 4.0}], {"uses_gpus": True}, (7, 7)),
+        ([{"CPU": 4.0, "GPU": 8.0}], {"uses_gpus": True}, (1, 1)),
+        ([{"CPU": 0.0, "GPU": 1.0}], {"uses_gpus": True}, (1, 1)),
+        ([], {"uses_gpus": True}, (1, 1)),
+        ([NODE], {"uses_gpus": False}, (1, 1)),
+        ([NODE], {"uses_gpus": True, "cores": 4}, (4, 4)),
+        ([NODE], {"uses_gpus": True, "loader_threads": 2}, (8, 2)),
+        ([NODE], {"uses_gpus": True, "cores": 16, "loader_threads": 12}, (16, 12)),
     ],
 )
 def test_the_share_of_a_worker_and_what_somebody_has_said_stays(
     nodes: list[dict[str, float]], said: dict[str, Any], share: tuple[int, int]
 ) -> None:
-    assert share_of(nodes, **said) == share
+    assert cores_and_loader_threads(nodes, **said) == share
 
 
 def test_without_tbb_one_thread_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """numba's wheels have none for ARM; the reader refuses several threads there."""
     none = Mock(side_effect=DataError("data: more than 1 loader thread needs TBB"))
     monkeypatch.setattr(numba_threads, "require_tbb", none)
-    assert share_of([NODE], gpus=True) == (8, 1)
+    assert cores_and_loader_threads([NODE], uses_gpus=True) == (8, 1)
     # The reader refuses this, in its own words.
-    assert share_of([NODE], gpus=True, loader_threads=8) == (8, 8)
+    assert cores_and_loader_threads([NODE], uses_gpus=True, loader_threads=8) == (8, 8)
