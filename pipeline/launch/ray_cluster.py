@@ -13,7 +13,7 @@ cluster has one of them.
                node, and then continues without it. Use it for machines that stay, on an unreliable
                network.
 
-A profile consists of environment variables. `NODES` are for the processes that start the
+A profile consists of environment variables. `NODE_SETTINGS` are for the processes that start the
 cluster's nodes (`ray start`, the `env` of a manifest). `worker_start_timeout` is for the process
 that launches. A cluster that a launch starts is one machine, and needs no profile. Source: measured
 with ray 2.60 on two hosts made of network namespaces and on clusters of one machine. From the kill
@@ -33,7 +33,7 @@ from pipeline.core.torch_settings import EXACT, environment
 
 NodeLoss = Literal["fast", "patient"]
 
-NODES: dict[NodeLoss, dict[str, str]] = {
+NODE_SETTINGS: dict[NodeLoss, dict[str, str]] = {
     "fast": {
         "RAY_health_check_initial_delay_ms": "1000",
         "RAY_health_check_period_ms": "1000",

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.launch.ray_cluster import NODES
+from pipeline.launch.ray_cluster import NODE_SETTINGS
 from pipeline.recipe.recipe import read_json, write_json
 from pipeline.report.stores import open_store
 from pipeline.track.journal import last
@@ -333,7 +333,7 @@ def unhurt(tmp_path_factory: pytest.TempPathFactory) -> Driven:
 
 @pytest.fixture
 def cluster() -> Iterator[Nodes]:
-    with nodes(NODES["fast"]) as there:
+    with nodes(NODE_SETTINGS["fast"]) as there:
         yield there
 
 
@@ -484,7 +484,7 @@ class Hosts:
         token.chmod(0o600)
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))},
-            **NODES["patient"],
+            **NODE_SETTINGS["patient"],
             "HOME": str(folder),  # where a token may lie
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": os.pathsep.join((str(Path(__file__).parents[2]), str(folder))),

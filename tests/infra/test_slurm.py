@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.launch.ray_cluster import NODES
+from pipeline.launch.ray_cluster import NODE_SETTINGS
 from pipeline.launch.schedulers import Order, render_sbatch, submit_sbatch
 from pipeline.track.journal import last
 from tests.helpers.nodes import free_port
@@ -119,7 +119,7 @@ def test_the_launch_is_told_where_and_on_how_much_to_train(slurm: Slurm):
     head = slurm.left("driver.ray").strip()
     assert re.fullmatch(r"[\d.]+:2\d{4}", head) and not head.startswith("127.")
     patience = dict(line.split("=") for line in slurm.left("driver.patience").splitlines())
-    assert patience == NODES["patient"]
+    assert patience == NODE_SETTINGS["patient"]
     soft, hard = slurm.left("driver.memlock").split()
     assert soft == hard != "64"  # InfiniBand needs more than a shell commonly has
     started = f"symmetric-run --address {head} --min-nodes 2 --num-cpus=16 --num-gpus=8 "

@@ -20,7 +20,7 @@ from pipeline.launch.cluster import OPERATIONAL_FIELDS, Cluster, parse_workers
 from pipeline.launch.driver import launcher_of
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray
-from pipeline.launch.ray_cluster import NODES, worker_start_timeout
+from pipeline.launch.ray_cluster import NODE_SETTINGS, worker_start_timeout
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_workers_are_a_number_a_range_or_numbers(
 def test_a_run_of_one_size_worker_start_timeout_its_places_and_one_of_several_takes_fewer() -> None:
     waits = {
         (loss, sizes): worker_start_timeout(loss, n_sizes=sizes)
-        for loss in NODES
+        for loss in NODE_SETTINGS
         for sizes in (1, 2)
     }
     assert waits["fast", 1] == {}  # Ray's own minute
@@ -177,7 +177,7 @@ def test_a_run_of_one_size_worker_start_timeout_its_places_and_one_of_several_ta
         float(*waits[each].values()) for each in (("fast", 2), ("patient", 1), ("patient", 2))
     )
     assert of_several < 60 < patient[0] == patient[1]
-    assert not NODES["fast"].keys() & NODES["patient"].keys()
+    assert not NODE_SETTINGS["fast"].keys() & NODE_SETTINGS["patient"].keys()
 
 
 KEPT: dict[str, Any] = {
