@@ -156,9 +156,9 @@ def launch(
     """Train a recipe, or each recipe of a comparison, and print its table or its own report."""
     _handle_signals()
     if name is not None:
-        from pipeline.launch.prepare import named
+        from pipeline.launch.prepare import folder_named
 
-        named(runs, name)
+        folder_named(runs, name)
     made = _comparison([made_of(recipe, set_, tiny) for recipe in recipes], seeds, tune)
     here = _cluster(context.params, made)
     refuse_unnamed(made, recipes)

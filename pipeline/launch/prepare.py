@@ -62,7 +62,7 @@ def prepare(
     if name is None:
         folder = free_folder(runs / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     else:
-        folder = named(runs, name)
+        folder = folder_named(runs, name)
     job = Job(
         run=str(folder),
         study=study,
@@ -188,7 +188,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def named(runs: Path, name: str) -> Path:
+def folder_named(runs: Path, name: str) -> Path:
     """The folder of this name in the folder of runs. It need not exist.
 
     Raises:

@@ -32,7 +32,13 @@ from pipeline.launch.driver import (
     ignore_lost_terminal,
     launcher_of,
 )
-from pipeline.launch.prepare import atomic_folder, free_folder, named, open_store, refuse_taken
+from pipeline.launch.prepare import (
+    atomic_folder,
+    folder_named,
+    free_folder,
+    open_store,
+    refuse_taken,
+)
 from pipeline.launch.resume import check_resumed, save_options
 from pipeline.launch.suite_runs import (
     SuiteRuns,
@@ -75,7 +81,7 @@ def launch_suite(
     """
     launcher = launcher_of(cluster)
     if name is not None:
-        refuse_taken(named(runs, name))
+        refuse_taken(folder_named(runs, name))
     parent, timestamp = uuid.uuid4().hex, time.strftime("%Y%m%d-%H%M%S")
     folder = runs / (name or free_folder(runs / f"{stem}-{timestamp}").name)
     # The folders of the runs are made later. A part of `parent` in their names keeps them apart
