@@ -1,7 +1,8 @@
 """`spiketrain resume` of one run, and the checks of `launch --or-resume`.
 
 `launch --or-resume` continues a run only if it was launched with the same recipe and options.
-`resume` may change the options in `cluster.OPERATIONAL_FIELDS`, and saves them with the run or suite.
+`resume` may change the options in `cluster.OPERATIONAL_FIELDS`, and saves them with the run or
+suite.
 """
 
 import json

@@ -80,7 +80,7 @@ def loss_of_a_node(manifest: Manifest) -> Iterator[str]:
             for each in head["template"]["spec"]["containers"][0].get("env", ())
         }
         if not told.items() >= NODE_SETTINGS["fast"].items():
-            yield f"the head must have {NODES['fast']}; got {told}"
+            yield f"the head must have {NODE_SETTINGS['fast']}; got {told}"
 
 
 def scale(manifest: Manifest) -> Iterator[str]:
