@@ -176,7 +176,9 @@ def launch(
     else:
         from pipeline.launch.driver import launch_run
 
-        _end_run(launch_run(made, here, runs, name=name, adopts=or_resume, trust=trusted))
+        _end_run(
+            launch_run(made, here, runs, name=name, adopt_checkpoints=or_resume, trust=trusted)
+        )
 
 
 def _cluster(params: dict[str, Any], made: Recipe | Suite) -> "Cluster":

@@ -88,17 +88,19 @@ def launch_run(
     runs: Path,
     *,
     name: str | None = None,
-    adopts: bool = False,
+    adopt_checkpoints: bool = False,
     trust: tuple[str, ...] = (),
 ) -> Path:
-    """Train a recipe. Returns the run's folder. `prepare` explains `adopts`."""
+    """Train a recipe. Returns the run's folder. `prepare` explains `adopt_checkpoints`."""
     refuse_references(recipe)
     launcher = launcher_of(cluster)
     say_stage("checking the recipe and its data")
     check(recipe, cluster, trust=trust)
     with launcher:
         return train_alone(
-            prepare(recipe, cluster, runs, name=name, adopts=adopts, trust=trust),
+            prepare(
+                recipe, cluster, runs, name=name, adopt_checkpoints=adopt_checkpoints, trust=trust
+            ),
             launcher,
             address=cluster.address,
         )

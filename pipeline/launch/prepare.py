@@ -36,7 +36,7 @@ def prepare(
     parent: str | None = None,
     suite: str | None = None,
     family: str | None = None,
-    adopts: bool = False,
+    adopt_checkpoints: bool = False,
     trust: tuple[str, ...] = (),
 ) -> Job:
     """Make the run's folder with its recipe, its job and its cluster.
@@ -46,13 +46,13 @@ def prepare(
         parent: the id of the launch of the suite that the run belongs to.
         suite: the name of this suite's folder.
         family: the MLflow experiment of this suite. None: the experiment of the recipe.
-        adopts: if the cluster's address for checkpoints already has checkpoints of this name,
-            continue from them. The folder of their run is gone.
+        adopt_checkpoints: continue from the checkpoints of this name at the cluster's address for
+            checkpoints, if there are any. The folder of their run is gone.
 
     Raises:
         ValueError: the data set is missing, the weights that `init` names are missing, the name is
-            taken or refused, or there are checkpoints and `adopts` is false or they are of another
-            study.
+            taken or refused, or there are checkpoints of another study, or checkpoints that must
+            not be adopted.
     """
     recipe = recipe.resolved()
     trust = own_code.needed(trust, targets_of(recipe))
@@ -77,7 +77,9 @@ def prepare(
         **cluster.worker_settings,
     )
     if cluster.checkpoints is not None:
-        address, run_id = _store_of_run(cluster.checkpoints, folder, study, adopts=adopts)
+        address, run_id = _store_of_run(
+            cluster.checkpoints, folder, study, adopt_checkpoints=adopt_checkpoints
+        )
         job = replace(job, checkpoints=address, run_id=run_id or job.run_id)
     with atomic_folder(folder) as hidden:
         files = RunFolder(hidden)
@@ -89,19 +91,19 @@ def prepare(
 
 
 def _store_of_run(
-    checkpoints: str, run: Path, study: str, *, adopts: bool
+    checkpoints: str, run: Path, study: str, *, adopt_checkpoints: bool
 ) -> tuple[str, str | None]:
     """The address of the run's store below the address `checkpoints`, and the run_id of the store's
     owner, if it has one.
 
     Raises:
-        ValueError: the store has checkpoints or an owner and not `adopts`, the owner is of another
-            study, or the address cannot be opened.
+        ValueError: the store has checkpoints or an owner, and they must not be adopted or are of
+            another study, or the address cannot be opened.
     """
     address, names, owner = open_store(checkpoints, run)
     found = names[-1] if names else f"the store of {owner}"
     require(
-        adopts or (not names and not owner),
+        adopt_checkpoints or (not names and not owner),
         f"launch: {address} must have no checkpoints and no owner; got {found}: choose another"
         " --name, or continue with --or-resume",
     )
