@@ -95,7 +95,7 @@ def launch_run(
     refuse_references(recipe)
     launcher = launcher_of(cluster)
     say_stage("checking the recipe and its data")
-    check(recipe, cluster, trust=trust)
+    check_launch(recipe, cluster, trust=trust)
     with launcher:
         return train_alone(
             prepare(
@@ -106,7 +106,7 @@ def launch_run(
         )
 
 
-def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
+def check_launch(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
     """Check a recipe and its data before a file is written.
 
     Raises:

@@ -25,7 +25,7 @@ from pipeline.core.units import counted
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.driver import (
     Launcher,
-    check,
+    check_launch,
     drive,
     driver_lock,
     end_stopped,
@@ -223,7 +223,7 @@ def _check_recipes(
     with with_placeholder_weights(suite) as recipes:
         for recipe in recipes:
             if recipe.name not in started:
-                check(recipe, cluster, trust=trust)
+                check_launch(recipe, cluster, trust=trust)
 
 
 # -------------------------------------------------------------------------------- the measurements

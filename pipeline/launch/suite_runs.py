@@ -23,7 +23,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.printing import say
 from pipeline.core.run_folder import RunFolder
 from pipeline.launch.cluster import Cluster, CountOrAuto
-from pipeline.launch.driver import Launcher, check
+from pipeline.launch.driver import Launcher, check_launch
 from pipeline.launch.driver_signals import SAVING_SIGNALS, on_stop_signals
 from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.progress import ProgressDisplay
@@ -94,7 +94,7 @@ class SuiteRuns:
             [trial] = [each for each in suite.recipes if each.name == best_trial]
             recipe = recipe.override({choice.field: trial.value_of(choice.field)})
         completed = fill_references(recipe, lambda name: lasting_weights(self.folders[name]))
-        check(completed, self.cluster, trust=self.trust)
+        check_launch(completed, self.cluster, trust=self.trust)
         return prepare(
             completed,
             self.cluster,
