@@ -46,7 +46,7 @@ _IMAGE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class LaunchRequest:
     """One launch, for any scheduler.
 
     Args:
@@ -143,9 +143,9 @@ def manifests_of(folder: Path) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(run_program(*command, str(folder))))
 
 
-def render_rayjob(order: Order) -> str:
+def render_rayjob(request: LaunchRequest) -> str:
     """The RayJob of the kustomize folder in the option `infra`, as YAML. The name, the entrypoint,
-    the image and the number of pods are those of the order.
+    the image and the number of pods are those of the request.
 
     There are as many pods as the workers need, and never fewer: the driver counts their cores when
     it starts. With several numbers of workers, the job starts with the pods for the smallest
@@ -157,23 +157,23 @@ def render_rayjob(order: Order) -> str:
             pod's own disk.
         UserError: see `manifests_of`.
     """
-    folder = order.options["infra"]
+    folder = request.options["infra"]
     require(
-        len(order.name) <= MAX_RAYJOB_NAME
-        and re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", order.name),
+        len(request.name) <= MAX_RAYJOB_NAME
+        and re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", request.name),
         "k8s: name must be lower-case letters, digits and hyphens, begin with a letter, not end"
         f" with a hyphen, and be at most {MAX_RAYJOB_NAME} long (RFC 1123, KubeRay); got"
-        f" {order.name!r}",
+        f" {request.name!r}",
     )
     require(
-        re.fullmatch(_IMAGE, order.image, re.ASCII),
+        re.fullmatch(_IMAGE, request.image, re.ASCII),
         "k8s: image must be a name with a digest, or with a tag other than latest; got"
-        f" {order.image!r}",
+        f" {request.image!r}",
     )
     jobs = [each for each in manifests_of(folder) if each["kind"] == "RayJob"]
     require(len(jobs) == 1, f"k8s: {folder} must hold one RayJob; got {len(jobs)}")
     try:
-        _fill_rayjob(jobs[0], order, folder)
+        _fill_rayjob(jobs[0], request, folder)
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
             f"k8s: the RayJob of {folder} must have the fields of infra/k8s/base/job; missing:"
@@ -204,7 +204,7 @@ def submit_rayjob(manifest: str) -> str:
     return run_program("kubectl", "apply", "-f", "-", stdin=manifest)
 
 
-def _fill_rayjob(job: dict[str, Any], order: Order, folder: Path) -> None:
+def _fill_rayjob(job: dict[str, Any], request: LaunchRequest, folder: Path) -> None:
     cluster = job["spec"]["rayClusterSpec"]
     groups = cluster["workerGroupSpecs"]
     require(
@@ -213,27 +213,29 @@ def _fill_rayjob(job: dict[str, Any], order: Order, folder: Path) -> None:
     )
     group = groups[0]
     pods = [part["template"]["spec"] for part in (cluster["headGroupSpec"], group)]
-    _refuse_unless_shared(order, pods)  # a pod's own disk ends with the pod
+    _refuse_unless_shared(request, pods)  # a pod's own disk ends with the pod
     limits, max_pods = pods[1]["containers"][0]["resources"]["limits"], group["maxReplicas"]
     group["replicas"] = group["minReplicas"] = _count_pods(
-        order, order.sizes[0], limits, max_pods, folder
+        request, request.sizes[0], limits, max_pods, folder
     )
-    group["maxReplicas"] = _count_pods(order, order.sizes[-1], limits, max_pods, folder)
-    job["metadata"]["name"] = order.name
+    group["maxReplicas"] = _count_pods(request, request.sizes[-1], limits, max_pods, folder)
+    job["metadata"]["name"] = request.name
     # The driver runs on the head, which has no GPU, so the device is explicit.
     device = (
         []
-        if "device" in order.options
+        if "device" in request.options
         else ["--device", "gpu" if "nvidia.com/gpu" in limits else "cpu"]
     )
     # A shell in the head's pod parses the entrypoint.
-    job["spec"]["entrypoint"] = shlex.join(order.launch_command(*device))
+    job["spec"]["entrypoint"] = shlex.join(request.launch_command(*device))
     for pod in pods:
-        pod["containers"][0]["image"] = order.image  # the first container is Ray's (KubeRay 1.7.0)
+        pod["containers"][0]["image"] = (
+            request.image
+        )  # the first container is Ray's (KubeRay 1.7.0)
 
 
 def _count_pods(
-    order: Order, workers: int, limits: dict[str, Any], max_pods: int, folder: Path
+    request: LaunchRequest, workers: int, limits: dict[str, Any], max_pods: int, folder: Path
 ) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(limits.get("cpu", "")))
     if match is None:
@@ -244,27 +246,27 @@ def _count_pods(
     # KubeRay rounds up, too, when it reports the cores to Ray.
     cores = math.ceil(float(match[1]) / (1000 if match[2] else 1))
     gpus = int(limits.get("nvidia.com/gpu", 0))
-    cpus_per_worker = order.count("cpus_per_worker")  # `auto` needs at least one
+    cpus_per_worker = request.count("cpus_per_worker")  # `auto` needs at least one
     workers_per_pod = cores // cpus_per_worker
-    if gpus and order.options.get("device") != "cpu":
+    if gpus and request.options.get("device") != "cpu":
         workers_per_pod = min(workers_per_pod, gpus)
-    needed = order.count("side_by_side") * workers
+    needed = request.count("side_by_side") * workers
     max_workers = max_pods * workers_per_pod
     pod = counted(cores, "core") + (f" and {counted(gpus, 'GPU')}" if gpus else "")
     require(
         needed <= max_workers,
-        f"k8s: {order.describe(workers)} x {counted(cpus_per_worker, 'cpu')} must fit into"
+        f"k8s: {request.describe(workers)} x {counted(cpus_per_worker, 'cpu')} must fit into"
         f" {counted(max_pods, 'pod')} of {pod} ({folder}), which hold only"
         f" {counted(max_workers, 'worker')}",
     )
     return math.ceil(needed / workers_per_pod)
 
 
-def _refuse_unless_shared(order: Order, pods: Sequence[dict[str, Any]]) -> None:
+def _refuse_unless_shared(request: LaunchRequest, pods: Sequence[dict[str, Any]]) -> None:
     mounts = sorted(set.intersection(*map(_shared_mounts, pods)))
-    checkpoints = order.options.get("checkpoints")
+    checkpoints = request.options.get("checkpoints")
     for name, value, folder in (
-        ("runs", order.runs, Path(order.runs)),
+        ("runs", request.runs, Path(request.runs)),
         ("--checkpoints", checkpoints, None if checkpoints is None else folder_of(checkpoints)),
     ):
         require(
@@ -287,7 +289,7 @@ def _shared_mounts(pod: dict[str, Any]) -> set[str]:
 # ------------------------------------------------------------------------------------------- Slurm
 
 
-def render_sbatch(order: Order) -> str:
+def render_sbatch(request: LaunchRequest) -> str:
     """The command line of sbatch for train.sbatch, from the folder in the option `infra` or from
     infra/slurm.
 
@@ -295,36 +297,38 @@ def render_sbatch(order: Order) -> str:
         ValueError: Slurm would refuse a value, there are too few GPUs, several numbers of workers,
             or no script in the folder.
     """
-    nodes, gpus_per_node = order.options["nodes"], order.options.get("gpus_per_node", 0)
-    sizes = format_sizes(order.sizes) if order.sizes else ""  # empty: a worker per GPU, or per node
+    nodes, gpus_per_node = request.options["nodes"], request.options.get("gpus_per_node", 0)
+    sizes = (
+        format_sizes(request.sizes) if request.sizes else ""
+    )  # empty: a worker per GPU, or per node
     require(
-        len(order.sizes) <= 1,
+        len(request.sizes) <= 1,
         "slurm: workers must be one number, because the number of nodes of a job is fixed; got"
         f" {sizes}",
     )
     gpus = nodes * gpus_per_node
-    workers = order.sizes[0] if order.sizes else gpus  # as the script counts them
+    workers = request.sizes[0] if request.sizes else gpus  # as the script counts them
     require(
         not gpus
-        or order.options.get("device") == "cpu"
-        or order.count("side_by_side") * workers <= gpus,
-        f"slurm: each worker must get a GPU; got {order.describe(workers)} on"
+        or request.options.get("device") == "cpu"
+        or request.count("side_by_side") * workers <= gpus,
+        f"slurm: each worker must get a GPU; got {request.describe(workers)} on"
         f" {counted(nodes, 'node')} x {counted(gpus_per_node, 'GPU')}",
     )
-    script = order.options.get("infra", SLURM_FOLDER) / "train.sbatch"
+    script = request.options.get("infra", SLURM_FOLDER) / "train.sbatch"
     require(script.is_file(), f"slurm: the job's script must be a file; got {script}")
-    _require_match("slurm: name", order.name, _NAME, _NAME_RULE)
+    _require_match("slurm: name", request.name, _NAME, _NAME_RULE)
     _require_match(
         "slurm: time",
-        order.options["time"],
+        request.options["time"],
         r"(\d{1,4}-)?\d{1,6}(:\d{1,2}){0,2}",
         "minutes, hours:minutes:seconds, or days-hours",
     )
-    options = {"job-name": order.name, "nodes": str(nodes), "time": order.options["time"]}
+    options = {"job-name": request.name, "nodes": str(nodes), "time": request.options["time"]}
     if gpus_per_node:
         options["gpus-per-node"] = str(gpus_per_node)
-    if "partition" in order.options:
-        options["partition"] = order.options["partition"]
+    if "partition" in request.options:
+        options["partition"] = request.options["partition"]
         _require_match(
             "slurm: partition",
             options["partition"],
@@ -334,13 +338,13 @@ def render_sbatch(order: Order) -> str:
     return shlex.join(
         [
             "env",
-            f"SPIKETRAIN_RUNS={order.runs}",
+            f"SPIKETRAIN_RUNS={request.runs}",
             f"SPIKETRAIN_WORKERS={sizes}",
-            f"SPIKETRAIN_IMAGE={order.image}",
+            f"SPIKETRAIN_IMAGE={request.image}",
             *("sbatch", "--parsable", "--export=ALL"),
             *(f"--{name}={value}" for name, value in options.items()),
             str(script.absolute()),
-            *order.words,
+            *request.words,
         ]
     )
 
@@ -365,7 +369,7 @@ def _require_match(subject: str, value: str, pattern: str, rule: str) -> None:
 # -------------------------------------------------------------------------- a running Ray cluster
 
 
-def render_ray_job(order: Order) -> str:
+def render_ray_job(request: LaunchRequest) -> str:
     """The `ray job submit` command for the cluster whose dashboard is the option `cluster`,
     ray://HOST:PORT.
 
@@ -376,23 +380,23 @@ def render_ray_job(order: Order) -> str:
         ValueError: the address or the name is refused, or an image is given, which a running
             cluster cannot change.
     """
-    address = order.options["cluster"]
+    address = request.options["cluster"]
     require(
         re.fullmatch(r"ray://[A-Za-z0-9.-]+:\d{1,5}", address, re.ASCII),
         f"ray: a cluster must be ray://HOST:PORT, with the port of its dashboard; got {address!r}",
     )
-    _require_match("ray: name", order.name, _NAME, _NAME_RULE)
+    _require_match("ray: name", request.name, _NAME, _NAME_RULE)
     require(
-        not order.image,
+        not request.image,
         "ray: no image must be given, because a running cluster has its software; got --image"
-        f" {order.image}",
+        f" {request.image}",
     )
     return shlex.join(
         [
             *("ray", "job", "submit", "--address", address.replace("ray", "http", 1)),
             # A job's id can be used only once, while a run's name stays the same when it resumes.
-            *("--submission-id", f"{order.name}-{uuid4().hex[:8]}", "--no-wait", "--"),
-            *order.launch_command(),
+            *("--submission-id", f"{request.name}-{uuid4().hex[:8]}", "--no-wait", "--"),
+            *request.launch_command(),
         ]
     )
 

@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 from pipeline.launch.ray_cluster import NODE_SETTINGS
-from pipeline.launch.schedulers import Order, render_sbatch, submit_sbatch
+from pipeline.launch.schedulers import LaunchRequest, render_sbatch, submit_sbatch
 from pipeline.track.journal import last
 from tests.helpers.nodes import free_port
 from tests.helpers.programs import program
@@ -301,7 +301,7 @@ def command(
     **options: Any,
 ) -> str:
     return render_sbatch(
-        Order(
+        LaunchRequest(
             words=words or ("recipes/fashion/sltt.py",),
             name=name,
             sizes=sizes,

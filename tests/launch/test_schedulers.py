@@ -17,7 +17,7 @@ import yaml
 
 from pipeline.core.errors import UserError
 from pipeline.launch import schedulers
-from pipeline.launch.schedulers import Order, render_rayjob, run_program, submit_rayjob
+from pipeline.launch.schedulers import LaunchRequest, render_rayjob, run_program, submit_rayjob
 from pipeline.train.elastic import format_sizes
 from tests.helpers.crd import GOLDEN, misfits
 from tests.infra.rules import EXPORTER, RULES, containers, require_kustomize
@@ -32,7 +32,7 @@ SHARED = "must be in a shared volume that every pod can write (/shared/runs), wi
 GROUPS = "/spec/rayClusterSpec/workerGroupSpecs"
 
 
-ORDER = Order(
+ORDER = LaunchRequest(
     words=("recipes/imagenet/nf_resnet34_sltt.py", "--cpus-per-worker", "8"),
     name="nf-resnet34",
     sizes=(32,),
