@@ -50,9 +50,8 @@ def prepare(
             checkpoints, if there are any. The folder of their run is gone.
 
     Raises:
-        ValueError: the data set is missing, the weights that `init` names are missing, the name is
-            taken or refused, or there are checkpoints of another study, or checkpoints that must
-            not be adopted.
+        ValueError: the data set or the weights that `init` names are missing, the name is taken or
+            refused, or the checkpoints must not be adopted or are of another study.
     """
     recipe = recipe.resolved()
     trust = own_code.needed(trust, targets_of(recipe))

@@ -270,8 +270,8 @@ class Ray:
             job = replace(job, threads=cores, loader_threads=loader_threads)
         sizes = self.cluster.sizes
         is_elastic = len(sizes) > 1
-        # Whether a launch on this machine has started the cluster: this process, or that of the
-        # suite whose cluster this process has joined. The nodes show it; the address does not.
+        # Whether a launch has started the cluster: this launch, or the suite that this run belongs
+        # to. The nodes show it. The address does not.
         on_loopback = all(node["NodeManagerAddress"] == HOST for node in alive_nodes())
         return Trainer(
             partial(_train, work=self.work, sizes=sizes),
