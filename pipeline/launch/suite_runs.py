@@ -156,7 +156,7 @@ def count_parallel_runs(launcher: Launcher, side_by_side: CountOrAuto) -> int:
 def train_side_by_side(suite: SuiteRuns, launcher: Launcher, slots: int, console: Console) -> bool:
     """Train the remaining runs, `slots` at a time. Returns False if asked to stop.
 
-    After the first failure no further run starts. It is raised when the other runs have ended.
+    After the first failure no further run starts. Its error is raised when the others have ended.
 
     Raises:
         LaunchError: a run failed. The message is the last line of its driver.
