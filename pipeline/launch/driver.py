@@ -57,8 +57,8 @@ MLFLOW_TIMEOUT_S = 30.0
 # `spiketrain runs` holds the lock for less than this time, to check for a driver.
 LOCK_CHECK_S = 1.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-# A launcher starts the workers of one run after another and waits for them. It is a context manager,
-# which the main thread of the process enters and exits.
+# A launcher starts the workers of one run after another and waits for them. It is a context
+# manager, which the main thread of the process enters and exits.
 Launcher = Ray | Inline
 
 
