@@ -53,7 +53,7 @@ from benchmarks.recorded import BATCH, SAMPLES
 from benchmarks.survived import wrong
 from pipeline.core.code_version import commit
 from pipeline.core.printing import new_console, number, print_table
-from pipeline.launch.ray_cluster import NODES
+from pipeline.launch.ray_cluster import NODE_SETTINGS
 from pipeline.measure.memory import device_here, hardware
 from pipeline.track.journal import Follower, Record, last, read
 
@@ -236,7 +236,9 @@ def main() -> None:
         RAY_worker_niceness="0",
         OMP_NUM_THREADS="1",
     )
-    os.environ.update(NODES["fast"], RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    os.environ.update(
+        NODE_SETTINGS["fast"], RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)
+    )
     kills: list[Kill] = []
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         training = Training(Path(folder))

@@ -117,10 +117,10 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("compare --format xml", "'xml' is not one of 'table', 'json', 'csv'"),
         (
             "launch recipes/fashion/sltt.py --inline --max-restarts 1",
-            "without Ray; got --max-restarts 1",
+            "options of Ray must not be given; got --max-restarts 1",
         ),
         ("launch recipes/fashion/sltt.py --workers 3", "batch_size must divide by 3 workers"),
-        ("launch recipes/fashion/sltt.py --inline --workers 2", "--inline is one worker"),
+        ("launch recipes/fashion/sltt.py --inline --workers 2", "--inline trains one worker"),
         ("launch recipes/fashion/sltt.py --set data.folder=nowhere", "does not exist"),
         (
             "launch recipes/fashion/sltt.py --inline --side-by-side 2",
@@ -173,7 +173,10 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("resume none --runs RUNS", "no run 'none' in RUNS; there are none"),
         ("evaluate none --runs RUNS", "no run 'none' in RUNS; there are none"),
         ("export none --runs RUNS", "no run 'none' in RUNS; there are none"),
-        ("evaluate recipes/fashion/sltt.py", "needs --weights FILE; got no --weights"),
+        (
+            "evaluate recipes/fashion/sltt.py",
+            "--weights FILE must be given without --which; got no --weights",
+        ),
         (
             "evaluate recipes/fashion/sltt.py --weights nowhere.pt",
             "nowhere.pt must be a file of weights; it does not exist",
@@ -189,7 +192,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             "launch recipes/fashion/sltt.py --inline --node-loss patient",
-            "without Ray; got --node-loss patient",
+            "options of Ray must not be given; got --node-loss patient",
         ),
         (
             "evaluate recipes/fashion/sltt.py --weights x.pt --runs RUNS",
@@ -212,7 +215,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("launch ONE --inline --set optimizer.opt=sgdd", "sgdd"),
         ("launch ONE --inline --set init=README.md", "init: "),
         ("launch ONE --inline --set rule.k=9", "k must be in 1..T; got k=9, T=3"),
-        ("launch ONE --address 127.0.0.1:1", "no cluster let us in at '127.0.0.1:1'"),
+        ("launch ONE --address 127.0.0.1:1", "the cluster at 127.0.0.1:1 must run"),
     ],
 )
 def test_a_mistake_ends_in_one_line(

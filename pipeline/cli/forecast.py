@@ -313,10 +313,10 @@ def _threads(cores: Any) -> int:
     import torch
 
     from pipeline.core.cpu_affinity import cores_here
-    from pipeline.launch.cluster import share_of
+    from pipeline.launch.cluster import cores_and_loader_threads
 
-    return share_of(
+    return cores_and_loader_threads(
         [{"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}],
-        gpus=torch.cuda.is_available(),
+        uses_gpus=torch.cuda.is_available(),
         loader_threads=1,
     )[0]

@@ -156,9 +156,9 @@ def launch(
     """Train a recipe, or each recipe of a comparison, and print its table or its own report."""
     _handle_signals()
     if name is not None:
-        from pipeline.launch.prepare import named
+        from pipeline.launch.prepare import folder_named
 
-        named(runs, name)
+        folder_named(runs, name)
     made = _comparison([made_of(recipe, set_, tiny) for recipe in recipes], seeds, tune)
     here = _cluster(context.params, made)
     refuse_unnamed(made, recipes)
@@ -176,7 +176,9 @@ def launch(
     else:
         from pipeline.launch.driver import launch_run
 
-        _end_run(launch_run(made, here, runs, name=name, adopts=or_resume, trust=trusted))
+        _end_run(
+            launch_run(made, here, runs, name=name, adopt_checkpoints=or_resume, trust=trusted)
+        )
 
 
 def _cluster(params: dict[str, Any], made: Recipe | Suite) -> "Cluster":
@@ -210,7 +212,7 @@ def _continued(
         raise ValueError("launch: --or-resume needs a --name to continue; got none")
     if not (runs / name).exists():
         return False
-    from pipeline.launch.cluster import OPERATIONAL
+    from pipeline.launch.cluster import OPERATIONAL_FIELDS
     from pipeline.launch.resume import refuse_unless_launched_so
 
     refuse_unless_launched_so(runs / name, made, here, trust=trust)
@@ -219,7 +221,9 @@ def _continued(
         workers=None if here.inline else here.workers,
         inline=here.inline,
         address=context.params["address"] or (None if here.inline else "local"),
-        options={field: getattr(here, field) for field in OPERATIONAL if is_typed(context, field)},
+        options={
+            field: getattr(here, field) for field in OPERATIONAL_FIELDS if is_typed(context, field)
+        },
         trust=trust,
     )
     return True
@@ -258,10 +262,12 @@ def resume(
     it was launched.
     """
     _handle_signals()
-    from pipeline.launch.cluster import OPERATIONAL, parse_workers
+    from pipeline.launch.cluster import OPERATIONAL_FIELDS, parse_workers
     from pipeline.report.selection import find_run
 
-    options = {field: context.params[field] for field in OPERATIONAL if is_typed(context, field)}
+    options = {
+        field: context.params[field] for field in OPERATIONAL_FIELDS if is_typed(context, field)
+    }
     _resume(
         find_run(runs, run, suites=True),
         workers=None if workers is None else parse_workers(workers),

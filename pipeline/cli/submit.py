@@ -59,8 +59,8 @@ Partition = Annotated[str | None, _option("--partition", help="slurm")]
 _OF_SLURM = ("nodes", "gpus_per_node", "time", "partition")
 _OPTIONS = ("cluster", "dry_run", "image", "infra", *_OF_SLURM)
 _REQUIRED = {"k8s": ("image", "infra"), "slurm": ("nodes", "time")}
-# The order sets these options of the launch.
-_IN_THE_ORDER = ("name", "runs", "workers")
+# The request sets these options of the launch.
+_IN_THE_REQUEST = ("name", "runs", "workers")
 # These follow from the job: workers of a Ray cluster train, and a job of the same name resumes.
 _OF_THE_JOB = ("inline", "address", "or_resume")
 
@@ -106,7 +106,7 @@ def hand_over(
     require(not missing, f"launch: --cluster {where} needs {needs}; got no {missing}")
     from pipeline.launch import schedulers
 
-    order = schedulers.Order(
+    request = schedulers.LaunchRequest(
         words=tuple(_words(context)),
         name=given["name"],
         # Slurm's script counts the workers if none were asked for.
@@ -118,8 +118,8 @@ def hand_over(
         "k8s": (schedulers.render_rayjob, schedulers.submit_rayjob),
         "slurm": (schedulers.render_sbatch, schedulers.submit_sbatch),
     }.get(where, (schedulers.render_ray_job, schedulers.submit_ray_job))
-    rendered = render(order)
-    _check(made, order.sizes or (given["nodes"] * max(given.get("gpus_per_node", 0), 1),), trust)
+    rendered = render(request)
+    _check(made, request.sizes or (given["nodes"] * max(given.get("gpus_per_node", 0), 1),), trust)
     typer.echo(rendered if given.get("dry_run") else submit(rendered))
     return True
 
@@ -143,12 +143,12 @@ def _check(made: Recipe | Suite, sizes: tuple[int, ...], trust: tuple[str, ...])
 
 
 def _words(context: typer.Context) -> Iterator[str]:
-    """The typed words, recipes first, without those that become fields of the order."""
+    """The typed words, recipes first, without those that become fields of the request."""
     for parameter in sorted(
         context.command.params, key=lambda each: each.param_type_name == "option"
     ):
         name = parameter.name or ""
-        if name in (*_OPTIONS, *_IN_THE_ORDER) or not is_typed(context, name):
+        if name in (*_OPTIONS, *_IN_THE_REQUEST) or not is_typed(context, name):
             continue
         value = context.params[name]
         if parameter.param_type_name == "argument":

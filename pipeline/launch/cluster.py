@@ -1,5 +1,5 @@
-"""`Cluster`: the machines that a run or a suite trains on, how it runs there, and what each worker
-gets: a GPU, cores, loader threads. The errors of launchers.
+"""`Cluster`: the options of a launch that do not belong to the recipe. They choose the machines,
+and the GPU, the cores and the loader threads of each worker.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,8 +18,8 @@ from pipeline.train.elastic import format_sizes
 
 Device = Literal["auto", "cpu", "gpu"]
 CountOrAuto = int | Literal["auto"]
-# Fields that `resume` may change for good: a run may continue on other machines.
-OPERATIONAL = (
+# Fields that `resume` may change and save: a run may continue on other machines.
+OPERATIONAL_FIELDS = (
     "device",
     "cpus_per_worker",
     "loader_threads",
@@ -30,56 +30,43 @@ OPERATIONAL = (
     "side_by_side",
 )
 # Fields without effect on one worker in this process.
-OF_RAY = ("workers", "address", "cpus_per_worker", "max_restarts", "node_loss")
-# Far above any number that divides a global batch. Each number of a range is checked.
-MOST_WORKERS = 65_536
+RAY_FIELDS = ("workers", "address", "cpus_per_worker", "max_restarts", "node_loss")
+# Far above any number that divides a global batch: each number of a range is checked.
+MAX_WORKERS = 65_536
 # A week. The watchdog's timers overflow after some hundred years.
-MOST_HANG_MINUTES = 7 * 24 * 60.0
-
-
-class LaunchError(RuntimeError):
-    """A run that failed, in one line."""
-
-
-class WorkersEnded(LaunchError):
-    """The workers died and are not started again.
-
-    `is_for_the_user`: the cause stays until a user changes something.
-    """
-
-    def __init__(self, message: str, *, is_for_the_user: bool = False) -> None:
-        super().__init__(message)
-        self.is_for_the_user = is_for_the_user
+MAX_HANG_MINUTES = 7 * 24 * 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """The options of a launch. None of them belongs to the recipe.
+    """The options of a launch.
 
     Args:
-        workers: processes that train together. With several ascending numbers, the largest number
-            that there is room for trains; it may change during the run.
-        inline: one worker in this process, without Ray.
-        address: of an existing Ray cluster (`auto`, `host:6379`, `ray://...`). None or "local": a
-            cluster of our own on this machine.
-        device: whether workers train on GPUs (`takes_gpus`).
-        cpus_per_worker: cores of a worker, which Ray reserves, and torch's threads; `share_of`
-            explains `auto`.
+        workers: the number of processes that train together. With several ascending numbers, the
+            run uses the largest number that the cluster has resources for. It may change while the
+            run trains.
+        inline: train one worker in this process, without Ray.
+        address: the address of an existing Ray cluster (`auto`, `host:6379`, `ray://...`). None or
+            "local": the launch starts a cluster on this machine.
+        device: whether workers train on GPUs (`workers_use_gpus`).
+        cpus_per_worker: the cores that Ray reserves for a worker, and the number of torch's
+            threads. `cores_and_loader_threads` explains `auto`.
         loader_threads: threads that read data in a worker. auto: one per core with a GPU, else one.
-        max_restarts: how often dead workers are restarted without progress between
+        max_restarts: how many times dead workers are restarted until the run makes progress again
             (`ray_trainer.py`).
-        hang_minutes: the time without a sign of life after which a worker writes its stacks and
-            ends. 0: never.
-        verify: which data pages are compared with their checksums while training reads them: those
-            of some samples, or of all.
-        checkpoints: a folder or an address, below which each run keeps its checkpoints in a folder
-            of its name. None: in the run's folder.
+        hang_minutes: a worker that makes no progress for this time writes the stacks of its threads
+            and ends. 0: never.
+        verify: the data pages that are compared with their checksums while training reads them.
+            `sampled`: the pages of some samples. `full`: all pages.
+        checkpoints: a folder or an address. Each run stores its checkpoints in a folder of its name
+            there. None: in the run's folder.
         node_loss: how long the run waits for a node that does not answer (`ray_cluster.py`).
-        side_by_side: runs of a suite that train at the same time, each on cores and GPUs of its
-            own. auto: as many as there is room for.
+        side_by_side: the number of runs of a suite that train at the same time, each on its own
+            cores and GPUs. auto: as many as the cluster has resources for.
 
     Raises:
-        ValueError: a value that is refused.
+        ValueError: a number is out of range, numbers of workers do not ascend, runs side by side
+            have several numbers of workers, or the address of checkpoints has credentials.
     """
 
     workers: int | tuple[int, ...] = 1
@@ -100,22 +87,25 @@ class Cluster:
             object.__setattr__(self, "workers", tuple(self.workers))
         if self.address == "local":
             object.__setattr__(self, "address", None)
-        counts = ("workers", "cpus_per_worker", "loader_threads", "side_by_side")
         refuse_unless_counts(
             "cluster",
-            {name: each for name in counts if (each := getattr(self, name)) != "auto"},
+            {
+                name: getattr(self, name)
+                for name in ("workers", "cpus_per_worker", "loader_threads", "side_by_side")
+                if getattr(self, name) != "auto"
+            },
         )
         refuse_unless_counts("cluster", {"max_restarts": self.max_restarts}, least=0)
         if self.checkpoints is not None:
             refuse_credentials(self.checkpoints)
-        refuse_unless_watchable("cluster", self.hang_minutes)
+        check_hang_minutes("cluster", self.hang_minutes)
         require(
             list(self.sizes) == sorted(set(self.sizes)),
             f"cluster: numbers of workers must ascend; got {self.workers!r}",
         )
         require(
             len(self.sizes) <= 1 or self.side_by_side == 1,
-            "cluster: runs side by side need one number of workers; got"
+            "cluster: --workers must be one number for runs side by side; got"
             f" {format_sizes(self.sizes)}",
         )
 
@@ -135,7 +125,7 @@ class Cluster:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Every number of workers that a run may have."""
+        """The numbers of workers that a run may have, ascending."""
         return self.workers if isinstance(self.workers, tuple) else (self.workers,)
 
     def resumed(
@@ -146,10 +136,10 @@ class Cluster:
         address: str | None = None,
         options: Mapping[str, Any] = {},
     ) -> "Cluster":
-        """This cluster with the options of a resume; `options` are fields of OPERATIONAL.
+        """This cluster with the options of a resume; `options` are values of OPERATIONAL_FIELDS.
 
-        If one worker trains in this process, the launch's options for Ray are ignored, and
-        `launcher_of` refuses those of the resume.
+        If one worker trains in this process, the options for Ray of the launch are ignored.
+        `launcher_of` refuses options for Ray of the resume.
 
         Raises:
             ValueError: the run was launched on a Ray cluster, and no address is given. The address
@@ -158,56 +148,57 @@ class Cluster:
         """
         require(
             address is not None or self.address is None or inline,
-            "resume: a run that was launched on a Ray cluster needs --address anew; got"
-            f" none, it was {self.address}; --address local starts a cluster here",
+            "resume: --address must be given again for a run that was launched on a Ray cluster;"
+            f" got none (at the launch: {self.address}); --address local starts a cluster here",
         )
         is_inline = inline or (self.inline and workers is None and address is None)
-        before = {name: getattr(Cluster, name) for name in OF_RAY} if is_inline else {}
+        defaults = {name: getattr(Cluster, name) for name in RAY_FIELDS} if is_inline else {}
         if self.side_by_side == "auto" and (
             isinstance(workers, tuple) or (inline and not self.inline)
         ):
-            before["side_by_side"] = 1
-        now = {
+            defaults["side_by_side"] = 1
+        placement = {
             "workers": workers or (1 if is_inline else self.workers),
             "address": address,
             "inline": is_inline,
         }
-        return replace(self, **{**before, **options, **now})
+        return replace(self, **{**defaults, **options, **placement})
 
     def resume_address(self, launched: "Cluster") -> str | None:
-        """The `--address` of the command that resumes, on this cluster, a run of `launched`."""
+        """The `--address` of the command that resumes a run on this cluster. `launched` is the
+        cluster of its launch. None: the command needs no address.
+        """
         return None if launched.address is None else self.address or "local"
 
     @classmethod
     def from_json(cls, value: Any) -> "Cluster":
-        """The cluster that `dataclasses.asdict` turned into JSON values.
+        """Read a cluster from the JSON values of its fields.
 
         Raises:
-            ValueError: an unknown field, or a value that is refused.
+            ValueError: a field is unknown, or a value is refused.
         """
         return cls(**arguments_of(cls, value, who="cluster"))
 
 
-def refuse_unless_watchable(who: str, hang_minutes: float) -> None:
+def check_hang_minutes(subject: str, hang_minutes: float) -> None:
     require(
-        0 <= hang_minutes <= MOST_HANG_MINUTES,
-        f"{who}: hang_minutes must be in 0..{MOST_HANG_MINUTES:.0f}, a week, where 0 is never;"
+        0 <= hang_minutes <= MAX_HANG_MINUTES,
+        f"{subject}: hang_minutes must be in 0..{MAX_HANG_MINUTES:.0f} (a week; 0 means never);"
         f" got {hang_minutes:g}",
     )
 
 
 def option_name(field: str) -> str:
-    """The command-line option of a field of `Cluster`."""
     return f"--{field.replace('_', '-')}"
 
 
-def differences(was: Cluster, now: Cluster) -> dict[str, str]:
-    """A text for each field that differs, by its name: `--verify was sampled, is full`."""
-    after = asdict(now)
+def differences(old: Cluster, new: Cluster) -> dict[str, str]:
+    """The fields that differ, each with a text such as `--verify was sampled, is full`."""
+    new_values = asdict(new)
     return {
-        name: f"{option_name(name)} was {before}, is {after[name]}"
-        for name, before in asdict(was).items()
-        if before != after[name]
+        name: f"{option_name(name)} was {value}, is {new_values[name]}"
+        for name, value in asdict(old).items()
+        if value != new_values[name]
     }
 
 
@@ -215,21 +206,20 @@ def parse_workers(text: str) -> int | tuple[int, ...]:
     """Parse `4`, a range `2:4`, or a list `2,4,8`.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the text has another form, or a number is 0 or above MAX_WORKERS, or the numbers
+            do not ascend.
     """
-    least, colon, most = text.partition(":")
-    numbers = [
-        int(each) if each.isdecimal() else 0
-        for each in ((least, most) if colon else text.split(","))
-    ]
+    is_range = ":" in text
+    parts = text.split(":", 1) if is_range else text.split(",")
+    numbers = [int(part) if part.isdecimal() else 0 for part in parts]
     require(
-        all(is_count(each) for each in numbers)
+        all(is_count(number) for number in numbers)
         and numbers == sorted(set(numbers))
-        and numbers[-1] <= MOST_WORKERS,
+        and numbers[-1] <= MAX_WORKERS,
         "launch: --workers must be a number, a range such as 2:4 or ascending numbers such as"
-        f" 2,4,8, none above {MOST_WORKERS}; got {text}",
+        f" 2,4,8, none above {MAX_WORKERS}; got {text}",
     )
-    if colon:
+    if is_range:
         return tuple(range(numbers[0], numbers[1] + 1))
     return numbers[0] if len(numbers) == 1 else tuple(numbers)
 
@@ -237,37 +227,37 @@ def parse_workers(text: str) -> int | tuple[int, ...]:
 # ------------------------------------------------------------------------- what each worker gets
 
 
-def takes_gpus(device: Device, workers: int, gpus: int) -> bool:
-    """Whether each worker gets a GPU. `auto` takes GPUs if there are any.
+def workers_use_gpus(device: Device, workers: int, gpus: int) -> bool:
+    """Whether each worker gets a GPU. With `auto`, workers use GPUs if there are any.
 
     Raises:
-        UserError: there are fewer GPUs than workers. Otherwise some workers would silently train
-            on CPUs.
+        UserError: workers use GPUs, and there are fewer GPUs than workers. Otherwise some workers
+            would silently train on CPUs.
     """
     if device == "cpu" or (device == "auto" and gpus == 0):
         return False
     if gpus < workers:
         raise UserError(
-            f"launch: each worker needs a GPU; got {counted(workers, 'worker')} and"
-            f" {counted(gpus, 'GPU')}; take fewer workers or --device cpu"
+            f"launch: each worker must get a GPU; got {counted(workers, 'worker')} and"
+            f" {counted(gpus, 'GPU')}; launch fewer workers, or use --device cpu"
         )
     return True
 
 
-def refuse_unusable_cards(device: Device) -> None:
+def refuse_unusable_gpus(device: Device) -> None:
     """Raises: UserError if torch cannot use the GPUs of this machine and `device` is not `cpu`."""
     if device != "cpu" and (problem := unusable_gpus()) is not None:
         raise UserError(f"launch: {problem}")
 
 
-def share_of(
+def cores_and_loader_threads(
     nodes: Iterable[Mapping[str, float]],
     *,
-    gpus: bool,
+    uses_gpus: bool,
     cores: CountOrAuto = "auto",
     loader_threads: CountOrAuto = "auto",
 ) -> tuple[int, int]:
-    """Cores and loader threads of a worker. Numbers from the user are kept.
+    """The numbers of cores and loader threads of a worker. Only `auto` is replaced.
 
     One core decodes some hundreds of JPEGs in a second, which leaves a GPU idle most of the time.
     So a worker with a GPU gets the cores of its node divided by the node's GPUs. A worker on a CPU
@@ -278,10 +268,12 @@ def share_of(
     """
     if cores == "auto":
         # The smallest number of cores per GPU over all nodes.
-        with_gpu = [node for node in nodes if gpus and node.get("GPU", 0) >= 1]
-        cores = max(1, min((int(has.get("CPU", 0) // has["GPU"]) for has in with_gpu), default=1))
+        gpu_nodes = [node for node in nodes if uses_gpus and node.get("GPU", 0) >= 1]
+        cores = max(
+            1, min((int(node.get("CPU", 0) // node["GPU"]) for node in gpu_nodes), default=1)
+        )
     if loader_threads == "auto":
-        loader_threads = cores if gpus and _has_tbb() else 1
+        loader_threads = cores if uses_gpus and _has_tbb() else 1
     return cores, loader_threads
 
 

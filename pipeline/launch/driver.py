@@ -1,8 +1,9 @@
 """The driver of a run: the process that checks the recipe, makes the run's folder, starts the
-workers and watches them. It does not train.
+workers and watches them. It does not train, except with `--inline`.
 
-It holds `RUN/driver.lock`, follows the journal of the run to show progress and to fill MLflow, and
-passes requests from signals (`driver_signals.py`) to the workers through files in the run's folder.
+The driver holds `RUN/driver.lock`. It follows the run's journal to show progress and to fill
+MLflow. It passes requests from signals (`driver_signals.py`) to the workers, as files in the run's
+folder.
 """
 
 import fcntl
@@ -28,12 +29,12 @@ from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.units import first_few
-from pipeline.launch.cluster import OF_RAY, Cluster, LaunchError, WorkersEnded, option_name
+from pipeline.launch.cluster import RAY_FIELDS, Cluster, option_name
 from pipeline.launch.driver_signals import StopRequest, on_stop_signals
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare, write_job
-from pipeline.launch.progress import Shown
-from pipeline.launch.ray import Ray
+from pipeline.launch.progress import ProgressDisplay
+from pipeline.launch.ray import LaunchError, Ray, WorkersEnded
 from pipeline.recipe.printed_commands import command
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import refuse_references
@@ -52,24 +53,31 @@ from pipeline.train.tasks import Loaders, fingerprint_of, tasks_of
 from pipeline.train.writer_lock import PATIENCE_S, journal
 
 POLL_S = 0.25
-MLFLOW_PATIENCE_S = 30.0
-INSTANT_S = 1.0  # `spiketrain runs` takes the lock for an instant, to check for a driver
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
-# Starts the workers of one run after another and waits for them. It is entered and left in the main
-# thread of its process.
+MLFLOW_TIMEOUT_S = 30.0
+# `spiketrain runs` holds the lock for less than this time, to check for a driver.
+LOCK_CHECK_S = 1.0
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# A launcher starts the workers of one run after another and waits for them. It is a context
+# manager, which the main thread of the process enters and exits.
 Launcher = Ray | Inline
 
 
 def launcher_of(cluster: Cluster) -> Launcher:
-    """Raises: ValueError if one worker in this process has an option that only Ray uses."""
+    """The launcher that the options of a cluster ask for.
+
+    Raises:
+        ValueError: the options have `inline` and one that only Ray uses.
+        UserError: the options have `inline`, and the device is `gpu` without a GPU, or torch cannot
+            use this machine's GPUs.
+    """
     if not cluster.inline:
         return Ray(cluster)
-    for name in OF_RAY:
+    for name in RAY_FIELDS:
         got = format_sizes(cluster.sizes) if name == "workers" else getattr(cluster, name)
         require(
             getattr(cluster, name) == getattr(Cluster, name),
-            "cluster: --inline is one worker in this process, without Ray; got"
-            f" {option_name(name)} {got}",
+            "cluster: --inline trains one worker in this process, so options of Ray must not be"
+            f" given; got {option_name(name)} {got}",
         )
     return Inline(device=cluster.device, loader_threads=cluster.loader_threads)
 
@@ -80,24 +88,31 @@ def launch_run(
     runs: Path,
     *,
     name: str | None = None,
-    adopts: bool = False,
+    adopt_checkpoints: bool = False,
     trust: tuple[str, ...] = (),
 ) -> Path:
-    """Train a recipe. Returns the run's folder. `prepare` explains `adopts`."""
+    """Train a recipe. Returns the run's folder. `prepare` explains `adopt_checkpoints`."""
     refuse_references(recipe)
     launcher = launcher_of(cluster)
     say_stage("checking the recipe and its data")
-    check(recipe, cluster, trust=trust)
+    check_launch(recipe, cluster, trust=trust)
     with launcher:
         return train_alone(
-            prepare(recipe, cluster, runs, name=name, adopts=adopts, trust=trust),
+            prepare(
+                recipe, cluster, runs, name=name, adopt_checkpoints=adopt_checkpoints, trust=trust
+            ),
             launcher,
             address=cluster.address,
         )
 
 
-def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
-    """Refuse whatever can be refused before a file is written."""
+def check_launch(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
+    """Check a recipe and its data before a file is written.
+
+    Raises:
+        ValueError: the recipe or its data is refused.
+    """
+    # Each call raises an error if it refuses the recipe. The results are not needed.
     Recipe.from_json(recipe.to_json(), trust=trust)
     check_recipe(recipe, *cluster.sizes)
     fingerprint_of(recipe)
@@ -112,92 +127,104 @@ def train_alone(job: Job, launcher: Launcher, *, address: str | None) -> Path:
     return folder
 
 
-def end_stopped(console: Console, resume: str) -> NoReturn:
-    """End the process with exit code 130 after a run or suite that was asked to stop.
-
-    `resume` is the command that resumes it, which is printed.
+def end_stopped(console: Console, resume_command: str) -> NoReturn:
+    """Print the command that resumes a stopped run or suite, and end the process with exit code
+    130.
     """
-    say(console, f"stopped; resume with: {resume}", whole=[resume])
+    say(console, f"stopped; resume with: {resume_command}", whole=[resume_command])
     raise SystemExit(130)
 
 
 def drive(
     job: Job, launcher: Launcher, console: Console, *, address: str | None = None
 ) -> dict[str, Any] | None:
-    """Run one job to its end, show it, mirror it to MLflow, and stop it on signals.
+    """Train the run of one job to its end. Show its progress, mirror it to MLflow, and stop it on
+    signals.
 
-    Returns and raises what `Ray.run` does. `address` is the `--address` of the command that
-    resumes it.
+    Args:
+        address: the `--address` of the command that resumes the run.
+
+    Returns: the summary, or None if the run was asked to stop.
+
+    Raises:
+        UserError: the user has to change something, or another driver trains the run.
+        LaunchError: the workers failed more often than allowed, or there were no resources for
+            them.
+        OSError: the storage of the checkpoints or of the run's folder failed.
     """
     folder = Path(job.run)
-    uri, resume = tracking_uri(folder.parent), command("resume", folder, address=address)
-    job = replace(job, resume_command=resume, commit=commit())
+    uri, resume_command = tracking_uri(folder.parent), command("resume", folder, address=address)
+    job = replace(job, resume_command=resume_command, commit=commit())
     ignore_lost_terminal(console)
     print_line = partial(say, console)
     with driver_lock(folder):
         job = _with_checkpoint_token(job, print_line)
         files = RunFolder(folder)
-        for message in (files.stop, files.save, files.refusal):
-            message.unlink(missing_ok=True)
+        for file in (files.stop, files.save, files.refusal):  # left by an earlier attempt
+            file.unlink(missing_ok=True)
         write_job(job)
-        shown = Shown(
-            folder, console, store=uri, resume_command=resume, also=Exposed(folder, print_line).show
+        display = ProgressDisplay(
+            folder,
+            console,
+            mlflow_uri=uri,
+            resume_command=resume_command,
+            on_events=Exposed(folder, print_line).show,
         )
         request = StopRequest(folder, print_line)
-        with _mirrored(folder, uri, print_line), closing(shown):
+        with _mirrored(folder, uri, print_line), closing(display):
             try:
-                with on_stop_signals(request.hear):
+                with on_stop_signals(request.on_signal):
                     return _in_thread(
                         lambda: launcher.run(job, attempt=uuid.uuid4().hex[:8]),
-                        meanwhile=(request.report, shown.look),
+                        while_waiting=(request.report, display.update),
                     )
             except LaunchError as failure:
-                hung = _journal_failure(folder, failure)
+                hang_message = _journal_end_of_workers(folder, failure)
                 if isinstance(failure, WorkersEnded) and failure.is_for_the_user:
                     raise UserError(str(failure)) from failure
-                if isinstance(failure, WorkersEnded) and hung:
-                    raise LaunchError(hung) from failure
+                if isinstance(failure, WorkersEnded) and hang_message:
+                    raise LaunchError(hang_message) from failure
                 raise
 
 
 @contextmanager
 def _mirrored(folder: Path, uri: str, print_line: Callable[[str], None]) -> Iterator[None]:
-    """Deliver the run to MLflow while the block runs, and the rest at its end."""
+    """Deliver the run's journal to MLflow during and after the block."""
     mirror = Mirror(folder, uri=uri)
     try:
         yield
     finally:
-        if not mirror.close(timeout=MLFLOW_PATIENCE_S):
+        if not mirror.close(timeout=MLFLOW_TIMEOUT_S):
             print_line(
                 f"MLflow at {without_password(uri)} has not answered; `spiketrain sync"
                 f" {folder}` delivers the rest later"
             )
 
 
-def _with_checkpoint_token(job: Job, say: Callable[[str], None]) -> Job:
-    """Claim the place of the checkpoints, if it is not the run's folder, and give the job the
-    token. An earlier driver can then no longer write there.
+def _with_checkpoint_token(job: Job, print_line: Callable[[str], None]) -> Job:
+    """Claim the store of the checkpoints, if it is outside the run's folder, and give its token to
+    the job. An earlier driver can then no longer write to the store.
     """
     if not job.checkpoints:
         return job
-    place = store_at(job.checkpoints, Path(job.run))
+    store = store_at(job.checkpoints, Path(job.run))
     return replace(
         job,
         store_token=retry_while_away(
             Ranks(),
-            lambda: claim(place, run=job.run, run_id=job.run_id, study=job.study),
-            on_wait=lambda error: say(
-                f"{place.address('')} does not answer, and is waited for: {error}"
+            lambda: claim(store, run=job.run, run_id=job.run_id, study=job.study),
+            on_wait=lambda error: print_line(
+                f"{store.address('')} does not answer; waiting for it: {error}"
             ),
         ),
     )
 
 
-def _journal_failure(folder: Path, failure: LaunchError) -> str:
-    """Journal the cause of the workers' end.
+def _journal_end_of_workers(folder: Path, failure: LaunchError) -> str:
+    """Journal the workers' hangs and deaths that are not in the journal yet.
 
-    Returns: the message for workers that hung since the last call; empty if none did. Ray and the
-    other workers report a lost connection only.
+    Returns: the message about the hangs, for the user; empty if there are none. Ray and the other
+    workers report only a lost connection.
 
     Raises:
         UserError: a worker refused to continue, for a reason that the user can change.
@@ -205,26 +232,27 @@ def _journal_failure(folder: Path, failure: LaunchError) -> str:
     hung: dict[str, int] = {}
     try:
         hung = unreported_hangs(folder, read_events(RunFolder(folder).journal))
-        with journal(folder, Ranks()):  # the workers are gone: nobody else writes it
+        # No worker is left that could write the journal. `journal` writes the hangs and deaths at
+        # its beginning, and the refusal at its end.
+        with journal(folder, Ranks()):
             raise_refusal(folder)
     except OSError as error:  # a full disk, which may have caused the failure itself
         failure.add_note(f"the journal could not be written: {error}")
     if not hung:
         return ""
-    # A worker that waits for a hung one gives no sign of life either, and may be ended first.
+    # A worker that waits for a hung worker makes no progress either, and may be ended first.
     ranks = ", ".join(map(str, sorted(set(hung.values()))))
     return (
-        f"worker {ranks}, or one that was waited for: no sign of life for too long"
-        " (--hang-minutes); what its threads were at is in"
-        f" {first_few([str(folder / file) for file in hung], most=4)}"
+        f"worker {ranks}, or a worker that it waited for, hung for longer than --hang-minutes; the"
+        f" stacks of its threads are in {first_few([str(folder / file) for file in hung], most=4)}"
     )
 
 
 def _in_thread(
-    work: Callable[[], dict[str, Any] | None], *, meanwhile: tuple[Callable[[], None], ...]
+    work: Callable[[], dict[str, Any] | None], *, while_waiting: tuple[Callable[[], None], ...]
 ) -> dict[str, Any] | None:
-    """Run `work` in a daemon thread, while the main thread handles signals. In the main thread, a
-    signal would end Ray's `fit`.
+    """Run `work` in a daemon thread. The main thread handles signals and calls `while_waiting`
+    repeatedly. If `work` ran in the main thread, a signal would end Ray's `fit`.
     """
     outcome: Future[dict[str, Any] | None] = Future()
 
@@ -237,7 +265,7 @@ def _in_thread(
     threading.Thread(target=target, daemon=True, name="launcher").start()
     while not outcome.done():
         wait([outcome], POLL_S)
-        for act in meanwhile:
+        for act in while_waiting:
             act()
     return outcome.result()
 
@@ -249,13 +277,14 @@ def _in_thread(
 def driver_lock(folder: Path) -> Iterator[None]:
     """Lock the folder of a run or suite against every other driver, on any machine.
 
-    The kernel releases the lock of a process that dies. The lock of a machine that dies stays until
-    the file system releases it. By then a scheduler may have started the same command elsewhere.
-    So the lock names its machine. If a driver on this machine holds it, this driver is refused at
-    once. If a driver elsewhere holds it, this driver waits for up to ten minutes.
+    The kernel releases the lock of a process that dies. If a machine dies, the file system releases
+    its locks minutes later, and a scheduler may already have started the same command on another
+    machine. So the file holds the name of the machine that locks it. If a driver on this machine
+    holds the lock for a second, this driver is refused. If a driver on another machine holds it,
+    this driver waits for up to ten minutes.
 
     Raises:
-        UserError: another driver holds it.
+        UserError: another driver holds the lock.
     """
     with RunFolder(folder).driver_lock.open("a+") as handle:
         _acquire(handle, folder)
@@ -267,31 +296,35 @@ def driver_lock(folder: Path) -> Iterator[None]:
 
 
 def this_machine() -> str:
-    """The host's name and its boot: a lock from before the last boot is another machine's."""
-    return f"{socket.gethostname()} {_BOOT.read_text().strip() if _BOOT.exists() else ''}"
+    """The host's name and the id of its boot. After a reboot the host counts as another machine:
+    no driver on it holds the lock any more.
+    """
+    return f"{socket.gethostname()} {_BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ''}"
 
 
 def _acquire(handle: IO[str], folder: Path) -> None:
-    begun, is_printed = time.monotonic(), False
+    start, is_printed = time.monotonic(), False
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            waited_s = time.monotonic() - begun
-        if waited_s > INSTANT_S:
+            waited_s = time.monotonic() - start
+        if waited_s > LOCK_CHECK_S:
             handle.seek(0)
             holder = handle.read()
             host = holder.partition(" ")[0]
-            rule = f"{folder.name}: is being trained by another process on"
+            error_prefix = f"{folder.name}: is being trained by another process on"
             if holder == this_machine() or not host:
-                raise UserError(f"{rule} this machine")
+                raise UserError(f"{error_prefix} this machine")
             if waited_s > PATIENCE_S:
-                raise UserError(f"{rule} {host}, which still holds it after {waited_s:.0f} s")
+                raise UserError(
+                    f"{error_prefix} {host}, which still holds the lock after {waited_s:.0f} s"
+                )
             if not is_printed:
                 print(
-                    f"{folder.name}: is held by {host}: waiting for up to {PATIENCE_S:.0f} s, in"
-                    " which a dead machine loses it",
+                    f"{folder.name}: is locked by a process on {host}: waiting for up to"
+                    f" {PATIENCE_S:.0f} s; if the machine is dead, its lock ends in that time",
                     flush=True,
                 )
                 is_printed = True
@@ -302,37 +335,37 @@ def _acquire(handle: IO[str], folder: Path) -> None:
 
 
 def ignore_lost_terminal(console: Console) -> None:
-    """Keep later prints on this console from raising. The disk of a log may be full, the reader of
-    a pipe gone, or an ssh session closed.
+    """Let this console ignore errors of its output: a full disk, a broken pipe, or a closed
+    terminal.
 
     The first error is reported on stderr. After that nothing is printed.
     """
-    if not isinstance(console.file, _LosableFile):
-        console.file = cast(IO[str], _LosableFile(console.file))
+    if not isinstance(console.file, _OutputUntilError):
+        console.file = cast(IO[str], _OutputUntilError(console.file))
 
 
-class _LosableFile:
-    """Writes to `file` until that fails, then to nowhere. rich (15.0) would end the process at a
-    broken pipe.
+class _OutputUntilError:
+    """Writes to `file`. After the first error it drops all text. rich (15.0) would end the process
+    at a broken pipe.
     """
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
 
     def write(self, text: str) -> int:
-        with self._or_nowhere():
+        with self._dropping_output_after_error():
             self._file.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._or_nowhere():
+        with self._dropping_output_after_error():
             self._file.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
     @contextmanager
-    def _or_nowhere(self) -> Iterator[None]:
+    def _dropping_output_after_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -340,8 +373,8 @@ class _LosableFile:
             with suppress(OSError):
                 os.write(
                     2,
-                    f"shown no more: {error.strerror or error}; training goes on, and its journal"
-                    " has everything\n".encode(),
+                    f"the output has ended: {error.strerror or error}; training continues, and its"
+                    " journal has all events\n".encode(),
                 )
             # Python 3.11 would try to write the buffered text at exit, and end with exit code 120.
             with suppress(OSError, ValueError):  # the file may have no descriptor

@@ -1,8 +1,9 @@
-"""Requests by signals to the driver of a run or a suite.
+"""Signals that ask the driver of a run or a suite to stop.
 
-Ctrl-C, SIGTERM     save after the current step and stop; a second one stops at once
-SIGUSR1, SIGHUP     save and stop, however often they come. A scheduler sends SIGUSR1 before its
-                    time limit; SIGHUP comes when a terminal closes
+Ctrl-C, SIGTERM     The first signal saves after the current step and stops. If it follows another
+                    signal, it stops at once.
+SIGUSR1, SIGHUP     They save and stop, and never stop at once. A scheduler sends SIGUSR1 before its
+                    time limit. A terminal that closes sends SIGHUP.
 """
 
 import math
@@ -17,80 +18,86 @@ from types import FrameType
 from pipeline.core.run_folder import RunFolder
 from pipeline.train.job import was_stopped
 
-PATIENT = (signal.SIGUSR1, signal.SIGHUP)  # Signals that never mean "at once"
-# One request may come as several signals: to a process and to its group, or for each thread of a
-# parent that dies (Linux 6).
+SAVING_SIGNALS = (signal.SIGUSR1, signal.SIGHUP)  # They never stop a run at once.
+# One request may arrive as several signals: one to the process and one to its group, or one for
+# each thread of a parent that dies (Linux 6). A signal within this time after another is ignored.
 ECHO_S = 0.3
 
 
 @contextmanager
-def on_stop_signals(hear: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Inside, call `hear` once for each request. The call interrupts the main thread.
+def on_stop_signals(on_signal: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Inside, call `on_signal` once for each request. The call interrupts the main thread.
 
     SIGHUP stays ignored if it was ignored when this process started (nohup).
     """
-    heard = -math.inf
+    last_at = -math.inf
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal heard
-        is_echo, heard = time.monotonic() - heard < ECHO_S, time.monotonic()
+        nonlocal last_at
+        is_echo, last_at = time.monotonic() - last_at < ECHO_S, time.monotonic()
         if not is_echo:
-            hear(signal.Signals(number))
+            on_signal(signal.Signals(number))
 
-    wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        wanted.append(signal.SIGHUP)
-    before = {number: signal.signal(number, handle) for number in wanted}
+        numbers.append(signal.SIGHUP)
+    earlier_handlers = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in earlier_handlers.items():
             signal.signal(number, handler)
 
 
 class StopRequest:
-    """Passes signals on to the workers, as a file in the run's folder. For `on_stop_signals`."""
+    """Passes signals to the workers of a run, as a file in its folder."""
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        self._folder, self._say = folder, say
-        self._by, self._is_said = "", False
+    def __init__(self, folder: Path, print_line: Callable[[str], None]) -> None:
+        self._folder, self._print_line = folder, print_line
+        self._signal_name, self._is_printed = "", False
 
-    def hear(self, number: signal.Signals) -> None:
-        """Ask the workers to stop; the second time, end this process.
+    def on_signal(self, number: signal.Signals) -> None:
+        """Ask the workers to stop. If they were asked before, end this process, unless the signal
+        is one of SAVING_SIGNALS.
 
-        The first time nothing is printed here: the main thread may be in the middle of a line.
+        The request is not printed here: the main thread may be in the middle of a line.
         """
-        if not self._by:
-            self._by = number.name
-            self._ask()
-        elif number not in PATIENT:
+        if not self._signal_name:
+            self._signal_name = number.name
+            self._write_request()
+        elif number not in SAVING_SIGNALS:
             try:
-                self._say("stopped at once; the last checkpoint counts")
+                self._print_line("stopped at once; a resume continues from the last checkpoint")
             finally:
                 os._exit(130)
 
     def report(self) -> None:
-        """Print the request, and repeat it if the storage did not take the file. Call it often."""
-        if not self._by:
+        """Print the request once. Write it again if the storage did not take the file. The driver
+        calls this method repeatedly.
+        """
+        if not self._signal_name:
             return
-        self._ask()
-        if not self._is_said:
-            self._is_said = True
-            self._say(f"{self._by}: saving after this step; once more to stop at once")
+        self._write_request()
+        if not self._is_printed:
+            self._is_printed = True
+            self._print_line(
+                f"{self._signal_name}: saving after this step; another Ctrl-C or SIGTERM stops at"
+                " once"
+            )
 
-    def _ask(self) -> None:
+    def _write_request(self) -> None:
         with suppress(OSError):
             if not was_stopped(self._folder):
-                RunFolder(self._folder).stop.write_text(self._by)
+                RunFolder(self._folder).stop.write_text(self._signal_name)
 
 
 @contextmanager
 def blocked_signal(number: signal.Signals) -> Iterator[None]:
-    """Inside, block a signal. Processes that are started inside never get it. This process gets it
-    at the end of the block at the latest.
+    """Inside, block a signal. Processes that start inside never get the signal. If it arrives
+    inside, this process gets it at the end of the block.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    earlier_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier_mask)

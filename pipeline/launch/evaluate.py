@@ -41,13 +41,18 @@ def evaluate_run(
     time_steps: int | None,
     trust: tuple[str, ...],
 ) -> None:
-    """Print the accuracy of a run's network.
+    """Print the accuracy of a run's network, on all evaluation data of the run.
 
-    The weights are those of the file `weights`, or of the checkpoint `which` ("last" by default).
+    Args:
+        which: the checkpoint that has the weights; "last" by default.
+        weights: a file with other weights.
+
+    Raises:
+        ValueError: both are given, the weights do not fit, or the data is refused.
     """
     require(
         which is None or weights is None,
-        "evaluate: --weights takes the place of a checkpoint, so --which has no effect; got"
+        "evaluate: --which must not be given with --weights, which replace the checkpoint; got"
         f" --which {which}",
     )
     recipe = Recipe.read(RunFolder(folder).recipe, trust=trust)
@@ -61,7 +66,7 @@ def evaluate_run(
 
 
 def evaluate_recipe(
-    made: Recipe | Suite,
+    recipe: Recipe | Suite,
     *,
     which: str | None,
     weights: Path | None,
@@ -74,25 +79,30 @@ def evaluate_recipe(
     Args:
         own: the recipe file's own module, if the network is defined there.
         trust: the packages that the user trusts.
+
+    Raises:
+        ValueError: an option is missing or refused, the recipe is a suite, the weights do not fit,
+            or the data is refused.
     """
     if weights is None or which is not None:
         got = "no --weights" if weights is None else f"--which {which}"
         raise ValueError(
-            f"evaluate: a recipe has no checkpoints and needs --weights FILE; got {got}"
+            "evaluate: a recipe has no checkpoints, so --weights FILE must be given without"
+            f" --which; got {got}"
         )
-    if isinstance(made, Suite):
+    if isinstance(recipe, Suite):
         raise ValueError(
-            "evaluate: --weights are those of one network, so the file must hold one recipe; got"
-            f" {', '.join(recipe.name for recipe in made.recipes)}"
+            "evaluate: --weights are the weights of one network, so the file must have one recipe;"
+            f" got {', '.join(each.name for each in recipe.recipes)}"
         )
-    network = _with_weights(made, weights, trust=(*trust, *own))
-    if trust and not is_export(weights):  # errors of the file come first
-        raise ValueError(
-            "evaluate: --trust is for a file of spiketrain export, which says what its network is"
-            f" made of; got --trust {' --trust '.join(trust)} with {weights}"
-        )
-    build_data(made).check()
-    _print_accuracy(network, made, f"{made.name} ({weights.name}", time_steps)
+    network = _with_weights(recipe, weights, trust=(*trust, *own))
+    require(  # after the errors of the file
+        not trust or is_export(weights),
+        "evaluate: --trust must only be given with a file of spiketrain export, which names the"
+        f" code of its network; got --trust {' --trust '.join(trust)} with {weights}",
+    )
+    build_data(recipe).check()
+    _print_accuracy(network, recipe, f"{recipe.name} ({weights.name}", time_steps)
 
 
 def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...]) -> nn.Module:
@@ -101,7 +111,10 @@ def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...]) -> nn.M
     return load_weights(build_network(recipe, tasks_of(recipe)), file)
 
 
-def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: int | None) -> None:
+def _print_accuracy(
+    network: nn.Module, recipe: Recipe, line_prefix: str, time_steps: int | None
+) -> None:
+
     console, steps, device = new_console(), time_steps or recipe.time_steps, device_here()
     tasks = tasks_of(recipe)
     tasks[0].choose_head(network)
@@ -110,8 +123,8 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
     loaders, evaluated = Loaders(tasks, recipe, recipe.split(1)), list[EvaluationOutput]()
     energy_counter = EnergyCounter(device)
     for index, task in enumerate(loaders.tasks):
-        begun = time.monotonic()
-        say_stage("evaluating; the first batch compiles what reads the data")
+        start = time.monotonic()
+        say_stage("evaluating; the data loader is compiled for the first batch")
         task.choose_head(network)
         with closing(loaders.val(index)) as val_set, computing(device, recipe.precision):
             evaluated.append(
@@ -124,29 +137,28 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
                     energy_counter=energy_counter,
                 )
             )
-        where = f", {task.name}" if recipe.phases else ""
+        task_name = f", {task.name}" if recipe.phases else ""
         say(
             console,
-            f"{name}, T = {steps}{where}): {_describe(evaluated[-1].result)}; it took"
-            f" {time.monotonic() - begun:.1f} s",
+            f"{line_prefix}, T = {steps}{task_name}): {_describe(evaluated[-1].result)}; evaluated"
+            f" in {time.monotonic() - start:.1f} s",
         )
     if recipe.phases:
-        mean = _describe(mean_over_tasks([each.result for each in evaluated]))
-        say(console, f"{name}, T = {steps}, mean of {counted(len(evaluated), 'task')}): {mean}")
+        say(
+            console,
+            f"{line_prefix}, T = {steps}, mean of {counted(len(evaluated), 'task')}):"
+            f" {_describe(mean_over_tasks([each.result for each in evaluated]))}",
+        )
     last = evaluated[-1]
     assert last.inference is not None, "an evaluation of one worker has samples"
-    say(
-        console,
-        describe_inference(
-            last.inference.to_dict(joules_per_sample([last.readings])), on_gpu=device.type == "cuda"
-        ),
-    )
+    inference = last.inference.to_dict(joules_per_sample([last.readings]))
+    say(console, describe_inference(inference, on_gpu=device.type == "cuda"))
 
 
 def _describe(result: Evaluation) -> str:
     top5 = "" if result.top5 is None else f"top-5 {result.top5:.2%}, "
     return (
         f"top-1 {result.top1:.2%}, {top5}loss {result.loss:.4f} on"
-        f" {counted(result.samples, 'sample')}, firing rate {result.firing_rate:.4f} on one in"
-        f" {ACTIVITY_EVERY} of them"
+        f" {counted(result.samples, 'sample')}, firing rate {result.firing_rate:.4f} on 1 of"
+        f" {ACTIVITY_EVERY} samples"
     )

@@ -11,9 +11,9 @@ from pipeline.core.torch_settings import keep_freed_memory
 from pipeline.launch.cluster import (
     CountOrAuto,
     Device,
-    refuse_unusable_cards,
-    share_of,
-    takes_gpus,
+    cores_and_loader_threads,
+    refuse_unusable_gpus,
+    workers_use_gpus,
 )
 from pipeline.train.backend.collectives import group_of_one
 from pipeline.train.job import Job, RankInfo
@@ -21,11 +21,15 @@ from pipeline.train.worker import run
 
 
 class Inline:
-    """Runs the only worker of a job in the calling thread."""
+    """Runs the only worker of a job in the calling thread.
+
+    Raises:
+        UserError: `device` is `gpu` without a GPU, or torch cannot use this machine's GPUs.
+    """
 
     def __init__(self, *, device: Device = "auto", loader_threads: CountOrAuto = "auto") -> None:
-        refuse_unusable_cards(device)
-        self.device = "cuda" if takes_gpus(device, 1, torch.cuda.device_count()) else "cpu"
+        refuse_unusable_gpus(device)
+        self.device = "cuda" if workers_use_gpus(device, 1, torch.cuda.device_count()) else "cpu"
         self.loader_threads: CountOrAuto = loader_threads
         self._group = ExitStack()
 
@@ -37,7 +41,7 @@ class Inline:
     def __exit__(self, *exc: object) -> None:
         self._group.close()
 
-    def room(self) -> int:
+    def max_parallel_runs(self) -> int:
         return 1 if self.device == "cuda" else cores_here()
 
     def resume_options(self) -> list[str]:
@@ -46,10 +50,10 @@ class Inline:
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
         del attempt
         if self.device == "cuda":
-            cores, loaders = share_of(
+            cores, loader_threads = cores_and_loader_threads(
                 [{"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}],
-                gpus=True,
+                uses_gpus=True,
                 loader_threads=self.loader_threads,
             )
-            job = replace(job, threads=cores, loader_threads=loaders)
+            job = replace(job, threads=cores, loader_threads=loader_threads)
         return run(job, RankInfo(device=self.device))

@@ -1,8 +1,8 @@
-"""`spiketrain doctor`: finds problems that would stop a training, before it begins.
+"""`spiketrain doctor`: finds problems that would stop a training, before it starts.
 
-Each check runs on the node that it examines: versions, GPUs and their driver, the shared folders
-and their locks, reading images with FFCV. Versions and GPUs are also compared between nodes. Then
-the nodes connect to one another, and a request is sent to MLflow.
+Each node checks its versions, its GPUs and their driver, the shared folders and their locks, and
+whether FFCV can read images. Versions and GPUs are also compared between nodes. Then the nodes
+connect to one another, and a request is sent to MLflow.
 """
 
 import fcntl
@@ -46,14 +46,13 @@ from pipeline.train.checkpoint import absolute, folder_of
 
 PACKAGES = ("spiketrain", "torch", "deepspeed", "ray", "ffcv", "mlflow", "numpy", "numba", "timm")
 DEVICES = Path("/dev")
-NODE_S = 300.0  # For the checks on a node. The first time, FFCV and numba compile.
-MLFLOW_S = 10.0
+SAFE_NFS_OPTIONS = {"lookupcache=pos", "lookupcache=positive", "lookupcache=none", "noac"}
+NODE_TIMEOUT_S = 300.0  # For the checks on a node. The first time, FFCV and numba compile.
+MLFLOW_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check."""
-
     check: str
     state: Literal["ok", "warn", "bad"]  # `bad`: a training would fail
     text: str
@@ -62,30 +61,29 @@ class Finding:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """The state of one node."""
-
     name: str
     versions: Mapping[str, str]
-    gpus: tuple[str, ...] = ()  # Their names. Findings name the GPUs that cannot be used.
-    trains: bool = True  # Whether workers may run there: the head of a cluster may have no cores.
+    gpus: tuple[str, ...] = ()  # Names of the usable GPUs. Findings name the unusable ones.
+    can_train: bool = True  # False for a node without cores, such as the head of some clusters.
     findings: tuple[Finding, ...] = ()
 
 
-# Places for runs and checkpoints, the runs first: folders, or addresses such as s3://bucket/prefix.
-# Each has the marker that the driver wrote there; None: it wrote none.
+# The folder of runs, and then the folder or the address (s3://bucket/prefix) of checkpoints. Each
+# has the marker that the driver wrote there. None: an address, which has no marker.
 Stores = Mapping[str, Marker | None]
 
-_MARKS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "bad": ("BAD", "bold red")}
+_LABELS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "bad": ("BAD", "bold red")}
 
 
 def preflight(
     runs: Path, *, address: str | None = None, checkpoints: str | None = None
 ) -> list[Finding]:
-    """Examine this machine, or each node of the Ray cluster at `address` (unless it is `local`).
+    """Examine this machine, or each node of the Ray cluster at `address`.
 
     Args:
         runs: the folder of runs, which all nodes must share.
-        checkpoints: the address of checkpoints, if they are not kept in the folder of runs.
+        address: the address of a Ray cluster. None or `local`: this machine.
+        checkpoints: the address of checkpoints, if they are not in the folder of runs.
 
     Raises:
         UserError: no cluster accepts this process, or the address of checkpoints has credentials.
@@ -101,32 +99,38 @@ def preflight(
             except Exception as error:
                 bad = _unusable(place, "this machine", error)
                 return [replace(bad, text=f"{bad.text}; nothing else was examined")]
-        if address in (None, "local"):  # a launch starts a cluster here
+        if address in (None, "local"):
             findings = [*_findings([examine(stores, None)])]
         else:
-            stack.enter_context(Ray(Cluster(device="cpu", address=address), needs_room=False))
-            findings = [*_findings(_examine_nodes(stores)), _network(runs.absolute())]
+            stack.enter_context(Ray(Cluster(device="cpu", address=address), needs_cores=False))
+            findings = [*_findings(_examine_nodes(stores)), _check_network(runs.absolute())]
     return [*findings, check_mlflow(tracking_uri(runs))]
 
 
-def print_findings(found: Sequence[Finding], console: Console | None = None) -> None:
+def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
     """Print a line for each finding, its advice on the next line, and a summary at the end."""
     console = console or new_console()
-    for each in found:
-        mark, style = _MARKS[each.state]
-        label = Text.assemble((f"{mark:4}", style), f"  {each.check:9} ")
-        say(console, each.text, label=label)
-        if each.advice:
-            say(console, each.advice, label=" " * label.cell_len)
-    bad = sum(each.state == "bad" for each in found)
-    say(console, "fit to train" if not bad else f"not fit to train: {bad} of the above to mend")
+    for finding in findings:
+        text, style = _LABELS[finding.state]
+        label = Text.assemble((f"{text:4}", style), f"  {finding.check:9} ")
+        say(console, finding.text, label=label)
+        if finding.advice:
+            say(console, finding.advice, label=" " * label.cell_len)
+    problems = sum(finding.state == "bad" for finding in findings)
+    say(
+        console,
+        f"not ready to train: {counted(problems, 'problem')} to solve"
+        if problems
+        else "ready to train",
+    )
 
 
 @contextmanager
 def _marker_in(place: str) -> Iterator[Marker | None]:
-    """A marker that nodes look for in a folder. It is locked as a driver locks its run.
+    """Inside, a file in the folder `place` that the nodes look for. The file is locked as a driver
+    locks its run.
 
-    None for an address, which all nodes share.
+    None if `place` is an address, which all nodes share.
     """
     folder = folder_of(place)
     if folder is None:
@@ -138,7 +142,7 @@ def _marker_in(place: str) -> Iterator[Marker | None]:
     try:
         file.write_text(marker.content)
         with file.open("a") as handle:
-            with suppress(OSError):  # storage without locks: each node reports it
+            with suppress(OSError):  # each node reports a storage without locks
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield marker
     finally:
@@ -150,64 +154,66 @@ def _bad(check: str, what: str, error: Exception, advice: str) -> Finding:
     return Finding(check, "bad", f"{what}: {text}", advice)
 
 
-# ---------------------------------------------------------------------------------- of a cluster
+# ----------------------------------------------------------------------------------- the cluster
 
 
-def _findings(answers: Sequence[NodeReport | Finding]) -> Iterator[Finding]:
-    yield from compare([each for each in answers if isinstance(each, NodeReport)])
-    for each in answers:
+def _findings(results: Sequence[NodeReport | Finding]) -> Iterator[Finding]:
+    yield from compare([each for each in results if isinstance(each, NodeReport)])
+    for each in results:
         yield from each.findings if isinstance(each, NodeReport) else [each]
 
 
 def _examine_nodes(stores: Stores) -> list[NodeReport | Finding]:
-    """The report of each node that is up, the head first, or why it cannot be examined."""
+    """The report of each node that is up, the head first. For a node that cannot be examined, a
+    finding with the reason.
+    """
     import ray
     from ray.exceptions import GetTimeoutError, RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    run, nodes = ray.remote(examine), alive_nodes()
+    remote_examine, nodes = ray.remote(examine), alive_nodes()
     tasks = [
-        run.options(
+        remote_examine.options(
             num_cpus=0,
             max_retries=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
         ).remote(stores, node["Resources"])
         for node in nodes
     ]
-    ray.wait(tasks, num_returns=len(tasks), timeout=NODE_S)
-    answers: list[NodeReport | Finding] = []
+    ray.wait(tasks, num_returns=len(tasks), timeout=NODE_TIMEOUT_S)
+    results: list[NodeReport | Finding] = []
     for task, node in zip(tasks, nodes, strict=True):
         try:
-            answers.append(ray.get(task, timeout=0))
+            results.append(ray.get(task, timeout=0))
         except RayError as error:
-            why = innermost(getattr(error, "cause", None) or error)
+            problem = innermost(getattr(error, "cause", None) or error)
             if isinstance(error, GetTimeoutError):
                 ray.cancel(task, force=True)
-                why = "it does not answer in time"
-            answers.append(
+                problem = "it does not answer in time"
+            results.append(
                 Finding(
                     "node",
                     "bad",
-                    f"{node['NodeManagerAddress']} cannot be examined: {why}",
-                    "see that it is up, has what the other nodes have installed, and reaches the"
-                    " storage",
+                    f"{node['NodeManagerAddress']} cannot be examined: {problem}",
+                    "check that the node is up, has the same software as the other nodes, and"
+                    " reaches the storage",
                 )
             )
-    return answers
+    return results
 
 
-def _network(runs: Path) -> Finding:
-    """Whether the processes of a training reach one another's ports.
+def _check_network(runs: Path) -> Finding:
+    """The finding about the network: whether the processes of a training reach one another's ports.
 
-    There is one process for each GPU of the cluster; in a cluster without GPUs, one for each node
-    with cores.
+    There is one process for each GPU of the cluster. In a cluster without GPUs, there is one for
+    each node with cores.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    nodes = [node["Resources"] for node in alive_nodes()]
-    gpus = sum(int(has.get("GPU", 0)) for has in nodes)
-    count = gpus or sum(has.get("CPU", 0) > 0 for has in nodes)
+    resources = [node["Resources"] for node in alive_nodes()]
+    gpus = sum(int(each.get("GPU", 0)) for each in resources)
+    count = gpus or sum(each.get("CPU", 0) > 0 for each in resources)
     with tempfile.TemporaryDirectory(
         dir=runs, prefix=".doctor-", ignore_cleanup_errors=True
     ) as storage:
@@ -222,99 +228,109 @@ def _network(runs: Path) -> Finding:
                 failure_config=FailureConfig(controller_failure_limit=0),
                 worker_runtime_env={
                     "env_vars": worker_environment(
-                        threads=1, loader_threads=1, gpus=gpus > 0, alone=False
+                        threads=1, loader_threads=1, uses_gpus=gpus > 0, on_loopback=False
                     )
                 },
             ),
         )
         try:
             trainer.fit()
-        except Exception as error:  # Ray wraps what a process raised in several layers
+        except Exception as error:  # Ray wraps the error of a process in several layers
             return Finding(
                 "network",
                 "bad",
                 f"the processes of a training do not reach one another: {innermost(error)}",
-                "open all ports between the nodes, name the network's interface with"
-                " GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, and see that no GPU is in use",
+                "open all ports between the nodes, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to"
+                " the network's interface, and check that no other process uses the GPUs",
             )
     return Finding("network", "ok", f"{counted(count, 'process')} reached one another")
 
 
 def check_sums() -> None:
-    """Add up a number with all other processes.
+    """Sum a number over all processes.
 
     Workers with GPUs average gradients over NCCL and exchange everything else over gloo. gloo has
-    ports of its own and may choose another network interface, so both are tried.
+    its own ports and may choose another network interface, so both are checked.
 
     Raises:
         RuntimeError: a process did not answer in time, or a sum is wrong.
     """
-    size = distributed.get_world_size()
+    world_size = distributed.get_world_size()
     gloo = distributed.new_group(backend="gloo")
     on_gpu = [("cuda", None)] if distributed.get_backend() == "nccl" else []
     for device, group in [*on_gpu, ("cpu", gloo)]:
         number = torch.tensor(distributed.get_rank() + 1, device=device)
         distributed.all_reduce(number, group=group)
-        if int(number) != (wanted := size * (size + 1) // 2):
-            raise RuntimeError(f"the sum on {device} must be {wanted}; got {int(number)}")
+        if int(number) != (expected := world_size * (world_size + 1) // 2):
+            raise RuntimeError(f"the sum on {device} must be {expected}; got {int(number)}")
 
 
 def compare(reports: Sequence[NodeReport]) -> Iterator[Finding]:
-    """Compare versions and GPUs, which must be the same on all nodes."""
+    """The findings about versions and GPUs, which should be the same on all nodes."""
     if not reports:
         return
-    first, bad = reports[0].versions, []
+    first, problems = reports[0].versions, list[Finding]()
     for package in first:
         if len({each.versions[package] for each in reports}) > 1:
             text = ", ".join(f"{each.name} has {each.versions[package]}" for each in reports)
-            bad.append(
+            problems.append(
                 Finding(
                     "versions",
                     "bad",
                     f"{package}: {text}",
-                    "install the same on all nodes: `LOCKED=1 make setup`",
+                    "install the same version on all nodes: `LOCKED=1 make setup`",
                 )
             )
         elif first[package] == "not installed":
-            bad.append(Finding("versions", "bad", f"{package} is not installed", "`make setup`"))
+            problems.append(
+                Finding("versions", "bad", f"{package} is not installed", "`make setup`")
+            )
     text = ", ".join(f"{name} {first[name]}" for name in ("python", "torch", "ray", "ffcv"))
     text += f", the same on {len(reports)} nodes" if len(reports) > 1 else ""
-    yield from bad or [Finding("versions", "ok", text)]
+    yield from problems or [Finding("versions", "ok", text)]
 
-    healthy = [each for each in reports if all(found.check != "gpus" for found in each.findings)]
+    healthy = [
+        each for each in reports if all(finding.check != "gpus" for finding in each.findings)
+    ]
     if healthy:
         text = "; ".join(f"{each.name}: {', '.join(each.gpus) or 'no GPU'}" for each in healthy)
-        if len({each.gpus for each in healthy if each.gpus or each.trains}) <= 1:
+        if len({each.gpus for each in healthy if each.gpus or each.can_train}) <= 1:
             yield Finding("gpus", "ok", text)
         else:
-            advice = "workers wait for the slowest GPU: train on nodes that have the same GPUs"
-            yield Finding("gpus", "warn", text, advice)
+            yield Finding(
+                "gpus",
+                "warn",
+                text,
+                "workers wait for the slowest GPU: train on nodes that have the same GPUs",
+            )
 
 
 # ------------------------------------------------------------------------------------ on a node
 
 
 def examine(stores: Stores, resources: Mapping[str, float] | None) -> NodeReport:
-    """Examine the machine that this runs on.
+    """Examine the machine on which this function runs.
 
     Args:
-        resources: of the node, as Ray counts them. None: this machine, without Ray.
+        resources: the resources of the node, as Ray counts them. None: this machine, without Ray.
     """
     name = socket.gethostname()
-    gpus, findings = _gpus(resources)
-    findings = [replace(each, text=f"{name}: {each.text}") for each in (*findings, *_try_reading())]
-    tried = [try_store(address, marker) for address, marker in stores.items()]
-    findings += tried
+    gpus, findings = _check_gpus(resources)
+    findings = [
+        replace(each, text=f"{name}: {each.text}") for each in (*findings, *_check_reading())
+    ]
+    store_findings = [check_store(address, marker) for address, marker in stores.items()]
+    findings += store_findings
     runs, marker = next(iter(stores.items()))
-    if tried[0].state == "ok" and marker is not None:
-        findings += [*_run_lock(name, Path(runs) / marker.name), *_nfs(name, Path(runs))]
+    if store_findings[0].state == "ok" and marker is not None:
+        findings += [*_check_lock(name, Path(runs) / marker.name), *_check_nfs(name, Path(runs))]
     versions = {package: _version(package) for package in PACKAGES}
     versions |= {"python": platform.python_version(), "spiketrain's code": code_digest()}
     return NodeReport(
         name,
         versions,
         gpus,
-        trains=resources is None or resources.get("CPU", 0) > 0,
+        can_train=resources is None or resources.get("CPU", 0) > 0,
         findings=tuple(findings),
     )
 
@@ -326,10 +342,14 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[Finding]]:
+def _check_gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[Finding]]:
+
     if (unusable := unusable_gpus()) is not None:
         return (), [Finding("gpus", "bad", unusable.problem, unusable.advice)]
-    advice = "see nvidia-smi and the kernel's log there; repair the GPU, or leave the node out"
+    advice = (
+        "read nvidia-smi and the kernel's log on the node; repair the GPU, or train without the"
+        " node"
+    )
     names: list[str] = []
     findings: list[Finding] = []
     for index in range(count := torch.cuda.device_count()):
@@ -337,29 +357,30 @@ def _gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[
             total = torch.ones(1024, device=f"cuda:{index}").sum().item()
             require(total == 1024, f"the sum of 1024 ones must be 1024; got {total:g}")
             names.append(torch.cuda.get_device_name(index))
-        except Exception as error:  # of many types
+        except Exception as error:  # torch raises errors of many types
             findings.append(_bad("gpus", f"GPU {index} fails", error, advice))
-    # Without Ray, NVIDIA's driver has a file for each GPU. The user may have chosen some GPUs.
+    # Without Ray, the files of NVIDIA's driver are counted: it has one for each GPU. They are not
+    # counted if the user has chosen some of the GPUs.
     files = 0 if "CUDA_VISIBLE_DEVICES" in os.environ else len(list(DEVICES.glob("nvidia[0-9]*")))
-    promised = files if resources is None else int(resources.get("GPU", 0))
-    if count < promised:
-        advice += "; without Ray, CUDA_VISIBLE_DEVICES names the GPUs to use"
-        findings.append(Finding("gpus", "bad", f"torch finds {count} of {promised} GPUs", advice))
+    expected = files if resources is None else int(resources.get("GPU", 0))
+    if count < expected:
+        advice += "; to train on some of the GPUs without Ray, set CUDA_VISIBLE_DEVICES"
+        findings.append(Finding("gpus", "bad", f"torch finds {count} of {expected} GPUs", advice))
     return tuple(names), findings
 
 
-def _try_reading() -> Iterator[Finding]:
-    """Write a few images and read them as a training does: with FFCV, its library and numba."""
+def _check_reading() -> Iterator[Finding]:
+    """Write a few images, and read them as a training does, with FFCV and numba."""
     try:
-        shades = _read_written((41, 201))
-        require(shades == [41, 201], f"shades 41 and 201 were read as {shades}")
+        values = _write_and_read((41, 201))
+        require(values == [41, 201], f"pixels 41 and 201 were read as {values}")
         yield Finding("ffcv", "ok", "images were written and read")
     except Exception as error:
         yield _bad(
             "ffcv",
             "images cannot be written and read",
             error,
-            "infra/setup.sh builds FFCV and what it needs",
+            "infra/setup.sh builds FFCV and its libraries",
         )
         return
     from pipeline.data.ffcv.numba_threads import require_tbb
@@ -376,29 +397,30 @@ def _try_reading() -> Iterator[Finding]:
         yield replace(bad, state="warn")
 
 
-def _read_written(shades: Sequence[int]) -> list[int]:
+def _write_and_read(pixels: Sequence[int]) -> list[int]:
+
     from PIL import Image
 
     from pipeline.data.datasets.beton import Beton
     from pipeline.data.write.images import write_folder
 
     with tempfile.TemporaryDirectory() as name:
-        pictures, written = Path(name) / "pictures", Path(name) / "written"
+        images, beton_files = Path(name) / "images", Path(name) / "beton_files"
         for part in ("train", "val"):
-            (folder := pictures / part / "grey").mkdir(parents=True)
-            for shade in shades:
-                Image.new("RGB", (8, 8), (shade,) * 3).save(folder / f"{shade}.png")
-        write_folder(pictures, written, mode="raw")
-        mean, std = (0.0,) * 3, (1.0,) * 3
-        loader = Beton(written, classes=1, size=8, crop="shift", mean=mean, std=std).val(
-            rank=0, world=1, micro_batch=2, threads=1
-        )
+            (class_folder := images / part / "grey").mkdir(parents=True)
+            for pixel in pixels:
+                Image.new("RGB", (8, 8), (pixel,) * 3).save(class_folder / f"{pixel}.png")
+        write_folder(images, beton_files, mode="raw")
+        loader = Beton(
+            beton_files, classes=1, size=8, crop="shift", mean=(0.0,) * 3, std=(1.0,) * 3
+        ).val(rank=0, world=1, micro_batch=2, threads=1)
         with closing(loader), loader.epoch(0) as batches:
             return sorted(round(float(x.mean()) * 255) for batch in batches for x in batch.x)
 
 
-def _run_lock(name: str, file: Path) -> Iterator[Finding]:
-    """Whether this node sees the driver's lock, which excludes a second driver from a run.
+def _check_lock(name: str, file: Path) -> Iterator[Finding]:
+    """A finding if this node does not see the driver's lock, which keeps a second driver from a
+    run.
 
     Some storage keeps locks local to each machine (Lustre mounted with localflock, NFS with
     local_lock, some FUSE file systems), and some storage has no locks.
@@ -414,48 +436,49 @@ def _run_lock(name: str, file: Path) -> Iterator[Finding]:
             "storage",
             f"{name} does not see the driver's lock in {file.parent}",
             error,
-            "two drivers could train one run at once: mount it with locks that all nodes share"
-            " (Lustre: flock, not localflock; NFS: neither nolock nor local_lock), or launch and"
-            " resume from one machine alone",
+            "two drivers could train the same run: mount the storage with locks that all nodes"
+            " share (Lustre: flock, not localflock; NFS: neither nolock nor local_lock), or always"
+            " launch and resume on the same machine",
         )
 
 
-def _nfs(name: str, folder: Path) -> Iterator[Finding]:
-    """Whether `folder` lies on an NFS whose client may hide a new file.
+def _check_nfs(name: str, folder: Path) -> Iterator[Finding]:
+    """A finding if `folder` is on an NFS whose client may hide a new file.
 
     A user asks a run to stop or to save by a file in its folder. The client may report for up to a
     minute (acdirmax) that the file does not exist, unless the NFS is mounted with
     lookupcache=positive (nfs(5)).
     """
-    above = [
+    mounts = [
         each
         for each in psutil.disk_partitions(all=True)
         if folder.resolve().is_relative_to(each.mountpoint)
     ]
-    # Of two mounts at one place the later one counts.
-    mount = max(reversed(above), key=lambda each: len(Path(each.mountpoint).parts))
-    safe = {"lookupcache=pos", "lookupcache=positive", "lookupcache=none", "noac"}
-    if mount.fstype.startswith("nfs") and not safe & set(mount.opts.split(",")):
+    # The deepest mount point counts. Of two mounts at one mount point, the later one counts.
+    mount = max(reversed(mounts), key=lambda each: len(Path(each.mountpoint).parts))
+    if mount.fstype.startswith("nfs") and not SAFE_NFS_OPTIONS & set(mount.opts.split(",")):
         yield Finding(
             "storage",
             "warn",
             f"{name}: the NFS at {mount.mountpoint} may hide a new file for a minute",
-            "mount it with lookupcache=positive, so that a run sees a request to stop at once",
+            "mount it with lookupcache=positive, so that a run sees at once a request to stop",
         )
 
 
 # --------------------------------------------------------------------------------------- storage
 
 
-def try_store(address: str, marker: Marker | None = None) -> Finding:
-    """Find the driver's marker. Write, list, read and delete an object of this node."""
+def check_store(address: str, marker: Marker | None = None) -> Finding:
+    """The finding about a store: look for the driver's marker, and write, list, read and delete an
+    object.
+    """
     node, folder = socket.gethostname(), folder_of(address)
     if folder is not None and marker is not None and not marker.is_in(folder):
         return Finding(
             "storage",
             "bad",
-            f"{node} does not see {address} as the driver does",
-            "mount the same storage at the same path on every node, or name such storage with"
+            f"{address} on {node} is not the folder of this name on the driver's machine",
+            "mount the same storage at the same path on every node, or choose such storage with"
             " --runs or --checkpoints",
         )
     try:
@@ -466,13 +489,13 @@ def try_store(address: str, marker: Marker | None = None) -> Finding:
         name, content = f".doctor-{secrets.token_hex(8)}", secrets.token_bytes(16)
         fs.pipe_file(f"{root}/{name}", content)
         try:
-            is_whole = (
+            is_intact = (
                 name in {PurePosixPath(each).name for each in fs.ls(root, detail=False)}
                 and fs.cat_file(f"{root}/{name}") == content
             )
         finally:
             fs.rm_file(f"{root}/{name}")
-        require(is_whole, "it does not give back what was written")
+        require(is_intact, "the object that was written is not listed, or differs")
     except Exception as error:
         return _unusable(address, node, error)
     free = "" if folder is None else f"; {shutil.disk_usage(folder).free / 1e9:.1f} GB are free"
@@ -486,10 +509,10 @@ def _unusable(address: str, node: str, error: Exception) -> Finding:
         "storage",
         f"{node} cannot use {address}",
         error,
-        "see its owner, rights and mount, and make room if the disk or a quota is full"
+        "check its owner, permissions and mount, and free space if the disk or a quota is full"
         if folder_of(address) is not None
-        else "see its rights, and the keys in the environment there (AWS_ACCESS_KEY_ID; for"
-        " another store than Amazon's also AWS_ENDPOINT_URL)",
+        else "check its permissions, and the keys in the node's environment (AWS_ACCESS_KEY_ID;"
+        " AWS_ENDPOINT_URL if the store is not Amazon's)",
     )
 
 
@@ -501,7 +524,7 @@ def check_mlflow(uri: str) -> Finding:
     password.
     """
     if (file := sqlite_file(uri)) is not None:
-        try:  # MLflow makes the file and its folder. SQLite keeps a journal beside the file.
+        try:  # MLflow may make the file and its folder, and SQLite a journal in the folder.
             tempfile.TemporaryFile(dir=next(each for each in file.parents if each.exists())).close()
             if file.exists():
                 file.open("r+b").close()
@@ -510,7 +533,7 @@ def check_mlflow(uri: str) -> Finding:
                 "mlflow",
                 f"the store {file} cannot be written",
                 error,
-                "see its owner and rights, or MLFLOW_TRACKING_URI",
+                "check its owner and permissions, or MLFLOW_TRACKING_URI",
             )
         return Finding("mlflow", "ok", f"the store is the file {file}")
     if not is_server(uri):
@@ -521,31 +544,31 @@ def check_mlflow(uri: str) -> Finding:
             " another kind of store",
             "unset it to use mlflow.db in the folder of runs",
         )
-    shown = without_password(uri).rstrip("/")
+    url = without_password(uri).rstrip("/")
     try:
         connect(uri).search_experiments(max_results=1)
     except Exception as error:  # an error of MLflow or of its transport
         return Finding(
             "mlflow",
             "bad",
-            f"{shown}: {reason(uri, error)}",
-            "see MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD, or _TOKEN; a training goes on"
+            f"{url}: {reason(uri, error)}",
+            "check MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD, or _TOKEN; a training continues"
             " without the server, and `spiketrain sync` delivers later",
         )
     import requests
 
     with suppress(requests.RequestException):
-        answer = requests.get(
-            f"{shown}/api/2.0/mlflow/experiments/search?max_results=1",
-            auth=lambda request: request,  # else a login in ~/.netrc would be used
-            timeout=MLFLOW_S,
+        response = requests.get(
+            f"{url}/api/2.0/mlflow/experiments/search?max_results=1",
+            auth=lambda request: request,  # else requests would use a login in ~/.netrc
+            timeout=MLFLOW_TIMEOUT_S,
             allow_redirects=False,
         )
-        if answer.status_code == 200:
+        if response.status_code == 200:
             return Finding(
                 "mlflow",
                 "warn",
-                f"{shown} answers without a password",
-                "let it ask for a password: `mlflow server --app-name basic-auth` (infra/mlflow)",
+                f"{url} answers without a password",
+                "let the server ask for one: `mlflow server --app-name basic-auth` (infra/mlflow)",
             )
-    return Finding("mlflow", "ok", f"{shown} answers, and asks for a password")
+    return Finding("mlflow", "ok", f"{url} answers, and asks for a password")

@@ -1,4 +1,4 @@
-"""Make the folder of a run, with everything that a resume needs, and read it again."""
+"""The folder of a run: `prepare` makes it, with all files that a resume needs."""
 
 import shutil
 import time
@@ -13,7 +13,7 @@ from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.core.code_version import commit
 from pipeline.core.files import is_name
 from pipeline.core.run_folder import RunFolder
-from pipeline.launch.cluster import Cluster, refuse_unless_watchable
+from pipeline.launch.cluster import Cluster, check_hang_minutes
 from pipeline.recipe import own_code
 from pipeline.recipe.printed_commands import how_to_resume
 from pipeline.recipe.recipe import Recipe, read_json, write_json
@@ -24,7 +24,7 @@ from pipeline.train.job import Job
 from pipeline.train.tasks import fingerprint_of
 from pipeline.train.weights import study_inputs
 
-NOT_SAVED = ("run", "trust", "store_token")  # Fields of a job that job.json does not hold
+NOT_SAVED = ("run", "trust", "store_token")  # Fields of a job that are not in job.json
 
 
 def prepare(
@@ -36,19 +36,22 @@ def prepare(
     parent: str | None = None,
     suite: str | None = None,
     family: str | None = None,
-    adopts: bool = False,
+    adopt_checkpoints: bool = False,
     trust: tuple[str, ...] = (),
 ) -> Job:
-    """Make the run's folder: its recipe, its job and its cluster.
+    """Make the run's folder with its recipe, its job and its cluster.
 
     Args:
-        parent, suite, family: of the suite that the run belongs to; `suite` is its folder's name.
-        adopts: continue from checkpoints of an earlier run of this name whose folder is gone. They
-            are in the cluster's place for checkpoints.
+        name: the name of the folder. None: the recipe's name and the time.
+        parent: the id of the launch of the suite that the run belongs to.
+        suite: the name of this suite's folder.
+        family: the MLflow experiment of this suite. None: the experiment of the recipe.
+        adopt_checkpoints: continue from the checkpoints of this name at the cluster's address for
+            checkpoints, if there are any. The folder of their run is gone.
 
     Raises:
-        ValueError: the data set is missing, the weights that `init` names are missing, or the name
-            is taken.
+        ValueError: the data set or the weights that `init` names are missing, the name is taken or
+            refused, or the checkpoints must not be adopted or are of another study.
     """
     recipe = recipe.resolved()
     trust = own_code.needed(trust, targets_of(recipe))
@@ -58,7 +61,7 @@ def prepare(
     if name is None:
         folder = free_folder(runs / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     else:
-        folder = named(runs, name)
+        folder = folder_named(runs, name)
     job = Job(
         run=str(folder),
         study=study,
@@ -73,7 +76,9 @@ def prepare(
         **cluster.worker_settings,
     )
     if cluster.checkpoints is not None:
-        address, run_id = _own_store(cluster.checkpoints, folder, study, adopts=adopts)
+        address, run_id = _store_of_run(
+            cluster.checkpoints, folder, study, adopt_checkpoints=adopt_checkpoints
+        )
         job = replace(job, checkpoints=address, run_id=run_id or job.run_id)
     with atomic_folder(folder) as hidden:
         files = RunFolder(hidden)
@@ -84,19 +89,22 @@ def prepare(
     return job
 
 
-def _own_store(place: str, run: Path, study: str, *, adopts: bool) -> tuple[str, str | None]:
-    """The address of the run's checkpoints below `place`, and the run_id of their owner, if any.
+def _store_of_run(
+    checkpoints: str, run: Path, study: str, *, adopt_checkpoints: bool
+) -> tuple[str, str | None]:
+    """The address of the run's store below the address `checkpoints`, and the run_id of the store's
+    owner, if it has one.
 
     Raises:
-        ValueError: there is an owner and not `adopts`, the owner is of another study, or the
-            address cannot be opened.
+        ValueError: the store has checkpoints or an owner, and they must not be adopted or are of
+            another study, or the address cannot be opened.
     """
-    address, names, owner = open_store(place, run)
+    address, names, owner = open_store(checkpoints, run)
+    found = names[-1] if names else f"the store of {owner}"
     require(
-        adopts or (not names and not owner),
-        f"launch: {address} must hold no checkpoints yet; got"
-        f" {names[-1] if names else f'those to come of {owner}'}: another --name, or"
-        " --or-resume to continue from them",
+        adopt_checkpoints or (not names and not owner),
+        f"launch: {address} must have no checkpoints and no owner; got {found}: choose another"
+        " --name, or continue with --or-resume",
     )
     if owner is None:
         return address, None
@@ -108,27 +116,28 @@ def _own_store(place: str, run: Path, study: str, *, adopts: bool) -> tuple[str,
     return address, owner.run_id
 
 
-def open_store(place: str, run: Path) -> tuple[str, list[str], Owner | None]:
-    """The address of a run's checkpoints below `place`, their names there, and their owner.
+def open_store(checkpoints: str, run: Path) -> tuple[str, list[str], Owner | None]:
+    """The address of a run's store below the address `checkpoints`, the names of the checkpoints
+    there, and the store's owner.
 
     Raises:
         ValueError: the address cannot be opened.
     """
-    address = f"{absolute(place).rstrip('/')}/{run.name}"
-    checkpoints = store_at(address, run)
+    address = f"{absolute(checkpoints).rstrip('/')}/{run.name}"
+    store = store_at(address, run)
     try:
-        return address, checkpoints.names(), owner_of(checkpoints)
-    except Exception as error:  # each store has errors of its own
+        return address, store.names(), owner_of(store)
+    except Exception as error:  # each kind of store raises its own errors
         raise ValueError(
-            f"launch: {address} must be open to this user; got {type(error).__name__}: {error}"
+            f"launch: {address} must be readable for this user; got {type(error).__name__}: {error}"
         ) from error
 
 
 def write_job(job: Job, folder: Path | None = None) -> None:
-    """Write job.json, which a resume reads, to the run's folder or to `folder`.
+    """Write job.json, which a resume reads, to `folder`. None: to the run's folder.
 
-    Trust is not saved: the user who resumes has to state it again. The token is not saved: it
-    belongs to one start of the driver.
+    `trust` is not saved: the user who resumes has to give it again. `store_token` is not saved:
+    each start of the driver gets another one.
     """
     write_json(
         RunFolder(folder or job.run).job,
@@ -137,31 +146,29 @@ def write_job(job: Job, folder: Path | None = None) -> None:
 
 
 def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
-    """Read what `write_job` wrote. The folder may have been moved since.
+    """Read job.json. The folder may have been moved since it was written.
 
     Raises:
-        ValueError: the file is missing or damaged, or its suite or family is not a folder's name.
+        ValueError: the file is missing or damaged, or a value is refused.
     """
     file = RunFolder(folder).job
     fields = arguments_of(Job, read_json(file), who=str(file), besides=NOT_SAVED)
     job = Job(**fields, run=str(folder.absolute()), trust=trust)
     refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})
-    refuse_unless_watchable(str(file), job.hang_minutes)
-    require(
-        job.suite is None or is_name(job.suite),
-        f"{file}: suite must be the name of a folder beside this one; got {job.suite!r}",
-    )
-    require(
-        job.family is None or is_name(job.family),
-        f"{file}: family becomes a folder's name and must be one; got {job.family!r}",
-    )
+    check_hang_minutes(str(file), job.hang_minutes)
+    # Both become parts of paths.
+    for name, value in (("suite", job.suite), ("family", job.family)):
+        require(
+            value is None or is_name(value),
+            f"{file}: {name} must be a valid name of a folder; got {value!r}",
+        )
     return job
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Write into a hidden folder, which gets its name at the end. The folder is complete or absent.
-    A process that is killed leaves at most the hidden folder.
+    """Inside, write to a hidden folder. At the end it is renamed to `folder`. So the folder is
+    complete or absent. A process that is killed leaves at most the hidden folder.
 
     Raises:
         ValueError: the name is taken.
@@ -182,11 +189,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def named(runs: Path, name: str) -> Path:
-    """The folder of this name in the folder of runs.
+def folder_named(runs: Path, name: str) -> Path:
+    """The folder of this name in the folder of runs. It need not exist.
 
     Raises:
-        ValueError: the name leads to another folder.
+        ValueError: the name is a path, or no valid name of a folder.
     """
     require(is_name(name), f"launch: --name must be a name in {runs}; got {name!r}")
     return runs / name
@@ -201,6 +208,6 @@ def refuse_taken(folder: Path) -> None:
 
 
 def free_folder(folder: Path) -> Path:
-    """The folder itself or, if it is taken, the first of NAME-2, NAME-3, ... that is free."""
-    further = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
-    return next(path for path in chain([folder], further) if not path.exists())
+    """The folder itself. If it exists, the first of NAME-2, NAME-3, ... that does not exist."""
+    alternatives = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return next(path for path in chain([folder], alternatives) if not path.exists())

@@ -1,4 +1,4 @@
-"""Shows a run while it trains, from its journal: a bar on a terminal, plain lines elsewhere."""
+"""The progress display of a run: a bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -31,17 +31,17 @@ from pipeline.track.mlflow_store import without_password
 _TASK = TaskID(0)  # the only task of the bar
 
 
-class Shown:
-    """Shows a run while it trains, from its growing journal: a bar on a terminal, else lines.
+class ProgressDisplay:
+    """Shows the events of a run's journal while the run trains.
 
     It first prints the run's folder and the command that resumes the run. It shows only events that
     are written after its creation. None of its errors ends the training.
 
     Args:
-        store: the URI of the MLflow store.
+        mlflow_uri: the URI of the MLflow store.
         name: prefix of each line, for several runs that are shown at once. They have no bar.
-        also: called with the same events.
-        every: seconds between lines about steps if the console is not a terminal.
+        on_events: called with the new events after they were shown.
+        interval_s: seconds between lines about steps if there is no bar.
         clock: measures these seconds.
     """
 
@@ -50,21 +50,21 @@ class Shown:
         folder: Path,
         console: Console,
         *,
-        store: str,
+        mlflow_uri: str,
         resume_command: str = "",
         name: str = "",
-        also: Callable[[list[Record]], None] = lambda events: None,
-        every: float = 10.0,
+        on_events: Callable[[list[Record]], None] = lambda events: None,
+        interval_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._console, self._also = console, also
+        self._console, self._on_events = console, on_events
         journal = RunFolder(folder).journal
         end = journal.stat().st_size if journal.exists() else 0
         self._follower = Follower(journal, offset=end)
-        self._is_blind = self._is_broken = False
+        self._has_read_error = self._has_stopped = False
         self._prefix = f"{name}  " if name else ""
-        self._every, self._clock = every, clock
-        self._shown = float("-inf")  # when the last plain line about steps was printed
+        self._interval_s, self._clock = interval_s, clock
+        self._last_line_at = float("-inf")  # time of the last plain line about steps
         self._bar_width = 20 if console.width >= 120 else 6
         self._bar: Progress | None = None
         if console.is_terminal and not name:
@@ -80,65 +80,66 @@ class Shown:
             )
             self._bar.add_task("", text="")
         self._start: events.Start | None = None
-        self._since_step, self._since = 0, 0.0  # steps done and time of the first batch's end
-        self._accuracy = ""
-        self._say(str(folder), label="run     ")
-        self._say(without_password(store), label="mlflow  ")
+        # Step and time at which the attempt started, or at which its first batch ended.
+        self._first_step, self._first_time = 0, 0.0
+        self._accuracy = ""  # top-1 of the last evaluation
+        self._print(str(folder), label="run     ")
+        self._print(without_password(mlflow_uri), label="mlflow  ")
         if resume_command:
-            self._say(resume_command, label="resume  ", whole=[resume_command])
-        self._say("waiting for the workers, which import torch and build the network")
+            self._print(resume_command, label="resume  ", whole=[resume_command])
+        self._print("waiting for the workers, which import torch and build the network")
 
-    def look(self) -> None:
-        """Show the journal's new events since the last call."""
+    def update(self) -> None:
+        """Show the events that were written to the journal since the last call."""
         try:
             new = self._follower.poll()
-        except OSError as error:  # the storage is away for a moment
-            if not self._is_blind:
+        except OSError as error:  # the storage does not answer for a moment
+            if not self._has_read_error:
                 say(
                     self._console,
-                    f"the journal cannot be read ({error.strerror or error}): looked for again, and"
-                    " training goes on",
+                    f"the journal cannot be read ({error.strerror or error}): training continues,"
+                    " and reading is tried again",
                 )
-            self._is_blind = True
+            self._has_read_error = True
             return
-        self._is_blind = False
-        if self._is_broken:
+        self._has_read_error = False
+        if self._has_stopped:
             return
         try:
             self.show([from_dict(event) for event in new])
-            self._also(new)
+            self._on_events(new)
         except Exception as error:  # an error in the display must not end a training
-            self._is_broken = True
+            self._has_stopped = True
             say(
                 self._console,
-                f"shown no more ({type(error).__name__}: {error}): training goes on, and its"
-                " journal has everything",
+                f"the progress display has stopped ({type(error).__name__}: {error}): training"
+                " continues, and its journal has all events",
             )
 
     def close(self) -> None:
-        self.look()
+        self.update()
         if self._bar is not None:
             self._bar.stop()
 
     def show(self, new: Iterable[Event]) -> None:
-        """Show new events of the journal, in order. Of consecutive steps only the last is drawn."""
+        """Show new events of the journal, in order. Of consecutive steps only the last is shown."""
         for is_step, group in groupby(new, lambda event: isinstance(event, events.Step)):
             if is_step:
                 *_, step = group
-                self._draw(cast("events.Step", step))
+                self._show_step(cast("events.Step", step))
                 continue
             for event in group:
-                self._note(event)
+                self._update_state(event)
                 if self._bar is not None and isinstance(event, events.Checkpoint):
                     continue  # lines about checkpoints are for logs only
                 for line in _lines(event, self._start):
-                    self._say(line)
+                    self._print(line)
 
-    def _note(self, event: Event) -> None:
+    def _update_state(self, event: Event) -> None:
         if isinstance(event, (events.Start, events.FirstBatch)):
-            self._since_step, self._since = event.step, event.time
+            self._first_step, self._first_time = event.step, event.time
         if isinstance(event, events.Evaluation):
-            self._accuracy = _share(event.metrics["top1"]) if "top1" in event.metrics else ""
+            self._accuracy = _percent(event.metrics["top1"]) if "top1" in event.metrics else ""
         elif isinstance(event, events.Start):
             self._start = event
             if self._bar is not None:
@@ -153,39 +154,40 @@ class Shown:
         elif isinstance(event, events.Finish) and self._bar is not None and self._start is not None:
             self._bar.update(_TASK, completed=self._start.total_steps)
 
-    def _draw(self, event: events.Step) -> None:
+    def _show_step(self, event: events.Step) -> None:
         metrics, start = event.metrics, self._start
         epochs, total = ("?", "?") if start is None else (start.epochs, start.total_steps)
         parts = [
             f"epoch {event.epoch + 1}/{epochs}",
             f"{_short(metrics.get('images_per_s'))} images/s",
             f"loss {_short(metrics.get('loss'))}",
-            f"top-1 {_share(metrics.get('top1'))}"
+            f"top-1 {_percent(metrics.get('top1'))}"
             + (f" (val {self._accuracy})" if self._accuracy else ""),
-            _shown(event.memory_bytes, "B"),
+            _quantity(event.memory_bytes, "B"),
         ]
         if self._bar is not None and start is not None:
-            # As many parts as fit beside the bar. Else rich would cut the times after them.
-            beside = (
-                len(start.rule),
-                self._bar_width,
-                2 * len(str(start.total_steps)) + 1,
-                *2 * [len("00:00:00")],
+            # Show as many parts as fit. If the line were too long, rich would cut the times.
+            columns = (
+                "00:00:00",
+                "00:00:00",
+                start.rule,
+                "-" * self._bar_width,
+                f"{total}/{total}",
             )
-            room = self._console.width - sum(beside) - len(beside)
+            room = self._console.width - len(" ".join(columns)) - 1
             while parts and len("  ".join(parts)) > room:
                 parts.pop()
             self._bar.update(_TASK, completed=event.step, text="  ".join(parts))
-        elif self._bar is None and self._clock() - self._shown >= self._every:
-            self._shown = self._clock()
-            # The remaining time, at the mean speed since the first batch of this start.
-            done, seconds = event.step - self._since_step, event.time - self._since
+        elif self._bar is None and self._clock() - self._last_line_at >= self._interval_s:
+            self._last_line_at = self._clock()
+            # The remaining time, at the mean speed of this attempt.
+            done, seconds = event.step - self._first_step, event.time - self._first_time
             if start is not None and done > 0:
                 left_s = int((start.total_steps - event.step) * seconds / done)
                 parts.append(f"{timedelta(seconds=left_s)} left")
-            self._say(f"step {event.step}/{total}  {'  '.join(parts)}")
+            self._print(f"step {event.step}/{total}  {'  '.join(parts)}")
 
-    def _say(self, line: str, *, label: str = "", whole: Sequence[str] = ()) -> None:
+    def _print(self, line: str, *, label: str = "", whole: Sequence[str] = ()) -> None:
         say(self._console, line, label=f"{self._prefix}{label}", whole=whole)
 
 
@@ -194,15 +196,12 @@ class Shown:
 
 def _lines(event: Event, start: events.Start | None) -> list[str]:
     if isinstance(event, events.Finish):
-        return _finish(event, on_gpu=start is not None and _has_gpu(start))
-    write = _LINES.get(type(event))
-    if write is None:
-        return []
-    text = write(event)
+        return _finish_lines(event, on_gpu=start is not None and _has_gpu(start))
+    text = _FORMATTERS[type(event)](event) if type(event) in _FORMATTERS else []
     return [text] if isinstance(text, str) else text
 
 
-def _start(event: events.Start) -> list[str]:
+def _start_lines(event: events.Start) -> list[str]:
     lines: list[str] = []
     if _has_gpu(event):
         lines.append(
@@ -211,7 +210,7 @@ def _start(event: events.Start) -> list[str]:
         )
     done, total, workers = event.step, event.total_steps, counted(event.world_size, "worker")
     if event.attempt:
-        lines.append(f"start {event.attempt + 1}: goes on at step {done}/{total} on {workers}")
+        lines.append(f"start {event.attempt + 1}: continues at step {done}/{total} on {workers}")
     else:
         lines.append(
             f"start   {event.rule} on {workers}, {counted(total, 'step')} of"
@@ -219,18 +218,18 @@ def _start(event: events.Start) -> list[str]:
             f" {event.commit}"
         )
     if done != total:
-        lines.append("waiting for the first batch, which compiles what reads the data")
+        lines.append("waiting for the first batch, which compiles the data loader")
     return lines
 
 
-def _evaluation(event: events.Evaluation) -> list[str]:
+def _evaluation_lines(event: events.Evaluation) -> list[str]:
     metrics = event.metrics
     formats = {
-        "top1": ("top-1", _share),
-        "top5": ("top-5", _share),
+        "top1": ("top-1", _percent),
+        "top5": ("top-5", _percent),
         "loss": ("loss", _short),
         "firing_rate": ("firing rate", _short),
-        "bwt": ("BWT", _share),
+        "bwt": ("BWT", _percent),
     }
     parts = [
         f"{name} {format_(metrics[key])}"
@@ -238,7 +237,7 @@ def _evaluation(event: events.Evaluation) -> list[str]:
         if key in metrics
     ]
     tasks = [
-        f"{key.removeprefix('top1_')} {_share(top1)}"
+        f"{key.removeprefix('top1_')} {_percent(top1)}"
         for key, top1 in metrics.items()
         if key.startswith("top1_")
     ]
@@ -246,15 +245,14 @@ def _evaluation(event: events.Evaluation) -> list[str]:
     return [*lines, f"each task: {', '.join(tasks)}"] if len(tasks) > 1 else lines
 
 
-def _finish(event: events.Finish, *, on_gpu: bool) -> list[str]:
+def _finish_lines(event: events.Finish, *, on_gpu: bool) -> list[str]:
     summary = event.summary
     text = f"finished: {counted(event.step, 'step')} in {_short(summary.get('wall_s'))} s"
     for name, key in (("top-1", "top1"), ("BWT", "bwt")):
         if summary.get(key) is not None:
-            text += f", {name} {_share(summary[key])}"
-    # Replicas that differ make a run go back, too, and skip nothing.
-    if summary.get("skipped_batches") and (back := summary.get("rollbacks")):
-        text += f"; its training diverged and went back {counted(back, 'time')}"
+            text += f", {name} {_percent(summary[key])}"
+    if rollbacks := summary.get("rollbacks"):
+        text += f"; it went back to a checkpoint {counted(rollbacks, 'time')}"
     if inference := summary.get("inference"):
         return [describe_inference(inference, on_gpu=on_gpu), text]
     return [text]
@@ -274,22 +272,24 @@ def _advice(event: events.Skipped | events.Rollback) -> str:
 
 def _short(value: Any) -> str:
     size = number(value)
-    return "-" if size is None else f"{size:,.0f}" if abs(size) >= 1000 else f"{size:.3g}"
+    if size is None:
+        return "-"
+    return f"{size:,.0f}" if abs(size) >= 1000 else f"{size:.3g}"
 
 
-def _shown(value: Any, kind: str) -> str:
+def _quantity(value: Any, kind: str) -> str:
     size = number(value)
     return "-" if size is None else format_quantity(size, kind=kind)
 
 
-_share = partial(_shown, kind="share")
+_percent = partial(_quantity, kind="share")
 
-_LINES: dict[type[Event], Callable[[Any], str | list[str]]] = {
-    events.Start: _start,
-    events.Evaluation: _evaluation,
+_FORMATTERS: dict[type[Event], Callable[[Any], str | list[str]]] = {
+    events.Start: _start_lines,
+    events.Evaluation: _evaluation_lines,
     events.Straggler: lambda event: [
-        f"worker {rank} on {found['host']} takes {found['times']:.1f} times as long as the others"
-        for rank, found in event.workers.items()
+        f"worker {rank} on {worker['host']} takes {worker['times']:.1f} times as long as the median"
+        for rank, worker in event.workers.items()
     ],
     events.FirstBatch: lambda event: (
         f"started after {_short(event.startup_s)} s: imports, compilation and the first batch are"
@@ -300,17 +300,17 @@ _LINES: dict[type[Event], Callable[[Any], str | list[str]]] = {
         f" {counted(event.steps, 'step')}{'' if event.head is None else f', head {event.head}'}"
     ),
     events.Checkpoint: lambda event: (
-        f"checkpoint at step {event.step}: {_shown(event.bytes, 'B')} in {_short(event.write_s)} s,"
-        f" training stood still for {_short(event.stall_s)} s"
+        f"checkpoint at step {event.step}: {_quantity(event.bytes, 'B')} in"
+        f" {_short(event.write_s)} s, training was stopped for {_short(event.stall_s)} s"
     ),
     events.Quarantine: lambda event: f"quarantined {event.path}: {event.reason}",
-    events.Unwritten: lambda event: f"{event.error}; another is begun at once",
+    events.Unwritten: lambda event: f"{event.error}; another checkpoint follows at once",
     events.Waiting: lambda event: (
-        f"{event.what} is waited for, for up to {_short(event.most_s)} s"
+        f"waiting for {event.what}, for up to {_short(event.most_s)} s"
         f"{f': {event.error}' if event.error else ''}"
     ),
     events.Undeleted: lambda event: (
-        f"checkpoint at step {event.step} is whole; an older one could not be deleted:"
+        f"checkpoint at step {event.step} is complete; an older checkpoint could not be deleted:"
         f" {event.error}"
     ),
     events.Skipped: lambda event: (
@@ -318,26 +318,26 @@ _LINES: dict[type[Event], Callable[[Any], str | list[str]]] = {
         f" {event.reason}{_advice(event)}"
     ),
     events.Rollback: lambda event: (
-        f"{_batch(event)}: {event.reason}; back to step {event.to}{_advice(event)}"
+        f"{_batch(event)}: {event.reason}; the run goes back to step {event.to}{_advice(event)}"
     ),
     events.Preempted: lambda event: (
-        f"{counted(len(event.machines), 'machine')} {'is' if len(event.machines) == 1 else 'are'}"
-        f" taken away {'soon' if event.seconds_left is None else f'in {event.seconds_left:.0f} s'}:"
-        f" a checkpoint at step {event.step} is begun"
+        f"{counted(len(event.machines), 'machine')} will be preempted"
+        f" {'soon' if event.seconds_left is None else f'in {event.seconds_left:.0f} s'}:"
+        f" saving a checkpoint at step {event.step}"
     ),
     events.Stopped: lambda event: f"stopped after step {event.step}: {event.reason}",
     events.Failed: lambda event: f"failed: {event.error}",
     events.Diverged: lambda event: f"diverged: {event.error}",
     events.Hung: lambda event: (
-        f"worker {event.worker} gave no sign of life: the stacks of its threads are in"
-        f" {event.stacks}"
+        f"worker {event.worker} hung and was ended: the stacks of its threads are in {event.stacks}"
     ),
     events.Died: lambda event: f"worker {event.worker} ended: {event.error}",
     events.DataWait: lambda event: (
-        f"training waits for data {_share(event.share)} of the time: take more --loader-threads,"
-        f" now {event.loader_threads}, and more --cpus-per-worker"
+        f"training waits for data {_percent(event.share)} of the time: raise --loader-threads,"
+        f" now {event.loader_threads}, and --cpus-per-worker"
     ),
     events.Smaller: lambda event: (
-        f"out of memory: at most {counted(event.micro_batch, 'sample')} at a time from here on"
+        f"out of memory: a micro-batch has at most {counted(event.micro_batch, 'sample')} from now"
+        " on"
     ),
 }

@@ -1,8 +1,8 @@
-"""The Ray launcher: Ray Train starts one worker process per accelerator, and restarts dead workers.
+"""The Ray launcher: Ray Train starts the worker processes and restarts dead workers.
 
 Ray provides processes and a process group, and nothing else. Checkpoints and metrics do not pass
-through it: Ray's own record of them (2.60) lags behind the disk, and one truncated file loses it.
-The run's own folder is the only record.
+through Ray: its own record of them (2.60) lags behind the disk, and one truncated file makes it
+unreadable. The run's folder is the only record.
 """
 
 import logging
@@ -25,11 +25,9 @@ from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
 from pipeline.launch.cluster import (
     Cluster,
-    LaunchError,
-    WorkersEnded,
-    refuse_unusable_cards,
-    share_of,
-    takes_gpus,
+    cores_and_loader_threads,
+    refuse_unusable_gpus,
+    workers_use_gpus,
 )
 from pipeline.launch.driver_signals import blocked_signal
 from pipeline.launch.ray_cluster import (
@@ -53,61 +51,79 @@ Work = Callable[[Job, RankInfo], dict[str, Any] | None]
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # The time after which a dead worker is noticed; 2 s by default.
+    # Seconds between two checks for dead workers; 2 by default.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    # 15 by default: other processes would slow down training, and falsify what is measured.
+    # 15 by default: other processes would slow down training and falsify measurements.
     "RAY_worker_niceness": "0",
-    # The default of the next release, without the warning of this one.
+    # The default of the next release. Without this setting, Ray 2.60 prints a warning.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-# For a cluster of our own: the node is 127.0.0.1, as on those systems, and Ray's servers listen
-# nowhere else (2.60).
-OWN_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Only for a cluster that a launch starts: its node is 127.0.0.1, and Ray's servers listen only
+# there, as on Windows and macOS (2.60).
+OWN_CLUSTER_SETTINGS = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
-MEETING_S = 600  # Longest wait for starting workers to connect. No watchdog runs yet.
-# Additional time that a healthy worker waits for another one, after the watchdog should have ended
-# that worker.
+CONNECT_TIMEOUT_S = 600  # Maximum time in which starting workers connect. No watchdog runs yet.
+# If a worker hangs, its watchdog should end it. The other workers wait for it this much longer.
 AFTER_WATCHDOG_S = 600
+
+
+class LaunchError(RuntimeError):
+    """A run that failed, in one line."""
+
+
+class WorkersEnded(LaunchError):
+    """The workers died and are not restarted.
+
+    `is_for_the_user`: the cause stays until a user changes something.
+    """
+
+    def __init__(self, message: str, *, is_for_the_user: bool = False) -> None:
+        super().__init__(message)
+        self.is_for_the_user = is_for_the_user
 
 
 @dataclass
 class Ray:
-    """Workers on a Ray cluster: an existing one, or one of our own on this machine.
+    """Starts workers on an existing Ray cluster, or on a new one on this machine.
 
     Args:
         cluster: the options of the launch.
-        work: a worker calls it with its job. Benchmarks measure inside it.
-        needs_room: refuse a cluster that has too few cores for the workers now.
+        work: the function that each worker calls with its job. Benchmarks measure inside it.
+        needs_cores: refuse a cluster that has too few cores for the workers now.
     """
 
     cluster: Cluster
     work: Work = run
-    needs_room: bool = True
+    needs_cores: bool = True
 
     def __post_init__(self) -> None:
-        self.least = self.cluster.sizes[0]
+        self.min_workers = self.cluster.sizes[0]
 
     def __enter__(self) -> Self:
         """Join the cluster, or start one.
 
         This must happen in the main thread: Ray's servers end with the thread that started them.
+
+        Raises:
+            UserError: no cluster can be joined, it has too few cores or GPUs, or this machine's
+                GPUs cannot be used.
         """
-        address, sizes = self.cluster.address, len(self.cluster.sizes)
-        settings = SETTINGS | worker_start_timeout(self.cluster.node_loss, sizes=sizes)
+        address, n_sizes = self.cluster.address, len(self.cluster.sizes)
+        settings = SETTINGS | worker_start_timeout(self.cluster.node_loss, n_sizes=n_sizes)
         if address is None:
-            refuse_unusable_cards(self.cluster.device)
-            settings |= OWN_CLUSTER
+            refuse_unusable_gpus(self.cluster.device)
+            settings |= OWN_CLUSTER_SETTINGS
             say_stage("starting Ray")
             draw_token()
         else:
             say_stage(f"joining the Ray cluster at {address}")
             offer_token()
-        for name, value in settings.items():  # Ray reads them when it is imported
+        for name, value in settings.items():  # Ray reads the settings when it is imported
             os.environ.setdefault(name, value)
         try:
             self._connect()
-            if self.needs_room:
-                self._refuse_too_few()
+            if self.needs_cores:
+                self._refuse_too_few_cores()
         except BaseException:
             self.__exit__()
             raise
@@ -121,13 +137,16 @@ class Ray:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             if address is None:
-                cores = max(self.least * self.cluster.worker_settings["threads"], cores_here())
-                # A terminal that closes sends SIGHUP to all its processes. Workers have to save
-                # first. "local": Ray would otherwise join a cluster that runs on this machine.
+                cores = max(
+                    self.min_workers * self.cluster.worker_settings["threads"], cores_here()
+                )
+                # A terminal that closes sends SIGHUP to all its processes. It must not end Ray:
+                # workers have to save first.
                 with blocked_signal(signal.SIGHUP):
+                    # Without "local", Ray would join a cluster that runs on this machine.
                     ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
             else:
-                # If nothing listens there, Ray 2.60 would try for minutes.
+                # If nothing listens at the address, Ray 2.60 would try for minutes.
                 host, colon, port = address.rpartition("://")[2].rpartition(":")
                 if colon and port.isdigit():
                     socket.create_connection((host, int(port)), timeout=5).close()
@@ -135,13 +154,13 @@ class Ray:
                     ray.init(address=address, **quiet)
         except AuthenticationError as error:  # this process has no token
             raise UserError(
-                f"ray: a token must be at hand; got none: {error.message}; {TOKEN_ADVICE}"
+                f"ray: the cluster's token must be set; got none: {error.message}; {TOKEN_ADVICE}"
             ) from error
         except (OSError, RuntimeError) as error:  # a ConnectionError is an OSError
             # Ray 2.60 raises "no cluster found" also if a cluster refused the token.
             raise UserError(
-                f"ray: no cluster let us in at {address!r}: {str(error).splitlines()[0]}; is it"
-                f" running, and has this client its token? {TOKEN_ADVICE}"
+                f"ray: the cluster at {address or 'this machine'} must run and accept this process;"
+                f" got: {str(error).splitlines()[0]}; if it runs, {TOKEN_ADVICE}"
             ) from error
 
     def __exit__(self, *exc: object) -> None:
@@ -149,136 +168,141 @@ class Ray:
 
         ray.shutdown()
 
-    def _refuse_too_few(self) -> None:
+    def _refuse_too_few_cores(self) -> None:
         import ray
 
-        _, cores_each, _ = self._share()
-        cores = ray.cluster_resources().get("CPU", 0)
-        if cores < (wanted := self.least * cores_each):
+        _, cores, _ = self._worker_resources()
+        available = ray.cluster_resources().get("CPU", 0)
+        if available < (required := self.min_workers * cores):
             raise UserError(
-                f"launch: {counted(self.least, 'worker')} x {counted(cores_each, 'cpu')} need"
-                f" {counted(wanted, 'core')}; the cluster has {cores:.0f}"
+                f"launch: {counted(self.min_workers, 'worker')} x {counted(cores, 'cpu')} need"
+                f" {counted(required, 'core')}; the cluster has {available:.0f}"
             )
 
-    def _share(self) -> tuple[bool, int, int]:
-        """Whether each worker gets a GPU, and its cores and loader threads on the nodes that are up
-        now.
+    def _worker_resources(self) -> tuple[bool, int, int]:
+        """Whether a worker gets a GPU, and the numbers of its cores and its loader threads, on the
+        nodes that are up now.
+
+        Raises:
+            UserError: workers use GPUs, and there are too few.
         """
         import ray
 
-        has, asked = ray.cluster_resources(), self.cluster
-        gpus = takes_gpus(asked.device, self.least, int(has.get("GPU", 0)))
-        cores, loader_threads = share_of(
-            [node["Resources"] for node in alive_nodes()] if gpus else [],
-            gpus=gpus,
-            cores=asked.cpus_per_worker,
-            loader_threads=asked.loader_threads,
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        uses_gpus = workers_use_gpus(self.cluster.device, self.min_workers, gpus)
+        cores, loader_threads = cores_and_loader_threads(
+            [node["Resources"] for node in alive_nodes()] if uses_gpus else [],
+            uses_gpus=uses_gpus,
+            cores=self.cluster.cpus_per_worker,
+            loader_threads=self.cluster.loader_threads,
         )
-        return gpus, cores, loader_threads
+        return uses_gpus, cores, loader_threads
 
-    def room(self) -> int | None:
-        """The number of runs of this size that can train at the same time on cores and GPUs of
-        their own. None: unknown, since the CPUs of a cluster that was joined may be logical cores,
-        and workers reserve physical ones.
+    def max_parallel_runs(self) -> int | None:
+        """The number of runs that can train at the same time, each on its own cores and GPUs.
+
+        None: unknown. A cluster that was joined may count logical cores, and workers reserve
+        physical cores.
         """
         import ray
 
-        has = ray.cluster_resources()
-        gpus, cores, _ = self._share()
-        if not gpus and self.cluster.address is not None:
+        resources = ray.cluster_resources()
+        uses_gpus, cores, _ = self._worker_resources()
+        if not uses_gpus and self.cluster.address is not None:
             return None
-        there = int(has.get("CPU", 0)) if gpus else cores_here()
-        runs = there // (self.least * cores)
-        return min(runs, int(has["GPU"]) // self.least) if gpus else runs
+        all_cores = int(resources.get("CPU", 0)) if uses_gpus else cores_here()
+        runs = all_cores // (self.min_workers * cores)
+        return min(runs, int(resources["GPU"]) // self.min_workers) if uses_gpus else runs
 
     def resume_options(self) -> list[str]:
-        """Options of `spiketrain resume` that make another process train on the same machines."""
+        """Options of `spiketrain resume` that let another process train on the same cluster."""
         import ray
 
-        # The address of our own cluster is the one by which other processes find it.
         return [
             "--address",
             self.cluster.address or ray.get_runtime_context().gcs_address,
             "--workers",
-            str(self.least),
+            str(self.min_workers),
         ]
 
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
-        """Train to the end. Returns the summary, or None when the run was asked to stop.
+        """Train to the end. Returns the summary, or None if the run was asked to stop.
 
         Raises:
-            UserError: the user has to change something.
-            LaunchError: the workers failed more often than allowed.
+            UserError: a worker refused to continue until the user changes something.
+            LaunchError: the workers failed more often than allowed (`WorkersEnded`), or there were
+                no resources for them.
         """
-        from pipeline.launch.ray_trainer import has_no_place, needs_the_user, no_place
+        from pipeline.launch.ray_trainer import is_lack_of_resources, needs_the_user, no_resources
 
         try:
-            outcome = self._trainer(job, attempt).fit().return_value
-        except Exception as error:  # Ray wraps what a worker raised in several layers
-            if not has_no_place(error):
+            result = self._trainer(job, attempt).fit().return_value
+        except Exception as error:  # Ray wraps a worker's error in several layers
+            if not is_lack_of_resources(error):
                 raise WorkersEnded(
                     innermost(error), is_for_the_user=needs_the_user(error)
                 ) from error
             folder = Path(job.run)
             if not was_stopped(folder):
-                raise LaunchError(no_place(self.least)) from error
+                raise LaunchError(no_resources(self.min_workers)) from error
             saved = last_event(RunFolder(folder).journal, Checkpoint)
             with journal(folder, Ranks()) as tracker:
                 tracker.write(
                     Stopped(
                         step=0 if saved is None else saved.step,
-                        reason=f"{stop_reason(folder)} while its workers had no place",
+                        reason=f"{stop_reason(folder)} while it waited for resources",
                         resume_command=job.resume_command,
                     )
                 )
             return None
-        if outcome is not None and "refused" in outcome:
-            raise UserError(outcome["refused"])
-        return outcome
+        if result is not None and "refused" in result:
+            raise UserError(result["refused"])
+        return result
 
     def _trainer(self, job: Job, attempt: str) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig
 
-        from pipeline.launch.ray_trainer import HOST, LOOK_S, OnLoopback, Trainer
+        from pipeline.launch.ray_trainer import CHECK_INTERVAL_S, HOST, LoopbackConfig, Trainer
 
-        gpus, cores, loader_threads = self._share()
-        if gpus:
+        uses_gpus, cores, loader_threads = self._worker_resources()
+        if uses_gpus:
             job = replace(job, threads=cores, loader_threads=loader_threads)
         sizes = self.cluster.sizes
-        elastic = len(sizes) > 1
-        # Whether the cluster is ours, or belongs to a suite of ours that this process has joined.
-        # Only the nodes show this: the address may be that of a client elsewhere.
-        alone = all(node["NodeManagerAddress"] == HOST for node in alive_nodes())
+        is_elastic = len(sizes) > 1
+        # Whether a launch has started the cluster: this launch, or the suite that this run belongs
+        # to. The nodes show it. The address does not.
+        on_loopback = all(node["NodeManagerAddress"] == HOST for node in alive_nodes())
         return Trainer(
             partial(_train, work=self.work, sizes=sizes),
             sizes=sizes,
             folder=Path(job.run),
-            awaits_nodes=self.cluster.address is not None,
+            waits_for_nodes=self.cluster.address is not None,
             train_loop_config=asdict(job),
-            torch_config=(OnLoopback if alone else TorchConfig)(
-                backend="nccl" if gpus else "gloo", timeout_s=MEETING_S
+            torch_config=(LoopbackConfig if on_loopback else TorchConfig)(
+                backend="nccl" if uses_gpus else "gloo", timeout_s=CONNECT_TIMEOUT_S
             ),
             scaling_config=ScalingConfig(
-                num_workers=(sizes[0], sizes[-1]) if elastic else self.least,
-                elastic_resize_monitor_interval_s=LOOK_S,
-                use_gpu=gpus,
-                resources_per_worker={"CPU": cores, **({"GPU": 1} if gpus else {})},
+                num_workers=(sizes[0], sizes[-1]) if is_elastic else self.min_workers,
+                elastic_resize_monitor_interval_s=CHECK_INTERVAL_S,
+                use_gpu=uses_gpus,
+                resources_per_worker={"CPU": cores, **({"GPU": 1} if uses_gpus else {})},
             ),
             run_config=RunConfig(
-                name=f"attempt-{attempt}",  # always new: nothing that Ray remembers applies
+                name=f"attempt-{attempt}",  # a new name, so that Ray restores no earlier state
                 storage_path=str(Path(job.run) / "ray"),
                 failure_config=FailureConfig(
                     max_failures=self.cluster.max_restarts,
-                    # No room in time: `Resizing` and `Restarts` decide how long to wait.
-                    controller_failure_limit=-1 if elastic else 1,
+                    # If there are no resources in time, `Resizing` (-1: Ray sets no limit) or
+                    # `Restarts` decides how long the run waits.
+                    controller_failure_limit=-1 if is_elastic else 1,
                 ),
                 worker_runtime_env={
                     "env_vars": worker_environment(
                         threads=cores,
                         loader_threads=job.loader_threads,
-                        gpus=gpus,
-                        alone=alone,
+                        uses_gpus=uses_gpus,
+                        on_loopback=on_loopback,
                     )
                 },
             ),
@@ -292,31 +316,30 @@ def _train(config: dict[str, Any], *, work: Work, sizes: tuple[int, ...]) -> dic
 
     context = train.get_context()
     job = Job(**{**config, "trust": tuple(config["trust"])})
-    rank = RankInfo(
+    rank_info = RankInfo(
         context.get_world_rank(),
         context.get_world_size(),
         str(get_device()),
         context.get_local_rank(),
         sizes,
-        _notice,
+        _drain_notice,
     )
-    # Collectives of all workers wait longer than a watchdog does. A collective that gave up earlier
-    # would end a healthy worker. Ray would then end the one that hangs, before its stacks are
-    # written.
-    watched = timedelta(minutes=job.hang_minutes, seconds=AFTER_WATCHDOG_S)
+    # A collective must wait longer than the watchdog of a worker that hangs. Otherwise it ends a
+    # healthy worker first, and Ray then ends the worker that hangs before its stacks are written.
+    after_watchdog = timedelta(minutes=job.hang_minutes, seconds=AFTER_WATCHDOG_S)
     distributed.distributed_c10d._set_pg_timeout(
-        watched if job.hang_minutes else PATIENCE, distributed.group.WORLD
+        after_watchdog if job.hang_minutes else PATIENCE, distributed.group.WORLD
     )
     try:
-        return work(job, rank)
+        return work(job, rank_info)
     except UserError as error:  # returned, not raised: a restart would not help
         return {"refused": str(error)}
 
 
-def _notice() -> Notice | None:
-    """Ray's notice to this worker that nodes of its run are being drained.
+def _drain_notice() -> Notice | None:
+    """Ray's notice that nodes of this run are being drained.
 
-    `ray.train.get_preemption_info` (2.60) would give it only once every other worker asks, too.
+    `ray.train.get_preemption_info` (2.60) returns only after every worker has called it.
     """
     from ray.train.v2._internal.execution.context import get_train_context
 

@@ -1,23 +1,23 @@
-"""A Ray cluster: the token to join it, tasks on its nodes, the environment of workers, and the
-error that a user can act on.
+"""A Ray cluster: its settings for node loss, its nodes, the environment of its workers, its errors
+and its token.
 
-Two profiles of node loss (`--node-loss`) say when a node that does not answer counts as lost. They
-exclude each other.
+Two profiles of node loss (`--node-loss`) decide when a node that does not answer counts as lost. A
+cluster has one of them.
 
     fast       A dead node is noticed within about 4 s. The run continues with fewer workers, or
                waits up to an hour for another node. A node whose link is cut for about 4 s counts
-               as dead too, and Ray does not let it join again: its operator has to restart it. For
-               nodes that are killed: preemptible machines, autoscalers.
-    patient    The run waits through a cut of half a minute or more. No node is lost, and the
-               workers continue or are restarted on the same nodes. It waits as long for a dead
-               node, before it continues without it. For machines that stay, on an unreliable
+               as dead too. Ray does not let it join again, so its operator has to restart it. Use
+               it for nodes that are killed: preemptible machines, autoscalers.
+    patient    The run waits while a link is cut for half a minute or more. No node is lost, and the
+               workers continue or are restarted on the same nodes. The run waits as long for a dead
+               node, and then continues without it. Use it for machines that stay, on an unreliable
                network.
 
-A profile sets two environments: `NODES` of the processes that start the cluster's nodes
-(`ray start`, the `env` of a manifest) and `worker_start_timeout` of the process that launches. A
-cluster that a launch starts by itself is one machine, and needs neither. Source: measured with ray
-2.60 on two hosts made of network namespaces and on clusters of one machine. From the kill of a node
-to the next step `fast` took 16 s, Ray's defaults 40 s.
+A profile consists of environment variables. `NODE_SETTINGS` are for the processes that start the
+cluster's nodes (`ray start`, the `env` of a manifest). `worker_start_timeout` is for the process
+that launches. A cluster that a launch starts is one machine, and needs no profile. Source: measured
+with ray 2.60 on two hosts made of network namespaces and on clusters of one machine. From the kill
+of a node to the next step, `fast` took 16 s and Ray's defaults took 40 s.
 """
 
 import os
@@ -33,7 +33,7 @@ from pipeline.core.torch_settings import EXACT, environment
 
 NodeLoss = Literal["fast", "patient"]
 
-NODES: dict[NodeLoss, dict[str, str]] = {
+NODE_SETTINGS: dict[NodeLoss, dict[str, str]] = {
     "fast": {
         "RAY_health_check_initial_delay_ms": "1000",
         "RAY_health_check_period_ms": "1000",
@@ -47,8 +47,8 @@ NODES: dict[NodeLoss, dict[str, str]] = {
     },
 }
 
-# Prefixes of variables that workers inherit: networks, caches, allocators, compilers.
-PASSED_ON = (
+# Prefixes of the variables that workers inherit: networks, caches, allocators, compilers.
+INHERITED_PREFIXES = (
     "NCCL_",
     "GLOO_",
     "TORCH_",
@@ -62,17 +62,18 @@ PASSED_ON = (
 )
 
 
-def worker_start_timeout(node_loss: NodeLoss, *, sizes: int) -> dict[str, str]:
-    """Ray Train's setting of how long it waits for room for all workers.
+def worker_start_timeout(node_loss: NodeLoss, *, n_sizes: int) -> dict[str, str]:
+    """Ray Train's setting of the time that it waits for resources for all workers.
 
-    After that it asks for fewer workers, if the run has several sizes.
+    If the run may have several numbers of workers (`n_sizes`), Ray Train then asks for fewer.
     """
-    seconds = "120" if node_loss == "patient" else "8" if sizes > 1 else None
-    return {} if seconds is None else {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": seconds}
+    if node_loss == "fast" and n_sizes == 1:
+        return {}
+    return {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120" if node_loss == "patient" else "8"}
 
 
 def alive_nodes() -> list[dict[str, Any]]:
-    """Ray's description of each node that is up, the head first."""
+    """Ray's description of each node that is up. The head comes first."""
     import ray
 
     return sorted(
@@ -82,28 +83,28 @@ def alive_nodes() -> list[dict[str, Any]]:
 
 
 def worker_environment(
-    *, threads: int, loader_threads: int, gpus: bool, alone: bool
+    *, threads: int, loader_threads: int, uses_gpus: bool, on_loopback: bool
 ) -> dict[str, str]:
     """The environment variables of every worker.
 
-    Ray passes on a fixed list of its own, and forces OMP_NUM_THREADS to 1. Secrets are left out:
-    Ray writes these variables to its logs, and each machine has its own secrets.
+    By itself Ray passes only a fixed list of variables, and sets OMP_NUM_THREADS to 1. Secrets are
+    left out: Ray writes these variables to its logs, and each machine has its own secrets.
 
     Args:
         threads: torch's threads.
-        alone: the workers are on one machine, and no other machine may reach them.
+        on_loopback: all workers are on one machine, and no other machine may reach them.
     """
-    # A worker starts in another folder. Packages that the user trusts lie beside the recipe or on
-    # the path.
     return {
-        # Defaults first: the variables that are passed on hold the user's own values.
-        **({"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if alone else {}),
-        **(EXACT if gpus else {}),  # NCCL reads it when it first connects
+        # Defaults come first: the user's variables replace them.
+        **({"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if on_loopback else {}),
+        **(EXACT if uses_gpus else {}),  # NCCL reads it when it first connects
         **{
             name: value
             for name, value in os.environ.items()
-            if name.startswith(PASSED_ON) and not is_secret(name)
+            if name.startswith(INHERITED_PREFIXES) and not is_secret(name)
         },
+        # Workers find the packages that the user trusts on this path. They start in another folder,
+        # so the path is absolute.
         "PYTHONPATH": os.pathsep.join(
             dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)
         ),
@@ -111,17 +112,18 @@ def worker_environment(
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",  # spinning beside a busy process was nine times slower
+        "OMP_WAIT_POLICY": "PASSIVE",  # active waiting beside a busy process was nine times slower
         "NUMBA_NUM_THREADS": str(loader_threads),
-        # It depends on the workers' GPUs, not on those that this process sees. If not each worker
-        # has a GPU, none of them may use the few that exist.
-        "DS_ACCELERATOR": "cuda" if gpus else "cpu",
-        **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
+        # These depend on the GPUs of the workers, not on the GPUs that this process sees. If
+        # workers train on CPUs, they must not use the GPUs of their node.
+        "DS_ACCELERATOR": "cuda" if uses_gpus else "cpu",
+        **({} if uses_gpus else {"CUDA_VISIBLE_DEVICES": ""}),
     }
 
 
-# Parts of the messages of a worker that has lost another worker (torch 2.13).
-LOST_PEER = (
+# Parts of the error messages of a worker that has lost its connection to another worker (torch
+# 2.13).
+LOST_PEER_MESSAGES = (
     # gloo
     "connection closed by peer",
     "connection reset by peer",
@@ -139,66 +141,67 @@ LOST_PEER = (
 
 
 def innermost(error: BaseException) -> str:
-    """The one line of Ray's nested exceptions that a user can act on."""
-    who, first = type(error).__name__, error
+    """The last line of the error that a worker raised, or of `error` itself. Ray nests errors."""
+    subject, raised = type(error).__name__, error
     if failures := getattr(error, "worker_failures", None):
-        rank, first = cause(failures)
-        who = f"worker {rank}"
-    text = str(first).strip().splitlines()
-    return f"{who}: {text[-1] if text else type(first).__name__}"
+        rank, raised = cause(failures)
+        subject = f"worker {rank}"
+    lines = str(raised).strip().splitlines()
+    return f"{subject}: {lines[-1] if lines else type(raised).__name__}"
 
 
 def cause(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
-    """The rank and the error that caused the other failures, if workers failed together.
+    """The rank and the error that caused the failures of several workers.
 
-    This is the lowest rank that did not fail because it lost another worker, or the lowest rank if
-    all did.
+    This is the lowest rank whose error is not the loss of another worker. If all workers lost
+    another worker, it is the lowest rank.
     """
     errors = {rank: getattr(error, "cause", None) or error for rank, error in failures.items()}
-    # A failed collective raises a RuntimeError, a lost connection to storage an OSError.
-    lost_peer = {
+    # A failed collective raises a RuntimeError. A lost connection to storage raises an OSError with
+    # a similar message.
+    ranks_without_peer = {
         rank
         for rank, error in errors.items()
         if isinstance(error, RuntimeError)
-        and any(words in str(error).lower() for words in LOST_PEER)
+        and any(part in str(error).lower() for part in LOST_PEER_MESSAGES)
     }
-    rank = min(errors, key=lambda rank: (rank in lost_peer, rank))
+    rank = min(errors, key=lambda rank: (rank in ranks_without_peer, rank))
     return rank, errors[rank]
 
 
 # --------------------------------------------------------------------------------------- the token
 
-TOKEN_ADVICE = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that has it"
-
-
-_TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+TOKEN_ADVICE = "set RAY_AUTH_TOKEN to its token, or RAY_AUTH_TOKEN_PATH to the token's file"
+_TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 def draw_token() -> None:
-    """Draw a token for our own cluster, unless the user has named one.
+    """Draw a token for the cluster that this process starts, unless the user has set one.
 
-    The token stays in the environment of our processes, which no other user can read. Ray 2.60
-    would write its own token to ~/.ray/auth_token.
+    The token stays in the environment of this process and its children, which no other user can
+    read. Ray 2.60 would write its own token to ~/.ray/auth_token.
     """
-    if not any(name in os.environ for name in _TOKENS):
+    if not any(name in os.environ for name in _TOKEN_VARIABLES):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def offer_token() -> None:
-    """Let this driver show its token. A driver of Ray 2.60 shows it only in this mode."""
+    """Let this process send the user's token, if there is one. Ray 2.60 sends a token only in this
+    mode.
+    """
     file = Path("~/.ray/auth_token").expanduser()
-    if any(name in os.environ for name in _TOKENS) or file.exists():
+    if any(name in os.environ for name in _TOKEN_VARIABLES) or file.exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 @contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Inside, drop what C++ code of this process writes to stderr."""
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    """Inside, drop all text that C++ code of this process writes to stderr."""
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as devnull:
+        os.dup2(devnull.fileno(), 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)

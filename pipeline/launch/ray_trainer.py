@@ -1,18 +1,20 @@
-"""Ray's TorchTrainer with our policies for restarts and sizes, and with torch's store on loopback.
+"""Ray's TorchTrainer with our policies for restarts and for the number of workers, and with torch's
+store on loopback.
 
-A cluster that a launch starts itself must not be reachable from other machines. A setting makes Ray
-listen on loopback. For gloo and NCCL the name of the interface does so. torch's store accepts no
-host (2.13) and no token, so it gets a socket that we open.
+Other machines must not reach the cluster that a launch starts. A setting makes Ray listen on
+loopback only. gloo and NCCL listen there if the name of the interface is set. torch's store (2.13)
+has no option for its host, and no token. So `_open_store` gives it a socket on loopback.
 
 Ray's own policies (2.60) do not fit long runs:
 
 - They count restarts over the whole run, so that a fourth death in days of training ends it.
-- They end a run whose workers find no room for two minutes. Replacing a machine may take ten.
-- They use any number of workers within a range, count a lost node for up to 20 s, and end the
-  workers at once if a run is to grow.
+- They end a run that has no resources for its workers for two minutes. To replace a machine may
+  take ten minutes.
+- They use any number of workers within a range, and count a lost node for up to 20 s. If a run can
+  grow, they end its workers at once, before it saves.
 
-`Restarts` counts deaths without progress. `Resizing` uses only numbers of workers that the run may
-have, counts only nodes that stay, and asks the run to save first.
+`Restarts` counts only deaths without progress. `Resizing` uses only the numbers of workers that the
+run may have, counts only nodes that stay, and asks the run to save first.
 """
 
 import os
@@ -60,7 +62,8 @@ from pipeline.train.job import Notice, note_death, was_stopped
 
 HOST = "127.0.0.1"
 
-_store: list[TCPStore] = []  # The store of worker 0. Its server ends with its last client.
+# The store of worker 0. The reference keeps it alive: its server ends with its last client.
+_store: list[TCPStore] = []
 
 
 class Trainer(TorchTrainer):
@@ -69,32 +72,32 @@ class Trainer(TorchTrainer):
     Args:
         sizes: the numbers of workers that the run may have, ascending.
         folder: the folder of the run.
-        awaits_nodes: whether workers wait for lost nodes to come back or to be replaced.
+        waits_for_nodes: whether the run waits until lost nodes come back or are replaced.
     """
 
     def __init__(
-        self, *args: Any, sizes: Sequence[int], folder: Path, awaits_nodes: bool, **kwargs: Any
+        self, *args: Any, sizes: Sequence[int], folder: Path, waits_for_nodes: bool, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        several = len(sizes) > 1  # then Resizing waits for nodes
+        is_elastic = len(sizes) > 1
         self._policies: dict[str, Any] = {
             "failure_policy": Restarts(
                 self.run_config.failure_config or FailureConfig(),
                 folder=folder,
-                awaits_nodes=awaits_nodes and not several,
+                waits_for_nodes=waits_for_nodes and not is_elastic,  # else Resizing waits
             )
         }
-        if several:
+        if is_elastic:
             self._policies["scaling_policy"] = Resizing(
                 self.scaling_config, sizes=sizes, folder=folder
             )
 
-    def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        return super()._initialize_and_run_controller(**{**parts, **self._policies})
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        return super()._initialize_and_run_controller(**{**options, **self._policies})
 
 
-class OnLoopback(TorchConfig):
-    """A TorchConfig for workers that all run on this machine."""
+class LoopbackConfig(TorchConfig):
+    """A TorchConfig for workers that all run on this machine. torch's store is on loopback."""
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
@@ -103,25 +106,31 @@ class OnLoopback(TorchConfig):
 
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        worker_group.execute(_set_address, worker_group.execute_single(0, _open_store))
+        worker_group.execute(_set_store_address, worker_group.execute_single(0, _open_store))
         worker_group.execute(_set_torch_distributed_env_vars)
-        given = {
+        options = {
             "backend": backend_config.backend,
             "init_method": "env://",
             "timeout_s": backend_config.timeout_s,
             "world_size": len(worker_group),
         }
-        setup, start = _setup_torch_process_group, worker_group.execute_single_async
-        ray.get([start(rank, setup, world_rank=rank, **given) for rank in range(len(worker_group))])
+        ray.get(
+            [
+                worker_group.execute_single_async(
+                    rank, _setup_torch_process_group, world_rank=rank, **options
+                )
+                for rank in range(len(worker_group))
+            ]
+        )
 
 
 def _open_store() -> int:
-    """Serve the store in worker 0. Returns its port.
+    """Open the store in worker 0, as its server. Returns its port.
 
-    With `multi_tenant` the worker itself joins this store when it asks for one at that port.
+    When torch in worker 0 then opens a store at that port, `multi_tenant` lets it share this one.
     """
-    listening = socket.create_server((HOST, 0))
-    port = listening.getsockname()[1]
+    listener = socket.create_server((HOST, 0))
+    port = listener.getsockname()[1]
     _store[:] = [
         TCPStore(
             HOST,
@@ -129,89 +138,91 @@ def _open_store() -> int:
             is_master=True,
             wait_for_workers=False,
             multi_tenant=True,
-            master_listen_fd=listening.detach(),
+            master_listen_fd=listener.detach(),
         )
     ]
     return port
 
 
-def _set_address(port: int) -> None:
+def _set_store_address(port: int) -> None:
     os.environ |= {"MASTER_ADDR": HOST, "MASTER_PORT": str(port)}
 
 
-PLACES_S = 3600.0  # How long workers wait for room, if a node may come back or be replaced
-# Seconds between two checks for room for another number of workers. A new node has to stay for this
-# time.
-LOOK_S = 10.0
-PATIENCE_S = 300.0  # Wait for the checkpoint before a change of size. The next step may take long.
+# Maximum time in which a run waits for resources, if a node may come back or be replaced.
+RESOURCES_TIMEOUT_S = 3600.0
+# Time between two checks for resources for another number of workers. A new node has to stay for
+# this time.
+CHECK_INTERVAL_S = 10.0
+# Maximum wait for the checkpoint before the number of workers changes. The next step may take long.
+SAVE_TIMEOUT_S = 300.0
 
 
-class NoPlace(Exception):
-    """There was no room for the workers within PLACES_S."""
+class NoResources(Exception):
+    """There were no resources for the workers within RESOURCES_TIMEOUT_S."""
 
 
 class Restarts(DefaultFailurePolicy):
     """Ends the run in `folder` after more than `max_failures` deaths of workers without progress.
 
     Progress is a checkpoint of a later step, or a decision of recovery (a rollback, a smaller
-    micro-batch). The death that led to a decision does not count: several workers restart after it,
-    while a single worker continues by itself (worker.py). If only the user can remove the cause of
-    a death, the run ends at once.
+    micro-batch). The death that led to a decision does not count: if there are several workers,
+    they always restart after it, while a single worker continues by itself (worker.py). If only the
+    user can remove the cause of a death, the run ends at once.
 
-    If `awaits_nodes`, workers that have started before may wait for room for up to an hour when
-    their node is gone. This does not count as a death.
+    If `waits_for_nodes` and the run has lost a node after its workers started, it waits for
+    resources for up to an hour. This does not count as a death.
     """
 
-    def __init__(self, config: FailureConfig, *, folder: Path, awaits_nodes: bool) -> None:
+    def __init__(self, config: FailureConfig, *, folder: Path, waits_for_nodes: bool) -> None:
         super().__init__(config)
-        self.folder, self.awaits_nodes = folder, awaits_nodes
-        self._start, self._saved, self._decisions = self._read()
-        self._first_start = self._start
-        # The last start before the workers found no room, and the time when the wait began.
-        self._waits: tuple[str | None, float] | None = None
+        self.folder, self.waits_for_nodes = folder, waits_for_nodes
+        self._last_start, self._saved_step, self._decisions = self._read()
+        self._first_start = self._last_start
+        # The last start before the current wait for resources, and the time when the wait began.
+        self._wait: tuple[str | None, float] | None = None
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        with suppress(OSError):  # storage is away: the journal lacks this death
+        with suppress(OSError):  # storage does not answer: the journal will lack this death
             self._note_death(getattr(training_failed_error, "worker_failures", None))
         if needs_the_user(training_failed_error):
             return FailureDecision.RAISE
         has_saved, has_decided = self._progress()
         if has_saved or has_decided:
             self._worker_group_failures = self._controller_failures = 0
-        if has_no_place(training_failed_error):
+        if is_lack_of_resources(training_failed_error):
             with suppress(OSError):
-                if was_stopped(self.folder):  # no worker is left to save
+                if was_stopped(self.folder):  # no worker is left that could save
                     return FailureDecision.RAISE
             if self._may_wait(training_failed_error.controller_failure):
                 return FailureDecision.RETRY
         else:
-            self._waits = None
+            self._wait = None
             if has_decided:
                 return FailureDecision.RETRY
         return super().make_decision(training_failed_error)
 
     def _note_death(self, failures: Mapping[int, Exception] | None) -> None:
-        """Leave a note of the death for the next workers, which write the journal. Worker 0 writes
-        its own errors; refusals and too large micro-batches have notes of their own.
+        """Write a note of the death, which the next attempt copies to the journal.
+
+        Other notes or the journal already have an error that worker 0 raised, a refusal, and a lack
+        of memory.
         """
         if failures:
             worker, error = cause(failures)
-            is_noted = isinstance(error, ValueError) or is_out_of_memory(error)
-            if isinstance(error, WorkerHealthCheckFailedError) or (worker and not is_noted):
+            has_note = isinstance(error, ValueError) or is_out_of_memory(error)
+            if isinstance(error, WorkerHealthCheckFailedError) or (worker and not has_note):
                 note_death(self.folder, worker=worker, error=innermost(error))
 
     def _progress(self) -> tuple[bool, bool]:
-        """Whether there is a later checkpoint, and another decision of recovery, such as a smaller
-        micro-batch, since the last call.
-
-        Neither if storage is away.
+        """Whether there is a later checkpoint, and whether there is another decision of recovery,
+        since the last call. Both are False if storage does not answer.
         """
         try:
-            self._start, saved, decisions = self._read()
+            self._last_start, saved_step, decisions = self._read()
         except OSError:
             return False, False
-        progress = saved > self._saved, decisions != self._decisions
-        self._saved, self._decisions = max(saved, self._saved), decisions
+        progress = saved_step > self._saved_step, decisions != self._decisions
+        self._saved_step, self._decisions = max(saved_step, self._saved_step), decisions
         return progress
 
     def _read(self) -> tuple[str | None, int, bytes]:
@@ -225,70 +236,75 @@ class Restarts(DefaultFailurePolicy):
         )
 
     def _may_wait(self, failure: Any) -> bool:
-        """Whether workers may still wait for room. They never wait before the first start: the
-        launch has counted the cores, and the run is refused at once.
+        """Whether the run may wait longer for resources. Before the first start it does not wait:
+        the launch has checked the number of cores, so Ray's limit of failures applies.
         """
-        if not self.awaits_nodes or self._start == self._first_start:
+        if not self.waits_for_nodes or self._last_start == self._first_start:
             return False
-        if self._waits is None or self._waits[0] != self._start:
-            self._waits = (self._start, time.monotonic())
-            with suppress(OSError):  # storage is away for a moment: the node may come all the same
+        if self._wait is None or self._wait[0] != self._last_start:
+            self._wait = (self._last_start, time.monotonic())
+            with suppress(OSError):  # the run waits, even if storage does not answer
                 journal_waiting(self.folder, failure.num_workers)
-        return time.monotonic() - self._waits[1] < PLACES_S
+        return time.monotonic() - self._wait[1] < RESOURCES_TIMEOUT_S
 
 
 class Resizing(ElasticScalingPolicy):
-    """Gives the run in `folder` the largest number of workers of `sizes` that there is room for."""
+    """Gives the run in `folder` the largest number of workers of `sizes` for which there are
+    resources.
+    """
 
     def __init__(
         self, scaling_config: ScalingConfig, *, sizes: Sequence[int], folder: Path
     ) -> None:
         super().__init__(scaling_config)
         self.sizes, self.folder, self.files = tuple(sizes), folder, RunFolder(folder)
-        self._wanted: ResizeDecision | None = None
-        self._asked = self._ticked = 0.0
-        self._none_since: float | None = None  # When the workers were gone; None: there are workers
+        self._pending: ResizeDecision | None = None  # it waits for the checkpoint
+        self._requested_at = self._recomputed_at = 0.0
+        self._no_workers_since: float | None = None  # None: there are workers
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
         staying = {node["NodeID"] for node in alive_nodes()} - set(state.get_draining_nodes())
-        room = super()._count_possible_workers(
-            {node: has for node, has in reserved_resources.items() if node in staying}
+        possible = super()._count_possible_workers(
+            {node: value for node, value in reserved_resources.items() if node in staying}
         )
-        return max((size for size in self.sizes if size <= room), default=0)
+        return max((size for size in self.sizes if size <= possible), default=0)
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """A request to stop ends the wait for nodes as if its time were over (`Restarts`).
+        """Start workers, or wait for resources.
 
         Raises:
-            NoPlace: no workers have started within an hour, even if there was room for them at
-                times.
+            WorkerGroupStartupTimeoutError: the user asked the run to stop while it waited.
+            NoResources: no workers have started within an hour, even if there were resources for
+                them at times.
         """
-        self._wanted = None
+        self._pending = None
         decision = super().make_decision_for_non_running_worker_group()
         is_waiting = isinstance(decision, NoopDecision)
-        if is_waiting and _exists(self.files.stop, if_away=False):
+        if is_waiting and _exists(self.files.stop, on_error=False):
             raise WorkerGroupStartupTimeoutError(self.sizes[0])
-        if self._none_since is None:
-            self._none_since = time.monotonic()
-            self._is_journalled = False
-        without_s = time.monotonic() - self._none_since
-        if without_s > PLACES_S:
-            raise NoPlace(no_place(self.sizes[0]))
-        if is_waiting and without_s > LOOK_S and not self._is_journalled:
-            with suppress(OSError):  # tried again at the next look
+        if self._no_workers_since is None:
+            self._no_workers_since = time.monotonic()
+            self._is_journaled = False
+        waited_s = time.monotonic() - self._no_workers_since
+        if waited_s > RESOURCES_TIMEOUT_S:
+            raise NoResources(no_resources(self.sizes[0]))
+        if is_waiting and waited_s > CHECK_INTERVAL_S and not self._is_journaled:
+            with suppress(OSError):  # the next call tries again
                 journal_waiting(self.folder, self.sizes[0])
-                self._is_journalled = True
+                self._is_journaled = True
         return decision
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
-        """Ask the run for a checkpoint first. The decision follows once the checkpoint exists."""
-        self._none_since = None
-        if self._wanted is None:
-            if time.monotonic() - self._ticked > LOOK_S / 2:
-                # The coordinator looks at the cluster now instead of in up to 20 s.
-                self._ticked = time.monotonic()
+        """Ask the run for a checkpoint. Change the number of workers when the checkpoint exists, or
+        after SAVE_TIMEOUT_S.
+        """
+        self._no_workers_since = None
+        if self._pending is None:
+            if time.monotonic() - self._recomputed_at > CHECK_INTERVAL_S / 2:
+                # By itself the coordinator checks the cluster only every 20 s.
+                self._recomputed_at = time.monotonic()
                 coordinator: Any = self._autoscaling_coordinator
                 coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
             decision = super().make_decision_for_running_worker_group(
@@ -296,49 +312,53 @@ class Resizing(ElasticScalingPolicy):
             )
             if not isinstance(decision, ResizeDecision):
                 return decision
-            with suppress(OSError):  # the next look asks again
-                write_json(self.files.save, asdict(_leaving(worker_group_state)))
-                self._wanted, self._asked = decision, time.monotonic()
+            with suppress(OSError):  # the next call asks again
+                write_json(self.files.save, asdict(_drain_notice(worker_group_state)))
+                self._pending, self._requested_at = decision, time.monotonic()
             return NoopDecision()
-        if _exists(self.files.save, if_away=True) and time.monotonic() - self._asked < PATIENCE_S:
+        if (
+            _exists(self.files.save, on_error=True)
+            and time.monotonic() - self._requested_at < SAVE_TIMEOUT_S
+        ):
             return NoopDecision()
-        decision, self._wanted = self._wanted, None
-        with suppress(OSError):  # a request that stays is answered by the next workers
+        decision, self._pending = self._pending, None
+        with suppress(OSError):  # if the request stays, the next workers save once
             self.files.save.unlink(missing_ok=True)
         return decision
 
 
-def _exists(file: Path, *, if_away: bool) -> bool:
-    """Whether a file exists; `if_away` if its storage does not answer.
+def _exists(file: Path, *, on_error: bool) -> bool:
+    """Whether a file exists; `on_error` if its storage does not answer.
 
     An exception here would end the launch: Ray (2.60) treats it as a failure of its controller.
     """
     try:
         return file.exists()
     except OSError:
-        return if_away
+        return on_error
 
 
-def _leaving(worker_group_state: Any) -> Notice:
+def _drain_notice(worker_group_state: Any) -> Notice:
+
     nodes = {worker.metadata.node_id for worker in worker_group_state.workers}
-    leaving = {node: ms for node, ms in state.get_draining_nodes().items() if node in nodes}
+    draining = {node: ms for node, ms in state.get_draining_nodes().items() if node in nodes}
     return Notice(
-        tuple(sorted(leaving)), min((ms / 1e3 for ms in leaving.values() if ms), default=None)
+        tuple(sorted(draining)), min((ms / 1e3 for ms in draining.values() if ms), default=None)
     )
 
 
-def has_no_place(error: Exception) -> bool:
-    """Whether Ray Train or `Resizing` gave up because there was no room for the workers in time."""
+def is_lack_of_resources(error: Exception) -> bool:
+    """Whether Ray Train or `Resizing` gave up because there were no resources in time."""
     return isinstance(error, ControllerError) and isinstance(
-        error.controller_failure, (WorkerGroupStartupTimeoutError, NoPlace)
+        error.controller_failure, (WorkerGroupStartupTimeoutError, NoResources)
     )
 
 
-def no_place(workers: int) -> str:
-    """The message of a launch that found no room."""
+def no_resources(workers: int) -> str:
+
     return (
-        f"launch: {counted(workers, 'worker')} found no place in time: others have it, or a node is"
-        " gone and none came in its stead"
+        f"launch: there were no resources for {counted(workers, 'worker')} in time: other jobs use"
+        " them, or a node was lost and not replaced"
     )
 
 
@@ -351,9 +371,12 @@ def needs_the_user(error: Exception) -> bool:
 
 
 def journal_waiting(folder: Path, workers: int) -> None:
-    """Journal that the run in `folder` has no workers and waits for room. The driver shows it.
+    """Journal that the run in `folder` waits for resources. The driver shows this event.
 
-    Raises: OSError.
+    Raises:
+        OSError: the journal cannot be written.
     """
     with Journal(RunFolder(folder).journal, attempt=OF_NONE) as journal:
-        journal.write(Waiting(what=f"a place for {counted(workers, 'worker')}", most_s=PLACES_S))
+        journal.write(
+            Waiting(what=f"resources for {counted(workers, 'worker')}", most_s=RESOURCES_TIMEOUT_S)
+        )

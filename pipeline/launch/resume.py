@@ -1,7 +1,8 @@
-"""`spiketrain resume` of one run, and `launch --or-resume`: allowed changes, and refusals.
+"""`spiketrain resume` of one run, and the checks of `launch --or-resume`.
 
-`launch --or-resume` continues a run only if it was launched in the same way. `resume` accepts other
-operational options (`cluster.OPERATIONAL`). They are saved with the run or suite.
+`launch --or-resume` continues a run only if it was launched with the same recipe and options.
+`resume` may change the options in `cluster.OPERATIONAL_FIELDS`, and saves them with the run or
+suite.
 """
 
 import json
@@ -16,7 +17,7 @@ from pipeline.core.checks import require
 from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
-from pipeline.launch.cluster import OPERATIONAL, Cluster, differences
+from pipeline.launch.cluster import OPERATIONAL_FIELDS, Cluster, differences
 from pipeline.launch.driver import driver_lock, launcher_of, train_alone
 from pipeline.launch.prepare import read_job, write_job
 from pipeline.recipe.json import differing, listed, recipe_fields
@@ -30,8 +31,8 @@ from pipeline.train.elastic import format_sizes
 from pipeline.train.guards.storage_outage import may_be_temporary
 from pipeline.train.weights import store_of
 
-# Fields of `Cluster` in which a launch may differ from the one that it continues.
-MAY_DIFFER = ("workers", "inline", "address", *OPERATIONAL)
+# Fields of `Cluster` that `launch --or-resume` may change.
+CHANGEABLE_FIELDS = ("workers", "inline", "address", *OPERATIONAL_FIELDS)
 
 
 def resume_run(
@@ -43,21 +44,29 @@ def resume_run(
     options: Mapping[str, Any],
     trust: tuple[str, ...] = (),
 ) -> Path:
-    """Continue a run. `options` are saved with it. Returns its folder."""
+    """Continue a run. Returns its folder.
+
+    Args:
+        options: values of OPERATIONAL_FIELDS. They replace those of the launch for good.
+
+    Raises:
+        ValueError: the folder is damaged, another process trains the run, or an option is refused.
+        LaunchError: the run failed.
+    """
     if state_of(folder) == "finished":
         say(new_console(), f"{folder.name} has finished")
         return folder
     require(
         options.get("side_by_side", 1) == 1,
-        f"resume: --side-by-side is for a suite; got {options.get('side_by_side')} with"
-        f" {folder.name} alone",
+        f"resume: --side-by-side must be 1 for one run; got {options.get('side_by_side')} for"
+        f" {folder.name}",
     )
     launched = Cluster.from_json(read_json(RunFolder(folder).cluster))
     cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
     say_stage("checking the run and where it continues")
     check_resumed(folder, cluster, launched, trust=trust)
     with driver_lock(folder):
-        pass  # a second driver is refused before it starts a cluster
+        pass  # refuse a second driver before it starts a cluster
     with launcher_of(cluster) as launcher:
         save_options(folder, [folder], options, new_console())
         return train_alone(
@@ -68,34 +77,35 @@ def resume_run(
 def check_resumed(
     folder: Path, cluster: Cluster, launched: Cluster, *, trust: tuple[str, ...]
 ) -> None:
-    """Check whether a run can continue at these numbers of workers.
+    """Check whether a run can continue with the numbers of workers of `cluster`.
 
     Raises:
-        ValueError: its recipe cannot be read or does not train at one of them, or its newest
-            checkpoint loads at another number only.
+        ValueError: the recipe cannot be read or cannot train with one of these numbers, or the
+            newest checkpoint needs another number.
+        OSError: the checkpoints cannot be read, and only the user can change the cause.
     """
-    # This puts code of the user on the path, which workers inherit.
+    # This also puts the user's code on the path, which workers inherit.
     recipe = Recipe.read(RunFolder(folder).recipe, trust=trust)
-    if cluster.sizes != launched.sizes:  # those were checked at the launch
-        # The file that the run began from need not exist any more.
+    if cluster.sizes != launched.sizes:  # the launch has checked its own numbers
+        # The file with the initial weights need not exist any more.
         check_recipe(replace(recipe.with_untrained_teacher(), init=None), *cluster.sizes)
     if zero := recipe_fields(folder).get("zero"):
-        wrote = _workers_of_newest(store_of(folder))
+        world_size = _newest_world_size(store_of(folder))
         require(
-            wrote is None or cluster.sizes == (wrote,),
-            f"resume: ZeRO-{zero} needs the number of workers of its newest checkpoint,"
-            f" {wrote}; got {format_sizes(cluster.sizes)}",
+            world_size is None or cluster.sizes == (world_size,),
+            f"resume: with ZeRO-{zero}, --workers must be that of the newest checkpoint,"
+            f" {world_size}; got {format_sizes(cluster.sizes)}",
         )
 
 
-def _workers_of_newest(store: CheckpointStore) -> int | None:
-    """The number of workers that wrote the newest checkpoint.
+def _newest_world_size(store: CheckpointStore) -> int | None:
+    """The number of workers of the newest checkpoint.
 
-    None: there is no checkpoint, or its storage is away, which the workers wait for.
+    None: there is no checkpoint, or its storage does not answer. The workers wait for the storage.
     """
     try:
         for name in reversed(store.names()):
-            # The workers move a damaged checkpoint to quarantine.
+            # A damaged checkpoint has no `trainer`. The workers will move it to quarantine.
             if trainer := trainer_of(store, name):
                 return trainer["world_size"]
     except OSError as error:
@@ -110,47 +120,55 @@ def refuse_unless_launched_so(
     """Refuse to continue a run or suite that was launched with another recipe or other options.
 
     Raises:
-        ValueError: the recipe or the options differ, or the folder is damaged. The message has the
-            old and the new values.
+        ValueError: the recipe or the options differ, or the folder is damaged. The message lists
+            the old and the new values.
     """
-    rule = f"launch: --or-resume continues {folder.name} as it was launched"
-    if is_suite(folder) != isinstance(made, Suite):
-        there, asked = ("a suite", "one recipe") if is_suite(folder) else ("one run", "a suite")
-        raise ValueError(f"{rule}; it is {there}, and now {asked} is asked for")
+    error_prefix = f"launch: --or-resume continues {folder.name} as it was launched"
+    old, new = ("a suite", "one recipe") if is_suite(folder) else ("one run", "a suite")
+    require(is_suite(folder) == isinstance(made, Suite), f"{error_prefix}, as {old}; got {new}")
     if isinstance(made, Recipe):
-        was, now = {"": recipe_fields(folder)}, {"": _as_read(made.resolved())}
+        old_recipes, new_recipes = {"": recipe_fields(folder)}, {"": _json_fields(made.resolved())}
         launched = read_json(RunFolder(folder).cluster)
     else:
-        written = SuiteFile.read(folder, trust=trust)
-        was, now = (
-            {each.name: _as_read(each) for each in suite.recipes}
-            for suite in (written.suite, made.resolved())
+        suite_file = SuiteFile.read(folder, trust=trust)
+        old_recipes, new_recipes = (
+            {recipe.name: _json_fields(recipe) for recipe in suite.recipes}
+            for suite in (suite_file.suite, made.resolved())
         )
-        launched = written.cluster
-    differ = [("recipes", [*was], [*now])]
-    if [*was] == [*now]:
-        differ = [each for name in was for each in differing(name, was[name], now[name])]
-    require(not differ, f"{rule}; its recipe differs now: {listed(differ)}")
-    changed = [
+        launched = suite_file.cluster
+    changes = [("recipes", [*old_recipes], [*new_recipes])]
+    if [*old_recipes] == [*new_recipes]:
+        changes = [
+            change
+            for name in old_recipes
+            for change in differing(name, old_recipes[name], new_recipes[name])
+        ]
+    require(not changes, f"{error_prefix}; got another recipe: {listed(changes)}")
+    changed_options = [
         text
         for name, text in differences(Cluster.from_json(launched), cluster).items()
-        if name not in MAY_DIFFER
+        if name not in CHANGEABLE_FIELDS
     ]
-    require(not changed, f"{rule}; its options differ now: {', '.join(changed)}")
+    require(not changed_options, f"{error_prefix}; got other options: {', '.join(changed_options)}")
 
 
-def _as_read(recipe: Recipe) -> Any:
+def _json_fields(recipe: Recipe) -> Any:
+    # As recipe.json has them: tuples are lists there.
     return json.loads(json.dumps(recipe.to_json()))["recipe"]
 
 
 def save_options(
     folder: Path, runs: Iterable[Path], options: Mapping[str, Any], console: Console
 ) -> None:
-    """Save fields of OPERATIONAL with the runs of `folder`, a run or a suite; print the changes.
+    """Save values of OPERATIONAL_FIELDS with a run or a suite, and print the changes.
 
-    Later runs of a suite are made from its suite.json. job.json is written before cluster.json: if
-    a driver is killed between the two, cluster.json is unchanged, and the same command writes both
-    again.
+    cluster.json is written after job.json. If a driver is killed between the two, cluster.json is
+    unchanged, and the same command writes both again.
+
+    Args:
+        folder: the folder of the run or suite.
+        runs: the run, or the runs of the suite that have a folder and are not over. Later runs get
+            the values from suite.json.
 
     Raises:
         UserError: another process trains the run or suite.
@@ -162,16 +180,16 @@ def save_options(
     with driver_lock(folder):
         for run in runs:
             file = RunFolder(run).cluster
-            was = Cluster.from_json(read_json(file))
-            now = replace(was, **options)
-            changes |= differences(was, now)
-            write_job(replace(read_job(run), **now.worker_settings))
-            write_json(file, asdict(now))
+            old = Cluster.from_json(read_json(file))
+            new = replace(old, **options)
+            changes |= differences(old, new)
+            write_job(replace(read_job(run), **new.worker_settings))
+            write_json(file, asdict(new))
         if is_suite(folder):
-            written = read_json(folder / SUITE)
-            was = Cluster.from_json(written["cluster"])
-            now = replace(was, **options)
-            changes |= differences(was, now)
-            write_json(folder / SUITE, {**written, "cluster": asdict(now)})
+            suite_json = read_json(folder / SUITE)
+            old = Cluster.from_json(suite_json["cluster"])
+            new = replace(old, **options)
+            changes |= differences(old, new)
+            write_json(folder / SUITE, {**suite_json, "cluster": asdict(new)})
     if changes:
-        say(console, f"{folder.name}: {', '.join(changes.values())} from here on")
+        say(console, f"{folder.name}: {', '.join(changes.values())} from now on")

@@ -1,8 +1,9 @@
 """Hand a launch to a scheduler: KubeRay, Slurm, or a running Ray cluster.
 
-The scheduler's own program does the work. `kubectl` renders a RayJob from a folder such as
-infra/k8s/overlays/cpu/job and applies it, `sbatch` takes infra/slurm/train.sbatch with options, and
-`ray job submit` takes a command line. This module needs neither the data nor the cluster.
+Each scheduler has `render_...`, which makes the text of a job, and `submit_...`, which gives the
+text to the scheduler's own program. `kubectl` applies a RayJob, made from a folder such as
+infra/k8s/overlays/cpu/job. `sbatch` gets infra/slurm/train.sbatch with options. `ray job submit`
+gets a command line. To render a job needs neither the data nor the cluster.
 """
 
 import math
@@ -27,12 +28,15 @@ from pipeline.launch.ray_cluster import offer_token
 from pipeline.train.checkpoint import folder_of
 from pipeline.train.elastic import format_sizes
 
-LONGEST_NAME = 47  # KubeRay (1.7.0) adds up to 16 characters, and a name has at most 63
-PATIENCE_S = 120.0
-SLURM = Path(__file__).parents[2] / "infra" / "slurm"
+MAX_RAYJOB_NAME = 47  # KubeRay (1.7.0) adds up to 16 characters, and a name has at most 63
+PROGRAM_TIMEOUT_S = 120.0
+SLURM_FOLDER = Path(__file__).parents[2] / "infra" / "slurm"
 _NAME = r"[A-Za-z0-9][\w.-]{0,127}"
-# The name of an image that fixes its content, so that a retry trains with the same code:
-# `[host[:port]/]path/name` with `:tag`, `@sha256:...` or both.
+_NAME_RULE = (
+    "1 to 128 letters, digits, dots, underscores and hyphens, and begin with a letter or digit"
+)
+# The name of a container image with its version, so that a retry trains with the same code:
+# `[host[:port]/]path/name` with `:tag`, `@sha256:...` or both. The tag must not be latest.
 _PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
 _IMAGE = (
     r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::[0-9]+)?/)?"
@@ -42,17 +46,18 @@ _IMAGE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class LaunchRequest:
     """One launch, for any scheduler.
 
     Args:
-        words: the arguments of `spiketrain launch`: recipes, and the options that the order does
-            not set.
-        name: of the run or suite, and of the job.
-        sizes: every number of workers that the run may have, ascending; none: the scheduler's
-            template counts the workers.
-        runs: the folder of runs, as the machines that train see it.
-        options: the typed options of `spiketrain launch --cluster` by their names, as parsed.
+        words: the arguments of `spiketrain launch`: recipes, and the options that are not fields of
+            this class.
+        name: the name of the run or suite, and of the job.
+        sizes: the numbers of workers that the run may have, ascending. Empty: Slurm's script
+            computes the number of workers.
+        runs: the folder of runs. It is a path on the machines that train.
+        options: the options that the user gave to `spiketrain launch --cluster`, with their parsed
+            values, by parameter name.
     """
 
     words: tuple[str, ...]
@@ -63,104 +68,116 @@ class Order:
 
     @property
     def image(self) -> str:
-        """The container image that the machines use; empty: none."""
         return self.options.get("image", "")
 
     def count(self, name: str) -> int:
-        """The value of an option that is a count; 1 for `auto` or if the option is missing."""
+        """The value of an option that is a count. 1 for `auto`, or if the option is missing."""
         value = self.options.get(name, "auto")
         return 1 if value == "auto" else value
 
     def describe(self, workers: int) -> str:
-        """`4 workers`, or `2 runs side by side of 4 workers`."""
+        """`4 workers`, or `2 runs side by side, each with 4 workers`."""
         runs = self.count("side_by_side")
-        return ("" if runs == 1 else f"{runs} runs side by side of ") + counted(workers, "worker")
+        prefix = "" if runs == 1 else f"{runs} runs side by side, each with "
+        return prefix + counted(workers, "worker")
 
-    def launch(self, *options: str) -> list[str]:
-        """The command that the machines run. It starts the run or continues it."""
-        words = ["spiketrain", "launch", *self.words, "--name", self.name, "--runs", self.runs]
-        words += ["--address", "auto", "--workers", format_sizes(self.sizes), *options]
-        return [*words, "--or-resume"]
+    def launch_command(self, *options: str) -> list[str]:
+        """The command that the scheduler starts. It starts the run or continues it."""
+        return [
+            *("spiketrain", "launch", *self.words, "--name", self.name, "--runs", self.runs),
+            *("--address", "auto", "--workers", format_sizes(self.sizes), *options),
+            "--or-resume",
+        ]
 
 
-def answer_of(
-    name: str, *words: str, given: str = "", environment: Mapping[str, str] | None = None
+def run_program(
+    name: str, *arguments: str, stdin: str = "", environment: Mapping[str, str] | None = None
 ) -> str:
-    """Run a program and return its output. It is searched on PATH and beside this Python.
+    """Run a program from PATH or from the folder of this Python. Returns its output.
 
     Raises:
-        UserError: the program is missing, fails, or does not answer in time.
+        UserError: the program is missing, cannot be run, fails, or does not end in time.
     """
-    paths = (os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent))
-    program = shutil.which(name, path=os.pathsep.join(paths))
+    folders = [os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)]
+    program = shutil.which(name, path=os.pathsep.join(folders))
     if program is None:
-        raise UserError(f"submit: needs {name} on the path; got none")
+        raise UserError(f"submit: {name} must be on the path; got none")
     try:
-        done = subprocess.run(
-            [program, *words],
-            input=given,
+        process = subprocess.run(
+            [program, *arguments],
+            input=stdin,
             capture_output=True,
             text=True,
-            timeout=PATIENCE_S,
+            timeout=PROGRAM_TIMEOUT_S,
             env={**os.environ, **(environment or {})},
         )
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"submit: {name} must answer within {PATIENCE_S:.0f} s; it has not, and may have taken"
-            " the job"
+            f"submit: {name} must end within {PROGRAM_TIMEOUT_S:.0f} s; it did not, and may have"
+            " submitted the job"
         ) from None
     except OSError as error:
         raise UserError(f"submit: {program} cannot be run: {error.strerror}") from error
-    if done.returncode != 0:
-        lines = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
-        text = " ".join(" ".join(lines if len(lines) < 4 else lines[-1:]).split())  # no traceback
-        raise UserError(f"submit: {name} failed with exit code {done.returncode} and said: {text}")
-    return done.stdout.strip()
+    if process.returncode != 0:
+        lines = (process.stderr.strip() or process.stdout.strip() or "nothing").splitlines()
+        # More than three lines are a traceback, whose last line has the error.
+        text = " ".join(" ".join(lines[-1:] if len(lines) > 3 else lines).split())
+        raise UserError(
+            f"submit: {name} failed with exit code {process.returncode} and printed: {text}"
+        )
+    return process.stdout.strip()
 
 
 # ----------------------------------------------------------------------------------------- KubeRay
 
 
 def manifests_of(folder: Path) -> list[dict[str, Any]]:
-    """The manifests that `kubectl kustomize`, or else `kustomize build`, makes of a folder.
+    """The manifests that `kubectl kustomize` renders from a folder. If kubectl is missing,
+    `kustomize build` renders them.
 
     Raises:
-        UserError: both programs are missing, or the folder is refused.
+        UserError: both programs are missing, or the program fails.
     """
     only_kustomize = shutil.which("kustomize") and not shutil.which("kubectl")
     command = ("kustomize", "build") if only_kustomize else ("kubectl", "kustomize")
-    return list(yaml.safe_load_all(answer_of(*command, str(folder))))
+    return list(yaml.safe_load_all(run_program(*command, str(folder))))
 
 
-def render_rayjob(order: Order) -> str:
-    """The RayJob of the order's kustomize folder, its option `infra`, with the order's name,
-    entrypoint, image and pods, as YAML.
+def render_rayjob(request: LaunchRequest) -> str:
+    """The RayJob of the kustomize folder in the option `infra`, as YAML. The name, the entrypoint,
+    the image and the number of pods are those of the request.
 
-    There are as many pods as the workers need, and never fewer: the driver counts them when it
-    starts. With several numbers of workers, the job begins with the pods for the smallest number.
-    Ray's autoscaler adds pods, up to those for the largest number.
+    There are as many pods as the workers need, and never fewer: the driver counts their cores when
+    it starts. With several numbers of workers, the job starts with the pods for the smallest
+    number. Ray's autoscaler adds pods, up to those for the largest number.
 
     Raises:
-        ValueError: Kubernetes would not take the name or image; the folder has no RayJob, or is too
-            small for so many workers; runs or checkpoints would lie on a pod's own disk.
+        ValueError: Kubernetes would refuse the name or the image; the folder has no RayJob, another
+            kind of RayJob, or too few pods for the workers; or runs or checkpoints would be on a
+            pod's own disk.
+        UserError: see `manifests_of`.
     """
-    folder = order.options["infra"]
+    folder = request.options["infra"]
     require(
-        len(order.name) <= LONGEST_NAME and re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", order.name),
-        "k8s: name must be lower-case letters, digits and inner -, begin with a letter, and be "
-        f"at most {LONGEST_NAME} long (RFC 1123, KubeRay); got {order.name!r}",
+        len(request.name) <= MAX_RAYJOB_NAME
+        and re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", request.name),
+        "k8s: name must be lower-case letters, digits and hyphens, begin with a letter, not end"
+        f" with a hyphen, and be at most {MAX_RAYJOB_NAME} long (RFC 1123, KubeRay); got"
+        f" {request.name!r}",
     )
     require(
-        re.fullmatch(_IMAGE, order.image, re.ASCII),
-        f"k8s: image must be a name with a tag or a digest, other than latest; got {order.image!r}",
+        re.fullmatch(_IMAGE, request.image, re.ASCII),
+        "k8s: image must be a name with a digest, or with a tag other than latest; got"
+        f" {request.image!r}",
     )
     jobs = [each for each in manifests_of(folder) if each["kind"] == "RayJob"]
     require(len(jobs) == 1, f"k8s: {folder} must hold one RayJob; got {len(jobs)}")
     try:
-        _fill_rayjob(jobs[0], order, folder)
+        _fill_rayjob(jobs[0], request, folder)
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
-            f"k8s: the RayJob of {folder} must be one as in infra/k8s/base/job; not found: {error}"
+            f"k8s: the RayJob of {folder} must have the fields of infra/k8s/base/job; missing:"
+            f" {error}"
         ) from error
     return yaml.safe_dump(jobs[0], sort_keys=False, width=1000)
 
@@ -168,26 +185,26 @@ def render_rayjob(order: Order) -> str:
 def submit_rayjob(manifest: str) -> str:
     """Apply a RayJob to kubectl's cluster and namespace. Returns kubectl's output.
 
-    A running job of that name continues, and changes apply from its next attempt. A job that has
-    ended would not change (KubeRay 1.7.0), so it is refused.
+    If a job of this name is running, it continues, and changes apply from its next attempt. KubeRay
+    (1.7.0) would not start a job of this name that has ended, so it is refused.
 
     Raises:
-        UserError: kubectl did not take it, or a RayJob of that name has ended.
+        UserError: kubectl failed, or a RayJob of this name has ended.
     """
     name = yaml.safe_load(manifest)["metadata"]["name"]
-    ended = answer_of(
+    status = run_program(
         *("kubectl", "get", "rayjobs.ray.io", name, "--ignore-not-found"),
         *("--output", "jsonpath={.status.jobDeploymentStatus}"),
     )
-    if ended in ("Complete", "Failed"):
+    if status in ("Complete", "Failed"):
         raise UserError(
-            f"k8s: KubeRay starts no RayJob again that has ended; got {name}, {ended}: first"
+            f"k8s: a RayJob that has ended cannot start again; got {name}, {status}: first run"
             f" kubectl delete rayjob {name}"
         )
-    return answer_of("kubectl", "apply", "-f", "-", given=manifest)
+    return run_program("kubectl", "apply", "-f", "-", stdin=manifest)
 
 
-def _fill_rayjob(job: dict[str, Any], order: Order, folder: Path) -> None:
+def _fill_rayjob(job: dict[str, Any], request: LaunchRequest, folder: Path) -> None:
     cluster = job["spec"]["rayClusterSpec"]
     groups = cluster["workerGroupSpecs"]
     require(
@@ -196,184 +213,202 @@ def _fill_rayjob(job: dict[str, Any], order: Order, folder: Path) -> None:
     )
     group = groups[0]
     pods = [part["template"]["spec"] for part in (cluster["headGroupSpec"], group)]
-    _refuse_unless_shared(order, pods)  # a pod's own disk ends with the pod
-    limits, most = pods[1]["containers"][0]["resources"]["limits"], group["maxReplicas"]
-    group["replicas"] = group["minReplicas"] = _pods(order, order.sizes[0], limits, most, folder)
-    group["maxReplicas"] = _pods(order, order.sizes[-1], limits, most, folder)
-    job["metadata"]["name"] = order.name
-    # The driver runs on the head, which has no GPU, so the device is named.
-    device = ["--device", "gpu" if "nvidia.com/gpu" in limits else "cpu"]
-    # A shell of the head reads the entrypoint.
-    job["spec"]["entrypoint"] = shlex.join(
-        order.launch(*([] if "device" in order.options else device))
+    _refuse_unless_shared(request, pods)  # a pod's own disk ends with the pod
+    limits, max_pods = pods[1]["containers"][0]["resources"]["limits"], group["maxReplicas"]
+    group["replicas"] = group["minReplicas"] = _count_pods(
+        request, request.sizes[0], limits, max_pods, folder
     )
+    group["maxReplicas"] = _count_pods(request, request.sizes[-1], limits, max_pods, folder)
+    job["metadata"]["name"] = request.name
+    # The driver runs on the head, which has no GPU, so the device is explicit.
+    device = (
+        []
+        if "device" in request.options
+        else ["--device", "gpu" if "nvidia.com/gpu" in limits else "cpu"]
+    )
+    # A shell in the head's pod parses the entrypoint.
+    job["spec"]["entrypoint"] = shlex.join(request.launch_command(*device))
     for pod in pods:
-        pod["containers"][0]["image"] = order.image  # the first container is Ray's (KubeRay 1.7.0)
+        pod["containers"][0]["image"] = (
+            request.image
+        )  # the first container is Ray's (KubeRay 1.7.0)
 
 
-def _pods(order: Order, workers: int, limits: dict[str, Any], most: int, folder: Path) -> int:
+def _count_pods(
+    request: LaunchRequest, workers: int, limits: dict[str, Any], max_pods: int, folder: Path
+) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(limits.get("cpu", "")))
     if match is None:
         raise ValueError(
-            "k8s: a worker's limit of cpu must be a number of cores, or of thousandths with m; got"
-            f" {limits.get('cpu')!r}"
+            "k8s: the cpu limit of a worker must be a number of cores (2) or of millicores (2000m);"
+            f" got {limits.get('cpu')!r}"
         )
-    # Rounded up as KubeRay does for Ray.
+    # KubeRay rounds up, too, when it reports the cores to Ray.
     cores = math.ceil(float(match[1]) / (1000 if match[2] else 1))
     gpus = int(limits.get("nvidia.com/gpu", 0))
-    asked = order.count("cpus_per_worker")  # auto: with a GPU for each worker, as many as fit
-    takes_gpus = gpus and order.options.get("device") != "cpu"
-    room = min(cores // asked, gpus) if takes_gpus else cores // asked
-    pods = math.ceil(order.count("side_by_side") * workers / room) if room else None
-    if pods is None or pods > most:
-        each = counted(cores, "core") + (f" and {counted(gpus, 'GPU')}" if gpus else "")
-        raise ValueError(
-            f"k8s: {order.describe(workers)} x {counted(asked, 'cpu')} must fit into pods of "
-            f"{each}, of which {folder} has {most}: room for {counted(most * room, 'worker')}"
-        )
-    return pods
+    cpus_per_worker = request.count("cpus_per_worker")  # `auto` needs at least one
+    workers_per_pod = cores // cpus_per_worker
+    if gpus and request.options.get("device") != "cpu":
+        workers_per_pod = min(workers_per_pod, gpus)
+    needed = request.count("side_by_side") * workers
+    max_workers = max_pods * workers_per_pod
+    pod = counted(cores, "core") + (f" and {counted(gpus, 'GPU')}" if gpus else "")
+    require(
+        needed <= max_workers,
+        f"k8s: {request.describe(workers)} x {counted(cpus_per_worker, 'cpu')} must fit into"
+        f" {counted(max_pods, 'pod')} of {pod} ({folder}), which hold only"
+        f" {counted(max_workers, 'worker')}",
+    )
+    return math.ceil(needed / workers_per_pod)
 
 
-def _refuse_unless_shared(order: Order, pods: Sequence[dict[str, Any]]) -> None:
-    shared = sorted(set.intersection(*map(_shared_mounts, pods)))
-    kept = order.options.get("checkpoints")
-    for name, given, folder in (
-        ("runs", order.runs, Path(order.runs)),
-        ("--checkpoints", kept, None if kept is None else folder_of(kept)),
+def _refuse_unless_shared(request: LaunchRequest, pods: Sequence[dict[str, Any]]) -> None:
+    mounts = sorted(set.intersection(*map(_shared_mounts, pods)))
+    checkpoints = request.options.get("checkpoints")
+    for name, value, folder in (
+        ("runs", request.runs, Path(request.runs)),
+        ("--checkpoints", checkpoints, None if checkpoints is None else folder_of(checkpoints)),
     ):
         require(
             folder is None
-            or (".." not in folder.parts and any(folder.is_relative_to(mount) for mount in shared)),
-            f"k8s: {name} must lie where every pod writes to a shared volume"
-            f" ({', '.join(shared)}), without ..; got {given!r}",
+            or (".." not in folder.parts and any(folder.is_relative_to(mount) for mount in mounts)),
+            f"k8s: {name} must be in a shared volume that every pod can write"
+            f" ({', '.join(mounts)}), without ..; got {value!r}",
         )
 
 
 def _shared_mounts(pod: dict[str, Any]) -> set[str]:
-    claims = {each["name"] for each in pod.get("volumes", ()) if "persistentVolumeClaim" in each}
+    volumes = {each["name"] for each in pod.get("volumes", ()) if "persistentVolumeClaim" in each}
     return {
         each["mountPath"]
         for each in pod["containers"][0].get("volumeMounts", ())
-        if each["name"] in claims and not each.get("readOnly")
+        if each["name"] in volumes and not each.get("readOnly")
     }
 
 
 # ------------------------------------------------------------------------------------------- Slurm
 
 
-def render_sbatch(order: Order) -> str:
-    """The command line of sbatch for the order's train.sbatch, by default that of infra/slurm.
-
-    The option `time` is Slurm's: minutes, hours:minutes:seconds, or days-hours.
+def render_sbatch(request: LaunchRequest) -> str:
+    """The command line of sbatch for train.sbatch, from the folder in the option `infra` or from
+    infra/slurm.
 
     Raises:
-        ValueError: a value that Slurm would not take, too few GPUs, or no script in the folder.
+        ValueError: Slurm would refuse a value, there are too few GPUs, several numbers of workers,
+            or no script in the folder.
     """
-    nodes, gpus_per_node = order.options["nodes"], order.options.get("gpus_per_node", 0)
-    sizes = format_sizes(order.sizes) if order.sizes else ""  # empty: one for each GPU, or node
+    nodes, gpus_per_node = request.options["nodes"], request.options.get("gpus_per_node", 0)
+    sizes = (
+        format_sizes(request.sizes) if request.sizes else ""
+    )  # empty: a worker per GPU, or per node
     require(
-        len(order.sizes) <= 1,
-        f"slurm: the number of nodes of a job is fixed, so workers must be one number; got {sizes}",
+        len(request.sizes) <= 1,
+        "slurm: workers must be one number, because the number of nodes of a job is fixed; got"
+        f" {sizes}",
     )
     gpus = nodes * gpus_per_node
-    workers = order.sizes[0] if order.sizes else gpus  # as the script counts them
+    workers = request.sizes[0] if request.sizes else gpus  # as the script counts them
     require(
         not gpus
-        or order.options.get("device") == "cpu"
-        or order.count("side_by_side") * workers <= gpus,
-        f"slurm: each worker takes a GPU; got {order.describe(workers)} on"
+        or request.options.get("device") == "cpu"
+        or request.count("side_by_side") * workers <= gpus,
+        f"slurm: each worker must get a GPU; got {request.describe(workers)} on"
         f" {counted(nodes, 'node')} x {counted(gpus_per_node, 'GPU')}",
     )
-    script = order.options.get("infra", SLURM) / "train.sbatch"
-    require(script.is_file(), f"slurm: the script of the job must be a file; got {script}")
-    options = {
-        "job-name": _matching("name", order.name, _NAME),
-        "nodes": str(nodes),
-        "time": _matching("time", order.options["time"], r"(\d{1,4}-)?\d{1,6}(:\d{1,2}){0,2}"),
-    }
+    script = request.options.get("infra", SLURM_FOLDER) / "train.sbatch"
+    require(script.is_file(), f"slurm: the job's script must be a file; got {script}")
+    _require_match("slurm: name", request.name, _NAME, _NAME_RULE)
+    _require_match(
+        "slurm: time",
+        request.options["time"],
+        r"(\d{1,4}-)?\d{1,6}(:\d{1,2}){0,2}",
+        "minutes, hours:minutes:seconds, or days-hours",
+    )
+    options = {"job-name": request.name, "nodes": str(nodes), "time": request.options["time"]}
     if gpus_per_node:
         options["gpus-per-node"] = str(gpus_per_node)
-    if "partition" in order.options:
-        names = r"[\w.-]+(,[\w.-]+)*"
-        options["partition"] = _matching("partition", order.options["partition"], names)
+    if "partition" in request.options:
+        options["partition"] = request.options["partition"]
+        _require_match(
+            "slurm: partition",
+            options["partition"],
+            r"[\w.-]+(,[\w.-]+)*",
+            "names of partitions, separated by commas",
+        )
     return shlex.join(
         [
             "env",
-            f"SPIKETRAIN_RUNS={order.runs}",
+            f"SPIKETRAIN_RUNS={request.runs}",
             f"SPIKETRAIN_WORKERS={sizes}",
-            f"SPIKETRAIN_IMAGE={order.image}",
+            f"SPIKETRAIN_IMAGE={request.image}",
             *("sbatch", "--parsable", "--export=ALL"),
             *(f"--{name}={value}" for name, value in options.items()),
             str(script.absolute()),
-            *order.words,
+            *request.words,
         ]
     )
 
 
 def submit_sbatch(command: str) -> str:
-    """Submit the script. Returns the number of the job.
+    """Submit the script. Returns the job id.
 
     Raises:
-        UserError: sbatch refused the script, or is missing: it exists on login nodes only.
+        UserError: sbatch failed, or is missing: only login nodes have it.
     """
-    _, *words = shlex.split(command)
-    at = words.index("sbatch")
-    variables = dict(word.split("=", 1) for word in words[:at])
-    return answer_of("sbatch", *words[at + 1 :], environment=variables).split(";")[0]
+    _, *words = shlex.split(command)  # env NAME=VALUE ... sbatch ARGUMENT ...
+    sbatch_index = words.index("sbatch")
+    variables = dict(word.split("=", 1) for word in words[:sbatch_index])
+    # sbatch prints JOB_ID[;CLUSTER].
+    return run_program("sbatch", *words[sbatch_index + 1 :], environment=variables).split(";")[0]
 
 
-def _matching(name: str, value: str, pattern: str) -> str:
-    require(
-        re.fullmatch(pattern, value, re.ASCII), f"slurm: {name} must match {pattern}; got {value!r}"
-    )
-    return value
+def _require_match(subject: str, value: str, pattern: str, rule: str) -> None:
+    require(re.fullmatch(pattern, value, re.ASCII), f"{subject} must be {rule}; got {value!r}")
 
 
 # -------------------------------------------------------------------------- a running Ray cluster
 
 
-def render_ray_job(order: Order) -> str:
-    """The command line that submits the order to its option `cluster`, ray://HOST:PORT of the
-    dashboard.
+def render_ray_job(request: LaunchRequest) -> str:
+    """The `ray job submit` command for the cluster whose dashboard is the option `cluster`,
+    ray://HOST:PORT.
 
-    The driver runs on the head, in the folder where Ray was started. `runs` and recipes are paths
-    there.
+    The driver runs on the cluster's head, in the folder where Ray was started. The paths of runs
+    and recipes are relative to this folder.
 
     Raises:
-        ValueError: another address, a name that a run cannot have, or an image, which a cluster
-            that is up has already.
+        ValueError: the address or the name is refused, or an image is given, which a running
+            cluster cannot change.
     """
-    address = order.options["cluster"]
+    address = request.options["cluster"]
     require(
         re.fullmatch(r"ray://[A-Za-z0-9.-]+:\d{1,5}", address, re.ASCII),
         f"ray: a cluster must be ray://HOST:PORT, with the port of its dashboard; got {address!r}",
     )
+    _require_match("ray: name", request.name, _NAME, _NAME_RULE)
     require(
-        re.fullmatch(_NAME, order.name, re.ASCII),
-        f"ray: name must be letters, digits and inner . _ -; got {order.name!r}",
-    )
-    require(
-        not order.image,
-        f"ray: a cluster that is up trains with what is installed there; got --image {order.image}",
+        not request.image,
+        "ray: no image must be given, because a running cluster has its software; got --image"
+        f" {request.image}",
     )
     return shlex.join(
         [
             *("ray", "job", "submit", "--address", address.replace("ray", "http", 1)),
-            # The name of a job can be used once, the name of a run many times.
-            *("--submission-id", f"{order.name}-{uuid4().hex[:8]}", "--no-wait", "--"),
-            *order.launch(),
+            # A job's id can be used only once, while a run's name stays the same when it resumes.
+            *("--submission-id", f"{request.name}-{uuid4().hex[:8]}", "--no-wait", "--"),
+            *request.launch_command(),
         ]
     )
 
 
 def submit_ray_job(command: str) -> str:
-    """Submit the job. Returns its name.
+    """Submit the job. Returns its submission id.
 
     Raises:
-        UserError: there is no cluster, or it wants a token that RAY_AUTH_TOKEN and
-            RAY_AUTH_TOKEN_PATH do not name.
+        UserError: no cluster answers, or the cluster needs a token and neither RAY_AUTH_TOKEN nor
+            RAY_AUTH_TOKEN_PATH has it.
     """
-    words = shlex.split(command)
+    arguments = shlex.split(command)
     offer_token()
-    answer_of(*words)
-    return words[words.index("--submission-id") + 1]
+    run_program(*arguments)
+    return arguments[arguments.index("--submission-id") + 1]

@@ -1,9 +1,9 @@
-"""`spiketrain launch` and `resume` of a suite: its runs one after another, or side by side on
-different cores, then its measurements.
+"""`spiketrain launch` and `resume` of a suite: its runs one after another or side by side, then its
+measurements.
 
-Measurements are entries of the suite: sweeps, interleaved times and plans. They begin after all
+Measurements are entries of the suite: sweeps, interleaved times and plans. They start after all
 runs are over, one after another, in the process of the launch. Each result is written atomically to
-a file in the suite's folder. A resume makes the measurements whose file is missing.
+a file in the suite's folder. A resume makes the measurements that have no file yet.
 """
 
 import time
@@ -25,16 +25,27 @@ from pipeline.core.units import counted
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.driver import (
     Launcher,
-    check,
+    check_launch,
     drive,
     driver_lock,
     end_stopped,
     ignore_lost_terminal,
     launcher_of,
 )
-from pipeline.launch.prepare import atomic_folder, free_folder, named, open_store, refuse_taken
+from pipeline.launch.prepare import (
+    atomic_folder,
+    folder_named,
+    free_folder,
+    open_store,
+    refuse_taken,
+)
 from pipeline.launch.resume import check_resumed, save_options
-from pipeline.launch.suite_runs import SuiteRuns, begun_job, parallel_runs, train_side_by_side
+from pipeline.launch.suite_runs import (
+    SuiteRuns,
+    count_parallel_runs,
+    read_suite_job,
+    train_side_by_side,
+)
 from pipeline.measure.memory import hardware_differences
 from pipeline.recipe import own_code
 from pipeline.recipe.json import read_json, write_json
@@ -61,31 +72,37 @@ def launch_suite(
 ) -> Path:
     """Train a suite. Returns its folder.
 
-    `name` is the name of its folder. None: `stem` and the time.
+    Args:
+        stem: the first part of the folder's name if `name` is None. The time follows.
+
+    Raises:
+        ValueError: the name is taken, or the suite, a recipe, its data or an option is refused.
+        LaunchError: a run failed.
     """
     launcher = launcher_of(cluster)
     if name is not None:
-        refuse_taken(named(runs, name))
-    # The runs get their folders only later. The mark makes their names differ from those of a suite
-    # that is launched in the same second.
-    parent, stamp = uuid.uuid4().hex, time.strftime("%Y%m%d-%H%M%S")
-    folder = runs / (name or free_folder(runs / f"{stem}-{stamp}").name)
+        refuse_taken(folder_named(runs, name))
+    parent, timestamp = uuid.uuid4().hex, time.strftime("%Y%m%d-%H%M%S")
+    folder = runs / (name or free_folder(runs / f"{stem}-{timestamp}").name)
+    # The folders of the runs are made later. A part of `parent` in their names keeps them apart
+    # from the runs of another suite that is launched in the same second.
     suite_file = SuiteFile(
         suite=suite.resolved(),
         runs=tuple(
-            free_folder(runs / f"{each.name}-{stamp}-{parent[:4]}").name for each in suite.recipes
+            free_folder(runs / f"{each.name}-{timestamp}-{parent[:4]}").name
+            for each in suite.recipes
         ),
         parent=parent,
         cluster=asdict(cluster),
     )
-    SuiteFile.from_json(suite_file.to_json(), own=folder.name, trust=trust)
+    SuiteFile.from_json(suite_file.to_json(), own=folder.name, trust=trust)  # raises if refused
     say_stage(f"checking {counted(len(suite.recipes), 'recipe')} and their data")
-    _check_ahead(suite, cluster, trust=trust)
-    if cluster.checkpoints is not None:
+    _check_recipes(suite, cluster, trust=trust)
+    if cluster.checkpoints is not None:  # raises if the storage cannot be opened
         open_store(cluster.checkpoints, folder.parent / suite_file.runs[0])
     with launcher:
-        slots = parallel_runs(launcher, cluster.side_by_side)
-        with atomic_folder(folder) as hidden:  # nothing can be refused after this
+        slots = count_parallel_runs(launcher, cluster.side_by_side)
+        with atomic_folder(folder) as hidden:
             suite_file.write(hidden)
             own_code.write(hidden, trust)
         return _train(SuiteRuns(folder, suite_file, cluster, trust), launcher, slots)
@@ -100,14 +117,21 @@ def resume_suite(
     options: Mapping[str, Any],
     trust: tuple[str, ...] = (),
 ) -> Path:
-    """Continue a suite. `options` are saved with it. Returns its folder."""
+    """Continue a suite. Returns its folder.
+
+    Args:
+        options: values of OPERATIONAL_FIELDS. They replace those of the launch for good.
+
+    Raises:
+        ValueError: a folder is damaged, or a run, a recipe or an option is refused.
+        LaunchError: a run failed.
+    """
     suite_file = SuiteFile.read(folder, trust=trust)
-    begun = {name: run for name, run in runs_of(folder).items() if run.exists()}
-    for run in begun.values():
-        begun_job(run, suite_file.parent, trust=trust)
-    over = done_entries(folder)
-    left = [run for name, run in begun.items() if name not in over]
-    if len(over) == len(suite_entries(folder)):
+    started = {name: run for name, run in runs_of(folder).items() if run.exists()}
+    for run in started.values():  # raises if a run is not of this suite
+        read_suite_job(run, suite_file.parent, trust=trust)
+    done = done_entries(folder)
+    if len(done) == len(suite_entries(folder)):
         say(new_console(), f"{folder.name} has finished")
         return folder
     launched = Cluster.from_json(suite_file.cluster)
@@ -116,12 +140,13 @@ def resume_suite(
     say_stage(
         f"checking {counted(len(suite_file.suite.recipes), 'recipe')} and where they continue"
     )
-    for run in left:
+    unfinished = [run for name, run in started.items() if name not in done]
+    for run in unfinished:
         check_resumed(run, cluster, launched, trust=trust)
-    _check_ahead(suite_file.suite, cluster, trust=trust, begun=frozenset(begun))
+    _check_recipes(suite_file.suite, cluster, trust=trust, started=frozenset(started))
     with launcher:
-        slots = parallel_runs(launcher, cluster.side_by_side)
-        save_options(folder, left, options, new_console())
+        slots = count_parallel_runs(launcher, cluster.side_by_side)
+        save_options(folder, unfinished, options, new_console())
         suite_file = SuiteFile.read(folder, trust=trust)
         return _train(SuiteRuns(folder, suite_file, cluster, trust), launcher, slots)
 
@@ -133,80 +158,81 @@ def _train(suite: SuiteRuns, launcher: Launcher, slots: int) -> Path:
     say(console, str(folder), label="suite   ", whole=[str(folder)])
     say(console, resume, label="resume  ", whole=[resume])
     if slots > 1:
-        say(console, f"{slots} runs at a time, each on cores and cards of its own (--side-by-side)")
-    else:  # one run at a time needs no cores of its own
+        say(console, f"{slots} runs at a time, each on its own cores and GPUs (--side-by-side)")
+    else:  # a single run may use all cores
         suite = replace(suite, cluster=replace(suite.cluster, side_by_side=1))
-    with ExitStack() as at_the_end, driver_lock(folder):
-        at_the_end.callback(_sync_states, suite, console)
+    with ExitStack() as stack, driver_lock(folder):
+        stack.callback(_sync_states, suite, console)  # called after the lock is released
         try:
             if slots > 1:
-                done = train_side_by_side(suite, launcher, slots, console)
+                is_complete = train_side_by_side(suite, launcher, slots, console)
             else:
-                done = _train_in_turn(suite, launcher, console)
-            if done:
-                measure_the_rest(folder, suite.suite_file.suite, trust=suite.trust)
+                is_complete = _train_one_by_one(suite, launcher, console)
+            if is_complete:
+                make_missing_measurements(folder, suite.suite_file.suite, trust=suite.trust)
         except KeyboardInterrupt:  # between two runs, or during a measurement
-            done = False
-    if not done:
+            is_complete = False
+    if not is_complete:
         end_stopped(console, resume)
     return folder
 
 
 def _sync_states(suite: SuiteRuns, console: Console) -> None:
-    """Deliver to MLflow the states of the suite and its runs, once no process drives them.
+    """Deliver the states of the suite and its runs to MLflow, when no process drives them.
 
-    A killed process has not delivered its run's state. Between two runs MLflow still shows the
-    suite as running.
+    The driver of a run may have been killed before it delivered the run's state. A suite that stops
+    between two runs is still marked as running in MLflow.
     """
     try:
-        begun = {name: run for name, run in suite.folders.items() if state_of(run) != "new"}
-        if not begun or not suite.left():  # the last run has delivered the state
+        started = {name: run for name, run in suite.folders.items() if state_of(run) != "new"}
+        if not started or not suite.remaining():  # the last run has delivered the state
             return
-        unfinished = [run for name, run in begun.items() if not suite.is_over(name)]
-        for run in unfinished or [*begun.values()][-1:]:
+        unfinished = [run for name, run in started.items() if not suite.is_over(name)]
+        for run in unfinished or [*started.values()][-1:]:
             sync(run, uri=tracking_uri(suite.folder.parent))
     except (TrackingError, OSError, ValueError) as error:
         say(console, str(error))  # not raised: the caller may be raising another error
 
 
-def _train_in_turn(suite: SuiteRuns, launcher: Launcher, console: Console) -> bool:
-    """As `train_side_by_side`, but train one run after another, driven by this process. A diverged
-    run counts as trained.
-    """
-    left = suite.left()
-    for recipe in left:
+def _train_one_by_one(suite: SuiteRuns, launcher: Launcher, console: Console) -> bool:
+    """As `train_side_by_side`, but this process drives one run after another."""
+    remaining = suite.remaining()
+    for recipe in remaining:
         try:
             if drive(suite.job(recipe), launcher, console, address=suite.resume_address) is None:
                 return False
         except UserError:
-            if not suite.is_over(recipe.name):
+            if not suite.is_over(recipe.name):  # a run that diverged is over
                 raise
-        # A request during a run's last batch comes too late for the run, and stops the suite.
-        if was_stopped(suite.folders[recipe.name]) and recipe is not left[-1]:
+        # A request in the last batch of a run comes too late to stop the run. It stops the suite.
+        if was_stopped(suite.folders[recipe.name]) and recipe is not remaining[-1]:
             return False
     return True
 
 
-def _check_ahead(
-    suite: Suite, cluster: Cluster, *, trust: tuple[str, ...], begun: frozenset[str] = frozenset()
+def _check_recipes(
+    suite: Suite, cluster: Cluster, *, trust: tuple[str, ...], started: frozenset[str] = frozenset()
 ) -> None:
-    """Refuse recipes that can be refused before any run trains.
+    """Check the recipes of all runs that have not started, before any run trains.
 
-    Each run is checked again before it begins, with the weights that it starts from.
+    Each run is checked again before it starts, with the weights that it starts from.
+
+    Raises:
+        ValueError: a recipe or its data is refused.
     """
     with with_placeholder_weights(suite) as recipes:
         for recipe in recipes:
-            if recipe.name not in begun:
-                check(recipe, cluster, trust=trust)
+            if recipe.name not in started:
+                check_launch(recipe, cluster, trust=trust)
 
 
 # -------------------------------------------------------------------------------- the measurements
 
 
-def measure_the_rest(folder: Path, suite: Suite, *, trust: tuple[str, ...]) -> None:
-    """Make the measurements whose files are missing in a suite's folder.
+def make_missing_measurements(folder: Path, suite: Suite, *, trust: tuple[str, ...]) -> None:
+    """Make the measurements that have no file in a suite's folder.
 
-    A measurement that is refused here also gets a file: `{"refused": why}`.
+    A measurement that is refused gets a file, too: `{"refused": MESSAGE}`.
     """
     files, runs = measured_in(folder), runs_of(folder)
     for measurement in suite.measurements:
@@ -224,8 +250,8 @@ def _measure(measurement: Measurement, runs: Mapping[str, Path], trust: tuple[st
     """The result of a measurement as JSON values.
 
     Raises:
-        ValueError: the run that it belongs to was trained on another machine, or on another of its
-            devices, or the forecast refuses.
+        ValueError: the first run of the measurement was trained on other hardware, or the forecast
+            refuses a value.
     """
     recipes = [
         each if isinstance(each, Recipe) else Recipe.read(RunFolder(runs[each]).recipe, trust=trust)
@@ -233,15 +259,17 @@ def _measure(measurement: Measurement, runs: Mapping[str, Path], trust: tuple[st
     ]
     conditions: dict[str, Any] = {"hardware": {}}
     if trained := [RunFolder(runs[each]) for each in measurement.of if isinstance(each, str)]:
-        conditions = conditions_of(
-            read_json(trained[0].summary) if trained[0].summary.exists() else {},
-            read(trained[0].journal, Start.kind),
-        )[-1]
-        differences = hardware_differences(
-            conditions["hardware"] or {}, own_cores=conditions["own_cores"]
+        summary = read_json(trained[0].summary) if trained[0].summary.exists() else {}
+        conditions = conditions_of(summary, read(trained[0].journal, Start.kind))[-1]
+        differences = "; ".join(
+            f"{name} {there}, here {here}"
+            for name, here, there in hardware_differences(
+                conditions["hardware"] or {}, own_cores=conditions["own_cores"]
+            )
         )
-        other = "; ".join(f"{name} {there}, here {here}" for name, here, there in differences)
-        require(not other, f"the runs were trained on another machine: {other}")
+        require(
+            not differences, f"the runs must have been trained on this hardware; got {differences}"
+        )
     rules, options = [each.rule for each in recipes], dict(measurement.options)
     if measurement.kind == "sweep":
         from pipeline.forecast.sweep import sweep
@@ -263,9 +291,7 @@ def _measure(measurement: Measurement, runs: Mapping[str, Path], trust: tuple[st
         }
     from pipeline.forecast import plan as forecast
 
-    device, workers = forecast.DEVICES[options.pop("device")], options.pop("workers")
-    return asdict(
-        forecast.plan(
-            recipes[0], forecast.Cluster(workers=workers, device=device), rules=rules, **options
-        )
+    cluster = forecast.Cluster(
+        workers=options.pop("workers"), device=forecast.DEVICES[options.pop("device")]
     )
+    return asdict(forecast.plan(recipes[0], cluster, rules=rules, **options))

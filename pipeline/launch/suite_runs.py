@@ -1,9 +1,9 @@
-"""The runs of a suite: which are left, which can begin, the job of each, and several at a time.
+"""The runs of a suite: the runs that remain, the job of each run, and runs side by side.
 
-A run can begin once the runs that it depends on are over. Each of several runs that train at the
-same time has a `spiketrain resume` of its own. Each worker has its own cores
-(`core/cpu_affinity.py`), or its own GPU from Ray. The cost of a run is thus measured while others
-use the same memory bus, but never the same cores.
+A run can start once the runs that it depends on are over. If several runs train at the same time,
+each has a driver process of its own, `spiketrain resume`. Each worker has its own cores
+(`core/cpu_affinity.py`), or its own GPU from Ray. So the measured cost of a run includes the load
+of the other runs on the memory bus, but never on its cores.
 """
 
 import ctypes
@@ -22,11 +22,12 @@ from pipeline.core.checks import require
 from pipeline.core.errors import UserError
 from pipeline.core.printing import say
 from pipeline.core.run_folder import RunFolder
-from pipeline.launch.cluster import Cluster, CountOrAuto, LaunchError
-from pipeline.launch.driver import Launcher, check
-from pipeline.launch.driver_signals import PATIENT, on_stop_signals
+from pipeline.launch.cluster import Cluster, CountOrAuto
+from pipeline.launch.driver import Launcher, check_launch
+from pipeline.launch.driver_signals import SAVING_SIGNALS, on_stop_signals
 from pipeline.launch.prepare import prepare, read_job, write_job
-from pipeline.launch.progress import Shown
+from pipeline.launch.progress import ProgressDisplay
+from pipeline.launch.ray import LaunchError
 from pipeline.recipe.printed_commands import trust_words
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import SuiteFile, fill_references, needed, runs_of, sources
@@ -50,7 +51,7 @@ class SuiteRuns:
 
     @cached_property
     def folders(self) -> dict[str, Path]:
-        """The folder of each recipe's run, by the recipe's name. It may not exist yet."""
+        """The folder of each run, by the name of its recipe. A folder may not exist yet."""
         return runs_of(self.folder)
 
     @property
@@ -59,43 +60,43 @@ class SuiteRuns:
         return self.cluster.resume_address(Cluster.from_json(self.suite_file.cluster))
 
     def is_over(self, name: str) -> bool:
-        """Whether the run of the recipe of this name needs no more training."""
+
         return is_over(self.folders[name], is_needed=name in self._sources)
 
     @cached_property
     def _sources(self) -> set[str]:
         return sources(self.suite_file.suite)
 
-    def left(self) -> list[Recipe]:
+    def remaining(self) -> list[Recipe]:
         """The recipes whose runs are not over, in the suite's order."""
         return [recipe for recipe in self.suite_file.suite.recipes if not self.is_over(recipe.name)]
 
-    def can_begin(self, recipe: Recipe) -> bool:
-        """Whether the runs are over from which this run takes weights or a choice."""
+    def can_start(self, recipe: Recipe) -> bool:
+        """Whether all runs are over that this run depends on, for weights or for the best trial."""
         return all(self.is_over(name) for name in needed(self.suite_file.suite, recipe))
 
     def job(self, recipe: Recipe) -> Job:
-        """The job of a run. A run that has not begun is prepared, with its recipe completed: the
-        best value of its trials, if it has trials, and the weights that it starts from.
+        """The job of a run. If the run has no folder yet, its recipe is completed with the best
+        value of its trials and with the weights that it starts from, and its folder is made.
 
         Raises:
-            ValueError: its folder is damaged or not of this suite, or the completed recipe is
+            ValueError: the folder is damaged or not of this suite, or the completed recipe is
                 refused.
         """
         run, suite = self.folders[recipe.name], self.suite_file.suite
-        if run.exists():  # it may have begun with another number of runs side by side
+        if run.exists():
             return replace(
-                begun_job(run, self.suite_file.parent, trust=self.trust),
-                own_cores=self.cluster.side_by_side != 1,
+                read_suite_job(run, self.suite_file.parent, trust=self.trust),
+                own_cores=self.cluster.side_by_side != 1,  # the launch may have had another value
             )
         if choice := suite.choices.get(recipe.name):
             best_trial = best({name: top1_of(self.folders[name]) for name in choice.trials})
             [trial] = [each for each in suite.recipes if each.name == best_trial]
             recipe = recipe.override({choice.field: trial.value_of(choice.field)})
-        ready = fill_references(recipe, lambda name: lasting_weights(self.folders[name]))
-        check(ready, self.cluster, trust=self.trust)
+        completed = fill_references(recipe, lambda name: lasting_weights(self.folders[name]))
+        check_launch(completed, self.cluster, trust=self.trust)
         return prepare(
-            ready,
+            completed,
             self.cluster,
             self.folder.parent,
             name=run.name,
@@ -106,8 +107,8 @@ class SuiteRuns:
         )
 
 
-def begun_job(run: Path, parent: str, *, trust: tuple[str, ...]) -> Job:
-    """The job of a run that has its folder.
+def read_suite_job(run: Path, parent: str, *, trust: tuple[str, ...]) -> Job:
+    """Read the job of a run of the suite whose launch has the id `parent`.
 
     Raises:
         ValueError: the folder is damaged, or the run is not of this suite.
@@ -115,7 +116,7 @@ def begun_job(run: Path, parent: str, *, trust: tuple[str, ...]) -> Job:
     file = RunFolder(run).job
     require(
         file.is_file(),
-        f"suite: {run.name} must be a whole run; it has no {file.name}: move it away, resume",
+        f"suite: {run.name} must have a {file.name}; got none: move the folder away, then resume",
     )
     job = read_job(run, trust=trust)
     require(
@@ -125,90 +126,92 @@ def begun_job(run: Path, parent: str, *, trust: tuple[str, ...]) -> Job:
     return job
 
 
-# ------------------------------------------------------------------------------- several at a time
+# ------------------------------------------------------------------------------- runs side by side
 
 
-def parallel_runs(launcher: Launcher, wanted: CountOrAuto) -> int:
-    """The number of runs that train at once. `auto`: as many as there is room for.
+def count_parallel_runs(launcher: Launcher, side_by_side: CountOrAuto) -> int:
+    """The number of runs that train at the same time. `auto`: as many as there are resources for.
 
     Raises:
-        UserError: there is no room for so many, or `auto` where the room is unknown.
+        UserError: there are too few cores or GPUs, or `auto` where their number is unknown.
     """
-    if wanted == 1:
+    if side_by_side == 1:
         return 1
-    room = launcher.room()
-    if wanted == "auto":
-        if room is None:
+    max_runs = launcher.max_parallel_runs()
+    if side_by_side == "auto":
+        if max_runs is None:
             raise UserError(
-                "launch: --side-by-side must be a number on a cluster without GPUs that was joined,"
-                " whose physical cores are unknown; got auto"
+                "launch: --side-by-side must be a number if the launch joins a cluster without"
+                " GPUs, because its number of physical cores is unknown; got auto"
             )
-        return max(1, room)
-    if room is not None and wanted > room:
+        return max(1, max_runs)
+    if max_runs is not None and side_by_side > max_runs:
         raise UserError(
-            f"launch: {wanted} runs side by side need cores and cards of their own; there is room"
-            f" for {room}"
+            f"launch: --side-by-side must be at most {max_runs}, so that each run has its own cores"
+            f" and GPUs; got {side_by_side}"
         )
-    return wanted
+    return side_by_side
 
 
 def train_side_by_side(suite: SuiteRuns, launcher: Launcher, slots: int, console: Console) -> bool:
-    """Train the runs that are left, `slots` at a time. Returns False if asked to stop.
+    """Train the remaining runs, `slots` at a time. Returns False if asked to stop.
 
-    After the first failure no further run begins. The error is raised once the others have ended.
+    After the first failure no further run starts. Its error is raised when the others have ended.
 
     Raises:
-        LaunchError: a run failed; the line is the last one of its driver.
+        LaunchError: a run failed. The message is the last line of its driver.
         UserError: a run was refused.
+        OSError, ValueError: the folder or the driver of a run could not be made.
     """
     running: dict[str, _ChildDriver] = {}
-    driven_elsewhere: set[str] = set()
+    reported: set[str] = set()
 
-    def begin_more() -> bool:
+    def start_runs() -> bool:
         """Fill the free slots, in the suite's order. Returns whether other processes drive runs.
 
         Most likely these are the drivers of a killed suite, which save their runs and end.
         """
-        elsewhere = 0
-        for recipe in suite.left():
-            if len(running) + elsewhere == slots:
+        driven_elsewhere = 0
+        for recipe in suite.remaining():
+            if len(running) + driven_elsewhere == slots:
                 break
-            if recipe.name in running or not suite.can_begin(recipe):
+            if recipe.name in running or not suite.can_start(recipe):
                 continue
             if is_driven(suite.folders[recipe.name]):
-                elsewhere += 1
-                if recipe.name not in driven_elsewhere:
-                    driven_elsewhere.add(recipe.name)
-                    say(console, f"{recipe.name}  another process still trains it: waiting")
+                driven_elsewhere += 1
+                if recipe.name not in reported:
+                    reported.add(recipe.name)
+                    say(console, f"{recipe.name}  waiting for another process that still trains it")
             else:
                 running[recipe.name] = _ChildDriver(recipe, suite, launcher, console)
-        return elsewhere > 0
+        return driven_elsewhere > 0
 
-    failed: Exception | None = None
-    stopped = False
-    heard: list[signal.Signals] = []
-    with on_stop_signals(heard.append):
+    failure: Exception | None = None
+    was_run_stopped = False
+    signals: list[signal.Signals] = []
+    with on_stop_signals(signals.append):
         while True:
-            if heard:
+            if signals:
                 for child in running.values():
-                    child.stop(at_once=any(number not in PATIENT for number in heard[1:]))
+                    child.stop(at_once=any(number not in SAVING_SIGNALS for number in signals[1:]))
             for name, child in list(running.items()):
-                if child.ended():
+                if child.has_ended():
                     del running[name]
-                    failed = failed or child.failure()
-                    stopped = stopped or not suite.is_over(name)  # only this run was stopped
+                    failure = failure or child.failure()
+                    # The user may have stopped only this run.
+                    was_run_stopped = was_run_stopped or not suite.is_over(name)
             is_waiting = False
-            if not heard and failed is None and not stopped:
+            if not signals and failure is None and not was_run_stopped:
                 try:
-                    is_waiting = begin_more()
+                    is_waiting = start_runs()
                 except (OSError, ValueError) as error:
-                    failed = error
+                    failure = error
             if not running and not is_waiting:
                 break
             time.sleep(_POLL_S)
-    if failed is not None:
-        raise failed
-    return not suite.left()
+    if failure is not None:
+        raise failure
+    return not suite.remaining()
 
 
 class _ChildDriver:
@@ -220,38 +223,42 @@ class _ChildDriver:
         self._files, runs = RunFolder(self.folder), suite.folder.parent
         self._files.stop.unlink(missing_ok=True)
         write_job(job)
-        self._shown = Shown(self.folder, console, store=tracking_uri(runs), name=name)
-        words = ["resume", str(self.folder), "--runs", str(runs)]
-        words += [*launcher.resume_options(), *trust_words(suite.trust)]
+        self._display = ProgressDisplay(
+            self.folder, console, mlflow_uri=tracking_uri(runs), name=name
+        )
+        arguments = ["resume", str(self.folder), "--runs", str(runs)]
+        arguments += [*launcher.resume_options(), *trust_words(suite.trust)]
         with self._files.launch_log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline", *words],
+                [sys.executable, "-m", "pipeline", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches the suite only, which passes it on
-                preexec_fn=_end_with_suite,
+                start_new_session=True,  # Ctrl-C reaches only the suite, which then calls `stop`
+                preexec_fn=_save_when_suite_dies,
             )
         self._is_terminated = False
 
-    def ended(self) -> bool:
+    def has_ended(self) -> bool:
+
         if self._process.poll() is None:
-            self._shown.look()
+            self._display.update()
             return False
-        self._shown.close()
+        self._display.close()
         return True
 
     def stop(self, *, at_once: bool) -> None:
-        """Ask the run to save after this step; `at_once`: end it without saving."""
-        with suppress(OSError):  # the storage is away: the next turn asks again
+        """Ask the run to save after this step. If `at_once`, end it without saving."""
+        with suppress(OSError):  # storage that does not answer: the next call asks again
             self._files.stop.touch()
         if at_once and not self._is_terminated:
             self._is_terminated = True
             self._process.terminate()
 
     def failure(self) -> Exception | None:
-        """None if the run is over or was stopped. A run that was refused has failed, even if it was
-        also asked to stop.
+        """The error of the ended driver. None if the run is over or was stopped.
+
+        A run that was refused has failed, even if it was also asked to stop.
         """
         code = self._process.returncode
         if code == 0 or (code != 2 and was_stopped(self.folder)) or self._is_over():
@@ -265,12 +272,11 @@ class _ChildDriver:
         return UserError(message) if code == 2 else LaunchError(message)
 
 
-_prctl = ctypes.CDLL(None).prctl  # loaded now: nothing may be loaded between fork and exec
+_prctl = ctypes.CDLL(None).prctl  # found now: between fork and exec no library may be loaded
 
 
-def _end_with_suite() -> None:
-    """Let the kernel send SIGUSR1 when the suite's process dies, so that the run is saved.
-
-    SIGUSR1 never means "at once": the suite may have asked this run to save before.
+def _save_when_suite_dies() -> None:
+    """Let the kernel send SIGUSR1 to this process when the suite's process dies, so that the run
+    saves and stops. SIGUSR1 never stops a run at once, even if the suite asked it to stop before.
     """
     _prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)

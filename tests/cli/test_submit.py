@@ -187,7 +187,7 @@ NODES = "slurm --nodes 2 --time 1 --gpus-per-node 4"
         ("--nodes 2 --dry-run", "without --cluster there is nothing that takes --dry-run, --nodes"),
         (
             "--cluster slurm --name a --nodes 1 --time 1 --workers 2:4",
-            "workers must be one number; got 2:4",
+            "workers must be one number, because the number of nodes of a job is fixed; got 2:4",
         ),
         (
             "--cluster ray://a:1 --name a --workers x",
@@ -216,7 +216,7 @@ NODES = "slurm --nodes 2 --time 1 --gpus-per-node 4"
         ),
         (
             f"--cluster k8s --name a {CPU_PODS.replace('a.example/s:1', 'a')}",
-            "image must be a name with a tag",
+            "image must be a name with a digest",
         ),
         (
             "--cluster slurm --name a",
@@ -224,7 +224,7 @@ NODES = "slurm --nodes 2 --time 1 --gpus-per-node 4"
         ),
         (
             "--cluster slurm --name a --nodes 1 --time 1 --infra /nowhere",
-            "script of the job must be a file; got /nowhere",
+            "the job's script must be a file; got /nowhere",
         ),
         (
             f"--cluster k8s --name a {CPU_PODS} --inline",
@@ -256,28 +256,31 @@ NODES = "slurm --nodes 2 --time 1 --gpus-per-node 4"
         (
             f"{BOTH} {MINE} --cluster k8s {CPU_PODS} --workers 4 --side-by-side 8",
             (
-                "k8s: 8 runs side by side of 4 workers x 1 cpu must fit into pods of 4 cores, of"
-                " which "
+                "k8s: 8 runs side by side, each with 4 workers x 1 cpu must fit into 4 pods"
+                " of 4 cores ("
             ),
         ),
         (
             (f"{BOTH} {MINE} --cluster {NODES} --workers 4 --side-by-side 3"),
             (
-                "slurm: each worker takes a GPU; got 3 runs side by side of 4 workers on 2 nodes x"
-                " 4 GPUs"
+                "slurm: each worker must get a GPU; got 3 runs side by side, each with 4"
+                " workers on 2"
+                " nodes x 4 GPUs"
             ),
         ),
         (
             f"{BOTH} {MINE} --cluster {NODES} --side-by-side 2",
             (
-                "slurm: each worker takes a GPU; got 2 runs side by side of 8 workers on 2 nodes x"
-                " 4 GPUs"
+                "slurm: each worker must get a GPU; got 2 runs side by side, each with 8"
+                " workers on 2"
+                " nodes x 4 GPUs"
             ),
         ),
         (
             f"{BOTH} {MINE} --cluster slurm --nodes 1 --time 1 --gpus-per-node 1 --workers 1"
             " --side-by-side 2",
-            "slurm: each worker takes a GPU; got 2 runs side by side of 1 worker on 1 node x 1 GPU",
+            "slurm: each worker must get a GPU; got 2 runs side by side, each with 1 worker on"
+            " 1 node x 1 GPU",
         ),
     ],
 )

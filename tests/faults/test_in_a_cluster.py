@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.launch.ray_cluster import NODES
+from pipeline.launch.ray_cluster import NODE_SETTINGS
 from pipeline.recipe.recipe import read_json, write_json
 from pipeline.report.stores import open_store
 from pipeline.track.journal import last
@@ -335,7 +335,7 @@ def unhurt(tmp_path_factory: pytest.TempPathFactory) -> Driven:
 
 @pytest.fixture
 def cluster() -> Iterator[Nodes]:
-    with nodes(NODES["fast"]) as there:
+    with nodes(NODE_SETTINGS["fast"]) as there:
         yield there
 
 
@@ -438,13 +438,13 @@ def test_whoever_stops_a_run_that_waits_for_a_node_is_told_so(
     run, [added] = begin(sizes, seed=5)
     cluster.kill(added)
     waiting = run.wait_for(lambda event: event["event"] == "waiting")  # the other one is ended too
-    assert (waiting["what"], waiting["most_s"]) == ("a place for 2 workers", 3600.0)
+    assert (waiting["what"], waiting["most_s"]) == ("resources for 2 workers", 3600.0)
     run.process.send_signal(signal.SIGINT)
     assert run.end() == 130
     stopped = events(run.run)[-1]
     assert stopped["event"] == "stopped"
     assert stopped["step"] == max(steps_of(run.run, "checkpoint"), default=0)
-    assert stopped["reason"] == "asked to stop by SIGINT while its workers had no place"
+    assert stopped["reason"] == "asked to stop by SIGINT while it waited for resources"
     assert f"--address {cluster.address}" in stopped["resume_command"]
 
 
@@ -486,7 +486,7 @@ class Hosts:
         token.chmod(0o600)
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))},
-            **NODES["patient"],
+            **NODE_SETTINGS["patient"],
             "HOME": str(folder),  # where a token may lie
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": os.pathsep.join((str(Path(__file__).parents[2]), str(folder))),
@@ -591,8 +591,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def test_a_client_without_the_token_is_told_so(hosts: Hosts) -> None:
     assert hosts.launch("b", "nobody", "--address", HEAD, token=False).wait(120) == 2
     line = hosts.line("nobody")
-    assert f"no cluster let us in at '{HEAD}'" in line
-    assert "is it running, and has this client its token? set RAY_AUTH_TOKEN" in line
+    assert f"the cluster at {HEAD} must run and accept this process" in line
+    assert "if it runs, set RAY_AUTH_TOKEN to its token" in line
 
 
 @pytest.mark.full

@@ -172,7 +172,7 @@ def test_a_worker_is_told_settings_and_no_secrets(monkeypatch: pytest.MonkeyPatc
     settings = {"HF_HOME": "/models", "NCCL_DEBUG": "WARN"}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    told = worker_environment(threads=1, loader_threads=1, gpus=False, alone=False)
+    told = worker_environment(threads=1, loader_threads=1, uses_gpus=False, on_loopback=False)
     assert told.items() >= settings.items() and SECRET not in told.values()
 
 
@@ -363,8 +363,8 @@ def test_a_name_stays_in_the_folder_of_runs(
 @pytest.mark.parametrize(
     ("field", "rule"),
     [
-        ("suite", "suite must be the name of a folder beside this one"),
-        ("family", "family becomes a folder's name and must be one"),
+        ("suite", "suite must be a valid name of a folder"),
+        ("family", "family must be a valid name of a folder"),
     ],
 )
 @pytest.mark.parametrize("name", ["../out", "..", "/out"])
@@ -385,7 +385,7 @@ def test_a_run_from_elsewhere_leads_to_no_cluster(
         elsewhere.setblocking(False)
         address = f"127.0.0.1:{elsewhere.getsockname()[1]}"
         prepare(small_recipe(), Cluster(address=address), tmp_path / "runs", name="it")
-        assert f"needs --address anew; got none, it was {address}" in refused(
+        assert f"on a Ray cluster; got none (at the launch: {address})" in refused(
             "resume", "it", "--runs", str(tmp_path / "runs")
         )
         with pytest.raises(BlockingIOError):

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from pipeline.launch.ray_cluster import NODES
+from pipeline.launch.ray_cluster import NODE_SETTINGS
 from pipeline.launch.schedulers import manifests_of
 
 Manifest = dict[str, Any]
@@ -79,8 +79,8 @@ def loss_of_a_node(manifest: Manifest) -> Iterator[str]:
             each["name"]: each.get("value")
             for each in head["template"]["spec"]["containers"][0].get("env", ())
         }
-        if not told.items() >= NODES["fast"].items():
-            yield f"the head must have {NODES['fast']}; got {told}"
+        if not told.items() >= NODE_SETTINGS["fast"].items():
+            yield f"the head must have {NODE_SETTINGS['fast']}; got {told}"
 
 
 def scale(manifest: Manifest) -> Iterator[str]:

@@ -22,7 +22,7 @@ import typer
 import yaml
 
 from pipeline.cli.app import app
-from pipeline.launch.schedulers import Order, render_rayjob
+from pipeline.launch.schedulers import LaunchRequest, render_rayjob
 from tests.helpers.crd import GOLDEN, misfits
 from tests.helpers.driver import workers_below
 from tests.helpers.lab import Driven, Lab
@@ -108,7 +108,7 @@ def test_an_example_is_what_its_order_gives(folder: str) -> None:
     words = job["spec"]["entrypoint"].split()
     assert words[:2] == ["spiketrain", "launch"]
     named = words.index("--name")
-    order = Order(
+    order = LaunchRequest(
         words=tuple(words[2:named]),
         name=words[named + 1],
         sizes=(int(words[words.index("--workers") + 1]),),

@@ -23,8 +23,8 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.launch.ray_cluster import NODES
-from pipeline.launch.schedulers import Order, render_sbatch, submit_sbatch
+from pipeline.launch.ray_cluster import NODE_SETTINGS
+from pipeline.launch.schedulers import LaunchRequest, render_sbatch, submit_sbatch
 from pipeline.track.journal import last
 from tests.helpers.nodes import free_port
 from tests.helpers.programs import program
@@ -119,7 +119,7 @@ def test_the_launch_is_told_where_and_on_how_much_to_train(slurm: Slurm):
     head = slurm.left("driver.ray").strip()
     assert re.fullmatch(r"[\d.]+:2\d{4}", head) and not head.startswith("127.")
     patience = dict(line.split("=") for line in slurm.left("driver.patience").splitlines())
-    assert patience == NODES["patient"]
+    assert patience == NODE_SETTINGS["patient"]
     soft, hard = slurm.left("driver.memlock").split()
     assert soft == hard != "64"  # InfiniBand needs more than a shell commonly has
     started = f"symmetric-run --address {head} --min-nodes 2 --num-cpus=16 --num-gpus=8 "
@@ -301,7 +301,7 @@ def command(
     **options: Any,
 ) -> str:
     return render_sbatch(
-        Order(
+        LaunchRequest(
             words=words or ("recipes/fashion/sltt.py",),
             name=name,
             sizes=sizes,
@@ -377,7 +377,7 @@ def test_workers_that_nobody_counted_are_one_for_each_gpu(
     ("fields", "said"),
     [
         *(
-            ({field: value}, f"{field} must match")
+            ({field: value}, f"slurm: {field} must be ")
             for field, values in {
                 "name": ("a\n#SBATCH --uid=0", "a b", "../a", ""),
                 "time": (
@@ -391,7 +391,7 @@ def test_workers_that_nobody_counted_are_one_for_each_gpu(
         ({"sizes": (17,)}, "got 17 workers on 2 nodes x 8 GPUs"),
         (
             {"sizes": (2, 3, 4)},
-            "the number of nodes of a job is fixed, so workers must be one number; got 2:4",
+            "workers must be one number, because the number of nodes of a job is fixed; got 2:4",
         ),
     ],
 )

@@ -65,8 +65,8 @@ def test_they_are_there_and_a_run_whose_folder_is_lost_goes_on_with_them(
     assert tracked.data.tags["spiketrain.checkpoint"] == (address / "step_00000008").as_uri()
 
     assert refused(*run("other")) == (
-        f"launch: {address} must hold no checkpoints yet; got step_00000008: another --name, or"
-        " --or-resume to continue from them"
+        f"launch: {address} must have no checkpoints and no owner; got step_00000008: choose"
+        " another --name, or continue with --or-resume"
     )
     assert not (tmp_path / "other" / "run").exists()
     error = refused(*run("other", "--or-resume", "--set", "optimizer.lr=0.05"))
@@ -153,7 +153,7 @@ def test_a_place_whose_run_has_not_saved_yet_is_that_runs_all_the_same(
         store_at(str(address), tmp_path / "theirs"), run="theirs", run_id="a" * 32, study="another"
     )
     assert refused(*run("runs")).startswith(
-        f"launch: {address} must hold no checkpoints yet; got those to come of run aaaaaaaa"
+        f"launch: {address} must have no checkpoints and no owner; got the store of run aaaaaaaa"
     )
     assert refused(*run("runs", "--or-resume")) == (
         "launch: --or-resume continues from checkpoints of the same study; got another in"

@@ -16,11 +16,11 @@ from ray.exceptions import AuthenticationError
 
 from pipeline.cli.launch import resume
 from pipeline.core.errors import UserError
-from pipeline.launch.cluster import OPERATIONAL, Cluster, parse_workers
+from pipeline.launch.cluster import OPERATIONAL_FIELDS, Cluster, parse_workers
 from pipeline.launch.driver import launcher_of
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray
-from pipeline.launch.ray_cluster import NODES, worker_start_timeout
+from pipeline.launch.ray_cluster import NODE_SETTINGS, worker_start_timeout
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ from pipeline.launch.ray_cluster import NODES, worker_start_timeout
         ({"workers": [4, 2]}, "cluster: numbers of workers must ascend; got (4, 2)"),
         (
             {"workers": [2, 4], "side_by_side": 2},
-            "cluster: runs side by side need one number of workers; got 2,4",
+            "cluster: --workers must be one number for runs side by side; got 2,4",
         ),
         (
             {"node_loss": "never"},
@@ -48,7 +48,7 @@ from pipeline.launch.ray_cluster import NODES, worker_start_timeout
             (
                 {"hang_minutes": minutes},
                 (
-                    "cluster: hang_minutes must be in 0..10080, a week, where 0 is never; got"
+                    "cluster: hang_minutes must be in 0..10080 (a week; 0 means never); got"
                     f" {minutes:g}"
                 ),
             )
@@ -90,7 +90,9 @@ def test_what_is_rays_has_no_effect_in_this_process_and_is_refused(
 ) -> None:
     cluster = Cluster(**launched)
     with pytest.raises(
-        ValueError, match=f"--inline is one worker in this process, without Ray; got {got}$"
+        ValueError,
+        match=f"--inline trains one worker in this process, so options of Ray must not be"
+        f" given; got {got}$",
     ):
         launcher_of(cluster if how is None else cluster.resumed(**how, inline=True))
 
@@ -109,8 +111,8 @@ def test_a_token_that_is_not_at_hand_is_said_in_one_line(
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(os, "environ", {**os.environ})
     said = (
-        "ray: a token must be at hand; got none: .* is empty: /nowhere; set RAY_AUTH_TOKEN, or"
-        " RAY_AUTH_TOKEN_PATH to the file"
+        "ray: the cluster's token must be set; got none: .* is empty: /nowhere; set"
+        " RAY_AUTH_TOKEN to its token, or RAY_AUTH_TOKEN_PATH to the token's file"
     )
     with socket.create_server(("127.0.0.1", 0)) as door:
         address = f"127.0.0.1:{door.getsockname()[1]}" if joins else None
@@ -166,14 +168,16 @@ def test_workers_are_a_number_a_range_or_numbers(
 
 def test_a_run_of_one_size_worker_start_timeout_its_places_and_one_of_several_takes_fewer() -> None:
     waits = {
-        (loss, sizes): worker_start_timeout(loss, sizes=sizes) for loss in NODES for sizes in (1, 2)
+        (loss, sizes): worker_start_timeout(loss, n_sizes=sizes)
+        for loss in NODE_SETTINGS
+        for sizes in (1, 2)
     }
     assert waits["fast", 1] == {}  # Ray's own minute
     of_several, *patient = (
         float(*waits[each].values()) for each in (("fast", 2), ("patient", 1), ("patient", 2))
     )
     assert of_several < 60 < patient[0] == patient[1]
-    assert not NODES["fast"].keys() & NODES["patient"].keys()
+    assert not NODE_SETTINGS["fast"].keys() & NODE_SETTINGS["patient"].keys()
 
 
 KEPT: dict[str, Any] = {
@@ -241,9 +245,14 @@ def test_a_resume_keeps_what_it_is_not_told_and_takes_what_it_is(
         (
             JOINED,
             2,
-            r"needs --address anew; got none, it was 10\.0\.0\.1:6379; --address local starts",
+            r"--address must be given again for a run that was launched on a Ray cluster; got"
+            r" none \(at the launch: 10\.0\.0\.1:6379\); --address local starts",
         ),
-        (Cluster(workers=2, side_by_side=3), (1, 2), "need one number of workers; got 1:2"),
+        (
+            Cluster(workers=2, side_by_side=3),
+            (1, 2),
+            "must be one number for runs side by side; got 1:2",
+        ),
     ],
 )
 def test_a_resume_that_cannot_be(launched: Cluster, workers: Any, said: str) -> None:
@@ -253,13 +262,15 @@ def test_a_resume_that_cannot_be(launched: Cluster, workers: Any, said: str) -> 
 
 def test_a_resume_can_be_told_all_that_a_launch_can_but_where_checkpoints_are() -> None:
     assert {each.name for each in fields(Cluster)} == {
-        *OPERATIONAL,
+        *OPERATIONAL_FIELDS,
         "workers",
         "inline",
         "address",
         "checkpoints",
     }
-    assert {*OPERATIONAL, "workers", "inline", "address"} < signature(resume).parameters.keys()
+    assert {*OPERATIONAL_FIELDS, "workers", "inline", "address"} < signature(
+        resume
+    ).parameters.keys()
 
 
 def test_cores_and_threads_that_nobody_has_said_are_the_launchers_to_find() -> None:

@@ -29,10 +29,10 @@ from rich.console import Console
 
 from pipeline.core.errors import UserError
 from pipeline.launch import driver, driver_signals, suite_runs
-from pipeline.launch.cluster import LaunchError, WorkersEnded
 from pipeline.launch.driver import drive, driver_lock, this_machine
 from pipeline.launch.driver_signals import ECHO_S, StopRequest, blocked_signal, on_stop_signals
 from pipeline.launch.in_process import Inline
+from pipeline.launch.ray import LaunchError, WorkersEnded
 from pipeline.launch.suite_runs import train_side_by_side
 from pipeline.track.journal import Follower, Journal
 from pipeline.train.checkpoint import CheckpointStore, owner_of, store_at
@@ -111,7 +111,8 @@ def test_a_terminal_that_takes_no_more_costs_nothing_but_what_it_would_have_show
     assert file.refused == 1 and "evaluation" not in file.getvalue()
     assert (
         capfd.readouterr().err
-        == f"shown no more: {error.strerror}; training goes on, and its journal has everything\n"
+        == f"the output has ended: {error.strerror}; training continues, and its journal has"
+        f" all events\n"
     )
 
 
@@ -159,7 +160,7 @@ def test_a_mistake_in_what_is_shown_ends_the_showing_alone(
     file = io.StringIO()
     assert driven(file) == {"steps": 3}
     assert (
-        file.getvalue().count("shown no more (KeyError: 'top1')") == 1
+        file.getvalue().count("the progress display has stopped (KeyError: 'top1')") == 1
         and "finished" not in file.getvalue()
     )
 
@@ -186,8 +187,8 @@ def test_workers_that_have_hung_are_named_with_their_stacks_in_the_place_of_a_lo
 ) -> None:
     stacks = [f"{tmp_path}/stacks/rank{rank}-20260105-120000.txt" for rank in range(2)]
     said = (
-        "or one that was waited for: no sign of life for too long (--hang-minutes); what its"
-        " threads were at is in"
+        "or a worker that it waited for, hung for longer than --hang-minutes; the stacks of its"
+        " threads are in"
     )
     closed = WorkersEnded("worker 0: Connection closed by peer")
     for ranks, line in (
@@ -252,7 +253,12 @@ def test_whoever_asks_to_stop_is_heard_and_told_so_on_storage_that_is_away(
     file = io.StringIO()
     driven(file, Launcher(ask))
     assert len(failed) == 2 and (tmp_path / "stop").read_text() == "SIGTERM"
-    assert file.getvalue().count("SIGTERM: saving after this step; once more to stop at once") == 1
+    assert (
+        file.getvalue().count(
+            "SIGTERM: saving after this step; another Ctrl-C or SIGTERM stops at once"
+        )
+        == 1
+    )
 
 
 def test_at_once_is_at_once_where_nothing_can_be_said(
@@ -263,10 +269,10 @@ def test_at_once_is_at_once_where_nothing_can_be_said(
 
     reentrant = Mock(side_effect=RuntimeError("reentrant call inside <_io.BufferedWriter>"))
     request = StopRequest(tmp_path, reentrant)
-    request.hear(signal.SIGTERM)
+    request.on_signal(signal.SIGTERM)
     assert (tmp_path / "stop").read_text() == "SIGTERM"
     with pytest.raises(SystemExit, match=r"^130$"):
-        request.hear(signal.SIGTERM)
+        request.on_signal(signal.SIGTERM)
 
 
 def test_a_place_of_checkpoints_that_does_not_answer_is_waited_for_and_then_owned(
@@ -291,7 +297,7 @@ def test_a_place_of_checkpoints_that_does_not_answer_is_waited_for_and_then_owne
         driver._with_checkpoint_token(replace(job, checkpoints=str(place)), said.append).store_token
         for _ in range(2)
     ]
-    assert said == [f"{place} does not answer, and is waited for: [Errno 5] Input/output error"]
+    assert said == [f"{place} does not answer; waiting for it: [Errno 5] Input/output error"]
     owner = owner_of(store_at(str(place), tmp_path))
     assert owner is not None and tokens[1] == owner.token != tokens[0]  # a token of each start
 
@@ -335,15 +341,15 @@ def test_the_lock_of_a_machine_that_may_be_dead_is_waited_for(
             assert (tmp_path / "driver.lock").read_text() == this_machine()
     host = holder.partition(" ")[0]
     assert capsys.readouterr().out == (
-        f"{tmp_path.name}: is held by {host}: waiting for up to 600 s, in which a dead machine"
-        " loses it\n"
+        f"{tmp_path.name}: is locked by a process on {host}: waiting for up to 600 s; if the"
+        " machine is dead, its lock ends in that time\n"
     )
 
 
 @pytest.mark.parametrize(
     ("holder", "said"),
     [
-        ("gpu-node-7 0123", "gpu-node-7, which still holds it after "),
+        ("gpu-node-7 0123", "gpu-node-7, which still holds the lock after "),
         (this_machine(), "this machine$"),
         ("", "this machine$"),
     ],
@@ -382,7 +388,7 @@ def test_the_first_asks_to_save_and_the_second_ends_at_once(
     """The signals of schedulers and lost terminals never mean "at once"."""
     said: list[str] = []
     request, name = StopRequest(tmp_path, said.append), signal.Signals(number).name
-    with on_stop_signals(request.hear):
+    with on_stop_signals(request.on_signal):
         request.report()
         assert said == []
         send(number)
@@ -390,12 +396,12 @@ def test_the_first_asks_to_save_and_the_second_ends_at_once(
         assert said == []  # in the middle of whatever the main thread does
         for _ in range(2):
             request.report()
-        assert said == [f"{name}: saving after this step; once more to stop at once"]
-        if number in driver_signals.PATIENT:
+        assert said == [f"{name}: saving after this step; another Ctrl-C or SIGTERM stops at once"]
+        if number in driver_signals.SAVING_SIGNALS:
             send(number)
         with pytest.raises(SystemExit, match=r"^130$"):
-            send(signal.SIGTERM if number in driver_signals.PATIENT else number)
-    assert said[1:] == ["stopped at once; the last checkpoint counts"]
+            send(signal.SIGTERM if number in driver_signals.SAVING_SIGNALS else number)
+    assert said[1:] == ["stopped at once; a resume continues from the last checkpoint"]
 
 
 def test_a_lost_terminal_that_was_ignored_before_stays_so(
@@ -403,7 +409,7 @@ def test_a_lost_terminal_that_was_ignored_before_stays_so(
 ) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with on_stop_signals(StopRequest(tmp_path, print).hear):
+        with on_stop_signals(StopRequest(tmp_path, print).on_signal):
             send(signal.SIGHUP)
             assert not (tmp_path / "stop").exists()
             send(signal.SIGTERM)
@@ -437,12 +443,12 @@ def test_a_suite_stops_its_runs_at_once_only_by_a_second_signal_of_a_user(
 ) -> None:
     asked: list[bool] = []
     run = SimpleNamespace(
-        stop=lambda at_once: asked.append(at_once), ended=lambda: True, failure=lambda: None
+        stop=lambda at_once: asked.append(at_once), has_ended=lambda: True, failure=lambda: None
     )
     suite: Any = SimpleNamespace(
-        left=lambda: [] if asked else [SimpleNamespace(name="one")],
+        remaining=lambda: [] if asked else [SimpleNamespace(name="one")],
         is_over=lambda name: True,
-        can_begin=lambda recipe: True,
+        can_start=lambda recipe: True,
         folders={"one": Path("nowhere")},
         job=lambda recipe: None,
     )

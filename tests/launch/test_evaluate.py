@@ -95,7 +95,7 @@ def test_a_recipe_with_published_weights_or_with_ours(
     assert len({*expected}) == 3 and 0 < expected[0] < 1
     line = (
         r"T = \d\): top-1 ([\d.]+)%, top-5 ([\d.]+)%, loss ([\d.]+) on 20 samples, firing rate .*;"
-        r" it took .*\nan inference: [\d.]+ [nµ]J estimated \(45 nm, fp32\),"
+        r" evaluated in .*\nan inference: [\d.]+ [nµ]J estimated \(45 nm, fp32\),"
         r" not measured on a CPU\n$"
     )
     for file in (published, tmp_path / "ours.safetensors"):
@@ -114,9 +114,9 @@ def test_a_run_with_the_weights_of_a_file(done: Done, refused: Refused, tmp_path
     save_file(plain.model.build().state_dict(), file)
     words = ("evaluate", tmp_path / "run")
     assert done(*words, "--weights", file).startswith("run (other.safetensors, T = 3): top-1 ")
-    assert "--which has no effect; got --which best" in refused(
-        *words, "--weights", file, "--which", "best"
-    )
+    error = refused(*words, "--weights", file, "--which", "best")
+    assert "--which must not be given with --weights, which replace" in error
+    assert error.endswith("; got --which best")
     assert "a run keeps its recipe" in refused(*words, "--set", "epochs=1")
 
 
@@ -177,13 +177,13 @@ def test_what_does_not_fit_is_refused_in_one_line(
             (recipe, "--weights", whole, "--set", "model.shortcut=sew_multiple"),
             "whole.pth: .*only tensors of a QKFormer",
         ),
+        ((recipe, "--weights", whole, "--set", "data.classes=3"), "same number of classes; got 10 and 3"),
+        ((recipe,), "--weights FILE must be given without --which; got no --weights"),
         (
-            (recipe, "--weights", whole, "--set", "data.classes=3"),
-            "same number of classes; got 10 and 3",
+            (recipe, "--weights", whole, "--which", "last"),
+            "--weights FILE must be given without --which; got --which last",
         ),
-        ((recipe,), "needs --weights FILE; got no --weights"),
-        ((recipe, "--weights", whole, "--which", "last"), "needs --weights FILE; got --which last"),
-        ((tmp_path / "several.py", "--weights", whole), "must hold one recipe; got small, other"),
+        ((tmp_path / "several.py", "--weights", whole), "must have one recipe; got small, other"),
     ):
         said = refused("evaluate", *words)
         assert re.search(expected, said), said

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.forecast import rule_timing
-from pipeline.launch.suite import measure_the_rest
+from pipeline.launch.suite import make_missing_measurements
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe.recipe import Recipe, spec, write_json
 from pipeline.recipe.suite import Measurement, Suite, SuiteFile, measured_in
@@ -62,7 +62,7 @@ def test_a_sweep_is_measured_once_and_is_an_entry_beside_the_runs(made: Callable
     assert [*suite_entries(folder)] == ["sltt", "bptt", "by-t"] and [*done_entries(folder)] == [
         *NAMES
     ]
-    measure_the_rest(folder, suite, trust=())
+    make_missing_measurements(folder, suite, trust=())
     points = found_in(folder)["by-t"]["points"]
     assert {(point["cost"]["rule"], point["time_steps"]) for point in points} >= {
         ("BPTT", 2),
@@ -72,7 +72,7 @@ def test_a_sweep_is_measured_once_and_is_an_entry_beside_the_runs(made: Callable
     }
     assert [*done_entries(folder)] == ["sltt", "bptt", "by-t"]
     write_json(measured_in(folder)["by-t"], {"kept": True})
-    measure_the_rest(folder, suite, trust=())
+    make_missing_measurements(folder, suite, trust=())
     assert found_in(folder) == {"by-t": {"kept": True}}
 
 
@@ -87,7 +87,7 @@ def test_rules_take_turns_as_the_runs_were_trained(
 
     monkeypatch.setattr(rule_timing, "measure_interleaved", measure)
     suite = suite_of(Measurement("in-turn", "interleaved", NAMES))
-    measure_the_rest(made(suite), suite, trust=())
+    make_missing_measurements(made(suite), suite, trust=())
     assert asked == [
         (
             "sltt",
@@ -107,14 +107,18 @@ def test_a_plan_is_of_a_recipe_that_the_suite_does_not_train(made: Callable) -> 
         )
     )
     folder = made(suite, cpu="another")
-    measure_the_rest(folder, suite, trust=())
+    make_missing_measurements(folder, suite, trust=())
     assert [each["rule"] for each in found_in(folder)["card"]["rules"]] == ["BPTT"]
 
 
 @pytest.mark.parametrize(
     ("machine", "options", "why"),
     [
-        ({"cpu": "another"}, {}, "the runs were trained on another machine: cpu another, here "),
+        (
+            {"cpu": "another"},
+            {},
+            "the runs must have been trained on this hardware; got cpu another, here ",
+        ),
         ({}, {"steps": []}, "sweep: steps must be numbers of time steps, from 1; got []"),
     ],
 )
@@ -123,7 +127,7 @@ def test_what_cannot_be_measured_says_why_and_is_over(
 ) -> None:
     suite = suite_of(Measurement("by-t", "sweep", NAMES, options))
     folder = made(suite, **machine)
-    measure_the_rest(folder, suite, trust=())
+    make_missing_measurements(folder, suite, trust=())
     assert found_in(folder)["by-t"]["refused"].startswith(why) and "by-t" in done_entries(folder)
 
 

@@ -32,10 +32,10 @@ from pipeline.launch.preflight import (
     NodeReport,
     Stores,
     check_mlflow,
+    check_store,
     compare,
     examine,
     preflight,
-    try_store,
 )
 from pipeline.measure.unusable_gpus import UnusableGPUs
 from tests.helpers.nodes import TOKEN, nodes
@@ -70,7 +70,7 @@ def hangs(folder, resources):
 
 with Ray(Cluster(address=sys.argv[1])):
     for work, seconds in ((raises, 60), (hangs, 6)):
-        preflight.examine, preflight.NODE_S = work, seconds
+        preflight.examine, preflight.NODE_TIMEOUT_S = work, seconds
         found = preflight._examine_nodes(sys.argv[2])
         print(sorted((getattr(each, "text", each) for each in found), key=str))
 """
@@ -100,7 +100,7 @@ def test_one_of_two_nodes_raises_and_hangs(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_ffcv(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_try_reading", lambda: [Finding("ffcv", "ok", "read")])
+    monkeypatch.setattr(module, "_check_reading", lambda: [Finding("ffcv", "ok", "read")])
 
 
 @pytest.fixture
@@ -108,9 +108,9 @@ def sick(monkeypatch: pytest.MonkeyPatch, no_ffcv: None) -> None:
     def examine_nodes(stores: Stores) -> list[NodeReport | Finding]:
         return [examine(stores, resources={"CPU": 4.0}), Finding("node", "bad", "it is silent")]
 
-    monkeypatch.setattr(module, "Ray", lambda cluster, needs_room: nullcontext())
+    monkeypatch.setattr(module, "Ray", lambda cluster, needs_cores: nullcontext())
     monkeypatch.setattr(module, "_examine_nodes", examine_nodes)
-    monkeypatch.setattr(module, "_network", lambda runs: Finding("network", "ok", "reached"))
+    monkeypatch.setattr(module, "_check_network", lambda runs: Finding("network", "ok", "reached"))
 
 
 @pytest.mark.usefixtures("sick")
@@ -173,7 +173,7 @@ def test_a_full_disk_is_reported_with_what_to_do(
     assert (found.check, found.state) == ("storage", "bad") and found.text.startswith(
         f"this machine cannot use {tmp_path / 'runs'}: OSError: [Errno 28] No space"
     )
-    assert "make room" in found.advice and found.text.endswith("; nothing else was examined")
+    assert "free space" in found.advice and found.text.endswith("; nothing else was examined")
 
 
 # ------------------------------------------------------------------------------ nodes are compared
@@ -197,7 +197,7 @@ def test_a_full_disk_is_reported_with_what_to_do(
         # Its driver may have been gone as Ray counted.
         ([WITH_GPU, TWO], [("warn", "one: H100; two: no GPU")]),
         # A head without workers and a node with a bad GPU are not compared.
-        ([WITH_GPU, replace(TWO, trains=False)], []),
+        ([WITH_GPU, replace(TWO, can_train=False)], []),
         ([WITH_GPU, replace(TWO, findings=(Finding("gpus", "bad", "x"),))], []),
     ],
 )
@@ -256,7 +256,7 @@ def test_gpus_that_are_missing(
     assert [each.text.split(": ")[1] for each in report.findings if each.check == "gpus"] == (
         [f"torch finds 0 of {promised} GPUs"] if promised else []
     )
-    assert report.trains == trains
+    assert report.can_train == trains
 
 
 def test_gpus_that_torch_cannot_use_are_reported_once(
@@ -294,7 +294,7 @@ def test_a_gpu_that_fails_beside_one_that_does_not(
 
 def test_a_folder_that_is_another_one_here(driver: Stores, tmp_path: Path) -> None:
     (found,) = bad_of({str(tmp_path): Marker("marker", "other")})
-    assert found.state == "bad" and f"does not see {tmp_path} as the driver" in found.text
+    assert found.state == "bad" and "is not the folder of this name on the driver's" in found.text
     (found,) = bad_of({f"{tmp_path}/gone": driver[str(tmp_path)]})
     assert found.state == "bad" and not Path(f"{tmp_path}/gone").exists()
 
@@ -307,7 +307,7 @@ def test_a_lock_of_another_process_is_seen(tmp_path: Path) -> None:
         text=True,
     ) as other:
         assert other.stdout is not None and other.stdout.readline() == "locked\n"
-        assert [*module._run_lock("one", tmp_path / "marker")] == []
+        assert [*module._check_lock("one", tmp_path / "marker")] == []
         other.kill()
     with module._marker_in(str(tmp_path)) as marker:
         assert marker is not None
@@ -374,14 +374,14 @@ def test_an_nfs_that_may_hide_a_new_file(
     (tmp_path / "self" / "mounts").write_text(MOUNTED)
     (tmp_path / "link").symlink_to("/shared/mine")
     monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
-    found = list(module._nfs("one", Path(folder.replace("LINK", str(tmp_path / "link")))))
+    found = list(module._check_nfs("one", Path(folder.replace("LINK", str(tmp_path / "link")))))
     assert [each.text for each in found] == (
         [f"one: the NFS at {mount} may hide a new file for a minute"] if mount else []
     )
 
 
 def test_images_are_written_and_read() -> None:
-    assert [(each.check, each.state) for each in module._try_reading()] == [("ffcv", "ok")]
+    assert [(each.check, each.state) for each in module._check_reading()] == [("ffcv", "ok")]
 
 
 def test_a_node_without_ffcv_or_tbb(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,10 +389,10 @@ def test_a_node_without_ffcv_or_tbb(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "numba.np.ufunc.tbbpool", None)
         patch.setattr(sys, "prefix", "/nowhere")
-        _, found = module._try_reading()
+        _, found = module._check_reading()
     assert found.state == "warn" and "DataError: data: more than 1 loader thread" in found.text
     monkeypatch.setitem(sys.modules, "pipeline.data.datasets.beton", None)
-    [found] = module._try_reading()
+    [found] = module._check_reading()
     assert found.state == "bad" and "images cannot be written and read: " in found.text
 
 
@@ -470,7 +470,7 @@ def test_an_object_is_written_found_read_and_deleted(
 ) -> None:
     address = place.format(folder=tmp_path, bucket=bucket, name=uuid.uuid4().hex)
     with module._marker_in(address) as marker:
-        found = try_store(address, marker)
+        found = check_store(address, marker)
     assert found.state == "ok" and f"an object was written to {address}" in found.text
     assert ("GB are free" in found.text) == ("not/there" in address)
     assert names(address) == []
@@ -479,7 +479,7 @@ def test_an_object_is_written_found_read_and_deleted(
 def test_a_bucket_that_is_not_there_is_not_made(bucket: str) -> None:
     assert (
         "s3://another/prefix: FileNotFoundError: The specified bucket does"
-        in try_store("s3://another/prefix").text
+        in check_store("s3://another/prefix").text
     )
     assert fsspec.filesystem("s3", skip_instance_cache=True).ls("", detail=False) == [
         bucket.removeprefix("s3://")
@@ -494,7 +494,11 @@ SAID = "PermissionError: Access Denied to $AWS_ACCESS_KEY_ID with $AWS_SECRET_AC
     ("name", "act", "said"),
     [
         *((name, DENIED, SAID) for name in ("pipe_file", "ls", "cat_file", "rm_file")),
-        ("cat_file", lambda *given: b"other", "ValueError: it does not give back what was written"),
+        (
+            "cat_file",
+            lambda *given: b"other",
+            "ValueError: the object that was written is not listed, or differs",
+        ),
     ],
 )
 def test_what_is_forbidden_or_wrong_is_named_and_no_secret_is(
@@ -506,7 +510,7 @@ def test_what_is_forbidden_or_wrong_is_named_and_no_secret_is(
     address = f"memory://{uuid.uuid4().hex}"
     with monkeypatch.context() as patch:
         patch.setattr(MemoryFileSystem, name, act)
-        found = try_store(address)
+        found = check_store(address)
     assert found.state == "bad" and found.text.endswith(f"cannot use {address}: {said}")
     assert names(address) == [] or name == "rm_file"
 

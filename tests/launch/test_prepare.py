@@ -76,7 +76,7 @@ def test_a_name_that_another_launch_takes_meanwhile_is_refused(tmp_path: Path) -
         ({"threads": "many"}, "threads must be int; got 'many'"),
         (
             {"hang_minutes": 1e9},
-            "hang_minutes must be in 0..10080, a week, where 0 is never; got 1e+09",
+            "hang_minutes must be in 0..10080 (a week; 0 means never); got 1e+09",
         ),
         ({"loader_threads": 0}, "loader_threads must be a whole number >= 1; got loader_threads=0"),
     ],

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.core.printing import NO_WIDTH
-from pipeline.launch.progress import Shown
+from pipeline.launch.progress import ProgressDisplay
 from tests.helpers.events import typed
 
 START = {
@@ -27,7 +27,7 @@ START = {
 
 STANDING_BY = "waiting for the workers, which import torch and build the network"
 BEGUN = "start   SLTT on 2 workers, 100 steps of 64 samples, study 01234567, commit abc"
-WAITING = "waiting for the first batch, which compiles what reads the data"
+WAITING = "waiting for the first batch, which compiles the data loader"
 
 
 def step(number: int, **metrics: Any) -> dict[str, Any]:
@@ -42,13 +42,15 @@ def step(number: int, **metrics: Any) -> dict[str, Any]:
     }
 
 
-def watch(*, terminal: bool = False, width: int = 60) -> tuple[Shown, io.StringIO, list[float]]:
+def watch(
+    *, terminal: bool = False, width: int = 60
+) -> tuple[ProgressDisplay, io.StringIO, list[float]]:
     out, clock = io.StringIO(), [0.0]
     return (
-        Shown(
+        ProgressDisplay(
             Path("/runs/[b]a"),
             Console(file=out, force_terminal=terminal, width=width if terminal else NO_WIDTH),
-            store="sqlite:////runs/mlflow.db",
+            mlflow_uri="sqlite:////runs/mlflow.db",
             resume_command=(
                 "spiketrain resume a-run-with-a-name --runs /a/long/path/to/the/runs/of/somebody"
             ),
@@ -59,7 +61,7 @@ def watch(*, terminal: bool = False, width: int = 60) -> tuple[Shown, io.StringI
     )
 
 
-def show(view: Shown, records: list[dict[str, Any]]) -> None:
+def show(view: ProgressDisplay, records: list[dict[str, Any]]) -> None:
     view.show([typed(record) for record in records])
 
 
@@ -122,7 +124,7 @@ def test_everything_else_is_a_line_of_its_own_at_once():
                 "step": 9,
                 "error": "checkpoint after step 9 was not written: Input/output error",
             },
-            {"event": "waiting", "what": "a place for 2 workers", "most_s": 3600.0},
+            {"event": "waiting", "what": "resources for 2 workers", "most_s": 3600.0},
             {
                 "event": "waiting",
                 "what": "storage",
@@ -162,27 +164,29 @@ def test_everything_else_is_a_line_of_its_own_at_once():
             "evaluation after step 10 (epoch 1): top-1 50.00%, top-5 100.00%, loss nan, firing"
             " rate 0.1"
         ),
-        "checkpoint at step 10: 12.3 MB in 0.25 s, training stood still for 0.01 s",
+        "checkpoint at step 10: 12.3 MB in 0.25 s, training was stopped for 0.01 s",
         "quarantined checkpoints/step_00000008: sha256 of [trainer.json] differs",
-        "checkpoint after step 9 was not written: Input/output error; another is begun at once",
-        "a place for 2 workers is waited for, for up to 3,600 s",
-        "storage is waited for, for up to 600 s: [Errno 116] Stale file handle",
+        "checkpoint after step 9 was not written: Input/output error; another checkpoint"
+        " follows at once",
+        "waiting for resources for 2 workers, for up to 3,600 s",
+        "waiting for storage, for up to 600 s: [Errno 116] Stale file handle",
         (
-            "checkpoint at step 10 is whole; an older one could not be deleted: PermissionError:"
+            "checkpoint at step 10 is complete; an older checkpoint could not be deleted:"
+            " PermissionError:"
             " Access Denied"
         ),
-        "2 machines are taken away in 60 s: a checkpoint at step 11 is begun",
-        "1 machine is taken away soon: a checkpoint at step 12 is begun",
+        "2 machines will be preempted in 60 s: saving a checkpoint at step 11",
+        "1 machine will be preempted soon: saving a checkpoint at step 12",
         "skipped batch 7 (epoch 2) of 64 samples: loss is nan",
         "skipped batch 7 (epoch 1) of 64 samples: its loss is nan; lower it",
-        "batch 8 (epoch 1): its loss is nan; back to step 6; lower it",
+        "batch 8 (epoch 1): its loss is nan; the run goes back to step 6; lower it",
         "failed: RuntimeError: worker died",
         (
-            "worker 1 gave no sign of life: the stacks of its threads are in"
+            "worker 1 hung and was ended: the stacks of its threads are in"
             " stacks/rank1-20260105-120000.txt"
         ),
         "worker 1 ended: KeyError: 'cable'",
-        "start 2: goes on at step 8/100 on 1 worker",
+        "start 2: continues at step 8/100 on 1 worker",
         WAITING,
         "stopped after step 12: asked to stop",
         "finished: 100 steps in 34.5 s, top-1 61.00%",
@@ -350,13 +354,16 @@ ENERGY = "an inference: 14.3 µJ estimated (45 nm, fp32), "
                 f"{FINISHED}, BWT -12.50%",
             ],
         ),
-        # A run that diverged on its way says so where it ends.
+        # A run that went back to a checkpoint says so at its end.
         (
             [
                 {**FINISH, "rollbacks": 2, "skipped_batches": 6},
                 {**FINISH, "rollbacks": 1, "skipped_batches": 0},
             ],
-            [f"{FINISHED}; its training diverged and went back 2 times", FINISHED],
+            [
+                f"{FINISHED}; it went back to a checkpoint 2 times",
+                f"{FINISHED}; it went back to a checkpoint 1 time",
+            ],
         ),
         # The energy of an inference stands beside what a card measured.
         (inference("none"), [f"{ENERGY}not measured on a CPU", FINISHED]),
@@ -372,8 +379,8 @@ ENERGY = "an inference: 14.3 µJ estimated (45 nm, fp32), "
         (
             [START, {"event": "data_wait", "share": 0.345, "loader_threads": 1}],
             [
-                "training waits for data 34.50% of the time: take more --loader-threads, now 1, and"
-                " more --cpus-per-worker"
+                "training waits for data 34.50% of the time: raise --loader-threads, now 1, and"
+                " --cpus-per-worker"
             ],
         ),
     ],

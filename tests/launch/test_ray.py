@@ -43,15 +43,13 @@ from pipeline.launch import ray_trainer
 from pipeline.launch.cluster import (
     Cluster,
     Device,
-    LaunchError,
-    WorkersEnded,
-    share_of,
-    takes_gpus,
+    cores_and_loader_threads,
+    workers_use_gpus,
 )
 from pipeline.launch.in_process import Inline
-from pipeline.launch.ray import Ray, _train
+from pipeline.launch.ray import LaunchError, Ray, WorkersEnded, _train
 from pipeline.launch.ray_cluster import innermost, worker_environment
-from pipeline.launch.ray_trainer import NoPlace, OnLoopback
+from pipeline.launch.ray_trainer import LoopbackConfig, NoResources
 from pipeline.measure.unusable_gpus import UnusableGPUs
 from pipeline.train.job import Job, RankInfo
 
@@ -121,7 +119,7 @@ def test_a_cluster_is_of_this_machine_alone_where_all_of_its_nodes_are_on_loopba
             {"NodeManagerAddress": "10.0.0.9", "Alive": False},
         ],
     )
-    assert isinstance(asked["torch_config"], OnLoopback) is alone
+    assert isinstance(asked["torch_config"], LoopbackConfig) is alone
     assert (
         asked["run_config"].worker_runtime_env["env_vars"].get("GLOO_SOCKET_IFNAME") == "lo"
     ) is alone
@@ -140,7 +138,7 @@ def test_runs_side_by_side_have_cores_and_cards_of_their_own(
     monkeypatch: pytest.MonkeyPatch, cluster: Cluster, resources: dict[str, float], runs: int | None
 ) -> None:
     in_a_cluster(monkeypatch, **resources)
-    assert Ray(cluster).room() == runs
+    assert Ray(cluster).max_parallel_runs() == runs
 
 
 NODES = [
@@ -204,8 +202,9 @@ def test_cards_that_torch_cannot_use_are_refused_before_anything_starts(
         (
             {"workers": 17, "device": "gpu"},
             {"CPU": 128.0, "GPU": 16.0},
-            "launch: each worker needs a GPU; got 17 workers and 16 GPUs; take fewer workers or"
-            " --device cpu",
+            "launch: each worker must get a GPU; got 17 workers and 16 GPUs; launch fewer"
+            " workers, or"
+            " use --device cpu",
         ),
         (
             {"workers": 9, "device": "gpu", "cpus_per_worker": 16},
@@ -215,15 +214,16 @@ def test_cards_that_torch_cannot_use_are_refused_before_anything_starts(
         (
             {"workers": 1, "device": "gpu"},
             {"CPU": 2.0},
-            "launch: each worker needs a GPU; got 1 worker and 0 GPUs; take fewer workers or"
-            " --device cpu",
+            "launch: each worker must get a GPU; got 1 worker and 0 GPUs; launch fewer workers, or"
+            " use --device cpu",
         ),
         *(
             (
                 {"workers": 2, "device": device},
                 {"CPU": 2.0, "GPU": 1.0},
-                "launch: each worker needs a GPU; got 2 workers and 1 GPU; take fewer workers or"
-                " --device cpu",
+                "launch: each worker must get a GPU; got 2 workers and 1 GPU; launch fewer"
+                " workers, or"
+                " use --device cpu",
             )
             for device in ("auto", "gpu")
         ),
@@ -244,17 +244,18 @@ def test_more_than_there_is_is_refused_at_once(
     cluster = Cluster(address="auto", **about)
     with pytest.raises(UserError, match=f"^{said}$"), Ray(cluster):
         pass
-    with Ray(cluster, needs_room=False):  # of the doctor: a cluster may be at rest
+    with Ray(cluster, needs_cores=False):  # of the doctor: a cluster may be at rest
         pass
 
 
 def test_a_wait_for_places_in_vain_ends_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for failure in (WorkerGroupStartupTimeoutError(2), NoPlace("in vain")):
+    for failure in (WorkerGroupStartupTimeoutError(2), NoResources("in vain")):
         with pytest.raises(
             LaunchError,
-            match=r"^launch: 2 workers found no place in time: others have it, or a node",
+            match=r"^launch: there were no resources for 2 workers in time: other jobs use"
+            r" them, or a node",
         ):
             run(tmp_path, monkeypatch, ControllerError(failure))
 
@@ -319,7 +320,7 @@ def test_ray_is_not_imported_before_its_settings_are_made() -> None:
 
 def told(**about: Any) -> dict[str, str]:
     return worker_environment(
-        **{"threads": 1, "loader_threads": 1, "gpus": False, "alone": False, **about}
+        **{"threads": 1, "loader_threads": 1, "uses_gpus": False, "on_loopback": False, **about}
     )
 
 
@@ -346,9 +347,9 @@ def test_settings_of_compilers_and_allocators_are_passed_on_and_secrets_are_not(
 def test_workers_on_cards_are_exact_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in EXACT:
         monkeypatch.delenv(name, raising=False)
-    assert EXACT.items() <= told(gpus=True).items() and not EXACT.keys() & told().keys()
+    assert EXACT.items() <= told(uses_gpus=True).items() and not EXACT.keys() & told().keys()
     monkeypatch.setenv("NCCL_ALGO", "Tree")
-    assert told(gpus=True)["NCCL_ALGO"] == "Tree"  # the user's own word
+    assert told(uses_gpus=True)["NCCL_ALGO"] == "Tree"  # the user's own word
 
 
 ADVICE = "Check the logs of the remote worker before reporting an error. GLHF!"
@@ -423,7 +424,7 @@ def test_where_all_have_lost_another_one_the_lowest_is_told() -> None:
 def test_gpus_are_taken_where_there_is_one_for_each_worker(
     device: Device, workers: int, gpus: int, expected: bool
 ) -> None:
-    assert takes_gpus(device, workers, gpus) is expected
+    assert workers_use_gpus(device, workers, gpus) is expected
 
 
 NODE = {"CPU": 64.0, "GPU": 8.0, "memory": 1e12}
@@ -433,28 +434,28 @@ HEAD = {"CPU": 4.0}
 @pytest.mark.parametrize(
     ("nodes", "said", "share"),
     [
-        ([NODE], {"gpus": True}, (8, 8)),
-        ([NODE, HEAD], {"gpus": True}, (8, 8)),
-        ([NODE, {"CPU": 30.0, "GPU": 4.0}], {"gpus": True}, (7, 7)),
-        ([{"CPU": 4.0, "GPU": 8.0}], {"gpus": True}, (1, 1)),
-        ([{"CPU": 0.0, "GPU": 1.0}], {"gpus": True}, (1, 1)),
-        ([], {"gpus": True}, (1, 1)),
-        ([NODE], {"gpus": False}, (1, 1)),
-        ([NODE], {"gpus": True, "cores": 4}, (4, 4)),
-        ([NODE], {"gpus": True, "loader_threads": 2}, (8, 2)),
-        ([NODE], {"gpus": True, "cores": 16, "loader_threads": 12}, (16, 12)),
+        ([NODE], {"uses_gpus": True}, (8, 8)),
+        ([NODE, HEAD], {"uses_gpus": True}, (8, 8)),
+        ([NODE, {"CPU": 30.0, "GPU": 4.0}], {"uses_gpus": True}, (7, 7)),
+        ([{"CPU": 4.0, "GPU": 8.0}], {"uses_gpus": True}, (1, 1)),
+        ([{"CPU": 0.0, "GPU": 1.0}], {"uses_gpus": True}, (1, 1)),
+        ([], {"uses_gpus": True}, (1, 1)),
+        ([NODE], {"uses_gpus": False}, (1, 1)),
+        ([NODE], {"uses_gpus": True, "cores": 4}, (4, 4)),
+        ([NODE], {"uses_gpus": True, "loader_threads": 2}, (8, 2)),
+        ([NODE], {"uses_gpus": True, "cores": 16, "loader_threads": 12}, (16, 12)),
     ],
 )
 def test_the_share_of_a_worker_and_what_somebody_has_said_stays(
     nodes: list[dict[str, float]], said: dict[str, Any], share: tuple[int, int]
 ) -> None:
-    assert share_of(nodes, **said) == share
+    assert cores_and_loader_threads(nodes, **said) == share
 
 
 def test_without_tbb_one_thread_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """numba's wheels have none for ARM; the reader refuses several threads there."""
     none = Mock(side_effect=DataError("data: more than 1 loader thread needs TBB"))
     monkeypatch.setattr(numba_threads, "require_tbb", none)
-    assert share_of([NODE], gpus=True) == (8, 1)
+    assert cores_and_loader_threads([NODE], uses_gpus=True) == (8, 1)
     # The reader refuses this, in its own words.
-    assert share_of([NODE], gpus=True, loader_threads=8) == (8, 8)
+    assert cores_and_loader_threads([NODE], uses_gpus=True, loader_threads=8) == (8, 8)

@@ -30,10 +30,10 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from pipeline.launch import ray_trainer
 from pipeline.launch.ray_trainer import (
-    LOOK_S,
-    PATIENCE_S,
-    PLACES_S,
-    NoPlace,
+    CHECK_INTERVAL_S,
+    RESOURCES_TIMEOUT_S,
+    SAVE_TIMEOUT_S,
+    NoResources,
     Resizing,
     Restarts,
     Trainer,
@@ -55,11 +55,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: NOW[0])
 
 
-def restarts(folder: Path, *, most: int = 2, awaits_nodes: bool = True) -> Restarts:
+def restarts(folder: Path, *, most: int = 2, waits_for_nodes: bool = True) -> Restarts:
     return Restarts(
         FailureConfig(max_failures=most, controller_failure_limit=1),
         folder=folder,
-        awaits_nodes=awaits_nodes,
+        waits_for_nodes=waits_for_nodes,
     )
 
 
@@ -131,7 +131,7 @@ def passes(seconds: float) -> Act:
             True,
         ),
         (
-            {"most": 0, "awaits_nodes": False},
+            {"most": 0, "waits_for_nodes": False},
             [halves("16"), dies, halves("8"), dies, dies],
             2,
             True,
@@ -144,19 +144,19 @@ def passes(seconds: float) -> Act:
                     each
                     for attempt in (0, 1)
                     for each in (
-                        *(starts(attempt), lacks_room, passes(PLACES_S - 1)),
-                        *(lacks_room, passes(10 * PLACES_S)),
+                        *(starts(attempt), lacks_room, passes(RESOURCES_TIMEOUT_S - 1)),
+                        *(lacks_room, passes(10 * RESOURCES_TIMEOUT_S)),
                     )
                 ),
-                *(starts(2), lacks_room, passes(PLACES_S), lacks_room, lacks_room),
+                *(starts(2), lacks_room, passes(RESOURCES_TIMEOUT_S), lacks_room, lacks_room),
             ],
             6,
             True,
         ),
         ({}, [lacks_room, lacks_room], 1, True),
-        ({"awaits_nodes": False}, [starts(0), lacks_room, lacks_room], 1, True),
+        ({"waits_for_nodes": False}, [starts(0), lacks_room, lacks_room], 1, True),
         (
-            {"awaits_nodes": False},
+            {"waits_for_nodes": False},
             [each for step in (5, 10, 15) for each in (lacks_room, saves(step))] + [lacks_room] * 2,
             4,
             True,
@@ -165,8 +165,8 @@ def passes(seconds: float) -> Act:
         (
             {},
             [
-                *(starts(0), lacks_room, passes(PLACES_S - 1), dies, passes(10)),
-                *(lacks_room, passes(PLACES_S - 1), lacks_room),
+                *(starts(0), lacks_room, passes(RESOURCES_TIMEOUT_S - 1), dies, passes(10)),
+                *(lacks_room, passes(RESOURCES_TIMEOUT_S - 1), lacks_room),
             ],
             4,
             False,
@@ -199,7 +199,7 @@ def test_a_run_goes_on_as_long_as_it_gets_on(
 
 def test_what_was_there_when_it_began_is_nothing_new(policy: Restarts) -> None:
     saves(7)(policy)
-    assert dies(restarts(policy.folder, most=0, awaits_nodes=False)) == RAISE
+    assert dies(restarts(policy.folder, most=0, waits_for_nodes=False)) == RAISE
 
 
 LOST = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:38545.")
@@ -252,8 +252,8 @@ def test_a_wait_for_places_is_journalled_once(policy: Restarts) -> None:
     assert {lacks_room(policy) for _ in range(20)} == {RETRY}
     [told] = events(policy.folder, "waiting")
     assert (told["what"], told["most_s"], told["attempt"]) == (
-        "a place for 2 workers",
-        PLACES_S,
+        "resources for 2 workers",
+        RESOURCES_TIMEOUT_S,
         -1,
     )
 
@@ -283,9 +283,9 @@ def elastic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resizing:
     monkeypatch.setattr(
         ElasticScalingPolicy, "make_decision_for_non_running_worker_group", lambda *about: NOTHING
     )
-    monkeypatch.setattr(ray_trainer, "_leaving", lambda state: Notice((), None))
+    monkeypatch.setattr(ray_trainer, "_drain_notice", lambda state: Notice((), None))
     made = Resizing(ScalingConfig(num_workers=(1, 2)), sizes=(1, 2), folder=tmp_path)
-    made._ticked = math.inf  # there is no coordinator to ask
+    made._recomputed_at = math.inf  # there is no coordinator to ask
     return made
 
 
@@ -310,7 +310,7 @@ def test_a_save_that_does_not_come_is_waited_for_so_long(
     elastic: Resizing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert looks(elastic) == NOTHING
-    NOW[0] += PATIENCE_S - 1
+    NOW[0] += SAVE_TIMEOUT_S - 1
     assert looks(elastic) == NOTHING
     NOW[0] += 1
     assert looks(elastic) == GROW and not (elastic.folder / "save").exists()
@@ -327,7 +327,7 @@ def test_storage_that_is_away_as_a_run_grows_ends_nothing(
     with monkeypatch.context() as patch:
         take_away(patch)
         assert looks(elastic) == NOTHING
-        NOW[0] += PATIENCE_S
+        NOW[0] += SAVE_TIMEOUT_S
         assert looks(elastic) == GROW
 
 
@@ -358,15 +358,15 @@ def test_a_place_is_waited_for_an_hour_and_somebody_is_told_once(
             elastic.make_decision_for_non_running_worker_group() == NOTHING
             and len(told()) == absence - 1
         )
-        NOW[0] += LOOK_S + 1
+        NOW[0] += CHECK_INTERVAL_S + 1
         with monkeypatch.context() as patch:
             patch.setattr(ray_trainer, "journal_waiting", UNABLE)
             assert elastic.make_decision_for_non_running_worker_group() == NOTHING
         assert [elastic.make_decision_for_non_running_worker_group() for _ in range(3)] == [
             NOTHING
         ] * 3
-        assert told() == [("a place for 1 worker", PLACES_S)] * absence
-        NOW[0] += PLACES_S - LOOK_S - 2
+        assert told() == [("resources for 1 worker", RESOURCES_TIMEOUT_S)] * absence
+        NOW[0] += RESOURCES_TIMEOUT_S - CHECK_INTERVAL_S - 2
         with monkeypatch.context() as patch:
             patch.setattr(
                 ElasticScalingPolicy,
@@ -379,7 +379,9 @@ def test_a_place_is_waited_for_an_hour_and_somebody_is_told_once(
             looks(elastic)  # there they are
     NOW[0] += 2
     with pytest.raises(
-        NoPlace, match=r"^launch: 1 worker found no place in time: others have it, or a node"
+        NoResources,
+        match=r"^launch: there were no resources for 1 worker in time: other jobs use them, or"
+        r" a node",
     ):
         elastic.make_decision_for_non_running_worker_group()
 
@@ -389,7 +391,7 @@ def test_a_wait_in_vain_ends_the_run(tmp_path: Path) -> None:
         lambda: None,
         sizes=(2, 4),
         folder=tmp_path,
-        awaits_nodes=True,
+        waits_for_nodes=True,
         scaling_config=ScalingConfig(num_workers=(2, 4)),
         run_config=RunConfig(
             failure_config=FailureConfig(max_failures=3, controller_failure_limit=-1)
@@ -401,8 +403,9 @@ def test_a_wait_in_vain_ends_the_run(tmp_path: Path) -> None:
         == FailureDecision.RETRY
     )
     assert (
-        restarts.make_decision(ControllerError(NoPlace("launch: in vain"))) == FailureDecision.RAISE
+        restarts.make_decision(ControllerError(NoResources("launch: in vain")))
+        == FailureDecision.RAISE
     )
-    assert not restarts.awaits_nodes and isinstance(
+    assert not restarts.waits_for_nodes and isinstance(
         trainer._policies["scaling_policy"], Resizing
     )  # which does

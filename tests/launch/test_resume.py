@@ -79,7 +79,7 @@ def test_the_same_words_begin_go_on_and_end(
     stopped(spiketrain, again)
     assert state_of(run) == "stopped"
     assert done(*again, "--verify", "full").startswith(
-        "it: --verify was sampled, is full from here on\n"
+        "it: --verify was sampled, is full from now on\n"
     )
     assert {read_json(run / file)["verify"] for file in ("cluster.json", "job.json")} == {"full"}
     assert steps_of(run, "start") == [0, 4]
@@ -95,10 +95,10 @@ def test_a_suite_goes_on_where_it_stopped(
     stopped(spiketrain, again)
     assert "other" in done(*again) and "it has finished" in done(*again)
     error = refused(*again, "--set", "optimizer.lr=0.25")
-    said = "continues it as it was launched; its recipe differs now: other.optimizer.lr: "
+    said = "continues it as it was launched; got another recipe: other.optimizer.lr: "
     assert said in error
     error = refused(*words(place, tmp_path))
-    assert error.endswith("it is a suite, and now one recipe is asked for")
+    assert error.endswith("as it was launched, as a suite; got one recipe")
 
 
 def test_another_recipe_is_refused_with_the_fields_that_differ(
@@ -106,15 +106,15 @@ def test_another_recipe_is_refused_with_the_fields_that_differ(
 ) -> None:
     again, elsewhere = words(place, tmp_path), str(tmp_path / "elsewhere")
     done(*again)
-    rule = "launch: --or-resume continues it as it was launched; "
+    rule = "launch: --or-resume continues it as it was launched"
     assert refused(*again, "--set", "optimizer.lr=0.25", "--set", "seed=7") == (
-        f"{rule}its recipe differs now: optimizer.lr: 0.1 and 0.25; seed: 0 and 7"
+        f"{rule}; got another recipe: optimizer.lr: 0.1 and 0.25; seed: 0 and 7"
     )
     error = refused(*words(place, tmp_path, "two.py"))
-    assert error == f"{rule}it is one run, and now a suite is asked for"
+    assert error == f"{rule}, as one run; got a suite"
     # What only a launch can say is refused, and the rest is not.
     error = refused(*again, "--checkpoints", elsewhere, "--loader-threads", "2")
-    assert error == f"{rule}its options differ now: --checkpoints was None, is {elsewhere}"
+    assert error == f"{rule}; got other options: --checkpoints was None, is {elsewhere}"
     assert done(*words(place, tmp_path, how="--workers 2 --loader-threads 2")).startswith(
         "it has finished"
     )
@@ -159,11 +159,11 @@ def test_a_run_goes_on_with_fewer_cores_and_keeps_what_nobody_changes(
         code, said, error = spiketrain(*resume, "--cpus-per-worker", "1", "--hang-minutes", "5")
     assert code == 130, error
     assert said.startswith(
-        "it: --cpus-per-worker was 2, is 1, --hang-minutes was 30.0, is 5.0 from here on\n"
+        "it: --cpus-per-worker was 2, is 1, --hang-minutes was 30.0, is 5.0 from now on\n"
     )
     job = read_json(tmp_path / "it" / "job.json")
     assert (job["threads"], job["hang_minutes"], job["verify"]) == (1, 5.0, "full")
-    assert "from here on" not in done(*resume)
+    assert "from now on" not in done(*resume)
     assert [
         (cluster.cpus_per_worker, cluster.hang_minutes, cluster.verify)
         for (cluster,), _ in launcher_of.call_args_list
@@ -175,7 +175,7 @@ def test_a_suite_goes_on_with_fewer_cores_in_the_run_that_has_begun_and_in_the_n
 ) -> None:
     launch = f"launch {place}/two.py --cpus-per-worker 2 --side-by-side 1 --runs {tmp_path}"
     stopped(spiketrain, [*launch.split(), "--name", "it"])
-    assert "it: --cpus-per-worker was 2, is 1 from here on\n" in done(
+    assert "it: --cpus-per-worker was 2, is 1 from now on\n" in done(
         "resume", tmp_path / "it", "--cpus-per-worker", "1"
     )
     assert read_json(tmp_path / "it" / "suite.json")["cluster"]["cpus_per_worker"] == 1
@@ -195,7 +195,7 @@ def test_a_run_that_has_begun_has_cores_of_its_own_where_those_do_that_begin_now
     runs = runs_of(tmp_path / "it").values()
     [begun] = [run for run in runs if run.exists()]
     write_job(replace(read_job(begun), own_cores=True))  # two had room for one another
-    monkeypatch.setattr(Inline, "room", lambda self: 1)
+    monkeypatch.setattr(Inline, "max_parallel_runs", lambda self: 1)
     done("resume", tmp_path / "it", "--side-by-side", "auto")
     assert [read_json(run / "job.json")["own_cores"] for run in runs] == [False, False]
 
@@ -209,8 +209,8 @@ def test_what_is_refused_changes_nothing(
         for file in (tmp_path / "it" / "cluster.json", tmp_path / "it" / "job.json")
     }
     for more, said in (
-        (("--cpus-per-worker", "2"), "without Ray; got --cpus-per-worker 2"),
-        (("--side-by-side", "2"), "resume: --side-by-side is for a suite; got 2 with it alone"),
+        (("--cpus-per-worker", "2"), "options of Ray must not be given; got --cpus-per-worker 2"),
+        (("--side-by-side", "2"), "resume: --side-by-side must be 1 for one run; got 2 for it"),
         (("--workers", "3"), "batch_size must divide by 3 workers; got 8"),
         (
             ("--loader-threads", "no"),
@@ -292,7 +292,7 @@ def test_zero_goes_on_with_as_many_workers_as_wrote_its_newest_checkpoint(
         (folder / "trainer.json").write_text("torn" if trainer is None else json.dumps(trainer))
     resume = ("resume", "it", "--runs", str(tmp_path), "--workers", "4")
     if is_refused:
-        said = "resume: ZeRO-2 needs the number of workers of its newest checkpoint, 2; got 4"
+        said = "resume: with ZeRO-2, --workers must be that of the newest checkpoint, 2; got 4"
         assert refused(*resume) == said
     else:
         with pytest.raises(Started):

@@ -17,22 +17,22 @@ import yaml
 
 from pipeline.core.errors import UserError
 from pipeline.launch import schedulers
-from pipeline.launch.schedulers import Order, answer_of, render_rayjob, submit_rayjob
+from pipeline.launch.schedulers import LaunchRequest, render_rayjob, run_program, submit_rayjob
 from pipeline.train.elastic import format_sizes
 from tests.helpers.crd import GOLDEN, misfits
 from tests.infra.rules import EXPORTER, RULES, containers, require_kustomize
 
 OVERLAYS = Path(__file__).parents[2] / "infra" / "k8s" / "overlays"
 NAME = (
-    "k8s: name must be lower-case letters, digits and inner -, begin with a letter, and be at most"
-    " 47 long (RFC 1123, KubeRay)"
+    "k8s: name must be lower-case letters, digits and hyphens, begin with a letter, not end with a"
+    " hyphen, and be at most 47 long (RFC 1123, KubeRay)"
 )
-IMAGE = "k8s: image must be a name with a tag or a digest, other than latest"
-SHARED = "must lie where every pod writes to a shared volume (/shared/runs), without .."
+IMAGE = "k8s: image must be a name with a digest, or with a tag other than latest"
+SHARED = "must be in a shared volume that every pod can write (/shared/runs), without .."
 GROUPS = "/spec/rayClusterSpec/workerGroupSpecs"
 
 
-ORDER = Order(
+ORDER = LaunchRequest(
     words=("recipes/imagenet/nf_resnet34_sltt.py", "--cpus-per-worker", "8"),
     name="nf-resnet34",
     sizes=(32,),
@@ -77,11 +77,11 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
 
 def test_it_is_given_the_order_and_answers(script: Script) -> None:
     script("sbatch", '#!/bin/sh\necho "$@"; cat\n')
-    said = answer_of("sbatch", "--parsable", "a b", given="#!/bin/bash\n")
+    said = run_program("sbatch", "--parsable", "a b", stdin="#!/bin/bash\n")
     assert said == "--parsable a b\n#!/bin/bash"
 
 
-FAILED = "sbatch failed with exit code 3 and said: "
+FAILED = "sbatch failed with exit code 3 and printed: "
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,10 @@ FAILED = "sbatch failed with exit code 3 and said: "
         ("exit 3", f"{FAILED}nothing"),
         (
             "exec sleep 30",
-            "sbatch must answer within 1 s; it has not, and may have taken the job",
+            "sbatch must end within 1 s; it did not, and may have submitted the job",
         ),
         (b"\x7fELF", "PROGRAM cannot be run: Exec format error"),
-        (None, "needs sbatch on the path; got none"),
+        (None, "sbatch must be on the path; got none"),
     ],
 )
 def test_a_program_that_fails_or_does_not_answer_or_is_not_there(
@@ -114,9 +114,9 @@ def test_a_program_that_fails_or_does_not_answer_or_is_not_there(
     else:
         file = script("sbatch", text if isinstance(text, bytes) else f"#!/bin/sh\n{text}\n")
         said = said.replace("PROGRAM", str(file))
-    monkeypatch.setattr(schedulers, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(schedulers, "PROGRAM_TIMEOUT_S", 1.0)
     with pytest.raises(UserError, match=f"^submit: {re.escape(said)}$"):
-        answer_of("sbatch")
+        run_program("sbatch")
 
 
 def test_the_token_of_a_file_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_the_token_of_a_file_is_shown(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     modes = []
     monkeypatch.setattr(
-        schedulers, "answer_of", lambda *words: modes.append(os.environ.get("RAY_AUTH_MODE"))
+        schedulers, "run_program", lambda *words: modes.append(os.environ.get("RAY_AUTH_MODE"))
     )
     assert (
         schedulers.submit_ray_job("ray job submit --submission-id a -- spiketrain launch x.py")
@@ -233,12 +233,12 @@ def test_words_reach_the_command_as_they_are() -> None:
         ({"options": {"image": "a@sha256:1"}}, f"{IMAGE}; got 'a@sha256:1'"),
         ({"runs": "runs"}, f"k8s: runs {SHARED}; got 'runs'"),
         ({"runs": "/shared/runs/../../etc"}, f"k8s: runs {SHARED}; got '/shared/runs/../../etc'"),
-        ({"sizes": (33,)}, "must fit into pods of 64 cores and 8 GPUs, of which"),
+        ({"sizes": (33,)}, "must fit into 4 pods of 64 cores and 8 GPUs ("),
         (
             {"sizes": (8, 40)},
-            "k8s: 40 workers x 8 cpus must fit into pods of 64 cores and 8 GPUs, of which",
+            "k8s: 40 workers x 8 cpus must fit into 4 pods of 64 cores and 8 GPUs (",
         ),
-        ({"options": {"cpus_per_worker": 65}}, "job has 4: room for 0 workers"),
+        ({"options": {"cpus_per_worker": 65}}, "job), which hold only 0 workers"),
         ({"runs": "s3://b/x"}, f"k8s: runs {SHARED}; got 's3://b/x'"),
         ({"runs": "/tmp/runs"}, f"k8s: runs {SHARED}; got '/tmp/runs'"),
         ({"runs": "/shared/runs2"}, f"k8s: runs {SHARED}; got '/shared/runs2'"),
@@ -299,16 +299,17 @@ def test_images_that_stay_what_they_are(image: str) -> None:
     [
         (
             "{op: remove, path: /spec/rayClusterSpec}",
-            "must be one as in infra/k8s/base/job; not found: 'rayClusterSpec'",
+            "must have the fields of infra/k8s/base/job; missing: 'rayClusterSpec'",
         ),
-        (f"{{op: replace, path: {GROUPS}/0, value: {{}}}}", "not found: 'template'"),
+        (f"{{op: replace, path: {GROUPS}/0, value: {{}}}}", "missing: 'template'"),
         (f"{{op: add, path: {GROUPS}/-, value: {{}}}}", "must have one group of workers; got 2"),
         (
             (
                 f"{{op: replace, path: {GROUPS}/0/template/spec/containers/0/resources/limits/cpu,"
                 " value: x}"
             ),
-            "a worker's limit of cpu must be a number of cores, or of thousandths with m; got 'x'",
+            "the cpu limit of a worker must be a number of cores (2) or of millicores (2000m);"
+            " got 'x'",
         ),
     ],
 )
@@ -370,7 +371,7 @@ def test_kubectl_gets_the_rayjob_unless_one_that_has_ended_is_to_be_deleted_firs
         with pytest.raises(UserError) as refused:
             submit_rayjob(manifest)
         assert str(refused.value) == (
-            f"k8s: KubeRay starts no RayJob again that has ended; got nf-resnet34, {status}: first"
+            f"k8s: a RayJob that has ended cannot start again; got nf-resnet34, {status}: first run"
             " kubectl delete rayjob nf-resnet34"
         )
         assert words.read_text() == RENDERED + ASKED

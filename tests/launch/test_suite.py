@@ -410,12 +410,12 @@ def recipe():
         (
             "[a, b]",
             "--side-by-side 999",
-            "launch: 999 runs side by side need cores and cards of their own; there is room for ",
+            "launch: --side-by-side must be at most ",
         ),
         (
             "[a, b]",
             "--checkpoints pyproject.toml",
-            "must be open to this user; got NotADirectoryError",
+            "must be readable for this user; got NotADirectoryError",
         ),
         ("[a, b]", "--name x/y", "launch: --name must be a name in "),
         ("[a, b]", "--name ..", "launch: --name must be a name in "),
@@ -506,7 +506,7 @@ def test_what_is_wrong_about_a_suite_ends_in_one_line(
             "cluster: workers must be a whole number >= 1; got workers=0",
         ),
         ({"parent": "f" * 32}, "must be a run of this suite; got one of another launch"),
-        (None, "must be a whole run; it has no job.json: move it away, resume"),
+        (None, "must have a job.json; got none: move the folder away, then resume"),
     ],
 )
 def test_a_suite_from_elsewhere_is_not_resumed_over_what_is_not_its_own(
@@ -632,7 +632,9 @@ def test_a_measurement_is_an_entry_that_a_resume_makes(
     runs = ("--runs", str(places / "measured"))
     resume = ("resume", "study", "--inline", *runs, "--trust", "lab_measured")
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.launch.suite.measure_the_rest", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(
+            "pipeline.launch.suite.make_missing_measurements", Mock(side_effect=KeyboardInterrupt)
+        )
         words = launch(places / "lab_measured.py", places / "measured", "study")
         code, out, error = spiketrain(*words)
     assert code == 130 and "MEASURED" not in out, error

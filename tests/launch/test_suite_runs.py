@@ -31,7 +31,7 @@ from pipeline.core.errors import UserError
 from pipeline.data.write.images import write_fashion
 from pipeline.launch import suite_runs
 from pipeline.launch.in_process import Inline
-from pipeline.launch.suite_runs import parallel_runs, train_side_by_side
+from pipeline.launch.suite_runs import count_parallel_runs, train_side_by_side
 from pipeline.recipe.recipe import read_json
 from pipeline.recipe.suite import runs_of
 from pipeline.report.selection import list_suites
@@ -226,7 +226,7 @@ def test_a_run_that_is_stopped_alone_stops_the_suite_once_the_others_have_ended(
 def test_where_there_is_no_room_for_two_they_take_turns_on_shared_cores(
     place: Path, tmp_path: Path, done: Done, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Inline, "room", lambda self: 0)
+    monkeypatch.setattr(Inline, "max_parallel_runs", lambda self: 0)
     done(*words(place / "short.py", tmp_path, "turns", "--side-by-side", "auto"))
     runs = list(runs_of(tmp_path / "turns").values())
     assert not any(read_json(run / "job.json")["own_cores"] for run in runs)
@@ -297,9 +297,9 @@ def stand_ins(folder: Path, *, job: Any = None) -> Any:
         trust=(),
         folder=folder / "suite",
         folders={recipe.name: run},
-        can_begin=lambda recipe: True,
+        can_start=lambda recipe: True,
         is_over=lambda name: state_of(run) == "finished",
-        left=lambda: [] if state_of(run) == "finished" else [recipe],
+        remaining=lambda: [] if state_of(run) == "finished" else [recipe],
         job=job or (lambda recipe: whole),
     )
 
@@ -334,7 +334,7 @@ def test_a_run_that_the_child_of_a_killed_suite_still_saves_is_begun_once_that_h
     (tmp_path / "run" / "stop").write_text("SIGUSR1")
     # Signals are of the main thread alone.
     monkeypatch.setattr(suite_runs, "on_stop_signals", lambda hear: nullcontext())
-    waiting = "another process still trains it: waiting"
+    waiting = "waiting for another process that still trains it"
     with ThreadPoolExecutor(1) as beside:
         with (tmp_path / "run" / "driver.lock").open("w") as held_by_another:
             fcntl.flock(held_by_another, fcntl.LOCK_EX)
@@ -361,17 +361,23 @@ def test_a_run_that_is_refused_was_not_stopped_whatever_note_lies_there(
 
 def test_more_than_there_is_room_for_is_refused() -> None:
     launcher = Inline(device="cpu")
-    room = launcher.room()
-    crowded: Any = SimpleNamespace(room=lambda: 0)  # fewer cores than one run has workers
-    assert parallel_runs(launcher, "auto") == room
-    assert parallel_runs(launcher, 1) == parallel_runs(crowded, "auto") == 1
-    refused = f"{room + 1} runs side by side need cores and cards of their own; there is room for"
-    with pytest.raises(UserError, match=f"{refused} {room}"):
-        parallel_runs(launcher, room + 1)
-    joined: Any = SimpleNamespace(room=lambda: None)  # whose physical cores are unknown
-    assert parallel_runs(joined, 3) == 3
-    with pytest.raises(UserError, match=r"must be a number on a cluster .* joined,.*got auto"):
-        parallel_runs(joined, "auto")
+    room = launcher.max_parallel_runs()
+    crowded: Any = SimpleNamespace(
+        max_parallel_runs=lambda: 0
+    )  # fewer cores than one run has workers
+    assert count_parallel_runs(launcher, "auto") == room
+    assert count_parallel_runs(launcher, 1) == count_parallel_runs(crowded, "auto") == 1
+    refused = f"--side-by-side must be at most {room}, so that each run has its own cores"
+    with pytest.raises(UserError, match=f"{refused} and GPUs; got {room + 1}"):
+        count_parallel_runs(launcher, room + 1)
+    joined: Any = SimpleNamespace(
+        max_parallel_runs=lambda: None
+    )  # whose physical cores are unknown
+    assert count_parallel_runs(joined, 3) == 3
+    with pytest.raises(
+        UserError, match=r"must be a number if the launch joins a cluster .*got auto"
+    ):
+        count_parallel_runs(joined, "auto")
 
 
 wait_for = partial(until, within=90, pause=0.1)

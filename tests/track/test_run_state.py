@@ -113,9 +113,9 @@ def test_what_diverged_is_over_like_what_finished_unless_others_take_its_weights
         folder = tmp_path / end
         children = suite(folder, **{name: end})
         assert done_entries(folder / "suite") == ({name: folder / name} if over else {})
-        assert (name not in [recipe.name for recipe in children.left()]) is over
+        assert (name not in [recipe.name for recipe in children.remaining()]) is over
     search = suite(tmp_path / "search", trial="diverged", shared="diverged")
-    assert [search.can_begin(each) for each in search.suite_file.suite.recipes[2:]] == [True, False]
+    assert [search.can_start(each) for each in search.suite_file.suite.recipes[2:]] == [True, False]
 
 
 def test_whose_weights_are_taken_is_known_without_an_import(tmp_path: Path) -> None:

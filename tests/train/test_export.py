@@ -356,6 +356,6 @@ def test_a_network_of_ones_own_is_evaluated_from_its_recipe_and_an_export(
     save_file(tensors, plain)
     for weights, words, said in (
         (tmp_path / "of_the_lab.safetensors", (), "export_lab.network is not in a trusted package"),
-        (plain, trust, "evaluate: --trust is for a file of spiketrain export, which says what"),
+        (plain, trust, "evaluate: --trust must only be given with a file of spiketrain export,"),
     ):
         assert said in refused("evaluate", tmp_path / "of_the_lab.py", "--weights", weights, *words)

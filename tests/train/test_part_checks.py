@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.data.base import Batch
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.driver import check
+from pipeline.launch.driver import check_launch
 from pipeline.models.teachers.base import Teacher
 from pipeline.recipe.recipe import spec
 from pipeline.rules.base import LossFn, Rule
@@ -277,8 +277,8 @@ def test_trying_a_network_leaves_no_trace() -> None:
 def test_a_batch_of_ones_own_is_tried_before_a_launch(kind: str, said: str) -> None:
     wrong, right = (small_recipe(data=spec(Own, kind=each)) for each in (kind, "right"))
     with pytest.raises(ValueError, match=said):
-        check(wrong, Cluster(workers=1, inline=True), trust=("tests",))
-    check(right, Cluster(workers=1, inline=True), trust=("tests",))
+        check_launch(wrong, Cluster(workers=1, inline=True), trust=("tests",))
+    check_launch(right, Cluster(workers=1, inline=True), trust=("tests",))
 
 
 # ----------------------------------------------------------------------------------------- commands
