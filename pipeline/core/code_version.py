@@ -17,7 +17,8 @@ from pipeline.core.errors import UserError
 @functools.cache
 def code_digest() -> str:
     """12 hex digits of the names and contents of this package's Python files at the first call."""
-    root, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
         if file.name.startswith(".") or not file.is_file():  # an editor's lock is a broken link
             continue
@@ -32,8 +33,8 @@ def check_same_code(
 ) -> None:
     """Check that all ranks run the code of rank 0. Collective.
 
-    A rank with other code, such as another rule or augmentation, would train without an error: the
-    replicas stay equal, but the result belongs to neither version.
+    A rank with other code, such as another rule or augmentation, would train without an error. The
+    replicas would stay equal, but the result would belong to neither version.
 
     Args:
         host: the name of this rank's machine.
@@ -45,15 +46,15 @@ def check_same_code(
         UserError: a rank runs other code.
     """
     versions = each((digest, host))
-    first, at = versions[0]
+    first_digest, first_host = versions[0]
     if others := [
         f"{rank} on {host} {digest}"
         for rank, (digest, host) in enumerate(versions)
-        if digest != first
+        if digest != first_digest
     ]:
         raise UserError(
-            f"worker: all must run {of} of worker 0 on {at}, {first}; got worker"
-            f" {', '.join(others)}: install one"
+            f"worker: all workers must run {of} of worker 0 on {first_host}, {first_digest}; got"
+            f" worker {', '.join(others)}: install the same version on all nodes"
         )
 
 

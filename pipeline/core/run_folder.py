@@ -1,11 +1,11 @@
-"""The paths of the files in a run's folder. Code takes each path from here."""
+"""The paths of the files in a run's folder. No other module builds these paths."""
 
 import os
 from pathlib import Path
 
 
 class RunFolder:
-    """The paths of the files and folders that a run may have. Each is created when needed."""
+    """The paths of the files and folders that a run may have. This class creates none of them."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -34,7 +34,7 @@ class RunFolder:
         self.stacks = self.path / "stacks"  # folder: thread stacks of workers that hung
 
     def weights(self, layout: str) -> Path:
-        """The file of `spiketrain export`. Its name contains a layout other than "plain"."""
+        """The file of `spiketrain export`. Its name ends with the layout, except for "plain"."""
         name = "weights" if layout == "plain" else f"weights-{layout}"
         return self.path / f"{name}.safetensors"
 

@@ -405,7 +405,7 @@ def group_by_network(
         groups.setdefault(inputs(recipe), []).append(recipe)
     for group in groups.values():
         yield (
-            replace(group[0], name=first_few([recipe.name for recipe in group], most=3)),
+            replace(group[0], name=first_few([recipe.name for recipe in group], max_names=3)),
             tuple(recipe.rule for recipe in group),
         )
 

@@ -216,7 +216,7 @@ def _journal_failure(folder: Path, failure: LaunchError) -> str:
     return (
         f"worker {ranks}, or one that was waited for: no sign of life for too long"
         " (--hang-minutes); what its threads were at is in"
-        f" {first_few([str(folder / file) for file in hung], most=4)}"
+        f" {first_few([str(folder / file) for file in hung], max_names=4)}"
     )
 
 

@@ -193,8 +193,8 @@ def _print_if_changed(name: str, package: Package, owner: str) -> None:
     if changed and notice not in _printed:  # another run of the suite may have printed it
         _printed.add(notice)
         print(
-            f"{first_few(changed, most=1)} in {folder} differs from when {owner} was launched, and"
-            " so may its results",
+            f"{first_few(changed, max_names=1)} in {folder} changed after {owner} was launched, so"
+            " results may differ",
             file=sys.stderr,
         )
 

@@ -60,11 +60,11 @@ def of(found: Plan, rule: str) -> Planned:
         (lambda: on(1, samples=63), "an epoch must have a batch of 64 samples at least; got 63"),
         (
             lambda: Bench(made(precision="tf32"), batch_size=4),
-            "recipe: precision='tf32' must have an NVIDIA card",
+            "recipe: precision='tf32' needs an NVIDIA card",
         ),
         (
             lambda: on(1, rules=(), precision="tf32", cluster={"device": None}),
-            "recipe: precision='tf32' must have an NVIDIA card",
+            "recipe: precision='tf32' needs an NVIDIA card",
         ),
         (
             lambda: on(9999, rules=(), batch_size=9999, cluster={"device": None}),

@@ -168,7 +168,7 @@ def test_code_that_has_changed_is_named_in_one_line_wherever_it_is(
 
     assert said() == ""
     (lab / "own_nets" / "nets.py").write_text(NETS + "\n")
-    differs = "differs from when run was launched, and so may its results"
+    differs = "changed after run was launched, so results may differ"
     assert [said(), said()] == [f"own_nets/nets.py in {lab} {differs}\n", ""]  # once
     forget()
     lab.rename(lab.parent / "new")
