@@ -193,11 +193,11 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             "evaluate recipes/fashion/sltt.py --weights x.pt --runs RUNS",
-            "--runs has no effect with a recipe's file; got",
+            "--runs has no effect with a recipe file; got",
         ),
         (
             "plan recipes/fashion/sltt.py --runs RUNS",
-            "plan: --runs is where the run of --against is found; got --runs",
+            "plan: --runs has no effect without --against; got --runs",
         ),
         (
             "dashboard --store sqlite:///x.db --runs RUNS",

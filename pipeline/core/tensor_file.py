@@ -41,7 +41,7 @@ def read_state(file: Path, *, who: str) -> Mapping[str, Tensor]:
             )
     except Exception as error:  # torch and safetensors do not document their errors
         raise ValueError(
-            f"{who}: {file} must hold weights; reading it failed: {_first_line(error)}"
+            f"{who}: {file} must hold weights; it could not be read: {_first_line(error)}"
         ) from error
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
@@ -67,7 +67,8 @@ def describe_mismatch(
         ],
     }
     return "; ".join(
-        f"{len(keys)} {kind}: {', '.join(keys[:max_names] + ['...'] * (len(keys) > max_names))}"
+        f"{len(keys)} {kind}: {', '.join(keys[:max_names])}"
+        f"{', ...' if len(keys) > max_names else ''}"
         for kind, keys in kinds.items()
         if keys
     )

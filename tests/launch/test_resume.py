@@ -133,7 +133,7 @@ def test_a_recipe_json_without_a_recipe_is_refused_in_one_line(
 
 def test_it_needs_a_name(place: Path, tmp_path: Path, refused: Refused) -> None:
     error = refused("launch", str(place / "one.py"), "--runs", str(tmp_path), "--or-resume")
-    assert error == "launch: --or-resume needs a --name to continue; got none"
+    assert error == "launch: --or-resume needs the --name of a run or suite; got none"
 
 
 # ----------------------------------------------------------------------- a machine of another shape

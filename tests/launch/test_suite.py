@@ -188,7 +188,7 @@ def test_a_page_that_mlflow_does_not_take_costs_the_suite_nothing(
     assert code == 0 and said.splitlines()[1].startswith("REPORT ")
     assert f"\npage    {page}\nnext    " in said and page.exists()
     assert error.startswith("MLflow at http://127.0.0.1:") and error.count("\n") == 1
-    retry = error.partition("its page is made anew, and put into MLflow, by: spiketrain ")[2]
+    retry = error.partition("write the page again, and log it to MLflow, with: spiketrain ")[2]
     assert done(*shlex.split(retry)) == f"{page}\n"
 
 
