@@ -240,8 +240,8 @@ def write_stamps(
     workers: Writers = 1,
     existing: OnExisting = "refuse",
 ) -> None:
-    """Scenes of 300 cut-out objects in 13 classes, on photographs. Evaluation has other objects than
-    training.
+    """Scenes of 300 cut-out objects in 13 classes, on photographs. Evaluation uses other objects
+    than training.
 
     The pictures come from Debian packages: apt install tuxpaint-stamps-default mate-backgrounds
     plasma-workspace-wallpapers.

@@ -63,11 +63,10 @@ def commit() -> str:
 
     Outside a checkout: the value of SPIKETRAIN_COMMIT, or `unknown`.
     """
-    package = str(Path(__file__).resolve().parent.parent)
-    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
         return subprocess.run(
-            ["git", "-C", package, *describe],
+            ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"],
+            cwd=Path(__file__).resolve().parent.parent,
             capture_output=True,
             text=True,
             check=True,

@@ -69,7 +69,6 @@ STEP = signed(0x9E3779B97F4A7C15)
 mix = mixer(signed)
 _UNSIGNED_STEP = np.uint64(STEP & _LOW64)
 _unsigned_mix = mixer(np.uint64)
-_SHIFT_32 = np.uint64(32)
 
 
 def counter_hash(*counters: int) -> int:

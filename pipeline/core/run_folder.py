@@ -33,17 +33,11 @@ class RunFolder:
         self.died = self.path / "died.json"  # a worker's death that is not in the journal yet
         self.stacks = self.path / "stacks"  # folder: thread stacks of workers that hung
 
+        # MLflow artifacts, besides the journal: from the start, and of a finished run
+        self.early_artifacts = (self.recipe,)
+        self.late_artifacts = (self.summary, self.activity, self.answers)
+
     def weights(self, layout: str) -> Path:
         """The file of `spiketrain export`. Its name ends with the layout, except for "plain"."""
         name = "weights" if layout == "plain" else f"weights-{layout}"
         return self.path / f"{name}.safetensors"
-
-    @property
-    def early_artifacts(self) -> tuple[Path, ...]:
-        """Files, besides the journal, that are MLflow artifacts from the start."""
-        return (self.recipe,)
-
-    @property
-    def late_artifacts(self) -> tuple[Path, ...]:
-        """Files that become MLflow artifacts once the run has finished."""
-        return (self.summary, self.activity, self.answers)

@@ -58,7 +58,7 @@ def test_slurm_that_is_given_no_number_of_workers_counts_its_gpus(launch: Comman
     code, out, _ = launch(SMALL, *asked.split(), "--gpus-per-node", "8")
     assert code == 0 and " SPIKETRAIN_WORKERS= " in out
     code, out, err = launch(SMALL, *asked.split(), "--gpus-per-node", "7")
-    assert (code, out) == (2, "") and "divide by 14 workers" in err
+    assert (code, out) == (2, "") and "be divisible by 14 workers" in err
 
 
 def test_workers_that_come_and_go(launch: Command) -> None:
@@ -253,7 +253,7 @@ NODES = "slurm --nodes 2 --time 1 --gpus-per-node 4"
         *(
             (
                 f"{recipe} --workers 7 {MINE} --cluster {cluster}",
-                "divide by 7 workers",
+                "be divisible by 7 workers",
             )
             for cluster in ("slurm --nodes 1 --time 1", "ray://h:8265", f"k8s {CPU_PODS}")
             for recipe in (SMALL, BOTH)

@@ -60,7 +60,7 @@ def test_what_a_process_ended_in_is_a_line() -> None:
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size must divide by 3 workers"):
+    with pytest.raises(ValueError, match="batch_size must be divisible by 3 workers"):
         measure_interleaved(recipe_with(0.5), RULES, workers=3)
 
 

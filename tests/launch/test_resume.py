@@ -211,7 +211,7 @@ def test_what_is_refused_changes_nothing(
     for more, said in (
         (("--cpus-per-worker", "2"), "without Ray; got --cpus-per-worker 2"),
         (("--side-by-side", "2"), "resume: --side-by-side is for a suite; got 2 with it alone"),
-        (("--workers", "3"), "batch_size must divide by 3 workers; got 8"),
+        (("--workers", "3"), "batch_size must be divisible by 3 workers; got 8"),
         (
             ("--loader-threads", "no"),
             "resume: --loader-threads must be a number of threads or auto; got no",

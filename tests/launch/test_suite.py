@@ -375,17 +375,17 @@ def recipe():
         (
             "[b, a]",
             "",
-            "suite: a reference must name an earlier recipe; got '@a' in b, before it stand none",
+            "suite: a reference must name an earlier recipe; got '@a' in b; earlier recipes: none",
         ),
         (
             "b",
             "",
             (
-                "recipe: '@a' names an earlier recipe of the same suite; got b alone; give a run's"
+                "recipe: '@a' must name an earlier recipe of the same suite; got b without a"
                 " folder or a file"
             ),
         ),
-        ("[a, a]", "", "suite: recipes must have names of their own; got two of 'a'"),
+        ("[a, a]", "", "suite: recipes must have different names; got two recipes 'a'"),
         (
             "Suite((a, b), local)",
             "",
@@ -404,7 +404,7 @@ def recipe():
         (
             "[a, b]",
             "--set init=@c",
-            "suite: a reference must name an earlier recipe; got '@c' in a, before it stand none",
+            "suite: a reference must name an earlier recipe; got '@c' in a; earlier recipes: none",
         ),
         ("[a, b]", "--set optimizer.lrr=1", "lrr"),
         (
@@ -469,8 +469,7 @@ def write_suite(folder: Path, run: str, recipe: dict[str, Any], report: str | No
                 ("s1", "s1: a run must be a folder; "),
                 (
                     "s2",
-                    "s2: suite.json: a run must be a name of its own in the folder of runs; got"
-                    " 's2'",
+                    "s2: suite.json: a run must be a unique name in the folder of runs; got 's2'",
                 ),
             )
         ),

@@ -132,7 +132,7 @@ def test_a_search_over_lists_has_a_plain_name_for_each_and_no_list_twice() -> No
         (lambda: over_seeds(two_rules(), 0), "launch: --seeds must be at least 1; got 0"),
         (
             lambda: over_seeds(replace(two_rules(), report=print_protocols), 2),
-            "launch: --seeds makes a comparison of recipes",
+            "launch: --seeds needs recipes, or a suite without a report",
         ),
         (
             lambda: joined([two_rules(), replace(two_rules(), report=print_protocols)]),
@@ -140,7 +140,7 @@ def test_a_search_over_lists_has_a_plain_name_for_each_and_no_list_twice() -> No
         ),
         (
             lambda: joined([two_rules(), two_rules()]),
-            "suite: recipes must have names of their own; got two of 'bptt'",
+            "suite: recipes must have different names; got two recipes 'bptt'",
         ),
         (
             lambda: tuned(two_rules(), "optimizer.lr", RATES[:4]),
@@ -161,17 +161,17 @@ def test_a_search_over_lists_has_a_plain_name_for_each_and_no_list_twice() -> No
                 "optimizer.lr",
                 RATES,
             ),
-            "searched for recipes that stand alone; second takes '@first'",
+            "searched only for recipes without references; second has '@first'",
         ),
         (
             lambda: tuned(
                 Suite((recipe().override({"data.held_out": 0.2}),)), "optimizer.lr", RATES
             ),
-            "small holds out a part of its own; got data.held_out=0.2",
+            "small must not set data.held_out, which its trials set; got 0.2",
         ),
         (
             lambda: tuned(two_rules(), "optimizer.lr", RATES).override({"optimizer.lr": 1.0}),
-            "optimizer.lr is what its trials try",
+            "optimizer.lr is chosen by trials",
         ),
         (
             lambda: tuned(two_rules(), "seed", (1, 2, 3, 4, 5)),
@@ -182,11 +182,14 @@ def test_a_search_over_lists_has_a_plain_name_for_each_and_no_list_twice() -> No
         (lambda: parse_search("optimizer.lr=1,,2"), "--tune: must look like optimizer.lr="),
         (lambda: parse_search("rule.k=1],[2"), "--tune: must look like optimizer.lr="),
         (lambda: parse_search("rule.k={[]}"), "--tune: must look like optimizer.lr="),
-        (lambda: small_recipe(protocol="tuned"), "recipe: tuned names fields of a trial"),
-        (lambda: small_recipe(tuned=("optimizer.lr",)), "recipe: tuned names fields of a trial"),
+        (lambda: small_recipe(protocol="tuned"), "recipe: tuned must name fields exactly if"),
+        (
+            lambda: small_recipe(tuned=("optimizer.lr",)),
+            "recipe: tuned must name fields exactly if",
+        ),
         (
             lambda: small_recipe(searched=("0.1",)),
-            "recipe: searched has the values of a field that is tuned; got",
+            "recipe: searched needs a field in tuned; got",
         ),
         (
             lambda: small_recipe(protocol="tuned", tuned=("optimizer.beta",)),
