@@ -106,9 +106,8 @@ def compiled_bits(compiled: Callable[[Callable[..., Any]], Any]) -> Any:
 
 def below(random_bits: ArrayLike, n: int) -> NDArray[np.int64]:
     """Whole numbers in 0..n-1 from the upper 32 bits. n < 2^31; the bias is below n / 2^32."""
-    return ((np.asarray(random_bits, np.uint64) >> _SHIFT_32) * np.uint64(n) >> _SHIFT_32).astype(
-        np.int64
-    )
+    shift = np.uint64(32)
+    return ((np.asarray(random_bits, np.uint64) >> shift) * np.uint64(n) >> shift).astype(np.int64)
 
 
 def normal_table() -> NDArray[np.float32]:
