@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.forecast import bench, rule_timing
-from pipeline.forecast.bench import in_turns
+from pipeline.forecast.bench import interleave
 from pipeline.forecast.rule_timing import measure_interleaved
 from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
@@ -65,4 +65,4 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
 
 
 def test_each_round_begins_with_another() -> None:
-    assert "".join(in_turns("abc", 4)) == "abcbcacababc"
+    assert "".join(interleave("abc", 4)) == "abcbcacababc"
