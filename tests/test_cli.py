@@ -155,7 +155,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             "launch recipes/compare/sei_stamps.py --seeds 2",
-            "launch: --seeds needs recipes, or a suite without a report and choices; got a suite",
+            "launch: a suite with its own report or choices must be launched without --seeds",
         ),
         (
             "launch recipes/fashion/sltt.py recipes/fashion/sltt.py",

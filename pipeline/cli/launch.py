@@ -273,15 +273,14 @@ def resume(
     from pipeline.launch.cluster import OPERATIONAL, parse_workers
     from pipeline.report.selection import find_run
 
-    options = {
-        field: context.params[field] for field in OPERATIONAL if is_set_by_user(context, field)
-    }
     _resume(
         find_run(runs, run, suites=True),
         workers=None if workers is None else parse_workers(workers),
         inline=inline,
         address=address,
-        options=options,
+        options={
+            field: context.params[field] for field in OPERATIONAL if is_set_by_user(context, field)
+        },
         trust=tuple(trust),
     )
 

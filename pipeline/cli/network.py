@@ -113,11 +113,12 @@ def export(
     from pipeline.report.selection import find_run
     from pipeline.train.export import export_run
 
-    exported = export_run(
-        find_run(runs, run),
-        out,
-        layout="packed" if packed else "plain",
-        which=which,
-        trust=tuple(trust),
+    print(
+        export_run(
+            find_run(runs, run),
+            out,
+            layout="packed" if packed else "plain",
+            which=which,
+            trust=tuple(trust),
+        )
     )
-    print(exported)

@@ -178,9 +178,10 @@ class Bench:
                 if needs_data:
                     raise
                 draw = torch.Generator().manual_seed(recipe.seed)
-                x_B = torch.rand(self.samples, *data.shape, generator=draw)
-                target_B = torch.randint(data.classes, (self.samples,), generator=draw)
-                self._set_batch(x_B.to(device), target_B.to(device))
+                self._set_batch(
+                    torch.rand(self.samples, *data.shape, generator=draw).to(device),
+                    torch.randint(data.classes, (self.samples,), generator=draw).to(device),
+                )
 
     def _build_network(self, recipe: Recipe, samples: int) -> None:
         if recipe.teacher is not None:

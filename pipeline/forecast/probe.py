@@ -159,7 +159,6 @@ def _savings(result: Probe, best: Cost, bptt: Cost, fastest: Cost) -> str:
     kept = best.all_bytes / bptt.all_bytes
     rounds = zip(result.rounds[best.rule], result.rounds[fastest.rule], strict=True)
     shares = [seconds / baseline_s for seconds, baseline_s in rounds]
-    share = statistics.median(shares)
     own_bytes = " and the rule's own" if best.rule_bytes else ""
     saves = f"saves {1 - kept:.0%}" if kept < 1 else "saves nothing"
     baseline_time = (
@@ -167,6 +166,7 @@ def _savings(result: Probe, best: Cost, bptt: Cost, fastest: Cost) -> str:
     )
     return (
         f"keeps {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes for backward,"
-        f" {kept:.0%} with states{own_bytes}, so it {saves}, and takes {share:.0%} of"
-        f" {baseline_time}, {min(shares):.0%} to {max(shares):.0%} in {len(shares)} rounds"
+        f" {kept:.0%} with states{own_bytes}, so it {saves}, and takes"
+        f" {statistics.median(shares):.0%} of {baseline_time}, {min(shares):.0%} to"
+        f" {max(shares):.0%} in {len(shares)} rounds"
     )

@@ -175,8 +175,8 @@ def _imported_package(name: str) -> Package:
     if not modules or name.partition(".")[0] == __name__.partition(".")[0]:
         return Package(None, {})
     module_name, file = next(iter(modules.items()))
-    depth = module_name.count(".") + int(file.stem == "__init__")
-    folder = file.parents[depth]
+    # one level up for each dot of the name, and one more for a package
+    folder = file.parents[module_name.count(".") + int(file.stem == "__init__")]
     if any(
         folder.is_relative_to(sysconfig.get_path(kind))
         for kind in ("stdlib", "platstdlib", "purelib", "platlib")

@@ -507,8 +507,8 @@ class Recipe(_Fields):
             for part in parts:
                 holder = holder[part].get("kwargs", holder[part])
             holder.pop(last, None)
-        text = json.dumps([value, dict(inputs)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        content = json.dumps([value, dict(inputs)], sort_keys=True).encode()
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON, with callables as dotted names. `from_json` reads it back."""

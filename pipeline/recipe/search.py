@@ -43,7 +43,7 @@ def joined(suites: Sequence[Suite]) -> Suite:
     if len(suites) == 1:
         return suites[0]
     for suite in suites:
-        _refuse_unless_plain(suite, "several files")
+        _refuse_unless_plain(suite, "other files")
     return Suite(tuple(recipe for suite in suites for recipe in suite.recipes))
 
 
@@ -146,9 +146,13 @@ def _trial(recipe: Recipe, field: str, value: Any, search: Mapping[str, Any]) ->
         f"tuned: {recipe.name} must not set data.held_out, which its trials set; got"
         f" {recipe.data.kwargs.get('held_out')}",
     )
-    trial = recipe.override({field: value, "data.held_out": HELD_OUT})
     name = f"{recipe.name}-{field.rpartition('.')[2]}-{_name_part(value)}"
-    return replace(_evaluate_once(trial), name=name, protocol="trial", **search)
+    return replace(
+        _evaluate_once(recipe.override({field: value, "data.held_out": HELD_OUT})),
+        name=name,
+        protocol="trial",
+        **search,
+    )
 
 
 def _evaluate_once(recipe: Recipe) -> Recipe:
@@ -171,6 +175,5 @@ def _with_seed_offset(recipe: Recipe, offset: int) -> Recipe:
 def _refuse_unless_plain(suite: Suite, option: str) -> None:
     require(
         suite.report is None and not suite.choices,
-        f"launch: {option} needs recipes, or a suite without a report and choices; got a suite with"
-        " its own",
+        f"launch: a suite with its own report or choices must be launched without {option}",
     )

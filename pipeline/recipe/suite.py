@@ -213,17 +213,18 @@ class Suite:
 
     def resolved(self) -> "Suite":
         """The same suite with absolute paths. References are unchanged."""
-        measurements = tuple(
-            replace(
-                each,
-                of=tuple(item if isinstance(item, str) else item.resolved() for item in each.of),
-            )
-            for each in self.measurements
-        )
         return replace(
             self,
             recipes=tuple(recipe.resolved() for recipe in self.recipes),
-            measurements=measurements,
+            measurements=tuple(
+                replace(
+                    each,
+                    of=tuple(
+                        item if isinstance(item, str) else item.resolved() for item in each.of
+                    ),
+                )
+                for each in self.measurements
+            ),
         )
 
     @property
@@ -354,9 +355,13 @@ class SuiteFile:
             for recipe, child in zip(recipes, children, strict=True)
             if "choice" in child
         }
-        measurements = tuple(_measurement(each, trust) for each in value.get("measurements") or ())
         return cls(
-            suite=Suite(recipes, function, choices, measurements),
+            suite=Suite(
+                recipes,
+                function,
+                choices,
+                tuple(_measurement(each, trust) for each in value.get("measurements") or ()),
+            ),
             runs=tuple(child["run"] for child in children),
             parent=parent,
             cluster=cluster,
@@ -373,10 +378,9 @@ class SuiteFile:
             ValueError: suite.json does not exist, or as `from_json`.
         """
         try:
-            value = read_json(folder / FILE)
             name = folder.absolute().name
             with own_code.on_path(own_code.read(folder) if trust else {}, trust, of=name):
-                return cls.from_json(value, own=name, trust=trust)
+                return cls.from_json(read_json(folder / FILE), own=name, trust=trust)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 

@@ -78,7 +78,7 @@ def of(found: Plan, rule: str) -> Planned:
         (
             lambda: on(9999, rules=(), batch_size=9999, cluster={"device": None}),
             r"plan: each worker needs 1 core; machines like this one have \d+; got 9999"
-            " workers; name the card with --device, or fewer",
+            " workers: reduce --workers, or name a GPU with --device",
         ),
     ],
 )
@@ -220,8 +220,8 @@ def test_every_worker_here_takes_a_card_or_cores(monkeypatch: pytest.MonkeyPatch
     memory = (1 - RESERVE) * 10**9
     assert (on_cores.memory, on_cards.memory) == pytest.approx((memory / 2, memory))
     said = (
-        "each worker needs a GPU; machines like this one have 2; got 4 workers: reduce --workers"
-        " card with --device"
+        "each worker needs a GPU; machines like this one have 2; got 4 workers: reduce --workers,"
+        " or name a GPU with --device"
     )
     with pytest.raises(ValueError, match=said):
         plan(made(), Cluster(workers=4))

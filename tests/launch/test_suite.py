@@ -389,7 +389,7 @@ def recipe():
         (
             "Suite((a, b), local)",
             "",
-            "suite: report must be a function at the top level of a module",
+            "suite: report must be a top-level function of a module",
         ),
         ("[a, replace(b, model=other)]", "", "init: "),
         (

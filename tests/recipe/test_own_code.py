@@ -256,7 +256,7 @@ def test_a_file_whose_name_cannot_be_imported_may_not_define_parts(lab: Path) ->
     file = lab / "own-recipe.py"
     file.write_text(NETS + RECIPE.replace("from own_nets.nets import network", ""))
     made = load_recipe(file)
-    said = r"own-recipe\.py: a file that defines parts must have a name that Python can import"
+    said = r"own-recipe\.py: a file that defines parts must have an importable name"
     with pytest.raises(ValueError, match=said):
         refuse_unnamed(made, [file])
     file.write_text(RECIPE)

@@ -132,11 +132,11 @@ def test_a_search_over_lists_has_a_plain_name_for_each_and_no_list_twice() -> No
         (lambda: over_seeds(two_rules(), 0), "launch: --seeds must be at least 1; got 0"),
         (
             lambda: over_seeds(replace(two_rules(), report=print_protocols), 2),
-            "launch: --seeds needs recipes, or a suite without a report",
+            "launch: a suite with its own report or choices must be launched without --seeds",
         ),
         (
             lambda: joined([two_rules(), replace(two_rules(), report=print_protocols)]),
-            "launch: several files makes a comparison",
+            "must be launched without other files",
         ),
         (
             lambda: joined([two_rules(), two_rules()]),
@@ -175,7 +175,7 @@ def test_a_search_over_lists_has_a_plain_name_for_each_and_no_list_twice() -> No
         ),
         (
             lambda: tuned(two_rules(), "seed", (1, 2, 3, 4, 5)),
-            "tuned must be a setting that the study key covers; got seed",
+            "tuned must name fields that the study key covers; got seed",
         ),
         (lambda: tuned(two_rules(), "rule.k", (1, 2, 3, 4, 5)), "k"),
         (lambda: parse_search("optimizer.lr"), "--tune: must look like optimizer.lr="),

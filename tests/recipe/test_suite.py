@@ -98,8 +98,8 @@ def test_tiny_and_set_reach_every_recipe_and_references_follow() -> None:
         (
             lambda: Suite((taught(),)),
             (
-                "suite: a reference must name an earlier recipe; got '@second' in third, before it"
-                " stand none"
+                "suite: a reference must name an earlier recipe; got '@second' in third;"
+                " earlier recipes: none"
             ),
         ),
         (
@@ -127,17 +127,17 @@ def test_tiny_and_set_reach_every_recipe_and_references_follow() -> None:
         ),
         (
             lambda: three(lambda runs, console: None),
-            "suite: report must be a function at the top level of a module",
+            "suite: report must be a top-level function of a module",
         ),
         (lambda: three(Path.exists), "called with (runs, console); got <function Path.exists"),
         (
             lambda: three(three),
             (
-                "suite: report must be a function at the top level of a module, called with (runs,"
+                "suite: report must be a top-level function of a module, called with (runs,"
                 " console); got three"
             ),
         ),
-        (lambda: three(print), "suite: report must be a function at the top level"),
+        (lambda: three(print), "suite: report must be a top-level function"),
         (
             lambda: refuse_references(taught()),
             "recipe: '@second' must name an earlier recipe of the same suite; got third without",
@@ -220,7 +220,10 @@ def with_target(target: str) -> dict[str, Any]:
     [
         ([], "suite.json: this spiketrain reads format version 1; got []"),
         ({"version": 2}, "suite.json: this spiketrain reads format version 1; got 2"),
-        (suite_json(children=[]), "suite.json: children must be a list, not empty; got []"),
+        (
+            suite_json(children=[]),
+            "suite.json: children must be a list with at least one entry; got []",
+        ),
         (suite_json(children=["a"]), "suite.json: a child must have a run and a recipe; got 'a'"),
         (suite_json(children=[{"run": "a"}]), "suite.json: a child must have a run and a recipe"),
         (
@@ -281,7 +284,10 @@ def with_target(target: str) -> dict[str, Any]:
             suite_json(report="tests.recipe.test_suite.none"),
             "suite.json: tests.recipe.test_suite.none does not exist in this installation",
         ),
-        (suite_json(report="tests.recipe.test_suite.three"), "suite: report must be a function"),
+        (
+            suite_json(report="tests.recipe.test_suite.three"),
+            "suite: report must be a top-level function",
+        ),
         (suite_json(report=3), "suite.json: a dotted name must be text; got 3"),
     ],
 )
