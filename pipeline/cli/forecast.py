@@ -76,10 +76,10 @@ def show(
 
     No data is needed, because a step is counted without being run.
     """
-    recipe_or_suite = load_changed(recipe, changes, tiny)
+    workload = load_changed(recipe, changes, tiny)
     from pipeline.report.forecasts import show_recipe
 
-    show_recipe(recipe_or_suite, workers, counts_steps=True)
+    show_recipe(workload, workers, counts_steps=True)
 
 
 @commands.command(epilog="Example: spiketrain probe recipes/fashion/sltt.py")
@@ -99,13 +99,13 @@ def probe(
     A file of several recipes gives tables for each network. Recipes that differ only in their rules
     share their tables.
     """
-    recipe_or_suite = load_changed(recipe, changes, tiny)
+    workload = load_changed(recipe, changes, tiny)
     from pipeline.forecast.bench import step_inputs
     from pipeline.forecast.probe import probe as probe_recipe
     from pipeline.report.forecasts import print_probe, probe_to_json
 
     _print(
-        recipe_or_suite,
+        workload,
         partial(probe_recipe, batch_size=batch, threads=_threads(cpus_per_worker)),
         step_inputs,
         print_probe if format_ == "table" else probe_to_json,
@@ -155,7 +155,7 @@ def sweep(
         f"sweep: --at-largest needs --batch auto; got --batch {batch}",
     )
     time_steps = parse_time_steps("sweep", steps)
-    recipe_or_suite = load_changed(recipe, changes, tiny)
+    workload = load_changed(recipe, changes, tiny)
     from pipeline.forecast.bench import step_inputs
     from pipeline.forecast.sweep import Sweep
     from pipeline.forecast.sweep import sweep as sweep_recipe
@@ -170,7 +170,7 @@ def sweep(
         "threads": _threads(cpus_per_worker),
     }
     _print(
-        recipe_or_suite,
+        workload,
         partial(sweep_recipe, **options),
         step_inputs,
         print_sweep if format_ == "table" else Sweep.to_json,
@@ -190,9 +190,7 @@ def plan(
     device: Annotated[
         str,
         typer.Option(
-            "--device",
-            metavar="here|CARD",
-            help="here: machines like this one; CARD: a GPU, such as h100",
+            "--device", metavar="here|CARD", help="machines like this one, or a GPU such as h100"
         ),
     ] = "here",
     per_node: Annotated[
@@ -213,7 +211,7 @@ def plan(
     A step of full size is counted without being run. Neither the machines nor the data are needed.
     A file of several recipes gives one table for each network.
     """
-    recipe_or_suite = load_changed(recipe, changes, tiny)
+    workload = load_changed(recipe, changes, tiny)
     from pipeline.forecast.plan import DEVICES, Cluster, plan_inputs
     from pipeline.forecast.plan import plan as plan_recipe
     from pipeline.report.forecasts import plan_to_json, print_plan
@@ -228,8 +226,7 @@ def plan(
     )
     require(
         device != "here" or (per_node, node_gbps) == (None, None),
-        "plan: --per-node and --node-gbps need the name of a GPU as --device; with --device here"
-        " communication is measured",
+        "plan: --per-node and --node-gbps need a GPU as --device; got --device here",
     )
     cluster = Cluster(
         workers=workers,
@@ -239,22 +236,16 @@ def plan(
         price=price,
         threads=_threads(cpus_per_worker),
     )
-    forecast = partial(plan_recipe, cluster=cluster, samples=samples)
+    predict = partial(plan_recipe, cluster=cluster, samples=samples)
     as_json = format_ == "json"
     if against is not None:
-        _print_errors(recipe_or_suite, forecast, cluster, runs, against, as_json=as_json)
+        _print_errors(workload, predict, cluster, runs, against, as_json=as_json)
         return
-    _print(
-        recipe_or_suite,
-        forecast,
-        plan_inputs,
-        plan_to_json if as_json else print_plan,
-        as_json=as_json,
-    )
+    _print(workload, predict, plan_inputs, plan_to_json if as_json else print_plan, as_json=as_json)
 
 
 def _print_errors(
-    recipe_or_suite: Recipe | Suite,
+    workload: Recipe | Suite,
     forecast: Callable[..., Any],
     cluster: "Cluster",
     runs: Path,
@@ -266,12 +257,12 @@ def _print_errors(
     from pipeline.report.forecasts import plan_to_json, print_plan, read_against
     from pipeline.report.selection import find_run
 
-    if not isinstance(recipe_or_suite, Recipe):
+    if not isinstance(workload, Recipe):
         raise ValueError(
             "plan: --against needs a file with one recipe; got a suite or several recipes"
         )
-    run = read_against(recipe_or_suite, cluster, find_run(runs, name))
-    prediction = forecast(recipe_or_suite)
+    run = read_against(workload, cluster, find_run(runs, name))
+    prediction = forecast(workload)
     errors = plan_errors(prediction, run)
     if as_json:
         _print_json(plan_to_json(prediction, errors))
@@ -280,7 +271,7 @@ def _print_errors(
 
 
 def _print(
-    recipe_or_suite: Recipe | Suite,
+    workload: Recipe | Suite,
     forecast: Callable[..., Any],
     network_key: Callable[[Recipe], object],
     show: Callable[[Any], Any],
@@ -297,12 +288,12 @@ def _print(
     from pipeline.forecast.bench import RULES, group_by_network
     from pipeline.train.build import with_placeholder_weights
 
-    if isinstance(recipe_or_suite, Recipe):
-        output = show(forecast(recipe_or_suite))
+    if isinstance(workload, Recipe):
+        output = show(forecast(workload))
         if as_json:
             _print_json(output)
         return
-    with with_placeholder_weights(recipe_or_suite) as recipes:
+    with with_placeholder_weights(workload) as recipes:
         forecasts = (
             forecast(each, rules=(*RULES, *rules))
             for each, rules in group_by_network(recipes, network_key)

@@ -157,34 +157,30 @@ def launch(
         from pipeline.launch.prepare import named
 
         named(runs, name)
-    recipe_or_suite = _combine(
-        [load_changed(recipe, changes, tiny) for recipe in recipes], seeds, tune
-    )
-    resources = _make_cluster(context.params, recipe_or_suite)
-    refuse_unnamed(recipe_or_suite, recipes)
-    trusted = trust_of(recipe_or_suite, recipes, trust)
-    if submit_to_cluster(context, recipe_or_suite, sizes=resources.sizes, trust=trusted):
+    workload = _combine([load_changed(recipe, changes, tiny) for recipe in recipes], seeds, tune)
+    resources = _make_cluster(context.params, workload)
+    refuse_unnamed(workload, recipes)
+    trusted = trust_of(workload, recipes, trust)
+    if submit_to_cluster(context, workload, sizes=resources.sizes, trust=trusted):
         return  # submit_to_cluster has read the options from --cluster to --partition
-    if or_resume and _resume_if_exists(context, recipe_or_suite, resources, trusted):
+    if or_resume and _resume_if_exists(context, workload, resources, trusted):
         return
-    if isinstance(recipe_or_suite, Suite):
+    if isinstance(workload, Suite):
         from pipeline.launch.suite import launch_suite
 
         stem = "-and-".join(file.stem.replace("_", "-") for file in recipes[:2])
         stem += "-and-more" if len(recipes) > 2 else ""
         _end_suite(
-            launch_suite(recipe_or_suite, resources, runs, stem=stem, name=name, trust=trusted),
+            launch_suite(workload, resources, runs, stem=stem, name=name, trust=trusted),
             trusted,
         )
     else:
         from pipeline.launch.driver import launch_run
 
-        _end_run(
-            launch_run(recipe_or_suite, resources, runs, name=name, adopts=or_resume, trust=trusted)
-        )
+        _end_run(launch_run(workload, resources, runs, name=name, adopts=or_resume, trust=trusted))
 
 
-def _make_cluster(params: dict[str, Any], recipe_or_suite: Recipe | Suite) -> "Cluster":
+def _make_cluster(params: dict[str, Any], workload: Recipe | Suite) -> "Cluster":
     from pipeline.launch.cluster import Cluster, parse_workers
 
     options = {each.name: params[each.name] for each in fields(Cluster)}
@@ -193,23 +189,23 @@ def _make_cluster(params: dict[str, Any], recipe_or_suite: Recipe | Suite) -> "C
         # An existing Ray cluster has other users, and its CPUs may be logical cores. The user
         # therefore sets the number of runs that train there at the same time.
         has_own_machines = (
-            isinstance(recipe_or_suite, Suite)
+            isinstance(workload, Suite)
             and isinstance(options["workers"], int)
             and params["address"] in (None, "local")
             and not params["inline"]
         )
         options["side_by_side"] = "auto" if has_own_machines else 1
-    if options["side_by_side"] != 1 and not isinstance(recipe_or_suite, Suite):
+    if options["side_by_side"] != 1 and not isinstance(workload, Suite):
         raise ValueError(
             "launch: --side-by-side is for several runs; got"
-            f" {params['side_by_side']} with {recipe_or_suite.name} alone"
+            f" {params['side_by_side']} with {workload.name} alone"
         )
     return Cluster(**options)
 
 
 def _resume_if_exists(
     context: typer.Context,
-    recipe_or_suite: Recipe | Suite,
+    workload: Recipe | Suite,
     resources: "Cluster",
     trust: tuple[str, ...],
 ) -> bool:
@@ -221,7 +217,7 @@ def _resume_if_exists(
     from pipeline.launch.cluster import OPERATIONAL
     from pipeline.launch.resume import refuse_unless_launched_so
 
-    refuse_unless_launched_so(runs / name, recipe_or_suite, resources, trust=trust)
+    refuse_unless_launched_so(runs / name, workload, resources, trust=trust)
     _resume(
         runs / name,
         workers=None if resources.inline else resources.workers,

@@ -69,7 +69,7 @@ _JOB_OPTIONS = ("inline", "address", "or_resume")
 
 def submit_to_cluster(
     context: typer.Context,
-    recipe_or_suite: Recipe | Suite,
+    workload: Recipe | Suite,
     *,
     sizes: tuple[int, ...],
     trust: tuple[str, ...],
@@ -79,8 +79,7 @@ def submit_to_cluster(
     Args:
         sizes: the numbers of workers of the launch.
 
-    Returns:
-        False without --cluster. The launch then trains from here.
+    Returns: whether --cluster is set. Without it, the launch trains from here.
 
     Raises:
         ValueError: options do not fit together, the scheduler would refuse a value, or the recipe
@@ -103,10 +102,7 @@ def submit_to_cluster(
         (*_JOB_OPTIONS, *unsupported.get(scheduler, (*_SLURM_OPTIONS, "infra"))),
         typed,
     )
-    require(
-        "name" in typed,
-        "launch: --cluster needs a --name, under which the job resumes; got none",
-    )
+    require("name" in typed, "launch: --cluster needs a --name to resume the job; got none")
     required = _REQUIRED.get(scheduler, ())
     missing = ", ".join(_dashed(name) for name in required if name not in typed)
     needs = " and ".join(map(_dashed, required))
@@ -127,16 +123,14 @@ def submit_to_cluster(
     }.get(scheduler, (schedulers.render_ray_job, schedulers.submit_ray_job))
     rendered = render(order)
     _check_recipes(
-        recipe_or_suite,
-        order.sizes or (typed["nodes"] * max(typed.get("gpus_per_node", 0), 1),),
-        trust,
+        workload, order.sizes or (typed["nodes"] * max(typed.get("gpus_per_node", 0), 1),), trust
     )
     typer.echo(rendered if typed.get("dry_run") else submit(rendered))
     return True
 
 
 def _check_recipes(
-    recipe_or_suite: Recipe | Suite, sizes: tuple[int, ...], trust: tuple[str, ...]
+    workload: Recipe | Suite, sizes: tuple[int, ...], trust: tuple[str, ...]
 ) -> None:
     """Refuse an invalid recipe now, not after hours in a queue.
 
@@ -144,9 +138,9 @@ def _check_recipes(
     """
     from pipeline.train.build import check_recipe, with_placeholder_weights
 
-    if not isinstance(recipe_or_suite, Suite):
-        refuse_references(recipe_or_suite)
-    suite = recipe_or_suite if isinstance(recipe_or_suite, Suite) else Suite((recipe_or_suite,))
+    if not isinstance(workload, Suite):
+        refuse_references(workload)
+    suite = workload if isinstance(workload, Suite) else Suite((workload,))
     refuse_untrusted(suite, trust)
     with with_placeholder_weights(suite) as recipes:
         for recipe in recipes:

@@ -106,12 +106,7 @@ def write_folder(
     workers: Writers = 1,
     existing: OnExisting = "refuse",
     max_bad: Annotated[
-        int,
-        typer.Option(
-            "--max-bad",
-            min=0,
-            help="maximum number of unreadable images, which are skipped and listed",
-        ),
+        int, typer.Option("--max-bad", min=0, help="unreadable images that may be skipped")
     ] = 0,
 ) -> None:
     """A folder of pictures in the layout of ImageNet."""
@@ -151,28 +146,23 @@ def write_events(
     ] = "uint8",
     overflow: Annotated[
         Literal["refuse", "saturate"],
-        typer.Option("--overflow", help="what happens to a count that is too large"),
+        typer.Option("--overflow", help="handling of counts that are too large"),
     ] = "refuse",
     samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="training recordings that are generated")
+        int | None, typer.Option("--samples", min=1, help="generated training recordings")
     ] = None,
     val_samples: Annotated[
-        int | None,
-        typer.Option("--val-samples", min=1, help="evaluation recordings that are generated"),
+        int | None, typer.Option("--val-samples", min=1, help="generated evaluation recordings")
     ] = None,
     workers: Writers = 1,
     existing: OnExisting = "refuse",
     max_bad: Annotated[
-        int,
-        typer.Option(
-            "--max-bad", min=0, help="maximum number of unreadable recordings, which are skipped"
-        ),
+        int, typer.Option("--max-bad", min=0, help="unreadable recordings that may be skipped")
     ] = 0,
 ) -> None:
-    """Recordings of event cameras.
+    """Recordings of event cameras: moving shapes, saccades over Fashion-MNIST, or a published set.
 
-    Generated: moving (shapes; one frame does not show their direction), saccades (Fashion-MNIST).
-    Published, read by tonic: nmnist, cifar10dvs, gesture, ncaltech101.
+    tonic reads the published sets: nmnist, cifar10dvs, gesture, ncaltech101.
     """
     from pipeline.data.write.events import write_events as write_files
 
@@ -220,9 +210,7 @@ def write_stamps(
     ] = 1040,
     smallest: Annotated[
         float,
-        number_option(
-            "--smallest", help="smallest size of an object, as a share of a scene's side"
-        ),
+        number_option("--smallest", help="minimum size of an object, as a share of its scene"),
     ] = 0.5,
     content_seed: Annotated[
         int, typer.Option("--content-seed", min=0, help="selects the scenes, not the split")

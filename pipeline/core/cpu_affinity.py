@@ -73,12 +73,12 @@ def _cores_near(device: torch.device) -> set[int]:
     """Logical cores of the card's NUMA node; empty if NVML does not know it."""
     try:
         pynvml.nvmlInit()
-        # CUDA numbers only the visible cards of this process; the UUID identifies the card.
-        uuid = torch.cuda.get_device_properties(device).uuid
+        # CUDA numbers only the visible cards of this process. The UUID identifies the card.
+        handle = pynvml.nvmlDeviceGetHandleByUUID(
+            f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        )
         masks = pynvml.nvmlDeviceGetCpuAffinityWithinScope(
-            pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"),
-            _MASKS,
-            pynvml.NVML_AFFINITY_SCOPE_NODE,
+            handle, _MASKS, pynvml.NVML_AFFINITY_SCOPE_NODE
         )
     except pynvml.NVMLError:
         return set()

@@ -15,8 +15,8 @@ The process keeps freed memory, as torch's caching allocator keeps a GPU's memor
 glibc's malloc returns the memory of a batch's graph to the kernel and requests it again at the next
 batch. This causes thousands of page faults per batch, which cost a small network up to an eighth of
 its time (docs/LOG.md). All threads use the main heap, because malloc trims other heaps whatever the
-thresholds are, and Ray trains in a thread. The resident set size (RSS) of a process is
-therefore the most memory that it has used since `release_freed_memory`.
+thresholds are, and Ray trains in a thread. The resident set size (RSS) of a process is therefore
+the most memory that it has used since `release_freed_memory`.
 """
 
 import ctypes

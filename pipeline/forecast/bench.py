@@ -484,10 +484,10 @@ def _seconds(
 ) -> dict[str, float]:
     """Average seconds of each part of a batch. The rest of the loop is the part "loop"."""
     rest = [each["transfer"] + each["metrics"] + each[REST] for each in batches]
-    parts = ("forward", "backward", "communication", "optimizer")
-    return {part: average(each[part] for each in batches) for part in parts} | {
-        "loop": average(rest)
-    }
+    return {
+        part: average(each[part] for each in batches)
+        for part in ("forward", "backward", "communication", "optimizer")
+    } | {"loop": average(rest)}
 
 
 def _label_loss(distillation: Loss) -> Loss:

@@ -177,8 +177,9 @@ class _FixedValues(TorchDispatchMode):
         try:
             result = func(*args, **(kwargs or {}))
             if func is _ATEN.native_batch_norm.default:
-                dtypes = (each.dtype for each in args[:5] if each is not None)
-                widest = reduce(torch.promote_types, dtypes)
+                widest = reduce(
+                    torch.promote_types, (each.dtype for each in args[:5] if each is not None)
+                )
                 result = (result[0], *(each.to(widest) for each in result[1:]))
             return result
         except DataDependentOutputException:

@@ -155,7 +155,7 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def check_format(value: Any, version: int, *, who: str) -> None:
+def check_format(value: Any, version: int, *, subject: str) -> None:
     """Refuse JSON of another format version.
 
     Raises:
@@ -164,7 +164,7 @@ def check_format(value: Any, version: int, *, who: str) -> None:
     got = value.get("version") if isinstance(value, Mapping) else value
     require(
         isinstance(value, Mapping) and got == version,
-        f"{who}: this spiketrain reads format version {version}; got {got!r}",
+        f"{subject}: this spiketrain reads format version {version}; got {got!r}",
     )
 
 
@@ -182,20 +182,22 @@ def dotted(target: Callable[..., Any]) -> str:
     return name
 
 
-def imported(name: Any, trusted: Collection[str], *, who: str = RECIPE_FILE) -> Callable[..., Any]:
+def imported(
+    name: Any, trusted: Collection[str], *, subject: str = RECIPE_FILE
+) -> Callable[..., Any]:
     """The callable of a dotted name.
 
     Args:
-        who: the source of the name, for the message.
+        subject: the source of the name, for the message.
 
     Raises:
         ValueError: the name is not trusted, does not exist, or is no class or function.
         ModuleNotFoundError: the module imports another one that does not exist.
     """
-    require(isinstance(name, str), f"{who}: a dotted name must be text; got {name!r}")
-    not_trusted = f"{who}: {name} is not in a trusted package; name its package with --trust"
+    require(isinstance(name, str), f"{subject}: a dotted name must be text; got {name!r}")
+    not_trusted = f"{subject}: {name} is not in a trusted package; name its package with --trust"
     require(is_trusted(name, trusted), not_trusted)
-    not_found = f"{who}: {name} does not exist in this installation"
+    not_found = f"{subject}: {name} does not exist in this installation"
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:cut])
@@ -217,7 +219,7 @@ def imported(name: Any, trusted: Collection[str], *, who: str = RECIPE_FILE) -> 
         require(
             isinstance(owner, type)
             or getattr(owner, "__qualname__", "") == getattr(owner, "__name__", None),
-            f"{who}: {name} must be a class, a class method or a function of a module; it is"
+            f"{subject}: {name} must be a class, a class method or a function of a module; it is"
             " none of them",
         )
         return target

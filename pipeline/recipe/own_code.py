@@ -103,7 +103,7 @@ def packages(value: Any, *, who: str) -> dict[str, Package]:
         require(
             all(part.isidentifier() for part in name.split("."))
             and (package.folder is None or Path(package.folder).is_absolute())
-            and all(isinstance(digest, str) for digest in package.files.values()),
+            and all(isinstance(each, str) for each in package.files.values()),
             f"{rule}; got {json.dumps({name: fields})}",
         )
         result[name] = package
@@ -192,7 +192,9 @@ def _imported_package(name: str) -> Package:
 
 def _print_if_changed(name: str, package: Package, owner: str) -> None:
     folder = _current_folder(name, package)
-    changed = [file for file, digest in package.files.items() if _digest(folder / file) != digest]
+    changed = [
+        file for file, file_digest in package.files.items() if _digest(folder / file) != file_digest
+    ]
     notice = (str(folder), *changed)
     if changed and notice not in _printed:  # another run of the suite may have printed the notice
         _printed.add(notice)

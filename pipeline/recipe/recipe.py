@@ -529,7 +529,7 @@ class Recipe(_Fields):
             ValueError: the format version is another one, a target is not trusted, or a field is
                 damaged, missing or unknown.
         """
-        check_format(value, FORMAT, who=RECIPE_FILE)
+        check_format(value, FORMAT, subject=RECIPE_FILE)
         fields = decode(value.get("recipe"), (*TRUSTED, *trust))
         groups = {
             each.name: type(each.default)

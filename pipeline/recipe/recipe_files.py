@@ -57,7 +57,7 @@ def load_recipe(path: Path) -> Recipe | Suite:
 
 
 def trust_of(
-    recipe_or_suite: Recipe | Suite, paths: Sequence[Path], trust: Sequence[str] = ()
+    workload: Recipe | Suite, paths: Sequence[Path], trust: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """The packages that must be trusted to read back a run of these recipe files, each once.
 
@@ -83,17 +83,17 @@ def trust_of(
         if name.rpartition(".")[2] in {path.stem for path in paths}
         and Path(getattr(module, "__file__", None) or "").resolve() in files
     ]
-    return own_code.needed((*trust, *modules), targets_of(recipe_or_suite))
+    return own_code.needed((*trust, *modules), targets_of(workload))
 
 
-def refuse_unnamed(recipe_or_suite: Recipe | Suite, paths: Sequence[Path]) -> None:
+def refuse_unnamed(workload: Recipe | Suite, paths: Sequence[Path]) -> None:
     """Refuse parts that a recipe file defines but that cannot be imported again.
 
     Raises:
         ValueError: a file defines a part, and its name is no module name, or the name of another
             module.
     """
-    targets = targets_of(recipe_or_suite)
+    targets = targets_of(workload)
     for path in paths:
         require(
             not any(target.startswith(f"{_ANONYMOUS}{path.stem}.") for target in targets),

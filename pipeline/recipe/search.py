@@ -56,8 +56,9 @@ def parse_search(text: str) -> tuple[str, list[Any]]:
     field, _, values = text.partition("=")
     try:
         parsed = ast.literal_eval(f"[{values}]")
+    # literal_eval raises all of these for text that is not a literal.
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        parsed = []  # all that literal_eval may raise
+        parsed = []
     require(
         field.strip() and isinstance(parsed, list) and parsed,
         f"--tune: must look like optimizer.lr=0.03,0.1,0.3,1.0,3.0; got {text!r}",
@@ -93,8 +94,7 @@ def tuned(
     the first recipe. All recipes are evaluated after their last epoch only.
 
     Args:
-        report: prints the results, such as `pipeline.report.suite.print_protocols`; see
-        `Suite`.
+        report: prints the results, such as `pipeline.report.suite.print_protocols`; see `Suite`.
 
     Raises:
         ValueError: fewer than 5 values, or a repeated value; a suite with a report or choices; a
@@ -108,7 +108,7 @@ def tuned(
         f"{error_prefix} needs at least {MIN_VALUES} different values; got"
         f" {', '.join(map(str, values))}",
     )
-    # Text that is equal for 1 and 1.0.
+    # The text of 1 and 1.0 must be equal.
     texts = (str(float(each)) if type(each) is int else str(each) for each in values)
     search = {"tuned": (field,), "searched": tuple(sorted(texts))}
     trials: dict[str, list[Recipe]] = {}

@@ -230,8 +230,15 @@ class Suite:
     @property
     def all_recipes(self) -> tuple[Recipe, ...]:
         """The recipes of the suite, and the recipes that only its measurements use."""
-        measured = (each for measurement in self.measurements for each in measurement.of)
-        return (*self.recipes, *(each for each in measured if isinstance(each, Recipe)))
+        return (
+            *self.recipes,
+            *(
+                each
+                for measurement in self.measurements
+                for each in measurement.of
+                if isinstance(each, Recipe)
+            ),
+        )
 
 
 def references(recipe: Recipe) -> tuple[str, ...]:
@@ -275,14 +282,10 @@ def refuse_references(recipe: Recipe) -> None:
         )
 
 
-def targets_of(recipe_or_suite: Recipe | Suite) -> list[str]:
+def targets_of(workload: Recipe | Suite) -> list[str]:
     """The dotted names of parts and of the report that only `--trust` allows to import."""
-    is_suite = isinstance(recipe_or_suite, Suite)
-    recipes, report = (
-        (recipe_or_suite.all_recipes, recipe_or_suite.report)
-        if is_suite
-        else ((recipe_or_suite,), None)
-    )
+    is_suite = isinstance(workload, Suite)
+    recipes, report = (workload.all_recipes, workload.report) if is_suite else ((workload,), None)
     parts = [(name, PARTS) for recipe in recipes for name in targets(recipe.to_json())]
     reports = [] if report is None else [(dotted(report), TRUSTED)]
     return [name for name, trusted in parts + reports if not is_trusted(name, trusted)]
@@ -297,7 +300,7 @@ def refuse_untrusted(suite: Suite, trust: Collection[str]) -> None:
     for recipe in suite.all_recipes:
         Recipe.from_json(recipe.to_json(), trust=trust)
     if suite.report is not None:
-        imported(dotted(suite.report), (*TRUSTED, *trust), who=FILE)
+        imported(dotted(suite.report), (*TRUSTED, *trust), subject=FILE)
 
 
 # --------------------------------------------------------------------------------------- suite.json
@@ -346,7 +349,7 @@ class SuiteFile:
         require(
             isinstance(cluster, Mapping), f"suite.json: cluster must be an object; got {cluster!r}"
         )
-        function = None if report is None else imported(report, (*TRUSTED, *trust), who=FILE)
+        function = None if report is None else imported(report, (*TRUSTED, *trust), subject=FILE)
         recipes = tuple(Recipe.from_json(child["recipe"], trust=trust) for child in children)
         choices = {
             recipe.name: Choice(
@@ -451,7 +454,7 @@ def _children_in(folder: Path) -> list[dict[str, Any]]:
 
 def _children(value: Any, *, own: str) -> Iterator[dict[str, Any]]:
     """Yield the children in suite.json. Check the version, and that no run's name is a path."""
-    check_format(value, FORMAT, who=FILE)
+    check_format(value, FORMAT, subject=FILE)
     children = value.get("children")
     require(
         isinstance(children, list) and children,

@@ -265,8 +265,7 @@ STEPS = "sweep: --steps must be numbers of time steps, such as 1,2,4,8; got"
         ),
         (
             "plan --node-gbps 100",
-            "plan: --per-node and --node-gbps need the name of a GPU as --device; with --device"
-            " here communication is measured",
+            "plan: --per-node and --node-gbps need a GPU as --device; got --device here",
         ),
     ],
 )
