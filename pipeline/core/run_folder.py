@@ -20,22 +20,22 @@ class RunFolder:
         self.system = self.path / "system.jsonl"  # events with the load of the driver's machine
         self.summary = self.path / "summary.json"  # results of a finished run
         self.activity = self.path / "activity.json"  # final firing rates of each layer
-        self.answers = self.path / "answers.npz"  # predictions of the last evaluation
+        self.predictions = self.path / "answers.npz"  # predictions of the last evaluation
         self.checkpoints = self.path / "checkpoints"  # folder, unless the job names an address
         self.decisions = self.path / "decisions.json"  # rollbacks, skipped batches, micro-batch
         # Locks, held by live processes
         self.driver_lock = self.path / "driver.lock"
         self.writer_lock = self.path / "writer.lock"  # of rank 0
         # Messages between processes
-        self.stop = self.path / "stop"  # request to save and stop; contains the requester
-        self.save = self.path / "save"  # request to save and continue; may name departing machines
+        self.stop_request = self.path / "stop"  # to save and stop; contains the requester
+        self.save_request = self.path / "save"  # to save and go on; may name departing machines
         self.refusal = self.path / "refusal.json"  # why the next attempt must not begin
-        self.died = self.path / "died.json"  # a worker's death that is not in the journal yet
+        self.worker_death = self.path / "died.json"  # of one worker, not yet in the journal
         self.stacks = self.path / "stacks"  # folder: thread stacks of workers that hung
 
         # MLflow artifacts, besides the journal: from the start, and of a finished run
         self.early_artifacts = (self.recipe,)
-        self.late_artifacts = (self.summary, self.activity, self.answers)
+        self.late_artifacts = (self.summary, self.activity, self.predictions)
 
     def weights(self, layout: str) -> Path:
         """The file of `spiketrain export`. Its name ends with the layout, except for "plain"."""

@@ -137,7 +137,7 @@ def drive(
     with driver_lock(folder):
         job = _with_checkpoint_token(job, print_line)
         files = RunFolder(folder)
-        for message in (files.stop, files.save, files.refusal):
+        for message in (files.stop_request, files.save_request, files.refusal):
             message.unlink(missing_ok=True)
         write_job(job)
         shown = Shown(

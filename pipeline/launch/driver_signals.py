@@ -81,7 +81,7 @@ class StopRequest:
     def _ask(self) -> None:
         with suppress(OSError):
             if not was_stopped(self._folder):
-                RunFolder(self._folder).stop.write_text(self._by)
+                RunFolder(self._folder).stop_request.write_text(self._by)
 
 
 @contextmanager

@@ -266,7 +266,7 @@ class Resizing(ElasticScalingPolicy):
         self._wanted = None
         decision = super().make_decision_for_non_running_worker_group()
         is_waiting = isinstance(decision, NoopDecision)
-        if is_waiting and _exists(self.files.stop, if_away=False):
+        if is_waiting and _exists(self.files.stop_request, if_away=False):
             raise WorkerGroupStartupTimeoutError(self.sizes[0])
         if self._none_since is None:
             self._none_since = time.monotonic()
@@ -297,14 +297,17 @@ class Resizing(ElasticScalingPolicy):
             if not isinstance(decision, ResizeDecision):
                 return decision
             with suppress(OSError):  # the next look asks again
-                write_json(self.files.save, asdict(_leaving(worker_group_state)))
+                write_json(self.files.save_request, asdict(_leaving(worker_group_state)))
                 self._wanted, self._asked = decision, time.monotonic()
             return NoopDecision()
-        if _exists(self.files.save, if_away=True) and time.monotonic() - self._asked < PATIENCE_S:
+        if (
+            _exists(self.files.save_request, if_away=True)
+            and time.monotonic() - self._asked < PATIENCE_S
+        ):
             return NoopDecision()
         decision, self._wanted = self._wanted, None
         with suppress(OSError):  # a request that stays is answered by the next workers
-            self.files.save.unlink(missing_ok=True)
+            self.files.save_request.unlink(missing_ok=True)
         return decision
 
 

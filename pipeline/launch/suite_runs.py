@@ -218,7 +218,7 @@ class _ChildDriver:
         job, name = suite.job(recipe), recipe.name
         self.folder, self._is_over = Path(job.run), partial(suite.is_over, name)
         self._files, runs = RunFolder(self.folder), suite.folder.parent
-        self._files.stop.unlink(missing_ok=True)
+        self._files.stop_request.unlink(missing_ok=True)
         write_job(job)
         self._shown = Shown(self.folder, console, store=tracking_uri(runs), name=name)
         words = ["resume", str(self.folder), "--runs", str(runs)]
@@ -244,7 +244,7 @@ class _ChildDriver:
     def stop(self, *, at_once: bool) -> None:
         """Ask the run to save after this step; `at_once`: end it without saving."""
         with suppress(OSError):  # the storage is away: the next turn asks again
-            self._files.stop.touch()
+            self._files.stop_request.touch()
         if at_once and not self._is_terminated:
             self._is_terminated = True
             self._process.terminate()

@@ -57,7 +57,7 @@ class SavingHooks:
         # was complete, which rank 0 knows
         self._stall_s = self._write_s = 0.0
         # the requests that this rank looks for during an evaluation
-        self._watched = (self.files.stop, self.files.save)
+        self._watched = (self.files.stop_request, self.files.save_request)
 
     def __enter__(self) -> Self:
         return self
@@ -83,10 +83,10 @@ class SavingHooks:
         work_s = 2 * (now - self._batch_began + self._write_s) + MARGIN_S
         # Each look is a request to the file server, so only rank 0 looks.
         looks = self.ranks.rank == 0
-        save_asked = looks and self.files.save.exists()
+        save_asked = looks and self.files.save_request.exists()
         notice = self._notice() if save_asked else self.context.rank_info.notice()
         stop_asked, save_asked, is_late, has_failed, is_noticed, is_last_call = self.ranks.decide(
-            looks and self.files.stop.exists(),
+            looks and self.files.stop_request.exists(),
             save_asked,
             minutes > 0 and now - self._last_at > 60 * minutes,
             self.checkpoints.failed(),  # the current state is saved in its place
@@ -110,7 +110,7 @@ class SavingHooks:
 
     def before_evaluation(self, step: int) -> None:
         """Save without a score if much training is unsaved or machines will be taken away."""
-        self._watched = (self.files.stop, self.files.save)
+        self._watched = (self.files.stop_request, self.files.save_request)
         [is_due] = self.ranks.decide(
             time.monotonic() - self._last_at > UNSAVED_S
             or self.checkpoints.failed()
@@ -130,7 +130,7 @@ class SavingHooks:
         """Save on a request, which may not leave enough time for the rest of the evaluation.
         Returns whether a stop is requested.
         """
-        stop_asked = bool(self.ranks.max(torch.tensor(float(self.files.stop.exists()))))
+        stop_asked = bool(self.ranks.max(torch.tensor(float(self.files.stop_request.exists()))))
         for notice in self.ranks.all_gather_object(self._notice()):
             if self.is_new(notice):
                 self.add_notice(notice, step)
@@ -139,7 +139,7 @@ class SavingHooks:
         self._answer(step)
         if self.ranks.rank:
             # NFS may show another machine for a minute what rank 0 has deleted.
-            self._watched = (self.files.stop,)
+            self._watched = (self.files.stop_request,)
         return stop_asked
 
     def save(
@@ -204,7 +204,7 @@ class SavingHooks:
         """The notice that reached this rank, or the one that a request to save holds."""
         notice = self.context.rank_info.notice()
         with suppress(OSError, ValueError, KeyError, TypeError):  # gone, or written by hand
-            value = json.loads(self.files.save.read_text())
+            value = json.loads(self.files.save_request.read_text())
             if notice is None and value["machines"]:
                 notice = Notice(tuple(value["machines"]), value["deadline"])
         return notice
@@ -213,7 +213,7 @@ class SavingHooks:
         """Delete the request once the checkpoint is complete. Its author then ends the workers."""
         self.wait(step)
         if self.ranks.rank == 0:
-            self.files.save.unlink(missing_ok=True)
+            self.files.save_request.unlink(missing_ok=True)
 
     def _save(self, **this: Any) -> None:
         began, context, network = time.monotonic(), self.context, self.context.backend.network

@@ -73,14 +73,14 @@ class RankInfo:
 
 def stop_requester(run: Path) -> str:
     """Who asked a run to stop, if that is known."""
-    file = RunFolder(run).stop
+    file = RunFolder(run).stop_request
     by = file.read_text().strip() if file.exists() else ""
     return f"asked to stop by {by}" if by else "asked to stop"
 
 
 def was_stopped(run: Path) -> bool:
     """Whether somebody asked this run to stop since it was last launched or resumed."""
-    return RunFolder(run).stop.exists()
+    return RunFolder(run).stop_request.exists()
 
 
 def note_refusal(run: Path, error: ValueError) -> None:
@@ -99,7 +99,7 @@ def raise_refusal(run: Path) -> None:
 
 
 def note_death(run: Path, *, worker: int, error: str) -> None:
-    write_json(RunFolder(run).died, {"worker": worker, "error": error})
+    write_json(RunFolder(run).worker_death, {"worker": worker, "error": error})
 
 
 def read_death(run: Path) -> dict[str, Any] | None:
@@ -107,5 +107,5 @@ def read_death(run: Path) -> dict[str, Any] | None:
     train without it.
     """
     with suppress(ValueError):
-        return read_json(RunFolder(run).died)
+        return read_json(RunFolder(run).worker_death)
     return None

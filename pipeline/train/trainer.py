@@ -339,7 +339,7 @@ class Trainer:
         if self.ranks.rank == 0:
             files = RunFolder(self.folder)
             write_json(files.activity, [asdict(layer) for layer in last.activity])
-            write_answers(files.answers, answers, tasks=bool(self.recipe.phases))
+            write_answers(files.predictions, answers, tasks=bool(self.recipe.phases))
             write_json(files.summary, {**summary, "hardware": hardware})
         self.tracker.write(events.Finish(step=self.step, summary=summary))
         return summary

@@ -61,7 +61,7 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
             tracker.write(Hung(worker=worker, stacks=stacks))
         if death is not None and death["worker"] not in hung.values():
             tracker.write(Died(**death))
-        RunFolder(folder).died.unlink(missing_ok=True)
+        RunFolder(folder).worker_death.unlink(missing_ok=True)
         try:
             yield tracker
         except StartAgain:
