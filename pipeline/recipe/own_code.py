@@ -111,14 +111,16 @@ def packages(value: Any, *, who: str) -> dict[str, Package]:
 
 
 @contextmanager
-def on_path(packages: Mapping[str, Package], trust: Collection[str], *, of: str) -> Iterator[None]:
+def importable(
+    packages: Mapping[str, Package], trust: Collection[str], *, owner: str
+) -> Iterator[None]:
     """Make trusted packages importable from the folders that they had at the launch.
 
     The folders are appended to `sys.path`, and stay there after the `with` block. At the end of the
     block, a package whose code has changed since the launch is reported in one line on stderr.
 
     Args:
-        of: the name of the run or suite, for the line.
+        owner: the name of the run or suite, for the line.
 
     Raises:
         ValueError: a package is neither in its folder nor elsewhere on the path.
@@ -138,7 +140,7 @@ def on_path(packages: Mapping[str, Package], trust: Collection[str], *, of: str)
         yield
     finally:
         for name, package in trusted.items():
-            _print_if_changed(name, package, of)
+            _print_if_changed(name, package, owner)
 
 
 def digest(folder: Path, trust: Collection[str]) -> str:

@@ -556,7 +556,7 @@ class Recipe(_Fields):
         """
         try:
             packages = own_code.read(path.parent) if trust else {}
-            with own_code.on_path(packages, trust, of=path.absolute().parent.name):
+            with own_code.importable(packages, trust, owner=path.absolute().parent.name):
                 return cls.from_json(read_json(path), trust=trust)
         except ValueError as error:
             raise ValueError(f"{path.parent}: {error}") from error

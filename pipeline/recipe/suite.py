@@ -382,7 +382,7 @@ class SuiteFile:
         """
         try:
             name = folder.absolute().name
-            with own_code.on_path(own_code.read(folder) if trust else {}, trust, of=name):
+            with own_code.importable(own_code.read(folder) if trust else {}, trust, owner=name):
                 return cls.from_json(read_json(folder / FILE), own=name, trust=trust)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error

@@ -188,7 +188,7 @@ def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str]
         code = (
             own_code.packages(json.loads(metadata.get("code", "{}")), who="code") if trust else {}
         )
-        with own_code.on_path(code, trust, of=file.name):
+        with own_code.importable(code, trust, owner=file.name):
             written_model: Spec = decode(json.loads(metadata["model"]), (*TRUSTED, *trust))
         if model is not None and model != written_model:
             raise ValueError(
