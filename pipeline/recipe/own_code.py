@@ -54,7 +54,7 @@ def needed(trust: Iterable[str], targets: Collection[str]) -> tuple[str, ...]:
     return tuple(name for name in containing if not is_inside(name, containing.keys() - {name}))
 
 
-def note(trust: Iterable[str]) -> dict[str, Any]:
+def describe_packages(trust: Iterable[str]) -> dict[str, Any]:
     """The packages of these names as this process imported them, as JSON for `packages`."""
     return {name: asdict(_imported_package(name)) for name in trust}
 
@@ -64,7 +64,7 @@ def write(folder: Path, trust: Iterable[str]) -> None:
 
     Without trusted names, no file is written.
     """
-    if described := note(trust):
+    if described := describe_packages(trust):
         write_json(RunFolder(folder).code, described)
 
 
@@ -87,7 +87,7 @@ def names(folder: Path) -> tuple[str, ...]:
 
 
 def packages(value: Any, *, who: str) -> dict[str, Package]:
-    """Parse the JSON that `note` returned.
+    """Parse the JSON that `describe_packages` returned.
 
     Args:
         who: the source of the value, for the message.

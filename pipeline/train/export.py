@@ -135,7 +135,7 @@ def export_run(
         "layout": layout,
         "model": json.dumps(model),
         "time_steps": str(recipe.time_steps),
-        **({"code": json.dumps(own_code.note(own))} if own else {}),
+        **({"code": json.dumps(own_code.describe_packages(own))} if own else {}),
     }
     write_whole(out, save(tensors, {**metadata, "sha256": _digest(metadata, tensors)}))
     return Exported(

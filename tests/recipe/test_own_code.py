@@ -185,7 +185,7 @@ def test_workers_with_different_files_of_it_tell_each_other(run: Path, lab: Path
 
 
 def test_what_is_of_the_installation_is_noted_without_a_folder(tmp_path: Path) -> None:
-    assert own_code.note(["torch.optim", "pipeline.rules"]) == {
+    assert own_code.describe_packages(["torch.optim", "pipeline.rules"]) == {
         name: {"folder": None, "files": {}} for name in ("torch.optim", "pipeline.rules")
     }
     own_code.write(tmp_path, [])
@@ -199,7 +199,7 @@ def test_a_package_without_an_init_file_and_one_module(lab: Path) -> None:
     said = "^--trust: must name a package or module that can be imported; got no_such_package$"
     with pytest.raises(ValueError, match=said):
         trust_of(made, [lab / "own_recipe.py"], ["own_nets", "no_such_package"])
-    noted = own_code.note(["own_nets", "own_recipe"])
+    noted = own_code.describe_packages(["own_nets", "own_recipe"])
     assert {name: (each["folder"], list(each["files"])) for name, each in noted.items()} == {
         "own_nets": (str(lab), ["own_nets/nets.py"]),
         "own_recipe": (str(lab), ["own_recipe.py"]),
