@@ -45,7 +45,7 @@ from pipeline.cli.submit import (
 from pipeline.recipe.printed_commands import command
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_files import refuse_unnamed, trust_of
-from pipeline.recipe.search import joined, over_seeds, parse_search, tuned
+from pipeline.recipe.search import join_suites, over_seeds, parse_search, tuned
 from pipeline.recipe.suite import Suite, is_suite, runs_of
 from pipeline.track.mlflow_store import TrackingError
 from pipeline.track.run_state import done_entries, state_of, suite_entries
@@ -353,7 +353,7 @@ def _combine(members: list[Recipe | Suite], seeds: int, tune: str | None) -> Rec
     if len(members) == 1 and seeds == 1 and tune is None:
         return members[0]
     suite = over_seeds(
-        joined([each if isinstance(each, Suite) else Suite((each,)) for each in members]),
+        join_suites([each if isinstance(each, Suite) else Suite((each,)) for each in members]),
         seeds,
     )
     if tune is None:

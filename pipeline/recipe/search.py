@@ -33,7 +33,7 @@ def is_baseline(rule: str, baseline: str = BASELINE) -> bool:
     return rule == baseline or (baseline == BASELINE and rule.startswith(f"{BASELINE}-chunk-"))
 
 
-def joined(suites: Sequence[Suite]) -> Suite:
+def join_suites(suites: Sequence[Suite]) -> Suite:
     """One suite of the recipes of several suites.
 
     Raises:

@@ -10,7 +10,7 @@ import pytest
 from pipeline.data.datasets.beton import Beton
 from pipeline.models.teachers.network import network_teacher
 from pipeline.recipe.recipe import Recipe, spec
-from pipeline.recipe.search import joined, over_seeds, parse_search, tuned
+from pipeline.recipe.search import join_suites, over_seeds, parse_search, tuned
 from pipeline.recipe.suite import Suite
 from pipeline.report.suite import print_protocols
 from pipeline.rules.bptt import BPTT
@@ -135,11 +135,11 @@ def test_a_search_over_lists_has_a_plain_name_for_each_and_no_list_twice() -> No
             "launch: a suite with its own report or choices must be launched without --seeds",
         ),
         (
-            lambda: joined([two_rules(), replace(two_rules(), report=print_protocols)]),
+            lambda: join_suites([two_rules(), replace(two_rules(), report=print_protocols)]),
             "must be launched without other files",
         ),
         (
-            lambda: joined([two_rules(), two_rules()]),
+            lambda: join_suites([two_rules(), two_rules()]),
             "suite: recipes must have different names; got two recipes 'bptt'",
         ),
         (
