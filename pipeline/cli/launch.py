@@ -45,7 +45,7 @@ from pipeline.cli.submit import (
 from pipeline.recipe.printed_commands import command
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_files import refuse_unnamed, trust_of
-from pipeline.recipe.search import join_suites, over_seeds, parse_search, tuned
+from pipeline.recipe.search import join_suites, over_seeds, parse_search, with_tuning
 from pipeline.recipe.suite import Suite, is_suite, runs_of
 from pipeline.track.mlflow_store import TrackingError
 from pipeline.track.run_state import done_entries, state_of, suite_entries
@@ -360,4 +360,4 @@ def _combine(members: list[Recipe | Suite], seeds: int, tune: str | None) -> Rec
         return suite
     from pipeline.report.suite import print_protocols
 
-    return tuned(suite, *parse_search(tune), report=print_protocols)
+    return with_tuning(suite, *parse_search(tune), report=print_protocols)
