@@ -29,7 +29,7 @@ from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.progress import Shown
 from pipeline.recipe.printed_commands import trust_words
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.suite import SuiteFile, fill_references, needed, runs_of, sources
+from pipeline.recipe.suite import SuiteFile, fill_references, prerequisites, runs_of, sources
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.run_state import best, is_driven, is_over, top1_of
 from pipeline.train.job import Job, was_stopped
@@ -72,7 +72,7 @@ class SuiteRuns:
 
     def can_begin(self, recipe: Recipe) -> bool:
         """Whether the runs are over from which this run takes weights or a choice."""
-        return all(self.is_over(name) for name in needed(self.suite_file.suite, recipe))
+        return all(self.is_over(name) for name in prerequisites(self.suite_file.suite, recipe))
 
     def job(self, recipe: Recipe) -> Job:
         """The job of a run. A run that has not begun is prepared, with its recipe completed: the
