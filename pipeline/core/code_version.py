@@ -29,7 +29,7 @@ def code_digest() -> str:
 
 
 def check_same_code(
-    host: str, digest: str, *, each: Callable[[Any], list[Any]], of: str = "the code"
+    host: str, digest: str, *, gather: Callable[[Any], list[Any]], of: str = "the code"
 ) -> None:
     """Check that all ranks run the code of rank 0. Collective.
 
@@ -39,13 +39,13 @@ def check_same_code(
     Args:
         host: the name of this rank's machine.
         digest: the digest of this rank's code.
-        each: gathers one value from every rank, in order.
+        gather: gathers one value from every rank, in order.
         of: the name of the code in the message.
 
     Raises:
         UserError: a rank runs other code.
     """
-    versions = each((digest, host))
+    versions = gather((digest, host))
     first_digest, first_host = versions[0]
     if others := [
         f"{rank} on {host} {digest}"

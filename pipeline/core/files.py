@@ -120,7 +120,7 @@ def check_shared(
     folder: Path,
     *,
     rank: int,
-    each: Callable[[Any], list[Any]],
+    gather: Callable[[Any], list[Any]],
     beat: Callable[[], None] = lambda: None,
 ) -> None:
     """Check that all ranks see the same folder for checkpoints. Collective.
@@ -129,24 +129,24 @@ def check_shared(
     would wait forever for the files of a rank that writes to another disk.
 
     Args:
-        each: gathers every rank's value on every rank, in the order of ranks.
+        gather: gathers every rank's value on every rank, in the order of ranks.
         beat: called repeatedly by a waiting rank.
 
     Raises:
         UserError: a rank does not see the marker, or rank 0 cannot write until the user acts.
         OSError: rank 0 cannot write for another reason, which may be temporary.
     """
-    marker, code, reason = each(_put_marker(folder) if rank == 0 else None)[0]
+    marker, code, reason = gather(_put_marker(folder) if rank == 0 else None)[0]
     try:
         if code:
             message = f"checkpoints: worker 0 must be able to write to {folder}; got {reason}"
             raise UserError(message) if code in FOR_THE_USER else OSError(code, message)
         for _ in range(LOOKS):
-            if all(each(marker.is_in(folder))):
+            if all(gather(marker.is_in(folder))):
                 return
             beat()
             time.sleep(LOOK_S)
-        seen, hosts = each(marker.is_in(folder)), each(socket.gethostname())
+        seen, hosts = gather(marker.is_in(folder)), gather(socket.gethostname())
     finally:
         if rank == 0:
             with suppress(OSError):  # a remaining marker is cleaned up later

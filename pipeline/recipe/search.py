@@ -5,7 +5,7 @@
     tuned(suite, "optimizer.lr", (.03, .1, .3, 1., 3.))
         the same recipes, and every rule with its own best of the five values
 
-Under the protocol `shared` only the rule differs. Under `with_tuning` every rule, the baseline included,
+Under the protocol `shared` only the rule differs. Under `tuned` every rule, the baseline included,
 gets the same values and the same number of trials. Trials never see the evaluation set: they train
 on nine tenths of the training set and are judged by the last tenth. The values are part of the
 study (`Recipe.searched`), so runs whose searches tried different values are not compared.
