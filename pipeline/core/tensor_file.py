@@ -20,7 +20,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from pipeline.core.checks import require
 
 
-def read_state(file: Path, *, who: str) -> Mapping[str, Tensor]:
+def read_state(file: Path, *, subject: str) -> Mapping[str, Tensor]:
     """Read the `state_dict` in a .safetensors file, or in a file of torch.save.
 
     In a file of torch.save the state may be the value of `state_dict`, `model` or `module`, beside
@@ -28,9 +28,9 @@ def read_state(file: Path, *, who: str) -> Mapping[str, Tensor]:
 
     Raises:
         ValueError: the file does not exist, cannot be read, or contains no named tensors. The
-            message begins with `who`.
+            message begins with `subject`.
     """
-    require(file.is_file(), f"{who}: {file} must be a file of weights; it does not exist")
+    require(file.is_file(), f"{subject}: {file} must be a file of weights; it does not exist")
     try:
         # Published QKFormer files contain the program's arguments.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -41,14 +41,14 @@ def read_state(file: Path, *, who: str) -> Mapping[str, Tensor]:
             )
     except Exception as error:  # torch and safetensors do not document their errors
         raise ValueError(
-            f"{who}: {file} must hold weights; it could not be read: {_first_line(error)}"
+            f"{subject}: {file} must hold weights; it could not be read: {_first_line(error)}"
         ) from error
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     require(
         isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values()),
-        f"{who}: {file} must hold named tensors; it holds something else",
+        f"{subject}: {file} must hold named tensors; it holds something else",
     )
     return state
 

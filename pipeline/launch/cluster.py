@@ -185,7 +185,7 @@ class Cluster:
         Raises:
             ValueError: an unknown field, or a value that is refused.
         """
-        return cls(**arguments_of(cls, value, who="cluster"))
+        return cls(**arguments_of(cls, value, subject="cluster"))
 
 
 def refuse_unless_watchable(who: str, hang_minutes: float) -> None:

@@ -75,7 +75,7 @@ def read(folder: Path) -> dict[str, Package]:
         ValueError: code.json is damaged.
     """
     file = RunFolder(folder).code
-    return packages(read_json(file), who=str(file)) if file.exists() else {}
+    return packages(read_json(file), subject=str(file)) if file.exists() else {}
 
 
 def names(folder: Path) -> tuple[str, ...]:
@@ -86,20 +86,20 @@ def names(folder: Path) -> tuple[str, ...]:
         return ()
 
 
-def packages(value: Any, *, who: str) -> dict[str, Package]:
+def packages(value: Any, *, subject: str) -> dict[str, Package]:
     """Parse the JSON that `describe_packages` returned.
 
     Args:
-        who: the source of the value, for the message.
+        subject: the source of the value, for the message.
 
     Raises:
         ValueError: the value has another form.
     """
-    rule = f"{who}: must name the folder and the files of each package"
+    rule = f"{subject}: must name the folder and the files of each package"
     require(isinstance(value, dict), f"{rule}; got {value!r}")
     result = {}
     for name, fields in value.items():
-        package = Package(**arguments_of(Package, fields, who=f"{who}: {name}"))
+        package = Package(**arguments_of(Package, fields, subject=f"{subject}: {name}"))
         require(
             all(part.isidentifier() for part in name.split("."))
             and (package.folder is None or Path(package.folder).is_absolute())

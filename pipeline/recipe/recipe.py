@@ -539,13 +539,15 @@ class Recipe(_Fields):
         if isinstance(fields, Mapping):
             fields = {
                 name: (
-                    groups[name](**arguments_of(groups[name], item, who=f"{RECIPE_FILE}: {name}"))
+                    groups[name](
+                        **arguments_of(groups[name], item, subject=f"{RECIPE_FILE}: {name}")
+                    )
                     if name in groups
                     else item
                 )
                 for name, item in fields.items()
             }
-        return cls(**arguments_of(cls, fields, who=RECIPE_FILE))
+        return cls(**arguments_of(cls, fields, subject=RECIPE_FILE))
 
     @classmethod
     def read(cls, path: Path, *, trust: Collection[str] = ()) -> "Recipe":

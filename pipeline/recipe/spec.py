@@ -135,32 +135,32 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def arguments_of(
-    cls: type, value: Any, *, who: str, besides: Collection[str] = ()
+    cls: type, value: Any, *, subject: str, besides: Collection[str] = ()
 ) -> dict[str, Any]:
     """Check the fields of a dataclass in JSON.
 
     Args:
-        who: the source of the value, for the message.
+        subject: the source of the value, for the message.
         besides: fields that the caller adds.
 
     Raises:
         ValueError: the value is not an object, or a field is missing, unknown or of another type.
     """
-    require(isinstance(value, Mapping), f"{who}: must be an object; got {value!r}")
+    require(isinstance(value, Mapping), f"{subject}: must be an object; got {value!r}")
     hints = typing.get_type_hints(cls)
     known = {each.name: each for each in dataclasses.fields(cls) if each.name not in besides}
     for name, item in value.items():
         require(
             name in known,
-            f"{who}: unknown field {name!r}; it has {', '.join(known)}",
+            f"{subject}: unknown field {name!r}; it has {', '.join(known)}",
         )
         require(
             admits(hints[name], item),
-            f"{who}: {name} must be {type_name(hints[name])}; got {item!r}",
+            f"{subject}: {name} must be {type_name(hints[name])}; got {item!r}",
         )
     required = [name for name, each in known.items() if each.default is dataclasses.MISSING]
     missing = [name for name in required if name not in value]
-    require(not missing, f"{who}: needs {', '.join(required)}; got no {', '.join(missing)}")
+    require(not missing, f"{subject}: needs {', '.join(required)}; got no {', '.join(missing)}")
     return dict(value)
 
 

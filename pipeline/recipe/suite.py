@@ -353,7 +353,7 @@ class SuiteFile:
         recipes = tuple(Recipe.from_json(child["recipe"], trust=trust) for child in children)
         choices = {
             recipe.name: Choice(
-                **decode(arguments_of(Choice, child["choice"], who=f"{FILE}: a choice"), ())
+                **decode(arguments_of(Choice, child["choice"], subject=f"{FILE}: a choice"), ())
             )
             for recipe, child in zip(recipes, children, strict=True)
             if "choice" in child

@@ -186,7 +186,9 @@ def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str]
     )
     try:
         code = (
-            own_code.packages(json.loads(metadata.get("code", "{}")), who="code") if trust else {}
+            own_code.packages(json.loads(metadata.get("code", "{}")), subject="code")
+            if trust
+            else {}
         )
         with own_code.importable(code, trust, owner=file.name):
             written_model: Spec = decode(json.loads(metadata["model"]), (*TRUSTED, *trust))

@@ -31,7 +31,7 @@ def load_run(
         f"load: {folder} must be a run's folder, which holds {file.name}; it does not",
     )
     network: nn.Module = Recipe.read(file, trust=trust).model.build()
-    network.load_state_dict(read_state(verified(store_of(folder), which) / WEIGHTS, who="load"))
+    network.load_state_dict(read_state(verified(store_of(folder), which) / WEIGHTS, subject="load"))
     return network.eval()
 
 
@@ -140,7 +140,7 @@ def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
 
 
 def _read(file: Path, network: nn.Module, *, who: str) -> Mapping[str, Tensor]:
-    tensors = read_state(file, who=who)
+    tensors = read_state(file, subject=who)
     if isinstance(network, QKFormer) and is_published(tensors):
         try:
             return renamed(tensors, network)
