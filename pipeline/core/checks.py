@@ -20,9 +20,9 @@ def require(condition: object, message: str) -> None:
 
 
 def refuse_unless_counts(
-    subject: str, numbers: Mapping[str, object], *, least: int = 1, up_to: str | None = None
+    subject: str, numbers: Mapping[str, object], *, minimum: int = 1, up_to: str | None = None
 ) -> None:
-    """Check that each value is a whole number of at least `least`, or a non-empty list of them.
+    """Check that each value is a whole number of at least `minimum`, or a non-empty list of them.
 
     Args:
         subject: the beginning of the message, such as the name of a class.
@@ -32,12 +32,12 @@ def refuse_unless_counts(
     Raises:
         ValueError: a value does not fit. The message names the first one.
     """
-    accepted = f">= {least}" if up_to is None else f"in {least}..{up_to}"
+    accepted = f">= {minimum}" if up_to is None else f"in {minimum}..{up_to}"
     for name, value in numbers.items():
         is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
         kind = "whole numbers" if is_list else "a whole number"
         fits = are_counts if is_list else is_count
-        if not fits(value, least=least):
+        if not fits(value, minimum=minimum):
             raise ValueError(f"{subject}: {name} must be {kind} {accepted}; got {name}={value!r}")
 
 
@@ -55,17 +55,17 @@ def refuse_unless_one_of(subject: str, accepted: Collection[object], **values: o
             raise ValueError(f"{subject}: {name} must be {choices}; got {name}={value!r}")
 
 
-def is_count(value: object, *, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def is_count(value: object, *, minimum: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def are_counts(value: object, *, least: int = 1) -> bool:
-    """Whether `value` is a non-empty sequence of whole numbers of at least `least`."""
+def are_counts(value: object, *, minimum: int = 1) -> bool:
+    """Whether `value` is a non-empty sequence of whole numbers of at least `minimum`."""
     return (
         isinstance(value, Sequence)
         and not isinstance(value, str | bytes)
         and len(value) > 0
-        and all(is_count(each, least=least) for each in value)
+        and all(is_count(each, minimum=minimum) for each in value)
     )
 
 

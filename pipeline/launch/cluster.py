@@ -105,7 +105,7 @@ class Cluster:
             "cluster",
             {name: each for name in counts if (each := getattr(self, name)) != "auto"},
         )
-        refuse_unless_counts("cluster", {"max_restarts": self.max_restarts}, least=0)
+        refuse_unless_counts("cluster", {"max_restarts": self.max_restarts}, minimum=0)
         if self.checkpoints is not None:
             refuse_credentials(self.checkpoints)
         refuse_unless_watchable("cluster", self.hang_minutes)

@@ -47,7 +47,7 @@ class Phase:
         )
         for name, value, minimum in (("epochs", self.epochs, 1), ("head", self.head, 0)):
             require(
-                value is None or is_count(value, least=minimum),
+                value is None or is_count(value, minimum=minimum),
                 f"phase {self.name}: {name} must be None or a whole number from {minimum}; got"
                 f" {value!r}",
             )

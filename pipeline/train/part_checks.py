@@ -92,7 +92,7 @@ def checked_loader(loader: Loader, data: Data, method: str) -> Loader:
     refuse_unless_counts(
         who,
         {"samples": loader.samples, "steps_per_epoch": loader.steps_per_epoch},
-        least=0,
+        minimum=0,
     )
     return loader
 
