@@ -382,7 +382,7 @@ def recipe():
             "",
             (
                 "recipe: '@a' must name an earlier recipe of the same suite; got b without a"
-                " folder or a file"
+                " suite: use the path of a run's folder or of a weights file"
             ),
         ),
         ("[a, a]", "", "suite: recipes must have different names; got two recipes 'a'"),
