@@ -19,15 +19,12 @@ class Diverged(UserError):
 
 
 def remedy(lr: Any, clip_norm: Any) -> str:
-    """The advice for a training that diverged, from its `optimizer.lr` and `clip_norm`.
-
-    A value that is no number is unknown.
-    """
+    """The advice for a training that diverged. It names the values that are numbers."""
     rate = f"optimizer.lr ({lr:g})" if isinstance(lr, int | float) else "the learning rate"
-    is_clipped = isinstance(clip_norm, int | float) and clip_norm
-    return f"lower {rate} or " + (
-        f"clip_norm ({clip_norm:g})" if is_clipped else "set clip_norm=1.0"
-    )
+    clipping = "set clip_norm=1.0"
+    if isinstance(clip_norm, int | float) and clip_norm:
+        clipping = f"clip_norm ({clip_norm:g})"
+    return f"lower {rate} or {clipping}"
 
 
 def as_user_error(error: ValueError) -> UserError:
