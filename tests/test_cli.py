@@ -113,13 +113,13 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ("launch", "Missing argument 'RECIPE...'"),
         ("lunch", "No such command 'lunch'"),
-        ("show recipes/fashion/sltt.py --workers 3", "batch_size must divide by 3 workers"),
+        ("show recipes/fashion/sltt.py --workers 3", "batch_size must be divisible by 3 workers"),
         ("compare --format xml", "'xml' is not one of 'table', 'json', 'csv'"),
         (
             "launch recipes/fashion/sltt.py --inline --max-restarts 1",
             "options of Ray must not be given; got --max-restarts 1",
         ),
-        ("launch recipes/fashion/sltt.py --workers 3", "batch_size must divide by 3 workers"),
+        ("launch recipes/fashion/sltt.py --workers 3", "batch_size must be divisible by 3 workers"),
         ("launch recipes/fashion/sltt.py --inline --workers 2", "--inline trains one worker"),
         ("launch recipes/fashion/sltt.py --set data.folder=nowhere", "does not exist"),
         (
@@ -155,11 +155,11 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             "launch recipes/compare/sei_stamps.py --seeds 2",
-            "launch: --seeds makes a comparison of recipes; got a suite that is one",
+            "launch: a suite with its own report or choices must be launched without --seeds",
         ),
         (
             "launch recipes/fashion/sltt.py recipes/fashion/sltt.py",
-            "recipes must have names of their own; got two of 'fashion-sltt'",
+            "recipes must have different names; got two recipes 'fashion-sltt'",
         ),
         ("show recipes/fashion/sltt.py --set rule.k=9", "k must be in 1..T"),
         (
@@ -196,11 +196,11 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             "evaluate recipes/fashion/sltt.py --weights x.pt --runs RUNS",
-            "--runs has no effect with a recipe's file; got",
+            "--runs has no effect with a recipe file; got",
         ),
         (
             "plan recipes/fashion/sltt.py --runs RUNS",
-            "plan: --runs is where the run of --against is found; got --runs",
+            "plan: --runs has no effect without --against; got --runs",
         ),
         (
             "dashboard --store sqlite:///x.db --runs RUNS",

@@ -18,8 +18,8 @@ app = Commands(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help=(
-        "Train spiking neural networks by the rule a recipe names, and compare what it cost with"
-        " BPTT."
+        "Train spiking neural networks with the learning rule of a recipe, and compare its cost"
+        " with BPTT."
     ),
     epilog="Example: spiketrain launch recipes/compare/fashion_demo.py --workers 2",
 )
@@ -32,27 +32,29 @@ usage_error: Any = typer.BadParameter.__mro__[1]
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """End the process on an error of the command inside. An error that the user can correct is one
-    line on stderr and exit code 2.
+    """End the process on an error of the command inside, with one line on stderr.
+
+    The exit code is 2 for an error that the user can correct, 1 for storage that fails and for the
+    product's own RuntimeErrors, 130 for an interruption. Any other error leaves the block.
     """
     try:
         yield
     except usage_error as error:
-        where = error.ctx.command_path if error.ctx is not None else "spiketrain"
-        print(f"{error.format_message()} (see {where} --help)", file=sys.stderr)
+        command = error.ctx.command_path if error.ctx is not None else "spiketrain"
+        print(f"{error.format_message()} (see {command} --help)", file=sys.stderr)
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except ValueError as error:
-        _refuse(error, 2)
+        _exit(error, 2)
     except OSError as error:
-        _refuse(error, 2 if is_for_the_user(error) else 1)
+        _exit(error, 2 if is_for_the_user(error) else 1)
     except RuntimeError as error:
         if type(error).__module__.startswith("pipeline."):
-            _refuse(error, 1)
+            _exit(error, 1)
         raise
 
 
-def _refuse(error: Exception, code: int) -> NoReturn:
+def _exit(error: Exception, code: int) -> NoReturn:
     print(" ".join(str(error).split()), file=sys.stderr)
     sys.exit(code)

@@ -17,8 +17,8 @@ def doctor(
         typer.Option(
             "--address",
             help=(
-                "of a Ray cluster: auto, host:6379; without it, or with local, this machine is"
-                " checked"
+                "address of the Ray cluster to check, such as auto or host:6379; default, like"
+                " local: this machine"
             ),
         ),
     ] = None,
@@ -28,13 +28,13 @@ def doctor(
         typer.Option(
             "--checkpoints",
             metavar="DIR|URI",
-            help="where runs are to keep their checkpoints: each node tries to write there",
+            help="address of the runs' checkpoints, to which each node tries to write",
         ),
     ] = None,
 ) -> None:
     """Check this machine, or each node of the cluster at --address, and advise what to repair.
 
-    Exit code 1 if a training would fail.
+    The exit code is 1 if a training run would fail.
     """
     from pipeline.launch.preflight import preflight, print_findings
 

@@ -18,8 +18,8 @@ from pipeline.cli.options import (
     Tiny,
     Workers,
     count_option,
-    is_typed,
-    made_of,
+    is_set_by_user,
+    load_changed,
     number_option,
 )
 from pipeline.core.checks import parse_time_steps, require
@@ -33,29 +33,33 @@ Format = Annotated[Literal["table", "json"], typer.Option("--format")]
 
 NodeGbps = Annotated[
     float | None,
-    number_option("--node-gbps", min=0.001, max=1e6, help="between nodes, in Gb/s; without it 400"),
+    number_option(
+        "--node-gbps", min=0.001, max=1e6, help="bandwidth between nodes, in Gb/s; default: 400"
+    ),
 ]
 Price = Annotated[
     float | None,
-    number_option("--price", min=0, max=1e9, help="of an hour of one worker, in your currency"),
+    number_option("--price", min=0, max=1e9, help="price of one worker per hour, in your currency"),
 ]
 Samples = Annotated[
     int | None,
-    typer.Option("--samples", min=1, help="of an epoch; without it the data's, if they are here"),
+    typer.Option(
+        "--samples", min=1, help="samples per epoch; default: those of the data, if they are here"
+    ),
 ]
 AgainstRun = Annotated[
     str | None,
     typer.Option(
         "--against",
         metavar="RUN",
-        help="a run on such a machine or GPU: print the plan's errors",
+        help="a run on the same kind of machine or GPU: print the errors of the plan",
     ),
 ]
 AtLargest = Annotated[
     bool,
     typer.Option(
         "--at-largest",
-        help="with --batch auto: find each rule's own largest batch by training it and others",
+        help="with --batch auto: find each rule's largest batch by training on several sizes",
     ),
 ]
 commands = Commands()
@@ -65,17 +69,17 @@ commands = Commands()
 def show(
     recipe: RecipeFile,
     workers: Workers = 1,
-    set_: Sets = [],  # noqa: B006
+    changes: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Print the resolved recipe, its size, its study, what a step costs, and DeepSpeed's settings.
+    """Print the resolved recipe, its size, its study, the cost of a step, and DeepSpeed's settings.
 
-    Needs no data: a step is counted without running it.
+    No data is needed, because a step is counted without being run.
     """
-    made = made_of(recipe, set_, tiny)
+    workload = load_changed(recipe, changes, tiny)
     from pipeline.report.forecasts import show_recipe
 
-    show_recipe(made, workers, counts_steps=True)
+    show_recipe(workload, workers, counts_steps=True)
 
 
 @commands.command(epilog="Example: spiketrain probe recipes/fashion/sltt.py")
@@ -83,25 +87,25 @@ def probe(
     recipe: RecipeFile,
     batch: Annotated[
         int | None,
-        typer.Option("--batch", min=1, help="samples; without it those of a worker in training"),
+        typer.Option("--batch", min=1, help="samples; default: the micro-batch of one worker"),
     ] = None,
     cpus_per_worker: Cores = "auto",
     format_: Format = "table",
-    set_: Sets = [],  # noqa: B006
+    changes: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
     """Before any training: the cost of each rule here, and its gradient's similarity to BPTT's.
 
     A file of several recipes gives tables for each network. Recipes that differ only in their rules
-    share them.
+    share their tables.
     """
-    made = made_of(recipe, set_, tiny)
+    workload = load_changed(recipe, changes, tiny)
     from pipeline.forecast.bench import step_inputs
     from pipeline.forecast.probe import probe as probe_recipe
     from pipeline.report.forecasts import print_probe, probe_to_json
 
     _print(
-        made,
+        workload,
         partial(probe_recipe, batch_size=batch, threads=_threads(cpus_per_worker)),
         step_inputs,
         print_probe if format_ == "table" else probe_to_json,
@@ -121,9 +125,9 @@ def sweep(
         str | None,
         count_option(
             "--batch",
-            of="samples",
+            noun="samples",
             metavar="N|auto",
-            help="samples; auto: as in training, and about the largest that fits",
+            help="samples; auto: the micro-batch of one worker, and estimate the largest that fits",
         ),
     ] = None,
     memory: Annotated[
@@ -131,13 +135,13 @@ def sweep(
         typer.Option(
             "--memory",
             metavar="GB",
-            help="limit for the largest batch; without it the free memory",
+            help="memory for the largest batch, with --batch auto; default: the free memory",
         ),
     ] = None,
     at_largest: AtLargest = False,
     cpus_per_worker: Cores = "auto",
     format_: Format = "table",
-    set_: Sets = [],  # noqa: B006
+    changes: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
     """Before any training: memory and time of each rule against the number of time steps."""
@@ -148,25 +152,25 @@ def sweep(
         )
     require(
         not at_largest or batch == "auto",
-        f"sweep: --at-largest tries what --batch auto finds; got --batch {batch}",
+        f"sweep: --at-largest needs --batch auto; got --batch {batch}",
     )
-    times, made = parse_time_steps("sweep", steps), made_of(recipe, set_, tiny)
+    time_steps = parse_time_steps("sweep", steps)
+    workload = load_changed(recipe, changes, tiny)
     from pipeline.forecast.bench import step_inputs
     from pipeline.forecast.sweep import Sweep
     from pipeline.forecast.sweep import sweep as sweep_recipe
     from pipeline.report.forecasts import print_sweep
 
+    limit = "free" if memory is None else int(memory * 1e9)
     options: dict[str, Any] = {
-        "steps": times,
+        "steps": time_steps,
         "batch_size": None if batch == "auto" else batch,
-        "memory_bytes": None,
+        "memory_bytes": limit if batch == "auto" else None,
         "at_largest": at_largest,
         "threads": _threads(cpus_per_worker),
     }
-    if batch == "auto":
-        options["memory_bytes"] = "free" if memory is None else int(memory * 1e9)
     _print(
-        made,
+        workload,
         partial(sweep_recipe, **options),
         step_inputs,
         print_sweep if format_ == "table" else Sweep.to_json,
@@ -186,11 +190,11 @@ def plan(
     device: Annotated[
         str,
         typer.Option(
-            "--device", metavar="here|CARD", help="a GPU of the table, or machines like this"
+            "--device", metavar="here|CARD", help="machines like this one, or a GPU such as h100"
         ),
     ] = "here",
     per_node: Annotated[
-        int | None, typer.Option("--per-node", min=1, help="GPUs in a node; without it 8")
+        int | None, typer.Option("--per-node", min=1, help="GPUs per node; default: 8")
     ] = None,
     node_gbps: NodeGbps = None,
     cpus_per_worker: Cores = "auto",
@@ -199,15 +203,15 @@ def plan(
     against: AgainstRun = None,
     runs: Runs = RUNS,
     format_: Format = "table",
-    set_: Sets = [],  # noqa: B006
+    changes: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
     """Before a launch: memory, speed, hours and energy of each rule, by a model.
 
-    A step is counted at full size without running it, for machines that are not here and without
-    data. A file of several recipes gives one table for each network.
+    A step of full size is counted without being run. Neither the machines nor the data are needed.
+    A file of several recipes gives one table for each network.
     """
-    made = made_of(recipe, set_, tiny)
+    workload = load_changed(recipe, changes, tiny)
     from pipeline.forecast.plan import DEVICES, Cluster, plan_inputs
     from pipeline.forecast.plan import plan as plan_recipe
     from pipeline.report.forecasts import plan_to_json, print_plan
@@ -217,13 +221,12 @@ def plan(
         f"plan: --device must be here, {', '.join(DEVICES)}; got {device}",
     )
     require(
-        against is not None or not is_typed(context, "runs"),
-        f"plan: --runs is where the run of --against is found; got --runs {runs} without it",
+        against is not None or not is_set_by_user(context, "runs"),
+        f"plan: --runs has no effect without --against; got --runs {runs}",
     )
     require(
         device != "here" or (per_node, node_gbps) == (None, None),
-        "plan: --per-node and --node-gbps are of cards in nodes; what links machines like this one"
-        " is measured",
+        "plan: --per-node and --node-gbps need a GPU as --device; got --device here",
     )
     cluster = Cluster(
         workers=workers,
@@ -233,15 +236,16 @@ def plan(
         price=price,
         threads=_threads(cpus_per_worker),
     )
-    forecast, as_json = partial(plan_recipe, cluster=cluster, samples=samples), format_ == "json"
+    predict = partial(plan_recipe, cluster=cluster, samples=samples)
+    as_json = format_ == "json"
     if against is not None:
-        _print_errors(made, forecast, cluster, runs, against, as_json=as_json)
+        _print_errors(workload, predict, cluster, runs, against, as_json=as_json)
         return
-    _print(made, forecast, plan_inputs, plan_to_json if as_json else print_plan, as_json=as_json)
+    _print(workload, predict, plan_inputs, plan_to_json if as_json else print_plan, as_json=as_json)
 
 
 def _print_errors(
-    made: Recipe | Suite,
+    workload: Recipe | Suite,
     forecast: Callable[..., Any],
     cluster: "Cluster",
     runs: Path,
@@ -249,46 +253,47 @@ def _print_errors(
     *,
     as_json: bool,
 ) -> None:
-    from pipeline.report.forecasts import errors, plan_to_json, print_plan, read_against
+    from pipeline.report.forecasts import errors as plan_errors
+    from pipeline.report.forecasts import plan_to_json, print_plan, read_against
     from pipeline.report.selection import find_run
 
-    if not isinstance(made, Recipe):
+    if not isinstance(workload, Recipe):
         raise ValueError(
-            "plan: --against is one run, so the file must hold one recipe; got a suite"
+            "plan: --against needs a file with one recipe; got a suite or several recipes"
         )
-    run = read_against(made, cluster, find_run(runs, name))
-    planned = forecast(made)
-    errors_ = errors(planned, run)
+    run = read_against(workload, cluster, find_run(runs, name))
+    prediction = forecast(workload)
+    errors = plan_errors(prediction, run)
     if as_json:
-        _print_json(plan_to_json(planned, errors_))
+        _print_json(plan_to_json(prediction, errors))
     else:
-        print_plan(planned, against=errors_)
+        print_plan(prediction, against=errors)
 
 
 def _print(
-    made: Recipe | Suite,
+    workload: Recipe | Suite,
     forecast: Callable[..., Any],
     network_key: Callable[[Recipe], object],
     show: Callable[[Any], Any],
     *,
     as_json: bool,
 ) -> None:
-    """Print the forecast of a recipe, or of each network of several recipes; as JSON a list.
+    """Print the forecast of a recipe, or of each network of several recipes: as JSON, a list.
 
     Args:
-        forecast: takes a recipe, and rules beside its own.
+        forecast: called with a recipe, and with the keyword `rules` for further rules.
         network_key: recipes with equal keys share a network.
         show: prints a forecast as a table, or returns its JSON.
     """
     from pipeline.forecast.bench import RULES, group_by_network
     from pipeline.train.build import with_placeholder_weights
 
-    if isinstance(made, Recipe):
-        shown = show(forecast(made))
+    if isinstance(workload, Recipe):
+        output = show(forecast(workload))
         if as_json:
-            _print_json(shown)
+            _print_json(output)
         return
-    with with_placeholder_weights(made) as recipes:
+    with with_placeholder_weights(workload) as recipes:
         forecasts = (
             forecast(each, rules=(*RULES, *rules))
             for each, rules in group_by_network(recipes, network_key)
@@ -307,7 +312,7 @@ def _print_json(value: object) -> None:
 
 
 def _threads(cores: Any) -> int:
-    """torch's threads of one worker; `auto` as in a launch."""
+    """The torch threads of one worker: `cores`, or with `auto` as many as in a launch."""
     if cores != "auto":
         return cores
     import torch

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.cli.options import (
-    AT_A_TIME,
     RUNS,
+    SIDE_BY_SIDE,
     SIZES,
     Address,
     Commands,
@@ -28,8 +28,8 @@ from pipeline.cli.options import (
     Trust,
     Verify,
     count_option,
-    is_typed,
-    made_of,
+    is_set_by_user,
+    load_changed,
 )
 from pipeline.cli.submit import (
     DryRun,
@@ -40,12 +40,12 @@ from pipeline.cli.submit import (
     Partition,
     Time,
     Where,
-    hand_over,
+    submit_to_cluster,
 )
 from pipeline.recipe.printed_commands import command
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_files import refuse_unnamed, trust_of
-from pipeline.recipe.search import joined, over_seeds, parse_search, tuned
+from pipeline.recipe.search import join_suites, over_seeds, parse_search, with_tuning
 from pipeline.recipe.suite import Suite, is_suite, runs_of
 from pipeline.track.mlflow_store import TrackingError
 from pipeline.track.run_state import done_entries, state_of, suite_entries
@@ -62,30 +62,30 @@ Sizes = Annotated[
     typer.Option(
         "--workers",
         metavar=SIZES,
-        help="processes that train together; of several numbers, what there is room for",
+        help="processes that train together; of several numbers, the largest that fits",
     ),
 ]
 Seeds = Annotated[
     int,
-    typer.Option("--seeds", min=1, help="train each recipe so often, with consecutive seeds"),
+    typer.Option("--seeds", min=1, help="number of runs of each recipe, with consecutive seeds"),
 ]
 Tune = Annotated[
     str | None,
     typer.Option(
         "--tune",
         metavar="KEY=V,V,...",
-        help="beside it, each rule with the best of 5 values or more, such as of optimizer.lr",
+        help="also train each rule with its best of 5 or more values of KEY, such as optimizer.lr",
     ),
 ]
 SideBySide = Annotated[
     str | None,
     count_option(
         "--side-by-side",
-        of="runs",
+        noun="runs",
         metavar="N|auto",
         help=(
-            f"{AT_A_TIME}; without it what there is room for, but one with --inline, --address"
-            " or several numbers of workers"
+            f"{SIDE_BY_SIDE}; default: auto, but 1 with --inline, --address or several numbers of"
+            " workers"
         ),
     ),
 ]
@@ -93,14 +93,12 @@ Name = Annotated[
     str | None,
     typer.Option(
         "--name",
-        help=(
-            "the run's name, or the suite's; without it the recipe's, or the file's, and the time"
-        ),
+        help="name of the run or suite; default: the name of the recipe or file, and the time",
     ),
 ]
 OrResume = Annotated[
     bool,
-    typer.Option("--or-resume", help="continue the run or suite of this --name if it has begun"),
+    typer.Option("--or-resume", help="if a run or suite of this --name exists, resume it"),
 ]
 Checkpoints = Annotated[
     str | None,
@@ -108,8 +106,8 @@ Checkpoints = Annotated[
         "--checkpoints",
         metavar="DIR|URI",
         help=(
-            "where each run keeps its checkpoints, under its name: a folder, s3://bucket/prefix,"
-            " ...; without it in its own"
+            "folder or URI (such as s3://bucket/prefix) for the checkpoints of each run, below the"
+            " run's name; default: the run's folder"
         ),
     ),
 ]
@@ -141,7 +139,7 @@ def launch(
     name: Name = None,
     or_resume: OrResume = False,
     checkpoints: Checkpoints = None,
-    set_: Sets = [],  # noqa: B006  (typer reads the default, nothing changes it)
+    changes: Sets = [],  # noqa: B006  (typer reads the default, nothing changes it)
     trust: Trust = [],  # noqa: B006
     tiny: Tiny = False,
     cluster: Where = None,
@@ -159,70 +157,80 @@ def launch(
         from pipeline.launch.prepare import folder_named
 
         folder_named(runs, name)
-    made = _comparison([made_of(recipe, set_, tiny) for recipe in recipes], seeds, tune)
-    here = _cluster(context.params, made)
-    refuse_unnamed(made, recipes)
-    trusted = trust_of(made, recipes, trust)
-    if hand_over(context, made, sizes=here.sizes, trust=trusted):
-        return  # hand_over has read the options from --cluster to --partition
-    if or_resume and _continued(context, made, here, trusted):
+    workload = _combine([load_changed(recipe, changes, tiny) for recipe in recipes], seeds, tune)
+    resources = _make_cluster(context.params, workload)
+    refuse_unnamed(workload, recipes)
+    trusted = trust_of(workload, recipes, trust)
+    if submit_to_cluster(context, workload, sizes=resources.sizes, trust=trusted):
+        return  # submit_to_cluster has read the options from --cluster to --partition
+    if or_resume and _resume_if_exists(context, workload, resources, trusted):
         return
-    if isinstance(made, Suite):
+    if isinstance(workload, Suite):
         from pipeline.launch.suite import launch_suite
 
         stem = "-and-".join(file.stem.replace("_", "-") for file in recipes[:2])
         stem += "-and-more" if len(recipes) > 2 else ""
-        _end_suite(launch_suite(made, here, runs, stem=stem, name=name, trust=trusted), trusted)
+        _end_suite(
+            launch_suite(workload, resources, runs, stem=stem, name=name, trust=trusted),
+            trusted,
+        )
     else:
         from pipeline.launch.driver import launch_run
 
         _end_run(
-            launch_run(made, here, runs, name=name, adopt_checkpoints=or_resume, trust=trusted)
+            launch_run(
+                workload, resources, runs, name=name, adopt_checkpoints=or_resume, trust=trusted
+            )
         )
 
 
-def _cluster(params: dict[str, Any], made: Recipe | Suite) -> "Cluster":
+def _make_cluster(params: dict[str, Any], workload: Recipe | Suite) -> "Cluster":
     from pipeline.launch.cluster import Cluster, parse_workers
 
     options = {each.name: params[each.name] for each in fields(Cluster)}
     options["workers"] = parse_workers(params["workers"])
     if options["side_by_side"] is None:
-        # An existing Ray cluster has other users, and its CPUs may be half cores. There the user
-        # sets the number of runs that train at once.
-        fits = (
-            isinstance(made, Suite)
+        # An existing Ray cluster has other users, and its CPUs may be logical cores. The user
+        # therefore sets the number of runs that train there at the same time.
+        has_own_machines = (
+            isinstance(workload, Suite)
             and isinstance(options["workers"], int)
             and params["address"] in (None, "local")
             and not params["inline"]
         )
-        options["side_by_side"] = "auto" if fits else 1
-    if options["side_by_side"] != 1 and not isinstance(made, Suite):
+        options["side_by_side"] = "auto" if has_own_machines else 1
+    if options["side_by_side"] != 1 and not isinstance(workload, Suite):
         raise ValueError(
             "launch: --side-by-side is for several runs; got"
-            f" {params['side_by_side']} with {made.name} alone"
+            f" {params['side_by_side']} with {workload.name} alone"
         )
     return Cluster(**options)
 
 
-def _continued(
-    context: typer.Context, made: Recipe | Suite, here: "Cluster", trust: tuple[str, ...]
+def _resume_if_exists(
+    context: typer.Context,
+    workload: Recipe | Suite,
+    resources: "Cluster",
+    trust: tuple[str, ...],
 ) -> bool:
     runs, name = context.params["runs"], context.params["name"]
     if name is None:
-        raise ValueError("launch: --or-resume needs a --name to continue; got none")
+        raise ValueError("launch: --or-resume needs the --name of a run or suite; got none")
     if not (runs / name).exists():
         return False
     from pipeline.launch.cluster import OPERATIONAL_FIELDS
     from pipeline.launch.resume import refuse_unless_launched_so
 
-    refuse_unless_launched_so(runs / name, made, here, trust=trust)
+    refuse_unless_launched_so(runs / name, workload, resources, trust=trust)
     _resume(
         runs / name,
-        workers=None if here.inline else here.workers,
-        inline=here.inline,
-        address=context.params["address"] or (None if here.inline else "local"),
+        workers=None if resources.inline else resources.workers,
+        inline=resources.inline,
+        address=context.params["address"] or (None if resources.inline else "local"),
         options={
-            field: getattr(here, field) for field in OPERATIONAL_FIELDS if is_typed(context, field)
+            field: getattr(resources, field)
+            for field in OPERATIONAL_FIELDS
+            if is_set_by_user(context, field)
         },
         trust=trust,
     )
@@ -238,7 +246,7 @@ def resume(
         typer.Option(
             "--workers",
             metavar=SIZES,
-            help="processes; without it as many as it was launched with",
+            help="processes that train together; default: as many as at the launch",
         ),
     ] = None,
     inline: Inline = False,
@@ -251,49 +259,50 @@ def resume(
     verify: Verify = None,
     node_loss: NodeLoss = None,
     side_by_side: Annotated[
-        str | None, count_option("--side-by-side", of="runs", metavar="N|auto", help=AT_A_TIME)
+        str | None, count_option("--side-by-side", noun="runs", metavar="N|auto", help=SIDE_BY_SIDE)
     ] = None,
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
     """Resume a run at the exact sample of its newest valid checkpoint, or the runs of a suite.
 
-    The options from --device to --side-by-side are saved with the run; without them it continues as
-    it was launched.
+    The values of the options from --device to --side-by-side are saved with the run. Without such
+    an option, its saved value counts.
     """
     _handle_signals()
     from pipeline.launch.cluster import OPERATIONAL_FIELDS, parse_workers
     from pipeline.report.selection import find_run
 
-    options = {
-        field: context.params[field] for field in OPERATIONAL_FIELDS if is_typed(context, field)
-    }
     _resume(
         find_run(runs, run, suites=True),
         workers=None if workers is None else parse_workers(workers),
         inline=inline,
         address=address,
-        options=options,
+        options={
+            field: context.params[field]
+            for field in OPERATIONAL_FIELDS
+            if is_set_by_user(context, field)
+        },
         trust=tuple(trust),
     )
 
 
-def _resume(folder: Path, *, trust: tuple[str, ...], **how: Any) -> None:
+def _resume(folder: Path, *, trust: tuple[str, ...], **arguments: Any) -> None:
     if is_suite(folder):
         from pipeline.launch.suite import resume_suite
 
-        had_ended = len(done_entries(folder)) == len(suite_entries(folder))
-        _end_suite(resume_suite(folder, **how, trust=trust), trust, had_ended=had_ended)
+        had_finished = len(done_entries(folder)) == len(suite_entries(folder))
+        _end_suite(resume_suite(folder, **arguments, trust=trust), trust, had_finished=had_finished)
     else:
         from pipeline.launch.resume import resume_run
 
-        _end_run(resume_run(folder, **how, trust=trust))
+        _end_run(resume_run(folder, **arguments, trust=trust))
 
 
 def _handle_signals() -> None:
-    """Treat SIGUSR1 and SIGHUP as Ctrl-C before and between runs. Else they kill this process.
+    """Treat SIGUSR1 and SIGHUP as Ctrl-C before and between runs. By default they kill a process.
 
-    During a run its driver handles them.
+    During a run, the run's driver handles them.
     """
     signal.signal(signal.SIGUSR1, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
@@ -307,26 +316,26 @@ def _end_run(folder: Path) -> None:
     _print_next(folder, run=folder)
 
 
-def _end_suite(folder: Path, trust: tuple[str, ...], *, had_ended: bool = False) -> None:
+def _end_suite(folder: Path, trust: tuple[str, ...], *, had_finished: bool = False) -> None:
     """Print the table or report of a suite, and write its page to its folder and to MLflow.
 
-    `had_ended`: the suite was over before this command. An existing page is then kept, because
-    `report` may have added to it.
+    `had_finished`: the suite was over before this command. An existing page is then kept, because
+    `report` may have written a fuller one.
     """
     from pipeline.report.page import publish, write
     from pipeline.report.suite import print_suite, read_study
     from pipeline.track.mlflow import REPORT
 
-    reported = print_suite(folder, trust=trust)
-    if not (had_ended and (folder / REPORT).exists()):
+    report_value = print_suite(folder, trust=trust)
+    if not (had_finished and (folder / REPORT).exists()):
         try:
-            result = read_study(folder.parent, [folder.name], trust=trust, reported=reported)
+            result = read_study(folder.parent, [folder.name], trust=trust, reported=report_value)
             page = write(result.study, result.place)
             print(f"page    {page}")
             publish(result, page)
         except (ValueError, OSError, TrackingError) as error:  # the runs themselves are complete
             print(
-                f"{error}; its page is made anew, and put into MLflow, by:"
+                f"{error}; write the page again, and log it to MLflow, with:"
                 f" {command('report', folder)}",
                 file=sys.stderr,
             )
@@ -335,7 +344,7 @@ def _end_suite(folder: Path, trust: tuple[str, ...], *, had_ended: bool = False)
 
 
 def _print_next(folder: Path, *, run: Path | None) -> None:
-    """Print the next commands, to be copied.
+    """Print commands for the next steps of the user.
 
     `folder` is the folder of a run or a suite. `run` is the folder of that run, or of one run of
     the suite; None: all runs diverged.
@@ -345,15 +354,16 @@ def _print_next(folder: Path, *, run: Path | None) -> None:
     print("next    " + "\n        ".join(commands))
 
 
-def _comparison(made: list[Recipe | Suite], seeds: int, tune: str | None) -> Recipe | Suite:
-    """One recipe or suite; a suite if there are several files, seeds or a search."""
-    if len(made) == seeds == 1 and tune is None:
-        return made[0]
+def _combine(members: list[Recipe | Suite], seeds: int, tune: str | None) -> Recipe | Suite:
+    """The recipe or suite to launch: a suite if there are several files, seeds or a search."""
+    if len(members) == 1 and seeds == 1 and tune is None:
+        return members[0]
     suite = over_seeds(
-        joined([each if isinstance(each, Suite) else Suite((each,)) for each in made]), seeds
+        join_suites([each if isinstance(each, Suite) else Suite((each,)) for each in members]),
+        seeds,
     )
     if tune is None:
         return suite
     from pipeline.report.suite import print_protocols
 
-    return tuned(suite, *parse_search(tune), report=print_protocols)
+    return with_tuning(suite, *parse_search(tune), report=print_protocols)

@@ -5,7 +5,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.options import RUNS, Commands, RunName, Runs, Sets, Trust, is_typed, made_of
+from pipeline.cli.options import (
+    RUNS,
+    Commands,
+    RunName,
+    Runs,
+    Sets,
+    Trust,
+    is_set_by_user,
+    load_changed,
+)
 from pipeline.recipe.recipe_files import trust_of
 
 commands = Commands()
@@ -23,7 +32,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="RUN|RECIPE",
-            help="a run's folder, or its name under --runs; with --weights also a recipe file",
+            help="folder of a run, or its name under --runs; with --weights also a recipe file",
         ),
     ],
     weights: Annotated[
@@ -31,45 +40,45 @@ def evaluate(
         typer.Option(
             "--weights",
             metavar="FILE",
-            help="weights of export (.safetensors, .pt, .pth), or published ones of QKFormer",
+            help="an export, a state_dict of torch.save, or published weights of QKFormer",
         ),
     ] = None,
     which: Annotated[
         Literal["last", "best"] | None,
-        typer.Option("--which", help="checkpoint; without it the last"),
+        typer.Option("--which", help="checkpoint to evaluate; default: last"),
     ] = None,
     steps: Annotated[
         int | None,
         typer.Option("--time-steps", min=1, help="evaluate at another number of time steps"),
     ] = None,
     runs: Runs = RUNS,
-    set_: Sets = [],  # noqa: B006
+    changes: Sets = [],  # noqa: B006
     trust: Trust = [],  # noqa: B006
 ) -> None:
     """Evaluate the network of a run or a recipe on its whole evaluation set, in this process."""
     from pipeline.launch.evaluate import evaluate_recipe, evaluate_run
 
     if run.endswith(".py"):
-        if is_typed(context, "runs"):
+        if is_set_by_user(context, "runs"):
             raise ValueError(
-                f"evaluate: --runs has no effect with a recipe's file; got {run} with --runs {runs}"
+                f"evaluate: --runs has no effect with a recipe file; got {run} with --runs {runs}"
             )
-        made = made_of(Path(run), set_, tiny=False)
+        recipe = load_changed(Path(run), changes, tiny=False)
         evaluate_recipe(
-            made,
+            recipe,
             which=which,
             weights=weights,
             time_steps=steps,
-            own=trust_of(made, [Path(run)]),
+            own=trust_of(recipe, [Path(run)]),
             trust=tuple(trust),
         )
         return
     from pipeline.report.selection import find_run
 
-    if set_:
+    if changes:
         raise ValueError(
-            "evaluate: --set needs a recipe's file, because a run keeps its recipe; got"
-            f" {run} with --set {set_[0]}"
+            f"evaluate: --set must come with a recipe file; got the run {run} with --set"
+            f" {changes[0]}"
         )
     evaluate_run(
         find_run(runs, run), which=which, weights=weights, time_steps=steps, trust=tuple(trust)
@@ -83,7 +92,7 @@ def export(
         bool,
         typer.Option(
             "--packed",
-            help="1-bit weights as bits, 8 to a byte; the network must have such weights",
+            help="pack 1-bit weights, 8 to a byte; the network must have 1-bit weights",
         ),
     ] = False,
     out: Annotated[
@@ -91,10 +100,12 @@ def export(
         typer.Option(
             "--out",
             metavar="FILE",
-            help="a new .safetensors file; without it one in the run's folder",
+            help="a new .safetensors file; default: a file in the run's folder",
         ),
     ] = None,
-    which: Annotated[Literal["last", "best"], typer.Option("--which", help="checkpoint")] = "last",
+    which: Annotated[
+        Literal["last", "best"], typer.Option("--which", help="checkpoint to export")
+    ] = "last",
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
@@ -102,11 +113,12 @@ def export(
     from pipeline.report.selection import find_run
     from pipeline.train.export import export_run
 
-    exported = export_run(
-        find_run(runs, run),
-        out,
-        layout="packed" if packed else "plain",
-        which=which,
-        trust=tuple(trust),
+    print(
+        export_run(
+            find_run(runs, run),
+            out,
+            layout="packed" if packed else "plain",
+            which=which,
+            trust=tuple(trust),
+        )
     )
-    print(exported)

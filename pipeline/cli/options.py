@@ -20,19 +20,19 @@ from pipeline.recipe.suite import Suite
 
 
 class Command(TyperCommand):
-    """A command that refuses a repeated option if the option takes one value: the first value would
+    """A command that refuses two values for an option that takes one value. The first value would
     have no effect.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
-        for parameter in given:
-            times = sum(each is parameter for each in given)
-            if times > 1 and not (
+        _, _, typed = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in typed:
+            count = sum(each is parameter for each in typed)
+            if count > 1 and not (
                 getattr(parameter, "multiple", False) or getattr(parameter, "is_flag", False)
             ):
                 raise ValueError(
-                    f"{self.name}: {parameter.opts[0]} takes one value; it was given {times} times"
+                    f"{self.name}: {parameter.opts[0]} takes one value; it was given {count} times"
                 )
         return super().parse_args(ctx, args)
 
@@ -55,15 +55,15 @@ def number_option(name: str, **settings: Any) -> Any:
     return typer.Option(name, callback=finite, **settings)
 
 
-def count_option(name: str, *, of: str, **settings: Any) -> Any:
-    """An option for a count or `auto`. `of`: what is counted."""
+def count_option(name: str, *, noun: str, **settings: Any) -> Any:
+    """An option for a count or `auto`. `noun`: the counted things, for the message."""
 
     def parse(context: typer.Context, value: str | None) -> int | str | None:
         if value is None or value == "auto":
             return value
         if not value.isdecimal() or int(value) < 1:
             raise ValueError(
-                f"{context.info_name}: {name} must be a number of {of} or auto; got {value}"
+                f"{context.info_name}: {name} must be a number of {noun} or auto; got {value}"
             )
         return int(value)
 
@@ -74,12 +74,13 @@ RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="a Python file that defines recipe()")
 ]
 RunOrSuite = Annotated[
-    str, typer.Argument(metavar="RUN|SUITE", help="its folder, or its name under --runs")
+    str,
+    typer.Argument(metavar="RUN|SUITE", help="folder of a run or suite, or its name under --runs"),
 ]
 RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="a run's folder, or its name under --runs")
+    str, typer.Argument(metavar="RUN", help="folder of a run, or its name under --runs")
 ]
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="the folder of runs")]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder that contains the runs")]
 Sets = Annotated[
     list[str],
     typer.Option(
@@ -93,10 +94,7 @@ Trust = Annotated[
     typer.Option(
         "--trust",
         metavar="PACKAGE",
-        help=(
-            "a package of your own that parts of a recipe, or a suite's report, are from;"
-            " repeatable"
-        ),
+        help=("your own package that defines parts of a recipe, or a suite's report; repeatable"),
         callback=lambda packages: list(dict.fromkeys(packages)),
     ),
 ]
@@ -105,78 +103,80 @@ Workers = Annotated[int, typer.Option("--workers", min=1, help="processes that t
 
 RUNS = Path("runs")
 
-# ------------------- options of launch, and of resume, where None stands for "as it was launched"
+# -------------------- options of launch and resume; in resume, None stands for the saved value
 
 SIZES = "N|MIN:MAX|N,N,..."
-AT_A_TIME = "runs of a suite at a time, each on cores and cards of its own"
+SIDE_BY_SIDE = "number of runs of a suite that train at the same time, on separate cores and GPUs"
 Inline = Annotated[bool, typer.Option("--inline", help="one worker in this process, without Ray")]
 Address = Annotated[
     str | None,
     typer.Option(
         "--address",
-        help="of a Ray cluster: auto, host:6379; without it, or with local, one starts here",
+        help="address of a Ray cluster: auto or host:6379; default, like local: start one here",
     ),
 ]
 Device = Annotated[
     Literal["auto", "cpu", "gpu"] | None,
-    typer.Option("--device", help="auto takes GPUs where there are any"),
+    typer.Option("--device", help="auto: GPUs if there are any, else the CPU"),
 ]
 Cores = Annotated[
     str | None,
     count_option(
         "--cpus-per-worker",
-        of="cores",
+        noun="cores",
         metavar="N|auto",
-        help="cores of a worker, and its torch threads; auto: the node's cores per GPU",
+        help="cores and torch threads of a worker; auto: the node's cores per GPU, else 1",
     ),
 ]
 Loaders = Annotated[
     str | None,
     count_option(
         "--loader-threads",
-        of="threads",
+        noun="threads",
         metavar="N|auto",
-        help="that read data in each worker; auto: one per core with a GPU",
+        help="threads of a worker that read data; auto: one per core with a GPU, else 1",
     ),
 ]
 Restarts = Annotated[
     int | None,
-    typer.Option("--max-restarts", min=0, help="of dead workers, without a new checkpoint between"),
+    typer.Option(
+        "--max-restarts", min=0, help="restarts of dead workers without a new checkpoint in between"
+    ),
 ]
 Hang = Annotated[
     float | None,
     number_option(
         "--hang-minutes",
         min=0,
-        help="without a sign of life, before a worker is restarted; 0: never",
+        help="minutes without progress after which a worker is restarted; 0: never",
     ),
 ]
 Verify = Annotated[
     Literal["sampled", "full"] | None,
     typer.Option(
         "--verify",
-        help="compare pages of the data while reading: for one sample in 256, or for each",
+        help="check the checksums of data while reading: of one sample in 256, or of each",
     ),
 ]
 NodeLoss = Annotated[
     Literal["fast", "patient"] | None,
     typer.Option(
         "--node-loss",
-        help="fast: continue without a node that does not answer; patient: wait",
+        help="if a node does not answer, fast: continue without it; patient: wait for it",
     ),
 ]
 
 
-def is_typed(context: typer.Context, name: str) -> bool:
-    """Whether the user has given an option, by the command line or the environment."""
+def is_set_by_user(context: typer.Context, name: str) -> bool:
+    """Whether the user has set an option, on the command line or in the environment."""
     source = context.get_parameter_source(name)
     return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
 
 
-def made_of(path: Path, changes: list[str], tiny: bool) -> Recipe | Suite:
-    """The recipe or suite of a recipe file, with the changes of --set, or in its tiny form."""
-    made = load_recipe(path).override(parse_changes(changes))
-    return made.tiny() if tiny else made
+def load_changed(path: Path, changes: list[str], tiny: bool) -> Recipe | Suite:
+    """Load a recipe file, apply the changes of --set, and with `tiny` shrink the result."""
+    changed = load_recipe(path).override(parse_changes(changes))
+    return changed.tiny() if tiny else changed
 
 
 def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
     Values are Python literals; anything else is text.
 
     Raises:
-        ValueError: a text without `=`.
+        ValueError: a text without `=`, or without a key before it.
     """
     changes: dict[str, Any] = {}
     for text in texts:

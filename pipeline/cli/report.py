@@ -6,16 +6,19 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.options import RUNS, Commands, Runs, Trust, is_typed, number_option
+from pipeline.cli.options import RUNS, Commands, Runs, Trust, is_set_by_user, number_option
 from pipeline.core.stages import say_stage
 
 Names = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[STUDY|RUN]... | SUITE", help="none: the newest study"),
+    typer.Argument(metavar="[STUDY|RUN]... | SUITE", help="default: the newest study"),
 ]
-Against = Annotated[str, typer.Option("--against", metavar="RULE", help="the baseline")]
+Against = Annotated[str, typer.Option("--against", metavar="RULE", help="the baseline rule")]
 Within = Annotated[
-    float, number_option("--within", help="points below it that a rule may be (paired seeds)")
+    float,
+    number_option(
+        "--within", help="points of top-1 below the baseline that are equal (paired seeds)"
+    ),
 ]
 
 
@@ -51,7 +54,7 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="FILE", help="without it report.html of a suite, or a file in --runs"
+            "--out", metavar="FILE", help="default: report.html of the suite, or a file in --runs"
         ),
     ] = None,
     sweep: Annotated[
@@ -59,7 +62,7 @@ def report(
         typer.Option(
             "--sweep",
             metavar="FILE",
-            help="what sweep --format json printed: memory against T; repeatable",
+            help="output of sweep --format json, to draw memory against T; repeatable",
         ),
     ] = None,
     against: Against = "BPTT",
@@ -67,10 +70,9 @@ def report(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Write one HTML page that needs no network: figures and tables of what each rule saves and
-    costs beside BPTT.
+    """Write one HTML page with figures and tables: the costs and savings of each rule beside BPTT.
 
-    In MLflow the page becomes an artifact of each suite that has some of the runs.
+    The page needs no network. In MLflow it becomes an artifact of each suite with one of the runs.
     """
     from pipeline.report.page import publish, write
     from pipeline.report.suite import read_study
@@ -88,7 +90,7 @@ def report(
     page = write(result.study, out or result.place)
     print(page)
     if not publish(result, page):
-        print("no artifact in MLflow: these runs were launched by themselves", file=sys.stderr)
+        print("no artifact in MLflow: these runs belong to no suite", file=sys.stderr)
 
 
 @commands.command(epilog="Example: spiketrain dashboard --store sqlite:///runs/mlflow.db")
@@ -97,38 +99,40 @@ def dashboard(
     store: Annotated[
         str | None,
         typer.Option(
-            "--store", metavar="URI", help="MLflow's tracking URI; without it that of --runs"
+            "--store", metavar="URI", help="MLflow's tracking URI; default: that of --runs"
         ),
     ] = None,
     runs: Runs = RUNS,
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="0: one that is free")
-    ] = 8050,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free port")] = 8050,
     host: Annotated[
-        str, typer.Option("--host", help="any but loopback needs a --token")
+        str, typer.Option("--host", help="an address other than loopback needs --token")
     ] = "127.0.0.1",
     token: Annotated[
         str | None,
         typer.Option(
             "--token",
             envvar="SPIKETRAIN_TOKEN",
-            help="with which each visitor opens the page once",
+            help="secret that each visitor needs to open the page",
         ),
     ] = None,
     every: Annotated[
         float,
         number_option(
-            "--every", metavar="SECONDS", min=0.5, max=86_400, help="between looks at the store"
+            "--every",
+            metavar="SECONDS",
+            min=0.5,
+            max=86_400,
+            help="time between queries of the store",
         ),
     ] = 5.0,
 ) -> None:
-    """Serve live figures of an MLflow store in the browser: studies, their runs, and running
-    trainings.
+    """Serve live figures of an MLflow store in the browser: studies, their runs, and training runs
+    in progress.
     """
-    if store is not None and is_typed(context, "runs"):
+    if store is not None and is_set_by_user(context, "runs"):
         raise ValueError(
             f"dashboard: --store names the store, so --runs has no effect; got --runs {runs}"
-            " beside it"
+            f" with --store {store}"
         )
     from pipeline.report.dashboard.app import serve
 

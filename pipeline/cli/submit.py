@@ -1,6 +1,6 @@
-"""`spiketrain launch --cluster`: hand a launch to a scheduler, with the options that were typed.
+"""`spiketrain launch --cluster`: submit a launch to a scheduler, with the options of the user.
 
-This machine does not need the data.
+The data need not be on this machine.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.options import is_typed
+from pipeline.cli.options import is_set_by_user
 from pipeline.core.checks import require
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite, refuse_references, refuse_untrusted
@@ -28,14 +28,14 @@ Where = Annotated[
         "--cluster",
         metavar="k8s|slurm|ray://HOST:PORT",
         help=(
-            "hand the launch to Kubernetes, Slurm, or the Ray with this dashboard; its --name is"
-            " also the job's"
+            "submit the launch to Kubernetes, Slurm, or the Ray cluster with this dashboard; --name"
+            " also names the job"
         ),
     ),
 ]
-DryRun = Annotated[bool, _option("--dry-run", help="print what would be submitted")]
+DryRun = Annotated[bool, _option("--dry-run", help="print the job, and do not submit it")]
 Image = Annotated[
-    str, _option("--image", help="k8s, required; slurm: of the container that trains")
+    str, _option("--image", help="k8s, required; slurm, optional: the container image that trains")
 ]
 Infra = Annotated[
     Path | None,
@@ -43,112 +43,119 @@ Infra = Annotated[
         "--infra",
         metavar="DIR",
         help=(
-            "k8s, required: a folder for kustomize, such as infra/k8s/overlays/SIZE/job; slurm: a "
-            "folder with a train.sbatch, infra/slurm unless said"
+            "k8s, required: a kustomize folder, such as infra/k8s/overlays/SIZE/job; slurm: a"
+            " folder with a train.sbatch, default: infra/slurm"
         ),
     ),
 ]
-Nodes = Annotated[int | None, _option("--nodes", min=1, help="slurm, required: of the job")]
-Gpus = Annotated[int | None, _option("--gpus-per-node", min=0, help="slurm")]
+Nodes = Annotated[int | None, _option("--nodes", min=1, help="slurm, required: number of nodes")]
+Gpus = Annotated[int | None, _option("--gpus-per-node", min=0, help="slurm: GPUs per node")]
 Time = Annotated[
     str | None,
-    _option("--time", help="slurm, required: such as 12:00:00, after which the job is resumed"),
+    _option(
+        "--time", help="slurm, required: time limit, such as 12:00:00; the job is then resumed"
+    ),
 ]
-Partition = Annotated[str | None, _option("--partition", help="slurm")]
+Partition = Annotated[str | None, _option("--partition", help="slurm: the partition")]
 
-_OF_SLURM = ("nodes", "gpus_per_node", "time", "partition")
-_OPTIONS = ("cluster", "dry_run", "image", "infra", *_OF_SLURM)
+_SLURM_OPTIONS = ("nodes", "gpus_per_node", "time", "partition")
+_OPTIONS = ("cluster", "dry_run", "image", "infra", *_SLURM_OPTIONS)
 _REQUIRED = {"k8s": ("image", "infra"), "slurm": ("nodes", "time")}
-# The request sets these options of the launch.
-_IN_THE_REQUEST = ("name", "runs", "workers")
-# These follow from the job: workers of a Ray cluster train, and a job of the same name resumes.
-_OF_THE_JOB = ("inline", "address", "or_resume")
+# Fields of the request set these options of the launch.
+_REQUEST_OPTIONS = ("name", "runs", "workers")
+# The job sets these options: it trains on a Ray cluster, and resumes a run of the same name.
+_JOB_OPTIONS = ("inline", "address", "or_resume")
 
 
-def hand_over(
-    context: typer.Context, made: Recipe | Suite, *, sizes: tuple[int, ...], trust: tuple[str, ...]
+def submit_to_cluster(
+    context: typer.Context,
+    workload: Recipe | Suite,
+    *,
+    sizes: tuple[int, ...],
+    trust: tuple[str, ...],
 ) -> bool:
-    """Submit a launch to a cluster, or print what would be submitted.
+    """Submit a launch to the scheduler of --cluster, or print the job with --dry-run.
 
     Args:
         sizes: the numbers of workers of the launch.
 
-    Returns: False if the launch is not for a cluster.
+    Returns: whether --cluster is set. Without it, the launch trains from here.
 
     Raises:
-        ValueError: options do not fit together, the scheduler would refuse a value, or the launch
-            would refuse the recipe, as far as this is known without data.
+        ValueError: options do not fit together, the scheduler would refuse a value, or the recipe
+            is invalid, as far as a check without data can find.
         UserError: the scheduler did not take the job.
     """
-    given = {name: value for name, value in context.params.items() if is_typed(context, name)}
-    where = given.get("cluster")
-    if where is None:
-        _refuse("without --cluster there is nothing that takes", _OPTIONS, given)
+    typed = {name: value for name, value in context.params.items() if is_set_by_user(context, name)}
+    scheduler = typed.get("cluster")
+    if scheduler is None:
+        _refuse("options that need --cluster:", _OPTIONS, typed)
         return False
     require(
-        where in ("k8s", "slurm") or where.startswith("ray://"),
-        f"launch: --cluster must be k8s, slurm or ray://HOST:PORT; got {where}",
+        scheduler in ("k8s", "slurm") or scheduler.startswith("ray://"),
+        f"launch: --cluster must be k8s, slurm or ray://HOST:PORT; got {scheduler}",
     )
     # infra/ sets the node loss of its clusters.
-    foreign = {"k8s": (*_OF_SLURM, "node_loss"), "slurm": ("node_loss",)}
+    unsupported = {"k8s": (*_SLURM_OPTIONS, "node_loss"), "slurm": ("node_loss",)}
     _refuse(
-        f"--cluster {where} does not take",
-        (*_OF_THE_JOB, *foreign.get(where, (*_OF_SLURM, "infra"))),
-        given,
+        f"--cluster {scheduler} does not accept",
+        (*_JOB_OPTIONS, *unsupported.get(scheduler, (*_SLURM_OPTIONS, "infra"))),
+        typed,
     )
-    require(
-        "name" in given,
-        "launch: --cluster needs a --name, by which the job continues; got none",
-    )
-    required = _REQUIRED.get(where, ())
-    missing = ", ".join(_dashed(name) for name in required if name not in given)
+    require("name" in typed, "launch: --cluster needs a --name to resume the job; got none")
+    required = _REQUIRED.get(scheduler, ())
+    missing = ", ".join(_dashed(name) for name in required if name not in typed)
     needs = " and ".join(map(_dashed, required))
-    require(not missing, f"launch: --cluster {where} needs {needs}; got no {missing}")
+    require(not missing, f"launch: --cluster {scheduler} needs {needs}; got no {missing}")
     from pipeline.launch import schedulers
 
     request = schedulers.LaunchRequest(
-        words=tuple(_words(context)),
-        name=given["name"],
-        # Slurm's script counts the workers if none were asked for.
-        sizes=() if where == "slurm" and "workers" not in given else sizes,
-        runs=str(given.get("runs", "/shared/runs" if where == "k8s" else "runs")),
-        options=given,
+        words=tuple(_typed_words(context)),
+        name=typed["name"],
+        # Without --workers, Slurm's script counts the GPUs.
+        sizes=() if scheduler == "slurm" and "workers" not in typed else sizes,
+        runs=str(typed.get("runs", "/shared/runs" if scheduler == "k8s" else "runs")),
+        options=typed,
     )
     render, submit = {
         "k8s": (schedulers.render_rayjob, schedulers.submit_rayjob),
         "slurm": (schedulers.render_sbatch, schedulers.submit_sbatch),
-    }.get(where, (schedulers.render_ray_job, schedulers.submit_ray_job))
+    }.get(scheduler, (schedulers.render_ray_job, schedulers.submit_ray_job))
     rendered = render(request)
-    _check(made, request.sizes or (given["nodes"] * max(given.get("gpus_per_node", 0), 1),), trust)
-    typer.echo(rendered if given.get("dry_run") else submit(rendered))
+    _check_recipes(
+        workload, request.sizes or (typed["nodes"] * max(typed.get("gpus_per_node", 0), 1),), trust
+    )
+    typer.echo(rendered if typed.get("dry_run") else submit(rendered))
     return True
 
 
-def _check(made: Recipe | Suite, sizes: tuple[int, ...], trust: tuple[str, ...]) -> None:
-    """Refuse now a recipe that would be refused after hours in a queue.
+def _check_recipes(
+    workload: Recipe | Suite, sizes: tuple[int, ...], trust: tuple[str, ...]
+) -> None:
+    """Refuse an invalid recipe now, not after hours in a queue.
 
-    A file of initial weights may exist on the cluster only.
+    Initial weights are checked only if their file exists here.
     """
     from pipeline.train.build import check_recipe, with_placeholder_weights
 
-    if not isinstance(made, Suite):
-        refuse_references(made)
-    suite = made if isinstance(made, Suite) else Suite((made,))
+    if not isinstance(workload, Suite):
+        refuse_references(workload)
+    suite = workload if isinstance(workload, Suite) else Suite((workload,))
     refuse_untrusted(suite, trust)
     with with_placeholder_weights(suite) as recipes:
         for recipe in recipes:
-            is_there = recipe.init is not None and Path(recipe.init).exists()
-            ready = recipe if is_there else replace(recipe, init=None)
-            check_recipe(ready.with_untrained_teacher(), *sizes)
+            has_weights = recipe.init is not None and Path(recipe.init).exists()
+            checked = recipe if has_weights else replace(recipe, init=None)
+            check_recipe(checked.with_untrained_teacher(), *sizes)
 
 
-def _words(context: typer.Context) -> Iterator[str]:
-    """The typed words, recipes first, without those that become fields of the request."""
+def _typed_words(context: typer.Context) -> Iterator[str]:
+    """The words of the user, recipes first, without the options that become fields of the request."""
     for parameter in sorted(
         context.command.params, key=lambda each: each.param_type_name == "option"
     ):
         name = parameter.name or ""
-        if name in (*_OPTIONS, *_IN_THE_REQUEST) or not is_typed(context, name):
+        if name in (*_OPTIONS, *_REQUEST_OPTIONS) or not is_set_by_user(context, name):
             continue
         value = context.params[name]
         if parameter.param_type_name == "argument":
@@ -164,6 +171,6 @@ def _dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _refuse(sentence: str, names: tuple[str, ...], given: dict[str, Any]) -> None:
-    refused = ", ".join(_dashed(name) for name in names if name in given)
-    require(not refused, f"launch: {sentence} {refused}")
+def _refuse(reason: str, names: tuple[str, ...], typed: dict[str, Any]) -> None:
+    refused = ", ".join(_dashed(name) for name in names if name in typed)
+    require(not refused, f"launch: {reason} {refused}")

@@ -1,4 +1,4 @@
-"""`spiketrain sync` and `register`, which send to MLflow."""
+"""`spiketrain sync` and `register`: fill MLflow's tracking store, and its model registry."""
 
 from typing import Annotated, Literal
 
@@ -15,25 +15,23 @@ commands = Commands()
 
 @commands.command(epilog="Example: spiketrain sync fashion-sltt-20260105-120000")
 def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
-    """Deliver to MLflow what it lacks of a run, or of each run of a suite."""
+    """Send a run, or each run of a suite, to MLflow. Points that MLflow already has are skipped."""
     from pipeline.report.selection import find_run
     from pipeline.track import mlflow
 
     target = find_run(runs, run, suites=True)
     uri = mlflow.tracking_uri(target.parent)
-    begun = (
-        [each for each in runs_of(target).values() if state_of(each) != "new"]
-        if is_suite(target)
-        else [target]
-    )
-    for folder in begun:
+    folders = [target]
+    if is_suite(target):
+        folders = [each for each in runs_of(target).values() if state_of(each) != "new"]
+    for folder in folders:
         report = mlflow.sync(folder, uri=uri)
         print(
             f"{folder.name} -> {without_password(uri)}: {counted(report.delivered, 'point')}"
-            f" delivered, {report.already_there} were there"
+            f" delivered, {report.already_there} already there"
         )
-    if not begun:
-        print(f"{target.name}: none of its runs has begun")
+    if not folders:
+        print(f"{target.name}: no run of this suite has begun")
 
 
 @commands.command(
@@ -44,17 +42,19 @@ def register(
     name: Annotated[
         str,
         typer.Option(
-            "--as", metavar="NAME", help="of the registered model; it is made if it does not exist"
+            "--as",
+            metavar="NAME",
+            help="name of the registered model, created if it does not exist",
         ),
     ],
     which: Annotated[
         Literal["last", "best"],
-        typer.Option("--which", help="checkpoint; also the version's alias"),
+        typer.Option("--which", help="checkpoint to register; also the alias of the version"),
     ] = "last",
     runs: Runs = RUNS,
 ) -> None:
-    """Register a run's checkpoint as a version of a model in MLflow. Its address is registered, and
-    nothing is uploaded.
+    """Register a run's checkpoint as a version of a model in MLflow. Only the address of the
+    checkpoint is sent; no file is uploaded.
     """
     from pipeline.report.selection import find_run
     from pipeline.track import mlflow
@@ -62,14 +62,14 @@ def register(
     from pipeline.train.weights import store_of
 
     folder = find_run(runs, run)
-    place = store_of(folder)
-    if place.folder is None:
+    store = store_of(folder)
+    if store.folder is None:
         raise ValueError(
-            "register: a checkpoint must be in a folder, where it can be pinned; got"
-            f" {place.address('')}"
+            "register: the checkpoint must be in a folder, so that it can be pinned; got"
+            f" {store.address('')}"
         )
-    checkpoint = verified(place, which)
-    pin(checkpoint)  # before it is registered: a run that still trains deletes old checkpoints
+    checkpoint = verified(store, which)
+    pin(checkpoint)  # first, because a run that still trains deletes old checkpoints
     version = mlflow.register(
         folder, checkpoint, name=name, alias=which, uri=mlflow.tracking_uri(folder.parent)
     )

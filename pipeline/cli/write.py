@@ -1,4 +1,4 @@
-"""`spiketrain write`, which makes data sets, and `verify`, which checks them."""
+"""`spiketrain write` and `verify`: write data sets as FFCV files, and check them."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -21,22 +21,24 @@ EventSource = Annotated[
     str | None,
     typer.Option(
         "--source",
-        help="published sets: the folder that tonic fills; saccades: fashion, or its files",
+        help="published sets: tonic's download folder; saccades: fashion, or a folder of its files",
     ),
 ]
 Resize = Annotated[
     Literal["sum", "area"] | None,
-    typer.Option(
-        "--resize", help="the sum of the counts of the pixels that become one, or their mean"
-    ),
+    typer.Option("--resize", help="how pixels are merged: the sum of their counts, or the mean"),
 ]
 FramesBy = Annotated[
     Literal["time", "number"],
-    typer.Option("--frames-by", help="slices of equal length, or of equally many events"),
+    typer.Option(
+        "--frames-by", help="slices with equal durations, or with equal numbers of events"
+    ),
 ]
 Slices = Annotated[
     int | None,
-    typer.Option("--slices", min=1, help="frames stored; read with any T that divides them"),
+    typer.Option(
+        "--slices", min=1, help="frames per recording; T of a recipe must divide this number"
+    ),
 ]
 commands = Commands()
 write = Commands(
@@ -51,7 +53,7 @@ Out = Annotated[
 ]
 OnExisting = Annotated[
     Literal["refuse", "replace", "keep"],
-    typer.Option("--existing", help="what to do with existing files; keep verifies them"),
+    typer.Option("--existing", help="what happens to existing files; keep: verify and keep them"),
 ]
 Writers = Annotated[int, typer.Option("--workers", min=1, help="processes that write")]
 
@@ -62,7 +64,8 @@ def write_fashion(
     source: Annotated[
         Path | None,
         typer.Option(
-            "--source", help="folder of the four idx files; found or downloaded without it"
+            "--source",
+            help="folder of the four idx files; default: Debian's package, or a download",
         ),
     ] = None,
     workers: Writers = 1,
@@ -85,7 +88,7 @@ def write_fashion(
 )
 def write_folder(
     source: Annotated[
-        Path, typer.Option("--source", help="holds train/CLASS/*.jpg and val/CLASS/*.jpg")
+        Path, typer.Option("--source", help="folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
     ],
     out: Out,
     mode: Annotated[
@@ -97,16 +100,13 @@ def write_folder(
     quality: Annotated[
         int | None,
         typer.Option(
-            "--quality", min=1, max=100, help="of JPEGs that are encoded again; without it 90"
+            "--quality", min=1, max=100, help="quality of JPEGs that are encoded again; default: 90"
         ),
     ] = None,
     workers: Writers = 1,
     existing: OnExisting = "refuse",
     max_bad: Annotated[
-        int,
-        typer.Option(
-            "--max-bad", min=0, help="unreadable images that are skipped and named before giving up"
-        ),
+        int, typer.Option("--max-bad", min=0, help="unreadable images that may be skipped")
     ] = 0,
 ) -> None:
     """A folder of pictures in the layout of ImageNet."""
@@ -138,7 +138,7 @@ def write_events(
     slices: Slices = None,
     frames_by: FramesBy = "time",
     size: Annotated[
-        int | None, typer.Option("--size", min=1, help="pixels a side; without it the sensor's")
+        int | None, typer.Option("--size", min=1, help="pixels per side; default: the sensor's")
     ] = None,
     resize: Resize = None,
     counts: Annotated[
@@ -146,30 +146,34 @@ def write_events(
     ] = "uint8",
     overflow: Annotated[
         Literal["refuse", "saturate"],
-        typer.Option("--overflow", help="what happens to a count that is too large"),
+        typer.Option("--overflow", help="handling of counts that are too large"),
     ] = "refuse",
     samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="training recordings that are generated")
+        int | None, typer.Option("--samples", min=1, help="generated training recordings")
     ] = None,
     val_samples: Annotated[
-        int | None,
-        typer.Option("--val-samples", min=1, help="evaluation recordings that are generated"),
+        int | None, typer.Option("--val-samples", min=1, help="generated evaluation recordings")
     ] = None,
     workers: Writers = 1,
     existing: OnExisting = "refuse",
     max_bad: Annotated[
-        int, typer.Option("--max-bad", min=0, help="unreadable recordings to skip before giving up")
+        int, typer.Option("--max-bad", min=0, help="unreadable recordings that may be skipped")
     ] = 0,
 ) -> None:
-    """Recordings of event cameras.
+    """Recordings of event cameras: moving shapes, saccades over Fashion-MNIST, or a published set.
 
-    Generated: moving (shapes whose direction only memory tells), saccades (over Fashion-MNIST).
-    Published, read by tonic: nmnist, cifar10dvs, gesture, ncaltech101.
+    tonic reads the published sets: nmnist, cifar10dvs, gesture, ncaltech101.
     """
     from pipeline.data.write.events import write_events as write_files
 
-    given = {"source": source, "slices": slices, "size": size, "resize": resize}
-    given |= {"samples": samples, "val_samples": val_samples}
+    options = {
+        "source": source,
+        "slices": slices,
+        "size": size,
+        "resize": resize,
+        "samples": samples,
+        "val_samples": val_samples,
+    }
     with _progress(name) as bar:
         written = write_files(
             name,
@@ -181,7 +185,7 @@ def write_events(
             max_bad=max_bad,
             progress=bar,
             existing=existing,
-            **{key: value for key, value in given.items() if value is not None},
+            **{key: value for key, value in options.items() if value is not None},
         )
     _report(written)
 
@@ -192,12 +196,12 @@ def write_events(
 )
 def write_stamps(
     out: Out,
-    size: Annotated[int, typer.Option("--size", help="pixels a side")] = 160,
+    size: Annotated[int, typer.Option("--size", help="pixels per side")] = 160,
     split: Annotated[
         int,
         typer.Option(
             "--split",
-            help="which quarter of the objects evaluates: 0, 1 or 2; 3 to choose settings on",
+            help="quarter of the objects for evaluation: 0, 1 or 2; 3 for the choice of settings",
         ),
     ] = 0,
     samples: Annotated[int, typer.Option("--samples", min=1, help="training scenes")] = 5200,
@@ -206,28 +210,28 @@ def write_stamps(
     ] = 1040,
     smallest: Annotated[
         float,
-        number_option("--smallest", help="least share of a scene's side that its object takes"),
+        number_option("--smallest", help="minimum size of an object, as a share of its scene"),
     ] = 0.5,
     content_seed: Annotated[
         int, typer.Option("--content-seed", min=0, help="selects the scenes, not the split")
     ] = 0,
     source: Annotated[
         Path | None,
-        typer.Option("--source", help="where the packages' pictures are; without it /usr/share"),
+        typer.Option("--source", help="folder of the packages' pictures; default: /usr/share"),
     ] = None,
     mode: Annotated[
         Literal["jpg", "raw"], typer.Option("--mode", help="how pixels are stored")
     ] = "jpg",
     quality: Annotated[
-        int | None, typer.Option("--quality", min=1, max=100, help="of JPEGs; without it 90")
+        int | None, typer.Option("--quality", min=1, max=100, help="quality of JPEGs; default: 90")
     ] = None,
     workers: Writers = 1,
     existing: OnExisting = "refuse",
 ) -> None:
-    """Scenes of 300 cut-out photographs in 13 classes, on photographs. Evaluation has other objects
+    """Scenes of 300 cut-out objects in 13 classes, on photographs. Evaluation uses other objects
     than training.
 
-    Their pictures come with Debian: apt install tuxpaint-stamps-default mate-backgrounds
+    The pictures come from Debian packages: apt install tuxpaint-stamps-default mate-backgrounds
     plasma-workspace-wallpapers.
     """
     from pipeline.data.write.stamps import write_stamps as write_files
@@ -262,7 +266,7 @@ def verify(
 
     say_stage(f"reading every byte of {path}")
     for manifest in verify_files(path):
-        print(f"{manifest.file}: {_size(manifest)}, content {manifest.content[:16]}: whole")
+        print(f"{manifest.file}: {_size(manifest)}, content {manifest.content[:16]}: verified")
 
 
 def _size(manifest: "Manifest") -> str:
@@ -271,7 +275,7 @@ def _size(manifest: "Manifest") -> str:
 
 @contextmanager
 def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar with the time left on a terminal. If too much is unreadable, list everything."""
+    """Show a progress bar on a terminal. If too many files are unreadable, list all of them."""
     from pipeline.data.write.writer import TooManyUnreadable
 
     console = Console(stderr=True)
@@ -283,9 +287,9 @@ def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
-        ) as shown:
-            task = shown.add_task(name, total=None)
-            yield lambda done, total: shown.update(task, completed=done, total=total)
+        ) as progress:
+            task = progress.add_task(name, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
     except TooManyUnreadable as error:
         _list_unreadable("unreadable", error.unreadable)
         raise
@@ -305,6 +309,6 @@ def _report(manifests: list["Manifest"]) -> None:
             )
 
 
-def _list_unreadable(label: str, images: list[dict[str, str]]) -> None:
-    for each in images:
+def _list_unreadable(label: str, entries: list[dict[str, str]]) -> None:
+    for each in entries:
         print(f"  {label} {each['image']}: {each['reason']}", file=sys.stderr)

@@ -17,7 +17,8 @@ from pipeline.core.errors import UserError
 @functools.cache
 def code_digest() -> str:
     """12 hex digits of the names and contents of this package's Python files at the first call."""
-    root, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
         if file.name.startswith(".") or not file.is_file():  # an editor's lock is a broken link
             continue
@@ -28,32 +29,32 @@ def code_digest() -> str:
 
 
 def check_same_code(
-    host: str, digest: str, *, each: Callable[[Any], list[Any]], of: str = "the code"
+    host: str, digest: str, *, gather: Callable[[Any], list[Any]], of: str = "the code"
 ) -> None:
     """Check that all ranks run the code of rank 0. Collective.
 
-    A rank with other code, such as another rule or augmentation, would train without an error: the
-    replicas stay equal, but the result belongs to neither version.
+    A rank with other code, such as another rule or augmentation, would train without an error. The
+    replicas would stay equal, but the result would belong to neither version.
 
     Args:
         host: the name of this rank's machine.
         digest: the digest of this rank's code.
-        each: gathers one value from every rank, in order.
+        gather: gathers one value from every rank, in order.
         of: the name of the code in the message.
 
     Raises:
         UserError: a rank runs other code.
     """
-    versions = each((digest, host))
-    first, at = versions[0]
+    versions = gather((digest, host))
+    first_digest, first_host = versions[0]
     if others := [
         f"{rank} on {host} {digest}"
         for rank, (digest, host) in enumerate(versions)
-        if digest != first
+        if digest != first_digest
     ]:
         raise UserError(
-            f"worker: all must run {of} of worker 0 on {at}, {first}; got worker"
-            f" {', '.join(others)}: install one"
+            f"worker: all workers must run {of} of worker 0 on {first_host}, {first_digest}; got"
+            f" worker {', '.join(others)}: install the same version on all nodes"
         )
 
 
@@ -62,11 +63,10 @@ def commit() -> str:
 
     Outside a checkout: the value of SPIKETRAIN_COMMIT, or `unknown`.
     """
-    package = str(Path(__file__).resolve().parent.parent)
-    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
         return subprocess.run(
-            ["git", "-C", package, *describe],
+            ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"],
+            cwd=Path(__file__).resolve().parent.parent,
             capture_output=True,
             text=True,
             check=True,

@@ -1,9 +1,9 @@
 """CPU affinity of a worker: reserved cores, or the cores near its GPU.
 
-Reserved cores prevent runs on one machine from slowing one another. A core is a physical core with
-all its logical ones (SMT siblings share its arithmetic units). A worker reserves it by locking a
-file with the core's name. The kernel releases the lock when the worker dies. All runs on a machine
-that reserve cores use the same files. Other programs may still use these cores.
+Reserved cores prevent runs on one machine from slowing one another. A worker reserves a physical
+core with all of its logical cores, because SMT siblings share arithmetic units. It reserves the
+core by locking a file with the core's name. The kernel releases the lock when the worker dies. All
+runs on a machine that reserve cores use the same files. Other programs may still use these cores.
 """
 
 import fcntl
@@ -21,12 +21,12 @@ import torch
 from pipeline.core.errors import UserError
 
 _MASKS = 128  # 64-bit masks of logical cores, as many as Linux may have (8192)
-PATIENCE_S = 30.0  # a worker of an ended run may still be exiting
+TIMEOUT_S = 30.0  # a worker of an ended run may still be exiting
 
 
 @contextmanager
 def own_cores(
-    count: int, *, folder: Path | None = None, patience_s: float = PATIENCE_S
+    count: int, *, folder: Path | None = None, timeout_s: float = TIMEOUT_S
 ) -> Iterator[tuple[int, ...]]:
     """Reserve `count` physical cores and keep all threads of this process on them.
 
@@ -35,24 +35,24 @@ def own_cores(
 
     Args:
         folder: the folder of the lock files; None: one folder per user of this machine.
-        patience_s: the longest wait for free cores, in seconds.
+        timeout_s: the longest wait for free cores, in seconds.
 
     Raises:
-        UserError: too few cores are free after `patience_s` seconds.
+        UserError: too few cores are free after `timeout_s` seconds.
     """
     folder = folder or Path(tempfile.gettempdir()) / f"spiketrain-cores-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    deadline = time.monotonic() + patience_s
-    there = physical_cores(os.sched_getaffinity(0))
-    while (taken := _lock_cores(there, count, folder)) is None:
+    deadline = time.monotonic() + timeout_s
+    available = physical_cores(os.sched_getaffinity(0))
+    while (reserved := _lock_cores(available, count, folder)) is None:
         if time.monotonic() > deadline:
             raise UserError(
-                f"cores: a worker needs {count} of its own; too few of this machine's {len(there)}"
-                " are free; --side-by-side 1 shares them"
+                f"cores: a worker needs {count} unreserved cores; too few of this machine's"
+                f" {len(available)} are unreserved: let runs share cores with --side-by-side 1"
             )
         time.sleep(0.2)
-    cores, locks = taken
-    with locks, _kept_on(set(cores)):
+    cores, locks = reserved
+    with locks, _affinity_to(set(cores)):
         yield cores
 
 
@@ -60,25 +60,25 @@ def near_cores(device: torch.device, *, at_least: int) -> AbstractContextManager
     """Keep all threads of this process on the cores of its GPU's NUMA node, inside the block.
 
     Memory is allocated on the node of the thread that touches it first. Batches then do not cross
-    the link between sockets. Nothing changes on a CPU, on a machine with one node or unknown nodes,
-    or if fewer than `at_least` of this process's logical cores are on that node: too few cores cost
-    more time than the distance.
+    the link between sockets. Nothing changes on a CPU, or on a machine with one node or unknown
+    nodes. Nothing changes either if fewer than `at_least` of this process's logical cores are on
+    that node: too few cores would cost more time than the link.
     """
     before = os.sched_getaffinity(0)
     near = before & _cores_near(device) if device.type == "cuda" else before
-    return nullcontext() if near == before or len(near) < at_least else _kept_on(near)
+    return nullcontext() if near == before or len(near) < at_least else _affinity_to(near)
 
 
 def _cores_near(device: torch.device) -> set[int]:
     """Logical cores of the card's NUMA node; empty if NVML does not know it."""
     try:
         pynvml.nvmlInit()
-        # CUDA numbers only the visible cards of this process; the UUID identifies the card.
-        uuid = torch.cuda.get_device_properties(device).uuid
+        # CUDA numbers only the visible cards of this process. The UUID identifies the card.
+        handle = pynvml.nvmlDeviceGetHandleByUUID(
+            f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        )
         masks = pynvml.nvmlDeviceGetCpuAffinityWithinScope(
-            pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"),
-            _MASKS,
-            pynvml.NVML_AFFINITY_SCOPE_NODE,
+            handle, _MASKS, pynvml.NVML_AFFINITY_SCOPE_NODE
         )
     except pynvml.NVMLError:
         return set()
@@ -106,25 +106,25 @@ def cores_here() -> int:
 
 
 def _lock_cores(
-    there: Mapping[str, tuple[int, ...]], count: int, folder: Path
+    available: Mapping[str, tuple[int, ...]], count: int, folder: Path
 ) -> tuple[tuple[int, ...], ExitStack] | None:
-    """Try to lock `count` cores; None if fewer are free, and then no lock is held."""
+    """Try to lock `count` cores. If fewer are free, return None and hold no lock."""
     with ExitStack() as locks:
-        mine: list[tuple[int, ...]] = []
-        for name, logical in there.items():
-            if len(mine) == count:
+        reserved: list[tuple[int, ...]] = []
+        for name, logical in available.items():
+            if len(reserved) == count:
                 break
             file = locks.enter_context((folder / name).open("a"))
             with suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                mine.append(logical)
-        if len(mine) == count:
-            return tuple(core for logical in mine for core in logical), locks.pop_all()
+                reserved.append(logical)
+        if len(reserved) == count:
+            return tuple(core for logical in reserved for core in logical), locks.pop_all()
     return None
 
 
 @contextmanager
-def _kept_on(cores: set[int]) -> Iterator[None]:
+def _affinity_to(cores: set[int]) -> Iterator[None]:
     """Keep every thread of this process on these cores; restore the affinity at the end."""
     before = os.sched_getaffinity(0)
     _set_affinity(cores)

@@ -14,18 +14,17 @@ class UserError(ValueError):
 class Diverged(UserError):
     """A loss, a gradient or weights are not finite.
 
-    A run has then failed. For a trial of a search it is a result: its learning rate is too high.
+    The run ends in the state `diverged`. For a trial of a search this is a result, not a failure.
     """
 
 
 def remedy(lr: Any, clip_norm: Any) -> str:
-    """The advice for a recipe whose training diverged.
-
-    It uses the recipe's `optimizer.lr` and `clip_norm` if they are known.
-    """
+    """The advice for a training that diverged. It names the values that are numbers."""
     rate = f"optimizer.lr ({lr:g})" if isinstance(lr, int | float) else "the learning rate"
-    is_clipped = isinstance(clip_norm, int | float) and clip_norm
-    return f"lower {rate} or {f'clip_norm ({clip_norm:g})' if is_clipped else 'set clip_norm=1.0'}"
+    clipping = "set clip_norm=1.0"
+    if isinstance(clip_norm, int | float) and clip_norm:
+        clipping = f"clip_norm ({clip_norm:g})"
+    return f"lower {rate} or {clipping}"
 
 
 def as_user_error(error: ValueError) -> UserError:
@@ -37,10 +36,10 @@ class DataError(ValueError):
     """Unusable data, or an invalid argument of a data set. A retry does not help."""
 
 
-def require_data(holds: object, rule: str) -> None:
-    """As `core.checks.require`, but raise DataError if the rule is broken."""
-    if not holds:
-        raise DataError(rule)
+def require_data(condition: object, message: str) -> None:
+    """As `core.checks.require`, but raise DataError if the condition is false."""
+    if not condition:
+        raise DataError(message)
 
 
 class LoaderError(RuntimeError):

@@ -1,8 +1,8 @@
 """Files on storage that may fail or that several machines share.
 
 Files are written so that they survive a power cut. Some errors of a file system are temporary, some
-remain after a restart, and some have to be resolved by the user. A marker, a uniquely named file,
-shows whether processes share a folder.
+remain after a restart, and some have to be resolved by the user. A marker shows whether processes
+share a folder: one process writes a file with a unique name, and the others look for it.
 """
 
 import errno
@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 from pipeline.core.errors import UserError
 
 # Errors that remain after a restart of the process.
-LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+PERMANENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 # Errors that only the user can resolve, including existing names. Other errors may be temporary.
-FOR_THE_USER = (*LASTING, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
-# A bad sector or a wrong checksum of the file system: if the error remains, the bytes are lost.
+FOR_THE_USER = (*PERMANENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+# A bad sector, or a wrong checksum of the file system. If the error remains, the bytes are lost.
 UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
 TRIES, TRY_S = 3, 1.0
 
@@ -37,7 +37,7 @@ def is_for_the_user(error: OSError) -> bool:
 def is_permanent(error: OSError) -> bool:
     """Whether the error remains after a restart of the process."""
     # s3fs (2026.9) raises PermissionError without an errno.
-    return isinstance(error, PermissionError) or error.errno in LASTING
+    return isinstance(error, PermissionError) or error.errno in PERMANENT
 
 
 class Unreadable(OSError):
@@ -51,21 +51,21 @@ def retry_read(read: Callable[[], T_]) -> T_:
         Unreadable: every attempt failed.
         OSError: any other error, at the first attempt.
     """
-    left = TRIES
+    attempts_left = TRIES
     while True:
         try:
             return read()
         except OSError as error:
             if error.errno not in UNREADABLE:
                 raise
-            left -= 1
-            if not left:
+            attempts_left -= 1
+            if not attempts_left:
                 raise Unreadable(error.errno, os.strerror(error.errno), error.filename) from error
         time.sleep(TRY_S)
 
 
 def is_name(text: str) -> bool:
-    """Whether `text` is a plain file name, not a path that leads to another folder."""
+    """Whether `text` is a plain file name, not a path to another folder."""
     return Path(text).name == text and text.strip() not in ("", ".", "..")
 
 
@@ -104,7 +104,7 @@ LOOKS, LOOK_S = 60, 1.0  # NFS caches names for 60 s by default (acdirmax; Linux
 
 @dataclass(frozen=True)
 class Marker:
-    """The name and the content of the file, which are sent to other processes."""
+    """The name and the content of a marker file, which are sent to other processes."""
 
     name: str
     content: str
@@ -112,7 +112,7 @@ class Marker:
     def is_in(self, folder: Path) -> bool:
         try:
             return (folder / self.name).read_text() == self.content
-        except (OSError, ValueError):  # not there, or other bytes
+        except (OSError, ValueError):  # the file does not exist, or is not text
             return False
 
 
@@ -120,7 +120,7 @@ def check_shared(
     folder: Path,
     *,
     rank: int,
-    each: Callable[[Any], list[Any]],
+    gather: Callable[[Any], list[Any]],
     beat: Callable[[], None] = lambda: None,
 ) -> None:
     """Check that all ranks see the same folder for checkpoints. Collective.
@@ -129,37 +129,37 @@ def check_shared(
     would wait forever for the files of a rank that writes to another disk.
 
     Args:
-        each: gathers every rank's value on every rank, in the order of ranks.
+        gather: gathers every rank's value on every rank, in the order of ranks.
         beat: called repeatedly by a waiting rank.
 
     Raises:
-        UserError: a rank does not see the marker, or rank 0 has no permission to write it.
-        OSError: rank 0 cannot write now; raised on every rank.
+        UserError: a rank does not see the marker, or rank 0 cannot write until the user acts.
+        OSError: rank 0 cannot write for another reason, which may be temporary.
     """
-    marker, number, reason = each(_put_marker(folder) if rank == 0 else None)[0]
+    marker, code, reason = gather(_put_marker(folder) if rank == 0 else None)[0]
     try:
-        if number:
+        if code:
             message = f"checkpoints: worker 0 must be able to write to {folder}; got {reason}"
-            raise UserError(message) if number in FOR_THE_USER else OSError(number, message)
+            raise UserError(message) if code in FOR_THE_USER else OSError(code, message)
         for _ in range(LOOKS):
-            if all(each(marker.is_in(folder))):
+            if all(gather(marker.is_in(folder))):
                 return
             beat()
             time.sleep(LOOK_S)
-        seen, hosts = each(marker.is_in(folder)), each(socket.gethostname())
+        seen, hosts = gather(marker.is_in(folder)), gather(socket.gethostname())
     finally:
         if rank == 0:
             with suppress(OSError):  # a remaining marker is cleaned up later
                 (folder / marker.name).unlink()
-    blind = ", ".join(f"{at} on {hosts[at]}" for at, sees in enumerate(seen) if not sees)
+    failing = ", ".join(f"{other} on {hosts[other]}" for other, sees in enumerate(seen) if not sees)
     raise UserError(
         f"checkpoints: all workers must see {folder} as worker 0 on {hosts[0]} does; worker"
-        f" {blind} does not: name storage that the nodes share with --checkpoints, or --runs"
+        f" {failing} does not: name storage that the nodes share with --checkpoints, or --runs"
     )
 
 
 def _put_marker(folder: Path) -> tuple[Marker, int, str]:
-    """Write a marker to `folder`; return it with the number and text of the error (0: none)."""
+    """Write a marker to `folder`. Return the marker, and the error's number (0: none) and text."""
     marker = Marker(f"{MARKER}{secrets.token_hex(8)}", secrets.token_hex(16))
     try:
         folder.mkdir(parents=True, exist_ok=True)

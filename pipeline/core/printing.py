@@ -21,9 +21,9 @@ from rich.text import Text
 # suite's report, wraps at this width.
 NO_WIDTH = 10_000
 _GAP = "  "  # between columns
-_READABLE = 28  # the minimum width of a wrapped column with longer text
-_LINES = 3  # the most lines of a wrapped cell with text shorter than _LINES times _READABLE
-_KEPT = "\ue000"  # replaces a space that must not end a line
+_MIN_TEXT_WIDTH = 28  # the minimum width of a wrapped column with longer text
+_MAX_LINES = 3  # of a wrapped cell, if its text is shorter than _MAX_LINES times _MIN_TEXT_WIDTH
+_NO_BREAK = "\ue000"  # replaces a space that must not end a line
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def say(
             is never broken.
     """
     label = Text(label) if isinstance(label, str) else label.copy()
-    width = _width(console)
+    width = _console_width(console)
     if label.cell_len > width // 2:
         text, label = label.plain + text, Text()
     indent = Text(" " * label.cell_len)
-    for line in _wrapped(text, width - len(indent), whole):
+    for line in _wrap(text, width - len(indent), whole):
         if cell_len(line) > width - len(indent):
             label.rstrip()
             if label.plain:
@@ -89,13 +89,13 @@ def say(
 
 def print_fields(console: Console, fields: Mapping[str, str]) -> None:
     """Print names and values in two columns. A value is below a name longer than half a line."""
-    most = _width(console) // 2
-    width = max((cell_len(name) for name in fields if cell_len(name) <= most), default=0)
+    limit = _console_width(console) // 2
+    width = max((cell_len(name) for name in fields if cell_len(name) <= limit), default=0)
     for name, value in fields.items():
         if cell_len(name) > width:
             _print(console, Text(name))
             name = ""
-        say(console, value, label=_aligned(name, width) + _GAP)
+        say(console, value, label=_align(name, width) + _GAP)
 
 
 def print_table(
@@ -118,14 +118,14 @@ def print_table(
     """
     if title:
         say(console, title, style="italic")
-    heads = [Column(each) if isinstance(each, str) else each for each in columns]
+    table_columns = [Column(each) if isinstance(each, str) else each for each in columns]
     texts = [list(row) for row in rows]
     line_break = "\n" if has_width(console) else _GAP
     for tab in (_GAP, "\n"):
         cells = [
             [text.replace("\t", tab).replace("\n", line_break) for text in row] for row in texts
         ]
-        table = _Table(heads, cells, keys, _width(console))
+        table = _Table(table_columns, cells, keys, _console_width(console))
         if len(table.parts) == 1 and not table.is_stacked:
             break
     for index, part in enumerate(table.parts):
@@ -142,40 +142,45 @@ class _Table:
         self, columns: Sequence[Column], rows: Sequence[Sequence[str]], keys: int, width: int
     ) -> None:
         self._columns, self._rows, self._keys, self._width = columns, rows, keys, width
-        of_columns = [(each, "\n".join(cells)) for each, *cells in zip(columns, *rows, strict=True)]
-        self._whole = [
-            max(cell_len(each.title), _longest_line(cells)) for each, cells in of_columns
+        cells_by_column = [
+            (each, "\n".join(cells)) for each, *cells in zip(columns, *rows, strict=True)
+        ]
+        self._full = [
+            max(cell_len(each.title), _longest_line(cells)) for each, cells in cells_by_column
         ]
         self._unwrapped = [
-            max(_longest_word(each.title), _longest_line(cells)) for each, cells in of_columns
+            max(_longest_word(each.title), _longest_line(cells)) for each, cells in cells_by_column
         ]
-        self._least = [
+        self._minimum = [
             min(
                 max(
                     _longest_word(f"{each.title} {cells}"),
-                    min(math.ceil(unwrapped / _LINES), _READABLE),
+                    min(math.ceil(unwrapped / _MAX_LINES), _MIN_TEXT_WIDTH),
                 ),
                 width - len(_GAP),
             )
             if each.wraps
             else unwrapped
-            for (each, cells), unwrapped in zip(of_columns, self._unwrapped, strict=True)
+            for (each, cells), unwrapped in zip(cells_by_column, self._unwrapped, strict=True)
         ]
-        # The keys are above the values if a column does not fit beside them. They also are if they
-        # take more than half of the width, and fewer tables are then needed.
-        taken = _total(self._least[:keys])
-        beside = self._packed(width - taken - len(_GAP))
-        above = self._packed(width - len(_GAP))
-        self.is_stacked = taken + len(_GAP) + max(self._least[keys:], default=0) > width or (
-            taken > width // 2 and len(beside) > 2 and len(above) < len(beside)
+        # The keys are above the values if a column does not fit beside them, or if they take more
+        # than half of the width and fewer tables are needed with the keys above.
+        key_width = _sum_widths(self._minimum[:keys])
+        beside = self._pack(width - key_width - len(_GAP))
+        above = self._pack(width - len(_GAP))
+        self.is_stacked = key_width + len(_GAP) + max(self._minimum[keys:], default=0) > width or (
+            key_width > width // 2 and len(beside) > 2 and len(above) < len(beside)
         )
         self.parts = above if self.is_stacked else beside
 
-    def _packed(self, room: int) -> list[list[int]]:
+    def _pack(self, room: int) -> list[list[int]]:
         """The columns without the keys, in order, with as many per part as fit."""
         parts: list[list[int]] = [[]]
         for index in range(self._keys, len(self._columns)):
-            if parts[-1] and _total(self._least[each] for each in (*parts[-1], index)) > room:
+            if (
+                parts[-1]
+                and _sum_widths(self._minimum[each] for each in (*parts[-1], index)) > room
+            ):
                 parts.append([])
             parts[-1].append(index)
         return parts
@@ -185,14 +190,15 @@ class _Table:
 
         In the second case the wrapped columns share the remaining width.
         """
-        whole, unwrapped, widths = (
-            [of[index] for index in shown] for of in (self._whole, self._unwrapped, self._least)
+        full, unwrapped, widths = (
+            [of_column[index] for index in shown]
+            for of_column in (self._full, self._unwrapped, self._minimum)
         )
-        if _total(whole) <= room:
-            return whole
-        for _ in range(room - _total(widths)):
-            at = max(range(len(shown)), key=lambda at: unwrapped[at] / max(1, widths[at]))
-            widths[at] = min(widths[at] + 1, unwrapped[at])
+        if _sum_widths(full) <= room:
+            return full
+        for _ in range(room - _sum_widths(widths)):
+            narrow = max(range(len(shown)), key=lambda at: unwrapped[at] / max(1, widths[at]))
+            widths[narrow] = min(widths[narrow] + 1, unwrapped[narrow])
         return widths
 
     def lines(self, part: Sequence[int]) -> Iterator[Text]:
@@ -204,15 +210,15 @@ class _Table:
 
         def lines_of(row: Sequence[str], *, at_bottom: bool = False) -> Iterator[str]:
             if self.is_stacked:
-                yield from _wrapped(_GAP.join(row[: self._keys]), self._width)
+                yield from _wrap(_GAP.join(row[: self._keys]), self._width)
             blocks = [
-                [piece for line in row[index].split("\n") for piece in _wrapped(line, width)]
+                [piece for line in row[index].split("\n") for piece in _wrap(line, width)]
                 for index, width in zip(shown, widths, strict=True)
             ]
             height = max(map(len, blocks), default=0) if at_bottom else 0
             blocks = [[""] * (height - len(block)) + block for block in blocks]
             for pieces in zip_longest(*blocks, fillvalue=""):
-                yield (indent + _GAP.join(map(_aligned, pieces, widths, rights))).rstrip()
+                yield (indent + _GAP.join(map(_align, pieces, widths, rights))).rstrip()
 
         for line in lines_of([each.title for each in self._columns], at_bottom=True):
             yield Text(line, "bold")
@@ -224,14 +230,14 @@ class _Table:
             yield from map(Text, lines_of(["", *row[1:]] if is_repeated else row))
 
 
-def _width(console: Console) -> int:
+def _console_width(console: Console) -> int:
     return console.width if has_width(console) else sys.maxsize
 
 
-def _wrapped(text: str, width: int, whole: Iterable[str] = ()) -> list[str]:
+def _wrap(text: str, width: int, whole: Iterable[str] = ()) -> list[str]:
     """Wrap a text between words. A word that is longer than the width has a line of its own."""
     for part in (*whole, *re.findall("`[^`]*`", text)):
-        text = text.replace(part, part.replace(" ", _KEPT))
+        text = text.replace(part, part.replace(" ", _NO_BREAK))
     lines = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}" if lines[-1] else word
@@ -239,7 +245,7 @@ def _wrapped(text: str, width: int, whole: Iterable[str] = ()) -> list[str]:
             lines.append(word)
         else:
             lines[-1] = longer
-    return [line.rstrip().replace(_KEPT, " ") for line in lines]
+    return [line.rstrip().replace(_NO_BREAK, " ") for line in lines]
 
 
 def _longest_word(text: str) -> int:
@@ -250,13 +256,13 @@ def _longest_line(text: str) -> int:
     return max(map(cell_len, text.split("\n")))
 
 
-def _total(widths: Iterable[int]) -> int:
+def _sum_widths(widths: Iterable[int]) -> int:
     """The total width of columns side by side, including the gaps."""
     widths = list(widths)
     return sum(widths) + len(_GAP) * (len(widths) - 1)
 
 
-def _aligned(text: str, width: int, is_right: bool = False) -> str:
+def _align(text: str, width: int, is_right: bool = False) -> str:
     space = " " * (width - cell_len(text))
     return space + text if is_right else text + space
 

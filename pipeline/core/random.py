@@ -46,20 +46,21 @@ def signed(number: int) -> int:
     return number - (1 << 64) if number >> 63 else number
 
 
-def mixer(number: Callable[[int], Any]) -> Callable[[Any], Any]:
-    """The finaliser of splitmix64, with its constants converted by `number`.
+def mixer(convert: Callable[[int], Any]) -> Callable[[Any], Any]:
+    """The finaliser of splitmix64, with its constants converted by `convert`.
 
     `np.uint64` is for numpy and numba, where a signed number must not overflow. `signed` is for
-    torch and for Python's int, whose low 64 bits are then right. The masks make the shifts of
-    signed numbers logical.
+    torch and for Python's int: the low 64 bits of the result are then right. The masks make the
+    shifts of signed numbers logical.
     """
-    factor_a, factor_b = number(0xBF58476D1CE4E5B9), number(0x94D049BB133111EB)
-    (a, low_a), (b, low_b), (c, low_c) = ((number(by), number(_LOW64 >> by)) for by in (30, 27, 31))
+    factor_a, factor_b = convert(0xBF58476D1CE4E5B9), convert(0x94D049BB133111EB)
+    shift_a, shift_b, shift_c = map(convert, (30, 27, 31))
+    mask_a, mask_b, mask_c = (convert(_LOW64 >> shift) for shift in (30, 27, 31))
 
     def mix(z: Any) -> Any:
-        z = (z ^ ((z >> a) & low_a)) * factor_a
-        z = (z ^ ((z >> b) & low_b)) * factor_b
-        return z ^ ((z >> c) & low_c)
+        z = (z ^ ((z >> shift_a) & mask_a)) * factor_a
+        z = (z ^ ((z >> shift_b) & mask_b)) * factor_b
+        return z ^ ((z >> shift_c) & mask_c)
 
     return mix
 
@@ -68,7 +69,6 @@ STEP = signed(0x9E3779B97F4A7C15)
 mix = mixer(signed)
 _UNSIGNED_STEP = np.uint64(STEP & _LOW64)
 _unsigned_mix = mixer(np.uint64)
-_S32 = np.uint64(32)
 
 
 def counter_hash(*counters: int) -> int:
@@ -105,8 +105,9 @@ def compiled_bits(compiled: Callable[[Callable[..., Any]], Any]) -> Any:
 
 
 def below(random_bits: ArrayLike, n: int) -> NDArray[np.int64]:
-    """Whole numbers 0..n-1 from the upper 32 bits; n < 2^31, bias below n / 2^32."""
-    return ((np.asarray(random_bits, np.uint64) >> _S32) * np.uint64(n) >> _S32).astype(np.int64)
+    """Whole numbers in 0..n-1 from the upper 32 bits. n < 2^31; the bias is below n / 2^32."""
+    shift = np.uint64(32)
+    return ((np.asarray(random_bits, np.uint64) >> shift) * np.uint64(n) >> shift).astype(np.int64)
 
 
 def normal_table() -> NDArray[np.float32]:

@@ -1,11 +1,11 @@
-"""The paths of the files in a run's folder. Code takes each path from here."""
+"""The paths of the files in a run's folder. No other module builds these paths."""
 
 import os
 from pathlib import Path
 
 
 class RunFolder:
-    """The paths of the files and folders that a run may have. Each is created when needed."""
+    """The paths of the files and folders that a run may have. This class creates none of them."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -20,30 +20,24 @@ class RunFolder:
         self.system = self.path / "system.jsonl"  # events with the load of the driver's machine
         self.summary = self.path / "summary.json"  # results of a finished run
         self.activity = self.path / "activity.json"  # final firing rates of each layer
-        self.answers = self.path / "answers.npz"  # predictions of the last evaluation
+        self.predictions = self.path / "answers.npz"  # predictions of the last evaluation
         self.checkpoints = self.path / "checkpoints"  # folder, unless the job names an address
         self.decisions = self.path / "decisions.json"  # rollbacks, skipped batches, micro-batch
         # Locks, held by live processes
         self.driver_lock = self.path / "driver.lock"
         self.writer_lock = self.path / "writer.lock"  # of rank 0
         # Messages between processes
-        self.stop = self.path / "stop"  # request to save and stop; contains the requester
-        self.save = self.path / "save"  # request to save and continue; may name departing machines
+        self.stop_request = self.path / "stop"  # to save and stop; contains the requester
+        self.save_request = self.path / "save"  # to save and continue; may name lost nodes
         self.refusal = self.path / "refusal.json"  # why the next attempt must not begin
-        self.died = self.path / "died.json"  # a worker's death that is not in the journal yet
+        self.worker_death = self.path / "died.json"  # of one worker, not yet in the journal
         self.stacks = self.path / "stacks"  # folder: thread stacks of workers that hung
 
+        # MLflow artifacts, besides the journal: from the start, and of a finished run
+        self.early_artifacts = (self.recipe,)
+        self.late_artifacts = (self.summary, self.activity, self.predictions)
+
     def weights(self, layout: str) -> Path:
-        """The file of `spiketrain export`. Its name contains a layout other than "plain"."""
+        """The file of `spiketrain export`. Its name ends with the layout, except for "plain"."""
         name = "weights" if layout == "plain" else f"weights-{layout}"
         return self.path / f"{name}.safetensors"
-
-    @property
-    def early_artifacts(self) -> tuple[Path, ...]:
-        """Files, besides the journal, that are MLflow artifacts from the start."""
-        return (self.recipe,)
-
-    @property
-    def late_artifacts(self) -> tuple[Path, ...]:
-        """Files that become MLflow artifacts once the run has finished."""
-        return (self.summary, self.activity, self.answers)

@@ -22,11 +22,11 @@ def announce_imports() -> None:
 class _Announcer(MetaPathFinder):
     """An import hook that Python calls before every import. It leaves imports to other finders."""
 
-    is_said = False
+    has_announced = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> None:
-        if fullname in _SLOW and not self.is_said:
-            self.is_said = True
-            say_stage(f"importing {fullname} and what else this command needs")
+        if fullname in _SLOW and not self.has_announced:
+            self.has_announced = True
+            say_stage(f"importing {fullname} and other packages that this command needs")

@@ -20,17 +20,17 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from pipeline.core.checks import require
 
 
-def read_state(file: Path, *, who: str) -> Mapping[str, Tensor]:
+def read_state(file: Path, *, subject: str) -> Mapping[str, Tensor]:
     """Read the `state_dict` in a .safetensors file, or in a file of torch.save.
 
-    A file of torch.save may have it under `state_dict`, `model` or `module`, beside plain values
-    and the arguments of the program that wrote it. No code of the file is run.
+    In a file of torch.save the state may be the value of `state_dict`, `model` or `module`, beside
+    plain values and the arguments of the program that wrote the file. No code of the file is run.
 
     Raises:
         ValueError: the file does not exist, cannot be read, or contains no named tensors. The
-            message begins with `who`.
+            message begins with `subject`.
     """
-    require(file.is_file(), f"{who}: {file} must be a file of weights; it does not exist")
+    require(file.is_file(), f"{subject}: {file} must be a file of weights; it does not exist")
     try:
         # Published QKFormer files contain the program's arguments.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -41,33 +41,34 @@ def read_state(file: Path, *, who: str) -> Mapping[str, Tensor]:
             )
     except Exception as error:  # torch and safetensors do not document their errors
         raise ValueError(
-            f"{who}: {file} must hold weights; it could not be read: {_first_line(error)}"
+            f"{subject}: {file} must hold weights; it could not be read: {_first_line(error)}"
         ) from error
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     require(
         isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values()),
-        f"{who}: {file} must hold named tensors; it holds something else",
+        f"{subject}: {file} must hold named tensors; it holds something else",
     )
     return state
 
 
 def describe_mismatch(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, most: int = 3
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, max_names: int = 3
 ) -> str:
-    """Describe differing names and shapes, up to `most` of each kind; empty if states agree."""
+    """Describe differing names and shapes, up to `max_names` of each kind; empty if none differ."""
     kinds = {
-        "missing": [key for key in expected if key not in found],
-        "unknown": [key for key in found if key not in expected],
+        "missing": [key for key in expected if key not in actual],
+        "unknown": [key for key in actual if key not in expected],
         "of another shape": [
-            f"{key} ({list(found[key].shape)} instead of {list(expected[key].shape)})"
+            f"{key} ({list(actual[key].shape)} instead of {list(expected[key].shape)})"
             for key in expected
-            if key in found and found[key].shape != expected[key].shape
+            if key in actual and actual[key].shape != expected[key].shape
         ],
     }
     return "; ".join(
-        f"{len(keys)} {kind}: {', '.join(keys[:most])}{', ...' if len(keys) > most else ''}"
+        f"{len(keys)} {kind}: {', '.join(keys[:max_names])}"
+        f"{', ...' if len(keys) > max_names else ''}"
         for kind, keys in kinds.items()
         if keys
     )
@@ -83,18 +84,18 @@ DEEPSPEED = (
 
 
 def find_code(folder: Path) -> str | None:
-    """The first file of a checkpoint that would run code or cannot be checked, as a sentence.
+    """Describe the first file of a checkpoint that would run code or cannot be checked.
 
-    None if all files contain only data.
+    Returns None if all files contain only data.
     """
     for file in sorted(folder.rglob("*.pt")):
         name = file.relative_to(folder).as_posix()
         try:
-            named = sorted(set(get_unsafe_globals_in_checkpoint(file)) - set(DEEPSPEED))
+            callables = sorted(set(get_unsafe_globals_in_checkpoint(file)) - set(DEEPSPEED))
         except (ValueError, RuntimeError, UnpicklingError) as error:
             return f"{name} cannot be read as data: {_first_line(error)}"
-        if named:
-            return f"{name} calls {', '.join(named)}"
+        if callables:
+            return f"{name} calls {', '.join(callables)}"
     return None
 
 

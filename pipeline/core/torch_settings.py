@@ -14,9 +14,9 @@ precision. This module sets both through torch's `fp32_precision`, and before th
 The process keeps freed memory, as torch's caching allocator keeps a GPU's memory. By default,
 glibc's malloc returns the memory of a batch's graph to the kernel and requests it again at the next
 batch. This causes thousands of page faults per batch, which cost a small network up to an eighth of
-its time (docs/LOG.md). All threads share the main heap: malloc trims the heap of a single thread
-whatever the thresholds are, and Ray trains in a thread. The resident set size (RSS) of a process is
-therefore the most memory that it has needed since `release_freed_memory`.
+its time (docs/LOG.md). All threads use the main heap, because malloc trims other heaps whatever the
+thresholds are, and Ray trains in a thread. The resident set size (RSS) of a process is therefore
+the most memory that it has used since `release_freed_memory`.
 """
 
 import ctypes
@@ -36,7 +36,7 @@ TF32_SINCE = (8, 0)  # the compute capability of Ampere
 
 
 def compute_in(precision: Precision, device: torch.device) -> None:
-    """Set the precision of this process. Autocast is not set, because it belongs to a forward.
+    """Set the precision of this process, except autocast, which a forward pass enters itself.
 
     Raises:
         ValueError: the device does not support the precision.
@@ -45,7 +45,7 @@ def compute_in(precision: Precision, device: torch.device) -> None:
     _set([_FP32[precision]] * 3)
 
 
-def check_precision(who: str, precision: Precision, device: torch.device) -> None:
+def check_precision(subject: str, precision: Precision, device: torch.device) -> None:
     """Refuse TF32 on a device without it. torch would silently compute in fp32 there.
 
     Raises:
@@ -55,10 +55,10 @@ def check_precision(who: str, precision: Precision, device: torch.device) -> Non
         device.type == "cuda" and torch.cuda.get_device_capability(device) >= TF32_SINCE
     ):
         return
-    got = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     raise ValueError(
-        f"{who}: precision='tf32' must have an NVIDIA card of compute capability 8.0 or newer; got"
-        f" {got}: take 'fp32' or 'bf16'"
+        f"{subject}: precision='tf32' needs an NVIDIA card of compute capability 8.0 or newer; got"
+        f" {device_name}: use 'fp32' or 'bf16'"
     )
 
 
@@ -92,7 +92,7 @@ _FP32: dict[Precision, str] = {"fp32": "ieee", "tf32": "tf32", "bf16": "ieee"}
 
 
 def _set(precisions: Sequence[str]) -> None:
-    """Set the precision of each of `_operations`, in their order."""
+    """Set the fp32 precision of each of `_operations`, in their order."""
     torch.backends.cuda.matmul.allow_tf32 = precisions[0] == "tf32"
     torch.backends.cudnn.allow_tf32 = precisions[1] == "tf32"
     for operation, precision in zip(_operations(), precisions, strict=True):
@@ -128,7 +128,7 @@ def configure_torch(threads: int, device: torch.device) -> None:
     # Only a warning: a network with such an operation trains, and the run's conditions name it.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    _note_inexact()
+    _collect_inexact()
 
 
 def exactness(device: torch.device) -> str:
@@ -146,25 +146,25 @@ def exactness(device: torch.device) -> str:
     return f"no: {', '.join([*others, *sorted(_inexact)])}" if others or _inexact else "yes"
 
 
-def _note_inexact() -> None:
-    """Collect the operations that torch (2.13) warns about; torch offers no other list of them."""
+def _collect_inexact() -> None:
+    """Collect the inexact operations. torch (2.13) names them only in warnings."""
     show = warnings.showwarning
 
-    def note(message: Warning | str, *about: object, **more: object) -> None:
+    def collect(message: Warning | str, *arguments: object, **options: object) -> None:
         if match := re.match(r"(.+?) does not have a deterministic implementation", str(message)):
             _inexact.add(match[1])
         else:
-            show(message, *about, **more)  # type: ignore[arg-type]
+            show(message, *arguments, **options)  # type: ignore[arg-type]
 
     if getattr(show, "__module__", "") != __name__:  # set by an earlier run in this process
-        warnings.showwarning = note
+        warnings.showwarning = collect
 
 
-def _options() -> dict[str, tuple[int, int]]:
-    """The options' environment variables, with their numbers in malloc.h and values."""
+def _malloc_options() -> dict[str, tuple[int, int]]:
+    """malloc's options by environment variable: the number in malloc.h, and the value."""
     # glibc before 2.35 refuses more than 32 MiB and then returns every block of 128 KiB to the
     # kernel.
-    largest_mapped = 2**31 - 1 if _glibc() >= (2, 35) else 32 * 2**20
+    largest_mapped = 2**31 - 1 if _glibc_version() >= (2, 35) else 32 * 2**20
     return {
         "MALLOC_ARENA_MAX": (-8, 1),
         "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
@@ -173,29 +173,31 @@ def _options() -> dict[str, tuple[int, int]]:
 
 
 def environment() -> dict[str, str]:
-    """Environment variables for a new process. Values that the user has set are unchanged."""
-    return {name: os.environ.get(name, str(value)) for name, (_, value) in _options().items()}
+    """malloc's environment variables for a new process. Values of the user are unchanged."""
+    return {
+        name: os.environ.get(name, str(value)) for name, (_, value) in _malloc_options().items()
+    }
 
 
 def keep_freed_memory() -> bool:
-    """Set the options in this process, preferably before it has threads.
+    """Set malloc's options in this process, preferably before it has threads.
 
     Returns whether malloc accepted all of them. A malloc other than glibc's is left unchanged.
     """
-    if not _glibc():
+    if not _glibc_version():
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    accepted = [mallopt(number, value) == 1 for number, value in _options().values()]
+    accepted = [mallopt(number, value) == 1 for number, value in _malloc_options().values()]
     return all(accepted)
 
 
 def release_freed_memory() -> None:
     """Return freed memory to the kernel once, to exclude it from the next measurement."""
-    if _glibc():
+    if _glibc_version():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _glibc() -> tuple[int, ...]:
+def _glibc_version() -> tuple[int, ...]:
     """The version of glibc; `()` with another C library."""
     name, version = platform.libc_ver()
     return tuple(int(part) for part in version.split(".")[:2]) if name == "glibc" else ()

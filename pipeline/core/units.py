@@ -25,8 +25,8 @@ def unit_of(kind: str, values: Sequence[float]) -> tuple[float, str]:
         "count": ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")),
         "rate": ((1.0, ""),),
     }[kind]
-    least, unit = next(((least, unit) for least, unit in steps if largest >= least), steps[-1])
-    return {"h": 3600.0, "min": 60.0}.get(unit, least), unit
+    minimum, unit = next((step for step in steps if largest >= step[0]), steps[-1])
+    return {"h": 3600.0, "min": 60.0}.get(unit, minimum), unit
 
 
 def counted(count: int | None, noun: str, plural: str | None = None) -> str:
@@ -55,7 +55,7 @@ def format_quantity(value: float, *, kind: str) -> str:
     return f"{rounded(value / scale, digits=3)} {unit}".rstrip()
 
 
-def first_few(names: Sequence[str], most: int = 5) -> str:
+def first_few(names: Sequence[str], max_names: int = 5) -> str:
     """The first names, and the number of further ones."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = f" and {len(names) - max_names} more" if len(names) > max_names else ""
+    return ", ".join(names[:max_names]) + more

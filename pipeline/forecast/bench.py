@@ -1,11 +1,11 @@
 """A recipe's network and one batch of its data, for trying rules before training.
 
 Every rule gets a copy of the network with its initial weights, and the same batch. It trains in the
-loop of a run, at a learning rate of 0. A recipe with a teacher is tried on the labels alone, and a
-recipe of several tasks on its first task.
+loop of a run, at a learning rate of 0. Of a recipe with a teacher, only the loss of the labels is
+used. Of a recipe with several tasks, only the first task is used.
 
-A teacher costs the same for every rule and T: one answer per batch, without a graph. It is measured
-separately and with random weights, so that nothing is downloaded.
+A teacher costs the same for every rule and T: one forward pass per batch, without a graph. It is
+measured separately and with random weights, so that nothing is downloaded.
 """
 
 import copy
@@ -74,14 +74,14 @@ RULES = (
     spec(ide.IDE),
     spec(spide.SPIDE),
 )
-UNTIMED = 3  # batches: the first warms up, the second counts bytes, the third counts operations
-WARM_UP = 2  # batches without any measurement
-TIMED = 5
+UNTIMED = 3  # batches for warm-up, for the count of bytes, and for the count of operations
+WARM_UP = 2  # batches before a measurement of time as in a run
+TIMED = 5  # batches
 # Share of memory that remains free for fragmentation, workspaces, the driver, and the difference
 # between a small batch and a large one.
 RESERVE = 0.1
-WARM_UP_BATCHES = 16  # batches that train a rule's own matrices before its gradient is taken
-DRAWS = 8
+RULE_BATCHES = 16  # batches that train a rule's own matrices before its gradient is measured
+DRAWS = 8  # gradients of a rule that draws time steps
 ROUNDS = 3  # rounds in which rules alternate to compare their times
 
 
@@ -108,7 +108,7 @@ class RuleBytes:
 class Cost(RuleBytes):
     """The cost of one rule on one batch."""
 
-    # The rise of resident memory in a batch; on a GPU, of the allocator's memory. It includes
+    # The increase of resident memory in a batch, or on a GPU of the allocator's memory. It includes
     # gradients and workspaces, but neither the network nor the batch. None if the kernel cannot
     # reset the peak.
     peak_memory_bytes: int | None
@@ -137,10 +137,10 @@ class DoesNotFit(ValueError):
 
 
 class Bench:
-    """`recipe` with a batch of `batch_size` samples, as one worker would train on it.
+    """The network of a recipe, and one batch on which a single worker trains.
 
     Args:
-        batch_size: None: the micro-batch of a single worker.
+        batch_size: samples; None: the micro-batch of a single worker.
         needs_data: False: use random samples if the data cannot be read.
 
     Raises:
@@ -176,13 +176,16 @@ class Bench:
                 if needs_data:
                     raise
                 draw = torch.Generator().manual_seed(recipe.seed)
-                x_B = torch.rand(self.samples, *data.shape, generator=draw)
-                target_B = torch.randint(data.classes, (self.samples,), generator=draw)
-                self._set_batch(x_B.to(device), target_B.to(device))
+                self._set_batch(
+                    torch.rand(self.samples, *data.shape, generator=draw).to(device),
+                    torch.randint(data.classes, (self.samples,), generator=draw).to(device),
+                )
 
     def _build_network(self, recipe: Recipe, samples: int) -> None:
         if recipe.teacher is not None:
-            recipe = replace(recipe, teacher=None, objective=spec(_labels, of=recipe.objective))
+            recipe = replace(
+                recipe, teacher=None, objective=spec(_label_loss, distillation=recipe.objective)
+            )
         self.recipe, self.samples = recipe, samples
         self.loss: Loss = self.recipe.objective.build()
         self.network = build_network(self.recipe, tasks_of(self.recipe))
@@ -205,8 +208,8 @@ class Bench:
             DoesNotFit: its batch does not fit into memory.
         """
         device = self.x_B.device
-        with self.training(rule) as (made, meters, train_once):
-            for _ in range(UNTIMED):  # they also load everything that is loaded at first use
+        with self.training(rule) as (built_rule, meters, train_once):
+            for _ in range(UNTIMED):  # the first one also loads what is loaded at first use
                 train_once()
             release_freed_memory()
             reset_peak_device_bytes(device)
@@ -217,7 +220,7 @@ class Bench:
             peak = peak_device_bytes(device) if self.x_B.is_cuda else peak_rss_bytes()
         seconds = _seconds(meters.clock.take()[UNTIMED:], statistics.median)
         return Cost(
-            **bytes_of_batch(made, meters),
+            **bytes_of_batch(built_rule, meters),
             peak_memory_bytes=peak - before if is_known else None,
             forward_s=seconds["forward"],
             backward_s=seconds["backward"],
@@ -230,8 +233,8 @@ class Bench:
         """Mean seconds of the parts of a batch, as in a run.
 
         The parts are "forward", "backward", "loop" (the rest of the loop), "communication" and
-        "optimizer". The recipe's own backend is used; its process group must exist. The mean is
-        used because a delayed batch delays training, however rare it is.
+        "optimizer". The recipe's own backend is used; its process group must exist. The mean
+        is used, not the median, because a rare slow batch also delays training.
 
         Raises: as `cost`.
         """
@@ -253,10 +256,12 @@ class Bench:
         Raises: as `cost`.
         """
         with self.running(rule.build().label):
-            network, made = self.copy_of_network(), self._build(rule)
-            made.attach(network, world=World(self.recipe.seed), over_time=self.recipe.over_time)
-            if made.calibration_batches and self.calibrates:
-                made.calibrate(network, [self.x_TB])
+            network, built_rule = self.copy_of_network(), self._build(rule)
+            built_rule.attach(
+                network, world=World(self.recipe.seed), over_time=self.recipe.over_time
+            )
+            if built_rule.calibration_batches and self.calibrates:
+                built_rule.calibrate(network, [self.x_TB])
             every = None if as_in_a_run else 10**9
             meters = Meters(
                 network,
@@ -273,74 +278,74 @@ class Bench:
                 )
                 guard = Guard()
                 if as_in_a_run:
-                    backend = build_backend(self.recipe, network, made, self.recipe.split(1))
+                    backend = build_backend(self.recipe, network, built_rule, self.recipe.split(1))
                     for group in backend.optimizer.param_groups:
                         group["lr"] = 0.0
                     guard = AnomalyGuard(
                         backend,
-                        made,
+                        built_rule,
                         self._ranks,
                         max_skips=0,
-                        can_undo=can_undo(self.recipe, made),
+                        can_undo=can_undo(self.recipe, built_rule),
                     )
                 batch = [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
                 schedule, steps = (lambda step: None), itertools.count()
 
                 def train_once() -> None:
                     train_batch(
-                        made, backend, schedule, next(steps), batch, self.loss, meters, guard
+                        built_rule, backend, schedule, next(steps), batch, self.loss, meters, guard
                     )
 
                 try:
-                    yield made, meters, train_once
-                except Rollback as bad:
-                    raise ValueError(f"{made.label}: cannot be timed; {bad}") from bad
+                    yield built_rule, meters, train_once
+                except Rollback as error:
+                    raise ValueError(f"{built_rule.label}: cannot be timed; {error}") from error
 
     @cached_property
     def _ranks(self) -> Ranks:
         return Ranks(distributed.get_rank(), distributed.get_world_size(), device_here().type)
 
     def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
-        """The rule's gradient of each synapse in fp32; several draws if it draws time steps.
+        """The rule's gradients by synapse in fp32: `DRAWS` of them if the rule draws time steps.
 
-        They are kept in host memory, because the next rule has to fit on the card.
+        They are kept in host memory, because the next rule needs the memory of the GPU.
 
         Raises: as `cost`.
         """
-        made = self._build(rule)
-        decides = made.inner if isinstance(made, hlop.HLOP) else made
-        draws = DRAWS if isinstance(decides, sltt.SLTT) and decides.k is not None else 1
-        found: list[dict[str, Tensor]] = []
-        with self.running(f"{made.label}'s gradient"):
+        built_rule = self._build(rule)
+        inner_rule = built_rule.inner if isinstance(built_rule, hlop.HLOP) else built_rule
+        draws = DRAWS if isinstance(inner_rule, sltt.SLTT) and inner_rule.k is not None else 1
+        draws_of_gradient: list[dict[str, Tensor]] = []
+        with self.running(f"{built_rule.label}'s gradient"):
             for step in range(draws):
-                of_draw = gradients(
+                gradient = gradients(
                     self.network,
                     self._build(rule),
                     self.x_TB,
                     partial(self.loss, self.target_B),
                     world=World(self.recipe.seed),
                     over_time=self.recipe.over_time,
-                    batches=WARM_UP_BATCHES if isinstance(made, opzo.OPZO) else 1,
+                    batches=RULE_BATCHES if isinstance(built_rule, opzo.OPZO) else 1,
                     step=step,
                 )
-                found.append({name: g.cpu() for name, g in of_draw.items()})
-        return found
+                draws_of_gradient.append({name: g.cpu() for name, g in gradient.items()})
+        return draws_of_gradient
 
     def stepped(self) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """A copy of the network with gradients of 0, and its optimizer after a first step."""
+        """A copy of the network, and its optimizer after one step with gradients of 0."""
         network = self.copy_of_network()
         optimizer = build_optimizer(self.recipe, network, self.recipe.rule.build())
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # creates its state
+        optimizer.step()  # creates the optimizer's state
         return network, optimizer
 
     def copy_of_network(self) -> nn.Module:
         return copy.deepcopy(self.network)
 
     @contextmanager
-    def running(self, who: str) -> Iterator[None]:
-        """Surround the work on a batch. A bench without values overrides it (`step_counts.py`).
+    def running(self, subject: str) -> Iterator[None]:
+        """The context of all work on a batch. `FakeBench` in step_counts.py has another one.
 
         Raises: DoesNotFit if memory runs out inside.
         """
@@ -350,14 +355,14 @@ class Bench:
             if not is_out_of_memory(error):
                 raise
             raise DoesNotFit(
-                f"{who}: a batch must fit into memory; {counted(self.samples, 'sample')} at T ="
+                f"{subject}: a batch must fit into memory; {counted(self.samples, 'sample')} at T ="
                 f" {self.recipe.time_steps} do not"
             ) from None
 
     def _build(self, rule: Spec) -> Rule:
-        made: Rule = rule.build()
-        made.check_steps(self.recipe.time_steps)
-        return made
+        built_rule: Rule = rule.build()
+        built_rule.check_steps(self.recipe.time_steps)
+        return built_rule
 
 
 def samples_per_epoch(recipe: Recipe) -> int:
@@ -384,16 +389,16 @@ def fastest_baseline(costs: Iterable[Cost]) -> Cost | None:
 
 
 def rules_by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:
-    """`rules` by label. The recipe's own rule replaces a rule with the same label."""
+    """`rules` and the recipe's own rule by label. The own rule replaces one with the same label."""
     return {rule.build().label: rule for rule in (*rules, own)}
 
 
 def group_by_network(
     recipes: Sequence[Recipe], inputs: Callable[[Recipe], object]
 ) -> Iterator[tuple[Recipe, tuple[Spec, ...]]]:
-    """Group recipes that differ only in their rules: those with equal `inputs(recipe)`.
+    """Group recipes that differ only in their rules, so that `inputs(recipe)` is equal.
 
-    It yields one recipe for each group, named after its members, with all their rules.
+    Yields one recipe for each group, named after its members, with the rules of all members.
 
     Raises: ValueError, before the first group, if a recipe contradicts itself.
     """
@@ -403,7 +408,7 @@ def group_by_network(
         groups.setdefault(inputs(recipe), []).append(recipe)
     for group in groups.values():
         yield (
-            replace(group[0], name=first_few([recipe.name for recipe in group], most=3)),
+            replace(group[0], name=first_few([recipe.name for recipe in group], max_names=3)),
             tuple(recipe.rule for recipe in group),
         )
 
@@ -425,27 +430,29 @@ def step_inputs(recipe: Recipe) -> tuple[object, ...]:
     )
 
 
-def in_turns(labels: Iterable[str], rounds: int) -> list[str]:
-    """The labels of all rounds. Each round begins with the next one: drift affects all equally."""
+def interleave(labels: Iterable[str], rounds: int) -> list[str]:
+    """The order of labels over all rounds.
+
+    Each round begins with the next label, so drift affects all labels equally.
+    """
     order = list(labels)
-    turns = itertools.product(range(rounds), range(len(order)))
-    return [order[(turn + place) % len(order)] for turn, place in turns]
+    return [order[(turn + i) % len(order)] for turn in range(rounds) for i in range(len(order))]
 
 
 def measure_costs(
     bench: Bench, rules: Mapping[str, Spec]
 ) -> tuple[dict[str, list[Cost]], dict[str, str]]:
-    """The costs of each rule in every round, and the reasons why other rules cannot train."""
+    """The costs of each rule in all rounds, and the reasons why other rules cannot train."""
     rounds: dict[str, list[Cost]] = {label: [] for label in rules}
-    refused: dict[str, str] = {}
-    for label in in_turns(rules, ROUNDS):
-        if label not in refused:
+    reasons: dict[str, str] = {}
+    for label in interleave(rules, ROUNDS):
+        if label not in reasons:
             try:
                 rounds[label].append(bench.cost(rules[label]))
             except ValueError as error:
-                refused[label] = str(error)
+                reasons[label] = str(error)
                 del rounds[label]
-    return rounds, refused
+    return rounds, reasons
 
 
 def median_cost(rounds: Sequence[Cost]) -> Cost:
@@ -458,15 +465,15 @@ def median_cost(rounds: Sequence[Cost]) -> Cost:
     )
 
 
-def bytes_of_batch(made: Rule, meters: Meters) -> dict[str, Any]:
+def bytes_of_batch(built_rule: Rule, meters: Meters) -> dict[str, Any]:
     """The fields of `RuleBytes` after training on a batch."""
     totals = meters.totals
     assert totals.peak_saved_bytes is not None and totals.state_bytes is not None
     return {
-        "rule": made.label,
+        "rule": built_rule.label,
         "peak_saved_bytes": totals.peak_saved_bytes,
         "state_bytes": totals.state_bytes,
-        "rule_bytes": made.bytes(),
+        "rule_bytes": built_rule.bytes(),
     }
 
 
@@ -475,30 +482,29 @@ def _seconds(
 ) -> dict[str, float]:
     """Average seconds of each part of a batch. The rest of the loop is the part "loop"."""
     rest = [each["transfer"] + each["metrics"] + each[REST] for each in batches]
-    parts = ("forward", "backward", "communication", "optimizer")
-    return {part: average(each[part] for each in batches) for part in parts} | {
-        "loop": average(rest)
-    }
+    return {
+        part: average(each[part] for each in batches)
+        for part in ("forward", "backward", "communication", "optimizer")
+    } | {"loop": average(rest)}
 
 
-def _labels(of: Loss) -> Loss:
-    return of.labels
+def _label_loss(distillation: Loss) -> Loss:
+    return distillation.labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherCost:
-    """The cost of a teacher's answers for one batch."""
+    """The cost of a teacher's predictions for one batch."""
 
     teacher: str
     bytes: int  # weights and statistics
     seconds: float  # median, without a cache
 
     def describe(self) -> str:
-        """One line for below a table of rules."""
+        """A sentence for the text below a table of rules."""
         return (
-            f"the teacher, {self.teacher}, is in no row: beside every rule it holds"
-            f" {self.bytes / 1e6:.4g} MB of weights and answers for a batch in"
-            f" {self.seconds * 1e3:.4g} ms"
+            f"no row includes the teacher, {self.teacher}: it holds {self.bytes / 1e6:.4g} MB of"
+            f" weights, and its predictions for a batch take {self.seconds * 1e3:.4g} ms"
         )
 
 
@@ -519,7 +525,7 @@ def measure_teacher(recipe: Recipe, x_B: Tensor) -> TeacherCost | None:
 
 
 def untrained_teacher(recipe: Recipe) -> Teacher:
-    """The recipe's teacher with random weights. A head that would be fitted is random too.
+    """The recipe's teacher with random weights. The head of a probe is random too.
 
     Raises: ValueError as `build_teacher`.
     """

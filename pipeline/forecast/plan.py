@@ -12,13 +12,13 @@ memory. Kernels that fuse several operations are faster.
     roofline = sum over operations of max(flops / peak flops, bytes / peak bandwidth)
 
 For machines like this one, small batches of every rule are timed, with the recipe's own backend and
-as many processes as workers. The seconds per batch grow linearly with its samples, so two sizes
-determine them:
+as many processes as workers. The seconds per batch grow linearly with the samples, so two sizes
+determine the line:
 
     t(B) = t(b) + (t(b) - t(a)) / (b - a) (B - b)
 
 Both sizes are small, because the operations of `b` samples are limited. If one sample exceeds that
-limit, its seconds are multiplied by B. The teacher is timed likewise.
+limit, only one size is timed, and its seconds are multiplied by B. The teacher is timed likewise.
 
 DeepSpeed 0.19.8 holds and moves the following bytes, for parameters P, gradients G and optimizer
 state O on a ring of N workers with n backward calls per batch:
@@ -64,9 +64,9 @@ from pipeline.forecast.step_counts import (
     FakeBench,
     Operation,
     Traffic,
+    count_optimizer,
+    count_teacher,
     counted,
-    counted_optimizer,
-    counted_teacher,
 )
 from pipeline.measure.memory import device_here, format_hardware, free_bytes, hardware
 from pipeline.measure.saved_bytes import bytes_of
@@ -78,7 +78,7 @@ from pipeline.train.build import check_recipe
 
 # Floating-point operations of the larger timed batch on machines like this one.
 LIMIT = {"cpu": 3e9, "cuda": 3e12}
-TIMED = (3, 50)  # minimum and maximum of timed batches; 10 at the limit
+TIMED = (3, 50)  # minimum and maximum number of timed batches; it is 10 at the limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class Device:
     watts: float
     efficiency: float = 0.4  # share of the roofline that training reaches: an assumption
     launch: float = 5e-6  # seconds from one kernel launch to the next, in Python
-    driver: str  # the name from the driver, and so in torch; it differs by board and memory
+    driver: str  # the name that the driver and torch report; it differs by board and memory
     source: str
 
     def busy_s(self, operations: Iterable[Operation], precision: Precision) -> float:
@@ -175,19 +175,19 @@ class Planned:
     """The prediction for one rule."""
 
     rule: str
-    written: Mapping[str, Any]  # the rule as in recipe.json; its label lacks some keywords
+    written: Mapping[str, Any]  # the rule as in recipe.json; the label leaves out some keywords
     zero: int
     micro_batch: int
     accumulation: int
     saved_bytes: int
-    memory_bytes: float  # peak per worker: held bytes, kept bytes, and the batch itself
+    memory_bytes: float  # peak per worker, of the network, the optimizer, the rule and the batch
     # for one micro-batch on one worker, without the optimizer:
     flops: int
     moved_bytes: int
     kernels: int
     forecast_note: str  # how the rule was counted, if its work depends on values
     compute_s: float  # per batch, as are the following:
-    teacher_s: float  # the teacher's answers; 0 without a teacher
+    teacher_s: float  # the teacher's predictions; 0 without a teacher
     communication_s: float
     optimizer_s: float
     images_per_s: float
@@ -207,13 +207,13 @@ class Plan:
 
     recipe: str
     cluster: Cluster
-    device: str  # the cluster's, or the device here
-    timed: tuple[int, ...]  # samples of the batches that were timed here; empty for a card
-    samples: int | None  # per epoch; None if the data are not here and no number is given
+    device: str  # the name of the card, or the hardware of this machine
+    timed: tuple[int, ...]  # sizes in samples of the batches timed here; empty for a card
+    samples: int | None  # per epoch; None if the data are not here and the user set no number
     teacher: str | None  # the teacher; its time and bytes are part of every rule's figures
     teacher_bytes: int
     rules: tuple[Planned, ...]
-    refused: Mapping[str, str]  # the reasons by rule: it cannot train the network or does not fit
+    refused: Mapping[str, str]  # by rule: why it cannot train the network, or does not fit
 
 
 def plan(
@@ -224,9 +224,9 @@ def plan(
     `samples`: per epoch. None: the number in the data, if the data are here.
 
     Raises:
-        ValueError: the recipe contradicts itself or has phases, the card's data sheet lacks the
-            precision, an epoch has no whole batch, or this machine has fewer cores or cards than
-            workers.
+        ValueError: the recipe contradicts itself or has phases, the device does not support the
+            precision of the recipe or of its teacher, an epoch has no whole batch, or this machine
+            has too few cores or cards for the workers.
     """
     say_stage("building the network")
     check_recipe(recipe.with_untrained_teacher(), cluster.workers)
@@ -236,8 +236,8 @@ def plan(
             samples = samples_per_epoch(recipe)
     require(
         samples is None or samples >= recipe.batch_size,
-        f"plan: an epoch must have a batch of {count_of(recipe.batch_size, 'sample')} at least;"
-        f" got {samples}",
+        f"plan: an epoch must have at least one batch, {count_of(recipe.batch_size, 'sample')}; got"
+        f" {samples}",
     )
     planner = _Planner(recipe, cluster)
     fits: dict[str, _Fit] = {}
@@ -292,21 +292,22 @@ def _check(recipe: Recipe, cluster: Cluster) -> None:
         return
     check_precision("recipe", recipe.precision, device_here())
     if device_here().type == "cuda":
-        takes = "a card"
-        there = most = torch.cuda.device_count()
+        needs = "a GPU"
+        available = maximum = torch.cuda.device_count()
     else:
-        takes, there = count_of(cluster.threads, "core"), len(os.sched_getaffinity(0))
-        most = there // cluster.threads
+        needs = count_of(cluster.threads, "core")
+        available = len(os.sched_getaffinity(0))
+        maximum = available // cluster.threads
     require(
-        cluster.workers <= most,
-        f"plan: every worker takes {takes}, of which machines like this one have {there}; got"
-        f" {count_of(cluster.workers, 'worker')}; name the card with --device, or fewer",
+        cluster.workers <= maximum,
+        f"plan: each worker needs {needs}; machines like this one have {available}; got"
+        f" {count_of(cluster.workers, 'worker')}: reduce --workers, or name a GPU with --device",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Fit:
-    """How a rule's training fits on a worker."""
+    """The micro-batch and the ZeRO stage with which a rule's training fits on a worker."""
 
     rule: Spec
     counts: Counts  # for one micro-batch
@@ -314,24 +315,24 @@ class _Fit:
     accumulation: int
     zero: int
     updates: int  # updates of the weights per batch
-    sums: int  # sums of gradients over all workers per update, if each backward sums them
+    sums: int  # all-reduces of gradients per update, if each backward call has one
 
 
 class _Planner:
-    """The batch, and the bytes that a worker holds and moves. All rules share them.
+    """The values that all rules share: the batch, and the bytes that a worker holds and sends.
 
-    Seconds of a batch are by the names of fields of `Planned`.
+    Its methods return seconds per batch by the names of fields of `Planned`.
     """
 
     def __init__(self, recipe: Recipe, cluster: Cluster) -> None:
         self.recipe, self.cluster = recipe, cluster
-        self.whole = recipe.batch_size // cluster.workers
-        self.wanted = recipe.split(cluster.workers).micro_batch
+        self.share = recipe.batch_size // cluster.workers
+        self.micro_batch = recipe.split(cluster.workers).micro_batch
         self.bench: Callable[[int], FakeBench] = cache(partial(FakeBench, recipe))
-        self.answers: Callable[[Teacher, int], Traffic] = cache(
-            lambda teacher, size: counted_teacher(teacher, self.bench(size))
+        self.teacher_traffic: Callable[[Teacher, int], Traffic] = cache(
+            lambda teacher, size: count_teacher(teacher, self.bench(size))
         )
-        self.held, self.optimizer = counted_optimizer(self.bench(self.wanted))
+        self.held, self.optimizer_traffic = count_optimizer(self.bench(self.micro_batch))
         self.teacher = None if recipe.teacher is None else untrained_teacher(recipe)
         self.teacher_bytes = (
             0
@@ -396,12 +397,12 @@ class _Planner:
             [card.link] if cluster.workers <= cluster.per_node else [card.link, cluster.node_link]
         )
         # A card's optimizer updates many parameters in one kernel, so launches are not added.
-        optimizer_s = card.busy_s(self.optimizer.operations, self.recipe.precision)
+        optimizer_s = card.busy_s(self.optimizer_traffic.operations, self.recipe.precision)
         return {
             "compute_s": seconds(fit.counts.traffic, self.recipe.precision),
             "teacher_s": 0.0
             if teacher is None
-            else seconds(self.answers(teacher, fit.micro_batch), teacher.precision),
+            else seconds(self.teacher_traffic(teacher, fit.micro_batch), teacher.precision),
             "communication_s": fit.updates * self._sent_bytes(fit.zero, fit.sums) / min(links),
             "optimizer_s": fit.updates * optimizer_s / card.efficiency,
         }
@@ -411,36 +412,36 @@ class _Planner:
     ) -> tuple[tuple[int, ...], dict[str, dict[str, float]], dict[str, str]]:
         """Time small batches here, and extrapolate to the seconds per batch of each rule.
 
-        Returns the sizes of the timed batches, the seconds, and the reasons why other rules could
-        not be timed.
+        Returns the sizes of the timed batches, the seconds by rule, and the reasons why other rules
+        could not be timed.
 
         Raises: ValueError if a process failed.
         """
         here, workers, threads = device_here(), self.cluster.workers, self.cluster.threads
         sizes, batches = self._timed_sizes(fits.values())
         rules = {label: fit.rule for label, fit in fits.items()}
-        time = partial(rule_seconds, rounds=1, batches=batches, needs_data=False)
+        measure = partial(rule_seconds, rounds=1, batches=batches, needs_data=False)
         measured: list[Mapping[str, Mapping[str, float]]] = []
-        of_teacher: list[float] = []
+        teacher_seconds: list[float] = []
         refused: dict[str, str] = {}
         for size in sizes:
             say_stage(f"timing batches of {count_of(size, 'sample')} with {', '.join(rules)}")
-            given = self.recipe, rules, size, threads
+            arguments = self.recipe, rules, size, threads
             if workers == 1:
                 with group_of_one(here.type):
-                    seconds, why = time(here, *given)
+                    seconds, reasons = measure(here, *arguments)
             else:
-                seconds, why = run_processes("plan", time, *given, processes=workers)
+                seconds, reasons = run_processes("plan", measure, *arguments, processes=workers)
             measured.append(seconds)
-            refused |= why
-            x_B = torch.rand(size, *self.bench(self.wanted).x_B.shape[1:], device=here)
+            refused |= reasons
+            x_B = torch.rand(size, *self.bench(self.micro_batch).x_B.shape[1:], device=here)
             teacher = measure_teacher(self.recipe, x_B)
-            of_teacher.append(0.0 if teacher is None else teacher.seconds)
+            teacher_seconds.append(0.0 if teacher is None else teacher.seconds)
         return (
             sizes,
             {
                 label: self._extrapolated(
-                    fit, sizes, [each[label] for each in measured], of_teacher
+                    fit, sizes, [each[label] for each in measured], teacher_seconds
                 )
                 for label, fit in fits.items()
                 if label not in refused
@@ -450,11 +451,11 @@ class _Planner:
 
     def _timed_sizes(self, fits: Iterable[_Fit]) -> tuple[tuple[int, ...], int]:
         """Samples of the timed batches, and the number of batches."""
-        of_a_sample = max(1, *(fit.counts.traffic.flops / fit.micro_batch for fit in fits))
-        limit, (least, most) = LIMIT[device_here().type], TIMED
-        large = min(max(1, int(limit // of_a_sample)), self.wanted)
-        batches = int(10 * limit / (large * of_a_sample))
-        return tuple(sorted({max(1, large // 4), large})), min(max(least, batches), most)
+        per_sample = max(1, *(fit.counts.traffic.flops / fit.micro_batch for fit in fits))
+        limit = LIMIT[device_here().type]
+        large = min(max(1, int(limit // per_sample)), self.micro_batch)
+        batches = int(10 * limit / (large * per_sample))
+        return tuple(sorted({max(1, large // 4), large})), min(max(TIMED[0], batches), TIMED[1])
 
     def _extrapolated(
         self,
@@ -464,27 +465,27 @@ class _Planner:
         teacher: Sequence[float],
     ) -> dict[str, float]:
         compute = [each["forward"] + each["backward"] + each["loop"] for each in measured]
-        # A timed step has one micro-batch, so it sums gradients for one micro-batch or one update.
+        # A timed step has one micro-batch, so it has the all-reduces of one micro-batch or update.
         timed_sums = fit.sums // fit.accumulation if fit.updates == 1 else 1
-        once = self._sent_bytes(self.recipe.zero, timed_sums)
-        more = self._sent_bytes(fit.zero, fit.sums) / once if once else 1.0
+        timed_bytes = self._sent_bytes(self.recipe.zero, timed_sums)
+        bytes_ratio = self._sent_bytes(fit.zero, fit.sums) / timed_bytes if timed_bytes else 1.0
         return {
-            "compute_s": _at(fit.micro_batch, sizes, compute) * fit.accumulation,
-            "teacher_s": _at(fit.micro_batch, sizes, teacher) * fit.accumulation,
-            "communication_s": measured[-1]["communication"] * more,
+            "compute_s": _seconds_at(fit.micro_batch, sizes, compute) * fit.accumulation,
+            "teacher_s": _seconds_at(fit.micro_batch, sizes, teacher) * fit.accumulation,
+            "communication_s": measured[-1]["communication"] * bytes_ratio,
             "optimizer_s": measured[-1]["optimizer"],
         }
 
     # ------------------------------------------------------------------------------- bytes, by ZeRO
 
     def fit(self, rule: Spec) -> _Fit:
-        """The recipe's micro-batch at the lowest ZeRO stage that fits.
+        """Choose the recipe's micro-batch, and the lowest ZeRO stage at which it fits.
 
-        If no stage fits, the largest micro-batch that fits at any stage is used.
+        If it fits at no stage, choose the largest micro-batch that fits at any stage.
 
         Raises: ValueError if the rule cannot train the network, or no micro-batch fits.
         """
-        updates_each_step = rule.build().update == "step"
+        updates_at_each_step = rule.build().update == "step"
         is_fixed = self.recipe.backend == "plain" or self.cluster.workers == 1
         stages = [self.recipe.zero] if is_fixed else range(self.recipe.zero, 3)
 
@@ -493,39 +494,39 @@ class _Planner:
                 (z for z in stages if self._peak_bytes(kept, micro, z) <= self.memory), None
             )
 
-        sizes = [size for size in range(self.wanted, 0, -1) if self.whole % size == 0]
-        if updates_each_step:  # with accumulation, the rule would update at every micro-batch
+        sizes = [size for size in range(self.micro_batch, 0, -1) if self.share % size == 0]
+        if updates_at_each_step:  # with accumulation, every micro-batch would update the weights
             sizes = sizes[:1]
-        counts = counted(self.bench(self.wanted), rule)
-        of_a_sample = counts.kept_bytes / self.wanted
+        counts = counted(self.bench(self.micro_batch), rule)
+        per_sample = counts.kept_bytes / self.micro_batch
         for micro in sizes:
-            # This many bytes at least: some saved bytes do not depend on the batch.
-            if stage_of(counts.rule_bytes + micro * of_a_sample, micro) is None:
+            # A lower bound, because some saved bytes do not depend on the batch.
+            if stage_of(counts.rule_bytes + micro * per_sample, micro) is None:
                 continue
-            if micro < self.wanted:
+            if micro < self.micro_batch:
                 counts = counted(self.bench(micro), rule)
             if (zero := stage_of(counts.all_bytes, micro)) is not None:
-                accumulation, calls = self.whole // micro, counts.backward_calls
+                accumulation, calls = self.share // micro, counts.backward_calls
                 return _Fit(
                     rule=rule,
                     counts=counts,
                     micro_batch=micro,
                     accumulation=accumulation,
                     zero=zero,
-                    updates=calls if updates_each_step else 1,
-                    sums=1 if updates_each_step else calls * accumulation,
+                    updates=calls if updates_at_each_step else 1,
+                    sums=1 if updates_at_each_step else calls * accumulation,
                 )
         kept = counted(self.bench(sizes[-1]), rule).all_bytes
         needs = min(self._peak_bytes(kept, sizes[-1], zero) for zero in stages)
         raise ValueError(
-            f"{counts.rule}: a worker must fit into {self.memory / 1e9:.3g} GB; it needs"
-            f" {needs / 1e9:.3g} GB at least"
+            f"{counts.rule}: a worker must fit into {self.memory / 1e9:.3g} GB; it needs at"
+            f" least {needs / 1e9:.3g} GB"
         )
 
     def _peak_bytes(self, kept: float, micro: int, zero: int) -> float:
         held, workers = self.held, self.cluster.workers
         averages = held.parameters if self.recipe.ema_decay else 0
-        batch = self.bench(self.wanted).batch_bytes * micro / self.wanted
+        batch = self.bench(self.micro_batch).batch_bytes * micro / self.micro_batch
         bytes_ = held.parameters + held.buffers + averages + self.teacher_bytes + kept + batch
         if zero == 0:
             return bytes_ + held.gradients + held.optimizer
@@ -540,9 +541,9 @@ class _Planner:
         return 2 * (workers - 1) / workers * (gradients + gathered)
 
 
-def _at(samples: int, sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    """Seconds of a batch of `samples`, from the seconds of one or two sizes."""
-    of_a_sample = seconds[0] / sizes[0]
+def _seconds_at(samples: int, sizes: Sequence[int], seconds: Sequence[float]) -> float:
+    """Seconds of a batch of `samples`: a line through the seconds of one or two sizes."""
+    per_sample = seconds[0] / sizes[0]
     if len(sizes) == 2:
-        of_a_sample = max(0.0, (seconds[1] - seconds[0]) / (sizes[1] - sizes[0]))
-    return seconds[-1] + of_a_sample * (samples - sizes[-1])
+        per_sample = max(0.0, (seconds[1] - seconds[0]) / (sizes[1] - sizes[0]))
+    return seconds[-1] + per_sample * (samples - sizes[-1])

@@ -28,7 +28,7 @@ SAFE = 0.9  # the minimum cosine with BPTT's gradient, over all layers, of a "sa
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """The findings on one batch of a recipe."""
+    """The costs and gradients of rules on one batch of a recipe."""
 
     recipe: str
     samples: int
@@ -39,8 +39,8 @@ class Probe:
     rounds: Mapping[str, tuple[float, ...]]
     teacher: TeacherCost | None  # not part of any rule's cost
     fidelity: Fidelity | None  # None without BPTT's gradient for comparison
-    refused: Mapping[str, str]  # reasons by rule that cannot train the network
-    uncompared: Mapping[str, str]  # reasons by rule that can, but whose gradient is unknown
+    refused: Mapping[str, str]  # by rule that cannot train the network: the reason
+    uncompared: Mapping[str, str]  # by rule that can train it but has no gradient: the reason
     hardware: Mapping[str, object]
 
     def cost(self, rule: str) -> Cost | None:
@@ -48,9 +48,9 @@ class Probe:
 
     @property
     def time_baseline(self) -> Cost | None:
-        """The reference of times: the faster BPTT.
+        """The reference of times: BPTT folded over time or step by step, the faster of the two.
 
-        The reference of bytes and operations is BPTT folded over time.
+        The reference of bytes and operations is always BPTT folded over time.
         """
         return fastest_baseline(self.costs)
 
@@ -75,14 +75,14 @@ def probe(
     bench = Bench(recipe, batch_size=batch_size, threads=threads)
     with bench.running(f"{recipe.name}'s teacher"):
         teacher = measure_teacher(recipe, bench.x_B)
-    tried = rules_by_label(rules, recipe.rule)
-    say_stage(f"measuring {', '.join(tried)}")
-    rounds, refused = measure_costs(bench, tried)
+    labelled = rules_by_label(rules, recipe.rule)
+    say_stage(f"measuring {', '.join(labelled)}")
+    rounds, refused = measure_costs(bench, labelled)
     require(rounds, "probe: no rule can train this network; " + "; ".join(refused.values()))
     say_stage("comparing their gradients")
     gradients: dict[str, Sequence[Gradients]] = {}
     uncompared: dict[str, str] = {}
-    for label, rule in tried.items():
+    for label, rule in labelled.items():
         # BPTT in slices of time has the same gradient as BPTT.
         if label in rounds and (label == BASELINE or not is_baseline(label)):
             try:
@@ -108,21 +108,21 @@ def probe(
     )
 
 
-def advice(found: Probe) -> str:
-    """The cheapest rule with a gradient close to BPTT's in every layer, and its savings.
+def advice(result: Probe) -> str:
+    """Advise the cheapest rule with a gradient close to BPTT's in every layer; name its savings.
 
-    The text has one or two sentences. The cheapest rule has the smallest product of seconds and
-    bytes (saved, states and the rule's own). Close means a cosine of at least `SAFE`. A layer whose
-    BPTT gradient is 0, for example with silent neurons, cannot be judged; no rule is then called
-    safe.
+    The text has one to three sentences. The cheapest rule has the smallest product of seconds and
+    bytes (saved, states and the rule's own). Close means a cosine of at least `SAFE`. A layer
+    cannot be judged if its gradient with BPTT is 0, for example with silent neurons. No rule is
+    then called safe.
     """
-    bptt, fastest, fidelity = found.cost(BASELINE), found.time_baseline, found.fidelity
-    reasons = {**found.refused, **found.uncompared}
+    bptt, fastest, fidelity = result.cost(BASELINE), result.time_baseline, result.fidelity
+    reasons = {**result.refused, **result.uncompared}
     if bptt is None or fastest is None or fidelity is None:
         why = reasons.get(BASELINE, "BPTT was not tried")
         return f"There is nothing to compare gradients with; {why}."
-    tried = (cost for cost in found.costs if cost.rule in fidelity.cosines)
-    others = [cost for cost in tried if not is_baseline(cost.rule)]
+    costs = (cost for cost in result.costs if cost.rule in fidelity.cosines)
+    others = [cost for cost in costs if not is_baseline(cost.rule)]
     if not others:
         why = "; ".join(reasons.values()) or "no other rule was tried"
         return f"There is no gradient to compare with BPTT's; {why}."
@@ -133,37 +133,40 @@ def advice(found: Probe) -> str:
     layers, unknown = len(fidelity.layers), len(fidelity.layers) - len(fidelity.comparable)
     if near:
         best = min(near, key=lambda cost: cost.all_bytes * cost.compute_s)
-        called = f"{best.rule} is safe here before training"
+        verdict = f"{best.rule} is safe here before training"
         where = "every layer"
         if unknown:
-            called = f"{best.rule} is near BPTT here before training, but not known to be safe"
+            verdict = f"{best.rule} is near BPTT here before training, but not known to be safe"
             where = f"{layers - unknown} of {layers} layers; {_UNKNOWN} in the others"
         layer, cosine = lowest[best.rule]
         return (
-            f"{called}: its gradient has a cosine of {cosine:.2f} or more (least at {layer}) with"
-            f" BPTT's in {where}; it {_savings(found, best, bptt, fastest)}."
+            f"{verdict}: its gradient has a cosine of {cosine:.2f} or more (least at {layer}) with"
+            f" BPTT's in {where}; it {_savings(result, best, bptt, fastest)}."
         )
     rule, (layer, cosine) = max(lowest.items(), key=lambda each: each[1][1])
-    whose = "No gradient that was compared is" if found.uncompared else "No rule's gradient is"
-    blind = f"{_UNKNOWN} in {unknown} of {layers} layers. " if unknown else ""
+    subject = "No gradient that was compared is" if result.uncompared else "No rule's gradient is"
+    unknown_note = f"{_UNKNOWN} in {unknown} of {layers} layers. " if unknown else ""
     return (
-        f"{whose} near BPTT's in every layer: the nearest is {rule}, with a cosine of"
-        f" {cosine:.2f} at {layer}. {blind}Whether it learns all the same, a run says."
+        f"{subject} near BPTT's in every layer: the nearest is {rule}, with a cosine of"
+        f" {cosine:.2f} at {layer}. {unknown_note}Only a run shows whether it learns."
     )
 
 
 _UNKNOWN = "BPTT's gradient is 0 or not finite"
 
 
-def _savings(found: Probe, best: Cost, bptt: Cost, fastest: Cost) -> str:
+def _savings(result: Probe, best: Cost, bptt: Cost, fastest: Cost) -> str:
     kept = best.all_bytes / bptt.all_bytes
-    rounds = zip(found.rounds[best.rule], found.rounds[fastest.rule], strict=True)
-    shares = [mine / its for mine, its in rounds]
-    own = " and the rule's own" if best.rule_bytes else ""
+    rounds = zip(result.rounds[best.rule], result.rounds[fastest.rule], strict=True)
+    shares = [seconds / baseline_s for seconds, baseline_s in rounds]
+    own_bytes = " and the rule's own" if best.rule_bytes else ""
     saves = f"saves {1 - kept:.0%}" if kept < 1 else "saves nothing"
-    its = "its time" if fastest is bptt else f"the time of {fastest.rule}, the faster BPTT"
+    baseline_time = (
+        "BPTT's time" if fastest is bptt else f"the time of {fastest.rule}, the faster BPTT"
+    )
     return (
         f"keeps {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes for backward,"
-        f" {kept:.0%} with states{own}, so it {saves}, and takes {statistics.median(shares):.0%} of"
-        f" {its}, {min(shares):.0%} to {max(shares):.0%} in {len(shares)} rounds"
+        f" {kept:.0%} with states{own_bytes}, so it {saves}, and takes"
+        f" {statistics.median(shares):.0%} of {baseline_time}, {min(shares):.0%} to"
+        f" {max(shares):.0%} in {len(shares)} rounds"
     )

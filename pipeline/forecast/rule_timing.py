@@ -3,11 +3,11 @@
 The runs of a study take hours, in which a machine's speed varies by more than some rules differ.
 Here each round trains a few batches with every rule, on the recipe's own backend and on a copy of
 the network whose weights do not change. Each round begins with the next rule, so drift affects all
-rules equally. Differences between processes, such as the location of their memory, are averaged
-over several starts.
+rules equally. Times also differ between processes, for example by the location of their memory.
+They are averaged over the processes of a start, and several starts show how they vary.
 
-Cores share caches, memory and clock rates. Processes that compute at the same time are therefore
-slower than a single one, like the workers of a run.
+Cores share caches, memory and clock rates. Like the workers of a run, processes that compute at the
+same time are therefore slower than a single one.
 """
 
 import gc
@@ -24,7 +24,7 @@ from torch import distributed, multiprocessing
 
 from pipeline.core.checks import require
 from pipeline.core.code_version import commit
-from pipeline.forecast.bench import TIMED, Bench, in_turns, rules_by_label
+from pipeline.forecast.bench import TIMED, Bench, interleave, rules_by_label
 from pipeline.measure.clock import synchronize
 from pipeline.measure.memory import device_here
 from pipeline.recipe.recipe import Recipe, Spec
@@ -32,12 +32,12 @@ from pipeline.train.backend.collectives import BACKENDS
 
 STARTS = 5
 # Seconds by rule and part of a batch, and the reasons why other rules cannot train the network.
-Timed = tuple[dict[str, dict[str, float]], dict[str, str]]
+Timings = tuple[dict[str, dict[str, float]], dict[str, str]]
 
 
 @dataclass(frozen=True)
 class InterleavedTimes:
-    """One rule's seconds per batch in each start: the mean over processes and rounds."""
+    """One rule's seconds per batch in each start, averaged over processes and rounds."""
 
     forward_s: tuple[float, ...]
     backward_s: tuple[float, ...]
@@ -59,16 +59,16 @@ def measure_interleaved(
     threads: int = 1,
     starts: int = STARTS,
 ) -> dict[str, InterleavedTimes]:
-    """Measure each rule in `workers` processes, or in as many as cards or cores allow.
+    """Measure each rule in `workers` processes, or in fewer if there are too few GPUs or cores.
 
-    The results are keyed by rule label. Each start has as many rounds as rules, so every rule has
+    The results are by rule label. Each start has as many rounds as rules, so every rule has
     every position once.
 
     Args:
         samples: samples per batch; None: the micro-batch of one of `workers`.
 
     Raises:
-        ValueError: the batch does not divide, or a process failed.
+        ValueError: the batch does not divide, a process failed, or a rule cannot be timed.
     """
     labelled = rules_by_label(rules, rules[0])
     samples = samples or recipe.split(workers).micro_batch
@@ -76,12 +76,13 @@ def measure_interleaved(
         workers,
         torch.cuda.device_count() or max(1, len(os.sched_getaffinity(0)) // threads),
     )
-    given = recipe, labelled, samples, threads
     seconds: list[Mapping[str, Mapping[str, float]]] = []
     for _ in range(starts):
-        found, refused = run_processes("interleaved", rule_seconds, *given, processes=processes)
+        seconds_of_start, refused = run_processes(
+            "interleaved", rule_seconds, recipe, labelled, samples, threads, processes=processes
+        )
         require(not refused, f"interleaved: {'; '.join(refused.values())}")
-        seconds.append(found)
+        seconds.append(seconds_of_start)
     return {
         label: InterleavedTimes(
             forward_s=tuple(start[label]["forward"] for start in seconds),
@@ -106,19 +107,21 @@ def rule_seconds(
     rounds: int | None = None,
     batches: int = TIMED,
     needs_data: bool = True,
-) -> Timed:
-    """Mean seconds of `Bench.seconds` over rounds. Collective.
+) -> Timings:
+    """Measure `Bench.seconds` of each rule in every round, and average over rounds. Collective.
 
     Args:
-        rounds: None: as many as there are rules.
+        rounds: number of rounds; None: as many as there are rules.
         batches: timed batches per rule and round.
         needs_data: see `Bench`.
+
+    Raises: as `Bench`.
     """
     bench = Bench(recipe, batch_size=samples, threads=threads, needs_data=needs_data)
     seconds: dict[str, list[dict[str, float]]] = {label: [] for label in rules}
     refused: dict[str, str] = {}
-    for label in in_turns(rules, rounds or len(rules)):
-        # DeepSpeed's engines are reference cycles. Without this, the previous one stays in memory.
+    for label in interleave(rules, rounds or len(rules)):
+        # An engine of DeepSpeed is in a reference cycle, and would stay in memory.
         gc.collect()
         _wait_for_all(device)
         try:
@@ -139,52 +142,53 @@ def _mean_of_parts(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def run_processes(
-    who: str, work: Callable[..., Timed], *arguments: object, processes: int
-) -> Timed:
-    """Run `work(device, *arguments)` in new processes; return the mean of their seconds.
+    error_prefix: str, work: Callable[..., Timings], *arguments: object, processes: int
+) -> Timings:
+    """Run `work(device, *arguments)` in new processes. Return the mean of their seconds.
 
-    They share a process group: nccl with one GPU per process if there are GPUs, otherwise gloo.
+    The processes share a process group: nccl with one GPU per process if there are GPUs, otherwise
+    gloo.
 
     Args:
-        who: the beginning of error messages.
         work: a top-level function of a module. The environment variables of a launch (RANK,
             LOCAL_RANK, WORLD_SIZE) are set.
 
     Raises:
-        ValueError: a process failed; the message is its last line. The others are terminated.
+        ValueError: a process failed, and the others were terminated. The message is `error_prefix`
+            with the last line of the error.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            multiprocessing.spawn(_rank, (processes, work, arguments, folder), nprocs=processes)
+            multiprocessing.spawn(_run_rank, (processes, work, arguments, folder), nprocs=processes)
         except (
             multiprocessing.ProcessRaisedException,
             multiprocessing.ProcessExitedException,
         ) as error:
-            raise ValueError(f"{who}: {str(error).strip().splitlines()[-1]}") from error
+            raise ValueError(f"{error_prefix}: {str(error).strip().splitlines()[-1]}") from error
         ranks = [json.loads(Path(folder, f"{rank}").read_text()) for rank in range(processes)]
     first, refused = ranks[0]
     return {label: _mean_of_parts([each[label] for each, _ in ranks]) for label in first}, refused
 
 
-def _rank(
+def _run_rank(
     rank: int,
     processes: int,
-    work: Callable[..., Timed],
+    work: Callable[..., Timings],
     arguments: tuple[object, ...],
     folder: str,
 ) -> None:
-    on = device_here().type
-    device = torch.device("cpu") if on == "cpu" else torch.device("cuda", rank)
-    if on == "cuda":
+    device_type = device_here().type
+    device = torch.device("cpu") if device_type == "cpu" else torch.device("cuda", rank)
+    if device_type == "cuda":
         torch.cuda.set_device(device)
     os.environ |= {
         "RANK": f"{rank}",
         "LOCAL_RANK": f"{rank}",
         "WORLD_SIZE": f"{processes}",
-        "DS_ACCELERATOR": on,  # DeepSpeed reads it
+        "DS_ACCELERATOR": device_type,  # DeepSpeed reads it
     }
     distributed.init_process_group(
-        BACKENDS[on],
+        BACKENDS[device_type],
         store=distributed.FileStore(f"{folder}/rendezvous", processes),
         rank=rank,
         world_size=processes,
@@ -196,4 +200,4 @@ def _rank(
 
 def _wait_for_all(device: torch.device) -> None:
     distributed.barrier()
-    synchronize(device)  # on a GPU the barrier is a kernel, and the host does not wait for it
+    synchronize(device)  # on a GPU the barrier is a kernel, which the host does not wait for

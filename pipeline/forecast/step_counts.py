@@ -5,13 +5,13 @@
 
 The counts are bytes saved for backward, states, floating-point operations, kernels, and the bytes
 that kernels move. Nothing is computed and no data is read, so a step of any size takes only the
-time of its Python code. torch's fake tensors report a CPU as their device, so the counts are those
-of the code for a CPU. They equal those of a measured step, with two exceptions:
+time of its Python code. torch's fake tensors report a CPU as their device, so the code for
+a CPU is counted. The counts equal those of a measured step, with two exceptions:
 
-    IDE      a solve takes its maximum number of iterations; a measured one may converge earlier
+    IDE      a solver takes its maximum number of iterations; in a measured step it may stop earlier
     SPIDE    a linear feedback is a dense product, as on a GPU; a CPU skips silent neurons
 
-Thresholds that a rule calibrates on data affect values only, and are left unchanged.
+Thresholds that a rule calibrates on data affect only values, so no rule is calibrated here.
 """
 
 # B batch
@@ -41,7 +41,7 @@ from pipeline.models.teachers.base import Teacher
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.tasks import tasks_of
 
-# Operations without work of their own besides views and queries of a tensor's properties.
+# Operations that move no bytes, besides views and queries of a tensor's properties.
 _ATEN = torch.ops.aten
 _FREE = (_ATEN.detach, _ATEN._unsafe_view, _ATEN.as_strided_, _ATEN.empty)
 
@@ -78,7 +78,7 @@ class Traffic(TorchDispatchMode, Pausable):
         if not self.is_paused and not moves_nothing:
             count = flop_registry.get(func.overloadpacket)
             flops = count(*args, **kwargs, out_val=result) if count is not None else 0
-            self.operations.append(Operation(int(flops), _bytes([args, kwargs, result])))
+            self.operations.append(Operation(int(flops), _moved_bytes([args, kwargs, result])))
         return result
 
     @property
@@ -108,7 +108,7 @@ class Counts(RuleBytes):
             f"{self.peak_saved_bytes / 1e6:,.6g} MB saved for backward,"
             f" {self.state_bytes / 1e6:,.4g} MB of states, {self.traffic.flops / 1e9:,.6g} GFLOP,"
             f" {count_of(self.traffic.kernels, 'kernel')} that move {self.traffic.bytes / 1e9:,.4g}"
-            f" GB{note}; the optimizer not among them"
+            f" GB{note}; without the optimizer"
         )
 
 
@@ -118,7 +118,7 @@ class FakeBench(Bench):
     Raises: ValueError if the network does not fit the data.
     """
 
-    calibrates = False  # thresholds are values
+    calibrates = False  # because thresholds are values
 
     def __init__(self, recipe: Recipe, samples: int) -> None:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -128,18 +128,18 @@ class FakeBench(Bench):
             self._set_batch(torch.empty(samples, *shape), torch.empty(samples, dtype=torch.int64))
 
     @contextmanager
-    def running(self, who: str) -> Iterator[None]:
-        """Make tensors without values inside the block.
+    def running(self, subject: str) -> Iterator[None]:
+        """Create tensors without values inside the block.
 
         Raises: ValueError if an operation depends on values.
         """
         try:
-            with self._mode, _FixedAnswers(), warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # a solver's, about its values
+            with self._mode, _FixedValues(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # of solvers, about values
                 yield
         except RuntimeError as error:
             raise ValueError(
-                f"{who}: a step must not depend on values to be counted;"
+                f"{subject}: a step must not depend on values to be counted;"
                 f" {str(error).splitlines()[0]}"
             ) from error
 
@@ -159,12 +159,12 @@ class FakeBench(Bench):
             return copy.deepcopy(module, fakes)
 
 
-class _FixedAnswers(TorchDispatchMode):
-    """Answers queries of values: True for a boolean, and 1 for a number.
+class _FixedValues(TorchDispatchMode):
+    """Returns True where code reads the value of a boolean tensor, and 1 for a number.
 
-    Gradients are then finite. A solver takes its maximum of iterations and then has converged. The
-    mode also corrects an error of torch's fake tensors (2.13): batch norm in bf16 saves the mean
-    and deviation of each channel in the dtype of its statistics, not in bf16.
+    Gradients then count as finite. A solver takes its maximum number of iterations, and then counts
+    as converged. The mode also corrects an error of torch's fake tensors (2.13): batch norm in bf16
+    must save the mean and deviation of each channel in the dtype of its statistics, not in bf16.
     """
 
     def __torch_dispatch__(
@@ -177,8 +177,9 @@ class _FixedAnswers(TorchDispatchMode):
         try:
             result = func(*args, **(kwargs or {}))
             if func is _ATEN.native_batch_norm.default:
-                dtypes = (each.dtype for each in args[:5] if each is not None)
-                widest = reduce(torch.promote_types, dtypes)
+                widest = reduce(
+                    torch.promote_types, (each.dtype for each in args[:5] if each is not None)
+                )
                 result = (result[0], *(each.to(widest) for each in result[1:]))
             return result
         except DataDependentOutputException:
@@ -190,27 +191,27 @@ class _FixedAnswers(TorchDispatchMode):
 
 
 def counted(bench: Bench, rule: Spec) -> Counts:
-    """Count the second of two batches. Rules check the network on the first.
+    """Count the second of two batches. Rules check the network on the first one.
 
-    On a bench with values, this is a measurement.
+    On a bench with values, the counts are measured.
 
     Raises: ValueError if the rule cannot train the network or its work depends on values.
     """
     traffic = Traffic()
-    with bench.training(rule) as (made, meters, train_once):
+    with bench.training(rule) as (built_rule, meters, train_once):
         train_once()
         meters.watch(traffic)
         train_once()
     return Counts(
-        **bytes_of_batch(made, meters),
+        **bytes_of_batch(built_rule, meters),
         backward_calls=meters.totals.backward_calls // 2,
         traffic=traffic,
-        forecast_note=made.forecast_note,
+        forecast_note=built_rule.forecast_note,
     )
 
 
-def counted_optimizer(bench: Bench) -> tuple[HeldBytes, Traffic]:
-    """Bytes that training holds besides a rule's, and the work of one optimizer step."""
+def count_optimizer(bench: Bench) -> tuple[HeldBytes, Traffic]:
+    """The bytes that training holds besides a rule's bytes, and the work of one optimizer step."""
     with bench.running(bench.recipe.optimizer.label):
         network, optimizer = bench.stepped()
         with Traffic() as traffic:
@@ -218,8 +219,8 @@ def counted_optimizer(bench: Bench) -> tuple[HeldBytes, Traffic]:
         return held_bytes(network, optimizer), traffic
 
 
-def counted_teacher(teacher: Teacher, bench: FakeBench) -> Traffic:
-    """The work of a teacher's answers for the bench's batch."""
+def count_teacher(teacher: Teacher, bench: FakeBench) -> Traffic:
+    """The work of a teacher's predictions for the bench's batch."""
     with bench.running(teacher.label), torch.no_grad():
         fake = bench.without_values(teacher)
         with Traffic() as traffic:
@@ -235,15 +236,15 @@ def describe_steps(recipes: Sequence[Recipe], workers: int) -> list[str]:
         if key not in lines:
             say_stage(f"counting a step of {recipe.name}")
             try:
-                counts, samples = counted(FakeBench(recipe, key[-1]), recipe.rule), key[-1]
-                lines[key] = f"{count_of(samples, 'sample')} on one worker: {counts.describe()}"
+                counts = counted(FakeBench(recipe, key[-1]), recipe.rule)
+                lines[key] = f"{count_of(key[-1], 'sample')} on one worker: {counts.describe()}"
             except ValueError as error:
                 lines[key] = f"not counted: {error}"
     return [lines[key] for key in keys]
 
 
-def _bytes(values: Any) -> int:
-    """Bytes of the numbers read or written. The numbers of an expanded tensor count once."""
+def _moved_bytes(values: Any) -> int:
+    """The bytes of the tensors in `values`. Numbers that an expanded tensor repeats count once."""
     tensors = [each for each in tree_leaves(values) if isinstance(each, Tensor)]
     return sum(
         each.element_size()

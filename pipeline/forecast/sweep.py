@@ -2,8 +2,9 @@
 
 The peak of training grows linearly with the batch, bytes(B) = a + b B, so two sizes determine it.
 The optimizer's state, a teacher and the batch itself are added. The result is an estimate that
-leaves a part of the memory free. On request the batch is trained. If it fits, larger batches are
-tried, up to the reserve; if not, smaller ones. The largest that fits is reported.
+leaves a part of the memory free. On request, a batch of the estimated size is trained. If it fits,
+larger batches are tried, which may use the reserve. If it does not fit, smaller batches are tried.
+The result is then the largest batch that fits.
 """
 
 import gc
@@ -37,7 +38,7 @@ from pipeline.train.build import check_recipe
 from pipeline.train.tasks import build_data
 
 STEPS = (1, 2, 4, 8, 16)
-# Bytes. Pages and caches make a process's resident memory this imprecise; a GPU's allocator counts
+# Bytes by which pages and caches change a process's resident memory. A GPU's allocator counts
 # exactly.
 COARSE = 2**20
 # Attempts to find a larger batch between a trained one and one that did not fit.
@@ -69,7 +70,7 @@ class Sweep:
     refused: Mapping[str, Mapping[int, str]]
     memory_bytes: int | None  # the limit for the largest batch and all else that training holds
     at_largest: bool  # whether largest batches were to be trained
-    teacher: TeacherCost | None  # part of no rule's cost; largest batches leave room for it
+    teacher: TeacherCost | None  # not part of any rule's cost, but of the memory limit
     hardware: Mapping[str, object]
 
     def of(self, rule: str) -> tuple[Point, ...]:
@@ -81,21 +82,21 @@ class Sweep:
 
     @property
     def time_baselines(self) -> dict[int, Cost]:
-        """The faster BPTT at each T, folded over time or step by step: the reference of times."""
+        """The reference of times: the faster BPTT at each T, folded over time or step by step."""
         costs: dict[int, list[Cost]] = {}
         for point in sorted(self.points, key=lambda point: point.time_steps):
             costs.setdefault(point.time_steps, []).append(point.cost)
         return {T: cost for T, each in costs.items() if (cost := fastest_baseline(each))}
 
     def growth(self, rule: str) -> float:
-        """Saved bytes at the largest T over those at the smallest T."""
+        """Saved bytes at the largest T, divided by those at the smallest T."""
         points = self.of(rule)
         return points[-1].cost.peak_saved_bytes / max(1, points[0].cost.peak_saved_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """The output of `sweep --format json`.
 
-        It includes the commit, and the label of the reference of times at each T.
+        The output includes the commit, and by T the label of the reference of times.
         """
         return {
             "commit": commit(),
@@ -120,12 +121,13 @@ def sweep(
         batch_size: samples; None: the micro-batch of a single worker.
         memory_bytes: find the largest batch that fits into this memory, or into the free memory;
             None: do not search.
-        at_largest: also train each rule's largest batch, then larger ones if it fits and smaller
-            ones if it does not. The time for this grows with `memory_bytes`.
+        at_largest: also train batches of the estimated size and of others, to find the largest one
+            that fits. The time for this grows with `memory_bytes`.
 
     Raises:
-        ValueError: the recipe contradicts itself, the data are recordings (whose T is fixed),
-            `steps` is empty, or no rule can train the network.
+        ValueError: the recipe contradicts itself, the data are recordings (their T is fixed),
+            `steps` are not whole numbers from 1, `at_largest` is set without `memory_bytes`, a
+            largest batch is sought from a batch of 1 sample, or no rule can train the network.
         DataError: the data cannot be read.
     """
     check_recipe(recipe.with_untrained_teacher(), 1)
@@ -133,7 +135,7 @@ def sweep(
     shape = build_data(recipe).shape
     require(
         len(shape) != 4,
-        "sweep: a recording has time steps of its own, so the data must be still images; got shape"
+        "sweep: the data must be still images, because the T of a recording is fixed; got shape"
         f" {shape}",
     )
     require(
@@ -154,12 +156,14 @@ def sweep(
     for bench in benches:
         time_steps = bench.recipe.time_steps
         say_stage(f"measuring each rule at T = {time_steps}")
-        room = None if free is None else _Room(bench, free, threads)
-        found, why = _points(bench, rules_by_label(rules, recipe.rule), room, at_largest)
-        points += found
-        for label, reason in why.items():
+        batch_search = None if free is None else _BatchSearch(bench, free, threads)
+        points_of_T, reasons_at_T = _points(
+            bench, rules_by_label(rules, recipe.rule), batch_search, at_largest
+        )
+        points += points_of_T
+        for label, reason in reasons_at_T.items():
             refused.setdefault(label, {})[time_steps] = reason
-    reasons = dict.fromkeys(why for at_T in refused.values() for why in at_T.values())
+    reasons = dict.fromkeys(reason for by_T in refused.values() for reason in by_T.values())
     require(points, "sweep: no rule can train this network; " + "; ".join(reasons))
     order = [point.cost.rule for point in points]
     points.sort(key=lambda point: (order.index(point.cost.rule), point.time_steps))
@@ -176,103 +180,108 @@ def sweep(
 
 
 def _points(
-    bench: Bench, rules: Mapping[str, Spec], room: "_Room | None", at_largest: bool
+    bench: Bench, rules: Mapping[str, Spec], batch_search: "_BatchSearch | None", at_largest: bool
 ) -> tuple[list[Point], dict[str, str]]:
-    """The points of all rules at one T, and the reasons for missing points or largest batches."""
+    """The points of all rules at one T, and by rule the reason why a point or size is missing."""
     points: list[Point] = []
-    rounds, why = measure_costs(bench, rules)
-    for label, of_one in rounds.items():
-        cost = median_cost(of_one)
+    rounds, reasons_at_T = measure_costs(bench, rules)
+    for label, costs_of_rule in rounds.items():
+        cost = median_cost(costs_of_rule)
         try:
             point = Point(
                 time_steps=bench.recipe.time_steps,
                 cost=cost,
                 images_per_compute_s=bench.samples / cost.compute_s,
-                largest_batch=None if room is None else room.estimate(cost, rules[label]),
+                largest_batch=None
+                if batch_search is None
+                else batch_search.estimate(cost, rules[label]),
             )
             points.append(point)
-            if at_largest and room is not None:
-                points[-1] = room.trained(point, rules[label])
+            if at_largest and batch_search is not None:
+                points[-1] = batch_search.train_largest(point, rules[label])
         except ValueError as error:
-            why[label] = str(error)
-    return points, why
+            reasons_at_T[label] = str(error)
+    return points, reasons_at_T
 
 
-class _Room:
-    """The memory that batches of a bench's recipe must fit into."""
+class _BatchSearch:
+    """Finds the largest batch of a rule that fits into a given memory."""
 
     def __init__(self, bench: Bench, size: int, threads: int) -> None:
         require(
             bench.samples >= 2,
-            "sweep: a largest batch is found from two sizes, so the batch must be 2 or more;"
-            f" got {bench.samples}",
+            "sweep: the batch must have at least 2 samples, to estimate the largest batch; got"
+            f" {bench.samples}",
         )
         self.bench, self.bytes = bench, size
         self.bench_of = partial(Bench, bench.recipe, threads=threads)
-        self.half = self.bench_of(batch_size=bench.samples // 2)
-        # besides what a rule keeps of a batch
+        self.half_bench = self.bench_of(batch_size=bench.samples // 2)
+        # bytes that training holds besides a rule's bytes of a batch
         self.held = held = held_bytes(*bench.stepped())
-        self.coarse = 0 if bench.x_B.is_cuda else COARSE
+        self.resolution = 0 if bench.x_B.is_cuda else COARSE
         copies = 2 if bench.recipe.ema_decay else 1  # of the weights
-        self.beside = copies * held.parameters + held.buffers + held.optimizer
+        self.other_bytes = copies * held.parameters + held.buffers + held.optimizer
 
     def estimate(self, cost: Cost, rule: Spec) -> int:
-        """The largest batch, from the bytes of `cost` and of half its batch.
+        """Estimate the largest batch from the cost of the bench's batch and of half that batch.
 
-        It is 0 if not even one sample fits.
+        The result is 0 if not even one sample fits.
         """
-        bench, half, half_cost = self.bench, self.half, self.half.cost(rule)
-        grows = cost.kept_bytes - half_cost.kept_bytes
+        bench, half_bench = self.bench, self.half_bench
+        half_cost = half_bench.cost(rule)
+        growth_bytes = cost.kept_bytes - half_cost.kept_bytes
         if cost.peak_memory_bytes is not None and half_cost.peak_memory_bytes is not None:
             measured = cost.peak_memory_bytes - half_cost.peak_memory_bytes
-            grows = max(grows, measured if measured >= self.coarse else 0)
-        grows += bench.batch_bytes - half.batch_bytes
-        of_a_sample = max(grows / (bench.samples - half.samples), 1.0)
-        left = (1 - RESERVE) * self.bytes - self.needed(bench, cost)
-        return max(0, bench.samples + int(left // of_a_sample))
+            growth_bytes = max(growth_bytes, measured if measured >= self.resolution else 0)
+        growth_bytes += bench.batch_bytes - half_bench.batch_bytes
+        per_sample = max(growth_bytes / (bench.samples - half_bench.samples), 1.0)
+        left = (1 - RESERVE) * self.bytes - self.needed_bytes(bench, cost)
+        return max(0, bench.samples + int(left // per_sample))
 
-    def trained(self, point: Point, rule: Spec) -> Point:
-        """The point with the largest batch that was trained and fits; 0 if one sample does not.
+    def train_largest(self, point: Point, rule: Spec) -> Point:
+        """Train batches to find the largest one that fits; 0 if one sample does not fit.
 
-        If the estimate fits, a batch without the reserve is tried next; otherwise half the
-        estimate, and so on. Then the sizes between a batch that fits and one that does not are
-        tried.
+        If the estimated batch fits, a batch that uses the reserve is tried next. Otherwise half the
+        size is tried, until a batch fits. Then sizes between a batch that fits and one that does
+        not fit are tried.
         """
         estimate = point.largest_batch or 0
-        most = min(max(1, int(estimate / (1 - RESERVE))), samples_per_epoch(self.bench.recipe))
+        max_samples = min(
+            max(1, int(estimate / (1 - RESERVE))), samples_per_epoch(self.bench.recipe)
+        )
 
         def cost_of(samples: int) -> Cost | None:
-            """The cost of a batch, if it fits."""
+            """The cost of a batch; None if it does not fit."""
             with suppress(DoesNotFit):
                 bench = self.bench_of(batch_size=samples)
                 cost = bench.cost(rule)
-                return cost if self.needed(bench, cost) <= self.bytes else None
-            gc.collect()  # frees the batch that did not fit, if a reference cycle holds it
+                return cost if self.needed_bytes(bench, cost) <= self.bytes else None
+            gc.collect()  # a reference cycle may hold the batch that did not fit
             return None
 
-        fits, too_many, cost = estimate, estimate + 1, None
+        fits, too_large, cost = estimate, estimate + 1, None
         while fits and (cost := cost_of(fits)) is None:
-            fits, too_many = fits // 2, fits
+            fits, too_large = fits // 2, fits
         sizes: list[int] = []
-        if fits == estimate < most:
-            sizes, too_many = [most], most + 1
+        if fits == estimate < max_samples:
+            sizes, too_large = [max_samples], max_samples + 1
         for _ in range(REFINED + len(sizes)):
-            size = sizes.pop() if sizes else (fits + too_many) // 2
+            size = sizes.pop() if sizes else (fits + too_large) // 2
             if size == fits:
                 break
-            if (found := cost_of(size)) is None:
-                too_many = size
+            if (cost_of_size := cost_of(size)) is None:
+                too_large = size
             else:
-                fits, cost = size, found
+                fits, cost = size, cost_of_size
         return replace(point, largest_batch=fits, at_largest=cost)
 
-    def needed(self, bench: Bench, cost: Cost) -> int:
+    def needed_bytes(self, bench: Bench, cost: Cost) -> int:
         """Bytes of training on the bench's batch: the larger of the measured peak and the count.
 
-        A rule's records of a batch are also in the measured peak, so they count twice. The error is
-        on the safe side.
+        The measured peak includes a rule's records of a batch, so the records count twice. The
+        result is then too large, never too small.
         """
         at_peak = max(
-            cost.kept_bytes + self.held.gradients, (cost.peak_memory_bytes or 0) - self.coarse
+            cost.kept_bytes + self.held.gradients, (cost.peak_memory_bytes or 0) - self.resolution
         )
-        return at_peak + self.beside + cost.rule_bytes + bench.batch_bytes
+        return at_peak + self.other_bytes + cost.rule_bytes + bench.batch_bytes

@@ -95,7 +95,7 @@ class Cluster:
                 if getattr(self, name) != "auto"
             },
         )
-        refuse_unless_counts("cluster", {"max_restarts": self.max_restarts}, least=0)
+        refuse_unless_counts("cluster", {"max_restarts": self.max_restarts}, minimum=0)
         if self.checkpoints is not None:
             refuse_credentials(self.checkpoints)
         check_hang_minutes("cluster", self.hang_minutes)
@@ -177,7 +177,7 @@ class Cluster:
         Raises:
             ValueError: a field is unknown, or a value is refused.
         """
-        return cls(**arguments_of(cls, value, who="cluster"))
+        return cls(**arguments_of(cls, value, subject="cluster"))
 
 
 def check_hang_minutes(subject: str, hang_minutes: float) -> None:

@@ -160,7 +160,11 @@ def drive(
     with driver_lock(folder):
         job = _with_checkpoint_token(job, print_line)
         files = RunFolder(folder)
-        for file in (files.stop, files.save, files.refusal):  # left by an earlier attempt
+        for file in (
+            files.stop_request,
+            files.save_request,
+            files.refusal,
+        ):  # left by an earlier attempt
             file.unlink(missing_ok=True)
         write_job(job)
         display = ProgressDisplay(
@@ -244,7 +248,7 @@ def _journal_end_of_workers(folder: Path, failure: LaunchError) -> str:
     ranks = ", ".join(map(str, sorted(set(hung.values()))))
     return (
         f"worker {ranks}, or a worker that it waited for, hung for longer than --hang-minutes; the"
-        f" stacks of its threads are in {first_few([str(folder / file) for file in hung], most=4)}"
+        f" stacks of its threads are in {first_few([str(folder / file) for file in hung], max_names=4)}"
     )
 
 

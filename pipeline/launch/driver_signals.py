@@ -88,7 +88,7 @@ class StopRequest:
     def _write_request(self) -> None:
         with suppress(OSError):
             if not was_stopped(self._folder):
-                RunFolder(self._folder).stop.write_text(self._signal_name)
+                RunFolder(self._folder).stop_request.write_text(self._signal_name)
 
 
 @contextmanager

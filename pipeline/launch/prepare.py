@@ -152,7 +152,7 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
         ValueError: the file is missing or damaged, or a value is refused.
     """
     file = RunFolder(folder).job
-    fields = arguments_of(Job, read_json(file), who=str(file), besides=NOT_SAVED)
+    fields = arguments_of(Job, read_json(file), subject=str(file), besides=NOT_SAVED)
     job = Job(**fields, run=str(folder.absolute()), trust=trust)
     refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})
     check_hang_minutes(str(file), job.hang_minutes)

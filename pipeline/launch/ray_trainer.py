@@ -280,7 +280,7 @@ class Resizing(ElasticScalingPolicy):
         self._pending = None
         decision = super().make_decision_for_non_running_worker_group()
         is_waiting = isinstance(decision, NoopDecision)
-        if is_waiting and _exists(self.files.stop, on_error=False):
+        if is_waiting and _exists(self.files.stop_request, on_error=False):
             raise WorkerGroupStartupTimeoutError(self.sizes[0])
         if self._no_workers_since is None:
             self._no_workers_since = time.monotonic()
@@ -313,17 +313,17 @@ class Resizing(ElasticScalingPolicy):
             if not isinstance(decision, ResizeDecision):
                 return decision
             with suppress(OSError):  # the next call asks again
-                write_json(self.files.save, asdict(_drain_notice(worker_group_state)))
+                write_json(self.files.save_request, asdict(_drain_notice(worker_group_state)))
                 self._pending, self._requested_at = decision, time.monotonic()
             return NoopDecision()
         if (
-            _exists(self.files.save, on_error=True)
+            _exists(self.files.save_request, on_error=True)
             and time.monotonic() - self._requested_at < SAVE_TIMEOUT_S
         ):
             return NoopDecision()
         decision, self._pending = self._pending, None
         with suppress(OSError):  # if the request stays, the next workers save once
-            self.files.save.unlink(missing_ok=True)
+            self.files.save_request.unlink(missing_ok=True)
         return decision
 
 

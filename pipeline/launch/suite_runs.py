@@ -30,7 +30,7 @@ from pipeline.launch.progress import ProgressDisplay
 from pipeline.launch.ray import LaunchError
 from pipeline.recipe.printed_commands import trust_words
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.suite import SuiteFile, fill_references, needed, runs_of, sources
+from pipeline.recipe.suite import SuiteFile, fill_references, prerequisites, runs_of, sources
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.run_state import best, is_driven, is_over, top1_of
 from pipeline.train.job import Job, was_stopped
@@ -73,7 +73,7 @@ class SuiteRuns:
 
     def can_start(self, recipe: Recipe) -> bool:
         """Whether all runs are over that this run depends on, for weights or for the best trial."""
-        return all(self.is_over(name) for name in needed(self.suite_file.suite, recipe))
+        return all(self.is_over(name) for name in prerequisites(self.suite_file.suite, recipe))
 
     def job(self, recipe: Recipe) -> Job:
         """The job of a run. If the run has no folder yet, its recipe is completed with the best
@@ -221,7 +221,7 @@ class _ChildDriver:
         job, name = suite.job(recipe), recipe.name
         self.folder, self._is_over = Path(job.run), partial(suite.is_over, name)
         self._files, runs = RunFolder(self.folder), suite.folder.parent
-        self._files.stop.unlink(missing_ok=True)
+        self._files.stop_request.unlink(missing_ok=True)
         write_job(job)
         self._display = ProgressDisplay(
             self.folder, console, mlflow_uri=tracking_uri(runs), name=name
@@ -250,7 +250,7 @@ class _ChildDriver:
     def stop(self, *, at_once: bool) -> None:
         """Ask the run to save after this step. If `at_once`, end it without saving."""
         with suppress(OSError):  # storage that does not answer: the next call asks again
-            self._files.stop.touch()
+            self._files.stop_request.touch()
         if at_once and not self._is_terminated:
             self._is_terminated = True
             self._process.terminate()

@@ -1,8 +1,8 @@
 """Recipes as JSON.
 
-A part is `{"target": name, "kwargs": ...}`, a frozen value `{"value": name, ...}`.
+A part is `{"target": name, "kwargs": ...}`, a frozen dataclass `{"value": name, "kwargs": ...}`.
 
-Names are dotted paths. Reading a recipe imports them, so only trusted names are accepted.
+Names are dotted. Reading a recipe imports the names, so only trusted names are accepted.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from pipeline.core.files import FOR_THE_USER, write_whole
 from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.spec import Spec, is_path
 
-_RECIPE = RunFolder("").recipe.name
+RECIPE_FILE = RunFolder("").recipe.name
 
 
 def encode(value: Any, *, paths: bool) -> Any:
@@ -29,7 +29,7 @@ def encode(value: Any, *, paths: bool) -> Any:
         paths: False leaves out keywords that are paths.
 
     Raises:
-        ValueError: a value that has no JSON form, or a callable that cannot be imported again.
+        ValueError: the value has no JSON form, or a callable cannot be imported again.
     """
     if isinstance(value, Spec):
         kwargs = {
@@ -59,10 +59,10 @@ def encode(value: Any, *, paths: bool) -> Any:
 
 
 def decode(value: Any, trusted: Collection[str]) -> Any:
-    """The field that `encode` wrote. Only trusted names are imported.
+    """The value of which `encode` made this JSON. Only trusted names are imported.
 
     Raises:
-        ValueError: a target that is not trusted or does not exist.
+        ValueError: a target is not trusted or does not exist, or the JSON is damaged.
     """
     if isinstance(value, list):
         return tuple(decode(item, trusted) for item in value)
@@ -71,21 +71,22 @@ def decode(value: Any, trusted: Collection[str]) -> Any:
     kind = _kind(value)
     if kind is None:
         return {key: decode(item, trusted) for key, item in value.items()}
-    made, kwargs = imported(value[kind], trusted), value["kwargs"]
+    target = imported(value[kind], trusted)
+    kwargs = value["kwargs"]
     require(isinstance(kwargs, Mapping), f"recipe.json: kwargs must be an object; got {kwargs!r}")
     kwargs = {key: decode(item, trusted) for key, item in kwargs.items()}
     if kind == "target":
-        return Spec(made, kwargs)
-    # Reading a recipe constructs it, so nothing but a dataclass is allowed.
+        return Spec(target, kwargs)
+    # The object is constructed here, so it must be a dataclass.
     require(
-        isinstance(made, type) and dataclasses.is_dataclass(made),
-        f"recipe.json: {value[kind]} must be a dataclass to be a value; it is not",
+        isinstance(target, type) and dataclasses.is_dataclass(target),
+        f"recipe.json: the value {value[kind]} must be a dataclass; it is not",
     )
-    return made(**kwargs)
+    return target(**kwargs)
 
 
 def _kind(encoded: Any) -> str | None:
-    """`target` for the JSON of a part, `value` for a frozen value, None for other JSON."""
+    """`target` for the JSON of a part, `value` for a frozen dataclass, None for other JSON."""
     kinds = ("target", "value") if isinstance(encoded, Mapping) else ()
     return next((kind for kind in kinds if encoded.keys() == {kind, "kwargs"}), None)
 
@@ -99,7 +100,7 @@ def walk(encoded: Any) -> Iterator[Any]:
 
 
 def targets(encoded: Any) -> list[str]:
-    """The dotted names of all parts and frozen values in a recipe's JSON."""
+    """The dotted names of all parts and frozen dataclasses in a recipe's JSON."""
     return [each[kind] for each in walk(encoded) if (kind := _kind(each)) is not None]
 
 
@@ -136,10 +137,10 @@ def read_json(path: Path) -> Any:
 
 
 def recipe_fields(run: Path) -> dict[str, Any]:
-    """The fields in the recipe.json of a run, as JSON. Nothing is imported.
+    """The fields in the recipe.json of a run, as JSON. No code is imported.
 
     Raises:
-        ValueError: there is no recipe.
+        ValueError: the file does not exist, or contains no recipe.
         OSError: the storage fails.
     """
     file = RunFolder(run).recipe
@@ -154,7 +155,7 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def check_format(value: Any, version: int, *, who: str) -> None:
+def check_format(value: Any, version: int, *, subject: str) -> None:
     """Refuse JSON of another format version.
 
     Raises:
@@ -163,7 +164,7 @@ def check_format(value: Any, version: int, *, who: str) -> None:
     got = value.get("version") if isinstance(value, Mapping) else value
     require(
         isinstance(value, Mapping) and got == version,
-        f"{who}: this spiketrain reads format version {version}; got {got!r}",
+        f"{subject}: this spiketrain reads format version {version}; got {got!r}",
     )
 
 
@@ -181,19 +182,22 @@ def dotted(target: Callable[..., Any]) -> str:
     return name
 
 
-def imported(name: Any, trusted: Collection[str], *, who: str = _RECIPE) -> Callable[..., Any]:
+def imported(
+    name: Any, trusted: Collection[str], *, subject: str = RECIPE_FILE
+) -> Callable[..., Any]:
     """The callable of a dotted name.
 
     Args:
-        who: where the name comes from, for the message.
+        subject: the source of the name, for the message.
 
     Raises:
         ValueError: the name is not trusted, does not exist, or is no class or function.
+        ModuleNotFoundError: the module imports another one that does not exist.
     """
-    require(isinstance(name, str), f"{who}: what is imported is named by text; got {name!r}")
-    refusal = f"{who}: {name} is not in a trusted package; name its package with --trust"
-    require(is_trusted(name, trusted), refusal)
-    unknown = f"{who}: {name} does not exist in this installation"
+    require(isinstance(name, str), f"{subject}: a dotted name must be text; got {name!r}")
+    not_trusted = f"{subject}: {name} is not in a trusted package; name its package with --trust"
+    require(is_trusted(name, trusted), not_trusted)
+    not_found = f"{subject}: {name} does not exist in this installation"
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:cut])
@@ -204,22 +208,22 @@ def imported(name: Any, trusted: Collection[str], *, who: str = _RECIPE) -> Call
                 raise  # the module exists; a module that it imports does not
             continue
         for part in parts[cut:]:
-            require(hasattr(target, part), unknown)
+            require(hasattr(target, part), not_found)
             target = getattr(target, part)
         # `pipeline.models.teachers.cache.os.system` begins with a trusted name. The module that
         # defines the object must be trusted, too.
-        defined = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
-        require(callable(target) and is_trusted(defined, trusted), refusal)
-        # Other methods are refused: a recipe could give them any `self`.
+        defined_name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+        require(callable(target) and is_trusted(defined_name, trusted), not_trusted)
+        # A method of an instance is refused, because a recipe could pass any object as `self`.
         owner = getattr(target, "__self__", None) if inspect.ismethod(target) else target
         require(
             isinstance(owner, type)
             or getattr(owner, "__qualname__", "") == getattr(owner, "__name__", None),
-            f"{who}: {name} must be a class, a class method or a function of a module; it is"
+            f"{subject}: {name} must be a class, a class method or a function of a module; it is"
             " none of them",
         )
         return target
-    raise ValueError(unknown)
+    raise ValueError(not_found)
 
 
 def is_inside(name: str, trusted: Collection[str]) -> bool:
@@ -231,7 +235,7 @@ def is_trusted(name: str, trusted: Collection[str]) -> bool:
     """Whether a dotted name may be imported.
 
     The longest entry that equals or contains the name decides. An entry that begins with `!`
-    refuses. Of "pipeline.models" and "!pipeline.models.teachers" the second decides for teachers.
+    refuses. For example, "!pipeline.models.teachers" refuses a part of "pipeline.models".
     """
     entries = [each for each in trusted if is_inside(name, [each.removeprefix("!")])]
     if not entries:
@@ -241,17 +245,18 @@ def is_trusted(name: str, trusted: Collection[str]) -> bool:
 
 
 def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The leaves in which two values differ: name, value in a, value in b.
+    """The leaves in which two JSON values differ: name, value in a, value in b.
 
-    Names are as in `--set`.
+    The names have the form of keys of `--set`.
     """
     if isinstance(a, dict) and isinstance(b, dict):
         kind = _kind(a)
         if kind is not None and kind == _kind(b) and a[kind] != b[kind]:
             yield name, a[kind], b[kind]
             return  # the keywords of two different functions cannot be compared
+        prefix = f"{name}." if name else ""
         for key in dict.fromkeys([*a, *b]):
-            inner = name if key == "kwargs" else f"{name}.{key}" if name else key
+            inner = name if key == "kwargs" else prefix + key
             yield from differing(inner, a.get(key, "(absent)"), b.get(key, "(absent)"))
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for index, (first, second) in enumerate(zip(a, b, strict=True)):
@@ -260,9 +265,9 @@ def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
         yield name, a, b
 
 
-def listed(found: list[tuple[str, Any, Any]]) -> str:
-    """The first six differences as text, and how many more there are."""
-    shown = [f"{name}: {json.dumps(a)} and {json.dumps(b)}" for name, a, b in found[:6]]
-    if len(found) > 6:
-        shown.append(f"and {len(found) - 6} more")
-    return "; ".join(shown)
+def listed(differences: list[tuple[str, Any, Any]]) -> str:
+    """The first six differences as text, and the number of further ones."""
+    texts = [f"{name}: {json.dumps(a)} and {json.dumps(b)}" for name, a, b in differences[:6]]
+    if len(differences) > 6:
+        texts.append(f"and {len(differences) - 6} more")
+    return "; ".join(texts)

@@ -35,35 +35,37 @@ _printed: set[tuple[str, ...]] = set()
 
 @dataclass(frozen=True)
 class Package:
-    """One trusted name, as it was at the launch."""
+    """One trusted package, as it was at the launch."""
 
-    folder: str | None  # absolute folder that holds it; None: part of this installation
+    # absolute path of the folder that contains the package; None: the package is part of this
+    # installation, or was not imported
+    folder: str | None
     # sha256 (16 hex digits) of each imported module, by the module's path in the folder
     files: Mapping[str, str]
 
 
 def needed(trust: Iterable[str], targets: Collection[str]) -> tuple[str, ...]:
-    """The trusted names that contain one of the `targets`. A name inside another is left out.
+    """The trusted names that contain at least one target. A name inside another one is left out.
 
     Args:
         targets: dotted names of parts.
     """
-    wanted = {name: None for name in trust if any(is_inside(each, [name]) for each in targets)}
-    return tuple(name for name in wanted if not is_inside(name, wanted.keys() - {name}))
+    containing = {name: None for name in trust if any(is_inside(each, [name]) for each in targets)}
+    return tuple(name for name in containing if not is_inside(name, containing.keys() - {name}))
 
 
-def note(trust: Iterable[str]) -> dict[str, Any]:
+def describe_packages(trust: Iterable[str]) -> dict[str, Any]:
     """The packages of these names as this process imported them, as JSON for `packages`."""
-    return {name: asdict(_imported(name)) for name in trust}
+    return {name: asdict(_imported_package(name)) for name in trust}
 
 
 def write(folder: Path, trust: Iterable[str]) -> None:
     """Write code.json into the folder of a run or suite.
 
-    Nothing is written if nothing is trusted.
+    Without trusted names, no file is written.
     """
-    if noted := note(trust):
-        write_json(RunFolder(folder).code, noted)
+    if described := describe_packages(trust):
+        write_json(RunFolder(folder).code, described)
 
 
 def read(folder: Path) -> dict[str, Package]:
@@ -73,7 +75,7 @@ def read(folder: Path) -> dict[str, Package]:
         ValueError: code.json is damaged.
     """
     file = RunFolder(folder).code
-    return packages(read_json(file), who=str(file)) if file.exists() else {}
+    return packages(read_json(file), subject=str(file)) if file.exists() else {}
 
 
 def names(folder: Path) -> tuple[str, ...]:
@@ -84,24 +86,24 @@ def names(folder: Path) -> tuple[str, ...]:
         return ()
 
 
-def packages(value: Any, *, who: str) -> dict[str, Package]:
-    """Read what `note` returned.
+def packages(value: Any, *, subject: str) -> dict[str, Package]:
+    """Parse the JSON that `describe_packages` returned.
 
     Args:
-        who: where the value comes from, for the message.
+        subject: the source of the value, for the message.
 
     Raises:
         ValueError: the value has another form.
     """
-    rule = f"{who}: must name the folder and the files of each package"
+    rule = f"{subject}: must name the folder and the files of each package"
     require(isinstance(value, dict), f"{rule}; got {value!r}")
     result = {}
     for name, fields in value.items():
-        package = Package(**arguments_of(Package, fields, who=f"{who}: {name}"))
+        package = Package(**arguments_of(Package, fields, subject=f"{subject}: {name}"))
         require(
             all(part.isidentifier() for part in name.split("."))
             and (package.folder is None or Path(package.folder).is_absolute())
-            and all(isinstance(digest, str) for digest in package.files.values()),
+            and all(isinstance(each, str) for each in package.files.values()),
             f"{rule}; got {json.dumps({name: fields})}",
         )
         result[name] = package
@@ -109,33 +111,36 @@ def packages(value: Any, *, who: str) -> dict[str, Package]:
 
 
 @contextmanager
-def on_path(noted: Mapping[str, Package], trust: Collection[str], *, of: str) -> Iterator[None]:
-    """Make trusted packages importable from their folders at launch, inside a `with` block.
+def importable(
+    packages: Mapping[str, Package], trust: Collection[str], *, owner: str
+) -> Iterator[None]:
+    """Make trusted packages importable from the folders that they had at the launch.
 
-    If the code has changed, one line on stderr reports it, and the command goes on.
+    The folders are appended to `sys.path`, and stay there after the `with` block. At the end of the
+    block, a package whose code has changed since the launch is reported in one line on stderr.
 
     Args:
-        of: the name of the run or suite, for the messages.
+        owner: the name of the run or suite, for the line.
 
     Raises:
         ValueError: a package is neither in its folder nor elsewhere on the path.
     """
-    wanted = _trusted(noted, trust)
-    for name, package in wanted.items():
-        folder, top = str(package.folder), name.partition(".")[0]
+    trusted = _trusted(packages, trust)
+    for name, package in trusted.items():
+        folder = str(package.folder)
         if folder not in sys.path and Path(folder).exists():
             sys.path.append(folder)
             importlib.invalidate_caches()
         require(
-            _places(top),
-            f"{top} must be in {folder}, where it was at the launch; it is not there: put it back,"
+            _import_folders(name),
+            f"{name} must be in {folder}, where it was at the launch; it is not there: put it back,"
             " or name its new folder in PYTHONPATH",
         )
     try:
         yield
     finally:
-        for name, package in wanted.items():
-            _print_if_changed(name, package, of)
+        for name, package in trusted.items():
+            _print_if_changed(name, package, owner)
 
 
 def digest(folder: Path, trust: Collection[str]) -> str:
@@ -146,33 +151,34 @@ def digest(folder: Path, trust: Collection[str]) -> str:
     """
     hasher = hashlib.sha256()
     for name, package in sorted(_trusted(read(folder), trust).items()):
-        place = _place(name, package)
+        current_folder = _current_folder(name, package)
         for file in package.files:
-            hasher.update(f"{file} {_digest(place / file)}\n".encode())
+            hasher.update(f"{file} {_digest(current_folder / file)}\n".encode())
     return hasher.hexdigest()[:12]
 
 
-def _trusted(noted: Mapping[str, Package], trust: Collection[str]) -> dict[str, Package]:
-    """The trusted packages that are not part of the installation."""
+def _trusted(packages: Mapping[str, Package], trust: Collection[str]) -> dict[str, Package]:
+    """The packages that the user trusts, without those that have no folder."""
     return {
         name: package
-        for name, package in noted.items()
+        for name, package in packages.items()
         if package.folder is not None
         and (is_inside(name, trust) or any(is_inside(each, [name]) for each in trust))
     }
 
 
-def _imported(name: str) -> Package:
+def _imported_package(name: str) -> Package:
     modules = {
-        each: Path(file).absolute()
-        for each, module in list(sys.modules.items())
-        if (is_inside(each, [name]) or is_inside(name, [each]))
+        module_name: Path(file).absolute()
+        for module_name, module in list(sys.modules.items())
+        if (is_inside(module_name, [name]) or is_inside(name, [module_name]))
         and (file := getattr(module, "__file__", None))
     }
     if not modules or name.partition(".")[0] == __name__.partition(".")[0]:
         return Package(None, {})
-    first, file = next(iter(modules.items()))
-    folder = file.parents[first.count(".") + (file.stem == "__init__")]
+    module_name, file = next(iter(modules.items()))
+    # one level up for each dot of the name, and one more for a package
+    folder = file.parents[module_name.count(".") + int(file.stem == "__init__")]
     if any(
         folder.is_relative_to(sysconfig.get_path(kind))
         for kind in ("stdlib", "platstdlib", "purelib", "platlib")
@@ -187,36 +193,38 @@ def _imported(name: str) -> Package:
 
 
 def _print_if_changed(name: str, package: Package, owner: str) -> None:
-    folder = _place(name, package)
-    changed = [file for file, digest in package.files.items() if _digest(folder / file) != digest]
+    folder = _current_folder(name, package)
+    changed = [
+        file for file, file_digest in package.files.items() if _digest(folder / file) != file_digest
+    ]
     notice = (str(folder), *changed)
-    if changed and notice not in _printed:  # another run of the suite may have printed it
+    if changed and notice not in _printed:  # another run of the suite may have printed the notice
         _printed.add(notice)
         print(
-            f"{first_few(changed, most=1)} in {folder} differs from when {owner} was launched, and"
-            " so may its results",
+            f"{first_few(changed, max_names=1)} in {folder} changed after {owner} was launched, so"
+            " results may differ",
             file=sys.stderr,
         )
 
 
-def _place(name: str, package: Package) -> Path:
+def _current_folder(name: str, package: Package) -> Path:
     """The folder from which Python would import a package now."""
-    places = _places(name.partition(".")[0]) or [Path(str(package.folder))]
+    folders = _import_folders(name) or [Path(str(package.folder))]
     return next(
-        (place for place in places if any((place / file).is_file() for file in package.files)),
-        places[0],
+        (each for each in folders if any((each / file).is_file() for file in package.files)),
+        folders[0],
     )
 
 
-def _places(top: str) -> list[Path]:
-    """The folders where Python finds a top-level package. A namespace package may have several."""
-    spec = find_spec(top)
+def _import_folders(name: str) -> list[Path]:
+    """The folders that contain the top-level package of a name; several for a namespace package."""
+    spec = find_spec(name.partition(".")[0])
     files = () if spec is None else spec.submodule_search_locations or (spec.origin,)
     return [Path(file).absolute().parent for file in files if file is not None]
 
 
 def find_spec(name: str) -> ModuleSpec | None:
-    """The place from which Python would import a module now; None if it cannot."""
+    """The spec by which Python would import a module now; None if it cannot."""
     try:
         return importlib.util.find_spec(name)
     except (ImportError, ValueError):

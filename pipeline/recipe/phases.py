@@ -8,6 +8,7 @@ run, so the step alone determines phase, epoch and sample. A resume needs nothin
 """
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,10 +24,10 @@ class Phase:
     """
 
     name: str
-    # called with the recipe's data -> pipeline.data.base.Data; see pipeline.data.datasets.tasks
+    # called with the recipe's data -> pipeline.data.base.Data, as in pipeline.data.datasets.tasks
     data: Spec
     epochs: int | None = None  # None: the recipe's
-    # index of the head of a multi-head classifier; None: the network has one head for all
+    # index of the head of a multi-head classifier; None: the network has one head
     head: int | None = None
 
     def __post_init__(self) -> None:
@@ -39,16 +40,15 @@ class Phase:
             f"phase {self.name}: data must be spec(...), as in pipeline.data.datasets.tasks;"
             f" got {self.data!r}",
         )
-        [first, *_] = [*inspect.signature(self.data.target).parameters, ""]
+        first = next(iter(inspect.signature(self.data.target).parameters), "")
         require(
             first not in self.data.kwargs,
-            f"phase {self.name}: data is called with the recipe's data and must not be given"
-            f" {first!r} of its own",
+            f"phase {self.name}: data must not set {first!r}, which receives the recipe's data",
         )
-        for name, value, least in (("epochs", self.epochs, 1), ("head", self.head, 0)):
+        for name, value, minimum in (("epochs", self.epochs, 1), ("head", self.head, 0)):
             require(
-                value is None or is_count(value, least=least),
-                f"phase {self.name}: {name} must be None or a whole number from {least}; got"
+                value is None or is_count(value, minimum=minimum),
+                f"phase {self.name}: {name} must be None or a whole number from {minimum}; got"
                 f" {value!r}",
             )
 
@@ -57,7 +57,8 @@ def check_phases(phases: Sequence[Phase]) -> None:
     """Refuse phases that do not fit together.
 
     Raises:
-        ValueError: two phases have the same name, or only some phases name a head.
+        ValueError: a value is no Phase, two phases have the same name, or only some phases name a
+            head.
     """
     require(
         all(isinstance(phase, Phase) for phase in phases),
@@ -65,14 +66,14 @@ def check_phases(phases: Sequence[Phase]) -> None:
     )
     names = [phase.name for phase in phases]
     require(
-        len(set(names)) >= len(names),
-        f"recipe: phases must have names of their own; got {', '.join(names)}",
+        len(set(names)) == len(names),
+        f"recipe: phases must have different names; got {', '.join(names)}",
     )
-    without = [phase.name for phase in phases if phase.head is None]
+    without_head = [phase.name for phase in phases if phase.head is None]
     require(
-        len(without) in (0, len(phases)),
+        len(without_head) in (0, len(phases)),
         "recipe: either every phase names its head or none does; got none for"
-        f" {', '.join(without)}",
+        f" {', '.join(without_head)}",
     )
 
 
@@ -111,7 +112,8 @@ def timetable(
     for index, (epochs, epoch_steps) in enumerate(lengths):
         steps = min(epochs * epoch_steps, stop_after or epochs * epoch_steps)
         stretches.append(Stretch(index, first, steps, first_epoch, epoch_steps))
-        first, first_epoch = first + steps, first_epoch + -(-steps // epoch_steps)
+        first += steps
+        first_epoch += math.ceil(steps / epoch_steps)
     return tuple(stretches)
 
 

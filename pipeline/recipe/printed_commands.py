@@ -17,8 +17,8 @@ ADDRESS = "ADDRESS"
 def command(verb: str, folder: Path, *, address: str | None = None) -> str:
     """`spiketrain VERB NAME` for the folder of a run or suite, with its `--trust` words.
 
-    The words are only printed, never applied automatically. A folder may come from somebody else,
-    so the user decides whom to trust.
+    The `--trust` words are only printed, never applied automatically. A folder may come from
+    somebody else, so the user decides which packages to trust.
     """
     runs_words = (
         []
@@ -57,5 +57,10 @@ def _was_on_a_cluster(folder: Path) -> bool:
             else json.loads(RunFolder(folder).cluster.read_bytes())
         )
         return cluster["address"] is not None
-    except (OSError, ValueError, KeyError, TypeError):  # the file is damaged; a resume reports it
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # the file is damaged; a resume reports the damage
         return False

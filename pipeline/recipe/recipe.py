@@ -1,7 +1,7 @@
 """The recipe of a training run: one frozen value. Its buildable parts are `Spec`s.
 
 A recipe names its parts by the Python objects themselves. There is no registry. A misspelt keyword
-fails at the line of the recipe that has it. This module imports the standard library only.
+fails at its own line of the recipe. This module imports the standard library only.
 """
 
 import dataclasses
@@ -20,16 +20,23 @@ from typing import Any, Literal
 from pipeline.core.checks import require
 from pipeline.core.errors import remedy
 from pipeline.core.files import is_name
-from pipeline.core.run_folder import RunFolder
 from pipeline.recipe import own_code
-from pipeline.recipe.json import check_format, decode, encode, flat, read_json, write_json
+from pipeline.recipe.json import (
+    RECIPE_FILE,
+    check_format,
+    decode,
+    encode,
+    flat,
+    read_json,
+    write_json,
+)
 from pipeline.recipe.phases import Phase, check_phases
 from pipeline.recipe.spec import (
     Spec,
-    accepted_text,
     admits,
     arguments_of,
     is_path,
+    keywords_text,
     referred,
     spec,
     type_name,
@@ -52,7 +59,7 @@ __all__ = [
 ]
 
 # Names that recipe.json may import, see `is_trusted`. Their modules read and write no file when a
-# part is built. Teachers read weights and store answers, so each of them is named.
+# part is built. Teachers read weights and store predictions, so each teacher is listed.
 TRUSTED = (
     "pipeline.data.datasets",
     "pipeline.data.mixing",
@@ -80,18 +87,18 @@ FORMAT = 2
 
 
 class Role(enum.Flag):
-    """The role of a recipe's field. Each field has `STUDY`, `BESIDE` or `FREE`."""
+    """The roles of a field of a recipe. No field has both `STUDY` and `PER_RUN`."""
 
-    STUDY = enum.auto()  # All runs of one study have the same value. The study key covers it.
-    BESIDE = enum.auto()  # Runs of one study may differ in it
-    FREE = enum.auto()  # It may change between two attempts of one run
-    NO_STEP_COST = enum.auto()  # The time and memory of one training step do not depend on it
-    TAG = enum.auto()  # It is a tag in MLflow, and runs can be searched by it
+    STUDY = enum.auto()  # all runs of one study have the same value; the study key covers it
+    PER_RUN = enum.auto()  # runs of one study may have different values
+    PER_ATTEMPT = enum.auto()  # attempts of one run may have different values
+    NO_STEP_COST = enum.auto()  # time and memory of one training step do not depend on the value
+    TAG = enum.auto()  # a tag in MLflow, by which runs can be searched
 
 
-def _role(role: Role, *, least: float | None = None) -> dict[str, Any]:
-    """Metadata of a field. `least` is the smallest value that is accepted."""
-    return {"role": role, "least": least}
+def _role(role: Role, *, minimum: float | None = None) -> dict[str, Any]:
+    """The metadata of a field. `minimum` is the smallest accepted value."""
+    return {"role": role, "minimum": minimum}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +115,10 @@ class _Fields:
                 raise ValueError(
                     f"recipe: {name} must be {type_name(hints[each.name])}; got {value!r}"
                 )
-            least = each.metadata.get("least")
+            minimum = each.metadata.get("minimum")
             require(
-                least is None or value is None or value >= least,
-                f"recipe: {name} must be at least {least}; got {value}",
+                minimum is None or value is None or value >= minimum,
+                f"recipe: {name} must be at least {minimum}; got {value}",
             )
 
 
@@ -126,7 +133,8 @@ class Policy(_Fields):
             64 losses. 0: a batch is bad only if its loss or a gradient is not finite.
         max_skips: bad batches in a row that are skipped before the run goes back to its newest
             checkpoint (pipeline/train/guards/anomaly.py)
-        max_rollbacks: how often a run goes back to a checkpoint before it ends as diverged
+        max_rollbacks: number of times that a run goes back to a checkpoint before it ends as
+            diverged
         replicas_every: steps between bitwise comparisons of the workers' weights. The weights are
             also compared at each checkpoint. 0: no comparison at all
     """
@@ -135,16 +143,16 @@ class Policy(_Fields):
 
     skip: tuple[tuple[int, int], ...] = field(default=(), metadata=_role(Role.STUDY))
     loss_spike: float = field(default=0.0, metadata=_role(Role.STUDY))
-    max_skips: int = field(default=3, metadata=_role(Role.STUDY, least=0))
-    max_rollbacks: int = field(default=2, metadata=_role(Role.FREE, least=0))
-    replicas_every: int = field(default=500, metadata=_role(Role.FREE))
+    max_skips: int = field(default=3, metadata=_role(Role.STUDY, minimum=0))
+    max_rollbacks: int = field(default=2, metadata=_role(Role.PER_ATTEMPT, minimum=0))
+    replicas_every: int = field(default=500, metadata=_role(Role.PER_ATTEMPT))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
             all(0 <= first < end for first, end in self.skip),
-            "recipe: policy.skip must be pairs of batches, 0 or more, the first below the"
-            f" second; got {self.skip!r}",
+            "recipe: policy.skip must be pairs of batches (first, end) with 0 <= first < end; got"
+            f" {self.skip!r}",
         )
         require(
             not self.loss_spike or self.loss_spike > 1,
@@ -157,7 +165,7 @@ class Evaluation(_Fields):
     """When a run is evaluated, and on how many samples.
 
     Fields:
-        every: epochs between evaluations; the last epoch is always evaluated. 0: only the last, so
+        every: epochs between evaluations; the last epoch is always evaluated. 0: no other epoch, so
             that the test set is read once
         samples: evaluate on this many samples, for smoke runs; None: on all
         fidelity_every: epochs between comparisons of the rule's gradient with BPTT's on the first
@@ -166,11 +174,11 @@ class Evaluation(_Fields):
 
     prefix = "evaluation."
 
-    every: int = field(default=1, metadata=_role(Role.STUDY | Role.NO_STEP_COST, least=0))
+    every: int = field(default=1, metadata=_role(Role.STUDY | Role.NO_STEP_COST, minimum=0))
     samples: int | None = field(
-        default=None, metadata=_role(Role.STUDY | Role.NO_STEP_COST, least=1)
+        default=None, metadata=_role(Role.STUDY | Role.NO_STEP_COST, minimum=1)
     )
-    fidelity_every: int = field(default=0, metadata=_role(Role.BESIDE, least=0))
+    fidelity_every: int = field(default=0, metadata=_role(Role.PER_RUN, minimum=0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,14 +188,14 @@ class Checkpointing(_Fields):
     Fields:
         every: steps between checkpoints, besides one at the end of each epoch; 0: none
         minutes: longest time between checkpoints, in minutes; 0: no limit
-        keep: newest checkpoints that are kept, besides the best one
+        keep: number of newest checkpoints that are kept, besides the best one
     """
 
     prefix = "checkpoints."
 
-    every: int = field(default=0, metadata=_role(Role.FREE, least=0))
-    minutes: float = field(default=10.0, metadata=_role(Role.FREE, least=0))
-    keep: int = field(default=2, metadata=_role(Role.FREE, least=1))
+    every: int = field(default=0, metadata=_role(Role.PER_ATTEMPT, minimum=0))
+    minutes: float = field(default=10.0, metadata=_role(Role.PER_ATTEMPT, minimum=0))
+    keep: int = field(default=2, metadata=_role(Role.PER_ATTEMPT, minimum=1))
 
 
 @dataclass(frozen=True)
@@ -200,20 +208,20 @@ class Split:
 
     @classmethod
     def of(cls, batch_size: int, *, workers: int, most: int | None) -> "Split":
-        """The split with the fewest accumulated micro-batches of at most `most` samples.
+        """The split with the fewest accumulated micro-batches.
 
         Args:
-            most: largest micro-batch; None: a worker's whole share is one micro-batch.
+            most: largest micro-batch in samples; None: a worker's whole share is one micro-batch.
 
         Raises:
             ValueError: the batch does not divide; the message names the nearest sizes that do.
         """
         share, rest = divmod(batch_size, workers)
         if rest or share == 0:
-            near = sorted({max(1, share) * workers, (share + 1) * workers})
+            nearest = sorted({max(1, share) * workers, (share + 1) * workers})
             raise ValueError(
-                f"recipe: batch_size must divide by {workers} workers; got {batch_size}, near it"
-                f" {' and '.join(map(str, near))} do"
+                f"recipe: batch_size must be divisible by {workers} workers; got {batch_size}; the"
+                f" nearest sizes are {' and '.join(map(str, nearest))}"
             )
         largest = share if most is None else min(most, share)
         micro = next(size for size in range(largest, 0, -1) if share % size == 0)
@@ -236,29 +244,29 @@ class Recipe(_Fields):
         batch_size: samples in one global batch, whatever the number of workers
         mixing: -> pipeline.data.mixing.Mixing: Mixup and CutMix of the training batches; None:
             neither
-        teacher: called with the data -> pipeline.models.teachers.base.Teacher, whose answers the
-            objective distils; None: labels only
+        teacher: called with the data -> pipeline.models.teachers.base.Teacher, whose predictions
+            the objective distils; None: labels only
         phases: tasks that are learnt one after another; empty: the data is the only task
         family: the experiment in MLflow; None: the name
         over_time: "steps": the mean over time of each step's loss; "mean": one loss of the mean
             logits
-        micro_batch: most samples that a worker holds at a time; the gradients of a worker's share
-            are accumulated. None: the whole share
+        micro_batch: largest number of samples in one forward pass of a worker; gradients are
+            accumulated over its share. None: the whole share
         precision: of matrix products and convolutions, see pipeline/core/torch_settings.py; tf32
             needs an NVIDIA card
         clip_norm: largest gradient norm of a global batch; 0: no clipping
-        ema_decay: decay of a running average of the weights, such as 0.9999. The average is what is
-            evaluated and published. 0: no average
+        ema_decay: decay of a running average of the weights, such as 0.9999. The averaged
+            weights are evaluated and published. 0: no average
         zero: DeepSpeed's ZeRO stage
         init: a run's folder or a weights file (.safetensors, .pt) to start from, or "@NAME" in a
             suite. The study key covers its content, not its path. None: from scratch
         log_every: steps between step events in the journal
-        stop_after: number of global batches after which the run, or each of its phases, and the
-            schedule end; None: they end after the last epoch
-        protocol: "shared": all rules have the same settings; "trial": the run tries one value on a
-            held-out part; "tuned": each rule has its own best value, chosen by trials
-        tuned: dotted keys of the fields whose value is each rule's own, found by the same search.
-            The study key leaves these values out
+        stop_after: number of global batches after which the run and its schedule end, or each phase
+            and its schedule; None: they end after the last epoch
+        protocol: "shared": all rules have the same settings; "trial": the run tries one value and
+            is judged on a held-out part; "tuned": each rule has its best value, chosen by trials
+        tuned: dotted keys of the fields that have a separate value for each rule, found by the same
+            search. The study key excludes these values
         searched: the values that the search tried, as sorted text. They are part of the study key,
             so rules are compared only if the same values were tried
         published: points of a published log that reports show beside the run: (epochs done, top-1
@@ -268,39 +276,39 @@ class Recipe(_Fields):
             judge the run by the log.
     """
 
-    name: str = field(metadata=_role(Role.BESIDE))
+    name: str = field(metadata=_role(Role.PER_RUN))
     model: Spec = field(metadata=_role(Role.STUDY))
-    rule: Spec = field(metadata=_role(Role.BESIDE))
+    rule: Spec = field(metadata=_role(Role.PER_RUN))
     data: Spec = field(metadata=_role(Role.STUDY))
     objective: Spec = field(metadata=_role(Role.STUDY))
     optimizer: Spec = field(metadata=_role(Role.STUDY))
     schedule: Spec = field(metadata=_role(Role.STUDY | Role.NO_STEP_COST))
-    time_steps: int = field(metadata=_role(Role.STUDY, least=1))
-    batch_size: int = field(metadata=_role(Role.STUDY | Role.TAG, least=1))
-    epochs: int = field(metadata=_role(Role.STUDY | Role.NO_STEP_COST, least=1))
+    time_steps: int = field(metadata=_role(Role.STUDY, minimum=1))
+    batch_size: int = field(metadata=_role(Role.STUDY | Role.TAG, minimum=1))
+    epochs: int = field(metadata=_role(Role.STUDY | Role.NO_STEP_COST, minimum=1))
     mixing: Spec | None = field(default=None, metadata=_role(Role.STUDY))
     teacher: Spec | None = field(default=None, metadata=_role(Role.STUDY))
     phases: tuple[Phase, ...] = field(default=(), metadata=_role(Role.STUDY))
-    family: str | None = field(default=None, metadata=_role(Role.BESIDE | Role.TAG))
+    family: str | None = field(default=None, metadata=_role(Role.PER_RUN | Role.TAG))
     over_time: Literal["steps", "mean"] = field(default="steps", metadata=_role(Role.STUDY))
     micro_batch: int | None = field(
-        default=None, metadata=_role(Role.STUDY | Role.FREE | Role.TAG, least=1)
+        default=None, metadata=_role(Role.STUDY | Role.PER_ATTEMPT | Role.TAG, minimum=1)
     )
-    seed: int = field(default=0, metadata=_role(Role.BESIDE | Role.TAG, least=0))
+    seed: int = field(default=0, metadata=_role(Role.PER_RUN | Role.TAG, minimum=0))
     precision: Literal["fp32", "tf32", "bf16"] = field(
         default="fp32", metadata=_role(Role.STUDY | Role.TAG)
     )
-    clip_norm: float = field(default=0.0, metadata=_role(Role.STUDY, least=0))
+    clip_norm: float = field(default=0.0, metadata=_role(Role.STUDY, minimum=0))
     ema_decay: float = field(default=0.0, metadata=_role(Role.STUDY))
     backend: Literal["deepspeed", "plain"] = field(default="deepspeed", metadata=_role(Role.STUDY))
     zero: Literal[0, 1, 2] = field(default=0, metadata=_role(Role.STUDY | Role.TAG))
-    init: str | None = field(default=None, metadata=_role(Role.BESIDE | Role.FREE))
+    init: str | None = field(default=None, metadata=_role(Role.PER_RUN | Role.PER_ATTEMPT))
     policy: Policy = Policy()
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpointing = Checkpointing()
-    log_every: int = field(default=10, metadata=_role(Role.FREE, least=1))
+    log_every: int = field(default=10, metadata=_role(Role.PER_ATTEMPT, minimum=1))
     stop_after: int | None = field(
-        default=None, metadata=_role(Role.STUDY | Role.NO_STEP_COST, least=1)
+        default=None, metadata=_role(Role.STUDY | Role.NO_STEP_COST, minimum=1)
     )
     protocol: Literal["shared", "trial", "tuned"] = field(
         default="shared", metadata=_role(Role.STUDY | Role.NO_STEP_COST | Role.TAG)
@@ -309,9 +317,9 @@ class Recipe(_Fields):
         default=(), metadata=_role(Role.STUDY | Role.NO_STEP_COST | Role.TAG)
     )
     searched: tuple[str, ...] = field(default=(), metadata=_role(Role.STUDY | Role.NO_STEP_COST))
-    published: tuple[tuple[int, float], ...] = field(default=(), metadata=_role(Role.BESIDE))
+    published: tuple[tuple[int, float], ...] = field(default=(), metadata=_role(Role.PER_RUN))
     published_setting: tuple[tuple[str, int | float | str], ...] = field(
-        default=(), metadata=_role(Role.BESIDE)
+        default=(), metadata=_role(Role.PER_RUN)
     )
 
     def __post_init__(self) -> None:
@@ -327,7 +335,7 @@ class Recipe(_Fields):
         )
         require(
             not self.published_setting or self.published,
-            "recipe: published_setting needs published, the points of the log; it has none",
+            "recipe: published_setting needs published, the points of the log; got no published",
         )
         require(
             self.backend != "plain" or not self.zero,
@@ -343,18 +351,17 @@ class Recipe(_Fields):
         check_phases(self.phases)
         require(
             (self.protocol == "shared") == (not self.tuned),
-            f"recipe: tuned names fields of a trial or of tuned runs; got {self.tuned} of"
-            f" protocol {self.protocol}",
+            "recipe: tuned must name fields exactly if protocol is 'trial' or 'tuned'; got"
+            f" tuned={self.tuned} with protocol={self.protocol!r}",
         )
         require(
             not self.searched or self.tuned,
-            f"recipe: searched has the values of a field that is tuned; got {self.searched} and"
-            " no such field",
+            f"recipe: searched needs a field in tuned; got searched={self.searched} without tuned",
         )
         for key in self.tuned:
             require(
                 Role.STUDY in (roles().get(key) or roles().get(key.split(".")[0], Role.STUDY)),
-                f"recipe: tuned must be a setting that the study key covers; got {key}",
+                f"recipe: tuned must name fields that the study key covers; got {key}",
             )
             self.value_of(key)
 
@@ -372,8 +379,8 @@ class Recipe(_Fields):
         for key, value in changes.items():
             require(
                 key.split(".")[0] != "phases",
-                f"recipe: phases are written in the recipe alone; got {key}; data, epochs and"
-                " stop_after reach all of them",
+                f"recipe: phases must be changed in the recipe file; got {key}: change data, epochs"
+                " or stop_after, which apply to all phases",
             )
             require(
                 not isinstance(value, float) or math.isfinite(value),
@@ -390,7 +397,7 @@ class Recipe(_Fields):
         """
         value: Any = self
         for name in key.split("."):
-            value = _inside(value).get(name)
+            value = _children(value).get(name)
         require(
             value is not None,
             f"recipe: {key} must be written in the recipe; {self.name} has no value for it",
@@ -399,7 +406,7 @@ class Recipe(_Fields):
 
     @property
     def remedy(self) -> str:
-        """Advice for a diverging training, as text."""
+        """Advice for a training that diverged, as text."""
         return remedy(self.optimizer.kwargs.get("lr"), self.clip_norm)
 
     def resolved(self) -> "Recipe":
@@ -411,7 +418,7 @@ class Recipe(_Fields):
     def with_paths(self, change: Callable[[str], str]) -> "Recipe":
         """The same recipe with `init` and every path among the keywords of its parts changed."""
 
-        def changed(part: Spec) -> Spec:
+        def change_paths(part: Spec) -> Spec:
             return part.with_(
                 **{
                     key: change(os.fspath(item))
@@ -420,7 +427,7 @@ class Recipe(_Fields):
                 }
             )
 
-        parts = {name: _rebuilt(value, changed) for name, value in vars(self).items()}
+        parts = {name: _map_specs(value, change_paths) for name, value in vars(self).items()}
         return replace(self, **{**parts, "init": None if self.init is None else change(self.init)})
 
     def tiny(self, *, data: Spec | None = None) -> "Recipe":
@@ -432,7 +439,7 @@ class Recipe(_Fields):
         steps = min(self.time_steps, 2)
         data = self.data if data is None else data
 
-        def shorter(names: Collection[str], part: Spec) -> Spec:
+        def shorten(names: Collection[str], part: Spec) -> Spec:
             return part.with_(
                 **{name: min(part.kwargs[name], steps) for name in names if part.kwargs.get(name)}
             )
@@ -440,10 +447,10 @@ class Recipe(_Fields):
         return replace(
             self,
             name=f"{self.name}-tiny",
-            model=_rebuilt(self.model, functools.partial(shorter, ["time_steps"])),
-            rule=_rebuilt(
-                _rebuilt(self.rule, _tiny_part),
-                functools.partial(shorter, ["k", "chunk", "truncate"]),
+            model=_map_specs(self.model, functools.partial(shorten, ["time_steps"])),
+            rule=_map_specs(
+                _map_specs(self.rule, _tiny_part),
+                functools.partial(shorten, ["k", "chunk", "truncate"]),
             ),
             teacher=self.with_untrained_teacher().teacher,
             data=data.with_(steps=steps) if "steps" in data.kwargs else data,
@@ -460,8 +467,8 @@ class Recipe(_Fields):
         )
 
     def with_untrained_teacher(self) -> "Recipe":
-        """The same recipe with a teacher that needs no weights: to inspect, not to train."""
-        return replace(self, teacher=_rebuilt(self.teacher, _tiny_part))
+        """The same recipe with a teacher without weights: for inspection, not for training."""
+        return replace(self, teacher=_map_specs(self.teacher, _tiny_part))
 
     def check_time_steps(self, shape: Sequence[int]) -> None:
         """Check that recordings and parts of the model have the recipe's number of time steps.
@@ -472,7 +479,7 @@ class Recipe(_Fields):
             shape: of a sample; a recording's is (T, C, H, W).
 
         Raises:
-            ValueError: a T that is not the recipe's `time_steps`.
+            ValueError: the number of time steps is not the recipe's `time_steps`.
         """
         require(
             len(shape) != 4 or shape[0] == self.time_steps,
@@ -487,44 +494,42 @@ class Recipe(_Fields):
     def study_key(self, inputs: Mapping[str, str]) -> str:
         """16 hex digits of everything that all runs of a study share.
 
-        Runs with the same key differ in the rule, the seed and other fields of `Role.BESIDE` and
-        `Role.FREE` only, and may be compared.
+        Runs with the same key differ in the rule, the seed and other fields of `Role.PER_RUN` and
+        `Role.PER_ATTEMPT` only, and may be compared.
 
         Args:
-            inputs: content hashes of the files behind paths: `data` (and `init`, if there is one).
+            inputs: content hashes of the files of the recipe: `data` (and `init`, if there is one).
         """
-        value = select(_written(self, paths=False), lambda role: Role.STUDY in role)
+        value = select(_fields_to_json(self, paths=False), lambda role: Role.STUDY in role)
         for key in self.tuned:
             *parts, last = key.split(".")
             holder = value
             for part in parts:
                 holder = holder[part].get("kwargs", holder[part])
             holder.pop(last, None)
-        text = json.dumps([value, dict(inputs)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        content = json.dumps([value, dict(inputs)], sort_keys=True).encode()
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value that `from_json` turns back into an equal recipe. Callables become dotted
-        names.
-        """
-        return {"version": FORMAT, "recipe": _written(self, paths=True)}
+        """The recipe as JSON, with callables as dotted names. `from_json` reads it back."""
+        return {"version": FORMAT, "recipe": _fields_to_json(self, paths=True)}
 
     def decisive(self) -> dict[str, Any]:
         """The JSON of the fields that may not change between attempts of one run, without paths."""
         return select(
-            json.loads(json.dumps(_written(self, paths=False))), lambda role: Role.FREE not in role
+            json.loads(json.dumps(_fields_to_json(self, paths=False))),
+            lambda role: Role.PER_ATTEMPT not in role,
         )
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], *, trust: Collection[str] = ()) -> "Recipe":
-        """Read a recipe back. Only trusted names are imported.
+        """Read a recipe from JSON. Only trusted names are imported.
 
         Raises:
-            ValueError: another format version, a target that is not trusted, or fields that are
-            damaged, missing or unknown.
+            ValueError: the format version is another one, a target is not trusted, or a field is
+                damaged, missing or unknown.
         """
-        who = RunFolder("").recipe.name
-        check_format(value, FORMAT, who=who)
+        check_format(value, FORMAT, subject=RECIPE_FILE)
         fields = decode(value.get("recipe"), (*TRUSTED, *trust))
         groups = {
             each.name: type(each.default)
@@ -534,31 +539,33 @@ class Recipe(_Fields):
         if isinstance(fields, Mapping):
             fields = {
                 name: (
-                    groups[name](**arguments_of(groups[name], item, who=f"{who}: {name}"))
+                    groups[name](
+                        **arguments_of(groups[name], item, subject=f"{RECIPE_FILE}: {name}")
+                    )
                     if name in groups
                     else item
                 )
                 for name, item in fields.items()
             }
-        return cls(**arguments_of(cls, fields, who=who))
+        return cls(**arguments_of(cls, fields, subject=RECIPE_FILE))
 
     @classmethod
     def read(cls, path: Path, *, trust: Collection[str] = ()) -> "Recipe":
         """The recipe in the file `recipe.json` of a run.
 
         Raises:
-            ValueError: there is no such file, or as `from_json`.
+            ValueError: the file does not exist, or as `from_json`.
         """
         try:
-            noted = own_code.read(path.parent) if trust else {}
-            with own_code.on_path(noted, trust, of=path.absolute().parent.name):
+            packages = own_code.read(path.parent) if trust else {}
+            with own_code.importable(packages, trust, owner=path.absolute().parent.name):
                 return cls.from_json(read_json(path), trust=trust)
         except ValueError as error:
             raise ValueError(f"{path.parent}: {error}") from error
 
     def flat(self) -> dict[str, str]:
         """Dotted keys to short text, for a tracker's table of parameters."""
-        return dict(flat(_written(self, paths=True)))
+        return dict(flat(_fields_to_json(self, paths=True)))
 
 
 @functools.cache
@@ -573,9 +580,9 @@ def roles() -> Mapping[str, Role]:
 
 
 def select(encoded: Mapping[str, Any], accepts: Callable[[Role], bool]) -> dict[str, Any]:
-    """The fields of a recipe's JSON whose role is accepted. Groups stay nested.
+    """The fields of a recipe's JSON whose roles are accepted. Groups stay nested.
 
-    Fields that this version does not know are kept.
+    Fields that this version does not know are included.
     """
     groups = {name.partition(".")[0] for name in roles() if "." in name}
 
@@ -594,14 +601,14 @@ def select(encoded: Mapping[str, Any], accepts: Callable[[Role], bool]) -> dict[
     }
 
 
-def _written(fields: _Fields, *, paths: bool) -> dict[str, Any]:
-    """The JSON of the fields. A field that keeps a default of None or () is not written.
+def _fields_to_json(fields: _Fields, *, paths: bool) -> dict[str, Any]:
+    """The fields as JSON. A field is left out if its value and its default are None or ().
 
     A later version can therefore add such a field without a change of study keys.
     """
     return {
         each.name: (
-            _written(value, paths=paths)
+            _fields_to_json(value, paths=paths)
             if isinstance(value, _Fields)
             else encode(value, paths=paths)
         )
@@ -611,8 +618,8 @@ def _written(fields: _Fields, *, paths: bool) -> dict[str, Any]:
     }
 
 
-def _inside(value: Any) -> Mapping[str, Any]:
-    """The values that a dotted key reaches below this one, by name."""
+def _children(value: Any) -> Mapping[str, Any]:
+    """The values one level below a value, by the names that dotted keys use."""
     if isinstance(value, Spec):
         return value.kwargs
     return vars(value) if isinstance(value, _Fields) else {}
@@ -623,12 +630,12 @@ def _changed(part: Any, path: Sequence[str], value: Any, key: str) -> Any:
         if isinstance(part, Spec):
             raise ValueError(
                 f"recipe: {key} is a part, {part.label}; change its keywords:"
-                f" {accepted_text(part.target, key + '.')}"
+                f" {keywords_text(part.target, key + '.')}"
             )
         require(
             not isinstance(part, _Fields),
             f"recipe: {key} is a group; change its fields:"
-            f" {', '.join(f'{key}.{name}' for name in _inside(part))}",
+            f" {', '.join(f'{key}.{name}' for name in _children(part))}",
         )
         return value
     head, *rest = path
@@ -642,7 +649,7 @@ def _changed(part: Any, path: Sequence[str], value: Any, key: str) -> Any:
     require(isinstance(part, Spec), f"recipe: {key!r} goes below a plain value, {part!r}")
     require(
         not rest or head in part.kwargs,
-        f"recipe: {key}: {part.target.__name__} was not given a part {head!r}; it holds"
+        f"recipe: {key}: {part.target.__name__} must have a part {head!r}; it has"
         f" {', '.join(part.kwargs)}",
     )
     return part.with_(**{head: _changed(part.kwargs.get(head), rest, value, key)})
@@ -660,14 +667,14 @@ def _tiny_part(part: Spec) -> Spec:
     return part.with_(**getattr(part.target, "tiny", {}))
 
 
-def _rebuilt(value: Any, change: Callable[[Spec], Spec]) -> Any:
-    """A field with all of its parts changed, inner parts first."""
+def _map_specs(value: Any, change: Callable[[Spec], Spec]) -> Any:
+    """Apply `change` to each part in the value of a field, inner parts first."""
     if isinstance(value, tuple):
-        return tuple(_rebuilt(item, change) for item in value)
+        return tuple(_map_specs(item, change) for item in value)
     if isinstance(value, Phase):
-        return replace(value, data=_rebuilt(value.data, change))
+        return replace(value, data=_map_specs(value.data, change))
     if not isinstance(value, Spec):
         return value
     return change(
-        value.with_(**{key: _rebuilt(item, change) for key, item in value.kwargs.items()})
+        value.with_(**{key: _map_specs(item, change) for key, item in value.kwargs.items()})
     )

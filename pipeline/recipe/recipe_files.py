@@ -1,4 +1,4 @@
-"""Recipe files: their recipes, and refusals of parts that could not be imported again."""
+"""Load recipe files, and find the packages that must be trusted to read a run's recipe again."""
 
 import importlib
 import importlib.util
@@ -14,7 +14,7 @@ from pipeline.recipe import own_code
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite, targets_of
 
-_UNNAMED = "recipe_file_"  # prefix of the module name of a file without an importable name
+_ANONYMOUS = "recipe_file_"  # prefix of the module name of a file that cannot be imported by name
 
 
 def load_recipe(path: Path) -> Recipe | Suite:
@@ -32,16 +32,16 @@ def load_recipe(path: Path) -> Recipe | Suite:
         + ("" if path.exists() else ", which does not exist"),
     )
     try:
-        function: Any = getattr(_module(path), "recipe", None)
+        function: Any = getattr(_import_file(path), "recipe", None)
         require(
             function is not None,
             "must define a function recipe() that returns a Recipe or several; it does not",
         )
         result = function()
     except (Exception, SystemExit) as error:
-        text = " ".join(str(error).split())
-        text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
-        raise ValueError(f"{path}:{_line(error, path)} {text}") from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        message = " ".join(str(error).split())
+        raise ValueError(f"{path}:{_line_of(error, path)} {kind}{message}") from error
     if isinstance(result, (Recipe, Suite)):
         return result
     require(
@@ -57,58 +57,61 @@ def load_recipe(path: Path) -> Recipe | Suite:
 
 
 def trust_of(
-    made: Recipe | Suite, paths: Sequence[Path], named: Sequence[str] = ()
+    workload: Recipe | Suite, paths: Sequence[Path], trust: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """The packages that must be trusted to read back a run of these recipe files, each once.
 
-    Candidates are the names of `--trust` and the modules of the recipe files, because running a
-    file means trusting it. A candidate counts if it defines a part or a report that is not trusted
-    by default.
+    Candidates are the names of `--trust` and the modules of the recipe files, because a user who
+    runs a file trusts it. The result has the candidates that define a part or a report that is not
+    trusted by default.
 
     Args:
-        named: the values of `--trust`.
+        trust: the values of `--trust`.
 
     Raises:
         ValueError: a name that cannot be imported.
     """
-    unknown = [name for name in named if own_code.find_spec(name) is None]
+    unknown = [name for name in trust if own_code.find_spec(name) is None]
     require(
         not unknown,
         f"--trust: must name a package or module that can be imported; got {', '.join(unknown)}",
     )
-    stems, files = [path.stem for path in paths], [path.resolve() for path in paths]
+    files = [path.resolve() for path in paths]
     modules = [
         name
         for name, module in list(sys.modules.items())
-        if name.rpartition(".")[2] in stems
+        if name.rpartition(".")[2] in {path.stem for path in paths}
         and Path(getattr(module, "__file__", None) or "").resolve() in files
     ]
-    return own_code.needed((*named, *modules), targets_of(made))
+    return own_code.needed((*trust, *modules), targets_of(workload))
 
 
-def refuse_unnamed(made: Recipe | Suite, paths: Sequence[Path]) -> None:
+def refuse_unnamed(workload: Recipe | Suite, paths: Sequence[Path]) -> None:
     """Refuse parts that a recipe file defines but that cannot be imported again.
 
     Raises:
-        ValueError: the file's name is not a module name, or another module has the same name.
+        ValueError: a file defines a part, and its name is no module name, or the name of another
+            module.
     """
-    targets = targets_of(made)
+    targets = targets_of(workload)
     for path in paths:
         require(
-            not any(target.startswith(f"{_UNNAMED}{path.stem}.") for target in targets),
-            f"{path}: a file that defines parts must have a name that Python can import and no"
-            f" other module has: letters, digits and _; got {path.name}",
+            not any(target.startswith(f"{_ANONYMOUS}{path.stem}.") for target in targets),
+            f"{path}: a file that defines parts must have an importable name (letters, digits, _)"
+            f" that no other module has; got {path.name}",
         )
 
 
-def _module(path: Path) -> ModuleType:
+def _import_file(path: Path) -> ModuleType:
     """Import a recipe file under its importable name, such as `recipes.fashion.sltt`.
 
     recipe.json can then name the parts that the file defines. If the file is outside of any
-    package, its folder is appended to the path, so that the file can import modules beside it.
+    package, its folder is appended to `sys.path`, so that the file can import modules beside it. A
+    file without an importable name gets a module name of its own.
     """
     resolved = path.resolve()
-    folder, roots = resolved.parent, [Path(entry or ".").resolve() for entry in sys.path]
+    folder = resolved.parent
+    roots = [Path(entry or ".").resolve() for entry in sys.path]
     for root in (*(parent for parent in resolved.parents if parent in roots), folder):
         if folder not in roots and (root == folder or not (folder / "__init__.py").exists()):
             sys.path.append(str(folder))
@@ -121,15 +124,14 @@ def _module(path: Path) -> ModuleType:
         module_spec = importlib.util.find_spec(name)
         if module_spec is not None and Path(module_spec.origin or "").resolve() == resolved:
             return importlib.import_module(name)
-    module_spec = importlib.util.spec_from_file_location(f"{_UNNAMED}{path.stem}", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
+    module_spec = importlib.util.spec_from_file_location(f"{_ANONYMOUS}{path.stem}", path)
+    assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     return module
 
 
-def _line(error: BaseException, path: Path) -> str:
+def _line_of(error: BaseException, path: Path) -> str:
     if isinstance(error, SyntaxError) and error.lineno is not None:
         return f"{error.lineno}:"
     lines = [

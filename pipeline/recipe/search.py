@@ -1,4 +1,4 @@
-"""Recipes as a fair comparison: several seeds, and a search for each rule's learning rate.
+"""Fair comparisons: several seeds, and a search for each rule's best value of a field.
 
     over_seeds(suite, 3)
         every recipe with seeds 0, 1, 2 (or from its own seed on)
@@ -8,7 +8,7 @@
 Under the protocol `shared` only the rule differs. Under `tuned` every rule, the baseline included,
 gets the same values and the same number of trials. Trials never see the evaluation set: they train
 on nine tenths of the training set and are judged by the last tenth. The values are part of the
-study (`Recipe.searched`), so rules with other values are not compared.
+study (`Recipe.searched`), so runs whose searches tried different values are not compared.
 """
 
 import ast
@@ -24,28 +24,26 @@ from pipeline.recipe.spec import reference_to
 from pipeline.recipe.suite import Choice, Report, Suite, fill_references, references
 
 BASELINE = "BPTT"  # the rule that other rules are compared with
-LEAST_VALUES = 5
+MIN_VALUES = 5
 HELD_OUT = 0.1
 
 
-def is_baseline(rule: str, against: str = BASELINE) -> bool:
-    """Whether `rule` is `against`, or BPTT that computes its gradient slice by slice.
-
-    Times are divided by the faster of the two.
-    """
-    return rule == against or (against == BASELINE and rule.startswith(f"{BASELINE}-chunk-"))
+def is_baseline(rule: str, baseline: str = BASELINE) -> bool:
+    """Whether a rule is the baseline. BPTT in slices of time counts as BPTT."""
+    return rule == baseline or (baseline == BASELINE and rule.startswith(f"{BASELINE}-chunk-"))
 
 
-def joined(suites: Sequence[Suite]) -> Suite:
+def join_suites(suites: Sequence[Suite]) -> Suite:
     """One suite of the recipes of several suites.
 
     Raises:
-        ValueError: two recipes of one name, or a suite with a report of its own.
+        ValueError: two recipes have the same name, or one of several suites has a report or
+            choices.
     """
     if len(suites) == 1:
         return suites[0]
     for suite in suites:
-        _refuse_unless_plain(suite, "several files")
+        _refuse_unless_plain(suite, "other files")
     return Suite(tuple(recipe for suite in suites for recipe in suite.recipes))
 
 
@@ -53,13 +51,14 @@ def parse_search(text: str) -> tuple[str, list[Any]]:
     """The field and the values of `optimizer.lr=.03,.1,.3,1,3` or `schedule.at=[.3],[.3,.6]`.
 
     Raises:
-        ValueError: another form, or a value that is no Python literal.
+        ValueError: the text has another form, or a value is not a Python literal.
     """
     field, _, values = text.partition("=")
     try:
         parsed = ast.literal_eval(f"[{values}]")
+    # literal_eval raises all of these for text that is not a literal.
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        parsed = []  # all that literal_eval may raise
+        parsed = []
     require(
         field.strip() and isinstance(parsed, list) and parsed,
         f"--tune: must look like optimizer.lr=0.03,0.1,0.3,1.0,3.0; got {text!r}",
@@ -73,39 +72,43 @@ def over_seeds(suite: Suite, count: int) -> Suite:
     References stay within a seed.
 
     Raises:
-        ValueError: `count` below 1, or a suite with a report or choices, which name its recipes.
+        ValueError: `count` is below 1, or the suite has a report or choices, which name recipes.
     """
     require(count >= 1, f"launch: --seeds must be at least 1; got {count}")
     if count == 1:
         return suite
     _refuse_unless_plain(suite, "--seeds")
-    return Suite(tuple(_seeded(recipe, more) for more in range(count) for recipe in suite.recipes))
+    return Suite(
+        tuple(
+            _with_seed_offset(recipe, offset) for offset in range(count) for recipe in suite.recipes
+        )
+    )
 
 
-def tuned(
+def with_tuning(
     suite: Suite, field: str, values: Sequence[Any], *, report: Report | None = None
 ) -> Suite:
-    """The suite, then trials of each value for each rule, then each recipe with its rule's best
-    value.
+    """Add trials to a suite, and a copy of each recipe with the best value of its trials.
 
-    All recipes are evaluated after their last epoch only. Recipes that differ only in the seed
-    share their trials, which use the seed of the first recipe.
+    Recipes that differ only in name and seed share their trials, one per value, with the seed of
+    the first recipe. All recipes are evaluated after their last epoch only.
 
     Args:
-        report: prints the results, such as `pipeline.report.suite.print_protocols`; see
-        `Suite`.
+        report: prints the results, such as `pipeline.report.suite.print_protocols`; see `Suite`.
 
     Raises:
-        ValueError: fewer than 5 values, a repeated value, a recipe without the field, data without
-            `held_out`, or recipes that refer to one another.
+        ValueError: fewer than 5 values, or a repeated value; a suite with a report or choices; a
+            recipe without the field or with a reference; data without `held_out`, or with a value
+            for it.
     """
-    who = f"tuned: {field}"
+    error_prefix = f"tuned: {field}"
     _refuse_unless_plain(suite, "--tune")
     require(
-        len(values) >= LEAST_VALUES and not any(a == b for a, b in combinations(values, 2)),
-        f"{who} needs at least {LEAST_VALUES} different values; got {', '.join(map(str, values))}",
+        len(values) >= MIN_VALUES and not any(a == b for a, b in combinations(values, 2)),
+        f"{error_prefix} needs at least {MIN_VALUES} different values; got"
+        f" {', '.join(map(str, values))}",
     )
-    # Text that is equal for 1 and 1.0.
+    # The text of 1 and 1.0 must be equal.
     texts = (str(float(each)) if type(each) is int else str(each) for each in values)
     search = {"tuned": (field,), "searched": tuple(sorted(texts))}
     trials: dict[str, list[Recipe]] = {}
@@ -114,20 +117,21 @@ def tuned(
     for recipe in suite.recipes:
         if names := references(recipe):
             raise ValueError(
-                f"{who} is searched for recipes that stand alone; {recipe.name} takes '@{names[0]}'"
+                f"{error_prefix} can be searched only for recipes without references;"
+                f" {recipe.name} has '@{names[0]}'"
             )
-        without_seed = json.dumps(replace(recipe, name="-", seed=0).to_json(), sort_keys=True)
-        tried = trials.setdefault(without_seed, [])
-        if not tried:
-            tried += [_trial(recipe, field, value, search) for value in values]
+        key = json.dumps(replace(recipe, name="-", seed=0).to_json(), sort_keys=True)
+        shared_trials = trials.setdefault(key, [])
+        if not shared_trials:
+            shared_trials += [_trial(recipe, field, value, search) for value in values]
         final = replace(
-            _evaluated_once(recipe), name=f"{recipe.name}-tuned", protocol="tuned", **search
+            _evaluate_once(recipe), name=f"{recipe.name}-tuned", protocol="tuned", **search
         )
-        choices[final.name] = Choice(field, tuple(trial.name for trial in tried))
+        choices[final.name] = Choice(field, tuple(trial.name for trial in shared_trials))
         finals.append(final)
     return Suite(
         (
-            *map(_evaluated_once, suite.recipes),
+            *map(_evaluate_once, suite.recipes),
             *chain.from_iterable(trials.values()),
             *finals,
         ),
@@ -139,15 +143,19 @@ def tuned(
 def _trial(recipe: Recipe, field: str, value: Any, search: Mapping[str, Any]) -> Recipe:
     require(
         not recipe.data.kwargs.get("held_out"),
-        f"tuned: {recipe.name} holds out a part of its own; got"
-        f" data.held_out={recipe.data.kwargs.get('held_out')}",
+        f"tuned: {recipe.name} must not set data.held_out, which its trials set; got"
+        f" {recipe.data.kwargs.get('held_out')}",
     )
-    trial = recipe.override({field: value, "data.held_out": HELD_OUT})
     name = f"{recipe.name}-{field.rpartition('.')[2]}-{_name_part(value)}"
-    return replace(_evaluated_once(trial), name=name, protocol="trial", **search)
+    return replace(
+        _evaluate_once(recipe.override({field: value, "data.held_out": HELD_OUT})),
+        name=name,
+        protocol="trial",
+        **search,
+    )
 
 
-def _evaluated_once(recipe: Recipe) -> Recipe:
+def _evaluate_once(recipe: Recipe) -> Recipe:
     return recipe.override({"evaluation.every": 0})
 
 
@@ -156,7 +164,7 @@ def _name_part(value: Any) -> str:
     return "_".join(map(_name_part, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _seeded(recipe: Recipe, offset: int) -> Recipe:
+def _with_seed_offset(recipe: Recipe, offset: int) -> Recipe:
     return replace(
         fill_references(recipe, lambda name: reference_to(f"{name}-seed{offset}")),
         name=f"{recipe.name}-seed{offset}",
@@ -167,6 +175,5 @@ def _seeded(recipe: Recipe, offset: int) -> Recipe:
 def _refuse_unless_plain(suite: Suite, option: str) -> None:
     require(
         suite.report is None and not suite.choices,
-        f"launch: {option} makes a comparison of recipes; got a suite that is one, with a"
-        " report of its own",
+        f"launch: a suite with its own report or choices must be launched without {option}",
     )

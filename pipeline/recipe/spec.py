@@ -1,6 +1,4 @@
-"""A buildable part of a recipe: a callable with keywords, checked against its signature when
-written.
-"""
+"""A buildable part of a recipe: a callable with keywords. The signature is checked at once."""
 
 import dataclasses
 import inspect
@@ -17,9 +15,7 @@ from pipeline.core.checks import require
 
 @dataclass(frozen=True)
 class Spec:
-    """A callable and its keywords, checked against its signature when written and called by
-    `build`.
-    """
+    """A callable and its keywords. The keywords are checked at once; `build` makes the call."""
 
     target: Callable[..., Any]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -31,25 +27,26 @@ class Spec:
         }
         require(callable(self.target), f"spec: the target must be callable; got {self.target!r}")
         parameters = inspect.signature(self.target).parameters.values()
-        open_ended = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
-        accepted, hints = _accepted(self.target), _hints(self.target)
-        who = getattr(self.target, "__name__", "")
+        accepts_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+        accepted, hints = _keywords(self.target), _hints(self.target)
+        subject = getattr(self.target, "__name__", "")
         for key, value in kwargs.items():
             require(
-                key in accepted or open_ended,
-                f"{who}: unexpected keyword {key!r}; it accepts {', '.join(accepted) or 'none'}",
+                key in accepted or accepts_any,
+                f"{subject}: unexpected keyword {key!r}; it accepts"
+                f" {', '.join(accepted) or 'none'}",
             )
             if key in accepted and key in hints and not admits(hints[key], value):
                 raise ValueError(
-                    f"{who}: {key} must be {type_name(hints[key])}; got {_shown(value)}"
+                    f"{subject}: {key} must be {type_name(hints[key])}; got {_format_value(value)}"
                 )
         object.__setattr__(self, "kwargs", types.MappingProxyType(kwargs))
 
-    def build(self, *args: Any, **more: Any) -> Any:
+    def build(self, *args: Any, **runtime_kwargs: Any) -> Any:
         """Call the target. Nested specs are built first.
 
         Args:
-            args, more: further arguments that only the running process knows.
+            args, runtime_kwargs: further arguments that only the running process knows.
 
         Raises:
             ValueError: an argument is missing.
@@ -57,12 +54,12 @@ class Spec:
         kwargs = {
             key: value.build() if isinstance(value, Spec) else value
             for key, value in self.kwargs.items()
-        } | more
+        } | runtime_kwargs
         try:
             inspect.signature(self.target).bind(*args, **kwargs)
         except TypeError as error:
             raise ValueError(
-                f"{self.target.__name__}: {error}; it accepts {accepted_text(self.target)}"
+                f"{self.target.__name__}: {error}; it accepts {keywords_text(self.target)}"
             ) from error
         return self.target(*args, **kwargs)
 
@@ -72,9 +69,9 @@ class Spec:
 
     @property
     def label(self) -> str:
-        """The target's name with the written keywords: `SLTT(k=1)`."""
-        written = (f"{key}={_shown(value)}" for key, value in self.kwargs.items())
-        return f"{self.target.__name__}({', '.join(written)})"
+        """The target's name with its keywords: `SLTT(k=1)`."""
+        keywords = (f"{key}={_format_value(value)}" for key, value in self.kwargs.items())
+        return f"{self.target.__name__}({', '.join(keywords)})"
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mappingproxy does not pickle
         return Spec, (self.target, dict(self.kwargs))
@@ -102,7 +99,10 @@ def spec(target: Callable[..., Any], /, **kwargs: Any) -> Spec:
 def is_path(target: Callable[..., Any], key: str) -> bool:
     """Whether a keyword is annotated as a path."""
     hint = _hints(target).get(key)
-    return any(arm is Path or arm is os.PathLike for arm in (hint, *typing.get_args(hint)))
+    return any(
+        alternative is Path or alternative is os.PathLike
+        for alternative in (hint, *typing.get_args(hint))
+    )
 
 
 def reference_to(name: str) -> str:
@@ -116,51 +116,51 @@ def referred(path: str | os.PathLike[str]) -> str | None:
     return text[1:] if text.startswith("@") else None
 
 
-def _accepted(target: Callable[..., Any]) -> list[str]:
+def _keywords(target: Callable[..., Any]) -> list[str]:
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [
         name for name, each in inspect.signature(target).parameters.items() if each.kind in by_name
     ]
 
 
-def accepted_text(target: Callable[..., Any], prefix: str = "") -> str:
-    return ", ".join(prefix + name for name in _accepted(target)) or "none"
+def keywords_text(target: Callable[..., Any], prefix: str = "") -> str:
+    return ", ".join(prefix + name for name in _keywords(target)) or "none"
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except (NameError, TypeError, AttributeError):
-        return {}  # only a type checker can resolve the annotation, so it is not checked here
+        return {}  # only a type checker can resolve the annotations, so values are not checked
 
 
 def arguments_of(
-    cls: type, value: Any, *, who: str, besides: Collection[str] = ()
+    cls: type, value: Any, *, subject: str, besides: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The fields of a dataclass of plain values, from JSON.
+    """Check the fields of a dataclass in JSON.
 
     Args:
-        who: where the value comes from, for the message.
-        besides: fields that the caller gives.
+        subject: the source of the value, for the message.
+        besides: fields that the caller adds.
 
     Raises:
         ValueError: the value is not an object, or a field is missing, unknown or of another type.
     """
-    require(isinstance(value, Mapping), f"{who}: must be an object; got {value!r}")
+    require(isinstance(value, Mapping), f"{subject}: must be an object; got {value!r}")
     hints = typing.get_type_hints(cls)
     known = {each.name: each for each in dataclasses.fields(cls) if each.name not in besides}
-    for name, given in value.items():
+    for name, item in value.items():
         require(
             name in known,
-            f"{who}: unknown field {name!r}; it has {', '.join(known)}",
+            f"{subject}: unknown field {name!r}; it has {', '.join(known)}",
         )
         require(
-            admits(hints[name], given),
-            f"{who}: {name} must be {type_name(hints[name])}; got {given!r}",
+            admits(hints[name], item),
+            f"{subject}: {name} must be {type_name(hints[name])}; got {item!r}",
         )
-    needed = [name for name, each in known.items() if each.default is dataclasses.MISSING]
-    missing = [name for name in needed if name not in value]
-    require(not missing, f"{who}: needs {', '.join(needed)}; there is no {', '.join(missing)}")
+    required = [name for name, each in known.items() if each.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in value]
+    require(not missing, f"{subject}: needs {', '.join(required)}; got no {', '.join(missing)}")
     return dict(value)
 
 
@@ -168,28 +168,30 @@ def admits(hint: Any, value: Any) -> bool:
     """Whether a value fits an annotation. A Spec fits wherever a built object is expected."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(admits(arm, value) for arm in args)
+        return any(admits(alternative, value) for alternative in args)
     if origin is Literal:
-        return any(value == arm and type(value) is type(arm) for arm in args)
+        return any(
+            value == alternative and type(value) is type(alternative) for alternative in args
+        )
     if origin is typing.Annotated:
         return admits(args[0], value)
-    plain = type(None) if hint is None else origin or hint
-    if hint is Any or not inspect.isclass(plain):
+    base = type(None) if hint is None else origin or hint
+    if hint is Any or not inspect.isclass(base):
         return True
-    if plain in (bool, int, float, str):
-        accepted = (int, float) if plain is float else plain
-        return isinstance(value, accepted) and (plain is bool or not isinstance(value, bool))
-    if plain is Path or plain is os.PathLike:
+    if base in (bool, int, float, str):
+        accepted = (int, float) if base is float else base
+        return isinstance(value, accepted) and (base is bool or not isinstance(value, bool))
+    if base is Path or base is os.PathLike:
         return isinstance(value, (str, os.PathLike))
-    if plain in (tuple, list) and isinstance(value, (list, tuple)):
-        # A list is kept as a tuple, because recipes are frozen.
-        if not args or plain is list or args[1:] == (Ellipsis,):
+    if base in (tuple, list) and isinstance(value, (list, tuple)):
+        # `Spec` stores a list as a tuple, so both fit either annotation.
+        if not args or base is list or args[1:] == (Ellipsis,):
             return all(admits(args[0] if args else Any, item) for item in value)
         return len(args) == len(value) and all(map(admits, args, value))
-    if isinstance(value, Spec) and plain not in (list, dict, tuple, type(None)):
+    if isinstance(value, Spec) and base not in (list, dict, tuple, type(None)):
         return True
     try:
-        return isinstance(value, plain)
+        return isinstance(value, base)
     except TypeError:  # a Protocol that is not runtime-checkable
         return True
 
@@ -205,5 +207,5 @@ def type_name(hint: Any) -> str:
     return str(hint).replace("typing.", "")
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return value.label if isinstance(value, Spec) else repr(value)

@@ -6,8 +6,8 @@ A suite is written to suite.json.
           report=table)
 
 `@NAME`, in `init` or in a path keyword of a part, is a reference to an earlier recipe of the suite:
-it stands for that recipe's trained weights. A `Choice` takes one field from the best of earlier
-trials. Each recipe becomes a run of its own, beside the suite's folder.
+it stands for the trained weights of that recipe. A `Choice` takes one field from the best of
+earlier trials. Each recipe becomes a run of its own, beside the suite's folder.
 """
 
 import inspect
@@ -35,16 +35,16 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.spec import arguments_of, reference_to, referred
 
 # A function that prints a suite's results. Its first argument has the folder of each recipe's run
-# and the file of each measurement, by name and in order; all runs have finished or diverged
-# (pipeline/track/run_state.py). The second is rich's Console. The function may return JSON values,
-# which `compare --format json` prints. If they are an object, `report` shows its "claims", as in
-# report/claims.py, and its "sweeps", as `sweep --format json` prints them.
+# and the file of each measurement, by name and in order. All runs have finished or diverged
+# (pipeline/track/run_state.py). The second argument is rich's Console. The function may return JSON
+# values, which `compare --format json` prints. If they are an object, `report` shows its "claims",
+# as in report/claims.py, and its "sweeps", as `sweep --format json` prints them.
 Report = Callable[[Mapping[str, Path], Any], object]
 
 _Kind = Literal["sweep", "interleaved", "plan"]
 FILE = "suite.json"
 FORMAT = 1
-# Packages that may define a report. They are fewer than those of parts: no part is a report.
+# Packages that may define a report. They are fewer than the packages of parts: a part is no report.
 TRUSTED = ("recipes", "pipeline.report")
 
 
@@ -54,8 +54,8 @@ class Choice:
 
     Fields:
         field: its dotted key, such as optimizer.lr
-        trials: names of earlier recipes, each with its own value of the field; of equal results the
-            first is taken
+        trials: names of earlier recipes, each with its own value of the field; the first of equal
+            results is chosen
     """
 
     field: str
@@ -64,14 +64,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Costs that a suite's report needs beside its runs. They are measured after all runs are over.
+    """Costs that a suite's report needs besides the runs. They are measured after all runs.
 
     The result is a JSON file in the suite's folder. A resume does not measure again.
 
     Fields:
         kind: the function of pipeline.forecast that measures: see pipeline/launch/suite.py
         of: names of recipes of the suite, or recipes that the suite does not train. The first
-            recipe is measured, with the rules of all
+            recipe is measured, with the rules of all of them
         options: keywords of the function, as JSON values
     """
 
@@ -83,12 +83,12 @@ class Measurement:
     def __post_init__(self) -> None:
         require(
             self.kind in get_args(_Kind) and self.of,
-            f"suite: a measurement must be {', '.join(get_args(_Kind))} of a recipe; got"
-            f" {self.kind!r} of {len(self.of)}",
+            f"suite: a measurement must be a {', '.join(get_args(_Kind))} of recipes; got"
+            f" kind {self.kind!r} and {len(self.of)} recipes",
         )
         require(
             re.fullmatch("[a-z0-9-]+", self.name),
-            "suite: a measurement's name must be of small letters, digits and hyphens; got"
+            "suite: a measurement's name must have only small letters, digits and hyphens; got"
             f" {self.name!r}",
         )
 
@@ -106,8 +106,8 @@ class Suite:
     """Recipes in training order, with a report of their results.
 
     Fields:
-        report: None: a table for each study
-        choices: by the name of the recipe that waits for the choice
+        report: prints the results; None: a table for each study is printed
+        choices: by the name of the recipe that takes the chosen value
         measurements: costs that the report needs
     """
 
@@ -126,13 +126,13 @@ class Suite:
         for recipe in self.recipes:
             require(
                 recipe.name not in names,
-                f"suite: recipes must have names of their own; got two of {recipe.name!r}",
+                f"suite: recipes must have different names; got two recipes {recipe.name!r}",
             )
             for reference in references(recipe):
                 require(
                     reference in names,
                     f"suite: a reference must name an earlier recipe; got '@{reference}' in"
-                    f" {recipe.name}, before it stand {', '.join(names) or 'none'}",
+                    f" {recipe.name}; earlier recipes: {', '.join(names) or 'none'}",
                 )
             if choice := self.choices.get(recipe.name):
                 recipe.value_of(choice.field)
@@ -150,14 +150,14 @@ class Suite:
         unknown = set(self.choices) - set(names)
         require(
             not unknown,
-            f"suite: a choice must be one of its recipes'; got {', '.join(sorted(unknown))}",
+            f"suite: a choice must have the name of a recipe; got {', '.join(sorted(unknown))}",
         )
         for measurement in self.measurements:
             unknown = {each for each in measurement.of if isinstance(each, str)} - set(names)
             require(
                 measurement.name not in names and not unknown,
-                f"suite: a measurement must have a name of its own and be of recipes of the suite;"
-                f" got {measurement.name} of {', '.join(sorted(unknown)) or 'recipes that are'}",
+                "suite: a measurement must have a unique name and measure recipes of the suite; got"
+                f" {measurement.name} with unknown recipes: {', '.join(sorted(unknown)) or 'none'}",
             )
             names.append(measurement.name)
         if self.report is not None:
@@ -179,19 +179,21 @@ class Suite:
         """The same suite with `Recipe.override` applied to each recipe.
 
         Raises:
-            ValueError: a recipe cannot take the changes, or a field is chosen by trials.
+            ValueError: a change does not fit a recipe, or changes a field that trials choose.
         """
         chosen = {choice.field for choice in self.choices.values()} & set(changes)
         require(
             not chosen,
-            f"suite: {', '.join(chosen)} is what its trials try; got a value for all of them",
+            f"suite: {', '.join(chosen)} is chosen by trials and must not be changed; got a value",
         )
         recipes = []
         for recipe in self.recipes:
             try:
                 recipes.append(recipe.override(changes))
             except ValueError as error:
-                raise ValueError(f"suite: {recipe.name} cannot be changed so; {error}") from error
+                raise ValueError(
+                    f"suite: {recipe.name} does not accept the change; {error}"
+                ) from error
         return replace(self, recipes=tuple(recipes))
 
     def tiny(self) -> "Suite":
@@ -210,22 +212,33 @@ class Suite:
         )
 
     def resolved(self) -> "Suite":
-        """The same suite with every path absolute; references stay."""
-        measurements = tuple(
-            replace(each, of=tuple(of if isinstance(of, str) else of.resolved() for of in each.of))
-            for each in self.measurements
-        )
+        """The same suite with absolute paths. References are unchanged."""
         return replace(
             self,
             recipes=tuple(recipe.resolved() for recipe in self.recipes),
-            measurements=measurements,
+            measurements=tuple(
+                replace(
+                    each,
+                    of=tuple(
+                        item if isinstance(item, str) else item.resolved() for item in each.of
+                    ),
+                )
+                for each in self.measurements
+            ),
         )
 
     @property
     def all_recipes(self) -> tuple[Recipe, ...]:
         """The recipes of the suite, and the recipes that only its measurements use."""
-        measured = (each for measurement in self.measurements for each in measurement.of)
-        return (*self.recipes, *(each for each in measured if isinstance(each, Recipe)))
+        return (
+            *self.recipes,
+            *(
+                each
+                for measurement in self.measurements
+                for each in measurement.of
+                if isinstance(each, Recipe)
+            ),
+        )
 
 
 def references(recipe: Recipe) -> tuple[str, ...]:
@@ -250,7 +263,7 @@ def fill_references(recipe: Recipe, path_of: Callable[[str], str | Path]) -> Rec
     return recipe.with_paths(fill)
 
 
-def needed(suite: Suite, recipe: Recipe) -> tuple[str, ...]:
+def prerequisites(suite: Suite, recipe: Recipe) -> tuple[str, ...]:
     """The names of the recipes that must be trained before this one."""
     choice = suite.choices.get(recipe.name)
     return references(recipe) + (choice.trials if choice else ())
@@ -260,19 +273,19 @@ def refuse_references(recipe: Recipe) -> None:
     """Refuse a recipe with references outside of a suite.
 
     Raises:
-        ValueError: it has one.
+        ValueError: the recipe has a reference.
     """
     if names := references(recipe):
         raise ValueError(
-            f"recipe: '@{names[0]}' names an earlier recipe of the same suite; got {recipe.name}"
-            " alone; give a run's folder or a file in its place"
+            f"recipe: '@{names[0]}' must name an earlier recipe of the same suite; got"
+            f" {recipe.name} without a suite: use the path of a run's folder or of a weights file"
         )
 
 
-def targets_of(made: Recipe | Suite) -> list[str]:
-    """The dotted names that need `--trust` to read `made` back: parts of recipes and the report."""
-    is_suite = isinstance(made, Suite)
-    recipes, report = (made.all_recipes, made.report) if is_suite else ((made,), None)
+def targets_of(workload: Recipe | Suite) -> list[str]:
+    """The dotted names of parts and of the report that only `--trust` allows to import."""
+    is_suite = isinstance(workload, Suite)
+    recipes, report = (workload.all_recipes, workload.report) if is_suite else ((workload,), None)
     parts = [(name, PARTS) for recipe in recipes for name in targets(recipe.to_json())]
     reports = [] if report is None else [(dotted(report), TRUSTED)]
     return [name for name, trusted in parts + reports if not is_trusted(name, trusted)]
@@ -287,7 +300,7 @@ def refuse_untrusted(suite: Suite, trust: Collection[str]) -> None:
     for recipe in suite.all_recipes:
         Recipe.from_json(recipe.to_json(), trust=trust)
     if suite.report is not None:
-        imported(dotted(suite.report), (*TRUSTED, *trust), who=FILE)
+        imported(dotted(suite.report), (*TRUSTED, *trust), subject=FILE)
 
 
 # --------------------------------------------------------------------------------------- suite.json
@@ -298,8 +311,8 @@ class SuiteFile:
     """The content of suite.json: everything that a resume needs."""
 
     suite: Suite  # paths absolute, references as they were written
-    runs: tuple[str, ...]  # the name of each recipe's run folder, which lies beside the suite's
-    parent: str  # id by which MLflow groups the runs: 32 hex digits
+    runs: tuple[str, ...]  # the name of each recipe's run folder, beside the suite's folder
+    parent: str  # the id that groups the runs in MLflow: 32 hex digits
     cluster: Mapping[str, Any]  # fields of pipeline.launch.cluster.Cluster
 
     def to_json(self) -> dict[str, Any]:
@@ -318,14 +331,14 @@ class SuiteFile:
 
     @classmethod
     def from_json(cls, value: Any, *, own: str = "", trust: Collection[str] = ()) -> "SuiteFile":
-        """Read a suite back. Only trusted names are imported.
+        """Read a suite from JSON. Only trusted names are imported.
 
         Args:
             own: the name of the suite's folder, which no run may have.
 
         Raises:
-            ValueError: another format version, a damaged field, a run name that leaves the folder
-            of runs, a target that is not trusted, or recipes that no longer fit.
+            ValueError: the format version is another one, a field is damaged, a run's name leads
+                out of the folder of runs, a target is not trusted, or a recipe is no longer valid.
         """
         children = list(_children(value, own=own))
         parent, cluster, report = value.get("parent"), value.get("cluster"), value.get("report")
@@ -336,18 +349,22 @@ class SuiteFile:
         require(
             isinstance(cluster, Mapping), f"suite.json: cluster must be an object; got {cluster!r}"
         )
-        function = None if report is None else imported(report, (*TRUSTED, *trust), who=FILE)
+        function = None if report is None else imported(report, (*TRUSTED, *trust), subject=FILE)
         recipes = tuple(Recipe.from_json(child["recipe"], trust=trust) for child in children)
         choices = {
             recipe.name: Choice(
-                **decode(arguments_of(Choice, child["choice"], who=f"{FILE}: a choice"), ())
+                **decode(arguments_of(Choice, child["choice"], subject=f"{FILE}: a choice"), ())
             )
             for recipe, child in zip(recipes, children, strict=True)
             if "choice" in child
         }
-        measurements = tuple(_measurement(each, trust) for each in value.get("measurements") or ())
         return cls(
-            suite=Suite(recipes, function, choices, measurements),
+            suite=Suite(
+                recipes,
+                function,
+                choices,
+                tuple(_measurement(each, trust) for each in value.get("measurements") or ()),
+            ),
             runs=tuple(child["run"] for child in children),
             parent=parent,
             cluster=cluster,
@@ -361,12 +378,12 @@ class SuiteFile:
         """The suite in a folder.
 
         Raises:
-            ValueError: there is no suite.json, or as `from_json`.
+            ValueError: suite.json does not exist, or as `from_json`.
         """
         try:
-            written, name = read_json(folder / FILE), folder.absolute().name
-            with own_code.on_path(own_code.read(folder) if trust else {}, trust, of=name):
-                return cls.from_json(written, own=name, trust=trust)
+            name = folder.absolute().name
+            with own_code.importable(own_code.read(folder) if trust else {}, trust, owner=name):
+                return cls.from_json(read_json(folder / FILE), own=name, trust=trust)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 
@@ -376,12 +393,12 @@ def is_suite(folder: Path) -> bool:
 
 
 def has_report(folder: Path) -> bool:
-    """Whether a suite has a report function. Nothing is imported."""
+    """Whether a suite has a report function. No code is imported."""
     return read_json(folder / FILE).get("report") is not None
 
 
 def runs_of(folder: Path) -> dict[str, Path]:
-    """The run folder of each recipe, by the recipe's name, in order. Nothing is imported.
+    """The run folder of each recipe, by the recipe's name, in order. No code is imported.
 
     Raises:
         ValueError: suite.json is damaged, or a run's folder is a file.
@@ -398,7 +415,7 @@ def runs_of(folder: Path) -> dict[str, Path]:
 
 
 def measured_in(folder: Path) -> dict[str, Path]:
-    """The file of each measurement of a suite, by its name, whether or not it exists.
+    """The file of each measurement of a suite, by the measurement's name. It may not exist yet.
 
     Raises:
         ValueError: suite.json is damaged.
@@ -415,7 +432,7 @@ def measured_in(folder: Path) -> dict[str, Path]:
 
 
 def sources_in(folder: Path) -> set[str]:
-    """As `sources`, from a suite's folder. Nothing is imported.
+    """As `sources`, from a suite's folder. No code is imported.
 
     Raises:
         ValueError: suite.json is damaged.
@@ -436,15 +453,12 @@ def _children_in(folder: Path) -> list[dict[str, Any]]:
 
 
 def _children(value: Any, *, own: str) -> Iterator[dict[str, Any]]:
-    """The children in suite.json.
-
-    Checks the version and that run names stay in the folder of runs.
-    """
-    check_format(value, FORMAT, who=FILE)
+    """Yield the children in suite.json. Check the version, and that no run's name is a path."""
+    check_format(value, FORMAT, subject=FILE)
     children = value.get("children")
     require(
         isinstance(children, list) and children,
-        f"suite.json: children must be a list, not empty; got {children!r}",
+        f"suite.json: children must be a list with at least one entry; got {children!r}",
     )
     seen = {own}
     for child in children:
@@ -457,7 +471,7 @@ def _children(value: Any, *, own: str) -> Iterator[dict[str, Any]]:
         require(isinstance(name, str), f"suite.json: a recipe's name must be text; got {name!r}")
         require(
             isinstance(run, str) and run not in ("", "..", *seen) and Path(run).name == run,
-            f"suite.json: a run must be a name of its own in the folder of runs; got {run!r}",
+            f"suite.json: a run must be a unique name in the folder of runs; got {run!r}",
         )
         seen.add(run)
         yield child
@@ -477,9 +491,7 @@ def _measurement(value: Any, trust: Collection[str]) -> Measurement:
 
 
 def _check_report(report: Any) -> None:
-    rule = (
-        "suite: report must be a function at the top level of a module, called with (runs, console)"
-    )
+    rule = "suite: report must be a top-level function of a module, called with (runs, console)"
     is_function = inspect.isfunction(report) and report.__qualname__ == report.__name__
     require(is_function and report.__name__.isidentifier(), f"{rule}; got {report!r}")
     try:

@@ -76,7 +76,7 @@ class DSR(Rule):
         backward: Literal["rates", "published"] = "rates",
     ) -> None:
         super().__init__()
-        refuse_unless_counts("DSR", {"calibrate": calibrate}, least=0)
+        refuse_unless_counts("DSR", {"calibrate": calibrate}, minimum=0)
         refuse_unless_one_of("DSR", ("spikes", "activations"), calibrate_on=calibrate_on)
         require(
             calibrate_on != "activations" or calibrate != 0,

@@ -197,14 +197,14 @@ def assemble(process: Process) -> TrainContext:
 def _read_recipe(process: Process) -> Recipe:
     job, ranks, host = process.job, process.ranks, socket.gethostname()
     if ranks.size > 1:
-        check_same_code(host, code_digest(), each=ranks.all_gather_object)
+        check_same_code(host, code_digest(), gather=ranks.all_gather_object)
     # A machine may lack the user's package.
     recipe = ranks.all_or_raise(lambda: Recipe.read(RunFolder(job.run).recipe, trust=job.trust))
     ranks.all_or_raise(lambda: compute_in(recipe.precision, ranks.device))
     if ranks.size > 1 and job.trust:
         digest = ranks.all_or_raise(lambda: own_code.digest(Path(job.run), job.trust))
         check_same_code(
-            host, digest, each=ranks.all_gather_object, of=f"the {', '.join(job.trust)}"
+            host, digest, gather=ranks.all_gather_object, of=f"the {', '.join(job.trust)}"
         )
     return recipe
 
@@ -217,7 +217,7 @@ def _open_checkpoints(process: Process, recipe: Recipe) -> Checkpoints:
     if ranks.size > 1:
         # This comes first, because files of a killed attempt may fill the disk.
         process.retry_while_away(store.sweep)
-        check_shared(store.staging, rank=ranks.rank, each=ranks.all_gather_object, beat=beat)
+        check_shared(store.staging, rank=ranks.rank, gather=ranks.all_gather_object, beat=beat)
     return Checkpoints(
         store,
         attempt=ranks.broadcast_object(lambda: f"{os.getpid()}-{time.time_ns():x}"),

@@ -56,7 +56,7 @@ class SavingHooks:
         # _write_s: how long the last checkpoint took until it was complete; known to rank 0
         self._stall_s = self._write_s = 0.0
         # the files of requests that this rank looks for during an evaluation
-        self._request_files = (self.files.stop, self.files.save)
+        self._request_files = (self.files.stop_request, self.files.save_request)
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +83,7 @@ class SavingHooks:
         work_s = 2 * (now - self._batch_began + self._write_s) + MARGIN_S
         # Only rank 0 looks for files, because each look is a request to the file server.
         looks = self.ranks.rank == 0
-        save_requested = looks and self.files.save.exists()
+        save_requested = looks and self.files.save_request.exists()
         notice = self._notice() if save_requested else self.context.rank_info.notice()
         (
             stop_requested,
@@ -93,7 +93,7 @@ class SavingHooks:
             has_new_notice,
             is_last_chance,
         ) = self.ranks.decide(
-            looks and self.files.stop.exists(),
+            looks and self.files.stop_request.exists(),
             save_requested,
             minutes > 0 and now - self._last_save_at > 60 * minutes,
             self.checkpoints.failed(),
@@ -119,7 +119,7 @@ class SavingHooks:
         """Save without a score if much training is unsaved, the last save failed, or machines will
         be taken away.
         """
-        self._request_files = (self.files.stop, self.files.save)
+        self._request_files = (self.files.stop_request, self.files.save_request)
         [is_due] = self.ranks.decide(
             time.monotonic() - self._last_save_at > MAX_UNSAVED_S
             or self.checkpoints.failed()
@@ -139,7 +139,7 @@ class SavingHooks:
         """Save on a request during an evaluation, because there may be no time for the rest of it.
         Returns whether a stop is requested.
         """
-        stop_requested = bool(self.ranks.max(torch.tensor(float(self.files.stop.exists()))))
+        stop_requested = bool(self.ranks.max(torch.tensor(float(self.files.stop_request.exists()))))
         for notice in self.ranks.all_gather_object(self._notice()):
             if self.is_new(notice):
                 self.add_notice(notice, step)
@@ -148,7 +148,7 @@ class SavingHooks:
         self._fulfil_request(step)
         if self.ranks.rank:
             # Over NFS, other machines may see the file that rank 0 has deleted for a minute.
-            self._request_files = (self.files.stop,)
+            self._request_files = (self.files.stop_request,)
         return stop_requested
 
     def save(
@@ -212,7 +212,7 @@ class SavingHooks:
         notice = self.context.rank_info.notice()
         # The file may be deleted, or a user may have made it.
         with suppress(OSError, ValueError, KeyError, TypeError):
-            value = json.loads(self.files.save.read_text())
+            value = json.loads(self.files.save_request.read_text())
             if notice is None and value["machines"]:
                 notice = Notice(tuple(value["machines"]), value["deadline"])
         return notice
@@ -221,7 +221,7 @@ class SavingHooks:
         """Delete the request once the checkpoint is complete. Its author then ends the workers."""
         self.wait(step)
         if self.ranks.rank == 0:
-            self.files.save.unlink(missing_ok=True)
+            self.files.save_request.unlink(missing_ok=True)
 
     def _save(self, **progress: Any) -> None:
         began, context, network = time.monotonic(), self.context, self.context.backend.network

@@ -138,7 +138,7 @@ def export_run(
         "layout": layout,
         "model": json.dumps(model),
         "time_steps": str(recipe.time_steps),
-        **({"code": json.dumps(own_code.note(own))} if own else {}),
+        **({"code": json.dumps(own_code.describe_packages(own))} if own else {}),
     }
     write_whole(out, save(tensors, {**metadata, "sha256": _digest(metadata, tensors)}))
     return ExportedFile(
@@ -191,9 +191,11 @@ def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str]
     )
     try:
         code = (
-            own_code.packages(json.loads(metadata.get("code", "{}")), who="code") if trust else {}
+            own_code.packages(json.loads(metadata.get("code", "{}")), subject="code")
+            if trust
+            else {}
         )
-        with own_code.on_path(code, trust, of=file.name):
+        with own_code.importable(code, trust, owner=file.name):
             written_model: Spec = decode(json.loads(metadata["model"]), (*TRUSTED, *trust))
         if model is not None and model != written_model:
             raise ValueError(

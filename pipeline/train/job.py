@@ -76,14 +76,14 @@ class RankInfo:
 
 def stop_reason(run: Path) -> str:
     """The reason of a stop, such as "asked to stop by ..." if the requester is known."""
-    file = RunFolder(run).stop
+    file = RunFolder(run).stop_request
     requester = file.read_text().strip() if file.exists() else ""
     return f"asked to stop by {requester}" if requester else "asked to stop"
 
 
 def was_stopped(run: Path) -> bool:
     """Whether there is a request to stop. A launch or resume deletes an older request."""
-    return RunFolder(run).stop.exists()
+    return RunFolder(run).stop_request.exists()
 
 
 def note_refusal(run: Path, error: ValueError) -> None:
@@ -102,7 +102,7 @@ def raise_refusal(run: Path) -> None:
 
 
 def note_death(run: Path, *, worker: int, error: str) -> None:
-    write_json(RunFolder(run).died, {"worker": worker, "error": error})
+    write_json(RunFolder(run).worker_death, {"worker": worker, "error": error})
 
 
 def read_death(run: Path) -> dict[str, Any] | None:
@@ -110,5 +110,5 @@ def read_death(run: Path) -> dict[str, Any] | None:
     read, because the run can train without it.
     """
     with suppress(ValueError):
-        return read_json(RunFolder(run).died)
+        return read_json(RunFolder(run).worker_death)
     return None

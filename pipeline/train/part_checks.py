@@ -93,7 +93,7 @@ def check_loader(loader: Loader, data: Data, method: str) -> Loader:
     refuse_unless_counts(
         subject,
         {"samples": loader.samples, "steps_per_epoch": loader.steps_per_epoch},
-        least=0,
+        minimum=0,
     )
     return loader
 

@@ -82,7 +82,7 @@ class Decisions:
         skipped = tuple((int(first), int(end)) for first, end in value["skipped"])
         rollbacks, limit = value["rollbacks"], value["micro_batch"]
         require(
-            is_count(rollbacks, least=0) and (limit is None or is_count(limit)),
+            is_count(rollbacks, minimum=0) and (limit is None or is_count(limit)),
             "decisions: rollbacks and micro_batch must be whole numbers; got"
             f" {rollbacks!r} and {limit!r}",
         )

@@ -349,7 +349,9 @@ class Trainer:
         if self.ranks.rank == 0:
             files = RunFolder(self.folder)
             write_json(files.activity, [asdict(layer) for layer in last.activity])
-            write_predictions(files.answers, predictions, has_task_column=bool(self.recipe.phases))
+            write_predictions(
+                files.predictions, predictions, has_task_column=bool(self.recipe.phases)
+            )
             write_json(files.summary, {**summary, "hardware": hardware})
         self.tracker.write(events.Finish(step=self.step, summary=summary))
         return summary

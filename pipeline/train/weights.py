@@ -31,7 +31,7 @@ def load_run(
         f"load: {folder} must be a run's folder, with a {file.name}; it has none",
     )
     network: nn.Module = Recipe.read(file, trust=trust).model.build()
-    network.load_state_dict(read_state(verified(store_of(folder), which) / WEIGHTS, who="load"))
+    network.load_state_dict(read_state(verified(store_of(folder), which) / WEIGHTS, subject="load"))
     return network.eval()
 
 
@@ -145,7 +145,7 @@ def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
 
 
 def _read(file: Path, network: nn.Module, *, subject: str) -> Mapping[str, Tensor]:
-    tensors = read_state(file, who=subject)
+    tensors = read_state(file, subject=subject)
     if isinstance(network, QKFormer) and is_published(tensors):
         try:
             return renamed(tensors, network)

@@ -62,7 +62,7 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
             tracker.write(Hung(worker=worker, stacks=stacks))
         if death is not None and death["worker"] not in hangs.values():
             tracker.write(Died(**death))
-        RunFolder(folder).died.unlink(missing_ok=True)
+        RunFolder(folder).worker_death.unlink(missing_ok=True)
         try:
             yield tracker
         except StartAgain:

@@ -16,7 +16,7 @@ set and are judged by the last tenth. The test set is read once, after the last 
 from dataclasses import replace
 
 from pipeline.recipe import Suite, spec
-from pipeline.recipe.search import over_seeds, tuned
+from pipeline.recipe.search import over_seeds, with_tuning
 from pipeline.report.suite import print_protocols
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
@@ -35,4 +35,4 @@ def recipe() -> Suite:
     rules = Suite(
         tuple(replace(shared, name=f"rates-{name}", rule=rule) for name, rule in RULES.items())
     )
-    return tuned(over_seeds(rules, SEEDS), "optimizer.lr", RATES, report=print_protocols)
+    return with_tuning(over_seeds(rules, SEEDS), "optimizer.lr", RATES, report=print_protocols)

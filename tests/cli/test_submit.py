@@ -58,7 +58,7 @@ def test_slurm_that_is_given_no_number_of_workers_counts_its_gpus(launch: Comman
     code, out, _ = launch(SMALL, *asked.split(), "--gpus-per-node", "8")
     assert code == 0 and " SPIKETRAIN_WORKERS= " in out
     code, out, err = launch(SMALL, *asked.split(), "--gpus-per-node", "7")
-    assert (code, out) == (2, "") and "divide by 14 workers" in err
+    assert (code, out) == (2, "") and "be divisible by 14 workers" in err
 
 
 def test_workers_that_come_and_go(launch: Command) -> None:
@@ -184,7 +184,7 @@ NODES = "slurm --nodes 2 --time 1 --gpus-per-node 4"
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--nodes 2 --dry-run", "without --cluster there is nothing that takes --dry-run, --nodes"),
+        ("--nodes 2 --dry-run", "options that need --cluster: --dry-run, --nodes"),
         (
             "--cluster slurm --name a --nodes 1 --time 1 --workers 2:4",
             "workers must be one number, because the number of nodes of a job is fixed; got 2:4",
@@ -194,11 +194,17 @@ NODES = "slurm --nodes 2 --time 1 --gpus-per-node 4"
             "--workers must be a number, a range such as 2:4",
         ),
         ("--cluster lsf", "--cluster must be k8s, slurm or ray://HOST:PORT; got lsf"),
-        ("--cluster k8s --name a --nodes 2", "--cluster k8s does not take --nodes"),
-        ("--cluster k8s --name a --node-loss patient", "--cluster k8s does not take --node-loss"),
-        ("--cluster slurm --name a --node-loss fast", "--cluster slurm does not take --node-loss"),
-        ("--cluster ray://a:1 --name a --time 3", "--cluster ray://a:1 does not take --time"),
-        ("--cluster ray://a:1 --name a --infra infra", "--cluster ray://a:1 does not take --infra"),
+        ("--cluster k8s --name a --nodes 2", "--cluster k8s does not accept --nodes"),
+        ("--cluster k8s --name a --node-loss patient", "--cluster k8s does not accept --node-loss"),
+        (
+            "--cluster slurm --name a --node-loss fast",
+            "--cluster slurm does not accept --node-loss",
+        ),
+        ("--cluster ray://a:1 --name a --time 3", "--cluster ray://a:1 does not accept --time"),
+        (
+            "--cluster ray://a:1 --name a --infra infra",
+            "--cluster ray://a:1 does not accept --infra",
+        ),
         ("--cluster ray://a:1 --name a --image b:1", "got --image b:1"),
         (
             "--cluster ray://a --name a",
@@ -228,10 +234,13 @@ NODES = "slurm --nodes 2 --time 1 --gpus-per-node 4"
         ),
         (
             f"--cluster k8s --name a {CPU_PODS} --inline",
-            "launch: --cluster k8s does not take --inline",
+            "launch: --cluster k8s does not accept --inline",
         ),
-        (f"--cluster k8s --name a {CPU_PODS} --or-resume", "does not take --or-resume"),
-        ("--cluster ray://a:1 --name a --address b", "--cluster ray://a:1 does not take --address"),
+        (f"--cluster k8s --name a {CPU_PODS} --or-resume", "does not accept --or-resume"),
+        (
+            "--cluster ray://a:1 --name a --address b",
+            "--cluster ray://a:1 does not accept --address",
+        ),
         (f"--cluster k8s --name a {CPU_PODS} --set nothing=1", "nothing"),
         *(
             (
@@ -244,7 +253,7 @@ NODES = "slurm --nodes 2 --time 1 --gpus-per-node 4"
         *(
             (
                 f"{recipe} --workers 7 {MINE} --cluster {cluster}",
-                "divide by 7 workers",
+                "be divisible by 7 workers",
             )
             for cluster in ("slurm --nodes 1 --time 1", "ray://h:8265", f"k8s {CPU_PODS}")
             for recipe in (SMALL, BOTH)

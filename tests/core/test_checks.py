@@ -16,7 +16,7 @@ from pipeline.spiking.local_learning import Readout
 @pytest.mark.parametrize("value", [1, 7, (1,), [2, 3], range(1, 3)], ids=repr)
 def test_accepts(value):
     refuse_unless_counts("who", {"size": value})
-    refuse_unless_counts("who", {"size": 0, "sizes": (0, 1)}, least=0)
+    refuse_unless_counts("who", {"size": 0, "sizes": (0, 1)}, minimum=0)
 
 
 @pytest.mark.parametrize(

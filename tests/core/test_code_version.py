@@ -30,8 +30,9 @@ def test_the_digest_depends_on_names_and_contents_only(
 
 def test_a_worker_with_other_code_is_named() -> None:
     mine = code_digest()
-    check_same_code("a", mine, each=lambda value: [value, (mine, "b")])
+    check_same_code("a", mine, gather=lambda value: [value, (mine, "b")])
     with pytest.raises(
-        UserError, match=f"code of worker 0 on a, {mine}; got worker 2 on c 0123: install one"
+        UserError,
+        match=f"code of worker 0 on a, {mine}; got worker 2 on c 0123: install the same version",
     ):
-        check_same_code("a", mine, each=lambda value: [value, (mine, "b"), ("0123", "c")])
+        check_same_code("a", mine, gather=lambda value: [value, (mine, "b"), ("0123", "c")])

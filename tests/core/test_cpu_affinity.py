@@ -56,10 +56,12 @@ def test_no_core_has_two_holders_and_a_killed_holder_frees_its_cores(tmp_path: P
             if everything > 1:
                 with own_cores(1, folder=tmp_path) as mine:
                     assert theirs not in mine
-            said = f"a worker needs {everything} of its own; too few of this machine's {everything}"
+            said = (
+                f"needs {everything} unreserved cores; too few of this machine's {everything} are"
+            )
             with (
                 pytest.raises(UserError, match=said),
-                own_cores(everything, folder=tmp_path, patience_s=0.1),
+                own_cores(everything, folder=tmp_path, timeout_s=0.1),
             ):
                 pass
         finally:

@@ -31,7 +31,7 @@ def test_the_first_line_comes_before_any_import_that_takes_seconds(words: str) -
         [sys.executable, "-c", FIRST, *words.split()], capture_output=True, text=True, timeout=110
     )
     assert done.returncode == 2, done.stderr
-    assert done.stdout == "importing torch and what else this command needs []\n"
+    assert done.stdout == "importing torch and other packages that this command needs []\n"
 
 
 @pytest.mark.parametrize(

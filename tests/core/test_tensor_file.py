@@ -38,7 +38,7 @@ def test_wrappers_are_opened(tmp_path: Path, content: dict, suffix: str) -> None
     torch.save(content, tmp_path / f"file.{suffix}")
     save_file(STATE, tmp_path / "file.safetensors")
     for file in tmp_path.iterdir():
-        torch.testing.assert_close(dict(read_state(file, who="x")), STATE, rtol=0, atol=0)
+        torch.testing.assert_close(dict(read_state(file, subject="x")), STATE, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
@@ -63,7 +63,7 @@ def test_a_file_without_weights_is_refused_in_one_line(
         ("nowhere.pt", "does not exist"),
     ):
         with pytest.raises(ValueError, match=f"x: .*{name} must .*{said}") as refusal:
-            read_state(tmp_path / name, who="x")
+            read_state(tmp_path / name, subject="x")
         assert len(str(refusal.value).splitlines()) == 1
     assert capsys.readouterr().out == ""
 

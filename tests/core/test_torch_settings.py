@@ -106,9 +106,7 @@ def test_the_precision_holds_inside_the_context_only() -> None:
 def test_tf32_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError,
-        match=(
-            r"recipe: precision='tf32' must have an NVIDIA card of .* 8\.0 or newer; got cpu: take"
-        ),
+        match=(r"recipe: precision='tf32' needs an NVIDIA card of .* 8\.0 or newer; got cpu: use"),
     ):
         compute_in("tf32", CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))

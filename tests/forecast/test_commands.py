@@ -250,7 +250,7 @@ STEPS = "sweep: --steps must be numbers of time steps, such as 1,2,4,8; got"
         ("sweep --steps 0", f"{STEPS} '0'"),
         (
             "sweep --batch 4 --at-largest",
-            "sweep: --at-largest tries what --batch auto finds; got --batch 4",
+            "sweep: --at-largest needs --batch auto; got --batch 4",
         ),
         ("sweep --batch none", "sweep: --batch must be a number of samples or auto; got none"),
         ("sweep --memory 3", f"{MEMORY} 3 with --batch None"),
@@ -265,8 +265,7 @@ STEPS = "sweep: --steps must be numbers of time steps, such as 1,2,4,8; got"
         ),
         (
             "plan --node-gbps 100",
-            "plan: --per-node and --node-gbps are of cards in nodes; what links machines like this"
-            " one is measured",
+            "plan: --per-node and --node-gbps need a GPU as --device; got --device here",
         ),
     ],
 )

@@ -11,8 +11,17 @@ from torch import nn
 from pipeline.core.errors import DataError
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.forecast.bench import RESERVE, Bench
-from pipeline.forecast.plan import DEVICES, LIMIT, Cluster, Plan, Planned, _at, _Planner, plan
-from pipeline.forecast.step_counts import Operation, Traffic, counted, counted_optimizer
+from pipeline.forecast.plan import (
+    DEVICES,
+    LIMIT,
+    Cluster,
+    Plan,
+    Planned,
+    _Planner,
+    _seconds_at,
+    plan,
+)
+from pipeline.forecast.step_counts import Operation, Traffic, count_optimizer, counted
 from pipeline.measure.saved_bytes import bytes_of
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.report.forecasts import advice, basis, print_plan
@@ -57,19 +66,19 @@ def of(found: Plan, rule: str) -> Planned:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: on(1, samples=63), "an epoch must have a batch of 64 samples at least; got 63"),
+        (lambda: on(1, samples=63), "an epoch must have at least one batch, 64 samples; got 63"),
         (
             lambda: Bench(made(precision="tf32"), batch_size=4),
-            "recipe: precision='tf32' must have an NVIDIA card",
+            "recipe: precision='tf32' needs an NVIDIA card",
         ),
         (
             lambda: on(1, rules=(), precision="tf32", cluster={"device": None}),
-            "recipe: precision='tf32' must have an NVIDIA card",
+            "recipe: precision='tf32' needs an NVIDIA card",
         ),
         (
             lambda: on(9999, rules=(), batch_size=9999, cluster={"device": None}),
-            r"plan: every worker takes 1 core, of which machines like this one have \d+; got 9999"
-            " workers; name the card with --device, or fewer",
+            r"plan: each worker needs 1 core; machines like this one have \d+; got 9999"
+            " workers: reduce --workers, or name a GPU with --device",
         ),
     ],
 )
@@ -103,7 +112,7 @@ def test_counts_are_those_of_the_whole_micro_batch() -> None:
 )
 def test_what_is_moved_at_each_stage(workers: int, zero: int, rule: str, sent: float) -> None:
     """In bytes of gradients and parameters over the slowest link; both have 4 bytes a parameter."""
-    assert counted_optimizer(Bench(made(), batch_size=4))[0].gradients == PARAMETERS
+    assert count_optimizer(Bench(made(), batch_size=4))[0].gradients == PARAMETERS
     found = on(workers, zero=zero, cluster={"node_link": 1e9})
     assert of(found, rule).communication_s == pytest.approx(sent * PARAMETERS)
 
@@ -132,7 +141,7 @@ def test_a_step_takes_the_longer_of_its_roofline_and_its_launches() -> None:
     assert of(waits, "BPTT").compute_s == pytest.approx(needs.kernels)
     busy = on(1, cluster={"device": replace(H100, launch=1e-12, efficiency=0.5)})
     assert of(busy, "BPTT").compute_s == pytest.approx(H100.busy_s(needs.operations, "fp32") / 0.5)
-    _, optimizer = counted_optimizer(Bench(made(), batch_size=4))
+    _, optimizer = count_optimizer(Bench(made(), batch_size=4))
     expected = H100.busy_s(optimizer.operations, "fp32") / H100.efficiency
     assert of(on(1), "BPTT").optimizer_s == pytest.approx(expected)
 
@@ -211,8 +220,8 @@ def test_every_worker_here_takes_a_card_or_cores(monkeypatch: pytest.MonkeyPatch
     memory = (1 - RESERVE) * 10**9
     assert (on_cores.memory, on_cards.memory) == pytest.approx((memory / 2, memory))
     said = (
-        "every worker takes a card, of which machines like this one have 2; got 4 workers; name the"
-        " card with --device"
+        "each worker needs a GPU; machines like this one have 2; got 4 workers: reduce --workers,"
+        " or name a GPU with --device"
     )
     with pytest.raises(ValueError, match=said):
         plan(made(), Cluster(workers=4))
@@ -241,7 +250,7 @@ def test_small_batches_are_timed(flops: float, sizes: tuple[int, ...]) -> None:
 def test_seconds_grow_linearly_with_the_batch(
     samples: int, sizes: tuple[int, ...], seconds: tuple[float, ...], expected: float
 ) -> None:
-    assert _at(samples, sizes, seconds) == pytest.approx(expected)
+    assert _seconds_at(samples, sizes, seconds) == pytest.approx(expected)
 
 
 def test_sums_here_grow_with_the_bytes_that_are_moved() -> None:

@@ -134,7 +134,7 @@ def test_a_taught_recipe_is_probed_with_labels_and_its_teacher_is_told_beside() 
     teacher, network = found.teacher, timm.create_model("test_efficientnet")
     assert teacher is not None and teacher.teacher == "test_efficientnet" and teacher.seconds > 0
     assert teacher.bytes > 4 * sum(each.numel() for each in network.parameters())
-    said = "the teacher, test_efficientnet, is in no row: beside every rule it holds"
+    said = "no row includes the teacher, test_efficientnet: it holds"
     assert any(line.startswith(said) for line in printed(print_probe, found))
     assert probe_to_json(found)["teacher"]["bytes"] == teacher.bytes
 
@@ -308,7 +308,7 @@ def sltt_full(**rules: tuple[float, float, dict[str, float]]) -> Probe:
                 "(least at b)",
                 # 70 of 150
                 "keeps 20% of BPTT's bytes for backward, 47% with states, so it saves 53%",
-                "and takes 90% of its time",
+                "and takes 90% of BPTT's time",
             ],
         ),
         (
@@ -320,7 +320,7 @@ def sltt_full(**rules: tuple[float, float, dict[str, float]]) -> Probe:
                 probed(SLTT=(20, 0.9, NEAR)),
                 rounds={"BPTT": (1.0, 1.0, 2.0), "SLTT": (0.9, 0.8, 2.2)},
             ),
-            ["and takes 90% of its time, 80% to 110% in 3 rounds."],
+            ["and takes 90% of BPTT's time, 80% to 110% in 3 rounds."],
         ),
         (
             with_own_bytes(but=""),

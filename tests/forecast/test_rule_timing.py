@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.forecast import bench, rule_timing
-from pipeline.forecast.bench import in_turns
+from pipeline.forecast.bench import interleave
 from pipeline.forecast.rule_timing import measure_interleaved
 from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
@@ -60,9 +60,9 @@ def test_what_a_process_ended_in_is_a_line() -> None:
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size must divide by 3 workers"):
+    with pytest.raises(ValueError, match="batch_size must be divisible by 3 workers"):
         measure_interleaved(recipe_with(0.5), RULES, workers=3)
 
 
 def test_each_round_begins_with_another() -> None:
-    assert "".join(in_turns("abc", 4)) == "abcbcacababc"
+    assert "".join(interleave("abc", 4)) == "abcbcacababc"

@@ -18,8 +18,8 @@ from pipeline.forecast.step_counts import (
     FakeBench,
     Operation,
     Traffic,
+    count_optimizer,
     counted,
-    counted_optimizer,
     describe_steps,
 )
 from pipeline.models.feedback import fc_feedback
@@ -136,8 +136,8 @@ def test_spide_is_counted_as_dense_products_and_keeps_the_same_bytes() -> None:
 
 def test_the_optimizer_and_what_it_holds_are_counted_to_the_unit() -> None:
     recipe = small_recipe()
-    held, traffic = counted_optimizer(Bench(recipe))
-    fake, counted_ = counted_optimizer(FakeBench(recipe, 8))
+    held, traffic = count_optimizer(Bench(recipe))
+    fake, counted_ = count_optimizer(FakeBench(recipe, 8))
     assert fake == held and held.optimizer == held.parameters
     assert counted_.operations == traffic.operations and traffic.kernels > 0
 

@@ -177,7 +177,10 @@ def test_what_does_not_fit_is_refused_in_one_line(
             (recipe, "--weights", whole, "--set", "model.shortcut=sew_multiple"),
             "whole.pth: .*only tensors of a QKFormer",
         ),
-        ((recipe, "--weights", whole, "--set", "data.classes=3"), "same number of classes; got 10 and 3"),
+        (
+            (recipe, "--weights", whole, "--set", "data.classes=3"),
+            "same number of classes; got 10 and 3",
+        ),
         ((recipe,), "--weights FILE must be given without --which; got no --weights"),
         (
             (recipe, "--weights", whole, "--which", "last"),

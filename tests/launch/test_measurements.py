@@ -145,14 +145,20 @@ def test_a_suite_file_has_its_measurements(made: Callable) -> None:
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        (lambda: Measurement("a", "else", ("sltt",)), "suite: a measurement must be sweep, inter"),
-        (lambda: Measurement("a", "sweep", ()), "suite: a measurement must be sweep, inter"),
-        (lambda: Measurement("../a", "sweep", ("sltt",)), "suite: a measurement's name must be of"),
+        (
+            lambda: Measurement("a", "else", ("sltt",)),
+            "suite: a measurement must be a sweep, inter",
+        ),
+        (lambda: Measurement("a", "sweep", ()), "suite: a measurement must be a sweep, inter"),
+        (
+            lambda: Measurement("../a", "sweep", ("sltt",)),
+            "suite: a measurement's name must have only",
+        ),
         (
             lambda: suite_of(replace(SWEEP, of=("no",))),
-            "be of recipes of the suite; got by-t of no",
+            "measure recipes of the suite; got by-t with unknown recipes: no",
         ),
-        (lambda: suite_of(replace(SWEEP, name="sltt")), "must have a name of its own"),
+        (lambda: suite_of(replace(SWEEP, name="sltt")), "must have a unique name"),
         (lambda: Suite(RECIPES, measurements=(SWEEP,)), "measurements need a report"),
     ],
 )

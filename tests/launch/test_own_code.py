@@ -208,7 +208,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return run
 
 
-NO_PARENT = "no artifact in MLflow: these runs were launched by themselves\n"
+NO_PARENT = "no artifact in MLflow: these runs belong to no suite\n"
 
 
 def killed_launch(recipe: Path) -> str:

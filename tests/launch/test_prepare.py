@@ -70,7 +70,7 @@ def test_a_name_that_another_launch_takes_meanwhile_is_refused(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (None, "needs study, data_fingerprint, commit, recipe; there is no study"),
+        (None, "needs study, data_fingerprint, commit, recipe; got no study"),
         ({"hosts": 1}, "unknown field 'hosts'; it has study, "),
         ({"run": "/elsewhere"}, "unknown field 'run'; it has study, "),
         ({"threads": "many"}, "threads must be int; got 'many'"),

@@ -133,7 +133,7 @@ def test_a_recipe_json_without_a_recipe_is_refused_in_one_line(
 
 def test_it_needs_a_name(place: Path, tmp_path: Path, refused: Refused) -> None:
     error = refused("launch", str(place / "one.py"), "--runs", str(tmp_path), "--or-resume")
-    assert error == "launch: --or-resume needs a --name to continue; got none"
+    assert error == "launch: --or-resume needs the --name of a run or suite; got none"
 
 
 # ----------------------------------------------------------------------- a machine of another shape
@@ -211,7 +211,7 @@ def test_what_is_refused_changes_nothing(
     for more, said in (
         (("--cpus-per-worker", "2"), "options of Ray must not be given; got --cpus-per-worker 2"),
         (("--side-by-side", "2"), "resume: --side-by-side must be 1 for one run; got 2 for it"),
-        (("--workers", "3"), "batch_size must divide by 3 workers; got 8"),
+        (("--workers", "3"), "batch_size must be divisible by 3 workers; got 8"),
         (
             ("--loader-threads", "no"),
             "resume: --loader-threads must be a number of threads or auto; got no",

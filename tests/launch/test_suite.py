@@ -188,7 +188,7 @@ def test_a_page_that_mlflow_does_not_take_costs_the_suite_nothing(
     assert code == 0 and said.splitlines()[1].startswith("REPORT ")
     assert f"\npage    {page}\nnext    " in said and page.exists()
     assert error.startswith("MLflow at http://127.0.0.1:") and error.count("\n") == 1
-    retry = error.partition("its page is made anew, and put into MLflow, by: spiketrain ")[2]
+    retry = error.partition("write the page again, and log it to MLflow, with: spiketrain ")[2]
     assert done(*shlex.split(retry)) == f"{page}\n"
 
 
@@ -375,21 +375,21 @@ def recipe():
         (
             "[b, a]",
             "",
-            "suite: a reference must name an earlier recipe; got '@a' in b, before it stand none",
+            "suite: a reference must name an earlier recipe; got '@a' in b; earlier recipes: none",
         ),
         (
             "b",
             "",
             (
-                "recipe: '@a' names an earlier recipe of the same suite; got b alone; give a run's"
-                " folder or a file"
+                "recipe: '@a' must name an earlier recipe of the same suite; got b without a"
+                " suite: use the path of a run's folder or of a weights file"
             ),
         ),
-        ("[a, a]", "", "suite: recipes must have names of their own; got two of 'a'"),
+        ("[a, a]", "", "suite: recipes must have different names; got two recipes 'a'"),
         (
             "Suite((a, b), local)",
             "",
-            "suite: report must be a function at the top level of a module",
+            "suite: report must be a top-level function of a module",
         ),
         ("[a, replace(b, model=other)]", "", "init: "),
         (
@@ -404,7 +404,7 @@ def recipe():
         (
             "[a, b]",
             "--set init=@c",
-            "suite: a reference must name an earlier recipe; got '@c' in a, before it stand none",
+            "suite: a reference must name an earlier recipe; got '@c' in a; earlier recipes: none",
         ),
         ("[a, b]", "--set optimizer.lrr=1", "lrr"),
         (
@@ -469,8 +469,7 @@ def write_suite(folder: Path, run: str, recipe: dict[str, Any], report: str | No
                 ("s1", "s1: a run must be a folder; "),
                 (
                     "s2",
-                    "s2: suite.json: a run must be a name of its own in the folder of runs; got"
-                    " 's2'",
+                    "s2: suite.json: a run must be a unique name in the folder of runs; got 's2'",
                 ),
             )
         ),

@@ -168,7 +168,7 @@ def test_code_that_has_changed_is_named_in_one_line_wherever_it_is(
 
     assert said() == ""
     (lab / "own_nets" / "nets.py").write_text(NETS + "\n")
-    differs = "differs from when run was launched, and so may its results"
+    differs = "changed after run was launched, so results may differ"
     assert [said(), said()] == [f"own_nets/nets.py in {lab} {differs}\n", ""]  # once
     forget()
     lab.rename(lab.parent / "new")
@@ -185,7 +185,7 @@ def test_workers_with_different_files_of_it_tell_each_other(run: Path, lab: Path
 
 
 def test_what_is_of_the_installation_is_noted_without_a_folder(tmp_path: Path) -> None:
-    assert own_code.note(["torch.optim", "pipeline.rules"]) == {
+    assert own_code.describe_packages(["torch.optim", "pipeline.rules"]) == {
         name: {"folder": None, "files": {}} for name in ("torch.optim", "pipeline.rules")
     }
     own_code.write(tmp_path, [])
@@ -199,7 +199,7 @@ def test_a_package_without_an_init_file_and_one_module(lab: Path) -> None:
     said = "^--trust: must name a package or module that can be imported; got no_such_package$"
     with pytest.raises(ValueError, match=said):
         trust_of(made, [lab / "own_recipe.py"], ["own_nets", "no_such_package"])
-    noted = own_code.note(["own_nets", "own_recipe"])
+    noted = own_code.describe_packages(["own_nets", "own_recipe"])
     assert {name: (each["folder"], list(each["files"])) for name, each in noted.items()} == {
         "own_nets": (str(lab), ["own_nets/nets.py"]),
         "own_recipe": (str(lab), ["own_recipe.py"]),
@@ -256,7 +256,7 @@ def test_a_file_whose_name_cannot_be_imported_may_not_define_parts(lab: Path) ->
     file = lab / "own-recipe.py"
     file.write_text(NETS + RECIPE.replace("from own_nets.nets import network", ""))
     made = load_recipe(file)
-    said = r"own-recipe\.py: a file that defines parts must have a name that Python can import"
+    said = r"own-recipe\.py: a file that defines parts must have an importable name"
     with pytest.raises(ValueError, match=said):
         refuse_unnamed(made, [file])
     file.write_text(RECIPE)

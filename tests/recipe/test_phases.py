@@ -83,7 +83,7 @@ def test_a_table_of_parameters_names_each_phase() -> None:
         (lambda: Phase(name="a", data=Permuted), "phase a: data must be spec"),
         (
             lambda: Phase(name="a", data=spec(Permuted, data=spec(Synthetic), task=0)),
-            "must not be given 'data' of its own",
+            "data must not set 'data', which receives the recipe's data",
         ),
         (
             lambda: Phase(name="a", data=spec(Permuted, task=0), epochs=0),
@@ -94,13 +94,13 @@ def test_a_table_of_parameters_names_each_phase() -> None:
             "head must be None or a whole number from 0; got -1",
         ),
         (lambda: Phase(name="a", data=spec(Permuted, task=0), head=True), "got True"),
-        (lambda: small(phases=(TASKS[0], TASKS[0])), "names of their own; got task-0, task-0"),
+        (lambda: small(phases=(TASKS[0], TASKS[0])), "different names; got task-0, task-0"),
         (lambda: small(phases=(TASKS[0], replace(TASKS[1], head=0))), "got none for task-0"),
         (lambda: small(phases=(spec(Permuted, task=0),)), "phases must be written as Phase"),
         (lambda: small(phases=3), "phases must be tuple"),
         (
             lambda: small(phases=TASKS).override({"phases.0.epochs": 2}),
-            "written in the recipe alone; got phases.0.epochs; data, epo",
+            "must be changed in the recipe file; got phases.0.epochs: change data, epo",
         ),
     ],
 )
@@ -112,7 +112,7 @@ def test_refuses(make: Any, said: str) -> None:
 def test_phases_in_json_are_checked_too() -> None:
     value = small(phases=TASKS[:2]).to_json()
     value["recipe"]["phases"][1]["kwargs"]["name"] = "task-0"
-    with pytest.raises(ValueError, match="names of their own"):
+    with pytest.raises(ValueError, match="different names"):
         Recipe.from_json(value)
     value["recipe"]["phases"][1] = {
         "value": "pipeline.recipe.phases.inspect.getsource",

@@ -115,9 +115,12 @@ def after(key: str, value: Any) -> Recipe:
         (lambda: small(published=((1,),)), "recipe: published must be"),
         (
             lambda: small(published_setting=(("time_steps", 4),)),
-            "recipe: published_setting needs published, the points of the log; it has none",
+            "recipe: published_setting needs published, the points of the log; got no",
         ),
-        (lambda: small().split(3), "must divide by 3 workers; got 32, near it 30 and 33 do"),
+        (
+            lambda: small().split(3),
+            "must be divisible by 3 workers; got 32; the nearest sizes are 30 and 33",
+        ),
         (lambda: at_steps(4, 5), r"^recipe: data\.steps must be time_steps=4; got 5$"),
         (
             lambda: at_steps(5, 5),
@@ -371,11 +374,13 @@ def test_a_global_batch_splits_exactly(
 
 
 def test_each_field_says_whether_a_study_covers_it_and_whether_it_may_change() -> None:
-    both = Role.STUDY | Role.BESIDE
+    both = Role.STUDY | Role.PER_RUN
     assert [
-        name for name, role in roles().items() if not role & (both | Role.FREE) or both in role
+        name
+        for name, role in roles().items()
+        if not role & (both | Role.PER_ATTEMPT) or both in role
     ] == []
-    assert {name for name, role in roles().items() if Role.FREE in role} == {
+    assert {name for name, role in roles().items() if Role.PER_ATTEMPT in role} == {
         "micro_batch",
         "init",
         "policy.max_rollbacks",
@@ -405,7 +410,7 @@ def test_a_study_and_an_attempt_are_told_apart_by_the_roles_of_fields() -> None:
             assert (other.decisive() != base.decisive()) == (role != "free"), key
             assert Recipe.from_json(json.loads(json.dumps(other.to_json()))) == other
     encoded = {"seed": 1, "evaluation": {"every": 2, "fidelity_every": 3}, "log_every": 4}
-    assert select(encoded, lambda role: Role.BESIDE in role) == {
+    assert select(encoded, lambda role: Role.PER_RUN in role) == {
         "seed": 1,
         "evaluation": {"fidelity_every": 3},
     }

@@ -10,7 +10,7 @@ import pytest
 from pipeline.data.datasets.beton import Beton
 from pipeline.models.teachers.network import network_teacher
 from pipeline.recipe.recipe import Recipe, spec
-from pipeline.recipe.search import joined, over_seeds, parse_search, tuned
+from pipeline.recipe.search import join_suites, over_seeds, parse_search, with_tuning
 from pipeline.recipe.suite import Suite
 from pipeline.report.suite import print_protocols
 from pipeline.rules.bptt import BPTT
@@ -58,7 +58,7 @@ def test_references_stay_within_a_seed() -> None:
 
 
 def test_every_rule_gets_the_same_search_and_the_tuned_field_leaves_the_key() -> None:
-    suite = tuned(over_seeds(two_rules(), 2), "optimizer.lr", RATES, report=print_protocols)
+    suite = with_tuning(over_seeds(two_rules(), 2), "optimizer.lr", RATES, report=print_protocols)
     by_protocol = {
         protocol: [each for each in suite.recipes if each.protocol == protocol]
         for protocol in ("shared", "trial", "tuned")
@@ -87,7 +87,7 @@ def test_every_rule_gets_the_same_search_and_the_tuned_field_leaves_the_key() ->
     }
     # Two searches are two studies. The same values as ints and in another order are one search.
     for values, is_same in (((*RATES[:-1], 77.0), False), ((1, *RATES[-2::-1]), True)):
-        again = tuned(over_seeds(two_rules(), 2), "optimizer.lr", values).recipes
+        again = with_tuning(over_seeds(two_rules(), 2), "optimizer.lr", values).recipes
         found = {key(each) for each in again if each.protocol == "tuned"}
         assert (found == keys["tuned"]) == is_same
     assert suite.report is print_protocols
@@ -95,7 +95,7 @@ def test_every_rule_gets_the_same_search_and_the_tuned_field_leaves_the_key() ->
 
 
 def test_a_tuned_field_may_be_one_that_is_written_only_where_it_is_not_zero() -> None:
-    suite = tuned(
+    suite = with_tuning(
         Suite((recipe(name="a", ema_decay=0.5),)), "ema_decay", (0.0, 0.5, 0.9, 0.99, 0.999)
     )
     assert len({key(each) for each in suite.recipes if each.protocol == "trial"}) == 1
@@ -103,7 +103,7 @@ def test_a_tuned_field_may_be_one_that_is_written_only_where_it_is_not_zero() ->
 
 def test_networks_of_one_rule_are_searched_apart() -> None:
     networks = Suite((recipe(name="narrow"), recipe(name="wide", time_steps=5)))
-    suite = tuned(networks, "optimizer.lr", RATES)
+    suite = with_tuning(networks, "optimizer.lr", RATES)
     assert len(suite.recipes) == 2 + 10 + 2
     assert not set(suite.choices["wide-tuned"].trials) & set(suite.choices["narrow-tuned"].trials)
 
@@ -118,12 +118,12 @@ def test_a_search_over_lists_has_a_plain_name_for_each_and_no_list_twice() -> No
     base = Suite((recipe(schedule=spec(milestones, at=(0.5,))),))
     lists = [[0.3], [0.5], [0.6], [0.7], [0.3, 0.6]]
     trials = [
-        each for each in tuned(base, "schedule.at", lists).recipes if each.protocol == "trial"
+        each for each in with_tuning(base, "schedule.at", lists).recipes if each.protocol == "trial"
     ]
     assert [each.value_of("schedule.at") for each in trials] == [tuple(each) for each in lists]
     assert trials[-1].name == "small-at-0.3_0.6"
     with pytest.raises(ValueError, match="at needs at least 5 different values"):
-        tuned(base, "schedule.at", [*lists, [0.3, 0.6]])
+        with_tuning(base, "schedule.at", [*lists, [0.3, 0.6]])
 
 
 @pytest.mark.parametrize(
@@ -132,61 +132,64 @@ def test_a_search_over_lists_has_a_plain_name_for_each_and_no_list_twice() -> No
         (lambda: over_seeds(two_rules(), 0), "launch: --seeds must be at least 1; got 0"),
         (
             lambda: over_seeds(replace(two_rules(), report=print_protocols), 2),
-            "launch: --seeds makes a comparison of recipes",
+            "launch: a suite with its own report or choices must be launched without --seeds",
         ),
         (
-            lambda: joined([two_rules(), replace(two_rules(), report=print_protocols)]),
-            "launch: several files makes a comparison",
+            lambda: join_suites([two_rules(), replace(two_rules(), report=print_protocols)]),
+            "must be launched without other files",
         ),
         (
-            lambda: joined([two_rules(), two_rules()]),
-            "suite: recipes must have names of their own; got two of 'bptt'",
+            lambda: join_suites([two_rules(), two_rules()]),
+            "suite: recipes must have different names; got two recipes 'bptt'",
         ),
         (
-            lambda: tuned(two_rules(), "optimizer.lr", RATES[:4]),
+            lambda: with_tuning(two_rules(), "optimizer.lr", RATES[:4]),
             "tuned: optimizer.lr needs at least 5 different values; got",
         ),
         (
-            lambda: tuned(two_rules(), "optimizer.lr", (*RATES[:4], 0.1)),
+            lambda: with_tuning(two_rules(), "optimizer.lr", (*RATES[:4], 0.1)),
             "needs at least 5 different values",
         ),
         (
-            lambda: tuned(two_rules(), "optimizer.betas", RATES),
+            lambda: with_tuning(two_rules(), "optimizer.betas", RATES),
             "recipe: optimizer.betas must be written in the recipe",
         ),
-        (lambda: tuned(two_rules(), "speed", RATES), "recipe: no field 'speed'"),
+        (lambda: with_tuning(two_rules(), "speed", RATES), "recipe: no field 'speed'"),
         (
-            lambda: tuned(
+            lambda: with_tuning(
                 Suite((recipe(name="first"), recipe(name="second", init="@first"))),
                 "optimizer.lr",
                 RATES,
             ),
-            "searched for recipes that stand alone; second takes '@first'",
+            "searched only for recipes without references; second has '@first'",
         ),
         (
-            lambda: tuned(
+            lambda: with_tuning(
                 Suite((recipe().override({"data.held_out": 0.2}),)), "optimizer.lr", RATES
             ),
-            "small holds out a part of its own; got data.held_out=0.2",
+            "small must not set data.held_out, which its trials set; got 0.2",
         ),
         (
-            lambda: tuned(two_rules(), "optimizer.lr", RATES).override({"optimizer.lr": 1.0}),
-            "optimizer.lr is what its trials try",
+            lambda: with_tuning(two_rules(), "optimizer.lr", RATES).override({"optimizer.lr": 1.0}),
+            "optimizer.lr is chosen by trials",
         ),
         (
-            lambda: tuned(two_rules(), "seed", (1, 2, 3, 4, 5)),
-            "tuned must be a setting that the study key covers; got seed",
+            lambda: with_tuning(two_rules(), "seed", (1, 2, 3, 4, 5)),
+            "tuned must name fields that the study key covers; got seed",
         ),
-        (lambda: tuned(two_rules(), "rule.k", (1, 2, 3, 4, 5)), "k"),
+        (lambda: with_tuning(two_rules(), "rule.k", (1, 2, 3, 4, 5)), "k"),
         (lambda: parse_search("optimizer.lr"), "--tune: must look like optimizer.lr="),
         (lambda: parse_search("optimizer.lr=1,,2"), "--tune: must look like optimizer.lr="),
         (lambda: parse_search("rule.k=1],[2"), "--tune: must look like optimizer.lr="),
         (lambda: parse_search("rule.k={[]}"), "--tune: must look like optimizer.lr="),
-        (lambda: small_recipe(protocol="tuned"), "recipe: tuned names fields of a trial"),
-        (lambda: small_recipe(tuned=("optimizer.lr",)), "recipe: tuned names fields of a trial"),
+        (lambda: small_recipe(protocol="tuned"), "recipe: tuned must name fields exactly if"),
+        (
+            lambda: small_recipe(tuned=("optimizer.lr",)),
+            "recipe: tuned must name fields exactly if",
+        ),
         (
             lambda: small_recipe(searched=("0.1",)),
-            "recipe: searched has the values of a field that is tuned; got",
+            "recipe: searched needs a field in tuned; got",
         ),
         (
             lambda: small_recipe(protocol="tuned", tuned=("optimizer.beta",)),

@@ -98,8 +98,8 @@ def test_tiny_and_set_reach_every_recipe_and_references_follow() -> None:
         (
             lambda: Suite((taught(),)),
             (
-                "suite: a reference must name an earlier recipe; got '@second' in third, before it"
-                " stand none"
+                "suite: a reference must name an earlier recipe; got '@second' in third;"
+                " earlier recipes: none"
             ),
         ),
         (
@@ -110,37 +110,37 @@ def test_tiny_and_set_reach_every_recipe_and_references_follow() -> None:
                     small_recipe(name="c"),
                 )
             ),
-            "suite: a reference must name an earlier recipe; got '@b' in b, before it stand a",
+            "suite: a reference must name an earlier recipe; got '@b' in b; earlier recipes: a",
         ),
-        (lambda: Suite((small_recipe(init="@"),)), "got '@' in small, before it stand none"),
+        (lambda: Suite((small_recipe(init="@"),)), "got '@' in small; earlier recipes: none"),
         (
             lambda: Suite((small_recipe(),) * 2),
-            "suite: recipes must have names of their own; got two of 'small'",
+            "suite: recipes must have different names; got two recipes 'small'",
         ),
         (
             lambda: three().override({"name": "one"}),
-            "suite: recipes must have names of their own; got two of 'one'",
+            "suite: recipes must have different names; got two recipes 'one'",
         ),
         (
             lambda: three().override({"epoch": 1}),
-            "suite: first cannot be changed so; recipe: no field 'epoch'; it has name",
+            "suite: first does not accept the change; recipe: no field 'epoch'; it has name",
         ),
         (
             lambda: three(lambda runs, console: None),
-            "suite: report must be a function at the top level of a module",
+            "suite: report must be a top-level function of a module",
         ),
         (lambda: three(Path.exists), "called with (runs, console); got <function Path.exists"),
         (
             lambda: three(three),
             (
-                "suite: report must be a function at the top level of a module, called with (runs,"
+                "suite: report must be a top-level function of a module, called with (runs,"
                 " console); got three"
             ),
         ),
-        (lambda: three(print), "suite: report must be a function at the top level"),
+        (lambda: three(print), "suite: report must be a top-level function"),
         (
             lambda: refuse_references(taught()),
-            "recipe: '@second' names an earlier recipe of the same suite; got third alone",
+            "recipe: '@second' must name an earlier recipe of the same suite; got third without",
         ),
     ],
 )
@@ -220,7 +220,10 @@ def with_target(target: str) -> dict[str, Any]:
     [
         ([], "suite.json: this spiketrain reads format version 1; got []"),
         ({"version": 2}, "suite.json: this spiketrain reads format version 1; got 2"),
-        (suite_json(children=[]), "suite.json: children must be a list, not empty; got []"),
+        (
+            suite_json(children=[]),
+            "suite.json: children must be a list with at least one entry; got []",
+        ),
         (suite_json(children=["a"]), "suite.json: a child must have a run and a recipe; got 'a'"),
         (suite_json(children=[{"run": "a"}]), "suite.json: a child must have a run and a recipe"),
         (
@@ -234,15 +237,15 @@ def with_target(target: str) -> dict[str, Any]:
         *(
             (
                 with_child(run=run),
-                f"suite.json: a run must be a name of its own in the folder of runs; got {run!r}",
+                f"suite.json: a run must be a unique name in the folder of runs; got {run!r}",
             )
             for run in ("..", ".", "", "../elsewhere", "/etc", "a/b", "b/", 3, None, ["a"])
         ),
         (
             suite_json(children=suite_json()["children"][:1] * 2),
-            "a run must be a name of its own in the folder of runs; got 'a'",
+            "a run must be a unique name in the folder of runs; got 'a'",
         ),
-        (with_child(run="own"), "a run must be a name of its own in the folder of runs; got 'own'"),
+        (with_child(run="own"), "a run must be a unique name in the folder of runs; got 'own'"),
         (
             suite_json(parent="' OR 1=1"),
             'suite.json: parent must be 32 hex digits; got "\' OR 1=1"',
@@ -257,7 +260,7 @@ def with_target(target: str) -> dict[str, Any]:
         ),
         (
             with_child(choice={"field": "optimizer.lr"}),
-            "suite.json: a choice: needs field, trials; there is no trials",
+            "suite.json: a choice: needs field, trials; got no trials",
         ),
         (suite_json(cluster=[]), "suite.json: cluster must be an object; got []"),
         (with_target("os.system"), "recipe.json: os.system is not in a trusted package"),
@@ -281,8 +284,11 @@ def with_target(target: str) -> dict[str, Any]:
             suite_json(report="tests.recipe.test_suite.none"),
             "suite.json: tests.recipe.test_suite.none does not exist in this installation",
         ),
-        (suite_json(report="tests.recipe.test_suite.three"), "suite: report must be a function"),
-        (suite_json(report=3), "suite.json: what is imported is named by text; got 3"),
+        (
+            suite_json(report="tests.recipe.test_suite.three"),
+            "suite: report must be a top-level function",
+        ),
+        (suite_json(report=3), "suite.json: a dotted name must be text; got 3"),
     ],
 )
 def test_a_damaged_or_foreign_suite_json_is_refused_in_one_line(
@@ -343,6 +349,6 @@ def test_a_recipe_file_gives_a_recipe_a_list_or_a_suite(
     (tmp_path / "twice.py").write_text(
         f"{head}def recipe():\n    return [small_recipe(), small_recipe()]\n"
     )
-    said = r"twice\.py: suite: recipes must have names of their own; got two of 'small'"
+    said = r"twice\.py: suite: recipes must have different names; got two recipes 'small'"
     with pytest.raises(ValueError, match=said):
         load_recipe(tmp_path / "twice.py")

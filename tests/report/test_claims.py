@@ -347,7 +347,7 @@ PLAN = {
             "hours": 60.0,
         }
     ],
-    "refused": {"BPTT": "BPTT: a worker must fit into 28.8 GB; it needs 30 GB at least"},
+    "refused": {"BPTT": "BPTT: a worker must fit into 28.8 GB; it needs at least 30 GB"},
 }
 
 

@@ -269,7 +269,7 @@ def test_on_the_command_line(
 
     make_run("bptt")
     code, out, said = report()
-    assert said.endswith("no artifact in MLflow: these runs were launched by themselves\n")
+    assert said.endswith("no artifact in MLflow: these runs belong to no suite\n")
     assert code == 0 and Path(out.strip()).read_text().startswith("<!doctype html>")
     elsewhere = str(runs_dir / "x.html")
     assert report(STUDY, "--out", elsewhere)[:2] == (0, f"{elsewhere}\n")

@@ -146,7 +146,12 @@ def test_sizes_are_told_as_they_are_written(sizes: tuple[int, ...], text: str) -
             "launch: every number of workers must divide batch_size=24; got 2:8, with 5, 7;"
             " take --workers of 1,2,3,4,6,8",
         ),
-        ({}, (5,), "recipe: batch_size must divide by 5 workers; got 24, near it 20 and 25 do"),
+        (
+            {},
+            (5,),
+            "recipe: batch_size must be divisible by 5 workers; got 24; the nearest sizes are 20"
+            " and 25",
+        ),
         (
             {"zero": 2, "backend": "deepspeed"},
             (2, 4),

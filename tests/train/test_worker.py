@@ -352,7 +352,7 @@ def test_a_worker_keeps_near_its_card_and_computes_in_the_recipes_precision(
     near = MagicMock()
     monkeypatch.setattr(worker, "near_cores", near)
     job = make_run(tmp_path / "run", small_recipe(precision="tf32"))
-    said = r"recipe: precision='tf32' must have an NVIDIA card .*; got cpu"
+    said = r"recipe: precision='tf32' needs an NVIDIA card .*; got cpu"
     with pytest.raises(UserError, match=said):
         worker.run(replace(job, threads=1, loader_threads=3), RankInfo())
     near.assert_called_once_with(torch.device("cpu"), at_least=3)

@@ -83,7 +83,7 @@ def network_teacher(
     or other classes than theirs.
     """
     refuse_unless_counts("network_teacher", {"time_steps": time_steps})
-    state = read_state(Path(weights), who="network_teacher")
+    state = read_state(Path(weights), subject="network_teacher")
     wrong = describe_mismatch(state, model.state_dict())
     require(
         not wrong,

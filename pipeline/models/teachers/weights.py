@@ -44,7 +44,7 @@ class File:
     path: Path
 
     def load(self, name: str) -> nn.Module:
-        state = read_state(Path(self.path), who="File")
+        state = read_state(Path(self.path), subject="File")
         _check_name(name)
         head = timm.get_pretrained_cfg_value(name, "classifier")
         weight = state.get(f"{head}.weight") if isinstance(head, str) else None
@@ -77,7 +77,7 @@ class Package:
         _check_name(name)
         path = installed_file(self.name, file)
         model = timm.create_model(name)
-        return _load(model, to_timm_names(read_state(path, who="Package"), model), str(path))
+        return _load(model, to_timm_names(read_state(path, subject="Package"), model), str(path))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -354,7 +354,7 @@ def owner_of(store: CheckpointStore) -> Owner | None:
                 )
         return None
     try:
-        return Owner(**arguments_of(Owner, json.loads(content), who=OWNER))
+        return Owner(**arguments_of(Owner, json.loads(content), subject=OWNER))
     except ValueError as error:
         raise CheckpointError(
             f"checkpoints: {store.address(OWNER)} must say whose they are; it is damaged: {error};"

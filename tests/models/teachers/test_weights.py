@@ -126,13 +126,13 @@ def test_a_file_brings_its_own_number_of_classes(file: Path) -> None:
     assert model.num_classes == 13
     assert all(
         torch.equal(value, model.state_dict()[key])
-        for key, value in read_state(file, who="test").items()
+        for key, value in read_state(file, subject="test").items()
     )
 
 
 def not_finite(file: Path) -> Path:
     """A file beside `file`, with the same names."""
-    state = {key: value * float("nan") for key, value in read_state(file, who="test").items()}
+    state = {key: value * float("nan") for key, value in read_state(file, subject="test").items()}
     save_file(state, file.with_name("nan.safetensors"))
     return file.with_name("nan.safetensors")
 

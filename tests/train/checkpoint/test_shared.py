@@ -51,7 +51,7 @@ def _slow(rank: int, ranks: int, place: str) -> dict[str, Any]:
     Marker.is_in = lambda self, folder: late() and is_in(self, folder)
     about: dict[str, Any] = {
         "rank": rank,
-        "each": Ranks(rank, ranks).all_gather_object,
+        "gather": Ranks(rank, ranks).all_gather_object,
         "beat": beat,
     }
     shared.check_shared(Path(place), **about)
