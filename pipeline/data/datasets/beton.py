@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.core.errors import require_data
-from pipeline.data.ffcv.files import FileData, Name, check_views
+from pipeline.data.ffcv.files import FileData, Part, check_view_options
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VAL_RATIO = 224 / 256  # share of the shorter side: resize to 256, crop to 224
@@ -81,7 +81,7 @@ class Beton(FileData):
             not colour or channels != 1,
             f"Beton: colour has no effect on images of 1 channel; got colour={colour}",
         )
-        check_views(self, channels, size, crops=("resized", "shift", "centre"), reach=reach)
+        check_view_options(self, channels, size, crops=("resized", "shift", "centre"), reach=reach)
         for name, value in (("area", area), ("ratio", ratio)):
             require_data(
                 value is None or crop == "resized",
@@ -108,7 +108,7 @@ class Beton(FileData):
         )
         return loader
 
-    def _decoder(self, use: Name, path: Path, *, parallel: bool) -> Any:
+    def _decoder(self, use: Part, path: Path, *, parallel: bool) -> Any:
         from pipeline.data.ffcv.augment import CENTRE, RESIZED, WINDOW, Decode
 
         channels, size, _ = self.shape

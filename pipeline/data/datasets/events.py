@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.core.errors import DataError, require_data
-from pipeline.data.ffcv.files import FileData, Name, check_views
+from pipeline.data.ffcv.files import FileData, Part, check_view_options
 from pipeline.data.ffcv.format import Arrays, read_tables
 
 # T time, B batch, C polarities, H W pixels
@@ -64,10 +64,10 @@ class Events(FileData):
             "Events: classes, steps and size must be 1 or more, channels 1 or 2; "
             f"got classes={classes}, steps={steps}, size={size}, channels={channels}",
         )
-        check_views(self, channels, size, crops=("shift", "none"), reach=reach)
+        check_view_options(self, channels, size, crops=("shift", "none"), reach=reach)
         self.reach = 4 if reach is None else reach
 
-    def _decoder(self, use: Name, path: Path, *, parallel: bool) -> Any:
+    def _decoder(self, use: Part, path: Path, *, parallel: bool) -> Any:
         """Raises: DataError if the file holds images or frames of another size, or the steps do
         not divide its slices.
         """

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from pipeline.core.errors import require_data
 from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
 from pipeline.data.base import Batch
-from pipeline.data.order import Ordered, TrainOrder, ValOrder
+from pipeline.data.order import OrderedData, TrainOrder, ValOrder
 
 _PATTERN, _NOISE, _CONTRAST, _FIELD_A, _FIELD_B = 64, 65, 66, 67, 68  # draws, see random.py
 _FIELDS = 61  # noise fields; a sample adds two of them, so there are 61 x 61 combinations
 
 
-class Synthetic(Ordered):
+class Synthetic(OrderedData):
     """Synthetic images or recordings. Sample i has class `i % classes`.
 
     Args:
@@ -86,7 +86,11 @@ class Synthetic(Ordered):
 
     def _ids(self, use: Literal["train", "val"]) -> NDArray[np.int64]:
         ids = np.arange(self.samples if use == "train" else self.val_samples)
-        return ids if self.only is None else ids[np.isin(ids % self.classes, self.only)]
+        return (
+            ids
+            if self.used_classes is None
+            else ids[np.isin(ids % self.classes, self.used_classes)]
+        )
 
     def _loader(
         self, use: str, order: TrainOrder | ValOrder, *, seed: int, **how: Any
@@ -125,7 +129,7 @@ class SyntheticLoader:
     @contextmanager
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Batch]]:
         ids, size = self._order.epoch(epoch, start=start), self._order.micro_batch
-        epochs = epoch + (self._order.copies(start=start) << 32)
+        epochs = epoch + (self._order.view_numbers(start=start) << 32)
         yield (
             self._batch(ids[i : i + size], epochs[i : i + size]) for i in range(0, len(ids), size)
         )
