@@ -109,12 +109,12 @@ class Beton(FileData):
         return loader
 
     def _decoder(self, use: Part, path: Path, *, parallel: bool) -> Any:
-        from pipeline.data.ffcv.augment import CENTRE, RESIZED, WINDOW, Decode
+        from pipeline.data.ffcv.augment import CENTRE, RESIZED, WINDOW, DecodeImages
 
         channels, size, _ = self.shape
         train = use == "train"
         kind = {"shift": WINDOW, "resized": RESIZED if train else CENTRE}.get(self.crop, CENTRE)
-        return Decode(
+        return DecodeImages(
             kind=kind,
             size=size,
             channels=channels,

@@ -58,7 +58,10 @@ def forged(text: str, **changes) -> str:
         (lambda text: forged(text, version=2), r"manifest 1 \(it is a spiketrain beton manifest 2"),
         (lambda text: forged(text, classes=None), "missing .* 'classes'"),
         (lambda text: forged(text, more=1), "unexpected keyword argument 'more'"),
-        (lambda text: forged(text, file="val.beton"), r"belongs to another file, val\.beton"),
+        (
+            lambda text: forged(text, file="val.beton"),
+            r"must belong to train\.beton; got .* val\.beton",
+        ),
         (lambda text: forged(text, sha256="0" * 64), r"train\.beton must have sha256 0000.*; got"),
         (
             lambda text: forged(text, content="1" * 64),

@@ -208,7 +208,7 @@ def test_too_many_threads_are_refused_and_tbb_demanded(monkeypatch):
     missing = Mock(side_effect=ImportError("libtbb.so.12: cannot open shared object file"))
     monkeypatch.setattr(numba_threads.importlib, "import_module", missing)
     assert reader.usable_threads(1) == 1
-    with pytest.raises(DataError, match=r"needs TBB .*threads=1; got: libtbb"):
+    with pytest.raises(DataError, match=r"needs TBB; .*threads=1; got: libtbb"):
         reader.usable_threads(2)
 
 
