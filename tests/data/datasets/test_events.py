@@ -227,7 +227,7 @@ def test_saccades_over_fashion(small_fashion: Path, tmp_path: Path) -> None:
         ),
         (
             {"name": "moving", "resize": "area"},
-            "resize has no effect: moving is generated in the size asked for",
+            "resize has no effect: moving is generated in the requested size",
         ),
         (
             {"name": "nmnist", "samples": 5, "source": "x"},
@@ -236,8 +236,8 @@ def test_saccades_over_fashion(small_fashion: Path, tmp_path: Path) -> None:
         (
             {"name": "gesture", "source": "x"},
             (
-                "gesture needs a source, the folder that tonic fills, and slices; got source=x,"
-                " slices=None"
+                "gesture needs a source, the folder that tonic downloads to, and slices; got"
+                " source=x, slices=None"
             ),
         ),
         ({"name": "moving", "samples": 0}, "samples and val_samples must be 1 or more; got 0"),

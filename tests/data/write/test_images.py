@@ -89,7 +89,7 @@ def test_fashion_that_is_nowhere_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "FASHION_PACKAGE", tmp_path / "none")
     monkeypatch.setattr("torchvision.datasets.FashionMNIST", offline)
     with pytest.raises(
-        DataError, match=r"apt install dataset-fashion-mnist.*Error downloading.*or pass source="
+        DataError, match=r"Error downloading.*apt install dataset-fashion-mnist.*or pass source="
     ):
         write_fashion(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -105,7 +105,7 @@ def test_a_damaged_or_missing_fashion_file_is_named(small_fashion, tmp_path, dam
         path.unlink()
     else:
         path.write_bytes(damage(path.read_bytes()))
-    said = r"cannot read .*, or t10k-labels-idx1-ubyte beside it, as a whole file of MNIST's format"
+    said = r", or t10k-labels-idx1-ubyte beside it, must be a complete file in MNIST's format; got"
     with pytest.raises(DataError, match=said):
         write_fashion(tmp_path / "out", source=path.parent)
 
@@ -344,10 +344,8 @@ def test_a_raw_image_larger_than_a_page_is_named(folder, tmp_path):
     ("wrong", "message"),
     [
         ({"mode": "jpeg"}, "mode must be 'jpg', 'raw' or 'mixed'.*got mode='jpeg'"),
-        ({"quality": 0}, r"quality in 1\.\.100, .* quality=0"),
+        ({"quality": 0}, r"quality in 1\.\.100; .* quality=0"),
         ({"max_resolution": 0}, "max_resolution 1 or more pixels, .* max_resolution=0"),
-        ({"jpg_share": 0.5}, "jpg_share has no effect in mode 'jpg'"),
-        ({"mode": "mixed", "jpg_share": 2}, r"jpg_share in 0\.\.1; .* jpg_share=2"),
         ({"workers": 0}, "workers must be 1 or more.*got workers=0"),
         ({"max_bad": -1}, "max_bad=-1"),
         ({"existing": "burn"}, "existing='burn'"),

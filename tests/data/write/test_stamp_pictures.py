@@ -1,4 +1,4 @@
-"""Which pictures are objects and grounds; what is missing or damaged is named with its package.
+"""Which pictures are objects and backgrounds; what is missing or damaged is named with its package.
 
 What evaluates was never trained on, in each split; three splits evaluate on different
 objects.
@@ -13,16 +13,16 @@ from PIL import Image
 
 from pipeline.core.errors import DataError
 from pipeline.data.write.stamp_pictures import (
-    CHOICE,
     CLASSES,
     LEFT_OUT,
+    SETTINGS_SPLIT,
     SPLITS,
     Picture,
     Pictures,
+    background,
     cut_out,
-    ground,
     installed,
-    parts,
+    split_pictures,
 )
 from tests.helpers.made_pictures import EACH, STAMPS, real
 
@@ -44,7 +44,7 @@ def test_drawings_mirror_images_and_deeper_folders_are_no_objects(
         found = pictures.objects
         assert {name: len(each) for name, each in found.items()} == dict.fromkeys(CLASSES, EACH)
         assert [each.path.stem for each in found["bird"]] == [f"object_{i}" for i in range(EACH)]
-        names = [{each.name for each in some} for some in (*found.values(), pictures.grounds)]
+        names = [{each.name for each in some} for some in (*found.values(), pictures.backgrounds)]
         assert len(set().union(*names[:-1])) == EACH * len(CLASSES) and len(names[-1]) == 25
 
 
@@ -69,7 +69,8 @@ def test_what_is_missing_is_named_with_its_package(
 
 
 @pytest.mark.parametrize(
-    ("suffix", "read"), [("png", lambda p: cut_out(p, 10**6)), ("jpg", lambda p: ground(p, 10**6))]
+    ("suffix", "read"),
+    [("png", lambda p: cut_out(p, 10**6)), ("jpg", lambda p: background(p, 10**6))],
 )
 def test_what_is_damaged_is_named_with_its_package(tmp_path: Path, suffix: str, read) -> None:
     picture = Picture("some", tmp_path / f"some.{suffix}", "some-package")
@@ -106,8 +107,11 @@ def test_an_object_loses_its_border_and_its_colours_are_multiplied_by_alpha(tmp_
 
 
 def test_a_ground_is_shrunk_by_its_shorter_side(share: Path) -> None:
-    for picture in installed(share).grounds[:2]:
-        assert ground(picture, 70).size == (100, 70) and ground(picture, 999).size == (200, 140)
+    for picture in installed(share).backgrounds[:2]:
+        assert background(picture, 70).size == (100, 70) and background(picture, 999).size == (
+            200,
+            140,
+        )
 
 
 @real
@@ -126,7 +130,7 @@ def test_the_packages_of_debian_hold_300_objects_in_13_classes() -> None:
     for each in (each for found in pictures.objects.values() for each in found):
         with Image.open(each.path) as opened:
             assert max(opened.size) >= 40, each
-    for each in pictures.grounds:
+    for each in pictures.backgrounds:
         with Image.open(each.path) as opened:
             assert min(opened.size) >= 1024, each
 
@@ -134,22 +138,25 @@ def test_the_packages_of_debian_hold_300_objects_in_13_classes() -> None:
 def of_sizes(*sizes: int) -> Pictures:
     made = {
         name: [Picture(f"{name}/{i}", Path(f"/{name}/{i}.png"), "none") for i in range(size)]
-        for name, size in [*((f"class {k}", size) for k, size in enumerate(sizes)), ("ground", 25)]
+        for name, size in [
+            *((f"class {k}", size) for k, size in enumerate(sizes)),
+            ("background", 25),
+        ]
     }
-    grounds = made.pop("ground")
-    return Pictures(made, grounds)
+    backgrounds = made.pop("background")
+    return Pictures(made, backgrounds)
 
 
 def names(pictures: Pictures) -> dict[str, set[str]]:
-    """The names of the objects of each class, and of the grounds."""
-    kinds = {**pictures.objects, "grounds": pictures.grounds}
+    """The names of the objects of each class, and of the backgrounds."""
+    kinds = {**pictures.objects, "backgrounds": pictures.backgrounds}
     return {kind: {picture.name for picture in found} for kind, found in kinds.items()}
 
 
 def test_training_and_evaluation_share_no_object_and_no_ground(share: Path) -> None:
     """The three splits evaluate on different ones."""
     for pictures in (installed(share), of_sizes(4, 5, 6, 7, 8, 9, 65)):
-        divided = [tuple(map(names, parts(pictures, split))) for split in range(SPLITS)]
+        divided = [tuple(map(names, split_pictures(pictures, split))) for split in range(SPLITS)]
         for kind, found in names(pictures).items():
             for train, val in divided:
                 assert train[kind] and len(val[kind]) == round(len(found) / 4) >= 1
@@ -160,23 +167,24 @@ def test_training_and_evaluation_share_no_object_and_no_ground(share: Path) -> N
 
 def test_settings_are_chosen_on_objects_and_grounds_with_which_every_split_trains() -> None:
     pictures = of_sizes(4, 5, 7, 8, 9, 65)
-    train, val = map(names, parts(pictures, CHOICE))
+    train, val = map(names, split_pictures(pictures, SETTINGS_SPLIT))
     for kind, found in names(pictures).items():
         assert val[kind] and train[kind] == found - val[kind]
         for split in range(SPLITS):
-            assert val[kind] <= names(parts(pictures, split)[0])[kind]
+            assert val[kind] <= names(split_pictures(pictures, split)[0])[kind]
 
 
 def test_the_parts_depend_on_names_alone() -> None:
     pictures = of_sizes(6, 11)
     turned = Pictures(
-        {name: found[::-1] for name, found in pictures.objects.items()}, pictures.grounds[::-1]
+        {name: found[::-1] for name, found in pictures.objects.items()}, pictures.backgrounds[::-1]
     )
-    assert parts(pictures, 1) == parts(turned, 1)
+    assert split_pictures(pictures, 1) == split_pictures(turned, 1)
     assert (
-        parts(of_sizes(6, 40), 1)[1].objects["class 0"] == parts(pictures, 1)[1].objects["class 0"]
+        split_pictures(of_sizes(6, 40), 1)[1].objects["class 0"]
+        == split_pictures(pictures, 1)[1].objects["class 0"]
     )
-    _, val = parts(of_sizes(40), 0)
+    _, val = split_pictures(of_sizes(40), 0)
     assert sorted(int(each.name.split("/")[1]) for each in val.objects["class 0"]) != list(
         range(10)
     )  # in no order of ours
@@ -187,12 +195,12 @@ def test_the_parts_depend_on_names_alone() -> None:
     [
         ([9], -1, r"split must be in 0\.\.3; got -1"),
         ([9], 4, r"split must be in 0\.\.3; got 4"),
-        ([9, 3], 0, "class 1 must have 4 pictures or more to be divided; got 3"),
-        ([6], CHOICE, "class 0 must have pictures that no other split evaluates on; got 6"),
+        ([9, 3], 0, "class 1 must have 4 pictures or more to be split; got 3"),
+        ([6], SETTINGS_SPLIT, "class 0 must have pictures that no other split evaluates on; got 6"),
     ],
 )
 def test_a_split_that_is_none_and_a_class_that_is_too_small_are_refused(
     sizes: list[int], split: int, said: str
 ) -> None:
     with pytest.raises(DataError, match=f"^write stamps: {said}$"):
-        parts(of_sizes(*sizes), split)
+        split_pictures(of_sizes(*sizes), split)

@@ -25,10 +25,10 @@ from pipeline.data.write.stamp_pictures import (
     CLASSES,
     Picture,
     Pictures,
+    background,
     cut_out,
-    ground,
     installed,
-    parts,
+    split_pictures,
 )
 from pipeline.data.write.stamps import Scene, render, scenes, write_stamps
 from tests.helpers.loaders import by_index, read
@@ -38,14 +38,14 @@ from tests.helpers.small import Command
 
 def some(pictures: Pictures, count: int, **changes: int) -> list[Scene]:
     how = {"part": 1, "split": 0, "content_seed": 0} | changes
-    return list(scenes(parts(pictures, how["split"])[how["part"]], count, **how))
+    return list(scenes(split_pictures(pictures, how["split"])[how["part"]], count, **how))
 
 
 def test_a_scene_is_a_function_of_its_counters_alone(share: Path) -> None:
     many = some(installed(share), 40)
     assert some(installed(share), 30) == many[:30]
     in_order = [render(scene, 48) for scene in many]
-    for cached in (cut_out, ground):
+    for cached in (cut_out, background):
         cached.cache_clear()
     for number in (31, 7, 0, 39):
         assert np.array_equal(render(many[number], 48), in_order[number])
@@ -55,7 +55,7 @@ def test_a_scene_is_a_function_of_its_counters_alone(share: Path) -> None:
 
 
 def test_classes_and_their_objects_take_turns(share: Path) -> None:
-    train, _ = parts(installed(share), 2)
+    train, _ = split_pictures(installed(share), 2)
     made = some(installed(share), 13 * 17, part=0, split=2)
     assert [scene.label for scene in made] == list(range(13)) * 17
     for label, name in enumerate(CLASSES):
@@ -64,7 +64,7 @@ def test_classes_and_their_objects_take_turns(share: Path) -> None:
             set(shown) == set(train.objects[name])
             and max(shown.values()) - min(shown.values()) <= 1
         )
-    assert {scene.ground for scene in made} == set(train.grounds)
+    assert {scene.background for scene in made} == set(train.backgrounds)
 
 
 def scenes_of(thing: Image.Image, below: Image.Image, folder: Path) -> list[Scene]:
@@ -180,12 +180,12 @@ def test_what_was_written_reads_back_with_the_object_of_each_image(
     train, val = verify(written)
     assert (train.samples, val.samples, train.classes) == (70, 40, list(CLASSES))
     assert (min(train.histogram), min(val.histogram)) == (5, 3)
-    pictures = parts(installed(share), 1)[1]
+    pictures = split_pictures(installed(share), 1)[1]
     expected = list(scenes(pictures, 40, part=1, split=1, content_seed=0))
     groups = {by: data.groups("val", by=by) for by in ("object", "ground")}
     assert groups == {
         "object": [scene.object.name for scene in expected],
-        "ground": [scene.ground.name for scene in expected],
+        "ground": [scene.background.name for scene in expected],
     }
     for by, names in groups.items():
         assert not set(names) & set(data.groups("train", by=by))
