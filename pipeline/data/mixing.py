@@ -128,11 +128,11 @@ class Mixing:
             middle_B = below(bits_B, length)
             size_B = (length * np.sqrt(1 - lam_B)).astype(np.int64)
             edges += [middle_B - size_B // 2, middle_B + (size_B + 1) // 2]
-        clipped_B4 = np.clip(np.stack(edges, -1), 0, [height, height, width, width])
-        box_B4 = np.where(is_cutmix_B[:, None], clipped_B4, -1)
+        box_B4 = np.clip(np.stack(edges, -1), 0, [height, height, width, width])
         top_B, bottom_B, left_B, right_B = box_B4.T
         box_share_B = (bottom_B - top_B) * (right_B - left_B) / (height * width)
-        return np.where(is_cutmix_B, 1 - box_share_B, lam_B), box_B4
+        lam_B = np.where(is_cutmix_B, 1 - box_share_B, lam_B)
+        return lam_B, np.where(is_cutmix_B[:, None], box_B4, -1)
 
 
 @cache

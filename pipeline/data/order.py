@@ -91,6 +91,7 @@ class TrainOrder:
 
     def view_numbers(self, *, start: int = 0) -> NDArray[np.int64]:
         """The view number of each id of `epoch`, 0 to repeats - 1. Augmentation depends on it."""
+        # [accumulation, ranks, rows]
         rows = np.arange(self.batch_size).reshape(-1, self.world, self.micro_batch)
         numbers = rows[:, self.rank].reshape(-1) // (self.batch_size // self.repeats)
         return np.tile(numbers, self.steps - start // self.batch_size)
@@ -136,7 +137,7 @@ class ValOrder:
 
 
 class OrderedData:
-    """Base class of data sets that are read in a TrainOrder and a ValOrder."""
+    """Base class of data sets (base.Data) that are read in a TrainOrder and a ValOrder."""
 
     repeats: int  # views of each sample in a training batch
     used_classes: tuple[int, ...] | None = (
@@ -163,7 +164,6 @@ class OrderedData:
         micro_batch: int,
         threads: int = 1,
     ) -> Any:
-        """See base.Data."""
         ids = self._ids("train")
         return self._loader(
             "train",
@@ -189,7 +189,6 @@ class OrderedData:
         micro_batch: int,
         threads: int = 1,
     ) -> Any:
-        """See base.Data."""
         ids = self._ids("val")
         return self._loader(
             "val",

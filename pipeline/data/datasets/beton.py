@@ -83,30 +83,28 @@ class Beton(FileData):
             f"Beton: colour has no effect on images of 1 channel; got colour={colour}",
         )
         check_view_options(self, channels, size, crops=("resized", "shift", "centre"), reach=reach)
-        for name, value in (("area", area), ("ratio", ratio)):
+        for name, value, bound in (("area", area, " <= 1"), ("ratio", ratio, "")):
             require_data(
                 value is None or crop == "resized",
                 f"Beton: {name} has no effect with crop={crop!r}; leave it out or set"
                 " crop='resized'",
             )
-            bound = " <= 1" if name == "area" else ""
             require_data(
-                value is None or (0 < value[0] <= value[1] and (name == "ratio" or value[1] <= 1)),
+                value is None or (0 < value[0] <= value[1] and (not bound or value[1] <= 1)),
                 f"Beton: {name} must be (low, high) with 0 < low <= high{bound}; got {value}",
             )
         self.area, self.ratio = area or (0.08, 1.0), ratio or (3 / 4, 4 / 3)
         self.reach = 4 if reach is None else reach
 
     def _loader(self, *arguments: Any, **options: Any) -> Any:
-        """Raises: DataError if crop is "shift" and an image is too small or too large."""
         loader = super()._loader(*arguments, **options)
         size, sides = self.shape[1], [loader.records["width"], loader.records["height"]]
         shortest, longest = int(np.min(sides)), int(np.max(sides))
         require_data(
             self.crop != "shift" or max(size - shortest, longest - size) <= size // 4,
-            f"Beton: crop='shift' does not resize: the sides of the images in {loader.path} must"
-            f" differ from size={size} by at most a quarter of it; got {shortest} to {longest};"
-            " choose crop='resized' or write the data with max_resolution",
+            f"Beton: crop='shift' does not resize: the sides of the images in {loader.path} must be"
+            f" within a quarter of size={size}; got {shortest} to {longest}; choose crop='resized'"
+            " or write the data with max_resolution",
         )
         return loader
 
@@ -115,11 +113,11 @@ class Beton(FileData):
 
         channels, size, _ = self.shape
         is_train = part == "train"
-        kind = CENTRE
-        if self.crop == "shift":
-            kind = WINDOW
-        elif self.crop == "resized" and is_train:
-            kind = RESIZED
+        kind = {
+            "shift": WINDOW,
+            "resized": RESIZED if is_train else CENTRE,
+            "centre": CENTRE,
+        }[self.crop]
         return DecodeImages(
             kind=kind,
             size=size,

@@ -2,8 +2,8 @@
 
 It needs neither files nor FFCV. A class is a smooth random pattern. A sample is the pattern of its
 class at half to full contrast, plus noise. The order of samples, resumption and `repeats` are those
-of data in files. A set of recordings imitates event data: a class has a pattern for each of T steps,
-and values are counts.
+of data in files. A set of recordings imitates event data: a class has a pattern for each of T time
+steps, and values are counts.
 """
 
 # N samples of a set, B batch, K classes, T time, C channels (T x C for a recording), H W pixels
@@ -77,7 +77,6 @@ class Synthetic(OrderedData):
         self.content_seed, self.repeats = content_seed, repeats
 
     def fingerprint(self) -> str:
-        """A hash of everything that determines the samples."""
         sizes = (self.samples, self.val_samples, self.classes, self.shape)
         parts = ("synthetic-1", *sizes, self.noise, self.content_seed)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -87,9 +86,11 @@ class Synthetic(OrderedData):
 
     def _ids(self, part: Literal["train", "val"]) -> NDArray[np.int64]:
         ids = np.arange(self.samples if part == "train" else self.val_samples)
-        if self.used_classes is not None:
-            ids = ids[np.isin(ids % self.classes, self.used_classes)]
-        return ids
+        return (
+            ids
+            if self.used_classes is None
+            else ids[np.isin(ids % self.classes, self.used_classes)]
+        )
 
     def _loader(
         self, part: str, order: TrainOrder | ValOrder, *, seed: int, threads: int
@@ -168,7 +169,6 @@ def _shift_flip(
     seed: int,
     counter_B: NDArray[np.int64],
 ) -> NDArray[np.float32]:
-    """Shift each sample by up to `reach` pixels, and mirror it with probability 1/2."""
     reach = max(1, x_BCHW.shape[2] // 8)
     top_B = below(bits(seed, counter_B, ids_B, SHIFT_Y), 2 * reach + 1)
     left_B = below(bits(seed, counter_B, ids_B, SHIFT_X), 2 * reach + 1)

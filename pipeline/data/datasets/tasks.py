@@ -33,7 +33,6 @@ class _Task:
         self.data.check()
 
     def with_page_checks(self, one_in: int) -> Self:
-        """See base.with_page_checks."""
         return self._with_data(with_page_checks(self.data, one_in))
 
     def train(self, **sizes: Any) -> Loader:
@@ -92,7 +91,6 @@ class Permuted(_Task):
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def with_classes(self, classes: tuple[int, ...]) -> Self:
-        """The same sets without the samples of other classes; labels do not change."""
         return self._with_data(_with_classes("Permuted", self.data, classes))
 
     def _change(self, batch: Batch) -> Batch:

@@ -110,8 +110,8 @@ def ratio_table(ratio: tuple[float, float]) -> NDArray[np.float64]:
 
 def lookup(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
     """The normalised value of each channel's 256 levels: [C,256]."""
-    levels = np.arange(256) / 255.0
-    return ((levels - np.array(mean)[:, None]) / np.array(std)[:, None]).astype(np.float32)
+    mean_C1, std_C1 = np.array(mean)[:, None], np.array(std)[:, None]
+    return ((np.arange(256) / 255.0 - mean_C1) / std_C1).astype(np.float32)
 
 
 @compiled

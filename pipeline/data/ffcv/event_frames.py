@@ -39,10 +39,10 @@ class DecodeEvents(Decoder):
         parallel: bool,
     ) -> None:
         dtype = np.dtype(kind.dtype)
-        word_bytes = dtype.itemsize
-        array_bytes = math.prod(kind.shape) * word_bytes
-        slices_per_step = kind.shape[0] // shape[0]
-        options = np.array([slices_per_step, array_bytes, word_bytes, reach, int(flip)], np.int64)
+        word_bytes, array_bytes = dtype.itemsize, math.prod(kind.shape) * dtype.itemsize
+        options = np.array(
+            [kind.shape[0] // shape[0], array_bytes, word_bytes, reach, int(flip)], np.int64
+        )
         # A table of the count that each stored word means: numba 0.68.1 has no float16 on a CPU.
         words = np.arange(1 << 8 * word_bytes, dtype=f"<u{word_bytes}")
         counts = words.view(dtype.newbyteorder("<")).astype(np.float32)
@@ -100,8 +100,7 @@ def decode_recording(b, indices_B, out_BTCSS, keys_B2, status_B1, addresses, sto
     for plane in range(steps * slices_per_step * 2):  # each slice has two planes, one per polarity
         channel = plane % 2 if channels == 2 else 0
         out_SS = out_TCSS[plane // (2 * slices_per_step), channel]
-        first_word = plane * side * side
-        add_slice(out_SS, stored, first_word, word_bytes, top, left, is_mirrored, counts)
+        add_slice(out_SS, stored, plane * side * side, word_bytes, top, left, is_mirrored, counts)
     for channel in range(channels):
         mean, std = mean_std_2C[0, channel], mean_std_2C[1, channel]
         if mean != 0 or std != 1:

@@ -58,7 +58,6 @@ class FileData(OrderedData):
         )
 
     def fingerprint(self) -> str:
-        """See base.Data."""
         contents = f"{self._manifest('train').content} {self._manifest('val').content}"
         return hashlib.sha256(contents.encode()).hexdigest()
 
@@ -91,7 +90,6 @@ class FileData(OrderedData):
         return groups[by]
 
     def with_page_checks(self, one_in: int) -> Self:
-        """See base.with_page_checks."""
         data = copy.copy(self)
         data._one_in = one_in
         return data

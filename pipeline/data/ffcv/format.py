@@ -83,8 +83,9 @@ class BetonWriter:
         record = _ffcv().get_metadata_type([kind.field(), _ffcv().IntField()])
         self._metadata = np.zeros(capacity, record)
         self._table = np.zeros(capacity, _ffcv().ALLOC_TABLE_TYPE)
-        front_bytes = _metadata_offset() + self._metadata.nbytes
-        self._pages_offset = -(-front_bytes // page_bytes) * page_bytes
+        self._pages_offset = (
+            -(-(_metadata_offset() + self._metadata.nbytes) // page_bytes) * page_bytes
+        )
         self._page = bytearray()
         self._pages = 0  # pages written so far
         self._file = path.open("wb")
@@ -120,10 +121,12 @@ class BetonWriter:
         self._file.truncate(table_offset)  # without samples, the file is still empty
         self._file.seek(table_offset)
         self._file.write(self._table[: self.samples].tobytes())
-        header = (_ffcv().CURRENT_VERSION, 2, self.page_bytes, self.samples, table_offset)
         self._file.seek(0)
         self._file.write(
-            np.array(header, _ffcv().HeaderType).tobytes()
+            np.array(
+                (_ffcv().CURRENT_VERSION, 2, self.page_bytes, self.samples, table_offset),
+                _ffcv().HeaderType,
+            ).tobytes()
             + _descriptors(self.kind)
             + self._metadata[: self.samples].tobytes()
         )
@@ -222,7 +225,6 @@ def read_tables(path: Path) -> Tables:
 
 
 def _descriptors(kind: Kind) -> bytes:
-    """The two field descriptors of a file, in FFCV's format."""
     descriptors = np.zeros(2, _ffcv().FieldDescType)
     fields = ((kind.name, kind.type_id, kind.field()), (_LABEL, _LABEL_ID, _ffcv().IntField()))
     for descriptor, (name, type_id, field) in zip(descriptors, fields, strict=True):

@@ -55,13 +55,14 @@ class Decoder(Operation):
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
         dtype = np.dtype(np.float32)
-        state = State(jit_mode=True, device=previous_state.device, shape=self.shape, dtype=dtype)
-        memory = (
-            AllocationQuery(self.shape, dtype),
-            AllocationQuery((2,), np.dtype(np.uint64)),
-            AllocationQuery((1,), np.dtype(np.int32)),
+        return (
+            State(jit_mode=True, device=previous_state.device, shape=self.shape, dtype=dtype),
+            (
+                AllocationQuery(self.shape, dtype),
+                AllocationQuery((2,), np.dtype(np.uint64)),
+                AllocationQuery((1,), np.dtype(np.int32)),
+            ),
         )
-        return state, memory
 
     def generate_code(self) -> Any:
         # numba cannot read attributes of `self`
@@ -104,8 +105,10 @@ def uniform(random_bits):
 @compiled
 def draw_shift(reach, seed, epoch, index):
     """Draw the shift of a sample: (down, right) in -reach..reach pixels."""
-    down = below(bits(seed, epoch, index, _SHIFT_Y), 2 * reach + 1) - reach
-    return down, below(bits(seed, epoch, index, _SHIFT_X), 2 * reach + 1) - reach
+    return (
+        below(bits(seed, epoch, index, _SHIFT_Y), 2 * reach + 1) - reach,
+        below(bits(seed, epoch, index, _SHIFT_X), 2 * reach + 1) - reach,
+    )
 
 
 @compiled

@@ -86,11 +86,9 @@ def read(path: Path) -> Manifest:
         )
     try:
         body = json.loads(retry_read(lambda: manifest_path.read_text(encoding="utf-8")))
-        if body.pop("checksum") != _checksum(body):
-            raise ValueError("its own checksum differs")
+        require_data(body.pop("checksum") == _checksum(body), "its own checksum differs")
         name = f"{body.pop('format')} {body.pop('version')}"
-        if name != f"{FORMAT} {VERSION}":
-            raise ValueError(f"it is a {name}")
+        require_data(name == f"{FORMAT} {VERSION}", f"it is a {name}")
         manifest = Manifest(**body)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(

@@ -46,7 +46,7 @@ def check(path: Path) -> Manifest:
         faults = pool.map(lambda region: _fault(path, *region[1:]), manifest.regions)
         for (name, offset, length, _), fault in zip(manifest.regions, faults, strict=True):
             if fault:
-                raise _damaged(path, [f"{name} ({_bytes(offset, length)}) {fault}"])
+                raise _damaged(path, [f"{name} (bytes {offset} to {offset + length - 1}) {fault}"])
         sample_pages = _page_numbers(manifest, read_tables(path).addresses)
         _compare_pages(path, manifest, range(len(manifest.pages)), sample_pages, pool.map)
     return manifest
@@ -68,8 +68,10 @@ def verify(path: Path) -> list[Manifest]:
     for file in files:
         manifest = check(file)
         expected = f"sha256 {manifest.sha256}, content hash {manifest.content}"
-        content = manifests.content_of(file, manifest.classes)
-        got = f"sha256 {manifests.sha256_of(file)}, content hash {content}"
+        got = (
+            f"sha256 {manifests.sha256_of(file)},"
+            f" content hash {manifests.content_of(file, manifest.classes)}"
+        )
         require_data(got == expected, f"verify: {file} must have {expected}; got {got}")
         verified.append(manifest)
     return verified
@@ -128,7 +130,8 @@ def _compare_pages(
     for page, fault in zip(pages, faults, strict=True):
         if fault:
             first, last = np.flatnonzero(sample_pages == page)[[0, -1]].tolist()
-            place = f"{_bytes(offset + page * size, size)}, samples {first} to {last}"
+            begin = offset + page * size
+            place = f"bytes {begin} to {begin + size - 1}, samples {first} to {last}"
             damaged.append(f"page {page} ({place}) {fault}")
     if damaged:
         raise _damaged(path, damaged)
@@ -161,7 +164,3 @@ def _fault(path: Path, offset: int, length: int, expected: str) -> str:
 
 def _page_numbers(manifest: Manifest, addresses: NDArray[Any]) -> NDArray[np.int64]:
     return (addresses.astype(np.int64) - manifest.pages_offset) // manifest.page_bytes
-
-
-def _bytes(offset: int, length: int) -> str:
-    return f"bytes {offset} to {offset + length - 1}"

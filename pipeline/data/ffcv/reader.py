@@ -121,10 +121,13 @@ class BetonLoader(api.Loader):
         # FFCV passes one number per row. It encodes the sample and the number of the view; the
         # compiled loop (augment.py) separates the two.
         rows = ids + len(self._labels) * self._order.view_numbers(start=start)
-        check = None
-        if self._one_in:
-            table, one_in = self.reader.alloc_table, self._one_in
-            check = SpotCheck(self.path, table, one_in=one_in, seed=self.seed, epoch=epoch)
+        check = (
+            SpotCheck(
+                self.path, self.reader.alloc_table, one_in=self._one_in, seed=self.seed, epoch=epoch
+            )
+            if self._one_in
+            else None
+        )
         # The reader also sets torch's number of threads, but only for its own thread (torch 2.13).
         reader = _EpochReader(self, rows, epoch=epoch, check=check)
         self._open.append(reader)
@@ -182,8 +185,7 @@ class _EpochReader(api.epoch_iterator.EpochIterator):
     def run_pipeline(self, b_ix: int, batch_indices: Any, batch_slot: int, cuda_event: Any) -> Any:
         if self._check is not None:
             # A file that was truncated after it was mapped would kill this process when it is read.
-            size = self.storage_state[0]._mmap.size()
-            self._check.manifest.require_size(self._check.path, size)
+            self._check.manifest.require_size(self._check.path, self.storage_state[0]._mmap.size())
         result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
         if self._check is not None:
             is_failed_B = self._status[batch_slot][: len(batch_indices), 0] != 0

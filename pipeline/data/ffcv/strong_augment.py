@@ -153,8 +153,7 @@ def recolour(pixels_SS3, seed, epoch, index, colour, _, normals):
     `normals`: quantiles of the normal distribution. `_`: an argument of `erase`.
     """
     for layer in range(LAYERS if colour > 0 else 0):
-        is_applied = bits(seed, epoch, index, _DRAWS[layer, 0]) >> _S63 == 1
-        if is_applied:
+        if bits(seed, epoch, index, _DRAWS[layer, 0]) >> _S63 == 1:  # with probability 1/2
             operation = below(bits(seed, epoch, index, _DRAWS[layer, 1]), _OPERATION_COUNT)
             normal = normals[bits(seed, epoch, index, _DRAWS[layer, 2]) >> _S48]
             magnitude = min(max(colour + MAGNITUDE_STD * normal, 0.0), MAX_MAGNITUDE)

@@ -75,8 +75,11 @@ def write_events(
         )
         slices = DEFAULT_SLICES[name] if slices is None else slices
         size = 34 if size is None else size
-        generate = _moving_sets if name == "moving" else _saccade_sets
-        sets = generate(source, size, **numbers)
+        sets = (
+            _moving_sets(source, size, **numbers)
+            if name == "moving"
+            else _saccade_sets(source, size, **numbers)
+        )
     written = write_sets(
         sets,
         Path(out),
@@ -133,7 +136,6 @@ def _saccade_sets(
 
 
 def _refuse(name: str, reason: str, **options: Any) -> None:
-    """Raises: DataError if an option is not None."""
     for option, value in options.items():
         require_data(
             value is None,

@@ -88,7 +88,7 @@ class MovingShape:
         return stream._replace(p_N=stream.p_N ^ _draw(self, _COIN, 2))
 
     def base(self, shape: int, axis: int) -> Stream:
-        """The base recording with noise, before reversal and coin, along `axis` (0 right, 1 down)."""
+        """The noisy base recording, before reversal and coin. `axis`: 0 right, 1 down."""
         scale = self.size / 34
         stream = moving_shape_events(
             SHAPES[shape],
@@ -117,7 +117,7 @@ def moving_shape_events(
     speed: float,
     threshold: float,
 ) -> Stream:
-    """The events of a shape that moves along `axis` (0 right, 1 down) at `speed` pixels per instant.
+    """The events of a shape that moves along `axis` (0 right, 1 down), `speed` pixels per instant.
 
     At time 0 the centre of the shape is at `start` along the axis and at `across` on the other
     axis, in pixels on a torus of `size` a side. An event occurs whenever the intensity (0 outside,
@@ -180,7 +180,7 @@ def signed_distance(
 # ---------------------------------------------------------------------------------------- saccades
 
 
-CORNERS = ((-3, -3), (3, 0), (-3, 3))  # (down, right) of the gaze_path from the middle, in pixels
+CORNERS = ((-3, -3), (3, 0), (-3, 3))  # (down, right) of the gaze from the middle, in pixels
 # Of each side. A side has about 6 pixels, so the gaze moves a quarter of a pixel per instant.
 SACCADE_US, SACCADE_INSTANTS = 100_000, 25
 SACCADE_THRESHOLD = 0.15  # the intensity is 0 for black and 1 for white
@@ -224,8 +224,9 @@ class Saccades:
             threshold=SACCADE_THRESHOLD,
             step_us=SACCADE_US // SACCADE_INSTANTS,
         )
-        noise = 50 + _draw(self, _SACCADE_NOISE_COUNT, 51)
-        return add_noise(stream, self, noise, first_draw=_SACCADE_NOISE)
+        return add_noise(
+            stream, self, 50 + _draw(self, _SACCADE_NOISE_COUNT, 51), first_draw=_SACCADE_NOISE
+        )
 
     def __str__(self) -> str:
         return f"saccades over image {self.number}"

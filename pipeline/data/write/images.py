@@ -288,12 +288,11 @@ def image_folder(source: Path) -> list[Source]:
     """
     sets = [_folder_set(source / name, name) for name in ("train", "val")]
     train, val = (set(each.classes) for each in sets)
-    train_only = first_few(sorted(train - val)) or "none"
-    val_only = first_few(sorted(val - train)) or "none"
     require_data(
         train == val,
         f"write_folder: train and val of {source} must have the same classes; train alone has"
-        f" {train_only}, val alone {val_only}",
+        f" {first_few(sorted(train - val)) or 'none'}, val alone"
+        f" {first_few(sorted(val - train)) or 'none'}",
     )
     return sets
 
@@ -326,8 +325,7 @@ def _read_idx(folder: Path, name: str) -> NDArray[np.uint8]:
     packed, plain = folder / f"{name}.gz", folder / name
     try:
         content = gzip.decompress(packed.read_bytes()) if packed.is_file() else plain.read_bytes()
-        if content[:3] != b"\0\0\x08":
-            raise ValueError("no array of uint8")
+        require_data(content[:3] == b"\0\0\x08", "no array of uint8")
         header_bytes = 4 + 4 * content[3]
         shape = np.frombuffer(content[4:header_bytes], ">u4").tolist()
         return np.frombuffer(content, np.uint8, offset=header_bytes).reshape(shape)
@@ -339,7 +337,6 @@ def _read_idx(folder: Path, name: str) -> NDArray[np.uint8]:
 
 
 def _folder_set(folder: Path, name: str) -> Source:
-    """Raises: DataError if the folder is missing or has no class, or a class has no image."""
     require_data(
         folder.is_dir(),
         f"write_folder: {folder.absolute()} must be a folder of class folders; it does not exist",

@@ -77,16 +77,13 @@ PUBLISHED: dict[PublishedSet, Layout] = {
 
 @dataclass(frozen=True)
 class PublishedRecording:
-    """A recording in a file."""
-
     path: Path
     label: int
     sensor: tuple[int, int]  # height, width in pixels
 
     def events(self) -> Stream:
-        """Raises: DataError if the file is empty or damaged; OSError if it cannot be read."""
-        read = _READERS[self.path.suffix]
-        t_N, y_N, x_N, p_N = (np.asarray(values_N).astype(np.int64) for values_N in read(self.path))
+        columns = _READERS[self.path.suffix](self.path)
+        t_N, y_N, x_N, p_N = (np.asarray(values_N).astype(np.int64) for values_N in columns)
         require_data(len(t_N), "it holds no event")
         span = (int(t_N.min()), int(t_N.max()) + 1)
         return sorted_stream(t_N, y_N, x_N, p_N, sensor=self.sensor, span=span)
@@ -105,17 +102,15 @@ def published_sets(name: PublishedSet, source: Path) -> list[Source]:
     layout = PUBLISHED[name]
     root = Path(source).expanduser() / layout.dataset
     paths = [_find_files(name, root, folder) for folder in layout.folders]
-    if layout.classes is None:
-        classes = sorted({path.parent.name for path in paths[0]}, key=_natural_key)
-        labels = {class_name: label for label, class_name in enumerate(classes)}
-    else:
-        classes = list(layout.classes)
-        labels = {str(label): label for label in range(len(classes))}
+    classes = layout.classes or sorted({path.parent.name for path in paths[0]}, key=_natural_key)
+    # A file with known classes is named after its label, else its folder after its class.
+    names = map(str, range(len(classes))) if layout.classes else classes
+    labels = {name: label for label, name in enumerate(names)}
     parts = [[_recording(path, layout, labels) for path in part] for part in paths]
     if len(parts) == 1:
         parts = _split(parts[0])
     return [
-        Source(part, classes, recordings, str(root.absolute()))
+        Source(part, list(classes), recordings, str(root.absolute()))
         for part, recordings in zip(("train", "val"), parts, strict=True)
     ]
 
@@ -158,8 +153,7 @@ def _recording(path: Path, layout: Layout, labels: dict[str, int]) -> PublishedR
 
 def _split(recordings: list[PublishedRecording]) -> list[list[PublishedRecording]]:
     """Split into training, the first 90 % of each class, and evaluation, the rest."""
-    train: list[PublishedRecording] = []
-    val: list[PublishedRecording] = []
+    train, val = [], []
     # The recordings are sorted by class.
     for _, group in groupby(recordings, key=lambda recording: recording.label):
         class_recordings = list(group)
@@ -188,8 +182,8 @@ def _read_bin(path: Path) -> tuple[Any, ...]:
         size % 5 == 0,
         f"it is cut short: its size must be a multiple of 5 bytes, one event; got {size}",
     )
-    dtype = np.dtype([(name, np.int64) for name in "xytp"])
-    events_N = tonic.io.read_mnist_file(str(path), dtype)
+    columns = [(name, np.int64) for name in "xytp"]
+    events_N = tonic.io.read_mnist_file(str(path), np.dtype(columns))
     # N-Caltech101 shows an image in a window of the sensor; the events are moved to the corner.
     if path.parent.parent.name == "Caltech101" and len(events_N):
         events_N["x"] -= events_N["x"].min()
@@ -198,7 +192,6 @@ def _read_bin(path: Path) -> tuple[Any, ...]:
 
 
 def _read_aedat4(path: Path) -> tuple[Any, ...]:
-    """Read CIFAR10-DVS's format."""
     import tonic.io
 
     try:

@@ -99,8 +99,10 @@ class Framing:
 
     @property
     def kind(self) -> Arrays:
-        dtype = "float16" if self.resize == "area" else self.counts
-        return Arrays(dtype, (self.slices, 2, self.size, self.size))
+        return Arrays(
+            "float16" if self.resize == "area" else self.counts,
+            (self.slices, 2, self.size, self.size),
+        )
 
     def __call__(self, recording: Any) -> Encoded | str:
         try:
@@ -119,8 +121,9 @@ class Framing:
                 f" up to {frames_JPHW.max():g}; {_OVERFLOW_ADVICE[dtype.name]}"
             )
         stored_JPHW = np.minimum(frames_JPHW, max_count).astype(dtype.newbyteorder("<"))
-        counts = {"events": len(stream.t_N), "saturated": overflows}
-        return Encoded(stored_JPHW.tobytes(), {}, counts)
+        return Encoded(
+            stored_JPHW.tobytes(), {}, {"events": len(stream.t_N), "saturated": overflows}
+        )
 
 
 def frames(

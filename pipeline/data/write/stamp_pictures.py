@@ -34,7 +34,6 @@ from pipeline.data.write.images import PILLOW_ERRORS
 SHARE = Path("/usr/share")
 STAMPS, MATE, PLASMA = "tuxpaint-stamps-default", "mate-backgrounds", "plasma-workspace-wallpapers"
 
-SPLITS = 3
 SETTINGS_SPLIT = 3  # the number of the split for choosing settings
 EVALUATION_DIVISOR = 4  # one picture in this many is in the evaluation set
 
@@ -112,8 +111,6 @@ BACKGROUNDS = {  # paths below /usr/share, with the package that installs them
 
 @dataclass(frozen=True)
 class Picture:
-    """The file of an object or a background."""
-
     name: str  # the path below the package's folder, without suffix
     path: Path
     package: str
@@ -137,8 +134,11 @@ def installed(share: Path = SHARE) -> Pictures:
             _require_installed(stamps / folder, STAMPS)
             for path in sorted((stamps / folder).glob("*.png")):
                 name = f"{folder}/{path.stem}"
-                is_drawing = path.with_suffix(".svg").exists()
-                if not (name in LEFT_OUT or name.endswith("_mirror") or is_drawing):
+                if (
+                    name not in LEFT_OUT
+                    and not name.endswith("_mirror")
+                    and not path.with_suffix(".svg").exists()
+                ):
                     objects[class_name].append(Picture(name, path, STAMPS))
     backgrounds = [
         Picture(str(Path(name).with_suffix("")), share / name, package)
@@ -195,7 +195,6 @@ def background(picture: Picture, shortest: int) -> Image.Image:
 def _split(
     name: str, pictures: Sequence[Picture], split: int
 ) -> tuple[list[Picture], list[Picture]]:
-    """Split the pictures of a class, or the backgrounds, into (training, evaluation)."""
     require_data(
         len(pictures) >= EVALUATION_DIVISOR,
         f"write stamps: {name} must have {EVALUATION_DIVISOR} pictures or more to be split; got"

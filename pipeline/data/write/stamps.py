@@ -81,12 +81,10 @@ class Scene:
     def draw_bits(self, draw: int) -> int:
         return int(bits(self.content_seed, 2 * self.split + self.part, self.number, draw))
 
-    def draw_below(self, draw: int, n: int) -> int:
-        """A whole number in 0..n-1."""
+    def draw_below(self, draw: int, n: int) -> int:  # in 0..n-1
         return int(below(self.draw_bits(draw), n))
 
-    def draw_uniform(self, draw: int) -> float:
-        """A number in 0..1, 1 excluded."""
+    def draw_uniform(self, draw: int) -> float:  # in 0..1, 1 excluded
         return (self.draw_bits(draw) >> 11) * 2.0**-53
 
     def __str__(self) -> str:
@@ -139,8 +137,9 @@ class SceneEncoding:
         encoded = Encoding(mode=self.mode, quality=self.quality)(item)
         assert isinstance(encoded, Encoded), encoded  # pixels from memory can always be stored
         # manifests call a background "ground"
-        groups = {"object": scene.object.name, "ground": scene.background.name}
-        return replace(encoded, groups=groups)
+        return replace(
+            encoded, groups={"object": scene.object.name, "ground": scene.background.name}
+        )
 
 
 def render(scene: Scene, size: int, smallest: float = 0.5) -> NDArray[np.uint8]:
@@ -158,7 +157,6 @@ def render(scene: Scene, size: int, smallest: float = 0.5) -> NDArray[np.uint8]:
 
 
 def _crop_background(scene: Scene, size: int) -> Image.Image:
-    """A random square of the background, resized to the scene."""
     whole = background(scene.background, round(size / MIN_CROP_SHARE))
     share = MIN_CROP_SHARE + (1 - MIN_CROP_SHARE) * scene.draw_uniform(_CROP)
     side = round(min(whole.size) * share)
@@ -274,7 +272,8 @@ def _read_all(pictures: Pictures, size: int) -> str:
         cut_out(picture, 2 * size)
     for picture in pictures.backgrounds:
         background(picture, round(size / MIN_CROP_SHARE))
-    digest = hashlib.sha256()
-    for picture in (*objects, *pictures.backgrounds):
-        digest.update(picture.name.encode() + hashlib.sha256(picture.path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
+    contents = [
+        picture.name.encode() + hashlib.sha256(picture.path.read_bytes()).digest()
+        for picture in (*objects, *pictures.backgrounds)
+    ]
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:16]

@@ -50,8 +50,6 @@ class Source:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A sample as it is stored."""
-
     payload: bytes
     attributes: dict[str, int]  # stored in the file beside the label (format.py)
     counts: dict[str, int]  # the sums over all samples are stored in the manifest
@@ -166,8 +164,9 @@ def encode_all(
     samples, batch = iter(items), []
     try:
         while batch := list(islice(samples, AHEAD * workers)):
-            results = pool.map(encode, batch, chunksize=CHUNK, timeout=timeout_s)
-            yield from zip(batch, results, strict=True)
+            yield from zip(
+                batch, pool.map(encode, batch, chunksize=CHUNK, timeout=timeout_s), strict=True
+            )
     except BrokenProcessPool as error:
         raise LoaderError(
             f"write: a worker process died while samples from {batch[0]} on were encoded"
@@ -213,7 +212,6 @@ def _refuse_unreadable(written: Sequence[Manifest], kind: str, max_bad: int) -> 
 def _store(
     source: Source, path: Path, encode: Any, workers: int, report: Callable[[], None]
 ) -> Manifest:
-    """Write a set to `path` and return its manifest."""
     # First, because a checkout that is not installed has no version.
     versions = {name: version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")}
     content, stored = ContentHash(source.classes, encode.kind), Counter()
@@ -266,7 +264,9 @@ def _renamed_to(final: Path) -> Iterator[Path]:
         sync_folder(final.parent)
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        fault = "does not fit the disk" if is_full else "cannot be written"
-        raise DataError(f"write: {final} {fault}: {error.strerror}") from error
+        raise DataError(
+            f"write: {final} {'does not fit the disk' if is_full else 'cannot be written'}:"
+            f" {error.strerror}"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -148,7 +148,7 @@ def test_ffcv_itself_reads_the_file(moving: Path) -> None:
     ("change", "said"),
     [
         ({"steps": 5}, r"steps must divide the 12 slices of .*train\.beton; got 5"),
-        ({"size": 34}, r"size must be the file's, 16x16 in .*; got 34"),
+        ({"size": 34}, r"size must be that of the frames in .*, 16x16; got 34"),
         ({"classes": 10}, r"classes must be those of .*, 16; got 10"),
     ],
 )

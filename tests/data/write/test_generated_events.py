@@ -175,7 +175,8 @@ def test_the_sensor_may_be_larger_and_not_too_small() -> None:
     assert stream.sensor == (48, 48) and stream.x_N.max() < 48
     with pytest.raises(DataError, match="size must be 16 or more pixels; got 8"):
         MovingShape(0, 0, size=8)
-    with pytest.raises(DataError, match="size must be the picture's 28 pixels or more; got 20"):
+    said = "size must be 28 pixels, the longer side of the image, or more; got 20"
+    with pytest.raises(DataError, match=said):
         Saccades(PICTURE, 0, 0, 0, size=20)
 
 

@@ -16,7 +16,6 @@ from pipeline.data.write.stamp_pictures import (
     CLASSES,
     LEFT_OUT,
     SETTINGS_SPLIT,
-    SPLITS,
     Picture,
     Pictures,
     background,
@@ -156,7 +155,9 @@ def names(pictures: Pictures) -> dict[str, set[str]]:
 def test_training_and_evaluation_share_no_object_and_no_ground(share: Path) -> None:
     """The three splits evaluate on different ones."""
     for pictures in (installed(share), of_sizes(4, 5, 6, 7, 8, 9, 65)):
-        divided = [tuple(map(names, split_pictures(pictures, split))) for split in range(SPLITS)]
+        divided = [
+            tuple(map(names, split_pictures(pictures, split))) for split in range(SETTINGS_SPLIT)
+        ]
         for kind, found in names(pictures).items():
             for train, val in divided:
                 assert train[kind] and len(val[kind]) == round(len(found) / 4) >= 1
@@ -170,7 +171,7 @@ def test_settings_are_chosen_on_objects_and_grounds_with_which_every_split_train
     train, val = map(names, split_pictures(pictures, SETTINGS_SPLIT))
     for kind, found in names(pictures).items():
         assert val[kind] and train[kind] == found - val[kind]
-        for split in range(SPLITS):
+        for split in range(SETTINGS_SPLIT):
             assert val[kind] <= names(split_pictures(pictures, split)[0])[kind]
 
 

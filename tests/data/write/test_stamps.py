@@ -274,7 +274,7 @@ def test_the_command_writes_a_set(share: Path, tmp_path: Path, spiketrain: Comma
         (["--size", "1025"], "share", "size must be in 32..1024 pixels, .* got size=1025"),
         (["--smallest", "0.95"], "share", r"in 0\.1\.\.0\.9; got .* smallest=0\.95"),
         (["--mode", "raw", "--quality", "80"], "share", "no effect in mode 'raw'; got 80"),
-        ([], "none", "does not exist: apt install tuxpaint-stamps-default; or name"),
+        ([], "none", "does not exist: apt install tuxpaint-stamps-default; or unpack"),
         ([], "spoilt", r"\): apt install --reinstall mate-backgrounds"),
     ],
 )
