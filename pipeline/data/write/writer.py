@@ -79,7 +79,7 @@ def write_sets(
 ) -> list[Manifest]:
     """Write each set to `out/<its name>.beton`.
 
-    After an error, no file is written or replaced.
+    An error before the files are complete leaves `out` unchanged.
 
     Args:
         encode: a frozen dataclass. A call with a sample returns an `Encoded`, or the reason why the
@@ -122,7 +122,7 @@ def write_sets(
         ]
         _refuse_unreadable(written, encode.kind.name, max_bad)
         for path in manifest_paths:
-            # If writing stops between here and the end, no manifest belongs to another file.
+            # A run that is killed before its end must not leave a manifest of another file.
             path.unlink(missing_ok=True)
     for manifest, path in zip(written, manifest_paths, strict=True):
         manifest.write(path)
