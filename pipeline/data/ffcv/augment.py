@@ -88,7 +88,7 @@ class DecodeImages(Decoder):
                 np.array([kind, reach, int(flip)], np.int64),
                 np.array(area, np.float64),
                 ratio_table(ratio),
-                lookup(mean, std),
+                level_table(mean, std),
                 np.array([colour, erase], np.float64),
                 ratio_table(strong_augment.RATIO),
                 normal_table(),
@@ -108,7 +108,7 @@ def ratio_table(ratio: tuple[float, float]) -> NDArray[np.float64]:
     )
 
 
-def lookup(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
+def level_table(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
     """The normalised value of each channel's 256 levels: [C,256]."""
     mean_C1, std_C1 = np.array(mean)[:, None], np.array(std)[:, None]
     return ((np.arange(256) / 255.0 - mean_C1) / std_C1).astype(np.float32)
@@ -168,7 +168,7 @@ def crop_image(pixels_hw3, side, options, area, ratios, seed, epoch, index):
 
 @compiled
 def write_normalised(out_CSS, pixels_SS3, is_mirrored, table):
-    """Mirror and normalise the pixels of a view into `out_CSS`. `table`: see `lookup`."""
+    """Mirror and normalise the pixels of a view into `out_CSS`. `table`: see `level_table`."""
     channels, side = out_CSS.shape[0], out_CSS.shape[1]
     for y in range(side):
         for x in range(side):
