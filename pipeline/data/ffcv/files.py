@@ -17,7 +17,7 @@ from pipeline.core.errors import require_data
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.format import read_tables
 from pipeline.data.ffcv.manifest import Manifest
-from pipeline.data.ffcv.page_checks import check
+from pipeline.data.ffcv.page_checks import check_file
 from pipeline.data.order import OrderedData, TrainOrder, ValOrder, split_held_out
 
 Part = Literal["train", "val"]  # the training or the evaluation set, and the name of a file
@@ -63,9 +63,9 @@ class FileData(OrderedData):
 
     def check(self) -> None:
         """See base.Data. With `held_out` above 0, only the manifest of val.beton is read."""
-        check(self._path("train"))
+        check_file(self._path("train"))
         if not self.held_out:
-            check(self._path("val"))
+            check_file(self._path("val"))
         require_data(
             self._manifest("train").classes == self._manifest("val").classes,
             f"{self._error_prefix}: train and val in {self.folder} must have the same classes, in"

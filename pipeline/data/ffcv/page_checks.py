@@ -31,7 +31,7 @@ CHECK_THREADS = 4
 PROBES = 8  # If a part cannot be read, this many single bytes elsewhere in the file are read.
 
 
-def check(path: Path) -> Manifest:
+def check_file(path: Path) -> Manifest:
     """Read the file once, in a few threads, and compare each region and page with its manifest.
 
     `benchmarks/pages.py` measures the time.
@@ -53,7 +53,7 @@ def check(path: Path) -> Manifest:
 
 
 def verify(path: Path) -> list[Manifest]:
-    """Compare the regions and pages of files as `check` does, their sha256 and their content hash.
+    """Compare the regions and pages of files, their sha256 and their content hash.
 
     `path`: a .beton, or a folder of them.
 
@@ -66,7 +66,7 @@ def verify(path: Path) -> list[Manifest]:
     files = sorted(path.glob("*.beton")) if path.is_dir() else [path]
     require_data(files, f"verify: no .beton in {path.absolute()}")
     for file in files:
-        manifest = check(file)
+        manifest = check_file(file)
         expected = f"sha256 {manifest.sha256}, content hash {manifest.content}"
         got = (
             f"sha256 {manifests.sha256_of(file)},"

@@ -9,7 +9,7 @@ from pipeline.data.base import DataError
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.format import Arrays
-from pipeline.data.ffcv.page_checks import check, verify
+from pipeline.data.ffcv.page_checks import check_file, verify
 
 
 def test_the_content_hash_is_that_of_its_definition():
@@ -80,4 +80,4 @@ def test_a_manifest_may_lack_what_has_a_default(folder):
     """Files that were written before their samples could be grouped are read."""
     path = folder / "train.beton.manifest.json"
     path.write_text(forged(path.read_text(), groups=None))
-    assert check(folder / "train.beton").groups == {}
+    assert check_file(folder / "train.beton").groups == {}

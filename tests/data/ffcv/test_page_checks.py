@@ -13,7 +13,7 @@ from pipeline.data.datasets.tasks import Permuted, SplitClasses
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv import page_checks
 from pipeline.data.ffcv.format import RAW
-from pipeline.data.ffcv.page_checks import SpotCheck, check, verify
+from pipeline.data.ffcv.page_checks import SpotCheck, check_file, verify
 from tests.helpers.damage import flip
 from tests.helpers.loaders import read
 from tests.helpers.small_pages import write_pages
@@ -35,7 +35,7 @@ def test_some_pages_and_samples_are_named_and_the_rest_counted(tmp_path):
         for page, at in ((6, begin), (7, begin + 4096))
     )
     with pytest.raises(DataError) as caught:
-        check(path)
+        check_file(path)
     said = str(caught.value)
     assert said.startswith(f"data: {path}: {first}, {second}, page 8 (")
     assert said.endswith(" and 2 more: damaged; restore the file or write the data again")
