@@ -8,7 +8,7 @@ import numpy as np
 from pipeline.core.errors import DataError, require_data
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.write.generated_events import CLASSES, MovingShape, Saccades
-from pipeline.data.write.images import fashion
+from pipeline.data.write.images import fashion_sets
 from pipeline.data.write.published_events import PUBLISHED, published_sets
 from pipeline.data.write.recordings import Framing
 from pipeline.data.write.writer import Existing, Progress, Source, check_kept, write_sets
@@ -119,7 +119,7 @@ def _saccade_sets(
     content_seed: int = 0,
 ) -> list[Source]:
     sets: list[Source] = []
-    image_sets = fashion(None if source in (None, "fashion") else Path(source))
+    image_sets = fashion_sets(None if source in (None, "fashion") else Path(source))
     for part, (images, count) in enumerate(zip(image_sets, (samples, val_samples), strict=True)):
         require_data(
             count is None or count <= len(images.items),

@@ -201,7 +201,7 @@ def write_fashion(
         LoaderError: as `write_sets`.
     """
     return write_sets(
-        fashion(source),
+        fashion_sets(source),
         Path(out),
         Encoding(mode="raw"),
         workers=workers,
@@ -242,7 +242,7 @@ def write_folder(
         f"write_folder: quality has no effect in mode 'raw'; got {quality}",
     )
     return write_sets(
-        image_folder(Path(source)),
+        folder_sets(Path(source)),
         Path(out),
         Encoding(
             mode=mode,
@@ -256,7 +256,7 @@ def write_folder(
     )
 
 
-def fashion(source: Path | None = None) -> list[Source]:
+def fashion_sets(source: Path | None = None) -> list[Source]:
     """Fashion-MNIST from `source`, from Debian's package, or from torchvision's download.
 
     Raises: DataError if no place has the set, or a file is missing or damaged.
@@ -276,7 +276,7 @@ def fashion(source: Path | None = None) -> list[Source]:
     return sets
 
 
-def image_folder(source: Path) -> list[Source]:
+def folder_sets(source: Path) -> list[Source]:
     """The images `source/train/<class>/*` and `source/val/<class>/*`.
 
     A label is the position of a class folder in the sorted names. Images are sorted by name.

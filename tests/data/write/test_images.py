@@ -52,7 +52,7 @@ def test_content_does_not_depend_on_pages_or_on_who_wrote(photo_folder, tmp_path
     [_, ours] = write_folder(photo_folder, tmp_path, mode="raw")
     pictures = [
         (np.asarray(Image.open(str(item.image)).convert("RGB")), item.label)
-        for item in images.image_folder(photo_folder)[1].items
+        for item in images.folder_sets(photo_folder)[1].items
     ]
     fields = {"image": api.RGBImageField(write_mode="raw"), "label": api.IntField()}
     stock = tmp_path / "stock.beton"
@@ -80,7 +80,7 @@ def test_fashion(small_fashion, fashion, tmp_path):
 def test_fashion_of_debian():
     if not images.FASHION_PACKAGE.is_dir():
         pytest.skip("needs Debian's dataset-fashion-mnist")
-    train, val = images.fashion()
+    train, val = images.fashion_sets()
     assert (len(train.items), len(val.items), train.items[0].label) == (60_000, 10_000, 9)
 
 
@@ -116,7 +116,7 @@ def test_a_jpeg_that_fits_is_stored_as_it_is(photo_folder, tmp_path):
     content = (tmp_path / "val.beton").read_bytes()
     kept = []
     for item, record, size in zip(
-        images.image_folder(photo_folder)[1].items, found.records, found.sizes, strict=True
+        images.folder_sets(photo_folder)[1].items, found.records, found.sizes, strict=True
     ):
         address, path = int(record["data_ptr"]), Path(str(item.image))
         with Image.open(path) as picture:
@@ -146,7 +146,7 @@ def test_odd_images_become_rgb(folder, tmp_path):
     _, val = write_folder(folder, tmp_path / "out")
     assert val.stored == {"as it is": 15, "jpg": 5} and not val.skipped
     data = Beton(tmp_path / "out", classes=2, size=64, mean=(0.0,) * 3, std=(1.0,) * 3)
-    items = images.image_folder(folder)[1].items
+    items = images.folder_sets(folder)[1].items
     x = {
         Path(str(items[i].image)).name: each
         for i, each in by_index(read(data.val(micro_batch=4))).items()
@@ -232,7 +232,7 @@ class Odd(Encoding):
 
 
 def test_groups_are_those_of_the_samples_that_were_stored(small_fashion, tmp_path):
-    train, _ = write_sets(images.fashion(small_fashion), tmp_path, Odd(mode="raw"), max_bad=50)
+    train, _ = write_sets(images.fashion_sets(small_fashion), tmp_path, Odd(mode="raw"), max_bad=50)
     assert train.groups == {"number": [str(number) for number in range(1, 100, 2)]}
 
 
@@ -256,7 +256,7 @@ def test_workers_that_hang_are_noticed(photo_folder, monkeypatch):
     monkeypatch.setattr(writer, "CHUNK", 1)
     monkeypatch.setattr(writer, "AHEAD", 2)  # the rest is not begun yet
     encoded = writer.encode_all(
-        images.image_folder(photo_folder)[0].items, Encoding(mode="jpg"), workers=2
+        images.folder_sets(photo_folder)[0].items, Encoding(mode="jpg"), workers=2
     )
     next(encoded)
     limit_s[0] = 0.5
