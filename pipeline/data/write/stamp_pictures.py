@@ -75,8 +75,8 @@ CLASSES: dict[str, tuple[str, ...]] = {
         *(f"vehicles/{each}" for each in ("locomotive", "masstransit", "race", "ship")),
     ),  # 20
 }
-# Stamps that are not used. `installed` also omits mirror images of other files and drawings that
-# have an .svg of the same name.
+# Stamps that are not used. `installed_pictures` also omits mirror images, and drawings that have an
+# .svg of the same name.
 LEFT_OUT = frozenset(
     {
         *(
@@ -122,7 +122,7 @@ class Pictures:
     backgrounds: list[Picture]
 
 
-def installed(share: Path = SHARE) -> Pictures:
+def installed_pictures(share: Path = SHARE) -> Pictures:
     """The pictures that the packages have installed below `share`.
 
     Raises: DataError if a folder or file is missing. The message names its package.
@@ -167,7 +167,7 @@ def split_pictures(pictures: Pictures, split: int) -> tuple[Pictures, Pictures]:
 
 
 @cache
-def cut_out(picture: Picture, longest: int) -> Image.Image:
+def object_image(picture: Picture, longest: int) -> Image.Image:
     """Read an object, without its empty border and premultiplied by alpha.
 
     Its longer side has at most `longest` pixels.
@@ -183,7 +183,7 @@ def cut_out(picture: Picture, longest: int) -> Image.Image:
 
 
 @cache
-def background(picture: Picture, shortest: int) -> Image.Image:
+def background_image(picture: Picture, shortest: int) -> Image.Image:
     """Read a background in RGB. Its shorter side has at most `shortest` pixels.
 
     Raises: DataError if the picture cannot be read.

@@ -36,9 +36,9 @@ from pipeline.data.write.stamp_pictures import (
     SHARE,
     Picture,
     Pictures,
-    background,
-    cut_out,
-    installed,
+    background_image,
+    installed_pictures,
+    object_image,
     split_pictures,
 )
 from pipeline.data.write.writer import (
@@ -157,7 +157,7 @@ def render(scene: Scene, size: int, smallest: float = 0.5) -> NDArray[np.uint8]:
 
 
 def _crop_background(scene: Scene, size: int) -> Image.Image:
-    whole = background(scene.background, round(size / MIN_CROP_SHARE))
+    whole = background_image(scene.background, round(size / MIN_CROP_SHARE))
     share = MIN_CROP_SHARE + (1 - MIN_CROP_SHARE) * scene.draw_uniform(_CROP)
     side = round(min(whole.size) * share)
     top = scene.draw_below(_CROP_Y, whole.height - side + 1)
@@ -172,7 +172,7 @@ def _transform_object(scene: Scene, size: int, smallest: float) -> Image.Image:
 
     It fits into the scene.
     """
-    image = cut_out(scene.object, 2 * size)
+    image = object_image(scene.object, 2 * size)
     degrees = MAX_DEGREES * (2 * scene.draw_uniform(_ANGLE) - 1)
     cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(abs(degrees)))
     # the longer side of the rectangle around the rotated object, before scaling
@@ -244,7 +244,7 @@ def write_stamps(
         quality=quality or 90,
     )
     share = SHARE if source is None else Path(source).expanduser()
-    pictures = installed(share)
+    pictures = installed_pictures(share)
     counts, part_pictures = (samples, val_samples), split_pictures(pictures, split)
     origin = f"{share.absolute()}, pictures {_read_all(pictures, size)}"
     sets: list[Source] = []
@@ -269,9 +269,9 @@ def _read_all(pictures: Pictures, size: int) -> str:
     """
     objects = list(chain(*pictures.objects.values()))
     for picture in objects:
-        cut_out(picture, 2 * size)
+        object_image(picture, 2 * size)
     for picture in pictures.backgrounds:
-        background(picture, round(size / MIN_CROP_SHARE))
+        background_image(picture, round(size / MIN_CROP_SHARE))
     contents = [
         picture.name.encode() + hashlib.sha256(picture.path.read_bytes()).digest()
         for picture in (*objects, *pictures.backgrounds)

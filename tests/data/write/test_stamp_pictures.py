@@ -18,9 +18,9 @@ from pipeline.data.write.stamp_pictures import (
     SETTINGS_SPLIT,
     Picture,
     Pictures,
-    background,
-    cut_out,
-    installed,
+    background_image,
+    installed_pictures,
+    object_image,
     split_pictures,
 )
 from tests.helpers.made_pictures import EACH, STAMPS, real
@@ -39,7 +39,7 @@ def test_drawings_mirror_images_and_deeper_folders_are_no_objects(
         birds / "object_0.png",
         spoilt / "tuxpaint" / "stamps" / "animals" / "mammals" / "echidna.png",
     )
-    for pictures in (installed(share), installed(spoilt)):
+    for pictures in (installed_pictures(share), installed_pictures(spoilt)):
         found = pictures.objects
         assert {name: len(each) for name, each in found.items()} == dict.fromkeys(CLASSES, EACH)
         assert [each.path.stem for each in found["bird"]] == [f"object_{i}" for i in range(EACH)]
@@ -64,12 +64,12 @@ def test_what_is_missing_is_named_with_its_package(
         DataError,
         match=rf"^write stamps: .*{gone} does not exist: apt install {package}; .*--source$",
     ):
-        installed(tmp_path / "share")
+        installed_pictures(tmp_path / "share")
 
 
 @pytest.mark.parametrize(
     ("suffix", "read"),
-    [("png", lambda p: cut_out(p, 10**6)), ("jpg", lambda p: background(p, 10**6))],
+    [("png", lambda p: object_image(p, 10**6)), ("jpg", lambda p: background_image(p, 10**6))],
 )
 def test_what_is_damaged_is_named_with_its_package(tmp_path: Path, suffix: str, read) -> None:
     picture = Picture("some", tmp_path / f"some.{suffix}", "some-package")
@@ -90,7 +90,7 @@ def test_an_object_that_cannot_be_seen_is_refused(tmp_path: Path) -> None:
     picture = Picture("none", tmp_path / "none.png", "some-package")
     Image.new("RGBA", (8, 8), (255, 255, 255, 0)).save(picture.path)
     with pytest.raises(DataError, match=r"none\.png cannot be read \(it is fully transparent\)"):
-        cut_out(picture, 100)
+        object_image(picture, 100)
 
 
 def test_an_object_loses_its_border_and_its_colours_are_multiplied_by_alpha(tmp_path: Path) -> None:
@@ -99,15 +99,17 @@ def test_an_object_loses_its_border_and_its_colours_are_multiplied_by_alpha(tmp_
     pixels[..., :3] = 77  # beneath full transparency: must not come through
     pixels[4:12, 10:26] = (200, 100, 50, 51)
     Image.fromarray(pixels).save(picture.path)
-    assert cut_out(picture, 100).size == (16, 8) and cut_out(picture, 4).size == (4, 2)
+    assert object_image(picture, 100).size == (16, 8) and object_image(picture, 4).size == (4, 2)
     for longest in (100, 4):
-        found = np.asarray(cut_out(picture, longest))
+        found = np.asarray(object_image(picture, longest))
         assert (found == np.array([40, 20, 10, 51])).all()  # 51 / 255 = 0.2
 
 
 def test_a_ground_is_shrunk_by_its_shorter_side(share: Path) -> None:
-    for picture in installed(share).backgrounds[:2]:
-        assert background(picture, 70).size == (100, 70) and background(picture, 999).size == (
+    for picture in installed_pictures(share).backgrounds[:2]:
+        assert background_image(picture, 70).size == (100, 70) and background_image(
+            picture, 999
+        ).size == (
             200,
             140,
         )
@@ -118,7 +120,7 @@ def test_the_packages_of_debian_hold_300_objects_in_13_classes() -> None:
     """The numbers beside the table, of Debian 13; what is left out by name is really there, so that
     no name is misspelt.
     """
-    pictures = installed()
+    pictures = installed_pictures()
     counts = [len(found) for found in pictures.objects.values()]
     assert counts == [35, 26, 13, 24, 29, 16, 8, 11, 65, 13, 18, 22, 20] and sum(counts) == 300
     for name in LEFT_OUT:
@@ -154,7 +156,7 @@ def names(pictures: Pictures) -> dict[str, set[str]]:
 
 def test_training_and_evaluation_share_no_object_and_no_ground(share: Path) -> None:
     """The three splits evaluate on different ones."""
-    for pictures in (installed(share), of_sizes(4, 5, 6, 7, 8, 9, 65)):
+    for pictures in (installed_pictures(share), of_sizes(4, 5, 6, 7, 8, 9, 65)):
         divided = [
             tuple(map(names, split_pictures(pictures, split))) for split in range(SETTINGS_SPLIT)
         ]

@@ -25,9 +25,9 @@ from pipeline.data.write.stamp_pictures import (
     CLASSES,
     Picture,
     Pictures,
-    background,
-    cut_out,
-    installed,
+    background_image,
+    installed_pictures,
+    object_image,
     split_pictures,
 )
 from pipeline.data.write.stamps import Scene, render, scenes, write_stamps
@@ -42,10 +42,10 @@ def some(pictures: Pictures, count: int, **changes: int) -> list[Scene]:
 
 
 def test_a_scene_is_a_function_of_its_counters_alone(share: Path) -> None:
-    many = some(installed(share), 40)
-    assert some(installed(share), 30) == many[:30]
+    many = some(installed_pictures(share), 40)
+    assert some(installed_pictures(share), 30) == many[:30]
     in_order = [render(scene, 48) for scene in many]
-    for cached in (cut_out, background):
+    for cached in (object_image, background_image):
         cached.cache_clear()
     for number in (31, 7, 0, 39):
         assert np.array_equal(render(many[number], 48), in_order[number])
@@ -55,8 +55,8 @@ def test_a_scene_is_a_function_of_its_counters_alone(share: Path) -> None:
 
 
 def test_classes_and_their_objects_take_turns(share: Path) -> None:
-    train, _ = split_pictures(installed(share), 2)
-    made = some(installed(share), 13 * 17, part=0, split=2)
+    train, _ = split_pictures(installed_pictures(share), 2)
+    made = some(installed_pictures(share), 13 * 17, part=0, split=2)
     assert [scene.label for scene in made] == list(range(13)) * 17
     for label, name in enumerate(CLASSES):
         shown = Counter(scene.object for scene in made if scene.label == label)
@@ -142,7 +142,7 @@ def test_half_of_the_objects_are_mirrored(tmp_path: Path) -> None:
 
 
 def test_every_size_holds_the_largest_object(share: Path) -> None:
-    made = some(installed(share), 130)
+    made = some(installed_pictures(share), 130)
     for size in (32, 33, 64):
         for scene in made:
             assert render(scene, size, smallest=0.9).shape == (size, size, 3)
@@ -151,7 +151,7 @@ def test_every_size_holds_the_largest_object(share: Path) -> None:
 @real
 def test_scenes_of_the_real_pictures() -> None:
     """Two of each class: all differ, and none is nearly one colour."""
-    seen = [render(scene, 96) for scene in some(installed(), 26)]
+    seen = [render(scene, 96) for scene in some(installed_pictures(), 26)]
     assert len({pixels.tobytes() for pixels in seen}) == 26
     assert min(pixels.std() for pixels in seen) > 5
 
@@ -180,7 +180,7 @@ def test_what_was_written_reads_back_with_the_object_of_each_image(
     train, val = verify(written)
     assert (train.samples, val.samples, train.classes) == (70, 40, list(CLASSES))
     assert (min(train.histogram), min(val.histogram)) == (5, 3)
-    pictures = split_pictures(installed(share), 1)[1]
+    pictures = split_pictures(installed_pictures(share), 1)[1]
     expected = list(scenes(pictures, 40, part=1, split=1, content_seed=0))
     groups = {by: data.groups("val", by=by) for by in ("object", "ground")}
     assert groups == {
