@@ -24,7 +24,7 @@ _FLIP, _SHIFT_Y, _SHIFT_X = np.uint64(FLIP), np.uint64(SHIFT_Y), np.uint64(SHIFT
 class Decoder(Operation):
     """The FFCV operation of a compiled loop: from sample ids to float32 [B, ...].
 
-    FFCV allocates its memory for each batch that is read ahead: the output, the pair (seed, epoch),
+    For each batch that is read ahead, FFCV allocates memory for the output, the pair (seed, epoch)
     and a status per sample. The pair cannot be a variable of a closure, because numba would compile
     it as a constant. The status is not 0 if the sample could not be decoded.
 

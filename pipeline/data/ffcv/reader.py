@@ -118,8 +118,8 @@ class BetonLoader(api.Loader):
     @contextmanager
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Batch]]:
         ids = self._order.epoch(epoch, start=start)
-        # FFCV passes one number per row. It encodes the sample and the number of the view; the
-        # compiled loop (augment.py) separates the two.
+        # FFCV passes one number per row to the compiled loop (augment.py), which separates the
+        # sample and the view number.
         rows = ids + len(self._labels) * self._order.view_numbers(start=start)
         check = (
             SpotCheck(
