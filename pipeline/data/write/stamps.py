@@ -241,16 +241,16 @@ def write_stamps(
         content_seed=content_seed,
         smallest=smallest,
         mode=mode,
-        quality=quality or 90,
+        quality=90 if quality is None else quality,
     )
     share = SHARE if source is None else Path(source).expanduser()
     pictures = installed_pictures(share)
-    counts, part_pictures = (samples, val_samples), split_pictures(pictures, split)
+    part_pictures = split_pictures(pictures, split)
     origin = f"{share.absolute()}, pictures {_read_all(pictures, size)}"
     sets: list[Source] = []
-    for part, name in enumerate(("train", "val")):
+    for part, (name, count) in enumerate((("train", samples), ("val", val_samples))):
         items = scenes(
-            part_pictures[part], counts[part], part=part, split=split, content_seed=content_seed
+            part_pictures[part], count, part=part, split=split, content_seed=content_seed
         )
         sets.append(Source(name, list(CLASSES), list(items), origin))
     written = write_sets(

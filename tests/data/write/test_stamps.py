@@ -215,6 +215,11 @@ def test_seed_and_split_make_other_sets(share: Path, written: Path, tmp_path: Pa
     assert len({val.content for _, val in [*made, verify(written)]}) == 5
 
 
+def test_quality_0_is_refused(share: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"quality in 1\.\.100; got .* quality=0"):
+        write(share, tmp_path, mode="jpg", quality=0)
+
+
 def test_files_that_are_kept_must_be_of_the_same_scenes_and_pictures(
     share: Path, written: Path, tmp_path: Path
 ) -> None:
