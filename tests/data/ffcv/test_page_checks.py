@@ -61,11 +61,12 @@ def test_a_damaged_page_is_refused_while_it_is_read(wrap, fashion, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("one_in", "ends"), [(1 << 30, nullcontext()), (1, pytest.raises(DataError, match="page 0 "))]
+    ("one_in", "ends"),
+    [(1 << 30, nullcontext), (1, lambda: pytest.raises(DataError, match="page 0 "))],
 )
 def test_a_replaced_file_stops_nothing_until_a_page_is_compared(folder, one_in, ends):
     data = Beton(folder, classes=2, size=8).with_page_checks(one_in)
-    with data.train(**SIZES | {"batch_size": 1, "micro_batch": 1}).epoch(0) as batches, ends:
+    with data.train(**SIZES | {"batch_size": 1, "micro_batch": 1}).epoch(0) as batches, ends():
         next(batches)
         (folder / "other").write_bytes(b"another file")
         (folder / "other").replace(folder / "train.beton")
