@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.overhead import timed
 from pipeline.core.code_version import commit
-from pipeline.data.ffcv.page_checks import check
+from pipeline.data.ffcv.page_checks import check_file
 from pipeline.measure.memory import device_here, hardware
 
 
@@ -31,7 +31,7 @@ def main() -> None:
 
     def compare() -> None:
         for file in files:
-            check(file)
+            check_file(file)
 
     compare()  # from now on they are in the page cache
     seconds = [timed(compare) for _ in range(arguments.times)]

@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pipeline.core.code_version import commit
-from pipeline.data.write.images import fashion
+from pipeline.data.write.images import fashion_sets
 from pipeline.measure.memory import device_here, hardware
 
 PAGE = Path(__file__).parents[1] / "docs/recipes.md"
@@ -96,7 +96,7 @@ def _shape(label: str, draw: np.random.Generator) -> Image.Image:
 
 def _write_fashion(folder: Path, *, train: int, val: int) -> None:
     """The first so many pictures of each class of either part of Fashion-MNIST."""
-    for source, count in zip(fashion(), (train, val), strict=True):
+    for source, count in zip(fashion_sets(), (train, val), strict=True):
         found = dict.fromkeys(range(CLASSES["fashion"]), 0)
         for item in source.items:
             if found[item.label] < count:

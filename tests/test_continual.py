@@ -443,7 +443,7 @@ def test_stop_after_cuts_each_phase(tmp_path: Path) -> None:
         (protected(optimizer=small_recipe().optimizer), "weight_decay must be 0"),
         (
             several(phases=(TASKS[0], Phase(name="x", data=spec(SplitClasses, task=9)))),
-            "make 5 tasks, from 0; got task=9",
+            "below the 5 tasks that 10 classes make with 2 per task; got 9",
         ),
     ],
 )

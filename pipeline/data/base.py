@@ -23,7 +23,7 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch of one rank. It owns its memory, so it may be kept."""
+    """One micro-batch of one rank. It owns its memory, so later batches do not overwrite it."""
 
     x: Tensor  # float32, normalised: images [B,C,H,W], or recordings [B,T,C,H,W]
     target: Tensor  # int64 [B]
@@ -34,23 +34,24 @@ class Batch:
 class Loader(Protocol):
     """The batches of one rank."""
 
-    samples: int  # in the whole set, over all ranks
-    # Training: global batches in an epoch, `samples // batch_size`. Evaluation: batches of this
-    # rank, which may be 0.
+    samples: int  # of the whole set, over all ranks
+    # Training: the global batches of an epoch, `samples // batch_size`. Evaluation: the batches of
+    # this rank; their number may be 0.
     steps_per_epoch: int
 
     def epoch(self, epoch: int, *, start: int = 0) -> AbstractContextManager[Iterator[Batch]]:
         """The micro-batches of this rank, in order. Leaving the context stops reading ahead.
 
         Args:
-            epoch: selects order, augmentation and the pages that are compared (page_checks.py);
-                order and augmentation of an evaluation do not depend on it.
-            start: samples of this epoch that all ranks together have consumed, a multiple of the
-                global batch size.
+            epoch: selects the order, the augmentation and the pages that are compared
+                (page_checks.py). In an evaluation it selects only the pages.
+            start: the number of samples of this epoch that all ranks together have consumed. It is
+                a multiple of the global batch size, and 0 in an evaluation.
 
         Raises:
-            DataError: a sample cannot be decoded, or `start` is invalid.
-            LoaderError: reading failed or hung.
+            DataError: a sample cannot be decoded, a page is damaged, or `epoch` or `start` is
+                invalid.
+            LoaderError: reading failed or hung, or the loader was closed.
         """
         ...
 
@@ -77,30 +78,36 @@ class Data(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A hash of the content of both sets. It is part of the study key.
+        """A hash of the samples of both sets. It is part of the study key.
 
-        It does not depend on files and pages.
+        The hash does not depend on the layout of the files.
 
-        Raises: DataError if the data is missing.
+        Raises: DataError if a file is missing, or does not match its manifest or the options.
         """
         ...
 
     def check(self) -> None:
         """Read the training and evaluation samples once and compare checksums.
 
-        Raises: DataError with the file and the page that differ.
+        Raises:
+            DataError: a file is missing or damaged, or the two sets do not match. The message names
+                the file.
+            OSError: the storage fails.
         """
 
     def train(
         self, *, seed: int, rank: int, world: int, batch_size: int, micro_batch: int, threads: int
     ) -> Loader:
-        """The training set, in one global permutation per epoch from (seed, epoch).
+        """The training set. (seed, epoch) determines one global permutation per epoch.
 
-        A global batch has accumulation x world x micro_batch samples.
+        A global batch has batch_size = accumulation x world x micro_batch samples. Each rank reads
+        `accumulation` micro-batches of it. Micro-batch a of rank r holds `micro_batch` rows of the
+        global batch, from row `(a*world + r)*micro_batch` on. The samples after the last whole
+        global batch of an epoch are dropped.
 
-        Micro-batch a of rank r takes rows `(a*world + r)*micro_batch` to `(a*world + r +
-        1)*micro_batch` of each global batch. The samples after the last whole global batch of an
-        epoch are dropped.
+        Args:
+            world: the number of ranks.
+            micro_batch: the samples of one batch on one rank.
         """
         ...
 
@@ -113,9 +120,10 @@ class Data(Protocol):
 
 
 def with_page_checks(data: Data, one_in: int) -> Data:
-    """The same sets with page checks: one in `one_in` samples has its page compared; 0: none.
+    """The same sets, which compare the page of one in `one_in` samples while they are read.
 
-    Data without a method of this name has no pages and is returned unchanged.
+    With 0 they compare no page. Data without a method of this name has no pages and is returned
+    unchanged.
     """
-    checked = getattr(data, "with_page_checks", None)
-    return data if checked is None else checked(one_in)
+    method = getattr(data, "with_page_checks", None)
+    return data if method is None else method(one_in)

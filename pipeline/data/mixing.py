@@ -3,10 +3,10 @@
     x'_r = w x_r + (1 - w) x_n        y'_r = lam y_r + (1 - lam) y_n        n: row r + 1 where r is
     even, r - 1 where it is odd
 
-    Mixup     w = lam everywhere                           lam ~ Beta(mixup, mixup)
-    CutMix    w = 0 within a box, 1 outside of it          the box has the share 1 - l of the image,
-                                                           l ~ Beta(cutmix, cutmix); cut at the
-                                                           image's border, it leaves the share lam
+    Mixup     w = lam everywhere                   lam ~ Beta(mixup, mixup)
+    CutMix    w = 0 inside a box, 1 outside        l ~ Beta(cutmix, cutmix); the box has the share
+                                                   1 - l of the image's area and is clipped at its
+                                                   border; lam is the share outside the clipped box
 
 Rows are positions in the global batch, which is in random order. A neighbour is therefore as random
 as any other partner, and it is on the same rank. Every draw is a pure function of (seed, step) or
@@ -14,7 +14,7 @@ as any other partner, and it is on the same rank. Every draw is a pure function 
 after any restart.
 
 Source: Zhang et al. 2018 (Mixup), arXiv:1710.09412; Yun et al. 2019 (CutMix), arXiv:1905.04899. The
-options are those of timm 1.0.31, which pairs the rows of a rank's batch from both ends.
+options are those of timm 1.0.31, which pairs the rows of a rank's batch from both edges.
 """
 
 # B batch, K classes, H W pixels
@@ -39,8 +39,9 @@ class Mixing:
 
     Args:
         mixup, cutmix: the parameters of the two Beta distributions; 0 disables that mixing.
-        probability: the probability of mixing at all.
-        switch: the share of CutMix if both are used.
+        probability: the probability that a draw mixes. Otherwise samples and targets stay
+            unchanged.
+        switch: the probability of CutMix if `mixup` and `cutmix` are both above 0; None: 1/2.
         per: one draw for the whole "batch", for each "pair" of neighbours, or for each "sample".
 
     Raises:
@@ -77,14 +78,14 @@ class Mixing:
         """Raises: DataError if the micro-batch would separate neighbours."""
         require_data(
             micro_batch % 2 == 0,
-            "Mixing: a micro-batch must be even, for samples are mixed in pairs; got"
+            "Mixing: a micro-batch must be even, because samples are mixed in pairs; got"
             f" {micro_batch}",
         )
 
     def __call__(
         self, x_B: Tensor, target_B: Tensor, *, classes: int, seed: int, step: int, rows: range
     ) -> tuple[Tensor, Tensor]:
-        """Mixed `x` [B,...,H,W] and targets [B,K], which are class shares in the dtype of `x`.
+        """Mix `x` [B,...,H,W] and targets. The targets become class shares [B,K] of x's dtype.
 
         `rows`: the positions of the samples in the global batch.
         """
@@ -97,7 +98,7 @@ class Mixing:
         mixed_target_BK = _neighbours(target_BK).lerp_(target_BK, weight_B[:, None])
         weight_B = weight_B.view(-1, *[1] * (x_B.dim() - 1))
         if box_B4 is not None:
-            weight_B = _outside(weight_B, torch.from_numpy(box_B4).to(x_B.device), x_B)
+            weight_B = _pixel_weights(weight_B, torch.from_numpy(box_B4).to(x_B.device), x_B)
         return _neighbours(x_B).lerp_(x_B, weight_B), mixed_target_BK
 
     def _draw(
@@ -105,39 +106,40 @@ class Mixing:
     ) -> tuple[NDArray[np.float64], NDArray[np.int64] | None]:
         """The share lam that each sample keeps, and its replaced box (top, bottom, left, right).
 
-        The box is -1 in samples without one, and None if no sample has one.
+        A sample without a box has four times -1. If no sample has a box, the boxes are None.
         """
         key_B = {"batch": np.zeros_like(rows), "pair": rows // 2, "sample": rows}[self.per]
         draw = lambda number: bits(seed, step, key_B, number)
         unit = lambda number: (draw(number) >> np.uint64(11)) * 2.0**-53
-        place_B = (draw(MIX_SHARE) >> np.uint64(52)).astype(np.int64)
-        is_cut_B = np.full(len(rows), self.cutmix > 0)
+        quantile_B = (draw(MIX_SHARE) >> np.uint64(52)).astype(np.int64)
+        is_cutmix_B = np.full(len(rows), self.cutmix > 0)
         if self.mixup > 0 and self.cutmix > 0:
-            is_cut_B = unit(MIX_BY_CUT) < (0.5 if self.switch is None else self.switch)
-        lam_B = np.where(is_cut_B, _beta(self.cutmix)[place_B], _beta(self.mixup)[place_B])
+            is_cutmix_B = unit(MIX_BY_CUT) < (0.5 if self.switch is None else self.switch)
+        lam_B = np.where(is_cutmix_B, _beta(self.cutmix)[quantile_B], _beta(self.mixup)[quantile_B])
         is_mixed_B = unit(MIX) < self.probability
-        is_cut_B &= is_mixed_B
+        is_cutmix_B &= is_mixed_B
         lam_B = np.where(is_mixed_B, lam_B, 1.0)
-        if not is_cut_B.any():
+        if not is_cutmix_B.any():
             return lam_B, None
         # Boxes around a random pixel, clipped at the image's border. They have the image's aspect
         # ratio and the share 1 - lam of its area.
-        ends = []
-        for middle_B, length in ((draw(MIX_Y), height), (draw(MIX_X), width)):
-            middle_B = below(middle_B, length)
+        edges = []
+        for bits_B, length in ((draw(MIX_Y), height), (draw(MIX_X), width)):
+            middle_B = below(bits_B, length)
             size_B = (length * np.sqrt(1 - lam_B)).astype(np.int64)
-            ends += [middle_B - size_B // 2, middle_B + (size_B + 1) // 2]
-        most = np.array([height, height, width, width])
-        box_B4 = np.where(is_cut_B[:, None], np.clip(np.stack(ends, -1), 0, most), -1)
-        lost_B = (box_B4[:, 1] - box_B4[:, 0]) * (box_B4[:, 3] - box_B4[:, 2]) / (height * width)
-        return np.where(is_cut_B, 1 - lost_B, lam_B), box_B4
+            edges += [middle_B - size_B // 2, middle_B + (size_B + 1) // 2]
+        box_B4 = np.clip(np.stack(edges, -1), 0, [height, height, width, width])
+        top_B, bottom_B, left_B, right_B = box_B4.T
+        box_share_B = (bottom_B - top_B) * (right_B - left_B) / (height * width)
+        lam_B = np.where(is_cutmix_B, 1 - box_share_B, lam_B)
+        return lam_B, np.where(is_cutmix_B[:, None], box_B4, -1)
 
 
 @cache
 def _beta(parameter: float) -> NDArray[np.float64]:
-    """4096 values at evenly spaced quantiles of Beta(parameter, parameter).
+    """4096 values at evenly spaced quantiles of Beta(parameter, parameter); all 1 for 0.
 
-    They are rounded, so that the last digit of a library does not matter.
+    They are rounded, because releases of scipy may differ in the last digit.
     """
     if parameter == 0:
         return np.ones(4096)
@@ -146,10 +148,11 @@ def _beta(parameter: float) -> NDArray[np.float64]:
     return np.round(betaincinv(parameter, parameter, (np.arange(4096) + 0.5) / 4096), 6)
 
 
-def _outside(weight_B: Tensor, box_B4: Tensor, x_B: Tensor) -> Tensor:
+def _pixel_weights(weight_B: Tensor, box_B4: Tensor, x_B: Tensor) -> Tensor:
     """The weight of each pixel: [B,1,...,H,W].
 
-    It is 0 inside a box and 1 outside. In a sample without a box it is `weight_B` everywhere.
+    It is 0 inside the box of a sample and 1 outside. In a sample without a box it is `weight_B`
+    everywhere.
     """
     height, width = x_B.shape[-2:]
     y_H1 = torch.arange(height, device=x_B.device)[:, None]

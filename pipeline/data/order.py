@@ -1,4 +1,4 @@
-"""The order of samples on each rank: pure functions of (seed, epoch) and sizes."""
+"""The order of samples on each rank: a pure function of (seed, epoch) and sizes."""
 
 import copy
 from collections.abc import Callable
@@ -17,12 +17,13 @@ from pipeline.core.units import counted
 class TrainOrder:
     """The training order of one rank.
 
-    With `repeats` above 1, a global batch contains `repeats` views of each of its
-    batch_size / repeats samples: row r is view r // (batch_size / repeats). The number of steps per
-    epoch is unchanged, so an epoch uses one in `repeats` of the samples.
+    With `repeats` above 1, a global batch has n = batch_size / repeats different samples, and
+    `repeats` views of each: row r is view r // n of sample r mod n. The number of steps per epoch
+    does not depend on `repeats`, so an epoch uses one in `repeats` of the samples.
 
     Raises:
-        DataError: the sizes do not divide, or the set is smaller than one global batch.
+        DataError: the seed, the rank or a size is out of range, a size does not divide another, or
+            the set is smaller than one global batch.
     Source:
         Hoffer et al. 2019, arXiv:1901.09335 (repeated augmentation); Touvron et al. 2021 (DeiT),
         arXiv:2012.12877 (length of an epoch).
@@ -35,7 +36,7 @@ class TrainOrder:
     batch_size: int  # samples of a global batch, over all ranks and micro-batches
     micro_batch: int  # samples of one batch on one rank
     repeats: int = 1
-    # ids of the file's samples in use, `samples` of them; None: all
+    # the ids of the `samples` samples that are used; None: 0 to samples - 1
     ids: NDArray[np.int64] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -46,11 +47,11 @@ class TrainOrder:
             f" {self.repeats}",
         )
         require_data(0 <= self.seed < 2**63, f"train: seed must be in 0..2^63-1; got {self.seed}")
-        share = self.world * self.micro_batch
+        divisor = self.world * self.micro_batch
         require_data(
-            self.batch_size >= 1 and self.batch_size % share == 0,
+            self.batch_size >= 1 and self.batch_size % divisor == 0,
             "train: batch_size must be above 0 and a multiple of world x micro_batch ="
-            f" {self.world} x {self.micro_batch} = {share}; got {self.batch_size}",
+            f" {self.world} x {self.micro_batch} = {divisor}; got {self.batch_size}",
         )
         require_data(
             self.samples >= self.batch_size,
@@ -64,43 +65,52 @@ class TrainOrder:
         return self.samples // self.batch_size
 
     def epoch(self, epoch: int, *, start: int = 0) -> NDArray[np.int64]:
-        """Sample ids of this rank in the order of use: [micro-batches * micro_batch].
+        """Sample ids of this rank in reading order: [micro-batches * micro_batch].
 
-        Raises: DataError if `start` is not a multiple of the global batch size within the epoch.
+        `start`: the number of rows of this epoch that all ranks together have already read.
+
+        Raises: DataError if `epoch` is negative, or `start` is not a multiple of the global batch
+            size within the epoch.
         """
         require_data(epoch >= 0, f"train: epoch must be 0 or more; got {epoch}")
-        whole = self.steps * self.batch_size
+        end = self.steps * self.batch_size
         require_data(
-            start % self.batch_size == 0 and 0 <= start <= whole,
-            f"train: start must be a multiple of batch_size={self.batch_size} in 0..{whole};"
+            start % self.batch_size == 0 and 0 <= start <= end,
+            f"train: start must be a multiple of batch_size={self.batch_size} in 0..{end};"
             f" got {start}",
         )
         order = permutation(self.samples, seed=self.seed, epoch=epoch)
         order = order if self.ids is None else self.ids[order]
-        distinct = self.batch_size // self.repeats  # of a global batch
-        steps = order[start // self.repeats : whole // self.repeats].reshape(-1, 1, distinct)
-        rows = np.tile(steps, (1, self.repeats, 1)).reshape(-1, self.world, self.micro_batch)
+        # [steps, 1, different samples of a global batch]
+        samples = order[start // self.repeats : end // self.repeats].reshape(
+            -1, 1, self.batch_size // self.repeats
+        )
+        # [steps, views, different samples], then [steps * accumulation, ranks, rows]
+        rows = np.tile(samples, (1, self.repeats, 1)).reshape(-1, self.world, self.micro_batch)
         return rows[:, self.rank].reshape(-1)
 
-    def copies(self, *, start: int = 0) -> NDArray[np.int64]:
-        """The view number of each id in `epoch`, 0 to repeats - 1. Augmentation depends on it."""
+    def view_numbers(self, *, start: int = 0) -> NDArray[np.int64]:
+        """The view number of each id of `epoch`, 0 to repeats - 1. Augmentation depends on it."""
+        # [accumulation, ranks, rows]
         rows = np.arange(self.batch_size).reshape(-1, self.world, self.micro_batch)
-        copies = rows[:, self.rank].reshape(-1) // (self.batch_size // self.repeats)
-        return np.tile(copies, self.steps - start // self.batch_size)
+        numbers = rows[:, self.rank].reshape(-1) // (self.batch_size // self.repeats)
+        return np.tile(numbers, self.steps - start // self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValOrder:
-    """The evaluation order of one rank: a contiguous part of the file.
+    """The evaluation order of one rank: a contiguous part of the used samples, in file order.
 
-    The parts of two ranks differ by at most one sample.
+    The lengths of two ranks' parts differ by at most one sample.
+
+    Raises: DataError if the rank or `micro_batch` is out of range.
     """
 
     samples: int
     rank: int
     world: int
     micro_batch: int
-    # ids of the file's samples in use, `samples` of them; None: all
+    # the ids of the `samples` samples that are used; None: 0 to samples - 1
     ids: NDArray[np.int64] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -114,31 +124,35 @@ class ValOrder:
     def epoch(self, epoch: int, *, start: int = 0) -> NDArray[np.int64]:
         """Sample ids of this rank, the same in each epoch.
 
-        Raises: DataError if `start` is not 0: an evaluation is repeated from its beginning.
+        Raises: DataError if `start` is not 0. A stopped evaluation is repeated from its beginning.
         """
         require_data(start == 0, f"val: an evaluation starts at 0; got start={start}")
-        places = np.arange(
+        positions = np.arange(
             self.samples * self.rank // self.world, self.samples * (self.rank + 1) // self.world
         )
-        return places if self.ids is None else self.ids[places]
+        return positions if self.ids is None else self.ids[positions]
 
-    def copies(self, *, start: int = 0) -> NDArray[np.int64]:
+    def view_numbers(self, *, start: int = 0) -> NDArray[np.int64]:
         return np.zeros(len(self.epoch(0, start=start)), np.int64)
 
 
-class Ordered:
-    """Base class of data sets that are read in these orders."""
+class OrderedData:
+    """Base class of data sets (base.Data) that are read in a TrainOrder and a ValOrder."""
 
     repeats: int  # views of each sample in a training batch
-    only: tuple[int, ...] | None = None  # the labels whose samples are used; None: all
-    _ids: Callable[..., NDArray[np.int64]]  # ascending ids of the samples of "train" or "val"
-    _loader: Callable[..., Any]  # one rank's loader, given "train" or "val", an order and a seed
+    used_classes: tuple[int, ...] | None = (
+        None  # only samples with these labels are read; None: all
+    )
+    # called with "train" or "val"; returns the ids of its used samples in ascending order
+    _ids: Callable[..., NDArray[np.int64]]
+    # called with "train" or "val", an order, seed= and threads=; returns the loader of one rank
+    _loader: Callable[..., Any]
 
-    def of_classes(self, classes: tuple[int, ...]) -> Self:
+    def with_classes(self, classes: tuple[int, ...]) -> Self:
         """The same sets without the samples of other classes; labels do not change."""
-        same = copy.copy(self)
-        same.only = classes
-        return same
+        data = copy.copy(self)
+        data.used_classes = classes
+        return data
 
     def train(
         self,
@@ -150,7 +164,6 @@ class Ordered:
         micro_batch: int,
         threads: int = 1,
     ) -> Any:
-        """See base.Data."""
         ids = self._ids("train")
         return self._loader(
             "train",
@@ -176,7 +189,6 @@ class Ordered:
         micro_batch: int,
         threads: int = 1,
     ) -> Any:
-        """See base.Data."""
         ids = self._ids("val")
         return self._loader(
             "val",
@@ -189,24 +201,25 @@ class Ordered:
 def permutation(samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     """All sample ids sorted by their random bits (ties by id): [samples].
 
-    It does not depend on the version of a generator. 1.28 M samples take about 0.2 s.
+    It does not depend on the release of a library's generator.
     """
     return np.argsort(bits(seed, epoch, np.arange(samples), ORDER), kind="stable")
 
 
-def held_out(samples: int, share: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split a training set's ids into (training, selection), the same for every seed.
+def split_held_out(samples: int, share: float) -> dict[str, NDArray[np.int64]]:
+    """Split the ids of a training set into "train" and "val", the same for every seed.
 
-    Hyperparameters such as learning rates are chosen on the second part, never on the test set.
+    "val" has the share `share`. Hyperparameters such as learning rates are chosen on it, never on
+    the test set.
     """
     order = np.argsort(bits(0, 0, np.arange(samples), HELD_OUT), kind="stable")
     count = round(samples * share)
-    return np.sort(order[count:]), np.sort(order[:count])
+    return {"train": np.sort(order[count:]), "val": np.sort(order[:count])}
 
 
 def _check_rank(rank: int, world: int, micro_batch: int) -> None:
     require_data(
         0 <= rank < world and micro_batch >= 1,
-        "data: rank must be in 0..world-1, micro_batch 1 or more; got"
+        "data: rank must be in 0..world-1, and micro_batch 1 or more; got"
         f" rank={rank}, world={world}, micro_batch={micro_batch}",
     )

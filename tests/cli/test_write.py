@@ -28,8 +28,8 @@ def test_what_is_not_written_is_told(tmp_path: Path, spiketrain: Command) -> Non
     assert code == 2 and listed == [f"  unreadable {reason}" for reason in reasons]
     assert refused == (
         "write: at most 0 images of each set may be unreadable, and one must be readable; got"
-        " 25 of 26 in train.beton and 1 of 2 in val.beton unreadable; mend or remove what is"
-        " listed, or allow more with --max-bad"
+        " 25 of 26 in train.beton and 1 of 2 in val.beton unreadable; repair or remove the"
+        " listed files, or allow more with --max-bad"
     )
 
     code, out, error = spiketrain(*words, "--max-bad", "25")

@@ -4,7 +4,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.base import DataError
-from pipeline.data.order import TrainOrder, ValOrder, held_out, permutation
+from pipeline.data.order import TrainOrder, ValOrder, permutation, split_held_out
 
 
 @st.composite
@@ -27,30 +27,33 @@ def orders(
 def test_micro_batches_of_all_ranks_are_slices_of_the_global_batches_and_a_resume_is_the_tail(
     size, repeats, seed, epoch, data
 ):
-    """A global batch holds each of its samples `repeats` times, in copies of their own."""
+    """A global batch holds each of its samples `repeats` times, with different view numbers."""
     samples, world, micro, accumulation = size
     batch = world * micro * accumulation
     assume(batch % repeats == 0)
     steps, distinct = samples // batch, batch // repeats
     ranks = orders(samples, world, micro, batch, seed, repeats=repeats)
     assert [rank.steps for rank in ranks] == [steps] * world
-    ids, copies = (
+    ids, view_numbers = (
         np.stack([each.reshape(steps, accumulation, micro) for each in values], 2).reshape(
             steps, batch
         )
-        for values in ([rank.epoch(epoch) for rank in ranks], [rank.copies() for rank in ranks])
+        for values in (
+            [rank.epoch(epoch) for rank in ranks],
+            [rank.view_numbers() for rank in ranks],
+        )
     )
     whole = permutation(samples, seed=seed, epoch=epoch)
     assert sorted(whole) == list(range(samples))
     for step in range(steps):
         first = step * distinct
         assert np.array_equal(ids[step], np.tile(whole[first : first + distinct], repeats))
-        assert np.array_equal(copies[step], np.repeat(np.arange(repeats), distinct))
+        assert np.array_equal(view_numbers[step], np.repeat(np.arange(repeats), distinct))
     start = batch * data.draw(st.integers(0, steps))
     for rank in ranks:
         tail = start // world
         assert np.array_equal(rank.epoch(epoch, start=start), rank.epoch(epoch)[tail:])
-        assert np.array_equal(rank.copies(start=start), rank.copies()[tail:])
+        assert np.array_equal(rank.view_numbers(start=start), rank.view_numbers()[tail:])
 
 
 def test_epoch_and_seed_change_the_order():
@@ -98,9 +101,9 @@ def test_a_start_within_a_global_batch_or_an_evaluation_is_refused(start):
 
 
 def test_a_held_out_part_is_fixed_and_disjoint():
-    train, chosen_on = held_out(1000, 0.1)
+    train, chosen_on = split_held_out(1000, 0.1).values()
     assert len(chosen_on) == 100 and sorted([*train, *chosen_on]) == list(range(1000))
-    assert np.array_equal(held_out(1000, 0.1)[1], chosen_on)
+    assert np.array_equal(split_held_out(1000, 0.1)["val"], chosen_on)
     assert (
         30 < np.mean(chosen_on < 500) * 100 < 70
     )  # spread over the file, which may be sorted by class

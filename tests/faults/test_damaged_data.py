@@ -27,8 +27,7 @@ from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.format import JPG, RAW
 from pipeline.data.ffcv.page_checks import ONE_IN
-from pipeline.data.order import held_out as held_out_of
-from pipeline.data.order import permutation
+from pipeline.data.order import permutation, split_held_out
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare
@@ -170,7 +169,7 @@ def named(page: int = DAMAGED, fault: str = DIFFERS, *, name: str = "train") -> 
         ("flipped", "train", 0.0, DAMAGED),
         ("bad sector", "train", 0.0, DAMAGED),
         ("of the evaluation set", "val", 0.0, 3),
-        ("held out", "train", 0.25, int(held_out_of(64, 0.25)[1][0]) // IN_A_PAGE),
+        ("held out", "train", 0.25, int(split_held_out(64, 0.25)["val"][0]) // IN_A_PAGE),
     ],
 )
 def test_a_damaged_page_stops_the_run_in_one_line_and_restored_it_goes_on(

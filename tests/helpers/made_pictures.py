@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from pipeline.data.write.stamp_pictures import CLASSES, GROUNDS, SHARE
+from pipeline.data.write.stamp_pictures import BACKGROUNDS, CLASSES, SHARE
 
 EACH = 6  # objects of a class
 
 STAMPS = SHARE / "tuxpaint" / "stamps"
 real = pytest.mark.skipif(
-    not all(path.exists() for path in (STAMPS, *(SHARE / name for name in GROUNDS))),
+    not all(path.exists() for path in (STAMPS, *(SHARE / name for name in BACKGROUNDS))),
     reason="looks at the real pictures, which `make pictures` installs",
 )
 
@@ -42,7 +42,7 @@ def make(share: Path) -> Path:
                 / folders[number % len(folders)]
                 / f"object_{number}.png"
             )
-    for number, name in enumerate(GROUNDS):
+    for number, name in enumerate(BACKGROUNDS):
         (share / name).parent.mkdir(parents=True, exist_ok=True)
         piece(photos[number % 2], rng, 200, 140).save(share / name)
     return share

@@ -6,7 +6,7 @@ import numpy as np
 
 from pipeline.core.random import CROP, bits
 from pipeline.data.ffcv.api import resize_crop
-from pipeline.data.ffcv.augment import lookup
+from pipeline.data.ffcv.augment import level_table
 
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
@@ -51,7 +51,7 @@ def epoch_of(data, name, epoch=0):
 
 
 def normalised(pixels_hw3):
-    table = lookup(MEAN, STD)
+    table = level_table(MEAN, STD)
     return np.stack([table[c][pixels_hw3[..., c]] for c in range(3)])
 
 

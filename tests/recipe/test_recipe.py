@@ -313,7 +313,7 @@ def test_what_has_no_json_form_leaves_the_file_as_it_was(tmp_path: Path) -> None
         "timm.optim._optim_factory.list_optimizers",
         "pipeline.data.write.images.write_folder",
         "pipeline.data.ffcv.format.BetonWriter",
-        "pipeline.data.write.published_events._files",
+        "pipeline.data.write.published_events._find_files",
         "pipeline.recipe.recipe_files.load_recipe",
         "pipeline.models.teachers.cache.CachedPredictions",
         "recipes.compare.factorial_base.read_right",

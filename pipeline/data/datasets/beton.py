@@ -6,10 +6,10 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.core.errors import require_data
-from pipeline.data.ffcv.files import FileData, Name, check_views
+from pipeline.data.ffcv.files import FileData, Part, check_view_options
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-VAL_RATIO = 224 / 256  # share of the shorter side: resize to 256, crop to 224
+VAL_RATIO = 224 / 256  # of the shorter side: as after resizing it to 256 and cropping 224
 
 
 class Beton(FileData):
@@ -22,22 +22,23 @@ class Beton(FileData):
                     black outside, as usual for CIFAR
         "centre"    central 224/256, resized                            the same
 
-    "shift" never resizes. The sides of its images differ from `size` by at most a quarter, for
-    example 28 in 32 with zeros around.
+    "shift" never resizes. The sides of its images may differ from `size` by at most a quarter of
+    `size`. A window of 32 pixels shows an image of 28 pixels with black around it.
 
     Args:
         flip: "random" mirrors a training image with probability 1/2; "never" does not.
-        colour: magnitude, up to 10, of RandAugment's colour operations on training images
+        colour: the mean magnitude, 0 to 10, of RandAugment's colour operations on training images
             (ffcv/strong_augment.py); 0: none.
-        erase: probability that a rectangle of a training image becomes noise
+        erase: the probability that a rectangle of a training image becomes noise
             (ffcv/strong_augment.py).
-        mean, std: one value per channel, of pixels scaled to 0..1.
-        held_out: share of the training set that replaces the evaluation set and is not trained on.
-            Choose learning rates on it, for example with `--set data.held_out=0.1`.
-        repeats: views of each sample in a training batch; all samples are seen in `repeats` epochs.
+        mean, std: of each channel, for pixels scaled to 0..1.
+        held_out: the share of the training set that replaces the evaluation set and is not trained
+            on. Choose learning rates on it, for example with `--set data.held_out=0.1`.
+        repeats: views of each sample in a training batch. An epoch then uses one in `repeats` of
+            the samples (order.py).
 
     Raises:
-        DataError: options contradict each other or have no effect.
+        DataError: an option is out of range, contradicts another or has no effect.
     """
 
     def __init__(
@@ -81,49 +82,52 @@ class Beton(FileData):
             not colour or channels != 1,
             f"Beton: colour has no effect on images of 1 channel; got colour={colour}",
         )
-        check_views(self, channels, size, crops=("resized", "shift", "centre"), reach=reach)
-        for name, value in (("area", area), ("ratio", ratio)):
+        check_view_options(self, channels, size, crops=("resized", "shift", "centre"), reach=reach)
+        for name, value, bound in (("area", area, " <= 1"), ("ratio", ratio, "")):
             require_data(
                 value is None or crop == "resized",
                 f"Beton: {name} has no effect with crop={crop!r}; leave it out or set"
                 " crop='resized'",
             )
             require_data(
-                value is None or (0 < value[0] <= value[1] and (name == "ratio" or value[1] <= 1)),
-                f"Beton: {name} must be (low, high) with 0 < low <="
-                f" high{' <= 1' * (name == 'area')}; got {value}",
+                value is None or (0 < value[0] <= value[1] and (not bound or value[1] <= 1)),
+                f"Beton: {name} must be (low, high) with 0 < low <= high{bound}; got {value}",
             )
         self.area, self.ratio = area or (0.08, 1.0), ratio or (3 / 4, 4 / 3)
         self.reach = 4 if reach is None else reach
 
-    def _loader(self, *given: Any, **options: Any) -> Any:
-        loader = super()._loader(*given, **options)
+    def _loader(self, *arguments: Any, **options: Any) -> Any:
+        loader = super()._loader(*arguments, **options)
         size, sides = self.shape[1], [loader.records["width"], loader.records["height"]]
         shortest, longest = int(np.min(sides)), int(np.max(sides))
         require_data(
             self.crop != "shift" or max(size - shortest, longest - size) <= size // 4,
-            f"Beton: crop='shift' does not resize: the sides of {loader.path} must be within a"
-            f" quarter of size={size}; got {shortest} to {longest}; choose crop='resized' or write"
-            " the data with max_resolution",
+            f"Beton: crop='shift' does not resize: the sides of the images in {loader.path} must be"
+            f" within a quarter of size={size}; got {shortest} to {longest}; choose crop='resized'"
+            " or write the data with max_resolution",
         )
         return loader
 
-    def _decoder(self, use: Name, path: Path, *, parallel: bool) -> Any:
-        from pipeline.data.ffcv.augment import CENTRE, RESIZED, WINDOW, Decode
+    def _decoder(self, part: Part, path: Path, *, parallel: bool) -> Any:
+        from pipeline.data.ffcv.augment import CENTRE, RESIZED, WINDOW, DecodeImages
 
         channels, size, _ = self.shape
-        train = use == "train"
-        kind = {"shift": WINDOW, "resized": RESIZED if train else CENTRE}.get(self.crop, CENTRE)
-        return Decode(
+        is_train = part == "train"
+        kind = {
+            "shift": WINDOW,
+            "resized": RESIZED if is_train else CENTRE,
+            "centre": CENTRE,
+        }[self.crop]
+        return DecodeImages(
             kind=kind,
             size=size,
             channels=channels,
-            reach=self.reach if train else 0,
-            flip=train and self.flip == "random",
+            reach=self.reach if is_train else 0,
+            flip=is_train and self.flip == "random",
             area=self.area if kind == RESIZED else (VAL_RATIO, VAL_RATIO),
             ratio=self.ratio,
-            colour=self.colour if train else 0.0,
-            erase=self.erase if train else 0.0,
+            colour=self.colour if is_train else 0.0,
+            erase=self.erase if is_train else 0.0,
             strong=self.colour > 0 or self.erase > 0,
             mean=self.mean,
             std=self.std,

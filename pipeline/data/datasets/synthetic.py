@@ -1,8 +1,9 @@
 """A learnable data set of counter-based random numbers, for tests and benchmarks.
 
 It needs neither files nor FFCV. A class is a smooth random pattern. A sample is the pattern of its
-class at half to full contrast, plus noise. Order, resumption and augmentation are the same as for
-files. A set of recordings imitates event data, with T patterns of counts per class.
+class at half to full contrast, plus noise. The order of samples, resumption and `repeats` are those
+of data in files. A set of recordings imitates event data: a class has a pattern for each of T time
+steps, and values are counts.
 """
 
 # N samples of a set, B batch, K classes, T time, C channels (T x C for a recording), H W pixels
@@ -11,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,20 +21,20 @@ from numpy.typing import NDArray
 from pipeline.core.errors import require_data
 from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
 from pipeline.data.base import Batch
-from pipeline.data.order import Ordered, TrainOrder, ValOrder
+from pipeline.data.order import OrderedData, TrainOrder, ValOrder
 
 _PATTERN, _NOISE, _CONTRAST, _FIELD_A, _FIELD_B = 64, 65, 66, 67, 68  # draws, see random.py
 _FIELDS = 61  # noise fields; a sample adds two of them, so there are 61 x 61 combinations
 
 
-class Synthetic(Ordered):
+class Synthetic(OrderedData):
     """Synthetic images or recordings. Sample i has class `i % classes`.
 
     Args:
         samples, val_samples: numbers of training and evaluation samples.
-        shape: (C, H, W) of images, or (T, C, H, W) of recordings, whose values are whole numbers
-            from 0, like counts of events.
-        noise: standard deviation, relative to that of a pattern at full contrast.
+        shape: (C, H, W) of images, or (T, C, H, W) of recordings. The values of recordings are
+            whole numbers from 0, like counts of events.
+        noise: the standard deviation of the noise; a pattern at full contrast has 1.
         augment: "shift-flip" shifts a training sample by up to max(1, H // 8) pixels, with zeros
             outside, and mirrors it with probability 1/2.
         repeats: views of each sample in a training batch (order.py).
@@ -41,7 +42,7 @@ class Synthetic(Ordered):
             `train`.
 
     Raises:
-        DataError: a size is out of range.
+        DataError: an option is out of range.
     """
 
     def __init__(
@@ -70,13 +71,12 @@ class Synthetic(Ordered):
         )
         self.samples, self.val_samples, self.classes = samples, val_samples, classes
         self.shape = tuple(int(size) for size in shape)
-        # A teacher needs pixels. It reads the values as pixels with this normalisation.
+        # A teacher needs pixels: it takes the values for pixels with this normalisation.
         self.mean, self.std = (0.5,) * shape[-3], (0.2,) * shape[-3]
         self.noise, self.augment = float(noise), augment
         self.content_seed, self.repeats = content_seed, repeats
 
     def fingerprint(self) -> str:
-        """A hash of everything that determines the samples."""
         sizes = (self.samples, self.val_samples, self.classes, self.shape)
         parts = ("synthetic-1", *sizes, self.noise, self.content_seed)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -84,19 +84,26 @@ class Synthetic(Ordered):
     def check(self) -> None:
         """Do nothing: there is no file."""
 
-    def _ids(self, use: Literal["train", "val"]) -> NDArray[np.int64]:
-        ids = np.arange(self.samples if use == "train" else self.val_samples)
-        return ids if self.only is None else ids[np.isin(ids % self.classes, self.only)]
+    def _ids(self, part: Literal["train", "val"]) -> NDArray[np.int64]:
+        ids = np.arange(self.samples if part == "train" else self.val_samples)
+        return (
+            ids
+            if self.used_classes is None
+            else ids[np.isin(ids % self.classes, self.used_classes)]
+        )
 
     def _loader(
-        self, use: str, order: TrainOrder | ValOrder, *, seed: int, **how: Any
+        self, part: str, order: TrainOrder | ValOrder, *, seed: int, threads: int
     ) -> "SyntheticLoader":
-        is_augmented = use == "train" and self.augment == "shift-flip"
+        is_augmented = part == "train" and self.augment == "shift-flip"
         return SyntheticLoader(self, order, seed=seed if is_augmented else None)
 
 
 class SyntheticLoader:
-    """Batches of a `Synthetic`, computed on request. `seed`: of the augmentation; None: off."""
+    """The batches of a `Synthetic`, computed when they are read.
+
+    `seed`: selects the augmentation; None: no augmentation.
+    """
 
     def __init__(
         self, data: Synthetic, order: TrainOrder | ValOrder, *, seed: int | None = None
@@ -105,10 +112,10 @@ class SyntheticLoader:
         self._data, self._order, self._seed = data, order, seed
         self._part = int(isinstance(order, ValOrder))
         *channels, height, width = data.shape
-        many = math.prod(channels)
+        maps = math.prod(channels)
         # A smooth pattern for each class, with mean 0 and standard deviation 1. Each channel
         # interpolates 4 x 4 random values linearly.
-        corners = _uniform(data.content_seed, _PATTERN, (data.classes, many, 4, 4))
+        corners = _uniform(data.content_seed, _PATTERN, (data.classes, maps, 4, 4))
         rows, columns = (
             np.maximum(0.0, 1.0 - np.abs(np.linspace(0, 3, size)[:, None] - np.arange(4)))
             for size in (height, width)
@@ -117,23 +124,24 @@ class SyntheticLoader:
         x_KCHW -= x_KCHW.mean((1, 2, 3), keepdims=True)
         x_KCHW /= np.maximum(x_KCHW.std((1, 2, 3), keepdims=True), 1e-6)
         self._patterns_KCHW = x_KCHW.astype(np.float32)
-        # Noise fields F; the sum of two has the standard deviation `data.noise`, as a uniform
+        # Noise fields F. The sum of two has the standard deviation `data.noise`, because a uniform
         # distribution of width 1 has variance 1/12.
-        fields_FCHW = _uniform(data.content_seed, _NOISE, (_FIELDS, many, height, width))
+        fields_FCHW = _uniform(data.content_seed, _NOISE, (_FIELDS, maps, height, width))
         self._fields_FCHW = (fields_FCHW * (data.noise * np.sqrt(6.0))).astype(np.float32)
 
     @contextmanager
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Batch]]:
         ids, size = self._order.epoch(epoch, start=start), self._order.micro_batch
-        epochs = epoch + (self._order.copies(start=start) << 32)
+        # The counter of a view in random numbers, see random.py.
+        counters = epoch + (self._order.view_numbers(start=start) << 32)
         yield (
-            self._batch(ids[i : i + size], epochs[i : i + size]) for i in range(0, len(ids), size)
+            self._batch(ids[i : i + size], counters[i : i + size]) for i in range(0, len(ids), size)
         )
 
     def close(self) -> None:
         """Do nothing: nothing is open."""
 
-    def _batch(self, ids_B: NDArray[np.int64], epoch_B: NDArray[np.int64]) -> Batch:
+    def _batch(self, ids_B: NDArray[np.int64], counter_B: NDArray[np.int64]) -> Batch:
         target_B = ids_B % self._data.classes
         draw = lambda number: bits(self._data.content_seed, self._part, ids_B, number)
         contrast_B = (0.5 + (draw(_CONTRAST) >> np.uint64(40)) * 2.0**-25).astype(np.float32)
@@ -141,7 +149,7 @@ class SyntheticLoader:
         x_BCHW += self._fields_FCHW[below(draw(_FIELD_A), _FIELDS)]
         x_BCHW += self._fields_FCHW[below(draw(_FIELD_B), _FIELDS), :, ::-1, ::-1]
         if self._seed is not None:
-            x_BCHW = _shift_flip(x_BCHW, ids_B, seed=self._seed, epoch_B=epoch_B)
+            x_BCHW = _shift_flip(x_BCHW, ids_B, seed=self._seed, counter_B=counter_B)
         if len(self._data.shape) == 4:
             x_BCHW = np.maximum(np.rint(x_BCHW), 0.0)
         x_B = torch.from_numpy(x_BCHW.reshape(len(ids_B), *self._data.shape))
@@ -149,22 +157,26 @@ class SyntheticLoader:
 
 
 def _uniform(seed: int, draw: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """Uniform in -0.5..0.5."""
-    drawn = bits(seed, 0, np.arange(math.prod(shape)), draw)
-    return np.asarray((drawn >> np.uint64(11)) * 2.0**-53 - 0.5, np.float64).reshape(shape)
+    """Uniform random numbers in -0.5..0.5."""
+    random_bits = bits(seed, 0, np.arange(math.prod(shape)), draw)
+    return np.asarray((random_bits >> np.uint64(11)) * 2.0**-53 - 0.5, np.float64).reshape(shape)
 
 
 def _shift_flip(
-    x_BCHW: NDArray[np.float32], ids_B: NDArray[np.int64], *, seed: int, epoch_B: NDArray[np.int64]
+    x_BCHW: NDArray[np.float32],
+    ids_B: NDArray[np.int64],
+    *,
+    seed: int,
+    counter_B: NDArray[np.int64],
 ) -> NDArray[np.float32]:
     reach = max(1, x_BCHW.shape[2] // 8)
-    down_B = below(bits(seed, epoch_B, ids_B, SHIFT_Y), 2 * reach + 1)
-    right_B = below(bits(seed, epoch_B, ids_B, SHIFT_X), 2 * reach + 1)
-    mirrored_B = below(bits(seed, epoch_B, ids_B, FLIP), 2)
+    top_B = below(bits(seed, counter_B, ids_B, SHIFT_Y), 2 * reach + 1)
+    left_B = below(bits(seed, counter_B, ids_B, SHIFT_X), 2 * reach + 1)
+    is_mirrored_B = below(bits(seed, counter_B, ids_B, FLIP), 2)
     height, width = x_BCHW.shape[2:]
     padded = np.pad(x_BCHW, ((0, 0), (0, 0), (reach, reach), (reach, reach)))
     out = np.empty_like(x_BCHW)
     for b in range(len(ids_B)):
-        window = padded[b, :, down_B[b] : down_B[b] + height, right_B[b] : right_B[b] + width]
-        out[b] = window[:, :, ::-1] if mirrored_B[b] else window
+        window = padded[b, :, top_B[b] : top_B[b] + height, left_B[b] : left_B[b] + width]
+        out[b] = window[:, :, ::-1] if is_mirrored_B[b] else window
     return out

@@ -1,7 +1,7 @@
 """Continual-learning tasks of one data set: its pixels in another order, or some of its classes.
 
-A recipe writes a task without the data set: `Phase(name="task-1", data=spec(Permuted, task=1))`.
-The recipe's own data set is inserted.
+A recipe names a task without a data set: `Phase(name="task-1", data=spec(Permuted, task=1))`. The
+run passes the recipe's own data set as the argument `data`.
 """
 
 # B batch, C channels, H W pixels, K classes
@@ -18,51 +18,50 @@ import torch
 
 from pipeline.core.errors import require_data
 from pipeline.core.random import bits
-from pipeline.core.units import counted
 from pipeline.data.base import Batch, Data, Loader, with_page_checks
 
 _PIXELS = 80  # a draw, see random.py
 
 
 class _Task:
-    """A data set derived from another; `_changed` changes its batches."""
+    """A data set derived from another; `_change` maps each batch of the other."""
 
     data: Data
-    _changed: Callable[[Batch], Batch]
+    _change: Callable[[Batch], Batch]
 
     def check(self) -> None:
         self.data.check()
 
     def with_page_checks(self, one_in: int) -> Self:
-        """See base.with_page_checks."""
-        return self._over(with_page_checks(self.data, one_in))
+        return self._with_data(with_page_checks(self.data, one_in))
 
     def train(self, **sizes: Any) -> Loader:
-        return MappedLoader(self.data.train(**sizes), self._changed)
+        return MappedLoader(self.data.train(**sizes), self._change)
 
     def val(self, **sizes: Any) -> Loader:
-        return MappedLoader(self.data.val(**sizes), self._changed)
+        return MappedLoader(self.data.val(**sizes), self._change)
 
-    def _over(self, data: Data) -> Self:
-        same = copy.copy(self)
-        same.data = data
-        return same
+    def _with_data(self, data: Data) -> Self:
+        task = copy.copy(self)
+        task.data = data
+        return task
 
 
 class Permuted(_Task):
-    """`data` with its pixels in the task's order, the same for every sample and channel.
+    """`data` with its pixels in the task's order. Every sample and channel has the same order.
 
         x'[..., p] = x[..., order(seed, task)[p]],      p = 0..H W - 1
 
-    Augmentation precedes the permutation.
+    Images are augmented before they are permuted.
 
     Args:
+        task: the number of the task, from 0.
         first: "permuted" permutes task 0 like the others (as in the code of HLOP and GPM);
-            "plain" leaves its images unchanged.
+            "plain" leaves the images of task 0 unchanged.
         seed: selects the permutations. It is part of the data, unlike a run's seed.
 
     Raises:
-        DataError: the task or the seed is below 0.
+        DataError: the task or the seed is below 0, or `first` is unknown.
     Source:
         Goodfellow et al. 2014 (arXiv 1312.6211) for permuted MNIST.
     """
@@ -91,11 +90,10 @@ class Permuted(_Task):
         parts = ("permuted-1", self.data.fingerprint(), self.order.tolist())
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def of_classes(self, classes: tuple[int, ...]) -> Self:
-        """The same sets without the samples of other classes; labels do not change."""
-        return self._over(_of_classes("Permuted", self.data, classes))
+    def with_classes(self, classes: tuple[int, ...]) -> Self:
+        return self._with_data(_with_classes("Permuted", self.data, classes))
 
-    def _changed(self, batch: Batch) -> Batch:
+    def _change(self, batch: Batch) -> Batch:
         x_BP = batch.x.flatten(-2)[..., torch.from_numpy(self.order)]
         return replace(batch, x=x_BP.view_as(batch.x))
 
@@ -103,17 +101,18 @@ class Permuted(_Task):
 class SplitClasses(_Task):
     """The samples of `classes_per_task` classes of `data`.
 
-    Task k has the k-th group of classes in `order` (None: 0, 1, 2, ...). Other classes are excluded
-    from the reading order. Batches are therefore full, and rank, epoch and resumption have the same
-    meaning as for a whole set.
+    Samples of other classes are excluded from the reading order, not from the batches. Batches are
+    therefore full, and ranks, epochs and resumption work as with a whole set.
 
     Args:
-        labels: "task" counts the task's classes from 0, for a head of its own; "data" keeps the
-            labels of the data, for a shared head.
+        task: the number of the task, from 0. Task k has the k-th group of classes in `order`.
+        labels: "task" counts the task's classes from 0, for a separate head per task; "data" keeps
+            the labels of the data, for a shared head.
+        order: all classes of the data; None: 0, 1, 2, ...
 
     Raises:
-        DataError: the task is beyond the classes, `order` is no permutation of them, or the data
-            cannot be restricted to classes.
+        DataError: there is no such task, `labels` is unknown, `order` is no permutation of the
+            classes, or the data cannot be restricted to classes.
     """
 
     def __init__(
@@ -125,34 +124,34 @@ class SplitClasses(_Task):
         labels: Literal["task", "data"] = "task",
         order: tuple[int, ...] | None = None,
     ) -> None:
-        ordered = tuple(range(data.classes)) if order is None else tuple(order)
+        all_classes = tuple(range(data.classes)) if order is None else tuple(order)
         tasks = data.classes // classes_per_task if classes_per_task >= 1 else 0
         require_data(
-            sorted(ordered) == list(range(data.classes)) and labels in ("task", "data"),
-            f"SplitClasses: order must hold each of 0..{data.classes - 1} once, labels must be"
-            f" 'task' or 'data'; got order={ordered}, labels={labels!r}",
+            sorted(all_classes) == list(range(data.classes)) and labels in ("task", "data"),
+            f"SplitClasses: order must hold each of 0..{data.classes - 1} once, and labels must be"
+            f" 'task' or 'data'; got order={all_classes}, labels={labels!r}",
         )
         require_data(
             0 <= task < tasks,
-            f"SplitClasses: {data.classes} classes in tasks of {classes_per_task} make"
-            f" {counted(tasks, 'task')}, from 0; got task={task}",
+            f"SplitClasses: task must be 0 or more, and below the {tasks} tasks that {data.classes}"
+            f" classes make with {classes_per_task} per task; got {task}",
         )
         self.labels = labels
-        self.chosen = ordered[task * classes_per_task : (task + 1) * classes_per_task]
-        self.data = _of_classes("SplitClasses", data, self.chosen)
+        self.task_classes = all_classes[task * classes_per_task : (task + 1) * classes_per_task]
+        self.data = _with_classes("SplitClasses", data, self.task_classes)
         self.classes = classes_per_task if labels == "task" else data.classes
         self.shape = data.shape
 
     def fingerprint(self) -> str:
-        parts = ("split-1", self.data.fingerprint(), self.chosen, self.labels)
+        parts = ("split-1", self.data.fingerprint(), self.task_classes, self.labels)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def _changed(self, batch: Batch) -> Batch:
+    def _change(self, batch: Batch) -> Batch:
         if self.labels == "data":
             return batch
-        table_K = torch.full((self.data.classes,), -1)
-        table_K[list(self.chosen)] = torch.arange(len(self.chosen))
-        return replace(batch, target=table_K[batch.target])
+        task_label_K = torch.full((self.data.classes,), -1)
+        task_label_K[list(self.task_classes)] = torch.arange(len(self.task_classes))
+        return replace(batch, target=task_label_K[batch.target])
 
 
 class MappedLoader:
@@ -171,10 +170,10 @@ class MappedLoader:
         self._loader.close()
 
 
-def _of_classes(who: str, data: Any, classes: tuple[int, ...]) -> Data:
+def _with_classes(error_prefix: str, data: Any, classes: tuple[int, ...]) -> Data:
     require_data(
-        hasattr(data, "of_classes"),
-        f"{who}: needs data that can leave classes out, such as Beton or Synthetic; got"
+        hasattr(data, "with_classes"),
+        f"{error_prefix}: data must have a method with_classes, as Beton and Synthetic have; got"
         f" {type(data).__name__}",
     )
-    return data.of_classes(classes)
+    return data.with_classes(classes)

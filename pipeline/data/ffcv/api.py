@@ -1,11 +1,12 @@
-"""The parts of FFCV that this package builds on, imported without their side effects.
+"""The parts of FFCV that this package builds on, imported without FFCV's side effects.
 
-The import of FFCV 1.0.2 creates a numba dictionary, which numba compiles for 3 s. Only Python code
-reads it, so a plain dictionary replaces it.
+The import of FFCV 1.0.2 creates a numba dictionary, which takes numba 3 s to compile. Only Python
+code reads the dictionary, so a plain one replaces it.
 
-FFCV sets torch's number of threads when it is imported and when a loader is made. If torch finds a
-GPU, the loader's thread creates CUDA streams. A new thread starts on device 0, so every rank would
-open a context on that card. No stage of these loaders runs on a GPU, so no stream is needed.
+FFCV sets torch's number of threads when it is imported and when a loader is made. This module
+restores the number. If torch finds a GPU, FFCV's loader thread creates CUDA streams. A new thread
+starts on device 0, so every rank would open a context on that GPU. Our loaders compute only on the
+CPU and need no stream, so this module sets FFCV's `IS_CUDA` to False.
 """
 
 from collections.abc import Iterator
@@ -19,21 +20,21 @@ from pipeline.data.ffcv.numba_threads import load_tbb
 
 
 @contextmanager
-def torch_threads_kept() -> Iterator[None]:
-    """Restore torch's number of threads after a call to FFCV."""
-    before = torch.get_num_threads()
+def keep_torch_threads() -> Iterator[None]:
+    """Restore torch's number of threads after the block."""
+    threads = torch.get_num_threads()
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
 
 
 with suppress(ImportError, OSError):  # one loader thread does not need TBB
-    load_tbb()  # before FFCV, whose import starts numba's threads
+    load_tbb()  # before the import of FFCV, which starts numba's threads
 typed: Any = numba.typed
 typed_dictionary, typed.Dict = typed.Dict, dict
 try:
-    with torch_threads_kept():
+    with keep_torch_threads():
         from ffcv.fields import IntField, NDArrayField, RGBImageField
         from ffcv.libffcv import imdecode, resize_crop
         from ffcv.loader import Loader, epoch_iterator

@@ -2,12 +2,12 @@
 
     decode, crop, recolour (strong_augment.py), mirror, normalise, erase (strong_augment.py)
 
-Each random number is a pure function of (seed, epoch, copy, sample, draw), so a view is the same,
-bit for bit, in any thread, batch, rank and process. The loop is compiled without fastmath. Ratios
-come from a table, because `exp` depends on the machine's libm.
+Each random number is a pure function of (seed, epoch, view number, sample, draw). A view is
+therefore the same, bit for bit, in any thread, batch, rank and process. The loop is compiled
+without fastmath. Ratios come from a table, because `exp` depends on the machine's libm.
 
-FFCV's own decoders (1.0.2) draw from numba's generator of each thread, which no seed reaches, and
-ignore the status that `imdecode` returns.
+FFCV's own decoders (1.0.2) use the generator of each numba thread, which cannot be seeded from
+outside, and ignore the status that `imdecode` returns.
 """
 
 # B batch, S output side, C output channels, h w of a stored image
@@ -21,26 +21,43 @@ from numba import njit
 from numpy.typing import NDArray
 
 from pipeline.core.random import CROP, normal_table
-from pipeline.data.ffcv import strong_augment as strongly
+from pipeline.data.ffcv import strong_augment
 from pipeline.data.ffcv.api import imdecode, resize_crop
 from pipeline.data.ffcv.format import JPG, Images
-from pipeline.data.ffcv.loops import Decoder, below, bits, compiled, mirrored, shifted, unit
+from pipeline.data.ffcv.loops import (
+    Decoder,
+    below,
+    bits,
+    compiled,
+    draw_mirror,
+    draw_shift,
+    uniform,
+)
 
-# A random resized crop; the resized central square; a window of the output's size, not resized.
+# Kinds of crops: a random resized crop; the resized central square; a window of the output's size,
+# not resized.
 RESIZED, CENTRE, WINDOW = 0, 1, 2
 _ATTEMPTS = 10
-# The draws of a crop; arithmetic on a loop's counter would turn uint64 into float64.
+# The draws of a crop as a table, because arithmetic on a loop counter would turn uint64 into
+# float64.
 _DRAWS = np.arange(CROP, CROP + 4 * _ATTEMPTS, dtype=np.uint64).reshape(_ATTEMPTS, 4)
 _S32, _S52 = np.uint64(32), np.uint64(52)
 decode_jpg: Any = njit(nogil=True)(imdecode)
 resize: Any = njit(nogil=True)(resize_crop)
 
 
-class Decode(Decoder):
+class DecodeImages(Decoder):
     """Decodes images to float32 [B,C,S,S]. The status is that of the JPEG decoder.
 
-    `strong`: compile the parts that `colour` and `erase` need. Evaluation uses the same loop as
-    training, with both 0.
+    Args:
+        kind: RESIZED, CENTRE or WINDOW.
+        reach: the maximum shift of a window in pixels.
+        area: for RESIZED, the range of the crop's share of the image's area; for CENTRE, the first
+            value is the crop's share of the shorter side.
+        ratio: the range of the crop's width / height, for RESIZED.
+        colour, erase: as in `Beton`.
+        strong: compile the functions of `colour` and `erase`. Evaluation needs them too if training
+            does, because it uses the same loop, with both 0.
     """
 
     def __init__(
@@ -65,15 +82,15 @@ class Decode(Decoder):
             name=Images.name,
             what="the JPEG",
             shape=(channels, size, size),
-            sample=sampler(strong),
-            how=(
-                # Arrays, because numba would compile the loop again for each type of number.
+            decode_sample=image_decoder(strong),
+            parameters=(
+                # Arrays, because numba would compile the loop again for each type of a number.
                 np.array([kind, reach, int(flip)], np.int64),
                 np.array(area, np.float64),
                 ratio_table(ratio),
-                lookup(mean, std),
+                level_table(mean, std),
                 np.array([colour, erase], np.float64),
-                ratio_table(strongly.RATIO),
+                ratio_table(strong_augment.RATIO),
                 normal_table(),
             ),
             parallel=parallel,
@@ -83,7 +100,7 @@ class Decode(Decoder):
 def ratio_table(ratio: tuple[float, float]) -> NDArray[np.float64]:
     """4096 aspect ratios (width / height), evenly spaced in their logarithm.
 
-    They are rounded so that the last digit of libm does not matter.
+    They are rounded, because machines' libm may differ in the last digit.
     """
     low, high = (math.log(each) for each in ratio)
     return np.array(
@@ -91,17 +108,17 @@ def ratio_table(ratio: tuple[float, float]) -> NDArray[np.float64]:
     )
 
 
-def lookup(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
+def level_table(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
     """The normalised value of each channel's 256 levels: [C,256]."""
-    levels = np.arange(256) / 255.0
-    return ((levels - np.array(mean)[:, None]) / np.array(std)[:, None]).astype(np.float32)
+    mean_C1, std_C1 = np.array(mean)[:, None], np.array(std)[:, None]
+    return ((np.arange(256) / 255.0 - mean_C1) / std_C1).astype(np.float32)
 
 
 @compiled
 def crop_box(h, w, seed, epoch, index, area, ratios):
-    """A random resized crop of an image: (top, left, height, width)."""
+    """Draw a random resized crop of an image: (top, left, height, width)."""
     for attempt in range(_ATTEMPTS):
-        share = unit(bits(seed, epoch, index, _DRAWS[attempt, 0]))
+        share = uniform(bits(seed, epoch, index, _DRAWS[attempt, 0]))
         pixels = np.float64(h * w) * (area[0] + (area[1] - area[0]) * share)
         ratio = ratios[bits(seed, epoch, index, _DRAWS[attempt, 1]) >> _S52]
         width = np.int64(math.floor(math.sqrt(pixels * ratio) + 0.5))
@@ -121,7 +138,7 @@ def crop_box(h, w, seed, epoch, index, area, ratios):
 
 
 @compiled
-def window(pixels_hw3, top, left, side):
+def crop_window(pixels_hw3, top, left, side):
     """A copy of the window at (top, left). Pixels outside the image are black."""
     out_SS3 = np.zeros((side, side, 3), np.uint8)
     for y in range(max(0, -top), min(side, pixels_hw3.shape[0] - top)):
@@ -132,13 +149,14 @@ def window(pixels_hw3, top, left, side):
 
 
 @compiled
-def cropped(pixels_hw3, side, options, area, ratios, seed, epoch, index):
-    """The part of an image that its view shows, of `side` pixels a side."""
+def crop_image(pixels_hw3, side, options, area, ratios, seed, epoch, index):
+    """Crop an image, resized to `side` pixels a side unless the crop is a window."""
+    kind, reach = options[0], options[1]
     h, w = pixels_hw3.shape[0], pixels_hw3.shape[1]
-    if options[0] == WINDOW:
-        down, right = shifted(options[1], seed, epoch, index)
-        return window(pixels_hw3, (h - side) // 2 + down, (w - side) // 2 + right, side)
-    if options[0] == RESIZED:
+    if kind == WINDOW:
+        down, right = draw_shift(reach, seed, epoch, index)
+        return crop_window(pixels_hw3, (h - side) // 2 + down, (w - side) // 2 + right, side)
+    if kind == RESIZED:
         top, left, height, width = crop_box(h, w, seed, epoch, index, area, ratios)
     else:
         height = max(1, np.int64(area[0] * min(h, w)))
@@ -149,55 +167,57 @@ def cropped(pixels_hw3, side, options, area, ratios, seed, epoch, index):
 
 
 @compiled
-def put(out_CSS, pixels_SS3, is_mirrored, table):
-    """Mirror and normalise."""
+def write_normalised(out_CSS, pixels_SS3, is_mirrored, table):
+    """Mirror and normalise the pixels of a view into `out_CSS`. `table`: see `level_table`."""
     channels, side = out_CSS.shape[0], out_CSS.shape[1]
     for y in range(side):
         for x in range(side):
             pixel_3 = pixels_SS3[y, side - 1 - x if is_mirrored else x]
             for c in range(channels):
-                level = np.int64(pixel_3[c]) if channels == 3 else strongly.luma(pixel_3)
+                level = np.int64(pixel_3[c]) if channels == 3 else strong_augment.luma(pixel_3)
                 out_CSS[c, y, x] = table[c, level]
 
 
 @compiled
-def nothing(_, seed, epoch, index, strength, ratios, normals):
-    """A placeholder for a strong augmentation that is not used."""
+def no_augmentation(_, seed, epoch, index, strength, ratios, normals):
+    """Takes the place of `recolour` and `erase` if they are not compiled."""
 
 
 @cache
-def sampler(strong: bool) -> Any:
-    """The function from a sample's position in the file to its view.
+def image_decoder(strong: bool) -> Any:
+    """The compiled function that decodes one sample of a batch to its view.
 
     Without strong augmentation it compiles in half the time.
     """
-    recolour, erase = (strongly.recolour, strongly.erase) if strong else (nothing, nothing)
+    recolour = strong_augment.recolour if strong else no_augmentation
+    erase = strong_augment.erase if strong else no_augmentation
 
     @compiled
-    def sample(b, indices_B, out_BCSS, keys, status, records, storage, how):
-        options, area, ratios, table, strength, erase_ratios, normals = how
+    def decode_image(b, indices_B, out_BCSS, keys_B2, status_B1, records, storage, parameters):
+        options, area, ratios, table, strengths, erase_ratios, normals = parameters
         file, addresses, sizes = storage
-        # the id also encodes the number of the view (reader.py)
-        samples, number = np.uint64(len(records)), np.uint64(indices_B[b])
-        copy, index = number // samples, number % samples
-        seed, epoch = keys[b, 0], keys[b, 1] + (copy << _S32)
+        # The row encodes the sample and the view number (reader.py).
+        samples, row = np.uint64(len(records)), np.uint64(indices_B[b])
+        view_number, index = row // samples, row % samples
+        seed, epoch = keys_B2[b, 0], keys_B2[b, 1] + (view_number << _S32)
         record = records[index]
         address = record["data_ptr"]
         stored = file[address : address + sizes[np.searchsorted(addresses, address)]]
         h, w = np.int64(record["height"]), np.int64(record["width"])
-        status[b, 0] = 0
+        status_B1[b, 0] = 0
         if record["mode"] == JPG:
-            # Allocated here, because FFCV's memory would hold one image of the largest size for
-            # each sample in flight.
+            # Allocated here, because FFCV's memory would hold an image of the largest size for
+            # each sample that is read ahead.
             pixels_hw3 = np.empty((h, w, 3), np.uint8)
-            status[b, 0] = decode_jpg(stored, pixels_hw3, h, w, h, w, 0, 0, 1, 1, False, False)
+            status_B1[b, 0] = decode_jpg(stored, pixels_hw3, h, w, h, w, 0, 0, 1, 1, False, False)
         else:
             pixels_hw3 = stored.reshape((h, w, 3)).copy()
-        if status[b, 0] == 0:
+        if status_B1[b, 0] == 0:
             side = out_BCSS.shape[2]
-            shown_SS3 = cropped(pixels_hw3, side, options, area, ratios, seed, epoch, index)
-            recolour(shown_SS3, seed, epoch, index, strength[0], erase_ratios, normals)
-            put(out_BCSS[b], shown_SS3, mirrored(options[2], seed, epoch, index), table)
-            erase(out_BCSS[b], seed, epoch, index, strength[1], erase_ratios, normals)
+            view_SS3 = crop_image(pixels_hw3, side, options, area, ratios, seed, epoch, index)
+            recolour(view_SS3, seed, epoch, index, strengths[0], erase_ratios, normals)
+            is_mirrored = draw_mirror(options[2], seed, epoch, index)
+            write_normalised(out_BCSS[b], view_SS3, is_mirrored, table)
+            erase(out_BCSS[b], seed, epoch, index, strengths[1], erase_ratios, normals)
 
-    return sample
+    return decode_image

@@ -1,7 +1,7 @@
 """Decodes stored counts to float32 [B,T,C,S,S] in one compiled loop.
 
-The loop sums slices, shifts, mirrors and normalises. All frames of a recording are shifted and
-mirrored alike. The random numbers depend on (seed, epoch, sample), as for images.
+The loop sums slices, shifts, mirrors and normalises. All frames of a recording have the same shift
+and the same mirroring. The random numbers depend on (seed, epoch, sample), as for images.
 """
 
 # B batch, T time, C polarities of the output, S pixels a side
@@ -11,23 +11,25 @@ import math
 import numpy as np
 
 from pipeline.data.ffcv.format import Arrays
-from pipeline.data.ffcv.loops import Decoder, compiled, mirrored, shifted
+from pipeline.data.ffcv.loops import Decoder, compiled, draw_mirror, draw_shift
 
 
 class DecodeEvents(Decoder):
     """Decodes event frames.
 
-    The status of a sample is not 0 if its number of bytes differs from that of `stored`.
+    The status of a sample is not 0 if its number of bytes differs from that of an array of `kind`.
 
     Args:
-        stored: the file's arrays, [slices, 2, S, S].
-        shape: (T, C, S, S), with T a divisor of the slices, and C 2 or 1 (the sum of both
-            polarities).
+        kind: the dtype and the shape [slices, 2, S, S] of the file's arrays.
+        shape: (T, C, S, S). T divides the number of slices. C is 2, or 1 for the sum of both
+            polarities.
+        reach: the maximum shift in pixels.
+        flip: mirror with probability 1/2.
     """
 
     def __init__(
         self,
-        stored: Arrays,
+        kind: Arrays,
         *,
         shape: tuple[int, ...],
         reach: int = 0,
@@ -36,29 +38,29 @@ class DecodeEvents(Decoder):
         std: tuple[float, ...],
         parallel: bool,
     ) -> None:
-        kind = np.dtype(stored.dtype)
-        word, stored_bytes = kind.itemsize, math.prod(stored.shape) * kind.itemsize
+        dtype = np.dtype(kind.dtype)
+        word_bytes, array_bytes = dtype.itemsize, math.prod(kind.shape) * dtype.itemsize
         options = np.array(
-            [stored.shape[0] // shape[0], stored_bytes, word, reach, int(flip)], np.int64
+            [kind.shape[0] // shape[0], array_bytes, word_bytes, reach, int(flip)], np.int64
         )
-        # The count of each stored word, as a table: numba 0.68.1 has no float16 on a CPU.
-        words = np.arange(1 << 8 * word, dtype=f"<u{word}")
-        counts = words.view(kind.newbyteorder("<")).astype(np.float32)
+        # A table of the count that each stored word means: numba 0.68.1 has no float16 on a CPU.
+        words = np.arange(1 << 8 * word_bytes, dtype=f"<u{word_bytes}")
+        counts = words.view(dtype.newbyteorder("<")).astype(np.float32)
         super().__init__(
             name=Arrays.name,
             what="the frames",
             shape=shape,
-            sample=sample,
-            how=(options, counts, np.array([mean, std], np.float32)),
+            decode_sample=decode_recording,
+            parameters=(options, counts, np.array([mean, std], np.float32)),
             parallel=parallel,
         )
 
 
 @compiled
-def add_slice(out_SS, stored, first, word, top, left, is_mirrored, table):
-    """Add the shifted and mirrored counts of one slice and polarity.
+def add_slice(out_SS, stored, first_word, word_bytes, top, left, is_mirrored, counts):
+    """Add the shifted and mirrored counts of one slice and polarity to `out_SS`.
 
-    They begin at word `first`.
+    `first_word`: the index of their first word in `stored`.
     """
     side = out_SS.shape[0]
     for y in range(side):
@@ -69,36 +71,37 @@ def add_slice(out_SS, stored, first, word, top, left, is_mirrored, table):
             column = left + (side - 1 - x if is_mirrored else x)
             if column < 0 or column >= side:
                 continue
-            place = first + row * side + column
-            if word == 1:
-                value = np.int64(stored[place])
-            else:
-                value = np.int64(stored[2 * place]) | np.int64(stored[2 * place + 1]) << 8
-            out_SS[y, x] += table[value]
+            position = first_word + row * side + column
+            if word_bytes == 1:
+                word = np.int64(stored[position])
+            else:  # two bytes, the lower one first
+                word = np.int64(stored[2 * position]) | np.int64(stored[2 * position + 1]) << 8
+            out_SS[y, x] += counts[word]
 
 
 @compiled
-def sample(b, indices_B, out_BTCSS, keys, status, addresses, storage, how):
-    """Decode one recording."""
-    options, table, normal = how
-    file, starts, sizes = storage
-    merged, length, word, reach, flip = options[0], options[1], options[2], options[3], options[4]
+def decode_recording(b, indices_B, out_BTCSS, keys_B2, status_B1, addresses, storage, parameters):
+    """Decode sample b of the batch into `out_BTCSS[b]`."""
+    options, counts, mean_std_2C = parameters
+    file, sample_addresses, sizes = storage
+    slices_per_step, array_bytes, word_bytes = options[0], options[1], options[2]
+    reach, flip = options[3], options[4]
     index = np.uint64(indices_B[b])
     address = addresses[index]
-    stored = file[address : address + sizes[np.searchsorted(starts, address)]]
-    status[b, 0] = 0 if len(stored) == length else 1
-    if status[b, 0] != 0:
+    stored = file[address : address + sizes[np.searchsorted(sample_addresses, address)]]
+    status_B1[b, 0] = 0 if len(stored) == array_bytes else 1
+    if status_B1[b, 0] != 0:
         return
-    top, left = shifted(reach, keys[b, 0], keys[b, 1], index)
-    is_mirrored = mirrored(flip, keys[b, 0], keys[b, 1], index)
+    top, left = draw_shift(reach, keys_B2[b, 0], keys_B2[b, 1], index)
+    is_mirrored = draw_mirror(flip, keys_B2[b, 0], keys_B2[b, 1], index)
     out_TCSS = out_BTCSS[b]
     steps, channels, side = out_TCSS.shape[0], out_TCSS.shape[1], out_TCSS.shape[2]
     out_TCSS[...] = 0
-    for at in range(steps * merged * 2):  # slices, and the two polarities of each
-        channel = at % 2 if channels == 2 else 0
-        out_SS = out_TCSS[at // (2 * merged), channel]
-        add_slice(out_SS, stored, at * side * side, word, top, left, is_mirrored, table)
+    for plane in range(steps * slices_per_step * 2):  # each slice has two planes, one per polarity
+        channel = plane % 2 if channels == 2 else 0
+        out_SS = out_TCSS[plane // (2 * slices_per_step), channel]
+        add_slice(out_SS, stored, plane * side * side, word_bytes, top, left, is_mirrored, counts)
     for channel in range(channels):
-        mean, std = normal[0, channel], normal[1, channel]
+        mean, std = mean_std_2C[0, channel], mean_std_2C[1, channel]
         if mean != 0 or std != 1:
             out_TCSS[:, channel] = (out_TCSS[:, channel] - mean) / std

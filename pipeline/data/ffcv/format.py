@@ -3,10 +3,10 @@
     header | field descriptors | metadata, one record per sample | zeros up to a page | pages |
     allocation table
 
-A file contains samples of one kind, images or arrays, each with a label. A sample lies within one
-page. A single process feeds this writer in the order of the samples. In FFCV's own writer (1.0.2),
-worker processes race for pages; it waits forever for a dead one and cannot store a JPEG unchanged.
-FFCV reads the files of both writers.
+A file contains samples of one kind, images or arrays, each with a label. Each sample is inside one
+page. One process passes the samples to this writer in order. In FFCV's own writer (1.0.2), worker
+processes race for pages. That writer waits forever for a dead worker, and cannot store a JPEG
+unchanged. FFCV reads the files of both writers.
 """
 
 import errno
@@ -21,13 +21,14 @@ from pipeline.core.errors import DataError, require_data
 
 PAGE_BYTES = 8 << 20  # FFCV's default
 JPG, RAW = 0, 1  # FFCV's codes for the storage of an image
-# FFCV 1.0.2 raises these for meaningless bytes.
-_MEANINGLESS = (AssertionError, LookupError, MemoryError, OverflowError, TypeError, ValueError)
+# FFCV 1.0.2 raises these for damaged headers and field descriptors.
+_DAMAGED = (AssertionError, LookupError, MemoryError, OverflowError, TypeError, ValueError)
 _LABEL, _LABEL_ID = "label", 1  # the name, and FFCV's type number of an IntField (1.0.2)
+_FIELDS = ("image (RGBImageField), label (IntField)", "array (NDArrayField), label (IntField)")
 
 
 def _ffcv():
-    """Import the needed parts of FFCV late: they import torch and numba, which takes seconds."""
+    """Import FFCV when it is first needed: it imports torch and numba, which takes seconds."""
     from pipeline.data.ffcv import api
 
     return api
@@ -37,7 +38,7 @@ def _ffcv():
 class Images:
     """RGB images of any sizes: FFCV's RGBImageField (type 2 in 1.0.2).
 
-    A record is (mode, width, height, address).
+    An image's record is (mode, width, height, address).
     """
 
     name: ClassVar[str] = "image"
@@ -49,10 +50,10 @@ class Images:
 
 @dataclass(frozen=True)
 class Arrays:
-    """Arrays of one dtype and shape: FFCV's NDArrayField (type 4 in 1.0.2). A record is an address.
+    """Arrays of one dtype and shape: FFCV's NDArrayField (type 4 in 1.0.2).
 
-    `dtype`: numpy's name. uint16 is not supported, because FFCV warns whenever such a file is
-    opened.
+    An array's record is its address. `dtype`: numpy's name of the type. No writer uses uint16,
+    because FFCV warns whenever such a file is opened.
     """
 
     dtype: str
@@ -69,10 +70,10 @@ Kind = Images | Arrays
 
 
 class BetonWriter:
-    """Writes samples of one kind, in order, to `path`, which must not be in use.
+    """Writes samples of one kind, in order, to `path`. An existing file is overwritten.
 
-    `finish` completes the file and syncs it to disk. `capacity` is the maximum number of samples;
-    space for their metadata is reserved at the front.
+    `finish` completes the file and syncs it to disk. `capacity` is the maximum number of samples.
+    Space for their metadata is reserved at the front.
     """
 
     def __init__(
@@ -82,8 +83,9 @@ class BetonWriter:
         record = _ffcv().get_metadata_type([kind.field(), _ffcv().IntField()])
         self._metadata = np.zeros(capacity, record)
         self._table = np.zeros(capacity, _ffcv().ALLOC_TABLE_TYPE)
-        front_bytes = _metadata_offset() + self._metadata.nbytes
-        self._pages_offset = -(-front_bytes // page_bytes) * page_bytes
+        self._pages_offset = (
+            -(-(_metadata_offset() + self._metadata.nbytes) // page_bytes) * page_bytes
+        )
         self._page = bytearray()
         self._pages = 0  # pages written so far
         self._file = path.open("wb")
@@ -92,7 +94,7 @@ class BetonWriter:
     def add(self, payload: bytes, *, label: int, **attributes: int) -> None:
         """Append one sample. Images also need `mode`, `height` and `width`.
 
-        Raises: DataError if it does not fit into a page.
+        Raises: DataError if the payload is larger than a page.
         """
         is_image = isinstance(self.kind, Images)
         require_data(
@@ -103,25 +105,28 @@ class BetonWriter:
         )
         if len(self._page) + len(payload) > self.page_bytes:
             self._flush()
-        address = self._pages_offset + self._pages * self.page_bytes + len(self._page)
+        record = address = self._pages_offset + self._pages * self.page_bytes + len(self._page)
         self._page += payload
-        image = tuple(attributes.get(name) for name in ("mode", "width", "height"))
-        self._metadata[self.samples] = ((*image, address) if is_image else address, label)
+        if is_image:
+            record = (attributes["mode"], attributes["width"], attributes["height"], address)
+        self._metadata[self.samples] = (record, label)
         self._table[self.samples] = (self.samples, address, len(payload))
         self.samples += 1
 
     def finish(self) -> None:
-        """Write the last page, the table, the metadata and the header, and sync them to disk."""
+        """Write the last page and everything but the pages, sync the file to disk and close it."""
         if self._page:
             self._flush()
         table_offset = self._pages_offset + self._pages * self.page_bytes
-        self._file.truncate(table_offset)  # without samples, nothing has been written so far
+        self._file.truncate(table_offset)  # without samples, the file is still empty
         self._file.seek(table_offset)
         self._file.write(self._table[: self.samples].tobytes())
-        header = (_ffcv().CURRENT_VERSION, 2, self.page_bytes, self.samples, table_offset)
         self._file.seek(0)
         self._file.write(
-            np.array(header, _ffcv().HeaderType).tobytes()
+            np.array(
+                (_ffcv().CURRENT_VERSION, 2, self.page_bytes, self.samples, table_offset),
+                _ffcv().HeaderType,
+            ).tobytes()
             + _descriptors(self.kind)
             + self._metadata[: self.samples].tobytes()
         )
@@ -141,76 +146,76 @@ class BetonWriter:
 
 @dataclass(frozen=True)
 class Tables:
-    """The regions of a .beton, and its samples in index order.
+    """The regions and pages of a .beton, and the table entries of its samples in index order.
 
-    `regions`: name, offset and size in bytes of all but the pages: the front, then FFCV's
-    allocation table. Pages and regions cover the file without gaps.
+    A region is a part of the file that is not a page. Pages and regions cover the file without
+    gaps.
     """
 
     kind: Kind
     page_bytes: int
-    pages: range  # their offsets
-    regions: list[tuple[str, int, int]]
-    records: np.ndarray[Any, Any]  # FFCV's
+    pages: range  # the offset of each page
+    regions: list[tuple[str, int, int]]  # name, offset, bytes
+    records: np.ndarray[Any, Any]  # of the image or array field, as FFCV stores them
     addresses: np.ndarray[Any, Any]
     labels: np.ndarray[Any, Any]
-    sizes: np.ndarray[Any, Any]  # bytes
+    sizes: np.ndarray[Any, Any]  # in bytes
 
 
 def read_tables(path: Path) -> Tables:
-    """Read everything but the pages of a whole file, as this writer and FFCV's write it.
+    """Read everything but the pages of a complete file from this writer or FFCV's.
 
-    `page_checks` finds damage that FFCV's reader accepts.
+    FFCV's reader accepts some damaged bytes; `page_checks` finds them.
 
     Raises:
-        DataError: it is no .beton, its header is damaged, its samples are neither images nor
-            arrays, or they have no labels.
+        DataError: the file is no .beton, its header or field descriptors are damaged, or its fields
+            are not an image or an array and then a label.
         OSError: the storage fails.
     """
     try:
         reader = _ffcv().Reader(str(path))
-    except (*_MEANINGLESS, OSError) as error:  # EINVAL: its header places a table nowhere
+    except (*_DAMAGED, OSError) as error:
+        # EINVAL: the header has an impossible offset of a table
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise DataError(
             f"{path}: no .beton, or its header or field descriptors are damaged"
             f" ({type(error).__name__}: {error})"
         ) from error
-    names = tuple(reader.field_names)
+    fields = ", ".join(f"{name} ({type(each).__name__})" for name, each in reader.handlers.items())
     require_data(
-        names in ((Images.name, _LABEL), (Arrays.name, _LABEL)),
-        f"{path}: must hold the fields image or array, and label, in this order; got {names}",
+        fields in _FIELDS, f"{path}: must hold the fields {' or '.join(_FIELDS)}; got {fields}"
     )
     field = next(iter(reader.handlers.values()))
     kind = (
-        Images()
-        if names[0] == Images.name
-        else Arrays(field.dtype.name, tuple(map(int, field.shape)))
+        Images() if fields == _FIELDS[0] else Arrays(field.dtype.name, tuple(map(int, field.shape)))
     )
     table = reader.alloc_table[np.argsort(reader.alloc_table["sample_id"], kind="stable")]
     records = reader.metadata["f0"]
     addresses = records["data_ptr"] if isinstance(kind, Images) else records
-    # As Python's integers: FFCV's 16-bit ones overflow in arithmetic under NumPy 2.
+    # Python's integers do not overflow; FFCV's do under NumPy 2.
     page_bytes, table_offset = int(reader.page_size), int(reader.header["alloc_table_ptr"])
     require_data(
         page_bytes.bit_count() == 1,
-        f"{path}: damaged header: a page must have a power of 2 bytes; got {page_bytes}",
+        f"{path}: damaged header: the page size must be a power of 2; got {page_bytes} bytes",
     )
-    # If images were skipped, some reserved metadata is unused.
-    first = int(addresses.min()) // page_bytes * page_bytes if len(addresses) else table_offset
+    # A writer that skipped samples has reserved more metadata, so pages may begin after a gap.
+    pages_offset = (
+        int(addresses.min()) // page_bytes * page_bytes if len(addresses) else table_offset
+    )
     header_size, metadata_offset = _ffcv().HeaderType.itemsize, _metadata_offset()
     metadata_end = metadata_offset + reader.metadata.nbytes
     regions = (
         ("header", 0, header_size),
         ("field descriptors", header_size, metadata_offset - header_size),
         ("metadata", metadata_offset, metadata_end - metadata_offset),
-        ("padding", metadata_end, first - metadata_end),
+        ("padding", metadata_end, pages_offset - metadata_end),
         ("allocation table", table_offset, table.nbytes),
     )
     return Tables(
         kind,
         page_bytes,
-        pages=range(first, table_offset, page_bytes),
+        pages=range(pages_offset, table_offset, page_bytes),
         regions=[region for region in regions if region[2]],
         records=records,
         addresses=addresses,
@@ -220,7 +225,6 @@ def read_tables(path: Path) -> Tables:
 
 
 def _descriptors(kind: Kind) -> bytes:
-    """The two field descriptors of a file, as FFCV writes them."""
     descriptors = np.zeros(2, _ffcv().FieldDescType)
     fields = ((kind.name, kind.type_id, kind.field()), (_LABEL, _LABEL_ID, _ffcv().IntField()))
     for descriptor, (name, type_id, field) in zip(descriptors, fields, strict=True):

@@ -1,6 +1,6 @@
 """The shared parts of the compiled loops: FFCV's operation, a loop over a batch, random numbers.
 
-numba compiles the functions at their first call, without fastmath, once per process.
+numba compiles each function at its first call in a process, without fastmath.
 """
 
 # B batch
@@ -24,81 +24,94 @@ _FLIP, _SHIFT_Y, _SHIFT_X = np.uint64(FLIP), np.uint64(SHIFT_Y), np.uint64(SHIFT
 class Decoder(Operation):
     """The FFCV operation of a compiled loop: from sample ids to float32 [B, ...].
 
-    Its memory holds, for each batch in flight, the output, the pair (seed, epoch), and a status per
-    sample. In a closure, numba would freeze the pair. The status is not 0 if the sample could not
-    be decoded.
+    For each batch that is read ahead, FFCV allocates memory for the output, the pair (seed, epoch)
+    and a status per sample. The pair cannot be a variable of a closure, because numba would compile
+    it as a constant. The status is not 0 if the sample could not be decoded.
 
     Args:
         name: the decoded field of the file.
         what: the noun for error messages.
         shape: the shape of one output sample.
-        sample: a compiled function that fills one sample; `how` is its last argument.
+        decode_sample: a compiled function that decodes one sample (see `batch_loop`).
+        parameters: the last argument of `decode_sample`.
+        parallel: decode the samples of a batch on numba's threads.
     """
 
     KEYS, STATUS = 1, 2  # indices into the memory
 
     def __init__(
-        self, *, name: str, what: str, shape: tuple[int, ...], sample: Any, how: Any, parallel: bool
+        self,
+        *,
+        name: str,
+        what: str,
+        shape: tuple[int, ...],
+        decode_sample: Any,
+        parameters: Any,
+        parallel: bool,
     ) -> None:
         super().__init__()
         self.name, self.what, self.shape = name, what, shape
-        self._batch, self._how = over_batch(sample, parallel), how
+        self._decode_batch, self._parameters = batch_loop(decode_sample, parallel), parameters
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
-        pixels = np.dtype(np.float32)
-        state = State(jit_mode=True, device=previous_state.device, shape=self.shape, dtype=pixels)
-        memory = (
-            AllocationQuery(self.shape, pixels),
-            AllocationQuery((2,), np.dtype(np.uint64)),
-            AllocationQuery((1,), np.dtype(np.int32)),
+        dtype = np.dtype(np.float32)
+        return (
+            State(jit_mode=True, device=previous_state.device, shape=self.shape, dtype=dtype),
+            (
+                AllocationQuery(self.shape, dtype),
+                AllocationQuery((2,), np.dtype(np.uint64)),
+                AllocationQuery((1,), np.dtype(np.int32)),
+            ),
         )
-        return state, memory
 
     def generate_code(self) -> Any:
-        batch, how = self._batch, self._how
+        # numba cannot read attributes of `self`
+        decode_batch, parameters = self._decode_batch, self._parameters
 
         def decode(indices_B, memory, records, storage):
             out_B, keys_B2, status_B1 = memory
-            batch(indices_B, out_B, keys_B2, status_B1, records, storage, how)
+            decode_batch(indices_B, out_B, keys_B2, status_B1, records, storage, parameters)
             return out_B
 
         return decode
 
 
 @cache
-def over_batch(sample: Any, parallel: bool) -> Any:
-    """The loop over a batch, on numba's threads if `parallel`.
+def batch_loop(decode_sample: Any, parallel: bool) -> Any:
+    """The compiled loop that calls `decode_sample` for each sample of a batch.
 
-    A `raise` inside it would silently disable the parallelism.
+    It runs on numba's threads if `parallel`. A `raise` inside the loop would silently disable them.
     """
 
-    def batch(indices_B, out_B, keys, status, records, storage, how):
+    def decode_batch(indices_B, out_B, keys_B2, status_B1, records, storage, parameters):
         for b in prange(len(indices_B)):
-            sample(b, indices_B, out_B, keys, status, records, storage, how)
+            decode_sample(b, indices_B, out_B, keys_B2, status_B1, records, storage, parameters)
 
-    return njit(nogil=True, parallel=parallel, error_model="numpy")(batch)
+    return njit(nogil=True, parallel=parallel, error_model="numpy")(decode_batch)
 
 
 @compiled
 def below(random_bits, n):
-    """As `pipeline.core.random.below`."""
+    """The same as `pipeline.core.random.below`, compiled."""
     return np.int64(((random_bits >> _S32) * np.uint64(n)) >> _S32)
 
 
 @compiled
-def unit(random_bits):
+def uniform(random_bits):
     """A number in 0..1, 1 excluded."""
     return np.float64(random_bits >> _S11) * 2.0**-53
 
 
 @compiled
-def shifted(reach, seed, epoch, index):
-    """The shift of a sample, (down, right) in -reach..reach pixels."""
-    down = below(bits(seed, epoch, index, _SHIFT_Y), 2 * reach + 1) - reach
-    return down, below(bits(seed, epoch, index, _SHIFT_X), 2 * reach + 1) - reach
+def draw_shift(reach, seed, epoch, index):
+    """Draw the shift of a sample: (down, right) in -reach..reach pixels."""
+    return (
+        below(bits(seed, epoch, index, _SHIFT_Y), 2 * reach + 1) - reach,
+        below(bits(seed, epoch, index, _SHIFT_X), 2 * reach + 1) - reach,
+    )
 
 
 @compiled
-def mirrored(flip, seed, epoch, index):
-    """Whether a sample is mirrored; with `flip` 1, the probability is 1/2."""
+def draw_mirror(flip, seed, epoch, index):
+    """Draw whether a sample is mirrored: never with `flip` 0, with probability 1/2 with 1."""
     return flip == 1 and below(bits(seed, epoch, index, _FLIP), 2) == 1

@@ -1,8 +1,9 @@
 """The manifest of a .beton: `<name>.beton.manifest.json` beside it.
 
-It is written with the file and compared at every start. FFCV (1.0.2) decodes damaged bytes without
-an error, so the manifest has a checksum for each page and each region of the file. The content hash
-depends only on the samples, not on pages, file or number of writers; studies are compared by it.
+It is written with the file. Every run compares the file with it at its start. FFCV (1.0.2) decodes
+damaged bytes without an error, so the manifest has a checksum for each page and each region of the
+file. The content hash depends only on the samples and the class names, not on the layout of the
+file or the number of worker processes. It identifies the data of a study.
 """
 
 import hashlib
@@ -41,13 +42,13 @@ class Manifest:
     pages: list[str]  # xxh3-64 of each page
     # unreadable samples, with the reason
     skipped: list[dict[str, str]] = field(default_factory=list)
-    # Other entries of a source folder: the number of each kind, and an example. They are text for
-    # people, which no program reads; older files hold records in their place.
+    # The omitted entries of a source folder: for each kind, one line of text with the number and an
+    # example. No program reads the text. Older manifests hold records instead of lines.
     left_out: list[Any] = field(default_factory=list)
-    # Counts over the samples. For images: those stored "as it is", as "jpg" and as "raw", and those
-    # "not rotated" (images.py).
+    # Counts over the samples. Images stored "as it is", as "jpg" and as "raw", and "not rotated"
+    # (images.py); the "events" of all recordings and their "saturated" counts (recordings.py).
     stored: dict[str, int] = field(default_factory=dict)
-    # The group of each sample by name of the grouping, such as the "object" of a scene.
+    # For each grouping, such as "object", the group of each sample.
     groups: dict[str, list[str]] = field(default_factory=dict)
     source: str = ""
     command: str = ""
@@ -60,7 +61,7 @@ class Manifest:
         write_whole(path, (json.dumps(body, indent=1) + "\n").encode())
 
     def require_size(self, path: Path, size: int) -> None:
-        """Raises: DataError if `size`, the bytes of the file at `path`, is another."""
+        """Raises: DataError if `size`, in bytes, is not the size of the file that was written."""
         require_data(
             size == self.bytes,
             f"data: {path} must have {self.bytes} bytes by its manifest; got {size}: truncated, or"
@@ -72,30 +73,32 @@ def read(path: Path) -> Manifest:
     """Read the manifest of the .beton at `path`.
 
     Raises:
-        DataError: file or manifest is missing, or the manifest is damaged, of another version or
-            of another file.
+        DataError: the file or its manifest is missing, the manifest is damaged or has another
+            version, or it belongs to another file.
         OSError: the storage fails.
     """
-    at = path.with_name(path.name + SUFFIX)
-    for file in (path, at):
+    manifest_path = path.with_name(path.name + SUFFIX)
+    for file in (path, manifest_path):
         require_data(
             file.is_file(),
             f"data: {file.absolute()} does not exist; write it first (`spiketrain write`), or name"
             " another folder",
         )
     try:
-        body = json.loads(retry_read(lambda: at.read_text(encoding="utf-8")))
-        if body.pop("checksum") != _checksum(body):
-            raise ValueError("its own checksum differs")
-        if (kind := (body.pop("format"), body.pop("version"))) != (FORMAT, VERSION):
-            raise ValueError(f"it is a {kind[0]} {kind[1]}")
+        body = json.loads(retry_read(lambda: manifest_path.read_text(encoding="utf-8")))
+        require_data(body.pop("checksum") == _checksum(body), "its own checksum differs")
+        name = f"{body.pop('format')} {body.pop('version')}"
+        require_data(name == f"{FORMAT} {VERSION}", f"it is a {name}")
         manifest = Manifest(**body)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"data: {at} is damaged or no {FORMAT} {VERSION} ({error}); restore it or write the"
-            " data again"
+            f"data: {manifest_path} is damaged or no {FORMAT} {VERSION} ({error}); restore it or"
+            " write the data again"
         ) from error
-    require_data(manifest.file == path.name, f"data: {at} belongs to another file, {manifest.file}")
+    require_data(
+        manifest.file == path.name,
+        f"data: {manifest_path} must belong to {path.name}; got the manifest of {manifest.file}",
+    )
     manifest.require_size(path, path.stat().st_size)
     return manifest
 
@@ -103,8 +106,8 @@ def read(path: Path) -> Manifest:
 class ContentHash:
     """sha256 over the class names and each sample's label, attributes and xxh3-128, in index order.
 
-    The attributes of an image are its storage code, height and width. The dtype and shape of arrays
-    are hashed once, after the class names.
+    The attributes of an image are its storage code, height and width. Of arrays, the dtype and the
+    shape are hashed once, after the class names.
     """
 
     def __init__(self, classes: list[str], kind: Kind = Images()) -> None:
@@ -113,9 +116,9 @@ class ContentHash:
             self._hash.update(json.dumps(asdict(kind)).encode())
 
     def add(self, payload: "bytes | memoryview", *, label: int, **attributes: int) -> None:
-        recorded = [attributes[name] for name in ("mode", "height", "width") if name in attributes]
+        numbers = [attributes[name] for name in ("mode", "height", "width") if name in attributes]
         self._hash.update(
-            np.array([label, *recorded], "<i8").tobytes() + xxhash.xxh3_128_digest(payload)
+            np.array([label, *numbers], "<i8").tobytes() + xxhash.xxh3_128_digest(payload)
         )
 
     def hexdigest(self) -> str:
@@ -123,9 +126,15 @@ class ContentHash:
 
 
 def describe(
-    path: Path, *, name: str, content: str, classes: list[str], labels: list[int], **more: Any
+    path: Path, *, name: str, content: str, classes: list[str], labels: list[int], **fields: Any
 ) -> Manifest:
-    """The manifest of a file that was just written. It reads the file. `name`: the final name."""
+    """Read a file that was just written and return its manifest.
+
+    Args:
+        name: the name that the file will have.
+        content: its content hash.
+        fields: further fields of the manifest.
+    """
     tables = beton.read_tables(path)
     return Manifest(
         file=name,
@@ -139,7 +148,7 @@ def describe(
         pages_offset=tables.pages.start,
         page_bytes=tables.page_bytes,
         pages=[xxh3(path, offset, tables.page_bytes) for offset in tables.pages],
-        **more,
+        **fields,
     )
 
 
@@ -149,20 +158,20 @@ def sha256_of(path: Path) -> str:
 
 
 def content_of(path: Path, classes: list[str]) -> str:
-    """Compute the content hash from the samples of a whole file."""
-    tables, view = beton.read_tables(path), np.memmap(path, np.uint8, "r")
+    """Compute the content hash from the samples of a complete file."""
+    tables, file = beton.read_tables(path), np.memmap(path, np.uint8, "r")
     content = ContentHash(classes, tables.kind)
     names = ("mode", "width", "height") if isinstance(tables.kind, Images) else ()
     for record, address, label, size in zip(
         tables.records, tables.addresses, tables.labels, tables.sizes, strict=True
     ):
         attributes = {name: record[name] for name in names}
-        content.add(view[address : address + size].data, label=label, **attributes)
+        content.add(file[address : address + size].data, label=label, **attributes)
     return content.hexdigest()
 
 
 def xxh3(path: Path, offset: int, length: int) -> str:
-    """The xxh3-64 of a part of a file; it differs if the file is shorter."""
+    """The xxh3-64 of a part of a file, or of the bytes before the file's end if it is shorter."""
     digest, end = xxhash.xxh3_64(), offset + length
     with path.open("rb", buffering=0) as file:
         while offset < end and (

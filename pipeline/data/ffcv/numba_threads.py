@@ -1,4 +1,4 @@
-"""TBB, the only threading layer of numba that is safe with more than one loader thread."""
+"""Loads TBB, the only threading layer of numba that is safe with more than one loader thread."""
 
 import ctypes
 import importlib
@@ -9,27 +9,27 @@ import numba
 
 from pipeline.core.errors import DataError
 
-_POOL = "numba.np.ufunc.tbbpool"
+_TBB_MODULE = "numba.np.ufunc.tbbpool"
 
 
 def load_tbb() -> None:
     """Load numba's TBB module and keep it loaded until this process ends.
 
-    At exit numba unloads the module and waits for an empty task that it gave TBB when its threads
-    started (`unload_tbb` of numba 0.68.1). With one core TBB has no thread of its own, and after a
-    fork, or when the thread that started TBB is gone, no thread is left to run that task, so the
-    wait never ends. A reference that is never released keeps the module loaded.
+    When numba starts its threads, it gives TBB an empty task. When it unloads the module at exit,
+    it waits for this task (`unload_tbb` of numba 0.68.1). This wait never ends if no thread is left
+    to run the task: TBB has no thread of its own on one core, and none after a fork or after the
+    end of the thread that started TBB. Our reference is never released, so the module stays loaded.
 
     Raises:
         ImportError, OSError: TBB is not installed.
     """
     try:
-        module = importlib.import_module(_POOL)  # asks the dynamic linker for libtbb.so.12
+        module = importlib.import_module(_TBB_MODULE)  # asks the dynamic linker for libtbb.so.12
     except ImportError:
-        # The wheel `tbb` puts its library where the linker does not look. Once it is loaded by its
-        # path, the linker finds it.
+        # The wheel `tbb` installs the library in a folder that the linker does not search. After
+        # this call has loaded the library by its path, the linker finds it.
         ctypes.CDLL(str(Path(sys.prefix) / "lib" / "libtbb.so.12"), mode=ctypes.RTLD_GLOBAL)
-        module = importlib.import_module(_POOL)
+        module = importlib.import_module(_TBB_MODULE)
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(module))
 
 
@@ -44,7 +44,7 @@ def require_tbb() -> None:
         load_tbb()
     except (OSError, ImportError) as error:
         raise DataError(
-            "data: more than 1 loader thread needs TBB (pip install tbb, or apt install libtbb12),"
-            f" or set threads=1; got: {error}"
+            "data: more than 1 loader thread needs TBB; install it (pip install tbb, or apt install"
+            f" libtbb12) or set threads=1; got: {error}"
         ) from error
     numba.config.THREADING_LAYER = "tbb"  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,12 +1,13 @@
-"""Compares a .beton with its manifest: the whole file before a run, and pages of it during a run.
+"""Compares a .beton with its manifest: the whole file before a run, and some pages during a run.
 
-A page is damaged if its bytes differ from its checksum, or if the medium cannot read them (a bad
-sector). A run refuses a damaged page in one line with the file, the page and its samples. Storage
-that is unreachable as a whole raises OSError instead, and the workers are restarted.
+A page is damaged if its checksum differs from the manifest, or if the disk cannot read its bytes (a
+bad sector). A run stops at a damaged page with one line that names the file, the page and its
+samples. If other parts of the file cannot be read either, the storage is unreachable: OSError is
+raised, and the workers restart.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -23,110 +24,117 @@ from pipeline.data.ffcv.format import read_tables
 from pipeline.data.ffcv.manifest import Manifest
 
 Verify = Literal["sampled", "full"]
-# The page of one in so many samples is compared. A page of 8 MiB holds about 80.
+# One in this many samples has its page compared. A page of 8 MiB holds about 80 JPEGs of 100 kB.
 ONE_IN: dict[Verify, int] = {"sampled": 256, "full": 1}
-# Number of threads. Reading and hashing release the interpreter's lock, and a disk is faster with
-# several requests.
-CHECKERS = 4
-PROBES = 8  # bytes read elsewhere in the file if a part cannot be read
+# Reading and hashing release the interpreter's lock, and a disk is faster with several requests.
+CHECK_THREADS = 4
+PROBES = 8  # If a part cannot be read, this many single bytes elsewhere in the file are read.
 
 
-def check(path: Path) -> Manifest:
+def check_file(path: Path) -> Manifest:
     """Read the file once, in a few threads, and compare each region and page with its manifest.
 
-    It takes 0.03 s on two cores for 150 MB in the page cache; otherwise the disk limits it.
+    `benchmarks/pages.py` measures the time.
 
     Raises:
-        DataError: names the file and its damaged parts.
+        DataError: the file or its manifest is missing or damaged. The message names the damaged
+            parts.
         OSError: the storage is unreachable.
     """
     manifest = manifests.read(path)
-    with ThreadPoolExecutor(CHECKERS, "check") as pool:
+    with ThreadPoolExecutor(CHECK_THREADS, "check") as pool:
         faults = pool.map(lambda region: _fault(path, *region[1:]), manifest.regions)
         for (name, offset, length, _), fault in zip(manifest.regions, faults, strict=True):
             if fault:
-                raise _damaged(path, [f"{name} ({_bytes(offset, length)}) {fault}"])
-        page_of = _page_of(manifest, read_tables(path).addresses)
-        _compare_pages(path, manifest, range(len(manifest.pages)), page_of, pool.map)
+                raise _damaged(path, [f"{name} (bytes {offset} to {offset + length - 1}) {fault}"])
+        sample_pages = _page_numbers(manifest, read_tables(path).addresses)
+        _compare_pages(path, manifest, range(len(manifest.pages)), sample_pages, pool.map)
     return manifest
 
 
 def verify(path: Path) -> list[Manifest]:
-    """Compare pages and regions, the file's sha256 and the content hash.
+    """Compare the regions and pages of files, their sha256 and their content hash.
 
     `path`: a .beton, or a folder of them.
 
-    Raises: DataError with the file and the difference.
+    Raises:
+        DataError: there is no .beton, or a file differs from its manifest. The message names the
+            file and the difference.
+        OSError: the storage is unreachable.
     """
     path, verified = Path(path), []
     files = sorted(path.glob("*.beton")) if path.is_dir() else [path]
     require_data(files, f"verify: no .beton in {path.absolute()}")
     for file in files:
-        manifest = check(file)
+        manifest = check_file(file)
         expected = f"sha256 {manifest.sha256}, content hash {manifest.content}"
-        content = manifests.content_of(file, manifest.classes)
-        got = f"sha256 {manifests.sha256_of(file)}, content hash {content}"
+        got = (
+            f"sha256 {manifests.sha256_of(file)},"
+            f" content hash {manifests.content_of(file, manifest.classes)}"
+        )
         require_data(got == expected, f"verify: {file} must have {expected}; got {got}")
         verified.append(manifest)
     return verified
 
 
 class SpotCheck:
-    """Compares pages during one pass through a file.
+    """Compares pages while the samples of one epoch are read from a file.
 
-    One in `one_in` samples, drawn by (seed, epoch), has its page compared. So has each sample that
-    cannot be decoded. `table`: FFCV's allocation table, with the location of each sample.
+    The pages are those of one in `one_in` samples, drawn by (seed, epoch), and of each sample that
+    cannot be decoded. `table`: FFCV's allocation table, with the address of each sample.
     """
 
     def __init__(self, path: Path, table: Any, *, one_in: int, seed: int, epoch: int) -> None:
         self.path, self.one_in, self._keys = path, one_in, (seed, epoch)
         self.manifest = manifests.read(path)
-        self._page_of = np.empty(len(table), np.int64)
-        self._page_of[table["sample_id"]] = _page_of(self.manifest, table["ptr"])
+        self._sample_pages = np.empty(len(table), np.int64)
+        self._sample_pages[table["sample_id"]] = _page_numbers(self.manifest, table["ptr"])
 
-    def check_size(self, size: int) -> None:
-        """Raises: DataError if the opened file has another size than the manifest says.
+    def check_batch(self, index_B: NDArray[np.int64], is_failed_B: NDArray[np.bool_]) -> None:
+        """Compare pages of a batch that was just decoded.
 
-        Reading beyond the end of a mapped file would kill the process.
-        """
-        self.manifest.require_size(self.path, size)
-
-    def check_batch(self, index_B: NDArray[np.int64], failed_B: NDArray[np.bool_]) -> None:
-        """Compare pages of a decoded batch, so that damage at that time is detected.
+        `is_failed_B`: whether a sample could not be decoded.
 
         Raises:
             DataError: a page is damaged.
             OSError: the storage is unreachable.
         """
-        drawn_B = below(bits(*self._keys, index_B, PAGE), self.one_in) == 0
-        pages = np.unique(self._page_of[index_B[drawn_B | failed_B]]).tolist()
-        _compare_pages(self.path, self.manifest, pages, self._page_of, map)
+        is_drawn_B = below(bits(*self._keys, index_B, PAGE), self.one_in) == 0
+        pages = np.unique(self._sample_pages[index_B[is_drawn_B | is_failed_B]]).tolist()
+        _compare_pages(self.path, self.manifest, pages, self._sample_pages, map)
 
 
 def _compare_pages(
     path: Path,
     manifest: Manifest,
-    pages: Iterable[int],
-    page_of: NDArray[np.int64],
-    run: Callable[..., Iterable[str]],
+    pages: Sequence[int],
+    sample_pages: NDArray[np.int64],
+    map_pages: Callable[..., Iterable[str]],
 ) -> None:
-    """Compare pages. `run` is `map`, or the `map` of a pool of threads.
+    """Compare the pages with the numbers `pages`.
 
-    `page_of`: the page of each sample. The samples of a page follow each other, because files are
-    written in their order.
+    Args:
+        sample_pages: the page number of each sample. The samples of a page have consecutive
+            numbers, because a file is written in the order of its samples.
+        map_pages: `map`, or the method `map` of a thread pool.
 
-    Raises: DataError with each damaged page and its samples.
+    Raises:
+        DataError: a page is damaged. The message names the damaged pages and their samples.
+        OSError: the storage is unreachable.
     """
-    parts = []
-    size = manifest.page_bytes
-    places = [(manifest.pages_offset + page * size, size, manifest.pages[page]) for page in pages]
-    faults = run(lambda place: _fault(path, *place), places)
-    for page, (offset, _, _), fault in zip(pages, places, faults, strict=True):
+    damaged = []
+    size, offset = manifest.page_bytes, manifest.pages_offset
+    faults = map_pages(
+        lambda page: _fault(path, offset + page * size, size, manifest.pages[page]), pages
+    )
+    for page, fault in zip(pages, faults, strict=True):
         if fault:
-            first, last = np.flatnonzero(page_of == page)[[0, -1]].tolist()
-            parts.append(f"page {page} ({_bytes(offset, size)}, samples {first} to {last}) {fault}")
-    if parts:
-        raise _damaged(path, parts)
+            first, last = np.flatnonzero(sample_pages == page)[[0, -1]].tolist()
+            begin = offset + page * size
+            place = f"bytes {begin} to {begin + size - 1}, samples {first} to {last}"
+            damaged.append(f"page {page} ({place}) {fault}")
+    if damaged:
+        raise _damaged(path, damaged)
 
 
 def _damaged(path: Path, parts: list[str]) -> DataError:
@@ -136,22 +144,23 @@ def _damaged(path: Path, parts: list[str]) -> DataError:
 
 
 def _fault(path: Path, offset: int, length: int, expected: str) -> str:
+    """What is wrong with a part of a file, or "". `expected`: its checksum.
+
+    Raises: OSError if the storage is unreachable.
+    """
     try:
         digest = retry_read(lambda: manifests.xxh3(path, offset, length))
     except Unreadable as error:
-        # If bytes elsewhere in the file cannot be read either, the storage is unreachable.
+        # If a byte elsewhere in the file cannot be read either, the storage is unreachable, and
+        # `pread` raises OSError.
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            for at in range(0, size, max(1, size // PROBES)):
-                if not offset <= at < offset + length:
-                    os.pread(file.fileno(), 1, at)
+            for probe in range(0, size, max(1, size // PROBES)):
+                if not offset <= probe < offset + length:
+                    os.pread(file.fileno(), 1, probe)
         return f"cannot be read ({error.strerror})"
     return "" if digest == expected else "differs from its manifest"
 
 
-def _page_of(manifest: Manifest, addresses: NDArray[Any]) -> NDArray[np.int64]:
+def _page_numbers(manifest: Manifest, addresses: NDArray[Any]) -> NDArray[np.int64]:
     return (addresses.astype(np.int64) - manifest.pages_offset) // manifest.page_bytes
-
-
-def _bytes(offset: int, length: int) -> str:
-    return f"bytes {offset} to {offset + length - 1}"

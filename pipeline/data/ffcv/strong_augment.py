@@ -1,28 +1,29 @@
 """Strong augmentation, compiled: RandAugment's colour operations, and random erasing.
 
-Of ten colour operations two are drawn for a view, independently, and each is applied with
-probability 1/2.
+Two of ten colour operations are drawn for each view, independently. Each is applied with
+probability 1/2 and with its own magnitude, which is normally distributed with mean `colour` and
+standard deviation 1/2, and clipped to 0..10.
 
-    magnitude ~ N(m, 1/2), clipped to 0..10
-
-    autocontrast, equalize, invert    have no strength
+    autocontrast, equalize, invert    do not depend on the magnitude
     posterize                         4 - floor(4 magnitude / 10) bits remain, at least one (at 10,
                                       timm asks Pillow for none, which Pillow refuses)
     solarize                          levels from 256 - floor(25.6 magnitude) on are inverted
     solarize-add                      floor(11 magnitude) is added to levels below 128
     colour, contrast, brightness,     other + f (view - other), where other is the grey view, its
-    sharpness                         mean grey, black, or the smoothed view, and
+    sharpness                         mean grey, black, or the smoothed view, in this order, and
                                       f = max(0.1, 1 +- 0.09 magnitude)
 
-These are timm's "rand-m9-mstd0.5-inc1" without rotations, shears and shifts, which a crop replaces.
+These are timm's "rand-m9-mstd0.5-inc1" without rotations, shears and shifts. A random crop takes
+their place.
 
 Random erasing replaces a rectangle of a normalised view by noise of mean 0 and standard deviation
 1. The rectangle's area is a share 0.02 to 1/3 of the view. Its ratio of height to width is 0.3 to
-1/0.3, uniform in the logarithm. Of ten attempts the first that fits is used.
+1/0.3, uniform in the logarithm. The first of ten attempts that fits is used. If none fits, nothing
+is erased.
 
-Source: Cubuk et al. 2020, arXiv:1909.13719; for the same draws the colours equal those of timm
-1.0.31 with Pillow 13.0 to the bit. Zhong et al. 2020, arXiv:1708.04896; the ranges of erasing are
-those of timm 1.0.31 in its mode "pixel".
+Source: Cubuk et al. 2020, arXiv:1909.13719 (RandAugment); for the same draws the colours equal
+those of timm 1.0.31 with Pillow 13.0 to the bit. Zhong et al. 2020, arXiv:1708.04896 (random
+erasing); the ranges are those of timm 1.0.31 in its mode "pixel".
 """
 
 # C channels, S side of a view
@@ -32,36 +33,36 @@ import math
 import numpy as np
 
 from pipeline.core.random import COLOUR, ERASE, ERASE_PIXELS
-from pipeline.data.ffcv.loops import below, bits, compiled, unit
+from pipeline.data.ffcv.loops import below, bits, compiled, uniform
 
 OPERATIONS = (
     *("autocontrast", "equalize", "invert", "posterize", "solarize", "solarize-add"),
     *("colour", "contrast", "brightness", "sharpness"),
 )
-BY_TABLE = 6  # the first 6 operations map the levels of a channel by a table
-LAYERS, MOST, SPREAD = 2, 10.0, 0.5
+TABLE_OPERATIONS = 6  # the first 6 operations map the levels of a channel by a table
+LAYERS, MAX_MAGNITUDE, MAGNITUDE_STD = 2, 10.0, 0.5
 AREA, RATIO, ATTEMPTS = (0.02, 1 / 3), (0.3, 1 / 0.3), 10  # of erasing
 
-# places in OPERATIONS
-_AUTOCONTRAST, _EQUALIZE, _INVERT, _POSTERIZE, _SOLARIZE, _SOLARIZE_ADD = range(BY_TABLE)
-_COLOUR, _CONTRAST, _SHARPNESS, _MANY = 6, 7, 9, len(OPERATIONS)
-# The draws; arithmetic on a loop's counter would turn uint64 into float64.
+# indices of OPERATIONS
+_AUTOCONTRAST, _EQUALIZE, _INVERT, _POSTERIZE, _SOLARIZE, _SOLARIZE_ADD = range(TABLE_OPERATIONS)
+_COLOUR, _CONTRAST, _SHARPNESS, _OPERATION_COUNT = 6, 7, 9, len(OPERATIONS)
+# The draws as tables, because arithmetic on a loop counter would turn uint64 into float64.
 _DRAWS = np.arange(COLOUR, COLOUR + 8 * LAYERS, dtype=np.uint64).reshape(LAYERS, 8)
 _ERASE_DRAWS = np.arange(ERASE + 8, ERASE + 8 + 4 * ATTEMPTS, dtype=np.uint64).reshape(ATTEMPTS, 4)
-_WHETHER, _PIXELS, _ONE, _FOUR = map(np.uint64, (ERASE, ERASE_PIXELS, 1, 4))
+_IS_ERASED, _NOISE, _ONE, _FOUR = map(np.uint64, (ERASE, ERASE_PIXELS, 1, 4))
 _S16, _S48, _S52, _S63 = map(np.uint64, (16, 48, 52, 63))
 
 
 @compiled
 def luma(pixel_3):
-    """Luma by ITU-R 601 in 16 bits; exact for grey."""
+    """Luma by ITU-R 601, from weights of 16 bits. A grey pixel keeps its level."""
     red, green, blue = np.int64(pixel_3[0]), np.int64(pixel_3[1]), np.int64(pixel_3[2])
     return (red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16
 
 
 @compiled
-def fill_table(table, channel_SS, operation, level):
-    """The new level for each level of a channel."""
+def fill_table(table, channel_SS, operation, magnitude):
+    """Set `table[i]` to the new level of the pixels with level i in a channel."""
     counts, lowest, highest = np.zeros(256, np.int64), 255, 0
     if operation <= _EQUALIZE:
         for row_S in channel_SS:
@@ -70,45 +71,49 @@ def fill_table(table, channel_SS, operation, level):
                 lowest, highest = min(lowest, value), max(highest, value)
     scale = 255.0 / (highest - lowest)  # of autocontrast
     step = (channel_SS.size - counts[highest]) // 255  # pixels per level, of equalize
-    passed = step // 2
-    kept = 1 << (8 - max(1, 4 - int(level / 10.0 * 4)))  # of posterize
-    first = 256 - min(256, int(level / 10.0 * 256))  # of solarize
-    added = min(128, int(level / 10.0 * 110))  # of solarize-add
+    cumulated = step // 2  # of equalize
+    level_step = 1 << (8 - max(1, 4 - int(magnitude / 10.0 * 4)))  # of posterize
+    threshold = 256 - min(256, int(magnitude / 10.0 * 256))  # of solarize
+    addend = min(128, int(magnitude / 10.0 * 110))  # of solarize-add
     for i in range(256):
         new = i
         if operation == _AUTOCONTRAST and lowest < highest:
             new = int(i * scale - lowest * scale)
         elif operation == _EQUALIZE and lowest < highest and step > 0:
-            new = passed // step
-            passed += counts[i]
-        elif operation == _INVERT or (operation == _SOLARIZE and i >= first):
+            new = cumulated // step
+            cumulated += counts[i]
+        elif operation == _INVERT or (operation == _SOLARIZE and i >= threshold):
             new = 255 - i
         elif operation == _POSTERIZE:
-            new = i // kept * kept
+            new = i // level_step * level_step
         elif operation == _SOLARIZE_ADD and i < 128:
-            new = i + added
+            new = i + addend
         table[i] = min(max(new, 0), 255)
 
 
 @compiled
-def smoothed(pixels_SS3, y, x, c):
-    """Pillow's smoothing with a kernel of 1 and 5 over 13, rounded. The border is unchanged."""
-    here = np.int64(pixels_SS3[y, x, c])
+def smooth_level(pixels_SS3, y, x, c):
+    """The level of one channel of a pixel after Pillow's smoothing, rounded.
+
+    The kernel of 3 x 3 weights is 5/13 in the middle and 1/13 elsewhere. The border is unchanged.
+    """
+    level = np.int64(pixels_SS3[y, x, c])
     if y == 0 or x == 0 or y == pixels_SS3.shape[0] - 1 or x == pixels_SS3.shape[1] - 1:
-        return here
-    around = 4 * here
+        return level
+    weighted_sum = 4 * level
     for row in range(y - 1, y + 2):
         for column in range(x - 1, x + 2):
-            around += np.int64(pixels_SS3[row, column, c])
-    return (2 * around + 13) // 26
+            weighted_sum += np.int64(pixels_SS3[row, column, c])
+    return (2 * weighted_sum + 13) // 26
 
 
 @compiled
 def blend(pixels_SS3, operation, factor):
-    """Blend with another picture: factor 0 gives the other one, 1 this one. The result is
-    truncated, in float32, as in Pillow.
+    """Blend a view in place with the other view of the operation: other + factor (view - other).
+
+    The result is computed in float32 and truncated, as in Pillow.
     """
-    before_SS3, grey = pixels_SS3.copy(), np.int64(0)
+    before_SS3, grey = pixels_SS3.copy(), np.int64(0)  # the other view of "brightness" is black
     height, width = pixels_SS3.shape[:2]
     if operation == _CONTRAST:
         for row_S3 in before_SS3:
@@ -120,21 +125,21 @@ def blend(pixels_SS3, operation, factor):
             if operation == _COLOUR:
                 grey = luma(before_SS3[y, x])
             for c in range(3):
-                here = np.int64(before_SS3[y, x, c])
-                other = smoothed(before_SS3, y, x, c) if operation == _SHARPNESS else grey
-                value = np.float32(other) + factor * np.float32(here - other)
+                level = np.int64(before_SS3[y, x, c])
+                other = smooth_level(before_SS3, y, x, c) if operation == _SHARPNESS else grey
+                value = np.float32(other) + factor * np.float32(level - other)
                 pixels_SS3[y, x, c] = np.uint8(min(max(value, np.float32(0)), np.float32(255)))
 
 
 @compiled
-def apply(pixels_SS3, operation, level, sign):
-    """Apply one operation in place. `sign`: of operations whose strength has two directions."""
-    if operation >= BY_TABLE:
-        blend(pixels_SS3, operation, np.float32(max(0.1, 1.0 + sign * (level / 10.0 * 0.9))))
+def apply_operation(pixels_SS3, operation, magnitude, sign):
+    """Apply one operation in place. Only the last four operations have a `sign` (1 or -1)."""
+    if operation >= TABLE_OPERATIONS:
+        blend(pixels_SS3, operation, np.float32(max(0.1, 1.0 + sign * (magnitude / 10.0 * 0.9))))
         return
     tables = np.empty((3, 256), np.int64)
     for c in range(3):
-        fill_table(tables[c], pixels_SS3[:, :, c], operation, level)
+        fill_table(tables[c], pixels_SS3[:, :, c], operation, magnitude)
     for row_S3 in pixels_SS3:
         for pixel_3 in row_S3:
             for c in range(3):
@@ -143,39 +148,43 @@ def apply(pixels_SS3, operation, level, sign):
 
 @compiled
 def recolour(pixels_SS3, seed, epoch, index, colour, _, normals):
-    """Apply the drawn operations to uint8 pixels in place. `normals`: quantiles of the normal
-    distribution.
+    """Apply the drawn operations to uint8 pixels in place.
+
+    `normals`: quantiles of the normal distribution. `_`: an argument of `erase`.
     """
     for layer in range(LAYERS if colour > 0 else 0):
-        whether, which, strength, side = _DRAWS[layer, 0:4]
-        if bits(seed, epoch, index, whether) >> _S63 == 1:
-            operation = below(bits(seed, epoch, index, which), _MANY)
-            level = colour + SPREAD * normals[bits(seed, epoch, index, strength) >> _S48]
-            sign = 1.0 if bits(seed, epoch, index, side) >> _S63 == 0 else -1.0
-            apply(pixels_SS3, operation, min(max(level, 0.0), MOST), sign)
+        if bits(seed, epoch, index, _DRAWS[layer, 0]) >> _S63 == 1:  # with probability 1/2
+            operation = below(bits(seed, epoch, index, _DRAWS[layer, 1]), _OPERATION_COUNT)
+            normal = normals[bits(seed, epoch, index, _DRAWS[layer, 2]) >> _S48]
+            magnitude = min(max(colour + MAGNITUDE_STD * normal, 0.0), MAX_MAGNITUDE)
+            sign = 1.0 if bits(seed, epoch, index, _DRAWS[layer, 3]) >> _S63 == 0 else -1.0
+            apply_operation(pixels_SS3, operation, magnitude, sign)
 
 
 @compiled
-def fill(out_Chw, seed, epoch, index, normals):
-    """Fill with noise: four values from each draw, of 16 bits each."""
-    place, drawn = np.uint64(0), np.uint64(0)
+def fill_with_noise(out_Chw, seed, epoch, index, normals):
+    """Fill a rectangle with noise. A draw of 64 bits gives four values."""
+    position, random_bits = np.uint64(0), np.uint64(0)
     for rows_hw in out_Chw:
         for row_w in rows_hw:
             for x in range(len(row_w)):
-                if place % _FOUR == 0:
-                    drawn = bits(seed, epoch, index, _PIXELS + place // _FOUR)
-                row_w[x] = normals[drawn >> _S48]
-                drawn, place = drawn << _S16, place + _ONE
+                if position % _FOUR == 0:
+                    random_bits = bits(seed, epoch, index, _NOISE + position // _FOUR)
+                row_w[x] = normals[random_bits >> _S48]
+                random_bits, position = random_bits << _S16, position + _ONE
 
 
 @compiled
 def erase(out_CSS, seed, epoch, index, probability, ratios, normals):
-    """Erase in place. `ratios`, `normals`: tables of RATIO and of normal quantiles."""
-    if unit(bits(seed, epoch, index, _WHETHER)) >= probability:
+    """Erase a random rectangle of a view in place.
+
+    `ratios`: a table over the range RATIO. `normals`: quantiles of the normal distribution.
+    """
+    if uniform(bits(seed, epoch, index, _IS_ERASED)) >= probability:
         return
     side = out_CSS.shape[1]
     for attempt in range(ATTEMPTS):
-        share = unit(bits(seed, epoch, index, _ERASE_DRAWS[attempt, 0]))
+        share = uniform(bits(seed, epoch, index, _ERASE_DRAWS[attempt, 0]))
         area = (AREA[0] + (AREA[1] - AREA[0]) * share) * side * side
         ratio = ratios[bits(seed, epoch, index, _ERASE_DRAWS[attempt, 1]) >> _S52]
         height = np.int64(math.floor(math.sqrt(area * ratio) + 0.5))
@@ -183,5 +192,7 @@ def erase(out_CSS, seed, epoch, index, probability, ratios, normals):
         if height < side and width < side:
             top = below(bits(seed, epoch, index, _ERASE_DRAWS[attempt, 2]), side - height + 1)
             left = below(bits(seed, epoch, index, _ERASE_DRAWS[attempt, 3]), side - width + 1)
-            fill(out_CSS[:, top : top + height, left : left + width], seed, epoch, index, normals)
+            fill_with_noise(
+                out_CSS[:, top : top + height, left : left + width], seed, epoch, index, normals
+            )
             return

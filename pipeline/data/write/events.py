@@ -1,4 +1,4 @@
-"""Writes generated or published recordings to train.beton and val.beton, with their manifests."""
+"""Writes generated or published recordings of event cameras as train.beton and val.beton."""
 
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -8,17 +8,17 @@ import numpy as np
 from pipeline.core.errors import DataError, require_data
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.write.generated_events import CLASSES, MovingShape, Saccades
-from pipeline.data.write.images import fashion
+from pipeline.data.write.images import fashion_sets
 from pipeline.data.write.published_events import PUBLISHED, published_sets
 from pipeline.data.write.recordings import Framing
 from pipeline.data.write.writer import Existing, Progress, Source, check_kept, write_sets
 
-Name = Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"]
-SLICES = {"moving": 10, "saccades": 6}  # the defaults of generated sets
+EventSet = Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"]
+DEFAULT_SLICES = {"moving": 10, "saccades": 6}  # of the generated sets
 
 
 def write_events(
-    name: Name,
+    name: EventSet,
     out: Path,
     *,
     source: str | Path | None = None,
@@ -36,45 +36,50 @@ def write_events(
     """Write a data set of events as train.beton and val.beton.
 
     Args:
-        source: for a published set, the folder that tonic fills (published_events.py); for
-            saccades, "fashion" or the folder of its files.
-        slices: default 10 (moving), 6 (saccades); a published set has no default.
-        size: pixels a side; default 34 (generated), or the sensor's.
-        samples, val_samples: numbers of generated recordings; default 6000 and 1600 (moving), or
-            one per image (saccades).
+        source: for a published set, the folder that tonic downloads to (published_events.py); for
+            saccades, the folder of Fashion-MNIST's files; None or "fashion": as in `write_fashion`.
+        slices: default 10 (moving) or 6 (saccades); a published set has no default.
+        size: pixels a side; default 34 for a generated set, else the longer side of the sensor.
+        samples, val_samples: the numbers of generated recordings; default 6000 and 1600 (moving),
+            or one per image (saccades).
         content_seed: selects the generated recordings; default 0.
-        framing: `frames_by`, `resize`, `counts`, `overflow` of recordings.Framing.
+        framing: `frames_by`, `resize`, `counts` and `overflow` of recordings.Framing.
         max_bad, existing: as in `write_sets`.
 
     Raises:
-        DataError: an option is missing or has no effect, or recordings are unavailable; also as
-            `write_sets`.
+        DataError: an option is missing, out of range or has no effect, recordings are unavailable,
+            or kept files are of other samples; also as `write_sets`.
+        LoaderError: as `write_sets`.
     """
-    generated = {"samples": samples, "val_samples": val_samples, "content_seed": content_seed}
+    numbers = {"samples": samples, "val_samples": val_samples, "content_seed": content_seed}
     if name in PUBLISHED:
-        _refuse(name, "has its own recordings", **generated)
+        _refuse(name, "has its own recordings", **numbers)
         if source is None or slices is None:
             raise DataError(
-                f"write events: {name} needs a source, the folder that tonic fills, and slices; "
-                f"got source={source}, slices={slices}"
+                f"write events: {name} needs a source, the folder that tonic downloads to, and"
+                f" slices; got source={source}, slices={slices}"
             )
         sets = published_sets(name, Path(source))
         size = max(PUBLISHED[name].sensor) if size is None else size
     else:
         require_data(
-            name in SLICES,
-            f"write events: the set must be one of {', '.join(get_args(Name))}; got {name!r}",
+            name in DEFAULT_SLICES,
+            f"write events: the set must be one of {', '.join(get_args(EventSet))}; got {name!r}",
         )
-        _refuse(name, "is generated in the size asked for", resize=framing.get("resize"))
-        counts = {key: value for key, value in generated.items() if value is not None}
+        _refuse(name, "is generated in the requested size", resize=framing.get("resize"))
+        numbers = {key: value for key, value in numbers.items() if value is not None}
         require_data(
-            min(counts.get("samples", 1), counts.get("val_samples", 1)) >= 1,
+            min(numbers.get("samples", 1), numbers.get("val_samples", 1)) >= 1,
             f"write events: samples and val_samples must be 1 or more; got {samples} and"
             f" {val_samples}",
         )
-        slices = SLICES[name] if slices is None else slices
+        slices = DEFAULT_SLICES[name] if slices is None else slices
         size = 34 if size is None else size
-        sets = (_moving if name == "moving" else _saccades)(source, size, **counts)
+        sets = (
+            _moving_sets(source, size, **numbers)
+            if name == "moving"
+            else _saccade_sets(source, size, **numbers)
+        )
     written = write_sets(
         sets,
         Path(out),
@@ -88,7 +93,7 @@ def write_events(
     return written
 
 
-def _moving(
+def _moving_sets(
     source: str | Path | None,
     size: int,
     *,
@@ -97,15 +102,15 @@ def _moving(
     content_seed: int = 0,
 ) -> list[Source]:
     _refuse("moving", "is generated", source=source)
-    where = f"moving shapes, content seed {content_seed}"
+    origin = f"moving shapes, content seed {content_seed}"
     train, val = (
         [MovingShape(number, part, size, content_seed) for number in range(count)]
         for part, count in enumerate((samples, val_samples))
     )
-    return [Source("train", CLASSES, train, where), Source("val", CLASSES, val, where)]
+    return [Source("train", CLASSES, train, origin), Source("val", CLASSES, val, origin)]
 
 
-def _saccades(
+def _saccade_sets(
     source: str | Path | None,
     size: int,
     *,
@@ -114,25 +119,25 @@ def _saccades(
     content_seed: int = 0,
 ) -> list[Source]:
     sets: list[Source] = []
-    pictures = fashion(None if source in (None, "fashion") else Path(source))
-    for part, (each, count) in enumerate(zip(pictures, (samples, val_samples), strict=True)):
+    image_sets = fashion_sets(None if source in (None, "fashion") else Path(source))
+    for part, (images, count) in enumerate(zip(image_sets, (samples, val_samples), strict=True)):
         require_data(
-            count is None or count <= len(each.items),
-            f"write events: saccades: samples of {each.name} must be at most its"
-            f" {len(each.items)} images; got {count}",
+            count is None or count <= len(images.items),
+            f"write events: saccades: samples of {images.name} must be at most its"
+            f" {len(images.items)} images; got {count}",
         )
         items = [
             Saccades(np.asarray(item.image), item.label, item.number, part, size, content_seed)
-            for item in each.items[:count]
+            for item in images.items[:count]
         ]
-        where = f"saccades over {each.where}, content seed {content_seed}"
-        sets.append(Source(each.name, each.classes, items, where))
+        origin = f"saccades over {images.origin}, content seed {content_seed}"
+        sets.append(Source(images.name, images.classes, items, origin))
     return sets
 
 
-def _refuse(name: str, why: str, **given: Any) -> None:
-    for option, value in given.items():
+def _refuse(name: str, reason: str, **options: Any) -> None:
+    for option, value in options.items():
         require_data(
             value is None,
-            f"write events: {option} has no effect: {name} {why}; got {option}={value}",
+            f"write events: {option} has no effect: {name} {reason}; got {option}={value}",
         )

@@ -5,35 +5,38 @@ directions. A network without memory can tell the shapes apart, but not a direct
 opposite.
 
 A shape moves along a row or a column of a toroidal sensor: it leaves on one side and enters on the
-other. It starts at a random place. Each axis has one base recording. The opposite direction is its
-exact reversal in time. Then a fair coin f flips the polarity of each recording:
+other. It starts at a random place. A base recording moves to the right or down. A recording of the
+opposite direction is the exact reversal in time of a base recording. In addition, a fair coin f
+flips the polarities of each recording:
 
-    (t, y, x, p)  ->  (end - 1 - t, y, x, p),            then    p -> p XOR f
+    reversal    (t, y, x, p) -> (end - 1 - t, y, x, p)
+    coin        p -> p XOR f
 
-Two kinds of readers therefore recognise the direction along an axis with at most 50 % accuracy:
+Two kinds of networks therefore recognise the direction along an axis with at most 50 % accuracy:
 
-    sums over time   The sum of a recording over time equals the sum of its reversal.
-    single moments   At any time the shape is equally likely at every place. One slice of the base
-                     is then distributed like any other, and the slices of a reversal are those of
-                     a base in reverse order. Neither a slice nor its time reveals the direction.
+    those that sum over time         The sum of a recording over time equals that of its reversal.
+    those that see only one slice    The shape is at every place with the same probability, at any
+                                     time. All slices of a base recording then have the same
+                                     distribution, and so do all slices of a reversal. Neither a
+                                     slice nor its time shows the direction.
 
-Only the succession of slices shows the direction, so a network must carry information from one
-slice to the next. Without the coin and the exact reversal, polarity would reveal the direction: a
-moving edge has the other polarity in the reversal, and a camera's hysteresis shows which polarity
-came first. A camera that is switched on during the motion would miss the first events and reveal
-the beginning; this one has been on since before the shape arrived.
+Only the order of the slices shows the direction, so a network must carry information from one slice
+to the next. Polarity would show the direction without the coin and the exact reversal: a moving
+edge has the other polarity in the reversal, and the hysteresis of a camera shows which polarity
+came first. The beginning would show it if the camera were switched on during the motion and missed
+the first events. This camera is on before the shape arrives.
 
 **Saccades** turns real images into input for event networks. Sums over time suffice to distinguish
-its classes. The picture is in the middle of the sensor. The gaze follows a triangle, and each side
+its classes. The image is in the middle of the sensor. The gaze follows a triangle, and each side
 takes 100 ms, as for N-MNIST.
 
-Every number is a pure function of (content seed, part, number of the recording).
+Every random number is a pure function of (content seed, part, number of the recording).
 
-Source: Orchard et al. 2015, doi:10.3389/fnins.2015.00437, for saccades (path, speed and camera
-differ).
+Source: Orchard et al. 2015, doi:10.3389/fnins.2015.00437, for saccades. Our path, speed and camera
+differ from theirs.
 """
 
-# M instants of a film, N events, H W pixels of the sensor, h w of a picture
+# M instants of a film, N events, H W pixels of the sensor, h w of an image
 
 import math
 from dataclasses import dataclass
@@ -45,22 +48,22 @@ from numpy.typing import NDArray
 
 from pipeline.core.errors import require_data
 from pipeline.core.random import below, bits
-from pipeline.data.write.recordings import Stream, in_order
+from pipeline.data.write.recordings import Stream, sorted_stream
 
 SHAPES = ("disc", "square", "triangle", "cross")
 DIRECTIONS = ("right", "left", "down", "up")  # the index is 2 * axis + is_reversed
 CLASSES = [f"{shape} {direction}" for shape in SHAPES for direction in DIRECTIONS]
-INSTANTS, STEP_US = 93, 1000  # 92 ms
-SMALLEST = 16  # pixels a side of the smallest sensor with room for the shapes
+INSTANTS, STEP_US = 93, 1000  # a recording takes 92 ms
+MIN_SIZE = 16  # pixels a side of the smallest sensor with room for the shapes
 
-# Draws, see random.py: 256.. of the film, 512.. of the noise.
+# The numbers of the draws, see random.py: from 256 for the film, from 512 for the noise.
 _RADIUS, _ACROSS, _START, _SPEED, _THRESHOLD, _COIN, _NOISE_COUNT = range(256, 263)
 _NOISE = 512
 
 
 @dataclass(frozen=True)
 class MovingShape:
-    """Recording `number` of a part (0 train, 1 val). Its class is `number % 16`."""
+    """Recording `number` of a `part` (0 train, 1 val). Its class is `number % 16`."""
 
     number: int
     part: int
@@ -69,8 +72,8 @@ class MovingShape:
 
     def __post_init__(self) -> None:
         require_data(
-            self.size >= SMALLEST,
-            f"moving events: size must be {SMALLEST} or more pixels; got {self.size}",
+            self.size >= MIN_SIZE,
+            f"moving events: size must be {MIN_SIZE} or more pixels; got {self.size}",
         )
 
     @property
@@ -85,7 +88,7 @@ class MovingShape:
         return stream._replace(p_N=stream.p_N ^ _draw(self, _COIN, 2))
 
     def base(self, shape: int, axis: int) -> Stream:
-        """The noisy recording before reversal and coin, along `axis` (0 right, 1 down)."""
+        """The noisy base recording, before reversal and coin. `axis`: 0 right, 1 down."""
         scale = self.size / 34
         stream = moving_shape_events(
             SHAPES[shape],
@@ -114,20 +117,19 @@ def moving_shape_events(
     speed: float,
     threshold: float,
 ) -> Stream:
-    """The events of a shape that moves along `axis` (0 to the right, 1 down) at `speed` pixels per
-    instant.
+    """The events of a shape that moves along `axis` (0 right, 1 down), `speed` pixels per instant.
 
-    At time 0 its centre is at `start` along the axis and at `across` on the other one, in pixels on
-    a torus of `size` a side. An event occurs whenever the intensity (0 outside, 1 inside) has
-    changed by `threshold`.
+    At time 0 the centre of the shape is at `start` along the axis and at `across` on the other
+    axis, in pixels on a torus of `size` a side. An event occurs whenever the intensity (0 outside,
+    1 inside) has changed by `threshold`.
 
-    The film begins empty, and the shape first moves until it has left its first place. The level
-    that a pixel remembers at time 0 then depends on the motion, not on the beginning of the film.
+    The film begins empty and before time 0. Until time 0, the shape moves away from its first
+    place. The level that a pixel remembers at time 0 then depends on the motion, not on the
+    beginning of the film.
     """
-    before = math.ceil(
-        (2.2 * radius + 2) / speed
-    )  # instants until the largest shape, with its soft edge, has left
-    along_M = start + speed * np.arange(-before, INSTANTS, dtype=np.float64)
+    # the instants in which the largest shape, with its soft edge, leaves its place
+    lead_in = math.ceil((2.2 * radius + 2) / speed)
+    along_M = start + speed * np.arange(-lead_in, INSTANTS, dtype=np.float64)
     across_M = np.full_like(along_M, across)
     y_M, x_M = (across_M, along_M) if axis == 0 else (along_M, across_M)
     pixels = np.arange(size, dtype=np.float64)
@@ -137,14 +139,14 @@ def moving_shape_events(
     )
     distance_MHW = signed_distance(shape, down_MH[:, :, None], right_MW[:, None, :], radius)
     film_MHW = np.clip(0.5 - distance_MHW, 0.0, 1.0)  # with an edge one pixel wide
-    # In units of the threshold, so that levels are whole numbers and exactly 0 after the shape has
-    # left a pixel.
+    # The film is in units of the threshold: levels are then whole numbers, and exactly 0 after the
+    # shape has left a pixel.
     stream = film_to_events(
         np.concatenate([np.zeros((1, size, size)), film_MHW / threshold]),
         threshold=1.0,
         step_us=STEP_US,
     )
-    begin = (1 + before) * STEP_US
+    begin = (1 + lead_in) * STEP_US
     t_N, y_N, x_N, p_N = (values_N[stream.t_N >= begin] for values_N in stream[:4])
     return Stream(t_N - begin, y_N, x_N, p_N, stream.sensor, (0, (INSTANTS - 1) * STEP_US))
 
@@ -158,7 +160,7 @@ def reversal(stream: Stream) -> Stream:
 def signed_distance(
     shape: str, down: NDArray[np.float64], right: NDArray[np.float64], radius: float
 ) -> NDArray[np.float64]:
-    """The distance in pixels from a point to a shape, negative inside it.
+    """The distance in pixels from a point to the border of a shape, negative inside.
 
     (down, right): the point relative to the shape's centre.
     """
@@ -170,27 +172,27 @@ def signed_distance(
         slanted = 0.5 * np.sqrt(3.0) * np.abs(right) - 0.5 * down
         return np.maximum(down, slanted) - 0.6 * radius
     bar = 0.35 * radius
-    upright = np.maximum(np.abs(right) - bar, np.abs(down) - 1.1 * radius)
-    level = np.maximum(np.abs(down) - bar, np.abs(right) - 1.1 * radius)
-    return np.minimum(upright, level)
+    vertical = np.maximum(np.abs(right) - bar, np.abs(down) - 1.1 * radius)
+    horizontal = np.maximum(np.abs(down) - bar, np.abs(right) - 1.1 * radius)
+    return np.minimum(vertical, horizontal)
 
 
 # ---------------------------------------------------------------------------------------- saccades
 
 
 CORNERS = ((-3, -3), (3, 0), (-3, 3))  # (down, right) of the gaze from the middle, in pixels
-# Each side takes this long. It is about 6 pixels, a quarter of a pixel between two instants.
+# Of each side. A side has about 6 pixels, so the gaze moves a quarter of a pixel per instant.
 SACCADE_US, SACCADE_INSTANTS = 100_000, 25
-SACCADE_THRESHOLD = 0.15  # as a share of the step from black to white
+SACCADE_THRESHOLD = 0.15  # the intensity is 0 for black and 1 for white
 
-_SACCADE_NOISE_COUNT, _SACCADE_NOISE = 768, 1024  # draws, see random.py
+_SACCADE_NOISE_COUNT, _SACCADE_NOISE = 768, 1024  # the numbers of the draws, see random.py
 
 
 @dataclass(frozen=True, eq=False)
 class Saccades:
-    """A saccade recording of the picture `image_hw` (uint8) by a sensor of `size` pixels a side.
+    """Recording `number` of a `part` (0 train, 1 val): saccades over an image.
 
-    `number` is its number in a part (0 train, 1 val).
+    `image_hw` is uint8. The sensor has `size` pixels a side.
     """
 
     image_hw: NDArray[np.uint8]
@@ -203,48 +205,53 @@ class Saccades:
     def __post_init__(self) -> None:
         require_data(
             self.size >= max(self.image_hw.shape),
-            f"saccades: size must be the picture's {max(self.image_hw.shape)} pixels or more;"
-            f" got {self.size}",
+            f"saccades: size must be {max(self.image_hw.shape)} pixels, the longer side of the"
+            f" image, or more; got {self.size}",
         )
 
     def events(self) -> Stream:
         height, width = self.image_hw.shape
-        reach = max(abs(step) for corner in CORNERS for step in corner) + 1
-        field = np.zeros((self.size + 2 * reach, self.size + 2 * reach))
-        top, left = (len(field) - height) // 2, (len(field) - width) // 2
-        field[top : top + height, left : left + width] = self.image_hw / 255.0
-        views = [_view(field, reach + down, reach + right, self.size) for down, right in gaze()]
+        margin = max(abs(step) for corner in CORNERS for step in corner) + 1
+        scene = np.zeros((self.size + 2 * margin, self.size + 2 * margin))
+        top, left = (len(scene) - height) // 2, (len(scene) - width) // 2
+        scene[top : top + height, left : left + width] = self.image_hw / 255.0
+        film = [
+            _interpolated_window(scene, margin + down, margin + right, self.size)
+            for down, right in gaze_path()
+        ]
         stream = film_to_events(
-            np.stack(views),  # the intensity at each instant, in 0..1
+            np.stack(film),  # the intensity at each instant, in 0..1
             threshold=SACCADE_THRESHOLD,
             step_us=SACCADE_US // SACCADE_INSTANTS,
         )
-        noise = 50 + _draw(self, _SACCADE_NOISE_COUNT, 51)
-        return add_noise(stream, self, noise, first_draw=_SACCADE_NOISE)
+        return add_noise(
+            stream, self, 50 + _draw(self, _SACCADE_NOISE_COUNT, 51), first_draw=_SACCADE_NOISE
+        )
 
     def __str__(self) -> str:
-        return f"saccades over picture {self.number}"
+        return f"saccades over image {self.number}"
 
 
-def gaze() -> NDArray[np.float64]:
+def gaze_path() -> NDArray[np.float64]:
     """The position of the gaze at each instant, (down, right) in pixels: [instants, 2].
 
-    It goes around the triangle and back to the first corner.
+    The gaze moves around the triangle and back to the first corner.
     """
     corners = np.array([*CORNERS, CORNERS[0]], np.float64)
-    parts = np.arange(1, SACCADE_INSTANTS + 1)[:, None] / SACCADE_INSTANTS
-    sides = [begin + parts * (end - begin) for begin, end in pairwise(corners)]
+    shares = np.arange(1, SACCADE_INSTANTS + 1)[:, None] / SACCADE_INSTANTS
+    sides = [begin + shares * (end - begin) for begin, end in pairwise(corners)]
     return np.concatenate([corners[:1], *sides])
 
 
-def _view(field: NDArray[np.float64], top: float, left: float, size: int) -> NDArray[np.float64]:
-    """`size` x `size` interpolated values of `field`, starting at (top, left)."""
+def _interpolated_window(
+    scene: NDArray[np.float64], top: float, left: float, size: int
+) -> NDArray[np.float64]:
+    """`size` x `size` linearly interpolated values of `scene`, starting at (top, left)."""
     row, column = int(top), int(left)
     down, right = top - row, left - column
-    upper = (1 - down) * field[row : row + size] + down * field[row + 1 : row + 1 + size]
-    return (1 - right) * upper[:, column : column + size] + right * upper[
-        :, column + 1 : column + 1 + size
-    ]
+    rows = (1 - down) * scene[row : row + size] + down * scene[row + 1 : row + 1 + size]
+    left_part = (1 - right) * rows[:, column : column + size]
+    return left_part + right * rows[:, column + 1 : column + 1 + size]
 
 
 # ------------------------------------------------------------------------------------------ camera
@@ -254,26 +261,28 @@ def film_to_events(film_MHW: NDArray[np.float64], *, threshold: float, step_us: 
     """The events of an event camera that sees a film of intensities.
 
     Instants are `step_us` microseconds apart. Each pixel remembers a level. Whenever the intensity
-    differs from it by `threshold`, the pixel emits an event, on or off, and the level follows by
-    one threshold. The n events of a pixel between two instants are spread evenly. Only sums,
-    products and comparisons are used, so the events are the same on every machine.
+    differs from the level by `threshold`, the pixel emits an event, on or off, and the level
+    changes by one threshold. The events of a pixel between two instants are spread evenly. Only
+    basic arithmetic and comparisons are used, so the events are the same on every machine.
     """
-    moved_MHW = np.zeros((len(film_MHW) - 1, *film_MHW.shape[1:]))
+    # the change of each level between two instants, in thresholds
+    changes_MHW = np.zeros((len(film_MHW) - 1, *film_MHW.shape[1:]))
     level_HW = film_MHW[0].copy()
-    for instant in range(len(moved_MHW)):
-        moved_MHW[instant] = np.trunc((film_MHW[instant + 1] - level_HW) / threshold)
-        level_HW += moved_MHW[instant] * threshold
-    # K changes of a pixel, each by one threshold or more
-    m_K, y_K, x_K = np.nonzero(moved_MHW)
-    moved_K = moved_MHW[m_K, y_K, x_K].astype(np.int64)
-    many_K = np.abs(moved_K)
-    nth_N = np.arange(many_K.sum()) - np.repeat(np.cumsum(many_K) - many_K, many_K)
-    m_N, y_N, x_N, many_N, moved_N = np.repeat(
-        np.stack([m_K, y_K, x_K, many_K, moved_K]), many_K, axis=1
+    for instant in range(len(changes_MHW)):
+        changes_MHW[instant] = np.trunc((film_MHW[instant + 1] - level_HW) / threshold)
+        level_HW += changes_MHW[instant] * threshold
+    # K changes that are not 0; each makes `count` events
+    m_K, y_K, x_K = np.nonzero(changes_MHW)
+    change_K = changes_MHW[m_K, y_K, x_K].astype(np.int64)
+    count_K = np.abs(change_K)
+    # the position of each event among those of its change
+    position_N = np.arange(count_K.sum()) - np.repeat(np.cumsum(count_K) - count_K, count_K)
+    m_N, y_N, x_N, count_N, change_N = np.repeat(
+        np.stack([m_K, y_K, x_K, count_K, change_K]), count_K, axis=1
     )
-    t_N = m_N * step_us + (2 * nth_N + 1) * step_us // (2 * many_N)
-    p_N = (moved_N > 0).astype(np.int64)
-    return in_order(
+    t_N = m_N * step_us + (2 * position_N + 1) * step_us // (2 * count_N)
+    p_N = (change_N > 0).astype(np.int64)
+    return sorted_stream(
         t_N, y_N, x_N, p_N, sensor=film_MHW.shape[1:], span=(0, (len(film_MHW) - 1) * step_us)
     )
 
@@ -281,18 +290,19 @@ def film_to_events(film_MHW: NDArray[np.float64], *, threshold: float, step_us: 
 def add_noise(
     stream: Stream, recording: MovingShape | Saccades, count: int, *, first_draw: int
 ) -> Stream:
-    """Add `count` noise events to a recording, at uniform places and times."""
+    """Add `count` noise events to a recording, with uniform random times, places and polarities."""
     begin, end = stream.span
     draws = first_draw + np.arange(4 * count).reshape(-1, 4).T
-    many = (end - begin, *stream.sensor, 2)
-    t_K, y_K, x_K, p_K = (_draw(recording, *pair) for pair in zip(draws, many, strict=True))
+    limits = (end - begin, *stream.sensor, 2)
+    t_K, y_K, x_K, p_K = (
+        _draw(recording, draw_K, limit) for draw_K, limit in zip(draws, limits, strict=True)
+    )
     pairs = zip(stream[:4], (begin + t_K, y_K, x_K, p_K), strict=True)
-    return in_order(
+    return sorted_stream(
         *(np.concatenate(pair) for pair in pairs), sensor=stream.sensor, span=stream.span
     )
 
 
-def _draw(recording: MovingShape | Saccades, number: Any, many: int) -> Any:
-    """A whole number 0..many-1 for the draw `number`, or for each of an array of draws."""
-    drawn = bits(recording.content_seed, recording.part, recording.number, number)
-    return below(drawn, many)
+def _draw(recording: MovingShape | Saccades, draw: Any, n: int) -> Any:
+    """A whole number in 0..n-1 for the number of a draw, or for each in an array of them."""
+    return below(bits(recording.content_seed, recording.part, recording.number, draw), n)

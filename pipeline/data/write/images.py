@@ -1,10 +1,10 @@
-"""Image sets: Fashion-MNIST in its four files, or a folder of class folders as for ImageNet.
+"""Writes image sets: Fashion-MNIST from its four files, or a folder in ImageNet's layout.
 
-In mode "jpg" a JPEG, also a progressive or grey one, is stored unchanged if it fits
-`max_resolution` and FFCV's decoder accepts it without a warning. Pillow decodes all other images
-(PNG, CMYK, a JPEG with stray bytes or too large) to RGB, shrinks them by area averaging and encodes
-them again. EXIF orientation is ignored, as in torchvision's ImageFolder; pictures that are not
-upright are counted as "not rotated".
+An image that is stored as JPEG keeps its bytes if it is a JPEG (also a progressive or grey one)
+that fits `max_resolution` and that FFCV's decoder accepts without a warning. Pillow decodes all
+other images (PNG, CMYK, a JPEG with stray bytes or too large) to RGB, shrinks them by area
+averaging if they are too large, and encodes them again. EXIF orientation is ignored, as in
+torchvision's ImageFolder. Images that are not upright are counted as "not rotated".
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import os
 import struct
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import distribution
 from operator import attrgetter
@@ -46,15 +46,15 @@ FASHION_CLASSES = [
     "Ankle boot",
 ]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
-# Pillow 13.0 raises these for damaged files.
-DAMAGED = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# Pillow 13.0 raises these for damaged files and for files that are no images.
+PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
 class Item:
     """An image to encode: a file, or pixels uint8 [H,W] or [H,W,3]."""
 
-    number: int  # its position in the set
+    number: int  # the position of the image in the set
     image: Path | np.ndarray
     label: int
 
@@ -66,15 +66,15 @@ class Item:
 class Encoding:
     """Encodes images as JPEG or raw pixels.
 
-    `jpg_share`: in mode "mixed", the share stored as JPEG, chosen by a hash of the image's number.
+    Mode "mixed" stores half of the images as JPEG, selected by a hash of the image's number.
 
-    Raises: DataError for an option that is out of range.
+    Raises: DataError if an option is out of range.
     """
 
     mode: Literal["jpg", "raw", "mixed"]
-    max_resolution: int | None = None  # the most pixels of the longer side
+    max_resolution: int | None = None  # pixels of the longer side; larger images are shrunk
     quality: int = 90  # of JPEGs that are encoded again
-    jpg_share: float = 0.5
+    jpg_share: float = field(default=0.5, init=False)  # of mode "mixed"; manifests store it
 
     kind: ClassVar[Images] = Images()
 
@@ -82,12 +82,10 @@ class Encoding:
         require_data(
             self.mode in ("jpg", "raw", "mixed")
             and (self.max_resolution is None or self.max_resolution >= 1)
-            and 1 <= self.quality <= 100
-            and 0 <= self.jpg_share <= 1,
+            and 1 <= self.quality <= 100,
             "write: mode must be 'jpg', 'raw' or 'mixed', max_resolution 1 or more pixels, quality"
-            f" in 1..100, jpg_share in 0..1; got mode={self.mode!r},"
-            f" max_resolution={self.max_resolution}, quality={self.quality},"
-            f" jpg_share={self.jpg_share}",
+            f" in 1..100; got mode={self.mode!r}, max_resolution={self.max_resolution},"
+            f" quality={self.quality}",
         )
 
     def __call__(self, item: Item) -> Encoded | str:
@@ -100,39 +98,39 @@ class Encoding:
             return _encode_picture(Image.fromarray(item.image), self, as_jpg)
         except UnidentifiedImageError:
             return "it is no picture that Pillow can read"
-        except DAMAGED as error:
+        except PILLOW_ERRORS as error:
             return f"{type(error).__name__}: {error}"
 
 
-def _encode_file(path: Path, how: Encoding, as_jpg: bool) -> Encoded | str:
+def _encode_file(path: Path, encoding: Encoding, as_jpg: bool) -> Encoded | str:
     with Image.open(path) as picture:
         width, height = picture.size
-        fits = how.max_resolution is None or max(width, height) <= how.max_resolution
-        may_stay = as_jpg and fits and picture.format == "JPEG"
-        content = path.read_bytes() if may_stay else b""
-        if may_stay and _ffcv_decodes(content, height, width):
+        fits = encoding.max_resolution is None or max(width, height) <= encoding.max_resolution
+        may_keep_bytes = as_jpg and fits and picture.format == "JPEG"
+        content = path.read_bytes() if may_keep_bytes else b""
+        if may_keep_bytes and _ffcv_decodes(content, height, width):
             attributes = {"mode": JPG, "height": height, "width": width}
             encoded = Encoded(content, attributes, {"as it is": 1})
         else:
-            encoded = _encode_picture(picture, how, as_jpg)
+            encoded = _encode_picture(picture, encoding, as_jpg)
         try:
             orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
         except (SyntaxError, struct.error):  # EXIF that Pillow 13.0 cannot read
             orientation = 1
         # values outside 1..8 have no meaning
         if isinstance(encoded, Encoded) and orientation in range(2, 9):
-            encoded.counted["not rotated"] = 1
+            encoded.counts["not rotated"] = 1
         return encoded
 
 
-def _encode_picture(picture: Image.Image, how: Encoding, as_jpg: bool) -> Encoded | str:
+def _encode_picture(picture: Image.Image, encoding: Encoding, as_jpg: bool) -> Encoded | str:
     if picture.mode.startswith(("I", "F")):
         return f"pixels of 8 bits are needed; got mode {picture.mode}"
     picture = picture.convert("RGB")  # decodes all of it, and raises if the file ends early
     longest = max(picture.size)
-    if how.max_resolution is not None and longest > how.max_resolution:
+    if encoding.max_resolution is not None and longest > encoding.max_resolution:
         width, height = (
-            max(1, round(side * how.max_resolution / longest)) for side in picture.size
+            max(1, round(side * encoding.max_resolution / longest)) for side in picture.size
         )
         picture = picture.resize((width, height), Image.Resampling.BOX)
     width, height = picture.size
@@ -142,19 +140,19 @@ def _encode_picture(picture: Image.Image, how: Encoding, as_jpg: bool) -> Encode
     if not as_jpg:
         return Encoded(picture.tobytes(), attributes, {"raw": 1})
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=how.quality)
+    picture.save(buffer, "JPEG", quality=encoding.quality)
     return Encoded(buffer.getvalue(), attributes, {"jpg": 1})
 
 
 def _ffcv_decodes(content: bytes, height: int, width: int) -> bool:
-    """Whether a training run's decoder accepts this JPEG without an error or a warning.
+    """Whether the decoder of training runs accepts this JPEG without an error or a warning.
 
-    The run treats both as damage.
+    A run stops at both.
     """
     pixels = np.empty((height, width, 3), np.uint8)
     memory = pixels.ctypes.data_as(ctypes.c_void_p)
-    whole = (height, width, 0, 0, 1, 1, False, False)
-    return _ffcv_imdecode()(content, len(content), height, width, memory, *whole) == 0
+    whole_image = (height, width, 0, 0, 1, 1, False, False)
+    return _ffcv_imdecode()(content, len(content), height, width, memory, *whole_image) == 0
 
 
 @cache
@@ -165,17 +163,17 @@ def _ffcv_imdecode() -> Callable[..., int]:
     """
     library = next(Path(str(distribution("ffcv").locate_file("ffcv"))).glob("_libffcv*.so"))
     function = ctypes.CDLL(str(library)).imdecode
-    words = [ctypes.c_uint32] * 2
-    # (bytes, size, height, width, pixels, crop height and width, offset x and y, scale as a
-    # fraction, crop?, flip?) in 1.0.2
-    function.argtypes = [
-        ctypes.c_char_p,
-        ctypes.c_uint64,
-        *words,
-        ctypes.c_void_p,
-        *words * 3,
-        ctypes.c_bool,
-        ctypes.c_bool,
+    two_integers = [ctypes.c_uint32] * 2
+    function.argtypes = [  # in 1.0.2
+        ctypes.c_char_p,  # JPEG
+        ctypes.c_uint64,  # its bytes
+        *two_integers,  # height and width
+        ctypes.c_void_p,  # pixels
+        *two_integers,  # height and width of the crop
+        *two_integers,  # x and y of the crop
+        *two_integers,  # numerator and denominator of the scale
+        ctypes.c_bool,  # whether to crop
+        ctypes.c_bool,  # whether to flip
     ]
     return function
 
@@ -193,17 +191,17 @@ def write_fashion(
     They are stored raw with three equal channels, because FFCV stores only RGB.
 
     Args:
-        source: a folder with its four files; None: Debian's package dataset-fashion-mnist, or
-            torchvision's download.
-        existing: "refuse" or "replace" existing files, or "keep" them after all their bytes were
-            verified.
+        source: a folder with the set's four files; None: Debian's package dataset-fashion-mnist,
+            else torchvision's download.
+        existing: as in `write_sets`.
 
     Raises:
-        DataError: no source is available, `out` is already written, or the disk is full.
-        LoaderError: a worker died or hung.
+        DataError: no source is available, or a file of the source is missing or damaged; also as
+            `write_sets`.
+        LoaderError: as `write_sets`.
     """
     return write_sets(
-        fashion(source),
+        fashion_sets(source),
         Path(out),
         Encoding(mode="raw"),
         workers=workers,
@@ -219,7 +217,6 @@ def write_folder(
     mode: Literal["jpg", "raw", "mixed"] = "jpg",
     max_resolution: int | None = None,
     quality: int | None = None,
-    jpg_share: float | None = None,
     workers: int = 1,
     max_bad: int = 0,
     progress: Progress | None = None,
@@ -228,36 +225,29 @@ def write_folder(
     """Write images in ImageNet's layout: `source/train/<class>/*` and `source/val/<class>/*`.
 
     Args:
-        mode: "jpg" keeps a JPEG that fits `max_resolution` and encodes the rest with `quality`;
-            "raw" stores pixels; "mixed" stores the share `jpg_share` (0.5) as "jpg" does and the
-            rest raw.
+        mode: "jpg" stores JPEGs: those that fit `max_resolution` unchanged, the other images
+            encoded again; "raw" stores pixels; "mixed" stores half of the images as "jpg" does and
+            half as "raw" does.
         max_resolution: pixels of the longer side; larger images are shrunk.
-        max_bad: the number of images in each set that may be unreadable. They are omitted and
-            listed in the manifest.
-        existing: as in `write_fashion`.
+        quality: of JPEGs that are encoded again; None: 90.
+        max_bad, existing: as in `write_sets`.
 
     Raises:
-        DataError: the classes differ, more images than `max_bad` are unreadable (after all images
-            of both sets were tried), `out` is already written, or the disk is full.
-        LoaderError: a worker died or hung.
-    No file remains after an error.
+        DataError: an option has no effect, a folder is missing or empty, or the classes of the two
+            sets differ; also as `write_sets`.
+        LoaderError: as `write_sets`.
     """
-    require_data(
-        jpg_share is None or mode == "mixed",
-        f"write_folder: jpg_share has no effect in mode {mode!r}; leave it out or choose 'mixed'",
-    )
     require_data(
         quality is None or mode != "raw",
         f"write_folder: quality has no effect in mode 'raw'; got {quality}",
     )
     return write_sets(
-        image_folder(Path(source)),
+        folder_sets(Path(source)),
         Path(out),
         Encoding(
             mode=mode,
             max_resolution=max_resolution,
             quality=90 if quality is None else quality,
-            jpg_share=0.5 if jpg_share is None else jpg_share,
         ),
         workers=workers,
         max_bad=max_bad,
@@ -266,16 +256,16 @@ def write_folder(
     )
 
 
-def fashion(source: Path | None = None) -> list[Source]:
+def fashion_sets(source: Path | None = None) -> list[Source]:
     """Fashion-MNIST from `source`, from Debian's package, or from torchvision's download.
 
-    Raises: DataError if it is in none of these places.
+    Raises: DataError if no place has the set, or a file is missing or damaged.
     Source: Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747.
     """
     folder, sets = _fashion_folder(source), []
     for name, prefix in (("train", "train"), ("val", "t10k")):
-        images_NHW = _idx(folder, f"{prefix}-images-idx3-ubyte")
-        labels_N = _idx(folder, f"{prefix}-labels-idx1-ubyte")
+        images_NHW = _read_idx(folder, f"{prefix}-images-idx3-ubyte")
+        labels_N = _read_idx(folder, f"{prefix}-labels-idx1-ubyte")
         require_data(
             images_NHW.shape == (len(labels_N), 28, 28) and labels_N.max(initial=0) <= 9,
             f"write_fashion: {folder}: {prefix} must hold 28x28 images with labels 0..9; got"
@@ -286,10 +276,10 @@ def fashion(source: Path | None = None) -> list[Source]:
     return sets
 
 
-def image_folder(source: Path) -> list[Source]:
-    """`source/train/<class>/*` and `source/val/<class>/*`.
+def folder_sets(source: Path) -> list[Source]:
+    """The images `source/train/<class>/*` and `source/val/<class>/*`.
 
-    Labels follow the sorted names of the class folders; images are sorted by name.
+    A label is the position of a class folder in the sorted names. Images are sorted by name.
 
     Hidden files and folders, folders inside a class folder, files beside the class folders, and
     files without the suffix of an image (`IMAGE_SUFFIXES`) are omitted.
@@ -320,14 +310,14 @@ def _fashion_folder(source: Path | None) -> Path:
     # No torchvision, no network or a full disk: the user has the same choice in each case.
     except Exception as error:
         raise DataError(
-            f"write_fashion: Fashion-MNIST is neither in {FASHION_PACKAGE} (`apt install"
-            f" dataset-fashion-mnist`) nor could torchvision download it ({type(error).__name__}:"
-            f" {error}); or pass source="
+            f"write_fashion: Fashion-MNIST is not in {FASHION_PACKAGE}, and torchvision cannot"
+            f" download it ({type(error).__name__}: {error}); `apt install dataset-fashion-mnist`,"
+            " or pass source="
         ) from error
 
 
-def _idx(folder: Path, name: str) -> NDArray[np.uint8]:
-    """Read an array in MNIST's format.
+def _read_idx(folder: Path, name: str) -> NDArray[np.uint8]:
+    """Read an array in MNIST's format, with or without gzip.
 
     The format is two zero bytes, 8 (uint8), the number of axes, their lengths (big-endian uint32),
     and the values.
@@ -335,15 +325,14 @@ def _idx(folder: Path, name: str) -> NDArray[np.uint8]:
     packed, plain = folder / f"{name}.gz", folder / name
     try:
         content = gzip.decompress(packed.read_bytes()) if packed.is_file() else plain.read_bytes()
-        if content[:3] != b"\0\0\x08":
-            raise ValueError("no array of uint8")
-        begin = 4 + 4 * content[3]
-        shape = np.frombuffer(content[4:begin], ">u4").tolist()
-        return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
+        require_data(content[:3] == b"\0\0\x08", "no array of uint8")
+        header_bytes = 4 + 4 * content[3]
+        shape = np.frombuffer(content[4:header_bytes], ">u4").tolist()
+        return np.frombuffer(content, np.uint8, offset=header_bytes).reshape(shape)
     except (OSError, EOFError, IndexError, ValueError) as error:
         raise DataError(
-            f"write_fashion: cannot read {packed}, or {plain.name} beside it, as a whole file of"
-            f" MNIST's format ({error})"
+            f"write_fashion: {packed}, or {plain.name} beside it, must be a complete file in"
+            f" MNIST's format; got {error}"
         ) from error
 
 
@@ -359,7 +348,7 @@ def _folder_set(folder: Path, name: str) -> Source:
         classes, f"write_folder: {folder.absolute()} must hold a folder for each class; it has none"
     )
     items: list[Item] = []
-    left_out: defaultdict[str, list[str]] = defaultdict(list)  # paths by kind
+    left_out: defaultdict[str, list[str]] = defaultdict(list)  # the paths of each kind of entry
     for entry in entries:
         if entry.name not in classes:
             left_out["beside the class folders"].append(entry.path)
@@ -380,7 +369,7 @@ def _folder_set(folder: Path, name: str) -> Source:
             f"write_folder: class folder {folder / class_name} must hold images"
             f" ({' '.join(sorted(IMAGE_SUFFIXES))})",
         )
-    listed = (
+    left_out_lines = (
         f"{len(paths)} ({kind}), such as {paths[0]}" for kind, paths in sorted(left_out.items())
     )
-    return Source(name, classes, items, str(folder.absolute()), tuple(listed))
+    return Source(name, classes, items, str(folder.absolute()), tuple(left_out_lines))

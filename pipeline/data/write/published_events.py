@@ -1,4 +1,4 @@
-"""Published sets of recordings, read by `tonic` from the folder that it downloads to.
+"""Published sets of recordings, downloaded by `tonic`.
 
     nmnist        N-MNIST         34x34     60000 + 10000    Orchard et al. 2015,
                                                              doi:10.3389/fnins.2015.00437
@@ -8,12 +8,14 @@
                                                              gestures; times in ms)
     ncaltech101   N-Caltech101    180x240   8709             Orchard et al. 2015
 
-N-MNIST and DVS-Gesture have a test set. The others have none. As in published results, the first
-90 % of each class are the training set, in the order of the numbers in the file names. A sensor
-that is not square is squeezed to a square frame.
+numpy reads the files of DVS-Gesture, and tonic those of the other sets. N-MNIST and DVS-Gesture
+have a test set. The others are split as in published results: the first 90 % of each class, in the
+order of the numbers in the file names, are the training set. A sensor that is not square is
+squeezed to a square frame.
 
-tonic is GPL-3.0. It is imported only here, and only while a set is written: `pip install
-'spiketrain[events]'`. Written sets are read without tonic. The recordings keep their own licences.
+tonic has the licence GPL-3.0. It is imported only here, and only while a set is written: `pip
+install 'spiketrain[events]'`. Written sets are read without tonic. The recordings keep their own
+licences.
 """
 
 # N events of a recording
@@ -28,26 +30,26 @@ import numpy as np
 
 from pipeline.core.errors import DataError, require_data
 from pipeline.core.units import first_few
-from pipeline.data.write.recordings import Stream, in_order
+from pipeline.data.write.recordings import Stream, sorted_stream
 from pipeline.data.write.writer import Source
 
-Name = Literal["nmnist", "cifar10dvs", "gesture", "ncaltech101"]
+PublishedSet = Literal["nmnist", "cifar10dvs", "gesture", "ncaltech101"]
 TRAIN_SHARE = 0.9  # of each class, if there is no test set
+MIN_RECORDINGS = 5  # of a class that is split: 4 for training and 1 for evaluation
 
 
 @dataclass(frozen=True)
-class Published:
-    """The layout of a set in tonic (1.7.0).
+class Layout:
+    """The files of a set that tonic (1.7.0) has downloaded.
 
-    Recordings are `<folder>/<class>/*`, or files named after their class.
+    Recordings are `<folder>/.../<class>/*`, or `<folder>/.../<label>.npy` if `classes` is set.
     """
 
-    dataset: str  # the name in tonic.datasets, and of its folder
-    folders: tuple[str, ...]  # for train and val; a single one is split
+    dataset: str  # the name of the class in tonic.datasets, and of its folder
+    folders: tuple[str, ...]  # of train and val; a single folder is split
     suffix: str
     sensor: tuple[int, int]  # height, width in pixels
-    # classes of files that are named `<label>.npy`; None: the folder names
-    classes: tuple[str, ...] | None = None
+    classes: tuple[str, ...] | None = None  # the class of each label; None: the folder names
 
 
 GESTURES = (
@@ -63,110 +65,110 @@ GESTURES = (
     "air guitar",
     "other gestures",
 )
-PUBLISHED: dict[Name, Published] = {
-    "nmnist": Published("NMNIST", ("Train", "Test"), ".bin", (34, 34)),
-    "cifar10dvs": Published("CIFAR10DVS", (".",), ".aedat4", (128, 128)),
-    "gesture": Published(
+PUBLISHED: dict[PublishedSet, Layout] = {
+    "nmnist": Layout("NMNIST", ("Train", "Test"), ".bin", (34, 34)),
+    "cifar10dvs": Layout("CIFAR10DVS", (".",), ".aedat4", (128, 128)),
+    "gesture": Layout(
         "DVSGesture", ("ibmGestureTrain", "ibmGestureTest"), ".npy", (128, 128), GESTURES
     ),
-    "ncaltech101": Published("NCALTECH101", ("Caltech101",), ".bin", (180, 240)),
+    "ncaltech101": Layout("NCALTECH101", ("Caltech101",), ".bin", (180, 240)),
 }
 
 
 @dataclass(frozen=True)
 class PublishedRecording:
-    """One recording in a file."""
-
     path: Path
     label: int
-    sensor: tuple[int, int]
+    sensor: tuple[int, int]  # height, width in pixels
 
     def events(self) -> Stream:
-        t_N, y_N, x_N, p_N = (
-            np.asarray(values_N).astype(np.int64)
-            for values_N in _READERS[self.path.suffix](self.path)
-        )
+        columns = _READERS[self.path.suffix](self.path)
+        t_N, y_N, x_N, p_N = (np.asarray(values_N).astype(np.int64) for values_N in columns)
         require_data(len(t_N), "it holds no event")
-        return in_order(
-            t_N, y_N, x_N, p_N, sensor=self.sensor, span=(int(t_N.min()), int(t_N.max()) + 1)
-        )
+        span = (int(t_N.min()), int(t_N.max()) + 1)
+        return sorted_stream(t_N, y_N, x_N, p_N, sensor=self.sensor, span=span)
 
     def __str__(self) -> str:
         return str(self.path)
 
 
-def published_sets(name: Name, source: Path) -> list[Source]:
-    """The training and the evaluation recordings of a set, by class and number.
+def published_sets(name: PublishedSet, source: Path) -> list[Source]:
+    """The training and the evaluation recordings of a set, sorted by class and number.
 
     Raises:
-        DataError: the recordings are not in `source` and cannot be downloaded, or their classes
-            differ from those of the set.
+        DataError: the recordings are not in `source` and cannot be downloaded, their classes differ
+            from those of the set, or a class has too few recordings to be split.
     """
-    known, root = PUBLISHED[name], Path(source).expanduser() / PUBLISHED[name].dataset
-    found = [_files(name, root, folder) for folder in known.folders]
-    classes = known.classes or sorted({path.parent.name for path in found[0]}, key=_natural)
-    folders = map(str, range(len(classes))) if known.classes else classes
-    labels = {folder: label for label, folder in enumerate(folders)}
-    items = [[_recording(path, known, labels) for path in paths] for paths in found]
-    if len(items) == 1:
-        items = _first_share(items[0])
+    layout = PUBLISHED[name]
+    root = Path(source).expanduser() / layout.dataset
+    paths = [_find_files(name, root, folder) for folder in layout.folders]
+    classes = layout.classes or sorted({path.parent.name for path in paths[0]}, key=_natural_key)
+    # A file with known classes is named after its label, else its folder after its class.
+    names = map(str, range(len(classes))) if layout.classes else classes
+    labels = {name: label for label, name in enumerate(names)}
+    parts = [[_recording(path, layout, labels) for path in part] for part in paths]
+    if len(parts) == 1:
+        parts = _split(parts[0])
     return [
-        Source(part, list(classes), each, str(root.absolute()))
-        for part, each in zip(("train", "val"), items, strict=True)
+        Source(part, list(classes), recordings, str(root.absolute()))
+        for part, recordings in zip(("train", "val"), parts, strict=True)
     ]
 
 
-def _files(name: Name, root: Path, folder: str) -> list[Path]:
-    """The recordings in a folder of the set, downloaded if there are none."""
-    known = PUBLISHED[name]
-    find = lambda: sorted((root / folder).rglob(f"*{known.suffix}"), key=_natural)
+def _find_files(name: PublishedSet, root: Path, folder: str) -> list[Path]:
+    """The recordings in a folder of the set. If there are none, tonic downloads them."""
+    layout = PUBLISHED[name]
+    find = lambda: sorted((root / folder).rglob(f"*{layout.suffix}"), key=_natural_key)
     if paths := find():
         return paths
     import tonic.datasets
 
-    dataset, is_train = getattr(tonic.datasets, known.dataset), folder == known.folders[0]
+    dataset = getattr(tonic.datasets, layout.dataset)
+    is_train = folder == layout.folders[0]
+    options = {"train": is_train} if len(layout.folders) == 2 else {}
     address = getattr(dataset, "url", None) or (dataset.train_url if is_train else dataset.test_url)
     try:
-        dataset(str(root.parent), **({"train": is_train} if len(known.folders) == 2 else {}))
+        dataset(str(root.parent), **options)
         paths = find()
-        require_data(paths, f"the download holds no *{known.suffix}")
+        require_data(paths, f"the download holds no *{layout.suffix}")
     # No network, a full disk or a changed archive: the user has the same choice in each case.
     except Exception as error:
         raise DataError(
-            f"write events: {name} is neither in {root.absolute()} nor could tonic download it"
+            f"write events: {name} is not in {root.absolute()}, and tonic cannot download it"
             f" ({type(error).__name__}: {error}); download {address} and unpack it there, or"
             " pass another --source"
         ) from error
     return paths
 
 
-def _recording(path: Path, known: Published, labels: dict[str, int]) -> PublishedRecording:
-    name = path.stem if known.classes else path.parent.name
+def _recording(path: Path, layout: Layout, labels: dict[str, int]) -> PublishedRecording:
+    name = path.parent.name if layout.classes is None else path.stem
     require_data(
         name in labels,
         f"write events: {path} must name its class, one of {first_few(list(labels), 10)}; got"
         f" {name!r}",
     )
-    return PublishedRecording(path, labels[name], known.sensor)
+    return PublishedRecording(path, labels[name], layout.sensor)
 
 
-def _first_share(items: list[PublishedRecording]) -> list[list[PublishedRecording]]:
+def _split(recordings: list[PublishedRecording]) -> list[list[PublishedRecording]]:
     """Split into training, the first 90 % of each class, and evaluation, the rest."""
-    train: list[PublishedRecording] = []
-    val: list[PublishedRecording] = []
-    for _, group in groupby(items, key=lambda item: item.label):  # they are in order of class
-        of_class = list(group)
-        cut = round(TRAIN_SHARE * len(of_class))
-        train += of_class[:cut]
-        val += of_class[cut:]
-    require_data(
-        train and val,
-        f"write events: a class must have about 10 recordings to be split; got {len(items)} in all",
-    )
+    train, val = [], []
+    # The recordings are sorted by class.
+    for _, group in groupby(recordings, key=lambda recording: recording.label):
+        class_recordings = list(group)
+        require_data(
+            len(class_recordings) >= MIN_RECORDINGS,
+            f"write events: a class must have {MIN_RECORDINGS} or more recordings to be split; got"
+            f" {len(class_recordings)} like {class_recordings[0]}",
+        )
+        train_count = round(TRAIN_SHARE * len(class_recordings))
+        train += class_recordings[:train_count]
+        val += class_recordings[train_count:]
     return [train, val]
 
 
-def _natural(path: "Path | str") -> list[Any]:
+def _natural_key(path: "Path | str") -> list[Any]:
     """A sort key that places file 10 after file 9."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
@@ -178,11 +180,11 @@ def _read_bin(path: Path) -> tuple[Any, ...]:
     size = path.stat().st_size
     require_data(
         size % 5 == 0,
-        f"it is cut short: {size} bytes are no whole number of events of 5 bytes",
+        f"it is cut short: its size must be a multiple of 5 bytes, one event; got {size}",
     )
-    kind = np.dtype([("x", np.int64), ("y", np.int64), ("t", np.int64), ("p", np.int64)])
-    events_N = tonic.io.read_mnist_file(str(path), kind)
-    # The coordinates of N-Caltech101 begin at the window of the sensor.
+    columns = [(name, np.int64) for name in "xytp"]
+    events_N = tonic.io.read_mnist_file(str(path), np.dtype(columns))
+    # N-Caltech101 shows an image in a window of the sensor; the events are moved to the corner.
     if path.parent.parent.name == "Caltech101" and len(events_N):
         events_N["x"] -= events_N["x"].min()
         events_N["y"] -= events_N["y"].min()
@@ -194,16 +196,16 @@ def _read_aedat4(path: Path) -> tuple[Any, ...]:
 
     try:
         events_N: Any = tonic.io.read_aedat4(str(path))
-    except ImportError:  # of the package aedat
+    except ImportError:  # the package aedat is not installed
         raise
     except Exception as error:  # aedat 2.3.0 raises RuntimeError, tonic 1.7.0 a bare Exception
         raise DataError(f"it is cut short or damaged ({error})") from error
-    t, x, y, p = events_N.dtype.names
-    return events_N[t], events_N[y], events_N[x], events_N[p]
+    t, x, y, p = (events_N[name] for name in events_N.dtype.names)
+    return t, y, x, p
 
 
 def _read_npy(path: Path) -> tuple[Any, ...]:
-    """Read DVS-Gesture in tonic's format: columns x, y, polarity, milliseconds."""
+    """Read DVS-Gesture as tonic stores it: columns x, y, polarity, milliseconds."""
     try:
         events_N4 = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:

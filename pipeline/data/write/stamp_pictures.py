@@ -1,26 +1,26 @@
-"""The pictures of stamp scenes, and their division into training and evaluation.
+"""The pictures of stamp scenes, and their split into training and evaluation.
 
 Three packages of Debian 13 install the pictures; this program contains none.
 
-    tuxpaint-stamps-default 2025.03.31-1        300 objects: cut-out photographs with transparency
-    mate-backgrounds 1.26.0-1                   12 grounds: photographs
-    plasma-workspace-wallpapers 4:6.3.4-1       13 grounds: its photographs (the rest is computer
-                                                art)
+    tuxpaint-stamps-default 2025.03.31-1     300 objects: cut-out photographs with transparency
+    mate-backgrounds 1.26.0-1                12 backgrounds: photographs
+    plasma-workspace-wallpapers 4:6.3.4-1    13 backgrounds: its photographs, without computer art
 
-Licences: the stamps are under GPL-2 and, by upstream's own notes, the public domain, GFDL and
-several Creative Commons licences; the wallpapers are under GPL-2 or later.
+Licences: the stamps are under GPL-2. Upstream's notes also name the public domain, GFDL and several
+Creative Commons licences. The wallpapers are under GPL-2 or later.
 
-The evaluation sets of the splits share no object and no ground. The n objects of a class are sorted
-by a hash of their names. Split s = 0, 1, 2 evaluates on numbers s q to (s + 1) q - 1, with
-q = round(n / 4), and trains on all others. Grounds are divided likewise. Every class is therefore
-in both parts of each split. The three evaluation sets together contain about three quarters of all
-objects, each once. The division depends neither on the seed nor on the number of scenes.
+The n objects of a class are sorted by a hash of their names and numbered from 0. With
+q = round(n / 4), split s = 0, 1, 2 evaluates on numbers s q to (s + 1) q - 1 and trains on all
+others. Backgrounds are split in the same way. The evaluation sets of two splits therefore share no
+object and no background, and every class is in both parts of each split. The three evaluation sets
+together contain about three quarters of all objects. The split depends neither on the seed nor on
+the number of scenes.
 
-Split 3 is for choosing settings. It evaluates on the remaining numbers, 3 q to n - 1, which the
-other three splits train on, so settings are not chosen on test pictures.
+Split 3 is for choosing settings. It evaluates on the remaining numbers, 3 q to n - 1. The other
+three splits train on them, so settings are not chosen on test pictures.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,17 +29,16 @@ import xxhash
 from PIL import Image
 
 from pipeline.core.errors import DataError, require_data
-from pipeline.data.write.images import DAMAGED
+from pipeline.data.write.images import PILLOW_ERRORS
 
 SHARE = Path("/usr/share")
 STAMPS, MATE, PLASMA = "tuxpaint-stamps-default", "mate-backgrounds", "plasma-workspace-wallpapers"
 
-SPLITS = 3
-CHOICE = 3  # the split for choosing settings
-IN_SO_MANY = 4  # one picture in this many is in the evaluation set
+SETTINGS_SPLIT = 3  # the number of the split for choosing settings
+EVALUATION_DIVISOR = 4  # one picture in this many is in the evaluation set
 
-# The folders of each class below tuxpaint/stamps, without their subfolders. The numbers are those
-# of 2025.03.31-1 without LEFT_OUT.
+# The folders of each class below tuxpaint/stamps, without their subfolders. A number beside a class
+# is that of its objects in release 2025.03.31-1, without LEFT_OUT.
 CLASSES: dict[str, tuple[str, ...]] = {
     "bird": ("animals/birds",),  # 35
     "coin": tuple(
@@ -76,7 +75,8 @@ CLASSES: dict[str, tuple[str, ...]] = {
         *(f"vehicles/{each}" for each in ("locomotive", "masstransit", "race", "ship")),
     ),  # 20
 }
-# Also left out: drawings, which have an .svg of the same name, and mirror images of other files.
+# Stamps that are not used. `installed_pictures` also omits mirror images, and drawings that have an
+# .svg of the same name.
 LEFT_OUT = frozenset(
     {
         *(
@@ -86,15 +86,10 @@ LEFT_OUT = frozenset(
             "household/dishes/glass",
         ),
         *("medical/tooth", "vehicles/7spoke256"),  # drawings
-        *(
-            "medical/bandage_adhesive",
-            "space/spacewalk",
-            "vehicles/wheel_tractor",
-        ),  # of another class
-        *(
-            "food/nuts/walnut_shelled",
-            "vehicles/emergency/sedan_police",
-        ),  # only 25 pixels; only a car's lights
+        # of another class
+        *("medical/bandage_adhesive", "space/spacewalk", "vehicles/wheel_tractor"),
+        "food/nuts/walnut_shelled",  # only 25 pixels
+        "vehicles/emergency/sedan_police",  # only the lights of a car
     }
 )
 
@@ -106,7 +101,7 @@ _PHOTOS = (
     *("BytheWater", "ColdRipple", "ColorfulCups", "DarkestHour", "EveningGlow", "FallenLeaf"),
     *("Grey", "Kite", "OneStandsOut", "Path", "summer_1am"),
 )
-GROUNDS = {  # paths below /usr/share, with the package that installs them
+BACKGROUNDS = {  # paths below /usr/share, with the package that installs them
     **{f"backgrounds/mate/nature/{name}.jpg": MATE for name in _NATURE},
     **{f"wallpapers/{name}/contents/images/2560x1600.jpg": PLASMA for name in _PHOTOS},
     "wallpapers/Mountain/contents/images/5120x2880.png": PLASMA,
@@ -116,129 +111,143 @@ GROUNDS = {  # paths below /usr/share, with the package that installs them
 
 @dataclass(frozen=True)
 class Picture:
-    # its path below the package's folder, without suffix: unique among objects, and among grounds
-    name: str
+    name: str  # the path below the package's folder, without suffix
     path: Path
     package: str
 
 
 @dataclass(frozen=True)
 class Pictures:
-    objects: dict[str, list[Picture]]  # of each class
-    grounds: list[Picture]
+    objects: dict[str, list[Picture]]  # by class
+    backgrounds: list[Picture]
 
 
-def installed(share: Path = SHARE) -> Pictures:
-    """The pictures that the packages installed below `share`.
+def installed_pictures(share: Path = SHARE) -> Pictures:
+    """The pictures that the packages have installed below `share`.
 
-    Raises: DataError with the missing or incomplete package.
+    Raises: DataError if a folder or file is missing. The message names its package.
     """
     stamps = share / "tuxpaint" / "stamps"
     objects: dict[str, list[Picture]] = {class_name: [] for class_name in CLASSES}
     for class_name, folders in CLASSES.items():
         for folder in folders:
-            _require_there(stamps / folder, STAMPS)
+            _require_installed(stamps / folder, STAMPS)
             for path in sorted((stamps / folder).glob("*.png")):
-                name, is_drawing = f"{folder}/{path.stem}", path.with_suffix(".svg").exists()
-                if not (name in LEFT_OUT or name.endswith("_mirror") or is_drawing):
+                name = f"{folder}/{path.stem}"
+                if (
+                    name not in LEFT_OUT
+                    and not name.endswith("_mirror")
+                    and not path.with_suffix(".svg").exists()
+                ):
                     objects[class_name].append(Picture(name, path, STAMPS))
-    grounds = [
+    backgrounds = [
         Picture(str(Path(name).with_suffix("")), share / name, package)
-        for name, package in GROUNDS.items()
+        for name, package in BACKGROUNDS.items()
     ]
-    for ground in grounds:
-        _require_there(ground.path, ground.package)
-    return Pictures(objects, grounds)
+    for background in backgrounds:
+        _require_installed(background.path, background.package)
+    return Pictures(objects, backgrounds)
 
 
-def parts(pictures: Pictures, split: int) -> tuple[Pictures, Pictures]:
-    """Divide the pictures into (training, evaluation).
+def split_pictures(pictures: Pictures, split: int) -> tuple[Pictures, Pictures]:
+    """Split the pictures into (training, evaluation).
 
-    Raises: DataError for an unknown split, or a class with too few objects.
+    Raises: DataError if the split is unknown, or a class has too few objects.
     """
-    require_data(0 <= split <= CHOICE, f"write stamps: split must be in 0..{CHOICE}; got {split}")
-    both = {name: _divided(name, objects, split) for name, objects in pictures.objects.items()}
-    train_grounds, val_grounds = _divided("grounds", pictures.grounds, split)
+    require_data(
+        0 <= split <= SETTINGS_SPLIT,
+        f"write stamps: split must be in 0..{SETTINGS_SPLIT}; got {split}",
+    )
+    objects = {name: _split(name, files, split) for name, files in pictures.objects.items()}
+    train_backgrounds, val_backgrounds = _split("backgrounds", pictures.backgrounds, split)
     return (
-        Pictures({name: train for name, (train, _) in both.items()}, train_grounds),
-        Pictures({name: val for name, (_, val) in both.items()}, val_grounds),
+        Pictures({name: train for name, (train, _) in objects.items()}, train_backgrounds),
+        Pictures({name: val for name, (_, val) in objects.items()}, val_backgrounds),
     )
 
 
 @cache
-def cut_out(picture: Picture, longest: int) -> Image.Image:
-    """An object without its empty border, premultiplied by alpha.
+def object_image(picture: Picture, longest: int) -> Image.Image:
+    """Read an object, without its empty border and premultiplied by alpha.
 
     Its longer side has at most `longest` pixels.
+
+    Raises: DataError if the picture cannot be read or is fully transparent.
     """
-    opened = _read(picture, "RGBA")
-    box = opened.getchannel("A").getbbox()
+    image = _read(picture, "RGBA")
+    box = image.getchannel("A").getbbox()
     if box is None:
         raise _unreadable(picture, "it is fully transparent")
-    return _shrunk(opened.crop(box).convert("RGBa"), longest, of=max)
+    cropped = image.crop(box)
+    return _shrink(cropped.convert("RGBa"), longest / max(cropped.size))
 
 
 @cache
-def ground(picture: Picture, shortest: int) -> Image.Image:
-    """A ground in RGB. Its shorter side has at most `shortest` pixels."""
-    return _shrunk(_read(picture, "RGB", least=shortest), shortest, of=min)
+def background_image(picture: Picture, shortest: int) -> Image.Image:
+    """Read a background in RGB. Its shorter side has at most `shortest` pixels.
+
+    Raises: DataError if the picture cannot be read.
+    """
+    image = _read(picture, "RGB", min_side=shortest)
+    return _shrink(image, shortest / min(image.size))
 
 
-def _divided(
-    what: str, pictures: Sequence[Picture], split: int
+def _split(
+    name: str, pictures: Sequence[Picture], split: int
 ) -> tuple[list[Picture], list[Picture]]:
     require_data(
-        len(pictures) >= IN_SO_MANY,
-        f"write stamps: {what} must have {IN_SO_MANY} pictures or more to be divided; got"
+        len(pictures) >= EVALUATION_DIVISOR,
+        f"write stamps: {name} must have {EVALUATION_DIVISOR} pictures or more to be split; got"
         f" {len(pictures)}",
     )
     ordered = sorted(pictures, key=lambda picture: xxhash.xxh3_64_intdigest(picture.name.encode()))
-    held = round(len(ordered) / IN_SO_MANY)
-    val = ordered[split * held : None if split == CHOICE else (split + 1) * held]
+    count = round(len(ordered) / EVALUATION_DIVISOR)
+    end = len(ordered) if split == SETTINGS_SPLIT else (split + 1) * count
+    val = ordered[split * count : end]
     require_data(
         val,
-        f"write stamps: {what} must have pictures that no other split evaluates on; got"
+        f"write stamps: {name} must have pictures that no other split evaluates on; got"
         f" {len(pictures)}",
     )
-    return [each for each in ordered if each not in val], val
+    return [picture for picture in ordered if picture not in val], val
 
 
-def _read(picture: Picture, mode: str, *, least: int | None = None) -> Image.Image:
+def _read(picture: Picture, mode: str, *, min_side: int | None = None) -> Image.Image:
     """Read a picture.
 
-    `least`: the sufficient pixels of the shorter side. A JPEG may then be decoded at an eighth, a
-    quarter or half of its size.
+    `min_side`: if set, a JPEG may be decoded at an eighth, a quarter or half of its size. Its
+    shorter side still has `min_side` pixels or more, if the file has them.
+
+    Raises: DataError if the picture cannot be read.
     """
     try:
-        with Image.open(picture.path) as opened:
-            if least is not None:
-                width, height = (-(-each * least // min(opened.size)) for each in opened.size)
-                opened.draft(mode, (width, height))
-            return opened.convert(mode)
-    except DAMAGED as error:
+        with Image.open(picture.path) as image:
+            if min_side is not None:
+                width, height = (-(-side * min_side // min(image.size)) for side in image.size)
+                image.draft(mode, (width, height))
+            return image.convert(mode)
+    except PILLOW_ERRORS as error:
         raise _unreadable(picture, f"{type(error).__name__}: {error}") from error
 
 
-def _shrunk(
-    picture: Image.Image, side: int, *, of: Callable[[tuple[int, int]], int]
-) -> Image.Image:
-    scale = side / of(picture.size)
+def _shrink(image: Image.Image, scale: float) -> Image.Image:
+    """Scale an image by area averaging. It is never enlarged."""
     if scale >= 1:
-        return picture
-    width, height = (max(1, round(each * scale)) for each in picture.size)
-    return picture.resize((width, height), Image.Resampling.BOX)
+        return image
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BOX)
 
 
-def _require_there(path: Path, package: str) -> None:
+def _require_installed(path: Path, package: str) -> None:
     require_data(
         path.exists(),
-        f"write stamps: {path} does not exist: apt install {package}; or name the folder it was"
-        " unpacked to by --source",
+        f"write stamps: {path} does not exist: apt install {package}; or unpack the package, and"
+        " pass its folder as --source",
     )
 
 
-def _unreadable(picture: Picture, why: str) -> DataError:
+def _unreadable(picture: Picture, reason: str) -> DataError:
     return DataError(
-        f"write stamps: {picture.path} cannot be read ({why}): apt install --reinstall"
+        f"write stamps: {picture.path} cannot be read ({reason}): apt install --reinstall"
         f" {picture.package}"
     )

@@ -1,18 +1,18 @@
-"""Scenes for a realistic recognition test: a cut-out object on a ground.
+"""Writes scenes for a realistic recognition test: a cut-out object on a background.
 
 Both are photographs that three Debian packages install (`stamp_pictures.py`).
 
     spiketrain write stamps --out data/stamps-0 --size 160 --split 0
     data=spec(Beton, folder="data/stamps-0", classes=13, size=160)
 
-    scene = object (size, mirror, angle, place, brightness) over a piece of a ground
+    scene = object (size, mirror, angle, place, brightness) over a crop of a background
 
-Every number is a pure function of (content seed, split, part, scene). Scene i has class i mod 13.
-The objects of a class alternate, so each is shown equally often.
+Every random number is a pure function of (content seed, split, part, scene). Scene i has class i
+mod 13. The objects of a class are shown in turn, so their numbers of scenes differ by at most one.
 
-The evaluation set has its own objects and grounds, a quarter of them in each class. The training
-set does not contain them. The manifest stores each scene's object, for statistics over objects:
-`Beton.groups`.
+About a quarter of the objects of each class, and of the backgrounds, are only in the evaluation
+set. The others are only in the training set. The manifest stores the object and the background of
+each scene, for statistics over them (`Beton.groups`).
 """
 
 import hashlib
@@ -36,10 +36,10 @@ from pipeline.data.write.stamp_pictures import (
     SHARE,
     Picture,
     Pictures,
-    cut_out,
-    ground,
-    installed,
-    parts,
+    background_image,
+    installed_pictures,
+    object_image,
+    split_pictures,
 )
 from pipeline.data.write.writer import (
     Encoded,
@@ -52,22 +52,19 @@ from pipeline.data.write.writer import (
 
 # S side of a scene, h w of a rotated object
 
-SIZES = (32, 1024)  # pixels a side; the smallest ground has 1024
-LARGEST = 0.9  # share of the scene's side that the rotated object's longer side may take
-TURN = 15.0  # degrees in either direction
-BRIGHTNESS = 0.3  # the factor is 0.7 to 1.3
-SMALLEST_PIECE = 0.25  # share of a ground's shorter side
+SIZES = (32, 1024)  # pixels a side; the smallest background has 1024
+MAX_OBJECT_SHARE = 0.9  # of the scene's side, for the longer side of the rotated object
+MAX_DEGREES = 15.0  # of a rotation in either direction
+BRIGHTNESS = 0.3  # the factor of the object's brightness is 0.7 to 1.3
+MIN_CROP_SHARE = 0.25  # of the background's shorter side
 
-# draws, see random.py
-_GROUND, _PIECE, _PIECE_Y, _PIECE_X, _SHARE, _FLIP, _TURN, _BRIGHTNESS, _Y, _X = range(2048, 2058)
+# The numbers of the draws, see random.py.
+_BACKGROUND, _CROP, _CROP_Y, _CROP_X, _SHARE, _FLIP, _ANGLE, _BRIGHTNESS, _Y, _X = range(2048, 2058)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Scene `number` of a `part` (0 train, 1 val) of a split.
-
-    It holds the object, the grounds, and the counters of its random numbers.
-    """
+    """Scene `number` of a `part` (0 train, 1 val) of a split."""
 
     number: int
     part: int
@@ -75,20 +72,20 @@ class Scene:
     content_seed: int
     label: int
     object: Picture
-    grounds: tuple[Picture, ...]  # all grounds of the part
+    backgrounds: tuple[Picture, ...]  # all backgrounds of the part
 
     @property
-    def ground(self) -> Picture:
-        return self.grounds[self.below(_GROUND, len(self.grounds))]
+    def background(self) -> Picture:
+        return self.backgrounds[self.draw_below(_BACKGROUND, len(self.backgrounds))]
 
-    def draw(self, number: int) -> int:
-        return int(bits(self.content_seed, 2 * self.split + self.part, self.number, number))
+    def draw_bits(self, draw: int) -> int:
+        return int(bits(self.content_seed, 2 * self.split + self.part, self.number, draw))
 
-    def below(self, number: int, n: int) -> int:
-        return int(below(self.draw(number), n))
+    def draw_below(self, draw: int, n: int) -> int:  # in 0..n-1
+        return int(below(self.draw_bits(draw), n))
 
-    def unit(self, number: int) -> float:  # in 0..1, 1 excluded
-        return (self.draw(number) >> 11) * 2.0**-53
+    def draw_uniform(self, draw: int) -> float:  # in 0..1, 1 excluded
+        return (self.draw_bits(draw) >> 11) * 2.0**-53
 
     def __str__(self) -> str:
         return f"scene {self.number} ({self.object.name})"
@@ -97,26 +94,26 @@ class Scene:
 def scenes(
     pictures: Pictures, count: int, *, part: int, split: int, content_seed: int
 ) -> Iterator[Scene]:
-    """The first `count` scenes of a part with these pictures."""
-    classes, grounds = list(pictures.objects.values()), tuple(pictures.grounds)
+    """The first `count` scenes of a part. `pictures`: the objects and backgrounds of the part."""
+    classes, backgrounds = list(pictures.objects.values()), tuple(pictures.backgrounds)
     for number in range(count):
-        turn, label = divmod(number, len(classes))
-        shown = classes[label][turn % len(classes[label])]
-        yield Scene(number, part, split, content_seed, label, shown, grounds)
+        scene_of_class, label = divmod(number, len(classes))
+        picture = classes[label][scene_of_class % len(classes[label])]
+        yield Scene(number, part, split, content_seed, label, picture, backgrounds)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rendering:
+class SceneEncoding:
     """Renders and encodes scenes.
 
     Args:
         size: pixels a side.
         split, content_seed: of the scenes; stored in the manifest.
-        smallest: the least share of a scene's side that the object's longer side takes.
+        smallest: the minimum of the longer side of a rotated object, as a share of `size`.
         mode, quality: as in Encoding.
 
     Raises:
-        DataError: the size or the share is out of range.
+        DataError: `size` or `smallest` is out of range.
     """
 
     size: int
@@ -130,61 +127,66 @@ class Rendering:
 
     def __post_init__(self) -> None:
         require_data(
-            SIZES[0] <= self.size <= SIZES[1] and 0.1 <= self.smallest <= LARGEST,
+            SIZES[0] <= self.size <= SIZES[1] and 0.1 <= self.smallest <= MAX_OBJECT_SHARE,
             f"write stamps: size must be in {SIZES[0]}..{SIZES[1]} pixels, smallest a share in"
-            f" 0.1..{LARGEST}; got size={self.size}, smallest={self.smallest}",
+            f" 0.1..{MAX_OBJECT_SHARE}; got size={self.size}, smallest={self.smallest}",
         )
 
     def __call__(self, scene: Scene) -> Encoded:
         item = Item(scene.number, render(scene, self.size, self.smallest), scene.label)
         encoded = Encoding(mode=self.mode, quality=self.quality)(item)
         assert isinstance(encoded, Encoded), encoded  # pixels from memory can always be stored
-        return replace(encoded, groups={"object": scene.object.name, "ground": scene.ground.name})
+        # manifests call a background "ground"
+        return replace(
+            encoded, groups={"object": scene.object.name, "ground": scene.background.name}
+        )
 
 
 def render(scene: Scene, size: int, smallest: float = 0.5) -> NDArray[np.uint8]:
-    """The pixels of a scene: [S,S,3]."""
-    shown_SS3 = np.array(_piece(scene, size), np.float32)
-    object_hw4 = np.asarray(_turned(scene, size, smallest), np.float32)
+    """The pixels of a scene: [S,S,3]. `smallest`: see SceneEncoding."""
+    pixels_SS3 = np.array(_crop_background(scene, size), np.float32)
+    object_hw4 = np.asarray(_transform_object(scene, size, smallest), np.float32)
     height, width, _ = object_hw4.shape
-    top, left = scene.below(_Y, size - height + 1), scene.below(_X, size - width + 1)
+    top, left = scene.draw_below(_Y, size - height + 1), scene.draw_below(_X, size - width + 1)
     colours_hw3, alpha_hw1 = object_hw4[..., :3], object_hw4[..., 3:]  # premultiplied by alpha
-    brightness = np.float32(1 + BRIGHTNESS * (2 * scene.unit(_BRIGHTNESS) - 1))
-    window_hw3 = shown_SS3[top : top + height, left : left + width]
+    brightness = np.float32(1 + BRIGHTNESS * (2 * scene.draw_uniform(_BRIGHTNESS) - 1))
+    window_hw3 = pixels_SS3[top : top + height, left : left + width]
     window_hw3 *= 1 - alpha_hw1 / 255
     window_hw3 += np.minimum(colours_hw3 * brightness, alpha_hw1)
-    return np.rint(shown_SS3).astype(np.uint8)
+    return np.rint(pixels_SS3).astype(np.uint8)
 
 
-def _piece(scene: Scene, size: int) -> Image.Image:
-    whole = ground(scene.ground, round(size / SMALLEST_PIECE))
-    side = round(min(whole.size) * (SMALLEST_PIECE + (1 - SMALLEST_PIECE) * scene.unit(_PIECE)))
-    top = scene.below(_PIECE_Y, whole.height - side + 1)
-    left = scene.below(_PIECE_X, whole.width - side + 1)
+def _crop_background(scene: Scene, size: int) -> Image.Image:
+    whole = background_image(scene.background, round(size / MIN_CROP_SHARE))
+    share = MIN_CROP_SHARE + (1 - MIN_CROP_SHARE) * scene.draw_uniform(_CROP)
+    side = round(min(whole.size) * share)
+    top = scene.draw_below(_CROP_Y, whole.height - side + 1)
+    left = scene.draw_below(_CROP_X, whole.width - side + 1)
     return whole.resize(
         (size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
     )
 
 
-def _turned(scene: Scene, size: int, smallest: float) -> Image.Image:
-    """The object after mirroring, scaling and rotation, premultiplied by alpha.
+def _transform_object(scene: Scene, size: int, smallest: float) -> Image.Image:
+    """The object after scaling, mirroring and rotation, premultiplied by alpha.
 
     It fits into the scene.
     """
-    plain = cut_out(scene.object, 2 * size)
-    degrees = TURN * (2 * scene.unit(_TURN) - 1)
+    image = object_image(scene.object, 2 * size)
+    degrees = MAX_DEGREES * (2 * scene.draw_uniform(_ANGLE) - 1)
     cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(abs(degrees)))
     # the longer side of the rectangle around the rotated object, before scaling
-    longer = max(plain.width * cos + plain.height * sin, plain.width * sin + plain.height * cos)
-    scale = (smallest + (LARGEST - smallest) * scene.unit(_SHARE)) * size / longer
-    width, height = (max(1, round(side * scale)) for side in plain.size)
-    if scene.below(_FLIP, 2):
-        plain = plain.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    turned = plain.resize((width, height), Image.Resampling.BICUBIC).rotate(
+    longer = max(image.width * cos + image.height * sin, image.width * sin + image.height * cos)
+    share = smallest + (MAX_OBJECT_SHARE - smallest) * scene.draw_uniform(_SHARE)
+    scale = share * size / longer
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    if scene.draw_below(_FLIP, 2):
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    rotated = image.resize((width, height), Image.Resampling.BICUBIC).rotate(
         degrees, Image.Resampling.BICUBIC, expand=True
     )
-    assert max(turned.size) <= size, (scene, turned.size)
-    return turned
+    assert max(rotated.size) <= size, (scene, rotated.size)
+    return rotated
 
 
 def write_stamps(
@@ -205,22 +207,24 @@ def write_stamps(
 ) -> list[Manifest]:
     """Write scenes of 13 classes: `samples` for training, and `val_samples` for evaluation.
 
-    The two parts show different objects. Both manifests store each scene's "object" and "ground"
-    for `Beton.groups`.
+    The two sets have different objects and backgrounds. Both manifests store each scene's "object"
+    and "ground" (background) for `Beton.groups`.
 
     Args:
         size: pixels a side.
-        split: selects the objects and grounds of the evaluation set: 0, 1 or 2; 3 for choosing
+        split: selects the objects and backgrounds of the evaluation set: 0, 1 or 2; 3 for choosing
             settings (stamp_pictures.py).
-        smallest: the least share of a scene's side that an object takes.
+        smallest: the minimum of the longer side of a rotated object, as a share of `size`.
         content_seed: selects the scenes of a split.
         source: the folder of the packages' pictures; None: /usr/share.
-        mode, quality: store as JPEG (quality 90) or raw.
-        existing: as in `write_fashion`.
+        mode, quality: store as "jpg", with quality 90 by default, or "raw".
+        existing: as in `write_sets`.
 
     Raises:
-        DataError: an option is out of range, a package is missing or a picture cannot be read
-            (before anything is written); also as `write_sets`.
+        DataError: an option is out of range or has no effect, a package is missing, a picture
+            cannot be read, or kept files are of other scenes; also as `write_sets`. Nothing is
+            written if a picture cannot be read.
+        LoaderError: as `write_sets`.
     """
     require_data(
         mode != "raw" or quality is None,
@@ -228,43 +232,48 @@ def write_stamps(
     )
     require_data(
         min(samples, val_samples) >= 1 and 0 <= content_seed < 2**63,
-        "write stamps: samples and val_samples must be 1 or more, content_seed 0 to 2^63-1; "
+        "write stamps: samples and val_samples must be 1 or more, content_seed in 0..2^63-1; "
         f"got samples={samples}, val_samples={val_samples}, content_seed={content_seed}",
     )
-    how = Rendering(
+    encode = SceneEncoding(
         size=size,
         split=split,
         content_seed=content_seed,
         smallest=smallest,
         mode=mode,
-        quality=quality or 90,
+        quality=90 if quality is None else quality,
     )
     share = SHARE if source is None else Path(source).expanduser()
-    pictures = installed(share)
-    divided = parts(pictures, split)
-    where = f"{share.absolute()}, pictures {_read_all(pictures, size)}"
+    pictures = installed_pictures(share)
+    part_pictures = split_pictures(pictures, split)
+    origin = f"{share.absolute()}, pictures {_read_all(pictures, size)}"
     sets: list[Source] = []
     for part, (name, count) in enumerate((("train", samples), ("val", val_samples))):
-        shown = scenes(divided[part], count, part=part, split=split, content_seed=content_seed)
-        sets.append(Source(name, list(CLASSES), list(shown), where))
+        items = scenes(
+            part_pictures[part], count, part=part, split=split, content_seed=content_seed
+        )
+        sets.append(Source(name, list(CLASSES), list(items), origin))
     written = write_sets(
-        sets, Path(out), how, workers=workers, progress=progress, existing=existing
+        sets, Path(out), encode, workers=workers, progress=progress, existing=existing
     )
     check_kept(written, sets)
     return written
 
 
 def _read_all(pictures: Pictures, size: int) -> str:
-    """Read each picture once before a file is begun, and return an id of them all.
+    """Read each picture, to find unreadable ones before the first file is written.
 
-    The id is 16 digits of the sha256 of their names and bytes.
+    Returns an id of the pictures: 16 digits of the sha256 of their names and bytes.
+
+    Raises: DataError if a picture cannot be read.
     """
-    digest = hashlib.sha256()
-    for read, side, some in (
-        (cut_out, 2 * size, chain(*pictures.objects.values())),
-        (ground, round(size / SMALLEST_PIECE), pictures.grounds),
-    ):
-        for each in some:
-            read(each, side)
-            digest.update(each.name.encode() + hashlib.sha256(each.path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
+    objects = list(chain(*pictures.objects.values()))
+    for picture in objects:
+        object_image(picture, 2 * size)
+    for picture in pictures.backgrounds:
+        background_image(picture, round(size / MIN_CROP_SHARE))
+    contents = [
+        picture.name.encode() + hashlib.sha256(picture.path.read_bytes()).digest()
+        for picture in (*objects, *pictures.backgrounds)
+    ]
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:16]

@@ -1,8 +1,8 @@
 """Writes sets of samples to `train.beton` and `val.beton`, with a manifest beside each.
 
-    open a source, encode its samples in one or several processes, store them in order, report
+    take a source, encode its samples in one or several processes, store them in order, report
 
-A file appears under its final name complete or not at all. Its bytes do not depend on the number of
+A file gets its final name only when it is complete. Its bytes do not depend on the number of
 workers.
 """
 
@@ -31,19 +31,20 @@ from pipeline.data.ffcv.format import BetonWriter
 from pipeline.data.ffcv.manifest import ContentHash, Manifest
 from pipeline.data.ffcv.page_checks import verify
 
-CHUNK, AHEAD = 16, 32  # samples per task of a worker, and per worker in all its tasks
+CHUNK = 16  # samples in one task of a worker process
+AHEAD = 32  # samples per worker process that are encoded ahead
 Existing = Literal["refuse", "replace", "keep"]
-Progress = Callable[[int, int], None]  # samples done, total samples, over both sets
+Progress = Callable[[int, int], None]  # called with the samples done and all samples of both sets
 
 
 @dataclass(frozen=True)
 class Source:
-    """The samples of one set in the order of the file."""
+    """The samples of one set, in the order of the file."""
 
     name: str  # train or val
-    classes: list[str]  # a name's position is its label
-    items: Sequence[Any]  # each has a `label`, and `str` names it in error messages
-    where: str
+    classes: list[str]  # the position of a class name is its label
+    items: Sequence[Any]  # the samples; each has a `label`, and `str` names it in error messages
+    origin: str  # of the samples, for the manifest
     left_out: tuple[str, ...] = ()  # see Manifest
 
 
@@ -51,12 +52,15 @@ class Source:
 class Encoded:
     payload: bytes
     attributes: dict[str, int]  # stored in the file beside the label (format.py)
-    counted: dict[str, int]  # summed over the samples for the manifest
-    groups: dict[str, str] = field(default_factory=dict)  # stored per sample in the manifest
+    counts: dict[str, int]  # the sums over all samples are stored in the manifest
+    groups: dict[str, str] = field(default_factory=dict)  # stored in the manifest for each sample
 
 
 class TooManyUnreadable(DataError):
-    """More unreadable samples than allowed. `unreadable` lists them, as `Manifest.skipped` does."""
+    """A set has more unreadable samples than allowed, or no readable one.
+
+    `unreadable`: the unreadable samples of all sets, as in `Manifest.skipped`.
+    """
 
     def __init__(self, message: str, unreadable: list[dict[str, str]]) -> None:
         super().__init__(message)
@@ -66,58 +70,61 @@ class TooManyUnreadable(DataError):
 def write_sets(
     sets: Sequence[Source],
     out: Path,
-    how: Any,
+    encode: Any,
     *,
     workers: int = 1,
     max_bad: int = 0,
     progress: Progress | None = None,
     existing: Existing = "refuse",
 ) -> list[Manifest]:
-    """Write each set to `out/<its name>.beton`, encoded by `how`.
+    """Write each set to `out/<its name>.beton`.
+
+    An error before the files are complete leaves `out` unchanged.
 
     Args:
-        how: a frozen dataclass. Called with a sample, it returns it `Encoded`, or the reason why it
-            cannot be. `how.kind` is that of the file (format.py). Its fields are stored in the
-            manifest, and worker processes get a copy.
+        encode: a frozen dataclass. A call with a sample returns an `Encoded`, or the reason why the
+            sample is unreadable. `encode.kind` is the kind of the file (format.py). The fields of
+            the dataclass are stored in the manifest. Each worker process gets a copy.
         max_bad: the number of samples in each set that may be unreadable. They are omitted and
             listed in the manifest.
-        existing: "refuse" or "replace" existing files, or "keep" them after all their bytes were
-            verified.
+        existing: "refuse" or "replace" existing files, or "keep" them if all sets exist. Kept files
+            are verified: all their bytes, and the options that they were written with.
 
     Raises:
-        DataError: more samples than `max_bad` are unreadable (after all samples of both sets were
-            tried), `out` is already written, or the disk is full.
-        LoaderError: a worker died or hung.
-    No file remains after an error.
+        TooManyUnreadable: a set has more than `max_bad` unreadable samples, or no readable one.
+            Before that, all samples of all sets are tried.
+        DataError: an option is out of range, a file exists, a kept file is damaged or has other
+            options, a sample does not fit a page, or the disk is full or cannot be written.
+        LoaderError: a worker process died or hung.
     """
     require_data(
         workers >= 1 and max_bad >= 0 and existing in get_args(Existing),
         "write: workers must be 1 or more, max_bad 0 or more, existing 'refuse', 'replace' or"
         f" 'keep'; got workers={workers}, max_bad={max_bad}, existing={existing!r}",
     )
-    finals = [Path(out) / f"{each.name}.beton" for each in sets]
-    there = [str(final) for final in finals if final.exists()]
-    if existing == "keep" and len(there) == len(finals):
-        return _verified(finals, how)
+    files = [Path(out) / f"{source.name}.beton" for source in sets]
+    existing_files = [str(file) for file in files if file.exists()]
+    if existing == "keep" and len(existing_files) == len(files):
+        return _verify_kept(files, encode)
     require_data(
-        not there or existing == "replace",
-        f"write: {' and '.join(there)} must not exist yet; remove them, or ask with --existing"
-        " replace",
+        not existing_files or existing == "replace",
+        f"write: {' and '.join(existing_files)} must not exist yet; remove them, or ask with"
+        " --existing replace",
     )
     Path(out).mkdir(parents=True, exist_ok=True)
-    total, done = sum(len(each.items) for each in sets), count(1)
+    total, done = sum(len(source.items) for source in sets), count(1)
     report = lambda: progress(next(done), total) if progress else None
-    beside = [final.with_name(final.name + manifests.SUFFIX) for final in finals]
-    with ExitStack() as held:  # renames the files together, once all are complete
+    manifest_paths = [file.with_name(file.name + manifests.SUFFIX) for file in files]
+    with ExitStack() as stack:  # renames the files together, after all are complete
         written = [
-            _store(each, held.enter_context(_whole_or_nothing(final)), how, workers, report)
-            for each, final in zip(sets, finals, strict=True)
+            _store(source, stack.enter_context(_renamed_to(file)), encode, workers, report)
+            for source, file in zip(sets, files, strict=True)
         ]
-        _refuse_unreadable(written, how.kind.name, max_bad)
-        for path in beside:
-            # An old manifest must not vouch for a new file, nor a new one for an old file.
+        _refuse_unreadable(written, encode.kind.name, max_bad)
+        for path in manifest_paths:
+            # A run that is killed before its end must not leave a manifest of another file.
             path.unlink(missing_ok=True)
-    for manifest, path in zip(written, beside, strict=True):
+    for manifest, path in zip(written, manifest_paths, strict=True):
         manifest.write(path)
     return written
 
@@ -125,28 +132,29 @@ def write_sets(
 def check_kept(written: Sequence[Manifest], sets: Sequence[Source]) -> None:
     """Check that kept files were written from the requested sets.
 
-    Raises: DataError that names the samples of the files.
+    Raises: DataError if a file has another number or another origin of samples.
     """
-    for manifest, each in zip(written, sets, strict=True):
-        held = manifest.samples + len(manifest.skipped)
+    for manifest, source in zip(written, sets, strict=True):
+        samples = manifest.samples + len(manifest.skipped)
         require_data(
-            (held, manifest.source) == (len(each.items), each.where),
-            f"write: {manifest.file} was written from {counted(held, 'sample')} of"
-            f" {manifest.source}; got {len(each.items)} of {each.where}; ask with --existing"
+            (samples, manifest.source) == (len(source.items), source.origin),
+            f"write: {manifest.file} was written from {counted(samples, 'sample')} of"
+            f" {manifest.source}; got {len(source.items)} of {source.origin}; ask with --existing"
             " replace",
         )
 
 
 def encode_all(
-    items: Iterable[Any], how: Any, *, workers: int, stall_s: float = 300.0
+    items: Iterable[Any], encode: Any, *, workers: int, timeout_s: float = 300.0
 ) -> Iterator[tuple[Any, Encoded | str]]:
-    """Encode in order, in `workers` processes (1: in this one).
+    """Encode in order, in `workers` processes, or in this process if `workers` is 1.
 
-    Raises: LoaderError if a worker process dies, or the samples in work, at most `AHEAD` per
-        worker, take more than `stall_s` seconds.
+    The samples are encoded in batches of `AHEAD` per worker.
+
+    Raises: LoaderError if a worker process dies, or a batch takes more than `timeout_s` seconds.
     """
     if workers == 1:
-        yield from ((item, how(item)) for item in items)
+        yield from ((item, encode(item)) for item in items)
         return
     # Spawned, because a fork would leave the threads of this process (torch, numba) in an unknown
     # state.
@@ -156,15 +164,16 @@ def encode_all(
     samples, batch = iter(items), []
     try:
         while batch := list(islice(samples, AHEAD * workers)):
-            results = pool.map(how, batch, chunksize=CHUNK, timeout=stall_s)
-            yield from zip(batch, results, strict=True)
+            yield from zip(
+                batch, pool.map(encode, batch, chunksize=CHUNK, timeout=timeout_s), strict=True
+            )
     except BrokenProcessPool as error:
         raise LoaderError(
             f"write: a worker process died while samples from {batch[0]} on were encoded"
         ) from error
     except TimeoutError as error:
         raise LoaderError(
-            f"write: samples {batch[0]} to {batch[-1]} were not encoded within {stall_s:g} s"
+            f"write: samples {batch[0]} to {batch[-1]} were not encoded within {timeout_s:g} s"
         ) from error
     finally:
         # CPython 3.11 to 3.13 have no public method to end a hanging worker; 3.14 has
@@ -174,12 +183,12 @@ def encode_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _verified(files: Sequence[Path], how: Any) -> list[Manifest]:
+def _verify_kept(files: Sequence[Path], encode: Any) -> list[Manifest]:
     kept = [manifest for file in files for manifest in verify(file)]
     for manifest in kept:
         require_data(
-            manifest.options == asdict(how),
-            f"write: {manifest.file} was written with {manifest.options}; got {asdict(how)}; ask"
+            manifest.options == asdict(encode),
+            f"write: {manifest.file} was written with {manifest.options}; got {asdict(encode)}; ask"
             " with --existing replace",
         )
     return kept
@@ -194,20 +203,21 @@ def _refuse_unreadable(written: Sequence[Manifest], kind: str, max_bad: int) -> 
     ]
     raise TooManyUnreadable(
         f"write: at most {counted(max_bad, kind)} of each set may be unreadable, and one must be"
-        f" readable; got {' and '.join(counts)} unreadable; mend or remove what is listed, or"
+        f" readable; got {' and '.join(counts)} unreadable; repair or remove the listed files, or"
         " allow more with --max-bad",
-        [bad for each in written for bad in each.skipped],
+        [sample for each in written for sample in each.skipped],
     )
 
 
 def _store(
-    source: Source, path: Path, how: Any, workers: int, report: Callable[[], None]
+    source: Source, path: Path, encode: Any, workers: int, report: Callable[[], None]
 ) -> Manifest:
-    """Write a set to `path` and return its manifest."""
-    content, labels, skipped, stored = ContentHash(source.classes, how.kind), [], [], Counter()
-    groups: defaultdict[str, list[str]] = defaultdict(list)
-    with closing(BetonWriter(path, capacity=len(source.items), kind=how.kind)) as writer:
-        for item, result in encode_all(source.items, how, workers=workers):
+    # First, because a checkout that is not installed has no version.
+    versions = {name: version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")}
+    content, stored = ContentHash(source.classes, encode.kind), Counter()
+    labels, skipped, groups = [], [], defaultdict(list)
+    with closing(BetonWriter(path, capacity=len(source.items), kind=encode.kind)) as writer:
+        for item, result in encode_all(source.items, encode, workers=workers):
             if isinstance(result, str):
                 skipped.append({"image": str(item), "reason": result})
             else:
@@ -217,9 +227,9 @@ def _store(
                     raise DataError(f"{item}: {error}") from error
                 content.add(result.payload, label=item.label, **result.attributes)
                 labels.append(item.label)
-                stored.update(result.counted)
-                for by, group in result.groups.items():
-                    groups[by].append(group)
+                stored.update(result.counts)
+                for grouping, group in result.groups.items():
+                    groups[grouping].append(group)
             report()
         writer.finish()
     return manifests.describe(
@@ -232,15 +242,15 @@ def _store(
         left_out=list(source.left_out),
         stored=dict(stored),
         groups=dict(groups),
-        source=source.where,
+        source=source.origin,
         command=shlex.join(sys.argv),
-        options=asdict(how),
-        written_by={name: version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")},
+        options=asdict(encode),
+        written_by=versions,
     )
 
 
 @contextmanager
-def _whole_or_nothing(final: Path) -> Iterator[Path]:
+def _renamed_to(final: Path) -> Iterator[Path]:
     """Yield a temporary path.
 
     It is renamed to `final` if the block succeeds, and removed if it fails or is interrupted.
@@ -253,9 +263,9 @@ def _whole_or_nothing(final: Path) -> Iterator[Path]:
         temporary.replace(final)
         sync_folder(final.parent)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise DataError(
-            f"write: {final} {'does not fit the disk' if full else 'cannot be written'}:"
+            f"write: {final} {'does not fit the disk' if is_full else 'cannot be written'}:"
             f" {error.strerror}"
         ) from error
     finally:

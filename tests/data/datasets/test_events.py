@@ -148,7 +148,7 @@ def test_ffcv_itself_reads_the_file(moving: Path) -> None:
     ("change", "said"),
     [
         ({"steps": 5}, r"steps must divide the 12 slices of .*train\.beton; got 5"),
-        ({"size": 34}, r"size must be the file's, 16x16 in .*; got 34"),
+        ({"size": 34}, r"size must be that of the frames in .*, 16x16; got 34"),
         ({"classes": 10}, r"classes must be those of .*, 16; got 10"),
     ],
 )
@@ -227,7 +227,7 @@ def test_saccades_over_fashion(small_fashion: Path, tmp_path: Path) -> None:
         ),
         (
             {"name": "moving", "resize": "area"},
-            "resize has no effect: moving is generated in the size asked for",
+            "resize has no effect: moving is generated in the requested size",
         ),
         (
             {"name": "nmnist", "samples": 5, "source": "x"},
@@ -236,8 +236,8 @@ def test_saccades_over_fashion(small_fashion: Path, tmp_path: Path) -> None:
         (
             {"name": "gesture", "source": "x"},
             (
-                "gesture needs a source, the folder that tonic fills, and slices; got source=x,"
-                " slices=None"
+                "gesture needs a source, the folder that tonic downloads to, and slices; got"
+                " source=x, slices=None"
             ),
         ),
         ({"name": "moving", "samples": 0}, "samples and val_samples must be 1 or more; got 0"),

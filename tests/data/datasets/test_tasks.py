@@ -81,7 +81,7 @@ def test_a_task_has_each_sample_of_its_classes_once():
         loader = data.val(**VAL)
         batches = read(loader)
         ids = torch.cat([batch.index for batch in batches])
-        assert set((ids % 6).tolist()) == {2 * task, 2 * task + 1} == set(data.chosen)
+        assert set((ids % 6).tolist()) == {2 * task, 2 * task + 1} == set(data.task_classes)
         assert torch.equal(torch.cat([batch.target for batch in batches]), ids % 6 - 2 * task)
         assert loader.samples == len(ids) and data.classes == 2
         seen += ids.tolist()
@@ -105,7 +105,7 @@ def test_a_shared_head_keeps_the_datas_labels():
 
 def test_classes_may_come_in_another_order():
     data = SplitClasses(plain(), task=1, order=(5, 0, 3, 1, 2, 4))
-    assert data.chosen == (3, 1)
+    assert data.task_classes == (3, 1)
     for batch in read(data.val(**VAL)):
         assert torch.equal(batch.target, (batch.index % 6 == 1).long())
 
@@ -130,9 +130,9 @@ def test_files_leave_classes_out(fashion):
     how = {"classes": 10, "size": 28, "channels": 1, "mean": (0.5,), "std": (0.5,)}
     still = {"crop": "shift", "reach": 0, "flip": "never"}
     beton = Beton(fashion, **how, **still)
-    data, chosen = SplitClasses(beton, task=3), [i for i in range(100) if i % 10 in (6, 7)]
+    data, task_classes = SplitClasses(beton, task=3), [i for i in range(100) if i % 10 in (6, 7)]
     batches = read(data.train(**SIZES | {"batch_size": 5, "micro_batch": 5}))
-    assert sorted(by_index(batches)) == chosen
+    assert sorted(by_index(batches)) == task_classes
     assert all(torch.equal(batch.target, batch.index % 10 - 6) for batch in batches)
     [whole], [mine] = read(beton.val(**VAL | {"micro_batch": 30})), read(data.val(**VAL))
     assert mine.index.tolist() == [6, 7, 16, 17, 26, 27]
@@ -140,7 +140,7 @@ def test_files_leave_classes_out(fashion):
     held_out = SplitClasses(Beton(fashion, **how, held_out=0.3), task=3)
     trained_on = held_out.train(**SIZES | {"batch_size": 1, "micro_batch": 1})
     chosen_on, learnt = (by_index(read(each)) for each in (held_out.val(**VAL), trained_on))
-    assert chosen_on and sorted([*chosen_on, *learnt]) == chosen
+    assert chosen_on and sorted([*chosen_on, *learnt]) == task_classes
 
 
 @pytest.mark.parametrize(
@@ -153,10 +153,10 @@ def test_files_leave_classes_out(fashion):
         ),
         (
             lambda: SplitClasses(plain(), task=3),
-            "6 classes in tasks of 2 make 3 tasks, from 0; got task=3",
+            "below the 3 tasks that 6 classes make with 2 per task; got 3",
         ),
-        (lambda: SplitClasses(plain(), task=0, classes_per_task=0), "tasks of 0 make 0 tasks"),
-        (lambda: SplitClasses(plain(), task=0, classes_per_task=7), "tasks of 7 make 0 tasks"),
+        (lambda: SplitClasses(plain(), task=0, classes_per_task=0), "0 tasks .* with 0 per task"),
+        (lambda: SplitClasses(plain(), task=0, classes_per_task=7), "0 tasks .* with 7 per task"),
         (
             lambda: SplitClasses(plain(), task=0, order=(0, 1)),
             r"each of 0\.\.5 once, .*; got order=\(0, 1\)",
@@ -167,13 +167,13 @@ def test_files_leave_classes_out(fashion):
         ),
         (
             lambda: SplitClasses(SplitClasses(plain(), task=0), task=0),
-            "needs data that can leave classes out.*got SplitClasses",
+            "SplitClasses: data must have a method with_classes, .*got SplitClasses",
         ),
         (
             lambda: SplitClasses(plain(), task=0).train(**SIZES | {"batch_size": 24}),
             "at most the 18 samples of the set; got 24",
         ),
-        (lambda: plain().of_classes((9,)).train(**SIZES), "at most the 0 samples"),
+        (lambda: plain().with_classes((9,)).train(**SIZES), "at most the 0 samples"),
     ],
 )
 def test_refuses(make, said):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
 from pipeline.data.datasets.beton import Beton
-from pipeline.data.ffcv.augment import crop_box, lookup, ratio_table
+from pipeline.data.ffcv.augment import crop_box, level_table, ratio_table
 from tests.helpers.views import AREA, MEAN, RATIO, STD, crop_by_hand, epoch_of, normalised, resized
 
 
@@ -109,7 +109,7 @@ def test_shift_moves_a_window_over_black(fashion, small_fashion, size, channels,
         mean=mean,
         std=std,
     )
-    canvas, table = np.pad(pictures, ((0, 0), (20, 20), (20, 20))), lookup(mean, std)
+    canvas, table = np.pad(pictures, ((0, 0), (20, 20), (20, 20))), level_table(mean, std)
     for i, x in epoch_of(data, "train", 2):
         down, right = (int(below(bits(21, 2, i, draw), 9)) - 4 for draw in (SHIFT_Y, SHIFT_X))
         top, left = 20 + (28 - size) // 2 + down, 20 + (28 - size) // 2 + right

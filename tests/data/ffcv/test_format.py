@@ -114,6 +114,24 @@ def test_damaged_beginnings_are_refused(folder, at, content):
         read_tables(path)
 
 
+@pytest.mark.parametrize(
+    ("data", "number", "type_id", "got"),
+    [
+        ("photos", 1, 0, r"image \(RGBImageField\), label \(FloatField\)$"),
+        ("moving", 0, 3, r"array \(BytesField\), label \(IntField\)$"),
+    ],
+    indirect=["data"],
+)
+def test_a_field_of_another_type_is_refused(data, number, type_id, got):
+    path = data.folder / "train.beton"
+    begin, size = regions(path)["field descriptors"]
+    with path.open("r+b") as file:
+        file.seek(begin + number * size // 2)
+        file.write(bytes([type_id]))
+    with pytest.raises(DataError, match=rf"train\.beton: must hold the fields .*; got {got}"):
+        read_tables(path)
+
+
 def test_an_empty_file_is_no_beton(tmp_path):
     (tmp_path / "x.beton").touch()
     with pytest.raises(DataError, match=r"x\.beton: no \.beton"):

@@ -9,7 +9,7 @@ from pipeline.data.base import DataError
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.format import Arrays
-from pipeline.data.ffcv.page_checks import check, verify
+from pipeline.data.ffcv.page_checks import check_file, verify
 
 
 def test_the_content_hash_is_that_of_its_definition():
@@ -58,7 +58,10 @@ def forged(text: str, **changes) -> str:
         (lambda text: forged(text, version=2), r"manifest 1 \(it is a spiketrain beton manifest 2"),
         (lambda text: forged(text, classes=None), "missing .* 'classes'"),
         (lambda text: forged(text, more=1), "unexpected keyword argument 'more'"),
-        (lambda text: forged(text, file="val.beton"), r"belongs to another file, val\.beton"),
+        (
+            lambda text: forged(text, file="val.beton"),
+            r"must belong to train\.beton; got .* val\.beton",
+        ),
         (lambda text: forged(text, sha256="0" * 64), r"train\.beton must have sha256 0000.*; got"),
         (
             lambda text: forged(text, content="1" * 64),
@@ -77,4 +80,4 @@ def test_a_manifest_may_lack_what_has_a_default(folder):
     """Files that were written before their samples could be grouped are read."""
     path = folder / "train.beton.manifest.json"
     path.write_text(forged(path.read_text(), groups=None))
-    assert check(folder / "train.beton").groups == {}
+    assert check_file(folder / "train.beton").groups == {}

@@ -13,7 +13,7 @@ from pipeline.data.datasets.tasks import Permuted, SplitClasses
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv import page_checks
 from pipeline.data.ffcv.format import RAW
-from pipeline.data.ffcv.page_checks import SpotCheck, check, verify
+from pipeline.data.ffcv.page_checks import SpotCheck, check_file, verify
 from tests.helpers.damage import flip
 from tests.helpers.loaders import read
 from tests.helpers.small_pages import write_pages
@@ -35,7 +35,7 @@ def test_some_pages_and_samples_are_named_and_the_rest_counted(tmp_path):
         for page, at in ((6, begin), (7, begin + 4096))
     )
     with pytest.raises(DataError) as caught:
-        check(path)
+        check_file(path)
     said = str(caught.value)
     assert said.startswith(f"data: {path}: {first}, {second}, page 8 (")
     assert said.endswith(" and 2 more: damaged; restore the file or write the data again")
@@ -61,11 +61,12 @@ def test_a_damaged_page_is_refused_while_it_is_read(wrap, fashion, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("one_in", "ends"), [(1 << 30, nullcontext()), (1, pytest.raises(DataError, match="page 0 "))]
+    ("one_in", "ends"),
+    [(1 << 30, nullcontext), (1, lambda: pytest.raises(DataError, match="page 0 "))],
 )
 def test_a_replaced_file_stops_nothing_until_a_page_is_compared(folder, one_in, ends):
     data = Beton(folder, classes=2, size=8).with_page_checks(one_in)
-    with data.train(**SIZES | {"batch_size": 1, "micro_batch": 1}).epoch(0) as batches, ends:
+    with data.train(**SIZES | {"batch_size": 1, "micro_batch": 1}).epoch(0) as batches, ends():
         next(batches)
         (folder / "other").write_bytes(b"another file")
         (folder / "other").replace(folder / "train.beton")

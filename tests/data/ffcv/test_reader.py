@@ -102,13 +102,13 @@ def test_a_process_on_the_cpu_of_a_machine_with_a_gpu_pins_no_memory(data, monke
 
 
 def test_an_early_break_leaves_no_thread_and_does_not_read_the_rest(data, monkeypatch):
-    stock, read = reader._Reading.run_pipeline, []
+    stock, read = reader._EpochReader.run_pipeline, []
 
     def counted(self, number, *rest):
         read.append(number)
         return stock(self, number, *rest)
 
-    monkeypatch.setattr(reader._Reading, "run_pipeline", counted)
+    monkeypatch.setattr(reader._EpochReader, "run_pipeline", counted)
     loader = data.train(seed=5, batch_size=2, micro_batch=2)
     before = threading.active_count()
     for _ in range(5):
@@ -134,7 +134,7 @@ def test_close_stops_what_is_open(data):
 
 def test_an_error_in_the_thread_arrives(data, monkeypatch):
     broken = Mock(side_effect=OSError("disk on fire"))
-    monkeypatch.setattr(reader._Reading, "run_pipeline", broken)
+    monkeypatch.setattr(reader._EpochReader, "run_pipeline", broken)
     begin, said = time.monotonic(), r"train\.beton failed: OSError: disk on fire"
     with pytest.raises(LoaderError, match=said), data.train(**SIZES).epoch(0) as batches:
         next(batches)
@@ -144,15 +144,15 @@ def test_an_error_in_the_thread_arrives(data, monkeypatch):
 @pytest.mark.parametrize("whole", [0, 2])
 def test_a_hang_arrives_at_the_limit(data, monkeypatch, whole):
     """Of the first batch, and of a later one, whose limit is shorter."""
-    monkeypatch.setattr(reader, "HANG_S" if whole else "FIRST_BATCH_S", 0.5)
-    monkeypatch.setattr(reader, "PATIENCE_S", 0.1)
-    free, original, done = threading.Event(), reader._Reading.run_pipeline, []
+    monkeypatch.setattr(reader, "BATCH_TIMEOUT_S" if whole else "FIRST_BATCH_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(reader, "CLOSE_TIMEOUT_S", 0.1)
+    free, original, done = threading.Event(), reader._EpochReader.run_pipeline, []
 
     def hang_later(self, *args):
         done.append(None)
         return original(self, *args) if len(done) <= whole else free.wait(30)
 
-    monkeypatch.setattr(reader._Reading, "run_pipeline", hang_later)
+    monkeypatch.setattr(reader._EpochReader, "run_pipeline", hang_later)
     begin, said = time.monotonic(), r"no batch for 0\.5 s"
     with pytest.raises(LoaderError, match=said), data.train(**SIZES).epoch(0) as batches:
         assert len(list(batches)) <= whole
@@ -181,7 +181,10 @@ def test_a_corrupt_jpeg_is_named_and_its_page_is_damaged_unless_it_was_written_s
             list(batches)
         return str(caught.value)
 
-    corrupt = f"data: {path}: cannot decode the JPEG of samples [{victim}]; `spiketrain verify` it"
+    corrupt = (
+        f"data: {path}: cannot decode the JPEG of samples [{victim}]; check the file with"
+        " `spiketrain verify`"
+    )
     assert refusal(plain) == corrupt
     checked = plain.with_page_checks(1 << 30)
     place = r"page 0 \(bytes \d+ to \d+, samples 0 to 60\)"
@@ -205,7 +208,7 @@ def test_too_many_threads_are_refused_and_tbb_demanded(monkeypatch):
     missing = Mock(side_effect=ImportError("libtbb.so.12: cannot open shared object file"))
     monkeypatch.setattr(numba_threads.importlib, "import_module", missing)
     assert reader.usable_threads(1) == 1
-    with pytest.raises(DataError, match=r"needs TBB .*threads=1; got: libtbb"):
+    with pytest.raises(DataError, match=r"needs TBB; .*threads=1; got: libtbb"):
         reader.usable_threads(2)
 
 
@@ -224,4 +227,4 @@ def test_memory_is_returned(data):
     for _ in range(3):
         digests(loader)
     gc.collect()
-    assert not [each for each in gc.get_objects() if type(each) is reader._Reading]
+    assert not [each for each in gc.get_objects() if type(each) is reader._EpochReader]

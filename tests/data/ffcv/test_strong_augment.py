@@ -14,7 +14,7 @@ from timm.data import auto_augment
 from pipeline.core.random import COLOUR, ERASE, ERASE_PIXELS, below, bits, normal_table
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv.augment import ratio_table
-from pipeline.data.ffcv.strong_augment import OPERATIONS, apply
+from pipeline.data.ffcv.strong_augment import OPERATIONS, apply_operation
 from tests.helpers.views import MEAN, STD, crop_by_hand, epoch_of, normalised, resized
 
 TIMM = (
@@ -79,7 +79,7 @@ def test_each_operation_is_timms(
         for level in (0.0, 0.37, 2.5, 5.0, 8.61, 9.0, 9.99, 10.0):
             for sign in (1.0, -1.0):
                 found = pixels.copy()
-                apply(found, operation, level, sign)
+                apply_operation(found, operation, level, sign)
                 assert np.array_equal(found, timms(pixels, operation, level, sign, monkeypatch)), (
                     level,
                     sign,

@@ -21,7 +21,7 @@ from pipeline.data.write.generated_events import (
     Saccades,
     add_noise,
     film_to_events,
-    gaze,
+    gaze_path,
     moving_shape_events,
     reversal,
 )
@@ -175,12 +175,13 @@ def test_the_sensor_may_be_larger_and_not_too_small() -> None:
     assert stream.sensor == (48, 48) and stream.x_N.max() < 48
     with pytest.raises(DataError, match="size must be 16 or more pixels; got 8"):
         MovingShape(0, 0, size=8)
-    with pytest.raises(DataError, match="size must be the picture's 28 pixels or more; got 20"):
+    said = "size must be 28 pixels, the longer side of the image, or more; got 20"
+    with pytest.raises(DataError, match=said):
         Saccades(PICTURE, 0, 0, 0, size=20)
 
 
 def test_three_saccades_of_100_ms_each_and_back_show_edges_and_no_flat_ground() -> None:
-    path = list(map(tuple, gaze()))
+    path = list(map(tuple, gaze_path()))
     assert len(path) == 76 and path[0] == path[-1] and len({path[0], path[25], path[50]}) == 3
     stream = Saccades(PICTURE, 3, 0, 0).events()
     assert stream.span == (0, 300_000) and stream.sensor == (34, 34)

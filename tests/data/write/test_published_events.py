@@ -91,6 +91,16 @@ def test_ncaltech101_begins_where_its_window_did(tmp_path: Path) -> None:
     assert same(train.items[0], (t_N, y_N - y_N.min(), x_N - x_N.min(), p_N))
 
 
+def test_a_class_without_an_evaluation_part_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "NCALTECH101" / "Caltech101"
+    for name, count in (("accordion", 5), ("airplanes", 4)):
+        for number in range(count):
+            write_bin(root / name / f"image_{number:04d}.bin", some_events(1, 90, 100))
+    said = r"must have 5 or more recordings to be split; got 4 like .*airplanes/image_0000\.bin$"
+    with pytest.raises(DataError, match=said):
+        published_sets("ncaltech101", tmp_path)
+
+
 @pytest.mark.parametrize("cut", [1, 16, 30])
 @pytest.mark.parametrize("suffix", [".bin", ".aedat4", ".npy"])
 def test_an_event_file_that_is_cut_short_is_named(tmp_path: Path, suffix: str, cut: int) -> None:
@@ -118,7 +128,7 @@ def test_recordings_that_are_not_there_are_named_with_where_to_get_them(
 
     monkeypatch.setattr(tonic.datasets.NMNIST, "download", offline)
     said = (
-        r"^write events: nmnist is neither in .*NMNIST nor could tonic download it \(URLError: .*no"
+        r"^write events: nmnist is not in .*NMNIST, and tonic cannot download it \(URLError: .*no"
         r" route to host.*\); "
         r"download https://.* and unpack it there, or pass another --source$"
     )

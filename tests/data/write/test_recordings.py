@@ -3,6 +3,7 @@ refused.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from pipeline.core.errors import DataError
 from pipeline.data.ffcv.format import Arrays
-from pipeline.data.write.recordings import Framing, Stream, frames, in_order
+from pipeline.data.write.recordings import Framing, Stream, frames, sorted_stream
 from pipeline.data.write.writer import Encoded
 
 
@@ -21,7 +22,7 @@ def stream(
     rng = np.random.default_rng(seed)
     t_N = np.concatenate([rng.integers(0, last_us, count - 2), [0, last_us - 1]])
     places = (rng.integers(0, many, count) for many in (*sensor, 2))
-    return in_order(t_N, *places, sensor=sensor, span=(0, last_us))
+    return sorted_stream(t_N, *places, sensor=sensor, span=(0, last_us))
 
 
 def counted(events: Stream, slices: int, size: int, by: str) -> np.ndarray:
@@ -98,7 +99,7 @@ def test_stored_as_counts_or_as_halves(how: dict[str, Any], dtype: str, toleranc
     framing = Framing(slices=4, size=5, **how)
     encoded = framing(Made(stream()))
     assert isinstance(encoded, Encoded) and encoded.attributes == {}
-    assert encoded.counted == {"events": 500, "saturated": 0}
+    assert encoded.counts == {"events": 500, "saturated": 0}
     assert framing.kind == Arrays(np.dtype(dtype).name, (4, 2, 5, 5))
     found = np.frombuffer(encoded.payload, dtype).reshape(4, 2, 5, 5)
     np.testing.assert_allclose(
@@ -109,13 +110,27 @@ def test_stored_as_counts_or_as_halves(how: dict[str, Any], dtype: str, toleranc
 def test_a_count_that_does_not_fit_is_refused_or_saturates_and_is_counted() -> None:
     t_N, zeros = np.arange(600), np.zeros(600, np.int64)
     hot = Made(Stream(t_N, zeros, np.repeat([0, 1, 2], [300, 256, 44]), zeros, (4, 4), (0, 600)))
-    assert str(Framing(slices=1, size=4)(hot)).startswith(
-        "2 counts beyond uint8, the largest 300; store int16"
-    )
+    said = r"must be at most 255 \(uint8\); got 2 larger ones, up to 300; set counts='int16', store"
+    assert re.search(said, str(Framing(slices=1, size=4)(hot)))
     cut = Framing(slices=1, size=4, overflow="saturate")(hot)
-    assert isinstance(cut, Encoded) and cut.counted == {"events": 600, "saturated": 2}
+    assert isinstance(cut, Encoded) and cut.counts == {"events": 600, "saturated": 2}
     assert np.frombuffer(cut.payload, np.uint8)[:4].tolist() == [255, 255, 44, 0]
     assert isinstance(Framing(slices=1, size=4, counts="int16")(hot), Encoded)
+
+
+@pytest.mark.parametrize(
+    ("how", "advice"),
+    [
+        ({"counts": "int16"}, "store more slices, or set overflow='saturate'"),
+        ({"resize": "area"}, "store more slices"),
+    ],
+)
+def test_the_advice_on_a_large_count_names_options_with_an_effect(
+    how: dict[str, Any], advice: str
+) -> None:
+    zeros = np.zeros(70_000, np.int64)
+    hot = Made(Stream(np.arange(70_000), zeros, zeros, zeros, (1, 1), (0, 70_000)))
+    assert str(Framing(slices=1, size=1, **how)(hot)).endswith(f"up to 70000; {advice}")
 
 
 def last(**change: int) -> Stream:

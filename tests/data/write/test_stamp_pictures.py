@@ -1,4 +1,4 @@
-"""Which pictures are objects and grounds; what is missing or damaged is named with its package.
+"""Which pictures are objects and backgrounds; what is missing or damaged is named with its package.
 
 What evaluates was never trained on, in each split; three splits evaluate on different
 objects.
@@ -13,16 +13,15 @@ from PIL import Image
 
 from pipeline.core.errors import DataError
 from pipeline.data.write.stamp_pictures import (
-    CHOICE,
     CLASSES,
     LEFT_OUT,
-    SPLITS,
+    SETTINGS_SPLIT,
     Picture,
     Pictures,
-    cut_out,
-    ground,
-    installed,
-    parts,
+    background_image,
+    installed_pictures,
+    object_image,
+    split_pictures,
 )
 from tests.helpers.made_pictures import EACH, STAMPS, real
 
@@ -40,11 +39,11 @@ def test_drawings_mirror_images_and_deeper_folders_are_no_objects(
         birds / "object_0.png",
         spoilt / "tuxpaint" / "stamps" / "animals" / "mammals" / "echidna.png",
     )
-    for pictures in (installed(share), installed(spoilt)):
+    for pictures in (installed_pictures(share), installed_pictures(spoilt)):
         found = pictures.objects
         assert {name: len(each) for name, each in found.items()} == dict.fromkeys(CLASSES, EACH)
         assert [each.path.stem for each in found["bird"]] == [f"object_{i}" for i in range(EACH)]
-        names = [{each.name for each in some} for some in (*found.values(), pictures.grounds)]
+        names = [{each.name for each in some} for some in (*found.values(), pictures.backgrounds)]
         assert len(set().union(*names[:-1])) == EACH * len(CLASSES) and len(names[-1]) == 25
 
 
@@ -65,11 +64,12 @@ def test_what_is_missing_is_named_with_its_package(
         DataError,
         match=rf"^write stamps: .*{gone} does not exist: apt install {package}; .*--source$",
     ):
-        installed(tmp_path / "share")
+        installed_pictures(tmp_path / "share")
 
 
 @pytest.mark.parametrize(
-    ("suffix", "read"), [("png", lambda p: cut_out(p, 10**6)), ("jpg", lambda p: ground(p, 10**6))]
+    ("suffix", "read"),
+    [("png", lambda p: object_image(p, 10**6)), ("jpg", lambda p: background_image(p, 10**6))],
 )
 def test_what_is_damaged_is_named_with_its_package(tmp_path: Path, suffix: str, read) -> None:
     picture = Picture("some", tmp_path / f"some.{suffix}", "some-package")
@@ -90,7 +90,7 @@ def test_an_object_that_cannot_be_seen_is_refused(tmp_path: Path) -> None:
     picture = Picture("none", tmp_path / "none.png", "some-package")
     Image.new("RGBA", (8, 8), (255, 255, 255, 0)).save(picture.path)
     with pytest.raises(DataError, match=r"none\.png cannot be read \(it is fully transparent\)"):
-        cut_out(picture, 100)
+        object_image(picture, 100)
 
 
 def test_an_object_loses_its_border_and_its_colours_are_multiplied_by_alpha(tmp_path: Path) -> None:
@@ -99,15 +99,20 @@ def test_an_object_loses_its_border_and_its_colours_are_multiplied_by_alpha(tmp_
     pixels[..., :3] = 77  # beneath full transparency: must not come through
     pixels[4:12, 10:26] = (200, 100, 50, 51)
     Image.fromarray(pixels).save(picture.path)
-    assert cut_out(picture, 100).size == (16, 8) and cut_out(picture, 4).size == (4, 2)
+    assert object_image(picture, 100).size == (16, 8) and object_image(picture, 4).size == (4, 2)
     for longest in (100, 4):
-        found = np.asarray(cut_out(picture, longest))
+        found = np.asarray(object_image(picture, longest))
         assert (found == np.array([40, 20, 10, 51])).all()  # 51 / 255 = 0.2
 
 
 def test_a_ground_is_shrunk_by_its_shorter_side(share: Path) -> None:
-    for picture in installed(share).grounds[:2]:
-        assert ground(picture, 70).size == (100, 70) and ground(picture, 999).size == (200, 140)
+    for picture in installed_pictures(share).backgrounds[:2]:
+        assert background_image(picture, 70).size == (100, 70) and background_image(
+            picture, 999
+        ).size == (
+            200,
+            140,
+        )
 
 
 @real
@@ -115,7 +120,7 @@ def test_the_packages_of_debian_hold_300_objects_in_13_classes() -> None:
     """The numbers beside the table, of Debian 13; what is left out by name is really there, so that
     no name is misspelt.
     """
-    pictures = installed()
+    pictures = installed_pictures()
     counts = [len(found) for found in pictures.objects.values()]
     assert counts == [35, 26, 13, 24, 29, 16, 8, 11, 65, 13, 18, 22, 20] and sum(counts) == 300
     for name in LEFT_OUT:
@@ -126,7 +131,7 @@ def test_the_packages_of_debian_hold_300_objects_in_13_classes() -> None:
     for each in (each for found in pictures.objects.values() for each in found):
         with Image.open(each.path) as opened:
             assert max(opened.size) >= 40, each
-    for each in pictures.grounds:
+    for each in pictures.backgrounds:
         with Image.open(each.path) as opened:
             assert min(opened.size) >= 1024, each
 
@@ -134,22 +139,27 @@ def test_the_packages_of_debian_hold_300_objects_in_13_classes() -> None:
 def of_sizes(*sizes: int) -> Pictures:
     made = {
         name: [Picture(f"{name}/{i}", Path(f"/{name}/{i}.png"), "none") for i in range(size)]
-        for name, size in [*((f"class {k}", size) for k, size in enumerate(sizes)), ("ground", 25)]
+        for name, size in [
+            *((f"class {k}", size) for k, size in enumerate(sizes)),
+            ("background", 25),
+        ]
     }
-    grounds = made.pop("ground")
-    return Pictures(made, grounds)
+    backgrounds = made.pop("background")
+    return Pictures(made, backgrounds)
 
 
 def names(pictures: Pictures) -> dict[str, set[str]]:
-    """The names of the objects of each class, and of the grounds."""
-    kinds = {**pictures.objects, "grounds": pictures.grounds}
+    """The names of the objects of each class, and of the backgrounds."""
+    kinds = {**pictures.objects, "backgrounds": pictures.backgrounds}
     return {kind: {picture.name for picture in found} for kind, found in kinds.items()}
 
 
 def test_training_and_evaluation_share_no_object_and_no_ground(share: Path) -> None:
     """The three splits evaluate on different ones."""
-    for pictures in (installed(share), of_sizes(4, 5, 6, 7, 8, 9, 65)):
-        divided = [tuple(map(names, parts(pictures, split))) for split in range(SPLITS)]
+    for pictures in (installed_pictures(share), of_sizes(4, 5, 6, 7, 8, 9, 65)):
+        divided = [
+            tuple(map(names, split_pictures(pictures, split))) for split in range(SETTINGS_SPLIT)
+        ]
         for kind, found in names(pictures).items():
             for train, val in divided:
                 assert train[kind] and len(val[kind]) == round(len(found) / 4) >= 1
@@ -160,23 +170,24 @@ def test_training_and_evaluation_share_no_object_and_no_ground(share: Path) -> N
 
 def test_settings_are_chosen_on_objects_and_grounds_with_which_every_split_trains() -> None:
     pictures = of_sizes(4, 5, 7, 8, 9, 65)
-    train, val = map(names, parts(pictures, CHOICE))
+    train, val = map(names, split_pictures(pictures, SETTINGS_SPLIT))
     for kind, found in names(pictures).items():
         assert val[kind] and train[kind] == found - val[kind]
-        for split in range(SPLITS):
-            assert val[kind] <= names(parts(pictures, split)[0])[kind]
+        for split in range(SETTINGS_SPLIT):
+            assert val[kind] <= names(split_pictures(pictures, split)[0])[kind]
 
 
 def test_the_parts_depend_on_names_alone() -> None:
     pictures = of_sizes(6, 11)
     turned = Pictures(
-        {name: found[::-1] for name, found in pictures.objects.items()}, pictures.grounds[::-1]
+        {name: found[::-1] for name, found in pictures.objects.items()}, pictures.backgrounds[::-1]
     )
-    assert parts(pictures, 1) == parts(turned, 1)
+    assert split_pictures(pictures, 1) == split_pictures(turned, 1)
     assert (
-        parts(of_sizes(6, 40), 1)[1].objects["class 0"] == parts(pictures, 1)[1].objects["class 0"]
+        split_pictures(of_sizes(6, 40), 1)[1].objects["class 0"]
+        == split_pictures(pictures, 1)[1].objects["class 0"]
     )
-    _, val = parts(of_sizes(40), 0)
+    _, val = split_pictures(of_sizes(40), 0)
     assert sorted(int(each.name.split("/")[1]) for each in val.objects["class 0"]) != list(
         range(10)
     )  # in no order of ours
@@ -187,12 +198,12 @@ def test_the_parts_depend_on_names_alone() -> None:
     [
         ([9], -1, r"split must be in 0\.\.3; got -1"),
         ([9], 4, r"split must be in 0\.\.3; got 4"),
-        ([9, 3], 0, "class 1 must have 4 pictures or more to be divided; got 3"),
-        ([6], CHOICE, "class 0 must have pictures that no other split evaluates on; got 6"),
+        ([9, 3], 0, "class 1 must have 4 pictures or more to be split; got 3"),
+        ([6], SETTINGS_SPLIT, "class 0 must have pictures that no other split evaluates on; got 6"),
     ],
 )
 def test_a_split_that_is_none_and_a_class_that_is_too_small_are_refused(
     sizes: list[int], split: int, said: str
 ) -> None:
     with pytest.raises(DataError, match=f"^write stamps: {said}$"):
-        parts(of_sizes(*sizes), split)
+        split_pictures(of_sizes(*sizes), split)

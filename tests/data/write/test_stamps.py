@@ -25,10 +25,10 @@ from pipeline.data.write.stamp_pictures import (
     CLASSES,
     Picture,
     Pictures,
-    cut_out,
-    ground,
-    installed,
-    parts,
+    background_image,
+    installed_pictures,
+    object_image,
+    split_pictures,
 )
 from pipeline.data.write.stamps import Scene, render, scenes, write_stamps
 from tests.helpers.loaders import by_index, read
@@ -38,14 +38,14 @@ from tests.helpers.small import Command
 
 def some(pictures: Pictures, count: int, **changes: int) -> list[Scene]:
     how = {"part": 1, "split": 0, "content_seed": 0} | changes
-    return list(scenes(parts(pictures, how["split"])[how["part"]], count, **how))
+    return list(scenes(split_pictures(pictures, how["split"])[how["part"]], count, **how))
 
 
 def test_a_scene_is_a_function_of_its_counters_alone(share: Path) -> None:
-    many = some(installed(share), 40)
-    assert some(installed(share), 30) == many[:30]
+    many = some(installed_pictures(share), 40)
+    assert some(installed_pictures(share), 30) == many[:30]
     in_order = [render(scene, 48) for scene in many]
-    for cached in (cut_out, ground):
+    for cached in (object_image, background_image):
         cached.cache_clear()
     for number in (31, 7, 0, 39):
         assert np.array_equal(render(many[number], 48), in_order[number])
@@ -55,8 +55,8 @@ def test_a_scene_is_a_function_of_its_counters_alone(share: Path) -> None:
 
 
 def test_classes_and_their_objects_take_turns(share: Path) -> None:
-    train, _ = parts(installed(share), 2)
-    made = some(installed(share), 13 * 17, part=0, split=2)
+    train, _ = split_pictures(installed_pictures(share), 2)
+    made = some(installed_pictures(share), 13 * 17, part=0, split=2)
     assert [scene.label for scene in made] == list(range(13)) * 17
     for label, name in enumerate(CLASSES):
         shown = Counter(scene.object for scene in made if scene.label == label)
@@ -64,7 +64,7 @@ def test_classes_and_their_objects_take_turns(share: Path) -> None:
             set(shown) == set(train.objects[name])
             and max(shown.values()) - min(shown.values()) <= 1
         )
-    assert {scene.ground for scene in made} == set(train.grounds)
+    assert {scene.background for scene in made} == set(train.backgrounds)
 
 
 def scenes_of(thing: Image.Image, below: Image.Image, folder: Path) -> list[Scene]:
@@ -142,7 +142,7 @@ def test_half_of_the_objects_are_mirrored(tmp_path: Path) -> None:
 
 
 def test_every_size_holds_the_largest_object(share: Path) -> None:
-    made = some(installed(share), 130)
+    made = some(installed_pictures(share), 130)
     for size in (32, 33, 64):
         for scene in made:
             assert render(scene, size, smallest=0.9).shape == (size, size, 3)
@@ -151,7 +151,7 @@ def test_every_size_holds_the_largest_object(share: Path) -> None:
 @real
 def test_scenes_of_the_real_pictures() -> None:
     """Two of each class: all differ, and none is nearly one colour."""
-    seen = [render(scene, 96) for scene in some(installed(), 26)]
+    seen = [render(scene, 96) for scene in some(installed_pictures(), 26)]
     assert len({pixels.tobytes() for pixels in seen}) == 26
     assert min(pixels.std() for pixels in seen) > 5
 
@@ -180,12 +180,12 @@ def test_what_was_written_reads_back_with_the_object_of_each_image(
     train, val = verify(written)
     assert (train.samples, val.samples, train.classes) == (70, 40, list(CLASSES))
     assert (min(train.histogram), min(val.histogram)) == (5, 3)
-    pictures = parts(installed(share), 1)[1]
+    pictures = split_pictures(installed_pictures(share), 1)[1]
     expected = list(scenes(pictures, 40, part=1, split=1, content_seed=0))
     groups = {by: data.groups("val", by=by) for by in ("object", "ground")}
     assert groups == {
         "object": [scene.object.name for scene in expected],
-        "ground": [scene.ground.name for scene in expected],
+        "ground": [scene.background.name for scene in expected],
     }
     for by, names in groups.items():
         assert not set(names) & set(data.groups("train", by=by))
@@ -213,6 +213,11 @@ def test_seed_and_split_make_other_sets(share: Path, written: Path, tmp_path: Pa
         write(share, tmp_path / str(i), samples=13, **option) for i, option in enumerate(options)
     ]
     assert len({val.content for _, val in [*made, verify(written)]}) == 5
+
+
+def test_quality_0_is_refused(share: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"quality in 1\.\.100; got .* quality=0"):
+        write(share, tmp_path, mode="jpg", quality=0)
 
 
 def test_files_that_are_kept_must_be_of_the_same_scenes_and_pictures(
@@ -274,7 +279,7 @@ def test_the_command_writes_a_set(share: Path, tmp_path: Path, spiketrain: Comma
         (["--size", "1025"], "share", "size must be in 32..1024 pixels, .* got size=1025"),
         (["--smallest", "0.95"], "share", r"in 0\.1\.\.0\.9; got .* smallest=0\.95"),
         (["--mode", "raw", "--quality", "80"], "share", "no effect in mode 'raw'; got 80"),
-        ([], "none", "does not exist: apt install tuxpaint-stamps-default; or name"),
+        ([], "none", "does not exist: apt install tuxpaint-stamps-default; or unpack"),
         ([], "spoilt", r"\): apt install --reinstall mate-backgrounds"),
     ],
 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.data.datasets.beton import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.data.datasets.synthetic import Synthetic
-from pipeline.data.ffcv.augment import lookup
+from pipeline.data.ffcv.augment import level_table
 from pipeline.models.teachers.base import content_hash
 from pipeline.models.teachers.probe import Probe
 from pipeline.models.teachers.timm import LEVELS, TeacherView, TimmTeacher, timm_teacher
@@ -152,7 +152,7 @@ def pictures(side: int, *, seed: int = 0) -> Tensor:
 
 
 def normalised(levels_BCHW: Tensor, mean, std) -> Tensor:
-    table = torch.from_numpy(lookup(mean, std))
+    table = torch.from_numpy(level_table(mean, std))
     return torch.stack([table[c][levels_BCHW[:, c].long()] for c in range(len(mean))], 1)
 
 
