@@ -252,10 +252,21 @@ def test_operations_are_counted_at_the_same_steps_whatever_attempt_makes_them() 
     for steps in (range(2), range(2, 5), range(5, 1005)):
         meters = Meters(nn.Linear(1, 1), batch_size=1, device=torch.device("cpu"))
         for batch, step in enumerate(steps):
-            if what := meters._counted_on(batch, step):
+            if what := meters._quantity_to_count(batch, step):
                 at += [step] if what == "operations" else []
                 meters._due.remove(what)
     assert at == [2, 1002]
+
+
+def test_a_count_on_every_batch_starts_with_the_second_and_on_every_step_with_the_third() -> None:
+    about = {"batch_size": 1, "device": torch.device("cpu")}
+    bytes_ = Meters(nn.Linear(1, 1), **about, memory_every=1, operations_every=None)
+    works = Meters(nn.Linear(1, 1), **about, memory_every=None, operations_every=1)
+    for batch in range(4):
+        assert bytes_._quantity_to_count(batch, batch) == ("bytes" if batch >= 1 else None)
+        assert works._quantity_to_count(batch, batch) == ("operations" if batch >= 2 else None)
+        bytes_._due.clear()
+        works._due.clear()
 
 
 @pytest.mark.parametrize("of", ["rss", "reserved"])
