@@ -4,9 +4,9 @@
              y = convolution(neuron(norm(convolution(h)))) + h
              where the shape changes, the shortcut is a 1x1 convolution of h
 
-The shortcut therefore always carries spikes; He et al.'s identity shortcut carries x. Pools are
-averages. The last block is followed by norm, neuron, a global pool and the head: `"rate"` ends in
-neurons (`RateHead`), `"linear"` is a linear classifier.
+The shortcut therefore always carries spikes, whereas He et al.'s identity shortcut carries x. All
+pools are average pools. Norm, neuron, a global pool and the head follow the last block. The head
+"rate" ends in neurons (`RateHead`), the head "linear" is a linear classifier.
 
 Source: He et al. 2016 (arXiv 1603.05027); Meng et al. 2022 (DSR, arXiv 2205.00459) and Meng et al.
 2023 (SLTT, arXiv 2302.14311) for the spiking form.
@@ -38,7 +38,7 @@ class Block(nn.Module):
         width: int,
         *,
         stride: int,
-        normed_shortcut: bool,
+        has_shortcut_norm: bool,
         over: Over,
         neuron: nn.Module,
     ) -> None:
@@ -50,7 +50,7 @@ class Block(nn.Module):
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != width:
             self.shortcut.append(_conv(in_channels, width, 1, stride=stride))
-            if normed_shortcut:
+            if has_shortcut_norm:
                 self.shortcut.append(BatchNorm(width, over=over))
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
@@ -61,8 +61,8 @@ class Block(nn.Module):
 class PreActResNet(nn.Module):
     """Stem, stages of blocks, head: `[T, B, C, H, W]` to `[T, B, K]`.
 
-    `stem="imagenet"` is a 7x7 convolution with norm, neuron and pool, and adds norms to the
-    shortcuts; "small" is a 3x3 convolution.
+    `stem="imagenet"` is a 7x7 convolution with norm, neuron and pool, and the 1x1 convolutions of
+    the shortcuts have norms. `stem="small"` is a 3x3 convolution.
 
     Raises: ValueError for an unknown `stem` or `head`, or sizes below 1.
     """
@@ -99,19 +99,17 @@ class PreActResNet(nn.Module):
         for index, count in enumerate(blocks):
             stage = nn.Sequential()
             for position in range(count):
-                stride = 2 if index > 0 and position == 0 else 1
-                wide = width * 2**index
                 stage.append(
                     Block(
                         channels,
-                        wide,
-                        stride=stride,
-                        normed_shortcut=stem == "imagenet",
+                        width * 2**index,
+                        stride=2 if index > 0 and position == 0 else 1,
+                        has_shortcut_norm=stem == "imagenet",
                         over=over,
                         neuron=neuron,
                     )
                 )
-                channels = wide
+                channels = width * 2**index
             self.stages.append(stage)
         self.norm, self.neuron = BatchNorm(channels, over=over), copy_neuron(neuron)
         self.classifier = (
@@ -133,7 +131,7 @@ def preact_resnet18(
     over: Over = "time",
     neuron: nn.Module = RateIF(),
 ) -> PreActResNet:
-    """PreAct-ResNet-18 for ImageNet, 11.69 M parameters. Batch norm is over T and B (published)."""
+    """PreAct-ResNet-18 for ImageNet, 11.69 M parameters. Published with `over="time"`."""
     return PreActResNet(
         blocks=(2, 2, 2, 2),
         classes=classes,
@@ -156,12 +154,11 @@ def preact_resnet18_small(
     over: Over = "time",
     neuron: nn.Module = RateIF(),
 ) -> PreActResNet:
-    """PreAct-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool.
+    """PreAct-ResNet-18 for images of 28 to 32 pixels: 3x3 stem, no stem pool.
 
-    `width` and `blocks` make it smaller.
-
-    The published networks have biases in their convolutions; here a batch norm follows each of
-    these and would remove them. SLTT's network is `head="linear", over="step", neuron=LIF(1 / 11)`.
+    Smaller networks have another `width` or other `blocks`. The published convolutions have biases.
+    Here they have none, because the batch norm that follows would remove them. SLTT's network is
+    `head="linear", over="step", neuron=LIF(1 / 11)`.
     """
     return PreActResNet(
         blocks=blocks,
