@@ -40,8 +40,6 @@ COLLECTIVES = (
 
 
 class Clock:
-    """The clock of one rank."""
-
     def __init__(self, device: torch.device = torch.device("cpu")) -> None:
         self._is_cuda = device.type == "cuda"
         self._device = device

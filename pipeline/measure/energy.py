@@ -132,10 +132,12 @@ def describe_inference(inference: Mapping[str, Any], *, on_gpu: bool) -> str:
             f"{format_quantity(measured, kind='J')} measured on the whole card, idle power and"
             " waits for data included"
         )
-    elif on_gpu:
-        measurement = "not measured: a card has no counter, or its counter did not move"
     else:
-        measurement = "not measured on a CPU"
+        measurement = (
+            "not measured: a card has no counter, or its counter did not move"
+            if on_gpu
+            else "not measured on a CPU"
+        )
     not_counted = ", ".join(inference.get("not_counted", ()))
     prices = f"{inference['prices']}, without {not_counted}" if not_counted else inference["prices"]
     return (

@@ -95,11 +95,12 @@ def peaks(device: torch.device) -> dict[str, int]:
     torch's allocator reserves more memory than the tensors need. All reserved memory must fit on
     the card.
     """
-    is_cuda = device.type == "cuda"
     return {
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(device),
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if is_cuda else 0,
+        "peak_reserved_bytes": (
+            torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+        ),
     }
 
 

@@ -153,11 +153,13 @@ class Meters:
         self._micro_batches += batch.micro_batches
         self._due.discard(counted)
         if saved is not None:
-            state_bytes = batch.saved_and_state_bytes[1]
-            self._raise_peaks({"peak_saved_bytes": saved.peak, "state_bytes": state_bytes})
+            self._raise_peaks(
+                {"peak_saved_bytes": saved.peak, "state_bytes": batch.saved_and_state_bytes[1]}
+            )
         if operations is not None:
-            samples = sum(len(micro_batch.hit_B) for micro_batch in batch.micro_batches)
-            self.totals.add_operations(operations, samples)
+            self.totals.add_operations(
+                operations, sum(len(micro_batch.hit_B) for micro_batch in batch.micro_batches)
+            )
         self.totals.backward_calls += batch.backward_calls
         self.totals.batches += 1
 
@@ -311,15 +313,23 @@ class Meters:
             if name.endswith("_bytes")
         }
         maxima = reduce_max(torch.tensor(list(own_peaks.values()))).tolist()
-        maxima = [None if peak < 0 else peak for peak in maxima]
-        return replace(self.totals, **dict(zip(own_peaks, maxima, strict=True)))
+        return replace(
+            self.totals,
+            **{
+                name: None if peak < 0 else peak
+                for name, peak in zip(own_peaks, maxima, strict=True)
+            },
+        )
 
     def _quantity_to_count(self, batch: int, step: int) -> Quantity | None:
         """The quantity to count on this batch of the attempt and step of the run, if any."""
         if self.memory_every is not None and batch >= 1 and (batch - 1) % self.memory_every == 0:
             self._due.add("bytes")
-        every = self.operations_every
-        if every is not None and step >= 2 and (step - 2) % every == 0:
+        if (
+            self.operations_every is not None
+            and step >= 2
+            and (step - 2) % self.operations_every == 0
+        ):
             self._due.add("operations")
         return min(self._due, default=None)  # "bytes" precedes "operations"
 
