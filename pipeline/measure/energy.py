@@ -1,6 +1,6 @@
 """The energy of an inference: estimated from its operations, or measured by a GPU's counter.
 
-The operations are counted on samples from the whole evaluation set (`EvenSample`).
+The operations are counted on samples from the whole evaluation set (`RandomSample`).
 
     E = mac MACs + ac ACs        MACs: multiply-accumulates of two real numbers
                                  ACs: additions without a multiplication, for spikes
@@ -82,7 +82,7 @@ class Inference:
         }
 
 
-class EvenSample:
+class RandomSample:
     """Copies of up to `max_samples` inputs, drawn evenly from a stream of any length.
 
     Each position in the stream gets a random number, and the samples with the smallest numbers are

@@ -25,7 +25,7 @@ from pipeline.core.files import write_whole
 from pipeline.data.base import Loader
 from pipeline.measure.activity import Activity, LayerActivity, firing_rate
 from pipeline.measure.constants import ACTIVITY_EVERY
-from pipeline.measure.energy import EnergyCounter, EnergyReadings, EvenSample, Inference
+from pipeline.measure.energy import EnergyCounter, EnergyReadings, Inference, RandomSample
 from pipeline.measure.operations import Operations, Work
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state
@@ -126,7 +126,7 @@ def evaluate(
     answered = [torch.zeros(3, 0, dtype=torch.int64)]  # index, target, answer of each batch
     # samples, top-1 hits, loss; samples of six classes or more, top-5 hits
     sums = torch.zeros(5, dtype=torch.float64)
-    counted, largest = EvenSample(COUNTED), 1
+    counted, largest = RandomSample(COUNTED), 1
     began = joules.read()
     with Activity(network, every=ACTIVITY_EVERY) as activity:
         for x_TB, target_B, index_B in batches:

@@ -16,8 +16,8 @@ from pipeline.measure.energy import (
     PRICES,
     EnergyCounter,
     EnergyReadings,
-    EvenSample,
     Inference,
+    RandomSample,
     describe_inference,
     energy_j,
     joules_per_sample,
@@ -224,14 +224,14 @@ def test_what_some_card_did_not_tell_is_not_measured(ranks: list[EnergyReadings]
 # ------------------------------------------------------------------------------------------ samples
 
 
-def places(evenly: EvenSample) -> list[int]:
+def places(evenly: RandomSample) -> list[int]:
     """Of the samples that are held, each of which was its place in the set."""
     return [int(value) for x_TB in evenly.batches(3) for value in x_TB[0].flatten()]
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 8])
 def test_all_are_held_until_there_are_so_many_and_then_so_many(most: int):
-    evenly, others, held = EvenSample(most), EvenSample(most), list[int]()
+    evenly, others, held = RandomSample(most), RandomSample(most), list[int]()
     for place in range(100):
         evenly.add(torch.full((1, 1, 1), float(place)))
         held = places(evenly)
@@ -246,7 +246,7 @@ def test_all_are_held_until_there_are_so_many_and_then_so_many(most: int):
 def test_each_class_is_among_them_and_each_about_as_often(classes: int, is_sorted: bool):
     """Whether the set is sorted by class or its classes take turns."""
     samples = 1600
-    evenly = EvenSample(640)
+    evenly = RandomSample(640)
     for first in range(0, samples, 100):
         evenly.add(torch.arange(first, first + 100.0)[None, :, None])
     held = np.array(places(evenly))
@@ -260,7 +260,7 @@ def test_still_images_are_held_once_and_stay_still():
     x_B = torch.randn(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     moving_TB = torch.randn(3, 5, 1, 2, 2, generator=torch.Generator().manual_seed(1))
     for x_TB in (repeat(x_B, 3), moving_TB):
-        evenly = EvenSample(8)
+        evenly = RandomSample(8)
         evenly.add(x_TB)
         first, second = evenly.batches(4)
         assert is_static(first) == is_static(second) == is_static(x_TB)
