@@ -190,7 +190,7 @@ def hardware_differences(
     ]
 
 
-def hardware_over(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def combine_hardware(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One description of all workers' machines.
 
     Where machines differ, each value is followed by its number of workers. The values are sorted,

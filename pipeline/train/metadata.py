@@ -19,7 +19,7 @@ from torch import nn
 
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.torch_settings import exactness
-from pipeline.measure.memory import hardware, hardware_over
+from pipeline.measure.memory import combine_hardware, hardware
 from pipeline.measure.meters import Totals
 from pipeline.measure.saved_bytes import bytes_of, held_bytes
 from pipeline.recipe.phases import stretch_at
@@ -83,7 +83,7 @@ def start_event(context: TrainContext, *, step: int) -> Start:
 
 def hardware_of(ranks: Ranks) -> dict[str, Any]:
     """The hardware of all workers. Collective."""
-    return hardware_over(ranks.all_gather_object(hardware(ranks.device)))
+    return combine_hardware(ranks.all_gather_object(hardware(ranks.device)))
 
 
 def rule_metrics(rule: Rule, ranks: Ranks, saved: Mapping[str, float]) -> dict[str, float]:
