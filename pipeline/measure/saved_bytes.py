@@ -132,14 +132,14 @@ def held_bytes(network: nn.Module, optimizer: torch.optim.Optimizer) -> HeldByte
     """Held bytes. Call it after the optimizer's first step, which creates its state."""
     state = (value for values in optimizer.state.values() for value in values.values())
     return HeldBytes(
-        parameters=bytes_of(network.parameters()),
-        buffers=bytes_of(network.buffers()),
+        parameters=storage_bytes(network.parameters()),
+        buffers=storage_bytes(network.buffers()),
         gradients=sum(weight.nbytes for weight in network.parameters() if weight.requires_grad),
-        optimizer=bytes_of(value for value in state if isinstance(value, Tensor)),
+        optimizer=storage_bytes(value for value in state if isinstance(value, Tensor)),
     )
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the tensors' storages, each storage whole and once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())

@@ -21,7 +21,7 @@ from pipeline.core.run_folder import RunFolder
 from pipeline.core.torch_settings import exactness
 from pipeline.measure.memory import combine_hardware, hardware
 from pipeline.measure.meters import Totals
-from pipeline.measure.saved_bytes import bytes_of, held_bytes
+from pipeline.measure.saved_bytes import held_bytes, storage_bytes
 from pipeline.recipe.phases import stretch_at
 from pipeline.recipe.recipe import Recipe
 from pipeline.rules.base import Rule
@@ -177,7 +177,7 @@ def summary_of(
             "rule": context.rule.bytes(),
             "teacher": 0
             if teaching is None
-            else bytes_of((*teaching.teacher.parameters(), *teaching.teacher.buffers())),
+            else storage_bytes((*teaching.teacher.parameters(), *teaching.teacher.buffers())),
         },
         "rule_metrics": dict(rule_metrics),
         "loader_threads": job.loader_threads,
