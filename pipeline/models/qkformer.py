@@ -445,7 +445,7 @@ def from_published(
             projection_neuron=projection_neuron,
         )
     network.to_empty(device="cpu")
-    tensors = renamed(published, network)
+    tensors = to_our_names(published, network)
     mismatch = describe_mismatch(tensors, network.state_dict())
     require(
         not mismatch,
@@ -469,7 +469,7 @@ def is_published(weights: Mapping[str, Tensor]) -> bool:
     return any(name.startswith("patch_embed1.") for name in weights)
 
 
-def renamed(published: Mapping[str, Tensor], network: QKFormer) -> dict[str, Tensor]:
+def to_our_names(published: Mapping[str, Tensor], network: QKFormer) -> dict[str, Tensor]:
     """Published tensors under the names, and with the dimensions, of `network`'s tensors.
 
     A tensor that `network` does not have keeps its name. Sizes are not checked.
