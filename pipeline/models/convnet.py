@@ -22,7 +22,7 @@ from pipeline.core.checks import (
     refuse_unless_one_of,
     require,
 )
-from pipeline.models.parts import MeanPool, Over, RateHead, copy_neuron
+from pipeline.models.parts import MeanPool, RateHead, StatisticsOver, copy_neuron
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
@@ -48,7 +48,7 @@ class Layer(nn.Module):
         kernel: int,
         stride: int,
         norm: Norm,
-        over: Over,
+        over: StatisticsOver,
         dropout: float,
         mask: Mask,
         neuron: nn.Module,
@@ -85,7 +85,7 @@ class ConvNet(nn.Module):
         kernel: int,
         stem_stride: int,
         norm: Norm,
-        over: Over,
+        over: StatisticsOver,
         grid: int,
         dropout: float,
         mask: Mask,
@@ -181,7 +181,7 @@ def convnet(
     kernel: int = 3,
     stem_stride: int = 1,
     norm: Norm = "batch",
-    over: Over = "step",
+    over: StatisticsOver = "step",
     grid: int = 1,
     dropout: float = 0.0,
     mask: Mask = "batch",

@@ -22,7 +22,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import Over
+from pipeline.models.parts import StatisticsOver
 from pipeline.models.residual import BlockFactory, Layer, Norm, resnet_stages
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
@@ -66,7 +66,7 @@ class MSResNet(nn.Module):
         dropout: float = 0.0,
         shortcut: Literal["membrane", "multiple"] = "membrane",
         norm: Norm = "batch",
-        over: Over = "time",
+        over: StatisticsOver = "time",
         drop_path: float = 0.0,
         neuron: nn.Module = NEURON,
     ) -> None:
@@ -123,7 +123,7 @@ def ms_resnet(
     in_channels: int = 3,
     shortcut: Literal["membrane", "multiple"] = "membrane",
     norm: Norm = "batch",
-    over: Over = "time",
+    over: StatisticsOver = "time",
     drop_path: float = 0.0,
     neuron: nn.Module = NEURON,
 ) -> MSResNet:

@@ -27,7 +27,7 @@ from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 
 # Batch norm takes its statistics over the samples of each time step, or over all steps and samples.
-Over = Literal["step", "time"]
+StatisticsOver = Literal["step", "time"]
 
 # A current of unit variance causes a spike with probability p = P(N(0, 1) >= 1) at threshold 1. The
 # factor 1 / sqrt(p (1 - p)) = 2.737 gives the spikes unit variance. It is rounded as published.
@@ -91,7 +91,9 @@ class RateHead(nn.Module):
     Source: Meng et al. 2022 (DSR, arXiv 2205.00459).
     """
 
-    def __init__(self, in_features: int, classes: int, *, over: Over, neuron: nn.Module) -> None:
+    def __init__(
+        self, in_features: int, classes: int, *, over: StatisticsOver, neuron: nn.Module
+    ) -> None:
         super().__init__()
         self.neuron_in = copy_neuron(neuron)
         self.linear = Linear(in_features, classes)

@@ -20,7 +20,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import Over, Pool, RateHead, copy_neuron
+from pipeline.models.parts import Pool, RateHead, StatisticsOver, copy_neuron
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, rate_readout
 from pipeline.spiking.slice_cache import StaticInput
@@ -39,7 +39,7 @@ class Block(nn.Module):
         *,
         stride: int,
         has_shortcut_norm: bool,
-        over: Over,
+        over: StatisticsOver,
         neuron: nn.Module,
     ) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class PreActResNet(nn.Module):
         width: int,
         stem: Literal["imagenet", "small"],
         head: Head,
-        over: Over,
+        over: StatisticsOver,
         neuron: nn.Module,
     ) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def preact_resnet18(
     classes: int = 1000,
     *,
     in_channels: int = 3,
-    over: Over = "time",
+    over: StatisticsOver = "time",
     neuron: nn.Module = RateIF(),
 ) -> PreActResNet:
     """PreAct-ResNet-18 for ImageNet, 11.69 M parameters. Published with `over="time"`."""
@@ -151,7 +151,7 @@ def preact_resnet18_small(
     width: int = 64,
     blocks: Sequence[int] = (2, 2, 2, 2),
     head: Head = "rate",
-    over: Over = "time",
+    over: StatisticsOver = "time",
     neuron: nn.Module = RateIF(),
 ) -> PreActResNet:
     """PreAct-ResNet-18 for images of 28 to 32 pixels: 3x3 stem, no stem pool.

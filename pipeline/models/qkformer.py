@@ -50,7 +50,7 @@ from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of, require
 from pipeline.core.tensor_file import describe_mismatch
-from pipeline.models.parts import Over, Pool
+from pipeline.models.parts import Pool, StatisticsOver
 from pipeline.models.residual import BlockFactory, Layer, Norm, Shortcut, named_sequential
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.slice_cache import StaticInput
@@ -106,7 +106,7 @@ class QKFormer(nn.Module):
         expansion: int = 4,
         shortcut: Shortcut = "sew",
         norm: Norm = "batch",
-        over: Over = "step",
+        over: StatisticsOver = "step",
         drop_path: float = 0.0,
         shrink: int = 1,
         projection_neuron: ProjectionNeuron = "over_time",
@@ -338,7 +338,7 @@ def qkformer_10(
     in_channels: int = 3,
     shortcut: Shortcut = "sew",
     norm: Norm = "batch",
-    over: Over = "step",
+    over: StatisticsOver = "step",
     drop_path: float = 0.0,
     projection_neuron: ProjectionNeuron = "over_time",
     neuron: nn.Module | None = None,
@@ -411,7 +411,7 @@ def from_published(
     published: Mapping[str, Tensor],
     *,
     heads: int | None = None,
-    over: Over = "time",
+    over: StatisticsOver = "time",
     projection_neuron: ProjectionNeuron = "over_time",
 ) -> QKFormer:
     """A QKFormer with published weights. Its sizes are those of the tensors.

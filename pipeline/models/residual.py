@@ -44,7 +44,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_one_of, require
-from pipeline.models.parts import Over, Pool, copy_neuron, standardized_conv, variance_gain
+from pipeline.models.parts import (
+    Pool,
+    StatisticsOver,
+    copy_neuron,
+    standardized_conv,
+    variance_gain,
+)
 from pipeline.spiking.dropout import DropPath
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
@@ -103,7 +109,7 @@ class BlockFactory:
         shortcut: Shortcut,
         neuron: nn.Module,
         norm: Norm = "batch",
-        over: Over = "step",
+        over: StatisticsOver = "step",
         norm_gain: float = 1.0,
     ) -> None:
         refuse_unless_one_of("BlockFactory", get_args(Shortcut), shortcut=shortcut)
@@ -124,7 +130,7 @@ class BlockFactory:
         self.is_multiple = shortcut in ("multiple", "multiple_all", "sew_multiple")
         self.prototype = neuron
         self.is_sws = norm == "sws"
-        self.over: Over = over
+        self.over: StatisticsOver = over
         self.norm_gain = norm_gain
         self.gain = variance_gain(neuron)
         self.shared_variance, self.own_variance = 1.0, 0.0

@@ -17,7 +17,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import Over, Pool
+from pipeline.models.parts import Pool, StatisticsOver
 from pipeline.models.residual import BlockFactory, Layer, resnet_stages
 from pipeline.spiking.neuron import IF
 from pipeline.spiking.slice_cache import StaticInput
@@ -61,7 +61,7 @@ class SEWResNet(nn.Module):
         in_channels: int = 3,
         width: int = 64,
         shortcut: Shortcut = "sew",
-        over: Over = "time",
+        over: StatisticsOver = "time",
         neuron: nn.Module = NEURON,
     ) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def sew_resnet(
     classes: int = 1000,
     in_channels: int = 3,
     shortcut: Shortcut = "sew",
-    over: Over = "time",
+    over: StatisticsOver = "time",
     neuron: nn.Module = NEURON,
 ) -> SEWResNet:
     """SEW-ResNet-18 to -152 for ImageNet; 11.69, 21.80, 25.56, 44.55, 60.19 M parameters.
