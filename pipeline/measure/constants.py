@@ -30,8 +30,8 @@ REST = "rest"
 # Work between batches, in seconds of the host. "coordination" is the exchange between ranks after
 # each batch, and the reading of the meters. On a GPU it includes waits for kernels, whose time is
 # charged to their batch as well. "skipped" is the whole time of uncompleted batches.
-Between = Literal["evaluation", "checkpoint", "tracking", "fidelity", "coordination", "skipped"]
-BETWEEN: tuple[Between, ...] = get_args(Between)
+Section = Literal["evaluation", "checkpoint", "tracking", "fidelity", "coordination", "skipped"]
+SECTIONS: tuple[Section, ...] = get_args(Section)
 
 # Batches are counted from 0 within an attempt; batch 0 warms up. Steps are counted over the run.
 # If a batch is not completed, the next batch is measured instead.

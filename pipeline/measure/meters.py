@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from pipeline.core.torch_settings import release_freed_memory
 from pipeline.measure.clock import Clock, synchronize
 from pipeline.measure.constants import (
-    BETWEEN,
     MEMORY_EVERY,
     OPERATIONS_EVERY,
     PARTS,
     REST,
-    Between,
+    SECTIONS,
     Part,
+    Section,
 )
 from pipeline.measure.energy import EnergyCounter
 from pipeline.measure.memory import (
@@ -192,7 +192,7 @@ class Meters:
             yield item  # type: ignore[misc]  # not the end
 
     @contextmanager
-    def between(self, name: Between) -> Iterator[None]:
+    def between(self, name: Section) -> Iterator[None]:
         """Surround a section of work between two batches. The innermost section is charged."""
         if name != "coordination":
             synchronize(self.device)  # charges the last kernels to their batches
@@ -361,7 +361,7 @@ class Totals:
 
     # for each part of the timed batches, and for each kind of work between batches
     seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys((*PARTS, REST, *BETWEEN), 0.0)
+        default_factory=lambda: dict.fromkeys((*PARTS, REST, *SECTIONS), 0.0)
     )
     timed_batches: int = 0
     steady_batches: int = 0

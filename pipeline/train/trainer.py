@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.core.errors import UserError
 from pipeline.core.run_folder import RunFolder
 from pipeline.measure.clock import synchronize
-from pipeline.measure.constants import BETWEEN
+from pipeline.measure.constants import SECTIONS
 from pipeline.measure.energy import joules_per_sample
 from pipeline.measure.memory import memory_now_bytes
 from pipeline.measure.meters import Totals
@@ -359,7 +359,7 @@ class Trainer:
         return rule_metrics(self.context.rule, self.ranks, self.restored["rule_metrics"])
 
     def _worked_s(self) -> float:
-        return sum(self.meters.totals.seconds[name] for name in BETWEEN)
+        return sum(self.meters.totals.seconds[name] for name in SECTIONS)
 
     def epoch_of(self, step: int) -> int:
         return stretch_at(self.context.stretches, step).epoch(step)
