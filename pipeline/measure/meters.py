@@ -394,7 +394,7 @@ class Totals:
         """Seconds of all timed batches."""
         return sum(self.seconds[name] for name in (*PARTS, REST))
 
-    def of_a_steady_batch(self, part: Part) -> float | None:
+    def mean_steady_s(self, part: Part) -> float | None:
         """Mean seconds of a part in a steady batch; None without a steady batch."""
         return self.steady_seconds[part] / self.steady_batches if self.steady_batches else None
 

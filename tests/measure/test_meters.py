@@ -107,7 +107,7 @@ def test_the_first_batch_and_those_that_count_memory_are_no_measure_of_speed(
     # 0 compiles, 1 and 4 count memory, 2 counts operations
     assert (totals.batches, totals.steady_samples) == (6, 4 * 2)
     assert (totals.steady_s, totals.train_s) == (2 * 5, 5 * 5)
-    assert totals.of_a_steady_batch("optimizer") == 3
+    assert totals.mean_steady_s("optimizer") == 3
 
 
 def test_what_the_first_batch_waits_for_is_no_parts(meters: Meters, host: Host) -> None:
