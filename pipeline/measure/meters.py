@@ -299,7 +299,7 @@ class Meters:
         reset_peak_device_bytes(self.device)
         self._last_reading_j = self._energy_counter.read()
 
-    def over_ranks(self, reduce_max: Reduce, reduce_mean: Reduce) -> "Totals":
+    def totals_over_ranks(self, reduce_max: Reduce, reduce_mean: Reduce) -> "Totals":
         """This rank's totals, with the peaks' maxima and the mean energy over ranks. Collective."""
         self._read_clock()
         self.note_peaks()

@@ -330,7 +330,7 @@ class Trainer:
             self.context,
             step=self.step,
             result=mean_of([each.result for each in self.evaluated]),
-            totals=self.meters.over_ranks(self.ranks.max, self.ranks.mean),
+            totals=self.meters.totals_over_ranks(self.ranks.max, self.ranks.mean),
             learnt=self.learnt,
             rule_metrics=self._rule_metrics(),
             inference=inference,
@@ -349,7 +349,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         """The state of this object in a checkpoint; `__init__` restores it. Collective."""
         return {
-            "totals": asdict(self.meters.over_ranks(self.ranks.max, self.ranks.mean)),
+            "totals": asdict(self.meters.totals_over_ranks(self.ranks.max, self.ranks.mean)),
             "rule_metrics": self._rule_metrics(),
             "learnt": asdict(self.learnt),
             "guard": self.guard.state_dict(),

@@ -131,7 +131,7 @@ def test_millijoules_of_the_right_card_are_joules_where_there_is_a_counter(
 
 def test_a_rank_without_a_counter_takes_part_in_the_mean() -> None:
     meters, asked = Meters(torch.nn.Linear(2, 2), batch_size=1, device=torch.device("cpu")), []
-    totals = meters.over_ranks(lambda peaks: peaks, lambda used: asked.append(used) or used)
+    totals = meters.totals_over_ranks(lambda peaks: peaks, lambda used: asked.append(used) or used)
     assert totals.device_j is None and len(asked) == 1
 
 
@@ -145,7 +145,7 @@ def test_a_run_sums_what_training_used_and_not_what_was_used_between(
     meters.note_peaks()  # 3 J later an evaluation begins
     meters.forget_peaks()  # which ends at 20 J
     # of two ranks, the other used none
-    assert meters.over_ranks(lambda peaks: peaks, lambda used: used / 2).device_j == 3.5
+    assert meters.totals_over_ranks(lambda peaks: peaks, lambda used: used / 2).device_j == 3.5
 
 
 @pytest.mark.usefixtures("a_card")

@@ -341,6 +341,6 @@ def test_totals_over_ranks_take_the_largest_peak(meters: Meters) -> None:
     peaks = {"peak_saved_bytes": 5, "state_bytes": 7, "evaluation_peak_rss_bytes": 9}
     for given, expected in ((peaks, [6, 8, 10]), ({}, [None, None, 1])):
         meters.totals = Totals(**given, steady_batches=3)
-        found = meters.over_ranks(lambda peaks: peaks + 1 * (peaks >= 0), lambda mean: mean)
+        found = meters.totals_over_ranks(lambda peaks: peaks + 1 * (peaks >= 0), lambda mean: mean)
         assert [getattr(found, name) for name in peaks] == expected
         assert found.peak_rss_bytes > 1e6 and found.steady_batches == 3
