@@ -173,8 +173,8 @@ class EnergyReadings:
 
     card: str
     samples: int
-    began: float | None
-    ended: float | None
+    start_j: float | None
+    end_j: float | None
 
 
 def joules_per_sample(ranks: Iterable[EnergyReadings]) -> float | None:
@@ -190,10 +190,10 @@ def joules_per_sample(ranks: Iterable[EnergyReadings]) -> float | None:
     readings_j: dict[str, tuple[float, float]] = {}  # by card
     evaluated = [rank for rank in ranks if rank.samples]
     for rank in evaluated:
-        if rank.began is None or rank.ended is None:
+        if rank.start_j is None or rank.end_j is None:
             return None
-        start_j, end_j = readings_j.get(rank.card, (rank.began, rank.ended))
-        readings_j[rank.card] = min(start_j, rank.began), max(end_j, rank.ended)
+        start_j, end_j = readings_j.get(rank.card, (rank.start_j, rank.end_j))
+        readings_j[rank.card] = min(start_j, rank.start_j), max(end_j, rank.end_j)
     used_j = [end_j - start_j for start_j, end_j in readings_j.values()]
     samples = sum(rank.samples for rank in evaluated)
     return sum(used_j) / samples if used_j and min(used_j) > 0 else None

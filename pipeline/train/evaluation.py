@@ -152,7 +152,7 @@ def evaluate(
             )
             answered.append(torch.stack([index_B, target_B.cpu(), best_B5[:, 0].cpu()]))
     readings = EnergyReadings(
-        card=joules.card, samples=int(sums[0]), began=began, ended=joules.read()
+        card=joules.card, samples=int(sums[0]), start_j=began, end_j=joules.read()
     )
     when_answered()
     inference = None

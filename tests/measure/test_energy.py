@@ -186,8 +186,8 @@ def test_an_evaluation_is_measured_from_its_first_batch_to_its_last_and_told_by_
     )
 
 
-def rank(card: str, samples: int, began: float | None, ended: float | None) -> EnergyReadings:
-    return EnergyReadings(card=card, samples=samples, began=began, ended=ended)
+def rank(card: str, samples: int, start_j: float | None, end_j: float | None) -> EnergyReadings:
+    return EnergyReadings(card=card, samples=samples, start_j=start_j, end_j=end_j)
 
 
 @pytest.mark.parametrize(
