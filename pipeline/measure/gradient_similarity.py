@@ -37,7 +37,7 @@ def gradients(
     *,
     world: World = World(),
     over_time: OverTime = "steps",
-    learnt: Mapping[str, Tensor] | None = None,
+    rule_state: Mapping[str, Tensor] | None = None,
     step: int = 0,
     batches: int = 1,
 ) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ def gradients(
     Args:
         make_loss: called for each batch.
         world: its seed and `step` determine the rule's random draws.
-        learnt: the state dict of a rule that trains its own parameters, such as OPZO; None: a fresh
+        rule_state: the state dict of a rule that trains its own parameters, such as OPZO; None: a fresh
             state.
         batches: the number of times that the rule sees the batch; the last gradient is returned.
 
@@ -60,8 +60,8 @@ def gradients(
     """
     network = copy.deepcopy(network)
     rule.attach(network, world=world, over_time=over_time)
-    if learnt is not None:
-        rule.load_state_dict(learnt)
+    if rule_state is not None:
+        rule.load_state_dict(rule_state)
     for module in network.modules():
         if isinstance(module, (_DropoutNd, Dropout)):
             module.eval()

@@ -48,7 +48,7 @@ def compare_gradients(
             lambda: loss(target_B),
             world=World(recipe.seed),  # one rank: a mean over ranks would wait for the others
             over_time=recipe.over_time,
-            learnt=state,
+            rule_state=state,
             step=step,
         )
 
