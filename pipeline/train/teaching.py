@@ -140,7 +140,9 @@ def open_teaching(
     if cache is not None:
         answers = place / f"seed-{recipe.seed}-{cache.storage}"
         ranks.broadcast_object(
-            lambda: cache.check(answers, answers=steps * recipe.batch_size, classes=data.classes)
+            lambda: cache.check(
+                answers, predictions=steps * recipe.batch_size, classes=data.classes
+            )
         )
         kept = CachedPredictions(
             answers, classes=data.classes, storage=cache.storage, rank=ranks.rank

@@ -56,19 +56,19 @@ class Cache:
             f"Cache: storage must be one of {', '.join(_TYPES)}; got {self.storage!r}",
         )
 
-    def check(self, seed_folder: Path, *, answers: int, classes: int) -> None:
+    def check(self, seed_folder: Path, *, predictions: int, classes: int) -> None:
         """Check that a run's predictions fit into the cache.
 
         `seed_folder` may already contain some of them.
 
         Raises: ValueError if they do not fit.
         """
-        run_bytes = answers * record_format(classes, self.storage).itemsize
+        run_bytes = predictions * record_format(classes, self.storage).itemsize
         stored_bytes = _bytes(Path(self.folder))
         needed_bytes = stored_bytes + max(0, run_bytes - _bytes(seed_folder))
         require(
             needed_bytes <= self.limit_gb * 1e9,
-            f"Cache: limit_gb must be at least {needed_bytes / 1e9:.3g} for the {answers}"
+            f"Cache: limit_gb must be at least {needed_bytes / 1e9:.3g} for the {predictions}"
             f" predictions of this run, because {self.folder} holds {stored_bytes / 1e9:.3g} GB"
             f" already; got limit_gb={self.limit_gb:g}",
         )

@@ -92,7 +92,7 @@ def test_a_run_that_would_not_fit_is_refused_before_it_begins(tmp_path, planned,
 
     def check(limit: float) -> None:
         cache = Cache(folder=tmp_path, limit_gb=limit * size / 1e9)
-        cache.check(tmp_path / "mine", answers=planned, classes=K)
+        cache.check(tmp_path / "mine", predictions=planned, classes=K)
 
     check(least + 0.5)
     message = r"Cache: limit_gb must be at least .* holds .* GB already; got limit_gb="
