@@ -51,8 +51,8 @@ def gradients(
     Args:
         make_loss: called for each batch.
         world: its seed and `step` determine the rule's random draws.
-        rule_state: the state dict of a rule that trains its own parameters, such as OPZO; None: a fresh
-            state.
+        rule_state: the state dict of a rule that trains its own parameters, such as OPZO; None: a
+            fresh state.
         batches: the number of times that the rule sees the batch; the last gradient is returned.
 
     Raises:
