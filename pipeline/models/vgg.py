@@ -101,7 +101,8 @@ class VGG(nn.Module):
         stages: widths of the layers of each stage.
         stem: (kernel, stride) of the first convolution. (5, 2) needs a quarter of the time on
             images of 28 pixels.
-        dropout: share of neurons whose spikes are dropped, in all time steps of a batch.
+        dropout: share of neurons whose spikes are dropped. The neurons are the same in all time
+            steps of a batch.
         feedback: "last" is VGG-F, which runs the time steps one after another, in slices too.
 
     Raises: ValueError for an empty stage, sizes below 1, an even kernel or a stride below 1 in
