@@ -303,7 +303,7 @@ test_refuses_what_does_not_fit = refusals(
         ),
         (
             lambda: from_published(WEIGHTS | {"head.weight": torch.zeros(7)}),
-            r"'head.weight' with 2 dimensions; got \(7,\)",
+            r"'head.weight' must have 2 dimensions; got \(7,\)",
         ),
         (
             lambda: from_published(WEIGHTS | {"head.weight": torch.zeros(7, 36)}),
