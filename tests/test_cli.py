@@ -332,14 +332,14 @@ def recipe():
                 " weights=lite0))"
             ),
             (
-                "timm_teacher: tf_efficientnet_lite0 has 1000 classes and the data 10, so it"
-                " needs a probe, .*; got None"
+                "timm_teacher: tf_efficientnet_lite0 has 1000 classes and the data 10, so"
+                " probe must be .*; got None"
             ),
         ),
         (
             "replace(taught, teacher=spec(timm_teacher, name='efficientnet_lite0', weights=lite0))",
             (
-                "Package: the weights of .* are those of tf_efficientnet_lite0 and of no other; got"
+                "Package: the model for the weights of .* must be tf_efficientnet_lite0; got"
                 " efficientnet_lite0"
             ),
         ),
@@ -360,7 +360,7 @@ def recipe():
         (
             "replace(shared, model=spec(binarized, network=shared.model, part='ffn'))",
             (
-                "^binarized: part must be one that the network has; VGG has all_but_ends; got"
+                "^binarized: part must be a part of the network; VGG has all_but_ends; got"
                 " part='ffn'$"
             ),
         ),

@@ -150,7 +150,7 @@ def _check_recipes(
 
 
 def _typed_words(context: typer.Context) -> Iterator[str]:
-    """The words of the user, recipes first, without the options that become fields of the request."""
+    """The words of the user, recipes first, without options that become fields of the request."""
     for parameter in sorted(
         context.command.params, key=lambda each: each.param_type_name == "option"
     ):

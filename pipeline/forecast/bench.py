@@ -37,7 +37,7 @@ from pipeline.measure.memory import (
     reset_peak_rss,
 )
 from pipeline.measure.meters import Meters
-from pipeline.measure.saved_bytes import bytes_of
+from pipeline.measure.saved_bytes import storage_bytes
 from pipeline.models.teachers.base import Teacher
 from pipeline.recipe import is_baseline
 from pipeline.recipe.recipe import Recipe, Spec, spec
@@ -198,7 +198,7 @@ class Bench:
 
     @property
     def batch_bytes(self) -> int:
-        return bytes_of([self.x_TB, self.target_B])
+        return storage_bytes([self.x_TB, self.target_B])
 
     def cost(self, rule: Spec) -> Cost:
         """Measure a rule in plain torch.
@@ -517,7 +517,7 @@ def measure_teacher(recipe: Recipe, x_B: Tensor) -> TeacherCost | None:
     teacher(x_B)  # warms up
     return TeacherCost(
         teacher=teacher.label,
-        bytes=bytes_of((*teacher.parameters(), *teacher.buffers())),
+        bytes=storage_bytes((*teacher.parameters(), *teacher.buffers())),
         seconds=statistics.median(
             seconds_of(lambda: teacher(x_B), x_B.device) for _ in range(TIMED)
         ),

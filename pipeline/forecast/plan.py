@@ -69,7 +69,7 @@ from pipeline.forecast.step_counts import (
     counted,
 )
 from pipeline.measure.memory import device_here, format_hardware, free_bytes, hardware
-from pipeline.measure.saved_bytes import bytes_of
+from pipeline.measure.saved_bytes import storage_bytes
 from pipeline.models.teachers.base import Teacher
 from pipeline.recipe.json import encode
 from pipeline.recipe.recipe import Recipe, Spec
@@ -337,7 +337,7 @@ class _Planner:
         self.teacher_bytes = (
             0
             if self.teacher is None
-            else bytes_of((*self.teacher.parameters(), *self.teacher.buffers()))
+            else storage_bytes((*self.teacher.parameters(), *self.teacher.buffers()))
         )
         if (card := cluster.device) is None:
             here = device_here()

@@ -248,7 +248,8 @@ def _journal_end_of_workers(folder: Path, failure: LaunchError) -> str:
     ranks = ", ".join(map(str, sorted(set(hung.values()))))
     return (
         f"worker {ranks}, or a worker that it waited for, hung for longer than --hang-minutes; the"
-        f" stacks of its threads are in {first_few([str(folder / file) for file in hung], max_names=4)}"
+        " stacks of its threads are in"
+        f" {first_few([str(folder / file) for file in hung], max_names=4)}"
     )
 
 

@@ -7,7 +7,7 @@ with Activity(network, every=8) as activity:
 activity.layers()
 """
 
-# T time, B batch, C counted samples of it, R = T B rows, N neurons of a layer
+# T time, B batch, C counted samples of a batch, R = T B rows, N neurons of a layer, L layers
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -47,28 +47,28 @@ class LayerActivity:
 
 def firing_rate(layers: Sequence[LayerActivity]) -> float:
     """Spikes per neuron and time step over all layers; NaN without a layer."""
-    places = [each.neurons * len(each.rates) for each in layers]
-    if not places:
+    sizes = [layer.neurons * len(layer.rates) for layer in layers]
+    if not sizes:
         return math.nan
-    return sum(each.rate * count for each, count in zip(layers, places, strict=True)) / sum(places)
+    return sum(layer.rate * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
 
 
 class Activity:
     """Counts the spikes of every neuron of `network` inside the `with` block.
 
-    It takes 4 bytes per neuron and time step, and is exact up to 2^24 samples. It reads only
-    spikes, and waits for a GPU only in `layers`.
+    A count takes 4 bytes per neuron and time step, and is exact up to 2^24 samples. Only `layers`
+    waits for a GPU.
 
     Args:
-        every: counts one in `every` samples, drawn by their ids. The draw is the same for any
-            number of workers, and independent of the order of classes in the set.
+        every: one in `every` samples is counted. The draw depends only on the samples' ids, not on
+            the number of workers or the order of classes in the set.
     """
 
     def __init__(self, network: nn.Module, *, every: int = 1) -> None:
         self.every = every
         self._samples = 0
         self._neurons = named_neurons(network)
-        self._layers = [_Layer() for _ in self._neurons]
+        self._layers = [_SpikeCounts() for _ in self._neurons]
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Self:
@@ -82,37 +82,44 @@ class Activity:
 
     @contextmanager
     def batch(self, index_B: Tensor) -> Iterator[None]:
-        """Surround the time steps of the samples with these ids. They may run in slices."""
-        places = self.places(index_B.numpy())
-        for layer in self._layers:
-            layer.step, layer.places = 0, places
-        yield
-        self._samples += len(places)
+        """Surround the time steps of one batch, which may run in slices.
 
-    def places(self, ids: NDArray[np.int64]) -> tuple[int, ...]:
+        `index_B`: the ids of the batch's samples.
+        """
+        rows = self.counted_rows(index_B.numpy())
+        for layer in self._layers:
+            layer.step, layer.batch_rows = 0, rows
+        yield
+        self._samples += len(rows)
+
+    def counted_rows(self, ids: NDArray[np.int64]) -> tuple[int, ...]:
         """Positions of the counted samples in `ids`."""
         return tuple(np.flatnonzero(below(bits(0, 0, ids, COUNTED), self.every) == 0).tolist())
 
     def layers(
-        self, total: Reduce = torch.clone, largest: Reduce = torch.clone
+        self, reduce_sum: Reduce = torch.clone, reduce_max: Reduce = torch.clone
     ) -> tuple[LayerActivity, ...]:
         """Activity over all ranks, in order of construction. Collective.
 
-        `total` sums over ranks, `largest` takes the maximum; the defaults are those of one rank.
-        Layers that never ran are omitted. If no sample was counted, all layers are.
+        `reduce_sum` and `reduce_max` reduce over ranks; the defaults are for a single rank. Layers
+        that never ran are omitted. If no sample was counted, all layers are omitted.
         """
         if not self._layers:
             return ()
-        sizes_L2 = largest(torch.tensor([layer.fired_TN.shape for layer in self._layers])).tolist()
-        widened = [
-            _widened(layer.fired_TN.cpu(), steps, neurons)
+        sizes_L2 = reduce_max(
+            torch.tensor([layer.spikes_TN.shape for layer in self._layers])
+        ).tolist()
+        padded = [
+            _pad(layer.spikes_TN.cpu(), steps, neurons)
             for layer, (steps, neurons) in zip(self._layers, sizes_L2, strict=True)
         ]
-        by_step = [fired_TN.sum(1, dtype=torch.float64) for fired_TN in widened]
+        by_step = [spikes_TN.sum(1, dtype=torch.float64) for spikes_TN in padded]
         by_step.append(torch.tensor([self._samples], dtype=torch.float64))
-        *by_step, samples = total(torch.cat(by_step)).split([*(steps for steps, _ in sizes_L2), 1])
-        by_neuron = [fired_TN.sum(0, dtype=torch.int32) for fired_TN in widened]
-        by_neuron = total(torch.cat(by_neuron)).split([neurons for _, neurons in sizes_L2])
+        *by_step, samples = reduce_sum(torch.cat(by_step)).split(
+            [*(steps for steps, _ in sizes_L2), 1]
+        )
+        by_neuron = [spikes_TN.sum(0, dtype=torch.int32) for spikes_TN in padded]
+        by_neuron = reduce_sum(torch.cat(by_neuron)).split([neurons for _, neurons in sizes_L2])
         return tuple(
             LayerActivity(
                 name=name,
@@ -127,22 +134,22 @@ class Activity:
         )
 
 
-class _Layer:
+class _SpikeCounts:
     def __init__(self) -> None:
-        self.fired_TN = torch.zeros(0, 0)  # spikes of each neuron at each time step
+        self.spikes_TN = torch.zeros(0, 0)  # summed over the counted samples
         self.step = 0
-        self.places: tuple[int, ...] = ()  # of the counted samples in the current batch
+        self.batch_rows: tuple[int, ...] = ()  # of the counted samples in the current batch
 
     @torch.no_grad()
     def record(self, neuron: nn.Module, _: Any, s_TB: Tensor) -> None:
         """Add the output of `neuron`. This is a forward hook."""
-        if not self.places:
+        if not self.batch_rows:
             return
         steps, batch = s_TB.shape[:2]
         s_RN = s_TB.reshape(steps * batch, -1)
-        row_TC, first_T = _rows(self.places, steps, batch, s_TB.device)
-        # Each spike of LIF's own step is a 1. Those of a rate neuron have a height, and a rule's
-        # gradient function may change them.
+        row_TC, first_T = _rows(self.batch_rows, steps, batch, s_TB.device)
+        # LIF.step emits spikes of value 1. A rate neuron emits other values, and a rule's gradient
+        # function may change the values.
         fires_ones = (
             isinstance(neuron, LIF)
             and type(neuron).step is LIF.step
@@ -150,28 +157,28 @@ class _Layer:
         )
         if fires_ones and s_TB.dtype == torch.float32:
             # sums the rows in place, without copying them
-            fired_TN = torch.embedding_bag(s_RN, row_TC, first_T)[0]
+            spikes_TN = torch.embedding_bag(s_RN, row_TC, first_T)[0]
         else:
-            fired_TN = torch.ne(s_RN[row_TC.view(steps, -1)], 0).sum(1, dtype=torch.float32)
+            spikes_TN = torch.ne(s_RN[row_TC.view(steps, -1)], 0).sum(1, dtype=torch.float32)
         first, self.step = self.step, self.step + steps
-        if len(self.fired_TN) < self.step:
-            self.fired_TN = _widened(self.fired_TN, self.step, s_RN.shape[1]).to(s_TB.device)
-        self.fired_TN[first : self.step].add_(fired_TN)
+        if len(self.spikes_TN) < self.step:
+            self.spikes_TN = _pad(self.spikes_TN, self.step, s_RN.shape[1]).to(s_TB.device)
+        self.spikes_TN[first : self.step].add_(spikes_TN)
 
 
-def _widened(fired_TN: Tensor, steps: int, neurons: int) -> Tensor:
-    return F.pad(fired_TN, (0, neurons - fired_TN.shape[1], 0, steps - fired_TN.shape[0]))
+def _pad(spikes_TN: Tensor, steps: int, neurons: int) -> Tensor:
+    return F.pad(spikes_TN, (0, neurons - spikes_TN.shape[1], 0, steps - spikes_TN.shape[0]))
 
 
 @lru_cache(maxsize=8)
 def _rows(
-    places: tuple[int, ...], steps: int, batch: int, device: torch.device
+    batch_rows: tuple[int, ...], steps: int, batch: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Rows of the samples at `places` in spikes [T B, ...]: [T C]; first row of each step: [T].
+    """Rows of the counted samples in spikes `[R, N]`, and the position of each step's first row.
 
-    They are made once for all layers of a batch. A layer has just filled the caches, so there the
-    smallest operation of torch takes as long as a loop over a batch.
+    They are computed once per batch and shared by all layers, because even the smallest torch
+    operation is slow in a hook: the layer has just filled the CPU's caches.
     """
-    row_TC = torch.tensor([step * batch + place for step in range(steps) for place in places])
-    first_T = torch.arange(0, len(row_TC), len(places))
+    row_TC = torch.tensor([step * batch + row for step in range(steps) for row in batch_rows])
+    first_T = torch.arange(0, len(row_TC), len(batch_rows))
     return row_TC.to(device, non_blocking=True), first_T.to(device, non_blocking=True)

@@ -8,12 +8,12 @@ At each moment of a batch, the innermost open part is charged.
 
 Time outside all parts is charged to REST, so the parts of a batch add up exactly to its time.
 
-On a CPU the clock is the host's. On a GPU the host runs ahead of the kernels. Each boundary is then
-an event on the stream, and a part's time is the stream's. A wait for data is charged for as long as
-kernels had to wait for it. Only `take` waits for the events.
+On a CPU the clock reads the host's time. On a GPU the host runs ahead of the kernels, so a part
+starts with an event on the stream, and its time is the time between two events. A wait for data is
+therefore charged only while kernels wait for the data. Only `take` waits for the events.
 
-A batch has about thirty boundaries. Each follows a layer that has just filled the caches, where
-every call costs microseconds. A boundary therefore only records a name and the time.
+In a batch about thirty parts begin. At each of these moments the caches are full of a layer's data,
+so every call costs microseconds. The clock therefore only records a name and the time there.
 """
 
 import time
@@ -40,78 +40,76 @@ COLLECTIVES = (
 
 
 class Clock:
-    """The clock of one rank."""
-
     def __init__(self, device: torch.device = torch.device("cpu")) -> None:
         self._is_cuda = device.type == "cuda"
         self._device = device
         self._now: Callable[[], Any] = self._event if self._is_cuda else time.perf_counter
         self._parts = {name: _Part(self, name) for name in PARTS}
-        # The open parts, the innermost last. A thread of autograd may open one too (for a
-        # collective in a gradient hook), while the loop's thread waits for it.
-        self.entered: list[str] = [REST]
-        # The boundaries of the current batch: alternately the name of a part that begins, and its
-        # time (seconds or an event). The last pair ends the batch.
-        self._boundaries: list[Any] | None = None
-        self._ended: list[list[Any]] = []
+        # The innermost part is the last. A thread of autograd may also open a part (for a
+        # collective in a gradient hook), while the loop's thread waits for that thread.
+        self.open_parts: list[str] = [REST]
+        # Of the current batch, in turn: the name of a part, and its start (seconds or an event).
+        # The last pair ends the batch.
+        self._starts: list[Any] | None = None
+        self._completed: list[list[Any]] = []  # starts of each batch since the last `take`
 
     @contextmanager
     def batch(self) -> Iterator[None]:
         """Surround a batch. A batch that ends in an exception is not recorded."""
-        self._boundaries = batch = []
+        self._starts = starts = []
         self.begin(REST)
         try:
             yield
             self.begin(REST)
-            self._ended.append(batch)
+            self._completed.append(starts)
         finally:
-            self._boundaries = None
+            self._starts = None
 
     def part(self, name: Part) -> "_Part":
-        """Charge the time inside to `name`. It has no effect outside a batch."""
+        """Charge the time of the block to `name`. Outside a batch it has no effect."""
         return self._parts[name]
 
     def begin(self, name: str) -> None:
-        """Charge `name` from now on."""
-        if self._boundaries is not None:
-            self._boundaries += name, self._now()
+        """Charge the time from now on to `name`."""
+        if self._starts is not None:
+            self._starts += name, self._now()
 
     def take(self) -> list[dict[str, float]]:
-        """The seconds of each part, REST included, of every batch since the last `take`.
+        """The seconds by part and in REST, of each batch completed since the last `take`.
 
         It waits for the device.
         """
-        ended, self._ended = self._ended, []
-        if self._is_cuda and ended:
-            ended[-1][-1].synchronize()
-        return [self._seconds(batch) for batch in ended]
+        batches, self._completed = self._completed, []
+        if self._is_cuda and batches:
+            batches[-1][-1].synchronize()
+        return [self._seconds(starts) for starts in batches]
 
     def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def _seconds(self, boundaries: list[Any]) -> dict[str, float]:
+    def _seconds(self, starts: list[Any]) -> dict[str, float]:
         seconds: dict[str, float] = dict.fromkeys((*PARTS, REST), 0.0)
-        names, at = boundaries[::2], boundaries[1::2]
-        for name, begun, ended in zip(names, at, at[1:], strict=False):
-            seconds[name] += begun.elapsed_time(ended) / 1e3 if self._is_cuda else ended - begun
+        names, times = starts[::2], starts[1::2]
+        for name, start, end in zip(names, times, times[1:], strict=False):
+            seconds[name] += start.elapsed_time(end) / 1e3 if self._is_cuda else end - start
         return seconds
 
 
 class _Part(ContextDecorator):
-    """A context manager, also for each call of a function. It may be entered within itself."""
+    """A context manager and function decorator. It may be entered within itself."""
 
     def __init__(self, clock: Clock, name: str) -> None:
         self._clock, self._name = clock, name
 
     def __enter__(self) -> None:
-        self._clock.entered.append(self._name)
+        self._clock.open_parts.append(self._name)
         self._clock.begin(self._name)
 
     def __exit__(self, *exc: object) -> None:
-        self._clock.entered.pop()
-        self._clock.begin(self._clock.entered[-1])
+        self._clock.open_parts.pop()
+        self._clock.begin(self._clock.open_parts[-1])
 
 
 @contextmanager
@@ -119,29 +117,29 @@ def charge_collectives(clock: Clock) -> Iterator[None]:
     """Charge the time of every collective inside a batch to "communication".
 
     This covers the collectives of backends, synchronised norms and rules, because all of them call
-    `torch.distributed.<collective>`. Enter it before an engine is made: DeepSpeed 0.19.8 looks up
-    most collectives at each call, but keeps all_gather_into_tensor from its initialisation.
+    `torch.distributed.<collective>`. Enter it before an engine is created: DeepSpeed 0.19.8 looks
+    up most collectives at each call, but all_gather_into_tensor only at its initialisation.
 
-    For an asynchronous collective only the start is charged here. The wait is charged to the part
-    in which it happens.
+    Of an asynchronous collective only the start is charged to "communication". The wait is charged
+    to the part in which it happens.
     """
-    own = {name: getattr(distributed, name) for name in COLLECTIVES}
-    for name, collective in own.items():
+    originals = {name: getattr(distributed, name) for name in COLLECTIVES}
+    for name, collective in originals.items():
         setattr(distributed, name, clock.part("communication")(collective))
     try:
         yield
     finally:
-        for name, collective in own.items():
+        for name, collective in originals.items():
             setattr(distributed, name, collective)
 
 
-def seconds_of(act: Callable[[], object], device: torch.device) -> float:
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call on the host's clock, including the device's work."""
     synchronize(device)
-    begun = time.perf_counter()
-    act()
+    start = time.perf_counter()
+    function()
     synchronize(device)
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Names of the parts of a run's time, and intervals of the costly measurements.
+"""Names of the parts of a run's time, and the intervals of the costly measurements.
 
 This module does not import torch, so that reports can import it quickly.
 """
@@ -8,12 +8,12 @@ from typing import Literal, get_args
 # Parts of a batch:
 #   data_wait      waiting for the loader
 #   transfer       copying to the device, and mixing and encoding there
-#   teacher        the teacher's answers
+#   teacher        the teacher's predictions
 #   forward        the rule's work before it yields a loss term
 #   backward       differentiating the loss terms, and learning inside the rule
 #   communication  all collectives, including the wait for the slowest rank
 #   optimizer      updating the weights and the schedule
-#   metrics        summing loss and hits; the guard's copies and checks
+#   metrics        summing loss and correct predictions; the guard's copies and checks
 Part = Literal[
     "data_wait",
     "transfer",
@@ -28,13 +28,13 @@ PARTS: tuple[Part, ...] = get_args(Part)
 # The time of a batch outside all parts.
 REST = "rest"
 # Work between batches, in seconds of the host. "coordination" is the exchange between ranks after
-# each batch, and the reading of the meters. On a GPU, part of it is a wait for kernels that are
-# charged to their batch. "skipped" is the whole time of batches that were not completed.
-Between = Literal["evaluation", "checkpoint", "tracking", "fidelity", "coordination", "skipped"]
-BETWEEN: tuple[Between, ...] = get_args(Between)
+# each batch, and the reading of the meters. On a GPU it includes waits for kernels, whose time is
+# charged to their batch as well. "skipped" is the whole time of uncompleted batches.
+Section = Literal["evaluation", "checkpoint", "tracking", "fidelity", "coordination", "skipped"]
+SECTIONS: tuple[Section, ...] = get_args(Section)
 
 # Batches are counted from 0 within an attempt; batch 0 warms up. Steps are counted over the run.
-# If a batch to be measured is skipped, the next completed batch replaces it.
+# If a batch is not completed, the next batch is measured instead.
 MEMORY_EVERY = 200  # saved bytes and states: batch 1, and every 200th batch after it
 OPERATIONS_EVERY = 1000  # operations: step 2, and every 1000th step after it
 ACTIVITY_EVERY = 8  # spikes of each neuron: one in 8 evaluation samples, drawn by id

@@ -1,15 +1,15 @@
 """The energy of an inference: estimated from its operations, or measured by a GPU's counter.
 
-The operations are those of samples from all over an evaluation set (`EvenSample`).
+The operations are counted on samples from the whole evaluation set (`RandomSample`).
 
     E = mac MACs + ac ACs        MACs: multiply-accumulates of two real numbers
                                  ACs: additions without a multiplication, for spikes
 
 Only executed operations count: a still image passes the first layer once, and zeros cost nothing.
-Most papers count that layer at each of the T steps, zeros included. Their figure is larger, up to
-T times and more; mention this when the two are compared. A mean of spikes, for example from a
-pooling layer, is a real number, and its products are MACs. Counts of synaptic operations treat it
-as a spike, and their price for such a layer is up to five times lower.
+Most papers count the first layer at each of the T steps, zeros included. Their figure can therefore
+be T times larger, or even more; mention this in a comparison. A mean of spikes, for example from a
+pooling layer, is a real number, and its products are MACs. Papers that count synaptic operations
+treat the mean as a spike, so their estimate for such a layer is about five times lower in fp32.
 
 The prices cover arithmetic only. Moving weights and membranes costs more on most chips and is not
 included. A GPU's counter (NVML) measures the whole card, including its idle power and all other
@@ -51,7 +51,7 @@ class Inference:
 
     work: Work
     samples: int
-    not_counted: tuple[str, ...] = ()  # torch operations with products that `work` lacks
+    not_counted: tuple[str, ...] = ()  # torch operations whose products are not in `work`
 
     @property
     def macs(self) -> float:
@@ -64,7 +64,7 @@ class Inference:
         return (self.work.additions - self.work.multiplications) / self.samples
 
     def to_dict(self, measured_j: float | None = None) -> dict[str, Any]:
-        """Operations per sample and their energy in J, at the prices of fp32 and at all prices.
+        """Operations per sample, and their energy in J at the prices of fp32 and at all `PRICES`.
 
         `measured_j`: measured joules per sample. None omits the key.
         """
@@ -82,39 +82,38 @@ class Inference:
         }
 
 
-class EvenSample:
-    """Copies of up to `most` inputs, drawn evenly from a stream of any length.
+class RandomSample:
+    """Copies of up to `max_samples` inputs, drawn evenly from a stream of any length.
 
-    Each position in the stream draws a number, and the samples with the smallest numbers are kept.
-    A sorted set therefore yields samples of each class; its first batch does not. A set with
-    alternating classes does so too; every tenth sample of it might not.
+    Each position in the stream gets a random number, and the samples with the smallest numbers are
+    kept. They represent the whole stream, whether it is sorted by class or its classes alternate.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._passed = 0
+    def __init__(self, max_samples: int) -> None:
+        self.max_samples = max_samples
+        self._seen = 0  # samples of the stream
         self._steps = 0  # time steps of a still image, which is stored once; 0: store each step
-        self._held: list[tuple[int, Tensor]] = []  # in the order of the drawn numbers
+        self._kept: list[tuple[int, Tensor]] = []  # in the order of the random numbers
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._kept)
 
     def add(self, x_TB: Tensor) -> None:
-        """Offer the samples of a batch: all still images or none."""
+        """Draw from the samples of a batch, which holds only still images or only recordings."""
         self._steps = len(x_TB) if is_static(x_TB) else 0
-        places_B = np.arange(self._passed, self._passed + x_TB.shape[1])
-        self._passed += len(places_B)
-        for place, drawn in enumerate(bits(0, 0, places_B, COUNTED).tolist()):
-            if len(self) < self.most or drawn < self._held[-1][0]:
-                x = x_TB[0, place] if self._steps else x_TB[:, place]
-                insort(self._held, (drawn, x.clone()), key=itemgetter(0))
-                del self._held[self.most :]
+        positions_B = np.arange(self._seen, self._seen + x_TB.shape[1])
+        self._seen += len(positions_B)
+        for row, number in enumerate(bits(0, 0, positions_B, COUNTED).tolist()):
+            if len(self) < self.max_samples or number < self._kept[-1][0]:
+                x = x_TB[0, row] if self._steps else x_TB[:, row]
+                insort(self._kept, (number, x.clone()), key=itemgetter(0))
+                del self._kept[self.max_samples :]
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """Yield the kept samples as `x_TB` of at most `size` samples. Still images stay still."""
         for first in range(0, len(self), size):
-            kept = [x for _, x in self._held[first : first + size]]
-            yield repeat(torch.stack(kept), self._steps) if self._steps else torch.stack(kept, 1)
+            batch = [x for _, x in self._kept[first : first + size]]
+            yield repeat(torch.stack(batch), self._steps) if self._steps else torch.stack(batch, 1)
 
 
 def energy_j(macs: float, acs: float, prices: str = FP32) -> float:
@@ -124,7 +123,7 @@ def energy_j(macs: float, acs: float, prices: str = FP32) -> float:
 
 
 def describe_inference(inference: Mapping[str, Any], *, on_gpu: bool) -> str:
-    """Describe `Inference.to_dict` in one line.
+    """Describe the dict of `Inference.to_dict` in one line.
 
     An example is `an inference: 14.3 µJ estimated (45 nm, fp32), not measured on a CPU`.
     """
@@ -134,9 +133,13 @@ def describe_inference(inference: Mapping[str, Any], *, on_gpu: bool) -> str:
             " waits for data included"
         )
     else:
-        measurement = "not measured: no card has a counter" if on_gpu else "not measured on a CPU"
-    unknown = ", ".join(inference.get("not_counted", ()))
-    prices = f"{inference['prices']}, without {unknown}" if unknown else inference["prices"]
+        measurement = (
+            "not measured: a card has no counter, or its counter did not move"
+            if on_gpu
+            else "not measured on a CPU"
+        )
+    not_counted = ", ".join(inference.get("not_counted", ()))
+    prices = f"{inference['prices']}, without {not_counted}" if not_counted else inference["prices"]
     return (
         f"an inference: {format_quantity(inference['energy_j'], kind='J')} estimated ({prices}),"
         f" {measurement}"
@@ -144,7 +147,7 @@ def describe_inference(inference: Mapping[str, Any], *, on_gpu: bool) -> str:
 
 
 class EnergyCounter:
-    """The energy counter of one device. CPUs, and cards before Volta, have none."""
+    """The energy counter of one device. CPUs, and cards older than Volta, have no counter."""
 
     def __init__(self, device: torch.device) -> None:
         # The card's UUID, which is the same in every process. It is empty for a CPU.
@@ -157,7 +160,7 @@ class EnergyCounter:
                 self._handle = pynvml.nvmlDeviceGetHandleByUUID(self.card)
 
     def read(self) -> float | None:
-        """Joules since the driver was loaded; None without a counter."""
+        """Joules since the driver was loaded; None without a counter or after an error."""
         if self._handle is not None:
             with suppress(pynvml.NVMLError):  # an error of the driver must not end a training
                 return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3  # mJ to J
@@ -170,27 +173,27 @@ class EnergyReadings:
 
     card: str
     samples: int
-    began: float | None
-    ended: float | None
+    start_j: float | None
+    end_j: float | None
 
 
 def joules_per_sample(ranks: Iterable[EnergyReadings]) -> float | None:
-    """Measured energy per sample: the energy of all cards in an evaluation over its samples.
+    """Measured joules of an evaluation on all cards, divided by its samples.
 
     The figure includes each card's idle power and its waits for data, but not its wait for slower
     ranks. A card that several ranks share counts once, from the earliest start of these ranks to
     the latest end.
 
-    None if a card has no counter, or if its counter did not move. The counter moves in steps, so a
-    very short evaluation may not move it.
+    None if no rank has samples, a card has no counter, or a counter did not move. A counter moves
+    in steps, so a very short evaluation may not move it.
     """
-    spans: dict[str, tuple[float, float]] = {}
+    readings_j: dict[str, tuple[float, float]] = {}  # by card
     evaluated = [rank for rank in ranks if rank.samples]
     for rank in evaluated:
-        if rank.began is None or rank.ended is None:
+        if rank.start_j is None or rank.end_j is None:
             return None
-        began, ended = spans.get(rank.card, (rank.began, rank.ended))
-        spans[rank.card] = min(began, rank.began), max(ended, rank.ended)
-    used = [ended - began for began, ended in spans.values()]
+        start_j, end_j = readings_j.get(rank.card, (rank.start_j, rank.end_j))
+        readings_j[rank.card] = min(start_j, rank.start_j), max(end_j, rank.end_j)
+    used_j = [end_j - start_j for start_j, end_j in readings_j.values()]
     samples = sum(rank.samples for rank in evaluated)
-    return sum(used) / samples if used and min(used) > 0 else None
+    return sum(used_j) / samples if used_j and min(used_j) > 0 else None

@@ -4,9 +4,9 @@ On a CPU the free memory is limited by the control groups of a container, a pod 
 
     room = limit - used + page cache that the kernel can reclaim
 
-A group's limit holds for all processes in it. The smallest room of the process's own group and its
-parents therefore counts. A container may see its own group as the root of the mount, as with
-Docker. The path of the process's group then does not exist or is "/", and the root counts.
+The limits of the process's own group and of all parent groups hold, so the smallest room counts.
+With Docker a container may see its own group as the root of the mount. The path of the process's
+group then does not exist or is "/", and only the root counts.
 
 Source: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst of Linux.
 """
@@ -29,8 +29,8 @@ from pipeline.core.units import counted
 def peak_rss_bytes() -> int:
     """The highest resident memory of this process since its start or `reset_peak_rss`.
 
-    It is Linux' VmHWM. Where a sandbox has none, it is getrusage's maximum. That maximum survives
-    exec: a small child of a large parent reports the parent's.
+    It is Linux' VmHWM, or getrusage's maximum in a sandbox without VmHWM. The maximum survives
+    exec, so a small child process of a large parent reports the parent's maximum.
     """
     return (
         _proc_bytes("/proc/self/status", "VmHWM:")
@@ -48,7 +48,7 @@ def reset_peak_rss() -> bool:
 
 
 def pss_bytes() -> int:
-    """Resident memory now; a page shared by n processes counts as 1/n of a page. 0 if unknown."""
+    """Resident memory now, with a page shared by n processes as 1/n of a page; 0 if unknown."""
     return _proc_bytes("/proc/self/smaps_rollup", "Pss:")
 
 
@@ -92,13 +92,15 @@ def peak_device_bytes(device: torch.device) -> int:
 def peaks(device: torch.device) -> dict[str, int]:
     """The peaks of this process and of its device, by the names of `Totals`.
 
-    torch's allocator reserves more than the tensors take. What it reserves must fit on the card.
+    torch's allocator reserves more memory than the tensors need. All reserved memory must fit on
+    the card.
     """
-    is_cuda = device.type == "cuda"
     return {
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(device),
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if is_cuda else 0,
+        "peak_reserved_bytes": (
+            torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+        ),
     }
 
 
@@ -116,7 +118,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     message = str(error).lower() if isinstance(error, RuntimeError) else ""
     return any(text in message for text in _OUT_OF_MEMORY) or (
-        any(text in message for text in _PERHAPS) and _is_card_full()
+        any(text in message for text in _POSSIBLY_OUT_OF_MEMORY) and _is_card_full()
     )
 
 
@@ -131,16 +133,16 @@ _OUT_OF_MEMORY = (
     "can't allocate memory",  # torch's DefaultCPUAllocator
     "cannot allocate memory",  # the kernel, for a mapping
 )
-# These errors have other causes too. A full card is the common cause, because torch does not
-# allocate workspaces and handles.
-_PERHAPS = (
+# These errors have other causes too. A full card is the most common one, because the libraries
+# allocate their handles and workspaces outside torch's allocator.
+_POSSIBLY_OUT_OF_MEMORY = (
     "cudnn_status_internal_error",
     "cudnn_status_not_initialized",
     "cublas_status_not_initialized",
     "unable to find a valid cudnn algorithm",
     "unable to find an engine to execute this computation",
 )
-_FULL = 0.05  # a card is full if at most this share of its memory is free
+_FULL_CARD = 0.05  # a card is full if at most this share of its memory is free
 
 
 def _is_card_full() -> bool:
@@ -148,7 +150,7 @@ def _is_card_full() -> bool:
         free, total = torch.cuda.mem_get_info()
     except (RuntimeError, AssertionError):  # no card, no CUDA, or an unresponsive card
         return False
-    return free <= _FULL * total
+    return free <= _FULL_CARD * total
 
 
 # ---------------------------------------------------------------------------------------- hardware
@@ -176,8 +178,8 @@ def hardware_differences(
 ) -> list[tuple[str, Any, Any]]:
     """Differences of a worker's `hardware()` from this machine's: (name, here, there).
 
-    Threads are ignored. Cores are ignored for a worker with reserved cores, which saw no others.
-    They are also ignored on a GPU, where a worker sees the cores near it.
+    Threads are ignored. Cores are ignored for a worker with `own_cores`, which sees only the cores
+    reserved for it, and on a GPU, where a worker sees only the cores near the GPU.
     """
     device = device_here()
     ignored = {"threads", *(("cores",) if own_cores or device.type == "cuda" else ())}
@@ -188,13 +190,12 @@ def hardware_differences(
     ]
 
 
-def hardware_over(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def combine_hardware(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One description of all workers' machines.
 
-    Where machines differ, each value is followed by its number of workers. The order is the same
-    whichever machine has rank 0.
+    Where machines differ, each value is followed by its number of workers. The values are sorted,
+    so the description does not depend on the order of ranks.
     """
-
     description = dict(machines[0])
     for name in description:
         counts = Counter(machine[name] for machine in machines)
@@ -207,7 +208,7 @@ def hardware_over(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def format_hardware(machine: Mapping[str, Any]) -> str:
-    """Describe the hardware of a `hardware()`: the GPU, or the CPU and torch's threads."""
+    """Name the main part of a `hardware()`: the GPU, or the CPU and torch's threads."""
     cpu = f"{machine['cpu']}, {counted(machine['threads'], 'thread')}"
     return cpu if machine["gpu"] == "none" else machine["gpu"]
 
@@ -215,7 +216,7 @@ def format_hardware(machine: Mapping[str, Any]) -> str:
 def _proc_field(path: str, field: str) -> str:
     """The text after a field name and its colon; "" if it is missing."""
     try:
-        with Path(path).open() as file:  # read up to the field: the whole takes long on many cores
+        with Path(path).open() as file:  # read up to the field: a whole cpuinfo may be long
             line = next((line for line in file if line.startswith(field)), "")
     except OSError:
         return ""
@@ -223,14 +224,14 @@ def _proc_field(path: str, field: str) -> str:
 
 
 def _proc_bytes(path: str, field: str) -> int:
-    """The bytes of a field in kB; 0 if it is missing."""
+    """The bytes of a field whose unit is kB; 0 if the field is missing."""
     return int(_proc_field(path, field).removesuffix("kB") or 0) * 1024
 
 
 # ---------------------------------------------------------------------------------- control groups
 
-# The files of the limit and the usage, and the field of memory.stat with the page cache. The field
-# includes nested groups.
+# The file of the limit, the file of the usage, and the field of memory.stat for the page cache. The
+# field includes nested groups.
 _V2 = ("memory.max", "memory.current", "inactive_file")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 

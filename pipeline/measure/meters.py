@@ -1,6 +1,7 @@
 """Meters of training for each batch: seconds by part, saved bytes, operations, loss and hits.
 
-`Totals` are the costs of a run's training so far: sums, counts and peaks. Checkpoints store them.
+A hit is a correct prediction. `Totals` are the costs of a run's training so far: sums, counts and
+peaks. Checkpoints store them.
 """
 
 import math
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 from pipeline.core.torch_settings import release_freed_memory
 from pipeline.measure.clock import Clock, synchronize
 from pipeline.measure.constants import (
-    BETWEEN,
     MEMORY_EVERY,
     OPERATIONS_EVERY,
     PARTS,
     REST,
-    Between,
+    SECTIONS,
     Part,
+    Section,
 )
 from pipeline.measure.energy import EnergyCounter
 from pipeline.measure.memory import (
@@ -38,28 +39,31 @@ from pipeline.rules.base import LossTerm
 from pipeline.spiking.state import state_bytes
 
 Reduce = Callable[[Tensor], Tensor]
-Counted = Literal["bytes", "operations"]
-T_ = TypeVar("T_")
+Quantity = Literal["bytes", "operations"]  # counted on some batches only
+Item = TypeVar("Item")
+
+
+# L loss terms of a micro-batch, B its samples
 
 
 class _MicroBatch(NamedTuple):
-    """Loss and hits of a micro-batch. They are summed only when needed, as each sum is a kernel."""
+    """Loss and hits of a micro-batch. `take` sums them, because each sum is a kernel."""
 
-    losses_K: Tensor  # of its loss terms
-    hit_B: Tensor  # whether answers are correct
+    losses_L: Tensor
+    hit_B: Tensor
     share: float  # of the global batch
 
 
 @dataclass
 class _Batch:
-    """Measurements of the current batch. They count once it has ended."""
+    """Measurements of the current batch. A completed batch adds them to the totals."""
 
     # loss and logits of each term of the current micro-batch
     loss_terms: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     micro_batches: list[_MicroBatch] = field(default_factory=list)
     backward_calls: int = 0
-    # If bytes are counted: (saved, states beside them) after the forward with the largest sum.
-    kept: tuple[int, int] = (0, 0)
+    # (bytes saved for backward, bytes of other states), at the largest number of saved bytes
+    saved_and_state_bytes: tuple[int, int] = (0, 0)
 
 
 class Meters:
@@ -68,14 +72,14 @@ class Meters:
     Args:
         network: its parameters do not count as saved for backward.
         batch_size: samples in a global batch.
-        device: the device on which loss and hits are summed. They and the clock are read only in
-            `take`, so the loop never waits for a GPU in between.
+        device: the device on which loss and hits are summed. A batch does not wait for a GPU unless
+            its operations are counted: loss, hits and clock are read later.
         memory_every: saved bytes are counted on the second batch of an attempt and on every
-            `memory_every`-th batch after it. Counting takes time, so those batches are not steady.
-            If such a batch is not completed, the next one is counted instead.
-        operations_every: operations are counted likewise, but from the third step of the run. They
-            depend on what the network has learnt, not on the warm-up of the machine. None disables
-            a count, here and in `memory_every`.
+            `memory_every`-th batch after it. Counting takes time, so these batches are not steady.
+            If such a batch is not completed, the next batch is counted instead. None: never.
+        operations_every: operations are counted in the same way, but from the third step of the
+            run, because they depend on the learnt weights, not on the warm-up of the machine.
+            None: never.
     """
 
     def __init__(
@@ -94,115 +98,124 @@ class Meters:
         self.clock = clock or Clock(device)
         self.memory_every, self.operations_every = memory_every, operations_every
         self.totals = Totals()
-        self.busy_s = 0.0  # seconds of this rank between two `take`s, without waits for others
-        self._joules = EnergyCounter(device)
-        self._joules_then: float | None = None  # at the last reading during training
-        self._begun = 0
-        # the kinds of the batches that ended since the clock was read
+        # seconds of batches between the last two calls of `take`, without communication
+        self.busy_s = 0.0
+        self._energy_counter = EnergyCounter(device)
+        self._last_reading_j: float | None = None
+        self._started_batches = 0
+        # the kinds of the batches that were completed since the clock was read
         self._kinds: list[Literal["first", "counted", "steady"]] = []
-        self._due: set[Counted] = set()  # counts that are due on the next completed batch
-        self._counting: SavedBytes | None = None
-        self._watching: Pausable | None = None  # observes the current batch
-        self._next: Pausable | None = None  # is to observe the next batch
-        self._inside_s = 0.0  # seconds of sections nested in the open section between batches
+        self._due: set[Quantity] = set()  # to be counted on the next completed batches
+        self._saved_bytes: SavedBytes | None = None  # counts the bytes of the current batch
+        self._instrument: Pausable | None = None  # observes the current batch
+        self._next_instrument: Pausable | None = None  # will observe the next batch
+        self._nested_s = 0.0  # seconds of sections nested in the open section between batches
         self._batch = _Batch()
         # since the last `take`: micro-batches, and the seconds of each batch by part
         self._micro_batches: list[_MicroBatch] = []
-        self._seconds: list[dict[str, float]] = []
+        self._batch_seconds: list[dict[str, float]] = []
 
     @contextmanager
     def batch(self, step: int) -> Iterator[None]:
         """Surround one global batch. On some batches saved bytes or operations are counted.
 
-        If a batch raises, only the host's seconds are kept, as "skipped". The first batch of an
-        attempt waits for imports and compilation. Its seconds are start-up time, which `Trainer`
+        If a batch raises, only the host's seconds are recorded, as "skipped". The first batch of an
+        attempt includes imports and compilation. Its seconds are start-up time, which `Trainer`
         records.
         """
-        begun = time.perf_counter()
-        is_first, counted = self._begun == 0, self._counted_on(self._begun, step)
+        start = time.perf_counter()
+        is_first = self._started_batches == 0
+        counted = self._quantity_to_count(self._started_batches, step)
         operations = Operations(self.network) if counted == "operations" else None
-        self._watching = watching = operations or self._next
-        self._begun, self._next = self._begun + 1, None
+        self._instrument = instrument = operations or self._next_instrument
+        self._started_batches += 1
+        self._next_instrument = None
         self._batch = batch = _Batch()
-        if watching is not None:
+        if instrument is not None:
             self.note_peaks()
         try:
             with (
                 self.clock.batch(),
                 SavedBytes(self.network) if counted == "bytes" else nullcontext() as saved,
-                watching or nullcontext(),
+                instrument or nullcontext(),
             ):
-                self._counting = saved
+                self._saved_bytes = saved
                 yield
         except BaseException:
             if not is_first:
-                self.totals.seconds["skipped"] += time.perf_counter() - begun
+                self.totals.seconds["skipped"] += time.perf_counter() - start
             raise
         finally:
-            self._watching = self._counting = None
-            if watching is not None:
+            self._instrument = self._saved_bytes = None
+            if instrument is not None:
                 self.forget_peaks()  # excludes the memory of the instrument itself
         self._kinds.append("first" if is_first else "steady" if counted is None else "counted")
         self._micro_batches += batch.micro_batches
         self._due.discard(counted)
         if saved is not None:
-            self._note({"peak_saved_bytes": saved.peak, "state_bytes": batch.kept[1]})
+            self._raise_peaks(
+                {"peak_saved_bytes": saved.peak, "state_bytes": batch.saved_and_state_bytes[1]}
+            )
         if operations is not None:
             self.totals.add_operations(
-                operations, sum(len(each.hit_B) for each in batch.micro_batches)
+                operations, sum(len(micro_batch.hit_B) for micro_batch in batch.micro_batches)
             )
         self.totals.backward_calls += batch.backward_calls
         self.totals.batches += 1
 
     def watch(self, instrument: Pausable) -> None:
-        """Let an instrument observe the next batch, unless its operations are counted."""
-        self._next = instrument
+        """Let an instrument observe the next batch, unless that batch's operations are counted."""
+        self._next_instrument = instrument
 
     def part(self, name: Part) -> AbstractContextManager[None]:
         """Surround a part of a batch (`measure/clock.py`)."""
-        if self._watching is not None and name in ("teacher", "optimizer"):
-            return self._unseen(name, self._watching)
+        if self._instrument is not None and name in ("teacher", "optimizer"):
+            return self._unobserved_part(name, self._instrument)
         return self.clock.part(name)
 
     @contextmanager
-    def _unseen(self, name: Part, instrument: Pausable) -> Iterator[None]:
+    def _unobserved_part(self, name: Part, instrument: Pausable) -> Iterator[None]:
         with self.clock.part(name), instrument.paused():
             yield
 
-    def each(self, name: Part, source: Iterable[T_]) -> Iterator[T_]:
-        """Iterate over `source`, charging the time to produce each item to that part."""
+    def each(self, name: Part, source: Iterable[Item]) -> Iterator[Item]:
+        """Iterate over `source`, and charge the time that it takes to produce each item to a part.
+
+        `name`: the name of the part.
+        """
         iterator, end = iter(source), object()
         while True:
             with self.clock.part(name):
-                value = next(iterator, end)
-            if value is end:
+                item = next(iterator, end)
+            if item is end:
                 return
-            yield value  # type: ignore[misc]  # not the end
+            yield item  # type: ignore[misc]  # not the end
 
     @contextmanager
-    def between(self, name: Between) -> Iterator[None]:
-        """Surround work between two batches. The innermost section is charged."""
+    def between(self, name: Section) -> Iterator[None]:
+        """Surround a section of work between two batches. The innermost section is charged."""
         if name != "coordination":
             synchronize(self.device)  # charges the last kernels to their batches
-        begun, (outer, self._inside_s) = time.perf_counter(), (self._inside_s, 0.0)
+        outer_nested_s, self._nested_s = self._nested_s, 0.0
+        start = time.perf_counter()
         try:
             yield
         finally:
-            took = time.perf_counter() - begun
-            self.totals.seconds[name] += took - self._inside_s
-            self._inside_s = outer + took
+            section_s = time.perf_counter() - start
+            self.totals.seconds[name] += section_s - self._nested_s
+            self._nested_s = outer_nested_s + section_s
 
     def add(self, term: LossTerm) -> None:
         """Record a loss term at the end of its forward, when saved bytes and states are largest."""
         self._batch.backward_calls += term.backward is not None
         self._batch.loss_terms.append((term.loss, term.logits))
-        if (saved := self._counting) is not None:
+        if (saved := self._saved_bytes) is not None:
             with self.part("metrics"):
-                beside = state_bytes(self.network, excluded=saved.storages)
-                self._batch.kept = max(self._batch.kept, (saved.now, beside))
+                now = (saved.now, state_bytes(self.network, excluded=saved.storages))
+                self._batch.saved_and_state_bytes = max(self._batch.saved_and_state_bytes, now)
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
-        """Record loss and hits. `share`: the micro-batch's share of the global batch."""
+        """Record loss and hits. `share` is the micro-batch's share of the global batch."""
         batch = self._batch
         assert batch.loss_terms, "a rule yields at least one loss term"
         with self.part("metrics"):
@@ -214,108 +227,117 @@ class Meters:
             batch.loss_terms = []
 
     def take(self, reduce: Reduce) -> dict[str, float]:
-        """Means since the last `take`, the same on every rank. Collective.
+        """Means since the last `take`. Collective.
 
-        `reduce` sums over ranks.
+        Loss and accuracy are the same on every rank; times are those of this rank. `reduce` sums
+        over ranks.
         """
-        self._account()
-        done, self._micro_batches = self._micro_batches, []
-        batches, self._seconds = self._seconds, []
+        self._read_clock()
+        micro_batches, self._micro_batches = self._micro_batches, []
+        batches, self._batch_seconds = self._batch_seconds, []
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, hits, samples
-        if done:
-            losses, hits, _ = zip(*done, strict=True)
+        if micro_batches:
+            losses, hits, _ = zip(*micro_batches, strict=True)
             hit_B = torch.cat(hits)
-            shares = [each.share for each in done for _ in range(len(each.losses_K))]
+            shares = [each.share for each in micro_batches for _ in range(len(each.losses_L))]
             sums[0] = torch.cat(losses).double() @ sums.new_tensor(shares)
             sums[1], sums[2] = hit_B.sum(), len(hit_B)
         loss, hits, samples = reduce(sums).tolist()
-        by_part = {name: sum(each[name] for each in batches) for name in (*PARTS, REST)}
+        by_part = {name: sum(batch[name] for batch in batches) for name in (*PARTS, REST)}
         seconds, count = sum(by_part.values()), max(1, len(batches))
         self.busy_s = seconds - by_part["communication"]
         return {
             "loss": loss / count if batches else math.nan,
             "top1": hits / max(1.0, samples),
             "images_per_s": len(batches) * self.batch_size / max(seconds, 1e-9),
-            **{f"{name}_s": value / count for name, value in by_part.items()},
+            **{f"{name}_s": part_s / count for name, part_s in by_part.items()},
             "step_s": seconds / count,
         }
 
     def note_peaks(self) -> None:
         """Add the current memory peaks, and the energy since the last reading, to the totals."""
-        self._note({**peaks(self.device), "peak_pss_bytes": pss_bytes()})
-        then, now = self._joules_then, self._joules.read()
-        if then is not None and now is not None:
-            self.totals.device_j = (self.totals.device_j or 0.0) + now - then
-        self._joules_then = now
+        self._raise_peaks({**peaks(self.device), "peak_pss_bytes": pss_bytes()})
+        last_j, now_j = self._last_reading_j, self._energy_counter.read()
+        if last_j is not None and now_j is not None:
+            self.totals.device_j = (self.totals.device_j or 0.0) + now_j - last_j
+        self._last_reading_j = now_j
 
     @contextmanager
     def evaluating(self) -> Iterator[Callable[[], None]]:
-        """Surround an evaluation, whose memory peaks are kept apart.
+        """Surround an evaluation, whose memory peaks are recorded separately from training's.
 
-        It yields a function that records the peaks. Call it once all answers are there.
+        It yields a function that records these peaks. Call it after the last prediction.
         """
         self.note_peaks()
-        self.forget_peaks(gives_back=True)  # otherwise memory that training freed would count
+        self.forget_peaks(releases_memory=True)  # excludes memory that training has freed
         try:
-            yield lambda: self._note(
+            yield lambda: self._raise_peaks(
                 {f"evaluation_{name}": value for name, value in peaks(self.device).items()}
             )
         finally:
             self.forget_peaks()
 
-    def _note(self, found: Mapping[str, int]) -> None:
-        for name, value in found.items():
+    def _raise_peaks(self, values: Mapping[str, int]) -> None:
+        for name, value in values.items():
             setattr(self.totals, name, max(getattr(self.totals, name) or 0, value))
 
-    def forget_peaks(self, *, gives_back: bool = False) -> None:
+    def forget_peaks(self, *, releases_memory: bool = False) -> None:
         """Reset the peaks, to exclude earlier memory and energy that are not training's.
 
         Freed memory is returned to the kernel or the device only if it would raise training's
-        peak. Otherwise training keeps it and need not allocate it again page by page. `gives_back`
-        returns it always.
+        peak. Otherwise training reuses it, and need not allocate it again page by page.
+        `releases_memory` returns it in any case.
         """
-        if gives_back or rss_bytes() > self.totals.peak_rss_bytes:
+        if releases_memory or rss_bytes() > self.totals.peak_rss_bytes:
             release_freed_memory()
         if self.device.type == "cuda" and (
-            gives_back or torch.cuda.memory_reserved(self.device) > self.totals.peak_reserved_bytes
+            releases_memory
+            or torch.cuda.memory_reserved(self.device) > self.totals.peak_reserved_bytes
         ):
             torch.cuda.empty_cache()
         reset_peak_rss()
         reset_peak_device_bytes(self.device)
-        self._joules_then = self._joules.read()
+        self._last_reading_j = self._energy_counter.read()
 
-    def over_ranks(self, reduce_max: Reduce, reduce_mean: Reduce) -> "Totals":
-        """The totals, with the maximum of each peak and the mean energy over ranks. Collective."""
-        self._account()
+    def totals_over_ranks(self, reduce_max: Reduce, reduce_mean: Reduce) -> "Totals":
+        """This rank's totals, with the peaks' maxima and the mean energy over ranks. Collective."""
+        self._read_clock()
         self.note_peaks()
-        # every rank takes part, with or without a counter
-        used = math.nan if self.totals.device_j is None else self.totals.device_j
-        mean = float(reduce_mean(torch.tensor(used, dtype=torch.float64, device=self.device)))
-        self.totals.device_j = None if math.isnan(mean) else mean
-        own = {
+        # Every rank takes part, with or without a counter.
+        own_j = math.nan if self.totals.device_j is None else self.totals.device_j
+        mean_j = float(reduce_mean(torch.tensor(own_j, dtype=torch.float64, device=self.device)))
+        self.totals.device_j = None if math.isnan(mean_j) else mean_j
+        own_peaks = {
             name: -1 if value is None else value
             for name, value in asdict(self.totals).items()
             if name.endswith("_bytes")
         }
-        maxima = reduce_max(torch.tensor(list(own.values()))).tolist()
+        maxima = reduce_max(torch.tensor(list(own_peaks.values()))).tolist()
         return replace(
             self.totals,
-            **{name: None if peak < 0 else peak for name, peak in zip(own, maxima, strict=True)},
+            **{
+                name: None if peak < 0 else peak
+                for name, peak in zip(own_peaks, maxima, strict=True)
+            },
         )
 
-    def _counted_on(self, batch: int, step: int) -> Counted | None:
+    def _quantity_to_count(self, batch: int, step: int) -> Quantity | None:
         """The quantity to count on this batch of the attempt and step of the run, if any."""
-        if self.memory_every is not None and batch % self.memory_every == 1:
+        if self.memory_every is not None and batch >= 1 and (batch - 1) % self.memory_every == 0:
             self._due.add("bytes")
-        if self.operations_every is not None and step % self.operations_every == 2:
+        if (
+            self.operations_every is not None
+            and step >= 2
+            and (step - 2) % self.operations_every == 0
+        ):
             self._due.add("operations")
         return min(self._due, default=None)  # "bytes" precedes "operations"
 
-    def _account(self) -> None:
+    def _read_clock(self) -> None:
         totals = self.totals
         kinds, self._kinds = self._kinds, []
         for kind, seconds in zip(kinds, self.clock.take(), strict=True):
-            self._seconds.append(seconds)
+            self._batch_seconds.append(seconds)
             if kind == "first":
                 continue
             totals.timed_batches += 1
@@ -332,14 +354,14 @@ class Meters:
 class Totals:
     """Seconds, bytes and operations of one rank.
 
-    A batch is timed unless it is the first of an attempt, which compiles and warms up. A timed
-    batch is steady unless its bytes or operations were counted. Fields whose name ends in `_bytes`
-    are peaks.
+    Only completed batches count. A batch is timed unless it is the first of an attempt, which
+    compiles and warms up. A timed batch is steady unless its bytes or operations were counted.
+    Fields whose name ends in `_bytes` are peaks.
     """
 
-    # for each part of the timed batches, and for the work between batches
+    # for each part of the timed batches, and for each kind of work between batches
     seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys((*PARTS, REST, *BETWEEN), 0.0)
+        default_factory=lambda: dict.fromkeys((*PARTS, REST, *SECTIONS), 0.0)
     )
     timed_batches: int = 0
     steady_batches: int = 0
@@ -351,7 +373,7 @@ class Totals:
     peak_saved_bytes: int | None = None
     state_bytes: int | None = None  # states that backward does not save as well
     peak_rss_bytes: int = 0
-    # The largest value at the end of a measured section, because the kernel keeps no peak.
+    # The largest of all readings, because the kernel records no peak.
     peak_pss_bytes: int = 0
     peak_device_bytes: int = 0
     peak_reserved_bytes: int = 0
@@ -362,18 +384,18 @@ class Totals:
     device_j: float | None = None  # joules of training, mean over ranks; None without a counter
     backward_calls: int = 0
     batches: int = 0
-    # by purpose: multiplications, additions and dense, for this rank's counted batches
+    # by purpose: the fields of `Work`, for this rank's batches with counted operations
     operations: dict[str, dict[str, int]] = field(default_factory=dict)
     operation_samples: int = 0
-    not_counted: list[str] = field(default_factory=list)  # operations with uncounted products
+    not_counted: list[str] = field(default_factory=list)  # torch operations with other products
 
     @property
     def train_s(self) -> float:
         """Seconds of all timed batches."""
         return sum(self.seconds[name] for name in (*PARTS, REST))
 
-    def of_a_steady_batch(self, part: Part) -> float | None:
-        """Mean seconds of a part; None without a steady batch."""
+    def mean_steady_s(self, part: Part) -> float | None:
+        """Mean seconds of a part in a steady batch; None without a steady batch."""
         return self.steady_seconds[part] / self.steady_batches if self.steady_batches else None
 
     def share_of_steady_time(self, part: Part) -> float:
@@ -387,8 +409,8 @@ class Totals:
 
     def add_operations(self, counted: Operations, samples: int) -> None:
         """Add the operations of one batch, by purpose."""
-        for purpose, more in counted.work.items():
-            self.operations[purpose] = asdict(Work(**self.operations.get(purpose, {})) + more)
+        for purpose, work in counted.work.items():
+            self.operations[purpose] = asdict(Work(**self.operations.get(purpose, {})) + work)
         self.operation_samples += samples
         self.not_counted = sorted({*self.not_counted, *counted.not_counted})
 

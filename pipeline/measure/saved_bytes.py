@@ -1,4 +1,4 @@
-"""Bytes of tensors: saved by autograd for backward, or held by training between two batches."""
+"""Bytes of tensors: saved by autograd for backward, and held by the parts of training."""
 
 import threading
 from collections.abc import Collection, Iterable
@@ -11,36 +11,37 @@ from torch import Tensor, nn
 
 
 class SavedBytes:
-    """Counts the bytes that are held for backward inside the `with` block.
+    """Counts the bytes that autograd saves for backward inside the `with` block.
 
         with SavedBytes(model) as saved:
             ...
         saved.peak
 
-    `now` and `peak` are bytes of the distinct storages behind autograd's saved tensors at one
-    moment. Each storage counts whole and once, however many nodes or views save it. It counts from
-    the first node that saves it until the last one is freed. Backward frees the nodes,
-    except those of a retained graph, which are freed later.
+    `now` and `peak` are the current and the largest size of all storages with saved tensors. Each
+    storage counts whole and once, however many nodes or views save it. It counts from the first
+    node that saves it until the last such node is freed. Backward frees the nodes, except those of
+    a retained graph, which are freed later.
 
     Storages of `parameters` (a model, or an iterable of tensors) and their views do not count.
-    Copies of a weight (autocast, standardised weights) are no parameters and count. The parameters'
-    storages are looked up on entering, because an engine such as DeepSpeed moves parameters into
-    flat buffers. A graph that outlives the context is still subtracted from `now` as it is freed.
+    Copies of a weight (autocast, standardised weights) are not parameters, so they count. The
+    parameters' storages are looked up where the block begins, because an engine such as DeepSpeed
+    moves parameters into flat buffers. A graph may outlive the block; `now` still decreases when
+    the graph is freed.
 
-    Tensors of other saved-tensor hooks are not seen. torch.utils.checkpoint with
-    use_reentrant=False therefore hides what it recomputes (torch 2.13). With use_reentrant=True, or
-    for a recomputation inside a Function's backward, the tensors are counted.
+    Tensors inside other saved-tensor hooks do not count. torch.utils.checkpoint with
+    use_reentrant=False therefore hides the tensors that it recomputes (torch 2.13). With
+    use_reentrant=True, or in a Function whose backward recomputes tensors, they count.
     """
 
     def __init__(self, parameters: nn.Module | Iterable[Tensor] = ()) -> None:
         self._parameters = (
             list(parameters.parameters()) if isinstance(parameters, nn.Module) else list(parameters)
         )
-        # Keyed by address. Holding the storages keeps their addresses from being reused.
+        # By address. A reference to a storage prevents the reuse of its address.
         self._excluded: dict[int, torch.UntypedStorage] = {}
         self._held: dict[int, list[int]] = {}  # by address: [saved tensors, bytes]
-        # A lock, because autograd runs one thread per device. It is reentrant, because the garbage
-        # collector may free a saved tensor while this thread saves another.
+        # Autograd runs one thread per device. The lock is reentrant, because the garbage collector
+        # may free a saved tensor while the same thread saves another.
         self._lock = threading.RLock()
         self._hooks = ExitStack()
         self.now = self.peak = 0
@@ -60,52 +61,52 @@ class SavedBytes:
         """Addresses (`_cdata`) of the storages that are held now."""
         return self._held.keys()
 
-    def _pack(self, tensor: Tensor) -> "_Saved":
+    def _pack(self, tensor: Tensor) -> "_SavedTensor":
         storage = tensor.untyped_storage()
-        key = storage._cdata  # unique while the storage is held here
-        if key in self._excluded:
-            return _Saved(tensor, None, 0)
-        saved = _Saved(tensor, self, key)
+        address = storage._cdata  # unique while the storage exists
+        if address in self._excluded:
+            return _SavedTensor(tensor, None, 0)
+        saved = _SavedTensor(tensor, self, address)
         with self._lock:
-            if key in self._held:
-                self._held[key][0] += 1
+            if address in self._held:
+                self._held[address][0] += 1
             else:
-                self._held[key] = [1, storage.nbytes()]
+                self._held[address] = [1, storage.nbytes()]
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
         return saved
 
-    def _release(self, key: int) -> None:
+    def _release(self, address: int) -> None:
         with self._lock:
-            entry = self._held[key]
+            entry = self._held[address]
             entry[0] -= 1
             if entry[0] == 0:
-                del self._held[key]
+                del self._held[address]
                 self.now -= entry[1]
 
 
-class _Saved:
-    """Replaces a saved tensor in autograd's graph, and reports when autograd frees it.
+class _SavedTensor:
+    """Replaces a saved tensor in autograd's graph, and tells its counter when autograd frees it.
 
-    It holds a detached alias. An output that its own node saves would otherwise hold that node, and
-    nothing would free the cycle.
+    It holds a detached alias. A node may save its own output, and the output refers to the node, so
+    without the alias nothing would free this cycle.
     """
 
-    __slots__ = ("key", "owner", "tensor", "version")
+    __slots__ = ("address", "counter", "tensor", "version")
 
-    def __init__(self, tensor: Tensor, owner: SavedBytes | None, key: int) -> None:
+    def __init__(self, tensor: Tensor, counter: SavedBytes | None, address: int) -> None:
         self.tensor = tensor.detach()  # shares the version counter of the original
         self.version = tensor._version
-        self.owner = owner
-        self.key = key
+        self.counter = counter
+        self.address = address
 
     def __del__(self) -> None:
-        if self.owner is not None:
-            # before the storage is freed, so that its address is released before its reuse
-            self.owner._release(self.key)
+        if self.counter is not None:
+            # The storage is freed later, so no other storage has its address yet.
+            self.counter._release(self.address)
 
 
-def _unpack(saved: _Saved) -> Tensor:
+def _unpack(saved: _SavedTensor) -> Tensor:
     # torch 2.13 skips its version check if hooks are set (saved_variable.cpp). A measured batch
     # must fail where a plain one does, so the check is repeated here.
     if saved.tensor._version != saved.version:
@@ -119,11 +120,11 @@ def _unpack(saved: _Saved) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldBytes:
-    """Bytes of distinct storages that one worker holds between two batches."""
+    """Bytes that one worker holds for training, in addition to saved tensors and states."""
 
     parameters: int
     buffers: int
-    gradients: int  # of all trained parameters, while a batch is differentiated
+    gradients: int  # of all trained parameters; needed only within a batch
     optimizer: int  # state such as momentum; under ZeRO, the state of this worker's share
 
 
@@ -131,14 +132,14 @@ def held_bytes(network: nn.Module, optimizer: torch.optim.Optimizer) -> HeldByte
     """Held bytes. Call it after the optimizer's first step, which creates its state."""
     state = (value for values in optimizer.state.values() for value in values.values())
     return HeldBytes(
-        parameters=bytes_of(network.parameters()),
-        buffers=bytes_of(network.buffers()),
-        gradients=sum(each.nbytes for each in network.parameters() if each.requires_grad),
-        optimizer=bytes_of(value for value in state if isinstance(value, Tensor)),
+        parameters=storage_bytes(network.parameters()),
+        buffers=storage_bytes(network.buffers()),
+        gradients=sum(weight.nbytes for weight in network.parameters() if weight.requires_grad),
+        optimizer=storage_bytes(value for value in state if isinstance(value, Tensor)),
     )
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the tensors' storages, each storage whole and once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())

@@ -1,4 +1,4 @@
-"""Network families, one file each; every file ends in plain builder functions.
+"""Network families, one file each, and the parts and transforms that they share.
 
-A model maps `[T, B, ...]` to logits `[T, B, K]`.
+A family's file ends in builder functions. A model maps `[T, B, ...]` to logits `[T, B, K]`.
 """

@@ -3,9 +3,9 @@
     per layer:   h = neuron(norm(convolution(h)))
     an average pool between stages, and one before the classifier
 
-Every map between two neurons is affine in evaluation, so the network works on spikes, on rates and
-with ReLU. `head="linear"` ends in a linear classifier, `"rate"` in neurons (`RateHead`), as DSR's
-networks do.
+In evaluation every map between two neurons is affine, so the network works on spikes, on rates and
+with ReLU. `head="linear"` is a linear classifier. `head="rate"` ends in neurons (`RateHead`), as in
+DSR's networks.
 """
 
 # T time, B batch, C channels, H W pixels, K classes
@@ -22,7 +22,7 @@ from pipeline.core.checks import (
     refuse_unless_one_of,
     require,
 )
-from pipeline.models.parts import MeanPool, Over, RateHead, copy_neuron
+from pipeline.models.parts import MeanPool, RateHead, StatisticsOver, copy_neuron
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
@@ -35,9 +35,9 @@ Head = Literal["linear", "rate"]
 
 
 class Layer(nn.Module):
-    """h = neuron(norm(convolution(h))).
+    """h = neuron(norm(convolution(h))), and dropout.
 
-    It keeps the image size up to its stride. It has a bias if there is no norm.
+    The image size changes only by the stride. The convolution has a bias if there is no norm.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Layer(nn.Module):
         kernel: int,
         stride: int,
         norm: Norm,
-        over: Over,
+        over: StatisticsOver,
         dropout: float,
         mask: Mask,
         neuron: nn.Module,
@@ -69,10 +69,11 @@ class Layer(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Stages of layers as at the head of the file.
+    """Stages of layers, see the head of the file. `convnet` explains the arguments.
 
-    Raises: ValueError for an empty stage, sizes below 1, an even kernel, an unknown choice or one
-    without effect, or an image too small for the pools.
+    Raises: ValueError for an empty stage, sizes below 1, an even kernel, a dropout below 0 or from
+    1 on, an unknown choice, `over` without batch norm or `mask` without dropout; in `forward` for
+    an image too small for the pools.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class ConvNet(nn.Module):
         kernel: int,
         stem_stride: int,
         norm: Norm,
-        over: Over,
+        over: StatisticsOver,
         grid: int,
         dropout: float,
         mask: Mask,
@@ -118,7 +119,7 @@ class ConvNet(nn.Module):
         )
         require(
             0 <= dropout < 1,
-            f"ConvNet: dropout is a probability in 0..1, below 1; got dropout={dropout}",
+            f"ConvNet: dropout must be in 0..1, 1 excluded; got dropout={dropout}",
         )
         require(
             mask == "batch" or dropout != 0,
@@ -147,7 +148,7 @@ class ConvNet(nn.Module):
         self.pool = MeanPool(2)
         self.grid = grid
         self.last_pool = nn.AdaptiveAvgPool2d(grid)
-        self.smallest = (grid * 2 ** (len(stages) - 1) - 1) * stem_stride + 1
+        self.min_pixels = (grid * 2 ** (len(stages) - 1) - 1) * stem_stride + 1
         features = channels * grid**2
         self.classifier = (
             RateHead(features, classes, over=over, neuron=neuron)
@@ -157,10 +158,11 @@ class ConvNet(nn.Module):
         self.readout = rate_readout(neuron) if head == "linear" else nn.Identity()
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
-        if min(x_TBCHW.shape[-2:]) < self.smallest:
+        if min(x_TBCHW.shape[-2:]) < self.min_pixels:
             raise ValueError(
-                f"ConvNet: {len(self.stages)} stages, the image halved between them, need"
-                f" {self.smallest} pixels a side; got {tuple(x_TBCHW.shape[-2:])}"
+                f"ConvNet: an image must have at least {self.min_pixels} pixels a side for"
+                f" {len(self.stages)} stages, grid={self.grid} and this stem_stride; got"
+                f" {tuple(x_TBCHW.shape[-2:])}"
             )
         h = x_TBCHW
         for index, layers in enumerate(self.stages):
@@ -179,7 +181,7 @@ def convnet(
     kernel: int = 3,
     stem_stride: int = 1,
     norm: Norm = "batch",
-    over: Over = "step",
+    over: StatisticsOver = "step",
     grid: int = 1,
     dropout: float = 0.0,
     mask: Mask = "batch",
@@ -188,10 +190,16 @@ def convnet(
 ) -> ConvNet:
     """A network for small images.
 
-    `over` is batch norm's. The last pool leaves `grid` x `grid` values per channel; 1 is a global
-    pool. `stem_stride` is the first convolution's stride. `dropout` follows each neuron, with one
-    mask per batch, or with one per time step (`mask="step"`, as in DSR). The latter depends on how
-    a rule slices time, whatever the seed.
+    Args:
+        stages: widths of the layers of each stage.
+        stem_stride: stride of the first convolution.
+        over: batch norm takes its statistics over the samples of each step ("step"), or over all
+            steps and samples ("time").
+        grid: the last pool leaves `grid` x `grid` values per channel; 1 is a global pool.
+        dropout: probability of dropping an output of a neuron.
+        mask: dropout draws a mask per batch ("batch"), or per time step ("step", as in DSR). Masks
+            per step depend on how a rule slices time, even for the same seed.
+        head: "linear" or "rate", see the head of the file.
     """
     return ConvNet(
         stages=stages,

@@ -1,4 +1,4 @@
-"""Feedback networks that reach an equilibrium: those of IDE and SPIDE.
+"""Feedback networks that reach an equilibrium, as IDE and SPIDE train them.
 
     dropout_on="readout"
         inject -> [layer 1 -> ... -> layer N -> layer 1] -> dropout -> classifier
@@ -9,9 +9,9 @@
 the classifier. A mask is drawn once per batch. It is the same in all T steps and in the equation
 that IDE and SPIDE solve for the gradient.
 
-Names follow the papers' notation: 96C3s is a 3x3 convolution of stride 2 with 96 outputs. (F96C3u)
-is a feedback of 3x3 transposed convolutions from the last layer to the 96 channels and the image
-size of the first.
+Docstrings use the papers' notation. 96C3s is a 3x3 convolution with 96 output channels and stride
+2. (F96C3u) is the feedback: a 3x3 transposed convolution of the last layer, with 96 output channels
+and the image size of the first layer.
 
 Source: Xiao et al. 2021 (IDE, arXiv 2109.14247); Xiao et al. 2023 (SPIDE, arXiv 2302.00232) for the
 networks without norm.
@@ -37,31 +37,36 @@ from pipeline.spiking.norm_limit import FrobeniusLimit, SpectralLimit
 from pipeline.spiking.synapse import Conv2d, Linear, apply_folded
 
 Norm = Literal["batch", "none"]
-# Limit of the feedback's weight: "spectral" is SpectralLimit; a number is the Frobenius norm.
+# Limit of the feedback's weight: "spectral" is SpectralLimit; a number limits the Frobenius norm.
 Limit = Literal["spectral", "none"] | float
-# Place of `dropout`: before the classifier only, or after every synapse inside the loop.
+# Place of `dropout`: before the classifier, or after every synapse, see the head of the file.
 DropoutOn = Literal["readout", "currents"]
 
 
 class FeedbackNetwork(nn.Module):
     """An `Equilibrium` and a classifier: `[T, B, ...]` to logits `[T, B, K]`.
 
-    The mean of the logits over T is the readout of the rate a[T].
-
-    With `flat`, inputs are flattened to vectors.
+    The mean of the logits over T is the readout of the rate a[T]. `flattens` converts inputs to
+    vectors.
     """
 
     def __init__(
-        self, equilibrium: Equilibrium, *, features: int, classes: int, dropout: float, flat: bool
+        self,
+        equilibrium: Equilibrium,
+        *,
+        features: int,
+        classes: int,
+        dropout: float,
+        flattens: bool,
     ) -> None:
         super().__init__()
         self.equilibrium = equilibrium
         self.dropout = Dropout(dropout)
         self.classifier = Linear(features, classes)
-        self.flat = flat
+        self.flattens = flattens
 
     def forward(self, x_TB: Tensor) -> Tensor:
-        x_TB = x_TB.flatten(2) if self.flat else x_TB
+        x_TB = x_TB.flatten(2) if self.flattens else x_TB
         return self.classifier(self.dropout(self.equilibrium(x_TB).flatten(2)))
 
 
@@ -96,17 +101,17 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
 
 class ZeroFeedback(nn.Module):
-    """A linear map to zeros of `shape` per sample."""
+    """A map to zeros, of `shape` per sample."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.shape = shape
 
     def forward(self, x_TB: Tensor) -> Tensor:
-        # Zero, but a function of x, because the solvers need its gradient.
-        nothing_TB = 0 * x_TB.flatten(2).sum(2)
-        return nothing_TB.view(*nothing_TB.shape, *[1] * len(self.shape)).expand(
-            *nothing_TB.shape, *self.shape
+        # The zeros are a function of x, because the solvers need a gradient.
+        zeros_TB = 0 * x_TB.flatten(2).sum(2)
+        return zeros_TB.view(*zeros_TB.shape, *[1] * len(self.shape)).expand(
+            *zeros_TB.shape, *self.shape
         )
 
 
@@ -121,28 +126,33 @@ def fc_feedback(
     limit: Limit = "spectral",
     neuron: nn.Module = IF(threshold=2.0),
 ) -> FeedbackNetwork:
-    """One fully connected layer with feedback to itself: 400 (F400), 478,011 parameters without
-    norm.
+    """One fully connected layer with feedback to itself, 400 (F400) by default.
 
-    IDE's neurons have threshold 2, which makes the limited feedback a contraction with factor 1/2.
-    Published settings are `norm="batch"` on the input and `dropout_on="currents"`.
+    It has 478,011 parameters without norm. IDE's neurons have threshold 2, which makes the limited
+    feedback a contraction with factor 1/2. Published settings are `norm="batch"` on the input and
+    `dropout_on="currents"`.
+
+    Raises: ValueError for sizes below 1, or an unknown `norm`, `limit` or `dropout_on`.
     """
     refuse_unless_counts(
         "fc_feedback", {"classes": classes, "in_features": in_features, "hidden": hidden}
     )
-    inside, outside = _shares(dropout, dropout_on)
+    on_currents, on_readout = _dropout_shares(dropout, dropout_on)
     return FeedbackNetwork(
         Equilibrium(
             inject=_with_dropout(
-                _with_norm(Linear(in_features, hidden, norm == "none"), hidden, norm), inside
+                _with_norm(Linear(in_features, hidden, bias=norm == "none"), hidden, norm),
+                on_currents,
             ),
-            feedback=_with_dropout(_with_limit(Linear(hidden, hidden, bias=False), limit), inside),
+            feedback=_with_dropout(
+                _with_limit(Linear(hidden, hidden, bias=False), limit), on_currents
+            ),
             neurons=[copy_neuron(neuron)],
         ),
         features=hidden,
         classes=classes,
-        dropout=outside,
-        flat=True,
+        dropout=on_readout,
+        flattens=True,
     )
 
 
@@ -163,7 +173,8 @@ def conv_feedback(
 
     The feedback is a convolution of size `kernel`. The default is 64C5s (F64C5).
 
-    Raises: ValueError for sizes below 1, no layers, or strides that do not divide the image.
+    Raises: ValueError for sizes below 1, no layers, strides that do not divide the image, or an
+    unknown `norm`, `limit` or `dropout_on`.
     """
     refuse_unless_counts(
         "conv_feedback",
@@ -173,39 +184,44 @@ def conv_feedback(
         layers and all(are_counts(layer) and len(layer) == 3 for layer in layers),
         f"conv_feedback: layers must be (width, kernel, stride), each >= 1; got {tuple(layers)}",
     )
-    total = math.prod(stride for _, _, stride in layers)
+    total_stride = math.prod(stride for _, _, stride in layers)
     require(
-        not size % total,
-        f"conv_feedback: the strides must divide the image; got size={size}, strides to {total}",
+        size % total_stride == 0,
+        "conv_feedback: size must be a multiple of the product of the strides; got size="
+        f"{size}, product {total_stride}",
     )
+    on_currents, on_readout = _dropout_shares(dropout, dropout_on)
     widths = [in_channels, *(width for width, _, _ in layers)]
-    inside, outside = _shares(dropout, dropout_on)
     synapses = [
         _with_dropout(
             _with_norm(
-                Conv2d(before, width, taps, stride, taps // 2, bias=norm == "none"), width, norm
+                Conv2d(
+                    in_width, width, layer_kernel, stride, layer_kernel // 2, bias=norm == "none"
+                ),
+                width,
+                norm,
             ),
-            inside,
+            on_currents,
         )
-        for before, (width, taps, stride) in zip(widths, layers, strict=False)
+        for in_width, (width, layer_kernel, stride) in zip(widths, layers, strict=False)
     ]
-    first, last, up = widths[1], widths[-1], total // layers[0][2]
+    (first, _, first_stride), last = layers[0], widths[-1]
     feedback = (
-        ConvTranspose2d(last, first, kernel, up)
-        if up > 1
+        ConvTranspose2d(last, first, kernel, total_stride // first_stride)
+        if total_stride > first_stride
         else Conv2d(last, first, kernel, 1, kernel // 2, bias=False)
     )
     return FeedbackNetwork(
         Equilibrium(
             inject=synapses[0],
-            feedback=_with_dropout(_with_limit(feedback, limit), inside),
+            feedback=_with_dropout(_with_limit(feedback, limit), on_currents),
             neurons=[copy_neuron(neuron) for _ in layers],
             synapses=synapses[1:],
         ),
-        features=last * (size // total) ** 2,
+        features=last * (size // total_stride) ** 2,
         classes=classes,
-        dropout=outside,
-        flat=False,
+        dropout=on_readout,
+        flattens=False,
     )
 
 
@@ -310,18 +326,17 @@ def lenet_f(
 ) -> FeedbackNetwork:
     """SPIDE's LeNet: 15C5-P2-40C5-P2-300, with neurons after the pools too, and without feedback.
 
-    It has 606,740 parameters.
+    It has 606,740 parameters. Without feedback a layer reaches its equilibrium as soon as the layer
+    before it has done so. `dropout_on="currents"` adds dropout after the last synapse only, as
+    published.
 
-    It reaches its equilibrium as fast as its layers do. Its backward phase is that of a chain.
-    `dropout_on="currents"` follows only the last synapse, as published.
-
-    Raises: ValueError for an image that two pools do not divide.
+    Raises: ValueError for sizes below 1, an image that two pools do not divide, or an unknown
+    `dropout_on`.
     """
     refuse_unless_counts("lenet_f", {"classes": classes, "in_channels": in_channels, "size": size})
     require(not size % 4, f"lenet_f: size must be a multiple of 4; got size={size}")
     first, second, features = (max(1, round(channels * width)) for channels in (15, 40, 300))
-    flat = second * (size // 4) ** 2
-    inside, outside = _shares(dropout, dropout_on)
+    on_currents, on_readout = _dropout_shares(dropout, dropout_on)
     equilibrium = Equilibrium(
         inject=Conv2d(in_channels, first, 5, padding=2),
         feedback=ZeroFeedback((first, size, size)),
@@ -330,22 +345,23 @@ def lenet_f(
             Pool(nn.AvgPool2d(2)),
             Conv2d(first, second, 5, padding=2),
             Pool(nn.AvgPool2d(2)),
-            _with_dropout(nn.Sequential(nn.Flatten(2), Linear(flat, features)), inside),
+            _with_dropout(
+                nn.Sequential(nn.Flatten(2), Linear(second * (size // 4) ** 2, features)),
+                on_currents,
+            ),
         ],
     )
     _init_weights(equilibrium, 2.0)
     return FeedbackNetwork(
-        equilibrium, features=features, classes=classes, dropout=outside, flat=False
+        equilibrium, features=features, classes=classes, dropout=on_readout, flattens=False
     )
 
 
 def _init_weights(equilibrium: Equilibrium, gain: float) -> None:
     """Draw weights with variance gain / fan_in, and set biases to 0.
 
-    Transposed convolutions have a tenth of that standard deviation.
-
-    fan_in counts the weights of one output; a transposed convolution has its outputs in the second
-    dimension.
+    fan_in is the number of weights of one output. Transposed convolutions have a tenth of that
+    standard deviation, and their outputs in the second dimension.
     """
     for module in equilibrium.modules():
         if isinstance(module, Linear | Conv2d):
@@ -363,8 +379,8 @@ def _five_layers(channels: Sequence[int], width: float) -> list[tuple[int, int, 
     ]
 
 
-def _shares(dropout: float, dropout_on: DropoutOn) -> tuple[float, float]:
-    """The dropout inside the loop, and the one before the classifier."""
+def _dropout_shares(dropout: float, dropout_on: DropoutOn) -> tuple[float, float]:
+    """The share of dropout after each synapse, and the share before the classifier."""
     refuse_unless_one_of("feedback", ("readout", "currents"), dropout_on=dropout_on)
     return (dropout, 0.0) if dropout_on == "currents" else (0.0, dropout)
 
@@ -372,8 +388,8 @@ def _shares(dropout: float, dropout_on: DropoutOn) -> tuple[float, float]:
 def _with_dropout(synapse: nn.Module, share: float) -> nn.Module:
     if share == 0:
         return synapse
-    before = list(synapse) if isinstance(synapse, nn.Sequential) else [synapse]
-    return nn.Sequential(*before, Dropout(share))
+    modules = list(synapse) if isinstance(synapse, nn.Sequential) else [synapse]
+    return nn.Sequential(*modules, Dropout(share))
 
 
 def _with_norm(synapse: nn.Module, channels: int, norm: Norm) -> nn.Module:

@@ -14,8 +14,9 @@ from pipeline.spiking.synapse import Linear, Weights
 
 
 class MLP(nn.Module):
-    """Flatten; Linear and neuron for each width in `hidden`; classifier. Weighted rates get a
-    weighted readout.
+    """Flattens its input; a linear layer and a neuron per width in `hidden`; a linear classifier.
+
+    For leaky rate neurons the readout weights the time steps (`rate_readout`).
 
     Raises: ValueError for sizes below 1.
     """
@@ -60,7 +61,7 @@ def mlp(
     weights: Weights = "plain",
     neuron: nn.Module = LIF(),
 ) -> MLP:
-    """784-800-800-10 by default; HLOP's published network has no bias."""
+    """A network 784-800-800-10 by default. HLOP's published network has no bias."""
     return MLP(
         in_features=in_features,
         hidden=hidden,

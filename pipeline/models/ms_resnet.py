@@ -22,7 +22,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import Over
+from pipeline.models.parts import StatisticsOver
 from pipeline.models.residual import BlockFactory, Layer, Norm, resnet_stages
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
@@ -42,13 +42,15 @@ class MSResNet(nn.Module):
     The order is: stem, stages that each halve the image, neuron, global average pool, classifier.
 
     Args:
-        blocks: number per stage, each of two 3x3 synapses.
-        stem: "one" 7x7 synapse of stride 2, or "three" 3x3 of which the first has stride 2.
-        stem_stride: 1 for images of 28 or 32 pixels.
+        blocks: number of blocks in each stage. A block has two 3x3 synapses.
+        stem: "one" 7x7 synapse, or "three" 3x3 synapses.
+        stem_stride: stride of the first synapse; 1 for images of 28 or 32 pixels.
         pooled: an average pool before the 1x1 synapse of a shortcut, instead of its stride.
-        dropout: share of the features before the classifier.
+        dropout: share of features that are dropped before the classifier.
+        drop_path: the share at the last block.
 
-    Raises: ValueError for sizes below 1, or choices that do not fit together.
+    Raises: ValueError for sizes below 1, unknown choices, or choices that do not fit together
+    (`models/residual.py`).
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class MSResNet(nn.Module):
         dropout: float = 0.0,
         shortcut: Literal["membrane", "multiple"] = "membrane",
         norm: Norm = "batch",
-        over: Over = "time",
+        over: StatisticsOver = "time",
         drop_path: float = 0.0,
         neuron: nn.Module = NEURON,
     ) -> None:
@@ -85,14 +87,15 @@ class MSResNet(nn.Module):
             shortcut=shortcut, neuron=neuron, norm=norm, over=over, norm_gain=THRESHOLD
         )
         if stem == "one":
-            self.stem = StaticInput.of(factory.currents(Layer(in_channels, width, 7, stem_stride)))
-        else:
-            first, further = (
-                Layer(in_channels, width, 3, stem_stride, True),
-                Layer(width, width, 3, 1, True),
+            self.stem = StaticInput.of(
+                factory.normed_synapse(Layer(in_channels, width, 7, stem_stride))
             )
+        else:
+            layer = Layer(width, width, 3, bias=True)
             self.stem = StaticInput(
-                factory.synapse(first), factory.synapse(further), factory.currents(further)
+                factory.synapse(Layer(in_channels, width, 3, stem_stride, bias=True)),
+                factory.synapse(layer),
+                factory.normed_synapse(layer),
             )
         self.stages, channels = resnet_stages(
             factory,
@@ -103,7 +106,7 @@ class MSResNet(nn.Module):
             pooled=pooled,
             drop_path=drop_path,
         )
-        self.last = factory.stream_spikes()
+        self.last = factory.stream_neuron()
         self.dropout = Dropout(dropout) if dropout else nn.Identity()
         self.classifier = Linear(channels, classes)
 
@@ -120,7 +123,7 @@ def ms_resnet(
     in_channels: int = 3,
     shortcut: Literal["membrane", "multiple"] = "membrane",
     norm: Norm = "batch",
-    over: Over = "time",
+    over: StatisticsOver = "time",
     drop_path: float = 0.0,
     neuron: nn.Module = NEURON,
 ) -> MSResNet:

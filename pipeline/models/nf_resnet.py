@@ -29,14 +29,15 @@ from pipeline.spiking.synapse import Linear
 
 
 class NFResNet(nn.Module):
-    """Stem, up to four stages of blocks, global average pool, classifier: `[T, B, C, H, W]` to `[T,
-    B, K]`.
+    """`[T, B, C, H, W]` to `[T, B, K]`.
+
+    The order is: stem, up to four stages of blocks, global average pool, classifier.
 
     `stem="imagenet"` is a 7x7 convolution of stride 2 and an average pool of stride 2;
     `stem="small"` is a 3x3 convolution of stride `stem_stride`, for images of 28 to 32 pixels.
-    Stage i has `blocks[i]` blocks of width `width * 2**i`, of two 3x3 convolutions or a
-    `bottleneck`. Every stage but the first starts with stride 2. The classifier starts at 0, so the
-    first loss is ln K.
+    Stage i has `blocks[i]` blocks of width `width * 2**i`. A block has two 3x3 convolutions, or is
+    a `bottleneck` (1x1, 3x3, 1x1). Every stage but the first starts with stride 2. The classifier
+    starts at 0, so the first loss is ln K.
 
     Raises: ValueError for an unknown stem, or sizes below 1.
     """
@@ -147,9 +148,9 @@ def nf_resnet18_small(
     stem_stride: int = 1,
     neuron: nn.Module = LIF(),
 ) -> NFResNet:
-    """NF-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool.
+    """NF-ResNet-18 for images of 28 to 32 pixels: 3x3 stem, no stem pool.
 
-    `width`, `blocks` and `stem_stride` make it smaller.
+    Smaller networks have another `width`, other `blocks` or a larger `stem_stride`.
     """
     return NFResNet(
         blocks=blocks,

@@ -1,11 +1,11 @@
-"""Parts of several families: copies of a neuron, pools, standardised convolutions, the rate head.
+"""Parts of several networks: copies of a neuron, pools, standardised convolutions, the rate head.
 
-A builder takes its neuron as a module, `neuron=LIF(decay=0.5)`, in a recipe `neuron=spec(LIF,
-decay=0.5)`. Each layer gets a copy. `neuron=nn.ReLU()` gives the ANN with the same layers.
+A builder takes its neuron as a module: `neuron=LIF(decay=0.5)`, or `neuron=spec(LIF, decay=0.5)` in
+a recipe. Each layer gets a copy. `neuron=nn.ReLU()` gives the ANN with the same layers.
 
-`MeanPool` keeps no tensor for the backward; torch's average pool (2.13) keeps its input for its
-shape. On a CPU it adds up slices. On small images this took a sixth of the time of torch's pool,
-and a quarter in the backward (docs/LOG.md).
+`MeanPool` saves no tensor for the backward. torch's average pool (2.13) saves its input, although
+the backward needs only the shape. On a CPU `MeanPool` sums slices of the image. On small images its
+forward took a sixth of the time of torch's pool, and its backward a quarter (docs/LOG.md).
 """
 
 import copy
@@ -26,13 +26,13 @@ from pipeline.spiking.synapse import Conv2d, Linear, apply_folded
 # T time, B batch, C channels, H W pixels
 
 
-# Statistics of batch norm: of each time step, or over time steps and samples together.
-Over = Literal["step", "time"]
+# Batch norm takes its statistics over the samples of each time step, or over all steps and samples.
+StatisticsOver = Literal["step", "time"]
 
-# 1 / sqrt(p (1 - p)) = 2.737 with p = P(N(0, 1) >= 1): a spike of a unit-variance current at
-# threshold 1 has unit variance after it. Rounded as published.
+# A current of unit variance causes a spike with probability p = P(N(0, 1) >= 1) at threshold 1. The
+# factor 1 / sqrt(p (1 - p)) = 2.737 gives the spikes unit variance. It is rounded as published.
 SPIKE_GAIN = 2.74
-# The same for max(0, N(0, 1)), whose variance is (1 - 1/pi) / 2 (Brock et al. 2021, arXiv
+# The factor for max(0, N(0, 1)), whose variance is (1 - 1/pi) / 2 (Brock et al. 2021, arXiv
 # 2101.08692).
 RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
 
@@ -43,7 +43,10 @@ def copy_neuron(neuron: nn.Module) -> nn.Module:
 
 
 def variance_gain(neuron: nn.Module) -> float:
-    """The factor that restores unit variance after a neuron whose current has unit variance."""
+    """The factor that gives a neuron's output unit variance if its current has unit variance.
+
+    For neurons other than LIF and ReLU it is that of threshold 1.
+    """
     if isinstance(neuron, nn.ReLU):
         return RELU_GAIN
     if not isinstance(neuron, LIF) or neuron.threshold == 1:
@@ -53,7 +56,7 @@ def variance_gain(neuron: nn.Module) -> float:
 
 
 class Pool(nn.Module):
-    """A pool of torch on time-first tensors."""
+    """Applies a pool of torch to time-first tensors."""
 
     def __init__(self, pool: nn.Module) -> None:
         super().__init__()
@@ -66,9 +69,9 @@ class Pool(nn.Module):
 def standardized_conv(
     in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1
 ) -> Conv2d:
-    """A convolution with standardised weights; Kaiming fan-out, bias 0.
+    """A convolution with standardised weights, initialised with Kaiming fan-out and bias 0.
 
-    It keeps the image size up to its stride.
+    For an odd kernel the image size changes only by the stride.
     """
     conv = Conv2d(
         in_channels, out_channels, kernel_size, stride, kernel_size // 2, weights="standardized"
@@ -81,14 +84,16 @@ def standardized_conv(
 class RateHead(nn.Module):
     """logits = readout(neuron(norm(linear(neuron(x))))), `[T, B, C]` to `[T, B, K]`.
 
-    The pool yields means of spikes, and the first neuron turns them into spikes again. The last
-    neuron's logits are rates, and the readout weights the rates of LIF. With `nn.ReLU` as the
-    neuron it is the head of the ANN.
+    The input is the output of a pool, so it consists of means of spikes. The first neuron turns
+    them into spikes again. The logits are the last neuron's output; `rate_readout` weights its time
+    steps for leaky rate neurons only. With `nn.ReLU` as the neuron it is the head of the ANN.
 
     Source: Meng et al. 2022 (DSR, arXiv 2205.00459).
     """
 
-    def __init__(self, in_features: int, classes: int, *, over: Over, neuron: nn.Module) -> None:
+    def __init__(
+        self, in_features: int, classes: int, *, over: StatisticsOver, neuron: nn.Module
+    ) -> None:
         super().__init__()
         self.neuron_in = copy_neuron(neuron)
         self.linear = Linear(in_features, classes)
@@ -104,13 +109,12 @@ class RateHead(nn.Module):
 
 
 class MeanPool(nn.Module):
-    """Means of disjoint squares: `[N, C, H, W]` to `[N, C, H // size, W // size]`.
+    """Means of squares of `size` x `size` pixels: `[N, C, H, W]` to `[N, C, H // size, W // size]`.
 
-    A square has `size` x `size` pixels.
+    The squares are disjoint. Remaining rows and columns at the right and the bottom are ignored, as
+    in `nn.AvgPool2d(size)`.
 
-    Remaining rows and columns at the right and the bottom are ignored, as in `nn.AvgPool2d(size)`.
-
-    Raises: ValueError for an image smaller than one square.
+    Raises: ValueError for a size below 1, or an image smaller than one square.
     """
 
     def __init__(self, size: int) -> None:
@@ -121,7 +125,7 @@ class MeanPool(nn.Module):
     def forward(self, x_NCHW: Tensor) -> Tensor:
         if min(x_NCHW.shape[-2:]) < self.size:
             raise ValueError(
-                f"MeanPool: an image must have {self.size} pixels a side; got"
+                f"MeanPool: an image must have at least {self.size} pixels a side; got"
                 f" {tuple(x_NCHW.shape[-2:])}"
             )
         return _Mean.apply(x_NCHW, self.size)  # type: ignore[return-value]  # apply is untyped
@@ -131,41 +135,40 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NCHW: Tensor, size: int) -> Tensor:
         ctx.shape, ctx.size = x_NCHW.shape, size
-        # Below fp32 every partial sum would be rounded.
-        adds_slices = x_NCHW.device.type == "cpu" and x_NCHW.element_size() >= 4
-        return mean_of_slices(x_NCHW, size) if adds_slices else F.avg_pool2d(x_NCHW, size)
+        # In fp16 and bf16 every partial sum of the slices would be rounded.
+        if x_NCHW.device.type == "cpu" and x_NCHW.element_size() >= 4:
+            return mean_of_slices(x_NCHW, size)
+        return F.avg_pool2d(x_NCHW, size)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (g,) = grad_outputs
-        share = g / ctx.size**2
-        return (spread_by_slices if g.device.type == "cpu" else spread_by_interpolation)(
-            share, ctx.shape, ctx.size
-        ), None
+        (g_NCHW,) = grad_outputs
+        spread = spread_by_slices if g_NCHW.device.type == "cpu" else spread_by_interpolation
+        return spread(g_NCHW / ctx.size**2, ctx.shape, ctx.size), None
 
 
 def mean_of_slices(x_NCHW: Tensor, size: int) -> Tensor:
-    """The pool, as a sum of every `size`-th row and column."""
+    """The pool, as a sum of slices, each with every `size`-th row or column."""
     height, width = (pixels // size * size for pixels in x_NCHW.shape[-2:])
-    above = reduce(torch.add, (x_NCHW[..., row:height:size, :] for row in range(size)))
-    return reduce(torch.add, (above[..., column:width:size] for column in range(size))) / size**2
+    sums = reduce(torch.add, (x_NCHW[..., row:height:size, :] for row in range(size)))
+    return reduce(torch.add, (sums[..., column:width:size] for column in range(size))) / size**2
 
 
-def spread_by_slices(share: Tensor, shape: torch.Size, size: int) -> Tensor:
-    """Copy each pixel of `share` to its square, and 0 to pixels outside all squares.
+def spread_by_slices(x_NCHW: Tensor, shape: torch.Size, size: int) -> Tensor:
+    """Copy each pixel of `x_NCHW` to all pixels of its square. Pixels outside all squares are 0.
 
     This is the fastest way on a CPU.
     """
-    height, width = (pixels * size for pixels in share.shape[-2:])
-    made = (share.new_empty if (height, width) == shape[-2:] else share.new_zeros)(shape)
+    height, width = (pixels * size for pixels in x_NCHW.shape[-2:])
+    y_NCHW = x_NCHW.new_empty(shape) if (height, width) == shape[-2:] else x_NCHW.new_zeros(shape)
     for row in range(size):
         for column in range(size):
-            made[..., row:height:size, column:width:size] = share
-    return made
+            y_NCHW[..., row:height:size, column:width:size] = x_NCHW
+    return y_NCHW
 
 
-def spread_by_interpolation(share: Tensor, shape: torch.Size, size: int) -> Tensor:
-    """The same in one kernel, and a second one for pixels outside all squares."""
-    made = F.interpolate(share, scale_factor=size, mode="nearest")
-    below, right = shape[-2] - made.shape[-2], shape[-1] - made.shape[-1]
-    return F.pad(made, (0, right, 0, below)) if below or right else made
+def spread_by_interpolation(x_NCHW: Tensor, shape: torch.Size, size: int) -> Tensor:
+    """`spread_by_slices` in one kernel, or in two if there are pixels outside all squares."""
+    y_NCHW = F.interpolate(x_NCHW, scale_factor=size, mode="nearest")
+    bottom, right = shape[-2] - y_NCHW.shape[-2], shape[-1] - y_NCHW.shape[-1]
+    return F.pad(y_NCHW, (0, right, 0, bottom)) if bottom or right else y_NCHW

@@ -4,9 +4,9 @@
              y = convolution(neuron(norm(convolution(h)))) + h
              where the shape changes, the shortcut is a 1x1 convolution of h
 
-The shortcut therefore always carries spikes; He et al.'s identity shortcut carries x. Pools are
-averages. The last block is followed by norm, neuron, a global pool and the head: `"rate"` ends in
-neurons (`RateHead`), `"linear"` is a linear classifier.
+The shortcut therefore always carries spikes, whereas He et al.'s identity shortcut carries x. All
+pools are average pools. Norm, neuron, a global pool and the head follow the last block. The head
+"rate" ends in neurons (`RateHead`), the head "linear" is a linear classifier.
 
 Source: He et al. 2016 (arXiv 1603.05027); Meng et al. 2022 (DSR, arXiv 2205.00459) and Meng et al.
 2023 (SLTT, arXiv 2302.14311) for the spiking form.
@@ -20,7 +20,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import Over, Pool, RateHead, copy_neuron
+from pipeline.models.parts import Pool, RateHead, StatisticsOver, copy_neuron
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, rate_readout
 from pipeline.spiking.slice_cache import StaticInput
@@ -38,8 +38,8 @@ class Block(nn.Module):
         width: int,
         *,
         stride: int,
-        normed_shortcut: bool,
-        over: Over,
+        has_shortcut_norm: bool,
+        over: StatisticsOver,
         neuron: nn.Module,
     ) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Block(nn.Module):
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != width:
             self.shortcut.append(_conv(in_channels, width, 1, stride=stride))
-            if normed_shortcut:
+            if has_shortcut_norm:
                 self.shortcut.append(BatchNorm(width, over=over))
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
@@ -61,8 +61,8 @@ class Block(nn.Module):
 class PreActResNet(nn.Module):
     """Stem, stages of blocks, head: `[T, B, C, H, W]` to `[T, B, K]`.
 
-    `stem="imagenet"` is a 7x7 convolution with norm, neuron and pool, and adds norms to the
-    shortcuts; "small" is a 3x3 convolution.
+    `stem="imagenet"` is a 7x7 convolution with norm, neuron and pool, and the 1x1 convolutions of
+    the shortcuts have norms. `stem="small"` is a 3x3 convolution.
 
     Raises: ValueError for an unknown `stem` or `head`, or sizes below 1.
     """
@@ -76,7 +76,7 @@ class PreActResNet(nn.Module):
         width: int,
         stem: Literal["imagenet", "small"],
         head: Head,
-        over: Over,
+        over: StatisticsOver,
         neuron: nn.Module,
     ) -> None:
         super().__init__()
@@ -99,19 +99,17 @@ class PreActResNet(nn.Module):
         for index, count in enumerate(blocks):
             stage = nn.Sequential()
             for position in range(count):
-                stride = 2 if index > 0 and position == 0 else 1
-                wide = width * 2**index
                 stage.append(
                     Block(
                         channels,
-                        wide,
-                        stride=stride,
-                        normed_shortcut=stem == "imagenet",
+                        width * 2**index,
+                        stride=2 if index > 0 and position == 0 else 1,
+                        has_shortcut_norm=stem == "imagenet",
                         over=over,
                         neuron=neuron,
                     )
                 )
-                channels = wide
+                channels = width * 2**index
             self.stages.append(stage)
         self.norm, self.neuron = BatchNorm(channels, over=over), copy_neuron(neuron)
         self.classifier = (
@@ -130,10 +128,10 @@ def preact_resnet18(
     classes: int = 1000,
     *,
     in_channels: int = 3,
-    over: Over = "time",
+    over: StatisticsOver = "time",
     neuron: nn.Module = RateIF(),
 ) -> PreActResNet:
-    """PreAct-ResNet-18 for ImageNet, 11.69 M parameters. Batch norm is over T and B (published)."""
+    """PreAct-ResNet-18 for ImageNet, 11.69 M parameters. Published with `over="time"`."""
     return PreActResNet(
         blocks=(2, 2, 2, 2),
         classes=classes,
@@ -153,15 +151,14 @@ def preact_resnet18_small(
     width: int = 64,
     blocks: Sequence[int] = (2, 2, 2, 2),
     head: Head = "rate",
-    over: Over = "time",
+    over: StatisticsOver = "time",
     neuron: nn.Module = RateIF(),
 ) -> PreActResNet:
-    """PreAct-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool.
+    """PreAct-ResNet-18 for images of 28 to 32 pixels: 3x3 stem, no stem pool.
 
-    `width` and `blocks` make it smaller.
-
-    The published networks have biases in their convolutions; here a batch norm follows each of
-    these and would remove them. SLTT's network is `head="linear", over="step", neuron=LIF(1 / 11)`.
+    Smaller networks have another `width` or other `blocks`. The published convolutions have biases.
+    Here they have none, because the batch norm that follows would remove them. SLTT's network is
+    `head="linear", over="step", neuron=LIF(1 / 11)`.
     """
     return PreActResNet(
         blocks=blocks,

@@ -8,13 +8,13 @@
     embed:     (synapse, norm, max pool, neuron, synapse, norm, neuron)
                + (1x1 synapse of stride 2, norm, neuron)
 
-This is the published form, `shortcut="sew"`, whose stream holds whole numbers. With "membrane",
-"multiple" and "multiple_all" the stream is real-valued (`models/residual.py`). Then neurons stand
-before synapses, also in the embeddings, and one before the classifier. A block starts as the
-identity, as in MS-ResNet (except under "multiple_all", where a of its attention is added).
+This is the published form, `shortcut="sew"`, whose stream consists of whole numbers. With
+"membrane", "multiple" and "multiple_all" the stream is real-valued (`models/residual.py`). A neuron
+then precedes each synapse, also in the embeddings, and another one the classifier. A block starts
+as the identity, as in MS-ResNet (except under "multiple_all", where its attention adds a).
 
-Its two attentions have no softmax. q, k and v are spikes of 1x1 synapses that read the stream. They
-are split into heads of d channels. The tokens are the N pixels.
+Neither kind of attention has a softmax. q, k and v are the spikes behind 1x1 synapses that read the
+stream. They are split into heads of d channels. The tokens are the N pixels.
 
     TokenQK         a[n] = L'(sum_d q[d, n]) k[ . , n],       y = S a
                     a mask over tokens: O(N C)
@@ -24,13 +24,13 @@ are split into heads of d channels. The tokens are the N pixels.
 L' is a neuron of threshold 0.5, and S the last synapse with its norm. On a real-valued stream one
 neuron precedes q, k and v, and none follows S. Under "multiple_all" each projection has its own
 shortcut: the stream is added to the currents of q, k and v, and a is added to y. (In SelfAttention
-a is the input of the last neuron. TokenQK has no neuron before S, so a is spikes.)
+a is the input of L'. TokenQK has no neuron before S, so its a consists of spikes.)
 
 With `projection_neuron="over_samples"` the neuron after SelfAttention's S runs as in the published
 code, see `OverSamples`. Published accuracies were measured with it.
 
-The drop-path share grows linearly with depth to `drop_path`, with one share for both branches of a
-block. The published code declares drop path but never applies it, so 0 is as published.
+The drop-path share grows linearly with depth to `drop_path`. Both branches of a block have the same
+share. The published code declares drop path but never applies it, so 0 is as published.
 
 `from_published` and `to_published` convert names and shapes of the published weights.
 
@@ -42,6 +42,7 @@ Zhou et al. 2023 (Spikformer, arXiv 2209.15425); the shortcuts of an attention: 
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -49,8 +50,8 @@ from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of, require
 from pipeline.core.tensor_file import describe_mismatch
-from pipeline.models.parts import Over, Pool
-from pipeline.models.residual import BlockFactory, Layer, Norm, Shortcut, named
+from pipeline.models.parts import Pool, StatisticsOver
+from pipeline.models.residual import BlockFactory, Layer, Norm, Shortcut, named_sequential
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.surrogate import Sigmoid
@@ -62,11 +63,11 @@ from pipeline.spiking.synapse import Linear
 ATTENTION_THRESHOLD = 0.5
 SCALE = 0.125
 
-# What the membrane after a SelfAttention is carried across: time steps of one sample, or samples.
+# The neuron after a SelfAttention has a membrane per sample, or one membrane for all samples.
 ProjectionNeuron = Literal["over_time", "over_samples"]
 
-# SpikingJelly's LIF at tau 2, as in the published code; for normaliser-free networks without input
-# scaling, which would shrink their currents.
+# SpikingJelly's LIF at tau 2, as in the published code. Normaliser-free networks have no input
+# scaling, because it would shrink their currents.
 NEURON = LIF(0.5, reset="zero", scale_input=True, surrogate=Sigmoid(4.0))
 SWS_NEURON = LIF(0.5, surrogate=Sigmoid(4.0))
 
@@ -74,7 +75,7 @@ SWS_NEURON = LIF(0.5, surrogate=Sigmoid(4.0))
 class QKFormer(nn.Module):
     """`[T, B, C, H, W]` to `[T, B, K]`, for images of any size.
 
-    16 pixels a side, after shrinking, leave one token in the last stage.
+    After shrinking, 16 pixels a side give one token in the last stage.
 
     Args:
         channels: D, the channels of the last stage; a multiple of 4 heads.
@@ -83,16 +84,15 @@ class QKFormer(nn.Module):
         expansion: the factor by which the FFN widens the channels.
         drop_path: the share at the last block.
         shrink: images are first averaged over squares of this many pixels a side, so that a small
-            student sees less detail than its teacher. Rows and columns at the right and the bottom
-            that fill no square are ignored.
-        projection_neuron: the neuron of the last stage's attentions, see above. "over_samples" is
-            the published code's, and published accuracies need it; an output then depends on its
-            batch.
+            student sees less detail than its teacher. Remaining rows and columns at the right and
+            the bottom are ignored.
+        projection_neuron: the neuron after S in the last stage. "over_samples" is as in the
+            published code, and published accuracies need it; an output then depends on its batch.
         neuron: None: the published LIF (decay 0.5, scaled input, reset to zero), or under "sws" a
             LIF with reset by subtraction and without scaled input.
 
-    Raises: ValueError for sizes below 1, or choices that do not fit together
-    (`models/residual.py`); in `forward` for images smaller than one square.
+    Raises: ValueError for sizes below 1, channels that are not a multiple of 4 heads, a depth below
+    4, or choices that do not fit together; in `forward` for images smaller than one square.
     """
 
     def __init__(
@@ -106,59 +106,64 @@ class QKFormer(nn.Module):
         expansion: int = 4,
         shortcut: Shortcut = "sew",
         norm: Norm = "batch",
-        over: Over = "step",
+        over: StatisticsOver = "step",
         drop_path: float = 0.0,
         shrink: int = 1,
         projection_neuron: ProjectionNeuron = "over_time",
         neuron: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        counts = {"classes": classes, "in_channels": in_channels, "expansion": expansion}
-        counts |= {"heads": heads, "channels": channels, "shrink": shrink}
-        _check(counts, depth=depth, shortcut=shortcut)
+        _check(
+            classes=classes,
+            in_channels=in_channels,
+            expansion=expansion,
+            heads=heads,
+            channels=channels,
+            shrink=shrink,
+            depth=depth,
+            shortcut=shortcut,
+        )
         if neuron is None:
             neuron = SWS_NEURON if norm == "sws" else NEURON
         self.shrink = shrink
         blocks = BlockFactory(shortcut=shortcut, neuron=neuron, norm=norm, over=over)
         shares = iter(drop_path * index / (depth - 1) for index in range(depth))
         self.stages = nn.Sequential()
-        for wide, count, attention in (
+        for width, count, attention in (
             (channels // 4, 1, TokenQK),
             (channels // 2, 2, TokenQK),
             (channels, depth - 3, partial(SelfAttention, projection_neuron=projection_neuron)),
         ):
             stem = nn.Sequential()
             if not self.stages:
-                stem = _stem(blocks, in_channels, wide // 2, shrink=shrink)
-            layers = [Layer(wide // 2, wide, 3, pools=True), Layer(wide, wide, 3)]
-            stage = nn.Sequential(
-                named(stem=stem, residual=blocks.one_residual(layers, shortcut_of="first"))
-            )
-            mixing = partial(attention, blocks, wide, heads=heads)
-            for _ in range(count):
-                drop = next(shares)
-                stage.append(block(blocks, wide, mixing, expansion=expansion, drop_path=drop))
+                stem = _stem(blocks, in_channels, width // 2, shrink=shrink)
+            layers = [Layer(width // 2, width, 3, pools=True), Layer(width, width, 3)]
+            residual = blocks.one_residual(layers, shortcut_of="first")
+            stage = nn.Sequential(named_sequential(stem=stem, residual=residual))
+            build_attention = partial(attention, blocks, width, heads=heads)
+            for share in islice(shares, count):
+                stage.append(
+                    block(blocks, width, build_attention, expansion=expansion, drop_path=share)
+                )
             self.stages.append(stage)
-        self.last = nn.Identity() if blocks.carries_spikes else blocks.stream_spikes()
+        self.last = nn.Identity() if blocks.carries_spikes else blocks.stream_neuron()
         self.classifier = Linear(channels, classes)
         nn.init.trunc_normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
-        height, width = x_TBCHW.shape[3:]
-        if min(height, width) < self.shrink:
+        if min(x_TBCHW.shape[3:]) < self.shrink:
             raise ValueError(
-                f"QKFormer: images must have shrink={self.shrink} pixels a side or more; got"
-                f" {height} x {width}"
+                f"QKFormer: an image must have at least shrink={self.shrink} pixels a side; got"
+                f" {tuple(x_TBCHW.shape[3:])}"
             )
         return self.classifier(self.last(self.stages(x_TBCHW)).mean((3, 4)))
 
 
-def _check(counts: Mapping[str, int], *, depth: int, shortcut: Shortcut) -> None:
-    refuse_unless_counts("QKFormer", counts)
-    channels, heads = counts["channels"], counts["heads"]
+def _check(*, depth: int, shortcut: Shortcut, channels: int, heads: int, **counts: int) -> None:
+    refuse_unless_counts("QKFormer", counts | {"heads": heads, "channels": channels})
     require(
-        not channels % (4 * heads),
+        channels % (4 * heads) == 0,
         f"QKFormer: channels must be a multiple of 4 heads; got {channels=}, {heads=}",
     )
     require(
@@ -174,10 +179,12 @@ def _check(counts: Mapping[str, int], *, depth: int, shortcut: Shortcut) -> None
 
 
 def _stem(blocks: BlockFactory, in_channels: int, channels: int, *, shrink: int) -> nn.Sequential:
-    layers = dict(blocks.currents(Layer(in_channels, channels, 3, pools=True)).named_children())
+    layers = dict(
+        blocks.normed_synapse(Layer(in_channels, channels, 3, pools=True)).named_children()
+    )
     if shrink > 1:
         layers = {"shrink": Pool(nn.AvgPool2d(shrink)), **layers}
-    first = StaticInput.of(named(**layers))
+    first = StaticInput.of(named_sequential(**layers))
     return nn.Sequential(first, blocks.neuron()) if blocks.carries_spikes else nn.Sequential(first)
 
 
@@ -190,20 +197,20 @@ def block(
     drop_path: float,
 ) -> nn.Sequential:
     """Attention and FFN, each with its shortcut."""
-    mixer = blocks.wrap(attention(), drop_path=drop_path)
-    wide = channels * expansion
-    layers = [Layer(channels, wide, bias=True), Layer(wide, channels, bias=True)]
+    wrapped_attention = blocks.wrap(attention(), drop_path=drop_path)
+    hidden = channels * expansion
+    layers = [Layer(channels, hidden, bias=True), Layer(hidden, channels, bias=True)]
     ffn = blocks.residual(layers, last_gain=blocks.branch_gain, drop_path=drop_path)
     ffn.part = "ffn"  # type: ignore[assignment]  # read by models/transforms.py
-    return named(attention=mixer, ffn=ffn)
+    return named_sequential(attention=wrapped_attention, ffn=ffn)
 
 
 class Projection(nn.Module):
-    """Spikes of q, k or v: neuron(norm(synapse(h))); a given stream is added to the currents."""
+    """Spikes of q, k or v: neuron(norm(synapse(h))), or neuron(norm(synapse(h)) + x)."""
 
     def __init__(self, blocks: BlockFactory, channels: int) -> None:
         super().__init__()
-        self.currents = blocks.currents(Layer(channels, channels))
+        self.currents = blocks.normed_synapse(Layer(channels, channels))
         self.neuron = blocks.neuron()
 
     def forward(self, h_TBCHW: Tensor, x_TBCHW: Tensor | None) -> Tensor:
@@ -212,7 +219,7 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Base class of the attentions, `[T, B, C, H, W]` to the same shape; `_mix` combines tokens."""
+    """Base class of both attentions; `_mix` combines tokens. It keeps the shape of its input."""
 
     def __init__(
         self,
@@ -225,47 +232,46 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.has_shortcuts = blocks.shortcut == "multiple_all"
-        self.first = nn.Identity() if blocks.carries_spikes else blocks.stream_spikes()
+        self.first = nn.Identity() if blocks.carries_spikes else blocks.stream_neuron()
         self.projections = nn.ModuleDict(
             {name: Projection(blocks, channels) for name in projections}
         )
-        self.attention_neuron = blocks.spikes(threshold=ATTENTION_THRESHOLD)
-        self.project = blocks.currents(
+        self.attention_neuron = blocks.branch_neuron(threshold=ATTENTION_THRESHOLD)
+        self.project = blocks.normed_synapse(
             Layer(channels, channels, bias=True), gain=blocks.branch_gain
         )
         self.last = blocks.neuron() if blocks.carries_spikes else nn.Identity()
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         h = self.first(x_TBCHW)
-        heads = [
-            each(h, x_TBCHW if self.has_shortcuts else None)
-            .flatten(3)
-            .unflatten(2, (self.heads, -1))
-            for each in self.projections.values()
+        stream = x_TBCHW if self.has_shortcuts else None
+        projected = [
+            projection(h, stream).flatten(3).unflatten(2, (self.heads, -1))
+            for projection in self.projections.values()
         ]
-        a, s = (each.reshape(x_TBCHW.shape) for each in self._mix(*heads))
+        a, s = (each.reshape(x_TBCHW.shape) for each in self._mix(*projected))
         y = self.project(s)
         return self.last(y + a if self.has_shortcuts else y)
 
-    def _mix(self, *heads_TBhdN: Tensor) -> tuple[Tensor, Tensor]:
-        """a, and the spikes that S reads."""
+    def _mix(self, *projected_TBhdN: Tensor) -> tuple[Tensor, Tensor]:
+        """Map the spikes q, k (and v) to a, and to the spikes that S reads."""
         raise NotImplementedError(f"{type(self).__name__} must override _mix")
 
 
 class TokenQK(Attention):
-    """A mask over the tokens of k."""
+    """A mask over the tokens of k, computed from q."""
 
-    def _mix(self, *heads_TBhdN: Tensor) -> tuple[Tensor, Tensor]:
-        q_TBhdN, k_TBhdN = heads_TBhdN
+    def _mix(self, *projected_TBhdN: Tensor) -> tuple[Tensor, Tensor]:
+        q_TBhdN, k_TBhdN = projected_TBhdN
         a_TBhdN = self.attention_neuron(q_TBhdN.sum(3, keepdim=True)) * k_TBhdN
         return a_TBhdN, a_TBhdN
 
 
 class SelfAttention(Attention):
-    """Attention between all tokens; its cost is linear in their number.
+    """Attention between all tokens, at a cost linear in their number.
 
-    Raises: ValueError for an unknown `projection_neuron`, or one that runs over samples if no LIF
-    follows S.
+    Raises: ValueError for an unknown `projection_neuron`, or for "over_samples" if the neuron after
+    S is missing or is not a plain LIF.
     """
 
     def __init__(
@@ -283,13 +289,13 @@ class SelfAttention(Attention):
         if projection_neuron == "over_samples":
             require(
                 blocks.carries_spikes,
-                "SelfAttention: projection_neuron='over_samples' needs a neuron behind the"
-                f" attention, as shortcut='sew' has; got shortcut={blocks.shortcut!r}",
+                "SelfAttention: projection_neuron='over_samples' needs a neuron after the"
+                f" attention, as with shortcut='sew'; got shortcut={blocks.shortcut!r}",
             )
             self.last = OverSamples.of(self.last)
 
-    def _mix(self, *heads_TBhdN: Tensor) -> tuple[Tensor, Tensor]:
-        q_TBhdN, k_TBhdN, v_TBhdN = heads_TBhdN
+    def _mix(self, *projected_TBhdN: Tensor) -> tuple[Tensor, Tensor]:
+        q_TBhdN, k_TBhdN, v_TBhdN = projected_TBhdN
         a_TBhdN = v_TBhdN @ k_TBhdN.transpose(-1, -2) @ q_TBhdN * SCALE
         return a_TBhdN, self.attention_neuron(a_TBhdN)
 
@@ -299,8 +305,8 @@ class OverSamples(LIF):
 
         u[t, b] = decay v[t, b-1] + x[t, b],   v[t, 0] = v[t-1, B],   v[0, B] = 0
 
-    The output for a sample depends on the samples before it, and so on the order and size of the
-    batch, on micro-batches and on workers. In a batch of one it is the LIF.
+    The output for a sample depends on the samples before it, and therefore on the order and size of
+    the batch, on micro-batches and on workers. For a batch of one sample it equals the LIF.
     """
 
     @classmethod
@@ -332,7 +338,7 @@ def qkformer_10(
     in_channels: int = 3,
     shortcut: Shortcut = "sew",
     norm: Norm = "batch",
-    over: Over = "step",
+    over: StatisticsOver = "step",
     drop_path: float = 0.0,
     projection_neuron: ProjectionNeuron = "over_time",
     neuron: nn.Module | None = None,
@@ -354,15 +360,15 @@ def qkformer_10(
     )
 
 
-# Published tensors that this network does not need, and the reason.
-IGNORED = {
+# Published tensors that this network does not need, by the end of their name, and the reason.
+IGNORED_TENSORS = {
     "num_batches_tracked": (
         "counts calls for torch's cumulative average, which batch norm with a momentum never reads"
     )
 }
 
-# Our names of synapses with their norm, and the published ones.
-_PUBLISHED = {
+# Our name of each synapse with its norm, and the published name.
+_PUBLISHED_NAMES = {
     "stem.0": "patch_embed{stage}.proj",
     "residual.branch.0": "patch_embed{stage}.proj{first}",
     "residual.branch.2": "patch_embed{stage}.proj{second}",
@@ -380,53 +386,52 @@ _KINDS = {"synapse": "conv", "norm": "bn"}
 def published_name(name: str) -> str:
     """The published name of one of our tensors.
 
-    Raises: ValueError for a tensor without one.
+    Raises: ValueError for a tensor without a published name.
     """
     if name.startswith("classifier."):
         return name.replace("classifier", "head", 1)
     match = re.fullmatch(r"stages\.(\d)\.(\d+)\.(.+)\.(synapse|norm)\.(\w+)", name)
-    if match is None or match[3] not in _PUBLISHED:
+    if match is None or match[3] not in _PUBLISHED_NAMES:
         raise ValueError(
             "published_name: only tensors of a QKFormer with shortcut='sew' were published; got"
             f" {name}"
         )
     first, second = (1, 2) if match[1] == "0" else (3, 4)
-    place = _PUBLISHED[match[3]].format(
+    layer = _PUBLISHED_NAMES[match[3]].format(
         stage=int(match[1]) + 1,
         block=int(match[2]) - 1,
         attention="attn" if match[1] == "2" else "tssa",
         first=first,
         second=second,
     )
-    return f"{place}_{_KINDS[match[4]]}.{match[5]}"
+    return f"{layer}_{_KINDS[match[4]]}.{match[5]}"
 
 
 def from_published(
     published: Mapping[str, Tensor],
     *,
     heads: int | None = None,
-    over: Over = "time",
+    over: StatisticsOver = "time",
     projection_neuron: ProjectionNeuron = "over_time",
 ) -> QKFormer:
-    """A QKFormer with published weights; its sizes are taken from the tensors.
+    """A QKFormer with published weights. Its sizes are those of the tensors.
 
     Args:
         published: tensors under their published names.
-        heads: heads of every attention, which no tensor shows. None: one per 64 channels, as
+        heads: heads of every attention. No tensor depends on it. None: one per 64 channels, as
             published for ImageNet.
         over: statistics of batch norm in training (`models/residual.py`). "time" is the published
-            network. "step" is another one, which rules that run in slices need.
-        projection_neuron: "over_samples" runs as the published code, with outputs that depend on
-            the batch.
+            network. Rules that run in slices need "step", which changes the network.
+        projection_neuron: "over_samples" is as in the published code; outputs then depend on the
+            batch.
 
-    Raises: ValueError for tensors that are missing, left over or of another shape.
+    Raises: ValueError for missing or unknown tensors, tensors of another shape, or no `heads` below
+    64 channels.
     """
     classes, channels = _sizes(published, "head.weight", 2)
-    in_channels = _sizes(published, "patch_embed1.proj_conv.weight", 4)[1]
-    expansion = _sizes(published, "stage1.0.mlp.fc1_conv.weight", 4)[0] * 4 // channels
     require(
         heads is not None or channels >= 64,
-        f"from_published: heads must be given for fewer than 64 channels; got {channels} channels",
+        f"from_published: heads must be set for fewer than 64 channels; got {channels} channels",
     )
     with torch.device("meta"):
         network = QKFormer(
@@ -434,63 +439,64 @@ def from_published(
             depth=len({name.rsplit(".mlp.", 1)[0] for name in published if ".mlp." in name}),
             heads=channels // 64 if heads is None else heads,
             classes=classes,
-            in_channels=in_channels,
-            expansion=expansion,
+            in_channels=_sizes(published, "patch_embed1.proj_conv.weight", 4)[1],
+            expansion=_sizes(published, "stage1.0.mlp.fc1_conv.weight", 4)[0] * 4 // channels,
             over=over,
             projection_neuron=projection_neuron,
         )
     network.to_empty(device="cpu")
-    tensors = renamed(published, network)
-    wrong = describe_mismatch(tensors, network.state_dict())
+    tensors = to_our_names(published, network)
+    mismatch = describe_mismatch(tensors, network.state_dict())
     require(
-        not wrong, f"from_published: the weights must be those of a published QKFormer; got {wrong}"
+        not mismatch,
+        f"from_published: the weights must be those of a published QKFormer; got {mismatch}",
     )
     network.load_state_dict(tensors)
     return network
 
 
 def _sizes(published: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
-    found = tuple(published[name].shape) if name in published else ()
+    sizes = tuple(published[name].shape) if name in published else ()
     require(
-        len(found) == dimensions,
-        f"from_published: a published QKFormer has '{name}' with {dimensions} dimensions; got"
-        f" {found or 'none'}",
+        len(sizes) == dimensions,
+        f"from_published: the tensor '{name}' must have {dimensions} dimensions; got"
+        f" {sizes or 'none'}",
     )
-    return found
+    return sizes
 
 
 def is_published(weights: Mapping[str, Tensor]) -> bool:
-    """Whether the names are those of a published QKFormer."""
     return any(name.startswith("patch_embed1.") for name in weights)
 
 
-def renamed(published: Mapping[str, Tensor], network: QKFormer) -> dict[str, Tensor]:
-    """Published tensors under our names and in our shapes, even if they do not fit.
+def to_our_names(published: Mapping[str, Tensor], network: QKFormer) -> dict[str, Tensor]:
+    """Published tensors under the names, and with the dimensions, of `network`'s tensors.
 
-    A tensor without a place in `network` keeps its name; one of another size keeps its shape.
+    A tensor that `network` does not have keeps its name. Sizes are not checked.
 
     Raises: ValueError for a network with a real-valued stream, for which nothing was published.
     """
     require(
         isinstance(network.last, nn.Identity),
-        "QKFormer: published weights are those of shortcut='sew'; got a network with a stream"
-        " of real numbers",
+        "QKFormer: published weights need a network with shortcut='sew'; got a network with a"
+        " real-valued stream",
     )
-    left = {
-        name: tensor for name, tensor in published.items() if name.rsplit(".", 1)[-1] not in IGNORED
+    remaining = {
+        name: tensor
+        for name, tensor in published.items()
+        if name.rsplit(".", 1)[-1] not in IGNORED_TENSORS
     }
-    ours = {}
-    for name, mine in network.state_dict().items():
-        theirs = published_name(name)
-        if theirs in left:
-            tensor = left.pop(theirs)
-            # published synapses of an attention are 1-D convolutions over tokens
-            ours[name] = tensor.unsqueeze(-1) if tensor.dim() + 1 == mine.dim() == 4 else tensor
-    return ours | left
+    tensors = {}
+    for name, own in network.state_dict().items():
+        if published_name(name) in remaining:
+            tensor = remaining.pop(published_name(name))
+            # Published synapses of an attention are 1-D convolutions over tokens.
+            tensors[name] = tensor.unsqueeze(-1) if tensor.dim() + 1 == own.dim() == 4 else tensor
+    return tensors | remaining
 
 
 def to_published(network: QKFormer) -> dict[str, Tensor]:
-    """Our weights under the published names and in the published shapes, without call counters.
+    """Our weights under the published names and in the published shapes.
 
     Published synapses of an attention are 1-D convolutions over tokens.
     """

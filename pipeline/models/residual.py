@@ -9,13 +9,13 @@ S is a synapse, N its norm, L a neuron; h = first(x), y = last(shortcut + branch
     "multiple"          L       S N                  currents of each synapse  real numbers
     "sew_multiple"              S N L                spikes of each synapse    multiples of 1/r
 
-Under "membrane" and "multiple" the synapses see spikes. The last two put a shortcut around every
-neuron, synapse and norm, because two binary layers between shortcuts lose too much. "multiple_all"
-is "multiple" with shortcuts around the projections of an attention as well (`models/qkformer.py`).
-Where the number of channels changes by a whole factor, such a shortcut repeats the channels, or
-averages groups of r channels. Where the stride changes, it is an average pool and a 1x1 synapse
-with its norm. A mean over groups of spikes is graded, so later synapses of "sew_multiple" see
-fractions.
+Under "membrane" and "multiple" the synapses read spikes. "multiple" and "sew_multiple" put a
+shortcut around each synapse with its neuron and norm, because two binary layers between shortcuts
+lose too much. "multiple_all" is "multiple" with shortcuts around the projections of an attention as
+well (`models/qkformer.py`). If only the number of channels changes, by a whole factor, such a
+shortcut repeats the channels, or averages groups of r channels. Otherwise it is a 1x1 synapse with
+its norm, after an average pool if the stride is above 1. A mean of spikes is a fraction, so later
+synapses of "sew_multiple" read fractions.
 
 `norm="sws"` is the normaliser-free form of the real-valued streams, with standardised weights
 instead of batch norm:
@@ -24,8 +24,8 @@ instead of batch norm:
     with gain L( . ) before every further synapse of the branch
 
 beta is the expected standard deviation of the stream, gain restores the variance that a spike
-removes, and skip_gain starts at 0. A change of shape reads gain L(x / beta). No batch statistics
-are used, so such a network can run one time step at a time.
+removes, and skip_gain starts at 0. A synapse in the shortcut reads gain L(x / beta). No batch
+statistics are used, so such a network can run one time step at a time.
 
 Source: He et al. 2016 (arXiv 1512.03385), Fang et al. 2021 (SEW, arXiv 2102.04159), Hu et al. 2021
 (MS, arXiv 2112.08954), Brock et al. 2021 (NF, arXiv 2101.08692); multiple shortcuts: Liu et al.
@@ -44,7 +44,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_one_of, require
-from pipeline.models.parts import Over, Pool, copy_neuron, standardized_conv, variance_gain
+from pipeline.models.parts import (
+    Pool,
+    StatisticsOver,
+    copy_neuron,
+    standardized_conv,
+    variance_gain,
+)
 from pipeline.spiking.dropout import DropPath
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
@@ -59,9 +65,9 @@ ALPHA = 0.2
 
 
 class Layer(NamedTuple):
-    """A convolution that keeps the image size up to its stride.
+    """The sizes of a convolution with its norm. The image size changes only by the stride.
 
-    `pools` adds a max pool of stride 2 after its norm.
+    `pools` adds a max pool of stride 2 after the norm.
     """
 
     in_channels: int
@@ -79,20 +85,22 @@ class BlockFactory:
         shortcut: see the head of the file.
         neuron: the prototype; every layer gets a copy.
         norm: "batch" or "sws".
-        over: statistics of batch norm: of each time step, or over T and B together.
+        over: batch norm takes its statistics over the samples of each step ("step"), or over all
+            steps and samples ("time").
         norm_gain: initial gain of batch norms.
 
-    `carries_spikes` says whether the stream consists of spikes, their sums or means; synapses read
-    such a stream without a neuron. `branch_gain` is the initial gain of a branch's last batch norm.
-    On a real-valued stream it is 0, so that a block starts as the identity; otherwise every branch
-    would add variance, until few neurons that read the stream are near their threshold. On a stream
-    of spikes it is None, because there is no such problem.
+    `carries_spikes` says whether the stream consists of spikes, or of sums or means of spikes.
+    Synapses read such a stream directly, without a neuron. `branch_gain` is the initial gain of a
+    branch's last batch norm. On a real-valued stream it is 0, so that a block starts as the
+    identity. Otherwise every branch would add variance, until few neurons that read the stream are
+    near their threshold. On a stream of spikes it is None, and `norm_gain` is used.
 
-    The expected variance of a normaliser-free stream is `shared` + `own`: 1 after a standardised
-    synapse, plus ALPHA^2 per branch. `own` was added since channels were repeated, independently in
-    each copy.
+    The expected variance of a normaliser-free stream is `shared_variance` + `own_variance`: 1 after
+    a standardised synapse, plus ALPHA^2 per branch. After channels are repeated, each copy has its
+    own branches, which add to `own_variance`.
 
-    Raises: ValueError for an unknown `shortcut` or `norm`, or for "sws" on a stream of spikes.
+    Raises: ValueError for an unknown `shortcut` or `norm`; for "sws" with a shortcut other than
+    "membrane" and "multiple", or with a neuron that scales its input.
     """
 
     def __init__(
@@ -101,20 +109,20 @@ class BlockFactory:
         shortcut: Shortcut,
         neuron: nn.Module,
         norm: Norm = "batch",
-        over: Over = "step",
+        over: StatisticsOver = "step",
         norm_gain: float = 1.0,
     ) -> None:
         refuse_unless_one_of("BlockFactory", get_args(Shortcut), shortcut=shortcut)
         refuse_unless_one_of("BlockFactory", get_args(Norm), norm=norm)
         require(
             norm != "sws" or shortcut in ("membrane", "multiple"),
-            "norm='sws' needs shortcut='membrane' or 'multiple', whose streams it scales; got"
-            f" {shortcut=}",
+            "BlockFactory: norm='sws' needs shortcut='membrane' or 'multiple', whose streams it"
+            f" scales; got {shortcut=}",
         )
         require(
             norm != "sws" or not getattr(neuron, "scale_input", False),
-            "norm='sws' counts on currents of unit variance, which scale_input shrinks; got a"
-            " neuron with scale_input",
+            "BlockFactory: norm='sws' needs currents of unit variance, so the neuron must not scale"
+            " its input; got scale_input=True",
         )
         self.shortcut: Shortcut = shortcut
         self.carries_spikes = shortcut in ("post_activation", "sew", "sew_multiple")
@@ -122,60 +130,60 @@ class BlockFactory:
         self.is_multiple = shortcut in ("multiple", "multiple_all", "sew_multiple")
         self.prototype = neuron
         self.is_sws = norm == "sws"
-        self.over: Over = over
+        self.over: StatisticsOver = over
         self.norm_gain = norm_gain
         self.gain = variance_gain(neuron)
-        self.shared, self.own = 1.0, 0.0
+        self.shared_variance, self.own_variance = 1.0, 0.0
 
     # --------------------------------------------------------------------------------------- layers
 
     def neuron(self, *, threshold: float | None = None) -> nn.Module:
         """A copy of the prototype.
 
-        A given `threshold` replaces its own, and the reset is scaled with it.
+        `threshold` replaces the prototype's threshold, and scales its reset by the same factor. It
+        has no effect on `nn.ReLU`.
 
-        Raises: ValueError for a threshold if the neuron has one and is not a plain LIF.
+        Raises: ValueError for a `threshold` if the prototype is neither a plain LIF nor `nn.ReLU`.
         """
         neuron: Any = copy_neuron(self.prototype)
         if threshold is not None and not isinstance(neuron, nn.ReLU):
             require(
                 type(neuron) is LIF,
-                f"neuron must be a LIF to get a threshold of {threshold}; got"
+                f"BlockFactory: neuron must be a plain LIF to get a threshold of {threshold}; got"
                 f" {type(neuron).__name__}",
             )
             neuron.subtract = neuron.subtract * threshold / neuron.threshold
             neuron.threshold = threshold
         return neuron
 
-    def spikes(self, *, threshold: float | None = None) -> nn.Module:
-        """A neuron before a further synapse; under "sws" its output has unit variance."""
+    def branch_neuron(self, *, threshold: float | None = None) -> nn.Module:
+        """A neuron between two synapses of a branch; under "sws" its output has unit variance."""
         neuron = self.neuron(threshold=threshold)
         return Rescaled(neuron, gain=self.gain) if self.is_sws else neuron
 
-    def stream_spikes(self) -> nn.Module:
-        """A neuron that reads the stream at the current position."""
-        return (
-            Rescaled(self.neuron(), gain=self.gain, beta=(self.shared + self.own) ** 0.5)
-            if self.is_sws
-            else self.neuron()
-        )
+    def stream_neuron(self) -> nn.Module:
+        """A neuron that reads the stream after all branches so far."""
+        neuron, beta = self.neuron(), (self.shared_variance + self.own_variance) ** 0.5
+        return Rescaled(neuron, gain=self.gain, beta=beta) if self.is_sws else neuron
 
     def synapse(self, layer: Layer) -> Conv2d:
         """The convolution of a layer; under "sws" it always has a bias."""
-        in_channels, out_channels, size, stride = layer[:4]
+        in_channels, out_channels, kernel_size, stride = layer[:4]
         if self.is_sws:
-            return standardized_conv(in_channels, out_channels, size, stride=stride)
-        return Conv2d(in_channels, out_channels, size, stride, size // 2, bias=layer.bias)
+            return standardized_conv(in_channels, out_channels, kernel_size, stride=stride)
+        return Conv2d(
+            in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=layer.bias
+        )
 
-    def currents(self, layer: Layer, *, gain: float | None = None) -> nn.Sequential:
-        """Synapse, norm and pool; `gain` is the initial gain of batch norm."""
+    def normed_synapse(self, layer: Layer, *, gain: float | None = None) -> nn.Sequential:
+        """Synapse, norm and pool of a layer; `gain` is the initial gain of batch norm."""
         parts: dict[str, nn.Module] = {"synapse": self.synapse(layer)}
         if not self.is_sws:
             parts["norm"] = norm = BatchNorm(layer.out_channels, over=self.over)
             nn.init.constant_(norm.weight, self.norm_gain if gain is None else gain)
         if layer.pools:
             parts["pool"] = Pool(nn.MaxPool2d(3, stride=2, padding=1))
-        return named(**parts)
+        return named_sequential(**parts)
 
     # ------------------------------------------------------------------------------------ residuals
 
@@ -187,11 +195,11 @@ class BlockFactory:
         pooled: bool = False,
         drop_path: float = 0.0,
     ) -> nn.Module:
-        """One residual block of `layers`, or one per layer with multiple shortcuts.
+        """One residual block of `layers`, or with multiple shortcuts one block per layer.
 
         `last_gain` is the initial gain of a branch's last batch norm (0: the block starts as the
-        identity). `pooled` replaces the stride of a 1x1 shortcut synapse by an average pool before
-        it.
+        identity). `pooled` replaces the stride of a shortcut's 1x1 synapse by an average pool
+        before the synapse. Multiple shortcuts are always pooled.
         """
         build = partial(self.one_residual, last_gain=last_gain, drop_path=drop_path)
         if self.is_multiple:
@@ -207,18 +215,19 @@ class BlockFactory:
         drop_path: float = 0.0,
         shortcut_of: ShortcutOf = "stream",
     ) -> nn.Module:
-        """One residual block of `layers` for every kind of shortcut.
+        """A single residual block of `layers`, with any kind of shortcut.
 
-        `shortcut_of` is the input of a projection.
+        `shortcut_of` is the input of the shortcut: the stream, or the output of the first neuron.
+        A normaliser-free 1x1 synapse always reads the first neuron.
         """
-        first = None if self.carries_spikes else self.stream_spikes()
+        first = None if self.carries_spikes else self.stream_neuron()
         branch = nn.Sequential()
         for layer in layers[:-1]:
-            branch.extend([self.currents(layer), self.spikes()])
-        branch.append(self.currents(layers[-1], gain=last_gain))
+            branch.extend([self.normed_synapse(layer), self.branch_neuron()])
+        branch.append(self.normed_synapse(layers[-1], gain=last_gain))
         if self.shortcut in ("sew", "sew_multiple"):
             branch.append(self.neuron())
-        shortcut, projects = self._shortcut(
+        shortcut, has_synapse = self._shortcut(
             layers[0].in_channels,
             layers[-1].out_channels,
             math.prod(2 * layer.stride if layer.pools else layer.stride for layer in layers),
@@ -229,54 +238,57 @@ class BlockFactory:
             shortcut,
             first=first,
             last=self.neuron() if self.shortcut == "post_activation" else None,
-            # A normaliser-free projection needs an input of unit variance, so not the stream.
-            shortcut_of="first" if self.is_sws and projects else shortcut_of,
+            # A standardised synapse needs an input of unit variance, so it cannot read the stream.
+            shortcut_of="first" if self.is_sws and has_synapse else shortcut_of,
             alpha=ALPHA if self.is_sws else None,
             drop_path=drop_path,
         )
 
     def wrap(self, branch: nn.Module, *, drop_path: float = 0.0) -> nn.Module:
-        """A shortcut around a branch that keeps the shape, such as an attention.
+        """Put a shortcut around a branch that keeps the shape, such as an attention.
 
         It does not support "post_activation".
         """
-        self._add_branch()
+        self._add_branch_variance()
         return Residual(branch, alpha=ALPHA if self.is_sws else None, drop_path=drop_path)
 
     def _shortcut(
         self, in_channels: int, out_channels: int, stride: int, *, pooled: bool
     ) -> tuple[nn.Module | None, bool]:
-        """The shortcut, and whether it has its own synapse."""
+        """The shortcut (None: the identity), and whether it has a synapse.
+
+        It updates the expected variance of the stream.
+        """
         if stride == 1 and in_channels == out_channels:
-            self._add_branch()
+            self._add_branch_variance()
             return None, False
         if self.is_multiple and stride == 1 and out_channels % in_channels == 0:
-            self.own += ALPHA**2
+            self.own_variance += ALPHA**2
             return Repeat(out_channels // in_channels), False
         if self.is_multiple and stride == 1 and in_channels % out_channels == 0:
-            group = in_channels // out_channels
-            # The mean over copies divides what is independent in them, and keeps what they share.
-            self.shared += self.own / group + ALPHA**2
-            self.own = 0.0
-            return GroupMean(group), False
-        self.shared, self.own = 1.0 + ALPHA**2, 0.0
+            copies = in_channels // out_channels
+            # A mean over copies divides their own variance, and keeps the variance that they share.
+            self.shared_variance += self.own_variance / copies + ALPHA**2
+            self.own_variance = 0.0
+            return GroupMean(copies), False
+        self.shared_variance, self.own_variance = 1.0 + ALPHA**2, 0.0
         projection = nn.Sequential()
-        # Under "sws" no pool, because it would reduce the unit variance.
+        # Under "sws" there is no pool, because a pool would reduce the variance below 1.
         pools = pooled and stride > 1 and not self.is_sws
         if pools:
             projection.append(Pool(nn.AvgPool2d(stride, ceil_mode=True)))
         projection.append(
-            self.currents(Layer(in_channels, out_channels, stride=1 if pools else stride))
+            self.normed_synapse(Layer(in_channels, out_channels, stride=1 if pools else stride))
         )
         if self.shortcut in ("sew", "sew_multiple"):
             projection.append(self.neuron())
         return projection, True
 
-    def _add_branch(self) -> None:
-        if self.own:
-            self.own += ALPHA**2
+    def _add_branch_variance(self) -> None:
+        if self.own_variance:
+            self.own_variance += ALPHA**2
         else:
-            self.shared += ALPHA**2
+            self.shared_variance += ALPHA**2
 
 
 def resnet_stages(
@@ -292,42 +304,38 @@ def resnet_stages(
 ) -> tuple[nn.Sequential, int]:
     """Stages of blocks. Stage i has `blocks[i]` blocks of width `width * 2**i`.
 
-    It starts with stride 2, the first stage with `first_stride`.
-
-    `drop_path` is the share at the last block, to which it grows linearly. `last_gain` and `pooled`
-    are arguments of `BlockFactory.residual`.
+    The first stage starts with `first_stride`, every other stage with stride 2. The share of
+    `drop_path` grows linearly from 0 at the first block to `drop_path` at the last. `last_gain` and
+    `pooled` are arguments of `BlockFactory.residual`.
 
     Returns: the stages, and the number of output channels.
     """
     stages = nn.Sequential()
-    channels, built, last = width, 0, max(1, sum(blocks) - 1)
+    channels = width
+    shares = iter(drop_path * index / max(1, sum(blocks) - 1) for index in range(sum(blocks)))
     for index, count in enumerate(blocks):
         stage = nn.Sequential()
-        for position in range(count):
-            stride = 1 if position else 2 if index else first_stride
-            wide = width * 2**index
-            layers = (  # in a bottleneck the 3x3 has the stride
-                [Layer(channels, wide), Layer(wide, wide, 3, stride), Layer(wide, 4 * wide)]
+        inner = width * 2**index  # channels of the 3x3 convolutions
+        for stride in [2 if index else first_stride, *[1] * (count - 1)]:
+            layers = (  # in a bottleneck the 3x3 convolution has the stride
+                [Layer(channels, inner), Layer(inner, inner, 3, stride), Layer(inner, 4 * inner)]
                 if bottleneck
-                else [Layer(channels, wide, 3, stride), Layer(wide, wide, 3)]
+                else [Layer(channels, inner, 3, stride), Layer(inner, inner, 3)]
             )
             stage.append(
-                factory.residual(
-                    layers, last_gain=last_gain, pooled=pooled, drop_path=drop_path * built / last
-                )
+                factory.residual(layers, last_gain=last_gain, pooled=pooled, drop_path=next(shares))
             )
-            channels, built = layers[-1].out_channels, built + 1
+            channels = layers[-1].out_channels
         stages.append(stage)
     return stages, channels
 
 
-def named(**modules: nn.Module) -> nn.Sequential:
-    """A Sequential of modules with these names."""
+def named_sequential(**modules: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(modules))
 
 
 class Residual(nn.Module):
-    """h = first(x), y = last(shortcut + branch(h)), with the shortcut of x or of h.
+    """h = first(x), y = last(shortcut(x) + branch(h)), or with shortcut(h) instead of shortcut(x).
 
     With `alpha` the branch has the weight alpha times a learnable `skip_gain`.
     """
@@ -356,11 +364,11 @@ class Residual(nn.Module):
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         h = self.first(x_TBCHW)
-        carried = self.shortcut(h if self.shortcut_of == "first" else x_TBCHW)
-        added = self.drop_path(self.branch(h))
+        shortcut = self.shortcut(h if self.shortcut_of == "first" else x_TBCHW)
+        branch = self.drop_path(self.branch(h))
         if self.skip_gain is None or self.alpha is None:
-            return self.last(carried + added)
-        return self.last(torch.addcmul(carried, added, self.skip_gain, value=self.alpha))
+            return self.last(shortcut + branch)
+        return self.last(torch.addcmul(shortcut, branch, self.skip_gain, value=self.alpha))
 
 
 class Repeat(nn.Module):

@@ -1,10 +1,10 @@
 """SEW-ResNet and Spiking ResNet: residual networks whose neurons follow synapse and norm.
 
-    SEW        y = L(N S L N S x) + x      adds spikes: the stream holds whole numbers
-    Spiking    y = L(N S L N S x + x)      currents to spikes: deep networks do not learn
+    SEW        y = L(N S L N S x) + x      adds spikes; the stream consists of whole numbers
+    Spiking    y = L(N S L N S x + x)      adds spikes to currents; deep networks do not learn
 
-(three layers in a bottleneck). Where the shape changes, the shortcut has a 1x1 synapse with norm,
-and in SEW a neuron.
+S is a synapse, N its norm, L a neuron. A bottleneck has three synapses instead of two. Where the
+shape changes, the shortcut has a 1x1 synapse with norm, and in SEW a neuron.
 
 Source: Fang et al. 2021 (SEW, arXiv 2102.04159), its variant "ADD".
 """
@@ -17,16 +17,16 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import Over, Pool
+from pipeline.models.parts import Pool, StatisticsOver
 from pipeline.models.residual import BlockFactory, Layer, resnet_stages
 from pipeline.spiking.neuron import IF
 from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.surrogate import ATan
 from pipeline.spiking.synapse import Conv2d, Linear
 
-Order = Literal["sew", "post_activation"]
+Shortcut = Literal["sew", "post_activation"]
 
-# The surrogate is SpikingJelly's default, as no setting was published.
+# The surrogate is SpikingJelly's default, because no setting was published.
 NEURON = IF(reset="zero", surrogate=ATan())
 
 DEPTHS = {
@@ -44,8 +44,9 @@ class SEWResNet(nn.Module):
     The order is: 7x7 stem with max pool, up to four stages, global average pool, classifier.
 
     Args:
-        blocks: number per stage; every stage but the first halves the image.
-        bottleneck: blocks of 1x1, 3x3, 1x1 with 4 x `width` output channels instead of two 3x3.
+        blocks: number of blocks in each stage. Every stage but the first halves the image.
+        bottleneck: blocks of 1x1, 3x3 and 1x1 synapses with four times the output channels, instead
+            of two 3x3 synapses.
         shortcut: "sew" or "post_activation" (Spiking ResNet).
 
     Raises: ValueError for sizes below 1, or another shortcut.
@@ -59,8 +60,8 @@ class SEWResNet(nn.Module):
         classes: int,
         in_channels: int = 3,
         width: int = 64,
-        shortcut: Order = "sew",
-        over: Over = "time",
+        shortcut: Shortcut = "sew",
+        over: StatisticsOver = "time",
         neuron: nn.Module = NEURON,
     ) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class SEWResNet(nn.Module):
         refuse_unless_one_of("SEWResNet", ("sew", "post_activation"), shortcut=shortcut)
         factory = BlockFactory(shortcut=shortcut, neuron=neuron, over=over)
         self.stem = nn.Sequential(
-            StaticInput.of(factory.currents(Layer(in_channels, width, 7, stride=2))),
+            StaticInput.of(factory.normed_synapse(Layer(in_channels, width, 7, stride=2))),
             factory.neuron(),
             Pool(nn.MaxPool2d(3, stride=2, padding=1)),
         )
@@ -90,8 +91,8 @@ def sew_resnet(
     *,
     classes: int = 1000,
     in_channels: int = 3,
-    shortcut: Order = "sew",
-    over: Over = "time",
+    shortcut: Shortcut = "sew",
+    over: StatisticsOver = "time",
     neuron: nn.Module = NEURON,
 ) -> SEWResNet:
     """SEW-ResNet-18 to -152 for ImageNet; 11.69, 21.80, 25.56, 44.55, 60.19 M parameters.

@@ -31,47 +31,46 @@ from pipeline.spiking.synapse import Conv2d, Linear, is_inside
 def binarized(network: nn.Module, *, part: str, weights: Binarization = "scaled") -> nn.Module:
     """`network` with 1-bit `weights` (`spiking/binary.py`) in its `part`.
 
-    Its weights become the latent weights.
+    The real weights of the part become its latent weights.
 
-    An attribute `part` of modules names a part, such as `part = "ffn"`. The part consists of all
-    synapses inside these modules. Every network has the part "all_but_ends": all synapses in order
-    of registration, with three exceptions. The first and the last one (or all of its `classifier`)
-    are exempt, as in binary networks since Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279).
-    Those in a `shortcut` are exempt too: no connection bypasses a shortcut, so its weights have
-    been real since Liu et al. 2018 (Bi-Real, arXiv 1808.00278).
+    A module belongs to a part by its attribute `part`, such as `part = "ffn"`. A part consists of
+    all synapses inside its modules. Every network has the part "all_but_ends". It excludes the
+    first registered synapse, and the last one or all synapses of the `classifier`, as binary
+    networks do since Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279). It also excludes synapses
+    in a `shortcut`: no connection bypasses a shortcut, so its weights have been real since Liu et
+    al. 2018 (Bi-Real, arXiv 1808.00278).
 
-    Raises: ValueError for a part that the network does not have or that holds no weights, and for a
-    layer whose weights cannot be 1-bit, by its name.
+    Raises: ValueError for a part that the network does not have or that has no weights, and for a
+    layer whose weights cannot be 1-bit.
     """
     modules = dict(network.named_modules())
     layers = [name for name, module in modules.items() if isinstance(module, (nn.Linear, _ConvNd))]
     limited = [name for name, module in modules.items() if isinstance(module, LimitedSynapse)]
     classifiers = [name for name in modules if name.rpartition(".")[2] == "classifier"]
-    places: dict[str, list[str]] = {}
+    modules_by_part: dict[str, list[str]] = {}
     for name, module in modules.items():
-        if isinstance(named := getattr(module, "part", None), str):
-            places.setdefault(named, []).append(name)
-    ends = [name for name in layers if is_inside(name, classifiers)] or layers[-1:]
-    inner = [name for name in layers[1:] if name not in ends and "shortcut" not in name.split(".")]
+        if isinstance(part_name := getattr(module, "part", None), str):
+            modules_by_part.setdefault(part_name, []).append(name)
+    last = [name for name in layers if is_inside(name, classifiers)] or layers[-1:]
+    inner = [name for name in layers[1:] if name not in last and "shortcut" not in name.split(".")]
     parts = {"all_but_ends": inner} | {
-        each: [name for name in layers if is_inside(name, inside)]
-        for each, inside in places.items()
+        part_name: [name for name in layers if is_inside(name, part_modules)]
+        for part_name, part_modules in modules_by_part.items()
     }
     require(
         part in parts,
-        f"binarized: part must be one that the network has; {type(network).__name__} has"
+        f"binarized: part must be a part of the network; {type(network).__name__} has"
         f" {', '.join(parts)}; got part={part!r}",
     )
-    chosen = parts[part]
     require(
-        chosen,
-        f"binarized: part must hold layers with weights; {part!r} of {type(network).__name__}"
-        " holds none",
+        parts[part],
+        f"binarized: part must have layers with weights; {part!r} of {type(network).__name__}"
+        " has none",
     )
-    for name in chosen:
+    for name in parts[part]:
         require(
             not is_inside(name, limited),
-            f"binarized: weights that are limited in their norm cannot be 1-bit; got {name}",
+            f"binarized: weights with a limited norm cannot be 1-bit; got {name}",
         )
         try:
             binarize(modules[name], weights)  # type: ignore[arg-type]
@@ -81,13 +80,14 @@ def binarized(network: nn.Module, *, part: str, weights: Binarization = "scaled"
 
 
 class MultiHead(nn.Module):
-    """One classifier per task, of which `selected` is used: `[T, B, C]` to `[T, B, K]`.
+    """One classifier per task: `[T, B, C]` to `[T, B, K]`.
 
-    `selected` is a plain attribute, set by `select_head`, so `state_dict` does not depend on it.
-    The other heads are outside the graph and get no gradient.
+    `selected` is the index of the classifier in use. `select_head` sets it. It is a plain
+    attribute, so `state_dict` does not depend on it. The other heads are outside the graph and get
+    no gradient.
     """
 
-    # Marks networks with a new Jacobian in each task, for rules that estimate it.
+    # The Jacobian of the network changes with the task, which matters to rules that estimate it.
     has_task_heads = True
 
     def __init__(self, heads: Iterable[nn.Module]) -> None:
@@ -100,7 +100,7 @@ class MultiHead(nn.Module):
 
 
 def multi_head(network: nn.Module, *, heads: int) -> nn.Module:
-    """`network` with `heads` copies of its `classifier`, all with its initial weights.
+    """`network` with `heads` copies of its `classifier`, all with the same initial weights.
 
     Each phase of a recipe selects its head.
 
@@ -109,7 +109,7 @@ def multi_head(network: nn.Module, *, heads: int) -> nn.Module:
     classifier: Any = getattr(network, "classifier", None)
     require(
         heads >= 1 and isinstance(classifier, nn.Module),
-        "multi_head: needs heads >= 1 and a network with a module `classifier`; got"
+        "multi_head: heads must be >= 1, and the network must have a module `classifier`; got"
         f" heads={heads}, {type(network).__name__}",
     )
     network.classifier = MultiHead(copy.deepcopy(classifier) for _ in range(heads))
@@ -119,15 +119,15 @@ def multi_head(network: nn.Module, *, heads: int) -> nn.Module:
 def select_head(network: nn.Module, head: int) -> None:
     """Select head number `head` of every MultiHead in `network`.
 
-    Raises: ValueError for a network without several heads, or a head that it does not have.
+    Raises: ValueError for a network without a MultiHead, or a number without a head.
     """
-    heads = [module for module in network.modules() if isinstance(module, MultiHead)]
+    multi_heads = [module for module in network.modules() if isinstance(module, MultiHead)]
     require(
-        heads,
+        multi_heads,
         "select_head: the network must have several heads, see multi_head; got"
         f" {type(network).__name__}",
     )
-    for module in heads:
+    for module in multi_heads:
         require(
             0 <= head < len(module.heads),
             f"select_head: head must be in 0..{len(module.heads) - 1}; got {head}",
@@ -136,16 +136,17 @@ def select_head(network: nn.Module, head: int) -> None:
 
 
 class LateReadout(nn.Module):
-    """Scale the last n of T steps and silence all others, for recordings whose class shows late.
+    """Scales the logits of the last n of T steps, and sets all earlier logits to 0.
 
         y[t] = T / n x[t]  in the last n of T steps, 0 before;   n = share T, rounded, at least 1
 
-    The mean of y over T is the mean of x over the last n steps, which is the prediction. The loss
-    of an earlier step is that of zero logits, log K, without gradient. The module counts time steps
-    from `fresh_state` on, so slices may have any length; `time_steps` is T.
+    It is for recordings whose class becomes visible late. The prediction is the mean of y over T,
+    which is the mean of x over the last n steps. Earlier steps have no gradient, and their
+    cross-entropy is log K. The module counts time steps since the start of `fresh_state`, so slices
+    may have any length; `time_steps` is T.
 
-    Raises: ValueError for a share outside 0..1 or fewer than one step (when made), and for more
-    steps than T.
+    Raises: ValueError for a share of 0 or outside 0..1, or `time_steps` below 1; in `forward` for
+    more than T steps.
     """
 
     def __init__(self, *, share: float, time_steps: int) -> None:
@@ -155,26 +156,26 @@ class LateReadout(nn.Module):
             0 < share <= 1, f"LateReadout: share must be in 0..1, 0 excluded; got share={share}"
         )
         self.time_steps = time_steps
-        self.late = max(1, round(share * time_steps))
+        self.late_steps = max(1, round(share * time_steps))
         self.state = State("LateReadout")
 
     def forward(self, x_TBK: Tensor) -> Tensor:
-        seen = self.state.read("seen")
-        first = 0 if seen is None else int(seen)
-        last = first + len(x_TBK)
+        steps = self.state.read("steps")
+        start = 0 if steps is None else int(steps)
+        end = start + len(x_TBK)
         require(
-            last <= self.time_steps,
-            f"LateReadout: a recording must have {self.time_steps} time steps; got step {last}",
+            end <= self.time_steps,
+            f"LateReadout: a recording must have {self.time_steps} time steps; got step {end}",
         )
-        self.state.write("seen", torch.tensor(last))
-        scale_T = x_TBK.new_tensor(
-            [step >= self.time_steps - self.late for step in range(first, last)]
-        ) * (self.time_steps / self.late)
+        self.state.write("steps", torch.tensor(end))
+        first_late = self.time_steps - self.late_steps
+        scale_T = x_TBK.new_tensor([step >= first_late for step in range(start, end)])
+        scale_T *= self.time_steps / self.late_steps
         return x_TBK * scale_T.view(-1, *[1] * (x_TBK.dim() - 1))
 
 
 def late(network: nn.Module, *, share: float = 0.5, time_steps: int) -> nn.Sequential:
-    """`network` with a `LateReadout` of the last `share` of its `time_steps`."""
+    """`network` with a `LateReadout` for the last `share` of its `time_steps`."""
     return nn.Sequential(network, LateReadout(share=share, time_steps=time_steps))
 
 
@@ -183,44 +184,48 @@ def with_readouts(
 ) -> nn.Module:
     """`network` with a `Readout` after each LIF; its output does not change.
 
-    A readout has as many channels as the synapse before its neuron, in order of registration. It
-    reads `cells` x `cells` regions of an image; `cells` is one number, or one per neuron.
+    A readout has as many channels as the synapse that is registered last before its neuron. Behind
+    a convolution it averages the image over `cells` x `cells` regions. Behind a fully connected
+    layer `cells` has no effect. `cells` is one number, or one per neuron.
 
-    Raises: ValueError for a network without neurons, a neuron without a synapse before it, a wrong
-    number of `cells`, or classes that differ from the network's.
+    Raises: ValueError for a network without LIF neurons, a neuron without a synapse before it, a
+    number of `cells` below 1, another number of them than neurons, or classes that differ from the
+    network's.
     """
     modules = list(network.named_modules())
     neurons = sum(isinstance(module, LIF) for _, module in modules)
     require(
         neurons, f"with_readouts: the network must have LIF neurons; got {type(network).__name__}"
     )
-    every = [cells] * neurons if isinstance(cells, int) else list(cells)
+    cells_per_neuron = [cells] * neurons if isinstance(cells, int) else list(cells)
     require(
-        len(every) == neurons,
-        f"with_readouts: cells must be one number, or one for each of {neurons} neurons; got"
-        f" {every}",
+        len(cells_per_neuron) == neurons,
+        f"with_readouts: cells must be one number, or one number for each of the {neurons} neurons;"
+        f" got {cells_per_neuron}",
     )
-    cells_of, synapse = iter(every), None
+    synapse = None
     for name, module in modules:
         if isinstance(module, (Conv2d, Linear)):
             synapse = module
         elif isinstance(module, LIF):
             if synapse is None:
                 raise ValueError(
-                    "with_readouts: a synapse must stand in front of each neuron; got none before"
-                    f" {name}"
+                    "with_readouts: a synapse must be registered before each neuron; got none"
+                    f" before {name}"
                 )
-            count = next(cells_of)  # regions a side; used only behind a convolution
+            neuron_cells = cells_per_neuron.pop(0)
             readout = Readout(
-                len(synapse.weight), classes, cells=count if isinstance(synapse, Conv2d) else 1
+                len(synapse.weight),
+                classes,
+                cells=neuron_cells if isinstance(synapse, Conv2d) else 1,
             )
-            parent, _, last = name.rpartition(".")
-            setattr(network.get_submodule(parent), last, nn.Sequential(module, readout))
+            parent, _, attribute = name.rpartition(".")
+            setattr(network.get_submodule(parent), attribute, nn.Sequential(module, readout))
     outputs = None if synapse is None else len(synapse.weight)
     require(
         outputs == classes,
-        f"with_readouts: classes must be those of the network; got {classes}, and {outputs}"
-        " outputs",
+        f"with_readouts: classes must be the network's number of outputs, {outputs}; got"
+        f" classes={classes}",
     )
     return network
 
@@ -228,11 +233,9 @@ def with_readouts(
 def synchronized(network: nn.Module) -> nn.Module:
     """`network` whose batch norms use the samples of all workers.
 
-    It sets `between="world"` (`spiking/norm.py`).
-
-    It is for micro-batches that are too small for their own statistics. It costs one collective per
-    norm in the forward and one in the backward, for every time step that is passed to the network
-    separately; under `over="time"`, one for all steps.
+    It sets `between="world"` (`spiking/norm.py`), for micro-batches that are too small for their
+    own statistics. Each norm costs one collective in the forward and one in the backward for every
+    time step, or under `over="time"` for every call.
 
     Raises: ValueError for a network without batch norm.
     """

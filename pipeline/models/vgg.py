@@ -3,8 +3,9 @@
     per layer:   s = LIF(sWS convolution(gamma s))
     an average pool between stages, a global one before the classifier
 
-The first layer reads the image itself. gamma is applied after the pools, where there are fewer
-numbers to multiply. VGG-F feeds its last features back to its first layer, one time step later:
+gamma restores the variance that the spikes remove. It is applied after the pools, where there are
+fewer numbers to multiply. The first layer reads the image, without gamma. VGG-F feeds its last
+features back to its first layer, one time step later:
 
     first layer:   s[t] = LIF(sWS convolution(x[t]) + convolution(upsampled gamma s_last[t-1]))
 
@@ -33,7 +34,7 @@ from pipeline.spiking.synapse import Conv2d, Linear, apply_folded
 
 
 class Layer(nn.Module):
-    """s = dropout(LIF(sWS convolution(gamma h) + more(h))), where the current `more` is optional.
+    """s = dropout(LIF(sWS convolution(gamma h) + feedback(h))); the feedback is optional.
 
     The first layer of a network has no gamma, and computes its convolution once for a static input.
     """
@@ -56,21 +57,21 @@ class Layer(nn.Module):
         self.dropout = Dropout(dropout)
         self.gain = None if is_first else variance_gain(neuron)
 
-    def forward(self, h_TBCHW: Tensor, more: nn.Module | None = None) -> Tensor:
+    def forward(self, h_TBCHW: Tensor, feedback: nn.Module | None = None) -> Tensor:
         current_TBCHW = self.conv(h_TBCHW if self.gain is None else self.gain * h_TBCHW)
         return self.dropout(
-            self.neuron(current_TBCHW if more is None else current_TBCHW + more(h_TBCHW))
+            self.neuron(current_TBCHW if feedback is None else current_TBCHW + feedback(h_TBCHW))
         )
 
 
 class FeedbackConv(nn.Module):
-    """The current of h_last[t-1] into the first layer.
+    """The current from the last features h[t-1] into the first layer.
 
-    It is nearest-neighbour upsampling to the size of x[t], and a 3x3 convolution. At the first time
-    step it is zero, without the bias, as published. `keep` stores h_last[t] as one step `[1, B,
-    ...]`, so a model with feedback runs its time steps one after another, whatever the length of a
-    slice. The seam `carry` is applied to stored features, as in `LIF`: the identity under BPTT,
-    detach under online rules.
+    The features are upsampled to the size of x[t] with nearest neighbours, then a 3x3 convolution
+    is applied. At the first time step the current is zero, without the bias, as published. `store`
+    stores h[t] as one step `[1, B, ...]`, so a network with feedback runs its time steps one after
+    another. `carry` is applied to stored features, as in `LIF`: the identity under BPTT, detach
+    under online rules.
     """
 
     def __init__(self, channels: int, width: int) -> None:
@@ -91,21 +92,24 @@ class FeedbackConv(nn.Module):
             )
         )
 
-    def keep(self, h_1BCHW: Tensor) -> None:
+    def store(self, h_1BCHW: Tensor) -> None:
         self.state.write("h", self.carry(h_1BCHW))
 
 
 class VGG(nn.Module):
     """3x3 convolutions with a neuron after each: `[T, B, C, H, W]` to `[T, B, K]`.
 
-    `stages` contains the widths of the layers of each stage.
+    Args:
+        stages: widths of the layers of each stage.
+        stem: (kernel, stride) of the first convolution. (5, 2) needs a quarter of the time on
+            images of 28 pixels.
+        dropout: share of neurons whose spikes are dropped. The neurons are the same in all time
+            steps of a batch.
+        feedback: "last" is VGG-F, which runs the time steps one after another, in slices too.
 
-    `stem` is (kernel, stride) of the first convolution; (5, 2) needs a quarter of the time on
-    images of 28 pixels. `dropout` is the share of neurons whose spikes are dropped, the same ones
-    at every time step of a batch. With `feedback="last"` (VGG-F) the time steps run one after
-    another, whatever the length of the slice.
-
-    Raises: ValueError for an empty stage, an unknown feedback, or an image too small for the pools.
+    Raises: ValueError for an empty stage, sizes below 1, an even kernel or a stride below 1 in
+    `stem`, an unknown feedback, or a feedback with a stride in `stem`; in `forward` for an image
+    too small for the pools.
     """
 
     def __init__(
@@ -132,8 +136,8 @@ class VGG(nn.Module):
         )
         require(
             feedback != "last" or stem[1] == 1,
-            "VGG: stem must keep the size of the image with feedback='last', so its stride must"
-            f" be 1; got {stem}",
+            "VGG: the stride of stem must be 1 with feedback='last', to keep the size of the image;"
+            f" got {stem=}",
         )
         self.stages = nn.ModuleList()
         channels = in_channels
@@ -154,24 +158,24 @@ class VGG(nn.Module):
             self.stages.append(layers)
         self.pool = MeanPool(2)
         self.gain = variance_gain(neuron)
-        self.smallest = stem[1] * 2 ** (len(stages) - 1)
+        self.min_pixels = stem[1] * 2 ** (len(stages) - 1)
         self.feedback = FeedbackConv(channels, stages[0][0]) if feedback == "last" else None
         self.classifier = Linear(channels, classes)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
-        if min(x_TBCHW.shape[-2:]) < self.smallest:
+        if min(x_TBCHW.shape[-2:]) < self.min_pixels:
             raise ValueError(
-                f"VGG: {len(self.stages)} stages, the image halved between them, need"
-                f" {self.smallest} pixels a side; got {tuple(x_TBCHW.shape[-2:])}"
+                f"VGG: an image must have at least {self.min_pixels} pixels a side for"
+                f" {len(self.stages)} stages and this stem; got {tuple(x_TBCHW.shape[-2:])}"
             )
         if self.feedback is None:
             return self.classifier(self.gain * self._spikes(x_TBCHW).mean((3, 4)))
         logits = []
         for x_1BCHW in x_TBCHW.split(1):
             s_1BCHW = self._spikes(x_1BCHW)
-            self.feedback.keep(self.gain * s_1BCHW)
+            self.feedback.store(self.gain * s_1BCHW)
             logits.append(self.classifier(self.gain * s_1BCHW.mean((3, 4))))
         return torch.cat(logits)
 
@@ -194,7 +198,7 @@ def vgg_sws(
     dropout: float = 0.0,
     neuron: nn.Module = LIF(),
 ) -> VGG:
-    """VGG-sWS, 9,228,362 parameters at 10 classes and 3 channels; smaller `stages` for demos.
+    """VGG-sWS, 9,228,362 parameters at 10 classes and 3 channels. Demos use smaller `stages`.
 
     OTTT's neuron is LIF(surrogate=Sigmoid(4)). Its dropout is 0.1 on event data and 0 on images.
     """

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.core.units import counted, format_quantity, unit_of
-from pipeline.measure.constants import BETWEEN, PARTS, REST
+from pipeline.measure.constants import PARTS, REST, SECTIONS
 from pipeline.recipe.json import flat
 from pipeline.report.drawing import (
     INK,
@@ -327,7 +327,7 @@ def _seconds_by_part(group: Group) -> Any:
         finished = [run.parts for run in group.of(rule) if run.is_finished and run.parts]
         if of_runs := finished or [run.parts for run in group.of(rule) if run.parts]:
             means[rule if finished else f"{rule}{_SO_FAR}"] = pd.DataFrame(of_runs).mean()
-    seconds = pd.DataFrame(means).reindex([*PARTS, REST, *BETWEEN]).drop("fidelity")
+    seconds = pd.DataFrame(means).reindex([*PARTS, REST, *SECTIONS]).drop("fidelity")
     return seconds[seconds.gt(0).any(axis=1)]
 
 

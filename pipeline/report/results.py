@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import counted
-from pipeline.measure.constants import BETWEEN, PARTS, REST
+from pipeline.measure.constants import PARTS, REST, SECTIONS
 from pipeline.recipe.suite import is_suite
 from pipeline.report import history
 from pipeline.report.history import History, number
@@ -138,7 +138,7 @@ class Run:
         if self.summary is None:
             return history.parts(self.journal())
         steps = self.value("timed_batches") or self.value("steps")
-        names = (*PARTS, REST, *BETWEEN) if steps else ()
+        names = (*PARTS, REST, *SECTIONS) if steps else ()
         seconds = {name: self.value(f"{name}_s") for name in names}
         return {name: each / steps for name, each in seconds.items() if steps and each is not None}
 

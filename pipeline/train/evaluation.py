@@ -26,7 +26,7 @@ from pipeline.core.files import write_whole
 from pipeline.data.base import Loader
 from pipeline.measure.activity import Activity, LayerActivity, firing_rate
 from pipeline.measure.constants import ACTIVITY_EVERY
-from pipeline.measure.energy import EnergyCounter, EnergyReadings, EvenSample, Inference
+from pipeline.measure.energy import EnergyCounter, EnergyReadings, Inference, RandomSample
 from pipeline.measure.operations import Operations, Work
 from pipeline.spiking.encode import to_time_first
 from pipeline.spiking.state import fresh_state
@@ -124,7 +124,7 @@ def evaluate(
     # (index, target, predicted class) of each batch; the first tensor is for ranks without batches
     columns = [torch.zeros(3, 0, dtype=torch.int64)]
     sums = torch.zeros(len(_Sums._fields), dtype=torch.float64)
-    counted_samples, max_batch = EvenSample(MAX_COUNTED_SAMPLES), 1
+    counted_samples, max_batch = RandomSample(MAX_COUNTED_SAMPLES), 1
     began = energy_counter.read()
     with Activity(network, every=ACTIVITY_EVERY) as activity:
         for x_TB, target_B, index_B in batches:
@@ -156,7 +156,7 @@ def evaluate(
             columns.append(torch.stack([index_B, target_B.cpu(), top_B5[:, 0].cpu()]))
     index, target, answer = torch.cat(columns, dim=1).numpy()
     readings = EnergyReadings(
-        card=energy_counter.card, samples=len(index), began=began, ended=energy_counter.read()
+        card=energy_counter.card, samples=len(index), start_j=began, end_j=energy_counter.read()
     )
     on_last_prediction()
     inference = None

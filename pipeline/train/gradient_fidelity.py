@@ -49,7 +49,7 @@ def compare_gradients(
             lambda: loss(target_B),
             world=World(recipe.seed),  # one rank, because the other ranks do not compare
             over_time=recipe.over_time,
-            learnt=state,
+            rule_state=state,
             step=step,
         )
 

@@ -20,9 +20,9 @@ from torch import nn
 
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.torch_settings import exactness
-from pipeline.measure.memory import hardware, hardware_over
+from pipeline.measure.memory import combine_hardware, hardware
 from pipeline.measure.meters import Totals
-from pipeline.measure.saved_bytes import bytes_of, held_bytes
+from pipeline.measure.saved_bytes import held_bytes, storage_bytes
 from pipeline.recipe.phases import stretch_at
 from pipeline.recipe.recipe import Recipe
 from pipeline.rules.base import Rule
@@ -82,7 +82,7 @@ def start_event(context: TrainContext, *, step: int) -> Start:
 
 def hardware_of(ranks: Ranks) -> dict[str, Any]:
     """The hardware of all workers. Collective."""
-    return hardware_over(ranks.all_gather_object(hardware(ranks.device)))
+    return combine_hardware(ranks.all_gather_object(hardware(ranks.device)))
 
 
 def rule_metrics(rule: Rule, ranks: Ranks, saved: Mapping[str, float]) -> dict[str, float]:
@@ -182,7 +182,7 @@ def summary_of(
             "rule": context.rule.bytes(),
             "teacher": 0
             if teaching is None
-            else bytes_of((*teaching.teacher.parameters(), *teaching.teacher.buffers())),
+            else storage_bytes((*teaching.teacher.parameters(), *teaching.teacher.buffers())),
         },
         "rule_metrics": dict(rule_metrics),
         "loader_threads": job.loader_threads,
@@ -221,8 +221,8 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[Event]) -> di
         **result.metrics,
         "evaluated_samples": result.samples,
         "images_per_s": totals.steady_samples / totals.steady_s if totals.steady_s else None,
-        "steady_forward_s": totals.of_a_steady_batch("forward"),
-        "steady_backward_s": totals.of_a_steady_batch("backward"),
+        "steady_forward_s": totals.mean_steady_s("forward"),
+        "steady_backward_s": totals.mean_steady_s("backward"),
         "wall_s": sum(wall_s for wall_s, _ in seconds),
         "startup_s": sum(startup_s for _, startup_s in seconds),
         "net_s": sum(totals.seconds.values()),

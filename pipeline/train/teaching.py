@@ -144,7 +144,7 @@ def open_teaching(
         cache_folder = results_folder / f"seed-{recipe.seed}-{cache.storage}"
         ranks.broadcast_object(
             lambda: cache.check(
-                cache_folder, answers=steps * recipe.batch_size, classes=data.classes
+                cache_folder, predictions=steps * recipe.batch_size, classes=data.classes
             )
         )
         predictions = CachedPredictions(

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.core.errors import UserError
 from pipeline.core.run_folder import RunFolder
 from pipeline.measure.clock import synchronize
-from pipeline.measure.constants import BETWEEN
+from pipeline.measure.constants import SECTIONS
 from pipeline.measure.energy import joules_per_sample
 from pipeline.measure.memory import memory_now_bytes
 from pipeline.measure.meters import Totals
@@ -340,7 +340,7 @@ class Trainer:
             self.context,
             step=self.step,
             result=mean_over_tasks([each.result for each in self.evaluated]),
-            totals=self.meters.over_ranks(self.ranks.max, self.ranks.mean),
+            totals=self.meters.totals_over_ranks(self.ranks.max, self.ranks.mean),
             task_results=self.task_results,
             rule_metrics=self._rule_metrics(),
             inference=inference,
@@ -361,7 +361,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         """The state of this object in a checkpoint; `__init__` restores it. Collective."""
         return {
-            "totals": asdict(self.meters.over_ranks(self.ranks.max, self.ranks.mean)),
+            "totals": asdict(self.meters.totals_over_ranks(self.ranks.max, self.ranks.mean)),
             "rule_metrics": self._rule_metrics(),
             "learnt": asdict(self.task_results),
             "guard": self.guard.state_dict(),
@@ -371,7 +371,7 @@ class Trainer:
         return rule_metrics(self.context.rule, self.ranks, self.restored["rule_metrics"])
 
     def _between_s(self) -> float:
-        return sum(self.meters.totals.seconds[name] for name in BETWEEN)
+        return sum(self.meters.totals.seconds[name] for name in SECTIONS)
 
     def epoch_of(self, step: int) -> int:
         return stretch_at(self.context.stretches, step).epoch(step)

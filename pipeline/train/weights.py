@@ -11,7 +11,7 @@ from pipeline.core.checks import require
 from pipeline.core.files import write_whole
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.tensor_file import describe_mismatch, read_state
-from pipeline.models.qkformer import QKFormer, is_published, renamed
+from pipeline.models.qkformer import QKFormer, is_published, to_our_names
 from pipeline.recipe.recipe import Recipe, read_json
 from pipeline.recipe.spec import Spec, is_path
 from pipeline.spiking.binary import Binarizer, binary_synapses
@@ -148,7 +148,7 @@ def _read(file: Path, network: nn.Module, *, subject: str) -> Mapping[str, Tenso
     tensors = read_state(file, subject=subject)
     if isinstance(network, QKFormer) and is_published(tensors):
         try:
-            return renamed(tensors, network)
+            return to_our_names(tensors, network)
         except ValueError as error:
             raise ValueError(f"{subject}: {file}: {error}") from error
     return tensors

@@ -22,7 +22,7 @@ from pipeline.forecast.plan import (
     plan,
 )
 from pipeline.forecast.step_counts import Operation, Traffic, count_optimizer, counted
-from pipeline.measure.saved_bytes import bytes_of
+from pipeline.measure.saved_bytes import storage_bytes
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.report.forecasts import advice, basis, print_plan
 from pipeline.rules.bptt import BPTT
@@ -325,4 +325,4 @@ def _teacher_of(recipe: Recipe) -> tuple[int, int]:
     teacher.head = nn.Linear(teacher.features(x_B).shape[-1], 10)
     with Traffic() as traffic:
         teacher(x_B)
-    return bytes_of((*teacher.parameters(), *teacher.buffers())), traffic.kernels
+    return storage_bytes((*teacher.parameters(), *teacher.buffers())), traffic.kernels

@@ -367,7 +367,10 @@ ENERGY = "an inference: 14.3 µJ estimated (45 nm, fp32), "
         ),
         # The energy of an inference stands beside what a card measured.
         (inference("none"), [f"{ENERGY}not measured on a CPU", FINISHED]),
-        (inference("H100"), [f"{ENERGY}not measured: no card has a counter", FINISHED]),
+        (
+            inference("H100"),
+            [f"{ENERGY}not measured: a card has no counter, or its counter did not move", FINISHED],
+        ),
         (
             inference("H100", measured_j=2.1e-3),
             [

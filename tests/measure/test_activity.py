@@ -99,7 +99,7 @@ def test_of_one_in_so_many_samples(shuffled: bool, kind: str) -> None:
 @pytest.mark.parametrize("classes", [2, 7, 8, 10, 91, 100, 144])
 def test_no_class_is_left_out_where_classes_take_turns(classes: int) -> None:
     """As every seventh sample, or every eighth, leaves out some."""
-    places_C = torch.tensor(Activity(nn.Sequential(LIF()), every=8).places(np.arange(10_000)))
+    places_C = torch.tensor(Activity(nn.Sequential(LIF()), every=8).counted_rows(np.arange(10_000)))
     counts = torch.bincount(places_C % classes, minlength=classes)
     fair = 10_000 / 8 / classes
     assert (counts - fair).abs().max() < 4 * fair**0.5 and counts.min() > 0
@@ -178,4 +178,4 @@ def test_ones_are_passed_over_once_and_no_device_is_waited_for(
         with Passes(s_TB.numel()) as passes, activity.batch(torch.arange(100)):
             layer.record(neuron, None, s_TB)
         assert passes.names == expected
-    assert layer.fired_TN.shape == (2, 21)
+    assert layer.spikes_TN.shape == (2, 21)

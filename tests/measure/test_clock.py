@@ -17,7 +17,7 @@ from torch import distributed
 
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.measure.clock import COLLECTIVES, Clock, charge_collectives
-from pipeline.measure.constants import BETWEEN, PARTS, REST
+from pipeline.measure.constants import PARTS, REST, SECTIONS
 from pipeline.measure.meters import Meters
 from pipeline.models.mlp import mlp
 from pipeline.recipe.recipe import Checkpointing, Recipe, spec
@@ -151,12 +151,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 def seconds_of(folder: Path, recipe: Recipe) -> dict[str, float]:
     summary = train_inline(folder / "run", recipe)
     assert summary is not None
-    return {name: summary[f"{name}_s"] for name in (*PARTS, REST, *BETWEEN)}
+    return {name: summary[f"{name}_s"] for name in (*PARTS, REST, *SECTIONS)}
 
 
 def test_every_part_is_planted() -> None:
     assert {*IN_A_BATCH, "communication"} == set(PARTS)  # ranks that speak are below
-    assert {*BETWEEN_BATCHES, "skipped"} == set(BETWEEN)  # in test_meters.py
+    assert {*BETWEEN_BATCHES, "skipped"} == set(SECTIONS)  # in test_meters.py
 
 
 @pytest.mark.parametrize("part", IN_A_BATCH)

@@ -16,8 +16,8 @@ from pipeline.measure.energy import (
     PRICES,
     EnergyCounter,
     EnergyReadings,
-    EvenSample,
     Inference,
+    RandomSample,
     describe_inference,
     energy_j,
     joules_per_sample,
@@ -67,7 +67,11 @@ def test_an_addition_beside_a_multiplication_is_part_of_its_mac() -> None:
     ("not_counted", "on_gpu", "expected"),
     [
         ((), False, "(45 nm, fp32), not measured on a CPU"),
-        ((), True, "(45 nm, fp32), not measured: no card has a counter"),
+        (
+            (),
+            True,
+            "(45 nm, fp32), not measured: a card has no counter, or its counter did not move",
+        ),
         (("fused",), False, "(45 nm, fp32, without fused), not measured on a CPU"),
     ],
 )
@@ -127,7 +131,7 @@ def test_millijoules_of_the_right_card_are_joules_where_there_is_a_counter(
 
 def test_a_rank_without_a_counter_takes_part_in_the_mean() -> None:
     meters, asked = Meters(torch.nn.Linear(2, 2), batch_size=1, device=torch.device("cpu")), []
-    totals = meters.over_ranks(lambda peaks: peaks, lambda used: asked.append(used) or used)
+    totals = meters.totals_over_ranks(lambda peaks: peaks, lambda used: asked.append(used) or used)
     assert totals.device_j is None and len(asked) == 1
 
 
@@ -136,12 +140,12 @@ def test_a_run_sums_what_training_used_and_not_what_was_used_between(
 ) -> None:
     meters = Meters(torch.nn.Linear(2, 2), batch_size=1, device=torch.device("cpu"))
     readings = iter([10.0, 13.0, 20.0, 24.0])
-    monkeypatch.setattr(meters._joules, "read", lambda: next(readings))
+    monkeypatch.setattr(meters._energy_counter, "read", lambda: next(readings))
     meters.forget_peaks()  # training begins
     meters.note_peaks()  # 3 J later an evaluation begins
     meters.forget_peaks()  # which ends at 20 J
     # of two ranks, the other used none
-    assert meters.over_ranks(lambda peaks: peaks, lambda used: used / 2).device_j == 3.5
+    assert meters.totals_over_ranks(lambda peaks: peaks, lambda used: used / 2).device_j == 3.5
 
 
 @pytest.mark.usefixtures("a_card")
@@ -182,8 +186,8 @@ def test_an_evaluation_is_measured_from_its_first_batch_to_its_last_and_told_by_
     )
 
 
-def rank(card: str, samples: int, began: float | None, ended: float | None) -> EnergyReadings:
-    return EnergyReadings(card=card, samples=samples, began=began, ended=ended)
+def rank(card: str, samples: int, start_j: float | None, end_j: float | None) -> EnergyReadings:
+    return EnergyReadings(card=card, samples=samples, start_j=start_j, end_j=end_j)
 
 
 @pytest.mark.parametrize(
@@ -220,14 +224,14 @@ def test_what_some_card_did_not_tell_is_not_measured(ranks: list[EnergyReadings]
 # ------------------------------------------------------------------------------------------ samples
 
 
-def places(evenly: EvenSample) -> list[int]:
+def places(evenly: RandomSample) -> list[int]:
     """Of the samples that are held, each of which was its place in the set."""
     return [int(value) for x_TB in evenly.batches(3) for value in x_TB[0].flatten()]
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 8])
 def test_all_are_held_until_there_are_so_many_and_then_so_many(most: int):
-    evenly, others, held = EvenSample(most), EvenSample(most), list[int]()
+    evenly, others, held = RandomSample(most), RandomSample(most), list[int]()
     for place in range(100):
         evenly.add(torch.full((1, 1, 1), float(place)))
         held = places(evenly)
@@ -242,7 +246,7 @@ def test_all_are_held_until_there_are_so_many_and_then_so_many(most: int):
 def test_each_class_is_among_them_and_each_about_as_often(classes: int, is_sorted: bool):
     """Whether the set is sorted by class or its classes take turns."""
     samples = 1600
-    evenly = EvenSample(640)
+    evenly = RandomSample(640)
     for first in range(0, samples, 100):
         evenly.add(torch.arange(first, first + 100.0)[None, :, None])
     held = np.array(places(evenly))
@@ -256,7 +260,7 @@ def test_still_images_are_held_once_and_stay_still():
     x_B = torch.randn(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     moving_TB = torch.randn(3, 5, 1, 2, 2, generator=torch.Generator().manual_seed(1))
     for x_TB in (repeat(x_B, 3), moving_TB):
-        evenly = EvenSample(8)
+        evenly = RandomSample(8)
         evenly.add(x_TB)
         first, second = evenly.batches(4)
         assert is_static(first) == is_static(second) == is_static(x_TB)

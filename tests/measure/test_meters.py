@@ -107,7 +107,7 @@ def test_the_first_batch_and_those_that_count_memory_are_no_measure_of_speed(
     # 0 compiles, 1 and 4 count memory, 2 counts operations
     assert (totals.batches, totals.steady_samples) == (6, 4 * 2)
     assert (totals.steady_s, totals.train_s) == (2 * 5, 5 * 5)
-    assert totals.of_a_steady_batch("optimizer") == 3
+    assert totals.mean_steady_s("optimizer") == 3
 
 
 def test_what_the_first_batch_waits_for_is_no_parts(meters: Meters, host: Host) -> None:
@@ -252,10 +252,21 @@ def test_operations_are_counted_at_the_same_steps_whatever_attempt_makes_them() 
     for steps in (range(2), range(2, 5), range(5, 1005)):
         meters = Meters(nn.Linear(1, 1), batch_size=1, device=torch.device("cpu"))
         for batch, step in enumerate(steps):
-            if what := meters._counted_on(batch, step):
+            if what := meters._quantity_to_count(batch, step):
                 at += [step] if what == "operations" else []
                 meters._due.remove(what)
     assert at == [2, 1002]
+
+
+def test_a_count_on_every_batch_starts_with_the_second_and_on_every_step_with_the_third() -> None:
+    about = {"batch_size": 1, "device": torch.device("cpu")}
+    bytes_ = Meters(nn.Linear(1, 1), **about, memory_every=1, operations_every=None)
+    works = Meters(nn.Linear(1, 1), **about, memory_every=None, operations_every=1)
+    for batch in range(4):
+        assert bytes_._quantity_to_count(batch, batch) == ("bytes" if batch >= 1 else None)
+        assert works._quantity_to_count(batch, batch) == ("operations" if batch >= 2 else None)
+        bytes_._due.clear()
+        works._due.clear()
 
 
 @pytest.mark.parametrize("of", ["rss", "reserved"])
@@ -330,6 +341,6 @@ def test_totals_over_ranks_take_the_largest_peak(meters: Meters) -> None:
     peaks = {"peak_saved_bytes": 5, "state_bytes": 7, "evaluation_peak_rss_bytes": 9}
     for given, expected in ((peaks, [6, 8, 10]), ({}, [None, None, 1])):
         meters.totals = Totals(**given, steady_batches=3)
-        found = meters.over_ranks(lambda peaks: peaks + 1 * (peaks >= 0), lambda mean: mean)
+        found = meters.totals_over_ranks(lambda peaks: peaks + 1 * (peaks >= 0), lambda mean: mean)
         assert [getattr(found, name) for name in peaks] == expected
         assert found.peak_rss_bytes > 1e6 and found.steady_batches == 3

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.measure.meters import Meters
-from pipeline.measure.operations import Operations, Work, is_even
+from pipeline.measure.operations import Operations, Work, has_one_magnitude
 from pipeline.rules import spide
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
@@ -322,7 +322,7 @@ def binary() -> nn.Sequential:
 
 
 @pytest.mark.parametrize(
-    ("rule", "network", "is_even"),
+    ("rule", "network", "has_one_magnitude"),
     [
         (BPTT(), two_layers(LIF()), False),
         (BPTT(), binary(), True),
@@ -332,11 +332,11 @@ def binary() -> nn.Sequential:
     ids=["plain", "1-bit", "signs", "fixed"],
 )
 def test_an_error_behind_weights_of_one_magnitude_is_added(
-    rule: Rule, network: nn.Sequential, is_even: bool
+    rule: Rule, network: nn.Sequential, has_one_magnitude: bool
 ) -> None:
     operations, _, _ = learnt(rule, network)
     pairs = T * B * N * K
-    assert operations.work["error"] == Work(0 if is_even else pairs, pairs, pairs)
+    assert operations.work["error"] == Work(0 if has_one_magnitude else pairs, pairs, pairs)
 
 
 def test_attention_in_a_backward_is_error() -> None:
@@ -469,10 +469,10 @@ def test_the_three_products_of_a_convolution(
 
 
 def test_even_is_one_magnitude_in_each_row() -> None:
-    assert is_even(torch.tensor([[0.0, 1.0, 1.0], [-0.3, 0.3, 0.0]]))
-    assert not is_even(torch.tensor([[0.0, 1.0, 2.0], [0.3, 0.3, 0.0]]))
-    assert is_even(torch.zeros(2, 0)) and is_even(torch.zeros(2, 3))
-    assert is_even(torch.tensor([[1.0], [-1.0], [0.0]])) and not is_even(
+    assert has_one_magnitude(torch.tensor([[0.0, 1.0, 1.0], [-0.3, 0.3, 0.0]]))
+    assert not has_one_magnitude(torch.tensor([[0.0, 1.0, 2.0], [0.3, 0.3, 0.0]]))
+    assert has_one_magnitude(torch.zeros(2, 0)) and has_one_magnitude(torch.zeros(2, 3))
+    assert has_one_magnitude(torch.tensor([[1.0], [-1.0], [0.0]])) and not has_one_magnitude(
         torch.tensor([[2.0], [1.0]])
     )
 
@@ -481,6 +481,6 @@ def test_even_is_one_magnitude_in_each_row() -> None:
 @pytest.mark.parametrize("rows", [1, 4, 10_000])
 def test_one_number_among_many_is_enough_not_to_be_even(rows: int, where: int) -> None:
     x_OI = torch.arange(10_000.0).remainder(2).reshape(rows, -1)
-    assert is_even(x_OI)
+    assert has_one_magnitude(x_OI)
     x_OI.flatten()[where] = 0.5
-    assert not is_even(x_OI)
+    assert not has_one_magnitude(x_OI)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.measure.saved_bytes import HeldBytes, bytes_of, held_bytes
+from pipeline.measure.saved_bytes import HeldBytes, held_bytes, storage_bytes
 
 
 def network_after_a_step(optimizer_of: Any, **settings: float) -> HeldBytes:
@@ -35,4 +35,4 @@ def test_adam_keeps_two_and_a_count() -> None:
 def test_plain_sgd_keeps_nothing_and_views_count_once() -> None:
     assert network_after_a_step(torch.optim.SGD).optimizer == 0
     whole = torch.zeros(10)
-    assert bytes_of([whole, whole[:3], whole.view(2, 5)]) == 40
+    assert storage_bytes([whole, whole[:3], whole.view(2, 5)]) == 40

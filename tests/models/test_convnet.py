@@ -113,7 +113,7 @@ test_refuses = refusals(
         ({"head": "spike"}, r"ConvNet: head must be 'linear' or 'rate'; got head='spike'"),
         (
             {"dropout": 1.0},
-            r"ConvNet: dropout is a probability in 0\.\.1, below 1; got dropout=1\.0",
+            r"ConvNet: dropout must be in 0\.\.1, 1 excluded; got dropout=1\.0",
         ),
         ({"mask": "time"}, r"ConvNet: mask must be 'batch' or 'step'; got mask='time'"),
         (
@@ -129,11 +129,11 @@ test_refuses_an_image_too_small_for_the_pools = refusals(
     [
         (
             lambda: outputs(convnet(grid=2), torch.zeros(1, 1, 3, 7, 9)),
-            r"ConvNet: 3 stages, .* need 8 pixels a side; got \(7, 9\)",
+            r"ConvNet: .* at least 8 pixels a side for 3 stages, grid=2 .* got \(7, 9\)",
         ),
         (
             lambda: outputs(convnet(grid=2, stem_stride=2), torch.zeros(1, 1, 3, 14, 16)),
-            r"need 15 pixels a side; got \(14, 16\)",  # the stem makes 8 of 15
+            r"at least 15 pixels a side .* got \(14, 16\)",  # the stem makes 8 of 15
         ),
     ]
 )

@@ -159,7 +159,7 @@ test_refuses = refusals(
             (lambda: lenet_f(size=30), "lenet_f: size must be a multiple of 4; got size=30"),
             (
                 lambda: conv_feedback(size=27),
-                "conv_feedback: the strides must divide the image; got size=27, strides to 2",
+                "product of the strides; got size=27, product 2",
             ),
         ]
     ]

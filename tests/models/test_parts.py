@@ -113,7 +113,7 @@ test_refuses = refusals(
         (lambda: MeanPool(0), r"^MeanPool: size must be a whole number >= 1; got size=0$"),
         (
             lambda: MeanPool(3)(torch.zeros(1, 1, 8, 2)),
-            r"^MeanPool: an image must have 3 pixels a side; got \(8, 2\)$",
+            r"^MeanPool: an image must have at least 3 pixels a side; got \(8, 2\)$",
         ),
     ]
 )

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from pipeline.measure.activity import Activity
 from pipeline.models.qkformer import (
-    IGNORED,
+    IGNORED_TENSORS,
     OverSamples,
     QKFormer,
     SelfAttention,
@@ -212,7 +212,7 @@ test_refuses = refusals(
         (
             {"projection_neuron": "over_samples", "shortcut": "membrane"},
             (
-                "projection_neuron='over_samples' needs a neuron behind the attention, .* got"
+                "projection_neuron='over_samples' needs a neuron after the attention, .* got"
                 " shortcut='membrane'"
             ),
         ),
@@ -241,7 +241,7 @@ def test_names_and_shapes_are_the_published_ones():
     lines = (line.split() for line in GOLDEN.read_text().splitlines())
     theirs = {name: tuple(map(int, shape)) for name, *shape in lines}
     assert len(ours) == 367
-    assert ours == {k: v for k, v in theirs.items() if k.rsplit(".", 1)[-1] not in IGNORED}
+    assert ours == {k: v for k, v in theirs.items() if k.rsplit(".", 1)[-1] not in IGNORED_TENSORS}
 
 
 torch.manual_seed(0)
@@ -287,7 +287,7 @@ test_refuses_what_does_not_fit = refusals(
     [
         (
             lambda: from_published(without("head.weight")),
-            r"a published QKFormer has 'head.weight' with 2 dimensions; got none",
+            r"the tensor 'head.weight' must have 2 dimensions; got none",
         ),
         (
             lambda: from_published(without("stage2.1.mlp.fc2_bn.bias")),
@@ -303,11 +303,11 @@ test_refuses_what_does_not_fit = refusals(
         ),
         (
             lambda: from_published(WEIGHTS | {"head.weight": torch.zeros(7)}),
-            r"'head.weight' with 2 dimensions; got \(7,\)",
+            r"'head.weight' must have 2 dimensions; got \(7,\)",
         ),
         (
             lambda: from_published(WEIGHTS | {"head.weight": torch.zeros(7, 36)}),
-            "heads must be given for fewer than 64 channels; got 36 channels",
+            "heads must be set for fewer than 64 channels; got 36 channels",
         ),
         (
             lambda: published_name("stages.0.1.ffn.0.branch.0.synapse.weight"),
@@ -315,7 +315,7 @@ test_refuses_what_does_not_fit = refusals(
         ),
         (
             lambda: outputs(small_qkformer(shrink=4), torch.rand(2, 2, 3, 8, 3)),
-            r"QKFormer: images must have shrink=4 pixels a side or more; got 8 x 3$",
+            r"QKFormer: an image must have at least shrink=4 pixels a side; got \(8, 3\)$",
         ),
     ]
 )

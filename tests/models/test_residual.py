@@ -134,7 +134,7 @@ test_refuses = refusals(
         ),
         (
             {"shortcut": "membrane", "norm": "sws", "neuron": LIF(scale_input=True)},
-            r"norm='sws' counts on currents of unit variance",
+            r"BlockFactory: norm='sws' needs currents of unit variance",
         ),
     ],
     lambda **choices: BlockFactory(**({"shortcut": "sew", "neuron": LIF()} | choices)),
@@ -161,7 +161,7 @@ def test_a_threshold_moves_the_reset_with_it_and_is_refused_where_there_is_none(
     neuron = changed(LIF(0.5, threshold=1.0, subtract=0.8))
     assert (neuron.threshold, neuron.subtract) == (0.5, 0.4)
     assert isinstance(changed(nn.ReLU()), nn.ReLU)
-    message = r"neuron must be a LIF to get a threshold of 0\.5; got RateNeuron"
+    message = r"neuron must be a plain LIF to get a threshold of 0\.5; got RateNeuron"
     with pytest.raises(ValueError, match=message):
         changed(RateIF())
 
@@ -189,11 +189,11 @@ def test_expected_variance_of_a_stream():
     factory.residual([Layer(2, 8)])
     x = Repeat(4)(x)
     x = x + 5 * ALPHA * torch.randn_like(x)  # louder than expected, so that the division is seen
-    factory.own *= 25
-    assert x.var().item() == pytest.approx(factory.shared + factory.own, rel=0.01)
+    factory.own_variance *= 25
+    assert x.var().item() == pytest.approx(factory.shared_variance + factory.own_variance, rel=0.01)
     factory.residual([Layer(8, 2)])
     x = GroupMean(4)(x)
     x = x + ALPHA * torch.randn_like(x)
-    assert x.var().item() == pytest.approx(factory.shared + factory.own, rel=0.01)
+    assert x.var().item() == pytest.approx(factory.shared_variance + factory.own_variance, rel=0.01)
     factory.residual([Layer(2, 2, 3, 2)])
-    assert (factory.shared, factory.own) == (1 + ALPHA**2, 0)
+    assert (factory.shared_variance, factory.own_variance) == (1 + ALPHA**2, 0)

@@ -137,7 +137,7 @@ test_refuses = refusals(
         (
             lambda: binarized(nf_resnet18_small(width=4, blocks=(1,)), part="ffn"),
             (
-                r"binarized: part must be one that the network has; NFResNet has all_but_ends; got"
+                r"binarized: part must be a part of the network; NFResNet has all_but_ends; got"
                 r" part='ffn'"
             ),
         ),
@@ -155,7 +155,7 @@ test_refuses = refusals(
         ),
         (
             lambda: binarized(mlp(hidden=(5,)), part="all_but_ends"),
-            r"'all_but_ends' of MLP holds none",
+            r"'all_but_ends' of MLP has none",
         ),
         (
             lambda: binarized(blocks(plain=False), part="ffn"),
@@ -164,7 +164,7 @@ test_refuses = refusals(
         (
             lambda: binarized(fc_feedback(in_features=4, hidden=5), part="all_but_ends"),
             (
-                r"weights that are limited in their norm cannot be 1-bit; got"
+                r"weights with a limited norm cannot be 1-bit; got"
                 r" equilibrium\.feedback\.synapse"
             ),
         ),
@@ -206,13 +206,13 @@ test_refuses = refusals(
         ),
         (
             lambda: with_readouts(mlp(4), 5),
-            "with_readouts: classes must be those of the network; got 5, and 4 outputs",
+            "with_readouts: classes must be the network's number of outputs, 4; got classes=5",
         ),
         (
             lambda: with_readouts(mlp(4), 4, cells=(1, 1, 1)),
             (
-                r"with_readouts: cells must be one number, or one for each of 2 neurons; got \[1,"
-                r" 1, 1\]"
+                r"with_readouts: cells must be one number, or one number for each of the 2 neurons;"
+                r" got \[1, 1, 1\]"
             ),
         ),
         (
@@ -221,7 +221,7 @@ test_refuses = refusals(
         ),
         (
             lambda: with_readouts(nn.Sequential(LIF(), Linear(2, 4)), 4),
-            "with_readouts: a synapse must stand in front of each neuron; got none before 0",
+            "with_readouts: a synapse must be registered before each neuron; got none before 0",
         ),
         (
             lambda: synchronized(convnet(norm="none")),

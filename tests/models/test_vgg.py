@@ -125,11 +125,11 @@ test_refuses = refusals(
         ),
         (
             lambda: outputs(vgg_sws(stages=((2,), (2,), (2,))), torch.zeros(1, 1, 3, 3, 8)),
-            r"VGG: 3 stages, .* need 4 pixels a side; got \(3, 8\)",
+            r"VGG: .* at least 4 pixels a side for 3 stages and this stem; got \(3, 8\)",
         ),
         (
             lambda: outputs(vgg_sws(4, **STEM), torch.zeros(1, 1, 1, 3, 8)),
-            r"VGG: 2 stages, .* need 4 pixels a side; got \(3, 8\)",
+            r"VGG: .* at least 4 pixels a side for 2 stages and this stem; got \(3, 8\)",
         ),
         (
             lambda: vgg_sws(stem=(4, 2)),
@@ -137,7 +137,7 @@ test_refuses = refusals(
         ),
         (
             lambda: VGG(stages=((4,),), stem=(5, 2), feedback="last", **SMALL),
-            r"VGG: stem must keep the size .* got \(5, 2\)",
+            r"VGG: the stride of stem must be 1 .* got stem=\(5, 2\)",
         ),
     ]
 )

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.core.units import format_quantity, unit_of
 from pipeline.forecast.sweep import sweep
-from pipeline.measure.constants import BETWEEN, PARTS, REST
+from pipeline.measure.constants import PARTS, REST, SECTIONS
 from pipeline.recipe.recipe import spec
 from pipeline.report.claims import SuiteResult, parse_result
 from pipeline.report.drawing import THEMES, Figure, Missing, Table, harmless, plain
@@ -270,7 +270,7 @@ def test_memory_and_time_against_time_steps():
 
 def test_no_two_of_many_parts_or_rules_are_drawn_alike():
     """There are eight colours, and more parts of a batch's time."""
-    spent = {f"{name}_s": 1.0 for name in (*PARTS, REST, *BETWEEN)}
+    spent = {f"{name}_s": 1.0 for name in (*PARTS, REST, *SECTIONS)}
     parts = traces(made(time_parts(Study(title="t", runs=(run(**spent),)).groups[0]))).values()
     assert len(parts) == len(spent) - 1 > 8 and "fidelity" not in traces(
         made(time_parts(Study(title="t", runs=(run(**spent),)).groups[0]))

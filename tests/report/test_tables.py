@@ -339,7 +339,7 @@ def test_what_is_sampled_says_so():
     meters = Meters(nn.Linear(1, 1), batch_size=1, device=torch.device("cpu"))
     counted: dict[str, list[int]] = {"bytes": [], "operations": []}
     for batch in range(2100):
-        if (what := meters._counted_on(batch, batch)) is not None:
+        if (what := meters._quantity_to_count(batch, batch)) is not None:
             counted[what].append(batch)
             meters._due.remove(what)  # as where the batch ends
     assert counted["bytes"][:3] == [1, 201, 401] and counted["operations"] == [2, 1002, 2002]

@@ -8,7 +8,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from pipeline.measure.memory import hardware, hardware_over
+from pipeline.measure.memory import combine_hardware, hardware
 from pipeline.measure.meters import Totals
 from pipeline.models.mlp import mlp
 from pipeline.recipe.recipe import spec
@@ -98,10 +98,10 @@ def test_start_up_is_part_of_the_wall_clock_and_not_of_net_time(
 
 def test_what_machines_differ_in_is_told_with_how_many_have_it_whoever_is_rank_0() -> None:
     here, h100, a100 = hardware(CPU), {"gpu": "H100", "cores": 16}, {"gpu": "A100", "cores": 16}
-    assert hardware_over([here]) == hardware_over([here] * 3) == here
+    assert combine_hardware([here]) == combine_hardware([here] * 3) == here
     told = {"gpu": "A100 (1 of 3 workers) + H100 (2 of 3 workers)", "cores": 16}
-    assert hardware_over([h100, a100, h100]) == hardware_over([a100, h100, h100]) == told
-    assert hardware_over([a100, h100, a100]) != told
+    assert combine_hardware([h100, a100, h100]) == combine_hardware([a100, h100, h100]) == told
+    assert combine_hardware([a100, h100, a100]) != told
 
 
 @pytest.mark.distributed

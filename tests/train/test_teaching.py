@@ -188,7 +188,7 @@ def test_a_second_run_with_the_same_views_never_asks(tmp_path: Path, asked: Any)
 def test_a_cache_that_cannot_hold_the_run_is_refused(tmp_path: Path) -> None:
     recipe = taught(cache=tmp_path / "cache").override({"teacher.cache.limit_gb": 1e-6})
     with pytest.raises(
-        UserError, match=r"Cache: .* for the 64 answers of this run; got limit_gb=1e-06"
+        UserError, match=r"Cache: .* for the 64 predictions of this run, .*; got limit_gb=1e-06"
     ):
         train_inline(tmp_path / "run", recipe)
 

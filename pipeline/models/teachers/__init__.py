@@ -1,1 +1,1 @@
-"""Frozen teacher networks, whose predictions a student distils."""
+"""Frozen teacher networks. A student distils their predictions."""

@@ -1,6 +1,6 @@
-"""The interface of a teacher: a frozen network that sees the student's input, once per batch."""
+"""The interface of a teacher: a frozen network that predicts on the student's input."""
 
-# B batch, C channels, H W pixels, K classes
+# B batch, C channels, H W pixels, D features, K classes
 
 import hashlib
 from typing import Any, Self
@@ -16,12 +16,10 @@ from pipeline.models.teachers.probe import Probe
 class Teacher(nn.Module):
     """Maps images `[B,C,H,W]`, normalised for the student, to logits `[B,K]`.
 
-    The logits are fp32 and have no graph.
-
-    It is created with its weights, and stays frozen and in evaluation mode. A subclass implements
-    `forward`, and `identity`, which lists everything that its predictions depend on. A `probe`, if
-    there is one, fits `head` to the data set's classes before the first batch
-    (pipeline.train.teaching). `cache` stores predictions, `precision` is that of the computation.
+    The logits are fp32 and have no graph. A teacher is created with its weights, and stays frozen
+    and in evaluation mode. A subclass implements `forward` and `identity`. A `probe` fits `head` to
+    the data set's classes before the first batch (pipeline.train.teaching). `cache` is the place
+    for stored predictions. `precision` is the precision of the computation.
     """
 
     label: str
@@ -36,7 +34,7 @@ class Teacher(nn.Module):
     def identity(self) -> dict[str, Any]:
         """All settings that determine a prediction for given pixels, except the fitted head.
 
-        They are plain values.
+        The values can be written as JSON.
         """
         raise NotImplementedError(f"{type(self).__name__} must override identity")
 
@@ -45,7 +43,7 @@ class Teacher(nn.Module):
 
         Raises: ValueError for a teacher without features.
         """
-        raise ValueError(f"{self.label}: shows no features, so no probe can be fitted")
+        raise ValueError(f"{self.label}: a probe needs a teacher with features; this one has none")
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: dropout and batch statistics would change the predictions."""

@@ -1,9 +1,9 @@
-"""A cache on disk for a teacher's predictions. A second run with the same views needs no teacher.
+"""A cache on disk for a teacher's predictions, which saves the teacher's forward passes.
 
-A view is a pure function of (data set, seed, epoch, sample), so its prediction can be stored. A
-folder per data set and teacher contains one folder per seed, with files per epoch. Every process
-appends whole records to its own files. Any number of runs and ranks can therefore write at the same
-time, and a process may die at any point.
+A view of a sample is a pure function of (data set, seed, epoch, sample), so a second run sees the
+same views and can read their predictions. A folder per data set and teacher contains one folder per
+seed, with files per epoch. Every process appends whole records to its own files. Any number of runs
+and ranks can therefore write at the same time, and a process may die at any point.
 """
 
 # B batch, K classes
@@ -39,8 +39,10 @@ class Cache:
         folder: a folder that every worker sees; several runs may share it.
         limit_gb: the maximum size of the folder, in 10^9 bytes. A run whose predictions would not
             fit is refused before it starts.
-        storage: "fp32" is exact. The others halve the bytes and round the predictions, also at
-            their first use, so that all runs with this cache learn from the same numbers.
+        storage: "fp32" is exact. "fp16" and "bf16" halve the bytes and round the predictions. A
+            prediction is rounded at its first use too, so all runs learn from the same numbers.
+
+    Raises: ValueError for a limit of 0 or below, or an unknown `storage`.
     """
 
     folder: Path
@@ -54,85 +56,86 @@ class Cache:
             f"Cache: storage must be one of {', '.join(_TYPES)}; got {self.storage!r}",
         )
 
-    def check(self, kept: Path, *, answers: int, classes: int) -> None:
-        """Check that `answers` predictions of a run fit; `kept` may already contain some of them.
+    def check(self, seed_folder: Path, *, predictions: int, classes: int) -> None:
+        """Check that a run's predictions fit into the cache.
 
-        Raises: ValueError that names the needed and the allowed size.
+        `seed_folder` may already contain some of them.
+
+        Raises: ValueError if they do not fit.
         """
-        planned = answers * record(classes, self.storage).itemsize
-        whole = _bytes(Path(self.folder))
-        needed = whole + max(0, planned - _bytes(kept))
+        run_bytes = predictions * record_format(classes, self.storage).itemsize
+        stored_bytes = _bytes(Path(self.folder))
+        needed_bytes = stored_bytes + max(0, run_bytes - _bytes(seed_folder))
         require(
-            needed <= self.limit_gb * 1e9,
-            f"Cache: {self.folder} must hold {needed / 1e9:.3g} GB, {whole / 1e9:.3g} of them"
-            f" there already, for the {answers} answers of this run; got"
-            f" limit_gb={self.limit_gb:g}",
+            needed_bytes <= self.limit_gb * 1e9,
+            f"Cache: limit_gb must be at least {needed_bytes / 1e9:.3g} for the {predictions}"
+            f" predictions of this run, because {self.folder} holds {stored_bytes / 1e9:.3g} GB"
+            f" already; got limit_gb={self.limit_gb:g}",
         )
 
 
 class CachedPredictions:
-    """The stored predictions of one seed, read and extended by one process.
-
-    Raises: ValueError for a damaged record.
-    """
+    """The stored predictions of one seed. One process reads them and adds to them."""
 
     def __init__(self, folder: Path, *, classes: int, storage: Storage, rank: int) -> None:
         self.folder, self.storage = folder, storage
-        self._record = record(classes, storage)
+        self._format = record_format(classes, storage)
         self._writer = f"rank{rank}-{os.getpid()}-{time.time_ns():x}"
         self._epoch: int | None = None
         # by sample: the file, the number of the record, and the file's records
-        self._places: dict[int, tuple[Path, int, NDArray[np.void]]] = {}
+        self._locations: dict[int, tuple[Path, int, NDArray[np.void]]] = {}
 
     def find(self, epoch: int, index_B: Tensor) -> Tensor | None:
-        """The predictions for these samples in this epoch's views, fp32 on the CPU.
+        """The predictions for the samples `index_B` in the views of `epoch`, in fp32 on the CPU.
 
-        The result is None unless all are stored.
+        None if one of them is not stored.
+
+        Raises: ValueError for a damaged record.
         """
         if epoch != self._epoch:
-            self._epoch, self._places = epoch, {}
+            self._epoch, self._locations = epoch, {}
             for path in sorted(self.folder.glob(f"epoch-{epoch:06d}.*.answers")):
                 # A process that died may have left an incomplete last record.
-                whole = path.stat().st_size // self._record.itemsize
-                if whole:  # an empty file cannot be mapped
-                    records = np.memmap(path, self._record, mode="r", shape=(whole,))
+                count = path.stat().st_size // self._format.itemsize
+                if count:  # an empty file cannot be mapped
+                    records = np.memmap(path, self._format, mode="r", shape=(count,))
                     for row, sample in enumerate(records["sample"].tolist()):
-                        self._places[sample] = (path, row, records)
+                        self._locations[sample] = (path, row, records)
         samples = index_B.tolist()
-        if not self._places.keys() >= set(samples):
+        if not self._locations.keys() >= set(samples):
             return None
-        answers = []
-        for path, row, records in (self._places[sample] for sample in samples):
+        predictions = []
+        for path, row, records in (self._locations[sample] for sample in samples):
             require(
                 records[row]["check"] == _checksum(records[row]),
-                f"Cache: record {row} of {path} must have its checksum; it is damaged: delete the"
+                f"Cache: record {row} of {path} must match its checksum; it is damaged: delete the"
                 " file",
             )
-            answers.append(records[row]["answer"])
-        return torch.from_numpy(np.stack(answers)).view(_TYPES[self.storage]).float()
+            predictions.append(records[row]["answer"])
+        return torch.from_numpy(np.stack(predictions)).view(_TYPES[self.storage]).float()
 
     def add(self, epoch: int, index_B: Tensor, logits_BK: Tensor) -> Tensor:
-        """Store predictions, and return them as a later read does."""
+        """Store predictions, and return them as a later `find` does."""
         stored_BK = logits_BK.detach().cpu().to(_TYPES[self.storage]).contiguous()
-        records = np.zeros(len(index_B), self._record)
+        records = np.zeros(len(index_B), self._format)
         records["sample"] = index_B.numpy()
         records["answer"] = stored_BK.view(torch.uint8).numpy()
-        records["check"] = [_checksum(each) for each in records]
+        records["check"] = [_checksum(record) for record in records]
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"epoch-{epoch:06d}.{self._writer}.answers").open("ab") as file:
             file.write(records.tobytes())
         return stored_BK.float().to(logits_BK.device)
 
 
-def record(classes: int, storage: Storage) -> np.dtype[np.void]:
-    """The format of one prediction on disk."""
+def record_format(classes: int, storage: Storage) -> np.dtype[np.void]:
+    """The format of one prediction on disk. Its logits are the field "answer"."""
     return np.dtype(
         [("sample", "<i8"), ("check", "<u8"), ("answer", "u1", classes * _TYPES[storage].itemsize)]
     )
 
 
-def _checksum(stored: np.void) -> int:
-    return xxhash.xxh3_64_intdigest(stored["sample"].tobytes() + stored["answer"].tobytes())
+def _checksum(record: np.void) -> int:
+    return xxhash.xxh3_64_intdigest(record["sample"].tobytes() + record["answer"].tobytes())
 
 
 def _bytes(folder: Path) -> int:

@@ -24,8 +24,6 @@ from pipeline.spiking.state import fresh_state, states_of
 
 
 class NetworkTeacher(Teacher):
-    """See `network_teacher`."""
-
     def __init__(
         self,
         body: nn.Module,
@@ -50,11 +48,11 @@ class NetworkTeacher(Teacher):
     @torch.no_grad()
     def forward(self, x_B: Tensor) -> Tensor:
         states = states_of(self.body)
-        # `evaluate` has already opened the states; if they are empty, they serve as fresh ones.
-        at_rest = bool(states) and all(state.is_open and not state.values for state in states)
+        # `evaluate` opens the states itself. Open and empty states are as good as fresh ones.
+        is_fresh = bool(states) and all(state.is_open and not state.values for state in states)
         with (
             computing(x_B.device, self.precision),
-            nullcontext() if at_rest else fresh_state(self.body),
+            nullcontext() if is_fresh else fresh_state(self.body),
         ):
             return self.body(to_time_first(x_B, self.time_steps)).mean(0).float()
 
@@ -70,25 +68,26 @@ def network_teacher(
 ) -> NetworkTeacher:
     """`model` with weights from a file, frozen.
 
-    It sees the student's input and predicts its mean logits over time.
+    It sees the student's input. Its prediction is the mean of its logits over time.
 
     Args:
         data: the data set, for its shape and classes.
         model: as in the recipe that trained it.
         weights: a file of its weights, such as a checkpoint's `model.safetensors`.
         time_steps: number of time steps of the teacher.
-        precision: of its computation; predictions are fp32.
+        precision: precision of its computation; predictions are fp32.
+        cache: place for stored predictions; None: they are not stored.
 
-    Raises: ValueError for weights that do not fit, a model that does not accept the data's samples,
-    or other classes than theirs.
+    Raises: ValueError for `time_steps` below 1, weights that do not fit, a model that does not
+    accept the data's samples, or a model whose classes differ from the data's.
     """
     refuse_unless_counts("network_teacher", {"time_steps": time_steps})
     state = read_state(Path(weights), subject="network_teacher")
-    wrong = describe_mismatch(state, model.state_dict())
+    mismatch = describe_mismatch(state, model.state_dict())
     require(
-        not wrong,
-        f"network_teacher: the weights in {weights} must fit the model to the last key; got"
-        f" {wrong}",
+        not mismatch,
+        f"network_teacher: the weights in {weights} must have the model's keys and shapes; got"
+        f" {mismatch}",
     )
     model.load_state_dict(state)
     teacher = NetworkTeacher(model, time_steps=time_steps, cache=cache, precision=precision)
@@ -96,12 +95,12 @@ def network_teacher(
         outputs = teacher(torch.zeros(1, *data.shape)).shape[-1]
     except RuntimeError as error:
         raise ValueError(
-            "network_teacher: the model must take the data's samples,"
+            "network_teacher: the model must accept the data's samples of"
             f" {' x '.join(map(str, data.shape))}; it does not: {error}"
         ) from error
     require(
         outputs == data.classes,
-        f"network_teacher: model and data must have the same classes; got {outputs} and"
-        f" {data.classes}",
+        "network_teacher: model and data must have the same number of classes; got"
+        f" {outputs} and {data.classes}",
     )
     return teacher

@@ -1,4 +1,4 @@
-"""Softmax regression on a frozen network's features: a head for classes of another data set."""
+"""Softmax regression on a frozen network's features: a head for the classes of another data set."""
 
 # N samples, D features, K classes
 
@@ -19,19 +19,21 @@ TOLERANCE = 1e-5  # the largest entry of the final gradient
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """The W, b at the unique minimum of
+    """A linear head whose weights W and biases b minimise
 
         1/N sum_n CE(W z_n + b, y_n)  +  l2/2 |W|^2
 
-    with z the features, standardised to mean 0 and variance 1 over the N samples. L-BFGS in float64
-    finds the minimum, so it depends on no learning rate, order or seed. The standardisation is
-    folded into W and b.
+    where z are the features, standardised to mean 0 and variance 1 over the N samples. L-BFGS in
+    float64 finds the minimum, so the head does not depend on a learning rate. The standardisation
+    is folded into W and b.
 
     Args:
         l2: above 0, so that the minimum is unique even for separable classes.
         views: number of augmented views of the training part for the fit; None: one per sample.
-        seed: selects order and augmentation of those views. It is not the run's seed, so every run
-            of a study has the same teacher.
+        seed: determines the order and augmentation of the views. It is not the run's seed, so every
+            run of a study has the same teacher.
+
+    Raises: ValueError for `l2` of 0 or below, `views` below 1 or a negative `seed`.
     """
 
     l2: float = 1e-3
@@ -64,12 +66,12 @@ class Probe:
             logits_NK = z_ND @ w_KD.T + b_K
             logits_NK -= logits_NK.max(1, keepdims=True)
             q_NK = np.exp(logits_NK)
-            norm_N = q_NK.sum(1)
+            sum_N = q_NK.sum(1)
             value = (
-                np.mean(np.log(norm_N) - logits_NK[np.arange(len(y_N)), y_N])
+                np.mean(np.log(sum_N) - logits_NK[np.arange(len(y_N)), y_N])
                 + self.l2 / 2 * np.square(w_KD).sum()
             )
-            error_NK = q_NK / norm_N[:, None]
+            error_NK = q_NK / sum_N[:, None]
             error_NK[np.arange(len(y_N)), y_N] -= 1
             error_NK /= len(y_N)
             return float(value), np.concatenate(
@@ -90,11 +92,11 @@ class Probe:
                 "gtol": TOLERANCE / 10,
             },
         )
-        steepest = float(np.abs(minimum.jac).max())
+        max_gradient = float(np.abs(minimum.jac).max())
         require(
-            steepest <= TOLERANCE,
-            f"Probe: the fit must reach its minimum in {ITERATIONS} iterations; the gradient is"
-            f" still {steepest:.1e}; raise l2={self.l2}",
+            max_gradient <= TOLERANCE,
+            f"Probe: the fit must reach a gradient of {TOLERANCE} in {ITERATIONS} iterations; got"
+            f" {max_gradient:.1e}; raise l2={self.l2}",
         )
         w_KD = minimum.x[:-classes].reshape(shape) / std_D
         # Created on the meta device, so that no random numbers are drawn.

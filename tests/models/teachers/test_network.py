@@ -63,15 +63,15 @@ def build(file: Path, *, saved: dict, asked: dict, time_steps: int = 3) -> None:
     [
         (
             lambda file: build(file, saved={}, asked={"hidden": (9,)}),
-            r"network_teacher: the weights in .* must fit the model to the last key; got .* shape",
+            r"the weights in .* must have the model's keys and shapes; got .* shape",
         ),
         (
             lambda file: build(file, saved={"classes": 3}, asked={"classes": 3}),
-            "network_teacher: model and data must have the same classes; got 3 and 10",
+            "network_teacher: model and data must have the same number of classes; got 3 and 10",
         ),
         (
             lambda file: build(file, saved={"in_features": 63}, asked={"in_features": 63}),
-            r"network_teacher: the model must take the data's samples, 1 x 8 x 8; it does not",
+            r"network_teacher: the model must accept the data's samples of 1 x 8 x 8; it does not",
         ),
         (
             lambda file: build(file, saved={}, asked={}, time_steps=0),
@@ -79,7 +79,7 @@ def build(file: Path, *, saved: dict, asked: dict, time_steps: int = 3) -> None:
         ),
         (
             lambda file: NetworkTeacher(mlp(), time_steps=1, cache=None).features(torch.zeros(1)),
-            "shows no features, so no probe can be fitted",
+            "a probe needs a teacher with features; this one has none",
         ),
     ],
 )

@@ -98,10 +98,7 @@ test_refuses = refusals(
     [
         (
             {"classes": 13},
-            (
-                "test_efficientnet has 1000 classes and the data 13, so it needs a probe, .*;"
-                " got None"
-            ),
+            ("test_efficientnet has 1000 classes and the data 13, so probe must be .*; got None"),
         ),
         (
             {"name": "test_efficientnett"},
@@ -113,14 +110,14 @@ test_refuses = refusals(
         ),
         (
             {"name": "test_vit", "size": 96},
-            "size must be 1 or more, and 160 if test_vit has a fixed size; got 96",
+            "size must be 160, because test_vit has a fixed size; got 96",
         ),
         ({"size": 0}, "size must be 1 or more"),
         ({"crop": 1.5}, "crop must be a share"),
         (
             {"shape": (4, 2, 16, 16)},
             (
-                r"needs images, RGB or grey, .*; got Synthetic of shape \(4, 2, 16,"
+                r"data must be RGB or grey images, .*; got Synthetic of shape \(4, 2, 16,"
                 r" 16\)"
             ),
         ),

