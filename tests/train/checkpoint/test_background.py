@@ -120,7 +120,7 @@ def has_failed(checkpoints: Checkpoints) -> bool:
             2,
             UserError,
             "checkpoint: cannot be written after step 2: No space left on device: .*; the newest"
-            " whole one is",
+            " complete one is",
         ),
         # two failures in a row
         (errno.EIO, 3, OSError, "checkpoint after step 3 was not written: Input/output error"),
@@ -332,7 +332,7 @@ def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None
         for found in (first, second):
             assert (found[f"half {writer}"], found[f"whole {writer}"]) == (False, None)
             assert (
-                "after step 5: No space left on device: x; the newest whole one is"
+                "after step 5: No space left on device: x; the newest complete one is"
                 in found[f"full {writer}"]
             )
     assert first["alone"][0].endswith(
@@ -348,9 +348,15 @@ def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None
 def test_who_waits_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
     """Another driver has taken the place over and swept it, with the part of worker 1."""
     writing = background.Background(
-        CheckpointStore(tmp_path), 1, {"config.json": "{}"}, attempt="a", rank=0, ranks=2, keep=2
+        CheckpointStore(tmp_path),
+        1,
+        {"config.json": "{}"},
+        attempt="a",
+        rank=0,
+        world_size=2,
+        keep=2,
     )
     wait_for(writing.temp / "config.json")
     shutil.rmtree(writing.temp)
-    with pytest.raises(RuntimeError, match="is gone, as if another driver"):
+    with pytest.raises(RuntimeError, match="was deleted; another driver may own"):
         writing.outcome.result(20)

@@ -301,7 +301,7 @@ def test_what_cannot_be_loaded_is_refused_and_nothing_is_no_error(tmp_path: Path
         verified(CheckpointStore(tmp_path))
     save(checkpoints, 1, backend(), Counting(), {"world_size": 2, "zero": 1, "score": None})
     with pytest.raises(
-        CheckpointError, match="ZeRO-1 state of 2 workers loads on as many only; got 1"
+        CheckpointError, match="ZeRO-1 state must be loaded by 2 workers, which wrote it; got 1"
     ):
         restore(checkpoints, backend(), Counting())
 

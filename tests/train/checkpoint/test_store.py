@@ -197,7 +197,7 @@ def short(put: Callable[[str, str], None], here: str, there: str) -> None:
 @pytest.mark.parametrize(
     ("put", "error", "said"),
     [
-        (denied, UserError, "step 1: Access Denied; there is no whole one yet"),
+        (denied, UserError, "step 1: Access Denied; there is no complete one yet"),
         (short, OSError, "10 of 11 bytes arrived"),
     ],
 )
@@ -227,7 +227,7 @@ def test_a_manifest_reaches_no_file_outside(tmp_path: Path) -> None:
         json.dumps({"files": files, "sha256": digest}).encode(),
     )
     place.fs.pipe_file(f"{place.root}/planted", b"x")
-    with pytest.raises(CheckpointError, match="needs a checkpoint that verifies; got none"):
+    with pytest.raises(CheckpointError, match="must hold a checkpoint that verifies; got none"):
         verified(place)
     assert not (tmp_path / "planted").exists()
 
@@ -243,8 +243,8 @@ def test_an_address_is_a_folder_or_something_that_can_be_opened(tmp_path: Path) 
     chain = "an address must be of one store, without fsspec's '::'"
     for address, said in (
         ("nowhere://x/run", "fsspec can open; got nowhere://x/run: Protocol not known: nowhere"),
-        ("s3://key:secret@bucket/run", "an address holds no credentials"),
-        ("https://host/run?token=secret", "an address holds no credentials"),
+        ("s3://key:secret@bucket/run", "an address must hold no credentials"),
+        ("https://host/run?token=secret", "an address must hold no credentials"),
         ("simplecache::s3://key:secret@bucket/run", chain),
         ("zip://run.zip::s3://key:secret@bucket", chain),
         ("file:///run::s3://bucket", chain),

@@ -150,7 +150,7 @@ def test_a_loss_that_leaps_is_bad_once_there_is_something_to_hold_it_against() -
     assert same(hit.values(), leapt) and not same(before, leapt)
     [(step, reason)] = hit.told
     assert step == WINDOW and re.fullmatch(
-        r"its loss of \d+\.\d+ is more than 3 times the usual \d\.\d+", reason
+        r"its loss of \d+\.\d+ is more than 3 times the median of \d\.\d+", reason
     )
 
 
