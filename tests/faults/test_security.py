@@ -163,7 +163,7 @@ def test_the_password_of_a_server_is_not_told(
     assert holders(tmp_path) == []
     for words in (("sync", "it"), ("register", "it", "--as", "x")):
         code, said, error = spiketrain(*words, *launch[-2:])
-        assert code == 1 and "cannot be filled" in error and SECRET not in said + error
+        assert code == 1 and "cannot be used" in error and SECRET not in said + error
 
 
 def test_a_worker_is_told_settings_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

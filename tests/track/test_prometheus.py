@@ -221,7 +221,7 @@ def test_nothing_is_written_where_nobody_asked_and_a_folder_that_goes_away_is_sa
     for number in (1, 2):
         exposed.show([start(), step(number)])
     assert len(said) == 1 and "cannot be written (No such file or directory)" in said[0]
-    with pytest.raises(ValueError, match="must be a folder that is there"):
+    with pytest.raises(ValueError, match="must be an existing folder"):
         Exposed(tmp_path / "a-run", said.append)
     monkeypatch.delenv("SPIKETRAIN_METRICS")
     Exposed(tmp_path, pytest.fail).show([start()])

@@ -39,7 +39,7 @@ def group_of_one(device: str) -> Iterator[None]:
     """
     # DeepSpeed reads these environment variables.
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": device}
-    before = {name: os.environ.get(name) for name in variables}
+    before = {name: os.environ[name] for name in variables if name in os.environ}
     os.environ.update(variables)
     is_new = not distributed.is_initialized()
     try:
@@ -60,10 +60,9 @@ def group_of_one(device: str) -> Iterator[None]:
             if comm is None or not comm.is_initialized():
                 comm = distributed
             comm.destroy_process_group()
-        for name, value in before.items():  # child processes started later must not inherit these
+        for name in variables:  # child processes that start later must not inherit them
             os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+        os.environ.update(before)
 
 
 class Ranks:

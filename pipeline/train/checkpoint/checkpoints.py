@@ -357,7 +357,6 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Set the random number generators to a state that `rng_state` returned."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     keys, *rest = state["numpy"].values()

@@ -6,7 +6,7 @@ also bad if its loss is more than that many times the median loss of the last 64
 task.
 
     a bad batch                      `SkipBatch`: buffers, the rule's state and the random number
-                                     generators are restored, as if `policy.skip` had named the batch
+                                     generators are restored, as if `policy.skip` named the batch
     `policy.max_skips` + 1 in a row  `Rollback` (recovery.py)
     `policy.max_rollbacks` + 1       `Diverged`
 
@@ -40,7 +40,6 @@ WINDOW = 64  # number of good losses in the median; with fewer, no loss counts a
 
 
 def can_undo(recipe: Recipe, rule: Rule) -> bool:
-    """Whether a bad batch can be undone; see above."""
     return rule.update == "batch" and recipe.zero == 0
 
 

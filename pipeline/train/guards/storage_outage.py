@@ -34,7 +34,7 @@ def retry_while_away(
             the other ranks wait for rank 0.
         UserError: see `Ranks.broadcast_object`.
     """
-    deadline, pause_s, is_reported = time.monotonic() + PATIENCE_S, FIRST_PAUSE_S, False
+    deadline, pause_s = time.monotonic() + PATIENCE_S, FIRST_PAUSE_S
 
     def attempt() -> tuple[Any, str | None]:
         try:
@@ -48,8 +48,7 @@ def retry_while_away(
         result, message = ranks.broadcast_object(attempt)
         if message is None:
             return result
-        if ranks.rank == 0 and not is_reported:
-            is_reported = True
+        if ranks.rank == 0 and pause_s == FIRST_PAUSE_S:
             with suppress(OSError):  # the journal may be on the same storage
                 on_wait(message)
         _pause(pause_s, beat)

@@ -120,7 +120,7 @@ def test_the_earlier_of_two_drivers_stops_at_its_save_and_tells_nothing_whole(
     one.save(2, backend(3), Counting(3), OF_A)
     with pytest.raises(
         UserError,
-        match=r"checkpoint: cannot be written after step 2: checkpoints: the owner of .*second",
+        match=r"cannot be written after step 2: checkpoints: this driver must own .*second",
     ) as said:
         one.wait()
     assert "\n" not in str(said.value) and one.done() is None
