@@ -149,7 +149,6 @@ class Mirror:
         self._deliver(leaving=True)
 
     def _deliver(self, *, leaving: bool) -> None:
-        """Deliver the new events, and set `warning`."""
         try:
             self._delivery = self._delivery or Delivery(self.run_dir, uri=self.uri)
             self._delivery.advance(leaving=leaving)
@@ -218,8 +217,9 @@ class Delivery:
         if start is None:
             return False
         self.client = connect(self._uri)
-        runs_dir = self.run_dir.parent
-        experiment_id = experiment_of(self.client, start, uri=self._uri, runs_dir=runs_dir)
+        experiment_id = experiment_of(
+            self.client, start, uri=self._uri, runs_dir=self.run_dir.parent
+        )
         self._parent_id = parent_of(self.client, experiment_id, start)
         self._suite = suite_of(self.run_dir, start)
         run = self._find_or_create(experiment_id, start)
@@ -488,10 +488,12 @@ def register(
                 client.create_registered_model(name)
             versions = client.search_model_versions(f"name = '{name}'")
             version = next((v for v in versions if v.tags.get("uri") == address), None)
-            # A server (3.17.2) accepts a local source only inside the run's artifacts.
-            source = f"{run.info.artifact_uri}/{checkpoint.name}"
             version = version or client.create_model_version(
-                name, source, run.info.run_id, tags={"uri": address}
+                name,
+                # A server (3.17.2) accepts a local source only inside the run's artifacts.
+                f"{run.info.artifact_uri}/{checkpoint.name}",
+                run.info.run_id,
+                tags={"uri": address},
             )
             client.set_registered_model_alias(name, alias, version.version)
     return str(version.version)

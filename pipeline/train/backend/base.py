@@ -109,7 +109,7 @@ def forgetter(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     return forget
 
 
-def copied(value: Any, copies: dict[int, Tensor] | None = None) -> Any:
+def cpu_copy(value: Any, copies: dict[int, Tensor] | None = None) -> Any:
     """A deep copy of `value` on the CPU. A tensor that occurs twice is copied once.
 
     `copies` holds the copies made so far, by the id of the original. An original is a part of
@@ -123,17 +123,17 @@ def copied(value: Any, copies: dict[int, Tensor] | None = None) -> Any:
     if isinstance(value, MutableMapping):
         mapping = copy.copy(value)  # keeps attributes, such as the versions of a state_dict
         for key, item in value.items():
-            mapping[key] = copied(item, copies)
+            mapping[key] = cpu_copy(item, copies)
         return mapping
     if type(value) in (list, tuple):
-        return type(value)(copied(item, copies) for item in value)
+        return type(value)(cpu_copy(item, copies) for item in value)
     return copy.deepcopy(value)
 
 
-def cloned(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def clone_tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A copy of each tensor on its own device. One kernel copies all tensors of a dtype."""
     clones = {name: torch.empty_like(value) for name, value in values.items()}
-    for names in alike(values):
+    for names in group_by_dtype_and_device(values):
         torch._foreach_copy_(
             [clones[name] for name in names], [values[name].detach() for name in names]
         )
@@ -141,7 +141,7 @@ def cloned(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def replaced(
+def temporary_values(
     tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]
 ) -> Iterator[dict[str, Tensor]]:
     """Inside the context, each tensor holds the value with its name. Afterwards each tensor holds
@@ -157,7 +157,7 @@ def replaced(
             tensor.copy_(own[name])
 
 
-def alike(values: Mapping[T_, Tensor]) -> Iterable[list[T_]]:
+def group_by_dtype_and_device(values: Mapping[T_, Tensor]) -> Iterable[list[T_]]:
     """The keys of `values`: one list for each pair of dtype and device."""
     groups: dict[tuple[torch.dtype, torch.device], list[T_]] = {}
     for key, value in values.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.core.errors import as_user_error
-from pipeline.train.backend.base import replaced
+from pipeline.train.backend.base import temporary_values
 
 T_ = TypeVar("T_")
 
@@ -91,7 +91,7 @@ class Ranks:
     def decide(self, *flags: bool) -> list[bool]:
         """Rank 0's flags, on every rank."""
         decision = torch.tensor(flags, dtype=torch.uint8)
-        if self.size > 1:  # called at every step, so not with pickled objects, which are slower
+        if self.size > 1:  # called at every step; a tensor is faster than a pickled object
             distributed.broadcast(decision, src=0, group=self.control)
         return decision.bool().tolist()
 
@@ -156,7 +156,7 @@ class Ranks:
             if buffer.is_floating_point() and self.size > 1
         }
         means = {name: self.mean(buffer) for name, buffer in buffers.items()}
-        with replaced(buffers, means) as own_buffers:
+        with temporary_values(buffers, means) as own_buffers:
             yield own_buffers
 
     def _reduce(self, value: Tensor, operation: Any) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, distributed, nn
 
 from pipeline.core.checks import require
 from pipeline.core.tensor_file import load_data
-from pipeline.train.backend.base import Backend, OptimizerOf, copied, forgetter
+from pipeline.train.backend.base import Backend, OptimizerOf, cpu_copy, forgetter
 
 CHECKPOINT_TAG = "state"
 MAX_BUCKET_SIZE = 500_000_000  # elements
@@ -160,7 +160,7 @@ class DeepSpeed(Backend):
             warnings.simplefilter("ignore", FutureWarning)
 
             def capture_file(state_dict: Any, path: str) -> None:
-                files[Path(path).relative_to(folder).as_posix()] = copied(state_dict)
+                files[Path(path).relative_to(folder).as_posix()] = cpu_copy(state_dict)
 
             with patch.object(self._engine.checkpoint_engine, "save", capture_file):
                 self._engine.save_checkpoint(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, distributed
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from pipeline.train.backend.base import Backend, cloned, copied, replaced
+from pipeline.train.backend.base import Backend, clone_tensors, cpu_copy, temporary_values
 from pipeline.train.backend.collectives import rank_and_world_size
 
 AVERAGE_FILE = "average.pt"
@@ -61,7 +61,7 @@ class Averaged:
 
     @contextmanager
     def published(self) -> Iterator[None]:
-        with replaced(self._values(), self.average):
+        with temporary_values(self._values(), self.average):
             yield
 
     def replicated(self) -> list[Tensor]:
@@ -73,14 +73,14 @@ class Averaged:
     def capture(self) -> dict[str, Any]:
         files = self.backend.capture()
         own = {name: self.average[name] for name in self._buffers()}
-        mean = cloned(own)
+        mean = clone_tensors(own)
         if self.world_size > 1:
             for value in mean.values():
                 distributed.all_reduce(value)
                 value /= self.world_size
         if self.rank == 0:
-            files[AVERAGE_FILE] = copied({**self.average, **mean})
-        files[f"average_rank{self.rank}.pt"] = copied(own)
+            files[AVERAGE_FILE] = cpu_copy({**self.average, **mean})
+        files[f"average_rank{self.rank}.pt"] = cpu_copy(own)
         return files
 
     def load(self, folder: Path) -> None:

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.core.torch_settings import autocast
-from pipeline.train.backend.base import Backend, OptimizerOf, alike, copied, forgetter
+from pipeline.train.backend.base import (
+    Backend,
+    OptimizerOf,
+    cpu_copy,
+    forgetter,
+    group_by_dtype_and_device,
+)
 from pipeline.train.backend.collectives import rank_and_world_size
 
 STATE_FILE = "state.pt"
@@ -75,7 +81,7 @@ class Plain(Backend):
         if self.rank > 0:
             return {}
         return {
-            STATE_FILE: copied(
+            STATE_FILE: cpu_copy(
                 {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
             )
         }
@@ -88,7 +94,7 @@ class Plain(Backend):
 
 def _sum_over_ranks(tensors: list[Tensor]) -> None:
     """Sum each tensor over ranks, in place. One collective sums all tensors of a dtype."""
-    for indices in alike(dict(enumerate(tensors))):
+    for indices in group_by_dtype_and_device(dict(enumerate(tensors))):
         group = [tensors[index] for index in indices]
         flat = torch.cat([tensor.flatten() for tensor in group])
         distributed.all_reduce(flat)

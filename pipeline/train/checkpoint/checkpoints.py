@@ -20,7 +20,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import FOR_THE_USER
 from pipeline.core.tensor_file import find_code
 from pipeline.core.units import counted
-from pipeline.train.backend.base import Backend, copied
+from pipeline.train.backend.base import Backend, cpu_copy
 from pipeline.train.checkpoint import background
 from pipeline.train.checkpoint.background import Background, Saved
 from pipeline.train.checkpoint.manifest import MANIFEST, damage, read_manifest
@@ -97,11 +97,11 @@ class Checkpoints:
         """
         previous, _ = self.settle()
         files = {f"{backend.name}/{name}": state for name, state in backend.capture().items()}
-        files[f"rng_rank{self.rank}.pt"] = {**rng_state(), "buffers": copied(dict(buffers or {}))}
+        files[f"rng_rank{self.rank}.pt"] = {**rng_state(), "buffers": cpu_copy(dict(buffers or {}))}
         if self.rank == 0:
             files[WEIGHTS] = dict(weights_of(backend.network) if weights is None else weights)
             if rule.state_dict():
-                files["rule.pt"] = copied(rule.state_dict())
+                files["rule.pt"] = cpu_copy(rule.state_dict())
             files[TRAINER] = json.dumps({**trainer, "step": step}, indent=1) + "\n"
         # After a failed save, a new name: files of that save may be left under the old name.
         self._writing = Background(

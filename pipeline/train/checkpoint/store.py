@@ -228,9 +228,9 @@ class CheckpointStore:
         except FileNotFoundError:
             return []
         matches = map(_FOLDER.fullmatch, (PurePosixPath(path).name for path in paths))
-        is_remote = self.folder is None
         return sorted(
-            (match for match in matches if match and bool(match["attempt"]) == is_remote),
+            # Only names in a remote store end with the attempt.
+            (match for match in matches if match and bool(match["attempt"]) != bool(self.folder)),
             key=lambda match: (match["name"], int(match["earlier_saves"] or 0), match[0]),
         )
 

@@ -30,7 +30,7 @@ from torch.nn.utils import get_total_norm
 from pipeline.core.units import counted
 from pipeline.recipe.recipe import Recipe
 from pipeline.rules.base import Rule
-from pipeline.train.backend.base import Backend, cloned
+from pipeline.train.backend.base import Backend, clone_tensors
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.checkpoint import rng_state, set_rng_state
 from pipeline.train.loop import Guard
@@ -111,8 +111,8 @@ class AnomalyGuard(Guard):
     def keep(self) -> None:
         if not self.can_undo:
             return
-        buffers = cloned(dict(self.backend.network.named_buffers()))
-        rule_state, rng = cloned(self.rule.state_dict()), rng_state()
+        buffers = clone_tensors(dict(self.backend.network.named_buffers()))
+        rule_state, rng = clone_tensors(self.rule.state_dict()), rng_state()
 
         def undo() -> None:
             for name, buffer in self.backend.network.named_buffers():

@@ -47,7 +47,7 @@ class Watchdog:
         self._timeout_s = patience_s  # the current timeout
         self._path = RunFolder(run).stacks / f"rank{rank}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         self._file: IO[str] | None = None
-        self._set_in = 0  # number of the interval in which the timer was set
+        self._set_in = 0  # number, counted from 1970, of the interval in which the timer was set
 
     def __enter__(self) -> Self:
         if self._timeout_s > 0:
@@ -91,7 +91,6 @@ class Watchdog:
             self._set()
 
     def _interval(self) -> int:
-        """The number of the current interval, counted from 1970."""
         return int(time.time() / (_INTERVAL * self._timeout_s))
 
     def _set(self) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import distributed
 
 from pipeline.core.errors import UserError
-from pipeline.train.backend.base import copied
+from pipeline.train.backend.base import cpu_copy
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.checkpoint import Checkpoints, CheckpointStore, background, damage, step_folders
 from tests.helpers.few import TRAINER, Counting, backend, feedback, save, step
@@ -72,8 +72,8 @@ def test_training_goes_on_meanwhile_and_what_was_there_is_what_is_saved(
         Counting(1.0),
         Checkpoints(CheckpointStore(tmp_path), attempt="a"),
     )
-    then = copied(made.network.state_dict())
-    momenta = copied([state["momentum_buffer"] for state in made.optimizer.state.values()])
+    then = cpu_copy(made.network.state_dict())
+    momenta = cpu_copy([state["momentum_buffer"] for state in made.optimizer.state.values()])
     assert checkpoints.save(1, made, rule, TRAINER) is None
     step(made)
     rule.feedback += 1  # type: ignore[operator]

@@ -104,8 +104,8 @@ def test_a_bad_batch_leaves_no_trace(rule: str, bad: int) -> None:
 
 def test_what_is_copied_before_a_batch_is_charged_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """HLOP's and OPZO's state is large."""
-    made, original, clock, meters = Trained(), guard.cloned, Clock(), NoMeters()
-    monkeypatch.setattr(guard, "cloned", lambda values: time.sleep(0.05) or original(values))
+    made, original, clock, meters = Trained(), guard.clone_tensors, Clock(), NoMeters()
+    monkeypatch.setattr(guard, "clone_tensors", lambda values: time.sleep(0.05) or original(values))
     monkeypatch.setattr(meters, "batch", lambda step: clock.batch())
     monkeypatch.setattr(meters, "part", clock.part)
     made.batch(0, meters=meters)
