@@ -17,7 +17,7 @@ T_ = TypeVar("T_")
 
 # The timeout of a collective is long, because all ranks wait while one rank reads all pages or fits
 # a teacher's head. The watchdog detects hangs.
-PATIENCE = timedelta(days=2)
+COLLECTIVE_TIMEOUT = timedelta(days=2)
 SINGLE_WORKER_TIMEOUT = timedelta(minutes=30)
 
 # The backends of a process group, by the device that computes. With gloo alone, the tensors of a
@@ -76,7 +76,9 @@ class Ranks:
         self.device = torch.device(device)
         # A group on the CPU, so that decisions do not wait for GPU kernels.
         self.control: Any = (
-            distributed.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
+            distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+            if self.size > 1
+            else None
         )
 
     def mean(self, value: Tensor) -> Tensor:
