@@ -37,7 +37,7 @@ from pipeline.track import events
 from pipeline.track.journal import Tracker, read_events
 from pipeline.train.backend.base import Backend
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.backend.ema import Averaged
+from pipeline.train.backend.ema import EMABackend
 from pipeline.train.backend.plain import Plain
 from pipeline.train.build import (
     attached_rule,
@@ -110,7 +110,7 @@ class TrainContext(Process):
         """Inside, the network holds the values that are evaluated and published: its weights, or
         their average if the recipe asks for one, and running statistics averaged over ranks.
         """
-        with self.backend.published(), self.ranks.averaged(self.backend.network):
+        with self.backend.published(), self.ranks.averaged_buffers(self.backend.network):
             yield
 
 
@@ -308,7 +308,7 @@ def build_backend(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) 
         precision=recipe.precision,
         clip_norm=recipe.clip_norm,
     )
-    return Averaged(backend, decay=recipe.ema_decay) if recipe.ema_decay else backend
+    return EMABackend(backend, decay=recipe.ema_decay) if recipe.ema_decay else backend
 
 
 def _build_fidelity(

@@ -223,7 +223,7 @@ class SavingHooks:
         trainer = checkpoint_metadata(context, **this, state=self.state())
         with context.published():
             weights = weights_of(network) if self.ranks.rank == 0 else None
-        with self.ranks.averaged(network) as buffers:
+        with self.ranks.averaged_buffers(network) as buffers:
             self._report(
                 self.checkpoints.save(
                     this["step"],

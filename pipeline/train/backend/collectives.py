@@ -146,7 +146,7 @@ class Ranks:
         return result  # type: ignore[return-value]  # no rank raised, so `function` has returned
 
     @contextmanager
-    def averaged(self, network: nn.Module) -> Iterator[dict[str, Tensor]]:
+    def averaged_buffers(self, network: nn.Module) -> Iterator[dict[str, Tensor]]:
         """Inside the context, each floating-point buffer, such as a running statistic, is its mean
         over ranks. Afterwards each rank has its own buffers again.
 

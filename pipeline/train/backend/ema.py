@@ -29,7 +29,7 @@ from pipeline.train.backend.collectives import rank_and_world_size
 AVERAGE_FILE = "average.pt"
 
 
-class Averaged:
+class EMABackend:
     """A backend with an average, which begins at the current weights.
 
     Args:
