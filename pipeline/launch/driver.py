@@ -45,7 +45,7 @@ from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import check_recipe
 from pipeline.train.checkpoint import claim, store_at
 from pipeline.train.elastic import format_sizes
-from pipeline.train.guards.storage_outage import retry_while_away
+from pipeline.train.guards.storage_outage import retry_during_outage
 from pipeline.train.guards.watchdog import unreported_hangs
 from pipeline.train.job import Job, raise_refusal
 from pipeline.train.tasks import Loaders, fingerprint_of, tasks_of
@@ -183,7 +183,7 @@ def _with_checkpoint_token(job: Job, say: Callable[[str], None]) -> Job:
     place = store_at(job.checkpoints, Path(job.run))
     return replace(
         job,
-        store_token=retry_while_away(
+        store_token=retry_during_outage(
             Ranks(),
             lambda: claim(place, run=job.run, run_id=job.run_id, study=job.study),
             on_wait=lambda error: say(

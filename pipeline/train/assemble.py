@@ -49,7 +49,7 @@ from pipeline.train.checkpoint import Checkpoints, lost_step, read_trainer, step
 from pipeline.train.checkpoint.background import LONGEST_S
 from pipeline.train.elastic import build_mixing, fit_to_sizes, seed_everything
 from pipeline.train.gradient_fidelity import compare_gradients
-from pipeline.train.guards.storage_outage import PATIENCE_S, retry_while_away
+from pipeline.train.guards.storage_outage import OUTAGE_TIMEOUT_S, retry_during_outage
 from pipeline.train.guards.watchdog import Watchdog
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.recovery import Decisions
@@ -72,14 +72,14 @@ class Process:
     clock: Clock
     began: float  # unix seconds at the attempt's first line of work
 
-    def retry_while_away(self, act: Callable[[], T_]) -> T_:
+    def retry_during_outage(self, act: Callable[[], T_]) -> T_:
         """Rank 0's result of `act`, on every rank. Waits for storage that is away. Collective."""
-        return retry_while_away(
+        return retry_during_outage(
             self.ranks,
             act,
             beat=self.watchdog.beat,
             on_wait=lambda error: self.tracker.write(
-                events.Waiting(what="storage", error=error, most_s=PATIENCE_S)
+                events.Waiting(what="storage", error=error, most_s=OUTAGE_TIMEOUT_S)
             ),
         )
 
@@ -127,8 +127,8 @@ def assemble(process: Process) -> TrainContext:
     written = _read_recipe(process)
     checkpoints = _open_checkpoints(process, written)
     with watchdog.patient(LONGEST_S):  # rank 0 fetches and verifies, which may take this long
-        checkpoint = process.retry_while_away(lambda: _newest(checkpoints, written, job))
-    decisions = process.retry_while_away(lambda: Decisions.read(Path(job.run)))
+        checkpoint = process.retry_during_outage(lambda: _newest(checkpoints, written, job))
+    decisions = process.retry_during_outage(lambda: Decisions.read(Path(job.run)))
     recipe, is_fresh = decisions.fit(written), checkpoint is None
     with watchdog.off():
         # One worker of each machine reads every page: machines may hold copies of their own.
@@ -211,7 +211,9 @@ def _open_checkpoints(process: Process, recipe: Recipe) -> Checkpoints:
         lambda: store_at(job.checkpoints, Path(job.run), token=job.store_token)
     )
     if ranks.size > 1:
-        process.retry_while_away(store.sweep)  # first: files of a killed attempt may fill the disk
+        process.retry_during_outage(
+            store.sweep
+        )  # first: files of a killed attempt may fill the disk
         check_shared(store.staging, rank=ranks.rank, each=ranks.all_gather_object, beat=beat)
     return Checkpoints(
         store,

@@ -10,13 +10,13 @@ from pipeline.train.backend.collectives import Ranks
 
 T_ = TypeVar("T_")
 
-PATIENCE_S = 600.0  # the restart of a file server takes minutes
+OUTAGE_TIMEOUT_S = 600.0  # the restart of a file server takes minutes
 # Pauses between two attempts. Each pause is twice as long as the previous one, up to the longest.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 BEAT_S = 1.0  # the longest time between two calls of `beat` in a pause
 
 
-def retry_while_away(
+def retry_during_outage(
     ranks: Ranks,
     function: Callable[[], T_],
     *,
@@ -34,7 +34,7 @@ def retry_while_away(
             the other ranks wait for rank 0.
         UserError: see `Ranks.broadcast_object`.
     """
-    deadline, pause_s = time.monotonic() + PATIENCE_S, FIRST_PAUSE_S
+    deadline, pause_s = time.monotonic() + OUTAGE_TIMEOUT_S, FIRST_PAUSE_S
 
     def attempt() -> tuple[Any, str | None]:
         try:
