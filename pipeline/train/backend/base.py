@@ -42,8 +42,8 @@ class Backend(Protocol):
         """
         ...
 
-    def discard(self) -> None:
-        """Delete the gradients. The weights stay.
+    def zero_grad(self) -> None:
+        """Delete the gradients.
 
         Raises:
             ValueError: at ZeRO-1 and ZeRO-2, which hold gradients of their own.
@@ -54,7 +54,7 @@ class Backend(Protocol):
         weights, and delete the gradients.
         """
 
-    def forget(self) -> None:
+    def reset_optimizer(self) -> None:
         """Reset the optimizer's state, including momentum, and its settings. The weights stay."""
 
     def published(self) -> AbstractContextManager[None]:
@@ -79,7 +79,7 @@ class Backend(Protocol):
         """Restore the state from a folder with the files of every rank's `capture`. Collective."""
 
 
-def forgetter(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+def optimizer_reset(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     """A function that resets `optimizer` to the state at this call, which must come before its
     first step.
 
@@ -97,7 +97,7 @@ def forgetter(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
         for group in optimizer.param_groups
     ]
 
-    def forget() -> None:
+    def reset() -> None:
         optimizer.state.clear()
         for parameter, state in initial_states.items():
             optimizer.state[parameter] = copy.deepcopy(state)
@@ -106,7 +106,7 @@ def forgetter(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
                 del group[name]
             group.update(copy.deepcopy(settings))
 
-    return forget
+    return reset
 
 
 def cpu_copy(value: Any, copies: dict[int, Tensor] | None = None) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, distributed, nn
 
 from pipeline.core.checks import require
 from pipeline.core.tensor_file import load_data
-from pipeline.train.backend.base import Backend, OptimizerOf, cpu_copy, forgetter
+from pipeline.train.backend.base import Backend, OptimizerOf, cpu_copy, optimizer_reset
 
 CHECKPOINT_TAG = "state"
 MAX_BUCKET_SIZE = 500_000_000  # elements
@@ -114,7 +114,7 @@ class DeepSpeed(Backend):
         self.model: nn.Module = engine
         self.network = network
         self.optimizer: torch.optim.Optimizer = optimizer
-        self.forget = forgetter(optimizer)
+        self.reset_optimizer = optimizer_reset(optimizer)
         self.zero = zero
         self._engine: Any = engine
 
@@ -140,7 +140,7 @@ class DeepSpeed(Backend):
             )
         return [gradient for gradient in gradients if gradient is not None]
 
-    def discard(self) -> None:
+    def zero_grad(self) -> None:
         require(
             not self.zero,
             f"deepspeed: ZeRO must be stage 0 to delete gradients; got ZeRO-{self.zero}",

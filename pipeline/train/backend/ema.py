@@ -42,7 +42,7 @@ class EMABackend:
         self.name, self.network, self.model = backend.name, backend.network, backend.model
         self.optimizer = backend.optimizer
         self.backward, self.gradients = backend.backward, backend.gradients
-        self.discard = backend.discard
+        self.zero_grad = backend.zero_grad
         self.average = {name: value.clone() for name, value in self._values().items()}
         self._update = get_ema_multi_avg_fn(decay)
 
@@ -51,11 +51,11 @@ class EMABackend:
         values = self._values()
         self._update([self.average[name] for name in values], list(values.values()), 0)
 
-    def forget(self) -> None:
+    def reset_optimizer(self) -> None:
         """Also restart the average at the current weights: a new task must not be evaluated with
         an average of the weights of the previous task.
         """
-        self.backend.forget()
+        self.backend.reset_optimizer()
         for name, value in self._values().items():
             self.average[name].copy_(value)
 

@@ -13,8 +13,8 @@ from pipeline.train.backend.base import (
     Backend,
     OptimizerOf,
     cpu_copy,
-    forgetter,
     group_by_dtype_and_device,
+    optimizer_reset,
 )
 from pipeline.train.backend.collectives import rank_and_world_size
 
@@ -50,7 +50,7 @@ class Plain(Backend):
         self.network = network
         self.model = _Autocast(network, precision)
         self.optimizer = optimizer_of(network)
-        self.forget = forgetter(self.optimizer)
+        self.reset_optimizer = optimizer_reset(self.optimizer)
         self.clip_norm = clip_norm
         self.rank, self.world_size = rank_and_world_size()
         if self.world_size > 1:
@@ -63,7 +63,7 @@ class Plain(Backend):
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in self.network.parameters() if p.grad is not None]
 
-    def discard(self) -> None:
+    def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> None:

@@ -120,7 +120,7 @@ class AnomalyGuard(Guard):
             if rule_state:
                 self.rule.load_state_dict(rule_state)
             set_rng_state(rng)
-            self.backend.discard()
+            self.backend.zero_grad()
 
         self._undo = undo
 

@@ -110,7 +110,7 @@ def test_a_new_task_begins_a_new_average() -> None:
     backend = EMABackend(Plain(network(), sgd), decay=DECAY)
     [*_, last] = train(backend, 0, 3)
     assert not same(published(backend), last)
-    backend.forget()
+    backend.reset_optimizer()
     assert same(published(backend), last)
 
 
