@@ -54,7 +54,7 @@ from pipeline.core.units import counted
 from pipeline.launch.ray_cluster import alive_nodes, cause, innermost
 from pipeline.measure.memory import is_out_of_memory
 from pipeline.recipe.recipe import write_json
-from pipeline.track.events import OF_NONE, Checkpoint, Start, Waiting
+from pipeline.track.events import NO_ATTEMPT, Checkpoint, Start, Waiting
 from pipeline.track.journal import Journal, last_event
 from pipeline.train.job import Notice, note_death, was_stopped
 
@@ -355,5 +355,5 @@ def journal_waiting(folder: Path, workers: int) -> None:
 
     Raises: OSError.
     """
-    with Journal(RunFolder(folder).journal, attempt=OF_NONE) as journal:
+    with Journal(RunFolder(folder).journal, attempt=NO_ATTEMPT) as journal:
         journal.write(Waiting(what=f"a place for {counted(workers, 'worker')}", most_s=PLACES_S))

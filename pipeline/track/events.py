@@ -20,7 +20,7 @@ from pipeline.recipe.recipe import Role, roles
 State = Literal["new", "running", "finished", "stopped", "failed", "diverged", "interrupted"]
 Numbers = dict[str, float]
 _TAGS_OF_RECIPE = tuple(name for name, role in roles().items() if Role.TAG in role)
-OF_NONE = -1  # `attempt` of an event that the launcher writes between two attempts
+NO_ATTEMPT = -1  # `attempt` of an event that the launcher writes between two attempts
 KIND = "event"  # the key that holds the kind in the JSON form
 
 
@@ -75,7 +75,7 @@ class Event:
     settles_weights: ClassVar[bool] = False  # the run cannot return to an earlier step
 
     time: float = 0.0  # Unix seconds
-    attempt: int = OF_NONE  # number of the attempt, from 0
+    attempt: int = NO_ATTEMPT  # number of the attempt, from 0
 
     def __init_subclass__(cls, **traits: Any) -> None:
         for name, value in traits.items():
@@ -102,7 +102,7 @@ class _AtStep(Event):
 class Start(_AtStep, durable=True, sends_journal=True, state="interrupted", status="RUNNING"):
     """An attempt begins to train."""
 
-    attempt: Annotated[int, Tag("spiketrain.attempt")] = OF_NONE  # number of the attempt, from 0
+    attempt: Annotated[int, Tag("spiketrain.attempt")] = NO_ATTEMPT  # number of the attempt, from 0
     run: str  # name of the run's folder
     run_id: str  # unique, chosen at the launch
     recipe: Annotated[str, Tag("spiketrain.recipe"), Tag("mlflow.source.name")]  # name

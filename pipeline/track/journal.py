@@ -33,7 +33,7 @@ class NullTracker:
 class Journal:
     """Appends events to the journal at `path`, whose folder must exist.
 
-    `attempt` is the number of the attempt, from 0, or OF_NONE. Each event is one `write` with
+    `attempt` is the number of the attempt, from 0, or NO_ATTEMPT. Each event is one `write` with
     O_APPEND, so the lines of two writers on one host cannot mix.
     """
 
