@@ -40,7 +40,7 @@ from pipeline.recipe.suite import refuse_references
 from pipeline.track.journal import read_events
 from pipeline.track.mlflow import Mirror, tracking_uri
 from pipeline.track.mlflow_store import without_password
-from pipeline.track.prometheus import Exposed
+from pipeline.track.prometheus import MetricsFile
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import check_recipe
 from pipeline.train.checkpoint import claim, store_at
@@ -141,7 +141,11 @@ def drive(
             message.unlink(missing_ok=True)
         write_job(job)
         shown = Shown(
-            folder, console, store=uri, resume_command=resume, also=Exposed(folder, print_line).show
+            folder,
+            console,
+            store=uri,
+            resume_command=resume,
+            also=MetricsFile(folder, print_line).show,
         )
         request = StopRequest(folder, print_line)
         with _mirrored(folder, uri, print_line), closing(shown):

@@ -90,7 +90,7 @@ def _gauge(name: str, help_: str, value: float, labels: Sequence[str]) -> GaugeM
     return gauge
 
 
-class Exposed:
+class MetricsFile:
     """The file with the state of one run, in the folder that the environment variable
     SPIKETRAIN_METRICS names. If the variable is not set, nothing is written.
 
