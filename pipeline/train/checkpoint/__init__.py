@@ -16,7 +16,7 @@ The modules, in reading order: `checkpoints` saves and restores, `background` wr
 checkpoint, and `manifest` detects damage.
 """
 
-from pipeline.train.checkpoint.background import Saved
+from pipeline.train.checkpoint.background import SavedCheckpoint
 from pipeline.train.checkpoint.checkpoints import (
     WEIGHTS,
     Checkpoints,
@@ -47,7 +47,7 @@ __all__ = [
     "CheckpointStore",
     "Checkpoints",
     "Owner",
-    "Saved",
+    "SavedCheckpoint",
     "absolute",
     "claim",
     "damage",

@@ -32,14 +32,14 @@ LONGEST_S = 1800.0
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """A complete checkpoint."""
 
     address: str
     step: int
     write_s: float  # seconds from the copy of the state until the checkpoint was complete
     bytes: int
-    untidy: str = ""  # the error if an old checkpoint could not be deleted
+    prune_error: str = ""  # the error if an old checkpoint could not be deleted
 
 
 class Background:
@@ -49,8 +49,8 @@ class Background:
         files: the contents by file name: text, tensors by name (`.safetensors`), or a value for
             `torch.save`. The thread removes each entry that it writes.
         attempt: a part of the temporary folder's name.
-        keep: see `prune`, which rank 0 calls once the checkpoint is complete. `Saved.untidy` holds
-            an error of `prune`.
+        keep: see `prune`, which rank 0 calls once the checkpoint is complete. An error of `prune`
+            is the `prune_error` of the result.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Background:
         self.temp = store.staging / f"{WRITING}{attempt}-{self.name}"
         # The result is the complete checkpoint on rank 0. It is None on any other rank, and is set
         # once that rank has written its part.
-        self.outcome: Future[Saved | None] = Future()
+        self.outcome: Future[SavedCheckpoint | None] = Future()
         self._is_taken, self._is_closing = False, threading.Event()
         self._began = time.monotonic()
         self._thread = threading.Thread(
@@ -81,7 +81,7 @@ class Background:
         """The error of the thread if it has failed, else None."""
         return self.outcome.exception() if self.outcome.done() else None
 
-    def take(self) -> Saved | None:
+    def take(self) -> SavedCheckpoint | None:
         """The result at the first call, which waits for it; None at later calls.
 
         Raises:
@@ -129,23 +129,23 @@ class Background:
             write_whole(self._note("json", self.rank), json.dumps(facts).encode())
         return facts
 
-    def _finish(self, facts: Facts) -> Saved:
+    def _finish(self, facts: Facts) -> SavedCheckpoint:
         timeout_s = time.monotonic() - self._began + 1.0  # about as long as this rank took
         for rank in range(1, self.world_size):
             facts |= self._read_note(rank, timeout_s)
         seal(self.temp, facts)
         address = self.store.finish(self.temp, self.name)
-        untidy = ""
+        prune_error = ""
         try:
             prune(self.store, self.name, keep=self.keep)
         except Exception as error:
-            untidy = f"{type(error).__name__}: {error}"
-        return Saved(
+            prune_error = f"{type(error).__name__}: {error}"
+        return SavedCheckpoint(
             address,
             self.step,
             write_s=time.monotonic() - self._began,
             bytes=sum(fact["bytes"] for fact in facts.values()),
-            untidy=untidy,
+            prune_error=prune_error,
         )
 
     def _read_note(self, rank: int, timeout_s: float) -> Facts:

@@ -22,7 +22,7 @@ from pipeline.core.tensor_file import find_code
 from pipeline.core.units import counted
 from pipeline.train.backend.base import Backend, cpu_copy
 from pipeline.train.checkpoint import background
-from pipeline.train.checkpoint.background import Background, Saved
+from pipeline.train.checkpoint.background import Background, SavedCheckpoint
 from pipeline.train.checkpoint.manifest import MANIFEST, damage, read_manifest
 from pipeline.train.checkpoint.selection import step_name
 from pipeline.train.checkpoint.store import TRAINER, CheckpointError, CheckpointStore
@@ -79,7 +79,7 @@ class Checkpoints:
         *,
         buffers: Mapping[str, Tensor] | None = None,
         weights: Mapping[str, Tensor] | None = None,
-    ) -> Saved | None:
+    ) -> SavedCheckpoint | None:
         """Begin to write a checkpoint. Collective. The checkpoint is complete once `done`, `wait`
         or the next `save` returns it.
 
@@ -115,7 +115,7 @@ class Checkpoints:
         )
         return previous
 
-    def done(self) -> Saved | None:
+    def done(self) -> SavedCheckpoint | None:
         """The checkpoint of the last `save` on rank 0, if it is complete and was not returned
         before; else None. Does not wait.
         """
@@ -130,7 +130,7 @@ class Checkpoints:
         """
         return self._writing is not None and self._writing.failure() is not None
 
-    def wait(self) -> Saved | None:
+    def wait(self) -> SavedCheckpoint | None:
         """Wait until the checkpoint of the last `save` is complete. Collective. Returns it on rank
         0, unless it was returned before.
 
@@ -148,7 +148,7 @@ class Checkpoints:
         self._is_retry, self.newest_step = False, writing.step
         return writing.take()
 
-    def settle(self) -> tuple[Saved | None, bool]:
+    def settle(self) -> tuple[SavedCheckpoint | None, bool]:
         """As `wait`. Also returns whether the checkpoint could not be written and is lost. If it is
         lost, the caller must save the current state.
 
@@ -166,7 +166,7 @@ class Checkpoints:
             self.on_unwritten(writing.step, error.strerror or str(error))
             return None, True
 
-    def close(self, error: BaseException | None = None) -> Saved | None:
+    def close(self, error: BaseException | None = None) -> SavedCheckpoint | None:
         """End without collectives, because another rank may have ended. Returns the checkpoint of
         the last `save` on rank 0, if all ranks have written their parts.
 

@@ -181,7 +181,7 @@ def test_an_old_one_that_cannot_be_deleted_is_told_and_costs_no_new_one(
         patch.setattr("pipeline.train.checkpoint.store.shutil.rmtree", fails)
         for value, number in enumerate(steps[1:]):
             told = save(checkpoints, number, backend(), Counting(value + 1.0), TRAINER)
-            assert told.step == number and told.untidy.startswith(
+            assert told.step == number and told.prune_error.startswith(
                 "OSError: [Errno 39] Directory not empty: "
             )
     assert feedback(CheckpointStore(tmp_path)) == 3

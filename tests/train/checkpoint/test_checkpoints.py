@@ -194,13 +194,13 @@ def test_a_score_that_cannot_be_read_now_costs_nobody_the_best(
     for step, score, there in [(1, 0.3, "1"), (2, 0.9, "12"), (3, 0.2, "123"), (4, 0.1, "1234")]:
         told = save(checkpoints, step, backend(), Counting(), {**TRAINER, "score": score})
         assert steps_in(tmp_path) == there
-        assert ("Stale file handle" in told.untidy) == (step > 1)
+        assert ("Stale file handle" in told.prune_error) == (step > 1)
     with pytest.raises(OSError, match="Stale file handle"):
         verified(CheckpointStore(tmp_path), "best")
     left.clear()
     assert verified(CheckpointStore(tmp_path), "best").name == "step_00000002"
     told = save(checkpoints, 5, backend(), Counting(), {**TRAINER, "score": 0.4})
-    assert (steps_in(tmp_path), told.untidy) == ("25", "")
+    assert (steps_in(tmp_path), told.prune_error) == ("25", "")
 
 
 def test_one_on_a_bad_sector_is_nobodys_best_and_does_not_stay_for_good(
@@ -208,7 +208,7 @@ def test_one_on_a_bad_sector_is_nobodys_best_and_does_not_stay_for_good(
 ) -> None:
     checkpoints = saved(tmp_path, [1, 2])
     unreadable(monkeypatch, tmp_path / "step_00000001" / "trainer.json", errno.EIO)
-    assert save(checkpoints, 3, backend(), Counting(), {**TRAINER, "score": 0.1}).untidy == ""
+    assert save(checkpoints, 3, backend(), Counting(), {**TRAINER, "score": 0.1}).prune_error == ""
     assert steps_in(tmp_path) == "23"
     assert verified(CheckpointStore(tmp_path), "best").name == "step_00000003"
 

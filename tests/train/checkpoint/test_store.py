@@ -109,7 +109,7 @@ def test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut
         is_new = how == "removed" or at == "nowhere"
         with nullcontext() if is_new else pytest.raises(OSError, match="Connection reset by peer"):
             told = saving.wait()
-            assert told is not None and ("Connection reset by peer" in told.untidy) == (
+            assert told is not None and ("Connection reset by peer" in told.prune_error) == (
                 how == "removed"
             )
     assert store(address, tmp_path).names() == ["step_00000002"]
@@ -145,7 +145,7 @@ def test_a_bucket_that_lets_nobody_delete_takes_new_ones_all_the_same(
         save(saving, step, backend(), Counting(float(index)), TRAINER)
         for index, step in enumerate((1, 2, 2))
     ]
-    assert [each.untidy for each in told] == ["PermissionError: Access Denied"] * 3
+    assert [each.prune_error for each in told] == ["PermissionError: Access Denied"] * 3
     assert feedback(store(address, tmp_path / "fresh")) == 2
 
 
