@@ -45,7 +45,7 @@ from pipeline.train.build import (
     build_optimizer,
     build_schedule,
 )
-from pipeline.train.checkpoint import Checkpoints, lost_step, read_trainer, step_name, store_at
+from pipeline.train.checkpoint import Checkpoints, expected_step, read_trainer, step_name, store_at
 from pipeline.train.checkpoint.background import LONGEST_S
 from pipeline.train.elastic import build_mixing, fit_to_sizes, seed_everything
 from pipeline.train.gradient_fidelity import compare_gradients
@@ -247,7 +247,9 @@ def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
     before, when = job.recipe, "the run was launched"
     if trainer is not None:
         before, when = trainer["recipe"], f"step {trainer['step']} was saved"
-    elif step := lost_step(read_events(RunFolder(job.run).journal), keep=recipe.checkpoints.keep):
+    elif step := expected_step(
+        read_events(RunFolder(job.run).journal), keep=recipe.checkpoints.keep
+    ):
         raise UserError(
             f"checkpoint: {checkpoints.store.address(step_name(step))} must be there, as the"
             " journal says; got no checkpoint: mount or restore its storage, or begin anew under"

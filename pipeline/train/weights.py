@@ -17,7 +17,7 @@ from pipeline.recipe.spec import Spec, is_path
 from pipeline.spiking.binary import Binarizer, binary_synapses
 from pipeline.spiking.neuron import PLIF, learnt_decays
 from pipeline.spiking.rate import RateNeuron
-from pipeline.train.checkpoint import WEIGHTS, CheckpointStore, store_at, verified
+from pipeline.train.checkpoint import WEIGHTS, CheckpointStore, store_at, verified_checkpoint
 
 
 def load_run(
@@ -31,7 +31,9 @@ def load_run(
         f"load: {folder} must be a run's folder, which holds {file.name}; it does not",
     )
     network: nn.Module = Recipe.read(file, trust=trust).model.build()
-    network.load_state_dict(read_state(verified(store_of(folder), which) / WEIGHTS, who="load"))
+    network.load_state_dict(
+        read_state(verified_checkpoint(store_of(folder), which) / WEIGHTS, who="load")
+    )
     return network.eval()
 
 
@@ -60,7 +62,7 @@ def weights_file(start: Path) -> Path:
     of a run's folder.
     """
     if start.is_dir():
-        return verified(store_of(start)) / WEIGHTS
+        return verified_checkpoint(store_of(start)) / WEIGHTS
     require(
         start.is_file(),
         f"init: must be a run's folder or a weights file; got {start}, which does not exist",

@@ -37,7 +37,7 @@ from pipeline.train.checkpoint import (
     Checkpoints,
     CheckpointStore,
     checkpoints,
-    damage,
+    find_damage,
     step_folders,
 )
 from pipeline.train.checkpoint.manifest import facts_of, seal
@@ -214,7 +214,7 @@ def reseal(file: Path) -> None:
             files = [path for path in manifest.parent.rglob("*") if path.is_file()]
             names = (str(path.relative_to(manifest.parent)) for path in files)
             seal(manifest.parent, facts_of(manifest.parent, names))
-            assert damage(manifest.parent) is None
+            assert find_damage(manifest.parent) is None
 
 
 @pytest.mark.parametrize(

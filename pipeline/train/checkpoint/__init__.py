@@ -25,8 +25,14 @@ from pipeline.train.checkpoint.checkpoints import (
     set_rng_state,
     weights_of,
 )
-from pipeline.train.checkpoint.manifest import damage
-from pipeline.train.checkpoint.selection import lost_step, pin, prune, step_name, verified
+from pipeline.train.checkpoint.manifest import find_damage
+from pipeline.train.checkpoint.selection import (
+    expected_step,
+    pin,
+    prune,
+    step_name,
+    verified_checkpoint,
+)
 from pipeline.train.checkpoint.store import (
     CheckpointError,
     CheckpointStore,
@@ -50,9 +56,9 @@ __all__ = [
     "SavedCheckpoint",
     "absolute",
     "claim",
-    "damage",
+    "expected_step",
+    "find_damage",
     "folder_of",
-    "lost_step",
     "owner_of",
     "pin",
     "prune",
@@ -64,6 +70,6 @@ __all__ = [
     "step_name",
     "store_at",
     "trainer_of",
-    "verified",
+    "verified_checkpoint",
     "weights_of",
 ]

@@ -23,7 +23,7 @@ from pipeline.core.units import counted
 from pipeline.train.backend.base import Backend, cpu_copy
 from pipeline.train.checkpoint import background
 from pipeline.train.checkpoint.background import Background, SavedCheckpoint
-from pipeline.train.checkpoint.manifest import MANIFEST, damage, read_manifest
+from pipeline.train.checkpoint.manifest import MANIFEST, find_damage, read_manifest
 from pipeline.train.checkpoint.selection import step_name
 from pipeline.train.checkpoint.store import TRAINER, CheckpointError, CheckpointStore
 
@@ -201,7 +201,7 @@ class Checkpoints:
         self.store.sweep()
         for name in reversed(self.store.names()):
             path = self.store.fetch(name)
-            reason = damage(path)
+            reason = find_damage(path)
             if reason is not None:
                 self._quarantine(name, reason)
             elif code := find_code(path):

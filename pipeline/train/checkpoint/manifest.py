@@ -31,7 +31,7 @@ def seal(folder: Path, facts: Facts) -> None:
     write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
-def damage(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """The reason why a checkpoint is damaged, in words; None if its files match its manifest.
 
     Raises:

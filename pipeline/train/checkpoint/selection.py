@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from pipeline.track.events import Checkpoint, Event, Quarantine, Start
-from pipeline.train.checkpoint.manifest import damage
+from pipeline.train.checkpoint.manifest import find_damage
 from pipeline.train.checkpoint.store import CheckpointError, CheckpointStore, trainer_of
 
 
@@ -18,7 +18,7 @@ def pin(path: Path) -> None:
     path.with_name(f"{path.name.split('.')[0]}.pinned").touch()
 
 
-def verified(store: CheckpointStore, which: str = "last") -> Path:
+def verified_checkpoint(store: CheckpointStore, which: str = "last") -> Path:
     """The folder of the newest checkpoint that verifies; with "best", of the one with the best
     score.
 
@@ -31,7 +31,7 @@ def verified(store: CheckpointStore, which: str = "last") -> Path:
         names = _by_score(store, names)
     for name in reversed(names):
         path = store.fetch(name)
-        if damage(path) is None:
+        if find_damage(path) is None:
             return path
     with_score = " with a score" if which == "best" else ""
     raise CheckpointError(
@@ -60,7 +60,7 @@ def prune(store: CheckpointStore, saved: str, *, keep: int) -> None:
             store.delete(name)
 
 
-def lost_step(events: Iterable[Event], *, keep: int) -> int | None:
+def expected_step(events: Iterable[Event], *, keep: int) -> int | None:
     """The step of the newest checkpoint that must exist according to the journal; None if no
     checkpoint must exist.
 

@@ -93,7 +93,7 @@ class CheckpointStore:
         self.fs = WithOSErrors(fs)
 
     def names(self) -> list[str]:
-        """The names of the complete checkpoints, oldest first. `damage` verifies their content."""
+        """The names of the complete checkpoints, oldest first; see `find_damage`."""
         return list(self._complete())
 
     def address(self, name: str) -> str:
@@ -139,7 +139,7 @@ class CheckpointStore:
             return self.folder / current
         download = own_folder(self.staging) / name
         download.mkdir()
-        with contextlib.suppress(FileNotFoundError, DamagedManifest):  # `damage` reports both
+        with contextlib.suppress(FileNotFoundError, DamagedManifest):  # `find_damage` reports both
             manifest = self.fs.cat_file(f"{self.root}/{current}/{MANIFEST}")
             (download / MANIFEST).write_bytes(manifest)
             for file in read_manifest(manifest):

@@ -20,7 +20,13 @@ from torch import distributed
 from pipeline.core.errors import UserError
 from pipeline.train.backend.base import cpu_copy
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.checkpoint import Checkpoints, CheckpointStore, background, damage, step_folders
+from pipeline.train.checkpoint import (
+    Checkpoints,
+    CheckpointStore,
+    background,
+    find_damage,
+    step_folders,
+)
 from tests.helpers.few import TRAINER, Counting, backend, feedback, save, step
 from tests.helpers.processes import refusal, run_ranks
 from tests.helpers.waiting import until
@@ -94,7 +100,9 @@ def test_it_is_told_once_as_soon_as_it_is_whole(tmp_path: Path) -> None:
     checkpoints.save(1, backend(), Counting(), TRAINER)
     told = until(checkpoints.done, within=20, pause=0.01)
     assert told is not None
-    assert told.address == str(tmp_path / "step_00000001") and damage(Path(told.address)) is None
+    assert (
+        told.address == str(tmp_path / "step_00000001") and find_damage(Path(told.address)) is None
+    )
     assert checkpoints.done() is None and checkpoints.wait() is None
 
 
@@ -198,7 +206,7 @@ def test_an_attempt_that_ends_by_an_error_finishes_what_it_was_writing_or_says_t
     checkpoints.save(1, backend(), Counting(), TRAINER)
     threading.Timer(0.1, gate.set).start()
     told = checkpoints.close(error)
-    assert told is not None and damage(Path(told.address)) is None
+    assert told is not None and find_damage(Path(told.address)) is None
     with failing(errno.EIO):
         checkpoints.save(2, backend(), Counting(), TRAINER)
         assert checkpoints.close(error) is None
@@ -240,7 +248,7 @@ def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
             distributed.barrier()
             held.set()
             checkpoints.wait()
-        found[f"whole {writer}"] = damage(staging / f"step_0000000{1 + writer}")
+        found[f"whole {writer}"] = find_damage(staging / f"step_0000000{1 + writer}")
     for full_rank in range(size):
         with cannot_write(rank == full_rank, errno.ENOSPC, "No space left on device"):
             checkpoints.save(5, made, Counting(), TRAINER)
@@ -270,7 +278,7 @@ def _one_cannot_write(rank: int, size: int, folder: str) -> dict[str, Any]:
         distributed.barrier()
     checkpoints.save(1, backend(), Counting(), about)
     checkpoints.wait()
-    return {"heard": heard, "told": told, "whole": damage(Path(folder) / "step_00000001")}
+    return {"heard": heard, "told": told, "whole": find_damage(Path(folder) / "step_00000001")}
 
 
 @pytest.mark.distributed

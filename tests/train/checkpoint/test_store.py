@@ -25,10 +25,10 @@ from pipeline.train.checkpoint import (
     CheckpointError,
     Checkpoints,
     CheckpointStore,
-    damage,
+    find_damage,
     prune,
     store_at,
-    verified,
+    verified_checkpoint,
 )
 from pipeline.train.checkpoint.store import sweep_fetched
 from tests.helpers.few import FILES, TRAINER, Counting, backend, feedback, restore, save
@@ -174,7 +174,7 @@ def test_a_request_that_failed_deletes_nothing(
         monkeypatch.setattr(MemoryFileSystem, name, partialmethod(partial(fails, name)))
     for file, ask in (
         ("step_00000001-a/manifest.json", place.sweep),
-        ("step_00000003-a/manifest.json", lambda: verified(place)),
+        ("step_00000003-a/manifest.json", lambda: verified_checkpoint(place)),
         ("step_00000003-a/manifest.json", lambda: place.finish(tmp_path / "temp", "step_00000003")),
         ("step_00000002.pinned", lambda: prune(place, "step_00000003", keep=1)),
     ):
@@ -228,7 +228,7 @@ def test_a_manifest_reaches_no_file_outside(tmp_path: Path) -> None:
     )
     place.fs.pipe_file(f"{place.root}/planted", b"x")
     with pytest.raises(CheckpointError, match="must hold a checkpoint that verifies; got none"):
-        verified(place)
+        verified_checkpoint(place)
     assert not (tmp_path / "planted").exists()
 
 
@@ -288,14 +288,14 @@ def test_no_other_process_takes_away_what_one_has_fetched_and_what_a_dead_one_le
     ) as other:
         assert other.stdout is not None
         theirs = Path(other.stdout.readline().strip())
-        assert theirs != path.parent and damage(path) is None
+        assert theirs != path.parent and find_damage(path) is None
         checkpoints.store.sweep()
-        assert (theirs / "file").exists() and damage(path) is None
+        assert (theirs / "file").exists() and find_damage(path) is None
         other.kill()
         other.wait()
     assert (theirs / "file").exists()
     checkpoints.store.sweep()
-    assert not theirs.exists() and damage(path) is None
+    assert not theirs.exists() and find_damage(path) is None
     # this process's, and its lock
     assert checkpoints.newest() == path and len([*staging.iterdir()]) == 2
 
