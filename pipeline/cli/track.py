@@ -58,7 +58,7 @@ def register(
     """
     from pipeline.report.selection import find_run
     from pipeline.track import mlflow
-    from pipeline.train.checkpoint import pin, verified
+    from pipeline.train.checkpoint import pin, verified_checkpoint
     from pipeline.train.weights import store_of
 
     folder = find_run(runs, run)
@@ -68,7 +68,7 @@ def register(
             "register: the checkpoint must be in a folder, so that it can be pinned; got"
             f" {store.address('')}"
         )
-    checkpoint = verified(store, which)
+    checkpoint = verified_checkpoint(store, which)
     pin(checkpoint)  # first, because a run that still trains deletes old checkpoints
     version = mlflow.register(
         folder, checkpoint, name=name, alias=which, uri=mlflow.tracking_uri(folder.parent)

@@ -41,12 +41,12 @@ from pipeline.recipe.suite import refuse_references
 from pipeline.track.journal import read_events
 from pipeline.track.mlflow import Mirror, tracking_uri
 from pipeline.track.mlflow_store import without_password
-from pipeline.track.prometheus import Exposed
+from pipeline.track.prometheus import MetricsFile
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import check_recipe
 from pipeline.train.checkpoint import claim, store_at
 from pipeline.train.elastic import format_sizes
-from pipeline.train.guards.storage_outage import retry_while_away
+from pipeline.train.guards.storage_outage import retry_during_outage
 from pipeline.train.guards.watchdog import unreported_hangs
 from pipeline.train.job import Job, raise_refusal
 from pipeline.train.tasks import Loaders, fingerprint_of, tasks_of
@@ -172,7 +172,7 @@ def drive(
             console,
             mlflow_uri=uri,
             resume_command=resume_command,
-            on_events=Exposed(folder, print_line).show,
+            on_events=MetricsFile(folder, print_line).show,
         )
         request = StopRequest(folder, print_line)
         with _mirrored(folder, uri, print_line), closing(display):
@@ -214,7 +214,7 @@ def _with_checkpoint_token(job: Job, print_line: Callable[[str], None]) -> Job:
     store = store_at(job.checkpoints, Path(job.run))
     return replace(
         job,
-        store_token=retry_while_away(
+        store_token=retry_during_outage(
             Ranks(),
             lambda: claim(store, run=job.run, run_id=job.run_id, study=job.study),
             on_wait=lambda error: print_line(

@@ -42,7 +42,7 @@ from pipeline.launch.ray_cluster import (
 )
 from pipeline.track.events import Checkpoint, Stopped
 from pipeline.track.journal import last_event
-from pipeline.train.backend.collectives import PATIENCE, Ranks
+from pipeline.train.backend.collectives import COLLECTIVE_TIMEOUT, Ranks
 from pipeline.train.job import Job, Notice, RankInfo, stop_reason, was_stopped
 from pipeline.train.worker import run
 from pipeline.train.writer_lock import journal
@@ -328,7 +328,7 @@ def _train(config: dict[str, Any], *, work: Work, sizes: tuple[int, ...]) -> dic
     # healthy worker first, and Ray then ends the worker that hangs before its stacks are written.
     after_watchdog = timedelta(minutes=job.hang_minutes, seconds=AFTER_WATCHDOG_S)
     distributed.distributed_c10d._set_pg_timeout(
-        after_watchdog if job.hang_minutes else PATIENCE, distributed.group.WORLD
+        after_watchdog if job.hang_minutes else COLLECTIVE_TIMEOUT, distributed.group.WORLD
     )
     try:
         return work(job, rank_info)

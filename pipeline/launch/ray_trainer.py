@@ -56,7 +56,7 @@ from pipeline.core.units import counted
 from pipeline.launch.ray_cluster import alive_nodes, cause, innermost
 from pipeline.measure.memory import is_out_of_memory
 from pipeline.recipe.recipe import write_json
-from pipeline.track.events import OF_NONE, Checkpoint, Start, Waiting
+from pipeline.track.events import NO_ATTEMPT, Checkpoint, Start, Waiting
 from pipeline.track.journal import Journal, last_event
 from pipeline.train.job import Notice, note_death, was_stopped
 
@@ -376,7 +376,7 @@ def journal_waiting(folder: Path, workers: int) -> None:
     Raises:
         OSError: the journal cannot be written.
     """
-    with Journal(RunFolder(folder).journal, attempt=OF_NONE) as journal:
+    with Journal(RunFolder(folder).journal, attempt=NO_ATTEMPT) as journal:
         journal.write(
             Waiting(what=f"resources for {counted(workers, 'worker')}", most_s=RESOURCES_TIMEOUT_S)
         )

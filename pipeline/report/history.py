@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from pipeline.measure.constants import PARTS, REST
 from pipeline.track.events import (
-    OF_NONE,
+    NO_ATTEMPT,
     Checkpoint,
     Evaluation,
     Event,
@@ -129,7 +129,7 @@ def _with_seconds(events: Iterable[Event]) -> Iterator[tuple[float, Event]]:
     paid = begun = last = 0.0
     attempt: int | None = None
     for event in events:
-        if event.attempt == OF_NONE:
+        if event.attempt == NO_ATTEMPT:
             yield paid + last - begun, event
             continue
         if event.attempt != attempt:

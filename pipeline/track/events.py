@@ -1,9 +1,10 @@
-"""The events of a run's journal: one frozen dataclass for each kind.
+"""The events of a run's journal: one frozen dataclass for each kind of event.
 
-A class declares everything that depends on its kind: its fields, their use in MLflow (`mlflow.py`)
-and Prometheus (`prometheus.py`), and its traits. The traits, such as `durable`, are keywords of the
-class; `Event` lists them. `Event.to_dict` and `from_dict` convert to and from JSON. The name of a
-kind is its class name with underscores: `FirstBatch` is `first_batch`.
+A class declares everything that depends on the kind: the fields, their use in MLflow (`mlflow.py`)
+and Prometheus (`prometheus.py`), and the traits. Traits, such as `durable`, are keywords of the
+class statement; `Event` lists them. `Event.to_dict` and `from_dict` convert events to and from
+JSON. The name of a kind is the class name in lower case with underscores: the kind of `FirstBatch`
+is `first_batch`.
 """
 
 import re
@@ -19,13 +20,15 @@ from pipeline.recipe.recipe import Role, roles
 State = Literal["new", "running", "finished", "stopped", "failed", "diverged", "interrupted"]
 Numbers = dict[str, float]
 _TAGS_OF_RECIPE = tuple(name for name, role in roles().items() if Role.TAG in role)
-OF_NONE = -1  # `attempt` of events that a launcher writes between two attempts
-KIND = "event"  # the key of the kind in the JSON form
+NO_ATTEMPT = -1  # `attempt` of an event that the launcher writes between two attempts
+KIND = "event"  # the key that holds the kind in the JSON form
 
 
 @dataclass(frozen=True)
 class Metric:
-    """The field is a metric of MLflow. Each number in a mapping is a metric `name/key`."""
+    """The field is a metric of MLflow. If it is a mapping, each number in it is a metric
+    `name/key`.
+    """
 
     name: str
     without: tuple[str, ...] = ()  # keys of the mapping that are not sent
@@ -33,7 +36,9 @@ class Metric:
 
 @dataclass(frozen=True)
 class Tag:
-    """The field is a tag of MLflow, unless it is None. A mapping has a tag for each key."""
+    """The field is a tag of MLflow, unless it is None. If it is a mapping, each key is a tag
+    `name.key`.
+    """
 
     name: str
     keys: tuple[str, ...] | None = None  # the only keys of the mapping that are sent
@@ -41,7 +46,7 @@ class Tag:
 
 @dataclass(frozen=True)
 class Gauge:
-    """The field, or the entry `key` of a mapping, is a gauge of Prometheus."""
+    """The field is a gauge of Prometheus. If it is a mapping, the gauge is its entry `key`."""
 
     name: str
     help: str
@@ -57,25 +62,26 @@ class Event:
     """The base of all events. The journal sets both fields when it writes the event."""
 
     kind: ClassVar[str] = ""
-    durable: ClassVar[bool] = False  # `write` returns once the event survives a power cut
-    sends_journal: ClassVar[bool] = False  # MLflow gets the journal while the run goes on
-    state: ClassVar[State | None] = None  # of a run without a driver whose last event this is
-    # in MLflow
+    durable: ClassVar[bool] = False  # the event is flushed to the disk when it is written
+    sends_journal: ClassVar[bool] = False  # the journal is sent to MLflow after this event
+    # the state of the run if this is its last event that has a state, and no driver is alive
+    state: ClassVar[State | None] = None
+    # the status of the run in MLflow after this event; None: the status does not change
     status: ClassVar[Literal["RUNNING", "FINISHED", "FAILED", "KILLED"] | None] = None
-    count_tag: ClassVar[str] = ""  # a tag of MLflow that counts these events
-    counted_field: ClassVar[str] = ""  # a field that the tag sums; empty: it counts events
-    diverged: ClassVar[str | None] = None  # a tag of MLflow: whether the attempt diverged
-    measures_weights: ClassVar[bool] = False  # void if the run goes back to an earlier step
-    settles_weights: ClassVar[bool] = False  # the run will not go back to an earlier step
+    count_tag: ClassVar[str] = ""  # the tag of MLflow that counts these events; "": none
+    counted_field: ClassVar[str] = ""  # the field that `count_tag` sums; "": events are counted
+    diverged: ClassVar[str | None] = None  # the value of MLflow's tag `spiketrain.diverged`
+    measures_weights: ClassVar[bool] = False  # not valid after a return to an earlier step
+    settles_weights: ClassVar[bool] = False  # the run cannot return to an earlier step
 
     time: float = 0.0  # Unix seconds
-    attempt: int = OF_NONE  # number of the start, from 0
+    attempt: int = NO_ATTEMPT  # number of the attempt, from 0
 
     def __init_subclass__(cls, **traits: Any) -> None:
         for name, value in traits.items():
-            assert hasattr(cls, name), f"no trait of events: {name}"
+            assert hasattr(cls, name), f"events have no trait {name}"
             setattr(cls, name, value)
-        if not cls.__name__.startswith("_"):  # a base of several kinds has no kind
+        if not cls.__name__.startswith("_"):  # the base class of several kinds is no kind itself
             cls.kind = re.sub(r"(?<=.)(?=[A-Z])", "_", cls.__name__).lower()
             KINDS[cls.kind] = cls
 
@@ -96,61 +102,58 @@ class _AtStep(Event):
 class Start(_AtStep, durable=True, sends_journal=True, state="interrupted", status="RUNNING"):
     """An attempt begins to train."""
 
-    attempt: Annotated[int, Tag("spiketrain.attempt")] = OF_NONE  # number of the start, from 0
+    attempt: Annotated[int, Tag("spiketrain.attempt")] = NO_ATTEMPT  # number of the attempt, from 0
     run: str  # name of the run's folder
     run_id: str  # unique, chosen at the launch
     recipe: Annotated[str, Tag("spiketrain.recipe"), Tag("mlflow.source.name")]  # name
     rule: Annotated[str, Tag("spiketrain.rule")]  # label of the training rule
-    study: Annotated[
-        str, Tag("spiketrain.study")
-    ]  # study key; runs with the same key may be compared
-    study_parent: Annotated[str | None, Tag("spiketrain.study_parent")]  # shared by a suite's runs
+    # study key; runs with the same key may be compared
+    study: Annotated[str, Tag("spiketrain.study")]
+    study_parent: Annotated[str | None, Tag("spiketrain.study_parent")]  # id of the suite's launch
     suite: Annotated[str | None, Tag("spiketrain.suite")]  # name of the suite's folder
     family: Annotated[str | None, Tag("spiketrain.family")]  # name of the experiment in MLflow
     seed: Annotated[int, Tag("spiketrain.seed")]  # of the recipe
     world_size: Annotated[
-        int,
-        Tag("spiketrain.world_size"),
-        Gauge("spiketrain_workers", "Workers that train together."),
-    ]  # workers
+        int, Tag("spiketrain.world_size"), Gauge("spiketrain_workers", "Number of workers.")
+    ]  # number of workers
     batch_size: Annotated[int, Tag("spiketrain.batch_size")]  # samples of a global batch
-    micro_batch: Annotated[int, Tag("spiketrain.micro_batch")]  # samples that a worker holds
+    micro_batch: Annotated[int, Tag("spiketrain.micro_batch")]  # samples of a micro-batch
     accumulation: int  # micro-batches of a worker in a global batch
-    parameters: int  # trainable numbers of the network
+    parameters: int  # number of trainable parameters
     steps_per_epoch: int  # global batches of the current task
     total_steps: Annotated[
         int, Gauge("spiketrain_total_steps", "Global batches of the whole run.")
-    ]  # global batches
+    ]  # global batches of the whole run
     epochs: int  # of all tasks
     samples: int  # of the current task's training set
-    dropped_per_epoch: int  # samples that do not fill a global batch
-    began: float  # Unix seconds at the worker's first line of code
+    dropped_per_epoch: int  # samples left out because they do not fill a global batch
+    began: float  # Unix seconds at which the worker's code began to run
     time_steps: int  # T
     precision: Annotated[str, Tag("spiketrain.precision")]  # such as bf16
     zero: Annotated[int, Tag("spiketrain.zero")]  # DeepSpeed's stage
     commit: Annotated[str, Tag("spiketrain.commit"), Tag("mlflow.source.git.commit")]  # git
     hardware: Annotated[dict[str, Any], Tag("hardware")]  # of all workers: cpu, gpu, threads
-    versions: Annotated[dict[str, str], Tag("versions")]  # of the libraries
+    versions: Annotated[dict[str, str], Tag("versions")]  # of libraries, by name
     data_fingerprint: Annotated[str, Tag("spiketrain.data_fingerprint")]  # hash of the data set
     params: Annotated[dict[str, Any], Tag("spiketrain", keys=_TAGS_OF_RECIPE)]  # the recipe
     loader_threads: int  # of each worker
-    own_cores: list[int] | None  # numbers of rank 0's reserved cores; None: none are reserved
-    resume_command: str  # for a shell
+    own_cores: list[int] | None  # the cores reserved for rank 0; None: no cores are reserved
+    resume_command: str  # shell command
 
 
 @dataclass(frozen=True, kw_only=True)
 class FirstBatch(_AtStep):
     """The first batch of an attempt is done."""
 
-    startup_s: float  # seconds since the worker's first line of code
+    startup_s: float  # seconds since the worker's code began to run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Init(Event):
-    """The network begins with weights of a file."""
+    """The network starts from the weights in a file."""
 
     file: str  # path of the weights
-    fresh: list[str]  # names of the parameters that the file does not have
+    fresh: list[str]  # names of parameters that are not in the file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +161,7 @@ class Teacher(Event):
     """The teacher of a run was evaluated."""
 
     teacher: str  # label
-    figures: dict[str, Any]  # samples, loss, and shares in 0..1: top1, top5
+    figures: dict[str, Any]  # samples, loss, and the accuracies top1 and top5 in 0..1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,9 +169,9 @@ class Probe(Event):
     """A linear classifier was fitted to the teacher's features."""
 
     teacher: str  # label
-    views: int  # augmented samples that the classifier was fitted to
-    top1: float  # share in 0..1, on these views
-    seconds: float  # of the fit
+    views: int  # number of augmented samples in the fit
+    top1: float  # accuracy in 0..1 on these samples
+    seconds: float  # duration of the fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,39 +199,37 @@ class Step(_AtStep):
         Metric("train"),
         Gauge(
             "spiketrain_images_per_second",
-            "Samples that all workers train per second.",
+            "Training samples of all workers per second.",
             key="images_per_s",
         ),
-        Gauge("spiketrain_loss", "Training loss, the mean since the step event before.", "loss"),
+        Gauge("spiketrain_loss", "Mean training loss since the previous step event.", "loss"),
         Gauge(
             "spiketrain_top1_ratio",
-            "Top-1 accuracy on what was trained since the step event before.",
+            "Top-1 accuracy on the training samples since the previous step event.",
             key="top1",
         ),
         Gauge("spiketrain_learning_rate", "Learning rate of the first parameter group.", "lr"),
-        Gauge("spiketrain_step_seconds", "Seconds of a global batch, on rank 0.", "step_s"),
+        Gauge("spiketrain_step_seconds", "Seconds per global batch on rank 0.", "step_s"),
         Gauge(
             "spiketrain_data_wait_seconds",
-            "Seconds of a global batch that rank 0 waited for the loader.",
+            "Seconds per global batch in which rank 0 waited for the loader.",
             key="data_wait_s",
         ),
-    ]  # means: shares in 0..1, seconds of a global batch, samples per second
+    ]  # means: accuracies in 0..1, seconds per global batch, samples per second
     memory_bytes: Annotated[
         int | None,
         Metric("train/memory_bytes"),
         Gauge(
             "spiketrain_memory_bytes",
-            "What rank 0 holds: on its GPU, resident where it has none.",
+            "Memory of rank 0 in bytes: GPU memory, or resident memory without a GPU.",
         ),
-    ]  # bytes
+    ]  # of rank 0: GPU memory, or resident memory without a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(_AtStep, durable=True, sends_journal=True, measures_weights=True):
-    """The network was evaluated."""
-
     epoch: int  # the last epoch that has ended, from 0
-    samples: int  # evaluated
+    samples: int  # number of evaluated samples
     metrics: Annotated[
         Numbers,
         Metric("val"),
@@ -241,7 +242,7 @@ class Evaluation(_AtStep, durable=True, sends_journal=True, measures_weights=Tru
             "Spikes per neuron and time step in the newest evaluation.",
             key="firing_rate",
         ),
-    ]  # shares in 0..1, the mean loss, spikes per neuron and time step
+    ]  # accuracies in 0..1, the mean loss, spikes per neuron and time step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,10 +256,10 @@ class Fidelity(_AtStep, sends_journal=True, measures_weights=True):
 
 @dataclass(frozen=True, kw_only=True)
 class System(Event):
-    """The load of the driver's machine. These events have a file of their own."""
+    """A sample of the load of the driver's machine. These events have a file of their own."""
 
-    step: int  # number of the sample
-    metrics: Annotated[Numbers, Metric("system")]  # as MLflow names and measures them
+    step: int  # number of the sample, from 0
+    metrics: Annotated[Numbers, Metric("system")]  # MLflow's system metrics
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -272,7 +273,7 @@ class Checkpoint(Event, durable=True, settles_weights=True):
         float,
         Gauge(
             "spiketrain_checkpoint_timestamp_seconds",
-            "When the newest checkpoint was whole, in Unix time.",
+            "Unix time at which the newest checkpoint was complete.",
         ),
     ] = 0.0  # Unix seconds
     step: Annotated[
@@ -280,23 +281,20 @@ class Checkpoint(Event, durable=True, settles_weights=True):
         Gauge("spiketrain_checkpoint_step", "Global batches done at the newest checkpoint."),
     ]  # global batches done
     path: str  # the folder, or the address
-    stall_s: Annotated[float, Metric("checkpoint/stall_s")]  # seconds that training was stopped
+    stall_s: Annotated[float, Metric("checkpoint/stall_s")]  # seconds that training waited
     write_s: Annotated[
         float,
         Metric("checkpoint/write_s"),
-        Gauge(
-            "spiketrain_checkpoint_seconds",
-            "Seconds that the newest checkpoint was written for.",
-        ),
-    ]  # seconds from the save to the complete checkpoint
-    bytes: Annotated[int, Metric("checkpoint/bytes")]  # bytes of all files
+        Gauge("spiketrain_checkpoint_seconds", "Seconds to write the newest checkpoint."),
+    ]  # seconds from the copy of the state until the checkpoint was complete
+    bytes: Annotated[int, Metric("checkpoint/bytes")]  # size of all files
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quarantine(Event, durable=True, count_tag="spiketrain.quarantined_checkpoints"):
-    """A damaged checkpoint was set aside."""
+    """A checkpoint is moved to quarantine, because it is damaged or its weights are bad."""
 
-    path: str  # the folder, or the address
+    path: str  # the new folder, or the new address
     reason: str  # the check that failed
 
 
@@ -309,7 +307,7 @@ class Unwritten(_AtStep, durable=True, count_tag="spiketrain.unwritten_checkpoin
 
 @dataclass(frozen=True, kw_only=True)
 class Undeleted(_AtStep, count_tag="spiketrain.undeleted_checkpoints"):
-    """An old checkpoint could not be deleted. The checkpoint of this step is complete."""
+    """An old checkpoint could not be deleted. The checkpoint of `step` is complete."""
 
     error: str  # one line
 
@@ -334,7 +332,7 @@ class Skipped(_BadBatch, count_tag="spiketrain.skipped_samples", counted_field="
 
 @dataclass(frozen=True, kw_only=True)
 class Rollback(_BadBatch, durable=True, count_tag="spiketrain.rollbacks"):
-    """The run goes back to its newest checkpoint."""
+    """The run returns to its newest checkpoint."""
 
     to: int  # step of the checkpoint
 
@@ -343,7 +341,7 @@ class Rollback(_BadBatch, durable=True, count_tag="spiketrain.rollbacks"):
 class Smaller(_AtStep):
     """Memory ran out. The run continues with a smaller micro-batch."""
 
-    micro_batch: int  # samples that a worker holds from now on
+    micro_batch: int  # samples of a micro-batch from now on
     reason: str  # one line
 
 
@@ -358,30 +356,30 @@ class Waiting(Event, durable=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Preempted(_AtStep, durable=True, count_tag="spiketrain.preemptions"):
-    """Machines will be taken away."""
+    """The cluster will preempt machines of the run."""
 
     machines: list[str]  # their names
-    seconds_left: float | None  # seconds; None: not known
+    seconds_left: float | None  # until the preemption; None: not known
 
 
 @dataclass(frozen=True, kw_only=True)
 class Straggler(_AtStep):
     """Workers are slower than the others."""
 
-    workers: dict[str, dict[str, Any]]  # by rank: times (ratio to the median), host
+    workers: dict[str, dict[str, Any]]  # by rank: `times` (its time over the median) and `host`
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataWait(_AtStep):
     """Rank 0 spends much of its time waiting for data."""
 
-    share: float  # 0..1, of the time of a batch
+    share: float  # of the time of a batch, in 0..1
     loader_threads: int  # of each worker
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hung(Event, durable=True):
-    """A worker gave no sign of life and was ended."""
+    """The watchdog ended a worker that hung."""
 
     worker: int  # rank
     stacks: str  # file with the stacks of its threads, relative to the run's folder
@@ -389,7 +387,7 @@ class Hung(Event, durable=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Died(Event, durable=True):
-    """A worker ended with an error that it could not write to the journal itself."""
+    """A worker ended with an error that the worker could not write to the journal itself."""
 
     worker: int  # rank
     error: str  # one line
@@ -412,15 +410,15 @@ class Finish(
     step: Annotated[int, Metric("summary/step")]  # global batches done
     summary: Annotated[
         dict[str, Any], Metric("summary", without=("seed", "steps", "epochs"))
-    ]  # of train/metadata.py
+    ]  # the content of summary.json (train/metadata.py)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stopped(_AtStep, durable=True, sends_journal=True, state="stopped", status="KILLED"):
     """The attempt ended because a user or a scheduler asked for it."""
 
-    reason: Annotated[str, Tag("spiketrain.stopped")]  # who asked
-    resume_command: str  # for a shell
+    reason: Annotated[str, Tag("spiketrain.stopped")]  # who asked for the stop
+    resume_command: str  # shell command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -436,19 +434,20 @@ class Failed(_Error, state="failed", diverged="false"):
 
 @dataclass(frozen=True, kw_only=True)
 class Diverged(_Error, settles_weights=True, state="diverged", diverged="true"):
-    """The attempt ended because training diverged. It would diverge again."""
+    """The attempt ended because training diverged. Another attempt would diverge again."""
 
 
 def kind_of(record: Mapping[str, Any]) -> type[Event]:
-    """The class of an event in its JSON form; `Event` for a kind that this version lacks."""
+    """The class of an event in its JSON form; `Event` if this version does not know the kind."""
     return KINDS.get(record[KIND], Event)
 
 
 def from_dict(record: Mapping[str, Any]) -> Event:
-    """The event of a JSON form.
+    """The event in a JSON form.
 
     Raises:
-        ValueError: the kind is unknown, a field is missing, or the kind does not have it; one line.
+        ValueError: the kind is unknown, a field is missing, or the kind has no such field. The
+            message is one line.
     """
     kind, values = kind_of(record), {name: record[name] for name in record if name != KIND}
     require(
@@ -457,7 +456,7 @@ def from_dict(record: Mapping[str, Any]) -> Event:
     )
     try:
         return kind(**values)
-    except TypeError as error:  # it names the field that is missing or unknown
+    except TypeError as error:  # names the missing or unknown field
         raise ValueError(
             f"journal: an event {kind.kind!r} must have the fields"
             f" {', '.join(field.name for field in fields(kind))}; got {', '.join(values)}: {error}"
@@ -465,17 +464,19 @@ def from_dict(record: Mapping[str, Any]) -> Event:
 
 
 def uses(record: Mapping[str, Any], use: type[_Use]) -> Iterator[tuple[_Use, Any]]:
-    """The metrics, tags or gauges of an event, each with the value of its field or None."""
-    for name, each in declared(kind_of(record), use):
-        yield each, record.get(name)
+    """The metrics, tags or gauges of an event, each with the value of its field; None for a missing
+    field.
+    """
+    for name, declaration in declared(kind_of(record), use):
+        yield declaration, record.get(name)
 
 
 @cache
 def declared(kind: type[Event], use: type[_Use]) -> tuple[tuple[str, _Use], ...]:
     """The metrics, tags or gauges of a class, each with the name of its field."""
     return tuple(
-        (name, each)
+        (name, declaration)
         for name, hint in get_type_hints(kind, include_extras=True).items()
-        for each in getattr(hint, "__metadata__", ())
-        if isinstance(each, use)
+        for declaration in getattr(hint, "__metadata__", ())
+        if isinstance(declaration, use)
     )

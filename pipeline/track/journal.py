@@ -1,7 +1,9 @@
-"""The journal of a run: append-only JSON lines, the source of MLflow, progress bar and reports.
+"""The journal of a run: append-only JSON lines, from which MLflow, the progress bar and reports get
+their data.
 
-One event is one line, `{"event": kind, "time": unix seconds, "attempt": n, ...fields}`. A process
-may be killed at any byte: readers skip incomplete lines, and a new attempt begins on a new line.
+One event is one line, `{"event": kind, "time": Unix seconds, "attempt": n, ...fields}`. A process
+may be killed while it writes a line. So readers skip incomplete lines, and a new attempt begins on
+a new line.
 """
 
 import errno
@@ -31,41 +33,41 @@ class NullTracker:
 class Journal:
     """Appends events to the journal at `path`, whose folder must exist.
 
-    `attempt` is the number of the start, from 0, or OF_NONE. Each event is one `write` with
+    `attempt` is the number of the attempt, from 0, or NO_ATTEMPT. Each event is one `write` with
     O_APPEND, so the lines of two writers on one host cannot mix.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, attempt: int) -> None:
         self.path = Path(path)
         self.attempt = attempt
-        fresh = not self.path.exists()
+        is_new = not self.path.exists()
         self._file = self.path.open("ab+", buffering=0)
-        if fresh:
+        if is_new:
             sync_folder(self.path.parent)
         size = os.fstat(self._file.fileno()).st_size
-        self._torn = size > 0 and os.pread(self._file.fileno(), 1, size - 1) != b"\n"
+        self._is_torn = size > 0 and os.pread(self._file.fileno(), 1, size - 1) != b"\n"
 
     def write(self, event: Event, /) -> None:
-        """Append one event, with the time and the attempt set.
+        """Set the time and the attempt of an event, and append the event.
 
-        NaN and infinities become `NaN`, `Infinity` and `-Infinity`, as Python's JSON has them.
+        As in Python's JSON, not-a-number is `NaN`, and infinities are `Infinity` and `-Infinity`.
 
         Raises:
             ValueError: the journal is closed.
             TypeError: a field has no JSON form.
-            OSError: the disk did not take the line, or only a part of it. Readers skip the part;
-                the next event begins on a new line.
+            OSError: the line was not written, or only a part of it. Readers skip the part, and the
+                next event begins on a new line.
         """
         event = replace(event, time=time.time(), attempt=self.attempt)
         line = json.dumps(event.to_dict(), default=_converted)
-        data = b"\n" * self._torn + line.encode() + b"\n"
+        data = b"\n" * self._is_torn + line.encode() + b"\n"
         descriptor = self._file.fileno()
         try:
             written = os.write(descriptor, data)
         except OSError as error:
             raise OSError(error.errno, f"journal: {error.strerror}", str(self.path)) from error
-        self._torn = written < len(data)
-        if self._torn:
+        self._is_torn = written < len(data)
+        if self._is_torn:
             raise OSError(
                 errno.ENOSPC,
                 f"journal: only {written} of {len(data)} bytes were written",
@@ -88,17 +90,18 @@ Tracker = Journal | NullTracker  # rank 0 holds a `Journal`, the others a `NullT
 
 
 def read(path: str | os.PathLike[str], *kinds: str) -> list[Record]:
-    """The complete events of a journal, of these kinds or of all, oldest first; empty if there is
-    no journal yet. The lines of other kinds are not parsed.
+    """The events of these kinds in a journal, or all events if no kind is given, oldest first.
+    Empty if there is no journal yet. Lines that are incomplete or of other kinds are not parsed.
     """
     return list(_parsed(_lines(path, *kinds)))
 
 
 def read_events(path: str | os.PathLike[str]) -> list[Event]:
-    """As `read`, but typed.
+    """As `read`, but the events are instances of their classes.
 
     Raises:
-        ValueError: the fields of an event are not those of its kind; one line.
+        ValueError: a kind is unknown, or the fields of an event are not those of its kind. The
+            message is one line.
     """
     try:
         return [from_dict(event) for event in read(path)]
@@ -107,33 +110,38 @@ def read_events(path: str | os.PathLike[str]) -> list[Event]:
 
 
 def first(path: str | os.PathLike[str], *kinds: str) -> Record | None:
-    """The first event of one of these kinds; the lines of other kinds are not parsed."""
+    """The oldest event of one of these kinds; None if there is none. The lines of other kinds are
+    not parsed.
+    """
     return next(_parsed(_lines(path, *kinds)), None)
 
 
 def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list[Record]:
-    """As `read`, but only every `every`-th event of one kind; skipped lines are not parsed.
+    """All events in a journal, but of one kind only each `every`-th event, oldest first. Skipped
+    lines are not parsed.
 
-    The last event of that kind before an event of another kind is kept too, so that curves keep
+    The last event of that kind before an event of another kind is also kept, so that curves keep
     their last point.
     """
-    head, kept, count, skipped = _head(kind), list[bytes](), 0, b""
+    head, lines, count, skipped = _head(kind), list[bytes](), 0, b""
     for line in _lines(path):
         is_thinned = line.startswith(head)
         count += is_thinned
         if is_thinned and count % every:
             skipped = line
             continue
-        kept += [line] if is_thinned else [skipped, line]
+        lines += [line] if is_thinned else [skipped, line]
         skipped = b""
-    return list(_parsed([*kept, skipped]))
+    return list(_parsed([*lines, skipped]))
 
 
 def last(path: str | os.PathLike[str], *kinds: str) -> Record | None:
-    """The newest event of one of these kinds. The search begins at the end of the file."""
+    """The newest event of one of these kinds; None if there is none. The search begins at the end
+    of the file.
+    """
     try:
         with Path(path).open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:  # mmap refuses an empty file
+            if os.fstat(file.fileno()).st_size == 0:  # mmap cannot map an empty file
                 return None
             text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
@@ -141,22 +149,22 @@ def last(path: str | os.PathLike[str], *kinds: str) -> Record | None:
     heads, end = [_head(kind) for kind in kinds], len(text)
     with text:
         while True:
-            at = -1
-            for head in heads:  # a kind counts only if it is newer than those before it
-                at = max(at, text.rfind(head, max(at, 0), end))
-            if at < 0:
+            start = -1
+            for head in heads:  # only lines after the newest one so far are searched
+                start = max(start, text.rfind(head, max(start, 0), end))
+            if start < 0:
                 return None
-            line = text[at : text.find(b"\n", at) + 1]
+            line = text[start : text.find(b"\n", start) + 1]
             if (event := next(_parsed([line]), None)) is not None:
                 return event
-            end = at  # this line is torn
+            end = start  # this line is incomplete
 
 
 def last_event(path: str | os.PathLike[str], *kinds: type[E_]) -> E_ | None:
-    """The newest event of these classes; see `last`.
+    """As `last`, but the event is an instance of one of these classes.
 
     Raises:
-        ValueError: the event's fields are not those of its kind; one line.
+        ValueError: the fields of the event are not those of its kind. The message is one line.
     """
     newest = last(path, *(kind.kind for kind in kinds))
     return None if newest is None else cast("E_", from_dict(newest))
@@ -164,20 +172,23 @@ def last_event(path: str | os.PathLike[str], *kinds: type[E_]) -> E_ | None:
 
 @dataclass
 class Follower:
-    """Reads a growing journal: `poll` returns the events completed since the last poll.
+    """Reads a growing journal. `poll` returns the events that were completed since the last poll.
 
-    `offset` is a byte position. A line that began before it is skipped. After a poll that returned
-    events, the attribute `offset` is the start of a line.
+    `offset` is the byte position of the next poll. If it is inside a line, the rest of that line is
+    skipped. After a poll that returned events, `offset` is at the start of a line.
     """
 
     path: Path
     offset: int = 0
 
     def poll(self, *, limit_bytes: int | None = None) -> list[Record]:
-        """New events, oldest first, from about `limit_bytes` of the file at most.
+        """The new events, oldest first.
 
-        A journal that does not exist has no events. A journal that is shorter than `offset` is a
-        new file, and is read from its start.
+        The result is empty if there is no journal. A journal that is shorter than `offset` is a new
+        file, and is read from its start.
+
+        Args:
+            limit_bytes: the number of bytes to read, up to the end of a line; None: all.
         """
         try:
             with self.path.open("rb") as file:
@@ -187,19 +198,19 @@ class Follower:
                 block = file.read(limit_bytes) + file.readline()
         except FileNotFoundError:
             return []
-        whole = block[: block.rfind(b"\n") + 1]
-        self.offset += len(whole)
-        return list(_parsed(whole.splitlines(keepends=True)))
+        lines = block[: block.rfind(b"\n") + 1]
+        self.offset += len(lines)
+        return list(_parsed(lines.splitlines(keepends=True)))
 
 
 def number(value: Any) -> float | None:
-    """The number that a JSON value is; None if it is none."""
+    """A JSON value as a float; None if it is not a number."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if is_number else None
 
 
 def _lines(path: str | os.PathLike[str], *kinds: str) -> Iterator[bytes]:
-    """The complete lines of a journal, of these kinds or of all; none if there is no journal."""
+    """The complete lines of these kinds in a journal, or all complete lines if no kind is given."""
     heads = tuple(map(_head, kinds)) or b""
     try:
         with Path(path).open("rb") as file:
@@ -209,19 +220,16 @@ def _lines(path: str | os.PathLike[str], *kinds: str) -> Iterator[bytes]:
 
 
 def _head(kind: str) -> bytes:
-    # The kind is always written first.
+    # The first bytes of each line of this kind.
     return f'{{"{KIND}": {json.dumps(kind)},'.encode()
 
 
 def _parsed(lines: Iterable[bytes]) -> Iterator[Record]:
-    """The events of the complete lines.
-
-    A part of a line is not JSON: without its beginning it closes a brace that it does not open.
-    """
+    """The events of the complete lines. A part of a line is not a JSON object."""
     for line in lines:
         try:
             event = json.loads(line)
-        except ValueError:  # covers JSONDecodeError and UnicodeDecodeError
+        except ValueError:  # includes JSONDecodeError and UnicodeDecodeError
             continue
         if isinstance(event, dict) and isinstance(event.get(KIND), str):
             yield event
@@ -233,4 +241,4 @@ def _converted(value: Any) -> Any:
         return os.fspath(value)
     if callable(getattr(value, "tolist", None)):
         return value.tolist()
-    raise TypeError(f"journal: no JSON form for a {type(value).__name__}: {value!r}")
+    raise TypeError(f"journal: a field must have a JSON form; got {type(value).__name__} {value!r}")

@@ -1,19 +1,20 @@
-"""MLflow as a mirror of the journal, kept up to date by a thread of the driver or by `sync`.
+"""Delivers the events of a journal to MLflow, in a thread of the driver or by `spiketrain sync`.
 
-The training processes never talk to MLflow. A server that is down does not slow them, and receives
-the missed events when it is back. Each (metric, step) is sent once, however often the process dies.
+The workers do not call MLflow. So a server that does not answer cannot slow them. It receives the
+missed events later. Each point (one metric at one step) is sent once, even if the delivering
+process dies.
 
-There is no state file; MLflow itself holds the state. The run is found by its tag
-`spiketrain.run_id`. Points are sent in the order of their steps, so the newest step of a metric in
-MLflow shows how far the metric was delivered. A journal repeats steps after a rollback; the journal
-alone decides which value counts (`Translation`). So all deliverers send the same points from the
-same lines. Two concurrent deliverers send identical points, which MLflow's SQL stores keep once:
-run, key, step, time and value are their primary key.
+MLflow itself holds the state of the delivery. The run in MLflow has the tag `spiketrain.run_id`.
+Points are sent in the order of their steps, so the newest step of a metric in MLflow shows which
+points were sent. A journal repeats steps after a rollback. Only the journal decides which value of
+a step counts (`Translation`), so all processes send the same points for the same lines. If two
+processes send a point at the same time, MLflow's SQL stores keep it once: run, key, step, time and
+value are the primary key.
 
 The classes in `events.py` declare which fields of an event are metrics or tags. Events are read as
-JSON, so events of another version are delivered as far as they are understood.
+JSON. Of an event of another version, the known fields are delivered.
 
-This module also puts a report, or a checkpoint in the model registry, into MLflow by command.
+By command, this module also adds a report to MLflow, or a checkpoint to its model registry.
 """
 
 import hashlib
@@ -51,27 +52,26 @@ from pipeline.track.run_state import is_driven
 from pipeline.track.system_metrics import Sampler
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
 CHECKPOINT_TAG = "spiketrain.checkpoint"  # the URI of a run's newest checkpoint
-REPORT = "report.html"  # of a suite
+REPORT = "report.html"  # a suite's own report
 REPORT_DATA = "report.json"  # the content of the report as data, for the dashboard
-_BLOCK = 4 << 20  # bytes of journal read at a time
+_BLOCK_BYTES = 4 << 20  # the part of a journal that is read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyncReport:
-    """Numbers of points (one metric at one step): sent now, and already in MLflow."""
+    """The number of points that were sent, and of those that MLflow already had."""
 
     delivered: int
     already_there: int
 
 
 def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
-    """The absolute URI of the MLflow store: MLFLOW_TRACKING_URI, or `mlflow.db` in the folder.
+    """The absolute URI of the MLflow store: MLFLOW_TRACKING_URI, or else `mlflow.db` in `runs_dir`.
 
-    MLflow resolves a relative URI in the working directory, which differs in a Ray worker.
+    MLflow resolves a relative URI in the working directory, and a Ray worker has another one.
     """
     uri = (
         os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{Path(runs_dir).resolve() / 'mlflow.db'}"
@@ -82,27 +82,31 @@ def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
 
 
 def sync(run_dir: str | os.PathLike[str], *, uri: str) -> SyncReport:
-    """Deliver to MLflow the events of this run that MLflow does not have yet.
+    """Deliver the events of this run that MLflow does not have yet.
 
     Raises:
-        TrackingError: no attempt of the run has begun, or MLflow could not be reached or refused.
+        TrackingError: no attempt of the run has begun, or MLflow cannot be used.
     """
     delivery = Delivery(Path(run_dir), uri=uri)
     with tracking_errors(uri):
         if not delivery.advance(leaving="unless driven"):
-            raise TrackingError(f"{run_dir} has no journal of a run that began; nothing to deliver")
+            raise TrackingError(f"{run_dir}: must have begun to be delivered; has no start event")
     return SyncReport(
         delivered=delivery.delivered, already_there=delivery.translation.already_there
     )
 
 
 class Mirror:
-    """Delivers a run's journal to MLflow from a daemon thread, until `close`.
+    """Delivers a run's journal to MLflow from a daemon thread, until `close`. The thread also
+    samples the machine's load (`Sampler`).
 
-    It raises nothing. Failures are retried after growing waits, and `warning` is the newest failure
-    in one line (None: none). It waits for a journal that does not exist yet. `interval` is the time
-    between readings of the journal and `patience` the longest wait after a failure, in seconds. It
-    also samples the machine's load (`system`).
+    The thread waits for a journal that does not exist yet. A failed delivery raises no error and is
+    repeated. `warning` describes the failure in one line, and is None after a success.
+
+    Args:
+        interval_s: seconds between two deliveries. After each failure in a row, the interval is
+            twice as long as before.
+        max_interval_s: the longest interval in seconds.
     """
 
     def __init__(
@@ -110,15 +114,15 @@ class Mirror:
         run_dir: str | os.PathLike[str],
         *,
         uri: str,
-        interval: float = 2.0,
-        patience: float = 30.0,
+        interval_s: float = 2.0,
+        max_interval_s: float = 30.0,
     ) -> None:
         self.run_dir = Path(run_dir)
         self.uri = uri
         self.warning: str | None = None
-        self._interval = interval
-        self._patience = patience
-        self._leaving = threading.Event()
+        self._interval_s = interval_s
+        self._max_interval_s = max_interval_s
+        self._closing = threading.Event()
         self._delivery: Delivery | None = None
         self._sampler = Sampler(self.run_dir)
         # A daemon thread: a call that waits for a dead server must not keep the driver alive.
@@ -126,42 +130,42 @@ class Mirror:
         self._thread.start()
 
     def close(self, timeout: float = 30.0) -> bool:
-        """Deliver the rest and stop within `timeout` seconds. Returns whether MLflow then has all.
+        """Deliver the remaining events and stop within `timeout` seconds. Returns whether MLflow
+        has all events.
 
-        If the server is down, it returns False soon. A run without an end in its journal is marked
-        KILLED.
+        If the journal does not say how the run ended, the run's status in MLflow is KILLED.
         """
         self._sampler.close()
-        self._leaving.set()
+        self._closing.set()
         self._thread.join(timeout)
         return not self._thread.is_alive() and self.warning is None
 
     def _follow(self) -> None:
         failures = 0
-        while not self._leaving.is_set():
+        while not self._closing.is_set():
             self._deliver(leaving=False)
             failures = failures + 1 if self.warning else 0
-            self._leaving.wait(min(self._interval * 2 ** min(failures, 10), self._patience))
+            self._closing.wait(min(self._interval_s * 2 ** min(failures, 10), self._max_interval_s))
         self._deliver(leaving=True)
 
     def _deliver(self, *, leaving: bool) -> None:
-        """Deliver what is new. `warning` describes a failure."""
         try:
             self._delivery = self._delivery or Delivery(self.run_dir, uri=self.uri)
             self._delivery.advance(leaving=leaving)
             self.warning = None
-        except Exception as error:  # of any kind: the run goes on
+        except Exception as error:  # no error of MLflow may end the run
             self._delivery = None
             self.warning = (
-                f"{one_line(self.uri, error)}; the journal keeps everything, `spiketrain sync`"
-                " delivers it later"
+                f"{one_line(self.uri, error)}; the journal keeps all events, and `spiketrain sync`"
+                " delivers them later"
             )
 
 
 class Delivery:
-    """One connection to MLflow and one reading of the journal. Replace it after an exception.
+    """Delivers one run over one connection to MLflow. After an exception, create a new `Delivery`.
 
-    `delivered` counts the points sent.
+    `delivered` is the number of points that were sent. `client` and `run_id`, the run's id in
+    MLflow, are set by an `advance` that returned True.
     """
 
     def __init__(self, run_dir: Path, *, uri: str) -> None:
@@ -170,78 +174,78 @@ class Delivery:
         self.delivered = 0
         self._uri = uri
         self._journal, self._system = Follower(self._files.journal), Follower(self._files.system)
-        # The event up to which the journal must be sent as an artifact, and the last event read.
+        # The newest event that has `sends_journal`, and the newest event of any kind.
         self._journal_due = self._newest = ""
         self.translation = Translation()
-        self._run_id = ""  # in MLflow; empty until the run is found or created there
-        self._parent_knows = ""  # the status of this run that its parent was last set from
-
-    @property
-    def run(self) -> "Run":
-        """The run in MLflow; after `advance`."""
-        return self._client.get_run(self._run_id)
+        self.run_id = ""
+        self._status_in_parent = ""  # the run's status when the parent's status was last set
 
     def advance(self, *, leaving: bool | Literal["unless driven"] = False) -> bool:
-        """Deliver the current content of the journal. Returns False if no attempt has begun.
+        """Deliver the events that the journal has now. Returns False if no attempt has begun.
 
-        `leaving`: the run has no driver after this call, so RUNNING becomes KILLED. "unless driven"
-        checks for a driver under the lock: one may have begun while another process delivered.
+        Args:
+            leaving: whether the run has no driver after this call; RUNNING then becomes KILLED.
+                "unless driven" looks for a driver while the delivery lock is held, because a driver
+                may have started while this call waited for the lock.
         """
         with one_at_a_time(self.run_dir.parent):
-            if not self._run_id and not self._open():
+            if not self.run_id and not self._open():
                 return False
-            status, ended = "", 0
-            while new := self._journal.poll(limit_bytes=_BLOCK):
+            status, end_time = "", 0
+            while new := self._journal.poll(limit_bytes=_BLOCK_BYTES):
                 self._send(new)
-                ended = milliseconds(new[-1])
+                end_time = milliseconds(new[-1])
                 for event in new:
                     status = kind_of(event).status or status
                     self._newest = f"{event[KIND]} {event.get('time')}"
                     if kind_of(event).sends_journal:
                         self._journal_due = self._newest
-            while samples := self._system.poll(limit_bytes=_BLOCK):
+            while samples := self._system.poll(limit_bytes=_BLOCK_BYTES):
                 self._send(samples)
             status = status or self._status[0]
             if leaving == "unless driven":
                 leaving = not is_driven(self.run_dir)
             if status == "RUNNING" and leaving:
                 status = "KILLED"
-            self._set_status(status, ended)
+            self._set_status(status, end_time)
             self._send_files(status)
             return True
 
     def _open(self) -> bool:
+        """Find the run in MLflow, or create it. Returns False if no attempt has begun."""
         start = first(self._files.journal, Start.kind)
         if start is None:
             return False
-        client = connect(self._uri)
-        experiment_id = experiment_of(client, start, uri=self._uri, runs_dir=self.run_dir.parent)
-        self._parent_id = parent_of(client, experiment_id, start)
+        self.client = connect(self._uri)
+        experiment_id = experiment_of(
+            self.client, start, uri=self._uri, runs_dir=self.run_dir.parent
+        )
+        self._parent_id = parent_of(self.client, experiment_id, start)
         self._suite = suite_of(self.run_dir, start)
-        run = self._find_or_create(client, experiment_id, start)
-        self._client, self._run_id = client, run.info.run_id
+        run = self._find_or_create(experiment_id, start)
         self._params, self._tags = dict(run.data.params), dict(run.data.tags)
         self._status = (run.info.status, run.info.end_time or 0)  # milliseconds
-        # The newest step of each metric: `run.data.metrics` (3.17.2) has values alone.
+        # `run.data.metrics` (3.17.2) has no steps.
         self.translation.held = {metric.key: int(metric.step) for metric in run.data._metric_objs}
+        self.run_id = run.info.run_id
         return True
 
-    def _find_or_create(self, client: "MlflowClient", experiment_id: str, start: Record) -> "Run":
+    def _find_or_create(self, experiment_id: str, start: Record) -> "Run":
         uuid = str(start["run_id"])
-        runs = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{uuid}'")
+        runs = self.client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{uuid}'")
         if runs:
-            kept, *twins = sorted(run.info.run_id for run in runs)
-            for twin in twins:  # a server that hung may have created it late, after a retry
-                client.delete_run(twin)
-            run = client.get_run(kept)
+            run_id, *duplicates = sorted(run.info.run_id for run in runs)
+            for duplicate in duplicates:  # a server that hung may create a run after a retry did
+                self.client.delete_run(duplicate)
+            run = self.client.get_run(run_id)
             if self._parent_id not in (None, run.data.tags.get(PARENT_OF)):
                 # The process that created the parent died before it set the tag.
-                client.set_tag(kept, PARENT_OF, self._parent_id)
+                self.client.set_tag(run_id, PARENT_OF, self._parent_id)
             return run
         tags = {RUN_TAG: uuid, KIND_TAG: "run"}
         if self._parent_id:
             tags[PARENT_OF] = self._parent_id
-        return client.create_run(
+        return self.client.create_run(
             experiment_id,
             start_time=milliseconds(start),
             tags=tags,
@@ -256,17 +260,17 @@ class Delivery:
         params: dict[str, str] = {}
         for event in new:
             tags.update(self.translation.tags(event))
-            if kind_of(event) is Start:  # the first start's values stay
+            if kind_of(event) is Start:  # later starts do not change the values of the first one
                 recipe = event.get("params", {}).items()
                 params = {_key(key): str(value)[:6000] for key, value in recipe} | params
         tags = {
             key: value[:5000] for key, value in tags.items() if self._tags.get(key) != value[:5000]
         }
-        # MLflow accepts a parameter once; the tags show the values that a restart changed.
+        # MLflow cannot change a parameter. The tags show values that a restart changed.
         params = {key: value for key, value in params.items() if key not in self._params}
-        # One call: the client (3.17.2) splits it to the limits of a request and keeps the order.
-        self._client.log_batch(
-            self._run_id,
+        # In one call: the client (3.17.2) splits it into requests and keeps the order.
+        self.client.log_batch(
+            self.run_id,
             metrics=points,
             tags=[RunTag(*tag) for tag in tags.items()],
             params=[Param(*param) for param in params.items()],
@@ -275,24 +279,28 @@ class Delivery:
         self._params |= params
         self.delivered += len(points)
 
-    def _set_status(self, status: str, ended: int) -> None:
+    def _set_status(self, status: str, end_time: int) -> None:
+        """Set the run's status and end time in MLflow if they changed, and its parent's status.
+
+        `status` is "" if no event has one. `end_time` is 0 if there are no new events.
+        """
         if status == "RUNNING" and self._status[0] != status:
-            self._client.update_run(self._run_id, status=status)
+            self.client.update_run(self.run_id, status=status)
         elif status not in ("", "RUNNING") and (
-            status != self._status[0] or ended not in (0, self._status[1])
+            status != self._status[0] or end_time not in (0, self._status[1])
         ):
-            self._client.set_terminated(self._run_id, status=status, end_time=ended or None)
-        elif status in ("", self._parent_knows):
+            self.client.set_terminated(self.run_id, status=status, end_time=end_time or None)
+        elif status in ("", self._status_in_parent):
             return
-        self._status = (status, ended)
+        self._status = (status, end_time)
         if self._parent_id:
-            set_parent_status(self._client, self._parent_id, suite=self._suite)
-        self._parent_knows = status
+            set_parent_status(self.client, self._parent_id, suite=self._suite)
+        self._status_in_parent = status
 
     def _send_files(self, status: str) -> None:
-        """Send each file that is due and has changed, then a tag that names its version.
+        """Send each file that has changed, then a tag that names its version.
 
-        If a deliverer dies between the two, the next one sends the same file again.
+        If the process dies between the two, the next delivery sends the file again.
         """
         late = self._files.late_artifacts if status == "FINISHED" else ()
         versions = {
@@ -304,44 +312,46 @@ class Delivery:
         for file, version in versions.items():
             tag = f"spiketrain.artifact.{file.name}"
             if version and self._tags.get(tag) != version:
-                self._client.log_artifact(self._run_id, str(file))
-                self._client.set_tag(self._run_id, tag, version)
+                self.client.log_artifact(self.run_id, str(file))
+                self.client.set_tag(self.run_id, tag, version)
                 self._tags[tag] = version
 
 
 class Translation:
-    """Translates one run's events, in the journal's order. The first value of a step counts.
+    """Translates one run's events, in the journal's order, to metrics and tags of MLflow. Of two
+    values of a metric at one step, the first one counts.
 
-    MLflow accepts no second value of a step. So an evaluation or a fidelity measurement waits for a
-    checkpoint at its step or later, or for the run to finish or diverge. Until then the run may
-    fail, stop, or find that the ranks' weights differ, go back and measure again. Training metrics
-    of batches that are rolled back are sent and stay; a tag names their steps.
+    A value cannot be replaced in MLflow. An evaluation or a fidelity measurement may be repeated,
+    because the run may return to an earlier step: it may fail or stop, or its ranks may have
+    different weights. So the measurement is sent only once a later checkpoint or a checkpoint of
+    its step is complete, or the run has finished or diverged. Training metrics of batches that were
+    rolled back are sent at once and stay; a tag names the steps.
 
-    `held` has the newest step of each metric that MLflow had before. `already_there` counts the
-    points that were not sent because MLflow had them.
+    `held` has the newest step of each metric in MLflow at the beginning. `already_there` is the
+    number of points that were not sent because MLflow had them.
     """
 
     def __init__(self) -> None:
         self.held: dict[str, int] = {}
         self.already_there = 0
-        self._seen: dict[str, int] = {}  # metric -> newest step read from the journal
-        self._step = 0  # newest step of any event
-        self._waiting: dict[tuple[str, int], Record] = {}  # newest event of each kind and step
+        self._newest_steps: dict[str, int] = {}  # by metric, in the journal
+        self._step = 0  # of the newest event
+        self._waiting: dict[tuple[str, int], Record] = {}  # newest measurement by kind and step
         self._counts: Counter[str] = Counter()
         self._rolled_back: list[str] = []
-        self._of_ends: set[str] = set()  # tags of ended attempts; the next start empties them
+        self._end_tags: set[str] = set()  # tags of ends of attempts; the next start clears them
 
     def points(self, event: Record) -> Iterator["Metric"]:
-        """The metrics to send with this event: its own, and those that waited for it."""
+        """The metrics to send with this event: its own, and those that have waited for it."""
         kind = kind_of(event)
         step = event.get("step", self._step)
-        if kind is not events.System:  # its steps count samples
+        if kind is not events.System:  # the steps of System events are numbers of samples
             self._step = step
         if kind.measures_weights:
             self._waiting[kind.kind, step] = event
             return
         if kind is events.Start:
-            self._waiting = {key: each for key, each in self._waiting.items() if key[1] <= step}
+            self._waiting = {key: value for key, value in self._waiting.items() if key[1] <= step}
         elif kind.settles_weights:
             for key in sorted(self._waiting, key=lambda key: key[1]):
                 if key[1] <= step:
@@ -357,9 +367,9 @@ class Translation:
             for point in _numbers(metric.name, value, without=metric.without)
         )
         for key, value in points:
-            if step <= self._seen.get(key, -1):
+            if step <= self._newest_steps.get(key, -1):
                 continue  # a step that is repeated after a rollback
-            self._seen[key] = step
+            self._newest_steps[key] = step
             if step <= self.held.get(key, -1):
                 self.already_there += 1
             else:
@@ -370,11 +380,11 @@ class Translation:
         kind = kind_of(event)
         tags = {} if kind.diverged is None else {DIVERGED_TAG: kind.diverged}
         for tag, value in uses(event, Tag):
-            tags = _tags(tag, value) | tags  # the recipe's fields are last and replace none
+            tags = _tags(tag, value) | tags  # the recipe's fields come last and replace no tag
         if kind is events.Start:
-            return dict.fromkeys(self._of_ends, "") | tags
+            return dict.fromkeys(self._end_tags, "") | tags
         if kind.state is not None:
-            self._of_ends |= tags.keys()
+            self._end_tags |= tags.keys()
         if kind is events.Checkpoint and event.get("path"):
             path = str(event["path"])
             tags[CHECKPOINT_TAG] = path if "://" in path else Path(path).absolute().as_uri()
@@ -382,7 +392,7 @@ class Translation:
             self._counts[name] += event[kind.counted_field] if kind.counted_field else 1
             tags[name] = str(self._counts[name])
         if kind is events.Rollback:
-            # The steps of the batches that were rolled back. Their training metrics stay.
+            # Metrics of a batch have the number of batches done as their step.
             self._rolled_back.append(f"{event['to'] + 1}-{event['step'] + 1}")
             tags["spiketrain.rolled_back"] = ", ".join(self._rolled_back)
         return tags
@@ -398,8 +408,8 @@ def _tags(tag: Tag, value: Any) -> dict[str, str]:
 def _numbers(
     name: str, value: Any, *, without: Collection[str] = ()
 ) -> Iterator[tuple[str, float]]:
-    """Metric names and numbers of a nested value, such as `summary/operations/forward/additions`
-    for `operations.forward.additions` of a summary.
+    """The numbers in a nested value, each with its metric name, such as
+    `summary/operations/forward/additions` for `operations.forward.additions` of a summary.
     """
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -410,32 +420,36 @@ def _numbers(
 
 
 def _key(name: str) -> str:
-    """A valid name: MLflow accepts letters, digits and `_-. :/`, and 250 characters."""
+    """A valid name. MLflow accepts letters, digits and `_-. :/`, and at most 250 characters."""
     return re.sub(r"[^\w\-. :/]", "_", str(name))[:250]
 
 
 def log_report(page: Path, runs: Sequence[Path], *, name: str, data: str, uri: str) -> list[str]:
-    """Put an HTML page as the artifact `name` on the parents of these runs. Returns their ids.
+    """Log an HTML page as the artifact `name` of the parents of these runs. Returns the ids of the
+    parents.
 
-    The page replaces an older one. Runs that were launched alone have no parent. If `name` is
-    `report.html`, a suite's own report, its `data` (JSON) become `report.json` beside it.
+    The page replaces an older page of this name. Runs that were launched alone have no parent.
+
+    Args:
+        data: the content of the page as JSON. If `name` is `report.html`, a suite's own report, it
+            is logged as `report.json`.
 
     Raises:
-        TrackingError: MLflow could not be reached or refused; one line.
+        TrackingError: MLflow cannot be used.
     """
-    of_suites = {
+    run_by_parent = {
         start["study_parent"]: (run, start)
         for run in runs
         if (start := first(RunFolder(run).journal, Start.kind)) and start.get("study_parent")
     }
     parents: list[str] = []
-    for run, start in of_suites.values():
+    for run, start in run_by_parent.values():
         with tracking_errors(uri), one_at_a_time(run.parent):
             client = connect(uri)
             parent = parent_of(
                 client, experiment_of(client, start, uri=uri, runs_dir=run.parent), start
             )
-            assert parent is not None, "its start names one"
+            assert parent is not None, "the start event names a parent"
             if name == REPORT:
                 client.log_text(parent, data, REPORT_DATA)
             client.log_text(parent, page.read_text(), name)
@@ -452,36 +466,34 @@ def register(
     alias: Literal["last", "best"],
     uri: str,
 ) -> str:
-    """Make a run's checkpoint a version of the registered model `name`, and move the alias to it.
+    """Make a run's checkpoint a version of the registered model `name`, and move the alias to this
+    version. Returns the version.
 
-    The events of the run are delivered first. A checkpoint that is already a version stays that
-    version. Nothing is uploaded: the version's tag `uri` names the checkpoint, and `pin` protects
-    it from pruning.
-
-    Returns:
-        The version.
+    The events of the run are delivered first. If the checkpoint is already a version, no new
+    version is created. The checkpoint is not uploaded: the version's tag `uri` is its address. The
+    caller must `pin` it, so that it is not pruned.
 
     Raises:
-        TrackingError: no attempt of the run has begun, or MLflow could not be reached or refused.
+        TrackingError: no attempt of the run has begun, or MLflow cannot be used.
     """
     run_dir = Path(run_dir)
     delivery = Delivery(run_dir, uri=uri)
     with tracking_errors(uri):
         if not delivery.advance(leaving="unless driven"):
-            raise TrackingError(
-                f"{run_dir} has no journal of a run that began; nothing to register"
-            )
+            raise TrackingError(f"{run_dir}: must have begun to be registered; has no start event")
         with one_at_a_time(run_dir.parent):
-            client, run = connect(uri), delivery.run
+            client, run = delivery.client, delivery.client.get_run(delivery.run_id)
             address = checkpoint.resolve().as_uri()
             if not client.search_registered_models(f"name = '{name}'"):
                 client.create_registered_model(name)
             versions = client.search_model_versions(f"name = '{name}'")
-            version = next((each for each in versions if each.tags.get("uri") == address), None)
-            # A server (3.17.2) refuses a local source outside of the run's artifacts.
-            source = f"{run.info.artifact_uri}/{checkpoint.name}"
+            version = next((v for v in versions if v.tags.get("uri") == address), None)
             version = version or client.create_model_version(
-                name, source, run.info.run_id, tags={"uri": address}
+                name,
+                # A server (3.17.2) accepts a local source only inside the run's artifacts.
+                f"{run.info.artifact_uri}/{checkpoint.name}",
+                run.info.run_id,
+                tags={"uri": address},
             )
             client.set_registered_model_alias(name, alias, version.version)
     return str(version.version)

@@ -1,12 +1,12 @@
-"""A store of MLflow: its client, its errors, and the experiment and the parent of a run.
+"""An MLflow tracking store: its client, its errors, and the experiment and the parent of a run.
 
-    experiment   the family, such as fashion: MLflow shows parents and runs within one experiment
-      parent     one launch of several recipes; its status follows from the status of its runs, and
-                 the suite's report is its artifact
+    experiment   one for each family, such as fashion; it holds parents and runs
+      parent     one launch of several recipes (a suite); its status follows from the status of its
+                 runs, and the suite's report is its artifact
         child    one training run
 
-MLflow (3.17.2) creates experiments and runs in several steps. If two callers do so at once, both
-can fail, or both create one. Callers therefore hold `one_at_a_time` of the folder of runs.
+MLflow (3.17.2) creates an experiment or a run in several steps. If two callers create one at the
+same time, both calls may fail, or both may succeed. So callers hold the lock `one_at_a_time`.
 """
 
 import fcntl
@@ -34,14 +34,14 @@ _LOGIN = re.compile(r"//(?:[^/\s:]*:\S*|[^/\s]*)@")
 
 
 class TrackingError(RuntimeError):
-    """A tracking store could not be reached or read; the message is one line for a user."""
+    """MLflow cannot be used. The message is one line for the user."""
 
 
 def connect(uri: str) -> "MlflowClient":
-    """A client of a store. The first one for an SQLite file creates it, which takes seconds."""
+    """A client of a store. If an SQLite file does not exist, it is created, which takes seconds."""
     defaults = {
         "MLFLOW_LOGGING_LEVEL": "WARNING",
-        # 3.17.2 retries 7 times with 120 s each. Here the owner of the client retries.
+        # 3.17.2 retries 7 times with a timeout of 120 s. In this project, the caller retries.
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -61,40 +61,42 @@ def is_server(uri: str) -> bool:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file of an SQLite store; None for another kind."""
+    """The file of an SQLite store; None for another kind of store."""
     return Path(uri.removeprefix(SQLITE)).absolute() if uri.startswith(SQLITE) else None
 
 
 def without_password(text: str) -> str:
-    """The text with user names and passwords removed from its addresses.
+    """The text without user names and passwords in addresses.
 
-    A password follows a colon, may contain an unquoted /, and ends at the last @ of the word. If an
-    address has a colon before its first / and an @ after it, everything up to the @ is removed.
+    A password follows a colon and ends at the last @ of the word. It may contain an unquoted /. So
+    `//host:5000/a@b` becomes `//b`: the text up to the @ may be a password.
     """
     return _LOGIN.sub("//", text)
 
 
 def reason(uri: str, error: Exception) -> str:
-    """Kind and first line of an error of a store, without a secret."""
+    """The class and the first line of a store's error, without secrets."""
     login = _LOGIN.search(uri)
     if login is not None and re.search("[/?#]", login[0].removeprefix("//")):
-        # MLflow's client (3.17.2) ends the host there, and its error shows parts of the password.
+        # MLflow's client (3.17.2) ends the host at such a character. Its error then contains parts
+        # of the password.
         text = "/ ? and # in the password of an address must be written %2F %3F and %23"
-    else:  # cut after the secrets are removed: a truncated address would not be recognized
-        text = (without_password(without_secrets(str(error))).strip().splitlines() or [""])[0][:300]
+    else:  # shorten after the secrets are removed: a shortened address may not be recognized
+        lines = without_password(without_secrets(str(error))).strip().splitlines()
+        text = lines[0][:300] if lines else ""
     return f"{type(error).__name__}: {text}"
 
 
 def one_line(uri: str, error: Exception) -> str:
-    """The error of a store in one line for a user."""
+    """A store's error in one line for the user."""
     if isinstance(error, TrackingError):
         return str(error)
-    return f"MLflow at {without_password(uri)} cannot be filled ({reason(uri, error)})"
+    return f"MLflow at {without_password(uri)} cannot be used ({reason(uri, error)})"
 
 
 @contextmanager
 def tracking_errors(uri: str) -> Iterator[None]:
-    """Turn any error of MLflow, its store or its transport into a TrackingError of one line."""
+    """Turn any error inside the context into a TrackingError of one line."""
     try:
         yield
     except Exception as error:
@@ -106,44 +108,48 @@ PARENT_TAG = "spiketrain.study_parent"
 KIND_TAG = "spiketrain.kind"
 DIVERGED_TAG = "spiketrain.diverged"
 PARENT_OF = "mlflow.parentRunId"
-PATIENCE_S = 120.0  # wait for another delivery; a delivery takes seconds unless it was stopped
+LOCK_TIMEOUT_S = 120.0  # another delivery takes seconds, unless its process is suspended
 
 
 def experiment_of(client: "MlflowClient", start: Record, *, uri: str, runs_dir: Path) -> str:
-    """The id of a run's experiment. A missing experiment is created."""
+    """The id of a run's experiment. If the experiment does not exist, it is created."""
     name = str(start.get("family") or start.get("recipe") or "spiketrain")
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         return client.create_experiment(name, artifact_location=_artifacts(uri, runs_dir, name))
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
-            f"MLflow experiment {name!r} was deleted; restore it: mlflow experiments restore"
-            f" {experiment.experiment_id}"
+            f"MLflow experiment {name!r} must not be deleted; restore it with: mlflow experiments"
+            f" restore {experiment.experiment_id}"
         )
     return experiment.experiment_id
 
 
 def _artifacts(uri: str, runs_dir: Path, name: str) -> str | None:
-    """The URI of the artifacts: beside a local store, whose default is the working directory."""
+    """The URI of an experiment's artifacts: a folder beside a local store, because MLflow's default
+    would be in the working directory; None: the server's default.
+    """
     if is_server(uri):
         return None
     file, folder = sqlite_file(uri), name.replace("/", "-")
     if not is_name(folder):
         raise TrackingError(
-            f"{runs_dir}: the family of a run becomes a folder's name and must be one; got {name!r}"
+            f"{runs_dir}: the family of a run must be a valid folder name; got {name!r}"
         )
     return ((runs_dir if file is None else file.parent).resolve() / "mlartifacts" / folder).as_uri()
 
 
 def parent_of(client: "MlflowClient", experiment_id: str, start: Record) -> str | None:
-    """The id of the parent of a run's suite. A missing parent is created.
+    """The id of the parent of a run; None if the run was not launched with a suite. If the parent
+    does not exist, it is created.
 
-    A new parent becomes the parent of all runs of the suite: the old one may have been deleted.
+    A new parent becomes the parent of all runs of the suite, because the user may have deleted the
+    previous parent.
     """
     if not (uuid := start.get("study_parent")):
         return None
-    of_suite = f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`{KIND_TAG}` = "
-    if parents := client.search_runs([experiment_id], f"{of_suite}'suite'"):
+    kind_in_suite = f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`{KIND_TAG}` = "
+    if parents := client.search_runs([experiment_id], f"{kind_in_suite}'suite'"):
         return parents[0].info.run_id
     parent_id = client.create_run(
         experiment_id,
@@ -151,48 +157,48 @@ def parent_of(client: "MlflowClient", experiment_id: str, start: Record) -> str 
         tags={PARENT_TAG: str(uuid), KIND_TAG: "suite"},
         run_name=str(start.get("suite") or f"suite {str(uuid)[:8]}"),
     ).info.run_id
-    for run in client.search_runs([experiment_id], f"{of_suite}'run'"):
+    for run in client.search_runs([experiment_id], f"{kind_in_suite}'run'"):
         client.set_tag(run.info.run_id, PARENT_OF, parent_id)
     return parent_id
 
 
 def suite_of(run_dir: Path, start: Record) -> Path | None:
-    """The folder of the suite that a run was launched with; None: it was launched alone.
+    """The folder of the suite with which a run was launched; None if the run was launched alone.
 
     Raises:
-        TrackingError: the name in the journal is not a folder's name. (The journal may come from
-            elsewhere.)
+        TrackingError: the name of the suite in the journal is not a folder name. The journal may
+            come from another user.
     """
     if not (name := start.get("suite")):
         return None
     if not is_name(str(name)):
         raise TrackingError(
-            f"{run_dir}: its suite must be the name of a folder beside it; the journal says"
+            f"{run_dir}: the suite in the journal must be the name of a folder beside the run; got"
             f" {name!r}"
         )
     return run_dir.parent / str(name)
 
 
 def set_parent_status(client: "MlflowClient", parent_id: str, *, suite: Path | None) -> None:
-    """Set a parent's status from its runs, and from the suite's folder, which lists all of them."""
+    """Set the status of a parent from the status of its runs.
+
+    A run in the folder of the suite may be missing in MLflow, because it has not begun.
+    """
     parent = client.get_run(parent_id)
     runs = client.search_runs([parent.info.experiment_id], f"tags.`{PARENT_OF}` = '{parent_id}'")
     folders = {} if suite is None or not is_suite(suite) else runs_of(suite)
     needed = {folders[name].name for name in sources_in(suite)} if suite and folders else set()
-    states = {_status_in_suite(run, is_needed=run.info.run_name in needed) for run in runs}
-    status = next((each for each in ("RUNNING", "FAILED", "KILLED") if each in states), "FINISHED")
+    statuses = {_status_in_suite(run, is_needed=run.info.run_name in needed) for run in runs}
+    status = next((s for s in ("RUNNING", "FAILED", "KILLED") if s in statuses), "FINISHED")
     if status == "FINISHED" and suite is not None and len(runs) < len(folders):
         status = "RUNNING" if is_driven(suite) else "KILLED"
-    if status == parent.info.status:
-        return
-    if status == "RUNNING":
-        client.update_run(parent_id, status=status)
-    else:
-        client.set_terminated(parent_id, status=status)
+    if status != parent.info.status:
+        set_status = client.update_run if status == "RUNNING" else client.set_terminated
+        set_status(parent_id, status=status)
 
 
 def _status_in_suite(run: "Run", *, is_needed: bool) -> str:
-    """A diverged run counts as finished, unless other runs need its weights."""
+    """A run's status. A diverged run counts as finished, unless other runs need its weights."""
     has_diverged = run.info.status == "FAILED" and run.data.tags.get(DIVERGED_TAG) == "true"
     return "FINISHED" if has_diverged and not is_needed else run.info.status
 
@@ -202,9 +208,9 @@ def one_at_a_time(runs_dir: Path) -> Iterator[None]:
     """Hold the lock of all deliveries from this folder of runs.
 
     Raises:
-        TrackingError: another process still holds it after two minutes.
+        TrackingError: another process still holds the lock after two minutes.
     """
-    path, deadline = runs_dir / ".mlflow.lock", time.monotonic() + PATIENCE_S
+    path, deadline = runs_dir / ".mlflow.lock", time.monotonic() + LOCK_TIMEOUT_S
     with path.open("ab") as file:
         while True:
             try:
@@ -213,13 +219,13 @@ def one_at_a_time(runs_dir: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise TrackingError(
-                        f"{path}: another process still delivers to MLflow after {PATIENCE_S:.0f}"
-                        " s; see who it is"
+                        f"{path}: the lock must be free to deliver to MLflow; another process still"
+                        f" holds it after {LOCK_TIMEOUT_S:.0f} s: wait for that process, or end it"
                     ) from None
             time.sleep(0.1)
         yield
 
 
 def milliseconds(event: Record) -> int:
-    """The time of an event as MLflow counts it."""
+    """The time of an event in Unix milliseconds, the unit of MLflow."""
     return int(event["time"] * 1000)

@@ -1,4 +1,5 @@
-"""The state of a run for Prometheus, in a file that node_exporter's textfile collector reads.
+"""Writes the state of a run to a file for Prometheus. The textfile collector of node_exporter reads
+the file.
 
 The classes in `events.py` declare which fields are gauges.
 """
@@ -24,25 +25,29 @@ _LABELS = ("run", "recipe", "rule")
 
 
 def newest(events: Iterable[Record]) -> list[Record]:
-    """The last event of each kind, oldest first. `exposition` needs no other events.
+    """The last event of each kind, oldest first. `exposition` needs only these events.
 
-    `newest([*newest(earlier), *later])` is `newest([*earlier, *later])`.
+    `newest([*newest(earlier), *later])` is equal to `newest([*earlier, *later])`.
     """
-    latest: dict[str, Record] = {}
+    by_kind: dict[str, Record] = {}
     for event in events:
-        latest.pop(event[KIND], None)
-        latest[event[KIND]] = event
-    return list(latest.values())
+        by_kind.pop(event[KIND], None)
+        by_kind[event[KIND]] = event
+    return list(by_kind.values())
 
 
 def exposition(events: Iterable[Record]) -> str:
-    """The text for one run, from all its events or the `newest`; empty without a start event."""
+    """The state of one run in Prometheus's text format; empty without a start event.
+
+    Args:
+        events: all events of the run, or the `newest`.
+    """
     return generate_latest(_Run(newest(events))).decode()
 
 
 @dataclass(frozen=True)
 class _Run(Collector):
-    events: Sequence[Record]  # the `newest` of the run's journal
+    events: Sequence[Record]  # the `newest` events of the run
 
     def collect(self) -> Iterator[Metric]:
         start = next((event for event in self.events if kind_of(event) is Start), None)
@@ -55,15 +60,15 @@ class _Run(Collector):
                 if value is not None:
                     yield _gauge(gauge.name, gauge.help, value, labels)
         steps = [event["step"] for event in self.events if "step" in event]
-        # of the newest event; a rollback lowers it
+        # the step of the newest event, which is lower after a rollback
         yield _gauge("spiketrain_step", "Global batches done.", steps[-1], labels)
         yield _gauge(
             "spiketrain_event_timestamp_seconds",
-            "When the newest event was written, in Unix time.",
+            "Unix time at which the newest event was written.",
             max(event["time"] for event in self.events),
             labels,
         )
-        # A counter over the whole run, so that increase() works in Prometheus.
+        # A counter of the whole run, so that Prometheus's increase() can be applied.
         restarts = CounterMetricFamily(
             "spiketrain_restarts_total", "Attempts after the first.", labels=_LABELS
         )
@@ -72,7 +77,7 @@ class _Run(Collector):
         last = next(kind for event in reversed(self.events) if (kind := kind_of(event)).state)
         current = "running" if last is Start else last.state
         states = GaugeMetricFamily(
-            "spiketrain_state", "1 for the state that the run is in.", labels=(*_LABELS, "state")
+            "spiketrain_state", "1 for the current state, else 0.", labels=(*_LABELS, "state")
         )
         for state in STATES:
             states.add_metric([*labels, state], float(state == current))
@@ -85,39 +90,44 @@ def _gauge(name: str, help_: str, value: float, labels: Sequence[str]) -> GaugeM
     return gauge
 
 
-class Exposed:
-    """Keeps the file of one run up to date, in the folder that SPIKETRAIN_METRICS names.
+class MetricsFile:
+    """The file with the state of one run, in the folder that the environment variable
+    SPIKETRAIN_METRICS names. If the variable is not set, nothing is written.
 
-    Nothing is written if the variable is not set.
+    Args:
+        run: the run's folder.
+        print_line: prints a line for the user.
 
     Raises:
-        ValueError: there is no such folder.
+        ValueError: SPIKETRAIN_METRICS names no folder.
     """
 
-    def __init__(self, run: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, run: Path, print_line: Callable[[str], None]) -> None:
         folder = os.environ.get("SPIKETRAIN_METRICS")
         require(
             not folder or Path(folder).is_dir(),
-            f"metrics: SPIKETRAIN_METRICS must be a folder that is there; got {folder}",
+            f"metrics: SPIKETRAIN_METRICS must be an existing folder; got {folder}",
         )
         self._file = Path(folder) / f"{run.name}.prom" if folder else None
-        self._say = say
+        self._print_line = print_line
         self._newest = newest(read(RunFolder(run).journal)) if self._file else []
 
     def show(self, events: Sequence[Record]) -> None:
-        """Rewrite the file with new events. An error of the folder is printed once."""
+        """Add events and rewrite the file. After an error, one line is printed, and the file is not
+        written again.
+        """
         if self._file is None or not events:
             return
         self._newest = newest([*self._newest, *events])
-        # The collector reads *.prom.
-        hidden = self._file.with_name(f".{self._file.name}.{os.getpid()}")
+        # The collector reads only *.prom.
+        temp = self._file.with_name(f".{self._file.name}.{os.getpid()}")
         try:
-            hidden.write_text(exposition(self._newest), encoding="utf-8")
-            hidden.chmod(0o644)  # whatever the umask: the collector is another user
-            hidden.replace(self._file)
+            temp.write_text(exposition(self._newest), encoding="utf-8")
+            temp.chmod(0o644)  # the collector is another user, who must be able to read the file
+            temp.replace(self._file)
         except OSError as error:
-            self._say(
-                f"metrics: {self._file} cannot be written ({error.strerror}); the run goes on"
-                " without"
+            self._print_line(
+                f"metrics: {self._file} cannot be written ({error.strerror}); the run continues"
+                " without this file"
             )
             self._file = None

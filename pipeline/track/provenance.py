@@ -1,8 +1,8 @@
-"""The conditions that a run was trained under: workers, micro-batch, machine and loaders.
+"""The conditions under which a run was trained: workers, micro-batch, machine and loaders.
 
-A run may continue with other workers, on another machine, with other loader threads, with or
-without reserved cores, or with half the micro-batch after memory ran out. Its times and memory
-peaks then belong to all of these conditions together and to none of them alone.
+A run may continue under other conditions. It may have other workers, another machine, other loader
+threads, or reserved cores, or half the micro-batch after memory ran out. Times and memory peaks of
+such a run belong to all of its conditions together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,28 +14,31 @@ FIELDS = ("world_size", "micro_batch", "hardware", "loader_threads", "own_cores"
 
 
 def trained_on(events: Sequence[Mapping[str, Any]], *, steps: int | None) -> list[dict[str, Any]]:
-    """The FIELDS of each start in a journal that contributed to the result.
+    """The FIELDS of each start in a journal that contributed to the result. The oldest start is
+    first, and each combination of values occurs once.
 
-    The oldest is first, and each combination occurs once. A start does not count if the next start
-    began at the same step or earlier: all its steps were repeated. A start without steps left to
-    train does not count either. `steps` is the number of steps of the finished run. None: the run
-    continues, and its newest start counts.
+    A start does not count if a later start began at the same step or earlier, because all of its
+    steps were repeated. A start at the last step does not count either, unless no other start does.
+
+    Args:
+        steps: the number of steps of the finished run; None: the run is not finished, and its
+            newest start counts.
     """
-    kept: list[Mapping[str, Any]] = []
+    starts: list[Mapping[str, Any]] = []
     for start in (event for event in events if kind_of(event) is Start):
-        kept = [*(earlier for earlier in kept if earlier["step"] < start["step"]), start]
-    trained = [start for start in kept if steps is None or start["step"] < steps]
-    conditions = [_fields(start) for start in trained or kept[-1:]]
-    return [each for place, each in enumerate(conditions) if each not in conditions[:place]]
+        starts = [*(earlier for earlier in starts if earlier["step"] < start["step"]), start]
+    trained = [start for start in starts if steps is None or start["step"] < steps]
+    conditions = [_fields(start) for start in trained or starts[-1:]]
+    return [fields for i, fields in enumerate(conditions) if fields not in conditions[:i]]
 
 
 def conditions_of(
     summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]] = ()
 ) -> list[dict[str, Any]]:
-    """The conditions of a finished run, from its summary, or else from its journal.
+    """The conditions of a finished run, from `trained_on` in its summary, or else from its journal.
 
-    Without either, they are those at the end of the run. If an entry lacks a field, the summary's
-    value for the end of the run takes its place.
+    If neither has them, the result is the conditions at the end of the run, which the summary also
+    holds. Their values also replace missing fields.
     """
     return [
         _fields({**summary, **{name: value for name, value in fields.items() if value is not None}})
@@ -46,6 +49,6 @@ def conditions_of(
 
 
 def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """FIELDS of a start or a summary. `own_cores` becomes a bool: only starts list the cores."""
+    """The FIELDS of a start or a summary. `own_cores` becomes whether cores are reserved."""
     fields = {name: values.get(name) for name in FIELDS}
     return {**fields, "own_cores": bool(fields["own_cores"])}

@@ -1,7 +1,7 @@
-"""The state of a run, derived from its journal and the driver's lock. No process keeps it.
+"""The state of a run. It is derived from the journal and the driver's lock, and is not stored.
 
-The states determine which entries of a suite are done. A diverged run counts as done; a diverged
-trial ranks last.
+The states of its runs determine which entries of a suite are done. A diverged run counts as done,
+and a diverged trial ranks last.
 """
 
 import fcntl
@@ -19,9 +19,11 @@ _ENDS = tuple(name for name, kind in KINDS.items() if kind.state is not None)
 
 
 def state_of(run_dir: Path) -> State:
-    """`finished` after a finish event; `running` while a driver holds the run; else the last state.
+    """`finished` after a finish event; else `running` while a driver is alive; else the state of
+    the newest event that has one.
 
-    `interrupted`: the last attempt has no end (killed, power cut). `new`: no attempt has begun.
+    `interrupted`: the last attempt was killed before it could write how it ended. `new`: no attempt
+    has begun.
     """
     files = RunFolder(run_dir)
     newest = last(files.journal, *_ENDS)
@@ -35,7 +37,7 @@ def state_of(run_dir: Path) -> State:
 def is_driven(run_dir: Path) -> bool:
     """Whether a live process holds the flock of `driver.lock`.
 
-    This call takes a shared lock for an instant, so a driver must try for its lock more than once.
+    This call itself holds a shared lock for a moment, so a driver must try more than once to lock.
     """
     try:
         with RunFolder(run_dir).driver_lock.open("rb") as file:
@@ -44,20 +46,20 @@ def is_driven(run_dir: Path) -> bool:
         return False
     except BlockingIOError:
         return True
-    return False  # closing the file has released the shared lock
+    return False  # the end of `with` has released the shared lock
 
 
 def is_over(run: Path, *, is_needed: bool) -> bool:
     """Whether a suite has nothing left to do for a run.
 
-    A run that diverged would diverge again, so it counts as done. `is_needed`: other runs take its
-    weights, so it must have finished.
+    A diverged run counts as done, because it would diverge again. If `is_needed`, other runs start
+    from the weights of this run, so it must have finished.
     """
     return state_of(run) in (("finished",) if is_needed else ("finished", "diverged"))
 
 
 def suite_entries(suite: Path) -> dict[str, Path]:
-    """The folder of each run of a suite and the file of each measurement, by name, in their order.
+    """The entries of a suite by name: the folders of its runs, then the files of its measurements.
 
     Raises:
         ValueError: suite.json is damaged.
@@ -66,21 +68,25 @@ def suite_entries(suite: Path) -> dict[str, Path]:
 
 
 def done_entries(suite: Path) -> dict[str, Path]:
-    """The entries of a suite that are done; see `suite_entries`."""
+    """The entries of a suite that are done; see `suite_entries`. A measurement is done if its file
+    exists.
+    """
     needed, runs = sources_in(suite), runs_of(suite)
     return {
-        name: place
-        for name, place in suite_entries(suite).items()
-        if (is_over(place, is_needed=name in needed) if name in runs else place.exists())
+        name: path
+        for name, path in suite_entries(suite).items()
+        if (is_over(path, is_needed=name in needed) if name in runs else path.exists())
     }
 
 
 def top1_of(run: Path) -> float | None:
-    """The top-1 accuracy of a finished run in 0..1; None for a run that diverged."""
+    """The top-1 accuracy of a finished run in 0..1; None for a diverged run."""
     return None if state_of(run) == "diverged" else read_json(RunFolder(run).summary)["top1"]
 
 
 def best(top1: Mapping[str, float | None]) -> str:
-    """The name of the best trial; of equal trials the first. A diverged trial (None) ranks last."""
-    worth = {name: -math.inf if value is None else value for name, value in top1.items()}
-    return max(worth, key=lambda name: worth[name])
+    """The name of the trial with the best accuracy; the first one if several are equal. A diverged
+    trial (None) ranks last.
+    """
+    scores = {name: -math.inf if value is None else value for name, value in top1.items()}
+    return max(scores, key=lambda name: scores[name])

@@ -1,12 +1,12 @@
-"""System metrics of the driver's machine while a run trains, from MLflow's own monitors.
+"""Samples the system metrics of the driver's machine during training, with MLflow's monitors.
 
-They include all processes and all GPUs of that machine. The workers measure the use of the run
-itself (`pipeline.measure`).
+The metrics include all processes and all GPUs of the machine. The workers measure what the run
+itself uses (`pipeline.measure`).
 
-MLflow's monitoring thread (3.17.2) writes to the store itself, ends for good at the first failed
-request, and takes its step count from the store. So only its monitors are used. Samples are
-appended to `RUN/system.jsonl` and delivered like other events, with the time of the sample. After a
-resume the step count continues from the file.
+MLflow's monitors are called here, without MLflow's monitoring thread (3.17.2). That thread writes
+to the MLflow store, reads its step count from there, and ends at the first failed request. Here,
+samples are appended to `RUN/system.jsonl`, and delivered like other events with the time of the
+sample. After a resume, the step count continues from the file.
 """
 
 import os
@@ -25,17 +25,17 @@ INTERVAL_S = 10.0
 
 
 class Sampler:
-    """Appends a sample every `interval` seconds from a daemon thread, until `close`; raises
-    nothing.
+    """Appends a sample every `interval_s` seconds from a daemon thread, until `close`. An error
+    ends the samples with a warning.
 
-    As in MLflow, MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false disables it, and
-    MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL is the interval in seconds. Only the driver that holds
-    `driver.lock` samples the run.
+    The environment variables are those of MLflow: MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false
+    disables the sampler, and MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL is the default interval in
+    seconds. Only the driver that holds `driver.lock` may sample the run.
     """
 
-    def __init__(self, run_dir: Path, *, interval: float | None = None) -> None:
+    def __init__(self, run_dir: Path, *, interval_s: float | None = None) -> None:
         self._file = RunFolder(run_dir).system
-        self._interval = interval
+        self._interval_s = interval_s
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="system-metrics", daemon=True)
         enabled = os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower()
@@ -49,9 +49,9 @@ class Sampler:
 
     def _sample(self) -> None:
         try:
-            asked = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or INTERVAL_S
-            interval = self._interval or max(0.1, float(asked))
-            if self._closing.wait(interval):  # a short run imports nothing
+            default_s = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or INTERVAL_S
+            interval_s = self._interval_s or max(0.1, float(default_s))
+            if self._closing.wait(interval_s):  # a short run does not import MLflow
                 return
             import psutil
             from mlflow.system_metrics.metrics import (
@@ -61,19 +61,19 @@ class Sampler:
                 network_monitor,
             )
 
-            # The first call returns 0, later calls return the mean since the previous call.
+            # The first call returns 0. A later call returns the mean since the previous call.
             psutil.cpu_percent()
             monitors: list[Any] = [
                 cpu_monitor.CPUMonitor(),
                 disk_monitor.DiskMonitor(),
                 network_monitor.NetworkMonitor(),
             ]
-            with suppress(RuntimeError):  # no card
+            with suppress(RuntimeError):  # there is no GPU
                 monitors.append(gpu_monitor.GPUMonitor())
             newest = last_event(self._file, System)
             with Journal(self._file, attempt=0) as samples:
                 for step in count(0 if newest is None else newest.step + 1):
-                    if self._closing.wait(interval):
+                    if self._closing.wait(interval_s):
                         return
                     metrics: dict[str, float] = {}
                     for monitor in monitors:

@@ -37,7 +37,7 @@ from pipeline.track import events
 from pipeline.track.journal import Tracker, read_events
 from pipeline.train.backend.base import Backend
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.backend.ema import Averaged
+from pipeline.train.backend.ema import EMABackend
 from pipeline.train.backend.plain import Plain
 from pipeline.train.build import (
     attach_rule,
@@ -45,11 +45,11 @@ from pipeline.train.build import (
     build_optimizer,
     build_schedule,
 )
-from pipeline.train.checkpoint import Checkpoints, lost_step, read_trainer, step_name, store_at
+from pipeline.train.checkpoint import Checkpoints, expected_step, read_trainer, step_name, store_at
 from pipeline.train.checkpoint.background import LONGEST_S
 from pipeline.train.elastic import build_mixing, fit_to_sizes, seed_everything
 from pipeline.train.gradient_fidelity import compare_gradients
-from pipeline.train.guards.storage_outage import PATIENCE_S, retry_while_away
+from pipeline.train.guards.storage_outage import OUTAGE_TIMEOUT_S, retry_during_outage
 from pipeline.train.guards.watchdog import Watchdog
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.recovery import Decisions
@@ -72,14 +72,14 @@ class Process:
     clock: Clock
     began: float  # unix seconds at the start of the attempt
 
-    def retry_while_away(self, act: Callable[[], T_]) -> T_:
+    def retry_during_outage(self, act: Callable[[], T_]) -> T_:
         """Rank 0's result of `act`, on every rank. Waits for unavailable storage. Collective."""
-        return retry_while_away(
+        return retry_during_outage(
             self.ranks,
             act,
             beat=self.watchdog.beat,
             on_wait=lambda error: self.tracker.write(
-                events.Waiting(what="storage", error=error, most_s=PATIENCE_S)
+                events.Waiting(what="storage", error=error, most_s=OUTAGE_TIMEOUT_S)
             ),
         )
 
@@ -111,7 +111,7 @@ class TrainContext(Process):
         weights (averaged over steps if the recipe sets `ema_decay`) and its running statistics
         averaged over ranks.
         """
-        with self.backend.published(), self.ranks.averaged(self.backend.network):
+        with self.backend.published(), self.ranks.averaged_buffers(self.backend.network):
             yield
 
 
@@ -128,9 +128,9 @@ def assemble(process: Process) -> TrainContext:
     recipe = _read_recipe(process)
     checkpoints = _open_checkpoints(process, recipe)
     with watchdog.patient(LONGEST_S):  # rank 0 may fetch and verify for this long
-        checkpoint = process.retry_while_away(lambda: _newest(checkpoints, recipe, job))
+        checkpoint = process.retry_during_outage(lambda: _newest(checkpoints, recipe, job))
     is_fresh = checkpoint is None
-    decisions = process.retry_while_away(lambda: Decisions.read(Path(job.run)))
+    decisions = process.retry_during_outage(lambda: Decisions.read(Path(job.run)))
     recipe = decisions.fit(recipe)
     with watchdog.off():
         # One worker of each machine reads every page, because a machine may have its own copy.
@@ -216,7 +216,7 @@ def _open_checkpoints(process: Process, recipe: Recipe) -> Checkpoints:
     )
     if ranks.size > 1:
         # This comes first, because files of a killed attempt may fill the disk.
-        process.retry_while_away(store.sweep)
+        process.retry_during_outage(store.sweep)
         check_shared(store.staging, rank=ranks.rank, gather=ranks.all_gather_object, beat=beat)
     return Checkpoints(
         store,
@@ -250,7 +250,9 @@ def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
     expected_json, origin = job.recipe, "at the launch"
     if trainer is not None:
         expected_json, origin = trainer["recipe"], f"at step {trainer['step']}"
-    elif step := lost_step(read_events(RunFolder(job.run).journal), keep=recipe.checkpoints.keep):
+    elif step := expected_step(
+        read_events(RunFolder(job.run).journal), keep=recipe.checkpoints.keep
+    ):
         raise UserError(
             f"checkpoint: {checkpoints.store.address(step_name(step))} must exist, because the"
             " journal names it; got no checkpoint: mount or restore its storage, or start a new run"
@@ -320,7 +322,7 @@ def build_backend(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) 
         precision=recipe.precision,
         clip_norm=recipe.clip_norm,
     )
-    return Averaged(backend, decay=recipe.ema_decay) if recipe.ema_decay else backend
+    return EMABackend(backend, decay=recipe.ema_decay) if recipe.ema_decay else backend
 
 
 def _build_fidelity(

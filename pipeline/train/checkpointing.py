@@ -20,7 +20,7 @@ from pipeline.core.errors import Diverged
 from pipeline.core.run_folder import RunFolder
 from pipeline.track.events import Checkpoint, Preempted, Undeleted
 from pipeline.train.assemble import TrainContext
-from pipeline.train.checkpoint import Saved, weights_of
+from pipeline.train.checkpoint import SavedCheckpoint, weights_of
 from pipeline.train.guards.replica_check import drifted
 from pipeline.train.job import Notice
 from pipeline.train.metadata import checkpoint_metadata
@@ -231,7 +231,7 @@ class SavingHooks:
         trainer = checkpoint_metadata(context, **progress, state=self.state())
         with context.published():
             weights = weights_of(network) if self.ranks.rank == 0 else None
-        with self.ranks.averaged(network) as buffers:
+        with self.ranks.averaged_buffers(network) as buffers:
             self._report(
                 self.checkpoints.save(
                     progress["step"],
@@ -274,7 +274,7 @@ class SavingHooks:
         """
         return [*self.context.backend.replicated(), *self.context.rule.buffers()]
 
-    def _report(self, saved: Saved | None) -> None:
+    def _report(self, saved: SavedCheckpoint | None) -> None:
         if saved is None:
             return
         self._write_s = saved.write_s
@@ -287,5 +287,5 @@ class SavingHooks:
                 bytes=saved.bytes,
             )
         )
-        if saved.untidy:
-            self.context.tracker.write(Undeleted(step=saved.step, error=saved.untidy))
+        if saved.prune_error:
+            self.context.tracker.write(Undeleted(step=saved.step, error=saved.prune_error))

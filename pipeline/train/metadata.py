@@ -28,7 +28,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.rules.base import Rule
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm, foreign_norms
-from pipeline.track.events import OF_NONE, Event, FirstBatch, Rollback, Skipped, Start, from_dict
+from pipeline.track.events import NO_ATTEMPT, Event, FirstBatch, Rollback, Skipped, Start, from_dict
 from pipeline.track.journal import read
 from pipeline.track.provenance import trained_on
 from pipeline.train.assemble import TrainContext
@@ -215,7 +215,7 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[Event]) -> di
     starts = [event for event in events if isinstance(event, Start)]
     seconds = [
         _attempt_seconds(events, attempt)
-        for attempt in {event.attempt for event in events} - {OF_NONE}
+        for attempt in {event.attempt for event in events} - {NO_ATTEMPT}
     ]
     return {
         **result.metrics,

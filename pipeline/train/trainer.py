@@ -166,7 +166,7 @@ class Trainer:
     def _begin_task(self) -> None:
         task, stretch = self.tasks[self.stretch.index], self.stretch
         if stretch.index:
-            self.backend.forget()
+            self.backend.reset_optimizer()
         self.context.rule.start_task(self.backend.network, stretch.index)
         self.guard.begin_task()
         if self.recipe.phases:

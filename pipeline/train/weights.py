@@ -17,7 +17,7 @@ from pipeline.recipe.spec import Spec, is_path
 from pipeline.spiking.binary import Binarizer, binary_synapses
 from pipeline.spiking.neuron import PLIF, learnt_decays
 from pipeline.spiking.rate import RateNeuron
-from pipeline.train.checkpoint import WEIGHTS, CheckpointStore, store_at, verified
+from pipeline.train.checkpoint import WEIGHTS, CheckpointStore, store_at, verified_checkpoint
 
 
 def load_run(
@@ -31,7 +31,9 @@ def load_run(
         f"load: {folder} must be a run's folder, with a {file.name}; it has none",
     )
     network: nn.Module = Recipe.read(file, trust=trust).model.build()
-    network.load_state_dict(read_state(verified(store_of(folder), which) / WEIGHTS, subject="load"))
+    network.load_state_dict(
+        read_state(verified_checkpoint(store_of(folder), which) / WEIGHTS, subject="load")
+    )
     return network.eval()
 
 
@@ -63,7 +65,7 @@ def weights_file(start: Path) -> Path:
         ValueError: `start` does not exist, or the run has no intact checkpoint.
     """
     if start.is_dir():
-        return verified(store_of(start)) / WEIGHTS
+        return verified_checkpoint(store_of(start)) / WEIGHTS
     require(
         start.is_file(),
         f"init: must be a run's folder or a weights file; got {start}, which does not exist",

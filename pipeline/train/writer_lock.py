@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline.core.errors import Diverged, UserError
 from pipeline.core.run_folder import RunFolder
 from pipeline.track import events as track
-from pipeline.track.events import OF_NONE, Died, Hung
+from pipeline.track.events import NO_ATTEMPT, Died, Hung
 from pipeline.track.journal import Journal, NullTracker, Tracker, read_events
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.guards.storage_outage import may_be_temporary
@@ -55,7 +55,7 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
         return
     path = RunFolder(folder).journal
     events = read_events(path)
-    attempt = 1 + max((event.attempt for event in events), default=OF_NONE)
+    attempt = 1 + max((event.attempt for event in events), default=NO_ATTEMPT)
     with Journal(path, attempt=attempt) as tracker:
         hangs, death = unreported_hangs(folder, events), read_death(folder)
         for stacks, worker in hangs.items():

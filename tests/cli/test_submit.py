@@ -245,7 +245,7 @@ NODES = "slurm --nodes 2 --time 1 --gpus-per-node 4"
         *(
             (
                 f"--cluster {where} --name a --checkpoints s3://key:secret@bucket",
-                "an address holds no credentials",
+                "an address must hold no credentials",
             )
             for where in (f"k8s {CPU_PODS}", "slurm --nodes 1 --time 1", "ray://a:1")
         ),

@@ -420,7 +420,7 @@ def test_a_full_disk_is_said_in_a_line_and_with_room_the_run_goes_on(
     if full_of == "checkpoints":
         place = small_disk / "full"
         assert line == (
-            f"{by_checkpoint}No space left on device; the newest whole one is"
+            f"{by_checkpoint}No space left on device; the newest complete one is"
             f" {place / step_name(first)}"
         )
         assert {path.name for path in place.iterdir()} == {"owner.json", step_name(first)}

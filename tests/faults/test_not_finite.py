@@ -125,7 +125,7 @@ def test_a_loss_that_leaps_is_passed_over_or_gone_back_for(
     first = step if max_skips else event["to"]
     if not max_skips:
         assert Decisions.read(run) == Decisions(1, ((first, step + 1),))
-    assert "is more than 10 times the usual" in event["reason"]
+    assert "is more than 10 times the median" in event["reason"]
     assert_as_told(run, first, step + 1, **changes)
 
 

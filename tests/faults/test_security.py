@@ -37,7 +37,7 @@ from pipeline.train.checkpoint import (
     Checkpoints,
     CheckpointStore,
     checkpoints,
-    damage,
+    find_damage,
     step_folders,
 )
 from pipeline.train.checkpoint.manifest import facts_of, seal
@@ -163,7 +163,7 @@ def test_the_password_of_a_server_is_not_told(
     assert holders(tmp_path) == []
     for words in (("sync", "it"), ("register", "it", "--as", "x")):
         code, said, error = spiketrain(*words, *launch[-2:])
-        assert code == 1 and "cannot be filled" in error and SECRET not in said + error
+        assert code == 1 and "cannot be used" in error and SECRET not in said + error
 
 
 def test_a_worker_is_told_settings_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ def reseal(file: Path) -> None:
             files = [path for path in manifest.parent.rglob("*") if path.is_file()]
             names = (str(path.relative_to(manifest.parent)) for path in files)
             seal(manifest.parent, facts_of(manifest.parent, names))
-            assert damage(manifest.parent) is None
+            assert find_damage(manifest.parent) is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import nn
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
 from pipeline.train.backend.plain import Plain
-from pipeline.train.checkpoint import Checkpoints, CheckpointStore, Saved
+from pipeline.train.checkpoint import Checkpoints, CheckpointStore, SavedCheckpoint
 
 FILES = {
     "model.safetensors",
@@ -48,7 +48,7 @@ def save(
     rule: nn.Module,
     trainer: dict[str, Any],
     **more: Any,
-) -> Saved:
+) -> SavedCheckpoint:
     assert checkpoints.save(step, made, rule, trainer, **more) is None
     told = checkpoints.wait()
     assert told is not None

@@ -140,7 +140,7 @@ def test_a_run_whose_folder_names_anothers_place_is_not_gone_on_with_and_nothing
         before = {file: file.stat().st_mtime_ns for file in (theirs, *theirs.rglob("*"))}
         said = refused("resume", "run", "--inline", "--runs", foreign.parent)
         assert said.startswith(
-            f"checkpoints: {theirs} must be of run ffffffff ({foreign}); got those of run "
+            f"checkpoints: {theirs} must belong to run ffffffff ({foreign}); it belongs to run "
         )
         assert {file: file.stat().st_mtime_ns for file in (theirs, *theirs.rglob("*"))} == before
 
@@ -176,8 +176,8 @@ def test_a_place_whose_run_has_not_saved_yet_is_that_runs_all_the_same(
         (
             "s3://key:secret@bucket",
             (
-                "checkpoints: an address holds no credentials, which are the environment's; got one"
-                " with some"
+                "checkpoints: an address must hold no credentials, also not in a query: set"
+                " credentials in environment variables"
             ),
         ),
         (

@@ -160,7 +160,7 @@ def test_each_node_tries_where_checkpoints_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("address", ["s3://AKIA:planted@bucket/p", "s3://bucket/p?key=planted"])
 def test_an_address_with_credentials_is_refused_first(address: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no credentials") as refused:
+    with pytest.raises(ValueError, match="must hold no credentials") as refused:
         doctor(runs=tmp_path / "runs", checkpoints=address)
     assert "planted" not in str(refused.value) and not (tmp_path / "runs").exists()
 

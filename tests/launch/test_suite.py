@@ -343,7 +343,7 @@ def test_a_child_that_is_refused_stops_the_suite_and_after_mending_it_goes_on(
 
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, "second", 7, damage)
-        said = f"{newest.parent}: needs a checkpoint that verifies; got none"
+        said = f"{newest.parent}: must hold a checkpoint that verifies; got none"
         assert refused(*resume) == said
     assert state_of(runs["second"]) == "finished" and not runs["third"].exists()
     weights.write_bytes(whole)

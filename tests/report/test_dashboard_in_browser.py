@@ -426,7 +426,7 @@ def test_a_run_that_goes_on_draws_on(page: Page, runs: Path):
             "total_steps": 16,
         }
         journal.write(event("start", run="going-0", rule="OPZO", seed=0, step=0, **about))
-        mirror = Mirror(folder, uri=f"sqlite:///{runs / 'mlflow.db'}", interval=0.2)
+        mirror = Mirror(folder, uri=f"sqlite:///{runs / 'mlflow.db'}", interval_s=0.2)
         for step in (1, 2):
             journal.write(event("step", step=step, metrics={"loss": 1.0, "top1": step / 20}))
         expect(page.get_by_role("checkbox", name="going-0")).to_contain_text(

@@ -20,7 +20,7 @@ from pipeline.report.stores import ServerStore, runs_of_store
 from pipeline.report.study import Study
 from pipeline.report.suite import read_study
 from pipeline.report.tables import provenance
-from pipeline.track.events import OF_NONE
+from pipeline.track.events import NO_ATTEMPT
 from pipeline.track.journal import Record
 from pipeline.track.mlflow import sync
 from tests.helpers.fake_store import FakeStore
@@ -184,7 +184,7 @@ def test_seconds_are_those_of_its_attempts_alone():
 def test_waiting_for_places_between_attempts_costs_nothing():
     told = events(restart=True)
     again = next(at for at, event in enumerate(told) if event["event"] == "start" and at)
-    about, before = {"event": "waiting", "attempt": OF_NONE, "most_s": 3600.0}, told[again - 1]
+    about, before = {"event": "waiting", "attempt": NO_ATTEMPT, "most_s": 3600.0}, told[again - 1]
     waiting = [{**about, "time": before["time"] + later} for later in (1.0, 86_401.0)]
     late = [
         {**event, **{name: event[name] + 90_000 for name in ("time", "began") if name in event}}

@@ -68,7 +68,9 @@ def test_store_and_baseline_of_a_run_are_beside_it_wherever_one_stands(
 
     monkeypatch.setattr("pipeline.track.mlflow.sync", sync)
     monkeypatch.setattr("pipeline.track.mlflow.register", register)
-    monkeypatch.setattr("pipeline.train.checkpoint.verified", lambda place, which: place.folder)
+    monkeypatch.setattr(
+        "pipeline.train.checkpoint.verified_checkpoint", lambda place, which: place.folder
+    )
     monkeypatch.setattr("pipeline.train.checkpoint.pin", lambda checkpoint: None)
     for words in (("sync", str(sltt)), ("register", str(sltt), "--as", "model")):
         assert spiketrain(*words)[0] == 0

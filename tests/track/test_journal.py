@@ -77,7 +77,7 @@ def test_what_json_has_no_form_for(path: Path):
 
 def test_misuse_is_refused_and_writes_nothing(path: Path):
     journal = RawJournal(path, attempt=0)
-    with pytest.raises(TypeError, match="no JSON form for a object"):
+    with pytest.raises(TypeError, match="must have a JSON form; got object"):
         journal.event("step", what=object())
     journal.close()
     journal.close()

@@ -128,7 +128,7 @@ def test_the_runs_of_one_comparison_share_a_parent(fake_run: Callable, sqlite_st
     with second.start(study_parent=parent) as journal:
         journal.events(steps(0, 1))
         sync(first.folder, uri=sqlite_store)
-        mirror = Mirror(second.folder, uri=sqlite_store, interval=0.05)
+        mirror = Mirror(second.folder, uri=sqlite_store, interval_s=0.05)
         above = find(sqlite_store, first).data.tags["mlflow.parentRunId"]
         client = connect(sqlite_store)
         settled(lambda: client.get_run(above).info.status == "RUNNING")
@@ -176,17 +176,17 @@ def test_status_follows_stop_and_resume(fake_run: Callable, sqlite_store: str):
         return find(sqlite_store, run).info.status
 
     journal = run.start()
-    mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05)
+    mirror = Mirror(run.folder, uri=sqlite_store, interval_s=0.05)
     settled(lambda: status() == "RUNNING")
     journal.event("stopped", step=3, reason="SIGTERM", resume_command="spiketrain resume a_run")
     settled(lambda: status() == "KILLED")
     assert mirror.close(20)
-    mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05)
+    mirror = Mirror(run.folder, uri=sqlite_store, interval_s=0.05)
     run.start(step=3)
     settled(lambda: status() == "RUNNING")
     # the driver leaves, and the worker said nothing of an end
     assert mirror.close(20) and status() == "KILLED"
-    mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05)
+    mirror = Mirror(run.folder, uri=sqlite_store, interval_s=0.05)
     run.start(step=3).event("finish", step=5)
     assert mirror.close(20) and status() == "FINISHED" and mirror.warning is None
 
@@ -228,7 +228,7 @@ def test_the_journal_is_sent_at_a_start_and_whenever_the_weights_are_looked_at_a
 
     def is_sent() -> bool:
         delivery.advance()
-        artifact = artifacts(delivery.run) / "journal.jsonl"
+        artifact = artifacts(delivery.client.get_run(delivery.run_id)) / "journal.jsonl"
         return artifact.exists() and artifact.read_bytes() == journal.path.read_bytes()
 
     with run.start() as journal:
@@ -242,7 +242,7 @@ def test_the_journal_is_sent_at_a_start_and_whenever_the_weights_are_looked_at_a
         assert not is_sent()
     assert sync(run.folder, uri=sqlite_store)  # nobody drives it: this is its end
     assert is_sent()
-    artifact = artifacts(delivery.run) / "journal.jsonl"
+    artifact = artifacts(delivery.client.get_run(delivery.run_id)) / "journal.jsonl"
     artifact.write_text("as it is")
     # not sent without need
     assert sync(run.folder, uri=sqlite_store) and artifact.read_text() == "as it is"
@@ -254,7 +254,7 @@ def test_whoever_delivers_for_ever_is_not_waited_for(
     """As a `sync` that was stopped with Ctrl-Z in the middle: a suite that ends would keep its
     machines.
     """
-    monkeypatch.setattr(hierarchy, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(hierarchy, "LOCK_TIMEOUT_S", 0.5)
     run = fake_run()
     run.attempt()
     with (run.folder.parent / ".mlflow.lock").open("ab") as lock:
@@ -262,8 +262,8 @@ def test_whoever_delivers_for_ever_is_not_waited_for(
         with pytest.raises(
             TrackingError,
             match=(
-                r"\.mlflow\.lock: another process still delivers to MLflow after 0 s; see who"
-                r" it is$"
+                r"\.mlflow\.lock: the lock must be free to deliver to MLflow; another process still"
+                r" holds it after 0 s: wait for that process, or end it$"
             ),
         ):
             sync(run.folder, uri=sqlite_store)
@@ -411,7 +411,7 @@ def test_a_run_deleted_in_mlflow_comes_back_whole_and_one_created_twice_is_one_a
     run, client = fake_run(), connect(sqlite_store)
     with run.start() as journal:
         journal.events(steps(0, 3))
-        mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05, patience=0.1)
+        mirror = Mirror(run.folder, uri=sqlite_store, interval_s=0.05, max_interval_s=0.1)
         settled(lambda: len(history(sqlite_store, run, "train/loss")) == 3)
         client.delete_run(find(sqlite_store, run).info.run_id)
         journal.events(steps(3, 5))
@@ -442,8 +442,8 @@ def test_names_and_values_that_mlflow_refuses(fake_run: Callable, sqlite_store: 
 
 def test_nothing_to_deliver(fake_run: Callable, sqlite_store: str):
     run = fake_run()
-    assert Mirror(run.folder, uri=sqlite_store, interval=0.05).close(20)
-    with pytest.raises(TrackingError, match="no journal of a run that began"):
+    assert Mirror(run.folder, uri=sqlite_store, interval_s=0.05).close(20)
+    with pytest.raises(TrackingError, match="must have begun to be delivered"):
         sync(run.folder, uri=sqlite_store)
 
 
@@ -465,7 +465,7 @@ def test_a_server_that_refuses_costs_the_run_nothing(fake_run: Callable):
     run = fake_run()
     uri = f"http://somebody:secret@127.0.0.1:{free_port()}"
     with run.start() as journal:
-        mirror = Mirror(run.folder, uri=uri, interval=0.01, patience=0.05)
+        mirror = Mirror(run.folder, uri=uri, interval_s=0.01, max_interval_s=0.05)
         settled(lambda: mirror.warning is not None)
         before = time.perf_counter()
         journal.events(steps(0, 200))
@@ -474,7 +474,7 @@ def test_a_server_that_refuses_costs_the_run_nothing(fake_run: Callable):
     assert mirror.close(10) is False
     assert time.perf_counter() - before < 3
     assert re.fullmatch(r"((?!secret).)*spiketrain sync((?!secret).)*", mirror.warning or "")
-    with pytest.raises(TrackingError, match=r"cannot be filled.*\Z"):
+    with pytest.raises(TrackingError, match=r"cannot be used.*\Z"):
         sync(run.folder, uri=uri)
 
 
@@ -505,7 +505,7 @@ def test_a_server_that_hangs_dies_and_comes_back(
     store.mkdir()
     uri = f"http://127.0.0.1:{port}"
     with run.start() as journal:
-        mirror = Mirror(run.folder, uri=uri, interval=0.05, patience=0.5)
+        mirror = Mirror(run.folder, uri=uri, interval_s=0.05, max_interval_s=0.5)
         journal.events(steps(0, 5))  # before there is a server
         server = start_server(store, port)
         try:
@@ -523,7 +523,7 @@ def test_a_server_that_hangs_dies_and_comes_back(
             journal.events(steps(10, 20))
             journal.event("finish", step=20, top1=0.25)
             assert mirror.close(10) is False
-            with pytest.raises(TrackingError, match="cannot be filled"):
+            with pytest.raises(TrackingError, match="cannot be used"):
                 sync(run.folder, uri=uri)
             server = start_server(store, port)
             assert sync(run.folder, uri=uri) == SyncReport(delivered=32, already_there=30)
@@ -594,6 +594,6 @@ def test_a_token_that_is_refused_is_not_said(
     run = fake_run()
     run.attempt()
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)
-    with pytest.raises(TrackingError, match="cannot be filled") as refused:
+    with pytest.raises(TrackingError, match="cannot be used") as refused:
         sync(run.folder, uri="http://127.0.0.1:9")
     assert "planted" not in str(refused.value) and "$MLFLOW_TRACKING_TOKEN" in str(refused.value)

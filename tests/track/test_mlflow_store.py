@@ -43,4 +43,4 @@ def test_a_password_that_ends_its_address_too_early_is_the_reason(password: str)
     )
     why = "/ ? and # in the password of an address must be written %2F %3F and %23"
     told = one_line(f"http://me:{password}@host:5000", error)
-    assert told == f"MLflow at http://host:5000 cannot be filled (ValueError: {why})"
+    assert told == f"MLflow at http://host:5000 cannot be used (ValueError: {why})"

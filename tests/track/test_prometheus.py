@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.track.events import KINDS, Gauge, declared
 from pipeline.track.journal import read
-from pipeline.track.prometheus import Exposed, exposition, newest
+from pipeline.track.prometheus import MetricsFile, exposition, newest
 from tests.helpers.events import RawJournal
 from tests.helpers.small import small_recipe, train_inline
 
@@ -173,7 +173,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_file_is_replaced_at_once_and_readable_for_the_collector(
     tmp_path: Path, folder: Path
 ) -> None:
-    exposed, seen, done = Exposed(tmp_path / "a-run", pytest.fail), set[str](), threading.Event()
+    exposed, seen, done = (
+        MetricsFile(tmp_path / "a-run", pytest.fail),
+        set[str](),
+        threading.Event(),
+    )
     events = [[start(), *[step(n, loss=loss)]] for n, loss in ((1, 1.0), (2, 2.0))]
 
     def scrape() -> None:
@@ -201,7 +205,7 @@ def test_a_run_that_goes_on_tells_what_its_journal_had_said(tmp_path: Path, fold
     (run := tmp_path / "a-run").mkdir()
     journal = RawJournal(run / "journal.jsonl", attempt=0)
     journal.event("start", run="a-run", total_steps=40)
-    exposed = Exposed(run, pytest.fail)
+    exposed = MetricsFile(run, pytest.fail)
     journal.event("step", step=3, metrics={"loss": 0.5})
     exposed.show(read(run / "journal.jsonl")[1:])
     found = values((folder / "a-run.prom").read_text())
@@ -216,13 +220,13 @@ def test_nothing_is_written_where_nobody_asked_and_a_folder_that_goes_away_is_sa
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    exposed = Exposed(tmp_path / "a-run", said.append)
+    exposed = MetricsFile(tmp_path / "a-run", said.append)
     folder.rmdir()
     for number in (1, 2):
         exposed.show([start(), step(number)])
     assert len(said) == 1 and "cannot be written (No such file or directory)" in said[0]
-    with pytest.raises(ValueError, match="must be a folder that is there"):
-        Exposed(tmp_path / "a-run", said.append)
+    with pytest.raises(ValueError, match="must be an existing folder"):
+        MetricsFile(tmp_path / "a-run", said.append)
     monkeypatch.delenv("SPIKETRAIN_METRICS")
-    Exposed(tmp_path, pytest.fail).show([start()])
+    MetricsFile(tmp_path, pytest.fail).show([start()])
     assert not list(tmp_path.iterdir())

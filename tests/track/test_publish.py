@@ -53,12 +53,12 @@ def test_what_cannot_be_registered_is_told_in_a_line(fake_run: Callable, sqlite_
         [line] = str(caught.value).splitlines()
         return line
 
-    assert "no journal of a run that began" in refused("x", sqlite_store)
+    assert "must have begun to be registered" in refused("x", sqlite_store)
     run.attempt(FINISH)
-    assert "cannot be filled (MlflowException: Invalid model name 'a/b'" in refused(
+    assert "cannot be used (MlflowException: Invalid model name 'a/b'" in refused(
         "a/b", sqlite_store
     )
-    assert "cannot be filled" in refused("x", f"http://127.0.0.1:{free_port()}")
+    assert "cannot be used" in refused("x", f"http://127.0.0.1:{free_port()}")
 
 
 def test_a_report_is_an_artifact_of_the_parent_of_each_run(
@@ -93,7 +93,7 @@ def test_a_report_is_an_artifact_of_the_parent_of_each_run(
     for run, above in ((two, parent), (other, second)):
         sync(run.folder, uri=sqlite_store)
         assert find(sqlite_store, run).data.tags["mlflow.parentRunId"] == above
-    with pytest.raises(TrackingError, match="cannot be filled"):
+    with pytest.raises(TrackingError, match="cannot be used"):
         log("", uri=f"http://127.0.0.1:{free_port()}")
 
 

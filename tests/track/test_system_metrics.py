@@ -13,7 +13,7 @@ CPU = "system/cpu_utilization_percentage"
 
 
 def sampled(folder: Path, count: int) -> None:
-    sampler = Sampler(folder, interval=0.05)
+    sampler = Sampler(folder, interval_s=0.05)
     settled(lambda: len(read(folder / "system.jsonl")) >= count)
     sampler.close()
 
@@ -59,7 +59,7 @@ def test_the_mirror_samples(fake_run: Callable, sqlite_store: str, monkeypatch: 
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
     run = fake_run()
     with run.start() as journal:
-        mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05)
+        mirror = Mirror(run.folder, uri=sqlite_store, interval_s=0.05)
         settled(lambda: len(history(sqlite_store, run, CPU)) >= 2)
         journal.event("finish", step=1)
     assert mirror.close(20)
@@ -75,4 +75,4 @@ def test_what_goes_wrong_ends_the_samples_and_nothing_else(
 ):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "soon")
     with pytest.warns(UserWarning, match=f"system metrics are no longer sampled: {error}"):
-        Sampler(tmp_path / "gone", interval=interval)._thread.join(20)
+        Sampler(tmp_path / "gone", interval_s=interval)._thread.join(20)

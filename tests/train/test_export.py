@@ -307,7 +307,7 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path, refused: Refused) 
     for file in tmp_path.glob("run/checkpoints/*/model.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
     said = refused("export", "run", "--runs", str(tmp_path))
-    assert "needs a checkpoint that verifies; got none" in said
+    assert "must hold a checkpoint that verifies; got none" in said
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 

@@ -20,7 +20,7 @@ from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.recipe.recipe import Checkpointing, Evaluation, spec
 from pipeline.recipe.suite import fill_references
 from pipeline.rules.sltt import SLTT
-from pipeline.track.events import OF_NONE
+from pipeline.track.events import NO_ATTEMPT
 from pipeline.track.run_state import state_of
 from pipeline.train import trainer, worker
 from pipeline.train.checkpoint import read_trainer, step_folders
@@ -101,7 +101,8 @@ def test_a_run_that_died_goes_on_to_the_same_bits(
     with (broken / "journal.jsonl").open("a") as journal:
         # hours in which there was no place for it
         journal.writelines(
-            json.dumps(event("waiting", time=time.time() - ago, attempt=OF_NONE).to_dict()) + "\n"
+            json.dumps(event("waiting", time=time.time() - ago, attempt=NO_ATTEMPT).to_dict())
+            + "\n"
             for ago in (7200, 3600)
         )
     resumed = finished(broken, recipe)

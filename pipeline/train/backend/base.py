@@ -1,10 +1,10 @@
-"""A backend holds the model and its optimizer, differentiates shares of a batch, and steps.
+"""A backend holds the model and its optimizer, differentiates loss terms, and moves the weights.
 
-Every backward call of the product goes through `Backend.backward`. So the conventions for several
-backward calls per optimizer step are in one place. A violation of them raises no error.
+Training calls `backward` only in `Backend.backward`. So the conventions for several backward calls
+per optimizer step are in one place. A violation of these conventions raises no error.
 
-Backends share the functions at the end: they reset an optimizer, and copy a state that changes, on
-the CPU for a checkpoint or on its device for a batch that may be undone.
+The functions at the end are for all backends. They reset an optimizer, copy a state to the CPU for
+a checkpoint, and copy tensors on their device for a batch that may be undone.
 """
 
 import copy
@@ -21,111 +21,119 @@ OptimizerOf = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class Backend(Protocol):
-    """One process's view of a model that all ranks train together."""
+    """The model and the optimizer on one rank. All ranks train the model together."""
 
-    name: str  # also the name of its folder in a checkpoint
-    # the bare network inside: its `state_dict` is evaluated and published
+    name: str  # also the name of the backend's folder in a checkpoint
+    # the network without wrappers; its `state_dict` is evaluated and published
     network: nn.Module
-    # called in training: maps [T,B,...] to [T,B,K] in the recipe's precision
+    # the network that training calls: it maps [T,B,...] to [T,B,K] in the recipe's precision
     model: nn.Module
     optimizer: torch.optim.Optimizer  # a schedule sets its learning rates
 
     def backward(self, loss: Tensor, share: float) -> None:
-        """Add the gradient of `share * loss`. Shares sum to 1 over the ranks and micro-batches of a
-        global batch.
+        """Add the gradient of `share * loss`. The shares of all ranks and micro-batches of a global
+        batch sum to 1.
         """
 
     def gradients(self) -> list[Tensor]:
-        """The gradients on this rank before `step`, of the parameters that have any.
+        """The gradients on this rank before `step`. A parameter without a gradient has no entry.
 
-        If ZeRO divides the gradients among ranks, each rank has some of their sums.
+        At ZeRO-2 each rank has only its part of the gradients, already summed over ranks.
         """
         ...
 
-    def discard(self) -> None:
-        """Forget the gradients. The weights stay. Impossible if ZeRO holds gradients of its own."""
+    def zero_grad(self) -> None:
+        """Delete the gradients.
 
-    def step(self) -> None:
-        """Sum the gradients over ranks, clip them if the recipe asks for it, move the weights, and
-        forget the gradients.
+        Raises:
+            ValueError: at ZeRO-1 and ZeRO-2, which hold gradients of their own.
         """
 
-    def forget(self) -> None:
+    def step(self) -> None:
+        """Sum the gradients over ranks, clip them if the recipe has a `clip_norm`, move the
+        weights, and delete the gradients.
+        """
+
+    def reset_optimizer(self) -> None:
         """Reset the optimizer's state, including momentum, and its settings. The weights stay."""
 
     def published(self) -> AbstractContextManager[None]:
-        """Inside, `network` holds the values that are evaluated and published: its weights, or an
-        average of them. `step` must not be called inside.
+        """Inside the context, `network` holds the values that are evaluated and published: its
+        weights, or their average. `step` must not be called inside.
         """
         return nullcontext()
 
     def replicated(self) -> list[Tensor]:
-        """The values that are the same on every rank, bit for bit: the weights, and an average of
-        them if there is one.
+        """The values that are the same on every rank, bit for bit: the weights, and their average
+        if there is one.
         """
         return list(self.network.parameters())
 
     def capture(self) -> dict[str, Any]:
-        """A copy on the CPU of weights and optimizer state. It maps names of files, which may
-        contain folders, to the values that this rank writes with `torch.save`. Collective.
+        """A copy on the CPU of weights and optimizer state: the values that this rank writes with
+        `torch.save`, by path inside the backend's folder. Collective.
         """
         ...
 
     def load(self, folder: Path) -> None:
-        """Read the files of every rank's `capture`. Collective."""
+        """Restore the state from a folder with the files of every rank's `capture`. Collective."""
 
 
-def forgetter(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """A function that resets `optimizer` to its current state. It must not have stepped yet.
+def optimizer_reset(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """A function that resets `optimizer` to the state at this call, which must come before its
+    first step.
 
-    DeepSpeed's ZeRO wrappers (0.19.8) contain a torch optimizer for this rank's share of the
-    parameters. timm's Lookahead (1.0.31) contains the optimizer that keeps the state.
+    DeepSpeed's ZeRO wrappers (0.19.8) contain a torch optimizer for this rank's part of the
+    parameters. timm's Lookahead (1.0.31) contains the optimizer that has the state.
     """
-    for inside in ("optimizer", "_base_optimizer"):
-        optimizer = getattr(optimizer, inside, optimizer)
+    for attribute in ("optimizer", "_base_optimizer"):
+        optimizer = getattr(optimizer, attribute, optimizer)
     # Adagrad has a state before its first step.
-    states = {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()}
+    initial_states = {
+        parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()
+    }
     initial_settings = [
         copy.deepcopy({name: value for name, value in group.items() if name != "params"})
         for group in optimizer.param_groups
     ]
 
-    def forget() -> None:
+    def reset() -> None:
         optimizer.state.clear()
-        for parameter, state in states.items():
+        for parameter, state in initial_states.items():
             optimizer.state[parameter] = copy.deepcopy(state)
         for group, settings in zip(optimizer.param_groups, initial_settings, strict=True):
             for name in group.keys() - settings.keys() - {"params"}:  # LAMB counts its steps here
                 del group[name]
             group.update(copy.deepcopy(settings))
 
-    return forget
+    return reset
 
 
-def copied(value: Any, seen: dict[int, Tensor] | None = None) -> Any:
+def cpu_copy(value: Any, copies: dict[int, Tensor] | None = None) -> Any:
     """A deep copy of `value` on the CPU. A tensor that occurs twice is copied once.
 
-    `seen` has the copies so far by the ids of their originals, which live as long as `value`.
+    `copies` holds the copies made so far, by the id of the original. An original is a part of
+    `value`, so no other object has its id.
     """
-    seen = {} if seen is None else seen
+    copies = {} if copies is None else copies
     if isinstance(value, Tensor):
-        if id(value) not in seen:
-            seen[id(value)] = value.detach().to("cpu", copy=True)
-        return seen[id(value)]
+        if id(value) not in copies:
+            copies[id(value)] = value.detach().to("cpu", copy=True)
+        return copies[id(value)]
     if isinstance(value, MutableMapping):
-        copied_mapping = copy.copy(value)  # keeps attributes, such as the versions of a state_dict
-        for key, inside in value.items():
-            copied_mapping[key] = copied(inside, seen)
-        return copied_mapping
+        mapping = copy.copy(value)  # keeps attributes, such as the versions of a state_dict
+        for key, item in value.items():
+            mapping[key] = cpu_copy(item, copies)
+        return mapping
     if type(value) in (list, tuple):
-        return type(value)(copied(inside, seen) for inside in value)
+        return type(value)(cpu_copy(item, copies) for item in value)
     return copy.deepcopy(value)
 
 
-def cloned(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor copied on its own device. One kernel copies all tensors of a dtype."""
+def clone_tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of each tensor on its own device. One kernel copies all tensors of a dtype."""
     clones = {name: torch.empty_like(value) for name, value in values.items()}
-    for names in alike(values):
+    for names in group_by_dtype_and_device(values):
         torch._foreach_copy_(
             [clones[name] for name in names], [values[name].detach() for name in names]
         )
@@ -133,11 +141,11 @@ def cloned(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def replaced(
+def temporary_values(
     tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]
 ) -> Iterator[dict[str, Tensor]]:
-    """Inside, each tensor holds the value of its name. Yields copies of the tensors' own values,
-    which the tensors hold again afterwards.
+    """Inside the context, each tensor holds the value with its name. Afterwards each tensor holds
+    its own value again. Yields copies of the tensors' own values.
     """
     own = {name: tensor.clone() for name, tensor in tensors.items()}
     try:
@@ -149,8 +157,8 @@ def replaced(
             tensor.copy_(own[name])
 
 
-def alike(values: Mapping[T_, Tensor]) -> Iterable[list[T_]]:
-    """The keys of `values`, in one list for each dtype and device."""
+def group_by_dtype_and_device(values: Mapping[T_, Tensor]) -> Iterable[list[T_]]:
+    """The keys of `values`: one list for each pair of dtype and device."""
     groups: dict[tuple[torch.dtype, torch.device], list[T_]] = {}
     for key, value in values.items():
         groups.setdefault((value.dtype, value.device), []).append(key)

@@ -1,4 +1,4 @@
-"""Communication between the workers of one run, except that of gradients."""
+"""Collectives of the workers of one run, except the reduction of gradients."""
 
 import os
 import sys
@@ -11,21 +11,22 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.core.errors import as_user_error
-from pipeline.train.backend.base import replaced
+from pipeline.train.backend.base import temporary_values
 
 T_ = TypeVar("T_")
 
-PATIENCE = timedelta(days=2)
-ALONE_PATIENCE = timedelta(minutes=30)
+# The timeout of a collective is long, because all ranks wait while one rank reads all pages or fits
+# a teacher's head. The watchdog detects hangs.
+COLLECTIVE_TIMEOUT = timedelta(days=2)
+SINGLE_WORKER_TIMEOUT = timedelta(minutes=30)
 
-
-# the backends of a process group, by the device that computes. gloo would copy the tensors of a GPU
-# to the host and back
+# The backends of a process group, by the device that computes. With gloo alone, the tensors of a
+# GPU would be copied to the host and back.
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
-def world() -> tuple[int, int]:
-    """This process's rank, and the number of ranks."""
+def rank_and_world_size() -> tuple[int, int]:
+    """The rank of this process, and the number of ranks; (0, 1) without a process group."""
     if not distributed.is_initialized():
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
@@ -33,49 +34,51 @@ def world() -> tuple[int, int]:
 
 @contextmanager
 def group_of_one(device: str) -> Iterator[None]:
-    """Inside, this process is the only worker of a process group, which DeepSpeed needs. An
-    existing group is used, and is not destroyed.
+    """Inside the context, this process is the only worker of a process group, which DeepSpeed
+    needs. If there is a process group already, that group is used and stays.
     """
-    # DeepSpeed reads all of them.
+    # DeepSpeed reads these environment variables.
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": device}
-    before = {name: os.environ.get(name) for name in variables}
+    before = {name: os.environ[name] for name in variables if name in os.environ}
     os.environ.update(variables)
-    owned = not distributed.is_initialized()
+    is_new = not distributed.is_initialized()
     try:
-        if owned:
+        if is_new:
             distributed.init_process_group(
                 BACKENDS[device],
                 store=distributed.HashStore(),
                 rank=0,
                 world_size=1,
-                timeout=ALONE_PATIENCE,
+                timeout=SINGLE_WORKER_TIMEOUT,
             )
         yield
     finally:
-        if owned and distributed.is_initialized():
+        if is_new and distributed.is_initialized():
             # DeepSpeed (0.19.8) keeps copies of a group that it has used, so it has to destroy the
-            # group. DeepSpeed is not imported for this.
-            owner: Any = sys.modules.get("deepspeed.comm")
-            if owner is None or not owner.is_initialized():
-                owner = distributed
-            owner.destroy_process_group()
-        for name, value in before.items():  # later child processes have their own
+            # group. If DeepSpeed is not imported yet, torch destroys the group.
+            comm: Any = sys.modules.get("deepspeed.comm")
+            if comm is None or not comm.is_initialized():
+                comm = distributed
+            comm.destroy_process_group()
+        for name in variables:  # child processes that start later must not inherit them
             os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+        os.environ.update(before)
 
 
 class Ranks:
-    """This process among the workers of a run. If there are several, the process group exists."""
+    """The collectives of a run, called by one of its ranks.
+
+    The process group must exist if there are several ranks.
+    """
 
     def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu") -> None:
         self.rank, self.size = rank, size
         self.device = torch.device(device)
-        # A group on the CPU, so that decisions do not wait for GPU kernels. Its timeout is long:
-        # the other ranks wait while one rank reads all pages or fits a teacher's head. The watchdog
-        # detects hangs.
+        # A group on the CPU, so that decisions do not wait for GPU kernels.
         self.control: Any = (
-            distributed.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
+            distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+            if self.size > 1
+            else None
         )
 
     def mean(self, value: Tensor) -> Tensor:
@@ -90,24 +93,32 @@ class Ranks:
     def decide(self, *flags: bool) -> list[bool]:
         """Rank 0's flags, on every rank."""
         decision = torch.tensor(flags, dtype=torch.uint8)
-        if self.size > 1:  # each step: a tensor, which is faster than a pickled object
+        if self.size > 1:  # called at every step; a tensor is faster than a pickled object
             distributed.broadcast(decision, src=0, group=self.control)
         return decision.bool().tolist()
 
-    def broadcast_object(self, act: Callable[[], T_]) -> T_:
-        """The result of `act` on rank 0, on every rank; a ValueError is raised on every rank."""
+    def broadcast_object(self, function: Callable[[], T_]) -> T_:
+        """The result of `function` on rank 0, on every rank. The other ranks do not call it.
+
+        Raises:
+            UserError: `function` raised a ValueError. Every rank raises the error. (If there is one
+                rank, it raises the ValueError itself.)
+            Exception: any other error of `function`. Only rank 0 raises it, and the other ranks
+                wait for rank 0.
+        """
         if self.size == 1:
-            return act()
-        outcome: list[Any] = [None, None]
+            return function()
+        result_and_error: list[Any] = [None, None]
         if self.rank == 0:
             try:
-                outcome[0] = act()
+                result_and_error[0] = function()
             except ValueError as error:
-                outcome[1] = as_user_error(error)
-        distributed.broadcast_object_list(outcome, src=0, group=self.control)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+                result_and_error[1] = as_user_error(error)
+        distributed.broadcast_object_list(result_and_error, src=0, group=self.control)
+        result, error = result_and_error
+        if error is not None:
+            raise error
+        return result
 
     def all_gather_object(self, value: T_) -> list[T_]:
         """Every rank's value, in the order of ranks, on every rank."""
@@ -117,36 +128,41 @@ class Ranks:
         distributed.all_gather_object(values, value, group=self.control)
         return values
 
-    def all_or_raise(self, act: Callable[[], T_]) -> T_:
-        """This rank's result of `act`. If ranks raise ValueError, every rank raises the first one.
-        Otherwise the other ranks would wait for that rank in their next collective.
+    def all_or_raise(self, function: Callable[[], T_]) -> T_:
+        """This rank's result of `function`, which every rank calls.
+
+        Raises:
+            UserError: a rank raised a ValueError. Every rank raises the error of the lowest such
+                rank. Otherwise the other ranks would wait for that rank in their next collective.
         """
         result, own_error = None, None
         try:
-            result = act()
+            result = function()
         except ValueError as error:
             own_error = as_user_error(error)
-        for rank, refusal in enumerate(self.all_gather_object(own_error)):
-            if refusal is not None:
-                raise refusal if self.size == 1 else type(refusal)(f"{refusal} (worker {rank})")
-        return result  # type: ignore[return-value]  # no rank raised, so `act` has returned
+        for rank, error in enumerate(self.all_gather_object(own_error)):
+            if error is not None:
+                raise error if self.size == 1 else type(error)(f"{error} (worker {rank})")
+        return result  # type: ignore[return-value]  # no rank raised, so `function` has returned
 
     @contextmanager
-    def averaged(self, network: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """Inside, running statistics are their mean over ranks. Afterwards each rank has its own
-        again. Yields this rank's own statistics.
+    def averaged_buffers(self, network: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """Inside the context, each floating-point buffer, such as a running statistic, is its mean
+        over ranks. Afterwards each rank has its own buffers again.
+
+        Yields copies of this rank's own buffers, by name; nothing if there is one rank.
         """
-        floating = {
+        buffers = {
             name: buffer
             for name, buffer in network.named_buffers()
             if buffer.is_floating_point() and self.size > 1
         }
-        means = {name: self.mean(buffer) for name, buffer in floating.items()}
-        with replaced(floating, means) as own:
-            yield own
+        means = {name: self.mean(buffer) for name, buffer in buffers.items()}
+        with temporary_values(buffers, means) as own_buffers:
+            yield own_buffers
 
-    def _reduce(self, value: Tensor, how: Any) -> Tensor:
+    def _reduce(self, value: Tensor, operation: Any) -> Tensor:
         if self.size > 1:
-            value = value.to(self.device, copy=True)  # NCCL takes no tensor of the host
-            distributed.all_reduce(value, op=how)
+            value = value.to(self.device, copy=True)  # NCCL accepts only tensors on a GPU
+            distributed.all_reduce(value, op=operation)
         return value

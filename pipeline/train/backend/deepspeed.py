@@ -1,9 +1,9 @@
 """DeepSpeed's ZeRO-0/1/2 under rules that call backward several times per optimizer step.
 
-Checked on deepspeed 0.19.8, the oldest version that pyproject.toml admits. In its default
-configuration ZeRO-1 and ZeRO-2 keep only the *last* backward call's gradient, without an error.
-`managed_gradient_accumulation: false` makes `engine.step()` the only boundary, and every call
-counts. `tests/train/backend/test_deepspeed.py` pins both facts.
+Checked on deepspeed 0.19.8, the oldest version that pyproject.toml allows. In DeepSpeed's default
+configuration, ZeRO-1 and ZeRO-2 keep only the *last* backward call's gradient, without an error.
+With `managed_gradient_accumulation: false` they add the gradients of all backward calls until
+`engine.step()`. `tests/train/backend/test_deepspeed.py` checks both facts.
 """
 
 import logging
@@ -21,10 +21,10 @@ from torch import Tensor, distributed, nn
 
 from pipeline.core.checks import require
 from pipeline.core.tensor_file import load_data
-from pipeline.train.backend.base import Backend, OptimizerOf, copied, forgetter
+from pipeline.train.backend.base import Backend, OptimizerOf, cpu_copy, optimizer_reset
 
 CHECKPOINT_TAG = "state"
-LARGEST_BUCKET = 500_000_000  # numbers
+MAX_BUCKET_SIZE = 500_000_000  # elements
 
 
 def config(
@@ -36,37 +36,37 @@ def config(
     precision: str = "fp32",
     clip_norm: float = 0.0,
 ) -> dict[str, Any]:
-    """The DeepSpeed JSON of a run. The training loop accumulates; DeepSpeed sees one long
-    micro-batch.
+    """The DeepSpeed configuration of a run. The training loop accumulates gradients itself, so
+    DeepSpeed is configured for one micro-batch per step.
     """
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "train_batch_size": micro_batch * workers,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        # DeepSpeed's own default is 1.0, which would change every comparison.
+        # DeepSpeed's default of 1.0 would clip gradients that other backends do not clip.
         "gradient_clipping": clip_norm,
         "zero_allow_untested_optimizer": True,
-        # A bucket is allocated whole at each backward. DeepSpeed's own default of 5e8 numbers takes
-        # 2 GB for every network.
+        # Each backward pass allocates a full bucket. DeepSpeed's default of 5e8 elements takes 2 GB
+        # for every network, however small.
         "zero_optimization": {
             "stage": zero,
-            "reduce_bucket_size": min(parameters, LARGEST_BUCKET),
-            # Only clipping needs the norm. The norm costs a reduction over ranks and a wait for the
-            # GPU at every step.
+            "reduce_bucket_size": min(parameters, MAX_BUCKET_SIZE),
+            # Only clipping needs the gradient norm, which costs a reduction over ranks and a wait
+            # for the GPU at every step.
             **({"compute_grad_norm": False} if zero and not clip_norm else {}),
         },
         "torch_autocast": {
             "enabled": precision == "bf16",
             "dtype": "bfloat16",
-            # Gradients of the classes listed here are reduced in bf16 at stages 1 and 2, which
-            # changes them by up to 4e-2 (0.19.8). With a class that no model has, every reduction
-            # is in fp32, and the forward pass does not change.
+            # At ZeRO-1 and ZeRO-2, gradients of the module classes in this list are reduced in
+            # bf16, which changes them by up to 4e-2 (0.19.8). No model has the class below, so
+            # every reduction is in fp32. The list does not change the forward pass.
             "lower_precision_safe_modules": ["torch.nn.Bilinear"],
         },
         "steps_per_print": 2**31,
-        # This timer is on by default (0.19.8). It waits for the GPU at every forward pass: T times
-        # per batch under an online rule, once under BPTT.
+        # This timer is on by default (0.19.8). The timer waits for the GPU at every forward pass:
+        # T times per batch under an online rule, once under BPTT.
         "timers": {"throughput": {"enabled": False}},
     }
 
@@ -88,18 +88,18 @@ class DeepSpeed(Backend):
     ) -> None:
         deepspeed = import_deepspeed()
         scalars = [name for name, p in network.named_parameters() if p.dim() == 0]
-        require(  # 0.19.8 fails in the middle of its broadcast, without a name
+        require(  # 0.19.8 would fail in its broadcast, without the parameter's name
             not scalars,
             "deepspeed: every parameter must have at least one dimension; got"
             f" {', '.join(scalars)}: use shape (1,)",
         )
-        self.workers = distributed.get_world_size()
+        self.world_size = distributed.get_world_size()
         engine, optimizer, _, _ = deepspeed.initialize(
             model=network,
             optimizer=optimizer_of(network),
             config=config(
                 micro_batch=micro_batch,
-                workers=self.workers,
+                workers=self.world_size,
                 parameters=sum(parameter.numel() for parameter in network.parameters()),
                 zero=zero,
                 precision=precision,
@@ -107,30 +107,30 @@ class DeepSpeed(Backend):
             ),
         )
         # DeepSpeed creates its own process group (0.19.8) with torch's default timeout, 10 minutes
-        # under NCCL. Reductions of gradients would give up on a worker before its watchdog does.
+        # under NCCL. A reduction of gradients would time out before the watchdog of a hung worker.
         all_workers: Any = distributed.group.WORLD
         timeout = all_workers._get_backend(engine.device).options._timeout
         distributed.distributed_c10d._set_pg_timeout(timeout, engine.data_parallel_group)
         self.model: nn.Module = engine
         self.network = network
         self.optimizer: torch.optim.Optimizer = optimizer
-        self.forget = forgetter(optimizer)
+        self.reset_optimizer = optimizer_reset(optimizer)
         self.zero = zero
         self._engine: Any = engine
 
     def backward(self, loss: Tensor, share: float) -> None:
         # DeepSpeed averages over ranks, but the shares already sum to 1 over ranks.
-        self._engine.backward(loss * (share * self.workers), scale_wrt_gas=False)
+        self._engine.backward(loss * (share * self.world_size), scale_wrt_gas=False)
 
     def gradients(self) -> list[Tensor]:
-        # ZeRO (0.19.8) moves the gradients: at stage 1 to an attribute of its own, at stage 2 to
-        # this rank's share of their sum.
+        # ZeRO (0.19.8) moves the gradients out of `grad`: ZeRO-1 to `grad_accum`, ZeRO-2 to
+        # attributes of the optimizer that hold this rank's part of the sum over ranks.
         if self.zero == 2:
             optimizer: Any = self.optimizer
             gradients = (
                 gradient
-                for share in (optimizer.averaged_gradients, optimizer.all_grad_tensors)
-                for group in share.values()
+                for groups in (optimizer.averaged_gradients, optimizer.all_grad_tensors)
+                for group in groups.values()
                 for gradient in group or ()
             )
         else:
@@ -140,10 +140,10 @@ class DeepSpeed(Backend):
             )
         return [gradient for gradient in gradients if gradient is not None]
 
-    def discard(self) -> None:
+    def zero_grad(self) -> None:
         require(
             not self.zero,
-            f"deepspeed: gradients can be forgotten at ZeRO-0 alone; got ZeRO-{self.zero}",
+            f"deepspeed: ZeRO must be stage 0 to delete gradients; got ZeRO-{self.zero}",
         )
         for parameter in self.network.parameters():
             parameter.grad = None
@@ -155,42 +155,42 @@ class DeepSpeed(Backend):
         files: dict[str, Any] = {}
         with (
             warnings.catch_warnings(),
-            tempfile.TemporaryDirectory() as folder,  # ZeRO-1 and ZeRO-2 copy scripts there
+            tempfile.TemporaryDirectory() as folder,  # ZeRO-1 and ZeRO-2 copy scripts into it
         ):
             warnings.simplefilter("ignore", FutureWarning)
 
-            def keep(state_dict: Any, path: str) -> None:
-                files[Path(path).relative_to(folder).as_posix()] = copied(state_dict)
+            def capture_file(state_dict: Any, path: str) -> None:
+                files[Path(path).relative_to(folder).as_posix()] = cpu_copy(state_dict)
 
-            with patch.object(self._engine.checkpoint_engine, "save", keep):
+            with patch.object(self._engine.checkpoint_engine, "save", capture_file):
                 self._engine.save_checkpoint(
                     folder, tag=CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=False
                 )
         return files
 
     def load(self, folder: Path) -> None:
-        # DeepSpeed's own `load` (0.19.8) runs any code in a pickle.
+        # The original `load` (0.19.8) would run any code in a pickle.
         self._engine.checkpoint_engine.load = load_data
         path, _ = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
-        if path is None:  # 0.19.8 returns None for a missing checkpoint and trains from scratch
+        if path is None:  # 0.19.8 returns None, and training would start from scratch
             raise FileNotFoundError(f"deepspeed: no checkpoint {CHECKPOINT_TAG!r} in {folder}")
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed quietly, without an extension that training does not use, and without
-    MLflow.
+    """Import DeepSpeed without its messages, its shared-memory extension, and MLflow.
 
-    Its autotuner, which training does not use, imports MLflow if it is installed. That takes eight
-    times as long as the rest of DeepSpeed, in every worker and at every start.
+    DeepSpeed's autotuner imports MLflow if MLflow is installed. Training does not use the
+    autotuner. The import of MLflow takes eight times as long as the rest of DeepSpeed, in every
+    worker at every start.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     hides_mlflow = "mlflow" not in sys.modules
     if hides_mlflow:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]  # makes its import fail
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # makes the import of MLflow fail
     try:
-        # Stdout may be JSON for a program; without nvcc 0.19.8 prints 7 lines if there is a GPU.
+        # Another program may read stdout as JSON. With a GPU but without nvcc, 0.19.8 prints there.
         with redirect_stdout(sys.stderr):
             import deepspeed
     finally:
@@ -199,10 +199,10 @@ def import_deepspeed() -> Any:
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
     for handler in logger.handlers:
-        if type(handler) is logging.StreamHandler:  # its own, which writes to stdout
+        if type(handler) is logging.StreamHandler:  # DeepSpeed's handler, which writes to stdout
             handler.setStream(sys.stderr)
-    # Only an all-reduce for inference needs this extension. Its build inside init_distributed takes
-    # a minute and a compiler.
+    # Only an all-reduce for inference needs this extension. `init_distributed` would build the
+    # extension, which takes a minute and needs a compiler.
     from deepspeed.ops import __compatible_ops__ as extensions
 
     extensions["deepspeed_shm_comm"] = False

@@ -1,17 +1,17 @@
 """An exponential moving average (EMA) of the weights, around any backend.
 
-    a <- d a + (1 - d) w         after every step; w are parameters and running statistics
+    a <- d a + (1 - d) w         after every step; w: parameters and floating-point buffers
 
-The average is evaluated and published. The weights train, and are the backend's state in a
-checkpoint.
+The average is evaluated and published. The optimizer moves the weights, which are the backend's
+state in a checkpoint.
 
-At every ZeRO stage up to 2 each rank holds all weights after a step, so each rank keeps the whole
-average, in the weights' precision (fp32). Running statistics differ between ranks, and so do their
-averages. A checkpoint holds the averages of each rank, and their mean for a resume with another
-number of ranks.
+At every ZeRO stage up to 2 each rank holds all weights after a step. So each rank keeps the average
+of all weights, in their precision (fp32). Buffers, such as running statistics, differ between
+ranks, and so do their averages. A checkpoint holds each rank's averages of the buffers. It also
+holds the mean of these averages over ranks, for a resume with another number of ranks.
 
-Source: Polyak and Juditsky 1992. The form is that of timm's ModelEmaV3 (1.0.31) without warm-up; a
-test compares the two.
+Source: Polyak and Juditsky 1992. The update is that of timm's ModelEmaV3 (1.0.31) without warm-up;
+a test compares the two.
 """
 
 from collections.abc import Iterator
@@ -23,21 +23,26 @@ import torch
 from torch import Tensor, distributed
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from pipeline.train.backend.base import Backend, cloned, copied, replaced
-from pipeline.train.backend.collectives import world
+from pipeline.train.backend.base import Backend, clone_tensors, cpu_copy, temporary_values
+from pipeline.train.backend.collectives import rank_and_world_size
 
-WHOLE = "average.pt"
+AVERAGE_FILE = "average.pt"
 
 
-class Averaged:
-    """A backend with an average that begins at its current weights. `decay`: d, between 0 and 1."""
+class EMABackend:
+    """A backend with an average, which begins at the current weights.
+
+    Args:
+        decay: d in the formula above, between 0 and 1.
+    """
 
     def __init__(self, backend: Backend, *, decay: float) -> None:
         self.backend, self.decay = backend, decay
+        self.rank, self.world_size = rank_and_world_size()
         self.name, self.network, self.model = backend.name, backend.network, backend.model
         self.optimizer = backend.optimizer
         self.backward, self.gradients = backend.backward, backend.gradients
-        self.discard = backend.discard
+        self.zero_grad = backend.zero_grad
         self.average = {name: value.clone() for name, value in self._values().items()}
         self._update = get_ema_multi_avg_fn(decay)
 
@@ -46,17 +51,17 @@ class Averaged:
         values = self._values()
         self._update([self.average[name] for name in values], list(values.values()), 0)
 
-    def forget(self) -> None:
-        """Also restart the average: a task must not be evaluated with the weights of the previous
-        task.
+    def reset_optimizer(self) -> None:
+        """Also restart the average at the current weights: a new task must not be evaluated with
+        an average of the weights of the previous task.
         """
-        self.backend.forget()
+        self.backend.reset_optimizer()
         for name, value in self._values().items():
             self.average[name].copy_(value)
 
     @contextmanager
     def published(self) -> Iterator[None]:
-        with replaced(self._values(), self.average):
+        with temporary_values(self._values(), self.average):
             yield
 
     def replicated(self) -> list[Tensor]:
@@ -67,24 +72,22 @@ class Averaged:
 
     def capture(self) -> dict[str, Any]:
         files = self.backend.capture()
-        rank, ranks = world()
         own = {name: self.average[name] for name in self._buffers()}
-        mean = cloned(own)
-        if ranks > 1:
+        mean = clone_tensors(own)
+        if self.world_size > 1:
             for value in mean.values():
                 distributed.all_reduce(value)
-                value /= ranks
-        if rank == 0:
-            files[WHOLE] = copied({**self.average, **mean})
-        files[f"average_rank{rank}.pt"] = copied(own)
+                value /= self.world_size
+        if self.rank == 0:
+            files[AVERAGE_FILE] = cpu_copy({**self.average, **mean})
+        files[f"average_rank{self.rank}.pt"] = cpu_copy(own)
         return files
 
     def load(self, folder: Path) -> None:
         self.backend.load(folder)
-        rank, ranks = world()
-        files = [WHOLE]
-        if len([*folder.glob("average_rank*.pt")]) == ranks:
-            files.append(f"average_rank{rank}.pt")
+        files = [AVERAGE_FILE]
+        if len([*folder.glob("average_rank*.pt")]) == self.world_size:
+            files.append(f"average_rank{self.rank}.pt")
         for file in files:
             state = torch.load(folder / file, map_location="cpu", weights_only=True)
             for name, value in state.items():

@@ -1,5 +1,5 @@
-"""Plain torch without DeepSpeed, on any number of ranks: for tests, debugging, and as the reference
-for DeepSpeed.
+"""Plain torch without DeepSpeed, on any number of ranks. It is the reference for DeepSpeed in
+tests, and serves for debugging.
 """
 
 from pathlib import Path
@@ -9,14 +9,20 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.core.torch_settings import autocast
-from pipeline.train.backend.base import Backend, OptimizerOf, alike, copied, forgetter
-from pipeline.train.backend.collectives import world
+from pipeline.train.backend.base import (
+    Backend,
+    OptimizerOf,
+    cpu_copy,
+    group_by_dtype_and_device,
+    optimizer_reset,
+)
+from pipeline.train.backend.collectives import rank_and_world_size
 
-STATE = "state.pt"
+STATE_FILE = "state.pt"
 
 
 class _Autocast(nn.Module):
-    """The network in the recipe's precision. `fresh_state` finds its neurons: it is a module."""
+    """The network in the recipe's precision. A module, so that `fresh_state` finds the neurons."""
 
     def __init__(self, network: nn.Module, precision: str) -> None:
         super().__init__()
@@ -29,9 +35,7 @@ class _Autocast(nn.Module):
 
 
 class Plain(Backend):
-    """The network and its optimizer in one process. Gradients are summed over ranks, if there are
-    several.
-    """
+    """A `Backend` in plain torch. The process group must exist if there are several ranks."""
 
     name = "plain"
 
@@ -46,9 +50,10 @@ class Plain(Backend):
         self.network = network
         self.model = _Autocast(network, precision)
         self.optimizer = optimizer_of(network)
-        self.forget = forgetter(self.optimizer)
+        self.reset_optimizer = optimizer_reset(self.optimizer)
         self.clip_norm = clip_norm
-        if world()[1] > 1:
+        self.rank, self.world_size = rank_and_world_size()
+        if self.world_size > 1:
             for tensor in (*network.parameters(), *network.buffers()):
                 distributed.broadcast(tensor.detach(), src=0)
 
@@ -58,13 +63,13 @@ class Plain(Backend):
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in self.network.parameters() if p.grad is not None]
 
-    def discard(self) -> None:
+    def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> None:
         parameters = [p for p in self.network.parameters() if p.requires_grad]
-        if world()[1] > 1:
-            for p in parameters:  # all ranks sum all parameters, also those without a gradient
+        if self.world_size > 1:
+            for p in parameters:  # every rank must sum the same parameters
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             _sum_over_ranks([p.grad for p in parameters if p.grad is not None])
         if self.clip_norm > 0:
@@ -73,27 +78,27 @@ class Plain(Backend):
         self.optimizer.zero_grad(set_to_none=True)
 
     def capture(self) -> dict[str, Any]:
-        if world()[0] > 0:
+        if self.rank > 0:
             return {}
         return {
-            STATE: copied(
+            STATE_FILE: cpu_copy(
                 {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
             )
         }
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
 
 
 def _sum_over_ranks(tensors: list[Tensor]) -> None:
     """Sum each tensor over ranks, in place. One collective sums all tensors of a dtype."""
-    for indices in alike(dict(enumerate(tensors))):
+    for indices in group_by_dtype_and_device(dict(enumerate(tensors))):
         group = [tensors[index] for index in indices]
         flat = torch.cat([tensor.flatten() for tensor in group])
         distributed.all_reduce(flat)
         sums = flat.split([tensor.numel() for tensor in group])
         torch._foreach_copy_(
-            group, [each.view_as(tensor) for each, tensor in zip(sums, group, strict=True)]
+            group, [total.view_as(tensor) for total, tensor in zip(sums, group, strict=True)]
         )

@@ -1,22 +1,22 @@
-"""Checkpoints: written while training goes on, the manifest last, and verified before a load.
+"""Checkpoints of a run. They are written during training and verified before they are loaded.
 
     step_00000120/
-        deepspeed/ | plain/     weights and optimizer state; with ZeRO a part of each rank
-        model.safetensors       the weights alone, for evaluation and publication
-        rule.pt                 the rule's own state, if it has any
-        rng_rank0.pt ...        each rank's random number generators and own running statistics
+        deepspeed/ | plain/     weights and optimizer state; ZeRO writes a file for each rank
+        model.safetensors       the weights that are evaluated and published
+        rule.pt                 the rule's state, if it has any
+        rng_rank0.pt ...        each rank's random number generators and buffers
         trainer.json            step, data position, run ids, recipe, totals
-        manifest.json           sizes and sha256 of all of these
+        manifest.json           size and sha256 of each file above; written last
 
-The newest checkpoint that verifies is used, regardless of a scheduler's own list. A damaged
-checkpoint is moved to `quarantine/`, and the previous one is used.
+A run continues from the newest checkpoint that verifies. A damaged checkpoint is moved to
+`quarantine/`, and the previous one is tried.
 
-In reading order: `checkpoints` saves and restores, `background` is the thread that writes, `store`
-is a folder or an address of checkpoints and its owner, `choose` selects a checkpoint, and
-`manifest` detects damage.
+The modules, in reading order: `checkpoints` saves and restores, `background` writes in a thread,
+`store` keeps checkpoints in a folder or at an address and checks their owner, `selection` selects a
+checkpoint, and `manifest` detects damage.
 """
 
-from pipeline.train.checkpoint.background import Saved
+from pipeline.train.checkpoint.background import SavedCheckpoint
 from pipeline.train.checkpoint.checkpoints import (
     WEIGHTS,
     Checkpoints,
@@ -25,8 +25,14 @@ from pipeline.train.checkpoint.checkpoints import (
     set_rng_state,
     weights_of,
 )
-from pipeline.train.checkpoint.manifest import damage
-from pipeline.train.checkpoint.selection import lost_step, pin, prune, step_name, verified
+from pipeline.train.checkpoint.manifest import find_damage
+from pipeline.train.checkpoint.selection import (
+    expected_step,
+    pin,
+    prune,
+    step_name,
+    verified_checkpoint,
+)
 from pipeline.train.checkpoint.store import (
     CheckpointError,
     CheckpointStore,
@@ -47,12 +53,12 @@ __all__ = [
     "CheckpointStore",
     "Checkpoints",
     "Owner",
-    "Saved",
+    "SavedCheckpoint",
     "absolute",
     "claim",
-    "damage",
+    "expected_step",
+    "find_damage",
     "folder_of",
-    "lost_step",
     "owner_of",
     "pin",
     "prune",
@@ -64,6 +70,6 @@ __all__ = [
     "step_name",
     "store_at",
     "trainer_of",
-    "verified",
+    "verified_checkpoint",
     "weights_of",
 ]

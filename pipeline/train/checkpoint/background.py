@@ -1,8 +1,9 @@
-"""The thread in which a rank writes its part of a checkpoint while training goes on.
+"""The thread in which a rank writes its part of a checkpoint during training.
 
-A checkpoint is complete once all parts are. The threads cannot use collectives, because training
-uses them. Instead, each rank leaves a note of its files in the checkpoint's folder. Rank 0's thread
-waits for the notes, seals the folder and moves it to its store.
+A checkpoint is complete once every rank has written its part. The threads cannot use collectives,
+because training uses them. Instead, each rank lists its files in a note, a file in the checkpoint's
+folder. The thread of rank 0 waits for the notes, writes the manifest and moves the folder to the
+store.
 """
 
 import contextlib
@@ -25,30 +26,31 @@ from pipeline.train.checkpoint.selection import prune, step_name
 from pipeline.train.checkpoint.store import WRITING, CheckpointStore
 
 POLL_S = 0.05
-WAIT_S = 1.0  # between two signs of life of a rank that waits for a thread
-# For this long a live thread counts as making progress, because an upload shows no progress.
+WAIT_S = 1.0  # pause between two calls of `beat` while a rank waits for a thread
+# The longest time in which a thread is not considered hung. An upload reports no progress.
 LONGEST_S = 1800.0
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """A complete checkpoint."""
 
     address: str
     step: int
-    write_s: float  # from the copy of its state until it was complete
+    write_s: float  # seconds from the copy of the state until the checkpoint was complete
     bytes: int
-    untidy: str = ""  # the error if an old checkpoint could not be deleted
+    prune_error: str = ""  # the error if an old checkpoint could not be deleted
 
 
 class Background:
-    """One rank's writing of one checkpoint, which begins at once.
+    """Writes one rank's part of one checkpoint in a thread, which starts at once.
 
     Args:
         files: the contents by file name: text, tensors by name (`.safetensors`), or a value for
-            `torch.save`. The dict is emptied during the writing.
-        keep: see `prune`, which is called once the checkpoint is complete. An error of `prune` is
-            noted in `Saved.untidy`.
+            `torch.save`. The thread removes each entry that it writes.
+        attempt: a part of the temporary folder's name.
+        keep: see `prune`, which rank 0 calls once the checkpoint is complete. An error of `prune`
+            is the `prune_error` of the result.
     """
 
     def __init__(
@@ -59,15 +61,16 @@ class Background:
         *,
         attempt: str,
         rank: int,
-        ranks: int,
+        world_size: int,
         keep: int,
     ) -> None:
         self.store, self.step, self.name = store, step, step_name(step)
-        self.rank, self.ranks, self.keep = rank, ranks, keep
+        self.rank, self.world_size, self.keep = rank, world_size, keep
         self.temp = store.staging / f"{WRITING}{attempt}-{self.name}"
-        # The complete checkpoint on rank 0. None on another rank, once its part is written.
-        self.outcome: Future[Saved | None] = Future()
-        self._is_taken, self._nobody_waits = False, threading.Event()
+        # The result is the complete checkpoint on rank 0. It is None on any other rank, and is set
+        # once that rank has written its part.
+        self.outcome: Future[SavedCheckpoint | None] = Future()
+        self._is_taken, self._is_closing = False, threading.Event()
         self._began = time.monotonic()
         self._thread = threading.Thread(
             target=self._run, args=(files,), daemon=True, name=f"checkpoint {self.name}"
@@ -75,23 +78,27 @@ class Background:
         self._thread.start()
 
     def failure(self) -> BaseException | None:
-        """The error of a thread that has failed."""
+        """The error of the thread if it has failed, else None."""
         return self.outcome.exception() if self.outcome.done() else None
 
-    def take(self) -> Saved | None:
-        """The result at the first call, then None. Raises: the error of the thread."""
+    def take(self) -> SavedCheckpoint | None:
+        """The result at the first call, which waits for it; None at later calls.
+
+        Raises:
+            Exception: the error of the thread, at the first call.
+        """
         is_taken, self._is_taken = self._is_taken, True
         return None if is_taken else self.outcome.result()
 
     def makes_progress(self) -> bool:
-        """Whether the thread may still succeed. A rank that waits for a hung thread gives no sign
-        of life.
+        """Whether the thread has ended or is not considered hung. A rank that waits for a hung
+        thread does not reset its watchdog.
         """
         return self.outcome.done() or time.monotonic() - self._began < LONGEST_S
 
     def give_up(self, beat: Callable[[], None]) -> None:
-        """Wait for the end of the thread. From now on it waits for other ranks only briefly."""
-        self._nobody_waits.set()
+        """Wait until the thread ends. From now on, it waits only briefly for other ranks."""
+        self._is_closing.set()
         while self._thread.is_alive():
             self._thread.join(WAIT_S)
             if self.makes_progress():
@@ -99,17 +106,18 @@ class Background:
 
     def _run(self, files: dict[str, Any]) -> None:
         try:
-            facts = self._write(files)
+            facts = self._write_files(files)
             saved = self._finish(facts) if self.rank == 0 else None
-        except BaseException as error:  # raised by whoever waits for the outcome
-            with contextlib.suppress(OSError):  # then rank 0 learns of it at the next collective
+        except BaseException as error:  # `take` raises it
+            # Without this note, rank 0 learns of the failure at the next collective.
+            with contextlib.suppress(OSError):
                 if self.rank:
-                    self._note("failed").touch()
+                    self._note("failed", self.rank).touch()
             self.outcome.set_exception(error)
         else:
             self.outcome.set_result(saved)
 
-    def _write(self, files: dict[str, Any]) -> Facts:
+    def _write_files(self, files: dict[str, Any]) -> Facts:
         names = list(files)
         for name in names:
             (self.temp / name).parent.mkdir(parents=True, exist_ok=True)
@@ -118,32 +126,33 @@ class Background:
             sync_folder(folder)
         facts = facts_of(self.temp, names)
         if self.rank:
-            write_whole(self._note("json"), json.dumps(facts).encode())
+            write_whole(self._note("json", self.rank), json.dumps(facts).encode())
         return facts
 
-    def _finish(self, facts: Facts) -> Saved:
-        patience = time.monotonic() - self._began + 1.0  # about as long as this rank took
-        for rank in range(1, self.ranks):
-            facts |= self._facts_of(rank, patience)
+    def _finish(self, facts: Facts) -> SavedCheckpoint:
+        timeout_s = time.monotonic() - self._began + 1.0  # about as long as this rank took
+        for rank in range(1, self.world_size):
+            facts |= self._read_note(rank, timeout_s)
         seal(self.temp, facts)
-        address, untidy = self.store.finish(self.temp, self.name), ""
+        address = self.store.finish(self.temp, self.name)
+        prune_error = ""
         try:
             prune(self.store, self.name, keep=self.keep)
         except Exception as error:
-            untidy = f"{type(error).__name__}: {error}"
-        return Saved(
+            prune_error = f"{type(error).__name__}: {error}"
+        return SavedCheckpoint(
             address,
             self.step,
             write_s=time.monotonic() - self._began,
             bytes=sum(fact["bytes"] for fact in facts.values()),
-            untidy=untidy,
+            prune_error=prune_error,
         )
 
-    def _facts_of(self, rank: int, patience: float) -> Facts:
-        """The facts in another rank's note. Waits for the note, but after `give_up` for at most
-        `patience` seconds.
+    def _read_note(self, rank: int, timeout_s: float) -> Facts:
+        """The facts in another rank's note. Waits for the note, and after `give_up` for at most
+        `timeout_s` seconds from this call.
         """
-        note, until = self._note("json", rank), time.monotonic() + patience
+        note, deadline = self._note("json", rank), time.monotonic() + timeout_s
         while not note.exists():
             if self._note("failed", rank).exists():
                 raise RuntimeError(
@@ -151,22 +160,22 @@ class Background:
                 )
             if not self.temp.is_dir():
                 raise RuntimeError(
-                    f"checkpoint {self.name}: {self.temp} is gone, as if another driver had taken"
-                    " the store over"
+                    f"checkpoint {self.name}: {self.temp} was deleted; another driver may own the"
+                    " store now"
                 )
-            if self._nobody_waits.is_set() and time.monotonic() > until:
+            if self._is_closing.is_set() and time.monotonic() > deadline:
                 raise RuntimeError(f"checkpoint {self.name}: the part of worker {rank} is missing")
             time.sleep(POLL_S)
         facts = json.loads(note.read_text())
         note.unlink()
         return facts
 
-    def _note(self, kind: str, rank: int | None = None) -> Path:
-        return self.temp / f".{self.rank if rank is None else rank}.{kind}"
+    def _note(self, suffix: str, rank: int) -> Path:
+        return self.temp / f".{rank}.{suffix}"
 
 
 def _write(file: Path, value: Any) -> None:
-    with file.open("wb") as stream:  # Python's own file: a full disk is an OSError with a number
+    with file.open("wb") as stream:  # a Python file: a full disk raises an OSError with an errno
         if isinstance(value, str):
             stream.write(value.encode())
         elif file.suffix == ".safetensors":

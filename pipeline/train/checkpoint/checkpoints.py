@@ -1,4 +1,6 @@
-"""Saving and restoring: training waits for a copy of its state, which a thread writes."""
+"""Saves and restores checkpoints. Training waits while its state is copied; a thread writes the
+copy.
+"""
 
 import errno
 import json
@@ -18,10 +20,10 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import FOR_THE_USER
 from pipeline.core.tensor_file import find_code
 from pipeline.core.units import counted
-from pipeline.train.backend.base import Backend, copied
+from pipeline.train.backend.base import Backend, cpu_copy
 from pipeline.train.checkpoint import background
-from pipeline.train.checkpoint.background import Background, Saved
-from pipeline.train.checkpoint.manifest import MANIFEST, damage, read_manifest
+from pipeline.train.checkpoint.background import Background, SavedCheckpoint
+from pipeline.train.checkpoint.manifest import MANIFEST, find_damage, read_manifest
 from pipeline.train.checkpoint.selection import step_name
 from pipeline.train.checkpoint.store import TRAINER, CheckpointError, CheckpointStore
 
@@ -29,18 +31,21 @@ WEIGHTS = "model.safetensors"
 
 
 class Checkpoints:
-    """The checkpoints of one run, written by all of its ranks together.
+    """The checkpoints of one run, which all of its ranks write together.
 
     Args:
-        store: the store where they are kept.
-        attempt: the name of this process group. Workers of an abandoned group write elsewhere.
-        keep: the newest checkpoints that stay, beside the best by score and the pinned ones.
+        store: the store that holds the checkpoints.
+        attempt: a name for this group of workers. Workers of an abandoned attempt write to other
+            folders.
+        keep: the number of newest checkpoints that stay. The best by score and the pinned ones
+            stay, too.
         ranks: the number of ranks.
         each: gathers every rank's value, in the order of ranks, on every rank; see
             `Ranks.all_gather_object`.
-        on_quarantine: called with address and reason of a damaged checkpoint before it is moved.
+        on_quarantine: called on rank 0 with the new address of a damaged checkpoint and the reason,
+            before the checkpoint is moved.
         on_unwritten: called on every rank with step and error if a checkpoint could not be written
-            and saving goes on.
+            and the run continues.
         beat: called repeatedly by a rank that waits for a thread.
     """
 
@@ -62,7 +67,7 @@ class Checkpoints:
         self.on_quarantine, self.on_unwritten, self.beat = on_quarantine, on_unwritten, beat
         self._writing: Background | None = None
         self._failures, self._is_retry = 0, False
-        # Step of the newest checkpoint that is complete on every rank; 0: the run's beginning.
+        # Step of the newest complete checkpoint; 0: the run's beginning.
         self.newest_step = 0
 
     def save(
@@ -74,43 +79,45 @@ class Checkpoints:
         *,
         buffers: Mapping[str, Tensor] | None = None,
         weights: Mapping[str, Tensor] | None = None,
-    ) -> Saved | None:
-        """Begin to write a checkpoint. Collective. It is complete once `done` or `wait` returns it.
+    ) -> SavedCheckpoint | None:
+        """Begin to write a checkpoint. Collective. The checkpoint is complete once `done`, `wait`
+        or the next `save` returns it.
 
         Args:
-            buffers: this rank's own running statistics; the network holds the mean over ranks.
-            weights: the weights to publish, a copy that nothing else changes; None: the network's.
+            buffers: this rank's own buffers, where the network holds their mean over ranks.
+            weights: the weights to publish, a copy that nothing else changes; None: the network's
+                weights.
 
         Returns:
-            The previous checkpoint, as `wait` does. If it could not be written, `on_unwritten` is
-            called and saving goes on: the storage may be back.
+            The previous checkpoint, as `wait` does; None if it could not be written. `on_unwritten`
+            is then called, and this checkpoint is written all the same.
 
         Raises:
             UserError, OSError: see `settle`.
         """
-        before, _ = self.settle()
+        previous, _ = self.settle()
         files = {f"{backend.name}/{name}": state for name, state in backend.capture().items()}
-        files[f"rng_rank{self.rank}.pt"] = {**rng_state(), "buffers": copied(dict(buffers or {}))}
+        files[f"rng_rank{self.rank}.pt"] = {**rng_state(), "buffers": cpu_copy(dict(buffers or {}))}
         if self.rank == 0:
             files[WEIGHTS] = dict(weights_of(backend.network) if weights is None else weights)
             if rule.state_dict():
-                files["rule.pt"] = copied(rule.state_dict())
+                files["rule.pt"] = cpu_copy(rule.state_dict())
             files[TRAINER] = json.dumps({**trainer, "step": step}, indent=1) + "\n"
-        # A failed save may have left files under its own name.
+        # After a failed save, a new name: files of that save may be left under the old name.
         self._writing = Background(
             self.store,
             step,
             files,
             attempt=f"{self.attempt}.{self._failures}" if self._failures else self.attempt,
             rank=self.rank,
-            ranks=self.ranks,
+            world_size=self.ranks,
             keep=self.keep,
         )
-        return before
+        return previous
 
-    def done(self) -> Saved | None:
-        """The checkpoint of the last `save`, once, on rank 0, as soon as it is complete. Does not
-        wait.
+    def done(self) -> SavedCheckpoint | None:
+        """The checkpoint of the last `save` on rank 0, if it is complete and was not returned
+        before; else None. Does not wait.
         """
         writing = self._writing
         if writing is not None and writing.outcome.done() and not writing.failure():
@@ -118,27 +125,32 @@ class Checkpoints:
         return None
 
     def failed(self) -> bool:
-        """Whether the last `save` has failed: on this rank, or for rank 0 on any. Does not wait."""
+        """Whether the last `save` has failed on this rank. On rank 0: whether it has failed on any
+        rank. Does not wait.
+        """
         return self._writing is not None and self._writing.failure() is not None
 
-    def wait(self) -> Saved | None:
-        """Wait until the last `save` is complete. Collective. Returns its checkpoint on rank 0,
-        unless it was returned before.
+    def wait(self) -> SavedCheckpoint | None:
+        """Wait until the checkpoint of the last `save` is complete. Collective. Returns it on rank
+        0, unless it was returned before.
+
+        Complete checkpoints stay if an error is raised. Every rank raises it.
 
         Raises:
-            UserError: it cannot be written, and only the user can change that: the disk is full.
-            OSError: it could not be written. Every rank raises both errors. Complete checkpoints
-                stay.
+            UserError: the checkpoint cannot be written until the user changes something, such as a
+                full disk.
+            OSError: the checkpoint could not be written for another reason.
         """
         writing, self._writing = self._writing, None
         if writing is None:
             return None
-        self._agree(writing)
+        self._wait_for_all_ranks(writing)
         self._is_retry, self.newest_step = False, writing.step
         return writing.take()
 
-    def settle(self) -> tuple[Saved | None, bool]:
-        """As `wait`, and whether the checkpoint is lost. The current state must then be saved.
+    def settle(self) -> tuple[SavedCheckpoint | None, bool]:
+        """As `wait`. Also returns whether the checkpoint could not be written and is lost. If it is
+        lost, the caller must save the current state.
 
         Raises:
             UserError: see `wait`.
@@ -154,11 +166,16 @@ class Checkpoints:
             self.on_unwritten(writing.step, error.strerror or str(error))
             return None, True
 
-    def close(self, error: BaseException | None = None) -> Saved | None:
-        """End without collectives, because another rank may be gone.
+    def close(self, error: BaseException | None = None) -> SavedCheckpoint | None:
+        """End without collectives, because another rank may have ended. Returns the checkpoint of
+        the last `save` on rank 0, if all ranks have written their parts.
 
-        A checkpoint with all parts is completed. A failure to write is noted on `error`, the error
-        that ends the attempt."""
+        Args:
+            error: the error that ends the attempt. A failure to write is added to it as a note.
+
+        Raises:
+            Exception: a failure to write, if there is no `error`.
+        """
         writing, self._writing = self._writing, None
         if writing is None:
             return None
@@ -172,30 +189,33 @@ class Checkpoints:
         return None
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that verifies. Damaged ones are quarantined. For rank 0.
+        """The newest checkpoint that verifies; None if there is none. Call it on rank 0 only.
+
+        Damaged checkpoints are moved to `quarantine/`.
 
         Raises:
-            CheckpointError: it verifies, but one of its files would run code when it is loaded.
+            CheckpointError: a file of this checkpoint would run code when it is loaded, or another
+                driver owns the store.
             OSError: the storage failed. A later call continues.
         """
         self.store.sweep()
         for name in reversed(self.store.names()):
             path = self.store.fetch(name)
-            reason = damage(path)
+            reason = find_damage(path)
             if reason is not None:
                 self._quarantine(name, reason)
             elif code := find_code(path):
                 raise CheckpointError(
-                    f"checkpoint {path}: must hold data alone; {code}; move it away if it is not"
-                    " yours"
+                    f"checkpoint {path}: must hold data alone; {code}; move the checkpoint to"
+                    " another folder if it is not yours"
                 )
             else:
                 return path
         return None
 
     def discard(self, step: int, reason: str) -> None:
-        """Quarantine the checkpoint of `step`, if there is one. Collective. No save may be in
-        progress.
+        """Move the checkpoint of `step` to `quarantine/`, if there is one. Collective. No save may
+        be in progress.
         """
         names = self.store.names() if self.rank == 0 else []
         if step_name(step) in names:
@@ -204,36 +224,37 @@ class Checkpoints:
         self.newest_step = self.each(int(names[-1].removeprefix("step_")) if names else 0)[0]
 
     def _quarantine(self, name: str, reason: str) -> None:
-        """Report a checkpoint with its new address and the reason, then move it there.
+        """Report the new address of a checkpoint and the reason, then move the checkpoint.
 
-        The report comes first. Otherwise the journal might never explain why a checkpoint that it
-        names is missing. If storage fails in between, the next try reports it once more.
+        The report comes first. Otherwise a process that dies after the move would leave a journal
+        that names a missing checkpoint without a reason. If the move fails, the next call reports
+        the checkpoint again.
         """
         folder = PurePosixPath(self.store.address(name)).name
-        aside = f"quarantine/{folder}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
-        self.on_quarantine(self.store.address(aside), reason)
-        self.store.set_aside(name, aside)
+        target = f"quarantine/{folder}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
+        self.on_quarantine(self.store.address(target), reason)
+        self.store.set_aside(name, target)
 
     def load(self, path: Path, backend: Backend, rule: nn.Module) -> dict[str, Any]:
-        """Load a verified checkpoint into this rank; collective. Returns its trainer.json.
+        """Load a verified checkpoint into this rank. Collective. Returns its trainer.json.
 
         Raises:
-            CheckpointError: another backend wrote it, or another number of workers with ZeRO.
-            FileNotFoundError: one of its files is gone since it was verified.
+            CheckpointError: another backend wrote the checkpoint, or it has ZeRO state of another
+                number of workers.
+            FileNotFoundError: a file of the checkpoint was deleted after it was verified.
         """
         files = read_manifest((path / MANIFEST).read_bytes())
-        for name in files:  # a backend does not notice a missing file
+        for name in files:  # a backend may not notice a missing file
             (path / name).stat()
         trainer = read_trainer(path)
         if trainer.get("zero", 0) > 0 and trainer["world_size"] != self.ranks:
             raise CheckpointError(
-                f"checkpoint {path.name}: ZeRO-{trainer['zero']} state of"
-                f" {counted(trainer['world_size'], 'worker')} loads on as many only; got"
-                f" {self.ranks}"
+                f"checkpoint {path.name}: ZeRO-{trainer['zero']} state must be loaded by"
+                f" {counted(trainer['world_size'], 'worker')}, which wrote it; got {self.ranks}"
             )
         if not (path / backend.name).is_dir():
             raise CheckpointError(
-                f"checkpoint {path.name}: was not written by backend {backend.name!r}"
+                f"checkpoint {path.name}: must be of backend {backend.name!r}; another one wrote it"
             )
         backend.load(path / backend.name)
         if "rule.pt" in files:
@@ -241,18 +262,19 @@ class Checkpoints:
                 torch.load(path / "rule.pt", map_location="cpu", weights_only=True)
             )
         rng = f"rng_rank{self.rank}.pt"
-        if rng in files:  # an attempt with fewer ranks wrote none for this one
+        if rng in files:  # the checkpoint has no such file if fewer ranks wrote it
             state = torch.load(path / rng, map_location="cpu", weights_only=True)
             set_rng_state(state)
-            if trainer.get("world_size") == self.ranks:  # else the loaded mean stays
+            if trainer.get("world_size") == self.ranks:  # else the buffers keep the mean over ranks
                 backend.network.load_state_dict(state["buffers"], strict=False)
         self.newest_step = trainer["step"]
         return trainer
 
-    def _agree(self, writing: Background) -> None:
-        """Wait until every rank has written. If one fails, delete the files and raise on all ranks.
+    def _wait_for_all_ranks(self, writing: Background) -> None:
+        """Wait until every rank has written its part. If a rank fails, delete the files and raise
+        the error on every rank.
 
-        The ranks exchange their states repeatedly, so that each of them gives signs of life.
+        The ranks exchange their states repeatedly, so each of them can reset its watchdog.
         """
         while True:
             wait([writing.outcome], timeout=background.WAIT_S)
@@ -264,45 +286,44 @@ class Checkpoints:
             if writing.makes_progress():
                 self.beat()
         writing.give_up(self.beat)
-        own = writing.failure()
-        failures = self.each(own and _described(own))
+        own_error = writing.failure()
+        failures = self.each(None if own_error is None else _errno_and_text(own_error))
         if self.rank == 0:
             shutil.rmtree(writing.temp, ignore_errors=True)
-        # Rank 0's own error may only report the failure of another rank. It then has no number.
-        number, reason = min(filter(None, failures), key=lambda failure: failure[0] is None)
+        # Prefer an error with an errno: rank 0's error may only say that another rank failed.
+        number, text = min(filter(None, failures), key=lambda failure: failure[0] is None)
         if number in FOR_THE_USER:
             names = self.store.names()
-            left = f"the newest whole one is {self.store.address(names[-1])}" if names else ""
+            newest = f"the newest complete one is {self.store.address(names[-1])}" if names else ""
             raise UserError(
-                f"checkpoint: cannot be written after step {writing.step}: {reason};"
-                f" {left or 'there is no whole one yet'}"
-            ) from own
+                f"checkpoint: cannot be written after step {writing.step}: {text};"
+                f" {newest or 'there is no complete one yet'}"
+            ) from own_error
         raise OSError(
-            number or errno.EIO, f"checkpoint after step {writing.step} was not written: {reason}"
-        ) from own
+            number or errno.EIO, f"checkpoint after step {writing.step} was not written: {text}"
+        ) from own_error
 
 
-def _described(error: BaseException) -> tuple[int | None, str]:
-    """The number and text of an error, for the other ranks.
+def _errno_and_text(error: BaseException) -> tuple[int | None, str]:
+    """The errno of an error, or None, and its text. Both can be sent to other ranks.
 
-    torch hides an OSError in an error of its own. A UserError counts as a missing permission: only
-    the user can change either.
+    torch raises an error of its own, which has the OSError as its cause or context. A UserError
+    counts as a missing permission, because only the user can resolve either.
     """
     if isinstance(error, UserError):
         return errno.EPERM, str(error)
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError):  # s3fs (2026.9) gives a PermissionError no number
+        if isinstance(cause, OSError):  # s3fs (2026.9) raises PermissionError without an errno
             number = errno.EPERM if isinstance(cause, PermissionError) else cause.errno
-            return number, f"{cause.strerror or cause}" + (
-                f": {cause.filename}" if cause.filename else ""
-            )
+            file = f": {cause.filename}" if cause.filename else ""
+            return number, f"{cause.strerror or cause}{file}"
         cause = cause.__cause__ or cause.__context__
     return None, f"{type(error).__name__}: {error}"
 
 
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
-    """A copy of the network's weights on the CPU, as they are published."""
+    """A copy on the CPU of the network's state_dict, which is published."""
     return {
         name: value.detach().to("cpu", copy=True).contiguous()
         for name, value in network.state_dict().items()
@@ -313,13 +334,14 @@ def read_trainer(path: Path) -> dict[str, Any]:
     """The content of trainer.json in a checkpoint's folder.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: trainer.json is damaged.
+        OSError: trainer.json cannot be read, or is missing.
     """
     return json.loads((path / TRAINER).read_bytes())
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every random number generator of this process, as a checkpoint holds it."""
+    """The state of this process's random number generators, in the form that a checkpoint has."""
     numpy: Any = np.random.get_state()
     state = {
         "torch": torch.get_rng_state(),
@@ -329,13 +351,12 @@ def rng_state() -> dict[str, Any]:
             **dict(zip(("pos", "has_gauss", "gauss"), numpy[2:], strict=True)),
         },
     }
-    if torch.cuda.is_initialized():  # otherwise the call would create a context on a GPU
+    if torch.cuda.is_initialized():  # otherwise `get_rng_state` would create a context on a GPU
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restore the state that `rng_state` returned."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     keys, *rest = state["numpy"].values()

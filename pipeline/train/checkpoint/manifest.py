@@ -1,4 +1,6 @@
-"""A checkpoint's manifest: size and sha256 of each file. A folder without it is no checkpoint."""
+"""The manifest of a checkpoint: size and sha256 of each file. A folder without a manifest is not a
+checkpoint.
+"""
 
 import hashlib
 import json
@@ -11,12 +13,12 @@ from pipeline.core.files import Unreadable, retry_read, write_whole
 
 MANIFEST = "manifest.json"
 
+# {"bytes": ..., "sha256": ...} of each file, by its path inside the checkpoint
 Facts = dict[str, dict[str, Any]]
-"""of files, by their names inside the checkpoint: {"bytes": ..., "sha256": ...}"""
 
 
 class DamagedManifest(ValueError):
-    """A manifest that does not list a checkpoint's files."""
+    """A manifest is damaged, or names a file outside of the checkpoint."""
 
 
 def facts_of(folder: Path, names: Iterable[str]) -> Facts:
@@ -24,16 +26,17 @@ def facts_of(folder: Path, names: Iterable[str]) -> Facts:
 
 
 def seal(folder: Path, facts: Facts) -> None:
-    """Write the manifest. It is the last file of a checkpoint."""
+    """Write the manifest, which is the last file of a checkpoint to be written."""
     manifest = {"version": 1, "files": facts, "sha256": _digest(facts)}
     write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
-def damage(path: Path) -> str | None:
-    """The damage of a checkpoint, in words; None if every byte is as it was written.
+def find_damage(path: Path) -> str | None:
+    """The reason why a checkpoint is damaged, in words; None if its files match its manifest.
 
     Raises:
-        OSError: it cannot be read now, and may be intact: permission denied, storage that is away.
+        OSError: a file cannot be read now and may be intact. For example, permission is denied, or
+            the file server does not answer.
     """
     name = MANIFEST
     try:
@@ -53,11 +56,7 @@ def damage(path: Path) -> str | None:
 
 
 def read_manifest(content: bytes) -> Facts:
-    """The facts in a manifest.
-
-    Raises:
-        DamagedManifest: it is damaged, or names a file outside of the checkpoint.
-    """
+    """The facts in a manifest. Raises: DamagedManifest."""
     try:
         manifest = json.loads(content)
         facts, digest = manifest["files"], manifest["sha256"]

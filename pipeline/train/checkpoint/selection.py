@@ -1,11 +1,11 @@
-"""Selects, in a store, the checkpoint to use, those to delete, and the one that must exist."""
+"""Selects checkpoints of a store: the one to use, those to delete, and the one that must exist."""
 
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from pipeline.track.events import Checkpoint, Event, Quarantine, Start
-from pipeline.train.checkpoint.manifest import damage
+from pipeline.train.checkpoint.manifest import find_damage
 from pipeline.train.checkpoint.store import CheckpointError, CheckpointStore, trainer_of
 
 
@@ -14,42 +14,43 @@ def step_name(step: int) -> str:
 
 
 def pin(path: Path) -> None:
-    """Protect a checkpoint from pruning, because its address is known outside of the run."""
+    """Protect a checkpoint in a local store from pruning, because others know its address."""
     path.with_name(f"{path.name.split('.')[0]}.pinned").touch()
 
 
-def verified(store: CheckpointStore, which: str = "last") -> Path:
-    """The newest checkpoint that verifies, or with "best" the one with the best score.
+def verified_checkpoint(store: CheckpointStore, which: str = "last") -> Path:
+    """The folder of the newest checkpoint that verifies; with "best", of the one with the best
+    score.
 
     Raises:
-        CheckpointError: there is none.
-        OSError: a checkpoint cannot be read now, and may be the right one.
+        CheckpointError: there is no such checkpoint.
+        OSError: a checkpoint cannot be read now, and may be the one to return.
     """
     names = store.names()
     if which == "best":
         names = _by_score(store, names)
     for name in reversed(names):
         path = store.fetch(name)
-        if damage(path) is None:
+        if find_damage(path) is None:
             return path
     with_score = " with a score" if which == "best" else ""
     raise CheckpointError(
-        f"{store.address('')}: needs a checkpoint{with_score} that verifies; got none"
+        f"{store.address('')}: must hold a checkpoint{with_score} that verifies; got none"
     )
 
 
 def prune(store: CheckpointStore, saved: str, *, keep: int) -> None:
     """Delete the folders that the checkpoint `saved` has replaced, and old checkpoints.
 
-    The newest `keep` checkpoints, the best by score and the pinned ones stay.
-
-    Checkpoints newer than `saved` belong to another attempt: they stay and do not count.
+    The newest `keep` checkpoints, the best by score and the pinned ones stay. Checkpoints newer
+    than `saved` belong to another attempt. They stay and do not count.
 
     Raises:
-        OSError: the score of a checkpoint cannot be read now. No old checkpoint is deleted, because
-            any of them may be the best.
+        CheckpointError: another driver owns the store.
+        OSError: a checkpoint could not be deleted, or its score cannot be read now. Without all
+            scores no old checkpoint is deleted, because any of them may be the best.
     """
-    store.delete(saved, but=store.current(saved))
+    store.delete(saved, except_folder=store.folder_name(saved))
     names = [name for name in store.names() if name <= saved]
     if len(names) <= keep:
         return
@@ -59,11 +60,12 @@ def prune(store: CheckpointStore, saved: str, *, keep: int) -> None:
             store.delete(name)
 
 
-def lost_step(events: Iterable[Event], *, keep: int) -> int | None:
-    """The step of the newest checkpoint that must exist according to the journal; None: none must.
+def expected_step(events: Iterable[Event], *, keep: int) -> int | None:
+    """The step of the newest checkpoint that must exist according to the journal; None if no
+    checkpoint must exist.
 
-    Each start event names the newest checkpoint at that time. Of the checkpoints saved since, the
-    newest `keep` exist, except those in quarantine.
+    Each start event names the step of the newest checkpoint at that time. Of the checkpoints that
+    were saved since, the newest `keep` exist, except those in quarantine.
     """
     existing: set[int] = set()
     for event in events:
@@ -73,8 +75,9 @@ def lost_step(events: Iterable[Event], *, keep: int) -> int | None:
             existing = set(sorted({*existing, event.step})[-keep:])
         elif isinstance(event, Quarantine):
             if name := re.match(r"step_(\d+)", PurePosixPath(event.path).name):
-                # The event of its save may be missing. It has then replaced an older checkpoint.
-                existing = set(sorted({*existing, int(name[1])})[-keep:]) - {int(name[1])}
+                # The journal may lack the save of this checkpoint, which deleted an older one.
+                step = int(name[1])
+                existing = set(sorted({*existing, step})[-keep:]) - {step}
     return max(existing, default=None)
 
 
@@ -87,10 +90,10 @@ def _is_pinned(store: CheckpointStore, name: str) -> bool:
 
 
 def _by_score(store: CheckpointStore, names: Iterable[str]) -> list[str]:
-    """The checkpoints that have a score and are not damaged, the best last.
+    """The names of the checkpoints that have a score in an intact trainer.json, the best last.
 
     Raises:
-        OSError: one cannot be read now, and may be intact.
+        OSError: a trainer.json cannot be read now, and may be intact.
     """
     scores = {name: trainer_of(store, name).get("score") for name in names}
     scored = [name for name in names if scores[name] is not None]

@@ -1,21 +1,23 @@
-"""The store of a run's checkpoints: a folder, or an address that fsspec knows (s3://bucket/prefix).
+"""The store of a run's checkpoints. A local store is a folder. A remote store is an address that
+fsspec can open, such as s3://bucket/prefix.
 
-A checkpoint is a folder with the name of its step, `step_00000120`. If the step is saved again,
-`step_00000120.1` replaces it, then `.2`: the highest number counts, and the others are deleted.
+A checkpoint is a folder with the name of its step, such as `step_00000120`. If the step is saved
+again, `step_00000120.1` replaces this folder, then `step_00000120.2`. The folder with the highest
+number counts, and the others are deleted.
 
-In a folder, one rename completes a checkpoint. A store has no rename. There the manifest is the
-last file that is put, and the first that is deleted: a folder without a manifest does not count. In
-a store, names end with the attempt, as in `step_00000120.1-ATTEMPT`, so that late uploads of an
-abandoned attempt reach no other checkpoint. Uploads are compared by size; sha256 is compared after
-a fetch.
+In a local store, one rename completes a checkpoint. A remote store cannot rename a folder, so the
+manifest is uploaded last and deleted first. A folder without a manifest does not count. Names in a
+remote store end with the attempt, as in `step_00000120.1-ATTEMPT`, so late uploads of an abandoned
+attempt do not change another checkpoint. The size of each file is checked after its upload. Its
+sha256 is checked after a download.
 
 A store outside of its run's folder has an owner, because the lock of the run's folder does not
-protect it. A driver writes `owner.json` with a token of its own before it changes anything. Every
-change checks the token first. Of two drivers, the later one owns the store, and the earlier one
-ends at its next save, on any machine.
+protect the store. A driver writes `owner.json` with a new token before it changes anything. Every
+change checks the token first. If two drivers use a store, the later one owns it. The earlier one
+ends at its next save, even if it runs on another machine.
 
-What a process fetches from a store lies in a folder of its own, which is deleted when the process
-ends. If a process was killed, the kernel has released the lock beside the folder, and the next
+A process downloads checkpoints to a folder of its own, which is deleted when the process ends. If
+the process was killed, the kernel has released the lock file beside the folder, and the next
 `CheckpointStore.sweep` deletes both.
 """
 
@@ -44,25 +46,29 @@ from pipeline.train.checkpoint.manifest import MANIFEST, DamagedManifest, read_m
 TRAINER, OWNER = "trainer.json", "owner.json"
 WRITING = ".writing-"  # prefix of the folder in which an attempt writes a checkpoint
 _DELETING, _LOCK = ".deleting-", ".lock"
-_FOLDER = re.compile(r"(step_\d+)(?:\.(\d+))?(-.+)?")  # name, number of earlier saves, attempt
-_locks: dict[Path, IO[str]] = {}  # the locked file beside this process's folder, by staging folder
+_FOLDER = re.compile(r"(?P<name>step_\d+)(?:\.(?P<earlier_saves>\d+))?(?P<attempt>-.+)?")
+# the lock file beside the folder to which this process downloads, by staging folder
+_locks: dict[Path, IO[str]] = {}
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be used, in one line."""
+    """A checkpoint or a store cannot be used. The message is one line."""
 
 
 class CheckpointStore:
-    """The checkpoints of one run. A checkpoint is complete under its name, or it is absent.
+    """The checkpoints of one run. A checkpoint that is not complete does not count.
+
+    Every method that changes the store raises CheckpointError if another driver owns the store.
 
     Args:
-        address: a path, or an address of fsspec. Credentials come from the environment.
-        staging: a folder that every rank sees, in which checkpoints are written first and to which
-            they are fetched; None: `address` is such a folder.
-        token: the owner's token, which every change requires; "": no owner is checked.
+        address: the path of a local store, or the address of a remote store. Credentials come from
+            the environment.
+        staging: a folder that every rank sees. Checkpoints of a remote store are written to it
+            before they are uploaded, and downloaded to it. A local store needs none.
+        token: the token of the owner, which every change requires; "": no owner is checked.
 
     Raises:
-        CheckpointError: nothing opens the address, it is a chain of several, or has a password.
+        CheckpointError: fsspec cannot open the address, or see `refuse_credentials`.
     """
 
     def __init__(
@@ -87,26 +93,28 @@ class CheckpointStore:
         self.fs = WithOSErrors(fs)
 
     def names(self) -> list[str]:
-        """The names of the checkpoints, oldest first. Their bytes are not verified (`damage`)."""
-        return list(self._whole())
+        """The names of the complete checkpoints, oldest first; see `find_damage`."""
+        return list(self._complete())
 
     def address(self, name: str) -> str:
-        """The path or URI of a checkpoint or file, for people."""
-        return f"{self.url}/{self.current(name)}".rstrip("/")
+        """The path or URI of a checkpoint or another file in the store; of the store for ""."""
+        return f"{self.url}/{self.folder_name(name)}".rstrip("/")
 
-    def current(self, name: str) -> str:
-        """The name of a checkpoint's folder; the newest one if it was saved again."""
-        folder = self._whole().get(name)
+    def folder_name(self, name: str) -> str:
+        """The name of the newest folder of a checkpoint; `name` if there is no such checkpoint."""
+        folder = self._complete().get(name)
         return name if folder is None else folder[0]
 
     def finish(self, temp: Path, name: str) -> str:
-        """Make the sealed folder `temp` the checkpoint `name`. Returns its address.
+        """Make the folder `temp`, which has its manifest, the checkpoint `name`. Returns its
+        address.
 
-        A process that dies at any point leaves the older checkpoint or the new one.
+        If the process dies in this method, the store holds either the previous checkpoint of this
+        name or the new one.
         """
         self.check_owner()
-        before = self._whole().get(name)
-        folder = name if before is None else f"{name}.{int(before[2] or 0) + 1}"
+        previous = self._complete().get(name)
+        folder = name if previous is None else f"{name}.{int(previous['earlier_saves'] or 0) + 1}"
         if self.folder is not None:
             temp.rename(self.folder / folder)
             sync_folder(self.folder)
@@ -117,43 +125,44 @@ class CheckpointStore:
                     self._put(file, f"{folder}/{file.relative_to(temp).as_posix()}")
             self.check_owner()
             self._put(temp / MANIFEST, f"{folder}/{MANIFEST}")
-            shutil.rmtree(temp, ignore_errors=True)  # the next attempt sweeps the rest
-        self.check_owner()  # a driver that took over before the last step has swept the parts
+            shutil.rmtree(temp, ignore_errors=True)  # the next attempt deletes the rest
+        self.check_owner()  # a driver that became the owner meanwhile may have deleted the files
         return f"{self.url}/{folder}"
 
     def fetch(self, name: str) -> Path:
-        """A folder with the checkpoint, intact or not, that every rank sees.
+        """A folder with the checkpoint, which every rank sees. The checkpoint is not verified.
 
-        It stays until this process fetches the next checkpoint or ends.
+        A download from a remote store stays until this process fetches again or ends.
         """
-        current = self.current(name)
+        current = self.folder_name(name)
         if self.folder is not None:
             return self.folder / current
-        fetched = own_folder(self.staging) / name
-        fetched.mkdir()
-        with contextlib.suppress(FileNotFoundError, DamagedManifest):  # `damage` reports both
+        download = own_folder(self.staging) / name
+        download.mkdir()
+        with contextlib.suppress(FileNotFoundError, DamagedManifest):  # `find_damage` reports both
             manifest = self.fs.cat_file(f"{self.root}/{current}/{MANIFEST}")
-            (fetched / MANIFEST).write_bytes(manifest)
+            (download / MANIFEST).write_bytes(manifest)
             for file in read_manifest(manifest):
-                (fetched / file).parent.mkdir(parents=True, exist_ok=True)
-                self.fs.get_file(f"{self.root}/{current}/{file}", str(fetched / file))
-        return fetched
+                (download / file).parent.mkdir(parents=True, exist_ok=True)
+                self.fs.get_file(f"{self.root}/{current}/{file}", str(download / file))
+        return download
 
     def read(self, file: str) -> bytes:
-        """A file beside the checkpoints, or NAME/FILE of a checkpoint, unverified.
+        """The content of a file in the store, not verified. NAME/FILE is a file of a checkpoint.
 
         Raises:
-            FileNotFoundError: there is none.
-            Unreadable: its medium fails.
+            FileNotFoundError: there is no such file.
+            Unreadable: the storage medium of a local store failed at every attempt.
+            OSError: the file cannot be read for another reason.
         """
         name, slash, rest = file.partition("/")
-        path = f"{self.current(name)}/{rest}" if slash else file
+        path = f"{self.folder_name(name)}/{rest}" if slash else file
         if self.folder is not None:
             return retry_read((self.folder / path).read_bytes)
         return self.fs.cat_file(f"{self.root}/{path}")
 
     def write(self, file: str, content: bytes) -> None:
-        """Replace a file beside the checkpoints; readers see the older content or the new."""
+        """Replace a file beside the checkpoints. Readers see either the old or the new content."""
         self.check_owner()
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -161,30 +170,30 @@ class CheckpointStore:
         else:
             self.fs.pipe_file(f"{self.root}/{file}", content)
 
-    def delete(self, name: str, *, but: str = "") -> None:
-        """Delete a checkpoint, except its folder `but`. A process that dies in between leaves
-        nothing that looks whole.
+    def delete(self, name: str, *, except_folder: str = "") -> None:
+        """Delete all folders of a checkpoint, except the one named `except_folder`. If the process
+        dies in between, no partly deleted folder counts as a checkpoint.
         """
         self.check_owner()
         for folder in self._folders():  # oldest first, or a replaced folder would count again
-            if folder[1] == name and folder[0] != but:
+            if folder["name"] == name and folder[0] != except_folder:
                 self._remove(folder[0])
 
-    def set_aside(self, name: str, aside: str) -> None:
-        """Move a checkpoint to the path `aside` in this store."""
+    def set_aside(self, name: str, target: str) -> None:
+        """Move a checkpoint to the path `target` in this store."""
         self.check_owner()
-        current = self.current(name)
+        current = self.folder_name(name)
         if self.folder is not None:
-            (self.folder / aside).parent.mkdir(exist_ok=True)
-            (self.folder / current).rename(self.folder / aside)
+            (self.folder / target).parent.mkdir(exist_ok=True)
+            (self.folder / current).rename(self.folder / target)
         else:
-            self.fs.copy(f"{self.root}/{current}/", f"{self.root}/{aside}/", recursive=True)
+            self.fs.copy(f"{self.root}/{current}/", f"{self.root}/{target}/", recursive=True)
         self.delete(name)
 
     def sweep(self) -> None:
-        """Delete the files that dead writers have left.
+        """Delete the files of processes that have died, and folders that do not count.
 
-        Only for the holder of the run's lock (train/writer_lock.py) and owner of the store.
+        The caller must own the store and hold the run's lock (train/writer_lock.py).
         """
         self.check_owner()
         for prefix in (WRITING, _DELETING):
@@ -193,7 +202,7 @@ class CheckpointStore:
         for marker in self.staging.glob(f"{MARKER}*"):
             marker.unlink(missing_ok=True)
         sweep_fetched(self.staging)
-        current = {folder[0] for folder in self._whole().values()}
+        current = {folder[0] for folder in self._complete().values()}
         for folder in self._folders():
             if folder[0] not in current:
                 with contextlib.suppress(OSError):
@@ -204,12 +213,14 @@ class CheckpointStore:
         owner = owner_of(self) if self.token else None
         if self.token and (owner is None or owner.token != self.token):
             raise CheckpointError(
-                f"checkpoints: the owner of {self.address('')} must be this driver; got"
-                f" {owner or 'none'}: it writes nothing more there"
+                f"checkpoints: this driver must own {self.address('')} to write there; the owner is"
+                f" {owner or 'unknown'}"
             )
 
     def _folders(self) -> list[re.Match[str]]:
-        """The folders of checkpoints, complete or not, oldest first, as matches of `_FOLDER`."""
+        """The names of all folders of checkpoints, oldest first, as matches of `_FOLDER`. Folders
+        that do not count are included.
+        """
         try:
             paths = (
                 step_folders(self.folder) if self.folder else self.fs.ls(self.root, detail=False)
@@ -218,59 +229,63 @@ class CheckpointStore:
             return []
         matches = map(_FOLDER.fullmatch, (PurePosixPath(path).name for path in paths))
         return sorted(
-            (each for each in matches if each and bool(each[3]) == (self.folder is None)),
-            key=lambda each: (each[1], int(each[2] or 0), each[0]),
+            # Only names in a remote store end with the attempt.
+            (match for match in matches if match and bool(match["attempt"]) != bool(self.folder)),
+            key=lambda match: (match["name"], int(match["earlier_saves"] or 0), match[0]),
         )
 
-    def _whole(self) -> dict[str, re.Match[str]]:
-        """The current folder of each checkpoint, by the checkpoint's name, oldest first."""
-        return {folder[1]: folder for folder in self._folders() if self._is_whole(folder[0])}
+    def _complete(self) -> dict[str, re.Match[str]]:
+        """The folder that counts of each complete checkpoint, by name of the checkpoint, oldest
+        first.
+        """
+        return {
+            folder["name"]: folder for folder in self._folders() if self._is_complete(folder[0])
+        }
 
-    def _is_whole(self, folder: str) -> bool:
-        """Whether a checkpoint's folder has its manifest. fsspec's `exists` is not used: it is
-        False after a failed request (2026.9; sftp, webhdfs).
+    def _is_complete(self, folder: str) -> bool:
+        """Whether a folder of a checkpoint counts: in a remote store it must have a manifest.
 
         Raises:
             OSError: the store does not answer.
         """
         if self.folder is None:
-            try:
+            try:  # fsspec's `exists` (2026.9; sftp, webhdfs) returns False for a failed request
                 self.fs.info(f"{self.root}/{folder}/{MANIFEST}")
             except FileNotFoundError:
                 return False
         return True
 
     def _remove(self, folder: str) -> None:
-        """Delete a folder. A partly deleted checkpoint never has the checkpoint's name."""
+        """Delete a folder. A partly deleted folder does not count as a checkpoint."""
         if self.folder is not None:
-            doomed = self.folder / f"{_DELETING}{time.time_ns():x}-{folder}"
-            (self.folder / folder).rename(doomed)
-            shutil.rmtree(doomed)
+            renamed = self.folder / f"{_DELETING}{time.time_ns():x}-{folder}"
+            (self.folder / folder).rename(renamed)
+            shutil.rmtree(renamed)
             return
-        if self._is_whole(folder):
+        if self._is_complete(folder):
             self.fs.rm_file(f"{self.root}/{folder}/{MANIFEST}")
-        with contextlib.suppress(FileNotFoundError):  # it held nothing else
+        with contextlib.suppress(FileNotFoundError):  # the manifest was the only file
             self.fs.rm(f"{self.root}/{folder}", recursive=True)
 
     def _put(self, file: Path, path: str) -> None:
         self.fs.put_file(str(file), f"{self.root}/{path}")
-        there, here = self.fs.info(f"{self.root}/{path}")["size"], file.stat().st_size
-        if there != here:
-            raise OSError(errno.EIO, f"{there} of {here} bytes arrived", path)
+        uploaded, size = self.fs.info(f"{self.root}/{path}")["size"], file.stat().st_size
+        if uploaded != size:
+            raise OSError(errno.EIO, f"{uploaded} of {size} bytes arrived", path)
 
 
 def store_at(address: str, run: Path, *, token: str = "") -> CheckpointStore:
     """The store of a run's checkpoints at a path or address; "" stands for RUN/checkpoints."""
-    inside = RunFolder(run).checkpoints
-    return CheckpointStore(address or inside, inside, token=token)
+    default = RunFolder(run).checkpoints
+    return CheckpointStore(address or default, default, token=token)
 
 
 def refuse_credentials(address: str) -> None:
-    """Refuse an address that has or may have a password, because it is written into run folders,
-    journals and job files. Nothing is opened.
+    """Refuse an address that may hold credentials, because addresses are written to run folders,
+    journals and job files. Opens nothing.
 
     Raises:
-        CheckpointError: an address with credentials, or of several stores in a chain.
+        CheckpointError: the address holds credentials or a query, or is a chain of addresses.
     """
     if "://" in address and "::" in address:  # each address of a chain may hold credentials
         raise CheckpointError(
@@ -280,13 +295,13 @@ def refuse_credentials(address: str) -> None:
     parts = urlsplit(address if "://" in address else "")
     if "@" in parts.netloc or parts.query:
         raise CheckpointError(
-            "checkpoints: an address holds no credentials, which are the environment's; got one"
-            " with some"
+            "checkpoints: an address must hold no credentials, also not in a query: set credentials"
+            " in environment variables"
         )
 
 
 def folder_of(address: str) -> Path | None:
-    """The folder of an address that is a path or begins with file://; None for any other."""
+    """The folder of an address that is a path, or begins with file:// or local://; else None."""
     if "://" not in address:
         return Path(address)
     parts = urlsplit(address)
@@ -294,7 +309,7 @@ def folder_of(address: str) -> Path | None:
 
 
 def absolute(address: str) -> str:
-    """The address, with a path made absolute.
+    """The address; if it is a path, the absolute path.
 
     Raises:
         CheckpointError: see `refuse_credentials`.
@@ -304,15 +319,16 @@ def absolute(address: str) -> str:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
+    """The folders of checkpoints in a local store, sorted by name, including replaced ones."""
     return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
 def trainer_of(store: CheckpointStore, name: str) -> dict[str, Any]:
-    """The content of a checkpoint's trainer.json, unverified; {} if it is missing or damaged.
+    """The content of a checkpoint's trainer.json, whose sha256 is not checked; {} if the file is
+    missing, unreadable or not JSON.
 
     Raises:
-        OSError: it cannot be read now, and may be intact.
+        OSError: trainer.json cannot be read now, and may be intact.
     """
     try:
         return json.loads(store.read(f"{name}/{TRAINER}"))
@@ -322,12 +338,12 @@ def trainer_of(store: CheckpointStore, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Owner:
-    """A run, and the driver that trains it."""
+    """The run that owns a store, and the driver that trains the run."""
 
     run_id: str
     study: str
-    run: str  # its folder
-    # of one start of a driver; "": no driver has claimed the store, a checkpoint names the owner
+    run: str  # path of the run's folder
+    # unique for each start of a driver; "": only a checkpoint names the owner
     token: str = ""
     host: str = ""
     since: str = ""
@@ -338,7 +354,8 @@ class Owner:
 
 
 def owner_of(store: CheckpointStore) -> Owner | None:
-    """The owner in owner.json, else in the newest intact trainer.json; None: there is no owner.
+    """The owner according to owner.json, or else to the newest intact trainer.json; None if there
+    is neither.
 
     Raises:
         CheckpointError: owner.json is damaged.
@@ -357,23 +374,24 @@ def owner_of(store: CheckpointStore) -> Owner | None:
         return Owner(**arguments_of(Owner, json.loads(content), subject=OWNER))
     except ValueError as error:
         raise CheckpointError(
-            f"checkpoints: {store.address(OWNER)} must say whose they are; it is damaged: {error};"
-            " move it away if nobody trains there"
+            f"checkpoints: {store.address(OWNER)} must name the owner of the store; it is damaged:"
+            f" {error}; delete it if no run trains there"
         ) from error
 
 
 def claim(store: CheckpointStore, *, run: str, run_id: str, study: str) -> str:
-    """Make a run the owner of a store that is free or its own. Returns the token of its workers.
+    """Make a run the owner of a store that has no owner or already belongs to the run. Returns the
+    token that the run's workers need to write.
 
     Raises:
-        CheckpointError: another run owns it, or owner.json is damaged. Nothing was changed.
+        CheckpointError: another run owns the store, or owner.json is damaged. Nothing is changed.
         OSError: the store cannot be read or written.
     """
     owner = owner_of(store)
     if owner is not None and owner.run_id != run_id:
         raise CheckpointError(
-            f"checkpoints: {store.address('')} must be of run {run_id[:8]} ({run}); got those of"
-            f" {owner}"
+            f"checkpoints: {store.address('')} must belong to run {run_id[:8]} ({run}); it belongs"
+            f" to {owner}"
         )
     new = Owner(
         run_id,
@@ -388,10 +406,9 @@ def claim(store: CheckpointStore, *, run: str, run_id: str, study: str) -> str:
 
 
 class WithOSErrors:
-    """A file system of fsspec whose failures are OSErrors.
+    """A file system of fsspec. Turns every error except a ValueError into an OSError.
 
-    s3fs (2026.9) raises botocore's own errors for missing credentials and for a server that is
-    down.
+    s3fs (2026.9) raises botocore's errors for missing credentials and for a server that is down.
     """
 
     def __init__(self, fs: Any) -> None:
@@ -401,9 +418,9 @@ class WithOSErrors:
         method = getattr(self._fs, name)
 
         @functools.wraps(method)
-        def called(*given: Any, **more: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
             try:
-                return method(*given, **more)
+                return method(*args, **kwargs)
             except (OSError, ValueError):
                 raise
             except Exception as error:
@@ -414,15 +431,12 @@ class WithOSErrors:
                     ) from error
                 raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
-        return called
+        return wrapper
 
 
 def own_folder(staging: Path) -> Path:
-    """An empty folder of this process in `staging`, for fetched checkpoints. It is deleted when the
-    process ends.
-
-    If a process was killed, the kernel has released its lock, and the next `sweep_fetched` deletes
-    its folder.
+    """An empty folder in `staging` to which this process downloads. It is deleted when the process
+    ends, or by `sweep_fetched` if the process was killed.
     """
     if staging not in _locks:
         staging.mkdir(parents=True, exist_ok=True)
@@ -437,9 +451,9 @@ def own_folder(staging: Path) -> Path:
 
 
 def sweep_fetched(staging: Path) -> None:
-    """Delete the folders of processes that have ended. A folder that cannot be deleted stays."""
+    """Delete the downloads of processes that have ended. A folder that cannot be deleted stays."""
     for lock in staging.glob(f".fetched-*{_LOCK}"):
-        # BlockingIOError: its process lives. NFS locks only files that are open for writing.
+        # `flock` raises BlockingIOError if the process is alive. NFS needs a file open for writing.
         with contextlib.suppress(OSError), lock.open("r+") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove_fetched(lock)
@@ -448,5 +462,5 @@ def sweep_fetched(staging: Path) -> None:
 def _remove_fetched(lock: Path) -> None:
     folder = lock.with_suffix("")
     shutil.rmtree(folder, ignore_errors=True)
-    if not folder.exists():  # else the next sweep finds it by its lock
+    if not folder.exists():  # else the next sweep needs the lock file to find the folder
         lock.unlink(missing_ok=True)

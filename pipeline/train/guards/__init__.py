@@ -1,1 +1,0 @@
-"""Guards of a run: against bad batches, replicas that differ, hangs, and storage that is away."""

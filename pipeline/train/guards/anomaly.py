@@ -1,18 +1,19 @@
-"""Bad batches: their detection, and their removal from training.
+"""Detects bad batches and undoes them.
 
 Before the weights move, the ranks combine their losses and the checks of their gradients. A batch
-is bad if its loss or gradient is not finite on any rank. With `policy.loss_spike` it is also bad if
-its loss is more than that many times the median of the last 64 good losses of its task.
+is bad if its loss or gradient is not finite on any rank. If `policy.loss_spike` is set, a batch is
+also bad if its loss is more than that many times the median loss of the last 64 good batches of the
+task.
 
-    a bad batch                      `SkipBatch`: it leaves no trace. Running statistics, the
-                                     rule's state and the random numbers are restored, as if
-                                     `Policy.skip` had named the batch
+    a bad batch                      `SkipBatch`: buffers, the rule's state and the random number
+                                     generators are restored, as if `policy.skip` named the batch
     `policy.max_skips` + 1 in a row  `Rollback` (recovery.py)
     `policy.max_rollbacks` + 1       `Diverged`
 
-A batch cannot be undone if the weights have moved inside it (a rule with update="step"), or if ZeRO
-holds gradients of its own. The first bad one then leads to Rollback. An evaluation whose loss is
-not finite leads to Rollback as well, and the checkpoint of its step goes into quarantine.
+A batch cannot be undone under a rule with update="step", which moves the weights inside the batch.
+Nor can it be undone at ZeRO-1 and ZeRO-2, which hold gradients of their own. In these cases, the
+first bad batch leads to a rollback. An evaluation with a loss that is not finite also leads to a
+rollback, and the checkpoint of that step is moved to quarantine.
 """
 
 import math
@@ -29,26 +30,26 @@ from torch.nn.utils import get_total_norm
 from pipeline.core.units import counted
 from pipeline.recipe.recipe import Recipe
 from pipeline.rules.base import Rule
-from pipeline.train.backend.base import Backend, cloned
+from pipeline.train.backend.base import Backend, clone_tensors
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.checkpoint import rng_state, set_rng_state
 from pipeline.train.loop import Guard
 from pipeline.train.recovery import Rollback, SkipBatch
 
-WINDOW = 64  # good losses that a new loss is compared with; with fewer there is no comparison
+WINDOW = 64  # number of good losses in the median; with fewer, no loss counts as a spike
 
 
 def can_undo(recipe: Recipe, rule: Rule) -> bool:
-    """Whether a bad batch can be undone, as above."""
     return rule.update == "batch" and recipe.zero == 0
 
 
 class AnomalyGuard(Guard):
-    """One per rank. Every method must be called equally often on every rank.
+    """The guard of one rank. All ranks must call the same methods equally often.
 
     Args:
-        spike: a loss above this many medians is bad; 0: every finite loss is good.
-        max_skips: bad batches in a row that are skipped.
+        spike: a batch is bad if its loss is more than `spike` times the median; 0: every finite
+            loss is good.
+        max_skips: the number of bad batches in a row that are skipped.
         can_undo: whether a bad batch can be undone.
         on_skip: called with (step, reason) of each bad batch that is skipped.
         state: the `state_dict` in the checkpoint that was restored.
@@ -70,44 +71,48 @@ class AnomalyGuard(Guard):
         self.spike, self.max_skips, self.can_undo = spike, max_skips, can_undo
         self.on_skip = on_skip
         state = state or {"in_a_row": 0, "losses": ()}
-        self._in_a_row = int(state["in_a_row"])
-        self._good: deque[float] = deque(map(float, state["losses"]), maxlen=WINDOW)
+        self._bad_in_a_row = int(state["in_a_row"])
+        self._good_losses: deque[float] = deque(map(float, state["losses"]), maxlen=WINDOW)
         self._undo: Callable[[], None] | None = None
-        self._losses: list[Tensor] = []
-        self._loss = math.nan
+        self._loss_terms: list[Tensor] = []  # of this rank, each weighted by its share
+        self._loss = math.nan  # of the batch, over all ranks
 
     def state_dict(self) -> dict[str, Any]:
         """The state with which a resumed run judges the next batch as this run would."""
-        return {"in_a_row": self._in_a_row, "losses": list(self._good)}
+        return {"in_a_row": self._bad_in_a_row, "losses": list(self._good_losses)}
 
     def begin_task(self) -> None:
-        """Forget the losses so far: those of another task are not compared with them."""
-        self._in_a_row = 0
-        self._good.clear()
+        """Forget the good losses, because losses of different tasks are not compared."""
+        self._bad_in_a_row = 0
+        self._good_losses.clear()
 
     @contextmanager
     def batch(self, step: int) -> Iterator[None]:
-        """See `Guard.batch`. Raises: Rollback, on every rank."""
-        self._losses = []
+        """See `Guard.batch`.
+
+        Raises:
+            Rollback: the batch is bad and is not skipped. Every rank raises it.
+        """
+        self._loss_terms = []
         try:
             yield
-        except SkipBatch as bad:
-            self._in_a_row += 1
-            if self._undo is None or self._in_a_row > self.max_skips:
-                raise Rollback(step, str(bad)) from bad
+        except SkipBatch as error:
+            self._bad_in_a_row += 1
+            if self._undo is None or self._bad_in_a_row > self.max_skips:
+                raise Rollback(step, str(error)) from error
             self._undo()
-            self.on_skip(step, str(bad))
+            self.on_skip(step, str(error))
         else:
-            self._in_a_row = 0
-            self._good.append(self._loss)
+            self._bad_in_a_row = 0
+            self._good_losses.append(self._loss)
         finally:
             self._undo = None
 
     def keep(self) -> None:
         if not self.can_undo:
             return
-        buffers = cloned(dict(self.backend.network.named_buffers()))
-        rule_state, rng = cloned(self.rule.state_dict()), rng_state()
+        buffers = clone_tensors(dict(self.backend.network.named_buffers()))
+        rule_state, rng = clone_tensors(self.rule.state_dict()), rng_state()
 
         def undo() -> None:
             for name, buffer in self.backend.network.named_buffers():
@@ -115,38 +120,42 @@ class AnomalyGuard(Guard):
             if rule_state:
                 self.rule.load_state_dict(rule_state)
             set_rng_state(rng)
-            self.backend.discard()
+            self.backend.zero_grad()
 
         self._undo = undo
 
     def add(self, loss: Tensor, share: float) -> None:
-        self._losses.append(loss.detach() * share)
+        self._loss_terms.append(loss.detach() * share)
 
     def check(self) -> None:
-        """Judge the batch by the losses and gradients of all ranks. Raises: SkipBatch."""
-        loss = torch.stack(self._losses).sum(dtype=torch.float64)
+        """Judge the batch by the losses and gradients of all ranks.
+
+        Raises:
+            SkipBatch: the batch is bad. Every rank raises it.
+            RuntimeError: the backend has no gradients.
+        """
+        loss = torch.stack(self._loss_terms).sum(dtype=torch.float64)
         gradients = self.backend.gradients()
         if not gradients:
             raise RuntimeError(
-                f"guard: a batch must leave gradients to look at; {self.backend.name} shows none"
+                f"guard: backend {self.backend.name} must have gradients after a batch; got none"
             )
-        size = get_total_norm(gradients, math.inf)
-        bad, unsolved = (~size.isfinite()).to(loss), loss.new_tensor(self.rule.is_unsolved())
-        self._loss, ranks, gave_up = self.ranks.sum(torch.stack([loss, bad, unsolved])).tolist()
+        is_bad = (~get_total_norm(gradients, math.inf).isfinite()).to(loss)
+        is_unsolved = loss.new_tensor(self.rule.is_unsolved())
+        sums = self.ranks.sum(torch.stack([loss, is_bad, is_unsolved]))
+        self._loss, bad_ranks, unsolved_ranks = sums.tolist()
         if not math.isfinite(self._loss):
             raise SkipBatch(f"its loss is {self._loss}")
-        if ranks:
-            why = f": {self.rule.label} could not solve for it on {gave_up:.0f}" if gave_up else ""
+        if bad_ranks:
+            reason = f": {self.rule.label} could not solve for it on {unsolved_ranks:.0f}"
             raise SkipBatch(
-                f"its gradient is not finite on {ranks:.0f} of"
-                f" {counted(self.ranks.size, 'worker')}{why}"
+                f"its gradient is not finite on {bad_ranks:.0f} of"
+                f" {counted(self.ranks.size, 'worker')}{reason if unsolved_ranks else ''}"
             )
-        if (
-            self.spike
-            and len(self._good) == WINDOW
-            and self._loss > self.spike * (usual := statistics.median(self._good))
-        ):
-            raise SkipBatch(
-                f"its loss of {self._loss:.4g} is more than {self.spike:g} times the usual"
-                f" {usual:.4g}"
-            )
+        if self.spike and len(self._good_losses) == WINDOW:
+            median = statistics.median(self._good_losses)
+            if self._loss > self.spike * median:
+                raise SkipBatch(
+                    f"its loss of {self._loss:.4g} is more than {self.spike:g} times the median"
+                    f" of {median:.4g}"
+                )

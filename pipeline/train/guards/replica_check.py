@@ -1,4 +1,4 @@
-"""Finds ranks whose values differ, after a fault of memory or of a collective, and slow ranks."""
+"""Finds slow ranks, and ranks whose values differ after a fault of memory or of a collective."""
 
 import hashlib
 import statistics
@@ -11,29 +11,30 @@ from torch import Tensor
 from pipeline.train.backend.collectives import Ranks
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ROW = 4096  # values in a row; the sums of rows and columns are hashed, not the values
+_ROW = 4096  # number of values in a row
 
 
 def fingerprint(values: Iterable[Tensor]) -> str:
-    """A hash of the bits of all values. It waits for each device once.
+    """A hash of all values, for which the CPU waits once for each device.
 
-    The values of a tensor are laid out in rows and read as integers, whose sums do not depend on
-    the order of summation. A flipped bit changes the sum of its column. Two swapped values change
-    the sums of their columns, or, in one column, of their rows. The sums are hashed. The last
-    values, which do not fill a row, are hashed directly.
+    The values of a tensor are read as integers and arranged in rows. The sums of rows and of
+    columns are hashed, not the values. Sums of integers do not depend on the order of summation. A
+    flipped bit changes the sum of its column. Two swapped values change the sums of their columns;
+    in the same column, they change the sums of their rows. The last values, which do not fill a
+    row, are hashed directly.
     """
-    parts_of: dict[torch.device, list[Tensor]] = {}
+    parts_by_device: dict[torch.device, list[Tensor]] = {}
     for value in values:
         bits = value.detach().contiguous().view(_INTEGERS[value.element_size()]).flatten()
-        whole = len(bits) // _ROW * _ROW
-        rows_RC = bits[:whole].view(-1, _ROW)
-        # The sums have the width of the values, so nothing is copied.
-        parts = (rows_RC.sum(0, dtype=bits.dtype), rows_RC.sum(1, dtype=bits.dtype), bits[whole:])
-        parts_of.setdefault(bits.device, []).extend(part.view(torch.uint8) for part in parts)
-    hashed = hashlib.blake2b(digest_size=16)
-    for parts in parts_of.values():
-        hashed.update(torch.cat(parts).cpu().numpy().tobytes())
-    return hashed.hexdigest()
+        end = len(bits) // _ROW * _ROW
+        rows_RC = bits[:end].view(-1, _ROW)
+        # A sum in the integer type of the values needs no converted copy of them.
+        parts = (rows_RC.sum(0, dtype=bits.dtype), rows_RC.sum(1, dtype=bits.dtype), bits[end:])
+        parts_by_device.setdefault(bits.device, []).extend(part.view(torch.uint8) for part in parts)
+    digest = hashlib.blake2b(digest_size=16)
+    for parts in parts_by_device.values():
+        digest.update(torch.cat(parts).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def drifted(values: Iterable[Tensor], ranks: Ranks) -> list[int]:
@@ -41,20 +42,20 @@ def drifted(values: Iterable[Tensor], ranks: Ranks) -> list[int]:
     if ranks.size == 1:
         return []
     fingerprints = ranks.all_gather_object(fingerprint(values))
-    usual, _ = Counter(fingerprints).most_common(1)[0]
-    return [rank for rank, value in enumerate(fingerprints) if value != usual]
+    majority, _ = Counter(fingerprints).most_common(1)[0]
+    return [rank for rank, value in enumerate(fingerprints) if value != majority]
 
 
-def stragglers(busy_s: float, ranks: Ranks, *, beyond: float = 1.5) -> dict[int, float]:
-    """The ranks that are busy for more than `beyond` times the median, each with its ratio to the
-    median. Collective.
+def stragglers(busy_s: float, ranks: Ranks, *, max_ratio: float = 1.5) -> dict[int, float]:
+    """The slow ranks: the ratio of a rank's busy time to the median of all ranks, if it is above
+    `max_ratio`. Collective.
 
-    The median of two ranks is the faster one.
+    Of two ranks, the shorter busy time is the median.
     """
-    busy_of_ranks = ranks.all_gather_object(busy_s)
-    usual = statistics.median_low(busy_of_ranks)
+    busy_s_by_rank = ranks.all_gather_object(busy_s)
+    median_s = statistics.median_low(busy_s_by_rank)
     return {
-        rank: value / usual
-        for rank, value in enumerate(busy_of_ranks)
-        if usual > 0 and value > beyond * usual
+        rank: rank_s / median_s
+        for rank, rank_s in enumerate(busy_s_by_rank)
+        if median_s > 0 and rank_s > max_ratio * median_s
     }

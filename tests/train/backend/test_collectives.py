@@ -49,7 +49,7 @@ def _talk(rank: int, size: int) -> dict[str, Any]:
     ranks = Ranks(rank, size)
     network = nn.BatchNorm1d(2)
     network.running_mean.fill_(float(rank))  # type: ignore[union-attr]
-    with ranks.averaged(network) as own:
+    with ranks.averaged_buffers(network) as own:
         inside = network.running_mean.tolist()  # type: ignore[union-attr]
 
     def refuse(only: int, error: Exception) -> None:

@@ -15,7 +15,7 @@ from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
 from pipeline.train.backend.base import Backend
 from pipeline.train.backend.deepspeed import DeepSpeed
-from pipeline.train.backend.ema import Averaged
+from pipeline.train.backend.ema import EMABackend
 from pipeline.train.backend.plain import Plain
 from tests.helpers.captured import write_captured
 from tests.helpers.processes import run_ranks
@@ -77,7 +77,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def test_the_closed_form() -> None:
     """Running statistics included, in float64."""
-    backend = Averaged(Plain(network().double(), sgd), decay=DECAY)
+    backend = EMABackend(Plain(network().double(), sgd), decay=DECAY)
     weights = [values(backend), *train(backend, 0, STEPS)]
     assert (weights[-1]["1.running_mean"] != weights[0]["1.running_mean"]).any()
     expected = closed_form(weights)
@@ -86,7 +86,7 @@ def test_the_closed_form() -> None:
 
 
 def test_it_is_timms() -> None:
-    plain, averaged = Plain(network(), sgd), Averaged(Plain(network(), sgd), decay=DECAY)
+    plain, averaged = Plain(network(), sgd), EMABackend(Plain(network(), sgd), decay=DECAY)
     theirs = ModelEmaV3(plain.network, decay=DECAY)
     for step in range(STEPS):
         train(plain, step, step + 1)
@@ -97,7 +97,7 @@ def test_it_is_timms() -> None:
 
 
 def test_the_weights_are_back_after_an_evaluation_that_failed() -> None:
-    backend = Averaged(Plain(network(), sgd), decay=DECAY)
+    backend = EMABackend(Plain(network(), sgd), decay=DECAY)
     [*_, last] = train(backend, 0, 2)
     evaluation = backend.published()
     evaluation.__enter__()
@@ -107,10 +107,10 @@ def test_the_weights_are_back_after_an_evaluation_that_failed() -> None:
 
 
 def test_a_new_task_begins_a_new_average() -> None:
-    backend = Averaged(Plain(network(), sgd), decay=DECAY)
+    backend = EMABackend(Plain(network(), sgd), decay=DECAY)
     [*_, last] = train(backend, 0, 3)
     assert not same(published(backend), last)
-    backend.forget()
+    backend.reset_optimizer()
     assert same(published(backend), last)
 
 
@@ -118,7 +118,7 @@ def _two_ranks(rank: int, ranks: int, folder: str) -> dict[str, bool | float]:
     rows = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
     found: dict[str, bool | float] = {}
     for zero in (0, 1, 2):
-        make = lambda seed, zero=zero: Averaged(
+        make = lambda seed, zero=zero: EMABackend(
             DeepSpeed(network(seed), sgd, micro_batch=BATCH // ranks, zero=zero), decay=DECAY
         )
         backend, other = make(0), make(1)
@@ -157,14 +157,14 @@ STATISTICS = ("1.running_mean", "1.running_var")
 
 def _saves(rank: int, ranks: int, folder: str) -> dict[str, Tensor]:
     """Its own averages of running statistics, which are saved."""
-    backend = Averaged(DeepSpeed(network(), sgd, micro_batch=BATCH // ranks), decay=DECAY)
+    backend = EMABackend(DeepSpeed(network(), sgd, micro_batch=BATCH // ranks), decay=DECAY)
     train(backend, 0, 3, slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks))
     write_captured(backend.capture(), Path(folder))
     return published(backend)
 
 
 def _loads(rank: int, ranks: int, folder: str) -> dict[str, Tensor]:
-    backend = Averaged(DeepSpeed(network(1), sgd, micro_batch=1), decay=DECAY)
+    backend = EMABackend(DeepSpeed(network(1), sgd, micro_batch=1), decay=DECAY)
     backend.load(Path(folder))
     return published(backend)
 

@@ -168,7 +168,7 @@ def _hlop(rank: int, ranks: int) -> dict[tuple[str, int, int], float]:
             def batch(step: int, rule=rule, backend=backend, about=about) -> None:
                 learn(rule, backend, [(step, global_batch(step))], **about)
 
-            wrong = train_two_tasks(model, rule, batch, backend.forget)
+            wrong = train_two_tasks(model, rule, batch, backend.reset_optimizer)
             gaps = distance(model, expected), distance(rule, expected_rule), 10 * wrong
             found[inner.__name__, zero, accumulation] = max(gaps)
     return found

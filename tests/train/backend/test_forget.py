@@ -76,7 +76,7 @@ def ours(backend_of: Callable[[nn.Module], Backend], rank: int, ranks: int) -> n
     for task in range(TASKS):
         select_head(model, task)
         if task:
-            backend.forget()
+            backend.reset_optimizer()
         given = steps(batch, (task + 1) * STEPS, task * STEPS)
         learn(rule, backend, given, rank=rank, ranks=ranks)
     return model
@@ -101,7 +101,7 @@ def test_settings_that_an_optimizer_changed_are_those_it_was_made_with() -> None
     before = settings()
     for group in backend.optimizer.param_groups:
         group["lr"], group["counted"] = 7.0, 3
-    backend.forget()
+    backend.reset_optimizer()
     assert settings() == before
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.train.backend import plain
-from pipeline.train.backend.base import cloned
+from pipeline.train.backend.base import clone_tensors
 from pipeline.train.backend.plain import Plain
 
 
@@ -39,7 +39,7 @@ def test_gradients_are_summed_by_one_collective_for_each_dtype(
                 parameter.shape, generator=torch.Generator().manual_seed(1)
             ).to(parameter)
     Plain(alone, lambda model: torch.optim.SGD(model.parameters(), lr=0.2)).step()
-    monkeypatch.setattr(plain, "world", lambda: (0, 2))
+    monkeypatch.setattr(plain, "rank_and_world_size", lambda: (0, 2))
     monkeypatch.setattr(distributed, "broadcast", lambda tensor, src: None)
     monkeypatch.setattr(distributed, "all_reduce", doubled)
     Plain(joined, lambda model: torch.optim.SGD(model.parameters(), lr=0.1)).step()
@@ -69,7 +69,7 @@ def test_clones_are_made_by_one_kernel_for_each_dtype() -> None:
         torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
     )
     with Calls() as calls:
-        clones = cloned(values)
+        clones = clone_tensors(values)
     assert (
         calls.names["_foreach_copy_"] == 2 and not calls.names["clone"] and not calls.names["copy_"]
     )
@@ -80,4 +80,4 @@ def test_clones_are_made_by_one_kernel_for_each_dtype() -> None:
             clones[name].stride() == value.stride() and clones[name].data_ptr() != value.data_ptr()
         )
         assert not clones[name].requires_grad
-    assert cloned({}) == {}
+    assert clone_tensors({}) == {}

@@ -18,9 +18,15 @@ import torch
 from torch import distributed
 
 from pipeline.core.errors import UserError
-from pipeline.train.backend.base import copied
+from pipeline.train.backend.base import cpu_copy
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.checkpoint import Checkpoints, CheckpointStore, background, damage, step_folders
+from pipeline.train.checkpoint import (
+    Checkpoints,
+    CheckpointStore,
+    background,
+    find_damage,
+    step_folders,
+)
 from tests.helpers.few import TRAINER, Counting, backend, feedback, save, step
 from tests.helpers.processes import refusal, run_ranks
 from tests.helpers.waiting import until
@@ -72,8 +78,8 @@ def test_training_goes_on_meanwhile_and_what_was_there_is_what_is_saved(
         Counting(1.0),
         Checkpoints(CheckpointStore(tmp_path), attempt="a"),
     )
-    then = copied(made.network.state_dict())
-    momenta = copied([state["momentum_buffer"] for state in made.optimizer.state.values()])
+    then = cpu_copy(made.network.state_dict())
+    momenta = cpu_copy([state["momentum_buffer"] for state in made.optimizer.state.values()])
     assert checkpoints.save(1, made, rule, TRAINER) is None
     step(made)
     rule.feedback += 1  # type: ignore[operator]
@@ -94,7 +100,9 @@ def test_it_is_told_once_as_soon_as_it_is_whole(tmp_path: Path) -> None:
     checkpoints.save(1, backend(), Counting(), TRAINER)
     told = until(checkpoints.done, within=20, pause=0.01)
     assert told is not None
-    assert told.address == str(tmp_path / "step_00000001") and damage(Path(told.address)) is None
+    assert (
+        told.address == str(tmp_path / "step_00000001") and find_damage(Path(told.address)) is None
+    )
     assert checkpoints.done() is None and checkpoints.wait() is None
 
 
@@ -120,7 +128,7 @@ def has_failed(checkpoints: Checkpoints) -> bool:
             2,
             UserError,
             "checkpoint: cannot be written after step 2: No space left on device: .*; the newest"
-            " whole one is",
+            " complete one is",
         ),
         # two failures in a row
         (errno.EIO, 3, OSError, "checkpoint after step 3 was not written: Input/output error"),
@@ -181,7 +189,7 @@ def test_an_old_one_that_cannot_be_deleted_is_told_and_costs_no_new_one(
         patch.setattr("pipeline.train.checkpoint.store.shutil.rmtree", fails)
         for value, number in enumerate(steps[1:]):
             told = save(checkpoints, number, backend(), Counting(value + 1.0), TRAINER)
-            assert told.step == number and told.untidy.startswith(
+            assert told.step == number and told.prune_error.startswith(
                 "OSError: [Errno 39] Directory not empty: "
             )
     assert feedback(CheckpointStore(tmp_path)) == 3
@@ -198,7 +206,7 @@ def test_an_attempt_that_ends_by_an_error_finishes_what_it_was_writing_or_says_t
     checkpoints.save(1, backend(), Counting(), TRAINER)
     threading.Timer(0.1, gate.set).start()
     told = checkpoints.close(error)
-    assert told is not None and damage(Path(told.address)) is None
+    assert told is not None and find_damage(Path(told.address)) is None
     with failing(errno.EIO):
         checkpoints.save(2, backend(), Counting(), TRAINER)
         assert checkpoints.close(error) is None
@@ -240,7 +248,7 @@ def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
             distributed.barrier()
             held.set()
             checkpoints.wait()
-        found[f"whole {writer}"] = damage(staging / f"step_0000000{1 + writer}")
+        found[f"whole {writer}"] = find_damage(staging / f"step_0000000{1 + writer}")
     for full_rank in range(size):
         with cannot_write(rank == full_rank, errno.ENOSPC, "No space left on device"):
             checkpoints.save(5, made, Counting(), TRAINER)
@@ -270,7 +278,7 @@ def _one_cannot_write(rank: int, size: int, folder: str) -> dict[str, Any]:
         distributed.barrier()
     checkpoints.save(1, backend(), Counting(), about)
     checkpoints.wait()
-    return {"heard": heard, "told": told, "whole": damage(Path(folder) / "step_00000001")}
+    return {"heard": heard, "told": told, "whole": find_damage(Path(folder) / "step_00000001")}
 
 
 @pytest.mark.distributed
@@ -332,7 +340,7 @@ def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None
         for found in (first, second):
             assert (found[f"half {writer}"], found[f"whole {writer}"]) == (False, None)
             assert (
-                "after step 5: No space left on device: x; the newest whole one is"
+                "after step 5: No space left on device: x; the newest complete one is"
                 in found[f"full {writer}"]
             )
     assert first["alone"][0].endswith(
@@ -348,9 +356,15 @@ def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None
 def test_who_waits_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
     """Another driver has taken the place over and swept it, with the part of worker 1."""
     writing = background.Background(
-        CheckpointStore(tmp_path), 1, {"config.json": "{}"}, attempt="a", rank=0, ranks=2, keep=2
+        CheckpointStore(tmp_path),
+        1,
+        {"config.json": "{}"},
+        attempt="a",
+        rank=0,
+        world_size=2,
+        keep=2,
     )
     wait_for(writing.temp / "config.json")
     shutil.rmtree(writing.temp)
-    with pytest.raises(RuntimeError, match="is gone, as if another driver"):
+    with pytest.raises(RuntimeError, match="was deleted; another driver may own"):
         writing.outcome.result(20)

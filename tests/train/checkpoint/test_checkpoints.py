@@ -22,12 +22,12 @@ from pipeline.train.checkpoint import (
     CheckpointError,
     Checkpoints,
     CheckpointStore,
-    damage,
-    lost_step,
+    expected_step,
+    find_damage,
     pin,
     prune,
     step_folders,
-    verified,
+    verified_checkpoint,
 )
 from pipeline.train.checkpoint.manifest import facts_of, seal
 from tests.helpers.events import event
@@ -146,9 +146,9 @@ def test_the_newest_the_best_and_the_pinned_are_kept(place: CheckpointStore) -> 
             place.write("step_00000001.pinned", b"")
     assert [name[-1] for name in place.names()] == ["1", "2", "4", "5"]
     assert not any("step_00000003" in file for file in content(place))
-    assert verified(place, "best").name == "step_00000002"
-    assert verified(place).name == "step_00000005"
-    assert damage(place.fetch("step_00000001")) is None
+    assert verified_checkpoint(place, "best").name == "step_00000002"
+    assert verified_checkpoint(place).name == "step_00000005"
+    assert find_damage(place.fetch("step_00000001")) is None
 
 
 def test_a_damaged_one_is_told_before_it_is_moved(
@@ -174,7 +174,7 @@ def test_a_damaged_one_is_told_before_it_is_moved(
             dying.newest()
     assert len(told) == 1 and not Path(told[0]).exists()
     assert next_one.newest() is None
-    assert len(told) == 2 and damage(Path(told[1])) is not None and not step_folders(tmp_path)
+    assert len(told) == 2 and find_damage(Path(told[1])) is not None and not step_folders(tmp_path)
 
 
 def test_a_write_that_was_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
@@ -194,13 +194,13 @@ def test_a_score_that_cannot_be_read_now_costs_nobody_the_best(
     for step, score, there in [(1, 0.3, "1"), (2, 0.9, "12"), (3, 0.2, "123"), (4, 0.1, "1234")]:
         told = save(checkpoints, step, backend(), Counting(), {**TRAINER, "score": score})
         assert steps_in(tmp_path) == there
-        assert ("Stale file handle" in told.untidy) == (step > 1)
+        assert ("Stale file handle" in told.prune_error) == (step > 1)
     with pytest.raises(OSError, match="Stale file handle"):
-        verified(CheckpointStore(tmp_path), "best")
+        verified_checkpoint(CheckpointStore(tmp_path), "best")
     left.clear()
-    assert verified(CheckpointStore(tmp_path), "best").name == "step_00000002"
+    assert verified_checkpoint(CheckpointStore(tmp_path), "best").name == "step_00000002"
     told = save(checkpoints, 5, backend(), Counting(), {**TRAINER, "score": 0.4})
-    assert (steps_in(tmp_path), told.untidy) == ("25", "")
+    assert (steps_in(tmp_path), told.prune_error) == ("25", "")
 
 
 def test_one_on_a_bad_sector_is_nobodys_best_and_does_not_stay_for_good(
@@ -208,9 +208,9 @@ def test_one_on_a_bad_sector_is_nobodys_best_and_does_not_stay_for_good(
 ) -> None:
     checkpoints = saved(tmp_path, [1, 2])
     unreadable(monkeypatch, tmp_path / "step_00000001" / "trainer.json", errno.EIO)
-    assert save(checkpoints, 3, backend(), Counting(), {**TRAINER, "score": 0.1}).untidy == ""
+    assert save(checkpoints, 3, backend(), Counting(), {**TRAINER, "score": 0.1}).prune_error == ""
     assert steps_in(tmp_path) == "23"
-    assert verified(CheckpointStore(tmp_path), "best").name == "step_00000003"
+    assert verified_checkpoint(CheckpointStore(tmp_path), "best").name == "step_00000003"
 
 
 def test_a_step_that_is_saved_again_is_found_where_its_event_says(place: CheckpointStore) -> None:
@@ -298,10 +298,10 @@ def test_what_cannot_be_loaded_is_refused_and_nothing_is_no_error(tmp_path: Path
     checkpoints = Checkpoints(CheckpointStore(tmp_path), attempt="a")
     assert checkpoints.newest() is None
     with pytest.raises(CheckpointError, match="got none"):
-        verified(CheckpointStore(tmp_path))
+        verified_checkpoint(CheckpointStore(tmp_path))
     save(checkpoints, 1, backend(), Counting(), {"world_size": 2, "zero": 1, "score": None})
     with pytest.raises(
-        CheckpointError, match="ZeRO-1 state of 2 workers loads on as many only; got 1"
+        CheckpointError, match="ZeRO-1 state must be loaded by 2 workers, which wrote it; got 1"
     ):
         restore(checkpoints, backend(), Counting())
 
@@ -377,4 +377,4 @@ FIRST, SECOND = (start(0), told_saved(3)), (start(0), told_saved(3), told_saved(
 def test_one_must_be_there_unless_it_was_quarantined(
     events: tuple[Event, ...], step: int | None
 ) -> None:
-    assert lost_step(events, keep=2) == step
+    assert expected_step(events, keep=2) == step

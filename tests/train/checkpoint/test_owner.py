@@ -50,7 +50,7 @@ def test_a_place_that_is_anothers_is_not_claimed_and_nothing_in_it_is_touched(
     place = store_of("first")
     save(Checkpoints(place, attempt="a"), 1, backend(), Counting(), OF_A)
     there, mine = content(place), {"run": "mine", "run_id": "b" * 32, "study": "s"}
-    theirs = r"must be of run bbbbbbbb \(mine\); got those of run aaaaaaaa \(first"
+    theirs = r"must belong to run bbbbbbbb \(mine\); it belongs to run aaaaaaaa \(first"
     with pytest.raises(CheckpointError, match=rf"{theirs}\)$"):
         claim(place, **mine)  # a checkpoint tells, no driver has yet
     with pytest.raises(FileNotFoundError):
@@ -63,7 +63,7 @@ def test_a_place_that_is_anothers_is_not_claimed_and_nothing_in_it_is_touched(
     place.write("owner.json", b"[]")
     with pytest.raises(
         CheckpointError,
-        match=r"owner.json must say whose they are; it is damaged: .*; got \[\]; move it",
+        match=r"json must name the owner of the store; it is damaged: .*; got \[\]; delete it",
     ):
         claimed(place)
 
@@ -120,7 +120,7 @@ def test_the_earlier_of_two_drivers_stops_at_its_save_and_tells_nothing_whole(
     one.save(2, backend(3), Counting(3), OF_A)
     with pytest.raises(
         UserError,
-        match=r"checkpoint: cannot be written after step 2: checkpoints: the owner of .*second",
+        match=r"cannot be written after step 2: checkpoints: this driver must own .*second",
     ) as said:
         one.wait()
     assert "\n" not in str(said.value) and one.done() is None
@@ -130,7 +130,7 @@ def test_the_earlier_of_two_drivers_stops_at_its_save_and_tells_nothing_whole(
         lambda: first.delete("step_00000001"),
         lambda: first.set_aside("step_00000001", "x"),
     ):
-        with pytest.raises(CheckpointError, match="must be this driver"):
+        with pytest.raises(CheckpointError, match="this driver must own"):
             change()
     if when == "before its manifest":
         assert feedback(store_of("third")) == 2

@@ -25,10 +25,10 @@ from pipeline.train.checkpoint import (
     CheckpointError,
     Checkpoints,
     CheckpointStore,
-    damage,
+    find_damage,
     prune,
     store_at,
-    verified,
+    verified_checkpoint,
 )
 from pipeline.train.checkpoint.store import sweep_fetched
 from tests.helpers.few import FILES, TRAINER, Counting, backend, feedback, restore, save
@@ -109,7 +109,7 @@ def test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut
         is_new = how == "removed" or at == "nowhere"
         with nullcontext() if is_new else pytest.raises(OSError, match="Connection reset by peer"):
             told = saving.wait()
-            assert told is not None and ("Connection reset by peer" in told.untidy) == (
+            assert told is not None and ("Connection reset by peer" in told.prune_error) == (
                 how == "removed"
             )
     assert store(address, tmp_path).names() == ["step_00000002"]
@@ -145,7 +145,7 @@ def test_a_bucket_that_lets_nobody_delete_takes_new_ones_all_the_same(
         save(saving, step, backend(), Counting(float(index)), TRAINER)
         for index, step in enumerate((1, 2, 2))
     ]
-    assert [each.untidy for each in told] == ["PermissionError: Access Denied"] * 3
+    assert [each.prune_error for each in told] == ["PermissionError: Access Denied"] * 3
     assert feedback(store(address, tmp_path / "fresh")) == 2
 
 
@@ -174,7 +174,7 @@ def test_a_request_that_failed_deletes_nothing(
         monkeypatch.setattr(MemoryFileSystem, name, partialmethod(partial(fails, name)))
     for file, ask in (
         ("step_00000001-a/manifest.json", place.sweep),
-        ("step_00000003-a/manifest.json", lambda: verified(place)),
+        ("step_00000003-a/manifest.json", lambda: verified_checkpoint(place)),
         ("step_00000003-a/manifest.json", lambda: place.finish(tmp_path / "temp", "step_00000003")),
         ("step_00000002.pinned", lambda: prune(place, "step_00000003", keep=1)),
     ):
@@ -197,7 +197,7 @@ def short(put: Callable[[str, str], None], here: str, there: str) -> None:
 @pytest.mark.parametrize(
     ("put", "error", "said"),
     [
-        (denied, UserError, "step 1: Access Denied; there is no whole one yet"),
+        (denied, UserError, "step 1: Access Denied; there is no complete one yet"),
         (short, OSError, "10 of 11 bytes arrived"),
     ],
 )
@@ -227,8 +227,8 @@ def test_a_manifest_reaches_no_file_outside(tmp_path: Path) -> None:
         json.dumps({"files": files, "sha256": digest}).encode(),
     )
     place.fs.pipe_file(f"{place.root}/planted", b"x")
-    with pytest.raises(CheckpointError, match="needs a checkpoint that verifies; got none"):
-        verified(place)
+    with pytest.raises(CheckpointError, match="must hold a checkpoint that verifies; got none"):
+        verified_checkpoint(place)
     assert not (tmp_path / "planted").exists()
 
 
@@ -243,8 +243,8 @@ def test_an_address_is_a_folder_or_something_that_can_be_opened(tmp_path: Path) 
     chain = "an address must be of one store, without fsspec's '::'"
     for address, said in (
         ("nowhere://x/run", "fsspec can open; got nowhere://x/run: Protocol not known: nowhere"),
-        ("s3://key:secret@bucket/run", "an address holds no credentials"),
-        ("https://host/run?token=secret", "an address holds no credentials"),
+        ("s3://key:secret@bucket/run", "an address must hold no credentials"),
+        ("https://host/run?token=secret", "an address must hold no credentials"),
         ("simplecache::s3://key:secret@bucket/run", chain),
         ("zip://run.zip::s3://key:secret@bucket", chain),
         ("file:///run::s3://bucket", chain),
@@ -288,14 +288,14 @@ def test_no_other_process_takes_away_what_one_has_fetched_and_what_a_dead_one_le
     ) as other:
         assert other.stdout is not None
         theirs = Path(other.stdout.readline().strip())
-        assert theirs != path.parent and damage(path) is None
+        assert theirs != path.parent and find_damage(path) is None
         checkpoints.store.sweep()
-        assert (theirs / "file").exists() and damage(path) is None
+        assert (theirs / "file").exists() and find_damage(path) is None
         other.kill()
         other.wait()
     assert (theirs / "file").exists()
     checkpoints.store.sweep()
-    assert not theirs.exists() and damage(path) is None
+    assert not theirs.exists() and find_damage(path) is None
     # this process's, and its lock
     assert checkpoints.newest() == path and len([*staging.iterdir()]) == 2
 

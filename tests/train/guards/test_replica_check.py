@@ -15,7 +15,7 @@ from pipeline.core.errors import Diverged, UserError
 from pipeline.recipe import Policy
 from pipeline.train import checkpointing
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.backend.ema import Averaged
+from pipeline.train.backend.ema import EMABackend
 from pipeline.train.backend.plain import Plain
 from pipeline.train.checkpointing import SavingHooks
 from pipeline.train.guards import replica_check
@@ -160,7 +160,7 @@ def _damaged(rank: int, size: int) -> dict[str, str]:
         nn.Sequential(network(), nn.BatchNorm1d(3)),
         Counting(1.0),
     )
-    backend = Averaged(
+    backend = EMABackend(
         Plain(model, lambda net: torch.optim.SGD(net.parameters(), lr=0.1)), decay=0.9
     )
     parts: Any = SimpleNamespace(
@@ -226,13 +226,13 @@ def test_one_number_that_is_not_finite_is_found_wherever_it_is(
 def test_an_average_that_is_not_finite_is_not_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Averaged.step
+    made = EMABackend.step
 
-    def spoilt(self: Averaged) -> None:
+    def spoilt(self: EMABackend) -> None:
         made(self)
         next(iter(self.average.values())).fill_(torch.nan)
 
-    monkeypatch.setattr(Averaged, "step", spoilt)
+    monkeypatch.setattr(EMABackend, "step", spoilt)
     with pytest.raises(Diverged, match="must be finite in a checkpoint; they are not after step 3"):
         train_inline(tmp_path / "run", small_recipe(ema_decay=0.9))
 

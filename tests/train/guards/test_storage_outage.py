@@ -12,7 +12,7 @@ import pytest
 from pipeline.core.errors import UserError
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.guards import storage_outage
-from pipeline.train.guards.storage_outage import retry_while_away
+from pipeline.train.guards.storage_outage import retry_during_outage
 from tests.helpers.processes import run_ranks
 
 
@@ -30,7 +30,7 @@ def test_it_is_tried_again_and_told_once(monkeypatch: pytest.MonkeyPatch) -> Non
     pauses: list[float] = []
     monkeypatch.setattr(storage_outage, "_pause", lambda seconds, beat: pauses.append(seconds))
     told: list[str] = []
-    assert retry_while_away(Ranks(), away(20), on_wait=told.append) == "there"
+    assert retry_during_outage(Ranks(), away(20), on_wait=told.append) == "there"
     assert told == ["[Errno 116] Stale file handle"]
     assert (
         pauses[:3] == [0.01, 0.02, 0.04]
@@ -44,7 +44,7 @@ def test_a_pause_is_full_of_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(storage_outage, "FIRST_PAUSE_S", 0.5)
     monkeypatch.setattr(storage_outage, "BEAT_S", 0.1)
     beat = Mock()
-    retry_while_away(Ranks(), away(1), beat=beat)
+    retry_during_outage(Ranks(), away(1), beat=beat)
     assert 1 < beat.call_count <= 6
 
 
@@ -63,7 +63,7 @@ def test_a_pause_is_full_of_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_waiting_does_not_mend_is_raised_at_once(error: Exception) -> None:
     told: list[str] = []
     with pytest.raises(type(error)) as raised:
-        retry_while_away(Ranks(), away(1, error), on_wait=told.append)
+        retry_during_outage(Ranks(), away(1, error), on_wait=told.append)
     assert raised.value is error and told == []
 
 
@@ -71,16 +71,16 @@ def test_in_the_end_it_is_given_up_and_a_journal_on_the_same_storage_need_not_be
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    assert retry_while_away(Ranks(), away(2), on_wait=full) == "there"
-    monkeypatch.setattr(storage_outage, "PATIENCE_S", 0.2)
+    assert retry_during_outage(Ranks(), away(2), on_wait=full) == "there"
+    monkeypatch.setattr(storage_outage, "OUTAGE_TIMEOUT_S", 0.2)
     with pytest.raises(OSError, match="Stale file handle"):
-        retry_while_away(Ranks(), away(1000), on_wait=full)
+        retry_during_outage(Ranks(), away(1000), on_wait=full)
 
 
 def _of_two(rank: int, ranks: int) -> dict[str, Any]:
     storage_outage.FIRST_PAUSE_S, storage_outage.BEAT_S = 0.2, 0.1
     act, beat, told = away(2), Mock(), Mock()
-    found = retry_while_away(Ranks(rank, ranks), act, beat=beat, on_wait=told)
+    found = retry_during_outage(Ranks(rank, ranks), act, beat=beat, on_wait=told)
     counts = {"acted": act.call_count, "told": told.call_count, "beats": beat.call_count}
     return {"found": found, **counts}
 
