@@ -119,7 +119,7 @@ def _ratio_markers(
 def trade_off(group: Group, name: str) -> Figure | Missing:
     """Accuracy against a cost. Rules on the Pareto front are marked."""
     cost_of = metric(name)
-    what, how = cost_of.title, cost_of.about or "see the table of costs"
+    what, how = cost_of.title, cost_of.description or "see the table of costs"
     title = f"Accuracy against {what}"
     points = {
         rule: (cost, top1)

@@ -447,7 +447,7 @@ def write_suite(folder: Path, run: str, recipe: dict[str, Any], report: str | No
         ("resume whole", "suite.json: lab_suite.table is not in a trusted package"),
         (
             "compare whole first --trust lab_suite",
-            "compare: a suite is compared by itself; got whole among whole, first",
+            "compare: a suite must be the only name; got whole in whole, first",
         ),
         (
             "compare whole --trust lab_suite --format json",
@@ -588,9 +588,9 @@ def test_show_prints_every_recipe_of_a_suite_without_what_it_refers_to(
 ) -> None:
     said = done("show", places / "lab_suite.py")
     assert "@first" in said and "/tmp" not in said.replace(str(places), "")
-    assert said.count("study key     depends on what first will have learnt") == 2
+    assert said.count("study key     depends on the trained weights of first") == 2
     assert "shared by 3 recipes" in said
-    assert "global batch  8 = 1 worker x 8 samples x 1 accumulated" in said
+    assert "global batch  8 = 1 worker x 8 samples x 1 accumulation step" in said
     fields = [line.split() for line in said.splitlines() if line]
     keys = [line[0] for line in fields]
     assert all(keys.count(key) == 1 for key in ("time_steps", "batch_size", "parameters"))

@@ -374,7 +374,7 @@ def test_the_data_of_a_figure_is_a_file(store: FakeStore):
     )
     assert (
         client.get(f"/csv?study={KEY}&name={GROUP}-beside").get_data(as_text=True)
-        == "rule,states beside saved bytes,start-up\nBPTT,1 kB ± 0 kB,0 ms ± 0 ms\nSLTT,1 kB ± 0"
+        == "rule,state bytes,start-up\nBPTT,1 kB ± 0 kB,0 ms ± 0 ms\nSLTT,1 kB ± 0"
         " kB,0 ms ± 0 ms\n"
     )
     assert (
@@ -500,7 +500,7 @@ def test_how_the_groups_differ_is_a_file(store: FakeStore, asking: Asking):
 
 
 def test_what_the_reader_of_means_must_know_stands_beside_them(store: FakeStore):
-    said = "SLTT has 2 runs of seed 0, which count as one, their mean, in ratios and differences"
+    said = "SLTT has 2 runs of seed 0: ratios and differences use their mean as one run"
     assert said not in Asking(store).show(f"?study={KEY}")
     store.add_finished("sltt-again", "SLTT")
     assert said in Asking(store).show(f"?study={KEY}")
@@ -551,8 +551,8 @@ def test_a_run_that_nobody_hears_of_says_so_beside_its_state(store: FakeStore):
     assert "seed 0, running" in before["boxes"] and "no word" not in before["boxes"]
     store.add_finished("going", "SLTT", status="RUNNING", newest=time.time() - 30.5 * 60)
     shown = Asking(store).study(f"?study={KEY}", seen=before["version"])
-    assert "seed 0, running, no word for 30 min" in shown["boxes"]
-    assert "running, no word for 30 min" in Asking(store).show(f"?study={KEY}&view=runs")
+    assert "seed 0, running, no report for 30 min" in shown["boxes"]
+    assert "running, no report for 30 min" in Asking(store).show(f"?study={KEY}&view=runs")
 
 
 def test_a_state_has_one_word_in_the_list_the_filter_the_boxes_and_the_figures(

@@ -157,7 +157,7 @@ def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):
     ("file", "text", "said"),
     [
         ("summary.json", '{"top1": 0.', "its summary.json in MLflow is not JSON"),
-        ("summary.json", "[1]", "its summary.json in MLflow holds a list, not an object"),
+        ("summary.json", "[1]", "its summary.json in MLflow must contain a JSON object; got list"),
         (
             "summary.json",
             '{"trained_on": 3}',
@@ -173,7 +173,7 @@ def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):
             '{"conditions": "x"}',
             "its summary.json in MLflow: conditions must be an object; got 'x'",
         ),
-        ("activity.json", "{}", "its activity.json in MLflow holds a dict, not a list"),
+        ("activity.json", "{}", "its activity.json in MLflow must contain a JSON list; got dict"),
         (
             "activity.json",
             '[{"name": "a"}]',

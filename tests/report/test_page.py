@@ -54,7 +54,7 @@ def test_machines_are_apart_and_a_missing_baseline_is_named():
         for rule in ("SLTT", "OTTT-A")
     ]
     html = body(page.render(study(*elsewhere)))
-    assert html.count("No baseline in this group: no run of BPTT among these has finished.") == 1
+    assert html.count("No baseline in this group: no run of BPTT in this group has finished.") == 1
     assert "on H100" in html
     assert html.index('id="g1"') < html.index('id="g2"') < html.index('id="differences"')
 
@@ -63,8 +63,8 @@ def test_what_the_reader_of_its_means_must_know_stands_in_a_section():
     html = body(page.render(study(run("SLTT", name="again", restart=True))))
     section = html[html.index('<h2 id="g1">') : html.index("What stands behind the rows")]
     assert (
-        "<li>the runs are of different commits: abc, def</li><li>SLTT has 2 runs of seed 0, which"
-        " count as one" in section
+        "<li>the runs have different commits: abc, def</li><li>SLTT has 2 runs of seed 0: ratios and"
+        " differences use their mean as one run" in section
     )
 
 
@@ -194,7 +194,7 @@ def test_a_page_says(of: Study, said: list[str]):
         (study(sweeps=(SWEEP,)), ["largest batch"]),
         (
             alone(tuned("BPTT", 0.1), tuned("BPTT", 0.3, seed=1), tuned("SLTT", 0.3)),
-            ["no run of BPTT among these has finished"],
+            ["no run of BPTT in this group has finished"],
         ),
         (alone(run(state_bytes=None, startup_s=None)), ["Measured beside"]),
         (alone(run("SLTT"), run("SLTT", **TWO, own_cores=True)), ['id="scaling"']),

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 import pipeline
-from pipeline.report import page, results
+from pipeline.report import metrics, page, results
 from pipeline.report.compare import csv_of
 from pipeline.report.metrics import METRICS, Metric
 from pipeline.report.results import ReportError, Run, expanded, frame, read_run
@@ -31,11 +31,9 @@ from tests.report.test_dashboard import Asking
 
 
 def test_a_metric_is_one_line(make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(
-        results,
-        "METRICS",
-        [*METRICS, Metric("sparsity", "share of zeros", "share", "less", "weights.zeros")],
-    )
+    sparsity = Metric("sparsity", "share of zeros", "share", "less", "weights.zeros")
+    for module in (metrics, results):
+        monkeypatch.setattr(module, "METRICS", [*METRICS, sparsity])
     make_all(
         make_run,
         {"bptt": {"weights": {"zeros": 0.5}}, "sltt": {"rule": "SLTT", "weights": {"zeros": 0.25}}},
@@ -271,7 +269,7 @@ def test_what_a_restart_does_again(
     past = one.history
     assert [(point.step, point.top1) for point in past.curve] == curve
     assert (past.step, past.again_from) == (step, again_from)
-    again = "" if again_from is None else f", done again from {again_from} on"
+    again = "" if again_from is None else f", repeats from {again_from}"
     [row] = provenance(Study(title="t", runs=(one,))).rows
     assert row[5] == f"{step}/{100 if told else '?'}{again}"
 

@@ -61,7 +61,7 @@ FOLDER = {
 }
 LEFT_OUT = "Left out: 1 trial on a held-out part of the training set."
 NO_BASE = "no baseline, no ratios: study dddddddd has no finished run of BPTT"
-FAR = 'no baseline, no ratios: bptt does not stand comparison: hardware.cpu: "a cpu" and "another"'
+FAR = 'no baseline, no ratios: bptt is not comparable: hardware.cpu: "a cpu" and "another"'
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_claim_of_a_suite_may_say_that_it_is_within_the_noise():
     told = parse_result({"claims": [CLAIMED, {**CLAIMED, "within_noise": True}]}, "a-suite")
     assert [claim.verdict for claim in told.claims] == ["does not hold", "fails, within the noise"]
     less = {name: value for name, value in CLAIMED.items() if name != "ours"}
-    said = "about, claim, published, bound, ours, holds; there is no ours"
+    said = "about, claim, published, bound, ours, holds; it lacks ours"
     with pytest.raises(ReportError, match=said):
         parse_result({"claims": [less]}, "a-suite")
 
