@@ -308,7 +308,7 @@ def test_what_is_listed_and_reported_while_children_are_missing(
     assert done("compare", *at.split()).splitlines() == [
         f"not finished: second ({second.name}) is interrupted",
         f"not finished: third ({third.name}) has not begun",
-        f"1 of 3 finished, the report is printed when all have; spiketrain {resume}",
+        f"1 of 3 finished, the report follows when all have finished; spiketrain {resume}",
     ]
     out = io.StringIO()
     print_runs(tmp_path, Console(file=out, width=80))
@@ -451,11 +451,11 @@ def write_suite(folder: Path, run: str, recipe: dict[str, Any], report: str | No
         ),
         (
             "compare whole --trust lab_suite --format json",
-            "compare: whole must have finished; 0 of 1 runs have",
+            "compare: whole must have finished; got 0 of 1 finished runs",
         ),
         (
             "compare whole --trust lab_suite --against SLTT",
-            "compare: whole has a report of its own, so --against and --within have",
+            "compare: --against and --within must not be set, because whole has its own report",
         ),
         ("compare nothing", "no run 'nothing'"),
         ("resume nothing", "no run 'nothing' in "),

@@ -137,7 +137,10 @@ def test_time_is_divided_by_the_faster_bptt(make_run: Callable, runs_dir: Path):
     make_all(make_run, {"bptt": SLOW, "stepped": stepped, "sltt": sltt})
     comparison = compare(runs_dir, ["sltt"])
     assert names_of(comparison) == ["bptt", "stepped", "sltt"]
-    divided = "images/s, wall clock and compute time are divided by those of BPTT-chunk-1, the faster BPTT"
+    divided = (
+        "images/s, wall clock and compute time are divided by those of BPTT-chunk-1, the faster"
+        " BPTT"
+    )
     assert comparison.notes == (RECOMPUTES_NOTHING, divided)
     value = comparison.to_json()
     assert (value["baseline"], value["time_baseline"]) == ("bptt", "BPTT-chunk-1")
@@ -233,7 +236,7 @@ def test_runs_of_different_machines_are_shown_apart_and_never_divided_by_one_ano
         "study 01234567 on a cpu, 2 cores; 2 workers",
         "×0.75",
         "no baseline, no ratios: bptt-0 is not comparable: ",
-        "study 01234567 has 3 tables, of different machines, workers or micro-batches: nothing is"
+        "study 01234567 has 3 tables for different machines, workers or micro-batches: no ratio is"
         " divided from one to another",
     ):
         assert said in shown
@@ -416,7 +419,7 @@ def test_seeds_that_did_not_diverge_do_not_speak_for_one_that_did(
     text = text_of(comparison, width=300)
     for said in (
         "OTTT (2 runs)",
-        "ottt-far (OTTT) diverged, trained otherwise than these: it is in no mean",
+        "ottt-far (OTTT) diverged under other conditions",
         "BPTT - SLTT: +0.00 points over 2 paired seeds (1 more diverged), 95 % interval",
     ):
         assert said in text

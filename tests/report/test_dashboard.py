@@ -250,7 +250,7 @@ def test_the_figures_of_the_runs_that_are_picked(store: FakeStore, asking: Askin
     whole = asking.study(f"?study={KEY}")
     assert len(whole["picked"]) == whole["boxes"].count('role="checkbox"') == 4
     assert (
-        "keeps 0.25 of its saved bytes" in whole["html"]
+        "has the fewest saved bytes, 0.25 of the baseline" in whole["html"]
         and "What stands behind the rows" in whole["html"]
     )
     assert whole["html"].count("data-figure=") == len(whole["drawings"]) == 4

@@ -69,7 +69,7 @@ def test_ratios_to_the_baseline():
         0.75,
         pytest.approx(0.75),
     ]
-    assert "SLTT keeps 0.25 of its saved bytes" in figure.alt
+    assert "SLTT has the fewest saved bytes, 0.25 of the baseline's" in figure.alt
 
 
 def test_time_is_divided_by_the_faster_bptt_and_bytes_by_bptt():
@@ -79,7 +79,7 @@ def test_time_is_divided_by_the_faster_bptt_and_bytes_by_bptt():
     assert found["SLTT", "compute time"] == ("BPTT-chunk-1", 1.2)
     assert found["SLTT", "wall clock"] == ("BPTT-chunk-1", 1.6)
     assert found["SLTT", "saved bytes"] == ("BPTT", 0.25)
-    assert "Times are multiples of BPTT-chunk-1's, the faster BPTT." in figure.caption
+    assert "Times are multiples of those of BPTT-chunk-1, the faster BPTT." in figure.caption
     assert "Times" not in made(ratios(study().groups[0])).caption
 
 
@@ -129,7 +129,8 @@ def test_what_diverged_is_named_below_the_front():
         "SLTT": "no",
         "SLTT-1": "yes",
     }
-    assert figure.caption.endswith(" Diverged, and in no mean: DFA (seed 0), SLTT-1 (seed 1, 2).")
+    diverged = " Diverged runs are in no mean: DFA (seed 0), SLTT-1 (seed 1, 2)."
+    assert figure.caption.endswith(diverged)
     again = run(
         "SLTT", name="again", state="diverged"
     )  # in a seed in which another run of it finished
@@ -235,7 +236,9 @@ def test_batches_alone_are_in_no_mean_with_whole_runs():
         "SLTT", "evaluation"
     ] == pytest.approx(0.02)
     assert found["OTTT, batches alone", "forward"] == pytest.approx(0.04)
-    assert "of a rule without one, of its batches alone" in figure.caption
+    assert (
+        "For a rule without a finished run, it is the time of its batches alone." in figure.caption
+    )
     assert "alone" not in made(time_parts(study().groups[0])).caption
 
 
@@ -413,7 +416,7 @@ def test_what_is_done_again_is_told_below_the_curves():
         ([[1, 0.5], [2, 0.94]], "4.0 points below the published run at epoch 2"),
         ([[1, 0.5], [2, 0.905]], "on track, 0.5 points below the published run at epoch 2"),
         ([[1, 0.5], [5, 0.99]], "on track, 30.0 points above the published run at epoch 1"),
-        ([[5, 0.99]], "no evaluation yet at an epoch that is published"),
+        ([[5, 0.99]], "no evaluation yet at a published epoch"),
     ],
 )
 def test_beside_the_published_run(points: list, told: str):
@@ -434,8 +437,8 @@ def test_a_run_of_another_setting_than_the_published_log_is_shown_beside_it_and_
         "published_setting": [["time_steps", 4], ["model.over", "time"]],
     }
     other = run(recipe=recipe(**beside))
-    difference = "time_steps 4 there, 2 here, model.over time there, not written here"
-    told = f"not judged by the published log, which is of another setting: {difference}"
+    difference = "time_steps 4 published, 2 here, model.over time published, not set here"
+    told = f"not judged, because the published log is for another setting: {difference}"
     assert standing(other) == told
     figure = made(learning_curves(Study(title="t", runs=(other,)).groups[0]))
     assert (
@@ -443,7 +446,7 @@ def test_a_run_of_another_setting_than_the_published_log_is_shown_beside_it_and_
         and "on track" not in figure.alt
         and traces(figure)["published, BPTT"]["x"] == [1, 2]
     )
-    assert f"Of another setting than the run's: {difference}." in figure.caption
+    assert f"The published setting differs: {difference}." in figure.caption
     model = {"target": "pipeline.models.x.net", "kwargs": {"over": "time"}}
     alike = run(recipe=recipe(**beside, time_steps=4, model=model))
     assert standing(alike) == "on track, 0.5 points below the published run at epoch 2"
@@ -501,7 +504,7 @@ def test_a_long_curve_is_conditions_of_means_not_in_some_of_its_points():
         (2 + 1 + 2) / 3
     )
     assert traces(figure)["BPTT"]["y"] == pytest.approx([*299 * [50], 200 / 7])
-    said = "A curve of more than 300 points is shown in 300 means at most, here and in the CSV."
+    said = "A curve of more than 300 points is reduced to at most 300 means, here and in the CSV."
     assert said in figure.caption and said not in made(learning_curves(study().groups[0])).caption
     whole = written("whole", [begun, *told[:300]], state="running", recipe=recipe(), curve_every=2)
     figure = made(learning_curves(Study(title="t", runs=(whole,)).groups[0]))
@@ -509,7 +512,7 @@ def test_a_long_curve_is_conditions_of_means_not_in_some_of_its_points():
         at % 2 for at in range(1, 301)
     ] and said not in figure.caption
     assert (
-        "Of a long journal not every point is read: what is left out is in no mean."
+        "Only some points of a long journal are read; no mean includes the others."
         in figure.caption
     )
 

@@ -63,8 +63,8 @@ def test_what_the_reader_of_its_means_must_know_stands_in_a_section():
     html = body(page.render(study(run("SLTT", name="again", restart=True))))
     section = html[html.index('<h2 id="g1">') : html.index("What stands behind the rows")]
     assert (
-        "<li>the runs have different commits: abc, def</li><li>SLTT has 2 runs of seed 0: ratios and"
-        " differences use their mean as one run" in section
+        "<li>the runs have different commits: abc, def</li><li>SLTT has 2 runs of seed 0: ratios"
+        " and differences use their mean as one run" in section
     )
 
 
@@ -160,7 +160,7 @@ TWO = {"world_size": 2, "images_per_s": 150.0}
             alone(run("SLTT"), run("SLTT", **TWO)),
             [
                 '<h2 id="scaling">',
-                "Measured, not a model",
+                "Measured, not estimated",
                 'download="by-hand-scaling.csv"',
             ],
         ),

@@ -59,7 +59,7 @@ FOLDER = {
     "trial-bptt": TRIAL,
     "trial-sltt": {"rule": "SLTT", **TRIAL},
 }
-LEFT_OUT = "Left out: 1 trial on a held-out part of the training set."
+LEFT_OUT = "Excluded: 1 trial on a held-out part of the training set."
 NO_BASE = "no baseline, no ratios: study dddddddd has no finished run of BPTT"
 FAR = 'no baseline, no ratios: bptt is not comparable: hardware.cpu: "a cpu" and "another"'
 
@@ -109,8 +109,8 @@ def test_a_suite(make_run: Callable, runs_dir: Path):
     assert ([run.name for run in study.runs], study.title) == (["bptt"], "suite")
     assert (out, folders) == (folder / "report.html", (runs_dir / "bptt",))
     name_report(folder, OWN_REPORT)
-    assert "waits for all runs: 1 of 2 have finished" in read_study(runs_dir, ["suite"])[0].notes[0]
-    said = "report: suite has a report of its own, so --against and --within have no effect"
+    assert "when all runs have finished: 1 of 2 have" in read_study(runs_dir, ["suite"])[0].notes[0]
+    said = "report: --against and --within must not be set, because suite has its own report"
     for about in ({"within": 2.0}, {"against": "SLTT"}):
         with pytest.raises(ReportError, match=said):
             read_study(runs_dir, ["suite"], **about)
@@ -286,7 +286,7 @@ def test_on_the_command_line(
     code, out, said = report("suite")
     assert (code, out, len(sent)) == (2, "", 1)
     assert not (runs_dir / "suite" / "report.html").exists()
-    hint = "what suite reports by itself cannot be made; its runs can be named instead: "
+    hint = "suite has its own report, which failed; name its runs instead of the suite: "
     assert re.search(f"{hint}.*elsewhere", said)
 
 
@@ -342,7 +342,7 @@ def test_each_search_has_a_value_of_its_own_that_was_taken(make_run: Callable):
     ]
     found, said = told(trials)
     taken = [trial["run"] for trial in found["trials"] if trial["taken"]]
-    assert taken == ["plain-0.3", "looked-at-0.1", "other-0.1"] and said.count("taken") == 3
+    assert taken == ["plain-0.3", "looked-at-0.1", "other-0.1"] and said.count("chosen") == 3
 
 
 def test_what_diverged_is_named_and_keeps_no_other_table_from_being_printed(make_run: Callable):

@@ -439,7 +439,7 @@ IN_TWOS = by(1, 100.0, recipe=THREES, trained_on=[on(workers=1, micro_batch=2)])
 )
 def test_rules_and_micro_batches_are_apart(runs: tuple[Run, ...], rows: list[tuple[Cell, ...]]):
     assert efficiencies(*runs) == rows
-    assert "in other micro-batches than its recipe asks for" in SCALING_SAID
+    assert "with other micro-batches than its recipe sets" in SCALING_SAID
 
 
 RESCALED = {"target": "pipeline.rules.x.SLTT", "kwargs": {"rescale": True}}
