@@ -220,7 +220,7 @@ def _print_tables(comparisons: Sequence[Comparison], console: Console) -> None:
             say(
                 console,
                 f"study {study[:8]} has {count} tables for different machines, workers or"
-                " micro-batches: no ratio is between tables",
+                " micro-batches: no table has ratios to another table",
             )
 
 

@@ -43,7 +43,7 @@ def ratios(group: Group) -> Figure | Missing:
     """The costs of each rule relative to the baseline's."""
     title = f"Cost of each rule, as a multiple of {group.against}'s"
     if not group.has_baseline:
-        return Missing(title=title, why=f"{group.undivided}, so there are no ratios")
+        return Missing(title=title, why=f"no baseline: {group.undivided}")
     rules = [rule for rule in group.rules if rule != group.against]
     costs = {each.name: each.title for each in compared() if each.better == "less"}
     ratio_of = {
@@ -185,8 +185,8 @@ def _trade_off_caption(group: Group, cost_metric: Metric) -> str:
     if cost_metric.name == ENERGY:
         caption += f" {_describe_energy(group)}."
     caption += (
-        " Markers of rules on the Pareto front are filled: no other rule is at least as good in"
-        " both accuracy and cost."
+        " Filled markers are on the Pareto front: no other rule is at least as good in both"
+        " accuracy and cost."
     )
     diverged = ", ".join(
         f"{rule} (seed {', '.join(map(str, sorted(seeds)))})"

@@ -79,7 +79,7 @@ def test_costs_beside_the_baseline(make_run: Callable, runs_dir: Path):
     lines = text_of(comparison).splitlines()
     assert re.search(r"BPTT +90.00% +×1.00 +8 MB +×1.00 +100 +×1.00 +3.3 min +×1.00", lines[2])
     assert re.search(r"SLTT +81.00% +×0.90 +2 MB +×0.25 +150 +×1.50 +1.7 min +×0.50", lines[3])
-    assert lines[5].split() == ["behind", "each", "row"] and len(lines) == 11
+    assert lines[5].split() == ["conditions", "of", "each", "rule"] and len(lines) == 11
     assert comparison.notes == (FOLDED_ALONE, RECOMPUTES_NOTHING)
     rows = rows_of(comparison)
     assert list(rows[0])[:4] == ["run", "rule", "seed", "study"]
@@ -236,8 +236,8 @@ def test_runs_of_different_machines_are_shown_apart_and_never_divided_by_one_ano
         "study 01234567 on a cpu, 2 cores; 2 workers",
         "×0.75",
         "no baseline, no ratios: bptt-0 is not comparable: ",
-        "study 01234567 has 3 tables for different machines, workers or micro-batches: no ratio is"
-        " divided from one to another",
+        "study 01234567 has 3 tables for different machines, workers or micro-batches: no table"
+        " has ratios to another table",
     ):
         assert said in shown
     for names in ([], [STUDY[:6]]):

@@ -157,7 +157,10 @@ def test_energy_has_its_operations_and_says_which_samples_they_are_of():
         "Counted on 10 and 60 samples, evenly spread over it and the first batch of the first"
         " worker's share" in figure.caption
     )
-    assert "for a still image, the layers before the first neuron count once" in figure.caption
+    assert (
+        "For a still image, the layers before the first neuron are computed and counted once"
+        in figure.caption
+    )
     assert "MACs" not in made(trade_off(study().groups[0], "wall_s")).table.columns
     counted["measured_j"] = 0.25
     on_cards = {**MACHINE, "gpu": "H100"}
@@ -247,7 +250,7 @@ def test_memory_and_time_against_time_steps():
     assert figure.table.rows[1] == ("BPTT", 4, 4000, None) and "Dotted" not in figure.caption
     assert traces(figure)["SLTT"]["y"] == [1, 1] and set(traces(figure)) == {"BPTT", "SLTT"}
     assert time.table.rows[1] == ("BPTT", 4, 0.75) and traces(time)["BPTT"]["y"] == [750, 750]
-    assert time.alt == "At T = 4 BPTT takes 750 ms, the longest, and SLTT 750 ms."
+    assert time.alt == "At T = 4, BPTT takes 750 ms, the longest, and SLTT takes 750 ms."
     points = [
         {**point, "cost": {**point["cost"], "state_bytes": 500, "forward_s": point["time_steps"]}}
         for point in SWEEP["points"]
@@ -256,16 +259,16 @@ def test_memory_and_time_against_time_steps():
     assert traces(kept)["BPTT, with states"]["y"] == [1.5, 4.5] and traces(kept)[
         "SLTT, with states"
     ]["y"] == [1.5]
-    assert "Dotted: with membranes" in kept.caption and kept.table.rows[1] == (
+    assert "Dotted lines include states: membranes" in kept.caption and kept.table.rows[1] == (
         "BPTT",
         4,
         4000,
         4500,
     )
-    assert time.alt == "At T = 4 BPTT takes 4500 ms."
+    assert time.alt == "At T = 4, BPTT takes 4500 ms."
     assert (
         figure.alt
-        == "BPTT keeps 4 times the bytes at T = 4 as at T = 1; SLTT keeps 1 times the bytes at T ="
+        == "BPTT saves 4 times the bytes at T = 4 as at T = 1; SLTT saves 1 times the bytes at T ="
         " 4 as at T = 1."
     )
     assert "commit abc, a cpu" in figure.caption
@@ -342,15 +345,12 @@ def test_a_comparison_that_is_to_come_is_not_called_none(every: int | str):
         name="none",
         recipe=recipe("SLTT", evaluation={"fidelity_every": type(every)(0)}),
     )
-    hint = "--set evaluation.fidelity_every=1 does after each epoch"
-    assert why(unasked) == [
-        f"no run compared its gradient with BPTT's; {hint}",
-        f"no run compared gradients; {hint}",
-    ]
-    assert why(looking["SLTT"]) == 2 * ["not yet in new-SLTT"]
+    hint = "--set evaluation.fidelity_every=1 compares them after each epoch"
+    assert why(unasked) == 2 * [f"no run compared its gradient with BPTT's; {hint}"]
+    assert why(looking["SLTT"]) == 2 * ["no comparison of gradients yet in new-SLTT"]
     assert why(looking["BPTT"]) == [
         why()[0],
-        "not yet in new-BPTT",
+        "no comparison of gradients yet in new-BPTT",
     ]  # which has no cosine with itself
 
 
@@ -367,7 +367,7 @@ def test_a_gradient_that_leads_away_is_not_drawn_as_one_at_a_right_angle():
 
     assert (
         drawn(-0.5)[0] == -0.5
-        and "0: at a right angle, below 0: away from it; on one batch" in drawn(-0.5)[1]
+        and "0: a right angle; below 0: an opposing direction. The" in drawn(-0.5)[1]
     )
     assert drawn(0.5)[0] == 0 and "below 0" not in drawn(0.5)[1]
 
@@ -660,6 +660,6 @@ NULL = {**POINT["cost"], "forward_s": None}
     ],
 )
 def test_what_is_no_sweep_is_refused(damage: dict[str, Any]):
-    said = "report: here must hold what sweep --format json prints"
+    said = "report: here must be the output of sweep --format json"
     with pytest.raises(ReportError, match=said):
         sweep_of({**SWEEP, **damage}, "here")

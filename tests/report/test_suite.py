@@ -242,7 +242,7 @@ def test_what_a_report_returned_that_json_cannot_tell_ends_in_a_sentence(
     make_run("bptt")
     found = read_study(runs_dir)
     claims = (Claim(**{**CLAIMED, "holds": np.bool_(True)}),)
-    said = r"^report: what .* reports by itself must be JSON values; .*bool.* is not JSON"
+    said = r"^report: the own report of .* must return JSON values; .*bool.* is not JSON"
     with pytest.raises(ReportError, match=said):
         publish(found._replace(study=replace(found.study, claims=claims)), runs_dir / "page.html")
 
@@ -253,7 +253,7 @@ def test_a_sweep(make_run: Callable, runs_dir: Path, tmp_path: Path):
     path.write_text(json.dumps(SWEEP))
     assert read_study(runs_dir, sweeps=[path])[0].sweeps == (SWEEP,)
     path.write_text(json.dumps({**SWEEP, "points": [{"time_steps": 1, "cost": {}}]}))
-    said = r"sweep\.json must hold what sweep --format json prints; KeyError\('peak_saved"
+    said = r"sweep\.json must be the output of sweep --format json; got KeyError\('peak_saved"
     with pytest.raises(ValueError, match=said):
         read_study(runs_dir, sweeps=[path])
 
