@@ -89,7 +89,7 @@ def render(study: Study) -> str:
         .get_template("page.html")
         .render(
             study=study,
-            made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+            written_at=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
             sections=sections,
             lone=lone,
             memory=memory,
