@@ -27,8 +27,6 @@ _TITLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One line of the table of claims."""
-
     about: str  # the rule, and where it was measured
     claim: str  # for example "saved bytes, of BPTT's"
     published: str
@@ -94,8 +92,9 @@ def share(
         seeds = [{run.seed for run in group.of(each) if run.is_finished} for each in (rule, base)]
         ours = "not measured"
         if not set.intersection(*seeds):
-            absent = f"no run with a seed of {group.against} on the same machine"
-            ours = group.describe_lost(rule) or absent
+            ours = group.describe_lost(rule) or (
+                f"no run with a seed of {group.against} on the same machine"
+            )
         return not_judged(about, claim, published, ours=ours)
     low, high = spread.interval or (spread.mean, spread.mean)
     interval = f" ({low:.3f} to {high:.3f})" if f"{low:.3f}" != f"{high:.3f}" else ""
@@ -177,7 +176,6 @@ def not_judged(about: str, claim: str, published: str, *, ours: str) -> Claim:
 
 
 def print_claims(claims: Sequence[Claim], console: Console) -> None:
-    """Print the claims. A terminal prints the rule of consecutive lines once."""
     columns = ("rule", *map(prose, ("claim", "published", "bound", "ours")), "")
     rows = [
         (each.about, each.claim, each.published, each.bound, each.ours, each.verdict)

@@ -100,8 +100,9 @@ class Comparison:
         conditions = {
             rule: tables.conditions_of_rule(self.group, rule) for rule in self.group.finished_rules
         }
-        names = next(iter(conditions.values()))
-        columns = [Column(name, wraps=name in _SENTENCES) for name in names]
+        columns = [
+            Column(name, wraps=name in _SENTENCES) for name in next(iter(conditions.values()))
+        ]
         rows = [(rule, *values.values()) for rule, values in conditions.items()]
         print_table(console, ("rule", *columns), rows, title="conditions of each rule")
         differences = (each.text(self.group.within) for each in self.group.differences)
@@ -196,8 +197,8 @@ def print_comparison(
     if not names or (is_key and not (runs_dir / names[0]).exists()):
         compared_groups, refusals = _compare_each(runs, members, against, within)
     else:
-        comparison = comparison_of(runs, members, against, within, is_whole=False)
-        compared_groups, refusals = [comparison], []
+        refusals = []
+        compared_groups = [comparison_of(runs, members, against, within, is_whole=False)]
     if format == "table":
         _print_tables(compared_groups, console)
     elif compared_groups or not refusals:
@@ -277,8 +278,9 @@ def csv_of(comparisons: Sequence[Mapping[str, Any]]) -> str:
     ]
     first = (*_FIRST, *(each.name for each in compared()))
     columns = (*first, *sorted({name for row in rows for name in row} - set(first)))
-    cells = tuple(tuple(row.get(name) for name in columns) for row in rows)
-    return Table(columns=columns, rows=cells).to_csv()
+    return Table(
+        columns=columns, rows=tuple(tuple(row.get(name) for name in columns) for row in rows)
+    ).to_csv()
 
 
 def finite(value: Any) -> Any:
@@ -328,15 +330,15 @@ def _compare_each(
     refusals: list[ReportError] = []
     for runs_of_group in comparable(members):
         try:
-            comparison = comparison_of(runs, runs_of_group, against, within, is_whole=True)
-            comparisons.append(comparison)
+            comparisons.append(comparison_of(runs, runs_of_group, against, within, is_whole=True))
         except ReportError as error:
             refusals.append(error)
     counts = Counter(each.group.study for each in comparisons)
     for index, each in enumerate(comparisons):
         if counts[each.group.study] > 1:
-            where = places(each.group.finished[-1], between="; ", names_loaders=True)
-            comparisons[index] = replace(each, where=where)
+            comparisons[index] = replace(
+                each, where=places(each.group.finished[-1], between="; ", names_loaders=True)
+            )
     return comparisons, refusals
 
 

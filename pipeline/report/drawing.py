@@ -85,14 +85,12 @@ class Table:
 
     def to_csv(self) -> str:
         """Return the table as CSV, with texts that no spreadsheet reads as a formula."""
-        rows = pd.DataFrame(self.rows, columns=list(self.columns), dtype=object)
-        return rows.map(harmless).to_csv(index=False)
+        frame = pd.DataFrame(self.rows, columns=list(self.columns), dtype=object)
+        return frame.map(harmless).to_csv(index=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A figure of a page."""
-
     name: str  # the stem of its file names
     title: str
     caption: str  # how to read the figure
@@ -101,7 +99,6 @@ class Figure:
     drawing: dict[str, Any]  # data and layout, with `Colour`s
 
     def draw(self, theme: str) -> Any:
-        """The drawing in the colours of a theme."""
         return _coloured(self.drawing, THEMES[theme])
 
 
@@ -119,7 +116,6 @@ def drawing(data: Sequence[dict[str, Any]], *, height: int, **changes: Any) -> d
     The layout has no title, because the page shows it.
     """
     axis = {"gridcolor": GRID, "linecolor": MUTED, "zerolinecolor": GRID, "automargin": True}
-    above = {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"}
     font = {"family": _FONT, "color": INK}
     layout: dict[str, Any] = {
         "height": height,
@@ -127,7 +123,14 @@ def drawing(data: Sequence[dict[str, Any]], *, height: int, **changes: Any) -> d
         "plot_bgcolor": PAPER,
         "font": {**font, "size": 13},
         "margin": {"l": 8, "r": 12, "t": 8, "b": 8, "pad": 4},
-        "legend": {**above, "bgcolor": "rgba(0,0,0,0)"},
+        "legend": {  # above the drawing
+            "orientation": "h",
+            "x": 0,
+            "y": 1.02,
+            "xanchor": "left",
+            "yanchor": "bottom",
+            "bgcolor": "rgba(0,0,0,0)",
+        },
         "hoverlabel": {"bgcolor": PAPER, "bordercolor": MUTED, "font": font},
         "xaxis": axis,
         "yaxis": axis,
@@ -147,7 +150,6 @@ def scatter(
 
 
 def titled(text: str, **fields: Any) -> dict[str, Any]:
-    """An axis with a title."""
     return {"title": {"text": text}, **fields}
 
 
@@ -186,7 +188,6 @@ def plain(text: str) -> str:
 
 
 def slug(text: str) -> str:
-    """Convert a text for use in a file name."""
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "study"
 
 

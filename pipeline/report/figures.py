@@ -40,7 +40,6 @@ _RATIO_COLUMNS = ("rule", "quantity", "divided by", "ratio", "standard deviation
 
 
 def ratios(group: Group) -> Figure | Missing:
-    """The costs of each rule relative to the baseline's."""
     title = f"Cost of each rule, as a multiple of {group.against}'s"
     if not group.has_baseline:
         return Missing(title=title, why=f"no baseline: {group.undivided}")
@@ -102,19 +101,20 @@ def _ratio_markers(
         offset = 0.6 * ((index - 1) / (len(rules) - 1) - 0.5) if len(rules) > 1 else 0.0
         rows = [names.index(name) for of_rule, name in ratio_of if of_rule == rule]
         ratios = [ratio for (of_rule, _), ratio in ratio_of.items() if of_rule == rule]
-        trace = scatter(
-            rule,
-            [ratio.mean for ratio in ratios],
-            [row + offset for row in rows],
-            mode="markers+text",
-            error_x=_error_bars(ratios, index),
-            text=[f"{ratio.mean:.2f}" for ratio in ratios],
-            textposition="top center",
-            textfont={"size": 12, "color": color(index)},
-            marker={"color": color(index), "symbol": symbol(index), "size": 10},
-            hovertemplate="%{x:.3f}<extra>" + plain(rule) + "</extra>",
+        data.append(
+            scatter(
+                rule,
+                [ratio.mean for ratio in ratios],
+                [row + offset for row in rows],
+                mode="markers+text",
+                error_x=_error_bars(ratios, index),
+                text=[f"{ratio.mean:.2f}" for ratio in ratios],
+                textposition="top center",
+                textfont={"size": 12, "color": color(index)},
+                marker={"color": color(index), "symbol": symbol(index), "size": 10},
+                hovertemplate="%{x:.3f}<extra>" + plain(rule) + "</extra>",
+            )
         )
-        data.append(trace)
     return data
 
 
@@ -180,8 +180,9 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
 
 
 def _trade_off_caption(group: Group, cost_metric: Metric) -> str:
-    caption = f"{cost_metric.title.capitalize()}: "
-    caption += f"{cost_metric.description or 'see the table of costs'}."
+    caption = (
+        f"{cost_metric.title.capitalize()}: {cost_metric.description or 'see the table of costs'}."
+    )
     if cost_metric.name == ENERGY:
         caption += f" {_describe_energy(group)}."
     caption += (
@@ -209,10 +210,19 @@ def _trade_off_table(
         }
     rows: list[tuple[Cell, ...]] = []
     for rule, (cost, top1) in points.items():
-        cells = (cost.mean, cost.deviation, top1.mean, top1.deviation, top1.runs)
-        on_front = "yes" if rule in front else "no"
         spreads = (group.spread(rule, each) for each in more_columns)
-        rows.append((rule, *cells, on_front, *(spread and spread.mean for spread in spreads)))
+        rows.append(
+            (
+                rule,
+                cost.mean,
+                cost.deviation,
+                top1.mean,
+                top1.deviation,
+                top1.runs,
+                "yes" if rule in front else "no",
+                *(spread and spread.mean for spread in spreads),
+            )
+        )
     columns = (
         "rule",
         f"{cost_metric.title}, {_UNITS.get(cost_metric.unit, cost_metric.unit)}",
@@ -273,7 +283,6 @@ _HATCH = {"size": 6, "fgcolor": PAPER, "fillmode": "overlay"}
 
 
 def time_parts(group: Group) -> Figure | Missing:
-    """The parts of each rule's time, in milliseconds per batch."""
     title = "Where the time goes"
     seconds = _seconds_by_part(group)
     if seconds.empty:
@@ -355,7 +364,6 @@ _VALUES = ("top1", "loss")
 
 
 def learning_curves(group: Group) -> Figure | Missing:
-    """Accuracy in training and evaluation against epochs for each run, with its restarts."""
     title = "Learning curves"
     if not any(run.history.curve or run.history.evaluations for run in group.runs):
         return Missing(title=title, why="no run has recorded a step yet")
@@ -370,18 +378,16 @@ def learning_curves(group: Group) -> Figure | Missing:
     in_legend: set[str] = set()  # the legend has a rule once, for its first run with a trace
     for run in group.runs:
         past, curve = run.history, thinned(run.history.curve)
-        traces = list(
-            _traces(run, curve, group.rules.index(run.rule), has_legend=run.rule not in in_legend)
-        )
-        if traces:
+        has_legend = run.rule not in in_legend
+        for trace in _traces(run, curve, group.rules.index(run.rule), has_legend=has_legend):
+            data.append(trace)
             in_legend.add(run.rule)
-        data += traces
         kinds = {"training": curve, "evaluation": past.evaluations, "restart": past.restarts}
-        for kind, points in kinds.items():
-            for point in points:
-                epochs, values = _epochs(run, point.step), (point.top1, point.loss)
-                position = (point.step, epochs, point.seconds)
-                rows.append((run.name, run.rule, run.seed, kind, *position, *values))
+        rows += [
+            (run.name, run.rule, run.seed, kind, *_point_cells(run, point))
+            for kind, points in kinds.items()
+            for point in points
+        ]
     if restarts:
         data.append(
             scatter(
@@ -537,8 +543,14 @@ def _traces(
 
 
 def _curve(run: Run, points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    epochs = [_epochs(run, each.step) for each in points]
-    return epochs, [100 * (each.top1 or 0.0) for each in points]
+    return (
+        [_epochs(run, each.step) for each in points],
+        [100 * (each.top1 or 0.0) for each in points],
+    )
+
+
+def _point_cells(run: Run, point: Point) -> tuple[Cell, ...]:
+    return point.step, _epochs(run, point.step), point.seconds, point.top1, point.loss
 
 
 def _epochs(run: Run, step: int) -> float:

@@ -56,9 +56,11 @@ def show_recipe(
         refuse_references(made)
         made = Suite((made,))
     with with_placeholder_weights(made) as loadable_recipes:
-        step_costs = [""] * len(loadable_recipes)
-        if counts_steps:
-            step_costs = describe_steps(loadable_recipes, workers)
+        step_costs: Sequence[str] = (
+            describe_steps(loadable_recipes, workers)
+            if counts_steps
+            else [""] * len(loadable_recipes)
+        )
         described = [
             (recipe.flat(), _derived(recipe, loadable, workers, step_cost))
             for recipe, loadable, step_cost in zip(
@@ -77,7 +79,6 @@ def show_recipe(
 
 
 def _shared(mappings: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The entries that are equal in all mappings."""
     first, *others = mappings
     return {
         name: text
@@ -177,15 +178,13 @@ def print_probe(probe: Probe, *, console: Console | None = None) -> None:
     _print_rows(console, rows, title=probe.recipe)
     if fidelity is not None:
         console.print()
-        columns = dict(fidelity.cosines)
-        if fidelity.temporal_share:
-            columns = {"temporal share": fidelity.temporal_share, **columns}
+        share = {"temporal share": fidelity.temporal_share} if fidelity.temporal_share else {}
         layer_rows: list[Row] = [
             {
                 Column("layer"): layer,
                 **{
                     name: "-" if math.isnan(by_layer[layer]) else f"{by_layer[layer]:.2f}"
-                    for name, by_layer in columns.items()
+                    for name, by_layer in {**share, **fidelity.cosines}.items()
                 },
             }
             for layer in next(iter(fidelity.cosines.values()), {})
@@ -246,7 +245,6 @@ def _print_rows(console: Console, rows: Sequence[Row], *, title: str, keys: int 
 
 
 def print_sweep(sweep: Sweep, *, console: Console | None = None) -> None:
-    """Print bytes, time and largest batch against T, and each rule's growth in bytes."""
     console = console or new_console()
     base = {point.time_steps: point.cost for point in sweep.of(BASELINE)}
     fastest = sweep.time_baselines
@@ -255,29 +253,32 @@ def print_sweep(sweep: Sweep, *, console: Console | None = None) -> None:
         for point in sweep.of(rule):
             cost, T, largest = point.cost, point.time_steps, point.at_largest
             about = "about " if point.largest_batch and largest is None else ""
-            row: Row = {
-                _RULE: rule,
-                "T": str(T),
-                "saved": f"{cost.peak_saved_bytes / 1e6:.4g} MB",
-                f"saved / {BASELINE}": (
-                    f"{cost.peak_saved_bytes / base[T].peak_saved_bytes:.2f}" if T in base else ""
-                ),
-                **_state_cells(cost),
-                "fwd+bwd ms": f"{cost.compute_s * 1e3:.4g}",
-                f"time / {BASELINE}": (
-                    f"{cost.compute_s / fastest[T].compute_s:.2f}" if T in fastest else ""
-                ),
-                "images/s": f"{sweep.samples / cost.compute_s:.4g}",
-                "largest batch": (
-                    "" if point.largest_batch is None else f"{about}{point.largest_batch:,}"
-                ),
-                "images/s at largest": (
-                    f"{point.largest_batch / largest.compute_s:.4g}"
-                    if point.largest_batch and largest
-                    else ""
-                ),
-            }
-            rows.append(row)
+            rows.append(
+                {
+                    _RULE: rule,
+                    "T": str(T),
+                    "saved": f"{cost.peak_saved_bytes / 1e6:.4g} MB",
+                    f"saved / {BASELINE}": (
+                        f"{cost.peak_saved_bytes / base[T].peak_saved_bytes:.2f}"
+                        if T in base
+                        else ""
+                    ),
+                    **_state_cells(cost),
+                    "fwd+bwd ms": f"{cost.compute_s * 1e3:.4g}",
+                    f"time / {BASELINE}": (
+                        f"{cost.compute_s / fastest[T].compute_s:.2f}" if T in fastest else ""
+                    ),
+                    "images/s": f"{sweep.samples / cost.compute_s:.4g}",
+                    "largest batch": (
+                        "" if point.largest_batch is None else f"{about}{point.largest_batch:,}"
+                    ),
+                    "images/s at largest": (
+                        f"{point.largest_batch / largest.compute_s:.4g}"
+                        if point.largest_batch and largest
+                        else ""
+                    ),
+                }
+            )
     _print_rows(console, rows, title=sweep.recipe, keys=2)
     for note in _sweep_notes(sweep):
         say(console, note)
@@ -516,11 +517,13 @@ def errors(plan: Plan, run: Run) -> dict[str, Any]:
             f" {run.folder.name}"
         )
     conditions, summary = run.trained_on[-1], run.summary or {}
-    differences = [
-        *differing("rule", {**planned.written}, run.recipe["rule"]),
-        *differing("micro_batch", planned.micro_batch, conditions["micro_batch"]),
-    ]
-    _refuse_if(differences, run)
+    _refuse_if(
+        [
+            *differing("rule", {**planned.written}, run.recipe["rule"]),
+            *differing("micro_batch", planned.micro_batch, conditions["micro_batch"]),
+        ],
+        run,
+    )
     batch_size = planned.images_per_s * planned.step_s
     pairs = {
         "saved_bytes": (planned.saved_bytes, summary["peak_saved_bytes"]),

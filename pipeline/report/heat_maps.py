@@ -34,12 +34,13 @@ def firing_rates(group: Group) -> Figure | Missing:
     if not records:
         return Missing(title=title, why="no run with counted spikes has finished")
     columns = ("rule", "layer", "time step", "firing rate", "silent", "saturated")
-    keys = [*columns[:3]]
-    means: Any = pd.DataFrame(records, columns=[*columns]).groupby(keys, sort=False).mean()
+    records_by_key = pd.DataFrame(records, columns=[*columns]).groupby([*columns[:3]], sort=False)
+    means: Any = records_by_key.mean()
     rates = means["firing rate"]
-    rules = [rule for rule in group.rules if rule in rates.index.levels[0]]
     rates_by_rule = {
-        rule: rates[rule].unstack().reindex(rates[rule].index.unique(0)) for rule in rules
+        rule: rates[rule].unstack().reindex(rates[rule].index.unique(0))
+        for rule in group.rules
+        if rule in rates.index.levels[0]
     }
     samples = sorted({layer["samples"] for run in group.runs for layer in run.activity})
     caption = (
@@ -72,8 +73,8 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
         (rule, cosines) for rule in group.rules if (cosines := _cosines(group, rule))
     ]
     if not cosines_by_rule:
-        others = [run for run in group.runs if run.rule != group.against]
-        return Missing(title=title, why=_why_missing(others))
+        why = _why_missing(run for run in group.runs if run.rule != group.against)
+        return Missing(title=title, why=why)
     rows, drawn = _by_layer(cosines_by_rule)
     known = [(value, rule, layer) for layer, rule, value in rows if value is not None]
     summary, opposing = "none is known", ""
@@ -149,9 +150,12 @@ def _by_layer(
         max_z=max([1.0, *known]),
         number_format=".2f",
     )
-    height = 130 + _ROW_HEIGHT * len(layers)
     return rows, drawing(
-        [heat_map], height=height, margin={"t": 30}, xaxis=_CATEGORIES, yaxis=_DOWNWARDS
+        [heat_map],
+        height=130 + _ROW_HEIGHT * len(layers),
+        margin={"t": 30},
+        xaxis=_CATEGORIES,
+        yaxis=_DOWNWARDS,
     )
 
 

@@ -38,8 +38,6 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """A run over time."""
-
     curve: tuple[Point, ...]
     evaluations: tuple[Point, ...]
     starts: tuple[Point, ...]
@@ -49,7 +47,6 @@ class History:
 
     @property
     def restarts(self) -> tuple[Point, ...]:
-        """All starts but the first."""
         return self.starts[1:]
 
 
@@ -85,9 +82,11 @@ def read_history(events: Iterable[Event], *, redone: Literal["dropped", "kept"])
         elif isinstance(event, Evaluation):
             evaluations[step] = _point(event, seconds)  # replaces an earlier one of this step
         elif isinstance(event, Fidelity):
-            cosines = {rule: _finite_values(layers) for rule, layers in event.cosines.items()}
-            shares = _finite_values(event.temporal_share)
-            fidelity[step] = replace(event, temporal_share=shares, cosines=cosines)
+            fidelity[step] = replace(
+                event,
+                temporal_share=_finite_values(event.temporal_share),
+                cosines={rule: _finite_values(layers) for rule, layers in event.cosines.items()},
+            )
     curve = _join_points(curve, kept)
     newest = max(last, curve[-1].step) if curve and redone == "kept" else last
     return History(
@@ -152,8 +151,8 @@ def _join_points(points: Sequence[Point], kept: Sequence[Point]) -> list[Point]:
     """Return the points, and those of `kept` after the last repeated step, in order of steps."""
     end = max((each.step for each in kept), default=0)
     repeated = max((each.step for each in points if each.step <= end), default=0)
-    later = (each for each in kept if each.step > repeated)
-    return sorted([*points, *later], key=lambda each: each.step)
+    joined = [*points, *(each for each in kept if each.step > repeated)]
+    return sorted(joined, key=lambda each: each.step)
 
 
 def _finite_values(values: Mapping[str, float]) -> dict[str, Any]:

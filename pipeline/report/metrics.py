@@ -137,5 +137,4 @@ def metric(name: str) -> Metric:
 
 
 def compared() -> list[Metric]:
-    """The metrics that are compared with the baseline."""
     return [each for each in METRICS if each.better]

@@ -157,7 +157,6 @@ class Section(NamedTuple):
 
     @property
     def reasons(self) -> list[tuple[str, str]]:
-        """Each missing figure, and why it is missing."""
         return [(each.title, f"{self.title}: {each.why}") for each in self.missing]
 
 

@@ -274,7 +274,6 @@ def frame(runs: Iterable[Run]) -> "pd.DataFrame":
 
 
 def refuse_damage(run: Run) -> None:
-    """Raise ReportError for a run with a damaged file."""
     if run.damage:
         raise ReportError(run.damage)
 
@@ -393,10 +392,11 @@ def places(run: Run, *, between: str = ", ", names_loaders: bool = False) -> str
     texts: list[str] = []
     for conditions in run.trained_on:
         workers, threads = conditions["world_size"], conditions["loader_threads"]
-        is_accumulated = _accumulation(run, conditions) > 1
         details = [
             "" if workers is None else counted(workers, "worker"),
-            f"in micro-batches of {conditions['micro_batch']}" if is_accumulated else "",
+            f"in micro-batches of {conditions['micro_batch']}"
+            if _accumulation(run, conditions) > 1
+            else "",
             "each on its own cores" if conditions["own_cores"] else "",
             f"with {counted(threads, 'loader thread')}" if names_loaders and threads else "",
         ]

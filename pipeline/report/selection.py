@@ -279,8 +279,6 @@ def locate(runs_dir: Path, names: Sequence[str]) -> tuple[Path, Path | None]:
 
 
 class SuiteRow(NamedTuple):
-    """A suite in a list."""
-
     name: str
     state: str  # for example "2 of 5 finished"
     resume: str | None  # the command; None for a suite that is finished or running

@@ -264,7 +264,7 @@ def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
     groups: dict[tuple[str, str], list[StoredRun]] = {}
     for run in runs:
         groups.setdefault((run.experiment, run.study), []).append(run)
-    stored_studies = [
+    grouped = (
         StoredStudy(
             experiment=experiment,
             study=study,
@@ -277,8 +277,8 @@ def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
             newest=max(run.newest for run in members),
         )
         for (experiment, study), members in groups.items()
-    ]
-    return sorted(stored_studies, key=lambda study: study.newest, reverse=True)
+    )
+    return sorted(grouped, key=lambda study: study.newest, reverse=True)
 
 
 def _protocol(tags: Mapping[str, str]) -> str:
@@ -541,7 +541,6 @@ class ServerStore(Store):
 
 
 def _stored(run: Any, experiment: str) -> StoredRun:
-    """`run`: the run that MLflow's client returned."""
     # In MLflow 3.17.2, `metrics` has no times.
     times = [metric.timestamp for metric in run.data._metric_objs]
     return StoredRun(

@@ -131,7 +131,6 @@ class Group:
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """The frame of the finished runs."""
         return results.frame(self.finished)
 
     @property
@@ -168,7 +167,6 @@ class Group:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Facts that qualify the means and ratios."""
         return tuple(_notes(self))
 
     @property
@@ -234,8 +232,11 @@ class Group:
     def paired(self, rule: str, name: str) -> dict[int, float]:
         """The ratio to the rule `base_of(name)` in the same seed, by seed."""
         base = self.by_seed(self.base_of(name), name)
-        values = self.by_seed(rule, name)
-        return {seed: value / base[seed] for seed, value in values.items() if base.get(seed)}
+        return {
+            seed: value / base[seed]
+            for seed, value in self.by_seed(rule, name).items()
+            if base.get(seed)
+        }
 
     def ratios(self, rule: str, name: str) -> Spread | None:
         """The spread of `paired`; None if no seed is common."""

@@ -92,17 +92,16 @@ def print_suite(
     Args:
         trust: the user's own packages that the suite's report and recipes may be imported from.
         against, within: as in `comparisons`; a suite's own report takes neither.
-        format: "table" prints the suite's own report or, without one, tables of comparisons;
-            "json" prints the report's value or the comparisons, with null for numbers that are not
-            finite; "csv" prints one line per finished run, except trials. For json and csv,
+        format: "table" prints the suite's own report or, without one, comparisons; "json" prints
+            their values; "csv" prints one line per finished run, except trials. For json and csv,
             unfinished runs are listed on stderr.
 
     Returns:
         The result of the suite's own report if it was printed as a table; otherwise None.
 
     Raises:
-        ValueError: the suite cannot be read, its report fails, its runs are not comparable, or
-            `against` or `within` is set for a suite with its own report.
+        ValueError: the suite cannot be read or compared, its report fails, or `against` or
+            `within` is set for a suite with its own report.
     """
     console = console or new_console()
     notes_console = console if format == "table" else new_console(stderr=True)
@@ -117,9 +116,7 @@ def print_suite(
     progress = f"{len(done)} of {len(done) + len(left)}"
     if format == "json" and report is not None:
         if left:
-            raise ValueError(
-                f"compare: {folder.name} must have finished; got {progress} finished runs"
-            )
+            raise ValueError(f"compare: {folder.name} must have finished; got {progress} runs")
         _print_json(folder.name, report, done, console)
         return None
     if report is not None and not left:
@@ -127,10 +124,9 @@ def print_suite(
     if report is None:
         ended = [run for run in map(read_run, done.values()) if run.protocol != "trial"]
         studies = {run.study for run in ended if run.is_finished}
-        folders = [run.folder for run in ended if run.study in studies]
         print_comparison(
             folder.parent,
-            folders=folders,
+            folders=[run.folder for run in ended if run.study in studies],
             format=format,
             against=against,
             within=within,
@@ -139,9 +135,8 @@ def print_suite(
         for run in (run for run in ended if run.study not in studies):
             say(notes_console, f"{run.name} diverged, and so did all other ended runs of its study")
     if left:
-        _say_unfinished(
-            notes_console, folder, left, progress=progress, has_report=report is not None
-        )
+        has_report = report is not None
+        _say_unfinished(notes_console, folder, left, progress=progress, has_report=has_report)
     return None
 
 
@@ -329,7 +324,6 @@ def read_study(
 
 
 def _without_trials(members: Sequence[Run], names: Sequence[str]) -> tuple[list[Run], list[Run]]:
-    """The runs on the whole training set, and the trials of a search."""
     runs = [run for run in members if run.protocol != "trial"]
     trials = [run for run in members if run.protocol == "trial"]
     if not runs:
@@ -371,11 +365,14 @@ def _own_report(
         )
     entries, done = suite_entries(suite), done_entries(suite)
     if len(done) < len(entries):
-        note = (
-            "The suite's own report and its claims follow when all runs have finished:"
-            f" {len(done)} of {len(entries)} have."
+        return (
+            SuiteResult(),
+            "",
+            [
+                "The suite's own report and its claims follow when all runs have finished:"
+                f" {len(done)} of {len(entries)} have."
+            ],
         )
-        return SuiteResult(), "", [note]
     try:
         report = SuiteFile.read(suite, trust=trust).suite.report
         assert report is not None, "has_report says so"

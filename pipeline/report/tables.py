@@ -176,8 +176,8 @@ def held_memory(group: Group) -> Table | None:
     """The bytes that each rule holds in training, by kind; None if no run measured them."""
     if all(run.value("held.parameters") is None for run in group.finished):
         return None
-    kinds = [each for each in METRICS if each.name.startswith(_HELD)]
-    return _metrics_table(group, [*kinds, metric("state_bytes")])
+    held = (each for each in METRICS if each.name.startswith(_HELD))
+    return _metrics_table(group, [*held, metric("state_bytes")])
 
 
 def conditions_table(group: Group) -> Table:
@@ -190,7 +190,6 @@ def conditions_table(group: Group) -> Table:
 
 
 def conditions_of_rule(group: Group, rule: str) -> dict[str, str]:
-    """The baselines of a rule's ratios, and the choices that affect the comparison."""
     runs = group.of(rule)
     recipe = runs[0].recipe
     summaries = (run.summary or {} for run in runs)
@@ -249,7 +248,6 @@ def recipe_differences(study: Study) -> Table:
 
 
 def provenance(study: Study) -> Table:
-    """Each run's state, machine and commit."""
     columns = (
         "run",
         "rule",
@@ -293,10 +291,10 @@ def lone_runs(groups: Sequence[Group]) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for group in groups:
         for run in group.runs:
-            alone = Group((run,), group.against)
-            top1, *others = _cells(alone, run.rule, metrics, is_divided=False)
-            top1 = top1 if run.is_finished else state_of(run)
-            rows.append((run.name, run.rule, run.seed, top1, *others))
+            one_run = Group((run,), group.against)
+            top1, *others = _cells(one_run, run.rule, metrics, is_divided=False)
+            first = top1 if run.is_finished else state_of(run)
+            rows.append((run.name, run.rule, run.seed, first, *others))
     finished = [run for group in groups for run in group.finished]
     return Table(
         columns=("run", "rule", "seed", *(title(each, finished) for each in metrics)),
@@ -374,8 +372,8 @@ def _without_interval(group: Group, rule: str) -> str:
         if seed in base
     ]
     if lost := group.describe_lost(rule):
-        texts = [", and ".join([*texts, lost])]
-        return f"{texts[0]}; the claim of at most {group.within:g} points below fails"
+        difference = ", and ".join([*texts, lost])
+        return f"{difference}; the claim of at most {group.within:g} points below fails"
     return texts[0] if texts else f"no seed in common with {group.against}, so no difference"
 
 
@@ -404,8 +402,7 @@ def _over_time(steps_per_forward: int | None, recipe: Mapping[str, Any]) -> str:
     elif steps_per_forward is None or time_steps is None:
         return UNKNOWN
     else:
-        is_folded = steps_per_forward == time_steps
-        mode = "folded" if is_folded else f"in slices of {steps_per_forward}"
+        mode = "folded" if steps_per_forward == time_steps else f"in slices of {steps_per_forward}"
     return f"{mode}, recomputed" if recipe_value(recipe, "rule.recompute") else mode
 
 
@@ -449,6 +446,5 @@ def _is_split_as_written(run: Run, workers: int) -> bool:
 def _key_without_workers(run: Run) -> str:
     """A key of runs that may differ only in their number of workers."""
     rule = run.recipe.get("rule") if isinstance(run.recipe.get("rule"), Mapping) else run.rule
-    trained_on = run.trained_on[0].items()
-    conditions = {name: value for name, value in trained_on if name not in _SPLIT}
+    conditions = {name: value for name, value in run.trained_on[0].items() if name not in _SPLIT}
     return json.dumps([run.study, rule, conditions], sort_keys=True, default=str)

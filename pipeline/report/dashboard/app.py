@@ -128,7 +128,6 @@ class _Endpoints:
         )
 
     def csv(self) -> Response:
-        """Return the data of a figure or a table as CSV."""
         view, downloads = _requested_view(), {}
         try:
             runs = view.picked(self._live.members(view.study)) if view.study else []
@@ -140,8 +139,9 @@ class _Endpoints:
             return Response(f"{error}\n", 503, mimetype="text/plain")
         name = request.args.get("name", "")
         if (table := downloads.get(name)) is None:
-            message = f"dashboard: there is no table {name[:100]!r} here\n"
-            return Response(message, 404, mimetype="text/plain")
+            return Response(
+                f"dashboard: there is no table {name[:100]!r}\n", 404, mimetype="text/plain"
+            )
         return Response(table.to_csv(), mimetype="text/csv")
 
 
@@ -217,7 +217,6 @@ def _trouble(error: Exception) -> str:
 
 
 def _seeds(seeds: Sequence[str]) -> str:
-    """The seeds as text; of more than six, the first three, the last and the number."""
     if len(seeds) <= 6:
         return ", ".join(seeds)
     return f"{', '.join(seeds[:3])} ... {seeds[-1]} ({len(seeds)})"

@@ -74,7 +74,6 @@ def guard(server: Flask, *, host: str, token: str | None) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` is an address or a name of this machine's loopback."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -81,7 +81,6 @@ class Live:
         return self._cached(("listed", ""), self.store.listed, fresh_s=fresh_s)
 
     def members(self, study: str) -> list[StoredRun]:
-        """The runs of a study key, newest start first."""
         return self._cached(("members", study), lambda: self.store.runs(study), fresh_s=_FRESH_S)
 
     def study(self, runs: Sequence[StoredRun]) -> Study:
@@ -138,9 +137,8 @@ class Live:
             commit = f", commit {' and '.join(commits)}" if commits else ""
             name = tags[0].get("spiketrain.suite") or "A suite"
             title = f"{name} ({suite[:8]}){commit}, on {'; '.join(machines)}"
-            report = self._cached(
-                ("report", suite), partial(self._read_report, suite), fresh_s=_FRESH_S
-            )
+            read = partial(self._read_report, suite)
+            report = self._cached(("report", suite), read, fresh_s=_FRESH_S)
             reports.append(replace(report, key=suite[:8], title=title))
         return reports
 
@@ -246,9 +244,8 @@ class Live:
             raise  # the store failed, not this report
         except ReportError as error:
             return SuiteReport(version=str(error), note=f"Its report is excluded: {error}")
-        version = hashlib.sha256(json.dumps(value).encode()).hexdigest()
         return SuiteReport(
-            version=version,
+            version=hashlib.sha256(json.dumps(value).encode()).hexdigest(),
             returned=result,
             printed=str((value or {}).get("printed") or ""),
         )

@@ -74,11 +74,10 @@ class ViewState:
     @property
     def search(self) -> str:
         """Return the query, without defaults."""
-        defaults = ViewState()
         fields: dict[str, Any] = {
             name: getattr(self, name)
             for name in ("study", "family", "view", "text", "only", "sort")
-            if getattr(self, name) != getattr(defaults, name)
+            if getattr(self, name) != getattr(ViewState, name)
         }
         if self.runs is not None:
             fields["runs"] = ".".join(self.runs) or "none"
@@ -92,13 +91,11 @@ class ViewState:
         return replace(self, study=study.study, family=study.experiment, runs=None)
 
     def sorted_by(self, column: str) -> Self:
-        """Sort by a column, or reverse the order if the view is already sorted by it."""
         if self.sort == column:
             return replace(self, descending=not self.descending)
         return replace(self, sort=column, descending=column in _DESCENDING_FIRST)
 
     def listed(self, studies: Sequence[StoredStudy]) -> list[StoredStudy]:
-        """The studies that pass the filters, sorted."""
         states, words = ONLY[self.only][1], self.text.lower().split()
         listed: list[StoredStudy] = []
         for study in studies:
