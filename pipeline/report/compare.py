@@ -308,8 +308,10 @@ def comparison_of(
     finished = [run for run in members if run.is_finished]
     finished.sort(key=lambda run: place(run, against))
     if not finished:
-        states = (f"{run.name} is {tables.state_of(run)}" for run in others)
-        raise ReportError(f"compare: no finished run: {', '.join(states)}")
+        raise ReportError(
+            "compare: no finished run: "
+            + ", ".join(f"{run.name} is {tables.state_of(run)}" for run in others)
+        )
     refuse_unlike(finished)
     notes: list[str] = []
     if finished[0].rule != against or not is_whole:

@@ -85,8 +85,11 @@ class Table:
 
     def to_csv(self) -> str:
         """Return the table as CSV, with texts that no spreadsheet reads as a formula."""
-        frame = pd.DataFrame(self.rows, columns=list(self.columns), dtype=object)
-        return frame.map(harmless).to_csv(index=False)
+        return (
+            pd.DataFrame(self.rows, columns=list(self.columns), dtype=object)
+            .map(harmless)
+            .to_csv(index=False)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,6 @@ def ratios(group: Group) -> Figure | Missing:
         return Missing(title=title, why=f"no rule has a seed in common with {group.against}")
     names = [name for name in costs if any(name == measured for _, measured in ratio_of)]
     max_x = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in ratio_of.values()))
-    line = {"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "y domain"}
     ticks = {"tickvals": [*range(len(names))], "ticktext": [costs[name] for name in names]}
     caption = (
         "Markers left of the dotted line cost less than the baseline. They show the mean and"
@@ -87,7 +86,17 @@ def ratios(group: Group) -> Figure | Missing:
                 "showgrid": False,
                 "zeroline": False,
             },
-            shapes=[line | {"line": {"color": INK, "width": 1, "dash": "dot"}}],
+            shapes=[
+                {
+                    "type": "line",
+                    "x0": 1,
+                    "x1": 1,
+                    "y0": 0,
+                    "y1": 1,
+                    "yref": "y domain",
+                    "line": {"color": INK, "width": 1, "dash": "dot"},
+                }
+            ],
         ),
     )
 
@@ -223,16 +232,19 @@ def _trade_off_table(
                 *(spread and spread.mean for spread in spreads),
             )
         )
-    columns = (
-        "rule",
-        f"{cost_metric.title}, {_UNITS.get(cost_metric.unit, cost_metric.unit)}",
-        "deviation of the cost",
-        "top-1",
-        "deviation of top-1",
-        "runs",
-        "on the Pareto front",
+    return Table(
+        columns=(
+            "rule",
+            f"{cost_metric.title}, {_UNITS.get(cost_metric.unit, cost_metric.unit)}",
+            "deviation of the cost",
+            "top-1",
+            "deviation of top-1",
+            "runs",
+            "on the Pareto front",
+            *more_columns.values(),
+        ),
+        rows=tuple(rows),
     )
-    return Table(columns=(*columns, *more_columns.values()), rows=tuple(rows))
 
 
 def _describe_energy(group: Group) -> str:

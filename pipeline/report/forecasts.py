@@ -216,12 +216,17 @@ def print_probe(probe: Probe, *, console: Console | None = None) -> None:
 
 def probe_to_json(probe: Probe) -> dict[str, Any]:
     fastest = probe.time_baseline
-    time_baseline = None if fastest is None else fastest.rule
-    return finite({**asdict(probe), "time_baseline": time_baseline, "advice": probe_advice(probe)})
+    return finite(
+        {
+            **asdict(probe),
+            "time_baseline": None if fastest is None else fastest.rule,
+            "advice": probe_advice(probe),
+        }
+    )
 
 
 def _with_ratio(cost: Cost, base: Cost | None, name: str, unit: str, scale: float) -> str:
-    """A quantity with its unit, and its ratio to the baseline if there is one."""
+
     value = getattr(cost, name)
     base_value = 0.0 if base is None else getattr(base, name)
     ratio = f"\t×{value / base_value:.2f}" if base_value else ""

@@ -34,8 +34,9 @@ def firing_rates(group: Group) -> Figure | Missing:
     if not records:
         return Missing(title=title, why="no run with counted spikes has finished")
     columns = ("rule", "layer", "time step", "firing rate", "silent", "saturated")
-    records_by_key = pd.DataFrame(records, columns=[*columns]).groupby([*columns[:3]], sort=False)
-    means: Any = records_by_key.mean()
+    means: Any = (
+        pd.DataFrame(records, columns=[*columns]).groupby([*columns[:3]], sort=False).mean()
+    )
     rates = means["firing rate"]
     rates_by_rule = {
         rule: rates[rule].unstack().reindex(rates[rule].index.unique(0))
@@ -73,8 +74,10 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
         (rule, cosines) for rule in group.rules if (cosines := _cosines(group, rule))
     ]
     if not cosines_by_rule:
-        why = _why_missing(run for run in group.runs if run.rule != group.against)
-        return Missing(title=title, why=why)
+        return Missing(
+            title=title,
+            why=_why_missing(run for run in group.runs if run.rule != group.against),
+        )
     rows, drawn = _by_layer(cosines_by_rule)
     known = [(value, rule, layer) for layer, rule, value in rows if value is not None]
     summary, opposing = "none is known", ""

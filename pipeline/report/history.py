@@ -151,8 +151,9 @@ def _join_points(points: Sequence[Point], kept: Sequence[Point]) -> list[Point]:
     """Return the points, and those of `kept` after the last repeated step, in order of steps."""
     end = max((each.step for each in kept), default=0)
     repeated = max((each.step for each in points if each.step <= end), default=0)
-    joined = [*points, *(each for each in kept if each.step > repeated)]
-    return sorted(joined, key=lambda each: each.step)
+    return sorted(
+        [*points, *(each for each in kept if each.step > repeated)], key=lambda each: each.step
+    )
 
 
 def _finite_values(values: Mapping[str, float]) -> dict[str, Any]:

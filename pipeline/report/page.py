@@ -147,8 +147,6 @@ FIGURES = {
 
 
 class Section(NamedTuple):
-    """A group on a page: its figures, and the missing figures."""
-
     key: str
     title: str
     group: Group

@@ -264,21 +264,26 @@ def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
     groups: dict[tuple[str, str], list[StoredRun]] = {}
     for run in runs:
         groups.setdefault((run.experiment, run.study), []).append(run)
-    grouped = (
-        StoredStudy(
-            experiment=experiment,
-            study=study,
-            rules=tuple(sorted({run.rule for run in members})),
-            protocol=next(filter(None, (_protocol(run.tags) for run in members)), ""),
-            seeds=tuple(sorted({run.seed for run in members}, key=lambda seed: (len(seed), seed))),
-            states=Counter(
-                "silent" if is_silent(run.state, run.newest) else run.state for run in members
-            ),
-            newest=max(run.newest for run in members),
-        )
-        for (experiment, study), members in groups.items()
+    return sorted(
+        (
+            StoredStudy(
+                experiment=experiment,
+                study=study,
+                rules=tuple(sorted({run.rule for run in members})),
+                protocol=next(filter(None, (_protocol(run.tags) for run in members)), ""),
+                seeds=tuple(
+                    sorted({run.seed for run in members}, key=lambda seed: (len(seed), seed))
+                ),
+                states=Counter(
+                    "silent" if is_silent(run.state, run.newest) else run.state for run in members
+                ),
+                newest=max(run.newest for run in members),
+            )
+            for (experiment, study), members in groups.items()
+        ),
+        key=lambda study: study.newest,
+        reverse=True,
     )
-    return sorted(grouped, key=lambda study: study.newest, reverse=True)
 
 
 def _protocol(tags: Mapping[str, str]) -> str:

@@ -315,7 +315,6 @@ def _with_distinct_labels(runs: Sequence[Run]) -> list[Run]:
 
 
 def _differing(runs: Sequence[Run]) -> list[str]:
-    """The names of the label values in which runs differ."""
     values = pd.DataFrame([_label_values(run.recipe) for run in runs])
     return list(values.columns[values.nunique() > 1])
 

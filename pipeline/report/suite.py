@@ -281,8 +281,8 @@ def read_study(
         reported: the result of the suite's own report if it has already run; None: run it now.
 
     Raises:
-        ValueError: a name is unknown, a file is damaged, no run was trained on the whole training
-            set, a suite's own report fails, or `against` or `within` is set for such a suite.
+        ValueError: a name is unknown, a file is damaged, all runs are trials, or a suite's own
+            report fails or takes neither `against` nor `within`.
     """
     given_sweeps = [sweep_of(read_json(path), str(path)) for path in sweeps]
     runs_dir, suite = locate(runs_dir, names)
@@ -292,35 +292,36 @@ def read_study(
     else:
         all_runs = members = [read_run(run) for run in runs_of(suite).values() if run.is_dir()]
     runs, trials = _without_trials(members, names)
-    own, printed, notes = SuiteResult(), "", []
     if suite is not None:
         title, place = suite.name, suite / REPORT
         own, printed, notes = _own_report(suite, trust, reported, judged=(against, within))
     else:
-        if names:
-            runs, notes = _with_baselines(all_runs, runs, against)
+        own, printed = SuiteResult(), ""
+        runs, notes = _with_baselines(all_runs, runs, against) if names else (runs, [])
         studies = {run.study for run in runs}
         is_one = len(studies) == 1 and "" not in studies
         title = f"Study {runs[0].study[:8]}" if is_one else first_few(names, 3)
         place = runs_dir / f"report-{slug(title)[:80]}.html"
     if trials:
-        notes.append(
-            f"Excluded: {counted(len(trials), 'trial')} on a held-out part of the training set."
-        )
+        count = counted(len(trials), "trial")
+        notes.append(f"Excluded: {count} on a held-out part of the training set.")
     for run in runs:
         refuse_damage(run)
         _ = run.activity  # the file may be damaged, too
-    study = Study(
-        title=title,
-        runs=tuple(runs),
-        against=against,
-        within=within,
-        claims=own.claims,
-        sweeps=(*given_sweeps, *own.sweeps),
-        notes=tuple(notes),
-        printed=printed,
+    return Found(
+        study=Study(
+            title=title,
+            runs=tuple(runs),
+            against=against,
+            within=within,
+            claims=own.claims,
+            sweeps=(*given_sweeps, *own.sweeps),
+            notes=tuple(notes),
+            printed=printed,
+        ),
+        place=place,
+        folders=tuple(run.folder for run in (*runs, *trials)),
     )
-    return Found(study, place, tuple(run.folder for run in (*runs, *trials)))
 
 
 def _without_trials(members: Sequence[Run], names: Sequence[str]) -> tuple[list[Run], list[Run]]:

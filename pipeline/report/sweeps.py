@@ -34,8 +34,6 @@ class Point(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """A sweep on a page."""
-
     key: str
     recipe: str
     figures: tuple[Figure, ...]
@@ -160,11 +158,15 @@ def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]]) ->
         for rule, points in by_rule.items()
         if points[0].saved
     ]
-    dotted = " Dotted lines include states: membranes, traces and tensors that slices share."
     return Figure(
         name="memory-against-time-steps",
         title=f"Memory against time steps: {sweep['recipe']}",
-        caption=_caption(sweep) + (dotted if has_states else ""),
+        caption=_caption(sweep)
+        + (
+            " Dotted lines include states: membranes, traces and tensors that slices share."
+            if has_states
+            else ""
+        ),
         alt=f"{'; '.join(growths)}.",
         table=Table(
             columns=("rule", "time steps", "peak saved bytes", "saved bytes and states"),

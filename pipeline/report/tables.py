@@ -176,8 +176,10 @@ def held_memory(group: Group) -> Table | None:
     """The bytes that each rule holds in training, by kind; None if no run measured them."""
     if all(run.value("held.parameters") is None for run in group.finished):
         return None
-    held = (each for each in METRICS if each.name.startswith(_HELD))
-    return _metrics_table(group, [*held, metric("state_bytes")])
+    return _metrics_table(
+        group,
+        [*(each for each in METRICS if each.name.startswith(_HELD)), metric("state_bytes")],
+    )
 
 
 def conditions_table(group: Group) -> Table:
@@ -248,19 +250,6 @@ def recipe_differences(study: Study) -> Table:
 
 
 def provenance(study: Study) -> Table:
-    columns = (
-        "run",
-        "rule",
-        "seed",
-        "study",
-        "state",
-        "step",
-        "restarts",
-        "hardware",
-        "workers",
-        "cores",
-        "commit",
-    )
     rows: list[tuple[Cell, ...]] = []
     for run in (run for group in study.groups for run in group.runs):
         past = run.history
@@ -282,7 +271,22 @@ def provenance(study: Study) -> Table:
                 ", ".join(run.commits) or None,
             )
         )
-    return Table(columns=columns, rows=tuple(rows))
+    return Table(
+        columns=(
+            "run",
+            "rule",
+            "seed",
+            "study",
+            "state",
+            "step",
+            "restarts",
+            "hardware",
+            "workers",
+            "cores",
+            "commit",
+        ),
+        rows=tuple(rows),
+    )
 
 
 def lone_runs(groups: Sequence[Group]) -> Table:
@@ -293,8 +297,8 @@ def lone_runs(groups: Sequence[Group]) -> Table:
         for run in group.runs:
             one_run = Group((run,), group.against)
             top1, *others = _cells(one_run, run.rule, metrics, is_divided=False)
-            first = top1 if run.is_finished else state_of(run)
-            rows.append((run.name, run.rule, run.seed, first, *others))
+            state = None if run.is_finished else state_of(run)
+            rows.append((run.name, run.rule, run.seed, state or top1, *others))
     finished = [run for group in groups for run in group.finished]
     return Table(
         columns=("run", "rule", "seed", *(title(each, finished) for each in metrics)),
@@ -372,8 +376,10 @@ def _without_interval(group: Group, rule: str) -> str:
         if seed in base
     ]
     if lost := group.describe_lost(rule):
-        difference = ", and ".join([*texts, lost])
-        return f"{difference}; the claim of at most {group.within:g} points below fails"
+        return (
+            f"{', and '.join([*texts, lost])}; the claim of at most {group.within:g} points below"
+            " fails"
+        )
     return texts[0] if texts else f"no seed in common with {group.against}, so no difference"
 
 
