@@ -26,8 +26,8 @@ from pipeline.report.metrics import compared
 from pipeline.report.results import (
     ReportError,
     Run,
+    comparison_key,
     flat,
-    kind,
     places,
     read_run,
     read_runs,
@@ -231,10 +231,14 @@ def comparable(runs: Sequence[Run]) -> list[list[Run]]:
     Unfinished runs on a machine without a finished run join the first group of their study.
     """
     finished = [run for run in runs if run.is_finished]
-    groups: dict[str, list[Run]] = {kind(run): [] for run in finished}
-    first_of = {run.study: kind(run) for run in reversed(finished)}
+    groups: dict[str, list[Run]] = {comparison_key(run): [] for run in finished}
+    first_of = {run.study: comparison_key(run) for run in reversed(finished)}
     for run in (*finished, *(run for run in runs if not run.is_finished)):
-        key = kind(run) if kind(run) in groups else first_of.get(run.study, run.study)
+        key = (
+            comparison_key(run)
+            if comparison_key(run) in groups
+            else first_of.get(run.study, run.study)
+        )
         groups.setdefault(key, []).append(run)
     return list(groups.values())
 
@@ -316,7 +320,7 @@ def comparison_of(
     notes: list[str] = []
     if finished[0].rule != against or not is_whole:
         finished, notes = with_baseline(runs, finished, against)
-    unfinished = [run for run in others if kind(run) == kind(finished[0])]
+    unfinished = [run for run in others if comparison_key(run) == comparison_key(finished[0])]
     group = Group((*finished, *unfinished), against, within)
     return Comparison(
         group=group,

@@ -441,7 +441,7 @@ def is_silent(state: str, last_heard: float) -> bool:
     return state == "running" and time.time() - last_heard >= SILENT_S
 
 
-def kind(run: Run) -> str:
+def comparison_key(run: Run) -> str:
     """A key that is equal for comparable runs.
 
     Comparable runs have the same study key and the same training conditions at each step: workers,

@@ -24,7 +24,7 @@ from pipeline.recipe import BASELINE, is_baseline
 from pipeline.report import results
 from pipeline.report.history import number
 from pipeline.report.metrics import COMPUTE
-from pipeline.report.results import Run, flat, kind
+from pipeline.report.results import Run, comparison_key, flat
 from pipeline.report.selection import recipe_value, tuned_keys
 from pipeline.track.journal import number as any_number
 
@@ -126,7 +126,7 @@ class Group:
 
     @property
     def key(self) -> str:
-        """A digest of the `kind` that the runs share. It does not depend on other groups."""
+        """A digest of the `comparison_key` that the runs share. It does not depend on other groups."""
         return f"g{hashlib.sha256(kind(self.runs[0]).encode()).hexdigest()[:8]}"
 
     @cached_property
@@ -282,7 +282,7 @@ class Study:
         """The groups in descending number of rules, and then in the order of the runs."""
         by_kind: dict[str, list[Run]] = {}
         for run in self.runs:
-            by_kind.setdefault(kind(run), []).append(run)
+            by_kind.setdefault(comparison_key(run), []).append(run)
         groups: list[Group] = []
         for runs in by_kind.values():
             labelled = _with_distinct_labels(runs)
