@@ -287,7 +287,7 @@ def _identity(run: Run) -> dict[str, Any]:
         "protocol": run.protocol,
         "state": run.state,
         "workers": run.workers,
-        "machine": machine(run.hardware),
+        "machine": describe_machine(run.hardware),
         "commit": ", ".join(run.commits),
         "step": run.step,
         "total_steps": run.total_steps,
@@ -369,7 +369,7 @@ def is_run(folder: Path) -> bool:
 # ------------------------------------------------------------------- machines and workers as text
 
 
-def machine(hardware: Mapping[str, Any]) -> str:
+def describe_machine(hardware: Mapping[str, Any]) -> str:
     """The GPU of each worker, or the CPU with its cores and the threads of torch."""
     if not hardware:
         return "an unknown machine"
@@ -400,9 +400,9 @@ def places(run: Run, *, between: str = ", ", names_loaders: bool = False) -> str
             "each on its own cores" if conditions["own_cores"] else "",
             f"with {counted(threads, 'loader thread')}" if names_loaders and threads else "",
         ]
-        place = (machine(conditions["hardware"]), ", ".join(filter(None, details)))
+        place = (describe_machine(conditions["hardware"]), ", ".join(filter(None, details)))
         texts.append(between.join(filter(None, place)))
-    return ", then ".join(texts) or machine({})
+    return ", then ".join(texts) or describe_machine({})
 
 
 def micro_batches(run: Run) -> str:

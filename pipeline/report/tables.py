@@ -16,9 +16,9 @@ from pipeline.report.metrics import ENERGY, KEPT, METRICS, Metric, compared, met
 from pipeline.report.results import (
     UNKNOWN,
     Run,
+    describe_machine,
     describe_state,
     expanded,
-    machine,
     micro_batches,
     places,
 )
@@ -253,7 +253,7 @@ def provenance(study: Study) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for run in (run for group in study.groups for run in group.runs):
         past = run.history
-        machines = dict.fromkeys(machine(each["hardware"]) for each in run.trained_on)
+        machines = dict.fromkeys(describe_machine(each["hardware"]) for each in run.trained_on)
         repeats = "" if past.again_from is None else f", repeats from {past.again_from}"
         cores = ("its own" if each["own_cores"] else "shared" for each in run.trained_on)
         rows.append(
@@ -265,7 +265,7 @@ def provenance(study: Study) -> Table:
                 describe_state(run.state, run.last_heard),
                 f"{past.step}/{run.total_steps or '?'}{repeats}",
                 len(past.restarts),
-                "; then ".join(machines) or machine({}),
+                "; then ".join(machines) or describe_machine({}),
                 _in_order(each["world_size"] for each in run.trained_on),
                 _in_order(cores),
                 ", ".join(run.commits) or None,
@@ -435,7 +435,7 @@ def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cel
             counted(fewest, "worker"),
             speed.runs,
             first.study[:8],
-            machine(first.hardware),
+            describe_machine(first.hardware),
             "its own" if first.trained_on[0]["own_cores"] else "shared",
         )
 

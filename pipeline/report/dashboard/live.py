@@ -25,7 +25,7 @@ from pipeline.report.history import UNKNOWN_EPOCH
 from pipeline.report.results import (
     ReportError,
     Run,
-    machine,
+    describe_machine,
     parsed,
     refuse_damaged_summary,
     run_of,
@@ -133,7 +133,7 @@ class Live:
         for suite, members in suites.items():
             tags = [run.tags for run in members]
             commits = dict.fromkeys(filter(None, (each.get("spiketrain.commit") for each in tags)))
-            machines = dict.fromkeys(machine(hardware_of(run)) for run in members)
+            machines = dict.fromkeys(describe_machine(hardware_of(run)) for run in members)
             commit = f", commit {' and '.join(commits)}" if commits else ""
             name = tags[0].get("spiketrain.suite") or "A suite"
             title = f"{name} ({suite[:8]}){commit}, on {'; '.join(machines)}"
