@@ -27,8 +27,8 @@ from pipeline.report.results import (
     ReportError,
     Run,
     comparison_key,
+    describe_conditions,
     flat,
-    places,
     read_run,
     read_runs,
     refuse_damage,
@@ -343,7 +343,10 @@ def _compare_each(
     for index, each in enumerate(comparisons):
         if counts[each.group.study] > 1:
             comparisons[index] = replace(
-                each, where=places(each.group.finished[-1], between="; ", names_loaders=True)
+                each,
+                where=describe_conditions(
+                    each.group.finished[-1], between="; ", names_loaders=True
+                ),
             )
     return comparisons, refusals
 

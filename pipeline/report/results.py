@@ -383,7 +383,7 @@ def describe_machine(hardware: Mapping[str, Any]) -> str:
     return ", ".join([str(hardware.get("cpu", "a CPU")), *counts])
 
 
-def places(run: Run, *, between: str = ", ", names_loaders: bool = False) -> str:
+def describe_conditions(run: Run, *, between: str = ", ", names_loaders: bool = False) -> str:
     """Machines and workers, such as `a cpu, 2 cores, 2 workers, then a cpu, 2 cores, 1 worker`.
 
     Loader threads are named if they changed during the run.

@@ -20,7 +20,6 @@ from pipeline.report.results import (
     describe_state,
     expanded,
     micro_batches,
-    places,
 )
 from pipeline.report.selection import differing_recipes, recipe_value, trained_apart, tuned_keys
 from pipeline.report.study import Group, Study, spread_of
