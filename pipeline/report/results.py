@@ -49,7 +49,7 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flattened
 
 
-def expanded(runs: "Iterable[Run]") -> list[Metric]:
+def metrics_of(runs: "Iterable[Run]") -> list[Metric]:
     """All metrics. A `*` is replaced by each matching key in the summaries of these runs."""
     names = list(dict.fromkeys(name for run in runs for name in run.numbers))
     metrics: list[Metric] = []
@@ -264,7 +264,7 @@ def frame(runs: Iterable[Run]) -> "pd.DataFrame":
     runs = list(runs)
     for run in runs:
         refuse_damage(run)
-    metrics = expanded(runs)
+    metrics = metrics_of(runs)
     identities = pd.DataFrame(
         map(_identity, runs), columns=list(_identity(Run(name="", state="new")))
     )

@@ -18,7 +18,7 @@ from pipeline.report.results import (
     Run,
     describe_machine,
     describe_state,
-    expanded,
+    metrics_of,
     micro_batches,
 )
 from pipeline.report.selection import differing_recipes, recipe_value, trained_apart, tuned_keys
@@ -162,7 +162,7 @@ def other_metrics(group: Group) -> Table | None:
     """Metrics that are not compared, averaged over seeds; None if none was measured."""
     metrics = [
         each
-        for each in expanded(group.finished)
+        for each in metrics_of(group.finished)
         if not each.better
         and not each.name.startswith(_HELD)
         and not each.title.endswith(f"({prices(group.finished)})")  # the table of costs has it

@@ -15,7 +15,7 @@ import pipeline
 from pipeline.report import metrics, page, results
 from pipeline.report.compare import csv_of
 from pipeline.report.metrics import METRICS, Metric
-from pipeline.report.results import ReportError, Run, expanded, frame, read_run
+from pipeline.report.results import ReportError, Run, frame, metrics_of, read_run
 from pipeline.report.stores import ServerStore, runs_of_store
 from pipeline.report.study import Study
 from pipeline.report.suite import read_study
@@ -77,7 +77,7 @@ def test_a_star_stands_for_each_key_that_a_summary_has():
         {},
     ]
     runs = [Run(name="", state="finished", summary=summary) for summary in summaries]
-    names = [each.name for each in expanded(runs) if each.name.startswith("operations")]
+    names = [each.name for each in metrics_of(runs) if each.name.startswith("operations")]
     assert names == ["operations.forward.additions", "operations.error.additions"]
 
 
