@@ -22,7 +22,7 @@ from pipeline.recipe import BASELINE
 from pipeline.recipe.printed_commands import how_to_resume
 from pipeline.report import tables
 from pipeline.report.drawing import Table
-from pipeline.report.metrics import compared
+from pipeline.report.metrics import compared_metrics
 from pipeline.report.results import (
     ReportError,
     Run,
@@ -70,7 +70,8 @@ class Comparison:
         group = self.group
         baseline = [run.name for run in group.of(group.against) if run.is_finished]
         base_values = {
-            each.name: group.by_seed(group.base_of(each.name), each.name) for each in compared()
+            each.name: group.by_seed(group.base_of(each.name), each.name)
+            for each in compared_metrics()
         }
         behind = {rule: tables.conditions_of_rule(group, rule) for rule in group.finished_rules}
         return {
@@ -258,7 +259,7 @@ def _run_to_json(
         if value is not None and (base := base_values[name].get(run.seed)):
             ratios[name] = value / base
     return {
-        **{each.name: values[each.name] for each in compared() if each.source},
+        **{each.name: values[each.name] for each in compared_metrics() if each.source},
         **finite(summary),
         "run": run.name,
         "rule": run.rule,
@@ -280,7 +281,7 @@ def csv_of(comparisons: Sequence[Mapping[str, Any]]) -> str:
         for each in comparisons
         for run in each["runs"]
     ]
-    first = (*_FIRST, *(each.name for each in compared()))
+    first = (*_FIRST, *(each.name for each in compared_metrics()))
     columns = (*first, *sorted({name for row in rows for name in row} - set(first)))
     return Table(
         columns=columns, rows=tuple(tuple(row.get(name) for name in columns) for row in rows)

@@ -28,7 +28,7 @@ from pipeline.report.drawing import (
     titled,
 )
 from pipeline.report.history import Point
-from pipeline.report.metrics import ENERGY, ENERGY_MEASURED, Metric, compared, metric
+from pipeline.report.metrics import ENERGY, ENERGY_MEASURED, Metric, compared_metrics, metric
 from pipeline.report.results import Run
 from pipeline.report.study import Group, Spread
 from pipeline.report.tables import MEASURED_SAID, prices
@@ -44,7 +44,7 @@ def ratios(group: Group) -> Figure | Missing:
     if not group.has_baseline:
         return Missing(title=title, why=f"no baseline: {group.undivided}")
     rules = [rule for rule in group.rules if rule != group.against]
-    costs = {each.name: each.title for each in compared() if each.better == "less"}
+    costs = {each.name: each.title for each in compared_metrics() if each.better == "less"}
     ratio_of = {
         pair: ratio for pair in itertools.product(rules, costs) if (ratio := group.ratios(*pair))
     }

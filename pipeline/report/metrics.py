@@ -136,5 +136,5 @@ def metric(name: str) -> Metric:
     return next((each for each in METRICS if each.name == name), Metric(name, name, "count"))
 
 
-def compared() -> list[Metric]:
+def compared_metrics() -> list[Metric]:
     return [each for each in METRICS if each.better]

@@ -12,7 +12,7 @@ from pipeline.measure.constants import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.recipe.recipe import Split
 from pipeline.report.claims import Claim
 from pipeline.report.drawing import Cell, Table
-from pipeline.report.metrics import ENERGY, KEPT, METRICS, Metric, compared, metric
+from pipeline.report.metrics import ENERGY, KEPT, METRICS, Metric, compared_metrics, metric
 from pipeline.report.results import (
     UNKNOWN,
     Run,
@@ -108,7 +108,7 @@ def columns_of_costs(group: Group) -> list[Metric]:
     """The compared metrics that a finished run has, and those that every table of costs shows."""
     return [
         each
-        for each in compared()
+        for each in compared_metrics()
         if each.name in _ALWAYS or any(run.value(each.name) is not None for run in group.finished)
     ]
 
@@ -290,7 +290,7 @@ def provenance(study: Study) -> Table:
 
 def lone_runs(groups: Sequence[Group]) -> Table:
     """Runs of groups with a single rule. They have no comparison."""
-    metrics = [metric("top1"), *(each for each in compared() if each.name != "top1")]
+    metrics = [metric("top1"), *(each for each in compared_metrics() if each.name != "top1")]
     rows: list[tuple[Cell, ...]] = []
     for group in groups:
         for run in group.runs:
@@ -357,7 +357,7 @@ def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
 
 
 def _savings(group: Group, rule: str) -> Iterator[str]:
-    for each in compared():
+    for each in compared_metrics():
         ratio = group.ratios(rule, each.name) if each.better == "less" else None
         if ratio is not None and each.name != KEPT:
             kept = group.ratios(rule, KEPT) if each.name == "peak_saved_bytes" else None
