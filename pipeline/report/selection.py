@@ -157,7 +157,7 @@ def differences(a: Run, b: Run) -> list[Differing]:
             fields += differing(key, recipe_value(a.recipe, key), recipe_value(b.recipe, key))
     if a.study == b.study:
         return fields
-    recipe_fields = differing_recipes(a, b)
+    recipe_fields = differing_fields(a, b)
     path_fields = [
         field
         for field in recipe_fields
@@ -171,7 +171,7 @@ def differences(a: Run, b: Run) -> list[Differing]:
     return (causes or path_fields or [("study", a.study, b.study)]) + fields
 
 
-def differing_recipes(a: Run, b: Run) -> list[Differing]:
+def differing_fields(a: Run, b: Run) -> list[Differing]:
     """The differences of two recipes in fields that all runs of one study share."""
     shared = (
         {**select(run.recipe, lambda role: Role.STUDY in role), "init": run.recipe.get("init")}

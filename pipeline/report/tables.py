@@ -21,7 +21,7 @@ from pipeline.report.results import (
     metrics_of,
     micro_batches,
 )
-from pipeline.report.selection import differing_recipes, recipe_value, trained_apart, tuned_keys
+from pipeline.report.selection import differing_fields, recipe_value, trained_apart, tuned_keys
 from pipeline.report.study import Group, Study, spread_of
 
 _ALWAYS = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")  # columns of every table of costs
@@ -234,7 +234,7 @@ def recipe_differences(study: Study) -> Table:
     for group in others:
         pair = (first.runs[0], group.runs[0])
         names = tuple(named(each, among=study.groups) for each in (first, group))
-        for name, *values in differing_recipes(*pair):
+        for name, *values in differing_fields(*pair):
             shown = [
                 "each rule's own" if name in tuned_keys(run.recipe) else value
                 for run, value in zip(pair, values, strict=True)
