@@ -25,7 +25,6 @@ from pipeline.recipe.recipe import Recipe, Role, select
 from pipeline.recipe.suite import Suite, references, refuse_references
 from pipeline.report.compare import finite
 from pipeline.report.results import ReportError, Run, read_run
-from pipeline.report.selection import trained_apart
 from pipeline.train.backend.deepspeed import config
 from pipeline.train.build import check_recipe, with_placeholder_weights
 from pipeline.train.tasks import fingerprint_of

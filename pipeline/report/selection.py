@@ -149,7 +149,7 @@ def differences(a: Run, b: Run) -> list[Differing]:
     Differences of the recipes explain unequal study keys. Data sets with equal contents are equal,
     so a path is named only if nothing else explains the keys.
     """
-    fields = trained_apart(a.trained_on, b.trained_on)
+    fields = differing_conditions(a.trained_on, b.trained_on)
     if a.rule == b.rule:
         # One label in the table must be one rule with one tuned value.
         fields += differing("rule", a.recipe.get("rule"), b.recipe.get("rule"))
@@ -180,7 +180,7 @@ def differing_fields(a: Run, b: Run) -> list[Differing]:
     return list(differing("", *shared))
 
 
-def trained_apart(
+def differing_conditions(
     a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]
 ) -> list[Differing]:
     """The training conditions in which two runs differ.

@@ -21,7 +21,12 @@ from pipeline.report.results import (
     metrics_of,
     micro_batches,
 )
-from pipeline.report.selection import differing_fields, recipe_value, trained_apart, tuned_keys
+from pipeline.report.selection import (
+    differing_conditions,
+    differing_fields,
+    recipe_value,
+    tuned_keys,
+)
 from pipeline.report.study import Group, Study, spread_of
 
 _ALWAYS = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")  # columns of every table of costs
@@ -241,7 +246,7 @@ def recipe_differences(study: Study) -> Table:
             ]
             if shown[0] != shown[1]:
                 rows.append((name, *map(json.dumps, shown), *names))
-        for name, *values in trained_apart(*(run.trained_on for run in pair)):
+        for name, *values in differing_conditions(*(run.trained_on for run in pair)):
             rows.append((name, *map(json.dumps, values), *names))
     return Table(
         columns=("field", "first group", "other group", "first", "other"), rows=tuple(rows)
