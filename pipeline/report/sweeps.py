@@ -83,7 +83,7 @@ def swept(sweeps: Iterable[Mapping[str, Any]]) -> Iterator[Swept]:
         yield Swept(
             key=f"sweep{index}",
             recipe=str(sweep["recipe"]),
-            figures=() if has_one_T and table is not None else of_a_sweep(sweep),
+            figures=() if has_one_T and table is not None else sweep_figures(sweep),
             largest=table,
         )
 
@@ -108,7 +108,7 @@ def largest_batches(sweep: Mapping[str, Any]) -> Table | None:
     return Table(columns=columns, rows=tuple(rows)) if rows else None
 
 
-def of_a_sweep(sweep: Mapping[str, Any]) -> tuple[Figure, Figure]:
+def sweep_figures(sweep: Mapping[str, Any]) -> tuple[Figure, Figure]:
     """Figures of memory and time against T. The sweep must have points."""
     by_rule: dict[str, list[Point]] = {}
     for point in points_of(sweep):

@@ -16,7 +16,7 @@ from pipeline.report.figures import learning_curves, pareto, ratios, standing, t
 from pipeline.report.heat_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.results import ReportError, Run
 from pipeline.report.study import Study
-from pipeline.report.sweeps import largest_batches, of_a_sweep, sweep_of, swept
+from pipeline.report.sweeps import largest_batches, sweep_figures, sweep_of, swept
 from pipeline.report.tables import MEASURED_SAID
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
@@ -246,7 +246,7 @@ def test_batches_alone_are_in_no_mean_with_whole_runs():
 
 
 def test_memory_and_time_against_time_steps():
-    figure, time = of_a_sweep(SWEEP)
+    figure, time = sweep_figures(SWEEP)
     assert figure.table.rows[1] == ("BPTT", 4, 4000, None) and "Dotted" not in figure.caption
     assert traces(figure)["SLTT"]["y"] == [1, 1] and set(traces(figure)) == {"BPTT", "SLTT"}
     assert time.table.rows[1] == ("BPTT", 4, 0.75) and traces(time)["BPTT"]["y"] == [750, 750]
@@ -255,7 +255,7 @@ def test_memory_and_time_against_time_steps():
         {**point, "cost": {**point["cost"], "state_bytes": 500, "forward_s": point["time_steps"]}}
         for point in SWEEP["points"]
     ]
-    kept, time = of_a_sweep({**SWEEP, "points": points[:3]})
+    kept, time = sweep_figures({**SWEEP, "points": points[:3]})
     assert traces(kept)["BPTT, with states"]["y"] == [1.5, 4.5] and traces(kept)[
         "SLTT, with states"
     ]["y"] == [1.5]
@@ -285,7 +285,7 @@ def test_no_two_of_many_parts_or_rules_are_drawn_alike():
     assert len(set(bars)) == len(bars)
     cost = SWEEP["points"][0]["cost"]
     points = [{"time_steps": 1, "cost": {**cost, "rule": f"rule {count}"}} for count in range(20)]
-    rules = traces(of_a_sweep({**SWEEP, "points": points})[0]).values()
+    rules = traces(sweep_figures({**SWEEP, "points": points})[0]).values()
     assert len({(each["line"]["color"], each["marker"]["symbol"]) for each in rules}) == 20
 
 
