@@ -27,7 +27,7 @@ from pipeline.report.heat_maps import firing_rates, gradient_fidelity, temporal_
 from pipeline.report.metrics import ENERGY
 from pipeline.report.results import ReportError, describe_state
 from pipeline.report.study import Group, Study
-from pipeline.report.suite import Found
+from pipeline.report.suite import StudyPage
 from pipeline.report.sweeps import LARGEST_SAID, swept
 from pipeline.track.mlflow import log_report, tracking_uri
 
@@ -105,7 +105,7 @@ def render(study: Study) -> str:
     )
 
 
-def publish(found: Found, page: Path) -> list[str]:
+def publish(found: StudyPage, page: Path) -> list[str]:
     """Attach the page in MLflow to the parent run of each suite that launched some of the runs.
 
     Returns:

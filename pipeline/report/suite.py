@@ -254,7 +254,7 @@ def _search(run: Run) -> str:
     return json.dumps([run.study, fields], sort_keys=True)
 
 
-class Found(NamedTuple):
+class StudyPage(NamedTuple):
     """A study, the path of its page, and the folders of its runs and trials."""
 
     study: Study
@@ -271,7 +271,7 @@ def read_study(
     sweeps: Sequence[Path] = (),
     trust: tuple[str, ...] = (),
     reported: Reported | None = None,
-) -> Found:
+) -> StudyPage:
     """Read a study.
 
     Args:
@@ -308,7 +308,7 @@ def read_study(
     for run in runs:
         refuse_damage(run)
         _ = run.activity  # the file may be damaged, too
-    return Found(
+    return StudyPage(
         study=Study(
             title=title,
             runs=tuple(runs),
