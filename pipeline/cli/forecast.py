@@ -249,14 +249,14 @@ def _print_errors(
     *,
     as_json: bool,
 ) -> None:
-    from pipeline.report.forecasts import errors, plan_to_json, print_plan, read_against
+    from pipeline.report.forecasts import errors, plan_to_json, print_plan, read_compared_run
     from pipeline.report.selection import find_run
 
     if not isinstance(made, Recipe):
         raise ValueError(
             "plan: --against is one run, so the file must hold one recipe; got a suite"
         )
-    run = read_against(made, cluster, find_run(runs, name))
+    run = read_compared_run(made, cluster, find_run(runs, name))
     planned = forecast(made)
     errors_ = errors(planned, run)
     if as_json:

@@ -463,7 +463,7 @@ def advice(plan: Plan) -> str:
 # ---------------------------------------------------------------------------------- a plan's errors
 
 
-def read_against(recipe: Recipe, cluster: Cluster, folder: Path) -> Run:
+def read_compared_run(recipe: Recipe, cluster: Cluster, folder: Path) -> Run:
     """Read the run that a plan of `recipe` on `cluster` is compared with.
 
     Raises:
