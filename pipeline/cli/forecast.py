@@ -249,7 +249,7 @@ def _print_errors(
     *,
     as_json: bool,
 ) -> None:
-    from pipeline.report.forecasts import errors, plan_to_json, print_plan, read_compared_run
+    from pipeline.report.forecasts import plan_errors, plan_to_json, print_plan, read_compared_run
     from pipeline.report.selection import find_run
 
     if not isinstance(made, Recipe):
@@ -258,7 +258,7 @@ def _print_errors(
         )
     run = read_compared_run(made, cluster, find_run(runs, name))
     planned = forecast(made)
-    errors_ = errors(planned, run)
+    errors_ = plan_errors(planned, run)
     if as_json:
         _print_json(plan_to_json(planned, errors_))
     else:

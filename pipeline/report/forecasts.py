@@ -343,7 +343,7 @@ def print_plan(
     """Print one line per rule, the basis of the figures, and the fastest rule.
 
     Args:
-        against: the result of `errors` for a finished run; None: nothing is compared.
+        against: the result of `plan_errors` for a finished run; None: nothing is compared.
     """
     console = console or new_console()
     rows: list[Row] = []
@@ -501,7 +501,7 @@ def read_compared_run(recipe: Recipe, cluster: Cluster, folder: Path) -> Run:
     return run
 
 
-def errors(plan: Plan, run: Run) -> dict[str, Any]:
+def plan_errors(plan: Plan, run: Run) -> dict[str, Any]:
     """The errors of a plan for the rule that trained a finished run, as JSON values.
 
     Saved bytes and the seconds of a step are given as planned, as measured, and as relative error,
