@@ -25,6 +25,7 @@ from pipeline.recipe.recipe import Recipe, Role, select
 from pipeline.recipe.suite import Suite, references, refuse_references
 from pipeline.report.compare import finite
 from pipeline.report.results import ReportError, Run, read_run
+from pipeline.report.selection import differing_conditions
 from pipeline.train.backend.deepspeed import config
 from pipeline.train.build import check_recipe, with_placeholder_weights
 from pipeline.train.tasks import fingerprint_of
@@ -481,7 +482,7 @@ def read_compared_run(recipe: Recipe, cluster: Cluster, folder: Path) -> Run:
     if later:
         raise ReportError(
             "plan: --against must be a run with the same training conditions from start to end;"
-            f" {folder.name} changed {listed(trained_apart([conditions], later))}"
+            f" {folder.name} changed {listed(differing_conditions([conditions], later))}"
         )
     hardware = conditions["hardware"]
     differences = [*differing("workers", cluster.workers, conditions["world_size"])]

@@ -126,8 +126,8 @@ class Group:
 
     @property
     def key(self) -> str:
-        """A digest of the `comparison_key` that the runs share. It does not depend on other groups."""
-        return f"g{hashlib.sha256(kind(self.runs[0]).encode()).hexdigest()[:8]}"
+        """A digest of the runs' `comparison_key`. It does not depend on other groups."""
+        return f"g{hashlib.sha256(comparison_key(self.runs[0]).encode()).hexdigest()[:8]}"
 
     @cached_property
     def frame(self) -> pd.DataFrame:
@@ -280,11 +280,11 @@ class Study:
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The groups in descending number of rules, and then in the order of the runs."""
-        by_kind: dict[str, list[Run]] = {}
+        by_key: dict[str, list[Run]] = {}
         for run in self.runs:
-            by_kind.setdefault(comparison_key(run), []).append(run)
+            by_key.setdefault(comparison_key(run), []).append(run)
         groups: list[Group] = []
-        for runs in by_kind.values():
+        for runs in by_key.values():
             labelled = _with_distinct_labels(runs)
             labelled.sort(key=lambda run: place(run, self.against))
             groups.append(Group(tuple(labelled), self.against, self.within))

@@ -16,6 +16,7 @@ from pipeline.report.metrics import ENERGY, KEPT, METRICS, Metric, compared_metr
 from pipeline.report.results import (
     UNKNOWN,
     Run,
+    describe_conditions,
     describe_machine,
     describe_state,
     metrics_of,
@@ -341,7 +342,7 @@ def named(group: Group, *, among: Sequence[Group] = ()) -> str:
     if any(tuned_keys(each.runs[0].recipe) for each in (group, *among)):
         fields = ", ".join(tuned_keys(run.recipe))
         protocol = f", tuned {fields}," if fields else ", shared settings,"
-    return f"Study {group.study[:8] or 'unknown'}{protocol} on {places(run)}"
+    return f"Study {group.study[:8] or 'unknown'}{protocol} on {describe_conditions(run)}"
 
 
 def state_of(run: Run) -> str:
