@@ -89,7 +89,8 @@ def test_a_run_alone_is_listed_and_drawn_and_not_divided():
         and "lonely: 4.0 points below the published run at epoch 2" in alone
     )
     assert (
-        alone.count("<b>Temporal share of BPTT&#39;s gradient</b>: no run compared gradients") == 2
+        alone.count("<b>Temporal share of BPTT&#39;s gradient</b>: no run compared its gradient")
+        == 2
     )
     assert '"alone2-time-parts":{"light"' in html
 
