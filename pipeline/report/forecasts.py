@@ -352,7 +352,7 @@ def print_plan(
         seconds = {
             "compute ms": planned.compute_s,
             **({} if plan.teacher is None else {"teacher ms": planned.teacher_s}),
-            "collectives ms": planned.communication_s,
+            "comm. ms": planned.communication_s,
             "optimizer ms": planned.optimizer_s,
             "step ms": planned.step_s,
         }
@@ -427,7 +427,7 @@ def basis(plan: Plan) -> str:
         )
     else:
         text += (
-            f" {card.name}: roofline model at {card.efficiency:.0%} ({card.source}). Collectives"
+            f" {card.name}: roofline model at {card.efficiency:.0%} ({card.source}). Collectives (comm.)"
             " run at the bandwidth of the links, without latency:"
             f" {card.link / 1e9:.0f} GB/s between cards"
         )
