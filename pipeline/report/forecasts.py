@@ -427,8 +427,8 @@ def basis(plan: Plan) -> str:
         )
     else:
         text += (
-            f" {card.name}: roofline model at {card.efficiency:.0%} ({card.source}). Collectives (comm.)"
-            " run at the bandwidth of the links, without latency:"
+            f" {card.name}: roofline model at {card.efficiency:.0%} ({card.source})."
+            " Collectives (comm.) run at the bandwidth of the links, without latency:"
             f" {card.link / 1e9:.0f} GB/s between cards"
         )
         if workers > cluster.per_node:
