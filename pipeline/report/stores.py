@@ -453,7 +453,7 @@ class SqliteStore(Store):
 
 
 _INTERRUPTED_WRITE = (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_CANTOPEN)
-_UNREADABLE = "cannot be read ({}); check the permissions of the file and its folder"
+_UNREADABLE = "cannot be read ({}); check the path and the permissions of the file and folder"
 # The meaning of an SQLite message, by words of the message.
 _MEANINGS = {
     "locked": (

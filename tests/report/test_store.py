@@ -216,8 +216,8 @@ def told(uri: str | Path, seconds: float = 4.0) -> str:
         ("runs/mlflow.db", "does not exist; launch a run"),
         ("", "is a folder; name the file in it"),
         ("empty.db", "is empty, because no run was sent to it; `spiketrain sync RUN`"),
-        ("circle", "cannot be read (Too many levels of symbolic links); are the file and its"),
-        ("x" * 300, "cannot be read (File name too long); check the permissions of the file"),
+        ("circle", "cannot be read (Too many levels of symbolic links); check the path and"),
+        ("x" * 300, "cannot be read (File name too long); check the path and the permissions"),
     ],
 )
 def test_a_store_that_is_not_there_is_not_made(tmp_path: Path, name: str, said: str):
