@@ -238,7 +238,7 @@ def test_a_store_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.M
         return look(path, **how)
 
     monkeypatch.setattr(Path, "stat", refused)
-    assert "cannot be read (Permission denied); are the file" in told(tmp_path / "mlflow.db")
+    assert "cannot be read (Permission denied); check the path" in told(tmp_path / "mlflow.db")
 
 
 ANOTHER = "is incomplete or of another version of MLflow (no such table: experiments); try again"
