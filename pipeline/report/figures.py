@@ -36,6 +36,15 @@ from pipeline.report.tables import MEASURED_SAID, prices
 _UNITS = {"B": "bytes", "s": "seconds", "J": "joules"}
 
 
+_LINE_AT_1 = {
+    "type": "line",
+    "x0": 1,
+    "x1": 1,
+    "y0": 0,
+    "y1": 1,
+    "yref": "y domain",
+    "line": {"color": INK, "width": 1, "dash": "dot"},
+}
 _RATIO_COLUMNS = ("rule", "quantity", "divided by", "ratio", "standard deviation", "paired seeds")
 
 
@@ -52,14 +61,14 @@ def ratios(group: Group) -> Figure | Missing:
         return Missing(title=title, why=f"no rule has a seed in common with {group.against}")
     names = [name for name in costs if any(name == measured for _, measured in ratio_of)]
     max_x = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in ratio_of.values()))
-    ticks = {"tickvals": [*range(len(names))], "ticktext": [costs[name] for name in names]}
+    titles = [costs[name] for name in names]
     caption = (
         "Markers left of the dotted line cost less than the baseline. They show the mean and"
         " standard deviation over the seeds that both ran."
     )
     if (faster := group.fastest_baseline) != group.against:
         caption += f" Times are multiples of those of {faster}, the faster {group.against}."
-    alt = f"{len(rules)} rules relative to {group.against} in {', '.join(ticks['ticktext'])}"
+    alt = f"{counted(len(rules), 'rule')} relative to {group.against} in {', '.join(titles)}"
     saved = {rule: ratio for (rule, name), ratio in ratio_of.items() if name == "peak_saved_bytes"}
     if saved:
         least = min(saved, key=lambda rule: saved[rule].mean)
@@ -81,22 +90,13 @@ def ratios(group: Group) -> Figure | Missing:
             height=110 + len(names) * max(52, 30 * len(rules)),
             xaxis=titled(f"multiple of {plain(group.against)}", range=[0, 1.3 * max_x]),
             yaxis={
-                **ticks,
+                "tickvals": [*range(len(names))],
+                "ticktext": titles,
                 "range": [len(names) - 0.5, -0.75],
                 "showgrid": False,
                 "zeroline": False,
             },
-            shapes=[
-                {
-                    "type": "line",
-                    "x0": 1,
-                    "x1": 1,
-                    "y0": 0,
-                    "y1": 1,
-                    "yref": "y domain",
-                    "line": {"color": INK, "width": 1, "dash": "dot"},
-                }
-            ],
+            shapes=[_LINE_AT_1],
         ),
     )
 
