@@ -279,7 +279,7 @@ def test_the_figures_of_the_runs_that_are_picked(store: FakeStore, asking: Askin
         ),
         (  # nobody picked the baseline, which has finished
             f"?study={KEY}&runs=sltt-1sl",
-            "No baseline: no picked run of BPTT in this group has finished. There are no ratios.",
+            "No baseline: no finished run of BPTT in this group is picked. There are no ratios.",
         ),
     ],
 )
@@ -541,7 +541,7 @@ def test_several_tunings_of_the_baseline_are_named(store: FakeStore):
         "No baseline: several BPTTs with different optimizer.lr; name one. There are no ratios."
         in shown
     )
-    assert "no picked run of" not in shown
+    assert "is picked" not in shown
 
 
 def test_a_run_that_nobody_hears_of_says_so_beside_its_state(store: FakeStore):
