@@ -40,7 +40,7 @@ from pipeline.launch.cluster import Cluster as Launched
 from pipeline.launch.driver import launch_run
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import Recipe
-from pipeline.report.forecasts import errors
+from pipeline.report.forecasts import plan_errors
 from pipeline.report.results import read_run
 from recipes.events.moving_sltt import recipe as moving_sltt
 from recipes.fashion.dsr_if import recipe as fashion_dsr_if
@@ -78,7 +78,7 @@ def main() -> None:
             run = launch_run(recipe, launched, Path(runs))
             after = plan(recipe, Cluster(workers=arguments.workers), rules=())
             trained = read_run(run)
-            off, later = errors(before, trained), errors(after, trained)["step_s"]
+            off, later = plan_errors(before, trained), plan_errors(after, trained)["step_s"]
         saved, step = off["saved_bytes"], off["step_s"]
         is_near &= saved["error"] == 0 and abs(step["error"]) <= SECONDS
         print(

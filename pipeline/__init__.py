@@ -1,5 +1,5 @@
-"""spiketrain trains spiking neural networks by the rule that a recipe names, on one machine or
-many, and measures the cost of each rule against BPTT.
+"""spiketrain trains spiking neural networks on one or more machines. The recipe names the training
+rule, and spiketrain measures the cost of each rule relative to BPTT.
 
 `import pipeline` imports neither torch nor a recipe: each name is imported when it is first used.
 """

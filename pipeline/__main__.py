@@ -1,4 +1,4 @@
-"""The entry of the command line. It needs no extra, so that it can name one that is missing."""
+"""The entry point of the command line. It needs no extra, so it can name a missing extra."""
 
 import atexit
 import logging
@@ -10,15 +10,15 @@ from typing import Any
 
 from pipeline.core.stages import announce_imports
 
-# Distributions in the extras whose module has another name.
-PACKAGES = {"yaml": "pyyaml", "PIL": "pillow"}
+# By module name, the distributions of the extras that have another name.
+_DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}
 
 
 def run() -> None:
     """Run the command line, then end the process without finalizing the interpreter.
 
-    Freeing every module of torch, Ray and MLflow takes 2 to 4 s after a command's last line, and
-    their native threads have aborted or hung in it. Functions registered with `atexit` run first.
+    Finalizing takes 2 to 4 s with torch, Ray and MLflow, and their native threads can abort or hang
+    in it. Functions registered with `atexit` run first.
     """
     code: Any = 1  # after an exception, which Python has printed
 
@@ -27,7 +27,7 @@ def run() -> None:
         try:
             sys.stdout.flush()
             sys.stderr.flush()
-        except OSError:  # the reader of the pipe is gone; 120 is Python's own code for that
+        except OSError:  # the reader closed the pipe; Python itself then exits with 120
             os._exit(code or 120)
         os._exit(code)
 
@@ -40,9 +40,7 @@ def run() -> None:
 
 
 def main() -> None:
-    """Run the command line; a module of an extra that is not installed is one line and exit
-    code 2.
-    """
+    """Run the command line. If an extra is not installed, print one line and exit with code 2."""
     announce_imports()
     try:
         from pipeline.cli.app import app, errors_in_one_line
@@ -63,14 +61,14 @@ def main() -> None:
 
 
 def extras_with(module: str) -> list[str]:
-    """The extras of the installed spiketrain that install a module; none for any other module."""
+    """The extras of the installed spiketrain that install a module; may be empty."""
     top = module.partition(".")[0]
-    package = PACKAGES.get(top, top).replace("_", "-").lower()
-    found = (
+    distribution = _DISTRIBUTIONS.get(top, top).replace("_", "-").lower()
+    matches = (
         re.match(r"([\w.-]+).*; .*\bextra == ['\"](\w+)['\"]", line)
         for line in requires("spiketrain") or ()
     )
-    return [match[2] for match in found if match and match[1].lower() == package]
+    return [match[2] for match in matches if match and match[1].lower() == distribution]
 
 
 if __name__ == "__main__":

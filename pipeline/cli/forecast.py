@@ -253,15 +253,14 @@ def _print_errors(
     *,
     as_json: bool,
 ) -> None:
-    from pipeline.report.forecasts import errors as plan_errors
-    from pipeline.report.forecasts import plan_to_json, print_plan, read_against
+    from pipeline.report.forecasts import plan_errors, plan_to_json, print_plan, read_compared_run
     from pipeline.report.selection import find_run
 
     if not isinstance(workload, Recipe):
         raise ValueError(
             "plan: --against needs a file with one recipe; got a suite or several recipes"
         )
-    run = read_against(workload, cluster, find_run(runs, name))
+    run = read_compared_run(workload, cluster, find_run(runs, name))
     prediction = forecast(workload)
     errors = plan_errors(prediction, run)
     if as_json:

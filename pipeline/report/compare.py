@@ -22,13 +22,13 @@ from pipeline.recipe import BASELINE
 from pipeline.recipe.printed_commands import how_to_resume
 from pipeline.report import tables
 from pipeline.report.drawing import Table
-from pipeline.report.metrics import compared
+from pipeline.report.metrics import compared_metrics
 from pipeline.report.results import (
     ReportError,
     Run,
+    comparison_key,
+    describe_conditions,
     flat,
-    kind,
-    places,
     read_run,
     read_runs,
     refuse_damage,
@@ -56,22 +56,22 @@ class Comparison:
 
     @property
     def unfinished(self) -> tuple[Run, ...]:
-        """Runs that are not part of any mean."""
         return (*(run for run in self.group.runs if not run.is_finished), *self.elsewhere)
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as JSON values.
 
-        `baseline` is the name of its first run. Each run is its summary, extended by the metrics
-        that the summary lacks, by `behind`, and by `ratios` to the baseline of its seed. Speed and
-        time are divided by those of `time_baseline`. Wall clocks are divided without `startup_s`
-        and `fidelity_s`. JSON has no NaN and no infinity: null replaces them, and `not_finite`
-        lists them.
+        `baseline` is the name of the baseline's first run. Each run has the fields of its summary,
+        the metrics that the summary lacks, `behind` with the conditions of its rule, and `ratios`
+        to the baseline with the same seed. Speed and time are divided by those of `time_baseline`.
+        Wall clocks are divided without `startup_s` and `fidelity_s`. Numbers that are not finite
+        are null, and `not_finite` lists them.
         """
         group = self.group
         baseline = [run.name for run in group.of(group.against) if run.is_finished]
-        over = {
-            each.name: group.by_seed(group.base_of(each.name), each.name) for each in compared()
+        base_values = {
+            each.name: group.by_seed(group.base_of(each.name), each.name)
+            for each in compared_metrics()
         }
         behind = {rule: tables.conditions_of_rule(group, rule) for rule in group.finished_rules}
         return {
@@ -80,7 +80,7 @@ class Comparison:
             "baseline": baseline[0] if baseline else None,
             "baseline_runs": baseline,
             "time_baseline": group.fastest_baseline if baseline else None,
-            "runs": [_run_to_json(run, over, behind[run.rule]) for run in group.finished],
+            "runs": [_run_to_json(run, base_values, behind[run.rule]) for run in group.finished],
             "differences": [
                 {**asdict(each), "verdict": each.verdict(group.within)}
                 for each in group.differences
@@ -91,33 +91,35 @@ class Comparison:
         }
 
     def render(self, console: Console) -> None:
-        """Print the costs, the conditions behind each row, and the notes.
+        """Print the costs, the conditions of each rule, and the notes.
 
-        Each rule has one line: its mean over its runs ± the standard deviation, and × the ratio
+        Each rule has one line: the mean over its runs ± the standard deviation, and × the ratio
         to the baseline over paired seeds. If all runs of a rule diverged, its line says so.
         """
         self._print_costs(console)
         console.print()
-        behind = {
+        conditions = {
             rule: tables.conditions_of_rule(self.group, rule) for rule in self.group.finished_rules
         }
-        columns = [Column(name, wraps=name in _SENTENCES) for name in next(iter(behind.values()))]
-        rows = [(rule, *values.values()) for rule, values in behind.items()]
-        print_table(console, ("rule", *columns), rows, title="behind each row")
+        columns = [
+            Column(name, wraps=name in _SENTENCES) for name in next(iter(conditions.values()))
+        ]
+        rows = [(rule, *values.values()) for rule, values in conditions.items()]
+        print_table(console, ("rule", *columns), rows, title="conditions of each rule")
         differences = (each.text(self.group.within) for each in self.group.differences)
         for note in (*differences, *self.notes):
             say(console, note)
         for run in self.unfinished:
-            who, resume = f"{run.name} ({run.rule})", how_to_resume(run.folder)
+            label, resume = f"{run.name} ({run.rule})", how_to_resume(run.folder)
             if run.state != "diverged":
                 command = "" if run.state == "running" else f"; {resume}"
                 say(
                     console,
-                    f"not in the table: {who} is {tables.state_of(run)}{command}",
+                    f"not in the table: {label} is {tables.state_of(run)}{command}",
                     whole=[resume],
                 )
             elif run in self.elsewhere:  # a note names the other diverged runs
-                say(console, f"{who} diverged, trained otherwise than these: it is in no mean")
+                say(console, f"not in the table: {label} diverged under other conditions")
 
     def _print_costs(self, console: Console) -> None:
         group, rows = self.group, []
@@ -153,12 +155,12 @@ def comparisons(
     Raises:
         ReportError: no run of a study finished, or its runs differ outside the study key.
     """
-    made, refusals = _compare_each(
+    compared_groups, refusals = _compare_each(
         read_runs(Path(runs_dir)), list(map(read_run, folders)), against, within
     )
     if refusals:
         raise refusals[0]
-    return made
+    return compared_groups
 
 
 def print_comparison(
@@ -173,33 +175,35 @@ def print_comparison(
 ) -> None:
     """Print the comparison of the named runs, or one per study and machine of `folders`.
 
-    An error about some of the runs is raised after the others are printed.
+    An error about some of the runs is raised after the other comparisons are printed.
 
     Args:
-        runs_dir: where runs live.
-        names: run names, paths, or study keys (or beginnings of them). Without names, the study
-            whose run finished last is compared. For named runs, the missing kinds of the baseline
-            are added from the same study.
+        runs_dir: the folder of runs.
+        names: run names, paths or study keys; prefixes of names and keys suffice. Without names,
+            the study with the newest finished run is compared. For named runs, the missing kinds
+            of the baseline are added from the same study.
+        folders: the folders of the compared runs; None: `names` select the runs.
         format: "table" prints tables on the console; "json" prints a list of comparisons; "csv"
             prints one line per finished run.
         against, within: as in `comparisons`.
 
     Raises:
-        ReportError: no run finished, or the runs differ in more than the rule and the seed; or a
-            name belongs to neither a run nor a study.
+        ReportError: no run finished; the runs differ in more than the rule and the seed; a file of
+            a run is damaged; or a name matches no run and no study, or several.
     """
     runs_dir, console = Path(runs_dir), console or new_console()
     runs = read_runs(runs_dir)
     members = select_runs(runs_dir, names, runs) if folders is None else [*map(read_run, folders)]
     is_key = len(names) == 1 and is_study(runs, os.fspath(names[0]))
     if not names or (is_key and not (runs_dir / names[0]).exists()):
-        made, refusals = _compare_each(runs, members, against, within)
+        compared_groups, refusals = _compare_each(runs, members, against, within)
     else:
-        made, refusals = [comparison_of(runs, members, against, within, is_whole=False)], []
+        refusals = []
+        compared_groups = [comparison_of(runs, members, against, within, is_whole=False)]
     if format == "table":
-        _print_tables(made, console)
-    elif made or not refusals:
-        values = [each.to_json() for each in made]
+        _print_tables(compared_groups, console)
+    elif compared_groups or not refusals:
+        values = [each.to_json() for each in compared_groups]
         if format == "csv":
             sys.stdout.write(csv_of(values))
         else:
@@ -208,30 +212,34 @@ def print_comparison(
         raise refusals[0]
 
 
-def _print_tables(made: Sequence[Comparison], console: Console) -> None:
-    for index, comparison in enumerate(made):
+def _print_tables(comparisons: Sequence[Comparison], console: Console) -> None:
+    for index, comparison in enumerate(comparisons):
         if index:
             console.print()
         comparison.render(console)
-    for study, times in Counter(each.group.study for each in made).items():
-        if times > 1:
+    for study, count in Counter(each.group.study for each in comparisons).items():
+        if count > 1:
             say(
                 console,
-                f"study {study[:8]} has {times} tables, of different machines, workers or"
-                " micro-batches: nothing is divided from one to another",
+                f"study {study[:8]} has {count} tables for different machines, workers or"
+                " micro-batches: no table has ratios to another table",
             )
 
 
 def comparable(runs: Sequence[Run]) -> list[list[Run]]:
-    """Group runs by study and machine, in their order.
+    """Group runs by study and machine, in the order of the runs.
 
-    Unfinished runs on a machine where no run finished join the first group of their study.
+    Unfinished runs on a machine without a finished run join the first group of their study.
     """
     finished = [run for run in runs if run.is_finished]
-    groups: dict[str, list[Run]] = {kind(run): [] for run in finished}
-    first_of = {run.study: kind(run) for run in reversed(finished)}
+    groups: dict[str, list[Run]] = {comparison_key(run): [] for run in finished}
+    first_of = {run.study: comparison_key(run) for run in reversed(finished)}
     for run in (*finished, *(run for run in runs if not run.is_finished)):
-        key = kind(run) if kind(run) in groups else first_of.get(run.study, run.study)
+        key = (
+            comparison_key(run)
+            if comparison_key(run) in groups
+            else first_of.get(run.study, run.study)
+        )
         groups.setdefault(key, []).append(run)
     return list(groups.values())
 
@@ -241,19 +249,17 @@ def unfinished_to_json(run: Run) -> dict[str, str]:
 
 
 def _run_to_json(
-    run: Run, over: Mapping[str, Mapping[int, float]], behind: Mapping[str, str]
+    run: Run, base_values: Mapping[str, Mapping[int, float]], behind: Mapping[str, str]
 ) -> dict[str, Any]:
-    """`over`: the baseline's values by metric and seed."""
+    """`base_values`: the baseline's values by metric and seed."""
     summary = dict(run.summary or {})
-    values = {name: run.value(name) for name in over}
-    ratios = {
-        name: None
-        if value is None or not over[name].get(run.seed)
-        else value / over[name][run.seed]
-        for name, value in values.items()
-    }
+    values = {name: run.value(name) for name in base_values}
+    ratios: dict[str, float | None] = dict.fromkeys(values)
+    for name, value in values.items():
+        if value is not None and (base := base_values[name].get(run.seed)):
+            ratios[name] = value / base
     return {
-        **{each.name: values[each.name] for each in compared() if each.source},
+        **{each.name: values[each.name] for each in compared_metrics() if each.source},
         **finite(summary),
         "run": run.name,
         "rule": run.rule,
@@ -275,27 +281,31 @@ def csv_of(comparisons: Sequence[Mapping[str, Any]]) -> str:
         for each in comparisons
         for run in each["runs"]
     ]
-    first = (*_FIRST, *(each.name for each in compared()))
+    first = (*_FIRST, *(each.name for each in compared_metrics()))
     columns = (*first, *sorted({name for row in rows for name in row} - set(first)))
-    cells = tuple(tuple(row.get(name) for name in columns) for row in rows)
-    return Table(columns=columns, rows=cells).to_csv()
+    return Table(
+        columns=columns, rows=tuple(tuple(row.get(name) for name in columns) for row in rows)
+    ).to_csv()
 
 
 def finite(value: Any) -> Any:
-    """JSON values with null in the place of NaN and infinities."""
+    """JSON values with None in place of NaN and infinities."""
     return json.loads(json.dumps(value), parse_constant=lambda constant: None)
 
 
 def comparison_of(
     runs: Sequence[Run], members: Sequence[Run], against: str, within: float, *, is_whole: bool
 ) -> Comparison:
-    """Compare the members. A whole study (`is_whole`) can lack only its baseline.
+    """Compare the members.
 
     Args:
-        runs: all runs of the folder, among which a missing baseline is found.
+        runs: all runs of the folder; missing baselines are added from them.
+        is_whole: whether the members are all runs of a study, so that only a baseline of another
+            name can be missing.
 
     Raises:
-        ReportError: no member finished, or members differ in more than the rule and the seed.
+        ReportError: no member finished, members differ in more than the rule and the seed, or a
+            file of a member is damaged.
     """
     for run in members:
         refuse_damage(run)
@@ -303,17 +313,19 @@ def comparison_of(
     finished = [run for run in members if run.is_finished]
     finished.sort(key=lambda run: place(run, against))
     if not finished:
-        states = (f"{run.name} is {tables.state_of(run)}" for run in others)
-        raise ReportError(f"compare: no finished run: {', '.join(states)}")
+        raise ReportError(
+            "compare: no finished run: "
+            + ", ".join(f"{run.name} is {tables.state_of(run)}" for run in others)
+        )
     refuse_unlike(finished)
     notes: list[str] = []
     if finished[0].rule != against or not is_whole:
         finished, notes = with_baseline(runs, finished, against)
-    here = [run for run in others if kind(run) == kind(finished[0])]
-    group = Group((*finished, *here), against, within)
+    unfinished = [run for run in others if comparison_key(run) == comparison_key(finished[0])]
+    group = Group((*finished, *unfinished), against, within)
     return Comparison(
         group=group,
-        elsewhere=tuple(run for run in others if run not in here),
+        elsewhere=tuple(run for run in others if run not in unfinished),
         notes=(*notes, *group.notes),
     )
 
@@ -321,26 +333,30 @@ def comparison_of(
 def _compare_each(
     runs: Sequence[Run], members: Sequence[Run], against: str, within: float
 ) -> tuple[list[Comparison], list[ReportError]]:
-    made: list[Comparison] = []
+    comparisons: list[Comparison] = []
     refusals: list[ReportError] = []
-    for alike in comparable(members):
+    for runs_of_group in comparable(members):
         try:
-            made.append(comparison_of(runs, alike, against, within, is_whole=True))
+            comparisons.append(comparison_of(runs, runs_of_group, against, within, is_whole=True))
         except ReportError as error:
             refusals.append(error)
-    times = Counter(each.group.study for each in made)
-    for index, each in enumerate(made):
-        if times[each.group.study] > 1:
-            where = places(each.group.finished[-1], between="; ", names_loaders=True)
-            made[index] = replace(each, where=where)
-    return made, refusals
+    counts = Counter(each.group.study for each in comparisons)
+    for index, each in enumerate(comparisons):
+        if counts[each.group.study] > 1:
+            comparisons[index] = replace(
+                each,
+                where=describe_conditions(
+                    each.group.finished[-1], between="; ", names_loaders=True
+                ),
+            )
+    return comparisons, refusals
 
 
 def _cell(shown: tables.Shown | None, console: Console) -> str:
-    """Format a cell. In a terminal the deviation is below the mean and its ratio."""
+    """Format a cell. In a terminal, the deviation is below the mean and the ratio."""
     if shown is None:
         return "-"
-    over = f"\t{shown.ratio}" if shown.ratio else ""
+    ratio = f"\t{shown.ratio}" if shown.ratio else ""
     if has_width(console):
-        return f"{shown.mean}{over}\n{shown.spread}".rstrip()
-    return f"{shown.mean} {shown.spread}".rstrip() + over
+        return f"{shown.mean}{ratio}\n{shown.spread}".rstrip()
+    return f"{shown.mean} {shown.spread}".rstrip() + ratio

@@ -1,7 +1,7 @@
 """A figure of a report: a drawing, its data as a table, and an alternative text of one sentence.
 
-A drawing has the form that plotly.js takes: `data` and `layout`. Its colours are names, and each
-theme gives them values.
+A drawing has the form that plotly.js takes: `data` and `layout`. It names its colours, and each
+theme has a value for each name.
 """
 
 import re
@@ -20,8 +20,8 @@ class Colour(str):
 
 
 PAPER, INK, MUTED, GRID, SCALE = map(Colour, ("paper", "ink", "muted", "grid", "scale"))
-# The colours of `series` have a contrast of 4.5 : 1 to `paper`, and differ without red and green.
-# The baseline has the first one. `scale` is the colour scale of heat maps, from nothing to most.
+# The colours of `series` have a contrast of 4.5 : 1 to `paper`, and colour-blind readers can tell
+# them apart. The baseline has the first. `scale` is the colour scale of heat maps from 0 to 1.
 THEMES: dict[str, dict[str, Any]] = {
     "light": {
         "paper": "#fdfcf9",
@@ -78,21 +78,22 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-ser
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table of single-line rows. Its numbers are unrounded."""
+    """A table with unrounded numbers. No cell has a line break."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
 
     def to_csv(self) -> str:
-        """Return the table as CSV. Spreadsheets read no cell as a formula."""
-        rows = pd.DataFrame(self.rows, columns=list(self.columns), dtype=object)
-        return rows.map(harmless).to_csv(index=False)
+        """Return the table as CSV, with texts that no spreadsheet reads as a formula."""
+        return (
+            pd.DataFrame(self.rows, columns=list(self.columns), dtype=object)
+            .map(harmless)
+            .to_csv(index=False)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A figure of a page."""
-
     name: str  # the stem of its file names
     title: str
     caption: str  # how to read the figure
@@ -101,25 +102,23 @@ class Figure:
     drawing: dict[str, Any]  # data and layout, with `Colour`s
 
     def draw(self, theme: str) -> Any:
-        """The drawing in the colours of a theme."""
         return _coloured(self.drawing, THEMES[theme])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Missing:
-    """A figure without measurements, and the reason."""
+    """A figure that has no data, with the reason."""
 
     title: str
     why: str
 
 
-def drawing(data: Sequence[dict[str, Any]], *, height: int, **more: Any) -> dict[str, Any]:
-    """Combine traces with the layout that all drawings share, changed by `more`.
+def drawing(data: Sequence[dict[str, Any]], *, height: int, **changes: Any) -> dict[str, Any]:
+    """Combine traces with the layout that all drawings share, updated by `changes`.
 
-    The page shows the title. The legend is above the drawing. Margins fit the labels.
+    The layout has no title, because the page shows it.
     """
     axis = {"gridcolor": GRID, "linecolor": MUTED, "zerolinecolor": GRID, "automargin": True}
-    above = {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"}
     font = {"family": _FONT, "color": INK}
     layout: dict[str, Any] = {
         "height": height,
@@ -127,46 +126,52 @@ def drawing(data: Sequence[dict[str, Any]], *, height: int, **more: Any) -> dict
         "plot_bgcolor": PAPER,
         "font": {**font, "size": 13},
         "margin": {"l": 8, "r": 12, "t": 8, "b": 8, "pad": 4},
-        "legend": {**above, "bgcolor": "rgba(0,0,0,0)"},
+        "legend": {  # above the drawing
+            "orientation": "h",
+            "x": 0,
+            "y": 1.02,
+            "xanchor": "left",
+            "yanchor": "bottom",
+            "bgcolor": "rgba(0,0,0,0)",
+        },
         "hoverlabel": {"bgcolor": PAPER, "bordercolor": MUTED, "font": font},
         "xaxis": axis,
         "yaxis": axis,
         "dragmode": False,
     }
-    for name, value in more.items():
+    for name, value in changes.items():
         shared = layout.get(name, axis if name.startswith(("xaxis", "yaxis")) else {})
         layout[name] = {**shared, **value} if isinstance(value, dict) else value
     return {"data": list(data), "layout": layout}
 
 
 def scatter(
-    name: str, x: Sequence[float], y: Sequence[float | None], **about: Any
+    name: str, x: Sequence[float], y: Sequence[float | None], **fields: Any
 ) -> dict[str, Any]:
-    """A trace of points. `about`: further fields, as plotly names them."""
-    return {"type": "scatter", "name": plain(name), "x": list(x), "y": list(y), **about}
+    """A trace of points. `fields`: further fields by plotly's names."""
+    return {"type": "scatter", "name": plain(name), "x": list(x), "y": list(y), **fields}
 
 
-def titled(text: str, **more: Any) -> dict[str, Any]:
-    """An axis with a title."""
-    return {"title": {"text": text}, **more}
+def titled(text: str, **fields: Any) -> dict[str, Any]:
+    return {"title": {"text": text}, **fields}
 
 
-def color(place: int) -> Colour:
+def color(index: int) -> Colour:
     """The colour of a rule, by its position in its group."""
-    return Colour(f"series {place % _SERIES}")
+    return Colour(f"series {index % _SERIES}")
 
 
-def symbol(place: int) -> str:
-    return _shifted(SYMBOLS, place)
+def symbol(index: int) -> str:
+    return _shifted(SYMBOLS, index)
 
 
-def pattern(place: int) -> str:
-    return _shifted(PATTERNS, place)
+def pattern(index: int) -> str:
+    return _shifted(PATTERNS, index)
 
 
-def _shifted(shapes: Sequence[str], place: int) -> str:
-    """Shift the shapes by one per round of colours: there are as many shapes as colours."""
-    return shapes[(place + place // len(shapes)) % len(shapes)]
+def _shifted(shapes: Sequence[str], index: int) -> str:
+    """Choose a shape, shifted by one each time the colours repeat: both have the same number."""
+    return shapes[(index + index // len(shapes)) % len(shapes)]
 
 
 def harmless(cell: Cell) -> Cell:
@@ -186,14 +191,13 @@ def plain(text: str) -> str:
 
 
 def slug(text: str) -> str:
-    """Convert a text for use in a file name."""
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "study"
 
 
 def _coloured(value: Any, theme: dict[str, Any]) -> Any:
     if isinstance(value, Colour):
-        name, _, place = value.partition(" ")
-        return theme[name][int(place)] if place else theme[name]
+        name, _, index = value.partition(" ")
+        return theme[name][int(index)] if index else theme[name]
     if isinstance(value, dict):
         return {name: _coloured(item, theme) for name, item in value.items()}
     return [_coloured(item, theme) for item in value] if isinstance(value, (list, tuple)) else value

@@ -25,15 +25,15 @@ from pipeline.recipe.recipe import Recipe, Role, select
 from pipeline.recipe.suite import Suite, references, refuse_references
 from pipeline.report.compare import finite
 from pipeline.report.results import ReportError, Run, read_run
-from pipeline.report.selection import trained_apart
+from pipeline.report.selection import differing_conditions
 from pipeline.train.backend.deepspeed import config
 from pipeline.train.build import check_recipe, with_placeholder_weights
 from pipeline.train.tasks import fingerprint_of
 from pipeline.train.weights import study_inputs
 
-MODEL = "a model, not measured"
+_ESTIMATED = "estimated, not measured"
 _RULE = Column("rule")
-Row = dict[str | Column, str]  # the text of each column; a column named by text has numbers
+Row = dict[str | Column, str]  # cell texts by column; a column given as text contains numbers
 
 
 def show_recipe(
@@ -45,8 +45,8 @@ def show_recipe(
 ) -> None:
     """Print a recipe's fields, parameters, study key, global batch and DeepSpeed settings.
 
-    For a suite, the values that all recipes share are printed once, followed by the other values
-    of each recipe. Neither data files nor the weights of a reference are needed.
+    For a suite, values that all recipes share are printed once, and then the other values of each
+    recipe. Neither the data files nor the weights of referenced runs are needed.
 
     Args:
         counts_steps: also print the cost of one step of each recipe, counted without running it.
@@ -55,26 +55,31 @@ def show_recipe(
     if isinstance(made, Recipe):
         refuse_references(made)
         made = Suite((made,))
-    with with_placeholder_weights(made) as recipes:
-        steps = describe_steps(recipes, workers) if counts_steps else [""] * len(recipes)
-        resolved = [
-            (recipe.flat(), _derived(recipe, ready, workers, step))
-            for recipe, ready, step in zip(made.recipes, recipes, steps, strict=True)
+    with with_placeholder_weights(made) as loadable_recipes:
+        step_costs: Sequence[str] = (
+            describe_steps(loadable_recipes, workers)
+            if counts_steps
+            else [""] * len(loadable_recipes)
+        )
+        described = [
+            (recipe.flat(), _derived(recipe, loadable, workers, step_cost))
+            for recipe, loadable, step_cost in zip(
+                made.recipes, loadable_recipes, step_costs, strict=True
+            )
         ]
-    shared_fields, shared_lines = map(_shared, zip(*resolved, strict=True))
-    if len(resolved) > 1:
-        _print_recipe(f"shared by {len(resolved)} recipes", shared_fields, shared_lines, console)
-    for recipe, (fields, lines) in zip(made.recipes, resolved, strict=True):
-        if len(resolved) > 1:
+    shared_fields, shared_lines = map(_shared, zip(*described, strict=True))
+    if len(described) > 1:
+        _print_recipe(f"shared by {len(described)} recipes", shared_fields, shared_lines, console)
+    for recipe, (fields, lines) in zip(made.recipes, described, strict=True):
+        if len(described) > 1:
             console.print()
             fields = {key: text for key, text in fields.items() if key not in shared_fields}
             lines = {key: text for key, text in lines.items() if key not in shared_lines}
         _print_recipe(recipe.name, fields, lines, console)
 
 
-def _shared(found: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The entries that are equal in all of them."""
-    first, *others = found
+def _shared(mappings: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    first, *others = mappings
     return {
         name: text
         for name, text in first.items()
@@ -82,34 +87,38 @@ def _shared(found: Sequence[Mapping[str, str]]) -> dict[str, str]:
     }
 
 
-def _derived(recipe: Recipe, ready: Recipe, workers: int, step: str) -> dict[str, str]:
+def _derived(recipe: Recipe, loadable: Recipe, workers: int, step_cost: str) -> dict[str, str]:
     """The values that follow from a recipe.
 
-    `ready` is the recipe with files in place of its references.
+    Args:
+        loadable: the recipe with placeholder weights in place of references to runs.
+        step_cost: the description of one step's cost, or an empty text.
     """
-    network = check_recipe(ready.with_untrained_teacher(), workers)  # may download weights
+    network = check_recipe(loadable.with_untrained_teacher(), workers)  # may download weights
     split = recipe.split(workers)
     parameters = sum(p.numel() for p in network.parameters())
     try:
         if names := references(recipe):
-            study = f"depends on what {', '.join(names)} will have learnt"
+            study = f"depends on the trained weights of {', '.join(names)}"
         else:
             study = recipe.study_key(study_inputs(recipe, fingerprint_of(recipe)))
     except DataError as error:
-        study = f"depends on the data's content, which is not here yet ({error})"
+        study = f"depends on the content of the data set, which is not on this machine ({error})"
     lines = {
         "parameters": f"{parameters:,}",
         "study key": study,
         "global batch": (
             f"{recipe.batch_size} = {counted(workers, 'worker')} x"
-            f" {counted(split.micro_batch, 'sample')} x {split.accumulation} accumulated"
+            f" {counted(split.micro_batch, 'sample')} x"
+            f" {counted(split.accumulation, 'accumulation step')}"
         ),
     }
-    if step:
-        lines["one step"] = step
+    if step_cost:
+        lines["one step"] = step_cost
     if isinstance(rate := recipe.optimizer.kwargs.get("lr"), float):
         lines["learning rate"] = (
-            f"{rate:g} for this batch, {rate * 256 / recipe.batch_size:g} for one of 256 samples"
+            f"{rate:g}; scaled linearly to a batch of 256 samples:"
+            f" {rate * 256 / recipe.batch_size:g}"
         )
     if recipe.backend == "deepspeed":
         lines["DeepSpeed"] = json.dumps(
@@ -141,36 +150,36 @@ def _print_recipe(
 # ------------------------------------------------------------------------------- probe and sweep
 
 
-def print_probe(found: Probe, *, console: Console | None = None) -> None:
+def print_probe(probe: Probe, *, console: Console | None = None) -> None:
     """Print each rule's costs, its cosine with BPTT's gradient by layer, and the advice.
 
-    It also names the rules that cannot train the network or cannot be compared.
+    Rules that cannot train the network or whose gradient has no cosine follow with the reason.
     """
-    console, fidelity = console or new_console(), found.fidelity
-    base, fastest = found.cost(BASELINE), found.time_baseline
+    console, fidelity = console or new_console(), probe.fidelity
+    base, fastest = probe.cost(BASELINE), probe.time_baseline
     rows: list[Row] = []
-    for cost in found.costs:
-        least = ""
+    for cost in probe.costs:
+        lowest_cosine = ""
         if fidelity is not None and cost.rule in fidelity.cosines:
             layer, cosine = fidelity.lowest(cost.rule)
-            least = "-" if math.isnan(cosine) else f"{cosine:.2f} {layer}"
+            lowest_cosine = "-" if math.isnan(cosine) else f"{cosine:.2f} {layer}"
         rows.append(
             {
                 _RULE: cost.rule,
-                "saved": _over(cost, base, "peak_saved_bytes", "MB", 1e6),
-                **_states(cost),
-                "forward": _over(cost, fastest, "forward_s", "ms", 1e-3),
-                "backward": _over(cost, fastest, "backward_s", "ms", 1e-3),
-                "mult/sample": _over(cost, base, "multiplications", "M", 1e6),
-                "add/sample": _over(cost, base, "additions", "M", 1e6),
-                Column("least cosine", is_right=True, wraps=True): least,
+                "saved": _with_ratio(cost, base, "peak_saved_bytes", "MB", 1e6),
+                **_state_cells(cost),
+                "forward": _with_ratio(cost, fastest, "forward_s", "ms", 1e-3),
+                "backward": _with_ratio(cost, fastest, "backward_s", "ms", 1e-3),
+                "mult/sample": _with_ratio(cost, base, "multiplications", "M", 1e6),
+                "add/sample": _with_ratio(cost, base, "additions", "M", 1e6),
+                Column("lowest cosine", is_right=True, wraps=True): lowest_cosine,
             }
         )
-    _print_rows(console, rows, title=found.recipe)
+    _print_rows(console, rows, title=probe.recipe)
     if fidelity is not None:
         console.print()
         share = {"temporal share": fidelity.temporal_share} if fidelity.temporal_share else {}
-        layers: list[Row] = [
+        layer_rows: list[Row] = [
             {
                 Column("layer"): layer,
                 **{
@@ -180,138 +189,150 @@ def print_probe(found: Probe, *, console: Console | None = None) -> None:
             }
             for layer in next(iter(fidelity.cosines.values()), {})
         ]
-        _print_rows(console, layers, title="cosine with BPTT's gradient")
+        _print_rows(console, layer_rows, title="cosine with BPTT's gradient")
     console.print()
-    for rule, why in found.refused.items():
-        say(console, f"not in the tables: {why if why.startswith(rule) else f'{rule}: {why}'}")
-    for why in found.uncompared.values():
-        say(console, f"not compared: {why}")
+    for rule, reason in probe.refused.items():
+        prefix = "" if reason.startswith(rule) else f"{rule}: "
+        say(console, f"not in the tables: {prefix}{reason}")
+    for reason in probe.uncompared.values():
+        say(console, f"not compared: {reason}")
     if fastest is not None:
         say(
             console,
-            f"×: bytes and operations over {BASELINE}'s, seconds over {fastest.rule}'s, the faster"
-            f" of {BASELINE} folded and in slices of time",
+            f"×: bytes and operations relative to {BASELINE}, seconds relative to {fastest.rule},"
+            f" the faster of {BASELINE} folded over time and in slices of time",
         )
-    if unknown := sorted({name for cost in found.costs for name in cost.not_counted}):
-        say(console, f"mult and add leave out what no count knows: {', '.join(unknown)}")
+    if unknown := sorted({name for cost in probe.costs for name in cost.not_counted}):
+        say(console, f"mult and add exclude operators without a known count: {', '.join(unknown)}")
     say(
         console,
-        f"one batch of {counted(found.samples, 'sample')}, T = {found.time_steps}, before any"
-        f" training; {format_hardware(found.hardware)}",
+        f"measured on one batch of {counted(probe.samples, 'sample')}, T = {probe.time_steps},"
+        f" before training; {format_hardware(probe.hardware)}",
     )
-    if found.teacher is not None:
-        say(console, found.teacher.describe())
-    say(console, probe_advice(found))
+    if probe.teacher is not None:
+        say(console, probe.teacher.describe())
+    say(console, probe_advice(probe))
 
 
-def probe_to_json(found: Probe) -> dict[str, Any]:
-    fastest = found.time_baseline
-    time_baseline = None if fastest is None else fastest.rule
-    return finite({**asdict(found), "time_baseline": time_baseline, "advice": probe_advice(found)})
+def probe_to_json(probe: Probe) -> dict[str, Any]:
+    fastest = probe.time_baseline
+    return finite(
+        {
+            **asdict(probe),
+            "time_baseline": None if fastest is None else fastest.rule,
+            "advice": probe_advice(probe),
+        }
+    )
 
 
-def _over(cost: Cost, base: Cost | None, name: str, unit: str, scale: float) -> str:
-    value, of_base = getattr(cost, name), 0.0 if base is None else getattr(base, name)
-    ratio = f"\t×{value / of_base:.2f}" if of_base else ""
+def _with_ratio(cost: Cost, base: Cost | None, name: str, unit: str, scale: float) -> str:
+
+    value = getattr(cost, name)
+    base_value = 0.0 if base is None else getattr(base, name)
+    ratio = f"\t×{value / base_value:.2f}" if base_value else ""
     return f"{value / scale:.4g} {unit}{ratio}"
 
 
-def _states(cost: Cost) -> dict[str, str]:
-    """The bytes of states and of the rule itself."""
-    own = f"{cost.rule_bytes / 1e6:.4g} MB" if cost.rule_bytes else ""
-    return {"states beside": f"{cost.state_bytes / 1e6:.4g} MB", "rule's own": own}
+def _state_cells(cost: Cost) -> dict[str, str]:
+    return {
+        "states": f"{cost.state_bytes / 1e6:.4g} MB",
+        "rule's tensors": f"{cost.rule_bytes / 1e6:.4g} MB" if cost.rule_bytes else "",
+    }
 
 
 def _print_rows(console: Console, rows: Sequence[Row], *, title: str, keys: int = 1) -> None:
     """Print rows as a table. A column without any text is left out."""
     shown = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
     if shown:
-        heads = [number(each) if isinstance(each, str) else each for each in shown]
+        heads = [number(name) if isinstance(name, str) else name for name in shown]
         cells = ([row[name] for name in shown] for row in rows)
         print_table(console, heads, cells, title=title, keys=keys)
 
 
-def print_sweep(found: Sweep, *, console: Console | None = None) -> None:
-    """Print bytes, time and largest batch against T, and each rule's growth in bytes."""
+def print_sweep(sweep: Sweep, *, console: Console | None = None) -> None:
     console = console or new_console()
-    base = {point.time_steps: point.cost for point in found.of(BASELINE)}
-    fastest = found.time_baselines
+    base = {point.time_steps: point.cost for point in sweep.of(BASELINE)}
+    fastest = sweep.time_baselines
     rows: list[Row] = []
-    for point in (point for rule in found.rules for point in found.of(rule)):
-        cost, T, largest = point.cost, point.time_steps, point.at_largest
-        about = "about " if point.largest_batch and largest is None else ""
-        rows.append(
-            {
-                _RULE: cost.rule,
-                "T": str(T),
-                "saved": f"{cost.peak_saved_bytes / 1e6:.4g} MB",
-                f"× {BASELINE}": (
-                    f"{cost.peak_saved_bytes / base[T].peak_saved_bytes:.2f}" if T in base else ""
-                ),
-                **_states(cost),
-                "fwd+bwd ms": f"{cost.compute_s * 1e3:.4g}",
-                f"× faster {BASELINE}": (
-                    f"{cost.compute_s / fastest[T].compute_s:.2f}" if T in fastest else ""
-                ),
-                "images/s of fwd+bwd": f"{found.samples / cost.compute_s:.4g}",
-                "largest batch": (
-                    "" if point.largest_batch is None else f"{about}{point.largest_batch:,}"
-                ),
-                "images/s of its fwd+bwd": (
-                    f"{point.largest_batch / largest.compute_s:.4g}"
-                    if point.largest_batch and largest
-                    else ""
-                ),
-            }
-        )
-    _print_rows(console, rows, title=found.recipe, keys=2)
-    for line in _below_a_sweep(found):
-        say(console, line)
+    for rule in sweep.rules:
+        for point in sweep.of(rule):
+            cost, T, largest = point.cost, point.time_steps, point.at_largest
+            about = "about " if point.largest_batch and largest is None else ""
+            rows.append(
+                {
+                    _RULE: rule,
+                    "T": str(T),
+                    "saved": f"{cost.peak_saved_bytes / 1e6:.4g} MB",
+                    f"saved / {BASELINE}": (
+                        f"{cost.peak_saved_bytes / base[T].peak_saved_bytes:.2f}"
+                        if T in base
+                        else ""
+                    ),
+                    **_state_cells(cost),
+                    "fwd+bwd ms": f"{cost.compute_s * 1e3:.4g}",
+                    f"time / {BASELINE}": (
+                        f"{cost.compute_s / fastest[T].compute_s:.2f}" if T in fastest else ""
+                    ),
+                    "images/s": f"{sweep.samples / cost.compute_s:.4g}",
+                    "largest batch": (
+                        "" if point.largest_batch is None else f"{about}{point.largest_batch:,}"
+                    ),
+                    "images/s at largest": (
+                        f"{point.largest_batch / largest.compute_s:.4g}"
+                        if point.largest_batch and largest
+                        else ""
+                    ),
+                }
+            )
+    _print_rows(console, rows, title=sweep.recipe, keys=2)
+    for note in _sweep_notes(sweep):
+        say(console, note)
 
 
-def _below_a_sweep(found: Sweep) -> Iterator[str]:
-    for rule in found.rules:
-        first, *others = (point.time_steps for point in found.of(rule))
+def _sweep_notes(sweep: Sweep) -> Iterator[str]:
+    for rule in sweep.rules:
+        first, *others = (point.time_steps for point in sweep.of(rule))
         if others:
             yield (
-                f"{rule}: {found.growth(rule):.2f} times the bytes at T = {others[-1]} as at T ="
+                f"{rule}: {sweep.growth(rule):.2f} times the bytes at T = {others[-1]} as at T ="
                 f" {first}"
             )
     fastest: dict[str, list[str]] = {}
-    for T, cost in found.time_baselines.items():
+    for T, cost in sweep.time_baselines.items():
         fastest.setdefault(cost.rule, []).append(str(T))
     if fastest:
-        whose = ", ".join(f"{rule}'s at T = {', '.join(steps)}" for rule, steps in fastest.items())
-        yield f"×: bytes over {BASELINE}'s, fwd+bwd over {whose}"
-    there = {(point.cost.rule, point.time_steps) for point in found.points}
+        bases = ", ".join(f"{rule} at T = {', '.join(steps)}" for rule, steps in fastest.items())
+        yield f"time / {BASELINE}: fwd+bwd relative to the faster {BASELINE}, which is {bases}"
+    measured = {(point.cost.rule, point.time_steps) for point in sweep.points}
     refusals: dict[str, None] = {}  # each once
-    for rule, at_T in found.refused.items():
-        for T, why in at_T.items():
-            untried = f"{rule}: its largest batch at T = {T} was not trained: {why}"
-            refusals[untried if (rule, T) in there else f"not in the table: {why}"] = None
+    for rule, reasons in sweep.refused.items():
+        for T, reason in reasons.items():
+            refusal = f"not in the table: {reason}"
+            if (rule, T) in measured:
+                refusal = f"{rule}: its largest batch at T = {T} was not trained: {reason}"
+            refusals[refusal] = None
     yield from refusals
     yield (
-        f"one batch of {counted(found.samples, 'sample')}; fwd+bwd: forward and backward alone,"
-        f" without loading, optimizer and collectives; {format_hardware(found.hardware)}"
+        f"measured on one batch of {counted(sweep.samples, 'sample')};"
+        f" {format_hardware(sweep.hardware)}"
     )
-    if found.memory_bytes is not None:
-        how = (
-            f"an estimate from what two batches took, {RESERVE:.0%} of the memory left free, not"
-            " trained"
-        )
-        if found.at_largest:
-            how = (
-                '; without "about": trained, and fitted, or 0 where not even one sample did; with'
-                f" it: {how}"
-            )
-        else:
-            how = f"; about: {how}"
+    yield (
+        "fwd+bwd and images/s: forward and backward only, without data loading, optimizer and"
+        " collectives"
+    )
+    if sweep.memory_bytes is not None:
         yield (
-            f"largest batch in {found.memory_bytes / 1e9:.3g} GB{how}; of training alone: an"
-            " evaluation holds a batch at every time step, without a graph, and is not in it"
+            f"largest batch: the largest that {sweep.memory_bytes / 1e9:.3g} GB of memory can"
+            " train; evaluation, which holds a batch at every time step, is not included"
         )
-    if found.teacher is not None:
-        yield found.teacher.describe()
+        yield (
+            '"about": estimated from the memory of two batches, with'
+            f" {RESERVE:.0%} of the memory left free, and not trained"
+        )
+        if sweep.at_largest:
+            yield 'without "about": trained, and fits; 0: one sample does not fit'
+    if sweep.teacher is not None:
+        yield sweep.teacher.describe()
 
 
 # ------------------------------------------------------------------------------------------- plan
@@ -322,62 +343,63 @@ def print_plan(
 ) -> None:
     """Print one line per rule, the basis of the figures, and the fastest rule.
 
-    `against`: the errors of the plan beside a finished run.
+    Args:
+        against: the result of `plan_errors` for a finished run; None: nothing is compared.
     """
     console = console or new_console()
     rows: list[Row] = []
-    for each in plan.rules:
+    for planned in plan.rules:
         seconds = {
-            "compute ms": each.compute_s,
-            **({} if plan.teacher is None else {"teacher ms": each.teacher_s}),
-            "sums ms": each.communication_s,
-            "optimizer ms": each.optimizer_s,
-            "step ms": each.step_s,
+            "compute ms": planned.compute_s,
+            **({} if plan.teacher is None else {"teacher ms": planned.teacher_s}),
+            "comm. ms": planned.communication_s,
+            "optimizer ms": planned.optimizer_s,
+            "step ms": planned.step_s,
         }
         amounts = {
-            "images/s": each.images_per_s,
-            "hours": each.hours,
-            "kWh": each.kwh,
-            "cost": each.cost,
+            "images/s": planned.images_per_s,
+            "hours": planned.hours,
+            "kWh": planned.kwh,
+            "cost": planned.cost,
         }
         row: Row = {
-            _RULE: each.rule,
-            "ZeRO": str(each.zero),
-            "micro x acc.": f"{each.micro_batch} x {each.accumulation}",
-            "saved": f"{each.saved_bytes / 1e6:,.4g} MB",
-            "memory": f"{each.memory_bytes / 1e9:.3g} GB",
-            "TFLOP": f"{each.flops / 1e12:.4g}",
-            "kernels": f"{each.kernels:,}",
+            _RULE: planned.rule,
+            "ZeRO": str(planned.zero),
+            "micro x acc.": f"{planned.micro_batch} x {planned.accumulation}",
+            "saved": f"{planned.saved_bytes / 1e6:,.4g} MB",
+            "memory": f"{planned.memory_bytes / 1e9:.3g} GB",
+            "TFLOP": f"{planned.flops / 1e12:.4g}",
+            "kernels": f"{planned.kernels:,}",
         }
         row |= {title: f"{1e3 * value:.3g}" for title, value in seconds.items()}
         for title, value in amounts.items():
             if value is not None:
                 row[title] = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
         rows.append(row)
-    _print_rows(console, rows, title=f"{plan.recipe}: {MODEL}")
-    for why in plan.refused.values():
-        say(console, f"not in the table: {why}")
+    _print_rows(console, rows, title=f"{plan.recipe}: {_ESTIMATED}")
+    for reason in plan.refused.values():
+        say(console, f"not in the table: {reason}")
     say(console, basis(plan))
     say(console, advice(plan))
     if against is not None:
         saved, step = against["saved_bytes"], against["step_s"]
         text = (
-            f"Against {against['run']}, {against['rule']}: saved for backward"
+            f"Compared with the run {against['run']} of {against['rule']}: saved bytes"
             f" {saved['planned'] / 1e6:.4g} MB planned, {saved['measured'] / 1e6:.4g} MB measured,"
-            f" {saved['error']:+.1%}; a step {step['planned'] * 1e3:.4g} ms planned,"
-            f" {step['measured'] * 1e3:.4g} ms measured, {step['error']:+.1%}."
+            f" error {saved['error']:+.1%}; step time {step['planned'] * 1e3:.4g} ms planned,"
+            f" {step['measured'] * 1e3:.4g} ms measured, error {step['error']:+.1%}."
         )
         if against["own_cores"]:
             text += (
-                " It had cores of its own; runs on the others, and the memory that they share, are"
-                " in no plan."
+                " The run had its own cores. A plan ignores runs on the other cores, which share"
+                " the memory."
             )
         say(console, text)
 
 
 def plan_to_json(plan: Plan, against: Mapping[str, Any] | None = None) -> dict[str, Any]:
     return {
-        "kind": MODEL,
+        "kind": _ESTIMATED,
         **asdict(plan),
         "basis": basis(plan),
         "advice": advice(plan),
@@ -390,35 +412,36 @@ def basis(plan: Plan) -> str:
     cluster = plan.cluster
     card, workers = cluster.device, cluster.workers
     text = (
-        "Saved bytes, operations and kernels (saved, TFLOP, kernels) are of one micro-batch,"
-        " counted at full size without running it, as a CPU would compute them."
+        "The columns saved, TFLOP and kernels are for one micro-batch. They are counted for a CPU"
+        " at full size, without running the batch."
     )
     for planned in plan.rules:
         if planned.forecast_note:
             text += f" {planned.rule} is counted {planned.forecast_note}."
-    left = f"{RESERVE:.0%} of the memory is left free"
     if card is None:
-        together = f", by {workers} workers at the same time," if workers > 1 else ""
+        workers_text = f" by {workers} workers at the same time" if workers > 1 else ""
         text += (
-            " Seconds grow linearly with the batch from those of batches of"
-            f" {' and '.join(map(str, plan.timed))} that were trained{together} on this machine"
-            f" ({plan.device}); {left}; loaders keep up."
+            " Seconds are extrapolated linearly from batches of"
+            f" {' and '.join(map(str, plan.timed))} samples, trained{workers_text} on this machine"
+            f" ({plan.device})."
         )
     else:
-        link = f", {cluster.node_link * 8 / 1e9:.0f} Gb/s from node to node"
         text += (
-            f" {card.name}: roofline at {card.efficiency:.0%} ({card.source}); {left}; "
-            f"{card.link / 1e9:.0f} GB/s from card to card{link * (workers > cluster.per_node)}; "
-            "loaders keep up; sums at the bandwidth of links, without their latency; "
-            "kWh: the cards' rated watts all the time, hosts left out."
+            f" {card.name}: roofline model at {card.efficiency:.0%} ({card.source})."
+            " Collectives (comm.) run at the bandwidth of the links, without latency:"
+            f" {card.link / 1e9:.0f} GB/s between cards"
         )
+        if workers > cluster.per_node:
+            text += f", {cluster.node_link * 8 / 1e9:.0f} Gb/s between nodes"
+        text += ". kWh assume the rated power of the cards all the time, without hosts."
+    text += f" {RESERVE:.0%} of the memory is left free. No step waits for data."
     if plan.samples is None:
-        text += " Hours need --samples: the data are not here."
+        text += " Hours need --samples, because the data set is not on this machine."
     else:
-        text += " Hours are of training, without evaluations and checkpoints."
+        text += " Hours cover training only, without evaluations and checkpoints."
     if plan.teacher is not None:
         text += (
-            f" All figures of time and memory hold the teacher, {plan.teacher}:"
+            f" Time and memory include the teacher {plan.teacher} with"
             f" {plan.teacher_bytes / 1e6:.4g} MB of weights."
         )
     return text
@@ -429,81 +452,83 @@ def advice(plan: Plan) -> str:
         return "No rule fits."
     best = max(plan.rules, key=lambda planned: planned.images_per_s)
     smallest = min(plan.rules, key=lambda planned: planned.memory_bytes)
-    other = ""
-    if smallest is not best:
-        other = f" {smallest.rule} needs the least memory, {smallest.memory_bytes / 1e9:.3g} GB."
-    return (
-        f"Fastest: {best.rule}, {counted(best.micro_batch, 'sample')} on a worker at a time, "
-        f"ZeRO-{best.zero}, {best.memory_bytes / 1e9:.3g} GB.{other} "
-        "What a rule costs in accuracy, a run says."
+    text = (
+        f"Fastest: {best.rule} with {counted(best.micro_batch, 'sample')} per micro-batch,"
+        f" ZeRO-{best.zero}, {best.memory_bytes / 1e9:.3g} GB."
     )
+    if smallest is not best:
+        text += f" {smallest.rule} needs the least memory, {smallest.memory_bytes / 1e9:.3g} GB."
+    return f"{text} Only training shows the accuracy of a rule."
 
 
 # ---------------------------------------------------------------------------------- a plan's errors
 
 
-def read_against(recipe: Recipe, cluster: Cluster, folder: Path) -> Run:
+def read_compared_run(recipe: Recipe, cluster: Cluster, folder: Path) -> Run:
     """Read the run that a plan of `recipe` on `cluster` is compared with.
 
     Raises:
-        ReportError: the run has not finished, or its recipe, machines or workers differ from the
-            plan's, or changed during the run.
+        ReportError: a file of the run is damaged; the run has not finished, or has no measured
+            speed or saved bytes; its training conditions changed during the run; or its recipe,
+            machine or workers differ from the plan's.
     """
     run = read_run(folder)
     if not run.value("images_per_s") or not run.value("peak_saved_bytes"):
         raise ReportError(
-            "plan: --against must be a run that has finished, of more than a few batches, on one"
-            f" of which its saved bytes were counted; got {folder.name}"
+            "plan: --against must be a finished run with measured images_per_s and"
+            f" peak_saved_bytes; got {folder.name}, which has not finished or trained few batches"
         )
-    on, *later = run.trained_on
+    conditions, *later = run.trained_on
     if later:
         raise ReportError(
-            f"plan: --against must be a run that changed nothing on the way; {folder.name} did:"
-            f" {listed(trained_apart([on], later))}"
+            "plan: --against must be a run with the same training conditions from start to end;"
+            f" {folder.name} changed {listed(differing_conditions([conditions], later))}"
         )
-    there = on["hardware"]
-    fields = [*differing("workers", cluster.workers, on["world_size"])]
+    hardware = conditions["hardware"]
+    differences = [*differing("workers", cluster.workers, conditions["world_size"])]
     if cluster.device is not None:  # a plan for a card excludes the card's host
-        fields += differing("card", cluster.device.driver, there["gpu"])
+        differences += differing("card", cluster.device.driver, hardware["gpu"])
     else:
-        fields += [
+        differences += [
             (f"hardware.{name}", *values)
-            for name, *values in hardware_differences(there, own_cores=on["own_cores"])
+            for name, *values in hardware_differences(hardware, own_cores=conditions["own_cores"])
         ]
-        fields += differing("cpus-per-worker", cluster.threads, there["threads"])
+        differences += differing("cpus-per-worker", cluster.threads, hardware["threads"])
     recipes = (
-        select(each, lambda role: Role.STUDY in role and Role.NO_STEP_COST not in role)
-        for each in (recipe.resolved().to_json()["recipe"], run.recipe)
+        select(fields, lambda role: Role.STUDY in role and Role.NO_STEP_COST not in role)
+        for fields in (recipe.resolved().to_json()["recipe"], run.recipe)
     )
-    _refuse_if([*fields, *differing("", *recipes)], run)
+    _refuse_if([*differences, *differing("", *recipes)], run)
     return run
 
 
-def errors(found: Plan, run: Run) -> dict[str, Any]:
-    """The errors of the plan for the rule that trained a finished run, as JSON values.
+def plan_errors(plan: Plan, run: Run) -> dict[str, Any]:
+    """The errors of a plan for the rule that trained a finished run, as JSON values.
 
-    Saved bytes and seconds of a step are planned and measured, with the relative error, which is
-    positive if the plan was too high. A step is the mean over steady batches: not the first, and
-    none with counted bytes or operations. `own_cores`: whether the run had its own cores. Runs on
-    the other cores are in no plan.
+    Saved bytes and the seconds of a step are given as planned, as measured, and as relative error,
+    which is positive if the plan was too high. A step is the mean over steady batches, which
+    exclude the first batch and each batch with counted bytes or operations. `own_cores` is whether
+    the run had its own cores.
 
     Raises:
         ReportError: the plan lacks the rule, has another rule of the same label, or has another
             micro-batch than the run.
     """
-    planned = next((each for each in found.rules if each.rule == run.rule), None)
+    planned = next((each for each in plan.rules if each.rule == run.rule), None)
     if planned is None:
         raise ReportError(
-            "plan: --against must be of a rule that is planned,"
-            f" {', '.join(each.rule for each in found.rules) or 'none'}; got {run.rule} of"
+            "plan: --against must be a run of a planned rule"
+            f" ({', '.join(each.rule for each in plan.rules) or 'none'}); got {run.rule} in"
             f" {run.folder.name}"
         )
-    on, summary = run.trained_on[-1], run.summary or {}
-    differs = [
-        *differing("rule", {**planned.written}, run.recipe["rule"]),
-        *differing("micro_batch", planned.micro_batch, on["micro_batch"]),
-    ]
-    _refuse_if(differs, run)
+    conditions, summary = run.trained_on[-1], run.summary or {}
+    _refuse_if(
+        [
+            *differing("rule", {**planned.written}, run.recipe["rule"]),
+            *differing("micro_batch", planned.micro_batch, conditions["micro_batch"]),
+        ],
+        run,
+    )
     batch_size = planned.images_per_s * planned.step_s
     pairs = {
         "saved_bytes": (planned.saved_bytes, summary["peak_saved_bytes"]),
@@ -512,17 +537,18 @@ def errors(found: Plan, run: Run) -> dict[str, Any]:
     return {
         "run": run.folder.name,
         "rule": planned.rule,
-        "own_cores": on["own_cores"],
+        "own_cores": conditions["own_cores"],
         **{
-            name: {"planned": plan, "measured": measured, "error": plan / measured - 1}
-            for name, (plan, measured) in pairs.items()
+            name: {"planned": expected, "measured": measured, "error": expected / measured - 1}
+            for name, (expected, measured) in pairs.items()
         },
     }
 
 
-def _refuse_if(differs: Sequence[tuple[str, Any, Any]], run: Run) -> None:
-    if differs:
-        shown = "; ".join(f"{name}: {a} and {b}" for name, a, b in differs[:4])
+def _refuse_if(differences: Sequence[tuple[str, Any, Any]], run: Run) -> None:
+    if differences:
+        shown = "; ".join(f"{name}: {a} and {b}" for name, a, b in differences[:4])
         raise ReportError(
-            f"plan: --against must be a run of what is planned; {run.folder.name} differs: {shown}"
+            f"plan: --against must be a run of the planned recipe and machine; {run.folder.name}"
+            f" differs from the plan in {shown}"
         )

@@ -1,4 +1,4 @@
-"""Heat maps of a group: firing rates, and each rule's gradient beside BPTT's."""
+"""Heat maps of a group: firing rates, and each rule's gradient compared with BPTT's."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from pipeline.report.results import Run
 from pipeline.report.selection import recipe_value
 from pipeline.report.study import Group
 
-_ROW = 24  # height of a layer in pixels
+_ROW_HEIGHT = 24  # pixels per layer
 _CATEGORIES = {"type": "category", "showgrid": False, "automargin": True}
 _DOWNWARDS = {
     "autorange": "reversed",
@@ -19,76 +19,85 @@ _DOWNWARDS = {
     "showgrid": False,
     "tickfont": {"size": 11},
 }
-_FIGURES_FIT = 8  # the most columns with a number in each cell on a phone
+_MAX_COLUMNS_WITH_NUMBERS = 8  # a phone has no room for the numbers of more columns
 
 
 def firing_rates(group: Group) -> Figure | Missing:
-    """Layer x time, one map per rule: the mean over its runs in the last evaluation."""
+    """Layer x time step, one map per rule: the mean over its runs in the last evaluation."""
     title = "Firing rate by layer and time step"
-    found = [
+    records = [
         (run.rule, layer["name"], step, rate, layer["silent"], layer["saturated"])
         for run in group.runs
         for layer in run.activity
         for step, rate in enumerate(layer["rates"], start=1)
     ]
-    if not found:
-        return Missing(title=title, why="no run has finished whose spikes were counted")
+    if not records:
+        return Missing(title=title, why="no run with counted spikes has finished")
     columns = ("rule", "layer", "time step", "firing rate", "silent", "saturated")
-    keys = [*columns[:3]]
-    means: Any = pd.DataFrame(found, columns=[*columns]).groupby(keys, sort=False).mean()
+    means: Any = (
+        pd.DataFrame(records, columns=[*columns]).groupby([*columns[:3]], sort=False).mean()
+    )
     rates = means["firing rate"]
-    rules = [rule for rule in group.rules if rule in rates.index.levels[0]]
-    of_rule = {rule: rates[rule].unstack().reindex(rates[rule].index.unique(0)) for rule in rules}
+    rates_by_rule = {
+        rule: rates[rule].unstack().reindex(rates[rule].index.unique(0))
+        for rule in group.rules
+        if rule in rates.index.levels[0]
+    }
     samples = sorted({layer["samples"] for run in group.runs for layer in run.activity})
-    unlike = ", on fewer samples more of them" if len(samples) > 1 else ""
+    caption = (
+        "Spikes per neuron and time step, as the mean over runs, counted on"
+        f" {' or '.join(f'{count:,}' for count in samples)} samples of the last evaluation. The"
+        " table has the shares of silent neurons, which never fired on these samples, and of"
+        " saturated neurons, which fired at each time step."
+    )
+    if len(samples) > 1:
+        caption += " On fewer samples, both shares are larger."
     averages = ", ".join(
-        f"{rule} {layers.mean(axis=1).mean():.1%}" for rule, layers in of_rule.items()
+        f"{rule} {layers.mean(axis=1).mean():.1%}" for rule, layers in rates_by_rule.items()
     )
     return Figure(
         name="firing-rates",
         title=title,
-        caption=(
-            "Spikes per neuron and time step, the mean over runs, counted on"
-            f" {' or '.join(f'{count:,}' for count in samples)} samples"
-            " drawn from the last evaluation; on these, silent neurons never fired and saturated"
-            f" ones always did (in the table){unlike}."
-        ),
+        caption=caption,
         alt=f"Mean firing rate over layers: {averages}.",
         table=Table(
             columns=columns, rows=tuple(means.reset_index().itertuples(index=False, name=None))
         ),
-        drawing=_stacked(of_rule, most=max(float(rates.max()), 1e-9)),
+        drawing=_stacked(rates_by_rule, max_z=max(float(rates.max()), 1e-9)),
     )
 
 
 def gradient_fidelity(group: Group) -> Figure | Missing:
     """Layer x rule: the cosine of a rule's gradient with BPTT's at the newest comparison."""
     title = "Gradient fidelity: cosine with BPTT's gradient"
-    of_rule = [(rule, cosines) for rule in group.rules if (cosines := _cosines(group, rule))]
-    if not of_rule:
-        why = (
-            "no run compared its gradient with BPTT's; --set evaluation.fidelity_every=1 does"
-            " after each epoch"
+    cosines_by_rule = [
+        (rule, cosines) for rule in group.rules if (cosines := _cosines(group, rule))
+    ]
+    if not cosines_by_rule:
+        return Missing(
+            title=title,
+            why=_why_missing(run for run in group.runs if run.rule != group.against),
         )
-        others = [run for run in group.runs if run.rule != group.against]
-        return Missing(title=title, why=_describe_pending(others) or why)
-    rows, drawn = _by_layer(of_rule)
+    rows, drawn = _by_layer(cosines_by_rule)
     known = [(value, rule, layer) for layer, rule, value in rows if value is not None]
-    summary, away = "none is known", ""
+    summary, opposing = "none is known", ""
     if known:
-        least, rule, layer = min(known)
-        summary = f"the lowest is {least:.2f}, of {rule} in {layer}"
-        away = ", below 0: away from it" if least < 0 else ""
+        lowest, rule, layer = min(known)
+        summary = f"the lowest is {lowest:.2f}, of {rule} in {layer}"
+        opposing = "; below 0: an opposing direction" if lowest < 0 else ""
     layers = len({layer for layer, _, _ in rows})
     return Figure(
         name="gradient-fidelity",
         title=title,
         caption=(
-            f"1: the same direction as BPTT's gradient, 0: at a right angle{away}; on one batch, at"
-            " the weights of the newest comparison, the mean over runs; a rule that draws its time"
-            " steps is drawn once in each."
+            f"1: the same direction as BPTT's gradient; 0: a right angle{opposing}. The cosines are"
+            " those of one batch at the weights of the newest comparison, as means over runs. A"
+            " rule with random time steps draws them once per comparison."
         ),
-        alt=f"Cosines of {counted(len(of_rule), 'rule')} in {counted(layers, 'layer')}: {summary}.",
+        alt=(
+            f"Cosines of {counted(len(cosines_by_rule), 'rule')} in {counted(layers, 'layer')}:"
+            f" {summary}."
+        ),
         table=Table(columns=("layer", "rule", "cosine"), rows=rows),
         drawing=drawn,
     )
@@ -97,13 +106,10 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
 def temporal_share(group: Group) -> Figure | Missing:
     """Layer x epoch: the share of BPTT's gradient that flows through time, which SLTT drops."""
     title = "Temporal share of BPTT's gradient"
-    looked = [
-        run for run in group.runs if any(each.temporal_share for each in run.history.fidelity)
-    ]
-    if not looked:
-        why = "no run compared gradients; --set evaluation.fidelity_every=1 does after each epoch"
-        return Missing(title=title, why=_describe_pending(group.runs) or why)
-    run = next((run for run in looked if run.rule == "SLTT"), looked[0])
+    runs = [run for run in group.runs if any(each.temporal_share for each in run.history.fidelity)]
+    if not runs:
+        return Missing(title=title, why=_why_missing(group.runs))
+    run = next((run for run in runs if run.rule == "SLTT"), runs[0])
     moments = [
         ("start" if each.epoch is None else f"epoch {each.epoch + 1}", each.temporal_share)
         for each in run.history.fidelity
@@ -111,7 +117,10 @@ def temporal_share(group: Group) -> Figure | Missing:
     rows, drawn = _by_layer(moments)
     last, shares = moments[-1]
     known = [(value, layer) for layer, value in shares.items() if value is not None]
-    summary = "it is largest in {1}, {0:.2f}".format(*max(known)) if known else "nothing is known"
+    summary = "no share is known"
+    if known:
+        largest, layer = max(known)
+        summary = f"the largest share is {largest:.2f}, in {layer}"
     layers = len({layer for layer, _, _ in rows})
     return Figure(
         name="temporal-share",
@@ -121,8 +130,8 @@ def temporal_share(group: Group) -> Figure | Missing:
             f" {run.name}."
         ),
         alt=(
-            f"In {counted(layers, 'layer')} at {counted(len(moments), 'moment')}; at the last,"
-            f" {last}, {summary}."
+            f"Shares of {counted(layers, 'layer')} at {counted(len(moments), 'moment')}; at the"
+            f" last one, {last}, {summary}."
         ),
         table=Table(columns=("layer", "moment", "temporal share"), rows=rows),
         drawing=drawn,
@@ -132,51 +141,61 @@ def temporal_share(group: Group) -> Figure | Missing:
 def _by_layer(
     columns: Sequence[tuple[str, Mapping[str, float | None]]],
 ) -> tuple[tuple[tuple[str, str, float | None], ...], dict[str, Any]]:
-    """The rows and the map of values by layer; each column has a name."""
+    """The table rows (layer, column, value), and the heat map, of columns of values by layer."""
     layers = list(dict.fromkeys(layer for _, values in columns for layer in values))
-    rows = tuple((layer, name, of.get(layer)) for layer in layers for name, of in columns)
+    rows = tuple((layer, name, values.get(layer)) for layer in layers for name, values in columns)
     known = [value for _, _, value in rows if value is not None]
-    heat = _map(
+    heat_map = _heat_map(
         [[values.get(layer) for _, values in columns] for layer in layers],
         x=[plain(name) for name, _ in columns],
         y=layers,
-        least=min([0.0, *known]),
-        most=max([1.0, *known]),
+        min_z=min([0.0, *known]),
+        max_z=max([1.0, *known]),
         number_format=".2f",
     )
-    height = 130 + _ROW * len(layers)
     return rows, drawing(
-        [heat], height=height, margin={"t": 30}, xaxis=_CATEGORIES, yaxis=_DOWNWARDS
+        [heat_map],
+        height=130 + _ROW_HEIGHT * len(layers),
+        margin={"t": 30},
+        xaxis=_CATEGORIES,
+        yaxis=_DOWNWARDS,
     )
 
 
-def _describe_pending(runs: Iterable[Run]) -> str:
-    looking = [
+def _why_missing(runs: Iterable[Run]) -> str:
+    pending = [
         run.name
         for run in runs
         if str(recipe_value(run.recipe, "evaluation.fidelity_every") or 0) != "0"
     ]
-    return f"not yet in {', '.join(looking)}" if looking else ""
+    if pending:
+        return f"no comparison of gradients yet in {', '.join(pending)}"
+    return (
+        "no run compared its gradient with BPTT's; --set evaluation.fidelity_every=1 compares them"
+        " after each epoch"
+    )
 
 
 def _cosines(group: Group, rule: str) -> dict[str, float | None]:
+    """The mean cosines of a rule by layer, over the newest comparisons of its runs."""
     if rule == group.against:
         return {}
     newest = [run.history.fidelity[-1].cosines for run in group.of(rule) if run.history.fidelity]
-    found = [each.get(rule) or each.get(rule.split(" (")[0]) or {} for each in newest]
-    means = pd.DataFrame(found, dtype=float).mean()
+    label = rule.split(" (")[0]  # without the values that distinguish equal labels
+    cosines = [by_rule.get(rule) or by_rule.get(label) or {} for by_rule in newest]
+    means = pd.DataFrame(cosines, dtype=float).mean()
     return {str(layer): None if pd.isna(mean) else mean for layer, mean in means.items()}
 
 
-def _map(
+def _heat_map(
     z: Sequence[Sequence[float | None]],
     *,
     x: Sequence[str],
     y: Sequence[str],
-    least: float = 0.0,
-    most: float,
+    min_z: float = 0.0,
+    max_z: float,
     number_format: str,
-    **about: Any,
+    **fields: Any,
 ) -> dict[str, Any]:
     return {
         "type": "heatmap",
@@ -184,11 +203,11 @@ def _map(
         "x": list(x),
         "y": [plain(name) for name in y],
         "colorscale": SCALE,
-        "zmin": least,
-        "zmax": most,
+        "zmin": min_z,
+        "zmax": max_z,
         "xgap": 2,
         "ygap": 2,
-        "texttemplate": f"%{{z:{number_format}}}" if len(x) <= _FIGURES_FIT else "",
+        "texttemplate": f"%{{z:{number_format}}}" if len(x) <= _MAX_COLUMNS_WITH_NUMBERS else "",
         "textfont": {"size": 11},
         "colorbar": {
             "thickness": 10,
@@ -196,18 +215,18 @@ def _map(
             "tickformat": ".0%" if "%" in number_format else ".1f",
         },
         "hovertemplate": f"%{{y}}, %{{x}}: %{{z:{number_format}}}<extra></extra>",
-        **about,
+        **fields,
     }
 
 
-def _stacked(of_rule: Mapping[str, Any], *, most: float) -> dict[str, Any]:
-    """A map for each rule, one below another, over one axis of time steps."""
-    rows = [len(layers) for layers in of_rule.values()]
-    height = 90 + sum(_ROW * each + 30 for each in rows)
+def _stacked(layers_by_rule: Mapping[str, Any], *, max_z: float) -> dict[str, Any]:
+    """A heat map for each rule, stacked over one axis of time steps."""
+    rows = [len(layers) for layers in layers_by_rule.values()]
+    height = 90 + sum(_ROW_HEIGHT * each + 30 for each in rows)
     gap = min(30 / height, 0.9 / max(1, len(rows) - 1))
     data, titles, layout, top = [], [], {}, 1.0
-    for place, (rule, layers) in enumerate(of_rule.items(), start=1):
-        suffix, is_last = "" if place == 1 else str(place), place == len(rows)
+    for index, (rule, layers) in enumerate(layers_by_rule.items(), start=1):
+        suffix, is_last = "" if index == 1 else str(index), index == len(rows)
         bottom = max(0.0, top - len(layers) / sum(rows) * (1 - gap * (len(rows) - 1)))
         layout[f"yaxis{suffix}"] = {**_DOWNWARDS, "domain": [bottom, top], "anchor": f"x{suffix}"}
         layout[f"xaxis{suffix}"] = {
@@ -230,15 +249,15 @@ def _stacked(of_rule: Mapping[str, Any], *, most: float) -> dict[str, Any]:
             }
         )
         data.append(
-            _map(
+            _heat_map(
                 layers.to_numpy().tolist(),
                 x=list(map(str, layers.columns)),
                 y=list(map(str, layers.index)),
-                most=most,
+                max_z=max_z,
                 number_format=".1%",
                 xaxis=f"x{suffix}",
                 yaxis=f"y{suffix}",
-                showscale=place == 1,
+                showscale=index == 1,
             )
         )
         top = bottom - gap

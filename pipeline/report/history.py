@@ -1,4 +1,4 @@
-"""A run over time, from its journal: curve, evaluations, starts, gradients, parts of its time."""
+"""A run over time, from its journal: learning curve, evaluations, starts, gradients, time parts."""
 
 import math
 from collections import Counter
@@ -20,7 +20,7 @@ from pipeline.track.events import (
 )
 from pipeline.track.journal import number as any_number
 
-UNKNOWN_EPOCH = -1  # of an event that was reconstructed from a store's metrics
+UNKNOWN_EPOCH = -1  # the epoch of an event that was reconstructed from a store's metrics
 
 
 class Point(NamedTuple):
@@ -38,18 +38,15 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """A run over time."""
-
     curve: tuple[Point, ...]
     evaluations: tuple[Point, ...]
     starts: tuple[Point, ...]
-    fidelity: tuple[Fidelity, ...]  # values that are not finite are None
+    fidelity: tuple[Fidelity, ...]  # with None in place of values that are not finite
     step: int  # batches done
-    again_from: int | None  # position of a restart that is repeating the batches up to `step`
+    again_from: int | None  # the step of a restart that still repeats batches up to `step`
 
     @property
     def restarts(self) -> tuple[Point, ...]:
-        """All starts but the first."""
         return self.starts[1:]
 
 
@@ -57,11 +54,11 @@ def read_history(events: Iterable[Event], *, redone: Literal["dropped", "kept"])
     """Return the history of a run from its events, oldest first.
 
     Args:
-        redone: "dropped" drops the batches that a restart repeats; "kept" keeps them until they
-            have been repeated.
+        redone: "dropped" drops the batches that a restart repeats; "kept" keeps them until the
+            restart has repeated them.
     """
     curve: list[Point] = []
-    again: list[Point] = []
+    kept: list[Point] = []  # points that a restart has not repeated yet
     starts: list[Point] = []
     evaluations: dict[int, Point] = {}
     fidelity: dict[int, Fidelity] = {}
@@ -70,39 +67,42 @@ def read_history(events: Iterable[Event], *, redone: Literal["dropped", "kept"])
         step = getattr(event, "step", None)
         if step is None:
             continue
-        # Threads write checkpoints late, with the step of the saved state.
+        # A thread writes these events late, with the step of the saved state.
         last = last if isinstance(event, (Checkpoint, Unwritten)) else step
         if isinstance(event, Start):
             starts.append(Point(step, seconds))
-            known = _join_points(curve, again)
-            curve = [each for each in known if each.step <= step]
-            again = [each for each in known if each.step > step and redone == "kept"]
-            if redone == "dropped":
+            points = _join_points(curve, kept)
+            curve = [each for each in points if each.step <= step]
+            if redone == "kept":
+                kept = [each for each in points if each.step > step]
+            else:
                 evaluations = {at: each for at, each in evaluations.items() if at <= step}
         elif isinstance(event, Step):
             curve.append(_point(event, seconds))
         elif isinstance(event, Evaluation):
-            evaluations[step] = _point(event, seconds)  # a repeated evaluation replaces the former
+            evaluations[step] = _point(event, seconds)  # replaces an earlier one of this step
         elif isinstance(event, Fidelity):
-            cosines = {rule: _finite_values(of_rule) for rule, of_rule in event.cosines.items()}
-            shares = _finite_values(event.temporal_share)
-            fidelity[step] = replace(event, temporal_share=shares, cosines=cosines)
-    curve = _join_points(curve, again)
-    known = max(last, curve[-1].step) if curve and redone == "kept" else last
+            fidelity[step] = replace(
+                event,
+                temporal_share=_finite_values(event.temporal_share),
+                cosines={rule: _finite_values(layers) for rule, layers in event.cosines.items()},
+            )
+    curve = _join_points(curve, kept)
+    newest = max(last, curve[-1].step) if curve and redone == "kept" else last
     return History(
         curve=tuple(curve),
         evaluations=tuple(each for _, each in sorted(evaluations.items())),
         starts=tuple(starts),
         fidelity=tuple(each for _, each in sorted(fidelity.items())),
-        step=known,
-        again_from=last if last < known else None,
+        step=newest,
+        again_from=last if last < newest else None,
     )
 
 
 def parts(events: Iterable[Event]) -> dict[str, float]:
-    """Return seconds per batch in each part of the clock, over the batches with known parts.
+    """Return the mean seconds per batch in each part of the clock, over batches with known parts.
 
-    The first point of a start is excluded: its first batch waits for imports and compilation.
+    The first point of each start is excluded, because it includes imports and compilation.
     """
     seconds: Counter[str] = Counter()
     batches_known = 0
@@ -120,24 +120,25 @@ def parts(events: Iterable[Event]) -> dict[str, float]:
 
 def number(value: Any) -> float | None:
     """The value as a float; None if it is not a finite number."""
-    known = any_number(value)
-    return known if known is not None and math.isfinite(known) else None
+    parsed = any_number(value)
+    return parsed if parsed is not None and math.isfinite(parsed) else None
 
 
 def _with_seconds(events: Iterable[Event]) -> Iterator[tuple[float, Event]]:
-    """Yield each event with the seconds of the attempts up to it, without time between attempts."""
-    paid = begun = last = 0.0
+    """Yield each event with the seconds of all attempts up to it, without time between attempts."""
+    previous_s = start_time = last_time = 0.0
     attempt: int | None = None
     for event in events:
         if event.attempt == NO_ATTEMPT:
-            yield paid + last - begun, event
+            yield previous_s + last_time - start_time, event
             continue
         if event.attempt != attempt:
-            paid, attempt, begun = paid + last - begun, event.attempt, event.time
+            previous_s += last_time - start_time
+            attempt, start_time = event.attempt, event.time
         if isinstance(event, Start):
-            begun = event.began  # includes the process's time before its first event
-        last = event.time
-        yield paid + last - begun, event
+            start_time = event.began  # includes the process's time before its first event
+        last_time = event.time
+        yield previous_s + last_time - start_time, event
 
 
 def _point(event: Step | Evaluation, seconds: float) -> Point:
@@ -146,12 +147,13 @@ def _point(event: Step | Evaluation, seconds: float) -> Point:
     return Point(event.step, seconds, top1, loss, epoch)
 
 
-def _join_points(points: Sequence[Point], again: Sequence[Point]) -> list[Point]:
-    """Return the points, followed by those of `again` after the last repeated step."""
-    end = max((each.step for each in again), default=0)
+def _join_points(points: Sequence[Point], kept: Sequence[Point]) -> list[Point]:
+    """Return the points, and those of `kept` after the last repeated step, in order of steps."""
+    end = max((each.step for each in kept), default=0)
     repeated = max((each.step for each in points if each.step <= end), default=0)
-    later = (each for each in again if each.step > repeated)
-    return sorted([*points, *later], key=lambda each: each.step)
+    return sorted(
+        [*points, *(each for each in kept if each.step > repeated)], key=lambda each: each.step
+    )
 
 
 def _finite_values(values: Mapping[str, float]) -> dict[str, Any]:

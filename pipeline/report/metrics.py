@@ -20,11 +20,11 @@ class Metric:
         title: the head of its column, and its name on an axis.
         unit: how it is printed: share, B, s, J, rate or count (`pipeline.core.units`).
         better: "less" or "more", whichever is better. Such a metric is compared with the baseline.
-            A metric with "" is listed beside the comparison.
+            A metric with "" is listed in another table, without a comparison.
         source: its dotted path in `summary.json`, or a function of the summary's numbers, which
             are keyed by dotted path. None: `name` is the path. A `*` in the name matches any key:
             each matching key of a summary gives a metric, and `{}` in the title becomes the key.
-        about: a description of the quantity, for the captions of figures.
+        description: an explanation of the quantity, for the captions of figures.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Metric:
     unit: str
     better: Literal["less", "more", ""] = ""
     source: str | Callable[[Mapping[str, float]], float | None] = ""
-    about: str = ""
+    description: str = ""
 
     def value(self, numbers: Mapping[str, float]) -> float | None:
         """The value in a summary; None where it was not measured, or is not finite."""
@@ -68,10 +68,10 @@ METRICS = [
         "saved bytes",
         "B",
         "less",
-        about=(
-            "the peak of what autograd keeps for backward at one moment, without parameters, "
-            "counted on the second batch of each start of a run and on every "
-            f"{MEMORY_EVERY}th after it, or on the next one where that is skipped"
+        description=(
+            "the peak of the bytes that autograd saves for backward, without parameters. They are"
+            " counted on the second batch of each start of a run and on every"
+            f" {MEMORY_EVERY}th batch after it, or on the next batch if one of these is skipped"
         ),
     ),
     Metric(KEPT, "saved bytes and states", "B", "less", _sum("peak_saved_bytes", "state_bytes")),
@@ -82,9 +82,9 @@ METRICS = [
         "s",
         "less",
         _sum("wall_s", minus=["startup_s"], minus_any=["fidelity_s"]),
-        about=(
-            "the time of a run from the end of its first batch to its last line, with restarts, "
-            "without their start-up and without comparisons of its gradient with BPTT's"
+        description=(
+            "the time of a run from the end of its first batch to its last line. It includes"
+            " restarts, but neither their start-up nor comparisons with BPTT's gradient"
         ),
     ),
     Metric(
@@ -93,29 +93,31 @@ METRICS = [
         "s",
         "less",
         _sum("steady_forward_s", "steady_backward_s"),
-        about="forward and backward of a steady batch, in the mean",
+        description="the mean time of forward and backward over steady batches",
     ),
     Metric(
         ENERGY,
         "inference energy",
         "J",
         "less",
-        about=(
-            "an estimate from measured operations, of arithmetic alone, for one sample; "
-            "never a measurement"
+        description=(
+            "an estimate for one sample from counted operations, of arithmetic alone; it is never"
+            " a measurement"
         ),
     ),
     Metric(ENERGY_MEASURED, "joules of an inference, measured", "J", "less"),
-    Metric("state_bytes", "states beside saved bytes", "B"),
+    Metric("state_bytes", "state bytes", "B"),
     Metric("peak_device_bytes", "peak on the device", "B"),
-    Metric("peak_reserved_bytes", "peak reserved there", "B"),
+    Metric("peak_reserved_bytes", "peak reserved on the device", "B"),
     Metric("peak_rss_bytes", "peak RSS", "B"),
-    Metric("peak_pss_bytes", "PSS between batches, at its peak", "B"),
+    Metric("peak_pss_bytes", "peak PSS between batches", "B"),
     Metric("evaluation_peak_device_bytes", "peak on the device while evaluating", "B"),
-    Metric("evaluation_peak_reserved_bytes", "peak reserved there while evaluating", "B"),
+    Metric("evaluation_peak_reserved_bytes", "peak reserved on the device while evaluating", "B"),
     Metric("evaluation_peak_rss_bytes", "peak RSS while evaluating", "B"),
     Metric("startup_s", "start-up", "s"),
-    Metric("net_s", "wall clock net of restarts", "s", "", _sum("net_s", minus_any=["fidelity_s"])),
+    Metric(
+        "net_s", "wall clock without restarts", "s", "", _sum("net_s", minus_any=["fidelity_s"])
+    ),
     Metric("device_j", "joules of training, measured", "J"),
     Metric("inference.energy_j_by_table.*", "joules of an inference, estimated ({})", "J"),
     Metric("operations.*.multiplications", "{}: multiplications", "count"),
@@ -125,7 +127,7 @@ METRICS = [
     Metric("held.gradients", "gradients", "B"),
     Metric("held.optimizer", "optimizer", "B"),
     Metric("held.teacher", "teacher", "B"),
-    Metric("held.rule", "the rule's own", "B"),
+    Metric("held.rule", "rule's tensors", "B"),
 ]
 
 
@@ -134,6 +136,5 @@ def metric(name: str) -> Metric:
     return next((each for each in METRICS if each.name == name), Metric(name, name, "count"))
 
 
-def compared() -> list[Metric]:
-    """The metrics that are compared with the baseline."""
+def compared_metrics() -> list[Metric]:
     return [each for each in METRICS if each.better]

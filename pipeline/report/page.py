@@ -27,22 +27,22 @@ from pipeline.report.heat_maps import firing_rates, gradient_fidelity, temporal_
 from pipeline.report.metrics import ENERGY
 from pipeline.report.results import ReportError, describe_state
 from pipeline.report.study import Group, Study
-from pipeline.report.suite import Found
+from pipeline.report.suite import StudyPage
 from pipeline.report.sweeps import LARGEST_SAID, swept
 from pipeline.track.mlflow import log_report, tracking_uri
 
 _NO_SWEEP = (
     "Memory and time against time steps",
     (
-        "this study carries no sweep; spiketrain sweep RECIPE --steps 1,2,4,8,16 --format json >"
+        "this study has no sweep; run spiketrain sweep RECIPE --steps 1,2,4,8,16 --format json >"
         " sweep.json, then spiketrain report STUDY --sweep sweep.json"
     ),
 )
 _NO_SCALING = (
     "Scaling over workers",
     (
-        "no rule has finished on two numbers of workers, all else equal; spiketrain launch RECIPE"
-        " --workers N with another N"
+        "no rule has finished with two numbers of workers under otherwise equal conditions; run"
+        " spiketrain launch RECIPE --workers N with another N"
     ),
 )
 
@@ -51,7 +51,7 @@ def write(study: Study, out: Path) -> Path:
     """Write the page atomically and return its path.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the page cannot be written.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, render(study).encode())
@@ -63,10 +63,12 @@ def render(study: Study) -> str:
     groups = study.groups
     compared = [group for group in groups if len(group.rules) > 1 or len(groups) == 1]
     alone = [group for group in groups if group not in compared]
-    sections = [section_of(each, f"g{at}", among=groups) for at, each in enumerate(compared, 1)]
+    sections = [
+        section_of(group, f"g{index}", among=groups) for index, group in enumerate(compared, 1)
+    ]
     lone = [
-        section_of(each, f"alone{at}", ("time", "learning", "gradients"), among=groups)
-        for at, each in enumerate(alone, 1)
+        section_of(group, f"alone{index}", ("time", "learning", "gradients"), among=groups)
+        for index, group in enumerate(alone, 1)
     ]
     memory = list(swept(study.sweeps))
     scaled = tables.scaling(study)
@@ -78,14 +80,16 @@ def render(study: Study) -> str:
         return _csv_address(figure.table)
 
     missing = [reason for each in sections for reason in each.reasons]
-    missing += [] if any(each.figures for each in memory) else [_NO_SWEEP]
-    missing += [] if scaled else [_NO_SCALING]
+    if not any(each.figures for each in memory):
+        missing.append(_NO_SWEEP)
+    if not scaled:
+        missing.append(_NO_SCALING)
     return (
         environment()
         .get_template("page.html")
         .render(
             study=study,
-            made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+            written_at=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
             sections=sections,
             lone=lone,
             memory=memory,
@@ -101,15 +105,15 @@ def render(study: Study) -> str:
     )
 
 
-def publish(found: Found, page: Path) -> list[str]:
-    """Attach the page in MLflow to each parent run that some of the runs were launched with.
+def publish(found: StudyPage, page: Path) -> list[str]:
+    """Attach the page in MLflow to the parent run of each suite that launched some of the runs.
 
     Returns:
-        The ids of the parents; empty if all runs were launched without a suite.
+        The ids of the parent runs; empty if no suite launched a run.
 
     Raises:
         ReportError: the value that a suite's own report returned has no JSON form.
-        TrackingError: MLflow could not be reached or refused; one line.
+        TrackingError: MLflow could not be reached, or refused the page; one line.
     """
     study = found.study
     own = SuiteResult(claims=study.claims, sweeps=study.sweeps).to_json() | {
@@ -119,7 +123,7 @@ def publish(found: Found, page: Path) -> list[str]:
         text = json.dumps(finite(own), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ReportError(
-            f"report: what {study.title} reports by itself must be JSON values; {error}"
+            f"report: the own report of {study.title} must return JSON values; {error}"
         ) from error
     return log_report(
         page,
@@ -143,8 +147,6 @@ FIGURES = {
 
 
 class Section(NamedTuple):
-    """A group on a page: its figures, and the missing figures."""
-
     key: str
     title: str
     group: Group
@@ -153,16 +155,15 @@ class Section(NamedTuple):
 
     @property
     def reasons(self) -> list[tuple[str, str]]:
-        """Each missing figure, and why it is missing."""
         return [(each.title, f"{self.title}: {each.why}") for each in self.missing]
 
 
 def section_of(
     group: Group, key: str, views: Sequence[str] = (*FIGURES,), *, among: Sequence[Group] = ()
 ) -> Section:
-    """The figures of some views of a group, which stands `among` others on the page."""
+    """The figures of some views of a group; `among`: all groups of the page."""
     makers = [make for view in views for make in FIGURES.get(view, ())]
-    # Without a baseline there are no ratios. A note says so.
+    # Without a baseline, a note replaces the figure of ratios.
     figures = [make(group) for make in makers if make is not ratios or group.has_baseline]
     return Section(
         key,
@@ -174,7 +175,7 @@ def section_of(
 
 
 def drawn(figure: Figure) -> Mapping[str, Any]:
-    """The drawing in both themes. A page shows its reader's theme and prints the light one."""
+    """The drawing in both themes. A page shows the reader's theme, and prints the light theme."""
     return {theme: figure.draw(theme) for theme in THEMES}
 
 
@@ -187,7 +188,7 @@ def shown(cell: Cell) -> str:
 
 @cache
 def plotly_script() -> str:
-    """The whole of plotly.js, without text that would end a script element."""
+    """The whole plotly.js, which contains no text that would end a script element."""
     from plotly.offline import get_plotlyjs
 
     script = get_plotlyjs()
@@ -197,12 +198,12 @@ def plotly_script() -> str:
 
 @cache
 def environment() -> Environment:
-    made = Environment(
+    templates = Environment(
         loader=FileSystemLoader(WEB), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    made.globals |= {"tables": tables}
-    made.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    made.filters |= {
+    templates.globals |= {"tables": tables}
+    templates.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    templates.filters |= {
         "shown": shown,
         "csv": _csv_address,
         "slug": slug,
@@ -210,7 +211,7 @@ def environment() -> Environment:
         "standings": standings,
         "swept": lambda sweeps: list(swept(sweeps)),
     }
-    return made
+    return templates
 
 
 def _csv_address(table: Table) -> str:

@@ -32,12 +32,12 @@ from pipeline.track.run_state import State, state_of
 if TYPE_CHECKING:
     import pandas as pd
 
-UNKNOWN_RULE = "unknown rule"  # the label of a run that names none
+UNKNOWN_RULE = "unknown rule"  # the label of a run without a rule
 UNKNOWN = "not known"
 
 
 class ReportError(ValueError):
-    """A run cannot be found or read; the message is one line for a user."""
+    """A run cannot be found, read or compared. The message is one line for a user."""
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -49,7 +49,7 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flattened
 
 
-def expanded(runs: "Iterable[Run]") -> list[Metric]:
+def metrics_of(runs: "Iterable[Run]") -> list[Metric]:
     """All metrics. A `*` is replaced by each matching key in the summaries of these runs."""
     names = list(dict.fromkeys(name for run in runs for name in run.numbers))
     metrics: list[Metric] = []
@@ -90,7 +90,7 @@ class Run:
     state: State
     rule: str = UNKNOWN_RULE  # its label in tables
     seed: int = 0
-    study: str = ""  # the study key: runs with the same key compare on equal machines
+    study: str = ""  # the study key: equal keys on equal machines are comparable
     recipe: Mapping[str, Any] = field(default_factory=dict)  # fields of recipe.json
     summary: Mapping[str, Any] | None = None  # None until the run has finished
     trained_on: tuple[Mapping[str, Any], ...] = ()  # `provenance.trained_on`, oldest first
@@ -100,11 +100,11 @@ class Run:
     steps_per_epoch: int | None = None
     started: float = 0.0  # unix seconds
     ended: float = 0.0
-    last_heard: float | None = None  # the last sign of life of a run that MLflow calls running
+    last_heard: float | None = None  # the newest report of a run that MLflow calls running
     folder: Path = Path()  # the folder that the run was read from
     damage: str = ""  # why the run cannot be used, if one of its files is damaged
     curve_every: int = 1  # the curve has every n-th point of the journal
-    redone: Literal["dropped", "kept"] = "dropped"
+    redone: Literal["dropped", "kept"] = "dropped"  # as in `history.read_history`
     journal: Callable[[], Sequence[Event]] = field(default=list, repr=False, compare=False)
     layers: Callable[[], Sequence[Any] | None] = field(default=list, repr=False, compare=False)
 
@@ -130,24 +130,25 @@ class Run:
 
     @cached_property
     def parts(self) -> Mapping[str, float]:
-        """Seconds of a batch in each part of the clock.
+        """Mean seconds per batch in each part of the clock.
 
-        For a finished run: all time except start-up, including evaluations and checkpoints. For
-        another run: the mean over the batches whose parts its journal has.
+        For a finished run, the parts include evaluations and checkpoints, but not start-up. For
+        another run, they are the mean over the batches that its journal has parts of.
         """
         if self.summary is None:
             return history.parts(self.journal())
-        steps = self.value("timed_batches") or self.value("steps")
-        names = (*PARTS, REST, *SECTIONS) if steps else ()
-        seconds = {name: self.value(f"{name}_s") for name in names}
-        return {name: each / steps for name, each in seconds.items() if steps and each is not None}
+        batches = self.value("timed_batches") or self.value("steps")
+        if not batches:
+            return {}
+        seconds = {name: self.value(f"{name}_s") for name in (*PARTS, REST, *SECTIONS)}
+        return {name: total / batches for name, total in seconds.items() if total is not None}
 
     @cached_property
     def activity(self) -> list[dict[str, Any]]:
         """The layers of neurons in the last evaluation, with the fields in `_LAYER`."""
         try:
             return [
-                {name: kind(layer[name]) for name, kind in _LAYER.items()}
+                {name: convert(layer[name]) for name, convert in _LAYER.items()}
                 for layer in self.layers() or ()
             ]
         except (KeyError, OverflowError, TypeError, ValueError) as error:
@@ -173,19 +174,19 @@ def run_of(
     starts: Sequence[Record],
     summary: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
-    **about: Any,
+    **fields: Any,
 ) -> Run:
     """A run from its files.
 
     Args:
         starts: the `start` events of its journal, oldest first.
         summary, recipe: the content of summary.json and recipe.json; None without the file.
-        about: further fields of `Run`.
+        fields: further fields of `Run`.
     """
     finished = summary if state == "finished" else None
     newest = {**(starts[-1] if starts else {}), **(finished or {})}
-    fields = (recipe or {}).get("recipe", recipe)
-    on = conditions_of(finished, starts) if finished else trained_on(starts, steps=None)
+    recipe_fields = (recipe or {}).get("recipe", recipe)
+    conditions = conditions_of(finished, starts) if finished else trained_on(starts, steps=None)
     commits = [event["commit"] for event in starts if event.get("commit")]
     return Run(
         name=name,
@@ -193,13 +194,13 @@ def run_of(
         rule=str(newest.get("rule") or UNKNOWN_RULE),
         seed=newest.get("seed") or 0,
         study=str(newest.get("study") or ""),
-        recipe=fields if isinstance(fields, Mapping) else {},
+        recipe=recipe_fields if isinstance(recipe_fields, Mapping) else {},
         summary=finished,
-        trained_on=tuple({**each, "hardware": each["hardware"] or {}} for each in on),
+        trained_on=tuple({**each, "hardware": each["hardware"] or {}} for each in conditions),
         commits=tuple(dict.fromkeys(commits or (finished or {}).get("commits") or ())),
         total_steps=newest.get("total_steps") or newest.get("steps"),
         steps_per_epoch=newest.get("steps_per_epoch"),
-        **about,
+        **fields,
     )
 
 
@@ -230,7 +231,7 @@ def _read(folder: Path, *, summary: Any = None, recipe: Any = None, damage: str 
     files, state = RunFolder(folder), state_of(folder)
     journal = files.journal
     starts = read(journal, Start.kind)
-    # As records: an event may be of another version.
+    # Read as records, because another version may have written the events.
     finish = last(journal, Finish.kind) if state == "finished" else None
     newest = finish or last(journal, Step.kind, Start.kind, Stopped.kind) or {}
     return run_of(
@@ -252,8 +253,8 @@ def _read(folder: Path, *, summary: Any = None, recipe: Any = None, damage: str 
 def frame(runs: Iterable[Run]) -> "pd.DataFrame":
     """One row for each run.
 
-    Columns: identity, state and training conditions of the run; each metric, NaN where it was not
-    measured; and the objects `recipe` and `summary` as in their files.
+    The columns are the identity and state of the run, the objects `recipe` and `summary` as in
+    their files, and each metric, with NaN if it was not measured.
 
     Raises:
         ReportError: a run has a damaged file.
@@ -263,20 +264,21 @@ def frame(runs: Iterable[Run]) -> "pd.DataFrame":
     runs = list(runs)
     for run in runs:
         refuse_damage(run)
-    metrics = expanded(runs)
-    identities = pd.DataFrame(map(_about, runs), columns=list(_about(Run(name="", state="new"))))
+    metrics = metrics_of(runs)
+    identities = pd.DataFrame(
+        map(_identity, runs), columns=list(_identity(Run(name="", state="new")))
+    )
     values = [[each.value(run.numbers) for each in metrics] for run in runs]
     numbers = pd.DataFrame(values, columns=[each.name for each in metrics], dtype=float)
     return pd.concat([identities, numbers], axis=1)
 
 
 def refuse_damage(run: Run) -> None:
-    """Raise ReportError for a run with a damaged file."""
     if run.damage:
         raise ReportError(run.damage)
 
 
-def _about(run: Run) -> dict[str, Any]:
+def _identity(run: Run) -> dict[str, Any]:
     return {
         "run": run.name,
         "rule": run.rule,
@@ -285,7 +287,7 @@ def _about(run: Run) -> dict[str, Any]:
         "protocol": run.protocol,
         "state": run.state,
         "workers": run.workers,
-        "machine": machine(run.hardware),
+        "machine": describe_machine(run.hardware),
         "commit": ", ".join(run.commits),
         "step": run.step,
         "total_steps": run.total_steps,
@@ -297,20 +299,21 @@ def _about(run: Run) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------- files
 
-_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+# The types of the summary fields that readers rely on.
+_SUMMARY_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
     "trained_on": (list, "a list of objects"),
     "commits": (list, "a list"),
     "hardware": (dict, "an object"),
     "conditions": (dict, "an object"),
     **dict.fromkeys(("seed", "total_steps", "steps_per_epoch"), (int, "a whole number")),
     **dict.fromkeys(("steps", "images_per_s", "peak_saved_bytes"), ((int, float), "a number")),
-}  # the types of those summary fields that readers rely on
+}
 
 
 def folders_in(runs_dir: str | os.PathLike[str], *, suites: bool = False) -> list[Path]:
-    """The folders that contain a run, or with `suites` a run or a suite, sorted by name.
+    """The folders of runs, and with `suites` also of suites, sorted by name.
 
-    Hidden folders are skipped: they are remains of launches that were killed early.
+    Hidden folders are skipped: launches that were killed early leave them behind.
     """
     if not Path(runs_dir).is_dir():
         return []
@@ -318,40 +321,40 @@ def folders_in(runs_dir: str | os.PathLike[str], *, suites: bool = False) -> lis
     return [folder for folder in visible if is_run(folder) or (suites and is_suite(folder))]
 
 
-def load(path: Path, kind: type = dict) -> Any:
+def load(path: Path, expected: type = dict) -> Any:
     """Read a JSON object or list from a file; None if the file does not exist.
 
     Raises:
-        ReportError: the file contains something else.
+        ReportError: the file is not JSON, or has a value of another type than `expected`.
     """
     try:
         text = path.read_bytes()
     except FileNotFoundError:
         return None
-    return parsed(text, str(path), kind)
+    return parsed(text, str(path), expected)
 
 
-def parsed(text: str | bytes, where: str, kind: type) -> Any:
-    """A JSON object or list.
+def parsed(text: str | bytes, where: str, expected: type) -> Any:
+    """Parse a JSON object or list; `where` is its source, for messages.
 
     Raises:
-        ReportError: the text, which came from `where`, is something else.
+        ReportError: the text is not JSON, or has a value of another type than `expected`.
     """
     try:
         value = json.loads(text)
     except ValueError as error:
         raise ReportError(f"{where} is not JSON: {error}") from error
-    if not isinstance(value, kind):
-        expected = "an object" if kind is dict else "a list"
-        raise ReportError(f"{where} holds a {type(value).__name__}, not {expected}")
+    if not isinstance(value, expected):
+        name = "a JSON object" if expected is dict else "a JSON list"
+        raise ReportError(f"{where} must contain {name}; got {type(value).__name__}")
     return value
 
 
 def refuse_damaged_summary(summary: Mapping[str, Any], where: str) -> None:
     """Raise ReportError if a field has an unexpected type; the message names `where`."""
-    for name, (kind, called) in _KINDS.items():
-        if (value := summary.get(name)) is not None and not isinstance(value, kind):
-            raise ReportError(f"{where}: {name} must be {called}; got {value!r}")
+    for name, (expected, description) in _SUMMARY_TYPES.items():
+        if (value := summary.get(name)) is not None and not isinstance(value, expected):
+            raise ReportError(f"{where}: {name} must be {description}; got {value!r}")
     for each in summary.get("trained_on") or ():
         if not isinstance(each, dict):
             raise ReportError(f"{where}: trained_on must be a list of objects; got {each!r} in it")
@@ -363,13 +366,13 @@ def is_run(folder: Path) -> bool:
     return files.recipe.is_file() or files.journal.is_file()
 
 
-# ------------------------------------------------------------------- machines and workers in words
+# ------------------------------------------------------------------- machines and workers as text
 
 
-def machine(hardware: Mapping[str, Any]) -> str:
+def describe_machine(hardware: Mapping[str, Any]) -> str:
     """The GPU of each worker, or the CPU with its cores and the threads of torch."""
     if not hardware:
-        return "a machine that is not known"
+        return "an unknown machine"
     if hardware.get("gpu") not in (None, "none"):
         return str(hardware["gpu"])
     counts = [
@@ -380,64 +383,68 @@ def machine(hardware: Mapping[str, Any]) -> str:
     return ", ".join([str(hardware.get("cpu", "a CPU")), *counts])
 
 
-def places(run: Run, *, between: str = ", ", names_loaders: bool = False) -> str:
+def describe_conditions(run: Run, *, between: str = ", ", names_loaders: bool = False) -> str:
     """Machines and workers, such as `a cpu, 2 cores, 2 workers, then a cpu, 2 cores, 1 worker`.
 
     Loader threads are named if they changed during the run.
     """
-    names_loaders |= len({on["loader_threads"] for on in run.trained_on}) > 1
+    names_loaders |= len({conditions["loader_threads"] for conditions in run.trained_on}) > 1
     texts: list[str] = []
-    for on in run.trained_on:
-        workers, threads = on["world_size"], on["loader_threads"]
-        how = [
+    for conditions in run.trained_on:
+        workers, threads = conditions["world_size"], conditions["loader_threads"]
+        details = [
             "" if workers is None else counted(workers, "worker"),
-            f"in micro-batches of {on['micro_batch']}" if _accumulated(run, on) > 1 else "",
-            "each on cores of its own" if on["own_cores"] else "",
+            f"in micro-batches of {conditions['micro_batch']}"
+            if _accumulation(run, conditions) > 1
+            else "",
+            "each on its own cores" if conditions["own_cores"] else "",
             f"with {counted(threads, 'loader thread')}" if names_loaders and threads else "",
         ]
-        what = (machine(on["hardware"]), ", ".join(filter(None, how)))
-        texts.append(between.join(filter(None, what)))
-    return ", then ".join(texts) or machine({})
+        place = (describe_machine(conditions["hardware"]), ", ".join(filter(None, details)))
+        texts.append(between.join(filter(None, place)))
+    return ", then ".join(texts) or describe_machine({})
 
 
 def micro_batches(run: Run) -> str:
     """Samples per micro-batch of a worker, and micro-batches per batch: `128`, `64 × 2`."""
-    sizes = [(on["micro_batch"], _accumulated(run, on)) for on in run.trained_on]
+    sizes = [(each["micro_batch"], _accumulation(run, each)) for each in run.trained_on]
     texts = [f"{size} × {times}" if times > 1 else str(size or UNKNOWN) for size, times in sizes]
     return ", then ".join(dict.fromkeys(texts)) or UNKNOWN
 
 
-def _accumulated(run: Run, on: Mapping[str, Any]) -> int:
-    """Micro-batches of a worker per batch; 1 if the recipe is not known."""
-    batch, of_workers = run.recipe.get("batch_size"), (on["world_size"], on["micro_batch"])
-    return batch // math.prod(of_workers) if batch and all(of_workers) else 1
+def _accumulation(run: Run, conditions: Mapping[str, Any]) -> int:
+    """Micro-batches of a worker per batch; 1 if the recipe or the conditions are not known."""
+    batch_size = run.recipe.get("batch_size")
+    factors = (conditions["world_size"], conditions["micro_batch"])
+    return batch_size // math.prod(factors) if batch_size and all(factors) else 1
 
 
-# A driver reports its machine's state to MLflow every 10 s. Without that, MLflow receives only
-# points of the curve, evaluations and checkpoints; the slowest of these take minutes.
+# A driver reports its machine's state to MLflow every 10 s. Without these reports, MLflow receives
+# only points of the curve, evaluations and checkpoints, which can be minutes apart.
 SILENT_S = 900.0
 
 
 def describe_state(state: str, last_heard: float | None) -> str:
-    """A state such as `running, no word for 25 min`: a killed driver cannot report to MLflow.
+    """A state such as `running, no report for 25 min`: a killed driver cannot report its end.
 
     Args:
-        last_heard: the last sign of life in unix seconds; None if the state is certain.
+        last_heard: the time of the newest report in unix seconds; None if the state is certain.
     """
     if last_heard is None or not is_silent(state, last_heard):
         return state
     minutes = int((time.time() - last_heard) // 60)
-    return f"{state}, no word for {f'{minutes} min' if minutes < 120 else f'{minutes // 60} h'}"
+    duration = f"{minutes} min" if minutes < 120 else f"{minutes // 60} h"
+    return f"{state}, no report for {duration}"
 
 
 def is_silent(state: str, last_heard: float) -> bool:
     return state == "running" and time.time() - last_heard >= SILENT_S
 
 
-def kind(run: Run) -> str:
+def comparison_key(run: Run) -> str:
     """A key that is equal for comparable runs.
 
-    Comparable runs have one study key. From first to last step they had the same number of workers,
-    micro-batch, machine and loader threads; and all or none of them had reserved cores.
+    Comparable runs have the same study key and the same training conditions at each step: workers,
+    micro-batch, machine, loader threads, and whether cores were reserved.
     """
     return json.dumps([run.study, run.trained_on], sort_keys=True, default=str)

@@ -1,4 +1,4 @@
-"""The runs of a folder: select some by name or study key, find what they compare with, list all."""
+"""Select the runs of a folder by name or study key, add their baselines, and list all runs."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -38,32 +38,32 @@ def select_runs(
 ) -> list[Run]:
     """The runs that names, paths and study keys select, in the order of the names.
 
-    Without names, the runs of the study whose run finished last. Trials of a search belong to no
-    study: their accuracy is that of a part of the training set.
+    Without names, these are the runs of the study with the newest finished run. Trials of a search
+    do not count as finished: their accuracy is that of a part of the training set.
 
     Args:
         runs: all runs of the folder.
 
     Raises:
-        ReportError: a name matches nothing or several runs; or there are no names, and no run has
-            finished.
+        ReportError: a name matches nothing, several runs or several study keys; or there are no
+            names, and a run is damaged or no run has finished.
     """
     if names:
-        return _named(runs_dir, [os.fspath(name) for name in names], runs)
+        return _select_named(runs_dir, [os.fspath(name) for name in names], runs)
     for run in runs:
         refuse_damage(run)
     finished = [run for run in runs if run.is_finished]
     trained = [run for run in finished if run.protocol != "trial"]
     if not trained:
         raise ReportError(
-            f"compare: {runs_dir} must have a finished run that is no trial of a search; it has"
+            f"compare: {runs_dir} must have a finished run that is no trial of a search; got"
             f" {counted(len(runs), 'run')}, of which {counted(len(finished), 'trial')} finished"
         )
     newest = max(trained, key=lambda run: run.ended)
     return [run for run in runs if run.study == newest.study]
 
 
-def _named(runs_dir: Path, names: Sequence[str], runs: Sequence[Run]) -> list[Run]:
+def _select_named(runs_dir: Path, names: Sequence[str], runs: Sequence[Run]) -> list[Run]:
     known = {run.folder.resolve(): run for run in runs}
     folders = folders_in(runs_dir, suites=True)
     selected: dict[Path, Run] = {}
@@ -71,7 +71,7 @@ def _named(runs_dir: Path, names: Sequence[str], runs: Sequence[Run]) -> list[Ru
         members = [run for run in runs if text and run.study.startswith(text)]
         keys = sorted({run.study for run in members})
         if not keys or (runs_dir / text).exists():
-            folder = find_run(runs_dir, text, among=folders).resolve()
+            folder = find_run(runs_dir, text, folders=folders).resolve()
             members = [known.get(folder) or read_run(folder)]
         elif len(keys) > 1:
             raise ReportError(f"compare: {text!r} begins several study keys: {', '.join(keys)}")
@@ -88,11 +88,11 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
     """Refuse runs that differ in more than the rule and the seed.
 
     Raises:
-        ReportError: two runs do, or two runs of one rule differ in a tuned value.
+        ReportError: two runs differ so, or two runs of one rule differ in a tuned value.
     """
-    namesakes: dict[str, Run] = {}
+    first_of: dict[str, Run] = {}
     for run in runs[1:]:
-        for other in (runs[0], namesakes.setdefault(run.rule, run)):
+        for other in (runs[0], first_of.setdefault(run.rule, run)):
             if differing_fields := differences(other, run):
                 raise ReportError(
                     f"compare: {other.name} and {run.name} differ in more than the rule and the"
@@ -105,49 +105,51 @@ def with_baseline(
 ) -> tuple[list[Run], list[str]]:
     """Add comparable runs of each missing kind of the baseline from the same study.
 
-    BPTT in slices of time is such a kind, because it may be the faster one. If no baseline can be
-    added, a note says why.
+    One kind is BPTT in slices of time, which may be faster than BPTT folded over time.
 
     Args:
         runs: all runs of the folder.
 
+    Returns:
+        The runs, and a note with the reason if no baseline was added.
+
     Raises:
-        ReportError: the added runs would differ from one another.
+        ReportError: the added runs differ from one another, and `finished` has no baseline.
     """
-    reference, there = finished[0], {run.rule for run in finished}
-    kinds = [
+    reference, rules = finished[0], {run.rule for run in finished}
+    candidates = [
         run
         for run in runs
         if run.study == reference.study
         and run.is_finished
-        and run.rule not in there
+        and run.rule not in rules
         and is_baseline(run.rule, against)
     ]
-    fit = [run for run in kinds if not differences(run, reference)]
-    if against in there or any(run.rule == against for run in fit):
-        fit.sort(key=lambda run: run.rule != against)
+    added = [run for run in candidates if not differences(run, reference)]
+    if against in rules or any(run.rule == against for run in added):
+        added.sort(key=lambda run: run.rule != against)
         try:
-            refuse_unlike(fit)
+            refuse_unlike(added)
         except ReportError as error:
-            if against not in there:
+            if against not in rules:
                 raise
-            why = str(error).removeprefix("compare: ")
-            return finished, [f"times may be divided by a slower {against}: {why}"]
-        return sorted(fit + finished, key=lambda run: run.rule != against), []
-    base = next((run for run in kinds if run.rule == against), None)
-    why = f"study {reference.study[:8]} has no finished run of {against}"
+            reason = str(error).removeprefix("compare: ")
+            return finished, [f"times may be divided by a slower {against}: {reason}"]
+        return sorted(added + finished, key=lambda run: run.rule != against), []
+    base = next((run for run in candidates if run.rule == against), None)
+    reason = f"study {reference.study[:8]} has no finished run of {against}"
     if base is not None:
-        why = f"{base.name} does not stand comparison: {listed(differences(base, reference))}"
-    return finished, [f"no baseline, no ratios: {why}"]
+        reason = f"{base.name} is not comparable: {listed(differences(base, reference))}"
+    return finished, [f"no baseline, no ratios: {reason}"]
 
 
 def differences(a: Run, b: Run) -> list[Differing]:
     """Every difference between two finished runs that forbids a comparison.
 
-    Unequal study keys are explained by differences of the recipes. Data sets are equal if their
-    contents are, so a path is named only if nothing else explains the keys.
+    Differences of the recipes explain unequal study keys. Data sets with equal contents are equal,
+    so a path is named only if nothing else explains the keys.
     """
-    fields = trained_apart(a.trained_on, b.trained_on)
+    fields = differing_conditions(a.trained_on, b.trained_on)
     if a.rule == b.rule:
         # One label in the table must be one rule with one tuned value.
         fields += differing("rule", a.recipe.get("rule"), b.recipe.get("rule"))
@@ -155,21 +157,21 @@ def differences(a: Run, b: Run) -> list[Differing]:
             fields += differing(key, recipe_value(a.recipe, key), recipe_value(b.recipe, key))
     if a.study == b.study:
         return fields
-    of_recipes = differing_recipes(a, b)
-    paths = [
+    recipe_fields = differing_fields(a, b)
+    path_fields = [
         field
-        for field in of_recipes
+        for field in recipe_fields
         if all(value is None or str(value).startswith("/") for value in field[1:])
     ]
-    contents = [(run.summary or {}).get("data_fingerprint") for run in (a, b)]
-    explained = [
-        *(field for field in of_recipes if field not in paths),
-        *differing("data_fingerprint", *contents),
+    fingerprints = [(run.summary or {}).get("data_fingerprint") for run in (a, b)]
+    causes = [
+        *(field for field in recipe_fields if field not in path_fields),
+        *differing("data_fingerprint", *fingerprints),
     ]
-    return (explained or paths or [("study", a.study, b.study)]) + fields
+    return (causes or path_fields or [("study", a.study, b.study)]) + fields
 
 
-def differing_recipes(a: Run, b: Run) -> list[Differing]:
+def differing_fields(a: Run, b: Run) -> list[Differing]:
     """The differences of two recipes in fields that all runs of one study share."""
     shared = (
         {**select(run.recipe, lambda role: Role.STUDY in role), "init": run.recipe.get("init")}
@@ -178,20 +180,20 @@ def differing_recipes(a: Run, b: Run) -> list[Differing]:
     return list(differing("", *shared))
 
 
-def trained_apart(
-    mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
+def differing_conditions(
+    a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]
 ) -> list[Differing]:
     """The training conditions in which two runs differ.
 
     A condition that changed during a run has a list of values: `[2, 1]`.
     """
-    if list(mine) == list(theirs):
+    if list(a) == list(b):
         return []
-    return list(differing("", _columns(mine), _columns(theirs))) or [("trained_on", mine, theirs)]
+    return list(differing("", _columns(a), _columns(b))) or [("trained_on", a, b)]
 
 
 def tuned_keys(recipe: Mapping[str, Any]) -> tuple[str, ...]:
-    """The dotted keys that each rule has its own value for; may be empty."""
+    """The dotted keys with a tuned value for each rule; may be empty."""
     return tuple(recipe.get("tuned") or ())
 
 
@@ -204,7 +206,7 @@ def recipe_value(recipe: Mapping[str, Any], key: str) -> Any:
 
 
 def _columns(trained_on: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Each condition by dotted name. Several values form a list."""
+    """The values of each condition by dotted name: a list if there are several."""
     columns: dict[str, list[Any]] = {}
     for each in trained_on:
         for name, value in flat(each).items():
@@ -218,25 +220,25 @@ def find_run(
     name_or_path: str | os.PathLike[str],
     *,
     suites: bool = False,
-    among: Sequence[Path] | None = None,
+    folders: Sequence[Path] | None = None,
 ) -> Path:
-    """The absolute folder of a run, from its name, an unambiguous beginning of it, or a path.
+    """The absolute folder of a run, from its name, an unambiguous prefix of the name, or a path.
 
-    The folder's parent is the run's own folder of runs, whatever `runs_dir` is.
+    For a path, the folder of runs is the parent of the run, not `runs_dir`.
 
     Args:
         suites: the name may also be that of a suite.
-        among: the value of `folders_in(runs_dir, suites=suites)`, to look up many names faster.
+        folders: the value of `folders_in(runs_dir, suites=suites)`, to find many names faster.
 
     Raises:
-        ReportError: no run has this name, or several begin with it.
+        ReportError: no run has this name, or several names begin with it.
     """
     text = os.fspath(name_or_path)
     for folder in (Path(runs_dir) / text, Path(text)):
         if is_run(folder) or (suites and is_suite(folder)):
             # Remove `.` and `..` but keep links: a linked run belongs to the folder of the link.
             return Path(os.path.abspath(folder))  # noqa: PTH100
-    folders = folders_in(runs_dir, suites=suites) if among is None else among
+    folders = folders_in(runs_dir, suites=suites) if folders is None else folders
     matches = [folder for folder in folders if folder.name.startswith(text)] if text else []
     if len(matches) == 1:
         return matches[0].absolute()
@@ -248,36 +250,35 @@ def find_run(
 
 
 def locate(runs_dir: Path, names: Sequence[str]) -> tuple[Path, Path | None]:
-    """The folder that contains what these names select, and the suite that they name, if any.
+    """The folder of the runs that these names select, and the suite if the name is a suite's.
 
-    The folder is `runs_dir` if a name is a study key.
+    The folder is the parent of the named runs if they have one parent; otherwise `runs_dir`.
 
     Raises:
-        ReportError: a suite is named beside something else.
+        ReportError: a suite is not the only name.
     """
-    there = folders_in(runs_dir, suites=True)
+    known = folders_in(runs_dir, suites=True)
     folders: list[Path] = []
     for name in names:
         try:
-            folders.append(find_run(runs_dir, name, suites=True, among=there))
+            folders.append(find_run(runs_dir, name, suites=True, folders=known))
         except ReportError:
-            continue  # a study, or nothing: `select_runs` raises the precise error
+            continue  # a study key or an unknown name: `select_runs` raises the precise error
     suite = next(filter(is_suite, folders), None)
     if suite is not None and len(names) > 1:
         raise ReportError(
-            f"compare: a suite is compared by itself; got {suite.name} among {', '.join(names)}"
+            f"compare: a suite must be the only name; got {suite.name} in {', '.join(names)}"
         )
     parents = {folder.parent for folder in folders}
-    is_elsewhere = len(folders) == len(names) and len(parents) == 1
-    return parents.pop() if is_elsewhere else runs_dir, suite
+    if len(folders) == len(names) and len(parents) == 1:
+        return parents.pop(), suite
+    return runs_dir, suite
 
 
 # --------------------------------------------------------------------------------- spiketrain runs
 
 
 class SuiteRow(NamedTuple):
-    """A suite in a list."""
-
     name: str
     state: str  # for example "2 of 5 finished"
     resume: str | None  # the command; None for a suite that is finished or running
@@ -308,16 +309,14 @@ def print_runs(runs_dir: str | os.PathLike[str], console: Console | None = None)
     columns = ("run", "state", "rule", "study", number("step"), number("top-1"))
     print_table(console, columns, map(_cells, runs))
     commands = [suite.resume for suite in suites if suite.resume]
-    over = ("finished", "running", "diverged")
-    commands += [how_to_resume(run.folder) for run in runs if run.state not in over]
+    not_resumable = ("finished", "running", "diverged")
+    commands += [how_to_resume(run.folder) for run in runs if run.state not in not_resumable]
     for command in commands:
         say(console, command, whole=[command])
 
 
 def _cells(run: Run) -> tuple[str, ...]:
-    """The cells of a run in the list. top-1 is the result of a finished run, and of another run
-    that of its newest evaluation.
-    """
+    """The cells of a run. For an unfinished run, top-1 is from the newest evaluation."""
     top1 = run.value("top1")
     if run.state != "finished":
         evaluation = last(RunFolder(run.folder).journal, Evaluation.kind) or {}
@@ -334,10 +333,10 @@ def _cells(run: Run) -> tuple[str, ...]:
 
 def _suite_row(folder: Path) -> SuiteRow:
     try:
-        runs, over = suite_entries(folder), len(done_entries(folder))
+        entries, done = len(suite_entries(folder)), len(done_entries(folder))
     except ValueError:  # the list still shows every other suite
         return SuiteRow(folder.name, f"{FILE} is damaged", None)
-    state = f"{over} of {len(runs)} finished"
+    state = f"{done} of {entries} finished"
     if is_driven(folder):
         return SuiteRow(folder.name, f"{state}, running", None)
-    return SuiteRow(folder.name, state, None if over == len(runs) else how_to_resume(folder))
+    return SuiteRow(folder.name, state, None if done == entries else how_to_resume(folder))

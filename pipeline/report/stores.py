@@ -1,10 +1,9 @@
-"""spiketrain's data in an MLflow store: studies, runs, metric histories, artifacts. `results` gives
-the runs of a store or of a folder as a frame.
+"""Read spiketrain's studies, runs, metric histories and artifacts from an MLflow store.
 
-Reading never creates or changes a store. An SQLite file is read with read-only SQL and without
-MLflow. MLflow's client (3.17.2) would create a missing file and its schema, and took 1.9 s to list
-500 runs. A server is read through MLflow's client. An unreadable store raises a `StoreError` within
-seconds: one sentence with the store and the remedy. An unreadable artifact raises `ArtifactError`.
+Reading never creates a store, and changes an SQLite file only to undo an interrupted write. An
+SQLite file is read with SQL and without MLflow: MLflow's client (3.17.2) would create a missing
+file, and took 1.9 s to list 500 runs. A server is read through MLflow's client. An unreadable store
+raises `StoreError` within seconds, and an unreadable artifact raises `ArtifactError`.
 """
 
 import json
@@ -51,22 +50,22 @@ ARTIFACTS = (
     REPORT_DATA,
     REPORT,
 )
-MOST_BYTES = 64 << 20  # the largest artifact that is read whole
-LOCKED_S = 2.0
-_THINNED_BYTES = 8 << 20  # about this much of a longer journal's curve is kept
+MAX_BYTES = 64 << 20  # larger artifacts are not read whole
+LOCK_TIMEOUT_S = 2.0
+_THINNED_BYTES = 8 << 20  # the approximate size to which a larger journal is thinned
 _STATES: dict[str, State] = {"RUNNING": "running", "FINISHED": "finished", "FAILED": "failed"}
-_OF_SUITES = (REPORT, REPORT_DATA)  # artifacts of a suite's run, which may have been deleted
-_SUMMARY = "summary/"
-_PAGE = 200  # runs per answer: few enough for a busy server's timeout
+_SUITE_ARTIFACTS = (REPORT, REPORT_DATA)  # of a suite's MLflow run, which users may delete
+_SUMMARY = "summary/"  # prefix of the metrics with the numbers of a summary
+_PAGE_SIZE = 200  # runs per response: few enough for a busy server's timeout
 T_ = TypeVar("T_")
 
 
 class StoreError(ReportError):
-    """A store cannot be read; one line for a user."""
+    """A store cannot be read. The message is one line for a user."""
 
 
 class ArtifactError(ReportError):
-    """One run's artifact cannot be read, though its store can; one line for a user."""
+    """An artifact of a readable store cannot be read. The message is one line for a user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +77,13 @@ class StoredRun:
     experiment: str
     status: str  # MLflow's: RUNNING, FINISHED, FAILED, KILLED
     started: float
-    newest: float  # time of its newest metric, its end, or its start
+    newest: float  # the latest of its start, its end and its newest metric
     tags: Mapping[str, str] = field(repr=False)
     metrics: Mapping[str, float] = field(repr=False)  # newest values
 
     @property
     def state(self) -> State:
-        """The state as in a run's folder; MLflow's state of a diverged run is FAILED."""
+        """The state as in a run's folder. MLflow's status of a diverged run is FAILED."""
         if self.status == "FAILED" and self.tags.get("spiketrain.diverged") == "true":
             return "diverged"
         return _STATES.get(self.status, "stopped")
@@ -121,13 +120,13 @@ class StoredStudy:
     rules: tuple[str, ...]
     protocol: str  # `tuned, optimizer.lr`, `trials of optimizer.lr`; empty if only rules differ
     seeds: tuple[str, ...]
-    states: Mapping[str, int]  # number of runs by state; silent: running, without a sign of life
-    newest: float
+    states: Mapping[str, int]  # number of runs by state; silent: running without recent reports
+    newest: float  # the largest `newest` of the runs
 
 
 @dataclass(frozen=True, kw_only=True)
 class SentJournal:
-    """A run's journal as stored in MLflow. It has every `every`-th point of the curve."""
+    """A run's journal as stored in MLflow, with every `every`-th point of the learning curve."""
 
     events: Sequence[Event] = ()
     every: int = 1
@@ -145,7 +144,7 @@ class Store(ABC):
 
     @abstractmethod
     def runs(self, study: str | None) -> list[StoredRun]:
-        """The spiketrain runs of a study key, or all, newest start first."""
+        """The spiketrain runs of a study key, newest start first; all runs if it is None."""
 
     @abstractmethod
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
@@ -153,20 +152,21 @@ class Store(ABC):
 
     @abstractmethod
     def _read(self, run_id: str, name: str, read: Callable[[Path], T_]) -> T_ | None:
-        """The result of `read` on an artifact's file; None if there is no such file."""
+        """Apply `read` to an artifact's file; None if the file does not exist."""
 
     def listed(self) -> list[StoredRun]:
         return self.runs(None)
 
     def text(self, run_id: str, name: str) -> str | None:
-        """An artifact, one of `ARTIFACTS`; None if the run, or its suite's run, has none (yet).
+        """The text of an artifact; None if the run, or the suite's run, does not have it.
 
         Raises:
+            StoreError: `name` is not one of `ARTIFACTS`, or the store cannot be read.
             ArtifactError: the artifact cannot be read.
         """
         if name not in ARTIFACTS:  # a name must not lead out of the run's folder
             raise StoreError(f"store: an artifact must be {', '.join(ARTIFACTS)}; got {name!r}")
-        return self._read(run_id, name, _whole)
+        return self._read(run_id, name, _read_text)
 
     def journal(self, run_id: str) -> SentJournal:
         """A run's journal, thinned if it is long (ImageNet journals have about 100 MB).
@@ -174,12 +174,12 @@ class Store(ABC):
         Raises:
             ArtifactError: the journal cannot be read.
         """
-        return self._read(run_id, JOURNAL, _sent_at) or SentJournal()
+        return self._read(run_id, JOURNAL, _read_journal) or SentJournal()
 
 
 def runs_of_store(store: Store) -> list[Run]:
-    """All runs of a store, from tags and metrics. Of the recipe only the protocol is known."""
-    known = ("rule", "study", "seed", "world_size", "micro_batch", "hardware", "commit")
+    """All runs of a store, from tags and metrics. Their recipes have only the protocol."""
+    names = ("rule", "study", "seed", "world_size", "micro_batch", "hardware", "commit")
     runs: list[Run] = []
     for stored in store.runs(None):
         summary: dict[str, Any] = {}
@@ -191,7 +191,7 @@ def runs_of_store(store: Store) -> list[Run]:
                     inner = inner.setdefault(name, {})
                 inner[last] = value
         start = start_of(stored)
-        fields = {name: start[name] for name in known if start[name] not in (None, "")}
+        fields = {name: start[name] for name in names if start[name] not in (None, "")}
         runs.append(
             run_of(
                 stored.name,
@@ -207,14 +207,15 @@ def runs_of_store(store: Store) -> list[Run]:
 
 
 def results(source: str | os.PathLike[str] = "runs") -> "pd.DataFrame":
-    """All runs as a pandas frame: a row for each, with what it is and every quantity measured.
+    """All runs of a folder or an MLflow store as a pandas frame with one row per run.
 
         frame = pipeline.results("runs/")
         frame[frame.state == "finished"].groupby(["study", "rule"])["top1"].agg(["mean", "std"])
 
-    Quantities are in bytes, seconds, joules, and shares in 0..1; NaN where one was not measured.
-    `pipeline.report.metrics.METRICS` lists them. The columns `recipe` and `summary` hold what the
-    files of a run say; a store has neither a recipe nor text of a summary.
+    Quantities are in bytes, seconds, joules, and shares in 0..1, with NaN if not measured.
+    `pipeline.report.metrics.METRICS` lists them. The columns `recipe` and `summary` contain the
+    JSON objects of the files. From a store, `recipe` has only the protocol, and `summary` only
+    numbers and the fields of tags.
 
     Args:
         source: a folder of runs, the SQLite file of an MLflow store or its URI, or the address of
@@ -223,16 +224,16 @@ def results(source: str | os.PathLike[str] = "runs") -> "pd.DataFrame":
     Raises:
         ValueError: the source cannot be read, or a file of a run is damaged.
     """
-    place = os.fspath(source)
-    if "://" in place or Path(place).is_file():
-        return frame(runs_of_store(open_store(place)))
-    if not Path(place).is_dir():
-        raise ValueError(f"results: source must be a folder of runs or a store; got {place}")
-    return frame(read_runs(Path(place)))
+    uri = os.fspath(source)
+    if "://" in uri or Path(uri).is_file():
+        return frame(runs_of_store(open_store(uri)))
+    if not Path(uri).is_dir():
+        raise ValueError(f"results: source must be a folder of runs or a store; got {uri}")
+    return frame(read_runs(Path(uri)))
 
 
 def start_of(stored: StoredRun) -> Record:
-    """The `start` event of a run, as far as its tags contain it."""
+    """The `start` event of a run, reconstructed from its tags."""
     tags = _tags(stored, "spiketrain.")
     numbers = ("seed", "world_size", "micro_batch", "attempt")
     return {
@@ -263,21 +264,26 @@ def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
     groups: dict[tuple[str, str], list[StoredRun]] = {}
     for run in runs:
         groups.setdefault((run.experiment, run.study), []).append(run)
-    found = [
-        StoredStudy(
-            experiment=experiment,
-            study=study,
-            rules=tuple(sorted({run.rule for run in members})),
-            protocol=next(filter(None, (_protocol(run.tags) for run in members)), ""),
-            seeds=tuple(sorted({run.seed for run in members}, key=lambda seed: (len(seed), seed))),
-            states=Counter(
-                "silent" if is_silent(run.state, run.newest) else run.state for run in members
-            ),
-            newest=max(run.newest for run in members),
-        )
-        for (experiment, study), members in groups.items()
-    ]
-    return sorted(found, key=lambda study: study.newest, reverse=True)
+    return sorted(
+        (
+            StoredStudy(
+                experiment=experiment,
+                study=study,
+                rules=tuple(sorted({run.rule for run in members})),
+                protocol=next(filter(None, (_protocol(run.tags) for run in members)), ""),
+                seeds=tuple(
+                    sorted({run.seed for run in members}, key=lambda seed: (len(seed), seed))
+                ),
+                states=Counter(
+                    "silent" if is_silent(run.state, run.newest) else run.state for run in members
+                ),
+                newest=max(run.newest for run in members),
+            )
+            for (experiment, study), members in groups.items()
+        ),
+        key=lambda study: study.newest,
+        reverse=True,
+    )
 
 
 def _protocol(tags: Mapping[str, str]) -> str:
@@ -290,15 +296,19 @@ def _value(text: str | None) -> str | int | None:
     return int(text) if text and text.isdecimal() else text
 
 
-def _whole(file: Path) -> str:
-    if file.stat().st_size > MOST_BYTES:
-        raise ArtifactError(f"{file} has over {MOST_BYTES >> 20} MiB; look at it by hand")
+def _read_text(file: Path) -> str:
+    size = file.stat().st_size
+    if size > MAX_BYTES:
+        raise ArtifactError(
+            f"{file} must have at most {MAX_BYTES >> 20} MiB; got {size >> 20} MiB: open it in an"
+            " editor"
+        )
     return file.read_text(errors="replace")
 
 
-def _sent_at(file: Path) -> SentJournal:
+def _read_journal(file: Path) -> SentJournal:
     size = file.stat().st_size
-    every = 1 if size <= MOST_BYTES else math.ceil(size / _THINNED_BYTES)
+    every = 1 if size <= MAX_BYTES else math.ceil(size / _THINNED_BYTES)
     records = read_thinned(file, Step.kind, every=every)
     try:
         return SentJournal(events=list(map(from_dict, records)), every=every)
@@ -325,7 +335,7 @@ _OF_STUDY = """
 _LATEST = """
     select r.run_uuid, r.key, r.value, r.is_nan, r.timestamp from latest_metrics r where true
 """
-_PLACE = "select artifact_uri from runs where run_uuid = ? and lifecycle_stage = 'active'"
+_ARTIFACT_URI = "select artifact_uri from runs where run_uuid = ? and lifecycle_stage = 'active'"
 _HISTORY = """
     select step, timestamp, value, is_nan from metrics
     where run_uuid = ? and key = ? and step > ? order by step
@@ -370,30 +380,31 @@ class SqliteStore(Store):
                 for step, time, value, is_nan in rows
             ]
 
-    def _unreadable(self, why: str) -> ArtifactError:
-        return ArtifactError(f"store {self.file}: {why}; look at it by hand")
-
     def _read(self, run_id: str, name: str, read: Callable[[Path], T_]) -> T_ | None:
         with self._connection() as connection:
-            row = connection.execute(_PLACE, (run_id,)).fetchone()
+            row = connection.execute(_ARTIFACT_URI, (run_id,)).fetchone()
         if row is None:
             return None
-        place = urlparse(row[0])
-        if place.scheme not in ("", "file"):
+        uri = urlparse(row[0])
+        if uri.scheme not in ("", "file"):
             raise StoreError(
-                f"store {self.file}: its artifacts are at {place.scheme}://; start a server on it"
-                " and name that"
+                f"store {self.file}: artifacts must be files; got {uri.scheme}://: start an MLflow"
+                " server for the store and name its address"
             )
-        root = Path(os.path.realpath(unquote(place.path)))  # resolve() raises for circular links
+        root = Path(os.path.realpath(unquote(uri.path)))  # resolve() raises for circular links
         path = Path(os.path.realpath(root / name))
         if path.parent != root:
-            raise self._unreadable(f"{name} of run {run_id} is a link that leads out of {root}")
+            raise ArtifactError(
+                f"store {self.file}: {name} of run {run_id} must be in {root}; got a link to {path}"
+            )
         try:
             return read(path)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise self._unreadable(f"{path} cannot be read ({error.strerror})") from error
+            raise ArtifactError(
+                f"store {self.file}: {path} cannot be read ({error.strerror}); check the file"
+            ) from error
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
@@ -401,7 +412,7 @@ class SqliteStore(Store):
             size = self.file.stat().st_size
         except (FileNotFoundError, NotADirectoryError) as error:
             raise self._refused(
-                "does not exist; launch a run, or name another by MLFLOW_TRACKING_URI"
+                "does not exist; launch a run, or set MLFLOW_TRACKING_URI to another store"
             ) from error
         except OSError as error:
             raise self._refused(_UNREADABLE.format(error.strerror)) from error
@@ -409,18 +420,18 @@ class SqliteStore(Store):
             raise self._refused("is a folder; name the file in it, such as mlflow.db")
         if not size:
             raise self._refused(
-                "is empty, nothing was delivered yet; `spiketrain sync RUN` fills it"
+                "is empty, because no run was sent to it; `spiketrain sync RUN` sends a run"
             )
         try:
             with closing(self._opened()) as connection:
                 yield connection
         except sqlite3.OperationalError as error:
-            known = (meaning for words, meaning in _TROUBLE.items() if words in str(error))
+            known = (meaning for words, meaning in _MEANINGS.items() if words in str(error))
             raise self._refused(next(known, _UNREADABLE).format(error)) from error
         except sqlite3.DatabaseError as error:
             raise self._refused(
-                f"is damaged ({error}); move it away: `spiketrain sync RUN` fills a new one from"
-                " the journals"
+                f"is damaged ({error}); rename it: `spiketrain sync RUN` then fills a new store"
+                " from the journals"
             ) from error
 
     def _refused(self, why: str) -> StoreError:
@@ -429,31 +440,32 @@ class SqliteStore(Store):
     def _opened(self, mode: str = "ro") -> sqlite3.Connection:
         """Connect read-only, unless SQLite must first undo an interrupted write."""
         connection = sqlite3.connect(
-            f"file:{quote(str(self.file))}?mode={mode}", uri=True, timeout=LOCKED_S
+            f"file:{quote(str(self.file))}?mode={mode}", uri=True, timeout=LOCK_TIMEOUT_S
         )
         try:
             connection.execute("select 1 from alembic_version").fetchall()
         except sqlite3.DatabaseError as error:
             connection.close()
-            if mode == "ro" and error.sqlite_errorcode in _TO_BE_UNDONE:
+            if mode == "ro" and error.sqlite_errorcode in _INTERRUPTED_WRITE:
                 return self._opened("rw")
             raise
         return connection
 
 
-_TO_BE_UNDONE = (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_CANTOPEN)
-_UNREADABLE = "cannot be read ({}); are the file and its folder readable to you?"
-# the meaning of an SQLite message, by words that it contains
-_TROUBLE = {
+_INTERRUPTED_WRITE = (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_CANTOPEN)
+_UNREADABLE = "cannot be read ({}); check the path and the permissions of the file and folder"
+# The meaning of an SQLite message, by words of the message.
+_MEANINGS = {
     "locked": (
-        f"is locked by another process for over {LOCKED_S:g} s; try again, or end who holds it"
+        f"was locked by another process for over {LOCK_TIMEOUT_S:g} s; try again, or end that"
+        " process"
     ),
     "no such table: alembic_version": (
-        "is no MLflow store, or is being made; look again, name another, or move it away:"
-        " `spiketrain sync RUN` fills a new one"
+        "is not a complete MLflow store; try again, name another store, or rename the file:"
+        " `spiketrain sync RUN` then fills a new store"
     ),
     "no such": (
-        "is being made, or is of another version of MLflow ({}); look again, then mlflow db upgrade"
+        "is incomplete or of another version of MLflow ({}); try again, then mlflow db upgrade"
         " sqlite:///FILE"
     ),
 }
@@ -463,46 +475,51 @@ _TROUBLE = {
 
 
 class ServerStore(Store):
-    """A server, or another store, asked through MLflow's client."""
+    """An MLflow server, read through MLflow's client."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # `connect` has it not retry
+        # `connect` disables retries.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 
     def runs(self, study: str | None) -> list[StoredRun]:
-        quoted = (study or "").replace("'", "")
-        of_study = "" if study is None else f" and tags.`spiketrain.study` = '{quoted}'"
-        asked = f"tags.`{KIND_TAG}` = 'run'{of_study}"
-        with self._in_a_line():
-            from mlflow.utils import get_results_from_paginated_fn as whole
+        condition = f"tags.`{KIND_TAG}` = 'run'"
+        if study is not None:
+            quoted = study.replace("'", "")
+            condition += f" and tags.`spiketrain.study` = '{quoted}'"
+        with self._store_errors():
+            from mlflow.utils import get_results_from_paginated_fn as all_pages
 
             client = connect(self.uri)
-            experiments = whole(
+            experiments = all_pages(
                 lambda size, token: client.search_experiments(max_results=size, page_token=token),
-                _PAGE,
+                _PAGE_SIZE,
             )
             names = {each.experiment_id: each.name for each in experiments}
-            found = names and whole(
+            found = names and all_pages(
                 lambda size, token: client.search_runs(
-                    list(names), asked, max_results=size, page_token=token
+                    list(names), condition, max_results=size, page_token=token
                 ),
-                _PAGE,
+                _PAGE_SIZE,
             )
         runs = (_stored(run, names[run.info.experiment_id]) for run in found)
         return sorted(runs, key=lambda run: run.started, reverse=True)
 
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
-        with self._in_a_line():
+        with self._store_errors():
             recorded = connect(self.uri).get_metric_history(run_id, metric)
         points = (Point(each.step, each.timestamp / 1000, each.value) for each in recorded)
         return sorted((each for each in points if each.step > since), key=lambda each: each.step)
 
     def _read(self, run_id: str, name: str, read: Callable[[Path], T_]) -> T_ | None:
-        with self._in_a_line():
+        with self._store_errors():
             client = connect(self.uri)
         try:
             with tempfile.TemporaryDirectory() as folder:
-                if name in _OF_SUITES and client.get_run(run_id).info.lifecycle_stage != "active":
+                if (
+                    name in _SUITE_ARTIFACTS
+                    and client.get_run(run_id).info.lifecycle_stage != "active"
+                ):
                     return None  # MLflow would still return a deleted run's artifacts
                 if name not in {file.path for file in client.list_artifacts(run_id)}:
                     return None
@@ -510,29 +527,27 @@ class ServerStore(Store):
         except Exception as error:  # MLflow, its transport and the artifact store raise any type
             if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
                 return None
-            with self._in_a_line():
+            with self._store_errors():
                 client.get_run(run_id)  # raises if the whole store does not answer
             raise ArtifactError(
                 f"store {without_password(self.uri)}: {name} of run {run_id} cannot be read"
-                f" ({reason(self.uri, error)}); look at it by hand"
+                f" ({reason(self.uri, error)}); check the artifact store"
             ) from error
 
     @contextmanager
-    def _in_a_line(self) -> Iterator[None]:
+    def _store_errors(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # MLflow and its transport raise any type
             raise StoreError(
                 f"store {without_password(self.uri)} does not answer as an MLflow server"
-                f" ({reason(self.uri, error)}); is it up, and is MLFLOW_TRACKING_URI right?"
+                f" ({reason(self.uri, error)}); check the server and MLFLOW_TRACKING_URI"
             ) from error
 
 
 def _stored(run: Any, experiment: str) -> StoredRun:
-    """`run`: as MLflow's client returns it."""
-    times = [
-        metric.timestamp for metric in run.data._metric_objs
-    ]  # `metrics` has no times (3.17.2)
+    # In MLflow 3.17.2, `metrics` has no times.
+    times = [metric.timestamp for metric in run.data._metric_objs]
     return StoredRun(
         id=run.info.run_id,
         name=run.info.run_name or run.info.run_id,
@@ -549,13 +564,13 @@ def open_store(uri: str) -> Store:
     """Open a store by tracking URI: `sqlite:///FILE`, the path of such a file, or `http://...`.
 
     Raises:
-        StoreError: the store is of another kind.
+        StoreError: the URI has another scheme.
     """
     if uri.startswith(("http://", "https://")):
         return ServerStore(uri)
     if uri.startswith(SQLITE) or "://" not in uri:
         return SqliteStore(Path(uri.removeprefix(SQLITE)))
     raise StoreError(
-        f"store {without_password(uri)} must be sqlite:///FILE or the address of a server; start"
-        " one for it: mlflow server --backend-store-uri URI"
+        "store: the URI must be sqlite:///FILE or the address of a server; got"
+        f" {without_password(uri)}: start a server with mlflow server --backend-store-uri URI"
     )

@@ -3,9 +3,8 @@
     study.groups[0].spread("SLTT", "peak_saved_bytes")   mean and standard deviation over seeds
     study.groups[0].ratios("SLTT", "peak_saved_bytes")   over the baseline, seed by seed
 
-Values of different groups are never divided: their runs have different study keys or conditions.
-The one exception are the speeds of groups that differ only in the number of workers
-(`tables.scaling`).
+Values of different groups are never divided, because their study keys or conditions differ. Only
+`tables.scaling` divides the speeds of groups, if they differ only in the number of workers.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ from pipeline.recipe import BASELINE, is_baseline
 from pipeline.report import results
 from pipeline.report.history import number
 from pipeline.report.metrics import COMPUTE
-from pipeline.report.results import Run, flat, kind
+from pipeline.report.results import Run, comparison_key, flat
 from pipeline.report.selection import recipe_value, tuned_keys
 from pipeline.track.journal import number as any_number
 
@@ -33,15 +32,15 @@ if TYPE_CHECKING:
     from pipeline.report.claims import Claim
 
 WITHIN = 0.7  # points of accuracy: the largest loss that SLTT and OTTT claim
-_OF_TIME = (COMPUTE, "wall_s", "net_s", "images_per_s")
+_TIME_METRICS = (COMPUTE, "wall_s", "net_s", "images_per_s")
 FOLDED_ALONE = (
-    f"times are divided by those of {BASELINE} folded over time; step by step, which may be faster,"
-    " none among these has finished"
+    f"times are divided by those of {BASELINE} folded over time; no {BASELINE} in slices of time,"
+    " which may be faster, has finished"
 )
 RECOMPUTED = f"{BASELINE}-recompute"
 RECOMPUTES_NOTHING = (
-    f"bytes are divided by those of {BASELINE} that recomputes nothing; no {RECOMPUTED}, which"
-    " keeps less, has finished"
+    f"bytes are divided by those of {BASELINE} without recomputation; no {RECOMPUTED}, which saves"
+    " fewer bytes, has finished"
 )
 
 
@@ -63,8 +62,8 @@ class Spread:
             return None
         from scipy import stats
 
-        reach = float(stats.t.ppf(0.975, self.runs - 1)) * self.deviation / self.runs**0.5
-        return self.mean - reach, self.mean + reach
+        half_width = float(stats.t.ppf(0.975, self.runs - 1)) * self.deviation / self.runs**0.5
+        return self.mean - half_width, self.mean + half_width
 
 
 def spread_of(values: Sequence[float]) -> Spread | None:
@@ -81,7 +80,7 @@ class Difference:
 
     d_i = top1(baseline, seed i) - top1(rule, seed i). Runs of one seed share initial weights and
     sample order, so most of the seed's effect cancels in the difference. The interval covers the
-    variation between seeds; it includes the sampling of the test set only through d_i.
+    variation between seeds, but not the sampling of the test set.
     """
 
     baseline: str
@@ -90,7 +89,7 @@ class Difference:
     mean: float
     low: float
     high: float
-    diverged: int = 0  # further seeds that the baseline finished and the rule diverged in
+    diverged: int = 0  # further seeds in which the baseline finished and the rule diverged
 
     def verdict(self, within: float) -> Literal["holds", "fails", "is undecided"]:
         """Compare the interval with the tolerated loss of `within` points.
@@ -105,11 +104,11 @@ class Difference:
         return "fails" if self.low > within else "is undecided"
 
     def text(self, within: float) -> str:
-        lost = f" of those that did not diverge, as {self.diverged} did" if self.diverged else ""
+        lost = f" ({self.diverged} more diverged)" if self.diverged else ""
         return (
             f"{self.baseline} - {self.rule}: {self.mean:+.2f} points over {self.seeds} paired "
-            f"seeds{lost}, 95 % interval {self.low:+.2f} to {self.high:+.2f}; at most {within:g} "
-            f"points below {self.verdict(within)}"
+            f"seeds{lost}, 95 % interval {self.low:+.2f} to {self.high:+.2f}; the claim of at most "
+            f"{within:g} points below {self.verdict(within)}"
         )
 
 
@@ -117,7 +116,7 @@ class Difference:
 class Group:
     """Comparable runs: they share a study key and their training conditions."""
 
-    runs: tuple[Run, ...]  # the baseline's first
+    runs: tuple[Run, ...]  # runs of the baseline first
     against: str = BASELINE
     within: float = WITHIN
 
@@ -127,12 +126,11 @@ class Group:
 
     @property
     def key(self) -> str:
-        """A digest of the runs' `kind`. It does not depend on other groups."""
-        return f"g{hashlib.sha256(kind(self.runs[0]).encode()).hexdigest()[:8]}"
+        """A digest of the runs' `comparison_key`. It does not depend on other groups."""
+        return f"g{hashlib.sha256(comparison_key(self.runs[0]).encode()).hexdigest()[:8]}"
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """The frame of the finished runs."""
         return results.frame(self.finished)
 
     @property
@@ -162,26 +160,26 @@ class Group:
 
     @property
     def undivided(self) -> str:
-        """The reason why nothing is divided; empty if there is a baseline."""
-        why = self.several_baselines or f"no run of {self.against} among these has finished"
-        return "" if self.has_baseline else why
+        """The reason why the group has no ratios; empty if there is a baseline."""
+        if self.has_baseline:
+            return ""
+        return self.several_baselines or f"no run of {self.against} in this group has finished"
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Facts that qualify the means and ratios."""
         return tuple(_notes(self))
 
     @property
     def differences(self) -> list[Difference]:
         """The difference of each rule that shares at least two seeds with the baseline."""
         base = self.by_seed(self.against, "top1")
-        found: list[Difference] = []
+        differences: list[Difference] = []
         for rule in (rule for rule in self.rules if rule != self.against):
-            mine = self.by_seed(rule, "top1")
-            spread = spread_of([100 * (base[seed] - mine[seed]) for seed in base if seed in mine])
+            top1 = self.by_seed(rule, "top1")
+            spread = spread_of([100 * (base[seed] - top1[seed]) for seed in base if seed in top1])
             if spread is not None and spread.interval is not None:
                 low, high = spread.interval
-                found.append(
+                differences.append(
                     Difference(
                         baseline=self.against,
                         rule=rule,
@@ -192,15 +190,15 @@ class Group:
                         diverged=self.lost(rule),
                     )
                 )
-        return found
+        return differences
 
     def of(self, rule: str) -> tuple[Run, ...]:
         return tuple(run for run in self.runs if run.rule == rule)
 
     def diverged(self, rule: str) -> set[int]:
         """The seeds in which all runs of the rule diverged."""
-        lost = {run.seed for run in self.of(rule) if run.state == "diverged"}
-        return lost - self.by_seed(rule, "top1").keys()
+        seeds = {run.seed for run in self.of(rule) if run.state == "diverged"}
+        return seeds - self.by_seed(rule, "top1").keys()
 
     def lost(self, rule: str) -> int:
         """The number of the baseline's finished seeds in which the rule diverged."""
@@ -213,10 +211,10 @@ class Group:
 
     def values(self, rule: str, name: str) -> pd.Series:
         """A metric or a number of the summaries, for the rule's finished runs, indexed by seed."""
-        of_rule = self._by_rule.get(rule, self.frame.iloc[:0])
-        if name in of_rule:
-            return of_rule[name].dropna()
-        return of_rule["summary"].map(lambda of: number(flat(of).get(name))).dropna()
+        rows = self._by_rule.get(rule, self.frame.iloc[:0])
+        if name in rows:
+            return rows[name].dropna()
+        return rows["summary"].map(lambda summary: number(flat(summary).get(name))).dropna()
 
     @cached_property
     def _by_rule(self) -> dict[Any, Any]:
@@ -232,21 +230,25 @@ class Group:
         return by_seed.mean().to_dict()
 
     def paired(self, rule: str, name: str) -> dict[int, float]:
-        """The ratio to `base_of(name)` in the same seed, by seed."""
-        over, values = self.by_seed(self.base_of(name), name), self.by_seed(rule, name)
-        return {seed: value / over[seed] for seed, value in values.items() if over.get(seed)}
+        """The ratio to the rule `base_of(name)` in the same seed, by seed."""
+        base = self.by_seed(self.base_of(name), name)
+        return {
+            seed: value / base[seed]
+            for seed, value in self.by_seed(rule, name).items()
+            if base.get(seed)
+        }
 
     def ratios(self, rule: str, name: str) -> Spread | None:
-        """The spread of `paired`; None without a common seed."""
+        """The spread of `paired`; None if no seed is common."""
         return spread_of(list(self.paired(rule, name).values()))
 
     def base_of(self, name: str) -> str:
-        """The divisor's rule for a quantity. For time and speed it is the faster BPTT."""
-        return self.fastest_baseline if name in _OF_TIME else self.against
+        """The rule that a quantity is divided by: for time and speed, the faster BPTT."""
+        return self.fastest_baseline if name in _TIME_METRICS else self.against
 
     @cached_property
     def fastest_baseline(self) -> str:
-        """The faster of BPTT folded over time and BPTT step by step, over their common seeds."""
+        """The faster of BPTT folded over time and in slices of time, over their common seeds."""
         times = {
             rule: seconds
             for rule in self.rules
@@ -277,12 +279,12 @@ class Study:
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """The groups, those with the most rules first; otherwise in the order of the runs."""
-        by_kind: dict[str, list[Run]] = {}
+        """The groups in descending number of rules, and then in the order of the runs."""
+        by_key: dict[str, list[Run]] = {}
         for run in self.runs:
-            by_kind.setdefault(kind(run), []).append(run)
+            by_key.setdefault(comparison_key(run), []).append(run)
         groups: list[Group] = []
-        for runs in by_kind.values():
+        for runs in by_key.values():
             labelled = _with_distinct_labels(runs)
             labelled.sort(key=lambda run: place(run, self.against))
             groups.append(Group(tuple(labelled), self.against, self.within))
@@ -299,14 +301,14 @@ def _with_distinct_labels(runs: Sequence[Run]) -> list[Run]:
 
     Examples are SLTT-1 with and without rescaling, or two values of a tuned field.
     """
-    apart = {
+    fields = {
         rule: _differing([run for run in runs if run.rule == rule])
         for rule in {run.rule for run in runs}
     }
     labelled: list[Run] = []
     for run in runs:
         values = [
-            text for name, text in _label_values(run.recipe).items() if name in apart[run.rule]
+            text for name, text in _label_values(run.recipe).items() if name in fields[run.rule]
         ]
         labelled.append(replace(run, rule=f"{run.rule} ({', '.join(values)})") if values else run)
     return labelled
@@ -320,8 +322,10 @@ def _differing(runs: Sequence[Run]) -> list[str]:
 def _label_values(recipe: Mapping[str, Any]) -> dict[str, str]:
     """The rule's keywords and the value of each tuned field, as text."""
     rule = recipe.get("rule")
-    described = {"keywords": _keywords(rule) or "as it comes"} if isinstance(rule, Mapping) else {}
-    return described | {key: f"{key}={recipe_value(recipe, key)}" for key in tuned_keys(recipe)}
+    tuned = {key: f"{key}={recipe_value(recipe, key)}" for key in tuned_keys(recipe)}
+    if not isinstance(rule, Mapping):
+        return tuned
+    return {"keywords": _keywords(rule) or "defaults", **tuned}
 
 
 def _keywords(part: Mapping[str, Any]) -> str:
@@ -332,10 +336,9 @@ def _keywords(part: Mapping[str, Any]) -> str:
 
 def _python(value: Any) -> str:
     """A part of a recipe in Python notation: `SLTT(k=1)`."""
-    is_part = isinstance(value, Mapping) and "target" in value
-    return (
-        f"{str(value['target']).rpartition('.')[2]}({_keywords(value)})" if is_part else str(value)
-    )
+    if not isinstance(value, Mapping) or "target" not in value:
+        return str(value)
+    return f"{str(value['target']).rpartition('.')[2]}({_keywords(value)})"
 
 
 def _notes(group: Group) -> Iterator[str]:
@@ -347,22 +350,20 @@ def _notes(group: Group) -> Iterator[str]:
         if isinstance(part, Mapping) and (keywords := _keywords(part)) and keywords not in rule:
             yield f"{rule} is {_python(part)}"
     for run in group.runs:
-        if how := _divergence(run):
-            advice = remedy(
-                *(recipe_value(run.recipe, key) for key in ("optimizer.lr", "clip_norm"))
-            )
+        if problem := _divergence(run):
+            lr, clip_norm = (recipe_value(run.recipe, key) for key in ("optimizer.lr", "clip_norm"))
             yield (
-                f"{run.name} ({run.rule}) {how}: its figures and ratios compare no rules; {advice}"
-                " for every rule, and train again"
+                f"{run.name} ({run.rule}) {problem}: its values are no comparison of rules;"
+                f" {remedy(lr, clip_norm)} for every rule, and train again"
             )
     commits = sorted({commit for run in group.finished for commit in run.commits})
     if len(commits) > 1:
-        yield f"the runs are of different commits: {', '.join(commits)}"
-    for (rule, seed), times in Counter((run.rule, run.seed) for run in group.finished).items():
-        if times > 1:
+        yield f"the runs have different commits: {', '.join(commits)}"
+    for (rule, seed), count in Counter((run.rule, run.seed) for run in group.finished).items():
+        if count > 1:
             yield (
-                f"{rule} has {times} runs of seed {seed}, which count as one, their mean, in"
-                " ratios and differences"
+                f"{rule} has {count} runs of seed {seed}: ratios and differences use their mean as"
+                " one run"
             )
     yield from _notes_on_clocks(group)
     if uncounted := [
@@ -371,8 +372,8 @@ def _notes(group: Group) -> Iterator[str]:
         if len(group.values(rule, "peak_saved_bytes")) < len(runs)
     ]:
         yield (
-            f"saved bytes were not measured in runs of {', '.join(uncounted)}, in which no batch"
-            " was whole on which bytes are counted"
+            f"saved bytes were not measured in runs of {', '.join(uncounted)}, because each batch"
+            " with counted bytes was skipped"
         )
     if unknown := {
         str(name)
@@ -381,7 +382,7 @@ def _notes(group: Group) -> Iterator[str]:
         for name in summary.get(path) or ()
     }:
         yield (
-            "operations, and the energy of an inference, leave out what no count knows:"
+            "operations and the energy of an inference exclude operators without a known count:"
             f" {', '.join(sorted(unknown))}"
         )
     if group.has_baseline:
@@ -391,44 +392,41 @@ def _notes(group: Group) -> Iterator[str]:
 def _notes_on_clocks(group: Group) -> Iterator[str]:
     rules = group.finished_rules
     totals = {rule: group.values(rule, "restarts").sum() for rule in rules}
-    if texts := [f"{times:g} of {rule}" for rule, times in totals.items() if times]:
-        yield (
-            "wall clocks have restarts in them, with the batches that each lost:"
-            f" {', '.join(texts)}"
-        )
+    if texts := [f"{count:g} of {rule}" for rule, count in totals.items() if count]:
+        yield f"wall clocks include restarts and the batches that they repeat: {', '.join(texts)}"
     means = {rule: group.values(rule, "startup_s").mean() for rule in rules}
     if texts := [
         f"{format_quantity(mean, kind='s')} of {rule}" for rule, mean in means.items() if mean > 0
     ]:
         yield (
-            "wall clocks leave out start-up, which ends with each start's first batch:"
+            "wall clocks exclude start-up, which ends with the first batch of each start:"
             f" {', '.join(texts)}"
         )
-    looked = [rule for rule in rules if group.values(rule, "fidelity_s").any()]
-    if looked:
+    with_fidelity = [rule for rule in rules if group.values(rule, "fidelity_s").any()]
+    without = [rule for rule in rules if rule not in with_fidelity]
+    if with_fidelity:
         yield (
-            "wall clocks leave out what comparing gradients with BPTT's took, in runs of"
-            f" {', '.join(looked)}"
+            "wall clocks exclude the time of comparisons with BPTT's gradient, in runs of"
+            f" {', '.join(with_fidelity)}"
         )
-    others = [rule for rule in rules if rule not in looked]
-    if looked and others:
+    if with_fidelity and without:
         yield (
-            f"runs of {', '.join(looked)} compared gradients, and those of {', '.join(others)} did"
-            " not: one that has may compute some 2 % slower from then on, so a difference as small"
-            " is none"
+            f"runs of {', '.join(with_fidelity)} compared gradients, runs of {', '.join(without)}"
+            " did not: a comparison can slow the later batches by about 2 %, so smaller differences"
+            " of time mean nothing"
         )
 
 
 def _divergence(run: Run) -> str:
-    """A text such as `went back 2 times as its training diverged`, or an empty text."""
+    """A text such as `diverged and was rolled back 2 times`, or an empty text."""
     loss = any_number((run.summary or {}).get("loss"))
     if run.state == "diverged":
         return "diverged"
     if loss is not None and not math.isfinite(loss):
-        return f"ended with a loss of {loss} in its evaluation"
+        return f"ended with an evaluation loss of {loss}"
     # Differing replicas also cause a rollback, but then no batch is skipped.
-    if (back := run.value("rollbacks")) and run.value("skipped_batches"):
-        return f"went back {counted(int(back), 'time')} as its training diverged"
+    if (rollbacks := run.value("rollbacks")) and run.value("skipped_batches"):
+        return f"diverged and was rolled back {counted(int(rollbacks), 'time')}"
     return ""
 
 
@@ -445,17 +443,17 @@ def _notes_on_divisions(group: Group) -> Iterator[str]:
         if not any(rule.startswith(RECOMPUTED) for rule in seeds):
             yield RECOMPUTES_NOTHING
     faster = group.fastest_baseline
-    divided = {group.against: "nothing of it is divided"}
+    missing = {group.against: "it has no ratios"}
     if faster != group.against:
         yield (
-            f"images/s, wall clock and compute time are divided by {faster}'s, the faster"
+            f"images/s, wall clock and compute time are divided by those of {faster}, the faster"
             f" {group.against}"
         )
-        divided = {
-            group.against: "its top-1 and bytes are not divided",
-            faster: "its times are not divided",
+        missing = {
+            group.against: "its top-1 and bytes have no ratios",
+            faster: "its times have no ratios",
         }
     for rule in seeds:
-        for base, what in divided.items():
+        for base, consequence in missing.items():
             if not seeds[rule] & seeds[base]:
-                yield f"{rule} has no seed in common with {base}, so {what}"
+                yield f"{rule} has no seed in common with {base}, so {consequence}"

@@ -1,9 +1,9 @@
-"""The results that the names of suites, runs and studies stand for.
+"""Results by the name of a suite, a run or a study.
 
 `print_suite` prints a suite's own report once all runs are done, or its comparisons so far.
-`print_protocols` is the report of a search. `read_study` reads what `spiketrain report` shows.
-Trials of a search are excluded from a study: they differ in a tried value, and their accuracy is
-that of a part of the training set.
+`print_protocols` is the report of a search. `read_study` reads the study of `spiketrain report`.
+A study excludes the trials of a search: they differ in the tried value, and their accuracy is that
+of a part of the training set.
 """
 
 import io
@@ -53,21 +53,21 @@ _WIDTH = 120  # columns of the console of a suite's own report
 
 
 class Reported(NamedTuple):
-    """The value of a suite's own report, and the plain text that it printed."""
+    """The value that a suite's own report returned, and the plain text that it printed."""
 
     value: Any
     printed: str
 
 
-def own_report(suite: str, report: Report, over: Mapping[str, Path], console: Console) -> Reported:
+def own_report(suite: str, report: Report, done: Mapping[str, Path], console: Console) -> Reported:
     """Run a suite's own report on its finished and diverged runs.
 
     Raises:
-        ValueError: the report refused the runs or failed; the message says where.
+        ValueError: the report refused the runs, or it failed; then the message names the line.
     """
     console.record = True
     try:
-        return Reported(report(over, console), console.export_text())
+        return Reported(report(done, console), console.export_text())
     except ValueError:
         raise
     except Exception as error:  # the report is the suite author's code
@@ -89,75 +89,82 @@ def print_suite(
 ) -> Reported | None:
     """Print a suite's own report or its comparisons, and the unfinished runs.
 
-    The result of its own report is returned, so that the caller need not run it again.
-
     Args:
         trust: the user's own packages that the suite's report and recipes may be imported from.
-        against, within: as in `compare`; a suite's own report takes neither.
-        format: "table"; "json" prints the own report's value, with null for numbers that are not
-            finite; "csv" prints one line per finished run that is no trial, with or without an own
-            report. For json and csv, the unfinished runs are named on stderr.
+        against, within: as in `comparisons`; a suite's own report takes neither.
+        format: "table" prints the suite's own report or, without one, comparisons; "json" prints
+            their values; "csv" prints one line per finished run, except trials. For json and csv,
+            unfinished runs are listed on stderr.
+
+    Returns:
+        The result of the suite's own report if it was printed as a table; otherwise None.
 
     Raises:
-        ValueError: the suite cannot be read, or its runs must not be compared.
+        ValueError: the suite cannot be read or compared, its report fails, or `against` or
+            `within` is set for a suite with its own report.
     """
     console = console or new_console()
-    beside = console if format == "table" else new_console(stderr=True)
+    notes_console = console if format == "table" else new_console(stderr=True)
     report = None if format == "csv" else SuiteFile.read(folder, trust=trust).suite.report
     if report is not None and (against, within) != (BASELINE, WITHIN):
         raise ValueError(
-            f"compare: {folder.name} has a report of its own, so --against and --within have no"
-            f" effect; got {against}, {within:g}"
+            f"compare: --against and --within must not be set, because {folder.name} has its own"
+            f" report; got {against}, {within:g}"
         )
-    over = done_entries(folder)
-    left = {name: run for name, run in suite_entries(folder).items() if name not in over}
-    done = f"{len(over)} of {len(over) + len(left)}"
+    done = done_entries(folder)
+    left = {name: run for name, run in suite_entries(folder).items() if name not in done}
+    progress = f"{len(done)} of {len(done) + len(left)}"
     if format == "json" and report is not None:
         if left:
-            raise ValueError(f"compare: {folder.name} must have finished; {done} runs have")
-        _print_json(folder.name, report, over, console)
+            raise ValueError(f"compare: {folder.name} must have finished; got {progress} runs")
+        _print_json(folder.name, report, done, console)
         return None
     if report is not None and not left:
-        return own_report(folder.name, report, over, console)
+        return own_report(folder.name, report, done, console)
     if report is None:
-        ended = [run for run in map(read_run, over.values()) if run.protocol != "trial"]
+        ended = [run for run in map(read_run, done.values()) if run.protocol != "trial"]
         studies = {run.study for run in ended if run.is_finished}
-        folders = [run.folder for run in ended if run.study in studies]
         print_comparison(
             folder.parent,
-            folders=folders,
+            folders=[run.folder for run in ended if run.study in studies],
             format=format,
             against=against,
             within=within,
             console=console,
         )
         for run in (run for run in ended if run.study not in studies):
-            say(beside, f"{run.name} diverged, and so did all other ended runs of its study")
+            say(notes_console, f"{run.name} diverged, and so did all other ended runs of its study")
     if left:
-        _say_unfinished(beside, folder, left, done=done, has_report=report is not None)
+        has_report = report is not None
+        _say_unfinished(notes_console, folder, left, progress=progress, has_report=has_report)
     return None
 
 
 def _say_unfinished(
-    console: Console, folder: Path, left: Mapping[str, Path], *, done: str, has_report: bool
+    console: Console, folder: Path, left: Mapping[str, Path], *, progress: str, has_report: bool
 ) -> None:
     for name, run in left.items():
         state = f"is {state_of(run)}" if run.exists() else "has not begun"
         say(console, f"not finished: {name} ({run.name}) {state}")
-    counts = f"{done} finished" + (", the report is printed when all have" if has_report else "")
+    text = f"{progress} finished"
+    if has_report:
+        text += ", the report follows when all have finished"
     command = "" if is_driven(folder) else how_to_resume(folder)
-    say(console, f"{counts}; {command}" if command else counts, whole=[command])
+    say(console, f"{text}; {command}" if command else text, whole=[command])
 
 
-def _print_json(suite: str, report: Report, over: Mapping[str, Path], console: Console) -> None:
-    value = own_report(suite, report, over, Console(file=io.StringIO())).value
-    whose = f"the report of {suite}"
+def _print_json(suite: str, report: Report, done: Mapping[str, Path], console: Console) -> None:
+    value = own_report(suite, report, done, Console(file=io.StringIO())).value
     if value is None:
-        raise ValueError(f"compare: {whose} returns nothing, so there is no --format json of it")
+        raise ValueError(
+            f"compare: the report of {suite} must return a value for --format json; got None"
+        )
     try:
         text = json.dumps(finite(value), indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ReportError(f"compare: {whose} must return JSON values; {error}") from error
+        raise ReportError(
+            f"compare: the report of {suite} must return JSON values; {error}"
+        ) from error
     console.out(text, highlight=False)
 
 
@@ -171,8 +178,8 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
     """Print the results of a search.
 
     The order is: shared settings for every rule, each rule with its own best value, and the trials
-    with their accuracy on the held-out part of the training set. If all runs of a study diverged,
-    they are named instead of a table.
+    with their accuracy on the held-out part of the training set. A study whose runs all diverged
+    has a list of the runs instead of a table.
 
     Args:
         runs: all runs of the suite.
@@ -205,49 +212,49 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
                 comparison.render(console)
                 console.print()
                 printed[protocol].append(comparison.to_json())
-    tried = [run for of_study in studies.get("trial", {}).values() for run in of_study]
-    trials = list(_trials(tried))
+    trials = list(_trials([run for runs in studies.get("trial", {}).values() for run in runs]))
     rows = [
         (
             trial["rule"],
             trial["field"],
             str(trial["value"]),
             "diverged" if trial["top1"] is None else f"{trial['top1']:.2%}",
-            "taken" if trial["taken"] else "",
+            "chosen" if trial["taken"] else "",
         )
         for trial in trials
     ]
     columns = ("rule", "field", number("value"), number("top-1"), "")
-    print_table(console, columns, rows, title="trials, on a held-out part")
+    print_table(console, columns, rows, title="trials, on a held-out part of the training set")
     return {**printed, "trials": trials}
 
 
 def _trials(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    """The trials of each search in the order of execution, with the chosen one marked."""
+    """The trials of all searches in the order of `runs`. `taken` marks the best of each search."""
     searches: dict[str, dict[str, float | None]] = {}
     for run in runs:
         top1 = None if run.state == "diverged" else run.value("top1")
         searches.setdefault(_search(run), {})[run.name] = top1
     for run in runs:
-        tried = searches[_search(run)]
+        top1_by_name = searches[_search(run)]
         [field] = run.recipe["tuned"]
         yield {
             "run": run.name,
             "rule": run.rule,
             "field": field,
             "value": recipe_value(run.recipe, field),
-            "top1": tried[run.name],
-            "taken": run.name == best(tried),
+            "top1": top1_by_name[run.name],
+            "taken": run.name == best(top1_by_name),
         }
 
 
 def _search(run: Run) -> str:
-    tried = ("name", *run.recipe["tuned"])
-    fields = {key: value for key, value in flat(run.recipe) if key not in tried}
+    """A key that is equal for the trials of one search."""
+    varied = ("name", *run.recipe["tuned"])
+    fields = {key: value for key, value in flat(run.recipe) if key not in varied}
     return json.dumps([run.study, fields], sort_keys=True)
 
 
-class Found(NamedTuple):
+class StudyPage(NamedTuple):
     """A study, the path of its page, and the folders of its runs and trials."""
 
     study: Study
@@ -264,113 +271,117 @@ def read_study(
     sweeps: Sequence[Path] = (),
     trust: tuple[str, ...] = (),
     reported: Reported | None = None,
-) -> Found:
+) -> StudyPage:
     """Read a study.
 
     Args:
-        names: a suite, or runs and study keys as `compare` takes them; none: the newest study.
+        names: a suite, or runs and study keys as in `compare`; without names, the newest study.
         sweeps: files with the output of `spiketrain sweep --format json`.
         trust: the user's own packages that a suite's report and recipes may be imported from.
-        reported: the result of the suite's own report, if it has already run; None: the report is
-            run, if there is one.
+        reported: the result of the suite's own report if it has already run; None: run it now.
 
     Raises:
-        ValueError: a name is unknown, a file is damaged, or a suite's own report fails or takes
-            neither `against` nor `within`.
+        ValueError: a name is unknown, a file is damaged, all runs are trials, or a suite's own
+            report fails or takes neither `against` nor `within`.
     """
-    swept = tuple(sweep_of(read_json(path), str(path)) for path in sweeps)
+    given_sweeps = [sweep_of(read_json(path), str(path)) for path in sweeps]
     runs_dir, suite = locate(runs_dir, names)
     if suite is None:
-        everything = read_runs(runs_dir)
-        members = select_runs(runs_dir, names, everything)
+        all_runs = read_runs(runs_dir)
+        members = select_runs(runs_dir, names, all_runs)
     else:
-        everything = members = [read_run(run) for run in runs_of(suite).values() if run.is_dir()]
-    runs, tried = _without_trials(members, names)
-    own, printed, notes = SuiteResult(), "", []
+        all_runs = members = [read_run(run) for run in runs_of(suite).values() if run.is_dir()]
+    runs, trials = _without_trials(members, names)
     if suite is not None:
         title, place = suite.name, suite / REPORT
         own, printed, notes = _own_report(suite, trust, reported, judged=(against, within))
     else:
-        if names:
-            runs, notes = _with_baselines(everything, runs, against)
+        own, printed = SuiteResult(), ""
+        runs, notes = _with_baselines(all_runs, runs, against) if names else (runs, [])
         studies = {run.study for run in runs}
         is_one = len(studies) == 1 and "" not in studies
         title = f"Study {runs[0].study[:8]}" if is_one else first_few(names, 3)
         place = runs_dir / f"report-{slug(title)[:80]}.html"
-    if tried:
-        notes.append(
-            f"Left out: {counted(len(tried), 'trial')} on a held-out part of the training set."
-        )
+    if trials:
+        count = counted(len(trials), "trial")
+        notes.append(f"Excluded: {count} on a held-out part of the training set.")
     for run in runs:
         refuse_damage(run)
         _ = run.activity  # the file may be damaged, too
-    study = Study(
-        title=title,
-        runs=tuple(runs),
-        against=against,
-        within=within,
-        claims=own.claims,
-        sweeps=(*swept, *own.sweeps),
-        notes=tuple(notes),
-        printed=printed,
+    return StudyPage(
+        study=Study(
+            title=title,
+            runs=tuple(runs),
+            against=against,
+            within=within,
+            claims=own.claims,
+            sweeps=(*given_sweeps, *own.sweeps),
+            notes=tuple(notes),
+            printed=printed,
+        ),
+        place=place,
+        folders=tuple(run.folder for run in (*runs, *trials)),
     )
-    return Found(study, place, tuple(run.folder for run in (*runs, *tried)))
 
 
 def _without_trials(members: Sequence[Run], names: Sequence[str]) -> tuple[list[Run], list[Run]]:
-    """The runs on the whole training set, and the trials of a search."""
     runs = [run for run in members if run.protocol != "trial"]
-    tried = [run for run in members if run.protocol == "trial"]
+    trials = [run for run in members if run.protocol == "trial"]
     if not runs:
         raise ReportError(
             f"report: {', '.join(names)} must have a run that was trained on the whole training"
-            f" set; got {counted(len(tried), 'trial')} of a search"
+            f" set; got {counted(len(trials), 'trial')} of a search"
         )
-    return runs, tried
+    return runs, trials
 
 
 def _with_baselines(
-    everything: Sequence[Run], runs: Sequence[Run], against: str
+    all_runs: Sequence[Run], runs: Sequence[Run], against: str
 ) -> tuple[list[Run], list[str]]:
-    """The runs with the baselines that a study and machine lacks, or notes that say why not."""
+    """The runs with the missing baselines of each study and machine, and notes on missing ones."""
     added, notes = [], []
-    for alike in comparable(runs):
-        if finished := [run for run in alike if run.is_finished]:
-            more, why = with_baseline(everything, finished, against)
-            added += more
-            notes += why
+    for group in comparable(runs):
+        if finished := [run for run in group if run.is_finished]:
+            with_base, reasons = with_baseline(all_runs, finished, against)
+            added += with_base
+            notes += reasons
     return list({run.folder.resolve(): run for run in (*added, *runs)}.values()), notes
 
 
 def _own_report(
     suite: Path, trust: tuple[str, ...], reported: Reported | None, *, judged: tuple[str, float]
 ) -> tuple[SuiteResult, str, list[str]]:
-    """The values and the text of the suite's report, or a note that it waits for runs.
+    """The result and the text of the suite's report, or a note that some runs have not finished.
 
-    If the report fails, an error says so: an earlier page is worth more than one without claims.
+    Raises:
+        ReportError: the report fails, or `judged`, the baseline and the tolerance, is set. A page
+            without claims must not replace an earlier page.
     """
     if not has_report(suite):
         return SuiteResult(), "", []
     if judged != (BASELINE, WITHIN):
         raise ReportError(
-            f"report: {suite.name} has a report of its own, so --against and --within have no"
-            " effect on its claims"
+            f"report: --against and --within must not be set, because {suite.name} has its own"
+            " report"
         )
-    entries, over = suite_entries(suite), done_entries(suite)
-    if len(over) < len(entries):
-        waits = (
-            "The suite's own report, with its claims, waits for all runs:"
-            f" {len(over)} of {len(entries)} have finished."
+    entries, done = suite_entries(suite), done_entries(suite)
+    if len(done) < len(entries):
+        return (
+            SuiteResult(),
+            "",
+            [
+                "The suite's own report and its claims follow when all runs have finished:"
+                f" {len(done)} of {len(entries)} have."
+            ],
         )
-        return SuiteResult(), "", [waits]
     try:
         report = SuiteFile.read(suite, trust=trust).suite.report
         assert report is not None, "has_report says so"
         console = Console(file=io.StringIO(), width=_WIDTH)
-        reported = reported or own_report(suite.name, report, over, console)
+        reported = reported or own_report(suite.name, report, done, console)
     except ValueError as error:
         raise ReportError(
-            f"report: what {suite.name} reports by itself cannot be made; its runs can be named"
-            f" instead: {str(error).removeprefix('compare: ')}"
+            f"report: {suite.name} has its own report, which failed; name its runs instead of the"
+            f" suite: {str(error).removeprefix('compare: ')}"
         ) from error
     return parse_result(reported.value, suite.name), reported.printed, []

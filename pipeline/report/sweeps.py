@@ -13,11 +13,11 @@ from pipeline.report.drawing import Figure, Table, color, drawing, plain, scatte
 from pipeline.report.results import ReportError
 
 LARGEST_SAID = (
-    "The largest batch that fits, and how fast forward and backward of it are, beside the faster "
-    f"{BASELINE} at its own largest batch: the speed that a rule's memory buys on the same card "
-    "or machine. A batch with a speed was trained, and fitted; one without is an estimate from "
-    "two batches, with a part of the memory left free. 0 where not even one sample fits, by the "
-    "estimate or when it was tried."
+    "The largest batch that fits, with the speed of its forward and backward. The ratio is to the "
+    f"faster {BASELINE} at its own largest batch, so it shows the speed that saved memory brings "
+    "on the same card or machine. A batch with a speed was trained. A batch without a speed is "
+    "estimated from two batches, with a part of the memory left free. 0 means that one sample "
+    "does not fit."
 )
 
 
@@ -30,12 +30,10 @@ class Point(NamedTuple):
     kept: float | None  # saved bytes with states; None if the sweep lacks them
     seconds: float  # time of forward and backward
     batch: int | None  # the rule's own largest batch; None if it was not searched
-    images_per_s: float | None  # forward and backward speed at that batch; None if not tried
+    images_per_s: float | None  # of forward and backward at `batch`; None if it was not trained
 
 
 class Swept(NamedTuple):
-    """A sweep on a page."""
-
     key: str
     recipe: str
     figures: tuple[Figure, ...]
@@ -43,10 +41,10 @@ class Swept(NamedTuple):
 
 
 def sweep_of(value: Any, where: str) -> Mapping[str, Any]:
-    """Return the value if it is a sweep.
+    """Return the value if it is a sweep; `where` is its source, for messages.
 
     Raises:
-        ReportError: the value, which came from `where`, is no sweep.
+        ReportError: the value is no sweep.
     """
     from pipeline.measure.memory import format_hardware  # imports torch, which takes seconds
 
@@ -57,7 +55,7 @@ def sweep_of(value: Any, where: str) -> Mapping[str, Any]:
         json.dumps([points_of(value), numbers, text], allow_nan=False)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ReportError(
-            f"report: {where} must hold what sweep --format json prints; {error!r}"
+            f"report: {where} must be the output of sweep --format json; got {error!r}"
         ) from error
     return value
 
@@ -67,10 +65,10 @@ def points_of(sweep: Mapping[str, Any]) -> list[Point]:
 
 
 def fastest_baselines(points: Iterable[Point]) -> dict[int, Point]:
-    """The fastest BPTT at each T, at its own largest batch. Only tried batches count."""
-    tried = [each for each in points if each.images_per_s is not None and is_baseline(each.rule)]
+    """The fastest BPTT at each T, at its own largest batch. Only trained batches count."""
+    trained = [each for each in points if each.images_per_s is not None and is_baseline(each.rule)]
     return {
-        each.time_steps: each for each in sorted(tried, key=lambda each: each.images_per_s or 0)
+        each.time_steps: each for each in sorted(trained, key=lambda each: each.images_per_s or 0)
     }
 
 
@@ -79,19 +77,19 @@ def swept(sweeps: Iterable[Mapping[str, Any]]) -> Iterator[Swept]:
 
     A sweep over a single T with largest batches has no figures.
     """
-    found = [(sweep, largest_batches(sweep)) for sweep in sweeps if sweep["points"]]
-    for index, (sweep, table) in enumerate(found, start=1):
-        is_of_one = table is not None and len({each.time_steps for each in points_of(sweep)}) == 1
+    for index, sweep in enumerate((each for each in sweeps if each["points"]), start=1):
+        table = largest_batches(sweep)
+        has_one_T = len({each.time_steps for each in points_of(sweep)}) == 1
         yield Swept(
             key=f"sweep{index}",
             recipe=str(sweep["recipe"]),
-            figures=() if is_of_one else of_a_sweep(sweep),
+            figures=() if has_one_T and table is not None else sweep_figures(sweep),
             largest=table,
         )
 
 
 def largest_batches(sweep: Mapping[str, Any]) -> Table | None:
-    """One row for each rule and T; None if no largest batch was searched."""
+    """A table with a row for each rule and T; None if no largest batch was searched."""
     points = [each for each in points_of(sweep) if each.batch is not None]
     fastest = fastest_baselines(points)
     rows: list[tuple[Any, ...]] = []
@@ -100,12 +98,17 @@ def largest_batches(sweep: Mapping[str, Any]) -> Table | None:
         ratio = None if speed is None or base is None else speed / (base.images_per_s or 1)
         rows.append((each.rule, each.time_steps, each.batch, speed, ratio))
     limit = sweep.get("memory_bytes")
-    batch = "largest batch" if limit is None else f"largest batch in {limit / 1e9:.3g} GB"
-    speeds = ("images/s of its forward and backward", f"× the faster {BASELINE}'s")
-    return Table(columns=("rule", "time steps", batch, *speeds), rows=tuple(rows)) if rows else None
+    columns = (
+        "rule",
+        "time steps",
+        "largest batch" if limit is None else f"largest batch in {limit / 1e9:.3g} GB",
+        "images/s of forward and backward",
+        f"images/s / faster {BASELINE}",
+    )
+    return Table(columns=columns, rows=tuple(rows)) if rows else None
 
 
-def of_a_sweep(sweep: Mapping[str, Any]) -> tuple[Figure, Figure]:
+def sweep_figures(sweep: Mapping[str, Any]) -> tuple[Figure, Figure]:
     """Figures of memory and time against T. The sweep must have points."""
     by_rule: dict[str, list[Point]] = {}
     for point in points_of(sweep):
@@ -136,21 +139,21 @@ def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]]) ->
     scale, unit = unit_of("B", [point.kept or point.saved for point in every])
     has_states = any(point.kept is not None for point in every)
     data = []
-    for place, (rule, points) in enumerate(by_rule.items()):
-        data.append(_line(place, rule, points, [point.saved / scale for point in points], unit))
+    for index, (rule, points) in enumerate(by_rule.items()):
+        data.append(_line(index, rule, points, [point.saved / scale for point in points], unit))
         if has_states:  # the dotted line shares the legend entry of the rule's solid line
             kept = [None if point.kept is None else point.kept / scale for point in points]
             data.append(
                 {
-                    **_line(place, f"{rule}, with states", points, kept, unit),
+                    **_line(index, f"{rule}, with states", points, kept, unit),
                     "legendgroup": plain(rule),
                     "showlegend": False,
-                    "line": {"color": color(place), "width": 1, "dash": "dot"},
-                    "marker": {"symbol": symbol(place), "size": 5},
+                    "line": {"color": color(index), "width": 1, "dash": "dot"},
+                    "marker": {"symbol": symbol(index), "size": 5},
                 }
             )
-    said = [
-        f"{rule} keeps {points[-1].saved / points[0].saved:.3g} times the bytes at T ="
+    growths = [
+        f"{rule} saves {points[-1].saved / points[0].saved:.3g} times the bytes at T ="
         f" {points[-1].time_steps} as at T = {points[0].time_steps}"
         for rule, points in by_rule.items()
         if points[0].saved
@@ -159,10 +162,14 @@ def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]]) ->
         name="memory-against-time-steps",
         title=f"Memory against time steps: {sweep['recipe']}",
         caption=_caption(sweep)
-        + (" Dotted: with membranes, traces and what slices share." if has_states else ""),
-        alt=f"{'; '.join(said)}.",
+        + (
+            " Dotted lines include states: membranes, traces and tensors that slices share."
+            if has_states
+            else ""
+        ),
+        alt=f"{'; '.join(growths)}.",
         table=Table(
-            columns=("rule", "time steps", "peak saved bytes", "and states"),
+            columns=("rule", "time steps", "peak saved bytes", "saved bytes and states"),
             rows=tuple((each.rule, each.time_steps, each.saved, each.kept) for each in every),
         ),
         drawing=_drawing(data, by_rule, f"peak saved bytes, {unit}"),
@@ -171,24 +178,24 @@ def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]]) ->
 
 def _time(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]]) -> Figure:
     data = [
-        _line(place, rule, points, [1e3 * point.seconds for point in points], "ms")
-        for place, (rule, points) in enumerate(by_rule.items())
+        _line(index, rule, points, [1e3 * point.seconds for point in points], "ms")
+        for index, (rule, points) in enumerate(by_rule.items())
     ]
     every = [point for points in by_rule.values() for point in points]
     last = max(point.time_steps for point in every)
-    there = sorted(
+    at_last = sorted(
         (point for point in every if point.time_steps == last),
         key=lambda point: point.seconds,
         reverse=True,
     )
-    slowest, fastest = there[0], there[-1]
-    alt = f"At T = {last} {slowest.rule} takes {1e3 * slowest.seconds:.4g} ms"
-    if len(there) > 1:
-        alt += f", the longest, and {fastest.rule} {1e3 * fastest.seconds:.4g} ms"
+    slowest, fastest = at_last[0], at_last[-1]
+    alt = f"At T = {last}, {slowest.rule} takes {1e3 * slowest.seconds:.4g} ms"
+    if len(at_last) > 1:
+        alt += f", the longest, and {fastest.rule} takes {1e3 * fastest.seconds:.4g} ms"
     return Figure(
         name="time-against-time-steps",
         title=f"Time against time steps: {sweep['recipe']}",
-        caption=f"{_caption(sweep)} Loading, the optimizer and collectives are not in it.",
+        caption=f"{_caption(sweep)} Data loading, optimizer and collectives are excluded.",
         alt=f"{alt}.",
         table=Table(
             columns=("rule", "time steps", "seconds of forward and backward"),
@@ -199,7 +206,7 @@ def _time(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]]) -> F
 
 
 def _line(
-    place: int, name: str, points: Sequence[Point], y: Sequence[float | None], unit: str
+    index: int, name: str, points: Sequence[Point], y: Sequence[float | None], unit: str
 ) -> dict[str, Any]:
     return scatter(
         name,
@@ -208,8 +215,8 @@ def _line(
         legendgroup=plain(name),
         showlegend=True,  # plotly hides the legend of a single trace
         mode="lines+markers",
-        line={"color": color(place), "width": 2, "dash": "solid"},
-        marker={"symbol": symbol(place), "size": 9},
+        line={"color": color(index), "width": 2, "dash": "solid"},
+        marker={"symbol": symbol(index), "size": 9},
         hovertemplate=f"T = %{{x}}: %{{y:.4g}} {unit}<extra>{plain(name)}</extra>",
     )
 
@@ -226,6 +233,6 @@ def _caption(sweep: Mapping[str, Any]) -> str:
     from pipeline.measure.memory import format_hardware
 
     return (
-        f"One batch of {counted(sweep['samples'], 'sample')}, before any training; commit"
+        f"Measured on one batch of {counted(sweep['samples'], 'sample')} before training; commit"
         f" {sweep['commit']}, {format_hardware(sweep['hardware'])}."
     )

@@ -12,71 +12,76 @@ from pipeline.measure.constants import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.recipe.recipe import Split
 from pipeline.report.claims import Claim
 from pipeline.report.drawing import Cell, Table
-from pipeline.report.metrics import ENERGY, KEPT, METRICS, Metric, compared, metric
+from pipeline.report.metrics import ENERGY, KEPT, METRICS, Metric, compared_metrics, metric
 from pipeline.report.results import (
     UNKNOWN,
     Run,
+    describe_conditions,
+    describe_machine,
     describe_state,
-    expanded,
-    machine,
+    metrics_of,
     micro_batches,
-    places,
 )
-from pipeline.report.selection import differing_recipes, recipe_value, trained_apart, tuned_keys
+from pipeline.report.selection import (
+    differing_conditions,
+    differing_fields,
+    recipe_value,
+    tuned_keys,
+)
 from pipeline.report.study import Group, Study, spread_of
 
 _ALWAYS = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")  # columns of every table of costs
 _HELD = "held."
 _SPLIT = ("world_size", "micro_batch")  # the conditions that follow from the number of workers
-_OF_SCALING = (
+_SCALING_COLUMNS = (
     "rule",
     "workers",
     "images/s, measured",
-    "its deviation",
+    "deviation of images/s",
     "speed-up",
     "efficiency",
-    "over",
+    "relative to",
     "runs",
     "study",
     "machine",
     "cores",
 )
 MEASURED_SAID = (
-    "what the cards used for a sample while the set was evaluated, by their own counters (NVML), "
+    "the energy that the cards used per sample in an evaluation, by their own counters (NVML), "
     "with idle power and waits for data"
 )
 HELD_SAID = (
-    "Bytes of one worker, each kind apart, as they are without ZeRO. The rule's own is what it "
-    "learns or draws by itself, such as OPZO's matrices and HLOP's rows, and what it notes of a "
-    "batch, at its most. States, of the worker that holds most, exist while a batch is trained "
-    "on; the rest stays. What backward keeps of states, such as traces, is a saved byte and is "
-    "not counted here."
+    "Bytes of one worker by kind, without ZeRO. The rule's tensors are those that the rule learns "
+    "or draws, such as OPZO's matrices and HLOP's rows, and the largest that it records of a "
+    "batch. State bytes are those of the worker with the most. They exist only while a batch is "
+    "trained on; all other bytes stay. States that backward saves, such as traces, are saved bytes "
+    "and are not counted here."
 )
 BESIDE_SAID = (
-    "Bytes are of the worker that holds most. States are membranes, traces, and what the slices "
-    "of a batch share: weights, the first features of a still image, and the gradient that they "
-    "collect, as far as backward does not keep them as well. Saved bytes and states have no "
-    "storage in common. Joules of training are of all of it and of one worker's card, in the mean "
-    "over workers, by the card's own counter (NVML), with its idle power; the measured energy of "
-    f"an inference is {MEASURED_SAID}. The other energies of an inference are estimates. "
-    "Multiplications and additions are of training on one sample, by their purpose, counted on "
-    f"the third batch of a run, which has hardly learnt yet, and every {OPERATIONS_EVERY}th after "
-    f"it. States are counted on the second batch of each start and every {MEMORY_EVERY}th. Where "
-    "one of these is skipped, the next one counts. Wall clocks leave out start-up, which ends with "
-    "the first batch of each start and takes longest in the run that goes first, and comparisons "
-    "of gradients with BPTT's, which no rule asks for."
+    "Bytes are those of the worker with the most. State bytes are membranes, traces, and tensors "
+    "that the slices of a batch share: weights, the first features of a still image, and the "
+    "accumulated gradient. Tensors that backward saves are saved bytes, not state bytes. Joules of "
+    "training cover the whole run and one worker's card, as the mean over workers. They come from "
+    "the card's own counter (NVML) and include idle power. The measured energy of an inference is "
+    f"{MEASURED_SAID}. The other energies of an inference are estimates. Multiplications and "
+    "additions are those of training on one sample, by purpose. They are counted on the third "
+    f"batch of a run and every {OPERATIONS_EVERY}th after it. State bytes are counted on the "
+    f"second batch of each start and every {MEMORY_EVERY}th after it. If one of these batches is "
+    "skipped, the next one is counted. Wall clocks exclude start-up, which ends with the first "
+    "batch of each start, and comparisons with BPTT's gradient, which no rule needs."
 )
 SCALING_SAID = (
-    "Measured, not a model: steady images/s of finished runs, the mean over those of one rule and "
-    "number of workers; the global batch is the same for any number. Efficiency is the speed-up "
-    "over the fewest workers, divided by how many times as many there are. Compared are runs of "
-    "one study key on equal machines, all with cores of their own or all without. A run in other "
-    "micro-batches than its recipe asks for, such as one that ran out of memory, is left out."
+    "Measured, not estimated: steady images/s of finished runs, as the mean over the runs of one "
+    "rule and number of workers. The global batch is the same for any number of workers. "
+    "Efficiency is the speed-up relative to the fewest workers, divided by the ratio of the "
+    "numbers of workers. The compared runs have one study key and equal machines, and all or none "
+    "had reserved cores. A run with other micro-batches than its recipe sets, for example after "
+    "it ran out of memory, is excluded."
 )
 
 
 class Shown(NamedTuple):
-    """A quantity of a rule as text: `8 MB`, `± 0 MB`, `×0.25`. The last two may be empty."""
+    """A quantity of a rule as text: `8 MB`, `± 0 MB`, `×0.25`. Spread and ratio may be empty."""
 
     mean: str
     spread: str
@@ -89,31 +94,33 @@ class Shown(NamedTuple):
 def format_metric(
     group: Group, rule: str, metric: Metric, *, is_divided: bool = True
 ) -> Shown | None:
-    """A rule's mean over its finished runs, its deviation, and its ratio over paired seeds.
+    """A metric of a rule: mean and deviation over its finished runs, and ratio over paired seeds.
 
-    None if no run measured it.
+    None if no run measured the metric.
     """
     over_seeds = group.spread(rule, metric.name)
     if over_seeds is None:
         return None
     ratio = group.ratios(rule, metric.name) if is_divided else None
-    over = "" if ratio is None else f"×{ratio.mean:{'.2f' if ratio.mean >= 0.1 else '.3g'}}"
+    ratio_text = ""
+    if ratio is not None:
+        ratio_text = f"×{ratio.mean:.2f}" if ratio.mean >= 0.1 else f"×{ratio.mean:.3g}"
     mean, deviation = over_seeds.mean, over_seeds.deviation
     spread = "" if deviation is None else f"± {_text(metric, deviation, like=mean)}"
-    return Shown(_text(metric, mean), spread, over)
+    return Shown(_text(metric, mean), spread, ratio_text)
 
 
 def columns_of_costs(group: Group) -> list[Metric]:
-    """The columns of every table, plus the compared metrics that a finished run has."""
+    """The compared metrics that a finished run has, and those that every table of costs shows."""
     return [
         each
-        for each in compared()
+        for each in compared_metrics()
         if each.name in _ALWAYS or any(run.value(each.name) is not None for run in group.finished)
     ]
 
 
 def title(metric: Metric, runs: Iterable[Run]) -> str:
-    """The title of a metric's column. For energy it names the price table."""
+    """The title of a metric's column; for energy, with the price table."""
     priced = prices(runs) if metric.name == ENERGY else ""
     return f"{metric.title} ({priced})" if priced else metric.title
 
@@ -127,17 +134,17 @@ def prices(runs: Iterable[Run]) -> str:
 
 
 def headlines(group: Group) -> list[tuple[str, str]]:
-    """A sentence for each rule: its savings and its loss of accuracy."""
+    """For each rule except the baseline: the rule, and its savings and loss of accuracy as text."""
     if not group.has_baseline:
         return []
-    texts = {each.rule: each.text(group.within) for each in group.differences}
-    sentences: list[tuple[str, str]] = []
+    losses = {each.rule: each.text(group.within) for each in group.differences}
+    lines: list[tuple[str, str]] = []
     for rule in group.rules:
-        saved = ", ".join(_saved(group, rule))
-        if rule != group.against and (saved or group.lost(rule)):
-            lost = texts.get(rule) or _without_interval(group, rule)
-            sentences.append((rule, f"{'. '.join(filter(None, (saved, lost)))}."))
-    return sentences
+        savings = ", ".join(_savings(group, rule))
+        if rule != group.against and (savings or group.lost(rule)):
+            loss = losses.get(rule) or _without_interval(group, rule)
+            lines.append((rule, f"{'. '.join(filter(None, (savings, loss)))}."))
+    return lines
 
 
 def costs(group: Group) -> Table:
@@ -146,9 +153,10 @@ def costs(group: Group) -> Table:
     rows = []
     for rule in group.rules:
         states = Counter(state_of(run) for run in group.of(rule))
-        finished, cells = states.pop("finished", 0), _cells(group, rule, metrics)
+        finished = states.pop("finished", 0)
+        cells = _cells(group, rule, metrics)
         cells[0] = cells[0] or ", ".join(states) or None
-        others = [f"{times} {state}" for state, times in states.items()]
+        others = [f"{count} {state}" for state, count in states.items()]
         rows.append((rule, *cells, ", ".join([str(finished), *others]) if others else finished))
     return Table(
         columns=("rule", *(title(each, group.finished) for each in metrics), "finished runs"),
@@ -160,25 +168,27 @@ def other_metrics(group: Group) -> Table | None:
     """Metrics that are not compared, averaged over seeds; None if none was measured."""
     metrics = [
         each
-        for each in expanded(group.finished)
+        for each in metrics_of(group.finished)
         if not each.better
         and not each.name.startswith(_HELD)
-        and not each.title.endswith(f"({prices(group.finished)})")  # a column of the costs
+        and not each.title.endswith(f"({prices(group.finished)})")  # the table of costs has it
         and any(_is_measured(run, each) for run in group.finished)
     ]
-    return _of_metrics(group, metrics) if metrics else None
+    return _metrics_table(group, metrics) if metrics else None
 
 
 def held_memory(group: Group) -> Table | None:
     """The bytes that each rule holds in training, by kind; None if no run measured them."""
     if all(run.value("held.parameters") is None for run in group.finished):
         return None
-    kinds = [each for each in METRICS if each.name.startswith(_HELD)]
-    return _of_metrics(group, [*kinds, metric("state_bytes")])
+    return _metrics_table(
+        group,
+        [*(each for each in METRICS if each.name.startswith(_HELD)), metric("state_bytes")],
+    )
 
 
 def conditions_table(group: Group) -> Table:
-    """For each rule: its divisor, the choices that affect the comparison, and its seeds."""
+    """For each rule: its baselines, the choices that affect the comparison, and its seeds."""
     rows = []
     for rule in group.rules:
         seeds = ", ".join(str(run.seed) for run in group.of(rule) if run.is_finished)
@@ -187,19 +197,19 @@ def conditions_table(group: Group) -> Table:
 
 
 def conditions_of_rule(group: Group, rule: str) -> dict[str, str]:
-    """The rules that a rule is divided by, and the choices that affect the comparison."""
     runs = group.of(rule)
-    conditions = ((run.summary or {}).get("conditions") for run in runs)
-    found, recipe = next(filter(None, conditions), {}), runs[0].recipe
-    steps, every = found.get("steps_per_forward"), recipe_value(recipe, "evaluation.every")
+    recipe = runs[0].recipe
+    summaries = (run.summary or {} for run in runs)
+    conditions = next(filter(None, (each.get("conditions") for each in summaries)), {})
+    every = recipe_value(recipe, "evaluation.every")
     evaluated = {None: UNKNOWN, 0: "once, at the end", 1: "after each epoch"}
     choices = {
         "ratios to": group.against if group.has_baseline else "no baseline",
         "time to": group.fastest_baseline if group.has_baseline else "no baseline",
-        "reset gradient": str(found.get("reset_gradient", UNKNOWN)),
-        "norm statistics": str(found.get("norm_over", UNKNOWN)),
-        "precision": str(found.get("precision", UNKNOWN)),
-        "over time": _over_time(steps, recipe),
+        "reset gradient": str(conditions.get("reset_gradient", UNKNOWN)),
+        "norm statistics": str(conditions.get("norm_over", UNKNOWN)),
+        "precision": str(conditions.get("precision", UNKNOWN)),
+        "over time": _over_time(conditions.get("steps_per_forward"), recipe),
         "micro-batch": micro_batches(runs[0]),
         "evaluated": evaluated.get(every, f"every {every} epochs"),
     }
@@ -210,34 +220,34 @@ def conditions_of_rule(group: Group, rule: str) -> dict[str, str]:
     return choices
 
 
-def claims(found: Sequence[Claim]) -> Table:
+def claims(claims: Sequence[Claim]) -> Table:
     return Table(
-        columns=("rule", "claim", "published", "held to", "ours", "holds?"),
+        columns=("rule", "claim", "published", "bound", "ours", "holds?"),
         rows=tuple(
             (c.about, c.claim, c.published, c.bound, c.ours, c.verdict or "not judged")
-            for c in found
+            for c in claims
         ),
     )
 
 
 def recipe_differences(study: Study) -> Table:
-    """How the recipes and machines of each other group differ from those of the first.
+    """The fields of recipes and machines in which each other group differs from the first group.
 
-    Fields in which runs of a group may differ are left out.
+    Fields in which runs of one group may differ are excluded.
     """
     first, *others = study.groups
     rows: list[tuple[Cell, ...]] = []
     for group in others:
         pair = (first.runs[0], group.runs[0])
         names = tuple(named(each, among=study.groups) for each in (first, group))
-        for name, *values in differing_recipes(*pair):
+        for name, *values in differing_fields(*pair):
             shown = [
                 "each rule's own" if name in tuned_keys(run.recipe) else value
                 for run, value in zip(pair, values, strict=True)
             ]
             if shown[0] != shown[1]:
                 rows.append((name, *map(json.dumps, shown), *names))
-        for name, *values in trained_apart(*(run.trained_on for run in pair)):
+        for name, *values in differing_conditions(*(run.trained_on for run in pair)):
             rows.append((name, *map(json.dumps, values), *names))
     return Table(
         columns=("field", "first group", "other group", "first", "other"), rows=tuple(rows)
@@ -245,26 +255,12 @@ def recipe_differences(study: Study) -> Table:
 
 
 def provenance(study: Study) -> Table:
-    """Each run's state, machine and commit."""
-    columns = (
-        "run",
-        "rule",
-        "seed",
-        "study",
-        "state",
-        "step",
-        "restarts",
-        "hardware",
-        "workers",
-        "cores",
-        "commit",
-    )
     rows: list[tuple[Cell, ...]] = []
     for run in (run for group in study.groups for run in group.runs):
         past = run.history
-        machines = dict.fromkeys(machine(on["hardware"]) for on in run.trained_on)
-        again = "" if past.again_from is None else f", done again from {past.again_from} on"
-        cores = ("its own" if on["own_cores"] else "shared" for on in run.trained_on)
+        machines = dict.fromkeys(describe_machine(each["hardware"]) for each in run.trained_on)
+        repeats = "" if past.again_from is None else f", repeats from {past.again_from}"
+        cores = ("its own" if each["own_cores"] else "shared" for each in run.trained_on)
         rows.append(
             (
                 run.name,
@@ -272,27 +268,42 @@ def provenance(study: Study) -> Table:
                 run.seed,
                 run.study[:8],
                 describe_state(run.state, run.last_heard),
-                f"{past.step}/{run.total_steps or '?'}{again}",
+                f"{past.step}/{run.total_steps or '?'}{repeats}",
                 len(past.restarts),
-                "; then ".join(machines) or machine({}),
-                _in_turn(on["world_size"] for on in run.trained_on),
-                _in_turn(cores),
+                "; then ".join(machines) or describe_machine({}),
+                _in_order(each["world_size"] for each in run.trained_on),
+                _in_order(cores),
                 ", ".join(run.commits) or None,
             )
         )
-    return Table(columns=columns, rows=tuple(rows))
+    return Table(
+        columns=(
+            "run",
+            "rule",
+            "seed",
+            "study",
+            "state",
+            "step",
+            "restarts",
+            "hardware",
+            "workers",
+            "cores",
+            "commit",
+        ),
+        rows=tuple(rows),
+    )
 
 
 def lone_runs(groups: Sequence[Group]) -> Table:
     """Runs of groups with a single rule. They have no comparison."""
-    metrics = [metric("top1"), *(each for each in compared() if each.name != "top1")]
+    metrics = [metric("top1"), *(each for each in compared_metrics() if each.name != "top1")]
     rows: list[tuple[Cell, ...]] = []
     for group in groups:
         for run in group.runs:
-            alone = Group((run,), group.against)
-            top1, *others = _cells(alone, run.rule, metrics, is_divided=False)
-            top1 = top1 if run.is_finished else state_of(run)
-            rows.append((run.name, run.rule, run.seed, top1, *others))
+            one_run = Group((run,), group.against)
+            top1, *others = _cells(one_run, run.rule, metrics, is_divided=False)
+            state = None if run.is_finished else state_of(run)
+            rows.append((run.name, run.rule, run.seed, state or top1, *others))
     finished = [run for group in groups for run in group.finished]
     return Table(
         columns=("run", "rule", "seed", *(title(each, finished) for each in metrics)),
@@ -303,35 +314,35 @@ def lone_runs(groups: Sequence[Group]) -> Table:
 def scaling(study: Study) -> Table | None:
     """The measured benefit of more workers; None if no rule finished with two worker counts.
 
-        speed-up   = images/s of n workers / images/s of the fewest
-        efficiency = speed-up / (n / the fewest)
+        speed-up   = images/s of n workers / images/s of the fewest workers
+        efficiency = speed-up / (n / the fewest workers)
 
     images/s are those of steady batches. The global batch is the recipe's for any worker count.
     """
-    alike: dict[str, dict[int, list[Run]]] = {}
+    groups: dict[str, dict[int, list[Run]]] = {}
     for run in (run for group in study.groups for run in group.finished):
         if run.workers and run.value("images_per_s") and _is_split_as_written(run, run.workers):
-            by_workers = alike.setdefault(_key_without_workers(run), {})
+            by_workers = groups.setdefault(_key_without_workers(run), {})
             by_workers.setdefault(run.workers, []).append(run)
     rows = [
         row
-        for by_workers in alike.values()
+        for by_workers in groups.values()
         if len(by_workers) > 1
         for row in _scaling_rows(by_workers)
     ]
-    return Table(columns=_OF_SCALING, rows=tuple(rows)) if rows else None
+    return Table(columns=_SCALING_COLUMNS, rows=tuple(rows)) if rows else None
 
 
 def named(group: Group, *, among: Sequence[Group] = ()) -> str:
-    """`Study 01234567, shared settings, on a cpu, 2 cores, 1 thread, 2 workers`
+    """A title: `Study 01234567, shared settings, on a cpu, 2 cores, 1 thread, 2 workers`.
 
-    The protocol is named if one of the groups beside it was tuned.
+    The protocol is part of it if this group or one of `among` was tuned.
     """
     run, protocol = group.runs[0], ""
     if any(tuned_keys(each.runs[0].recipe) for each in (group, *among)):
         fields = ", ".join(tuned_keys(run.recipe))
-        protocol = f", {f'tuned {fields}' if fields else 'shared settings'},"
-    return f"Study {group.study[:8] or 'unknown'}{protocol} on {places(run)}"
+        protocol = f", tuned {fields}," if fields else ", shared settings,"
+    return f"Study {group.study[:8] or 'unknown'}{protocol} on {describe_conditions(run)}"
 
 
 def state_of(run: Run) -> str:
@@ -339,8 +350,8 @@ def state_of(run: Run) -> str:
 
 
 def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
-    """Format a quantity with its unit. A deviation has the unit of the mean, `like`."""
-    size, digits = (value, 4) if like is None else (like, 2)
+    """Format a quantity with its unit. A deviation takes the unit that its mean, `like`, has."""
+    size = value if like is None else like
     if metric.unit == "share":
         return f"{value:.2%}"
     if metric.name == "wall_s":
@@ -348,11 +359,11 @@ def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
             return f"{int(value // 3600)} h {int(value % 3600 // 60):02d} min"
         return f"{value / 60:.1f} min" if size >= 60 else f"{value:.1f} s"
     scale, unit = unit_of(metric.unit, [size])
-    return f"{rounded(value / scale, digits=digits)} {unit}".rstrip()
+    return f"{rounded(value / scale, digits=4 if like is None else 2)} {unit}".rstrip()
 
 
-def _saved(group: Group, rule: str) -> Iterator[str]:
-    for each in compared():
+def _savings(group: Group, rule: str) -> Iterator[str]:
+    for each in compared_metrics():
         ratio = group.ratios(rule, each.name) if each.better == "less" else None
         if ratio is not None and each.name != KEPT:
             kept = group.ratios(rule, KEPT) if each.name == "peak_saved_bytes" else None
@@ -364,15 +375,17 @@ def _without_interval(group: Group, rule: str) -> str:
     """The difference of a rule that shares at most one seed with the baseline."""
     base, own = (group.by_seed(each, "top1") for each in (group.against, rule))
     texts = [
-        f"{group.against} - {rule}: {100 * (base[seed] - own[seed]):+.2f} points of one seed, so"
+        f"{group.against} - {rule}: {100 * (base[seed] - own[seed]):+.2f} points on one seed,"
         " without an interval"
         for seed in own
         if seed in base
     ]
     if lost := group.describe_lost(rule):
-        return f"{', and '.join([*texts, lost])}; at most {group.within:g} points below fails"
-    nothing = f"no seed in common with {group.against}, so accuracies are not subtracted"
-    return texts[0] if texts else nothing
+        return (
+            f"{', and '.join([*texts, lost])}; the claim of at most {group.within:g} points below"
+            " fails"
+        )
+    return texts[0] if texts else f"no seed in common with {group.against}, so no difference"
 
 
 def _cells(
@@ -382,39 +395,41 @@ def _cells(
     return [each and each.in_a_line() for each in cells]
 
 
-def _of_metrics(group: Group, metrics: Sequence[Metric]) -> Table:
+def _metrics_table(group: Group, metrics: Sequence[Metric]) -> Table:
     rows = [(rule, *_cells(group, rule, metrics, is_divided=False)) for rule in group.rules]
     return Table(columns=("rule", *(each.title for each in metrics)), rows=tuple(rows))
 
 
 def _is_measured(run: Run, metric: Metric) -> bool:
-    """Whether the metric was measured. Without a device, its peaks are 0."""
+    """Whether the metric was measured. Without a device, the peaks of the device are 0."""
     value = run.value(metric.name)
     return value is not None and (value != 0 or "peak_" not in metric.name)
 
 
-def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
-    """Time steps per forward."""
-    whole = recipe_value(recipe, "time_steps")
-    if steps is None or (steps != 1 and whole is None):
+def _over_time(steps_per_forward: int | None, recipe: Mapping[str, Any]) -> str:
+    time_steps = recipe_value(recipe, "time_steps")
+    if steps_per_forward == 1:
+        mode = "step by step"
+    elif steps_per_forward is None or time_steps is None:
         return UNKNOWN
-    how = "folded" if steps == whole else f"in slices of {steps}"
-    how = "step by step" if steps == 1 else how
-    return f"{how}, recomputed" if recipe_value(recipe, "rule.recompute") else how
+    else:
+        mode = "folded" if steps_per_forward == time_steps else f"in slices of {steps_per_forward}"
+    return f"{mode}, recomputed" if recipe_value(recipe, "rule.recompute") else mode
 
 
-def _in_turn(values: Iterable[Cell]) -> Cell:
+def _in_order(values: Iterable[Cell]) -> Cell:
+    """The only value, or the distinct values in their order: `2, then 1`."""
     distinct = list(dict.fromkeys(values))
     return distinct[0] if len(distinct) == 1 else ", then ".join(map(str, distinct)) or None
 
 
 def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cell, ...]]:
-    fewest, alone = min(by_workers), 0.0
+    fewest, base_speed = min(by_workers), 0.0
     for workers, runs in sorted(by_workers.items()):
         first, speed = runs[0], spread_of([run.value("images_per_s") or 0.0 for run in runs])
         assert speed is not None, "each number of workers has a run"
-        alone = alone or speed.mean
-        speed_up = speed.mean / alone
+        base_speed = base_speed or speed.mean
+        speed_up = speed.mean / base_speed
         yield (
             first.rule,
             workers,
@@ -425,24 +440,22 @@ def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cel
             counted(fewest, "worker"),
             speed.runs,
             first.study[:8],
-            machine(first.hardware),
+            describe_machine(first.hardware),
             "its own" if first.trained_on[0]["own_cores"] else "shared",
         )
 
 
 def _is_split_as_written(run: Run, workers: int) -> bool:
     """Whether all starts had equal conditions and the recipe's micro-batches."""
-    size, most = run.recipe.get("batch_size"), run.recipe.get("micro_batch")
-    if len(run.trained_on) != 1 or not size or size % workers:
+    batch_size, max_micro_batch = run.recipe.get("batch_size"), run.recipe.get("micro_batch")
+    if len(run.trained_on) != 1 or not batch_size or batch_size % workers:
         return False
-    return (
-        run.trained_on[0]["micro_batch"] == Split.of(size, workers=workers, most=most).micro_batch
-    )
+    split = Split.of(batch_size, workers=workers, most=max_micro_batch)
+    return run.trained_on[0]["micro_batch"] == split.micro_batch
 
 
 def _key_without_workers(run: Run) -> str:
     """A key of runs that may differ only in their number of workers."""
-    (on,) = run.trained_on
     rule = run.recipe.get("rule") if isinstance(run.recipe.get("rule"), Mapping) else run.rule
-    conditions = {name: value for name, value in on.items() if name not in _SPLIT}
+    conditions = {name: value for name, value in run.trained_on[0].items() if name not in _SPLIT}
     return json.dumps([run.study, rule, conditions], sort_keys=True, default=str)

@@ -73,7 +73,7 @@ def file(tmp_path: Path) -> str:
 
 def test_probe(file: str, done: Done) -> None:
     out = done("probe", file, "--batch", "4")
-    assert "one batch of 4 samples, T = 3, before any training" in out
+    assert "measured on one batch of 4 samples, T = 3, before training" in out
     assert "temporal share" in out and "not in the tables: DSR" in out
     found = json.loads(done("probe", file, "--format", "json"))
     assert {cost["rule"] for cost in found["costs"]} >= {"BPTT", "SLTT"} and found["advice"]
@@ -83,11 +83,12 @@ def test_sweep(file: str, done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     out = done("sweep", file, *["--steps", "2,4", "--batch", "auto", "--memory", "0.001"])
     assert "largest batch" in out and "times the bytes at T = 4 as at T = 2" in out
-    assert "about: an estimate" in out and "of its" not in out
+    assert '"about": estimated' in out and "at largest" not in out
+    assert 'without "about"' not in out
     out = done(
         "sweep", file, *["--steps", "4", "--batch", "auto", "--memory", "0.00006", "--at-largest"]
     )
-    assert "of its fwd+bwd" in out and 'without "about": trained, and fitted' in out
+    assert "images/s at largest" in out and 'without "about": trained, and fits; 0: one' in out
     found = json.loads(done("sweep", file, *["--steps", "2", "--batch", "4", "--format", "json"]))
     assert found["samples"] == 4 and found["commit"]
 
@@ -95,13 +96,13 @@ def test_sweep(file: str, done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plan(file: str, done: Done) -> None:
     words = ("plan", file, "--device", "h100", "--price", "2")
     out = done(*words)
-    assert "a model, not measured" in out and "Fastest" in out
-    assert "roofline at 40%" in " ".join(out.split())
+    assert "estimated, not measured" in out and "Fastest" in out
+    assert "roofline model at 40%" in " ".join(out.split())
     found = json.loads(done(*words, "--format", "json"))
     assert {each["rule"] for each in found["rules"]} >= {"BPTT", "SLTT"}
-    assert found["kind"] == "a model, not measured"
+    assert found["kind"] == "estimated, not measured"
     here = " ".join(done("plan", file).split())
-    assert "batches of 2 and 8 that were trained on this machine (" in here
+    assert "batches of 2 and 8 samples, trained on this machine (" in here
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_plan(file: str, done: Done) -> None:
     [
         ("probe", ["one batch of 8 samples", "one batch of 4 samples"]),
         ("sweep --steps 2", ["one batch of 8 samples", "one batch of 4 samples"]),
-        ("plan --device h100", ["small, bptt, two: a model", "wide: a model"]),
+        ("plan --device h100", ["small, bptt, two: estimated", "wide: estimated"]),
     ],
 )
 def test_each_network_of_several_recipes_is_forecast_once_with_all_their_rules(
@@ -172,7 +173,8 @@ def test_a_plan_against_what_was_launched(
     assert step["measured"] == pytest.approx(recipe.batch_size / summary["images_per_s"])
     assert step["error"] == pytest.approx(step["planned"] / step["measured"] - 1)
     assert 0.5 < step["planned"] / step["measured"] < 2
-    assert "Against launched, SLTT-2: saved for backward" in " ".join(done(*words).split())
+    compared = "Compared with the run launched of SLTT-2: saved bytes"
+    assert compared in " ".join(done(*words).split())
 
     written = runs / "launched" / "summary.json"
     summary = json.loads(written.read_text())
@@ -182,7 +184,10 @@ def test_a_plan_against_what_was_launched(
         return {**trained, "hardware": {**trained["hardware"], **changes}}
 
     halved, on_card = {**trained, "micro_batch": 4}, with_hardware(gpu="NVIDIA H100 80GB HBM3")
-    differs = "plan: --against must be a run of what is planned; launched differs:"
+    differs = (
+        "plan: --against must be a run of the planned recipe and machine; launched differs from the"
+        " plan in"
+    )
     for changes, more, code, said in (
         ({}, ("--set", "batch_size=16"), 2, f"{differs} batch_size: 16 and 8\n"),
         # another rule of the same label
@@ -191,20 +196,20 @@ def test_a_plan_against_what_was_launched(
             {"trained_on": [trained, halved]},
             (),
             2,
-            "plan: --against must be a run that changed nothing on the way; launched did:"
-            " micro_batch: 8 and 4\n",
+            "plan: --against must be a run with the same training conditions from start to end;"
+            " launched changed micro_batch: 8 and 4\n",
         ),
         ({"trained_on": [halved]}, (), 2, f"{differs} micro_batch: 8 and 4\n"),
         (
             {"trained_on": [{**with_hardware(cores=1), "own_cores": True}]},
             (),
             0,
-            "It had cores of its own; runs on the others,",
+            "The run had its own cores. A plan ignores runs on the other cores,",
         ),
-        ({"trained_on": [with_hardware(cores=99)]}, (), 2, "launched differs: hardware.cores: "),
+        ({"trained_on": [with_hardware(cores=99)]}, (), 2, f"{differs} hardware.cores: "),
         # it trained on cores
         ({}, ("--device", "h100"), 2, f"{differs} card: NVIDIA H100 80GB HBM3 and none\n"),
-        ({"trained_on": [on_card]}, ("--device", "h100"), 0, "Against launched"),
+        ({"trained_on": [on_card]}, ("--device", "h100"), 0, "Compared with the run launched"),
         (
             {"trained_on": [on_card]},
             ("--device", "a100"),
@@ -215,8 +220,8 @@ def test_a_plan_against_what_was_launched(
             {"peak_saved_bytes": None},
             (),
             2,
-            "plan: --against must be a run that has finished, of more than a few batches, on one of"
-            " which its saved bytes were counted; got launched\n",
+            "plan: --against must be a finished run with measured images_per_s and"
+            " peak_saved_bytes; got launched, which has not finished or trained few batches\n",
         ),
     ):
         write_json(written, {**summary, **changes})
@@ -224,7 +229,7 @@ def test_a_plan_against_what_was_launched(
         assert got == code and said in (" ".join(out.split()) if code == 0 else err), err
     written.unlink()
     code, _, err = spiketrain(*words)
-    assert code == 2 and "must be a run that has finished, of more than a few batches" in err
+    assert code == 2 and "--against must be a finished run with measured images_per_s" in err
 
 
 def test_a_worker_gets_the_cores_that_a_launch_would_give_it(

@@ -172,7 +172,7 @@ def test_without_the_data_and_their_number_hours_are_not_known(
     (planned,) = found.rules
     assert (found.samples, planned.hours, planned.kwh, planned.cost) == (None, None, None, None)
     assert planned.images_per_s > 0
-    assert "Hours need --samples: the data are not here." in basis(found)
+    assert "Hours need --samples, because the data set is not on this machine." in basis(found)
     [head] = [line for line in printed(print_plan, found) if line.startswith("rule")]
     assert head.split()[-1] == "images/s"
 
@@ -190,10 +190,8 @@ def test_a_small_plan_is_not_for_nothing_and_says_what_its_energy_is() -> None:
     found = replace(found, rules=(replace(found.rules[0], kwh=12_345.6, cost=0.00123),))
     [row] = [line for line in printed(print_plan, found) if line.startswith("BPTT")]
     assert row.split()[-2:] == ["12,346", "0.00123"]
-    assert (
-        "; kWh: the cards' rated watts all the time, hosts left out. Hours are of training, without"
-        in basis(found)
-    )
+    assert " kWh assume the rated power of the cards all the time, without hosts. " in basis(found)
+    assert " Hours cover training only, without evaluations" in basis(found)
 
 
 def test_a_small_card_takes_smaller_micro_batches_and_a_tiny_one_refuses() -> None:
@@ -308,7 +306,7 @@ def test_a_teacher_is_in_every_rules_time_and_bytes() -> None:
         )
         assert with_.step_s == pytest.approx(untaught.step_s + with_.teacher_s)
         assert with_.memory_bytes == pytest.approx(untaught.memory_bytes + teacher)
-    said = f"hold the teacher, test_efficientnet: {teacher / 1e6:.4g} MB of weights."
+    said = f"include the teacher test_efficientnet with {teacher / 1e6:.4g} MB of weights."
     assert basis(found).endswith(said) and "teacher" not in basis(without)
     [head] = [line for line in printed(print_plan, found) if line.startswith("rule")]
     assert "compute ms  teacher ms" in head

@@ -87,9 +87,9 @@ def test_what_a_rule_has_of_its_own_is_told_where_one_has(found: Probe) -> None:
     own = {cost.rule: cost.rule_bytes for cost in found.costs}
     assert own == dict.fromkeys(own, 0) | {"OPZO": 2 * 16 * 10 * 4 + 8}
     out = "\n".join(printed(print_probe, found))
-    assert "rule's own" in out and "0.001288 MB" in out
+    assert "rule's tensors" in out and "0.001288 MB" in out
     without = printed(print_probe, probed(SLTT=(20, 0.9, {"a": 0.95})))
-    assert "rule's own" not in "\n".join(without)
+    assert "rule's tensors" not in "\n".join(without)
 
 
 def test_fidelity_is_of_every_synapse(found: Probe) -> None:

@@ -66,14 +66,15 @@ def test_seconds_are_over_the_faster_of_folded_and_stepped_bptt_at_each_t(found:
     made = replace(found, points=tuple(points), memory_bytes=None)
     assert made.to_json()["time_baselines"] == {"2": "BPTT", "4": "BPTT-chunk-1"}
     lines = printed(print_sweep, made)
-    assert "×: bytes over BPTT's, fwd+bwd over BPTT's at T = 2, BPTT-chunk-1's at T = 4" in lines
+    faster = "the faster BPTT, which is BPTT at T = 2, BPTT-chunk-1 at T = 4"
+    assert f"time / BPTT: fwd+bwd relative to {faster}" in lines
     ratios = [line.split()[-2] for line in lines if " MB " in line]
     assert ratios == ["1.00", "2.00", "2.00", "1.00", "3.00", "1.50"]
     out, own = "\n".join(lines), replace(points[0].cost, rule_bytes=1_500_000)
     with_own = as_text(replace(made, points=(replace(points[0], cost=own), *points[1:])))
-    assert "rule's own" not in out and "rule's own" in with_own and "1.5 MB" in with_own
-    assert "fwd+bwd ms" in out and "images/s of fwd+bwd" in out
-    assert "without loading, optimizer and collectives" in out
+    assert "rule's tensors" not in out and "rule's tensors" in with_own and "1.5 MB" in with_own
+    assert "fwd+bwd ms" in out and "images/s" in out
+    assert "without data loading, optimizer and collectives" in out
 
 
 def peaks(monkeypatch: pytest.MonkeyPatch, peak_of: Callable[[int], int | None]) -> list[int]:
@@ -195,10 +196,7 @@ def test_around_the_estimate_the_largest_that_fitted_is_told(
     assert found.refused == {}
     [row] = [line for line in printed(print_sweep, found) if line.startswith("BPTT ")]
     assert row.split()[10:11] == [str(largest)] and "about" not in row
-    assert (
-        '; without "about": trained, and fitted, or 0 where not even one sample did; with it: an'
-        " estimate" in as_text(found)
-    )
+    assert 'without "about": trained, and fits; 0: one sample does not fit' in as_text(found)
 
 
 def test_one_sample_is_tried_where_the_estimate_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,8 +232,8 @@ def test_a_largest_batch_that_the_data_are_too_few_for_is_an_estimate() -> None:
     out = as_text(found)
     assert "SLTT: its largest batch at T = 4 was not trained: " in out
     assert "not in the table" not in out and f"about {found.points[0].largest_batch:,}" in out
-    said = "an estimate from what two batches took, 10% of the memory left free, not trained"
-    assert f"with it: {said}" in out
+    said = "estimated from the memory of two batches, with 10% of the memory left free"
+    assert f'"about": {said}, and not trained' in out
 
 
 def test_a_teachers_bytes_lie_beside_a_largest_batch() -> None:

@@ -308,7 +308,7 @@ def test_what_is_listed_and_reported_while_children_are_missing(
     assert done("compare", *at.split()).splitlines() == [
         f"not finished: second ({second.name}) is interrupted",
         f"not finished: third ({third.name}) has not begun",
-        f"1 of 3 finished, the report is printed when all have; spiketrain {resume}",
+        f"1 of 3 finished, the report follows when all have finished; spiketrain {resume}",
     ]
     out = io.StringIO()
     print_runs(tmp_path, Console(file=out, width=80))
@@ -447,15 +447,15 @@ def write_suite(folder: Path, run: str, recipe: dict[str, Any], report: str | No
         ("resume whole", "suite.json: lab_suite.table is not in a trusted package"),
         (
             "compare whole first --trust lab_suite",
-            "compare: a suite is compared by itself; got whole among whole, first",
+            "compare: a suite must be the only name; got whole in whole, first",
         ),
         (
             "compare whole --trust lab_suite --format json",
-            "compare: whole must have finished; 0 of 1 runs have",
+            "compare: whole must have finished; got 0 of 1 runs",
         ),
         (
             "compare whole --trust lab_suite --against SLTT",
-            "compare: whole has a report of its own, so --against and --within have",
+            "compare: --against and --within must not be set, because whole has its own report",
         ),
         ("compare nothing", "no run 'nothing'"),
         ("resume nothing", "no run 'nothing' in "),
@@ -587,9 +587,9 @@ def test_show_prints_every_recipe_of_a_suite_without_what_it_refers_to(
 ) -> None:
     said = done("show", places / "lab_suite.py")
     assert "@first" in said and "/tmp" not in said.replace(str(places), "")
-    assert said.count("study key     depends on what first will have learnt") == 2
+    assert said.count("study key     depends on the trained weights of first") == 2
     assert "shared by 3 recipes" in said
-    assert "global batch  8 = 1 worker x 8 samples x 1 accumulated" in said
+    assert "global batch  8 = 1 worker x 8 samples x 1 accumulation step" in said
     fields = [line.split() for line in said.splitlines() if line]
     keys = [line[0] for line in fields]
     assert all(keys.count(key) == 1 for key in ("time_steps", "batch_size", "parameters"))

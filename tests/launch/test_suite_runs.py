@@ -257,7 +257,7 @@ def test_a_search_takes_what_did_best_though_the_shared_value_diverges(
 
     next_words = f"\npage    {page}\nnext    spiketrain compare s "
     assert next_words in said and is_an_artifact()
-    assert said.count("taken") == 1 and "  diverged\n" in said
+    assert said.count("chosen") == 1 and "  diverged\n" in said
     assert f"shared: only the rule differs\n{runs['searched'].name} (BPTT) diverged\n" in said
     assert "tuned: each rule with its own best value of optimizer.lr" in said
     trials = {rate: runs[f"searched-lr-{rate}"] for rate in rates}

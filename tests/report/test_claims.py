@@ -115,7 +115,7 @@ def lost(*seeds: int) -> Group:
     return group_of(*bptt, *(run("SLTT", seed=seed, state=end) for seed, end in enumerate(ends)))
 
 
-ONE_STEP, NO_RUN = "<= 0.489 (r = 2.00)", "no run beside BPTT's, trained on the same"
+ONE_STEP, NO_RUN = "<= 0.489 (r = 2.00)", "no run with a seed of BPTT on the same machine"
 ALL_LOST, TWO_LOST = (f"diverged in {count} of BPTT's 3 seeds" for count in (3, 2))
 
 
@@ -231,7 +231,7 @@ def accuracy_of(*losses: float, within: float | None = 0.7) -> Claim:
         (
             accuracy("", ALONE, "SLTT", within=0.7, published=""),
             "",
-            "no two seeds in common with BPTT's, trained on the same",
+            "fewer than two seeds of BPTT on the same machine",
         ),
         (accuracy("", lost(0, 1, 2), "SLTT", within=0.7, published=""), "does not hold", ALL_LOST),
         (accuracy("", lost(1, 2), "SLTT", within=0.7, published=""), "does not hold", TWO_LOST),
@@ -250,8 +250,8 @@ def test_a_claim_on_time_is_the_ratio_that_the_rest_of_the_report_shows() -> Non
 def test_bytes_that_nobody_counted_are_named() -> None:
     uncounted = group_of(run("BPTT", peak_saved_bytes=None), run("SLTT"))
     said = (
-        "saved bytes were not measured in runs of BPTT, in which no batch was whole on which bytes"
-        " are counted"
+        "saved bytes were not measured in runs of BPTT, because each batch with counted bytes was"
+        " skipped"
     )
     assert said in uncounted.notes
 

@@ -79,7 +79,7 @@ def test_costs_beside_the_baseline(make_run: Callable, runs_dir: Path):
     lines = text_of(comparison).splitlines()
     assert re.search(r"BPTT +90.00% +×1.00 +8 MB +×1.00 +100 +×1.00 +3.3 min +×1.00", lines[2])
     assert re.search(r"SLTT +81.00% +×0.90 +2 MB +×0.25 +150 +×1.50 +1.7 min +×0.50", lines[3])
-    assert lines[5].split() == ["behind", "each", "row"] and len(lines) == 11
+    assert lines[5].split() == ["conditions", "of", "each", "rule"] and len(lines) == 11
     assert comparison.notes == (FOLDED_ALONE, RECOMPUTES_NOTHING)
     rows = rows_of(comparison)
     assert list(rows[0])[:4] == ["run", "rule", "seed", "study"]
@@ -123,7 +123,7 @@ def test_ratios_are_of_paired_seeds(make_run: Callable, runs_dir: Path):
     assert ratios_of(comparison, "peak_saved_bytes") == ratios
     bptt, _, ottt, sltt = text_of(comparison).splitlines()[2:6]
     assert "44 MB  ×1.00" in bptt and "2 MB  ×0.25" in sltt and "×" not in ottt
-    apart = "OTTT has no seed in common with BPTT, so nothing of it is divided"
+    apart = "OTTT has no seed in common with BPTT, so it has no ratios"
     assert comparison.notes == (FOLDED_ALONE, RECOMPUTES_NOTHING, apart)
 
 
@@ -137,7 +137,10 @@ def test_time_is_divided_by_the_faster_bptt(make_run: Callable, runs_dir: Path):
     make_all(make_run, {"bptt": SLOW, "stepped": stepped, "sltt": sltt})
     comparison = compare(runs_dir, ["sltt"])
     assert names_of(comparison) == ["bptt", "stepped", "sltt"]
-    divided = "images/s, wall clock and compute time are divided by BPTT-chunk-1's, the faster BPTT"
+    divided = (
+        "images/s, wall clock and compute time are divided by those of BPTT-chunk-1, the faster"
+        " BPTT"
+    )
     assert comparison.notes == (RECOMPUTES_NOTHING, divided)
     value = comparison.to_json()
     assert (value["baseline"], value["time_baseline"]) == ("bptt", "BPTT-chunk-1")
@@ -232,9 +235,9 @@ def test_runs_of_different_machines_are_shown_apart_and_never_divided_by_one_ano
     for said in (
         "study 01234567 on a cpu, 2 cores; 2 workers",
         "×0.75",
-        "no baseline, no ratios: bptt-0 does not stand comparison: ",
-        "study 01234567 has 3 tables, of different machines, workers or micro-batches: nothing is"
-        " divided from one to another",
+        "no baseline, no ratios: bptt-0 is not comparable: ",
+        "study 01234567 has 3 tables for different machines, workers or micro-batches: no table"
+        " has ratios to another table",
     ):
         assert said in shown
     for names in ([], [STUDY[:6]]):
@@ -297,7 +300,7 @@ def test_a_halved_micro_batch_is_not_compared_with_a_whole_one(make_run: Callabl
     where = "a cpu, 2 cores; 2 workers"
     assert (first.where, second.where) == (f"{where}, in micro-batches of 16", where)
     assert ratios_of(second, "peak_saved_bytes") == {"sltt": None}
-    assert second.notes == (f"no baseline, no ratios: bptt does not stand comparison: {apart}",)
+    assert second.notes == (f"no baseline, no ratios: bptt is not comparable: {apart}",)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +388,7 @@ def test_what_diverged_has_its_row_and_divides_nothing(make_run: Callable, runs_
     text = text_of(comparison, width=NO_WIDTH)
     assert re.search(r"SLTT \(1 of 2 runs, 1 diverged\) +80.00% +×0.89 ", text)
     assert re.search(r"SLTT-1 +diverged +- +- +-\n", text) and "resume" not in text
-    why = "sltt-k1 (SLTT-1) diverged: its figures and ratios compare no rules; lower "
+    why = "sltt-k1 (SLTT-1) diverged: its values are no comparison of rules; lower "
     assert re.search(f"{re.escape(why)}.* for every rule, and train again", text)
     value = comparison.to_json()
     assert (names_of(comparison), value["differences"]) == (["bptt", "sltt-0"], [])
@@ -416,9 +419,8 @@ def test_seeds_that_did_not_diverge_do_not_speak_for_one_that_did(
     text = text_of(comparison, width=300)
     for said in (
         "OTTT (2 runs)",
-        "ottt-far (OTTT) diverged, trained otherwise than these: it is in no mean",
-        "BPTT - SLTT: +0.00 points over 2 paired seeds of those that did not diverge, as 1 did, 95"
-        " % interval",
+        "ottt-far (OTTT) diverged under other conditions",
+        "BPTT - SLTT: +0.00 points over 2 paired seeds (1 more diverged), 95 % interval",
     ):
         assert said in text
 
@@ -559,8 +561,8 @@ ONE_STEP = {
         # one label for two rules
         ({"bptt": {}, **ONE_STEP}, ("bptt", *ONE_STEP), 'rule.rescale: "(absent)" and true'),
         # nothing to compare
-        ({}, (), "it has 0 runs, of which 0 trials finished"),
-        ({"a": {"end": "failed"}}, (), "it has 1 run, of which 0 trials finished"),
+        ({}, (), "got 0 runs, of which 0 trials finished"),
+        ({"a": {"end": "failed"}}, (), "got 1 run, of which 0 trials finished"),
         ({"a": {"end": "failed"}}, ("a",), "no finished run: a is failed"),
         ({"a": {}}, ("zz",), "no run 'zz'"),
         ({"a": {}, "b": {"study": "0" * 16}}, ("0",), f"several study keys: {'0' * 16}, {STUDY}"),
@@ -595,7 +597,7 @@ def test_what_is_refused_is_one_line(
         (
             beside({"world_size": 8}),
             ("sltt",),
-            "no ratios: bptt does not stand comparison: world_size: 8 and 2",
+            "no ratios: bptt is not comparable: world_size: 8 and 2",
             "×",
         ),
         (
@@ -646,7 +648,7 @@ def test_the_newest_study_is_none_of_trials(make_run: Callable, runs_dir: Path):
     make_all(make_run, {"bptt": {}, "bptt-lr-0.1": trial, "bptt-lr-0.3": trial})
     assert names_of(compare(runs_dir)) == ["bptt"]
     (runs_dir / "bptt" / "summary.json").unlink()
-    said = "no trial of a search; it has 3 runs, of which 2 trials finished"
+    said = "no trial of a search; got 3 runs, of which 2 trials finished"
     with pytest.raises(ReportError, match=said):
         compare(runs_dir)
 

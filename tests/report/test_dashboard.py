@@ -83,13 +83,13 @@ def test_a_token_is_asked_of_every_request(store: FakeStore, path: str):
     client = Asking(store, host="0.0.0.0", token=TOKEN).client
     refused = client.get(path)
     assert refused.status_code == 401 and refused.get_data(as_text=True).startswith(
-        "dashboard: open it once with its token"
+        "dashboard: the first request must have the token"
     )
     assert store.asked == []
     wrong = client.get(path, query_string={"token": TOKEN[:-1]})
     assert (
         wrong.status_code == 401
-        and "is not the one" in wrong.get_data(as_text=True)
+        and "must be that of the server" in wrong.get_data(as_text=True)
         and "Set-Cookie" not in wrong.headers
     )
     client.set_cookie(COOKIE, TOKEN)
@@ -134,7 +134,7 @@ def test_the_token_once_then_a_cookie(store: FakeStore):
 def test_names_of_loopback_alone_are_answered(asking: Asking, status: int, hosts: list[str]):
     answers = [asking.client.get("/", headers={"Host": host}) for host in hosts]
     assert {answer.status_code for answer in answers} == {status}
-    said = "without a --token it answers to localhost and 127.0.0.1 alone; got"
+    said = "without a --token, the host of the address must be localhost or 127.0.0.1; got"
     assert {said in answer.get_data(as_text=True) for answer in answers} == {status == 403}
 
 
@@ -250,8 +250,8 @@ def test_the_figures_of_the_runs_that_are_picked(store: FakeStore, asking: Askin
     whole = asking.study(f"?study={KEY}")
     assert len(whole["picked"]) == whole["boxes"].count('role="checkbox"') == 4
     assert (
-        "keeps 0.25 of its saved bytes" in whole["html"]
-        and "What stands behind the rows" in whole["html"]
+        "has the fewest saved bytes, 0.25 of the baseline" in whole["html"]
+        and "Conditions of each rule" in whole["html"]
     )
     assert whole["html"].count("data-figure=") == len(whole["drawings"]) == 4
     assert [sorted(each) for each in whole["drawings"].values()] == 4 * [["dark", "light"]]
@@ -268,7 +268,7 @@ def test_the_figures_of_the_runs_that_are_picked(store: FakeStore, asking: Askin
     [
         ("", "Pick one from the list"),
         ("?study=none", "no run of this study"),
-        (f"?study={KEY}&runs=none", "Pick one of its runs"),
+        (f"?study={KEY}&runs=none", "Pick a run above"),
         (f"?study={KEY}&view=learning", "Learning curves"),
         (f"?study={KEY}&view=time", "Where the time goes"),
         (f"?study={KEY}&view=gradients", "Firing"),
@@ -279,8 +279,7 @@ def test_the_figures_of_the_runs_that_are_picked(store: FakeStore, asking: Askin
         ),
         (  # nobody picked the baseline, which has finished
             f"?study={KEY}&runs=sltt-1sl",
-            "No baseline: no finished run of BPTT in this group is among those picked. Nothing is"
-            " divided.",
+            "No baseline: no finished run of BPTT in this group is picked. There are no ratios.",
         ),
     ],
 )
@@ -341,8 +340,8 @@ def test_which_boxes_are_checked_follows_what_is_picked(store: FakeStore, asking
 def test_an_address_that_names_no_runs_says_that_it_shows_the_newest(
     store: FakeStore, asking: Asking
 ):
-    said = "The newest 24 of 34 runs; means are of these"
-    assert "The newest" not in Asking(store).show(f"?study={KEY}")
+    said = "The page shows the newest 24 of 34 runs, and means over these runs."
+    assert "the newest" not in Asking(store).show(f"?study={KEY}")
     for count in range(30):
         store.add_finished(f"{count:02}-ottt", "OTTT-A", seed=count)
     for view in VIEWS:
@@ -374,7 +373,7 @@ def test_the_data_of_a_figure_is_a_file(store: FakeStore):
     )
     assert (
         client.get(f"/csv?study={KEY}&name={GROUP}-beside").get_data(as_text=True)
-        == "rule,states beside saved bytes,start-up\nBPTT,1 kB ± 0 kB,0 ms ± 0 ms\nSLTT,1 kB ± 0"
+        == "rule,state bytes,start-up\nBPTT,1 kB ± 0 kB,0 ms ± 0 ms\nSLTT,1 kB ± 0"
         " kB,0 ms ± 0 ms\n"
     )
     assert (
@@ -500,7 +499,7 @@ def test_how_the_groups_differ_is_a_file(store: FakeStore, asking: Asking):
 
 
 def test_what_the_reader_of_means_must_know_stands_beside_them(store: FakeStore):
-    said = "SLTT has 2 runs of seed 0, which count as one, their mean, in ratios and differences"
+    said = "SLTT has 2 runs of seed 0: ratios and differences use their mean as one run"
     assert said not in Asking(store).show(f"?study={KEY}")
     store.add_finished("sltt-again", "SLTT")
     assert said in Asking(store).show(f"?study={KEY}")
@@ -518,15 +517,15 @@ def test_what_training_holds_and_the_published_run_are_shown_as_on_the_page(
     [one] = [run for run in store.members if run.name == "sltt-0"]
     store.texts[one.id, "recipe.json"] = json.dumps(made)
     shown = asking.show(f"?study={KEY}")
-    assert "What training holds" in shown and "as they are without ZeRO" in shown
+    assert "Memory in training" in shown and "Bytes of one worker by kind, without ZeRO" in shown
     held = asking.client.get(f"/csv?study={KEY}&name={GROUP}-held").get_data(as_text=True)
     assert held.splitlines()[1] == "BPTT,4 MB ± 0 MB,,4 MB ± 0 MB,,,,1 kB ± 0 kB"
     learning = asking.show(f"?study={KEY}&view=learning")
     assert (
-        "Beside the published run" in learning
+        "Comparison with the published run" in learning
         and "sltt-0: 5.0 points below the published run at epoch 2" in learning
     )
-    assert "Beside the published run" not in shown
+    assert "Comparison with the published run" not in shown
 
 
 def test_several_tunings_of_the_baseline_are_named(store: FakeStore):
@@ -539,10 +538,10 @@ def test_several_tunings_of_the_baseline_are_named(store: FakeStore):
         store.texts[(name * 32)[:32], "recipe.json"] = json.dumps({"version": 1, "recipe": made})
     shown = Asking(store).show(f"?study={KEY}")
     assert (
-        "No baseline: several BPTTs with different optimizer.lr; name one. Nothing is divided."
+        "No baseline: several BPTTs with different optimizer.lr; name one. There are no ratios."
         in shown
     )
-    assert "among those picked" not in shown
+    assert "is picked" not in shown
 
 
 def test_a_run_that_nobody_hears_of_says_so_beside_its_state(store: FakeStore):
@@ -551,8 +550,8 @@ def test_a_run_that_nobody_hears_of_says_so_beside_its_state(store: FakeStore):
     assert "seed 0, running" in before["boxes"] and "no word" not in before["boxes"]
     store.add_finished("going", "SLTT", status="RUNNING", newest=time.time() - 30.5 * 60)
     shown = Asking(store).study(f"?study={KEY}", seen=before["version"])
-    assert "seed 0, running, no word for 30 min" in shown["boxes"]
-    assert "running, no word for 30 min" in Asking(store).show(f"?study={KEY}&view=runs")
+    assert "seed 0, running, no report for 30 min" in shown["boxes"]
+    assert "running, no report for 30 min" in Asking(store).show(f"?study={KEY}&view=runs")
 
 
 def test_a_state_has_one_word_in_the_list_the_filter_the_boxes_and_the_figures(
@@ -652,7 +651,7 @@ def test_files_that_are_no_store_yet(tmp_path: Path):
     asking = Asking(open_store(str(file)))
     assert "does not exist; launch a run" in asking.list()
     file.touch()
-    assert "is empty, nothing was delivered yet" in asking.list() and "is empty" in asking.show(
+    assert "is empty, because no run was sent to it" in asking.list() and "is empty" in asking.show(
         "?study=x"
     )
     file.write_text("half of something\n" * 100)
@@ -662,6 +661,6 @@ def test_files_that_are_no_store_yet(tmp_path: Path):
         other.execute("create table alembic_version (version_num text)")
     holder = sqlite3.connect(file)
     holder.execute("begin exclusive")
-    assert "is locked by another process for over 2 s" in asking.list()
+    assert "was locked by another process for over 2 s" in asking.list()
     holder.close()
     assert list(tmp_path.iterdir()) == [file]

@@ -90,7 +90,7 @@ def served(runs: Path, *, token: str | None = None) -> Iterator[str]:
         assert server.stdout is not None
         try:
             line = server.stdout.readline()
-            assert ("this machine alone" if token is None else "whoever has the token") in line
+            assert ("this machine only" if token is None else "everyone with the token") in line
             yield line.split()[0].removesuffix("/?token=TOKEN")
             server.send_signal(signal.SIGINT)
             assert server.wait(10) in (0, 130)
@@ -298,7 +298,7 @@ def test_presses_in_quick_succession_all_count(browser: Browser, address: str):
             expect(page.get_by_role("button", name=view, exact=True)).to_have_attribute(
                 "aria-pressed", "true"
             )
-        for name in ("finished", "all", "going on", "all") * 2:
+        for name in ("finished", "all", "running", "all") * 2:
             page.get_by_role("button", name=name, exact=True).click()
         expect(page.get_by_role("button", name="all", exact=True)).to_have_attribute(
             "aria-pressed", "true"

@@ -16,7 +16,7 @@ from pipeline.report.figures import learning_curves, pareto, ratios, standing, t
 from pipeline.report.heat_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.results import ReportError, Run
 from pipeline.report.study import Study
-from pipeline.report.sweeps import largest_batches, of_a_sweep, sweep_of, swept
+from pipeline.report.sweeps import largest_batches, sweep_figures, sweep_of, swept
 from pipeline.report.tables import MEASURED_SAID
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
@@ -69,7 +69,7 @@ def test_ratios_to_the_baseline():
         0.75,
         pytest.approx(0.75),
     ]
-    assert "SLTT keeps 0.25 of its saved bytes" in figure.alt
+    assert "SLTT has the fewest saved bytes, 0.25 of the baseline's" in figure.alt
 
 
 def test_time_is_divided_by_the_faster_bptt_and_bytes_by_bptt():
@@ -79,7 +79,7 @@ def test_time_is_divided_by_the_faster_bptt_and_bytes_by_bptt():
     assert found["SLTT", "compute time"] == ("BPTT-chunk-1", 1.2)
     assert found["SLTT", "wall clock"] == ("BPTT-chunk-1", 1.6)
     assert found["SLTT", "saved bytes"] == ("BPTT", 0.25)
-    assert "Times are multiples of BPTT-chunk-1's, the faster BPTT." in figure.caption
+    assert "Times are multiples of those of BPTT-chunk-1, the faster BPTT." in figure.caption
     assert "Times" not in made(ratios(study().groups[0])).caption
 
 
@@ -129,7 +129,8 @@ def test_what_diverged_is_named_below_the_front():
         "SLTT": "no",
         "SLTT-1": "yes",
     }
-    assert figure.caption.endswith(" Diverged, and in no mean: DFA (seed 0), SLTT-1 (seed 1, 2).")
+    diverged = " Diverged runs are in no mean: DFA (seed 0), SLTT-1 (seed 1, 2)."
+    assert figure.caption.endswith(diverged)
     again = run(
         "SLTT", name="again", state="diverged"
     )  # in a seed in which another run of it finished
@@ -156,7 +157,10 @@ def test_energy_has_its_operations_and_says_which_samples_they_are_of():
         "Counted on 10 and 60 samples, evenly spread over it and the first batch of the first"
         " worker's share" in figure.caption
     )
-    assert "for a still image, the layers before the first neuron count once" in figure.caption
+    assert (
+        "For a still image, the layers before the first neuron are computed and counted once"
+        in figure.caption
+    )
     assert "MACs" not in made(trade_off(study().groups[0], "wall_s")).table.columns
     counted["measured_j"] = 0.25
     on_cards = {**MACHINE, "gpu": "H100"}
@@ -235,34 +239,36 @@ def test_batches_alone_are_in_no_mean_with_whole_runs():
         "SLTT", "evaluation"
     ] == pytest.approx(0.02)
     assert found["OTTT, batches alone", "forward"] == pytest.approx(0.04)
-    assert "of a rule without one, of its batches alone" in figure.caption
+    assert (
+        "For a rule without a finished run, it is the time of its batches alone." in figure.caption
+    )
     assert "alone" not in made(time_parts(study().groups[0])).caption
 
 
 def test_memory_and_time_against_time_steps():
-    figure, time = of_a_sweep(SWEEP)
+    figure, time = sweep_figures(SWEEP)
     assert figure.table.rows[1] == ("BPTT", 4, 4000, None) and "Dotted" not in figure.caption
     assert traces(figure)["SLTT"]["y"] == [1, 1] and set(traces(figure)) == {"BPTT", "SLTT"}
     assert time.table.rows[1] == ("BPTT", 4, 0.75) and traces(time)["BPTT"]["y"] == [750, 750]
-    assert time.alt == "At T = 4 BPTT takes 750 ms, the longest, and SLTT 750 ms."
+    assert time.alt == "At T = 4, BPTT takes 750 ms, the longest, and SLTT takes 750 ms."
     points = [
         {**point, "cost": {**point["cost"], "state_bytes": 500, "forward_s": point["time_steps"]}}
         for point in SWEEP["points"]
     ]
-    kept, time = of_a_sweep({**SWEEP, "points": points[:3]})
+    kept, time = sweep_figures({**SWEEP, "points": points[:3]})
     assert traces(kept)["BPTT, with states"]["y"] == [1.5, 4.5] and traces(kept)[
         "SLTT, with states"
     ]["y"] == [1.5]
-    assert "Dotted: with membranes" in kept.caption and kept.table.rows[1] == (
+    assert "Dotted lines include states: membranes" in kept.caption and kept.table.rows[1] == (
         "BPTT",
         4,
         4000,
         4500,
     )
-    assert time.alt == "At T = 4 BPTT takes 4500 ms."
+    assert time.alt == "At T = 4, BPTT takes 4500 ms."
     assert (
         figure.alt
-        == "BPTT keeps 4 times the bytes at T = 4 as at T = 1; SLTT keeps 1 times the bytes at T ="
+        == "BPTT saves 4 times the bytes at T = 4 as at T = 1; SLTT saves 1 times the bytes at T ="
         " 4 as at T = 1."
     )
     assert "commit abc, a cpu" in figure.caption
@@ -279,7 +285,7 @@ def test_no_two_of_many_parts_or_rules_are_drawn_alike():
     assert len(set(bars)) == len(bars)
     cost = SWEEP["points"][0]["cost"]
     points = [{"time_steps": 1, "cost": {**cost, "rule": f"rule {count}"}} for count in range(20)]
-    rules = traces(of_a_sweep({**SWEEP, "points": points})[0]).values()
+    rules = traces(sweep_figures({**SWEEP, "points": points})[0]).values()
     assert len({(each["line"]["color"], each["marker"]["symbol"]) for each in rules}) == 20
 
 
@@ -339,15 +345,12 @@ def test_a_comparison_that_is_to_come_is_not_called_none(every: int | str):
         name="none",
         recipe=recipe("SLTT", evaluation={"fidelity_every": type(every)(0)}),
     )
-    hint = "--set evaluation.fidelity_every=1 does after each epoch"
-    assert why(unasked) == [
-        f"no run compared its gradient with BPTT's; {hint}",
-        f"no run compared gradients; {hint}",
-    ]
-    assert why(looking["SLTT"]) == 2 * ["not yet in new-SLTT"]
+    hint = "--set evaluation.fidelity_every=1 compares them after each epoch"
+    assert why(unasked) == 2 * [f"no run compared its gradient with BPTT's; {hint}"]
+    assert why(looking["SLTT"]) == 2 * ["no comparison of gradients yet in new-SLTT"]
     assert why(looking["BPTT"]) == [
         why()[0],
-        "not yet in new-BPTT",
+        "no comparison of gradients yet in new-BPTT",
     ]  # which has no cosine with itself
 
 
@@ -364,7 +367,7 @@ def test_a_gradient_that_leads_away_is_not_drawn_as_one_at_a_right_angle():
 
     assert (
         drawn(-0.5)[0] == -0.5
-        and "0: at a right angle, below 0: away from it; on one batch" in drawn(-0.5)[1]
+        and "0: a right angle; below 0: an opposing direction. The" in drawn(-0.5)[1]
     )
     assert drawn(0.5)[0] == 0 and "below 0" not in drawn(0.5)[1]
 
@@ -413,7 +416,7 @@ def test_what_is_done_again_is_told_below_the_curves():
         ([[1, 0.5], [2, 0.94]], "4.0 points below the published run at epoch 2"),
         ([[1, 0.5], [2, 0.905]], "on track, 0.5 points below the published run at epoch 2"),
         ([[1, 0.5], [5, 0.99]], "on track, 30.0 points above the published run at epoch 1"),
-        ([[5, 0.99]], "no evaluation yet at an epoch that is published"),
+        ([[5, 0.99]], "no evaluation yet at a published epoch"),
     ],
 )
 def test_beside_the_published_run(points: list, told: str):
@@ -434,8 +437,8 @@ def test_a_run_of_another_setting_than_the_published_log_is_shown_beside_it_and_
         "published_setting": [["time_steps", 4], ["model.over", "time"]],
     }
     other = run(recipe=recipe(**beside))
-    difference = "time_steps 4 there, 2 here, model.over time there, not written here"
-    told = f"not judged by the published log, which is of another setting: {difference}"
+    difference = "time_steps 4 published, 2 here, model.over time published, not set here"
+    told = f"not judged, because the published log is for another setting: {difference}"
     assert standing(other) == told
     figure = made(learning_curves(Study(title="t", runs=(other,)).groups[0]))
     assert (
@@ -443,7 +446,7 @@ def test_a_run_of_another_setting_than_the_published_log_is_shown_beside_it_and_
         and "on track" not in figure.alt
         and traces(figure)["published, BPTT"]["x"] == [1, 2]
     )
-    assert f"Of another setting than the run's: {difference}." in figure.caption
+    assert f"The published setting differs: {difference}." in figure.caption
     model = {"target": "pipeline.models.x.net", "kwargs": {"over": "time"}}
     alike = run(recipe=recipe(**beside, time_steps=4, model=model))
     assert standing(alike) == "on track, 0.5 points below the published run at epoch 2"
@@ -501,7 +504,7 @@ def test_a_long_curve_is_conditions_of_means_not_in_some_of_its_points():
         (2 + 1 + 2) / 3
     )
     assert traces(figure)["BPTT"]["y"] == pytest.approx([*299 * [50], 200 / 7])
-    said = "A curve of more than 300 points is shown in 300 means at most, here and in the CSV."
+    said = "A curve of more than 300 points is reduced to at most 300 means, here and in the CSV."
     assert said in figure.caption and said not in made(learning_curves(study().groups[0])).caption
     whole = written("whole", [begun, *told[:300]], state="running", recipe=recipe(), curve_every=2)
     figure = made(learning_curves(Study(title="t", runs=(whole,)).groups[0]))
@@ -509,7 +512,7 @@ def test_a_long_curve_is_conditions_of_means_not_in_some_of_its_points():
         at % 2 for at in range(1, 301)
     ] and said not in figure.caption
     assert (
-        "Of a long journal not every point is read: what is left out is in no mean."
+        "Only some points of a long journal are read; no mean includes the others."
         in figure.caption
     )
 
@@ -657,6 +660,6 @@ NULL = {**POINT["cost"], "forward_s": None}
     ],
 )
 def test_what_is_no_sweep_is_refused(damage: dict[str, Any]):
-    said = "report: here must hold what sweep --format json prints"
+    said = "report: here must be the output of sweep --format json"
     with pytest.raises(ReportError, match=said):
         sweep_of({**SWEEP, **damage}, "here")

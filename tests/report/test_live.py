@@ -157,7 +157,7 @@ def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):
     ("file", "text", "said"),
     [
         ("summary.json", '{"top1": 0.', "its summary.json in MLflow is not JSON"),
-        ("summary.json", "[1]", "its summary.json in MLflow holds a list, not an object"),
+        ("summary.json", "[1]", "its summary.json in MLflow must contain a JSON object; got list"),
         (
             "summary.json",
             '{"trained_on": 3}',
@@ -173,7 +173,7 @@ def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):
             '{"conditions": "x"}',
             "its summary.json in MLflow: conditions must be an object; got 'x'",
         ),
-        ("activity.json", "{}", "its activity.json in MLflow holds a dict, not a list"),
+        ("activity.json", "{}", "its activity.json in MLflow must contain a JSON list; got dict"),
         (
             "activity.json",
             '[{"name": "a"}]',
@@ -191,8 +191,8 @@ def test_what_cannot_be_shown_is_named(store: FakeStore, file: str, text: str, s
     study = Live(store).study(store.members)
     assert [run.name for run in study.runs] == ["bptt"]
     assert (
-        study.notes[0].startswith("tried is a trial")
-        and f"half is left out: {said}" in study.notes[1]
+        study.notes[0].startswith("tried is excluded: it is a trial")
+        and f"half is excluded: {said}" in study.notes[1]
     )
 
 
@@ -203,7 +203,7 @@ def test_a_run_whose_journal_was_thinned_says_so(store: FakeStore):
     study = Live(store).study(store.members)
     long = "has a long journal: its curve shows one of 12 points"
     assert study.notes == (
-        f"going {long}, and its parts of time are means over these.",
+        f"going {long}, and its parts of time are means over these points.",
         f"bptt {long}.",
     )
     assert study.runs[0].parts and [point.step for point in study.runs[0].history.curve] == [
@@ -222,11 +222,11 @@ def test_a_run_whose_artifacts_cannot_be_read_is_left_out_and_the_others_are_sho
         "locked", "SLTT", status=status, tags={"spiketrain.artifact.journal.jsonl": "finish 1015"}
     )
     store.refused[locked.id] = (
-        "store x: journal.jsonl cannot be read (Permission denied); look at it by hand"
+        "store x: journal.jsonl cannot be read (Permission denied); check the file"
     )
     study = Live(store).study(store.members)
     assert [run.name for run in study.runs] == ["bptt"]
-    assert study.notes == (f"locked is left out: {store.refused[locked.id]}",)
+    assert study.notes == (f"locked is excluded: {store.refused[locked.id]}",)
 
 
 def test_what_the_report_of_each_suite_tells_is_by_itself(store: FakeStore):
@@ -261,6 +261,6 @@ def test_what_the_report_of_each_suite_tells_is_by_itself(store: FakeStore):
     store.refused["first-launch"] = "report.json cannot be read"
     assert (
         Live(store).reports(store.members)[1].note
-        == "Its report is left out: report.json cannot be read"
+        == "Its report is excluded: report.json cannot be read"
     )
     assert len(Live(store).study(store.members).runs) == 4

@@ -54,17 +54,17 @@ def test_machines_are_apart_and_a_missing_baseline_is_named():
         for rule in ("SLTT", "OTTT-A")
     ]
     html = body(page.render(study(*elsewhere)))
-    assert html.count("No baseline in this group: no run of BPTT among these has finished.") == 1
+    assert html.count("No baseline in this group: no run of BPTT in this group has finished.") == 1
     assert "on H100" in html
     assert html.index('id="g1"') < html.index('id="g2"') < html.index('id="differences"')
 
 
 def test_what_the_reader_of_its_means_must_know_stands_in_a_section():
     html = body(page.render(study(run("SLTT", name="again", restart=True))))
-    section = html[html.index('<h2 id="g1">') : html.index("What stands behind the rows")]
+    section = html[html.index('<h2 id="g1">') : html.index("Conditions of each rule")]
     assert (
-        "<li>the runs are of different commits: abc, def</li><li>SLTT has 2 runs of seed 0, which"
-        " count as one" in section
+        "<li>the runs have different commits: abc, def</li><li>SLTT has 2 runs of seed 0: ratios"
+        " and differences use their mean as one run" in section
     )
 
 
@@ -89,7 +89,8 @@ def test_a_run_alone_is_listed_and_drawn_and_not_divided():
         and "lonely: 4.0 points below the published run at epoch 2" in alone
     )
     assert (
-        alone.count("<b>Temporal share of BPTT&#39;s gradient</b>: no run compared gradients") == 2
+        alone.count("<b>Temporal share of BPTT&#39;s gradient</b>: no run compared its gradient")
+        == 2
     )
     assert '"alone2-time-parts":{"light"' in html
 
@@ -108,10 +109,10 @@ TWO = {"world_size": 2, "images_per_s": 150.0}
         (
             alone(tuned("BPTT", 0.1), tuned("BPTT", 0.3, seed=1), tuned("SLTT", 0.3)),
             [
-                f"{group}: several BPTTs with different optimizer.lr; name one. Nothing {where}"
+                f"{group}: several BPTTs with different optimizer.lr; name one. {where}"
                 for group, where in (
-                    ("No baseline in this group", "here is divided."),
-                    ("The baseline is missing", "on this page is divided."),
+                    ("No baseline in this group", "The group has no ratios."),
+                    ("The baseline is missing", "This page has no ratios."),
                 )
             ],
         ),
@@ -126,7 +127,7 @@ TWO = {"world_size": 2, "images_per_s": 150.0}
         (
             study(run("SLTT", seed=2, device_j=3e6)),
             [
-                "<h3>Measured beside</h3>",
+                "<h3>Other measurements</h3>",
                 "joules of training, measured",
                 ">3 MJ<",
                 'download="by-hand-g1-beside.csv"',
@@ -134,7 +135,7 @@ TWO = {"world_size": 2, "images_per_s": 150.0}
         ),
         (
             study(run("OTTT-A", held=KINDS)),
-            ["<h3>What training holds</h3>", 'download="by-hand-g1-held.csv"'],
+            ["<h3>Memory in training</h3>", 'download="by-hand-g1-held.csv"'],
         ),
         (
             alone(run(), run("SLTT"), tuned("BPTT", 0.3), tuned("SLTT", 0.6)),
@@ -160,13 +161,13 @@ TWO = {"world_size": 2, "images_per_s": 150.0}
             alone(run("SLTT"), run("SLTT", **TWO)),
             [
                 '<h2 id="scaling">',
-                "Measured, not a model",
+                "Measured, not estimated",
                 'download="by-hand-scaling.csv"',
             ],
         ),
         (
             alone(run("SLTT"), run("SLTT", **TWO, own_cores=True)),
-            ["<b>Scaling over workers</b>: no rule has finished on two numbers"],
+            ["<b>Scaling over workers</b>: no rule has finished with two numbers"],
         ),
         (
             study(sweeps=(LARGEST,)),
@@ -189,14 +190,14 @@ def test_a_page_says(of: Study, said: list[str]):
     [
         (
             study(),
-            ["different commits", 'id="claims"', "What training holds"],
+            ["different commits", 'id="claims"', "Memory in training"],
         ),
         (study(sweeps=(SWEEP,)), ["largest batch"]),
         (
             alone(tuned("BPTT", 0.1), tuned("BPTT", 0.3, seed=1), tuned("SLTT", 0.3)),
-            ["no run of BPTT among these has finished"],
+            ["no run of BPTT in this group has finished"],
         ),
-        (alone(run(state_bytes=None, startup_s=None)), ["Measured beside"]),
+        (alone(run(state_bytes=None, startup_s=None)), ["Other measurements"]),
         (alone(run("SLTT"), run("SLTT", **TWO, own_cores=True)), ['id="scaling"']),
     ],
 )

@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 
 import pipeline
-from pipeline.report import page, results
+from pipeline.report import metrics, page, results
 from pipeline.report.compare import csv_of
 from pipeline.report.metrics import METRICS, Metric
-from pipeline.report.results import ReportError, Run, expanded, frame, read_run
+from pipeline.report.results import ReportError, Run, frame, metrics_of, read_run
 from pipeline.report.stores import ServerStore, runs_of_store
 from pipeline.report.study import Study
 from pipeline.report.suite import read_study
@@ -31,11 +31,9 @@ from tests.report.test_dashboard import Asking
 
 
 def test_a_metric_is_one_line(make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(
-        results,
-        "METRICS",
-        [*METRICS, Metric("sparsity", "share of zeros", "share", "less", "weights.zeros")],
-    )
+    sparsity = Metric("sparsity", "share of zeros", "share", "less", "weights.zeros")
+    for module in (metrics, results):
+        monkeypatch.setattr(module, "METRICS", [*METRICS, sparsity])
     make_all(
         make_run,
         {"bptt": {"weights": {"zeros": 0.5}}, "sltt": {"rule": "SLTT", "weights": {"zeros": 0.25}}},
@@ -79,7 +77,7 @@ def test_a_star_stands_for_each_key_that_a_summary_has():
         {},
     ]
     runs = [Run(name="", state="finished", summary=summary) for summary in summaries]
-    names = [each.name for each in expanded(runs) if each.name.startswith("operations")]
+    names = [each.name for each in metrics_of(runs) if each.name.startswith("operations")]
     assert names == ["operations.forward.additions", "operations.error.additions"]
 
 
@@ -271,7 +269,7 @@ def test_what_a_restart_does_again(
     past = one.history
     assert [(point.step, point.top1) for point in past.curve] == curve
     assert (past.step, past.again_from) == (step, again_from)
-    again = "" if again_from is None else f", done again from {again_from} on"
+    again = "" if again_from is None else f", repeats from {again_from}"
     [row] = provenance(Study(title="t", runs=(one,))).rows
     assert row[5] == f"{step}/{100 if told else '?'}{again}"
 

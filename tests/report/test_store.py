@@ -131,10 +131,14 @@ def test_known_artifacts_alone(store: Path, through_mlflow: bool):
 @pytest.mark.parametrize(
     ("damage", "through_mlflow", "said"),
     [
-        ("link", False, "is a link that leads out of"),
-        ("circle", False, r"cannot be read \(Too many levels of symbolic links\); look at it by"),
-        ("folder", False, r"report\.html cannot be read \(Is a directory\); look at it by hand"),
-        ("folder", True, r"report\.html of run .* cannot be read \(IsADirectoryError: .*; look at"),
+        ("link", False, "got a link to"),
+        ("circle", False, r"cannot be read \(Too many levels of symbolic links\); check the"),
+        ("folder", False, r"report\.html cannot be read \(Is a directory\); check the file"),
+        (
+            "folder",
+            True,
+            r"report\.html of run .* cannot be read \(IsADirectoryError: .*; check the",
+        ),
     ],
 )
 def test_an_artifact_that_cannot_be_read_is_not_the_stores_trouble(
@@ -165,7 +169,7 @@ def test_a_long_journal_is_thinned_and_any_other_long_artifact_is_not_read(
     whole = opened.journal(run.id)
     assert whole.every == 1
     assert [event.kind for event in whole.events] == ["start", *5 * ["step"], "finish"]
-    monkeypatch.setattr("pipeline.report.stores.MOST_BYTES", 100)
+    monkeypatch.setattr("pipeline.report.stores.MAX_BYTES", 100)
     [file] = store.parent.glob(f"mlartifacts/fashion/{run.id}/artifacts/journal.jsonl")
     monkeypatch.setattr("pipeline.report.stores._THINNED_BYTES", math.ceil(file.stat().st_size / 2))
     for each in stores:
@@ -173,9 +177,9 @@ def test_a_long_journal_is_thinned_and_any_other_long_artifact_is_not_read(
         steps = [getattr(event, "step", None) for event in told.events]
         assert (told.every, steps) == (2, [0, 1, 3, 4, 4])
         assert each.journal("none") == SentJournal()
-    monkeypatch.setattr("pipeline.report.stores.MOST_BYTES", 4)
+    monkeypatch.setattr("pipeline.report.stores.MAX_BYTES", 4)
     for each in stores:
-        with pytest.raises(ArtifactError, match=r"recipe\.json has over 0 MiB; look at it by hand"):
+        with pytest.raises(ArtifactError, match=r"recipe\.json must have at most 0 MiB; got"):
             each.text(run.id, "recipe.json")
 
 
@@ -211,9 +215,9 @@ def told(uri: str | Path, seconds: float = 4.0) -> str:
     [
         ("runs/mlflow.db", "does not exist; launch a run"),
         ("", "is a folder; name the file in it"),
-        ("empty.db", "is empty, nothing was delivered yet; `spiketrain sync RUN`"),
-        ("circle", "cannot be read (Too many levels of symbolic links); are the file and its"),
-        ("x" * 300, "cannot be read (File name too long); are the file and its folder readable"),
+        ("empty.db", "is empty, because no run was sent to it; `spiketrain sync RUN`"),
+        ("circle", "cannot be read (Too many levels of symbolic links); check the path and"),
+        ("x" * 300, "cannot be read (File name too long); check the path and the permissions"),
     ],
 )
 def test_a_store_that_is_not_there_is_not_made(tmp_path: Path, name: str, said: str):
@@ -234,13 +238,11 @@ def test_a_store_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.M
         return look(path, **how)
 
     monkeypatch.setattr(Path, "stat", refused)
-    assert "cannot be read (Permission denied); are the file" in told(tmp_path / "mlflow.db")
+    assert "cannot be read (Permission denied); check the path" in told(tmp_path / "mlflow.db")
 
 
-ANOTHER = (
-    "is being made, or is of another version of MLflow (no such table: experiments); look again"
-)
-NO_STORE = "is no MLflow store, or is being made; look again, name another, or move it away"
+ANOTHER = "is incomplete or of another version of MLflow (no such table: experiments); try again"
+NO_STORE = "is not a complete MLflow store; try again, name another store, or rename the file"
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,7 @@ def test_a_store_that_somebody_locks(store: Path, tmp_path: Path):
     copy.write_bytes(store.read_bytes())
     with closing(sqlite3.connect(copy)) as holder:
         holder.execute("begin exclusive")
-        assert "is locked by another process for over 2 s" in told(copy)
+        assert "was locked by another process for over 2 s" in told(copy)
     assert len(open_store(str(copy)).listed()) == 4
 
 

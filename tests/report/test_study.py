@@ -98,7 +98,9 @@ def test_wall_clocks_leave_out_start_up():
     assert group.ratios("SLTT", "wall_s") == of_one(1.0)
     assert group.spread("SLTT", "net_s") == of_one(9.0)
     assert group.ratios("OTTT", "wall_s") is group.spread("OTTT", "wall_s") is None
-    said = "wall clocks leave out start-up, which ends with each start's first batch: 20 s of BPTT"
+    said = (
+        "wall clocks exclude start-up, which ends with the first batch of each start: 20 s of BPTT"
+    )
     assert f"{said}, 2 s of SLTT" in group.notes
 
 
@@ -135,7 +137,7 @@ def of_rule(name: str = "SLTT", /, **kwargs: Any) -> dict[str, Any]:
     return recipe("SLTT", rule={"target": f"pipeline.rules.x.{name}", "kwargs": kwargs})
 
 
-NO_SEED = "HLOP (k=2) has no seed in common with BPTT, so nothing of it is divided"
+NO_SEED = "HLOP (k=2) has no seed in common with BPTT, so it has no ratios"
 INNER = {"target": "pipeline.rules.sltt.SLTT", "kwargs": {"k": 1}}
 
 
@@ -144,7 +146,7 @@ INNER = {"target": "pipeline.rules.sltt.SLTT", "kwargs": {"k": 1}}
     [
         (
             [run("SLTT"), run("SLTT", seed=4, recipe=of_rule(k=1, rescale=True))],
-            ["SLTT (as it comes)", "SLTT (k=1, rescale=True)"],
+            ["SLTT (defaults)", "SLTT (k=1, rescale=True)"],
             "has no seed in common",
         ),
         # five learning rates of one rule are no five seeds of it
@@ -189,12 +191,12 @@ SLICES = tuple(run(seed=seed, recipe=of_rule("BPTT", truncate=seed + 1)) for see
         (
             [tuned("BPTT", rate, state="failed") for rate in (0.1, 0.3)],
             "",
-            "no run of BPTT among these has finished",
+            "no run of BPTT in this group has finished",
         ),
         (
             [run("SLTT"), run("BPTT", state="failed")],
             "",
-            "no run of BPTT among these has finished",
+            "no run of BPTT in this group has finished",
         ),
     ],
 )
@@ -219,26 +221,25 @@ MORE = (
         (
             MORE,
             (
-                "the runs are of different commits: abc, def",
-                "SLTT has 2 runs of seed 0, which count as one, their mean, in ratios and"
-                " differences",
-                "wall clocks leave out what comparing gradients with BPTT's took, in runs of"
+                "the runs have different commits: abc, def",
+                "SLTT has 2 runs of seed 0: ratios and differences use their mean as one run",
+                "wall clocks exclude the time of comparisons with BPTT's gradient, in runs of"
                 " OTTT-A",
-                "runs of OTTT-A compared gradients, and those of BPTT, BPTT-chunk-1, SLTT did not:"
-                " one that has may compute some 2 % slower from then on, so a difference as small"
-                " is none",
+                "runs of OTTT-A compared gradients, runs of BPTT, BPTT-chunk-1, SLTT did not: a"
+                " comparison can slow the later batches by about 2 %, so smaller differences of"
+                " time mean nothing",
                 RECOMPUTES_NOTHING,
-                "images/s, wall clock and compute time are divided by BPTT-chunk-1's, the faster"
-                " BPTT",
-                "OTTT-A has no seed in common with BPTT, so its top-1 and bytes are not divided",
-                "OTTT-A has no seed in common with BPTT-chunk-1, so its times are not divided",
+                "images/s, wall clock and compute time are divided by those of BPTT-chunk-1, the"
+                " faster BPTT",
+                "OTTT-A has no seed in common with BPTT, so its top-1 and bytes have no ratios",
+                "OTTT-A has no seed in common with BPTT-chunk-1, so its times have no ratios",
             ),
         ),
         ((), (FOLDED_ALONE, RECOMPUTES_NOTHING)),
         (
             (run("OTTT-A", restarts=2),),
             (
-                "wall clocks have restarts in them, with the batches that each lost: 2 of OTTT-A",
+                "wall clocks include restarts and the batches that they repeat: 2 of OTTT-A",
                 FOLDED_ALONE,
                 RECOMPUTES_NOTHING,
             ),
@@ -257,8 +258,8 @@ MORE = (
                 ),
             ),
             (
-                "operations, and the energy of an inference, leave out what no count knows: fused,"
-                " other",
+                "operations and the energy of an inference exclude operators without a known"
+                " count: fused, other",
                 FOLDED_ALONE,
             ),
         ),
@@ -271,9 +272,9 @@ def test_what_the_reader_of_means_must_know(more: tuple[Run, ...], notes: tuple[
 @pytest.mark.parametrize(
     ("changes", "how"),
     [
-        ({"rollbacks": 1, "skipped_batches": 4}, "went back 1 time as its training diverged"),
-        ({"rollbacks": 2, "skipped_batches": 9}, "went back 2 times as its training diverged"),
-        ({"loss": float("nan")}, "ended with a loss of nan in its evaluation"),
+        ({"rollbacks": 1, "skipped_batches": 4}, "diverged and was rolled back 1 time"),
+        ({"rollbacks": 2, "skipped_batches": 9}, "diverged and was rolled back 2 times"),
+        ({"loss": float("nan")}, "ended with an evaluation loss of nan"),
         ({"state": "diverged"}, "diverged"),
         ({"rollbacks": 1, "skipped_batches": 0}, ""),  # for replicas that differed
         ({"skipped_batches": 2}, ""),
@@ -282,7 +283,7 @@ def test_what_the_reader_of_means_must_know(more: tuple[Run, ...], notes: tuple[
 def test_a_run_that_diverged_compares_no_rules(changes: dict[str, Any], how: str):
     notes = study(run("OTTT-A", name="mine", **changes)).groups[0].notes
     told = (
-        f"mine (OTTT-A) {how}: its figures and ratios compare no rules; lower optimizer.lr (0.1) or"
+        f"mine (OTTT-A) {how}: its values are no comparison of rules; lower optimizer.lr (0.1) or"
         " set clip_norm=1.0 for every rule, and train again"
     )
     assert [note for note in notes if "mine" in note] == [told] * bool(how)

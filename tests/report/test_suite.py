@@ -59,9 +59,9 @@ FOLDER = {
     "trial-bptt": TRIAL,
     "trial-sltt": {"rule": "SLTT", **TRIAL},
 }
-LEFT_OUT = "Left out: 1 trial on a held-out part of the training set."
+LEFT_OUT = "Excluded: 1 trial on a held-out part of the training set."
 NO_BASE = "no baseline, no ratios: study dddddddd has no finished run of BPTT"
-FAR = 'no baseline, no ratios: bptt does not stand comparison: hardware.cpu: "a cpu" and "another"'
+FAR = 'no baseline, no ratios: bptt is not comparable: hardware.cpu: "a cpu" and "another"'
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_a_suite(make_run: Callable, runs_dir: Path):
     assert ([run.name for run in study.runs], study.title) == (["bptt"], "suite")
     assert (out, folders) == (folder / "report.html", (runs_dir / "bptt",))
     name_report(folder, OWN_REPORT)
-    assert "waits for all runs: 1 of 2 have finished" in read_study(runs_dir, ["suite"])[0].notes[0]
-    said = "report: suite has a report of its own, so --against and --within have no effect"
+    assert "when all runs have finished: 1 of 2 have" in read_study(runs_dir, ["suite"])[0].notes[0]
+    said = "report: --against and --within must not be set, because suite has its own report"
     for about in ({"within": 2.0}, {"against": "SLTT"}):
         with pytest.raises(ReportError, match=said):
             read_study(runs_dir, ["suite"], **about)
@@ -184,7 +184,7 @@ def test_a_claim_of_a_suite_may_say_that_it_is_within_the_noise():
     told = parse_result({"claims": [CLAIMED, {**CLAIMED, "within_noise": True}]}, "a-suite")
     assert [claim.verdict for claim in told.claims] == ["does not hold", "fails, within the noise"]
     less = {name: value for name, value in CLAIMED.items() if name != "ours"}
-    said = "about, claim, published, bound, ours, holds; there is no ours"
+    said = "about, claim, published, bound, ours, holds; it lacks ours"
     with pytest.raises(ReportError, match=said):
         parse_result({"claims": [less]}, "a-suite")
 
@@ -242,7 +242,7 @@ def test_what_a_report_returned_that_json_cannot_tell_ends_in_a_sentence(
     make_run("bptt")
     found = read_study(runs_dir)
     claims = (Claim(**{**CLAIMED, "holds": np.bool_(True)}),)
-    said = r"^report: what .* reports by itself must be JSON values; .*bool.* is not JSON"
+    said = r"^report: the own report of .* must return JSON values; .*bool.* is not JSON"
     with pytest.raises(ReportError, match=said):
         publish(found._replace(study=replace(found.study, claims=claims)), runs_dir / "page.html")
 
@@ -253,7 +253,7 @@ def test_a_sweep(make_run: Callable, runs_dir: Path, tmp_path: Path):
     path.write_text(json.dumps(SWEEP))
     assert read_study(runs_dir, sweeps=[path])[0].sweeps == (SWEEP,)
     path.write_text(json.dumps({**SWEEP, "points": [{"time_steps": 1, "cost": {}}]}))
-    said = r"sweep\.json must hold what sweep --format json prints; KeyError\('peak_saved"
+    said = r"sweep\.json must be the output of sweep --format json; got KeyError\('peak_saved"
     with pytest.raises(ValueError, match=said):
         read_study(runs_dir, sweeps=[path])
 
@@ -286,7 +286,7 @@ def test_on_the_command_line(
     code, out, said = report("suite")
     assert (code, out, len(sent)) == (2, "", 1)
     assert not (runs_dir / "suite" / "report.html").exists()
-    hint = "what suite reports by itself cannot be made; its runs can be named instead: "
+    hint = "suite has its own report, which failed; name its runs instead of the suite: "
     assert re.search(f"{hint}.*elsewhere", said)
 
 
@@ -342,7 +342,7 @@ def test_each_search_has_a_value_of_its_own_that_was_taken(make_run: Callable):
     ]
     found, said = told(trials)
     taken = [trial["run"] for trial in found["trials"] if trial["taken"]]
-    assert taken == ["plain-0.3", "looked-at-0.1", "other-0.1"] and said.count("taken") == 3
+    assert taken == ["plain-0.3", "looked-at-0.1", "other-0.1"] and said.count("chosen") == 3
 
 
 def test_what_diverged_is_named_and_keeps_no_other_table_from_being_printed(make_run: Callable):

@@ -107,21 +107,24 @@ SAVED = "0.25 of BPTT's saved bytes, 0.25 with states, 0.80 of BPTT's wall clock
     ("runs", "said"),
     [
         (study().runs, f"{SAVED} .*BPTT - SLTT: \\+1.50 points over 2 paired seeds, 95 % interval"),
-        ((run(), run("SLTT", top1=0.89)), "BPTT - SLTT: \\+1.00 points of one seed, so without an"),
+        ((run(), run("SLTT", top1=0.89)), "BPTT - SLTT: \\+1.00 points on one seed, without an"),
         (
             (run(), run(top1=0.94, name="again"), run("SLTT", top1=0.89)),  # seed 0 twice: 0.92
-            r"BPTT - SLTT: \+3.00 points of one seed, so without an interval\.$",
+            r"BPTT - SLTT: \+3.00 points on one seed, without an interval\.$",
         ),
         ((run("SLTT"),), None),
         (
             (*BPTT, run("SLTT-1", top1=0.895), *LOST[1:]),
-            r"BPTT - SLTT-1: \+0.50 points of one seed, so without an interval, and diverged in 2"
-            r" of BPTT's 3 seeds; at most 0.7 points below fails\.$",
+            r"BPTT - SLTT-1: \+0.50 points on one seed, without an interval, and diverged in 2"
+            r" of BPTT's 3 seeds; the claim of at most 0.7 points below fails\.$",
         ),
-        ((*BPTT, *LOST), "^diverged in 3 of BPTT's 3 seeds; at most 0.7 points below fails.$"),
+        (
+            (*BPTT, *LOST),
+            "^diverged in 3 of BPTT's 3 seeds; the claim of at most 0.7 points below fails.$",
+        ),
         (
             (BPTT[0], run("SLTT-1", seed=1), LOST[0]),
-            "^diverged in 1 of BPTT's 1 seed; at most 0.7 points below fails.$",
+            "^diverged in 1 of BPTT's 1 seed; the claim of at most 0.7 points below fails.$",
         ),
         ((*BPTT, run("SLTT-1", seed=7, state="diverged")), None),  # BPTT did not run seed 7
     ],
@@ -170,10 +173,10 @@ def test_what_decides_a_comparison_stands_in_every_row(one: Run, name: str, said
             [on(workers=2), on(micro_batch=4)],
             "{}, 2 workers, then {}, 1 worker, in micro-batches of 4",
         ),
-        ([{**on(), "own_cores": True}], "{}, 1 worker, each on cores of its own"),
+        ([{**on(), "own_cores": True}], "{}, 1 worker, each on its own cores"),
         (
             [{**on(), "own_cores": True, "loader_threads": 2}, on()],
-            "{}, 1 worker, each on cores of its own, with 2 loader threads, then {}, 1 worker, with"
+            "{}, 1 worker, each on its own cores, with 2 loader threads, then {}, 1 worker, with"
             " 1 loader thread",
         ),
     ],
@@ -217,7 +220,7 @@ def test_what_training_holds_by_kind():
     group = group_of(run(held=kinds, state_bytes=3e3), run("SLTT", state_bytes=None))
     found, names = tables.held_memory(group), [*kinds][:-1]
     assert found is not None
-    assert found.columns == ("rule", *names, "the rule's own", "states beside saved bytes")
+    assert found.columns == ("rule", *names, "rule's tensors", "state bytes")
     assert found.rows == (
         ("BPTT", "4 MB", "0 B", "4 MB", "8 MB", "2 GB", "5 kB", "3 kB"),
         ("SLTT", *7 * (None,)),
@@ -255,10 +258,10 @@ def test_what_else_was_measured_of_a_rule():
     found = tables.other_metrics(group_of(*runs))
     assert found is not None and found.columns == (
         "rule",
-        "states beside saved bytes",
+        "state bytes",
         "peak RSS",
         "start-up",
-        "wall clock net of restarts",
+        "wall clock without restarts",
         "joules of training, measured",
         "joules of an inference, estimated (45 nm, int8)",
         "forward: multiplications",
@@ -298,7 +301,7 @@ def test_what_else_was_measured_of_a_rule():
 )
 def test_claims_that_do_not_hold_are_shown_so(holds: bool | None, within_noise: bool, verdict: str):
     table = tables.claims([replace(CLAIM, holds=holds, within_noise=within_noise)])
-    assert table.columns == ("rule", "claim", "published", "held to", "ours", "holds?")
+    assert table.columns == ("rule", "claim", "published", "bound", "ours", "holds?")
     assert table.rows == (("SLTT", "saved bytes", "0.30", "<= 0.2", "0.25", verdict),)
 
 
@@ -346,13 +349,12 @@ def test_what_is_sampled_says_so():
     found = figures.trade_off(study().groups[0], "peak_saved_bytes")
     assert isinstance(found, Figure)
     assert (
-        "counted on the second batch of each start of a run and on every 200th after it, or on the"
-        " next one where that is skipped" in found.caption
+        "counted on the second batch of each start of a run and on every 200th batch after it, or"
+        " on the next batch if one of these is skipped" in found.caption
     )
     assert (
-        "counted on the third batch of a run, which has hardly learnt yet, and every 1000th after"
-        " it. States are counted on the second batch of each start and every 200th."
-        in tables.BESIDE_SAID
+        "counted on the third batch of a run and every 1000th after it. State bytes are counted on"
+        " the second batch of each start and every 200th after it." in tables.BESIDE_SAID
     )
 
 
@@ -361,8 +363,8 @@ def test_what_is_sampled_says_so():
     [
         (1, "running"),
         (14, "running"),
-        (25.5, "running, no word for 25 min"),
-        (300, "running, no word for 5 h"),
+        (25.5, "running, no report for 25 min"),
+        (300, "running, no report for 5 h"),
     ],
 )
 def test_a_run_that_nobody_hears_of_says_so(minutes: float, said: str):
@@ -391,7 +393,14 @@ def test_speed_up_and_efficiency_over_the_fewest_workers():
     runs = (by(8, 300.0), by(2, 90.0), by(2, 110.0, seed=1), by(4, 150.0))
     found = scaling(Study(title="t", runs=runs))
     assert found is not None
-    names = ("images/s, measured", "its deviation", "speed-up", "efficiency", "over", "runs")
+    names = (
+        "images/s, measured",
+        "deviation of images/s",
+        "speed-up",
+        "efficiency",
+        "relative to",
+        "runs",
+    )
     assert found.columns == ("rule", "workers", *names, "study", "machine", "cores")
     deviation, where = pytest.approx(200**0.5), ("01234567", "a cpu, 2 cores, 1 thread", "shared")
     assert found.rows == (
@@ -430,7 +439,7 @@ IN_TWOS = by(1, 100.0, recipe=THREES, trained_on=[on(workers=1, micro_batch=2)])
 )
 def test_rules_and_micro_batches_are_apart(runs: tuple[Run, ...], rows: list[tuple[Cell, ...]]):
     assert efficiencies(*runs) == rows
-    assert "in other micro-batches than its recipe asks for" in SCALING_SAID
+    assert "with other micro-batches than its recipe sets" in SCALING_SAID
 
 
 RESCALED = {"target": "pipeline.rules.x.SLTT", "kwargs": {"rescale": True}}

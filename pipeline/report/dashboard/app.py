@@ -1,9 +1,8 @@
-"""The dashboard's server: an HTML shell, and the parts of it that `web/dashboard.js` requests.
+"""The server of `spiketrain dashboard`: a page, and the parts that `web/dashboard.js` requests.
 
-The URL is the only state: the list and the figures are made from it (permalink.py). Each look reads
-the list again. No journal is read before a study is picked.
-
-`spiketrain dashboard`: a waitress server, on loopback unless a token guards it.
+The URL is the only state: it determines the list and the figures (permalink.py). An open page
+requests the list periodically. The server reads journals only for the picked study. It listens on
+loopback unless a token protects it.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ from typing import Any
 from flask import Flask, Response, request
 
 from pipeline.report import tables
-from pipeline.report.dashboard.guard import guard, is_loopback
+from pipeline.report.dashboard.guard import guard
 from pipeline.report.dashboard.live import Live, SuiteReport
 from pipeline.report.dashboard.permalink import ONLY, SORTS, VIEWS, ViewState, describe_states
 from pipeline.report.drawing import Figure, Table, slug
@@ -29,8 +28,8 @@ from pipeline.report.sweeps import LARGEST_SAID
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.mlflow_store import without_password
 
-SHOWN = 200  # the most studies in a list
-_NAME = 120  # the most letters of a group or suite in a file name, which may have 255 bytes
+MAX_STUDIES = 200  # in a list
+_MAX_NAME = 120  # letters of a group or suite in a file name, which may have 255 bytes
 _PICK = "<p class='lede'>Pick one from the list above.</p>"
 _NO_RUN = "<p class='note'>The store has no run of this study.</p>"
 
@@ -39,9 +38,10 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
     """Make the server.
 
     Args:
-        name: what the page calls the store.
-        every: seconds between looks of an open page.
-        patience_s: seconds after which a page repeats a request that has no answer.
+        name: the name of the store on the page.
+        every: seconds between the periodic requests of an open page.
+        patience_s: seconds after which a page repeats a request without a response; None: 5 times
+            `every`, at least 30.
     """
     environment().filters |= {
         "seeds": _seeds,
@@ -49,7 +49,7 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
         "moment": lambda s: time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(s)),
     }
     app = Flask(__name__, static_folder=str(WEB), static_url_path="/web", template_folder=None)
-    answers = _Answers(Live(store), every)
+    endpoints = _Endpoints(Live(store), every)
     shell = (
         environment()
         .get_template("dashboard.html")
@@ -65,53 +65,57 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
     app.add_url_rule(
         "/plotly.js", "plotly", lambda: Response(plotly_script(), mimetype="text/javascript")
     )
-    for answer in (answers.list, answers.study, answers.csv):
-        app.add_url_rule(f"/{answer.__name__}", view_func=answer)
+    for endpoint in (endpoints.list, endpoints.study, endpoints.csv):
+        app.add_url_rule(f"/{endpoint.__name__}", view_func=endpoint)
     return app
 
 
-class _Answers:
-    """The answers to a page's requests, for the URL that the page shows."""
+class _Endpoints:
+    """The endpoints that a page requests. Each request has the query of the page's URL."""
 
     def __init__(self, live: Live, every: float) -> None:
         self._live, self._every = live, every
 
     def list(self) -> str:
-        """Return the list. A periodic look asks the store; other requests reuse the newest look."""
+        """Return the list. Periodic requests (`look`) read the store; others may use the cache."""
         try:
-            listed = self._live.listed(fresh_s=0.0 if request.args.get("look") else self._every)
+            runs = self._live.listed(fresh_s=0.0 if request.args.get("look") else self._every)
         except ReportError as error:
             return _trouble(error)
-        place, known = _requested_place(), studies(listed)
+        view, all_studies = _requested_view(), studies(runs)
         return (
             environment()
             .get_template("list.html")
             .render(
-                studies=known, found=place.listed(known), place=place, columns=SORTS, most=SHOWN
+                studies=all_studies,
+                listed=view.listed(all_studies),
+                view=view,
+                columns=SORTS,
+                max_studies=MAX_STUDIES,
             )
         )
 
     def study(self) -> Response | tuple[str, int]:
         """Return the study as JSON, or 204 if the page already shows this version (`seen`)."""
-        place = _requested_place()
-        title = f"Study {place.study[:8]}" + (f" of {place.family}" if place.family else "")
-        window = f"{title}, {VIEWS[place.view]}, spiketrain dashboard"
-        if not place.study:
+        view = _requested_view()
+        title = f"Study {view.study[:8]}" + (f" of {view.family}" if view.family else "")
+        window = f"{title}, {VIEWS[view.view]}, spiketrain dashboard"
+        if not view.study:
             return _json(title="No study is picked", window="spiketrain dashboard", html=_PICK)
         try:
-            members = place.members(self._live.members(place.study))
+            members = view.members(self._live.members(view.study))
             if not members:
                 return _json(title=title, window=window, html=_NO_RUN)
-            runs = place.picked(members)
+            runs = view.picked(members)
             reports = self._live.reports(runs)
-            version = _version(place, members, runs, reports)
+            version = _version(view, members, runs, reports)
             if request.args.get("seen") == version:
                 return "", 204
             study = self._live.study(runs)
         except ReportError as error:
             return _json(title=title, window=window, html=_trouble(error))
-        shown = None if place.runs is not None or runs == members else (len(runs), len(members))
-        html, drawings, _ = _render_study(place, study, reports, shown)
+        newest = None if view.runs is not None or runs == members else (len(runs), len(members))
+        html, drawings, _ = _render_study(view, study, reports, newest)
         macros: Any = environment().get_template("macros.html").module
         return _json(
             title=title,
@@ -124,75 +128,82 @@ class _Answers:
         )
 
     def csv(self) -> Response:
-        """Return the data of a figure or a table."""
-        place, offered = _requested_place(), {}
+        view, downloads = _requested_view(), {}
         try:
-            runs = place.picked(self._live.members(place.study)) if place.study else []
+            runs = view.picked(self._live.members(view.study)) if view.study else []
             if runs:
-                *_, offered = _render_study(
-                    place, self._live.study(runs), self._live.reports(runs), None
+                *_, downloads = _render_study(
+                    view, self._live.study(runs), self._live.reports(runs), None
                 )
         except ReportError as error:
             return Response(f"{error}\n", 503, mimetype="text/plain")
-        if (table := offered.get(request.args.get("name", ""))) is None:
-            return Response("dashboard: there is no such table here\n", 404, mimetype="text/plain")
+        name = request.args.get("name", "")
+        if (table := downloads.get(name)) is None:
+            return Response(
+                f"dashboard: there is no table {name[:100]!r}\n", 404, mimetype="text/plain"
+            )
         return Response(table.to_csv(), mimetype="text/csv")
 
 
 def _render_study(
-    place: ViewState, study: Study, reports: Sequence[SuiteReport], newest: tuple[int, int] | None
+    view: ViewState, study: Study, reports: Sequence[SuiteReport], newest: tuple[int, int] | None
 ) -> tuple[str, dict[str, Any], dict[str, Table]]:
+    """Return the HTML of a study, and by key its drawings and the tables of its CSV links.
+
+    `newest`: the numbers of shown and of all runs, if only the newest runs are shown.
+    """
     drawings: dict[str, Any] = {}
-    offered: dict[str, Table] = {}
+    downloads: dict[str, Table] = {}
 
     def offer(key: str, table: Table, figure: Figure | None = None) -> str:
         """Register a table and its figure's drawing; return the URL of the table."""
-        offered[key] = table
+        downloads[key] = table
         if figure is not None:
             drawings[key] = drawn(figure)
-        return f"/csv{place.search or '?'}&name={key}"
+        return f"/csv{view.search or '?'}&name={key}"
 
     def file(key: str, where: str) -> str:
-        """Return a file name with the group or suite: downloads land in one folder."""
-        return f"{slug(where)[:_NAME] if where else place.study[:8]}-{key}"
+        """Return a file name that is unique among the downloads of all groups and suites."""
+        return f"{slug(where)[:_MAX_NAME] if where else view.study[:8]}-{key}"
 
-    sections = [section_of(group, group.key, (place.view,)) for group in study.groups]
+    sections = [section_of(group, group.key, (view.view,)) for group in study.groups]
     html = (
         environment()
         .get_template("study.html")
         .render(
-            place=place,
+            view=view,
             study=study,
             sections=sections,
             missing=[reason for each in sections for reason in each.reasons],
             reports=reports,
             newest=newest,
-            scaled=tables.scaling(study) if place.view == "costs" else None,
+            scaled=tables.scaling(study) if view.view == "costs" else None,
             largest_said=LARGEST_SAID,
             offer=offer,
             file=file,
         )
     )
-    return html, drawings, offered
+    return html, drawings, downloads
 
 
-def _requested_place() -> ViewState:
+def _requested_view() -> ViewState:
     return ViewState.at(request.query_string.decode("ascii", "replace"))
 
 
 def _version(
-    place: ViewState,
+    view: ViewState,
     members: Sequence[StoredRun],
     runs: Sequence[StoredRun],
     reports: Sequence[SuiteReport],
 ) -> str:
+    """A digest of all that the page of a study shows."""
     states = [[run.id, describe_state(run.state, run.newest)] for run in members]
-    news = [
+    contents = [
         [run.newest, sorted(v for k, v in run.tags.items() if k.startswith("spiketrain.artifact."))]
         for run in runs
     ]
-    known = [place.search, states, news, [report.version for report in reports]]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    shown = [view.search, states, contents, [report.version for report in reports]]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 
 def _json(**fields: Any) -> Response:
@@ -206,11 +217,9 @@ def _trouble(error: Exception) -> str:
 
 
 def _seeds(seeds: Sequence[str]) -> str:
-    return (
-        ", ".join(seeds)
-        if len(seeds) <= 6
-        else f"{', '.join(seeds[:3])} ... {seeds[-1]} ({len(seeds)})"
-    )
+    if len(seeds) <= 6:
+        return ", ".join(seeds)
+    return f"{', '.join(seeds[:3])} ... {seeds[-1]} ({len(seeds)})"
 
 
 _THREADS = 8
@@ -226,8 +235,8 @@ def serve(
         every: seconds between reads of the store while a page is open.
 
     Raises:
-        ValueError: the store is of an unknown kind, the host is open to other machines without a
-            token, or the port is taken.
+        ValueError: the store's URI has an unknown scheme, the host is open to other machines
+            without a token, the token is empty, or the server cannot listen at the address.
     """
     uri = store or tracking_uri(runs)
     app = make_app(open_store(uri), name=without_password(uri), every=every)
@@ -249,12 +258,12 @@ def serve(
             f"dashboard: cannot listen at {host}:{port} ({error.strerror or error}); name another"
             " --port"
         ) from error
-    at = f"[{address}]" if ":" in address else address
-    with_token = "" if token is None else "/?token=TOKEN"
-    whom = "this machine alone" if is_loopback(host) and token is None else "whoever has the token"
+    url_host = f"[{address}]" if ":" in address else address
+    query = "" if token is None else "/?token=TOKEN"
+    readers = "everyone with the token" if token is not None else "this machine only"
     print(
-        f"http://{at}:{getattr(server, 'effective_port', port)}{with_token} shows"
-        f" {without_password(uri)} to {whom}",
+        f"http://{url_host}:{getattr(server, 'effective_port', port)}{query} shows"
+        f" {without_password(uri)} to {readers}",
         flush=True,
     )
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT

@@ -1,9 +1,10 @@
-"""Access control of the dashboard: this machine only, or everybody who has the token.
+"""Access control of the dashboard: this machine only, or everyone with the token.
 
-Without a token, the server answers only to loopback names. No other site can then reach it through
-a name that resolves to this machine (DNS rebinding). With a token, the reader opens `/?token=...`
-once, and a cookie derived from the token identifies the browser from then on. The server then
-answers to any name, because a proxy may keep its own; a browser sends no cookie to a foreign name.
+Without a token, the server answers only requests for a loopback host name. Other sites can then not
+reach it through a name that resolves to this machine (DNS rebinding). With a token, the reader
+opens `/?token=...` once, and a cookie derived from the token identifies the browser afterwards. The
+server then answers requests for any host name, because a proxy may keep its own name, and a browser
+sends the cookie to no other name.
 """
 
 import hashlib
@@ -30,17 +31,17 @@ def guard(server: Flask, *, host: str, token: str | None) -> None:
     """Make a server refuse unauthorised readers, and set headers that protect the page.
 
     Raises:
-        ValueError: the server would be open to other machines without a token.
+        ValueError: the token is empty, or the server would be open to other machines without one.
     """
     if token is not None and not token.strip():
         raise ValueError(
             "dashboard: --token must not be empty; python -c 'import secrets;"
-            " print(secrets.token_urlsafe())' makes one"
+            " print(secrets.token_urlsafe())' prints a token"
         )
     if not is_loopback(host) and token is None:
         raise ValueError(
-            f"dashboard: --host {host} opens it to other machines, which takes a --token; without"
-            " both it is local"
+            "dashboard: --host must be localhost or a loopback address without a --token; got"
+            f" {host}"
         )
     policy = "; ".join(
         [
@@ -56,8 +57,8 @@ def guard(server: Flask, *, host: str, token: str | None) -> None:
             return _refuse_unknown(token)
         if not is_loopback(_name_of(request.host)):
             return Response(
-                "dashboard: without a --token it answers to localhost and 127.0.0.1 alone; got the"
-                f" name {request.host[:100]!r}\n",
+                "dashboard: without a --token, the host of the address must be localhost or"
+                f" 127.0.0.1; got {request.host[:100]!r}\n",
                 status=403,
                 mimetype="text/plain",
             )
@@ -73,7 +74,6 @@ def guard(server: Flask, *, host: str, token: str | None) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` is an address or a name of this machine's loopback."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -88,21 +88,21 @@ def _name_of(host: str) -> str:
 
 def _refuse_unknown(token: str) -> AnyResponse | None:
     """Return None if the request has the cookie or the bearer token. `?token=` sets the cookie."""
-    # It is derived from the token and does not reveal it.
+    # The cookie is derived from the token and does not reveal the token.
     cookie = hmac.digest(token.encode(), b"spiketrain dashboard", hashlib.sha256).hex()
     query_token = request.args.get("token")
     if query_token is not None:
         if not _is_equal(query_token, token):
             return _refused(
-                "dashboard: the token in the address is not the one it was started with"
+                "dashboard: the token in the address must be that of the server's --token"
             )
         others = urlencode(
             [(name, value) for name, value in request.args.items(multi=True) if name != "token"]
         )
-        answer = redirect(request.path + (f"?{others}" if others else ""), 303)
-        # A proxy with TLS says so in a header. A forged header harms its sender only.
+        response = redirect(request.path + (f"?{others}" if others else ""), 303)
+        # A proxy with TLS sets this header. A forged header harms only its sender.
         schemes = request.headers.get("X-Forwarded-Proto", "").lower().replace(" ", "").split(",")
-        answer.set_cookie(
+        response.set_cookie(
             COOKIE,
             cookie,
             max_age=_DAYS * 86400,
@@ -111,14 +111,14 @@ def _refuse_unknown(token: str) -> AnyResponse | None:
             samesite="Lax",
             secure=request.is_secure or "https" in schemes,
         )
-        return answer
+        return response
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
     if _is_equal(request.cookies.get(COOKIE, ""), cookie) or (
         scheme.lower() == "bearer" and _is_equal(bearer, token)
     ):
         return None
     return _refused(
-        "dashboard: open it once with its token, /?token=TOKEN; a cookie keeps it from then on"
+        "dashboard: the first request must have the token, /?token=TOKEN; a cookie then replaces it"
     )
 
 

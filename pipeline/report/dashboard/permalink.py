@@ -1,6 +1,6 @@
-"""The mapping between a URL and a view. The URL is a permalink: everybody sees the same view.
+"""The mapping between a URL and a view. The URL is a permalink: every reader sees the same view.
 
-A URL that names no runs shows all runs of the study, at most the newest MOST.
+A URL without runs shows all runs of the study, or the newest MAX_RUNS.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ VIEWS: dict[View, str] = {
 Only = Literal["all", "running", "finished", "failed"]
 ONLY: dict[Only, tuple[str, frozenset[str]]] = {
     "all": ("all", frozenset()),
-    "running": ("going on", frozenset({"running"})),
+    "running": ("running", frozenset({"running"})),
     "finished": ("finished", frozenset({"finished"})),
     "failed": ("diverged, failed or stopped", frozenset({"diverged", "failed", "stopped"})),
 }
@@ -34,10 +34,10 @@ SORTS = {
     "rules": "rules",
     "seeds": "seeds",
     "runs": "runs",
-    "newest": "newest sign of life",
+    "newest": "newest report",
 }
-_DOWN_FIRST = ("newest", "runs", "seeds")
-MOST = 24  # the most runs of a study that are shown if the URL names none
+_DESCENDING_FIRST = ("newest", "runs", "seeds")
+MAX_RUNS = 24  # the most runs of a study that are shown if the URL names none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class ViewState:
     family: str = ""  # the experiment: one key may be in several
     runs: tuple[str, ...] | None = None  # short ids of the picked runs; None: all, or the newest
     view: View = "costs"
-    text: str = ""  # the text filter: a listed study has it in one of its columns
+    text: str = ""  # the text filter: a listed study has each word in some column
     only: Only = "all"
     sort: str = "newest"
     descending: bool = True
@@ -64,21 +64,20 @@ class ViewState:
             study=query.get("study", "")[:64],
             family=query.get("family", "")[:250],
             runs=ids if "runs" in query else None,
-            view=_among(get_args(View), query.get("view"), "costs"),
+            view=_value_or_default(query.get("view"), get_args(View), "costs"),
             text=query.get("text", "")[:200],
-            only=_among(get_args(Only), query.get("only"), "all"),
-            sort=_among(tuple(SORTS), query.get("sort"), "newest"),
+            only=_value_or_default(query.get("only"), get_args(Only), "all"),
+            sort=_value_or_default(query.get("sort"), tuple(SORTS), "newest"),
             descending=query.get("order", "down") == "down",
         )
 
     @property
     def search(self) -> str:
         """Return the query, without defaults."""
-        plain = ViewState()
         fields: dict[str, Any] = {
             name: getattr(self, name)
             for name in ("study", "family", "view", "text", "only", "sort")
-            if getattr(self, name) != getattr(plain, name)
+            if getattr(self, name) != getattr(ViewState, name)
         }
         if self.runs is not None:
             fields["runs"] = ".".join(self.runs) or "none"
@@ -92,26 +91,25 @@ class ViewState:
         return replace(self, study=study.study, family=study.experiment, runs=None)
 
     def sorted_by(self, column: str) -> Self:
-        """Sort by a column. The second call reverses the order."""
-        down = not self.descending if self.sort == column else column in _DOWN_FIRST
-        return replace(self, sort=column, descending=down)
+        if self.sort == column:
+            return replace(self, descending=not self.descending)
+        return replace(self, sort=column, descending=column in _DESCENDING_FIRST)
 
     def listed(self, studies: Sequence[StoredStudy]) -> list[StoredStudy]:
-        """The studies that pass the filter, sorted."""
         states, words = ONLY[self.only][1], self.text.lower().split()
-        kept: list[StoredStudy] = []
+        listed: list[StoredStudy] = []
         for study in studies:
             names = [study.study, study.experiment, *study.rules, study.protocol, *study.seeds]
             text = " ".join([*names, describe_states(dict(study.states))]).lower()
             if (not states or states & study.states.keys()) and all(each in text for each in words):
-                kept.append(study)
-        return sorted(kept, key=lambda study: _key(study, self.sort), reverse=self.descending)
+                listed.append(study)
+        return sorted(listed, key=lambda each: _sort_key(each, self.sort), reverse=self.descending)
 
     def picked(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
         """The runs of the study that are shown. `runs`: all runs of the study, newest first.
 
-        Without a choice, these are the runs of the newest seeds, at most MOST. Within a
-        seed a baseline comes first. Of the oldest of these seeds some runs may be left out.
+        If the URL names no runs, these are MAX_RUNS runs of the newest seeds. Baselines of a seed
+        are preferred to its other runs.
         """
         members = self.members(runs)
         if self.runs is not None:
@@ -120,14 +118,14 @@ class ViewState:
         by_seed = sorted(
             members, key=lambda run: (seeds.index(run.seed), not is_baseline(run.rule))
         )
-        kept = {run.id for run in by_seed[:MOST]}
-        return [run for run in members if run.id in kept]
+        shown = {run.id for run in by_seed[:MAX_RUNS]}
+        return [run for run in members if run.id in shown]
 
     def members(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
         return [run for run in runs if self.family in ("", run.experiment)]
 
 
-def _among(known: tuple[Any, ...], value: str | None, default: str) -> Any:
+def _value_or_default(value: str | None, known: tuple[Any, ...], default: str) -> Any:
     return value if value in known else default
 
 
@@ -136,7 +134,7 @@ def describe_states(states: dict[str, int]) -> str:
     return ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
 
 
-def _key(study: StoredStudy, column: str) -> Any:
+def _sort_key(study: StoredStudy, column: str) -> Any:
     return {
         "study": study.study,
         "family": study.experiment.lower(),

@@ -1,14 +1,14 @@
 "use strict";
-// The address is the one state of the page. What is pressed changes it, and marks, list and
-// figures follow it. The server is asked again and again, each time once it has answered.
+// The address is the only state of the page. Buttons change the address, and the marks, the list
+// and the figures follow it. Each response of the server starts a timer for the next request.
 (() => {
   const every = 1000 * Number(document.body.dataset.every);
-  const patience = 1000 * Number(document.body.dataset.patience); // for an answer that is lost on its way
+  const patience = 1000 * Number(document.body.dataset.patience); // a request without a response is repeated after this time
   const $ = (id) => document.getElementById(id);
   const shown = { search: null, version: "", boxes: "", list: "" };
   let looks = 0, timer = 0, paused = false, typing = 0, focusHeading = false;
 
-  const asked = () => new URLSearchParams(location.search);
+  const query = () => new URLSearchParams(location.search);
   const boxes = () => [...document.querySelectorAll("#runs [role=checkbox]")];
   const isChecked = (box) => box.getAttribute("aria-checked") === "true";
 
@@ -18,14 +18,14 @@
     look(false);
   };
   const change = (name, value, how) => {
-    const params = asked();
+    const params = query();
     value ? params.set(name, value) : params.delete(name);
     go(params.size ? `?${params}` : "", how);
   };
   const pick = (ids) => change("runs", ids.join(".") || "none");
 
   const mark = () => {
-    const params = asked();
+    const params = query();
     for (const button of document.querySelectorAll("[data-change]")) {
       const { change: name, to } = button.dataset;
       const first = document.querySelector(`[data-change="${name}"]`).dataset.to;
@@ -44,17 +44,17 @@
   };
 
   const get = async (path, more) => {
-    const params = asked();
+    const params = query();
     for (const [name, value] of Object.entries(more)) if (value) params.set(name, value);
-    const answer = await fetch(`${path}?${params}`, { signal: AbortSignal.timeout(patience) });
-    if (answer.status === 204) return null;
-    return answer.headers.get("Content-Type").startsWith("application/json") ? answer.json() : answer.text();
+    const response = await fetch(`${path}?${params}`, { signal: AbortSignal.timeout(patience) });
+    if (response.status === 204) return null;
+    return response.headers.get("Content-Type").startsWith("application/json") ? response.json() : response.text();
   };
 
-  const put = (place, html) => {
-    const focused = place.contains(document.activeElement) ? document.activeElement.id : "";
-    place.innerHTML = html;
-    if (focused) $(focused)?.focus({ preventScroll: true }); // whoever uses a keyboard stays there
+  const put = (element, html) => {
+    const focused = element.contains(document.activeElement) ? document.activeElement.id : "";
+    element.innerHTML = html;
+    if (focused) $(focused)?.focus({ preventScroll: true }); // the keyboard focus stays
   };
 
   const showList = async (mine, again) => {
@@ -66,21 +66,21 @@
 
   const showStudy = async (mine) => {
     const search = location.search;
-    const found = await get("/study", { seen: search === shown.search ? shown.version : "" });
-    if (mine !== looks || found === null) return;
+    const study = await get("/study", { seen: search === shown.search ? shown.version : "" });
+    if (mine !== looks || study === null) return;
     shown.search = search;
-    shown.version = found.version;
-    $("study").textContent = found.title;
-    document.title = found.window;
-    $("choose").hidden = !found.boxes;
-    if (found.boxes !== shown.boxes) {
-      shown.boxes = found.boxes;
-      put($("runs"), found.boxes);
+    shown.version = study.version;
+    $("study").textContent = study.title;
+    document.title = study.window;
+    $("choose").hidden = !study.boxes;
+    if (study.boxes !== shown.boxes) {
+      shown.boxes = study.boxes;
+      put($("runs"), study.boxes);
     }
-    boxes().forEach((box) => box.setAttribute("aria-checked", String(found.picked.includes(box.dataset.run))));
+    boxes().forEach((box) => box.setAttribute("aria-checked", String(study.picked.includes(box.dataset.run))));
     count();
-    $("figures").innerHTML = found.html;
-    Figures($("figures"), found.drawings, "now");
+    $("figures").innerHTML = study.html;
+    Figures($("figures"), study.drawings, "now");
     if (focusHeading) $("study").focus();
     focusHeading = false;
   };
@@ -88,9 +88,9 @@
   const look = async (again) => {
     const mine = ++looks;
     clearTimeout(timer);
-    const answers = await Promise.allSettled([showList(mine, again), showStudy(mine)]);
+    const results = await Promise.allSettled([showList(mine, again), showStudy(mine)]);
     if (mine !== looks || paused) return;
-    const isLost = answers.some((each) => each.status === "rejected");
+    const isLost = results.some((each) => each.status === "rejected");
     timer = setTimeout(look, isLost ? Math.min(every, 1000) : every, true);
   };
 
@@ -106,7 +106,7 @@
       pick(boxes().filter((box) => isChecked(box) !== (box === button)).map((box) => box.dataset.run));
     }
     const link = event.target.closest("#list a");
-    if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return; // which open it in another window
+    if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return; // these keys open another window
     event.preventDefault();
     if (link.closest("tr.here")) $("study").focus();
     else {
@@ -119,7 +119,7 @@
     typing = setTimeout(() => change("text", $("text").value.trim()), 300);
   });
   window.addEventListener("popstate", () => {
-    $("text").value = asked().get("text") || "";
+    $("text").value = query().get("text") || "";
     mark();
     look(false);
   });

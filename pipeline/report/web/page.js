@@ -1,6 +1,6 @@
 "use strict";
-// Draws figures in the scheme that the reader's system asks for, and in the light one on paper.
-// A drawing is {light, dark}, each {data, layout}, under the name in its place's data-figure.
+// Draws figures in the colour scheme of the reader's system, and in the light scheme on paper.
+// drawings[name] is {light, dark}, each {data, layout}; an element's data-figure is the name.
 const Figures = (() => {
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const config = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: false, showTips: false };
@@ -37,19 +37,19 @@ const Figures = (() => {
     await Plotly.downloadImage(place, { format: "png", filename: button.dataset.png, scale: 2, ...size });
   });
 
-  /** Shows the figures inside of `root`; `when` is "near" (the window) or "now". */
-  return (root, found, when) => {
+  /** Draws the figures inside `root`: all "now", or each when it is "near" the visible part. */
+  return (root, newDrawings, when) => {
     near.disconnect();
     places.forEach((place) => place.isConnected || Plotly.purge(place));
-    drawings = found;
+    drawings = newDrawings;
     places = [...root.querySelectorAll("[data-figure]")];
     places.forEach((place) => (when === "now" ? draw(place) : near.observe(place)));
-    // A drawing that was folded away has missed changes of scheme and of size.
+    // A drawing in closed details has missed changes of the scheme and the size.
     for (const details of new Set(places.map((place) => place.closest("details")).filter(Boolean))) {
       details.addEventListener("toggle", () => drawn().filter((place) => details.contains(place)).forEach((place) => draw(place)));
     }
   };
 })();
 
-const own = document.getElementById("drawings"); // of a page by itself
-if (own) Figures(document, JSON.parse(own.textContent), "near");
+const embedded = document.getElementById("drawings"); // only in the page of a report
+if (embedded) Figures(document, JSON.parse(embedded.textContent), "near");
