@@ -129,9 +129,7 @@ class HLOP(Rule):
             f"HLOP: inner must be a rule other than HLOP; got {inner!r}",
         )
         require(
-            isinstance(rows, Sequence)
-            and rows
-            and all(are_counts(each, minimum=0) for each in rows),
+            isinstance(rows, Sequence) and rows and all(are_counts(row, minimum=0) for row in rows),
             "HLOP: rows must have, for each task, a whole number >= 0 for each synapse; got"
             f" rows={rows!r}",
         )

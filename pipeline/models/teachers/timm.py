@@ -95,15 +95,13 @@ def timm_teacher(
 ) -> TimmTeacher:
     """The timm model `name`, frozen, as a teacher for the images of a data set.
 
-    It sees the student's augmented view. The view is converted to pixels, resized to the teacher's
-    size, and normalised as in the teacher's training.
+    Its input is the student's augmented view, resized and normalised as in the teacher's training.
 
     Args:
         data: a data set of images with `mean` and `std`, one value per channel. Its batches contain
             `(pixels - mean) / std`, for pixels in 0..1.
         weights: Hub(), File, Package or Untrained (models/teachers/weights.py).
-        size: pixels a side of the teacher's input; None: the size of its training. A smaller size
-            costs less.
+        size: the side of the teacher's input in pixels; None: the size of its training.
         crop: the share of the view's side that the teacher sees. The view is already a crop, so the
             default is 1; "own" crops again, as in the teacher's own evaluation.
         precision: precision of its computation; predictions are fp32.
