@@ -311,11 +311,11 @@ def recipe():
         ("replace(shared, rule=spec(SLTT, k=9))", r"SLTT: k must be in 1\.\.T; got k=9, T=4"),
         (
             "replace(shared, rule=spec(SLTT), over_time='mean')",
-            "SLTT: .*over_time must be 'steps'; got over_time='mean'",
+            "SLTT: over_time must be 'steps', .*; got over_time='mean'",
         ),
         (
             "replace(shared, rule=spec(OTTT), over_time='mean')",
-            "OTTT-A: .*over_time must be 'steps'; got over_time='mean'",
+            "OTTT-A: over_time must be 'steps', .*; got over_time='mean'",
         ),
         (
             "replace(shared, rule=spec(HLOP, inner=spec(SLTT)))",
@@ -325,7 +325,10 @@ def recipe():
             "replace(shared, rule=spec(HLOP, inner=spec(SLTT), rows=((2, 2, 2, 2),)))",
             r"HLOP\(SLTT\): .*standardized.*stages\.0\.0\.conv",
         ),
-        ("taught", r"Distillation: teacher_weight=1\.0 needs a teacher, .*; got None"),
+        (
+            "taught",
+            r"Distillation: teacher_weight=1\.0 needs a teacher in the recipe, .*; got None",
+        ),
         (
             (
                 "replace(taught, teacher=spec(timm_teacher, name='tf_efficientnet_lite0',"

@@ -421,7 +421,7 @@ def test_stop_after_cuts_each_phase(tmp_path: Path) -> None:
     [
         (
             split(model=spec(multi_head, network=spec(mlp, classes=3, in_features=64), heads=3)),
-            "got 3 and 2 in pair-0",
+            r"got 3 and 2 \(pair-0\)",
         ),
         (
             split(model=spec(multi_head, network=spec(mlp, classes=2, in_features=64), heads=2)),

@@ -136,7 +136,7 @@ LOST_PEER_MESSAGES = (
     # torch's store
     "connection was likely closed",
     # train/worker.py
-    "process group was taken away",
+    "ray removed its process group",
 )
 
 

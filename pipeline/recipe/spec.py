@@ -43,13 +43,13 @@ class Spec:
         object.__setattr__(self, "kwargs", types.MappingProxyType(kwargs))
 
     def build(self, *args: Any, **runtime_kwargs: Any) -> Any:
-        """Call the target. Nested specs are built first.
+        """Call the target. Keywords that are specs are built first; specs inside a tuple are not.
 
         Args:
             args, runtime_kwargs: further arguments that only the running process knows.
 
         Raises:
-            ValueError: an argument is missing.
+            ValueError: the target does not accept these arguments.
         """
         kwargs = {
             key: value.build() if isinstance(value, Spec) else value
@@ -84,7 +84,7 @@ class Spec:
         )
 
     def __hash__(self) -> int:
-        return hash((self.target, tuple(self.kwargs)))
+        return hash((self.target, frozenset(self.kwargs)))
 
 
 def spec(target: Callable[..., Any], /, **kwargs: Any) -> Spec:

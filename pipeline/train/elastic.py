@@ -3,16 +3,16 @@ what is refused.
 
 Global batch, learning rate, schedule and steps stay the same. Row r of batch b is the same sample
 in the same view at every size, because the order depends on (seed, epoch) alone. So an epoch has
-each sample once at any size. Results differ only by the order of sums. Some parts of a network
-depend on how a batch is divided. They are handled so:
+each sample once at any size. Weights differ only by the order of sums. Some parts of a network
+depend on how a batch is divided:
 
     norms and dropout     depend on the samples of a micro-batch. A micro-batch has the same rows at
                           every size. Only the number of micro-batches that a worker accumulates
                           changes
     dropout               is drawn from (seed, step, first row of the micro-batch), not from a
                           stream of each rank
-    running statistics    are saved as their mean over ranks. After a change of size, all ranks
-                          start with this mean
+    running statistics    are updated by each micro-batch, so they depend on the size. They are
+                          saved as their mean over ranks, with which all ranks start
     a rule's own state    is averaged over ranks by every rule
 """
 
@@ -74,24 +74,26 @@ def fit_to_sizes(recipe: Recipe, network: nn.Module, rule: Rule, sizes: Sequence
         f" {format_sizes(sizes)}, with {', '.join(map(str, unfit_sizes))}; take --workers of"
         f" {format_sizes(fit_sizes)}",
     )
-    if is_elastic and any(
-        isinstance(module, BatchNorm) and module.between == "world" for module in network.modules()
-    ):
-        for size in sizes:
-            require(
-                recipe.split(size).accumulation == 1,
-                "launch: BatchNorm(between='world') needs whole global batches if the number of"
-                f" workers may change; got micro_batch={recipe.micro_batch}, which is accumulated"
-                f" on {counted(size, 'worker')}; take fewer sizes, or between='rank'",
-            )
-    elif is_elastic and any(
-        isinstance(module, _MICRO_BATCH_DEPENDENT) or is_foreign_norm(module)
-        for module in network.modules()
+    modules = list(network.modules()) if is_elastic else []
+    world_norms = [
+        each for each in modules if isinstance(each, BatchNorm) and each.between == "world"
+    ]
+    if any(
+        (isinstance(each, _MICRO_BATCH_DEPENDENT) or is_foreign_norm(each))
+        and each not in world_norms
+        for each in modules
     ):
         max_rows = math.gcd(*(recipe.batch_size // size for size in sizes))
         candidates = range(min(recipe.micro_batch or max_rows, max_rows), 0, -1)
         micro_batch = next(rows for rows in candidates if max_rows % rows == 0)
         recipe = replace(recipe, micro_batch=micro_batch)
+    for size in sizes:
+        require(
+            not world_norms or recipe.split(size).accumulation == 1,
+            "launch: BatchNorm(between='world') needs whole global batches if the number of"
+            f" workers may change; got micro_batch={recipe.micro_batch}, which is accumulated"
+            f" on {counted(size, 'worker')}; take one number of workers, or between='rank'",
+        )
     for split in map(recipe.split, sizes):
         require(
             rule.update != "step" or split.accumulation == 1,

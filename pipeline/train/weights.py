@@ -78,9 +78,9 @@ def lasting_weights(run: Path) -> Path:
 
     The folder of a fetched checkpoint is deleted later, so its file must not be named.
     """
-    copy = run / WEIGHTS
+    source, copy = weights_file(run), run / WEIGHTS  # raises if the checkpoint is damaged by now
     if not copy.exists():
-        write_whole(copy, weights_file(run).read_bytes())
+        write_whole(copy, source.read_bytes())
     return copy
 
 

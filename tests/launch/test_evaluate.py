@@ -117,7 +117,7 @@ def test_a_run_with_the_weights_of_a_file(done: Done, refused: Refused, tmp_path
     error = refused(*words, "--weights", file, "--which", "best")
     assert "--which must not be given with --weights, which replace" in error
     assert error.endswith("; got --which best")
-    assert "a run keeps its recipe" in refused(*words, "--set", "epochs=1")
+    assert "--set must come with a recipe file" in refused(*words, "--set", "epochs=1")
 
 
 def test_what_does_not_fit_is_refused_in_one_line(
@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
         ),
         (
             (recipe, "--weights", whole, "--set", "model.shortcut=multiple"),
-            "whole.pth: QKFormer: .*those of shortcut='sew'",
+            "whole.pth: QKFormer: .*with shortcut='sew'",
         ),
         (
             (recipe, "--weights", whole, "--set", "model.shortcut=sew_multiple"),

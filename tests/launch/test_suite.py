@@ -594,7 +594,7 @@ def test_show_prints_every_recipe_of_a_suite_without_what_it_refers_to(
     keys = [line[0] for line in fields]
     assert all(keys.count(key) == 1 for key in ("time_steps", "batch_size", "parameters"))
     assert [line[1] for line in fields if line[0] == "name"] == ["first", "second", "third"]
-    assert "the file must hold one recipe; got first, second, third" in refused(
+    assert "the file must have one recipe; got first, second, third" in refused(
         "evaluate", str(places / "lab_suite.py"), "--weights", "x.pt"
     )
 
@@ -604,7 +604,7 @@ def test_storage_that_is_away_at_the_end_hides_no_other_error(tmp_path: Path) ->
     with RawJournal(tmp_path / "journal.jsonl", attempt=0) as journal:
         journal.event("start")
     out = io.StringIO()
-    children: Any = SimpleNamespace(folders={"one": tmp_path}, runs=tmp_path, left=away)
+    children: Any = SimpleNamespace(folders={"one": tmp_path}, runs=tmp_path, remaining=away)
     _sync_states(children, Console(file=out))
     assert "Stale file handle" in out.getvalue()
 

@@ -181,7 +181,7 @@ test_refuses = refusals(
                 HLOP(SLTT(), rows=((1, 1, 1),)),
                 binarized(mlp(3, **HIDDEN_1_BIT), part="all_but_ends"),
             ),
-            r"every layer must be a plain Linear .* got 1-bit weights at layers\.2",
+            r"every layer must be a Linear or Conv2d .* got 1-bit weights at layers\.2",
         ),
         (
             lambda: multi_head(nn.Linear(2, 2), heads=2),

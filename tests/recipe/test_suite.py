@@ -175,7 +175,7 @@ def test_a_teacher_that_will_not_fit_is_known_before_anything_trains() -> None:
     suite = Suite((*three().recipes[:2], taught(teacher=other)))
     with (
         with_placeholder_weights(suite) as recipes,
-        pytest.raises(ValueError, match=r"network_teacher: .* must fit the model"),
+        pytest.raises(ValueError, match=r"network_teacher: .* must have the model's keys"),
     ):
         check_recipe(recipes[2], 1)
 

@@ -228,7 +228,7 @@ ENSEMBLE = spec(Distillation, teacher_weight=0.0, ensemble_weight=1.0)
         ),
         (
             {"objective": spec(Distillation), "teacher": TEACHER_PART, "over_time": "mean"},
-            "SLTT-2: the loss of the mean logits needs all T steps in one graph",
+            "SLTT-2: over_time must be .steps., because the loss of the mean logits needs all T",
         ),
     ],
 )

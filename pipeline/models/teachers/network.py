@@ -39,7 +39,7 @@ class NetworkTeacher(Teacher):
 
     def identity(self) -> dict[str, Any]:
         return {
-            "network": self.label,
+            "network": repr(self.body),  # with the neurons' settings, which no weight contains
             "weights": content_hash(self.body),
             "time_steps": self.time_steps,
             "precision": self.precision,
@@ -48,7 +48,7 @@ class NetworkTeacher(Teacher):
     @torch.no_grad()
     def forward(self, x_B: Tensor) -> Tensor:
         states = states_of(self.body)
-        # `evaluate` opens the states itself. Open and empty states are as good as fresh ones.
+        # An evaluation has opened the states. If they are empty, they count as fresh.
         is_fresh = bool(states) and all(state.is_open and not state.values for state in states)
         with (
             computing(x_B.device, self.precision),
@@ -93,7 +93,7 @@ def network_teacher(
     teacher = NetworkTeacher(model, time_steps=time_steps, cache=cache, precision=precision)
     try:
         outputs = teacher(torch.zeros(1, *data.shape)).shape[-1]
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
             "network_teacher: the model must accept the data's samples of"
             f" {' x '.join(map(str, data.shape))}; it does not: {error}"
