@@ -21,7 +21,7 @@ EventSource = Annotated[
     str | None,
     typer.Option(
         "--source",
-        help="published sets: tonic's download folder; saccades: fashion, or a folder of its files",
+        help="published sets: tonic's folder; saccades: fashion, or a folder of its four files",
     ),
 ]
 Resize = Annotated[
@@ -138,7 +138,10 @@ def write_events(
     slices: Slices = None,
     frames_by: FramesBy = "time",
     size: Annotated[
-        int | None, typer.Option("--size", min=1, help="pixels per side; default: the sensor's")
+        int | None,
+        typer.Option(
+            "--size", min=1, help="pixels per side; default: 34 generated, else the sensor's"
+        ),
     ] = None,
     resize: Resize = None,
     counts: Annotated[
@@ -201,7 +204,7 @@ def write_stamps(
         int,
         typer.Option(
             "--split",
-            help="quarter of the objects for evaluation: 0, 1 or 2; 3 for the choice of settings",
+            help="which quarter of the pictures is for evaluation: 0, 1 or 2; 3: to tune settings",
         ),
     ] = 0,
     samples: Annotated[int, typer.Option("--samples", min=1, help="training scenes")] = 5200,
@@ -210,7 +213,9 @@ def write_stamps(
     ] = 1040,
     smallest: Annotated[
         float,
-        number_option("--smallest", help="minimum size of an object, as a share of its scene"),
+        number_option(
+            "--smallest", help="minimum longer side of an object, as a share of the scene's side"
+        ),
     ] = 0.5,
     content_seed: Annotated[
         int, typer.Option("--content-seed", min=0, help="selects the scenes, not the split")
@@ -228,8 +233,8 @@ def write_stamps(
     workers: Writers = 1,
     existing: OnExisting = "refuse",
 ) -> None:
-    """Scenes of 300 cut-out objects in 13 classes, on photographs. Evaluation uses other objects
-    than training.
+    """Scenes of one object on a photograph, out of 300 cut-out objects in 13 classes. Evaluation
+    uses other objects than training.
 
     The pictures come from Debian packages: apt install tuxpaint-stamps-default mate-backgrounds
     plasma-workspace-wallpapers.

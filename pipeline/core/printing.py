@@ -21,8 +21,8 @@ from rich.text import Text
 # suite's report, wraps at this width.
 NO_WIDTH = 10_000
 _GAP = "  "  # between columns
-_MIN_TEXT_WIDTH = 28  # the minimum width of a wrapped column with longer text
-_MAX_LINES = 3  # of a wrapped cell, if its text is shorter than _MAX_LINES times _MIN_TEXT_WIDTH
+_MAX_LINES = 3  # a wrapped column is made so wide that its longest text has about this many lines
+_MIN_TEXT_WIDTH = 28  # the minimum width of a wrapped column whose text has more lines
 _NO_BREAK = "\ue000"  # replaces a space that must not end a line
 
 
@@ -164,7 +164,7 @@ class _Table:
             for (each, cells), unwrapped in zip(cells_by_column, self._unwrapped, strict=True)
         ]
         # The keys are above the values if a column does not fit beside them, or if they take more
-        # than half of the width and fewer tables are needed with the keys above.
+        # than half of the width, more than two tables are needed, and fewer with the keys above.
         key_width = _sum_widths(self._minimum[:keys])
         beside = self._pack(width - key_width - len(_GAP))
         above = self._pack(width - len(_GAP))

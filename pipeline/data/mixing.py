@@ -14,7 +14,7 @@ as any other partner, and it is on the same rank. Every draw is a pure function 
 after any restart.
 
 Source: Zhang et al. 2018 (Mixup), arXiv:1710.09412; Yun et al. 2019 (CutMix), arXiv:1905.04899. The
-options are those of timm 1.0.31, which pairs the rows of a rank's batch from both edges.
+options are those of timm 1.0.31, which pairs the first row of a rank with its last, and so on.
 """
 
 # B batch, K classes, H W pixels
@@ -57,8 +57,8 @@ class Mixing:
     def __post_init__(self) -> None:
         require_data(
             min(self.mixup, self.cutmix) >= 0 and self.mixup + self.cutmix > 0,
-            f"Mixing: mixup or cutmix must be above 0; got mixup={self.mixup},"
-            f" cutmix={self.cutmix}",
+            "Mixing: mixup and cutmix must be 0 or more, and one of them above 0; got"
+            f" mixup={self.mixup}, cutmix={self.cutmix}",
         )
         require_data(
             0 < self.probability <= 1,

@@ -33,8 +33,8 @@ class TrainOrder:
     seed: int
     rank: int
     world: int
-    batch_size: int  # samples of a global batch, over all ranks and micro-batches
-    micro_batch: int  # samples of one batch on one rank
+    batch_size: int  # rows of a global batch, over all ranks and micro-batches
+    micro_batch: int  # rows of one batch on one rank
     repeats: int = 1
     # the ids of the `samples` samples that are used; None: 0 to samples - 1
     ids: NDArray[np.int64] | None = field(default=None, compare=False)
@@ -140,9 +140,8 @@ class OrderedData:
     """Base class of data sets (base.Data) that are read in a TrainOrder and a ValOrder."""
 
     repeats: int  # views of each sample in a training batch
-    used_classes: tuple[int, ...] | None = (
-        None  # only samples with these labels are read; None: all
-    )
+    # only samples with these labels are read; None: all
+    used_classes: tuple[int, ...] | None = None
     # called with "train" or "val"; returns the ids of its used samples in ascending order
     _ids: Callable[..., NDArray[np.int64]]
     # called with "train" or "val", an order, seed= and threads=; returns the loader of one rank

@@ -1,6 +1,6 @@
 """Signals that ask the driver of a run or a suite to stop.
 
-Ctrl-C, SIGTERM     The first signal saves after the current step and stops. If it follows another
+Ctrl-C, SIGTERM     As the first signal, it saves after the current step and stops. After another
                     signal, it stops at once.
 SIGUSR1, SIGHUP     They save and stop, and never stop at once. A scheduler sends SIGUSR1 before its
                     time limit. A terminal that closes sends SIGHUP.
@@ -34,7 +34,9 @@ def on_stop_signals(on_signal: Callable[[signal.Signals], None]) -> Iterator[Non
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal last_at
-        is_echo, last_at = time.monotonic() - last_at < ECHO_S, time.monotonic()
+        now = time.monotonic()
+        is_echo = now - last_at < ECHO_S
+        last_at = now
         if not is_echo:
             on_signal(signal.Signals(number))
 
@@ -93,9 +95,7 @@ class StopRequest:
 
 @contextmanager
 def blocked_signal(number: signal.Signals) -> Iterator[None]:
-    """Inside, block a signal. Processes that start inside never get the signal. If it arrives
-    inside, this process gets it at the end of the block.
-    """
+    """Block a signal in this thread and in the processes that it starts inside the block."""
     earlier_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield

@@ -6,12 +6,12 @@ cluster has one of them.
 
     fast       A dead node is noticed within about 4 s. The run continues with fewer workers, or
                waits up to an hour for another node. A node whose link is cut for about 4 s counts
-               as dead too. Ray does not let it join again, so its operator has to restart it. Use
-               it for nodes that are killed: preemptible machines, autoscalers.
+               as dead too. Ray does not let it join again, so its operator has to restart it.
+               This profile is for nodes that are killed: preemptible machines, autoscalers.
     patient    The run waits while a link is cut for half a minute or more. No node is lost, and the
                workers continue or are restarted on the same nodes. The run waits as long for a dead
-               node, and then continues without it. Use it for machines that stay, on an unreliable
-               network.
+               node, and then continues without it. This profile is for machines that stay, on an
+               unreliable network.
 
 A profile consists of environment variables. `NODE_SETTINGS` are for the processes that start the
 cluster's nodes (`ray start`, the `env` of a manifest). `worker_start_timeout` is for the process
@@ -159,13 +159,13 @@ def cause(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
     errors = {rank: getattr(error, "cause", None) or error for rank, error in failures.items()}
     # A failed collective raises a RuntimeError. A lost connection to storage raises an OSError with
     # a similar message.
-    ranks_without_peer = {
+    ranks_that_lost_a_peer = {
         rank
         for rank, error in errors.items()
         if isinstance(error, RuntimeError)
         and any(part in str(error).lower() for part in LOST_PEER_MESSAGES)
     }
-    rank = min(errors, key=lambda rank: (rank in ranks_without_peer, rank))
+    rank = min(errors, key=lambda rank: (rank in ranks_that_lost_a_peer, rank))
     return rank, errors[rank]
 
 
@@ -186,8 +186,8 @@ def draw_token() -> None:
 
 
 def offer_token() -> None:
-    """Let this process send the user's token, if there is one. Ray 2.60 sends a token only in this
-    mode.
+    """Let this process send the user's token, if there is one. Ray 2.60 sends a token only if
+    RAY_AUTH_MODE is "token".
     """
     file = Path("~/.ray/auth_token").expanduser()
     if any(name in os.environ for name in _TOKEN_VARIABLES) or file.exists():
@@ -196,7 +196,7 @@ def offer_token() -> None:
 
 @contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Inside, drop all text that C++ code of this process writes to stderr."""
+    """Inside the block, drop all text of this process on stderr, also that of C++ code."""
     stderr = os.dup(2)
     with open(os.devnull, "wb") as devnull:
         os.dup2(devnull.fileno(), 2)

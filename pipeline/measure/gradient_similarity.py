@@ -45,8 +45,8 @@ def gradients(
 
     The synapses are in order of registration.
 
-    Dropout is off, because BPTT draws masks layer by layer and an online rule step by step, so no
-    seed makes their masks equal. All other random draws use equally seeded generators.
+    Dropout is off, because torch's dropout draws in the order of calls, which is layer by layer in
+    BPTT and step by step in an online rule. All other random draws use equally seeded generators.
 
     Args:
         make_loss: called for each batch.

@@ -47,7 +47,7 @@ Item = TypeVar("Item")
 
 
 class _MicroBatch(NamedTuple):
-    """Loss and hits of a micro-batch. `take` sums them, because each sum is a kernel."""
+    """Loss and hits of a micro-batch. `take` sums those of all batches at once, to save kernels."""
 
     losses_L: Tensor
     hit_B: Tensor
@@ -77,9 +77,9 @@ class Meters:
         memory_every: saved bytes are counted on the second batch of an attempt and on every
             `memory_every`-th batch after it. Counting takes time, so these batches are not steady.
             If such a batch is not completed, the next batch is counted instead. None: never.
-        operations_every: operations are counted in the same way, but from the third step of the
-            run, because they depend on the learnt weights, not on the warm-up of the machine.
-            None: never.
+        operations_every: operations are counted in the same way, but by steps of the run, from the
+            third. They depend on the learnt weights, not on the warm-up of the machine. None:
+            never.
     """
 
     def __init__(
@@ -179,10 +179,7 @@ class Meters:
             yield
 
     def each(self, name: Part, source: Iterable[Item]) -> Iterator[Item]:
-        """Iterate over `source`, and charge the time that it takes to produce each item to a part.
-
-        `name`: the name of the part.
-        """
+        """Iterate over `source`, and charge its time for each item to the part `name`."""
         iterator, end = iter(source), object()
         while True:
             with self.clock.part(name):
@@ -354,9 +351,9 @@ class Meters:
 class Totals:
     """Seconds, bytes and operations of one rank.
 
-    Only completed batches count. A batch is timed unless it is the first of an attempt, which
-    compiles and warms up. A timed batch is steady unless its bytes or operations were counted.
-    Fields whose name ends in `_bytes` are peaks.
+    Only completed batches count, except in "skipped" seconds. A batch is timed unless it is the
+    first of an attempt, which compiles and warms up. A timed batch is steady unless its bytes or
+    operations were counted. Fields whose name ends in `_bytes` are peaks.
     """
 
     # for each part of the timed batches, and for each kind of work between batches
@@ -371,7 +368,7 @@ class Totals:
     )
     # None until a batch with counted bytes has ended
     peak_saved_bytes: int | None = None
-    state_bytes: int | None = None  # states that backward does not save as well
+    state_bytes: int | None = None  # without states that backward saves too
     peak_rss_bytes: int = 0
     # The largest of all readings, because the kernel records no peak.
     peak_pss_bytes: int = 0
@@ -387,7 +384,9 @@ class Totals:
     # by purpose: the fields of `Work`, for this rank's batches with counted operations
     operations: dict[str, dict[str, int]] = field(default_factory=dict)
     operation_samples: int = 0
-    not_counted: list[str] = field(default_factory=list)  # torch operations with other products
+    not_counted: list[str] = field(
+        default_factory=list
+    )  # torch operations whose products are not counted
 
     @property
     def train_s(self) -> float:

@@ -69,7 +69,7 @@ class Layer(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Stages of layers, see the head of the file. `convnet` explains the arguments.
+    """Stages of layers, see the top of the file. `convnet` explains the arguments.
 
     Raises: ValueError for an empty stage, sizes below 1, an even kernel, a dropout below 0 or from
     1 on, an unknown choice, `over` without batch norm or `mask` without dropout; in `forward` for
@@ -199,7 +199,7 @@ def convnet(
         dropout: probability of dropping an output of a neuron.
         mask: dropout draws a mask per batch ("batch"), or per time step ("step", as in DSR). Masks
             per step depend on how a rule slices time, even for the same seed.
-        head: "linear" or "rate", see the head of the file.
+        head: "linear" or "rate", see the top of the file.
     """
     return ConvNet(
         stages=stages,

@@ -1,4 +1,4 @@
-"""The command lines that messages print for the user to type. All of them are built here."""
+"""The command lines of runs and suites that messages print for the user to type."""
 
 import json
 import shlex
@@ -15,7 +15,8 @@ ADDRESS = "ADDRESS"
 
 
 def command(verb: str, folder: Path, *, address: str | None = None) -> str:
-    """`spiketrain VERB NAME` for the folder of a run or suite, with its `--trust` words.
+    """`spiketrain VERB NAME` for the folder of a run or suite, with the options
+    that it needs.
 
     The `--trust` words are only printed, never applied automatically. A folder may come from
     somebody else, so the user decides which packages to trust.

@@ -20,8 +20,8 @@ class Colour(str):
 
 
 PAPER, INK, MUTED, GRID, SCALE = map(Colour, ("paper", "ink", "muted", "grid", "scale"))
-# The colours of `series` have a contrast of 4.5 : 1 to `paper`, and colour-blind readers can tell
-# them apart. The baseline has the first. `scale` is the colour scale of heat maps from 0 to 1.
+# The colours of `series` have a contrast of at least 4.5 : 1 to `paper`. Colour-blind readers can
+# tell them apart. The baseline has the first. `scale` is the colour scale of heat maps, 0 to 1.
 THEMES: dict[str, dict[str, Any]] = {
     "light": {
         "paper": "#fdfcf9",
@@ -157,7 +157,7 @@ def titled(text: str, **fields: Any) -> dict[str, Any]:
 
 
 def color(index: int) -> Colour:
-    """The colour of a rule, by its position in its group."""
+    """The colour of a rule or of a part of the time, by its position."""
     return Colour(f"series {index % _SERIES}")
 
 
@@ -170,7 +170,7 @@ def pattern(index: int) -> str:
 
 
 def _shifted(shapes: Sequence[str], index: int) -> str:
-    """Choose a shape, shifted by one each time the colours repeat: both have the same number."""
+    """Choose from as many shapes as colours, shifted by one each time the colours repeat."""
     return shapes[(index + index // len(shapes)) % len(shapes)]
 
 

@@ -141,7 +141,7 @@ def temporal_share(group: Group) -> Figure | Missing:
 def _by_layer(
     columns: Sequence[tuple[str, Mapping[str, float | None]]],
 ) -> tuple[tuple[tuple[str, str, float | None], ...], dict[str, Any]]:
-    """The table rows (layer, column, value), and the heat map, of columns of values by layer."""
+    """The table rows (layer, column, value) and the heat map of columns with values by layer."""
     layers = list(dict.fromkeys(layer for _, values in columns for layer in values))
     rows = tuple((layer, name, values.get(layer)) for layer in layers for name, values in columns)
     known = [value for _, _, value in rows if value is not None]
@@ -220,7 +220,7 @@ def _heat_map(
 
 
 def _stacked(layers_by_rule: Mapping[str, Any], *, max_z: float) -> dict[str, Any]:
-    """A heat map for each rule, stacked over one axis of time steps."""
+    """A heat map for each rule, one above the other. Only the last has labels of its time steps."""
     rows = [len(layers) for layers in layers_by_rule.values()]
     height = 90 + sum(_ROW_HEIGHT * each + 30 for each in rows)
     gap = min(30 / height, 0.9 / max(1, len(rows) - 1))

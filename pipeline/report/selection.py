@@ -65,7 +65,7 @@ def select_runs(
 
 def _select_named(runs_dir: Path, names: Sequence[str], runs: Sequence[Run]) -> list[Run]:
     known = {run.folder.resolve(): run for run in runs}
-    folders = folders_in(runs_dir, suites=True)
+    folders = folders_in(runs_dir)
     selected: dict[Path, Run] = {}
     for text in names:
         members = [run for run in runs if text and run.study.startswith(text)]
@@ -93,25 +93,25 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
     first_of: dict[str, Run] = {}
     for run in runs[1:]:
         for other in (runs[0], first_of.setdefault(run.rule, run)):
-            if differing_fields := differences(other, run):
+            if found := differences(other, run):
                 raise ReportError(
                     f"compare: {other.name} and {run.name} differ in more than the rule and the"
-                    f" seed: {listed(differing_fields)}; name runs that agree"
+                    f" seed: {listed(found)}; name runs that agree"
                 )
 
 
 def with_baseline(
     runs: Sequence[Run], finished: list[Run], against: str
 ) -> tuple[list[Run], list[str]]:
-    """Add comparable runs of each missing kind of the baseline from the same study.
+    """Add the study's comparable runs of each form of the baseline that `finished` lacks.
 
-    One kind is BPTT in slices of time, which may be faster than BPTT folded over time.
+    BPTT in slices of time is a form of BPTT, and may be faster than BPTT on all steps at once.
 
     Args:
         runs: all runs of the folder.
 
     Returns:
-        The runs, and a note with the reason if no baseline was added.
+        The runs, and a note if ratios lack a baseline or may use a slower one.
 
     Raises:
         ReportError: the added runs differ from one another, and `finished` has no baseline.
@@ -146,8 +146,8 @@ def with_baseline(
 def differences(a: Run, b: Run) -> list[Differing]:
     """Every difference between two finished runs that forbids a comparison.
 
-    Differences of the recipes explain unequal study keys. Data sets with equal contents are equal,
-    so a path is named only if nothing else explains the keys.
+    If the study keys differ, the recipes show why. The contents of a file count, not its path, so a
+    path is named only if nothing else differs.
     """
     fields = differing_conditions(a.trained_on, b.trained_on)
     if a.rule == b.rule:
@@ -224,7 +224,7 @@ def find_run(
 ) -> Path:
     """The absolute folder of a run, from its name, an unambiguous prefix of the name, or a path.
 
-    For a path, the folder of runs is the parent of the run, not `runs_dir`.
+    A name in `runs_dir` comes first. A path may lead to a run outside of `runs_dir`.
 
     Args:
         suites: the name may also be that of a suite.
@@ -252,7 +252,8 @@ def find_run(
 def locate(runs_dir: Path, names: Sequence[str]) -> tuple[Path, Path | None]:
     """The folder of the runs that these names select, and the suite if the name is a suite's.
 
-    The folder is the parent of the named runs if they have one parent; otherwise `runs_dir`.
+    The folder is the parent of the named runs if all names are runs with one parent; otherwise
+    `runs_dir`.
 
     Raises:
         ReportError: a suite is not the only name.

@@ -52,7 +52,7 @@ ARTIFACTS = (
 )
 MAX_BYTES = 64 << 20  # larger artifacts are not read whole
 LOCK_TIMEOUT_S = 2.0
-_THINNED_BYTES = 8 << 20  # the approximate size to which a larger journal is thinned
+_THINNED_BYTES = 8 << 20  # the approximate size of a thinned journal
 _STATES: dict[str, State] = {"RUNNING": "running", "FINISHED": "finished", "FAILED": "failed"}
 _SUITE_ARTIFACTS = (REPORT, REPORT_DATA)  # of a suite's MLflow run, which users may delete
 _SUMMARY = "summary/"  # prefix of the metrics with the numbers of a summary
@@ -158,7 +158,7 @@ class Store(ABC):
         return self.runs(None)
 
     def text(self, run_id: str, name: str) -> str | None:
-        """The text of an artifact; None if the run, or the suite's run, does not have it.
+        """The text of an artifact; None if the run (also a suite's) does not have it.
 
         Raises:
             StoreError: `name` is not one of `ARTIFACTS`, or the store cannot be read.
@@ -212,7 +212,7 @@ def results(source: str | os.PathLike[str] = "runs") -> "pd.DataFrame":
         frame = pipeline.results("runs/")
         frame[frame.state == "finished"].groupby(["study", "rule"])["top1"].agg(["mean", "std"])
 
-    Quantities are in bytes, seconds, joules, and shares in 0..1, with NaN if not measured.
+    Units are bytes, seconds and joules; shares are in 0..1. NaN: not measured.
     `pipeline.report.metrics.METRICS` lists them. The columns `recipe` and `summary` contain the
     JSON objects of the files. From a store, `recipe` has only the protocol, and `summary` only
     numbers and the fields of tags.
@@ -251,7 +251,7 @@ def hardware_of(stored: StoredRun) -> dict[str, Any]:
 
 
 def _tags(stored: StoredRun, prefix: str) -> dict[str, str]:
-    """The tags with this prefix, without it."""
+    """The tags whose names begin with `prefix`, by the rest of the name."""
     return {
         name.removeprefix(prefix): text
         for name, text in stored.tags.items()
@@ -300,8 +300,8 @@ def _read_text(file: Path) -> str:
     size = file.stat().st_size
     if size > MAX_BYTES:
         raise ArtifactError(
-            f"{file} must have at most {MAX_BYTES >> 20} MiB; got {size >> 20} MiB: open it in an"
-            " editor"
+            f"{file.name} must have at most {MAX_BYTES >> 20} MiB; got {size >> 20} MiB: open the"
+            " artifact with MLflow"
         )
     return file.read_text(errors="replace")
 
@@ -485,8 +485,8 @@ class ServerStore(Store):
     def runs(self, study: str | None) -> list[StoredRun]:
         condition = f"tags.`{KIND_TAG}` = 'run'"
         if study is not None:
-            quoted = study.replace("'", "")
-            condition += f" and tags.`spiketrain.study` = '{quoted}'"
+            unquoted = study.replace("'", "")
+            condition += f" and tags.`spiketrain.study` = '{unquoted}'"
         with self._store_errors():
             from mlflow.utils import get_results_from_paginated_fn as all_pages
 
@@ -524,6 +524,8 @@ class ServerStore(Store):
                 if name not in {file.path for file in client.list_artifacts(run_id)}:
                     return None
                 return read(Path(client.download_artifacts(run_id, name, folder)))
+        except ArtifactError:
+            raise
         except Exception as error:  # MLflow, its transport and the artifact store raise any type
             if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
                 return None

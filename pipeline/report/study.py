@@ -3,8 +3,8 @@
     study.groups[0].spread("SLTT", "peak_saved_bytes")   mean and standard deviation over seeds
     study.groups[0].ratios("SLTT", "peak_saved_bytes")   over the baseline, seed by seed
 
-Values of different groups are never divided, because their study keys or conditions differ. Only
-`tables.scaling` divides the speeds of groups, if they differ only in the number of workers.
+Values of different groups form no ratios, because their study keys or conditions differ. There is
+one exception: `tables.scaling` compares groups that differ only in the number of workers.
 """
 
 import hashlib
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 WITHIN = 0.7  # points of accuracy: the largest loss that SLTT and OTTT claim
 _TIME_METRICS = (COMPUTE, "wall_s", "net_s", "images_per_s")
 FOLDED_ALONE = (
-    f"times are divided by those of {BASELINE} folded over time; no {BASELINE} in slices of time,"
-    " which may be faster, has finished"
+    f"times are divided by those of {BASELINE} on all steps at once; no {BASELINE} in slices of"
+    " time, which may be faster, has finished"
 )
 RECOMPUTED = f"{BASELINE}-recompute"
 RECOMPUTES_NOTHING = (
-    f"bytes are divided by those of {BASELINE} without recomputation; no {RECOMPUTED}, which saves"
+    f"bytes are divided by those of {BASELINE} without recomputation; no {RECOMPUTED}, which stores"
     " fewer bytes, has finished"
 )
 
@@ -107,8 +107,8 @@ class Difference:
         lost = f" ({self.diverged} more diverged)" if self.diverged else ""
         return (
             f"{self.baseline} - {self.rule}: {self.mean:+.2f} points over {self.seeds} paired "
-            f"seeds{lost}, 95 % interval {self.low:+.2f} to {self.high:+.2f}; the claim of at most "
-            f"{within:g} points below {self.verdict(within)}"
+            f"seeds{lost}, 95 % interval {self.low:+.2f} to {self.high:+.2f}; at most "
+            f"{within:g} points below: the claim {self.verdict(within)}"
         )
 
 
@@ -196,7 +196,7 @@ class Group:
         return tuple(run for run in self.runs if run.rule == rule)
 
     def diverged(self, rule: str) -> set[int]:
-        """The seeds in which all runs of the rule diverged."""
+        """The seeds in which a run of the rule diverged and none finished."""
         seeds = {run.seed for run in self.of(rule) if run.state == "diverged"}
         return seeds - self.by_seed(rule, "top1").keys()
 
@@ -248,7 +248,9 @@ class Group:
 
     @cached_property
     def fastest_baseline(self) -> str:
-        """The faster of BPTT folded over time and in slices of time, over their common seeds."""
+        """The faster of BPTT on all steps at once and in slices of time, over their common seeds.
+        Without a common seed, each mean is over its own seeds.
+        """
         times = {
             rule: seconds
             for rule in self.rules
@@ -353,7 +355,7 @@ def _notes(group: Group) -> Iterator[str]:
         if problem := _divergence(run):
             lr, clip_norm = (recipe_value(run.recipe, key) for key in ("optimizer.lr", "clip_norm"))
             yield (
-                f"{run.name} ({run.rule}) {problem}: its values are no comparison of rules;"
+                f"{run.name} ({run.rule}) {problem}: its values do not compare rules;"
                 f" {remedy(lr, clip_norm)} for every rule, and train again"
             )
     commits = sorted({commit for run in group.finished for commit in run.commits})
@@ -372,8 +374,8 @@ def _notes(group: Group) -> Iterator[str]:
         if len(group.values(rule, "peak_saved_bytes")) < len(runs)
     ]:
         yield (
-            f"saved bytes were not measured in runs of {', '.join(uncounted)}, because each batch"
-            " with counted bytes was skipped"
+            f"saved bytes were not measured in runs of {', '.join(uncounted)}, because no batch"
+            " with counted bytes was completed"
         )
     if unknown := {
         str(name)

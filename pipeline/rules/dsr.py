@@ -33,13 +33,14 @@ class DSR(Rule):
         dL/dheight   = sum of G      where gain I > height
 
     The names are those of `spiking/rate.py`. All modules between the neurons use plain autograd on
-    T steps. If the loss uses the weighted mean of the logits (`WeightedRates`; for IF the plain
-    mean), dL/dout[t] is proportional to w[t] in every layer. Then the gradient is exactly that of a
-    network of rates.
+    T steps. The gradient is exactly that of a network of rates under two conditions: the loss uses
+    the weighted mean of the logits (`WeightedRates`; for IF the plain mean), and the modules
+    between the neurons are the same linear map at each step. Then dL/dout[t] is proportional to
+    w[t] in every layer.
 
     Args:
         calibrate: the number of training batches that set all thresholds before the first step. The
-            height is the 99.9th percentile of max(0, gain I) over samples and units.
+            height is the 99.9th percentile of max(0, gain I) over samples and units, or its bound.
         calibrate_on: "spikes" calibrates layer by layer, with the spikes of the calibrated layers
             below and batch statistics in batch norm. "activations", as published, replaces each
             neuron by max(0, gain I), with running statistics in batch norm. Then the input is the
@@ -53,14 +54,17 @@ class DSR(Rule):
         dL/dx[t]     = gain' G / T   where 0 < gain' I < height, else 0
         dL/dheight   = sum of G      where gain' I > height
 
-    It distributes G evenly over time, so a weight's gradient uses the plain mean of its inputs. A
-    layer's gradient is larger than with "rates", by the factor T sum_t w[t]^2 (1.02 to 1.5). The
-    published accuracies of LIF used this backward. For IF both are equal.
+    It distributes G evenly over time, so a weight's gradient uses the plain mean of its inputs. The
+    gradients of all layers are larger than with "rates" by one factor, T sum_t w[t]^2, which is
+    1.02 to 1.5 for T dt / tau of 0.5 to 2.5. In addition, gain' is larger than gain in each layer
+    (by 1.025 at dt = 0.05 tau). The published accuracies of LIF used this backward. For IF both are
+    equal.
 
-    Raises: ValueError for a negative `calibrate`, an unknown choice, or "activations" with
-    `calibrate` = 0 (`__init__`); for a model without rate-coded neurons or with other neurons, a
-    model with only `RateIF` under "published", or `WeightedRates` with `over_time="steps"`
-    (`attach`).
+    Raises:
+        ValueError: in `__init__`, a negative `calibrate`, an unknown choice, or "activations" with
+            `calibrate` = 0. In `attach`, a model without rate-coded neurons or with other neurons,
+            a model with only `RateIF` under "published", or `WeightedRates` with
+            `over_time="steps"`.
     Source: Meng et al. 2022 (arXiv 2205.00459), section 4; calibration: Rathi et al. 2020 (arXiv
     2005.01807).
     """

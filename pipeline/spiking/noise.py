@@ -12,7 +12,7 @@ used. `mix` and g (`STEP`) are those of core/random.py.
 Source: Box & Muller 1958 (doi 10.1214/aoms/1177706645).
 """
 
-# B batch, N units of a layer
+# B batch, N units of a layer, P pairs of units, W words of 64 bits
 
 import math
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def noise(
 ) -> Tensor:
     """`[B, N]` in fp32 with mean 0 and variance 1.
 
-    Row b has `units` values and depends only on the 64-bit `keys[b]`.
+    Row b depends on the 64-bit `keys[b]`, and on `units` and `distribution`, but on no other row.
 
     Raises: ValueError for an unknown `distribution`.
     """

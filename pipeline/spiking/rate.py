@@ -6,8 +6,8 @@
     v[t] = u[t] - threshold s[t],   v[0] = 0
     out[t] = height s[t]
 
-With weights w[t] that sum to 1, the rate r = sum_t w[t] out[t] and the mean input I = sum_t w[t]
-x[t], the sum of these equations over t = 1..T gives
+Let w[t] be weights that sum to 1, r = sum_t w[t] out[t] the rate and I = sum_t w[t] x[t] the mean
+input. The weighted sum of these equations over t = 1..T gives
 
     r = gain I - v[T] / (dt sum_t b^(T-t)),   so   r is close to clamp(gain I, 0, height)
 
@@ -16,8 +16,8 @@ x[t], the sum of these equations over t = 1..T gives
     LIF    b^(T-t) / sum   (1 - b) / dt   threshold / dt   max(alpha, 1 - alpha) height
                                                            (1 - b) / (1 - b^T)
 
-For IF, b = 1 and dt = 1. The error of IF falls with T. The error of LIF falls with dt, not with T.
-The bounds do not hold for an input that changes.
+For IF, b = 1 and dt = 1. The error of IF falls with T. The error of LIF falls with dt, and with T
+only while T dt < tau. The bounds hold for a constant input only.
 
 Source: Meng et al. 2022 (DSR, arXiv 2205.00459), sections 3 and 4. There the gain of LIF is 1 /
 tau, the limit of (1 - b) / dt for dt -> 0.
@@ -43,7 +43,7 @@ class RateNeuron(LIF):
     `threshold` is a parameter of shape (1,) in units of the membrane. The neuron fires at `alpha`
     times the threshold; an `alpha` below 1 reduces the bias of the rate. The forward uses
     max(threshold, bound). The parameter itself is never clamped, because ZeRO trains a copy of it.
-    The gradient ignores the bound, so it is linear in the batch and the same for any number of
+    The gradient ignores the bound, and sums over the batch, so it is the same for any number of
     ranks. Under every rule it is multiplied by `threshold_gradient`.
 
     The seams are those of LIF. Without a rule, the surrogate's derivative is taken at u / threshold

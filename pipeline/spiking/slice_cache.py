@@ -101,9 +101,9 @@ class SliceCache:
 class _CollectGradient(torch.autograd.Function):
     """The identity. Its backward adds the gradient to the sum in `state`, and stops there.
 
-    The sum has at least fp32, like the gradients of the weights. The first gradient is copied,
-    because autograd passes the same tensor to all terms of a sum, and a parameter in the sum may
-    use this tensor as its own gradient (torch 2.13).
+    The sum has at least fp32, like the gradients of the weights. The first gradient is copied:
+    autograd passes one tensor to all operands of a + b, and a parameter among them may keep it as
+    its `.grad` (torch 2.13).
     """
 
     @staticmethod
@@ -154,7 +154,7 @@ def slice_cache(model: nn.Module, *, steps: int, backwards: Backwards) -> Iterat
 class StaticInput(nn.Sequential):
     """Stateless layers before the first neuron, such as synapse, norm and pool.
 
-    In a static input, the first slice updates the running statistics of batch norm as all T steps
+    For a static input, the first slice updates the running statistics of batch norm as all T steps
     would.
     """
 

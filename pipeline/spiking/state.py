@@ -93,7 +93,7 @@ def set_temporarily(owners: Iterable[Any], name: str, value: object) -> Iterator
 
 @contextmanager
 def temporary_hooks(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove `hooks` at the end of the block. A generator registers them at the start."""
+    """Remove `hooks` at the end of the block. If it is a generator, it runs at the start."""
     handles = list(hooks)
     try:
         yield

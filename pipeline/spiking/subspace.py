@@ -10,7 +10,7 @@ The learning rule has a Hebbian and an anti-Hebbian term:
 The frozen rows also contribute to y H, so the learning rows find the rest of the input space. With
 real-valued responses, D depends on the inputs only through their second moments: E[y^T (x - y H)] =
 H S (I - H^T H) with S = E[x^T x]. The moments are averaged over time steps, micro-batches and
-ranks. Then H is updated: several iterations, once per global batch. So every rank has the same H,
+ranks. Then several iterations update H, once per global batch. So every rank has the same H,
 whatever the division of the batch.
 
 `InputRecorder` accumulates the moments of one synapse's inputs.
@@ -47,8 +47,8 @@ class Subspace(nn.Module):
 
     All rows are orthonormal, because the projection requires it. The Hebbian rule converges to
     orthonormal rows only if the rows have inputs to learn from. So the learning rows are
-    orthonormalised after each batch, which preserves their span. The published rule does not do
-    this.
+    orthonormalised after each batch, which preserves the span of all rows. The published rule does
+    not do this.
     """
 
     old: Tensor
@@ -75,7 +75,7 @@ class Subspace(nn.Module):
     def grow(self, count: int, *, key: int) -> None:
         """Freeze the learning rows, and add `count` random learning rows.
 
-        The random rows depend on `key` alone. They are orthogonal to the frozen rows.
+        The random rows are drawn from `key`, and made orthogonal to the frozen rows.
         """
         generator = torch.Generator().manual_seed(key & 0x7FFF_FFFF_FFFF_FFFF)
         random_KC = torch.randn(
@@ -86,7 +86,7 @@ class Subspace(nn.Module):
         self.velocity = torch.zeros_like(self.new)
 
     def _orthogonal_to_old(self, rows: Tensor) -> Tensor:
-        """`rows`, orthonormalised and orthogonal to `old`: twice and in float64, to be exact."""
+        """`rows`, made orthonormal and orthogonal to `old`, twice in float64 for accuracy."""
         old = self.old.double()
         return orthonormal(orthonormal(rows.double(), old), old).to(self.old.dtype)
 

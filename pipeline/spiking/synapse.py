@@ -16,8 +16,8 @@ g = dL/dy, the gradient of the output, a synapse has two seams:
     presynaptic: x_TB -> factor_TB        dL/dW = sum_t g[t] factor[t]^T   (without it: factor = x)
     backward_weight: weight -> weight     dL/dx = backward_weight(W)^T g   (without it: W^T g)
 
-They are independent of each other. With a seam too, a call needs only one forward operation and one
-backward operation.
+They are independent of each other. Even with seams, a convolution has one forward operation and one
+backward operation. With a `presynaptic` seam, each time step of a static input is computed.
 
 `forward` accepts another `weight` for this call, such as one with a limited norm
 (`spiking/norm_limit.py`). Bias and seams are used as usual.

@@ -250,7 +250,9 @@ class Fidelity(_AtStep, sends_journal=True, measures_weights=True):
     """The rule's gradient was compared with that of BPTT."""
 
     epoch: int | None  # the last epoch that has ended, from 0; None: at the start of the run
-    temporal_share: Annotated[Numbers, Metric("fidelity/temporal_share")]  # 0..1, of each layer
+    temporal_share: Annotated[
+        Numbers, Metric("fidelity/temporal_share")
+    ]  # 0 or more, of each layer
     cosines: Annotated[dict[str, Numbers], Metric("fidelity/cosines")]  # -1..1, of each layer
 
 

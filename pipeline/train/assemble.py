@@ -97,8 +97,8 @@ class TrainContext(Process):
     stretches: tuple[Stretch, ...]  # the steps of each task
     mixing: Mixing | None
     teaching: Teaching | None
-    # compares gradients on one batch, on rank 0, if the recipe asks for gradient fidelity
-    fidelity: Callable[..., Fidelity] | None
+    # compares gradients on one micro-batch, on rank 0, if the recipe asks for gradient fidelity
+    compare_gradients: Callable[..., Fidelity] | None
     meters: Meters
     checkpoints: Checkpoints
     decisions: Decisions
@@ -142,7 +142,7 @@ def assemble(process: Process) -> TrainContext:
             )
         )
     world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
-    # In this step no rank waits for another. So a part may raise an error on one machine only.
+    # No rank waits for another in this step, so a part may fail on one machine alone.
     recipe, network, rule, loaders = ranks.all_or_raise(
         lambda: _build_local_parts(process, recipe, world, is_fresh=is_fresh)
     )
@@ -173,6 +173,10 @@ def assemble(process: Process) -> TrainContext:
                 threads=job.loader_threads,
                 is_fresh=is_fresh,
             )
+    compare_gradients = ranks.all_or_raise(
+        lambda: _build_fidelity(recipe, loaders, world, ranks.device)
+    )
+    restored = None if checkpoint is None else checkpoints.load(checkpoint, backend, rule)
     return TrainContext(
         **vars(process),
         recipe=recipe,
@@ -184,13 +188,13 @@ def assemble(process: Process) -> TrainContext:
         stretches=stretches,
         mixing=mixing,
         teaching=teaching,
-        fidelity=ranks.all_or_raise(lambda: _build_fidelity(recipe, loaders, world, ranks.device)),
+        compare_gradients=compare_gradients,
         meters=Meters(
             network, batch_size=recipe.batch_size, device=ranks.device, clock=process.clock
         ),
         checkpoints=checkpoints,
         decisions=decisions,
-        restored=None if checkpoint is None else checkpoints.load(checkpoint, backend, rule),
+        restored=restored,
     )
 
 
@@ -242,8 +246,8 @@ def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
     Raises:
         UserError: there is no checkpoint, although the journal names one that is not in quarantine.
             A disk may not be mounted, and a new start would lose the checkpoint.
-        ValueError: recipe.json differs from the recipe of the checkpoint or, without a checkpoint,
-            of the launch. Only the latter includes the initial weights (`init`).
+        ValueError: recipe.json has another study than the checkpoint or, without a checkpoint, than
+            the launch. `init` is compared with that of the launch only.
     """
     checkpoint = checkpoints.newest()
     trainer = None if checkpoint is None else read_trainer(checkpoint)

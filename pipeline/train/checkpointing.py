@@ -32,7 +32,7 @@ MARGIN_S = 2.0  # seconds between the expected end of the last save and its dead
 
 
 class SavingHooks:
-    """Saves the state of an attempt. All methods are collective unless they say otherwise.
+    """Saves the state of an attempt. Public methods are collective unless they say otherwise.
 
     Checkpoints are written during training. A checkpoint is valid, and is journaled, once it is
     complete. As a context manager, it closes the checkpoints if an exception ends the attempt.
@@ -62,7 +62,7 @@ class SavingHooks:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
-        """Not collective. A rollback still needs the other ranks (`newest_step`)."""
+        """Not collective. A rollback leaves the checkpoints open for `newest_step`."""
         if error is not None and not isinstance(error, Rollback):
             self._report(self.checkpoints.close(error))
 
@@ -135,7 +135,7 @@ class SavingHooks:
             file.exists() for file in self._request_files
         )
 
-    def in_evaluation(self, step: int) -> bool:
+    def save_in_evaluation(self, step: int) -> bool:
         """Save on a request during an evaluation, because there may be no time for the rest of it.
         Returns whether a stop is requested.
         """
@@ -147,7 +147,7 @@ class SavingHooks:
             self.save(step, is_epoch_end_due=True)
         self._fulfil_request(step)
         if self.ranks.rank:
-            # Over NFS, other machines may see the file that rank 0 has deleted for a minute.
+            # Over NFS, other machines may see the file for a minute after rank 0 deletes it.
             self._request_files = (self.files.stop_request,)
         return stop_requested
 
@@ -196,7 +196,9 @@ class SavingHooks:
         return notice is not None and not self.leaving_machines.issuperset(notice.machines)
 
     def add_notice(self, notice: Notice | None, step: int) -> None:
-        """Add a new notice to the state and to the journal. The earliest deadline counts."""
+        """Add a new notice to the state and to the journal. The earliest deadline counts. Not
+        collective.
+        """
         assert notice is not None, "only a new notice is added"
         self.leaving_machines |= frozenset(notice.machines)
         left_s = None
@@ -218,7 +220,9 @@ class SavingHooks:
         return notice
 
     def _fulfil_request(self, step: int) -> None:
-        """Delete the request once the checkpoint is complete. Its author then ends the workers."""
+        """Delete the request to save once the checkpoint is complete. Ray waits for this before it
+        ends the workers.
+        """
         self.wait(step)
         if self.ranks.rank == 0:
             self.files.save_request.unlink(missing_ok=True)

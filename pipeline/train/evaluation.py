@@ -28,6 +28,7 @@ from pipeline.measure.activity import Activity, LayerActivity, firing_rate
 from pipeline.measure.constants import ACTIVITY_EVERY
 from pipeline.measure.energy import EnergyCounter, EnergyReadings, Inference, RandomSample
 from pipeline.measure.operations import Operations, Work
+from pipeline.rules.base import OverTime
 from pipeline.spiking.encode import to_time_first
 from pipeline.spiking.state import fresh_state
 from pipeline.train.backend.collectives import Ranks
@@ -86,7 +87,7 @@ class EvaluationOutput(NamedTuple):
     readings: EnergyReadings  # of this rank's card
 
 
-# sums over samples; top1 and top5 count hits, top5_samples the samples of more than five classes
+# sums over samples; top1 and top5 count hits; top5_samples is `samples`, or 0 up to five classes
 _Sums = namedtuple("_Sums", ("samples", "top1", "loss", "top5_samples", "top5"))
 
 
@@ -96,7 +97,7 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     loss_for: Loss,
     *,
-    over_time: str = "steps",
+    over_time: OverTime = "steps",
     network: nn.Module | None = None,
     ranks: Ranks | None = None,
     counts_operations: bool = False,
@@ -166,7 +167,7 @@ def evaluate(
             for x_TB in counted_samples.batches(max_batch):
                 with fresh_state(model):
                     model(x_TB)
-        # Only "forward" has operations, because inference needs no rule.
+        # The work of other purposes is left out, because inference needs no rule.
         inference = Inference(
             operations.work.get("forward", Work()),
             len(counted_samples),
@@ -249,19 +250,22 @@ def evaluate_tasks(
     def until_interrupted(val_set: Loader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         nonlocal was_interrupted
         looked_at = time.monotonic()
-        for batch in evaluation_batches(
-            val_set,
-            recipe.time_steps,
-            ranks,
-            max_samples=recipe.evaluation.samples,
-            epoch=step,
-        ):
-            context.watchdog.beat()
-            yield batch
-            if time.monotonic() - looked_at > LOOK_S:
-                looked_at = time.monotonic()
-                if was_interrupted := is_interrupted():
-                    return
+        with closing(
+            evaluation_batches(
+                val_set,
+                recipe.time_steps,
+                ranks,
+                max_samples=recipe.evaluation.samples,
+                epoch=step,
+            )
+        ) as batches:
+            for batch in batches:
+                context.watchdog.beat()
+                yield batch
+                if time.monotonic() - looked_at > LOOK_S:
+                    looked_at = time.monotonic()
+                    if was_interrupted := is_interrupted():
+                        return
 
     with context.meters.evaluating() as note_peaks, context.published():
         for index, task in enumerate(context.loaders.tasks[:tasks_so_far]):
@@ -322,7 +326,7 @@ def read_predictions(file: Path) -> Predictions:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             predictions = Predictions(**arrays)
-    except (TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
+    except (TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"answers: {file} must be the file that a run writes at its end, with index, target and"
             f" answer of each sample; it could not be read: {error}"

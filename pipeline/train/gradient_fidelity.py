@@ -54,7 +54,7 @@ def compare_gradients(
         )
 
     rule: Rule = recipe.rule.build()
-    # For the same reason, batch norm must not wait for the other ranks.
+    # Batch norm must not wait for the other ranks, which do not compare.
     with set_temporarily(batch_norms(network), "between", "rank"):
         by_rule = {"BPTT": gradients_of(BPTT()), "SLTT": gradients_of(SLTT())}
         if rule.label not in by_rule:

@@ -44,7 +44,7 @@ def cosine(
         min_lr: the learning rate at the end of the cosine.
         update_every: "epoch" holds the rate of the epoch's first step, like code that sets the rate
             once per epoch. The warm-up changes the rate at each step in both cases.
-        warmup_prefix: whether the cosine begins at the end of the warm-up (s0), as timm says it.
+        warmup_prefix: whether the cosine begins at the end of the warm-up (s0; timm's term).
             Otherwise it begins at s0 = 0, and the warm-up replaces its first rates.
 
     Raises:
@@ -56,7 +56,7 @@ def cosine(
     )
     warmup_steps = _steps_in("cosine", "warmup", warmup, steps)
     first = warmup_steps if warmup_prefix else 0
-    # timm's own warm-up would last to the end of the epoch in which it ends.
+    # With "epoch", timm's own warm-up would change the rate only between epochs.
     scheduler = CosineLRScheduler(
         optimizer, t_initial=max(1, steps - first), lr_min=min_lr, t_in_epochs=False
     )
@@ -82,7 +82,7 @@ def staircase(
     decay_every: float = 1 / 3,
     factor: float = 0.1,
 ) -> Schedule:
-    """The learning rate times `factor` once more after each `decay_every` of the run.
+    """Multiply the learning rate by `factor` after each `decay_every` of the run.
 
     `decay_every` is a share of the run's steps.
 
@@ -106,7 +106,7 @@ def milestones(
     factor: float = 0.1,
     warmup: float = 0.0,
 ) -> Schedule:
-    """Linear warm-up from 0, then the learning rate times `factor` once more at each milestone.
+    """Warm up linearly from 0, then multiply the learning rate by `factor` at each milestone.
 
     `at` has the milestones in order and `warmup` the length of the warm-up, both as shares of the
     run's steps.

@@ -312,7 +312,7 @@ class Trainer:
                 is_interrupted=self.saving.is_interrupted,
             )
         ) is None:
-            if self.saving.in_evaluation(self.step):
+            if self.saving.save_in_evaluation(self.step):
                 raise StopRequested
         self.evaluated = evaluated
         results = [each.result for each in evaluated]
@@ -412,11 +412,11 @@ class Trainer:
         """Compare the rule's gradient with BPTT's, at the current weights, not at their average.
         `epoch`: the epoch that has ended; None: the start of the run.
         """
-        if self.context.fidelity is None:
+        if self.context.compare_gradients is None:
             return
         self.meters.note_peaks()
         with self.meters.between("fidelity"):
-            fidelity = self.context.fidelity(
+            fidelity = self.context.compare_gradients(
                 self.backend.network.state_dict(), self.context.rule.state_dict(), step=self.step
             )
         self.meters.forget_peaks()  # those of the comparison, such as the memory of BPTT's graph

@@ -87,7 +87,7 @@ def lasting_weights(run: Path) -> Path:
 def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
     """Load the file of `weights_file` into a network that may have other time steps and classes.
 
-    These weights are not loaded and keep their initial values:
+    These weights are not loaded from the file. All but the scales keep their initial values:
 
         head          if a shape in it differs. It is the network's `classifier`, or the last module
                       that has weights other than those below

@@ -101,8 +101,9 @@ class Permuted(_Task):
 class SplitClasses(_Task):
     """The samples of `classes_per_task` classes of `data`.
 
-    Samples of other classes are excluded from the reading order, not from the batches. Batches are
-    therefore full, and ranks, epochs and resumption work as with a whole set.
+    Samples of other classes are not in the reading order. Batches are therefore full, and ranks,
+    epochs and resumption work as with a whole set. Classes beyond the last full group are in no
+    task.
 
     Args:
         task: the number of the task, from 0. Task k has the k-th group of classes in `order`.

@@ -16,21 +16,21 @@ Two kinds of networks therefore recognise the direction along an axis with at mo
 
     those that sum over time         The sum of a recording over time equals that of its reversal.
     those that see only one slice    The shape is at every place with the same probability, at any
-                                     time. All slices of a base recording then have the same
-                                     distribution, and so do all slices of a reversal. Neither a
-                                     slice nor its time shows the direction.
+                                     time. All slices of a base recording and of a reversal
+                                     have the same distribution. So neither a slice nor its time
+                                     shows the direction.
 
 Only the order of the slices shows the direction, so a network must carry information from one slice
-to the next. Polarity would show the direction without the coin and the exact reversal: a moving
-edge has the other polarity in the reversal, and the hysteresis of a camera shows which polarity
-came first. The beginning would show it if the camera were switched on during the motion and missed
-the first events. This camera is on before the shape arrives.
+to the next. Without the coin, polarity would show the direction: a moving edge has the other
+polarity in the reversal. Without the exact reversal, the hysteresis of a camera would show it,
+because it reveals which polarity came first. The beginning would show it if the camera missed the
+first events. This camera is on before the shape arrives.
 
 **Saccades** turns real images into input for event networks. Sums over time suffice to distinguish
 its classes. The image is in the middle of the sensor. The gaze follows a triangle, and each side
 takes 100 ms, as for N-MNIST.
 
-Every random number is a pure function of (content seed, part, number of the recording).
+Every random number is a pure function of (content seed, part, recording, number of the draw).
 
 Source: Orchard et al. 2015, doi:10.3389/fnins.2015.00437, for saccades. Our path, speed and camera
 differ from theirs.
@@ -160,7 +160,7 @@ def reversal(stream: Stream) -> Stream:
 def signed_distance(
     shape: str, down: NDArray[np.float64], right: NDArray[np.float64], radius: float
 ) -> NDArray[np.float64]:
-    """The distance in pixels from a point to the border of a shape, negative inside.
+    """About the distance in pixels from a point to the border of a shape, negative inside.
 
     (down, right): the point relative to the shape's centre.
     """
@@ -168,7 +168,7 @@ def signed_distance(
         return np.sqrt(down * down + right * right) - radius
     if shape == "square":
         return np.maximum(np.abs(down), np.abs(right)) - 0.9 * radius
-    if shape == "triangle":  # upright, equilateral: three half-planes at the distance of radius / 2
+    if shape == "triangle":  # upright, equilateral: three half-planes at one distance
         slanted = 0.5 * np.sqrt(3.0) * np.abs(right) - 0.5 * down
         return np.maximum(down, slanted) - 0.6 * radius
     bar = 0.35 * radius
@@ -181,7 +181,7 @@ def signed_distance(
 
 
 CORNERS = ((-3, -3), (3, 0), (-3, 3))  # (down, right) of the gaze from the middle, in pixels
-# Of each side. A side has about 6 pixels, so the gaze moves a quarter of a pixel per instant.
+# for each side of about 6 pixels: the gaze moves a quarter of a pixel per instant
 SACCADE_US, SACCADE_INSTANTS = 100_000, 25
 SACCADE_THRESHOLD = 0.15  # the intensity is 0 for black and 1 for white
 

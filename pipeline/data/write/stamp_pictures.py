@@ -79,13 +79,15 @@ CLASSES: dict[str, tuple[str, ...]] = {
 # .svg of the same name.
 LEFT_OUT = frozenset(
     {
+        # drawings
         *(
             "animals/mammals/echidna",
             "animals/mammals/hedgehog",
             "household/arttools/highlighter",
             "household/dishes/glass",
+            "medical/tooth",
+            "vehicles/7spoke256",
         ),
-        *("medical/tooth", "vehicles/7spoke256"),  # drawings
         # of another class
         *("medical/bandage_adhesive", "space/spacewalk", "vehicles/wheel_tractor"),
         "food/nuts/walnut_shelled",  # only 25 pixels
@@ -125,7 +127,7 @@ class Pictures:
 def installed_pictures(share: Path = SHARE) -> Pictures:
     """The pictures that the packages have installed below `share`.
 
-    Raises: DataError if a folder or file is missing. The message names its package.
+    Raises: DataError if a folder or a background is missing. The message names its package.
     """
     stamps = share / "tuxpaint" / "stamps"
     objects: dict[str, list[Picture]] = {class_name: [] for class_name in CLASSES}
@@ -241,8 +243,8 @@ def _shrink(image: Image.Image, scale: float) -> Image.Image:
 def _require_installed(path: Path, package: str) -> None:
     require_data(
         path.exists(),
-        f"write stamps: {path} does not exist: apt install {package}; or unpack the package, and"
-        " pass its folder as --source",
+        f"write stamps: {path} does not exist: apt install {package}; or unpack all packages into"
+        " one folder, and pass its usr/share as --source",
     )
 
 

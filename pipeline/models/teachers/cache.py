@@ -37,8 +37,8 @@ class Cache:
 
     Args:
         folder: a folder that every worker sees; several runs may share it.
-        limit_gb: the maximum size of the folder, in 10^9 bytes. A run whose predictions would not
-            fit is refused before it starts.
+        limit_gb: the size of the folder, in 10^9 bytes, above which a run is refused before it
+            starts. Runs that start together may exceed it.
         storage: "fp32" is exact. "fp16" and "bf16" halve the bytes and round the predictions. A
             prediction is rounded at its first use too, so all runs learn from the same numbers.
 
@@ -88,7 +88,7 @@ class CachedPredictions:
     def find(self, epoch: int, index_B: Tensor) -> Tensor | None:
         """The predictions for the samples `index_B` in the views of `epoch`, in fp32 on the CPU.
 
-        None if one of them is not stored.
+        None if one of them was not stored at the first `find` of this epoch.
 
         Raises: ValueError for a damaged record.
         """
@@ -115,7 +115,7 @@ class CachedPredictions:
         return torch.from_numpy(np.stack(predictions)).view(_TYPES[self.storage]).float()
 
     def add(self, epoch: int, index_B: Tensor, logits_BK: Tensor) -> Tensor:
-        """Store predictions, and return them as a later `find` does."""
+        """Store predictions. Returns them with the rounding of `find`, on their own device."""
         stored_BK = logits_BK.detach().cpu().to(_TYPES[self.storage]).contiguous()
         records = np.zeros(len(index_B), self._format)
         records["sample"] = index_B.numpy()

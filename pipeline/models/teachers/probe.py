@@ -28,7 +28,7 @@ class Probe:
     is folded into W and b.
 
     Args:
-        l2: above 0, so that the minimum is unique even for separable classes.
+        l2: above 0, so that W has one minimum even for separable classes.
         views: number of augmented views of the training part for the fit; None: one per sample.
         seed: determines the order and augmentation of the views. It is not the run's seed, so every
             run of a study has the same teacher.
@@ -95,8 +95,8 @@ class Probe:
         max_gradient = float(np.abs(minimum.jac).max())
         require(
             max_gradient <= TOLERANCE,
-            f"Probe: the fit must reach a gradient of {TOLERANCE} in {ITERATIONS} iterations; got"
-            f" {max_gradient:.1e}; raise l2={self.l2}",
+            f"Probe: the fit must reach a gradient of {TOLERANCE} within {ITERATIONS} iterations;"
+            f" got {max_gradient:.1e}; raise l2={self.l2}",
         )
         w_KD = minimum.x[:-classes].reshape(shape) / std_D
         # Created on the meta device, so that no random numbers are drawn.

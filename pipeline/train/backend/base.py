@@ -4,7 +4,7 @@ Training calls `backward` only in `Backend.backward`. So the conventions for sev
 per optimizer step are in one place. A violation of these conventions raises no error.
 
 The functions at the end are for all backends. They reset an optimizer, copy a state to the CPU for
-a checkpoint, and copy tensors on their device for a batch that may be undone.
+a checkpoint, copy tensors on their device, and set values for a while.
 """
 
 import copy
@@ -112,8 +112,8 @@ def optimizer_reset(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
 def cpu_copy(value: Any, copies: dict[int, Tensor] | None = None) -> Any:
     """A deep copy of `value` on the CPU. A tensor that occurs twice is copied once.
 
-    `copies` holds the copies made so far, by the id of the original. An original is a part of
-    `value`, so no other object has its id.
+    `copies` holds the copies made so far, by the id of the original. `value` keeps each original
+    alive, so no other object has its id.
     """
     copies = {} if copies is None else copies
     if isinstance(value, Tensor):

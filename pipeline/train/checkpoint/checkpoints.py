@@ -84,7 +84,7 @@ class Checkpoints:
         or the next `save` returns it.
 
         Args:
-            buffers: this rank's own buffers, where the network holds their mean over ranks.
+            buffers: this rank's own buffers, if the network holds their mean over ranks.
             weights: the weights to publish, a copy that nothing else changes; None: the network's
                 weights.
 

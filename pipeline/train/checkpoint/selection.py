@@ -1,7 +1,7 @@
 """Selects checkpoints of a store: the one to use, those to delete, and the one that must exist."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from pipeline.track.events import Checkpoint, Event, Quarantine, Start
@@ -75,7 +75,7 @@ def expected_step(events: Iterable[Event], *, keep: int) -> int | None:
             existing = set(sorted({*existing, event.step})[-keep:])
         elif isinstance(event, Quarantine):
             if name := re.match(r"step_(\d+)", PurePosixPath(event.path).name):
-                # The journal may lack the save of this checkpoint, which deleted an older one.
+                # Saving it deleted an older checkpoint, even if the journal lacks that save.
                 step = int(name[1])
                 existing = set(sorted({*existing, step})[-keep:]) - {step}
     return max(existing, default=None)
@@ -89,7 +89,7 @@ def _is_pinned(store: CheckpointStore, name: str) -> bool:
     return True
 
 
-def _by_score(store: CheckpointStore, names: Iterable[str]) -> list[str]:
+def _by_score(store: CheckpointStore, names: Sequence[str]) -> list[str]:
     """The names of the checkpoints that have a score in an intact trainer.json, the best last.
 
     Raises:
