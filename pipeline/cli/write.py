@@ -138,10 +138,7 @@ def write_events(
     slices: Slices = None,
     frames_by: FramesBy = "time",
     size: Annotated[
-        int | None,
-        typer.Option(
-            "--size", min=1, help="pixels per side; default: 34 generated, else the sensor's"
-        ),
+        int | None, typer.Option("--size", min=1, help="pixels per side; default: 34 or the sensor")
     ] = None,
     resize: Resize = None,
     counts: Annotated[
@@ -233,8 +230,7 @@ def write_stamps(
     workers: Writers = 1,
     existing: OnExisting = "refuse",
 ) -> None:
-    """Scenes of one object on a photograph, out of 300 cut-out objects in 13 classes. Evaluation
-    uses other objects than training.
+    """Scenes of one of 300 objects, in 13 classes, on a photograph. Evaluation has other objects.
 
     The pictures come from Debian packages: apt install tuxpaint-stamps-default mate-backgrounds
     plasma-workspace-wallpapers.

@@ -249,16 +249,11 @@ def evaluate_tasks(
 
     def until_interrupted(val_set: Loader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         nonlocal was_interrupted
-        looked_at = time.monotonic()
-        with closing(
-            evaluation_batches(
-                val_set,
-                recipe.time_steps,
-                ranks,
-                max_samples=recipe.evaluation.samples,
-                epoch=step,
-            )
-        ) as batches:
+        looked_at, max_samples = time.monotonic(), recipe.evaluation.samples
+        every_batch = evaluation_batches(
+            val_set, recipe.time_steps, ranks, max_samples=max_samples, epoch=step
+        )
+        with closing(every_batch) as batches:
             for batch in batches:
                 context.watchdog.beat()
                 yield batch
