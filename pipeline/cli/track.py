@@ -53,8 +53,8 @@ def register(
     ] = "last",
     runs: Runs = RUNS,
 ) -> None:
-    """Register a run's checkpoint as a version of a model in MLflow. Only the address of the
-    checkpoint is sent; no file is uploaded.
+    """Register a run's checkpoint as a version of a model in MLflow. The checkpoint itself is not
+    uploaded: MLflow gets its address.
     """
     from pipeline.report.selection import find_run
     from pipeline.track import mlflow

@@ -28,7 +28,7 @@ class RunFolder:
         self.writer_lock = self.path / "writer.lock"  # of rank 0
         # Messages between processes
         self.stop_request = self.path / "stop"  # to save and stop; contains the requester
-        self.save_request = self.path / "save"  # to save and continue; may name lost nodes
+        self.save_request = self.path / "save"  # to save and continue; may name nodes that leave
         self.refusal = self.path / "refusal.json"  # why the next attempt must not begin
         self.worker_death = self.path / "died.json"  # of one worker, not yet in the journal
         self.stacks = self.path / "stacks"  # folder: thread stacks of workers that hung

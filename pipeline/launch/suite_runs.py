@@ -147,8 +147,8 @@ def count_parallel_runs(launcher: Launcher, side_by_side: CountOrAuto) -> int:
         return max(1, max_runs)
     if max_runs is not None and side_by_side > max_runs:
         raise UserError(
-            f"launch: --side-by-side must be at most {max_runs}, so that each run has its own cores"
-            f" and GPUs; got {side_by_side}"
+            f"launch: --side-by-side must be at most {max(1, max_runs)}, so that each run has its"
+            f" own cores and GPUs; got {side_by_side}"
         )
     return side_by_side
 

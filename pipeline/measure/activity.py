@@ -148,8 +148,8 @@ class _SpikeCounts:
         steps, batch = s_TB.shape[:2]
         s_RN = s_TB.reshape(steps * batch, -1)
         row_TC, first_T = _rows(self.batch_rows, steps, batch, s_TB.device)
-        # LIF.step emits spikes of value 1. A rate neuron emits other values, and a rule's gradient
-        # function may change the values.
+        # LIF.step emits spikes of value 1. A rate neuron emits other values, and a rule's
+        # custom_forward may change the values.
         fires_ones = (
             isinstance(neuron, LIF)
             and type(neuron).step is LIF.step

@@ -105,7 +105,8 @@ class Meters:
         self._started_batches = 0
         # the kinds of the batches that were completed since the clock was read
         self._kinds: list[Literal["first", "counted", "steady"]] = []
-        self._due: set[Quantity] = set()  # to be counted on the next completed batches
+        # to be counted on the next completed batches, the earliest first
+        self._due: dict[Quantity, None] = {}
         self._saved_bytes: SavedBytes | None = None  # counts the bytes of the current batch
         self._instrument: Pausable | None = None  # observes the current batch
         self._next_instrument: Pausable | None = None  # will observe the next batch
@@ -151,7 +152,8 @@ class Meters:
                 self.forget_peaks()  # excludes the memory of the instrument itself
         self._kinds.append("first" if is_first else "steady" if counted is None else "counted")
         self._micro_batches += batch.micro_batches
-        self._due.discard(counted)
+        if counted is not None:
+            self._due.pop(counted, None)
         if saved is not None:
             self._raise_peaks(
                 {"peak_saved_bytes": saved.peak, "state_bytes": batch.saved_and_state_bytes[1]}
@@ -321,14 +323,14 @@ class Meters:
     def _quantity_to_count(self, batch: int, step: int) -> Quantity | None:
         """The quantity to count on this batch of the attempt and step of the run, if any."""
         if self.memory_every is not None and batch >= 1 and (batch - 1) % self.memory_every == 0:
-            self._due.add("bytes")
+            self._due.setdefault("bytes")
         if (
             self.operations_every is not None
             and step >= 2
             and (step - 2) % self.operations_every == 0
         ):
-            self._due.add("operations")
-        return min(self._due, default=None)  # "bytes" precedes "operations"
+            self._due.setdefault("operations")
+        return next(iter(self._due), None)
 
     def _read_clock(self) -> None:
         totals = self.totals

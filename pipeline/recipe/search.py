@@ -2,7 +2,7 @@
 
     over_seeds(suite, 3)
         every recipe with seeds 0, 1, 2 (or from its own seed on)
-    tuned(suite, "optimizer.lr", (.03, .1, .3, 1., 3.))
+    with_tuning(suite, "optimizer.lr", (.03, .1, .3, 1., 3.))
         the same recipes, and every rule with its own best of the five values
 
 Under the protocol `shared` only the rule differs. Under `tuned` every rule, the baseline included,

@@ -381,9 +381,9 @@ class SuiteFile:
             ValueError: suite.json does not exist, or as `from_json`.
         """
         try:
-            name = folder.absolute().name
+            value, name = read_json(folder / FILE), folder.absolute().name
             with own_code.importable(own_code.read(folder) if trust else {}, trust, owner=name):
-                return cls.from_json(read_json(folder / FILE), own=name, trust=trust)
+                return cls.from_json(value, own=name, trust=trust)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 

@@ -476,7 +476,7 @@ def read_compared_run(recipe: Recipe, cluster: Cluster, folder: Path) -> Run:
     if not run.value("images_per_s") or not run.value("peak_saved_bytes"):
         raise ReportError(
             "plan: --against must be a finished run with measured images_per_s and"
-            f" peak_saved_bytes; got {folder.name}, which has not finished or trained few batches"
+            f" peak_saved_bytes; got {folder.name}"
         )
     conditions, *later = run.trained_on
     if later:

@@ -65,7 +65,7 @@ def select_runs(
 
 def _select_named(runs_dir: Path, names: Sequence[str], runs: Sequence[Run]) -> list[Run]:
     known = {run.folder.resolve(): run for run in runs}
-    folders = folders_in(runs_dir)
+    folders = folders_in(runs_dir, suites=True)
     selected: dict[Path, Run] = {}
     for text in names:
         members = [run for run in runs if text and run.study.startswith(text)]
@@ -105,7 +105,7 @@ def with_baseline(
 ) -> tuple[list[Run], list[str]]:
     """Add the study's comparable runs of each form of the baseline that `finished` lacks.
 
-    BPTT in slices of time is a form of BPTT, and may be faster than BPTT on all steps at once.
+    BPTT in slices of time is a form of BPTT, and may be faster than BPTT folded over time.
 
     Args:
         runs: all runs of the folder.

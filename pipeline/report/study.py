@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 WITHIN = 0.7  # points of accuracy: the largest loss that SLTT and OTTT claim
 _TIME_METRICS = (COMPUTE, "wall_s", "net_s", "images_per_s")
 FOLDED_ALONE = (
-    f"times are divided by those of {BASELINE} on all steps at once; no {BASELINE} in slices of"
-    " time, which may be faster, has finished"
+    f"times are divided by those of {BASELINE} folded over time; no {BASELINE} in slices of time,"
+    " which may be faster, has finished"
 )
 RECOMPUTED = f"{BASELINE}-recompute"
 RECOMPUTES_NOTHING = (
@@ -107,8 +107,8 @@ class Difference:
         lost = f" ({self.diverged} more diverged)" if self.diverged else ""
         return (
             f"{self.baseline} - {self.rule}: {self.mean:+.2f} points over {self.seeds} paired "
-            f"seeds{lost}, 95 % interval {self.low:+.2f} to {self.high:+.2f}; at most "
-            f"{within:g} points below: the claim {self.verdict(within)}"
+            f"seeds{lost}, 95 % interval {self.low:+.2f} to {self.high:+.2f}; the claim (at most "
+            f"{within:g} points below) {self.verdict(within)}"
         )
 
 
@@ -248,7 +248,7 @@ class Group:
 
     @cached_property
     def fastest_baseline(self) -> str:
-        """The faster of BPTT on all steps at once and in slices of time, over their common seeds.
+        """The faster of BPTT folded over time and in slices of time, over their common seeds.
         Without a common seed, each mean is over its own seeds.
         """
         times = {

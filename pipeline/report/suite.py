@@ -381,7 +381,7 @@ def _own_report(
         reported = reported or own_report(suite.name, report, done, console)
     except ValueError as error:
         raise ReportError(
-            f"report: {suite.name} has its own report, which failed; name its runs instead of the"
+            f"report: the own report of {suite.name} cannot be used; name its runs instead of the"
             f" suite: {str(error).removeprefix('compare: ')}"
         ) from error
     return parse_result(reported.value, suite.name), reported.printed, []

@@ -382,7 +382,7 @@ def _without_interval(group: Group, rule: str) -> str:
     ]
     if lost := group.describe_lost(rule):
         return (
-            f"{', and '.join([*texts, lost])}; the claim of at most {group.within:g} points below"
+            f"{', and '.join([*texts, lost])}; the claim (at most {group.within:g} points below)"
             " fails"
         )
     return texts[0] if texts else f"no seed in common with {group.against}, so no difference"

@@ -86,8 +86,8 @@ class BPTT(Rule):
         with fresh_state(model), slice_cache(model, steps=steps, backwards=backwards) as cache:
             if self.truncate is None:
                 forward = partial(recompute_in_backward, model) if self.recompute else model
-                logits = [forward(x_cB) for x_cB in x_TB.split(self.chunk or steps)]
-                loss, mean_logits_BK = self.loss_over_time(torch.cat(logits), loss_fn)
+                logits_TBK = torch.cat([forward(x_cB) for x_cB in x_TB.split(self.chunk or steps)])
+                loss, mean_logits_BK = self.loss_over_time(logits_TBK, loss_fn)
                 yield LossTerm(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
                 return
             last_slice = (steps - 1) // self.truncate

@@ -100,8 +100,10 @@ class SLTT(Rule):
                 # gradients in the caller.
                 with torch.set_grad_enabled(is_selected and torch.is_grad_enabled()):
                     loss, logits_BK = slice_loss(model(x_cB), loss_fn, steps=steps)
-                    scaled_loss = loss * (steps / k) if self.rescale else loss
-                    backward = cache.with_gradients(scaled_loss) if is_selected else None
+                    backward = None
+                    if is_selected:
+                        scaled_loss = loss * (steps / k) if self.rescale else loss
+                        backward = cache.with_gradients(scaled_loss)
                 yield LossTerm(backward=backward, loss=loss.detach(), logits=logits_BK)
 
 

@@ -92,7 +92,8 @@ def fit_to_sizes(recipe: Recipe, network: nn.Module, rule: Rule, sizes: Sequence
             not world_norms or recipe.split(size).accumulation == 1,
             "launch: BatchNorm(between='world') needs whole global batches if the number of"
             f" workers may change; got micro_batch={recipe.micro_batch}, which is accumulated"
-            f" on {counted(size, 'worker')}; take one number of workers, or between='rank'",
+            f" on {counted(size, 'worker')} (dropout and other norms need one micro_batch for all"
+            " sizes); take one number of workers, or between='rank'",
         )
     for split in map(recipe.split, sizes):
         require(

@@ -120,6 +120,10 @@ def open_teaching(
         "data": data.fingerprint(),
         "views": encode(recipe.data, paths=False),
         "teacher": teacher.identity(),
+        # the settings of a network_teacher's neurons are in no weight
+        "model": encode(
+            recipe.teacher.kwargs.get("model") if recipe.teacher else None, paths=False
+        ),
         "probe": None if probe is None else asdict(probe),
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

@@ -296,6 +296,6 @@ def _imagenet(plan: Mapping[str, Any] | None) -> Iterator[Claim]:
 def _predicted(rule: Mapping[str, Any]) -> str:
     size = f"{rule['micro_batch']} samples at a time x {rule['accumulation']}"
     return (
-        f"plan in fp32, a model, not measured: {rule['memory_bytes'] / 1e9:.3g} GB, {size},"
+        f"plan in fp32, estimated, not measured: {rule['memory_bytes'] / 1e9:.3g} GB, {size},"
         f" {rule['hours']:.3g} h"
     )

@@ -388,7 +388,7 @@ def test_what_diverged_has_its_row_and_divides_nothing(make_run: Callable, runs_
     text = text_of(comparison, width=NO_WIDTH)
     assert re.search(r"SLTT \(1 of 2 runs, 1 diverged\) +80.00% +×0.89 ", text)
     assert re.search(r"SLTT-1 +diverged +- +- +-\n", text) and "resume" not in text
-    why = "sltt-k1 (SLTT-1) diverged: its values are no comparison of rules; lower "
+    why = "sltt-k1 (SLTT-1) diverged: its values do not compare rules; lower "
     assert re.search(f"{re.escape(why)}.* for every rule, and train again", text)
     value = comparison.to_json()
     assert (names_of(comparison), value["differences"]) == (["bptt", "sltt-0"], [])
@@ -796,7 +796,7 @@ def test_verdicts(low: float, high: float, verdict: str):
     mean = (low + high) / 2
     found = Difference(baseline="BPTT", rule="SLTT", seeds=3, mean=mean, low=low, high=high)
     assert found.verdict(0.7) == verdict
-    assert found.text(0.7).endswith(f"at most 0.7 points below {verdict}")
+    assert found.text(0.7).endswith(f"the claim (at most 0.7 points below) {verdict}")
 
 
 @pytest.mark.parametrize(("lost", "verdict"), [((), "holds"), ((2,), "fails")])

@@ -547,7 +547,7 @@ def test_several_tunings_of_the_baseline_are_named(store: FakeStore):
 def test_a_run_that_nobody_hears_of_says_so_beside_its_state(store: FakeStore):
     store.add_finished("going", "SLTT", status="RUNNING", newest=time.time() - 30)
     before = Asking(store).study(f"?study={KEY}")
-    assert "seed 0, running" in before["boxes"] and "no word" not in before["boxes"]
+    assert "seed 0, running" in before["boxes"] and "no report" not in before["boxes"]
     store.add_finished("going", "SLTT", status="RUNNING", newest=time.time() - 30.5 * 60)
     shown = Asking(store).study(f"?study={KEY}", seen=before["version"])
     assert "seed 0, running, no report for 30 min" in shown["boxes"]

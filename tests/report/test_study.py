@@ -283,7 +283,7 @@ def test_what_the_reader_of_means_must_know(more: tuple[Run, ...], notes: tuple[
 def test_a_run_that_diverged_compares_no_rules(changes: dict[str, Any], how: str):
     notes = study(run("OTTT-A", name="mine", **changes)).groups[0].notes
     told = (
-        f"mine (OTTT-A) {how}: its values are no comparison of rules; lower optimizer.lr (0.1) or"
+        f"mine (OTTT-A) {how}: its values do not compare rules; lower optimizer.lr (0.1) or"
         " set clip_norm=1.0 for every rule, and train again"
     )
     assert [note for note in notes if "mine" in note] == [told] * bool(how)

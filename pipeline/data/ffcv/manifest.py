@@ -87,8 +87,8 @@ def read(path: Path) -> Manifest:
     try:
         body = json.loads(retry_read(lambda: manifest_path.read_text(encoding="utf-8")))
         require_data(body.pop("checksum") == _checksum(body), "its own checksum differs")
-        name = f"{body.pop('format')} {body.pop('version')}"
-        require_data(name == f"{FORMAT} {VERSION}", f"it is a {name}")
+        found = (body.pop("format"), body.pop("version"))
+        require_data(found == (FORMAT, VERSION), f"it is a {found[0]} {found[1]}")
         manifest = Manifest(**body)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(

@@ -8,6 +8,7 @@ and ranks can therefore write at the same time, and a process may die at any poi
 
 # B batch, K classes
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -68,9 +69,9 @@ class Cache:
         needed_bytes = stored_bytes + max(0, run_bytes - _bytes(seed_folder))
         require(
             needed_bytes <= self.limit_gb * 1e9,
-            f"Cache: limit_gb must be at least {needed_bytes / 1e9:.3g} for the {predictions}"
-            f" predictions of this run, because {self.folder} holds {stored_bytes / 1e9:.3g} GB"
-            f" already; got limit_gb={self.limit_gb:g}",
+            f"Cache: limit_gb must be at least {math.ceil(needed_bytes / 1e6) / 1e3:g} for the"
+            f" {predictions} predictions of this run, because {self.folder} holds"
+            f" {stored_bytes / 1e9:.3g} GB already; got limit_gb={self.limit_gb:g}",
         )
 
 

@@ -39,7 +39,7 @@ class NetworkTeacher(Teacher):
 
     def identity(self) -> dict[str, Any]:
         return {
-            "network": repr(self.body),  # with the neurons' settings, which no weight contains
+            "network": self.label,
             "weights": content_hash(self.body),
             "time_steps": self.time_steps,
             "precision": self.precision,

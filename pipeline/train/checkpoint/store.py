@@ -214,7 +214,7 @@ class CheckpointStore:
         if self.token and (owner is None or owner.token != self.token):
             raise CheckpointError(
                 f"checkpoints: this driver must own {self.address('')} to write there; the owner is"
-                f" {owner or 'unknown'}"
+                f" {owner or 'none'}"
             )
 
     def _folders(self) -> list[re.Match[str]]:

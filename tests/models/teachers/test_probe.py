@@ -55,7 +55,7 @@ def test_a_fit_that_ends_early_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module, "ITERATIONS", 2)
     with pytest.raises(
         ValueError,
-        match=r"Probe: the fit must reach a gradient of 1e-05 in 2 iterations; .* raise l2=0\.001",
+        match=r"Probe: the fit must reach a gradient of 1e-05 within 2 iterations; .* l2=0\.001",
     ):
         Probe().fit(*data(), 4)
 
