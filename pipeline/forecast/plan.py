@@ -301,7 +301,7 @@ def _check(recipe: Recipe, cluster: Cluster) -> None:
     require(
         cluster.workers <= maximum,
         f"plan: each worker needs {needs}; machines like this one have {available}; got"
-        f" {count_of(cluster.workers, 'worker')}: take fewer workers or cores, or name a GPU with --device",
+        f" {count_of(cluster.workers, 'worker')}: reduce them, or name a GPU with --device",
     )
 
 

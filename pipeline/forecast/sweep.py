@@ -126,8 +126,9 @@ def sweep(
 
     Raises:
         ValueError: the recipe contradicts itself, the data are recordings (their T is fixed),
-            `steps` are none or not whole numbers from 1, `at_largest` is set without `memory_bytes`,
-            a largest batch is sought from a batch of 1 sample, or no rule can train the network.
+            `steps` are none or not whole numbers from 1, `at_largest` is set without
+            `memory_bytes`, a largest batch is sought from a batch of 1 sample, or no rule can train
+            the network.
         DataError: the data cannot be read.
     """
     check_recipe(recipe.with_untrained_teacher(), 1)

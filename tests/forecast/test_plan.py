@@ -78,7 +78,7 @@ def of(found: Plan, rule: str) -> Planned:
         (
             lambda: on(9999, rules=(), batch_size=9999, cluster={"device": None}),
             r"plan: each worker needs 1 core; machines like this one have \d+; got 9999"
-            " workers: reduce --workers, or name a GPU with --device",
+            " workers: reduce them, or name a GPU with --device",
         ),
     ],
 )

@@ -499,7 +499,8 @@ def test_imagenets_plan_stands_beside_the_published_figures_and_says_why_there_i
     }
     assert rows["SLTT", "memory"] == (
         "8.47 GB, AMP",
-        "not run here; plan in fp32, estimated, not measured: 9.5 GB, 64 samples at a time x 4, 60 h",
+        "not run here; plan in fp32, estimated, not measured: 9.5 GB, 64 samples at a time x 4,"
+        " 60 h",
     )
     refused = f"not run here; not planned: {PLAN['refused']['BPTT']}"
     assert rows["BPTT", "time"] == ("73.8 h, AMP", refused)
