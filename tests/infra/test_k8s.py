@@ -137,8 +137,7 @@ def test_infiniband_is_asked_for_beside_what_the_same_size_has_without(kind: str
     plain, infiniband = (build(K8S / "overlays" / size / kind)[0] for size in SIZES[-2:])
     resources = containers(infiniband)[-1]["resources"]
     asked = [resources[name].pop("rdma/rdma_shared_device_a") for name in ("requests", "limits")]
-    assert asked == ["1", "1"]
-    assert infiniband == plain
+    assert (asked, infiniband) == (["1", "1"], plain)
 
 
 def test_the_image_has_what_nccl_loads_for_infiniband() -> None:

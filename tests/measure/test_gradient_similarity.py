@@ -34,8 +34,7 @@ def test_of_known_gradients() -> None:
 
     assert found.temporal_share == close(0.8, 0.0)
     expected = {"SLTT": close(0.6, 1.0), "other": close(-1.0, 0.0), "drawn": close(0.3, 0.5)}
-    assert found.cosines == expected
-    assert found.lowest("SLTT") == ("a", pytest.approx(0.6))
+    assert (found.cosines, found.lowest("SLTT")) == (expected, ("a", pytest.approx(0.6)))
     assert fidelity(bptt, None, {}).temporal_share == {}
 
 

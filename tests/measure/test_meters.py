@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.forecast.step_counts import Traffic
 from pipeline.measure.constants import PARTS, REST
-from pipeline.measure.meters import Meters, Totals
+from pipeline.measure.meters import Meters, Quantity, Totals
 from pipeline.rules.base import LossTerm, Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
@@ -258,19 +258,27 @@ def test_operations_are_counted_at_the_same_steps_whatever_attempt_makes_them() 
     assert at == [2, 1002]
 
 
-def test_a_count_on_every_batch_starts_with_the_second_and_on_every_step_with_the_third() -> None:
-    about = {"batch_size": 1, "device": torch.device("cpu")}
-    bytes_ = Meters(nn.Linear(1, 1), **about, memory_every=1, operations_every=None)
-    works = Meters(nn.Linear(1, 1), **about, memory_every=None, operations_every=1)
-    both, order = Meters(nn.Linear(1, 1), **about, memory_every=1, operations_every=1), []
-    for batch in range(4):
-        assert bytes_._quantity_to_count(batch, batch) == ("bytes" if batch >= 1 else None)
-        assert works._quantity_to_count(batch, batch) == ("operations" if batch >= 2 else None)
-        bytes_._due.clear()
-        works._due.clear()
-        order.append(both._quantity_to_count(batch, batch))
-        both._due.pop(order[-1], None)
-    assert order == [None, "bytes", "bytes", "operations"]  # which waited for bytes
+@pytest.mark.parametrize(
+    ("memory_every", "operations_every", "counted"),
+    [
+        (1, None, [None, "bytes", "bytes", "bytes"]),
+        (None, 1, [None, None, "operations", "operations"]),
+        (1, 1, [None, "bytes", "bytes", "operations"]),  # which has waited for bytes
+    ],
+)
+def test_what_waits_longest_is_counted_next(
+    memory_every: int | None, operations_every: int | None, counted: list[Quantity | None]
+) -> None:
+    meters = Meters(
+        nn.Linear(1, 1),
+        batch_size=1,
+        device=torch.device("cpu"),
+        memory_every=memory_every,
+        operations_every=operations_every,
+    )
+    for batch, quantity in enumerate(counted):
+        assert meters._quantity_to_count(batch, batch) == quantity
+        meters._due.pop(quantity, None)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("of", ["rss", "reserved"])

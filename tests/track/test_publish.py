@@ -131,5 +131,4 @@ def test_a_parent_that_was_deleted_comes_back_with_its_runs(
     assert again != first and client.get_run(again).info.status == "FINISHED"
     assert {find(sqlite_store, run).data.tags["mlflow.parentRunId"] for run in runs} == {again}
     shown = [read.key for read in Live(store).reports(store.runs(runs[0].study))]
-    assert shown == [again[:8]]
-    assert store.text(again, "report.json") == DATA
+    assert (shown, store.text(again, "report.json")) == ([again[:8]], DATA)
