@@ -176,6 +176,8 @@ def assemble(process: Process) -> TrainContext:
     compare_gradients = ranks.all_or_raise(
         lambda: _build_fidelity(recipe, loaders, world, ranks.device)
     )
+    schedule = build_schedule(recipe, backend.optimizer, stretches)
+    # This comes last: a schedule starts from the optimizer's own rates, not from restored ones.
     restored = None if checkpoint is None else checkpoints.load(checkpoint, backend, rule)
     return TrainContext(
         **vars(process),
@@ -183,7 +185,7 @@ def assemble(process: Process) -> TrainContext:
         split=split,
         rule=rule,
         backend=backend,
-        schedule=build_schedule(recipe, backend.optimizer, stretches),
+        schedule=schedule,
         loaders=loaders,
         stretches=stretches,
         mixing=mixing,

@@ -134,7 +134,7 @@ def test_recordings_are_cut_in_space_alone() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({}, "one of them above 0; got mixup=0.0, cutmix=0.0"),
+        ({}, "mixup and cutmix must be 0 or more, .* above 0; got mixup=0.0, cutmix=0.0"),
         ({"mixup": -1.0, "cutmix": 1.0}, "mixup and cutmix must be 0 or more, .* got mixup=-1.0"),
         ({"mixup": 1.0, "probability": 0.0}, r"probability must be in 0\.\.1, above 0; got 0\.0"),
         ({"mixup": 1.0, "switch": 0.5}, "switch .* has no effect without both"),

@@ -218,7 +218,7 @@ def test_every_worker_here_takes_a_card_or_cores(monkeypatch: pytest.MonkeyPatch
     memory = (1 - RESERVE) * 10**9
     assert (on_cores.memory, on_cards.memory) == pytest.approx((memory / 2, memory))
     said = (
-        "each worker needs a GPU; machines like this one have 2; got 4 workers: reduce --workers,"
+        "each worker needs a GPU; machines like this one have 2; got 4 workers: reduce them,"
         " or name a GPU with --device"
     )
     with pytest.raises(ValueError, match=said):

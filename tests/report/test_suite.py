@@ -286,7 +286,7 @@ def test_on_the_command_line(
     code, out, said = report("suite")
     assert (code, out, len(sent)) == (2, "", 1)
     assert not (runs_dir / "suite" / "report.html").exists()
-    hint = "suite has its own report, which failed; name its runs instead of the suite: "
+    hint = "the own report of suite cannot be used; name its runs instead of the suite: "
     assert re.search(f"{hint}.*elsewhere", said)
 
 
