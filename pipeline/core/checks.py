@@ -1,6 +1,6 @@
-"""Checks of arguments: whole numbers, and choices among a few values. True and 2.0 are refused.
+"""Checks of arguments: whole numbers, and choices among a few values.
 
-An error message has one line.
+True and 2.0 do not count as whole numbers. An error message has one line.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -3,7 +3,8 @@
 Reserved cores prevent runs on one machine from slowing one another. A worker reserves a physical
 core with all of its logical cores, because SMT siblings share arithmetic units. It reserves the
 core by locking a file with the core's name. The kernel releases the lock when the worker dies. All
-runs on a machine that reserve cores use the same files. Other programs may still use these cores.
+runs of one user on a machine use the same files. Runs of other users, runs that reserve no cores,
+and other programs may still use these cores.
 """
 
 import fcntl
@@ -20,7 +21,7 @@ import torch
 
 from pipeline.core.errors import UserError
 
-_MASKS = 128  # 64-bit masks of logical cores, as many as Linux may have (8192)
+_MASKS = 128  # masks of 64 logical cores each, for the 8192 cores that Linux allows
 TIMEOUT_S = 30.0  # a worker of an ended run may still be exiting
 
 
@@ -48,7 +49,7 @@ def own_cores(
         if time.monotonic() > deadline:
             raise UserError(
                 f"cores: a worker needs {count} unreserved cores; too few of this machine's"
-                f" {len(available)} are unreserved: let runs share cores with --side-by-side 1"
+                f" {len(available)} are unreserved: with --side-by-side 1, runs reserve no cores"
             )
         time.sleep(0.2)
     cores, locks = reserved
@@ -59,10 +60,10 @@ def own_cores(
 def near_cores(device: torch.device, *, at_least: int) -> AbstractContextManager[None]:
     """Keep all threads of this process on the cores of its GPU's NUMA node, inside the block.
 
-    Memory is allocated on the node of the thread that touches it first. Batches then do not cross
-    the link between sockets. Nothing changes on a CPU, or on a machine with one node or unknown
-    nodes. Nothing changes either if fewer than `at_least` of this process's logical cores are on
-    that node: too few cores would cost more time than the link.
+    Memory is allocated on the node of the thread that touches it first, so these threads' batches
+    do not cross the link between sockets. Nothing changes on a CPU, or on a machine with one node
+    or unknown nodes. Nothing changes either if fewer than `at_least` of this process's logical
+    cores are on the GPU's node: too few cores would cost more time than the link.
     """
     before = os.sched_getaffinity(0)
     near = before & _cores_near(device) if device.type == "cuda" else before

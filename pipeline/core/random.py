@@ -1,14 +1,14 @@
 """Random numbers as a pure function of counters.
 
-They are the same on any rank, in any thread and after any restart.
+The numbers are the same on any rank, in any thread and after any restart.
 
     z = mix(seed + g)
     z = mix((z ^ epoch) + g)
     z = mix((z ^ index) + g)
     bits = mix((z ^ draw) + g)
 
-with the increment g and the finaliser `mix` of splitmix64, all modulo 2^64. The global generators
-of Python, numpy and torch are neither read nor advanced.
+g is the increment of splitmix64, and `mix` is its finaliser. All numbers are modulo 2^64. The
+global generators of Python, numpy and torch are neither read nor advanced.
 
 Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014,
 doi:10.1145/2660193.2660195 (the finaliser is Stafford's variant 13).
@@ -49,9 +49,9 @@ def signed(number: int) -> int:
 def mixer(convert: Callable[[int], Any]) -> Callable[[Any], Any]:
     """The finaliser of splitmix64, with its constants converted by `convert`.
 
-    `np.uint64` is for numpy and numba, where a signed number must not overflow. `signed` is for
-    torch and for Python's int: the low 64 bits of the result are then right. The masks make the
-    shifts of signed numbers logical.
+    With `convert=np.uint64` it is for numpy and numba, where a signed number must not overflow.
+    With `convert=signed` it is for torch and for Python's int: the low 64 bits of the result are
+    then right. The masks make the shifts of signed numbers logical.
     """
     factor_a, factor_b = convert(0xBF58476D1CE4E5B9), convert(0x94D049BB133111EB)
     shift_a, shift_b, shift_c = map(convert, (30, 27, 31))

@@ -1,8 +1,9 @@
 """Tensor files, read as data only: named tensors of other programs, and checkpoints.
 
 Files of torch.save are pickles, and a pickle can run code. Checksums do not protect: an attacker
-who can change a checkpoint can also write its manifest. The names in a checkpoint are therefore
-checked before loading. Loading uses `weights_only`, which calls only listed names (torch 2.13).
+who can change a checkpoint can also write its manifest. The functions and classes that a checkpoint
+calls are therefore checked before loading. Loading uses `weights_only`, which calls only listed
+functions and classes (torch 2.13).
 """
 
 import argparse
@@ -27,8 +28,8 @@ def read_state(file: Path, *, subject: str) -> Mapping[str, Tensor]:
     plain values and the arguments of the program that wrote the file. No code of the file is run.
 
     Raises:
-        ValueError: the file does not exist, cannot be read, or contains no named tensors. The
-            message begins with `subject`.
+        ValueError: the file does not exist, cannot be read, or contains something other than named
+            tensors. The message begins with `subject`.
     """
     require(file.is_file(), f"{subject}: {file} must be a file of weights; it does not exist")
     try:
@@ -74,8 +75,8 @@ def describe_mismatch(
     )
 
 
-# Names in DeepSpeed's files at ZeRO-1 and 2 besides tensors (0.19.8). Creating these values has no
-# side effect.
+# Classes, besides torch's, of the objects in DeepSpeed's files at ZeRO-1 and 2 (0.19.8). Creating
+# these objects has no side effect.
 DEEPSPEED = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
@@ -86,7 +87,7 @@ DEEPSPEED = (
 def find_code(folder: Path) -> str | None:
     """Describe the first file of a checkpoint that would run code or cannot be checked.
 
-    Returns None if all files contain only data.
+    Returns None if all .pt files contain only data. Other files are not checked.
     """
     for file in sorted(folder.rglob("*.pt")):
         name = file.relative_to(folder).as_posix()

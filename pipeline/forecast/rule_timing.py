@@ -4,7 +4,7 @@ The runs of a study take hours, in which a machine's speed varies by more than s
 Here each round trains a few batches with every rule, on the recipe's own backend and on a copy of
 the network whose weights do not change. Each round begins with the next rule, so drift affects all
 rules equally. Times also differ between processes, for example by the location of their memory.
-They are averaged over the processes of a start, and several starts show how they vary.
+Times are averaged over the processes of a start, and several starts show how the averages vary.
 
 Cores share caches, memory and clock rates. Like the workers of a run, processes that compute at the
 same time are therefore slower than a single one.
@@ -68,7 +68,8 @@ def measure_interleaved(
         samples: samples per batch; None: the micro-batch of one of `workers`.
 
     Raises:
-        ValueError: the batch does not divide, a process failed, or a rule cannot be timed.
+        ValueError: the batch cannot be divided among `workers`, a process failed, or a rule cannot
+            be timed.
     """
     labelled = rules_by_label(rules, rules[0])
     samples = samples or recipe.split(workers).micro_batch

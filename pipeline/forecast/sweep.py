@@ -2,9 +2,9 @@
 
 The peak of training grows linearly with the batch, bytes(B) = a + b B, so two sizes determine it.
 The optimizer's state, a teacher and the batch itself are added. The result is an estimate that
-leaves a part of the memory free. On request, a batch of the estimated size is trained. If it fits,
-larger batches are tried, which may use the reserve. If it does not fit, smaller batches are tried.
-The result is then the largest batch that fits.
+leaves a part of the memory free, the reserve. On request, a batch of the estimated size is trained.
+If it fits, larger batches are tried, which may use the reserve. If it does not fit, smaller batches
+are tried. The result is then the largest of the tried batches that fits.
 """
 
 import gc
@@ -82,7 +82,10 @@ class Sweep:
 
     @property
     def time_baselines(self) -> dict[int, Cost]:
-        """The reference of times: the faster BPTT at each T, folded over time or step by step."""
+        """The reference of times at each T.
+
+        The reference is the faster of BPTT folded over time and BPTT step by step.
+        """
         costs: dict[int, list[Cost]] = {}
         for point in sorted(self.points, key=lambda point: point.time_steps):
             costs.setdefault(point.time_steps, []).append(point.cost)
@@ -96,7 +99,7 @@ class Sweep:
     def to_json(self) -> dict[str, Any]:
         """The output of `sweep --format json`.
 
-        The output includes the commit, and by T the label of the reference of times.
+        The output includes the commit, and the label of the reference of times at each T.
         """
         return {
             "commit": commit(),
@@ -126,9 +129,9 @@ def sweep(
 
     Raises:
         ValueError: the recipe contradicts itself, the data are recordings (their T is fixed),
-            `steps` are none or not whole numbers from 1, `at_largest` is set without
-            `memory_bytes`, a largest batch is sought from a batch of 1 sample, or no rule can train
-            the network.
+            `steps` is empty or contains anything but whole numbers from 1, `at_largest` is set
+            without `memory_bytes`, the batch is too small (1 sample) to estimate the largest one,
+            the batch does not fit into memory, or no rule can train the network.
         DataError: the data cannot be read.
     """
     check_recipe(recipe.with_untrained_teacher(), 1)
@@ -183,7 +186,7 @@ def sweep(
 def _points(
     bench: Bench, rules: Mapping[str, Spec], batch_search: "_BatchSearch | None", at_largest: bool
 ) -> tuple[list[Point], dict[str, str]]:
-    """The points of all rules at one T, and by rule the reason why a point or size is missing."""
+    """The points of all rules at one T. By rule, the reason why its point or size is missing."""
     points: list[Point] = []
     rounds, reasons_at_T = measure_costs(bench, rules)
     for label, costs_of_rule in rounds.items():

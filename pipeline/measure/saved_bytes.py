@@ -28,9 +28,9 @@ class SavedBytes:
     moves parameters into flat buffers. A graph may outlive the block; `now` still decreases when
     the graph is freed.
 
-    Tensors inside other saved-tensor hooks do not count. torch.utils.checkpoint with
-    use_reentrant=False therefore hides the tensors that it recomputes (torch 2.13). With
-    use_reentrant=True, or in a Function whose backward recomputes tensors, they count.
+    Tensors that are saved inside other saved-tensor hooks do not count. torch.utils.checkpoint with
+    use_reentrant=False therefore hides the tensors that it recomputes (torch 2.13). Recomputed
+    tensors count with use_reentrant=True, and in a Function whose backward recomputes them.
     """
 
     def __init__(self, parameters: nn.Module | Iterable[Tensor] = ()) -> None:

@@ -1,6 +1,7 @@
 """Recipes as JSON.
 
-A part is `{"target": name, "kwargs": ...}`, a frozen dataclass `{"value": name, "kwargs": ...}`.
+A part becomes `{"target": name, "kwargs": ...}`. A frozen dataclass becomes
+`{"value": name, "kwargs": ...}`.
 
 Names are dotted. Reading a recipe imports the names, so only trusted names are accepted.
 """
@@ -59,7 +60,7 @@ def encode(value: Any, *, paths: bool) -> Any:
 
 
 def decode(value: Any, trusted: Collection[str]) -> Any:
-    """The value of which `encode` made this JSON. Only trusted names are imported.
+    """Reverse `encode`. Lists become tuples, and paths stay text. Only trusted names are imported.
 
     Raises:
         ValueError: a target is not trusted or does not exist, or the JSON is damaged.
@@ -172,7 +173,7 @@ def dotted(target: Callable[..., Any]) -> str:
     """The dotted name of a callable, which `imported` accepts.
 
     Raises:
-        ValueError: a lambda, or a function defined inside another.
+        ValueError: the callable is a lambda, or is defined inside a function.
     """
     name = f"{target.__module__}.{target.__qualname__}"
     require(
@@ -191,7 +192,8 @@ def imported(
         subject: the source of the name, for the message.
 
     Raises:
-        ValueError: the name is not trusted, does not exist, or is no class or function.
+        ValueError: the name is not trusted, does not exist, or is none of these: a class, a class
+            method, a function of a module.
         ModuleNotFoundError: the module imports another one that does not exist.
     """
     require(isinstance(name, str), f"{subject}: a dotted name must be text; got {name!r}")
@@ -235,7 +237,7 @@ def is_trusted(name: str, trusted: Collection[str]) -> bool:
     """Whether a dotted name may be imported.
 
     The longest entry that equals or contains the name decides. An entry that begins with `!`
-    refuses. For example, "!pipeline.models.teachers" refuses a part of "pipeline.models".
+    refuses the name. For example, "!pipeline.models.teachers" refuses a part of "pipeline.models".
     """
     entries = [each for each in trusted if is_inside(name, [each.removeprefix("!")])]
     if not entries:

@@ -24,7 +24,8 @@ class Phase:
     """
 
     name: str
-    # called with the recipe's data -> pipeline.data.base.Data, as in pipeline.data.datasets.tasks
+    # Its target receives the recipe's data and returns a `pipeline.data.base.Data`. Targets are in
+    # `pipeline.data.datasets.tasks`.
     data: Spec
     epochs: int | None = None  # None: the recipe's
     # index of the head of a multi-head classifier; None: the network has one head
@@ -106,7 +107,7 @@ class Stretch:
 def timetable(
     lengths: Sequence[tuple[int, int]], *, stop_after: int | None = None
 ) -> tuple[Stretch, ...]:
-    """One stretch for each (epochs, steps per epoch), cut to `stop_after` steps."""
+    """One stretch for each (epochs, steps per epoch). Each has at most `stop_after` steps."""
     stretches: list[Stretch] = []
     first = first_epoch = 0
     for index, (epochs, epoch_steps) in enumerate(lengths):

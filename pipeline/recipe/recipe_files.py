@@ -23,8 +23,8 @@ def load_recipe(path: Path) -> Recipe | Suite:
     A list of recipes becomes a suite without a report.
 
     Raises:
-        ValueError: no such file, a file without `recipe()`, or an invalid recipe; the message names
-        the line of the file.
+        ValueError: the file does not exist, raises an error, or has no `recipe()` that returns
+            recipes. The message names the line if the file raised the error.
     """
     require(
         path.is_file() and path.suffix == ".py",
@@ -69,7 +69,7 @@ def trust_of(
         trust: the values of `--trust`.
 
     Raises:
-        ValueError: a name that cannot be imported.
+        ValueError: a name in `trust` cannot be imported.
     """
     unknown = [name for name in trust if own_code.find_spec(name) is None]
     require(
@@ -90,8 +90,8 @@ def refuse_unnamed(workload: Recipe | Suite, paths: Sequence[Path]) -> None:
     """Refuse parts that a recipe file defines but that cannot be imported again.
 
     Raises:
-        ValueError: a file defines a part, and its name is no module name, or the name of another
-            module.
+        ValueError: a file that defines a part has a name that is not importable, or that another
+            module has.
     """
     targets = targets_of(workload)
     for path in paths:

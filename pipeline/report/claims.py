@@ -73,8 +73,9 @@ def parse_result(value: Any, where: str) -> SuiteResult:
     )
 
 
-# A share; or a function of r, the baseline's ratio of backward to forward time, whose result our
-# value may exceed by a tenth. None: the claim has no bound.
+# The largest share that meets the claim, or a function that returns a share from r. Our value may
+# exceed the returned share by a tenth. r is the baseline's ratio of backward to forward time. None:
+# the claim has no bound.
 Bound = float | Callable[[float], float] | None
 
 
@@ -138,7 +139,8 @@ def share_of_two_forwards(r: float) -> float:
 def accuracy(about: str, group: Group, rule: str, *, within: float | None, published: str) -> Claim:
     """The claim that a rule is at most `within` points below the baseline over paired seeds.
 
-    It is undecided if the interval contains the bound, and not judged if `within` is None.
+    The claim is undecided if the interval contains the bound, and not judged if `within` is None.
+    With fewer than two common seeds, the claim fails if the rule diverged, else it is not judged.
     """
     claim = f"top-1 below {group.against}'s, points"
     bound = "" if within is None else f"<= {within:g}"

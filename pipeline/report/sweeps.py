@@ -13,11 +13,11 @@ from pipeline.report.drawing import Figure, Table, color, drawing, plain, scatte
 from pipeline.report.results import ReportError
 
 LARGEST_SAID = (
-    "The largest batch that fits, with the speed of its forward and backward. The ratio is to the "
-    f"faster {BASELINE} at its own largest batch, so it shows the speed that saved memory brings "
-    "on the same card or machine. A batch with a speed was trained. A batch without a speed is "
-    "estimated from two batches, with a part of the memory left free. 0 means that one sample "
-    "does not fit."
+    "The table shows the largest batch that fits, with the speed of its forward and backward. The "
+    f"ratio divides this speed by that of the faster {BASELINE} at its own largest batch, so the "
+    "ratio shows the speed that saved memory brings on the same card or machine. A batch with a "
+    "speed was trained. A batch without a speed is estimated from two batches, with a part of the "
+    "memory left free. 0 means that one sample does not fit."
 )
 
 
@@ -153,7 +153,7 @@ def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]]) ->
                 }
             )
     growths = [
-        f"{rule} saves {points[-1].saved / points[0].saved:.3g} times the bytes at T ="
+        f"{rule} saves {points[-1].saved / points[0].saved:.3g} times as many bytes at T ="
         f" {points[-1].time_steps} as at T = {points[0].time_steps}"
         for rule, points in by_rule.items()
         if points[0].saved
@@ -191,7 +191,7 @@ def _time(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]]) -> F
     slowest, fastest = at_last[0], at_last[-1]
     alt = f"At T = {last}, {slowest.rule} takes {1e3 * slowest.seconds:.4g} ms"
     if len(at_last) > 1:
-        alt += f", the longest, and {fastest.rule} takes {1e3 * fastest.seconds:.4g} ms"
+        alt += f", the most, and {fastest.rule} takes {1e3 * fastest.seconds:.4g} ms, the least"
     return Figure(
         name="time-against-time-steps",
         title=f"Time against time steps: {sweep['recipe']}",

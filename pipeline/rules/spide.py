@@ -48,14 +48,14 @@ class SPIDE(Rule):
 
     The metrics of the last micro-batch are the spikes per neuron and step in the forward and in the
     backward phase, and the share of saturated backward neurons. The rule warns once if no backward
-    neuron fires, and once if more than half of them saturate.
+    neuron fires although g is not 0, and once if more than half of these neurons saturate.
 
     Args:
         steps: T_B, the number of time steps of the backward phase.
         scale: the factor of the gradient in the backward phase, see above.
         threshold: the threshold of the backward neurons.
-        decay: the decay of the backward neurons. Below 1 they are leaky, and average over about
-            their last 1 / (1 - decay) steps.
+        decay: the decay of the backward neurons. Below 1 they are leaky, and beta averages their
+            emissions over about the last 1 / (1 - decay) steps.
 
     Raises: ValueError for arguments out of range (`__init__`); for over_time="steps", a model
     without an `Equilibrium`, with several, with neurons outside it, or with a norm that mixes time
@@ -159,7 +159,7 @@ class _Adjoint:
         return [beta_B / gain for beta_B in phase.beta]
 
     def record_loss_factor(self, g: Tensor) -> None:
-        """A hook of the loss. It runs before the solve, and its gradient is the factor."""
+        """A hook of the loss, which runs before the solve. The gradient `g` is the factor."""
         self.loss_factor = g.item()
 
     def _warn_once(self, problem: str, message: str) -> None:
@@ -173,8 +173,8 @@ class Ternary:
     """The result of a backward phase.
 
     `beta` is the mean emission of the neurons of each layer. `rate` is the number of emissions per
-    neuron and step. `saturated` is the share of neurons with a final |u| above the quantum; their
-    beta is too small.
+    neuron and step. `saturated` is the share of neurons with a final |u| above the quantum; the
+    |beta| of these neurons is too small.
     """
 
     beta: list[Tensor]
@@ -200,8 +200,8 @@ def ternary_phase(
         beta = sum_t decay^(T_B-t) s[t] / sum_t decay^(T_B-t)
 
     Each layer has its own potentials, and J^T is applied layer by layer from the last to the first.
-    A layer receives the emissions of the layer above in the same step. The last layer receives g,
-    and the emissions of the first layer in the step before.
+    A layer receives the emissions of the layer above from the same step. The last layer receives g,
+    and the emissions of the first layer from the previous step.
 
     With decay 1, the error is at most quantum ||(I - J^T)^-1||_inf / T_B while |beta| < quantum.
     The symmetric reset, quantum = 2 threshold (rest at -threshold), keeps the potentials within
@@ -214,7 +214,7 @@ def ternary_phase(
         quantum: the size of an emission.
     """
     last = len(shapes) - 1
-    # hardshrink keeps |u| > limit in one operation, which is the same as |u| >= threshold.
+    # hardshrink keeps u where |u| > limit. This condition is the same as |u| >= threshold.
     limit = torch.nextafter(g_B.new_tensor(threshold), g_B.new_tensor(0.0)).item()
     potentials, emissions, sums, counts = (
         [g_B.new_zeros(shape) for shape in shapes] for _ in range(4)
@@ -245,7 +245,7 @@ def ternary_phase(
 
 
 def _transposed_layer(vjp: Linearized, layer: int) -> Transposed:
-    """J^T of one layer: mask and divisor of its neurons, then the transposed synapse into it."""
+    """J^T of one layer: mask / divisor of its neurons, then its input synapse, transposed."""
     gain_B, synapse = vjp.masks[layer] / vjp.divisors[layer], vjp.synapses[layer]
     is_limited = isinstance(synapse, LimitedSynapse)
     linear = synapse.synapse if is_limited else synapse

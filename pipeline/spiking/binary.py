@@ -8,7 +8,7 @@
                  dL/dV = g where |V| <= 1, else 0
     "ir"         V = (W - mean W) / sqrt(var W + 1e-8)   a = 1
                  dL/dV = g
-    "learnable"  V = W                                   a >= 1e-5 is learnt, from 2 mean |W| on
+    "learnable"  V = W                                   a >= 1e-5 is learnt, at first 2 mean |W|
                  dL/dV = g where |V| <= a, else 0;   dL/da = sum g sign(V) / sqrt(fan_in)
 
 Each filter has its own mean and (unbiased) variance, and the gradient passes through both. The
@@ -25,8 +25,8 @@ parameter, replaces the synapse's class and cannot be pickled (torch 2.13). The 
 W_b is computed once per batch (`slice_cache.py`), or at each slice if the rule updates W between
 slices. At 768 to 3072 channels this takes 14 ms ("scaled") to 48 ms ("ir"). The synapse itself
 takes 222 ms for 8 images of 196 tokens, forward and backward (one core, torch 2.13). For the
-backward, "scaled" and "learnable" keep no tensor of W's size except the parameter; the others keep
-V.
+backward, "scaled" and "learnable" keep no tensor of W's size except the parameter. "centred" keeps
+V, and "ir" keeps V and W - mean W.
 
 An export can store only the signs if a batch norm is the only consumer of the synapse's output
 (`following_norms`). `fold` moves the scale a > 0 into this batch norm, in evaluation mode:

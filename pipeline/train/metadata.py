@@ -1,8 +1,8 @@
 """The data that a run writes about itself: at the start of an attempt, in each checkpoint, and at
 the end.
 
-The conditions of a run are read from its built parts. So they include the values that a recipe does
-not set.
+The conditions of a run are read from its built parts, so they include values that a recipe does not
+set.
 """
 
 import math
@@ -88,8 +88,9 @@ def hardware_of(ranks: Ranks) -> dict[str, Any]:
 def rule_metrics(rule: Rule, ranks: Ranks, saved: Mapping[str, float]) -> dict[str, float]:
     """The means over ranks of the rule's metrics of the last batch. Collective.
 
-    A metric that is NaN, because no batch of this attempt has set it, has the value in `saved`, the
-    metrics of the restored checkpoint. If `saved` lacks the metric, the result lacks it, too.
+    A metric is NaN if no batch of this attempt has set it. The result then has the value in
+    `saved`, the metrics of the restored checkpoint. If `saved` lacks the metric, the result lacks
+    it, too.
     """
     metrics = rule.metrics()
     if not metrics:
@@ -199,18 +200,17 @@ def _has_own_cores(context: TrainContext) -> bool:
 
 
 def summarise(result: Evaluation, totals: Totals, events: Sequence[Event]) -> dict[str, Any]:
-    """The entries of a summary about accuracy, speed, memory and time. Units are seconds, bytes and
-    shares in 0..1.
+    """The entries of a summary about accuracy, speed, memory and time. Units are seconds, bytes,
+    joules and shares in 0..1.
 
     `events`: the run's whole journal.
 
-    `steady_*` are averages without each attempt's first batch and without batches whose bytes or
-    operations were counted; None if there was no other batch. Saved bytes and states are None if no
-    batch with counted bytes was completed. `wall_s` is the time of all attempts, each from the
-    first line of a worker's code to its last event. `startup_s` is the part of `wall_s` up to the
-    end of each attempt's first batch (imports, compilation, that batch), without work between
-    batches such as evaluations. `net_s` excludes start-up and work that was repeated after
-    restarts.
+    `steady_*` and `images_per_s` are averages without each attempt's first batch and without
+    batches whose bytes or operations were counted; None if there was no other batch. Saved bytes
+    and states are None if no batch with counted bytes was completed. `wall_s` is the time of all
+    attempts (see `_attempt_seconds`). `startup_s` is the part of `wall_s` up to the end of each
+    attempt's first batch (imports, compilation, that batch), without work between batches such as
+    evaluations. `net_s` excludes start-up and work that was repeated after restarts.
     """
     starts = [event for event in events if isinstance(event, Start)]
     seconds = [
@@ -250,11 +250,12 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[Event]) -> di
 
 
 def _attempt_seconds(events: Sequence[Event], attempt: int) -> tuple[float, float]:
-    """The seconds of an attempt from the worker's first line of code to its last event (for the
+    """The seconds of an attempt from its start in the worker's code to its last event (for the
     current attempt: to now), and the seconds of its start-up.
 
     If the clock was set back between two events, no time counts between them. If the attempt ended
-    before its first batch, the time before its event "start" is its start-up.
+    before its first batch, its start-up is the time before its event "start", or all its time
+    without this event.
     """
     own_events = [event for event in events if event.attempt == attempt]
     start = next((event for event in own_events if isinstance(event, Start)), None)
@@ -273,10 +274,10 @@ def _attempt_seconds(events: Sequence[Event], attempt: int) -> tuple[float, floa
 def conditions(
     network: nn.Module, rule: Rule, recipe: Recipe, device: torch.device
 ) -> dict[str, str | int]:
-    """The conditions of a training, for a summary. A value is "none" if the network has no such
-    part, and "a, b" if its parts differ.
+    """The conditions of a training, for a summary. A text about neurons or norms is "none" if the
+    network has none of them, and "a, b" if they differ.
 
-    norm_over            the norms of the network. A norm of another library is "time" with its
+    norm_over            `over` of each `BatchNorm`. A norm of another library is "time" with its
                          class, because it gets the time steps in the batch dimension
     exact                see `exactness`
     steps_per_forward    the time steps in one forward pass of the network, in 1..T

@@ -67,7 +67,7 @@ def run(
                     ),
                     trainer_of,
                 )
-            clock.take()  # drops the seconds of the batches that are rolled back
+            clock.take()  # drops the seconds of batches that the next attempt repeats or skips
             gc.collect()  # frees the memory of the previous attempt
             torch.cuda.empty_cache()  # has no effect on a CPU
             began = time.time()
@@ -108,7 +108,8 @@ def _note_rollback(trainer: Trainer, rollback: Rollback) -> None:
     """Decide which batches the next attempt skips, and write the decision. Collective.
 
     Raises:
-        UserError: the recipe allows no more rollbacks; Diverged if batches caused the rollback.
+        UserError: the recipe allows no more rollbacks. The error is a Diverged if batches caused
+            the rollback.
     """
     recipe, epoch = trainer.recipe, trainer.epoch_of(rollback.step)
     to_step = trainer.saving.newest_step()
@@ -128,10 +129,10 @@ def _note_rollback(trainer: Trainer, rollback: Rollback) -> None:
 
 
 def _note_halving(trainer: Trainer, reason: str) -> None:
-    """Decide on the micro-batch of the next attempt, and write the decision. It is the largest that
-    the recipe accepts, up to half of the current micro-batch.
+    """Decide on the micro-batch of the next attempt, and write the decision.
 
-    The global batch stays the same. Results differ only by the order of sums, unless a module
+    The new micro-batch is the largest that the recipe accepts, up to half of the current one. The
+    global batch stays the same. Results differ only by the order of sums, unless a module
     depends on the micro-batch, as batch norm does.
 
     Raises:

@@ -250,7 +250,7 @@ def test_memory_and_time_against_time_steps():
     assert figure.table.rows[1] == ("BPTT", 4, 4000, None) and "Dotted" not in figure.caption
     assert traces(figure)["SLTT"]["y"] == [1, 1] and set(traces(figure)) == {"BPTT", "SLTT"}
     assert time.table.rows[1] == ("BPTT", 4, 0.75) and traces(time)["BPTT"]["y"] == [750, 750]
-    assert time.alt == "At T = 4, BPTT takes 750 ms, the longest, and SLTT takes 750 ms."
+    assert time.alt == "At T = 4, BPTT takes 750 ms, the most, and SLTT takes 750 ms, the least."
     points = [
         {**point, "cost": {**point["cost"], "state_bytes": 500, "forward_s": point["time_steps"]}}
         for point in SWEEP["points"]
@@ -268,8 +268,8 @@ def test_memory_and_time_against_time_steps():
     assert time.alt == "At T = 4, BPTT takes 4500 ms."
     assert (
         figure.alt
-        == "BPTT saves 4 times the bytes at T = 4 as at T = 1; SLTT saves 1 times the bytes at T ="
-        " 4 as at T = 1."
+        == "BPTT saves 4 times as many bytes at T = 4 as at T = 1; SLTT saves 1 times as many bytes"
+        " at T = 4 as at T = 1."
     )
     assert "commit abc, a cpu" in figure.caption
 

@@ -46,7 +46,7 @@ AREA, RATIO, ATTEMPTS = (0.02, 1 / 3), (0.3, 1 / 0.3), 10  # of erasing
 # indices of OPERATIONS
 _AUTOCONTRAST, _EQUALIZE, _INVERT, _POSTERIZE, _SOLARIZE, _SOLARIZE_ADD = range(TABLE_OPERATIONS)
 _COLOUR, _CONTRAST, _SHARPNESS, _OPERATION_COUNT = 6, 7, 9, len(OPERATIONS)
-# The draws as tables, because arithmetic on a loop counter would turn uint64 into float64.
+# The draws are tables, because arithmetic on a loop counter would turn uint64 into float64.
 _DRAWS = np.arange(COLOUR, COLOUR + 8 * LAYERS, dtype=np.uint64).reshape(LAYERS, 8)
 _ERASE_DRAWS = np.arange(ERASE + 8, ERASE + 8 + 4 * ATTEMPTS, dtype=np.uint64).reshape(ATTEMPTS, 4)
 _IS_ERASED, _NOISE, _ONE, _FOUR = map(np.uint64, (ERASE, ERASE_PIXELS, 1, 4))
@@ -148,9 +148,9 @@ def apply_operation(pixels_SS3, operation, magnitude, sign):
 
 @compiled
 def recolour(pixels_SS3, seed, epoch, index, colour, _, normals):
-    """Apply the drawn operations to uint8 pixels in place.
+    """Apply the drawn operations to uint8 pixels in place; none if `colour` is 0.
 
-    `normals`: quantiles of the normal distribution. `_`: an argument of `erase`.
+    `normals`: quantiles of the normal distribution. `_`: not used; `erase` has an argument in its place.
     """
     for layer in range(LAYERS if colour > 0 else 0):
         if bits(seed, epoch, index, _DRAWS[layer, 0]) >> _S63 == 1:  # with probability 1/2
@@ -176,7 +176,7 @@ def fill_with_noise(out_Chw, seed, epoch, index, normals):
 
 @compiled
 def erase(out_CSS, seed, epoch, index, probability, ratios, normals):
-    """Erase a random rectangle of a view in place.
+    """With the given probability, erase a random rectangle of a view in place.
 
     `ratios`: a table over the range RATIO. `normals`: quantiles of the normal distribution.
     """

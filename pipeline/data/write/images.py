@@ -2,9 +2,10 @@
 
 An image that is stored as JPEG keeps its bytes if it is a JPEG (also a progressive or grey one)
 that fits `max_resolution` and that FFCV's decoder accepts without a warning. Pillow decodes all
-other images (PNG, CMYK, a JPEG with stray bytes or too large) to RGB, shrinks them by area
-averaging if they are too large, and encodes them again. EXIF orientation is ignored, as in
-torchvision's ImageFolder. Images that are not upright are counted as "not rotated".
+other images (PNG, CMYK, a JPEG with stray bytes or too large) to RGB, and shrinks them by area
+averaging if they are too large. They are then stored as a new JPEG or as raw pixels. EXIF
+orientation is ignored, as in torchvision's ImageFolder. Images that are not upright are counted as
+"not rotated".
 """
 
 import ctypes
@@ -73,7 +74,7 @@ class Encoding:
 
     mode: Literal["jpg", "raw", "mixed"]
     max_resolution: int | None = None  # pixels of the longer side; larger images are shrunk
-    quality: int = 90  # of JPEGs that are encoded again
+    quality: int = 90  # of the JPEGs that Pillow encodes
     jpg_share: float = field(default=0.5, init=False)  # of mode "mixed"; manifests store it
 
     kind: ClassVar[Images] = Images()
@@ -225,11 +226,11 @@ def write_folder(
     """Write images in ImageNet's layout: `source/train/<class>/*` and `source/val/<class>/*`.
 
     Args:
-        mode: "jpg" stores JPEGs: those that fit `max_resolution` unchanged, the other images
-            encoded again; "raw" stores pixels; "mixed" stores half of the images as "jpg" does and
-            half as "raw" does.
+        mode: "jpg" stores every image as JPEG, unchanged where possible (see the head of the file);
+            "raw" stores pixels; "mixed" stores half of the images as "jpg" does and half as "raw"
+            does.
         max_resolution: pixels of the longer side; larger images are shrunk.
-        quality: of JPEGs that are encoded again; None: 90.
+        quality: of the JPEGs that Pillow encodes; None: 90.
         max_bad, existing: as in `write_sets`.
 
     Raises:
@@ -279,7 +280,8 @@ def fashion_sets(source: Path | None = None) -> list[Source]:
 def folder_sets(source: Path) -> list[Source]:
     """The images `source/train/<class>/*` and `source/val/<class>/*`.
 
-    A label is the position of a class folder in the sorted names. Images are sorted by name.
+    A label is the position of a class folder in the sorted names. Images are sorted by class, then
+    by name.
 
     Hidden files and folders, folders inside a class folder, files beside the class folders, and
     files without the suffix of an image (`IMAGE_SUFFIXES`) are omitted.

@@ -68,7 +68,7 @@ class CheckpointStore:
         token: the token of the owner, which every change requires; "": no owner is checked.
 
     Raises:
-        CheckpointError: fsspec cannot open the address, or see `refuse_credentials`.
+        CheckpointError: fsspec cannot open the address, or `refuse_credentials` refuses it.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class CheckpointStore:
         self.fs = WithOSErrors(fs)
 
     def names(self) -> list[str]:
-        """The names of the complete checkpoints, oldest first; see `find_damage`."""
+        """The names of the complete checkpoints, oldest first. Their files are not verified."""
         return list(self._complete())
 
     def address(self, name: str) -> str:
-        """The path or URI of a checkpoint or another file in the store; of the store for ""."""
+        """The path or URI of a checkpoint or another file in the store; "": of the store itself."""
         return f"{self.url}/{self.folder_name(name)}".rstrip("/")
 
     def folder_name(self, name: str) -> str:
@@ -175,7 +175,7 @@ class CheckpointStore:
         dies in between, no partly deleted folder counts as a checkpoint.
         """
         self.check_owner()
-        for folder in self._folders():  # oldest first, or a replaced folder would count again
+        for folder in self._folders():  # oldest first; else a replaced folder would count again
             if folder["name"] == name and folder[0] != except_folder:
                 self._remove(folder[0])
 
@@ -209,7 +209,9 @@ class CheckpointStore:
                     self._remove(folder[0])
 
     def check_owner(self) -> None:
-        """Raises: CheckpointError if another driver owns the store."""
+        """Raises: CheckpointError if another driver owns the store, or none does. Without a token,
+        nothing is checked.
+        """
         owner = owner_of(self) if self.token else None
         if self.token and (owner is None or owner.token != self.token):
             raise CheckpointError(
@@ -235,8 +237,8 @@ class CheckpointStore:
         )
 
     def _complete(self) -> dict[str, re.Match[str]]:
-        """The folder that counts of each complete checkpoint, by name of the checkpoint, oldest
-        first.
+        """For each complete checkpoint, the folder that counts, by the name of the checkpoint. The
+        oldest checkpoint is first.
         """
         return {
             folder["name"]: folder for folder in self._folders() if self._is_complete(folder[0])
