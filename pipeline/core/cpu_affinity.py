@@ -60,10 +60,10 @@ def own_cores(
 def near_cores(device: torch.device, *, at_least: int) -> AbstractContextManager[None]:
     """Keep all threads of this process on the cores of its GPU's NUMA node, inside the block.
 
-    Memory is allocated on the node of the thread that touches it first, so these threads' batches
-    do not cross the link between sockets. Nothing changes on a CPU, or on a machine with one node
-    or unknown nodes. Nothing changes either if fewer than `at_least` of this process's logical
-    cores are on the GPU's node: too few cores would cost more time than the link.
+    Memory is allocated on the node of the thread that touches it first, so batches do not
+    cross the link between sockets. Nothing changes on a CPU, or on a machine with one node or
+    unknown nodes. Nothing changes either if fewer than `at_least` of this process's logical cores
+    are on the GPU's node: too few cores would cost more time than the link.
     """
     before = os.sched_getaffinity(0)
     near = before & _cores_near(device) if device.type == "cuda" else before

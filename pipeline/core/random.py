@@ -33,8 +33,8 @@ PAGE = 10  # the samples whose pages are checked: data/ffcv/page_checks.py
 DONOR = 9
 # uses the step instead of the epoch: data/mixing.py
 MIX, MIX_BY_CUT, MIX_SHARE, MIX_Y, MIX_X = 96, 97, 98, 99, 100
-COLOUR = 112  # layer l draws COLOUR + 8l + (0 whether, 1 which, 2 magnitude, 3 sign)
-ERASE = 136  # whether; attempt a draws ERASE + 8 + 4a + (0 area, 1 ratio, 2 top, 3 left)
+COLOUR = 112  # layer l draws COLOUR + 8l + (0 whether, 1 which operation, 2 magnitude, 3 sign)
+ERASE = 136  # whether to erase; attempt a draws ERASE + 8 + 4a + (0 area, 1 ratio, 2 top, 3 left)
 ERASE_PIXELS = 1 << 20  # the first of many draws, one per 4 pixels
 CROP = 16  # attempt a of a random resized crop draws CROP + 4a + (0 area, 1 ratio, 2 top, 3 left)
 
@@ -49,9 +49,9 @@ def signed(number: int) -> int:
 def mixer(convert: Callable[[int], Any]) -> Callable[[Any], Any]:
     """The finaliser of splitmix64, with its constants converted by `convert`.
 
-    With `convert=np.uint64` it is for numpy and numba, where a signed number must not overflow.
-    With `convert=signed` it is for torch and for Python's int: the low 64 bits of the result are
-    then right. The masks make the shifts of signed numbers logical.
+    `convert=np.uint64` is for numpy and numba, where a signed number must not overflow.
+    `convert=signed` is for torch and for Python's int: the low 64 bits of the result are then
+    right. The masks make the shifts of signed numbers logical.
     """
     factor_a, factor_b = convert(0xBF58476D1CE4E5B9), convert(0x94D049BB133111EB)
     shift_a, shift_b, shift_c = map(convert, (30, 27, 31))

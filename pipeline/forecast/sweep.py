@@ -129,7 +129,7 @@ def sweep(
 
     Raises:
         ValueError: the recipe contradicts itself, the data are recordings (their T is fixed),
-            `steps` is empty or contains anything but whole numbers from 1, `at_largest` is set
+            `steps` is empty or has a value that is no whole number from 1, `at_largest` is set
             without `memory_bytes`, the batch is too small (1 sample) to estimate the largest one,
             the batch does not fit into memory, or no rule can train the network.
         DataError: the data cannot be read.
@@ -186,7 +186,7 @@ def sweep(
 def _points(
     bench: Bench, rules: Mapping[str, Spec], batch_search: "_BatchSearch | None", at_largest: bool
 ) -> tuple[list[Point], dict[str, str]]:
-    """The points of all rules at one T. By rule, the reason why its point or size is missing."""
+    """The points of all rules at one T, and the reasons, by rule, for a missing point or size."""
     points: list[Point] = []
     rounds, reasons_at_T = measure_costs(bench, rules)
     for label, costs_of_rule in rounds.items():

@@ -192,8 +192,8 @@ def imported(
         subject: the source of the name, for the message.
 
     Raises:
-        ValueError: the name is not trusted, does not exist, or is none of these: a class, a class
-            method, a function of a module.
+        ValueError: the name is not trusted, does not exist, or is neither a class nor a class
+            method nor a function of a module.
         ModuleNotFoundError: the module imports another one that does not exist.
     """
     require(isinstance(name, str), f"{subject}: a dotted name must be text; got {name!r}")

@@ -24,8 +24,8 @@ class Phase:
     """
 
     name: str
-    # Its target receives the recipe's data and returns a `pipeline.data.base.Data`. Targets are in
-    # `pipeline.data.datasets.tasks`.
+    # Its target receives the recipe's data and returns a `pipeline.data.base.Data`.
+    # `pipeline.data.datasets.tasks` has such targets.
     data: Spec
     epochs: int | None = None  # None: the recipe's
     # index of the head of a multi-head classifier; None: the network has one head

@@ -35,7 +35,7 @@ class SPIDE(Rule):
     The input of the backward phase is `scale` times the gradient g of each sample's own loss. The
     resulting beta is divided by `scale`, so the gradient has the same size as under other rules.
     The spikes depend only on the sample, not on the batch, micro-batches or ranks. The published
-    factor S multiplies the mean loss of 128 samples, so it is `scale` = S / 128 here.
+    factor S multiplies the mean loss of 128 samples, so here `scale` = S / 128.
 
     The emissions are -q, 0 or q with q = 2 threshold. So scale |beta| has the resolution q / T_B,
     and must be below q. If `scale` is too small, no neuron fires. If it is too large, the neurons
@@ -114,7 +114,7 @@ class _Adjoint:
     """The seam `Equilibrium.adjoint`. It has no references to rule or model.
 
     `samples` and `loss_factor` are those of the current micro-batch: its loss is the mean over
-    `samples`, and the backward of a backend multiplies it by `loss_factor`.
+    `samples`, and the backward of a backend multiplies this loss by `loss_factor`.
     """
 
     def __init__(self, steps: int, scale: float, threshold: float, decay: float) -> None:

@@ -150,7 +150,7 @@ def apply_operation(pixels_SS3, operation, magnitude, sign):
 def recolour(pixels_SS3, seed, epoch, index, colour, _, normals):
     """Apply the drawn operations to uint8 pixels in place; none if `colour` is 0.
 
-    `normals`: quantiles of the normal distribution. `_`: not used; `erase` has an argument in its place.
+    `normals`: quantiles of the normal distribution. `_`: the ratios of `erase`, not used here.
     """
     for layer in range(LAYERS if colour > 0 else 0):
         if bits(seed, epoch, index, _DRAWS[layer, 0]) >> _S63 == 1:  # with probability 1/2

@@ -47,7 +47,7 @@ TRAINER, OWNER = "trainer.json", "owner.json"
 WRITING = ".writing-"  # prefix of the folder in which an attempt writes a checkpoint
 _DELETING, _LOCK = ".deleting-", ".lock"
 _FOLDER = re.compile(r"(?P<name>step_\d+)(?:\.(?P<earlier_saves>\d+))?(?P<attempt>-.+)?")
-# the lock file beside the folder to which this process downloads, by staging folder
+# by staging folder: the lock file beside the folder to which this process downloads
 _locks: dict[Path, IO[str]] = {}
 
 
@@ -106,8 +106,8 @@ class CheckpointStore:
         return name if folder is None else folder[0]
 
     def finish(self, temp: Path, name: str) -> str:
-        """Make the folder `temp`, which has its manifest, the checkpoint `name`. Returns its
-        address.
+        """Turn the folder `temp`, which has its manifest, into the checkpoint `name`. Returns the
+        address of the checkpoint.
 
         If the process dies in this method, the store holds either the previous checkpoint of this
         name or the new one.
@@ -284,7 +284,7 @@ def store_at(address: str, run: Path, *, token: str = "") -> CheckpointStore:
 
 def refuse_credentials(address: str) -> None:
     """Refuse an address that may hold credentials, because addresses are written to run folders,
-    journals and job files. Opens nothing.
+    journals and job files. The address is not opened.
 
     Raises:
         CheckpointError: the address holds credentials or a query, or is a chain of addresses.
