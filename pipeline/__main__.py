@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.core.stages import announce_imports
 
-# By module name, the distributions of the extras that have another name.
+# The distribution of each module whose distribution has another name.
 _DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}
 
 

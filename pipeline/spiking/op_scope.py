@@ -3,8 +3,8 @@
     with op_scope("solver"):
         ...                      # operations here are counted under "solver"
 
-Rules open a scope around their own computations. The operation counter (`measure/operations.py`)
-reads `current_scope()`, which is the innermost scope.
+Rules and limited weights open scopes around their own computations. The operation counter
+(`measure/operations.py`) reads `current_scope()`, which is the innermost scope.
 """
 
 from collections.abc import Iterator

@@ -38,7 +38,7 @@ class Beton(FileData):
             the samples (order.py).
 
     Raises:
-        DataError: an option is out of range, contradicts another or has no effect.
+        DataError: an option is unknown or out of range, contradicts another or has no effect.
     """
 
     def __init__(
