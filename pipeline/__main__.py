@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.core.stages import announce_imports
 
-# The distribution of each module whose distribution has another name.
+# The distribution of a module, where the two have different names.
 _DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}
 
 

@@ -43,8 +43,8 @@ class Cluster:
 
     Args:
         workers: the number of processes that train together. With several ascending numbers, the
-            run uses the largest number that the cluster has resources for. It may change while the
-            run trains.
+            run uses the largest number that the cluster has resources for. This number may change
+            while the run trains.
         inline: train one worker in this process, without Ray.
         address: the address of an existing Ray cluster (`auto`, `host:6379`, `ray://...`). None or
             "local": the launch starts a cluster on this machine.
@@ -262,7 +262,8 @@ def cores_and_loader_threads(
 
     One core decodes some hundreds of JPEGs in a second, which leaves a GPU idle most of the time.
     So each worker with a GPU gets the smallest number of cores per GPU over all nodes with GPUs. A
-    worker on a CPU gets one core, which keeps runs comparable. More than one loader thread needs TBB.
+    worker on a CPU gets one core, which keeps runs comparable. Without TBB, `auto` is one loader
+    thread.
 
     Args:
         nodes: the resources of each node, as Ray counts them.

@@ -53,7 +53,7 @@ def evaluate_run(
     """
     require(
         which is None or weights is None,
-        "evaluate: --which must not be given with --weights, which replace the checkpoint; got"
+        "evaluate: --weights replace the checkpoint, so --which must not be given as well; got"
         f" --which {which}",
     )
     recipe = Recipe.read(RunFolder(folder).recipe, trust=trust)

@@ -68,8 +68,8 @@ class NodeReport:
     findings: tuple[Finding, ...] = ()
 
 
-# The folder of runs, and then the folder or the address (s3://bucket/prefix) of checkpoints. Each
-# has the marker that the driver wrote there. None: an address, which has no marker.
+# The folder of runs, and then the folder or the address (s3://bucket/prefix) of checkpoints. The
+# value for a folder is the marker that the driver wrote there. For an address it is None.
 Stores = Mapping[str, Marker | None]
 
 _LABELS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "bad": ("BAD", "bold red")}

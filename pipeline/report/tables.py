@@ -67,8 +67,8 @@ BESIDE_SAID = (
     "Multiplications and additions are those of training on one sample, by purpose. They are "
     f"counted on the third batch of a run and every {OPERATIONS_EVERY}th after it. State bytes are "
     f"counted on the second batch of each start and every {MEMORY_EVERY}th after it. If one of "
-    "these batches is skipped, the next one is counted. Wall clocks exclude start-up, which ends with the first "
-    "batch of each start, and comparisons with BPTT's gradient, which no rule needs."
+    "these batches is skipped, the next one is counted. Wall clocks exclude start-up, which ends "
+    "with the first batch of each start, and comparisons with BPTT's gradient, which no rule needs."
 )
 SCALING_SAID = (
     "Measured, not estimated: steady images/s of finished runs, as the mean over the runs of one "

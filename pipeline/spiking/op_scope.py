@@ -13,8 +13,9 @@ from contextvars import ContextVar
 from typing import Literal
 
 # recomputation: a second forward, for the backward; solver: the adjoint of an equilibrium;
-# feedback: signals to hidden layers, and the update of their matrices; lateral: lateral neurons,
-# and the projection of gradients; rates: means over time; limit: the norm of a limited weight
+# feedback: signals to hidden layers, and the update of feedback matrices; lateral: lateral
+# neurons, and the projection of gradients; rates: means over time; limit: the norm of a limited
+# weight
 OpScope = Literal["recomputation", "solver", "feedback", "lateral", "rates", "limit"]
 
 _current_scope: ContextVar[OpScope | None] = ContextVar("op_scope", default=None)

@@ -45,8 +45,9 @@ class Manifest:
     # The omitted entries of a source folder: for each kind, one line of text with the number and an
     # example. No program reads the text. Older manifests hold records instead of lines.
     left_out: list[Any] = field(default_factory=list)
-    # Counts over the samples. Images stored "as it is", as "jpg" and as "raw", and "not rotated"
-    # (images.py); the "events" of all recordings and their "saturated" counts (recordings.py).
+    # Sums over all samples. Of images: the number stored "as it is", as "jpg" or as "raw", and the
+    # number "not rotated" (images.py). Of recordings: "events" and "saturated" counts
+    # (recordings.py).
     stored: dict[str, int] = field(default_factory=dict)
     # For each grouping, such as "object", the group of each sample.
     groups: dict[str, list[str]] = field(default_factory=dict)
