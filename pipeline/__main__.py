@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.core.stages import announce_imports
 
-# By module name, the distributions of the extras that have another name.
+# The distribution of a module, where the two have different names.
 _DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}
 
 

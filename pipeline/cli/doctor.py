@@ -17,8 +17,8 @@ def doctor(
         typer.Option(
             "--address",
             help=(
-                "address of the Ray cluster to check, such as auto or host:6379; default, like"
-                " local: this machine"
+                "address of the Ray cluster to check, such as auto or host:6379; local, the"
+                " default, is this machine"
             ),
         ),
     ] = None,
@@ -34,7 +34,7 @@ def doctor(
 ) -> None:
     """Check this machine, or each node of the cluster at --address, and advise what to repair.
 
-    The exit code is 1 if a training run would fail.
+    The exit code is 1 if a training run would fail, or if MLflow cannot be used.
     """
     from pipeline.launch.preflight import preflight, print_findings
 

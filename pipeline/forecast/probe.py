@@ -39,8 +39,8 @@ class Probe:
     rounds: Mapping[str, tuple[float, ...]]
     teacher: TeacherCost | None  # not part of any rule's cost
     fidelity: Fidelity | None  # None without BPTT's gradient for comparison
-    refused: Mapping[str, str]  # by rule that cannot train the network: the reason
-    uncompared: Mapping[str, str]  # by rule that can train it but has no gradient: the reason
+    refused: Mapping[str, str]  # for each rule that cannot train the network: the reason
+    uncompared: Mapping[str, str]  # for each other rule without a measured gradient: the reason
     hardware: Mapping[str, object]
 
     def cost(self, rule: str) -> Cost | None:
@@ -113,8 +113,8 @@ def advice(result: Probe) -> str:
 
     The text has one to three sentences. The cheapest rule has the smallest product of seconds and
     bytes (saved, states and the rule's own). Close means a cosine of at least `SAFE`. A layer
-    cannot be judged if its gradient with BPTT is 0, for example with silent neurons. No rule is
-    then called safe.
+    cannot be judged if BPTT's gradient there is not finite or is 0, for example with silent
+    neurons. No rule is then called safe.
     """
     bptt, fastest, fidelity = result.cost(BASELINE), result.time_baseline, result.fidelity
     reasons = {**result.refused, **result.uncompared}
@@ -148,7 +148,7 @@ def advice(result: Probe) -> str:
     unknown_note = f"{_UNKNOWN} in {unknown} of {layers} layers. " if unknown else ""
     return (
         f"{subject} near BPTT's in every layer: the nearest is {rule}, with a cosine of"
-        f" {cosine:.2f} at {layer}. {unknown_note}Only a run shows whether it learns."
+        f" {cosine:.2f} at {layer}. {unknown_note}Only a run shows whether the rule learns."
     )
 
 

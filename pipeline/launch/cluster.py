@@ -31,7 +31,7 @@ OPERATIONAL_FIELDS = (
 )
 # Fields without effect on one worker in this process.
 RAY_FIELDS = ("workers", "address", "cpus_per_worker", "max_restarts", "node_loss")
-# Far above any number that divides a global batch: each number of a range is checked.
+# Limits a range, whose numbers are all checked. Global batches have far smaller divisors.
 MAX_WORKERS = 65_536
 # A week. The watchdog's timers overflow after some hundred years.
 MAX_HANG_MINUTES = 7 * 24 * 60.0
@@ -43,15 +43,16 @@ class Cluster:
 
     Args:
         workers: the number of processes that train together. With several ascending numbers, the
-            run uses the largest number that the cluster has resources for. It may change while the
-            run trains.
+            run uses the largest number that the cluster has resources for. This number may change
+            while the run trains.
         inline: train one worker in this process, without Ray.
         address: the address of an existing Ray cluster (`auto`, `host:6379`, `ray://...`). None or
             "local": the launch starts a cluster on this machine.
         device: whether workers train on GPUs (`workers_use_gpus`).
         cpus_per_worker: the cores that Ray reserves for a worker, and the number of torch's
             threads. `cores_and_loader_threads` explains `auto`.
-        loader_threads: threads that read data in a worker. auto: one per core with a GPU, else one.
+        loader_threads: threads that read data in a worker. auto: one per core if the
+            worker has a GPU and TBB is installed, else one.
         max_restarts: how many times dead workers are restarted until the run makes progress again
             (`ray_trainer.py`).
         hang_minutes: a worker that makes no progress for this time writes the stacks of its threads
@@ -138,13 +139,13 @@ class Cluster:
     ) -> "Cluster":
         """This cluster with the options of a resume; `options` are values of OPERATIONAL_FIELDS.
 
-        If one worker trains in this process, the options for Ray of the launch are ignored.
-        `launcher_of` refuses options for Ray of the resume.
+        If one worker trains in this process, the launch's options for Ray are ignored.
+        `launcher_of` refuses options for Ray that are given at the resume.
 
         Raises:
             ValueError: the run was launched on a Ray cluster, and no address is given. The address
                 in the folder is not used: the folder may be from another person, and a cluster that
-                this process joins gets the token and can run code here.
+                this process joins gets the user's token and can run code here.
         """
         require(
             address is not None or self.address is None or inline,
@@ -260,8 +261,9 @@ def cores_and_loader_threads(
     """The numbers of cores and loader threads of a worker. Only `auto` is replaced.
 
     One core decodes some hundreds of JPEGs in a second, which leaves a GPU idle most of the time.
-    So a worker with a GPU gets the cores of its node divided by the node's GPUs. A worker on a CPU
-    gets one core, which keeps runs comparable.
+    So each worker with a GPU gets the smallest number of cores per GPU over all nodes with GPUs. A
+    worker on a CPU gets one core, which keeps runs comparable. Without TBB, `auto` is one loader
+    thread.
 
     Args:
         nodes: the resources of each node, as Ray counts them.

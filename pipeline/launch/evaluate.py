@@ -48,11 +48,12 @@ def evaluate_run(
         weights: a file with other weights.
 
     Raises:
-        ValueError: both are given, the weights do not fit, or the data is refused.
+        ValueError: `which` and `weights` are both given, the weights do not fit, or the data is
+            refused.
     """
     require(
         which is None or weights is None,
-        "evaluate: --which must not be given with --weights, which replace the checkpoint; got"
+        "evaluate: --weights replace the checkpoint, so --which must not be given as well; got"
         f" --which {which}",
     )
     recipe = Recipe.read(RunFolder(folder).recipe, trust=trust)
@@ -96,7 +97,7 @@ def evaluate_recipe(
             f" got {', '.join(each.name for each in recipe.recipes)}"
         )
     network = _with_weights(recipe, weights, trust=(*trust, *own))
-    require(  # after the errors of the file
+    require(  # errors of the file come first
         not trust or is_export(weights),
         "evaluate: --trust must only be given with a file of spiketrain export, which names the"
         f" code of its network; got --trust {' --trust '.join(trust)} with {weights}",

@@ -1,4 +1,4 @@
-"""`spiketrain doctor`: finds problems that would stop a training, before it starts.
+"""`spiketrain doctor`: finds problems of a training before it starts.
 
 Each node checks its versions, its GPUs and their driver, the shared folders and their locks, and
 whether FFCV can read images. Versions and GPUs are also compared between nodes. Then the nodes
@@ -54,7 +54,7 @@ MLFLOW_TIMEOUT_S = 10.0
 @dataclass(frozen=True)
 class Finding:
     check: str
-    state: Literal["ok", "warn", "bad"]  # `bad`: a training would fail
+    state: Literal["ok", "warn", "bad"]  # `bad`: a training would fail, or MLflow cannot be used
     text: str
     advice: str = ""
 
@@ -68,8 +68,8 @@ class NodeReport:
     findings: tuple[Finding, ...] = ()
 
 
-# The folder of runs, and then the folder or the address (s3://bucket/prefix) of checkpoints. Each
-# has the marker that the driver wrote there. None: an address, which has no marker.
+# The folder of runs, and then the folder or the address (s3://bucket/prefix) of checkpoints. The
+# value for a folder is the marker that the driver wrote there. For an address it is None.
 Stores = Mapping[str, Marker | None]
 
 _LABELS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "bad": ("BAD", "bold red")}
@@ -127,10 +127,10 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
 
 @contextmanager
 def _marker_in(place: str) -> Iterator[Marker | None]:
-    """Inside, a file in the folder `place` that the nodes look for. The file is locked as a driver
-    locks its run.
+    """During the block, the folder `place` has a file that the nodes look for. The file is locked
+    as a driver locks its run.
 
-    None if `place` is an address, which all nodes share.
+    Yields None if `place` is an address, which all nodes share.
     """
     folder = folder_of(place)
     if folder is None:
@@ -249,7 +249,7 @@ def _check_network(runs: Path) -> Finding:
 def check_sums() -> None:
     """Sum a number over all processes.
 
-    Workers with GPUs average gradients over NCCL and exchange everything else over gloo. gloo has
+    Workers with GPUs sum tensors over NCCL, and exchange decisions and objects over gloo. gloo has
     its own ports and may choose another network interface, so both are checked.
 
     Raises:
@@ -419,7 +419,7 @@ def _write_and_read(pixels: Sequence[int]) -> list[int]:
 
 
 def _check_lock(name: str, file: Path) -> Iterator[Finding]:
-    """A finding if this node does not see the driver's lock, which keeps a second driver from a
+    """A finding if this node does not see the driver's lock. The lock stops a second driver of a
     run.
 
     Some storage keeps locks local to each machine (Lustre mounted with localflock, NFS with
@@ -445,9 +445,9 @@ def _check_lock(name: str, file: Path) -> Iterator[Finding]:
 def _check_nfs(name: str, folder: Path) -> Iterator[Finding]:
     """A finding if `folder` is on an NFS whose client may hide a new file.
 
-    A user asks a run to stop or to save by a file in its folder. The client may report for up to a
-    minute (acdirmax) that the file does not exist, unless the NFS is mounted with
-    lookupcache=positive (nfs(5)).
+    A file in the folder of a run asks the run to stop or to save. The client may report for up to a
+    minute (acdirmax) that the file does not exist, unless the NFS is mounted with one of
+    `SAFE_NFS_OPTIONS` (nfs(5)).
     """
     mounts = [
         each
@@ -509,7 +509,7 @@ def _unusable(address: str, node: str, error: Exception) -> Finding:
         "storage",
         f"{node} cannot use {address}",
         error,
-        "check its owner, permissions and mount, and free space if the disk or a quota is full"
+        "check its owner, permissions and mount; free space if the disk or a quota is full"
         if folder_of(address) is not None
         else "check its permissions, and the keys in the node's environment (AWS_ACCESS_KEY_ID;"
         " AWS_ENDPOINT_URL if the store is not Amazon's)",

@@ -156,7 +156,7 @@ class _SpikeCounts:
             and neuron.custom_forward is None
         )
         if fires_ones and s_TB.dtype == torch.float32:
-            # sums the rows in place, without copying them
+            # sums the rows without copying them
             spikes_TN = torch.embedding_bag(s_RN, row_TC, first_T)[0]
         else:
             spikes_TN = torch.ne(s_RN[row_TC.view(steps, -1)], 0).sum(1, dtype=torch.float32)

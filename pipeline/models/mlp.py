@@ -14,9 +14,10 @@ from pipeline.spiking.synapse import Linear, Weights
 
 
 class MLP(nn.Module):
-    """Flattens its input; a linear layer and a neuron per width in `hidden`; a linear classifier.
+    """A linear layer and a neuron for each width in `hidden`, and then a linear classifier.
 
-    For leaky rate neurons the readout weights the time steps (`rate_readout`).
+    The input is flattened first. For leaky rate neurons, the readout multiplies each time step by a
+    weight (`rate_readout`).
 
     Raises: ValueError for sizes below 1.
     """

@@ -83,7 +83,7 @@ _LAYER: dict[str, Callable[[Any], Any]] = {
 class Run:
     """One run: a row of the frame, with its history, which is read on first use.
 
-    Unknown fields are None or empty.
+    Fields that are not known have their defaults.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Run:
     steps_per_epoch: int | None = None
     started: float = 0.0  # unix seconds
     ended: float = 0.0
-    last_heard: float | None = None  # the newest report of a run that MLflow calls running
+    last_heard: float | None = None  # time of the newest report of a run that MLflow calls running
     folder: Path = Path()  # the folder that the run was read from
     damage: str = ""  # why the run cannot be used, if one of its files is damaged
     curve_every: int = 1  # the curve has every n-th point of the journal
@@ -133,7 +133,7 @@ class Run:
         """Mean seconds per batch in each part of the clock.
 
         For a finished run, the parts include evaluations and checkpoints, but not start-up. For
-        another run, they are the mean over the batches that its journal has parts of.
+        any other run, the mean covers the batches whose parts are in the journal.
         """
         if self.summary is None:
             return history.parts(self.journal())
@@ -386,7 +386,7 @@ def describe_machine(hardware: Mapping[str, Any]) -> str:
 def describe_conditions(run: Run, *, between: str = ", ", names_loaders: bool = False) -> str:
     """Machines and workers, such as `a cpu, 2 cores, 2 workers, then a cpu, 2 cores, 1 worker`.
 
-    Loader threads are named if they changed during the run.
+    Loader threads are named if `names_loaders`, or if they changed during the run.
     """
     names_loaders |= len({conditions["loader_threads"] for conditions in run.trained_on}) > 1
     texts: list[str] = []
@@ -419,8 +419,8 @@ def _accumulation(run: Run, conditions: Mapping[str, Any]) -> int:
     return batch_size // math.prod(factors) if batch_size and all(factors) else 1
 
 
-# A driver reports its machine's state to MLflow every 10 s. Without these reports, MLflow receives
-# only points of the curve, evaluations and checkpoints, which can be minutes apart.
+# A driver reports its machine's load to MLflow, by default every 10 s. Without these reports,
+# MLflow receives only points of the curve, evaluations and checkpoints, which can be minutes apart.
 SILENT_S = 900.0
 
 

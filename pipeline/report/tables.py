@@ -52,23 +52,23 @@ MEASURED_SAID = (
 )
 HELD_SAID = (
     "Bytes of one worker by kind, without ZeRO. The rule's tensors are those that the rule learns "
-    "or draws, such as OPZO's matrices and HLOP's rows, and the largest that it records of a "
-    "batch. State bytes are those of the worker with the most. They exist only while a batch is "
-    "trained on; all other bytes stay. States that backward saves, such as traces, are saved bytes "
-    "and are not counted here."
+    "or draws, such as OPZO's matrices and HLOP's rows, and its records of a batch at their "
+    "largest. State bytes are those of the worker with the most. States and records exist only "
+    "while a batch is trained on; all other bytes stay. States that backward saves, such as "
+    "traces, are saved bytes and are not counted here."
 )
 BESIDE_SAID = (
     "Bytes are those of the worker with the most. State bytes are membranes, traces, and tensors "
     "that the slices of a batch share: weights, the first features of a still image, and the "
     "accumulated gradient. Tensors that backward saves are saved bytes, not state bytes. Joules of "
-    "training cover the whole run and one worker's card, as the mean over workers. They come from "
-    "the card's own counter (NVML) and include idle power. The measured energy of an inference is "
-    f"{MEASURED_SAID}. The other energies of an inference are estimates. Multiplications and "
-    "additions are those of training on one sample, by purpose. They are counted on the third "
-    f"batch of a run and every {OPERATIONS_EVERY}th after it. State bytes are counted on the "
-    f"second batch of each start and every {MEMORY_EVERY}th after it. If one of these batches is "
-    "skipped, the next one is counted. Wall clocks exclude start-up, which ends with the first "
-    "batch of each start, and comparisons with BPTT's gradient, which no rule needs."
+    "training are those of one worker's card over the whole run, as the mean over workers. They "
+    "come from the card's own counter (NVML) and include idle power. The measured energy of an "
+    f"inference is {MEASURED_SAID}. The other energies of an inference are estimates. "
+    "Multiplications and additions are those of training on one sample, by purpose. They are "
+    f"counted on the third batch of a run and every {OPERATIONS_EVERY}th after it. State bytes are "
+    f"counted on the second batch of each start and every {MEMORY_EVERY}th after it. If one of "
+    "these batches is skipped, the next one is counted. Wall clocks exclude start-up, which ends "
+    "with the first batch of each start, and comparisons with BPTT's gradient, which no rule needs."
 )
 SCALING_SAID = (
     "Measured, not estimated: steady images/s of finished runs, as the mean over the runs of one "

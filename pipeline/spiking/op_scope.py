@@ -3,8 +3,8 @@
     with op_scope("solver"):
         ...                      # operations here are counted under "solver"
 
-Rules open a scope around their own computations. The operation counter (`measure/operations.py`)
-reads `current_scope()`, which is the innermost scope.
+Rules and limited weights open scopes around their own computations. The operation counter
+(`measure/operations.py`) reads `current_scope()`, which is the innermost scope.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,9 @@ from contextvars import ContextVar
 from typing import Literal
 
 # recomputation: a second forward, for the backward; solver: the adjoint of an equilibrium;
-# feedback: signals to hidden layers, and the update of their matrices; lateral: lateral neurons,
-# and the projection of gradients; rates: means over time; limit: the norm of a limited weight
+# feedback: signals to hidden layers, and the update of feedback matrices; lateral: lateral
+# neurons, and the projection of gradients; rates: means over time; limit: the norm of a limited
+# weight
 OpScope = Literal["recomputation", "solver", "feedback", "lateral", "rates", "limit"]
 
 _current_scope: ContextVar[OpScope | None] = ContextVar("op_scope", default=None)

@@ -62,7 +62,7 @@ _BLOCK_BYTES = 4 << 20  # the part of a journal that is read at a time
 
 @dataclass(frozen=True, kw_only=True)
 class SyncReport:
-    """The number of points that were sent, and of those that MLflow already had."""
+    """The numbers of points that were sent, and of points that MLflow already had."""
 
     delivered: int
     already_there: int
@@ -90,18 +90,18 @@ def sync(run_dir: str | os.PathLike[str], *, uri: str) -> SyncReport:
     delivery = Delivery(Path(run_dir), uri=uri)
     with tracking_errors(uri):
         if not delivery.advance(leaving="unless driven"):
-            raise TrackingError(f"{run_dir}: must have begun to be delivered; has no start event")
+            raise TrackingError(f"{run_dir}: must have a start event to be delivered; has none")
     return SyncReport(
         delivered=delivery.delivered, already_there=delivery.translation.already_there
     )
 
 
 class Mirror:
-    """Delivers a run's journal to MLflow from a daemon thread, until `close`. The thread also
+    """Delivers a run's journal to MLflow from a daemon thread, until `close`. A second thread
     samples the machine's load (`Sampler`).
 
-    The thread waits for a journal that does not exist yet. A failed delivery raises no error and is
-    repeated. `warning` describes the failure in one line, and is None after a success.
+    The first thread waits for a journal that does not exist yet. A failed delivery raises no error
+    and is repeated. `warning` describes the failure in one line, and is None after a success.
 
     Args:
         interval_s: seconds between two deliveries. After each failure in a row, the interval is
@@ -235,7 +235,7 @@ class Delivery:
         runs = self.client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{uuid}'")
         if runs:
             run_id, *duplicates = sorted(run.info.run_id for run in runs)
-            for duplicate in duplicates:  # a server that hung may create a run after a retry did
+            for duplicate in duplicates:  # a server that hung may create a run at each try
                 self.client.delete_run(duplicate)
             run = self.client.get_run(run_id)
             if self._parent_id not in (None, run.data.tags.get(PARENT_OF)):
@@ -323,9 +323,9 @@ class Translation:
 
     A value cannot be replaced in MLflow. An evaluation or a fidelity measurement may be repeated,
     because the run may return to an earlier step: it may fail or stop, or its ranks may have
-    different weights. So the measurement is sent only once a later checkpoint or a checkpoint of
-    its step is complete, or the run has finished or diverged. Training metrics of batches that were
-    rolled back are sent at once and stay; a tag names the steps.
+    different weights. So the measurement is sent when a checkpoint of its step or a later one is
+    complete, or when the run has finished or diverged. Training metrics of batches that were rolled
+    back are sent at once and stay; a tag names the steps.
 
     `held` has the newest step of each metric in MLflow at the beginning. `already_there` is the
     number of points that were not sent because MLflow had them.
@@ -431,8 +431,8 @@ def log_report(page: Path, runs: Sequence[Path], *, name: str, data: str, uri: s
     The page replaces an older page of this name. Runs that were launched alone have no parent.
 
     Args:
-        data: the content of the page as JSON. If `name` is `report.html`, a suite's own report, it
-            is logged as `report.json`.
+        data: the content of the page as JSON. If `name` is `report.html`, a suite's own report,
+            the data is logged as `report.json`.
 
     Raises:
         TrackingError: MLflow cannot be used.
@@ -480,7 +480,7 @@ def register(
     delivery = Delivery(run_dir, uri=uri)
     with tracking_errors(uri):
         if not delivery.advance(leaving="unless driven"):
-            raise TrackingError(f"{run_dir}: must have begun to be registered; has no start event")
+            raise TrackingError(f"{run_dir}: must have a start event to be registered; has none")
         with one_at_a_time(run_dir.parent):
             client, run = delivery.client, delivery.client.get_run(delivery.run_id)
             address = checkpoint.resolve().as_uri()

@@ -182,7 +182,9 @@ def build_optimizer(recipe: Recipe, network: nn.Module, rule: Rule) -> torch.opt
 
 
 def exclude_from_decay(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Exclude `parameters` from weight decay: they move to new parameter groups.
+    """Exclude `parameters` from weight decay.
+
+    If their group has other parameters, they move to a new group.
 
     timm (1.0.31) can do this only for groups that it makes itself, by names that the outermost
     network lists in `no_weight_decay`.

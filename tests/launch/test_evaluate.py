@@ -115,7 +115,7 @@ def test_a_run_with_the_weights_of_a_file(done: Done, refused: Refused, tmp_path
     words = ("evaluate", tmp_path / "run")
     assert done(*words, "--weights", file).startswith("run (other.safetensors, T = 3): top-1 ")
     error = refused(*words, "--weights", file, "--which", "best")
-    assert "--which must not be given with --weights, which replace" in error
+    assert "--weights replace the checkpoint, so --which must not be given" in error
     assert error.endswith("; got --which best")
     assert "--set must come with a recipe file" in refused(*words, "--set", "epochs=1")
 

@@ -443,7 +443,7 @@ def test_names_and_values_that_mlflow_refuses(fake_run: Callable, sqlite_store: 
 def test_nothing_to_deliver(fake_run: Callable, sqlite_store: str):
     run = fake_run()
     assert Mirror(run.folder, uri=sqlite_store, interval_s=0.05).close(20)
-    with pytest.raises(TrackingError, match="must have begun to be delivered"):
+    with pytest.raises(TrackingError, match="must have a start event to be delivered"):
         sync(run.folder, uri=sqlite_store)
 
 

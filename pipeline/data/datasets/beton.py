@@ -9,7 +9,7 @@ from pipeline.core.errors import require_data
 from pipeline.data.ffcv.files import FileData, Part, check_view_options
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-VAL_RATIO = 224 / 256  # of the shorter side: as after resizing it to 256 and cropping 224
+VAL_RATIO = 224 / 256  # of the shorter side, as if it were resized to 256 and then cropped to 224
 
 
 class Beton(FileData):
@@ -38,7 +38,7 @@ class Beton(FileData):
             the samples (order.py).
 
     Raises:
-        DataError: an option is out of range, contradicts another or has no effect.
+        DataError: an option is unknown or out of range, contradicts another or has no effect.
     """
 
     def __init__(

@@ -3,10 +3,10 @@
 The import of FFCV 1.0.2 creates a numba dictionary, which takes numba 3 s to compile. Only Python
 code reads the dictionary, so a plain one replaces it.
 
-FFCV sets torch's number of threads when it is imported and when a loader is made. This module
-restores the number. If torch finds a GPU, FFCV's loader thread creates CUDA streams. A new thread
-starts on device 0, so every rank would open a context on that GPU. Our loaders compute only on the
-CPU and need no stream, so this module sets FFCV's `IS_CUDA` to False.
+FFCV sets torch's number of threads when it is imported and when a loader is made.
+`keep_torch_threads` restores the number. If torch finds a GPU, FFCV's loader thread creates CUDA
+streams. A new thread starts on device 0, so every rank would open a context on that GPU. Our
+loaders compute only on the CPU and need no stream, so this module sets FFCV's `IS_CUDA` to False.
 """
 
 from collections.abc import Iterator

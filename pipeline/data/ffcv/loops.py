@@ -113,5 +113,5 @@ def draw_shift(reach, seed, epoch, index):
 
 @compiled
 def draw_mirror(flip, seed, epoch, index):
-    """Draw whether a sample is mirrored: never with `flip` 0, with probability 1/2 with 1."""
+    """Draw whether a sample is mirrored: never if `flip` is 0, with probability 1/2 if it is 1."""
     return flip == 1 and below(bits(seed, epoch, index, _FLIP), 2) == 1

@@ -1,6 +1,6 @@
 """The manifest of a .beton: `<name>.beton.manifest.json` beside it.
 
-It is written with the file. Every run compares the file with it at its start. FFCV (1.0.2) decodes
+Both files are written together, and every run compares them at its start. FFCV (1.0.2) decodes
 damaged bytes without an error, so the manifest has a checksum for each page and each region of the
 file. The content hash depends only on the samples and the class names, not on the layout of the
 file or the number of worker processes. It identifies the data of a study.
@@ -45,8 +45,9 @@ class Manifest:
     # The omitted entries of a source folder: for each kind, one line of text with the number and an
     # example. No program reads the text. Older manifests hold records instead of lines.
     left_out: list[Any] = field(default_factory=list)
-    # Counts over the samples. Images stored "as it is", as "jpg" and as "raw", and "not rotated"
-    # (images.py); the "events" of all recordings and their "saturated" counts (recordings.py).
+    # Sums over all samples. Of images: the number stored "as it is", as "jpg" or as "raw", and the
+    # number "not rotated" (images.py). Of recordings: "events" and "saturated" counts
+    # (recordings.py).
     stored: dict[str, int] = field(default_factory=dict)
     # For each grouping, such as "object", the group of each sample.
     groups: dict[str, list[str]] = field(default_factory=dict)
@@ -92,8 +93,8 @@ def read(path: Path) -> Manifest:
         manifest = Manifest(**body)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"data: {manifest_path} is damaged or no {FORMAT} {VERSION} ({error}); restore it or"
-            " write the data again"
+            f"data: {manifest_path} is damaged or is not a {FORMAT} {VERSION} ({error});"
+            " restore it or write the data again"
         ) from error
     require_data(
         manifest.file == path.name,
@@ -171,7 +172,7 @@ def content_of(path: Path, classes: list[str]) -> str:
 
 
 def xxh3(path: Path, offset: int, length: int) -> str:
-    """The xxh3-64 of a part of a file, or of the bytes before the file's end if it is shorter."""
+    """The xxh3-64 of a part of a file. Bytes beyond the end of the file are ignored."""
     digest, end = xxhash.xxh3_64(), offset + length
     with path.open("rb", buffering=0) as file:
         while offset < end and (

@@ -53,8 +53,8 @@ def forged(text: str, **changes) -> str:
     [
         (lambda text: text[:300], r"manifest 1 \(Expecting value"),
         (lambda text: text.replace('"samples": 61', '"samples": 60'), "own checksum differs"),
-        (lambda text: '{"format": "something else"}', "is damaged or no spiketrain beton manifest"),
-        (lambda text: "[1, 2]", "is damaged or no spiketrain beton manifest 1"),
+        (lambda text: '{"format": "something else"}', "or is not a spiketrain beton manifest"),
+        (lambda text: "[1, 2]", "is damaged or is not a spiketrain beton manifest 1"),
         (lambda text: forged(text, version=2), r"manifest 1 \(it is a spiketrain beton manifest 2"),
         (lambda text: forged(text, classes=None), "missing .* 'classes'"),
         (lambda text: forged(text, more=1), "unexpected keyword argument 'more'"),
