@@ -127,7 +127,7 @@ def sweep(
             "--batch",
             noun="samples",
             metavar="N|auto",
-            help="samples; default: the micro-batch of one worker; auto: also estimate the largest",
+            help="samples; default: one worker's micro-batch; auto: also estimate the largest one",
         ),
     ] = None,
     memory: Annotated[
@@ -208,8 +208,9 @@ def plan(
 ) -> None:
     """Before a launch: memory, speed, hours and energy of each rule, by a model.
 
-    A step of full size is counted without being run. With --device here, small batches are timed.
-    The data are not needed. Recipes of one file that differ only in their rules share a table.
+    A step of full size is counted without being run, so neither a GPU nor the data are needed. With
+    --device here, small batches are timed as well. Recipes of one file that differ only in their
+    rules share a table.
     """
     workload = load_changed(recipe, changes, tiny)
     from pipeline.forecast.plan import DEVICES, Cluster, plan_inputs
@@ -277,7 +278,9 @@ def _print(
     *,
     as_json: bool,
 ) -> None:
-    """Print the forecast of a recipe, or of each group of several recipes. JSON has a list of them.
+    """Print the forecast of a recipe, or of each group of several recipes.
+
+    With `as_json`, several recipes give one list.
 
     Args:
         forecast: called with a recipe, and with the keyword `rules` for further rules.

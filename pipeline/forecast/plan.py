@@ -3,7 +3,7 @@
     step = compute + teacher + communication + optimizer
 
 The sum is a model, not a measurement. Work and memory are counted at full size on tensors without
-values (`step_counts.py`); no data set is needed. The model has no time of waiting for data.
+values (`step_counts.py`); no data set is needed. The model assumes no waiting for data.
 
 A card takes the longer of two times: its roofline time over its efficiency, and the time to launch
 all kernels. The roofline has no caches: each kernel reads the previous kernel's output again from
@@ -79,7 +79,7 @@ from pipeline.train.build import check_recipe
 
 # Floating-point operations of the larger timed batch on machines like this one.
 LIMIT = {"cpu": 3e9, "cuda": 3e12}
-TIMED = (3, 50)  # minimum and maximum number of timed batches; 10 batches of LIMIT operations
+TIMED = (3, 50)  # minimum and maximum number of timed batches; 10 if a batch has LIMIT operations
 
 
 @dataclass(frozen=True, kw_only=True)

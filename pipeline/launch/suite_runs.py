@@ -159,7 +159,7 @@ def train_side_by_side(suite: SuiteRuns, launcher: Launcher, slots: int, console
     first error is raised when the other runs have ended.
 
     Raises:
-        LaunchError: a run failed. The message ends with its driver's last line, signal or status.
+        LaunchError: a run failed. The message has the driver's last line, signal or exit status.
         UserError: a run was refused.
         OSError, ValueError: the folder or the driver of a run could not be made.
     """

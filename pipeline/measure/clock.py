@@ -75,7 +75,7 @@ class Clock:
             self._starts += name, self._now()
 
     def take(self) -> list[dict[str, float]]:
-        """The seconds by part and in REST, for each batch completed since the last `take`.
+        """The seconds of each part and of REST, for each batch completed since the last `take`.
 
         It waits for the device.
         """

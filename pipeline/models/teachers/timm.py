@@ -24,7 +24,7 @@ from pipeline.models.teachers.probe import Probe
 from pipeline.models.teachers.weights import Hub, Untrained, Weights
 from pipeline.recipe.spec import spec
 
-# Rounding steps in 0..1. Each is coarser than float32's error (1e-7), finer than an 8-bit level.
+# Rounding steps in 0..1, coarser than float32's error (1e-7) and much finer than an 8-bit level.
 LEVELS = 255 * 1024
 
 
