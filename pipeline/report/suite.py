@@ -100,9 +100,8 @@ def print_suite(
         The result of the suite's own report if it was printed as a table; otherwise None.
 
     Raises:
-        ValueError: the suite cannot be read or compared, its own report fails, JSON of its own
-            report is asked for before all runs are done, or `against` or `within` is set for a
-            suite with its own report.
+        ValueError: the suite cannot be read or compared. If it has its own report: the report
+            fails, `against` or `within` is set, or "json" is set before all runs are done.
     """
     console = console or new_console()
     notes_console = console if format == "table" else new_console(stderr=True)
