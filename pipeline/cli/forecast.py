@@ -127,7 +127,7 @@ def sweep(
             "--batch",
             noun="samples",
             metavar="N|auto",
-            help="samples; auto: the micro-batch of one worker, and estimate the largest that fits",
+            help="samples; default: one worker's micro-batch; auto: also estimate the largest one",
         ),
     ] = None,
     memory: Annotated[
@@ -208,8 +208,9 @@ def plan(
 ) -> None:
     """Before a launch: memory, speed, hours and energy of each rule, by a model.
 
-    A step of full size is counted without being run. Neither the machines nor the data are needed.
-    A file of several recipes gives one table for each network.
+    A step of full size is counted without being run, so neither a GPU nor the data are needed. With
+    --device here, small batches are timed as well. Recipes of one file that differ only in their
+    rules share a table.
     """
     workload = load_changed(recipe, changes, tiny)
     from pipeline.forecast.plan import DEVICES, Cluster, plan_inputs
@@ -277,11 +278,13 @@ def _print(
     *,
     as_json: bool,
 ) -> None:
-    """Print the forecast of a recipe, or of each network of several recipes: as JSON, a list.
+    """Print the forecast of a recipe, or of each group of several recipes.
+
+    With `as_json`, several recipes give one list.
 
     Args:
         forecast: called with a recipe, and with the keyword `rules` for further rules.
-        network_key: recipes with equal keys share a network.
+        network_key: recipes with equal keys form a group, which shares a forecast.
         show: prints a forecast as a table, or returns its JSON.
     """
     from pipeline.forecast.bench import RULES, group_by_network

@@ -17,7 +17,7 @@ Against = Annotated[str, typer.Option("--against", metavar="RULE", help="the bas
 Within = Annotated[
     float,
     number_option(
-        "--within", help="points of top-1 below the baseline that are equal (paired seeds)"
+        "--within", help="tolerated loss against the baseline, in points of top-1 (paired seeds)"
     ),
 ]
 
@@ -34,7 +34,7 @@ def compare(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006  (typer reads the default, nothing changes it)
 ) -> None:
-    """Print cost and accuracy of each rule, with ratios to the BPTT run of the same study, or a
+    """Print cost and accuracy of each rule, with ratios to the baseline of the same study, or a
     suite's report.
     """
     from pipeline.report.compare import print_comparison
@@ -70,9 +70,9 @@ def report(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Write one HTML page with figures and tables: the costs and savings of each rule beside BPTT.
+    """Write one HTML page of figures and tables: each rule's costs and savings beside the baseline.
 
-    The page needs no network. In MLflow it becomes an artifact of each suite with one of the runs.
+    The page needs no network. MLflow stores it with each suite that launched one of the runs.
     """
     from pipeline.report.page import publish, write
     from pipeline.report.suite import read_study
@@ -141,7 +141,7 @@ def dashboard(
 
 @commands.command("runs", epilog="Example: spiketrain runs --runs /scratch/runs")
 def runs_(runs: Runs = RUNS) -> None:
-    """List suites and runs with their state and the command that resumes each."""
+    """List suites and runs with their states, and the commands that resume unfinished ones."""
     from pipeline.report.selection import print_runs
 
     print_runs(runs)

@@ -1,8 +1,8 @@
 """A recipe's network and one batch of its data, for trying rules before training.
 
-Every rule gets a copy of the network with its initial weights, and the same batch. It trains in the
-loop of a run, at a learning rate of 0. Of a recipe with a teacher, only the loss of the labels is
-used. Of a recipe with several tasks, only the first task is used.
+Every rule gets a copy of the network with its initial weights, and the same batch. The rule trains
+in the loop of a run, at a learning rate of 0. A recipe with a teacher uses only the loss of the
+labels. A recipe with several tasks uses only the first task.
 
 A teacher costs the same for every rule and T: one forward pass per batch, without a graph. It is
 measured separately and with random weights, so that nothing is downloaded.
@@ -75,7 +75,7 @@ RULES = (
     spec(spide.SPIDE),
 )
 UNTIMED = 3  # batches for warm-up, for the count of bytes, and for the count of operations
-WARM_UP = 2  # batches before a measurement of time as in a run
+WARM_UP = 2  # batches before the measurement of `Bench.seconds`
 TIMED = 5  # batches
 # Share of memory that remains free for fragmentation, workspaces, the driver, and the difference
 # between a small batch and a large one.
@@ -91,7 +91,7 @@ class RuleBytes:
 
     rule: str
     peak_saved_bytes: int
-    state_bytes: int  # states that backward does not save as well
+    state_bytes: int  # of states, without those saved for backward
     rule_bytes: int  # the rule's own parameters and records
 
     @property
@@ -108,8 +108,8 @@ class RuleBytes:
 class Cost(RuleBytes):
     """The cost of one rule on one batch."""
 
-    # The increase of resident memory in a batch, or on a GPU of the allocator's memory. It includes
-    # gradients and workspaces, but neither the network nor the batch. None if the kernel cannot
+    # The peak increase of resident memory in a batch; on a GPU, of the allocator's memory. It
+    # includes gradients and workspaces, but neither the network nor the batch. None if Linux cannot
     # reset the peak.
     peak_memory_bytes: int | None
     # Median seconds of a batch, without collectives and the optimizer.
@@ -233,7 +233,7 @@ class Bench:
         """Mean seconds of the parts of a batch, as in a run.
 
         The parts are "forward", "backward", "loop" (the rest of the loop), "communication" and
-        "optimizer". The recipe's own backend is used; its process group must exist. The mean
+        "optimizer". The recipe's own backend is used, and a process group must exist. The mean
         is used, not the median, because a rare slow batch also delays training.
 
         Raises: as `cost`.
@@ -306,7 +306,7 @@ class Bench:
         return Ranks(distributed.get_rank(), distributed.get_world_size(), device_here().type)
 
     def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
-        """The rule's gradients by synapse in fp32: `DRAWS` of them if the rule draws time steps.
+        """The rule's gradient by synapse in fp32; `DRAWS` gradients if the rule draws time steps.
 
         They are kept in host memory, because the next rule needs the memory of the GPU.
 
@@ -396,7 +396,7 @@ def rules_by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:
 def group_by_network(
     recipes: Sequence[Recipe], inputs: Callable[[Recipe], object]
 ) -> Iterator[tuple[Recipe, tuple[Spec, ...]]]:
-    """Group recipes that differ only in their rules, so that `inputs(recipe)` is equal.
+    """Group recipes with equal `inputs(recipe)`. The recipes of a group differ only in their rules.
 
     Yields one recipe for each group, named after its members, with the rules of all members.
 
@@ -456,7 +456,7 @@ def measure_costs(
 
 
 def median_cost(rounds: Sequence[Cost]) -> Cost:
-    """A rule's cost with median seconds. All other values are the same in each round."""
+    """A rule's cost with median seconds. All other values are those of the first round."""
     return replace(
         rounds[0],
         forward_s=statistics.median(cost.forward_s for cost in rounds),

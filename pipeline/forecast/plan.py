@@ -2,8 +2,8 @@
 
     step = compute + teacher + communication + optimizer
 
-It is a model, not a measurement. Work and memory are counted at full size on tensors without
-values (`step_counts.py`); no data set is needed. The model assumes that loaders keep up.
+The sum is a model, not a measurement. Work and memory are counted at full size on tensors without
+values (`step_counts.py`); no data set is needed. The model assumes no waiting for data.
 
 A card takes the longer of two times: its roofline time over its efficiency, and the time to launch
 all kernels. The roofline has no caches: each kernel reads the previous kernel's output again from
@@ -17,8 +17,8 @@ determine the line:
 
     t(B) = t(b) + (t(b) - t(a)) / (b - a) (B - b)
 
-Both sizes are small, because the operations of `b` samples are limited. If one sample exceeds that
-limit, only one size is timed, and its seconds are multiplied by B. The teacher is timed likewise.
+Both sizes are small, because the operations of `b` samples are limited. If `b` is 1, only
+that size is timed, and its seconds are multiplied by B. The teacher is timed likewise.
 
 DeepSpeed 0.19.8 holds and moves the following bytes, for parameters P, gradients G and optimizer
 state O on a ring of N workers with n backward calls per batch:
@@ -27,8 +27,9 @@ state O on a ring of N workers with n backward calls per batch:
     ZeRO-1   holds P + G + (O + P) / N + bucket    moves 2 (N-1)/N G + (N-1)/N P
     ZeRO-2   holds P + (G + O + P) / N + bucket    moves 2 (N-1)/N n G + (N-1)/N P
 
-Gradients are reduced in a bucket, which is as large as all of them. P / N is the master copy of a
-worker's part. A rule that updates the weights at every time step communicates at every time step.
+Gradients are reduced in a bucket, which is as large as all of them. P / N is a worker's part of
+the master copy of the parameters. A rule that updates the weights at every time step communicates
+at every time step.
 
 Source: Williams, Waterman & Patterson 2009 (doi 10.1145/1498765.1498785) for the roofline.
 """
@@ -78,12 +79,12 @@ from pipeline.train.build import check_recipe
 
 # Floating-point operations of the larger timed batch on machines like this one.
 LIMIT = {"cpu": 3e9, "cuda": 3e12}
-TIMED = (3, 50)  # minimum and maximum number of timed batches; it is 10 at the limit
+TIMED = (3, 50)  # minimum and maximum number of timed batches; 10 if a batch has LIMIT operations
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """The data sheet of a card. The figures are dense, without structured sparsity."""
+    """The data sheet of a card. Its figures are for dense matrices, without structured sparsity."""
 
     name: str
     flops: Mapping[str, float]  # per second, by precision; a multiply-add counts as two
@@ -180,13 +181,13 @@ class Planned:
     micro_batch: int
     accumulation: int
     saved_bytes: int
-    memory_bytes: float  # peak per worker, of the network, the optimizer, the rule and the batch
+    memory_bytes: float  # peak per worker, of everything that training and the teacher hold
     # for one micro-batch on one worker, without the optimizer:
     flops: int
     moved_bytes: int
     kernels: int
     forecast_note: str  # how the rule was counted, if its work depends on values
-    compute_s: float  # per batch, as are the following:
+    compute_s: float  # per batch, like the next three:
     teacher_s: float  # the teacher's predictions; 0 without a teacher
     communication_s: float
     optimizer_s: float
@@ -213,7 +214,7 @@ class Plan:
     teacher: str | None  # the teacher; its time and bytes are part of every rule's figures
     teacher_bytes: int
     rules: tuple[Planned, ...]
-    refused: Mapping[str, str]  # by rule: why it cannot train the network, or does not fit
+    refused: Mapping[str, str]  # by rule: why it cannot train or be timed, or does not fit
 
 
 def plan(
@@ -225,8 +226,8 @@ def plan(
 
     Raises:
         ValueError: the recipe contradicts itself or has phases, the device does not support the
-            precision of the recipe or of its teacher, an epoch has no whole batch, or this machine
-            has too few cores or cards for the workers.
+            precision of the recipe or of its teacher, an epoch has no whole batch, this machine has
+            too few cores or cards for the workers, or a timing process failed.
     """
     say_stage("building the network")
     check_recipe(recipe.with_untrained_teacher(), cluster.workers)
@@ -321,7 +322,7 @@ class _Fit:
 class _Planner:
     """The values that all rules share: the batch, and the bytes that a worker holds and sends.
 
-    Its methods return seconds per batch by the names of fields of `Planned`.
+    `seconds_on` and `seconds_here` return seconds per batch by the names of fields of `Planned`.
     """
 
     def __init__(self, recipe: Recipe, cluster: Cluster) -> None:
@@ -481,7 +482,8 @@ class _Planner:
     def fit(self, rule: Spec) -> _Fit:
         """Choose the recipe's micro-batch, and the lowest ZeRO stage at which it fits.
 
-        If it fits at no stage, choose the largest micro-batch that fits at any stage.
+        If it fits at no stage, choose the largest micro-batch that fits at any stage. A rule that
+        updates the weights at each time step keeps the recipe's micro-batch.
 
         Raises: ValueError if the rule cannot train the network, or no micro-batch fits.
         """

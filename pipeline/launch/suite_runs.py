@@ -60,7 +60,6 @@ class SuiteRuns:
         return self.cluster.resume_address(Cluster.from_json(self.suite_file.cluster))
 
     def is_over(self, name: str) -> bool:
-
         return is_over(self.folders[name], is_needed=name in self._sources)
 
     @cached_property
@@ -72,12 +71,12 @@ class SuiteRuns:
         return [recipe for recipe in self.suite_file.suite.recipes if not self.is_over(recipe.name)]
 
     def can_start(self, recipe: Recipe) -> bool:
-        """Whether all runs are over that this run depends on, for weights or for the best trial."""
+        """Whether all runs are over whose weights or results this run needs."""
         return all(self.is_over(name) for name in prerequisites(self.suite_file.suite, recipe))
 
     def job(self, recipe: Recipe) -> Job:
-        """The job of a run. If the run has no folder yet, its recipe is completed with the best
-        value of its trials and with the weights that it starts from, and its folder is made.
+        """The job of a run. If the run has no folder yet, its recipe is completed with the value
+        of the best trial and with paths of trained weights, and its folder is made.
 
         Raises:
             ValueError: the folder is damaged or not of this suite, or the completed recipe is
@@ -133,7 +132,7 @@ def count_parallel_runs(launcher: Launcher, side_by_side: CountOrAuto) -> int:
     """The number of runs that train at the same time. `auto`: as many as there are resources for.
 
     Raises:
-        UserError: there are too few cores or GPUs, or `auto` where their number is unknown.
+        UserError: there are too few cores or GPUs, or `auto` is used but their number is unknown.
     """
     if side_by_side == 1:
         return 1
@@ -154,12 +153,13 @@ def count_parallel_runs(launcher: Launcher, side_by_side: CountOrAuto) -> int:
 
 
 def train_side_by_side(suite: SuiteRuns, launcher: Launcher, slots: int, console: Console) -> bool:
-    """Train the remaining runs, `slots` at a time. Returns False if asked to stop.
+    """Train the remaining runs, `slots` at a time. Returns whether all runs of the suite are over.
 
-    After the first failure no further run starts. Its error is raised when the others have ended.
+    After the first failure, or after a stop of the suite or of one run, no further run starts. The
+    first error is raised when the other runs have ended.
 
     Raises:
-        LaunchError: a run failed. The message is the last line of its driver.
+        LaunchError: a run failed. The message has the driver's last line, signal or exit status.
         UserError: a run was refused.
         OSError, ValueError: the folder or the driver of a run could not be made.
     """
@@ -240,7 +240,6 @@ class _ChildDriver:
         self._is_terminated = False
 
     def has_ended(self) -> bool:
-
         if self._process.poll() is None:
             self._display.update()
             return False
@@ -248,7 +247,7 @@ class _ChildDriver:
         return True
 
     def stop(self, *, at_once: bool) -> None:
-        """Ask the run to save after this step. If `at_once`, end it without saving."""
+        """Ask the run to save after this step and end. If `at_once`, end it without saving."""
         with suppress(OSError):  # storage that does not answer: the next call asks again
             self._files.stop_request.touch()
         if at_once and not self._is_terminated:

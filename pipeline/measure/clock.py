@@ -13,7 +13,7 @@ starts with an event on the stream, and its time is the time between two events.
 therefore charged only while kernels wait for the data. Only `take` waits for the events.
 
 In a batch about thirty parts begin. At each of these moments the caches are full of a layer's data,
-so every call costs microseconds. The clock therefore only records a name and the time there.
+so every call costs microseconds. The clock therefore records only a name and the time.
 """
 
 import time
@@ -48,7 +48,7 @@ class Clock:
         # The innermost part is the last. A thread of autograd may also open a part (for a
         # collective in a gradient hook), while the loop's thread waits for that thread.
         self.open_parts: list[str] = [REST]
-        # Of the current batch, in turn: the name of a part, and its start (seconds or an event).
+        # The current batch's names of parts and their starts (seconds or events), alternating.
         # The last pair ends the batch.
         self._starts: list[Any] | None = None
         self._completed: list[list[Any]] = []  # starts of each batch since the last `take`
@@ -75,7 +75,7 @@ class Clock:
             self._starts += name, self._now()
 
     def take(self) -> list[dict[str, float]]:
-        """The seconds by part and in REST, of each batch completed since the last `take`.
+        """The seconds of each part and of REST, for each batch completed since the last `take`.
 
         It waits for the device.
         """
@@ -114,13 +114,14 @@ class _Part(ContextDecorator):
 
 @contextmanager
 def charge_collectives(clock: Clock) -> Iterator[None]:
-    """Charge the time of every collective inside a batch to "communication".
+    """Charge the time of each of `COLLECTIVES` inside a batch to "communication".
 
     This covers the collectives of backends, synchronised norms and rules, because all of them call
-    `torch.distributed.<collective>`. Enter it before an engine is created: DeepSpeed 0.19.8 looks
-    up most collectives at each call, but all_gather_into_tensor only at its initialisation.
+    `torch.distributed.<collective>`. Enter the context before an engine is created: DeepSpeed
+    0.19.8 looks up most collectives at each call, but all_gather_into_tensor only at its
+    initialisation.
 
-    Of an asynchronous collective only the start is charged to "communication". The wait is charged
+    Only the start of an asynchronous collective is charged to "communication". The wait is charged
     to the part in which it happens.
     """
     originals = {name: getattr(distributed, name) for name in COLLECTIVES}

@@ -1,6 +1,6 @@
 """SEW-ResNet and Spiking ResNet: residual networks whose neurons follow synapse and norm.
 
-    SEW        y = L(N S L N S x) + x      adds spikes; the stream consists of whole numbers
+    SEW        y = L(N S L N S x) + x      adds spikes; x and y are whole numbers
     Spiking    y = L(N S L N S x + x)      adds spikes to currents; deep networks do not learn
 
 S is a synapse, N its norm, L a neuron. A bottleneck has three synapses instead of two. Where the
@@ -41,12 +41,12 @@ DEPTHS = {
 class SEWResNet(nn.Module):
     """`[T, B, C, H, W]` to `[T, B, K]`.
 
-    The order is: 7x7 stem with max pool, up to four stages, global average pool, classifier.
+    The order is: 7x7 stem with max pool, stages, global average pool, classifier.
 
     Args:
         blocks: number of blocks in each stage. Every stage but the first halves the image.
-        bottleneck: blocks of 1x1, 3x3 and 1x1 synapses with four times the output channels, instead
-            of two 3x3 synapses.
+        bottleneck: whether a block has 1x1, 3x3 and 1x1 synapses and four times the output
+            channels, instead of two 3x3 synapses.
         shortcut: "sew" or "post_activation" (Spiking ResNet).
 
     Raises: ValueError for sizes below 1, or another shortcut.

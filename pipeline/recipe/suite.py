@@ -36,9 +36,9 @@ from pipeline.recipe.spec import arguments_of, reference_to, referred
 
 # A function that prints a suite's results. Its first argument has the folder of each recipe's run
 # and the file of each measurement, by name and in order. All runs have finished or diverged
-# (pipeline/track/run_state.py). The second argument is rich's Console. The function may return JSON
-# values, which `compare --format json` prints. If they are an object, `report` shows its "claims",
-# as in report/claims.py, and its "sweeps", as `sweep --format json` prints them.
+# (pipeline/track/run_state.py). The second argument is rich's Console. The function may return a
+# JSON value, which `compare --format json` prints. From an object, `report` shows the "claims", as
+# in report/claims.py, and the "sweeps", as `sweep --format json` prints them.
 Report = Callable[[Mapping[str, Path], Any], object]
 
 _Kind = Literal["sweep", "interleaved", "plan"]
@@ -83,8 +83,8 @@ class Measurement:
     def __post_init__(self) -> None:
         require(
             self.kind in get_args(_Kind) and self.of,
-            f"suite: a measurement must be a {', '.join(get_args(_Kind))} of recipes; got"
-            f" kind {self.kind!r} and {len(self.of)} recipes",
+            "suite: a measurement needs recipes and one of the kinds"
+            f" {', '.join(get_args(_Kind))}; got kind {self.kind!r} and {len(self.of)} recipes",
         )
         require(
             re.fullmatch("[a-z0-9-]+", self.name),
@@ -283,7 +283,7 @@ def refuse_references(recipe: Recipe) -> None:
 
 
 def targets_of(workload: Recipe | Suite) -> list[str]:
-    """The dotted names of parts and of the report that only `--trust` allows to import."""
+    """The dotted names of parts and of the report that cannot be imported without `--trust`."""
     is_suite = isinstance(workload, Suite)
     recipes, report = (workload.all_recipes, workload.report) if is_suite else ((workload,), None)
     parts = [(name, PARTS) for recipe in recipes for name in targets(recipe.to_json())]

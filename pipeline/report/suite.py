@@ -1,9 +1,9 @@
 """Results by the name of a suite, a run or a study.
 
-`print_suite` prints a suite's own report once all runs are done, or its comparisons so far.
-`print_protocols` is the report of a search. `read_study` reads the study of `spiketrain report`.
-A study excludes the trials of a search: they differ in the tried value, and their accuracy is that
-of a part of the training set.
+`print_suite` prints a suite's own report once all runs are done. For a suite without its own
+report, it prints the comparisons so far. `print_protocols` is the report of a search. `read_study`
+reads the study of `spiketrain report`. A study excludes the trials of a search: they differ in the
+tried value, and their accuracy is that of a part of the training set.
 """
 
 import io
@@ -100,8 +100,8 @@ def print_suite(
         The result of the suite's own report if it was printed as a table; otherwise None.
 
     Raises:
-        ValueError: the suite cannot be read or compared, its report fails, or `against` or
-            `within` is set for a suite with its own report.
+        ValueError: the suite cannot be read or compared. If it has its own report: the report
+            fails, `against` or `within` is set, or "json" is set before all runs are done.
     """
     console = console or new_console()
     notes_console = console if format == "table" else new_console(stderr=True)
@@ -281,8 +281,8 @@ def read_study(
         reported: the result of the suite's own report if it has already run; None: run it now.
 
     Raises:
-        ValueError: a name is unknown, a file is damaged, all runs are trials, or a suite's own
-            report fails or takes neither `against` nor `within`.
+        ValueError: a name is unknown, a file is damaged, all runs are trials, a suite's own report
+            fails, or `against` or `within` is set for a suite with its own report.
     """
     given_sweeps = [sweep_of(read_json(path), str(path)) for path in sweeps]
     runs_dir, suite = locate(runs_dir, names)
@@ -338,7 +338,7 @@ def _without_trials(members: Sequence[Run], names: Sequence[str]) -> tuple[list[
 def _with_baselines(
     all_runs: Sequence[Run], runs: Sequence[Run], against: str
 ) -> tuple[list[Run], list[str]]:
-    """The runs with the missing baselines of each study and machine, and notes on missing ones."""
+    """The runs, with baselines added to each study and machine; and notes on missing baselines."""
     added, notes = [], []
     for group in comparable(runs):
         if finished := [run for run in group if run.is_finished]:
@@ -354,8 +354,8 @@ def _own_report(
     """The result and the text of the suite's report, or a note that some runs have not finished.
 
     Raises:
-        ReportError: the report fails, or `judged`, the baseline and the tolerance, is set. A page
-            without claims must not replace an earlier page.
+        ReportError: `judged` (the baseline and the tolerance) is set; or the report fails, because
+            a page without claims must not replace an earlier page.
     """
     if not has_report(suite):
         return SuiteResult(), "", []

@@ -33,10 +33,10 @@ class BPTT(Rule):
     Args:
         chunk: the number of time steps per forward (None: T). The gradient is the same.
         recompute: whether the forward keeps only the state between slices of `chunk` steps (None:
-            1), and the backward recomputes each slice. The gradient is the same, and the time is
-            about 4/3. Only membranes, and copies of the model's buffers, need memory that grows
-            with T. The running statistics of batch norm are updated once, and dropout uses the same
-            masks again.
+            1), and the backward recomputes each slice. The gradient is the same, and a batch takes
+            about 4/3 of the time. Only membranes, and copies of the model's buffers, need memory
+            that grows with T. The running statistics of batch norm are updated once, and dropout
+            uses the same masks again.
         truncate: the number of time steps per backward (None: T). The graph is cut after each
             backward, so memory does not grow with T. 1 is SLTT; T is BPTT.
 
@@ -109,10 +109,9 @@ def recompute_in_backward(model: nn.Module, x_cB: Tensor) -> Tensor:
     """The logits of one slice. The backward computes the slice again.
 
     Until the backward, only the state before the slice is kept: membranes, buffers and random
-    generators. So only one slice has a graph at any time. torch's checkpoint was not used. Without
-    reentry, it hides the recomputed tensors from the counter of saved bytes
-    (`measure/saved_bytes.py`). With reentry, it adds to the gradients of the weights at each slice
-    (torch 2.13).
+    generators. So only one slice has a graph at any time. torch's checkpoint (2.13) is not used.
+    Without reentry, it hides the recomputed tensors from the counter of saved bytes
+    (`measure/saved_bytes.py`). With reentry, it adds to the gradients of the weights at each slice.
 
     Forward and backward must run inside the same `fresh_state`.
 

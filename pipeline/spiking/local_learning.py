@@ -74,7 +74,7 @@ class LocalGradient:
     the graph of its layer, the noise `z` if there is noise, and the `logits` of its `readout` if
     there is one. If `is_open` is False, it runs as the plain neuron, so evaluation has no noise.
 
-    `scale` is alpha, in spikes or in units of the membrane. Noise on the membrane only changes the
+    `scale` is alpha, in spikes or in units of the membrane. Noise on the membrane changes only the
     spike of its own step. A rule sets `keys`, one per sample (empty: no noise), and `sign`. With a
     negative sign, z is the negative of the last z in this batch, if there is one.
     """

@@ -117,11 +117,11 @@ def first(path: str | os.PathLike[str], *kinds: str) -> Record | None:
 
 
 def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list[Record]:
-    """All events in a journal, but of one kind only each `every`-th event, oldest first. Skipped
-    lines are not parsed.
+    """All events in a journal, oldest first. Of one kind, only every `every`-th event is kept.
+    Skipped lines are not parsed.
 
-    The last event of that kind before an event of another kind is also kept, so that curves keep
-    their last point.
+    The last event of that kind before an event of another kind, or before the end, is also kept, so
+    that curves keep their last point.
     """
     head, lines, count, skipped = _head(kind), list[bytes](), 0, b""
     for line in _lines(path):

@@ -56,7 +56,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class RankInfo:
-    """The position of this worker among all workers of the run. If there are several, the process
+    """The position of this worker among all workers of the run. With several workers, their process
     group exists.
     """
 
@@ -106,8 +106,8 @@ def note_death(run: Path, *, worker: int, error: str) -> None:
 
 
 def read_death(run: Path) -> dict[str, Any] | None:
-    """The last death that is not in the journal yet; None if there is no note, or if it cannot be
-    read, because the run can train without it.
+    """The note of the last death that is not in the journal yet; None if there is no note. A
+    damaged note is ignored, because the run can train without the note.
     """
     with suppress(ValueError):
         return read_json(RunFolder(run).worker_death)

@@ -111,7 +111,7 @@ def open_teaching(
 
     Args:
         steps: the number of global batches of the whole run.
-        is_fresh: the run starts at step 0. The teacher's accuracy is then reported.
+        is_fresh: whether the run starts at step 0. The teacher's accuracy is then reported.
     """
     teacher = ranks.all_or_raise(lambda: build_teacher(recipe, data)).to(ranks.device)
     ranks.all_or_raise(lambda: check_precision("teacher", teacher.precision, ranks.device))
@@ -160,11 +160,11 @@ def open_teaching(
 def _fit_head(
     teacher: Teacher, probe: Probe, data: Data, folder: Path, tracker: Tracker, threads: int
 ) -> dict[str, Tensor]:
-    """The weights of the teacher's head, from a file in `folder`. If there is none, fits the head
-    and writes the file. Only for rank 0.
+    """The weights of the teacher's head, from a file in `folder`. If there is no file, fit the head
+    and write the file. Only for rank 0.
 
-    The probe gets `probe.views` views of training samples, or one view of each sample if it sets no
-    number. Each epoch has one view of each sample.
+    The probe gets `probe.views` views of training samples; None: one view of each sample. Each
+    epoch has one view of each sample.
     """
     if stored := sorted(folder.glob("probe-*.safetensors")):
         require(

@@ -147,9 +147,12 @@ def test_a_suite_file_has_its_measurements(made: Callable) -> None:
     [
         (
             lambda: Measurement("a", "else", ("sltt",)),
-            "suite: a measurement must be a sweep, inter",
+            "suite: a measurement needs recipes and one of the kinds sweep, inter",
         ),
-        (lambda: Measurement("a", "sweep", ()), "suite: a measurement must be a sweep, inter"),
+        (
+            lambda: Measurement("a", "sweep", ()),
+            "suite: a measurement needs recipes and one of the kinds sweep, inter",
+        ),
         (
             lambda: Measurement("../a", "sweep", ("sltt",)),
             "suite: a measurement's name must have only",

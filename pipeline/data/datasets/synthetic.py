@@ -34,7 +34,7 @@ class Synthetic(OrderedData):
         samples, val_samples: numbers of training and evaluation samples.
         shape: (C, H, W) of images, or (T, C, H, W) of recordings. The values of recordings are
             whole numbers from 0, like counts of events.
-        noise: the standard deviation of the noise; a pattern at full contrast has 1.
+        noise: the standard deviation of the noise; that of a pattern at full contrast is 1.
         augment: "shift-flip" shifts a training sample by up to max(1, H // 8) pixels, with zeros
             outside, and mirrors it with probability 1/2.
         repeats: views of each sample in a training batch (order.py).
@@ -71,7 +71,7 @@ class Synthetic(OrderedData):
         )
         self.samples, self.val_samples, self.classes = samples, val_samples, classes
         self.shape = tuple(int(size) for size in shape)
-        # A teacher needs pixels: it takes the values for pixels with this normalisation.
+        # A teacher needs pixels, so it treats the values as pixels with this normalisation.
         self.mean, self.std = (0.5,) * shape[-3], (0.2,) * shape[-3]
         self.noise, self.augment = float(noise), augment
         self.content_seed, self.repeats = content_seed, repeats
@@ -132,7 +132,7 @@ class SyntheticLoader:
     @contextmanager
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Batch]]:
         ids, size = self._order.epoch(epoch, start=start), self._order.micro_batch
-        # The counter of a view in random numbers, see random.py.
+        # Each view's counter for its random numbers, see random.py.
         counters = epoch + (self._order.view_numbers(start=start) << 32)
         yield (
             self._batch(ids[i : i + size], counters[i : i + size]) for i in range(0, len(ids), size)

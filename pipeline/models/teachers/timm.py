@@ -24,7 +24,7 @@ from pipeline.models.teachers.probe import Probe
 from pipeline.models.teachers.weights import Hub, Untrained, Weights
 from pipeline.recipe.spec import spec
 
-# Rounding steps of a pixel: coarser than float32's error (1e-7), much finer than an 8-bit level.
+# Rounding steps in 0..1, coarser than float32's error (1e-7) and much finer than an 8-bit level.
 LEVELS = 255 * 1024
 
 
@@ -109,8 +109,8 @@ def timm_teacher(
         cache: place for stored predictions; None: they are not stored.
 
     Raises: ValueError for a name that timm does not know, weights that are unavailable or do not
-    fit, data other than RGB or grey images with `mean` and `std`, a wrong `size` or `crop`, or
-    classes other than the model's without a probe.
+    fit, an interpolation that `TeacherView` lacks, data other than RGB or grey images with `mean`
+    and `std`, a wrong `size` or `crop`, or classes other than the model's without a probe.
     """
     mean, std = getattr(data, "mean", ()), getattr(data, "std", ())
     require(
@@ -150,7 +150,8 @@ class TeacherView(nn.Module):
     Args:
         mean, std: the data set's, one value per channel.
         size: (h, w) of the teacher's input.
-        crop: the share of the view's largest central square, by its side, that the teacher sees.
+        crop: the side of the central square that the teacher sees, as a share of the view's shorter
+            side.
         interpolation: "bicubic" or "bilinear", both with antialiasing, as in Pillow.
         own_mean, own_std: the teacher's, for RGB.
 
@@ -196,8 +197,8 @@ class TeacherView(nn.Module):
         """RGB in 0..1, exactly k/255 for an 8-bit level k. Grey becomes three equal channels.
 
         Rounding to `LEVELS` removes the error of a float32 normalisation. Pixels between two
-        levels, from mixed images, move by at most half a step. Values outside 0..1 are clipped. A
-        few hundredths of the noise of random erasing are outside; the student sees them unclipped.
+        levels, from mixed images, move by at most half a step. Values outside 0..1 are clipped:
+        a few percent of the noise of random erasing. The student sees these values unclipped.
         """
         pixels_BCHW = torch.round((x_BCHW.float() * self.std + self.mean) * LEVELS) / LEVELS
         return pixels_BCHW.clamp(0, 1).expand(-1, 3, -1, -1)

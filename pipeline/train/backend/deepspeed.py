@@ -107,7 +107,8 @@ class DeepSpeed(Backend):
             ),
         )
         # DeepSpeed creates its own process group (0.19.8) with torch's default timeout, 10 minutes
-        # under NCCL. A reduction of gradients would time out before the watchdog of a hung worker.
+        # under NCCL. With this timeout, a reduction of gradients would fail before the watchdog
+        # reports a hung worker.
         all_workers: Any = distributed.group.WORLD
         timeout = all_workers._get_backend(engine.device).options._timeout
         distributed.distributed_c10d._set_pg_timeout(timeout, engine.data_parallel_group)

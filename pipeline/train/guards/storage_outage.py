@@ -63,5 +63,5 @@ def _pause(seconds: float, beat: Callable[[], None]) -> None:
 
 
 def may_be_temporary(error: OSError) -> bool:
-    """Whether the error may end without the user. A missing file or denied access does not."""
+    """Whether the error may end by itself, unlike a missing file or denied access."""
     return not isinstance(error, FileNotFoundError) and not is_for_the_user(error)
