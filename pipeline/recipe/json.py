@@ -83,7 +83,10 @@ def decode(value: Any, trusted: Collection[str]) -> Any:
         isinstance(target, type) and dataclasses.is_dataclass(target),
         f"recipe.json: the value {value[kind]} must be a dataclass; it is not",
     )
-    return target(**kwargs)
+    try:
+        return target(**kwargs)
+    except TypeError as error:
+        raise ValueError(f"recipe.json: {value[kind]}: {error}") from error
 
 
 def _kind(encoded: Any) -> str | None:

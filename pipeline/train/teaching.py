@@ -92,6 +92,11 @@ def build_teacher(recipe: Recipe, data: Data) -> Teacher:
         f" has one prediction per sample and epoch; got mixing={mixing}, repeats={repeats}; omit"
         " teacher.cache",
     )
+    require(
+        teacher.probe is None or repeats == 1,
+        "recipe: a probe needs samples without repeats, because it is fitted on one view of each"
+        f" sample; got repeats={repeats}",
+    )
     return teacher
 
 

@@ -274,7 +274,7 @@ REPEATED = {"data": spec(Synthetic, samples=64, shape=(1, 8, 8), repeats=2)}
         ),
         (True, REPEATED, "a cache needs samples without mixing and repeats"),
         (False, MIXED, ""),
-        (False, REPEATED, ""),
+        (False, REPEATED, "a probe needs samples without repeats, .*; got repeats=2"),
     ],
 )
 def test_what_a_teacher_cannot_answer_is_refused(
