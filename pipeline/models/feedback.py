@@ -295,7 +295,7 @@ def convnet_f(
 ) -> FeedbackNetwork:
     """SPIDE's networks without norm, by default 64C5s-64C5s-64C5 (F64C3u) with 274,826 parameters.
 
-    Weights before the classifier start as N(0, gain / fan_in), with a tenth of that standard
+    Weights before the classifier start as N(0, gain / fan_in), with a tenth of the standard
     deviation in an upsampling feedback. Their biases start at 0. (The published weights for CIFAR
     are rows of uniform numbers, scaled to norm 1. Rows of N(0, 1 / fan_in) have about this norm.)
     """
@@ -361,7 +361,7 @@ def lenet_f(
 def _init_weights(equilibrium: Equilibrium, gain: float) -> None:
     """Draw weights with variance gain / fan_in, and set biases to 0.
 
-    fan_in is the number of weights of one output. Transposed convolutions get a tenth of this
+    fan_in is the number of weights of one output. Transposed convolutions get a tenth of the
     standard deviation. The second dimension of their weights is the output.
     """
     for module in equilibrium.modules():

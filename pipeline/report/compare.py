@@ -184,8 +184,8 @@ def print_comparison(
     Args:
         runs_dir: the folder of runs.
         names: run names, paths or study keys; prefixes of names and keys suffice. Without names,
-            the study with the newest finished run is compared. For named runs, missing
-            forms of the baseline are added from the same study (see `with_baseline`).
+            the study with the newest finished run is compared. For named runs, missing forms
+            of the baseline are added from the same study (see `with_baseline`).
         folders: the folders of the compared runs; None: `names` select the runs.
         format: "table" prints tables on the console; "json" prints a list of comparisons; "csv"
             prints one line per finished run.

@@ -1,7 +1,8 @@
 """Decodes stored counts to float32 [B,T,C,S,S] in one compiled loop.
 
 The loop shifts and mirrors slices, sums the slices of each frame, and normalises the sums. All
-frames of a recording have the same shift and the same mirroring. The random numbers depend on (seed, epoch, sample), as for images.
+frames of a recording have the same shift and the same mirroring. The random numbers depend on
+(seed, epoch, sample), as for images.
 """
 
 # B batch, T time, C polarities of the output, S pixels a side

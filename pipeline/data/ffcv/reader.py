@@ -2,7 +2,7 @@
 
 FFCV 1.0.2 blocks forever if its thread fails. After an early `break` its thread keeps running. It
 returns buffers that it later overwrites, and it sets torch's number of threads. The classes here
-are subclasses of FFCV's classes. FFCV still reads and schedules.
+are subclasses of FFCV's classes. FFCV still reads the file and schedules the batches.
 """
 
 import time
@@ -224,7 +224,7 @@ class _EpochReader(api.epoch_iterator.EpochIterator):
         if getattr(self, "closed", True):  # the base class sets it before it starts the thread
             return
         self.closed = True
-        # The thread checks the event only while the queue is full. Else it ends after `iter_ixes`.
+        # The thread checks the event only while the queue is full. Else an empty `iter_ixes` ends it.
         self.iter_ixes = iter(())
         self.terminate_event.set()
         deadline = time.monotonic() + CLOSE_TIMEOUT_S

@@ -1,9 +1,9 @@
 """The thread in which a rank writes its part of a checkpoint during training.
 
 A checkpoint is complete once every rank has written its part. The threads cannot use collectives,
-because training uses them. Instead, each rank lists its files in a note, a file in the checkpoint's
-folder. The thread of rank 0 waits for the notes, writes the manifest and moves the folder to the
-store.
+because training uses them. Instead, each rank except 0 lists its files in a note, a file in the
+checkpoint's folder. The thread of rank 0 waits for the notes, writes the manifest and moves the
+folder to the store.
 """
 
 import contextlib
