@@ -224,7 +224,7 @@ class _EpochReader(api.epoch_iterator.EpochIterator):
         if getattr(self, "closed", True):  # the base class sets it before it starts the thread
             return
         self.closed = True
-        # The thread checks the event only while the queue is full. Else an empty `iter_ixes` ends it.
+        # The thread checks the event only while the queue is full. Else empty `iter_ixes` end it.
         self.iter_ixes = iter(())
         self.terminate_event.set()
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
