@@ -18,8 +18,8 @@ app = Commands(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help=(
-        "Train spiking neural networks with the learning rule of a recipe, and compare its cost"
-        " with BPTT."
+        "Train spiking neural networks with the learning rule of a recipe, and compare the"
+        " rule's cost with BPTT."
     ),
     epilog="Example: spiketrain launch recipes/compare/fashion_demo.py --workers 2",
 )
@@ -32,10 +32,11 @@ usage_error: Any = typer.BadParameter.__mro__[1]
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """End the process on an error of the command inside, with one line on stderr.
+    """End the process on an error of the command in the block, with one line on stderr.
 
-    The exit code is 2 for an error that the user can correct, 1 for storage that fails and for the
-    product's own RuntimeErrors, 130 for an interruption. Any other error leaves the block.
+    The exit code is 2 for an error that the user can correct, and 1 for storage that fails and for
+    the product's own RuntimeErrors. An interruption ends the process with exit code 130, without a
+    line. Any other error leaves the block.
     """
     try:
         yield

@@ -61,7 +61,7 @@ def check_same_code(
 def commit() -> str:
     """The commit of the running code, followed by `+` if tracked files have changes.
 
-    Outside a checkout: the value of SPIKETRAIN_COMMIT, or `unknown`.
+    If git fails, for example outside a checkout: the value of SPIKETRAIN_COMMIT, or `unknown`.
     """
     try:
         return subprocess.run(

@@ -14,8 +14,8 @@ def is_secret(name: str) -> bool:
 def without_secrets(text: str) -> str:
     """Replace the values of secret environment variables in a text with `$NAME`.
 
-    A value is also replaced without its line ends, and in the quoted forms of http.client (bytes)
-    and requests (text).
+    Other forms of a value are also replaced: without the whitespace around it, with single spaces
+    between its words, and as http.client (bytes) and requests (text) quote it.
     """
     forms: dict[str, str] = {}
     for name, value in os.environ.items():

@@ -81,8 +81,9 @@ def computing(device: torch.device, precision: Precision) -> Iterator[None]:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 for the operations that torch lists as safe (matrix products, convolutions).
+    """torch's autocast to bf16. With another precision it is disabled.
 
+    The operations that torch lists as safe (matrix products, convolutions) are computed in bf16.
     Parameters and membrane potentials stay fp32.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
@@ -105,8 +106,8 @@ def _operations() -> tuple[Any, ...]:
     return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
 
 
-# Environment variables that make NCCL and cuBLAS sum in the same order at every start. NVLS, trees
-# and other workspaces promise no order.
+# Environment variables that make NCCL and cuBLAS sum in the same order at every start. NCCL's
+# NVLS and trees promise no order, nor do other workspaces of cuBLAS.
 EXACT = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 _inexact: set[str] = set()  # GPU operations of this process without a deterministic form in torch
@@ -115,7 +116,7 @@ _inexact: set[str] = set()  # GPU operations of this process without a determini
 def configure_torch(threads: int, device: torch.device) -> None:
     """Set threads, memory and determinism before any computation.
 
-    Variables in EXACT that the user has set are unchanged; `exactness` then names them.
+    Variables in EXACT that the user has set are unchanged; `exactness` names those that differ.
     """
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -125,7 +126,7 @@ def configure_torch(threads: int, device: torch.device) -> None:
         os.environ.setdefault(name, value)
     torch.backends.cudnn.deterministic = True  # costs speed where cuDNN has a faster kernel
     torch.backends.cudnn.benchmark = False
-    # Only a warning: a network with such an operation trains, and the run's conditions name it.
+    # An inexact operation only causes a warning, and the run's conditions name the operation.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     _collect_inexact()
@@ -156,14 +157,14 @@ def _collect_inexact() -> None:
         else:
             show(message, *arguments, **options)  # type: ignore[arg-type]
 
-    if getattr(show, "__module__", "") != __name__:  # set by an earlier run in this process
+    if getattr(show, "__module__", "") != __name__:  # else already set
         warnings.showwarning = collect
 
 
 def _malloc_options() -> dict[str, tuple[int, int]]:
     """malloc's options by environment variable: the number in malloc.h, and the value."""
-    # glibc before 2.35 refuses more than 32 MiB and then returns every block of 128 KiB to the
-    # kernel.
+    # glibc before 2.35 refuses a threshold above 32 MiB, and then returns every block of 128 KiB or
+    # more to the kernel.
     largest_mapped = 2**31 - 1 if _glibc_version() >= (2, 35) else 32 * 2**20
     return {
         "MALLOC_ARENA_MAX": (-8, 1),

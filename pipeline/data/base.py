@@ -98,7 +98,7 @@ class Data(Protocol):
     def train(
         self, *, seed: int, rank: int, world: int, batch_size: int, micro_batch: int, threads: int
     ) -> Loader:
-        """The training set. (seed, epoch) determines one global permutation per epoch.
+        """The training set. `seed` and the epoch determine the order of the whole set.
 
         A global batch has batch_size = accumulation x world x micro_batch samples. Each rank reads
         `accumulation` micro-batches of it. Micro-batch a of rank r holds `micro_batch` rows of the
@@ -120,10 +120,10 @@ class Data(Protocol):
 
 
 def with_page_checks(data: Data, one_in: int) -> Data:
-    """The same sets, which compare the page of one in `one_in` samples while they are read.
+    """The same data, whose loaders compare the page of one in `one_in` samples as they read.
 
-    With 0 they compare no page. Data without a method of this name has no pages and is returned
-    unchanged.
+    With 0 the loaders compare no page. Data without a method `with_page_checks` has no pages and is
+    returned unchanged.
     """
     method = getattr(data, "with_page_checks", None)
     return data if method is None else method(one_in)

@@ -55,10 +55,10 @@ class Operation:
 
 
 class Traffic(TorchDispatchMode, Pausable):
-    """Records every operation that torch calls below autograd inside the `with` block.
+    """Records the kernels that torch calls below autograd inside the `with` block.
 
-    It counts the multiply-adds of a product, zeros included (a GPU multiplies them), and the bytes
-    of inputs and outputs.
+    It counts two floating-point operations per multiply-add of a product, zeros included (a GPU
+    multiplies them). It also counts the bytes of inputs and outputs.
     """
 
     def __init__(self, operations: Iterable[Operation] = ()) -> None:
@@ -139,8 +139,7 @@ class FakeBench(Bench):
                 yield
         except RuntimeError as error:
             raise ValueError(
-                f"{subject}: a step must not depend on values to be counted;"
-                f" {str(error).splitlines()[0]}"
+                f"{subject}: a counted step must not depend on values; {str(error).splitlines()[0]}"
             ) from error
 
     def copy_of_network(self) -> nn.Module:
@@ -160,7 +159,7 @@ class FakeBench(Bench):
 
 
 class _FixedValues(TorchDispatchMode):
-    """Returns True where code reads the value of a boolean tensor, and 1 for a number.
+    """Returns True for `torch.equal` and for a boolean that code reads, and 1 for a number.
 
     Gradients then count as finite. A solver takes its maximum number of iterations, and then counts
     as converged. The mode also corrects an error of torch's fake tensors (2.13): batch norm in bf16

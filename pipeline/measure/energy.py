@@ -2,7 +2,8 @@
 
 The operations are counted on samples from the whole evaluation set (`RandomSample`).
 
-    E = mac MACs + ac ACs        MACs: multiply-accumulates of two real numbers
+    E = mac MACs + ac ACs        mac, ac: the energy of one operation (`PRICES`)
+                                 MACs: multiply-accumulates of two real numbers
                                  ACs: additions without a multiplication, for spikes
 
 Only executed operations count: a still image passes the first layer once, and zeros cost nothing.
@@ -60,7 +61,7 @@ class Inference:
 
     @property
     def acs(self) -> float:
-        """Additions without a multiplication per sample, over all its time steps."""
+        """Additions without a multiplication, per sample, over all its time steps."""
         return (self.work.additions - self.work.multiplications) / self.samples
 
     def to_dict(self, measured_j: float | None = None) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from pipeline.core.units import counted
 def peak_rss_bytes() -> int:
     """The highest resident memory of this process since its start or `reset_peak_rss`.
 
-    It is Linux' VmHWM, or getrusage's maximum in a sandbox without VmHWM. The maximum survives
-    exec, so a small child process of a large parent reports the parent's maximum.
+    It is Linux' VmHWM, or getrusage's maximum in a sandbox without VmHWM. getrusage's maximum
+    survives exec, so a small child process of a large parent reports the parent's maximum.
     """
     return (
         _proc_bytes("/proc/self/status", "VmHWM:")
@@ -133,7 +133,7 @@ _OUT_OF_MEMORY = (
     "can't allocate memory",  # torch's DefaultCPUAllocator
     "cannot allocate memory",  # the kernel, for a mapping
 )
-# These errors have other causes too. A full card is the most common one, because the libraries
+# These errors have several causes. The most common cause is a full card, because the libraries
 # allocate their handles and workspaces outside torch's allocator.
 _POSSIBLY_OUT_OF_MEMORY = (
     "cudnn_status_internal_error",
@@ -178,8 +178,8 @@ def hardware_differences(
 ) -> list[tuple[str, Any, Any]]:
     """Differences of a worker's `hardware()` from this machine's: (name, here, there).
 
-    Threads are ignored. Cores are ignored for a worker with `own_cores`, which sees only the cores
-    reserved for it, and on a GPU, where a worker sees only the cores near the GPU.
+    Threads are ignored. Cores are ignored in two cases: a worker with `own_cores` sees only the
+    cores reserved for it, and a worker on a GPU sees only the cores near the GPU.
     """
     device = device_here()
     ignored = {"threads", *(("cores",) if own_cores or device.type == "cuda" else ())}

@@ -73,7 +73,7 @@ class FeedbackNetwork(nn.Module):
 class ConvTranspose2d(nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d` on `[T, B, C, H, W]`, without bias.
 
-    It enlarges the image by `stride`.
+    It enlarges the image by the factor `stride`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
@@ -171,7 +171,8 @@ def conv_feedback(
 ) -> FeedbackNetwork:
     """Convolutions `(width, kernel, stride)` on images of `size` pixels, with feedback.
 
-    The feedback is a convolution of size `kernel`. The default is 64C5s (F64C5).
+    The feedback is a convolution of size `kernel`, transposed if a layer after the first has a
+    stride above 1. The default is 64C5s (F64C5).
 
     Raises: ValueError for sizes below 1, no layers, strides that do not divide the image, or an
     unknown `norm`, `limit` or `dropout_on`.
@@ -294,9 +295,9 @@ def convnet_f(
 ) -> FeedbackNetwork:
     """SPIDE's networks without norm, by default 64C5s-64C5s-64C5 (F64C3u) with 274,826 parameters.
 
-    Weights start as N(0, gain / fan_in), with a tenth of that standard deviation in an upsampling
-    feedback. Biases start at 0. (The published weights for CIFAR are rows of uniform numbers scaled
-    to norm 1, which N(0, 1 / fan_in) has on average.)
+    Weights before the classifier start as N(0, gain / fan_in), with a tenth of the standard
+    deviation in an upsampling feedback. Their biases start at 0. (The published weights for CIFAR
+    are rows of uniform numbers, scaled to norm 1. Rows of N(0, 1 / fan_in) have about this norm.)
     """
     network = conv_feedback(
         classes,
@@ -360,8 +361,8 @@ def lenet_f(
 def _init_weights(equilibrium: Equilibrium, gain: float) -> None:
     """Draw weights with variance gain / fan_in, and set biases to 0.
 
-    fan_in is the number of weights of one output. Transposed convolutions have a tenth of that
-    standard deviation, and their outputs in the second dimension.
+    fan_in is the number of weights of one output. Transposed convolutions get a tenth of the
+    standard deviation. The second dimension of their weights is the output.
     """
     for module in equilibrium.modules():
         if isinstance(module, Linear | Conv2d):

@@ -61,8 +61,8 @@ class Block(nn.Module):
 class PreActResNet(nn.Module):
     """Stem, stages of blocks, head: `[T, B, C, H, W]` to `[T, B, K]`.
 
-    `stem="imagenet"` is a 7x7 convolution with norm, neuron and pool, and the 1x1 convolutions of
-    the shortcuts have norms. `stem="small"` is a 3x3 convolution.
+    `stem="imagenet"` is a 7x7 convolution with norm, neuron and pool. The 1x1 convolutions of the
+    shortcuts then have norms. `stem="small"` is a 3x3 convolution, and the shortcuts have no norms.
 
     Raises: ValueError for an unknown `stem` or `head`, or sizes below 1.
     """
@@ -157,8 +157,8 @@ def preact_resnet18_small(
     """PreAct-ResNet-18 for images of 28 to 32 pixels: 3x3 stem, no stem pool.
 
     Smaller networks have another `width` or other `blocks`. The published convolutions have biases.
-    Here they have none, because the batch norm that follows would remove them. SLTT's network is
-    `head="linear", over="step", neuron=LIF(1 / 11)`.
+    The convolutions here have none, because the next batch norm would remove them. SLTT's network
+    is `head="linear", over="step", neuron=LIF(1 / 11)`.
     """
     return PreActResNet(
         blocks=blocks,

@@ -1,7 +1,8 @@
 """`spiketrain compare`: the rules of one study side by side, with ratios to the baseline, BPTT.
 
 Runs that differ in more than the rule and the seed are refused. Values of different studies or
-machines are never divided. A study with runs on several machines has one comparison per machine.
+machines are never divided. A study has one comparison per set of training conditions, such as
+machine and workers.
 """
 
 import json
@@ -52,7 +53,7 @@ class Comparison:
     group: Group
     elsewhere: tuple[Run, ...] = ()  # unfinished runs of the study under other conditions
     notes: tuple[str, ...] = ()
-    where: str = ""  # machine and workers, for a study with several comparisons
+    where: str = ""  # the conditions, for a study with several comparisons
 
     @property
     def unfinished(self) -> tuple[Run, ...]:
@@ -146,14 +147,15 @@ def comparisons(
     against: str = BASELINE,
     within: float = WITHIN,
 ) -> list[Comparison]:
-    """Compare runs, grouped by study and machine.
+    """Compare runs, grouped by study and conditions (see `comparable`).
 
     Args:
         against: the rule that ratios and differences refer to.
         within: the tolerated loss in points of accuracy, for the verdict on paired seeds.
 
     Raises:
-        ReportError: no run of a study finished, or its runs differ outside the study key.
+        ReportError: no run of a study finished, its runs differ in more than the rule and the
+            seed, or a file of a run is damaged.
     """
     compared_groups, refusals = _compare_each(
         read_runs(Path(runs_dir)), list(map(read_run, folders)), against, within
@@ -173,15 +175,17 @@ def print_comparison(
     within: float = WITHIN,
     console: Console | None = None,
 ) -> None:
-    """Print the comparison of the named runs, or one per study and machine of `folders`.
+    """Print the comparison of the named runs.
+
+    Without names, for `folders`, or for one study key, print one per study and conditions.
 
     An error about some of the runs is raised after the other comparisons are printed.
 
     Args:
         runs_dir: the folder of runs.
         names: run names, paths or study keys; prefixes of names and keys suffice. Without names,
-            the study with the newest finished run is compared. For named runs, the missing kinds
-            of the baseline are added from the same study.
+            the study with the newest finished run is compared. For named runs, missing forms
+            of the baseline are added from the same study (see `with_baseline`).
         folders: the folders of the compared runs; None: `names` select the runs.
         format: "table" prints tables on the console; "json" prints a list of comparisons; "csv"
             prints one line per finished run.
@@ -227,9 +231,9 @@ def _print_tables(comparisons: Sequence[Comparison], console: Console) -> None:
 
 
 def comparable(runs: Sequence[Run]) -> list[list[Run]]:
-    """Group runs by study and machine, in the order of the runs.
+    """Group runs by study and conditions (`comparison_key`), in the order of the runs.
 
-    Unfinished runs on a machine without a finished run join the first group of their study.
+    An unfinished run joins the first group of its study if no finished run has its conditions.
     """
     finished = [run for run in runs if run.is_finished]
     groups: dict[str, list[Run]] = {comparison_key(run): [] for run in finished}
@@ -300,8 +304,8 @@ def comparison_of(
 
     Args:
         runs: all runs of the folder; missing baselines are added from them.
-        is_whole: whether the members are all runs of a study, so that only a baseline of another
-            name can be missing.
+        is_whole: whether the members are a whole group of `comparable`. If not, or if no finished
+            member has the rule `against`, missing baselines are added.
 
     Raises:
         ReportError: no member finished, members differ in more than the rule and the seed, or a

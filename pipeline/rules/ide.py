@@ -3,7 +3,7 @@
 `fixed_point` and `broyden` solve beta = g + J^T beta for each sample of a batch separately. They
 start at beta = 0, and evaluate J^T v for the whole batch. A sample stops when its residual |g + J^T
 beta - beta| is at most `tolerance` |g|. A stopped sample keeps its solution while the others
-continue. So its solution depends neither on the batch nor on the scale of the loss.
+continue. So the solution of a sample depends neither on the batch nor on the scale of the loss.
 """
 
 # T time, B batch, K iterations (k of them are done), D units of a sample
@@ -20,8 +20,8 @@ from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of, req
 from pipeline.rules.base import OverTime, Rule, World, refuse_foreign_norms
 from pipeline.spiking.equilibrium import Linearized, find_equilibrium
 
-# Limits of the relative residual. IDE warns if the mean over a batch is above the first. A batch
-# has no gradient if a sample is above the second. A sample above the third stops.
+# Limits of the relative residual. IDE warns once if the mean of a micro-batch is above the first.
+# The gradient is NaN if a sample is above the second. A sample at or above the third stops.
 COARSE_RESIDUAL, MAX_RESIDUAL, DIVERGED_RESIDUAL = 0.05, 0.5, 1e6
 
 
@@ -33,22 +33,22 @@ class IDE(Rule):
 
     f is the map of `spiking/equilibrium.py`. The T steps are simulated without a graph, so memory
     does not grow with T. At the fixed point the gradient is exact, except at the kinks of the
-    clamp. At a[T] its error falls as 1/T (IF).
+    clamp. At a[T] the error of the gradient falls as 1/T with IF neurons.
 
     The metrics are the residual and the iterations of the last solved micro-batch. The rule warns
     once if the mean residual is above 5 % of |g|. If the residual of a sample is above 50 %, for
     example because J is not a contraction, the rule warns and the batch's gradient is NaN.
 
-    The published code uses the damped fixed point ("iter") for N-MNIST. It solves another equation,
-    (2I - J^T) beta = g, with a solution of half the size if J is small. Here both solvers solve the
-    equation of the paper.
+    For N-MNIST the published code uses a damped fixed point ("iter"). That solver solves another
+    equation, (2I - J^T) beta = g, whose solution has half the size if J is small. Here both solvers
+    solve the equation of the paper.
 
     Args:
         solver: "broyden" (limited memory) or "fixed_point" (damped).
         iterations: the maximum number of evaluations of J^T per solve.
         tolerance: a sample stops at a residual of at most `tolerance` |g|.
 
-    Raises: ValueError for an unknown solver, iterations < 1, or a tolerance outside 0..1
+    Raises: ValueError for an unknown solver, iterations < 1, or a tolerance outside [0, 1)
     (`__init__`); for over_time="steps", a model without an `Equilibrium`, with several, with
     neurons outside it, or with a norm that mixes time steps (`attach`).
     Source: Xiao et al. 2021 (arXiv 2109.14247).
@@ -96,7 +96,7 @@ class IDE(Rule):
 
 
 class _Adjoint:
-    """The seam `Equilibrium.adjoint`. It has no references to rule or model.
+    """The seam `Equilibrium.adjoint`. It has no reference to the rule or the model.
 
     `metrics` are the mean relative residual, and the mean number of evaluations of J^T per sample,
     of the last solved micro-batch.
@@ -117,8 +117,8 @@ class _Adjoint:
             self.is_unsolved = True
             warnings.warn(
                 f"IDE: the residual of beta = g + J^T beta must be at most {MAX_RESIDUAL} |g|; got"
-                f" up to {solution.residual_B.max().item():.2g} |g|, and more than the limit on"
-                f" {int((~is_solved_B).sum())} of {len(is_solved_B)} samples after"
+                f" up to {solution.residual_B.max().item():.2g} |g|, above the limit for"
+                f" {int((~is_solved_B).sum())} of {len(is_solved_B)} samples, after at most"
                 f" {self.iterations} iterations of {self.solver}; limit the synapses"
                 " (SpectralLimit), raise the threshold, or lower the learning rate",
                 RuntimeWarning,
@@ -160,7 +160,7 @@ class Solution:
         self.iterations_B = torch.zeros_like(self.is_running_B, dtype=torch.int64)
 
     def zero_stopped(self, step_B: Tensor) -> Tensor:
-        """`step_B`, with 0 for stopped samples. Diverged samples would overflow."""
+        """`step_B`, with 0 for stopped samples, because diverged samples would overflow."""
         return torch.where(_broadcast(self.is_running_B, step_B), step_B, 0)
 
     def update(self, beta_B: Tensor, r_B: Tensor) -> None:
@@ -182,8 +182,8 @@ def fixed_point(
 ) -> Solution:
     """beta <- (beta + J^T beta + g) / 2.
 
-    It converges if the distance of every eigenvalue of J to -1 is below 2. For a contraction this
-    is true.
+    It converges if the distance of every eigenvalue of J to -1 is below 2. This holds for a
+    contraction.
 
     Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), the solver of its N-MNIST runs. The published
     code iterates beta <- (J^T beta + g) / 2, which solves another equation: (2I - J^T) beta = g.

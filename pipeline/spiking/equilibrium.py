@@ -44,9 +44,10 @@ Adjoint = Callable[[Tensor, "Linearized"], "Tensor | Sequence[Tensor]"]
 class Equilibrium(nn.Module):
     """The feedback network above: maps inputs `[T, B, ...]` to outputs of the last layer.
 
-    `inject`, and `synapses[l]` from layer l to layer l + 1 (from 0), are affine in evaluation mode,
-    such as a synapse with batch norm. `feedback`, from the last layer to the first, is linear.
-    `neurons` are N LIFs that share one decay and reset by subtraction.
+    `inject` and all `synapses` are affine in evaluation mode, such as a synapse with batch norm.
+    `synapses[l]` leads from layer l to layer l + 1; here layers count from 0. `feedback`, from the
+    last layer to the first, is linear. `neurons` are N LIFs that share one decay and reset by
+    subtraction.
 
     The output at step t is t a[t] - (t-1) a[t-1]. For IF this is the spikes. The mean of the
     outputs over time is the rate a[T], also if the T steps come in slices. So the mean over T of an
@@ -69,12 +70,12 @@ class Equilibrium(nn.Module):
     the application of f. In the simulation and in J it uses its running statistics. There are two
     cases for `inject`. A static input (`encode.repeat`) is injected once, with batch statistics,
     for both the simulation and f. A recording is injected frame by frame, with running statistics,
-    in the simulation; in f its mean is injected with batch statistics. Then a[T] is a fixed point
-    of f only if the two statistics agree.
+    in the simulation; in f its mean is injected with batch statistics. Where the simulation and f
+    use different statistics, a[T] approaches a fixed point of f only if the two agree.
 
     Raises: ValueError for neurons that are not LIF or IF, reset to zero, scale their input or have
-    different decays, a feedback with bias, or a wrong number of synapses; with an adjoint, for a
-    batch that comes in slices.
+    different decays, for a feedback with bias, or for a wrong number of synapses; with an adjoint,
+    for a batch that comes in slices.
     """
 
     def __init__(
@@ -197,8 +198,8 @@ class Equilibrium(nn.Module):
 def find_equilibrium(error_prefix: str, model: nn.Module) -> Equilibrium:
     """The only `Equilibrium` in `model`.
 
-    Raises: ValueError, which starts with `error_prefix`, for a model without an `Equilibrium`, with
-    several, or with neurons outside the `Equilibrium`.
+    Raises: ValueError for a model without an `Equilibrium`, with several, or with neurons outside
+    the `Equilibrium`. The message starts with `error_prefix`.
     """
     equilibria = {
         name or type(module).__name__: module
@@ -272,7 +273,7 @@ def weighted_mean(x_TB: Tensor, decay: float) -> Tensor:
 
 
 def _replace_gradient(betas: list[Tensor], layer: int, g_1B: Tensor) -> Tensor:
-    """The layer's solution in `betas` instead of the gradient `g_1B`, if there is one per layer."""
+    """The layer's solution in `betas` instead of the gradient `g_1B`; without solutions, `g_1B`."""
     return betas[layer].unsqueeze(0).to(g_1B.dtype) if betas else g_1B
 
 

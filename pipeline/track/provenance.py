@@ -1,7 +1,7 @@
 """The conditions under which a run was trained: workers, micro-batch, machine and loaders.
 
-A run may continue under other conditions. It may have other workers, another machine, other loader
-threads, or reserved cores, or half the micro-batch after memory ran out. Times and memory peaks of
+A run may continue under other conditions: other workers, another machine, other loader threads,
+reserved cores, or (after memory ran out) half the micro-batch. Times and memory peaks of
 such a run belong to all of its conditions together.
 """
 
@@ -22,7 +22,7 @@ def trained_on(events: Sequence[Mapping[str, Any]], *, steps: int | None) -> lis
 
     Args:
         steps: the number of steps of the finished run; None: the run is not finished, and its
-            newest start counts.
+            newest start always counts.
     """
     starts: list[Mapping[str, Any]] = []
     for start in (event for event in events if kind_of(event) is Start):
@@ -37,8 +37,8 @@ def conditions_of(
 ) -> list[dict[str, Any]]:
     """The conditions of a finished run, from `trained_on` in its summary, or else from its journal.
 
-    If neither has them, the result is the conditions at the end of the run, which the summary also
-    holds. Their values also replace missing fields.
+    If neither has them, the result is the conditions at the end of the run. These are in other
+    fields of the summary. Their values also replace missing values.
     """
     return [
         _fields({**summary, **{name: value for name, value in fields.items() if value is not None}})
@@ -49,6 +49,6 @@ def conditions_of(
 
 
 def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The FIELDS of a start or a summary. `own_cores` becomes whether cores are reserved."""
+    """The FIELDS of a start or a summary. `own_cores` is True if cores are reserved."""
     fields = {name: values.get(name) for name in FIELDS}
     return {**fields, "own_cores": bool(fields["own_cores"])}

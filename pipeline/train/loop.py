@@ -20,8 +20,8 @@ class MicroBatch(NamedTuple):
 
     x_TB: Tensor
     target_B: Tensor  # classes [B], or shares of the classes [B,K]
-    # the positions of the samples in the global batch. A rule's random draws depend on them, and so
-    # not on the number of ranks
+    # The positions of the samples in the global batch. A rule's random draws depend on these
+    # positions, and not on the number of ranks.
     rows: range
     share: float  # weight of this micro-batch; shares sum to 1 over ranks and micro-batches
     teacher_BK: Tensor | None = None  # the teacher's logits, if there is a teacher
@@ -38,8 +38,8 @@ class Guard:
         """Copy the state that is needed to undo the batch. Called at the start of the batch."""
 
     def add(self, loss: Tensor, share: float) -> None:
-        """Take note of a loss term. The loss of the batch is the sum of the terms times their
-        shares, over micro-batches and ranks.
+        """Record a loss term. The loss of the batch is the sum of the terms times their shares,
+        over micro-batches and ranks.
         """
 
     def check(self) -> None:
@@ -56,7 +56,7 @@ def train_batch(
     meters: Meters,
     guard: Guard,
 ) -> None:
-    """Train on global batch `step`. This worker has `micro_batches` of it. Collective."""
+    """Train on global batch `step`. `micro_batches` are this worker's part. Collective."""
     with guard.batch(step), meters.batch(step):
         with meters.part("metrics"):
             guard.keep()
@@ -68,7 +68,7 @@ def train_batch(
             )
             for term in meters.each("forward", loss_terms):
                 meters.add(term)
-                if term.backward is not None:  # SLTT-K has losses of T steps, gradients of K
+                if term.backward is not None:  # in SLTT-K, only K of the T losses have a gradient
                     with meters.part("backward"):
                         backend.backward(term.backward, share)
                 guard.add(term.loss, share)

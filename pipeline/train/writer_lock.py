@@ -1,9 +1,9 @@
 """One writer for a run's folder.
 
 Rank 0 holds an exclusive lock on `RUN/writer.lock`. The kernel releases the lock when the process
-ends. So a run can be resumed only after the previous rank 0 has ended, and an abandoned attempt
-cannot write to the journal or to a complete checkpoint. (The other ranks write only to folders
-with the name of their attempt, also in a bucket.)
+ends. So a run can be resumed only after the previous rank 0 has ended. After the resume, an earlier
+attempt cannot write to the journal or to a complete checkpoint. (The other ranks write only to
+folders with the name of their attempt, also in a bucket.)
 """
 
 import fcntl
@@ -34,7 +34,7 @@ def only_writer(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Hold the lock of a run's folder on rank 0, after its previous writer has ended. Collective.
 
     Raises:
-        UserError: another writer has the lock for ten minutes.
+        UserError: another writer still has the lock after ten minutes.
         OSError: the lock file cannot be opened or locked. If the error may be temporary, it is
             raised after ten minutes. Only rank 0 raises it.
     """

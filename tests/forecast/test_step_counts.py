@@ -173,7 +173,7 @@ class Chooser(nn.Module):
 
 def test_a_step_that_depends_on_values_is_refused_in_a_line() -> None:
     recipe = small_recipe(model=spec(Chooser), rule=spec(BPTT))
-    said = "BPTT: a step must not depend on values to be counted; "
+    said = "BPTT: a counted step must not depend on values; "
     with pytest.raises(ValueError, match=f"^{said}.+$"):
         counted(FakeBench(recipe, 2), recipe.rule)
     (line,) = describe_steps([recipe], 1)

@@ -358,8 +358,9 @@ def test_a_solve_that_diverges_says_what_to_do_and_gives_no_gradient(monkeypatch
         return rule.is_unsolved()
 
     message = (
-        r"IDE: the residual of beta = g \+ J\^T beta must be at most .*; got .* on 4 of 4"
-        r" samples after 30 iterations of fixed_point; limit the synapses \(SpectralLimit\)"
+        r"IDE: the residual of beta = g \+ J\^T beta must be at most .*; got .* for 4 of 4"
+        r" samples, after at most 30 iterations of fixed_point; limit the synapses"
+        r" \(SpectralLimit\)"
     )
     with pytest.warns(RuntimeWarning, match=message):
         assert unsolved(-0.5, step=0)

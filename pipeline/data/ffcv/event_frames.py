@@ -1,7 +1,8 @@
 """Decodes stored counts to float32 [B,T,C,S,S] in one compiled loop.
 
-The loop sums slices, shifts, mirrors and normalises. All frames of a recording have the same shift
-and the same mirroring. The random numbers depend on (seed, epoch, sample), as for images.
+The loop shifts and mirrors slices, sums the slices of each frame, and normalises the sums. All
+frames of a recording have the same shift and the same mirroring. The random numbers depend on
+(seed, epoch, sample), as for images.
 """
 
 # B batch, T time, C polarities of the output, S pixels a side
@@ -17,7 +18,7 @@ from pipeline.data.ffcv.loops import Decoder, compiled, draw_mirror, draw_shift
 class DecodeEvents(Decoder):
     """Decodes event frames.
 
-    The status of a sample is not 0 if its number of bytes differs from that of an array of `kind`.
+    The status of a sample is 0 if it has as many bytes as an array of `kind`, else 1.
 
     Args:
         kind: the dtype and the shape [slices, 2, S, S] of the file's arrays.
@@ -43,7 +44,7 @@ class DecodeEvents(Decoder):
         options = np.array(
             [kind.shape[0] // shape[0], array_bytes, word_bytes, reach, int(flip)], np.int64
         )
-        # A table of the count that each stored word means: numba 0.68.1 has no float16 on a CPU.
+        # The count for each possible stored word. numba 0.68.1 has no float16 on a CPU.
         words = np.arange(1 << 8 * word_bytes, dtype=f"<u{word_bytes}")
         counts = words.view(dtype.newbyteorder("<")).astype(np.float32)
         super().__init__(

@@ -2,7 +2,7 @@
 
 FFCV 1.0.2 blocks forever if its thread fails. After an early `break` its thread keeps running. It
 returns buffers that it later overwrites, and it sets torch's number of threads. The classes here
-are subclasses of FFCV's, which still reads, schedules and compiles.
+are subclasses of FFCV's classes. FFCV still reads the file and schedules the batches.
 """
 
 import time
@@ -67,7 +67,7 @@ class BetonLoader(api.Loader):
         decode: the decoder. It is parallel if `threads` is above 1.
         seed: selects the augmentation and the compared pages.
         threads: a number that `usable_threads` has accepted.
-        one_in: one in this many samples has its page compared; 0: none (page_checks.py).
+        one_in: the page of one in this many samples is compared; 0: no page (page_checks.py).
 
     Raises:
         DataError: the file has no field for the decoder.
@@ -209,9 +209,9 @@ class _EpochReader(api.epoch_iterator.EpochIterator):
                 f"data: {self.loader.fname}: cannot decode {self.loader.decode.what} of samples"
                 f" {failed[:10]}; check the file with `spiketrain verify`",
             )
-            # FFCV overwrites the slot two batches later. The copy is pinned if this process
-            # computes on a GPU, so that its transfer overlaps with computation. In a CPU process,
-            # pinned memory would open a context on an unused GPU.
+            # FFCV overwrites the slot once the next batch is taken. The copy is pinned if this
+            # process computes on a GPU, so that its transfer overlaps with computation. In a CPU
+            # process, pinned memory would open a context on an unused GPU.
             x_B = torch.empty(
                 buffer_B.shape, dtype=torch.float32, pin_memory=torch.cuda.is_initialized()
             )
@@ -224,7 +224,7 @@ class _EpochReader(api.epoch_iterator.EpochIterator):
         if getattr(self, "closed", True):  # the base class sets it before it starts the thread
             return
         self.closed = True
-        # The thread checks the event only while the queue is full; else it ends with its iterator.
+        # The thread checks the event only while the queue is full. Else empty `iter_ixes` end it.
         self.iter_ixes = iter(())
         self.terminate_event.set()
         deadline = time.monotonic() + CLOSE_TIMEOUT_S

@@ -1,6 +1,6 @@
 """The mapping between a URL and a view. The URL is a permalink: every reader sees the same view.
 
-A URL without runs shows all runs of the study, or the newest MAX_RUNS.
+A URL without runs shows up to MAX_RUNS runs of the study, the newest seeds first.
 """
 
 from collections.abc import Sequence
@@ -43,8 +43,8 @@ MAX_RUNS = 24  # the most runs of a study that are shown if the URL names none
 @dataclass(frozen=True, kw_only=True)
 class ViewState:
     study: str = ""  # the study key
-    family: str = ""  # the experiment: one key may be in several
-    runs: tuple[str, ...] | None = None  # short ids of the picked runs; None: all, or the newest
+    family: str = ""  # the experiment; several experiments may have the same study key
+    runs: tuple[str, ...] | None = None  # short ids of the picked runs; None: see `picked`
     view: View = "costs"
     text: str = ""  # the text filter: a listed study has each word in some column
     only: Only = "all"
@@ -108,8 +108,8 @@ class ViewState:
     def picked(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
         """The runs of the study that are shown. `runs`: all runs of the study, newest first.
 
-        If the URL names no runs, these are MAX_RUNS runs of the newest seeds. Baselines of a seed
-        are preferred to its other runs.
+        If the URL names no runs, these are up to MAX_RUNS runs of the newest seeds. Baselines of a
+        seed are preferred to its other runs.
         """
         members = self.members(runs)
         if self.runs is not None:

@@ -2,8 +2,8 @@
 
     a <- d a + (1 - d) w         after every step; w: parameters and floating-point buffers
 
-The average is evaluated and published. The optimizer moves the weights, which are the backend's
-state in a checkpoint.
+The average is evaluated and published. The optimizer moves the weights. A checkpoint holds the
+average, and the weights as the backend's state.
 
 At every ZeRO stage up to 2 each rank holds all weights after a step. So each rank keeps the average
 of all weights, in their precision (fp32). Buffers, such as running statistics, differ between

@@ -1,9 +1,9 @@
 """The thread in which a rank writes its part of a checkpoint during training.
 
 A checkpoint is complete once every rank has written its part. The threads cannot use collectives,
-because training uses them. Instead, each rank lists its files in a note, a file in the checkpoint's
-folder. The thread of rank 0 waits for the notes, writes the manifest and moves the folder to the
-store.
+because training uses them. Instead, each rank except 0 lists its files in a note, a file in the
+checkpoint's folder. The thread of rank 0 waits for the notes, writes the manifest and moves the
+folder to the store.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from pipeline.train.checkpoint.store import WRITING, CheckpointStore
 
 POLL_S = 0.05
 WAIT_S = 1.0  # pause between two calls of `beat` while a rank waits for a thread
-# The longest time in which a thread is not considered hung. An upload reports no progress.
+# A thread is considered hung after this time. An upload reports no progress.
 LONGEST_S = 1800.0
 
 
@@ -91,13 +91,13 @@ class Background:
         return None if is_taken else self.outcome.result()
 
     def makes_progress(self) -> bool:
-        """Whether the thread has ended or is not considered hung. A rank that waits for a hung
+        """Whether the thread has ended or is not yet considered hung. A rank that waits for a hung
         thread does not reset its watchdog.
         """
         return self.outcome.done() or time.monotonic() - self._began < LONGEST_S
 
     def give_up(self, beat: Callable[[], None]) -> None:
-        """Wait until the thread ends. From now on, it waits only briefly for other ranks."""
+        """Wait until the thread ends. The thread now waits only briefly for other ranks."""
         self._is_closing.set()
         while self._thread.is_alive():
             self._thread.join(WAIT_S)
@@ -109,7 +109,7 @@ class Background:
             facts = self._write_files(files)
             saved = self._finish(facts) if self.rank == 0 else None
         except BaseException as error:  # `take` raises it
-            # Without this note, rank 0 learns of the failure at the next collective.
+            # Without this note, rank 0 would learn of the failure only at the next collective.
             with contextlib.suppress(OSError):
                 if self.rank:
                     self._note("failed", self.rank).touch()
@@ -149,8 +149,8 @@ class Background:
         )
 
     def _read_note(self, rank: int, timeout_s: float) -> Facts:
-        """The facts in another rank's note. Waits for the note, and after `give_up` for at most
-        `timeout_s` seconds from this call.
+        """The facts in another rank's note. The call waits for the note. After `give_up`, it
+        waits no longer than `timeout_s` seconds from its start.
         """
         note, deadline = self._note("json", rank), time.monotonic() + timeout_s
         while not note.exists():
