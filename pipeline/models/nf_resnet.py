@@ -2,7 +2,7 @@
 
     block:   h = gamma LIF(x / beta)
              y = x + alpha skip_gain branch(h)
-             where the shape changes, the shortcut is a 1x1 convolution of h, and not x
+             where the shape changes, the shortcut is a 1x1 convolution of h, not of x
 
 Standardised weights keep each branch at unit variance, gamma restores the variance that the spike
 function removes, beta is the expected standard deviation of the stream, and skip_gain starts at 0.

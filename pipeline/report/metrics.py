@@ -85,7 +85,7 @@ METRICS = [
         "less",
         _sum("wall_s", minus=["startup_s"], minus_any=["fidelity_s"]),
         description=(
-            "the time of a run from the end of its first batch to its last line. It includes"
+            "the time of a run from the end of its first batch to its last event. It includes"
             " restarts, but neither their start-up nor comparisons with BPTT's gradient"
         ),
     ),

@@ -324,7 +324,7 @@ class HLOP(Rule):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for recorder in self._recorders:  # `last` is not of the checkpoint's last batch
+        for recorder in self._recorders:  # `last` is of another batch than the checkpoint
             recorder.last = None
         # start_task is not called again for the task of the checkpoint.
         if int(self.task) and self._attached:

@@ -75,7 +75,9 @@ def without_password(text: str) -> str:
 
 
 def reason(uri: str, error: Exception) -> str:
-    """The class of a store's error, and its first line without secrets or an advice instead."""
+    """The class and the first line of a store's error, without secrets. If the password must be
+    written in another way, this advice replaces the line.
+    """
     login = _LOGIN.search(uri)
     if login is not None and re.search("[/?#]", login[0].removeprefix("//")):
         # MLflow's client (3.17.2) ends the host at such a character. Its error then contains parts

@@ -114,7 +114,7 @@ class BetonWriter:
         self.samples += 1
 
     def finish(self) -> None:
-        """Write the last page and all parts but pages. Sync the file to disk and close it."""
+        """Write the last page, then all parts that are not pages. Sync and close the file."""
         if self._page:
             self._flush()
         table_offset = self._pages_offset + self._pages * self.page_bytes
@@ -169,7 +169,7 @@ def read_tables(path: Path) -> Tables:
 
     Raises:
         DataError: the file is no .beton, its header or field descriptors are damaged, or its fields
-            are not two: an image or an array, and then a label.
+            are neither image and label nor array and label.
         OSError: the storage fails.
     """
     try:

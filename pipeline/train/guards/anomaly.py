@@ -82,7 +82,7 @@ class AnomalyGuard(Guard):
         return {"in_a_row": self._bad_in_a_row, "losses": list(self._good_losses)}
 
     def begin_task(self) -> None:
-        """Forget good losses and bad batches, because different tasks are not compared."""
+        """Forget the good losses and the count of bad batches: tasks are not compared."""
         self._bad_in_a_row = 0
         self._good_losses.clear()
 

@@ -25,7 +25,7 @@ _INTERVAL = 0.1
 
 def unreported_hangs(run: Path, events: Sequence[Event]) -> dict[str, int]:
     """The hangs that are not in the journal. A key is the path of the stacks relative to the run's
-    folder, its value the rank that hung.
+    folder, and its value is the rank that hung.
     """
     reported = {event.stacks for event in events if isinstance(event, Hung)}
     folder, hangs = RunFolder(run).stacks, {}
