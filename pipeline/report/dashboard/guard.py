@@ -4,8 +4,8 @@ Without a token, the server answers only requests for a loopback host name. So o
 reach the server through a name that resolves to this machine (DNS rebinding). With a token, the
 reader opens `/?token=...` once, and a cookie derived from the token identifies the browser
 afterwards. A program may send the token as a bearer token instead. With a token, the server answers
-requests for any host name, because a proxy may pass on its own name. This is safe: a browser sends the
-cookie only to the name that set the cookie.
+requests for any host name, because a proxy may pass on its own name. This is safe: a browser sends
+the cookie only to the name that set the cookie.
 """
 
 import hashlib
