@@ -1,7 +1,7 @@
 """Options that several commands share, `--set`, and the reading of a recipe file.
 
-Modules of the command line import at their top only what needs the standard library alone, rich and
-typer. What imports torch, Ray or MLflow is imported by the command that needs it.
+Modules of the command line import at their top only rich, typer, and modules that need nothing but
+the standard library. Each command itself imports the modules that need torch, Ray or MLflow.
 """
 
 import ast
@@ -20,8 +20,8 @@ from pipeline.recipe.suite import Suite
 
 
 class Command(TyperCommand):
-    """A command that refuses two values for an option that takes one value. The first value would
-    have no effect.
+    """A command that refuses two values for an option that takes one value. Without this
+    check, the first value would have no effect.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -112,7 +112,7 @@ Address = Annotated[
     str | None,
     typer.Option(
         "--address",
-        help="address of a Ray cluster: auto or host:6379; default, like local: start one here",
+        help="address of a Ray cluster: auto or host:6379; local or no address: start one here",
     ),
 ]
 Device = Annotated[
@@ -134,13 +134,13 @@ Loaders = Annotated[
         "--loader-threads",
         noun="threads",
         metavar="N|auto",
-        help="threads of a worker that read data; auto: one per core with a GPU, else 1",
+        help="threads that read data in a worker; auto: with a GPU, one per core; else 1",
     ),
 ]
 Restarts = Annotated[
     int | None,
     typer.Option(
-        "--max-restarts", min=0, help="restarts of dead workers without a new checkpoint in between"
+        "--max-restarts", min=0, help="maximum restarts of dead workers between two checkpoints"
     ),
 ]
 Hang = Annotated[
@@ -155,14 +155,14 @@ Verify = Annotated[
     Literal["sampled", "full"] | None,
     typer.Option(
         "--verify",
-        help="check the checksums of data while reading: of one sample in 256, or of each",
+        help="compare data with checksums while reading; sampled: one sample in 256; full: all",
     ),
 ]
 NodeLoss = Annotated[
     Literal["fast", "patient"] | None,
     typer.Option(
         "--node-loss",
-        help="if a node does not answer, fast: continue without it; patient: wait for it",
+        help="when a silent node counts as lost; fast: after 4 s; patient: after 30 s or more",
     ),
 ]
 
@@ -185,7 +185,7 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
     Values are Python literals; anything else is text.
 
     Raises:
-        ValueError: a text without `=`, or without a key before it.
+        ValueError: a text has no `=`, or no key before the `=`.
     """
     changes: dict[str, Any] = {}
     for text in texts:

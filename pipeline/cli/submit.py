@@ -53,7 +53,7 @@ Gpus = Annotated[int | None, _option("--gpus-per-node", min=0, help="slurm: GPUs
 Time = Annotated[
     str | None,
     _option(
-        "--time", help="slurm, required: time limit, such as 12:00:00; the job is then resumed"
+        "--time", help="slurm, required: time limit, such as 12:00:00; the job is resumed after it"
     ),
 ]
 Partition = Annotated[str | None, _option("--partition", help="slurm: the partition")]
@@ -83,7 +83,7 @@ def submit_to_cluster(
 
     Raises:
         ValueError: options do not fit together, the scheduler would refuse a value, or the recipe
-            is invalid, as far as a check without data can find.
+            is invalid. The check does not need the data.
         UserError: the scheduler did not take the job.
     """
     typed = {name: value for name, value in context.params.items() if is_set_by_user(context, name)}
@@ -150,7 +150,7 @@ def _check_recipes(
 
 
 def _typed_words(context: typer.Context) -> Iterator[str]:
-    """The words of the user, recipes first, without options that become fields of the request."""
+    """The user's words, recipes first, without options of submission and fields of the request."""
     for parameter in sorted(
         context.command.params, key=lambda each: each.param_type_name == "option"
     ):

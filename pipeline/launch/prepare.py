@@ -43,15 +43,15 @@ def prepare(
 
     Args:
         name: the name of the folder. None: the recipe's name and the time.
-        parent: the id of the launch of the suite that the run belongs to.
+        parent: the id of the suite's launch. None: the run belongs to no suite.
         suite: the name of this suite's folder.
         family: the MLflow experiment of this suite. None: the experiment of the recipe.
-        adopt_checkpoints: continue from the checkpoints of this name at the cluster's address for
-            checkpoints, if there are any. The folder of their run is gone.
+        adopt_checkpoints: a run of this name whose folder is gone may have left checkpoints at
+            `cluster.checkpoints`. Continue from them.
 
     Raises:
         ValueError: the data set or the weights that `init` names are missing, the name is taken or
-            refused, or the checkpoints must not be adopted or are of another study.
+            refused, or there are checkpoints, and they are of another study or must not be adopted.
     """
     recipe = recipe.resolved()
     trust = own_code.needed(trust, targets_of(recipe))
@@ -93,11 +93,11 @@ def _store_of_run(
     checkpoints: str, run: Path, study: str, *, adopt_checkpoints: bool
 ) -> tuple[str, str | None]:
     """The address of the run's store below the address `checkpoints`, and the run_id of the store's
-    owner, if it has one.
+    owner; None: the store has no owner.
 
     Raises:
-        ValueError: the store has checkpoints or an owner, and they must not be adopted or are of
-            another study, or the address cannot be opened.
+        ValueError: the store has checkpoints or an owner without `adopt_checkpoints`, the owner is
+            of another study, or the address cannot be opened.
     """
     address, names, owner = open_store(checkpoints, run)
     found = names[-1] if names else f"the store of {owner}"
@@ -167,7 +167,7 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Inside, write to a hidden folder. At the end it is renamed to `folder`. So the folder is
+    """Make a hidden folder to write to, and rename it to `folder` at the end. So `folder` is
     complete or absent. A process that is killed leaves at most the hidden folder.
 
     Raises:

@@ -1,8 +1,8 @@
 """The Ray launcher: Ray Train starts the worker processes and restarts dead workers.
 
 Ray provides processes and a process group, and nothing else. Checkpoints and metrics do not pass
-through Ray: its own record of them (2.60) lags behind the disk, and one truncated file makes it
-unreadable. The run's folder is the only record.
+through Ray: Ray's record of them (2.60) lags behind the disk, and one truncated file makes the
+record unreadable. The run's folder is the only record.
 """
 
 import logging
@@ -53,22 +53,22 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Seconds between two checks for dead workers; 2 by default.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    # 15 by default: other processes would slow down training and falsify measurements.
+    # At the default of 15, other processes slow down training and falsify measurements.
     "RAY_worker_niceness": "0",
-    # The default of the next release. Without this setting, Ray 2.60 prints a warning.
+    # 0 is the default of Ray's next release. Without this setting, Ray 2.60 prints a warning.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-# Only for a cluster that a launch starts: its node is 127.0.0.1, and Ray's servers listen only
-# there, as on Windows and macOS (2.60).
+# Only for a cluster that a launch starts. With 0, its node is 127.0.0.1, and Ray's servers listen
+# only there. This is Ray's default on Windows and macOS (2.60).
 OWN_CLUSTER_SETTINGS = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
-CONNECT_TIMEOUT_S = 600  # Maximum time in which starting workers connect. No watchdog runs yet.
-# If a worker hangs, its watchdog should end it. The other workers wait for it this much longer.
+CONNECT_TIMEOUT_S = 600  # Starting workers connect within this time. No watchdog runs yet.
+# The watchdog ends a worker that hangs. The other workers wait this much longer than the watchdog.
 AFTER_WATCHDOG_S = 600
 
 
 class LaunchError(RuntimeError):
-    """A run that failed, in one line."""
+    """A run failed. The message is one line."""
 
 
 class WorkersEnded(LaunchError):
@@ -88,8 +88,9 @@ class Ray:
 
     Args:
         cluster: the options of the launch.
-        work: the function that each worker calls with its job. Benchmarks measure inside it.
-        needs_cores: refuse a cluster that has too few cores for the workers now.
+        work: the function that each worker calls with its job and its rank. Benchmarks pass a
+            function that measures.
+        needs_cores: refuse a cluster that now has too few cores for the workers.
     """
 
     cluster: Cluster
@@ -201,8 +202,8 @@ class Ray:
     def max_parallel_runs(self) -> int | None:
         """The number of runs that can train at the same time, each on its own cores and GPUs.
 
-        None: unknown. A cluster that was joined may count logical cores, and workers reserve
-        physical cores.
+        None: unknown, because a joined cluster without GPUs may count logical cores, and workers
+        reserve physical cores.
         """
         import ray
 
@@ -270,8 +271,8 @@ class Ray:
             job = replace(job, threads=cores, loader_threads=loader_threads)
         sizes = self.cluster.sizes
         is_elastic = len(sizes) > 1
-        # Whether a launch has started the cluster: this launch, or the suite that this run belongs
-        # to. The nodes show it. The address does not.
+        # True if this launch, or the launch of the run's suite, has started the cluster. The nodes
+        # show this, the address does not.
         on_loopback = all(node["NodeManagerAddress"] == HOST for node in alive_nodes())
         return Trainer(
             partial(_train, work=self.work, sizes=sizes),
@@ -324,8 +325,9 @@ def _train(config: dict[str, Any], *, work: Work, sizes: tuple[int, ...]) -> dic
         sizes,
         _drain_notice,
     )
-    # A collective must wait longer than the watchdog of a worker that hangs. Otherwise it ends a
-    # healthy worker first, and Ray then ends the worker that hangs before its stacks are written.
+    # A collective must wait longer than the watchdog of a worker that hangs. Otherwise the
+    # collective first ends a healthy worker, and Ray then ends the hung worker before its watchdog
+    # writes the stacks.
     after_watchdog = timedelta(minutes=job.hang_minutes, seconds=AFTER_WATCHDOG_S)
     distributed.distributed_c10d._set_pg_timeout(
         after_watchdog if job.hang_minutes else COLLECTIVE_TIMEOUT, distributed.group.WORLD

@@ -2,15 +2,15 @@
 
     block:   h = gamma LIF(x / beta)
              y = x + alpha skip_gain branch(h)
-             where the shape changes, the shortcut is a 1x1 convolution of h instead of x
+             where the shape changes, the shortcut is a 1x1 convolution of h, not of x
 
 Standardised weights keep each branch at unit variance, gamma restores the variance that the spike
 function removes, beta is the expected standard deviation of the stream, and skip_gain starts at 0.
 No batch statistics are used, so the network can run one time step at a time. The stream is
 real-valued, and no neuron precedes the last pool.
 
-Source: Brock et al. 2021 (arXiv 2101.08692) for the normaliser-free network; Xiao et al. 2022
-(OTTT, arXiv 2210.04195) and Meng et al. 2023 (SLTT, arXiv 2302.14311) for the spiking one.
+Source: Brock et al. 2021 (arXiv 2101.08692) for the network without batch norm; Xiao et al.
+2022 (OTTT, arXiv 2210.04195) and Meng et al. 2023 (SLTT, arXiv 2302.14311) for the spiking network.
 """
 
 # T time, B batch, C channels, H W pixels, K classes
@@ -39,7 +39,7 @@ class NFResNet(nn.Module):
     a `bottleneck` (1x1, 3x3, 1x1). Every stage but the first starts with stride 2. The classifier
     starts at 0, so the first loss is ln K.
 
-    Raises: ValueError for an unknown stem, or sizes below 1.
+    Raises: ValueError for an unknown stem, sizes below 1, or a neuron that scales its input.
     """
 
     def __init__(

@@ -1,17 +1,18 @@
 """QKFormer: a spiking Transformer with three stages, at 1/4, 1/8 and 1/16 of the image, rounded up.
 
-    stage 1:   embed to D/4, 1 block with TokenQK
+    stage 1:   stem, embed to D/4, 1 block with TokenQK
     stage 2:   embed to D/2, 2 blocks with TokenQK
     stage 3:   embed to D, all other blocks with SelfAttention
     head:      mean over tokens, linear classifier
     block:     x <- x + attention(x),   x <- x + ffn(x),   ffn of two 1x1 synapses, D to 4 D to D
+    stem:      synapse to D/8, norm, max pool, neuron
     embed:     (synapse, norm, max pool, neuron, synapse, norm, neuron)
                + (1x1 synapse of stride 2, norm, neuron)
 
 This is the published form, `shortcut="sew"`, whose stream consists of whole numbers. With
 "membrane", "multiple" and "multiple_all" the stream is real-valued (`models/residual.py`). A neuron
-then precedes each synapse, also in the embeddings, and another one the classifier. A block starts
-as the identity, as in MS-ResNet (except under "multiple_all", where its attention adds a).
+then precedes each synapse but the first, also in the embeddings and before the classifier. A block
+starts as the identity, as in MS-ResNet (except under "multiple_all", where its attention adds a).
 
 Neither kind of attention has a softmax. q, k and v are the spikes behind 1x1 synapses that read the
 stream. They are split into heads of d channels. The tokens are the N pixels.
@@ -27,7 +28,7 @@ shortcut: the stream is added to the currents of q, k and v, and a is added to y
 a is the input of L'. TokenQK has no neuron before S, so its a consists of spikes.)
 
 With `projection_neuron="over_samples"` the neuron after SelfAttention's S runs as in the published
-code, see `OverSamples`. Published accuracies were measured with it.
+code (see `OverSamples`). Published accuracies were measured with this neuron.
 
 The drop-path share grows linearly with depth to `drop_path`. Both branches of a block have the same
 share. The published code declares drop path but never applies it, so 0 is as published.
@@ -75,10 +76,10 @@ SWS_NEURON = LIF(0.5, surrogate=Sigmoid(4.0))
 class QKFormer(nn.Module):
     """`[T, B, C, H, W]` to `[T, B, K]`, for images of any size.
 
-    After shrinking, 16 pixels a side give one token in the last stage.
+    After shrinking, each square of 16 by 16 pixels gives one token in the last stage.
 
     Args:
-        channels: D, the channels of the last stage; a multiple of 4 heads.
+        channels: D, the channels of the last stage; a multiple of 4 * `heads`.
         depth: the total number of blocks. The first stages have 1 and 2 of them.
         heads: heads of every attention.
         expansion: the factor by which the FFN widens the channels.
@@ -91,8 +92,8 @@ class QKFormer(nn.Module):
         neuron: None: the published LIF (decay 0.5, scaled input, reset to zero), or under "sws" a
             LIF with reset by subtraction and without scaled input.
 
-    Raises: ValueError for sizes below 1, channels that are not a multiple of 4 heads, a depth below
-    4, or choices that do not fit together; in `forward` for images smaller than one square.
+    Raises: ValueError for sizes below 1, channels that are not a multiple of 4 * `heads`, a depth
+    below 4, or choices that do not fit together; in `forward` for images smaller than one square.
     """
 
     def __init__(
@@ -164,7 +165,7 @@ def _check(*, depth: int, shortcut: Shortcut, channels: int, heads: int, **count
     refuse_unless_counts("QKFormer", counts | {"heads": heads, "channels": channels})
     require(
         channels % (4 * heads) == 0,
-        f"QKFormer: channels must be a multiple of 4 heads; got {channels=}, {heads=}",
+        f"QKFormer: channels must be a multiple of 4 * heads; got {channels=}, {heads=}",
     )
     require(
         depth >= 4,
@@ -219,7 +220,7 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Base class of both attentions; `_mix` combines tokens. It keeps the shape of its input."""
+    """Base class of both attentions; `_mix` combines tokens. The output has the input's shape."""
 
     def __init__(
         self,
@@ -360,10 +361,10 @@ def qkformer_10(
     )
 
 
-# Published tensors that this network does not need, by the end of their name, and the reason.
+# Published tensors that this network does not need: the end of their name, and the reason.
 IGNORED_TENSORS = {
     "num_batches_tracked": (
-        "counts calls for torch's cumulative average, which batch norm with a momentum never reads"
+        "counts calls for torch's cumulative average; batch norm with a momentum never reads it"
     )
 }
 
@@ -418,15 +419,15 @@ def from_published(
 
     Args:
         published: tensors under their published names.
-        heads: heads of every attention. No tensor depends on it. None: one per 64 channels, as
+        heads: heads of every attention. No tensor shows the number. None: one per 64 channels, as
             published for ImageNet.
         over: statistics of batch norm in training (`models/residual.py`). "time" is the published
             network. Rules that run in slices need "step", which changes the network.
         projection_neuron: "over_samples" is as in the published code; outputs then depend on the
             batch.
 
-    Raises: ValueError for missing or unknown tensors, tensors of another shape, or no `heads` below
-    64 channels.
+    Raises: ValueError for missing or unknown tensors, tensors of another shape, or no `heads` for
+    fewer than 64 channels.
     """
     classes, channels = _sizes(published, "head.weight", 2)
     require(
@@ -474,7 +475,7 @@ def to_our_names(published: Mapping[str, Tensor], network: QKFormer) -> dict[str
 
     A tensor that `network` does not have keeps its name. Sizes are not checked.
 
-    Raises: ValueError for a network with a real-valued stream, for which nothing was published.
+    Raises: ValueError for a shortcut other than "sew", for which nothing was published.
     """
     require(
         isinstance(network.last, nn.Identity),

@@ -22,7 +22,7 @@ class Metric:
         better: "less" or "more", whichever is better. Such a metric is compared with the baseline.
             A metric with "" is listed in another table, without a comparison.
         source: its dotted path in `summary.json`, or a function of the summary's numbers, which
-            are keyed by dotted path. None: `name` is the path. A `*` in the name matches any key:
+            are keyed by dotted path. "": `name` is the path. A `*` in the name matches any key:
             each matching key of a summary gives a metric, and `{}` in the title becomes the key.
         description: an explanation of the quantity, for the captions of figures.
     """
@@ -44,7 +44,9 @@ class Metric:
 def _sum(
     *paths: str, minus: Sequence[str] = (), minus_any: Sequence[str] = ()
 ) -> Callable[[Mapping[str, float]], float | None]:
-    """A sum of numbers of a summary; None if one is missing, except for those in `minus_any`."""
+    """The sum of `paths` less `minus` and `minus_any`. A missing number of `minus_any` is 0; any
+    other missing number makes the result None.
+    """
 
     def total(numbers: Mapping[str, float]) -> float | None:
         if not numbers.keys() >= {*paths, *minus}:
@@ -83,7 +85,7 @@ METRICS = [
         "less",
         _sum("wall_s", minus=["startup_s"], minus_any=["fidelity_s"]),
         description=(
-            "the time of a run from the end of its first batch to its last line. It includes"
+            "the time of a run from the end of its first batch to its last event. It includes"
             " restarts, but neither their start-up nor comparisons with BPTT's gradient"
         ),
     ),

@@ -60,21 +60,22 @@ class HLOP(Rule):
 
         dL/dW <- dL/dW - (dL/dW H^T) H      from the second task on; H: the synapse's frozen rows
 
-    H spans the inputs of the synapse in old tasks, so its outputs for them do not change. Hebbian
-    lateral neurons (`spiking/subspace.py`) learn H from the inputs of every batch, once per global
-    batch. The inputs of a convolution are its patches, and its weight is a matrix `[out, C k k]`.
+    H spans the inputs of the synapse in old tasks, so the synapse's outputs for them do not change.
+    Hebbian lateral neurons (`spiking/subspace.py`) learn H from the inputs of every batch, once per
+    global batch. The inputs of a convolution are its patches, and its weight is a matrix
+    `[out, C k k]`.
 
     `start_task` freezes the learnt rows and adds learning rows, which are orthogonal to the frozen
     rows. From the second task on, all parameter vectors (biases, thresholds, gains) are frozen by a
     gradient of 0, and batch norm uses its running statistics without updates. The outputs of old
     tasks do not change if H spans the old inputs of every time step. Otherwise they change by at
-    most |dW| times the component of the inputs outside H. This requires SGD, with or without
-    momentum. The momentum must start at 0 in each task, because an old momentum has a component
-    inside the subspace. Weight decay, other optimizers such as Adam, and weights that are not the
-    parameter itself (standardised, 1-bit, norm-limited) are refused.
+    most |dW| times the component of the inputs outside H. The projection requires SGD, with or
+    without momentum. The momentum must start at 0 in each task, because an old momentum has a
+    component inside the subspace. Weight decay, other optimizers such as Adam, and weights that are
+    not the parameter itself (standardised, 1-bit, norm-limited) are refused.
 
     Args:
-        rows: the number of new rows of each synapse, in order of registration, for each task, such
+        rows: for each task, the numbers of new rows of the synapses in order of registration, such
             as `((80, 200, 100), (70, 70, 70))`. The last entry applies to all later tasks.
         learning_rate: the learning rate of the lateral neurons, one number or one per synapse, in
             units of 1 / x^2. Its product with the largest eigenvalue of E[x^T x] must be below
@@ -89,24 +90,24 @@ class HLOP(Rule):
         lateral_steps: the number of time steps of spiking lateral neurons (published: 1000, 40);
             None: their responses are real numbers. The published spiking neurons differ in two
             ways. They fire again in each inner iteration; here they fire once per batch. They also
-            compute the projection, so a part of the gradient remains in the old subspace (.0015 and
-            .037 of it on random inputs of size 50); here the projection is exact.
-        error: how the error passes to the layer below: "backprop", or with the backward weights
-            "sign_symmetric" or "feedback" (`spiking/error_feedback.py`). An inner rule without
-            backpropagation (OPZO) must use "backprop".
+            compute the projection, so a part of the gradient remains in the old subspace (.0015 of
+            it with 1000 steps, .037 with 40); here the projection is exact.
+        error: the weights through which the error passes to the layer below. "backprop": the
+            forward weights. "sign_symmetric" and "feedback": `spiking/error_feedback.py`. An inner
+            rule without backpropagation (OPZO) must use "backprop".
         skip: names of modules that are neither projected nor frozen, such as the heads of tasks.
 
     The published code updates H at every forward from the samples of this forward (under OTTT at
     each step, from stacked spikes and traces). Here H learns from the mean over the global batch,
-    so that it does not depend on ranks and micro-batches, and H is orthonormalised after each
-    batch. The gradient of each backward call is projected separately.
+    so H does not depend on ranks and micro-batches. H is orthonormalised after each batch. The
+    gradient of each backward call is projected separately.
 
     Raises: ValueError for arguments out of range (`__init__`); for a synapse or parameter that
     cannot be projected, batch norm of torch, rows or learning rates that do not fit the synapses,
-    or traces or rates without an inner rule or model that has them (`attach`); for an optimizer
+    or "traces" or "rates" that the inner rule or model does not have (`attach`); for an optimizer
     other than SGD without weight decay (`check_optimizer`); for slices of time under "rates"
     (`check_steps`); for fewer than two tasks, or too many rows of all tasks (`check_tasks`); for a
-    task out of order (`start_task`); and in the cases of the inner rule.
+    task out of order (`start_task`); and for all that the inner rule refuses.
     Source: Xiao et al. 2024 (arXiv 2402.11984), sections 4.1-4.3.
     """
 
@@ -273,7 +274,7 @@ class HLOP(Rule):
     def start_task(self, model: nn.Module, task: int) -> None:
         """Freeze the learnt rows and add the rows of `task`. `attach` adds those of task 0.
 
-        It is collective if the model has batch norm that is not frozen.
+        The call is collective if the model has batch norm that is not frozen.
         """
         self.inner.start_task(model, task)
         if task == int(self.task) == 0:
@@ -323,7 +324,7 @@ class HLOP(Rule):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for recorder in self._recorders:  # the last batch is not the last batch of the checkpoint
+        for recorder in self._recorders:  # `last` is of another batch than the checkpoint
             recorder.last = None
         # start_task is not called again for the task of the checkpoint.
         if int(self.task) and self._attached:
@@ -363,7 +364,7 @@ class HLOP(Rule):
     def end_of_batch(self) -> None:
         """Update the rows from the inputs of all micro-batches and ranks.
 
-        It makes one collective call per synapse (with spiking lateral neurons: three).
+        It makes one collective call for each synapse that ran (three with spiking lateral neurons).
         """
         self.inner.end_of_batch()
         for recorder, rate in zip(self._recorders, cycle(self.learning_rates), strict=False):
@@ -376,8 +377,8 @@ class HLOP(Rule):
     def metrics(self) -> dict[str, float]:
         """The metrics of the inner rule, and two metrics per synapse.
 
-        `energy_` is the share of the inputs' energy that the rows preserve. `free_` is the number
-        of free directions.
+        `energy_NAME` is the share of the inputs' energy that the rows preserve. `free_NAME` is the
+        number of free directions.
         """
         metrics = dict(self.inner.metrics())
         for recorder in self._recorders:

@@ -53,15 +53,15 @@ class OPZO(Rule):
         out[t] = s[t] + alpha z[t]      in every hidden layer, z ~ N(0, 1)
         o[t]                            the logits of this one noisy forward
         e[t]   = dL[t]/do[t]            the output error of each sample
-        g[t]   = M e[t] / (1 - lam^k)   the signal to a hidden layer; M of N x K, after k batches
+        g[t]   = M e[t] / (1 - lam^k)   the signal to a hidden layer after k batches; M is N x K
         grad W = 1/T sum_t (psi(u[t]) g[t]) a[t]^T      three local factors
         a[t]   = decay a[t-1] + x[t]
         M     <- lam M + (1 - lam) mean of z[t] o[t]^T / alpha
                                         after each global batch, over its samples and steps
 
-    M estimates the transposed mean Jacobian E[do/ds]^T from the noise. With task-specific heads it
-    is reset at each new head. No gradient passes to the layer below. The readout uses e itself.
-    Neurons, traces and losses are those of OTTT.
+    M estimates the transposed mean Jacobian E[do/ds]^T from the noise. With task-specific heads M
+    is reset at each new head. No gradient passes to the layer below. The output layer uses e
+    itself. Neurons, traces and losses are those of OTTT.
 
     Args:
         feedback: "momentum" is OPZO. "random": M is drawn once, with independent entries of
@@ -72,8 +72,8 @@ class OPZO(Rule):
         inject: "spikes" (default) adds noise to the spikes. "membrane" adds it to the membrane,
             where it only changes the spike of its own step.
         momentum: lam, for "momentum" only; 0.999 by default.
-        antithetic: whether every second time step uses the negative noise of the step before it. By
-            default this is so if T > 1. True is refused at T = 1.
+        antithetic: whether every second time step uses the negative noise of the step before it.
+            The default is True for T > 1. True is refused at T = 1.
         local_readouts: OPZO+LL. Each hidden layer also learns from the loss of its own linear
             readout, a `Readout` of the model (`models/transforms.py`). The weights of the readout
             learn only from this loss.
@@ -359,5 +359,5 @@ def _columns(parts_1BK: list[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat([part_1BK.detach()[0] for part_1BK in parts_1BK], dim=1).to(dtype)
 
 
-# The purpose in the keys of random matrices. They differ from all keys of the noise.
+# The purpose in the keys of random matrices. These keys differ from all keys of the noise.
 _MATRIX = 0x4D

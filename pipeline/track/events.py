@@ -71,8 +71,9 @@ class Event:
     count_tag: ClassVar[str] = ""  # the tag of MLflow that counts these events; "": none
     counted_field: ClassVar[str] = ""  # the field that `count_tag` sums; "": events are counted
     diverged: ClassVar[str | None] = None  # the value of MLflow's tag `spiketrain.diverged`
-    measures_weights: ClassVar[bool] = False  # not valid after a return to an earlier step
-    settles_weights: ClassVar[bool] = False  # the run cannot return to an earlier step
+    # the event is no longer valid if the run returns to a step before it
+    measures_weights: ClassVar[bool] = False
+    settles_weights: ClassVar[bool] = False  # the run cannot return to a step before this event
 
     time: float = 0.0  # Unix seconds
     attempt: int = NO_ATTEMPT  # number of the attempt, from 0
@@ -132,7 +133,7 @@ class Start(_AtStep, durable=True, sends_journal=True, state="interrupted", stat
     precision: Annotated[str, Tag("spiketrain.precision")]  # such as bf16
     zero: Annotated[int, Tag("spiketrain.zero")]  # DeepSpeed's stage
     commit: Annotated[str, Tag("spiketrain.commit"), Tag("mlflow.source.git.commit")]  # git
-    hardware: Annotated[dict[str, Any], Tag("hardware")]  # of all workers: cpu, gpu, threads
+    hardware: Annotated[dict[str, Any], Tag("hardware")]  # of all workers, by name
     versions: Annotated[dict[str, str], Tag("versions")]  # of libraries, by name
     data_fingerprint: Annotated[str, Tag("spiketrain.data_fingerprint")]  # hash of the data set
     params: Annotated[dict[str, Any], Tag("spiketrain", keys=_TAGS_OF_RECIPE)]  # the recipe
@@ -252,8 +253,8 @@ class Fidelity(_AtStep, sends_journal=True, measures_weights=True):
     epoch: int | None  # the last epoch that has ended, from 0; None: at the start of the run
     temporal_share: Annotated[
         Numbers, Metric("fidelity/temporal_share")
-    ]  # 0 or more, of each layer
-    cosines: Annotated[dict[str, Numbers], Metric("fidelity/cosines")]  # -1..1, of each layer
+    ]  # by layer: the share of BPTT's gradient that passes through time, 0 or more
+    cosines: Annotated[dict[str, Numbers], Metric("fidelity/cosines")]  # by rule and layer, -1..1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """An MLflow tracking store: its client, its errors, and the experiment and the parent of a run.
 
     experiment   one for each family, such as fashion; it holds parents and runs
-      parent     one launch of several recipes (a suite); its status follows from the status of its
-                 runs, and the suite's report is its artifact
+      parent     one launch of a suite (several recipes); its status follows from the status of its
+                 runs, and its artifact is the suite's report
         child    one training run
 
 MLflow (3.17.2) creates an experiment or a run in several steps. If two callers create one at the
@@ -38,7 +38,7 @@ class TrackingError(RuntimeError):
 
 
 def connect(uri: str) -> "MlflowClient":
-    """A client of a store. If an SQLite file does not exist, it is created, which takes seconds."""
+    """A client of a store. A missing SQLite file is created, which takes seconds."""
     defaults = {
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         # 3.17.2 retries 7 times with a timeout of 120 s. In this project, the caller retries.
@@ -75,7 +75,9 @@ def without_password(text: str) -> str:
 
 
 def reason(uri: str, error: Exception) -> str:
-    """The class and the first line of a store's error, without secrets."""
+    """The class and the first line of a store's error, without secrets. If the password must be
+    written in another way, this advice replaces the line.
+    """
     login = _LOGIN.search(uri)
     if login is not None and re.search("[/?#]", login[0].removeprefix("//")):
         # MLflow's client (3.17.2) ends the host at such a character. Its error then contains parts

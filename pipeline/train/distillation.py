@@ -30,7 +30,7 @@ class Distillation:
 
     p is the softmax of the teacher's logits divided by tau, q that of z_t divided by tau. tau^2
     keeps gradients as large as at tau = 1 (Hinton et al.). m_t = (z_1 + ... + z_t) / t is the mean
-    of the steps so far. It has no gradient.
+    of the steps so far. m_t has no gradient.
 
     With `over_time="steps"` every step learns the teacher's prediction, under any rule. With
     `over_time="mean"` the mean logits learn it, if the rule can differentiate their loss. By
@@ -43,8 +43,8 @@ class Distillation:
         temporal decoupling     1             a               b                "kl"    1 or 3
 
     DeiT's code has w/K in place of w. Temporal decoupling has temperature 1 on ImageNet and 3 on
-    CIFAR. Its m_t is the mean over the steps in 1..T with a correct prediction. An online rule
-    cannot compute it, because later steps are unknown.
+    CIFAR. Its m_t is the mean over those steps of 1..T whose prediction is correct. An online
+    rule cannot compute this mean, because later steps are unknown.
 
     Args:
         labels: the loss on labels. Evaluation reports it, even if its weight is 0.

@@ -201,7 +201,7 @@ def test_drop_path_grows_with_depth_and_works():
 
 test_refuses = refusals(
     [
-        ({"channels": 36}, "channels must be a multiple of 4 heads; got channels=36, heads=2"),
+        ({"channels": 36}, r"channels must be a multiple of 4 \* heads; got channels=36, heads=2"),
         ({"depth": 3}, "depth must be >= 4"),
         ({"classes": 0}, "classes must be a whole number >= 1; got classes=0"),
         ({"shrink": 0}, "shrink must be a whole number >= 1; got shrink=0"),

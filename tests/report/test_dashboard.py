@@ -89,7 +89,7 @@ def test_a_token_is_asked_of_every_request(store: FakeStore, path: str):
     wrong = client.get(path, query_string={"token": TOKEN[:-1]})
     assert (
         wrong.status_code == 401
-        and "must be that of the server" in wrong.get_data(as_text=True)
+        and "must be the server's --token" in wrong.get_data(as_text=True)
         and "Set-Cookie" not in wrong.headers
     )
     client.set_cookie(COOKIE, TOKEN)

@@ -114,7 +114,7 @@ class BetonWriter:
         self.samples += 1
 
     def finish(self) -> None:
-        """Write the last page and everything but the pages, sync the file to disk and close it."""
+        """Write the last page, then all parts that are not pages. Sync and close the file."""
         if self._page:
             self._flush()
         table_offset = self._pages_offset + self._pages * self.page_bytes
@@ -146,7 +146,7 @@ class BetonWriter:
 
 @dataclass(frozen=True)
 class Tables:
-    """The regions and pages of a .beton, and the table entries of its samples in index order.
+    """The regions and pages of a .beton, and the entries of its samples in index order.
 
     A region is a part of the file that is not a page. Pages and regions cover the file without
     gaps.
@@ -169,13 +169,13 @@ def read_tables(path: Path) -> Tables:
 
     Raises:
         DataError: the file is no .beton, its header or field descriptors are damaged, or its fields
-            are not an image or an array and then a label.
+            are neither image and label nor array and label.
         OSError: the storage fails.
     """
     try:
         reader = _ffcv().Reader(str(path))
     except (*_DAMAGED, OSError) as error:
-        # EINVAL: the header has an impossible offset of a table
+        # EINVAL: the header has an impossible table offset
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise DataError(

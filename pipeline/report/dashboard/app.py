@@ -40,7 +40,7 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
     Args:
         name: the name of the store on the page.
         every: seconds between the periodic requests of an open page.
-        patience_s: seconds after which a page repeats a request without a response; None: 5 times
+        patience_s: seconds after which a page repeats an unanswered request; None: 5 times
             `every`, at least 30.
     """
     environment().filters |= {
@@ -266,6 +266,6 @@ def serve(
         f" {without_password(uri)} to {readers}",
         flush=True,
     )
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell makes background jobs ignore SIGINT
         signal.signal(number, signal.default_int_handler)
     server.run()

@@ -1,10 +1,11 @@
 """Access control of the dashboard: this machine only, or everyone with the token.
 
-Without a token, the server answers only requests for a loopback host name. Other sites can then not
-reach it through a name that resolves to this machine (DNS rebinding). With a token, the reader
-opens `/?token=...` once, and a cookie derived from the token identifies the browser afterwards. The
-server then answers requests for any host name, because a proxy may keep its own name, and a browser
-sends the cookie to no other name.
+Without a token, the server answers only requests for a loopback host name. So other sites cannot
+reach the server through a name that resolves to this machine (DNS rebinding). With a token, the
+reader opens `/?token=...` once, and a cookie derived from the token identifies the browser
+afterwards. A program may send the token as a bearer token instead. With a token, the server answers
+requests for any host name, because a proxy may pass on its own name. This is safe: a browser sends
+the cookie only to the name that set the cookie.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ def guard(server: Flask, *, host: str, token: str | None) -> None:
     """Make a server refuse unauthorised readers, and set headers that protect the page.
 
     Raises:
-        ValueError: the token is empty, or the server would be open to other machines without one.
+        ValueError: the token is empty, or there is none and the server is open to other machines.
     """
     if token is not None and not token.strip():
         raise ValueError(
@@ -40,7 +41,7 @@ def guard(server: Flask, *, host: str, token: str | None) -> None:
         )
     if not is_loopback(host) and token is None:
         raise ValueError(
-            "dashboard: --host must be localhost or a loopback address without a --token; got"
+            "dashboard: without a --token, --host must be localhost or a loopback address; got"
             f" {host}"
         )
     policy = "; ".join(
@@ -87,15 +88,13 @@ def _name_of(host: str) -> str:
 
 
 def _refuse_unknown(token: str) -> AnyResponse | None:
-    """Return None if the request has the cookie or the bearer token. `?token=` sets the cookie."""
+    """Return None for a request with the cookie or the bearer token, else a refusal or redirect."""
     # The cookie is derived from the token and does not reveal the token.
     cookie = hmac.digest(token.encode(), b"spiketrain dashboard", hashlib.sha256).hex()
     query_token = request.args.get("token")
     if query_token is not None:
         if not _is_equal(query_token, token):
-            return _refused(
-                "dashboard: the token in the address must be that of the server's --token"
-            )
+            return _refused("dashboard: the token in the address must be the server's --token")
         others = urlencode(
             [(name, value) for name, value in request.args.items(multi=True) if name != "token"]
         )

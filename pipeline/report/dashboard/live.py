@@ -77,14 +77,14 @@ class Live:
         self._cache: OrderedDict[tuple[str, str], tuple[float, object, Any]] = OrderedDict()
 
     def listed(self, *, fresh_s: float) -> list[StoredRun]:
-        """Return all runs, at most `fresh_s` seconds old; 0 reads the store."""
+        """Return all runs, from a list at most `fresh_s` seconds old. 0: read the store."""
         return self._cached(("listed", ""), self.store.listed, fresh_s=fresh_s)
 
     def members(self, study: str) -> list[StoredRun]:
         return self._cached(("members", study), lambda: self.store.runs(study), fresh_s=_FRESH_S)
 
     def study(self, runs: Sequence[StoredRun]) -> Study:
-        """Return a study of these runs. Its notes name the runs that cannot be read.
+        """Return a study of these runs. Its notes name excluded runs and thinned curves.
 
         Raises:
             StoreError: the store cannot be read.
@@ -120,7 +120,7 @@ class Live:
         return Study(title=f"Study {keys}", runs=tuple(readable), notes=tuple(notes))
 
     def reports(self, runs: Sequence[StoredRun]) -> list[SuiteReport]:
-        """The reports of the suites that these runs belong to, newest launch first.
+        """The reports of the suites that these runs belong to, in the order of the runs.
 
         Raises:
             StoreError: the store cannot be read.
@@ -143,7 +143,7 @@ class Live:
         return reports
 
     def run(self, stored: StoredRun) -> Run:
-        """Return a run from its artifacts; a running run also from its metrics."""
+        """Return a run from its artifacts, and from its metrics if it runs or has no journal."""
         versions = sorted(item for item in stored.tags.items() if item[0].startswith(_ARTIFACT_TAG))
         with self._run_lock:
             return self._cached(
@@ -160,7 +160,7 @@ class Live:
         version: object = None,
         fresh_s: float = math.inf,
     ) -> T_:
-        """Return the cached value; read it if it has another version or is `fresh_s` old."""
+        """Return the cached value. Read it anew if its version differs or it is `fresh_s` old."""
         read_at, known, value = self._cache.get(key, (-math.inf, None, None))
         if known != version or time.monotonic() - read_at >= fresh_s:
             value = read()  # outside the lock: a slow list must not block the figures

@@ -22,7 +22,7 @@ STATE_FILE = "state.pt"
 
 
 class _Autocast(nn.Module):
-    """The network in the recipe's precision. A module, so that `fresh_state` finds the neurons."""
+    """The network in the recipe's precision. It is a module, so `fresh_state` finds the neurons."""
 
     def __init__(self, network: nn.Module, precision: str) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """Detects bad batches and undoes them.
 
 Before the weights move, the ranks combine their losses and the checks of their gradients. A batch
-is bad if its loss or gradient is not finite on any rank. If `policy.loss_spike` is set, a batch is
-also bad if its loss is more than that many times the median loss of the last 64 good batches of the
-task.
+is bad if its loss or gradient is not finite on any rank. If `policy.loss_spike` is not 0, a batch
+is also bad if its loss is more than `policy.loss_spike` times the median loss of the last 64 good
+batches of the task.
 
     a bad batch                      `SkipBatch`: buffers, the rule's state and the random number
                                      generators are restored, as if `policy.skip` named the batch
@@ -82,7 +82,7 @@ class AnomalyGuard(Guard):
         return {"in_a_row": self._bad_in_a_row, "losses": list(self._good_losses)}
 
     def begin_task(self) -> None:
-        """Forget the good losses, because losses of different tasks are not compared."""
+        """Forget the good losses and the count of bad batches: tasks are not compared."""
         self._bad_in_a_row = 0
         self._good_losses.clear()
 

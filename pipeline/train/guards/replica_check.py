@@ -15,7 +15,7 @@ _ROW = 4096  # number of values in a row
 
 
 def fingerprint(values: Iterable[Tensor]) -> str:
-    """A hash of all values, for which the CPU waits once for each device.
+    """A hash of all values. The CPU waits once for each device.
 
     The values of a tensor are read as integers and arranged in rows. The sums of rows and of
     columns are hashed, not the values. Sums of integers do not depend on the order of summation. A
@@ -38,7 +38,10 @@ def fingerprint(values: Iterable[Tensor]) -> str:
 
 
 def drifted(values: Iterable[Tensor], ranks: Ranks) -> list[int]:
-    """The ranks whose values differ from those of most ranks. Collective."""
+    """The ranks whose values differ from those of most ranks. Collective.
+
+    If two groups are equally large, the group with the lowest rank counts as the majority.
+    """
     if ranks.size == 1:
         return []
     fingerprints = ranks.all_gather_object(fingerprint(values))

@@ -24,8 +24,8 @@ _INTERVAL = 0.1
 
 
 def unreported_hangs(run: Path, events: Sequence[Event]) -> dict[str, int]:
-    """The hangs that are not in the journal: the rank that hung, by the path of its stacks relative
-    to the run's folder.
+    """The hangs that are not in the journal. A key is the path of the stacks relative to the run's
+    folder, and its value is the rank that hung.
     """
     reported = {event.stacks for event in events if isinstance(event, Hung)}
     folder, hangs = RunFolder(run).stacks, {}
@@ -47,7 +47,7 @@ class Watchdog:
         self._timeout_s = patience_s  # the current timeout
         self._path = RunFolder(run).stacks / f"rank{rank}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         self._file: IO[str] | None = None
-        self._set_in = 0  # number, counted from 1970, of the interval in which the timer was set
+        self._set_in = 0  # the interval, numbered from 1970, in which the timer was set
 
     def __enter__(self) -> Self:
         if self._timeout_s > 0:
