@@ -68,7 +68,7 @@ class ViewState:
             text=query.get("text", "")[:200],
             only=_value_or_default(query.get("only"), get_args(Only), "all"),
             sort=_value_or_default(query.get("sort"), tuple(SORTS), "newest"),
-            descending=query.get("order", "down") == "down",
+            descending=query.get("order") != "up",
         )
 
     @property
