@@ -20,7 +20,8 @@ from pipeline.core.errors import UserError
 
 # Errors that remain after a restart of the process.
 PERMANENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-# Errors that only the user can resolve, such as a file in place of a folder. Others may be temporary.
+# Errors that only the user can resolve, such as a file in place of a folder. Other errors may be
+# temporary.
 FOR_THE_USER = (*PERMANENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 # A bad sector, or a wrong checksum of the file system. If the error remains, the bytes are lost.
 UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)

@@ -84,7 +84,7 @@ def check_resumed(
             newest checkpoint needs another number.
         OSError: the checkpoints cannot be read, and the cause is not temporary.
     """
-    # This also puts the user's code on the path, which workers inherit.
+    # This call also puts the user's code on the import path, which workers inherit.
     recipe = Recipe.read(RunFolder(folder).recipe, trust=trust)
     if cluster.sizes != launched.sizes:  # the launch has checked its own numbers
         # The file with the initial weights need not exist any more.

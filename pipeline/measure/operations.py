@@ -216,7 +216,7 @@ def _convolution(
     """Any convolution `[N, I, ...] -> [N, O, ...]`, also a transposed one.
 
     `settings` are its stride, padding, dilation, whether it is transposed, output padding and
-    groups. A convolution of the numbers of non-zeros, summed, is the number of pairs without a zero.
+    groups. The sum over a convolution of non-zero counts is the number of pairs without a zero.
     """
     _, kernel = _count_kernels(weight, *settings)
     operations.add(
@@ -237,8 +237,8 @@ def _convolution_backward(
 ) -> None:
     """Both products of the backward have the triples (output, input, weight) of the forward.
 
-    Each product multiplies two of the three. Its count has ones for the third. torch's mask says which of
-    the three gradients are computed: of the input, the weight and the bias.
+    Each product multiplies two of the three. Its count has ones for the third. torch's mask says
+    which of the three gradients are computed: of the input, the weight and the bias.
     """
     *settings, (computes_x, computes_weight, _) = settings_and_mask
     groups, all_pairs = settings[-1], _all_pairs(x, weight, *settings)

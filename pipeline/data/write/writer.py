@@ -109,7 +109,7 @@ def write_sets(
         return _verify_kept(files, encode)
     require_data(
         not existing_files or existing == "replace",
-        f"write: {' and '.join(existing_files)} must not exist yet; remove them, or ask with"
+        f"write: {' and '.join(existing_files)} must not exist yet; remove them, or use"
         " --existing replace",
     )
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def check_kept(written: Sequence[Manifest], sets: Sequence[Source]) -> None:
         require_data(
             (samples, manifest.source) == (len(source.items), source.origin),
             f"write: {manifest.file} was written from {counted(samples, 'sample')} of"
-            f" {manifest.source}; got {len(source.items)} of {source.origin}; ask with --existing"
+            f" {manifest.source}; got {len(source.items)} of {source.origin}; use --existing"
             " replace",
         )
 
@@ -189,8 +189,8 @@ def _verify_kept(files: Sequence[Path], encode: Any) -> list[Manifest]:
     for manifest in kept:
         require_data(
             manifest.options == asdict(encode),
-            f"write: {manifest.file} was written with {manifest.options}; got {asdict(encode)}; ask"
-            " with --existing replace",
+            f"write: {manifest.file} was written with {manifest.options}; got {asdict(encode)}; use"
+            " --existing replace",
         )
     return kept
 
