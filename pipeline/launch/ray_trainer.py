@@ -125,7 +125,7 @@ class _Backend(_TorchBackend):
 
 
 def _open_store() -> int:
-    """Open the store in worker 0, which is its server, and return the port.
+    """Open the server of the store in worker 0, and return its port.
 
     When torch in worker 0 then opens a store at that port, `multi_tenant` lets it share this one.
     """

@@ -186,7 +186,7 @@ class Checkpointing(_Fields):
     """When checkpoints are written and how many are kept.
 
     Fields:
-        every: steps between checkpoints, besides one at the end of each epoch; 0: no others
+        every: steps between checkpoints; 0: none by steps. Each epoch also ends with a checkpoint
         minutes: longest time between checkpoints, in minutes; 0: no limit
         keep: number of newest checkpoints that are kept, besides the best one
     """

@@ -467,7 +467,7 @@ def _curves_caption(group: Group, *, has_logs: bool) -> str:
 
 
 def _published_logs(runs: Sequence[Run]) -> dict[tuple[tuple[int, float], ...], list[str]]:
-    """The published logs, each with the rules whose recipes have it. Recipes may differ in it."""
+    """The published logs, each with the rules whose recipes have it. A study may have several."""
     logs: dict[tuple[tuple[int, float], ...], list[str]] = {}
     for run in runs:
         if (points := published(run)) and run.rule not in logs.setdefault(points, []):

@@ -61,7 +61,7 @@ class LossTerm:
 
 
 class Rule(nn.Module):
-    """Base class of the rules. As a Module, it moves its buffers to the device, and saves them.
+    """Base class of the rules. A rule is a Module, so checkpoints include its buffers.
 
     A subclass overrides `_loss_terms`, and `attach` if it sets seams. State that a rule learns
     without gradients must be in fp32 buffers. It must be updated in `end_of_batch`, with bit-equal
@@ -221,7 +221,7 @@ class Rule(nn.Module):
         return 0
 
     def is_unsolved(self) -> bool:
-        """Whether the rule failed to find a gradient for the current global batch, and set NaN."""
+        """Whether the rule found no gradient for the current global batch, but NaN."""
         return False
 
     def release(self) -> None:
