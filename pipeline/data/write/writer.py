@@ -87,9 +87,8 @@ def write_sets(
             the dataclass are stored in the manifest. Each worker process gets a copy.
         max_bad: the number of samples in each set that may be unreadable. They are omitted and
             listed in the manifest.
-        existing: "refuse" or "replace" existing files, or "keep" them if the files of all sets
-            exist, and refuse them otherwise. Kept files are verified: all their bytes, and the
-            options that they were written with.
+        existing: "refuse" or "replace" existing files, or "keep" them if all exist, else refuse.
+            Kept files are verified: all their bytes, and the options that they were written with.
 
     Raises:
         TooManyUnreadable: a set has more than `max_bad` unreadable samples, or no readable one.
