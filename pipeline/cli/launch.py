@@ -266,8 +266,8 @@ def resume(
 ) -> None:
     """Resume a run at the exact sample of its newest valid checkpoint, or the runs of a suite.
 
-    The values of the options from --device to --side-by-side are saved with the run. Without such
-    an option, its saved value counts.
+    The values of the options from --device to --side-by-side are saved with the run. An option that
+    is not given keeps its saved value.
     """
     _handle_signals()
     from pipeline.launch.cluster import OPERATIONAL_FIELDS, parse_workers
@@ -347,7 +347,7 @@ def _print_next(folder: Path, *, run: Path | None) -> None:
     """Print commands for the next steps of the user.
 
     `folder` is the folder of a run or a suite. `run` is the folder of that run, or of one run of
-    the suite; None: all runs diverged.
+    the suite; None: no run has finished.
     """
     commands = [command(verb, folder) for verb in ("compare", "report")]
     commands += [] if run is None else [command(verb, run) for verb in ("evaluate", "export")]

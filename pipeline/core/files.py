@@ -20,7 +20,8 @@ from pipeline.core.errors import UserError
 
 # Errors that remain after a restart of the process.
 PERMANENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-# Errors that only the user can resolve, including existing names. Other errors may be temporary.
+# Errors that only the user can resolve, such as a file in place of a folder. Other errors may be
+# temporary.
 FOR_THE_USER = (*PERMANENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 # A bad sector, or a wrong checksum of the file system. If the error remains, the bytes are lost.
 UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
@@ -49,7 +50,7 @@ def retry_read(read: Callable[[], T_]) -> T_:
 
     Raises:
         Unreadable: every attempt failed.
-        OSError: any other error, at the first attempt.
+        OSError: any other error; the call is then not repeated.
     """
     attempts_left = TRIES
     while True:
@@ -123,7 +124,7 @@ def check_shared(
     gather: Callable[[Any], list[Any]],
     beat: Callable[[], None] = lambda: None,
 ) -> None:
-    """Check that all ranks see the same folder for checkpoints. Collective.
+    """Check that all ranks see the same folder for checkpoints. All ranks must call it.
 
     Rank 0 creates a marker in it, and every rank looks for the marker. Without this check, rank 0
     would wait forever for the files of a rank that writes to another disk.
@@ -154,7 +155,7 @@ def check_shared(
     failing = ", ".join(f"{other} on {hosts[other]}" for other, sees in enumerate(seen) if not sees)
     raise UserError(
         f"checkpoints: all workers must see {folder} as worker 0 on {hosts[0]} does; worker"
-        f" {failing} does not: name storage that the nodes share with --checkpoints, or --runs"
+        f" {failing} does not: set --checkpoints or --runs to storage that the nodes share"
     )
 
 

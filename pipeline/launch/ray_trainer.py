@@ -8,7 +8,7 @@ has no option for its host, and no token. So `_open_store` gives it a socket on 
 Ray's own policies (2.60) do not fit long runs:
 
 - They count restarts over the whole run, so that a fourth death in days of training ends it.
-- They end a run that has no resources for its workers for two minutes. To replace a machine may
+- They end a run that has no resources for its workers for two minutes. Replacing a machine may
   take ten minutes.
 - They use any number of workers within a range, and count a lost node for up to 20 s. If a run can
   grow, they end its workers at once, before it saves.
@@ -62,7 +62,7 @@ from pipeline.train.job import Notice, note_death, was_stopped
 
 HOST = "127.0.0.1"
 
-# The store of worker 0. The reference keeps it alive: its server ends with its last client.
+# The store of worker 0. It is kept here, because its server ends with its last client.
 _store: list[TCPStore] = []
 
 
@@ -125,7 +125,7 @@ class _Backend(_TorchBackend):
 
 
 def _open_store() -> int:
-    """Open the store in worker 0, as its server. Returns its port.
+    """Open the server of the store in worker 0, and return its port.
 
     When torch in worker 0 then opens a store at that port, `multi_tenant` lets it share this one.
     """
@@ -169,8 +169,8 @@ class Restarts(DefaultFailurePolicy):
     they always restart after it, while a single worker continues by itself (worker.py). If only the
     user can remove the cause of a death, the run ends at once.
 
-    If `waits_for_nodes` and the run has lost a node after its workers started, it waits for
-    resources for up to an hour. This does not count as a death.
+    With `waits_for_nodes`, a run that has lost a node after its workers started waits for resources
+    for up to an hour. This does not count as a death.
     """
 
     def __init__(self, config: FailureConfig, *, folder: Path, waits_for_nodes: bool) -> None:
@@ -204,8 +204,8 @@ class Restarts(DefaultFailurePolicy):
     def _note_death(self, failures: Mapping[int, Exception] | None) -> None:
         """Write a note of the death, which the next attempt copies to the journal.
 
-        Other notes or the journal already have an error that worker 0 raised, a refusal, and a lack
-        of memory.
+        An error that worker 0 raised, a refusal and a lack of memory get no note here, because they
+        are already in the journal or in another note.
         """
         if failures:
             worker, error = cause(failures)
@@ -297,8 +297,8 @@ class Resizing(ElasticScalingPolicy):
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
-        """Ask the run for a checkpoint. Change the number of workers when the checkpoint exists, or
-        after SAVE_TIMEOUT_S.
+        """If the number of workers has to change, ask the run for a checkpoint. Change the number
+        when the checkpoint exists, or after SAVE_TIMEOUT_S.
         """
         self._no_workers_since = None
         if self._pending is None:

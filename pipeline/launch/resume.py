@@ -1,8 +1,8 @@
 """`spiketrain resume` of one run, and the checks of `launch --or-resume`.
 
-`launch --or-resume` continues a run only if it was launched with the same recipe and options.
-`resume` may change the options in `cluster.OPERATIONAL_FIELDS`, and saves them with the run or
-suite.
+`launch --or-resume` continues a run or suite only if it was launched with the same recipe and the
+same options, except those in CHANGEABLE_FIELDS. `resume` may change the options in
+`cluster.OPERATIONAL_FIELDS`, and saves them with the run or suite.
 """
 
 import json
@@ -44,10 +44,10 @@ def resume_run(
     options: Mapping[str, Any],
     trust: tuple[str, ...] = (),
 ) -> Path:
-    """Continue a run. Returns its folder.
+    """Continue a run, and return its folder.
 
     Args:
-        options: values of OPERATIONAL_FIELDS. They replace those of the launch for good.
+        options: values of OPERATIONAL_FIELDS. They permanently replace those of the launch.
 
     Raises:
         ValueError: the folder is damaged, another process trains the run, or an option is refused.
@@ -82,9 +82,9 @@ def check_resumed(
     Raises:
         ValueError: the recipe cannot be read or cannot train with one of these numbers, or the
             newest checkpoint needs another number.
-        OSError: the checkpoints cannot be read, and only the user can change the cause.
+        OSError: the checkpoints cannot be read, and the cause is not temporary.
     """
-    # This also puts the user's code on the path, which workers inherit.
+    # This call also puts the user's code on the import path, which workers inherit.
     recipe = Recipe.read(RunFolder(folder).recipe, trust=trust)
     if cluster.sizes != launched.sizes:  # the launch has checked its own numbers
         # The file with the initial weights need not exist any more.

@@ -15,9 +15,9 @@ large as the product itself.
 
 Each pair without a zero costs one addition. It also costs a multiplication, unless one side of the
 product has one magnitude: its non-zero numbers are equal up to their sign, as spikes are. In a
-weight the numbers of each output may have their own magnitude, as in 1-bit weights. Such numbers
-are added or subtracted, and their magnitude is multiplied once per sum or output, which is not
-counted. Means of spikes from a pool, and sums of spikes from a shortcut, are real numbers.
+weight the numbers of each output may have their own magnitude, as in 1-bit weights. The numbers of
+the other side are then added or subtracted. The multiplication of the sum by the magnitude is not
+counted. Means of spikes from a pool, and sums of spikes from a shortcut, have several magnitudes.
 
 Element-wise work (neurons, norms, losses) is not counted, because it is smaller than the products
 by a factor of the fan-in. Products inside a fused torch operation, such as attention or a recurrent
@@ -83,8 +83,8 @@ class Operations(TorchDispatchMode, Pausable):
     """Counts operations inside the `with` block; `work` holds them by purpose.
 
     Counting reads both sides of every product, and waits for each product on a GPU, so use it on
-    single batches only. Create the counter where the block begins. It looks up the storages of the
-    weights then, and engines such as DeepSpeed move weights to flat buffers before.
+    single batches only. A new counter looks up the storages of the weights. Create it after engines
+    such as DeepSpeed have moved the weights to flat buffers.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -216,7 +216,7 @@ def _convolution(
     """Any convolution `[N, I, ...] -> [N, O, ...]`, also a transposed one.
 
     `settings` are its stride, padding, dilation, whether it is transposed, output padding and
-    groups. The convolution of zeros and ones is the number of pairs without a zero at each output.
+    groups. The sum over a convolution of non-zero counts is the number of pairs without a zero.
     """
     _, kernel = _count_kernels(weight, *settings)
     operations.add(
@@ -237,8 +237,8 @@ def _convolution_backward(
 ) -> None:
     """Both products of the backward have the triples (output, input, weight) of the forward.
 
-    Each product multiplies two of the three; ones replace the third. torch's mask says which of
-    the three gradients are computed: of the input, the weight and the bias.
+    Each product multiplies two of the three. Its count has ones for the third. torch's mask says
+    which of the three gradients are computed: of the input, the weight and the bias.
     """
     *settings, (computes_x, computes_weight, _) = settings_and_mask
     groups, all_pairs = settings[-1], _all_pairs(x, weight, *settings)
@@ -272,8 +272,8 @@ def _count_kernels(
 ) -> tuple[Tensor, Tensor]:
     """Numbers of non-zeros in a weight: over the inputs, and over the outputs of each group.
 
-    The first result is the weight of a convolution with one input per group, the second of one
-    with one output per group.
+    The first result is the weight of a convolution with one input per group. The second is the
+    weight of a convolution with one output per group.
     """
     rows, columns = _count_nonzero(weight.unflatten(0, (groups, -1)), 1), _count_nonzero(weight, 1)
     return (rows, columns.unsqueeze(1)) if transposed else (columns.unsqueeze(1), rows)
@@ -342,8 +342,8 @@ _MAX_EXACT = 2**24  # the largest count that is exact in fp32
 def has_one_magnitude(x_OI: Tensor) -> bool:
     """Whether the non-zero numbers of each row have one magnitude.
 
-    Such numbers are added, and the sum is multiplied once. In a row of a single number there is no
-    sum to multiply instead, so the magnitude must be 0 or 1.
+    The other side is then added or subtracted, and the sum is multiplied once. In a row of a single
+    number there is no sum to multiply instead, so the magnitude must be 0 or 1.
     """
     if x_OI.numel() == 0:
         return True

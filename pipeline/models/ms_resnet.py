@@ -3,13 +3,13 @@
     y = N S L N S L x + x
     where the shape changes, the shortcut is N S x, a 1x1 synapse that reads the stream itself
 
-L is a neuron, S a synapse, N its norm. Every neuron precedes its synapse. No neuron and no pool
-follows the 7x7 stem, and the first stage halves the image too. The 104-layer network has a stem of
+L is a neuron, S a synapse, N its norm. Every neuron precedes its synapse. The 7x7 stem has
+no neuron and no pool, and the first stage halves the image too. The 104-layer network has a stem of
 three 3x3 synapses, an average pool before the 1x1 in its shortcuts, and dropout before the
 classifier. The last batch norm of a block starts at gain 0, all others at the threshold.
 
 With `shortcut="multiple"` every synapse has its own shortcut. With `norm="sws"` there is no batch
-norm, and a synapse that changes the shape reads spikes (`models/residual.py`).
+norm, and the 1x1 synapse of a shortcut reads spikes (`models/residual.py`).
 
 Source: Hu et al. 2021 (MS-ResNet, arXiv 2112.08954).
 """
@@ -39,7 +39,8 @@ DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 104: (3, 8, 32, 8)}
 class MSResNet(nn.Module):
     """`[T, B, C, H, W]` to `[T, B, K]`.
 
-    The order is: stem, stages that each halve the image, neuron, global average pool, classifier.
+    The order is: stem, stages that each halve the image, neuron, global average pool, dropout,
+    classifier.
 
     Args:
         blocks: number of blocks in each stage. A block has two 3x3 synapses.
@@ -47,7 +48,7 @@ class MSResNet(nn.Module):
         stem_stride: stride of the first synapse; 1 for images of 28 or 32 pixels.
         pooled: an average pool before the 1x1 synapse of a shortcut, instead of its stride.
         dropout: share of features that are dropped before the classifier.
-        drop_path: the share at the last block.
+        drop_path: share of dropped branches at the last block; the share grows from 0 at the first.
 
     Raises: ValueError for sizes below 1, unknown choices, or choices that do not fit together
     (`models/residual.py`).

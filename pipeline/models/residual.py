@@ -9,13 +9,13 @@ S is a synapse, N its norm, L a neuron; h = first(x), y = last(shortcut + branch
     "multiple"          L       S N                  currents of each synapse  real numbers
     "sew_multiple"              S N L                spikes of each synapse    multiples of 1/r
 
-Under "membrane" and "multiple" the synapses read spikes. "multiple" and "sew_multiple" put a
-shortcut around each synapse with its neuron and norm, because two binary layers between shortcuts
-lose too much. "multiple_all" is "multiple" with shortcuts around the projections of an attention as
-well (`models/qkformer.py`). If only the number of channels changes, by a whole factor, such a
-shortcut repeats the channels, or averages groups of r channels. Otherwise it is a 1x1 synapse with
-its norm, after an average pool if the stride is above 1. A mean of spikes is a fraction, so later
-synapses of "sew_multiple" read fractions.
+Under "membrane" and "multiple" the synapses of branches read spikes. "multiple" and "sew_multiple"
+put a shortcut around each synapse with its neuron and norm, because two binary layers between
+shortcuts lose too much information. "multiple_all" is "multiple" with shortcuts around the
+projections of an attention as well (`models/qkformer.py`). If only the number of channels changes,
+by a whole factor, such a shortcut repeats the channels, or averages groups of r channels. For any
+other change of shape it is a 1x1 synapse with its norm, after an average pool if the stride is
+above 1. A mean of spikes is a fraction, so later synapses of "sew_multiple" read fractions.
 
 `norm="sws"` is the normaliser-free form of the real-valued streams, with standardised weights
 instead of batch norm:
@@ -65,9 +65,10 @@ ALPHA = 0.2
 
 
 class Layer(NamedTuple):
-    """The sizes of a convolution with its norm. The image size changes only by the stride.
+    """The sizes of a convolution with its norm.
 
-    `pools` adds a max pool of stride 2 after the norm.
+    Only the stride and `pools` change the image size. `pools` adds a max pool of stride 2 after the
+    norm.
     """
 
     in_channels: int
@@ -199,7 +200,7 @@ class BlockFactory:
 
         `last_gain` is the initial gain of a branch's last batch norm (0: the block starts as the
         identity). `pooled` replaces the stride of a shortcut's 1x1 synapse by an average pool
-        before the synapse. Multiple shortcuts are always pooled.
+        before the synapse. Multiple shortcuts are always pooled. Under "sws" no shortcut is pooled.
         """
         build = partial(self.one_residual, last_gain=last_gain, drop_path=drop_path)
         if self.is_multiple:

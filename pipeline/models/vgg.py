@@ -105,7 +105,7 @@ class VGG(nn.Module):
             images of 28 pixels.
         dropout: share of neurons whose spikes are dropped. The neurons are the same in all time
             steps of a batch.
-        feedback: "last" is VGG-F, which runs the time steps one after another, in slices too.
+        feedback: "last" is VGG-F, which runs the time steps of each input one after another.
 
     Raises: ValueError for an empty stage, sizes below 1, an even kernel or a stride below 1 in
     `stem`, an unknown feedback, or a feedback with a stride in `stem`; in `forward` for an image

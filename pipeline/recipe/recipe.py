@@ -1,7 +1,7 @@
 """The recipe of a training run: one frozen value. Its buildable parts are `Spec`s.
 
 A recipe names its parts by the Python objects themselves. There is no registry. A misspelt keyword
-fails at its own line of the recipe. This module imports the standard library only.
+fails at its own line of the recipe. This module and its imports need only the standard library.
 """
 
 import dataclasses
@@ -130,7 +130,7 @@ class Policy(_Fields):
         skip: ranges (first, end) of global batches that are not trained on; batches are counted
             from 0, and `end` is excluded
         loss_spike: a batch is bad if its loss exceeds this many times the median of the task's last
-            64 losses. 0: a batch is bad only if its loss or a gradient is not finite.
+            64 good losses. 0: a batch is bad only if its loss or a gradient is not finite.
         max_skips: bad batches in a row that are skipped before the run goes back to its newest
             checkpoint (pipeline/train/guards/anomaly.py)
         max_rollbacks: number of times that a run goes back to a checkpoint before it ends as
@@ -186,7 +186,7 @@ class Checkpointing(_Fields):
     """When checkpoints are written and how many are kept.
 
     Fields:
-        every: steps between checkpoints, besides one at the end of each epoch; 0: none
+        every: steps between checkpoints; 0: none by steps. Each epoch also ends with a checkpoint
         minutes: longest time between checkpoints, in minutes; 0: no limit
         keep: number of newest checkpoints that are kept, besides the best one
     """
@@ -344,14 +344,14 @@ class Recipe(_Fields):
         for name, text in (("name", self.name), ("family", self.family)):
             require(
                 text is None or is_name(text),
-                f"recipe: {name} becomes a folder's name and must not hold {os.sep!r}; got"
+                f"recipe: {name} must be valid as a folder's name, without {os.sep!r}; got"
                 f" {text!r}",
             )
         object.__setattr__(self, "phases", tuple(self.phases))
         check_phases(self.phases)
         require(
             (self.protocol == "shared") == (not self.tuned),
-            "recipe: tuned must name fields exactly if protocol is 'trial' or 'tuned'; got"
+            "recipe: tuned must name fields if protocol is 'trial' or 'tuned', and only then; got"
             f" tuned={self.tuned} with protocol={self.protocol!r}",
         )
         require(
@@ -433,7 +433,7 @@ class Recipe(_Fields):
     def tiny(self, *, data: Spec | None = None) -> "Recipe":
         """The same recipe shrunk to seconds on a CPU.
 
-        It takes 4 steps of 8 samples at T = 2, evaluates on 64 and has at most 2 phases.
+        It takes 4 steps of 8 samples at T <= 2, evaluates on 64 and has at most 2 phases.
         """
         phases = tuple(replace(phase, epochs=None) for phase in self.phases[:2])
         steps = min(self.time_steps, 2)
@@ -467,7 +467,7 @@ class Recipe(_Fields):
         )
 
     def with_untrained_teacher(self) -> "Recipe":
-        """The same recipe with a teacher without weights: for inspection, not for training."""
+        """The same recipe with the `tiny` keywords of its teacher, such as untrained weights."""
         return replace(self, teacher=_map_specs(self.teacher, _tiny_part))
 
     def check_time_steps(self, shape: Sequence[int]) -> None:
@@ -492,10 +492,10 @@ class Recipe(_Fields):
             )
 
     def study_key(self, inputs: Mapping[str, str]) -> str:
-        """16 hex digits of everything that all runs of a study share.
+        """A hash of everything that all runs of a study share, as 16 hex digits.
 
-        Runs with the same key differ in the rule, the seed and other fields of `Role.PER_RUN` and
-        `Role.PER_ATTEMPT` only, and may be compared.
+        Runs with the same key differ only in tuned fields and in fields without `Role.STUDY`, such
+        as the rule and the seed. They may be compared.
 
         Args:
             inputs: content hashes of the files of the recipe: `data` (and `init`, if there is one).
@@ -646,7 +646,7 @@ def _changed(part: Any, path: Sequence[str], value: Any, key: str) -> Any:
             f" {', '.join(part.prefix + name for name in vars(part))}",
         )
         return replace(part, **{head: _changed(getattr(part, head), rest, value, key)})
-    require(isinstance(part, Spec), f"recipe: {key!r} goes below a plain value, {part!r}")
+    require(isinstance(part, Spec), f"recipe: {key!r} names a field of a plain value, {part!r}")
     require(
         not rest or head in part.kwargs,
         f"recipe: {key}: {part.target.__name__} must have a part {head!r}; it has"

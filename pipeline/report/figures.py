@@ -64,7 +64,7 @@ def ratios(group: Group) -> Figure | Missing:
     titles = [costs[name] for name in names]
     caption = (
         "Markers left of the dotted line cost less than the baseline. They show the mean and"
-        " standard deviation over the seeds that both ran."
+        " standard deviation over the seeds that the rule and the baseline share."
     )
     if (faster := group.fastest_baseline) != group.against:
         caption += f" Times are multiples of those of {faster}, the faster {group.against}."
@@ -455,8 +455,8 @@ def _curves_caption(group: Group, *, has_logs: bool) -> str:
         "Only some points of a long journal are read; no mean includes the others.": any(
             run.curve_every > 1 for run in group.runs
         ),
-        "After its last cross, a running run shows its earlier batches until it has repeated"
-        " them.": any(run.history.again_from is not None for run in group.runs),
+        "After its last cross, a running run shows the batches from before the restart until it has"
+        " repeated them.": any(run.history.again_from is not None for run in group.runs),
     }
     restarts = sum(len(run.history.restarts) for run in group.runs)
     caption = (
@@ -467,7 +467,7 @@ def _curves_caption(group: Group, *, has_logs: bool) -> str:
 
 
 def _published_logs(runs: Sequence[Run]) -> dict[tuple[tuple[int, float], ...], list[str]]:
-    """The published logs, each with the rules whose recipes have it: recipes of a study differ."""
+    """The published logs, each with the rules whose recipes have it. A study may have several."""
     logs: dict[tuple[tuple[int, float], ...], list[str]] = {}
     for run in runs:
         if (points := published(run)) and run.rule not in logs.setdefault(points, []):

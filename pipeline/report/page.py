@@ -1,6 +1,6 @@
 """A study as one self-contained HTML page, which makes no network requests.
 
-page.write(study, Path("report.html"))
+    page.write(study, Path("report.html"))
 
 The page and the dashboard share the figures of each view and the templates in web/.
 """
@@ -59,7 +59,7 @@ def write(study: Study, out: Path) -> Path:
 
 
 def render(study: Study) -> str:
-    """The page's HTML. Groups with one rule are listed apart, unless it is the only group."""
+    """The page's HTML. A group with one rule is listed apart, unless it is the only group."""
     groups = study.groups
     compared = [group for group in groups if len(group.rules) > 1 or len(groups) == 1]
     alone = [group for group in groups if group not in compared]
@@ -113,7 +113,7 @@ def publish(found: StudyPage, page: Path) -> list[str]:
 
     Raises:
         ReportError: the value that a suite's own report returned has no JSON form.
-        TrackingError: MLflow could not be reached, or refused the page; one line.
+        TrackingError: MLflow could not be reached, or refused the page. The message is one line.
     """
     study = found.study
     own = SuiteResult(claims=study.claims, sweeps=study.sweeps).to_json() | {
@@ -180,7 +180,7 @@ def drawn(figure: Figure) -> Mapping[str, Any]:
 
 
 def shown(cell: Cell) -> str:
-    """The text of a cell. Numbers have four digits."""
+    """The text of a cell. Floats have four significant digits, or all integer digits."""
     if cell is None:
         return NOT_MEASURED
     return rounded(cell) if isinstance(cell, float) else str(cell)

@@ -51,8 +51,8 @@ class LossTerm:
 
     All terms of one call of `loss_terms` belong together. The sum of their `loss` is the loss of
     the batch, and the sum of their `logits` `[B, K]` is the mean of the logits over time. Both are
-    detached. `backward` is the scalar to differentiate. The sum of its gradients is the gradient of
-    the loss, or the rule's estimate of it. It is None for a term without a gradient.
+    detached. `backward` is the scalar to differentiate, or None for a term without a gradient. The
+    sum of the gradients of all terms is the gradient of the loss, or the rule's estimate of it.
     """
 
     backward: Tensor | None
@@ -61,7 +61,7 @@ class LossTerm:
 
 
 class Rule(nn.Module):
-    """Base class of the rules. It is a Module, so the device and checkpoints include its buffers.
+    """Base class of the rules. A rule is a Module, so checkpoints include its buffers.
 
     A subclass overrides `_loss_terms`, and `attach` if it sets seams. State that a rule learns
     without gradients must be in fp32 buffers. It must be updated in `end_of_batch`, with bit-equal
@@ -221,7 +221,7 @@ class Rule(nn.Module):
         return 0
 
     def is_unsolved(self) -> bool:
-        """Whether the rule found no gradient for the current global batch, so it is NaN."""
+        """Whether the rule found no gradient for the current global batch, but NaN."""
         return False
 
     def release(self) -> None:
@@ -288,8 +288,8 @@ class Rule(nn.Module):
     def loss_over_time(self, logits_TBK: Tensor, loss_fn: LossFn) -> tuple[Tensor, Tensor]:
         """The loss of all T steps, and the mean logits `[B, K]` without a graph.
 
-        With `over_time="steps"` it is the mean loss of the steps, with "mean" the loss of the mean
-        logits.
+        With `over_time="steps"` the loss is the mean loss of the steps, with "mean" the loss of the
+        mean logits.
         """
         if self.over_time == "steps":
             return slice_loss(logits_TBK, loss_fn, steps=len(logits_TBK))
@@ -302,7 +302,7 @@ class Rule(nn.Module):
 
 
 def slice_loss(logits_TBK: Tensor, loss_fn: LossFn, *, steps: int) -> tuple[Tensor, Tensor]:
-    """The sums of a slice's losses and of its logits, divided by the number T of all `steps`.
+    """The sums of a slice's losses and of its logits, divided by `steps`, the number of all steps.
 
     The loss has a graph, the logits have none.
     """

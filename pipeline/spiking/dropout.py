@@ -16,7 +16,7 @@ class Dropout(nn.Module):
     at all time steps and in every forward of a batch, so it drops units, not single spikes. In
     evaluation mode the layer is the identity.
 
-    Raises: ValueError unless 0 <= share < 1, or in training mode outside `fresh_state`.
+    Raises: ValueError if share < 0, share >= 1, or a training forward is outside `fresh_state`.
     Source: Gal & Ghahramani 2016 (arXiv 1512.05287).
     """
 

@@ -12,7 +12,7 @@ Two arguments determine which samples give mean and (biased) variance:
                       different batch sizes. (torch's SyncBatchNorm requires CUDA, torch 2.13.)
 
 A static input (`encode.is_static`) has the same statistics at every step. They are computed once,
-and the running statistics are updated as T separate steps would update them.
+and the running statistics are updated as for T steps.
 """
 
 # T time, B batch, C channels, R ranks
@@ -35,7 +35,7 @@ class BatchNorm(nn.Module):
     call), also under `no_grad`. In eval mode, or if `frozen` is set, they are constant and replace
     the batch statistics. With `between="world"` every rank must make the same calls, because each
     call is collective. If `repeats` is set, the input is one frame, and the running statistics are
-    updated as by `repeats` steps.
+    updated as for `repeats` steps.
 
     Raises: ValueError for an unknown `over` or `between`, or if the third dimension is not
     `channels`.
@@ -86,7 +86,7 @@ class BatchNorm(nn.Module):
         return self.training and not self.frozen
 
     def _normalize(self, x_NC: Tensor, steps: int = 1) -> Tensor:
-        """The output for one frame, which is the input at `steps` time steps."""
+        """The output for `x_NC`. If `steps` is above 1, every one of these steps has this input."""
         if self.uses_batch_statistics and self.between == "world" and distributed.is_initialized():
             return self._normalize_over_ranks(x_NC, steps)
         if not self.uses_batch_statistics or steps == 1:
@@ -139,7 +139,7 @@ class BatchNorm(nn.Module):
 
 
 def is_foreign_norm(module: nn.Module) -> bool:
-    """Whether `module` is not a `BatchNorm` here, but has statistics over all samples of its input.
+    """Whether `module` is a norm other than `BatchNorm` with statistics over all samples it gets.
 
     Examples are torch's BatchNorm, torch's InstanceNorm with running statistics, and timm's
     BatchNormAct2d and EvoNorm2dB0. Their input `[T B, C, ...]` has no time axis, so their
@@ -179,13 +179,13 @@ def batch_norms(model: nn.Module) -> list[BatchNorm]:
 
 
 def moments_over_ranks(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance per channel over the samples of all ranks, and the sample count.
+    """Mean and biased variance per channel over all ranks, and the number of values per channel.
 
     Mean and variance have a gradient.
 
-    It makes one collective call: each rank fills its own row of a table, and the sum over ranks is
-    the whole table. Chan's formula combines the means and squared deviations of the ranks. It
-    avoids the cancellation in E[x^2] - E[x]^2.
+    The function makes one collective call: each rank fills its own row of a table, and the sum over
+    ranks is the whole table. Chan's formula combines the means and squared deviations of the ranks.
+    It avoids the cancellation in E[x^2] - E[x]^2.
 
     Source: Chan, Golub & LeVeque 1983 (doi 10.1080/00031305.1983.10483115), eq. 2.1.
     """
@@ -205,9 +205,9 @@ def moments_over_ranks(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over ranks, in the forward and for the gradient in the backward.
+    """The sum over ranks. The backward sums the gradients of all ranks.
 
-    So the gradient is the gradient of the sum of the losses of all ranks.
+    The result is the gradient of the sum of the losses of all ranks.
     """
 
     @staticmethod

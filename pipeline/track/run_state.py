@@ -1,7 +1,7 @@
-"""The state of a run. It is derived from the journal and the driver's lock, and is not stored.
+"""The state of a run. It is not stored, but derived from the run's files and the driver's lock.
 
-The states of its runs determine which entries of a suite are done. A diverged run counts as done,
-and a diverged trial ranks last.
+The states of a suite's runs determine which entries of the suite are done. A diverged run counts as
+done, and a diverged trial ranks last.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ def state_of(run_dir: Path) -> State:
     the newest event that has one.
 
     `interrupted`: the last attempt was killed before it could write how it ended. `new`: no attempt
-    has begun.
+    has begun. Without an event that has a state, a run is `finished` if it has a summary.
     """
     files = RunFolder(run_dir)
     newest = last(files.journal, *_ENDS)

@@ -26,7 +26,7 @@ INTERVAL_S = 10.0
 
 class Sampler:
     """Appends a sample every `interval_s` seconds from a daemon thread, until `close`. An error
-    ends the samples with a warning.
+    ends the sampling with a warning.
 
     The environment variables are those of MLflow: MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false
     disables the sampler, and MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL is the default interval in

@@ -6,8 +6,8 @@
     HalveMicroBatch   memory ran out: the run starts again with half as many samples at a time
 
 `worker.py` catches `StartAgain`, the base of the last two, and starts the next attempt. `Decisions`
-apply to the rest of the run. They are stored in a file of the run's folder, and in each checkpoint
-in case the folder is lost. If it is lost, so are the decisions since the newest checkpoint.
+apply to the rest of the run. They are stored in a file of the run's folder and in each checkpoint.
+If the folder is lost, only the decisions since the newest checkpoint are lost.
 """
 
 from collections.abc import Mapping

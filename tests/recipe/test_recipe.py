@@ -105,10 +105,10 @@ def after(key: str, value: Any) -> Recipe:
         ),
         (lambda: small(backend="plain", zero=1), "zero=1 needs backend='deepspeed'"),
         (lambda: small(rule=SLTT), "rule must be Spec"),
-        (lambda: small(name="a/b"), "name becomes a folder's name"),
+        (lambda: small(name="a/b"), "name must be valid as a folder's name"),
         (
             lambda: small(family="a/b"),
-            "family becomes a folder's name and must not hold '/'; got 'a/b'",
+            "family must be valid as a folder's name, without '/'; got 'a/b'",
         ),
         (lambda: small(published=((0, 0.5),)), "recipe: published must be"),
         (lambda: small(published=((1, 50.0),)), "recipe: published must be"),
@@ -154,7 +154,7 @@ def after(key: str, value: Any) -> Recipe:
             "rule is a part, SLTT.k=1.; change its keywords: rule.k, rule.chunk, rule.rescale",
         ),
         (lambda: after("epochs", "many"), "epochs must be int; got 'many'"),
-        (lambda: after("epochs.x", 1), "goes below a plain value"),
+        (lambda: after("epochs.x", 1), "names a field of a plain value"),
         (
             lambda: after("evaluation", 3),
             "^recipe: evaluation is a group; change its fields: evaluation.every, ",
@@ -177,7 +177,7 @@ def after(key: str, value: Any) -> Recipe:
         ),
         (
             lambda: after("evaluation.every.step", 3),
-            "^recipe: 'evaluation.every.step' goes below a plain value, 1",
+            "^recipe: 'evaluation.every.step' names a field of a plain value, 1",
         ),
         (lambda: parse_changes(["lr"]), "key=value"),
     ],

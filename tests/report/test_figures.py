@@ -398,7 +398,7 @@ def test_what_is_done_again_is_told_below_the_curves():
         redone="kept",
     )
     figure = made(learning_curves(study(going).groups[0]))
-    assert "a running run shows its earlier batches until it has repeated them" in figure.caption
+    assert "from before the restart until it has repeated them" in figure.caption
     assert [row[4] for row in figure.table.rows if row[0] == "going" and row[3] == "training"] == [
         25,
         50,

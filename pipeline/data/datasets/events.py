@@ -7,8 +7,7 @@
 
 `spiketrain write events SET --out FOLDER` writes the folder. A file holds `slices` frames of counts
 by polarity for each recording. `Events` sums neighbouring frames to `steps` frames; `steps` must
-divide `slices`. Tests and `tiny()` use `Synthetic(shape=(T, C, H, W))` instead, which has counts of
-the same shape.
+divide `slices`. `Synthetic(shape=(T, C, H, W))` has counts of the same shape, and needs no file.
 """
 
 from pathlib import Path

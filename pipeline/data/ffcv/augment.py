@@ -56,8 +56,8 @@ class DecodeImages(Decoder):
             value is the crop's share of the shorter side.
         ratio: the range of the crop's width / height, for RESIZED.
         colour, erase: as in `Beton`.
-        strong: compile the functions of `colour` and `erase`. Evaluation needs them too if training
-            does, because it uses the same loop, with both 0.
+        strong: compile the functions of `colour` and `erase`. If training needs them, evaluation
+            needs them too, because it uses the same loop with `colour` and `erase` at 0.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ def crop_window(pixels_hw3, top, left, side):
 
 @compiled
 def crop_image(pixels_hw3, side, options, area, ratios, seed, epoch, index):
-    """Crop an image, resized to `side` pixels a side unless the crop is a window."""
+    """Crop an image. A crop that is not a window is resized to `side` pixels a side."""
     kind, reach = options[0], options[1]
     h, w = pixels_hw3.shape[0], pixels_hw3.shape[1]
     if kind == WINDOW:

@@ -2,8 +2,8 @@
 
     take a source, encode its samples in one or several processes, store them in order, report
 
-A file gets its final name only when it is complete. Its bytes do not depend on the number of
-workers.
+The files get their final names only when all are complete. Their bytes do not depend on the number
+of workers.
 """
 
 import errno
@@ -34,7 +34,7 @@ from pipeline.data.ffcv.page_checks import verify
 CHUNK = 16  # samples in one task of a worker process
 AHEAD = 32  # samples per worker process that are encoded ahead
 Existing = Literal["refuse", "replace", "keep"]
-Progress = Callable[[int, int], None]  # called with the samples done and all samples of both sets
+Progress = Callable[[int, int], None]  # called with two numbers: samples done, samples of all sets
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def write_sets(
 ) -> list[Manifest]:
     """Write each set to `out/<its name>.beton`.
 
-    An error before the files are complete leaves `out` unchanged.
+    An error before all files are complete leaves existing files unchanged.
 
     Args:
         encode: a frozen dataclass. A call with a sample returns an `Encoded`, or the reason why the
@@ -87,8 +87,8 @@ def write_sets(
             the dataclass are stored in the manifest. Each worker process gets a copy.
         max_bad: the number of samples in each set that may be unreadable. They are omitted and
             listed in the manifest.
-        existing: "refuse" or "replace" existing files, or "keep" them if all sets exist. Kept files
-            are verified: all their bytes, and the options that they were written with.
+        existing: "refuse" or "replace" existing files, or "keep" them if all exist, else refuse.
+            Kept files are verified: all their bytes, and the options that they were written with.
 
     Raises:
         TooManyUnreadable: a set has more than `max_bad` unreadable samples, or no readable one.
@@ -108,7 +108,7 @@ def write_sets(
         return _verify_kept(files, encode)
     require_data(
         not existing_files or existing == "replace",
-        f"write: {' and '.join(existing_files)} must not exist yet; remove them, or ask with"
+        f"write: {' and '.join(existing_files)} must not exist yet; remove them, or use"
         " --existing replace",
     )
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def check_kept(written: Sequence[Manifest], sets: Sequence[Source]) -> None:
         require_data(
             (samples, manifest.source) == (len(source.items), source.origin),
             f"write: {manifest.file} was written from {counted(samples, 'sample')} of"
-            f" {manifest.source}; got {len(source.items)} of {source.origin}; ask with --existing"
+            f" {manifest.source}; got {len(source.items)} of {source.origin}; use --existing"
             " replace",
         )
 
@@ -156,8 +156,8 @@ def encode_all(
     if workers == 1:
         yield from ((item, encode(item)) for item in items)
         return
-    # Spawned, because a fork would leave the threads of this process (torch, numba) in an unknown
-    # state.
+    # Workers are spawned, because a fork would leave the threads of this process (torch, numba) in
+    # an unknown state.
     pool = ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=signal, initargs=(SIGINT, SIG_IGN)
     )
@@ -188,8 +188,8 @@ def _verify_kept(files: Sequence[Path], encode: Any) -> list[Manifest]:
     for manifest in kept:
         require_data(
             manifest.options == asdict(encode),
-            f"write: {manifest.file} was written with {manifest.options}; got {asdict(encode)}; ask"
-            " with --existing replace",
+            f"write: {manifest.file} was written with {manifest.options}; got {asdict(encode)}; use"
+            " --existing replace",
         )
     return kept
 
@@ -212,7 +212,7 @@ def _refuse_unreadable(written: Sequence[Manifest], kind: str, max_bad: int) -> 
 def _store(
     source: Source, path: Path, encode: Any, workers: int, report: Callable[[], None]
 ) -> Manifest:
-    # First, because a checkout that is not installed has no version.
+    # Before the long work, because this call fails in a checkout that is not installed.
     versions = {name: version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")}
     content, stored = ContentHash(source.classes, encode.kind), Counter()
     labels, skipped, groups = [], [], defaultdict(list)

@@ -1,4 +1,4 @@
-"""Sources of a teacher's weights: timm's hub, a file, or a package of weights.
+"""Sources of a teacher's weights: timm's hub, a file, a package of weights, or random numbers.
 
 The method `load` of a source returns the named timm model with its weights. It raises a ValueError
 of one line for an unknown name, and for weights that are unavailable, damaged, or do not fit.
@@ -39,7 +39,7 @@ class Hub:
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """A local file of weights under timm's names. The shape of the head gives the classes."""
+    """A local file of weights under timm's names. The head's shape gives the number of classes."""
 
     path: Path
 
@@ -150,7 +150,7 @@ def to_timm_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
 
 
 def installed_file(package: str, name: str) -> Path:
-    """The path of a package's file. The end of the file's name must begin its sha256.
+    """The path of a package's file. The last part of its name must be the start of its sha256.
 
     Raises: ValueError for a package that is not installed, or a missing or damaged file.
     """
@@ -173,7 +173,7 @@ def installed_file(package: str, name: str) -> Path:
 
 
 def _check_name(name: str) -> None:
-    """Refuse a model or a tag that timm does not know, before any weights are loaded."""
+    """Refuse a model or a tag that timm does not know."""
     rule = (
         f"timm_teacher: name must be a model of timm {timm.__version__}, with one of its tags;"
         f" got {name!r}"

@@ -197,7 +197,7 @@ def test_files_that_were_kept_must_be_those_that_were_asked_for(copy: Path) -> N
     assert write(copy, existing="keep") == verify(copy)
     for change, said in (
         ({"samples": 60}, r"train\.beton was written from 61 samples .*; got 60 of"),
-        ({"slices": 6}, r"train\.beton was written with .*ask with --existing replace"),
+        ({"slices": 6}, r"train\.beton was written with .*use --existing replace"),
         ({"content_seed": 1}, "content seed 0; got 61 of moving shapes, content seed 1"),
     ):
         with pytest.raises(DataError, match=said):

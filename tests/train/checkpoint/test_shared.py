@@ -38,7 +38,7 @@ def test_a_folder_of_each_worker_is_refused_in_one_line(tmp_path: Path) -> None:
     for rank, said in enumerate((first, second)):
         assert re.fullmatch(
             rf"UserError: checkpoints: all workers must see \S+/disk{rank} as worker 0 on \S+ does;"
-            r" worker 1 on \S+ does not: name storage that .*",
+            r" worker 1 on \S+ does not: set --checkpoints or --runs to storage .*",
             said,
         )
     assert not [*(tmp_path / "disk0").iterdir()]
