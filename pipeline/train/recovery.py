@@ -121,7 +121,7 @@ class Decisions:
                 one.
             UserError: the same, but batches did not cause it.
         """
-        if self.rollbacks == recipe.policy.max_rollbacks:
+        if self.rollbacks >= recipe.policy.max_rollbacks:
             message = (
                 f"training: batch {rollback.step} (epoch {epoch + 1}): {rollback.reason}; all"
                 f" rollbacks of max_rollbacks={self.rollbacks} are used"
