@@ -43,10 +43,10 @@ format: setup ## rewrite what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# What starts processes of its own has the machine to itself; the rest is one process and one thread, and shares it.
+# Two at a time: most distributed tests wait for processes that start, and half of the cores would be idle.
 test: setup browser tools ## quick and distributed tests; installs chromium, shellcheck, docker-compose, promtool and kustomize
 	$(PROCESSES) $(BIN)/pytest -m "not full and not distributed and not gpu" -n 2 --dist loadfile
-	$(PROCESSES) $(BIN)/pytest -m "distributed and not full and not gpu" $(DISTRIBUTED)
+	$(PROCESSES) $(BIN)/pytest -m "distributed and not full and not gpu" -n 2 --dist loadfile $(DISTRIBUTED)
 
 test-full: setup tools ## the tests that take minutes, as root; installs PostgreSQL, Slurm's daemons and iproute2
 	@infra/setup.sh --servers

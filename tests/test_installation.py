@@ -148,7 +148,9 @@ MAIN = "from pipeline.__main__ import main\nmain()"
         ("--help", ("train", "report"), "typer", r"train\]' or pip install 'spiketrain\[report"),
         ("compare", ("train", "report"), "typer", r"train\]' or pip install 'spiketrain\[report"),
         ("dashboard --runs RUNS", ("report",), "flask", "report"),
-        ("launch RECIPE", ("train",), "prometheus_client", "train"),
+        pytest.param(
+            "launch RECIPE", ("train",), "prometheus_client", "train", marks=pytest.mark.full
+        ),
     ],
 )
 def test_a_command_names_the_extra_that_is_missing(

@@ -81,6 +81,7 @@ def test_weights_that_a_suites_recipe_names_stay_where_others_are_fetched(tmp_pa
     assert named.parent == run and named.read_bytes() == content and lasting_weights(run) == named
 
 
+@pytest.mark.full
 def test_calibrated_thresholds_carry_the_accuracy_over(tmp_path: Path) -> None:
     """No training: at T = 16 the calibrated network answers as the ANN does, the one with the
     recipe's thresholds does not.

@@ -213,6 +213,7 @@ def faults(how: str, **more: str) -> int:
 
 
 @about_glibc
+@pytest.mark.full
 def test_freed_memory_causes_no_page_faults_when_it_is_used_again() -> None:
     assert faults("unset") > 100  # else this test would see nothing
     assert faults("set") < 20

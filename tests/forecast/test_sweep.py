@@ -144,7 +144,8 @@ def _trained_at_the_largest(rule: Spec) -> None:
     assert 0.5 * limit < taken + tried.batch_bytes <= 1.1 * limit
 
 
-@pytest.mark.parametrize("rule", [spec(BPTT), pytest.param(spec(SLTT), marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("rule", [spec(BPTT), spec(SLTT)])
 def test_a_largest_batch_that_is_trained_takes_what_there_is_and_no_more(rule: Spec) -> None:
     """By the kernel's own reading, of a batch that this test trains by itself.
 

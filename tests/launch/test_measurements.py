@@ -56,6 +56,7 @@ def found_in(folder: Path) -> dict[str, Any]:
     return {name: json.loads(file.read_text()) for name, file in measured_in(folder).items()}
 
 
+@pytest.mark.full
 def test_a_sweep_is_measured_once_and_is_an_entry_beside_the_runs(made: Callable) -> None:
     suite = suite_of(SWEEP)
     folder = made(suite)

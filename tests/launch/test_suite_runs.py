@@ -234,6 +234,7 @@ def test_where_there_is_no_room_for_two_they_take_turns_on_shared_cores(
     assert read_json(tmp_path / "turns" / "suite.json")["cluster"]["side_by_side"] == "auto"
 
 
+@pytest.mark.full
 def test_a_search_takes_what_did_best_though_the_shared_value_diverges(
     place: Path, tmp_path: Path, refused: Refused, done: Done
 ) -> None:

@@ -189,7 +189,7 @@ def test_an_address_is_what_it_shows():
     )
     assert ViewState.at(ViewState(runs=()).search).runs == ()
     assert ViewState.at("?view=nothing&only=x&sort=__class__&order=x&runs=none") == ViewState(
-        runs=(), descending=False
+        runs=()
     )
 
 

@@ -202,6 +202,7 @@ def test_names_from_outside_stay_text(browser: Browser, tmp_path: Path):
     assert watch.said == [] and watch.asked == [(tmp_path / "report.html").as_uri()]
 
 
+@pytest.mark.full
 def test_a_page_of_several_groups_is_accessible(browser: Browser, tmp_path: Path):
     two = (
         run(rule, world_size=2, images_per_s=150.0, name=f"two-{rule}") for rule in ("BPTT", "SLTT")
@@ -212,6 +213,7 @@ def test_a_page_of_several_groups_is_accessible(browser: Browser, tmp_path: Path
     assert violations(page) == [] and watch.said == []
 
 
+@pytest.mark.full
 def test_runs_alone_have_figures_that_are_drawn_as_they_are_unfolded(
     browser: Browser, tmp_path: Path
 ):

@@ -83,6 +83,9 @@ REPEATED = (
         "cifar100_sltt",
         "cifar10dvs_spide",
     ),
+    # 4 to 7 s each; their rules and families train in other recipes
+    *("nf_resnet50_sltt", "cifar10_cifarnet_f_ide", "preact18_dsr", "ms_resnet_sei_bw"),
+    "cifar100_vgg_f_ottt",
 )
 LONG = (pytest.mark.full, pytest.mark.timeout(900))  # dozens of runs
 TIERED = [

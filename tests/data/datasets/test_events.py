@@ -88,6 +88,7 @@ def test_a_recording_is_shifted_and_mirrored_as_one(moving: Path) -> None:
     np.testing.assert_array_equal(read(moved.val(micro_batch=VAL))[0].x[5].numpy(), expected(5, 4))
 
 
+@pytest.mark.full
 def test_threads_do_not_change_a_bit(moving: Path) -> None:
     data = Events(moving, **GOOD, crop="shift", flip="random")
     one = read(data.train(**SIZES), 1)
