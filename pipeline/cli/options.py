@@ -191,7 +191,7 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         require(
-            equals and key,
+            equals and key.strip(),
             f"--set: must look like key=value, for example optimizer.lr=0.05; got {text!r}",
         )
         try:

@@ -557,6 +557,7 @@ def check_mlflow(uri: str) -> Finding:
         )
     import requests
 
+    found = f"{url} answers"
     with suppress(requests.RequestException):
         response = requests.get(
             f"{url}/api/2.0/mlflow/experiments/search?max_results=1",
@@ -571,4 +572,6 @@ def check_mlflow(uri: str) -> Finding:
                 f"{url} answers without a password",
                 "let the server ask for one: `mlflow server --app-name basic-auth` (infra/mlflow)",
             )
-    return Finding("mlflow", "ok", f"{url} answers, and asks for a password")
+        if response.status_code in (401, 403):
+            found += ", and asks for a password"
+    return Finding("mlflow", "ok", found)
