@@ -199,20 +199,25 @@ def before(method: str, step: int) -> Kill:
 @pytest.mark.parametrize(
     ("recipe", "killed", "goes_on_at"),
     [
-        (several, at_step(5), 3),
         (several, before_saving(8), 6),
         (several, before("_begin_task", 8), 8),
         (several, at_step(8), 8),
-        (several, at_step(13), 12),
         (several, before_saving(24), 21),
-        (several, before("_begin_task", 24), 24),
-        (several, at_step(26), 24),
         (several, before("_finish", 32), 32),
         (protected, at_step(13), 12),
-        (protected, before_saving(24), 21),
-        (protected, before("_begin_task", 24), 24),
         (protected, at_step(30), 30),
         (split, at_step(13), 12),
+        *(
+            pytest.param(*each, marks=pytest.mark.full)
+            for each in (
+                (several, at_step(5), 3),
+                (several, at_step(13), 12),
+                (several, before("_begin_task", 24), 24),
+                (several, at_step(26), 24),
+                (protected, before_saving(24), 21),
+                (protected, before("_begin_task", 24), 24),
+            )
+        ),
     ],
 )
 def test_a_killed_run_goes_on_in_the_right_task_to_the_same_bits(

@@ -24,7 +24,11 @@ main()
 
 
 @pytest.mark.parametrize(
-    "words", ["launch recipes/fashion/sltt.py --set optimiser.lr=1", "evaluate nowhere"]
+    "words",
+    [
+        "launch recipes/fashion/sltt.py --set optimiser.lr=1",
+        pytest.param("evaluate nowhere", marks=pytest.mark.full),
+    ],
 )
 def test_the_first_line_comes_before_any_import_that_takes_seconds(words: str) -> None:
     done = subprocess.run(

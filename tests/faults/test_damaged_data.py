@@ -167,7 +167,7 @@ def named(page: int = DAMAGED, fault: str = DIFFERS, *, name: str = "train") -> 
     ("how", "name", "held_out", "page"),
     [
         ("flipped", "train", 0.0, DAMAGED),
-        ("bad sector", "train", 0.0, DAMAGED),
+        pytest.param("bad sector", "train", 0.0, DAMAGED, marks=pytest.mark.full),
         ("of the evaluation set", "val", 0.0, 3),
         ("held out", "train", 0.25, int(split_held_out(64, 0.25)["val"][0]) // IN_A_PAGE),
     ],

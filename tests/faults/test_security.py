@@ -93,6 +93,7 @@ with Ray(Cluster(device="cpu")) as launcher:
 
 
 @pytest.mark.distributed
+@pytest.mark.full
 def test_the_token_of_a_cluster_of_our_own_is_in_no_file(tmp_path: Path) -> None:
     """Ray 2.60 would write it into the user's home, for all users of the machine to read."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}

@@ -22,6 +22,7 @@ RULES = (spec(BPTT), spec(SLTT), spec(SLTT, k=1))
 
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
+@pytest.mark.full
 def test_each_rule_has_a_time_in_each_start() -> None:
     """Of DeepSpeed's engines, which sum over both processes."""
     found = measure_interleaved(recipe_with(0.5, backend="deepspeed"), RULES, workers=2, starts=2)

@@ -218,7 +218,7 @@ def test_a_folder_may_be_named_by_where_one_stands(
     [[("second", 5)], [("first", 4), ("second", 2), ("third", 6)]],
     ids=["in the second", "in each"],
 )
-@pytest.mark.parametrize("how", [die, interrupt])
+@pytest.mark.parametrize("how", [pytest.param(die, marks=pytest.mark.full), interrupt])
 def test_stopped_and_resumed_it_ends_with_the_same_bits(
     how: Callable[[Trainer], None],
     stops: list[tuple[str, int]],
@@ -556,6 +556,7 @@ def test_tiny_follows_references_and_names_do_not_collide(
     assert names[1].startswith("twin-") and len(set(names)) == 3
 
 
+@pytest.mark.full
 def test_two_suites_launched_in_one_second_are_both_trained_to_their_end(
     places: Path,
     tmp_path: Path,

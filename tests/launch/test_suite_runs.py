@@ -161,6 +161,7 @@ def test_when_the_suite_is_killed_its_runs_are_saved_and_it_goes_on(
 
 
 @cores
+@pytest.mark.full
 def test_a_run_that_fails_lets_the_others_end_and_says_why(
     place: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,8 +183,10 @@ def studies(page: Page) -> list[str]:
 
 @pytest.mark.parametrize(
     ("size", "scheme", "paper"),
-    [(WIDE, "light", LIGHT), (PHONE, "dark", DARK)],
-    ids=["wide", "phone"],
+    [
+        pytest.param(WIDE, "light", LIGHT, marks=pytest.mark.full, id="wide"),
+        pytest.param(PHONE, "dark", DARK, id="phone"),
+    ],
 )
 def test_each_view_is_accessible(
     page: Page, size: tuple[int, int], scheme: Literal["light", "dark"], paper: str

@@ -101,8 +101,15 @@ def drawn(page: Page, scheme: Scheme) -> None:
     )
 
 
-@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("scheme", "size"),
+    [
+        pytest.param("light", WIDE, id="light-wide"),
+        pytest.param("dark", PHONE, id="dark-phone"),
+        pytest.param("light", PHONE, marks=pytest.mark.full, id="light-phone"),
+        pytest.param("dark", WIDE, marks=pytest.mark.full, id="dark-wide"),
+    ],
+)
 def test_it_is_quiet_alone_and_accessible(
     page: Page, watch: Watch, real: tuple[Study, Path], size: tuple[int, int], scheme: Scheme
 ):

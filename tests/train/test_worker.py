@@ -362,7 +362,9 @@ def test_a_worker_keeps_near_its_card_and_computes_in_the_recipes_precision(
     near.assert_called_once_with(torch.device("cpu"), at_least=3)
 
 
-@pytest.mark.parametrize(("batches", "times"), [(3, 1), (50, 0)])
+@pytest.mark.parametrize(
+    ("batches", "times"), [(3, 1), pytest.param(50, 0, marks=pytest.mark.full)]
+)
 def test_a_worker_that_waits_for_data_much_of_the_time_says_so_once(
     batches: int, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ print(torch.get_num_threads())
 """
 
 
+@pytest.mark.full
 def test_batches_are_bit_identical_in_another_process_whose_torch_keeps_its_threads(data):
     run = subprocess.run(
         [sys.executable, "-c", IN_ANOTHER_PROCESS, str(data.folder)],

@@ -106,9 +106,6 @@ PROCESSES = {
             "    waits_for_ever()", "    with watchdog.patient(2.0):\n        waits_for_ever()"
         ),
     ),
-    "a worker hangs": (WORKER, "hangs"),
-    "a worker restores": (WORKER, "restores"),
-    "a worker writes": (WORKER, "writes"),
 }
 
 
@@ -136,11 +133,15 @@ def end_of(run: Path, code: str, *words: str) -> Ran:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
-    """All of them at once: what they do is wait."""
-    with ThreadPoolExecutor(len(PROCESSES)) as threads:
+    return at_once(tmp_path_factory.mktemp("processes"), PROCESSES)
+
+
+def at_once(folder: Path, processes: dict[str, tuple[str, ...]]) -> dict[str, Ran]:
+    """What they do is wait."""
+    with ThreadPoolExecutor(len(processes)) as threads:
         begun = {}
-        for name, (code, *words) in PROCESSES.items():
-            run = tmp_path_factory.mktemp("process") / "run"
+        for name, (code, *words) in processes.items():
+            run = folder / name
             if not words:
                 run.mkdir()
             begun[name] = threads.submit(end_of, run, code, *words)
@@ -160,20 +161,16 @@ def test_a_hang_is_written_down_and_ended(ran: dict[str, Ran]) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["goes on", "is off", "is patient", "a worker restores"])
+@pytest.mark.parametrize("name", ["goes on", "is off", "is patient"])
 def test_nobody_else_is_ended_and_nothing_is_left(ran: dict[str, Ran], name: str) -> None:
     assert (ran[name].code, ran[name].stacks) == (0, []), ran[name].err
 
 
-@pytest.mark.parametrize(
-    ("name", "out", "most_s"),
-    [("hangs all the same", "hangs now\n", 30), ("a worker hangs", "", 60)],
-)
-def test_what_takes_longer_than_the_longer_patience_hangs(
-    ran: dict[str, Ran], name: str, out: str, most_s: int
-) -> None:
-    """And a worker that hangs before it trains."""
-    hung = ran[name]
+def test_what_takes_longer_than_the_longer_patience_hangs(ran: dict[str, Ran]) -> None:
+    hangs(ran["hangs all the same"], "hangs now\n", most_s=30)
+
+
+def hangs(hung: Ran, out: str, most_s: int) -> None:
     assert (hung.code, hung.out) == (1, out) and 2.0 < hung.seconds < most_s
     [file] = hung.stacks
     assert "waits_for_ever" in file.read_text()
@@ -185,9 +182,15 @@ def test_without_patience_nobody_watches(tmp_path: Path) -> None:
     assert not (tmp_path / "unwatched").exists()
 
 
-def test_a_checkpoint_that_takes_longer_to_write_ends_nobody(ran: dict[str, Ran]) -> None:
-    wrote = ran["a worker writes"]
-    assert (wrote.code, wrote.stacks) == (0, []), wrote.err
+@pytest.mark.full
+def test_a_worker_that_restores_or_writes_for_long_goes_on_and_one_that_hangs_ends(
+    tmp_path: Path,
+) -> None:
+    acts = ("hangs", "restores", "writes")
+    workers = at_once(tmp_path, {act: (WORKER, act) for act in acts})
+    hangs(workers["hangs"], "", most_s=60)
+    for each in (workers["restores"], wrote := workers["writes"]):
+        assert (each.code, each.stacks) == (0, []), each.err
     [event] = [
         event for event in read(wrote.run / "journal.jsonl") if event["event"] == "checkpoint"
     ]
