@@ -21,7 +21,7 @@ from pipeline.core.run_folder import RunFolder
 from pipeline.track.events import Checkpoint, Preempted, Undeleted
 from pipeline.train.assemble import TrainContext
 from pipeline.train.checkpoint import SavedCheckpoint, weights_of
-from pipeline.train.guards.replica_check import drifted
+from pipeline.train.guards.rank_checks import drifted
 from pipeline.train.job import Notice
 from pipeline.train.metadata import checkpoint_metadata
 from pipeline.train.recovery import Rollback

@@ -3,14 +3,15 @@
     SkipBatch         the effects of the batch are undone, and training continues with the next one
     Rollback          the run starts again at its newest checkpoint. If the batches caused the
                       fault, it skips the batches since that checkpoint, the last one included
-    HalveMicroBatch   memory ran out: the run starts again with half as many samples at a time
+    HalveMicroBatch   memory ran out: the run starts again with at most half as many samples at a
+                      time
 
 `worker.py` catches `StartAgain`, the base of the last two, and starts the next attempt. `Decisions`
 apply to the rest of the run. They are stored in a file of the run's folder and in each checkpoint.
 If the folder is lost, only the decisions since the newest checkpoint are lost.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +19,7 @@ from typing import Any, Self
 from pipeline.core.checks import is_count, require
 from pipeline.core.errors import Diverged, UserError
 from pipeline.core.run_folder import RunFolder
+from pipeline.core.units import counted
 from pipeline.recipe.recipe import Recipe, read_json, write_json
 
 
@@ -133,3 +135,33 @@ class Decisions:
             )
         skipped = ((to_step, rollback.step + 1),) if rollback.skips else ()
         return replace(self, rollbacks=self.rollbacks + 1, skipped=self.skipped + skipped)
+
+    def after_out_of_memory(
+        self, recipe: Recipe, *, samples: int, ranks: int, check: Callable[[Recipe], Recipe]
+    ) -> Self:
+        """The decisions after memory has run out with `samples` samples at a time.
+
+        The new micro-batch is the largest that the recipe accepts, up to half of `samples`. The
+        global batch stays the same. Results differ only by the order of sums, unless a module
+        depends on the micro-batch, as batch norm does.
+
+        `check` returns the recipe that will train, or raises ValueError.
+
+        Raises:
+            ValueError: the recipe accepts no smaller micro-batch.
+        """
+        refusal = None
+        for fewer in range(samples // 2, 0, -1):
+            decisions = replace(self, micro_batch=fewer)
+            try:
+                checked = check(decisions.fit(recipe))
+            except ValueError as error:
+                refusal = refusal or error  # keeps the error of the largest micro-batch
+                continue
+            if checked.split(ranks).micro_batch == fewer:  # it divides the batch
+                return decisions
+        why = f", and the recipe does not accept fewer: {refusal}" if refusal else ""
+        raise ValueError(
+            f"training: the device's memory runs out with {counted(samples, 'sample')} at a"
+            f" time{why}; take a smaller network, or a device with more memory"
+        ) from refusal

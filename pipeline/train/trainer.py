@@ -34,7 +34,7 @@ from pipeline.train.evaluation import (
     write_predictions,
 )
 from pipeline.train.guards.anomaly import AnomalyGuard, can_undo
-from pipeline.train.guards.replica_check import stragglers
+from pipeline.train.guards.rank_checks import stragglers
 from pipeline.train.job import stop_reason
 from pipeline.train.loop import MicroBatch, train_batch
 from pipeline.train.metadata import hardware_of, rule_metrics, start_event, summary_of

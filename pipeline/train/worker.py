@@ -6,9 +6,8 @@ import gc
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed
@@ -16,7 +15,6 @@ from torch import distributed
 from pipeline.core.cpu_affinity import near_cores, own_cores
 from pipeline.core.errors import UserError, as_user_error
 from pipeline.core.torch_settings import configure_torch
-from pipeline.core.units import counted
 from pipeline.measure.clock import Clock, charge_collectives
 from pipeline.measure.memory import is_out_of_memory
 from pipeline.track import events
@@ -131,31 +129,21 @@ def _note_rollback(trainer: Trainer, rollback: Rollback) -> None:
 def _note_halving(trainer: Trainer, reason: str) -> None:
     """Decide on the micro-batch of the next attempt, and write the decision.
 
-    The new micro-batch is the largest that the recipe accepts, up to half of the current one. The
-    global batch stays the same. Results differ only by the order of sums, unless a module
-    depends on the micro-batch, as batch norm does.
-
     Raises:
         ValueError: the recipe accepts no smaller micro-batch. Only this rank raises it.
     """
-    context, sizes = trainer.context, trainer.context.rank_info.possible_sizes
-    current, refusal = context.split.micro_batch, None
-    for samples in range(current // 2, 0, -1):
-        decisions = replace(context.decisions, micro_batch=samples)
-        try:
-            recipe = decisions.fit(context.recipe)
-            recipe = fit_to_sizes(recipe, context.backend.network, context.rule, sizes)
-        except ValueError as error:
-            refusal = refusal or error  # keeps the error of the largest micro-batch
-            continue
-        if recipe.split(context.ranks.size).micro_batch == samples:  # it divides the batch
-            decisions.write(trainer.folder)
-            trainer.tracker.write(
-                events.Smaller(step=trainer.step, micro_batch=samples, reason=reason)
-            )
-            return
-    why = f", and the recipe does not accept fewer: {refusal}" if refusal else ""
-    raise ValueError(
-        f"training: the device's memory runs out with {counted(current, 'sample')} at a time{why};"
-        " take a smaller network, or a device with more memory"
-    ) from refusal
+    context = trainer.context
+    decisions = context.decisions.after_out_of_memory(
+        context.recipe,
+        samples=context.split.micro_batch,
+        ranks=context.ranks.size,
+        check=lambda recipe: fit_to_sizes(
+            recipe, context.backend.network, context.rule, context.rank_info.possible_sizes
+        ),
+    )
+    decisions.write(trainer.folder)
+    trainer.tracker.write(
+        events.Smaller(
+            step=trainer.step, micro_batch=cast(int, decisions.micro_batch), reason=reason
+        )
+    )

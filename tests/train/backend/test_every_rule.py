@@ -32,7 +32,7 @@ from pipeline.train.backend.base import OptimizerOf
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.build import build_optimizer
-from pipeline.train.guards.replica_check import drifted
+from pipeline.train.guards.rank_checks import drifted
 from pipeline.train.loop import MicroBatch
 from tests.helpers.joint import by_hand, distance, found_alike, learn, sgd, steps
 from tests.helpers.rule_cases import CASES, Case

@@ -1,4 +1,4 @@
-"""Finds slow ranks, and ranks whose values differ after a fault of memory or of a collective."""
+"""Checks that compare ranks: slow ranks, and ranks whose values differ after a fault."""
 
 import hashlib
 import statistics
