@@ -20,7 +20,7 @@ from pipeline.spiking.neuron import LIF, PLIF
 from pipeline.spiking.rate import RateIF
 from pipeline.train.checkpoint import Checkpoints, store_at
 from pipeline.train.job import Job, RankInfo
-from pipeline.train.weights import lasting_weights, load_start, weights_file
+from pipeline.train.weights import copy_of_weights, load_start, weights_file
 from pipeline.train.worker import run
 from tests.helpers.few import TRAINER, Counting, backend, save
 from tests.helpers.processes import run_ranks
@@ -74,11 +74,11 @@ def test_weights_that_a_suites_recipe_names_stay_where_others_are_fetched(tmp_pa
     write_json(run / "job.json", {"checkpoints": address})
     saving = Checkpoints(store_at(address, run), attempt="a")
     save(saving, 1, backend(1), Counting(), TRAINER)
-    named = lasting_weights(run)
+    named = copy_of_weights(run)
     content = named.read_bytes()
     save(saving, 2, backend(2), Counting(), {**TRAINER, "score": 0.5})
     assert weights_file(run).read_bytes() != content  # as of `evaluate`, meanwhile
-    assert named.parent == run and named.read_bytes() == content and lasting_weights(run) == named
+    assert named.parent == run and named.read_bytes() == content and copy_of_weights(run) == named
 
 
 @pytest.mark.full

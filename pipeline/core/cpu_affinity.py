@@ -1,10 +1,10 @@
 """CPU affinity of a worker: reserved cores, or the cores near its GPU.
 
-Reserved cores prevent runs on one machine from slowing one another. A worker reserves a physical
-core with all of its logical cores, because SMT siblings share arithmetic units. It reserves the
-core by locking a file with the core's name. The kernel releases the lock when the worker dies. All
-runs of one user on a machine use the same files. Runs of other users, runs that reserve no cores,
-and other programs may still use these cores.
+Reserved cores keep runs of one machine from competing for the same cores. A worker reserves a
+physical core with all of its logical cores, because SMT siblings share arithmetic units. It
+reserves the core by locking a file with the core's name. The kernel releases the lock when the
+worker dies. All runs of one user on a machine with the same TMPDIR use the same files. Runs with
+other files, runs that reserve no cores, and other programs may still use these cores.
 """
 
 import fcntl
@@ -22,11 +22,11 @@ import torch
 from pipeline.core.errors import UserError
 
 _MASKS = 128  # masks of 64 logical cores each, for the 8192 cores that Linux allows
-TIMEOUT_S = 30.0  # a worker of an ended run may still be exiting
+TIMEOUT_S = 30.0  # why wait: a worker of an ended run may still hold its cores
 
 
 @contextmanager
-def own_cores(
+def reserve_cores(
     count: int, *, folder: Path | None = None, timeout_s: float = TIMEOUT_S
 ) -> Iterator[tuple[int, ...]]:
     """Reserve `count` physical cores and keep all threads of this process on them.
@@ -35,7 +35,7 @@ def own_cores(
     restores the affinity at its end.
 
     Args:
-        folder: the folder of the lock files; None: one folder per user of this machine.
+        folder: the folder of the lock files; None: one folder per user, in TMPDIR.
         timeout_s: the longest wait for free cores, in seconds.
 
     Raises:
@@ -48,8 +48,9 @@ def own_cores(
     while (reserved := _lock_cores(available, count, folder)) is None:
         if time.monotonic() > deadline:
             raise UserError(
-                f"cores: a worker needs {count} unreserved cores; too few of this machine's"
-                f" {len(available)} are unreserved: with --side-by-side 1, runs reserve no cores"
+                f"cores: a worker needs {count} unreserved cores, but fewer of the"
+                f" {len(available)} that this process may use are unreserved; --side-by-side 1"
+                " reserves no cores"
             )
         time.sleep(0.2)
     cores, locks = reserved

@@ -10,11 +10,11 @@ The numbers are the same on any rank, in any thread and after any restart.
 g is the increment of splitmix64, and `mix` is its finaliser. All numbers are modulo 2^64. The
 global generators of Python, numpy and torch are neither read nor advanced.
 
+An epoch may hold several views of a sample (`repeats` in data/order.py). Each further view of a
+sample uses epoch + view_number * 2^32 in place of the epoch.
+
 Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014,
 doi:10.1145/2660193.2660195 (the finaliser is Stafford's variant 13).
-
-An epoch may hold several views of a sample (`repeats` in data/order.py). Each view then has the
-counter epoch + copy 2^32 instead of the epoch.
 """
 
 from collections.abc import Callable
@@ -24,25 +24,39 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 # The numbers of the draws. A new use takes new numbers. Existing numbers never change.
+# Some numbers are in the modules that use them:
+#     0                            data/write/images.py, the images that mode "mixed" stores as JPEG
+#     64 to 68                     data/datasets/synthetic.py
+#     80                           data/datasets/tasks.py
+#     256 to 262, 512 to 1311      data/write/generated_events.py, moving shapes
+#     768, 1024 to 1423            data/write/generated_events.py, saccades
+#     2048 to 2057                 data/write/stamps.py
 ORDER, FLIP, SHIFT_Y, SHIFT_X = 0, 1, 2, 3
 HELD_OUT = 8
+# the shuffled order of evaluation samples, in which each sample is the donor of the one before it:
+# benchmarks/carryover.py
+DONOR = 9
+PAGE = 10  # the samples whose pages are checked: data/ffcv/page_checks.py
 # the samples of an evaluation with counted activity: measure/activity.py, energy.py
 COUNTED = 11
-PAGE = 10  # the samples whose pages are checked: data/ffcv/page_checks.py
-# the order in which each sample is the donor of the previous one: benchmarks/carryover.py
-DONOR = 9
-# uses the step instead of the epoch: data/mixing.py
+# attempt a of a random resized crop draws CROP + 4 * a + (0 area, 1 ratio, 2 top, 3 left)
+CROP = 16
+# These draws use the step instead of the epoch: data/mixing.py.
 MIX, MIX_BY_CUT, MIX_SHARE, MIX_Y, MIX_X = 96, 97, 98, 99, 100
-COLOUR = 112  # layer l draws COLOUR + 8l + (0 whether, 1 which operation, 2 magnitude, 3 sign)
-ERASE = 136  # whether to erase; attempt a draws ERASE + 8 + 4a + (0 area, 1 ratio, 2 top, 3 left)
+# layer l draws COLOUR + 8 * l + (0 whether, 1 which operation, 2 magnitude, 3 sign)
+COLOUR = 112
+# whether to erase; attempt a draws ERASE + 8 + 4 * a + (0 area, 1 ratio, 2 top, 3 left)
+ERASE = 136
 ERASE_PIXELS = 1 << 20  # the first of many draws, one per 4 pixels
-CROP = 16  # attempt a of a random resized crop draws CROP + 4a + (0 area, 1 ratio, 2 top, 3 left)
 
 _LOW64 = (1 << 64) - 1
 
 
 def signed(number: int) -> int:
-    """64 bits as a signed number, because torch has no arithmetic of unsigned 64-bit numbers."""
+    """An unsigned 64-bit number as a signed one with the same bits.
+
+    torch has no arithmetic of unsigned 64-bit numbers.
+    """
     return number - (1 << 64) if number >> 63 else number
 
 
@@ -50,8 +64,8 @@ def mixer(convert: Callable[[int], Any]) -> Callable[[Any], Any]:
     """The finaliser of splitmix64, with its constants converted by `convert`.
 
     `convert=np.uint64` is for numpy and numba, where a signed number must not overflow.
-    `convert=signed` is for torch and for Python's int: the low 64 bits of the result are then
-    right. The masks make the shifts of signed numbers logical.
+    `convert=signed` is for torch and for Python's int. Only the low 64 bits of the result are
+    valid. The masks make the shifts of signed numbers logical.
     """
     factor_a, factor_b = convert(0xBF58476D1CE4E5B9), convert(0x94D049BB133111EB)
     shift_a, shift_b, shift_c = map(convert, (30, 27, 31))
@@ -65,9 +79,9 @@ def mixer(convert: Callable[[int], Any]) -> Callable[[Any], Any]:
     return mix
 
 
-STEP = signed(0x9E3779B97F4A7C15)
+INCREMENT = signed(0x9E3779B97F4A7C15)  # of splitmix64
 mix = mixer(signed)
-_UNSIGNED_STEP = np.uint64(STEP & _LOW64)
+_UNSIGNED_INCREMENT = np.uint64(INCREMENT & _LOW64)
 _unsigned_mix = mixer(np.uint64)
 
 
@@ -75,7 +89,7 @@ def counter_hash(*counters: int) -> int:
     """64 bits from any number of counters; from four counters, the same as `bits`."""
     z = 0
     for counter in counters:
-        z = mix((z ^ counter) + STEP) & _LOW64
+        z = mix((z ^ counter) + INCREMENT) & _LOW64
     return z
 
 
@@ -86,28 +100,36 @@ def bits(
     z: Any = np.uint64(0)
     with np.errstate(over="ignore"):  # numpy warns about scalar overflow, which is intended here
         for counter in (seed, epoch, index, draw):
-            z = _unsigned_mix((z ^ np.asarray(counter).astype(np.uint64)) + _UNSIGNED_STEP)
+            z = _unsigned_mix((z ^ np.asarray(counter).astype(np.uint64)) + _UNSIGNED_INCREMENT)
     return z
 
 
-def compiled_bits(compiled: Callable[[Callable[..., Any]], Any]) -> Any:
-    """`bits` for four uint64 scalars, compiled by `compiled`, such as `numba.njit`."""
-    mix, step = compiled(_unsigned_mix), _UNSIGNED_STEP
+def compiled_bits(compiler: Callable[[Callable[..., Any]], Any]) -> Any:
+    """`bits` for four uint64 scalars, compiled by `compiler`, such as `numba.njit`."""
+    mix, increment = compiler(_unsigned_mix), _UNSIGNED_INCREMENT
 
-    @compiled
+    @compiler
     def bits(seed, epoch, index, draw):
-        z = mix(seed + step)
-        z = mix((z ^ epoch) + step)
-        z = mix((z ^ index) + step)
-        return mix((z ^ draw) + step)
+        z = mix(seed + increment)
+        z = mix((z ^ epoch) + increment)
+        z = mix((z ^ index) + increment)
+        return mix((z ^ draw) + increment)
 
     return bits
 
 
 def below(random_bits: ArrayLike, n: int) -> NDArray[np.int64]:
-    """Whole numbers in 0..n-1 from the upper 32 bits. n < 2^31; the bias is below n / 2^32."""
+    """Whole numbers in 0..n-1 from the upper 32 bits. n must be below 2^31.
+
+    The probability of each number is at least (1 - n / 2^32) / n and at most (1 + n / 2^32) / n.
+    """
     shift = np.uint64(32)
     return ((np.asarray(random_bits, np.uint64) >> shift) * np.uint64(n) >> shift).astype(np.int64)
+
+
+def uniform(random_bits: ArrayLike) -> NDArray[np.float64]:
+    """Numbers in 0..1, 1 excluded, from the upper 53 bits."""
+    return np.asarray((np.asarray(random_bits, np.uint64) >> np.uint64(11)) * 2.0**-53, np.float64)
 
 
 def normal_table() -> NDArray[np.float32]:

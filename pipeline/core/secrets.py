@@ -14,14 +14,22 @@ def is_secret(name: str) -> bool:
 def without_secrets(text: str) -> str:
     """Replace the values of secret environment variables in a text with `$NAME`.
 
-    Other forms of a value are also replaced: without the whitespace around it, with single spaces
-    between its words, and as http.client (bytes) and requests (text) quote it.
+    Other forms of a value are also replaced: without the whitespace around it, and with single
+    spaces between its words. Error messages of http.client and requests contain the `repr` of a
+    value. This form is replaced too, with and without escapes of non-ASCII characters.
     """
-    forms: dict[str, str] = {}
-    for name, value in os.environ.items():
-        plain = (value, value.strip(), " ".join(value.split())) if is_secret(name) else ()
-        quoted = [quote(each)[1:-1] for each in plain for quote in (repr, ascii)]
-        forms |= {form: f"${name}" for form in (*plain, *quoted) if len(form) >= MIN_LENGTH}
+    forms = {
+        form: f"${name}"
+        for name, value in os.environ.items()
+        if is_secret(name)
+        for form in _forms(value)
+        if len(form) >= MIN_LENGTH
+    }
     for form in sorted(forms, key=len, reverse=True):  # a value before its parts
         text = text.replace(form, forms[form])
     return text
+
+
+def _forms(value: str) -> list[str]:
+    plain = (value, value.strip(), " ".join(value.split()))
+    return [*plain, *(quote(each)[1:-1] for each in plain for quote in (repr, ascii))]

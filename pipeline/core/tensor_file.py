@@ -75,9 +75,9 @@ def describe_mismatch(
     )
 
 
-# Classes, besides torch's, of the objects in DeepSpeed's files at ZeRO-1 and 2 (0.19.8). Creating
-# these objects has no side effect.
-DEEPSPEED = (
+# Classes of DeepSpeed 0.19.8 that its files at ZeRO-1 and 2 contain, besides torch's. Creating
+# their objects has no side effect.
+DEEPSPEED_CLASSES = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
@@ -92,7 +92,7 @@ def find_code(folder: Path) -> str | None:
     for file in sorted(folder.rglob("*.pt")):
         name = file.relative_to(folder).as_posix()
         try:
-            callables = sorted(set(get_unsafe_globals_in_checkpoint(file)) - set(DEEPSPEED))
+            callables = sorted(set(get_unsafe_globals_in_checkpoint(file)) - set(DEEPSPEED_CLASSES))
         except (ValueError, RuntimeError, UnpicklingError) as error:
             return f"{name} cannot be read as data: {_first_line(error)}"
         if callables:
@@ -100,13 +100,14 @@ def find_code(folder: Path) -> str | None:
     return None
 
 
-def load_data(path: str | Path, map_location: Any = None) -> Any:
+def load_deepspeed(path: str | Path, map_location: Any = None) -> Any:
     """`torch.load` for DeepSpeed's files.
 
     Raises:
-        UnpicklingError: the file contains a name that is neither torch's nor in `DEEPSPEED`.
+        UnpicklingError: the file contains a name that is neither torch's nor in
+            `DEEPSPEED_CLASSES`.
     """
-    with safe_globals(list(map(pkgutil.resolve_name, DEEPSPEED))):
+    with safe_globals(list(map(pkgutil.resolve_name, DEEPSPEED_CLASSES))):
         return torch.load(path, map_location=map_location, weights_only=True)
 
 

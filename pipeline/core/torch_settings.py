@@ -1,6 +1,6 @@
 """torch's settings in a process: precision, threads, determinism and memory.
 
-The precisions, for matrix products and convolutions alike:
+The precisions of matrix products, convolutions and recurrent layers:
 
     fp32    IEEE single precision
     tf32    fp32 operands are rounded to 10 bits of mantissa, sums are fp32; NVIDIA cards since
@@ -64,7 +64,9 @@ def check_precision(subject: str, precision: Precision, device: torch.device) ->
 
 @contextmanager
 def products_in(precision: Precision) -> Iterator[None]:
-    """Compute fp32 products and convolutions on a GPU in this precision inside the block."""
+    """Set the fp32 precision of products, convolutions and recurrent layers on a GPU inside the
+    block.
+    """
     before = [operation.fp32_precision for operation in _operations()]
     _set([_FP32[precision]] * 3)
     try:
@@ -75,12 +77,12 @@ def products_in(precision: Precision) -> Iterator[None]:
 
 @contextmanager
 def computing(device: torch.device, precision: Precision) -> Iterator[None]:
-    """Compute everything in this precision inside the block, as in training."""
+    """Set the fp32 precision and autocast inside the block, as in training."""
     with products_in(precision), autocast(device, precision):
         yield
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """torch's autocast to bf16. With another precision it is disabled.
 
     The operations that torch lists as safe (matrix products, convolutions) are computed in bf16.
@@ -107,10 +109,12 @@ def _operations() -> tuple[Any, ...]:
 
 
 # Environment variables that make NCCL and cuBLAS sum in the same order at every start. NCCL's
-# NVLS and trees promise no order, nor do other workspaces of cuBLAS.
+# NVLS and Tree algorithms may sum in another order at each start. So may cuBLAS with another
+# workspace setting.
 EXACT = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
-_inexact: set[str] = set()  # GPU operations of this process without a deterministic form in torch
+# GPU operations of this process without a deterministic form in torch
+_nondeterministic: set[str] = set()
 
 
 def configure_torch(threads: int, device: torch.device) -> None:
@@ -126,10 +130,10 @@ def configure_torch(threads: int, device: torch.device) -> None:
         os.environ.setdefault(name, value)
     torch.backends.cudnn.deterministic = True  # costs speed where cuDNN has a faster kernel
     torch.backends.cudnn.benchmark = False
-    # An inexact operation only causes a warning, and the run's conditions name the operation.
+    # A non-deterministic operation only causes a warning. The run's conditions name the operation.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    _collect_inexact()
+    _hook_warnings()
 
 
 def exactness(device: torch.device) -> str:
@@ -139,21 +143,26 @@ def exactness(device: torch.device) -> str:
     """
     if device.type != "cuda":
         return "yes"
-    others = [
+    other_settings = (
         f"{name}={os.environ.get(name)}"
         for name, value in EXACT.items()
         if os.environ.get(name) != value
-    ]
-    return f"no: {', '.join([*others, *sorted(_inexact)])}" if others or _inexact else "yes"
+    )
+    reasons = [*other_settings, *sorted(_nondeterministic)]
+    return f"no: {', '.join(reasons)}" if reasons else "yes"
 
 
-def _collect_inexact() -> None:
-    """Collect the inexact operations. torch (2.13) names them only in warnings."""
+def _hook_warnings() -> None:
+    """Replace `warnings.showwarning`.
+
+    Warnings about non-deterministic operations are recorded and not shown. torch (2.13) names these
+    operations only in warnings.
+    """
     show = warnings.showwarning
 
     def collect(message: Warning | str, *arguments: object, **options: object) -> None:
         if match := re.match(r"(.+?) does not have a deterministic implementation", str(message)):
-            _inexact.add(match[1])
+            _nondeterministic.add(match[1])
         else:
             show(message, *arguments, **options)  # type: ignore[arg-type]
 
@@ -163,8 +172,8 @@ def _collect_inexact() -> None:
 
 def _malloc_options() -> dict[str, tuple[int, int]]:
     """malloc's options by environment variable: the number in malloc.h, and the value."""
-    # glibc before 2.35 refuses a threshold above 32 MiB, and then returns every block of 128 KiB or
-    # more to the kernel.
+    # glibc before 2.35 refuses an mmap threshold above 32 MiB. It then keeps the default of
+    # 128 KiB, and returns each larger block to the kernel when it is freed.
     largest_mapped = 2**31 - 1 if _glibc_version() >= (2, 35) else 32 * 2**20
     return {
         "MALLOC_ARENA_MAX": (-8, 1),
@@ -173,7 +182,7 @@ def _malloc_options() -> dict[str, tuple[int, int]]:
     }
 
 
-def environment() -> dict[str, str]:
+def malloc_environment() -> dict[str, str]:
     """malloc's environment variables for a new process. Values of the user are unchanged."""
     return {
         name: os.environ.get(name, str(value)) for name, (_, value) in _malloc_options().items()

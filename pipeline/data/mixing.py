@@ -5,8 +5,9 @@
 
     Mixup     w = lam everywhere                   lam ~ Beta(mixup, mixup)
     CutMix    w = 0 inside a box, 1 outside        l ~ Beta(cutmix, cutmix); the box has the share
-                                                   1 - l of the image's area and is clipped at its
-                                                   border; lam is the share outside the clipped box
+                                                   1 - l of the image's area and is clipped at the
+                                                   image's border; lam is the share outside the
+                                                   clipped box
 
 Rows are positions in the global batch, which is in random order. A neighbour is therefore as random
 as any other partner, and it is on the same rank. Every draw is a pure function of (seed, step) or
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.core.errors import require_data
-from pipeline.core.random import MIX, MIX_BY_CUT, MIX_SHARE, MIX_X, MIX_Y, below, bits
+from pipeline.core.random import MIX, MIX_BY_CUT, MIX_SHARE, MIX_X, MIX_Y, below, bits, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +63,12 @@ class Mixing:
         )
         require_data(
             0 < self.probability <= 1,
-            f"Mixing: probability must be in 0..1, above 0; got {self.probability}",
+            f"Mixing: probability must be above 0 and at most 1; got {self.probability}",
         )
         require_data(
             self.switch is None or (0 not in (self.mixup, self.cutmix) and 0 < self.switch < 1),
-            "Mixing: switch must be between 0 and 1, and has no effect without both mixup and"
-            f" cutmix; got switch={self.switch}, mixup={self.mixup}, cutmix={self.cutmix}",
+            "Mixing: switch must be between 0 and 1, and needs both mixup and cutmix; got"
+            f" switch={self.switch}, mixup={self.mixup}, cutmix={self.cutmix}",
         )
         require_data(
             self.per in ("batch", "pair", "sample"),
@@ -78,8 +79,8 @@ class Mixing:
         """Raises: DataError if the micro-batch would separate neighbours."""
         require_data(
             micro_batch % 2 == 0,
-            "Mixing: a micro-batch must be even, because samples are mixed in pairs; got"
-            f" {micro_batch}",
+            "Mixing: the size of a micro-batch must be even, because samples are mixed in pairs;"
+            f" got {micro_batch}",
         )
 
     def __call__(
@@ -106,17 +107,17 @@ class Mixing:
     ) -> tuple[NDArray[np.float64], NDArray[np.int64] | None]:
         """The share lam that each sample keeps, and its replaced box (top, bottom, left, right).
 
-        A sample without a box has four times -1. If no sample has a box, the boxes are None.
+        The box of a sample without one is (-1, -1, -1, -1). If no sample has a box, the boxes are
+        None.
         """
         key_B = {"batch": np.zeros_like(rows), "pair": rows // 2, "sample": rows}[self.per]
         draw = lambda number: bits(seed, step, key_B, number)
-        unit = lambda number: (draw(number) >> np.uint64(11)) * 2.0**-53
         quantile_B = (draw(MIX_SHARE) >> np.uint64(52)).astype(np.int64)
         is_cutmix_B = np.full(len(rows), self.cutmix > 0)
         if self.mixup > 0 and self.cutmix > 0:
-            is_cutmix_B = unit(MIX_BY_CUT) < (0.5 if self.switch is None else self.switch)
+            is_cutmix_B = uniform(draw(MIX_BY_CUT)) < (0.5 if self.switch is None else self.switch)
         lam_B = np.where(is_cutmix_B, _beta(self.cutmix)[quantile_B], _beta(self.mixup)[quantile_B])
-        is_mixed_B = unit(MIX) < self.probability
+        is_mixed_B = uniform(draw(MIX)) < self.probability
         is_cutmix_B &= is_mixed_B
         lam_B = np.where(is_mixed_B, lam_B, 1.0)
         if not is_cutmix_B.any():

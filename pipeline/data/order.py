@@ -61,7 +61,7 @@ class TrainOrder:
 
     @property
     def steps(self) -> int:
-        """Global batches in an epoch."""
+        """Global batches in an epoch, unlike `ValOrder.steps`."""
         return self.samples // self.batch_size
 
     def epoch(self, epoch: int, *, start: int = 0) -> NDArray[np.int64]:
@@ -82,15 +82,18 @@ class TrainOrder:
         order = permutation(self.samples, seed=self.seed, epoch=epoch)
         order = order if self.ids is None else self.ids[order]
         # [steps, 1, different samples of a global batch]
-        samples = order[start // self.repeats : end // self.repeats].reshape(
+        ids = order[start // self.repeats : end // self.repeats].reshape(
             -1, 1, self.batch_size // self.repeats
         )
         # [steps, views, different samples], then [steps * accumulation, ranks, rows]
-        rows = np.tile(samples, (1, self.repeats, 1)).reshape(-1, self.world, self.micro_batch)
+        rows = np.tile(ids, (1, self.repeats, 1)).reshape(-1, self.world, self.micro_batch)
         return rows[:, self.rank].reshape(-1)
 
     def view_numbers(self, *, start: int = 0) -> NDArray[np.int64]:
-        """The view number of each id of `epoch`, 0 to repeats - 1. Augmentation depends on it."""
+        """The view number of each id that `epoch` returns, 0 to repeats - 1.
+
+        Augmentation depends on it.
+        """
         # [accumulation, ranks, rows]
         rows = np.arange(self.batch_size).reshape(-1, self.world, self.micro_batch)
         numbers = rows[:, self.rank].reshape(-1) // (self.batch_size // self.repeats)
@@ -118,13 +121,15 @@ class ValOrder:
 
     @property
     def steps(self) -> int:
-        """Batches of this rank; the last may be short."""
+        """Batches of this rank, unlike `TrainOrder.steps`. The last may be short."""
         return -(-len(self.epoch(0)) // self.micro_batch)
 
     def epoch(self, epoch: int, *, start: int = 0) -> NDArray[np.int64]:
         """Sample ids of this rank, the same in each epoch.
 
-        Raises: DataError if `start` is not 0. A stopped evaluation is repeated from its beginning.
+        A stopped evaluation is repeated from its beginning.
+
+        Raises: DataError if `start` is not 0.
         """
         require_data(start == 0, f"val: an evaluation starts at 0; got start={start}")
         positions = np.arange(
@@ -198,9 +203,9 @@ class OrderedData:
 
 
 def permutation(samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """All sample ids sorted by their random bits (ties by id): [samples].
+    """The positions 0 to samples - 1, sorted by their random bits: [samples].
 
-    It does not depend on the release of a library's generator.
+    Equal bits keep their order. The result is the same with every version of numpy.
     """
     return np.argsort(bits(seed, epoch, np.arange(samples), ORDER), kind="stable")
 

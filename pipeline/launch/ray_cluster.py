@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.core.secrets import is_secret
-from pipeline.core.torch_settings import EXACT, environment
+from pipeline.core.torch_settings import EXACT, malloc_environment
 
 NodeLoss = Literal["fast", "patient"]
 
@@ -108,7 +108,7 @@ def worker_environment(
         "PYTHONPATH": os.pathsep.join(
             dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)
         ),
-        **environment(),
+        **malloc_environment(),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": "1",

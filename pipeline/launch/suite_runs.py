@@ -34,7 +34,7 @@ from pipeline.recipe.suite import SuiteFile, fill_references, prerequisites, run
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.run_state import best, is_driven, is_over, top1_of
 from pipeline.train.job import Job, was_stopped
-from pipeline.train.weights import lasting_weights
+from pipeline.train.weights import copy_of_weights
 
 _POLL_S = 0.25
 _PR_SET_PDEATHSIG = 1
@@ -92,7 +92,7 @@ class SuiteRuns:
             best_trial = best({name: top1_of(self.folders[name]) for name in choice.trials})
             [trial] = [each for each in suite.recipes if each.name == best_trial]
             recipe = recipe.override({choice.field: trial.value_of(choice.field)})
-        completed = fill_references(recipe, lambda name: lasting_weights(self.folders[name]))
+        completed = fill_references(recipe, lambda name: copy_of_weights(self.folders[name]))
         check_launch(completed, self.cluster, trust=self.trust)
         return prepare(
             completed,

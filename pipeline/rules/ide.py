@@ -20,9 +20,10 @@ from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of, req
 from pipeline.rules.base import OverTime, Rule, World, refuse_foreign_norms
 from pipeline.spiking.equilibrium import Linearized, find_equilibrium
 
-# Limits of the relative residual. IDE warns once if the mean of a micro-batch is above the first.
-# The gradient is NaN if a sample is above the second. A sample at or above the third stops.
-COARSE_RESIDUAL, MAX_RESIDUAL, DIVERGED_RESIDUAL = 0.05, 0.5, 1e6
+# The limits of the relative residual.
+COARSE_RESIDUAL = 0.05  # IDE warns once if the mean of a micro-batch is above this limit
+MAX_RESIDUAL = 0.5  # the gradient is NaN if a sample is above this limit
+DIVERGED_RESIDUAL = 1e6  # a sample at or above this limit stops
 
 
 class IDE(Rule):
@@ -33,18 +34,14 @@ class IDE(Rule):
 
     f is the map of `spiking/equilibrium.py`. The T steps are simulated without a graph, so memory
     does not grow with T. At the fixed point the gradient is exact, except at the kinks of the
-    clamp. At a[T] the error of the gradient falls as 1/T with IF neurons.
+    clamp. With IF neurons, a[T] approaches a*, and the error of the gradient falls as 1/T.
 
     The metrics are the residual and the iterations of the last solved micro-batch. The rule warns
     once if the mean residual is above 5 % of |g|. If the residual of a sample is above 50 %, for
     example because J is not a contraction, the rule warns and the batch's gradient is NaN.
 
-    For N-MNIST the published code uses a damped fixed point ("iter"). That solver solves another
-    equation, (2I - J^T) beta = g, whose solution has half the size if J is small. Here both solvers
-    solve the equation of the paper.
-
     Args:
-        solver: "broyden" (limited memory) or "fixed_point" (damped).
+        solver: "broyden" or "fixed_point" (damped).
         iterations: the maximum number of evaluations of J^T per solve.
         tolerance: a sample stops at a residual of at most `tolerance` |g|.
 
@@ -129,7 +126,7 @@ class _Adjoint:
         if residual > COARSE_RESIDUAL and not self.has_warned:
             self.has_warned = True
             warnings.warn(
-                f"IDE: the gradient is not exact; got a mean residual of {residual:.2g} |g| after"
+                f"IDE: the gradient is coarse; got a mean residual of {residual:.2g} |g| after"
                 f" {self.iterations} iterations of {self.solver}; set more iterations, or limit the"
                 " synapses (SpectralLimit)",
                 RuntimeWarning,
@@ -213,7 +210,7 @@ def broyden(
     vectors u_k and w_k of each iteration: 2 x iterations x D numbers per sample.
 
     Source: Broyden 1965 (doi 10.1090/S0025-5718-1965-0198670-6); Bai et al. 2019 (arXiv 1909.01377)
-    for the limited memory.
+    for the low-rank form of H.
     """
     solution = Solution(g_B, tolerance, keep="lowest")
     g_BD = g_B.flatten(1)
@@ -231,7 +228,7 @@ def broyden(
         w_BD = _low_rank_product(w_BkD, u_BkD, delta_BD) - delta_BD
         h_BD = _low_rank_product(u_BkD, w_BkD, next_r_BD) - next_r_BD
         denominator_B1 = (w_BD * (next_r_BD - r_BD)).sum(1, keepdim=True)
-        # H does not change for a stopped sample, or if the denominator is 0.
+        # H does not change for a stopped sample, or if the denominator is 0 or too small.
         is_updated_B1 = solution.is_running_B[:, None] & (
             denominator_B1.abs() > torch.finfo(g_BD.dtype).tiny
         )

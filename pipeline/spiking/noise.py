@@ -7,7 +7,7 @@
     rademacher   64 bits give 64 signs
 
 A row does not depend on other rows, the rank or the batch. The global random generators are not
-used. `mix` and g (`STEP`) are those of core/random.py.
+used. `mix` and g (`INCREMENT`) are those of core/random.py.
 
 Source: Box & Muller 1958 (doi 10.1214/aoms/1177706645).
 """
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.checks import refuse_unless_one_of
-from pipeline.core.random import STEP, mix, signed
+from pipeline.core.random import INCREMENT, mix, signed
 
 Distribution = Literal["gaussian", "rademacher"]
 DISTRIBUTIONS: tuple[Distribution, ...] = ("gaussian", "rademacher")
@@ -72,7 +72,7 @@ def _signs(keys_B: Tensor, units: int) -> Tensor:
 
 def _bits(keys_B: Tensor, count: int) -> Tensor:
     """`count` random 64-bit numbers per row, as int64, which wraps like unsigned integers."""
-    return mix(keys_B[:, None] + torch.arange(1, count + 1, device=keys_B.device) * STEP)
+    return mix(keys_B[:, None] + torch.arange(1, count + 1, device=keys_B.device) * INCREMENT)
 
 
 _LOW32 = (1 << 32) - 1

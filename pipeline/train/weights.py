@@ -73,12 +73,13 @@ def weights_file(start: Path) -> Path:
     return start
 
 
-def lasting_weights(run: Path) -> Path:
+def copy_of_weights(run: Path) -> Path:
     """Copy the weights of a finished run to its folder, so that a recipe.json may name the file.
 
     The folder of a fetched checkpoint is deleted later, so its file must not be named.
     """
-    source, copy = weights_file(run), run / WEIGHTS  # raises if the checkpoint is damaged by now
+    source = weights_file(run)  # raises if no checkpoint of the run is intact
+    copy = run / WEIGHTS
     if not copy.exists():
         write_whole(copy, source.read_bytes())
     return copy
@@ -87,11 +88,11 @@ def lasting_weights(run: Path) -> Path:
 def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
     """Load the file of `weights_file` into a network that may have other time steps and classes.
 
-    These weights are not loaded from the file. All but the scales keep their initial values:
+    These weights are not taken from the file. Except the scales, they keep their initial values:
 
         head          if a shape in it differs. It is the network's `classifier`, or the last module
                       that has weights other than those below
-        thresholds    of rate-coded neurons, if the file has none, such as a file of an ANN
+        thresholds    of rate-coded neurons, if the file has none (the weights of an ANN have none)
         decays        if they are learnt and the file has none
         scales        of 1-bit weights, if they are learnt and the file has none. They are computed
                       from the loaded weights
@@ -103,14 +104,14 @@ def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
     """
     tensors = _read(file, network, subject="init")
     expected = network.state_dict()
-    *_, head = (
+    with_weights = [
         name
         for name, module in network.named_modules()
         if list(module.parameters(recurse=False))
         and not isinstance(module, (RateNeuron, PLIF, Binarizer))
-    )
-    if isinstance(getattr(network, "classifier", None), nn.Module):
-        head = "classifier"
+    ]
+    has_classifier = isinstance(getattr(network, "classifier", None), nn.Module)
+    head = "classifier" if has_classifier else with_weights[-1]
     thresholds = {
         f"{name}.threshold"
         for name, module in network.named_modules()
@@ -132,7 +133,7 @@ def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
     is_reshaped = any(
         key in tensors and tensors[key].shape != expected[key].shape for key in in_head
     )
-    not_loaded = absent | in_head if is_reshaped else absent
+    not_loaded = (absent | in_head) if is_reshaped else absent
     loaded = {key: value for key, value in tensors.items() if key not in not_loaded}
     mismatch = describe_mismatch(
         loaded, {key: value for key, value in expected.items() if key not in not_loaded}

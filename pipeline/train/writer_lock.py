@@ -1,9 +1,9 @@
-"""One writer for a run's folder.
+"""Rank 0 alone writes the journal and completes checkpoints while workers run.
 
 Rank 0 holds an exclusive lock on `RUN/writer.lock`. The kernel releases the lock when the process
 ends. So a run can be resumed only after the previous rank 0 has ended. After the resume, an earlier
-attempt cannot write to the journal or to a complete checkpoint. (The other ranks write only to
-folders with the name of their attempt, also in a bucket.)
+attempt cannot write to the journal or to a complete checkpoint. Other ranks write their parts of a
+checkpoint only to a folder named after their attempt, locally or at a remote address.
 """
 
 import fcntl
@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pipeline.core.errors import Diverged, UserError
+from pipeline.core import errors
 from pipeline.core.run_folder import RunFolder
-from pipeline.track import events as track
-from pipeline.track.events import NO_ATTEMPT, Died, Hung
+from pipeline.track.events import NO_ATTEMPT, Died, Diverged, Failed, Hung
 from pipeline.track.journal import Journal, NullTracker, Tracker, read_events
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.guards.storage_outage import may_be_temporary
@@ -24,14 +23,16 @@ from pipeline.train.guards.watchdog import unreported_hangs
 from pipeline.train.job import read_death
 from pipeline.train.recovery import StartAgain
 
-# longest wait for the lock. If the writer's machine has failed, the file system releases the lock
-# after a while (CephFS after 5 minutes, NFSv4 after 1.5).
+# The longest wait for the lock. If the writer's machine has failed, the file system releases the
+# lock after a while (CephFS after 5 minutes, NFSv4 after 1.5).
 PATIENCE_S = 600.0
 
 
 @contextmanager
 def only_writer(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Hold the lock of a run's folder on rank 0, after its previous writer has ended. Collective.
+    """Hold the lock of a run's folder on rank 0, after its previous writer has ended.
+
+    All ranks must call it.
 
     Raises:
         UserError: another writer still has the lock after ten minutes.
@@ -47,8 +48,9 @@ def only_writer(folder: Path, ranks: Ranks) -> Iterator[None]:
 def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
     """Rank 0's journal of a new attempt; a `NullTracker` on other ranks.
 
-    The first events are the deaths and hangs of workers since the last attempt. An exception that
-    ends the attempt is the last event.
+    The driver also uses it, after all workers have ended. The first events are the hangs since the
+    last attempt, then the last noted death of a worker that did not hang. Any other `Exception`
+    that ends the attempt, except `StartAgain`, is written as the last event.
     """
     if ranks.rank != 0:
         yield NullTracker()
@@ -68,7 +70,7 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
         except StartAgain:
             raise  # the fault is already in the journal
         except Exception as error:
-            kind = track.Diverged if isinstance(error, Diverged) else track.Failed
+            kind = Diverged if isinstance(error, errors.Diverged) else Failed
             end = kind(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
             try:
                 tracker.write(end)
@@ -89,7 +91,7 @@ def _lock(folder: Path, stack: ExitStack) -> None:
         except OSError as error:  # another worker has the lock, or storage is unavailable
             is_late = time.monotonic() > deadline
             if is_late and isinstance(error, BlockingIOError):
-                raise UserError(
+                raise errors.UserError(
                     f"{folder}: must have one writer; another worker still has the lock after"
                     f" {PATIENCE_S:.0f} s: stop the other launch of this run, or wait for its end"
                 ) from None

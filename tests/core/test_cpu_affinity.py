@@ -15,16 +15,16 @@ import torch
 from pipeline.core import cpu_affinity as cores_module
 from pipeline.core.cpu_affinity import (
     near_cores,
-    own_cores,
     physical_cores,
+    reserve_cores,
 )
 from pipeline.core.errors import UserError
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pipeline.core.cpu_affinity import own_cores
-with own_cores(1, folder=Path(sys.argv[1])) as cores:
+from pipeline.core.cpu_affinity import reserve_cores
+with reserve_cores(1, folder=Path(sys.argv[1])) as cores:
     print(*cores, flush=True)
     time.sleep(60)
 """
@@ -35,7 +35,7 @@ def test_all_threads_stay_on_the_cores_until_the_end(tmp_path: Path) -> None:
     waiting = threading.Thread(target=go_on.wait, daemon=True)
     waiting.start()
     seen: list[set[int]] = []
-    with own_cores(1, folder=tmp_path) as cores:
+    with reserve_cores(1, folder=tmp_path) as cores:
         assert cores in physical_cores(before).values()
         assert os.sched_getaffinity(waiting.native_id or 0) == set(cores) == os.sched_getaffinity(0)
         later = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
@@ -54,20 +54,18 @@ def test_no_core_has_two_holders_and_a_killed_holder_frees_its_cores(tmp_path: P
         everything = len(physical_cores(os.sched_getaffinity(0)))
         try:
             if everything > 1:
-                with own_cores(1, folder=tmp_path) as mine:
+                with reserve_cores(1, folder=tmp_path) as mine:
                     assert theirs not in mine
-            said = (
-                f"needs {everything} unreserved cores; too few of this machine's {everything} are"
-            )
+            said = f"needs {everything} unreserved cores, but fewer of the {everything} that this"
             with (
                 pytest.raises(UserError, match=said),
-                own_cores(everything, folder=tmp_path, timeout_s=0.1),
+                reserve_cores(everything, folder=tmp_path, timeout_s=0.1),
             ):
                 pass
         finally:
             other.send_signal(signal.SIGKILL)
             other.wait()
-    with own_cores(everything, folder=tmp_path) as mine:
+    with reserve_cores(everything, folder=tmp_path) as mine:
         assert theirs in mine
 
 

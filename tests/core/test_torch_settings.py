@@ -19,8 +19,8 @@ from pipeline.core.torch_settings import (
     compute_in,
     computing,
     configure_torch,
-    environment,
     exactness,
+    malloc_environment,
     products_in,
 )
 from pipeline.models.teachers.base import Teacher
@@ -43,7 +43,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in EXACT:
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
-    monkeypatch.setattr(torch_settings, "_inexact", set())
+    monkeypatch.setattr(torch_settings, "_nondeterministic", set())
     for place, name in (
         (torch.backends.cudnn, "deterministic"),
         (torch.backends.cudnn, "benchmark"),
@@ -217,7 +217,7 @@ def faults(how: str, **more: str) -> int:
 def test_freed_memory_causes_no_page_faults_when_it_is_used_again() -> None:
     assert faults("unset") > 100  # else this test would see nothing
     assert faults("set") < 20
-    assert faults("unset", **environment()) < 20
+    assert faults("unset", **malloc_environment()) < 20
 
 
 @about_glibc
@@ -245,5 +245,5 @@ print(kept - before, rss_bytes() - before)
 def test_malloc_variables_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
-    found = environment()
+    found = malloc_environment()
     assert found["MALLOC_ARENA_MAX"] == "4" and int(found["MALLOC_TRIM_THRESHOLD_"]) > 2**30

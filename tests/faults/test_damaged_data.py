@@ -157,7 +157,7 @@ def named(page: int = DAMAGED, fault: str = DIFFERS, *, name: str = "train") -> 
     first, end = page * IN_A_PAGE, (page + 1) * IN_A_PAGE
     samples = rf"page {page} \(bytes \d+ to \d+, samples {first} to {end - 1}\)"
     return (
-        rf"data: \S+{name}\.beton: {samples} {fault}: damaged; restore the file or write the data"
+        rf"data: \S+{name}\.beton is damaged: {samples} {fault}; restore the file or write the data"
         r" again( \(worker \d\))?$"
     )
 

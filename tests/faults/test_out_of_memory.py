@@ -257,7 +257,7 @@ def test_mixing_takes_the_next_fewer_that_are_whole_pairs(
         (
             {"mixing": spec(Mixing, mixup=0.5), "micro_batch": 2},
             2,
-            r"Mixing: a micro-batch must be even, .*; got 1",
+            r"Mixing: the size of a micro-batch must be even, .*; got 1",
         ),
     ],
 )

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from pipeline.data.write.stamp_pictures import BACKGROUNDS, CLASSES, SHARE
+from pipeline.data.write.stamp_pictures import BACKGROUNDS, CLASSES, PICTURES_FOLDER
 
 EACH = 6  # objects of a class
 
-STAMPS = SHARE / "tuxpaint" / "stamps"
+STAMPS = PICTURES_FOLDER / "tuxpaint" / "stamps"
 real = pytest.mark.skipif(
-    not all(path.exists() for path in (STAMPS, *(SHARE / name for name in BACKGROUNDS))),
+    not all(path.exists() for path in (STAMPS, *(PICTURES_FOLDER / name for name in BACKGROUNDS))),
     reason="looks at the real pictures, which `make pictures` installs",
 )
 

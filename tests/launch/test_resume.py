@@ -227,7 +227,7 @@ def test_what_is_refused_changes_nothing(
 MIXED = small_recipe(mixing=spec(Mixing, mixup=0.2))
 PARENT = "a" * 32
 LAUNCHED = Cluster(workers=4, device="cpu")
-ODD = "Mixing: a micro-batch must be even"
+ODD = "Mixing: the size of a micro-batch must be even"
 
 
 class Started(Exception):

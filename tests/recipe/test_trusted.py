@@ -57,7 +57,7 @@ MODULES = {
     "os", "pickle", "shutil", "subprocess", "socket", "urllib", "tempfile", "importlib",
     "runpy", "safetensors", "huggingface_hub", "requests", "mmap", "timm.create_model",
     "pipeline.core.files", "pipeline.recipe.json",
-    "pipeline.core.tensor_file.read_state", "pipeline.core.tensor_file.load_data",
+    "pipeline.core.tensor_file.read_state", "pipeline.core.tensor_file.load_deepspeed",
 }  # fmt: skip
 ITS_OWN = {"layer.open"}  # methods of ours that have the name of one that opens a file
 # What data sets may import: it reads the files that they name, for a loader.

@@ -308,7 +308,7 @@ def test_convergence_is_reported():
 
 def test_a_coarse_solve_warns_once():
     rule = IDE(iterations=1)
-    message = r"IDE: the gradient is not exact; got .* \|g\| after 1 iterations of broyden"
+    message = r"IDE: the gradient is coarse; got .* \|g\| after 1 iterations of broyden"
     with pytest.warns(RuntimeWarning, match=message):
         ide(rule, fully_connected(), *image((FEATURES,)), steps=20)
     with warnings.catch_warnings():

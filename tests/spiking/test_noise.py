@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pipeline.core.random import STEP, counter_hash
+from pipeline.core.random import INCREMENT, counter_hash
 from pipeline.spiking.noise import _bits, noise
 from tests.helpers.rule_networks import refusals
 
@@ -21,7 +21,7 @@ def test_bits_are_those_of_the_rules_hash():
     signed = torch.tensor([key - (1 << 64) if key >> 63 else key for key in keys])
     for row, key in zip(_bits(signed, 5).tolist(), keys, strict=True):
         assert [bits & MASK for bits in row] == [
-            counter_hash((key + j * STEP) & MASK) for j in range(5)
+            counter_hash((key + j * INCREMENT) & MASK) for j in range(5)
         ]
 
 

@@ -238,7 +238,7 @@ def test_another_data_set_than_the_one_launched_on_is_refused(tmp_path: Path) ->
         ({"init": "nowhere"}, "init: must be a run's folder or a weights file"),
         (
             {"mixing": spec(Mixing, mixup=0.5), "micro_batch": 1},
-            r"Mixing: a micro-batch must be even, .*; got 1",
+            r"Mixing: the size of a micro-batch must be even, .*; got 1",
         ),
     ],
 )

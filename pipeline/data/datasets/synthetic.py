@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.core.errors import require_data
-from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
+from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, below, bits, uniform
 from pipeline.data.base import Batch
 from pipeline.data.order import OrderedData, TrainOrder, ValOrder
 
@@ -158,8 +158,7 @@ class SyntheticLoader:
 
 def _uniform(seed: int, draw: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Uniform random numbers in -0.5..0.5."""
-    random_bits = bits(seed, 0, np.arange(math.prod(shape)), draw)
-    return np.asarray((random_bits >> np.uint64(11)) * 2.0**-53 - 0.5, np.float64).reshape(shape)
+    return (uniform(bits(seed, 0, np.arange(math.prod(shape)), draw)) - 0.5).reshape(shape)
 
 
 def _shift_flip(

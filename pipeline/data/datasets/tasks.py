@@ -20,7 +20,7 @@ from pipeline.core.errors import require_data
 from pipeline.core.random import bits
 from pipeline.data.base import Batch, Data, Loader, with_page_checks
 
-_PIXELS = 80  # a draw, see random.py
+_PIXELS = 80  # the number of the draw that orders the pixels
 
 
 class _Task:

@@ -98,7 +98,7 @@ def below(random_bits, n):
 
 @compiled
 def uniform(random_bits):
-    """A number in 0..1, 1 excluded."""
+    """The same as `pipeline.core.random.uniform`, compiled."""
     return np.float64(random_bits >> _S11) * 2.0**-53
 
 

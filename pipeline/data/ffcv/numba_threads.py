@@ -1,4 +1,8 @@
-"""Loads TBB, the only threading layer of numba that is safe with more than one loader thread."""
+"""Loads TBB, the threading layer of numba for more than one loader thread.
+
+numba's other threading layers (0.68.1) fail here: OpenMP kills a forked child, workqueue aborts
+when two loaders run at once.
+"""
 
 import ctypes
 import importlib
@@ -34,8 +38,7 @@ def load_tbb() -> None:
 
 
 def require_tbb() -> None:
-    """Make numba use TBB. Of its other threading layers (0.68.1), OpenMP kills a forked child, and
-    workqueue aborts with two loaders at the same time.
+    """Make numba use TBB.
 
     Raises:
         DataError: TBB is not installed.

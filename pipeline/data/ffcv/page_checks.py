@@ -1,4 +1,4 @@
-"""Compares a .beton with its manifest: the whole file before a run, and some pages during a run.
+"""Compares a .beton with its manifest: the whole file before a run, some or all pages during it.
 
 A page is damaged if its checksum differs from the manifest, or if the disk cannot read its bytes (a
 bad sector). A run stops at a damaged page with one line that names the file, the page and its
@@ -24,11 +24,12 @@ from pipeline.data.ffcv.format import read_tables
 from pipeline.data.ffcv.manifest import Manifest
 
 Verify = Literal["sampled", "full"]
-# One in this many samples has its page compared. A page of 8 MiB holds about 80 JPEGs of 100 kB.
+# One in this many samples has its page compared.
 ONE_IN: dict[Verify, int] = {"sampled": 256, "full": 1}
 # Reading and hashing release the interpreter's lock, and a disk is faster with several requests.
 CHECK_THREADS = 4
-PROBES = 8  # If a part cannot be read, this many single bytes elsewhere in the file are read.
+# If a part cannot be read, about this many single bytes elsewhere in the file are read.
+PROBES = 8
 
 
 def check_file(path: Path) -> Manifest:
@@ -53,7 +54,7 @@ def check_file(path: Path) -> Manifest:
 
 
 def verify(path: Path) -> list[Manifest]:
-    """Compare the regions and pages of files, their sha256 and their content hash.
+    """Compare files with their manifests: regions, pages, sha256 and content hash.
 
     `path`: a .beton, or a folder of them.
 
@@ -80,8 +81,8 @@ def verify(path: Path) -> list[Manifest]:
 class SpotCheck:
     """Compares pages while the samples of one epoch are read from a file.
 
-    The pages are those of one in `one_in` samples, drawn by (seed, epoch), and of each sample that
-    cannot be decoded. `table`: FFCV's allocation table, with the address of each sample.
+    The pages are those of one in `one_in` samples, drawn from (seed, epoch), and of each sample
+    that cannot be decoded. `table`: FFCV's allocation table, with the address of each sample.
     """
 
     def __init__(self, path: Path, table: Any, *, one_in: int, seed: int, epoch: int) -> None:
@@ -131,15 +132,17 @@ def _compare_pages(
         if fault:
             first, last = np.flatnonzero(sample_pages == page)[[0, -1]].tolist()
             begin = offset + page * size
-            place = f"bytes {begin} to {begin + size - 1}, samples {first} to {last}"
-            damaged.append(f"page {page} ({place}) {fault}")
+            damaged.append(
+                f"page {page} (bytes {begin} to {begin + size - 1}, samples {first} to {last})"
+                f" {fault}"
+            )
     if damaged:
         raise _damaged(path, damaged)
 
 
 def _damaged(path: Path, parts: list[str]) -> DataError:
     return DataError(
-        f"data: {path}: {first_few(parts)}: damaged; restore the file or write the data again"
+        f"data: {path} is damaged: {first_few(parts)}; restore the file or write the data again"
     )
 
 

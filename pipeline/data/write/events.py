@@ -37,7 +37,8 @@ def write_events(
 
     Args:
         source: for a published set, the folder that tonic downloads to (published_events.py); for
-            saccades, the folder of Fashion-MNIST's files; None or "fashion": as in `write_fashion`.
+            saccades, the folder of Fashion-MNIST's files; None or "fashion": Debian's package,
+            else torchvision's download.
         slices: default 10 (moving) or 6 (saccades); a published set has no default.
         size: pixels a side; default 34 for a generated set, else the longer side of the sensor.
         samples, val_samples: the numbers of generated recordings; default 6000 and 1600 (moving),
@@ -48,12 +49,12 @@ def write_events(
 
     Raises:
         DataError: an option is missing, out of range or has no effect, recordings are unavailable,
-            or kept files are of other samples; also as `write_sets`.
+            or kept files hold other samples; also as `write_sets`.
         LoaderError: as `write_sets`.
     """
-    numbers = {"samples": samples, "val_samples": val_samples, "content_seed": content_seed}
+    options = {"samples": samples, "val_samples": val_samples, "content_seed": content_seed}
     if name in PUBLISHED:
-        _refuse(name, "has its own recordings", **numbers)
+        _refuse(name, "has its own recordings", **options)
         if source is None or slices is None:
             raise DataError(
                 f"write events: {name} needs a source, the folder that tonic downloads to, and"
@@ -67,11 +68,12 @@ def write_events(
             f"write events: the set must be one of {', '.join(get_args(EventSet))}; got {name!r}",
         )
         _refuse(name, "is generated in the requested size", resize=framing.get("resize"))
-        numbers = {key: value for key, value in numbers.items() if value is not None}
+        numbers = {key: value for key, value in options.items() if value is not None}
         require_data(
-            min(numbers.get("samples", 1), numbers.get("val_samples", 1)) >= 1,
-            f"write events: samples and val_samples must be 1 or more; got {samples} and"
-            f" {val_samples}",
+            min(numbers.get("samples", 1), numbers.get("val_samples", 1)) >= 1
+            and 0 <= numbers.get("content_seed", 0) < 2**63,
+            "write events: samples and val_samples must be 1 or more, content_seed in 0..2^63-1;"
+            f" got samples={samples}, val_samples={val_samples}, content_seed={content_seed}",
         )
         slices = DEFAULT_SLICES[name] if slices is None else slices
         size = 34 if size is None else size
@@ -130,8 +132,14 @@ def _saccade_sets(
             Saccades(np.asarray(item.image), item.label, item.number, part, size, content_seed)
             for item in images.items[:count]
         ]
-        origin = f"saccades over {images.origin}, content seed {content_seed}"
-        sets.append(Source(images.name, images.classes, items, origin))
+        sets.append(
+            Source(
+                images.name,
+                images.classes,
+                items,
+                origin=f"saccades over {images.origin}, content seed {content_seed}",
+            )
+        )
     return sets
 
 

@@ -12,7 +12,7 @@ flips the polarities of each recording:
     reversal    (t, y, x, p) -> (end - 1 - t, y, x, p)
     coin        p -> p XOR f
 
-Two kinds of networks therefore recognise the direction along an axis with at most 50 % accuracy:
+Two kinds of networks therefore recognise the direction along an axis no better than chance (50 %):
 
     those that sum over time         The sum of a recording over time equals that of its reversal.
     those that see only one slice    The shape is at every place with the same probability, at any
@@ -21,10 +21,11 @@ Two kinds of networks therefore recognise the direction along an axis with at mo
                                      shows the direction.
 
 Only the order of the slices shows the direction, so a network must carry information from one slice
-to the next. Without the coin, polarity would show the direction: a moving edge has the other
-polarity in the reversal. Without the exact reversal, the hysteresis of a camera would show it,
-because it reveals which polarity came first. The beginning would show it if the camera missed the
-first events. This camera is on before the shape arrives.
+to the next. Without the coin, the order of the polarities at a pixel would show the direction: the
+leading edge is on in a base recording and off in its reversal. Without the exact reversal, the
+camera's hysteresis would show the direction, because it depends on which polarity came first. A
+camera that is switched on too late would show it by the missing first events. This camera is on
+before the shape arrives.
 
 **Saccades** turns real images into input for event networks. Sums over time suffice to distinguish
 its classes. The image is in the middle of the sensor. The gaze follows a triangle, and each side
@@ -36,7 +37,8 @@ Source: Orchard et al. 2015, doi:10.3389/fnins.2015.00437, for saccades. Our pat
 differ from theirs.
 """
 
-# M instants of a film, N events, H W pixels of the sensor, h w of an image
+# M instants of a film, N events, K changes of a level or events of noise, H W pixels of the sensor,
+# h w of an image
 
 import math
 from dataclasses import dataclass
@@ -56,7 +58,9 @@ CLASSES = [f"{shape} {direction}" for shape in SHAPES for direction in DIRECTION
 INSTANTS, STEP_US = 93, 1000  # a recording takes 92 ms
 MIN_SIZE = 16  # pixels a side of the smallest sensor with room for the shapes
 
-# The numbers of the draws, see random.py: from 256 for the film, from 512 for the noise.
+# The numbers of the draws, see random.py. Moving shapes use 256 to 262, and 512 to 1311 for the
+# noise. Saccades use 768, and 1024 to 1423 for the noise. The two kinds may share numbers, because
+# no data set has both.
 _RADIUS, _ACROSS, _START, _SPEED, _THRESHOLD, _COIN, _NOISE_COUNT = range(256, 263)
 _NOISE = 512
 
@@ -123,11 +127,11 @@ def moving_shape_events(
     axis, in pixels on a torus of `size` a side. An event occurs whenever the intensity (0 outside,
     1 inside) has changed by `threshold`.
 
-    The film begins empty and before time 0. Until time 0, the shape moves away from its first
-    place. The level that a pixel remembers at time 0 then depends on the motion, not on the
-    beginning of the film.
+    The film starts before time 0 with an empty frame. By time 0 the shape has left its first place.
+    The pixels' levels at time 0 therefore depend on the motion, not on the empty frame.
     """
-    # the instants in which the largest shape, with its soft edge, leaves its place
+    # the number of instants after which even the widest shape, with its soft edge, has left its
+    # first place
     lead_in = math.ceil((2.2 * radius + 2) / speed)
     along_M = start + speed * np.arange(-lead_in, INSTANTS, dtype=np.float64)
     across_M = np.full_like(along_M, across)
@@ -160,7 +164,9 @@ def reversal(stream: Stream) -> Stream:
 def signed_distance(
     shape: str, down: NDArray[np.float64], right: NDArray[np.float64], radius: float
 ) -> NDArray[np.float64]:
-    """About the distance in pixels from a point to the border of a shape, negative inside.
+    """The approximate signed distance in pixels from a point to the border of a shape.
+
+    It is negative inside.
 
     (down, right): the point relative to the shape's centre.
     """
@@ -168,7 +174,7 @@ def signed_distance(
         return np.sqrt(down * down + right * right) - radius
     if shape == "square":
         return np.maximum(np.abs(down), np.abs(right)) - 0.9 * radius
-    if shape == "triangle":  # upright, equilateral: three half-planes at one distance
+    if shape == "triangle":  # upright: three edges, each 0.6 radius from the centre
         slanted = 0.5 * np.sqrt(3.0) * np.abs(right) - 0.5 * down
         return np.maximum(down, slanted) - 0.6 * radius
     bar = 0.35 * radius
@@ -185,7 +191,7 @@ CORNERS = ((-3, -3), (3, 0), (-3, 3))  # (down, right) of the gaze from the midd
 SACCADE_US, SACCADE_INSTANTS = 100_000, 25
 SACCADE_THRESHOLD = 0.15  # the intensity is 0 for black and 1 for white
 
-_SACCADE_NOISE_COUNT, _SACCADE_NOISE = 768, 1024  # the numbers of the draws, see random.py
+_SACCADE_NOISE_COUNT, _SACCADE_NOISE = 768, 1024  # see `_NOISE`
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,8 +211,8 @@ class Saccades:
     def __post_init__(self) -> None:
         require_data(
             self.size >= max(self.image_hw.shape),
-            f"saccades: size must be {max(self.image_hw.shape)} pixels, the longer side of the"
-            f" image, or more; got {self.size}",
+            f"saccades: size must be at least {max(self.image_hw.shape)} pixels, the longer side of"
+            f" the image; got {self.size}",
         )
 
     def events(self) -> Stream:
@@ -215,12 +221,14 @@ class Saccades:
         scene = np.zeros((self.size + 2 * margin, self.size + 2 * margin))
         top, left = (len(scene) - height) // 2, (len(scene) - width) // 2
         scene[top : top + height, left : left + width] = self.image_hw / 255.0
-        film = [
-            _interpolated_window(scene, margin + down, margin + right, self.size)
-            for down, right in gaze_path()
-        ]
         stream = film_to_events(
-            np.stack(film),  # the intensity at each instant, in 0..1
+            # the intensity at each instant, in 0..1
+            np.stack(
+                [
+                    _interpolated_window(scene, margin + down, margin + right, self.size)
+                    for down, right in gaze_path()
+                ]
+            ),
             threshold=SACCADE_THRESHOLD,
             step_us=SACCADE_US // SACCADE_INSTANTS,
         )

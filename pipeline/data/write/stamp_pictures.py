@@ -17,7 +17,7 @@ together contain about three quarters of all objects. The split depends neither 
 the number of scenes.
 
 Split 3 is for choosing settings. It evaluates on the remaining numbers, 3 q to n - 1. The other
-three splits train on them, so settings are not chosen on test pictures.
+three splits train on them, so settings are not chosen on pictures that splits 0 to 2 evaluate on.
 """
 
 from collections.abc import Sequence
@@ -31,14 +31,14 @@ from PIL import Image
 from pipeline.core.errors import DataError, require_data
 from pipeline.data.write.images import PILLOW_ERRORS
 
-SHARE = Path("/usr/share")
+PICTURES_FOLDER = Path("/usr/share")
 STAMPS, MATE, PLASMA = "tuxpaint-stamps-default", "mate-backgrounds", "plasma-workspace-wallpapers"
 
 SETTINGS_SPLIT = 3  # the number of the split for choosing settings
 EVALUATION_DIVISOR = 4  # one picture in this many is in the evaluation set
 
-# The folders of each class below tuxpaint/stamps, without their subfolders. A number beside a class
-# is that of its objects in release 2025.03.31-1, without LEFT_OUT.
+# The folders of each class below tuxpaint/stamps, without their subfolders. The comment beside a
+# class is the number of its objects in release 2025.03.31-1, LEFT_OUT excluded.
 CLASSES: dict[str, tuple[str, ...]] = {
     "bird": ("animals/birds",),  # 35
     "coin": tuple(
@@ -53,12 +53,11 @@ CLASSES: dict[str, tuple[str, ...]] = {
         f"hobbies/music/{each}" for each in ("brass", "percussion", "string", "wind")
     ),  # 11
     "mammal": (
-        *("animals/mammals", "animals/marsupials"),
-        *(
-            f"animals/mammals/{each}"
-            for each in ("apes", "aquatic", "bears", "bovines", "camel", "cats", "deer", "dogs")
-        ),
-        *(f"animals/mammals/{each}" for each in ("equines", "lagomorphs", "rodents")),
+        "animals/mammals",
+        "animals/marsupials",
+        *(f"animals/mammals/{each}" for each in ("apes", "aquatic", "bears", "bovines", "camel")),
+        *(f"animals/mammals/{each}" for each in ("cats", "deer", "dogs", "equines", "lagomorphs")),
+        "animals/mammals/rodents",
     ),  # 65
     "planet": (
         "space/solarsystem",
@@ -67,12 +66,12 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "tool": ("household/tools", "household/arttools", "medical"),  # 18
     "vegetable": ("food/vegetables", "food/spices", "plants/mushrooms"),  # 22
     "vehicle": (
-        *("vehicles", "military/vehicles", "space"),
-        *(
-            f"vehicles/{each}"
-            for each in ("auto", "construction", "cycle", "emergency", "flight", "flight/planes")
-        ),
-        *(f"vehicles/{each}" for each in ("locomotive", "masstransit", "race", "ship")),
+        "vehicles",
+        "military/vehicles",
+        "space",
+        *(f"vehicles/{each}" for each in ("auto", "construction", "cycle", "emergency", "flight")),
+        *(f"vehicles/{each}" for each in ("flight/planes", "locomotive", "masstransit", "race")),
+        "vehicles/ship",
     ),  # 20
 }
 # Stamps that are not used. `installed_pictures` also omits mirror images, and drawings that have an
@@ -80,16 +79,16 @@ CLASSES: dict[str, tuple[str, ...]] = {
 LEFT_OUT = frozenset(
     {
         # drawings
-        *(
-            "animals/mammals/echidna",
-            "animals/mammals/hedgehog",
-            "household/arttools/highlighter",
-            "household/dishes/glass",
-            "medical/tooth",
-            "vehicles/7spoke256",
-        ),
+        "animals/mammals/echidna",
+        "animals/mammals/hedgehog",
+        "household/arttools/highlighter",
+        "household/dishes/glass",
+        "medical/tooth",
+        "vehicles/7spoke256",
         # of another class
-        *("medical/bandage_adhesive", "space/spacewalk", "vehicles/wheel_tractor"),
+        "medical/bandage_adhesive",
+        "space/spacewalk",
+        "vehicles/wheel_tractor",
         "food/nuts/walnut_shelled",  # only 25 pixels
         "vehicles/emergency/sedan_police",  # only the lights of a car
     }
@@ -113,7 +112,9 @@ BACKGROUNDS = {  # paths below /usr/share, with the package that installs them
 
 @dataclass(frozen=True)
 class Picture:
-    name: str  # the path below the package's folder, without suffix
+    # the path without suffix, below tuxpaint/stamps for an object and below /usr/share for a
+    # background
+    name: str
     path: Path
     package: str
 
@@ -124,12 +125,12 @@ class Pictures:
     backgrounds: list[Picture]
 
 
-def installed_pictures(share: Path = SHARE) -> Pictures:
-    """The pictures that the packages have installed below `share`.
+def installed_pictures(root: Path = PICTURES_FOLDER) -> Pictures:
+    """The pictures that the packages have installed below `root`.
 
     Raises: DataError if a folder or a background is missing. The message names its package.
     """
-    stamps = share / "tuxpaint" / "stamps"
+    stamps = root / "tuxpaint" / "stamps"
     objects: dict[str, list[Picture]] = {class_name: [] for class_name in CLASSES}
     for class_name, folders in CLASSES.items():
         for folder in folders:
@@ -143,7 +144,7 @@ def installed_pictures(share: Path = SHARE) -> Pictures:
                 ):
                     objects[class_name].append(Picture(name, path, STAMPS))
     backgrounds = [
-        Picture(str(Path(name).with_suffix("")), share / name, package)
+        Picture(str(Path(name).with_suffix("")), root / name, package)
         for name, package in BACKGROUNDS.items()
     ]
     for background in backgrounds:
@@ -169,10 +170,10 @@ def split_pictures(pictures: Pictures, split: int) -> tuple[Pictures, Pictures]:
 
 
 @cache
-def object_image(picture: Picture, longest: int) -> Image.Image:
+def object_image(picture: Picture, max_long_side: int) -> Image.Image:
     """Read an object, without its empty border and premultiplied by alpha.
 
-    Its longer side has at most `longest` pixels.
+    Its longer side has at most `max_long_side` pixels.
 
     Raises: DataError if the picture cannot be read or is fully transparent.
     """
@@ -181,17 +182,17 @@ def object_image(picture: Picture, longest: int) -> Image.Image:
     if box is None:
         raise _unreadable(picture, "it is fully transparent")
     cropped = image.crop(box)
-    return _shrink(cropped.convert("RGBa"), longest / max(cropped.size))
+    return _shrink(cropped.convert("RGBa"), max_long_side / max(cropped.size))
 
 
 @cache
-def background_image(picture: Picture, shortest: int) -> Image.Image:
-    """Read a background in RGB. Its shorter side has at most `shortest` pixels.
+def background_image(picture: Picture, max_short_side: int) -> Image.Image:
+    """Read a background in RGB. Its shorter side has at most `max_short_side` pixels.
 
     Raises: DataError if the picture cannot be read.
     """
-    image = _read(picture, "RGB", min_side=shortest)
-    return _shrink(image, shortest / min(image.size))
+    image = _read(picture, "RGB", min_side=max_short_side)
+    return _shrink(image, max_short_side / min(image.size))
 
 
 def _split(

@@ -11,8 +11,8 @@ Every random number is a pure function of (content seed, split, part, scene). Sc
 mod 13. The objects of a class are shown in turn, so their numbers of scenes differ by at most one.
 
 About a quarter of the objects of each class, and of the backgrounds, are only in the evaluation
-set. The others are only in the training set. The manifest stores the object and the background of
-each scene, for statistics over them (`Beton.groups`).
+set. The others are only in the training set. The manifest stores the "object" and the "ground"
+(background) of each scene, for statistics over them (`Beton.groups`).
 """
 
 import hashlib
@@ -27,13 +27,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.core.errors import require_data
-from pipeline.core.random import below, bits
+from pipeline.core.random import below, bits, uniform
 from pipeline.data.ffcv.format import Images
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.write.images import Encoding, Item
 from pipeline.data.write.stamp_pictures import (
     CLASSES,
-    SHARE,
+    PICTURES_FOLDER,
     Picture,
     Pictures,
     background_image,
@@ -52,7 +52,7 @@ from pipeline.data.write.writer import (
 
 # S side of a scene, h w of a rotated object
 
-SIZES = (32, 1024)  # pixels a side; the smallest background has 1024
+SIZES = (32, 1024)  # pixels a side; the shorter side of the smallest background has 1024
 MAX_OBJECT_SHARE = 0.9  # of the scene's side, for the longer side of the rotated object
 MAX_DEGREES = 15.0  # of a rotation in either direction
 BRIGHTNESS = 0.3  # the factor of the object's brightness is 0.7 to 1.3
@@ -85,7 +85,7 @@ class Scene:
         return int(below(self.draw_bits(draw), n))
 
     def draw_uniform(self, draw: int) -> float:  # in 0..1, 1 excluded
-        return (self.draw_bits(draw) >> 11) * 2.0**-53
+        return float(uniform(self.draw_bits(draw)))
 
     def __str__(self) -> str:
         return f"scene {self.number} ({self.object.name})"
@@ -207,9 +207,6 @@ def write_stamps(
 ) -> list[Manifest]:
     """Write scenes of 13 classes: `samples` for training, and `val_samples` for evaluation.
 
-    The two sets have different objects and backgrounds. Both manifests store each scene's "object"
-    and "ground" (background) for `Beton.groups`.
-
     Args:
         size: pixels a side.
         split: selects the objects and backgrounds of the evaluation set: 0, 1 or 2; 3 for choosing
@@ -243,10 +240,10 @@ def write_stamps(
         mode=mode,
         quality=90 if quality is None else quality,
     )
-    share = SHARE if source is None else Path(source).expanduser()
-    pictures = installed_pictures(share)
+    folder = PICTURES_FOLDER if source is None else Path(source).expanduser()
+    pictures = installed_pictures(folder)
     part_pictures = split_pictures(pictures, split)
-    origin = f"{share.absolute()}, pictures {_read_all(pictures, size)}"
+    origin = f"{folder.absolute()}, pictures {_check_and_hash(pictures, size)}"
     sets: list[Source] = []
     for part, (name, count) in enumerate((("train", samples), ("val", val_samples))):
         items = scenes(
@@ -260,10 +257,10 @@ def write_stamps(
     return written
 
 
-def _read_all(pictures: Pictures, size: int) -> str:
+def _check_and_hash(pictures: Pictures, size: int) -> str:
     """Read each picture, to find unreadable ones before the first file is written.
 
-    Returns an id of the pictures: 16 digits of the sha256 of their names and bytes.
+    Returns an id of the pictures: 16 hexadecimal digits of a sha256 over their names and bytes.
 
     Raises: DataError if a picture cannot be read.
     """

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.core.checks import require
-from pipeline.core.tensor_file import load_data
+from pipeline.core.tensor_file import load_deepspeed
 from pipeline.train.backend.base import Backend, OptimizerOf, cpu_copy, optimizer_reset
 
 CHECKPOINT_TAG = "state"
@@ -171,7 +171,7 @@ class DeepSpeed(Backend):
 
     def load(self, folder: Path) -> None:
         # The original `load` (0.19.8) would run any code in a pickle.
-        self._engine.checkpoint_engine.load = load_data
+        self._engine.checkpoint_engine.load = load_deepspeed
         path, _ = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
         if path is None:  # 0.19.8 returns None, and training would start from scratch
             raise FileNotFoundError(f"deepspeed: no checkpoint {CHECKPOINT_TAG!r} in {folder}")

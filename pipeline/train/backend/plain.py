@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from pipeline.core.torch_settings import autocast
+from pipeline.core.torch_settings import Precision, autocast
 from pipeline.train.backend.base import (
     Backend,
     OptimizerOf,
@@ -24,10 +24,10 @@ STATE_FILE = "state.pt"
 class _Autocast(nn.Module):
     """The network in the recipe's precision. It is a module, so `fresh_state` finds the neurons."""
 
-    def __init__(self, network: nn.Module, precision: str) -> None:
+    def __init__(self, network: nn.Module, precision: Precision) -> None:
         super().__init__()
         self.network = network
-        self.precision = precision
+        self.precision: Precision = precision
 
     def forward(self, x_TB: Tensor) -> Tensor:
         with autocast(x_TB.device, self.precision):
@@ -44,7 +44,7 @@ class Plain(Backend):
         network: nn.Module,
         optimizer_of: OptimizerOf,
         *,
-        precision: str = "fp32",
+        precision: Precision = "fp32",
         clip_norm: float = 0.0,
     ) -> None:
         self.network = network

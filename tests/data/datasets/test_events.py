@@ -241,7 +241,8 @@ def test_saccades_over_fashion(small_fashion: Path, tmp_path: Path) -> None:
                 " source=x, slices=None"
             ),
         ),
-        ({"name": "moving", "samples": 0}, "samples and val_samples must be 1 or more; got 0"),
+        ({"name": "moving", "samples": 0}, "samples and val_samples .*; got samples=0, val_"),
+        ({"name": "moving", "content_seed": -1}, r"samples .*, content_seed in 0\.\.2\^63-1; got"),
     ],
 )
 def test_wrong_options_are_refused(tmp_path: Path, call: dict[str, Any], said: str) -> None:

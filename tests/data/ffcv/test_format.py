@@ -56,7 +56,7 @@ def test_a_flipped_bit_is_located(data, name):
     path = data.folder / "train.beton"
     offset, size = regions(path)[name]
     flip(path, offset + size // 3)
-    said = rf"train\.beton: {name} \(bytes {offset} to .* differs from its manifest"
+    said = rf"train\.beton is damaged: {name} \(bytes {offset} to .* differs from its manifest"
     for look in (data.check, lambda: verify(data.folder)):
         with pytest.raises(DataError, match=said):
             look()
@@ -80,8 +80,8 @@ def test_a_bad_sector_is_located_once_it_stays_one(folder, name, times, monkeypa
         verify(path)
         assert not left
         return
-    said = rf"train\.beton: {name} \(bytes {begin} to .* cannot be read \(Input/output error"
-    with pytest.raises(DataError, match=rf"{said}\): damaged"):
+    said = rf"train\.beton is damaged: {name} \(bytes {begin} to .* cannot be read \(Input/output"
+    with pytest.raises(DataError, match=rf"{said} error\); restore"):
         verify(path)
 
 

@@ -37,8 +37,8 @@ def test_some_pages_and_samples_are_named_and_the_rest_counted(tmp_path):
     with pytest.raises(DataError) as caught:
         check_file(path)
     said = str(caught.value)
-    assert said.startswith(f"data: {path}: {first}, {second}, page 8 (")
-    assert said.endswith(" and 2 more: damaged; restore the file or write the data again")
+    assert said.startswith(f"data: {path} is damaged: {first}, {second}, page 8 (")
+    assert said.endswith(" and 2 more; restore the file or write the data again")
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_a_damaged_page_is_refused_while_it_is_read(wrap, fashion, tmp_path):
     how = {"channels": 1, "size": 28, "crop": "shift", "mean": (0.5,), "std": (0.5,)}
     data = wrap(Beton(folder, classes=10, **how))
     read(data.train(**SIZES))  # nobody looks: FFCV says nothing
-    place = r"train\.beton: page 0 \(bytes \d+ to \d+, samples 0 to 99\)"
-    with pytest.raises(DataError, match=f"{place} differs from its manifest: damaged; restore"):
+    place = r"train\.beton is damaged: page 0 \(bytes \d+ to \d+, samples 0 to 99\)"
+    with pytest.raises(DataError, match=f"{place} differs from its manifest; restore"):
         read(with_page_checks(data, 1).train(**SIZES))
 
 

@@ -188,8 +188,8 @@ def test_a_corrupt_jpeg_is_named_and_its_page_is_damaged_unless_it_was_written_s
     )
     assert refusal(plain) == corrupt
     checked = plain.with_page_checks(1 << 30)
-    place = r"page 0 \(bytes \d+ to \d+, samples 0 to 60\)"
-    assert re.search(f"{place} differs from its manifest: damaged", refusal(checked))
+    place = r"damaged: page 0 \(bytes \d+ to \d+, samples 0 to 60\)"
+    assert re.search(f"{place} differs from its manifest; restore", refusal(checked))
 
     known = manifests.read(path)
     about = {"classes": known.classes, "labels": tables.labels.tolist()}
