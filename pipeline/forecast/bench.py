@@ -315,7 +315,6 @@ class Bench:
         built_rule = self._build(rule)
         inner_rule = built_rule.inner if isinstance(built_rule, hlop.HLOP) else built_rule
         draws = DRAWS if isinstance(inner_rule, sltt.SLTT) and inner_rule.k is not None else 1
-        batches = RULE_BATCHES if isinstance(inner_rule, opzo.OPZO) else 1
         gradients_of_draws = (
             gradients(
                 self.network,
@@ -324,7 +323,7 @@ class Bench:
                 partial(self.loss, self.target_B),
                 world=World(self.recipe.seed),
                 over_time=self.recipe.over_time,
-                batches=batches,
+                batches=RULE_BATCHES if isinstance(inner_rule, opzo.OPZO) else 1,
                 step=step,
             )
             for step in range(draws)

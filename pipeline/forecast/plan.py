@@ -474,8 +474,9 @@ class _Planner:
         # A timed step has one micro-batch, so its update has the backward calls of one micro-batch.
         timed_calls = fit.backward_calls // fit.accumulation if fit.updates == 1 else 1
         timed_bytes = self._sent_bytes(self.recipe.zero, timed_calls)
-        sent_bytes = self._sent_bytes(fit.zero, fit.backward_calls)
-        bytes_ratio = sent_bytes / timed_bytes if timed_bytes else 1.0
+        bytes_ratio = (
+            self._sent_bytes(fit.zero, fit.backward_calls) / timed_bytes if timed_bytes else 1.0
+        )
         return {
             "compute_s": _seconds_at(fit.micro_batch, sizes, compute) * fit.accumulation,
             "teacher_s": _seconds_at(fit.micro_batch, sizes, teacher) * fit.accumulation,

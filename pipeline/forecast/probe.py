@@ -86,7 +86,7 @@ def probe(
     gradients: dict[str, Sequence[Gradients]] = {}
     uncompared: dict[str, str] = {}
     for label, rule in labelled.items():
-        # BPTT in slices of time is a reference like BPTT, with the same gradient.
+        # BPTT in slices of time has BPTT's gradient and is never advised. BPTT-recompute may be.
         if label in rounds and (label == BASELINE or not is_baseline(label)):
             try:
                 gradients[label] = bench.gradients_of(rule)
@@ -123,8 +123,11 @@ def advice(result: Probe) -> str:
     if bptt is None or fastest is None or compared is None:
         why = reasons.get(BASELINE, "BPTT was not tried")
         return f"There is nothing to compare gradients with; {why}."
-    costs = (cost for cost in result.costs if cost.rule in compared.cosines)
-    others = [cost for cost in costs if not is_baseline(cost.rule)]
+    others = [
+        cost
+        for cost in result.costs
+        if cost.rule in compared.cosines and not is_baseline(cost.rule)
+    ]
     if not others:
         why = "; ".join(reasons.values()) or "no other rule was tried"
         return f"There is no gradient to compare with BPTT's; {why}."

@@ -129,9 +129,11 @@ class FakeBench(Bench):
     def __init__(self, recipe: Recipe, samples: int) -> None:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._set_recipe(recipe, samples)
-        shape = tasks_of(recipe)[0].data.shape
         with self.running(recipe.name):
-            self._set_batch(torch.empty(samples, *shape), torch.empty(samples, dtype=torch.int64))
+            self._set_batch(
+                torch.empty(samples, *tasks_of(recipe)[0].data.shape),
+                torch.empty(samples, dtype=torch.int64),
+            )
 
     @contextmanager
     def running(self, subject: str) -> Iterator[None]:
@@ -259,7 +261,6 @@ def describe_steps(recipes: Sequence[Recipe], workers: int) -> list[str]:
 
 def _moved_bytes(values: Any) -> int:
     """The bytes of the tensors in `values`. Numbers that an expanded tensor repeats count once."""
-    tensors = [each for each in tree_leaves(values) if isinstance(each, Tensor)]
     return sum(
         each.element_size()
         * math.prod(
@@ -267,5 +268,6 @@ def _moved_bytes(values: Any) -> int:
             for size, stride in zip(each.shape, each.stride(), strict=True)
             if stride or size < 2
         )
-        for each in tensors
+        for each in tree_leaves(values)
+        if isinstance(each, Tensor)
     )
