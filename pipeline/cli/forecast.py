@@ -60,6 +60,14 @@ AgainstRun = Annotated[
         ),
     ),
 ]
+Memory = Annotated[
+    float | None,
+    typer.Option(
+        "--memory",
+        metavar="GB",
+        help="memory for the largest batch, with --batch auto; default: the free memory",
+    ),
+]
 AtLargest = Annotated[
     bool,
     typer.Option(
@@ -137,14 +145,7 @@ def sweep(
             " that fits",
         ),
     ] = None,
-    memory: Annotated[
-        float | None,
-        typer.Option(
-            "--memory",
-            metavar="GB",
-            help="memory for the largest batch, with --batch auto; default: the free memory",
-        ),
-    ] = None,
+    memory: Memory = None,
     at_largest: AtLargest = False,
     cpus_per_worker: Cores = "auto",
     format_: Format = "table",
@@ -310,11 +311,11 @@ def _print(
         )
         if as_json:
             _print_json([show(each) for each in forecasts])
-            return
-        for index, each in enumerate(forecasts):
-            if index:
-                print(flush=True)
-            show(each)
+        else:
+            for index, each in enumerate(forecasts):
+                if index:
+                    print(flush=True)
+                show(each)
 
 
 def _print_json(value: object) -> None:
