@@ -29,7 +29,7 @@ from pipeline.recipe.suite import Suite
 if TYPE_CHECKING:
     from pipeline.forecast.plan import Cluster
 
-Format = Annotated[Literal["table", "json"], typer.Option("--format")]
+Format = Annotated[Literal["table", "json"], typer.Option("--format", help="print tables or JSON")]
 
 NodeGbps = Annotated[
     float | None,
@@ -44,7 +44,9 @@ Price = Annotated[
 Samples = Annotated[
     int | None,
     typer.Option(
-        "--samples", min=1, help="samples per epoch; default: those of the data, if they are here"
+        "--samples",
+        min=1,
+        help="samples per epoch; default: those of the data, if the data are on this machine",
     ),
 ]
 AgainstRun = Annotated[
@@ -52,7 +54,18 @@ AgainstRun = Annotated[
     typer.Option(
         "--against",
         metavar="RUN",
-        help="a run on the same kind of machine or GPU: print the errors of the plan",
+        help=(
+            "a finished run on the same kind of machine or GPU; also print how far the plan is from"
+            " its measurements"
+        ),
+    ),
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(
+        "--memory",
+        metavar="GB",
+        help="memory for the largest batch, with --batch auto; default: the free memory",
     ),
 ]
 AtLargest = Annotated[
@@ -72,9 +85,10 @@ def show(
     changes: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Print the resolved recipe, its size, its study, the cost of a step, and DeepSpeed's settings.
+    """Print the resolved recipe, its study key, the cost of a step and DeepSpeed's settings.
 
-    No data is needed, because a step is counted without being run.
+    The number of parameters is also printed. The data are not needed: the operations and bytes of a
+    step are counted without running it.
     """
     workload = load_changed(recipe, changes, tiny)
     from pipeline.report.forecasts import show_recipe
@@ -94,10 +108,10 @@ def probe(
     changes: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Before any training: the cost of each rule here, and its gradient's similarity to BPTT's.
+    """Measure each rule's cost before training, and compare its gradient with BPTT's.
 
-    A file of several recipes gives tables for each network. Recipes that differ only in their rules
-    share their tables.
+    The cost is that of one batch on this machine. Recipes of one file that differ only in their
+    rules share a table.
     """
     workload = load_changed(recipe, changes, tiny)
     from pipeline.forecast.bench import step_inputs
@@ -127,32 +141,27 @@ def sweep(
             "--batch",
             noun="samples",
             metavar="N|auto",
-            help="samples; default: one worker's micro-batch; auto: also estimate the largest one",
+            help="samples; default: one worker's micro-batch; auto: also estimate the largest batch"
+            " that fits",
         ),
     ] = None,
-    memory: Annotated[
-        float | None,
-        typer.Option(
-            "--memory",
-            metavar="GB",
-            help="memory for the largest batch, with --batch auto; default: the free memory",
-        ),
-    ] = None,
+    memory: Memory = None,
     at_largest: AtLargest = False,
     cpus_per_worker: Cores = "auto",
     format_: Format = "table",
     changes: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Before any training: memory and time of each rule against the number of time steps."""
+    """Measure each rule's memory and time at several numbers of time steps, before training."""
+    given = "without --batch" if batch is None else f"with --batch {batch}"
     if memory is not None and (batch != "auto" or not 1e-6 <= memory <= 1e6):
         raise ValueError(
             f"sweep: --memory is a limit in GB, from 1e-6 to 1e6, for --batch auto; got {memory:g}"
-            f" with --batch {batch}"
+            f" {given}"
         )
     require(
         not at_largest or batch == "auto",
-        f"sweep: --at-largest needs --batch auto; got --batch {batch}",
+        f"sweep: --at-largest needs --batch auto; got --at-largest {given}",
     )
     time_steps = parse_time_steps("sweep", steps)
     workload = load_changed(recipe, changes, tiny)
@@ -206,11 +215,11 @@ def plan(
     changes: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Before a launch: memory, speed, hours and energy of each rule, by a model.
+    """Predict memory, speed, hours and energy of each rule before a launch.
 
-    A step of full size is counted without being run, so neither a GPU nor the data are needed. With
-    --device here, small batches are timed as well. Recipes of one file that differ only in their
-    rules share a table.
+    The operations of a full-size step are counted without running it, so neither a GPU nor the data
+    are needed. With --device here, small batches are timed as well. Recipes of one file that differ
+    only in their rules share a table.
     """
     workload = load_changed(recipe, changes, tiny)
     from pipeline.forecast.plan import DEVICES, Cluster, plan_inputs
@@ -219,7 +228,7 @@ def plan(
 
     require(
         device == "here" or device in DEVICES,
-        f"plan: --device must be here, {', '.join(DEVICES)}; got {device}",
+        f"plan: --device must be one of here, {', '.join(DEVICES)}; got {device}",
     )
     require(
         against is not None or not is_set_by_user(context, "runs"),
@@ -240,12 +249,12 @@ def plan(
     predict = partial(plan_recipe, cluster=cluster, samples=samples)
     as_json = format_ == "json"
     if against is not None:
-        _print_errors(workload, predict, cluster, runs, against, as_json=as_json)
+        _print_plan_against_run(workload, predict, cluster, runs, against, as_json=as_json)
         return
     _print(workload, predict, plan_inputs, plan_to_json if as_json else print_plan, as_json=as_json)
 
 
-def _print_errors(
+def _print_plan_against_run(
     workload: Recipe | Suite,
     forecast: Callable[..., Any],
     cluster: "Cluster",
@@ -273,7 +282,7 @@ def _print_errors(
 def _print(
     workload: Recipe | Suite,
     forecast: Callable[..., Any],
-    network_key: Callable[[Recipe], object],
+    group_key: Callable[[Recipe], object],
     show: Callable[[Any], Any],
     *,
     as_json: bool,
@@ -284,10 +293,10 @@ def _print(
 
     Args:
         forecast: called with a recipe, and with the keyword `rules` for further rules.
-        network_key: recipes with equal keys form a group, which shares a forecast.
+        group_key: recipes with equal keys form a group, which shares a forecast.
         show: prints a forecast as a table, or returns its JSON.
     """
-    from pipeline.forecast.bench import RULES, group_by_network
+    from pipeline.forecast.bench import RULES, group_by_inputs
     from pipeline.train.build import with_placeholder_weights
 
     if isinstance(workload, Recipe):
@@ -298,15 +307,15 @@ def _print(
     with with_placeholder_weights(workload) as recipes:
         forecasts = (
             forecast(each, rules=(*RULES, *rules))
-            for each, rules in group_by_network(recipes, network_key)
+            for each, rules in group_by_inputs(recipes, group_key)
         )
         if as_json:
             _print_json([show(each) for each in forecasts])
-            return
-        for index, each in enumerate(forecasts):
-            if index:
-                print(flush=True)
-            show(each)
+        else:
+            for index, each in enumerate(forecasts):
+                if index:
+                    print(flush=True)
+                show(each)
 
 
 def _print_json(value: object) -> None:

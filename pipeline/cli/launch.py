@@ -62,7 +62,8 @@ Sizes = Annotated[
     typer.Option(
         "--workers",
         metavar=SIZES,
-        help="processes that train together; of several numbers, the largest that fits",
+        help="number of processes that train together; of several numbers, the largest that fits is"
+        " used",
     ),
 ]
 Seeds = Annotated[
@@ -84,8 +85,8 @@ SideBySide = Annotated[
         noun="runs",
         metavar="N|auto",
         help=(
-            f"{SIDE_BY_SIDE}; default: auto, but 1 with --inline, --address or several numbers of"
-            " workers"
+            f"{SIDE_BY_SIDE}; default: auto, but 1 with --inline, with --address of an existing"
+            " cluster or with several numbers of workers"
         ),
     ),
 ]
@@ -114,6 +115,7 @@ Checkpoints = Annotated[
 commands = Commands()
 
 
+# `_make_cluster` and `submit_to_cluster` read most options from `context.params`.
 @commands.command(
     epilog=(
         "Example: spiketrain launch recipes/fashion/sltt.py --workers 2 --set optimizer.lr=0.05"
@@ -151,18 +153,21 @@ def launch(
     time: Time = None,
     partition: Partition = None,
 ) -> None:
-    """Train a recipe, or each recipe of a comparison, and print its table or its own report."""
+    """Train a recipe or a suite. Print a table of the results, or the suite's own report.
+
+    A suite also gets a page, report.html in its folder.
+    """
     _handle_signals()
     if name is not None:
         from pipeline.launch.prepare import folder_named
 
-        folder_named(runs, name)
+        folder_named(runs, name)  # raises if the name is not valid
     workload = _combine([load_changed(recipe, changes, tiny) for recipe in recipes], seeds, tune)
     resources = _make_cluster(context.params, workload)
     refuse_unnamed(workload, recipes)
     trusted = trust_of(workload, recipes, trust)
     if submit_to_cluster(context, workload, sizes=resources.sizes, trust=trusted):
-        return  # submit_to_cluster has read the options from --cluster to --partition
+        return
     if or_resume and _resume_if_exists(context, workload, resources, trusted):
         return
     if isinstance(workload, Suite):
@@ -190,15 +195,15 @@ def _make_cluster(params: dict[str, Any], workload: Recipe | Suite) -> "Cluster"
     options = {each.name: params[each.name] for each in fields(Cluster)}
     options["workers"] = parse_workers(params["workers"])
     if options["side_by_side"] is None:
-        # An existing Ray cluster has other users, and its CPUs may be logical cores. The user
+        # An existing Ray cluster may have other users, and its CPUs may be logical cores. The user
         # therefore sets the number of runs that train there at the same time.
-        has_own_machines = (
+        defaults_to_auto = (
             isinstance(workload, Suite)
             and isinstance(options["workers"], int)
             and params["address"] in (None, "local")
             and not params["inline"]
         )
-        options["side_by_side"] = "auto" if has_own_machines else 1
+        options["side_by_side"] = "auto" if defaults_to_auto else 1
     if options["side_by_side"] != 1 and not isinstance(workload, Suite):
         raise ValueError(
             "launch: --side-by-side is for several runs; got"
@@ -300,12 +305,13 @@ def _resume(folder: Path, *, trust: tuple[str, ...], **arguments: Any) -> None:
 
 
 def _handle_signals() -> None:
-    """Treat SIGUSR1 and SIGHUP as Ctrl-C before and between runs. By default they kill a process.
+    """Treat SIGUSR1 and SIGHUP as Ctrl-C before and between runs. By default they end the process.
 
     During a run, the run's driver handles them.
     """
     signal.signal(signal.SIGUSR1, signal.default_int_handler)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+    # nohup ignores SIGHUP; leave that as it is
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
@@ -339,8 +345,10 @@ def _end_suite(folder: Path, trust: tuple[str, ...], *, had_finished: bool = Fal
                 f" {command('report', folder)}",
                 file=sys.stderr,
             )
-    finished = (run for run in runs_of(folder).values() if state_of(run) == "finished")
-    _print_next(folder, run=next(finished, None))
+    _print_next(
+        folder,
+        run=next((run for run in runs_of(folder).values() if state_of(run) == "finished"), None),
+    )
 
 
 def _print_next(folder: Path, *, run: Path | None) -> None:

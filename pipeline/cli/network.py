@@ -40,7 +40,10 @@ def evaluate(
         typer.Option(
             "--weights",
             metavar="FILE",
-            help="an export, a state_dict of torch.save, or published weights of QKFormer",
+            help=(
+                "evaluate the weights in this file: an export, a state_dict (.safetensors or"
+                " torch.save), or published weights of QKFormer"
+            ),
         ),
     ] = None,
     which: Annotated[
@@ -109,7 +112,10 @@ def export(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Write a trained network as one file for pipeline.load, and print its size."""
+    """Write a trained network as one file for pipeline.load.
+
+    The size of the file is printed, and the line that loads it.
+    """
     from pipeline.report.selection import find_run
     from pipeline.train.export import export_run
 

@@ -69,7 +69,7 @@ def register(
             f" {store.address('')}"
         )
     checkpoint = verified_checkpoint(store, which)
-    pin(checkpoint)  # first, because a run that still trains deletes old checkpoints
+    pin(checkpoint)  # first, because a run that is still training deletes old checkpoints
     version = mlflow.register(
         folder, checkpoint, name=name, alias=which, uri=mlflow.tracking_uri(folder.parent)
     )

@@ -21,8 +21,8 @@ from rich.text import Text
 # suite's report, wraps at this width.
 NO_WIDTH = 10_000
 _GAP = "  "  # between columns
-_MAX_LINES = 3  # a wrapped column is made so wide that its longest text has about this many lines
-_MIN_TEXT_WIDTH = 28  # the minimum width of a wrapped column whose text has more lines
+_MAX_LINES = 3  # a wrapped column is at least as wide as its longest text divided by this
+_MAX_MINIMUM = 28  # this minimum is never larger
 _NO_BREAK = "\ue000"  # replaces a space that must not end a line
 
 
@@ -31,12 +31,12 @@ class Column:
     """A column of a table. The title is wrapped between words; the values only if `wraps`."""
 
     title: str
-    is_right: bool = False
+    align_right: bool = False
     wraps: bool = False
 
 
 def number(title: str) -> Column:
-    return Column(title, is_right=True)
+    return Column(title, align_right=True)
 
 
 def prose(title: str) -> Column:
@@ -46,7 +46,7 @@ def prose(title: str) -> Column:
 def new_console(*, stderr: bool = False) -> Console:
     """A console on stdout or stderr, as wide as the terminal.
 
-    Without a terminal it has no width, whatever the environment says.
+    Without a terminal its width is `NO_WIDTH`, and the variable COLUMNS is ignored.
     """
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Console(stderr=stderr) if is_terminal else Console(stderr=stderr, width=NO_WIDTH)
@@ -88,7 +88,10 @@ def say(
 
 
 def print_fields(console: Console, fields: Mapping[str, str]) -> None:
-    """Print names and values in two columns. A value is below a name longer than half a line."""
+    """Print names and values in two columns.
+
+    If a name is longer than half a line, its value is below it.
+    """
     limit = _console_width(console) // 2
     width = max((cell_len(name) for name in fields if cell_len(name) <= limit), default=0)
     for name, value in fields.items():
@@ -113,7 +116,7 @@ def print_table(
         rows: cells. A cell may have several lines, which are joined in piped output. A tab in a
             cell becomes a gap if one table holds all columns, otherwise a line break.
         title: the text above the first table.
-        keys: the number of first columns that each further table repeats. With two or more, a
+        keys: the number of leading columns that each further table repeats. With two or more, a
             terminal shows a repeated value of the first column only once.
     """
     if title:
@@ -121,6 +124,7 @@ def print_table(
     table_columns = [Column(each) if isinstance(each, str) else each for each in columns]
     texts = [list(row) for row in rows]
     line_break = "\n" if has_width(console) else _GAP
+    # The first table has gaps in place of tabs. If it is too wide, the second has line breaks.
     for tab in (_GAP, "\n"):
         cells = [
             [text.replace("\t", tab).replace("\n", line_break) for text in row] for row in texts
@@ -136,7 +140,11 @@ def print_table(
 
 
 class _Table:
-    """The columns of each part of a table, and whether the keys are above the values."""
+    """The columns of each part of a table, and whether the keys are above the values.
+
+    `_full`, `_unwrapped` and `_minimum` are lists with one width per column: if nothing is wrapped,
+    if only its title is wrapped, and the minimum.
+    """
 
     def __init__(
         self, columns: Sequence[Column], rows: Sequence[Sequence[str]], keys: int, width: int
@@ -155,7 +163,7 @@ class _Table:
             min(
                 max(
                     _longest_word(f"{each.title} {cells}"),
-                    min(math.ceil(unwrapped / _MAX_LINES), _MIN_TEXT_WIDTH),
+                    min(math.ceil(unwrapped / _MAX_LINES), _MAX_MINIMUM),
                 ),
                 width - len(_GAP),
             )
@@ -163,14 +171,15 @@ class _Table:
             else unwrapped
             for (each, cells), unwrapped in zip(cells_by_column, self._unwrapped, strict=True)
         ]
-        # The keys are above the values if a column does not fit beside them, or if they take more
-        # than half of the width, more than two tables are needed, and fewer with the keys above.
+        # The keys stand above the values in two cases. Either a column does not fit beside them. Or
+        # they take more than half of the width, more than two tables are needed, and fewer with the
+        # keys above.
         key_width = _sum_widths(self._minimum[:keys])
         beside = self._pack(width - key_width - len(_GAP))
         above = self._pack(width - len(_GAP))
-        self.is_stacked = key_width + len(_GAP) + max(self._minimum[keys:], default=0) > width or (
-            key_width > width // 2 and len(beside) > 2 and len(above) < len(beside)
-        )
+        fits = key_width + len(_GAP) + max(self._minimum[keys:], default=0) <= width
+        saves_tables = key_width > width // 2 and len(beside) > 2 and len(above) < len(beside)
+        self.is_stacked = not fits or saves_tables
         self.parts = above if self.is_stacked else beside
 
     def _pack(self, room: int) -> list[list[int]]:
@@ -206,7 +215,7 @@ class _Table:
         indent = _GAP if self.is_stacked else ""
         shown = part if self.is_stacked else [*range(self._keys), *part]
         widths = self._widths(shown, self._width - len(indent))
-        rights = [self._columns[index].is_right for index in shown]
+        rights = [self._columns[index].align_right for index in shown]
 
         def lines_of(row: Sequence[str], *, at_bottom: bool = False) -> Iterator[str]:
             if self.is_stacked:
@@ -222,7 +231,8 @@ class _Table:
 
         for line in lines_of([each.title for each in self._columns], at_bottom=True):
             yield Text(line, "bold")
-        shares_keys = self._keys > 1 and not self.is_stacked and self._width < sys.maxsize
+        is_terminal = self._width < sys.maxsize
+        shares_keys = is_terminal and self._keys > 1 and not self.is_stacked
         first = None
         for row in self._rows:
             is_repeated = shares_keys and row[0] == first
@@ -262,9 +272,9 @@ def _sum_widths(widths: Iterable[int]) -> int:
     return sum(widths) + len(_GAP) * (len(widths) - 1)
 
 
-def _align(text: str, width: int, is_right: bool = False) -> str:
+def _align(text: str, width: int, align_right: bool = False) -> str:
     space = " " * (width - cell_len(text))
-    return space + text if is_right else text + space
+    return space + text if align_right else text + space
 
 
 def _print(console: Console, line: Text) -> None:

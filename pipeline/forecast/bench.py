@@ -1,8 +1,8 @@
 """A recipe's network and one batch of its data, for trying rules before training.
 
-Every rule gets a copy of the network with its initial weights, and the same batch. The rule trains
-in the loop of a run, at a learning rate of 0. A recipe with a teacher uses only the loss of the
-labels. A recipe with several tasks uses only the first task.
+Every rule gets a copy of the network with its initial weights, and the same batch. Costs are
+measured in the training loop of a run, at a learning rate of 0. A recipe with a teacher uses only
+the loss of the labels. A recipe with several tasks uses only the first task.
 
 A teacher costs the same for every rule and T: one forward pass per batch, without a graph. It is
 measured separately and with random weights, so that nothing is downloaded.
@@ -117,7 +117,7 @@ class Cost(RuleBytes):
     backward_s: float
     loop_s: float  # the rest of the loop: transfer, metrics, and time outside all parts
     operations: Mapping[str, Mapping[str, float]]  # by purpose, for training on one sample
-    not_counted: tuple[str, ...] = ()  # torch operations with uncounted products
+    not_counted: tuple[str, ...] = ()  # torch operations whose products were not counted
 
     @property
     def compute_s(self) -> float:
@@ -149,7 +149,7 @@ class Bench:
         DataError: the data cannot be read.
     """
 
-    calibrates = True
+    calibrates = True  # rules that calibrate thresholds do so on the batch
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class Bench:
         configure_torch(threads, device)
         compute_in(recipe.precision, device)
         seed_everything(recipe.seed)
-        self._build_network(recipe, batch_size or recipe.split(1).micro_batch)
+        self._set_recipe(recipe, batch_size or recipe.split(1).micro_batch)
         self.network.to(device)
         data = tasks_of(recipe)[0].data
         with self.running(recipe.name):
@@ -181,7 +181,7 @@ class Bench:
                     torch.randint(data.classes, (self.samples,), generator=draw).to(device),
                 )
 
-    def _build_network(self, recipe: Recipe, samples: int) -> None:
+    def _set_recipe(self, recipe: Recipe, samples: int) -> None:
         if recipe.teacher is not None:
             recipe = replace(
                 recipe, teacher=None, objective=spec(_label_loss, distillation=recipe.objective)
@@ -305,7 +305,7 @@ class Bench:
     def _ranks(self) -> Ranks:
         return Ranks(distributed.get_rank(), distributed.get_world_size(), device_here().type)
 
-    def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
+    def gradients_of(self, rule: Spec) -> list[dict[str, Tensor]]:
         """The rule's gradient by synapse in fp32; `DRAWS` gradients if the rule draws time steps.
 
         They are kept in host memory, because the next rule needs the memory of the GPU.
@@ -315,21 +315,21 @@ class Bench:
         built_rule = self._build(rule)
         inner_rule = built_rule.inner if isinstance(built_rule, hlop.HLOP) else built_rule
         draws = DRAWS if isinstance(inner_rule, sltt.SLTT) and inner_rule.k is not None else 1
-        draws_of_gradient: list[dict[str, Tensor]] = []
+        gradients_of_draws = (
+            gradients(
+                self.network,
+                self._build(rule),
+                self.x_TB,
+                partial(self.loss, self.target_B),
+                world=World(self.recipe.seed),
+                over_time=self.recipe.over_time,
+                batches=RULE_BATCHES if isinstance(inner_rule, opzo.OPZO) else 1,
+                step=step,
+            )
+            for step in range(draws)
+        )
         with self.running(f"{built_rule.label}'s gradient"):
-            for step in range(draws):
-                gradient = gradients(
-                    self.network,
-                    self._build(rule),
-                    self.x_TB,
-                    partial(self.loss, self.target_B),
-                    world=World(self.recipe.seed),
-                    over_time=self.recipe.over_time,
-                    batches=RULE_BATCHES if isinstance(built_rule, opzo.OPZO) else 1,
-                    step=step,
-                )
-                draws_of_gradient.append({name: g.cpu() for name, g in gradient.items()})
-        return draws_of_gradient
+            return [{name: g.cpu() for name, g in each.items()} for each in gradients_of_draws]
 
     def stepped(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         """A copy of the network, and its optimizer after one step with gradients of 0."""
@@ -345,10 +345,7 @@ class Bench:
 
     @contextmanager
     def running(self, subject: str) -> Iterator[None]:
-        """The context of all work on a batch. `FakeBench` in step_counts.py has another one.
-
-        Raises: DoesNotFit if memory runs out inside.
-        """
+        """Raise DoesNotFit if memory runs out inside the block."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -380,7 +377,7 @@ def _loader(recipe: Recipe, size: int) -> Loader:
 
 
 def fastest_baseline(costs: Iterable[Cost]) -> Cost | None:
-    """The faster of BPTT folded over time and BPTT step by step; None without either."""
+    """The fastest of BPTT folded over time and BPTT in slices of time; None without any."""
     return min(
         (cost for cost in costs if is_baseline(cost.rule)),
         key=lambda cost: cost.compute_s,
@@ -389,16 +386,20 @@ def fastest_baseline(costs: Iterable[Cost]) -> Cost | None:
 
 
 def rules_by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:
-    """`rules` and the recipe's own rule by label. The own rule replaces one with the same label."""
+    """`rules` and `own`, the recipe's rule, by label.
+
+    The recipe's rule replaces one with the same label.
+    """
     return {rule.build().label: rule for rule in (*rules, own)}
 
 
-def group_by_network(
+def group_by_inputs(
     recipes: Sequence[Recipe], inputs: Callable[[Recipe], object]
 ) -> Iterator[tuple[Recipe, tuple[Spec, ...]]]:
-    """Group recipes with equal `inputs(recipe)`. The recipes of a group differ only in their rules.
+    """Group recipes with equal `inputs(recipe)`.
 
-    Yields one recipe for each group, named after its members, with the rules of all members.
+    Recipes of a group may differ in their rules, and in all else that `inputs` omits. The function
+    yields one recipe for each group, named after its members, with the rules of all members.
 
     Raises: ValueError, before the first group, if a recipe contradicts itself.
     """
@@ -414,7 +415,7 @@ def group_by_network(
 
 
 def step_inputs(recipe: Recipe) -> tuple[object, ...]:
-    """Everything that determines the cost of a batch, except the rule."""
+    """Everything that determines the cost of a batch, except the rule and the seed."""
     return (
         recipe.model,
         recipe.data,
@@ -433,7 +434,7 @@ def step_inputs(recipe: Recipe) -> tuple[object, ...]:
 def interleave(labels: Iterable[str], rounds: int) -> list[str]:
     """The order of labels over all rounds.
 
-    Each round begins with the next label, so drift affects all labels equally.
+    Each round begins with the next label, so drift affects all labels about equally.
     """
     order = list(labels)
     return [order[(turn + i) % len(order)] for turn in range(rounds) for i in range(len(order))]
@@ -489,6 +490,7 @@ def _seconds(
 
 
 def _label_loss(distillation: Loss) -> Loss:
+    """The loss on labels alone, of an objective that also distils a teacher."""
     return distillation.labels
 
 
@@ -525,7 +527,7 @@ def measure_teacher(recipe: Recipe, x_B: Tensor) -> TeacherCost | None:
 
 
 def untrained_teacher(recipe: Recipe) -> Teacher:
-    """The recipe's teacher with random weights. The head of a probe is random too.
+    """The recipe's teacher with random weights. The head of a linear probe is random too.
 
     Raises: ValueError as `build_teacher`.
     """

@@ -1,4 +1,4 @@
-"""Predicts the memory and time of each rule on other machines before anything is launched.
+"""Predicts each rule's memory and time on GPUs of a known type, or on machines like this one.
 
     step = compute + teacher + communication + optimizer
 
@@ -13,12 +13,13 @@ memory. Kernels that fuse several operations are faster.
 
 For machines like this one, small batches of every rule are timed, with the recipe's own backend and
 as many processes as workers. The seconds per batch grow linearly with the samples, so two sizes
-determine the line:
+determine the line. With the timed sizes a < b, the micro-batch B and the seconds t:
 
     t(B) = t(b) + (t(b) - t(a)) / (b - a) (B - b)
 
-Both sizes are small, because the operations of `b` samples are limited. If `b` is 1, only
-that size is timed, and its seconds are multiplied by B. The teacher is timed likewise.
+Both sizes are small, because the operations of `b` samples are limited. If `b` is 1, only that size
+is timed, and its seconds are multiplied by B. The teacher is timed at the same sizes, in one
+process.
 
 DeepSpeed 0.19.8 holds and moves the following bytes, for parameters P, gradients G and optimizer
 state O on a ring of N workers with n backward calls per batch:
@@ -48,7 +49,7 @@ import torch
 from pipeline.core.checks import require
 from pipeline.core.stages import say_stage
 from pipeline.core.torch_settings import Precision, check_precision
-from pipeline.core.units import counted as count_of
+from pipeline.core.units import counted
 from pipeline.data.base import DataError
 from pipeline.forecast.bench import (
     RESERVE,
@@ -63,11 +64,11 @@ from pipeline.forecast.rule_timing import rule_seconds, run_processes
 from pipeline.forecast.step_counts import (
     Counts,
     FakeBench,
+    KernelLog,
     Operation,
-    Traffic,
     count_optimizer,
+    count_rule,
     count_teacher,
-    counted,
 )
 from pipeline.measure.memory import device_here, format_hardware, free_bytes, hardware
 from pipeline.measure.saved_bytes import storage_bytes
@@ -77,9 +78,11 @@ from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.backend.collectives import group_of_one
 from pipeline.train.build import check_recipe
 
-# Floating-point operations of the larger timed batch on machines like this one.
+# Maximum floating-point operations of a timed batch, unless one sample has more.
 LIMIT = {"cpu": 3e9, "cuda": 3e12}
-TIMED = (3, 50)  # minimum and maximum number of timed batches; 10 if a batch has LIMIT operations
+# Minimum and maximum number of timed batches of a rule and size. Between them, the batches together
+# have at most 10 LIMIT operations.
+TIMED = (3, 50)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,15 +190,15 @@ class Planned:
     moved_bytes: int
     kernels: int
     forecast_note: str  # how the rule was counted, if its work depends on values
-    compute_s: float  # per batch, like the next three:
+    compute_s: float  # seconds per global batch; the next three likewise
     teacher_s: float  # the teacher's predictions; 0 without a teacher
     communication_s: float
     optimizer_s: float
     images_per_s: float
     # of training, without evaluations; None if the samples per epoch are unknown:
     hours: float | None
-    kwh: float | None
-    cost: float | None
+    kwh: float | None  # also None on machines like this one
+    cost: float | None  # also None without a price
 
     @property
     def step_s(self) -> float:
@@ -237,7 +240,7 @@ def plan(
             samples = samples_per_epoch(recipe)
     require(
         samples is None or samples >= recipe.batch_size,
-        f"plan: an epoch must have at least one batch, {count_of(recipe.batch_size, 'sample')}; got"
+        f"plan: an epoch must have at least one batch, {counted(recipe.batch_size, 'sample')}; got"
         f" {samples}",
     )
     planner = _Planner(recipe, cluster)
@@ -269,11 +272,13 @@ def plan(
 
 
 def plan_inputs(recipe: Recipe) -> tuple[object, ...]:
-    """Everything that determines a plan, except the rule."""
+    """Everything that determines a plan, except the rule and the seed."""
     return (
         *step_inputs(recipe),
         recipe.optimizer,
+        recipe.clip_norm,
         recipe.ema_decay,
+        recipe.backend,
         recipe.zero,
         recipe.epochs,
         recipe.stop_after,
@@ -283,7 +288,7 @@ def plan_inputs(recipe: Recipe) -> tuple[object, ...]:
 def _check(recipe: Recipe, cluster: Cluster) -> None:
     require(
         not recipe.phases,
-        f"plan: the recipe must be of one task; got {count_of(len(recipe.phases), 'phase')}",
+        f"plan: the recipe must be of one task; got {counted(len(recipe.phases), 'phase')}",
     )
     if (card := cluster.device) is not None:
         require(
@@ -296,13 +301,13 @@ def _check(recipe: Recipe, cluster: Cluster) -> None:
         needs = "a GPU"
         available = maximum = torch.cuda.device_count()
     else:
-        needs = count_of(cluster.threads, "core")
+        needs = counted(cluster.threads, "logical core")
         available = len(os.sched_getaffinity(0))
         maximum = available // cluster.threads
     require(
         cluster.workers <= maximum,
         f"plan: each worker needs {needs}; machines like this one have {available}; got"
-        f" {count_of(cluster.workers, 'worker')}: reduce them, or name a GPU with --device",
+        f" {counted(cluster.workers, 'worker')}: reduce them, or name a GPU with --device",
     )
 
 
@@ -316,30 +321,30 @@ class _Fit:
     accumulation: int
     zero: int
     updates: int  # updates of the weights per batch
-    sums: int  # all-reduces of gradients per update, if each backward call has one
+    backward_calls: int  # per update; at ZeRO-2 each one reduces the gradients
 
 
 class _Planner:
-    """The values that all rules share: the batch, and the bytes that a worker holds and sends.
+    """Plans each rule. It holds the values that all rules share.
 
-    `seconds_on` and `seconds_here` return seconds per batch by the names of fields of `Planned`.
+    Seconds per batch are keyed by the names of fields of `Planned`.
     """
 
     def __init__(self, recipe: Recipe, cluster: Cluster) -> None:
         self.recipe, self.cluster = recipe, cluster
-        self.share = recipe.batch_size // cluster.workers
+        self.samples_per_worker = recipe.batch_size // cluster.workers
         self.micro_batch = recipe.split(cluster.workers).micro_batch
         self.bench: Callable[[int], FakeBench] = cache(partial(FakeBench, recipe))
-        self.teacher_traffic: Callable[[Teacher, int], Traffic] = cache(
+        self.teacher_log: Callable[[Teacher, int], KernelLog] = cache(
             lambda teacher, size: count_teacher(teacher, self.bench(size))
         )
-        self.held, self.optimizer_traffic = count_optimizer(self.bench(self.micro_batch))
-        self.teacher = None if recipe.teacher is None else untrained_teacher(recipe)
-        self.teacher_bytes = (
-            0
-            if self.teacher is None
-            else storage_bytes((*self.teacher.parameters(), *self.teacher.buffers()))
-        )
+        self.held, self.optimizer_log = count_optimizer(self.bench(self.micro_batch))
+        self.teacher, self.teacher_bytes = None, 0
+        if recipe.teacher is not None:
+            self.teacher = untrained_teacher(recipe)
+            self.teacher_bytes = storage_bytes(
+                (*self.teacher.parameters(), *self.teacher.buffers())
+            )
         if (card := cluster.device) is None:
             here = device_here()
             memory = free_bytes(here) // (cluster.workers if here.type == "cpu" else 1)
@@ -352,7 +357,7 @@ class _Planner:
                     f"plan: {card.name}: the teacher's precision must be {', '.join(card.flops)};"
                     f" got {self.teacher.precision}",
                 )
-        self.memory = (1 - RESERVE) * memory
+        self.usable_bytes = (1 - RESERVE) * memory
 
     def planned(self, fit: _Fit, seconds: Mapping[str, float], samples: int | None) -> Planned:
         recipe, cluster, counts = self.recipe, self.cluster, fit.counts
@@ -372,9 +377,9 @@ class _Planner:
             accumulation=fit.accumulation,
             saved_bytes=counts.peak_saved_bytes,
             memory_bytes=self._peak_bytes(counts.all_bytes, fit.micro_batch, fit.zero),
-            flops=counts.traffic.flops,
-            moved_bytes=counts.traffic.bytes,
-            kernels=counts.traffic.kernels,
+            flops=counts.kernel_log.flops,
+            moved_bytes=counts.kernel_log.bytes,
+            kernels=counts.kernel_log.kernels,
             forecast_note=counts.forecast_note,
             **seconds,
             images_per_s=recipe.batch_size / step_s,
@@ -388,23 +393,23 @@ class _Planner:
     def seconds_on(self, card: Device, fit: _Fit) -> dict[str, float]:
         """Seconds per batch by a card's data sheet."""
 
-        def seconds(traffic: Traffic, precision: Precision) -> float:
-            busy_s = card.busy_s(traffic.operations, precision) / card.efficiency
-            return max(busy_s, traffic.kernels * card.launch) * fit.accumulation
+        def seconds(kernel_log: KernelLog, precision: Precision) -> float:
+            busy_s = card.busy_s(kernel_log.operations, precision) / card.efficiency
+            return max(busy_s, kernel_log.kernels * card.launch) * fit.accumulation
 
         teacher, cluster = self.teacher, self.cluster
         # A ring of cards is as fast as its slowest link.
-        links = (
-            [card.link] if cluster.workers <= cluster.per_node else [card.link, cluster.node_link]
-        )
+        link = card.link
+        if cluster.workers > cluster.per_node:
+            link = min(link, cluster.node_link)
         # A card's optimizer updates many parameters in one kernel, so launches are not added.
-        optimizer_s = card.busy_s(self.optimizer_traffic.operations, self.recipe.precision)
+        optimizer_s = card.busy_s(self.optimizer_log.operations, self.recipe.precision)
         return {
-            "compute_s": seconds(fit.counts.traffic, self.recipe.precision),
+            "compute_s": seconds(fit.counts.kernel_log, self.recipe.precision),
             "teacher_s": 0.0
             if teacher is None
-            else seconds(self.teacher_traffic(teacher, fit.micro_batch), teacher.precision),
-            "communication_s": fit.updates * self._sent_bytes(fit.zero, fit.sums) / min(links),
+            else seconds(self.teacher_log(teacher, fit.micro_batch), teacher.precision),
+            "communication_s": fit.updates * self._sent_bytes(fit.zero, fit.backward_calls) / link,
             "optimizer_s": fit.updates * optimizer_s / card.efficiency,
         }
 
@@ -426,7 +431,7 @@ class _Planner:
         teacher_seconds: list[float] = []
         refused: dict[str, str] = {}
         for size in sizes:
-            say_stage(f"timing batches of {count_of(size, 'sample')} with {', '.join(rules)}")
+            say_stage(f"timing batches of {counted(size, 'sample')} with {', '.join(rules)}")
             arguments = self.recipe, rules, size, threads
             if workers == 1:
                 with group_of_one(here.type):
@@ -452,7 +457,7 @@ class _Planner:
 
     def _timed_sizes(self, fits: Iterable[_Fit]) -> tuple[tuple[int, ...], int]:
         """Samples of the timed batches, and the number of batches."""
-        per_sample = max(1, *(fit.counts.traffic.flops / fit.micro_batch for fit in fits))
+        per_sample = max(1, *(fit.counts.kernel_log.flops / fit.micro_batch for fit in fits))
         limit = LIMIT[device_here().type]
         large = min(max(1, int(limit // per_sample)), self.micro_batch)
         batches = int(10 * limit / (large * per_sample))
@@ -466,10 +471,12 @@ class _Planner:
         teacher: Sequence[float],
     ) -> dict[str, float]:
         compute = [each["forward"] + each["backward"] + each["loop"] for each in measured]
-        # A timed step has one micro-batch, so it has the all-reduces of one micro-batch or update.
-        timed_sums = fit.sums // fit.accumulation if fit.updates == 1 else 1
-        timed_bytes = self._sent_bytes(self.recipe.zero, timed_sums)
-        bytes_ratio = self._sent_bytes(fit.zero, fit.sums) / timed_bytes if timed_bytes else 1.0
+        # A timed step has one micro-batch, so its update has the backward calls of one micro-batch.
+        timed_calls = fit.backward_calls // fit.accumulation if fit.updates == 1 else 1
+        timed_bytes = self._sent_bytes(self.recipe.zero, timed_calls)
+        bytes_ratio = (
+            self._sent_bytes(fit.zero, fit.backward_calls) / timed_bytes if timed_bytes else 1.0
+        )
         return {
             "compute_s": _seconds_at(fit.micro_batch, sizes, compute) * fit.accumulation,
             "teacher_s": _seconds_at(fit.micro_batch, sizes, teacher) * fit.accumulation,
@@ -491,24 +498,27 @@ class _Planner:
         is_fixed = self.recipe.backend == "plain" or self.cluster.workers == 1
         stages = [self.recipe.zero] if is_fixed else range(self.recipe.zero, 3)
 
-        def stage_of(kept: float, micro: int) -> int | None:
+        def stage_of(all_bytes: float, micro: int) -> int | None:
             return next(
-                (z for z in stages if self._peak_bytes(kept, micro, z) <= self.memory), None
+                (z for z in stages if self._peak_bytes(all_bytes, micro, z) <= self.usable_bytes),
+                None,
             )
 
-        sizes = [size for size in range(self.micro_batch, 0, -1) if self.share % size == 0]
+        sizes = [
+            size for size in range(self.micro_batch, 0, -1) if self.samples_per_worker % size == 0
+        ]
         if updates_at_each_step:  # with accumulation, every micro-batch would update the weights
             sizes = sizes[:1]
-        counts = counted(self.bench(self.micro_batch), rule)
+        counts = count_rule(self.bench(self.micro_batch), rule)
         per_sample = counts.kept_bytes / self.micro_batch
         for micro in sizes:
             # A lower bound, because some saved bytes do not depend on the batch.
             if stage_of(counts.rule_bytes + micro * per_sample, micro) is None:
                 continue
             if micro < self.micro_batch:
-                counts = counted(self.bench(micro), rule)
+                counts = count_rule(self.bench(micro), rule)
             if (zero := stage_of(counts.all_bytes, micro)) is not None:
-                accumulation, calls = self.share // micro, counts.backward_calls
+                accumulation, calls = self.samples_per_worker // micro, counts.backward_calls
                 return _Fit(
                     rule=rule,
                     counts=counts,
@@ -516,24 +526,24 @@ class _Planner:
                     accumulation=accumulation,
                     zero=zero,
                     updates=calls if updates_at_each_step else 1,
-                    sums=1 if updates_at_each_step else calls * accumulation,
+                    backward_calls=1 if updates_at_each_step else calls * accumulation,
                 )
-        kept = counted(self.bench(sizes[-1]), rule).all_bytes
-        needs = min(self._peak_bytes(kept, sizes[-1], zero) for zero in stages)
+        all_bytes = count_rule(self.bench(sizes[-1]), rule).all_bytes
+        needs = min(self._peak_bytes(all_bytes, sizes[-1], zero) for zero in stages)
         raise ValueError(
-            f"{counts.rule}: a worker must fit into {self.memory / 1e9:.3g} GB; it needs at"
-            f" least {needs / 1e9:.3g} GB"
+            f"{counts.rule}: training needs at least {needs / 1e9:.3g} GB per worker;"
+            f" {self.usable_bytes / 1e9:.3g} GB are available"
         )
 
-    def _peak_bytes(self, kept: float, micro: int, zero: int) -> float:
+    def _peak_bytes(self, all_bytes: float, micro: int, zero: int) -> float:
         held, workers = self.held, self.cluster.workers
         averages = held.parameters if self.recipe.ema_decay else 0
         batch = self.bench(self.micro_batch).batch_bytes * micro / self.micro_batch
-        bytes_ = held.parameters + held.buffers + averages + self.teacher_bytes + kept + batch
+        peak = held.parameters + held.buffers + averages + self.teacher_bytes + all_bytes + batch
         if zero == 0:
-            return bytes_ + held.gradients + held.optimizer
+            return peak + held.gradients + held.optimizer
         gradients = held.gradients / (workers if zero == 2 else 1)
-        return bytes_ + gradients + (held.optimizer + held.parameters) / workers + held.gradients
+        return peak + gradients + (held.optimizer + held.parameters) / workers + held.gradients
 
     def _sent_bytes(self, zero: int, backward_calls: int) -> float:
         """Bytes that a worker sends per update."""
@@ -544,7 +554,11 @@ class _Planner:
 
 
 def _seconds_at(samples: int, sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    """Seconds of a batch of `samples`: a line through the seconds of one or two sizes."""
+    """Seconds of a batch of `samples`, from the seconds of one or two sizes.
+
+    With one size, the seconds are proportional to the samples. With two sizes, they lie on the line
+    through both, whose slope is not negative.
+    """
     per_sample = seconds[0] / sizes[0]
     if len(sizes) == 2:
         per_sample = max(0.0, (seconds[1] - seconds[0]) / (sizes[1] - sizes[0]))

@@ -23,7 +23,9 @@ from pipeline.recipe import BASELINE, is_baseline
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.build import check_recipe
 
-SAFE = 0.9  # the minimum cosine with BPTT's gradient, over all layers, of a "safe" rule
+# A rule is called safe if its gradient has at least this cosine with BPTT's in every layer.
+SAFE = 0.9
+_UNKNOWN = "BPTT's gradient is 0 or not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,8 @@ class Probe:
     teacher: TeacherCost | None  # not part of any rule's cost
     fidelity: Fidelity | None  # None without BPTT's gradient for comparison
     refused: Mapping[str, str]  # for each rule that cannot train the network: the reason
-    uncompared: Mapping[str, str]  # for each other rule without a measured gradient: the reason
+    # By rule: why its gradient could not be measured. BPTT in slices of time is not listed.
+    uncompared: Mapping[str, str]
     hardware: Mapping[str, object]
 
     def cost(self, rule: str) -> Cost | None:
@@ -48,7 +51,7 @@ class Probe:
 
     @property
     def time_baseline(self) -> Cost | None:
-        """The reference of times: BPTT folded over time or step by step, the faster of the two.
+        """The reference of times: the fastest of BPTT folded over time and BPTT in slices of time.
 
         The reference of bytes and operations is always BPTT folded over time.
         """
@@ -71,7 +74,7 @@ def probe(
         DataError: the data cannot be read.
     """
     check_recipe(recipe.with_untrained_teacher(), 1)
-    say_stage("reading a batch; the first one compiles what reads the data")
+    say_stage("reading a batch; the data loader is compiled for the first one")
     bench = Bench(recipe, batch_size=batch_size, threads=threads)
     with bench.running(f"{recipe.name}'s teacher"):
         teacher = measure_teacher(recipe, bench.x_B)
@@ -83,17 +86,16 @@ def probe(
     gradients: dict[str, Sequence[Gradients]] = {}
     uncompared: dict[str, str] = {}
     for label, rule in labelled.items():
-        # BPTT in slices of time has the same gradient as BPTT.
+        # BPTT in slices of time has BPTT's gradient and is never advised. BPTT-recompute may be.
         if label in rounds and (label == BASELINE or not is_baseline(label)):
             try:
-                gradients[label] = bench.gradients(rule)
+                gradients[label] = bench.gradients_of(rule)
             except ValueError as error:
                 uncompared[label] = str(error)
     compared = None
     if BASELINE in gradients:
         (bptt,) = gradients.pop(BASELINE)
-        sltt = gradients["SLTT"][0] if "SLTT" in gradients else None
-        compared = fidelity(bptt, sltt, gradients)
+        compared = fidelity(bptt, gradients["SLTT"][0] if "SLTT" in gradients else None, gradients)
     return Probe(
         recipe=recipe.name,
         samples=bench.samples,
@@ -109,64 +111,64 @@ def probe(
 
 
 def advice(result: Probe) -> str:
-    """Advise the cheapest rule with a gradient close to BPTT's in every layer; name its savings.
+    """Advise the cheapest safe rule, and compare its cost with BPTT's.
 
-    The text has one to three sentences. The cheapest rule has the smallest product of seconds and
-    bytes (saved, states and the rule's own). Close means a cosine of at least `SAFE`. A layer
-    cannot be judged if BPTT's gradient there is not finite or is 0, for example with silent
-    neurons. No rule is then called safe.
+    The cheapest rule has the smallest product of seconds and bytes (saved, states and the rule's
+    own). A rule is safe if its gradient has a cosine of at least `SAFE` with BPTT's in every layer.
+    A layer cannot be judged if BPTT's gradient there is not finite or is 0, for example with silent
+    neurons. The rule then "may be" safe.
     """
-    bptt, fastest, fidelity = result.cost(BASELINE), result.time_baseline, result.fidelity
+    bptt, fastest, compared = result.cost(BASELINE), result.time_baseline, result.fidelity
     reasons = {**result.refused, **result.uncompared}
-    if bptt is None or fastest is None or fidelity is None:
+    if bptt is None or fastest is None or compared is None:
         why = reasons.get(BASELINE, "BPTT was not tried")
         return f"There is nothing to compare gradients with; {why}."
-    costs = (cost for cost in result.costs if cost.rule in fidelity.cosines)
-    others = [cost for cost in costs if not is_baseline(cost.rule)]
+    others = [
+        cost
+        for cost in result.costs
+        if cost.rule in compared.cosines and not is_baseline(cost.rule)
+    ]
     if not others:
         why = "; ".join(reasons.values()) or "no other rule was tried"
         return f"There is no gradient to compare with BPTT's; {why}."
-    if not fidelity.comparable:
+    if not compared.comparable:
         return f"{_UNKNOWN} in every layer, so there is nothing to compare gradients with."
-    lowest = {cost.rule: fidelity.lowest(cost.rule) for cost in others}
-    near = [cost for cost in others if lowest[cost.rule][1] >= SAFE]
-    layers, unknown = len(fidelity.layers), len(fidelity.layers) - len(fidelity.comparable)
-    if near:
-        best = min(near, key=lambda cost: cost.all_bytes * cost.compute_s)
-        verdict = f"{best.rule} is safe here before training"
-        where = "every layer"
-        if unknown:
-            verdict = f"{best.rule} is near BPTT here before training, but not known to be safe"
-            where = f"{layers - unknown} of {layers} layers; {_UNKNOWN} in the others"
+    lowest = {cost.rule: compared.lowest(cost.rule) for cost in others}
+    layers, known = len(compared.layers), len(compared.comparable)
+    unknown_note = f" {_UNKNOWN} in {layers - known} of {layers} layers." if known < layers else ""
+    if safe := [cost for cost in others if lowest[cost.rule][1] >= SAFE]:
+        best = min(safe, key=lambda cost: cost.all_bytes * cost.compute_s)
+        verdict, where = "is", "every layer"
+        if unknown_note:
+            verdict, where = "may be", f"{known} of {layers} layers"
         layer, cosine = lowest[best.rule]
         return (
-            f"{verdict}: its gradient has a cosine of {cosine:.2f} or more (least at {layer}) with"
-            f" BPTT's in {where}; it {_savings(result, best, bptt, fastest)}."
+            f"{best.rule} {verdict} safe here before training: in {where} its gradient has a cosine"
+            f" of {cosine:.2f} or more with BPTT's (lowest at {layer}).{unknown_note}"
+            f" {_cost_of(result, best, bptt, fastest)}"
         )
     rule, (layer, cosine) = max(lowest.items(), key=lambda each: each[1][1])
-    subject = "No gradient that was compared is" if result.uncompared else "No rule's gradient is"
-    unknown_note = f"{_UNKNOWN} in {unknown} of {layers} layers. " if unknown else ""
+    subject = "No rule whose gradient was compared is" if result.uncompared else "No rule is"
     return (
-        f"{subject} near BPTT's in every layer: the nearest is {rule}, with a cosine of"
-        f" {cosine:.2f} at {layer}. {unknown_note}Only a run shows whether the rule learns."
+        f"{subject} safe here before training. The most similar gradient is that of {rule}, whose"
+        f" lowest cosine is {cosine:.2f}, at {layer}.{unknown_note} Only a run shows whether the"
+        " rule learns."
     )
 
 
-_UNKNOWN = "BPTT's gradient is 0 or not finite"
-
-
-def _savings(result: Probe, best: Cost, bptt: Cost, fastest: Cost) -> str:
-    kept = best.all_bytes / bptt.all_bytes
+def _cost_of(result: Probe, best: Cost, bptt: Cost, fastest: Cost) -> str:
+    """Two sentences about the bytes and the time of the advised rule."""
     rounds = zip(result.rounds[best.rule], result.rounds[fastest.rule], strict=True)
     shares = [seconds / baseline_s for seconds, baseline_s in rounds]
-    own_bytes = " and the rule's own" if best.rule_bytes else ""
-    saves = f"saves {1 - kept:.0%}" if kept < 1 else "saves nothing"
+    own_bytes = " and its own bytes" if best.rule_bytes else ""
     baseline_time = (
-        "BPTT's time" if fastest is bptt else f"the time of {fastest.rule}, the faster BPTT"
+        "BPTT's time"
+        if fastest is bptt
+        else f"the time of {fastest.rule}, the fastest form of BPTT"
     )
     return (
-        f"keeps {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes for backward,"
-        f" {kept:.0%} with states{own_bytes}, so it {saves}, and takes"
-        f" {statistics.median(shares):.0%} of {baseline_time}, {min(shares):.0%} to"
-        f" {max(shares):.0%} in {len(shares)} rounds"
+        f"It keeps {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes for"
+        f" backward, and {best.all_bytes / bptt.all_bytes:.0%} with states{own_bytes}. It takes"
+        f" {statistics.median(shares):.0%} of {baseline_time} ({min(shares):.0%} to"
+        f" {max(shares):.0%} in {len(shares)} rounds)."
     )

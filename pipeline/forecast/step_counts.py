@@ -1,11 +1,11 @@
 """Counts of one training step at full size, on tensors with shapes but without values.
 
     bench = FakeBench(recipe, samples)
-    counted(bench, spec(SLTT)).traffic.kernels
+    count_rule(bench, spec(SLTT)).kernel_log.kernels
 
-The counts are bytes saved for backward, states, floating-point operations, kernels, and the bytes
-that kernels move. Nothing is computed and no data is read, so a step of any size takes only the
-time of its Python code. torch's fake tensors report a CPU as their device, so the code for
+The counts are bytes saved for backward, bytes of states, floating-point operations, kernels, and
+the bytes that kernels move. Nothing is computed and no data is read, so a step of any size takes
+only the time of its Python code. torch's fake tensors report a CPU as their device, so the code for
 a CPU is counted. The counts equal those of a measured step, with two exceptions:
 
     IDE      a solver takes its maximum number of iterations; in a measured step it may stop earlier
@@ -27,13 +27,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pipeline.core.stages import say_stage
-from pipeline.core.units import counted as count_of
+from pipeline.core.units import counted
 from pipeline.forecast.bench import Bench, RuleBytes, bytes_of_batch, step_inputs
 from pipeline.measure.operations import Pausable
 from pipeline.measure.saved_bytes import HeldBytes, held_bytes
@@ -48,17 +52,18 @@ _FREE = (_ATEN.detach, _ATEN._unsafe_view, _ATEN.as_strided_, _ATEN.empty)
 
 @dataclass(frozen=True)
 class Operation:
-    """One kernel."""
+    """One operation of torch below autograd. It counts as one kernel."""
 
     flops: int
     bytes: int  # bytes read and written
 
 
-class Traffic(TorchDispatchMode, Pausable):
+class KernelLog(TorchDispatchMode, Pausable):
     """Records the kernels that torch calls below autograd inside the `with` block.
 
-    It counts two floating-point operations per multiply-add of a product, zeros included (a GPU
-    multiplies them). It also counts the bytes of inputs and outputs.
+    It counts two floating-point operations per multiply-add of a product. Multiplications by zero
+    count. Operations that are not products count as 0 FLOP. The bytes are those of inputs and
+    outputs.
     """
 
     def __init__(self, operations: Iterable[Operation] = ()) -> None:
@@ -99,16 +104,17 @@ class Counts(RuleBytes):
     """The counts of one rule on one batch, without the optimizer."""
 
     backward_calls: int
-    traffic: Traffic
+    kernel_log: KernelLog
     forecast_note: str  # the rule's note, if its work depends on values
 
     def describe(self) -> str:
         note = f", counted {self.forecast_note}" if self.forecast_note else ""
         return (
             f"{self.peak_saved_bytes / 1e6:,.6g} MB saved for backward,"
-            f" {self.state_bytes / 1e6:,.4g} MB of states, {self.traffic.flops / 1e9:,.6g} GFLOP,"
-            f" {count_of(self.traffic.kernels, 'kernel')} that move {self.traffic.bytes / 1e9:,.4g}"
-            f" GB{note}; without the optimizer"
+            f" {self.state_bytes / 1e6:,.4g} MB of states,"
+            f" {self.kernel_log.flops / 1e9:,.6g} GFLOP,"
+            f" {counted(self.kernel_log.kernels, 'kernel')} that move"
+            f" {self.kernel_log.bytes / 1e9:,.4g} GB{note}; without the optimizer"
         )
 
 
@@ -118,28 +124,36 @@ class FakeBench(Bench):
     Raises: ValueError if the network does not fit the data.
     """
 
-    calibrates = False  # because thresholds are values
+    calibrates = False  # thresholds change only values, which do not exist here
 
     def __init__(self, recipe: Recipe, samples: int) -> None:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._build_network(recipe, samples)
-        shape = tasks_of(recipe)[0].data.shape
+        self._set_recipe(recipe, samples)
         with self.running(recipe.name):
-            self._set_batch(torch.empty(samples, *shape), torch.empty(samples, dtype=torch.int64))
+            self._set_batch(
+                torch.empty(samples, *tasks_of(recipe)[0].data.shape),
+                torch.empty(samples, dtype=torch.int64),
+            )
 
     @contextmanager
     def running(self, subject: str) -> Iterator[None]:
         """Create tensors without values inside the block.
 
-        Raises: ValueError if an operation depends on values.
+        Raises: ValueError if torch cannot run an operation, for example because it depends on
+        values.
         """
         try:
             with self._mode, _FixedValues(), warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # of solvers, about values
+                # solvers warn about values that do not exist here
+                warnings.simplefilter("ignore", RuntimeWarning)
                 yield
-        except RuntimeError as error:
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(
                 f"{subject}: a counted step must not depend on values; {str(error).splitlines()[0]}"
+            ) from error
+        except RuntimeError as error:
+            raise ValueError(
+                f"{subject}: the step cannot be counted; {str(error).splitlines()[0]}"
             ) from error
 
     def copy_of_network(self) -> nn.Module:
@@ -189,62 +203,64 @@ class _FixedValues(TorchDispatchMode):
             raise
 
 
-def counted(bench: Bench, rule: Spec) -> Counts:
-    """Count the second of two batches. Rules check the network on the first one.
+def count_rule(bench: Bench, rule: Spec) -> Counts:
+    """Count the second of two batches. Some rules check the network on the first batch.
 
     On a bench with values, the counts are measured.
 
     Raises: ValueError if the rule cannot train the network or its work depends on values.
     """
-    traffic = Traffic()
+    kernel_log = KernelLog()
     with bench.training(rule) as (built_rule, meters, train_once):
         train_once()
-        meters.watch(traffic)
+        meters.watch(kernel_log)
         train_once()
     return Counts(
         **bytes_of_batch(built_rule, meters),
         backward_calls=meters.totals.backward_calls // 2,
-        traffic=traffic,
+        kernel_log=kernel_log,
         forecast_note=built_rule.forecast_note,
     )
 
 
-def count_optimizer(bench: Bench) -> tuple[HeldBytes, Traffic]:
+def count_optimizer(bench: Bench) -> tuple[HeldBytes, KernelLog]:
     """The bytes that training holds besides a rule's bytes, and the work of one optimizer step."""
     with bench.running(bench.recipe.optimizer.label):
         network, optimizer = bench.stepped()
-        with Traffic() as traffic:
+        with KernelLog() as kernel_log:
             optimizer.step()
-        return held_bytes(network, optimizer), traffic
+        return held_bytes(network, optimizer), kernel_log
 
 
-def count_teacher(teacher: Teacher, bench: FakeBench) -> Traffic:
+def count_teacher(teacher: Teacher, bench: FakeBench) -> KernelLog:
     """The work of a teacher's predictions for the bench's batch."""
     with bench.running(teacher.label), torch.no_grad():
         fake = bench.without_values(teacher)
-        with Traffic() as traffic:
+        with KernelLog() as kernel_log:
             fake(bench.x_B)
-        return traffic
+        return kernel_log
 
 
 def describe_steps(recipes: Sequence[Recipe], workers: int) -> list[str]:
     """One line per recipe: the counts of a worker's micro-batch, or why they are unknown."""
     lines: dict[object, str] = {}
-    keys = [(step_inputs(each), each.rule, each.split(workers).micro_batch) for each in recipes]
-    for recipe, key in zip(recipes, keys, strict=True):
+    described: list[str] = []
+    for recipe in recipes:
+        samples = recipe.split(workers).micro_batch
+        key = (step_inputs(recipe), recipe.rule, samples)
         if key not in lines:
             say_stage(f"counting a step of {recipe.name}")
             try:
-                counts = counted(FakeBench(recipe, key[-1]), recipe.rule)
-                lines[key] = f"{count_of(key[-1], 'sample')} on one worker: {counts.describe()}"
+                counts = count_rule(FakeBench(recipe, samples), recipe.rule)
+                lines[key] = f"{counted(samples, 'sample')} on one worker: {counts.describe()}"
             except ValueError as error:
                 lines[key] = f"not counted: {error}"
-    return [lines[key] for key in keys]
+        described.append(lines[key])
+    return described
 
 
 def _moved_bytes(values: Any) -> int:
     """The bytes of the tensors in `values`. Numbers that an expanded tensor repeats count once."""
-    tensors = [each for each in tree_leaves(values) if isinstance(each, Tensor)]
     return sum(
         each.element_size()
         * math.prod(
@@ -252,5 +268,6 @@ def _moved_bytes(values: Any) -> int:
             for size, stride in zip(each.shape, each.stride(), strict=True)
             if stride or size < 2
         )
-        for each in tensors
+        for each in tree_leaves(values)
+        if isinstance(each, Tensor)
     )

@@ -84,7 +84,7 @@ class Sweep:
     def time_baselines(self) -> dict[int, Cost]:
         """The reference of times at each T.
 
-        The reference is the faster of BPTT folded over time and BPTT step by step.
+        The reference is the fastest of BPTT folded over time and BPTT in slices of time.
         """
         costs: dict[int, list[Cost]] = {}
         for point in sorted(self.points, key=lambda point: point.time_steps):
@@ -147,7 +147,7 @@ def sweep(
         "sweep: at_largest needs memory_bytes, to find a largest batch; got None",
     )
     limit = free_bytes(device_here()) if memory_bytes == "free" else memory_bytes
-    say_stage("reading a batch; the first one compiles what reads the data")
+    say_stage("reading a batch; the data loader is compiled for the first one")
     benches = [
         Bench(replace(recipe, time_steps=each), batch_size=batch_size, threads=threads)
         for each in steps

@@ -31,7 +31,7 @@ from pipeline.report.history import Point
 from pipeline.report.metrics import ENERGY, ENERGY_MEASURED, Metric, compared_metrics, metric
 from pipeline.report.results import Run
 from pipeline.report.study import Group, Spread
-from pipeline.report.tables import MEASURED_SAID, prices
+from pipeline.report.tables import MEASURED_CAPTION, prices
 
 _UNITS = {"B": "bytes", "s": "seconds", "J": "joules"}
 
@@ -254,7 +254,7 @@ def _describe_energy(group: Group) -> str:
     first = "the first batch of the first worker's share"
     sources = ((run.summary or {})["inference"].get("counted_on", first) for run in counted)
     if any(run.value(ENERGY_MEASURED) is not None for run in group.finished):
-        measured = f"Joules measured on cards are {MEASURED_SAID}"
+        measured = f"Joules measured on cards are {MEASURED_CAPTION}"
     elif any(run.hardware.get("gpu", "none") != "none" for run in group.finished):
         measured = "Joules are not measured: no card reports them"
     else:

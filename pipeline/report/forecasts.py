@@ -172,7 +172,7 @@ def print_probe(probe: Probe, *, console: Console | None = None) -> None:
                 "backward": _with_ratio(cost, fastest, "backward_s", "ms", 1e-3),
                 "mult/sample": _with_ratio(cost, base, "multiplications", "M", 1e6),
                 "add/sample": _with_ratio(cost, base, "additions", "M", 1e6),
-                Column("lowest cosine", is_right=True, wraps=True): lowest_cosine,
+                Column("lowest cosine", align_right=True, wraps=True): lowest_cosine,
             }
         )
     _print_rows(console, rows, title=probe.recipe)
@@ -245,8 +245,9 @@ def _print_rows(console: Console, rows: Sequence[Row], *, title: str, keys: int 
     shown = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
     if shown:
         heads = [number(name) if isinstance(name, str) else name for name in shown]
-        cells = ([row[name] for name in shown] for row in rows)
-        print_table(console, heads, cells, title=title, keys=keys)
+        print_table(
+            console, heads, ([row[name] for name in shown] for row in rows), title=title, keys=keys
+        )
 
 
 def print_sweep(sweep: Sweep, *, console: Console | None = None) -> None:

@@ -46,31 +46,33 @@ _SCALING_COLUMNS = (
     "machine",
     "cores",
 )
-MEASURED_SAID = (
+MEASURED_CAPTION = (
     "the energy that the cards used per sample in an evaluation, by their own counters (NVML), "
     "with idle power and waits for data"
 )
-HELD_SAID = (
-    "Bytes of one worker by kind, without ZeRO. The rule's tensors are those that the rule learns "
-    "or draws, such as OPZO's matrices and HLOP's rows, and its records of a batch at their "
-    "largest. State bytes are those of the worker with the most. States and records exist only "
-    "while a batch is trained on; all other bytes stay. States that backward saves, such as "
-    "traces, are saved bytes and are not counted here."
+_STATE_BYTES = (
+    "State bytes are membranes, traces and shared tensors that backward does not save. Shared "
+    "tensors are weights, the first features of a still image, and the accumulated gradient, if "
+    "the slices of a batch share them. A trace that backward saves counts as saved bytes."
 )
-BESIDE_SAID = (
-    "Bytes are those of the worker with the most. State bytes are membranes, traces, and tensors "
-    "that the slices of a batch share: weights, the first features of a still image, and the "
-    "accumulated gradient. Tensors that backward saves are saved bytes, not state bytes. Joules of "
-    "training are those of one worker's card over the whole run, as the mean over workers. They "
-    "come from the card's own counter (NVML) and include idle power. The measured energy of an "
-    f"inference is {MEASURED_SAID}. The other energies of an inference are estimates. "
+HELD_CAPTION = (
+    "Bytes of one worker by kind, without ZeRO. The rule's tensors are those that the rule learns "
+    "or draws, such as OPZO's matrices and HLOP's rows, and the peak size of its records of a "
+    "batch. State bytes are those of the worker with the most. States and records exist only "
+    f"while a batch is trained on; all other bytes stay. {_STATE_BYTES}"
+)
+COSTS_CAPTION = (
+    f"Bytes are those of the worker with the most. {_STATE_BYTES} Joules of training are the "
+    "energy of a worker's card over the whole run, averaged over workers. They come from the "
+    "card's own counter (NVML) and include idle power. The measured energy of an "
+    f"inference is {MEASURED_CAPTION}. The other energies of an inference are estimates. "
     "Multiplications and additions are those of training on one sample, by purpose. They are "
     f"counted on the third batch of a run and every {OPERATIONS_EVERY}th after it. State bytes are "
     f"counted on the second batch of each start and every {MEMORY_EVERY}th after it. If one of "
     "these batches is skipped, the next one is counted. Wall clocks exclude start-up, which ends "
     "with the first batch of each start, and comparisons with BPTT's gradient, which no rule needs."
 )
-SCALING_SAID = (
+SCALING_CAPTION = (
     "Measured, not estimated: steady images/s of finished runs, as the mean over the runs of one "
     "rule and number of workers. The global batch is the same for any number of workers. "
     "Efficiency is the speed-up relative to the fewest workers, divided by the ratio of the "
@@ -98,14 +100,14 @@ def format_metric(
 
     None if no run measured the metric.
     """
-    over_seeds = group.spread(rule, metric.name)
-    if over_seeds is None:
+    over_runs = group.spread(rule, metric.name)
+    if over_runs is None:
         return None
     ratio = group.ratios(rule, metric.name) if is_divided else None
     ratio_text = ""
     if ratio is not None:
         ratio_text = f"×{ratio.mean:.2f}" if ratio.mean >= 0.1 else f"×{ratio.mean:.3g}"
-    mean, deviation = over_seeds.mean, over_seeds.deviation
+    mean, deviation = over_runs.mean, over_runs.deviation
     spread = "" if deviation is None else f"± {_text(metric, deviation, like=mean)}"
     return Shown(_text(metric, mean), spread, ratio_text)
 
@@ -120,13 +122,13 @@ def columns_of_costs(group: Group) -> list[Metric]:
 
 
 def title(metric: Metric, runs: Iterable[Run]) -> str:
-    """The title of a metric's column; for energy, with the price table."""
+    """The title of a metric's column; for energy, with the table of energy per operation."""
     priced = prices(runs) if metric.name == ENERGY else ""
     return f"{metric.title} ({priced})" if priced else metric.title
 
 
 def prices(runs: Iterable[Run]) -> str:
-    """The price tables of the estimated joules, such as `45 nm, fp32`; may be empty."""
+    """The tables of energy per operation that the estimates use: `45 nm, fp32`, or empty."""
     inferences = ((run.summary or {})["inference"] for run in runs if run.value(ENERGY) is not None)
     return "; ".join(
         dict.fromkeys(str(inference.get("prices", UNKNOWN)) for inference in inferences)
@@ -134,7 +136,11 @@ def prices(runs: Iterable[Run]) -> str:
 
 
 def headlines(group: Group) -> list[tuple[str, str]]:
-    """For each rule except the baseline: the rule, and its savings and loss of accuracy as text."""
+    """The savings and the loss of accuracy of each rule except the baseline, as text.
+
+    A rule without savings is left out, unless it diverged in one of the baseline's seeds. The list
+    is empty without a baseline.
+    """
     if not group.has_baseline:
         return []
     losses = {each.rule: each.text(group.within) for each in group.differences}
@@ -148,7 +154,7 @@ def headlines(group: Group) -> list[tuple[str, str]]:
 
 
 def costs(group: Group) -> Table:
-    """One row for each rule: means over seeds, and the number of finished runs."""
+    """One row for each rule: means over finished runs, and the number of finished runs."""
     metrics = columns_of_costs(group)
     rows = []
     for rule in group.rules:
@@ -157,7 +163,8 @@ def costs(group: Group) -> Table:
         cells = _cells(group, rule, metrics)
         cells[0] = cells[0] or ", ".join(states) or None
         others = [f"{count} {state}" for state, count in states.items()]
-        rows.append((rule, *cells, ", ".join([str(finished), *others]) if others else finished))
+        counts = ", ".join([str(finished), *others]) if others else finished
+        rows.append((rule, *cells, counts))
     return Table(
         columns=("rule", *(title(each, group.finished) for each in metrics), "finished runs"),
         rows=tuple(rows),
@@ -165,7 +172,7 @@ def costs(group: Group) -> Table:
 
 
 def other_metrics(group: Group) -> Table | None:
-    """Metrics that are not compared, averaged over seeds; None if none was measured."""
+    """Metrics that are not compared, averaged over finished runs; None if none was measured."""
     metrics = [
         each
         for each in metrics_of(group.finished)
@@ -199,13 +206,12 @@ def conditions_table(group: Group) -> Table:
 def conditions_of_rule(group: Group, rule: str) -> dict[str, str]:
     runs = group.of(rule)
     recipe = runs[0].recipe
-    summaries = (run.summary or {} for run in runs)
-    conditions = next(filter(None, (each.get("conditions") for each in summaries)), {})
+    conditions = next(filter(None, ((run.summary or {}).get("conditions") for run in runs)), {})
     every = recipe_value(recipe, "evaluation.every")
     evaluated = {None: UNKNOWN, 0: "once, at the end", 1: "after each epoch"}
     choices = {
         "ratios to": group.against if group.has_baseline else "no baseline",
-        "time to": group.fastest_baseline if group.has_baseline else "no baseline",
+        "time ratios to": group.fastest_baseline if group.has_baseline else "no baseline",
         "reset gradient": str(conditions.get("reset_gradient", UNKNOWN)),
         "norm statistics": str(conditions.get("norm_over", UNKNOWN)),
         "precision": str(conditions.get("precision", UNKNOWN)),
@@ -220,12 +226,12 @@ def conditions_of_rule(group: Group, rule: str) -> dict[str, str]:
     return choices
 
 
-def claims(claims: Sequence[Claim]) -> Table:
+def claims(all_claims: Sequence[Claim]) -> Table:
     return Table(
         columns=("rule", "claim", "published", "bound", "ours", "holds?"),
         rows=tuple(
             (c.about, c.claim, c.published, c.bound, c.ours, c.verdict or "not judged")
-            for c in claims
+            for c in all_claims
         ),
     )
 
@@ -259,7 +265,7 @@ def provenance(study: Study) -> Table:
     for run in (run for group in study.groups for run in group.runs):
         past = run.history
         machines = dict.fromkeys(describe_machine(each["hardware"]) for each in run.trained_on)
-        repeats = "" if past.again_from is None else f", repeats from {past.again_from}"
+        repeats = "" if past.again_from is None else f", repeating from {past.again_from}"
         cores = ("its own" if each["own_cores"] else "shared" for each in run.trained_on)
         rows.append(
             (
@@ -300,8 +306,9 @@ def lone_runs(groups: Sequence[Group]) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for group in groups:
         for run in group.runs:
-            one_run = Group((run,), group.against)
-            top1, *others = _cells(one_run, run.rule, metrics, is_divided=False)
+            top1, *others = _cells(
+                Group((run,), group.against), run.rule, metrics, is_divided=False
+            )
             state = None if run.is_finished else state_of(run)
             rows.append((run.name, run.rule, run.seed, state or top1, *others))
     finished = [run for group in groups for run in group.finished]
@@ -350,7 +357,11 @@ def state_of(run: Run) -> str:
 
 
 def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
-    """Format a quantity with its unit. A deviation takes the unit that its mean, `like`, has."""
+    """Format a quantity with its unit.
+
+    If `like` is given, `value` is a deviation and `like` is its mean. The deviation has the unit of
+    the mean; hours are written as minutes.
+    """
     size = value if like is None else like
     if metric.unit == "share":
         return f"{value:.2%}"
@@ -392,12 +403,14 @@ def _cells(
     group: Group, rule: str, metrics: Sequence[Metric], *, is_divided: bool = True
 ) -> list[Cell]:
     cells = [format_metric(group, rule, each, is_divided=is_divided) for each in metrics]
-    return [each and each.in_a_line() for each in cells]
+    return [None if each is None else each.in_a_line() for each in cells]
 
 
 def _metrics_table(group: Group, metrics: Sequence[Metric]) -> Table:
-    rows = [(rule, *_cells(group, rule, metrics, is_divided=False)) for rule in group.rules]
-    return Table(columns=("rule", *(each.title for each in metrics)), rows=tuple(rows))
+    return Table(
+        columns=("rule", *(each.title for each in metrics)),
+        rows=tuple((rule, *_cells(group, rule, metrics, is_divided=False)) for rule in group.rules),
+    )
 
 
 def _is_measured(run: Run, metric: Metric) -> bool:
@@ -424,9 +437,11 @@ def _in_order(values: Iterable[Cell]) -> Cell:
 
 
 def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cell, ...]]:
-    fewest, base_speed = min(by_workers), 0.0
+    fewest = min(by_workers)
+    base_speed = 0.0  # of the fewest workers, which come first
     for workers, runs in sorted(by_workers.items()):
-        first, speed = runs[0], spread_of([run.value("images_per_s") or 0.0 for run in runs])
+        first = runs[0]
+        speed = spread_of([run.value("images_per_s") or 0.0 for run in runs])
         assert speed is not None, "each number of workers has a run"
         base_speed = base_speed or speed.mean
         speed_up = speed.mean / base_speed
@@ -450,8 +465,10 @@ def _is_split_as_written(run: Run, workers: int) -> bool:
     batch_size, max_micro_batch = run.recipe.get("batch_size"), run.recipe.get("micro_batch")
     if len(run.trained_on) != 1 or not batch_size or batch_size % workers:
         return False
-    split = Split.of(batch_size, workers=workers, most=max_micro_batch)
-    return run.trained_on[0]["micro_batch"] == split.micro_batch
+    return (
+        run.trained_on[0]["micro_batch"]
+        == Split.of(batch_size, workers=workers, most=max_micro_batch).micro_batch
+    )
 
 
 def _key_without_workers(run: Run) -> str:

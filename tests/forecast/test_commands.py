@@ -221,7 +221,7 @@ def test_a_plan_against_what_was_launched(
             (),
             2,
             "plan: --against must be a finished run with measured images_per_s and"
-            " peak_saved_bytes; got launched, which has not finished or trained few batches\n",
+            " peak_saved_bytes; got launched\n",
         ),
     ):
         write_json(written, {**summary, **changes})
@@ -255,14 +255,18 @@ STEPS = "sweep: --steps must be numbers of time steps, such as 1,2,4,8; got"
         ("sweep --steps 0", f"{STEPS} '0'"),
         (
             "sweep --batch 4 --at-largest",
-            "sweep: --at-largest needs --batch auto; got --batch 4",
+            "sweep: --at-largest needs --batch auto; got --at-largest with --batch 4",
+        ),
+        (
+            "sweep --at-largest",
+            "sweep: --at-largest needs --batch auto; got --at-largest without --batch",
         ),
         ("sweep --batch none", "sweep: --batch must be a number of samples or auto; got none"),
-        ("sweep --memory 3", f"{MEMORY} 3 with --batch None"),
+        ("sweep --memory 3", f"{MEMORY} 3 without --batch"),
         ("sweep --memory inf --batch auto", f"{MEMORY} inf with --batch auto"),
         (
             "plan --device h1000",
-            "plan: --device must be here, h100, h200, a100, v100, rtx4090; got h1000",
+            "plan: --device must be one of here, h100, h200, a100, v100, rtx4090; got h1000",
         ),
         (
             "plan --device v100 --set precision=bf16",

@@ -20,8 +20,9 @@ from pipeline.forecast.plan import (
     _Planner,
     _seconds_at,
     plan,
+    plan_inputs,
 )
-from pipeline.forecast.step_counts import Operation, Traffic, count_optimizer, counted
+from pipeline.forecast.step_counts import KernelLog, Operation, count_optimizer, count_rule
 from pipeline.measure.saved_bytes import storage_bytes
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.report.forecasts import advice, basis, print_plan
@@ -54,13 +55,22 @@ def on(
     cluster: Mapping[str, Any] = {},
     **changes: Any,
 ) -> Plan:
-    where = Cluster(**{"workers": workers, "device": H100, **cluster})
-    return plan(made(**changes), where, samples=samples, rules=rules)
+    return plan(
+        made(**changes),
+        Cluster(**{"workers": workers, "device": H100, **cluster}),
+        samples=samples,
+        rules=rules,
+    )
 
 
 def of(found: Plan, rule: str) -> Planned:
     (planned,) = [each for each in found.rules if each.rule == rule]
     return planned
+
+
+def test_recipes_whose_steps_differ_are_planned_apart() -> None:
+    changes = ({}, {"rule": spec(BPTT)}, {"backend": "plain"}, {"clip_norm": 1.0})
+    assert len({plan_inputs(made(**each)) for each in changes}) == 3
 
 
 @pytest.mark.parametrize(
@@ -77,7 +87,7 @@ def of(found: Plan, rule: str) -> Planned:
         ),
         (
             lambda: on(9999, rules=(), batch_size=9999, cluster={"device": None}),
-            r"plan: each worker needs 1 core; machines like this one have \d+; got 9999"
+            r"plan: each worker needs 1 logical core; machines like this one have \d+; got 9999"
             " workers: reduce them, or name a GPU with --device",
         ),
     ],
@@ -90,12 +100,18 @@ def test_what_cannot_be_planned_is_refused(make: Callable[[], object], said: str
 def test_counts_are_those_of_the_whole_micro_batch() -> None:
     """As a bench with values measures them."""
     bench = Bench(made(), batch_size=32)
-    measured = [counted(bench, rule) for rule in RULES]
+    measured = [count_rule(bench, rule) for rule in RULES]
     assert [
         (each.rule, each.saved_bytes, each.flops, each.kernels, each.moved_bytes)
         for each in on(2).rules
     ] == [
-        (of.rule, of.peak_saved_bytes, of.traffic.flops, of.traffic.kernels, of.traffic.bytes)
+        (
+            of.rule,
+            of.peak_saved_bytes,
+            of.kernel_log.flops,
+            of.kernel_log.kernels,
+            of.kernel_log.bytes,
+        )
         for of in measured
     ]
 
@@ -136,14 +152,15 @@ def test_a_rule_that_moves_the_weights_at_every_step_pays_for_it_every_time() ->
 
 
 def test_a_step_takes_the_longer_of_its_roofline_and_its_launches() -> None:
-    needs = counted(Bench(made(), batch_size=64), spec(BPTT)).traffic
+    needs = count_rule(Bench(made(), batch_size=64), spec(BPTT)).kernel_log
     waits = on(1, cluster={"device": replace(H100, launch=1.0)})
     assert of(waits, "BPTT").compute_s == pytest.approx(needs.kernels)
     busy = on(1, cluster={"device": replace(H100, launch=1e-12, efficiency=0.5)})
     assert of(busy, "BPTT").compute_s == pytest.approx(H100.busy_s(needs.operations, "fp32") / 0.5)
     _, optimizer = count_optimizer(Bench(made(), batch_size=4))
-    expected = H100.busy_s(optimizer.operations, "fp32") / H100.efficiency
-    assert of(on(1), "BPTT").optimizer_s == pytest.approx(expected)
+    assert of(on(1), "BPTT").optimizer_s == pytest.approx(
+        H100.busy_s(optimizer.operations, "fp32") / H100.efficiency
+    )
 
 
 def test_a_card_computes_in_tf32_what_is_to_be_computed_so() -> None:
@@ -156,8 +173,9 @@ def test_a_card_computes_in_tf32_what_is_to_be_computed_so() -> None:
 
 
 def test_recordings_are_planned_at_their_own_length() -> None:
-    data = spec(Synthetic, samples=64, val_samples=20, shape=(6, 1, 8, 8))
-    found = on(1, data=data, samples=None)
+    found = on(
+        1, data=spec(Synthetic, samples=64, val_samples=20, shape=(6, 1, 8, 8)), samples=None
+    )
     assert found.samples == 64 and not found.refused
 
 
@@ -205,7 +223,7 @@ def test_a_small_card_takes_smaller_micro_batches_and_a_tiny_one_refuses() -> No
     assert smaller.memory_bytes < 0.6 * whole.memory_bytes
     refused = with_memory(1000.0)
     assert refused.rules == () and advice(refused) == "No rule fits."
-    assert refused.refused["BPTT"].startswith("BPTT: a worker must fit into 9e-07 GB; it needs")
+    assert refused.refused["BPTT"].endswith(" GB per worker; 9e-07 GB are available")
 
 
 def test_every_worker_here_takes_a_card_or_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +234,7 @@ def test_every_worker_here_takes_a_card_or_cores(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     on_cards = _Planner(made(), Cluster(workers=2))
     memory = (1 - RESERVE) * 10**9
-    assert (on_cores.memory, on_cards.memory) == pytest.approx((memory / 2, memory))
+    assert (on_cores.usable_bytes, on_cards.usable_bytes) == pytest.approx((memory / 2, memory))
     said = (
         "each worker needs a GPU; machines like this one have 2; got 4 workers: reduce them,"
         " or name a GPU with --device"
@@ -232,7 +250,7 @@ def test_small_batches_are_timed(flops: float, sizes: tuple[int, ...]) -> None:
     """The larger one within a number of operations, and never above the micro-batch."""
     planner = _Planner(made(), Cluster(workers=1))
     fit = planner.fit(spec(SLTT))
-    heavy = replace(fit.counts, traffic=Traffic([Operation(int(64 * flops), 0)]))
+    heavy = replace(fit.counts, kernel_log=KernelLog([Operation(int(64 * flops), 0)]))
     assert planner._timed_sizes([replace(fit, counts=heavy)])[0] == sizes
 
 
@@ -254,7 +272,7 @@ def test_seconds_grow_linearly_with_the_batch(
 def test_sums_here_grow_with_the_bytes_that_are_moved() -> None:
     """At ZeRO-2 each of two micro-batches sums the gradients."""
     planner = _Planner(made(zero=2), Cluster(workers=2))
-    fit = replace(planner.fit(spec(BPTT)), micro_batch=16, accumulation=2, sums=2)
+    fit = replace(planner.fit(spec(BPTT)), micro_batch=16, accumulation=2, backward_calls=2)
     of = dict.fromkeys(("forward", "backward", "loop", "optimizer"), 1.0) | {"communication": 3.0}
     assert planner._extrapolated(fit, (4, 16), (of, of), (0.0, 0.0)) == pytest.approx(
         {
@@ -321,6 +339,6 @@ def _teacher_of(recipe: Recipe) -> tuple[int, int]:
     teacher = build_teacher(recipe.with_untrained_teacher(), recipe.data.build())
     x_B = torch.zeros(2, 1, 8, 8)
     teacher.head = nn.Linear(teacher.features(x_B).shape[-1], 10)
-    with Traffic() as traffic:
+    with KernelLog() as kernel_log:
         teacher(x_B)
-    return storage_bytes((*teacher.parameters(), *teacher.buffers())), traffic.kernels
+    return storage_bytes((*teacher.parameters(), *teacher.buffers())), kernel_log.kernels

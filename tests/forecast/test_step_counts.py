@@ -16,10 +16,10 @@ from pipeline.forecast.plan import DEVICES, Device
 from pipeline.forecast.step_counts import (
     Counts,
     FakeBench,
+    KernelLog,
     Operation,
-    Traffic,
     count_optimizer,
-    counted,
+    count_rule,
     describe_steps,
 )
 from pipeline.models.feedback import fc_feedback
@@ -39,12 +39,12 @@ SOLVED = {"tolerance": 0.0, "iterations": 3}
 
 
 def figures(counts: Counts) -> dict[str, object]:
-    return {**vars(counts), "traffic": counts.traffic.operations, "forecast_note": ""}
+    return {**vars(counts), "kernel_log": counts.kernel_log.operations, "forecast_note": ""}
 
 
 def check(recipe: Recipe, *, samples: int = 2) -> None:
-    measured = counted(Bench(recipe, batch_size=samples), recipe.rule)
-    assert figures(counted(FakeBench(recipe, samples), recipe.rule)) == figures(measured)
+    measured = count_rule(Bench(recipe, batch_size=samples), recipe.rule)
+    assert figures(count_rule(FakeBench(recipe, samples), recipe.rule)) == figures(measured)
 
 
 def tiny(recipe: Recipe) -> Recipe:
@@ -118,45 +118,44 @@ def test_a_solver_is_counted_at_its_most_iterations() -> None:
     recipe = recipe_of("fashion.ide")
     bench, kernels = FakeBench(recipe, 2), []
     for iterations in (3, 4, 9):
-        counts = counted(bench, recipe.rule.with_(tolerance=1e-5, iterations=iterations))
+        counts = count_rule(bench, recipe.rule.with_(tolerance=1e-5, iterations=iterations))
         assert f", counted with the maximum of {iterations} solver iterations;" in counts.describe()
-        kernels.append(counts.traffic.kernels)
+        kernels.append(counts.kernel_log.kernels)
     assert kernels[2] - kernels[0] == 6 * (kernels[1] - kernels[0]) > 0
 
 
 def test_spide_is_counted_as_dense_products_and_keeps_the_same_bytes() -> None:
     recipe = recipe_of("fashion.spide")
-    measured = counted(Bench(recipe, batch_size=2), recipe.rule)
-    dense = counted(FakeBench(recipe, 2), recipe.rule)
+    measured = count_rule(Bench(recipe, batch_size=2), recipe.rule)
+    dense = count_rule(FakeBench(recipe, 2), recipe.rule)
     assert dense.all_bytes == measured.all_bytes
     assert dense.peak_saved_bytes == measured.peak_saved_bytes
-    assert dense.traffic.flops > measured.traffic.flops
+    assert dense.kernel_log.flops > measured.kernel_log.flops
     assert "counted with dense products" in dense.describe()
 
 
 def test_the_optimizer_and_what_it_holds_are_counted_to_the_unit() -> None:
     recipe = small_recipe()
-    held, traffic = count_optimizer(Bench(recipe))
+    held, kernel_log = count_optimizer(Bench(recipe))
     fake, counted_ = count_optimizer(FakeBench(recipe, 8))
     assert fake == held and held.optimizer == held.parameters
-    assert counted_.operations == traffic.operations and traffic.kernels > 0
+    assert counted_.operations == kernel_log.operations and kernel_log.kernels > 0
 
 
 def test_saved_bytes_are_those_of_a_run(tmp_path: Path) -> None:
     recipe = small_recipe(micro_batch=4)
     summary = train_inline(tmp_path / "run", recipe) or {}
-    counts = counted(FakeBench(recipe, 4), recipe.rule)
+    counts = count_rule(FakeBench(recipe, 4), recipe.rule)
     assert counts.peak_saved_bytes == summary["peak_saved_bytes"]
     assert counts.state_bytes == summary["state_bytes"]
 
 
 def test_a_step_of_any_size_is_counted_without_its_memory() -> None:
     """A batch of a thousand million samples; FLOP grow with the batch, kernels do not."""
-    wide = spec(mlp, in_features=64, hidden=(1000,))
-    recipe = small_recipe(model=wide, rule=spec(BPTT))
-    few, many = (counted(FakeBench(recipe, samples), recipe.rule) for samples in (10, 10**9))
-    assert many.peak_saved_bytes > 10**12 and many.traffic.kernels == few.traffic.kernels
-    assert many.traffic.flops == 10**8 * few.traffic.flops
+    recipe = small_recipe(model=spec(mlp, in_features=64, hidden=(1000,)), rule=spec(BPTT))
+    few, many = (count_rule(FakeBench(recipe, samples), recipe.rule) for samples in (10, 10**9))
+    assert many.peak_saved_bytes > 10**12 and many.kernel_log.kernels == few.kernel_log.kernels
+    assert many.kernel_log.flops == 10**8 * few.kernel_log.flops
 
 
 class Chooser(nn.Module):
@@ -171,24 +170,30 @@ class Chooser(nn.Module):
         return self.linear(x_TBC) + x_TBC[x_TBC > 0].sum()
 
 
-def test_a_step_that_depends_on_values_is_refused_in_a_line() -> None:
-    recipe = small_recipe(model=spec(Chooser), rule=spec(BPTT))
-    said = "BPTT: a counted step must not depend on values; "
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (spec(Chooser), "BPTT: a counted step must not depend on values; "),
+        (spec(nn.Linear, in_features=3, out_features=10), "BPTT: the step cannot be counted; "),
+    ],
+)
+def test_a_step_that_cannot_be_counted_is_refused_in_a_line(model: Spec, said: str) -> None:
+    recipe = small_recipe(model=model, rule=spec(BPTT))
     with pytest.raises(ValueError, match=f"^{said}.+$"):
-        counted(FakeBench(recipe, 2), recipe.rule)
+        count_rule(FakeBench(recipe, 2), recipe.rule)
     (line,) = describe_steps([recipe], 1)
     assert line.startswith(f"not counted: {said}")
 
 
 def test_a_rule_that_cannot_train_the_network_says_why() -> None:
     with pytest.raises(ValueError, match="DSR: every neuron must be a RateIF or RateLIF"):
-        counted(FakeBench(recipe_with(0.5), 2), spec(DSR))
+        count_rule(FakeBench(recipe_with(0.5), 2), spec(DSR))
 
 
 def test_the_network_of_a_bench_keeps_its_values() -> None:
     bench = FakeBench(recipe_with(0.5), 2)
     before = {name: value.clone() for name, value in bench.network.state_dict().items()}
-    counted(bench, spec(SLTT))
+    count_rule(bench, spec(SLTT))
     torch.testing.assert_close(dict(bench.network.state_dict()), before, rtol=0, atol=0)
 
 
@@ -206,9 +211,9 @@ CARD = Device(
 
 
 def noted(act) -> list[Operation]:
-    with Traffic() as traffic:
+    with KernelLog() as kernel_log:
         act()
-    return traffic.operations
+    return kernel_log.operations
 
 
 def test_a_product_reads_both_sides_and_writes_the_result() -> None:
@@ -225,13 +230,14 @@ def test_views_move_nothing_and_what_is_repeated_is_read_once() -> None:
 def test_a_backward_is_noted_too() -> None:
     x, weight = torch.ones(3, 4), torch.ones(5, 4, requires_grad=True)
     operations = noted(lambda: torch.nn.functional.linear(x, weight).sum().backward())
-    flops = [each.flops for each in operations if each.flops]
-    assert flops == [2 * 3 * 4 * 5] * 2  # forward, and the gradient of the weight
+    # forward, and the gradient of the weight
+    assert [each.flops for each in operations if each.flops] == [2 * 3 * 4 * 5] * 2
 
 
 def test_the_roofline_takes_the_longer_of_both() -> None:
-    operations = [Operation(1000, 10), Operation(10, 50)]
-    assert CARD.busy_s(operations, "fp32") == pytest.approx(1000 / 100 + 50 / 10)
+    assert CARD.busy_s([Operation(1000, 10), Operation(10, 50)], "fp32") == pytest.approx(
+        1000 / 100 + 50 / 10
+    )
 
 
 def test_cards_name_their_source() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.forecast.step_counts import Traffic
+from pipeline.forecast.step_counts import KernelLog
 from pipeline.measure.constants import PARTS, REST
 from pipeline.measure.meters import Meters, Quantity, Totals
 from pipeline.rules.base import LossTerm, Rule
@@ -223,10 +223,10 @@ def test_operations_of_the_rule_alone_are_counted_on_the_third_batch_by_the_samp
     away there, too.
     """
     network, x_BC = nn.Linear(2, 2, bias=False), torch.tensor([[2.0, 3.0], [0.0, 5.0]])
-    meters, traffic = Meters(network, batch_size=2, device=torch.device("cpu")), Traffic()
+    meters, kernel_log = Meters(network, batch_size=2, device=torch.device("cpu")), KernelLog()
     for step in range(4):
         if step == 3:
-            meters.watch(traffic)
+            meters.watch(kernel_log)
         with meters.batch(step):
             with meters.part("teacher"):
                 network(x_BC)
@@ -239,7 +239,7 @@ def test_operations_of_the_rule_alone_are_counted_on_the_third_batch_by_the_samp
     work = {"multiplications": 3.0, "additions": 3.0, "dense": 4.0}
     assert meters.totals.operation_samples == 2
     assert meters.totals.operations_per_sample() == {"forward": work, "weights": work}
-    assert [each.flops for each in traffic.operations if each.flops] == [16, 16]
+    assert [each.flops for each in kernel_log.operations if each.flops] == [16, 16]
     # as a checkpoint keeps it
     assert Totals(**json.loads(json.dumps(asdict(meters.totals)))) == meters.totals
 

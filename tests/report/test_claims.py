@@ -347,7 +347,7 @@ PLAN = {
             "hours": 60.0,
         }
     ],
-    "refused": {"BPTT": "BPTT: a worker must fit into 28.8 GB; it needs at least 30 GB"},
+    "refused": {"BPTT": "BPTT: training needs at least 30 GB per worker; 28.8 GB are available"},
 }
 
 

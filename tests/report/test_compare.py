@@ -189,7 +189,13 @@ def test_the_choices_that_decide_a_comparison_stand_in_every_row(
         ["OTTT-A", *same[:2], *4 * ["not known"], *last],
     ):
         assert row in rows
-    names = ("ratios_to", "time_to", "reset_gradient", "norm_statistics", "precision")
+    names = (
+        "ratios_to",
+        "time_ratios_to",
+        "reset_gradient",
+        "norm_statistics",
+        "precision",
+    )
     expected = dict(zip(names, same, strict=True), micro_batch=last[0], evaluated=last[1])
     runs = {run["run"]: run["behind"] for run in comparison.to_json()["runs"]}
     assert runs["bptt"] == {**expected, "over_time": "folded"}

@@ -17,7 +17,7 @@ from pipeline.report.heat_maps import firing_rates, gradient_fidelity, temporal_
 from pipeline.report.results import ReportError, Run
 from pipeline.report.study import Study
 from pipeline.report.sweeps import largest_batches, sweep_figures, sweep_of, swept
-from pipeline.report.tables import MEASURED_SAID
+from pipeline.report.tables import MEASURED_CAPTION
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from tests.forecast.test_probe import recipe_with
@@ -165,7 +165,7 @@ def test_energy_has_its_operations_and_says_which_samples_they_are_of():
     counted["measured_j"] = 0.25
     on_cards = {**MACHINE, "gpu": "H100"}
     for rules, said in (
-        (("BPTT", "SLTT"), f"are {MEASURED_SAID}"),
+        (("BPTT", "SLTT"), f"are {MEASURED_CAPTION}"),
         (("SLTT",), "are not measured: no card reports them"),
     ):
         runs = tuple(

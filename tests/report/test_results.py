@@ -269,7 +269,7 @@ def test_what_a_restart_does_again(
     past = one.history
     assert [(point.step, point.top1) for point in past.curve] == curve
     assert (past.step, past.again_from) == (step, again_from)
-    again = "" if again_from is None else f", repeats from {again_from}"
+    again = "" if again_from is None else f", repeating from {again_from}"
     [row] = provenance(Study(title="t", runs=(one,))).rows
     assert row[5] == f"{step}/{100 if told else '?'}{again}"
 

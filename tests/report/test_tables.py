@@ -14,7 +14,7 @@ from pipeline.report import figures, tables
 from pipeline.report.drawing import Cell, Figure, Table
 from pipeline.report.results import SILENT_S, Run, describe_state
 from pipeline.report.study import Study
-from pipeline.report.tables import SCALING_SAID, provenance, scaling
+from pipeline.report.tables import SCALING_CAPTION, provenance, scaling
 from pipeline.track.system_metrics import INTERVAL_S
 from tests.helpers.hand_made import CLAIM, MACHINE, group_of, on, recipe, run, study
 
@@ -354,7 +354,7 @@ def test_what_is_sampled_says_so():
     )
     assert (
         "counted on the third batch of a run and every 1000th after it. State bytes are counted on"
-        " the second batch of each start and every 200th after it." in tables.BESIDE_SAID
+        " the second batch of each start and every 200th after it." in tables.COSTS_CAPTION
     )
 
 
@@ -439,7 +439,7 @@ IN_TWOS = by(1, 100.0, recipe=THREES, trained_on=[on(workers=1, micro_batch=2)])
 )
 def test_rules_and_micro_batches_are_apart(runs: tuple[Run, ...], rows: list[tuple[Cell, ...]]):
     assert efficiencies(*runs) == rows
-    assert "with other micro-batches than its recipe sets" in SCALING_SAID
+    assert "with other micro-batches than its recipe sets" in SCALING_CAPTION
 
 
 RESCALED = {"target": "pipeline.rules.x.SLTT", "kwargs": {"rescale": True}}
