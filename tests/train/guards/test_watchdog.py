@@ -186,8 +186,7 @@ def test_without_patience_nobody_watches(tmp_path: Path) -> None:
 def test_a_worker_that_restores_or_writes_for_long_goes_on_and_one_that_hangs_ends(
     tmp_path: Path,
 ) -> None:
-    acts = ("hangs", "restores", "writes")
-    workers = at_once(tmp_path, {act: (WORKER, act) for act in acts})
+    workers = at_once(tmp_path, {act: (WORKER, act) for act in ("hangs", "restores", "writes")})
     hangs(workers["hangs"], "", most_s=60)
     for each in (workers["restores"], wrote := workers["writes"]):
         assert (each.code, each.stacks) == (0, []), each.err
